@@ -107,10 +107,7 @@ def test_given_alpha_and_beta_are_used_and_saved(run, place):
     [
         (["--views", "fresh", "--views-cache", "4"], 2, "--views fresh and --views-cache"),
         (["--train", "visual"], 2, "--train"),
-        (["--lr", "nan"], 2, "--lr"),
-        (["--alpha", "-1"], 2, "--alpha"),
         (["--epochs", "2000000"], 2, "--epochs"),
-        (["--train", "everything"], 2, "--train"),
         (["--val", "nowhere.parquet"], 1, "nowhere.parquet: no such file"),
         (["--out", "\udcff"], 1, "UTF-8"),
     ],

@@ -123,7 +123,6 @@ def test_tune_ignores_labels_of_the_queries(run: Any, place: Path, features: dic
     ("more", "code", "message"),
     [
         (("--agreement", "0"), 2, "--agreement"),
-        (("--agreement", "nan"), 2, "agreement"),
         (("--index", "Nope"), 2, "index 'Nope': "),
         (("--val", "few.parquet"), 1, "99 queries"),
         (("--format", "json", "--output", "nowhere/out.json"), 1, "nowhere"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,40 +10,26 @@ from typing import TYPE_CHECKING
 
 import click
 
-from retrieval_tip.cli import options
-from retrieval_tip.cli.group import command
-from retrieval_tip.cli.messages import FAILED, finish, print_facts, say
-from retrieval_tip.cli.opening import encoder_of, load, named_models, source_of
-from retrieval_tip.cli.options import JSON, EncodingOptions, OutputOptions, ReadingOptions
-from retrieval_tip.cli.parameters import FOLDER, SOURCE, Size
-from retrieval_tip.errors import UsageError, counted, json_line, show
+from retrieval_tip.cli import kinds, options
+from retrieval_tip.cli.group import argument, command, flag, option
+from retrieval_tip.cli.kinds import Place
+from retrieval_tip.cli.messages import FAILED, finish, print_facts, print_result, say
+from retrieval_tip.cli.opening import named_encoder, source_of
+from retrieval_tip.cli.options import ComparedOptions, OutputOptions, ReadingOptions
+from retrieval_tip.errors import UsageError, counted, show
 
 if TYPE_CHECKING:
-    from retrieval_tip.data.encoder import Encoder
     from retrieval_tip.data.sources import Source
 
 
-@command("models")
-@click.argument("word", default="")
-@click.option("--try", "photos", type=SOURCE,
-              help="Labelled photos on which the encoders on this machine are compared.")  # fmt: skip
-@click.option("--int8", "calibration", type=SOURCE,
-              help="Photos on which each --model is calibrated in int8. They need no labels.")  # fmt: skip
-@options.FORMAT
-@options.MODELS
-@options.READING
-@options.ENCODING
-@click.pass_context
+@command()
 def models_command(
-    ctx: click.Context,
-    word: str,
-    photos: Path | str | None,
-    calibration: Path | str | None,
-    printing: OutputOptions,
-    models: tuple[str, ...],
-    weights: tuple[str, ...],
-    reading: ReadingOptions,
-    encoding: EncodingOptions,
+    word: str = argument(default=""),
+    photos: Place | None = option(kinds.SOURCE, "--try"),
+    calibration: Place | None = option(kinds.SOURCE, "--int8"),
+    printing: OutputOptions = options.FORMAT,
+    reading: ReadingOptions = options.READING,
+    encoding: ComparedOptions = options.COMPARED,
 ) -> None:
     """List encoders, compare them on photos, or store one in int8.
 
@@ -60,83 +45,76 @@ def models_command(
     With --int8, each --model is calibrated in int8 on up to 300 of your photos and stored in the cache, where
     --precision int8 finds it (on a CPU; requires the extra int8). It is refused if its features are far from those in
     float32.
+
+    Options:
+        photos: Labelled photos on which the encoders on this machine are compared.
+        calibration: Photos on which each --model is calibrated in int8. They need no labels.
     """
-    import pyarrow as pa
-
-    from retrieval_tip.backbones.catalogue import megabytes, search
-    from retrieval_tip.cli.output import write_rows
-
     if photos is not None:
-        _try_encoders(ctx, word, source_of(photos, reading, "train"), printing, encoding, models, weights)
-        return
-    if calibration is not None:
-        _store_int8(ctx, source_of(calibration, reading, "train", labelled=False), encoding, models, weights)
-        return
-    if models or weights:
+        _try_encoders(word, source_of(photos, reading, "train"), printing, encoding)
+    elif calibration is not None:
+        _store_int8(source_of(calibration, reading, "train", labelled=False), encoding)
+    elif encoding.models or encoding.weights:
         raise UsageError("--model: give labelled photos to compare encoders (--try), or photos to store them (--int8)")
-    types = {"model": pa.string(), "size": pa.string(), "words": pa.bool_(), "cached": pa.bool_()}
-    types |= {"pretrained": pa.list_(pa.string())}
-    rows = [vars(one) | {"size": None if one.bytes is None else megabytes(one.bytes)} for one in search(word)]
-    write_rows(rows, types, printing.style, printing.output)
+    else:
+        _list_encoders(word, printing)
+
+
+def _list_encoders(word: str, printing: OutputOptions) -> None:
+    from retrieval_tip.backbones.catalogue import megabytes, search
+
+    sizes = [(one, None if one.bytes is None else megabytes(one.bytes)) for one in search(word)]
+    rows = [(one.model, size, one.words, one.cached, list(one.pretrained)) for one, size in sizes]
+    types = {"model": str, "size": str, "words": bool, "cached": bool, "pretrained": list}
+    printing.write_rows(rows, types)
     if not word:
         say("To search all encoders: retrieval-tip models WORD")
 
 
-def _try_encoders(
-    ctx: click.Context, word: str, photos: Source, printing: OutputOptions, encoding: EncodingOptions,
-    models: tuple[str, ...], weights: tuple[str, ...],
-) -> None:  # fmt: skip
-    import pyarrow as pa
-
+def _try_encoders(word: str, photos: Source, printing: OutputOptions, encoding: ComparedOptions) -> None:
     from retrieval_tip.backbones.catalogue import cached
-    from retrieval_tip.cli.output import write_rows
     from retrieval_tip.index.encoders import try_encoders
 
     here = [pair for pair in cached() if word.lower() in pair[0].lower()]
-    asked = named_models(encoding, [name for name, _ in here], [tag or "auto" for _, tag in here])
-    asked = list(dict([*named_models(encoding, models, weights), *asked]).items())
+    cached_too = replace(encoding, models=[name for name, _ in here], weights=[tag or "auto" for _, tag in here])
+    asked = dict(encoding.named()) | dict(cached_too.named())
     more = "to download more, give --model, for example --model clip --model dinov2"
     if not asked:
         raise UsageError(f"models: no encoder{f' named {word}' if word else ''} is on this machine; {more}")
 
-    def opened(own: EncodingOptions) -> AbstractContextManager[Encoder]:
-        return encoder_of(ctx, load(own), own)
-
-    tried = try_encoders(photos, [(name, partial(opened, own)) for name, own in asked], encoding.device)
-    types = {"encoder": pa.string(), "accuracy": pa.float64(), "low": pa.float64(), "high": pa.float64()}
-    types |= {"images_per_second": pa.int64(), "recommended": pa.bool_()}
-    rows = [
-        {"encoder": one.name, "accuracy": one.accuracy, "low": one.interval[0], "high": one.interval[1],
-         "images_per_second": round(one.images_per_second), "recommended": one is tried.recommended}
+    encoders = [(name, partial(named_encoder, own)) for name, own in asked.items()]
+    tried = try_encoders(photos, encoders, encoding.device)
+    types = {"encoder": str, "accuracy": float, "low": float, "high": float, "images_per_second": int}
+    rows = (
+        (one.name, one.accuracy, *one.interval, round(one.images_per_second), one is tried.recommended)
         for one in tried.trials
-    ]  # fmt: skip
-    write_rows(rows, types, printing.style, printing.output)
-    say(f"only one encoder is on this machine; {more}" if len(rows) == 1 else str(tried))
-    finish(ctx, tried.skipped)
+    )
+    printing.write_rows(rows, types | {"recommended": bool})
+    say(f"only one encoder is on this machine; {more}" if len(tried.trials) == 1 else str(tried))
+    finish(tried.skipped)
 
 
-def _store_int8(
-    ctx: click.Context, photos: Source, encoding: EncodingOptions, models: tuple[str, ...], weights: tuple[str, ...]
-) -> None:
-    if not models:
+def _store_int8(photos: Source, encoding: ComparedOptions) -> None:
+    if not encoding.models:
         raise UsageError("--int8: name the encoder with --model")
     skipped = []
-    for name, own in named_models(encoding, models, weights):
-        own = replace(own, device="cpu", precision="float32", runtime="auto")
-        with encoder_of(ctx, load(own), own) as encoder:
+    for name, own in replace(encoding, device="cpu", precision="float32", runtime="auto").named():
+        with named_encoder(own) as encoder:
             lowest = encoder.store_int8(photos)
         say(f"{name}: stored in int8 (lowest cosine to the features in float32: {lowest:.3f})")
         skipped += encoder.skipped
-    finish(ctx, skipped)
+    finish(skipped)
 
 
-@command("cache")
-@click.option("--cache", type=FOLDER,
-              help="Cache folder.  [default: $RETRIEVAL_TIP_CACHE or ~/.cache/retrieval-tip]")  # fmt: skip
-@click.option("--prune", is_flag=True, help="Remove all encodings. They are computed again when they are needed.")
-@click.option("--max-size", type=Size(), help="New size limit, which the cache remembers.  [default: 8GB]")
-@JSON
-def cache_command(cache: Path | None, prune: bool, max_size: int | None, as_json: bool) -> None:
+@command()
+def cache_command(
+    cache: Path | None = option(
+        kinds.FOLDER, help="Cache folder. [default: $RETRIEVAL_TIP_CACHE or ~/.cache/retrieval-tip]"
+    ),
+    prune: bool = flag(help="Remove all encodings. They are computed again when they are needed."),
+    max_size: int | None = option(kinds.Size(), help="New size limit, which the cache remembers. [default: 8GB]"),
+    as_json: bool = options.JSON,
+) -> None:
     """Show, limit or clear the encoding cache.
 
     The cache stores the features of each image and the text weights of each class, so that nothing has to be encoded
@@ -156,16 +134,11 @@ def cache_command(cache: Path | None, prune: bool, max_size: int | None, as_json
         kept.close()
     if prune:
         say(f"Removed {counted(removed, 'encoding')}")
-    if as_json:
-        click.echo(json_line(facts))
-    else:
-        print_facts(facts)
+    print_result(facts, as_json)
 
 
-@command("completion")
-@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
-@click.pass_context
-def completion_command(ctx: click.Context, shell: str) -> None:
+@command()
+def completion_command(shell: str = argument(click.Choice(["bash", "zsh", "fish"]))) -> None:
     """Print a shell completion script.
 
     For bash, add this line to ~/.bashrc: eval "$(retrieval-tip completion bash)". For zsh, add the same line to
@@ -175,7 +148,9 @@ def completion_command(ctx: click.Context, shell: str) -> None:
 
     kind = get_completion_class(shell)
     assert kind is not None
-    click.echo(kind(ctx.find_root().command, {}, "retrieval-tip", "_RETRIEVAL_TIP_COMPLETE").source())
+    click.echo(
+        kind(click.get_current_context().find_root().command, {}, "retrieval-tip", "_RETRIEVAL_TIP_COMPLETE").source()
+    )
 
 
 def _cache_size() -> str:
@@ -191,9 +166,7 @@ def _cache_size() -> str:
 
 
 @command()
-@JSON
-@click.pass_context
-def doctor(ctx: click.Context, as_json: bool) -> None:
+def doctor(as_json: bool = options.JSON) -> None:
     """Check this installation for problems.
 
     Prints the versions of the installed packages, the available devices and the FAISS build, followed by any problems.
@@ -211,4 +184,4 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
             click.echo(f"problem: {problem}")
         if not report.problems:
             click.echo("no problems found")
-    ctx.exit(FAILED if report.problems else 0)
+    click.get_current_context().exit(FAILED if report.problems else 0)

@@ -7,17 +7,26 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from retrieval_tip.cli import options
-from retrieval_tip.cli.group import command
-from retrieval_tip.cli.messages import about, finish, say, warn
-from retrieval_tip.cli.opening import UNNAMED, backbone_of, encoder_for, encoder_of, index_with, name_of, source_of
+from retrieval_tip.cli import kinds, options
+from retrieval_tip.cli.group import argument, command, flag, grouped, option
+from retrieval_tip.cli.kinds import Place
+from retrieval_tip.cli.messages import about, finish, note, quiet, say, warn
+from retrieval_tip.cli.opening import (
+    UNNAMED,
+    encoder_for,
+    index_with,
+    inputs_of,
+    loader,
+    paths_on_stdin,
+    source_of,
+    store_of,
+)
 from retrieval_tip.cli.options import (
     EncodingOptions,
     EngineOptions,
@@ -26,8 +35,6 @@ from retrieval_tip.cli.options import (
     ReadingOptions,
     ViewOptions,
 )
-from retrieval_tip.cli.parameters import BURST_SECONDS, FILE, OUTPUT, SOURCE, Abstaining, Bursts, count
-from retrieval_tip.cli.stdin import paths_on_stdin
 from retrieval_tip.errors import InputError, Skipped, UsageError, counted, show
 from retrieval_tip.settings import Ask
 
@@ -39,28 +46,18 @@ if TYPE_CHECKING:
     from retrieval_tip.data.exif import Noting
     from retrieval_tip.data.sources import Source
     from retrieval_tip.distributed.ray_data import Piece, Question
-    from retrieval_tip.index.places import Place
     from retrieval_tip.model import Index
     from retrieval_tip.predictions import Abstain
 
 
 @command()
-@click.argument("source", type=SOURCE)
-@click.option("--out", type=OUTPUT, required=True, help="Feature table to write (.parquet).")
-@options.ENGINE
-@options.BACKBONE
-@options.VIEWS
-@options.READING
-@options.ENCODING
-@click.pass_context
 def encode(
-    ctx: click.Context,
-    source: Path | str,
-    out: Path | str,
-    engine: EngineOptions,
-    views: ViewOptions,
-    reading: ReadingOptions,
-    encoding: EncodingOptions,
+    source: Place = argument(kinds.SOURCE),
+    out: Place = option(kinds.OUTPUT, required=True, help="Feature table to write (.parquet)."),
+    engine: EngineOptions = options.ENGINE,
+    views: ViewOptions = options.VIEWS,
+    reading: ReadingOptions = options.READING,
+    encoding: EncodingOptions = options.ENCODING,
 ) -> None:
     """Encode images into a feature table.
 
@@ -75,15 +72,14 @@ def encode(
 
         found = None if reading.dataset else tars.find(str(source))
         pieces = found or cut(source_of(source, reading, "train", labelled=False))
-        what, skipped = _on_ray(ctx, pieces, out, engine, encoding, views=views)
-        about(out, what)
-        finish(ctx, skipped)
-        return
-    items = source_of(source, reading, "train", labelled=False)
-    with encoder_of(ctx, backbone_of(items, encoding), encoding, views) as encoder:
-        rows = encode_table(items, out, encoder)
-    about(out, f"{rows} rows")
-    finish(ctx, encoder.skipped)
+        what, skipped = _on_ray(pieces, out, engine, encoding, views=views)
+    else:
+        items = source_of(source, reading, "train", labelled=False)
+        with encoder_for(None, [items], encoding, views) as encoder:
+            what = f"{encode_table(items, out, encoder)} rows"
+        skipped = encoder.skipped
+    about(out, what)
+    finish(skipped)
 
 
 DOCUMENTS = ("coco", "fiftyone", "label-studio")
@@ -92,25 +88,36 @@ DOCUMENTS = ("coco", "fiftyone", "label-studio")
 
 @dataclass(frozen=True)
 class RowOptions:
-    """A question, the columns of its answers, and the rule for withholding a label.
+    """The columns of answers, and the rules for withholding a label and for grouping photos.
 
     ``group_by`` is the number of seconds between the photos of a burst.
+
+    Options:
+        explain: Show the shots that contributed most to an answer, and its text and cache logits.
+        abstain: Withhold the label if its probability is below P. With auto, the label is withheld if the probability
+            is below 0.5 or the image has no match.
+        group_unlike: Group similar images that have no match. The column group numbers the groups, largest first.
+        group_by: Give all photos of a burst the mean of their probabilities. A burst consists of photos in the same
+            folder, each taken at most SECONDS after the one before. The default is 10 seconds.
+        boxes: Boxes of a detector, in MegaDetector's JSON format. Each box is cropped and classified, as photo.jpg#1.
+            The column detected contains its category, or "empty" if a photo has no box.
+        exif: Add the columns taken_at, latitude and longitude from the EXIF metadata of photos.
     """
 
-    ask: Ask
-    explain: bool
-    abstain: Abstain
-    group_unlike: bool
-    exif: bool
-    group_by: float | None
-    boxes: Path | None
+    explain: bool = flag(**options.ANSWERS)
+    abstain: Abstain = option(kinds.Abstaining(), **options.ANSWERS)
+    group_unlike: bool = flag(**options.ANSWERS)
+    group_by: float | None = option(kinds.Bursts(), **options.ANSWERS)
+    boxes: Path | None = option(kinds.FILE, **options.INPUT)
+    exif: bool = flag(**options.ANSWERS)
+    ask: Ask = Ask()
 
     def check(self, cache: Index, engine: EngineOptions, style: str | None) -> None:
         """Raise UsageError if options exclude each other, or if the index cannot group photos."""
-        of_one = {"--explain": self.explain, "--logits": self.ask.logits, "--certify": self.ask.certify,
-                  "--group-unlike": self.group_unlike, "--engine ray": engine.is_ray}  # fmt: skip
-        if self.group_by is not None and (options := [name for name, given in of_one.items() if given]):
-            raise UsageError(f"--group-by burst: all photos of a burst get one answer; leave out {options[0]}")
+        of_one = {"--explain": self.explain, "--logits": self.ask.logits, "--certify": self.ask.certify}
+        of_one |= {"--group-unlike": self.group_unlike, "--engine ray": engine.is_ray}
+        if self.group_by is not None and (given := [name for name, value in of_one.items() if value]):
+            raise UsageError(f"--group-by burst: all photos of a burst get one answer; leave out {given[0]}")
         if self.boxes is not None and engine.is_ray:
             raise UsageError("--boxes: --engine ray cannot crop photos; leave one of them out")
         if self.boxes is not None and style in DOCUMENTS:
@@ -151,87 +158,53 @@ class RowOptions:
         import pyarrow as pa
 
         from retrieval_tip.data.boxes import EMPTY, Cut
-        from retrieval_tip.data.exif import EXIF, Noting
+        from retrieval_tip.data.exif import Noting
 
         cut, schema = cut or Cut(), self.schema(cache)
+        detected = cut.detected | dict.fromkeys(map(show, cut.empty), EMPTY)
         noting = Noting(encoder.read, cut.boxes)
         if self.exif or self.group_by is not None or self.boxes is not None:
             encoder = replace(encoder, read=noting)
-        columns = [name for name in schema.names if name not in (*EXIF, "detected")]
-        for table in self._answers(cache, sources, encoder, noting, columns):
+        for table in chain(self._answers(cache, sources, encoder, noting), self._empty(cut, noting)):
             names = table["input"].to_pylist()
-            more = noting.columns(names) | {
-                "detected": pa.array([cut.detected.get(name) for name in names], pa.string())
-            }
-            yield pa.table([more.get(name) or table[name] for name in schema.names], schema=schema)
-        if cut.empty:
-            names = list(map(show, cut.empty))
-            for path in cut.empty if self.exif else ():
-                with suppress(InputError):
-                    noting(path)
-            known = noting.columns(names) | {"input": pa.array(names), "detected": pa.array([EMPTY] * len(names))}
-            yield pa.table([known.get(field.name, pa.nulls(len(names), field.type)) for field in schema], schema=schema)
+            noted = noting.columns(names) | {"detected": pa.array(map(detected.get, names), pa.string())}
+            known = dict(zip(table.column_names, table.columns, strict=True)) | noted
+            yield pa.table([known.get(one.name, pa.nulls(len(names), one.type)) for one in schema], schema=schema)
 
-    def _answers(
-        self, cache: Index, sources: Sequence[Source], encoder: Encoder, noting: Noting, columns: Sequence[str]
-    ) -> Iterator[pa.Table]:
+    def _answers(self, cache: Index, sources: Sequence[Source], encoder: Encoder, noting: Noting) -> Iterator[pa.Table]:
+        from retrieval_tip.predictions import PREDICTIONS
+
+        columns = [name for name in self.schema(cache).names if name in PREDICTIONS]
         ask = replace(self.ask, neighbours=self.ask.neighbours if self.explain else 0)
-        if not any(map(len, sources)) or not (self.group_unlike or self.group_by is not None):
-            for source in sources:
-                for answers in cache.classify_source(source, encoder, ask):
-                    yield answers.written(columns, self.abstain)
-            return
-        from retrieval_tip.predictions import ROWS
-
-        if self.group_unlike:
+        some = any(map(len, sources))  # all photos may be empty
+        if some and self.group_unlike:
             from retrieval_tip.labelling.groups import MOST, classify_in_groups
             from retrieval_tip.labelling.photos import Pool
 
-            answers = classify_in_groups(cache, Pool.of(sources, encoder), ask)
-            table = answers.written(columns, self.abstain)
+            table = classify_in_groups(cache, Pool.of(sources, encoder), ask).written(columns, self.abstain)
             if (unlike := table["unlike"].to_pylist().count(True)) > MOST:
                 drawn = f"Grouped {MOST:,} of {unlike:,} images without a match, drawn at random"
                 say(f"{drawn}; the others joined these groups")
-        else:
+            yield table
+        elif some and self.group_by is not None:
             from retrieval_tip.labelling.bursts import classify_in_bursts
 
-            assert self.group_by is not None
             answers, bursts = classify_in_bursts(cache, sources, encoder, noting, self.group_by, ask)
-            table = answers.written([name for name in columns if name != "burst"], self.abstain)
-            table = table.append_column("burst", bursts)
-        yield from (table.slice(start, ROWS) for start in range(0, len(table), ROWS))
+            yield answers.written(columns, self.abstain).append_column("burst", bursts)
+        else:
+            for source in sources:
+                for answers in cache.classify_source(source, encoder, ask):
+                    yield answers.written(columns, self.abstain)
 
+    def _empty(self, cut: Cut, noting: Noting) -> Iterator[pa.Table]:
+        """Yield the names of the photos without boxes, after noting when and where they were taken."""
+        import pyarrow as pa
 
-_ASK = options.grouped(
-    "ask", Ask, options.ASKING,
-    options.ANSWER_OPTION("--top", type=count(), default=1, show_default=True, help="Number of classes to report."),
-    options.ANSWER_OPTION("--neighbours", type=count(), default=5, show_default=True,
-                 help="Number of shots that --explain shows."),
-    options.ANSWER_OPTION("--logits", is_flag=True,
-                 help="Show the logits of all classes, in the class order of the index."),
-    options.ANSWER_OPTION("--certify", is_flag=True,
-                 help="If k keys do not decide an answer, use more keys, or all keys if necessary. The number of keys "
-                      "used is reported."),
-)  # fmt: skip
-_ROWS = options.grouped(
-    "rows", RowOptions,
-    options.ANSWER_OPTION("--explain", is_flag=True,
-                 help="Show the shots that contributed most to an answer, and its text and cache logits."),
-    options.ANSWER_OPTION("--abstain", type=Abstaining(),
-                 help="Withhold the label if its probability is below P. With auto, the label is withheld if the "
-                      "probability is below 0.5 or the image has no match."),
-    options.ANSWER_OPTION("--group-unlike", is_flag=True,
-                 help="Group similar images that have no match. The column group numbers the groups, largest first."),
-    options.ANSWER_OPTION("--group-by", type=Bursts(),
-                 help="Give all photos of a burst the mean of their probabilities. A burst consists of photos in the "
-                      "same folder, each taken at most SECONDS after the one before. The default is "
-                      f"{BURST_SECONDS} seconds."),
-    options.READING_OPTION("--boxes", type=FILE,
-                 help="Boxes of a detector, in MegaDetector's JSON format. Each box is cropped and classified, as "
-                      "photo.jpg#1. The column detected contains its category, or \"empty\" if a photo has no box."),
-    options.ANSWER_OPTION("--exif", is_flag=True,
-                 help="Add the columns taken_at, latitude and longitude from the EXIF metadata of photos."),
-)  # fmt: skip
+        if cut.empty:
+            for path in cut.empty if self.exif else ():
+                with suppress(InputError):
+                    noting(path)
+            yield pa.table({"input": list(map(show, cut.empty))})
 
 
 @dataclass
@@ -255,32 +228,37 @@ class _Counts:
     def say_keys(self, cache: Index) -> None:
         """Print how many keys the certified answers used."""
         how = "proved equal to" if cache.exact_search else "in agreement with"
-        used = (
-            f"{number} with {'all' if keys == cache.n else keys} keys" for keys, number in sorted(self.keys.items())
-        )
+        counts = sorted(self.keys.items())
+        used = (f"{number} with {'all' if keys == cache.n else keys} keys" for keys, number in counts)
         say(f"Answers {how} those over all keys: {', '.join(used)}")
 
 
+_ASK = {
+    "top": option(kinds.count(), default=1, help="Number of classes to report.", **options.ANSWERS),
+    "neighbours": option(kinds.count(), default=5, help="Number of shots that --explain shows.", **options.ANSWERS),
+    "logits": flag(help="Show the logits of all classes, in the class order of the index.", **options.ANSWERS),
+    "certify": flag(
+        help="If k keys do not decide an answer, use more keys, or all keys if necessary. The number of keys used is "
+        "reported.",
+        **options.ANSWERS,
+    ),
+}
+_PRINTING = {
+    "named": option(click.Choice([*options.FORMATS, *DOCUMENTS]), "--format", **options.OUTPUTS),
+    "output": option(kinds.OUTPUT, **options.OUTPUTS),
+}
+
+
 @command()
-@options.INDEX_ARGUMENT
-@click.argument("inputs", nargs=-1, required=True)
-@_ASK
-@options.OPENING
-@_ROWS
-@options.ENGINE
-@options.printed_as(*DOCUMENTS)
-@options.BACKBONE
-@options.ENCODING
-@click.pass_context
 def classify(
-    ctx: click.Context,
-    folder: Place,
-    inputs: tuple[str, ...],
-    opening: OpeningOptions,
-    rows: RowOptions,
-    engine: EngineOptions,
-    printing: OutputOptions,
-    encoding: EncodingOptions,
+    folder: Place = options.INDEX_ARGUMENT,
+    inputs: tuple[str, ...] = argument(nargs=-1, required=True),
+    ask: Ask = grouped(Ask, options.ASKING | _ASK),
+    opening: OpeningOptions = options.OPENING,
+    rows: RowOptions = grouped(RowOptions),
+    engine: EngineOptions = options.ENGINE,
+    printing: OutputOptions = grouped(OutputOptions, _PRINTING),
+    encoding: EncodingOptions = options.ENCODING,
 ) -> None:
     """Classify images or features with an index.
 
@@ -292,39 +270,38 @@ def classify(
     from retrieval_tip.cli.output import prediction_details, rounded, write_document, write_tables
     from retrieval_tip.data.boxes import Cut, cut_boxes
     from retrieval_tip.data.exchange import FORMATS, Answered
-    from retrieval_tip.data.sources import open_inputs
 
-    loaded = index_with(folder, encoding, opening, rows.ask)
+    rows = replace(rows, ask=ask)
+    loaded = index_with(folder, encoding, opening, ask)
     rows.check(loaded, engine, None if engine.is_ray else printing.style)
     if engine.is_ray:
-        _classify_on_ray(ctx, folder, inputs, loaded, opening, rows, engine, printing, encoding)
+        _classify_on_ray(folder, inputs, loaded, opening, rows, engine, printing, encoding)
         return
-    sources, cut, counts = list(open_inputs(inputs, paths_on_stdin())), Cut(), _Counts()
+    sources, cut, counts = inputs_of(inputs), Cut(), _Counts()
     if rows.boxes is not None:
         cut = cut_boxes(rows.boxes, sources)
         sources = cut.sources
-    with encoder_for(ctx, loaded, sources, encoding) as encoder:
+    with encoder_for(loaded, sources, encoding) as encoder:
         tables = counts.count(rows.tables(loaded, sources, encoder, cut))
         if printing.style in DOCUMENTS:
-            columns_of = (table.select(["input", "label", "probability"]).to_pylist() for table in tables)
-            rows_of = (Answered(*row.values()) for row in chain.from_iterable(columns_of))
-            write_document(FORMATS[printing.style](rows_of, loaded.class_names), printing.output)
+            answers = (table.select(["input", "label", "probability"]).to_pylist() for table in tables)
+            answered = (Answered(*row.values()) for row in chain.from_iterable(answers))
+            write_document(FORMATS[printing.style](answered, loaded.class_names), printing.output)
         else:
             tables = map(rounded, tables) if printing.style == "csv" else tables
             known = {"input": chain.from_iterable(source.sources for source in sources), "label": loaded.class_names}
             write_tables(tables, rows.schema(loaded), printing.style, printing.output, prediction_details, known)
-    if printing.output is not None and not ctx.obj:
+    if printing.output is not None:
         no_match = f", {counts.unlike:,} with no match" if loaded.settings.least_cache is not None else ""
         empty = f", {len(cut.empty):,} empty" if rows.boxes is not None else ""
-        answered = counted(counts.total - len(cut.empty), "input")
-        say(f"{show(printing.output)}: classified {answered}{no_match}{empty}")
-    if rows.ask.certify:
+        answered_inputs = counted(counts.total - len(cut.empty), "input")
+        note(f"{show(printing.output)}: classified {answered_inputs}{no_match}{empty}")
+    if ask.certify:
         counts.say_keys(loaded)
-    finish(ctx, encoder.skipped)
+    finish(encoder.skipped)
 
 
 def _classify_on_ray(
-    ctx: click.Context,
     folder: Place,
     inputs: tuple[str, ...],
     loaded: Index,
@@ -336,27 +313,25 @@ def _classify_on_ray(
 ) -> None:
     from retrieval_tip.data.tables import open_parquet, table_files
     from retrieval_tip.distributed.ray_data import Question, cut_inputs
-    from retrieval_tip.index.places import at
 
     if printing.style != "parquet" or printing.output is None:
         raise UsageError("--engine ray: can only write Parquet parts; give --format parquet and --output FOLDER")
     pieces = cut_inputs(inputs, paths_on_stdin())
-    manifest, schema = at(folder).manifest().to_bytes(), rows.schema(loaded)
+    manifest, schema = store_of(folder).manifest().to_bytes(), rows.schema(loaded)
     question = Question(str(folder), manifest, encoding.precision, loaded.settings, opening.where, schema, rows.tables)
-    what, skipped = _on_ray(ctx, pieces, printing.output, engine, encoding, index=loaded, question=question)
+    what, skipped = _on_ray(pieces, printing.output, engine, encoding, index=loaded, question=question)
     say(f"{show(printing.output)}: {what}")
     if rows.ask.certify:
         counts = _Counts()
         for _ in counts.count(open_parquet(file).read(["keys"]) for file in table_files(printing.output)):
             pass
         counts.say_keys(loaded)
-    finish(ctx, skipped)
+    finish(skipped)
 
 
 def _on_ray(
-    ctx: click.Context,
     pieces: Sequence[Piece],
-    out: Path | str,
+    out: Place,
     engine: EngineOptions,
     encoding: EncodingOptions,
     *,
@@ -365,7 +340,6 @@ def _on_ray(
     question: Question | None = None,
 ) -> tuple[str, list[Skipped]]:
     """Encode the pieces on Ray, or classify them if ``index`` is given. Return a summary and the skipped inputs."""
-    from retrieval_tip.backbones.loading import load_backbone
     from retrieval_tip.data.encoding_cache import EncodingCache
     from retrieval_tip.distributed.ray_data import Work, write_parts
 
@@ -374,14 +348,12 @@ def _on_ray(
     if encoding.model or any(isinstance(piece, str) or piece.table is None for piece in pieces):
         if index is not None and identity is None and not encoding.model:
             raise UsageError(UNNAMED)
-        load = partial(load_backbone, *name_of(encoding, identity))
-        backbone = partial(load, precision=encoding.precision, runtime=encoding.runtime)
+        backbone = loader(encoding, identity)
     cache = None if encoding.no_cache else str(encoding.cache or EncodingCache.default_folder())
     work = Work(encoding.encoder(views), backbone, cache, question)
-    rows, kept, skipped = write_parts(
-        work, pieces, out, address=engine.ray_address, actors=engine.actors, device=encoding.device,
-        progress=sys.stderr.isatty() and not ctx.obj,
-    )  # fmt: skip
+    progress = sys.stderr.isatty() and not quiet()
+    cluster: dict[str, Any] = {"address": engine.ray_address, "actors": engine.actors}
+    rows, kept, skipped = write_parts(work, pieces, out, **cluster, device=encoding.device, progress=progress)
     warn(f"skipped {one}" for one in skipped)
     before = f", {kept} kept from an earlier run" if kept else ""
     return f"{rows} rows in {counted(len(pieces), 'part')}{before}", skipped

@@ -2,57 +2,39 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from retrieval_tip.cli import options
-from retrieval_tip.cli.group import command
-from retrieval_tip.cli.messages import about, finish, print_facts, say, shown
-from retrieval_tip.cli.opening import (
-    encoder_for,
-    encoder_of,
-    index_with,
-    load,
-    named_models,
-    source_of,
-)
-from retrieval_tip.cli.options import EncodingOptions, OpeningOptions, ReadingOptions
-from retrieval_tip.cli.parameters import FILE, FOLDER, INDEX, SEEDS, SHARE, SHOTS, SOURCE
+from retrieval_tip.cli import kinds, options
+from retrieval_tip.cli.group import argument, command, flag, option
+from retrieval_tip.cli.kinds import Place
+from retrieval_tip.cli.messages import about, command_line, finish, print_facts, say, shown
+from retrieval_tip.cli.opening import encoder_for, index_with, named_encoder, source_of
+from retrieval_tip.cli.options import ComparedOptions, EncodingOptions, OpeningOptions, ReadingOptions
 from retrieval_tip.errors import UsageError, counted, few, json_line, percent, show
 
 if TYPE_CHECKING:
     from retrieval_tip.evaluation.evaluate import Evaluation
-    from retrieval_tip.index.places import Place
     from retrieval_tip.settings import Ask
 
 
-@command("evaluate")
-@options.INDEX_ARGUMENT
-@click.argument("source", type=SOURCE)
-@options.ANSWER
-@options.ANSWER_OPTION("--abstain", type=SHARE, metavar="P", help="Withhold answers whose probability is below P.")
-@click.option("--plot", type=FOLDER,
-              help="Folder for PNG diagrams of confusions, classes and calibration.")  # fmt: skip
-@options.JSON
-@options.BACKBONE
-@options.READING
-@options.ENCODING
-@click.pass_context
+@command()
 def evaluate_command(
-    ctx: click.Context,
-    folder: Place,
-    source: Path | str,
-    ask: Ask,
-    opening: OpeningOptions,
-    abstain: float | None,
-    plot: Path | None,
-    as_json: bool,
-    reading: ReadingOptions,
-    encoding: EncodingOptions,
+    folder: Place = options.INDEX_ARGUMENT,
+    source: Place = argument(kinds.SOURCE),
+    ask: Ask = options.ASK,
+    opening: OpeningOptions = options.OPENING,
+    abstain: float | None = option(
+        kinds.SHARE, metavar="P", **options.ANSWERS, help="Withhold answers whose probability is below P."
+    ),
+    plot: Path | None = option(kinds.FOLDER, help="Folder for PNG diagrams of confusions, classes and calibration."),
+    as_json: bool = options.JSON,
+    reading: ReadingOptions = options.READING,
+    encoding: EncodingOptions = options.ENCODING,
 ) -> None:
     """Measure the accuracy of an index on labelled photos.
 
@@ -72,13 +54,13 @@ def evaluate_command(
         plots.check(plot)
     loaded = index_with(folder, encoding, opening, ask)
     test = source_of(source, reading, "test")
-    with encoder_for(ctx, loaded, [test], encoding) as encoder:
+    with encoder_for(loaded, [test], encoding) as encoder:
         evaluation = evaluate(loaded, test, encoder, abstain=abstain)
     if plot:
         files = plots.write_plots(evaluation, plot, f"{show(Path(str(folder)).name)} on {show(Path(str(source)).name)}")
         say(f"{show(plot)}: {', '.join(file.name for file in files)}")
     _print_evaluation(evaluation, as_json)
-    finish(ctx, encoder.skipped)
+    finish(encoder.skipped)
 
 
 def _print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
@@ -99,26 +81,16 @@ def _print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
     print_facts(result, 15)
 
 
-@command("compare")
-@click.argument("indexes", nargs=-1, type=INDEX)
-@click.argument("source", type=SOURCE)
-@click.option("--fitted-to", "shots", type=SOURCE,
-              help="Labelled photos to fit both encoders to, to compare encoders.")  # fmt: skip
-@options.JSON
-@options.MODELS
-@options.READING
-@options.ENCODING
-@click.pass_context
+@command()
 def compare_command(
-    ctx: click.Context,
-    indexes: tuple[Place, ...],
-    source: Path | str,
-    shots: Path | str | None,
-    as_json: bool,
-    models: tuple[str, ...],
-    weights: tuple[str, ...],
-    reading: ReadingOptions,
-    encoding: EncodingOptions,
+    indexes: tuple[Place, ...] = argument(kinds.INDEX, nargs=-1),
+    source: Place = argument(kinds.SOURCE),
+    fitted_to: Place | None = option(
+        kinds.SOURCE, help="Labelled photos to fit both encoders to, to compare encoders."
+    ),
+    as_json: bool = options.JSON,
+    reading: ReadingOptions = options.READING,
+    encoding: ComparedOptions = options.COMPARED,
 ) -> None:
     """Compare two indexes, or two encoders, on the same photos.
 
@@ -131,58 +103,46 @@ def compare_command(
     from retrieval_tip.evaluation.compare import Side, compare
     from retrieval_tip.index.encoders import compare_encoders
 
-    asked = named_models(encoding, models, weights)
-    if (len(indexes), len(asked), shots is None) not in ((2, 0, True), (0, 2, False)):
+    asked = encoding.named()
+    if (len(indexes), len(asked), fitted_to is None) not in ((2, 0, True), (0, 2, False)):
         raise UsageError("compare: give two indexes, or --fitted-to SHOTS and --model twice")
     items = source_of(source, reading, "test", labelled=False)
-    if shots is None:
+    if fitted_to is None:
         a, b = (index_with(folder, encoding) for folder in indexes)
         name_a, name_b = (show(str(folder)) for folder in indexes)
-        with encoder_for(ctx, a, [items], encoding) as first, encoder_for(ctx, b, [items], encoding) as second:
+        with encoder_for(a, [items], encoding) as first, encoder_for(b, [items], encoding) as second:
             comparison = compare(Side(name_a, a, first), Side(name_b, b, second), items)
     else:
-        fitted_to = source_of(shots, reading.without_split(), "train")
+        shots = source_of(fitted_to, replace(reading, split=None), "train")
         (name_a, own_a), (name_b, own_b) = asked
-        with encoder_of(ctx, load(own_a), own_a) as first, encoder_of(ctx, load(own_b), own_b) as second:
-            comparison = compare_encoders((name_a, first), (name_b, second), fitted_to, items, encoding.device)
+        with named_encoder(own_a) as first, named_encoder(own_b) as second:
+            comparison = compare_encoders((name_a, first), (name_b, second), shots, items, encoding.device)
     if as_json:
         click.echo(json_line(comparison.to_dict()))
     else:
         click.echo(str(comparison))
         rows = comparison.differences.to_pylist()
-        for line in table_lines(rows, comparison.differences.column_names) if rows else ():
-            click.echo(line)
-    finish(ctx, comparison.skipped)
+        if rows:
+            click.echo("\n".join(table_lines(rows, comparison.differences.column_names)))
+    finish(comparison.skipped)
 
 
-@command("report")
-@options.FOLDER_ARGUMENT
-@click.option("--test", "source", type=SOURCE, required=True,
-              help="Labelled test source. The test part of a split .json is used.")  # fmt: skip
-@click.option("--out", type=FILE, default="report.html", show_default=True, help="HTML file to write.")
-@click.option("--shots", type=SHOTS, multiple=True,
-              help="Number of shots per class in the accuracy curve. Can be repeated.  "
-                   "[default: 1, 2, 4 ...]")  # fmt: skip
-@click.option("--seeds", type=SEEDS, default=3, show_default=True,
-              help="Number of random draws, which use the seeds 1 to N.")  # fmt: skip
-@click.option("--no-curves", is_flag=True, help="Skip the accuracy curve, which takes the longest to compute.")
-@options.ANSWER
-@options.BACKBONE
-@options.READING
-@options.ENCODING
-@click.pass_context
+@command()
 def report_command(
-    ctx: click.Context,
-    folder: Path,
-    source: Path | str,
-    out: Path,
-    shots: tuple[int, ...],
-    seeds: int,
-    no_curves: bool,
-    ask: Ask,
-    opening: OpeningOptions,
-    reading: ReadingOptions,
-    encoding: EncodingOptions,
+    folder: Path = options.FOLDER_ARGUMENT,
+    test: Place = option(
+        kinds.SOURCE, required=True, help="Labelled test source. The test part of a split .json is used."
+    ),
+    out: Path = option(kinds.FILE, default="report.html", help="HTML file to write."),
+    shots: tuple[int, ...] = option(
+        kinds.SHOTS, multiple=True, help="Number of shots per class in the accuracy curve. [default: 1, 2, 4 ...]"
+    ),
+    seeds: int = option(kinds.SEEDS, default=3, help="Number of random draws, which use the seeds 1 to N."),
+    no_curves: bool = flag(help="Skip the accuracy curve, which takes the longest to compute."),
+    ask: Ask = options.ASK,
+    opening: OpeningOptions = options.OPENING,
+    reading: ReadingOptions = options.READING,
+    encoding: EncodingOptions = options.ENCODING,
 ) -> None:
     """Write an accuracy report as a single HTML file.
 
@@ -197,12 +157,11 @@ def report_command(
         raise UsageError("--shots and --no-curves: give only one")
     check(out)
     cache = index_with(folder, encoding, opening, ask).in_memory()
-    test = source_of(source, reading, "test")
-    with encoder_for(ctx, cache, [test], encoding) as encoder:
-        written = write_report(
-            cache, test, encoder, out, shots=shots or None, seeds=seeds, curves=not no_curves, folder=folder,
-            where=opening.where, command=shlex.join(["retrieval-tip", *map(portable, sys.argv[1:])]),
-        )  # fmt: skip
+    source = source_of(test, reading, "test")
+    with encoder_for(cache, [source], encoding) as encoder:
+        curve: dict[str, Any] = {"shots": shots or None, "seeds": seeds, "curves": not no_curves}
+        typed = command_line(*map(portable, sys.argv[1:]))
+        written = write_report(cache, source, encoder, out, **curve, folder=folder, where=opening.where, command=typed)
     right = percent(written.evaluation.top1)
     about(out, f"{written.bytes / 1e6:.1f} MB, {right} of {counted(written.evaluation.n, 'photo')} correct")
-    finish(ctx, encoder.skipped)
+    finish(encoder.skipped)

@@ -1,19 +1,24 @@
 """Behaviour shared by all commands.
 
-The help of a command is divided into sections. -q and -v can follow any command. Errors are printed on one line, and
-similar names are suggested for an unknown name.
+A command is a function whose parameters have an :func:`argument`, an :func:`option`, a :func:`flag` or a group of
+options (:func:`grouped`) as their default. Its docstring contains the help of the command, and in the section Options
+the help of each option. The help is divided into sections. -q and -v can follow any command. Errors are printed on one
+line, and similar names are suggested for an unknown name.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
-from types import MappingProxyType
-from typing import Any
+from dataclasses import field, fields
+from functools import partial, wraps
+from types import FunctionType, MappingProxyType
+from typing import Any, NamedTuple
 
 import click
 
@@ -60,14 +65,68 @@ def _all_help(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
 class Option(click.Option):
     """An option that the help lists under a heading. A folded heading only lists names, except in --help-all."""
 
-    def __init__(self, *arguments: Any, heading: str, folded: bool = False, **more: Any) -> None:
+    def __init__(self, *arguments: Any, heading: str = "Options", folded: bool = False, **more: Any) -> None:
         super().__init__(*arguments, **more)
         self.heading, self.folded = heading, folded
 
 
-def under(heading: str, *, folded: bool = False) -> Callable[..., Callable[[Function], Function]]:
-    """Return a ``click.option`` that lists its options under a heading."""
-    return partial(click.option, cls=Option, heading=heading, folded=folded)
+def argument(kind: object = None, **more: Any) -> Any:
+    """Declare an argument, as the default of a parameter of a command."""
+    return field(metadata={"cls": click.Argument, "type": kind, **more})
+
+
+def option(kind: object = None, *names: str, **more: Any) -> Any:
+    """Declare an option, as the default of a parameter of a command or of a field of a group.
+
+    The option has the name of the parameter, unless ``names`` are given. Its help is ``help``, or the text after the
+    name of the parameter in the docstring of the command or of the group.
+    """
+    default = more.get("default")
+    shown = {"show_default": default is not None and default is not False}
+    return field(default=default, metadata={"names": names, "type": kind, **shown, **more})
+
+
+def flag(*names: str, **more: Any) -> Any:
+    """Declare an option without a value (see :func:`option`)."""
+    return option(None, *names, default=False, is_flag=True, **more)
+
+
+class OptionGroup(NamedTuple):
+    """Options that a command takes as one parameter of the type ``kind``."""
+
+    kind: Callable[..., object]
+    params: Sequence[click.Parameter]
+
+
+def grouped(kind: type[Any], options: Mapping[str, Any] | None = None, *, without: Sequence[str] = ()) -> Any:
+    """Declare a group of options, as the default of a parameter of a command.
+
+    The options are those that the fields of the dataclass ``kind`` declare, or the given ``options`` by field.
+    """
+    told = {name: text for base in kind.__mro__ for name, text in _texts(base.__doc__).items()}
+    own = options or {one.name: one for one in fields(kind) if one.metadata}
+    return OptionGroup(kind, [_parameter(name, one, told) for name, one in own.items() if name not in without])
+
+
+def _texts(doc: str | None) -> dict[str, str]:
+    """Return the text after each name in a docstring, without articles and cross-references."""
+    _, *parts = re.split(r"^    (\w+): ", inspect.cleandoc(doc or ""), flags=re.MULTILINE)
+    texts = (re.sub(r" \(see :\w+:`[^`]*`\)", "", " ".join(text.split())) for text in parts[1::2])
+    return {
+        name: re.sub(r"^(The|A) (\w)", lambda article: article[2].upper(), text)
+        for name, text in zip(parts[::2], texts, strict=True)
+    }
+
+
+def _parameter(name: str, declared: Any, told: Mapping[str, str]) -> click.Parameter:
+    more = dict(declared.metadata)
+    if more.pop("cls", None) is click.Argument:
+        return click.Argument([name], **more)
+    text, default, rest = (more.pop("help", None) or told[name]).partition("[default: ")
+    repeated = "Can be repeated." if more.get("multiple") else ""
+    names = more.pop("names") or [f"--{name.replace('_', '-')}"]
+    more["help"] = f"{text.rstrip()} {repeated}".rstrip() + "  " * bool(default) + default + rest
+    return Option([*names, name], **more)
 
 
 _early = partial(Option, heading="General", is_eager=True, expose_value=False)
@@ -79,7 +138,26 @@ _GENERAL = [
 
 
 class Command(click.Command):
-    """A command whose help lists options under headings, and whose errors refer to this help."""
+    """A command whose options are declared by its function. Its help lists them under headings."""
+
+    def __init__(self, *, callback: FunctionType, params: list[click.Parameter], help: str, **more: Any) -> None:  # noqa: A002 - as in click
+        told, groups = _texts(help), {}
+        names, defaults = callback.__code__.co_varnames, callback.__defaults__ or ()
+        for name, declared in zip(names, defaults, strict=False):  # inspect.signature is slower
+            if isinstance(declared, OptionGroup):
+                groups[name] = declared
+                params += declared.params
+            else:
+                params.append(_parameter(name, declared, told))
+
+        @wraps(callback)
+        def collecting(**values: object) -> object:
+            for name, (kind, own) in groups.items():
+                values[name] = kind(**{str(one.name): values.pop(str(one.name)) for one in own})
+            return callback(**values)
+
+        text = inspect.cleandoc(help).partition("\n\nOptions:\n")[0]
+        super().__init__(callback=collecting, params=params, help=text, **more)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Insert the general options before --help."""
@@ -92,8 +170,8 @@ class Command(click.Command):
         folded: set[str] = set()
         for option in self.get_params(ctx):
             if isinstance(option, click.Option) and (record := option.get_help_record(ctx)) is not None:
-                heading = option.heading if isinstance(option, Option) else "Options"
-                records.setdefault("General" if "--help" in option.opts else heading, []).append(record)
+                heading = option.heading if isinstance(option, Option) else "General"  # for --help
+                records.setdefault(heading, []).append(record)
                 if isinstance(option, Option) and option.folded and ctx.meta.get("folded", True):
                     folded.add(heading)
         for heading, own in records.items():
@@ -197,7 +275,7 @@ def in_one_line(ctx: click.Context | None = None) -> Iterator[None]:
     except click.exceptions.NoArgsIsHelpError:  # prints the help
         raise
     except click.UsageError as error:
-        raise click.UsageError(message(error.format_message()), error.ctx) from error
+        raise click.UsageError(message(error.format_message()), error.ctx or ctx) from error
     except click.ClickException as error:
         raise click.ClickException(message(error.format_message())) from error
     except UsageError as error:

@@ -4,42 +4,25 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from retrieval_tip.cli import options
-from retrieval_tip.cli.group import Group
-from retrieval_tip.cli.messages import about, command_line, finish, print_facts, say, say_fit, warn
-from retrieval_tip.cli.opening import Origin, backbone_for, backbone_of, checked, encoder_for, encoder_of, source_of
+from retrieval_tip.cli import kinds, options
+from retrieval_tip.cli.group import Group, argument, flag, grouped, option
+from retrieval_tip.cli.kinds import Place
+from retrieval_tip.cli.messages import about, command_line, finish, print_result, quiet, say, say_fit, warn
+from retrieval_tip.cli.opening import backbone_for, backbone_of, checked, encoder_for, encoder_of, source_of, store_of
 from retrieval_tip.cli.options import BackboneOptions, EncodingOptions, OutputOptions, ReadingOptions, ViewOptions
-from retrieval_tip.cli.parameters import (
-    FILE,
-    FOLDER,
-    INDEX,
-    NUMBER,
-    POSITIVE,
-    SEED,
-    SOURCE,
-    VIEWS_COUNT,
-    K,
-    Number,
-    count,
-)
-from retrieval_tip.cli.recipe import recipe
-from retrieval_tip.errors import UsageError, counted, few, json_line, show
+from retrieval_tip.errors import UsageError, counted, few, show
 from retrieval_tip.index.addresses import FORMS, KIND
-from retrieval_tip.settings import BuildOptions, Dtype, KeysMet, Normalize, Precision
+from retrieval_tip.settings import AskOptions, BuildOptions, Dtype, KeysMet, Normalize, Precision
 
 if TYPE_CHECKING:
     from retrieval_tip.index.changes import Added, Changed
-    from retrieval_tip.index.places import Place
     from retrieval_tip.model import Index
-
-OUT = click.option("--out", "--store", type=INDEX, required=True,
-                   help=f"Index folder, or {KIND} ({FORMS}). If the index already exists, it gets a new "
-                        "version.")  # fmt: skip
 
 
 @click.group("index", cls=Group)
@@ -47,26 +30,21 @@ def index() -> None:
     """Build, inspect, query and change indexes."""
 
 
-@index.command("build")
-@click.argument("source", type=SOURCE)
-@OUT
-@click.option("--recipe", type=FILE, is_eager=True, expose_value=False, callback=recipe,
-              help="TOML file that sets any of these options. Options on the command line override it.")  # fmt: skip
-@options.BACKBONE
-@options.building()
-@options.VIEWS
-@options.READING
-@options.ENCODING
-@click.pass_context
+@index.command()
 def build(
-    ctx: click.Context,
-    /,
-    source: Path | str,
-    out: Place,
-    views: ViewOptions,
-    reading: ReadingOptions,
-    encoding: EncodingOptions,
-    **build: Unpack[BuildOptions],
+    source: Place = argument(kinds.SOURCE),
+    out: Place = option(
+        kinds.INDEX,
+        "--out",
+        "--store",
+        required=True,
+        help=f"Index folder, or {KIND} ({FORMS}). If the index already exists, it gets a new version.",
+    ),
+    recipe: Path | None = option(kinds.FILE, is_eager=True, expose_value=False, callback=kinds.recipe),
+    build: BuildOptions = options.building(),
+    views: ViewOptions = options.VIEWS,
+    reading: ReadingOptions = options.READING,
+    encoding: EncodingOptions = options.ENCODING,
 ) -> None:
     """Build an index from labelled images or features.
 
@@ -75,6 +53,9 @@ def build(
     .json in COCO's format or from Label Studio; or webdataset tars ("shards/{000..099}.tar"). Folders, tables and tars
     can also be on s3://, gs:// or az://. With --dataset, SOURCE is the folder that contains the datasets, and the
     prompts of the dataset are used.
+
+    Options:
+        recipe: TOML file that sets any of these options. Options on the command line override it.
     """
     from retrieval_tip.data.datasets import facts
     from retrieval_tip.index.build import build_index
@@ -83,13 +64,12 @@ def build(
     backbone = backbone_of(items, encoding, needed=build["text"] is None)
     if items.dataset and backbone is not None and backbone.has_text and not (build["text"] or build["templates"]):
         build["templates"] = facts(items.dataset).templates
-    with encoder_of(ctx, backbone, encoding, views) as encoder:
+    with encoder_of(backbone, encoding, views) as encoder:
         cache = build_index(items, out, encoder, device=encoding.device, **build)
     version = cache.version or 1
     _say_version(out, version, _held(cache))
-    if not ctx.obj:
-        if build["drop_suspicious"]:
-            dropped = cache.provenance["dropped"]
+    if not quiet():
+        if dropped := cache.provenance.get("dropped"):
             named = f": {few(dropped['sources'], dropped['shots'])}" if dropped["shots"] else ""
             say(f"Left out {dropped['shots']:,} of {counted(dropped['of'], 'shot')} with suspicious labels{named}")
         if "fit" in cache.provenance:
@@ -97,7 +77,7 @@ def build(
         if version > 1:
             say(f"Version {version - 1} is kept. To restore it, run: {command_line('index', 'rollback', out)}")
         say(f"Next: {_next_step(out, cache)}")
-    finish(ctx, encoder.skipped)
+    finish(encoder.skipped)
 
 
 LEAST_RIGHT = 0.9
@@ -120,66 +100,52 @@ def _next_step(out: Place, cache: Index) -> str:
     return f"{command_line('serve', out)} opens it in the browser"
 
 
-@index.command("info")
-@options.INDEX_ARGUMENT
-@options.JSON
-def info(folder: Place, as_json: bool) -> None:
+@index.command()
+def info(folder: Place = options.INDEX_ARGUMENT, as_json: bool = options.JSON) -> None:
     """Show the version, encoder, classes and settings of an index."""
-    from retrieval_tip.index.places import at
-
-    facts = at(folder).describe()
-    if as_json:
-        click.echo(json_line(facts))
-    else:
-        print_facts(facts)
+    print_result(store_of(folder).describe(), as_json)
 
 
-@index.command("list")
-@click.argument("folder", type=FOLDER, default="indexes")
-@options.FORMAT
-def list_command(folder: Path, printing: OutputOptions) -> None:
+@index.command()
+def list_command(
+    folder: Path = argument(kinds.FOLDER, default="indexes"), printing: OutputOptions = options.FORMAT
+) -> None:
     """List the indexes in a folder.
 
     FOLDER defaults to indexes. For each index, shows its name, version, encoder and creation time, and the number of
     its keys and classes.
     """
-    import pyarrow as pa
-
-    from retrieval_tip.cli.output import write_rows
     from retrieval_tip.index.places import listed
 
-    types = {"index": pa.string(), "version": pa.int64(), "keys": pa.int64(), "classes": pa.int64()}
-    types |= {"backbone": pa.string(), "made": pa.string()}
+    types = {"index": str, "version": int, "keys": int, "classes": int, "backbone": str, "made": str}
     rows = (
         (name, one.version, one.n, len(one.class_names), (one.backbone or {}).get("model"), one.created_at)
         for name, one in listed(folder)
     )
-    write_rows([dict(zip(types, row, strict=True)) for row in rows], types, printing.style, printing.output)
+    printing.write_rows(rows, types)
 
 
-@index.command("verify")
-@options.INDEX_ARGUMENT
-def verify(folder: Place) -> None:
+@index.command()
+def verify(folder: Place = options.INDEX_ARGUMENT) -> None:
     """Check that an index is undamaged.
 
     Checks every byte of the index, and that its parts match. For an index in a bucket, checks every row of the current
     version and the small objects of earlier versions.
     """
-    from retrieval_tip.index.places import at
-
-    cache = at(folder).verify()
+    cache = store_of(folder).verify()
     about(folder, f"version {cache.version} is intact ({_held(cache)})")
 
 
-@index.command("query")
-@options.INDEX_ARGUMENT
-@click.argument("sql")
-@options.FORMAT
-@click.option("--predictions", type=FILE,
-              help="Output of classify (.parquet, .csv or .json), to be used as the table predictions.")  # fmt: skip
-@click.option("--timeout", type=click.IntRange(1, 86_400), default=60, show_default=True,
-              help="Time limit for the query, in seconds.")  # fmt: skip
-def query(folder: Place, sql: str, predictions: Path | None, timeout: int, printing: OutputOptions) -> None:
+@index.command()
+def query(
+    folder: Place = options.INDEX_ARGUMENT,
+    sql: str = argument(),
+    printing: OutputOptions = options.FORMAT,
+    predictions: Path | None = option(
+        kinds.FILE, help="Output of classify (.parquet, .csv or .json), to be used as the table predictions."
+    ),
+    timeout: int = option(click.IntRange(1, 86_400), default=60, help="Time limit for the query, in seconds."),
+) -> None:
     """Query the label store with SQL.
 
     SQL is a single SELECT statement. It is read-only and cannot access other files. You can query these tables:
@@ -189,38 +155,19 @@ def query(folder: Place, sql: str, predictions: Path | None, timeout: int, print
     The table versions contains the output of index history. If the index is fine-tuned, the table curve contains its
     loss curve. If you give --predictions, the table predictions contains the rows of that file.
     """
-    from retrieval_tip.cli.output import write_table
-    from retrieval_tip.index.places import at
-
-    write_table(at(folder).query(sql, predictions, timeout), printing.style, printing.output)
+    printing.write_table(store_of(folder).query(sql, predictions, timeout))
 
 
-@index.command("tune")
-@options.FOLDER_ARGUMENT
-@click.option("--val", "source", type=SOURCE, required=True,
-              help="Images or features to tune on. Do not use the shots. The val part of a split .json is "
-                   "used.")  # fmt: skip
-@click.option("--agreement", type=Number(0, 1, above=True), default=0.999, show_default=True,
-              help="Minimum share of answers that must equal those of an exact search over all keys.")  # fmt: skip
-@click.option("--index", "factories", multiple=True,
-              help="FAISS factory string to try. Can be repeated.  "
-                   "[default: Classes and an inverted file]")  # fmt: skip
-@click.option("--dry-run", is_flag=True, help="Print the results, but do not change the index.")
-@options.ROOT
-@options.FORMAT
-@options.BACKBONE
-@options.ENCODING
-@click.pass_context
+@index.command()
 def tune_command(
-    ctx: click.Context,
-    folder: Path,
-    source: Path | str,
-    agreement: float,
-    factories: tuple[str, ...],
-    dry_run: bool,
-    root: Path | str | None,
-    printing: OutputOptions,
-    encoding: EncodingOptions,
+    folder: Path = options.FOLDER_ARGUMENT,
+    val: Place = option(kinds.SOURCE, required=True),
+    agreement: float = option(kinds.Number(0, 1, above=True), default=0.999),
+    factories: tuple[str, ...] = option(None, "--index", multiple=True),
+    dry_run: bool = flag(),
+    reading: ReadingOptions = options.ROOT,
+    printing: OutputOptions = options.FORMAT,
+    encoding: EncodingOptions = options.ENCODING,
 ) -> None:
     """Find the cheapest index and k that give the same answers.
 
@@ -228,24 +175,30 @@ def tune_command(
     on this machine in one batch. Prints every candidate that has no cheaper alternative with the same agreement, and
     saves the cheapest one that reaches --agreement as a new version. The images do not have to be labelled. You can
     still search all keys of a tuned index with -k all.
-    """
-    import pyarrow as pa
 
-    from retrieval_tip.cli.output import write_rows
+    Options:
+        val: Images or features to tune on. Do not use the shots. The val part of a split .json is used.
+        agreement: Minimum share of answers that must equal those of an exact search over all keys.
+        factories: FAISS factory string to try. [default: Classes and an inverted file]
+        dry_run: Print the results, but do not change the index.
+    """
     from retrieval_tip.index.tune import tune_on
 
     cache = checked(folder, encoding.device, encoding.precision)
-    val = source_of(source, ReadingOptions(root=root), "val", labelled=False)
-    with encoder_for(ctx, cache, [val], encoding) as encoder:
-        tuning = tune_on(cache, val, encoder, agreement=agreement, factories=factories)
-    types = {"index": pa.string(), "effort": pa.int64(), "k": pa.string(), "agreement": pa.float64()}
-    types |= {"microseconds": pa.float64(), "chosen": pa.bool_()}
-    rows = [vars(t) | {"k": str(t.k or "all"), "chosen": t is tuning.chosen} for t in tuning.trials if t.best]
-    write_rows(rows, types, printing.style, printing.output)
+    source = source_of(val, reading, "val", labelled=False)
+    with encoder_for(cache, [source], encoding) as encoder:
+        tuning = tune_on(cache, source, encoder, agreement=agreement, factories=factories)
+    types = {"index": str, "effort": int, "k": str, "agreement": float, "microseconds": float, "chosen": bool}
+    rows = (
+        (one.index, one.effort, str(one.k or "all"), one.agreement, one.microseconds, one is tuning.chosen)
+        for one in tuning.trials
+        if one.best
+    )
+    printing.write_rows(rows, types)
     if not dry_run:
         tuning.apply(cache, folder)
-        say(f"{folder}: version {cache.version}, {cache.index_type}, k {cache.settings.k or 'all'}")
-    finish(ctx, encoder.skipped)
+        say(f"{folder}: version {cache.version}, {cache.index.factory}, k {cache.settings.k or 'all'}")
+    finish(encoder.skipped)
 
 
 def _ids(ctx: click.Context, _: click.Parameter, texts: tuple[str, ...]) -> list[int] | None:
@@ -255,63 +208,54 @@ def _ids(ctx: click.Context, _: click.Parameter, texts: tuple[str, ...]) -> list
     return [int(part) for part in parts] if texts else None
 
 
-_WHICH = options.several(
-    click.option("--where", metavar="SQL", help="SQL condition on the label store that selects the shots."),
-    click.option("--key-ids", multiple=True, metavar="ID,...", callback=_ids,
-                 help="Key ids of the shots. Can be repeated."),
-)  # fmt: skip
+@dataclass(frozen=True)
+class ShotOptions:
+    """Options that select shots of an index."""
+
+    where: str | None = option(metavar="SQL", help="SQL condition on the label store that selects the shots.")
+    key_ids: list[int] | None = option(multiple=True, metavar="ID,...", callback=_ids, help="Key ids of the shots.")
 
 
-@index.command("add")
-@options.INDEX_ARGUMENT
-@click.argument("source", type=SOURCE)
-@click.option("--text", type=FILE,
-              help="Feature table of text features for new classes, which are used instead of prompts.")  # fmt: skip
-@options.building("shots")
-@click.option("--views", type=VIEWS_COUNT,
-              help="Number of views to average per key.  [default: the same as in the index]")  # fmt: skip
-@click.option("--seed", type=SEED,
-              help="Seed for drawing shots and views.  [default: the seed of the index, or 1]")  # fmt: skip
-@click.option("--skip-known", is_flag=True, help="Skip images that are already in the index under the same label.")
-@options.BACKBONE
-@options.READING
-@options.ENCODING
-@click.pass_context
+@index.command()
 def add_command(
-    ctx: click.Context,
-    folder: Place,
-    source: Path | str,
-    text: Path | None,
-    shots: int | None,
-    views: int | None,
-    seed: int | None,
-    skip_known: bool,
-    reading: ReadingOptions,
-    encoding: EncodingOptions,
+    folder: Place = options.INDEX_ARGUMENT,
+    source: Place = argument(kinds.SOURCE),
+    text: Path | None = option(kinds.FILE),
+    drawn: dict[str, Any] = options.building("shots"),
+    views: int | None = option(kinds.VIEWS_COUNT),
+    seed: int | None = option(kinds.SEED),
+    skip_known: bool = flag(),
+    reading: ReadingOptions = options.READING,
+    encoding: EncodingOptions = options.ENCODING,
 ) -> None:
     """Add labelled images or features to an index.
 
     SOURCE can be anything that index build accepts. New classes are appended to the index, and their text weights come
     from the templates of the index or from --text.
+
+    Options:
+        text: Feature table of text features for new classes, which are used instead of prompts.
+        views: Number of views to average per key. [default: the same as in the index]
+        seed: Seed for drawing shots and views. [default: the seed of the index, or 1]
+        skip_known: Skip images that are already in the index under the same label.
     """
     from retrieval_tip.index import changes
 
-    origin, items = Origin.of(folder), source_of(source, reading, "train")
-    manifest = origin.manifest
+    manifest, items = store_of(folder).manifest(), source_of(source, reading, "train")
+    built = manifest.built
     new = not set(items.class_names) <= set(manifest.class_names)
     needed = new and text is None and bool(manifest.templates)
-    built = manifest.built
-    drawn = ViewOptions(built.views if views is None else views, built.seed if seed is None else seed)
-    with encoder_for(ctx, origin, [items], encoding, drawn, needed=needed) as encoder:
-        added = changes.add(folder, items, encoder, text=text, shots=shots, skip_known=skip_known, manifest=manifest)
+    as_built = ViewOptions(built.views if views is None else views, built.seed if seed is None else seed)
+    with encoder_for(manifest, [items], encoding, as_built, needed=needed) as encoder:
+        added = changes.add(folder, items, encoder, text=text, skip_known=skip_known, manifest=manifest, **drawn)
     _say_added(folder, added, skip_known)
-    finish(ctx, encoder.skipped)
+    finish(encoder.skipped)
 
 
-@index.command("merge")
-@options.INDEX_ARGUMENT
-@click.argument("others", nargs=-1, required=True, type=INDEX)
-def merge_command(folder: Place, others: tuple[Place, ...]) -> None:
+@index.command()
+def merge_command(
+    folder: Place = options.INDEX_ARGUMENT, others: tuple[Place, ...] = argument(kinds.INDEX, nargs=-1, required=True)
+) -> None:
     """Add the shots of other indexes to an index.
 
     OTHERS are indexes built with the same encoder. A new version is made for each index.
@@ -322,10 +266,8 @@ def merge_command(folder: Place, others: tuple[Place, ...]) -> None:
         _say_added(folder, changes.merge(folder, other))
 
 
-@index.command("remove")
-@options.INDEX_ARGUMENT
-@_WHICH
-def remove_command(folder: Place, where: str | None, key_ids: list[int] | None) -> None:
+@index.command()
+def remove_command(folder: Place = options.INDEX_ARGUMENT, which: ShotOptions = grouped(ShotOptions)) -> None:
     """Remove shots from an index.
 
     The classes of these shots stay in the index. Earlier versions still contain the shots until you delete those
@@ -333,34 +275,32 @@ def remove_command(folder: Place, where: str | None, key_ids: list[int] | None) 
     """
     from retrieval_tip.index import changes
 
-    removed = changes.remove(folder, where=where, key_ids=key_ids)
-    _say_version(folder, removed.version, f"removed {counted(len(removed.key_ids), 'shot')}")
-    _say_fitted(folder, removed)
+    removed = changes.remove(folder, where=which.where, key_ids=which.key_ids)
+    _say_changed(folder, removed, f"removed {counted(len(removed.key_ids), 'shot')}")
 
 
-@index.command("relabel")
-@options.INDEX_ARGUMENT
-@click.argument("label")
-@_WHICH
-def relabel_command(folder: Place, label: str, where: str | None, key_ids: list[int] | None) -> None:
+@index.command()
+def relabel_command(
+    folder: Place = options.INDEX_ARGUMENT, label: str = argument(), which: ShotOptions = grouped(ShotOptions)
+) -> None:
     """Move shots to another class.
 
     LABEL must be a class of the index. To add a class, use index add. To rename a class, use index rename.
     """
     from retrieval_tip.index import changes
 
-    changed = changes.relabel(folder, label, where=where, key_ids=key_ids)
-    _say_version(folder, changed.version, f"relabelled {counted(len(changed.key_ids), 'shot')} as {label}")
-    _say_fitted(folder, changed)
+    changed = changes.relabel(folder, label, where=which.where, key_ids=which.key_ids)
+    _say_changed(folder, changed, f"relabelled {counted(len(changed.key_ids), 'shot')} as {label}")
 
 
-@index.command("rename")
-@options.INDEX_ARGUMENT
-@click.argument("old")
-@click.argument("new")
-@click.option("--encode", is_flag=True, help="Encode the new name, and replace the text weights with the result.")
-@options.grouped("backbone", BackboneOptions, options.BACKBONE, options.DEVICE)
-def rename_command(folder: Place, old: str, new: str, encode: bool, backbone: BackboneOptions) -> None:
+@index.command()
+def rename_command(
+    folder: Place = options.INDEX_ARGUMENT,
+    old: str = argument(),
+    new: str = argument(),
+    encode: bool = flag(help="Encode the new name, and replace the text weights with the result."),
+    backbone: BackboneOptions = options.BACKBONE,
+) -> None:
     """Rename the class OLD to NEW.
 
     If the class NEW already exists, OLD is merged into it. The text weights stay unchanged unless you give --encode or
@@ -369,35 +309,22 @@ def rename_command(folder: Place, old: str, new: str, encode: bool, backbone: Ba
     from retrieval_tip.index import changes
 
     encode = encode or backbone.model is not None
-    loaded = backbone_for(Origin.of(folder), [], backbone, needed=True) if encode else None
+    loaded = backbone_for(store_of(folder).manifest(), [], backbone, needed=True) if encode else None
     renamed = changes.rename(folder, old, new, loaded)
     what = f"merged {old} into {new}" if renamed.merged else f"renamed {old} to {new}"
-    _say_version(folder, renamed.version, f"{what} ({counted(len(renamed.key_ids), 'shot')})")
-    _say_fitted(folder, renamed)
+    _say_changed(folder, renamed, f"{what} ({counted(len(renamed.key_ids), 'shot')})")
 
 
-@index.command("set")
-@options.INDEX_ARGUMENT
-@click.option("--alpha", type=NUMBER, help="Weight of the cache relative to the text.")
-@click.option("--beta", type=NUMBER, help="Sharpness of the affinity.")
-@click.option("-k", "k", type=K(), help="Number of nearest keys to use per query.")
-@click.option("--tail/--no-tail", default=None,
-              help="Whether to estimate the contribution of keys that are not retrieved.")  # fmt: skip
-@click.option("--temperature", type=POSITIVE, help="Temperature T of the probabilities, softmax(logits / T).")
-@click.option("--normalize", type=options.choice(Normalize),
-              help="Units of alpha and beta, measured on the current shots. index build uses both.")  # fmt: skip
-@options.building("templates")
-@options.grouped("backbone", BackboneOptions, options.BACKBONE, options.DEVICE)
+@index.command()
 def set_command(
-    folder: Place,
-    alpha: float | None,
-    beta: float | None,
-    k: KeysMet,
-    tail: bool | None,
-    temperature: float | None,
-    normalize: Normalize | None,
-    templates: tuple[str, ...],
-    backbone: BackboneOptions,
+    folder: Place = options.INDEX_ARGUMENT,
+    settings: dict[str, Any] = grouped(AskOptions, options.ASKING),
+    temperature: float | None = option(kinds.POSITIVE, help="Temperature T of the probabilities, softmax(logits / T)."),
+    normalize: Normalize | None = option(
+        options.choice(Normalize), help="Units of alpha and beta, measured on the current shots. index build uses both."
+    ),
+    text: dict[str, Any] = options.building("templates"),
+    backbone: BackboneOptions = options.BACKBONE,
 ) -> None:
     """Change the settings of an index.
 
@@ -406,21 +333,21 @@ def set_command(
     """
     from retrieval_tip.index import changes
 
-    loaded = backbone_for(Origin.of(folder), [], backbone, needed=True) if templates else None
+    loaded = backbone_for(store_of(folder).manifest(), [], backbone, needed=True) if text["templates"] else None
     changed = changes.configure(
-        folder, alpha=alpha, beta=beta, k=k, tail=tail, temperature=temperature, normalize=normalize,
-        templates=templates, backbone=loaded,
-    )  # fmt: skip
+        folder, **settings, **text, temperature=temperature, normalize=normalize, backbone=loaded
+    )
     if changed.summary is not None:
         say(changed.summary)
     _say_version(folder, changed.version, "settings changed")
 
 
-@index.command("rebuild")
-@options.INDEX_ARGUMENT
-@click.option("--index", "factory", help="FAISS factory string, Classes or auto.  [default: unchanged]")
-@click.option("--dtype", type=options.choice(Dtype), help="Data type of the stored keys.  [default: unchanged]")
-def rebuild_command(folder: Place, factory: str | None, dtype: Dtype | None) -> None:
+@index.command()
+def rebuild_command(
+    folder: Place = options.INDEX_ARGUMENT,
+    factory: str | None = option(None, "--index", help="FAISS factory string, Classes or auto. [default: unchanged]"),
+    dtype: Dtype | None = option(options.choice(Dtype), help="Data type of the stored keys. [default: unchanged]"),
+) -> None:
     """Rebuild the FAISS index from the keys.
 
     Use --index to change the index type, and --dtype to change the precision of the keys.
@@ -430,37 +357,34 @@ def rebuild_command(folder: Place, factory: str | None, dtype: Dtype | None) -> 
     _say_version(folder, changes.rebuild(folder, index=factory, dtype=dtype).version, "rebuilt")
 
 
-@index.command("history")
-@options.INDEX_ARGUMENT
-@options.FORMAT
-def history_command(folder: Place, printing: OutputOptions) -> None:
+@index.command()
+def history_command(folder: Place = options.INDEX_ARGUMENT, printing: OutputOptions = options.FORMAT) -> None:
     """List the versions of an index, starting with the oldest."""
-    from retrieval_tip.cli.output import write_table
-    from retrieval_tip.index.places import at
-
-    write_table(at(folder).history(), printing.style, printing.output)
+    printing.write_table(store_of(folder).history())
 
 
-@index.command("rollback")
-@options.INDEX_ARGUMENT
-@click.option("--version", type=count(), help="Version to restore.  [default: the previous one]")
-def rollback_command(folder: Place, version: int | None) -> None:
+@index.command()
+def rollback_command(folder: Place = options.INDEX_ARGUMENT, version: int | None = option(kinds.count())) -> None:
     """Restore an earlier version of an index.
 
     The restored version is saved as a new version, so the current version is kept.
+
+    Options:
+        version: Version to restore. [default: the previous one]
     """
     from retrieval_tip.index import changes
 
     _say_version(folder, changes.rollback(folder, version).version, "rolled back")
 
 
-@index.command("gc")
-@options.INDEX_ARGUMENT
-@click.option("--keep", type=count(), default=1, show_default=True, help="Number of latest versions to keep.")
-def gc_command(folder: Place, keep: int) -> None:
+@index.command()
+def gc_command(folder: Place = options.INDEX_ARGUMENT, keep: int = option(kinds.count(), default=1)) -> None:
     """Delete earlier versions and the files that only they use.
 
     Photos that were added over HTTP (in INDEX-shots) are also deleted if no remaining version uses them.
+
+    Options:
+        keep: Number of latest versions to keep.
     """
     from retrieval_tip.index import changes
 
@@ -469,44 +393,40 @@ def gc_command(folder: Place, keep: int) -> None:
     about(folder, f"deleted {counted(len(done.versions), 'version')}{photos}, freed {done.freed:,} bytes")
 
 
-@index.command("clone")
-@options.INDEX_ARGUMENT
-@click.argument("out", type=INDEX)
-@click.option("--version", type=count(), help="Version to copy.  [default: the current one]")
-def clone_command(folder: Place, out: Place, version: int | None) -> None:
+@index.command()
+def clone_command(
+    folder: Place = options.INDEX_ARGUMENT,
+    out: Place = argument(kinds.INDEX),
+    version: int | None = option(kinds.count(), help="Version to copy. [default: the current one]"),
+) -> None:
     """Copy an index to OUT and verify the copied files."""
     from retrieval_tip.index import changes
 
     _say_version(out, changes.clone(folder, out, version).version, f"copied from {folder}")
 
 
-@index.command("export")
-@options.FOLDER_ARGUMENT
-@click.option("--out", type=FILE, help="Feature table to write (.parquet).")
-@click.option("--text", type=FILE,
-              help="Feature table to write for the text weights. You can pass it to index build --text.")  # fmt: skip
-@click.option("--onnx", type=FILE,
-              help="ONNX file to write. Its graph computes logits from pixels (requires onnx).")  # fmt: skip
-@click.option("--features", is_flag=True,
-              help="With --onnx, compute logits from features, and leave out the image encoder.")  # fmt: skip
-@click.option("--k", type=K(),
-              help="With --onnx, give all if the index uses the k nearest keys, because a graph can only use all "
-                   "keys.")  # fmt: skip
-@click.option("--precision", type=click.Choice(["float32", "int8"]), default="float32", show_default=True,
-              help="With --onnx, precision of the image encoder. With int8, the file is smaller. It then contains the "
-                   "encoder that models --int8 stored.")  # fmt: skip
+@index.command()
 def export_command(
-    folder: Path,
-    out: Path | None,
-    text: Path | None,
-    onnx: Path | None,
-    features: bool,
-    k: KeysMet,
-    precision: Precision,
+    folder: Path = options.FOLDER_ARGUMENT,
+    out: Path | None = option(kinds.FILE),
+    text: Path | None = option(kinds.FILE),
+    onnx: Path | None = option(kinds.FILE),
+    features: bool = flag(),
+    k: KeysMet = option(kinds.K()),
+    precision: Precision = option(click.Choice(["float32", "int8"]), default="float32"),
 ) -> None:
     """Export the keys as a feature table, or the index as ONNX.
 
     The ONNX graph contains the whole index and runs in any ONNX runtime.
+
+    Options:
+        out: Feature table to write (.parquet).
+        text: Feature table to write for the text weights. You can pass it to index build --text.
+        onnx: ONNX file to write. Its graph computes logits from pixels (requires onnx).
+        features: With --onnx, compute logits from features, and leave out the image encoder.
+        k: With --onnx, give all if the index uses the k nearest keys, because a graph can only use all keys.
+        precision: With --onnx, precision of the image encoder. With int8, the file is smaller. It then contains the
+            encoder that models --int8 stored.
     """
     from retrieval_tip.index.export import export_table, export_text
 
@@ -538,18 +458,13 @@ def export_command(
         about(text, f"{export_text(cache, text)} rows")
 
 
-@index.command("audit")
-@options.INDEX_ARGUMENT
-@click.option("-k", "k", type=K(),
-              help="Number of nearest keys used to check each shot, or all.  "
-                   "[default: all in small indexes]")  # fmt: skip
-@click.option("--all", "borderline", is_flag=True, help="Also list borderline cases.")
-@click.option("--apply", "file", type=FILE,
-              help="Table written by audit --output, whose suggestions are applied in one new version.")  # fmt: skip
-@options.FORMAT
-@click.pass_context
+@index.command()
 def audit_command(
-    ctx: click.Context, folder: Place, k: KeysMet, borderline: bool, file: Path | None, printing: OutputOptions
+    folder: Place = options.INDEX_ARGUMENT,
+    k: KeysMet = option(kinds.K(), "-k"),
+    borderline: bool = flag("--all"),
+    file: Path | None = option(kinds.FILE, "--apply"),
+    printing: OutputOptions = options.FORMAT,
 ) -> None:
     """List shots that look mislabelled, or relabel them.
 
@@ -559,6 +474,11 @@ def audit_command(
     To correct labels, save the list with --output suspects.csv (you can also use .json or .parquet). Delete rows or
     edit the suggestions, and then pass the file to --apply. Only the columns key_id, label and suggested are read. The
     column suggested contains the new label of a shot, and label must still be its current label.
+
+    Options:
+        k: Number of nearest keys used to check each shot, or all. [default: all in small indexes]
+        borderline: Also list borderline cases.
+        file: Table written by audit --output, whose suggestions are applied in one new version.
     """
     if file is not None:
         from retrieval_tip.index.changes import apply_audit
@@ -566,15 +486,13 @@ def audit_command(
         if k is not None or borderline or printing != OutputOptions(None, None):
             raise UsageError("--apply: cannot be combined with other options")
         changed = apply_audit(folder, file)
-        _say_version(folder, changed.version, f"relabelled {counted(len(changed.key_ids), 'shot')}")
-        _say_fitted(folder, changed)
+        _say_changed(folder, changed, f"relabelled {counted(len(changed.key_ids), 'shot')}")
         return
-    from retrieval_tip.cli.output import write_table
     from retrieval_tip.evaluation.audit import audit
 
-    FOLDER.convert(folder, None, ctx)  # rejects an address
+    kinds.FOLDER.convert(folder, None, None)  # rejects an address
     cache = checked(Path(folder), "auto")
-    write_table(audit(cache, k=k, borderline=borderline), printing.style, printing.output)
+    printing.write_table(audit(cache, k=k, borderline=borderline))
 
 
 def _say_version(folder: Place, version: int, what: str) -> None:
@@ -602,6 +520,11 @@ def _say_added(folder: Place, added: Added, skipped: bool = False) -> None:
         if added.duplicates.compared == "digests":
             warn(["the index is too large to search for near-identical images now; use index audit"])
     _say_fitted(folder, added)
+
+
+def _say_changed(folder: Place, changed: Changed, what: str) -> None:
+    _say_version(folder, changed.version, what)
+    _say_fitted(folder, changed)
 
 
 def _say_fitted(folder: Place, changed: Changed) -> None:

@@ -2,48 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from retrieval_tip.cli import options
-from retrieval_tip.cli.group import command
-from retrieval_tip.cli.messages import SOME_SKIPPED, about, finish, say
-from retrieval_tip.cli.opening import backbone_of, encoder_for, encoder_of, index_with
+from retrieval_tip.cli import kinds, options
+from retrieval_tip.cli.group import argument, command, flag, option
+from retrieval_tip.cli.kinds import Place
+from retrieval_tip.cli.messages import SOME_SKIPPED, about, finish, note, say
+from retrieval_tip.cli.opening import encoder_for, index_with, inputs_of
 from retrieval_tip.cli.options import EncodingOptions, OutputOptions
-from retrieval_tip.cli.parameters import FOLDER, INDEX, SHARE, SOURCE, count
-from retrieval_tip.cli.stdin import paths_on_stdin
 from retrieval_tip.errors import UsageError, counted, show
 
 if TYPE_CHECKING:
-    from retrieval_tip.data.encoder import Encoder
-    from retrieval_tip.data.sources import Source
-    from retrieval_tip.index.places import Place
     from retrieval_tip.labelling.placing import Action
     from retrieval_tip.labelling.sort import Sorted
-    from retrieval_tip.model import Index
 
 
 @command()
-@click.argument("photos", nargs=-1, required=True)
-@click.option("-n", "number", type=count(), default=20, show_default=True, help="Number of photos to suggest.")
-@click.option("--index", "folder", type=INDEX, help="Index of the photos labelled so far.")
-@click.option("--text", type=SOURCE, help="Feature table of class names, for a first guess without an index.")
-@options.FORMAT
-@options.BACKBONE
-@options.ENCODING
-@click.pass_context
 def suggest(
-    ctx: click.Context,
-    photos: tuple[str, ...],
-    number: int,
-    folder: Place | None,
-    text: Place | None,
-    printing: OutputOptions,
-    encoding: EncodingOptions,
+    photos: tuple[str, ...] = argument(nargs=-1, required=True),
+    number: int = option(kinds.count(), "-n", default=20, help="Number of photos to suggest."),
+    folder: Place | None = option(kinds.INDEX, "--index", help="Index of the photos labelled so far."),
+    text: Place | None = option(kinds.SOURCE, help="Feature table of class names, for a first guess without an index."),
+    printing: OutputOptions = options.FORMAT,
+    encoding: EncodingOptions = options.ENCODING,
 ) -> None:
     """Suggest which photos to label next, most useful first.
 
@@ -52,40 +36,27 @@ def suggest(
     uncertain are preferred, and photos that the index contains are skipped. The column covers counts the other photos
     that are most similar to this suggestion.
     """
-    from retrieval_tip.cli.output import rounded, write_table
-    from retrieval_tip.data.sources import open_inputs
     from retrieval_tip.labelling.photos import suggest_photos
 
     if folder is not None and text is not None:
         raise UsageError("--text and --index: give only one; an index has its own text")
-    sources = list(open_inputs(photos, paths_on_stdin()))
+    sources = inputs_of(photos)
     index = None if folder is None else index_with(folder, encoding)
-    with _encoder(ctx, index, sources, encoding) as encoder:
+    with encoder_for(index, sources, encoding) as encoder:
         suggestions = suggest_photos(sources, number, encoder, index, text=text)
-    table = rounded(suggestions.table) if printing.style == "csv" else suggestions.table
-    write_table(table, printing.style, printing.output)
-    if not ctx.obj:
-        say(str(suggestions))
-    finish(ctx, encoder.skipped)
+    printing.write_table(suggestions.table, rounded=True)
+    note(str(suggestions))
+    finish(encoder.skipped)
 
 
-@command("find")
-@click.argument("photos", nargs=-1, required=True, metavar="PHOTOS... QUERY")
-@click.option("-n", "number", type=count(), default=20, show_default=True, help="Number of photos or pairs to show.")
-@click.option("--index", "folder", type=INDEX, help="Index whose encoder, metric and prompts are used.")
-@click.option("--duplicates", is_flag=True, help="Find near-identical photos instead. There is no QUERY.")
-@options.FORMAT
-@options.BACKBONE
-@options.ENCODING
-@click.pass_context
+@command()
 def find_command(
-    ctx: click.Context,
-    photos: tuple[str, ...],
-    number: int,
-    folder: Place | None,
-    duplicates: bool,
-    printing: OutputOptions,
-    encoding: EncodingOptions,
+    photos: tuple[str, ...] = argument(nargs=-1, required=True, metavar="PHOTOS... QUERY"),
+    number: int = option(kinds.count(), "-n", default=20, help="Number of photos or pairs to show."),
+    folder: Place | None = option(kinds.INDEX, "--index", help="Index whose encoder, metric and prompts are used."),
+    duplicates: bool = flag(help="Find near-identical photos instead. There is no QUERY."),
+    printing: OutputOptions = options.FORMAT,
+    encoding: EncodingOptions = options.ENCODING,
 ) -> None:
     """Find unlabelled photos by a text or by an example.
 
@@ -93,69 +64,43 @@ def find_command(
     last argument is QUERY. If it is an image file, similar photos are found. Otherwise, it is a text, and the encoder
     must have text.
     """
-    from retrieval_tip.cli.output import write_table
-    from retrieval_tip.data.sources import open_inputs
     from retrieval_tip.labelling.find import example_of, find_duplicates, find_photos
 
     *names, query = (*photos, "") if duplicates else photos
     if not names:
         raise UsageError("find: needs PHOTOS and QUERY; the last argument is QUERY")
     example = None if duplicates else example_of(query)
-    sources = list(open_inputs(names, paths_on_stdin()))
+    sources = inputs_of(names)
     index = None if folder is None else index_with(folder, encoding)
     text = not duplicates and example is None
-    with _encoder(ctx, index, sources, encoding, example, text=text) as encoder:
+    encoded = sources if index is None or example is None else [*sources, example]
+    with encoder_for(index, encoded, encoding, needed=text or (index is None and example is not None)) as encoder:
         if duplicates:
             table, found = find_duplicates(sources, encoder, number)
-            note = "" if found.compared != "digests" else "; compared only identical photos and features"
-            note = f"found {counted(found.total, 'pair')}, showing {len(table):,}{note}"
+            only = "" if found.compared != "digests" else "; compared only identical photos and features"
+            done = f"found {counted(found.total, 'pair')}, showing {len(table):,}{only}"
         else:
             table, total = find_photos(sources, encoder, query, number, index)
-            note = f"searched {counted(total, 'photo')} for {'the text' if text else 'photos like'} {show(query)}"
-    write_table(table, printing.style, printing.output)
-    if not ctx.obj:
-        say(note)
-    finish(ctx, encoder.skipped)
+            done = f"searched {counted(total, 'photo')} for {'the text' if text else 'photos like'} {show(query)}"
+    printing.write_table(table)
+    note(done)
+    finish(encoder.skipped)
 
 
-def _encoder(
-    ctx: click.Context, index: Index | None, sources: Sequence[Source], encoding: EncodingOptions,
-    example: Source | None = None, *, text: bool = False,
-) -> AbstractContextManager[Encoder]:  # fmt: skip
-    """Open the encoder of an index, or else the one that the options or a feature table name, or the default."""
-    examples = [] if example is None else [example]
-    if index is not None:
-        return encoder_for(ctx, index, [*sources, *examples], encoding, needed=text)
-    images = [source for source in sources if source.table is None]
-    needed = text or example is not None
-    return encoder_of(ctx, backbone_of((images or sources)[0], encoding, needed=needed), encoding)
-
-
-@command("sort")
-@click.argument("folder", type=INDEX, metavar="INDEX", required=False)
-@click.argument("photos", nargs=-1)
-@click.option("--into", type=FOLDER, required=True, help="Folder to sort into, with one folder per class.")
-@click.option("--link", "action", flag_value="link", help="Create symbolic links instead of copies.")
-@click.option("--move", "action", flag_value="move", help="Move the photos instead of copying them.")
-@click.option("--min-probability", "least", type=SHARE, default=0.5, show_default=True,
-              help="Probability below which a photo goes to the folder not sure.")  # fmt: skip
-@click.option("--dry-run", is_flag=True, help="Print the rows of the manifest, and change nothing.")
-@click.option("--undo", is_flag=True, help="Delete the copies and links, and move photos back.")
-@click.option("--anywhere", is_flag=True, help="With --undo, also move images to folders that you have not sorted.")
-@options.BACKBONE
-@options.ENCODING
-@click.pass_context
+@command()
 def sort_command(
-    ctx: click.Context,
-    folder: Place | None,
-    photos: tuple[str, ...],
-    into: Path,
-    action: Action | None,
-    least: float,
-    dry_run: bool,
-    undo: bool,
-    anywhere: bool,
-    encoding: EncodingOptions,
+    folder: Place | None = argument(kinds.INDEX, metavar="INDEX", required=False),
+    photos: tuple[str, ...] = argument(nargs=-1),
+    into: Path = option(kinds.FOLDER, required=True, help="Folder to sort into, with one folder per class."),
+    link: bool = flag(help="Create symbolic links instead of copies."),
+    move: bool = flag(help="Move the photos instead of copying them."),
+    min_probability: float = option(
+        kinds.SHARE, default=0.5, help="Probability below which a photo goes to the folder not sure."
+    ),
+    dry_run: bool = flag(help="Print the rows of the manifest, and change nothing."),
+    undo: bool = flag(help="Delete the copies and links, and move photos back."),
+    anywhere: bool = flag(help="With --undo, also move images to folders that you have not sorted."),
+    encoding: EncodingOptions = options.ENCODING,
 ) -> None:
     """Sort photos into folders by their class.
 
@@ -164,11 +109,10 @@ def sort_command(
     is overwritten. The manifest sorted.csv lists all photos, so that --undo --into FOLDER can restore the previous
     state. If the command is interrupted, run it again.
     """
-    from retrieval_tip.data.sources import open_inputs
     from retrieval_tip.labelling.sort import sort_photos, undo_sort
 
     if undo:
-        if folder is not None or action is not None:
+        if folder is not None or link or move:
             raise UsageError("--undo: takes only --into FOLDER, --anywhere and --dry-run; leave out the rest")
         result = undo_sort(into, anywhere=anywhere, dry_run=dry_run)
     else:
@@ -176,11 +120,12 @@ def sort_command(
             raise UsageError("sort: needs INDEX and PHOTOS, unless you give --undo")
         if anywhere:
             raise UsageError("--anywhere: only applies to --undo; leave it out")
-        sources = list(open_inputs(photos, paths_on_stdin()))
+        sources = inputs_of(photos)
         index = index_with(folder, encoding)
-        with encoder_for(ctx, index, sources, encoding) as encoder:
+        with encoder_for(index, sources, encoding) as encoder:
+            action: Action = "link" if link else "move" if move else "copy"
             result = sort_photos(
-                index, sources, encoder, into, action=action or "copy", min_probability=least, dry_run=dry_run
+                index, sources, encoder, into, action=action, min_probability=min_probability, dry_run=dry_run
             )
     if dry_run:
         _print_rows(result)
@@ -188,14 +133,11 @@ def sort_command(
         about(into, str(result))
     if result.skipped:
         say(f"{counted(len(result.skipped), 'photo')} could not be {'restored' if undo else 'sorted'}")
-        ctx.exit(SOME_SKIPPED)
+        click.get_current_context().exit(SOME_SKIPPED)
 
 
 def _print_rows(result: Sorted) -> None:
-    import pyarrow as pa
-
-    from retrieval_tip.cli.output import write_rows
     from retrieval_tip.labelling.placing import COLUMNS
 
-    rows = [{name: show(str(value)) for name, value in vars(row).items()} for row in result.rows]
-    write_rows(rows, dict.fromkeys(COLUMNS, pa.string()), "csv", None)
+    rows = ([show(str(getattr(row, name))) for name in COLUMNS] for row in result.rows)
+    OutputOptions("csv", None).write_rows(rows, dict.fromkeys(COLUMNS, str))

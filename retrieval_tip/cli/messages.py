@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from retrieval_tip.errors import Skipped, counted, message, one_line, show
+from retrieval_tip.errors import Skipped, counted, json_line, message, one_line, show
 
 FAILED, SOME_SKIPPED = 1, 3
 
@@ -17,6 +17,17 @@ FAILED, SOME_SKIPPED = 1, 3
 def say(text: str) -> None:
     """Print a message on standard error."""
     click.echo(message(text), err=True)
+
+
+def quiet() -> bool:
+    """Return whether --quiet is given."""
+    return bool(click.get_current_context().obj)
+
+
+def note(text: str) -> None:
+    """Print a message on standard error, unless --quiet is given."""
+    if not quiet():
+        say(text)
 
 
 def warn(warnings: Iterable[str]) -> None:
@@ -61,13 +72,21 @@ def print_facts(facts: Mapping[str, object], width: int = 0) -> None:
         click.echo(f"{name:<{width}}  {shown(value)}")
 
 
+def print_result(facts: Mapping[str, object], as_json: bool, width: int = 0) -> None:
+    """Print names and values as one JSON object, or on a line each."""
+    if as_json:
+        click.echo(json_line(facts))
+    else:
+        print_facts(facts, width)
+
+
 def command_line(*words: object) -> str:
     """Return a command of this program as a user can type it into a shell."""
     return shlex.join(["retrieval-tip", *map(str, words)])
 
 
-def finish(ctx: click.Context, skipped: Sequence[Skipped]) -> None:
+def finish(skipped: Sequence[Skipped]) -> None:
     """If any inputs were skipped, print how many, and exit with the status ``SOME_SKIPPED``."""
     if skipped:
         say(f"{counted(len(skipped), 'input')} could not be read")
-        ctx.exit(SOME_SKIPPED)
+        click.get_current_context().exit(SOME_SKIPPED)

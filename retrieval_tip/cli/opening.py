@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
-from retrieval_tip.cli.messages import say
+from retrieval_tip.cli.kinds import Place
+from retrieval_tip.cli.messages import note, quiet, say
 from retrieval_tip.cli.options import BackboneOptions, EncodingOptions, OpeningOptions, ReadingOptions, ViewOptions
-from retrieval_tip.errors import UsageError, counted, few
+from retrieval_tip.errors import InputError, UsageError, counted, few
 from retrieval_tip.settings import Ask, Precision
 
 if TYPE_CHECKING:
     from retrieval_tip.backbones.base import Backbone, Identity
+    from retrieval_tip.backbones.torch_backbone import TorchBackbone
     from retrieval_tip.data.encoder import Encoder
     from retrieval_tip.data.sources import Source
-    from retrieval_tip.index.places import Place
+    from retrieval_tip.index.stores import Store
     from retrieval_tip.model import Index
     from retrieval_tip.settings import KeysMet
     from retrieval_tip.store.manifest import Manifest
@@ -30,8 +32,11 @@ LONG = 10.0
 """If encoding takes longer than this number of seconds, its speed is printed."""
 UNNAMED = "the index was built from features of an unknown encoder; name it with --model to encode images"
 
+MAX_PATHS, MAX_PATHS_BYTES = 1 << 24, 1 << 30
+"""Maximum number of paths and maximum number of bytes on standard input."""
 
-def source_of(path: Path | str, reading: ReadingOptions, split: str, *, labelled: bool = True) -> Source:
+
+def source_of(path: Place, reading: ReadingOptions, split: str, *, labelled: bool = True) -> Source:
     """Open the source or dataset of a command. ``split`` is the part that is used by default."""
     from retrieval_tip.data.sources import open_items, open_source
 
@@ -47,11 +52,42 @@ def source_of(path: Path | str, reading: ReadingOptions, split: str, *, labelled
     return open_dataset(reading.dataset, Path(path), part)
 
 
-def validation(cache: Index, path: Path | str, root: Path | str | None, number: KeysMet) -> Source:
+def inputs_of(names: Sequence[str]) -> list[Source]:
+    """Open images, folders, globs and tables. ``-`` stands for the paths on standard input."""
+    from retrieval_tip.data.sources import open_inputs
+
+    return list(open_inputs(names, paths_on_stdin()))
+
+
+def paths_on_stdin() -> Iterator[str]:
+    """Yield the paths on standard input, one per line or separated by NUL characters (as by ``find -print0``).
+
+    Paths can contain any bytes. Raises InputError if standard input is closed, or exceeds the limits.
+    """
+    if sys.stdin is None:
+        raise InputError("standard input: is closed; send paths to it, or name the files instead of -")
+    data = sys.stdin.buffer.read(MAX_PATHS_BYTES + 1)
+    separator = b"\0" if b"\0" in data else b"\n"
+    if len(data) > MAX_PATHS_BYTES or data.count(separator) > MAX_PATHS:
+        raise InputError(
+            f"standard input: contains more than {MAX_PATHS:,} paths or {MAX_PATHS_BYTES:,} bytes, or no paths; "
+            "give a table of paths"
+        )
+    yield from (os.fsdecode(path) for path in data.split(separator) if path)
+
+
+def store_of(folder: Place) -> Store:
+    """Return the store at a folder or an address."""
+    from retrieval_tip.index.places import at
+
+    return at(folder)
+
+
+def validation(cache: Index, path: Place, reading: ReadingOptions, number: KeysMet) -> Source:
     """Open ``number`` validation images per class, all images, or by default the published number."""
     from retrieval_tip.fit.search_hp import validation_shots
 
-    val = source_of(path, ReadingOptions(root=root), "val")
+    val = source_of(path, ReadingOptions(root=reading.root), "val")
     return val if number == "all" else val.take(validation_shots(cache, val, path, number))
 
 
@@ -69,9 +105,7 @@ def index_with(
     folder: Place, backbone: BackboneOptions, opening: OpeningOptions = OpeningOptions(), ask: Ask = Ask()
 ) -> Index:
     """Load an index with the settings and keys selected on the command line."""
-    from retrieval_tip.index.places import at
-
-    cache = at(folder).load(device=backbone.device, precision=backbone.precision, verify=opening.verify)
+    cache = store_of(folder).load(device=backbone.device, precision=backbone.precision, verify=opening.verify)
     cache = cache.with_settings(cache.settings.override(alpha=ask.alpha, beta=ask.beta))
     if opening.where is not None:
         cache = _restricted(cache, opening.where, fits=ask.alpha is None and ask.beta is None)
@@ -102,46 +136,23 @@ def _restricted(cache: Index, where: str, *, fits: bool) -> Index:
     return rest
 
 
-@dataclass(frozen=True)
-class Origin:
-    """Manifest data that allow encoding more images for an index without loading the index."""
-
-    manifest: Manifest
-    backbone: Identity | None
-    d: int
-
-    @classmethod
-    def of(cls, folder: Place) -> Origin:
-        """Read the manifest of an index."""
-        from retrieval_tip.backbones.base import Identity
-        from retrieval_tip.index.places import at
-
-        store = at(folder)
-        manifest = store.manifest()
-        backbone = Identity.from_dict(manifest.backbone) if manifest.backbone else None
-        return cls(manifest, backbone, manifest.d)
-
-
-def name_of(backbone: BackboneOptions, identity: Identity | None = None) -> tuple[str, str | None]:
-    """Return the names of the model and its weights, from the command line, from ``identity`` or by default."""
+def loader(backbone: BackboneOptions, identity: Identity | None = None) -> partial[TorchBackbone]:
+    """Return a function that loads the backbone of the command line, of ``identity``, or by default a common one."""
     from retrieval_tip.backbones.catalogue import DEFAULT
+    from retrieval_tip.backbones.loading import load_backbone
 
-    if backbone.model or identity is None:
-        return backbone.model or DEFAULT, backbone.pretrained
-    return identity.model or DEFAULT, backbone.pretrained or identity.pretrained
+    model, pretrained = backbone.model, backbone.pretrained
+    if model is None and identity is not None:
+        model, pretrained = identity.model, pretrained or identity.pretrained
+    return partial(load_backbone, model or DEFAULT, pretrained, precision=backbone.precision, runtime=backbone.runtime)
 
 
 def load(backbone: BackboneOptions, identity: Identity | None = None) -> Backbone:
-    """Load the backbone named by :func:`name_of`."""
-    from retrieval_tip.backbones.loading import load_backbone
-
-    model, pretrained = name_of(backbone, identity)
-    ctx = click.get_current_context(silent=True)
-    if sys.stderr.isatty() and not (ctx is not None and ctx.obj):  # loading takes seconds
-        say(f"Loading {model} ...")
-    return load_backbone(
-        model, pretrained, device=backbone.device, precision=backbone.precision, runtime=backbone.runtime, lazy=True
-    )  # fmt: skip
+    """Load the backbone of :func:`loader`."""
+    found = loader(backbone, identity)
+    if sys.stderr.isatty():  # loading takes seconds
+        note(f"Loading {found.args[0]} ...")
+    return found(device=backbone.device, lazy=True)
 
 
 def backbone_of(source: Source, backbone: BackboneOptions, *, needed: bool = False) -> Backbone | None:
@@ -158,17 +169,22 @@ def backbone_of(source: Source, backbone: BackboneOptions, *, needed: bool = Fal
 
 
 def backbone_for(
-    cache: Index | Origin, sources: Sequence[Source], backbone: BackboneOptions, *, needed: bool
+    cache: Index | Manifest | None, sources: Sequence[Source], backbone: BackboneOptions, *, needed: bool
 ) -> Backbone | None:
     """Return the backbone of an index if it is ``needed`` or there are images to encode.
 
     It is loaded on first use, since the encoding cache or the stored image tower may be sufficient. Raises an error if
-    it differs from the backbone that the index was built with.
+    it differs from the backbone that the index was built with. Without an index, see :func:`backbone_of`.
     """
+    from retrieval_tip.backbones.base import Identity
     from retrieval_tip.backbones.loading import load_when_needed
     from retrieval_tip.data.tables import check_backbone
 
-    identity = cache.backbone
+    if cache is None:
+        images = [source for source in sources if source.table is None]
+        return backbone_of((images or sources)[0], backbone, needed=needed)
+    known = cache.backbone
+    identity = Identity.from_dict(known) if isinstance(known, dict) else known
     loaded: Backbone | None = None
     if needed or any(source.table is None for source in sources):
         if identity is None and not backbone.model:
@@ -179,53 +195,39 @@ def backbone_for(
             )
         else:
             loaded = load(backbone, identity)
-    check_backbone(cache.backbone, cache.d, loaded, list(sources))
+    check_backbone(identity, cache.d, loaded, list(sources))
     return loaded
-
-
-def named_models(
-    encoding: EncodingOptions, models: Sequence[str], weights: Sequence[str]
-) -> list[tuple[str, EncodingOptions]]:
-    """Return the name of each encoder to compare, and the options that select it.
-
-    Raises UsageError if weights are not given for every model.
-    """
-    if weights and len(weights) != len(models):
-        raise UsageError(
-            f"--pretrained: given {len(weights)} times for {counted(len(models), 'model')}; give it once for each "
-            "--model, or auto for the recommended weights"
-        )
-    pairs = zip(models, (None if tag == "auto" else tag for tag in weights or ["auto"] * len(models)), strict=True)
-    return [
-        (" ".join(filter(None, (model, tag))), replace(encoding, model=model, pretrained=tag)) for model, tag in pairs
-    ]
 
 
 @contextmanager
 def encoder_of(
-    ctx: click.Context, backbone: Backbone | None, encoding: EncodingOptions, views: ViewOptions | None = None
+    backbone: Backbone | None, encoding: EncodingOptions, views: ViewOptions | None = None
 ) -> Iterator[Encoder]:
     """Open the encoder for the inputs of a command, and close its cache on exit."""
     from retrieval_tip.data.encoding_cache import EncodingCache
 
     cache = None if backbone is None or encoding.no_cache else EncodingCache.at(encoding.cache)
     began = time.monotonic()
-    encoder = replace(encoding.encoder(views), backbone=backbone, cache=cache, progress=not ctx.obj)
+    encoder = replace(encoding.encoder(views), backbone=backbone, cache=cache, progress=not quiet())
     try:
         yield encoder
         seconds = time.monotonic() - began
-        if encoder.done["images"] and seconds > LONG and not ctx.obj:
-            made, met = encoder.done["fresh"], encoder.done["images"]
+        made, met = encoder.done["fresh"], encoder.done["images"]
+        if met and seconds > LONG:
             speed = f"{counted(met, 'image')} in {seconds:.0f} s ({met / seconds:.0f}/s)"
-            say(f"Encoded {speed}, {max(0, met - made):,} from the cache")
+            note(f"Encoded {speed}, {max(0, met - made):,} from the cache")
     finally:
         if cache is not None:
             cache.close()
 
 
+def named_encoder(encoding: EncodingOptions) -> AbstractContextManager[Encoder]:
+    """Open an encoder with the backbone that the options name."""
+    return encoder_of(load(encoding), encoding)
+
+
 def encoder_for(
-    ctx: click.Context,
-    cache: Index | Origin,
+    cache: Index | Manifest | None,
     sources: Sequence[Source],
     encoding: EncodingOptions,
     views: ViewOptions | None = None,
@@ -233,4 +235,4 @@ def encoder_for(
     needed: bool = False,
 ) -> AbstractContextManager[Encoder]:
     """Open an encoder with the backbone of an index (see :func:`backbone_for`)."""
-    return encoder_of(ctx, backbone_for(cache, sources, encoding, needed=needed), encoding, views)
+    return encoder_of(backbone_for(cache, sources, encoding, needed=needed), encoding, views)

@@ -1,53 +1,25 @@
-"""Options shared by several commands. Each group of options is passed to a command as a frozen dataclass."""
+"""Options shared by several commands. Each group of options is passed to a command as one parameter."""
 
 from __future__ import annotations
 
-import functools
-import inspect
 import os
-import re
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from retrieval_tip.cli.group import Function, under
-from retrieval_tip.cli.parameters import (
-    FILE,
-    FOLDER,
-    INDEX,
-    NUMBER,
-    OUTPUT,
-    POSITIVE,
-    SEED,
-    SHOTS,
-    SOURCE,
-    VIEWS_COUNT,
-    K,
-    count,
-)
-from retrieval_tip.errors import UsageError, show
-from retrieval_tip.settings import (
-    Ask,
-    BuildOptions,
-    ClassPrior,
-    Dtype,
-    FitName,
-    MetricName,
-    Normalize,
-    Norms,
-    Precision,
-    Runtime,
-    ValuesName,
-    Verify,
-)
+from retrieval_tip import settings
+from retrieval_tip.cli import kinds
+from retrieval_tip.cli.group import argument, flag, grouped, option
+from retrieval_tip.cli.kinds import Place
+from retrieval_tip.errors import UsageError, counted, show
 
 if TYPE_CHECKING:
-    from retrieval_tip.data.encoder import Encoder
+    import pyarrow as pa
 
-Decorator = Callable[[Function], Function]
+    from retrieval_tip.data.encoder import Encoder
 
 
 def choice(alias: object) -> click.Choice[str]:
@@ -55,98 +27,156 @@ def choice(alias: object) -> click.Choice[str]:
     return click.Choice(get_args(alias))
 
 
-def several(*options: Decorator) -> Decorator:
-    """Combine options into one decorator."""
-    return lambda command: functools.reduce(lambda inner, option: option(inner), reversed(options), command)
-
-
-def grouped(name: str, kind: type[Any], *shown: Decorator) -> Decorator:
-    """Combine options into one decorator that passes their values to the command as one parameter.
-
-    The parameter ``name`` is an instance of ``kind``. Each field takes the value of the option with the same name, from
-    any decorator of the command. Without such an option, the field keeps its default.
-    """
-
-    def decorate(command: Function) -> Function:
-        @functools.wraps(command)
-        def collecting(*arguments: object, **values: object) -> object:
-            own = {field.name: values.pop(field.name) for field in fields(kind) if field.name in values}
-            return command(*arguments, **values, **{name: kind(**own)})
-
-        return several(*shown)(collecting)
-
-    return decorate
+ENCODER = {"heading": "Encoder"}
+INPUT = {"heading": "Input", "folded": True}
+ANSWERS = {"heading": "Answers"}
+OUTPUTS = {"heading": "Output"}
+RAY = {"heading": "Distributed with Ray", "folded": True}
+"""The headings of options."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneOptions:
-    """Options that select a backbone, its precision, its runtime and its device."""
+    """Options that select a backbone, its precision, its runtime and its device.
 
-    model: str | None = None
-    pretrained: str | None = None
-    device: str
-    precision: Precision = "auto"
-    runtime: Runtime = "auto"
+    Options:
+        model: Encoder to use: an open_clip architecture, timm:NAME, local-dir:PATH, hf-hub:ORG/REPO or hf:ORG/REPO. Run
+            retrieval-tip models for a list. [default: ViT-B-32]
+        pretrained: Weights to load: a tag, a checkpoint file, or TAG=FILE for a local copy. [default: the recommended
+            tag]
+        precision: Precision of the encoder and of the products with all keys. With auto, both use float32, and an
+            encoder on a GPU uses float16 autocast. With int8, the encoder is the one that models --int8 stored, and the
+            products use float32.
+        runtime: Runtime for encoding images on a CPU. With auto, OpenVINO is used if it gives the same features as
+            torch.
+        device: Device to use: auto, cpu, cuda or cuda:N.
+    """
+
+    model: str | None = option(**ENCODER)
+    pretrained: str | None = option(**ENCODER)
+    precision: settings.Precision = option(choice(settings.Precision), default="auto", **ENCODER)
+    runtime: settings.Runtime = option(choice(settings.Runtime), default="auto", **ENCODER)
+    device: str = option(default="auto", **ENCODER)
 
 
 @dataclass(frozen=True)
 class ReadingOptions:
-    """Dataset and part to read from a source, and the folder against which relative paths are resolved."""
+    """Dataset and part to read from a source, and the folder against which relative paths are resolved.
 
-    dataset: str | None = None
-    split: str | None = None
-    root: Path | str | None = None
+    Options:
+        dataset: Name of a common dataset in CoOp's layout, such as Caltech101. SOURCE is then the folder that contains
+            the folder of the dataset.
+        split: Part of a split .json or dataset to use: train, val or test.
+        root: Folder or bucket for the relative paths in a table or .json.
+    """
 
-    def without_split(self) -> ReadingOptions:
-        """Return the options for a second source, which does not use the ``split`` of the first."""
-        return replace(self, split=None)
+    dataset: str | None = option(metavar="NAME", **INPUT)
+    split: str | None = option(**INPUT)
+    root: Place | None = option(kinds.SOURCE, **INPUT)
 
 
 @dataclass(frozen=True)
 class ViewOptions:
-    """Number of views to average per key, and the seed for drawing shots and views."""
+    """How to draw shots and views.
 
-    views: int = 1
-    seed: int = 1
+    Options:
+        views: Number of views to average per key. With 1, the centre view is used; with more, augmented views are used,
+            as in the paper.
+        seed: Seed for drawing shots and views.
+    """
+
+    views: int = option(kinds.VIEWS_COUNT, default=1)
+    seed: int = option(kinds.SEED, default=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodingOptions(BackboneOptions):
-    """Options for encoding images: the backbone, feature norms, batches, threads and the encoding cache."""
+    """Options for encoding images: the backbone, feature norms, batches, threads and the encoding cache.
 
-    norms: Norms
-    batch_size: int | None
-    workers: int
-    cache: Path | None
-    no_cache: bool
-    reduce: bool
-    strict: bool
+    Options:
+        norms: How to treat the norms of feature rows. With check, they must be 1. With unit, they are scaled to 1. With
+            keep, any norm is accepted.
+        batch_size: Number of images to encode at a time. [default: the best size for the encoder, 16 on a CPU, 256 on a
+            GPU]
+        workers: Number of threads that read and decode images.
+        cache: Folder of the encoding cache. [default: $RETRIEVAL_TIP_CACHE or ~/.cache/retrieval-tip]
+        no_cache: Do not use the encoding cache.
+        reduce: Whether to decode large JPEGs at a reduced size for the centre view. This is faster and gives nearly the
+            same features.
+        strict: Fail on the first image that cannot be read.
+    """
+
+    norms: settings.Norms = option(choice(settings.Norms), default="check", **INPUT)
+    batch_size: int | None = option(kinds.count("batch_size"), **INPUT)
+    workers: int = option(
+        kinds.count("workers"), default=min(16, os.cpu_count() or 1), show_default="number of cores", **INPUT
+    )
+    cache: Path | None = option(kinds.FOLDER, **INPUT)
+    no_cache: bool = flag(**INPUT)
+    reduce: bool = option(None, "--reduce/--no-reduce", default=True, **INPUT)
+    strict: bool = flag(**INPUT)
 
     def encoder(self, views: ViewOptions | None = None) -> Encoder:
         """Return an encoder that has no backbone and no cache. By default, it uses the centre view."""
         from retrieval_tip.data.encoder import Encoder
 
-        return Encoder(
-            norms=self.norms, batch_size=self.batch_size, workers=self.workers, reduce=self.reduce, strict=self.strict,
-            **vars(views or ViewOptions()),
-        )  # fmt: skip
+        own = {name: getattr(self, name) for name in ("norms", "batch_size", "workers", "reduce", "strict")}
+        return Encoder(**own, **vars(views or ViewOptions()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedOptions(EncodingOptions):
+    """Backbones to compare, and the options for encoding images with each of them.
+
+    Options:
+        models: Encoder to compare (see retrieval-tip models).
+        weights: Weights of each --model, in the same order: a tag, a checkpoint file, or auto for the recommended tag.
+            [default: auto]
+    """
+
+    models: Sequence[str] = option(None, "--model", multiple=True, **ENCODER)
+    weights: Sequence[str] = option(None, "--pretrained", multiple=True, **ENCODER)
+
+    def named(self) -> list[tuple[str, EncodingOptions]]:
+        """Return the name of each encoder, and the options that select it. Raises UsageError if weights are missing."""
+        if self.weights and len(self.weights) != len(self.models):
+            raise UsageError(
+                f"--pretrained: given {len(self.weights)} times for {counted(len(self.models), 'model')}; give it once "
+                "for each --model, or auto for the recommended weights"
+            )
+        tags = [None if tag == "auto" else tag for tag in self.weights or ["auto"] * len(self.models)]
+        chosen = [replace(self, model=model, pretrained=tag) for model, tag in zip(self.models, tags, strict=True)]
+        return [(" ".join(filter(None, (one.model, one.pretrained))), one) for one in chosen]
 
 
 @dataclass(frozen=True)
 class OpeningOptions:
-    """A condition on the keys of an index, and how to check its files."""
+    """A condition on the keys of an index, and how to check its files.
 
-    where: str | None = None
-    verify: Verify | None = None
+    Options:
+        where: SQL condition on the label store. Only keys that match it are used.
+        verify: How to check the index before use. With full, every byte is checked. With fast, only the size of large
+            files is checked. [default: full; fast at an address]
+    """
+
+    where: str | None = option(metavar="SQL", **ANSWERS)
+    verify: settings.Verify | None = option(choice(settings.Verify), **ANSWERS)
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Options that run the work in this process or on the actors of a Ray cluster."""
+    """Options that run the work in this process or on the actors of a Ray cluster.
 
-    engine: str
-    actors: int | None
-    ray_address: str | None
+    Options:
+        engine: Where to run the command. With ray, actors on this machine or a cluster write a folder of parts, which
+            can be on disk or in a bucket. If the command is interrupted, run it again to complete the folder.
+        actors: Maximum number of Ray actors. [default: one per GPU, or up to 8 per node]
+        ray_address: Address of the head of a Ray cluster, or auto. [default: start Ray on this machine]
+    """
+
+    engine: str = option(click.Choice(["local", "ray"]), default="local", is_eager=True, **RAY)
+    actors: int | None = option(kinds.count("actors"), metavar="N", **RAY)
+    ray_address: str | None = option(metavar="HOST:PORT", **RAY)
 
     @property
     def is_ray(self) -> bool:
@@ -156,12 +186,23 @@ class EngineOptions:
         return self.engine == "ray"
 
 
+FORMATS = ("table", "json", "jsonl", "csv", "parquet")
+_SUFFIXES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
+_SUFFIXES |= {".txt": "table", "": "table"}
+
+
 @dataclass(frozen=True)
 class OutputOptions:
-    """Output format and output file. ``None`` means the default format and standard output."""
+    """Output format and output file. ``None`` means the default format and standard output.
 
-    named: str | None
-    output: Path | None
+    Options:
+        named: Output format. With json and jsonl, each line is an object. [default: given by the suffix of --output, or
+            table]
+        output: File to write to instead of standard output.
+    """
+
+    named: str | None = option(click.Choice(FORMATS), "--format", **OUTPUTS)
+    output: Path | None = option(kinds.OUTPUT, **OUTPUTS)
 
     @property
     def style(self) -> str:
@@ -175,175 +216,63 @@ class OutputOptions:
             )
         return "json" if style == "jsonl" else style
 
+    def write_rows(self, rows: Iterable[Sequence[object]], types: Mapping[str, type]) -> None:
+        """Write rows whose columns have these types (see :func:`output.write_rows`)."""
+        from retrieval_tip.cli.output import write_rows
 
-_SUFFIXES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
-_SUFFIXES |= {".txt": "table", "": "table"}
+        write_rows(rows, types, self.style, self.output)
+
+    def write_table(self, table: pa.Table, *, rounded: bool = False) -> None:
+        """Write a table. If ``rounded`` is true, CSV files show probabilities with 4 digits."""
+        from retrieval_tip.cli import output
+
+        output.write_table(output.rounded(table) if rounded and self.style == "csv" else table, self.style, self.output)
 
 
-BACKBONE_OPTION = under("Encoder")
-READING_OPTION = under("Input", folded=True)
-ANSWER_OPTION = under("Answers")
-OUTPUT_OPTION = under("Output")
-ENGINE_OPTION = under("Distributed with Ray", folded=True)
-
-VERIFY = ANSWER_OPTION("--verify", type=choice(Verify),
-                       help="How to check the index before use. With full, every byte is checked. With fast, only the "
-                            "size of large files is checked.  [default: full; fast at an address]")  # fmt: skip
-ROOT = READING_OPTION("--root", type=SOURCE,
-                      help="Folder or bucket for the relative paths in a table or .json.")  # fmt: skip
-NORMS = READING_OPTION("--norms", type=choice(Norms), default="check", show_default=True,
-                       help="How to treat the norms of feature rows. With check, they must be 1. With unit, they are "
-                            "scaled to 1. With keep, any norm is accepted.")  # fmt: skip
-DEVICE = BACKBONE_OPTION("--device", default="auto", show_default=True,
-                         help="Device to use: auto, cpu, cuda or cuda:N.")  # fmt: skip
-PRECISION = BACKBONE_OPTION(
-    "--precision", type=choice(Precision), default="auto", show_default=True,
-    help="Precision of the encoder and of the products with all keys. With auto, both use float32, and an encoder on "
-         "a GPU uses float16 autocast. With int8, the encoder is the one that models --int8 stored, and the products "
-         "use float32.",
-)  # fmt: skip
-MODEL = several(
-    BACKBONE_OPTION(
-        "--model",
-        help="Encoder to use: an open_clip architecture, timm:NAME, local-dir:PATH, hf-hub:ORG/REPO or hf:ORG/REPO. "
-        "Run retrieval-tip models for a list.  [default: ViT-B-32]",
-    ),
-    BACKBONE_OPTION(
-        "--pretrained",
-        help="Weights to load: a tag, a checkpoint file, or TAG=FILE for a local copy.  [default: the recommended tag]",
-    ),
-)
-MODELS = several(
-    BACKBONE_OPTION(
-        "--model", "models", multiple=True,
-        help="Encoder to compare (see retrieval-tip models). Can be repeated.",
-    ),
-    BACKBONE_OPTION(
-        "--pretrained", "weights", multiple=True,
-        help="Weights of each --model, in the same order: a tag, a checkpoint file, or auto for the recommended tag.  "
-             "[default: auto]",
-    ),
-)  # fmt: skip
-BACKBONE = several(
-    MODEL,
-    PRECISION,
-    BACKBONE_OPTION("--runtime", type=choice(Runtime), default="auto", show_default=True,
-                    help="Runtime for encoding images on a CPU. With auto, OpenVINO is used if it gives the same "
-                         "features as torch."),
-)  # fmt: skip
-READING = grouped(
-    "reading", ReadingOptions,
-    READING_OPTION("--dataset", metavar="NAME",
-                   help="Name of a common dataset in CoOp's layout, such as Caltech101. SOURCE is then the folder that "
-                        "contains the folder of the dataset."),
-    READING_OPTION("--split", help="Part of a split .json or dataset to use: train, val or test."),
-    ROOT,
-)  # fmt: skip
-ENCODING = grouped(
-    "encoding", EncodingOptions,
-    NORMS,
-    READING_OPTION("--batch-size", type=count("batch_size"),
-                   help="Number of images to encode at a time.  [default: the best size for the encoder, 16 on a "
-                        "CPU, 256 on a GPU]"),
-    READING_OPTION("--workers", type=count("workers"), default=min(16, os.cpu_count() or 1),
-                   show_default="number of cores", help="Number of threads that read and decode images."),
-    READING_OPTION("--cache", type=FOLDER,
-                   help="Folder of the encoding cache.  [default: $RETRIEVAL_TIP_CACHE or ~/.cache/retrieval-tip]"),
-    READING_OPTION("--no-cache", is_flag=True, help="Do not use the encoding cache."),
-    READING_OPTION("--reduce/--no-reduce", default=True, show_default=True,
-                   help="Whether to decode large JPEGs at a reduced size for the centre view. This is faster and gives "
-                        "nearly the same features."),
-    READING_OPTION("--strict", is_flag=True, help="Fail on the first image that cannot be read."),
-    DEVICE,
-)  # fmt: skip
-VIEWS = grouped(
-    "views", ViewOptions,
-    click.option("--views", type=VIEWS_COUNT, default=1, show_default=True,
-                 help="Number of views to average per key. With 1, the centre view is used; with more, augmented views "
-                      "are used, as in the paper."),
-    click.option("--seed", type=SEED, default=1, show_default=True, help="Seed for drawing shots and views."),
-)  # fmt: skip
-INDEX_ARGUMENT = click.argument("folder", type=INDEX, metavar="INDEX")
+INDEX_ARGUMENT = argument(kinds.INDEX, metavar="INDEX")
 """Argument of a command that works on an index in any store."""
-FOLDER_ARGUMENT = click.argument("folder", type=FOLDER, metavar="INDEX")
+FOLDER_ARGUMENT = argument(kinds.FOLDER, metavar="INDEX")
 """Argument of a command that requires an index in a folder."""
-_BUILD: dict[str, dict[str, Any]] = {
-    "shots": {"type": SHOTS},
-    "templates": {"multiple": True},
-    "text": {"type": FILE},
-    "index": {},
-    "dtype": {"type": choice(Dtype), "default": "float32"},
-    "alpha": {"type": NUMBER},
-    "beta": {"type": NUMBER},
-    "normalize": {"type": choice(Normalize)},
-    "fit": {"type": choice(FitName)},
-    "metric": {"type": choice(MetricName)},
-    "values": {"type": choice(ValuesName)},
-    "class_prior": {"type": choice(ClassPrior)},
-    "prior": {"type": INDEX, "multiple": True},
-    "k": {"type": K()},
-    "logit_scale": {"type": POSITIVE},
-    "drop_suspicious": {"is_flag": True},
+BACKBONE, ENCODING, READING = grouped(BackboneOptions), grouped(EncodingOptions), grouped(ReadingOptions)
+COMPARED = grouped(ComparedOptions, without=("model", "pretrained", "precision", "runtime"))
+ROOT = grouped(ReadingOptions, without=("dataset", "split"))
+VIEWS, OPENING, ENGINE, FORMAT = map(grouped, (ViewOptions, OpeningOptions, EngineOptions, OutputOptions))
+JSON = flag("--json", help="Print the result as one JSON object.", **OUTPUTS)
+_OWN = "[default: the setting of the index]"
+ASKING = {
+    "k": option(kinds.K(), "-k", help=f"Number of nearest keys to use per query. {_OWN}", **ANSWERS),
+    "tail": option(
+        None,
+        "--tail/--no-tail",
+        help=f"Whether to estimate the contribution of keys that are not retrieved. {_OWN}",
+        default=None,
+        **ANSWERS,
+    ),
+    "alpha": option(kinds.NUMBER, help=f"Weight of the cache relative to the text. {_OWN}", **ANSWERS),
+    "beta": option(kinds.NUMBER, help=f"Sharpness of the affinity. {_OWN}", **ANSWERS),
+}
+"""The options of :class:`settings.Ask` that change the settings of an index."""
+ASK = grouped(settings.Ask, ASKING)
+_BUILD = {
+    "shots": option(kinds.SHOTS),
+    "templates": option(None, "--template", multiple=True),
+    "text": option(kinds.FILE),
+    "index": option(),
+    "dtype": option(choice(settings.Dtype), default="float32", show_default=False),
+    "alpha": option(kinds.NUMBER),
+    "beta": option(kinds.NUMBER),
+    "normalize": option(choice(settings.Normalize)),
+    "fit": option(choice(settings.FitName)),
+    "metric": option(choice(settings.MetricName)),
+    "values": option(choice(settings.ValuesName)),
+    "class_prior": option(choice(settings.ClassPrior)),
+    "prior": option(kinds.INDEX, multiple=True),
+    "k": option(kinds.K(), "-k"),
+    "logit_scale": option(kinds.POSITIVE),
+    "drop_suspicious": flag(),
 }
 
 
-def building(*names: str) -> Decorator:
-    """Return some options of :class:`settings.BuildOptions`, or by default all. Its documentation is their help."""
-    _, *parts = re.split(r"^    (\w+): ", inspect.cleandoc(BuildOptions.__doc__ or ""), flags=re.MULTILINE)
-    told = dict(zip(parts[::2], parts[1::2], strict=True))
-    shown = []
-    for name in names or _BUILD:
-        help_ = re.sub(r" \(see :\w+:`[^`]*`\)", "", " ".join(told[name].split()))
-        help_ = re.sub(r"^(The|A) (\w)", lambda article: article[2].upper(), help_)
-        option = {"k": "-k", "templates": "--template"}.get(name, f"--{name.replace('_', '-')}")
-        repeated = " Can be repeated." if _BUILD[name].get("multiple") else ""
-        shown.append(click.option(option, name, help=help_ + repeated, **_BUILD[name]))
-    return several(*shown)
-
-
-ASKING = several(
-    ANSWER_OPTION("-k", "k", type=K(),
-                  help="Number of nearest keys to use per query.  [default: the setting of the index]"),
-    ANSWER_OPTION("--tail/--no-tail", default=None,
-                  help="Whether to estimate the contribution of keys that are not retrieved.  "
-                       "[default: the setting of the index]"),
-    ANSWER_OPTION("--alpha", type=NUMBER,
-                  help="Weight of the cache relative to the text.  [default: the setting of the index]"),
-    ANSWER_OPTION("--beta", type=NUMBER,
-                  help="Sharpness of the affinity.  [default: the setting of the index]"),
-)  # fmt: skip
-"""The options of :class:`settings.Ask` that change the settings of an index."""
-OPENING = grouped(
-    "opening", OpeningOptions,
-    ANSWER_OPTION("--where", metavar="SQL",
-                  help="SQL condition on the label store. Only keys that match it are used."),
-    VERIFY,
-)  # fmt: skip
-ANSWER = several(grouped("ask", Ask, ASKING), OPENING)
-ENGINE = grouped(
-    "engine", EngineOptions,
-    ENGINE_OPTION("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True, is_eager=True,
-                  help="Where to run the command. With ray, actors on this machine or a cluster write a folder of "
-                       "parts, which can be on disk or in a bucket. If the command is interrupted, run it again to "
-                       "complete the folder."),
-    ENGINE_OPTION("--actors", type=count("actors"), metavar="N",
-                  help="Maximum number of Ray actors.  [default: one per GPU, or up to 8 per node]"),
-    ENGINE_OPTION("--ray-address", metavar="HOST:PORT",
-                  help="Address of the head of a Ray cluster, or auto.  [default: start Ray on this machine]"),
-)  # fmt: skip
-
-
-def printed_as(*more: str) -> Decorator:
-    """Return the options of :class:`OutputOptions`, with ``more`` formats."""
-    formats = ["table", "json", "jsonl", "csv", "parquet", *more]
-    return grouped(
-        "printing", OutputOptions,
-        OUTPUT_OPTION("--format", "named", type=click.Choice(formats),
-                      help="Output format. With json and jsonl, each line is an object.  [default: given by the "
-                           "suffix of --output, or table]"),
-        OUTPUT_OPTION("--output", type=OUTPUT, help="File to write to instead of standard output."),
-    )  # fmt: skip
-
-
-FORMAT = printed_as()
-JSON = OUTPUT_OPTION("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+def building(*names: str) -> Any:
+    """Declare some options of :class:`settings.BuildOptions`, or by default all. Its documentation is their help."""
+    return grouped(settings.BuildOptions, {name: _BUILD[name] for name in names or _BUILD})

@@ -1,0 +1,225 @@
+"""Click types for options and arguments (paths, indexes and bounded numbers), and recipes that set options."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+from click.shell_completion import CompletionItem
+
+from retrieval_tip.bounds import MANY, MOST
+from retrieval_tip.data.remote import is_remote
+from retrieval_tip.errors import InputError
+from retrieval_tip.files import read_regular
+from retrieval_tip.index.addresses import KIND, METAVAR, parse
+
+LARGEST = 1e30
+"""Largest number that an option accepts, so that results stay within the float32 range of 3e38."""
+
+LARGEST_FILE = 10**15
+"""Largest size that an option accepts, in bytes."""
+
+RECIPE_BYTES = 1 << 20
+"""Largest size of a recipe, in bytes."""
+
+BURST_SECONDS = 10
+"""Longest time between consecutive photos of a burst by default."""
+
+Place = Path | str
+"""A local path, or the address of an index or the URL of a source."""
+
+
+class Folder(click.Path):
+    """A local path. Index addresses are rejected."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if parse(str(value)) is not None:
+            copy = f"retrieval-tip index clone {value} DIR"
+            self.fail(f"{value}: is a {KIND}, but this command needs a folder; copy it first: {copy}")
+        return super().convert(value, param, ctx)
+
+
+class IndexType(click.ParamType[Path | str]):
+    """An index, given as a folder or an address."""
+
+    name = METAVAR
+
+    def convert(self, value: object, param: Any, ctx: Any) -> Path | str:
+        address, path = parse(str(value)), Path(str(value))
+        if address is None and path.is_file():
+            self.fail(f"{value}: is a file, not an index folder; give the index first (index list shows yours)")
+        return address or path
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="dir")]
+
+
+FOLDER, INDEX = Folder(path_type=Path), IndexType()
+FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+class SourceType(Folder):
+    """A source, given as a path or an object store URL."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        return value if is_remote(value) else super().convert(value, param, ctx)
+
+
+class Output(click.Path):
+    """A file to write. With ``--engine ray``, it is a folder or a folder URL."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        engine = ctx.params.get("engine") if ctx is not None else None
+        if engine == "ray":
+            return value if is_remote(value) else Path(value)
+        if engine is not None and is_remote(value):
+            self.fail(f"{value}: only --engine ray can write to object stores; give a local file")
+        return super().convert(value, param, ctx)
+
+
+SOURCE = SourceType(path_type=Path)
+OUTPUT = Output(path_type=Path, dir_okay=False)
+
+
+class K(click.ParamType[int | Literal["all"]]):
+    """A number of keys, which is at least 1, or ``all``."""
+
+    name = "N|all"
+
+    def __init__(self, kind: str = "") -> None:
+        self.most = MOST.get(kind, MANY)
+
+    def convert(self, value: object, param: Any, ctx: Any) -> int | Literal["all"]:
+        if value == "all":
+            return "all"
+        try:
+            number = int(str(value))
+        except ValueError:
+            number = 0
+        if not 1 <= number <= self.most:
+            self.fail(f"{value!r} is neither a whole number from 1 to {self.most:,} nor 'all'")
+        return number
+
+
+class Number(click.ParamType[float]):
+    """A finite number from ``least`` to ``most``. If ``above`` is true, ``least`` itself is excluded.
+
+    Bounds that are merely generous appear only in error messages.
+    """
+
+    name, what, layout, generous = "X", "number", "g", LARGEST
+    parsed: click.ParamType[Any] = click.FLOAT
+
+    def __init__(self, least: float = 0, most: float = LARGEST, *, above: bool = False) -> None:
+        self.least, self.most, self.above = least, most, above
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        number = self.parsed.convert(value, param, ctx)
+        if not self.least <= number <= self.most or (self.above and number == self.least):
+            least = f"{'above' if self.above else 'from'} {self.least:{self.layout}}"
+            most = f" to {self.most:{self.layout}}" if number > self.most or self.most < self.generous else ""
+            self.fail(f"{number} is out of range; give a {self.what} {least}{most}")
+        return number
+
+
+class Count(Number):
+    """A whole number from ``least`` to ``most``."""
+
+    name, what, layout, generous = "N", "whole number", ",", MANY
+    parsed = click.INT
+
+
+def count(kind: str = "", least: int = 1) -> Count:
+    """Return a type for whole numbers from ``least`` to the upper bound that :data:`bounds.MOST` gives for ``kind``."""
+    return Count(least, MOST.get(kind, MANY))
+
+
+SHOTS, VIEWS_COUNT, SEEDS, SEED = count("shots"), count("views"), count("seeds"), count("seed", 0)
+NUMBER, POSITIVE, SHARE = Number(), Number(above=True), Number(0, 1)
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes, written with the unit MB, GB or TB."""
+
+    name = "N(MB|GB|TB)"
+
+    def convert(self, value: object, param: Any, ctx: Any) -> int:
+        match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([MGT])B?", str(value), re.IGNORECASE | re.ASCII)
+        size = 0 if match is None else int(float(match[1]) * 1000 ** (2 + "MGT".index(match[2].upper())))
+        if not 1_000_000 <= size <= LARGEST_FILE:
+            self.fail(f"{value!r} is not a size from 1 MB to 1000 TB; write, for example, 500MB or 8GB")
+        return size
+
+
+class Abstaining(click.ParamType[float | Literal["auto"]]):
+    """A probability or ``auto``."""
+
+    name = "P|auto"
+
+    def convert(self, value: object, param: Any, ctx: Any) -> float | Literal["auto"]:
+        return "auto" if value == "auto" else float(SHARE.convert(value, param, ctx))
+
+
+class Bursts(click.ParamType[float]):
+    """``burst`` or ``burst:SECONDS``. The value is the number of seconds."""
+
+    name = "burst[:SECONDS]"
+
+    def convert(self, value: object, param: Any, ctx: Any) -> float:
+        kind, _, seconds = str(value).partition(":")
+        if kind != "burst":
+            self.fail(f"{value}: expected burst or burst:SECONDS")
+        return float(NUMBER.convert(seconds or BURST_SECONDS, param, ctx))
+
+
+def recipe(ctx: click.Context, _: click.Parameter, path: Path | None) -> Path | None:
+    """Check the types of the values in a TOML file, and use the values as defaults for options."""
+    if path is not None:
+        options = (parameter for parameter in ctx.command.params if parameter.expose_value)
+        known = {option.opts[0].lstrip("-").replace("-", "_"): option for option in options}
+        values = _toml(path)
+        for name, value in values.items():
+            if name not in known:
+                raise click.BadParameter(f"{path}: unknown option {name!r}", ctx)
+            several = getattr(known[name], "multiple", False)
+            parts = value if several and isinstance(value, list) else [value]
+            expected = _kind(known[name])
+            if several != isinstance(value, list) or not all(_fits(part, expected) for part in parts):
+                what = f"an array of {expected}" if several else expected
+                raise click.BadParameter(f"{path}: {name}: expected {what}", ctx)
+        ctx.default_map = {str(known[name].name): value for name, value in values.items()}
+    return path
+
+
+def _toml(path: Path) -> dict[str, object]:
+    import tomllib
+
+    try:
+        return tomllib.loads(read_regular(path, RECIPE_BYTES).decode())
+    except InputError as error:  # the message already names the file
+        raise click.BadParameter(str(error)) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise click.BadParameter(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _kind(parameter: click.Parameter) -> str:
+    if isinstance(parameter, click.Option) and parameter.is_flag:
+        return "true or false"
+    if isinstance(parameter.type, K):
+        return "a whole number or 'all'"
+    if isinstance(parameter.type, Count):
+        return "a whole number"
+    return "a number" if isinstance(parameter.type, Number) else "text"
+
+
+def _fits(value: object, kind: str) -> bool:
+    if kind == "true or false" or isinstance(value, bool):
+        return kind == "true or false" and isinstance(value, bool)
+    if isinstance(value, int):
+        return kind != "text" and -(2**63) <= value < 2**63  # range of TOML integers
+    if isinstance(value, float):
+        return kind == "a number" and math.isfinite(value)
+    return isinstance(value, str) and (kind == "text" or (value == "all" and "'all'" in kind)) and "\0" not in value
