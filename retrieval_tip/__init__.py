@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from retrieval_tip.backbones.loading import load_backbone as load_backbone
     from retrieval_tip.cache_model import CacheModel as CacheModel
     from retrieval_tip.cache_model import verify as verify
-    from retrieval_tip.classifier.answers import Explanation as Explanation
-    from retrieval_tip.classifier.classifier import Classifier as Classifier
+    from retrieval_tip.classifier import Classifier as Classifier
+    from retrieval_tip.classifier import Explanation as Explanation
     from retrieval_tip.data.encoder import Encoder as Encoder
     from retrieval_tip.data.encoding_cache import EncodingCache as EncodingCache
     from retrieval_tip.data.sources import Source as Source
@@ -56,12 +56,12 @@ _HOMES = {
     "CacheModel": "cache_model",
     "Calibration": "evaluation.calibration",
     "Changed": "index.changes",
-    "Classifier": "classifier.classifier",
+    "Classifier": "classifier",
     "Compared": "evaluation.compare",
     "Encoder": "data.encoder",
     "EncodingCache": "data.encoding_cache",
     "Evaluation": "evaluation.evaluate",
-    "Explanation": "classifier.answers",
+    "Explanation": "classifier",
     "FormChoice": "fit.closed_form",
     "Identity": "backbones.base",
     "ImageEncoder": "estimator",

@@ -287,12 +287,11 @@ def calibrate_command(
     the same, and their probabilities become softmax(logits / temperature). Calibrate the index again whenever its keys,
     alpha, beta, k or tail change.
     """
-    from retrieval_tip.evaluation.calibration import apply, calibrate
+    from retrieval_tip.evaluation.calibration import calibrate
 
     cache = checked(folder, encoding.device)
     val = source_of(source, ReadingOptions(root=root), "val")
     with encoder_for(ctx, cache, [val], encoding) as encoder:
-        settings, result = calibrate(cache, val, encoder)
-    apply(cache, settings, result, val.name, folder)
+        result = calibrate(cache, val, encoder)
     print_facts(vars(result) | {"version": cache.version}, 15)
     finish(ctx, encoder.skipped)

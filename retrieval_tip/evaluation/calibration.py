@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +21,6 @@ from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import Source
 from retrieval_tip.fit.folds import blend
-from retrieval_tip.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -176,13 +174,14 @@ class Calibration:
     at_bound: bool
 
 
-def calibrate(cache: CacheModel, source: Source, encoder: Encoder) -> tuple[Settings, Calibration]:
+def calibrate(cache: CacheModel, source: Source, encoder: Encoder) -> Calibration:
     """Fit the temperature of an index on a labelled validation source (see :func:`fit_temperature`).
 
-    Returns the index settings with the new temperature, and a description of the fit. Fit the temperature again after
-    you change the settings or the keys. Raises InputError if the source is empty, or if one of its labels is not a
-    class of the index.
+    The temperature is saved in a new version of the index folder. Fit it again after you change the settings or the
+    keys. Raises InputError if the source is empty, or if one of its labels is not a class of the index. Raises
+    StoreError if the folder cannot be written.
     """
+    assert cache.folder is not None
     truth = torch.from_numpy(cache.ids_of(source))
     parts: list[Tensor] = []
     true: list[Tensor] = []
@@ -214,7 +213,10 @@ def calibrate(cache: CacheModel, source: Source, encoder: Encoder) -> tuple[Sett
             "%s: %d of %d photos are in the index, so its probabilities will be too high; use other photos",
             source.name, shots, len(y),
         )  # fmt: skip
-    return replace(cache.settings, temperature=fitted), Calibration(
+    cache.settings = replace(cache.settings, temperature=fitted)
+    cache.provenance = cache.provenance | {"temperature": f"fitted on {source.name}, n={len(y)}"}
+    cache.save_settings(cache.folder, "calibrate")
+    return Calibration(
         temperature=fitted,
         n=len(y),
         top1=float(right.double().mean()),
@@ -224,10 +226,3 @@ def calibrate(cache: CacheModel, source: Source, encoder: Encoder) -> tuple[Sett
         nll_after=negative_log_likelihood(logits, y, fitted),
         at_bound=at_bound,
     )
-
-
-def apply(cache: CacheModel, settings: Settings, calibration: Calibration, source: str, folder: Path) -> None:
-    """Save the result of :func:`calibrate` as a new version of the index. Raises StoreError if it cannot be saved."""
-    cache.settings = settings
-    cache.provenance = cache.provenance | {"temperature": f"fitted on {source}, n={calibration.n}"}
-    cache.save_settings(folder, "calibrate")
