@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from retrieval_tip.backbones.base import Backbone as Backbone
     from retrieval_tip.backbones.base import Identity as Identity
     from retrieval_tip.backbones.loading import load_backbone as load_backbone
-    from retrieval_tip.classifier.answers import Explanation as Explanation
-    from retrieval_tip.classifier.classifier import Classifier as Classifier
+    from retrieval_tip.classifier import Classifier as Classifier
+    from retrieval_tip.classifier import Explanation as Explanation
     from retrieval_tip.data.encoder import Encoder as Encoder
     from retrieval_tip.data.encoding_cache import EncodingCache as EncodingCache
     from retrieval_tip.data.sources import Source as Source
@@ -57,12 +57,12 @@ _HOMES = {
     "CacheModel": "model",
     "Calibration": "evaluation.calibration",
     "Changed": "index.changes",
-    "Classifier": "classifier.classifier",
+    "Classifier": "classifier",
     "Compared": "evaluation.compare",
     "Encoder": "data.encoder",
     "EncodingCache": "data.encoding_cache",
     "Evaluation": "evaluation.evaluate",
-    "Explanation": "classifier.answers",
+    "Explanation": "classifier",
     "FormChoice": "fit.closed_form",
     "Identity": "backbones.base",
     "ImageEncoder": "estimator",

@@ -215,7 +215,8 @@ class Predictions:
 
     def rows(self, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Yield the given columns of each prediction as a dictionary. The value of ``logits`` is a float32 array."""
-        rows = rows_of(self._columns.select([column for column in columns if column != "logits"]))
+        batches = self._columns.select([column for column in columns if column != "logits"]).to_batches(ROWS)
+        rows = (row for batch in batches for row in batch.to_pylist())
         if "logits" not in columns or "logits" not in self._columns.column_names:
             yield from rows
             return
@@ -265,28 +266,6 @@ class Predictions:
             figures = shown_probability(one.probability), f"{one.text_logit:.4g}", f"{one.cache_logit:.4g}"
             rows.append((place, one.label, *figures, *near))
         return table(columns, rows, counted(len(self), "prediction") + cut, numbers=(0, 2, 3, 4, 5))
-
-
-def rows_of(table: pa.Table) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a table as dictionaries. This is faster than ``to_pylist``."""
-    for batch in table.to_batches(ROWS):
-        for row in zip(*map(_values, batch.columns), strict=True):
-            yield dict(zip(table.column_names, row, strict=True))
-
-
-def _values(column: pa.Array) -> list[Any]:
-    kind = column.type
-    if column.null_count:
-        return list(column.to_pylist())
-    if pa.types.is_struct(kind) and kind.num_fields:
-        names = [field.name for field in kind]
-        return [dict(zip(names, row, strict=True)) for row in zip(*map(_values, column.flatten()), strict=True)]
-    if pa.types.is_list(kind):
-        values, ends = _values(column.flatten()), np.cumsum(column.value_lengths()).tolist()
-        return [values[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
-        return list(column.to_numpy(zero_copy_only=False).tolist())
-    return list(column.to_pylist())
 
 
 def lists(values: npt.NDArray[Any] | pa.Array, m: int) -> pa.ListArray:

@@ -62,23 +62,23 @@ def test_the_error_and_the_bins_match_a_loop(items, bins):
     confidence, right = (list(column) for column in zip(*items, strict=True))
     total, edges = 0.0, [m / bins for m in range(bins + 1)]
     found = reliability(confidence, right, bins)
-    assert len(found) == bins
-    for m, got in enumerate(found):
+    assert {len(column) for column in found} == {bins}
+    for m in range(bins):
         inside = [
             i
             for i, p in enumerate(confidence)
             if np.linspace(0, 1, bins + 1)[m] < p <= np.linspace(0, 1, bins + 1)[m + 1] or (m == 0 and p == 0)
         ]
-        assert (got.low, got.high) == pytest.approx((edges[m], edges[m + 1]))
-        assert got.count == len(inside)
+        assert (found.low[m], found.high[m]) == pytest.approx((edges[m], edges[m + 1]))
+        assert found.counts[m] == len(inside)
         if inside:
             accuracy = sum(right[i] for i in inside) / len(inside)
             mean = sum(confidence[i] for i in inside) / len(inside)
-            assert (got.accuracy, got.confidence) == pytest.approx((accuracy, mean))
+            assert (found.accuracy[m], found.confidence[m]) == pytest.approx((accuracy, mean))
             total += len(inside) / len(items) * abs(accuracy - mean)
         else:
-            assert got.accuracy is got.confidence is None
-    assert sum(b.count for b in found) == len(items)
+            assert np.isnan([found.accuracy[m], found.confidence[m]]).all()
+    assert found.counts.sum() == len(items)
     error = expected_calibration_error(confidence, right, bins)
     assert error == pytest.approx(total, abs=1e-12)
     assert 0 <= error <= 1
@@ -92,7 +92,7 @@ def test_known_calibration_errors():
     # one bin: only the means count
     assert expected_calibration_error([0.2, 0.8], [True, False], bins=1) == pytest.approx(0)
     # a border belongs to the bin below it
-    assert [b.count for b in reliability([0.5, 0.0, 1.0], [1, 1, 1], 2)] == [2, 1]
+    assert reliability([0.5, 0.0, 1.0], [1, 1, 1], 2).counts.tolist() == [2, 1]
 
 
 @sized
@@ -145,14 +145,6 @@ def test_temperatures_at_the_bounds():
     assert fit_temperature(np.zeros((4, 3)), [0, 1, 2, 0]) == 1  # nothing to fit
     assert fit_temperature(np.full((1, 1), 7.0), [0]) == 1
     assert fit_temperature([[1, 0], [1, 0], [1, 0]], [0, 0, 1]) == pytest.approx(1 / math.log(2))  # by hand
-
-
-def test_the_temperature_does_not_depend_on_blocks(monkeypatch):
-    logits, labels = planted(500, 7, 2.0, seed=1, scale=4)
-    whole, likelihood = fit_temperature(logits, labels), negative_log_likelihood(logits, labels, 2.0)
-    monkeypatch.setattr(cal, "_BLOCK", 7 * 64)
-    assert fit_temperature(logits, labels) == pytest.approx(whole, rel=1e-9)
-    assert negative_log_likelihood(logits, labels, 2.0) == pytest.approx(likelihood)
 
 
 # ------------------------------------------------------------------------------------------- the index and its commands

@@ -37,7 +37,7 @@ from retrieval_tip import (
     settings,
 )
 from retrieval_tip.backbones.open_clip import OpenClipBackbone
-from retrieval_tip.classifier.classifier import ClassifierOptions
+from retrieval_tip.classifier import ClassifierOptions
 from retrieval_tip.data.sources import open_items
 from retrieval_tip.errors import BackboneError, InputError, RetrievalTipError, UsageError
 from retrieval_tip.evaluation import evaluate as evaluation

@@ -23,7 +23,7 @@ from retrieval_tip.data import remote
 from retrieval_tip.data.exchange import Answered, coco, fiftyone, label_studio
 from retrieval_tip.data.sources import open_items, open_source
 from retrieval_tip.errors import InputError, UsageError
-from retrieval_tip.evaluation.held_out import held_out, held_out_probabilities
+from retrieval_tip.evaluation.held_out import held_out_probabilities
 from retrieval_tip.fit import closed_form
 
 STRANGE = ["cat", "dög", "a/b", " x", '"q"']
@@ -223,16 +223,16 @@ def index(wrong=()):
     return CacheModel.from_features(keys, ids, NAMES, text_of(), device="cpu")
 
 
-def test_held_out_probabilities_match_the_accuracy_estimate():
+def test_held_out_probabilities_belong_to_the_photos_in_order():
     cache = index(wrong=[3, 30])
     chances, labels, key_ids = held_out_probabilities(cache)
     assert chances.shape == (cache.n, len(NAMES))
     np.testing.assert_array_equal(labels, cache.class_ids.numpy())
     np.testing.assert_array_equal(key_ids, cache.labels["key_id"])
     np.testing.assert_allclose(chances.sum(1), 1, atol=1e-5)
-    right, highest = held_out(cache, np.arange(cache.n), np.arange(cache.n))
-    np.testing.assert_array_equal(chances.argmax(1) == labels, right)
-    np.testing.assert_allclose(chances.max(1), highest)
+    found = held_out_probabilities(cache, np.arange(cache.n), np.arange(cache.n))
+    np.testing.assert_array_equal(found.pred_probs, chances)
+    np.testing.assert_array_equal(found.right, chances.argmax(1) == labels)
     with pytest.raises(UsageError, match="one photo"):
         held_out_probabilities(cache.take(np.arange(1)))
 

@@ -18,7 +18,6 @@ import pytest
 
 from retrieval_tip.cli.output import FORMATS, WIDE, prediction_details, write_table, write_tables
 from retrieval_tip.errors import InputError, json_line, one_line
-from retrieval_tip.predictions import rows_of
 
 ESCAPES = "\x1b[2J\x07\x9b31m\u202e\u2066\u200f\u2028\r\n\t\x7f"
 """Two kinds of escape sequences, direction marks and line endings."""
@@ -92,31 +91,6 @@ def test_escaping_preserves_json_and_printable_text() -> None:
     for plain in ("Übergröße 猫 🐈", ""):
         assert (one_line(plain), json_line(plain)) == (plain, f'"{plain}"')
     assert json_line({"a": [1, None, True]}) == '{"a": [1, null, true]}'
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        pa.array([1, None, 3], pa.int32()),
-        pa.array([1.5, float("inf"), -0.0], pa.float16()),
-        pa.array([True, False, None]),
-        pa.array([1, 2, 3], pa.timestamp("us", "UTC")),
-        pa.array(["a", "b", "a"]).dictionary_encode(),
-        pa.array([[1, 2], [], [3]], pa.list_(pa.int8())),
-        pa.array([[1, None], None, [3]], pa.list_(pa.int8())),
-        pa.array([[1.5, 2], [3, 4], [5, 6]], pa.list_(pa.float32(), 2)),
-        pa.array([[{"a": 1, "b": ["x"]}], [], [{"a": None, "b": None}, {"a": 2, "b": []}]]),
-        pa.array([{"a": {"b": [1]}}, None, {"a": None}]),
-        pa.array([{}, {}, {}], pa.struct([])),
-        pa.array([b"x", None, b""]),
-        pa.nulls(3),
-    ],
-    ids=lambda values: str(values.type),
-)  # fmt: skip
-def test_rows_of_a_table_match_arrow(values: pa.Array) -> None:
-    table = pa.table({"number": range(3), "values": values})
-    for part in (table, table.slice(1), table.slice(1, 1), table.slice(3), pa.concat_tables([table, table.slice(2)])):
-        assert list(rows_of(part)) == part.to_pylist()
 
 
 def test_parquet_uses_dictionaries_only_for_text(tmp_path: Path) -> None:

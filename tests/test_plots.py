@@ -32,7 +32,9 @@ def made_up(truth, predicted, names, confidence=None, **changes):
         "mean_per_class": 0.5, "ece": 0.1, "n": len(truth), "skipped": 0, "settings": Settings(),
         "confusions": [],
         "per_class": {names[i]: float(right[truth == i].mean()) for i in np.unique(truth)},
-        "answers": Answers(truth, predicted, confidence, np.arange(len(truth)), np.log(confidence), names),
+        "answers": Answers(
+            truth, predicted[:, None], confidence, np.arange(len(truth)), np.log(confidence), names, len(names), ~right
+        ),
     }  # fmt: skip
     return Evaluation(**(facts | changes))
 

@@ -21,7 +21,7 @@ from tables import tiny
 from retrieval_tip.backbones import tower
 from retrieval_tip.backbones.base import unit
 from retrieval_tip.backbones.loading import load_backbone, load_when_needed
-from retrieval_tip.classifier.classifier import Classifier
+from retrieval_tip.classifier import Classifier
 from retrieval_tip.data.encoder import FEWEST, Encoder
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.sources import open_items

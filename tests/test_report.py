@@ -30,7 +30,7 @@ from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.shots import few_shot
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, UsageError, one_line, percent
-from retrieval_tip.evaluation.evaluate import judge
+from retrieval_tip.evaluation.evaluate import answered, judge
 from retrieval_tip.evaluation.held_out import QueryBlock
 from retrieval_tip.fit.closed_form import wilson
 from retrieval_tip.fit.folds import Queries
@@ -262,7 +262,7 @@ def test_the_accuracy_of_each_part_matches_plain_numpy(caltech):
     source = open_source(write_table(caltech / "made.parquet", rows, [ALIKE[i] for i in ids]))
     cache.settings = cache.settings.override(alpha=3.0, temperature=2.5)
     asked = (QueryBlock(cache, block) for block in Encoder().blocks(source))
-    judged = judge(cache, asked, *source.truth(cache.class_names))
+    judged = judge(cache, answered(cache, asked, *source.truth(cache.class_names)))
     text = cache.settings.logit_scale * rows @ cache.text_weights.numpy().astype(np.float64).T
     alone = 3.0 * np.exp(-cache.settings.beta * (1 - rows @ keys.T)) @ np.eye(6)[cache.class_ids.numpy()]
     whole = log_softmax((text + alone) / 2.5)

@@ -85,11 +85,6 @@ def test_a_large_pool_needs_limited_memory_and_uncertain_photos_come_first(monke
     [
         ({"features": np.full((4, 8), np.nan)}, "features"),
         ({"features": np.ones(8)}, "features"),
-        ({"uncertainty": np.ones(3)}, "uncertainty"),
-        ({"uncertainty": [0.1, np.nan, 0, 0]}, "uncertainty"),
-        ({"uncertainty": [0.1, 1.5, 0, 0]}, "uncertainty"),
-        ({"labelled": unit_rows(2, 7)}, "labelled"),
-        ({"labelled": np.full((2, 8), np.inf)}, "labelled"),
         ({"n": 0}, "n"),
     ],
 )

@@ -210,12 +210,11 @@ def calibrate_command(
     Options:
         val: Labelled validation source. Do not use shots or test images. The val part of a split .json is used.
     """
-    from retrieval_tip.evaluation.calibration import apply, calibrate
+    from retrieval_tip.evaluation.calibration import calibrate
 
     cache = checked(folder, encoding.device)
     source = source_of(val, reading, "val")
     with encoder_for(cache, [source], encoding) as encoder:
-        settings, result = calibrate(cache, source, encoder)
-    apply(cache, settings, result, source.name, folder)
+        result = calibrate(cache, source, encoder)
     print_facts(vars(result) | {"version": cache.version}, 15)
     finish(encoder.skipped)

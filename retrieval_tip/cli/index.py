@@ -197,7 +197,7 @@ def tune_command(
     printing.write_rows(rows, types)
     if not dry_run:
         tuning.apply(cache, folder)
-        say(f"{folder}: version {cache.version}, {cache.index.factory}, k {cache.settings.k or 'all'}")
+        say(f"{folder}: version {cache.version}, {cache.index_type}, k {cache.settings.k or 'all'}")
     finish(encoder.skipped)
 
 

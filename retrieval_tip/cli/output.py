@@ -17,7 +17,7 @@ from wcwidth import wcswidth
 from retrieval_tip.data.tables import parquet_writer, row_groups_of
 from retrieval_tip.errors import RetrievalTipError, UsageError, first_line, json_line, one_line
 from retrieval_tip.files import replacing
-from retrieval_tip.predictions import rows_of, shown_probability
+from retrieval_tip.predictions import shown_probability
 
 FORMATS = ("table", "json", "csv", "parquet")
 TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
@@ -57,7 +57,7 @@ def write_tables(
                     writer.write_table(table)
             return
         text = io.TextIOWrapper(target, encoding="utf-8", newline="", write_through=True)
-        rows = (list(rows_of(table)) for table in tables)
+        rows = (table.to_pylist() for table in tables)
         try:
             if style == "table":
                 blocks = _table(rows, schema, known or {}, details)

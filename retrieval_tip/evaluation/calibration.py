@@ -7,22 +7,20 @@ refers to C. Guo, G. Pleiss, Y. Sun and K. Weinberger, "On Calibration of Modern
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from retrieval_tip import tip
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import Source
 from retrieval_tip.fit.folds import blend
 from retrieval_tip.model import Index
-from retrieval_tip.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -34,23 +32,22 @@ ITSELF = 1e-4
 """Squared distance to a key below which a validation item counts as a shot."""
 REACH = 16.0
 """Bound on the logarithm of ``1 / T`` for logits of unit spread, beyond the bounds of a temperature."""
-_BLOCK = 1 << 21
 
 Floats = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Bin:
-    """The answers with ``low < confidence <= high``.
+class Bins(NamedTuple):
+    """The answers in ``m`` bins, each of which contains those with ``low < confidence <= high``.
 
-    The first bin also includes a confidence of 0. The means of an empty bin are ``None``.
+    All arrays have shape ``[m]``. The first bin also includes a confidence of 0. ``confidence`` and ``accuracy`` are
+    means, which are NaN in an empty bin.
     """
 
-    low: float
-    high: float
-    count: int
-    confidence: float | None
-    accuracy: float | None
+    low: Floats
+    high: Floats
+    counts: npt.NDArray[np.int64]
+    confidence: Floats
+    accuracy: Floats
 
 
 class Coverage(NamedTuple):
@@ -65,7 +62,7 @@ class Coverage(NamedTuple):
     accuracy: Floats
 
 
-def reliability(confidence: npt.ArrayLike, right: npt.ArrayLike, bins: int = BINS) -> list[Bin]:
+def reliability(confidence: npt.ArrayLike, right: npt.ArrayLike, bins: int = BINS) -> Bins:
     """Return the confidence and accuracy in equal bins ``(m / bins, (m + 1) / bins]`` (Guo et al., eq. 2).
 
     Both arrays have shape ``[n]``, with n >= 1 and values in [0, 1].
@@ -74,17 +71,9 @@ def reliability(confidence: npt.ArrayLike, right: npt.ArrayLike, bins: int = BIN
     edges = np.linspace(0, 1, bins + 1)
     of = np.searchsorted(edges[1:-1], p, side="left")
     counts = np.bincount(of, minlength=bins)
-    sums = [np.bincount(of, weights=values, minlength=bins) for values in (p, hit)]
-    return [
-        Bin(
-            low=float(edges[m]),
-            high=float(edges[m + 1]),
-            count=int(counts[m]),
-            confidence=float(sums[0][m] / counts[m]) if counts[m] else None,
-            accuracy=float(sums[1][m] / counts[m]) if counts[m] else None,
-        )
-        for m in range(bins)
-    ]
+    shares = np.where(counts > 0, counts, np.nan)
+    means = [np.bincount(of, weights=values, minlength=bins) / shares for values in (p, hit)]
+    return Bins(edges[:-1], edges[1:], counts, *means)
 
 
 def expected_calibration_error(confidence: npt.ArrayLike, right: npt.ArrayLike, bins: int = BINS) -> float:
@@ -93,11 +82,8 @@ def expected_calibration_error(confidence: npt.ArrayLike, right: npt.ArrayLike, 
     See :func:`reliability` for the bins. The estimate is biased upwards if the bins contain few answers.
     """
     curve = reliability(confidence, right, bins)
-    n = sum(b.count for b in curve)
-    gaps = (
-        b.count * abs(b.accuracy - b.confidence) for b in curve if b.accuracy is not None and b.confidence is not None
-    )
-    return float(sum(gaps) / n)
+    gaps = curve.counts * np.abs(curve.accuracy - curve.confidence)
+    return float(np.nansum(gaps) / curve.counts.sum())
 
 
 def accuracy_coverage(confidence: npt.ArrayLike, right: npt.ArrayLike) -> Coverage:
@@ -143,20 +129,8 @@ def negative_log_likelihood(
     logits: npt.ArrayLike | Tensor, labels: npt.ArrayLike | Tensor, temperature: float
 ) -> float:
     """Return the mean of ``-log softmax(logits / T)[label]`` in nats. See :func:`fit_temperature` for the arguments."""
-    z, y = torch.as_tensor(logits), torch.as_tensor(labels, dtype=torch.int64)
-    total = 0.0
-    for rows, label in _blocks(z, y):
-        scaled = rows / temperature
-        total += float((scaled.logsumexp(dim=1) - scaled.gather(1, label).squeeze(1)).sum())
-    return total / len(z)
-
-
-def _blocks(z: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield blocks of rows in float64. Each row is shifted so that its largest logit is 0."""
-    step = max(1, _BLOCK // z.shape[1])
-    for start in range(0, len(z), step):
-        rows = z[start : start + step].double()
-        yield rows - rows.amax(dim=1, keepdim=True), y[start : start + step, None]
+    z, y = torch.as_tensor(logits).double(), torch.as_tensor(labels, dtype=torch.int64)
+    return float(cross_entropy(z / temperature, y))
 
 
 @dataclass(frozen=True)
@@ -176,13 +150,14 @@ class Calibration:
     at_bound: bool
 
 
-def calibrate(cache: Index, source: Source, encoder: Encoder) -> tuple[Settings, Calibration]:
+def calibrate(cache: Index, source: Source, encoder: Encoder) -> Calibration:
     """Fit the temperature of an index on a labelled validation source (see :func:`fit_temperature`).
 
-    Returns the index settings with the new temperature, and a description of the fit. Fit the temperature again after
-    you change the settings or the keys. Raises InputError if the source is empty, or if one of its labels is not a
-    class of the index.
+    The temperature is saved in a new version of the index folder. Fit it again after you change the settings or the
+    keys. Raises InputError if the source is empty, or if one of its labels is not a class of the index. Raises
+    StoreError if the folder cannot be written.
     """
+    assert cache.folder is not None
     truth = torch.from_numpy(cache.ids_of(source))
     parts: list[Tensor] = []
     true: list[Tensor] = []
@@ -214,7 +189,10 @@ def calibrate(cache: Index, source: Source, encoder: Encoder) -> tuple[Settings,
             "%s: %d of %d photos are in the index, so its probabilities will be too high; use other photos",
             source.name, shots, len(y),
         )  # fmt: skip
-    return replace(cache.settings, temperature=fitted), Calibration(
+    cache.settings = replace(cache.settings, temperature=fitted)
+    cache.provenance = cache.provenance | {"temperature": f"fitted on {source.name}, n={len(y)}"}
+    cache.save_settings(cache.folder, "calibrate")
+    return Calibration(
         temperature=fitted,
         n=len(y),
         top1=float(right.double().mean()),
@@ -224,10 +202,3 @@ def calibrate(cache: Index, source: Source, encoder: Encoder) -> tuple[Settings,
         nll_after=negative_log_likelihood(logits, y, fitted),
         at_bound=at_bound,
     )
-
-
-def apply(cache: Index, settings: Settings, calibration: Calibration, source: str, folder: Path) -> None:
-    """Save the result of :func:`calibrate` as a new version of the index. Raises StoreError if it cannot be saved."""
-    cache.settings = settings
-    cache.provenance = cache.provenance | {"temperature": f"fitted on {source}, n={calibration.n}"}
-    cache.save_settings(folder, "calibrate")

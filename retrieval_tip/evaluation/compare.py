@@ -142,11 +142,13 @@ def compare(a: Side, b: Side, source: Source) -> Compared:
     if not len(source):
         raise InputError(f"{source.name}: has no items")
     labelled = "label" in source.items.column_names and source.items["label"].null_count < len(source)
-    truths = [_truth(a, source, labelled=labelled)]
-    truths += truths if a.index.class_names == b.index.class_names else [_truth(b, source, labelled=labelled)]
+    truths = [_truth(side, source, labelled=labelled) for side in (a, b)]
     if all(ids.min() >= len(side.index.class_names) for side, (ids, _) in zip((a, b), truths, strict=True)):
         raise InputError(f"{source.name}: neither {a.name} nor {b.name} has a class of these photos; compare others")
-    first, second = (_answers(side, source, *truth) for side, truth in zip((a, b), truths, strict=True))
+    first, second = (
+        answered(side.index, without_themselves(side.index, source, side.encoder.blocks(source)), *truth)
+        for side, truth in zip((a, b), truths, strict=True)
+    )
     rows, *places = np.intersect1d(first.positions, second.positions, assume_unique=True, return_indices=True)
     if not len(rows):
         raise InputError(f"{source.name}: no photo could be read by both sides")
@@ -170,11 +172,6 @@ def compare(a: Side, b: Side, source: Source) -> Compared:
 
 def _truth(side: Side, source: Source, *, labelled: bool) -> tuple[npt.NDArray[np.int64], list[str]]:
     return source.truth(side.index.class_names) if labelled else (np.full(len(source), -1), side.index.class_names)
-
-
-def _answers(side: Side, source: Source, truth: npt.NDArray[np.int64], class_names: list[str]) -> Answers:
-    asked = without_themselves(side.index, source, side.encoder.blocks(source))
-    return answered(side.index, asked, truth, class_names)[0]
 
 
 def _score(side: Side, own: Answers, other: Answers) -> Score:

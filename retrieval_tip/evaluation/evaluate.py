@@ -38,30 +38,36 @@ Bools = npt.NDArray[np.bool_]
 class Answers:
     """The answers in an evaluation, in the order of the items. Arrays have shape ``[n]`` unless noted.
 
-    ``truth`` and ``predicted`` are class ids and ``confidence`` is a probability. ``positions`` are the item positions
-    in the source. ``log_truth`` is the natural logarithm of the probability of the true class, which can be used to
-    rank items whose probabilities round to 0. ``class_names`` starts with the classes of the index, whose number is
-    ``known``. If an item belongs to another class, its ``truth`` is at least ``known``. ``strength`` is the largest
-    cache logit of a class with keys, and ``unlike`` is true if it is below the threshold of the index. Both are
-    ``None`` if the index has no threshold. ``held_out`` is true for shots of the index, which were classified without
-    themselves.
+    ``truth`` holds class ids, or -1 for items without a label. ``ranked`` holds the best classes ``[n, m + 2]``: those
+    of the ``m`` largest blended logits (at most 5), of the largest text logit and of the largest cache logit.
+    ``confidence`` is the probability of the first. ``positions`` are the item positions in the source. ``log_truth`` is
+    the natural logarithm of the probability of the true class, which can be used to rank items whose probabilities
+    round to 0. ``class_names`` starts with the classes of the index, whose number is ``known``. If an item belongs to
+    another class, its ``truth`` is at least ``known``. ``held_out`` is true for shots of the index, which were
+    classified without themselves. ``strength`` is the largest cache logit of a class with keys, and ``unlike`` is true
+    if it is below the threshold of the index. Both are ``None`` if the index has no threshold.
     """
 
     truth: Ints
-    predicted: Ints
+    ranked: Ints
     confidence: Floats
     positions: Ints
     log_truth: Floats
     class_names: list[str]
-    known: int | None = None
+    known: int
+    held_out: Bools
     strength: Floats | None = None
     unlike: Bools | None = None
-    held_out: Bools | None = None
+
+    @property
+    def predicted(self) -> Ints:
+        """The class id of each answer."""
+        return self.ranked[:, 0]
 
     @property
     def of_known(self) -> Bools:
         """Whether each item belongs to a class of the index."""
-        return np.asarray(self.truth < (len(self.class_names) if self.known is None else self.known))
+        return np.asarray(self.truth < self.known)
 
     @property
     def right(self) -> Bools:
@@ -85,7 +91,7 @@ class Answers:
         counts = Counter(self.class_names[i] for i in self.truth[~known].tolist())
         auroc = None if strength is None else area_under_roc(strength[known], strength[~known])
         return Recognition(
-            held_out=0 if self.held_out is None else int(self.held_out.sum()),
+            held_out=int(self.held_out.sum()),
             unknown=dict(sorted(counts.items())),
             known_top1=_mean(self.right[known]),
             known_no_match=None if unlike is None else _mean(unlike[known]),
@@ -187,8 +193,8 @@ def evaluate(
         raise UsageError(f"abstain is {abstain}: give a probability, 0 to 1")
     cache = cache.with_settings(Ask(**asked).settings(cache.settings))
     truth, names = some_known(cache, source)
-    blocks = without_themselves(cache, source, encoder.blocks(source))
-    found = judge(cache, blocks, truth, names, encoder.skipped, abstain=abstain)
+    answers = answered(cache, without_themselves(cache, source, encoder.blocks(source)), truth, names)
+    found = judge(cache, answers, encoder.skipped, abstain=abstain)
     if found.held_out:
         shots = f"{found.held_out:,} of {counted(found.n, 'photo')}"
         log.warning("%s: %s are shots of this index; %s", source.name, shots, HELD_OUT)
@@ -204,18 +210,13 @@ def some_known(cache: Index, source: Source) -> tuple[Ints, list[str]]:
 
 
 def judge(
-    cache: Index, asked: Iterable[QueryBlock], truth: Ints, class_names: list[str],
-    skipped: Sequence[Skipped] = (), *, abstain: float | None = None,
-) -> Evaluation:  # fmt: skip
-    """Evaluate encoded items against the class ids ``truth`` of their source (see :meth:`source.Source.truth`).
-
-    ``skipped`` is read after the last item. See :func:`evaluate` for the other arguments and the errors.
-    """
-    answers, ranked = answered(cache, asked, truth, class_names)
-    known, right, truth = answers.of_known, answers.right, answers.truth
+    cache: Index, answers: Answers, skipped: Sequence[Skipped] = (), *, abstain: float | None = None
+) -> Evaluation:
+    """Evaluate answers of an index. See :func:`evaluate` for ``abstain`` and the errors."""
+    known, right, truth, class_names = answers.of_known, answers.right, answers.truth, answers.class_names
     if not known.any():
         raise InputError("photos: none of a class of the index could be read; add such photos")
-    hits = ranked == truth[:, None]
+    hits = answers.ranked == truth[:, None]
     per_class = {class_names[i]: float(right[truth == i].mean()) for i in np.unique(truth[known])}
     wrong = Counter(zip(truth[~right].tolist(), answers.predicted[~right].tolist(), strict=True))
     confusions = [(class_names[a], class_names[b], n) for (a, b), n in wrong.most_common(CONFUSIONS)]
@@ -240,12 +241,8 @@ def judge(
     )
 
 
-def answered(cache: Index, asked: Iterable[QueryBlock], truth: Ints, class_names: list[str]) -> tuple[Answers, Ints]:
-    """Classify items, and return the answers in the order of the source, and the best classes ``[n, m + 2]``.
-
-    The best classes are those of the ``m`` largest blended logits (at most 5), of the largest text logit and of the
-    largest cache logit. ``truth`` has the class id of each item of the source, or -1 if it has no label.
-    """
+def answered(cache: Index, asked: Iterable[QueryBlock], truth: Ints, class_names: list[str]) -> Answers:
+    """Classify encoded items, whose source has the class ids ``truth`` (see :meth:`source.Source.truth`)."""
     places, held, parts = [], [], []
     for one in asked:
         for answer in one.index.answers([one.block], Ask(neighbours=0)):
@@ -257,26 +254,22 @@ def answered(cache: Index, asked: Iterable[QueryBlock], truth: Ints, class_names
     order = np.argsort(np.concatenate(places))
     ranked, confidence, log_truth, strength = (torch.cat(part).numpy()[order] for part in zip(*parts, strict=True))
     positions, least = np.concatenate(places)[order], cache.settings.least_cache
-    answers = Answers(
+    return Answers(
         truth[positions],
-        ranked[:, 0],
+        ranked,
         confidence,
         positions,
         log_truth,
         class_names,
         known=len(cache.class_names),
+        held_out=np.concatenate(held)[order],
         strength=None if least is None else strength,
         unlike=None if least is None else strength < least,
-        held_out=np.concatenate(held)[order],
     )
-    return answers, ranked
 
 
 def _best(answer: AnswerBlock, truth: Ints) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the best classes of ``q`` queries (see :func:`answered`) and values of shape ``[q]``.
-
-    These are ``confidence``, ``log_truth`` and ``strength`` (see :class:`Answers`).
-    """
+    """Return ``ranked``, ``confidence``, ``log_truth`` and ``strength`` of ``q`` queries (see :class:`Answers`)."""
     terms, logits, settings = answer.terms, answer.logits, answer.settings
     text, alone, c = terms.text, terms.photos(settings), logits.shape[1]
     best = logits.topk(min(5, c), dim=1).indices

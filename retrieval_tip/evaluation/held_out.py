@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from retrieval_tip import tip
@@ -27,7 +28,6 @@ from retrieval_tip.store.labels import images_of
 log = logging.getLogger(__name__)
 
 IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 
 PARTS, MANY_KEYS = 8, 4096
 """Number of parts of the photos, and number of keys above which it is halved. The fit is repeated for each part."""
@@ -44,20 +44,6 @@ def photo_rows(index: Index, key_ids: Sequence[int]) -> IntArray:
     return rows[np.sort(first)]
 
 
-def held_out(index: Index, rows: IntArray, kept: IntArray) -> tuple[npt.NDArray[np.bool_], FloatArray]:
-    """Classify the photo of each row by the ``kept`` keys, except all keys of the photos in its own part.
-
-    The metric and the values are refitted to the other keys, while alpha, beta and the temperature stay. The index does
-    not change. Without text, a class that has no other key cannot win. Returns whether the answers are right, and their
-    probabilities.
-    """
-    right, chances = np.zeros(len(rows), dtype=bool), np.zeros(len(rows))
-    places, probabilities = _without_own_part(index, rows, kept)
-    highest, answers = probabilities.max(1)
-    right[places], chances[places] = (answers == index.class_ids.cpu()[rows[places]]).numpy(), highest.numpy()
-    return right, chances
-
-
 class HeldOut(NamedTuple):
     """Held-out probabilities ``[n, c]`` of ``n`` photos, the class ids of their labels, and the id of a key of each.
 
@@ -68,36 +54,35 @@ class HeldOut(NamedTuple):
     labels: IntArray
     key_ids: IntArray
 
+    @property
+    def right(self) -> npt.NDArray[np.bool_]:
+        """Whether each answer is right."""
+        possible = self.pred_probs[np.arange(len(self.labels)), self.labels] > 0
+        right: npt.NDArray[np.bool_] = possible & (self.pred_probs.argmax(1) == self.labels)
+        return right
 
-def held_out_probabilities(
-    index: Index, rows: IntArray | None = None, queries: npt.NDArray[np.float32] | None = None
-) -> HeldOut:
-    """Classify each photo of an index by the photos outside its own part, as in :func:`held_out`.
 
-    ``rows`` selects photos by a row of each. ``queries`` replaces the keys of these rows as their features.
+def held_out_probabilities(index: Index, rows: IntArray | None = None, kept: IntArray | None = None) -> HeldOut:
+    """Classify the photo of each row by the ``kept`` keys, except all keys of the photos in its own part.
 
-    Raises UsageError if there is only one photo.
+    The metric and the values are refitted to the other keys, while alpha, beta and the temperature stay. The index does
+    not change. Without text, a class that has no other key cannot win. If there are no other keys, all probabilities
+    are 0. By default, all photos of the index are classified, and all keys are kept.
+
+    Raises UsageError if the index has only one photo, unless ``rows`` are given.
     """
-    rows = photo_rows(index, index.labels["key_id"].to_pylist()) if rows is None else rows
-    if len(rows) < 2:
-        raise UsageError("held-out probabilities: the index has one photo; add more")
-    places, probabilities = _without_own_part(index, rows, np.arange(index.n), queries)
-    labels = index.class_ids.cpu().numpy()[rows].astype(np.int64)
-    return HeldOut(probabilities.numpy()[np.argsort(places)], labels, index.labels["key_id"].to_numpy()[rows])
-
-
-def _without_own_part(
-    index: Index, rows: IntArray, kept: IntArray, queries: npt.NDArray[np.float32] | None = None
-) -> tuple[IntArray, torch.Tensor]:
-    """Return the positions in ``rows`` of the photos that can be classified, and their probabilities ``[m, c]``."""
-    places, probabilities = [np.zeros(0, np.int64)], [torch.zeros(0, len(index.class_names))]
+    if rows is None:
+        rows = photo_rows(index, index.labels["key_id"].to_pylist())
+        if len(rows) < 2:
+            raise UsageError("held-out probabilities: the index has one photo; add more")
+    probabilities = torch.zeros(len(rows), len(index.class_names))
     for part, others in without_parts(index, rows, kept):
-        logits = others.logits(index.keys[rows[part]] if queries is None else queries[part]).cpu()
+        logits = others.logits(index.keys[rows[part]]).cpu()
         if not index.has_text:  # a class without keys would be unknown
             logits[:, np.array(others.counts) == 0] = -torch.inf
-        places.append(part)
-        probabilities.append(tip.probabilities(logits, index.settings.temperature))
-    return np.concatenate(places), torch.cat(probabilities)
+        probabilities[part] = tip.probabilities(logits, index.settings.temperature)
+    labels = index.class_ids.cpu().numpy()[rows].astype(np.int64)
+    return HeldOut(probabilities.numpy(), labels, index.labels["key_id"].to_numpy()[rows])
 
 
 def without_parts(index: Index, rows: IntArray, kept: IntArray | None = None) -> Iterator[tuple[IntArray, Index]]:
@@ -170,9 +155,8 @@ def without_themselves(index: Index, source: Source, blocks: Iterable[FeatureBlo
     photos = images_of(model.labels)
     if photos.min() == photos.max():
         raise InputError(f"{source.name}: has the only photo of the index; add other photos to the index")
-    known = model.labels["key_id"].to_numpy()
-    order = np.argsort(known)
-    rows = order[np.searchsorted(known, key_ids, sorter=order)]
+    known = model.labels["key_id"].combine_chunks()
+    rows = pc.index_in(pa.array(key_ids), value_set=known).to_numpy().astype(np.int64)
     _, first, photo = np.unique(photos[rows], return_index=True, return_inverse=True)
     for part, others in without_parts(model, rows[first]):
         yield QueryBlock(others, block.take(np.flatnonzero(np.isin(photo, part))), held_out=True)

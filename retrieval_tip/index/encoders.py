@@ -10,14 +10,12 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.shots import spread
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, Skipped, UsageError
 from retrieval_tip.evaluation.compare import SIGNIFICANT, Compared, Side, compare, mcnemar
-from retrieval_tip.evaluation.held_out import held_out, photo_rows
+from retrieval_tip.evaluation.held_out import held_out_probabilities, photo_rows
 from retrieval_tip.index.build import build_index
 from retrieval_tip.model import Index
 
@@ -106,7 +104,7 @@ def try_encoders(
                 raise InputError(f"{photos.name}: {fit['summary']}; give at least two photos per class")
             rows = photo_rows(index, index.labels["key_id"].to_pylist())
             rows = rows[spread(len(rows), JUDGED)]
-            answers, _ = held_out(index, rows, np.arange(index.n))
+            answers = held_out_probabilities(index, rows).right
             right = dict(zip(index.labels["key_id"].to_numpy()[rows].tolist(), answers.tolist(), strict=True))
             low, high = fit["interval_95"]
             trials.append(EncoderTrial(name, fit["both"], (low, high), _speed(photos, encoder), right))

@@ -21,10 +21,10 @@ from retrieval_tip.data.sources import Source, of_images
 from retrieval_tip.errors import InputError, UsageError, show
 from retrieval_tip.index.items import ItemColumns
 from retrieval_tip.labelling.photos import MOST_PHOTOS, Pool
+from retrieval_tip.labelling.suggest import points_of
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.duplicates import PAIRS, Duplicates, duplicates
 from retrieval_tip.retrieval.vector_index import faiss
-from retrieval_tip.tip import Metric
 
 FOUND = pa.schema({"rank": pa.int64(), "input": pa.string(), "similarity": pa.float64()})
 """The columns of search results."""
@@ -56,12 +56,11 @@ def find_photos(
     :meth:`encoder.Encoder.blocks`.
     """
     check_count("n", n)
-    metric = None if index is None or index.metric is None else index.metric.to("cpu")
-    example, known = example_of(query), None
+    example, metric, known = example_of(query), None, None
     if example is not None:
-        block = encoder.encode(example)
+        block, metric = encoder.encode(example), None if index is None else index.metric
         (known,) = block.digests
-        target = _points(metric, block.features)[0]
+        target = points_of(block.features, metric)[0]
     else:
         backbone = encoder.needed_backbone(sources[0])
         if not backbone.has_text:
@@ -74,22 +73,16 @@ def find_photos(
     for source in sources:
         for block in encoder.blocks(source):
             columns = ItemColumns.of(source.items.take(pa.array(block.positions)), block.digests)
-            f = _points(None if example is None else metric, block.features)
-            similarity = torch.mv(f, target)
+            similarity = torch.mv(points_of(block.features, metric), target)
             if known is not None:
                 similarity[[digest == known for digest in columns.digests]] = -torch.inf
             every = torch.cat([best, similarity])
             best, order = every.sort(descending=True, stable=True)
             order = order[: min(n, int((best > -torch.inf).sum()))]
-            best, total = best[: len(order)], total + len(f)
+            best, total = best[: len(order)], total + len(similarity)
             names = pa.concat_arrays([names, columns.sources.cast(pa.string()).combine_chunks()])
             names = names.take(pa.array(order.numpy()))
     return pa.table([pa.array(range(1, len(best) + 1)), names, best.double().numpy()], schema=FOUND), total
-
-
-def _points(metric: Metric | None, features: npt.NDArray[np.float32]) -> Tensor:
-    f = torch.from_numpy(features)
-    return normalize(f) if metric is None else metric(f)
 
 
 def find_duplicates(sources: Sequence[Source], encoder: Encoder, n: int = 20) -> tuple[pa.Table, Duplicates]:

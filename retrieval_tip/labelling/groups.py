@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-from torch.nn.functional import normalize
 
 from retrieval_tip import tip
 from retrieval_tip.bounds import check_memory
 from retrieval_tip.errors import UsageError
 from retrieval_tip.labelling.photos import MOST_KEYS, Pool
+from retrieval_tip.labelling.suggest import points_of
 from retrieval_tip.model import Index
 from retrieval_tip.predictions import PREDICTIONS, Predictions
 from retrieval_tip.retrieval import inputs
@@ -52,7 +52,7 @@ def group(features: Features, threshold: float, metric: tip.Metric | None = None
     raw = inputs.matrix(features, "features")
     m, d = raw.shape
     check_memory(4 * (2 * m * d + min(m, MOST) ** 2), f"{m:,} photos without a match", "classify fewer at a time")
-    points = _points(raw, metric)
+    points = points_of(raw, metric).numpy()
     order = np.random.default_rng(0).permutation(m) if m > MOST else np.arange(m)
     sample, others = np.sort(order[:MOST]), np.sort(order[MOST:])
     groups = [sample[rows] for rows in _linked(points[sample], threshold) if len(rows) > 1]
@@ -63,12 +63,6 @@ def group(features: Features, threshold: float, metric: tip.Metric | None = None
             best = np.where(similarity.max(axis=1) >= threshold, similarity.argmax(axis=1), -1)
             groups = [np.append(rows, others[part][best == place]) for place, rows in enumerate(groups)]
     return sorted(map(np.sort, groups), key=lambda rows: (-len(rows), rows[0]))
-
-
-def _points(raw: npt.NDArray[np.floating], metric: tip.Metric | None) -> FloatArray:
-    f = torch.from_numpy(raw.astype(np.float32, copy=False))
-    points: FloatArray = (normalize(f) if metric is None else metric.to("cpu")(f)).numpy()
-    return points
 
 
 def _linked(points: FloatArray, threshold: float) -> Iterator[Sequence[int]]:
@@ -111,7 +105,7 @@ def threshold_of(index: Index) -> float:
     these classes dissimilar to each other, but not to new classes. If there are very many shots, a sample is used.
     """
     keys, described = index.rows.some(MOST_KEYS)
-    points = torch.from_numpy(_points(keys, index.metric)).double()
+    points = points_of(keys, index.metric).double()
     ids = torch.from_numpy(described["class_id"].to_numpy().astype(np.int64))
     c = len(index.class_names)
     sums = torch.zeros(c, points.shape[1], dtype=torch.float64).index_add_(0, ids, points)

@@ -124,32 +124,6 @@ class Pool:
         return Pool(names, self.features[rows], digests)
 
 
-@dataclass(frozen=True)
-class ClassWords:
-    """Class names, their text weights of shape ``[c, d]``, and the scale of the text logits."""
-
-    class_names: Sequence[str]
-    weights: npt.NDArray[np.float32]
-    logit_scale: float
-
-    @classmethod
-    def read(cls, path: str | os.PathLike[str], encoder: Encoder, source: Source, d: int) -> ClassWords:
-        """Read a feature table of class names. Raises InputError or BackboneError if it does not fit the photos."""
-        class_names, weights = read_text_table(path, encoder.norms, identity_of(source, encoder))
-        check_shape(f"text {path}", weights.shape, (len(class_names), d), "as long as the features of the photos")
-        backbone = encoder.backbone
-        return cls(class_names, weights, Settings().logit_scale if backbone is None else backbone.logit_scale)
-
-    def classify(self, features: npt.NDArray[np.float32]) -> pa.Table:
-        """Return the zero-shot ``label`` and ``probability`` of each photo."""
-        f, weights = torch.from_numpy(features), torch.from_numpy(self.weights)
-        parts = slices(len(f), max(1, LOGITS // len(weights)))
-        answers = [tip.probabilities(tip.text_logits(f[part], weights, self.logit_scale)).max(1) for part in parts]
-        chances, ids = (torch.cat(column) for column in zip(*answers, strict=True))
-        labels = pa.array(self.class_names, pa.string()).take(pa.array(ids.numpy()))
-        return pa.table({"label": labels, "probability": chances.double().numpy()})
-
-
 def suggest_photos(
     sources: Sequence[Source],
     n: int,
@@ -186,14 +160,17 @@ def suggest_photos(
     fresh = pool if index is None else pool.without(index)
     if not fresh.names:
         raise InputError(f"photos: the index already contains {counted(len(pool.names), 'photo')}; give other photos")
-    words = None if text is None else ClassWords.read(text, encoder, sources[0], pool.features.shape[1])
-    made = suggest_features(fresh, n, index, words)
+    guesses = None if text is None else guessed_by_name(text, encoder, sources[0], fresh.features)
+    made = suggest_features(fresh, n, index, guesses)
     known = len(pool.names) - len(fresh.names)
     return replace(made, known=known, sampled_from=total if total > MOST_PHOTOS else None)
 
 
-def suggest_features(pool: Pool, n: int, index: Index | None = None, words: ClassWords | None = None) -> Suggestions:
-    """Choose ``n`` photos of a pool (see :func:`suggest_photos`). Photos that the index contains are not skipped."""
+def suggest_features(pool: Pool, n: int, index: Index | None = None, guesses: pa.Table | None = None) -> Suggestions:
+    """Choose ``n`` photos of a pool (see :func:`suggest_photos`). Photos that the index contains are not skipped.
+
+    Without an index, ``guesses`` can have the columns ``label`` and ``probability``.
+    """
     names = pa.array(pool.names, pa.string())
     if index is not None:
         answers = index.classify(pool.features, "keep", neighbours=0, logits=False)
@@ -202,11 +179,11 @@ def suggest_features(pool: Pool, n: int, index: Index | None = None, words: Clas
         chances, counts = guesses["probability"].to_numpy(), np.array(index.counts)
         picks = suggest(
             pool.features, n, uncertainty=uncertainty_of(chances, class_ids, counts),
-            labelled=index.rows.some(MOST_KEYS)[0], metric=None if index.metric is None else index.metric.to("cpu"),
+            labelled=index.rows.some(MOST_KEYS)[0], metric=index.metric,
         )  # fmt: skip
         guesses = guesses.append_column("examples", pa.array(counts[class_ids]))
     else:
-        guesses = pa.table([], []) if words is None else words.classify(pool.features)
+        guesses = pa.table([], []) if guesses is None else guesses
         picks = suggest(pool.features, n)
     rows = pa.array(picks.rows)
     facts = {"covers": pa.array(picks.covers)} | {name: guesses[name].take(rows) for name in guesses.column_names}
@@ -215,6 +192,25 @@ def suggest_features(pool: Pool, n: int, index: Index | None = None, words: Clas
     columns["why"] = pa.array([why(**row) for row in pa.table(facts).to_pylist()], pa.string())
     table = pa.table({field.name: columns.get(field.name, unknown).cast(field.type) for field in SUGGESTIONS})
     return Suggestions(table, len(pool.names), 0)
+
+
+def guessed_by_name(
+    text: str | os.PathLike[str], encoder: Encoder, source: Source, features: npt.NDArray[np.float32]
+) -> pa.Table:
+    """Return the zero-shot ``label`` and ``probability`` of each photo, given a feature table of class names.
+
+    Raises InputError or BackboneError if the table does not fit the photos.
+    """
+    class_names, weights = read_text_table(text, encoder.norms, identity_of(source, encoder))
+    expected = len(class_names), features.shape[1]
+    check_shape(f"text {text}", weights.shape, expected, "as long as the features of the photos")
+    scale = Settings().logit_scale if encoder.backbone is None else encoder.backbone.logit_scale
+    f, w = torch.from_numpy(features), torch.from_numpy(weights)
+    parts = slices(len(f), max(1, LOGITS // len(w)))
+    answers = [tip.probabilities(tip.text_logits(f[part], w, scale)).max(1) for part in parts]
+    chances, ids = (torch.cat(column) for column in zip(*answers, strict=True))
+    labels = pa.array(class_names, pa.string()).take(pa.array(ids.numpy()))
+    return pa.table({"label": labels, "probability": chances.double().numpy()})
 
 
 def why(

@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 
 from retrieval_tip.bounds import check_count
 from retrieval_tip.data.shots import spread
-from retrieval_tip.evaluation.held_out import held_out, photo_rows
+from retrieval_tip.evaluation.held_out import held_out_probabilities, photo_rows
 from retrieval_tip.fit.closed_form import wilson
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.inputs import Features
@@ -53,7 +53,8 @@ class Estimate:
 def estimate_rest(index: Index, random_ids: Sequence[int], rest: Features) -> Estimate:
     """Estimate the accuracy of a fitted index on photos that are still unlabelled.
 
-    The random photos are held out in parts (see :func:`held_out.held_out`). For 500 keys of 512 values, this takes
+    The random photos are held out in parts (see
+    :func:`held_out.held_out_probabilities`). For 500 keys of 512 values, this takes
     about 0.5 s.
 
     Args:
@@ -66,18 +67,18 @@ def estimate_rest(index: Index, random_ids: Sequence[int], rest: Features) -> Es
     Raises InputError if ``rest`` is not finite or has the wrong shape.
     """
     rows = photo_rows(index, random_ids)
-    right, chances = held_out(index, rows, np.arange(index.n))
     if not len(rows):
         return Estimate(0, 0, 0.0, 0.0, 1.0)
-    n, accuracy = len(rows), float(right.mean())
+    held = held_out_probabilities(index, rows)
+    n, accuracy = len(rows), float(held.right.mean())
     if len(rest):
-        correction = accuracy - float(chances.mean())
+        correction = accuracy - float(held.pred_probs.max(1).mean(dtype=np.float64))
         answers = index.classify(
             rest[spread(len(rest), MOST_REST)], neighbours=0, norms="keep", logits=False
         ).to_arrow()
         accuracy = pc.mean(answers["probability"]).as_py() + n / (n + DOUBT) * correction
     accuracy = min(max(accuracy, 0.0), 1.0)
-    return Estimate(int(right.sum()), n, accuracy, *wilson(accuracy, n))
+    return Estimate(int(held.right.sum()), n, accuracy, *wilson(accuracy, n))
 
 
 def gain_of(index: Index, random_ids: Sequence[int], found: Estimate, more: int) -> float | None:
@@ -93,5 +94,5 @@ def gain_of(index: Index, random_ids: Sequence[int], found: Estimate, more: int)
     if not found.n or n < 4:
         return None
     first = np.sort(np.argsort(index.labels["key_id"].to_numpy())[: n // 2])
-    by_half = held_out(index, photo_rows(index, random_ids), first)[0].mean()
+    by_half = held_out_probabilities(index, photo_rows(index, random_ids), first).right.mean()
     return max(0.0, found.right / found.n - float(by_half)) * math.log2((n + more) / n)

@@ -21,7 +21,6 @@ from torch.nn.functional import normalize
 
 from retrieval_tip import tip
 from retrieval_tip.bounds import check_count, check_memory
-from retrieval_tip.errors import InputError
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.retrieval.logits import slices
@@ -72,6 +71,12 @@ def similarity(a: Tensor, b: Tensor) -> Tensor:
     return (a @ b.T).clamp_(min=0).pow_(POWER)
 
 
+def points_of(features: Features, metric: tip.Metric | None, mean: Tensor | float = 0.0) -> Tensor:
+    """Return features as points in a metric. Without a metric, subtract a mean and scale them to unit norm."""
+    f = torch.from_numpy(np.require(features, np.float32, "W"))
+    return normalize(f - mean) if metric is None else metric.to("cpu")(f)
+
+
 def uncertainty_of(
     probabilities: npt.NDArray[np.float64], class_ids: IntArray, counts: npt.NDArray[np.integer]
 ) -> npt.NDArray[np.float64]:
@@ -89,7 +94,7 @@ def suggest(
     features: Features,
     n: int,
     *,
-    uncertainty: npt.ArrayLike | None = None,
+    uncertainty: npt.NDArray[np.floating] | None = None,
     labelled: Features | None = None,
     metric: tip.Metric | None = None,
 ) -> Picks:
@@ -105,35 +110,22 @@ def suggest(
         labelled: the features of the labelled photos, of shape ``[k, d]``.
         metric: the metric of the similarity. Defaults to the cosine after subtracting the mean of ``features``.
 
-    Raises InputError if an array is not finite or has the wrong shape, and UsageError if ``n`` is less than 1.
+    Raises InputError if ``features`` are not finite or have the wrong shape, and UsageError if ``n`` is less than 1.
     """
     check_count("n", n)
     raw = inputs.matrix(features, "features")
     m, d = raw.shape
     check_memory(8 * m * d, f"{m:,} features", "suggest from fewer photos")
-    weights = torch.ones(m) if uncertainty is None else _weights(uncertainty, m)
-    if metric is None:
-        mean = torch.from_numpy(raw.mean(axis=0, dtype=np.float64).astype(np.float32))
-        points = normalize(torch.from_numpy(raw.astype(np.float32)).sub_(mean))
-    else:
-        mean, points = metric.mean, metric(torch.from_numpy(raw.astype(np.float32, copy=False)))
+    weights = torch.ones(m) if uncertainty is None else torch.from_numpy(uncertainty.astype(np.float32))
+    mean = torch.from_numpy(raw.mean(axis=0, dtype=np.float64).astype(np.float32))
+    points = points_of(raw, metric, mean)
     near = torch.zeros(m)
     if labelled is not None:
-        keys = inputs.matrix(labelled, "labelled")
-        inputs.check_shape("labelled", keys.shape, (len(keys), d), "as long as the features")
-        known = torch.from_numpy(keys.astype(np.float32))
-        known = normalize(known - mean) if metric is None else metric(known)
+        known = points_of(labelled, metric, mean)
         for part in slices(m, BLOCK):
             near[part] = (points[part] @ known.T).amax(1).clamp_(min=0)
     rows = _greedy(points, weights, near, min(n, m))
     return Picks(rows.numpy(), _covers(points, near, rows).numpy())
-
-
-def _weights(uncertainty: npt.ArrayLike, m: int) -> Tensor:
-    weights = torch.from_numpy(np.array(uncertainty, dtype=np.float32))
-    if weights.shape != (m,) or not bool(((weights >= 0) & (weights <= 1)).all()):
-        raise InputError(f"uncertainty: expected {m} numbers from 0 to 1, one per feature")
-    return weights
 
 
 def _greedy(points: Tensor, weights: Tensor, near: Tensor, n: int) -> Tensor:

@@ -75,5 +75,5 @@ def _accuracy(judged: JudgedIndex, drawn: Index) -> float:
     elif max(drawn.counts) > 1:
         choice = search_hp.search(drawn, Queries.leave_one_out(drawn), cautious=True)
         drawn = drawn.with_settings(choice.settings(drawn.settings))
-    answers = drawn.logits(judged.features).argmax(dim=1).cpu().numpy()
+    answers = drawn.logits(judged.block.features).argmax(dim=1).cpu().numpy()
     return float((answers == judged.answers.truth).mean())

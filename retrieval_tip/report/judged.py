@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from retrieval_tip.data.encoder import Encoder, FeatureBlock
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import show
-from retrieval_tip.evaluation.evaluate import Answers, Evaluation
+from retrieval_tip.evaluation.evaluate import Answers, Evaluation, Recognition
 from retrieval_tip.fit.closed_form import wilson
 from retrieval_tip.model import Index
 
@@ -45,36 +44,25 @@ class ClassScore(NamedTuple):
 class JudgedIndex:
     """A test source with the answers of an index, and the arguments of :func:`report.write_report`.
 
-    ``blocks`` and ``evaluation`` only cover the ``n`` readable items
-    of known classes that are not shots of the index, and ``whole`` also covers unknown classes. ``shots`` items were
-    left out because they are shots.
+    ``block`` and ``evaluation`` only cover the ``n`` readable items of known classes that are not shots of the index,
+    and ``recognition`` also covers unknown classes. ``shots`` items were left out because they are shots.
     """
 
     cache: Index
     test: Source
     encoder: Encoder
-    blocks: list[FeatureBlock]
+    block: FeatureBlock
     evaluation: Evaluation
     folder: Path | None
     where: str | None
     command: str | None
-    whole: Evaluation
+    recognition: Recognition
     shots: int
 
     @property
     def answers(self) -> Answers:
         """The answers for the ``n`` items."""
         return self.evaluation.answers
-
-    @cached_property
-    def features(self) -> npt.NDArray[np.float32]:
-        """The features of the items, as an array of shape ``[n, d]``."""
-        return np.concatenate([block.features for block in self.blocks])
-
-    @cached_property
-    def digests(self) -> list[str | None]:
-        """The content digests of the ``n`` items."""
-        return [digest for block in self.blocks for digest in block.digests]
 
     @cached_property
     def by_class(self) -> list[ClassScore]:

@@ -70,7 +70,7 @@ def mistakes(judged: JudgedIndex) -> list[Mistake]:
     """Explain the worst mistakes (see :func:`worst`)."""
     answers, names, explained = judged.answers, judged.cache.class_names, []
     places = worst(judged.answers.log_truth, answers.right)
-    predictions = judged.cache.classify(judged.features[places], "keep", top=3, neighbours=NEIGHBOURS)
+    predictions = judged.cache.classify(judged.block.features[places], "keep", top=3, neighbours=NEIGHBOURS)
     for place, prediction in zip(places, predictions, strict=True):
         truth, answer = names[answers.truth[place]], names[answers.predicted[place]]
         own = {truth: math.exp(judged.answers.log_truth[place]), answer: float(answers.confidence[place])}
@@ -94,7 +94,7 @@ def confusions(judged: JudgedIndex) -> list[Pair]:
             asked = answers.truth == names.index(truth)
             own = np.flatnonzero(asked & (answers.predicted == names.index(answer)))
             own = own[np.argsort(-answers.confidence[own], kind="stable")][:EXAMPLES]
-            predictions = judged.cache.classify(judged.features[own], "keep", neighbours=NEIGHBOURS)
+            predictions = judged.cache.classify(judged.block.features[own], "keep", neighbours=NEIGHBOURS)
             near = {key.key_id: key for one in predictions for key in one.neighbours if key.label == answer}
             keys = _with_pictures(judged, list(near.values())[:EXAMPLES])
             items = [_of_item(judged, place) for place in own.tolist()]
@@ -106,7 +106,7 @@ def _of_item(judged: JudgedIndex, place: int) -> Picture:
     test, position = judged.test, int(judged.answers.positions[place])
     path = test.paths[position] if test.paths is not None else test.sources[position]
     label = judged.cache.class_names[int(judged.answers.truth[place])]
-    return Picture(path, judged.digests[place], f"test photo of {label}")
+    return Picture(path, judged.block.digests[place], f"test photo of {label}")
 
 
 def _with_pictures(judged: JudgedIndex, keys: Sequence[Neighbour]) -> list[tuple[Neighbour, Picture]]:

@@ -10,7 +10,6 @@ import base64
 import datetime
 import io
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -183,23 +182,21 @@ def draw_reliability(evaluation: Evaluation) -> Figure:
     """Plot the accuracy per confidence bin, and below it the number of answers per bin."""
     answers = evaluation.answers
     known = answers.of_known
-    bins = [b for b in reliability(answers.confidence[known], answers.right[known]) if b.count]
-    figure, (axes, below) = _grid(5.4, 6.2, 2, 1, sharex=True, height_ratios=[3.2, 1])
-    centres = np.array([(b.low + b.high) / 2 for b in bins])
-    width = bins[0].high - bins[0].low
-    accuracy = 100 * np.array([b.accuracy for b in bins], dtype=np.float64)
-    confidence = 100 * np.array([b.confidence for b in bins], dtype=np.float64)
-    shades = [(BLUE, min(1.0, 0.25 + 0.75 * b.count / ENOUGH)) for b in bins]  # bars with few answers are unreliable
-    axes.bar(centres, accuracy, width * 0.92, color=shades)
+    bins = reliability(answers.confidence[known], answers.right[known])
+    low, high, counts, confidence, accuracy = (column[bins.counts > 0] for column in bins)
+    figure, (axes, below) = _figure(5.4, 6.2, nrows=2, sharex=True, height_ratios=[3.2, 1])
+    centres, width = (low + high) / 2, high[0] - low[0]
+    shades = [(BLUE, min(1.0, 0.25 + 0.75 * count / ENOUGH)) for count in counts]  # few answers are unreliable
+    axes.bar(centres, 100 * accuracy, width * 0.92, color=shades)
     axes.bar([0], [0], 0, color=BLUE, label="accuracy of the answers")
-    axes.hlines(confidence, centres - width * 0.46, centres + width * 0.46, color=ORANGE, linewidth=2.5,
+    axes.hlines(100 * confidence, centres - width * 0.46, centres + width * 0.46, color=ORANGE, linewidth=2.5,
                 label="mean probability of the answers")  # fmt: skip
     axes.plot([0, 1], [0, 100], color=GREY, linestyle="--", linewidth=1.2, label="perfect calibration")
     axes.set(ylim=(0, 101), yticks=range(0, 101, 20), ylabel="accuracy, %")
     axes.legend(loc="upper left", bbox_to_anchor=(0, -0.02), ncols=2, fontsize=7, borderpad=0)
-    below.bar(centres, [b.count for b in bins], width * 0.92, color=GREY)
+    below.bar(centres, counts, width * 0.92, color=GREY)
     below.set(xlabel="probability of the answer", xlim=(0, 1), ylabel="answers", yscale="log")
-    below.set_ylim(0.7, max(b.count for b in bins) * 3)
+    below.set_ylim(0.7, counts.max() * 3)
     below.yaxis.set_major_formatter("{x:,.0f}")
     below.yaxis.set_minor_formatter("")
     facts = f"expected calibration error {evaluation.ece:.3f}; temperature {evaluation.settings.temperature:.4g}"
@@ -274,7 +271,6 @@ def _style(settings: dict[Any, str] | None = None) -> Iterator[None]:
     import matplotlib
 
     level = logging.getLogger("matplotlib.font_manager").level
-    date = os.environ.pop("SOURCE_DATE_EPOCH", None)  # an invalid value would raise an error
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rc_file(LOOKS)
         matplotlib.rcParams.update(settings or {})
@@ -284,24 +280,14 @@ def _style(settings: dict[Any, str] | None = None) -> Iterator[None]:
             yield
         finally:
             logging.getLogger("matplotlib.font_manager").setLevel(level)
-            os.environ |= {} if date is None else {"SOURCE_DATE_EPOCH": date}
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure, (axes,) = _grid(width, height, 1, 1)
-    return figure, axes
-
-
-def _grid(
-    width: float, height: float, down: int, across: int, *, sharex: bool = False,
-    height_ratios: Sequence[float] | None = None,
-) -> tuple[Figure, list[Axes]]:  # fmt: skip
+def _figure(width: float, height: float, **subplots: Any) -> tuple[Figure, Any]:
     """Return a new figure and its axes. This does not use pyplot, which could open windows."""
     from matplotlib.figure import Figure as New
 
     figure = New(figsize=(width, height))
-    made = figure.subplots(down, across, squeeze=False, sharex=sharex, height_ratios=height_ratios)
-    return figure, list(made.flat)
+    return figure, figure.subplots(**subplots)
 
 
 def _title(axes: Axes, title: str, facts: str) -> None:

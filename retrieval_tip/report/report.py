@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from retrieval_tip.bounds import check_count
-from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.encoder import Encoder, FeatureBlock
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, UsageError, counted, few, one_line, percent, show
-from retrieval_tip.evaluation.evaluate import Evaluation, judge, some_known
+from retrieval_tip.evaluation.evaluate import Evaluation, answered, judge, some_known
 from retrieval_tip.evaluation.held_out import QueryBlock, key_ids_of
 from retrieval_tip.files import replacing
 from retrieval_tip.html import markup, render
@@ -90,16 +90,16 @@ def write_report(
         classes = np.count_nonzero(cache.counts)
         shots = [number for number in SHOTS if number <= least > 1 and number * classes <= CURVE_KEYS]
     ids, names = some_known(cache, test)
-    every = list(encoder.blocks(test))
-    new = [block.take(np.flatnonzero(key_ids_of(cache, test, block) < 0)) for block in every]
-    whole = judge(cache, (QueryBlock(cache, block) for block in new), ids, names, encoder.skipped)
-    blocks = [block.take(np.flatnonzero(ids[block.positions] < len(cache.class_names))) for block in new]
-    evaluation = whole
-    if whole.unknown:
-        evaluation = judge(cache, (QueryBlock(cache, block) for block in blocks), ids, names, encoder.skipped)
+    every = FeatureBlock.joined(list(encoder.blocks(test)))
+    new = every.take(np.flatnonzero(key_ids_of(cache, test, every) < 0))
+    answers = answered(cache, [QueryBlock(cache, new)], ids, names)
+    known = np.flatnonzero(answers.of_known)
+    evaluation = judge(cache, answers.take(known), encoder.skipped)
     place = Path(folder) if folder is not None else cache.folder
-    left_out = sum(len(block.positions) for block in every) - whole.n
-    judged = JudgedIndex(cache, test, encoder, blocks, evaluation, place, where, command, whole, left_out)
+    judged = JudgedIndex(
+        cache, test, encoder, new.take(known), evaluation, place, where, command, answers.recognition(),
+        shots=len(every.positions) - len(new.positions),
+    )  # fmt: skip
     page = _page(judged, measure_curve(judged, shots, seeds) if curves else None).encode()
     with replacing(path) as temporary:
         temporary.write_bytes(page)

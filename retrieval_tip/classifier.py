@@ -1,0 +1,755 @@
+"""The classifier of the Python API. Its methods open the arguments, and call the functions that do the work."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypeGuard, TypeVar, Unpack, cast, overload
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from retrieval_tip import tip
+from retrieval_tip.backbones.base import Backbone
+from retrieval_tip.backbones.loading import load_backbone, load_when_needed
+from retrieval_tip.data import images
+from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.encoding_cache import EncodingCache
+from retrieval_tip.data.pictures import Picture, Pictures, features_of, is_one, labelled_pictures, pictures
+from retrieval_tip.data.sources import Source, kind_of, open_inputs, open_items, open_source, read_item
+from retrieval_tip.data.tables import check_backbone
+from retrieval_tip.errors import InputError, RetrievalTipError, UsageError, counted, few
+from retrieval_tip.evaluation.audit import audit
+from retrieval_tip.evaluation.calibration import Calibration, calibrate
+from retrieval_tip.evaluation.compare import Compared, Side, compare
+from retrieval_tip.evaluation.evaluate import Evaluation, evaluate
+from retrieval_tip.fit.closed_form import FormChoice
+from retrieval_tip.fit.folds import Queries
+from retrieval_tip.fit.search_hp import on_validation, validation_shots
+from retrieval_tip.html import markup, table
+from retrieval_tip.index import changes, hub, places
+from retrieval_tip.index.addresses import plug_of
+from retrieval_tip.index.build import build_index
+from retrieval_tip.index.changes import Added, Changed, Renamed
+from retrieval_tip.index.fit import fit_index
+from retrieval_tip.index.items import Plan
+from retrieval_tip.index.places import Place
+from retrieval_tip.labelling import groups
+from retrieval_tip.labelling.photos import Pool, Suggestions, suggest_features, suggest_photos
+from retrieval_tip.labelling.placing import Action
+from retrieval_tip.labelling.sort import Sorted, sort_photos
+from retrieval_tip.model import Index
+from retrieval_tip.predictions import MORE_LIKELY_WRONG, Prediction, Predictions, SimilarShot
+from retrieval_tip.retrieval.inputs import Features, check_unit, queries
+from retrieval_tip.settings import Ask, AskOptions, BuildOptions, ClassPrior, KeysMet, MetricName, Precision, ValuesName
+
+if TYPE_CHECKING:
+    from retrieval_tip.backbones.torch_backbone import TorchBackbone
+    from retrieval_tip.fit.finetune import Tuned
+    from retrieval_tip.fit.trainer import Recipe
+    from retrieval_tip.report.report import WrittenReport
+
+    Model: TypeAlias = str | Backbone | tuple[Any, Any, Any] | None
+    """The name of an encoder, a backbone, or the model, preprocessing and tokenizer that open_clip returns."""
+
+THUMBNAIL = 128
+"""Length of the longer side of an image in a notebook, in pixels."""
+
+Result = TypeVar("Result")
+
+
+class ClassifierOptions(BuildOptions, total=False):
+    """The keyword arguments of :meth:`Classifier.from_folder`."""
+
+    pretrained: str | None
+    out: Place | None
+    device: str
+    precision: Precision
+    views: int
+    seed: int
+
+
+class PredictOptions(AskOptions, total=False):
+    """The keyword arguments of :meth:`Classifier.predict`."""
+
+    group_unlike: bool
+    norms: Literal["check", "keep"]
+
+
+class TemporaryIndex:
+    """A place for an index, which is deleted together with this object."""
+
+    def __init__(self) -> None:
+        folder = tempfile.mkdtemp(prefix="retrieval-tip-")
+        self.place = Path(folder) / "index"
+        self.delete = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+
+
+class OpenIndex:
+    """An index with its encoder, which you can change. Each change writes a new version, which is used from then on.
+
+    If a change fails, nothing changes. This is the base class of :class:`Classifier`.
+    """
+
+    _temporary: TemporaryIndex | None = None
+
+    def __init__(self, cache: Index, encoder: Encoder) -> None:
+        self.cache, self.encoder = cache, encoder
+
+    @classmethod
+    def load(cls, place: Place, model: Model = None, *, device: str = "auto", precision: Precision = "auto") -> Self:
+        """Open an index folder or a LanceDB store (``lance://``, ``s3://`` or ``gs://``), and load its encoder.
+
+        If the encoder of the index cannot be loaded by its name, pass it as ``model``, as for ``from_folder``. If the
+        index was built from features of an unnamed encoder, it can only classify features.
+
+        Raises:
+            StoreError: if the index is missing or damaged.
+            BackboneError: if the encoder cannot be loaded, or if ``model`` is not the encoder of the index.
+        """
+        cache = places.at(_place("place", place)).load(device=device)
+        if model is None:
+            backbone = _own_backbone(cache, device, precision)
+        else:
+            backbone = _given_backbone(model, None, device, precision)
+        check_backbone(cache.backbone, cache.d, backbone, [])
+        return cls(cache, Encoder(backbone, cache=EncodingCache.at(None)))
+
+    @property
+    def classes(self) -> list[str]:
+        """The class names, in the order of the logits."""
+        return list(self.cache.class_names)
+
+    @property
+    def classes_(self) -> npt.NDArray[np.str_]:
+        """The class names as an array, as in scikit-learn."""
+        return np.array(self.cache.class_names)
+
+    def __len__(self) -> int:
+        """Number of keys."""
+        return self.cache.n
+
+    def __repr__(self) -> str:
+        backbone = self.cache.backbone.model if self.cache.backbone else "features of an unnamed backbone"
+        place = self._saved_at() or "not saved"
+        return f"Classifier({self.cache.n} photos, {len(self.classes)} classes, {backbone}, {place})"
+
+    def _repr_html_(self) -> str:
+        return self.cache._repr_html_()
+
+    def __copy__(self) -> Self:
+        other = object.__new__(type(self))
+        other.__dict__ |= self.__dict__
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the whole index, so that a pickle needs neither its folder nor its store."""
+        return {"cache": self.cache.in_memory(), "encoder": self.encoder}
+
+    def _saved_at(self) -> str | None:
+        return None if self._temporary is not None else self.cache.place
+
+    def _written(self) -> str:
+        """Return the place of the index. If it has none, write it to a temporary folder."""
+        if self.cache.place is None:
+            self._temporary = self._temporary or TemporaryIndex()
+            self.cache.save(self._temporary.place)
+        assert self.cache.place is not None
+        return self.cache.place
+
+    def _in_folder(self) -> Index:
+        """Load the index from its folder. Raises UsageError if it is in another kind of store."""
+        place = self._written()
+        if plug_of(place) is not None:
+            raise UsageError(f"{place}: this needs an index in a folder; copy it with save(FOLDER)")
+        return Index.load(place, device=self.cache.device)
+
+    def _use(self, cache: Index) -> None:
+        """Use another version of the index, and the encoder that belongs to it."""
+        if cache.backbone != self.cache.backbone:
+            self.encoder = replace(self.encoder, backbone=_own_backbone(cache, cache.device))
+        self.cache = cache
+
+    def _after(self, result: Result) -> Result:
+        """Use the version that a change has written, and return the result of the change."""
+        self._use(self.cache.reload())
+        return result
+
+    def _labelled(
+        self, given: Any, part: str, *, strict: bool = False, opened: Callable[..., Source] = open_source
+    ) -> tuple[Source, Encoder]:
+        """Return labelled photos of any kind, and an encoder that reads them.
+
+        If a source has several parts, ``part`` is used. With ``strict``, photos in memory must all be readable.
+        """
+        if isinstance(given, Source):
+            return given, self.encoder
+        if isinstance(given, str | os.PathLike):
+            return opened(given, split=part), self.encoder
+        own = labelled_pictures(given)
+        return own.source, replace(self.encoder, read=own.read, strict=strict)
+
+    def _strict(self, given: Pictures) -> Encoder:
+        """Return an encoder that reads photos in memory, which must all be readable."""
+        return replace(self.encoder, read=given.read, strict=True)
+
+    def save(self, folder: Place) -> Self:
+        """Copy the index to a new folder or LanceDB store, which this classifier uses from now on."""
+        changes.clone(self._written(), _place("folder", folder))
+        self.cache = places.at(folder).load(device=self.cache.device)
+        self._temporary = None
+        return self
+
+    def add(
+        self,
+        what: Any,
+        label: str | Sequence[str] | None = None,
+        *,
+        text: Place | None = None,
+        shots: int | None = None,
+        skip_known: bool = False,
+    ) -> Added:
+        """Add labelled photos, and return the ids of their keys and further facts.
+
+        ``what`` can be photos as for ``predict``, with one ``label`` for all or a list of labels, or a labelled source
+        or dataset. A label may name a new class. For the other arguments, see :func:`changes.add`.
+
+        Raises UsageError if photos have no label.
+        """
+        if label is not None:
+            several = isinstance(what, str | os.PathLike) and Path(what).is_dir()
+            given = pictures([str(path) for path in images.find(Path(what))] if several else what).labelled(label)
+            source, encoder = given.source, self._strict(given)
+        elif isinstance(what, str | os.PathLike) and not _is_source(what):
+            raise UsageError(f"label: missing; give the class of {os.fspath(what)}")
+        else:
+            source, encoder = self._labelled(what, "train", strict=True)
+        encoder = replace(encoder, views=self.cache.built.views, seed=self.cache.built.seed)
+        return self._after(changes.add(self._written(), source, encoder, text=text, shots=shots, skip_known=skip_known))
+
+    def merge(self, other: Place | OpenIndex) -> Added:
+        """Add the shots of another classifier or index that has the same encoder (see :func:`changes.merge`)."""
+        place = other._written() if isinstance(other, OpenIndex) else _place("other", other)
+        return self._after(changes.merge(self._written(), place))
+
+    def remove(self, *, where: str | None = None, key_ids: Sequence[int] | None = None) -> Changed:
+        """Remove shots by an SQL condition, or by the ids of their keys (see :func:`changes.remove`)."""
+        return self._after(changes.remove(self._written(), where=where, key_ids=key_ids))
+
+    def relabel(
+        self, label: str | Mapping[int, str], *, where: str | None = None, key_ids: Sequence[int] | None = None
+    ) -> Changed:
+        """Move shots to other classes of the index (see :func:`changes.relabel`)."""
+        return self._after(changes.relabel(self._written(), label, where=where, key_ids=key_ids))
+
+    def rename(self, old: str, new: str, *, encode: bool = False) -> Renamed:
+        """Rename a class, or merge it into the class ``new`` (see :func:`changes.rename`).
+
+        With ``encode``, the text weight of the class is computed from its new name.
+        """
+        if encode and self.encoder.backbone is None:
+            raise UsageError("encode: the index has no encoder; rename without it")
+        return self._after(changes.rename(self._written(), old, new, self.encoder.backbone if encode else None))
+
+    def history(self) -> pa.Table:
+        """Return a table that has one row per version of the index, oldest first."""
+        return places.at(self._written()).history()
+
+    def rollback(self, version: int | None = None) -> Changed:
+        """Restore an earlier version, by default the previous one (see :func:`changes.rollback`)."""
+        return self._after(changes.rollback(self._written(), version))
+
+    def fit(
+        self,
+        val: Any = None,
+        *,
+        metric: MetricName | None = None,
+        values: ValuesName | None = None,
+        class_prior: ClassPrior | None = None,
+        prior: Sequence[Place] = (),
+    ) -> FormChoice:
+        """Fit the index to its shots again, in closed form.
+
+        ``val`` can be validation photos as for ``evaluate``, which are used instead of held-out shots to select the
+        fit. For the other arguments and the errors, see :func:`fit.fit_index`.
+        """
+        source, encoder = (None, None) if val is None else self._labelled(val, "val")
+        return self._after(
+            fit_index(
+                self._written(), metric=metric, values=values, class_prior=class_prior, prior=prior,
+                validation=source, encoder=encoder,
+            )
+        )  # fmt: skip
+
+    def calibrate(self, val: Any) -> Calibration:
+        """Fit the temperature of the probabilities to validation photos (see :func:`calibration.calibrate`).
+
+        ``val`` can be the same as for ``evaluate``. Do not use shots or test photos.
+        """
+        return self._after(calibrate(self._in_folder(), *self._labelled(val, "val")))
+
+    def finetune(
+        self,
+        out: Place | None = None,
+        recipe: Recipe | None = None,
+        *,
+        source: Any = None,
+        val: Any = None,
+        val_shots: KeysMet = None,
+        keep_last: bool = False,
+    ) -> Tuned:
+        """Fine-tune the index, and use the more accurate of both indexes from now on.
+
+        The index itself does not change. The result is written to the folder ``out``. By default, it is temporary until
+        you call ``save``.
+
+        - ``source``: the photos of the shots, if they are not where they were. They can be the same as for
+          ``evaluate``.
+        - ``val``: validation photos as for ``evaluate``
+        - ``val_shots``: the number of validation photos per class, or ``all``. Defaults to ``min(shots, 4)``.
+
+        For the other arguments and the errors, see :func:`finetune.finetune_into`.
+        """
+        from retrieval_tip.fit.finetune import finetune_into, own_shots, shots_of
+        from retrieval_tip.fit.trainer import Recipe
+
+        if not isinstance(recipe, Recipe | None):
+            raise UsageError(f"recipe: got an object of type {type(recipe).__name__}; give a Recipe")
+        cache, encoder = self._in_folder(), self.encoder
+        unseen = None if val is None else self._validation(cache, val, val_shots)
+        if source is None:
+            shots = shots_of(cache)
+        else:
+            given, encoder = self._labelled(source, "train")
+            shots = own_shots(cache, given)
+        temporary = TemporaryIndex() if out is None else None
+        place = temporary.place if temporary is not None else _place("out", out)
+        tuned = finetune_into(
+            place, cache, shots, encoder, recipe, val=unseen, parent=self._written(), keep_last=keep_last
+        )
+        self._use(places.at(place).load(device=self.cache.device))
+        if Path(place) != cache.folder:
+            self._temporary = temporary
+        return tuned
+
+    def _validation(self, cache: Index, val: Any, number: KeysMet) -> Source | Queries:
+        """Return validation photos, or their features if the photos are in memory."""
+        source, encoder = self._labelled(val, "val")
+        if number != "all":
+            path = val if isinstance(val, str | os.PathLike) else None
+            source = source.take(validation_shots(cache, source, path, number))
+        return source if encoder is self.encoder else on_validation(cache, source, encoder)
+
+
+class Classifier(OpenIndex):
+    """Few-shot image classifier.
+
+    Attributes:
+        cache: the index (see :class:`Index`). Use it for operations that have no method in this class.
+        encoder: the encoder that computes the features of new photos, with the same preprocessing as for the index.
+
+    Examples:
+        >>> clf = Classifier.from_folder("photos")  # one folder per class
+        >>> clf.predict("new/1.jpg").label
+        'owl'
+        >>> clf.save("indexes/things")
+    """
+
+    @classmethod
+    def from_folder(
+        cls,
+        photos: Place | Source | Pictures,
+        model: Model = None,
+        *,
+        pretrained: str | None = None,
+        out: Place | None = None,
+        device: str = "auto",
+        precision: Precision = "auto",
+        views: int = 1,
+        seed: int = 1,
+        **options: Unpack[BuildOptions],
+    ) -> Self:
+        """Build a classifier from a folder that has one folder of photos per class, or from another labelled source.
+
+        Args:
+            photos: an open source, or the path of a folder, a table, a tar file or a split file (see
+                :func:`sources.open_source`).
+            model: the encoder, which can be a name (see :func:`loading.load_backbone`), a backbone, or the model,
+                preprocessing and tokenizer that open_clip returns.
+            pretrained: the tag or the file of the weights, if ``model`` is a name.
+            out: the index folder to write. By default, the index is temporary until you call ``save``.
+            device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+            precision: the precision of the encoder (see :func:`loading.load_backbone`).
+            views: 1 to encode the centre view of each photo, or the number of augmented views to average.
+            seed: the random seed for ``shots`` and ``views``.
+            options: see :class:`settings.BuildOptions`.
+
+        See :func:`build.build_index` for the errors.
+        """
+        Plan(**options)  # raises an error before anything is loaded
+        source = photos.source if isinstance(photos, Pictures) else photos
+        if not isinstance(source, Source):
+            source = open_source(_place("photos", source))
+        backbone = _given_backbone(model, pretrained, device, precision)
+        encoder = Encoder(backbone, seed=seed, cache=EncodingCache.at(None))
+        reading = replace(encoder, views=views)
+        if isinstance(photos, Pictures):
+            reading = replace(reading, read=photos.read, strict=True)
+        temporary = TemporaryIndex() if out is None else None
+        place = temporary.place if temporary is not None else _place("out", out)
+        made = cls(build_index(source, place, reading, device=device, **options), encoder)
+        made._temporary = temporary
+        return made
+
+    @classmethod
+    def from_images(
+        cls, images: Any, labels: Iterable[Any] | None = None, model: Model = None, **options: Unpack[ClassifierOptions]
+    ) -> Self:
+        """Build a classifier from labelled photos in memory or in a dataset.
+
+        You can pass ``images`` in three forms:
+
+        - photos as for ``predict``, and the class name of each photo in ``labels``
+        - pairs ``(photo, label)``, for example a torch dataset of PIL images, or of tensors of RGB values from 0 to 1
+        - a Hugging Face dataset that has a column of images and a column of labels
+
+        The other arguments are the same as for :meth:`from_folder`.
+        """
+        if isinstance(images, str | os.PathLike) and labels is None:
+            raise UsageError(f"{os.fspath(images)}: a path has no labels; call from_folder, or give labels")
+        return cls.from_folder(labelled_pictures(images, labels), model, **options)
+
+    @classmethod
+    def from_hub(
+        cls,
+        repository: str,
+        folder: Place | None = None,
+        model: Model = None,
+        *,
+        device: str = "auto",
+        precision: Precision = "auto",
+    ) -> Self:
+        """Download an index from the Hugging Face hub, and open it.
+
+        ``repository`` is the name ``ORG/NAME`` that was passed to :meth:`push_to_hub`. The index is written to
+        ``folder``, which defaults to ``indexes/NAME``. The other arguments are the same as for ``load``.
+        Raises InputError if the download fails.
+        """
+        return cls.load(hub.download(repository, folder), model, device=device, precision=precision)
+
+    @overload
+    def predict(self, what: Picture, **options: Unpack[PredictOptions]) -> Prediction: ...  # type: ignore[overload-overlap] # a path is also an iterable of letters
+    @overload
+    def predict(self, what: Iterable[Picture] | Features, **options: Unpack[PredictOptions]) -> Predictions: ...
+    def predict(
+        self,
+        what: Any,
+        *,
+        group_unlike: bool = False,
+        norms: Literal["check", "keep"] = "check",
+        **asked: Unpack[AskOptions],
+    ) -> Prediction | Predictions:
+        """Classify photos or features.
+
+        Args:
+            what: a photo, which can be a path, a PIL image, an array or tensor of shape ``[h, w, 3]`` or ``[3, h, w]``,
+                encoded bytes, an open file, or a row of a Hugging Face dataset. For several photos, pass a list of
+                these, a batch of shape ``[b, h, w, 3]`` or ``[b, 3, h, w]``, a torch dataset, a Hugging Face dataset or
+                its image column, or any input of ``retrieval-tip classify``, such as a folder or a table. Pixels are
+                uint8 or floats from 0 to 1 (see :mod:`pictures`). You can also pass features of shape ``[q, d]`` or
+                ``[d]``. Unreadable photos in a folder or table are skipped and listed in ``encoder.skipped``.
+            group_unlike: whether to group similar photos without a match (see :func:`groups.group_unlike`).
+            norms: ``"check"`` to check that all features have norm 1, or ``"keep"`` to accept any norm.
+            asked: the fields of :class:`settings.Ask`.
+
+        Returns a :class:`Prediction` for a single photo or feature, and :class:`Predictions` otherwise. Raises
+        InputError if a photo cannot be read, or if the norm of a feature is not 1.
+        """
+        index, ask = self.cache, Ask(**asked)
+        if (features := features_of(what)) is not None:
+            answers = index.classify(features, norms, **vars(ask))
+            answers = groups.group_unlike(index, features, answers) if group_unlike else answers
+            return answers[0] if what.ndim == 1 else answers
+        sources, encoder = self._photos(what)
+        encoder = replace(encoder, norms=norms)
+        if group_unlike:
+            groups.check_fitted(index)
+            answers = groups.classify_in_groups(index, Pool.of(sources, encoder), ask)
+        else:
+            parts = (index.classify_source(source, encoder, ask) for source in sources)
+            answers = Predictions.joined(chain.from_iterable(parts))
+        return answers[0] if is_one(what) and not _is_source(what) else answers
+
+    __call__ = predict
+
+    def _photos(self, what: Any) -> tuple[list[Source], Encoder]:
+        """Open unlabelled photos, and return them with an encoder that reads them."""
+        if _is_source(what):
+            return [*open_inputs([os.fspath(what)])], self.encoder
+        given = pictures(what)
+        return [given.source], self._strict(given)
+
+    def predict_proba(
+        self,
+        what: Picture | Iterable[Picture] | Features,
+        *,
+        norms: Literal["check", "keep"] = "check",
+        **asked: Unpack[AskOptions],
+    ) -> npt.NDArray[np.float32]:
+        """Return the probabilities of all classes, of shape ``[q, c]``, in the order of ``classes``.
+
+        The arguments are the same as for :meth:`predict`. A single photo gives one row. Unreadable photos in a folder
+        or table have no row.
+        """
+        asked |= {"neighbours": 0, "logits": True}
+        answers: Any = self.predict(what, norms=norms, **asked)
+        rows = [{"logits": answers.logits}] if isinstance(answers, Prediction) else answers.rows(["label", "logits"])
+        logits = torch.tensor(np.array([row["logits"] for row in rows]), dtype=torch.float32)
+        chances = tip.probabilities(logits.view(-1, len(self.classes)), self.cache.settings.temperature)
+        return np.asarray(chances)
+
+    def score(self, what: Picture | Iterable[Picture] | Features, y: Iterable[object]) -> float:
+        """Return the share of photos or features whose class is right, as scikit-learn's classifiers do.
+
+        ``what`` can be the same as for :meth:`predict`, and ``y`` lists the right classes. Unlike ``evaluate``, this
+        counts shots like any other photo. Raises InputError if ``y`` has another length or no class of the index.
+        """
+        answers: Any = self.predict(what, neighbours=0)
+        one = isinstance(answers, Prediction)
+        found = [answers.label] if one else answers.to_arrow()["label"].to_pylist()
+        right = [str(label) for label in y]
+        if len(found) != len(right):
+            raise InputError(
+                f"y: got {counted(len(right), 'label')} for {counted(len(found), 'photo')}; give one per photo"
+            )
+        if right and not set(right) & set(self.classes):
+            raise InputError(f"y: {right[0]} is not a class of this index; it has {few(self.classes)}")
+        return float(np.mean(np.array(found) == np.array(right)))
+
+    def explain(self, what: Picture, **asked: Unpack[AskOptions]) -> Explanation:
+        """Classify a photo, and show it in a notebook next to the shots that contributed most to the answer.
+
+        The arguments are the same as for :meth:`predict`. By default, ``top`` is 3.
+        """
+        if not is_one(what):
+            raise UsageError("what: expected a single photo; call explain for each of them")
+        asked.setdefault("top", 3)
+        given = pictures(what)
+        (prediction,) = next(self.cache.classify_source(given.source, self._strict(given), Ask(**asked)))
+        own = given.read(given.source.paths[0]) if given.source.paths else b""
+        return Explanation(prediction, own, [_file(neighbour.source) for neighbour in prediction.neighbours])
+
+    def similar(
+        self, photo: Picture | Features, n: int = 5, *, norms: Literal["check", "keep"] = "check"
+    ) -> list[SimilarShot]:
+        """Return the ``n`` shots that are most similar to a photo or a feature (see :meth:`Index.similar`)."""
+        if (features := features_of(photo)) is None and is_one(photo):
+            given = pictures(photo)
+            features, norms = self._strict(given).encode(given.source).features, "keep"
+        if features is None or len(features) != 1:
+            raise UsageError("photo: expected a single photo or feature; call similar for each of them")
+        return self.cache.similar(features, n, norms=norms)[0]
+
+    def suggest(self, photos: Iterable[Picture] | Features | Place, n: int = 20) -> Suggestions:
+        """Choose ``n`` unlabelled photos or features to label next, most useful first.
+
+        ``photos`` can be the same as for :meth:`predict`. Photos that the index already contains are skipped. See
+        :func:`photos.suggest_photos` for the errors.
+        """
+        if (features := features_of(photos)) is None:
+            sources, encoder = self._photos(photos)
+            return suggest_photos(sources, n, encoder, self.cache)
+        check_unit(queries(features, self.cache.d))
+        names = [str(row) for row in range(len(features))]
+        return suggest_features(Pool(names, features.astype(np.float32), [None] * len(features)), n, self.cache)
+
+    def sort(
+        self,
+        photos: Place | Iterable[Place],
+        folder: Place,
+        *,
+        action: Action = "copy",
+        min_probability: float = MORE_LIKELY_WRONG,
+        dry_run: bool = False,
+    ) -> Sorted:
+        """Sort photos into ``folder/CLASS``. To undo it, call ``undo_sort``.
+
+        ``photos`` are one or several paths of photos, folders, tables or tars. For the other arguments and the errors,
+        see :func:`sort.sort_photos`.
+        """
+        paths = list(photos) if isinstance(photos, Iterable) and not isinstance(photos, str | os.PathLike) else [photos]
+        names = [os.fspath(path) for path in paths if isinstance(path, str | os.PathLike)]
+        if len(names) < len(paths):
+            raise UsageError("photos: only files can be sorted; give the path of a photo or a folder, or several paths")
+        sources, encoder = [*open_inputs(names)], replace(self.encoder, skipped=[])
+        return sort_photos(
+            self.cache, sources, encoder, folder, action=action, min_probability=min_probability, dry_run=dry_run
+        )
+
+    def evaluate(self, test: Any, *, abstain: float | None = None, **asked: Unpack[AskOptions]) -> Evaluation:
+        """Classify labelled test photos, and return the accuracy and other metrics.
+
+        ``test`` is a labelled source, or a dataset as for ``from_images``. If a source has a test split, only this
+        split is used. For the other arguments, see :func:`evaluate.evaluate`.
+        """
+        source, encoder = self._labelled(test, "test")
+        return evaluate(self.cache, source, replace(encoder, skipped=[]), abstain=abstain, **asked)
+
+    def compare(self, other: Place | Classifier, test: Any) -> Compared:
+        """Compare this classifier (A) with another classifier or index (B) on the same photos.
+
+        ``test`` can be the same as for :meth:`evaluate`. A source may also be unlabelled. See :func:`compare.compare`.
+        """
+        if not isinstance(other, Classifier):
+            other = Classifier.load(_place("other", other), device=self.cache.device)
+        source, encoder = self._labelled(test, "test", opened=open_items)
+        names = self._saved_at() or "this classifier", other._saved_at() or "the other classifier"
+        a, b = (
+            Side(name, one.cache, replace(one.encoder, read=encoder.read, skipped=[]))
+            for name, one in zip(names, (self, other), strict=True)
+        )
+        return compare(a, b, source)
+
+    def audit(self, *, k: KeysMet = None, borderline: bool = False) -> pa.Table:
+        """List shots that look mislabelled, most suspicious first (see :func:`audit.audit`).
+
+        To correct labels, pass a mapping from ``key_id`` to the right label to ``relabel``.
+        """
+        return audit(self.cache.in_memory(), k=k, borderline=borderline)
+
+    def report(
+        self, out: Place, test: Any, *, shots: Sequence[int] | None = None, seeds: int = 3, curves: bool = True
+    ) -> WrittenReport:
+        """Write an accuracy report as a single HTML file to ``out``.
+
+        ``test`` can be the same as for :meth:`evaluate`. For the other arguments, see :func:`report.write_report`.
+        """
+        from retrieval_tip.report.report import write_report
+
+        source, encoder = self._labelled(test, "test")
+        encoder = replace(encoder, skipped=[])
+        return write_report(self.cache.in_memory(), source, encoder, out, shots=shots, seeds=seeds, curves=curves)
+
+    def as_module(self) -> torch.nn.Module:
+        """Return a copy of the classifier as a torch module, which maps pixels to logits.
+
+        The pixels are RGB values from 0 to 255, of shape ``[b, 3, h, w]``, already resized and cropped to the input
+        size of the encoder. If the index has no encoder, the module takes features instead. The logits have the shape
+        ``[b, c]``, in the order of ``classes``.
+
+        Raises UsageError if ``k`` is not ``all``, or if there are too many keys for memory.
+        """
+        from retrieval_tip.index.onnx_graph import Logits, answering
+
+        if (self.cache.settings.k or self.cache.n) < self.cache.n:
+            raise UsageError(f"as_module: k is {self.cache.settings.k}, but a module uses all keys; set k to all")
+        answer = answering(self.cache.in_memory(), cast("TorchBackbone | None", self.encoder.backbone))
+        return Logits(copy.deepcopy(answer)).eval()
+
+    def export_onnx(self, out: Place, *, features: bool = False, k: KeysMet = None) -> dict[str, Any]:
+        """Write the classifier to an ONNX file, which computes logits from pixels, and return its metadata.
+
+        With ``features``, the graph computes logits from features, and the image encoder is left out. If the index uses
+        the ``k`` nearest keys, set ``k`` to ``"all"``. See :func:`onnx_graph.export_onnx` for the graph and the errors.
+        """
+        from retrieval_tip.index.onnx_graph import export_onnx
+
+        cache = self.cache.in_memory()
+        backbone = None if features else cast("TorchBackbone | None", self.encoder.backbone)
+        return export_onnx(cache.with_settings(cache.settings.override(k=k)), _place("out", out), backbone)
+
+    def push_to_hub(
+        self, repository: str, *, test: Place | Source | None = None, private: bool = False, token: str | None = None
+    ) -> str:
+        """Upload the index and a model card to the Hugging Face hub, and return the URL.
+
+        ``repository`` is the name ``ORG/NAME``. The upload includes the features, the labels and the paths of the
+        shots, but no photos and no earlier versions. If you pass a labelled source as ``test``, the card also shows the
+        accuracy on it. Raises InputError if the upload fails.
+        """
+        figures = None if test is None else self.evaluate(test).to_dict()
+        return hub.upload(self._written(), repository, hub.card(self.cache, repository, figures), private, token)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A prediction, the photo, and the shots that contributed most to the answer. It can be shown in a notebook."""
+
+    prediction: Prediction
+    picture: bytes
+    shots: list[bytes | None]
+
+    @property
+    def label(self) -> str:
+        """The predicted class."""
+        return self.prediction.label
+
+    def _repr_html_(self) -> str:
+        near = zip(self.prediction.neighbours, self.shots, strict=True)
+        rows = [
+            (_shown(shot), key.label, f"{key.contribution:.2g}", f"{key.affinity:.3f}", key.source)
+            for key, shot in near
+        ]
+        chances = zip(self.prediction.labels, self.prediction.probabilities, strict=True)
+        answer = ", ".join(f"{label} {share:.1%}" for label, share in chances)
+        asked = table((), [(_shown(self.picture), answer)])
+        columns = ("shot", "class", "contribution", "affinity", "source")
+        return asked + table(columns, rows, "the shots behind the answer", numbers=(2, 3))
+
+
+def _shown(data: bytes | None) -> Any:
+    try:
+        small = images.thumbnail(data or b"", THUMBNAIL)
+    except RetrievalTipError:
+        return "-"
+    return markup(f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(small).decode()}">')
+
+
+def _file(path: str) -> bytes | None:
+    try:
+        return read_item(path)
+    except InputError:
+        return None
+
+
+def _is_source(what: object) -> TypeGuard[Place]:
+    """Return whether an object is the path of several photos, for example of a folder or a table."""
+    return isinstance(what, str | os.PathLike) and kind_of(what) != "image"
+
+
+def _place(name: str, given: object) -> Place:
+    """Return a path or an address. Raises UsageError if an object is neither."""
+    if not isinstance(given, str | os.PathLike):
+        raise UsageError(f"{name}: got an object of type {type(given).__name__}; give a path")
+    return given
+
+
+def _given_backbone(model: Model, pretrained: str | None, device: str, precision: Precision) -> Backbone:
+    """Return the backbone that a user names or passes. Raises UsageError if ``model`` is neither."""
+    if model is None or isinstance(model, str):
+        return load_backbone(model, pretrained, device=device, precision=precision, lazy=True)
+    if isinstance(model, tuple):
+        from retrieval_tip.backbones.open_clip import OpenClipBackbone
+
+        if len(model) != 3:
+            raise UsageError(f"model: got {len(model)} objects; give (model, preprocess, tokenizer), as open_clip does")
+        return OpenClipBackbone.of(*model)
+    if not hasattr(model, "encode_images"):
+        kind = type(model).__name__
+        raise UsageError(f"model: got an object of type {kind}; give a name, a backbone, or a tuple from open_clip")
+    return model
+
+
+def _own_backbone(cache: Index, device: str, precision: Precision = "auto") -> Backbone | None:
+    identity = cache.backbone
+    return None if identity is None else load_when_needed(identity, cache.d, device=device, precision=precision)
