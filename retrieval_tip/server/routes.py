@@ -20,8 +20,9 @@ from retrieval_tip.evaluation.audit import audit as audited
 from retrieval_tip.evaluation.exemplars import exemplars as typical_keys
 from retrieval_tip.evaluation.projection import Method, Projection, methods, projected
 from retrieval_tip.fit.closed_form import ShotEstimate, estimate
+from retrieval_tip.labelling.groups import group, threshold_of
 from retrieval_tip.server import metrics, schemas
-from retrieval_tip.server.access import READS, AcceptsChanges, Named, Now, TheLabelling, TheService, cookie, may_read
+from retrieval_tip.server.access import READS, Named, Now, TheLabelling, TheService, cookie, may_read
 from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.schemas import Row
 from retrieval_tip.server.served import Version
@@ -103,8 +104,10 @@ async def classify(
 @uploads.post("/indexes/{name}/groups", openapi_extra=schemas.GROUP)
 async def groups(request: Request, service: TheService, version: Now, norms: Norms = "check") -> schemas.Groups:
     """Group similar features, for example of images without a match, so that each group can be named at once."""
-    features = await read_features(request, service.limits, norms, version.cache.d)
-    return schemas.Groups(version.manifest.version, await service.find(version.groups, features))
+    cache = version.cache
+    features = await read_features(request, service.limits, norms, cache.d)
+    found = await service.find(lambda: group(features, threshold_of(cache), cache.metric))
+    return schemas.Groups(version.manifest.version, [rows.tolist() for rows in found])
 
 
 @about.get("/healthz")
@@ -125,10 +128,9 @@ async def prometheus() -> Response:
 
 
 @reads.get("/indexes")
-async def indexes(
-    request: Request, response: Response, service: TheService, changes: AcceptsChanges
-) -> schemas.Indexes:
+async def indexes(request: Request, response: Response, service: TheService) -> schemas.Indexes:
     """List the served indexes. A private server also sets a cookie that the page needs for images."""
+    changes = request.app.state.token is not None
     if token := request.app.state.private:
         secure = request.url.scheme == "https"
         response.set_cookie(*cookie(token), path="/v1", secure=secure, httponly=True, samesite="strict")
@@ -138,9 +140,9 @@ async def indexes(
 
 
 @reads.get("/indexes/{name}")
-async def index(version: Now, changes: AcceptsChanges) -> schemas.WholeIndex:
+async def index(request: Request, version: Now) -> schemas.WholeIndex:
     """Describe an index, its classes and the source of its settings."""
-    return version.describe_whole(changes=changes)
+    return version.describe_whole(changes=request.app.state.token is not None)
 
 
 @reads.get("/indexes/{name}/keys", response_model=schemas.KeyPage)
@@ -264,10 +266,13 @@ async def accuracy(service: TheService, version: Now) -> schemas.Accuracy:
     Each fold of the shots is classified with the shots of the other folds. If the index is too large, the result is
     null.
     """
-    known: ShotEstimate = {"photos": None, "words": None, "both": None}
+    found: ShotEstimate = {"photos": None, "words": None, "both": None}
     if version.cache.n <= service.limits.estimated:
-        known = await service.once(version, "accuracy", lambda: estimate(version.cache.in_memory()))
-    return schemas.Accuracy.of(known, version.manifest.version)
+        found = await service.once(version, "accuracy", lambda: estimate(version.cache.in_memory()))
+    low, high = found.get("interval", (None, None))
+    shares, seen = (found["photos"], found["words"], found["both"]), (found.get("tested"), found.get("classes"))
+    weakest = [schemas.WeakClass(*one) for one in found.get("weakest", ())]
+    return schemas.Accuracy(*shares, version.manifest.version, low, high, *seen, weakest)
 
 
 @reads.get("/indexes/{name}/history", response_model=schemas.History)

@@ -11,7 +11,6 @@ import numpy.typing as npt
 import pyarrow as pa
 from pydantic import AfterValidator, BaseModel, Field, PlainValidator, WithJsonSchema
 
-from retrieval_tip.fit.closed_form import ShotEstimate
 from retrieval_tip.labelling.queue import Picked
 from retrieval_tip.predictions import SCHEMA
 from retrieval_tip.server.problems import MEDIA
@@ -356,14 +355,6 @@ class Accuracy(Shares):
     tested: int | None
     classes: int | None
     weakest: list[WeakClass]
-
-    @classmethod
-    def of(cls, judged: ShotEstimate, version: int) -> Accuracy:
-        """Return the result of :func:`closed_form.estimate` for a version."""
-        low, high = judged.get("interval", (None, None))
-        weakest = [WeakClass(*one) for one in judged.get("weakest", ())]
-        seen = judged.get("tested"), judged.get("classes")
-        return cls(judged["photos"], judged["words"], judged["both"], version, low, high, *seen, weakest)
 
 
 @dataclass(frozen=True)

@@ -10,33 +10,26 @@ import weakref
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from retrieval_tip.answering import similar_shots
+from retrieval_tip.answering import AnsweringIndex, similar_shots
 from retrieval_tip.backbones.base import Backbone, Identity
 from retrieval_tip.backbones.loading import load_backbone
-from retrieval_tip.data.encoder import FeatureBlock
+from retrieval_tip.data.encoder import FeatureBlock, FloatArray
 from retrieval_tip.data.feature_tables import check_backbone
 from retrieval_tip.errors import BackboneError, RetrievalTipError, UsageError
 from retrieval_tip.files import real
 from retrieval_tip.index import places
-from retrieval_tip.labelling.groups import group, threshold_of
 from retrieval_tip.retrieval.logits import LOGITS, slices
 from retrieval_tip.server import metrics, schemas
 from retrieval_tip.server.schemas import Row
 from retrieval_tip.settings import Ask, Precision, Verify
 from retrieval_tip.store.manifest import Manifest
 
-if TYPE_CHECKING:
-    from retrieval_tip.answering import AnsweringIndex
-
 log = logging.getLogger(__name__)
-
-FloatArray = npt.NDArray[np.float32]
 
 RETRY_SECONDS = 30.0
 """Number of seconds after which a version that failed to open is tried again."""
@@ -94,11 +87,6 @@ class Version:
         near = similar_shots(self.cache, features, SIMILAR, norms="keep")
         similar = ([{"key_id": shot.key_id, "affinity": shot.affinity} for shot in own] for own in near)
         return [{"feature": feature, "similar": own} for feature, own in zip(features, similar, strict=True)]
-
-    def groups(self, features: FloatArray) -> list[list[int]]:
-        """Return the rows of each group of similar features (see :func:`groups.group`)."""
-        found = group(features, threshold_of(self.cache), self.cache.metric)
-        return [rows.tolist() for rows in found]
 
     def describe(self, *, changes: bool) -> schemas.IndexFacts:
         """Return a description of the index. ``changes`` tells whether the server accepts changes."""
