@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request
@@ -49,10 +49,10 @@ async def add(request: Request, service: TheService, one: Named, norms: Norms = 
         backbone = backbone_of(one.now)
         labelled, skipped = await service.labelled(sent, backbone)
         added = await service.changed(one, shots.add_images, one, backbone, labelled, service.uploads)
-    duplicates = describe_duplicates(added.duplicates) if added.duplicates is not None else []
     return schemas.AddedShots(
-        one.name, added.version, added.key_ids, added.classes, added.known, duplicates,
-        _of_spelling(one.name, added.alike), skipped,
+        index=one.name, version=added.version, key_ids=added.key_ids, classes=added.classes, known=added.known,
+        duplicates=[] if added.duplicates is None else describe_duplicates(added.duplicates),
+        warnings=_of_spelling(one.name, added.alike), skipped=skipped,
     )  # fmt: skip
 
 
@@ -133,7 +133,7 @@ async def _changed(
     service: Service, one: Served, call: Callable[..., index_changes.Changed], *arguments: object
 ) -> schemas.ChangedShots:
     changed = await service.changed(one, call, *arguments)
-    return schemas.ChangedShots(one.name, changed.version, changed.key_ids)
+    return schemas.ChangedShots(index=one.name, version=changed.version, key_ids=changed.key_ids)
 
 
 # --- indexes
@@ -165,14 +165,14 @@ async def create(
         make = partial(shots.build, maker.into / name, maker.backbone, labelled, service.uploads)
         one = await service.open(make, maker.backbones)
     warnings = _of_spelling(name, spelled_alike(one.now.cache.class_names))
-    return schemas.MadeIndex(name, one.now.manifest.version, _judged(one), warnings, skipped)
+    return schemas.MadeIndex(**_fitted(one), warnings=warnings, skipped=skipped)
 
 
 @changes.post("/indexes/{name}/fit")
 async def fit(service: TheService, one: Named) -> schemas.FittedIndex:
     """Fit an index to its shots again, and estimate its accuracy."""
     await service.changed(one, fit_index, one.folder)
-    return schemas.FittedIndex(one.name, one.now.manifest.version, _judged(one))
+    return schemas.FittedIndex(**_fitted(one))
 
 
 @changes.patch("/indexes/{name}", responses=USED)
@@ -181,7 +181,7 @@ async def rename_index(service: TheService, one: NotLabelled, new: schemas.Index
     name = index_name(new.name)
     _check_free(service, name, one.beside)
     made = await service.open(lambda: manage.rename(one.folder, name), one.backbones, one)
-    return schemas.NamedIndex(name, made.now.manifest.version)
+    return schemas.NamedIndex(index=name, version=made.now.manifest.version)
 
 
 @changes.post("/indexes/{name}/duplicate", status_code=201, responses=USED)
@@ -190,7 +190,7 @@ async def duplicate_index(service: TheService, one: Named, new: schemas.IndexNam
     name = index_name(new.name)
     with _room(service, name, one.beside):
         made = await service.open(lambda: manage.duplicate(one.folder, name), one.backbones)
-    return schemas.NamedIndex(name, made.now.manifest.version)
+    return schemas.NamedIndex(index=name, version=made.now.manifest.version)
 
 
 @changes.delete("/indexes/{name}", responses=USED)
@@ -198,7 +198,7 @@ async def delete_index(service: TheService, one: NotLabelled) -> schemas.NamedIn
     """Delete an index, its versions, and the images that were added to it here. This cannot be undone."""
     await service.change(manage.delete, one.folder)
     service.replace(one)
-    return schemas.NamedIndex(one.name, one.now.manifest.version)
+    return schemas.NamedIndex(index=one.name, version=one.now.manifest.version)
 
 
 @contextmanager
@@ -220,10 +220,10 @@ def _check_free(service: Service, name: str, into: Path | None) -> None:
         raise Problem(409, f"index {name!r} already exists{where}; choose another name")
 
 
-def _judged(one: Served) -> schemas.Judgement:
-    """Return the accuracy that the last fit of an index estimated."""
-    fitted = one.now.cache.provenance.get("fit", {})
-    return schemas.Judgement(fitted.get("photos"), fitted.get("words"), fitted.get("both"), fitted.get("summary"))
+def _fitted(one: Served) -> dict[str, Any]:
+    """Return the fields of :class:`FittedIndex`, with the accuracy that the last fit of an index estimated."""
+    judged = dict.fromkeys(schemas.Judgement.model_fields) | one.now.cache.provenance.get("fit", {})
+    return {"index": one.name, "version": one.now.manifest.version, "judged": judged}
 
 
 def _of_spelling(name: str, alike: Mapping[str, str]) -> list[str]:

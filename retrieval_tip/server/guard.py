@@ -90,7 +90,6 @@ class _Exchange:
     def _hold(self, size: int) -> None:
         """Count ``size`` bytes. Raises Problem 503 if they do not fit, unless no other request holds any."""
         if self._guard.held + size > self._limits.held and self._guard.held > self._held:
-            text = "too many large requests and responses at once; try again in 1 s"
-            raise Problem(503, text, {"Retry-After": "1"})
+            raise Problem(503, "too many large requests and responses at once; try again in 1 s", {"Retry-After": "1"})
         self._guard.held += size
         self._held += size

@@ -163,19 +163,23 @@ class Labelling:
         for one in self._queue.show(taken):
             probable, others = self._facts.get(one.photo, ({}, []))
             similar = [photo for photo in others if photo not in taken]
-            chances = [schemas.Guess(label, chance) for label, chance in probable.items() if label != NONE]
+            chances = [
+                schemas.Guess(label=label, probability=chance) for label, chance in probable.items() if label != NONE
+            ]
             shown.append(
-                schemas.QueuedPhoto(one.photo, self.photos.names[one.photo], one.picked, one.why, chances, similar)
+                schemas.QueuedPhoto(**vars(one), name=self.photos.names[one.photo], guesses=chances, similar=similar)
             )
         busy = (
             self._choice_due() or version is not self._measured_at or bool(self._unsaved.keys() - self._refused.keys())
         )
         refused = [
-            schemas.RefusedLabel(photo, self.photos.names[photo], self._unsaved[photo].label, reason)
+            schemas.RefusedLabel(
+                photo=photo, name=self.photos.names[photo], label=self._unsaved[photo].label, reason=reason
+            )
             for photo, reason in self._refused.items()
         ]
         return schemas.LabellingStatus(
-            self.name, None if version is None else version.manifest.version,
+            index=self.name, version=None if version is None else version.manifest.version,
             photos=len(self.photos) - self.photos.number(self.photos.unreadable),
             encoded=self.photos.number(self.photos.encoded), labelled=self.photos.number(self._labels()),
             unsaved=len(self._unsaved),
@@ -257,8 +261,8 @@ class Labelling:
         photos = self.photos.source.take(range(len(self.photos)))
         done = await self._service.run(self._encoding, sort_photos, version.cache, [photos], encoder, folder)
         undo = shlex.join(["retrieval-tip", "sort", "--undo", "--into", str(folder.absolute())])
-        skipped = [schemas.Unread(one.source, one.reason) for one in done.skipped]
-        return schemas.SortedPhotos(str(done), undo, skipped)
+        skipped = [schemas.Unread(input=one.source, reason=one.reason) for one in done.skipped]
+        return schemas.SortedPhotos(summary=str(done), undo=undo, skipped=skipped)
 
     def _version(self) -> Version | None:
         """Return the open version of the index, if it exists, and note which photos it contains."""
@@ -294,7 +298,7 @@ class Labelling:
         counts.subtract(self._known[photo].label for photo in self._unsaved if photo in self._known)
         counts.update(label.label for label in self._unsaved.values() if label.label is not None)
         del counts[NONE]
-        return [schemas.LabelClass(name, n) for name, n in counts.items() if n > 0 or name in shown]
+        return [schemas.LabelClass(label=name, photos=n) for name, n in counts.items() if n > 0 or name in shown]
 
     def _is_empty(self, version: Version) -> bool:
         return version.cache.n == len(self._withdrawn)
@@ -477,7 +481,7 @@ class Labelling:
     async def _measure(self, version: Version) -> None:
         """Estimate the accuracy on the unlabelled photos from the photos that were drawn at random."""
         drawn = sorted({one.key_id for one in self._known.values() if one.picked == "random"})
-        self._progress = schemas.LabelProgress(len(drawn), DRAWN)
+        self._progress = schemas.LabelProgress(drawn=len(drawn), needed=DRAWN)
         rest = sorted(self.photos.encoded - self._taken())
         if len(drawn) >= DRAWN and rest and version.cache.n <= self._service.limits.estimated:
             features = self.photos.rows(rest)
@@ -510,4 +514,4 @@ def _measured_on(rest: FloatArray, index: AnsweringIndex, drawn: Sequence[int]) 
     more = min(MORE, len(rest))
     gain = gain_of(cache, drawn, found, more)
     gain = None if gain is None else min(gain, 1 - found.accuracy)
-    return schemas.LabelProgress(len(drawn), DRAWN, found.accuracy, found.low, found.high, more, gain)
+    return schemas.LabelProgress(**vars(found), drawn=len(drawn), needed=DRAWN, more=more, gain=gain)

@@ -90,11 +90,9 @@ class Version:
 
     def describe(self, *, changes: bool) -> schemas.IndexFacts:
         """Return a description of the index. ``changes`` tells whether the server accepts changes."""
-        cache, settings, fitted = self.cache, self.cache.settings, self.cache.fitted
+        cache, fitted = self.cache, self.cache.fitted
         return schemas.IndexFacts(
-            alpha=settings.alpha, beta=settings.beta, k=settings.k or "all", tail=settings.tail,
-            temperature=settings.temperature, logit_scale=settings.logit_scale, log_offset=settings.log_offset,
-            least_cache=settings.least_cache, gamma=settings.gamma, name=self.name, version=self.manifest.version,
+            **schemas.settings(cache.settings), name=self.name, version=self.manifest.version,
             created_at=self.manifest.created_at, change=self.manifest.change, changes=changes,
             n_keys=cache.n, n_classes=len(cache.class_names), d=cache.d, index=cache.index_type,
             exact_search=cache.exact_search, backbone=str(cache.backbone) if cache.backbone else None,
@@ -104,9 +102,9 @@ class Version:
 
     def describe_whole(self, *, changes: bool) -> schemas.WholeIndex:
         """Return a description of the index that includes its classes, templates and provenance."""
-        cache, facts = self.cache, vars(self.describe(changes=changes))
+        cache, facts = self.cache, dict(self.describe(changes=changes))
         pairs = enumerate(zip(cache.class_names, cache.counts, strict=True))
-        classes = [schemas.IndexClass(class_id, label, keys) for class_id, (label, keys) in pairs]
+        classes = [schemas.IndexClass(class_id=class_id, label=label, keys=keys) for class_id, (label, keys) in pairs]
         return schemas.WholeIndex(**facts, classes=classes, templates=cache.templates, provenance=cache.provenance)
 
 

@@ -201,8 +201,8 @@ class Service:
         used = ask.settings(version.cache.settings)
         caution = version.cache.caution(used)
         return schemas.Classified(
-            used.alpha, used.beta, used.k or "all", used.tail, used.temperature, version.name, version.manifest.version,
-            results, [caution] if caution else [], skipped,
+            **schemas.settings(used), index=version.name, version=version.manifest.version, results=results,
+            warnings=[caution] if caution else [], skipped=skipped,
         )  # fmt: skip
 
     async def labelled(self, sent: Sent, backbone: Backbone) -> tuple[list[tuple[str, bytes]], list[Unread]]:
@@ -236,7 +236,7 @@ class Service:
         with self._decoding.turns(sent.client, backbone, [[data] for data in sent.images], costs) as turns:
             made = await asyncio.gather(*map(used, turns))
         pairs = zip(sent.names, made, strict=True)
-        skipped = [Unread(name, str(one)) for name, one in pairs if isinstance(one, InputError)]
+        skipped = [Unread(input=name, reason=str(one)) for name, one in pairs if isinstance(one, InputError)]
         if len(skipped) == len(made):
             lines = [f"{one.input}: {one.reason}" for one in skipped]
             raise Problem(422, "; ".join(lines[:NAMED]) + (f"; and {len(lines) - NAMED} more" if lines[NAMED:] else ""))
