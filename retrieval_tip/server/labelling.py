@@ -159,32 +159,24 @@ class Labelling:
     def status(self) -> schemas.LabellingStatus:
         """Return the state of the session and the next photos."""
         version, taken = self._version(), self._taken()
-        shown = []
+        names, shown = self.photos.names, []
         for one in self._queue.show(taken):
             probable, others = self._facts.get(one.photo, ({}, []))
             similar = [photo for photo in others if photo not in taken]
-            chances = [
-                schemas.Guess(label=label, probability=chance) for label, chance in probable.items() if label != NONE
-            ]
-            shown.append(
-                schemas.QueuedPhoto(**vars(one), name=self.photos.names[one.photo], guesses=chances, similar=similar)
-            )
-        busy = (
-            self._choice_due() or version is not self._measured_at or bool(self._unsaved.keys() - self._refused.keys())
-        )
+            chances = {label: chance for label, chance in probable.items() if label != NONE}
+            found = [schemas.Guess(label=label, probability=chance) for label, chance in chances.items()]
+            shown.append(schemas.QueuedPhoto(**vars(one), name=names[one.photo], guesses=found, similar=similar))
+        busy = self._choice_due() or version is not self._measured_at or self._unsaved.keys() > self._refused.keys()
         refused = [
-            schemas.RefusedLabel(
-                photo=photo, name=self.photos.names[photo], label=self._unsaved[photo].label, reason=reason
-            )
+            schemas.RefusedLabel(photo=photo, name=names[photo], label=self._unsaved[photo].label, reason=reason)
             for photo, reason in self._refused.items()
         ]
         return schemas.LabellingStatus(
             index=self.name, version=None if version is None else version.manifest.version,
             photos=len(self.photos) - self.photos.number(self.photos.unreadable),
             encoded=self.photos.number(self.photos.encoded), labelled=self.photos.number(self._labels()),
-            unsaved=len(self._unsaved),
-            classes=self._class_counts(),
-            queue=shown, steps=list(self._steps), refused=refused, progress=self._progress,
+            unsaved=len(self._unsaved), classes=self._class_counts(), queue=shown, steps=list(self._steps),
+            refused=refused, progress=self._progress,
             busy=busy and self._problem is None, problem=self._problem or self._trouble,
         )  # fmt: skip
 
