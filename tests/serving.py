@@ -25,6 +25,9 @@ from fastapi import FastAPI
 from retrieval_tip import CacheModel
 from retrieval_tip.cli import main
 from retrieval_tip.server import run
+from retrieval_tip.server.app import create_app
+from retrieval_tip.server.limits import Limits
+from retrieval_tip.server.served import open_all
 
 START_SECONDS = 120
 
@@ -111,6 +114,11 @@ def random_index(folder: Path, n: int, d: int, classes: int) -> Path:
     keys /= np.linalg.norm(keys, axis=1, keepdims=True)
     CacheModel.from_features(keys, np.arange(n) % classes, [f"class {i}" for i in range(classes)]).save(folder)
     return folder
+
+
+def app_of(*folders: Path, limits: Limits | None = None, **options: Any) -> FastAPI:
+    """Return an application that serves indexes on the CPU."""
+    return create_app(open_all(folders, "cpu", "float32", "fast"), limits, **options)
 
 
 @contextmanager

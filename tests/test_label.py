@@ -420,7 +420,6 @@ def test_photos_are_sorted_by_label_or_answer(
 def test_invalid_requests_are_refused(pool: dict[str, str], place: Path, lit_mini: Backbone) -> None:
     with Client(pool, place, lit_mini, "owl") as client:
         post = client.http.post
-        assert post("/v1/label", json={"labels": []}).status_code == 401
         for body, status in (
             ({"labels": [{"photo": 99, "label": "x"}]}, 404), ({"skip": [99]}, 404),
             ({"labels": [{"photo": 0, "label": " "}]}, 422), ({"labels": [{"photo": -1, "label": "x"}]}, 422),

@@ -81,15 +81,8 @@ def test_the_schema_describes_every_operation_body_and_result() -> None:
         assert content["application/json"]["example"]["features"]
     found = SCHEMA["paths"]["/v1/classify"]["post"]["responses"]["200"]["content"]["application/json"]["schema"]
     result = SCHEMA["components"]["schemas"][found["$ref"].rpartition("/")[2]]["properties"]["results"]["items"]
-    assert result["properties"].keys() >= {
-        "input",
-        "label",
-        "probability",
-        "neighbours",
-        "opposing",
-        "feature",
-        "similar",
-    }
+    fields = {"input", "label", "probability", "neighbours", "opposing", "feature", "similar"}
+    assert result["properties"].keys() >= fields
 
 
 def test_examples_in_the_schema_can_be_sent(address: str) -> None:

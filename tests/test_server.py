@@ -24,7 +24,7 @@ import pytest
 from click.testing import CliRunner, Result
 from fastapi.testclient import TestClient
 from PIL import Image
-from serving import caltech_photos, random_index
+from serving import app_of, caltech_photos, random_index
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from retrieval_tip import CacheModel
@@ -86,8 +86,7 @@ def both(things: Path, food: Path) -> Iterator[Client]:
 
 
 def serving(*folders: Path, limits: Limits | None = None, token: str | None = None, **more: Path) -> Client:
-    app = create_app(open_all(folders, "cpu", "float32", "full"), limits, token=token, **more)
-    return TestClient(app, raise_server_exceptions=True)
+    return TestClient(app_of(*folders, limits=limits, token=token, **more))
 
 
 @pytest.fixture(scope="module")
@@ -335,20 +334,19 @@ def test_the_number_of_waiting_maps_and_audits_is_limited(
     assert sorted(map_limits) == [*range(1, service_module.SLOW_AT_ONCE + 1), 29]
 
 
-def test_changes_need_the_token(own: Path, both: Client, photo: bytes) -> None:
+def test_changes_need_the_token(own: Path, both: Client) -> None:
     with serving(own, token=TOKEN) as client:
         bearer = f"Bearer {TOKEN}"
         said = ("", "Bearer wrong", TOKEN[:-1], TOKEN, f"Basic {TOKEN}", f"Bearer{TOKEN}", f"{bearer} x", "Bearer é")
         two = [("Authorization", bearer), ("Authorization", bearer)]
         for headers in ({}, *({"Authorization": one.encode("latin-1")} for one in said), two):
-            sent = {"files": {"images": photo}, "data": {"label": "accordion"}, "headers": headers}
-            answers = [
-                client.post("/v1/indexes/own/keys", **sent),
-                client.delete("/v1/indexes/own/keys?key_id=1", headers=headers),
-            ]
-            for answer in answers:
-                assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
-                assert TOKEN not in answer.text
+            answer = client.delete("/v1/indexes/own/keys?key_id=1", headers=headers)
+            assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+            assert TOKEN not in answer.text
+        for path, methods in client.get("/openapi.json").json()["paths"].items():
+            for method in methods.keys() - {"get"} if path.rpartition("/")[2] not in ("classify", "groups") else ():
+                refused = client.request(method, path.replace("{name}", "own"))
+                assert (path, method, refused.status_code) == (path, method, 401)
         assert client.get("/v1/indexes").json()["indexes"][0]["version"] == 1
         for right in (bearer, bearer.lower().replace(TOKEN.lower(), TOKEN), f"Bearer  {TOKEN}"):
             missing = client.delete("/v1/indexes/own/keys?key_id=999", headers={"Authorization": right})
@@ -459,13 +457,11 @@ def test_index_names_are_checked(own: Path, food: Path, tmp_path: Path) -> None:
     app = create_app(served, Limits(indexes=2), token=TOKEN)
     (tmp_path / "taken").mkdir()
 
-    def status(method: str, path: str, name: str | None = None, headers: dict[str, str] | None = None) -> int:
-        sent = AUTHORISED if headers is None else headers
-        return client.request(method, f"/v1/indexes/{path}", json=name and {"name": name}, headers=sent).status_code
+    def status(method: str, path: str, name: str | None = None) -> int:
+        sent = {"json": name and {"name": name}, "headers": AUTHORISED}
+        return client.request(method, f"/v1/indexes/{path}", **sent).status_code
 
     with TestClient(app) as client:
-        for method, path in (("PATCH", "own"), ("POST", "own/duplicate"), ("DELETE", "own")):
-            assert status(method, path, "new", {}) == 401
         names = {"taken": 409, "food": 409, "../x": 422, ".x": 422, "a" * 65: 422, "own-shots": 422, "Food-SHOTS": 422}
         for name, expected in names.items():
             assert (name, status("PATCH", "own", name)) == (name, expected)
@@ -549,13 +545,6 @@ def test_shots_are_relabelled_classes_renamed_and_versions_rolled_back(own: Path
             ("rollback", {"to": 99}, 404),
         ]
         assert [change(what, **body)[0] for what, body, _ in wrong] == [status for *_, status in wrong]
-        bodies = {
-            "relabel": {"key_ids": [1], "label": other},
-            "rename": {"of": other, "label": "x"},
-            "rollback": {"to": 1},
-        }
-        for what, body in bodies.items():
-            assert client.post(f"/v1/indexes/own/{what}", json=body).status_code == 401
         assert client.get("/v1/indexes/own").json()["version"] == 6
 
 
@@ -609,7 +598,6 @@ def test_uploaded_photos_become_a_new_index(own: Path, tmp_path: Path, lit_mini:
 
     with serving(own, token=TOKEN) as client:
         assert client.get("/v1/indexes").json()["makes"]
-        assert client.post("/v1/indexes", **sent("new")).status_code == 401
         made = client.post("/v1/indexes", **sent("my things", ("a.txt", b"text")), headers=AUTHORISED)
         assert made.status_code == 201
         body = made.json()
@@ -732,8 +720,7 @@ def test_no_image_or_folder_is_kept_after_an_error(
         raise error
 
     monkeypatch.setattr(*((shots_module, "build_index") if what == "index" else (changes, "add")), broken)
-    app = create_app(open_all([own], "cpu", "float32", "full"), token=TOKEN)
-    with TestClient(app, raise_server_exceptions=False) as client:
+    with TestClient(app_of(own, token=TOKEN), raise_server_exceptions=False) as client:
         path = "/v1/indexes" if what == "index" else "/v1/indexes/own/keys"
         more = {"name": "new"} if what == "index" else {}
         answer = client.post(path, files={"images": photo}, data={"label": "new"} | more, headers=AUTHORISED)
@@ -869,7 +856,7 @@ def test_a_long_string_among_features_takes_little_memory() -> None:
     body = b'{"features": [["%s"%s]]}' % (b"a" * 1_000_000, b", 0" * 511)
     tracemalloc.start()
     with pytest.raises(InputError, match="row 0"):
-        uploads_module._json(body, Limits(), "check", 512, "", labelled=False)
+        uploads_module._json(body, Limits(), "check", 512, labelled=False)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 16 << 20
@@ -1012,8 +999,8 @@ def busy(own: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., AbstractCo
     def waiting(number: int, size: tuple[int, int]) -> Iterator[Client]:
         picture = io.BytesIO()
         Image.new("RGB", size).save(picture, "PNG")
-        app = create_app(open_all([own], "cpu", "float32", "full"), Limits(queue=40))
-        with TestClient(ProxyHeadersMiddleware(app, "*")) as client, ThreadPoolExecutor(1) as pool:
+        app = ProxyHeadersMiddleware(app_of(own, limits=Limits(queue=40)), "*")
+        with TestClient(app) as client, ThreadPoolExecutor(1) as pool:
             asked = pool.submit(client.post, "/v1/classify", files=[("images", picture.getvalue())] * number)
             while not re.search(r'waiting{lane="images"} [1-9]', client.get("/metrics").text):
                 assert not asked.done()
@@ -1075,7 +1062,7 @@ def test_requests_from_other_sites_need_the_token(own: Path, photo: bytes) -> No
 
 def test_a_private_server_answers_only_with_the_token(own: Path, photo: bytes, truth: str) -> None:
     """The page itself and the health check stay open. GET requests, as of images, may send a cookie instead."""
-    app = create_app(open_all([own], "cpu", "float32", "full"), token=TOKEN, private=TOKEN)
+    app = app_of(own, token=TOKEN, private=TOKEN)
     picture = "/v1/indexes/own/keys/7/image"
     with TestClient(app) as client:
         for path, methods in client.get("/openapi.json").json()["paths"].items():
@@ -1136,8 +1123,6 @@ def test_the_page_loads_nothing_from_other_sites(both: Client) -> None:
     assert "http://" not in page.text.replace("http://www.w3.org", "")
     assert "https://" not in page.text
     assert both.get("/page/photo.js").headers["content-type"].startswith("text/javascript")
-    assert both.get("/page/../app.py").status_code == 404
-    assert both.get("/page/%2e%2e/app.py").status_code == 404
 
 
 def test_health_and_metrics(both: Client) -> None:

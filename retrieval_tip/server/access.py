@@ -59,13 +59,6 @@ async def _version(one: Named) -> Version:
 Now = Annotated[Version, Depends(_version)]
 
 
-async def _accepts_changes(request: Request) -> bool:
-    return request.app.state.token is not None
-
-
-AcceptsChanges = Annotated[bool, Depends(_accepts_changes)]
-
-
 def _sends(request: Request, token: str | None) -> bool:
     headers = request.headers.getlist("authorization")
     scheme, _, sent = headers[0].partition(" ") if len(headers) == 1 else ("", "", "")
@@ -82,11 +75,6 @@ def cookie(token: str) -> tuple[str, str]:
     return f"retrieval-tip-{mark[:8]}", mark[8:]
 
 
-def _has_cookie(request: Request, token: str) -> bool:
-    name, value = cookie(token)
-    return hmac.compare_digest(request.cookies.get(name, "").encode(), value.encode())
-
-
 def _refusal(request: Request) -> Problem:
     command = "serve" if request.app.state.labelling is None else "label"
     text = f"the token is missing or wrong; send Authorization: Bearer TOKEN, with the token that {command} printed"
@@ -96,9 +84,11 @@ def _refusal(request: Request) -> Problem:
 async def may_read(request: Request) -> None:
     """Refuse requests to a private server that do not have its token. Images in the page only send the cookie."""
     token = request.app.state.private
-    if token is None or _sends(request, token) or (request.method == "GET" and _has_cookie(request, token)):
+    if token is None or _sends(request, token):
         return
-    raise _refusal(request)
+    name, value = cookie(token)
+    if request.method != "GET" or not hmac.compare_digest(request.cookies.get(name, "").encode(), value.encode()):
+        raise _refusal(request)
 
 
 async def _from_here(request: Request) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 from fastapi import FastAPI, Request
@@ -66,17 +67,13 @@ def create_app(
     for router in (routes.reads, routes.about, edits.changes):
         app.include_router(router, max_body_size=limits.json_bytes)
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
-    app.get("/", include_in_schema=False)(_page)
-    app.get("/docs", include_in_schema=False)(_docs)
+    for path, name in {"/": "index.html", "/docs": "docs.html"}.items():
+        app.get(path, include_in_schema=False)(partial(_file, name))
     return app
 
 
-async def _page() -> Response:
-    return FileResponse(PAGE / "index.html", headers={"cache-control": "no-cache"})
-
-
-async def _docs() -> Response:
-    return FileResponse(PAGE / "docs.html", headers={"cache-control": "no-cache"})
+async def _file(name: str) -> Response:
+    return FileResponse(PAGE / name, headers={"cache-control": "no-cache"})
 
 
 async def _unexpected(_: Request, error: Exception) -> Response:

@@ -28,7 +28,6 @@ LARGE = 2.0
 class Turn(Generic[K, T, R]):
     """Items with one key that wait together in a :class:`Lane`. ``result`` is the future for their results."""
 
-    lane: object
     client: str
     place: float
     cost: float
@@ -43,15 +42,16 @@ class Turn(Generic[K, T, R]):
 
 
 class TurnQueue:
-    """The turns that wait in one or more lanes. Each client can fill a quarter of ``room``, which is a total cost."""
+    """The turns that wait in some ``lanes``. Each client can fill a quarter of ``room``, which is a total cost."""
 
     def __init__(self, room: float) -> None:
-        self.waiting: list[Turn[Any, Any, Any]] = []
+        self.lanes: list[Lane[Any, Any, Any]] = []
         self._share = room / 4
 
     def admit(self, client: str) -> None:
         """Raise Problem 429 if the client already fills more than a quarter of the queue."""
-        if sum(turn.cost for turn in self.waiting if turn.client == client) > self._share:
+        waiting = (turn for lane in self.lanes for turn in lane.waiting)
+        if sum(turn.cost for turn in waiting if turn.client == client) > self._share:
             metrics.REFUSED.inc()
             text = "too many of your images or features are waiting; try again in 2 s"
             raise Problem(429, text, {"Retry-After": "2"})
@@ -78,9 +78,11 @@ class Lane(Generic[K, T, R]):
         most: Callable[[K], int] = lambda _: 1,
         held: float = math.inf,
     ) -> None:
-        self._name, self._queue, self._run = name, queue, run
+        self._name, self._run = name, run
         self._threads, self._most, self._most_held = threads, most, held
         self._pool = ThreadPoolExecutor(threads + 1, thread_name_prefix=name)
+        queue.lanes.append(self)
+        self.waiting: list[Turn[K, T, R]] = []
         self._running: list[list[Turn[K, T, R]]] = []
         self._held: set[Turn[K, T, R]] = set()
         self._now = 0.0
@@ -95,16 +97,14 @@ class Lane(Generic[K, T, R]):
         self, client: str, key: K, parts: Sequence[Sequence[T]], costs: Sequence[float]
     ) -> Iterator[list[Turn[K, T, R]]]:
         """Queue one turn for each part of a request. On exit, turns that have not been started are cancelled."""
-        waiting = self._queue.waiting
-        last = max((turn.place for turn in waiting if turn.lane is self and turn.client == client), default=0.0)
+        last = max((turn.place for turn in self.waiting if turn.client == client), default=0.0)
         places = [*accumulate(costs, initial=max(last, self._now))][1:]
         loop = asyncio.get_running_loop()
         own: list[Turn[K, T, R]] = [
-            Turn(self, client, place, cost, key, part, loop.create_future())
+            Turn(client, place, cost, key, part, loop.create_future())
             for place, cost, part in zip(places, costs, parts, strict=True)
         ]
-        waiting += own
-        waiting.sort(key=lambda turn: turn.place)
+        self.waiting = sorted([*self.waiting, *own], key=lambda turn: turn.place)
         self._begin()
         try:
             yield own
@@ -121,7 +121,7 @@ class Lane(Generic[K, T, R]):
 
     def _take(self, turns: Sequence[Turn[K, T, R]]) -> None:
         taken = set(turns)
-        self._queue.waiting[:] = [turn for turn in self._queue.waiting if turn not in taken]
+        self.waiting = [turn for turn in self.waiting if turn not in taken]
 
     def _begin(self) -> None:
         while len(self._held) < self._most_held and (batch := self._next()):
@@ -129,28 +129,20 @@ class Lane(Generic[K, T, R]):
             self._held.update(batch)
             self._now = max(self._now, batch[0].place)
             self._start(batch)
-        metrics.WAITING.labels(self._name).set(
-            sum(len(turn.items) for turn in self._queue.waiting if turn.lane is self)
-        )
+        metrics.WAITING.labels(self._name).set(sum(len(turn.items) for turn in self.waiting))
 
     def _next(self) -> list[Turn[K, T, R]]:
         """Return the first turn that can start and the turns that join it, or an empty list."""
         large = sum(batch[0].large for batch in self._running)
-        batch: list[Turn[K, T, R]] = []
-        if len(self._running) >= self._threads + bool(large):
-            return batch
-        number = most = 0
-        for turn in self._queue.waiting:
-            if turn.lane is not self or (turn.large and large == self._threads):
-                continue
-            if not batch:
-                most = self._most(turn.key)
-            elif (turn.key, turn.large) != (batch[0].key, batch[0].large) or number + len(turn.items) > most:
-                continue
-            batch.append(turn)
-            number += len(turn.items)
-            if number >= most:
-                break
+        able = [turn for turn in self.waiting if not turn.large or large < self._threads]
+        if not able or len(self._running) >= self._threads + bool(large):
+            return []
+        first, *others = able
+        batch, number, most = [first], len(first.items), self._most(first.key)
+        for turn in others:
+            if (turn.key, turn.large) == (first.key, first.large) and number + len(turn.items) <= most:
+                batch.append(turn)
+                number += len(turn.items)
         return batch
 
     def _start(self, batch: list[Turn[K, T, R]]) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request
@@ -16,12 +17,12 @@ from retrieval_tip.index import changes as index_changes
 from retrieval_tip.index import manage
 from retrieval_tip.index.fit import fit_index
 from retrieval_tip.retrieval.duplicates import describe_duplicates
-from retrieval_tip.server import metrics, schemas, shots
+from retrieval_tip.server import schemas, shots
 from retrieval_tip.server.access import CHANGES, UNHURRIED, Named, NotLabelled, TheLabelling, TheService, lift_deadline
 from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.routes import REFUSED, SENT, Norms
-from retrieval_tip.server.served import Backbones, Served
-from retrieval_tip.server.service import Service, backbone_of, nothing
+from retrieval_tip.server.served import Maker, Served
+from retrieval_tip.server.service import Service, backbone_of
 from retrieval_tip.server.uploads import index_name, read, read_index
 
 uploads = APIRouter(prefix="/v1", dependencies=CHANGES, responses=REFUSED | SENT)
@@ -42,18 +43,16 @@ async def add(request: Request, service: TheService, one: Named, norms: Norms = 
     sent = await read(request, service.limits, norms, one.now.cache.d, labelled=True)
     await lift_deadline(request)
     skipped: list[schemas.Unread] = []
-    if sent.images is None:
-        added = await service.change(shots.add_features, one, one.now.backbone, sent)
+    if sent.features is not None:
+        added = await service.changed(one, shots.add_features, one, sent.names, sent.labels, sent.features)
     else:
         backbone = backbone_of(one.now)
-        good, skipped = await service.decoded(sent, sent.images, backbone, nothing)
-        datas = [sent.images[place] for place in good]
-        added = await service.change(shots.add_images, one, backbone, sent.labels[0], datas, service.uploads)
-    await service.follow(one)
-    duplicates = describe_duplicates(added.duplicates) if added.duplicates is not None else []
+        labelled, skipped = await service.labelled(sent, backbone)
+        added = await service.changed(one, shots.add_images, one, backbone, labelled, service.uploads)
     return schemas.AddedShots(
-        one.name, added.version, added.key_ids, added.classes, added.known, duplicates,
-        _of_spelling(one.name, added.alike), skipped,
+        index=one.name, version=added.version, key_ids=added.key_ids, classes=added.classes, known=added.known,
+        duplicates=[] if added.duplicates is None else describe_duplicates(added.duplicates),
+        warnings=_of_spelling(one.name, added.alike), skipped=skipped,
     )  # fmt: skip
 
 
@@ -77,9 +76,10 @@ async def relabel(service: TheService, one: Named, change: schemas.Relabel) -> s
         if not len(keys):
             raise Problem(422, f"of: class {change.of!r} has no shots")
         moves = [(keys["key_id"].to_pylist(), str(change.label))]
+    elif change.moves is not None:
+        moves = [(move.key_ids, move.label) for move in change.moves]
     else:
-        moves = [(move.key_ids, move.label) for move in change.moves or ()]
-        moves = moves or [(change.key_ids or [], str(change.label))]
+        moves = [(change.key_ids or [], str(change.label))]
     labels: dict[int, str] = {}
     for key_ids, label in moves:
         for key_id in key_ids:
@@ -87,9 +87,8 @@ async def relabel(service: TheService, one: Named, change: schemas.Relabel) -> s
                 raise Problem(422, f"key_ids: key {key_id} has two labels; give only one label")
     if not labels:
         raise Problem(422, "key_ids: the list is empty; give at least one key id")
-    if change.of is None:
-        await _check_known(service, one, list(labels))
-    return await _changed(service, one, lambda: index_changes.relabel(one.folder, labels))
+    await _check_known(service, one, list(labels))
+    return await _changed(service, one, index_changes.relabel, one.folder, labels)
 
 
 @changes.post("/indexes/{name}/rename")
@@ -104,8 +103,7 @@ async def rename(service: TheService, one: Named, change: schemas.Rename) -> sch
         raise Problem(404, f"index {one.name!r} has no class {change.of!r}")
     if backbone is None or not backbone.has_text or not cache.templates or change.label in cache.class_names:
         backbone = None
-    call = lambda: index_changes.rename(one.folder, change.of, change.label, backbone)  # noqa: E731
-    return await _changed(service, one, call)
+    return await _changed(service, one, index_changes.rename, one.folder, change.of, change.label, backbone)
 
 
 @changes.post("/indexes/{name}/rollback", responses=USED)
@@ -131,11 +129,11 @@ async def _check_known(service: Service, one: Served, key_ids: Sequence[int]) ->
         raise Problem(404, f"index {one.name!r} has no key {min(missing)}")
 
 
-async def _changed(service: Service, one: Served, call: Callable[[], index_changes.Changed]) -> schemas.ChangedShots:
-    """Make a change, and open the new version."""
-    changed = await service.change(call)
-    await service.follow(one)
-    return schemas.ChangedShots(one.name, changed.version, changed.key_ids)
+async def _changed(
+    service: Service, one: Served, call: Callable[..., index_changes.Changed], *arguments: object
+) -> schemas.ChangedShots:
+    changed = await service.changed(one, call, *arguments)
+    return schemas.ChangedShots(index=one.name, version=changed.version, key_ids=changed.key_ids)
 
 
 # --- indexes
@@ -156,29 +154,25 @@ async def create(
     sent, maker = await read_index(request, service.limits), service.maker
     await lift_deadline(request)
     name = str(sent.index)
-    into: Path | None
-    if maker and like is None:
-        backbone, into, backbones = maker.backbone, maker.into, maker.backbones
-    else:
+    if maker is None or like is not None:
         model = service.index(like or next((name for name, one in service.served.items() if one.now.backbone), None))
-        backbone, into, backbones = backbone_of(model.now), model.beside, model.backbones
-    if into is None:
-        raise Problem(422, "the index is in a bucket; to create indexes, restart the server with --into FOLDER")
-    assert sent.images is not None
-    with _room(service, name, into):
-        good, skipped = await service.decoded(sent, sent.images, backbone, nothing)
-        labelled = [(sent.labels[place], sent.images[place]) for place in good]
-        one = await _opened(service, lambda: shots.build(into / name, backbone, labelled, service.uploads), backbones)
+        backbone, into = backbone_of(model.now), model.beside
+        if into is None:
+            raise Problem(422, "the index is in a bucket; to create indexes, restart the server with --into FOLDER")
+        maker = Maker(into, backbone, model.backbones)
+    with _room(service, name, maker.into):
+        labelled, skipped = await service.labelled(sent, maker.backbone)
+        make = partial(shots.build, maker.into / name, maker.backbone, labelled, service.uploads)
+        one = await service.open(make, maker.backbones)
     warnings = _of_spelling(name, spelled_alike(one.now.cache.class_names))
-    return schemas.MadeIndex(name, one.now.manifest.version, _judged(one), warnings, skipped)
+    return schemas.MadeIndex(**_fitted(one), warnings=warnings, skipped=skipped)
 
 
 @changes.post("/indexes/{name}/fit")
 async def fit(service: TheService, one: Named) -> schemas.FittedIndex:
     """Fit an index to its shots again, and estimate its accuracy."""
-    await service.change(fit_index, one.folder)
-    await service.follow(one)
-    return schemas.FittedIndex(one.name, one.now.manifest.version, _judged(one))
+    await service.changed(one, fit_index, one.folder)
+    return schemas.FittedIndex(**_fitted(one))
 
 
 @changes.patch("/indexes/{name}", responses=USED)
@@ -186,8 +180,8 @@ async def rename_index(service: TheService, one: NotLabelled, new: schemas.Index
     """Rename an index and its folder."""
     name = index_name(new.name)
     _check_free(service, name, one.beside)
-    made = await _opened(service, lambda: manage.rename(one.folder, name), one.backbones, one)
-    return schemas.NamedIndex(name, made.now.manifest.version)
+    made = await service.open(lambda: manage.rename(one.folder, name), one.backbones, one)
+    return schemas.NamedIndex(index=name, version=made.now.manifest.version)
 
 
 @changes.post("/indexes/{name}/duplicate", status_code=201, responses=USED)
@@ -195,35 +189,16 @@ async def duplicate_index(service: TheService, one: Named, new: schemas.IndexNam
     """Copy the current version of an index to a new index next to it."""
     name = index_name(new.name)
     with _room(service, name, one.beside):
-        made = await _opened(service, lambda: manage.duplicate(one.folder, name), one.backbones)
-    return schemas.NamedIndex(name, made.now.manifest.version)
+        made = await service.open(lambda: manage.duplicate(one.folder, name), one.backbones)
+    return schemas.NamedIndex(index=name, version=made.now.manifest.version)
 
 
 @changes.delete("/indexes/{name}", responses=USED)
 async def delete_index(service: TheService, one: NotLabelled) -> schemas.NamedIndex:
     """Delete an index, its versions, and the images that were added to it here. This cannot be undone."""
     await service.change(manage.delete, one.folder)
-    _replace(service, one)
-    return schemas.NamedIndex(one.name, one.now.manifest.version)
-
-
-async def _opened(
-    service: Service, make: Callable[[], Path], backbones: Backbones, instead: Served | None = None
-) -> Served:
-    """Make an index folder, and serve it in place of another index or after all others."""
-    made = await service.change(lambda: Served(make(), backbones))
-    _replace(service, instead, made)
-    return made
-
-
-def _replace(service: Service, old: Served | None, *new: Served) -> None:
-    served = [one for each in service.served.values() for one in (new if each is old else (each,))]
-    served += () if old else new
-    service.served.clear()
-    service.served.update((one.name, one) for one in served)
-    if old is not None:
-        for gauge in (metrics.VERSION, metrics.KEYS):
-            gauge.remove(old.name)
+    service.replace(one)
+    return schemas.NamedIndex(index=one.name, version=one.now.manifest.version)
 
 
 @contextmanager
@@ -245,10 +220,10 @@ def _check_free(service: Service, name: str, into: Path | None) -> None:
         raise Problem(409, f"index {name!r} already exists{where}; choose another name")
 
 
-def _judged(one: Served) -> schemas.Judgement:
-    """Return the accuracy that the last fit of an index estimated."""
-    fitted = one.now.cache.provenance.get("fit", {})
-    return schemas.Judgement(fitted.get("photos"), fitted.get("words"), fitted.get("both"), fitted.get("summary"))
+def _fitted(one: Served) -> dict[str, Any]:
+    """Return the fields of :class:`FittedIndex`, with the accuracy that the last fit of an index estimated."""
+    judged = dict.fromkeys(schemas.Judgement.model_fields) | one.now.cache.provenance.get("fit", {})
+    return {"index": one.name, "version": one.now.manifest.version, "judged": judged}
 
 
 def _of_spelling(name: str, alike: Mapping[str, str]) -> list[str]:

@@ -17,9 +17,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
-from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.encoder import Encoder, FloatArray
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, RetrievalTipError, StoreError, counted, show
 from retrieval_tip.index import changes, places
@@ -61,8 +60,6 @@ STEPS = 100
 """Maximum number of steps that can be undone."""
 POLL = 1.0
 """Seconds after which versions that others wrote are noticed."""
-
-FloatArray = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -127,8 +124,8 @@ class Labelling:
         """Encode photos and choose the next ones in the background. On exit, labels are saved if possible."""
         self._service = service
         self._encoding, self._thinking = (ThreadPoolExecutor(1, thread_name_prefix=f"label-{n}") for n in (0, 1))
-        steps = (self._save, self._encode, self._think)
-        saving, *others = (asyncio.create_task(self._work(step)) for step in steps)
+        saving = asyncio.create_task(self._save())
+        others = [asyncio.create_task(self._work(step)) for step in (self._encode, self._think)]
         self._due.set()
         try:
             yield
@@ -162,28 +159,24 @@ class Labelling:
     def status(self) -> schemas.LabellingStatus:
         """Return the state of the session and the next photos."""
         version, taken = self._version(), self._taken()
-        shown = []
+        names, shown = self.photos.names, []
         for one in self._queue.show(taken):
             probable, others = self._facts.get(one.photo, ({}, []))
             similar = [photo for photo in others if photo not in taken]
-            chances = [schemas.Guess(label, chance) for label, chance in probable.items() if label != NONE]
-            shown.append(
-                schemas.QueuedPhoto(one.photo, self.photos.names[one.photo], one.picked, one.why, chances, similar)
-            )
-        busy = (
-            self._choice_due() or version is not self._measured_at or bool(self._unsaved.keys() - self._refused.keys())
-        )
+            chances = {label: chance for label, chance in probable.items() if label != NONE}
+            found = [schemas.Guess(label=label, probability=chance) for label, chance in chances.items()]
+            shown.append(schemas.QueuedPhoto(**vars(one), name=names[one.photo], guesses=found, similar=similar))
+        busy = self._choice_due() or version is not self._measured_at or self._unsaved.keys() > self._refused.keys()
         refused = [
-            schemas.RefusedLabel(photo, self.photos.names[photo], self._unsaved[photo].label, reason)
+            schemas.RefusedLabel(photo=photo, name=names[photo], label=self._unsaved[photo].label, reason=reason)
             for photo, reason in self._refused.items()
         ]
         return schemas.LabellingStatus(
-            self.name, None if version is None else version.manifest.version,
+            index=self.name, version=None if version is None else version.manifest.version,
             photos=len(self.photos) - self.photos.number(self.photos.unreadable),
             encoded=self.photos.number(self.photos.encoded), labelled=self.photos.number(self._labels()),
-            unsaved=len(self._unsaved),
-            classes=_class_counts(version, self._classes, self._withdrawn, self._unsaved, self._known),
-            queue=shown, steps=list(self._steps), refused=refused, progress=self._progress,
+            unsaved=len(self._unsaved), classes=self._class_counts(), queue=shown, steps=list(self._steps),
+            refused=refused, progress=self._progress,
             busy=busy and self._problem is None, problem=self._problem or self._trouble,
         )  # fmt: skip
 
@@ -201,16 +194,13 @@ class Labelling:
             if unknown:
                 self.photos.recognise(await asyncio.to_thread(self.photos.hashed, unknown))
                 self._look()
-            self._change(change)
-
-    def _change(self, change: schemas.SetLabels) -> None:
-        if change.step is None or change.step not in self._steps:
-            self._label(change)
-        if (step := self._steps.get(change.undo or "")) is not None:
-            self._set(step.before)
-            del self._steps[change.undo or ""]
-            for one in reversed(step.queued):
-                self._queue.put_first(one)
+            if change.step is None or change.step not in self._steps:
+                self._label(change)
+            if change.undo is not None and (step := self._steps.get(change.undo)) is not None:
+                self._set(step.before)
+                del self._steps[change.undo]
+                for one in reversed(step.queued):
+                    self._queue.put_first(one)
 
     def _label(self, change: schemas.SetLabels) -> None:
         shown = {one.photo: one for one in self._queue.show(self._taken())}
@@ -263,8 +253,8 @@ class Labelling:
         photos = self.photos.source.take(range(len(self.photos)))
         done = await self._service.run(self._encoding, sort_photos, version.cache, [photos], encoder, folder)
         undo = shlex.join(["retrieval-tip", "sort", "--undo", "--into", str(folder.absolute())])
-        skipped = [schemas.Unread(one.source, one.reason) for one in done.skipped]
-        return schemas.SortedPhotos(str(done), undo, skipped)
+        skipped = [schemas.Unread(input=one.source, reason=one.reason) for one in done.skipped]
+        return schemas.SortedPhotos(summary=str(done), undo=undo, skipped=skipped)
 
     def _version(self) -> Version | None:
         """Return the open version of the index, if it exists, and note which photos it contains."""
@@ -287,6 +277,20 @@ class Labelling:
             return
         self._known, self._withdrawn = known_photos(self._seen.cache, self.photos.unread, self.photos.same)
         self._wake.set()
+
+    def _class_counts(self) -> list[schemas.LabelClass]:
+        """Return the classes to choose from, with their numbers of photos. Unsaved changes are included."""
+        index = None if self._seen is None else self._seen.cache
+        names = [] if index is None else index.class_names
+        withdrawn = [one.label for one in self._withdrawn]
+        shown = {*self._classes, *(names if index is not None and index.has_text else ())} - {*withdrawn}
+        counts = Counter(dict.fromkeys([*self._classes, *names], 0))
+        counts.update({} if index is None else dict(zip(names, index.counts, strict=True)))
+        counts.subtract(withdrawn)
+        counts.subtract(self._known[photo].label for photo in self._unsaved if photo in self._known)
+        counts.update(label.label for label in self._unsaved.values() if label.label is not None)
+        del counts[NONE]
+        return [schemas.LabelClass(label=name, photos=n) for name, n in counts.items() if n > 0 or name in shown]
 
     def _is_empty(self, version: Version) -> bool:
         return version.cache.n == len(self._withdrawn)
@@ -364,7 +368,7 @@ class Labelling:
     async def _commit(self, labels: Mapping[int, Label]) -> None:
         """Save labels of photos that were read, or that the index has, as one new version."""
         if self._version() is None and places.at(self.place).exists():  # another process has just built it
-            await self._service.open(self.place)
+            await self._open()
         version, known = self._version(), set[str]()
         if version is not None:
             known = set(version.cache.class_names)
@@ -373,20 +377,25 @@ class Labelling:
             items = {item.digest: item for item in withdrawn} | items
             unwanted = self._made | {one.label for one in self._withdrawn}
             unwanted -= {*self._classes, *(label.label for label in self._unsaved.values())}
-            await self._service.change(changes.label, self.place, items.values(), self.photos.encoder, unwanted)
-            await self._service.follow(self._service.served[self.name])
+            change = partial(changes.label, self.place, items.values(), self.photos.encoder, unwanted)
+            await self._service.changed(self._service.served[self.name], change)
         elif first := {photo: label for photo, label in labels.items() if label.label is not None}:
             encoder = replace(self.photos.encoder, strict=False)
             own = {self.photos.readable(photo): label for photo, label in first.items()}
             build = partial(build_from_labels, self.place, self.photos.source, encoder, own, self._classes)
             await self._service.change(build)
-            await self._service.open(self.place)
+            await self._open()
             self._version()
             lost = first.keys() - self._known.keys()  # they could be read before, so their features are known
             labels = {photo: label for photo, label in labels.items() if photo not in lost}
         self._made |= {label.label for label in labels.values() if label.label is not None} - known
         self._version()
         self._forget(labels)
+
+    async def _open(self) -> None:
+        """Serve the index, which has just been created."""
+        assert self._service.maker is not None
+        await self._service.open(lambda: self.place, self._service.maker.backbones)
 
     def _item(self, photo: int, label: Label) -> PhotoLabel:
         copy, digest = self.photos.readable(photo), self.photos.digests.get(photo)
@@ -464,7 +473,7 @@ class Labelling:
     async def _measure(self, version: Version) -> None:
         """Estimate the accuracy on the unlabelled photos from the photos that were drawn at random."""
         drawn = sorted({one.key_id for one in self._known.values() if one.picked == "random"})
-        self._progress = schemas.LabelProgress(len(drawn), DRAWN)
+        self._progress = schemas.LabelProgress(drawn=len(drawn), needed=DRAWN)
         rest = sorted(self.photos.encoded - self._taken())
         if len(drawn) >= DRAWN and rest and version.cache.n <= self._service.limits.estimated:
             features = self.photos.rows(rest)
@@ -497,23 +506,4 @@ def _measured_on(rest: FloatArray, index: Index, drawn: Sequence[int]) -> schema
     more = min(MORE, len(rest))
     gain = gain_of(cache, drawn, found, more)
     gain = None if gain is None else min(gain, 1 - found.accuracy)
-    return schemas.LabelProgress(len(drawn), DRAWN, found.accuracy, found.low, found.high, more, gain)
-
-
-def _class_counts(
-    version: Version | None,
-    classes: Sequence[str],
-    withdrawn: Sequence[LabelledPhoto],
-    unsaved: Mapping[int, Label],
-    known: Mapping[int, LabelledPhoto],
-) -> list[schemas.LabelClass]:
-    """Return the classes to choose from, with their numbers of photos. Unsaved changes are included."""
-    names = [] if version is None else version.cache.class_names
-    shown = {*classes, *(names if version is not None and version.cache.has_text else ())}
-    shown -= {NONE, *(one.label for one in withdrawn)}
-    counts = Counter(dict.fromkeys([*classes, *names], 0))
-    counts.update({} if version is None else dict(zip(names, version.cache.counts, strict=True)))
-    counts.subtract(one.label for one in withdrawn)
-    counts.subtract(known[photo].label for photo in unsaved if photo in known)
-    counts.update(label.label for label in unsaved.values() if label.label is not None)
-    return [schemas.LabelClass(name, n) for name, n in counts.items() if name != NONE and (n > 0 or name in shown)]
+    return schemas.LabelProgress(**vars(found), drawn=len(drawn), needed=DRAWN, more=more, gain=gain)

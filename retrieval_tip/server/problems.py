@@ -10,7 +10,6 @@ import orjson
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
-from python_multipart.exceptions import FormParserError
 from starlette.exceptions import HTTPException
 from starlette.middleware.body_limit import MAX_BODY_SIZE_SCOPE_KEY
 
@@ -23,17 +22,13 @@ NAMED = 3
 """Maximum number of errors to describe in one response."""
 
 
-class Problem(Exception):  # noqa: N818  # the RFC uses this name
-    """An error response, with an HTTP ``status`` and a ``detail`` line that tells the client what to do."""
-
-    def __init__(self, status: int, detail: str, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(detail)
-        self.status, self.detail, self.headers = status, detail, dict(headers or {})
+class Problem(HTTPException):
+    """An error response, with an HTTP status and a ``detail`` line that tells the client what to do."""
 
 
-def answer(problem: Problem) -> Response:
+def answer(problem: HTTPException) -> Response:
     """Convert a problem into a response."""
-    status, detail = problem.status, one_line(problem.detail)
+    status, detail = problem.status_code, one_line(problem.detail)
     body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
     return Response(orjson.dumps(body), status, problem.headers, MEDIA)
 
@@ -43,15 +38,11 @@ def too_large(limit: int) -> Problem:
     return Problem(413, f"the request has more than {limit:,} bytes, which is the limit; send less data at once")
 
 
-def _problem(error: Exception) -> Problem:
-    if isinstance(error, Problem):
+def _problem(error: Exception) -> HTTPException:
+    if isinstance(error, HTTPException):
         return error
     if isinstance(error, RequestValidationError):
         return Problem(422, "; ".join(map(_line, error.errors()[:NAMED])) or "the request does not match /openapi.json")
-    if isinstance(error, HTTPException):
-        return Problem(error.status_code, str(error.detail), error.headers)
-    if isinstance(error, FormParserError):  # newer versions of Starlette raise an HTTPException instead
-        return Problem(400, f"multipart/form-data: {error}")
     if isinstance(error, InputError | UsageError):
         return Problem(422, str(error))
     return Problem(503, str(error), {"Retry-After": str(BUSY)})  # the index cannot be read or written at the moment
@@ -64,9 +55,9 @@ def _line(error: Mapping[str, object]) -> str:
 
 async def handle(request: Request, error: Exception) -> Response:
     """Handle an exception of one of the types in :data:`HANDLED` by returning a problem response."""
-    if isinstance(error, HTTPException) and error.status_code == 413:
+    if isinstance(error, HTTPException) and error.status_code == 413 and not isinstance(error, Problem):
         error = too_large(request.scope[MAX_BODY_SIZE_SCOPE_KEY])
     return answer(_problem(error))
 
 
-HANDLED = (Problem, RequestValidationError, HTTPException, FormParserError, RetrievalTipError)
+HANDLED = (HTTPException, RequestValidationError, RetrievalTipError)

@@ -20,8 +20,9 @@ from retrieval_tip.evaluation.audit import audit as audited
 from retrieval_tip.evaluation.exemplars import exemplars as typical_keys
 from retrieval_tip.evaluation.projection import Method, Projection, methods, projected
 from retrieval_tip.fit.closed_form import ShotEstimate, estimate
+from retrieval_tip.labelling.groups import group, threshold_of
 from retrieval_tip.server import metrics, schemas
-from retrieval_tip.server.access import READS, AcceptsChanges, Named, Now, TheLabelling, TheService, cookie, may_read
+from retrieval_tip.server.access import READS, Named, Now, TheLabelling, TheService, cookie, may_read
 from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.schemas import Row
 from retrieval_tip.server.served import Version
@@ -103,14 +104,16 @@ async def classify(
 @uploads.post("/indexes/{name}/groups", openapi_extra=schemas.GROUP)
 async def groups(request: Request, service: TheService, version: Now, norms: Norms = "check") -> schemas.Groups:
     """Group similar features, for example of images without a match, so that each group can be named at once."""
-    features = await read_features(request, service.limits, norms, version.cache.d)
-    return schemas.Groups(version.manifest.version, await service.find(version.groups, features))
+    cache = version.cache
+    features = await read_features(request, service.limits, norms, cache.d)
+    found = await service.find(lambda: group(features, threshold_of(cache), cache.metric))
+    return schemas.Groups(version=version.manifest.version, groups=[rows.tolist() for rows in found])
 
 
 @about.get("/healthz")
 async def health(service: TheService) -> schemas.Health:
     """Check that the server is running."""
-    return schemas.Health("ok", __version__, len(service.served))
+    return schemas.Health(status="ok", version=__version__, indexes=len(service.served))
 
 
 @about.get(
@@ -125,22 +128,21 @@ async def prometheus() -> Response:
 
 
 @reads.get("/indexes")
-async def indexes(
-    request: Request, response: Response, service: TheService, changes: AcceptsChanges
-) -> schemas.Indexes:
+async def indexes(request: Request, response: Response, service: TheService) -> schemas.Indexes:
     """List the served indexes. A private server also sets a cookie that the page needs for images."""
+    changes = request.app.state.token is not None
     if token := request.app.state.private:
         secure = request.url.scheme == "https"
         response.set_cookie(*cookie(token), path="/v1", secure=secure, httponly=True, samesite="strict")
     described = [one.now.describe(changes=changes) for one in service.served.values()]
     makes = changes and (service.maker is not None or any(one.images for one in described))
-    return schemas.Indexes(described, makes, request.app.state.labelling is not None)
+    return schemas.Indexes(indexes=described, makes=makes, labels=request.app.state.labelling is not None)
 
 
 @reads.get("/indexes/{name}")
-async def index(version: Now, changes: AcceptsChanges) -> schemas.WholeIndex:
+async def index(request: Request, version: Now) -> schemas.WholeIndex:
     """Describe an index, its classes and the source of its settings."""
-    return version.describe_whole(changes=changes)
+    return version.describe_whole(changes=request.app.state.token is not None)
 
 
 @reads.get("/indexes/{name}/keys", response_model=schemas.KeyPage)
@@ -161,10 +163,10 @@ async def keys(
 ) -> Response:
     """List one page of the keys, with their labels and sources."""
 
-    def call() -> schemas.KeyPage:
+    def call() -> Row:
         found = version.cache.find(label, source, key_id)
-        page = list(_pictured(service, version, found.slice(offset, limit)))
-        return schemas.KeyPage(version.manifest.version, len(found), offset, limit, page)
+        page, now = list(_pictured(service, version, found.slice(offset, limit))), version.manifest.version
+        return {"version": now, "total": len(found), "offset": offset, "limit": limit, "keys": page}
 
     return json_of(await service.find(call))
 
@@ -228,12 +230,11 @@ async def map_of(
 
     found = await service.once(version, ("map", method, limit), call, slowest=method != "pca")
     x, y = found.places.T.copy()
-    return json_of(
-        schemas.Map(
-            version.manifest.version, method, list(methods()), cache.n, found.key_ids, found.class_ids, x, y,
-            found.explained, None if found.axes is None else list(found.axes),
-        )
-    )  # fmt: skip
+    return json_of({
+        "version": version.manifest.version, "method": method, "methods": methods(), "total": cache.n,
+        "key_ids": found.key_ids, "class_ids": found.class_ids, "x": x, "y": y, "explained": found.explained,
+        "axes": None if found.axes is None else list(found.axes),
+    })  # fmt: skip
 
 
 @reads.get("/indexes/{name}/audit", response_model=schemas.Audit, responses=SLOW)
@@ -254,7 +255,7 @@ async def audit(
         return len(table), table.slice(0, SUSPICIOUS).to_pylist()
 
     total, suspicious = await service.once(version, ("audit", borderline), call)
-    return json_of(schemas.Audit(version.manifest.version, total, suspicious[:limit]))
+    return json_of({"version": version.manifest.version, "total": total, "shots": suspicious[:limit]})
 
 
 @reads.get("/indexes/{name}/accuracy", responses=SLOW)
@@ -264,17 +265,21 @@ async def accuracy(service: TheService, version: Now) -> schemas.Accuracy:
     Each fold of the shots is classified with the shots of the other folds. If the index is too large, the result is
     null.
     """
-    known: ShotEstimate = {"photos": None, "words": None, "both": None}
+    found: ShotEstimate = {"photos": None, "words": None, "both": None}
     if version.cache.n <= service.limits.estimated:
-        known = await service.once(version, "accuracy", lambda: estimate(version.cache.in_memory()))
-    return schemas.Accuracy.of(known, version.manifest.version)
+        found = await service.once(version, "accuracy", lambda: estimate(version.cache.in_memory()))
+    low, high = found.get("interval", (None, None))
+    weakest = [schemas.WeakClass(label=name, right=right, photos=n) for name, right, n in found.get("weakest", ())]
+    known: dict[str, Any] = {**dict.fromkeys(schemas.Accuracy.model_fields), **found}
+    known |= {"version": version.manifest.version, "low": low, "high": high, "weakest": weakest}
+    return schemas.Accuracy(**known)
 
 
 @reads.get("/indexes/{name}/history", response_model=schemas.History)
 async def history(service: TheService, one: Named) -> Response:
     """List all versions that are kept, starting with the oldest."""
     versions = (await service.find(one.place.history)).select(schemas.HISTORY)
-    return json_of(schemas.History(one.now.manifest.version, versions.to_pylist()))
+    return json_of({"version": one.now.manifest.version, "versions": versions.to_pylist()})
 
 
 @reads.get("/indexes/{name}/exemplars", responses=SLOW)
@@ -284,10 +289,8 @@ async def exemplars(service: TheService, version: Now) -> schemas.Exemplars:
     def call() -> schemas.Exemplars:
         found = typical_keys(version.cache)
         keys = version.cache.find(key_ids=found.key_ids).select(["class_id", "key_id", "source"])
-        shown = [
-            schemas.Exemplar(row["class_id"], row["key_id"], row["image"]) for row in _pictured(service, version, keys)
-        ]
-        return schemas.Exemplars(version.manifest.version, shown, found.own, found.other)
+        shown = [schemas.Exemplar(**row) for row in _pictured(service, version, keys)]
+        return schemas.Exemplars(version=version.manifest.version, exemplars=shown, own=found.own, other=found.other)
 
     return await service.once(version, "exemplars", call)
 
@@ -313,4 +316,5 @@ async def label_image(
 
 def json_of(answer: object) -> Response:
     """Return an answer as JSON. This is much faster than FastAPI's own conversion."""
-    return Response(orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")
+    data = orjson.dumps(answer, default=dict, option=orjson.OPT_SERIALIZE_NUMPY)
+    return Response(data, media_type="application/json")

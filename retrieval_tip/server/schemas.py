@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from pydantic import AfterValidator, BaseModel, Field, PlainValidator, WithJsonSchema
 
-from retrieval_tip.fit.closed_form import ShotEstimate
 from retrieval_tip.labelling.queue import Picked
 from retrieval_tip.predictions import SCHEMA
 from retrieval_tip.server.problems import MEDIA
+from retrieval_tip.settings import Settings
 from retrieval_tip.store.labels import LABEL_SCHEMA, VERSIONS_SCHEMA
 
 Row = dict[str, object]
@@ -40,11 +39,7 @@ class Move(BaseModel, extra="forbid"):
 
 
 class Relabel(BaseModel, extra="forbid"):
-    """A request to relabel shots.
-
-    ``label`` is the new label of the shots ``key_ids``, or of all shots of the class ``of``. To use several labels in
-    one request, give only ``moves``.
-    """
+    """The new label of the shots ``key_ids``, or of all shots of the class ``of``, or several ``moves`` instead."""
 
     label: Label | None = None
     key_ids: Annotated[list[KeyId], Field(max_length=100_000)] | None = None
@@ -83,10 +78,9 @@ StepName = Annotated[str, Field(min_length=1, max_length=100)]
 
 
 class SetLabels(BaseModel, extra="forbid"):
-    """Labels to save in one new version, and photos to show again when all others are labelled.
+    """Labels to save, and photos to show again when all others are labelled.
 
-    ``step`` is a new name for this change, with which it can be undone. If the session knows the name already, the
-    change is ignored, so that a request can be repeated. ``undo`` is the name of a step to undo.
+    ``step`` is a new name for this change, with which it can be undone. ``undo`` is the name of a step to undo.
     """
 
     labels: Annotated[list[SetLabel], Field(max_length=1000)] = []
@@ -202,16 +196,14 @@ Result = Annotated[
 ]
 
 
-@dataclass(frozen=True)
-class Unread:
+class Unread(BaseModel):
     """An input that cannot be read, and the reason."""
 
     input: str
     reason: str
 
 
-@dataclass(frozen=True)
-class Health:
+class Health(BaseModel):
     """The server status, the package version and the number of served indexes."""
 
     status: Literal["ok"]
@@ -219,8 +211,7 @@ class Health:
     indexes: int
 
 
-@dataclass(frozen=True)
-class UsedSettings:
+class UsedSettings(BaseModel):
     """The settings that were used; see :class:`settings.Settings` for details."""
 
     alpha: float
@@ -230,7 +221,11 @@ class UsedSettings:
     temperature: float
 
 
-@dataclass(frozen=True)
+def settings(used: Settings) -> dict[str, Any]:
+    """Return the fields of :class:`UsedSettings` and of its subclasses that are settings."""
+    return vars(used) | {"k": used.k or "all"}
+
+
 class IndexFacts(UsedSettings):
     """A description of the current version of an index."""
 
@@ -255,8 +250,7 @@ class IndexFacts(UsedSettings):
     changes: bool
 
 
-@dataclass(frozen=True)
-class Indexes:
+class Indexes(BaseModel):
     """The served indexes, whether this server can create new indexes, and whether photos can be labelled here."""
 
     indexes: list[IndexFacts]
@@ -264,8 +258,7 @@ class Indexes:
     labels: bool
 
 
-@dataclass(frozen=True)
-class IndexClass:
+class IndexClass(BaseModel):
     """A class and the number of its keys."""
 
     class_id: int
@@ -273,7 +266,6 @@ class IndexClass:
     keys: int
 
 
-@dataclass(frozen=True)
 class WholeIndex(IndexFacts):
     """A description of an index that includes its classes, prompt templates and the source of its settings."""
 
@@ -282,8 +274,7 @@ class WholeIndex(IndexFacts):
     provenance: Row
 
 
-@dataclass(frozen=True)
-class KeyPage:
+class KeyPage(BaseModel):
     """One page of the matching keys, and the total number of matching keys."""
 
     version: int
@@ -293,8 +284,7 @@ class KeyPage:
     keys: list[Key]
 
 
-@dataclass(frozen=True)
-class Map:
+class Map(BaseModel):
     """Coordinates of keys in two dimensions, from -1 to 1.
 
     ``explained`` is the share of the variance that each axis explains. If the method is PCA, the coordinates of a
@@ -313,8 +303,7 @@ class Map:
     axes: list[Floats] | None
 
 
-@dataclass(frozen=True)
-class Audit:
+class Audit(BaseModel):
     """Shots that look mislabelled, in the order and format of ``retrieval-tip index audit``."""
 
     version: int
@@ -322,8 +311,7 @@ class Audit:
     shots: list[Row]
 
 
-@dataclass(frozen=True)
-class Shares:
+class Shares(BaseModel):
     """Accuracy on held-out shots with photos alone, with class names alone (``words``) and with both.
 
     An unknown accuracy is null.
@@ -334,8 +322,7 @@ class Shares:
     both: float | None
 
 
-@dataclass(frozen=True)
-class WeakClass:
+class WeakClass(BaseModel):
     """A class with mistakes, and the number of its held-out photos that are classified correctly."""
 
     label: str
@@ -343,7 +330,6 @@ class WeakClass:
     photos: int
 
 
-@dataclass(frozen=True)
 class Accuracy(Shares):
     """The estimated accuracy of a version of an index, with a 95 % confidence interval and the weakest classes.
 
@@ -357,31 +343,20 @@ class Accuracy(Shares):
     classes: int | None
     weakest: list[WeakClass]
 
-    @classmethod
-    def of(cls, judged: ShotEstimate, version: int) -> Accuracy:
-        """Return the result of :func:`closed_form.estimate` for a version."""
-        low, high = judged.get("interval", (None, None))
-        weakest = [WeakClass(*one) for one in judged.get("weakest", ())]
-        seen = judged.get("tested"), judged.get("classes")
-        return cls(judged["photos"], judged["words"], judged["both"], version, low, high, *seen, weakest)
 
-
-@dataclass(frozen=True)
-class NamedIndex:
+class NamedIndex(BaseModel):
     """The name and the version of an index."""
 
     index: str
     version: int
 
 
-@dataclass(frozen=True)
 class ChangedShots(NamedIndex):
     """The new version of the index, and the ids of the keys that were added, removed or relabelled."""
 
     key_ids: list[int]
 
 
-@dataclass(frozen=True)
 class AddedShots(ChangedShots):
     """The keys and ``classes`` that were added.
 
@@ -396,21 +371,18 @@ class AddedShots(ChangedShots):
     skipped: list[Unread]
 
 
-@dataclass(frozen=True)
 class Judgement(Shares):
     """The accuracy estimated by a fit, and a sentence that summarises it."""
 
     summary: str | None
 
 
-@dataclass(frozen=True)
 class FittedIndex(NamedIndex):
     """An index that has been fitted, and its estimated accuracy."""
 
     judged: Judgement
 
 
-@dataclass(frozen=True)
 class MadeIndex(FittedIndex):
     """A new index. See :class:`AddedShots` for ``warnings``."""
 
@@ -418,16 +390,14 @@ class MadeIndex(FittedIndex):
     skipped: list[Unread]
 
 
-@dataclass(frozen=True)
-class History:
+class History(BaseModel):
     """All versions that are kept, starting with the oldest."""
 
     version: int
     versions: list[PastVersion]
 
 
-@dataclass(frozen=True)
-class Exemplar:
+class Exemplar(BaseModel):
     """The key that is closest to the mean of its class."""
 
     class_id: int
@@ -435,8 +405,7 @@ class Exemplar:
     image: str | None
 
 
-@dataclass(frozen=True)
-class Exemplars:
+class Exemplars(BaseModel):
     """One exemplar per class, and mean affinities.
 
     ``own`` is the mean affinity of keys of the same class, and ``other`` is the mean affinity of keys of different
@@ -449,7 +418,6 @@ class Exemplars:
     other: float | None
 
 
-@dataclass(frozen=True)
 class Classified(UsedSettings):
     """Results in the order of the inputs, and the settings that were used.
 
@@ -463,24 +431,21 @@ class Classified(UsedSettings):
     skipped: list[Unread]
 
 
-@dataclass(frozen=True)
-class Groups:
+class Groups(BaseModel):
     """Groups of similar inputs, largest first. Each group lists the positions of its inputs in the request."""
 
     version: int
     groups: list[list[int]]
 
 
-@dataclass(frozen=True)
-class Guess:
+class Guess(BaseModel):
     """A class and its probability."""
 
     label: str
     probability: float
 
 
-@dataclass(frozen=True)
-class QueuedPhoto:
+class QueuedPhoto(BaseModel):
     """A photo to label.
 
     ``picked`` tells how it was chosen, and ``why`` why it was suggested. ``guesses`` lists probable classes, most
@@ -495,8 +460,7 @@ class QueuedPhoto:
     similar: list[int]
 
 
-@dataclass(frozen=True)
-class RefusedLabel:
+class RefusedLabel(BaseModel):
     """A label that could not be saved, and the reason. A null label is a label that could not be removed."""
 
     photo: int
@@ -505,16 +469,14 @@ class RefusedLabel:
     reason: str
 
 
-@dataclass(frozen=True)
-class LabelClass:
+class LabelClass(BaseModel):
     """A class and its number of labelled photos."""
 
     label: str
     photos: int
 
 
-@dataclass(frozen=True)
-class LabelProgress:
+class LabelProgress(BaseModel):
     """The estimated accuracy on unlabelled photos, with a 95 % confidence interval.
 
     ``drawn`` is the number of random photos that are labelled. If it is below ``needed``, or if the index is very
@@ -530,8 +492,7 @@ class LabelProgress:
     gain: float | None = None
 
 
-@dataclass(frozen=True)
-class LabellingStatus:
+class LabellingStatus(BaseModel):
     """The state of a labelling session.
 
     ``version`` is null until the first label is saved. ``photos`` is the number of readable photos. ``encoded``,
@@ -555,8 +516,7 @@ class LabellingStatus:
     problem: str | None
 
 
-@dataclass(frozen=True)
-class SortedPhotos:
+class SortedPhotos(BaseModel):
     """The result of sorting photos, the command that undoes it, and the photos that were skipped."""
 
     summary: str

@@ -10,32 +10,26 @@ import weakref
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from retrieval_tip.backbones.base import Backbone, Identity
 from retrieval_tip.backbones.loading import load_backbone
-from retrieval_tip.data.encoder import FeatureBlock
+from retrieval_tip.data.encoder import FeatureBlock, FloatArray
 from retrieval_tip.data.tables import check_backbone
 from retrieval_tip.errors import BackboneError, RetrievalTipError, UsageError
 from retrieval_tip.files import real
 from retrieval_tip.index import places
-from retrieval_tip.labelling.groups import group, threshold_of
+from retrieval_tip.model import Index
 from retrieval_tip.retrieval.logits import LOGITS, slices
 from retrieval_tip.server import metrics, schemas
 from retrieval_tip.server.schemas import Row
 from retrieval_tip.settings import Ask, Precision, Verify
 from retrieval_tip.store.manifest import Manifest
 
-if TYPE_CHECKING:
-    from retrieval_tip.model import Index
-
 log = logging.getLogger(__name__)
-
-FloatArray = npt.NDArray[np.float32]
 
 RETRY_SECONDS = 30.0
 """Number of seconds after which a version that failed to open is tried again."""
@@ -94,18 +88,11 @@ class Version:
         similar = ([{"key_id": shot.key_id, "affinity": shot.affinity} for shot in own] for own in near)
         return [{"feature": feature, "similar": own} for feature, own in zip(features, similar, strict=True)]
 
-    def groups(self, features: FloatArray) -> list[list[int]]:
-        """Return the rows of each group of similar features (see :func:`groups.group`)."""
-        found = group(features, threshold_of(self.cache), self.cache.metric)
-        return [rows.tolist() for rows in found]
-
     def describe(self, *, changes: bool) -> schemas.IndexFacts:
         """Return a description of the index. ``changes`` tells whether the server accepts changes."""
-        cache, settings, fitted = self.cache, self.cache.settings, self.cache.fitted
+        cache, fitted = self.cache, self.cache.fitted
         return schemas.IndexFacts(
-            alpha=settings.alpha, beta=settings.beta, k=settings.k or "all", tail=settings.tail,
-            temperature=settings.temperature, logit_scale=settings.logit_scale, log_offset=settings.log_offset,
-            least_cache=settings.least_cache, gamma=settings.gamma, name=self.name, version=self.manifest.version,
+            **schemas.settings(cache.settings), name=self.name, version=self.manifest.version,
             created_at=self.manifest.created_at, change=self.manifest.change, changes=changes,
             n_keys=cache.n, n_classes=len(cache.class_names), d=cache.d, index=cache.index_type,
             exact_search=cache.exact_search, backbone=str(cache.backbone) if cache.backbone else None,
@@ -115,9 +102,9 @@ class Version:
 
     def describe_whole(self, *, changes: bool) -> schemas.WholeIndex:
         """Return a description of the index that includes its classes, templates and provenance."""
-        cache, facts = self.cache, vars(self.describe(changes=changes))
+        cache, facts = self.cache, dict(self.describe(changes=changes))
         pairs = enumerate(zip(cache.class_names, cache.counts, strict=True))
-        classes = [schemas.IndexClass(class_id, label, keys) for class_id, (label, keys) in pairs]
+        classes = [schemas.IndexClass(class_id=class_id, label=label, keys=keys) for class_id, (label, keys) in pairs]
         return schemas.WholeIndex(**facts, classes=classes, templates=cache.templates, provenance=cache.provenance)
 
 

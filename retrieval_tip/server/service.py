@@ -30,7 +30,7 @@ from retrieval_tip.server.batching import Kept, Lane, Turn, TurnQueue
 from retrieval_tip.server.limits import ROWS_PER_IMAGE, Limits
 from retrieval_tip.server.problems import NAMED, Problem
 from retrieval_tip.server.schemas import Row, Unread
-from retrieval_tip.server.served import NEIGHBOUR_CELLS, SIMILAR, Maker, Served, Version, encoded
+from retrieval_tip.server.served import NEIGHBOUR_CELLS, SIMILAR, Backbones, Maker, Served, Version, encoded
 from retrieval_tip.server.thumbnails import Thumbnails
 from retrieval_tip.server.uploads import Sent
 from retrieval_tip.settings import Ask
@@ -128,15 +128,31 @@ class Service:
         """Run a short query of an index. Queries do not wait for changes."""
         return await self.run(self._finding, call, *arguments)
 
-    async def open(self, place: Place) -> None:
-        """Serve an index that has been created with the backbone of the ``maker``."""
-        assert self.maker is not None
-        one = await self.change(Served, place, self.maker.backbones)
-        self.served[one.name] = one
+    async def changed(self, one: Served, call: Callable[..., T], *arguments: Any) -> T:
+        """Run a change of an index, and open the new version."""
+        result = await self.change(call, *arguments)
+        await self.follow(one)
+        return result
 
     async def follow(self, one: Served) -> None:
         """Open the current version of an index if it is new."""
         await self.run(self._following, one.follow)
+
+    async def open(self, make: Callable[[], Place], backbones: Backbones, instead: Served | None = None) -> Served:
+        """Make an index, and serve it in place of another index or after all others."""
+        made = await self.change(lambda: Served(make(), backbones))
+        self.replace(instead, made)
+        return made
+
+    def replace(self, old: Served | None, *new: Served) -> None:
+        """Serve new indexes in place of an old one, or after all others."""
+        served = [one for each in self.served.values() for one in (new if each is old else (each,))]
+        served += () if old else new
+        self.served.clear()
+        self.served.update((one.name, one) for one in served)
+        if old is not None:
+            for gauge in (metrics.VERSION, metrics.KEYS):
+                gauge.remove(old.name)
 
     def index(self, name: str | None) -> Served:
         """Return the index with this name, or the only index if ``name`` is ``None``. Raises Problem 404 or 422."""
@@ -167,7 +183,7 @@ class Service:
             )
         skipped: list[Unread] = []
         names, queries = sent.names, list(sent.features) if sent.features is not None else []
-        if sent.images is None:
+        if sent.features is not None:
             self._queue.admit(sent.client)
         else:
             backbone = backbone_of(version)
@@ -175,7 +191,7 @@ class Service:
             async def feature(pixels: torch.Tensor) -> FloatArray | InputError:
                 return _unit((await self._encode(sent.client, backbone, [pixels]))[0])
 
-            encoded, skipped = await self.decoded(sent, sent.images, backbone, feature)
+            encoded, skipped = await self._decoded(sent, backbone, feature)
             names, queries = [names[place] for place in encoded], list(encoded.values())
         results = await self._answer(sent.client, (version, ask), queries, len(queries) / ROWS_PER_IMAGE)
         located = await self.find(version.located, np.stack(queries)) if features else [{}] * len(queries)
@@ -185,21 +201,25 @@ class Service:
         used = ask.settings(version.cache.settings)
         caution = version.cache.caution(used)
         return schemas.Classified(
-            used.alpha, used.beta, used.k or "all", used.tail, used.temperature, version.name, version.manifest.version,
-            results, [caution] if caution else [], skipped,
+            **schemas.settings(used), index=version.name, version=version.manifest.version, results=results,
+            warnings=[caution] if caution else [], skipped=skipped,
         )  # fmt: skip
 
-    async def decoded(
-        self,
-        sent: Sent,
-        datas: Sequence[bytes],
-        backbone: Backbone,
-        use: Callable[[torch.Tensor], Awaitable[T | InputError]],
-    ) -> tuple[dict[int, T], list[Unread]]:
-        """Decode images and pass each to ``use``. Return the results by position, and the unreadable images.
+    async def labelled(self, sent: Sent, backbone: Backbone) -> tuple[list[tuple[str, bytes]], list[Unread]]:
+        """Return the labels and bytes of the uploaded images that can be decoded, and the unreadable images.
 
         Raises Problem 422 if no image can be read, and the same errors as :meth:`TurnQueue.admit`.
         """
+
+        async def nothing(_: torch.Tensor) -> None: ...
+
+        good, skipped = await self._decoded(sent, backbone, nothing)
+        return [(sent.labels[place], sent.images[place]) for place in good], skipped
+
+    async def _decoded(
+        self, sent: Sent, backbone: Backbone, use: Callable[[torch.Tensor], Awaitable[T | InputError]]
+    ) -> tuple[dict[int, T], list[Unread]]:
+        """Decode images and pass each to ``use``. Return the results by position, and the unreadable images."""
 
         async def used(turn: Turn[Backbone, bytes, torch.Tensor | InputError]) -> T | InputError:
             pixels = (await turn.result).pop()  # otherwise the turn would keep it in memory
@@ -210,13 +230,13 @@ class Service:
 
         # Read the headers one at a time, so that requests take turns here as well.
         area = partial(images.area, most=self.limits.pixels, only=images.uploads())
-        areas = [await self.run(self._weighing, area, data) for data in datas]
+        areas = [await self.run(self._weighing, area, data) for data in sent.images]
         self._queue.admit(sent.client)
         costs = [1 + area / PIXELS for area in areas]
-        with self._decoding.turns(sent.client, backbone, [[data] for data in datas], costs) as turns:
+        with self._decoding.turns(sent.client, backbone, [[data] for data in sent.images], costs) as turns:
             made = await asyncio.gather(*map(used, turns))
         pairs = zip(sent.names, made, strict=True)
-        skipped = [Unread(name, str(one)) for name, one in pairs if isinstance(one, InputError)]
+        skipped = [Unread(input=name, reason=str(one)) for name, one in pairs if isinstance(one, InputError)]
         if len(skipped) == len(made):
             lines = [f"{one.input}: {one.reason}" for one in skipped]
             raise Problem(422, "; ".join(lines[:NAMED]) + (f"; and {len(lines) - NAMED} more" if lines[NAMED:] else ""))
@@ -241,10 +261,6 @@ class Service:
                 return answer
         except TimeoutError:
             raise Problem(202, "the result is still being computed; try again in 5 s", {"Retry-After": "5"}) from None
-
-
-async def nothing(_: torch.Tensor) -> None:
-    """Ignore an image that only had to be decoded."""
 
 
 def backbone_of(version: Version) -> Backbone:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from retrieval_tip.backbones.base import Backbone
-from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.encoder import Encoder, FloatArray
 from retrieval_tip.data.sources import Source, of_images, open_source
 from retrieval_tip.data.tables import schema_of, table_of, write_table
 from retrieval_tip.errors import StoreError, show
@@ -22,21 +22,21 @@ from retrieval_tip.index import changes, photos
 from retrieval_tip.index.build import build_index
 from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.served import Served
-from retrieval_tip.server.uploads import Sent
 
 
 def add_images(
-    one: Served, backbone: Backbone, label: str, datas: Sequence[bytes], uploads: Path | None
+    one: Served, backbone: Backbone, labelled: Sequence[tuple[str, bytes]], uploads: Path | None
 ) -> changes.Added:
-    """Save images, and add them as shots.
+    """Save images of one class, and add them as shots.
 
     Raises Problem 422 if the index is in a bucket and ``uploads`` is ``None``.
     """
     folder = uploads or photos.folder_of(one.place)
     if folder is None:
         raise Problem(422, f"index {one.name!r} is in a bucket; to add images, start the server with --uploads FOLDER")
+    label = labelled[0][0]
     with _removed_on_error(folder, photos.class_folder(folder, label)) as fresh:
-        source = _source(f"shots of {label}", folder, [(label, data) for data in datas], fresh)
+        source = _source(f"shots of {label}", folder, labelled, fresh)
         added = changes.add(one.folder, source, Encoder(backbone), skip_known=True)
     if added.known:  # the index already has these images under other names
         kept = set(one.follow().cache.find(key_ids=added.key_ids)["source"].to_pylist())
@@ -44,15 +44,14 @@ def add_images(
     return added
 
 
-def add_features(one: Served, backbone: Backbone | None, sent: Sent) -> changes.Added:
+def add_features(one: Served, names: Sequence[str], labels: Sequence[str], features: FloatArray) -> changes.Added:
     """Add features as shots. Their sources start with ``api:``, so that they are not mistaken for file names."""
     with tempfile.TemporaryDirectory(prefix="retrieval-tip-") as folder:
         table = Path(folder) / "shots.parquet"
-        assert sent.features is not None
-        schema = schema_of(sent.features.shape[1], np.float32, [])
-        names = [f"api:{name}" for name in sent.names]
-        write_table(table, schema, [table_of(schema, names, sent.labels, sent.features, {})])
-        return changes.add(one.folder, open_source(table), Encoder(backbone, norms="keep"))
+        schema = schema_of(features.shape[1], np.float32, [])
+        sources = [f"api:{name}" for name in names]
+        write_table(table, schema, [table_of(schema, sources, labels, features, {})])
+        return changes.add(one.folder, open_source(table), Encoder(one.now.backbone, norms="keep"))
 
 
 def build(folder: Path, backbone: Backbone, labelled: Sequence[tuple[str, bytes]], uploads: Path | None) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,18 +44,17 @@ _PARSING = ThreadPoolExecutor(1, thread_name_prefix="parse")
 
 @dataclass(frozen=True)
 class Sent:
-    """Uploaded ``images``, or ``features`` of shape ``[q, d]``, and their ``names``.
+    """Uploaded ``images``, or ``features`` of shape ``[q, d]``, with one name and, for shots, one label each.
 
-    The shots either share one label or have one label each. ``client`` is the address of the sender, and ``index`` is
-    the name of a new index.
+    ``client`` is the address of the sender, and ``index`` is the name of a new index.
     """
 
     names: list[str]
-    images: list[bytes] | None
-    features: FloatArray | None
     labels: list[str]
-    client: str
-    index: str | None = None
+    images: Sequence[bytes] = ()
+    features: FloatArray | None = None
+    client: str = ""
+    index: str = ""
 
 
 async def read(request: Request, limits: Limits, norms: Norms, d: int, *, labelled: bool = False) -> Sent:
@@ -67,19 +67,22 @@ async def read(request: Request, limits: Limits, norms: Norms, d: int, *, labell
     """
     kind = _kind(request)
     if kind == JSON:
-        body = await _body(request, limits)
-        parse = partial(_json, body, limits, norms, d, _client(request), labelled=labelled)
-        return parse() if len(body) <= SHORT else await asyncio.get_running_loop().run_in_executor(_PARSING, parse)
-    if kind == FLOATS and not labelled:
-        features = _floats(await request.body(), limits, norms, d)
-        return Sent(_row_names(len(features)), None, features, [], _client(request))
-    if kind != FORM:
+        body = await request.body()
+        if len(body) > limits.json_bytes:
+            raise Problem(413, f"JSON: is longer than {limits.json_bytes:,} bytes; send fewer features at once")
+        parse = partial(_json, body, limits, norms, d, labelled=labelled)
+        thread = asyncio.get_running_loop().run_in_executor
+        sent = parse() if len(body) <= SHORT else await thread(_PARSING, parse)
+    elif kind == FLOATS and not labelled:
+        sent = _floats(await request.body(), limits, norms, d)
+    elif kind != FORM:
         raise Problem(415, f"content type {kind!r}: send images as {FORM}, or features as {JSON}")
-    names, images, texts = await _form(request, limits, ["label"] if labelled else [])
-    labels = [_label(text) for text in texts["label"]]
-    if labelled and len(labels) != 1:
-        raise Problem(422, f"label: {len(labels)} labels given; send one label for all images")
-    return Sent(names, images, None, labels, _client(request))
+    else:
+        sent, _ = await _form(request, limits, ["label"] if labelled else [])
+        if labelled and len(sent.labels) != 1:
+            raise Problem(422, f"label: {len(sent.labels)} labels given; send one label for all images")
+        sent = replace(sent, labels=sent.labels * len(sent.images))
+    return replace(sent, client=_client(request))
 
 
 async def read_features(request: Request, limits: Limits, norms: Norms, d: int) -> FloatArray:
@@ -96,15 +99,13 @@ async def read_index(request: Request, limits: Limits) -> Sent:
     """Read the name of a new index, and its images with one label each. Raises the same errors as :func:`read`."""
     if (kind := _kind(request)) != FORM:
         raise Problem(415, f"content type {kind!r}: send {FORM} with a name, images, and a label for each image")
-    names, images, texts = await _form(request, limits, ["label", "name"])
-    labels = [_label(text) for text in texts["label"]]
-    if len(texts["name"]) != 1:
-        raise Problem(422, f"name: {len(texts['name'])} names given; send one name for the new index")
-    if len(labels) != len(images):
-        raise Problem(
-            422, f"label: {len(labels)} labels given for {len(images)} images; send one label for each image, in order"
-        )
-    return Sent(names, images, None, labels, _client(request), index_name(texts["name"][0]))
+    sent, names = await _form(request, limits, ["label", "name"])
+    if len(names) != 1:
+        raise Problem(422, f"name: {len(names)} names given; send one name for the new index")
+    labels, images = len(sent.labels), len(sent.images)
+    if labels != images:
+        raise Problem(422, f"label: {labels} labels given for {images} images; send one label for each image, in order")
+    return replace(sent, client=_client(request), index=index_name(names[0]))
 
 
 def index_name(value: object) -> str:
@@ -126,10 +127,8 @@ def _kind(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-async def _form(
-    request: Request, limits: Limits, fields: list[str]
-) -> tuple[list[str], list[bytes], defaultdict[str, list[object]]]:
-    """Return the names and bytes of the images in a form, and its texts by field."""
+async def _form(request: Request, limits: Limits, fields: list[str]) -> tuple[Sent, list[object]]:
+    """Return the images in a form with their labels, and the names in the field ``name``."""
     _, options = parse_options_header(request.headers["content-type"])
     if options.get(b"charset", b"utf-8").lower() != b"utf-8":  # some Python codecs are slow or fail
         raise Problem(415, f"content type {FORM}: its charset must be UTF-8")
@@ -163,33 +162,24 @@ async def _form(
                 texts[field].append(value)
     if not images:
         raise Problem(422, "images: missing; send at least one file in the field 'images'")
-    return names, images, texts
+    return Sent(names, [_label(text) for text in texts["label"]], images), texts["name"]
 
 
-async def _body(request: Request, limits: Limits) -> bytes:
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > limits.json_bytes:
-            raise Problem(413, f"JSON: is longer than {limits.json_bytes:,} bytes; send fewer features at once")
-        parts.append(part)
-    return b"".join(parts)
-
-
-def _floats(body: bytes, limits: Limits, norms: Norms, d: int) -> FloatArray:
+def _floats(body: bytes, limits: Limits, norms: Norms, d: int) -> Sent:
     rows, rest = divmod(len(body), 4 * d)
     if rest or not rows:
         raise Problem(422, f"features: {len(body):,} bytes given; send {d} float32 numbers for each feature")
     if rows > limits.rows:
         raise Problem(413, f"features: {rows:,} rows given; send at most {limits.rows:,} rows at once")
-    return check_norms(matrix(np.frombuffer(body, "<f4").reshape(rows, d).copy(), "features"), 0, norms, "features")
+    features = matrix(np.frombuffer(body, "<f4").reshape(rows, d).copy(), "features")
+    return Sent(_row_names(rows), [], features=check_norms(features, 0, norms, "features"))
 
 
 def _row_names(rows: int) -> list[str]:
     return [f"row {row}" for row in range(rows)]
 
 
-def _json(body: bytes, limits: Limits, norms: Norms, d: int, client: str, *, labelled: bool) -> Sent:
+def _json(body: bytes, limits: Limits, norms: Norms, d: int, *, labelled: bool) -> Sent:
     _check_parts(body, limits.rows, d)
     try:
         sent = orjson.loads(body)
@@ -209,7 +199,7 @@ def _json(body: bytes, limits: Limits, norms: Norms, d: int, client: str, *, lab
     features = _features(sent["features"], d, norms)
     names = _texts(sent.get(names_field, _row_names(rows)), names_field, rows)
     labels = [_label(label) for label in _texts(sent.get("labels"), "labels", rows)] if labelled else []
-    return Sent(names, None, features, labels, client)
+    return Sent(names, labels, features=features)
 
 
 def _check_parts(body: bytes, rows: int, d: int) -> None:
