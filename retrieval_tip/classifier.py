@@ -552,7 +552,7 @@ class Classifier(OpenIndex):
     def similar(
         self, photo: Picture | Features, n: int = 5, *, norms: Literal["check", "keep"] = "check"
     ) -> list[SimilarShot]:
-        """Return the ``n`` shots that are most similar to a photo or a feature (see :meth:`Index.similar`)."""
+        """Return the ``n`` shots most similar to a photo or a feature (see :meth:`answering.Answering.similar`)."""
         if (features := features_of(photo)) is None and is_one(photo):
             given = pictures(photo)
             features, norms = self._strict(given).encode(given.source).features, "keep"

@@ -142,7 +142,7 @@ class AskOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Ask:
-    """What to find out about queries. It is passed unchanged from every caller to :meth:`Index.answers`.
+    """What to find out about queries. It is passed unchanged from every caller to :meth:`answering.Answering.answers`.
 
     Args:
         k: the number of nearest keys to use, or ``"all"``. ``None`` uses the setting of the index, here and below.
@@ -152,7 +152,7 @@ class Ask:
         top: the number of classes to report, most probable first.
         neighbours: the number of shots to report, largest contribution first (see
             :class:`retrieval.evidence.Contributors`). If ``k`` is a number, only retrieved keys are reported.
-        certify: whether to retrieve enough keys to prove each label (see :meth:`Index.certified`).
+        certify: whether to retrieve enough keys to prove each label (see :meth:`answering.Answering.certified`).
         logits: whether to report the logits of all classes.
         without: the ids of keys to leave out, as if the index did not have them. Solved values are not solved again.
             An index of the type Classes then uses all of the other keys. Unknown ids are ignored.

@@ -141,6 +141,6 @@ def check_fitted(index: Index, name: str = "group_unlike") -> None:
 
 
 def classify_in_groups(index: Index, pool: Pool, ask: Ask) -> Predictions:
-    """Classify photos as :meth:`Index.classify` does, and group the photos without a match."""
+    """Classify photos as :meth:`answering.Answering.classify` does, and group the photos without a match."""
     answers = index.classify(pool.features, "keep", **vars(ask))
     return group_unlike(index, pool.features, answers.named(pa.array(pool.names, pa.string())))

@@ -157,7 +157,7 @@ class LanceStore(LanceVersions, Store):
     def commit(self, writer: TableWriter, index: Index, rows: TableRows, what: str) -> None:
         """Make ``index``, whose table has the given ``rows``, the current version.
 
-        ``what`` is a short description for the history. Raises the errors of :meth:`Index.check_answers` and
+        ``what`` is a short description for the history. Raises the errors of :meth:`editing.Editing.check_answers` and
         :meth:`versions.TableWriter.commit`.
         """
         index.check_answers()

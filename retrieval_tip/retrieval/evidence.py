@@ -21,7 +21,7 @@ class Nearest:
 
     Attributes:
         affinity: the exact affinities, in float32.
-        rows: the row numbers, which you can pass to :meth:`Index.described`.
+        rows: the row numbers, which you can pass to :meth:`rows.Rows.described`.
         class_ids: the class ids.
     """
 
