@@ -7,11 +7,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from clusters import round_clusters as clusters
 from conftest import ROOT, needs_real
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
 from tables import read_features, unit_rows
-from test_search_hp import C, D, clusters
 
 from retrieval_tip.model import CacheModel
 from retrieval_tip.settings import Settings
@@ -19,6 +19,7 @@ from retrieval_tip.settings import Settings
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import baselines
 
+C, D = 5, 12
 NAMES = [f"class {i}" for i in range(C)]
 SETTINGS = Settings(logit_scale=10.0)
 

@@ -1,69 +1,235 @@
-"""Class indexes and certified answers compared with dense float64: winners, bounds, neighbours, saved files."""
+"""Certificates, class indexes and certified answers compared with dense float64."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
-from conftest import cache_of, examples, parts_of
+from conftest import cache_of, examples, needs_real, parts_of
+from dense import Case, Largest, affinity, cache_logits, case_of, cases, food, shots_like_clip
+from dense import betas as some_betas
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_keys import Case, Largest, dense, made_module, unit
+from tables import unit
 
-from retrieval_tip import CacheModel, verify
+from retrieval_tip import CacheModel, tip, verify
 from retrieval_tip.errors import StoreError
+from retrieval_tip.retrieval import certify
 from retrieval_tip.retrieval import logits as retrieval
+from retrieval_tip.retrieval.evidence import Nearest
 from retrieval_tip.retrieval.vector_index import auto_factory
 from retrieval_tip.settings import Settings
 
-Array = npt.NDArray[Any]
 C, SHOTS, D = 40, 16, 64
 BETA, SCALE = 5.5, 100.0
+alphas, betas = st.sampled_from([0.0, 0.1, 1.0, 20.0]), st.just(0.0) | some_betas
+
+
+# -------------------------------------------------------------------------------------------- from the nearest keys
+
+
+def proofs(case, k, alpha, beta, scale, tail, dtype, text=None, slots=0):
+    """Return a mask of the proved winners, the winners from ``k`` keys, and the exact logits over all keys."""
+    near, ids, _ = case.retrieved(k, dtype)
+    empty = (len(near), slots)
+    near = torch.cat([near, torch.full(empty, -9.0, dtype=dtype)], dim=1)  # an affinity that would prove too much
+    ids = torch.cat([ids, torch.full(empty, case.c)], dim=1)
+    totals, own = case.totals(dtype), Settings(alpha=alpha, beta=beta, tail=tail)
+    text = tip.text_logits(*(torch.from_numpy(x).to(dtype) for x in (case.f, case.W)), scale) if text is None else text
+    terms = tip.Terms(text, tip.cache_logits(near, ids, case.c, beta, totals if tail else None))
+    proved = certify.certificate(terms, Nearest(near, ids, ids), totals, own)
+    exact = text.double().numpy() + alpha * case.logits(beta)
+    return proved.numpy(), terms.logits(own).argmax(1).numpy(), exact
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@settings(max_examples=examples(250), deadline=None)
+@given(
+    case=cases(least_d=1, off_sphere=st.booleans(), shuffled=st.just(True)),  # on a line all affinities tie
+    k=st.integers(1, 40), alpha=alphas, beta=betas, scale=st.sampled_from([0.01, 1.0, 100.0]), tail=st.booleans(),
+    slots=st.integers(0, 3),
+)  # fmt: skip
+def test_certificates_hold_for_all_keys(case, k, alpha, beta, scale, tail, slots, dtype):
+    proved, winners, exact = proofs(case, k, alpha, beta, scale, tail, dtype, slots=slots)
+    assert (winners == exact.argmax(1))[proved].all()
+
+
+@pytest.mark.parametrize("tail", [False, True])
+def test_rounding_proves_nothing(tail):
+    """Large text and cache logits cancel out, so that only rounding errors differ."""
+    rng = np.random.default_rng(0)
+    wrong = proved_at_all = 0
+    for seed in range(300):
+        case, beta = Case(seed, [6] * 4, q=8, d=8, spread=9), float(rng.choice([1.0, 20.0, 50.0]))
+        text = torch.from_numpy(-100 * case.logits(beta)).float()
+        proved, winners, exact = proofs(case, 24, 100.0, beta, 1.0, tail, torch.float32, text)
+        wrong += int((proved & (winners != exact.argmax(1))).sum())
+        proved_at_all += int(proved.sum())
+    assert wrong == 0, f"{wrong} of {proved_at_all} proofs are wrong"
+
+
+@pytest.mark.parametrize("tail", [False, True])
+def test_the_bound_is_tight(tail):
+    """Nine keys of the loser lie just behind the retrieved key and a tenth far away, so they nearly add the bound."""
+    A = np.array([0.6] + [0.6 - 1e-6] * 9 + [-1.0])
+    margins, answers = np.linspace(-0.2, 2, 221), []
+    for margin in margins:  # of the text logits, for the winner
+        K, W = np.stack([A, 0 * A], axis=1), np.array([[margin, 0], [0, 0]])
+        case = case_of(np.eye(2)[:1], K, np.array([0] + [1] * 10), W)
+        proved, winners, exact = proofs(case, 1, 1.0, 5.0, 1.0, tail, torch.float64)
+        assert not proved[0] or winners[0] == exact[0].argmax()
+        answers.append((bool(proved[0]) and winners[0] == 0, exact[0].argmax() == 0))
+    proved_from = margins[[proved for proved, _ in answers]].min()
+    true_from = margins[[true for _, true in answers]].min()
+    assert true_from <= proved_from <= true_from + 0.16  # the weight of the tenth key
+
+
+@pytest.mark.parametrize("tail", [False, True])
+def test_a_tie_is_not_proved(tail):
+    K = unit(np.random.default_rng(0).standard_normal((6, 4)))
+    case = case_of(K[:3], np.concatenate([K, K]), np.repeat([0, 1], 6), np.zeros((2, 4)))  # classes with the same keys
+    for k in (1, 5, 12):
+        proved, _, exact = proofs(case, k, 1.0, 5.5, 100.0, tail, torch.float64)
+        np.testing.assert_allclose(exact[:, 0], exact[:, 1])
+        assert not proved.any()
+
+
+@pytest.mark.parametrize("tail", [False, True])
+def test_most_answers_for_separated_features_are_proved(tail):
+    proved, *_ = proofs(Case(5, [16] * 20, q=200, d=64, spread=0.3), 64, 1.0, 20.0, 100.0, tail, torch.float32)
+    assert proved.mean() >= 0.95
+
+
+@needs_real
+def test_the_tail_proves_more_answers_on_real_features(shared):
+    counts = [proofs(food(shared, 16), 48, 1.17, 5.5, 100.0, t, torch.float32)[0].mean() for t in (False, True)]
+    assert counts[1] > max(counts[0], 0.3)
+
+
+@pytest.mark.parametrize("tail", [False, True])
+def test_every_answer_is_proved_if_nothing_can_change(tail):
+    case, one = Case(7, [3, 9, 0, 5]), Case(7, [30])
+    for given_, k, alpha in ((case, len(case.y), 1.17), (case, 1, 0.0), (one, 1, 1.0)):  # all keys, text, no rival
+        assert proofs(given_, k, alpha, 5.5, 100.0, tail, torch.float64)[0].all()
+
+
+# ------------------------------------------------------------------------------------------------ from class means
+
+
+@st.composite
+def at_the_means(draw):
+    """Draw text logits, cache logits at the mean affinities, true ones of up to ``slack`` more, alpha and slack.
+
+    Few distinct values make ties and reached bounds common. A class may have no keys.
+    """
+    q, c = draw(st.integers(1, 4)), draw(st.integers(1, 6))
+    alpha, slack = draw(st.sampled_from([0.0, 0.5, 1.0, 4.0])), draw(st.sampled_from([0.0, 0.125, 1.0, 10.0]))
+    beta = draw(st.sampled_from([0.0, 1.0, 5.5]))
+    numbers = draw(st.lists(st.sampled_from([0.0, 1.0, 2.0, 16.0]), min_size=c, max_size=c))
+
+    def matrix(values):
+        rows = [draw(st.lists(values, min_size=c, max_size=c)) for _ in range(q)]
+        return torch.tensor(rows, dtype=torch.float64).view(q, c)
+
+    text = matrix(st.sampled_from([-1.0, 0.0, 0.25, 1.0, 2.0]) | st.floats(-20, 20))
+    mean = matrix(st.sampled_from([0.0, 0.5, 1.0]) | st.floats(-1, 1))
+    used = matrix(st.sampled_from([0.0, 1.0]) | st.floats(0, 1))  # share of the slack that each class uses
+    cache = tip.at_mean(torch.tensor(numbers, dtype=torch.float64), mean, beta)
+    return text, cache, cache * (1 + slack * used), alpha, slack
+
+
+@settings(max_examples=examples(400), deadline=None)
+@given(at_the_means(), st.integers(1, 7))
+def test_a_settled_query_has_searched_its_winner(given_, most):
+    text, cache, true, alpha, slack = given_
+    classes, met = certify.promising(tip.Terms(text, cache), Settings(alpha=alpha), slack, most)
+    settled = certify.settled(tip.Terms(text, cache), Settings(alpha=alpha), slack, classes)
+    lower, exact = tip.blend(text, cache, alpha), tip.blend(text, true, alpha)
+    assert classes.shape == met.shape == (len(text), min(most, text.shape[1]))
+    ranked = lower.gather(1, classes)
+    assert (ranked[:, 0] == lower.amax(1)).all()
+    assert (ranked.diff(dim=1) <= 0).all()
+    assert met[:, 0].all()
+    for query in range(len(text)):
+        own = classes[query, met[query]]
+        best = exact[query].max()
+        tolerance = 1e-9 * (1 + text.abs().max() + alpha * true.max())
+        if most >= text.shape[1]:
+            assert settled[query]  # no other class
+        if settled[query]:
+            assert exact[query, own].max() >= best - tolerance
+            known = lower[query].clone()
+            known[own] = exact[query, own]
+            assert exact[query, known.argmax()] >= best - tolerance  # the answer that is given
+
+
+@pytest.mark.parametrize(
+    ("text", "cache", "alpha", "slack", "met", "settled"),
+    [
+        ([2, 1, 0], [1, 1, 1], 1.0, 0.99, [0], True),
+        ([2, 1, 0], [1, 1, 1], 1.0, 1.0, [0, 1], False),  # a tie
+        ([2, 1, 0], [1, 1, 1], 1.0, 2.01, [0, 1, 2], False),
+        ([0, 3, 3, 1], [1e6, 1, 2, 0], 0.0, 10.0, [1, 2], False),  # without alpha, the text alone selects classes
+        ([1, 2, 0], [0, 3, 1e-3], 1e300, 1e9, [1], True),  # alpha overflows
+    ],
+)
+def test_only_a_class_that_could_win_leaves_a_query_unsettled(text, cache, alpha, slack, met, settled):
+    terms, own = tip.Terms(torch.tensor([text]).float(), torch.tensor([cache]).float()), Settings(alpha=alpha)
+    classes, found = certify.promising(terms, own, slack, len(text))
+    assert sorted(classes[found].tolist()) == met or alpha > 1e38
+    assert found[0, 0]
+    assert certify.settled(terms, own, slack, classes[:, :1]).tolist() == [settled] or alpha > 1e38
+    assert certify.settled(terms, own, slack, classes[:, : len(met)]).all() or alpha > 1e38
+
+
+@given(st.integers(1, 6), st.floats(0, 10), st.floats(0, 0.5), st.integers(0, 2**32 - 1))
+def test_an_error_only_changes_uncertain_winners(c, alpha, error, seed):
+    rng = np.random.default_rng(seed)
+    text, cache = torch.from_numpy(rng.normal(size=(20, c))), torch.from_numpy(rng.gamma(1, size=(20, c)))
+    other = cache * (1 + error * torch.from_numpy(rng.choice([-1.0, 1.0], (20, c))))
+    changed = tip.blend(text, cache, alpha).argmax(1) != tip.blend(text, other, alpha).argmax(1)
+    close = certify.uncertain(tip.Terms(text, cache), Settings(alpha=alpha), error)
+    assert (close | ~changed).all()
+    assert c > 1 or not close.any()
+
+
+def test_distant_logits_are_not_uncertain():
+    terms, own = tip.Terms(torch.tensor([[5.0, 1.0, 0.0]]), torch.tensor([[1.0, 2.0, 0.5]])), Settings(alpha=1.0)
+    assert not certify.uncertain(terms, own, 0.1).any()  # 6 or 5.9, against 3 or 3.2
+    assert certify.uncertain(terms, own, 1.0).all()  # 5 against 5
+
+
+# ------------------------------------------------------------------------------------------------- certified answers
 
 
 @pytest.fixture(scope="module")
-def material() -> tuple[Array, Array, Array, Array]:
+def material():
     """Keys, their class ids, text weights and queries like CLIP's."""
-    maker = made_module().Made(c=C, d=D)
-    ids = np.repeat(np.arange(C), SHOTS)
-    return maker.draw(ids, 1), ids, maker.text, maker.draw(maker.classes(400, 2), 3)
+    return shots_like_clip(C, SHOTS, D, 400)
 
 
-def model(array: Array, ids: Array, c: int, text: Array | None = None, **changes: Any) -> CacheModel:
-    options: dict[str, Any] = {"beta": BETA, "logit_scale": SCALE, "index": "Classes", "device": "cpu"} | changes
+def model(array, ids, c, text=None, **changes):
+    options = {"beta": BETA, "logit_scale": SCALE, "index": "Classes", "device": "cpu"} | changes
     return cache_of(array, ids, [f"class {i}" for i in range(c)], text, **options)
 
 
-def of_case(case: Case, text: bool = True, **changes: Any) -> CacheModel:
-    weights = unit(np.random.default_rng(11).standard_normal((case.c, case.array.shape[1]))) if text else None
-    return model(case.array, case.ids, case.c, weights, **({"logit_scale": 10.0} | changes))
+def of_case(case, text=True, **changes):
+    return model(case.K, case.y, case.c, case.W if text else None, **({"logit_scale": 10.0} | changes))
 
 
-def exact_parts(cache: CacheModel, features: Array) -> tuple[Array, Array]:
+def exact_parts(cache, features):
     """Return text and cache logits over all keys by definition."""
     ids, c = cache.labels["class_id"].to_numpy(), len(cache.class_names)
-    text = cache.settings.logit_scale * features.astype(np.float64) @ cache.text_weights.numpy().astype(np.float64).T
     values = None if cache.values is None else cache.values.numpy()
-    return text, dense(features, np.asarray(cache.keys), ids, c, cache.settings.beta, values)
+    text = cache.settings.logit_scale * affinity(features, cache.text_weights)
+    return text, cache_logits(affinity(features, cache.keys), ids, c, cache.settings.beta, values)
 
 
-def at_means(cache: CacheModel, features: Array) -> Array:
-    """Return cache logits in which each key counts at the mean affinity of its class."""
-    ids, c = cache.labels["class_id"].to_numpy(), len(cache.class_names)
-    one_hot = np.eye(c)[ids]
-    counts = one_hot.sum(0)
-    mean = features.astype(np.float64) @ np.asarray(cache.keys).astype(np.float64).T @ one_hot / np.maximum(counts, 1)
-    return counts * np.exp(-cache.settings.beta * (1 - mean))
-
-
-def check_winners(winners: Array, text: Array, alone: Array, alpha: float) -> None:
+def check_winners(winners, text, alone, alpha):
     """Check that each winner is the best over all keys, up to float32 rounding."""
     logits = text + alpha * alone
     tolerance = 2e-5 * (1 + np.abs(text).max() + alpha * np.abs(alone).max())
@@ -71,27 +237,9 @@ def check_winners(winners: Array, text: Array, alone: Array, alpha: float) -> No
     assert (chosen >= logits.max(1) - tolerance).all()
 
 
-@st.composite
-def cases(draw: st.DrawFn, least: int = 1) -> Case:
-    counts = draw(st.lists(st.integers(0, 14), min_size=least, max_size=7).filter(any))
-    return Case(draw(st.integers(0, 2**32)), counts, draw(st.integers(1, 8)), draw(st.integers(2, 9)))
-
-
-# ------------------------------------------------------------------------------------------------------------ certified
-
-
 @settings(max_examples=examples(30), deadline=None)
-@given(
-    cases(),
-    st.sampled_from([0.0, 0.3, 1.0, 20.0]),
-    st.floats(0, 30),
-    st.integers(1, 20),
-    st.booleans(),
-    st.booleans(),
-)
-def test_certified_winners_match_all_keys_after_exact_search(
-    case: Case, alpha: float, beta: float, k: int, tail: bool, text: bool
-) -> None:
+@given(cases(), alphas, st.floats(0, 30), st.integers(1, 20), st.booleans(), st.booleans())
+def test_certified_winners_match_all_keys_after_exact_search(case, alpha, beta, k, tail, text):
     cache = of_case(case, text, alpha=alpha, beta=beta, index="Flat")
     found = cache.certified(case.f, k, tail)
     check_winners((found.text + alpha * found.cache).argmax(1), *exact_parts(cache, case.f), alpha)
@@ -104,9 +252,7 @@ def test_certified_winners_match_all_keys_after_exact_search(
 
 
 @pytest.mark.parametrize("tail", [False, True])
-def test_few_keys_settle_some_queries_and_all_keys_the_rest(
-    material: tuple[Array, Array, Array, Array], tail: bool
-) -> None:
+def test_few_keys_settle_some_queries_and_all_keys_the_rest(material, tail):
     array, ids, text, queries = material
     cache = model(array, ids, C, text, index="Flat", beta=20.0)
     found = cache.certified(queries, 30, tail)
@@ -121,26 +267,30 @@ def test_few_keys_settle_some_queries_and_all_keys_the_rest(
     first = found.keys.numpy() == 30
     torch.testing.assert_close(found.cache[first], parts[1][first], rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(found.text, parts[0])
+    answers = cache.classify(queries, k=30, tail=tail, certify=True, top=2)
+    assert [a.keys for a in answers] == found.keys.tolist()
+    over_all = cache.classify(queries)
+    assert [a.label for a in answers] == [a.label for a in over_all]
+    assert {a.keys for a in over_all} == {None}
+    for a in answers:
+        assert a.text_logit + a.cache_logit == pytest.approx(float(a.logits.max()), rel=1e-5)
 
 
-@pytest.mark.parametrize("index", ["Flat", "Classes", "IVF4,Flat"])
+@pytest.mark.parametrize("index", ["Classes", "IVF4,Flat"])
 @pytest.mark.parametrize("tail", [False, True])
-def test_certified_winners_agree_for_every_index_type(
-    material: tuple[Array, Array, Array, Array], index: str, tail: bool
-) -> None:
+def test_certified_winners_agree_for_approximate_index_types(material, index, tail):
     array, ids, text, queries = material
     cache = model(array, ids, C, text, index=index)
     found = cache.certified(queries, 48, tail)
     over_all = cache.logits(queries).argmax(1)
     wrong = ((found.text + found.cache).argmax(1) != over_all).sum()
-    assert wrong <= (0 if index == "Flat" else 2)
+    assert wrong <= 2
     if index == "Classes":
         assert (found.keys < cache.n).float().mean() > 0.5
-        plain = (cache.logits(queries, 48, tail).argmax(1) != over_all).sum()
-        assert wrong <= plain
+        assert wrong <= (cache.logits(queries, 48, tail).argmax(1) != over_all).sum()
 
 
-def test_certified_uses_all_keys_for_a_large_k_and_for_values(material: tuple[Array, Array, Array, Array]) -> None:
+def test_certified_uses_all_keys_for_a_large_k_and_for_values(material):
     array, ids, text, queries = material
     for index in ("Flat", "Classes"):
         cache = model(array, ids, C, text, index=index)
@@ -153,21 +303,7 @@ def test_certified_uses_all_keys_for_a_large_k_and_for_values(material: tuple[Ar
         assert [p.keys for p in valued.classify(queries[:3], k=4, certify=True)] == [cache.n] * 3
 
 
-def test_a_certified_prediction_counts_the_keys_that_settled_it(material: tuple[Array, Array, Array, Array]) -> None:
-    array, ids, text, queries = material
-    cache = model(array, ids, C, text, index="Flat", beta=20.0)
-    found = cache.certified(queries[:60], 30)
-    answers = cache.classify(queries[:60], k=30, certify=True, top=2)
-    assert [a.keys for a in answers] == found.keys.tolist()
-    assert len({a.keys for a in answers}) > 1
-    over_all = cache.classify(queries[:60])
-    assert [a.label for a in answers] == [a.label for a in over_all]
-    assert [a.keys for a in over_all] == [None] * 60
-    for a in answers:
-        assert a.text_logit + a.cache_logit == pytest.approx(float(a.logits.max()), rel=1e-5)
-
-
-def test_no_queries_give_no_answers() -> None:
+def test_no_queries_give_no_answers():
     case = Case(1, [4, 0, 9], q=3, d=5)
     none = case.f[:0]
     for index in ("Flat", "Classes"):
@@ -183,7 +319,7 @@ def test_no_queries_give_no_answers() -> None:
 # -------------------------------------------------------------------------------------------------------- whole classes
 
 
-def test_whole_classes_give_nearly_all_answers_of_all_keys(material: tuple[Array, Array, Array, Array]) -> None:
+def test_whole_classes_give_nearly_all_answers_of_all_keys(material):
     array, ids, text, queries = material
     cache = model(array, ids, C, text)
     exact_text, exact = exact_parts(cache, queries)
@@ -192,28 +328,38 @@ def test_whole_classes_give_nearly_all_answers_of_all_keys(material: tuple[Array
     k = round(8 * cache.n / C)  # auto's k for larger indexes
     assert auto_factory(16 * 1000, 1000) == ("Classes", 8 * 16)
     agree = [(cache.logits(queries, number).argmax(1).numpy() == winners).mean() for number in (SHOTS, k)]
-    assert agree[1] >= 0.99
-    assert agree[1] >= agree[0]
+    assert agree[1] >= max(agree[0], 0.99)
 
 
-@settings(max_examples=examples(30), deadline=None)
-@given(cases(), st.sampled_from([0.0, 0.3, 1.0, 20.0]), st.floats(0, 30), st.integers(1, 90), st.booleans())
-def test_each_class_counts_whole_or_at_its_mean(case: Case, alpha: float, beta: float, k: int, text: bool) -> None:
-    cache = of_case(case, text, alpha=alpha, beta=beta)
-    exact, lower = exact_parts(cache, case.f)[1], at_means(cache, case.f)
-    with_tail, without = (cache.terms(case.f, k, tail).cache.numpy() for tail in (True, False))
+block_sizes = st.tuples(st.sampled_from([1, 3, 512]), st.sampled_from([1, 5, 16384]), st.sampled_from([17, 1 << 23]))
+
+
+@settings(max_examples=examples(60), deadline=None)
+@given(cases(), alphas, st.floats(0, 30), st.integers(1, 90), st.booleans(), st.booleans(), block_sizes)
+def test_each_class_counts_whole_or_at_its_mean(case, alpha, beta, k, text, valued, sizes):
+    """With one-hot values, or without values."""
+    values = np.eye(case.c, dtype=np.float32)[case.y] if valued else None
+    cache = of_case(case, text, alpha=alpha, beta=beta, values=values)
+    exact, lower = case.logits(beta), case.logits(beta, met=np.zeros(case.A.shape, dtype=bool), tail=True)
+    queries, keys, gathered = sizes
+    blocks = mock.patch.multiple("retrieval_tip.retrieval.keys", QUERY_BLOCK=queries, KEY_BLOCK=keys, GATHERED=gathered)
+    with mock.patch.object(retrieval, "QUERY_BLOCK", queries), blocks:
+        with_tail, without = (cache.terms(case.f, k, tail).cache.numpy() for tail in (True, False))
     close = {"rtol": 1e-4, "atol": 1e-4}
     if k >= cache.n:
         np.testing.assert_allclose(with_tail, exact, **close)
         np.testing.assert_allclose(without, exact, **close)
         return
-    assert (with_tail <= exact * (1 + 1e-4) + 1e-4).all()
     assert (np.isclose(with_tail, exact, **close) | np.isclose(with_tail, lower, **close)).all()
+    assert (np.isclose(without, exact, **close) | np.isclose(without, 0, **close)).all()
+    if valued:  # classes searched without values are searched with them
+        without = of_case(case, text, alpha=alpha, beta=beta).terms(case.f, k, tail=False).cache.numpy()
     met = without > 0
-    np.testing.assert_allclose(without[met], exact[met], **close)
     np.testing.assert_allclose(with_tail[met], exact[met], **close)
+    if valued:
+        return
     np.testing.assert_allclose(with_tail[~met], lower[~met], **close)
-    most = max(retrieval.LEAST_CLASSES, round(k / (cache.n / np.count_nonzero(np.bincount(case.ids)))))
+    most = max(retrieval.LEAST_CLASSES, round(k / (cache.n / np.count_nonzero(np.bincount(case.y)))))
     assert (met.sum(1) <= most).all()
     # the most promising class is searched, unless its keys are missing or their weight is negligible
     logits = exact_parts(cache, case.f)[0] + alpha * lower
@@ -224,79 +370,47 @@ def test_each_class_counts_whole_or_at_its_mean(case: Case, alpha: float, beta: 
 
 
 @pytest.mark.parametrize("beta", [5.5, 150.0])
-def test_a_sharp_exponential_still_finds_the_nearest_class(beta: float) -> None:
+def test_a_sharp_exponential_still_finds_the_nearest_class(beta):
     """Weights that underflow must not hide the nearest class."""
     case = Case(2, [12] * 5, q=30, d=16)
-    case.f = case.array[::2].copy()  # each query is a key, whose weight is 1
-    cache = of_case(case, text=False, beta=beta)
-    alone = cache.terms(case.f, 12, tail=False).cache
-    np.testing.assert_array_equal(alone.argmax(1), case.ids[::2])
+    case.f = case.K[::2].copy()  # each query is a key, whose weight is 1
+    alone = of_case(case, text=False, beta=beta).terms(case.f, 12, tail=False).cache
+    np.testing.assert_array_equal(alone.argmax(1), case.y[::2])
     assert (alone.amax(1) >= 0.99).all()
 
 
-def test_classes_of_one_key_are_found() -> None:
+def test_classes_of_one_key_are_found():
     case = Case(3, [1] * 7, q=20, d=6)
-    cache = of_case(case, text=False)
-    exact = exact_parts(cache, case.f)[1]
-    met = cache.terms(case.f, 1, tail=False).cache.numpy()
+    met = of_case(case, text=False).terms(case.f, 1, tail=False).cache.numpy()
     assert (np.count_nonzero(met, axis=1) == 1).all()
-    np.testing.assert_array_equal(met.argmax(1), exact.argmax(1))
+    np.testing.assert_array_equal(met.argmax(1), case.logits(BETA).argmax(1))
 
 
-def test_a_single_class_is_always_the_answer() -> None:
+def test_a_single_class_is_always_the_answer():
     case = Case(4, [9], q=4, d=5)
     cache = of_case(case)
-    np.testing.assert_allclose(cache.terms(case.f, 2).cache, exact_parts(cache, case.f)[1], rtol=1e-5)
     assert {p.label for p in cache.classify(case.f, k=2)} == {"class 0"}
     assert cache.certified(case.f, 1).keys.tolist() == [1] * 4
 
 
-@settings(max_examples=examples(25), deadline=None)
-@given(cases(), st.integers(1, 90), st.booleans(), st.integers(1, 5), st.integers(1, 6))
-def test_classes_do_not_depend_on_blocks(case: Case, k: int, tail: bool, of_queries: int, of_keys: int) -> None:
-    cache = of_case(case)
-    whole = cache.logits(case.f, k, tail)
-    with (
-        mock.patch.object(retrieval, "QUERY_BLOCK", of_queries),
-        mock.patch.multiple("retrieval_tip.retrieval.keys", QUERY_BLOCK=of_queries, KEY_BLOCK=of_keys, GATHERED=17),
-    ):
-        torch.testing.assert_close(of_case(case).logits(case.f, k, tail), whole, rtol=1e-5, atol=1e-4)
-
-
-def test_values_give_the_dense_form_if_k_covers_all_classes() -> None:
+def test_values_give_the_dense_form_if_k_covers_all_classes():
     """A class that cannot win may still decide the answer through its values for other classes."""
     case = Case(6, [8, 12, 7, 10, 5], q=40, d=8)
-    cache = of_case(case, values=(np.eye(5)[case.ids] + 0.1 * case.values).astype(np.float32))
-    exact = exact_parts(cache, case.f)[1]
+    values = (np.eye(5)[case.y] + 0.1 * case.V).astype(np.float32)
+    cache = of_case(case, values=values)
     for tail in (False, True):
         for k in (cache.n - 1, cache.n, 1000):
-            np.testing.assert_allclose(cache.terms(case.f, k, tail).cache, exact, rtol=1e-4, atol=1e-4)
+            found = cache.terms(case.f, k, tail).cache
+            np.testing.assert_allclose(found, case.logits(BETA, values), rtol=1e-4, atol=1e-4)
 
 
-@settings(max_examples=examples(25), deadline=None)
-@given(cases(), st.integers(1, 60))
-def test_classes_with_one_hot_values_count_whole_or_at_their_mean(case: Case, k: int) -> None:
-    plain, valued = of_case(case), of_case(case, values=np.eye(case.c, dtype=np.float32)[case.ids])
-    exact, lower = exact_parts(plain, case.f)[1], at_means(plain, case.f)
-    found = valued.terms(case.f, k).cache.numpy()
-    met = plain.terms(case.f, k, tail=False).cache.numpy() > 0
-    close = {"rtol": 1e-4, "atol": 1e-4}
-    assert (np.isclose(found, exact, **close) | np.isclose(found, lower, **close)).all()
-    np.testing.assert_allclose(
-        found[met], exact[met], **close
-    )  # classes searched without values are searched with them
-    without = valued.terms(case.f, k, tail=False).cache.numpy()
-    assert (np.isclose(without, exact, **close) | np.isclose(without, 0, **close)).all()
-    np.testing.assert_allclose(without[met], exact[met], **close)
-
-
-def test_no_class_is_searched_if_only_one_without_keys_can_win() -> None:
+def test_no_class_is_searched_if_only_one_without_keys_can_win():
     case = Case(7, [5, 0, 5], q=6, d=5)
     text = np.zeros((3, 5), dtype=np.float32)
     text[1] = 1
     f = unit(1 + 0.1 * np.random.default_rng(0).standard_normal((6, 5)))
-    for values in (None, np.eye(3, dtype=np.float32)[case.ids]):
-        cache = model(case.array, case.ids, 3, text, values=values, logit_scale=1000.0)
+    for values in (None, np.eye(3, dtype=np.float32)[case.y]):
+        cache = model(case.K, case.y, 3, text, values=values, logit_scale=1000.0)
         met = cache.terms(f, 5, tail=False).cache
         assert values is not None or (met == 0).all()
         assert {p.label for p in cache.classify(f, k=5)} == {"class 1"}
@@ -304,10 +418,10 @@ def test_no_class_is_searched_if_only_one_without_keys_can_win() -> None:
 
 @pytest.mark.parametrize("index", ["Classes", "Flat"])
 @pytest.mark.parametrize("valued", [False, True])
-def test_searching_few_of_many_keys_needs_no_large_tensor(index: str, valued: bool) -> None:
+def test_searching_few_of_many_keys_needs_no_large_tensor(index, valued):
     """Few classes give few logits, but each query still searches many keys."""
     case = Case(8, [60, 80], q=400, d=4)
-    cache = of_case(case, index=index, values=np.eye(2, dtype=np.float32)[case.ids] if valued else None)
+    cache = of_case(case, index=index, values=np.eye(2, dtype=np.float32)[case.y] if valued else None)
     cache.logits(case.f[:2], 50)  # computes the sums of keys once
     blocks = {"QUERY_BLOCK": 16, "KEY_BLOCK": 32}
     with (
@@ -324,25 +438,17 @@ def test_searching_few_of_many_keys_needs_no_large_tensor(index: str, valued: bo
 
 @settings(max_examples=examples(30), deadline=None)
 @given(cases(), st.integers(1, 120))
-def test_nearest_keys_have_exact_affinities_in_order(case: Case, k: int) -> None:
-    cache = of_case(case)
-    affinity, rows = cache.nearest(case.features, k)
-    exact = case.f.astype(np.float64) @ cache.keys.astype(np.float64).T
-    assert rows.shape == tuple(affinity.shape) == (len(case.f), min(k, cache.n))
-    filled = rows >= 0
-    assert (np.diff(filled.astype(int), axis=1) <= 0).all()  # empty slots come last
-    np.testing.assert_allclose(
-        affinity, np.where(filled, np.take_along_axis(exact, np.maximum(rows, 0), axis=1), 0), atol=1e-5
-    )
-    for row, values, whole in zip(rows, affinity.numpy(), exact, strict=True):
-        found = row[row >= 0]
-        assert len(set(found.tolist())) == len(found)
-        assert (np.diff(values[row >= 0]) <= 0).all()
-        assert len(found) == min(k, cache.n)  # up to 8 classes are all searched
-        np.testing.assert_allclose(values, -np.sort(-whole)[: len(found)], atol=1e-5)
+def test_nearest_keys_have_exact_affinities_in_order(case, k):
+    """Up to 8 classes are all searched, so that no slot is empty."""
+    affinity, rows = of_case(case).nearest(case.queries, k)
+    k = min(k, len(case.y))
+    assert rows.shape == tuple(affinity.shape) == (len(case.f), k)
+    assert all(len(set(row.tolist())) == k for row in rows)
+    np.testing.assert_allclose(affinity, np.take_along_axis(case.A, rows, axis=1), atol=1e-5)
+    np.testing.assert_allclose(affinity, -np.sort(-case.A, axis=1)[:, :k], atol=1e-5)
 
 
-def test_a_search_by_classes_finds_most_of_the_nearest_keys(material: tuple[Array, Array, Array, Array]) -> None:
+def test_a_search_by_classes_finds_most_of_the_nearest_keys(material):
     array, ids, text, queries = material
     classes, flat = (model(array, ids, C, text, index=index) for index in ("Classes", "Flat"))
     f = torch.from_numpy(queries[:200])
@@ -353,94 +459,45 @@ def test_a_search_by_classes_finds_most_of_the_nearest_keys(material: tuple[Arra
         assert recall > 0.8
 
 
-def test_classes_without_keys_leave_no_slot_empty() -> None:
-    """The mean of an empty class, 0, is nearer to these queries than the means of classes with keys."""
+def test_classes_with_few_or_no_keys_near_a_query_leave_no_slot_empty():
+    """The mean of an empty class, 0, may be the nearest. Two classes hold most keys, and the ten nearest have one."""
     rng = np.random.default_rng(0)
-    array = unit(rng.standard_normal((40, 6)) + np.array([3, 0, 0, 0, 0, 0]))
-    ids = np.repeat([0, 1], 20)
-    cache = model(array, ids, 30, None)
-    f = unit(rng.standard_normal((5, 6)) - np.array([9, 0, 0, 0, 0, 0]))
-    rows = cache.nearest(torch.from_numpy(f), 4)[1]
-    assert (rows >= 0).all()
+    cache = model(unit(rng.standard_normal((40, 6)) + 3 * np.eye(6)[0]), np.repeat([0, 1], 20), 30)
+    f = unit(rng.standard_normal((5, 6)) - 9 * np.eye(6)[0])
+    assert (cache.nearest(torch.from_numpy(f), 4)[1] >= 0).all()
     assert all(len(p.neighbours) == 4 for p in cache.classify(f, k=30, neighbours=4))
-
-
-def test_small_classes_near_a_query_leave_no_slot_empty() -> None:
-    """Two classes hold most keys; each of the ten classes near the query has one."""
-    rng = np.random.default_rng(1)
-    near, far = (
-        unit(rng.standard_normal((10, 8)) * 0.1 + np.eye(8)[0]),
-        unit(rng.standard_normal((200, 8)) + np.eye(8)[1]),
-    )
+    near, far = rng.standard_normal((10, 8)) * 0.1 + np.eye(8)[0], rng.standard_normal((200, 8)) + np.eye(8)[1]
     ids = np.r_[np.arange(10), np.repeat([10, 11], 100)]
-    cache = model(np.concatenate([near, far]), ids, 12, None)
-    rows = cache.nearest(torch.from_numpy(np.eye(8, dtype=np.float32)[:1]), 20)[1]
-    assert (rows >= 0).all()
-
-
-@pytest.mark.parametrize("index", ["Classes", "Classes,HNSW8", "Classes,IVF2,Flat"])
-def test_neighbours_have_their_own_labels_and_sources(index: str, material: tuple[Array, Array, Array, Array]) -> None:
-    array, ids, text, _ = material
-    sources = [f"shot {i}" for i in range(len(ids))]
-    cache = model(array, ids, C, text, index=index, sources=sources)
-    for row, p in zip((0, 17, 500), cache.classify(array[[0, 17, 500]], k=128, neighbours=3), strict=True):
-        assert {n.label for n in p.neighbours} == {p.label}
-        for n in p.neighbours:
-            assert (n.source, n.label) == (f"shot {n.key_id}", f"class {ids[n.key_id]}")
-            assert n.affinity == pytest.approx(float(array[row] @ array[n.key_id]), abs=1e-5)
-            assert n.weight == pytest.approx(np.exp(-BETA * (1 - n.affinity)), rel=1e-4)
+    cache = model(unit(np.concatenate([near, far])), ids, 12)
+    assert (cache.nearest(torch.from_numpy(np.eye(8, dtype=np.float32)[:1]), 20)[1] >= 0).all()
 
 
 # ------------------------------------------------------------------------------------------------------ saving
 
 
-def fresh(cache: CacheModel, **changes: Any) -> CacheModel:
+def fresh(cache, **changes):
     """Return a new model with the same keys and labels."""
     options = {"alpha": cache.settings.alpha, "index": cache.index.factory} | changes
-    return model(
-        np.asarray(cache.keys), cache.labels["class_id"].to_numpy(), len(cache.class_names),
-        cache.text_weights.numpy(), **options,
-    )  # fmt: skip
+    ids, text = cache.labels["class_id"].to_numpy(), cache.text_weights.numpy()
+    return model(np.asarray(cache.keys), ids, len(cache.class_names), text, **options)
 
 
-def check_same(one: CacheModel, other: CacheModel, queries: Array, k: int = 64) -> None:
+def check_same(one, other, queries, k=64):
     for number in ("all", k):
         torch.testing.assert_close(one.logits(queries, number), other.logits(queries, number), rtol=1e-5, atol=1e-3)
     f = torch.from_numpy(queries)
     np.testing.assert_allclose(one.nearest(f, 5)[0], other.nearest(f, 5)[0], atol=1e-5)
 
 
-CLASS_INDEXES = ["Classes", "Classes,IVF2,Flat"]
-
-
-@pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("index", CLASS_INDEXES)
-def test_a_saved_class_index_gives_the_same_answers(
-    index: str, half: bool, tmp_path: Path, material: tuple[Array, Array, Array, Array]
-) -> None:
-    array, ids, text, queries = material
-    cache = model(array.astype(np.float16) if half else array, ids, C, text, index=index)
-    cache.settings = cache.settings.override(k=128)
-    cache.save(tmp_path / "index")
-    opened = verify(tmp_path / "index")
-    assert (opened.index.factory, opened.settings.k, opened.n, opened.index.n) == (index, 128, C * SHOTS, C)
-    check_same(opened, cache, queries[:50])
-
-
-@pytest.mark.parametrize("change", ["take", "add", "remove", "replace"])
-@pytest.mark.parametrize("index", [*CLASS_INDEXES, "Flat"])
-def test_changed_keys_give_the_answers_of_a_new_build(
-    index: str, change: str, material: tuple[Array, Array, Array, Array]
-) -> None:
+@pytest.mark.parametrize("change", ["take", "replace"])
+@pytest.mark.parametrize("index", ["Classes", "Classes,IVF2,Flat", "Flat"])
+def test_other_keys_give_the_answers_of_a_new_build(index, change, material):
+    """The tests of changes in ``test_living.py`` add and remove keys."""
     array, ids, text, queries = material
     cache = model(array, ids, C, text, index=index)
     cache.logits(queries[:5], 64)  # computes the sums of keys
     if change == "take":
         cache = cache.take(np.r_[0:40, 60:400, 7, 7])
-    elif change == "add":
-        cache.add(queries[:30], (np.arange(30) * 7) % C)
-    elif change == "remove":
-        cache.remove([*range(16, 32), 100])  # one class loses all its keys
     else:
         keys = unit(array + 0.05 * np.random.default_rng(3).standard_normal(array.shape))
         rows = replace(cache.rows, keys=keys)
@@ -448,46 +505,35 @@ def test_changed_keys_give_the_answers_of_a_new_build(
     check_same(cache, fresh(cache), queries[:50])
     text_, exact = exact_parts(cache, queries[:50])
     np.testing.assert_allclose(cache.logits(queries[:50]), text_ + exact, atol=1e-3)
-    assert (cache.terms(queries[:50], 64).cache.numpy() <= exact * (1 + 1e-4) + 1e-4).all()
 
 
-@pytest.mark.parametrize("change", ["take", "add", "remove"])
-def test_the_tuned_effort_survives_changes_of_keys(change: str, material: tuple[Array, Array, Array, Array]) -> None:
+def test_the_tuned_effort_survives_changes_of_keys(material):
     array, ids, text, queries = material
     cache = model(array, ids, C, text, index="IVF16,Flat")
     assert cache.index.effort != 3
     cache.index.effort = 3
-    if change == "take":
-        cache = cache.take(np.arange(600))
-    elif change == "add":
-        cache.add(queries[:3], [0, 1, 2])
-    else:
-        cache.remove([5])
+    cache = cache.take(np.arange(600))
+    assert cache.index.effort == 3
+    cache.add(queries[:3], [0, 1, 2])
+    assert cache.index.effort == 3
+    cache.remove([5])
     assert cache.index.effort == 3
 
 
-def test_verify_finds_an_index_over_other_means(tmp_path: Path, material: tuple[Array, Array, Array, Array]) -> None:
+def test_an_index_of_other_keys_or_another_type_is_refused(tmp_path, material):
     array, ids, text, _ = material
     other = model(np.ascontiguousarray(array[::-1]), ids, C, text)
-    replace(model(array, ids, C, text), index=other.index).save(tmp_path / "index")
+    replace(model(array, ids, C, text), index=other.index).save(tmp_path / "means")
     with pytest.raises(StoreError, match="the FAISS index does not match"):
-        verify(tmp_path / "index")
-
-
-def test_an_index_type_that_contradicts_the_manifest_is_refused(
-    tmp_path: Path, material: tuple[Array, Array, Array, Array]
-) -> None:
-    array, ids, text, _ = material
+        verify(tmp_path / "means")
     cache = model(array, ids, C, text, index="Flat")
     cache.index.factory = "Classes"  # written to the manifest
-    cache.save(tmp_path / "index")
+    cache.save(tmp_path / "type")
     with pytest.raises(StoreError, match="does not match the manifest"):
-        CacheModel.load(tmp_path / "index", device="cpu")
+        CacheModel.load(tmp_path / "type", device="cpu")
 
 
-def test_settings_are_saved_with_and_without_a_new_index(
-    tmp_path: Path, material: tuple[Array, Array, Array, Array]
-) -> None:
+def test_settings_are_saved_with_and_without_a_new_index(tmp_path, material):
     array, ids, text, queries = material
     model(array, ids, C, text, index="Flat").save(tmp_path / "index")
     cache = CacheModel.load(tmp_path / "index", device="cpu")
@@ -502,13 +548,9 @@ def test_settings_are_saved_with_and_without_a_new_index(
     opened = verify(tmp_path / "index")
     assert (opened.index.factory, opened.settings.k, opened.settings.alpha, opened.version) == ("Classes", 128, 2.0, 3)
     check_same(opened, fresh(opened), queries[:50])
-    stale = CacheModel.load(tmp_path / "index", device="cpu")
-    cache.save_settings(tmp_path / "index")
-    with pytest.raises(StoreError, match="try again"):
-        stale.save(tmp_path / "index")
 
 
-def test_auto_sets_index_and_k(material: tuple[Array, Array, Array, Array]) -> None:
+def test_auto_sets_index_and_k(material):
     array, ids, text, queries = material
     few = model(array, ids, C, text, index="auto")
     assert (few.index.factory, few.settings.k) == ("Flat", None)
@@ -521,31 +563,23 @@ def test_auto_sets_index_and_k(material: tuple[Array, Array, Array, Array]) -> N
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "auto"])
-def test_precision_only_affects_all_keys_and_is_not_saved(
-    precision: str, tmp_path: Path, material: tuple[Array, Array, Array, Array]
-) -> None:
+def test_precision_only_affects_all_keys_and_is_not_saved(precision, tmp_path, material):
     array, ids, text, queries = material
     cache = model(array, ids, C, text, precision=precision)
     exact = model(array, ids, C, text)
     assert torch.equal(cache.logits(queries, 64), exact.logits(queries, 64))  # retrieved keys use float32
     assert torch.equal(cache.logits(queries), exact.logits(queries)) == (precision != "bfloat16")
     cache.save(tmp_path / "index")
-    exact.save(tmp_path / "exact")
-    one, other = (json.loads((tmp_path / name / "manifest.json").read_bytes()) for name in ("index", "exact"))
-    assert one.keys() == other.keys()
-    assert "precision" not in one
+    assert "precision" not in json.loads((tmp_path / "index" / "manifest.json").read_bytes())
     assert CacheModel.load(tmp_path / "index", device="cpu").precision == "auto"
     assert CacheModel.load(tmp_path / "index", device="cpu", precision="float32").precision == "float32"
 
 
-def test_close_answers_of_half_precision_are_recomputed_in_float32() -> None:
+def test_close_answers_of_half_precision_are_recomputed_in_float32():
     """Random queries have many close answers; half precision alone would change some of them."""
     rng = np.random.default_rng(5)
     common = 5 * rng.normal(size=48)
-    keys, queries = (
-        (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
-        for rows in (common + 5 * rng.normal(size=(m, 48)) for m in (1000, 4000))
-    )
+    keys, queries = (unit(common + 5 * rng.normal(size=(m, 48))) for m in (1000, 4000))
     ids, names = np.arange(1000) % 20, [f"class {i}" for i in range(20)]
     cache = CacheModel.from_features(keys, ids, names, settings=Settings(beta=8.0), device="cpu", precision="bfloat16")
     exact = replace(cache, precision="float32").logits(queries)

@@ -8,13 +8,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from clusters import round_clusters as clusters
 from tables import unit_rows, write_table
-from test_search_hp import C, D, clusters
 
 from retrieval_tip import CacheModel, Encoder, Recipe, open_source, verify
 from retrieval_tip.fit.finetune import finetune_into
 from retrieval_tip.fit.search_hp import validation_shots
 
+C, D = 5, 12
 NAMES = [f"class {i}" for i in range(C)]
 
 

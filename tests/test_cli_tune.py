@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dense import shots_like_clip
 from sealing import snapshot
 from tables import write_table
-from test_keys import made_module
 
 from retrieval_tip import CacheModel, verify
 from retrieval_tip.settings import KeysMet
@@ -24,11 +24,7 @@ COLUMNS = ["index", "effort", "k", "agreement", "microseconds", "chosen"]
 
 @pytest.fixture(scope="module")
 def features() -> dict[str, Any]:
-    maker = made_module().Made(c=C, d=32)
-    ids = np.repeat(np.arange(C), SHOTS)
-    return {
-        "keys": maker.draw(ids, 1), "ids": ids, "text": maker.text, "queries": maker.draw(maker.classes(Q, 2), 3)
-    }  # fmt: skip
+    return dict(zip(("keys", "ids", "text", "queries"), shots_like_clip(C, SHOTS, 32, Q), strict=True))
 
 
 @pytest.fixture

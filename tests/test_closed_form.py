@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import scipy.stats
 import torch
+from clusters import C, D, clusters, text_of, unit
 from conftest import examples, nearest_keys, needs_real, parts_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,27 +32,6 @@ from retrieval_tip.index import places as stores
 from retrieval_tip.retrieval import ridge
 from retrieval_tip.settings import Settings
 from retrieval_tip.store.sums import Sums
-
-C, D = 5, 16
-
-
-def unit(x):
-    return x / np.linalg.norm(x, axis=-1, keepdims=True)
-
-
-def clusters(shots, seed=0, spread=0.6, c=C, d=D):
-    """Return unit features ``[c * shots, d]``, which vary most in a few uninformative directions, and class ids."""
-    draw = np.random.default_rng(seed)
-    means = np.random.default_rng(99).normal(size=(c, d))
-    wide = np.ones(d)
-    wide[: d // 4] = 4
-    features = np.repeat(means, shots, 0) + spread * draw.normal(size=(c * shots, d)) * wide
-    return unit(features).astype(np.float32), np.repeat(np.arange(c), shots)
-
-
-def text_of(c=C, d=D, seed=99, noise=1.0):
-    means = np.random.default_rng(seed).normal(size=(c, d))
-    return unit(means + noise * np.random.default_rng(3).normal(size=means.shape)).astype(np.float32)
 
 
 def model(shots=6, text=True, seed=0, **options):

@@ -6,9 +6,9 @@ import json
 
 import numpy as np
 import pytest
+from clusters import round_clusters as clusters
 from conftest import SOAK, needs_real
 from serving import caltech_photos
-from test_search_hp import clusters
 
 from retrieval_tip.errors import UsageError
 from retrieval_tip.retrieval.defaults import DOUBT, UNTOUCHED, Statistics, measure, plain_settings

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from clusters import round_clusters as clusters
 from conftest import cache_of, examples, needs_real
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tables import tiny, unit, unit_rows, write_table
-from test_search_hp import C, D, clusters
 from torch.nn import functional
 
 from retrieval_tip import CacheModel, verify
@@ -33,6 +33,7 @@ from retrieval_tip.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+C, D = 5, 12
 NAMES = [f"class {i}" for i in range(C)]
 SHOTS = 37  # classes of 8 and 7 shots
 OWN = Recipe(batch=16, epochs=4)

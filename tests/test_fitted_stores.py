@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from clusters import clusters, text_of
 from conftest import SOAK, few, nearest_keys
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from tables import write_table
-from test_closed_form import clusters, text_of
 from test_stores import STEPS, _bucket_and_one_thread, copied, done, everything, labels_of, made, put, refused, step  # noqa: F401
 
 from retrieval_tip import model as index_model

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -16,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from conftest import ROOT, examples
+from conftest import examples
+from dense import Case, Largest, affinity, cache_logits, cases, shots_like_clip
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tables import unit
-from torch.utils._python_dispatch import TorchDispatchMode
+from made import Made
 
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.retrieval import keys as keys_module
@@ -29,56 +26,17 @@ from retrieval_tip.retrieval.keys import Keys, index_over
 Array = npt.NDArray[Any]
 
 
-def made_module() -> ModuleType:
-    """Return the module ``benchmarks/made.py``, whose features have cosines like CLIP's."""
-    name = "benchmarks_made"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / "made.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-def dense(features: Array, array: Array, ids: Array, c: int, beta: float, values: Array | None = None) -> Array:
-    """Return the cache logits by definition, in float64."""
-    A = features.astype(np.float64) @ array.astype(np.float64).T
-    return np.exp(-beta * (1 - A)) @ (np.eye(c)[ids] if values is None else values.astype(np.float64))
-
-
 @contextmanager
 def blocks(queries: int, of_keys: int, gathered: int = 1 << 23) -> Iterator[None]:
     with mock.patch.multiple(keys_module, QUERY_BLOCK=queries, KEY_BLOCK=of_keys, GATHERED=gathered):
         yield
 
 
-class Case:
-    """Random queries ``[q, d]``, and ``counts[c]`` keys of each class ``c``."""
-
-    def __init__(self, seed: int, counts: list[int], q: int, d: int, half: bool = False) -> None:
-        rng = np.random.default_rng(seed)
-        self.c, self.ids = len(counts), np.repeat(np.arange(len(counts)), counts)
-        means = rng.standard_normal((self.c, d))
-        self.array = unit(means[self.ids] + 0.7 * rng.standard_normal((len(self.ids), d)))
-        if half:
-            self.array = self.array.astype(np.float16)
-        self.f = unit(means[rng.integers(self.c, size=q)] + 0.7 * rng.standard_normal((q, d)))
-        self.values = rng.standard_normal((len(self.ids), self.c)).astype(np.float32)
-        self.rng = rng
-
-    def keys(self, **options: Any) -> Keys:
-        return Keys(self.array, self.ids, self.c, **options)
-
-    @property
-    def features(self) -> torch.Tensor:
-        return torch.from_numpy(self.f)
+def keys_of(case: Case, **options: Any) -> Keys:
+    return Keys(case.K, case.y, case.c, **options)
 
 
-counts_of_classes = st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any)
-small_cases = st.builds(
-    Case, st.integers(0, 2**32), counts_of_classes, st.integers(0, 9), st.integers(1, 9), st.booleans()
-)
+small_cases = cases(least_d=1, least_q=0, half=st.booleans())
 betas = st.floats(0, 20)
 block_sizes = st.tuples(st.integers(1, 5), st.integers(1, 12), st.integers(1, 60))
 
@@ -97,12 +55,12 @@ def test_all_keys_give_the_dense_sum_for_any_shape_and_blocks(
     folder: Path, case: Case, beta: float, sizes: tuple[int, int, int], valued: bool, mapped: bool
 ) -> None:
     if mapped:
-        np.save(folder / "keys.npy", case.array)
-        case.array = np.load(folder / "keys.npy", mmap_mode="c")
-    values = case.values if valued else None
-    expected = dense(case.f, case.array, case.ids, case.c, beta, values)
+        np.save(folder / "keys.npy", case.K)
+        case.K = np.load(folder / "keys.npy", mmap_mode="c")
+    values = case.V if valued else None
+    expected = case.logits(beta, values)
     with blocks(*sizes):
-        found = case.keys().cache_logits(case.features, beta, None if values is None else torch.from_numpy(values))
+        found = keys_of(case).cache_logits(case.queries, beta, None if values is None else torch.from_numpy(values))
     assert (found.dtype, tuple(found.shape)) == (torch.float32, expected.shape)
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
 
@@ -111,15 +69,15 @@ def test_all_keys_give_the_dense_sum_for_any_shape_and_blocks(
 @given(small_cases, block_sizes)
 def test_class_sums_and_means_match_numpy(case: Case, sizes: tuple[int, int, int]) -> None:
     with blocks(*sizes):
-        keys = case.keys()
+        keys = keys_of(case)
         sums, means = keys.sums, keys.means
         together = torch.cat([rows.clone() for rows, _ in keys.blocks()])
-    one_hot = np.eye(case.c)[case.ids]
-    expected = one_hot.T @ case.array.astype(np.float64)
+    one_hot = np.eye(case.c)[case.y]
+    expected = one_hot.T @ case.K.astype(np.float64)
     np.testing.assert_allclose(sums, expected, atol=1e-6)
     np.testing.assert_allclose(means, expected / np.maximum(one_hot.sum(0), 1)[:, None], atol=1e-6)
-    np.testing.assert_array_equal(together, case.array.astype(np.float32))
-    assert keys.mean_count == pytest.approx(len(case.ids) / len(set(case.ids.tolist())))
+    np.testing.assert_array_equal(together, case.K.astype(np.float32))
+    assert keys.mean_count == pytest.approx(len(case.y) / len(set(case.y.tolist())))
 
 
 @pytest.mark.parametrize("per_class", [3, 40])
@@ -134,32 +92,17 @@ def test_class_sums_do_not_accumulate_rounding_errors(per_class: int) -> None:
         np.testing.assert_array_equal(keys.sums.numpy(), np.full((3, 2), expected))
 
 
-class Largest(TorchDispatchMode):
-    """Largest number of values in any tensor that torch returned inside the context."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.most = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
-        result = function(*arguments, **(named or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, torch.Tensor):
-                self.most = max(self.most, tensor.numel())
-        return result
-
-
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("form", ["float32", "bfloat16", "values"])
 def test_no_tensor_exceeds_a_block_the_outputs_or_the_keys(form: str, half: bool) -> None:
     case = Case(1, [100, 0, 150, 50], q=96, d=5, half=half)
     precision = "bfloat16" if form == "bfloat16" else "float32"
-    values = torch.from_numpy(case.values) if form == "values" else None
+    values = torch.from_numpy(case.V) if form == "values" else None
     with blocks(16, 24):
-        keys = case.keys(precision=precision)
-        keys.cache_logits(case.features, 3.0)  # caches the sums, and the keys in half precision
+        keys = keys_of(case, precision=precision)
+        keys.cache_logits(case.queries, 3.0)  # caches the sums, and the keys in half precision
         with Largest() as largest:
-            keys.cache_logits(case.features, 3.0, values)
+            keys.cache_logits(case.queries, 3.0, values)
     outputs, all_keys = 96 * 4, 300 * 5  # far fewer than all affinities, 300 * 96
     assert largest.most <= max(outputs, 16 * 24, all_keys)
 
@@ -175,19 +118,17 @@ def test_keys_not_grouped_by_class_are_refused() -> None:
 
 
 @pytest.fixture(scope="module")
-def synthetic() -> tuple[Any, Array, Array, Array]:
-    """Synthetic features: their generator, 2000 keys, their class ids, 4096 queries."""
-    maker = made_module().Made(c=100, d=256)
-    ids = np.repeat(np.arange(100), 20)
-    return maker, maker.draw(ids, 1), ids, maker.draw(maker.classes(4096, 2), 3)
+def synthetic() -> tuple[Array, Array, Array, Array]:
+    """2000 keys, their class ids, text weights and 4096 queries."""
+    return shots_like_clip(100, 20, 256, 4096)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_half_precision_changes_few_predictions(synthetic: tuple[Any, Array, Array, Array], precision: str) -> None:
-    generator, array, ids, queries = synthetic
+def test_half_precision_changes_few_predictions(synthetic: tuple[Array, Array, Array, Array], precision: str) -> None:
+    array, ids, text_weights, queries = synthetic
     alpha, beta = 1.0, 5.5
-    text = 100 * queries.astype(np.float64) @ generator.text.T.astype(np.float64)
-    exact = dense(queries, array, ids, 100, beta)
+    text = 100 * affinity(queries, text_weights)
+    exact = cache_logits(affinity(queries, array), ids, 100, beta)
     found = Keys(array, ids, 100, precision=precision).cache_logits(torch.from_numpy(queries), beta).numpy()
     winners = (text + alpha * exact).argmax(1)
     assert 0.5 < (winners == text.argmax(1)).mean() < 0.99  # the cache matters
@@ -197,8 +138,8 @@ def test_half_precision_changes_few_predictions(synthetic: tuple[Any, Array, Arr
     assert 0 < error <= 2e-3  # half precision was used
 
 
-def test_half_precision_is_more_accurate_with_centred_keys(synthetic: tuple[Any, Array, Array, Array]) -> None:
-    _, array, ids, queries = synthetic
+def test_half_precision_is_more_accurate_with_centred_keys(synthetic: tuple[Array, Array, Array, Array]) -> None:
+    array, ids, _, queries = synthetic
     beta = 5.5
     f, K = torch.from_numpy(queries[:512]), torch.from_numpy(array)
     exact = f.double() @ K.double().T
@@ -207,7 +148,7 @@ def test_half_precision_is_more_accurate_with_centred_keys(synthetic: tuple[Any,
     relative = (f.bfloat16() @ (K - centre).bfloat16().T).double() + (f.double() @ centre.double())[:, None]
     naive, centred = ((x - exact).square().mean().sqrt() for x in (whole, relative))
     assert centred < naive / 2
-    true = dense(queries[:512], array, ids, 100, beta)
+    true = cache_logits(affinity(queries[:512], array), ids, 100, beta)
     of_whole = torch.exp(-beta * (1 - whole)).numpy() @ np.eye(100)[ids]
     found = Keys(array, ids, 100, precision="bfloat16").cache_logits(f, beta).numpy()
     assert np.abs(found / true - 1).mean() < np.abs(of_whole / true - 1).mean() / 2
@@ -217,31 +158,31 @@ def test_half_precision_is_more_accurate_with_centred_keys(synthetic: tuple[Any,
 @given(small_cases, block_sizes, st.sampled_from(["bfloat16", "float16"]))
 def test_half_precision_is_accurate_for_any_shape_and_blocks(case: Case, sizes: tuple[int, int, int], to: str) -> None:
     beta = 3.0
-    expected = dense(case.f, case.array, case.ids, case.c, beta)
+    expected = case.logits(beta)
     with blocks(*sizes):
-        found = case.keys(precision=to).cache_logits(case.features, beta)
+        found = keys_of(case, precision=to).cache_logits(case.queries, beta)
     # a product of vectors of length up to 2 has an error of a few roundings, and the exponent beta times that error
     np.testing.assert_allclose(found, expected, rtol=beta * 8 * torch.finfo(getattr(torch, to)).eps, atol=1e-6)
 
 
 def test_values_are_always_summed_in_float32() -> None:
     case = Case(5, [30, 20], q=20, d=8)
-    values = torch.from_numpy(case.values)
-    found = case.keys(precision="bfloat16").cache_logits(case.features, 5.5, values)
-    assert torch.equal(found, case.keys().cache_logits(case.features, 5.5, values))
+    values = torch.from_numpy(case.V)
+    found = keys_of(case, precision="bfloat16").cache_logits(case.queries, 5.5, values)
+    assert torch.equal(found, keys_of(case).cache_logits(case.queries, 5.5, values))
 
 
 def test_auto_and_int8_use_float32_for_products() -> None:
     case = Case(6, [300, 200], q=100, d=64)
-    exact = case.keys().cache_logits(case.features, 5.5)
+    exact = keys_of(case).cache_logits(case.queries, 5.5)
     for precision in ("auto", "int8"):
-        assert torch.equal(case.keys(precision=precision).cache_logits(case.features, 5.5), exact)
+        assert torch.equal(keys_of(case, precision=precision).cache_logits(case.queries, 5.5), exact)
 
 
 def test_an_unknown_precision_is_refused() -> None:
     for name in ("float64", "half", "", "Float32"):
         with pytest.raises(UsageError, match=f"^precision '{name}'"):
-            Case(0, [2], q=1, d=2).keys(precision=name)
+            keys_of(Case(0, [2], q=1, d=2), precision=name)
 
 
 # ------------------------------------------------------------------------------------------------ classes and rows
@@ -262,9 +203,9 @@ def test_requested_classes_get_their_dense_sum_and_others_get_0(
     given_: tuple[Case, Array, Array], beta: float, sizes: tuple[int, int, int]
 ) -> None:
     case, classes, met = given_
-    expected = np.take_along_axis(dense(case.f, case.array, case.ids, case.c, beta), classes, axis=1) * met
+    expected = np.take_along_axis(case.logits(beta), classes, axis=1) * met
     with blocks(*sizes):
-        found = case.keys().class_logits(case.features, torch.from_numpy(classes), torch.from_numpy(met), beta)
+        found = keys_of(case).class_logits(case.queries, torch.from_numpy(classes), torch.from_numpy(met), beta)
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
     assert (found.numpy()[~met] == 0).all()
 
@@ -273,12 +214,12 @@ def test_requested_classes_get_their_dense_sum_and_others_get_0(
 @given(some_classes())
 def test_rows_of_classes_are_exactly_the_keys_of_requested_classes(given_: tuple[Case, Array, Array]) -> None:
     case, classes, _ = given_
-    rows = case.keys().every_of_classes(case.features, torch.from_numpy(classes)).rows.numpy()
+    rows = keys_of(case).every_of_classes(case.queries, torch.from_numpy(classes)).rows.numpy()
     assert len(rows) == len(classes)
     longest = 0
     for row, own in zip(rows, classes, strict=True):
         filled = row[row >= 0]
-        assert sorted(filled.tolist()) == np.flatnonzero(np.isin(case.ids, own)).tolist()
+        assert sorted(filled.tolist()) == np.flatnonzero(np.isin(case.y, own)).tolist()
         assert (row[len(filled) :] == -1).all()  # empty slots come last
         longest = max(longest, len(filled))
     assert rows.shape[1] == longest
@@ -287,22 +228,21 @@ def test_rows_of_classes_are_exactly_the_keys_of_requested_classes(given_: tuple
 @settings(max_examples=examples(40), deadline=None)
 @given(small_cases, st.integers(0, 7), st.integers(1, 60))
 def test_affinities_to_chosen_keys_match_numpy_and_are_0_in_empty_slots(case: Case, k: int, gathered: int) -> None:
-    rows = case.rng.integers(-1, len(case.ids), size=(len(case.f), k))
+    rows = case.rng.integers(-1, len(case.y), size=(len(case.f), k))
     with blocks(3, 3, gathered):
-        found = case.keys().affinity(case.features, torch.from_numpy(rows))
-    exact = case.f.astype(np.float64) @ case.array.astype(np.float64).T
-    expected = np.where(rows < 0, 0, np.take_along_axis(exact, np.maximum(rows, 0), axis=1))
+        found = keys_of(case).affinity(case.queries, torch.from_numpy(rows))
+    expected = np.where(rows < 0, 0, np.take_along_axis(case.A, np.maximum(rows, 0), axis=1))
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_class_logits_and_affinities_need_no_tensor_larger_than_their_inputs() -> None:
     case = Case(3, [30, 50, 0, 40], q=60, d=16)
-    keys = case.keys()
+    keys = keys_of(case)
     classes = torch.arange(4).repeat(60, 1)
     rows = torch.from_numpy(case.rng.integers(0, 120, size=(60, 11)))
     with blocks(8, 16, gathered=128), Largest() as largest:
-        keys.class_logits(case.features, classes, torch.ones(60, 4, dtype=torch.bool), 3.0)
-        keys.affinity(case.features, rows)
+        keys.class_logits(case.queries, classes, torch.ones(60, 4, dtype=torch.bool), 3.0)
+        keys.affinity(case.queries, rows)
     # a copy of the 3 non-empty classes for each query would take 60 * 3 * 16 values
     assert largest.most <= max(60 * 16, 60 * 11, 11 * 16, 8 * 16)
 
@@ -310,11 +250,11 @@ def test_class_logits_and_affinities_need_no_tensor_larger_than_their_inputs() -
 @pytest.mark.parametrize("factory", ["Classes", "Classes,Flat"])
 def test_an_index_of_classes_holds_class_means(factory: str) -> None:
     case = Case(4, [3, 0, 5, 1], q=6, d=7)
-    index = index_over(case.array, case.ids, 4, factory, "cpu")
+    index = index_over(case.K, case.y, 4, factory, "cpu")
     means = np.zeros((4, 7))
     for i in range(4):
-        if (case.ids == i).any():
-            means[i] = case.array[case.ids == i].astype(np.float64).mean(0)
+        if (case.y == i).any():
+            means[i] = case.K[case.y == i].astype(np.float64).mean(0)
     affinity, classes = index.search(case.f, 9)
     exact = case.f.astype(np.float64) @ means.T
     assert (index.n, index.by_class, index.exact_search) == (4, True, False)
@@ -327,7 +267,7 @@ def test_an_index_of_classes_holds_class_means(factory: str) -> None:
 
 def excess_of(array: Array, ids: Array, c: int, f: Array, own: Array, beta: float) -> Array:
     """Return by which factor the sum of each query's 8 nearest other classes exceeds the sum at the mean affinity."""
-    A = f.astype(np.float64) @ array.astype(np.float64).T
+    A = affinity(f, array)
     one_hot = np.eye(c)[ids]
     counts = one_hot.sum(0)
     mean = A @ one_hot / counts
@@ -337,10 +277,10 @@ def excess_of(array: Array, ids: Array, c: int, f: Array, own: Array, beta: floa
 
 
 @pytest.mark.parametrize("beta", [1.0, 5.5, 20.0])
-def test_new_queries_rarely_exceed_the_slack(synthetic: tuple[Any, Array, Array, Array], beta: float) -> None:
-    generator, array, ids, queries = synthetic
+def test_new_queries_rarely_exceed_the_slack(synthetic: tuple[Array, Array, Array, Array], beta: float) -> None:
+    array, ids, _, queries = synthetic
     slack = Keys(array, ids, 100).slack(beta)
-    excess = excess_of(array, ids, 100, queries[:1000], generator.classes(4096, 2)[:1000], beta)
+    excess = excess_of(array, ids, 100, queries[:1000], Made(c=100, d=256).classes(4096, 2)[:1000], beta)
     assert 0 < (excess > slack).mean() <= 0.01  # a quantile of a sample
     assert slack <= 1.5 * np.quantile(excess, 0.999)  # not an arbitrarily large value
 
@@ -349,18 +289,18 @@ def test_new_queries_rarely_exceed_the_slack(synthetic: tuple[Any, Array, Array,
 @given(small_cases, st.one_of(betas, st.sampled_from([0.0, 100.0, 1e3, 1e6, 1e30])))
 def test_slack_is_never_negative_or_undefined(case: Case, beta: float) -> None:
     """A sum of exponentials is at least the exponential of the mean. With a negative slack, no class would be met."""
-    assert case.keys().slack(beta) >= 0
+    assert keys_of(case).slack(beta) >= 0
 
 
 def test_slack_is_0_for_classes_of_one_key() -> None:
     case = Case(6, [1] * 9, q=1, d=8)
-    assert case.keys().slack(5.5) == pytest.approx(0, abs=1e-5)
-    assert Case(6, [9], q=1, d=8).keys().slack(5.5) == 0  # no other class
+    assert keys_of(case).slack(5.5) == pytest.approx(0, abs=1e-5)
+    assert keys_of(Case(6, [9], q=1, d=8)).slack(5.5) == 0  # no other class
 
 
 def test_slack_grows_with_beta_from_0() -> None:
     case = Case(7, [8] * 6, q=1, d=8)
-    slacks = [case.keys().slack(beta) for beta in (0.0, 1.0, 5.5, 20.0)]
+    slacks = [keys_of(case).slack(beta) for beta in (0.0, 1.0, 5.5, 20.0)]
     assert slacks[0] == pytest.approx(0, abs=1e-6)
     assert all(less < more for less, more in pairwise(slacks))
 
@@ -368,9 +308,9 @@ def test_slack_grows_with_beta_from_0() -> None:
 def test_class_ids_may_be_a_read_only_int32_array() -> None:
     """Arrow returns such arrays."""
     case = Case(9, [4, 0, 6], q=5, d=4)
-    ids = case.ids.astype(np.int32)
+    ids = case.y.astype(np.int32)
     ids.flags.writeable = False
-    keys = Keys(case.array, ids, 3)
+    keys = Keys(case.K, ids, 3)
     assert keys.class_ids.dtype == torch.int64
-    assert keys.slack(5.5) == case.keys().slack(5.5)
-    assert torch.equal(keys.cache_logits(case.features, 5.5), case.keys().cache_logits(case.features, 5.5))
+    assert keys.slack(5.5) == keys_of(case).slack(5.5)
+    assert torch.equal(keys.cache_logits(case.queries, 5.5), keys_of(case).cache_logits(case.queries, 5.5))

@@ -8,9 +8,9 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from clusters import C, clusters, text_of
 from PIL import Image
 from serving import caltech_photos
-from test_closed_form import C, clusters, text_of
 
 from retrieval_tip import CacheModel
 from retrieval_tip.data import images

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from clusters import round_clusters as clusters
 from conftest import examples, needs_real, parts_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,16 +21,6 @@ from retrieval_tip.fit.folds import Queries
 from retrieval_tip.fit.search_hp import right_between, search
 from retrieval_tip.model import CacheModel
 from retrieval_tip.settings import Built, Settings
-
-
-def clusters(n, c, d, seed, spread=0.6):
-    """Return unit rows around one centre per class, and their class ids."""
-    generator = np.random.default_rng(seed)
-    centres = np.random.default_rng(99).normal(size=(c, d))
-    ids = np.arange(n) % c
-    rows = centres[ids] + spread * generator.normal(size=(n, d)) * np.sqrt(d) / 2
-    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32), ids
-
 
 C, D = 5, 12
 

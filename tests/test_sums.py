@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from clusters import unit
 from conftest import examples
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from sealing import body_of, sealed
-from test_closed_form import unit
 
 from retrieval_tip import CacheModel
 from retrieval_tip.errors import StoreError

@@ -4,215 +4,94 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow.parquet as pq
 import pytest
 import scipy.special
 import torch
 from conftest import ROOT, examples, needs_real
-from hypothesis import assume, given, settings
+from dense import Case, Largest, betas, cases, food, nearest
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from tables import write_table
+from tables import unit, write_table
 
 from retrieval_tip import tip
 from retrieval_tip.model import CacheModel
 from retrieval_tip.settings import Settings
 
-Array = npt.NDArray[np.float64]
 BETAS = (0.1, 1.0, 5.5, 20.0, 50.0)
+some_cases = cases(off_sphere=st.booleans(), shuffled=st.just(True))
 
 
-@dataclass(frozen=True)
-class Case:
-    """Queries ``f``, keys ``K`` of classes ``y`` out of ``c``, text weights ``W``."""
-
-    f: Array
-    K: Array
-    y: npt.NDArray[np.int64]
-    W: Array
-
-    @property
-    def c(self) -> int:
-        return len(self.W)
-
-    @property
-    def A(self) -> Array:
-        return self.f @ self.K.T
-
-    def tensors(self, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return (
-            torch.from_numpy(self.f).to(dtype),
-            torch.from_numpy(self.K).to(dtype),
-            torch.from_numpy(self.y),
-        )
-
-    def totals(self, dtype: torch.dtype = torch.float64) -> tip.Totals:
-        f, K, y = self.tensors(dtype)
-        sums = torch.from_numpy(np.eye(self.c)[self.y].T).to(dtype) @ K
-        return tip.Totals.of(f, sums, torch.bincount(y, minlength=self.c))
-
-    def retrieved(self, k: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return affinities and class ids of the k nearest keys of each query."""
-        f, K, y = self.tensors(dtype)
-        near, rows = tip.affinity(f, K).topk(min(k, len(y)), dim=1)
-        return near, y[rows]
-
-
-def dense(A: Array, y: npt.NDArray[np.int64], c: int, beta: float, keep: npt.NDArray[np.bool_] | None = None) -> Array:
-    """Return exp(-beta (1 - A)) times the one-hot labels, over all keys or only those in ``keep``."""
-    weights = np.exp(-beta * (1 - A))
-    if keep is not None:
-        weights = weights * keep
-    one_hot: Array = np.eye(c)[y]
-    return weights @ one_hot
-
-
-def top_mask(A: Array, k: int) -> npt.NDArray[np.bool_]:
-    rank = np.argsort(np.argsort(-A, axis=1, kind="stable"), axis=1)
-    return rank < k
-
-
-def unit(x: Array) -> Array:
-    return x / np.linalg.norm(x, axis=1, keepdims=True)
-
-
-def random_case(seed: int, counts: tuple[int, ...], q: int = 7, d: int = 12, off_sphere: bool = False) -> Case:
-    """Return classes of ``counts`` keys around one mean per class, with the keys in random order."""
-    rng = np.random.default_rng(seed)
-    means = unit(rng.standard_normal((len(counts), d)))
-    y = rng.permutation(np.repeat(np.arange(len(counts)), counts))
-    K = unit(means[y] + rng.standard_normal((len(y), d)) * rng.uniform(0.05, 0.5))
-    if off_sphere:
-        K = K * rng.uniform(0.5, 1.6, size=(len(y), 1))
-    f = unit(means[rng.integers(len(counts), size=q)] + rng.standard_normal((q, d)) * 0.3)
-    return Case(f, K, y, unit(means + rng.standard_normal(means.shape) * 0.3))
-
-
-def food(shared: Path, shots: int) -> Case:
-    def features(part: str) -> tuple[Array, list[str]]:
-        table = pq.read_table(shared / "data" / "clip-food9" / f"{part}.parquet")
-        return np.stack(table["feature"].to_numpy()).astype(np.float64), table["label"].to_pylist()
-
-    W, names = features("text")
-    K, labels = features("train")
-    f, _ = features("test")
-    y = np.array([names.index(label) for label in labels])
-    chosen = np.concatenate([np.flatnonzero(y == i)[: shots - i % 3] for i in range(len(names))])  # unbalanced
-    return Case(f[::5], K[chosen], y[chosen], W)
-
-
-@st.composite
-def cases(draw: st.DrawFn, least_d: int = 2) -> Case:
-    counts = tuple(draw(st.lists(st.integers(0, 6), min_size=1, max_size=6)))
-    assume(sum(counts) > 0)
-    seed = draw(st.integers(0, 2**32 - 1))
-    return random_case(
-        seed, counts, q=draw(st.integers(1, 5)), d=draw(st.integers(least_d, 10)), off_sphere=draw(st.booleans())
-    )
-
-
-betas = st.floats(0.1, 50)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 5e-4)])
+@settings(max_examples=examples(250), deadline=None)
+@given(
+    case=some_cases,
+    beta=betas,
+    k=st.none() | st.integers(1, 40),
+    slots=st.integers(0, 3),
+    tail=st.booleans(),
+    valued=st.booleans(),
+)
+def test_cache_logits_equal_the_dense_sum(case, beta, k, slots, tail, valued, dtype, tolerance):
+    """Over all keys, some of them masked, or over the ``k`` nearest and empty slots of any affinity and row."""
+    f, K, y = case.tensors(dtype)
+    if k is None:
+        met = case.rng.random(len(y)) < 0.8
+        near, rows, ids = tip.affinity(f, K), None, torch.where(torch.from_numpy(met), y, case.c)
+    else:
+        met = nearest(case.A, k)
+        near, ids, rows = case.retrieved(k, dtype)
+        order = torch.from_numpy(case.rng.permutation(near.shape[1] + slots))
+        empty = (len(f), slots)
+        near = torch.cat([near, torch.full(empty, 0.9, dtype=dtype)], dim=1)[:, order]
+        ids = torch.cat([ids, torch.full(empty, case.c)], dim=1)[:, order]
+        rows = torch.cat([rows, torch.from_numpy(case.rng.integers(len(y), size=empty))], dim=1)[:, order]
+    V, sums = torch.from_numpy(case.V).to(dtype), torch.from_numpy(np.eye(case.c)[case.y].T @ case.V).to(dtype)
+    totals = case.totals(dtype) if tail else None
+    found = tip.cache_logits(near, ids, case.c, beta, totals, tip.Values(V, rows, sums) if valued else None)
+    scale = case.logits(beta, abs(case.V) if valued else None).max()
+    expected = case.logits(beta, case.V if valued else None, met, tail=tail)
+    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance * scale)
+    if not valued:
+        assert (found[:, np.bincount(case.y, minlength=case.c) == 0] == 0).all()
 
 
 @settings(max_examples=examples(150), deadline=None)
-@given(cases(), betas)
-def test_all_keys_give_the_dense_sum(case: Case, beta: float) -> None:
-    f, K, y = case.tensors()
-    cache = tip.cache_logits(tip.affinity(f, K), y, case.c, beta)
-    np.testing.assert_allclose(cache, dense(case.A, case.y, case.c, beta), rtol=1e-11)
-    assert (cache[:, np.bincount(case.y, minlength=case.c) == 0] == 0).all()
-
-
-@pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("shots", [3, 16])
-def test_real_features_give_the_dense_sum_in_float32(shared: Path, shots: int, beta: float) -> None:
-    case = food(shared, shots)
-    f, K, y = case.tensors(torch.float32)
-    expected = dense(case.A, case.y, case.c, beta)
-    np.testing.assert_allclose(tip.cache_logits(tip.affinity(f, K), y, case.c, beta), expected, rtol=1e-4)
-    near, ids = case.retrieved(20, torch.float32)
-    mask = top_mask(case.A, 20)
-    np.testing.assert_allclose(
-        tip.cache_logits(near, ids, case.c, beta), dense(case.A, case.y, case.c, beta, mask), rtol=1e-4
-    )
-
-
-@settings(max_examples=examples(150), deadline=None)
-@given(cases(), betas, st.integers(1, 40))
-def test_top_k_gives_the_dense_sum_over_the_top_k(case: Case, beta: float, k: int) -> None:
-    near, ids = case.retrieved(k)  # k may exceed n
-    expected = dense(case.A, case.y, case.c, beta, top_mask(case.A, k))
-    np.testing.assert_allclose(tip.cache_logits(near, ids, case.c, beta), expected, rtol=1e-11)
-
-
-@settings(max_examples=examples(150), deadline=None)
-@given(cases(), betas, st.integers(1, 40))
-def test_the_tail_counts_other_keys_at_their_mean_affinity(case: Case, beta: float, k: int) -> None:
-    near, ids = case.retrieved(k)
-    left = ~top_mask(case.A, k)
-    expected = dense(case.A, case.y, case.c, beta, ~left)
-    for q in range(len(case.f)):
-        for c in range(case.c):
-            rest = case.A[q, left[q] & (case.y == c)]
-            if rest.size:
-                expected[q, c] += rest.size * np.exp(-beta * (1 - rest.mean()))
-    np.testing.assert_allclose(tip.cache_logits(near, ids, case.c, beta, case.totals()), expected, rtol=1e-9)
-
-
-@settings(max_examples=examples(150), deadline=None)
-@given(cases(), betas, st.integers(1, 40))
-def test_logits_with_a_tail_lie_between_those_of_top_k_and_all_keys(case: Case, beta: float, k: int) -> None:
+@given(some_cases, betas, st.integers(1, 40))
+def test_logits_with_a_tail_lie_between_those_of_top_k_and_all_keys(case, beta, k):
     """The exponential is convex (Jensen)."""
-    near, ids = case.retrieved(k)
-    plain = tip.cache_logits(near, ids, case.c, beta).numpy()
-    tail = tip.cache_logits(near, ids, case.c, beta, case.totals()).numpy()
-    exact = dense(case.A, case.y, case.c, beta)
+    near, ids, _ = case.retrieved(k)
+    plain, tail = (tip.cache_logits(near, ids, case.c, beta, totals).numpy() for totals in (None, case.totals()))
     assert (plain <= tail).all()
-    assert (tail <= exact * (1 + 1e-10)).all()
+    assert (tail <= case.logits(beta) * (1 + 1e-10)).all()
 
 
 @needs_real
-def test_the_tail_reduces_the_error_of_top_k_on_real_features(shared: Path) -> None:
+def test_the_tail_reduces_the_error_of_top_k_on_real_features(shared):
     case = food(shared, 16)
-    near, ids = case.retrieved(16)
-    exact = dense(case.A, case.y, case.c, 5.5)
-    plain = np.abs(tip.cache_logits(near, ids, case.c, 5.5).numpy() - exact).max()
-    tail = np.abs(tip.cache_logits(near, ids, case.c, 5.5, case.totals()).numpy() - exact).max()
+    near, ids, _ = case.retrieved(16)
+    plain, tail = (
+        np.abs(tip.cache_logits(near, ids, case.c, 5.5, totals).numpy() - case.logits(5.5)).max()
+        for totals in (None, case.totals())
+    )
     assert tail < plain / 10
 
 
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_tail_adds_nothing_if_every_key_is_retrieved(dtype: torch.dtype, beta: float) -> None:
-    case = random_case(3, (1, 9, 3, 30), off_sphere=True)
-    near, ids = case.retrieved(len(case.y), dtype)
+def test_the_tail_adds_nothing_if_every_key_is_retrieved(dtype, beta):
+    case = Case(3, [1, 9, 3, 30], off_sphere=True)
+    near, ids, _ = case.retrieved(len(case.y), dtype)
     with_tail = tip.cache_logits(near, ids, case.c, beta, case.totals(dtype))
     assert torch.equal(with_tail, tip.cache_logits(near, ids, case.c, beta))
 
 
 @settings(max_examples=examples(100), deadline=None)
-@given(cases(), betas, st.integers(1, 10), st.integers(1, 4), st.booleans())
-def test_empty_slots_are_ignored(case: Case, beta: float, k: int, slots: int, tail: bool) -> None:
-    near, ids = case.retrieved(k)
-    totals = case.totals() if tail else None
-    shape = (len(near), slots)
-    padded = torch.cat([near, torch.full(shape, 0.9, dtype=near.dtype)], dim=1)  # an affinity that would matter
-    padded_ids = torch.cat([ids, torch.full(shape, case.c)], dim=1)
-    torch.testing.assert_close(
-        tip.cache_logits(padded, padded_ids, case.c, beta, totals), tip.cache_logits(near, ids, case.c, beta, totals)
-    )
-
-
-@settings(max_examples=examples(100), deadline=None)
-@given(cases(), betas, st.lists(st.integers(0, 36), max_size=4))
-def test_blocks_of_keys_add_up(case: Case, beta: float, cuts: list[int]) -> None:
+@given(some_cases, betas, st.lists(st.integers(0, 36), max_size=4))
+def test_blocks_of_keys_add_up(case, beta, cuts):
     f, K, y = case.tensors()
     whole = tip.cache_logits(tip.affinity(f, K), y, case.c, beta)
     edges = [0, *sorted(min(cut, len(y)) for cut in cuts), len(y)]
@@ -223,15 +102,26 @@ def test_blocks_of_keys_add_up(case: Case, beta: float, cuts: list[int]) -> None
     torch.testing.assert_close(torch.stack(parts).sum(0), whole, rtol=1e-12, atol=0)
 
 
-def test_rest_returns_number_and_mean_affinity_of_other_keys() -> None:
-    case = Case(np.eye(2)[:1], np.array([[0.9, 0], [0.5, 0], [0.1, 0], [0.7, 0]]), np.array([0, 0, 0, 1]), np.eye(2))
-    number, mean = case.totals().rest(*case.retrieved(2))  # 0.9 of class 0 and 0.7 of class 1
-    assert number.tolist() == [[2, 0]]
-    np.testing.assert_allclose(mean, [[0.3, 0]])
+@pytest.mark.parametrize("tail", [False, True])
+def test_no_tensor_of_queries_by_keys_by_classes_is_allocated(tail):
+    case = Case(2, [20] * 10, q=30)
+    near, ids, rows = case.retrieved(55)
+    values = tip.Values(torch.from_numpy(case.V).double(), rows, torch.zeros(10, 10).double())
+    totals = case.totals() if tail else None
+    with Largest() as largest:
+        tip.cache_logits(near, ids, case.c, 2.0, totals, values)
+    assert largest.most == 30 * 55
+
+
+def test_a_tail_without_value_sums_is_refused():
+    case = Case(1, [3, 2], q=1)
+    near, ids, rows = case.retrieved(2)
+    with pytest.raises(ValueError, match=r"^values: "):
+        tip.cache_logits(near, ids, 2, 1.0, case.totals(), tip.Values(torch.from_numpy(case.V), rows))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-def test_class_sums_keep_the_dtype_and_ignore_empty_slots(dtype: torch.dtype) -> None:
+def test_class_sums_keep_the_dtype_and_ignore_empty_slots(dtype):
     values = torch.tensor([[1, 2, 4], [8, 16, 32]], dtype=dtype)
     one = tip.sum_by_class(values, torch.tensor([1, 3, 1]), 3)
     each = tip.sum_by_class(values, torch.tensor([[1, 3, 1], [0, 0, 2]]), 3)
@@ -241,7 +131,7 @@ def test_class_sums_keep_the_dtype_and_ignore_empty_slots(dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("beta", BETAS)
-def test_the_weight_of_a_key_is_exponential_in_its_affinity(beta: float) -> None:
+def test_the_weight_of_a_key_is_exponential_in_its_affinity(beta):
     weights = tip.weight(torch.tensor([1.0, 0.5, 1.2], dtype=torch.float64), beta)
     np.testing.assert_allclose(weights, [1, np.exp(-beta / 2), np.exp(beta * 0.2)])
     assert (tip.weight(torch.rand(5), 0) == 1).all()
@@ -251,8 +141,8 @@ def test_the_weight_of_a_key_is_exponential_in_its_affinity(beta: float) -> None
 
 
 @settings(max_examples=examples(50), deadline=None)
-@given(cases(), st.integers(0, 2))
-def test_the_discriminant_matches_its_definition(case: Case, empty: int) -> None:
+@given(some_cases, st.integers(0, 2))
+def test_the_discriminant_matches_its_definition(case, empty):
     """The definition is computed in NumPy. Classes without keys get the mean of the others."""
     f, K, y = (part.numpy().astype(np.float64) for part in case.tensors())
     y, c = y.astype(int), case.c + empty
@@ -270,15 +160,11 @@ def test_the_discriminant_matches_its_definition(case: Case, empty: int) -> None
 
 
 @settings(max_examples=examples(50), deadline=None)
-@given(
-    cases(), st.floats(0, 20), st.floats(0, 20), st.floats(0.5, 200), betas, st.one_of(st.none(), st.floats(1e-3, 10))
-)
-def test_answer_equals_the_combination_of_its_terms(
-    case: Case, alpha: float, gamma: float, scale: float, beta: float, offset: float | None
-) -> None:
+@given(some_cases, st.floats(0, 20), st.floats(0, 20), st.floats(0.5, 200), betas, st.none() | st.floats(1e-3, 10))
+def test_answer_equals_the_combination_of_its_terms(case, alpha, gamma, scale, beta, offset):
     f, K, y = case.tensors()
     d = K.shape[1]
-    W, phi = torch.from_numpy(case.W), tip.Metric(K.mean(0) / 2, torch.eye(d, dtype=K.dtype) + 0.1)
+    W, phi = torch.from_numpy(case.W).double(), tip.Metric(K.mean(0) / 2, torch.eye(d, dtype=K.dtype) + 0.1)
     V = torch.eye(case.c, dtype=K.dtype)[y]
     scales = {"alpha": alpha, "beta": beta, "gamma": gamma, "logit_scale": scale}
     averages = tip.Discriminant.of(V.T @ phi(K), V.sum(0))
@@ -294,11 +180,11 @@ FUNCTIONS = {
     "log": np.log,
     "max": np.maximum,
     "softmax": lambda z: scipy.special.softmax(z, axis=1),
-    "unit": lambda x: x / np.linalg.norm(x, axis=1, keepdims=True),
+    "unit": unit,
 }
 
 
-def evaluated(formula: str, letters: dict[str, Any]) -> dict[str, Any]:
+def evaluated(formula, letters):
     """Evaluate a formula line by line as Python. Adjacent letters are multiplied, as scalars or as matrices."""
     names = FUNCTIONS | letters
     for line in formula.splitlines():
@@ -313,9 +199,7 @@ def evaluated(formula: str, letters: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("fit", ["auto", "none"])
-def test_the_formula_in_the_readme_gives_the_logits_of_an_exported_index(
-    tmp_path: Path, fit: str, run: Callable[..., Any]
-) -> None:
+def test_the_formula_in_the_readme_gives_the_logits_of_an_exported_index(tmp_path, fit, run):
     """The test only reads files: the tables that ``index export`` writes, and the fitted arrays of the index."""
     rng, names, index = np.random.default_rng(6), list("abcde"), tmp_path / "index"
     means = unit(rng.standard_normal((5, 32)))
@@ -328,9 +212,8 @@ def test_the_formula_in_the_readme_gives_the_logits_of_an_exported_index(
     K, W = (np.stack(pq.read_table(tmp_path / name)["feature"].to_numpy()) for name in ("keys.parquet", "text.parquet"))
     labels = pq.read_table(tmp_path / "keys.parquet")["label"].to_pylist()
 
-    def array(kind: str) -> Array:
-        stored: Array = np.load(index / manifest["files"][kind]["name"]).astype(np.float64)
-        return stored
+    def array(kind):
+        return np.load(index / manifest["files"][kind]["name"]).astype(np.float64)
 
     letters = {name: manifest[name] for name in ("alpha", "beta", "logit_scale", "temperature")}
     letters |= {"f": test.astype(np.float32), "K": K, "W": W}

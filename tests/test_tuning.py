@@ -11,9 +11,9 @@ import numpy.typing as npt
 import pytest
 import torch
 from conftest import cache_of, examples, few
+from dense import shots_like_clip
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_keys import made_module
 
 from retrieval_tip import CacheModel
 from retrieval_tip.errors import InputError, UsageError
@@ -27,9 +27,7 @@ QUERIES = 120
 
 @pytest.fixture(scope="module")
 def material() -> tuple[Array, Array, Array, Array]:
-    maker = made_module().Made(c=C, d=32)
-    ids = np.repeat(np.arange(C), SHOTS)
-    return maker.draw(ids, 1), ids, maker.text, maker.draw(maker.classes(QUERIES, 2), 3)
+    return shots_like_clip(C, SHOTS, 32, QUERIES)
 
 
 def model(material: tuple[Array, Array, Array, Array], **changes: Any) -> CacheModel:

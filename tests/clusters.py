@@ -1,0 +1,36 @@
+"""Features in clusters, one cluster for each class."""
+
+from __future__ import annotations
+
+import numpy as np
+
+C, D = 5, 16
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def round_clusters(n, c, d, seed, spread=0.6):
+    """Return unit rows around one centre per class, and their class ids, in turn."""
+    generator = np.random.default_rng(seed)
+    centres = np.random.default_rng(99).normal(size=(c, d))
+    ids = np.arange(n) % c
+    rows = centres[ids] + spread * generator.normal(size=(n, d)) * np.sqrt(d) / 2
+    return unit(rows).astype(np.float32), ids
+
+
+def clusters(shots, seed=0, spread=0.6, c=C, d=D):
+    """Return unit features ``[c * shots, d]``, which vary most in a few uninformative directions, and class ids."""
+    draw = np.random.default_rng(seed)
+    means = np.random.default_rng(99).normal(size=(c, d))
+    wide = np.ones(d)
+    wide[: d // 4] = 4
+    features = np.repeat(means, shots, 0) + spread * draw.normal(size=(c * shots, d)) * wide
+    return unit(features).astype(np.float32), np.repeat(np.arange(c), shots)
+
+
+def text_of(c=C, d=D, seed=99, noise=1.0):
+    """Return text weights near the means of :func:`clusters`."""
+    means = np.random.default_rng(seed).normal(size=(c, d))
+    return unit(means + noise * np.random.default_rng(3).normal(size=means.shape)).astype(np.float32)

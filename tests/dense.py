@@ -1,0 +1,146 @@
+"""The logits by definition, in float64 with one-hot products, and random cases to compare with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+import torch
+from hypothesis import strategies as st
+from made import Made
+from tables import unit
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from retrieval_tip import tip
+
+Array = npt.NDArray[Any]
+betas = st.floats(0.1, 50)
+
+
+def affinity(f: Array, K: Array) -> Array:
+    product: Array = np.asarray(f).astype(np.float64) @ np.asarray(K).astype(np.float64).T
+    return product
+
+
+def nearest(A: Array, k: int | None) -> Array:
+    """Return a mask of the ``k`` keys with the largest affinity to each query."""
+    return np.argsort(np.argsort(-A, axis=1, kind="stable"), axis=1) < (A.shape[1] if k is None else k)
+
+
+def cache_logits(
+    A: Array, y: Array, c: int, beta: float, V: Array | None = None, met: Array | None = None, *, tail: bool = False
+) -> Array:
+    """Return ``exp(-beta (1 - A)) V`` over the keys in the mask ``met``, or over all keys.
+
+    With a tail, every other key counts at the mean affinity of the other keys of its class.
+    """
+    met = np.ones(A.shape, dtype=bool) if met is None else np.broadcast_to(met, A.shape)
+    if tail:
+        for i in range(c):
+            rest = ~met & (y == i)
+            mean = (A * rest).sum(1) / np.maximum(rest.sum(1), 1)
+            A = np.where(rest, mean[:, None], A)
+    weights = np.exp(-beta * (1 - A)) * (met | tail)
+    logits: Array = weights @ (np.eye(c)[y] if V is None else V.astype(np.float64))
+    return logits
+
+
+class Case:
+    """Random queries ``f [q, d]``, keys ``K [n, d]`` of classes ``y [n]``, text weights ``W`` and values ``V [n, c]``.
+
+    Each class ``i`` has ``counts[i]`` keys around its mean.
+    """
+
+    def __init__(
+        self, seed: int, counts: list[int], q: int = 7, d: int = 12, *, half: bool = False, off_sphere: bool = False,
+        shuffled: bool = False, spread: float = 0.7,
+    ) -> None:  # fmt: skip
+        self.rng = rng = np.random.default_rng(seed)
+        self.c, self.y = len(counts), np.repeat(np.arange(len(counts)), counts)
+        if shuffled:
+            self.y = rng.permutation(self.y)
+        means = rng.standard_normal((self.c, d))
+        self.K = unit(means[self.y] + spread * rng.standard_normal((len(self.y), d)))
+        if off_sphere:
+            self.K = self.K * rng.uniform(0.5, 1.6, size=(len(self.y), 1)).astype(np.float32)
+        if half:
+            self.K = self.K.astype(np.float16)
+        self.f = unit(means[rng.integers(self.c, size=q)] + spread * rng.standard_normal((q, d)))
+        self.W = unit(means + spread * rng.standard_normal(means.shape))
+        self.V = rng.standard_normal((len(self.y), self.c)).astype(np.float32)
+
+    @property
+    def A(self) -> Array:
+        return affinity(self.f, self.K)
+
+    @property
+    def queries(self) -> torch.Tensor:
+        return torch.from_numpy(self.f)
+
+    def tensors(self, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return torch.from_numpy(self.f).to(dtype), torch.from_numpy(self.K).to(dtype), torch.from_numpy(self.y)
+
+    def totals(self, dtype: torch.dtype = torch.float64) -> tip.Totals:
+        f, K, y = self.tensors(dtype)
+        sums = torch.from_numpy(np.eye(self.c)[self.y].T).to(dtype) @ K
+        return tip.Totals.of(f, sums, torch.bincount(y, minlength=self.c))
+
+    def retrieved(self, k: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return affinities, class ids and rows of the ``k`` nearest keys of each query."""
+        f, K, y = self.tensors(dtype)
+        near, rows = tip.affinity(f, K).topk(min(k, len(y)), dim=1)
+        return near, y[rows], rows
+
+    def logits(self, beta: float, V: Array | None = None, met: Array | None = None, *, tail: bool = False) -> Array:
+        return cache_logits(self.A, self.y, self.c, beta, V, met, tail=tail)
+
+
+def cases(*, least_d: int = 2, least_q: int = 1, **options: st.SearchStrategy[bool]) -> st.SearchStrategy[Case]:
+    """Draw small cases, in which some classes have no keys."""
+    counts = st.lists(st.integers(0, 12), min_size=1, max_size=6).filter(any)
+    q, d = st.integers(least_q, 8), st.integers(least_d, 10)
+    return st.builds(Case, st.integers(0, 2**32 - 1), counts, q, d, **options)
+
+
+def case_of(f: Array, K: Array, y: Array, W: Array) -> Case:
+    case = Case(0, [1])
+    case.f, case.K, case.y, case.W, case.c = f, K, y, W, len(W)
+    return case
+
+
+def food(shared: Path, shots: int) -> Case:
+    """Return a case of CLIP features, in which classes have different numbers of shots."""
+
+    def features(part: str) -> tuple[Array, list[str]]:
+        table = pq.read_table(shared / "data" / "clip-food9" / f"{part}.parquet")
+        return np.stack(table["feature"].to_numpy()).astype(np.float32), table["label"].to_pylist()
+
+    (W, names), (K, labels) = features("text"), features("train")
+    y = np.array([names.index(label) for label in labels])
+    chosen = np.concatenate([np.flatnonzero(y == i)[: shots - i % 3] for i in range(len(names))])
+    return case_of(features("test")[0][::5], K[chosen], y[chosen], W)
+
+
+def shots_like_clip(c: int, shots: int, d: int, queries: int) -> tuple[Array, Array, Array, Array]:
+    """Return keys, their class ids, text weights and queries, with cosines like CLIP's."""
+    maker = Made(c=c, d=d)
+    ids = np.repeat(np.arange(c), shots)
+    return maker.draw(ids, 1), ids, maker.text, maker.draw(maker.classes(queries, 2), 3)
+
+
+class Largest(TorchDispatchMode):
+    """Largest number of values in any tensor that torch returned inside the context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        result = function(*arguments, **(named or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.most = max(self.most, tensor.numel())
+        return result
