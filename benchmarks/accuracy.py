@@ -35,7 +35,7 @@ from common import SHARED, machine
 from methods import Answering, Items, Method, Shots, closed, fine_tuned, paper, searched, zero_shot
 from prior import TABLES, sums_of
 
-from retrieval_tip import CacheModel, Encoder, EncodingCache, build_index, load_backbone, open_source, tip
+from retrieval_tip import CacheModel, EncodingCache, Reader, build_index, load_backbone, open_source, tip
 from retrieval_tip.backbones.base import unit
 from retrieval_tip.data.sources import Source
 from retrieval_tip.data.tables import vectors
@@ -68,10 +68,10 @@ def grown(shots: Shots) -> Answering:
         ranks, index = np.arange(cache.n) - np.searchsorted(ids, ids), Path(folder) / "index"
         first = open_source(table("first", keys[ranks < STARTED], names[ids[ranks < STARTED]]))
         text = table("text", cache.text_weights.numpy(), names) if cache.has_text else None
-        build_index(first, index, Encoder(), text=text, logit_scale=cache.settings.logit_scale, device="cpu")
+        build_index(first, index, Reader(), text=text, logit_scale=cache.settings.logit_scale, device="cpu")
         for rank in range(STARTED, ranks.max() + 1):
             more = table(f"more-{rank}", keys[ranks == rank], names[ids[ranks == rank]])
-            changes.add(index, open_source(more), Encoder())
+            changes.add(index, open_source(more), Reader())
         return CacheModel.load(index, device="cpu", precision="float32").in_memory()
 
 
@@ -111,8 +111,8 @@ class Tables:
     keys: Sequence[int] = ()
     pool: str = ""
 
-    def encoder(self, shared: Path) -> Encoder:
-        return Encoder()
+    def reader(self, shared: Path) -> Reader:
+        return Reader()
 
     def file(self, shared: Path, name: str) -> Path:
         return shared / "data" / self.folder / f"{name}.parquet"
@@ -151,16 +151,16 @@ class Photos:
     split: str
 
     @functools.cache  # noqa: B019 - instances live as long as the program
-    def encoder(self, shared: Path) -> Encoder:
+    def reader(self, shared: Path) -> Reader:
         backbone = load_backbone(f"local-dir:{shared / 'models/lit-mini'}", device="cpu")
-        return Encoder(backbone, cache=EncodingCache(EncodingCache.default_folder()))
+        return Reader(backbone, cache=EncodingCache(EncodingCache.default_folder()))
 
     @functools.cache  # noqa: B019
     def pool(self, shared: Path) -> CacheModel:
         train = open_source(shared / self.split, split="train")
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "index"
-            build_index(train, out, self.encoder(shared), templates=[TEMPLATE], fit="none", device="cpu")
+            build_index(train, out, self.reader(shared), templates=[TEMPLATE], fit="none", device="cpu")
             pool = CacheModel.load(out, device="cpu", precision="float32")
             return pool.take(np.arange(pool.n))  # copied to memory, because the folder is deleted
 
@@ -168,7 +168,7 @@ class Photos:
         return self.pool(shared), open_source(shared / self.split, split="train")
 
     def items(self, pool: CacheModel, shared: Path) -> Items:
-        return Items.of(pool, open_source(shared / self.split, split="test"), self.encoder(shared))
+        return Items.of(pool, open_source(shared / self.split, split="test"), self.reader(shared))
 
 
 DATASETS: dict[str, Tables | Photos] = {
@@ -290,7 +290,7 @@ def runs(
         items = items or dataset.items(pool, shared)
         only = not drawing.random and set(np.bincount(pool.class_ids.numpy())) == {number}
         for seed in range(1, 2 if only else seeds + 1):
-            drawn = Shots(drawing.draw(pool, number, seed), source, dataset.encoder(shared), seed, prior)
+            drawn = Shots(drawing.draw(pool, number, seed), source, dataset.reader(shared), seed, prior)
             for method in methods:
                 run = (shape, name, number, seed, method)
                 without = (method == ZERO and not pool.has_text) or (method == SEARCHED and number < 2)

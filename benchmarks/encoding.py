@@ -33,10 +33,10 @@ import torch
 from common import PROGRAM, SHARED, Side, against, clocked, launch, machine, medians, show, take_turns
 from PIL import Image
 
-from retrieval_tip import Encoder, EncodingCache, build_index, load_backbone, open_source
+from retrieval_tip import EncodingCache, Reader, build_index, load_backbone, open_source
 from retrieval_tip.backbones.base import Backbone, resolve_device, unit
 from retrieval_tip.data import images
-from retrieval_tip.data.encoder import CALIBRATED
+from retrieval_tip.data.reader import CALIBRATED
 from retrieval_tip.data.sources import Source, of_images
 from retrieval_tip.evaluation.evaluate import evaluate
 from retrieval_tip.settings import Precision
@@ -68,7 +68,7 @@ def plain(model: str, pretrained: str | None, device: str, batch: int) -> Encode
 
 def ours(backbone: Backbone, *, reduce: bool = True) -> Encode:
     """Return a function that encodes with a new Encoder."""
-    return lambda paths: Encoder(backbone, reduce=reduce).encode(of_images(list(paths))).features
+    return lambda paths: Reader(backbone, reduce=reduce).encode(of_images(list(paths))).features
 
 
 def chosen(folder: Path, number: int) -> list[str]:
@@ -130,8 +130,8 @@ def alone(backbone: Backbone, held: dict[str, torch.Tensor]) -> Encode:
 
 def store_int8(model: str, pretrained: str | None, photos: Source) -> None:
     """Calibrate an encoder in int8 on photos, and print how long that takes."""
-    encoder, found = Encoder(load_backbone(model, pretrained, device="cpu")), list[float]()
-    seconds = clocked(lambda: found.append(encoder.store_int8(photos)))
+    reader, found = Reader(load_backbone(model, pretrained, device="cpu")), list[float]()
+    seconds = clocked(lambda: found.append(reader.store_int8(photos)))
     click.echo(f"int8: stored in {seconds:.1f} s, lowest cosine {found[0]:.4f}")
 
 
@@ -161,12 +161,12 @@ def accuracy(model: str, pretrained: str | None, split: Path, draws: int) -> Non
     train = replace(train, items=items, paths=(*(train.paths or ()), *(val.paths or ())))
     store_int8(model, pretrained, train)
     cache, rows = EncodingCache.at(None), []
-    encoders = {p: Encoder(load_backbone(model, pretrained, precision=p), cache=cache) for p in PRECISIONS}
+    encoders = {p: Reader(load_backbone(model, pretrained, precision=p), cache=cache) for p in PRECISIONS}
     for shots, seed in ((shots, 1 + draw) for shots in (4, 16) for draw in range(draws)):
         row: dict[str, object] = {"shots": shots, "seed": seed}
         with tempfile.TemporaryDirectory() as scratch:
-            for keys, encoder in encoders.items():
-                index = build_index(train, Path(scratch) / keys, replace(encoder, seed=seed), shots=shots)
+            for keys, reader in encoders.items():
+                index = build_index(train, Path(scratch) / keys, replace(reader, seed=seed), shots=shots)
                 for queries in dict.fromkeys((keys, *(("int8",) if keys == "float32" else ()))):
                     right = evaluate(index, test, encoders[queries]).top1
                     row[f"{keys} keys, {queries}"] = 100 * right

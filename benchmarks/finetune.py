@@ -24,7 +24,7 @@ from made import Made, rows
 from torch import Tensor
 from torch.nn import functional
 
-from retrieval_tip import CacheModel, Encoder, open_source
+from retrieval_tip import CacheModel, Reader, open_source
 from retrieval_tip.data.sources import Source
 from retrieval_tip.fit.finetune import finetune
 from retrieval_tip.fit.trainer import Recipe, Trainer
@@ -169,7 +169,7 @@ def print_runs(material: Material, batch: int, epochs: int) -> None:
 
         def train(precision: str) -> None:
             recipe = Recipe(epochs=epochs, batch=batch, lr=RATE, eps=EPS, precision=precision)
-            tuned = finetune(cache, shots, Encoder(), recipe)
+            tuned = finetune(cache, shots, Reader(), recipe)
             lines.append(
                 {"run": f"fine-tuned, {precision}", "top-1, %": material.right(tuned.cache.logits(material.queries))}
             )

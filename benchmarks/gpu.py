@@ -26,7 +26,7 @@ from common import SHARED, clocked, machine
 from throughput import Material, dense
 from torch import Tensor
 
-from retrieval_tip import Encoder, load_backbone
+from retrieval_tip import Reader, load_backbone
 from retrieval_tip.backbones.base import resolve_device
 from retrieval_tip.fit.finetune import finetune
 from retrieval_tip.fit.trainer import Recipe
@@ -143,7 +143,7 @@ def training(size: Size, epochs: int, rounds: int, device: str) -> Iterator[Sequ
         source = material.shots(Path(folder))
         for precision in ("float32", "bfloat16"):
             recipe = Recipe(epochs=epochs, batch=batch, precision=precision)
-            seconds = clocked(lambda recipe=recipe: finetune(cache, source, Encoder(), recipe))
+            seconds = clocked(lambda recipe=recipe: finetune(cache, source, Reader(), recipe))
             yield f"{epochs} epochs", precision, f"{1e3 * seconds:.0f}", "", "", ""
 
 

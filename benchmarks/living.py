@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from common import GIB, SEED, clocked, machine, show
 from made import Made, rows, write_tables
 
-from retrieval_tip import CacheModel, Encoder, build_index, open_source
+from retrieval_tip import CacheModel, Reader, build_index, open_source
 from retrieval_tip.index import changes
 
 
@@ -51,14 +51,14 @@ def main(keys: int, added: int, dim: int, classes: int, index: str, metric: bool
         source, text = open_source(place / "table.parquet"), place / "text.parquet"
         fit = {"metric": "within", "values": "one-hot"} if metric else {"fit": "none"}
         built = {"text": text, "index": index, "device": "cpu"} | fit
-        found["build"] = clocked(lambda: build_index(source, target, Encoder(), **built))
+        found["build"] = clocked(lambda: build_index(source, target, Reader(), **built))
         factory = CacheModel.load(target, device="cpu", verify="fast").index.factory
         taken = []
         for number in range(times):
             ids = np.random.default_rng([SEED, number]).integers(classes, size=added)
             table = rows(made.draw(ids, 1000 + number), [made.names[i] for i in ids], f"late {number} ")
             pq.write_table(table, late)
-            taken.append(clocked(lambda: changes.add(target, open_source(late), Encoder())))
+            taken.append(clocked(lambda: changes.add(target, open_source(late), Reader())))
         found[f"add {added:,}"] = statistics.median(taken)
         for what, first in (("remove 10 added keys", keys), ("remove 10 original keys", 0)):
             found[what] = clocked(lambda at=first: changes.remove(target, key_ids=range(at, at + 10)))

@@ -10,7 +10,7 @@ import baselines
 import numpy as np
 import torch
 
-from retrieval_tip import CacheModel, Encoder
+from retrieval_tip import CacheModel, Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.fit import closed_form, search_hp
 from retrieval_tip.fit.finetune import finetune, own_shots
@@ -31,9 +31,9 @@ class Items:
     name: str
 
     @classmethod
-    def of(cls, pool: CacheModel, source: Source, encoder: Encoder) -> Items:
+    def of(cls, pool: CacheModel, source: Source, reader: Reader) -> Items:
         """Encode a labelled source, using the class ids of the pool."""
-        ids, encoded = pool.ids_of(source), encoder.encode(source)
+        ids, encoded = pool.ids_of(source), reader.encode(source)
         return cls(encoded.features, ids[encoded.positions], source.name)
 
 
@@ -47,7 +47,7 @@ class Shots:
 
     cache: CacheModel
     source: Source
-    encoder: Encoder
+    reader: Reader
     seed: int
     prior: FloatArray | None = None
     val: Items | None = None
@@ -103,7 +103,7 @@ def cache_alone(shots: Shots) -> Answering:
 
 def fine_tuned(shots: Shots) -> Answering:
     own = own_shots(shots.cache, shots.source)
-    return finetune(shots.cache, own, shots.encoder, Recipe(seed=shots.seed), val=shots.queries).cache
+    return finetune(shots.cache, own, shots.reader, Recipe(seed=shots.seed), val=shots.queries).cache
 
 
 def closed(shots: Shots, asked: closed_form.Fit | None = None) -> Answering:

@@ -25,7 +25,7 @@ from baselines import class_means, linear_probe
 from common import SHARED, machine
 from methods import Items, Method, Shots, cache_alone, closed, fine_tuned, paper, searched, zero_shot
 
-from retrieval_tip import Encoder, EncodingCache, build_index, load_backbone, open_source
+from retrieval_tip import EncodingCache, Reader, build_index, load_backbone, open_source
 from retrieval_tip.data import datasets
 from retrieval_tip.data.shots import few_shot_split
 from retrieval_tip.errors import RetrievalTipError
@@ -75,28 +75,28 @@ def dataset_rows(name: str, root: Path, work: Path, backbone: Any, options: dict
     """Measure a dataset that consists of photos."""
     folder = place(name, root)
     train, test = (datasets.open_dataset(name, folder, part) for part in ("train", "test"))
-    encoder = Encoder(backbone, cache=EncodingCache(EncodingCache.default_folder()), progress=True)
+    reader = Reader(backbone, cache=EncodingCache(EncodingCache.default_folder()), progress=True)
     out = work / f"{name}-{backbone.identity.fingerprint}"
-    pool = build_index(train, out, encoder, templates=datasets.facts(name).templates, fit="none")
+    pool = build_index(train, out, reader, templates=datasets.facts(name).templates, fit="none")
     try:
-        val = Items.of(pool, datasets.open_dataset(name, folder, "val"), encoder)
+        val = Items.of(pool, datasets.open_dataset(name, folder, "val"), reader)
     except RetrievalTipError:  # ImageNet has no validation part
         val = None
-    whole = Shots(pool, train, encoder, 0, val=val)
+    whole = Shots(pool, train, reader, 0, val=val)
     if options["protocol"] == "paper":
         if val is None:
             raise click.UsageError(f"{name}: protocol paper requires a validation part")
         whole = replace(whole, scales=SCALES[name])
-    return list(measure(whole, out, Items.of(pool, test, encoder), options))
+    return list(measure(whole, out, Items.of(pool, test, reader), options))
 
 
 def table_rows(folder: Path, work: Path, options: dict[str, Any]) -> list[dict[str, Any]]:
     """Measure a dataset that consists of the feature tables train, test and text in a folder."""
     train, test = (open_source(folder / f"{part}.parquet") for part in ("train", "test"))
-    out, encoder = work / folder.name, Encoder()
-    pool = build_index(train, out, encoder, text=folder / "text.parquet", fit="none")
+    out, reader = work / folder.name, Reader()
+    pool = build_index(train, out, reader, text=folder / "text.parquet", fit="none")
     options = options | {"methods": [method for method in options["methods"] if method not in SLOW]}
-    return list(measure(Shots(pool, train, encoder, 0), out, Items.of(pool, test, encoder), options))
+    return list(measure(Shots(pool, train, reader, 0), out, Items.of(pool, test, reader), options))
 
 
 def measure(whole: Shots, out: Path, test: Items, options: dict[str, Any]) -> Iterator[dict[str, Any]]:

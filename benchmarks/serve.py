@@ -50,9 +50,9 @@ from common import PROGRAM, SEED, SHARED, Side, against, machine, record, show, 
 from fastapi import Body, FastAPI, UploadFile
 from made import Made, rows, write_tables
 
-from retrieval_tip import CacheModel, Encoder, EncodingCache, build_index, load_backbone, open_source
+from retrieval_tip import CacheModel, EncodingCache, Reader, build_index, load_backbone, open_source
 from retrieval_tip.backbones.base import unit
-from retrieval_tip.data.encoder import pixels_of
+from retrieval_tip.data.reader import pixels_of
 from retrieval_tip.index import changes
 
 WHATS = ("features", "images")
@@ -245,7 +245,7 @@ class Material:
         made, folder = Made(classes, dim, SEED), place / "made"
         write_tables(place, made, keys)
         source = open_source(place / "table.parquet")
-        build_index(source, folder, Encoder(), text=place / "text.parquet", device="cpu", index=index, k=k)
+        build_index(source, folder, Reader(), text=place / "text.parquet", device="cpu", index=index, k=k)
         asked = made.draw(made.classes(REQUESTS["features"], 2), 3)
         bodies = [json.dumps({"features": [row.tolist()]}).encode() for row in asked]
         return cls("features", folder, [_request("application/json", body, folder.name) for body in bodies])
@@ -258,9 +258,9 @@ class Material:
             click.echo(f"images: skipped; no such file {split}")
             return None
         backbone = load_backbone(f"local-dir:{shared / 'models/lit-mini'}")
-        encoder = Encoder(backbone, cache=EncodingCache(EncodingCache.default_folder()), seed=1)
+        reader = Reader(backbone, cache=EncodingCache(EncodingCache.default_folder()), seed=1)
         template = ["a photo of a {}."]
-        build_index(open_source(split), folder, encoder, shots=shots, templates=template, device="cpu")
+        build_index(open_source(split), folder, reader, shots=shots, templates=template, device="cpu")
         paths = open_source(split, split="test").paths or ()
         chosen = [paths[at] for at in np.linspace(0, len(paths) - 1, REQUESTS["images"]).astype(int)]
         part = b'--image\r\nContent-Disposition: form-data; name="images"; filename="photo.jpg"\r\n'
@@ -367,7 +367,7 @@ def replace(folder: Path, seconds: float, every: float, ready: Barrier) -> None:
     table = folder.parent / "again.parquet"
     names = [cache.class_names[i] for i in cache.class_ids.tolist()]
     pq.write_table(rows(np.asarray(cache.keys), names, "again "), table)
-    text, encoder = folder.parent / "again-text.parquet", Encoder(norms="keep")
+    text, reader = folder.parent / "again-text.parquet", Reader(norms="keep")
     pq.write_table(rows(cache.text_weights.numpy(), list(cache.class_names)), text)
     source = open_source(table)
     ready.wait()
@@ -378,7 +378,7 @@ def replace(folder: Path, seconds: float, every: float, ready: Barrier) -> None:
             break
         match number % 5:
             case 0:
-                added = list(changes.add(folder, source, encoder, shots=1).key_ids)
+                added = list(changes.add(folder, source, reader, shots=1).key_ids)
             case 1:
                 changes.relabel(folder, cache.class_names[-1], key_ids=added[:10])
             case 2:
@@ -386,7 +386,7 @@ def replace(folder: Path, seconds: float, every: float, ready: Barrier) -> None:
             case 3:
                 changes.rebuild(folder, index="Classes" if number % 2 else "Flat")
             case 4:
-                build_index(source, folder, encoder, fit="none", text=text, device="cpu")
+                build_index(source, folder, reader, fit="none", text=text, device="cpu")
     print(f"replaced {number} times")
 
 

@@ -31,7 +31,7 @@ from common import PROGRAM, SEED, SHARED, Side, against, clocked, machine, media
 from made import Made, rows
 from torch import Tensor
 
-from retrieval_tip import CacheModel, Encoder, EncodingCache, build_index, load_backbone, open_source
+from retrieval_tip import CacheModel, EncodingCache, Reader, build_index, load_backbone, open_source
 from retrieval_tip.backbones.base import resolve_device
 from retrieval_tip.data.sources import Source
 from retrieval_tip.retrieval.defaults import untouched_settings
@@ -219,21 +219,21 @@ def real(data: Path, rounds: int, device: str) -> None:
 def _real(data: Path, folder: Path, device: str) -> Iterator[tuple[str, Material]]:
     """Yield an index and queries for each available dataset."""
     food, caltech = data / "data/clip-food9", data / "data/caltech101/split_zhou_Caltech101.json"
-    encoder, built = Encoder(seed=1), {"fit": "none", "device": device}
+    reader, built = Reader(seed=1), {"fit": "none", "device": device}
     if food.is_dir():
         train, test = (open_source(food / f"{part}.parquet") for part in ("train", "test"))
         for name, shots in (("16 shots", 16), ("all keys", None)):
-            pool = build_index(train, folder / name, encoder, shots=shots, text=food / "text.parquet", **built)
-            yield f"9 classes of Food-101, {name}", _asked(pool, test, encoder)
+            pool = build_index(train, folder / name, reader, shots=shots, text=food / "text.parquet", **built)
+            yield f"9 classes of Food-101, {name}", _asked(pool, test, reader)
     if caltech.is_file():
         backbone = load_backbone(f"local-dir:{data / 'models/lit-mini'}")
-        encoder = Encoder(backbone, cache=EncodingCache(EncodingCache.default_folder()))
-        pool = build_index(open_source(caltech), folder / "caltech", encoder, templates=["a photo of a {}."], **built)
-        yield "Caltech101, lit-mini", _asked(pool, open_source(caltech, split="test"), encoder)
+        reader = Reader(backbone, cache=EncodingCache(EncodingCache.default_folder()))
+        pool = build_index(open_source(caltech), folder / "caltech", reader, templates=["a photo of a {}."], **built)
+        yield "Caltech101, lit-mini", _asked(pool, open_source(caltech, split="test"), reader)
 
 
-def _asked(pool: CacheModel, test: Source, encoder: Encoder) -> Material:
-    names, encoded = list(pool.class_names), encoder.encode(test)
+def _asked(pool: CacheModel, test: Source, reader: Reader) -> Material:
+    names, encoded = list(pool.class_names), reader.encode(test)
     ids = torch.tensor([names.index(label) for label in test.labels])
     return Material(pool, torch.from_numpy(encoded.features).to(pool.device), ids)
 

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from retrieval_tip.backbones.loading import load_backbone as load_backbone
     from retrieval_tip.classifier import Classifier as Classifier
     from retrieval_tip.classifier import Explanation as Explanation
-    from retrieval_tip.data.encoder import Encoder as Encoder
     from retrieval_tip.data.encoding_cache import EncodingCache as EncodingCache
+    from retrieval_tip.data.reader import Reader as Reader
     from retrieval_tip.data.sources import Source as Source
     from retrieval_tip.data.sources import open_inputs as open_inputs
     from retrieval_tip.data.sources import open_source as open_source
@@ -59,7 +59,6 @@ _HOMES = {
     "Changed": "index.changes",
     "Classifier": "classifier",
     "Compared": "evaluation.compare",
-    "Encoder": "data.encoder",
     "EncodingCache": "data.encoding_cache",
     "Evaluation": "evaluation.evaluate",
     "Explanation": "classifier",
@@ -70,6 +69,7 @@ _HOMES = {
     "Neighbour": "predictions",
     "Prediction": "predictions",
     "Predictions": "predictions",
+    "Reader": "data.reader",
     "Recipe": "fit.trainer",
     "Recognition": "evaluation.evaluate",
     "Renamed": "index.changes",

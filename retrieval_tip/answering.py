@@ -16,7 +16,7 @@ from torch import Tensor
 from retrieval_tip import tip
 from retrieval_tip.backbones.base import Identity
 from retrieval_tip.bounds import check_count
-from retrieval_tip.data.encoder import Encoder, FeatureBlock
+from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, warn_once
 from retrieval_tip.predictions import Predictions, SimilarShot
@@ -288,13 +288,13 @@ class Answering:
         blocks = self.answers([FeatureBlock.of(f.cpu().numpy())], Ask(**asked))
         return Predictions.joined(block.predictions() for block in blocks)
 
-    def classify_source(self, source: Source, encoder: Encoder, ask: Ask = Ask()) -> Iterator[Predictions]:
+    def classify_source(self, source: Source, reader: Reader, ask: Ask = Ask()) -> Iterator[Predictions]:
         """Classify images or a feature table while reading them, and yield the predictions in order.
 
-        To classify images, pass an ``encoder``. Unreadable items are skipped and listed in ``encoder.skipped``.
+        To classify images, pass an ``reader``. Unreadable items are skipped and listed in ``reader.skipped``.
         """
         column = source.items["source"]
-        for answers in self.answers(encoder.blocks(source), ask):
+        for answers in self.answers(reader.blocks(source), ask):
             yield answers.predictions().named(column.take(pa.array(answers.block.positions)))
 
     def nearest(self, features: Tensor, k: int) -> tuple[Tensor, npt.NDArray[np.int64]]:

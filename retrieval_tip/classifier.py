@@ -23,9 +23,9 @@ from retrieval_tip import tip
 from retrieval_tip.backbones.base import Backbone
 from retrieval_tip.backbones.loading import load_backbone, load_when_needed
 from retrieval_tip.data import images
-from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.pictures import Picture, Pictures, features_of, is_one, labelled_pictures, pictures
+from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source, kind_of, open_inputs, open_items, open_source, read_item
 from retrieval_tip.data.tables import check_backbone
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError, counted, few
@@ -103,8 +103,8 @@ class OpenIndex:
 
     _temporary: TemporaryIndex | None = None
 
-    def __init__(self, cache: Index, encoder: Encoder) -> None:
-        self.cache, self.encoder = cache, encoder
+    def __init__(self, cache: Index, reader: Reader) -> None:
+        self.cache, self.reader = cache, reader
 
     @classmethod
     def load(cls, place: Place, model: Model = None, *, device: str = "auto", precision: Precision = "auto") -> Self:
@@ -123,7 +123,7 @@ class OpenIndex:
         else:
             backbone = _given_backbone(model, None, device, precision)
         check_backbone(cache.backbone, cache.d, backbone, [])
-        return cls(cache, Encoder(backbone, cache=EncodingCache.at(None)))
+        return cls(cache, Reader(backbone, cache=EncodingCache.at(None)))
 
     @property
     def classes(self) -> list[str]:
@@ -154,7 +154,7 @@ class OpenIndex:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the whole index, so that a pickle needs neither its folder nor its store."""
-        return {"cache": self.cache.in_memory(), "encoder": self.encoder}
+        return {"cache": self.cache.in_memory(), "reader": self.reader}
 
     def _saved_at(self) -> str | None:
         return None if self._temporary is not None else self.cache.place
@@ -177,7 +177,7 @@ class OpenIndex:
     def _use(self, cache: Index) -> None:
         """Use another version of the index, and the encoder that belongs to it."""
         if cache.backbone != self.cache.backbone:
-            self.encoder = replace(self.encoder, backbone=_own_backbone(cache, cache.device))
+            self.reader = replace(self.reader, backbone=_own_backbone(cache, cache.device))
         self.cache = cache
 
     def _after(self, result: Result) -> Result:
@@ -187,21 +187,21 @@ class OpenIndex:
 
     def _labelled(
         self, given: Any, part: str, *, strict: bool = False, opened: Callable[..., Source] = open_source
-    ) -> tuple[Source, Encoder]:
+    ) -> tuple[Source, Reader]:
         """Return labelled photos of any kind, and an encoder that reads them.
 
         If a source has several parts, ``part`` is used. With ``strict``, photos in memory must all be readable.
         """
         if isinstance(given, Source):
-            return given, self.encoder
+            return given, self.reader
         if isinstance(given, str | os.PathLike):
-            return opened(given, split=part), self.encoder
+            return opened(given, split=part), self.reader
         own = labelled_pictures(given)
-        return own.source, replace(self.encoder, read=own.read, strict=strict)
+        return own.source, replace(self.reader, read=own.read, strict=strict)
 
-    def _strict(self, given: Pictures) -> Encoder:
+    def _strict(self, given: Pictures) -> Reader:
         """Return an encoder that reads photos in memory, which must all be readable."""
-        return replace(self.encoder, read=given.read, strict=True)
+        return replace(self.reader, read=given.read, strict=True)
 
     def save(self, folder: Place) -> Self:
         """Copy the index to a new folder or LanceDB store, which this classifier uses from now on."""
@@ -229,13 +229,13 @@ class OpenIndex:
         if label is not None:
             several = isinstance(what, str | os.PathLike) and Path(what).is_dir()
             given = pictures([str(path) for path in images.find(Path(what))] if several else what).labelled(label)
-            source, encoder = given.source, self._strict(given)
+            source, reader = given.source, self._strict(given)
         elif isinstance(what, str | os.PathLike) and not _is_source(what):
             raise UsageError(f"label: missing; give the class of {os.fspath(what)}")
         else:
-            source, encoder = self._labelled(what, "train", strict=True)
-        encoder = replace(encoder, views=self.cache.built.views, seed=self.cache.built.seed)
-        return self._after(changes.add(self._written(), source, encoder, text=text, shots=shots, skip_known=skip_known))
+            source, reader = self._labelled(what, "train", strict=True)
+        reader = replace(reader, views=self.cache.built.views, seed=self.cache.built.seed)
+        return self._after(changes.add(self._written(), source, reader, text=text, shots=shots, skip_known=skip_known))
 
     def merge(self, other: Place | OpenIndex) -> Added:
         """Add the shots of another classifier or index that has the same encoder (see :func:`changes.merge`)."""
@@ -257,9 +257,9 @@ class OpenIndex:
 
         With ``encode``, the text weight of the class is computed from its new name.
         """
-        if encode and self.encoder.backbone is None:
+        if encode and self.reader.backbone is None:
             raise UsageError("encode: the index has no encoder; rename without it")
-        return self._after(changes.rename(self._written(), old, new, self.encoder.backbone if encode else None))
+        return self._after(changes.rename(self._written(), old, new, self.reader.backbone if encode else None))
 
     def history(self) -> pa.Table:
         """Return a table that has one row per version of the index, oldest first."""
@@ -283,11 +283,11 @@ class OpenIndex:
         ``val`` can be validation photos as for ``evaluate``, which are used instead of held-out shots to select the
         fit. For the other arguments and the errors, see :func:`fit.fit_index`.
         """
-        source, encoder = (None, None) if val is None else self._labelled(val, "val")
+        source, reader = (None, None) if val is None else self._labelled(val, "val")
         return self._after(
             fit_index(
                 self._written(), metric=metric, values=values, class_prior=class_prior, prior=prior,
-                validation=source, encoder=encoder,
+                validation=source, reader=reader,
             )
         )  # fmt: skip
 
@@ -325,17 +325,17 @@ class OpenIndex:
 
         if not isinstance(recipe, Recipe | None):
             raise UsageError(f"recipe: got an object of type {type(recipe).__name__}; give a Recipe")
-        cache, encoder = self._in_folder(), self.encoder
+        cache, reader = self._in_folder(), self.reader
         unseen = None if val is None else self._validation(cache, val, val_shots)
         if source is None:
             shots = shots_of(cache)
         else:
-            given, encoder = self._labelled(source, "train")
+            given, reader = self._labelled(source, "train")
             shots = own_shots(cache, given)
         temporary = TemporaryIndex() if out is None else None
         place = temporary.place if temporary is not None else _place("out", out)
         tuned = finetune_into(
-            place, cache, shots, encoder, recipe, val=unseen, parent=self._written(), keep_last=keep_last
+            place, cache, shots, reader, recipe, val=unseen, parent=self._written(), keep_last=keep_last
         )
         self._use(places.at(place).load(device=self.cache.device))
         if Path(place) != cache.folder:
@@ -344,11 +344,11 @@ class OpenIndex:
 
     def _validation(self, cache: Index, val: Any, number: KeysMet) -> Source | Queries:
         """Return validation photos, or their features if the photos are in memory."""
-        source, encoder = self._labelled(val, "val")
+        source, reader = self._labelled(val, "val")
         if number != "all":
             path = val if isinstance(val, str | os.PathLike) else None
             source = source.take(validation_shots(cache, source, path, number))
-        return source if encoder is self.encoder else on_validation(cache, source, encoder)
+        return source if reader is self.reader else on_validation(cache, source, reader)
 
 
 class Classifier(OpenIndex):
@@ -356,7 +356,7 @@ class Classifier(OpenIndex):
 
     Attributes:
         cache: the index (see :class:`Index`). Use it for operations that have no method in this class.
-        encoder: the encoder that computes the features of new photos, with the same preprocessing as for the index.
+        reader: the encoder that computes the features of new photos, with the same preprocessing as for the index.
 
     Examples:
         >>> clf = Classifier.from_folder("photos")  # one folder per class
@@ -401,13 +401,13 @@ class Classifier(OpenIndex):
         if not isinstance(source, Source):
             source = open_source(_place("photos", source))
         backbone = _given_backbone(model, pretrained, device, precision)
-        encoder = Encoder(backbone, seed=seed, cache=EncodingCache.at(None))
-        reading = replace(encoder, views=views)
+        reader = Reader(backbone, seed=seed, cache=EncodingCache.at(None))
+        reading = replace(reader, views=views)
         if isinstance(photos, Pictures):
             reading = replace(reading, read=photos.read, strict=True)
         temporary = TemporaryIndex() if out is None else None
         place = temporary.place if temporary is not None else _place("out", out)
-        made = cls(build_index(source, place, reading, device=device, **options), encoder)
+        made = cls(build_index(source, place, reading, device=device, **options), reader)
         made._temporary = temporary
         return made
 
@@ -467,7 +467,7 @@ class Classifier(OpenIndex):
                 these, a batch of shape ``[b, h, w, 3]`` or ``[b, 3, h, w]``, a torch dataset, a Hugging Face dataset or
                 its image column, or any input of ``retrieval-tip classify``, such as a folder or a table. Pixels are
                 uint8 or floats from 0 to 1 (see :mod:`pictures`). You can also pass features of shape ``[q, d]`` or
-                ``[d]``. Unreadable photos in a folder or table are skipped and listed in ``encoder.skipped``.
+                ``[d]``. Unreadable photos in a folder or table are skipped and listed in ``reader.skipped``.
             group_unlike: whether to group similar photos without a match (see :func:`groups.group_unlike`).
             norms: ``"check"`` to check that all features have norm 1, or ``"keep"`` to accept any norm.
             asked: the fields of :class:`settings.Ask`.
@@ -480,22 +480,22 @@ class Classifier(OpenIndex):
             answers = index.classify(features, norms, **vars(ask))
             answers = groups.group_unlike(index, features, answers) if group_unlike else answers
             return answers[0] if what.ndim == 1 else answers
-        sources, encoder = self._photos(what)
-        encoder = replace(encoder, norms=norms)
+        sources, reader = self._photos(what)
+        reader = replace(reader, norms=norms)
         if group_unlike:
             groups.check_fitted(index)
-            answers = groups.classify_in_groups(index, Pool.of(sources, encoder), ask)
+            answers = groups.classify_in_groups(index, Pool.of(sources, reader), ask)
         else:
-            parts = (index.classify_source(source, encoder, ask) for source in sources)
+            parts = (index.classify_source(source, reader, ask) for source in sources)
             answers = Predictions.joined(chain.from_iterable(parts))
         return answers[0] if is_one(what) and not _is_source(what) else answers
 
     __call__ = predict
 
-    def _photos(self, what: Any) -> tuple[list[Source], Encoder]:
+    def _photos(self, what: Any) -> tuple[list[Source], Reader]:
         """Open unlabelled photos, and return them with an encoder that reads them."""
         if _is_source(what):
-            return [*open_inputs([os.fspath(what)])], self.encoder
+            return [*open_inputs([os.fspath(what)])], self.reader
         given = pictures(what)
         return [given.source], self._strict(given)
 
@@ -567,8 +567,8 @@ class Classifier(OpenIndex):
         :func:`photos.suggest_photos` for the errors.
         """
         if (features := features_of(photos)) is None:
-            sources, encoder = self._photos(photos)
-            return suggest_photos(sources, n, encoder, self.cache)
+            sources, reader = self._photos(photos)
+            return suggest_photos(sources, n, reader, self.cache)
         check_unit(queries(features, self.cache.d))
         names = [str(row) for row in range(len(features))]
         return suggest_features(Pool(names, features.astype(np.float32), [None] * len(features)), n, self.cache)
@@ -591,9 +591,9 @@ class Classifier(OpenIndex):
         names = [os.fspath(path) for path in paths if isinstance(path, str | os.PathLike)]
         if len(names) < len(paths):
             raise UsageError("photos: only files can be sorted; give the path of a photo or a folder, or several paths")
-        sources, encoder = [*open_inputs(names)], replace(self.encoder, skipped=[])
+        sources, reader = [*open_inputs(names)], replace(self.reader, skipped=[])
         return sort_photos(
-            self.cache, sources, encoder, folder, action=action, min_probability=min_probability, dry_run=dry_run
+            self.cache, sources, reader, folder, action=action, min_probability=min_probability, dry_run=dry_run
         )
 
     def evaluate(self, test: Any, *, abstain: float | None = None, **asked: Unpack[AskOptions]) -> Evaluation:
@@ -602,8 +602,8 @@ class Classifier(OpenIndex):
         ``test`` is a labelled source, or a dataset as for ``from_images``. If a source has a test split, only this
         split is used. For the other arguments, see :func:`evaluate.evaluate`.
         """
-        source, encoder = self._labelled(test, "test")
-        return evaluate(self.cache, source, replace(encoder, skipped=[]), abstain=abstain, **asked)
+        source, reader = self._labelled(test, "test")
+        return evaluate(self.cache, source, replace(reader, skipped=[]), abstain=abstain, **asked)
 
     def compare(self, other: Place | Classifier, test: Any) -> Compared:
         """Compare this classifier (A) with another classifier or index (B) on the same photos.
@@ -612,10 +612,10 @@ class Classifier(OpenIndex):
         """
         if not isinstance(other, Classifier):
             other = Classifier.load(_place("other", other), device=self.cache.device)
-        source, encoder = self._labelled(test, "test", opened=open_items)
+        source, reader = self._labelled(test, "test", opened=open_items)
         names = self._saved_at() or "this classifier", other._saved_at() or "the other classifier"
         a, b = (
-            Side(name, one.cache, replace(one.encoder, read=encoder.read, skipped=[]))
+            Side(name, one.cache, replace(one.reader, read=reader.read, skipped=[]))
             for name, one in zip(names, (self, other), strict=True)
         )
         return compare(a, b, source)
@@ -636,9 +636,9 @@ class Classifier(OpenIndex):
         """
         from retrieval_tip.report.report import write_report
 
-        source, encoder = self._labelled(test, "test")
-        encoder = replace(encoder, skipped=[])
-        return write_report(self.cache.in_memory(), source, encoder, out, shots=shots, seeds=seeds, curves=curves)
+        source, reader = self._labelled(test, "test")
+        reader = replace(reader, skipped=[])
+        return write_report(self.cache.in_memory(), source, reader, out, shots=shots, seeds=seeds, curves=curves)
 
     def as_module(self) -> torch.nn.Module:
         """Return a copy of the classifier as a torch module, which maps pixels to logits.
@@ -653,7 +653,7 @@ class Classifier(OpenIndex):
 
         if (self.cache.settings.k or self.cache.n) < self.cache.n:
             raise UsageError(f"as_module: k is {self.cache.settings.k}, but a module uses all keys; set k to all")
-        answer = answering(self.cache.in_memory(), cast("TorchBackbone | None", self.encoder.backbone))
+        answer = answering(self.cache.in_memory(), cast("TorchBackbone | None", self.reader.backbone))
         return Logits(copy.deepcopy(answer)).eval()
 
     def export_onnx(self, out: Place, *, features: bool = False, k: KeysMet = None) -> dict[str, Any]:
@@ -665,7 +665,7 @@ class Classifier(OpenIndex):
         from retrieval_tip.index.onnx_graph import export_onnx
 
         cache = self.cache.in_memory()
-        backbone = None if features else cast("TorchBackbone | None", self.encoder.backbone)
+        backbone = None if features else cast("TorchBackbone | None", self.reader.backbone)
         return export_onnx(cache.with_settings(cache.settings.override(k=k)), _place("out", out), backbone)
 
     def push_to_hub(

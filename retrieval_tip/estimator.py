@@ -13,9 +13,9 @@ import torch
 from retrieval_tip import tip
 from retrieval_tip.backbones.base import Backbone, unit
 from retrieval_tip.backbones.loading import load_backbone
-from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.pictures import Picture, pictures
+from retrieval_tip.data.reader import Reader
 from retrieval_tip.errors import InputError, UsageError, install
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.closed_form import Fit
@@ -337,8 +337,8 @@ class ImageEncoder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # sc
         if not hasattr(self, "backbone_"):
             self.fit(X)
         given = pictures(X)
-        encoder = Encoder(self.backbone_, cache=EncodingCache.at(None), read=given.read, strict=True)
-        return unit(encoder.encode(given.source).features)
+        reader = Reader(self.backbone_, cache=EncodingCache.at(None), read=given.read, strict=True)
+        return unit(reader.encode(given.source).features)
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()

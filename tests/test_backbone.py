@@ -227,7 +227,7 @@ def test_loading_a_model_quietly_keeps_messages_of_other_threads(caplog):
     thread = threading.Thread(target=opening)
     thread.start()
     assert inside.wait(30)
-    logging.getLogger("retrieval_tip.data.encoder").warning("skipped a.jpg")
+    logging.getLogger("retrieval_tip.data.reader").warning("skipped a.jpg")
     said.set()
     thread.join()
     logging.getLogger().warning("afterwards")

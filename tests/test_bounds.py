@@ -13,7 +13,7 @@ import pytest
 
 from retrieval_tip import bounds
 from retrieval_tip.bounds import MANY, MOST, check_count, check_memory, memory
-from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.shots import few_shot
 from retrieval_tip.errors import UsageError
 from retrieval_tip.fit.trainer import Recipe
@@ -34,7 +34,7 @@ def test_a_count_is_a_whole_number_within_its_bounds(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "make"),
     [
-        *((name, lambda value, name=name: Encoder(**{name: value})) for name in ("views", "batch_size", "workers")),
+        *((name, lambda value, name=name: Reader(**{name: value})) for name in ("views", "batch_size", "workers")),
         *((name, lambda value, name=name: Recipe(**{name: value})) for name in ("epochs", "batch", "views")),
         ("seed", lambda value: Recipe(seed=value)),
         ("shots", lambda value: few_shot(["a"], value)),

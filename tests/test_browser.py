@@ -19,7 +19,7 @@ from PIL import Image
 from playwright.sync_api import expect
 from serving import caltech_photos
 
-from retrieval_tip import CacheModel, Encoder, load_backbone
+from retrieval_tip import CacheModel, Reader, load_backbone
 from retrieval_tip.data.sources import of_images
 
 pytestmark = pytest.mark.soak
@@ -66,7 +66,7 @@ def site(runtime, fitted, run, tmp_path):
     shutil.copytree(ROOT / "docs/browser", folder)
     shutil.copytree(runtime, folder / "ort")
     index = CacheModel.load(fitted, device="cpu")
-    Encoder(load_backbone(index.backbone.model, device="cpu")).store_int8(of_images(index.labels["source"].to_pylist()))
+    Reader(load_backbone(index.backbone.model, device="cpu")).store_int8(of_images(index.labels["source"].to_pylist()))
     for name, precision in (("things", "float32"), ("int8", "int8")):
         done = run("index", "export", fitted, "--onnx", folder / f"{name}.onnx", "--precision", precision)
         assert done.exit_code == 0, done.output

@@ -13,7 +13,7 @@ import torch
 from tables import unit_rows, write_table
 
 from retrieval_tip.data import images
-from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.shots import few_shot
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, UsageError
@@ -37,7 +37,7 @@ def features(path):
 
 
 def build(path, out, **options):
-    return build_index(open_source(path), out, Encoder(seed=options.pop("seed", 1)), **options, fit="none")
+    return build_index(open_source(path), out, Reader(seed=options.pop("seed", 1)), **options, fit="none")
 
 
 def test_keys_are_the_rows_grouped_by_class_in_file_order(table, tmp_path):
@@ -118,7 +118,7 @@ def test_invalid_settings_are_refused_and_write_nothing(table, tmp_path, options
 
 def test_views_of_photos_are_averaged_then_normalised(shared, lit_mini, tmp_path):
     source = open_source(shared / "data/caltech101/split_zhou_Caltech101.json").take([0, 1, 20])
-    cache = build_index(source, tmp_path / "i", Encoder(lit_mini, views=3, seed=5), fit="none")
+    cache = build_index(source, tmp_path / "i", Reader(lit_mini, views=3, seed=5), fit="none")
     data = images.read(source.paths[2])
     digest = hashlib.sha256(data).hexdigest()
     pixels = [lit_mini.view(images.decode(data), f"{digest}/crop/5/{v}") for v in range(3)]
@@ -134,7 +134,7 @@ def test_extra_columns_of_a_path_table_reach_the_label_store(shared, lit_mini, t
     pq.write_table(
         pa.table({"path": list(map(str, files)), "label": ["panda"] * 2, "iso": [100, 200]}), tmp_path / "p.parquet"
     )
-    cache = build_index(open_source(tmp_path / "p.parquet"), tmp_path / "i", Encoder(lit_mini), fit="none")
+    cache = build_index(open_source(tmp_path / "p.parquet"), tmp_path / "i", Reader(lit_mini), fit="none")
     assert cache.labels["iso"].to_pylist() == [100, 200]
     assert CacheModel.load(tmp_path / "i").labels["iso"].to_pylist() == [100, 200]
 
@@ -142,18 +142,18 @@ def test_extra_columns_of_a_path_table_reach_the_label_store(shared, lit_mini, t
 def test_suspicious_sources_get_a_warning(tmp_path, caplog):
     rows = np.eye(6, dtype=np.float32)
     one = write_table(tmp_path / "one.parquet", rows[:2], ["cat", "cat"])
-    build_index(open_source(one), tmp_path / "1", Encoder(), fit="none", device="cpu")
+    build_index(open_source(one), tmp_path / "1", Reader(), fit="none", device="cpu")
     assert "only one class, cat" in caplog.text
     bare = write_table(tmp_path / "bare.parquet", rows[:3], ["cat", "cat", "dog"])
-    build_index(open_source(bare), tmp_path / "2", Encoder(), fit="none", device="cpu")
+    build_index(open_source(bare), tmp_path / "2", Reader(), fit="none", device="cpu")
     assert "only one photo of dog" in caplog.text
     views = write_table(tmp_path / "views.parquet", rows, ["cat"] * 3 + ["dog"] * 3, ids=["a", "a", "a", "b", "b", "c"])
-    build_index(open_source(views), tmp_path / "4", Encoder(), device="cpu")
+    build_index(open_source(views), tmp_path / "4", Reader(), device="cpu")
     assert "6 rows have 3 ids (a, b); rows with the same id count as one photo" in caplog.text
     assert caplog.text.count("only one photo of cat") == 1
     words = write_table(tmp_path / "words.parquet", rows[:2], ["cat", "dog"])
     shots = write_table(tmp_path / "shots.parquet", rows, ["cat", "dog"] * 3)
-    build_index(open_source(words), tmp_path / "3", Encoder(), text=shots, fit="none", device="cpu")
+    build_index(open_source(words), tmp_path / "3", Reader(), text=shots, fit="none", device="cpu")
     assert "--text has 6 rows" in caplog.text
 
 
@@ -161,7 +161,7 @@ def test_labels_take_the_spelling_of_the_text_table(tmp_path):
     rows = np.eye(4, dtype=np.float32)
     words = write_table(tmp_path / "words.parquet", rows[:2], ["grand_piano", "Cat"])
     shots = write_table(tmp_path / "shots.parquet", rows, ["Grand Piano", "cat"] * 2)
-    cache = build_index(open_source(shots), tmp_path / "i", Encoder(), text=words, fit="none", device="cpu")
+    cache = build_index(open_source(shots), tmp_path / "i", Reader(), text=words, fit="none", device="cpu")
     assert cache.class_names == ["grand_piano", "Cat"]
     assert cache.counts == [2, 2]
 
@@ -191,12 +191,12 @@ def test_a_mismatched_text_table_is_refused(table, tmp_path, case):
 @pytest.mark.parametrize("norms", ["unit", "keep"])
 def test_text_weights_are_normalised_for_rows_of_any_norm(table, tmp_path, norms):
     texts = [write_table(tmp_path / f"{scale}.parquet", unit_rows(3, D, 2) * scale, NAMES) for scale in (1, 3)]
-    made = [build_index(open_source(table), tmp_path / path.stem, Encoder(norms=norms), text=path, fit="none") for path in texts]  # fmt: skip  # noqa: E501
+    made = [build_index(open_source(table), tmp_path / path.stem, Reader(norms=norms), text=path, fit="none") for path in texts]  # fmt: skip  # noqa: E501
     np.testing.assert_allclose(made[0].logits(unit_rows(4, D, 3)), made[1].logits(unit_rows(4, D, 3)), rtol=1e-5)
 
 
 def test_kept_norms_beyond_float16_are_refused(tmp_path):
     table = write_table(tmp_path / "t.parquet", unit_rows(6, D) * 1e6, NAMES * 2)
     with pytest.raises(InputError, match="float16"):
-        build_index(open_source(table), tmp_path / "out", Encoder(norms="keep"), dtype="float16")
+        build_index(open_source(table), tmp_path / "out", Reader(norms="keep"), dtype="float16")
     assert not (tmp_path / "out").exists()

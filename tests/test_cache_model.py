@@ -30,7 +30,7 @@ import retrieval_tip
 from retrieval_tip import CacheModel
 from retrieval_tip import model as index_model
 from retrieval_tip.backbones.base import Identity
-from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_inputs
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError
 from retrieval_tip.fit import closed_form
@@ -577,7 +577,7 @@ def test_classify_source_names_each_answer(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": ids, "feature": list(QUERIES)}), tmp_path / "queries.parquet")
     (source,) = open_inputs([str(tmp_path / "queries.parquet")])
     cache = model()
-    found = Predictions.joined(cache.classify_source(source, Encoder(), Ask(top=2, k=16, neighbours=3)))
+    found = Predictions.joined(cache.classify_source(source, Reader(), Ask(top=2, k=16, neighbours=3)))
     assert found.inputs == ids
     assert found == cache.classify(QUERIES, top=2, k=16, neighbours=3)
 

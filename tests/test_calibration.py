@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tables import tiny, unit_rows, write_table
 
 from retrieval_tip import CacheModel
-from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import UsageError
 from retrieval_tip.evaluation import calibration as cal
@@ -317,4 +317,4 @@ def test_a_threshold_outside_0_to_1_is_refused(shared):
     cache, _ = food(shared, 1)
     for wrong in (-0.1, 1.5, math.nan):
         with pytest.raises(UsageError, match="abstain is"):
-            evaluate(cache, open_source(shared / "data/clip-food9/test.parquet"), Encoder(), abstain=wrong)
+            evaluate(cache, open_source(shared / "data/clip-food9/test.parquet"), Reader(), abstain=wrong)

@@ -29,7 +29,7 @@ from tables import tiny, unit_rows, write_table
 from retrieval_tip import CacheModel, verify
 from retrieval_tip.backbones.base import Backbone
 from retrieval_tip.backbones.prompts import text_weights
-from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import BackboneError, StoreError, UsageError
 from retrieval_tip.files import sha256_of
@@ -65,7 +65,7 @@ def copy_photos(folder: Path, **classes: range) -> Path:
 def built_pictures(tmp_path_factory: pytest.TempPathFactory, lit_mini: Backbone) -> Path:
     place = tmp_path_factory.mktemp("pictures")
     source = open_source(copy_photos(place / "photos", panda=range(4), pizza=range(4)))
-    build_index(source, place / "index", Encoder(lit_mini), templates=TEMPLATES, device="cpu", fit="none")
+    build_index(source, place / "index", Reader(lit_mini), templates=TEMPLATES, device="cpu", fit="none")
     return place
 
 
@@ -76,7 +76,7 @@ def pictures(built_pictures: Path, tmp_path: Path) -> Path:
 
 
 def features_of(lit_mini: Backbone, folder: Path, **options: Any) -> Array:
-    return Encoder(lit_mini, **options).encode(open_source(folder)).features
+    return Reader(lit_mini, **options).encode(open_source(folder)).features
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def text(tmp_path: Path) -> Path:
 @pytest.fixture
 def index(tmp_path: Path, table: Path, text: Path) -> Path:
     """Six keys of two classes: 0, 2, 4 are cats, 1, 3, 5 dogs."""
-    build_index(open_source(table), tmp_path / "index", Encoder(), text=text, alpha=1.0, beta=4.0, device="cpu")
+    build_index(open_source(table), tmp_path / "index", Reader(), text=text, alpha=1.0, beta=4.0, device="cpu")
     return tmp_path / "index"
 
 
@@ -101,7 +101,7 @@ def index(tmp_path: Path, table: Path, text: Path) -> Path:
 def grown(index: Path, tmp_path: Path) -> Path:
     """The same index with two more keys."""
     changes.add(
-        index, open_source(write_table(tmp_path / "late.parquet", unit_rows(2, D, 3), ["dog", "cat"])), Encoder()
+        index, open_source(write_table(tmp_path / "late.parquet", unit_rows(2, D, 3), ["dog", "cat"])), Reader()
     )
     return index
 
@@ -304,7 +304,7 @@ def test_add_warns_about_another_spelling_of_a_class(run: Any, index: Path, tmp_
 def test_add_does_not_rewrite_unchanged_files(index: Path, tmp_path: Path) -> None:
     first, base = store.read_manifest(index).files, data_files(index)
     more = write_table(tmp_path / "more.parquet", unit_rows(1, D, 4), ["cat"])
-    changes.add(index, open_source(more), Encoder())
+    changes.add(index, open_source(more), Reader())
     files, now = store.read_manifest(index).files, data_files(index)
     assert {kind for kind in files if files[kind] != first[kind]} == {"keys", "labels"}
     assert {name: now[name] for name in base} == base
@@ -319,10 +319,10 @@ def test_damage_is_not_copied_under_a_valid_digest(tmp_path: Path) -> None:
     assert file.stat().st_size > store.FAST_BYTES
     flip(file)
     with pytest.raises(StoreError, match=file.name):
-        changes.add(tmp_path / "i", more, Encoder())
+        changes.add(tmp_path / "i", more, Reader())
     assert version(tmp_path / "i") == 1
     flip(file)
-    changes.add(tmp_path / "i", more, Encoder())
+    changes.add(tmp_path / "i", more, Reader())
     assert verify(tmp_path / "i").n == 1101
 
 
@@ -334,7 +334,7 @@ def other(tmp_path: Path) -> Path:
     """An index of three keys, two of them in a class that ``index`` lacks."""
     source = write_table(tmp_path / "o.parquet", unit_rows(3, D, 7), ["owl", "cat", "owl"], lens=["x", "y", "z"])
     weights = write_table(tmp_path / "ot.parquet", unit_rows(2, D, 8), ["owl", "cat"])
-    build_index(open_source(source), tmp_path / "other", Encoder(), text=weights, device="cpu", fit="none")
+    build_index(open_source(source), tmp_path / "other", Reader(), text=weights, device="cpu", fit="none")
     return tmp_path / "other"
 
 
@@ -460,9 +460,9 @@ def test_renaming_a_class_to_another_merges_the_two(tmp_path: Path, factory: str
         write_table(tmp_path / f"{i}.parquet", keys[part], [labels[j] for j in part]) for i, part in enumerate(rows)
     ]
     source, place = open_source(parts[0]), tmp_path / "index"
-    build_index(source, place, Encoder(), text=text, index=factory, device="cpu", **fitted)
+    build_index(source, place, Reader(), text=text, index=factory, device="cpu", **fitted)
     before = opened(place)
-    changes.add(place, open_source(parts[1]), Encoder())
+    changes.add(place, open_source(parts[1]), Reader())
     renamed = changes.rename(place, "b", "d")
     assert (renamed.merged, len(renamed.key_ids)) == (True, 10)
     cache = verify(place)
@@ -538,7 +538,7 @@ def test_a_changed_index_equals_a_new_build_bit_for_bit(
     rows = [pq.read_table(path).select(["id", "label", "feature"]) for path in (table, tmp_path / "late.parquet")]
     pq.write_table(pa.concat_tables(rows), tmp_path / "all.parquet")
     source = open_source(tmp_path / "all.parquet")
-    built = build_index(source, tmp_path / "fresh", Encoder(), text=text, alpha=1.0, beta=4.0, device="cpu")
+    built = build_index(source, tmp_path / "fresh", Reader(), text=text, alpha=1.0, beta=4.0, device="cpu")
     for _ in range(2):
         cache = verify(grown)
         np.testing.assert_array_equal(cache.keys, built.keys)
@@ -599,7 +599,7 @@ def flipped(tmp_path: Path) -> Path:
     labels = ["cat"] * 10 + ["dog"] * 10 + ["owl"] * 10
     labels[0], labels[10], labels[29] = "dog", "owl", "cat"
     rows = write_table(tmp_path / "rows.parquet", keys / np.linalg.norm(keys, axis=1, keepdims=True), labels)
-    build_index(open_source(rows), tmp_path / "flipped", Encoder(), device="cpu")
+    build_index(open_source(rows), tmp_path / "flipped", Reader(), device="cpu")
     return tmp_path / "flipped"
 
 
@@ -681,7 +681,7 @@ def test_where_answers_like_an_index_of_the_matching_keys(
     pq.write_table(
         rows.filter(pa.array([camera != "a" for camera in rows["camera"].to_pylist()])), tmp_path / "some.parquet"
     )
-    build_index(open_source(tmp_path / "some.parquet"), tmp_path / "few", Encoder(), text=text, alpha=1.0, beta=4.0)
+    build_index(open_source(tmp_path / "some.parquet"), tmp_path / "few", Reader(), text=text, alpha=1.0, beta=4.0)
     asked = write_table(tmp_path / "q.parquet", QUERIES, ["cat", "dog", "cat", "dog", "cat", "dog", "cat"])
     options = ("--logits", "--format", "json")
     where = ("--where", "camera <> 'a'")  # NULL, the camera of late keys, does not match
@@ -794,7 +794,7 @@ def test_a_manifest_is_parsed_once_and_new_files_are_not_hashed_again(
         assert run("index", "add", index, late).exit_code == 0
     assert parsed["from_bytes"] == 2  # once by the command, and once under the lock
     with counted(Manifest.from_bytes, sha256_of) as calls:
-        built = build_index(open_source(table), tmp_path / "new", Encoder(), text=text, device="cpu")
+        built = build_index(open_source(table), tmp_path / "new", Reader(), text=text, device="cpu")
     assert calls["from_bytes"] == 0
     assert calls["sha256_of"] == 2  # for the names of the keys and the labels; other arrays are hashed in memory
     assert torch.equal(built.logits(QUERIES), opened(tmp_path / "new").logits(QUERIES))

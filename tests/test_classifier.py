@@ -27,9 +27,9 @@ from tables import tiny
 from retrieval_tip import (
     CacheModel,
     Classifier,
-    Encoder,
     Prediction,
     Predictions,
+    Reader,
     Recipe,
     build_index,
     load_backbone,
@@ -85,7 +85,7 @@ def clf(kept, tmp_path):
 def test_predict_gives_the_answers_of_its_cache_model_and_encoder(place, kept, clf):
     backbone = load_backbone(f"local-dir:{place / 'model'}", device="cpu")
     source = open_source(place / "new")
-    plain = Predictions.joined(clf.cache.classify_source(source, Encoder(backbone)))
+    plain = Predictions.joined(clf.cache.classify_source(source, Reader(backbone)))
     answers = clf.predict(place / "new")
     assert [answer.label for answer in answers] == [one.label for one in plain]
     assert [answer.probability for answer in answers] == pytest.approx([one.probability for one in plain])
@@ -442,7 +442,7 @@ def test_finetune_writes_a_new_index(place, kept, tmp_path):
     tuned = clf.finetune(tmp_path / "f", recipe, val=place / "new", keep_last=True)
     assert clf.cache.place == str(tmp_path / "f")
     np.testing.assert_array_equal(clf.cache.keys, tuned.cache.keys)
-    assert clf.encoder.backbone.identity == clf.cache.backbone == old.cache.backbone
+    assert clf.reader.backbone.identity == clf.cache.backbone == old.cache.backbone
     clf.finetune(None, replace(recipe, lr=0.01), keep_last=True)
     assert "not saved" in repr(clf)
     assert not np.array_equal(clf.cache.keys, tuned.cache.keys)
@@ -461,7 +461,7 @@ def test_finetune_writes_a_new_index(place, kept, tmp_path):
 
 def test_probabilities_and_similar_shots_match_the_definition(place, clf):
     cache, photos = clf.cache, open_source(place / "new")
-    f = torch.from_numpy(clf.encoder.encode(photos).features)
+    f = torch.from_numpy(clf.reader.encode(photos).features)
     expected = (cache.logits(f).double() / cache.settings.temperature).softmax(1)
     np.testing.assert_allclose(clf.predict_proba(place / "new"), expected, atol=1e-6)
     np.testing.assert_allclose(clf.predict_proba(f.numpy(), k="all"), expected, atol=1e-6)
@@ -504,7 +504,7 @@ def test_an_exported_graph_gives_the_same_probabilities(place, clf, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     facts = clf.export_onnx(tmp_path / "g.onnx", features=True)
     graph = runtime.InferenceSession(tmp_path / "g.onnx")
-    f = clf.encoder.encode(open_source(place / "new")).features
+    f = clf.reader.encode(open_source(place / "new")).features
     assert facts["labels"] == clf.classes
     np.testing.assert_allclose(graph.run(["probabilities"], {"features": f})[0], clf.predict_proba(f), atol=1e-4)
     clf.export_onnx(tmp_path / "pixels.onnx")
@@ -520,7 +520,7 @@ def test_score_and_classes_are_those_of_scikit_learn(place, clf):
     assert 0 < clf.score(new.paths, new.labels) == accuracy_score(new.labels, answers) < 1
     assert clf.score(place / "new", np.array(new.labels)) == clf.score(new.paths, new.labels)
     assert clf.score(Image.open(new.paths[0]), [answers[0]]) == 1
-    assert clf.score(clf.encoder.encode(new).features, answers) == 1
+    assert clf.score(clf.reader.encode(new).features, answers) == 1
     assert isinstance(clf.classes_, np.ndarray)
     np.testing.assert_array_equal(clf.classes_[clf.predict_proba(new.paths).argmax(1)], answers)
     with pytest.raises(InputError, match=r"^y: got 5 labels for 6 photos; give one per photo"):
@@ -535,7 +535,7 @@ def test_a_pickled_classifier_works_in_another_process_without_its_folder(place,
 
     clf = Classifier.from_folder(place / "photos", f"local-dir:{place / 'model'}", device="cpu", views=2)
     folder, photo, photos = clf.cache.folder, str(place / "new/red/6.png"), open_source(place / "photos")
-    pipeline = sklearn.make_pipeline(ImageEncoder(clf.encoder.backbone), TipAdapterClassifier(alpha=1.0, device="cpu"))
+    pipeline = sklearn.make_pipeline(ImageEncoder(clf.reader.backbone), TipAdapterClassifier(alpha=1.0, device="cpu"))
     pipeline.fit(photos.paths, photos.labels)
     expected, data = [clf.predict_proba(photo), pipeline.predict_proba([photo])], pickle.dumps(clf)
     joblib.dump(clf, tmp_path / "clf.joblib")
@@ -677,7 +677,7 @@ def test_misuse_gives_one_clear_error(place, kept, words):
 
 def test_an_index_of_features_in_memory_can_be_changed_and_saved(tmp_path):
     keys = np.eye(4, dtype=np.float32)
-    clf = Classifier(CacheModel.from_features(keys, ["a", "a", "b", "b"], ["a", "b"]), Encoder())
+    clf = Classifier(CacheModel.from_features(keys, ["a", "a", "b", "b"], ["a", "b"]), Reader())
     assert clf.predict_proba(keys).shape == (4, 2)
     assert (len(clf.remove(key_ids=[0]).key_ids), len(clf), len(clf.history())) == (1, 3, 2)
     assert "not saved" in repr(clf)
@@ -688,7 +688,7 @@ def test_methods_that_need_an_encoder_say_so(place, tmp_path):
     from tables import unit_rows, write_table
 
     build_index(open_source(write_table(tmp_path / "t.parquet", unit_rows(6, 8), ["red", "green", "blue"] * 2)),
-                tmp_path / "i", Encoder(), device="cpu", fit="none")  # fmt: skip
+                tmp_path / "i", Reader(), device="cpu", fit="none")  # fmt: skip
     bare, new = Classifier.load(tmp_path / "i", device="cpu"), place / "new"
     for call in (bare.predict, bare.predict_proba, bare.suggest, bare.evaluate, bare.calibrate, bare.fit, bare.add):
         with pytest.raises(UsageError, match=r"photos need an encoder; name it"):
@@ -728,25 +728,25 @@ def test_every_option_is_a_named_argument():
     for name, method in inspect.getmembers(Classifier, inspect.isroutine):
         assert name[0] == "_" or parameters(method) is not None
     for own, done_by, apart in (
-        (parameters(Classifier.from_folder), build_index, {"source", "out", "encoder"}),
+        (parameters(Classifier.from_folder), build_index, {"source", "out", "reader"}),
         (parameters(Classifier.from_hub), Classifier.load, {"place"}),
         (parameters(Classifier.predict), Index.classify, {"self", "features"}),
         (parameters(Classifier.explain), Classifier.predict, {"norms", "group_unlike"}),
-        (parameters(Classifier.add), changes.add, {"folder", "source", "encoder", "manifest"}),
+        (parameters(Classifier.add), changes.add, {"folder", "source", "reader", "manifest"}),
         (parameters(Classifier.remove), changes.remove, {"folder"}),
         (parameters(Classifier.relabel), changes.relabel, {"folder"}),
         (parameters(Classifier.rollback), changes.rollback, {"folder"}),
-        (parameters(Classifier.fit), fit_index, {"folder", "validation", "encoder"}),
-        (parameters(Classifier.finetune), finetune_into, {"out", "cache", "shots", "encoder", "parent"}),
+        (parameters(Classifier.fit), fit_index, {"folder", "validation", "reader"}),
+        (parameters(Classifier.finetune), finetune_into, {"out", "cache", "shots", "reader", "parent"}),
         (parameters(Classifier.predict_proba), Classifier.predict, {"group_unlike"}),
         (parameters(Classifier.similar), Index.similar, {"self", "features"}),
-        (parameters(Classifier.sort), sort_photos, {"index", "sources", "encoder"}),
+        (parameters(Classifier.sort), sort_photos, {"index", "sources", "reader"}),
         (parameters(Classifier.audit), audit, {"cache"}),
-        (parameters(Classifier.evaluate), evaluation.evaluate, {"cache", "source", "encoder"}),
+        (parameters(Classifier.evaluate), evaluation.evaluate, {"cache", "source", "reader"}),
         (
             parameters(Classifier.report),
             write_report,
-            {"cache", "test", "encoder", "out", "folder", "where", "command"},
+            {"cache", "test", "reader", "out", "folder", "where", "command"},
         ),
     ):
         for name, default in parameters(done_by).items():
@@ -756,13 +756,13 @@ def test_every_option_is_a_named_argument():
 
 def test_as_module_computes_logits_from_pixels(place, clf):
     paths = [place / "new/red/6.png", place / "new/blue/7.png"]
-    backbone = clf.encoder.backbone
+    backbone = clf.reader.backbone
     mean, std = (torch.tensor(backbone.identity.preprocess[name])[:, None, None] for name in ("mean", "std"))
     pixels = torch.stack([255 * (backbone.preprocess(Image.open(path)) * std + mean) for path in paths])
     module = clf.as_module()
-    features = Encoder(backbone).encode(open_items(place / "new").take([0])).features  # the module must not change them
+    features = Reader(backbone).encode(open_items(place / "new").take([0])).features  # the module must not change them
     logits = module.double()(pixels.double())
-    assert Encoder(backbone).encode(open_items(place / "new").take([0])).features == pytest.approx(features)
+    assert Reader(backbone).encode(open_items(place / "new").take([0])).features == pytest.approx(features)
     for row, path in zip(logits, paths, strict=True):
         answer = clf.predict(path, top=3)
         assert clf.classes[int(row.argmax())] == answer.label
@@ -855,7 +855,7 @@ def test_a_scikit_learn_pipeline_can_start_with_paths(place):
     pipeline.fit(train.sources, train.labels)
     backbone = load_backbone(f"local-dir:{place / 'model'}", device="cpu")
     features = pipeline[0].transform(new.sources)
-    plain = Encoder(backbone).encode(new).features
+    plain = Reader(backbone).encode(new).features
     np.testing.assert_allclose(features, plain / np.linalg.norm(plain, axis=1, keepdims=True), atol=1e-5)
     assert pipeline.score(new.sources, new.labels) > 1 / 3
     np.testing.assert_array_equal(ImageEncoder(backbone).transform(new.sources), features)  # no fit is needed
@@ -884,7 +884,7 @@ def test_an_index_without_an_encoder_classifies_features(tmp_path):
     from tables import unit_rows, write_table
 
     table = write_table(tmp_path / "t.parquet", unit_rows(6, 8), ["a", "b"] * 3)
-    build_index(open_source(table), tmp_path / "i", Encoder(), device="cpu", fit="none")
+    build_index(open_source(table), tmp_path / "i", Reader(), device="cpu", fit="none")
     clf = Classifier.load(tmp_path / "i", device="cpu")
     assert len(clf.predict(table)) == 6
     assert "features" in repr(clf)

@@ -11,7 +11,7 @@ import pytest
 from clusters import round_clusters as clusters
 from tables import unit_rows, write_table
 
-from retrieval_tip import CacheModel, Encoder, Recipe, open_source, verify
+from retrieval_tip import CacheModel, Reader, Recipe, open_source, verify
 from retrieval_tip.fit.finetune import finetune_into
 from retrieval_tip.fit.search_hp import validation_shots
 
@@ -76,7 +76,7 @@ def test_python_gives_the_result_of_the_command(run, place):
     shots, val = (open_source(place / f"{name}.parquet") for name in ("views", "val"))
     val = val.take(validation_shots(cache, val))
     recipe = Recipe(epochs=2, batch=16)
-    tuned = finetune_into(place / "again", cache, shots, Encoder(), recipe, val=val, parent=str(place / "index"))
+    tuned = finetune_into(place / "again", cache, shots, Reader(), recipe, val=val, parent=str(place / "index"))
     assert tuned.facts() | {"seconds": 0} == json.loads(result.stdout) | {"seconds": 0}
     one, other = (CacheModel.load(place / name, device="cpu") for name in ("tuned", "again"))
     assert np.array_equal(one.keys, other.keys)
@@ -129,7 +129,7 @@ def fitted_index(run, place):
 
 
 def accuracy(cache, source):
-    return (cache.logits(Encoder().encode(source).features).argmax(1).numpy() == cache.ids_of(source)).mean()
+    return (cache.logits(Reader().encode(source).features).argmax(1).numpy() == cache.ids_of(source)).mean()
 
 
 def test_training_without_gain_is_discarded_unless_asked(run, place):
@@ -145,7 +145,7 @@ def test_training_without_gain_is_discarded_unless_asked(run, place):
     assert (printed["epoch"], printed["train_accuracy"]) == (None, None)
     kept, test = verify(place / "tuned"), open_source(place / "test.parquet")
     assert (kept.settings, kept.fitted, kept.curve) == (index.settings, index.fitted, None)
-    features = Encoder().encode(test).features
+    features = Reader().encode(test).features
     np.testing.assert_allclose(kept.logits(features), index.logits(features), rtol=1e-5)
     last = json.loads(tune(run, place, *worse, "--keep-last", out="last").stdout)
     assert last["kept"] == "trained"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tables import read_features, tiny, unit, unit_rows, write_table
 
-from retrieval_tip import CacheModel, Encoder, build_index, load_backbone, open_source
+from retrieval_tip import CacheModel, Reader, build_index, load_backbone, open_source
 from retrieval_tip.backbones import catalogue
 from retrieval_tip.data.sources import open_items
 from retrieval_tip.errors import InputError
@@ -35,7 +35,7 @@ def side(name, names, each, seed):
         rows_around(np.repeat(known, each), seed), [own for own in names for _ in range(each)], names, device="cpu"
     )
     closed_form.fit(cache)
-    return Side(name, cache, Encoder())
+    return Side(name, cache, Reader())
 
 
 @pytest.fixture
@@ -194,9 +194,9 @@ def test_two_encoders_are_fitted_to_the_same_photos(photos, tmp_path, run):
     facts = json.loads(done.stdout)
     assert (facts["a"], facts["n"], facts["skipped"]) == (models[0], 24, 1)
     for letter, model in zip("ab", models, strict=True):
-        encoder = Encoder(load_backbone(model, device="cpu"))
-        index = build_index(open_source(place / "shots"), tmp_path / letter, encoder, device="cpu")
-        assert facts[f"top1_{letter}"] == evaluate(index, open_source(place / "test"), encoder).top1
+        reader = Reader(load_backbone(model, device="cpu"))
+        index = build_index(open_source(place / "shots"), tmp_path / letter, reader, device="cpu")
+        assert facts[f"top1_{letter}"] == evaluate(index, open_source(place / "test"), reader).top1
     features = tmp_path / "features.parquet"
     assert run("encode", place / "shots", "--model", models[0], "--out", features).exit_code == 0
     refused = run("compare", place / "test", "--fitted-to", features, *asked[2:])
@@ -223,7 +223,7 @@ def test_models_try_compares_the_encoders_on_this_machine(photos, tmp_path, run,
     alone = json.loads(one.stdout)
     assert alone == rows[1] | {"images_per_second": alone["images_per_second"], "recommended": True}
     assert sum(row["recommended"] for row in rows) == 1
-    built = build_index(open_source(place / "test"), tmp_path / "i", Encoder(load_backbone(models[0], device="cpu")))
+    built = build_index(open_source(place / "test"), tmp_path / "i", Reader(load_backbone(models[0], device="cpu")))
     fit = built.provenance["fit"]
     assert (rows[1]["accuracy"], [rows[1]["low"], rows[1]["high"]]) == (fit["both"], fit["interval_95"])
 

@@ -22,7 +22,7 @@ from PIL import Image
 from sealing import sealed
 
 from retrieval_tip.backbones.base import Backbone
-from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.reader import Reader
 from retrieval_tip.errors import StoreError
 from retrieval_tip.index import changes
 from retrieval_tip.index.places import at
@@ -102,7 +102,7 @@ def test_the_keys_of_an_index_of_format_7_can_be_changed(name: str, tmp_path: Pa
     dog, largest = model.find(["dog"])["key_id"].to_pylist()[0], at(place).manifest().next_key_id
     feature = model.rows.of([dog]).keys[0].astype(np.float32)
     photo = changes.PhotoLabel("new.jpg", "ab" * 32, "cat", "asked", feature)
-    assert changes.label(place, [photo], Encoder()).key_ids == [largest]
+    assert changes.label(place, [photo], Reader()).key_ids == [largest]
     changes.relabel(place, "cat", key_ids=[dog])
     changes.remove(place, key_ids=model.find(["owl"])["key_id"].to_pylist()[:1])
     now = at(place).verify()

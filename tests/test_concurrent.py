@@ -30,7 +30,7 @@ from conftest import AS_ROOT, SOAK, mount, nearest_keys, sampled
 from tables import unit_rows, write_table
 
 from retrieval_tip import CacheModel, verify
-from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import StoreError
 from retrieval_tip.index import changes
@@ -73,7 +73,7 @@ def _write(job: killing.Job) -> dict[str, Any]:
         what, made = rng.random(), None
         if what < 0.6 or not own:
             sources = [f"{number}/{done}/{i}" for i in range(rng.randint(1, 5))]
-            made = changes.add(folder, open_source(table(path, sources)), Encoder())
+            made = changes.add(folder, open_source(table(path, sources)), Reader())
             own |= dict(zip(sources, made.key_ids, strict=True))
             key_ids += made.key_ids
         elif what < 0.85:
@@ -141,7 +141,7 @@ def _read(job: killing.Job) -> dict[str, Any]:
 
 def _build(job: killing.Job) -> None:
     build_index(
-        open_source(job["table"]), job["folder"], Encoder(norms=job.get("norms", "check")), device="cpu", fit="none"
+        open_source(job["table"]), job["folder"], Reader(norms=job.get("norms", "check")), device="cpu", fit="none"
     )
 
 
@@ -181,7 +181,7 @@ BASE = [f"base/{i}" for i in range(40)]
 @pytest.fixture
 def index(tmp_path: Path) -> Path:
     build_index(
-        open_source(table(tmp_path / "base.parquet", BASE)), tmp_path / "index", Encoder(), device="cpu", fit="none"
+        open_source(table(tmp_path / "base.parquet", BASE)), tmp_path / "index", Reader(), device="cpu", fit="none"
     )
     return tmp_path / "index"
 
@@ -356,7 +356,7 @@ def test_a_writer_recreates_what_a_failed_build_removed(
 
 
 def test_a_read_only_folder_can_be_read_and_refuses_every_change(index: Path, tmp_path: Path) -> None:
-    changes.add(index, open_source(table(tmp_path / "more.parquet", ["more"])), Encoder())
+    changes.add(index, open_source(table(tmp_path / "more.parquet", ["more"])), Reader())
     place, more = tmp_path / "mounted", open_source(table(tmp_path / "last.parquet", ["last"]))
     place.mkdir()
     if AS_ROOT:  # permissions do not stop root, a read-only file system does
@@ -369,7 +369,7 @@ def test_a_read_only_folder_can_be_read_and_refuses_every_change(index: Path, tm
             for path in [folder, *folder.rglob("*")]:
                 path.chmod(0o555 if path.is_dir() else 0o444)
         writers: list[Callable[[], object]] = [
-            lambda: changes.add(folder, more, Encoder()),
+            lambda: changes.add(folder, more, Reader()),
             lambda: changes.remove(folder, key_ids=[1]),
             lambda: changes.relabel(folder, NAMES[0], key_ids=[0, 1, 2]),
             lambda: changes.configure(folder, k=7),
@@ -377,7 +377,7 @@ def test_a_read_only_folder_can_be_read_and_refuses_every_change(index: Path, tm
             lambda: changes.rollback(folder),
             lambda: changes.merge(folder, index),
             lambda: collect(folder),
-            lambda: build_index(more, folder, Encoder(), device="cpu", fit="none"),
+            lambda: build_index(more, folder, Reader(), device="cpu", fit="none"),
         ]
         for write in writers:
             with pytest.raises(StoreError) as error:

@@ -26,7 +26,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from tables import unit
 
 from retrieval_tip import CacheModel, TipAdapterClassifier
-from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.data.tables import schema_of, table_of, write_table
 from retrieval_tip.errors import InputError, UsageError
@@ -111,7 +111,7 @@ def test_default_settings_give_the_answers_of_a_built_index(tmp_path: Path) -> N
         table = table_of(schema_of(D, np.float32, []), rows, labels.tolist(), features, {})
         write_table(tmp_path / f"{name}.parquet", table.schema, [table])
     source = open_source(tmp_path / "shots.parquet")
-    index = build_index(source, tmp_path / "index", Encoder(), text=tmp_path / "text.parquet", device="cpu")
+    index = build_index(source, tmp_path / "index", Reader(), text=tmp_path / "text.parquet", device="cpu")
     made = TipAdapterClassifier(TEXT, NAMES, device="cpu").fit(X, Y)
     assert made.cache_.fitted == index.fitted
     answers = index.classify(QUERIES, top=C)

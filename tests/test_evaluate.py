@@ -19,7 +19,7 @@ from conftest import cache_of
 from tables import read_features, unit, write_table
 
 from retrieval_tip import CacheModel
-from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source, open_source
 from retrieval_tip.errors import InputError
 from retrieval_tip.evaluation import held_out
@@ -78,7 +78,7 @@ def expected(k: int | None = None) -> tuple[Array, Array, Array]:
 @pytest.mark.parametrize("k", [None, 5])
 def test_accuracies_match_plain_numpy(source: Source, k: int | None) -> None:
     logits, text, cache = expected(k)
-    found = evaluate(model(), source, Encoder(), k=k, tail=False)
+    found = evaluate(model(), source, Reader(), k=k, tail=False)
     predicted = logits.argmax(1)
     right = predicted == TRUTH
     assert 0.3 < right.mean() < 0.98  # neither trivial nor hopeless
@@ -99,7 +99,7 @@ def test_accuracies_match_plain_numpy(source: Source, k: int | None) -> None:
 def test_confusions_are_the_most_frequent_mistakes(source: Source) -> None:
     predicted = expected()[0].argmax(1)
     wrong = Counter((NAMES[a], NAMES[b]) for a, b in zip(TRUTH, predicted, strict=True) if a != b)
-    found = evaluate(model(), source, Encoder()).confusions
+    found = evaluate(model(), source, Reader()).confusions
     assert len(found) == CONFUSIONS < len(wrong)
     assert all(wrong[a, b] == times for a, b, times in found)
     assert [times for _, _, times in found] == [times for _, times in wrong.most_common(CONFUSIONS)]
@@ -108,32 +108,32 @@ def test_confusions_are_the_most_frequent_mistakes(source: Source) -> None:
 def test_the_tail_is_used_if_asked(source: Source) -> None:
     cache = model()
     for tail in (False, True):
-        found = evaluate(cache, source, Encoder(), k=3, tail=tail)
+        found = evaluate(cache, source, Reader(), k=3, tail=tail)
         predicted = cache.logits(QUERIES, 3, tail).argmax(1).numpy()
         assert (found.top1, found.settings.tail) == (pytest.approx((predicted == TRUTH).mean()), tail)
-    everything = evaluate(cache, source, Encoder(), k=len(KEYS))
-    assert replace(everything, settings=everything.settings.override(k="all")) == evaluate(cache, source, Encoder())
+    everything = evaluate(cache, source, Reader(), k=len(KEYS))
+    assert replace(everything, settings=everything.settings.override(k="all")) == evaluate(cache, source, Reader())
 
 
 def test_without_text_zero_shot_is_missing(source: Source) -> None:
-    found = evaluate(model(text_weights=None), source, Encoder())
+    found = evaluate(model(text_weights=None), source, Reader())
     assert found.zero_shot_top1 is None
     assert found.top1 == found.cache_top1 == pytest.approx((expected()[2].argmax(1) == TRUTH).mean())
 
 
 def test_an_evaluation_converts_to_json(source: Source) -> None:
-    facts = json.loads(json.dumps(evaluate(model(), source, Encoder(), k=7).to_dict()))
+    facts = json.loads(json.dumps(evaluate(model(), source, Reader(), k=7).to_dict()))
     assert {"top1", "top5", "zero_shot_top1", "cache_top1", "n", "alpha", "beta", "k", "tail"} <= facts.keys()
     assert (facts["k"], facts["n"], facts["tail"]) == (7, Q, True)
     assert isinstance(facts["confusions"][0][2], int)
-    everything: Evaluation = evaluate(model(), source, Encoder())
+    everything: Evaluation = evaluate(model(), source, Reader())
     assert everything.to_dict()["k"] == "all"
 
 
 def test_a_source_without_any_known_class_is_refused_by_name(tmp_path: Path) -> None:
     labels = [f"odd {i}" for i in range(7)]
     with pytest.raises(InputError) as caught:
-        evaluate(model(), labelled(tmp_path, labels, QUERIES[:7]), Encoder())
+        evaluate(model(), labelled(tmp_path, labels, QUERIES[:7]), Reader())
     message = str(caught.value)
     assert "features.parquet: 7 unknown labels: odd 0, odd 1, odd 2, odd 3, odd 4; " in message
     assert message.endswith("class 0, class 1, class 2, class 3, class 4 ...")
@@ -141,12 +141,12 @@ def test_a_source_without_any_known_class_is_refused_by_name(tmp_path: Path) -> 
 
 def test_a_source_without_items_is_refused(source: Source) -> None:
     with pytest.raises(InputError, match="has no items"):
-        evaluate(model(), source.take([]), Encoder())
+        evaluate(model(), source.take([]), Reader())
 
 
 def test_features_of_another_length_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected"):
-        evaluate(model(), labelled(tmp_path, [NAMES[0]] * 3, unit(np.ones((3, D + 1)))), Encoder())
+        evaluate(model(), labelled(tmp_path, [NAMES[0]] * 3, unit(np.ones((3, D + 1)))), Reader())
 
 
 # ------------------------------------------------------------------------------------------------ classes it lacks
@@ -192,7 +192,7 @@ def test_unknown_classes_are_right_if_they_match_no_class(mixed: tuple[Path, Pat
     terms = cache.terms(features)
     strength = terms.cache[:, np.array(cache.counts) > 0].amax(1).numpy()
     assert found["auroc"] == pytest.approx(metrics.roc_auc_score(known, strength))
-    own = evaluate(cache, open_source(test).take(np.flatnonzero(known)), Encoder())
+    own = evaluate(cache, open_source(test).take(np.flatnonzero(known)), Reader())
     for name in ("zero_shot_top1", "cache_top1", "ece", "mean_per_class"):
         assert found[name] == pytest.approx(getattr(own, name))  # of the known classes alone
     assert (own.top1, own.known_top1, own.unknown_no_match, own.auroc) == (found["known_top1"],) * 2 + (None, None)
@@ -240,7 +240,7 @@ def test_shots_are_classified_as_by_an_index_without_them(tmp_path: Path, run: R
     )
     index = at(place).load(device="cpu")
     index = index.with_settings(index.settings.override(**({"k": 3, "tail": False} if k else {})))
-    found, expected = evaluate(index, open_source(test), Encoder()), []
+    found, expected = evaluate(index, open_source(test), Reader()), []
     for photo in asked:
         others = [i for i in range(40) if digests[i] != digests[photo]]
         own = CacheModel.from_features(
@@ -286,7 +286,7 @@ def test_trained_values_of_the_other_keys_are_kept(tmp_path: Path) -> None:
     cache = model(values=values.astype(np.float32))
     test = labelled(tmp_path, [NAMES[i] for i in Y[:2]], KEYS[:2])
     test = replace(test, items=test.items.set_column(0, "source", pa.array(["key 0", "key 1"])))
-    answers = evaluate(cache, test, Encoder()).answers
+    answers = evaluate(cache, test, Reader()).answers
     for row in (0, 1):
         others = np.delete(np.arange(len(Y)), row)
         own = cache_of(KEYS[others], Y[others], NAMES, text_weights=TEXT, alpha=2.0, beta=3.0, logit_scale=10.0,
@@ -300,14 +300,14 @@ def test_shots_of_an_index_that_is_too_large_to_copy_are_left_out(
     monkeypatch.setattr(held_out, "MOST_COPIED", 1)
     cache = model(sources=[f"q{i}" for i in range(len(Y))])
     cache.keys[:3] = QUERIES[:3]
-    found = evaluate(cache, source, Encoder())
+    found = evaluate(cache, source, Reader())
     assert (found.n, found.held_out) == (Q - 3, 0)
     assert "left out 3 photos that are shots of this index, which is too large to hide them" in caplog.text
     with pytest.raises(InputError, match="photos: all are shots"):
-        evaluate(cache, source.take([0, 1, 2]), Encoder())
+        evaluate(cache, source.take([0, 1, 2]), Reader())
 
 
 def test_the_only_photo_of_an_index_is_refused(tmp_path: Path) -> None:
     cache = CacheModel.from_features(KEYS[:1], [0], NAMES, TEXT, sources=["q0"], device="cpu")
     with pytest.raises(InputError, match="the only photo of the index"):
-        evaluate(cache, labelled(tmp_path, NAMES[:1], KEYS[:1]), Encoder())
+        evaluate(cache, labelled(tmp_path, NAMES[:1], KEYS[:1]), Reader())

@@ -16,7 +16,7 @@ from conftest import ROOT
 from tables import unit_rows
 
 from retrieval_tip.backbones.base import Identity
-from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.data.tables import table_identity
 from retrieval_tip.errors import InputError, UsageError
@@ -50,7 +50,7 @@ def rebuilt(cache: CacheModel, tmp_path: Path, **options: Any) -> CacheModel:
     return build_index(
         open_source(tmp_path / "keys.parquet"),
         tmp_path / "built",
-        Encoder(norms=options.pop("norms", "check")),
+        Reader(norms=options.pop("norms", "check")),
         text=tmp_path / "text.parquet",
         alpha=cache.settings.alpha,
         beta=cache.settings.beta,
@@ -167,7 +167,7 @@ def test_an_index_from_the_recipe_answers_like_the_research_code(tmp_path, monke
     page = (ROOT / "docs/exchange.md").read_text(encoding="utf-8")
     (recipe,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "torch.load" in block)
     exec(recipe, {})
-    cache = build_index(open_source("cache.parquet"), "index", Encoder(norms="unit"), alpha=1.5, beta=4.0)
+    cache = build_index(open_source("cache.parquet"), "index", Reader(norms="unit"), alpha=1.5, beta=4.0)
     assert cache.class_names == ["ant", "bee", "cat"]
     queries = torch.from_numpy(unit_rows(10, 8, 7))
     expected = 1.5 * torch.exp(-4.0 * (1 - queries @ torch.nn.functional.normalize(keys.float(), dim=0))) @ values

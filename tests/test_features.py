@@ -25,8 +25,8 @@ from tables import unit_rows
 from retrieval_tip import bounds
 from retrieval_tip.backbones.base import Identity
 from retrieval_tip.data import images
-from retrieval_tip.data.encoder import Encoder, encode_table, view_names
 from retrieval_tip.data.encoding_cache import EncodingCache
+from retrieval_tip.data.reader import Reader, encode_table, view_names
 from retrieval_tip.data.sources import Source, of_images, open_items, open_source
 from retrieval_tip.data.tables import (
     IDENTITY_KEY,
@@ -103,9 +103,9 @@ class Reads(Counter[str]):
         return images.read(path)
 
 
-def all_of(encoder: Encoder, source: Source) -> tuple[np.ndarray, np.ndarray]:
+def all_of(reader: Reader, source: Source) -> tuple[np.ndarray, np.ndarray]:
     """Return the positions and features of all blocks."""
-    blocks = list(encoder.blocks(source))
+    blocks = list(reader.blocks(source))
     return np.concatenate([b.positions for b in blocks]), np.concatenate([b.features for b in blocks])
 
 
@@ -119,8 +119,8 @@ def source_of(folder: Path) -> Source:
 @pytest.mark.parametrize("views", [1, 3])
 def test_each_image_is_read_and_encoded_once(folder: Path, tmp_path: Path, views: int) -> None:
     reads, backbone = Reads(), Fake()
-    encoder = Encoder(backbone, views=views, read=reads)
-    with_cache(tmp_path, lambda cache: all_of(replace(encoder, cache=cache), source_of(folder)))
+    reader = Reader(backbone, views=views, read=reads)
+    with_cache(tmp_path, lambda cache: all_of(replace(reader, cache=cache), source_of(folder)))
     assert len(reads) == 12
     assert set(reads.values()) == {1}
     assert backbone.prepared == sum(backbone.batches) == 12 * views
@@ -132,16 +132,16 @@ def test_too_large_requests_are_refused_before_memory_is_allocated(
     fake = Fake(identity=replace(IDENTITY, preprocess={"size": (100, 200)}))  # a view has 240 kB
     source = source_of(folder)
     monkeypatch.setattr(bounds, "memory", lambda: 10_000_000)
-    encoder = Encoder(fake, read=lambda _: pytest.fail("an image was read"))
+    reader = Reader(fake, read=lambda _: pytest.fail("an image was read"))
     for views, batch_size, words in (
         (40, None, "40 views of 12 images"),
         (4, 64, "4 views of 12 images"),  # a batch has at most all images
         (14, 1, "14 views of 3 images"),
     ):
         with pytest.raises(UsageError, match=words):
-            next(replace(encoder, views=views, batch_size=batch_size).blocks(source))
+            next(replace(reader, views=views, batch_size=batch_size).blocks(source))
     with pytest.raises(UsageError, match="1000 views of 12 images"):
-        replace(encoder, backbone=replace(fake, dim=1000)).encode_views(source, view_names(1, 1000))
+        replace(reader, backbone=replace(fake, dim=1000)).encode_views(source, view_names(1, 1000))
     assert not fake.prepared
 
 
@@ -155,7 +155,7 @@ def with_cache(folder: Path, use: Callable[[EncodingCache], Any]) -> Any:
 
 def test_features_equal_those_of_the_backbone_at_unit_norm(folder: Path) -> None:
     backbone = Fake()
-    positions, found = all_of(Encoder(backbone), source_of(folder))
+    positions, found = all_of(Reader(backbone), source_of(folder))
     assert positions.tolist() == list(range(12))
     for number, feature in enumerate(found):
         assert np.allclose(feature, backbone.expected(picture(number)), atol=1e-6)
@@ -166,10 +166,10 @@ def test_features_equal_those_of_the_backbone_at_unit_norm(folder: Path) -> None
 @pytest.mark.parametrize("views", [1, 2, 5])
 def test_batch_size_and_workers_do_not_change_features(folder: Path, views: int) -> None:
     source = source_of(folder)
-    expected = all_of(Encoder(Fake(), views=views), source)
+    expected = all_of(Reader(Fake(), views=views), source)
     for batch_size, workers in ((1, 1), (5, 3), (12, 2), (64, 8)):
         backbone = Fake()
-        found = all_of(Encoder(backbone, views=views, batch_size=batch_size, workers=workers), source)
+        found = all_of(Reader(backbone, views=views, batch_size=batch_size, workers=workers), source)
         assert np.array_equal(found[0], expected[0])
         assert np.array_equal(found[1], expected[1])
         assert max(backbone.batches) <= batch_size
@@ -187,17 +187,17 @@ def test_blocks_stay_in_order_if_an_image_is_slow(folder: Path) -> None:
                 pass
         return data
 
-    blocks = list(Encoder(Fake(), batch_size=4, workers=4, read=late).blocks(source_of(folder)))
+    blocks = list(Reader(Fake(), batch_size=4, workers=4, read=late).blocks(source_of(folder)))
     assert [block.positions.tolist() for block in blocks] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
 
 
 def test_the_cache_identifies_images_by_content(folder: Path, tmp_path: Path) -> None:
     backbone = Fake()
-    with_cache(tmp_path / "c", lambda cache: all_of(Encoder(backbone, cache=cache), source_of(folder)))
+    with_cache(tmp_path / "c", lambda cache: all_of(Reader(backbone, cache=cache), source_of(folder)))
     (folder / "00.png").rename(folder / "renamed.png")
     picture(99).save(folder / "01.png")
     backbone.batches.clear()
-    _, found = with_cache(tmp_path / "c", lambda cache: all_of(Encoder(backbone, cache=cache), source_of(folder)))
+    _, found = with_cache(tmp_path / "c", lambda cache: all_of(Reader(backbone, cache=cache), source_of(folder)))
     assert sum(backbone.batches) == 1
     assert np.allclose(found[0], backbone.expected(picture(99)))
     assert np.allclose(found[11], backbone.expected(picture(0)))
@@ -219,7 +219,7 @@ def test_another_backbone_or_precision_encodes_again(
 ) -> None:
     source, backbone = source_of(folder), Fake(**change)
     right = fill(tmp_path / "c", source)
-    found = with_cache(tmp_path / "c", lambda cache: all_of(Encoder(backbone, cache=cache), source))
+    found = with_cache(tmp_path / "c", lambda cache: all_of(Reader(backbone, cache=cache), source))
     assert np.array_equal(found[1], right)
     assert sum(backbone.batches) == backbone.prepared == fresh
 
@@ -229,12 +229,12 @@ def test_other_views_or_another_seed_encode_only_new_views(
     folder: Path, tmp_path: Path, views: int, seed: int, fresh: int
 ) -> None:
     source = source_of(folder)
-    with_cache(tmp_path / "c", lambda cache: all_of(Encoder(Fake(), views=3, seed=1, cache=cache), source))
+    with_cache(tmp_path / "c", lambda cache: all_of(Reader(Fake(), views=3, seed=1, cache=cache), source))
     backbone = Fake()
-    encoder = Encoder(backbone, views=views, seed=seed)
-    alone = all_of(encoder, source)
+    reader = Reader(backbone, views=views, seed=seed)
+    alone = all_of(reader, source)
     backbone.batches.clear()
-    found = with_cache(tmp_path / "c", lambda cache: all_of(replace(encoder, cache=cache), source))
+    found = with_cache(tmp_path / "c", lambda cache: all_of(replace(reader, cache=cache), source))
     assert sum(backbone.batches) == fresh
     assert np.array_equal(found[1], alone[1])
 
@@ -243,7 +243,7 @@ def test_other_views_or_another_seed_encode_only_new_views(
 def test_a_repeated_path_is_read_once(folder: Path, batch_size: int) -> None:
     order, reads, backbone = [3, 0, 3, 11, 5, 3, 0, 7, 11], Reads(), Fake()
     source = source_of(folder).take(order)
-    positions, found = all_of(Encoder(backbone, batch_size=batch_size, read=reads), source)
+    positions, found = all_of(Reader(backbone, batch_size=batch_size, read=reads), source)
     assert positions.tolist() == list(range(len(order)))
     assert sum(reads.values()) == sum(backbone.batches) == 5
     for number, feature in zip(order, found, strict=True):
@@ -253,7 +253,7 @@ def test_a_repeated_path_is_read_once(folder: Path, batch_size: int) -> None:
 def test_equal_images_are_encoded_once_per_batch(folder: Path) -> None:
     (folder / "copy.png").write_bytes((folder / "00.png").read_bytes())
     backbone = Fake()
-    (block,) = Encoder(backbone, batch_size=64).blocks(source_of(folder))
+    (block,) = Reader(backbone, batch_size=64).blocks(source_of(folder))
     assert sum(backbone.batches) == 12
     assert np.array_equal(block.features[0], block.features[12])
     assert block.digests[4] == hashlib.sha256((folder / "04.png").read_bytes()).hexdigest()
@@ -263,12 +263,12 @@ def test_an_unreadable_image_is_named_and_skipped(folder: Path, caplog: pytest.L
     (folder / "05.png").write_bytes(b"garbage")
     (folder / "07.png").unlink()
     (folder / "gone.png").symlink_to("nowhere")
-    encoder = Encoder(Fake(), batch_size=4)
+    reader = Reader(Fake(), batch_size=4)
     source = of_images([str(folder / f"{n:02}.png") for n in range(12)] + [str(folder / "gone.png")])
-    positions, found = all_of(encoder, source)
+    positions, found = all_of(reader, source)
     assert positions.tolist() == [0, 1, 2, 3, 4, 6, 8, 9, 10, 11]
-    assert [Path(skipped.source).name for skipped in encoder.skipped] == ["05.png", "07.png", "gone.png"]
-    assert [skipped.reason for skipped in encoder.skipped][1:] == ["no such file"] * 2
+    assert [Path(skipped.source).name for skipped in reader.skipped] == ["05.png", "07.png", "gone.png"]
+    assert [skipped.reason for skipped in reader.skipped][1:] == ["no such file"] * 2
     for name in ("05.png", "07.png", "gone.png"):
         assert f"{folder / name}" in caplog.text
     assert np.allclose(found[5], Fake().expected(picture(6)), atol=1e-6)
@@ -277,12 +277,12 @@ def test_an_unreadable_image_is_named_and_skipped(folder: Path, caplog: pytest.L
 def test_strict_stops_at_the_first_unreadable_image(folder: Path) -> None:
     (folder / "05.png").write_bytes(b"")
     with pytest.raises(InputError, match=r"05\.png: empty file$"):
-        all_of(Encoder(Fake(), strict=True, batch_size=2), source_of(folder))
+        all_of(Reader(Fake(), strict=True, batch_size=2), source_of(folder))
 
 
 def test_a_source_without_readable_images_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none of 2 images could be read .*no such file"):
-        all_of(Encoder(Fake()), of_images([str(tmp_path / "a.png"), str(tmp_path / "b.png")]))
+        all_of(Reader(Fake()), of_images([str(tmp_path / "a.png"), str(tmp_path / "b.png")]))
 
 
 def test_an_image_without_a_usable_feature_is_skipped(folder: Path) -> None:
@@ -292,15 +292,15 @@ def test_an_image_without_a_usable_feature_is_skipped(folder: Path) -> None:
             raw[0] = np.nan
             return raw
 
-    encoder = Encoder(Broken(), batch_size=6)
-    positions, _ = all_of(encoder, source_of(folder))
+    reader = Reader(Broken(), batch_size=6)
+    positions, _ = all_of(reader, source_of(folder))
     assert positions.tolist() == [1, 2, 3, 4, 5, 7, 8, 9, 10, 11]
-    assert "not finite" in encoder.skipped[0].reason
+    assert "not finite" in reader.skipped[0].reason
 
 
 def test_stopping_early_stops_all_threads(folder: Path) -> None:
     backbone = Fake()
-    blocks = Encoder(backbone, batch_size=1, workers=2).blocks(source_of(folder))
+    blocks = Reader(backbone, batch_size=1, workers=2).blocks(source_of(folder))
     next(blocks)
     blocks.close()
     assert sum(backbone.batches) <= 2
@@ -311,19 +311,19 @@ def test_stopping_early_stops_all_threads(folder: Path) -> None:
 )
 def test_bad_settings_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong))):
-        Encoder(Fake(), **wrong)
+        Reader(Fake(), **wrong)
 
 
 def test_images_without_a_backbone_are_refused(folder: Path) -> None:
     with pytest.raises(UsageError, match="--model"):
-        all_of(Encoder(), source_of(folder))
+        all_of(Reader(), source_of(folder))
 
 
 # -- the encoding cache --
 
 
 def fill(folder: Path, source: Source) -> np.ndarray:
-    return with_cache(folder, lambda cache: all_of(Encoder(Fake(), cache=cache), source))[1]
+    return with_cache(folder, lambda cache: all_of(Reader(Fake(), cache=cache), source))[1]
 
 
 def updated(change: str) -> Callable[[Path], Any]:
@@ -367,23 +367,23 @@ def test_a_damaged_cache_never_gives_wrong_features(
     right = fill(tmp_path / "c", source)
     damage(file)
     raw, backbone = file.read_bytes(), Fake()
-    encoder = Encoder(backbone)
+    reader = Reader(backbone)
     try:
-        found = with_cache(tmp_path / "c", lambda cache: all_of(replace(encoder, cache=cache), source))
+        found = with_cache(tmp_path / "c", lambda cache: all_of(replace(reader, cache=cache), source))
     except InputError as error:
         assert fresh == 0  # flipped bytes may give an error
         assert "--no-cache" in str(error)  # noqa: PT017
     else:
         assert np.array_equal(found[1], right)
         assert sum(backbone.batches) >= fresh
-    assert encoder.skipped == []  # the cache is damaged, not the images
+    assert reader.skipped == []  # the cache is damaged, not the images
     if moved:
         (aside,) = (tmp_path / "c").glob("*damaged*")
         assert aside.read_bytes()[100:] == raw[100:]  # SQLite may have written its header
         assert "moved to" in caplog.text
     if fresh:
         again = Fake()
-        second = with_cache(tmp_path / "c", lambda cache: all_of(Encoder(again, cache=cache), source))
+        second = with_cache(tmp_path / "c", lambda cache: all_of(Reader(again, cache=cache), source))
         assert np.array_equal(second[1], right)
         assert again.batches == []
 
@@ -430,11 +430,11 @@ def test_a_read_only_cache_is_used_with_one_warning(
 ) -> None:
     source = source_of(folder)
     fill(tmp_path / "c", source.take(range(3)))
-    right = all_of(Encoder(Fake()), source)[1]
+    right = all_of(Reader(Fake()), source)[1]
     backbone = Fake()
     cache = EncodingCache(tmp_path / "c")
     cache._db.execute("PRAGMA query_only = 1")
-    assert np.array_equal(all_of(Encoder(backbone, cache=cache, batch_size=2), source)[1], right)
+    assert np.array_equal(all_of(Reader(backbone, cache=cache, batch_size=2), source)[1], right)
     cache.close()
     assert sum(backbone.batches) == 9  # cached encodings are used
     assert len(caplog.messages) == 1
@@ -644,7 +644,7 @@ def test_a_column_may_have_the_name_of_a_part_of_the_feature(tmp_path: Path) -> 
 def test_rows_can_be_taken_in_any_order_and_repeatedly(tmp_path: Path, order: Sequence[int]) -> None:
     rows = unit_rows(20_000, 4)
     source = open_items(table_of(tmp_path / "t.parquet", list(rows))).take(order)
-    positions, found = all_of(Encoder(), source)
+    positions, found = all_of(Reader(), source)
     assert positions.tolist() == list(range(len(order)))
     assert np.array_equal(found, rows[order])
 
@@ -671,7 +671,7 @@ def test_a_table_of_another_backbone_is_refused(tmp_path: Path) -> None:
     other = replace(IDENTITY, model="other", weights="sha256:09")
     source = open_items(with_identity(tmp_path / "t.parquet", json.dumps(other.to_dict()).encode()))
     with pytest.raises(BackboneError, match=r"other/tag .*fake/tag"):
-        all_of(Encoder(Fake()), source)
+        all_of(Reader(Fake()), source)
     with pytest.raises(BackboneError, match=r"t\.parquet"):
         check_backbone(IDENTITY, 6, None, [source])
     check_backbone(None, 6, None, [source])
@@ -691,7 +691,7 @@ def test_an_encoded_table_contains_the_features(folder: Path, tmp_path: Path) ->
     (tmp_path / "list.csv").write_text(f"path,label,note\n{lines}")
     out = tmp_path / "caf\udce9.parquet"  # not UTF-8
     source = open_source(tmp_path / "list.csv")
-    assert encode_table(source, out, Encoder(Fake(), batch_size=5)) == 12
+    assert encode_table(source, out, Reader(Fake(), batch_size=5)) == 12
     table = pq.read_table(pa.BufferReader(out.read_bytes()))
     assert table.column_names == ["id", "label", "feature", "digest", "note"]
     assert table["feature"].type == pa.list_(pa.float32(), 6)
@@ -700,26 +700,26 @@ def test_an_encoded_table_contains_the_features(folder: Path, tmp_path: Path) ->
     assert table["note"].to_pylist() == [f"note {n}" for n in range(12)]
     assert all(len(digest) == 64 for digest in table["digest"].to_pylist())
     assert table_identity(out) == IDENTITY
-    assert np.array_equal(read_all(out), all_of(Encoder(Fake()), source)[1])
+    assert np.array_equal(read_all(out), all_of(Reader(Fake()), source)[1])
     assert open_source(out).class_names == source.class_names
 
 
 def test_encoding_a_feature_table_copies_it(folder: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "1.parquet", tmp_path / "2.parquet"
-    encode_table(source_of(folder), first, Encoder(Fake()))
-    encode_table(open_items(first), second, Encoder())
+    encode_table(source_of(folder), first, Reader(Fake()))
+    encode_table(open_items(first), second, Reader())
     one, two = pq.read_table(first), pq.read_table(second)
     assert one.equals(two, check_metadata=True)
 
 
 def test_unreadable_images_have_no_row(folder: Path, tmp_path: Path) -> None:
     (folder / "03.png").write_bytes(b"")
-    encoder = Encoder(Fake())
-    assert encode_table(source_of(folder), tmp_path / "o.parquet", encoder) == 11
+    reader = Reader(Fake())
+    assert encode_table(source_of(folder), tmp_path / "o.parquet", reader) == 11
     table = pq.read_table(tmp_path / "o.parquet")
     assert "03.png" not in "".join(table["id"].to_pylist())
     assert table["label"].to_pylist() == [None] * 11
-    assert len(encoder.skipped) == 1
+    assert len(reader.skipped) == 1
 
 
 def test_further_columns_of_any_type_are_kept(tmp_path: Path) -> None:
@@ -733,7 +733,7 @@ def test_further_columns_of_any_type_are_kept(tmp_path: Path) -> None:
         "feature.note": pa.array(["n", "m"]),
     }
     path = table_of(tmp_path / "t.parquet", list(unit_rows(2, 4)), id=["a", "b"], **more)
-    encode_table(open_items(path), tmp_path / "o.parquet", Encoder())
+    encode_table(open_items(path), tmp_path / "o.parquet", Reader())
     found = pq.read_table(tmp_path / "o.parquet")
     for name, column in more.items():
         assert open_items(path).items[name].type == column.type
@@ -749,15 +749,15 @@ def test_a_failure_leaves_the_folder_as_it_was(folder: Path, tmp_path: Path, exi
         out.write_bytes(b"what was there")
     before = {path: path.read_bytes() for path in place.iterdir()}
     (folder / "11.png").write_bytes(b"")
-    failing: list[tuple[Source, Encoder]] = [
-        (source_of(folder), Encoder(Fake(), strict=True, batch_size=2)),
-        (of_images([str(tmp_path / "gone.png")]), Encoder(Fake())),
-        (source_of(folder), Encoder()),
-        (open_items(table_of(tmp_path / "t.parquet", pa.array([GOOD, [np.nan] * 4]))), Encoder()),
+    failing: list[tuple[Source, Reader]] = [
+        (source_of(folder), Reader(Fake(), strict=True, batch_size=2)),
+        (of_images([str(tmp_path / "gone.png")]), Reader(Fake())),
+        (source_of(folder), Reader()),
+        (open_items(table_of(tmp_path / "t.parquet", pa.array([GOOD, [np.nan] * 4]))), Reader()),
     ]
-    for source, encoder in failing:
+    for source, reader in failing:
         with pytest.raises(RetrievalTipError):
-            encode_table(source, out, encoder)
+            encode_table(source, out, reader)
         assert {path: path.read_bytes() for path in place.iterdir()} == before
 
 
@@ -768,18 +768,18 @@ def test_an_unwritable_output_is_named(folder: Path, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     for out in ("gone/o.parquet", "file/o.parquet", "folder.parquet", "pipe.parquet", "x" * 300):
         with pytest.raises(InputError) as caught:
-            encode_table(source_of(folder), tmp_path / out, Encoder(Fake()))
+            encode_table(source_of(folder), tmp_path / out, Reader(Fake()))
         assert f"{tmp_path / out}: cannot be written" in str(caught.value)
         assert sorted(tmp_path.rglob("*")) == before
     assert (tmp_path / "pipe.parquet").is_fifo()
     with pytest.raises(InputError, match="cannot be written"):
-        encode_table(source_of(folder), "", Encoder(Fake()))
+        encode_table(source_of(folder), "", Reader(Fake()))
 
 
 def test_writing_to_a_link_replaces_its_target(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link.parquet").symlink_to("real/o.parquet")
-    encode_table(source_of(folder), tmp_path / "link.parquet", Encoder(Fake()))
+    encode_table(source_of(folder), tmp_path / "link.parquet", Reader(Fake()))
     assert (tmp_path / "link.parquet").is_symlink()
     assert pq.read_metadata(tmp_path / "real/o.parquet").num_rows == 12
 
@@ -798,8 +798,8 @@ def jpegs(tmp_path: Path) -> Source:
 
 
 def test_reduction_only_changes_features_of_large_jpegs(jpegs: Source) -> None:
-    whole = Encoder(Fake(), reduce=False).encode(jpegs).features
-    reduced = Encoder(Fake()).encode(jpegs).features
+    whole = Reader(Fake(), reduce=False).encode(jpegs).features
+    reduced = Reader(Fake()).encode(jpegs).features
     assert [np.array_equal(*pair) for pair in zip(whole, reduced, strict=True)] == [False, True, True]
     assert (whole * reduced).sum(axis=1).min() > 0.98
     assert jpegs.paths is not None
@@ -810,17 +810,17 @@ def test_reduction_only_changes_features_of_large_jpegs(jpegs: Source) -> None:
 
 @pytest.mark.parametrize("first", [True, False])
 def test_the_cache_separates_reduced_and_whole_images(jpegs: Source, tmp_path: Path, first: bool) -> None:
-    alone = {reduce: Encoder(Fake(), reduce=reduce).encode(jpegs).features for reduce in (True, False)}
+    alone = {reduce: Reader(Fake(), reduce=reduce).encode(jpegs).features for reduce in (True, False)}
     for reduce, fresh in ((first, 3), (not first, 1), (first, 0), (not first, 0)):
         backbone = Fake()
-        encoder = Encoder(backbone, reduce=reduce)
-        found = with_cache(tmp_path / "c", lambda cache: replace(encoder, cache=cache).encode(jpegs))  # noqa: B023
+        reader = Reader(backbone, reduce=reduce)
+        found = with_cache(tmp_path / "c", lambda cache: replace(reader, cache=cache).encode(jpegs))  # noqa: B023
         assert sum(backbone.batches) == fresh
         assert np.array_equal(found.features, alone[reduce])
 
 
 def test_augmented_views_use_the_whole_image(jpegs: Source) -> None:
     for names in (["crop/1/0", "crop/1/1"], ["crop/1/0", "centre"]):
-        whole, reduced = (Encoder(Fake(), reduce=reduce).encode_views(jpegs, names) for reduce in (False, True))
+        whole, reduced = (Reader(Fake(), reduce=reduce).encode_views(jpegs, names) for reduce in (False, True))
         same = (whole.features == reduced.features).all(axis=1)
         assert same.tolist() == [True, "centre" not in names, True, True, True, True]

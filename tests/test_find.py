@@ -15,7 +15,7 @@ from serving import caltech_photos
 from tables import unit, unit_rows, write_table
 
 from retrieval_tip import CacheModel
-from retrieval_tip.data.encoder import Encoder, FeatureBlock
+from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import open_inputs
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.labelling import find
@@ -43,7 +43,7 @@ def test_an_example_finds_similar_photos(things, lit_mini, inbox, run):
     cache = CacheModel.load(things, device="cpu")
     features = {}
     for path in sorted(inbox.glob("[0-9c]*.jpg")):
-        features[str(path)] = Encoder(lit_mini).encode(next(open_inputs([str(path)]))).features[0]
+        features[str(path)] = Reader(lit_mini).encode(next(open_inputs([str(path)]))).features[0]
     example = features[str(inbox / "0.jpg")]
     others = {str(inbox / f"{place}.jpg") for place in range(1, 6)}
     expected = {name: float(feature @ example) for name, feature in features.items() if name in others}
@@ -61,9 +61,9 @@ def test_a_text_is_encoded_with_the_templates_of_the_index(things, lit_mini, inb
     cache, photos = CacheModel.load(things, device="cpu"), (inbox / "1.jpg", inbox / "2.jpg")
     done = run("find", *photos, "a big aeroplane", "--index", things, "--format", "json")
     assert done.exit_code == 0, done.stderr
-    weight = Encoder(lit_mini).text_weights(["a big aeroplane"], cache.templates)[0]
+    weight = Reader(lit_mini).text_weights(["a big aeroplane"], cache.templates)[0]
     for row in rows_of(done):
-        feature = Encoder(lit_mini).encode(next(open_inputs([row["input"]]))).features[0]
+        feature = Reader(lit_mini).encode(next(open_inputs([row["input"]]))).features[0]
         assert row["similarity"] == pytest.approx(float(feature @ weight), abs=1e-3)
     assert len(rows_of(done)) == 2
 
@@ -96,7 +96,7 @@ def index_of(metric=False):
     return cache
 
 
-class Fixed(Encoder):
+class Fixed(Reader):
     """An encoder without text, for image files that contain the number of a feature."""
 
     def blocks(self, source):
@@ -129,16 +129,16 @@ def test_all_pairs_are_compared_up_to_a_limit(tmp_path, monkeypatch):
     features[30:40] = unit(features[:10] + 0.01 * unit_rows(10, 8, 1))
     features[50] = features[51]
     source = list(open_inputs([str(write_table(tmp_path / "t.parquet", features, ids=[str(i) for i in range(60)]))]))
-    table, found = find_duplicates(source, Encoder(), 5)
+    table, found = find_duplicates(source, Reader(), 5)
     a, b = np.triu_indices(60, 1)
     near = (features[a] * features[b]).sum(axis=1) >= 0.98
     assert (found.total, table.num_rows, found.compared) == (near.sum(), 5, "all")
     assert table["kind"].to_pylist()[0] == "identical feature"
     monkeypatch.setattr(find, "PAIRS", 100)
-    assert find_duplicates(source, Encoder(), 5)[0].equals(table)
-    assert find_duplicates(source, Encoder())[1].compared == "nearest"
+    assert find_duplicates(source, Reader(), 5)[0].equals(table)
+    assert find_duplicates(source, Reader())[1].compared == "nearest"
     monkeypatch.setattr(find, "MOST_PHOTOS", 10)
-    table, found = find_duplicates(source, Encoder(), 5)
+    table, found = find_duplicates(source, Reader(), 5)
     assert (found.compared, table["input"].to_pylist(), table["other"].to_pylist()) == ("digests", ["50"], ["51"])
 
 
@@ -153,6 +153,6 @@ def test_invalid_queries_are_refused(tmp_path, run):
         assert run("find", table, *query, "--index", tmp_path / "index").exit_code == 2
     source = list(open_inputs([str(table)]))
     with pytest.raises(UsageError, match="n is 0"):
-        find_photos(source, Encoder(), "x", 0)
+        find_photos(source, Reader(), "x", 0)
     with pytest.raises(InputError):
-        find_photos(source, Encoder(), "x.jpg")
+        find_photos(source, Reader(), "x.jpg")

@@ -23,7 +23,7 @@ from torch.nn import functional
 from retrieval_tip import CacheModel, verify
 from retrieval_tip.backbones.loading import load_backbone
 from retrieval_tip.backbones.prompts import text_weights
-from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source, open_source
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import finetune
@@ -101,7 +101,7 @@ def facts(tuned: finetune.Tuned) -> dict[str, Any]:
 
 def plain(cache: CacheModel, shots: Source, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
     """Train Tip-Adapter-F in plain torch over the same batches. Return keys, values and the mean loss of each epoch."""
-    views = Encoder().encode_views(shots, [])
+    views = Reader().encode_views(shots, [])
     label = {name: i for i, name in enumerate(cache.class_names)}
     ids = torch.tensor([label[shots.labels[position]] for position in views.positions])
     features = torch.from_numpy(views.features)
@@ -135,7 +135,7 @@ def plain(cache: CacheModel, shots: Source, recipe: Recipe) -> tuple[torch.Tenso
 @pytest.mark.parametrize("train", [("keys",), ("values",), ("keys", "values")])
 def test_twenty_epochs_match_plain_torch(shots: Source, train: tuple[str, ...]) -> None:
     cache, recipe = index(), replace(OWN, epochs=20, train=train, seed=4)
-    tuned = finetune.finetune(cache, shots, Encoder(), recipe)
+    tuned = finetune.finetune(cache, shots, Reader(), recipe)
     keys, values, curve = plain(cache, shots, recipe)
     found = torch.from_numpy(tuned.cache.keys)
     assert float((found - keys).norm() / keys.norm()) < 1e-5
@@ -154,8 +154,8 @@ def test_twenty_epochs_match_plain_torch(shots: Source, train: tuple[str, ...]) 
 
 def test_each_epoch_uses_each_shot_once_in_changing_views(shots: Source) -> None:
     cache = index()
-    material = _Material.of(cache, shots, Encoder(), OWN, None)
-    views = Encoder().encode_views(shots, [])
+    material = _Material.of(cache, shots, Reader(), OWN, None)
+    views = Reader().encode_views(shots, [])
     owner = {views.features[row].tobytes(): i for i in range(SHOTS) for row in range(*views.starts[i : i + 2])}
     seen = []
     for epoch in range(60):
@@ -177,14 +177,14 @@ def test_rows_of_a_table_may_have_any_order(tmp_path: Path) -> None:
     rows = np.arange(len(tidy))
     dealt = rows[np.lexsort((rows, [sum(tidy.sources[j] == tidy.sources[i] for j in range(i)) for i in rows]))]
     assert dealt.tolist() != rows.tolist()
-    one, other = (finetune.finetune(index(), source, Encoder(), OWN) for source in (tidy, tidy.take(dealt)))
+    one, other = (finetune.finetune(index(), source, Reader(), OWN) for source in (tidy, tidy.take(dealt)))
     assert np.array_equal(one.cache.keys, other.cache.keys)
 
 
 def test_only_the_same_seed_gives_the_same_bits(shots: Source, val: Source) -> None:
     recipe = Recipe(batch=16, epochs=4, train=("keys", "values"))
     one, same, other = (
-        finetune.finetune(index(), shots, Encoder(), replace(recipe, seed=seed), val=val) for seed in (1, 1, 2)
+        finetune.finetune(index(), shots, Reader(), replace(recipe, seed=seed), val=val) for seed in (1, 1, 2)
     )
     assert np.array_equal(one.cache.keys, same.cache.keys)
     assert torch.equal(one.cache.values, same.cache.values)
@@ -205,7 +205,7 @@ def test_the_result_can_be_saved_with_its_provenance(
     cache.settings = cache.settings.override(temperature=3.0)
     keys, text, before = np.array(cache.keys), cache.text_weights.clone(), cache.__dict__.copy()
     tuned = finetune.finetune(
-        cache, shots, Encoder(), Recipe(batch=16, train=train), val=val, parent=str(tmp_path / "parent")
+        cache, shots, Reader(), Recipe(batch=16, train=train), val=val, parent=str(tmp_path / "parent")
     )
     assert before.keys() <= cache.__dict__.keys()
     assert {name for name in before if before[name] is not cache.__dict__[name]} == set()
@@ -238,7 +238,7 @@ def test_the_result_can_be_saved_with_its_provenance(
 
 
 def test_without_validation_the_last_epoch_and_the_settings_are_kept(shots: Source) -> None:
-    tuned = finetune.finetune(index(), shots, Encoder(), Recipe(batch=16, epochs=3))
+    tuned = finetune.finetune(index(), shots, Reader(), Recipe(batch=16, epochs=3))
     assert (tuned.epoch, tuned.choice, tuned.collapsed) == (3, None, None)
     assert (tuned.cache.settings.alpha, tuned.cache.settings.beta) == (1.0, 5.5)
     assert tuned.cache.provenance["alpha"] == "finetune"
@@ -252,7 +252,7 @@ def test_without_validation_the_last_epoch_and_the_settings_are_kept(shots: Sour
 
 
 def test_the_curve_matches_the_answers_for_validation_images(shots: Source, val: Source) -> None:
-    tuned = finetune.finetune(index(), shots, Encoder(), replace(OWN, epochs=5), val=val)
+    tuned = finetune.finetune(index(), shots, Reader(), replace(OWN, epochs=5), val=val)
     rows, ids = clusters(60, C, D, 2)
     for epoch, cache in (
         (0, index()),
@@ -269,18 +269,18 @@ def test_the_curve_matches_the_answers_for_validation_images(shots: Source, val:
 
 def test_a_float16_index_stays_float16(shots: Source, tmp_path: Path) -> None:
     cache = index(dtype=np.float16)
-    tuned = finetune.finetune(cache, shots, Encoder(), OWN)
+    tuned = finetune.finetune(cache, shots, Reader(), OWN)
     tuned.save(tmp_path / "tuned")
     found = verify(tmp_path / "tuned")
     assert found.keys.dtype == np.float16
     assert not np.array_equal(found.keys, cache.keys)
-    exact = finetune.finetune(index(), shots, Encoder(), OWN)
+    exact = finetune.finetune(index(), shots, Reader(), OWN)
     np.testing.assert_allclose(found.keys.astype(np.float32), exact.cache.keys, atol=2e-3)
 
 
 def test_a_fine_tuned_index_can_be_fine_tuned_again(shots: Source, val: Source) -> None:
-    first = finetune.finetune(index(), shots, Encoder(), replace(OWN, train=("keys", "values")), val=val)
-    again = finetune.finetune(first.cache, shots, Encoder(), replace(OWN, seed=2, epochs=8))
+    first = finetune.finetune(index(), shots, Reader(), replace(OWN, train=("keys", "values")), val=val)
+    again = finetune.finetune(first.cache, shots, Reader(), replace(OWN, seed=2, epochs=8))
     assert not np.array_equal(first.cache.keys, again.cache.keys)
     assert torch.equal(first.cache.values, again.cache.values)  # used, but not trained
     assert losses(again)[-1] < losses(first)[0]
@@ -289,7 +289,7 @@ def test_a_fine_tuned_index_can_be_fine_tuned_again(shots: Source, val: Source) 
 def test_training_in_bfloat16_is_close_to_float32(shots: Source) -> None:
     recipe = replace(OWN, epochs=20)
     exact, near = (
-        finetune.finetune(index(), shots, Encoder(), replace(recipe, precision=precision))
+        finetune.finetune(index(), shots, Reader(), replace(recipe, precision=precision))
         for precision in ("float32", "bfloat16")
     )
     assert not np.array_equal(exact.cache.keys, near.cache.keys)
@@ -328,7 +328,7 @@ def train_with_curve(run: _Run, curve: list[tuple[float, float]]) -> None:
 def material(tmp_path_factory: pytest.TempPathFactory) -> _Material:
     folder = tmp_path_factory.mktemp("material")
     shots, val = shots_table(folder / "shots.parquet"), queries_table(folder / "val.parquet")
-    return _Material.of(index(), shots, Encoder(), OWN, val)
+    return _Material.of(index(), shots, Reader(), OWN, val)
 
 
 def test_the_kept_epoch_follows_the_rule(material: _Material) -> None:
@@ -357,7 +357,7 @@ def test_validation_labels_choose_the_epoch_but_train_nothing(shots: Source, val
     """With the settings of the index, training is the same for any validation labels, and without them."""
     rows, ids = clusters(60, C, D, 2)
     wrong = open_source(write_table(tmp_path / "wrong.parquet", rows, [NAMES[(i + 1) % C] for i in ids]))
-    right, misled, without = (finetune.finetune(index(), shots, Encoder(), OWN, val=v) for v in (val, wrong, None))
+    right, misled, without = (finetune.finetune(index(), shots, Reader(), OWN, val=v) for v in (val, wrong, None))
     assert losses(right) == losses(misled) == losses(without)
     assert right.epoch == 4
     assert misled.epoch < 4
@@ -376,7 +376,7 @@ def test_a_collapse_is_reported_and_discarded(
 ) -> None:  # fmt: skip
     cache = index()
     recipe = replace(OWN, train=train, lr=lr, epochs=epochs, batch=batch)
-    tuned = finetune.finetune(cache, shots, Encoder(), recipe, val=val if with_val else None)
+    tuned = finetune.finetune(cache, shots, Reader(), recipe, val=val if with_val else None)
     fell = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     if tuned.collapsed is None:  # no collapse: the kept epoch is sound
         assert not any("collapsed" in message for message in fell)
@@ -395,7 +395,7 @@ def test_a_collapse_is_reported_and_discarded(
 
 
 def test_an_infinite_loss_ends_the_run_before_its_update(shots: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = finetune.finetune(index(), shots, Encoder(), OWN)
+    whole = finetune.finetune(index(), shots, Reader(), OWN)
     calls = 0
     entropy = functional.cross_entropy
 
@@ -405,7 +405,7 @@ def test_an_infinite_loss_ends_the_run_before_its_update(shots: Source, monkeypa
         return entropy(*arguments, **options) * (math.inf if calls == 8 else 1)  # the second step of epoch 3
 
     monkeypatch.setattr(functional, "cross_entropy", infinite)
-    tuned = finetune.finetune(index(), shots, Encoder(), OWN)
+    tuned = finetune.finetune(index(), shots, Reader(), OWN)
     assert tuned.collapsed == "the loss is not finite in epoch 3"
     assert (tuned.epoch, len(tuned.curve)) == (2, 4)
     assert losses(tuned)[:2] == losses(whole)[:2]
@@ -442,7 +442,7 @@ def test_shots_and_validation_images_must_match_the_index(shots: Source, tmp_pat
     for given_, words in ((foreign, "foreign.parquet.*zebra"), (longer, f"longer.parquet.*{D + 1}.*{D}")):
         for arguments in ({"shots": given_}, {"shots": shots, "val": given_}):
             with pytest.raises(InputError, match=words) as error:
-                finetune.finetune(index(), encoder=Encoder(), recipe=OWN, **arguments)
+                finetune.finetune(index(), reader=Reader(), recipe=OWN, **arguments)
             assert "\n" not in str(error.value)
 
 
@@ -507,7 +507,7 @@ def image_index(pictures: Path, model: Any) -> CacheModel:
 
 def of_images(folder: Path, model: Any) -> CacheModel:
     source = open_source(folder)
-    features, names, templates = Encoder(model).encode(source).features, list(source.class_names), ["a {} thing.", "{}"]
+    features, names, templates = Reader(model).encode(source).features, list(source.class_names), ["a {} thing.", "{}"]
     text, own = text_weights(model, names, templates), Settings(logit_scale=model.logit_scale)
     cache = CacheModel.from_features(
         features, source.labels, names, text, settings=own, device="cpu", sources=source.sources
@@ -519,10 +519,10 @@ def of_images(folder: Path, model: Any) -> CacheModel:
 def test_holding_out_shots_does_not_change_the_training(
     model: Any, pictures: Path, image_index: CacheModel, tmp_path: Path
 ) -> None:
-    source, encoder = open_source(pictures / "train"), Encoder(model)
+    source, reader = open_source(pictures / "train"), Reader(model)
     recipe = Recipe(views=2, batch=5, epochs=2, lr=0.5)
-    plain = finetune.finetune(image_index, source, encoder, recipe)
-    tuned = finetune.finetune_into(tmp_path / "tuned", image_index, source, encoder, recipe, keep_last=True)
+    plain = finetune.finetune(image_index, source, reader, recipe)
+    tuned = finetune.finetune_into(tmp_path / "tuned", image_index, source, reader, recipe, keep_last=True)
     assert np.array_equal(tuned.cache.keys, plain.cache.keys)
     compared = tuned.compared
     assert compared is not None
@@ -537,7 +537,7 @@ def test_validation_images_have_one_view_for_any_encoder_settings(
     source, val = open_source(pictures / "train"), open_source(pictures / "val")
     recipe = replace(OWN, batch=5, epochs=2, views=2)
     one, other = (
-        finetune.finetune(image_index, source, Encoder(model, views=views, seed=seed), recipe, val=val).curve
+        finetune.finetune(image_index, source, Reader(model, views=views, seed=seed), recipe, val=val).curve
         for views, seed in ((1, 1), (4, 7))
     )
     assert without_seconds(one) == without_seconds(other)
@@ -549,7 +549,7 @@ def test_training_uses_the_requested_views_of_images(
 ) -> None:
     source = open_source(pictures / "train")
     recipe = Recipe(batch=5, views=views)
-    material = _Material.of(image_index, source.take([0, 0, 3, 5, 7, 11, 3]), Encoder(model), recipe, None)
+    material = _Material.of(image_index, source.take([0, 0, 3, 5, 7, 11, 3]), Reader(model), recipe, None)
     seen: list[bytes] = []
     for epoch in range(8):
         batches = list(material.batches(recipe, epoch))
@@ -572,17 +572,17 @@ def test_fine_tuning_does_not_lower_accuracy_on_real_features(shared: Path, tmp_
     from retrieval_tip.data.shots import few_shot
 
     train, test = (open_source(shared / f"data/clip-food9/{part}.parquet") for part in ("train", "test"))
-    text = Encoder().encode(words := open_source(shared / "data/clip-food9/text.parquet")).features
+    text = Reader().encode(words := open_source(shared / "data/clip-food9/text.parquet")).features
     before, after = [], []
     for seed in (1, 2):
         own = train.take(few_shot(train.labels, 16, seed))
         own_settings = Settings(alpha=1.17, beta=5.5)
-        features = Encoder().encode(own).features
+        features = Reader().encode(own).features
         cache = CacheModel.from_features(
             features, own.labels, words.labels, text, settings=own_settings, sources=own.sources, device="cpu"
         )
-        tuned = finetune.finetune(cache, own_shots(cache, own), Encoder(), Recipe(seed=seed)).cache
-        queries, ids = Encoder().encode(test).features, cache.ids_of(test)
+        tuned = finetune.finetune(cache, own_shots(cache, own), Reader(), Recipe(seed=seed)).cache
+        queries, ids = Reader().encode(test).features, cache.ids_of(test)
         for found, results in ((cache, before), (tuned, after)):
             results.append(float((found.logits(queries).argmax(1).numpy() == ids).mean()))
         assert not np.array_equal(tuned.keys, cache.keys)
@@ -597,7 +597,7 @@ def test_fine_tuning_does_not_lower_accuracy_on_real_features(shared: Path, tmp_
 def test_training_on_a_gpu_matches_the_cpu(shots: Source, val: Source, changes: dict[str, Any]) -> None:
     recipe = replace(OWN, **changes, epochs=20)
     cpu, gpu, again = (
-        finetune.finetune(index(device=device), shots, Encoder(), recipe, val=val) for device in ("cpu", "cuda", "cuda")
+        finetune.finetune(index(device=device), shots, Reader(), recipe, val=val) for device in ("cpu", "cuda", "cuda")
     )
     assert np.array_equal(gpu.cache.keys, again.cache.keys)
     moved_by = cpu.cache.keys - index().keys

@@ -21,7 +21,7 @@ from test_stores import STEPS, _bucket_and_one_thread, copied, done, everything,
 
 from retrieval_tip import model as index_model
 from retrieval_tip.cli import main
-from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, warn_once
 from retrieval_tip.fit import closed_form
@@ -114,7 +114,7 @@ def test_whole_classes_are_searched_as_in_a_folder(built, name, held, tmp_path, 
     more = open_source(table(tmp_path / "more.parquet", 1, 9, "more"))
     for place in places:
         changes.rebuild(place, index="Classes")
-        changes.add(place, more, Encoder())
+        changes.add(place, more, Reader())
         changes.relabel(place, NAMES[2], key_ids=[1, 20, 41])
     folder, store = opened(*places)
     assert folder.index_type == store.index_type == "Classes"
@@ -156,7 +156,7 @@ def test_many_values_are_solved_as_in_a_folder(name, built, tmp_path, monkeypatc
     places = [copied(tmp_path, kind, built[name, kind], kind) for kind in KINDS]
     more = open_source(table(tmp_path / "more.parquet", 1, 9, "more"))
     for place in places:
-        assert len(changes.add(place, more, Encoder()).key_ids) == 5
+        assert len(changes.add(place, more, Reader()).key_ids) == 5
         changes.relabel(place, NAMES[2], key_ids=[1, 20, 41])
         changes.remove(place, key_ids=[3, 7, 42])
     check_same(*opened(*places))
@@ -168,7 +168,7 @@ def test_classes_are_added_with_their_text_and_renamed(name, built, tmp_path):
     more = open_source(write_table(tmp_path / "new.parquet", clusters(1, 3)[0][:2], ["new", NAMES[0]]))
     places = [copied(tmp_path, kind, built[name, kind], kind) for kind in KINDS]
     for place in places:
-        changes.add(place, more, Encoder(), text=tmp_path / "words.parquet")
+        changes.add(place, more, Reader(), text=tmp_path / "words.parquet")
         changes.rename(place, NAMES[1], "renamed")
     one, other = opened(*places)
     assert other.class_names == [NAMES[0], "renamed", *NAMES[2:], "new"]
@@ -314,7 +314,7 @@ def test_keys_that_are_read_in_parts_give_the_same_fit(built, form, source, tmp_
     val = {}
     if source == "val":
         path = write_table(tmp_path / "val.parquet", QUERIES, [NAMES[i] for i in clusters(4, seed=5)[1]])
-        val = {"validation": open_source(path), "encoder": Encoder()}
+        val = {"validation": open_source(path), "reader": Reader()}
     for place in places:
         changes.remove(place, key_ids=[4, 17])
     choices = [fit_index(place, **form, **val) for place in places]
@@ -330,7 +330,7 @@ def test_keys_that_are_read_in_parts_give_the_same_fit(built, form, source, tmp_
 def test_the_sums_behind_a_metric_follow_the_keys(built, tmp_path):
     place = copied(tmp_path, "lance", built["metric", "lance"])
     fit_index(place, metric="within")
-    changes.add(place, open_source(table(tmp_path / "more.parquet", 2, 9, "more")), Encoder())
+    changes.add(place, open_source(table(tmp_path / "more.parquet", 2, 9, "more")), Reader())
     changes.relabel(place, NAMES[2], key_ids=[1, 20, 41])
     changes.remove(place, key_ids=[3, 7, 42])
     model = stores.at(place).verify()
@@ -348,7 +348,7 @@ def test_the_sums_behind_a_metric_follow_the_keys(built, tmp_path):
 def test_the_vector_index_covers_the_points(tmp_path, monkeypatch):
     monkeypatch.setattr(lance_rows, "INDEX_FROM", 500)
     place, source = made(tmp_path, "lance"), table(tmp_path / "many.parquet", 200)
-    build_index(open_source(source), place, Encoder(), metric="within", k=16, device="cpu")
+    build_index(open_source(source), place, Reader(), metric="within", k=16, device="cpu")
     model = stores.at(place).verify()
     assert (model.index_type, model.fitted.metric, model.rows.table.met) == ("IvfFlat", "within", "_point")
     own = lancedb.connect(model.rows.table.address.uri).open_table("keys")
@@ -360,7 +360,7 @@ def test_the_vector_index_covers_the_points(tmp_path, monkeypatch):
     wanted = model.metric(torch.from_numpy(QUERIES)).numpy() @ points.T
     near = model.retrieval.keys.nearest(model.retrieval.points(torch.from_numpy(QUERIES)), 10).affinity.numpy()
     assert np.isclose(near, -np.sort(-wanted, axis=1)[:, :10], atol=1e-5).mean() > 0.9
-    changes.add(place, open_source(table(tmp_path / "more.parquet", 1, 9, "more")), Encoder())
+    changes.add(place, open_source(table(tmp_path / "more.parquet", 1, 9, "more")), Reader())
     late = [one["key_id"] for [one] in nearest_keys(stores.at(place).verify(), clusters(1, 9)[0])]
     assert sorted(late) == list(range(1000, 1005))
 
@@ -374,10 +374,10 @@ def test_solved_values_of_too_many_keys_are_refused(run, built, tmp_path, monkey
     monkeypatch.setattr(lance_store, "MOST_HELD", 40 * (16 + 5) * 4)
     more = open_source(table(tmp_path / "more.parquet", 1, 9, "more"))
     wanted = f"retrieval-tip fit {place} --values one-hot"
-    refused(lambda: changes.add(place, more, Encoder()), "45 keys", wanted, error=InputError)
+    refused(lambda: changes.add(place, more, Reader()), "45 keys", wanted, error=InputError)
     assert everything(place) == before
     done(run("fit", place, "--values", "one-hot"))
-    assert len(changes.add(place, more, Encoder()).key_ids) == 5
+    assert len(changes.add(place, more, Reader()).key_ids) == 5
     monkeypatch.setattr(lance_store, "MOST_HELD", 30)
     out = made(tmp_path, "lance", "copy")
     refused(lambda: changes.clone(built["solved", "folder"], out), "one-hot", error=InputError)
@@ -400,7 +400,7 @@ def test_a_damaged_object_is_named(built, kind, damage, tmp_path):
 
 def test_points_that_do_not_match_their_keys_are_refused(built, tmp_path):
     place = copied(tmp_path, "lance", built["metric", "lance"])
-    changes.add(place, open_source(table(tmp_path / "more.parquet", 1, 9, "more")), Encoder())
+    changes.add(place, open_source(table(tmp_path / "more.parquet", 1, 9, "more")), Reader())
     model = stores.at(place).verify()
     wrong = model.metric
     model.metric = type(wrong)(wrong.mean, wrong.transform.flip(0))
@@ -445,15 +445,15 @@ def test_an_index_grown_photo_by_photo_is_as_accurate_as_one_built_at_once(kind,
         rows, number = order[number:stop], stop
         part = write_table(tmp_path / f"{stop}.parquet", keys[rows], [NAMES[i] for i in ids[rows]], [*map(str, rows)])
         if stop == 5:
-            build_index(open_source(part), place, Encoder(), text=text, device="cpu")
+            build_index(open_source(part), place, Reader(), text=text, device="cpu")
             continue
-        added = changes.add(place, open_source(part), Encoder())
+        added = changes.add(place, open_source(part), Reader())
         assert (added.fit is not None, added.fit_due) == (stop not in (11, 22, 25), False)
     grown = stores.at(place).verify()
     assert grown.fitted.keys == 40
     labels, names = [NAMES[i] for i in ids[order]], [*map(str, order)]
     whole = write_table(tmp_path / "whole.parquet", keys[order], labels, names)
-    once = build_index(open_source(whole), made(tmp_path, kind, "once"), Encoder(), text=text, device="cpu")
+    once = build_index(open_source(whole), made(tmp_path, kind, "once"), Reader(), text=text, device="cpu")
     right = [(model.logits(queries).argmax(1).numpy() == truth).mean() for model in (grown, once)]
     assert right[0] == pytest.approx(right[1], abs=0.01)
     found = [np.nan if part is None else part for part in asdict(grown.settings).values()]
@@ -472,9 +472,9 @@ def test_settings_change_if_a_class_gets_its_first_photos_or_loses_all(kind, tmp
         for name, part in (("first.parquet", some), ("rest.parquet", ~some))
     )
     place = made(tmp_path, kind)
-    build_index(open_source(first), place, Encoder(), text=text, device="cpu")
+    build_index(open_source(first), place, Reader(), text=text, device="cpu")
     alphas = [stores.at(place).load(device="cpu").settings.alpha]
-    added = changes.add(place, open_source(rest), Encoder())
+    added = changes.add(place, open_source(rest), Reader())
     alphas.append(stores.at(place).load(device="cpu").settings.alpha)
     assert (added.fit.without_shots, added.fit_due) == (0, False)
     removed = changes.remove(place, key_ids=added.key_ids)

@@ -40,7 +40,7 @@ from tables import png, unit_rows, write_table
 from retrieval_tip import CacheModel
 from retrieval_tip.cli import main
 from retrieval_tip.data import images
-from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_items, open_source
 from retrieval_tip.data.tables import read_features
 from retrieval_tip.errors import MAX_LINE, RetrievalTipError
@@ -239,10 +239,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_table(place / "text.parquet", unit_rows(3, D, 2), CLASSES)
     (place / "list.csv").write_text("path,label\na.png,cat\n")
     build_index(
-        open_source(place / "train.parquet"), place / "index", Encoder(), text=place / "text.parquet", device="cpu"
+        open_source(place / "train.parquet"), place / "index", Reader(), text=place / "text.parquet", device="cpu"
     )
     changes.configure(place / "index", alpha=2.0)
-    changes.add(place / "index", open_source(place / "queries.parquet"), Encoder())
+    changes.add(place / "index", open_source(place / "queries.parquet"), Reader())
     return place
 
 

@@ -25,7 +25,7 @@ import pytest
 from conftest import SOAK, few, sampled
 from tables import unit_rows, write_table
 
-from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import StoreError
 from retrieval_tip.index import changes, manage
@@ -71,14 +71,14 @@ def table(tables, name):
 
 def built(place, tables, name, index=None, how=UNFITTED):
     text = tables / "text.parquet"
-    return build_index(table(tables, name), place, Encoder(), text=text, index=index, device="cpu", **how)
+    return build_index(table(tables, name), place, Reader(), text=text, index=index, device="cpu", **how)
 
 
 def make_index(place, tables, index):
     """Create an index from three tables at version 4."""
     built(place, tables, "0", index)
     for name in ("1", "2"):
-        changes.add(place, table(tables, name), Encoder())
+        changes.add(place, table(tables, name), Reader())
     changes.relabel(place, "class 3", where="source = '2 0'")
 
 
@@ -91,7 +91,7 @@ def grow(place, tables):
     left = GROWTH
     while left:
         try:
-            changes.add(place, table(tables, "1"), Encoder())
+            changes.add(place, table(tables, "1"), Reader())
             left -= 1
         except StoreError as error:
             if "changed meanwhile; run again" not in str(error):
@@ -102,7 +102,7 @@ OPERATIONS = {
     "first": lambda place, tables, _: built(place, tables, "other", how=FITTED),  # creates its table twice
     "build": lambda place, tables, index: built(place, tables, "other", index),
     "add": lambda place, tables, _: changes.add(
-        place, table(tables, "more"), Encoder(), text=tables / "new text.parquet"
+        place, table(tables, "more"), Reader(), text=tables / "new text.parquet"
     ),
     "remove": lambda place, *_: changes.remove(place, where="source IN ('0 3', '1 2', '2 1')"),
     "remove late": lambda place, *_: changes.remove(place, where="source LIKE '2 %'"),

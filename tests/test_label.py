@@ -20,7 +20,7 @@ from PIL import Image
 from serving import caltech_photos, server
 
 from retrieval_tip.backbones.base import Backbone
-from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import of_images, open_inputs
 from retrieval_tip.errors import StoreError
 from retrieval_tip.index import changes, places
@@ -92,7 +92,7 @@ class Client:
         self.pool, backbones = pool, Backbones("cpu", "float32", None, backbone)
         self.sources = list(open_inputs([str(Path(next(iter(pool))).parent)]))
         self.names = [name for source in self.sources for name in source.sources]
-        labelling = Labelling(place, self.sources, Encoder(backbone), classes)
+        labelling = Labelling(place, self.sources, Reader(backbone), classes)
         served = [Served(place, backbones)] if places.at(place).exists() else []
         maker = Maker(place.parent, backbone, backbones)
         self.app = create_app({one.name: one for one in served}, token=TOKEN, maker=maker, labelling=labelling)
@@ -158,7 +158,7 @@ def labels_of(place: Path) -> dict[str, str]:
 
 def add_photo(place: Path, photo: Path, label: str, backbone: Backbone) -> None:
     """Add a photo as another process does."""
-    changes.add(place, of_images([str(photo)], "photos", [label], [label]), Encoder(backbone))
+    changes.add(place, of_images([str(photo)], "photos", [label], [label]), Reader(backbone))
 
 
 def test_labels_build_an_index_that_guesses_and_sessions_can_be_resumed(
@@ -184,7 +184,7 @@ def test_labels_build_an_index_that_guesses_and_sessions_can_be_resumed(
         state = client.settled()
         assert state["labelled"] == 10
         shown = state["queue"][0]
-        feature = Encoder(lit_mini).encode(next(open_inputs([shown["name"]]))).features
+        feature = Reader(lit_mini).encode(next(open_inputs([shown["name"]]))).features
         answer = index.classify(feature, "keep", top=9)[0]
         assert [one["label"] for one in shown["guesses"]] == answer.labels
         assert [one["probability"] for one in shown["guesses"]] == pytest.approx(answer.probabilities, abs=1e-4)

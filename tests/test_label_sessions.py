@@ -24,7 +24,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 from test_features import Fake
 
-from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import of_images, open_inputs
 from retrieval_tip.index import changes, places
 from retrieval_tip.server import labelling as module
@@ -81,7 +81,7 @@ class Session:
             (self.folder / ("photos" if self.job["round"] % 2 else "moved")).rename(photos)
         self.paths = [str(path) for path in sorted(photos.iterdir())]
         self.digests = [digest_of(path) for path in self.paths]
-        labelling = Labelling(self.place, list(open_inputs([str(photos)])), Encoder(self.backbone))
+        labelling = Labelling(self.place, list(open_inputs([str(photos)])), Reader(self.backbone))
         backbones = Backbones("cpu", "float32", None, self.backbone)
         served = [Served(self.place, backbones)] if places.at(self.place).exists() else []
         maker = Maker(self.folder, self.backbone, backbones)
@@ -141,7 +141,7 @@ class Session:
         if not there:
             new = self.wanted | {digest_of(path): "other"}
             self.keep(self.wanted, new)
-            changes.add(self.place, of_images([str(path)], "others", ["other"], ["other"]), Encoder(self.backbone))
+            changes.add(self.place, of_images([str(path)], "others", ["other"], ["other"]), Reader(self.backbone))
             self.keep(new, new)
         version = places.at(self.place).manifest().version
         self.until(lambda state: state["version"] >= version)

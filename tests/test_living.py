@@ -27,7 +27,7 @@ from hypothesis.stateful import (
 from tables import unit_rows, write_table
 
 from retrieval_tip import CacheModel, verify
-from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.index import changes
 from retrieval_tip.settings import Settings
@@ -64,7 +64,7 @@ class State:
 
 
 @dataclass
-class Reader:
+class OpenVersion:
     """A reader that has a version open, and the logits it should keep returning."""
 
     cache: CacheModel
@@ -111,7 +111,7 @@ class Living(RuleBasedStateMachine):
         keys = {i: (names[i % c], vector) for i, vector in enumerate(vectors)}
         self.state = State(keys, dict(zip(names, text, strict=True)), self.factory, self.dtype)
         self.kept, self.version, self.next_key_id = {1: self.state}, 1, n
-        self.reader = Reader(CacheModel.load(self.folder, device="cpu"), self.state)
+        self.reader = OpenVersion(CacheModel.load(self.folder, device="cpu"), self.state)
         self.program = CacheModel.load(self.folder, device="cpu")
 
     def commit(self, state: State) -> None:
@@ -140,7 +140,7 @@ class Living(RuleBasedStateMachine):
         if by_command:
             table = write_table(self.place / "new.parquet", vectors, labels)
             weights = write_table(self.place / "text.parquet", list(text.values()), names) if new else None
-            added = changes.add(self.folder, open_source(table), Encoder(), text=weights)
+            added = changes.add(self.folder, open_source(table), Reader(), text=weights)
             key_ids = added.key_ids
             assert added.classes == names
         else:
@@ -223,7 +223,7 @@ class Living(RuleBasedStateMachine):
     def reload(self) -> None:
         found = self.reader.cache.reload()
         assert (found is self.reader.cache) == (self.reader.cache.version == self.version)
-        self.reader = Reader(found, self.state)
+        self.reader = OpenVersion(found, self.state)
 
     @invariant()
     def the_folder_is_intact_and_answers_correctly(self) -> None:

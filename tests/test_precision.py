@@ -22,8 +22,8 @@ from retrieval_tip.backbones import tower
 from retrieval_tip.backbones.base import unit
 from retrieval_tip.backbones.loading import load_backbone, load_when_needed
 from retrieval_tip.classifier import Classifier
-from retrieval_tip.data.encoder import FEWEST, Encoder
 from retrieval_tip.data.encoding_cache import EncodingCache
+from retrieval_tip.data.reader import FEWEST, Reader
 from retrieval_tip.data.sources import open_items
 from retrieval_tip.errors import BackboneError, InputError, UsageError
 from retrieval_tip.index.places import at
@@ -219,7 +219,7 @@ def test_the_command_stores_an_encoder_that_other_commands_load(run, name, place
     assert done.exit_code == 0, done.output
     assert f"{name}: stored in int8 (lowest cosine to the features in float32: " in done.stderr
     cache, source = EncodingCache(tmp_path / "encodings"), open_items(photos)
-    exact, quick = (Encoder(load_backbone(name, device="cpu", precision=p), cache=cache) for p in ("float32", "int8"))
+    exact, quick = (Reader(load_backbone(name, device="cpu", precision=p), cache=cache) for p in ("float32", "int8"))
     first, second = exact.encode(source).features, quick.encode(source).features
     assert 0.9 < cosines(first, second).min() < 1 - 1e-7
     assert len(cache) == 2 * len(source)
@@ -250,13 +250,13 @@ def test_the_model_is_not_loaded_to_encode_in_int8(name, calibrated, monkeypatch
 def test_too_few_photos_are_refused(run, name, place, photos, caplog):
     few = open_items(photos).take(range(FEWEST - 1))
     with pytest.raises(InputError, match=f"{FEWEST - 1} photos could be read; int8 needs {FEWEST}"):
-        Encoder(load_backbone(name, device="cpu")).store_int8(few)
-    encoder = Encoder(load_backbone(name, device="cpu"), read=lambda _: b"")
+        Reader(load_backbone(name, device="cpu")).store_int8(few)
+    reader = Reader(load_backbone(name, device="cpu"), read=lambda _: b"")
     with pytest.raises(InputError, match=" 0 photos could be read"):
-        encoder.store_int8(few)
-    assert len(encoder.skipped) == FEWEST - 1
+        reader.store_int8(few)
+    assert len(reader.skipped) == FEWEST - 1
     with pytest.raises(UsageError, match="a feature table has no pixels"):
-        encoder.store_int8(replace(few, paths=None))
+        reader.store_int8(replace(few, paths=None))
     assert run("models", "--int8", photos).exit_code == 2  # which encoder?
     assert run("models", "--model", name).exit_code == 2
 

@@ -27,7 +27,7 @@ from tarring import tar
 
 from retrieval_tip.backbones.loading import load_backbone
 from retrieval_tip.data import remote
-from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import of_images, open_items
 from retrieval_tip.data.tables import open_parquet, table_files
 from retrieval_tip.distributed.cluster import room
@@ -44,7 +44,7 @@ def test_pieces_of_a_table_contain_each_row_once_and_in_order(tmp_path_factory, 
     pq.write_table(pa.table({"id": [f"q{i}" for i in range(n)], "feature": column}), path, row_group_size=group)
     found = [pickle.loads(pickle.dumps(piece)) for piece in cut(open_items(path))]
     assert [name for piece in found for name in piece.sources] == [f"q{i}" for i in range(n)]
-    assert np.array_equal(np.concatenate([Encoder().encode(piece).features for piece in found]), rows)
+    assert np.array_equal(np.concatenate([Reader().encode(piece).features for piece in found]), rows)
 
 
 def test_each_tar_is_a_separate_piece(tmp_path):
@@ -106,14 +106,14 @@ def test_a_folder_contains_each_intact_part_of_a_run_once(tmp_path):
     assert folder.claim("a")
     table = open_items(tmp_path / "parts")
     assert table.sources == ["000000-0", "000000-1", "000000-2", "000001-0", "000001-1"]
-    assert np.array_equal(Encoder().encode(table.take([4])).features, unit_rows(2, 4)[1:])
+    assert np.array_equal(Reader().encode(table.take([4])).features, unit_rows(2, 4)[1:])
     for other in (folder, PartsFolder(tmp_path)):
         with pytest.raises(UsageError, match=other.place):
             other.claim("b")
 
 
 def test_an_actor_encodes_a_piece_and_reports_unreadable_photos(tmp_path, shared):
-    work = Work(Encoder(), partial(load_backbone, f"local-dir:{tiny(tmp_path / 'model')}"), None)
+    work = Work(Reader(), partial(load_backbone, f"local-dir:{tiny(tmp_path / 'model')}"), None)
     worker = Worker(work, f"{tmp_path}/out", "cpu", Path.cwd())
     paths = [str(path) for path, _ in caltech_photos(shared, "test", 2, 1)]
     (tmp_path / "bad.jpg").write_bytes(b"no image")

@@ -26,7 +26,7 @@ from test_html import VOID
 from test_plots import made_up
 
 from retrieval_tip.cli import main
-from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.shots import few_shot
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, UsageError, one_line, percent
@@ -261,7 +261,7 @@ def test_the_accuracy_of_each_part_matches_plain_numpy(caltech):
     ids = rng.integers(0, 6, 90)
     source = open_source(write_table(caltech / "made.parquet", rows, [ALIKE[i] for i in ids]))
     cache.settings = cache.settings.override(alpha=3.0, temperature=2.5)
-    asked = (QueryBlock(cache, block) for block in Encoder().blocks(source))
+    asked = (QueryBlock(cache, block) for block in Reader().blocks(source))
     judged = judge(cache, answered(cache, asked, *source.truth(cache.class_names)))
     text = cache.settings.logit_scale * rows @ cache.text_weights.numpy().astype(np.float64).T
     alone = 3.0 * np.exp(-cache.settings.beta * (1 - rows @ keys.T)) @ np.eye(6)[cache.class_ids.numpy()]
@@ -617,18 +617,18 @@ def test_a_missing_matplotlib_is_reported_before_any_work(tmp_path, no_matplotli
 def test_reports_are_written_from_python(tmp_path):
     folder, test = made(tmp_path)
     cache, source = CacheModel.load(folder, device="cpu"), open_source(test)
-    found = write_report(cache, source, Encoder(), tmp_path / "r.html", seeds=1, shots=[1])
+    found = write_report(cache, source, Reader(), tmp_path / "r.html", seeds=1, shots=[1])
     assert found.path.stat().st_size == found.bytes
     page = read(found.path)
     assert tiles(page)["correct"] == found.evaluation.top1
     assert page.first("h1").text == 'Accuracy of "index" on "test.parquet"'
     loose = cache.take(np.arange(cache.n))
-    found = write_report(loose, source, Encoder(), tmp_path / "r.html", curves=False)
+    found = write_report(loose, source, Reader(), tmp_path / "r.html", curves=False)
     assert "Accuracy of an index on" in read(found.path).first("h1").text
     with pytest.raises(UsageError, match="seeds is 0"):
-        write_report(cache, source, Encoder(), tmp_path / "r.html", seeds=0)
+        write_report(cache, source, Reader(), tmp_path / "r.html", seeds=0)
     with pytest.raises(InputError, match="is a folder"):
-        write_report(cache, source, Encoder(), tmp_path)
+        write_report(cache, source, Reader(), tmp_path)
 
 
 def test_unexpected_values_in_a_manifest_are_reported(tmp_path):
@@ -638,7 +638,7 @@ def test_unexpected_values_in_a_manifest_are_reported(tmp_path):
     odd |= {"finetune": {"parent": "\0", "parent_version": 9, "epoch": "<b>", "train": ["<script>"]}}
     trained, settings = pa.table({"epoch": ["<b>"]}), cache.settings.override(temperature=2.0)
     strange = replace(cache, provenance=odd, curve=trained, settings=settings)
-    page = read(write_report(strange, open_source(test), Encoder(), tmp_path / "r.html").path)
+    page = read(write_report(strange, open_source(test), Reader(), tmp_path / "r.html").path)
     assert "<i>, 1.5, -" in section(page, "provenance").text
 
 

@@ -30,7 +30,7 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from retrieval_tip import CacheModel
 from retrieval_tip.cli import main
 from retrieval_tip.data import images
-from retrieval_tip.data.encoder import Encoder, FeatureBlock
+from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError
 from retrieval_tip.evaluation.audit import audit
@@ -1169,7 +1169,7 @@ def test_the_server_and_the_encoder_compute_the_same_features(
         image.convert("P").save(tmp_path / "palette.png")
     paths = [tmp_path / name for name in ("small.png", "grey.png", "large.jpg", "palette.png")]
     (tmp_path / "all.csv").write_text("path,label\n" + "".join(f"{path},x\n" for path in paths))
-    expected = Encoder(lit_mini).encode(open_source(tmp_path / "all.csv")).features
+    expected = Reader(lit_mini).encode(open_source(tmp_path / "all.csv")).features
     files = [("images", path.read_bytes()) for path in paths]
     found = both.post("/v1/classify?index=things&features=true", files=files).json()["results"]
     np.testing.assert_allclose([one["feature"] for one in found], expected, atol=2e-6)

@@ -29,7 +29,7 @@ from tables import unit, unit_rows, write_table
 from tarring import tar
 
 from retrieval_tip import CacheModel
-from retrieval_tip.data.encoder import Encoder, FeatureBlock
+from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import open_inputs, read_item
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.files import locked_folder
@@ -46,7 +46,7 @@ POINTS["?"] = POINTS["0"] + POINTS["1"] / 2 + POINTS["2"] / 2
 SURE = 0.97
 
 
-class Reader(Encoder):
+class Decoder(Reader):
     """An encoder for text files. The first character of a file selects its feature."""
 
     def blocks(self, source):
@@ -74,7 +74,7 @@ def make_index():
 
 def sort(index, inbox, out, **options):
     options = {"min_probability": SURE} | options
-    return sort_photos(index, list(open_inputs([str(inbox)])), Reader(), out, **options)
+    return sort_photos(index, list(open_inputs([str(inbox)])), Decoder(), out, **options)
 
 
 def work(job, steps):

@@ -33,7 +33,7 @@ from fastapi.testclient import TestClient
 from hypothesis import strategies as st
 from tables import unit_rows, write_table
 
-from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.index import changes
@@ -213,7 +213,7 @@ def base(tmp_path_factory):
     for kind in KINDS:
         found[kind] = made(place, kind, kind)
         build_index(
-            table, found[kind], Encoder(), text=place / "text.parquet", alpha=ALPHA, beta=BETA, k=None, device="cpu"
+            table, found[kind], Reader(), text=place / "text.parquet", alpha=ALPHA, beta=BETA, k=None, device="cpu"
         )
     truth = Truth(names, text, dict(enumerate(features)), dict(enumerate(labels)))
     return found, truth, place
@@ -251,7 +251,7 @@ class Pets:
 
     def add(self, features, labels, **more):
         table = {name: more.pop(name) for name in list(more) if name not in ("text", "shots", "skip_known")}
-        added = changes.add(self.place, self.table(features, labels, **table), Encoder(), **more)
+        added = changes.add(self.place, self.table(features, labels, **table), Reader(), **more)
         for i, row, label in zip(added.key_ids, features, labels, strict=True):
             assert i not in self.truth.keys
             self.truth.keys[i], self.truth.labels[i] = row, label
@@ -343,7 +343,7 @@ def test_certified_winners_match_a_search_over_all_keys(pets):
 
 
 def test_a_build_into_an_index_becomes_its_next_version(pets):
-    model = build_index(pets.table(QUERIES, ["cat", "dog"] * 6), pets.place, Encoder(), alpha=1.0, device="cpu")
+    model = build_index(pets.table(QUERIES, ["cat", "dog"] * 6), pets.place, Reader(), alpha=1.0, device="cpu")
     assert (model.version, model.n, model.class_names) == (2, 12, ["cat", "dog"])
     pets.store.verify()
     assert pets.store.load(device="cpu", version=1).n == N
@@ -357,12 +357,12 @@ def test_half_precision_keys_stay_in_half_precision(kind, base, tmp_path):
     place = made(tmp_path, kind)
     train = open_source(tables / "train.parquet")
     settings_ = {"text": tables / "text.parquet", "alpha": ALPHA, "beta": BETA, "device": "cpu"}
-    build_index(train, place, Encoder(), dtype="float16", k=None, **settings_)
+    build_index(train, place, Reader(), dtype="float16", k=None, **settings_)
     own = Truth(truth.names, truth.text, {i: key.astype(np.float16) for i, key in truth.keys.items()}, truth.labels)
     model = check(place, own)
     assert (model.dtype, stores.at(place).manifest().dtype) == ("float16", "float16")
     assert {key.dtype.name for key in [model.rows.some(5)[0]]} == {"float16"}
-    changes.add(place, source(tmp_path / "more.parquet", QUERIES[:2], ["cat", "cat"]), Encoder())
+    changes.add(place, source(tmp_path / "more.parquet", QUERIES[:2], ["cat", "cat"]), Reader())
     assert stores.at(place).verify().n == N + 2
 
 
@@ -371,7 +371,7 @@ def test_the_smallest_indexes_answer(kind, tmp_path):
     for number, (n, d, labels) in enumerate([(1, 1, ["only"]), (3, 1, ["a", "a", "b"]), (1, 4, ["only"])]):
         place, features = made(tmp_path, kind, f"small-{number}"), unit_rows(n, d, 3)
         built = build_index(
-            source(tmp_path / f"{kind}{number}.parquet", features, labels), place, Encoder(), fit="none", device="cpu"
+            source(tmp_path / f"{kind}{number}.parquet", features, labels), place, Reader(), fit="none", device="cpu"
         )
         names = sorted(set(labels))
         truth = Truth(names, np.zeros((len(names), d)), dict(enumerate(features)), dict(enumerate(labels)))
@@ -527,7 +527,7 @@ def test_settings_can_be_changed(pets):
     pets.refused(lambda: changes.configure(pets.place, alpha=1e145), "alpha 1e+145", error=InputError)
     out = made(pets.tables, pets.kind, "out")
     table = pets.table(QUERIES, ["cat", "dog"] * 6)
-    refused(lambda: build_index(table, out, Encoder(), alpha=1e145, device="cpu"), "alpha 1e+145", error=InputError)
+    refused(lambda: build_index(table, out, Reader(), alpha=1e145, device="cpu"), "alpha 1e+145", error=InputError)
     assert not stores.at(out).exists()
 
 
@@ -552,7 +552,7 @@ def test_default_settings_in_lancedb_equal_those_of_a_folder(tmp_path, monkeypat
     labels = ["cat" if i % 3 else "dog" for i in range(100)]
     table = source(tmp_path / "table.parquet", unit_rows(100, D, 40), labels, [str(i) for i in range(100)])
     places = (str(tmp_path / "folder"), f"lance://{tmp_path / 'table'}")
-    one, other = (build_index(table, place, Encoder(), fit="none", device="cpu") for place in places)
+    one, other = (build_index(table, place, Reader(), fit="none", device="cpu") for place in places)
     assert one.settings.alpha == pytest.approx(other.settings.alpha, rel=1e-6)
     assert one.settings.beta == pytest.approx(other.settings.beta, rel=1e-6)
 
@@ -659,7 +659,7 @@ def test_gc_deletes_photos_that_only_deleted_versions_use(pets):
         photos[-1].parent.mkdir(parents=True, exist_ok=True)
         photos[-1].write_bytes(name)
     rows = source(pets.tables / "photos.parquet", unit_rows(2, D, 20), ["cat", "cat"], list(map(str, photos)))
-    changes.add(pets.place, rows, Encoder())
+    changes.add(pets.place, rows, Reader())
     changes.remove(pets.place, key_ids=[60])
     assert changes.gc(pets.place, 2).photos == 0
     assert changes.gc(pets.place).photos == (0 if pets.kind == "s3" else 1)
@@ -723,7 +723,7 @@ def test_a_clone_has_the_same_keys_labels_and_settings(base, tmp_path, kind, to)
     assert [getattr(one, name) for name in facts] == [getattr(other, name) for name in facts]
     assert one.provenance | {"index": None} == other.provenance | {"index": None}
     assert stores.at(out).manifest().version == 1
-    assert changes.add(out, pets.table(unit_rows(1, D, 33), ["cat"]), Encoder()).key_ids == [62]
+    assert changes.add(out, pets.table(unit_rows(1, D, 33), ["cat"]), Reader()).key_ids == [62]
     older = clone_of(pets, to, "older", version=1)
     assert stores.at(older).verify().n == N
     refused(lambda: changes.clone(pets.place, out), "already")
@@ -937,7 +937,7 @@ def test_a_place_with_other_files_is_refused_and_unchanged(tmp_path, base):
     (tmp_path / "file").write_bytes(b"text")
     for name in ("holiday", "file"):
         for place in (f"lance://{tmp_path / name}", str(tmp_path / name)):
-            refused(lambda place=place: build_index(train, place, Encoder(), fit="none", device="cpu"), name)
+            refused(lambda place=place: build_index(train, place, Reader(), fit="none", device="cpu"), name)
     assert (tmp_path / "holiday" / "photo.jpg").read_bytes() == b"photo"
     assert [path.name for path in (tmp_path / "holiday").iterdir()] == ["photo.jpg"]
     assert (tmp_path / "file").read_bytes() == b"text"
@@ -952,7 +952,7 @@ def test_a_folder_cannot_be_opened_as_lancedb_and_vice_versa(tmp_path, base):
         before = everything(place)
         wrong = place.removeprefix("lance://") if other == "folder" else f"lance://{place}"
         refused(lambda wrong=wrong: stores.at(wrong).load(device="cpu"), kind)
-        refused(lambda wrong=wrong: build_index(train, wrong, Encoder(), fit="none", device="cpu"), kind)
+        refused(lambda wrong=wrong: build_index(train, wrong, Reader(), fit="none", device="cpu"), kind)
         refused(lambda wrong=wrong: changes.configure(wrong, k=4), kind)
         assert everything(place) == before
         assert stores.at(place).verify().settings.k == 3
@@ -966,7 +966,7 @@ def test_reading_a_missing_store_creates_nothing(kind, tmp_path, base):
         lambda: stores.at(place).history(), lambda: stores.at(place).describe(), lambda: stores.at(place).collect(),
         lambda: stores.at(place).query("SELECT 1"), lambda: changes.remove(place, key_ids=[1]),
         lambda: changes.configure(place, k=2), lambda: changes.rollback(place),
-        lambda: changes.add(place, open_source(base[2] / "train.parquet"), Encoder()),
+        lambda: changes.add(place, open_source(base[2] / "train.parquet"), Reader()),
         lambda: changes.clone(place, made(tmp_path, "folder", "copy")),
     )  # fmt: skip
     for call in calls:
@@ -1132,13 +1132,13 @@ def test_columns_that_lancedb_cannot_store_are_refused(lance_pets, column, tmp_p
     def table():
         return lance_pets.table(unit_rows(2, D, 60), ["cat", "cat"], **{column: ["x", "y"]})
 
-    text = lance_pets.refused(lambda: changes.add(lance_pets.place, table(), Encoder()), repr(column), error=InputError)
+    text = lance_pets.refused(lambda: changes.add(lance_pets.place, table(), Reader()), repr(column), error=InputError)
     assert "rename" in text
     new = made(tmp_path, lance_pets.kind, "new")
-    refused(lambda: build_index(table(), new, Encoder(), fit="none", device="cpu"), repr(column), error=InputError)
+    refused(lambda: build_index(table(), new, Reader(), fit="none", device="cpu"), repr(column), error=InputError)
     assert not stores.at(new).exists()
     folder = made(tmp_path, "folder", "with column")
-    build_index(table(), folder, Encoder(), fit="none", device="cpu")
+    build_index(table(), folder, Reader(), fit="none", device="cpu")
     refused(lambda: changes.clone(folder, new), repr(column), error=InputError)
 
 
@@ -1155,8 +1155,8 @@ def test_columns_of_any_type_and_name_are_preserved(tmp_path):
     table = source(tmp_path / "t.parquet", features, ["a", "b"], **columns)
     more = source(tmp_path / "u.parquet", -features, ["a", "b"], ["u", "v"], **columns)
     for place in places:
-        build_index(table, place, Encoder(), fit="none", device="cpu")
-        changes.add(place, more, Encoder())
+        build_index(table, place, Reader(), fit="none", device="cpu")
+        changes.add(place, more, Reader())
         changes.relabel(place, "b", key_ids=[0])
         stores.at(place).verify()
     assert labels_of(places[0]) == labels_of(places[1])
@@ -1240,11 +1240,11 @@ def test_many_keys_get_a_vector_index_that_later_changes_update(tmp_path, monkey
     monkeypatch.setattr(lance_rows, "UNINDEXED", 500)
     place, last = made(tmp_path, "lance"), f"c{classes - 1}"
     rows, labels = drawn(2900, 1)
-    build_index(source(tmp_path / "t.parquet", rows, labels), place, Encoder(), fit="none", device="cpu")
+    build_index(source(tmp_path / "t.parquet", rows, labels), place, Reader(), fit="none", device="cpu")
     at = stores.at(place)
     assert at.load(device="cpu").index_type == "Flat"
     more, more_labels = drawn(200, 2)
-    changes.add(place, source(tmp_path / "u.parquet", more, more_labels), Encoder())
+    changes.add(place, source(tmp_path / "u.parquet", more, more_labels), Reader())
     model = at.verify()
     assert (model.index_type, model.exact_search, model.n) == (kind, False, 3100)
     assert at.manifest().built.auto_index
@@ -1262,7 +1262,7 @@ def test_many_keys_get_a_vector_index_that_later_changes_update(tmp_path, monkey
     assert np.isclose(near, exact, atol=1e-5).mean() > 0.95
     # Keys that are not indexed yet are found and counted.
     late, late_labels = drawn(100, 4)
-    changes.add(place, source(tmp_path / "v.parquet", late, late_labels), Encoder())
+    changes.add(place, source(tmp_path / "v.parquet", late, late_labels), Reader())
     assert at.describe()["not_indexed"] == 100
     model = at.verify()
     nearest = [one for [one] in nearest_keys(model, late[:50])]
@@ -1275,7 +1275,7 @@ def test_many_keys_get_a_vector_index_that_later_changes_update(tmp_path, monkey
         few = at.load(device="cpu").retrieval.keys.slack(5.5)
         assert few == pytest.approx(slack, rel=0.5)
     later, later_labels = drawn(450, 5)
-    changes.add(place, source(tmp_path / "w.parquet", later, later_labels), Encoder())
+    changes.add(place, source(tmp_path / "w.parquet", later, later_labels), Reader())
     assert at.describe()["not_indexed"] == 0
     model = at.verify()
     gone = [one["key_id"] for [one] in nearest_keys(model, later[:20])]
@@ -1310,7 +1310,7 @@ def test_affinities_are_inner_products_with_the_stored_keys(tmp_path, kind, n, d
     place = made(tmp_path, "lance")
     rows, labels = clustered(n, 1)
     table = source(tmp_path / "t.parquet", rows, labels)
-    build_index(table, place, Encoder(), index=kind, dtype=dtype, fit="none", device="cpu")
+    build_index(table, place, Reader(), index=kind, dtype=dtype, fit="none", device="cpu")
     model = stores.at(place).verify()
     assert (model.index_type, model.exact_search, model.manifest.built.auto_index) == (kind, False, False)
     stored = model.rows.of(range(n)).keys
@@ -1324,7 +1324,7 @@ def test_affinities_are_inner_products_with_the_stored_keys(tmp_path, kind, n, d
     found = model.retrieval.keys.nearest(torch.from_numpy(queries), 10).affinity.numpy()
     exact = np.sort(queries @ stored.astype(np.float32).T, axis=1)[:, ::-1][:, :10]
     assert np.isclose(found, exact, atol=1e-5).mean() > 0.9
-    changes.add(place, source(tmp_path / "u.parquet", -rows[:40], labels[:40]), Encoder())
+    changes.add(place, source(tmp_path / "u.parquet", -rows[:40], labels[:40]), Reader())
     model = stores.at(place).verify()
     assert [one["key_id"] for [one] in nearest_keys(model, -rows[:40])] == list(range(n, n + 40))
 
@@ -1357,7 +1357,7 @@ def step(place, tables, what, m, seed, number):
         table = write_table(
             tables / "step.parquet", unit_rows(m, D, 1000 + number), labels, [f"s{number} {i}" for i in range(m)]
         )
-        return changes.add(place, open_source(table), Encoder())
+        return changes.add(place, open_source(table), Reader())
     if what == "remove":
         return changes.remove(place, key_ids=random.choice(ids, min(m, len(ids) - 1), replace=False).tolist())
     if what == "relabel":

@@ -24,7 +24,7 @@ from tarring import jpeg, tar
 from retrieval_tip import CacheModel
 from retrieval_tip.backbones.loading import load_backbone
 from retrieval_tip.data import remote, tars
-from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import is_there, of_tars, open_inputs, open_items, open_source, read_item
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit.finetune import shots_of
@@ -205,11 +205,11 @@ def test_tars_and_other_inputs_are_read_in_order(tmp_path):
 
 
 def test_a_tar_gives_the_same_features_as_its_files(world, model, tmp_path):
-    from retrieval_tip.data.encoder import encode_table
+    from retrieval_tip.data.reader import encode_table
 
     backbone = load_backbone(model, device="cpu")
     for name, what in (("a", "photos"), ("b", "shards")):
-        encode_table(open_items(world / what), tmp_path / f"{name}.parquet", Encoder(backbone))
+        encode_table(open_items(world / what), tmp_path / f"{name}.parquet", Reader(backbone))
     a, b = (pq.read_table(tmp_path / f"{name}.parquet") for name in "ab")
     assert a["label"].equals(b["label"])
     np.testing.assert_allclose(*(np.array(table["feature"].to_pylist()) for table in (a, b)), atol=1e-6)

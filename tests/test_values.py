@@ -21,7 +21,7 @@ from sealing import body_of, one_line, sealed, snapshot
 from tables import unit
 
 from retrieval_tip import CacheModel, verify
-from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.evaluation.evaluate import evaluate
@@ -138,9 +138,9 @@ def test_the_accuracy_of_the_cache_alone_uses_the_values(tmp_path: Path) -> None
     pq.write_table(table, tmp_path / "test.parquet")
     source = open_source(tmp_path / "test.parquet")
     for k in (None, 9):
-        found = evaluate(model(), source, Encoder(), k=k)
+        found = evaluate(model(), source, Reader(), k=k)
         assert found.cache_top1 == (model().terms(QUERIES, k).cache.argmax(1).numpy() == TRUTH).mean()
-    assert evaluate(model(values=ONE_HOT), source, Encoder()).cache_top1 > found.cache_top1
+    assert evaluate(model(values=ONE_HOT), source, Reader()).cache_top1 > found.cache_top1
 
 
 @pytest.mark.gpu

@@ -21,8 +21,8 @@ from test_features import IDENTITY, Fake, Reads, folder, picture, source_of, wit
 
 from retrieval_tip.backbones.base import unit
 from retrieval_tip.data import images
-from retrieval_tip.data.encoder import Encoder, view_names
 from retrieval_tip.data.encoding_cache import EncodingCache
+from retrieval_tip.data.reader import Reader, view_names
 from retrieval_tip.data.sources import Source, open_items, open_source
 from retrieval_tip.data.tables import TABLE_ROWS
 from retrieval_tip.errors import BackboneError, InputError, UsageError
@@ -54,7 +54,7 @@ def test_views_are_named_by_seed_and_number() -> None:
 def test_each_view_of_a_photo_is_encoded(shared: Path, lit_mini: Any) -> None:
     source = open_source(shared / "data/caltech101/split_zhou_Caltech101.json").take([0, 40, 20])
     names = ["centre", *view_names(5, 2)]
-    found = Encoder(lit_mini).encode_views(source, names)
+    found = Reader(lit_mini).encode_views(source, names)
     assert found.positions.tolist() == [0, 1, 2]
     assert found.starts.tolist() == [0, 3, 6, 9]
     assert (found.positions.dtype, found.features.dtype, found.starts.dtype) == (np.int64, np.float32, np.int64)
@@ -69,11 +69,11 @@ def test_each_view_of_a_photo_is_encoded(shared: Path, lit_mini: Any) -> None:
 def test_raw_views_average_to_the_feature_of_a_shot(folder: Path, cache: EncodingCache, views: int) -> None:
     backbone = Fake()
     source = source_of(folder)
-    encoder = Encoder(backbone, views=views, seed=4, cache=cache)
-    each = encoder.encode_views(source, view_names(4, views))
+    reader = Reader(backbone, views=views, seed=4, cache=cache)
+    each = reader.encode_views(source, view_names(4, views))
     encoded = sum(backbone.batches)
     assert encoded == 12 * views
-    block = encoder.encode(source)
+    block = reader.encode(source)
     assert sum(backbone.batches) == encoded  # blocks found every view in the cache
     assert source.paths is not None
     for shot, path in enumerate(source.paths):
@@ -86,19 +86,19 @@ def test_raw_views_average_to_the_feature_of_a_shot(folder: Path, cache: Encodin
 def test_more_views_only_encode_the_new_views(folder: Path, cache: EncodingCache) -> None:
     backbone = Fake()
     source = source_of(folder)
-    encoder = Encoder(backbone, seed=2, cache=cache)
-    few = encoder.encode_views(source, view_names(2, 2))
+    reader = Reader(backbone, seed=2, cache=cache)
+    few = reader.encode_views(source, view_names(2, 2))
     assert sum(backbone.batches) == 24
-    many = encoder.encode_views(source, view_names(2, 5))
+    many = reader.encode_views(source, view_names(2, 5))
     assert sum(backbone.batches) == 60
     assert np.array_equal(many.features.reshape(12, 5, 6)[:, :2], few.features.reshape(12, 2, 6))
-    alone = Encoder(Fake(), seed=2).encode_views(source, view_names(2, 5))
+    alone = Reader(Fake(), seed=2).encode_views(source, view_names(2, 5))
     assert np.array_equal(alone.features, many.features)
 
 
 def test_a_repeated_path_is_one_shot(folder: Path) -> None:
     source, reads = source_of(folder).take([3, 0, 3, 11, 0, 5]), Reads()
-    found = Encoder(Fake(), batch_size=2, read=reads).encode_views(source, ["centre"])
+    found = Reader(Fake(), batch_size=2, read=reads).encode_views(source, ["centre"])
     assert found.positions.tolist() == [0, 1, 3, 5]
     assert found.starts.tolist() == [0, 1, 2, 3, 4]
     assert sum(reads.values()) == 4
@@ -109,24 +109,24 @@ def test_a_repeated_path_is_one_shot(folder: Path) -> None:
 def test_an_unreadable_image_has_no_views(folder: Path) -> None:
     source = source_of(folder).take([2, 5, 5, 4])
     (folder / "05.png").write_bytes(b"garbage")
-    encoder = Encoder(Fake())
-    found = encoder.encode_views(source, view_names(1, 2))
+    reader = Reader(Fake())
+    found = reader.encode_views(source, view_names(1, 2))
     assert found.positions.tolist() == [0, 3]
     assert found.starts.tolist() == [0, 2, 4]
-    assert [Path(skipped.source).name for skipped in encoder.skipped] == ["05.png"]
-    encoder.encode_views(source, view_names(2, 2))
-    assert len(encoder.skipped) == 1
+    assert [Path(skipped.source).name for skipped in reader.skipped] == ["05.png"]
+    reader.encode_views(source, view_names(2, 2))
+    assert len(reader.skipped) == 1
     with pytest.raises(InputError, match=r"05\.png: not a readable image"):
-        Encoder(Fake(), strict=True).encode_views(source, ["centre"])
+        Reader(Fake(), strict=True).encode_views(source, ["centre"])
     with pytest.raises(InputError, match=r"^[^(]*05\.png"):
-        encoder.encode_views(source.take([1]), ["centre"])
+        reader.encode_views(source.take([1]), ["centre"])
 
 
 def test_views_need_a_backbone_and_items(folder: Path) -> None:
     with pytest.raises(UsageError, match="--model"):
-        Encoder().encode_views(source_of(folder), ["centre"])
+        Reader().encode_views(source_of(folder), ["centre"])
     with pytest.raises(InputError, match="empty"):
-        Encoder(Fake()).encode_views(source_of(folder).take([]), ["centre"])
+        Reader(Fake()).encode_views(source_of(folder).take([]), ["centre"])
 
 
 # -- feature tables --
@@ -140,15 +140,15 @@ def table(path: Path, ids: list[str], rows: np.ndarray) -> Source:
 def test_rows_that_share_an_id_are_the_views_of_a_shot(tmp_path: Path) -> None:
     rows = unit_rows(7, 4)
     source = table(tmp_path / "t.parquet", ["b", "a", "b", "c", "a", "b", "z"], rows)
-    found = Encoder().encode_views(source, [])
+    found = Reader().encode_views(source, [])
     assert found.positions.tolist() == [0, 1, 3, 6]
     assert found.starts.tolist() == [0, 3, 5, 6, 7]
     assert np.array_equal(found.features, rows[[0, 2, 5, 1, 4, 3, 6]])
-    far = Encoder().encode_views(source.take([0, 1] * TABLE_ROWS), [])  # in several blocks
+    far = Reader().encode_views(source.take([0, 1] * TABLE_ROWS), [])  # in several blocks
     assert far.starts.tolist() == [0, TABLE_ROWS, 2 * TABLE_ROWS]
     assert np.array_equal(far.features[::TABLE_ROWS], rows[[0, 1]])
     turned = source.take([6, 4, 0, 5, 1])
-    found = Encoder().encode_views(turned, [])
+    found = Reader().encode_views(turned, [])
     assert found.positions.tolist() == [0, 1, 2]
     assert found.starts.tolist() == [0, 1, 3, 5]
     assert np.array_equal(found.features, rows[[6, 4, 1, 0, 5]])
@@ -156,7 +156,7 @@ def test_rows_that_share_an_id_are_the_views_of_a_shot(tmp_path: Path) -> None:
 
 def test_one_row_per_shot_returns_the_table_itself(tmp_path: Path) -> None:
     rows = unit_rows(5, 4)
-    found = Encoder().encode_views(table(tmp_path / "t.parquet", list("edcba"), rows), view_names(1, 4))
+    found = Reader().encode_views(table(tmp_path / "t.parquet", list("edcba"), rows), view_names(1, 4))
     assert found.positions.tolist() == [0, 1, 2, 3, 4]
     assert found.starts.tolist() == [0, 1, 2, 3, 4, 5]
     assert np.array_equal(found.features, rows)
@@ -167,11 +167,11 @@ def test_views_of_tables_raise_the_errors_of_blocks(tmp_path: Path) -> None:
     rows[1] *= 2
     source = table(tmp_path / "t.parquet", ["a", "a", "b"], rows)
     with pytest.raises(InputError, match="row 1: norm 2"):
-        Encoder().encode_views(source, [])
-    assert np.allclose(Encoder(norms="unit").encode_views(source, []).features, unit_rows(3, 4), atol=1e-6)
+        Reader().encode_views(source, [])
+    assert np.allclose(Reader(norms="unit").encode_views(source, []).features, unit_rows(3, 4), atol=1e-6)
     other = with_identity(tmp_path / "o.parquet", json.dumps(replace(IDENTITY, weights="sha256:09").to_dict()).encode())
     with pytest.raises(BackboneError, match=r"o\.parquet"):
-        Encoder(Fake()).encode_views(open_items(other), [])
+        Reader(Fake()).encode_views(open_items(other), [])
 
 
 def test_the_next_chunks_are_decoded_in_advance(folder: Path) -> None:
@@ -184,7 +184,7 @@ def test_the_next_chunks_are_decoded_in_advance(folder: Path) -> None:
             several.set()
         return images.read(path)
 
-    blocks = Encoder(Fake(), workers=2, batch_size=2, read=watched).blocks(source_of(folder))
+    blocks = Reader(Fake(), workers=2, batch_size=2, read=watched).blocks(source_of(folder))
     next(blocks)
     assert several.wait(30)
     blocks.close()  # type: ignore[attr-defined]

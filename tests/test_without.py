@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tables import unit
 
 from retrieval_tip import CacheModel, tip
-from retrieval_tip.data.encoder import FeatureBlock
+from retrieval_tip.data.reader import FeatureBlock
 from retrieval_tip.errors import InputError
 from retrieval_tip.index import places
 from retrieval_tip.settings import Ask, Fitted

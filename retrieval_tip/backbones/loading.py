@@ -40,7 +40,7 @@ def load_backbone(
             :func:`catalogue.recommended`.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         precision: ``float32``, or ``float16`` or ``bfloat16`` for autocast. ``auto`` uses float32 on a CPU and float16
-            on a GPU. ``int8`` uses the tower that :meth:`Encoder.store_int8` has stored on this machine.
+            on a GPU. ``int8`` uses the tower that :meth:`Reader.store_int8` has stored on this machine.
         runtime: The runtime that encodes images on a CPU. ``auto`` uses OpenVINO if its features agree with those from
             ``torch`` (see :mod:`tower`).
         lazy: Whether to load the model when it is first used, if it was already loaded with ``lazy`` and its files have

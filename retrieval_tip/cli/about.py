@@ -99,10 +99,10 @@ def _store_int8(photos: Source, encoding: ComparedOptions) -> None:
         raise UsageError("--int8: name the encoder with --model")
     skipped = []
     for name, own in replace(encoding, device="cpu", precision="float32", runtime="auto").named():
-        with named_encoder(own) as encoder:
-            lowest = encoder.store_int8(photos)
+        with named_encoder(own) as reader:
+            lowest = reader.store_int8(photos)
         say(f"{name}: stored in int8 (lowest cosine to the features in float32: {lowest:.3f})")
-        skipped += encoder.skipped
+        skipped += reader.skipped
     finish(skipped)
 
 

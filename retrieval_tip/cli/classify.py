@@ -19,11 +19,11 @@ from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import about, finish, note, quiet, say, warn
 from retrieval_tip.cli.opening import (
     UNNAMED,
-    encoder_for,
     index_with,
     inputs_of,
     loader,
     paths_on_stdin,
+    reader_for,
     source_of,
     store_of,
 )
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from retrieval_tip.data.boxes import Cut
-    from retrieval_tip.data.encoder import Encoder
     from retrieval_tip.data.exif import Noting
+    from retrieval_tip.data.reader import Reader
     from retrieval_tip.data.sources import Source
     from retrieval_tip.distributed.ray_data import Piece, Question
     from retrieval_tip.model import Index
@@ -64,7 +64,7 @@ def encode(
     You can give the table to every command that reads images. SOURCE can be anything that index build accepts, or a
     folder of unlabelled images. With --engine ray, --out is a folder of Parquet parts, which you can use like a table.
     """
-    from retrieval_tip.data.encoder import encode_table
+    from retrieval_tip.data.reader import encode_table
 
     if engine.is_ray:
         from retrieval_tip.data import tars
@@ -75,9 +75,9 @@ def encode(
         what, skipped = _on_ray(pieces, out, engine, encoding, views=views)
     else:
         items = source_of(source, reading, "train", labelled=False)
-        with encoder_for(None, [items], encoding, views) as encoder:
-            what = f"{encode_table(items, out, encoder)} rows"
-        skipped = encoder.skipped
+        with reader_for(None, [items], encoding, views) as reader:
+            what = f"{encode_table(items, out, reader)} rows"
+        skipped = reader.skipped
     about(out, what)
     finish(skipped)
 
@@ -152,7 +152,7 @@ class RowOptions:
         return pa.schema([(column, types[column]) for column in columns])
 
     def tables(
-        self, cache: Index, sources: Sequence[Source], encoder: Encoder, cut: Cut | None = None
+        self, cache: Index, sources: Sequence[Source], reader: Reader, cut: Cut | None = None
     ) -> Iterator[pa.Table]:
         """Classify the sources, and yield tables of the :meth:`schema`. The empty photos of ``cut`` come last."""
         import pyarrow as pa
@@ -162,16 +162,16 @@ class RowOptions:
 
         cut, schema = cut or Cut(), self.schema(cache)
         detected = cut.detected | dict.fromkeys(map(show, cut.empty), EMPTY)
-        noting = Noting(encoder.read, cut.boxes)
+        noting = Noting(reader.read, cut.boxes)
         if self.exif or self.group_by is not None or self.boxes is not None:
-            encoder = replace(encoder, read=noting)
-        for table in chain(self._answers(cache, sources, encoder, noting), self._empty(cut, noting)):
+            reader = replace(reader, read=noting)
+        for table in chain(self._answers(cache, sources, reader, noting), self._empty(cut, noting)):
             names = table["input"].to_pylist()
             noted = noting.columns(names) | {"detected": pa.array(map(detected.get, names), pa.string())}
             known = dict(zip(table.column_names, table.columns, strict=True)) | noted
             yield pa.table([known.get(one.name, pa.nulls(len(names), one.type)) for one in schema], schema=schema)
 
-    def _answers(self, cache: Index, sources: Sequence[Source], encoder: Encoder, noting: Noting) -> Iterator[pa.Table]:
+    def _answers(self, cache: Index, sources: Sequence[Source], reader: Reader, noting: Noting) -> Iterator[pa.Table]:
         from retrieval_tip.predictions import PREDICTIONS
 
         columns = [name for name in self.schema(cache).names if name in PREDICTIONS]
@@ -181,7 +181,7 @@ class RowOptions:
             from retrieval_tip.labelling.groups import MOST, classify_in_groups
             from retrieval_tip.labelling.photos import Pool
 
-            table = classify_in_groups(cache, Pool.of(sources, encoder), ask).written(columns, self.abstain)
+            table = classify_in_groups(cache, Pool.of(sources, reader), ask).written(columns, self.abstain)
             if (unlike := table["unlike"].to_pylist().count(True)) > MOST:
                 drawn = f"Grouped {MOST:,} of {unlike:,} images without a match, drawn at random"
                 say(f"{drawn}; the others joined these groups")
@@ -189,11 +189,11 @@ class RowOptions:
         elif some and self.group_by is not None:
             from retrieval_tip.labelling.bursts import classify_in_bursts
 
-            answers, bursts = classify_in_bursts(cache, sources, encoder, noting, self.group_by, ask)
+            answers, bursts = classify_in_bursts(cache, sources, reader, noting, self.group_by, ask)
             yield answers.written(columns, self.abstain).append_column("burst", bursts)
         else:
             for source in sources:
-                for answers in cache.classify_source(source, encoder, ask):
+                for answers in cache.classify_source(source, reader, ask):
                     yield answers.written(columns, self.abstain)
 
     def _empty(self, cut: Cut, noting: Noting) -> Iterator[pa.Table]:
@@ -281,8 +281,8 @@ def classify(
     if rows.boxes is not None:
         cut = cut_boxes(rows.boxes, sources)
         sources = cut.sources
-    with encoder_for(loaded, sources, encoding) as encoder:
-        tables = counts.count(rows.tables(loaded, sources, encoder, cut))
+    with reader_for(loaded, sources, encoding) as reader:
+        tables = counts.count(rows.tables(loaded, sources, reader, cut))
         if printing.style in DOCUMENTS:
             answers = (table.select(["input", "label", "probability"]).to_pylist() for table in tables)
             answered = (Answered(*row.values()) for row in chain.from_iterable(answers))
@@ -298,7 +298,7 @@ def classify(
         note(f"{show(printing.output)}: classified {answered_inputs}{no_match}{empty}")
     if ask.certify:
         counts.say_keys(loaded)
-    finish(encoder.skipped)
+    finish(reader.skipped)
 
 
 def _classify_on_ray(
@@ -350,7 +350,7 @@ def _on_ray(
             raise UsageError(UNNAMED)
         backbone = loader(encoding, identity)
     cache = None if encoding.no_cache else str(encoding.cache or EncodingCache.default_folder())
-    work = Work(encoding.encoder(views), backbone, cache, question)
+    work = Work(encoding.reader(views), backbone, cache, question)
     progress = sys.stderr.isatty() and not quiet()
     cluster: dict[str, Any] = {"address": engine.ray_address, "actors": engine.actors}
     rows, kept, skipped = write_parts(work, pieces, out, **cluster, device=encoding.device, progress=progress)

@@ -13,7 +13,7 @@ from retrieval_tip.cli import kinds, options
 from retrieval_tip.cli.group import argument, command, flag, option
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import about, command_line, finish, print_facts, say, shown
-from retrieval_tip.cli.opening import encoder_for, index_with, named_encoder, source_of
+from retrieval_tip.cli.opening import index_with, named_encoder, reader_for, source_of
 from retrieval_tip.cli.options import ComparedOptions, EncodingOptions, OpeningOptions, ReadingOptions
 from retrieval_tip.errors import UsageError, counted, few, json_line, percent, show
 
@@ -54,13 +54,13 @@ def evaluate_command(
         plots.check(plot)
     loaded = index_with(folder, encoding, opening, ask)
     test = source_of(source, reading, "test")
-    with encoder_for(loaded, [test], encoding) as encoder:
-        evaluation = evaluate(loaded, test, encoder, abstain=abstain)
+    with reader_for(loaded, [test], encoding) as reader:
+        evaluation = evaluate(loaded, test, reader, abstain=abstain)
     if plot:
         files = plots.write_plots(evaluation, plot, f"{show(Path(str(folder)).name)} on {show(Path(str(source)).name)}")
         say(f"{show(plot)}: {', '.join(file.name for file in files)}")
     _print_evaluation(evaluation, as_json)
-    finish(encoder.skipped)
+    finish(reader.skipped)
 
 
 def _print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
@@ -110,7 +110,7 @@ def compare_command(
     if fitted_to is None:
         a, b = (index_with(folder, encoding) for folder in indexes)
         name_a, name_b = (show(str(folder)) for folder in indexes)
-        with encoder_for(a, [items], encoding) as first, encoder_for(b, [items], encoding) as second:
+        with reader_for(a, [items], encoding) as first, reader_for(b, [items], encoding) as second:
             comparison = compare(Side(name_a, a, first), Side(name_b, b, second), items)
     else:
         shots = source_of(fitted_to, replace(reading, split=None), "train")
@@ -158,10 +158,10 @@ def report_command(
     check(out)
     cache = index_with(folder, encoding, opening, ask).in_memory()
     source = source_of(test, reading, "test")
-    with encoder_for(cache, [source], encoding) as encoder:
+    with reader_for(cache, [source], encoding) as reader:
         curve: dict[str, Any] = {"shots": shots or None, "seeds": seeds, "curves": not no_curves}
         typed = command_line(*map(portable, sys.argv[1:]))
-        written = write_report(cache, source, encoder, out, **curve, folder=folder, where=opening.where, command=typed)
+        written = write_report(cache, source, reader, out, **curve, folder=folder, where=opening.where, command=typed)
     right = percent(written.evaluation.top1)
     about(out, f"{written.bytes / 1e6:.1f} MB, {right} of {counted(written.evaluation.n, 'photo')} correct")
-    finish(encoder.skipped)
+    finish(reader.skipped)

@@ -12,7 +12,7 @@ from retrieval_tip.cli import kinds, options
 from retrieval_tip.cli.group import command, flag, grouped, option
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import finish, print_facts, print_result, say_fit, warn
-from retrieval_tip.cli.opening import checked, encoder_for, source_of, store_of, validation
+from retrieval_tip.cli.opening import checked, reader_for, source_of, store_of, validation
 from retrieval_tip.cli.options import EncodingOptions, ReadingOptions
 from retrieval_tip.errors import Skipped, UsageError, show
 from retrieval_tip.settings import TRAINED, TrainingPrecision
@@ -46,9 +46,9 @@ def fit_command(
         choice = fit_index(folder, **form)
     else:
         source = source_of(val, reading, "val")
-        with encoder_for(store_of(folder).manifest(), [source], encoding) as encoder:
-            choice = fit_index(folder, **form, validation=source, encoder=encoder)
-        skipped = encoder.skipped
+        with reader_for(store_of(folder).manifest(), [source], encoding) as reader:
+            choice = fit_index(folder, **form, validation=source, reader=reader)
+        skipped = reader.skipped
     warn(choice.warnings)
     say_fit(choice.provenance())
     finish(skipped)
@@ -95,9 +95,9 @@ def search_command(
         queries = Queries.leave_one_out(cache) if folds is None else Queries.in_folds(cache, folds)
     else:
         source = validation(cache, val, reading, val_shots)
-        with encoder_for(cache, [source], encoding) as encoder:
-            queries = search_hp.on_validation(cache, source, encoder)
-        skipped = encoder.skipped
+        with reader_for(cache, [source], encoding) as reader:
+            queries = search_hp.on_validation(cache, source, reader)
+        skipped = reader.skipped
     choice = search_hp.search(cache, queries, cautious=not greedy)
     warn(choice.warnings)
     if surface:
@@ -187,11 +187,11 @@ def finetune_command(
     shots = shots_of(cache) if source is None else own_shots(cache, source_of(source, reading, "train"))
     unseen = None if val is None else validation(cache, val, reading, val_shots)
     sources = [shots] if unseen is None else [shots, unseen]
-    with encoder_for(cache, sources, encoding) as encoder:
-        tuned = finetune_into(out, cache, shots, encoder, recipe, val=unseen, parent=show(folder), keep_last=keep_last)
+    with reader_for(cache, sources, encoding) as reader:
+        tuned = finetune_into(out, cache, shots, reader, recipe, val=unseen, parent=show(folder), keep_last=keep_last)
     warn(tuned.choice.warnings if tuned.choice else ())
     print_result(tuned.facts(), as_json, 12)
-    finish(encoder.skipped)
+    finish(reader.skipped)
 
 
 @command()
@@ -214,7 +214,7 @@ def calibrate_command(
 
     cache = checked(folder, encoding.device)
     source = source_of(val, reading, "val")
-    with encoder_for(cache, [source], encoding) as encoder:
-        result = calibrate(cache, source, encoder)
+    with reader_for(cache, [source], encoding) as reader:
+        result = calibrate(cache, source, reader)
     print_facts(vars(result) | {"version": cache.version}, 15)
-    finish(encoder.skipped)
+    finish(reader.skipped)

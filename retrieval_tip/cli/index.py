@@ -14,7 +14,7 @@ from retrieval_tip.cli import kinds, options
 from retrieval_tip.cli.group import Group, argument, flag, grouped, option
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import about, command_line, finish, print_result, quiet, say, say_fit, warn
-from retrieval_tip.cli.opening import backbone_for, backbone_of, checked, encoder_for, encoder_of, source_of, store_of
+from retrieval_tip.cli.opening import backbone_for, backbone_of, checked, reader_for, reader_of, source_of, store_of
 from retrieval_tip.cli.options import BackboneOptions, EncodingOptions, OutputOptions, ReadingOptions, ViewOptions
 from retrieval_tip.errors import UsageError, counted, few, show
 from retrieval_tip.index.addresses import FORMS, KIND
@@ -64,8 +64,8 @@ def build(
     backbone = backbone_of(items, encoding, needed=build["text"] is None)
     if items.dataset and backbone is not None and backbone.has_text and not (build["text"] or build["templates"]):
         build["templates"] = facts(items.dataset).templates
-    with encoder_of(backbone, encoding, views) as encoder:
-        cache = build_index(items, out, encoder, device=encoding.device, **build)
+    with reader_of(backbone, encoding, views) as reader:
+        cache = build_index(items, out, reader, device=encoding.device, **build)
     version = cache.version or 1
     _say_version(out, version, _held(cache))
     if not quiet():
@@ -77,7 +77,7 @@ def build(
         if version > 1:
             say(f"Version {version - 1} is kept. To restore it, run: {command_line('index', 'rollback', out)}")
         say(f"Next: {_next_step(out, cache)}")
-    finish(encoder.skipped)
+    finish(reader.skipped)
 
 
 LEAST_RIGHT = 0.9
@@ -186,8 +186,8 @@ def tune_command(
 
     cache = checked(folder, encoding.device, encoding.precision)
     source = source_of(val, reading, "val", labelled=False)
-    with encoder_for(cache, [source], encoding) as encoder:
-        tuning = tune_on(cache, source, encoder, agreement=agreement, factories=factories)
+    with reader_for(cache, [source], encoding) as reader:
+        tuning = tune_on(cache, source, reader, agreement=agreement, factories=factories)
     types = {"index": str, "effort": int, "k": str, "agreement": float, "microseconds": float, "chosen": bool}
     rows = (
         (one.index, one.effort, str(one.k or "all"), one.agreement, one.microseconds, one is tuning.chosen)
@@ -198,7 +198,7 @@ def tune_command(
     if not dry_run:
         tuning.apply(cache, folder)
         say(f"{folder}: version {cache.version}, {cache.index_type}, k {cache.settings.k or 'all'}")
-    finish(encoder.skipped)
+    finish(reader.skipped)
 
 
 def _ids(ctx: click.Context, _: click.Parameter, texts: tuple[str, ...]) -> list[int] | None:
@@ -246,10 +246,10 @@ def add_command(
     new = not set(items.class_names) <= set(manifest.class_names)
     needed = new and text is None and bool(manifest.templates)
     as_built = ViewOptions(built.views if views is None else views, built.seed if seed is None else seed)
-    with encoder_for(manifest, [items], encoding, as_built, needed=needed) as encoder:
-        added = changes.add(folder, items, encoder, text=text, skip_known=skip_known, manifest=manifest, **drawn)
+    with reader_for(manifest, [items], encoding, as_built, needed=needed) as reader:
+        added = changes.add(folder, items, reader, text=text, skip_known=skip_known, manifest=manifest, **drawn)
     _say_added(folder, added, skip_known)
-    finish(encoder.skipped)
+    finish(reader.skipped)
 
 
 @index.command()

@@ -11,7 +11,7 @@ from retrieval_tip.cli import kinds, options
 from retrieval_tip.cli.group import argument, command, flag, option
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import SOME_SKIPPED, about, finish, note, say
-from retrieval_tip.cli.opening import encoder_for, index_with, inputs_of
+from retrieval_tip.cli.opening import index_with, inputs_of, reader_for
 from retrieval_tip.cli.options import EncodingOptions, OutputOptions
 from retrieval_tip.errors import UsageError, counted, show
 
@@ -42,11 +42,11 @@ def suggest(
         raise UsageError("--text and --index: give only one; an index has its own text")
     sources = inputs_of(photos)
     index = None if folder is None else index_with(folder, encoding)
-    with encoder_for(index, sources, encoding) as encoder:
-        suggestions = suggest_photos(sources, number, encoder, index, text=text)
+    with reader_for(index, sources, encoding) as reader:
+        suggestions = suggest_photos(sources, number, reader, index, text=text)
     printing.write_table(suggestions.table, rounded=True)
     note(str(suggestions))
-    finish(encoder.skipped)
+    finish(reader.skipped)
 
 
 @command()
@@ -74,17 +74,17 @@ def find_command(
     index = None if folder is None else index_with(folder, encoding)
     text = not duplicates and example is None
     encoded = sources if index is None or example is None else [*sources, example]
-    with encoder_for(index, encoded, encoding, needed=text or (index is None and example is not None)) as encoder:
+    with reader_for(index, encoded, encoding, needed=text or (index is None and example is not None)) as reader:
         if duplicates:
-            table, found = find_duplicates(sources, encoder, number)
+            table, found = find_duplicates(sources, reader, number)
             only = "" if found.compared != "digests" else "; compared only identical photos and features"
             done = f"found {counted(found.total, 'pair')}, showing {len(table):,}{only}"
         else:
-            table, total = find_photos(sources, encoder, query, number, index)
+            table, total = find_photos(sources, reader, query, number, index)
             done = f"searched {counted(total, 'photo')} for {'the text' if text else 'photos like'} {show(query)}"
     printing.write_table(table)
     note(done)
-    finish(encoder.skipped)
+    finish(reader.skipped)
 
 
 @command()
@@ -122,10 +122,10 @@ def sort_command(
             raise UsageError("--anywhere: only applies to --undo; leave it out")
         sources = inputs_of(photos)
         index = index_with(folder, encoding)
-        with encoder_for(index, sources, encoding) as encoder:
+        with reader_for(index, sources, encoding) as reader:
             action: Action = "link" if link else "move" if move else "copy"
             result = sort_photos(
-                index, sources, encoder, into, action=action, min_probability=min_probability, dry_run=dry_run
+                index, sources, reader, into, action=action, min_probability=min_probability, dry_run=dry_run
             )
     if dry_run:
         _print_rows(result)

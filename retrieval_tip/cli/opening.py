@@ -21,7 +21,7 @@ from retrieval_tip.settings import Ask, Precision
 if TYPE_CHECKING:
     from retrieval_tip.backbones.base import Backbone, Identity
     from retrieval_tip.backbones.torch_backbone import TorchBackbone
-    from retrieval_tip.data.encoder import Encoder
+    from retrieval_tip.data.reader import Reader
     from retrieval_tip.data.sources import Source
     from retrieval_tip.index.stores import Store
     from retrieval_tip.model import Index
@@ -200,19 +200,19 @@ def backbone_for(
 
 
 @contextmanager
-def encoder_of(
+def reader_of(
     backbone: Backbone | None, encoding: EncodingOptions, views: ViewOptions | None = None
-) -> Iterator[Encoder]:
+) -> Iterator[Reader]:
     """Open the encoder for the inputs of a command, and close its cache on exit."""
     from retrieval_tip.data.encoding_cache import EncodingCache
 
     cache = None if backbone is None or encoding.no_cache else EncodingCache.at(encoding.cache)
     began = time.monotonic()
-    encoder = replace(encoding.encoder(views), backbone=backbone, cache=cache, progress=not quiet())
+    reader = replace(encoding.reader(views), backbone=backbone, cache=cache, progress=not quiet())
     try:
-        yield encoder
+        yield reader
         seconds = time.monotonic() - began
-        made, met = encoder.done["fresh"], encoder.done["images"]
+        made, met = reader.done["fresh"], reader.done["images"]
         if met and seconds > LONG:
             speed = f"{counted(met, 'image')} in {seconds:.0f} s ({met / seconds:.0f}/s)"
             note(f"Encoded {speed}, {max(0, met - made):,} from the cache")
@@ -221,18 +221,18 @@ def encoder_of(
             cache.close()
 
 
-def named_encoder(encoding: EncodingOptions) -> AbstractContextManager[Encoder]:
+def named_encoder(encoding: EncodingOptions) -> AbstractContextManager[Reader]:
     """Open an encoder with the backbone that the options name."""
-    return encoder_of(load(encoding), encoding)
+    return reader_of(load(encoding), encoding)
 
 
-def encoder_for(
+def reader_for(
     cache: Index | Manifest | None,
     sources: Sequence[Source],
     encoding: EncodingOptions,
     views: ViewOptions | None = None,
     *,
     needed: bool = False,
-) -> AbstractContextManager[Encoder]:
+) -> AbstractContextManager[Reader]:
     """Open an encoder with the backbone of an index (see :func:`backbone_for`)."""
-    return encoder_of(backbone_for(cache, sources, encoding, needed=needed), encoding, views)
+    return reader_of(backbone_for(cache, sources, encoding, needed=needed), encoding, views)

@@ -19,7 +19,7 @@ from retrieval_tip.errors import UsageError, counted, show
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from retrieval_tip.data.encoder import Encoder
+    from retrieval_tip.data.reader import Reader
 
 
 def choice(alias: object) -> click.Choice[str]:
@@ -116,12 +116,12 @@ class EncodingOptions(BackboneOptions):
     reduce: bool = option(None, "--reduce/--no-reduce", default=True, **INPUT)
     strict: bool = flag(**INPUT)
 
-    def encoder(self, views: ViewOptions | None = None) -> Encoder:
+    def reader(self, views: ViewOptions | None = None) -> Reader:
         """Return an encoder that has no backbone and no cache. By default, it uses the centre view."""
-        from retrieval_tip.data.encoder import Encoder
+        from retrieval_tip.data.reader import Reader
 
         own = {name: getattr(self, name) for name in ("norms", "batch_size", "workers", "reduce", "strict")}
-        return Encoder(**own, **vars(views or ViewOptions()))
+        return Reader(**own, **vars(views or ViewOptions()))
 
 
 @dataclass(frozen=True, kw_only=True)

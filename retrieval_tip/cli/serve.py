@@ -18,7 +18,7 @@ from retrieval_tip.cli import kinds, options
 from retrieval_tip.cli.group import argument, command, flag, grouped, option
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import say
-from retrieval_tip.cli.opening import encoder_for, inputs_of, named_encoder, store_of
+from retrieval_tip.cli.opening import inputs_of, named_encoder, reader_for, store_of
 from retrieval_tip.cli.options import BackboneOptions, EncodingOptions, OpeningOptions
 from retrieval_tip.errors import UsageError, counted, install, show
 
@@ -142,13 +142,13 @@ def label_command(
 
     sources, store = inputs_of(photos), store_of(folder)
     known = store.exists()
-    opened = encoder_for(store.manifest(), sources, encoding) if known else named_encoder(encoding)
-    with opened as encoder, listen("127.0.0.1", port) as listening:
+    opened = reader_for(store.manifest(), sources, encoding) if known else named_encoder(encoding)
+    with opened as reader, listen("127.0.0.1", port) as listening:
         names = [name for name in map(str.strip, classes.split(",")) if name]
-        labelling = Labelling(folder, sources, encoder, names)
-        assert encoder.backbone is not None
-        backbones = Backbones(encoding.device, encoding.precision, None, encoder.backbone)
-        maker = Maker((store.local or Path("indexes/new")).parent, encoder.backbone, backbones)
+        labelling = Labelling(folder, sources, reader, names)
+        assert reader.backbone is not None
+        backbones = Backbones(encoding.device, encoding.precision, None, reader.backbone)
+        maker = Maker((store.local or Path("indexes/new")).parent, reader.backbone, backbones)
         served = {one.name: one for one in ([Served(folder, backbones)] if known else [])}
         token = secrets.token_urlsafe(16)
         url = f"{address(listening)}/#token={token}"

@@ -34,8 +34,8 @@ from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from retrieval_tip.backbones.base import Backbone
 from retrieval_tip.data import remote, tars
-from retrieval_tip.data.encoder import Encoder, encoded
 from retrieval_tip.data.encoding_cache import EncodingCache
+from retrieval_tip.data.reader import Reader, encoded
 from retrieval_tip.data.sources import Source, of_tars, open_inputs
 from retrieval_tip.data.tables import COMPLETE, RUN, check_backbone, open_parquet, part_files
 from retrieval_tip.distributed.cluster import connected, room
@@ -68,7 +68,7 @@ class Question:
     settings: Settings
     where: str | None
     schema: pa.Schema
-    rows: Callable[[Index, Sequence[Source], Encoder], Iterator[pa.Table]]
+    rows: Callable[[Index, Sequence[Source], Reader], Iterator[pa.Table]]
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Work:
     ``backbone`` is a function that loads the backbone onto a device, and ``cache`` is the folder of the encoding cache.
     """
 
-    encoder: Encoder
+    reader: Reader
     backbone: Callable[..., Backbone] | None
     cache: str | None
     question: Question | None = None
@@ -120,7 +120,7 @@ def write_parts(
     """
     folder = PartsFolder(out)
     pickled = {f"{number:06}": pickle.dumps(piece) for number, piece in enumerate(pieces)}
-    rows_depend_on = replace(work, encoder=replace(work.encoder, batch_size=None, workers=1, strict=False))
+    rows_depend_on = replace(work, reader=replace(work.reader, batch_size=None, workers=1, strict=False))
     complete = folder.claim(hashlib.sha256(pickle.dumps((rows_depend_on, pickled))).hexdigest())
     kept = folder.rows()
     missing: list[dict[str, object]] = [
@@ -193,26 +193,26 @@ class Worker:
         """Compute the rows of a piece, and add a column with its part number."""
         part, piece = batch["part"][0].as_py(), pickle.loads(batch["piece"][0].as_py())  # noqa: S301 - our own data
         source = of_tars(show(piece), [piece], labelled=False) if isinstance(piece, str) else piece
-        encoder = replace(self._encoder, skipped=[])
+        reader = replace(self._reader, skipped=[])
         if question := self._work.question:
             index = self._index
-            check_backbone(index.backbone, index.d, encoder.backbone, [source])
-            schema, tables = question.schema, question.rows(index, [source], encoder)
+            check_backbone(index.backbone, index.d, reader.backbone, [source])
+            schema, tables = question.schema, question.rows(index, [source], reader)
         else:
-            schema, tables = encoded(source, encoder)
+            schema, tables = encoded(source, reader)
         rows = pa.concat_tables([schema.empty_table(), *tables]).combine_chunks()
-        if encoder.skipped or not len(rows):
-            failed = json.dumps([[skipped.source, skipped.reason] for skipped in encoder.skipped])
+        if reader.skipped or not len(rows):
+            failed = json.dumps([[skipped.source, skipped.reason] for skipped in reader.skipped])
             self._folder.files.pipe_file(f"{FAILED}/{part}.json", failed.encode())
         return rows.append_column("part", pa.array([part] * len(rows), pa.string()))
 
     @cached_property
-    def _encoder(self) -> Encoder:
+    def _reader(self) -> Reader:
         work = self._work
         if work.backbone is None:
-            return replace(work.encoder, empty=True)
+            return replace(work.reader, empty=True)
         cache = None if work.cache is None else EncodingCache(work.cache)
-        return replace(work.encoder, backbone=work.backbone(device=self._device), cache=cache, empty=True)
+        return replace(work.reader, backbone=work.backbone(device=self._device), cache=cache, empty=True)
 
     @cached_property
     def _index(self) -> Index:

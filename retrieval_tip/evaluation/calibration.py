@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from retrieval_tip import tip
-from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.fit.folds import blend
 from retrieval_tip.model import Index
@@ -150,7 +150,7 @@ class Calibration:
     at_bound: bool
 
 
-def calibrate(cache: Index, source: Source, encoder: Encoder) -> Calibration:
+def calibrate(cache: Index, source: Source, reader: Reader) -> Calibration:
     """Fit the temperature of an index on a labelled validation source (see :func:`fit_temperature`).
 
     The temperature is saved in a new version of the index folder. Fit it again after you change the settings or the
@@ -162,7 +162,7 @@ def calibrate(cache: Index, source: Source, encoder: Encoder) -> Calibration:
     parts: list[Tensor] = []
     true: list[Tensor] = []
     shots = 0
-    for block in encoder.blocks(source):
+    for block in reader.blocks(source):
         parts.append(cache.logits(block.features).cpu())
         true.append(truth[torch.from_numpy(block.positions)])
         f = torch.from_numpy(block.features).to(cache.device)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source, spelled_alike
 from retrieval_tip.errors import InputError, Skipped, counted, few, percent
 from retrieval_tip.evaluation.evaluate import HELD_OUT, Answers, Recognition, answered
@@ -32,7 +32,7 @@ class Side:
 
     name: str
     index: Index
-    encoder: Encoder
+    reader: Reader
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def compare(a: Side, b: Side, source: Source) -> Compared:
     if all(ids.min() >= len(side.index.class_names) for side, (ids, _) in zip((a, b), truths, strict=True)):
         raise InputError(f"{source.name}: neither {a.name} nor {b.name} has a class of these photos; compare others")
     first, second = (
-        answered(side.index, without_themselves(side.index, source, side.encoder.blocks(source)), *truth)
+        answered(side.index, without_themselves(side.index, source, side.reader.blocks(source)), *truth)
         for side, truth in zip((a, b), truths, strict=True)
     )
     rows, *places = np.intersect1d(first.positions, second.positions, assume_unique=True, return_indices=True)
@@ -165,7 +165,7 @@ def compare(a: Side, b: Side, source: Source) -> Compared:
         "answer_b": [named[1][place] for place in differ],
         "right": winner[differ] if labelled else [None] * len(differ),
     }
-    skipped = list(dict.fromkeys([*a.encoder.skipped, *b.encoder.skipped]))
+    skipped = list(dict.fromkeys([*a.reader.skipped, *b.reader.skipped]))
     scores = (_score(a, first, second), _score(b, second, first)) if labelled else None
     return Compared((a.name, b.name), len(rows), scores, pa.table(columns, schema=DIFFERENCES), skipped)
 

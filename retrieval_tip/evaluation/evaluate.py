@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
-from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, Skipped, UsageError, counted
 from retrieval_tip.evaluation.calibration import expected_calibration_error
@@ -175,7 +175,7 @@ class Evaluation(Recognition):
 def evaluate(
     cache: Index,
     source: Source,
-    encoder: Encoder,
+    reader: Reader,
     *,
     abstain: float | None = None,
     **asked: Unpack[AskOptions],
@@ -193,8 +193,8 @@ def evaluate(
         raise UsageError(f"abstain is {abstain}: give a probability, 0 to 1")
     cache = cache.with_settings(Ask(**asked).settings(cache.settings))
     truth, names = some_known(cache, source)
-    answers = answered(cache, without_themselves(cache, source, encoder.blocks(source)), truth, names)
-    found = judge(cache, answers, encoder.skipped, abstain=abstain)
+    answers = answered(cache, without_themselves(cache, source, reader.blocks(source)), truth, names)
+    found = judge(cache, answers, reader.skipped, abstain=abstain)
     if found.held_out:
         shots = f"{found.held_out:,} of {counted(found.n, 'photo')}"
         log.warning("%s: %s are shots of this index; %s", source.name, shots, HELD_OUT)

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import torch
 
 from retrieval_tip import tip
-from retrieval_tip.data.encoder import FeatureBlock
+from retrieval_tip.data.reader import FeatureBlock
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, UsageError, counted
 from retrieval_tip.fit.closed_form import prior_for

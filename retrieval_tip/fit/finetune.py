@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from retrieval_tip.bounds import check_memory
-from retrieval_tip.data.encoder import Encoder, Views, view_names
+from retrieval_tip.data.reader import Reader, Views, view_names
 from retrieval_tip.data.sources import Source, is_there, open_source
 from retrieval_tip.errors import InputError, show
 from retrieval_tip.files import make_folders
@@ -115,7 +115,7 @@ class Tuned:
 
 
 def finetune_into(
-    out: str | os.PathLike[str], index: Index, shots: Source, encoder: Encoder, recipe: Recipe | None = None, *,
+    out: str | os.PathLike[str], index: Index, shots: Source, reader: Reader, recipe: Recipe | None = None, *,
     val: Source | Queries | None = None, parent: str = "", keep_last: bool = False,
 ) -> Tuned:  # fmt: skip
     """Fine-tune an index, and write the result into the folder ``out`` if it is more accurate.
@@ -127,7 +127,7 @@ def finetune_into(
     make_folders(Path(out).parent)
     recipe = recipe or Recipe()
     log.warning("the closed-form fit is usually more accurate than fine-tuning; held-out photos decide which is kept")
-    material = _Material.of(index, shots, encoder, recipe, val)
+    material = _Material.of(index, shots, reader, recipe, val)
     queries, tuned, compared = material.queries, None, None
     if queries is None:
         compared, tuned = _compared(index, material, recipe)
@@ -150,7 +150,7 @@ def finetune_into(
 
 
 def finetune(
-    index: Index, shots: Source, encoder: Encoder, recipe: Recipe | None = None, *,
+    index: Index, shots: Source, reader: Reader, recipe: Recipe | None = None, *,
     val: Source | Queries | None = None, parent: str = "",
     on_epoch: Callable[[Mapping[str, float]], None] | None = None,
 ) -> Tuned:  # fmt: skip
@@ -161,7 +161,7 @@ def finetune(
             the index. Any closed-form fit is ignored.
         shots: The index's own shots (:func:`own_shots`), as images or as a feature table of views. Rows with the same
             id are views of one shot.
-        encoder: The encoder that computes the features. Its ``views`` and ``seed`` are ignored.
+        reader: The encoder that computes the features. Its ``views`` and ``seed`` are ignored.
         recipe: The training options.
         val: Labelled validation images, or their features. The latest epoch whose accuracy is within one standard error
             of the best is kept. If no epoch is better than the untrained index, the untrained index is kept. A cautious
@@ -175,7 +175,7 @@ def finetune(
         InputError: if the shots or the validation images do not fit the index.
     """
     recipe = recipe or Recipe()
-    tuned = _trained(index, _Material.of(index, shots, encoder, recipe, val), recipe, parent, on_epoch)
+    tuned = _trained(index, _Material.of(index, shots, reader, recipe, val), recipe, parent, on_epoch)
     _warn(tuned)
     return tuned
 
@@ -270,28 +270,26 @@ class _Material:
     ``views`` holds the cached views of the shots, or ``None`` if every epoch encodes fresh views.
     """
 
-    encoder: Encoder
+    reader: Reader
     shots: Source
     ids: npt.NDArray[np.int64]
     views: Views | None
     queries: Queries | None
 
     @classmethod
-    def of(
-        cls, index: Index, shots: Source, encoder: Encoder, recipe: Recipe, val: Source | Queries | None
-    ) -> _Material:
-        encoder, views = replace(encoder, views=1), None
+    def of(cls, index: Index, shots: Source, reader: Reader, recipe: Recipe, val: Source | Queries | None) -> _Material:
+        reader, views = replace(reader, views=1), None
         if shots.paths is not None:  # use each image once; rows of a feature table are views
             shots = shots.take(np.sort(np.unique(shots.paths, return_index=True)[1]))
         if recipe.views or shots.paths is None:
-            views = encoder.encode_views(shots, view_names(recipe.seed, recipe.views) if recipe.views else [])
+            views = reader.encode_views(shots, view_names(recipe.seed, recipe.views) if recipe.views else [])
             _check_length(index, shots.name, views.features.shape[1])
-        elif encoder.backbone is not None:
-            _check_length(index, shots.name, encoder.backbone.dim)
-        queries = search_hp.on_validation(index, val, encoder) if isinstance(val, Source) else val
+        elif reader.backbone is not None:
+            _check_length(index, shots.name, reader.backbone.dim)
+        queries = search_hp.on_validation(index, val, reader) if isinstance(val, Source) else val
         if queries is not None:
             _check_length(index, queries.name, queries.features.shape[1])
-        return cls(encoder, shots, index.ids_of(shots), views, queries)
+        return cls(reader, shots, index.ids_of(shots), views, queries)
 
     def without(self, names: set[str]) -> _Material:
         """Return the material without the shots whose source is in ``names``."""
@@ -307,7 +305,7 @@ class _Material:
         """Yield batches of features and their class ids, with one view of each shot per epoch."""
         random = np.random.default_rng((recipe.seed, epoch))
         fresh = f"fresh/{recipe.seed}/{epoch}"
-        views = self.views or replace(self.encoder, cache=None).encode_views(self.shots, [fresh])
+        views = self.views or replace(self.reader, cache=None).encode_views(self.shots, [fresh])
         rows = views.starts[:-1] + random.integers(0, np.diff(views.starts))
         order = random.permutation(len(rows))
         for start in range(0, len(order), recipe.batch):
@@ -337,7 +335,7 @@ class _Run:
 
     def train(self) -> None:
         self._record(math.nan, math.nan)
-        hidden = None if self.material.encoder.progress else True
+        hidden = None if self.material.reader.progress else True
         with tqdm(total=self.steps, unit="step", disable=hidden, leave=False) as bar:
             while self.epoch < self.recipe.epochs and self.collapsed is None:
                 self._one_epoch(bar)

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.shots import VAL_SHOTS, few_shot, few_shot_split
 from retrieval_tip.data.sources import Source, open_source
 from retrieval_tip.errors import InputError
@@ -93,13 +93,13 @@ class HyperparameterChoice:
         }
 
 
-def on_validation(index: Index, source: Source, encoder: Encoder) -> Queries:
+def on_validation(index: Index, source: Source, reader: Reader) -> Queries:
     """Encode a labelled source as queries that see all keys.
 
     Raises InputError if a label is not a class of the index.
     """
     ids = index.ids_of(source)
-    encoded = encoder.encode(source)
+    encoded = reader.encode(source)
     return Queries(encoded.features, ids[encoded.positions], source.name)
 
 

@@ -20,7 +20,7 @@ import torch
 from retrieval_tip.backbones.base import resolve_device
 from retrieval_tip.backbones.prompts import DEFAULT_TEMPLATES, check_templates
 from retrieval_tip.bounds import check_memory
-from retrieval_tip.data.encoder import Encoder, FeatureBlock
+from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source, open_source, spelled_alike
 from retrieval_tip.errors import SHOWN, UsageError, counted, few
 from retrieval_tip.evaluation.audit import ALL_PAIRS, suspicious
@@ -42,7 +42,7 @@ LISTED = 100
 
 
 def build_index(
-    source: Source, out: Place, encoder: Encoder, *, device: str = "auto", **options: Unpack[BuildOptions]
+    source: Source, out: Place, reader: Reader, *, device: str = "auto", **options: Unpack[BuildOptions]
 ) -> Index:
     """Build an index from a labelled source. If ``out`` already contains an index, the result becomes its next version.
 
@@ -51,7 +51,7 @@ def build_index(
     Args:
         source: the labelled images or features (see :func:`sources.open_source`).
         out: the index folder, or the address of another store (see :mod:`index.addresses`).
-        encoder: sets the backbone, views, seed and cache. ``encoder.skipped`` lists the images that cannot be read.
+        reader: sets the backbone, views, seed and cache. ``reader.skipped`` lists the images that cannot be read.
         device: the device of the returned classifier. With ``index="auto"``, the index type depends on the device.
         options: see :class:`settings.BuildOptions`.
 
@@ -59,11 +59,11 @@ def build_index(
     or if another process is writing to it. If an error occurs, ``out`` stays unchanged.
     """
     plan = Plan(**options)
-    words = _text(source, encoder, plan)
-    source, ids = _shots(source.known_as(words.class_names), words.class_names, plan, encoder.seed)
-    backbone = identity_of(source, encoder)
+    words = _text(source, reader, plan)
+    source, ids = _shots(source.known_as(words.class_names), words.class_names, plan, reader.seed)
+    backbone = identity_of(source, reader)
     fit = Fit(plan.metric, plan.values, plan.class_prior or "even", prior_of(plan.prior, backbone))
-    material = Material(source, encoder, ids, words, plan, fit if plan.fits else None, resolve_device(device))
+    material = Material(source, reader, ids, words, plan, fit if plan.fits else None, resolve_device(device))
     made = places.at(out).create(_without_suspicious(material) if plan.drop_suspicious else material)
     warn_of_spelling(out, words.class_names, words.class_names)
     return made
@@ -131,16 +131,16 @@ def _warn_of_layout(source: Source, class_names: Sequence[str], text: str | os.P
             )
 
 
-def _text(source: Source, encoder: Encoder, plan: Plan) -> Words:
-    templates, backbone = plan.templates, encoder.backbone
+def _text(source: Source, reader: Reader, plan: Plan) -> Words:
+    templates, backbone = plan.templates, reader.backbone
     if plan.text is not None:
         if templates:
             raise UsageError("text and templates: give only one; a text table already contains features of prompts")
-        class_names, weights = read_text_table(plan.text, encoder.norms, identity_of(source, encoder))
+        class_names, weights = read_text_table(plan.text, reader.norms, identity_of(source, reader))
         return Words(class_names, weights, [], str(plan.text))
     if backbone is not None and (templates or backbone.has_text):
         prompts = list(check_templates(templates or DEFAULT_TEMPLATES))
-        weights = encoder.text_weights(source.class_names, prompts)
+        weights = reader.text_weights(source.class_names, prompts)
         return Words(source.class_names, weights, prompts, "templates")
     if templates:
         raise UsageError("templates: text weights from templates need a backbone; give --model")

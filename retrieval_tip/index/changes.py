@@ -21,7 +21,7 @@ import pyarrow as pa
 from retrieval_tip.backbones.base import Backbone, Identity, same_backbone
 from retrieval_tip.backbones.prompts import check_templates, text_weights
 from retrieval_tip.bounds import check_count
-from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source, spelled_alike
 from retrieval_tip.data.tables import check_backbone, read_columns, reading, texts
 from retrieval_tip.errors import InputError, StoreError, UsageError, counted, few, show
@@ -110,7 +110,7 @@ class Added(Changed):
 def add(
     folder: Place,
     source: Source,
-    encoder: Encoder,
+    reader: Reader,
     *,
     text: Folder | None = None,
     shots: int | None = None,
@@ -126,7 +126,7 @@ def add(
     Args:
         folder: the index.
         source: the labelled images or features.
-        encoder: sets the backbone (the same as for the index), the views and the cache. ``encoder.skipped`` lists the
+        reader: sets the backbone (the same as for the index), the views and the cache. ``reader.skipped`` lists the
             images that could not be read.
         text: a table of text features, labelled by class, for the new classes.
         shots: the number of shots per class, drawn with CoOp's sampling rule and the encoder's seed. ``None`` uses
@@ -140,13 +140,13 @@ def add(
     """
     store = places.at(folder)
     manifest = manifest or store.manifest()
-    check_backbone(_backbone_of(manifest), manifest.d, encoder.backbone, [source])
-    weights = _weights_of(source.class_names, manifest, encoder, text)
+    check_backbone(_backbone_of(manifest), manifest.d, reader.backbone, [source])
+    weights = _weights_of(source.class_names, manifest, reader, text)
     _new_classes(source.class_names, manifest.class_names, weights, store.has_text(manifest))
     if shots is not None:
         ids = ids_in(source, source.class_names)
-        source = source.take(draw_shots(ids, source.class_names, shots, encoder.seed))
-    block = encoder.encode(source)
+        source = source.take(draw_shots(ids, source.class_names, shots, reader.seed))
+    block = reader.encode(source)
     items = source.items.take(pa.array(block.positions))
     columns = ItemColumns.of(items, block.digests)
     with store.change() as change:
@@ -156,10 +156,10 @@ def add(
         rows = np.flatnonzero(~known) if skip_known else np.arange(len(labels))
         classes, key_ids, found = _add_classes(index, source.class_names, weights), [], None
         if len(rows):
-            views = encoder.views if source.table is None else 1
+            views = reader.views if source.table is None else 1
             key_ids = index.add(block.features[rows], labels[rows].tolist(), views=views, **vars(columns.take(rows)))
             found = index.rows.duplicates_of(key_ids, index.retrieval)  # if anything fails up to here, nothing changes
-            _note_precision(index, precision_of(source, encoder))
+            _note_precision(index, precision_of(source, reader))
         if len(rows) or classes:
             change.what = _with_classes(f"add {counted(len(rows), 'key')}", classes)
         fitted = _keep_fitted(change)
@@ -189,7 +189,7 @@ class PhotoLabel:
     feature: npt.NDArray[np.float32] | None = None
 
 
-def label(folder: Place, photos: Iterable[PhotoLabel], encoder: Encoder, unwanted: Collection[str] = ()) -> Changed:
+def label(folder: Place, photos: Iterable[PhotoLabel], reader: Reader, unwanted: Collection[str] = ()) -> Changed:
     """Set the labels of photos in one new version: add new photos, relabel known ones, and remove some.
 
     If several keys have the digest of a photo, all of them change. If no other key remains, the last key is kept, and
@@ -198,7 +198,7 @@ def label(folder: Place, photos: Iterable[PhotoLabel], encoder: Encoder, unwante
     Args:
         folder: the index.
         photos: the photos and their labels. If a digest is repeated, the last label counts.
-        encoder: encodes the names of new classes, if the index has text weights. No image is read.
+        reader: encodes the names of new classes, if the index has text weights. No image is read.
         unwanted: the classes to drop if they have no keys afterwards.
 
     Raises InputError if the index has no key of a photo without a feature, or if a class needs text weights and cannot
@@ -206,9 +206,9 @@ def label(folder: Place, photos: Iterable[PhotoLabel], encoder: Encoder, unwante
     """
     store, wanted = places.at(folder), {photo.digest: photo for photo in photos}
     manifest = store.manifest()
-    check_backbone(_backbone_of(manifest), manifest.d, encoder.backbone, [])
+    check_backbone(_backbone_of(manifest), manifest.d, reader.backbone, [])
     names = list(dict.fromkeys(photo.label for photo in wanted.values() if photo.label is not None))
-    weights = _weights_of(names, manifest, encoder, None)
+    weights = _weights_of(names, manifest, reader, None)
     with store.change() as change:
         index = change.index
         rows = index.having("digest", wanted).to_pylist()
@@ -222,7 +222,7 @@ def label(folder: Place, photos: Iterable[PhotoLabel], encoder: Encoder, unwante
                 return Changed(_version(index), [])
             fresh = [_withdrawn(index, rows[0])]
         new = _add_classes(index, names, weights)
-        added = _add_photos(index, fresh, encoder) if fresh else []
+        added = _add_photos(index, fresh, reader) if fresh else []
         moved = _relabel(change, {key_id: str(name) for key_id, name in moves.items()}, _labels_of(index, list(moves)))
         if gone:
             index.remove(sorted(gone))
@@ -239,17 +239,17 @@ def label(folder: Place, photos: Iterable[PhotoLabel], encoder: Encoder, unwante
     return Changed(_version(index), [*added, *moved], **fitted)
 
 
-def _add_photos(index: Index, photos: Sequence[PhotoLabel], encoder: Encoder) -> list[int]:
+def _add_photos(index: Index, photos: Sequence[PhotoLabel], reader: Reader) -> list[int]:
     features = [photo.feature for photo in photos if photo.feature is not None]
     if len(features) < len(photos):
         lost = next(photo.source for photo in photos if photo.feature is None)
         raise InputError(f"{lost}: cannot be read, and the index does not have it; restore the file")
     key_ids = index.add(
         np.stack(features), [str(photo.label) for photo in photos], [photo.source for photo in photos],
-        views=encoder.views, digests=[photo.digest for photo in photos],
+        views=reader.views, digests=[photo.digest for photo in photos],
         extra=pa.table({PICKED: pa.array([photo.picked for photo in photos], pa.string())}),
     )  # fmt: skip
-    _note_precision(index, None if encoder.backbone is None else encoder.backbone.precision)
+    _note_precision(index, None if reader.backbone is None else reader.backbone.precision)
     return key_ids
 
 
@@ -546,20 +546,20 @@ def _backbone_of(manifest: Manifest) -> Identity | None:
 
 
 def _weights_of(
-    class_names: Sequence[str], manifest: Manifest, encoder: Encoder, text: Folder | None
+    class_names: Sequence[str], manifest: Manifest, reader: Reader, text: Folder | None
 ) -> dict[str, npt.NDArray[np.float32]]:
     known = set(manifest.class_names)
     new = [name for name in class_names if name not in known]
     if not new:
         return {}
     if text is not None:
-        names, weights = read_text_table(text, encoder.norms, _backbone_of(manifest))
+        names, weights = read_text_table(text, reader.norms, _backbone_of(manifest))
         if weights.shape[1] != manifest.d:
             raise InputError(f"{text}: {weights.shape[1]} values per row instead of {manifest.d}; use one backbone")
         return {name: row for name, row in zip(names, weights, strict=True) if name in new}
-    if encoder.backbone is None or not manifest.templates:
+    if reader.backbone is None or not manifest.templates:
         return {}
-    return dict(zip(new, encoder.text_weights(new, manifest.templates), strict=True))
+    return dict(zip(new, reader.text_weights(new, manifest.templates), strict=True))
 
 
 def _add_classes(index: Index, names: Sequence[str], weights: dict[str, npt.NDArray[np.float32]]) -> list[str]:

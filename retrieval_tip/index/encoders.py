@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.shots import spread
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, Skipped, UsageError
@@ -62,7 +62,7 @@ class EncoderTrials:
 
 
 @contextmanager
-def trial(shots: Source, encoder: Encoder, device: str = "auto") -> Iterator[Index]:
+def trial(shots: Source, reader: Reader, device: str = "auto") -> Iterator[Index]:
     """Build an index that is fitted to labelled photos, as :func:`build.build_index` does, and remove it afterwards.
 
     Raises UsageError if ``shots`` is a feature table, because its features belong to a single encoder.
@@ -70,11 +70,11 @@ def trial(shots: Source, encoder: Encoder, device: str = "auto") -> Iterator[Ind
     if shots.table is not None:
         raise UsageError(f"{shots.name}: has the features of one encoder; give photos to compare encoders")
     with tempfile.TemporaryDirectory(prefix="retrieval-tip-") as folder:
-        yield build_index(shots, Path(folder) / "index", encoder, device=device)
+        yield build_index(shots, Path(folder) / "index", reader, device=device)
 
 
 def compare_encoders(
-    a: tuple[str, Encoder], b: tuple[str, Encoder], shots: Source, source: Source, device: str = "auto"
+    a: tuple[str, Reader], b: tuple[str, Reader], shots: Source, source: Source, device: str = "auto"
 ) -> Compared:
     """Fit an index of each encoder to the same shots, and compare their answers to a source.
 
@@ -86,7 +86,7 @@ def compare_encoders(
 
 
 def try_encoders(
-    photos: Source, encoders: Iterable[tuple[str, Callable[[], AbstractContextManager[Encoder]]]], device: str = "auto"
+    photos: Source, encoders: Iterable[tuple[str, Callable[[], AbstractContextManager[Reader]]]], device: str = "auto"
 ) -> EncoderTrials:
     """Fit an index of each encoder to labelled photos, and measure its accuracy and its speed.
 
@@ -97,7 +97,7 @@ def try_encoders(
     """
     trials, skipped = [], list[Skipped]()
     for name, opened in encoders:
-        with opened() as encoder, trial(photos, encoder, device) as built:
+        with opened() as reader, trial(photos, reader, device) as built:
             index = built.in_memory()
             fit = index.provenance["fit"]
             if fit["both"] is None:
@@ -107,8 +107,8 @@ def try_encoders(
             answers = held_out_probabilities(index, rows).right
             right = dict(zip(index.labels["key_id"].to_numpy()[rows].tolist(), answers.tolist(), strict=True))
             low, high = fit["interval_95"]
-            trials.append(EncoderTrial(name, fit["both"], (low, high), _speed(photos, encoder), right))
-            skipped += encoder.skipped
+            trials.append(EncoderTrial(name, fit["both"], (low, high), _speed(photos, reader), right))
+            skipped += reader.skipped
     return EncoderTrials(trials, recommended(trials), list(dict.fromkeys(skipped)))
 
 
@@ -130,14 +130,14 @@ def _worse(one: EncoderTrial, best: EncoderTrial) -> bool:
     return other > only and mcnemar(only, other) < SIGNIFICANT
 
 
-def _speed(photos: Source, encoder: Encoder) -> float:
+def _speed(photos: Source, reader: Reader) -> float:
     """Return how many photos are read and encoded per second, without the encoding cache."""
     few = photos.take(spread(len(photos), TIMED))
-    bare = replace(encoder, cache=None, skipped=[], done=Counter(), progress=False, empty=True)
+    bare = replace(reader, cache=None, skipped=[], done=Counter(), progress=False, empty=True)
     _count(bare, few)  # loads the encoder
     start = time.perf_counter()
     return _count(bare, few) / (time.perf_counter() - start)
 
 
-def _count(encoder: Encoder, photos: Source) -> int:
-    return sum(len(block.positions) for block in encoder.blocks(photos))
+def _count(reader: Reader, photos: Source) -> int:
+    return sum(len(block.positions) for block in reader.blocks(photos))

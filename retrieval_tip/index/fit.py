@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from retrieval_tip.backbones.base import Identity, same_backbone
-from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.fit.closed_form import Fit, FormChoice
 from retrieval_tip.fit.scatter import FloatArray, pooled
@@ -28,7 +28,7 @@ def fit_index(
     class_prior: ClassPrior | None = None,
     prior: Sequence[Place] = (),
     validation: Source | None = None,
-    encoder: Encoder | None = None,
+    reader: Reader | None = None,
 ) -> FormChoice:
     """Fit the metric, values and settings of an index with :func:`closed_form.fit`, and write a new version.
 
@@ -41,14 +41,14 @@ def fit_index(
         prior: other indexes of the same encoder. The scatter of their photos around their class means helps if there
             are few shots (see :func:`scatter.pooled`). It is kept for later fits.
         validation: labelled images or features to use for the selection instead of the held-out shots. They require an
-            ``encoder``.
-        encoder: sets the backbone (the same as for the index) and the cache.
+            ``reader``.
+        reader: sets the backbone (the same as for the index) and the cache.
 
     Raises the errors of :func:`closed_form.fit`. If an error occurs, the index stays unchanged.
     """
     queries = None
-    if validation is not None and encoder is not None:
-        queries = functools.partial(on_validation, source=validation, encoder=encoder)
+    if validation is not None and reader is not None:
+        queries = functools.partial(on_validation, source=validation, reader=reader)
     store = places.at(folder)
     manifest = store.manifest()
     known = Identity.from_dict(manifest.backbone) if manifest.backbone else None

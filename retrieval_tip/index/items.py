@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from retrieval_tip.backbones.base import Backbone, Identity, same_backbone
 from retrieval_tip.backbones.prompts import mean_by_class
-from retrieval_tip.data.encoder import Encoder, FeatureBlock
+from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.shots import few_shot
 from retrieval_tip.data.sources import Source, open_source
 from retrieval_tip.data.tables import read_features, table_identity
@@ -142,7 +142,7 @@ class Material:
     """
 
     source: Source
-    encoder: Encoder
+    reader: Reader
     ids: npt.NDArray[np.int64]
     words: Words
     plan: Plan
@@ -153,7 +153,7 @@ class Material:
 
     def settings(self, statistics: Statistics | None, met: int | None) -> Settings:
         """Convert alpha and beta to plain units, and return the settings. ``met`` is used as k if no k was given."""
-        plan, own = self.plan, self.plan.settings(self.encoder.backbone)
+        plan, own = self.plan, self.plan.settings(self.reader.backbone)
         alpha, beta = plain_settings(plan.alpha, plan.beta, plan.units, statistics)
         return own.override(alpha=alpha, beta=beta, k=met if plan.k is None else None)
 
@@ -161,22 +161,22 @@ class Material:
     def built(self) -> Built:
         """The build parameters that are stored in the manifest."""
         shots = self.plan.shots
-        drawn = shots is not None or self.encoder.views > 1
-        return Built(self.source.name, shots, self.encoder.seed if drawn else 1, self.encoder.views)
+        drawn = shots is not None or self.reader.views > 1
+        return Built(self.source.name, shots, self.reader.seed if drawn else 1, self.reader.views)
 
     @property
     def views(self) -> int:
         """Number of views that are averaged into each key."""
-        return self.encoder.views if self.source.table is None else 1
+        return self.reader.views if self.source.table is None else 1
 
     @property
     def backbone(self) -> Identity | None:
         """The backbone that computed the features."""
-        return identity_of(self.source, self.encoder)
+        return identity_of(self.source, self.reader)
 
     def blocks(self) -> Iterator[FeatureBlock]:
         """Yield the items in blocks of features. Raises InputError if a feature overflows the dtype."""
-        for block in self.encoder.blocks(self.source) if self.left is None else (self.left,):
+        for block in self.reader.blocks(self.source) if self.left is None else (self.left,):
             if np.abs(block.features).max() > np.finfo(self.plan.dtype).max:
                 raise InputError(f"{self.source.name}: feature values overflow {self.plan.dtype}; use --dtype float32")
             yield block
@@ -196,19 +196,19 @@ class Material:
 
     def described(self, statistics: Statistics | None) -> dict[str, object]:
         """Return the provenance. Call this only after all items have been read."""
-        views, plan = self.encoder.views, self.plan
+        views, plan = self.reader.views, self.plan
         return {
             "source": self.source.name,
             "dataset": self.source.dataset,
             "shots": plan.shots,
-            "seed": self.encoder.seed if plan.shots is not None or views > 1 else None,
+            "seed": self.reader.seed if plan.shots is not None or views > 1 else None,
             "views": views,
-            "precision": {"keys": precision_of(self.source, self.encoder)},
+            "precision": {"keys": precision_of(self.source, self.reader)},
             "text": self.words.origin,
             "alpha": provenance_of(plan.alpha, plan.units),
             "beta": provenance_of(plan.beta, plan.units),
             "affinity_other_classes": None if statistics is None else [statistics.mean, statistics.std],
-            "skipped": [str(skipped) for skipped in self.encoder.skipped],
+            "skipped": [str(skipped) for skipped in self.reader.skipped],
         } | ({} if self.dropped is None else {"dropped": self.dropped})
 
     def warn_of_bare(self, counts: npt.NDArray[np.int64]) -> None:
@@ -236,16 +236,16 @@ def ids_in(source: Source, class_names: Sequence[str]) -> npt.NDArray[np.int64]:
     return np.array([position[label] for label in labels], dtype=np.int64)
 
 
-def identity_of(source: Source, encoder: Encoder) -> Identity | None:
+def identity_of(source: Source, reader: Reader) -> Identity | None:
     """Return the identity of the encoder's backbone or, if it has none, of the backbone named in the table."""
-    if encoder.backbone is not None:
-        return encoder.backbone.identity
+    if reader.backbone is not None:
+        return reader.backbone.identity
     return table_identity(source.table) if source.table is not None else None
 
 
-def precision_of(source: Source, encoder: Encoder) -> str | None:
+def precision_of(source: Source, reader: Reader) -> str | None:
     """Return the precision in which the photos of a source were encoded, or ``None`` for a feature table."""
-    return None if source.paths is None or encoder.backbone is None else encoder.backbone.precision
+    return None if source.paths is None or reader.backbone is None else reader.backbone.precision
 
 
 def read_text_table(

@@ -23,7 +23,7 @@ from torch.nn.functional import normalize, one_hot
 from retrieval_tip import tip
 from retrieval_tip.backbones.base import Preprocess, unit, view_size
 from retrieval_tip.backbones.tower import FEATURES, OPSET, PIXELS, runtime, shorter_side, stored_onnx, to_onnx
-from retrieval_tip.data.encoder import pixels_of
+from retrieval_tip.data.reader import pixels_of
 from retrieval_tip.data.shots import spread
 from retrieval_tip.data.sources import read_item
 from retrieval_tip.errors import InputError, UsageError, first_line, install, show

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.model import Index
@@ -73,10 +73,10 @@ class Tuning:
 
 
 def tune_on(
-    index: Index, source: Source, encoder: Encoder, *, agreement: float = 0.999, factories: Sequence[str] = ()
+    index: Index, source: Source, reader: Reader, *, agreement: float = 0.999, factories: Sequence[str] = ()
 ) -> Tuning:
     """Call :func:`tune` with the images or features of a source."""
-    features = encoder.encode(source).features
+    features = reader.encode(source).features
     return replace(tune(index, features, agreement=agreement, factories=factories), source=source.name)
 
 

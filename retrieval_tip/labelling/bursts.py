@@ -15,8 +15,8 @@ import torch
 
 from retrieval_tip import tip
 from retrieval_tip.bounds import check_memory
-from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.exif import UNKNOWN, Noting
+from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.model import Index
 from retrieval_tip.predictions import PREDICTIONS, Predictions, lists
@@ -40,7 +40,7 @@ def bursts(names: Sequence[str], times: Sequence[datetime | None], gap: float) -
 
 
 def classify_in_bursts(
-    index: Index, sources: Sequence[Source], encoder: Encoder, noting: Noting, gap: float, ask: Ask = Ask()
+    index: Index, sources: Sequence[Source], reader: Reader, noting: Noting, gap: float, ask: Ask = Ask()
 ) -> tuple[Predictions, pa.Array]:
     """Classify photos, and give all photos of a burst the mean of their probabilities.
 
@@ -54,7 +54,7 @@ def classify_in_bursts(
     unlike: list[bool] = []
     blocks: list[torch.Tensor] = []
     for source in sources:
-        for answers in index.classify_source(source, encoder, replace(ask, top=1, neighbours=0, logits=True)):
+        for answers in index.classify_source(source, reader, replace(ask, top=1, neighbours=0, logits=True)):
             table = answers.written(["input", "logits", "unlike"])
             logits = torch.tensor(table["logits"].combine_chunks().flatten().to_numpy()).reshape(-1, c)
             blocks.append(tip.probabilities(logits, index.settings.temperature))

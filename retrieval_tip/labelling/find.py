@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 from retrieval_tip.backbones.prompts import DEFAULT_TEMPLATES
 from retrieval_tip.bounds import check_count
 from retrieval_tip.data import images
-from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source, of_images
 from retrieval_tip.errors import InputError, UsageError, show
 from retrieval_tip.index.items import ItemColumns
@@ -43,7 +43,7 @@ def example_of(query: str) -> Source | None:
 
 
 def find_photos(
-    sources: Sequence[Source], encoder: Encoder, query: str, n: int = 20, index: Index | None = None
+    sources: Sequence[Source], reader: Reader, query: str, n: int = 20, index: Index | None = None
 ) -> tuple[pa.Table, int]:
     """Return the ``n`` photos that are most similar to a query, and the number of photos that were searched.
 
@@ -53,25 +53,25 @@ def find_photos(
     The memory needed does not depend on the number of photos.
 
     Raises UsageError if the query is a text and the encoder has no text, and the errors of
-    :meth:`encoder.Encoder.blocks`.
+    :meth:`reader.Reader.blocks`.
     """
     check_count("n", n)
     example, metric, known = example_of(query), None, None
     if example is not None:
-        block, metric = encoder.encode(example), None if index is None else index.metric
+        block, metric = reader.encode(example), None if index is None else index.metric
         (known,) = block.digests
         target = points_of(block.features, metric)[0]
     else:
-        backbone = encoder.needed_backbone(sources[0])
+        backbone = reader.needed_backbone(sources[0])
         if not backbone.has_text:
             raise UsageError(
                 f"{show(query)}: {backbone.identity.model} has no text encoder; give an image file instead"
             )
         templates = (index and index.templates) or DEFAULT_TEMPLATES
-        target = torch.from_numpy(encoder.text_weights([query], templates)[0])
+        target = torch.from_numpy(reader.text_weights([query], templates)[0])
     names, best, total = pa.array([], pa.string()), torch.empty(0), 0
     for source in sources:
-        for block in encoder.blocks(source):
+        for block in reader.blocks(source):
             columns = ItemColumns.of(source.items.take(pa.array(block.positions)), block.digests)
             similarity = torch.mv(points_of(block.features, metric), target)
             if known is not None:
@@ -85,17 +85,17 @@ def find_photos(
     return pa.table([pa.array(range(1, len(best) + 1)), names, best.double().numpy()], schema=FOUND), total
 
 
-def find_duplicates(sources: Sequence[Source], encoder: Encoder, n: int = 20) -> tuple[pa.Table, Duplicates]:
+def find_duplicates(sources: Sequence[Source], reader: Reader, n: int = 20) -> tuple[pa.Table, Duplicates]:
     """Return the ``n`` closest pairs of near-identical photos as a table, and the result of the comparison.
 
     The table has the columns ``input``, ``other``, ``similarity`` (the cosine of the features) and ``kind`` (see
     :class:`duplicates.Duplicate`). If there are more than ``MOST_PHOTOS``, only identical photos and identical features
     are found.
 
-    Raises the errors of :meth:`encoder.Encoder.blocks`.
+    Raises the errors of :meth:`reader.Reader.blocks`.
     """
     check_count("n", n)
-    pool = Pool.of(sources, encoder)
+    pool = Pool.of(sources, reader)
     rows = np.arange(len(pool.names))
     features = normalize(torch.from_numpy(pool.features)).numpy()
     labels = pa.table({  # each photo is a class, because only photos of different classes are compared

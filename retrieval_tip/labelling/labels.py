@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import torch
 from torch.nn.functional import normalize
 
-from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.remote import is_remote
 from retrieval_tip.data.sources import Source, of_images
 from retrieval_tip.errors import show
@@ -94,7 +94,7 @@ def known_photos(
 
 
 def build_from_labels(
-    place: places.Place, photos: Source, encoder: Encoder, labels: Mapping[int, Label], classes: Sequence[str] = ()
+    place: places.Place, photos: Source, reader: Reader, labels: Mapping[int, Label], classes: Sequence[str] = ()
 ) -> None:
     """Build a new index from labelled photos.
 
@@ -103,13 +103,13 @@ def build_from_labels(
     """
     assert photos.paths is not None
     names = [str(one.label) for one in labels.values()]
-    has_text = encoder.backbone is not None and encoder.backbone.has_text
+    has_text = reader.backbone is not None and reader.backbone.has_text
     own = dict.fromkeys([*(classes if has_text else ()), *names])
     paths = [photos.paths[photo] for photo in labels]
     source = of_images(paths, photos.name, names, list(own))
     items = source.items.set_column(0, "source", pa.array([show(absolute(path)) for path in paths], pa.string()))
     picked = pa.array([one.picked for one in labels.values()], pa.string())
-    build_index(replace(source, items=items.append_column(PICKED, picked)), place, encoder)
+    build_index(replace(source, items=items.append_column(PICKED, picked)), place, reader)
 
 
 def guesses(index: Index, features: FloatArray) -> list[dict[str, float]]:

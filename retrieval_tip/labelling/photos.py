@@ -15,7 +15,7 @@ import torch
 from retrieval_tip import tip
 from retrieval_tip.backbones.base import Identity, same_backbone
 from retrieval_tip.bounds import check_count, check_memory
-from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, counted
 from retrieval_tip.index.items import ItemColumns, identity_of, read_text_table
@@ -88,7 +88,7 @@ class Pool:
     digests: list[str | None]
 
     @classmethod
-    def of(cls, sources: Sequence[Source], encoder: Encoder) -> Pool:
+    def of(cls, sources: Sequence[Source], reader: Reader) -> Pool:
         """Encode the photos. Raises InputError or BackboneError if the sources have features of different encoders."""
         names: list[str] = []
         digests: list[str | None] = []
@@ -96,11 +96,11 @@ class Pool:
         identity: Identity | None = None
         total = sum(map(len, sources))
         for source in sources:
-            own = identity_of(source, encoder)
+            own = identity_of(source, reader)
             if own is not None and identity is not None:
                 same_backbone(own, identity, source.name)
             identity = identity or own
-            for block in encoder.blocks(source):
+            for block in reader.blocks(source):
                 if features and block.features.shape[1] != features[0].shape[1]:
                     lengths = f"{block.features.shape[1]} values; earlier photos have {features[0].shape[1]}"
                     raise InputError(f"{source.name}: its features have {lengths}")
@@ -127,7 +127,7 @@ class Pool:
 def suggest_photos(
     sources: Sequence[Source],
     n: int,
-    encoder: Encoder,
+    reader: Reader,
     index: Index | None = None,
     *,
     text: str | os.PathLike[str] | None = None,
@@ -143,11 +143,11 @@ def suggest_photos(
     Args:
         sources: the photos or feature tables (see :func:`sources.open_inputs`).
         n: the number of suggestions.
-        encoder: the encoder of the photos. ``encoder.skipped`` lists the photos that cannot be read.
+        reader: the encoder of the photos. ``reader.skipped`` lists the photos that cannot be read.
         index: the index that contains the photos labelled so far.
         text: a feature table of class names, for a zero-shot guess without an index.
 
-    Raises InputError if no photo remains, and the errors of :meth:`encoder.Encoder.blocks`.
+    Raises InputError if no photo remains, and the errors of :meth:`reader.Reader.blocks`.
     """
     check_count("n", n)
     total = sum(map(len, sources))
@@ -156,11 +156,11 @@ def suggest_photos(
         drawn[np.random.default_rng(0).choice(total, MOST_PHOTOS, replace=False)] = True
         parts = np.split(drawn, np.cumsum([len(source) for source in sources])[:-1])
         sources = [source.take(np.flatnonzero(part)) for source, part in zip(sources, parts, strict=True)]
-    pool = Pool.of(sources, encoder)
+    pool = Pool.of(sources, reader)
     fresh = pool if index is None else pool.without(index)
     if not fresh.names:
         raise InputError(f"photos: the index already contains {counted(len(pool.names), 'photo')}; give other photos")
-    guesses = None if text is None else guessed_by_name(text, encoder, sources[0], fresh.features)
+    guesses = None if text is None else guessed_by_name(text, reader, sources[0], fresh.features)
     made = suggest_features(fresh, n, index, guesses)
     known = len(pool.names) - len(fresh.names)
     return replace(made, known=known, sampled_from=total if total > MOST_PHOTOS else None)
@@ -195,16 +195,16 @@ def suggest_features(pool: Pool, n: int, index: Index | None = None, guesses: pa
 
 
 def guessed_by_name(
-    text: str | os.PathLike[str], encoder: Encoder, source: Source, features: npt.NDArray[np.float32]
+    text: str | os.PathLike[str], reader: Reader, source: Source, features: npt.NDArray[np.float32]
 ) -> pa.Table:
     """Return the zero-shot ``label`` and ``probability`` of each photo, given a feature table of class names.
 
     Raises InputError or BackboneError if the table does not fit the photos.
     """
-    class_names, weights = read_text_table(text, encoder.norms, identity_of(source, encoder))
+    class_names, weights = read_text_table(text, reader.norms, identity_of(source, reader))
     expected = len(class_names), features.shape[1]
     check_shape(f"text {text}", weights.shape, expected, "as long as the features of the photos")
-    scale = Settings().logit_scale if encoder.backbone is None else encoder.backbone.logit_scale
+    scale = Settings().logit_scale if reader.backbone is None else reader.backbone.logit_scale
     f, w = torch.from_numpy(features), torch.from_numpy(weights)
     parts = slices(len(f), max(1, LOGITS // len(w)))
     answers = [tip.probabilities(tip.text_logits(f[part], w, scale)).max(1) for part in parts]

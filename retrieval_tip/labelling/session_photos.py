@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrieval_tip.bounds import check_memory
-from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import of_images
 from retrieval_tip.errors import InputError, show
 from retrieval_tip.labelling.labels import absolute
@@ -37,9 +37,9 @@ class SessionPhotos:
         unreadable: the reasons why photos cannot be read.
     """
 
-    def __init__(self, paths: Sequence[str], earlier: Sequence[str], encoder: Encoder) -> None:
+    def __init__(self, paths: Sequence[str], earlier: Sequence[str], reader: Reader) -> None:
         """Number the photos. ``earlier`` are the paths of photos that are not labelled in this session."""
-        self.encoder = replace(encoder, progress=False, done=Counter())
+        self.reader = replace(reader, progress=False, done=Counter())
         self.source = of_images([*paths, *earlier], "photos")
         self.names = self.source.sources
         self.features: FloatArray | None = None
@@ -85,15 +85,15 @@ class SessionPhotos:
         digests = {}
         for photo in photos:
             with suppress(InputError):
-                digests[photo] = hashlib.sha256(self.encoder.read(self.path(photo))).hexdigest()
+                digests[photo] = hashlib.sha256(self.reader.read(self.path(photo))).hexdigest()
         return digests
 
     def read(self, photos: Sequence[int], strict: bool) -> Read:
         """Encode photos, and leave out unreadable ones. The object does not change."""
-        encoder = replace(self.encoder, empty=True, strict=strict)
+        reader = replace(self.reader, empty=True, strict=strict)
         return {
             photos[position]: (str(digest), feature)
-            for block in encoder.blocks(self.source.take(photos))
+            for block in reader.blocks(self.source.take(photos))
             for position, digest, feature in zip(block.positions, block.digests, block.features, strict=True)
         }
 
@@ -109,7 +109,7 @@ class SessionPhotos:
             self.encoded.add(photo)
             self.unreadable.pop(photo, None)
         self.recognise({photo: digest for photo, (digest, _) in known.items()})
-        reasons = {one.source: one.reason for one in self.encoder.skipped}
+        reasons = {one.source: one.reason for one in self.reader.skipped}
         for photo in [photo for photo in photos if photo not in known]:
             self.unreadable[photo] = reasons.get(self.names[photo], "has changed since it was labelled")
 

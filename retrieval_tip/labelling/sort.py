@@ -16,7 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from retrieval_tip.data import images, remote, tars
-from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source, read_item
 from retrieval_tip.errors import InputError, Skipped, UsageError, counted, few, show
 from retrieval_tip.files import locked_folder, make_folders, real
@@ -88,7 +88,7 @@ class _Photo:
 def sort_photos(
     index: Index,
     sources: Sequence[Source],
-    encoder: Encoder,
+    reader: Reader,
     folder: str | os.PathLike[str],
     *,
     action: Action = "copy",
@@ -105,7 +105,7 @@ def sort_photos(
     Args:
         index: the index that classifies the photos.
         sources: the photos (see :func:`sources.open_inputs`). The ids of a feature table are read as paths.
-        encoder: the encoder of the photos. ``encoder.skipped`` lists the photos that cannot be read.
+        reader: the encoder of the photos. ``reader.skipped`` lists the photos that cannot be read.
         folder: the folder to sort into.
         action: ``copy``, ``link`` (a symbolic link) or ``move``. Only files can be linked or moved.
         min_probability: the probability below which an answer is not sure.
@@ -119,7 +119,7 @@ def sort_photos(
     for source in sources:
         if action != "copy" and not _has_files(source):
             raise UsageError(f"{action}: {source.name} has photos that are not files; copy them instead")
-    root, result = Path(folder), Sorted(_VERBS[action], skipped=encoder.skipped)
+    root, result = Path(folder), Sorted(_VERBS[action], skipped=reader.skipped)
     with _locked(root, dry_run):
         before = read_manifest(root)
         if not dry_run:
@@ -127,7 +127,7 @@ def sort_photos(
             remove_scratch([root, *((root / row.output).parent for row in before)])
         plan = _Outputs(root, action, min_probability, {row.input: row for row in before})
         listed = set(before)
-        for photos in _classified(index, sources, encoder):
+        for photos in _classified(index, sources, reader):
             rows = [plan.row(photo) for photo in photos]
             if not dry_run:
                 record(root, touched(root, rows))
@@ -162,9 +162,9 @@ def _locked(folder: Path, dry_run: bool) -> Iterator[None]:
         raise InputError(f"{where}: {error.strerror or error}; run the command again to continue") from None
 
 
-def _classified(index: Index, sources: Sequence[Source], encoder: Encoder) -> Iterator[list[_Photo]]:
+def _classified(index: Index, sources: Sequence[Source], reader: Reader) -> Iterator[list[_Photo]]:
     for source in sources:
-        for answers in index.answers(encoder.blocks(source), Ask(neighbours=0, logits=False)):
+        for answers in index.answers(reader.blocks(source), Ask(neighbours=0, logits=False)):
             block = answers.block
             columns = ItemColumns.of(source.items.take(pa.array(block.positions)), block.digests)
             paths = source.paths
@@ -179,7 +179,7 @@ def _classified(index: Index, sources: Sequence[Source], encoder: Encoder) -> It
                     own = digest or hashlib.sha256(read_item(item)).hexdigest()
                     photos.append(_Photo(item, **answer, digest=own))
                 except InputError as error:
-                    _skip(encoder.skipped, name, str(error))
+                    _skip(reader.skipped, name, str(error))
             yield photos
 
 

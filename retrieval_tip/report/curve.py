@@ -38,7 +38,7 @@ def measure_curve(judged: JudgedIndex, numbers: Sequence[int], seeds: int) -> Cu
     if not numbers or judged.is_tuned:
         return None
     pool, runs = closed_form.unfitted(judged.cache), dict[int, list[float]]()
-    for number in tqdm(numbers, unit="draw", disable=None if judged.encoder.progress else True, leave=False):
+    for number in tqdm(numbers, unit="draw", disable=None if judged.reader.progress else True, leave=False):
         draws = range(1, 2 if set(pool.counts) <= {0, number} else seeds + 1)  # otherwise all draws are the same
         runs[number] = [_accuracy(judged, draw(pool, number, seed)) for seed in draws]
     rows = []

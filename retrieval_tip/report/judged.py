@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from retrieval_tip.data.encoder import Encoder, FeatureBlock
+from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import show
 from retrieval_tip.evaluation.evaluate import Answers, Evaluation, Recognition
@@ -50,7 +50,7 @@ class JudgedIndex:
 
     cache: Index
     test: Source
-    encoder: Encoder
+    reader: Reader
     block: FeatureBlock
     evaluation: Evaluation
     folder: Path | None

@@ -38,7 +38,7 @@ def provenance(judged: JudgedIndex) -> dict[str, Rows]:
 
 
 def _test(judged: JudgedIndex) -> Iterator[tuple[str, str]]:
-    skipped = judged.encoder.skipped
+    skipped = judged.reader.skipped
     yield "source", portable(judged.test.name)
     yield "photos", f"{judged.evaluation.n:,} classified, {len(skipped):,} could not be read"
     yield "date", datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from retrieval_tip.bounds import check_count
-from retrieval_tip.data.encoder import Encoder, FeatureBlock
+from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, UsageError, counted, few, one_line, percent, show
 from retrieval_tip.evaluation.evaluate import Evaluation, answered, judge, some_known
@@ -53,7 +53,7 @@ class WrittenReport:
 
 
 def write_report(
-    cache: Index, test: Source, encoder: Encoder, out: str | os.PathLike[str], *,
+    cache: Index, test: Source, reader: Reader, out: str | os.PathLike[str], *,
     shots: Sequence[int] | None = None, seeds: int = SEEDS, curves: bool = True,
     folder: str | os.PathLike[str] | None = None, where: str | None = None, command: str | None = None,
 ) -> WrittenReport:  # fmt: skip
@@ -63,7 +63,7 @@ def write_report(
         cache: The index. Its ``settings`` are used for the answers.
         test: Labelled images or features. Photos that are shots of the index, and photos of classes that it lacks, are
             counted and left out.
-        encoder: The encoder that computes the features. ``encoder.skipped`` lists the unreadable items.
+        reader: The encoder that computes the features. ``reader.skipped`` lists the unreadable items.
         out: The file. An existing file is replaced once the report is complete.
         shots: The numbers of shots per class to draw for the curve. Defaults to 1, 2, 4 and so on, up to the size of
             the smallest class.
@@ -90,14 +90,14 @@ def write_report(
         classes = np.count_nonzero(cache.counts)
         shots = [number for number in SHOTS if number <= least > 1 and number * classes <= CURVE_KEYS]
     ids, names = some_known(cache, test)
-    every = FeatureBlock.joined(list(encoder.blocks(test)))
+    every = FeatureBlock.joined(list(reader.blocks(test)))
     new = every.take(np.flatnonzero(key_ids_of(cache, test, every) < 0))
     answers = answered(cache, [QueryBlock(cache, new)], ids, names)
     known = np.flatnonzero(answers.of_known)
-    evaluation = judge(cache, answers.take(known), encoder.skipped)
+    evaluation = judge(cache, answers.take(known), reader.skipped)
     place = Path(folder) if folder is not None else cache.folder
     judged = JudgedIndex(
-        cache, test, encoder, new.take(known), evaluation, place, where, command, answers.recognition(),
+        cache, test, reader, new.take(known), evaluation, place, where, command, answers.recognition(),
         shots=len(every.positions) - len(new.positions),
     )  # fmt: skip
     page = _page(judged, measure_curve(judged, shots, seeds) if curves else None).encode()
@@ -129,7 +129,7 @@ def _page(judged: JudgedIndex, curve: Curve | None) -> str:
         pairs=confusions(judged), mistakes=mistakes(judged), curve=curve,
         plots={name: plots.svg(partial(draw, evaluation), label) for name, (draw, label) in drawn.items()},
         provenance=provenance(judged), counted=counted, few=few, percent=percent, portable=portable, nobreak=_nobreak,
-        thumbnail=remembered(partial(thumbnail, judged.encoder.read)),
+        thumbnail=remembered(partial(thumbnail, judged.reader.read)),
     )  # fmt: skip
 
 

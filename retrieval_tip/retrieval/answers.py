@@ -12,7 +12,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from retrieval_tip import tip
-from retrieval_tip.data.encoder import FeatureBlock
+from retrieval_tip.data.reader import FeatureBlock
 from retrieval_tip.predictions import PREDICTIONS, SCHEMA, Predictions, lists
 from retrieval_tip.retrieval.evidence import Contributors, Nearest
 from retrieval_tip.retrieval.logits import AnswerTerms, Retrieval, first_two

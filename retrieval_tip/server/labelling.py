@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from retrieval_tip.data.encoder import Encoder, FloatArray
+from retrieval_tip.data.reader import FloatArray, Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, RetrievalTipError, StoreError, counted, show
 from retrieval_tip.index import changes, places
@@ -78,7 +78,7 @@ class Labelling:
     """
 
     def __init__(
-        self, place: places.Place, sources: Sequence[Source], encoder: Encoder, classes: Sequence[str] = ()
+        self, place: places.Place, sources: Sequence[Source], reader: Reader, classes: Sequence[str] = ()
     ) -> None:
         """Prepare a session. ``classes`` are the names of classes that have no labels yet.
 
@@ -97,7 +97,7 @@ class Labelling:
         self.place, self.name = place, places.at(place).name
         self._journal = Journal(places.at(place))
         unsaved = dict(enumerate(self._journal.entries.values(), len(paths)))
-        self.photos = SessionPhotos(paths, [str(entry["path"]) for entry in unsaved.values()], encoder)
+        self.photos = SessionPhotos(paths, [str(entry["path"]) for entry in unsaved.values()], reader)
         self.photos.recognise({photo: digest for photo, one in unsaved.items() if (digest := one["digest"])})
         self._classes = list(classes)
         self._queue = Queue(len(paths))
@@ -249,9 +249,9 @@ class Labelling:
         version = self._version()
         if version is None or self._is_empty(version):
             raise Problem(404, "there are no labels yet; label some photos first")
-        encoder, folder = replace(self.photos.encoder, skipped=[]), Path(into).expanduser()
+        reader, folder = replace(self.photos.reader, skipped=[]), Path(into).expanduser()
         photos = self.photos.source.take(range(len(self.photos)))
-        done = await self._service.run(self._encoding, sort_photos, version.cache, [photos], encoder, folder)
+        done = await self._service.run(self._encoding, sort_photos, version.cache, [photos], reader, folder)
         undo = shlex.join(["retrieval-tip", "sort", "--undo", "--into", str(folder.absolute())])
         skipped = [schemas.Unread(input=one.source, reason=one.reason) for one in done.skipped]
         return schemas.SortedPhotos(summary=str(done), undo=undo, skipped=skipped)
@@ -377,12 +377,12 @@ class Labelling:
             items = {item.digest: item for item in withdrawn} | items
             unwanted = self._made | {one.label for one in self._withdrawn}
             unwanted -= {*self._classes, *(label.label for label in self._unsaved.values())}
-            change = partial(changes.label, self.place, items.values(), self.photos.encoder, unwanted)
+            change = partial(changes.label, self.place, items.values(), self.photos.reader, unwanted)
             await self._service.changed(self._service.served[self.name], change)
         elif first := {photo: label for photo, label in labels.items() if label.label is not None}:
-            encoder = replace(self.photos.encoder, strict=False)
+            reader = replace(self.photos.reader, strict=False)
             own = {self.photos.readable(photo): label for photo, label in first.items()}
-            build = partial(build_from_labels, self.place, self.photos.source, encoder, own, self._classes)
+            build = partial(build_from_labels, self.place, self.photos.source, reader, own, self._classes)
             await self._service.change(build)
             await self._open()
             self._version()
@@ -428,7 +428,7 @@ class Labelling:
         for start in range(0, len(self._queue.order), CHUNK):
             photos = self._queue.order[start : start + CHUNK]
             await self._read(
-                [photo for photo in photos if photo not in self.photos.encoded], strict=self.photos.encoder.strict
+                [photo for photo in photos if photo not in self.photos.encoded], strict=self.photos.reader.strict
             )
 
     async def _read(self, photos: Sequence[int], *, strict: bool) -> None:

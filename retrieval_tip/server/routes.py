@@ -308,7 +308,7 @@ async def label_image(
     """Return a photo of the labelling session as a JPEG image of a reduced size."""
     path = labelling.path(photo)
     try:
-        data = await service.thumbnails.of(path, lambda: labelling.photos.encoder.read(path), size)
+        data = await service.thumbnails.of(path, lambda: labelling.photos.reader.read(path), size)
     except InputError as error:
         raise Problem(404, f"photo {photo}: cannot be read ({error})") from None
     return Response(data, headers={"cache-control": "private, max-age=3600"}, media_type="image/jpeg")

@@ -22,7 +22,7 @@ import torch
 
 from retrieval_tip.backbones.base import Backbone, unit
 from retrieval_tip.data import images
-from retrieval_tip.data.encoder import FloatArray, pixels_of
+from retrieval_tip.data.reader import FloatArray, pixels_of
 from retrieval_tip.errors import InputError
 from retrieval_tip.index.places import Place
 from retrieval_tip.server import metrics, schemas

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from retrieval_tip.backbones.base import Backbone
-from retrieval_tip.data.encoder import Encoder, FloatArray
+from retrieval_tip.data.reader import FloatArray, Reader
 from retrieval_tip.data.sources import Source, of_images, open_source
 from retrieval_tip.data.tables import schema_of, table_of, write_table
 from retrieval_tip.errors import StoreError, show
@@ -37,7 +37,7 @@ def add_images(
     label = labelled[0][0]
     with _removed_on_error(folder, photos.class_folder(folder, label)) as fresh:
         source = _source(f"shots of {label}", folder, labelled, fresh)
-        added = changes.add(one.folder, source, Encoder(backbone), skip_known=True)
+        added = changes.add(one.folder, source, Reader(backbone), skip_known=True)
     if added.known:  # the index already has these images under other names
         kept = set(one.follow().cache.find(key_ids=added.key_ids)["source"].to_pylist())
         _remove([path for path in fresh if show(path) not in kept])
@@ -51,14 +51,14 @@ def add_features(one: Served, names: Sequence[str], labels: Sequence[str], featu
         schema = schema_of(features.shape[1], np.float32, [])
         sources = [f"api:{name}" for name in names]
         write_table(table, schema, [table_of(schema, sources, labels, features, {})])
-        return changes.add(one.folder, open_source(table), Encoder(one.now.backbone, norms="keep"))
+        return changes.add(one.folder, open_source(table), Reader(one.now.backbone, norms="keep"))
 
 
 def build(folder: Path, backbone: Backbone, labelled: Sequence[tuple[str, bytes]], uploads: Path | None) -> Path:
     """Save labelled images, and build an index from them."""
     shots = uploads or folder.with_name(folder.name + photos.SUFFIX)
     with _removed_on_error(shots, shots) as fresh:
-        build_index(_source(folder.name, shots, labelled, fresh), folder, Encoder(backbone))
+        build_index(_source(folder.name, shots, labelled, fresh), folder, Reader(backbone))
     return folder
 
 

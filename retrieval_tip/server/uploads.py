@@ -17,7 +17,7 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.types import Message
 
-from retrieval_tip.data.encoder import FloatArray
+from retrieval_tip.data.reader import FloatArray
 from retrieval_tip.data.tables import check_norms
 from retrieval_tip.errors import InputError
 from retrieval_tip.index import photos

@@ -91,7 +91,7 @@ def view_names(seed: int, number: int) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Encoder:
+class Reader:
     """An encoder of images and a reader of feature tables.
 
     Args:
@@ -410,18 +410,18 @@ def grouped(names: Sequence[str]) -> tuple[IntArray, IntArray]:
     return first.astype(np.int64), shots
 
 
-def encode_table(source: Source, out: str | os.PathLike[str], encoder: Encoder) -> int:
+def encode_table(source: Source, out: str | os.PathLike[str], reader: Reader) -> int:
     """Write the features of a source as a feature table, which appears when complete. Return the number of rows."""
-    schema, rows = encoded(source, encoder)
+    schema, rows = encoded(source, reader)
     return tables.write_table(Path(out), schema, tables.row_groups_of(rows))
 
 
-def encoded(source: Source, encoder: Encoder) -> tuple[pa.Schema, Iterator[pa.Table]]:
+def encoded(source: Source, reader: Reader) -> tuple[pa.Schema, Iterator[pa.Table]]:
     """Return the schema and the rows of the feature table for a source. The rows are encoded lazily."""
     if source.table is not None:
         dim, identity = tables.table_dim(source.table), tables.table_identity(source.table)
     else:
-        backbone = encoder.needed_backbone(source)
+        backbone = reader.needed_backbone(source)
         dim, identity = backbone.dim, backbone.identity
     own = source.items.schema
     kept = [field for field in own if field.name not in ("source", "label", tables.FEATURE, "digest", "id")]
@@ -429,7 +429,7 @@ def encoded(source: Source, encoder: Encoder) -> tuple[pa.Schema, Iterator[pa.Ta
     schema = tables.schema_of(dim, np.float32, further, identity)
 
     def rows() -> Iterator[pa.Table]:
-        for block in encoder.blocks(source):
+        for block in reader.blocks(source):
             items = source.items.take(pa.array(block.positions))
             labels = items["label"] if "label" in own.names else pa.nulls(len(items), pa.string())
             columns = {name: items[name] for name in schema.names[4:]}
