@@ -35,7 +35,7 @@ from common import SHARED, machine
 from methods import Answering, Items, Method, Shots, closed, fine_tuned, paper, searched, zero_shot
 from prior import TABLES, sums_of
 
-from retrieval_tip import CacheModel, EncodingCache, Reader, build_index, load_backbone, open_source, tip
+from retrieval_tip import EncodingCache, Index, Reader, build_index, load_backbone, open_source, tip
 from retrieval_tip.backbones.base import unit
 from retrieval_tip.data.sources import Source
 from retrieval_tip.data.tables import vectors
@@ -55,7 +55,7 @@ SHOWN = 0.2
 
 def grown(shots: Shots) -> Answering:
     """Build an index from the first shots of each class, and add one shot per class at a time."""
-    cache = shots.cache
+    cache = shots.index
     names, keys = np.array(cache.class_names), np.asarray(cache.keys[np.arange(cache.n)])
     with tempfile.TemporaryDirectory() as folder:
 
@@ -72,7 +72,7 @@ def grown(shots: Shots) -> Answering:
         for rank in range(STARTED, ranks.max() + 1):
             more = table(f"more-{rank}", keys[ranks == rank], names[ids[ranks == rank]])
             changes.add(index, open_source(more), Reader())
-        return CacheModel.load(index, device="cpu", precision="float32").in_memory()
+        return Index.load(index, device="cpu", precision="float32").in_memory()
 
 
 DEFAULT, ZERO, PAPER, SEARCHED, PROBE = (
@@ -84,9 +84,9 @@ METHODS: dict[str, Method] = {
     PAPER: paper,
     SEARCHED: searched,
     FINE_TUNED: fine_tuned,
-    PROBE: lambda shots: linear_probe(shots.cache),
-    "nearest class mean": lambda shots: class_means(shots.cache),
-    GDA: lambda shots: discriminant(shots.cache),
+    PROBE: lambda shots: linear_probe(shots.index),
+    "nearest class mean": lambda shots: class_means(shots.index),
+    GDA: lambda shots: discriminant(shots.index),
     "ProKeR's form": lambda shots: closed(shots, closed_form.Fit(metric="none", values="solved")),
     DEFAULT: closed,
     GROWN: grown,
@@ -127,7 +127,7 @@ class Tables:
         features = np.stack(table["feature"].to_numpy()).astype(np.float32)
         return unit(features), table["label"].to_pylist(), table["id"].to_pylist()
 
-    def pool_of(self, number: int, shared: Path) -> tuple[CacheModel, Source]:
+    def pool_of(self, number: int, shared: Path) -> tuple[Index, Source]:
         """Return the keys from which ``number`` shots are drawn, and their table."""
         name = self.pool or f"shots_{max(self.keys)}"
         name = f"shots_{number}" if number in self.keys else name
@@ -135,10 +135,10 @@ class Tables:
         if self.text is not None:
             weights, classes, _ = self.read(shared, self.text)
         features, labels, ids = self.read(shared, name, classes)
-        cache = CacheModel.from_features(features, labels, classes, weights, sources=ids, device="cpu")
+        cache = Index.from_features(features, labels, classes, weights, sources=ids, device="cpu")
         return cache, open_source(self.file(shared, name))
 
-    def items(self, pool: CacheModel, shared: Path) -> Items:
+    def items(self, pool: Index, shared: Path) -> Items:
         features, labels, _ = self.read(shared, self.test, pool.class_names)
         return Items(features, np.array([pool.class_names.index(label) for label in labels]), self.test)
 
@@ -156,18 +156,18 @@ class Photos:
         return Reader(backbone, cache=EncodingCache(EncodingCache.default_folder()))
 
     @functools.cache  # noqa: B019
-    def pool(self, shared: Path) -> CacheModel:
+    def pool(self, shared: Path) -> Index:
         train = open_source(shared / self.split, split="train")
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "index"
             build_index(train, out, self.reader(shared), templates=[TEMPLATE], fit="none", device="cpu")
-            pool = CacheModel.load(out, device="cpu", precision="float32")
+            pool = Index.load(out, device="cpu", precision="float32")
             return pool.take(np.arange(pool.n))  # copied to memory, because the folder is deleted
 
-    def pool_of(self, number: int, shared: Path) -> tuple[CacheModel, Source]:
+    def pool_of(self, number: int, shared: Path) -> tuple[Index, Source]:
         return self.pool(shared), open_source(shared / self.split, split="train")
 
-    def items(self, pool: CacheModel, shared: Path) -> Items:
+    def items(self, pool: Index, shared: Path) -> Items:
         return Items.of(pool, open_source(shared / self.split, split="test"), self.reader(shared))
 
 
@@ -192,41 +192,41 @@ class Shape:
     method to measure.
     """
 
-    draw: Callable[[CacheModel, int, int], CacheModel]
+    draw: Callable[[Index, int, int], Index]
     random: bool = True
     uneven: bool = False
     pool: int = 0
     method: str | None = None
 
 
-def with_some_classes(pool: CacheModel, number: int, seed: int, covered: float) -> CacheModel:
+def with_some_classes(pool: Index, number: int, seed: int, covered: float) -> Index:
     """Return an index in which only a share of the classes has shots. The other classes only have text."""
     cache, c = draw_shots(pool, number, seed), len(pool.class_names)
     chosen = np.random.default_rng(seed).permutation(c)[: max(2, round(covered * c))]
     return cache.take(np.flatnonzero(np.isin(cache.class_ids.numpy(), chosen)))
 
 
-def with_long_tail(pool: CacheModel, most: int, seed: int) -> CacheModel:
+def with_long_tail(pool: Index, most: int, seed: int) -> Index:
     """Return an index whose classes have 1 to ``most`` shots, evenly spread on a logarithmic scale."""
     draw, c = np.random.default_rng(seed), len(pool.class_names)
     numbers = np.round(most ** (draw.permutation(c) / (c - 1))).astype(int)
     return _numbers_of(draw_shots(pool, most, seed), numbers, draw)
 
 
-def with_one_large(pool: CacheModel, number: int, seed: int) -> CacheModel:
+def with_one_large(pool: Index, number: int, seed: int) -> Index:
     """Return an index in which one class has up to :data:`LARGE` shots, and every other class has ``number``."""
     draw, numbers = np.random.default_rng(seed), np.full(len(pool.class_names), number)
     numbers[draw.integers(len(numbers))] = LARGE
     return _numbers_of(pool, numbers, draw)
 
 
-def _numbers_of(cache: CacheModel, numbers: np.ndarray, draw: np.random.Generator) -> CacheModel:
+def _numbers_of(cache: Index, numbers: np.ndarray, draw: np.random.Generator) -> Index:
     ids = cache.class_ids.numpy()
     rows = [draw.permutation(np.flatnonzero(ids == i))[:number] for i, number in enumerate(numbers)]
     return cache.take(np.sort(np.concatenate(rows)))
 
 
-def with_wrong_labels(pool: CacheModel, number: int, seed: int, wrong: float) -> CacheModel:
+def with_wrong_labels(pool: Index, number: int, seed: int, wrong: float) -> Index:
     """Return an index in which a share of the shots has the label of another class."""
     cache, c, draw = draw_shots(pool, number, seed), len(pool.class_names), np.random.default_rng(seed)
     ids = cache.class_ids.numpy().copy()
@@ -235,20 +235,20 @@ def with_wrong_labels(pool: CacheModel, number: int, seed: int, wrong: float) ->
     return _again(cache, ids)
 
 
-def with_class_search(pool: CacheModel, number: int, seed: int) -> CacheModel:
+def with_class_search(pool: Index, number: int, seed: int) -> Index:
     cache = draw_shots(pool, number, seed)
     return _again(cache, cache.class_ids.numpy(), "Classes")
 
 
-def _again(cache: CacheModel, ids: np.ndarray, index: str = "Flat") -> CacheModel:
+def _again(cache: Index, ids: np.ndarray, index: str = "Flat") -> Index:
     keys, text = np.asarray(cache.keys[np.arange(cache.n)]), cache.text_weights if cache.has_text else None
-    return CacheModel.from_features(
+    return Index.from_features(
         keys, ids, cache.class_names, text, settings=cache.settings, index=index, device="cpu",
         sources=cache.labels["source"].to_pylist(),
     )  # fmt: skip
 
 
-def with_k(pool: CacheModel, number: int, seed: int, k: int) -> CacheModel:
+def with_k(pool: Index, number: int, seed: int, k: int) -> Index:
     cache = draw_shots(pool, number, seed)
     return cache.with_settings(cache.settings.override(k=k))
 
@@ -299,21 +299,21 @@ def runs(
                 start = time.process_time()
                 answering = METHODS[method](drawn)
                 seconds = time.process_time() - start
-                found = scores(answering, items, drawn.cache if drawing.uneven else None)
+                found = scores(answering, items, drawn.index if drawing.uneven else None)
                 yield dict(zip(RUN, run, strict=True)) | found | {"seconds": seconds}
 
 
-def scores(answering: Answering, items: Items, uneven: CacheModel | None) -> dict[str, float]:
+def scores(answering: Answering, items: Items, uneven: Index | None) -> dict[str, float]:
     """Return the accuracy, the expected calibration error, and the share of items that match no class.
 
     If ``uneven`` is given, classes have different numbers of shots. In this case, the accuracy is the mean over all
     classes, and ``uneven`` is the same mean weighted by the number of shots of each class.
     """
-    temperature = answering.settings.temperature if isinstance(answering, CacheModel) else 1.0
+    temperature = answering.settings.temperature if isinstance(answering, Index) else 1.0
     confidence, ids = tip.probabilities(answering.logits(items.features), temperature).max(1)
     right = ids.cpu().numpy() == items.ids
     found = {"top1": float(right.mean()), "ece": expected_calibration_error(confidence.cpu().numpy(), right)}
-    if isinstance(answering, CacheModel) and (least := answering.settings.least_cache) is not None:
+    if isinstance(answering, Index) and (least := answering.settings.least_cache) is not None:
         strongest = answering.terms(torch.from_numpy(items.features)).strongest(answering.retrieval.keys.counts)
         found["unlike"] = float((strongest < least).double().mean())
     if uneven is None:

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy, normalize
 from retrieval_tip.fit.closed_form import FOLDS
 from retrieval_tip.fit.folds import Folds, blend
 from retrieval_tip.fit.forms import Within
-from retrieval_tip.model import CacheModel
+from retrieval_tip.model import Index
 from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.retrieval.ridge import class_weights
 from retrieval_tip.store.labels import images_of
@@ -48,7 +48,7 @@ class Linear:
         return torch.as_tensor(features, dtype=torch.float32) @ self.weights.T + self.bias
 
 
-def class_means(cache: CacheModel) -> Linear:
+def class_means(cache: Index) -> Linear:
     """Return the nearest class mean classifier ``100 f unit(mu_c)^T``.
 
     A class without keys has the logit 0. See Mensink et al., TPAMI 2013, who use distances instead of cosines.
@@ -58,7 +58,7 @@ def class_means(cache: CacheModel) -> Linear:
     return Linear(SCALE * means, torch.zeros(folds.c))
 
 
-def linear_probe(cache: CacheModel) -> Linear:
+def linear_probe(cache: Index) -> Linear:
     """Fit logistic regression, which minimises ``|W|^2 / 2 + C sum_i w_i -log softmax(k_i W^T + b)[y_i]`` over W and b.
 
     The weights ``w`` have mean 1 and give every class the same total weight. The C from :data:`CS` with the highest
@@ -77,7 +77,7 @@ def linear_probe(cache: CacheModel) -> Linear:
     return _probes(folds, torch.arange(cache.n), CS[: best + 1] if folds.held else (SINGLE_C,))[-1]
 
 
-def discriminant(cache: CacheModel) -> Linear:
+def discriminant(cache: Index) -> Linear:
     """Fit Gaussian discriminant analysis, which gives ``a text + b (f S^-1 mu_c^T - mu_c S^-1 mu_c^T / 2)``.
 
     ``S^-1`` is ``d ((n - 1) S + tr(S) I)^-1`` up to a constant factor, where ``S`` is the within-class scatter. If each
@@ -96,7 +96,7 @@ def discriminant(cache: CacheModel) -> Linear:
     return Linear(text + b * whole.weights, b * whole.bias)
 
 
-def _folds(cache: CacheModel) -> Folds:
+def _folds(cache: Index) -> Folds:
     text = cache.text_weights.cpu() * cache.settings.logit_scale if cache.has_text else None
     keys, ids = np.asarray(cache.keys[np.arange(cache.n)], dtype=np.float32), cache.class_ids.cpu().numpy()
     return Folds.of_shots(keys, ids, len(cache.class_names), text, images_of(cache.labels), FOLDS, cache.n)

@@ -24,7 +24,7 @@ from made import Made, rows
 from torch import Tensor
 from torch.nn import functional
 
-from retrieval_tip import CacheModel, Reader, open_source
+from retrieval_tip import Index, Reader, open_source
 from retrieval_tip.data.sources import Source
 from retrieval_tip.fit.finetune import finetune
 from retrieval_tip.fit.trainer import Recipe, Trainer
@@ -45,7 +45,7 @@ class Material:
 
     views: Array
     ids: npt.NDArray[np.int64]
-    cache: CacheModel
+    index: Index
     queries: Array
     query_ids: npt.NDArray[np.int64]
 
@@ -57,7 +57,7 @@ class Material:
         seen = INSTANCE**0.5 * made.draw(ids, 1)[:, None] + (1 - INSTANCE) ** 0.5 * own
         seen /= np.linalg.norm(seen, axis=2, keepdims=True)
         keys = seen.mean(axis=1)
-        cache = CacheModel.from_features(
+        cache = Index.from_features(
             keys / np.linalg.norm(keys, axis=1, keepdims=True), ids, made.names, made.text, device=device,
             settings=Settings(alpha=ALPHA, beta=BETA, logit_scale=SCALE), sources=[f"row {i}" for i in range(len(ids))],
         )  # fmt: skip
@@ -69,12 +69,12 @@ class Material:
         while True:
             at = random.choice(len(self.ids), size, replace=False)
             views = self.views[at, random.integers(0, self.views.shape[1], size)]
-            yield torch.from_numpy(views).to(self.cache.device), torch.from_numpy(self.ids[at]).to(self.cache.device)
+            yield torch.from_numpy(views).to(self.index.device), torch.from_numpy(self.ids[at]).to(self.index.device)
 
     def shots(self, folder: Path) -> Source:
         """Write the views as a feature table. All views of a shot have the same id."""
         n, v, d = self.views.shape
-        table = rows(self.views.reshape(-1, d), [self.cache.class_names[i] for i in np.repeat(self.ids, v)])
+        table = rows(self.views.reshape(-1, d), [self.index.class_names[i] for i in np.repeat(self.ids, v)])
         table = table.set_column(0, "id", [[f"row {i}" for i in np.repeat(np.arange(n), v)]])
         pq.write_table(table, folder / "views.parquet", compression="none")
         return open_source(folder / "views.parquet")
@@ -84,7 +84,7 @@ class Material:
         return 100 * float((np.asarray(logits).argmax(axis=1) == self.query_ids).mean())
 
 
-def plain(cache: CacheModel) -> Step:
+def plain(cache: Index) -> Step:
     """Return the published step."""
     adapter = torch.nn.Linear(cache.d, cache.n, bias=False)
     adapter.weight = torch.nn.Parameter(torch.from_numpy(np.array(cache.keys)).to(cache.device))
@@ -104,7 +104,7 @@ def plain(cache: CacheModel) -> Step:
     return step
 
 
-def products(cache: CacheModel, batch: int, dtype: torch.dtype = torch.float32) -> Step:
+def products(cache: Index, batch: int, dtype: torch.dtype = torch.float32) -> Step:
     """Return a step that only computes the affinities and the gradient of the keys."""
     keys = torch.from_numpy(np.array(cache.keys)).to(cache.device, dtype)
     affinity, gradient = keys.new_empty(batch, cache.n), torch.empty_like(keys)
@@ -117,7 +117,7 @@ def products(cache: CacheModel, batch: int, dtype: torch.dtype = torch.float32) 
     return step
 
 
-def ours(cache: CacheModel, precision: str) -> Step:
+def ours(cache: Index, precision: str) -> Step:
     """Return the step of this package."""
     trainer = Trainer(cache, Recipe(lr=RATE, eps=EPS, precision=precision))
     return lambda f, ids: trainer.step(f, ids, RATE)
@@ -125,7 +125,7 @@ def ours(cache: CacheModel, precision: str) -> Step:
 
 def steps(material: Material, batch: int) -> dict[str, Step]:
     """Return the step of each side."""
-    cache = material.cache
+    cache = material.index
     return {
         "plain, one-hot and autograd": plain(cache),
         "two products": products(cache, batch),
@@ -154,7 +154,7 @@ def print_steps(material: Material, batch: int, rounds: int) -> None:
 
 def print_runs(material: Material, batch: int, epochs: int) -> None:
     """Train an index in both precisions."""
-    cache = material.cache
+    cache = material.index
     lines: list[dict[str, object]] = [
         {
             "run": "zero-shot",
@@ -171,7 +171,7 @@ def print_runs(material: Material, batch: int, epochs: int) -> None:
             recipe = Recipe(epochs=epochs, batch=batch, lr=RATE, eps=EPS, precision=precision)
             tuned = finetune(cache, shots, Reader(), recipe)
             lines.append(
-                {"run": f"fine-tuned, {precision}", "top-1, %": material.right(tuned.cache.logits(material.queries))}
+                {"run": f"fine-tuned, {precision}", "top-1, %": material.right(tuned.index.logits(material.queries))}
             )
 
         for precision in ("float32", "bfloat16"):
@@ -196,7 +196,7 @@ def main(
     """Time the steps, train the indexes, and print the results."""
     click.echo(machine())
     material = Material.make(classes, shots, dim, views, queries)
-    click.echo(f"{material.cache.n} keys x {dim}, {classes} classes, batch {batch}")
+    click.echo(f"{material.index.n} keys x {dim}, {classes} classes, batch {batch}")
     print_steps(material, batch, rounds)
     if epochs:
         print_runs(material, batch, epochs)

@@ -16,7 +16,7 @@ import torch
 from common import GIB, SEED, against, clocked, machine, medians, show, take_turns
 from made import Made
 
-from retrieval_tip import CacheModel
+from retrieval_tip import Index
 from retrieval_tip.fit import closed_form
 
 QUERIES, ROUNDS = 1024, 5
@@ -37,7 +37,7 @@ def main(keys: int, classes: int, dimensions: int) -> None:
     click.echo(machine())
     made, ids, test = Made(classes, dimensions, SEED), np.sort(np.arange(keys) % classes), np.arange(QUERIES) % classes
     names = made.names
-    cache = CacheModel.from_features(made.draw(ids, 1), ids, names, made.text, precision="float32", device="cpu")
+    cache = Index.from_features(made.draw(ids, 1), ids, names, made.text, precision="float32", device="cpu")
     before, queries = peak(), made.draw(test, 2)
 
     def right() -> float:

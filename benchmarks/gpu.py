@@ -97,7 +97,7 @@ def product(keys: Tensor, f: Tensor, dtype: torch.dtype) -> Callable[[], None]:
 def answers(size: Size, queries: Sequence[int], rounds: int, device: str) -> Iterator[Sequence[str]]:
     """Measure answers over all keys for each number of queries per call."""
     material = Material.make(size, max(queries), "Flat", device)
-    cache, plain, precision = material.cache, dense(material.cache), "float16" if device != "cpu" else "bfloat16"
+    cache, plain, precision = material.index, dense(material.index), "float16" if device != "cpu" else "bfloat16"
     half, keys = material.other(precision=precision), torch.from_numpy(np.asarray(cache.keys)).to(device)
     for q in queries:
         f = material.features[:q]
@@ -132,7 +132,7 @@ def training(size: Size, epochs: int, rounds: int, device: str) -> Iterator[Sequ
     """Measure a fine-tuning step at the size used in the paper, and whole runs."""
     classes, shots, dim = size
     material = steps.Material.make(classes, shots, dim, views=4, queries=16, device=device)
-    cache, batch = material.cache, min(256, classes * shots)
+    cache, batch = material.index, min(256, classes * shots)
     f, ids = next(material.batches(batch))
     runs = {"plain form, autograd": steps.plain(cache), "two products, float32": steps.products(cache, batch)}
     runs |= {precision: steps.ours(cache, precision) for precision in ("float32", "bfloat16")}

@@ -18,7 +18,7 @@ from accuracy import Tables
 from common import SHARED, machine
 from label_less import POOLS
 
-from retrieval_tip import CacheModel
+from retrieval_tip import Index
 from retrieval_tip.fit import closed_form
 from retrieval_tip.labelling.groups import group_unlike
 
@@ -32,7 +32,7 @@ def drawn(draw: np.random.Generator, ids: IntArray, classes: IntArray, each: int
     return np.concatenate([draw.permutation(np.flatnonzero(ids == c))[:each] for c in classes])
 
 
-def trial(pool: CacheModel, features: npt.NDArray[np.float32], ids: IntArray, seed: int) -> tuple[int, int, int, int]:
+def trial(pool: Index, features: npt.NDArray[np.float32], ids: IntArray, seed: int) -> tuple[int, int, int, int]:
     """Return the numbers of groups, of unknown classes that are the majority of a group, of unknown classes that could
     be, and of photos of known classes without a match.
     """
@@ -41,7 +41,7 @@ def trial(pool: CacheModel, features: npt.NDArray[np.float32], ids: IntArray, se
     unknown, known = np.split(draw.permutation(enough)[: UNKNOWN + KNOWN], [UNKNOWN])
     own = pool.class_ids.numpy()
     shots = drawn(draw, own, known, SHOTS)
-    index = CacheModel.from_features(pool.keys[shots], own[shots], pool.class_names, device="cpu")
+    index = Index.from_features(pool.keys[shots], own[shots], pool.class_names, device="cpu")
     closed_form.fit(index)
     familiar = drawn(draw, ids, known, -(-FAMILIAR // len(known)))[:FAMILIAR]
     rows = np.concatenate([familiar, drawn(draw, ids, unknown, EACH)])

@@ -34,7 +34,7 @@ import numpy.typing as npt
 from accuracy import DATASETS, Tables
 from common import SHARED, machine
 
-from retrieval_tip import CacheModel
+from retrieval_tip import Index
 from retrieval_tip.backbones.base import unit
 from retrieval_tip.fit import closed_form
 from retrieval_tip.labelling.photos import Pool, suggest_features
@@ -57,7 +57,7 @@ class Round:
     labelled: IntArray
     rest: IntArray
     n: int
-    index: CacheModel | None
+    index: Index | None
     seed: int
 
     @property
@@ -135,7 +135,7 @@ POOLS = {
 }
 
 
-def curve(pool: CacheModel, test: tuple[npt.NDArray[np.float32], IntArray], choose: Strategy, draw: int) -> Run:
+def curve(pool: Index, test: tuple[npt.NDArray[np.float32], IntArray], choose: Strategy, draw: int) -> Run:
     """Label a random part of the pool in rounds, and return the accuracies in % after each round."""
     rows = np.sort(np.random.default_rng(draw).permutation(pool.n)[: int(SHARE * pool.n)])
     features, ids = np.asarray(pool.keys[rows], dtype=np.float32), pool.class_ids.numpy()[rows]
@@ -164,12 +164,12 @@ def alike(features: npt.NDArray[np.float32], ids: IntArray) -> float:
     return 100 * float((ids[cosines.argmax(axis=1)] == ids).mean())
 
 
-def fitted(pool: CacheModel, features: npt.NDArray[np.float32], ids: IntArray) -> tuple[CacheModel, IntArray]:
+def fitted(pool: Index, features: npt.NDArray[np.float32], ids: IntArray) -> tuple[Index, IntArray]:
     """Return an index that is fitted to labelled features, and the class ids of the pool that it knows."""
     known = np.arange(len(pool.class_names)) if pool.has_text else np.unique(ids)
     names, labels = [pool.class_names[i] for i in known], [pool.class_names[i] for i in ids]
     weights = pool.text_weights.numpy() if pool.has_text else None
-    index = CacheModel.from_features(features, labels, names, weights, device="cpu")
+    index = Index.from_features(features, labels, names, weights, device="cpu")
     closed_form.fit(index)
     return index, known
 

@@ -22,7 +22,7 @@ import numpy as np
 from common import SHARED, machine
 from label_less import POOLS, SHARE, IntArray, fitted, read_runs
 
-from retrieval_tip import CacheModel
+from retrieval_tip import Index
 from retrieval_tip.fit.closed_form import wilson
 from retrieval_tip.labelling.photos import Pool, suggest_features
 from retrieval_tip.labelling.progress import estimate_rest, gain_of
@@ -30,7 +30,7 @@ from retrieval_tip.labelling.progress import estimate_rest, gain_of
 CHECKED, BATCH, ROUND = (50, 100, 200), 25, 5
 
 
-def session(pool: CacheModel, draw: int) -> Iterator[dict[str, Any]]:
+def session(pool: Index, draw: int) -> Iterator[dict[str, Any]]:
     """Label a random part of the pool, and yield the estimate and the truth at each number of labels."""
     chance = np.random.default_rng(draw)
     rows = chance.permutation(pool.n)[: int(SHARE * pool.n)]

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from common import GIB, SEED, clocked, machine, show
 from made import Made, rows, write_tables
 
-from retrieval_tip import CacheModel, Reader, build_index, open_source
+from retrieval_tip import Index, Reader, build_index, open_source
 from retrieval_tip.index import changes
 
 
@@ -52,7 +52,7 @@ def main(keys: int, added: int, dim: int, classes: int, index: str, metric: bool
         fit = {"metric": "within", "values": "one-hot"} if metric else {"fit": "none"}
         built = {"text": text, "index": index, "device": "cpu"} | fit
         found["build"] = clocked(lambda: build_index(source, target, Reader(), **built))
-        factory = CacheModel.load(target, device="cpu", verify="fast").index.factory
+        factory = Index.load(target, device="cpu", verify="fast").index.factory
         taken = []
         for number in range(times):
             ids = np.random.default_rng([SEED, number]).integers(classes, size=added)
@@ -63,7 +63,7 @@ def main(keys: int, added: int, dim: int, classes: int, index: str, metric: bool
         for what, first in (("remove 10 added keys", keys), ("remove 10 original keys", 0)):
             found[what] = clocked(lambda at=first: changes.remove(target, key_ids=range(at, at + 10)))
         for verify in ("full", "fast"):
-            found[f"open, {verify}"] = clocked(lambda how=verify: CacheModel.load(target, device="cpu", verify=how))
+            found[f"open, {verify}"] = clocked(lambda how=verify: Index.load(target, device="cpu", verify=how))
     lines = [
         {"what": what, "seconds": value, "times in a build": found["build"] / value} for what, value in found.items()
     ]

@@ -10,7 +10,7 @@ import baselines
 import numpy as np
 import torch
 
-from retrieval_tip import CacheModel, Reader
+from retrieval_tip import Index, Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.fit import closed_form, search_hp
 from retrieval_tip.fit.finetune import finetune, own_shots
@@ -31,7 +31,7 @@ class Items:
     name: str
 
     @classmethod
-    def of(cls, pool: CacheModel, source: Source, reader: Reader) -> Items:
+    def of(cls, pool: Index, source: Source, reader: Reader) -> Items:
         """Encode a labelled source, using the class ids of the pool."""
         ids, encoded = pool.ids_of(source), reader.encode(source)
         return cls(encoded.features, ids[encoded.positions], source.name)
@@ -45,7 +45,7 @@ class Shots:
     With ``scales``, they are selected on ``val`` from the published grid, whose largest beta and alpha are ``scales``.
     """
 
-    cache: CacheModel
+    index: Index
     source: Source
     reader: Reader
     seed: int
@@ -60,20 +60,20 @@ class Shots:
         return None if val is None else Queries(val.features, val.ids, val.name)
 
 
-Answering = CacheModel | baselines.Linear
+Answering = Index | baselines.Linear
 Method = Callable[[Shots], Answering]
 
 
 def zero_shot(shots: Shots) -> Answering:
-    return shots.cache.with_settings(shots.cache.settings.override(alpha=0.0))
+    return shots.index.with_settings(shots.index.settings.override(alpha=0.0))
 
 
 def paper(shots: Shots) -> Answering:
-    return shots.cache.with_settings(shots.cache.settings.override(alpha=1.0, beta=5.5))
+    return shots.index.with_settings(shots.index.settings.override(alpha=1.0, beta=5.5))
 
 
 def searched(shots: Shots) -> Answering:
-    cache, queries = shots.cache, shots.queries
+    cache, queries = shots.index, shots.queries
     if shots.val is not None and shots.scales is not None:
         return search_grid(cache, shots.val, shots.scales)
     if queries is None:
@@ -83,7 +83,7 @@ def searched(shots: Shots) -> Answering:
     return cache.with_settings(search_hp.search(cache, queries, cautious=True).settings(cache.settings))
 
 
-def search_grid(cache: CacheModel, val: Items, scales: tuple[float, float]) -> CacheModel:
+def search_grid(cache: Index, val: Items, scales: tuple[float, float]) -> Index:
     """Search the published grid of beta and alpha. The first of several equally good settings is selected."""
     betas, alphas = ([0.1 + i * (s - 0.1) / n for i in range(n)] for s, n in zip(scales, STEPS, strict=True))
     best, chosen, y = -1, cache.settings, torch.from_numpy(val.ids)
@@ -97,16 +97,16 @@ def search_grid(cache: CacheModel, val: Items, scales: tuple[float, float]) -> C
 
 
 def cache_alone(shots: Shots) -> Answering:
-    text = torch.zeros_like(shots.cache.text_weights)
-    return searched(replace(shots, cache=replace(shots.cache, text_weights=text)))
+    text = torch.zeros_like(shots.index.text_weights)
+    return searched(replace(shots, index=replace(shots.index, text_weights=text)))
 
 
 def fine_tuned(shots: Shots) -> Answering:
-    own = own_shots(shots.cache, shots.source)
-    return finetune(shots.cache, own, shots.reader, Recipe(seed=shots.seed), val=shots.queries).cache
+    own = own_shots(shots.index, shots.source)
+    return finetune(shots.index, own, shots.reader, Recipe(seed=shots.seed), val=shots.queries).index
 
 
 def closed(shots: Shots, asked: closed_form.Fit | None = None) -> Answering:
-    cache = copy.copy(shots.cache)
+    cache = copy.copy(shots.index)
     closed_form.fit(cache, asked)
     return cache

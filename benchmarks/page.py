@@ -26,7 +26,7 @@ from common import clocked, machine, show
 from made import Made
 from playwright.sync_api import Page, expect, sync_playwright
 
-from retrieval_tip import CacheModel
+from retrieval_tip import Index
 
 KEYS, D, CLASSES = 10_000, 512, 100
 ANSWERS, MANY, ROUNDS = 5000, 48, 5
@@ -163,7 +163,7 @@ def main(index: Path, new: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         made, ids = Made(CLASSES, D), np.arange(KEYS) % CLASSES
         names = [f"class {i}" for i in range(CLASSES)]
-        keys = CacheModel.from_features(made.draw(ids, 1), ids, names, text_weights=made.text, device="cpu")
+        keys = Index.from_features(made.draw(ids, 1), ids, names, text_weights=made.text, device="cpu")
         keys.save(Path(folder) / "made")
         served = [str(index), f"{folder}/made", "--port", "0", "--device", "cpu", "--read-only"]
         command = [sys.executable, "-m", "retrieval_tip", "serve", *served]

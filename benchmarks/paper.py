@@ -39,11 +39,11 @@ METHODS: dict[str, Method] = {
     "zero-shot": zero_shot,
     "tip-adapter": searched,
     "cache-alone": cache_alone,
-    "untouched": lambda shots: shots.cache,
+    "untouched": lambda shots: shots.index,
     "paper-constants": paper,
     "closed-form": closed,
-    "class-means": lambda shots: class_means(shots.cache),
-    "linear-probe": lambda shots: linear_probe(shots.cache),
+    "class-means": lambda shots: class_means(shots.index),
+    "linear-probe": lambda shots: linear_probe(shots.index),
     "tip-adapter-f": fine_tuned,
 }
 PUBLISHED = ("zero-shot", "tip-adapter", "tip-adapter-f")
@@ -121,12 +121,12 @@ def measure(whole: Shots, out: Path, test: Items, options: dict[str, Any]) -> It
 
 def drawn(whole: Shots, number: int, seed: int) -> Shots:
     """Draw shots by the published rule, and with them the published validation images, unless all are used."""
-    pool, val = whole.cache, whole.val
+    pool, val = whole.index, whole.val
     if val is not None and whole.scales is None:
         labels = pool.class_ids.cpu().numpy()[np.argsort(pool.labels["key_id"].to_numpy(), kind="stable")]
         seen = few_shot_split(labels.tolist(), val.ids.tolist(), number, seed)[1]
         val = Items(val.features[seen], val.ids[seen], val.name)
-    return replace(whole, cache=draw(pool, number, seed), seed=seed, val=val)
+    return replace(whole, index=draw(pool, number, seed), seed=seed, val=val)
 
 
 def print_rows(name: str, label: str, rows: list[dict[str, Any]], facts: list[dict[str, str]]) -> None:

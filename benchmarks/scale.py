@@ -30,7 +30,7 @@ import numpy as np
 from common import GIB, PROGRAM, SEED, clocked, launch, machine, show
 from made import Made, write_tables
 
-from retrieval_tip import CacheModel
+from retrieval_tip import Index
 from retrieval_tip.index import places
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.settings import Settings
@@ -131,7 +131,7 @@ def classify_exactly(n: int, d: int, c: int, queries: int) -> Measure:
     del made
     gc.collect()
     settings = Settings(alpha=alpha, beta=beta)
-    cache = CacheModel.from_features(keys, ids, names, text, settings=settings, device="cpu")
+    cache = Index.from_features(keys, ids, names, text, settings=settings, device="cpu")
     cache.logits(features).argmax(dim=1)
     return "inputs: keys, queries, text weights", (keys.nbytes + features.nbytes + text.nbytes) / GIB, "GiB"
 

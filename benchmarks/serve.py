@@ -6,7 +6,7 @@
 
 Our server is the real command. The plain server is what most people would write first. It does not use batches. It runs
 FastAPI under uvicorn with no access log, and has a ``def`` handler in FastAPI's thread pool and a pydantic body. It
-calls CacheModel.classify once per request (and encode_images once for images), and its answers have the same fields.
+calls Index.classify once per request (and encode_images once for images), and its answers have the same fields.
 Each server runs in its own process. Each client keeps a loopback connection open, sends one feature row or photo per
 request, and waits for the answer before it sends the next request. Both servers answer in float32 with the settings of
 the index. Before the measurement, their answers to all requests are compared: labels must be equal, and probabilities
@@ -50,7 +50,7 @@ from common import PROGRAM, SEED, SHARED, Side, against, machine, record, show, 
 from fastapi import Body, FastAPI, UploadFile
 from made import Made, rows, write_tables
 
-from retrieval_tip import CacheModel, EncodingCache, Reader, build_index, load_backbone, open_source
+from retrieval_tip import EncodingCache, Index, Reader, build_index, load_backbone, open_source
 from retrieval_tip.backbones.base import unit
 from retrieval_tip.data.reader import pixels_of
 from retrieval_tip.index import changes
@@ -72,7 +72,7 @@ LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 
 def plain(folder: Path, what: str, device: str, port: int) -> None:
     """Run the plain server. This function runs in a separate process."""
-    cache = CacheModel.load(folder, device=device, precision="float32")
+    cache = Index.load(folder, device=device, precision="float32")
     fields = ("label", "probability", "labels", "probabilities", "text_logit", "cache_logit", "neighbours", "opposing",
               "unlike")  # fmt: skip
     app = FastAPI()
@@ -271,7 +271,7 @@ class Material:
     @property
     def title(self) -> str:
         """Size and settings of the index."""
-        cache = CacheModel.load(self.index, device="cpu", verify="fast")
+        cache = Index.load(self.index, device="cpu", verify="fast")
         return (
             f"{self.what}: {cache.n:,} keys x {cache.d}, {len(cache.class_names):,} classes, {cache.index.factory}, "
             f"k {cache.settings.k or 'all'}, top {TOP}, {NEIGHBOURS} neighbours"
@@ -363,7 +363,7 @@ def soak(material: Material, seconds: float, every: float, device: str) -> bool:
 
 def replace(folder: Path, seconds: float, every: float, ready: Barrier) -> None:
     """Repeatedly add, relabel and remove shots, rebuild the index and build it again. Runs in a separate process."""
-    cache, added = CacheModel.load(folder, device="cpu"), [0]
+    cache, added = Index.load(folder, device="cpu"), [0]
     table = folder.parent / "again.parquet"
     names = [cache.class_names[i] for i in cache.class_ids.tolist()]
     pq.write_table(rows(np.asarray(cache.keys), names, "again "), table)

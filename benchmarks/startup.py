@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from common import PROGRAM, SEED, SHARED, Side, against, clocked, machine, medians, run, show, take_turns
 from made import Made, rows
 
-from retrieval_tip import CacheModel
+from retrieval_tip import Index
 
 CLASSES = 100
 
@@ -77,7 +77,7 @@ def main(data: Path, model: str | None, images: int, keys: int, dim: int, runs: 
         source, options = folder / "shots.parquet", ("--model", model, "--fit", "none", "--cache", folder / "cache")
         run(*PROGRAM, "-q", *(build := ("index", "build", source, *options)), "--out", folder / "images")
         made, ids = Made(CLASSES, dim, SEED), np.arange(keys) % CLASSES
-        CacheModel.from_features(made.draw(ids, 1), ids, made.names, made.text, device="cpu").save(folder / "rows")
+        Index.from_features(made.draw(ids, 1), ids, made.names, made.text, device="cpu").save(folder / "rows")
         pq.write_table(rows(made.draw(ids[:1], 2), ["?"]), folder / "row.parquet")
         commands = sides(folder, photos / split["test"][0][0], build, keys, dim)
         found = take_turns(f"medians of {runs} processes", commands, runs)

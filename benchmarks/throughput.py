@@ -31,7 +31,7 @@ from common import PROGRAM, SEED, SHARED, Side, against, clocked, machine, media
 from made import Made, rows
 from torch import Tensor
 
-from retrieval_tip import CacheModel, EncodingCache, Reader, build_index, load_backbone, open_source
+from retrieval_tip import EncodingCache, Index, Reader, build_index, load_backbone, open_source
 from retrieval_tip.backbones.base import resolve_device
 from retrieval_tip.data.sources import Source
 from retrieval_tip.retrieval.defaults import untouched_settings
@@ -81,7 +81,7 @@ class Way:
         return 100 * float(torch.cat(hits).mean())
 
 
-def dense(cache: CacheModel) -> Run:
+def dense(cache: Index) -> Run:
     """Return the plain dense form. If there are many keys, it computes in blocks."""
     weights, alpha, beta, c = cache.text_weights, cache.settings.alpha, cache.settings.beta, len(cache.class_names)
     keys, ids = torch.from_numpy(cache.keys).to(cache.device), cache.class_ids[:, None]
@@ -106,7 +106,7 @@ def dense(cache: CacheModel) -> Run:
     return run
 
 
-def bare_product(cache: CacheModel, batch: int, dtype: torch.dtype = torch.float32) -> Run:
+def bare_product(cache: Index, batch: int, dtype: torch.dtype = torch.float32) -> Run:
     """Return the bare affinity product."""
     keys = torch.from_numpy(cache.keys).to(cache.device, dtype)
     affinity = torch.empty(batch, cache.n, dtype=dtype, device=cache.device)
@@ -117,7 +117,7 @@ def bare_product(cache: CacheModel, batch: int, dtype: torch.dtype = torch.float
 class Material:
     """Keys and labelled queries. ``features``, of shape ``[q, d]``, are on the device."""
 
-    cache: CacheModel
+    index: Index
     features: Tensor
     ids: Tensor
 
@@ -128,17 +128,17 @@ class Material:
         made, ids = Made(c, d, SEED), np.arange(n) % c
         keys = made.draw(ids, 1)
         alpha, beta = untouched_settings(keys, ids)
-        cache = CacheModel.from_features(
+        cache = Index.from_features(
             keys, ids, made.names, made.text, settings=Settings(alpha=alpha, beta=beta), index=index, device=device
         )
         asked = made.classes(queries, 2)
         return cls(cache, torch.from_numpy(made.draw(asked, 3)).to(device), torch.from_numpy(asked))
 
-    def other(self, index: str = "Flat", precision: str = "float32") -> CacheModel:
+    def other(self, index: str = "Flat", precision: str = "float32") -> Index:
         """Return an index of the same keys that has another index type or precision."""
-        cache = self.cache
+        cache = self.index
         settings = replace(cache.settings, k=None)
-        return CacheModel.from_features(
+        return Index.from_features(
             cache.keys, cache.class_ids.cpu().numpy(), cache.class_names, cache.text_weights.cpu().numpy(),
             settings=settings, index=index, device=cache.device, precision=precision,
         )  # fmt: skip
@@ -146,7 +146,7 @@ class Material:
     @property
     def title(self) -> str:
         """Size and settings of the index."""
-        cache, (alpha, beta) = self.cache, (self.cache.settings.alpha, self.cache.settings.beta)
+        cache, (alpha, beta) = self.index, (self.index.settings.alpha, self.index.settings.beta)
         return f"{cache.n:,} x {cache.d}, {len(cache.class_names)} classes, alpha {alpha:.4g}, beta {beta:.4g}"
 
     def compare(self, section: str, ways: dict[str, Way], rounds: int, expected: Tensor | None = None) -> None:
@@ -168,7 +168,7 @@ class Material:
 def exact(size: Size, queries: int, rounds: int, device: str) -> None:
     """Measure answers that use all keys."""
     material = Material.make(size, queries, "Flat", device)
-    cache, f = material.cache, material.features
+    cache, f = material.index, material.features
     half = material.other(precision="bfloat16")
     ways = {
         "plain dense form": dense(cache),
@@ -184,7 +184,7 @@ def exact(size: Size, queries: int, rounds: int, device: str) -> None:
 def retrieval(size: Size, queries: int, large: int, rounds: int, device: str, others: list[tuple[str, int]]) -> None:
     """Measure `--index auto` and other index types with batches, large batches and single queries."""
     material = Material.make(size, queries, "auto", device)
-    cache, f = material.cache, material.features
+    cache, f = material.index, material.features
     made, plain = Made(size[2], size[1], SEED), dense(cache)
     many = torch.from_numpy(made.draw(made.classes(large, 4), 5)).to(device)
     ways = {
@@ -205,7 +205,7 @@ def real(data: Path, rounds: int, device: str) -> None:
     """Measure real features with all keys, with the 64 nearest keys and the tail, and with `Classes` and k = 256."""
     with tempfile.TemporaryDirectory() as folder:
         for name, material in _real(data, Path(folder), device):
-            own, q = material.cache, len(material.ids)
+            own, q = material.index, len(material.ids)
             ways = {"plain dense form": dense(own), "k all": lambda f, own=own: own.logits(f, "all")}
             for factory, k in (("Flat", 64), ("Classes", 256)):
                 if k < own.n:
@@ -232,7 +232,7 @@ def _real(data: Path, folder: Path, device: str) -> Iterator[tuple[str, Material
         yield "Caltech101, lit-mini", _asked(pool, open_source(caltech, split="test"), reader)
 
 
-def _asked(pool: CacheModel, test: Source, reader: Reader) -> Material:
+def _asked(pool: Index, test: Source, reader: Reader) -> Material:
     names, encoded = list(pool.class_names), reader.encode(test)
     ids = torch.tensor([names.index(label) for label in test.labels])
     return Material(pool, torch.from_numpy(encoded.features).to(pool.device), ids)
@@ -241,7 +241,7 @@ def _asked(pool: CacheModel, test: Source, reader: Reader) -> Material:
 def files(size: Size, queries: int, rounds: int, device: str, place: Path) -> None:
     """Measure the command on feature tables."""
     material = Material.make(size, queries, "auto", device)
-    material.cache.save(place / "index")
+    material.index.save(place / "index")
     features = material.features.cpu().numpy()
     for name, number in (("few", FEW), ("many", queries)):
         pq.write_table(rows(features[:number], ["?"] * number), place / f"{name}.parquet", compression="none")

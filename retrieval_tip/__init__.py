@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from retrieval_tip.labelling.sort import Sorted as Sorted
     from retrieval_tip.labelling.sort import sort_photos as sort_photos
     from retrieval_tip.labelling.sort import undo_sort as undo_sort
-    from retrieval_tip.model import CacheModel as CacheModel
     from retrieval_tip.model import Index as Index
     from retrieval_tip.model import verify as verify
     from retrieval_tip.predictions import Neighbour as Neighbour
@@ -54,7 +53,6 @@ __version__ = "0.1.0"
 _HOMES = {
     "Added": "index.changes",
     "Backbone": "backbones.base",
-    "CacheModel": "model",
     "Calibration": "evaluation.calibration",
     "Changed": "index.changes",
     "Classifier": "classifier",

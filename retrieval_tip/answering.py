@@ -62,7 +62,7 @@ class Answering:
         self.metric = None if self.metric is None else self.metric.to(self.device)
         if isinstance(self.rows, ArrayRows):
             self.rows = self._on_device(self.rows)
-            self.index = self.index or VectorIndex.build(self.rows.met, FLAT_FACTORY, self.device)
+            self.index = self.index or VectorIndex.build(self.rows.vectors, FLAT_FACTORY, self.device)
         if self.next_key_id is None:
             self.next_key_id = int(self.rows.columns("key_id")["key_id"].to_numpy().max()) + 1
         self._follow()
@@ -99,9 +99,9 @@ class Answering:
         return self.rows.values
 
     @property
-    def met(self) -> KeyArray | KeysInPlace:
+    def vectors(self) -> KeyArray | KeysInPlace:
         """The transformed keys if there is a metric, or the keys themselves."""
-        return self.rows.met
+        return self.rows.vectors
 
     @property
     def sums(self) -> Sums | None:

@@ -103,8 +103,8 @@ class OpenIndex:
 
     _temporary: TemporaryIndex | None = None
 
-    def __init__(self, cache: Index, reader: Reader) -> None:
-        self.cache, self.reader = cache, reader
+    def __init__(self, index: Index, reader: Reader) -> None:
+        self.index, self.reader = index, reader
 
     @classmethod
     def load(cls, place: Place, model: Model = None, *, device: str = "auto", precision: Precision = "auto") -> Self:
@@ -117,35 +117,35 @@ class OpenIndex:
             StoreError: if the index is missing or damaged.
             BackboneError: if the encoder cannot be loaded, or if ``model`` is not the encoder of the index.
         """
-        cache = places.at(_place("place", place)).load(device=device)
+        index = places.at(_place("place", place)).load(device=device)
         if model is None:
-            backbone = _own_backbone(cache, device, precision)
+            backbone = _own_backbone(index, device, precision)
         else:
             backbone = _given_backbone(model, None, device, precision)
-        check_backbone(cache.backbone, cache.d, backbone, [])
-        return cls(cache, Reader(backbone, cache=EncodingCache.at(None)))
+        check_backbone(index.backbone, index.d, backbone, [])
+        return cls(index, Reader(backbone, cache=EncodingCache.at(None)))
 
     @property
     def classes(self) -> list[str]:
         """The class names, in the order of the logits."""
-        return list(self.cache.class_names)
+        return list(self.index.class_names)
 
     @property
     def classes_(self) -> npt.NDArray[np.str_]:
         """The class names as an array, as in scikit-learn."""
-        return np.array(self.cache.class_names)
+        return np.array(self.index.class_names)
 
     def __len__(self) -> int:
         """Number of keys."""
-        return self.cache.n
+        return self.index.n
 
     def __repr__(self) -> str:
-        backbone = self.cache.backbone.model if self.cache.backbone else "features of an unnamed backbone"
+        backbone = self.index.backbone.model if self.index.backbone else "features of an unnamed backbone"
         place = self._saved_at() or "not saved"
-        return f"Classifier({self.cache.n} photos, {len(self.classes)} classes, {backbone}, {place})"
+        return f"Classifier({self.index.n} photos, {len(self.classes)} classes, {backbone}, {place})"
 
     def _repr_html_(self) -> str:
-        return self.cache._repr_html_()
+        return self.index._repr_html_()
 
     def __copy__(self) -> Self:
         other = object.__new__(type(self))
@@ -154,35 +154,35 @@ class OpenIndex:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the whole index, so that a pickle needs neither its folder nor its store."""
-        return {"cache": self.cache.in_memory(), "reader": self.reader}
+        return {"index": self.index.in_memory(), "reader": self.reader}
 
     def _saved_at(self) -> str | None:
-        return None if self._temporary is not None else self.cache.place
+        return None if self._temporary is not None else self.index.place
 
     def _written(self) -> str:
         """Return the place of the index. If it has none, write it to a temporary folder."""
-        if self.cache.place is None:
+        if self.index.place is None:
             self._temporary = self._temporary or TemporaryIndex()
-            self.cache.save(self._temporary.place)
-        assert self.cache.place is not None
-        return self.cache.place
+            self.index.save(self._temporary.place)
+        assert self.index.place is not None
+        return self.index.place
 
     def _in_folder(self) -> Index:
         """Load the index from its folder. Raises UsageError if it is in another kind of store."""
         place = self._written()
         if plug_of(place) is not None:
             raise UsageError(f"{place}: this needs an index in a folder; copy it with save(FOLDER)")
-        return Index.load(place, device=self.cache.device)
+        return Index.load(place, device=self.index.device)
 
-    def _use(self, cache: Index) -> None:
+    def _use(self, index: Index) -> None:
         """Use another version of the index, and the encoder that belongs to it."""
-        if cache.backbone != self.cache.backbone:
-            self.reader = replace(self.reader, backbone=_own_backbone(cache, cache.device))
-        self.cache = cache
+        if index.backbone != self.index.backbone:
+            self.reader = replace(self.reader, backbone=_own_backbone(index, index.device))
+        self.index = index
 
     def _after(self, result: Result) -> Result:
         """Use the version that a change has written, and return the result of the change."""
-        self._use(self.cache.reload())
+        self._use(self.index.reload())
         return result
 
     def _labelled(
@@ -206,7 +206,7 @@ class OpenIndex:
     def save(self, folder: Place) -> Self:
         """Copy the index to a new folder or LanceDB store, which this classifier uses from now on."""
         changes.clone(self._written(), _place("folder", folder))
-        self.cache = places.at(folder).load(device=self.cache.device)
+        self.index = places.at(folder).load(device=self.index.device)
         self._temporary = None
         return self
 
@@ -234,7 +234,7 @@ class OpenIndex:
             raise UsageError(f"label: missing; give the class of {os.fspath(what)}")
         else:
             source, reader = self._labelled(what, "train", strict=True)
-        reader = replace(reader, views=self.cache.built.views, seed=self.cache.built.seed)
+        reader = replace(reader, views=self.index.built.views, seed=self.index.built.seed)
         return self._after(changes.add(self._written(), source, reader, text=text, shots=shots, skip_known=skip_known))
 
     def merge(self, other: Place | OpenIndex) -> Added:
@@ -325,37 +325,37 @@ class OpenIndex:
 
         if not isinstance(recipe, Recipe | None):
             raise UsageError(f"recipe: got an object of type {type(recipe).__name__}; give a Recipe")
-        cache, reader = self._in_folder(), self.reader
-        unseen = None if val is None else self._validation(cache, val, val_shots)
+        index, reader = self._in_folder(), self.reader
+        unseen = None if val is None else self._validation(index, val, val_shots)
         if source is None:
-            shots = shots_of(cache)
+            shots = shots_of(index)
         else:
             given, reader = self._labelled(source, "train")
-            shots = own_shots(cache, given)
+            shots = own_shots(index, given)
         temporary = TemporaryIndex() if out is None else None
         place = temporary.place if temporary is not None else _place("out", out)
         tuned = finetune_into(
-            place, cache, shots, reader, recipe, val=unseen, parent=self._written(), keep_last=keep_last
+            place, index, shots, reader, recipe, val=unseen, parent=self._written(), keep_last=keep_last
         )
-        self._use(places.at(place).load(device=self.cache.device))
-        if Path(place) != cache.folder:
+        self._use(places.at(place).load(device=self.index.device))
+        if Path(place) != index.folder:
             self._temporary = temporary
         return tuned
 
-    def _validation(self, cache: Index, val: Any, number: KeysMet) -> Source | Queries:
+    def _validation(self, index: Index, val: Any, number: KeysMet) -> Source | Queries:
         """Return validation photos, or their features if the photos are in memory."""
         source, reader = self._labelled(val, "val")
         if number != "all":
             path = val if isinstance(val, str | os.PathLike) else None
-            source = source.take(validation_shots(cache, source, path, number))
-        return source if reader is self.reader else on_validation(cache, source, reader)
+            source = source.take(validation_shots(index, source, path, number))
+        return source if reader is self.reader else on_validation(index, source, reader)
 
 
 class Classifier(OpenIndex):
     """Few-shot image classifier.
 
     Attributes:
-        cache: the index (see :class:`Index`). Use it for operations that have no method in this class.
+        index: the index (see :class:`Index`). Use it for operations that have no method in this class.
         reader: the encoder that computes the features of new photos, with the same preprocessing as for the index.
 
     Examples:
@@ -475,7 +475,7 @@ class Classifier(OpenIndex):
         Returns a :class:`Prediction` for a single photo or feature, and :class:`Predictions` otherwise. Raises
         InputError if a photo cannot be read, or if the norm of a feature is not 1.
         """
-        index, ask = self.cache, Ask(**asked)
+        index, ask = self.index, Ask(**asked)
         if (features := features_of(what)) is not None:
             answers = index.classify(features, norms, **vars(ask))
             answers = groups.group_unlike(index, features, answers) if group_unlike else answers
@@ -515,7 +515,7 @@ class Classifier(OpenIndex):
         answers: Any = self.predict(what, norms=norms, **asked)
         rows = [{"logits": answers.logits}] if isinstance(answers, Prediction) else answers.rows(["label", "logits"])
         logits = torch.tensor(np.array([row["logits"] for row in rows]), dtype=torch.float32)
-        chances = tip.probabilities(logits.view(-1, len(self.classes)), self.cache.settings.temperature)
+        chances = tip.probabilities(logits.view(-1, len(self.classes)), self.index.settings.temperature)
         return np.asarray(chances)
 
     def score(self, what: Picture | Iterable[Picture] | Features, y: Iterable[object]) -> float:
@@ -545,7 +545,7 @@ class Classifier(OpenIndex):
             raise UsageError("what: expected a single photo; call explain for each of them")
         asked.setdefault("top", 3)
         given = pictures(what)
-        (prediction,) = next(self.cache.classify_source(given.source, self._strict(given), Ask(**asked)))
+        (prediction,) = next(self.index.classify_source(given.source, self._strict(given), Ask(**asked)))
         own = given.read(given.source.paths[0]) if given.source.paths else b""
         return Explanation(prediction, own, [_file(neighbour.source) for neighbour in prediction.neighbours])
 
@@ -558,7 +558,7 @@ class Classifier(OpenIndex):
             features, norms = self._strict(given).encode(given.source).features, "keep"
         if features is None or len(features) != 1:
             raise UsageError("photo: expected a single photo or feature; call similar for each of them")
-        return self.cache.similar(features, n, norms=norms)[0]
+        return self.index.similar(features, n, norms=norms)[0]
 
     def suggest(self, photos: Iterable[Picture] | Features | Place, n: int = 20) -> Suggestions:
         """Choose ``n`` unlabelled photos or features to label next, most useful first.
@@ -568,10 +568,10 @@ class Classifier(OpenIndex):
         """
         if (features := features_of(photos)) is None:
             sources, reader = self._photos(photos)
-            return suggest_photos(sources, n, reader, self.cache)
-        check_unit(queries(features, self.cache.d))
+            return suggest_photos(sources, n, reader, self.index)
+        check_unit(queries(features, self.index.d))
         names = [str(row) for row in range(len(features))]
-        return suggest_features(Pool(names, features.astype(np.float32), [None] * len(features)), n, self.cache)
+        return suggest_features(Pool(names, features.astype(np.float32), [None] * len(features)), n, self.index)
 
     def sort(
         self,
@@ -593,7 +593,7 @@ class Classifier(OpenIndex):
             raise UsageError("photos: only files can be sorted; give the path of a photo or a folder, or several paths")
         sources, reader = [*open_inputs(names)], replace(self.reader, skipped=[])
         return sort_photos(
-            self.cache, sources, reader, folder, action=action, min_probability=min_probability, dry_run=dry_run
+            self.index, sources, reader, folder, action=action, min_probability=min_probability, dry_run=dry_run
         )
 
     def evaluate(self, test: Any, *, abstain: float | None = None, **asked: Unpack[AskOptions]) -> Evaluation:
@@ -603,7 +603,7 @@ class Classifier(OpenIndex):
         split is used. For the other arguments, see :func:`evaluate.evaluate`.
         """
         source, reader = self._labelled(test, "test")
-        return evaluate(self.cache, source, replace(reader, skipped=[]), abstain=abstain, **asked)
+        return evaluate(self.index, source, replace(reader, skipped=[]), abstain=abstain, **asked)
 
     def compare(self, other: Place | Classifier, test: Any) -> Compared:
         """Compare this classifier (A) with another classifier or index (B) on the same photos.
@@ -611,11 +611,11 @@ class Classifier(OpenIndex):
         ``test`` can be the same as for :meth:`evaluate`. A source may also be unlabelled. See :func:`compare.compare`.
         """
         if not isinstance(other, Classifier):
-            other = Classifier.load(_place("other", other), device=self.cache.device)
+            other = Classifier.load(_place("other", other), device=self.index.device)
         source, reader = self._labelled(test, "test", opened=open_items)
         names = self._saved_at() or "this classifier", other._saved_at() or "the other classifier"
         a, b = (
-            Side(name, one.cache, replace(one.reader, read=reader.read, skipped=[]))
+            Side(name, one.index, replace(one.reader, read=reader.read, skipped=[]))
             for name, one in zip(names, (self, other), strict=True)
         )
         return compare(a, b, source)
@@ -625,7 +625,7 @@ class Classifier(OpenIndex):
 
         To correct labels, pass a mapping from ``key_id`` to the right label to ``relabel``.
         """
-        return audit(self.cache.in_memory(), k=k, borderline=borderline)
+        return audit(self.index.in_memory(), k=k, borderline=borderline)
 
     def report(
         self, out: Place, test: Any, *, shots: Sequence[int] | None = None, seeds: int = 3, curves: bool = True
@@ -638,7 +638,7 @@ class Classifier(OpenIndex):
 
         source, reader = self._labelled(test, "test")
         reader = replace(reader, skipped=[])
-        return write_report(self.cache.in_memory(), source, reader, out, shots=shots, seeds=seeds, curves=curves)
+        return write_report(self.index.in_memory(), source, reader, out, shots=shots, seeds=seeds, curves=curves)
 
     def as_module(self) -> torch.nn.Module:
         """Return a copy of the classifier as a torch module, which maps pixels to logits.
@@ -651,9 +651,9 @@ class Classifier(OpenIndex):
         """
         from retrieval_tip.index.onnx_graph import Logits, answering
 
-        if (self.cache.settings.k or self.cache.n) < self.cache.n:
-            raise UsageError(f"as_module: k is {self.cache.settings.k}, but a module uses all keys; set k to all")
-        answer = answering(self.cache.in_memory(), cast("TorchBackbone | None", self.reader.backbone))
+        if (self.index.settings.k or self.index.n) < self.index.n:
+            raise UsageError(f"as_module: k is {self.index.settings.k}, but a module uses all keys; set k to all")
+        answer = answering(self.index.in_memory(), cast("TorchBackbone | None", self.reader.backbone))
         return Logits(copy.deepcopy(answer)).eval()
 
     def export_onnx(self, out: Place, *, features: bool = False, k: KeysMet = None) -> dict[str, Any]:
@@ -664,9 +664,9 @@ class Classifier(OpenIndex):
         """
         from retrieval_tip.index.onnx_graph import export_onnx
 
-        cache = self.cache.in_memory()
+        index = self.index.in_memory()
         backbone = None if features else cast("TorchBackbone | None", self.reader.backbone)
-        return export_onnx(cache.with_settings(cache.settings.override(k=k)), _place("out", out), backbone)
+        return export_onnx(index.with_settings(index.settings.override(k=k)), _place("out", out), backbone)
 
     def push_to_hub(
         self, repository: str, *, test: Place | Source | None = None, private: bool = False, token: str | None = None
@@ -678,7 +678,7 @@ class Classifier(OpenIndex):
         accuracy on it. Raises InputError if the upload fails.
         """
         figures = None if test is None else self.evaluate(test).to_dict()
-        return hub.upload(self._written(), repository, hub.card(self.cache, repository, figures), private, token)
+        return hub.upload(self._written(), repository, hub.card(self.index, repository, figures), private, token)
 
 
 @dataclass(frozen=True)
@@ -750,6 +750,6 @@ def _given_backbone(model: Model, pretrained: str | None, device: str, precision
     return model
 
 
-def _own_backbone(cache: Index, device: str, precision: Precision = "auto") -> Backbone | None:
-    identity = cache.backbone
-    return None if identity is None else load_when_needed(identity, cache.d, device=device, precision=precision)
+def _own_backbone(index: Index, device: str, precision: Precision = "auto") -> Backbone | None:
+    identity = index.backbone
+    return None if identity is None else load_when_needed(identity, index.d, device=device, precision=precision)

@@ -109,7 +109,7 @@ class Editing(Answering):
         added = label_table(self.class_names, ids, sources, key_ids=key_ids, views=views, digests=digests, extra=extra)
         matrix = np.asarray(matrix).astype(self.dtype)
         new = ArrayRows(matrix, added, points=points_of(self.metric, matrix, self.device))
-        self._check_lengths(new.met)
+        self._check_lengths(new.vectors)
         self._hold(self.rows.added(replace(new, values=self._values_of(new)), len(self.class_names)))
         self.next_key_id += len(matrix)
         return key_ids.tolist()
@@ -120,7 +120,7 @@ class Editing(Answering):
         if self._ridge is None:
             return functional.one_hot(torch.from_numpy(new.class_ids), len(self.class_names)).to(self.values)
         assert isinstance(self._keys, Keys)
-        return self._ridge.added(self._keys, self.values, new.met, new.class_ids)
+        return self._ridge.added(self._keys, self.values, new.vectors, new.class_ids)
 
     def remove(self, key_ids: Sequence[int]) -> None:
         """Remove keys by id. Classes that become empty are kept.
@@ -205,7 +205,7 @@ class Editing(Answering):
                 f"values: cannot be solved for {self.n:,} keys, because the limit is {MOST_SOLVED:,}; "
                 "fit the index instead (retrieval-tip fit)"
             )
-        points = np.asarray(self.rows.met, dtype=np.float32)
+        points = np.asarray(self.rows.vectors, dtype=np.float32)
         values = self._ridge.values(torch.from_numpy(points).to(self.device), self.class_ids)
         self.rows = replace(self.rows, values=values)
 
@@ -261,7 +261,7 @@ class Editing(Answering):
             if self.index.by_class or rows.n >= 2 * self.index.trained:
                 self.index = self._index_over(rows)
             else:
-                self.index = self.index.refilled(rows.met)
+                self.index = self.index.refilled(rows.vectors)
         self.rows = rows
         self._follow()
 
@@ -276,7 +276,7 @@ class Editing(Answering):
         before, wanted = self.index, factory
         if wanted is None:
             wanted = FLAT_FACTORY if before is None else before.factory
-        index = index_over(rows.met, rows.class_ids, len(self.class_names), wanted, self.device)
+        index = index_over(rows.vectors, rows.class_ids, len(self.class_names), wanted, self.device)
         if before is not None and wanted == before.factory:
             index.effort = before.effort
         return index
@@ -307,7 +307,7 @@ class Editing(Answering):
         """Replace the rows by rows with the same keys, in memory or in a table."""
         if isinstance(rows, ArrayRows):
             rows = self._on_device(rows)
-            self.index = VectorIndex.build(rows.met, FLAT_FACTORY, self.device)
+            self.index = VectorIndex.build(rows.vectors, FLAT_FACTORY, self.device)
         else:
             self.index = None
         self.rows = rows

@@ -80,7 +80,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
 
     classes_: Array
     n_features_in_: int
-    cache_: Index
+    index_: Index
     _letters: tuple[MetricName | None, ValuesName | None, ClassPrior] | None
 
     def __init__(
@@ -146,13 +146,13 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
             _same_classes(classes, self.classes_)
         rows, labels = validate_data(self, X, y, reset=False, dtype=_dtypes(self._normalize))
         check_classification_targets(labels)
-        cache = copy.copy(self.cache_)  # the estimator stays unchanged if an error is raised below
+        index = copy.copy(self.index_)  # the estimator stays unchanged if an error is raised below
         if self._letters is not None:
-            cache.set_fitted(None, None, None)  # the next fit solves the values again
-        cache.add(_rows(rows, self._normalize), _ids(labels, self._names))
+            index.set_fitted(None, None, None)  # the next fit solves the values again
+        index.add(_rows(rows, self._normalize), _ids(labels, self._names))
         if self._letters is not None:
-            closed_form.fit(cache, Fit(*self._letters))
-        self.cache_ = cache
+            closed_form.fit(index, Fit(*self._letters))
+        self.index_ = index
         return self
 
     def decision_function(self, X: npt.ArrayLike) -> FloatArray:
@@ -177,7 +177,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         The temperature is 1 unless it was fitted.
         """
         logits = self._logits(X)
-        probabilities: FloatArray = tip.probabilities(logits, self.cache_.settings.temperature).cpu().numpy()
+        probabilities: FloatArray = tip.probabilities(logits, self.index_.settings.temperature).cpu().numpy()
         return probabilities
 
     def predict(self, X: npt.ArrayLike) -> Array:
@@ -202,11 +202,11 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         features = self._queries(X)
         if not (isinstance(n_neighbors, int | np.integer) and n_neighbors >= 1):
             raise UsageError(f"n_neighbors is {n_neighbors}: expected a whole number, at least 1")
-        queries = torch.from_numpy(features).to(self.cache_.device)
-        nearest, rows = self.cache_.nearest(queries, int(n_neighbors))
+        queries = torch.from_numpy(features).to(self.index_.device)
+        nearest, rows = self.index_.nearest(queries, int(n_neighbors))
         affinity = np.where(rows < 0, -np.inf, nearest.cpu().numpy()).astype(np.float32)
         order = np.argsort(-affinity, axis=1, kind="stable")  # a compressed index sorts by approximate affinities
-        key_ids = np.where(rows < 0, -1, self.cache_.labels["key_id"].to_numpy()[rows])
+        key_ids = np.where(rows < 0, -1, self.index_.labels["key_id"].to_numpy()[rows])
         return np.take_along_axis(affinity, order, axis=1), np.take_along_axis(key_ids, order, axis=1)
 
     def _first(self, X: npt.ArrayLike, y: npt.ArrayLike, labels: npt.ArrayLike | None) -> Self:
@@ -234,14 +234,14 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
                     f"text_weights: there are {len(text)} rows for {len(classes)} classes; "
                     "list all classes in class_names"
                 )
-        cache = Index.from_features(
+        index = Index.from_features(
             _rows(rows, normalize), _ids(own, names), [str(label) or repr(label) for label in names.tolist()], text,
             settings=settings, index=self.index, device=self.device,
         )  # fmt: skip
         if auto:
-            closed_form.fit(cache, Fit(self.metric, self.values, self.class_prior))
+            closed_form.fit(index, Fit(self.metric, self.values, self.class_prior))
         self._letters = (self.metric, self.values, self.class_prior) if auto else None
-        self.classes_, self.cache_, self._normalize = classes, cache, normalize
+        self.classes_, self.index_, self._normalize = classes, index, normalize
         self._names, self._order = names, None if self.class_names is None else order
         return self
 
@@ -251,8 +251,8 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
 
     def _logits(self, X: npt.ArrayLike) -> torch.Tensor:
         features = self._queries(X)  # must come first, because it raises an error if the estimator is not fitted
-        cache = self.cache_
-        logits = cache.logits(features) if cache.values is None else cache.exact_logits(features)
+        index = self.index_
+        logits = index.logits(features) if index.values is None else index.exact_logits(features)
         return logits if self._order is None else logits[:, self._order]
 
 

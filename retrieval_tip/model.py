@@ -104,7 +104,7 @@ class Index(Editing):
         rows = replace(rows, keys=_writable(rows.keys), points=None if rows.points is None else _writable(rows.points))
         index = None
         if stored is not None:
-            index = VectorIndex.of_array(stored[1], stored[0], device, rows.met.dtype == np.float16)
+            index = VectorIndex.of_array(stored[1], stored[0], device, rows.vectors.dtype == np.float16)
         self.__init__(rows=rows, index=index, device=device, **state)  # type: ignore[misc]
         self.prior = prior
 
@@ -380,10 +380,6 @@ class Index(Editing):
         )  # fmt: skip
 
 
-CacheModel = Index
-"""The earlier name of :class:`Index`."""
-
-
 def described_by(manifest: Manifest, device: str) -> dict[str, Any]:
     """Return the arguments of :class:`Index` that a manifest states."""
     return {
@@ -406,7 +402,7 @@ def _writable(array: KeyArray) -> KeyArray:
 
 def _read_index(place: Path, manifest: Manifest, rows: ArrayRows, device: str) -> VectorIndex:
     if manifest.index == FLAT_FACTORY:
-        return VectorIndex.build(rows.met, FLAT_FACTORY, device)
+        return VectorIndex.build(rows.vectors, FLAT_FACTORY, device)
     file, c = manifest.files["index"], len(manifest.class_names)
     path, half = place / file.name, manifest.dtype == "float16"
     index = VectorIndex.load(path, manifest.index, device, half, file.rows)
@@ -416,8 +412,8 @@ def _read_index(place: Path, manifest: Manifest, rows: ArrayRows, device: str) -
     if not manifest.later:
         return index
     if index.by_class:
-        return index_over(rows.met, rows.class_ids, c, manifest.index, device)
-    return index.refilled(rows.met)
+        return index_over(rows.vectors, rows.class_ids, c, manifest.index, device)
+    return index.refilled(rows.vectors)
 
 
 def verify(folder: str | os.PathLike[str]) -> Index:
@@ -438,9 +434,9 @@ def verify(folder: str | os.PathLike[str]) -> Index:
     blocks = ((rows.keys[part], class_ids[part]) for part in slices(rows.n, KEY_BLOCK))
     if rows.sums is not None and not rows.sums.are_of(blocks):
         raise StoreError(f"{place}: sums do not match the keys; run index rebuild, then fit")
-    own = rows.met
+    own = rows.vectors
     if vectors.by_class:  # the means are recomputed, because those in the index may be damaged
-        own = Keys(rows.met, class_ids, len(index.class_names)).means.numpy()
+        own = Keys(rows.vectors, class_ids, len(index.class_names)).means.numpy()
     sample = np.unique(np.linspace(0, len(own) - 1, min(len(own), 256)).astype(int))
     queries = np.ascontiguousarray(own[sample], dtype=np.float32)
     if not np.isfinite(queries).all():

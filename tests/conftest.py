@@ -28,10 +28,9 @@ import warm
 from click.testing import CliRunner, Result
 from hypothesis import settings
 
-from retrieval_tip import CacheModel, errors
+from retrieval_tip import Index, errors
 from retrieval_tip.backbones.base import Backbone
 from retrieval_tip.cli import main
-from retrieval_tip.model import Index
 from retrieval_tip.settings import Settings
 
 MEMORY, ROOM = Path("/dev/shm"), 4 << 30
@@ -275,10 +274,10 @@ def parts_of(model: Index, *asked: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return terms.text, terms.cache
 
 
-def cache_of(*features: Any, **options: Any) -> CacheModel:
-    """Call :meth:`CacheModel.from_features` with settings among the options."""
+def cache_of(*features: Any, **options: Any) -> Index:
+    """Call :meth:`Index.from_features` with settings among the options."""
     own = {field.name: options.pop(field.name) for field in fields(Settings) if field.name in options}
-    return CacheModel.from_features(*features, settings=Settings(**own), **options)
+    return Index.from_features(*features, settings=Settings(**own), **options)
 
 
 def with_code(folder: Path, file: str = "config.json") -> Path:

@@ -22,7 +22,7 @@ import uvicorn
 from click.testing import CliRunner
 from fastapi import FastAPI
 
-from retrieval_tip import CacheModel
+from retrieval_tip import Index
 from retrieval_tip.cli import main
 from retrieval_tip.server import run
 from retrieval_tip.server.app import create_app
@@ -112,7 +112,7 @@ def random_index(folder: Path, n: int, d: int, classes: int) -> Path:
     """Write an index of random features."""
     keys = np.random.default_rng(0).normal(size=(n, d)).astype(np.float32)
     keys /= np.linalg.norm(keys, axis=1, keepdims=True)
-    CacheModel.from_features(keys, np.arange(n) % classes, [f"class {i}" for i in range(classes)]).save(folder)
+    Index.from_features(keys, np.arange(n) % classes, [f"class {i}" for i in range(classes)]).save(folder)
     return folder
 
 

@@ -21,7 +21,7 @@ from retrieval_tip.evaluation import audit as audits
 from retrieval_tip.evaluation.audit import CLEAR, audit, gain, suspicious
 from retrieval_tip.fit import closed_form, folds
 from retrieval_tip.index import build, places
-from retrieval_tip.model import CacheModel
+from retrieval_tip.model import Index
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.duplicates import NEAR
 from retrieval_tip.server.app import create_app
@@ -116,7 +116,7 @@ def random_index(seed, n=30, c=4, d=8, dtype=np.float32, digests=None, beta=5.5,
     keys = generator.normal(size=(n, d))
     keys /= np.linalg.norm(keys, axis=1, keepdims=True) if norms else 2
     ids = np.minimum(generator.integers(0, c * 2, n), c - 1)
-    cache = CacheModel.from_features(
+    cache = Index.from_features(
         keys.astype(dtype),
         ids,
         [f"class {i}" for i in range(c)],
@@ -186,7 +186,7 @@ def test_exactly_the_planted_wrong_labels_are_found(seed, k):
     flipped = np.random.default_rng(seed).choice(np.flatnonzero(ids < 8), 30, replace=False)
     wrong = ids.copy()
     wrong[flipped] = (ids[flipped] + 1 + seed) % 8
-    cache = CacheModel.from_features(keys, wrong, [f"class {i}" for i in range(10)], device="cpu")
+    cache = Index.from_features(keys, wrong, [f"class {i}" for i in range(10)], device="cpu")
     table = audit(cache, k=k)
     assert set(table["key_id"].to_pylist()) == set(flipped.tolist())  # precision and recall of 1
     assert table["suggested"].to_pylist() == [f"class {ids[i]}" for i in table["key_id"].to_pylist()]
@@ -208,7 +208,7 @@ def test_every_interface_lists_the_same_shots(run, tmp_path):
         ("report", index, "--test", test, "--out", tmp_path / "r.html", "--no-curves"),
     ):
         assert run("-q", *arguments).exit_code == 0
-    cache = CacheModel.load(index, device="cpu")
+    cache = Index.load(index, device="cpu")
     assert cache.fitted is not None
     clear, everything = (audit(cache, borderline=more)["key_id"].to_pylist() for more in (False, True))
     assert 5 < len(clear) < len(everything)
@@ -224,7 +224,7 @@ def test_every_interface_lists_the_same_shots(run, tmp_path):
 def test_the_only_shot_of_a_class_is_not_suspicious():
     keys, ids = planted(40, 4)
     keys[0], ids[0] = unit_rows(1, 32, 3)[0], 4
-    cache = CacheModel.from_features(keys, ids, list("abcde"), device="cpu")
+    cache = Index.from_features(keys, ids, list("abcde"), device="cpu")
     assert len(audit(cache)) == 0
     cache.add(keys[:1], ["b"])  # unless another class has the same image
     rows = {row["key_id"]: row for row in audit(cache).to_pylist()}
@@ -236,7 +236,7 @@ def test_the_only_shot_of_a_class_is_not_suspicious():
 
 def test_an_audit_of_one_key_or_one_class_is_empty():
     for n in (1, 2):
-        cache = CacheModel.from_features(unit_rows(n, 4), [0] * n, ["a"], device="cpu")
+        cache = Index.from_features(unit_rows(n, 4), [0] * n, ["a"], device="cpu")
         table = audit(cache)
         assert len(table) == 0
         assert table.column_names[-1] == "duplicate_of"
@@ -247,8 +247,8 @@ def test_an_audit_of_one_key_or_one_class_is_empty():
 def test_an_audit_ignores_trained_values():
     keys, ids = planted(40, 4)
     ids[:3] = 3
-    plain = CacheModel.from_features(keys, ids, list("abcd"), device="cpu")
-    trained = CacheModel.from_features(keys, ids, list("abcd"), device="cpu", values=unit_rows(40, 4))
+    plain = Index.from_features(keys, ids, list("abcd"), device="cpu")
+    trained = Index.from_features(keys, ids, list("abcd"), device="cpu", values=unit_rows(40, 4))
     assert audit(trained).equals(audit(plain))
     assert set(audit(plain)["key_id"].to_pylist()) == {0, 1, 2}
 
@@ -260,7 +260,7 @@ def test_an_audit_of_a_fitted_index_finds_a_wrong_label() -> None:
     keys = (keys / np.linalg.norm(keys, axis=1, keepdims=True)).astype(np.float32)
     labels = np.arange(60) % 6
     labels[7] = 4
-    cache = CacheModel.from_features(keys, labels, list("abcdef"))
+    cache = Index.from_features(keys, labels, list("abcdef"))
     closed_form.fit(cache, closed_form.Fit(metric="within", values="solved"))
     [worst, *_] = audit(cache).to_pylist()
     wrong = cache.labels["key_id"].to_pylist()[np.abs(np.asarray(cache.keys) - keys[7]).sum(1).argmin()]
@@ -288,7 +288,7 @@ def test_an_audit_of_real_photos_lists_most_wrong_and_few_right_labels(shared, f
     rows = np.concatenate([order[ids[order] == i][:16] for i in range(len(names))])
     for share in (0, 0.1, 0.2):
         given, wrong = mislabelled(ids[rows], share, seed)
-        cache = CacheModel.from_features(unit(keys[rows]), given, names.tolist(), device="cpu")
+        cache = Index.from_features(unit(keys[rows]), given, names.tolist(), device="cpu")
         listed = np.zeros(len(rows), dtype=bool)
         listed[[row["key_id"] for row in audit(cache).to_pylist() if row["margin"]]] = True
         assert (listed & ~wrong).sum() <= 0.035 * (~wrong).sum()
@@ -314,7 +314,7 @@ def test_a_build_leaves_out_suspicious_shots(run, tmp_path, scheme):
     left = np.delete(np.arange(400), gone)
     write_table(rows, keys[left], [names[i] for i in left], [f"item-{i}" for i in left])
     assert run("index", "build", rows, "--out", tmp_path / "other").exit_code == 0
-    cache, other = places.at(out).verify().in_memory(), CacheModel.load(tmp_path / "other")
+    cache, other = places.at(out).verify().in_memory(), Index.load(tmp_path / "other")
     assert cache.labels["source"].to_pylist() == other.labels["source"].to_pylist()
     assert sorted(cache.labels["key_id"].to_pylist()) == left.tolist()
     torch.testing.assert_close(cache.logits(keys), other.logits(keys).to("cpu"))
@@ -328,7 +328,7 @@ def test_only_a_certain_gain_is_reported(monkeypatch):
 
     def fitted(given, keys=keys, sources=None):
         names = [f"class {i}" for i in range(20)]
-        cache = CacheModel.from_features(keys, given, names, device="cpu", sources=sources)
+        cache = Index.from_features(keys, given, names, device="cpu", sources=sources)
         closed_form.fit(cache)
         return cache
 
@@ -353,7 +353,7 @@ def test_a_class_that_mostly_looks_mislabelled_keeps_its_shots(wrong, found):
     keys, ids = planted(40, 4, spread=0.3)
     ids[1 : 1 + wrong] = 0
     kept = np.flatnonzero((ids > 0) | (np.arange(40) < 5))
-    cache = CacheModel.from_features(keys[kept], ids[kept], list("abcd"), device="cpu")
+    cache = Index.from_features(keys[kept], ids[kept], list("abcd"), device="cpu")
     assert len(audit(cache)) == wrong
     assert len(suspicious(cache)) == found
 

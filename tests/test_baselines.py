@@ -13,7 +13,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
 from tables import read_features, unit_rows
 
-from retrieval_tip.model import CacheModel
+from retrieval_tip.model import Index
 from retrieval_tip.settings import Settings
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -26,7 +26,7 @@ SETTINGS = Settings(logit_scale=10.0)
 
 def cache_of(n, text=None, names=NAMES):
     keys, ids = clusters(n, C, D, 1, spread=1.2)
-    return CacheModel.from_features(keys, ids, names, text, settings=SETTINGS, device="cpu")
+    return Index.from_features(keys, ids, names, text, settings=SETTINGS, device="cpu")
 
 
 QUERIES, _ = clusters(200, C, D, 2, spread=1.2)
@@ -89,7 +89,7 @@ def test_the_discriminant_matches_the_published_equation_on_real_features(shared
     place = shared / "data/clip-vitb32/caltech101"
     (keys, labels), (features, truth) = (read_features(place / f"{name}.parquet") for name in ("shots_4", "test"))
     names = np.unique(labels)
-    cache = CacheModel.from_features(keys, labels.tolist(), names.tolist(), device="cpu")
+    cache = Index.from_features(keys, labels.tolist(), names.tolist(), device="cpu")
     n, d = keys.shape
     means = np.stack([keys[labels == name].mean(0, dtype=np.float64) for name in names])
     rest = keys - means[np.searchsorted(names, labels)]

@@ -19,7 +19,7 @@ from PIL import Image
 from playwright.sync_api import expect
 from serving import caltech_photos
 
-from retrieval_tip import CacheModel, Reader, load_backbone
+from retrieval_tip import Index, Reader, load_backbone
 from retrieval_tip.data.sources import of_images
 
 pytestmark = pytest.mark.soak
@@ -65,7 +65,7 @@ def site(runtime, fitted, run, tmp_path):
     folder = tmp_path / "site"
     shutil.copytree(ROOT / "docs/browser", folder)
     shutil.copytree(runtime, folder / "ort")
-    index = CacheModel.load(fitted, device="cpu")
+    index = Index.load(fitted, device="cpu")
     Reader(load_backbone(index.backbone.model, device="cpu")).store_int8(of_images(index.labels["source"].to_pylist()))
     for name, precision in (("things", "float32"), ("int8", "int8")):
         done = run("index", "export", fitted, "--onnx", folder / f"{name}.onnx", "--precision", precision)
@@ -122,7 +122,7 @@ def test_a_photo_is_classified_in_the_browser(site, fitted, shared, run, tmp_pat
         page.get_by_label("Choose a photo").set_input_files(fitted / "manifest.json")
         expect(page.get_by_role("status")).to_contain_text("cannot be read", timeout=PATIENCE)
     assert not wrong
-    assert found[0]["labels"] == CacheModel.load(fitted).class_names
+    assert found[0]["labels"] == Index.load(fitted).class_names
     for path, one in zip(paths, found, strict=True):
         row = expected[str(path)]
         assert one["labels"][int(np.argmax(one["logits"]))] == row["label"], path

@@ -19,7 +19,7 @@ from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.index.build import build_index
 from retrieval_tip.index.items import read_text_table
-from retrieval_tip.model import CacheModel
+from retrieval_tip.model import Index
 from retrieval_tip.settings import Settings
 
 NAMES = ["ant", "bee", "cat"]
@@ -58,7 +58,7 @@ def test_a_build_equals_a_model_from_arrays(table, tmp_path):
     text = unit_rows(3, 8, 9)
     weights = write_table(tmp_path / "text.parquet", text, NAMES)
     built = build(table, tmp_path / "i", text=weights, alpha=2.0, beta=3.0)
-    made = CacheModel.from_features(
+    made = Index.from_features(
         features(table), open_source(table).labels, NAMES, text, settings=Settings(alpha=2.0, beta=3.0)
     )
     queries = unit_rows(20, 8, 4)
@@ -136,7 +136,7 @@ def test_extra_columns_of_a_path_table_reach_the_label_store(shared, lit_mini, t
     )
     cache = build_index(open_source(tmp_path / "p.parquet"), tmp_path / "i", Reader(lit_mini), fit="none")
     assert cache.labels["iso"].to_pylist() == [100, 200]
-    assert CacheModel.load(tmp_path / "i").labels["iso"].to_pylist() == [100, 200]
+    assert Index.load(tmp_path / "i").labels["iso"].to_pylist() == [100, 200]
 
 
 def test_suspicious_sources_get_a_warning(tmp_path, caplog):

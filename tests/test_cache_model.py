@@ -1,4 +1,4 @@
-"""CacheModel compared with Tip-Adapter's definition in dense float64."""
+"""Index compared with Tip-Adapter's definition in dense float64."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from tables import unit
 
 import retrieval_tip
-from retrieval_tip import CacheModel
+from retrieval_tip import Index
 from retrieval_tip import model as index_model
 from retrieval_tip.backbones.base import Identity
 from retrieval_tip.data.reader import Reader
@@ -58,7 +58,7 @@ TEXT = unit(_means + 0.2 * _rng.standard_normal((C, D)))
 QUERIES = unit(_means[_rng.integers(C, size=Q)] + 0.25 * _rng.standard_normal((Q, D)))
 
 
-def model(**changes: Any) -> CacheModel:
+def model(**changes: Any) -> Index:
     arguments: dict[str, Any] = {
         "keys": KEYS,
         "labels": Y,
@@ -81,11 +81,11 @@ KINDS = {
 
 
 @cache
-def built(index: str, kind: str) -> CacheModel:
+def built(index: str, kind: str) -> Index:
     return model(index=index, keys=KINDS[kind])
 
 
-def dense(model_: CacheModel, k: int | None = None, tail: bool = True) -> tuple[Array, Array]:
+def dense(model_: Index, k: int | None = None, tail: bool = True) -> tuple[Array, Array]:
     """Return text and cache logits by definition. An approximate search decides which keys count."""
     A, y, own = affinity(QUERIES, model_.keys), model_.class_ids.numpy(), model_.settings
     met = np.ones(A.shape, dtype=bool)
@@ -97,7 +97,7 @@ def dense(model_: CacheModel, k: int | None = None, tail: bool = True) -> tuple[
     return text, cache_logits(A, y, C, own.beta, V, met, tail=tail)
 
 
-def check_logits(model_: CacheModel, k: int | None = None, tail: bool = True) -> None:
+def check_logits(model_: Index, k: int | None = None, tail: bool = True) -> None:
     text, alone = dense(model_, k, tail)
     terms, scale = model_.terms(QUERIES, k, tail), abs(alone).max()
     np.testing.assert_allclose(terms.text, text, atol=1e-4)
@@ -156,7 +156,7 @@ def test_real_features_give_the_published_accuracy(shared: Path) -> None:
         return np.stack(rows["feature"].to_numpy()), rows["label"].to_pylist()
 
     (K, labels), (f, truth), (W, names) = table("train"), table("test"), table("text")
-    cache = CacheModel.from_features(K, labels, names, W, settings=Settings(alpha=1.17, beta=5.5), device="cpu")
+    cache = Index.from_features(K, labels, names, W, settings=Settings(alpha=1.17, beta=5.5), device="cpu")
     y = np.array([names.index(label) for label in labels])
     A = f.astype(np.float64) @ K.T.astype(np.float64)
     expected = 100 * (f.astype(np.float64) @ W.T) + 1.17 * np.exp(-5.5 * (1 - A)) @ np.eye(9)[y]
@@ -310,7 +310,7 @@ def test_neighbours_are_the_shots_with_the_largest_contributions(
 
 
 def test_no_shot_opposes_the_only_class() -> None:
-    answer = CacheModel.from_features(KEYS[:9], ["only"] * 9, ["only"], device="cpu").classify(QUERIES[:1])[0]
+    answer = Index.from_features(KEYS[:9], ["only"] * 9, ["only"], device="cpu").classify(QUERIES[:1])[0]
     assert (len(answer.neighbours), answer.opposing) == (5, None)
 
 
@@ -451,7 +451,7 @@ def test_override_only_changes_given_settings() -> None:
     assert Settings().shown()["k"] == "all"
 
 
-def table(cache: CacheModel) -> dict[str, list[Any]]:
+def table(cache: Index) -> dict[str, list[Any]]:
     return cache.labels.drop_columns(["added_at"]).to_pydict()
 
 
@@ -495,7 +495,7 @@ def test_added_keys_get_ids_and_one_hot_values_and_removed_keys_leave(index: str
     ],
 )  # fmt: skip
 def test_a_refused_change_changes_nothing(
-    act: Callable[[CacheModel], object], error: type[RetrievalTipError], message: str
+    act: Callable[[Index], object], error: type[RetrievalTipError], message: str
 ) -> None:
     cache = model(keys=KEYS.astype(np.float16), index="IVF16,Flat", values=VALUES)
     before, labels = cache.logits(QUERIES, 16), cache.labels
@@ -513,7 +513,7 @@ def test_a_refused_change_changes_nothing(
 def test_a_loaded_index_gives_the_same_answers_bit_for_bit(index: str, dtype: type, tmp_path: Path) -> None:
     cache = model(keys=KEYS.astype(dtype), index=index, sources=[f"ü{i}" for i in range(N)])
     cache.save(tmp_path / "x")
-    loaded = CacheModel.load(str(tmp_path / "x"), device="cpu")
+    loaded = Index.load(str(tmp_path / "x"), device="cpu")
     for k, tail in ((None, True), (16, True), (16, False)):
         assert torch.equal(loaded.logits(QUERIES, k, tail), cache.logits(QUERIES, k, tail))
     assert loaded.classify(QUERIES, top=3, k=16) == cache.classify(QUERIES, top=3, k=16)
@@ -530,7 +530,7 @@ def test_a_pickled_index_gives_the_same_answers_without_its_folder(index: str, c
         closed_form.fit(cache, closed_form.Fit("within", "solved"))
     cache.index.effort = 3
     cache.save(tmp_path / "index")
-    cache = CacheModel.load(tmp_path / "index", device="cpu")
+    cache = Index.load(tmp_path / "index", device="cpu")
     cache.add(unit(KEYS[:5] + 0.1), Y[:5])  # the second segment
     there = carry(cache)
     shutil.rmtree(tmp_path / "index")
@@ -540,7 +540,7 @@ def test_a_pickled_index_gives_the_same_answers_without_its_folder(index: str, c
     added = there.add(QUERIES[:2], [0, 1])
     assert (added, there.n, cache.n) == ([N + 5, N + 6], N + 7, N + 5)
     there.save(tmp_path / "again")
-    opened = CacheModel.load(tmp_path / "again", device="cpu")
+    opened = Index.load(tmp_path / "again", device="cpu")
     np.testing.assert_array_equal(opened.logits(QUERIES), there.logits(QUERIES))
 
 
@@ -556,7 +556,7 @@ def test_a_pickle_from_a_gpu_is_loaded_on_the_cpu_of_another_machine(monkeypatch
 def test_every_setting_survives_saving(tmp_path: Path) -> None:
     identity = Identity("RN50", "openai", "w" * 64, "c" * 64, {"size": 224})
     made = model(text_weights=None)
-    cache = CacheModel(
+    cache = Index(
         rows=made.rows, class_names=NAMES, text_weights=torch.from_numpy(TEXT), index=made.index,
         settings=Settings(alpha=0.25, beta=7.5, logit_scale=42.5, k=9, tail=False, temperature=2.5),
         templates=["a {}."],
@@ -564,7 +564,7 @@ def test_every_setting_survives_saving(tmp_path: Path) -> None:
         provenance={"alpha": "given"},
     )  # fmt: skip
     cache.save(tmp_path / "x")
-    loaded = CacheModel.load(tmp_path / "x", device="cpu")
+    loaded = Index.load(tmp_path / "x", device="cpu")
     for name in ("class_names", "settings", "templates", "backbone", "provenance", "version"):
         assert getattr(loaded, name) == getattr(cache, name), name
     assert torch.equal(loaded.text_weights, cache.text_weights)
@@ -587,7 +587,7 @@ def test_classify_source_names_each_answer(tmp_path: Path) -> None:
 def test_gpu_answers_match_the_cpu(index: str, tmp_path: Path) -> None:
     cpu = model(index=index)
     cpu.save(tmp_path / "x")
-    gpu = CacheModel.load(tmp_path / "x", device="cuda")  # the same saved index
+    gpu = Index.load(tmp_path / "x", device="cuda")  # the same saved index
     for k, tail in ((None, True), (16, True), (16, False)):
         one, other = cpu.logits(QUERIES, k, tail), gpu.logits(torch.from_numpy(QUERIES).cuda(), k, tail)
         assert other.device.type == "cuda"
@@ -598,7 +598,7 @@ def test_gpu_answers_match_the_cpu(index: str, tmp_path: Path) -> None:
     gpu.save(tmp_path / "x")
     cpu.add(QUERIES[:2], [0, 1])
     torch.testing.assert_close(
-        CacheModel.load(tmp_path / "x", device="cpu").logits(QUERIES), cpu.logits(QUERIES), rtol=0, atol=1e-4
+        Index.load(tmp_path / "x", device="cpu").logits(QUERIES), cpu.logits(QUERIES), rtol=0, atol=1e-4
     )
 
 

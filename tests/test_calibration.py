@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tables import tiny, unit_rows, write_table
 
-from retrieval_tip import CacheModel
+from retrieval_tip import Index
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import UsageError
@@ -204,7 +204,7 @@ def test_calibrate_writes_a_version_with_its_provenance(run, food_index):
     assert info["temperature"] == pytest.approx(float(facts["temperature"]), rel=1e-3)
     assert info["provenance"]["temperature"] == f"fitted on {val}, n=450"
     assert (info["version"], info["earlier_versions"]) == (2, [1])
-    cache = CacheModel.load(folder, device="cpu")
+    cache = Index.load(folder, device="cpu")
     assert cache.settings.temperature == info["temperature"]
     assert cache.classify(features[:3])[0].probability < 1
     after = json.loads(run("evaluate", folder, test, "--json").stdout)
@@ -215,7 +215,7 @@ def test_calibrate_writes_a_version_with_its_provenance(run, food_index):
     }
     # a second fit ignores the previous temperature
     assert run("calibrate", folder, "--val", val).exit_code == 0
-    assert CacheModel.load(folder, device="cpu").settings.temperature == cache.settings.temperature
+    assert Index.load(folder, device="cpu").settings.temperature == cache.settings.temperature
 
 
 def test_a_failed_calibration_changes_nothing(run, food_index, tmp_path):
@@ -250,7 +250,7 @@ def test_calibrate_never_reads_the_test_part(run, shared, tmp_path):
             assert run("index", "build", "--fit", "none", path, *model, "--out", tmp_path / "i").exit_code == 0
         done = run("calibrate", tmp_path / "i", "--val", path)
         assert done.exit_code == 0, done.output
-        cache = CacheModel.load(tmp_path / "i", device="cpu")
+        cache = Index.load(tmp_path / "i", device="cpu")
         assert cache.provenance["temperature"] == f"fitted on {path} (val), n={len(small['val'])}"
         temperatures.append(cache.settings.temperature)
     assert temperatures[0] == temperatures[1]
@@ -259,7 +259,7 @@ def test_calibrate_never_reads_the_test_part(run, shared, tmp_path):
 
 def test_calibrate_warns_about_unusable_validation_photos(run, shared, food_index, tmp_path):
     folder, _, _ = food_index
-    cache = CacheModel.load(folder, device="cpu")
+    cache = Index.load(folder, device="cpu")
     # the shots themselves, which are all answered correctly at an affinity of 1
     shots = write_table(tmp_path / "shots.parquet", cache.keys, cache.labels["label"].to_pylist())
     done = run("calibrate", folder, "--val", shots)

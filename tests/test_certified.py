@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tables import unit
 
-from retrieval_tip import CacheModel, tip, verify
+from retrieval_tip import Index, tip, verify
 from retrieval_tip.errors import StoreError
 from retrieval_tip.retrieval import certify
 from retrieval_tip.retrieval import logits as retrieval
@@ -147,7 +147,7 @@ def at_the_means(draw):
 def test_a_settled_query_has_searched_its_winner(given_, most):
     text, cache, true, alpha, slack = given_
     classes, met = certify.promising(tip.Terms(text, cache), Settings(alpha=alpha), slack, most)
-    settled = certify.settled(tip.Terms(text, cache), Settings(alpha=alpha), slack, classes)
+    settled = certify.certain(tip.Terms(text, cache), Settings(alpha=alpha), slack, classes)
     lower, exact = tip.blend(text, cache, alpha), tip.blend(text, true, alpha)
     assert classes.shape == met.shape == (len(text), min(most, text.shape[1]))
     ranked = lower.gather(1, classes)
@@ -182,8 +182,8 @@ def test_only_a_class_that_could_win_leaves_a_query_unsettled(text, cache, alpha
     classes, found = certify.promising(terms, own, slack, len(text))
     assert sorted(classes[found].tolist()) == met or alpha > 1e38
     assert found[0, 0]
-    assert certify.settled(terms, own, slack, classes[:, :1]).tolist() == [settled] or alpha > 1e38
-    assert certify.settled(terms, own, slack, classes[:, : len(met)]).all() or alpha > 1e38
+    assert certify.certain(terms, own, slack, classes[:, :1]).tolist() == [settled] or alpha > 1e38
+    assert certify.certain(terms, own, slack, classes[:, : len(met)]).all() or alpha > 1e38
 
 
 @given(st.integers(1, 6), st.floats(0, 10), st.floats(0, 0.5), st.integers(0, 2**32 - 1))
@@ -530,13 +530,13 @@ def test_an_index_of_other_keys_or_another_type_is_refused(tmp_path, material):
     cache.index.factory = "Classes"  # written to the manifest
     cache.save(tmp_path / "type")
     with pytest.raises(StoreError, match="does not match the manifest"):
-        CacheModel.load(tmp_path / "type", device="cpu")
+        Index.load(tmp_path / "type", device="cpu")
 
 
 def test_settings_are_saved_with_and_without_a_new_index(tmp_path, material):
     array, ids, text, queries = material
     model(array, ids, C, text, index="Flat").save(tmp_path / "index")
-    cache = CacheModel.load(tmp_path / "index", device="cpu")
+    cache = Index.load(tmp_path / "index", device="cpu")
     files = {path.name for path in (tmp_path / "index" / "data").iterdir()}
     cache.settings = cache.settings.override(alpha=2.0)
     cache.save_settings(tmp_path / "index")
@@ -571,8 +571,8 @@ def test_precision_only_affects_all_keys_and_is_not_saved(precision, tmp_path, m
     assert torch.equal(cache.logits(queries), exact.logits(queries)) == (precision != "bfloat16")
     cache.save(tmp_path / "index")
     assert "precision" not in json.loads((tmp_path / "index" / "manifest.json").read_bytes())
-    assert CacheModel.load(tmp_path / "index", device="cpu").precision == "auto"
-    assert CacheModel.load(tmp_path / "index", device="cpu", precision="float32").precision == "float32"
+    assert Index.load(tmp_path / "index", device="cpu").precision == "auto"
+    assert Index.load(tmp_path / "index", device="cpu", precision="float32").precision == "float32"
 
 
 def test_close_answers_of_half_precision_are_recomputed_in_float32():
@@ -581,7 +581,7 @@ def test_close_answers_of_half_precision_are_recomputed_in_float32():
     common = 5 * rng.normal(size=48)
     keys, queries = (unit(common + 5 * rng.normal(size=(m, 48))) for m in (1000, 4000))
     ids, names = np.arange(1000) % 20, [f"class {i}" for i in range(20)]
-    cache = CacheModel.from_features(keys, ids, names, settings=Settings(beta=8.0), device="cpu", precision="bfloat16")
+    cache = Index.from_features(keys, ids, names, settings=Settings(beta=8.0), device="cpu", precision="bfloat16")
     exact = replace(cache, precision="float32").logits(queries)
     assert (cache._keys.cache_logits(torch.from_numpy(queries), 8.0).argmax(1) != exact.argmax(1)).any()
     found = cache.logits(queries)

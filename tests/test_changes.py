@@ -26,7 +26,7 @@ from conftest import SHARED
 from sealing import snapshot
 from tables import tiny, unit_rows, write_table
 
-from retrieval_tip import CacheModel, verify
+from retrieval_tip import Index, verify
 from retrieval_tip.backbones.base import Backbone
 from retrieval_tip.backbones.prompts import text_weights
 from retrieval_tip.data.reader import Reader
@@ -106,8 +106,8 @@ def grown(index: Path, tmp_path: Path) -> Path:
     return index
 
 
-def opened(folder: Path, **options: Any) -> CacheModel:
-    return CacheModel.load(folder, device="cpu", **options)
+def opened(folder: Path, **options: Any) -> Index:
+    return Index.load(folder, device="cpu", **options)
 
 
 def version(folder: Path) -> int:
@@ -294,7 +294,7 @@ def test_add_warns_about_another_spelling_of_a_class(run: Any, index: Path, tmp_
     assert run(*shlex.split(command)[1:]).stdout == f"{index}: version 3, merged CAT into cat (1 shot)\n"
     assert opened(index).class_names == ["cat", "dog", "the owl"]
     assert labels_of(index)[6] == "cat"
-    other = CacheModel.from_features(
+    other = Index.from_features(
         unit_rows(2, D, 6), ["The_Owl", "dog"], ["The_Owl", "dog"], text_weights=unit_rows(2, D)
     )
     other.save(tmp_path / "other")
@@ -313,7 +313,7 @@ def test_add_does_not_rewrite_unchanged_files(index: Path, tmp_path: Path) -> No
 
 def test_damage_is_not_copied_under_a_valid_digest(tmp_path: Path) -> None:
     keys, labels = unit_rows(1100, 1024), ["cat", "dog"] * 550  # 4.5 MB, of which an addition only checks the size
-    CacheModel.from_features(keys, labels, ["cat", "dog"], device="cpu").save(tmp_path / "i")
+    Index.from_features(keys, labels, ["cat", "dog"], device="cpu").save(tmp_path / "i")
     more = open_source(write_table(tmp_path / "more.parquet", unit_rows(1, 1024, 4), ["cat"]))
     file = tmp_path / "i" / store.read_manifest(tmp_path / "i").files["keys"].name
     assert file.stat().st_size > store.FAST_BYTES
@@ -342,14 +342,14 @@ def test_an_invalid_merge_is_refused_and_changes_nothing(
     run: Any, index: Path, other: Path, pictures: Path, tmp_path: Path
 ) -> None:
     before = snapshot(index)
-    values = CacheModel.from_features(
+    values = Index.from_features(
         unit_rows(2, D), ["cat", "dog"], ["cat", "dog"], device="cpu", values=np.ones((2, 2), dtype=np.float32)
     )
     values.save(tmp_path / "values")
     refused(run("index", "merge", index, tmp_path / "values"), 1, tmp_path / "values", "trained values")
-    CacheModel.from_features(unit_rows(1, D), ["owl"], ["owl"], device="cpu").save(tmp_path / "bare")
+    Index.from_features(unit_rows(1, D), ["owl"], ["owl"], device="cpu").save(tmp_path / "bare")
     refused(run("index", "merge", index, tmp_path / "bare"), 1, "'owl'", "text weight")
-    CacheModel.from_features(unit_rows(1, D + 1), ["cat"], ["cat"], device="cpu").save(tmp_path / "long")
+    Index.from_features(unit_rows(1, D + 1), ["cat"], ["cat"], device="cpu").save(tmp_path / "long")
     refused(run("index", "merge", index, tmp_path / "long"), 1, f"{D + 1} values", f"requires {D}")
     refused(run("index", "merge", index, tmp_path / "nowhere"), 1, "nowhere")
     assert snapshot(index) == before
@@ -408,7 +408,7 @@ def test_an_error_in_the_search_for_duplicates_changes_nothing(
 @pytest.fixture
 def lists(tmp_path: Path) -> Path:
     """An index of 40 keys in 16 lists."""
-    cache = CacheModel.from_features(unit_rows(40, D), ["a", "b"] * 20, ["a", "b"], device="cpu", index="IVF16,Flat")
+    cache = Index.from_features(unit_rows(40, D), ["a", "b"] * 20, ["a", "b"], device="cpu", index="IVF16,Flat")
     cache.save(tmp_path / "lists")
     return tmp_path / "lists"
 
@@ -423,12 +423,12 @@ def test_an_index_can_have_fewer_keys_than_lists(run: Any, lists: Path) -> None:
 @pytest.mark.parametrize("index", ["IVF4,Flat", "HNSW8", "SQ8", "Classes", "Flat"])
 @pytest.mark.parametrize("opened_again", [True, False])
 def test_an_index_of_any_type_finds_added_and_moved_keys(tmp_path: Path, index: str, opened_again: bool) -> None:
-    def again(cache: CacheModel) -> CacheModel:
+    def again(cache: Index) -> Index:
         cache.save(tmp_path / "i")
         return verify(tmp_path / "i") if opened_again else cache
 
     keys, labels = unit_rows(40, D), ["a", "b"] * 20
-    cache = again(CacheModel.from_features(keys, labels, ["a", "b"], device="cpu", index=index))
+    cache = again(Index.from_features(keys, labels, ["a", "b"], device="cpu", index=index))
     trained = cache.index.trained
     key_ids = cache.add(unit_rows(3, D, 9), ["a", "b", "a"])
     cache.relabel([0, 3], ["b", "a"])
@@ -470,7 +470,7 @@ def test_renaming_a_class_to_another_merges_the_two(tmp_path: Path, factory: str
     assert cache.counts == [10, 10, 20]
     np.testing.assert_array_equal(cache.text_weights, before.text_weights[[0, 2, 3]])
     merged = [{"b": "d"}.get(label, label) for label in labels]
-    fresh = CacheModel.from_features(
+    fresh = Index.from_features(
         keys, merged, cache.class_names, cache.text_weights, settings=cache.settings, device="cpu"
     )
     if cache.fitted is not None:
@@ -483,7 +483,7 @@ def test_renaming_a_class_to_another_merges_the_two(tmp_path: Path, factory: str
 
 def test_trained_values_of_merged_classes_add_up(tmp_path: Path) -> None:
     keys, values = unit_rows(6, D), np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)
-    cache = CacheModel.from_features(keys, list("aabbcc"), list("abc"), values=values, device="cpu")
+    cache = Index.from_features(keys, list("aabbcc"), list("abc"), values=values, device="cpu")
     a, b, c = cache.terms(QUERIES).cache.T
     cache.rename("a", "c")
     np.testing.assert_allclose(cache.terms(QUERIES).cache, torch.stack([b, a + c], dim=1), atol=1e-5)
@@ -557,7 +557,7 @@ def test_a_failed_rebuild_changes_nothing(run: Any, index: Path) -> None:
     refused(run("index", "rebuild", index, "--dtype", "int8"), 2, "int8")
     with pytest.raises(UsageError, match="int8"):
         changes.rebuild(index, dtype="int8")
-    large = CacheModel.from_features(
+    large = Index.from_features(
         1e6 * unit_rows(2, D), ["cat", "dog"], ["cat", "dog"], device="cpu", settings=Settings(beta=0.0)
     )
     large.save(index.with_name("large"))
@@ -719,9 +719,7 @@ def test_where_only_answers_with_matching_classes_if_there_is_no_text(run: Any, 
 
 
 def test_a_fast_check_hashes_small_files_and_compares_sizes_of_large_ones(run: Any, tmp_path: Path) -> None:
-    CacheModel.from_features(unit_rows(1100, 1024), ["cat", "dog"] * 550, ["cat", "dog"], device="cpu").save(
-        tmp_path / "i"
-    )
+    Index.from_features(unit_rows(1100, 1024), ["cat", "dog"] * 550, ["cat", "dog"], device="cpu").save(tmp_path / "i")
     files = store.read_manifest(tmp_path / "i").files
     large, small = tmp_path / "i" / files["keys"].name, tmp_path / "i" / files["labels"].name
     asked = write_table(tmp_path / "q.parquet", unit_rows(1, 1024, 2))
@@ -765,7 +763,7 @@ def test_reload_only_reads_changed_files_and_keeps_the_old_reader_valid(grown: P
     assert now.reload() is now
     assert torch.equal(reader.logits(QUERIES), answers)
     with pytest.raises(UsageError, match="reload:"):
-        CacheModel.from_features(unit_rows(2, D), ["a", "b"], ["a", "b"], device="cpu").reload()
+        Index.from_features(unit_rows(2, D), ["a", "b"], ["a", "b"], device="cpu").reload()
 
 
 @contextmanager

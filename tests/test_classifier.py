@@ -25,8 +25,8 @@ from PIL import Image
 from tables import tiny
 
 from retrieval_tip import (
-    CacheModel,
     Classifier,
+    Index,
     Prediction,
     Predictions,
     Reader,
@@ -46,7 +46,6 @@ from retrieval_tip.fit.finetune import finetune_into
 from retrieval_tip.index import changes
 from retrieval_tip.index.fit import fit_index
 from retrieval_tip.labelling.sort import sort_photos
-from retrieval_tip.model import Index
 from retrieval_tip.report.report import write_report
 
 
@@ -85,7 +84,7 @@ def clf(kept, tmp_path):
 def test_predict_gives_the_answers_of_its_cache_model_and_encoder(place, kept, clf):
     backbone = load_backbone(f"local-dir:{place / 'model'}", device="cpu")
     source = open_source(place / "new")
-    plain = Predictions.joined(clf.cache.classify_source(source, Reader(backbone)))
+    plain = Predictions.joined(clf.index.classify_source(source, Reader(backbone)))
     answers = clf.predict(place / "new")
     assert [answer.label for answer in answers] == [one.label for one in plain]
     assert [answer.probability for answer in answers] == pytest.approx([one.probability for one in plain])
@@ -181,8 +180,8 @@ def test_deep_grey_pictures_get_the_same_answer_as_their_files(clf, tmp_path, mo
 
 
 def test_unit_features_are_classified_and_others_refused(clf):
-    keys = np.asarray(clf.cache.keys)
-    assert clf.predict(keys[0]).label == clf.cache.labels["label"][0].as_py()
+    keys = np.asarray(clf.index.keys)
+    assert clf.predict(keys[0]).label == clf.index.labels["label"][0].as_py()
     assert len(clf.predict(keys[:4])) == 4
     tensor = torch.from_numpy(keys.copy())
     assert clf.predict(tensor[0]) == clf.predict(keys[0])
@@ -193,8 +192,8 @@ def test_unit_features_are_classified_and_others_refused(clf):
         with pytest.raises(InputError, match=rf"row 0 has norm {scale}.* divide"):
             clf.predict(scale * keys[:2])
         with pytest.raises(InputError, match="divide"):
-            clf.cache.classify(scale * keys[:2])
-    assert len(clf.cache.classify(2 * keys[:2], norms="keep")) == 2
+            clf.index.classify(scale * keys[:2])
+    assert len(clf.index.classify(2 * keys[:2], norms="keep")) == 2
 
 
 def test_unreadable_photos_are_named(place, clf, tmp_path):
@@ -242,7 +241,7 @@ def test_an_explanation_shows_the_pictures(place, clf):
 
 
 def test_shots_are_added_to_known_and_new_classes(place, clf):
-    version = clf.cache.version
+    version = clf.index.version
     added = clf.add(place / "new/red/6.png", "RED")  # a new class, because names are case-sensitive
     assert (len(added.key_ids), added.classes, added.version) == (1, ["RED"], version + 1)
     assert len(clf) == 19
@@ -253,7 +252,7 @@ def test_shots_are_added_to_known_and_new_classes(place, clf):
     assert clf.predict(yellow[0]).neighbours[0].label == "yellow"
     clf.add(place / "new")
     assert len(clf) == 19 + 2 + 3 + 6
-    assert clf.cache.version == version + 4
+    assert clf.index.version == version + 4
     with pytest.raises(UsageError, match="label"):
         clf.add(place / "new/red/6.png")
     with pytest.raises(InputError, match="labels: got 1 for 2"):
@@ -282,7 +281,7 @@ def test_photos_in_memory_become_shots(place):
     ways = [(dataset,), (pairs,), (iter(pairs),), ([picture for picture, _ in pairs], [label for _, label in pairs])]
     for way in ways:
         clf = Classifier.from_images(*way, model=model, device="cpu")
-        np.testing.assert_allclose(np.asarray(clf.cache.keys), np.asarray(folder.cache.keys), atol=1e-5)
+        np.testing.assert_allclose(np.asarray(clf.index.keys), np.asarray(folder.index.keys), atol=1e-5)
         assert clf.classes == folder.classes
         assert clf.predict(place / "new/red/6.png").label == folder.predict(place / "new/red/6.png").label
     new, answers = ImageFolder(place / "new"), folder.predict(place / "new")
@@ -300,7 +299,7 @@ def test_photos_in_memory_become_shots(place):
     assert held.classes == ["red", "green", "blue"]
     part = torch.utils.data.Subset(Dataset(), [1, 4])
     ids = held.add(part).key_ids
-    labels = {row["key_id"]: row["label"] for row in held.cache.labels.to_pylist()}
+    labels = {row["key_id"]: row["label"] for row in held.index.labels.to_pylist()}
     assert [labels[key] for key in ids] == ["green", "green"]
     for wrong, words in (([noisy_photo(1, 1)], "label: missing"), (place / "new/red/6.png", "label: missing")):
         with pytest.raises(UsageError, match=words):
@@ -369,7 +368,7 @@ def test_hugging_face_datasets_are_accepted_as_labelled_photos(place, clf, datas
     for how in (str, lambda file: {"bytes": file.read_bytes(), "path": file.name}):
         photos, new = dataset("photos", how), dataset("new", how)
         made = Classifier.from_images(photos, model=model, device="cpu")
-        np.testing.assert_allclose(np.asarray(made.cache.keys), np.asarray(clf.cache.keys), atol=1e-5)
+        np.testing.assert_allclose(np.asarray(made.index.keys), np.asarray(clf.index.keys), atol=1e-5)
         assert made.classes == clf.classes
         for given in (new, new.to_iterable_dataset(), list(new), new["image"]):
             answers = made.predict(given)
@@ -406,29 +405,29 @@ def test_after_each_change_the_new_version_is_used(place, tmp_path):
     assert "not saved" in repr(clf)
     assert clf.remove(key_ids=[0]).key_ids == [0]
     assert len(clf) == 17
-    assert clf.relabel("red", where="key_id = 1").version == clf.cache.version == 3
+    assert clf.relabel("red", where="key_id = 1").version == clf.index.version == 3
     assert clf.relabel({1: "blue", 2: "green"}).key_ids == [1, 2]
-    assert clf.cache.find(key_ids=[1, 2])["label"].to_pylist() == ["blue", "green"]
+    assert clf.index.find(key_ids=[1, 2])["label"].to_pylist() == ["blue", "green"]
     assert not clf.rename("red", "crimson", encode=True).merged
     assert "crimson" in clf.classes
     assert clf.rename("crimson", "blue").merged
     assert clf.classes == ["blue", "green"]
-    assert clf.rollback(1).version == clf.cache.version == 7
+    assert clf.rollback(1).version == clf.index.version == 7
     assert (len(clf), clf.classes) == (18, ["blue", "green", "red"])
     told = clf.history()["change"].to_pylist()
     assert told[1:3] == ["remove 1 key", "relabel 1 key as red"]
     assert clf.fit(metric="none").form.metric is None
     choice = clf.fit(place / "new", values="one-hot")
-    assert (choice.judged_on, clf.cache.values, clf.cache.version) == (f"6 photos of {place / 'new'}", None, 9)
+    assert (choice.judged_on, clf.index.values, clf.index.version) == (f"6 photos of {place / 'new'}", None, 9)
     before = clf.predict_proba(place / "new")
     result = clf.calibrate(torch.utils.data.Subset(Dataset(), range(6)))
-    assert clf.cache.settings.temperature == result.temperature != 1
+    assert clf.index.settings.temperature == result.temperature != 1
     assert (clf.predict_proba(place / "new").argmax(1) == before.argmax(1)).all()
-    assert clf.audit(borderline=True).equals(audit(CacheModel.load(clf.cache.place), borderline=True))
+    assert clf.audit(borderline=True).equals(audit(Index.load(clf.index.place), borderline=True))
     other = Classifier.from_folder(place / "new", f"local-dir:{place / 'model'}", device="cpu")
     assert len(clf.merge(other).key_ids) == 6
     stored = clf.save(f"lance://{tmp_path}/store.lance")
-    assert stored.remove(key_ids=[3]).version == stored.cache.version
+    assert stored.remove(key_ids=[3]).version == stored.index.version
     assert [len(stored), len(stored.similar(place / "new/red/6.png", 30))] == [23, 23]
     for in_a_folder_only in (lambda: stored.calibrate(place / "new"), stored.finetune):
         with pytest.raises(UsageError, match=r"lance://.*needs an index in a folder"):
@@ -440,12 +439,12 @@ def test_finetune_writes_a_new_index(place, kept, tmp_path):
     clf, old = Classifier.load(kept, device="cpu"), Classifier.load(kept, device="cpu")
     recipe = Recipe(epochs=1, views=2)
     tuned = clf.finetune(tmp_path / "f", recipe, val=place / "new", keep_last=True)
-    assert clf.cache.place == str(tmp_path / "f")
-    np.testing.assert_array_equal(clf.cache.keys, tuned.cache.keys)
-    assert clf.reader.backbone.identity == clf.cache.backbone == old.cache.backbone
+    assert clf.index.place == str(tmp_path / "f")
+    np.testing.assert_array_equal(clf.index.keys, tuned.index.keys)
+    assert clf.reader.backbone.identity == clf.index.backbone == old.index.backbone
     clf.finetune(None, replace(recipe, lr=0.01), keep_last=True)
     assert "not saved" in repr(clf)
-    assert not np.array_equal(clf.cache.keys, tuned.cache.keys)
+    assert not np.array_equal(clf.index.keys, tuned.index.keys)
     photo, data = place / "new/red/6.png", pickle.dumps(clf.save(tmp_path / "saved"))
     expected = clf.predict(photo)
     shutil.rmtree(tmp_path / "saved")
@@ -460,7 +459,7 @@ def test_finetune_writes_a_new_index(place, kept, tmp_path):
 
 
 def test_probabilities_and_similar_shots_match_the_definition(place, clf):
-    cache, photos = clf.cache, open_source(place / "new")
+    cache, photos = clf.index, open_source(place / "new")
     f = torch.from_numpy(clf.reader.encode(photos).features)
     expected = (cache.logits(f).double() / cache.settings.temperature).softmax(1)
     np.testing.assert_allclose(clf.predict_proba(place / "new"), expected, atol=1e-6)
@@ -484,7 +483,7 @@ def test_photos_are_sorted_and_two_classifiers_compared(place, kept, clf, tmp_pa
     clf.relabel("red", where="label = 'blue'")
     for other in (kept, Classifier.load(kept, device="cpu")):
         both = clf.compare(other, place / "new")
-        assert both.names == (clf.cache.place, str(kept))
+        assert both.names == (clf.index.place, str(kept))
         assert [score.accuracy for score in both.scores] == [
             one.evaluate(place / "new").top1 for one in (clf, Classifier.load(kept, device="cpu"))
         ]
@@ -534,7 +533,7 @@ def test_a_pickled_classifier_works_in_another_process_without_its_folder(place,
     from retrieval_tip import ImageEncoder, TipAdapterClassifier
 
     clf = Classifier.from_folder(place / "photos", f"local-dir:{place / 'model'}", device="cpu", views=2)
-    folder, photo, photos = clf.cache.folder, str(place / "new/red/6.png"), open_source(place / "photos")
+    folder, photo, photos = clf.index.folder, str(place / "new/red/6.png"), open_source(place / "photos")
     pipeline = sklearn.make_pipeline(ImageEncoder(clf.reader.backbone), TipAdapterClassifier(alpha=1.0, device="cpu"))
     pipeline.fit(photos.paths, photos.labels)
     expected, data = [clf.predict_proba(photo), pipeline.predict_proba([photo])], pickle.dumps(clf)
@@ -549,7 +548,7 @@ def test_a_pickled_classifier_works_in_another_process_without_its_folder(place,
         "clf, pipeline = pickle.loads(pathlib.Path('both.pickle').read_bytes())\n"
         "mapped = joblib.load('clf.joblib', mmap_mode='r')  # as the arguments of a process of joblib\n"
         f"print([one.predict_proba([{photo!r}]).tolist() for one in (clf, mapped, pipeline)])\n"
-        f"print(clf); print(clf.add({photo!r}, 'red').version, clf.cache.labels['views'].to_pylist()[-1])\n"
+        f"print(clf); print(clf.add({photo!r}, 'red').version, clf.index.labels['views'].to_pylist()[-1])\n"
         "clf.save('new')"
     )
     done = subprocess.run([warm.python(warm_path), "-c", script], cwd=tmp_path, capture_output=True, text=True)
@@ -569,13 +568,13 @@ def test_a_copy_of_a_classifier_is_independent_of_its_index(place, clf, tmp_path
     other = carry(clf)
     other.remove(key_ids=[0])
     assert (len(clf), len(other), len(clf.history())) == (19, 18, history)
-    assert copy.copy(clf).cache is clf.cache
-    stored = Classifier.load(clf.cache.folder, device="cpu").save(f"lance://{tmp_path}/store.lance")
+    assert copy.copy(clf).cache is clf.index
+    stored = Classifier.load(clf.index.folder, device="cpu").save(f"lance://{tmp_path}/store.lance")
     copies = [carry(clf), carry(stored)]
-    shutil.rmtree(clf.cache.folder)
+    shutil.rmtree(clf.index.folder)
     for one in copies:
         assert [answer.label for answer in one.predict(place / "new")] == [answer.label for answer in expected]
-        assert type(one.cache.keys) is np.ndarray  # and not memory-mapped
+        assert type(one.index.keys) is np.ndarray  # and not memory-mapped
         assert "not saved" in repr(one)
         assert len(one.remove(key_ids=[1]).key_ids) == 1
 
@@ -619,7 +618,7 @@ MISUSE = {
     ],
     "photos: got an object of type NoneType; give": [lambda clf: clf.predict(None), lambda clf: clf.evaluate(None)],
     "photo: expected a single photo or feature; call similar for each": [
-        lambda clf: clf.similar(5), lambda clf: clf.similar([PHOTO]), lambda clf: clf.similar(clf.cache.keys[:2]),
+        lambda clf: clf.similar(5), lambda clf: clf.similar([PHOTO]), lambda clf: clf.similar(clf.index.keys[:2]),
     ],
     "what: expected a single photo; call explain for each": [lambda clf: clf.explain([PHOTO])],
     "https://e.org/a.png: a web address; download it first": [
@@ -645,8 +644,8 @@ MISUSE = {
         lambda clf: clf.remove(), lambda clf: clf.relabel("red"), lambda clf: clf.remove(where="true", key_ids=[0]),
     ],
     "photos: got an object of type list; give a path": [lambda clf: clf.from_folder([PHOTO])],
-    "model: got an object of type int; give a name": [lambda clf: clf.load(clf.cache.place, 5)],
-    "model: got 2 objects; give (model, preprocess, tokenizer)": [lambda clf: clf.load(clf.cache.place, (1, 2))],
+    "model: got an object of type int; give a name": [lambda clf: clf.load(clf.index.place, 5)],
+    "model: got 2 objects; give (model, preprocess, tokenizer)": [lambda clf: clf.load(clf.index.place, (1, 2))],
     "key ids: got 5; give a list": [lambda clf: clf.remove(key_ids=5)],
     "key ids: got ['a']; give a list": [lambda clf: clf.remove(key_ids=["a"]), lambda clf: clf.relabel({"a": "red"})],
     "where: got 5; give an SQL condition": [lambda clf: clf.remove(where=5)],
@@ -672,16 +671,16 @@ def test_misuse_gives_one_clear_error(place, kept, words):
         with pytest.raises(RetrievalTipError, match=f"^[^;]*{re.escape(words)}") as error:
             call(clf)
         assert "\n" not in str(error.value)
-    assert clf.cache.reload() is clf.cache  # nothing changed
+    assert clf.index.reload() is clf.index  # nothing changed
 
 
 def test_an_index_of_features_in_memory_can_be_changed_and_saved(tmp_path):
     keys = np.eye(4, dtype=np.float32)
-    clf = Classifier(CacheModel.from_features(keys, ["a", "a", "b", "b"], ["a", "b"]), Reader())
+    clf = Classifier(Index.from_features(keys, ["a", "a", "b", "b"], ["a", "b"]), Reader())
     assert clf.predict_proba(keys).shape == (4, 2)
     assert (len(clf.remove(key_ids=[0]).key_ids), len(clf), len(clf.history())) == (1, 3, 2)
     assert "not saved" in repr(clf)
-    assert len(Classifier.load(clf.save(tmp_path / "index").cache.place, device="cpu")) == 3
+    assert len(Classifier.load(clf.save(tmp_path / "index").index.place, device="cpu")) == 3
 
 
 def test_methods_that_need_an_encoder_say_so(place, tmp_path):
@@ -737,16 +736,16 @@ def test_every_option_is_a_named_argument():
         (parameters(Classifier.relabel), changes.relabel, {"folder"}),
         (parameters(Classifier.rollback), changes.rollback, {"folder"}),
         (parameters(Classifier.fit), fit_index, {"folder", "validation", "reader"}),
-        (parameters(Classifier.finetune), finetune_into, {"out", "cache", "shots", "reader", "parent"}),
+        (parameters(Classifier.finetune), finetune_into, {"out", "index", "shots", "reader", "parent"}),
         (parameters(Classifier.predict_proba), Classifier.predict, {"group_unlike"}),
         (parameters(Classifier.similar), Index.similar, {"self", "features"}),
         (parameters(Classifier.sort), sort_photos, {"index", "sources", "reader"}),
-        (parameters(Classifier.audit), audit, {"cache"}),
-        (parameters(Classifier.evaluate), evaluation.evaluate, {"cache", "source", "reader"}),
+        (parameters(Classifier.audit), audit, {"index"}),
+        (parameters(Classifier.evaluate), evaluation.evaluate, {"index", "source", "reader"}),
         (
             parameters(Classifier.report),
             write_report,
-            {"cache", "test", "reader", "out", "folder", "where", "command"},
+            {"index", "test", "reader", "out", "folder", "where", "command"},
         ),
     ):
         for name, default in parameters(done_by).items():
@@ -766,10 +765,10 @@ def test_as_module_computes_logits_from_pixels(place, clf):
     for row, path in zip(logits, paths, strict=True):
         answer = clf.predict(path, top=3)
         assert clf.classes[int(row.argmax())] == answer.label
-        chances = (row / clf.cache.settings.temperature).softmax(0)
+        chances = (row / clf.index.settings.temperature).softmax(0)
         np.testing.assert_allclose([chances[clf.classes.index(name)] for name in answer.labels], answer.probabilities,
                                    atol=1e-3)  # fmt: skip
-    clf.cache.settings = clf.cache.settings.override(k=2)
+    clf.index.settings = clf.index.settings.override(k=2)
     with pytest.raises(UsageError, match="all keys"):
         clf.as_module()
 
@@ -792,7 +791,7 @@ def test_evaluate_and_report_match_the_commands(place, clf, tmp_path, run):
     found = clf.evaluate(place / "new")
     import json
 
-    said = json.loads(run("evaluate", clf.cache.folder, place / "new", "--json", "--device", "cpu").stdout)
+    said = json.loads(run("evaluate", clf.index.folder, place / "new", "--json", "--device", "cpu").stdout)
     assert (found.n, found.top1, found.skipped) == (said["n"], said["top1"], 0)
     wrong = [(picture, (label + 1) % 3) for picture, label in map(Dataset().__getitem__, range(6))]
     clf.report(tmp_path / "r.html", [(picture, Dataset.classes[label]) for picture, label in wrong], curves=False)

@@ -32,7 +32,7 @@ from retrieval_tip.cli import program as cli
 from retrieval_tip.cli.group import OptionGroup
 from retrieval_tip.cli.kinds import K, Number
 from retrieval_tip.errors import InputError
-from retrieval_tip.model import CacheModel
+from retrieval_tip.model import Index
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_json_csv_and_parquet_agree(run, small, queries, tmp_path):
 
 def test_classify_prints_the_logits_of_python(run, small, queries):
     features = np.stack(pq.read_table(queries)["feature"].to_pylist()).astype(np.float32)
-    cache = CacheModel.load(small)
+    cache = Index.load(small)
     cache.settings = cache.settings.override(alpha=3.0, beta=2.0)
     for k in ("all", 2):
         for tail in ("--tail", "--no-tail"):
@@ -242,7 +242,7 @@ def test_an_encoded_table_gives_the_same_index_as_its_images(run, shared, tmp_pa
     assert (
         run("index", "build", "--fit", "none", tmp_path / "t.parquet", "--out", tmp_path / "b").exit_code == 0
     )  # its metadata name the model
-    a, b = CacheModel.load(tmp_path / "a"), CacheModel.load(tmp_path / "b")
+    a, b = Index.load(tmp_path / "a"), Index.load(tmp_path / "b")
     np.testing.assert_array_equal(a.keys, b.keys)
     np.testing.assert_array_equal(a.text_weights, b.text_weights)
     assert a.backbone == b.backbone
@@ -267,7 +267,7 @@ def test_unreadable_images_are_named_and_give_exit_status_3(run, shared, tmp_pat
     assert built.exit_code == 3
     assert f"skipped {broken}: damaged" in built.stderr
     number = sum(1 for _ in photos.glob("*/*.jpg"))
-    cache = CacheModel.load(tmp_path / "i")
+    cache = Index.load(tmp_path / "i")
     assert cache.n == number - 1
     assert str(broken) not in cache.labels["source"].to_pylist()
     whole = next((photos / "pizza").iterdir())
@@ -439,7 +439,7 @@ def test_running_out_of_memory_prints_one_line(run, small, queries, monkeypatch,
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(CacheModel, "answers", fail)
+    monkeypatch.setattr(Index, "answers", fail)
     failed = run("classify", small, queries)
     assert (failed.exit_code, failed.stderr.count("\n")) == (1, 1)
     assert failed.stderr.startswith(f"Error: {message}")

@@ -11,7 +11,7 @@ import pytest
 from clusters import round_clusters as clusters
 from tables import unit_rows, write_table
 
-from retrieval_tip import CacheModel, Reader, Recipe, open_source, verify
+from retrieval_tip import Index, Reader, Recipe, open_source, verify
 from retrieval_tip.fit.finetune import finetune_into
 from retrieval_tip.fit.search_hp import validation_shots
 
@@ -72,13 +72,13 @@ def test_finetune_writes_a_new_index_with_its_provenance(run, place):
 
 def test_python_gives_the_result_of_the_command(run, place):
     result = tune(run, place, "--val", place / "val.parquet", "--epochs", 2, "--batch", 16, "--json")
-    cache = CacheModel.load(place / "index", device="cpu", precision="float32")
+    cache = Index.load(place / "index", device="cpu", precision="float32")
     shots, val = (open_source(place / f"{name}.parquet") for name in ("views", "val"))
     val = val.take(validation_shots(cache, val))
     recipe = Recipe(epochs=2, batch=16)
     tuned = finetune_into(place / "again", cache, shots, Reader(), recipe, val=val, parent=str(place / "index"))
     assert tuned.facts() | {"seconds": 0} == json.loads(result.stdout) | {"seconds": 0}
-    one, other = (CacheModel.load(place / name, device="cpu") for name in ("tuned", "again"))
+    one, other = (Index.load(place / name, device="cpu") for name in ("tuned", "again"))
     assert np.array_equal(one.keys, other.keys)
     assert one.settings == other.settings
 
@@ -86,7 +86,7 @@ def test_python_gives_the_result_of_the_command(run, place):
 def test_finetune_trains_on_the_source_of_the_index_by_default(run, place):
     result = run("finetune", place / "index", "--out", place / "tuned", "--epochs", 2, "--keep-last")
     assert result.exit_code == 0, result.stderr
-    keys, tuned = (CacheModel.load(place / name, device="cpu").keys for name in ("index", "tuned"))
+    keys, tuned = (Index.load(place / name, device="cpu").keys for name in ("index", "tuned"))
     assert not np.array_equal(keys, tuned)
     (place / "train.parquet").unlink()
     result = run("finetune", place / "index", "--out", place / "again", "--epochs", 2)
@@ -99,7 +99,7 @@ def test_given_alpha_and_beta_are_used_and_saved(run, place):
     fitted_index(run, place)
     result = tune(run, place, "--alpha", 3, "--beta", 2, "--epochs", 1, "--keep-last")
     assert result.exit_code == 0, result.stderr
-    cache = CacheModel.load(place / "tuned", device="cpu")
+    cache = Index.load(place / "tuned", device="cpu")
     assert (cache.settings.alpha, cache.settings.beta) == (3, 2)
 
 
@@ -125,7 +125,7 @@ def fitted_index(run, place):
     """Build the index of the same shots with a closed-form fit."""
     text = ("--text", place / "text.parquet", "--logit-scale", 10)
     assert run("index", "build", place / "train.parquet", *text, "--out", place / "index").exit_code == 0
-    return CacheModel.load(place / "index", device="cpu")
+    return Index.load(place / "index", device="cpu")
 
 
 def accuracy(cache, source):
@@ -180,7 +180,7 @@ def test_validation_accuracy_is_printed_before_and_after_training(run, place):
     how = ("--val", place / "val.parquet", "--epochs", 3, "--batch", 16, "--json", "--keep-last")
     printed = json.loads(tune(run, place, *how).stdout)
     assert (printed["before"], printed["n"]) == (pytest.approx(accuracy(index, val)), len(val))
-    assert printed["after"] == pytest.approx(accuracy(CacheModel.load(place / "tuned", device="cpu"), val))
+    assert printed["after"] == pytest.approx(accuracy(Index.load(place / "tuned", device="cpu"), val))
 
 
 def test_training_that_helps_is_kept(run, place):

@@ -14,7 +14,7 @@ from dense import shots_like_clip
 from sealing import snapshot
 from tables import write_table
 
-from retrieval_tip import CacheModel, verify
+from retrieval_tip import Index, verify
 from retrieval_tip.settings import KeysMet
 
 C, SHOTS, Q = 20, 16, 120
@@ -52,7 +52,7 @@ def json_rows(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def labels(cache: CacheModel, features: dict[str, Any], k: KeysMet) -> list[int]:
+def labels(cache: Index, features: dict[str, Any], k: KeysMet) -> list[int]:
     return cache.logits(features["queries"], k, cache.settings.tail).argmax(1).tolist()
 
 
@@ -63,7 +63,7 @@ def labels(cache: CacheModel, features: dict[str, Any], k: KeysMet) -> list[int]
 def test_the_new_version_has_the_printed_settings(
     run: Any, place: Path, features: dict[str, Any], more: tuple[object, ...]
 ) -> None:
-    data, before = set((place / "index" / "data").iterdir()), CacheModel.load(place / "index", device="cpu")
+    data, before = set((place / "index" / "data").iterdir()), Index.load(place / "index", device="cpu")
     result = tune(run, place, *more, "--format", "json")
     assert result.exit_code == 0, result.stderr
     rows = json_rows(result.stdout)
@@ -88,7 +88,7 @@ def test_the_new_version_has_the_printed_settings(
     )
     added = set((place / "index" / "data").iterdir()) - data
     assert {path.name.partition("-")[0] for path in added} <= {"index"}  # no other file is rewritten
-    cache = CacheModel.load(place / "index", device="cpu", precision="float32")
+    cache = Index.load(place / "index", device="cpu", precision="float32")
     same = np.mean(np.equal(labels(cache, features, cache.settings.k), labels(cache, features, "all")))
     assert same == pytest.approx(chosen[0]["agreement"], abs=0.5 / Q)
     asked = json_rows(run("classify", place / "index", place / "queries.parquet", "--format", "json").stdout)
@@ -160,7 +160,7 @@ def test_certified_answers_show_their_number_of_keys(run: Any, place: Path, feat
     keys = [row["keys"] for row in rows]
     assert set(keys) <= {10, 40, C * SHOTS}
     assert len(set(keys)) > 1
-    cache = CacheModel.load(place / "index", device="cpu", precision="float32")
+    cache = Index.load(place / "index", device="cpu", precision="float32")
     assert [row["label"] for row in rows] == [NAMES[i] for i in labels(cache, features, None)]
     parts = [f"{keys.count(k)} with {'all' if k == C * SHOTS else k} keys" for k in sorted(set(keys))]
     assert result.stderr.strip() == f"Answers proved equal to those over all keys: {', '.join(parts)}"
@@ -221,6 +221,6 @@ def test_precision_applies_to_products_with_all_keys(
                  "--format", "json")  # fmt: skip
     assert result.exit_code == 0, result.stderr
     found = np.array([row["logits"] for row in json_rows(result.stdout)])
-    exact = CacheModel.load(place / "index", device="cpu", precision="float32").logits(features["queries"]).numpy()
+    exact = Index.load(place / "index", device="cpu", precision="float32").logits(features["queries"]).numpy()
     np.testing.assert_allclose(found, exact, atol=0.2)
     assert (np.abs(found - exact).max() > 1e-4) == (precision == "bfloat16")

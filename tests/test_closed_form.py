@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tables import read_features
 
-from retrieval_tip import CacheModel, tip
+from retrieval_tip import Index, tip
 from retrieval_tip.backbones.base import Identity
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import closed_form, search_hp
@@ -37,7 +37,7 @@ from retrieval_tip.store.sums import Sums
 def model(shots=6, text=True, seed=0, **options):
     keys, ids = clusters(shots, seed)
     names = [f"class {i}" for i in range(C)]
-    return CacheModel.from_features(keys, ids, names, text_of() if text else None, **options)
+    return Index.from_features(keys, ids, names, text_of() if text else None, **options)
 
 
 def dense(cache, queries, form):
@@ -93,7 +93,7 @@ def test_logits_match_the_definition(form, where, tmp_path):
     closed_form.fit(cache, forms=[form])
     if where == "disk":
         cache.save(tmp_path / "index")
-        cache = CacheModel.load(tmp_path / "index")
+        cache = Index.load(tmp_path / "index")
     queries, _ = clusters(4, seed=5)
     text, alone, points = dense(cache, queries, form)
     if cache.settings.log_offset is not None:
@@ -102,7 +102,7 @@ def test_logits_match_the_definition(form, where, tmp_path):
     own_text, own_cache = (part.numpy() for part in parts_of(cache, queries))
     np.testing.assert_allclose(own_text, text, atol=1e-4)
     np.testing.assert_allclose(own_cache, alone, atol=2e-4 * np.abs(alone).max())
-    np.testing.assert_allclose(cache.met, points, atol=1e-5)
+    np.testing.assert_allclose(cache.vectors, points, atol=1e-5)
     expected = text + cache.settings.alpha * (alone + cache.settings.gamma * class_averages(cache, queries, points))
     np.testing.assert_allclose(cache.logits(queries).numpy(), expected, atol=1e-3 * np.abs(expected).max())
     affinity = (unit_points(cache, queries) @ points.T).max(1)
@@ -117,7 +117,7 @@ def unit_points(cache, queries):
 def test_keys_of_any_norm_are_fitted(shots, norm):
     keys, ids = clusters(shots)
     queries, truth = clusters(6, seed=5)
-    cache = CacheModel.from_features(norm * keys, ids, [f"class {i}" for i in range(C)], device="cpu")
+    cache = Index.from_features(norm * keys, ids, [f"class {i}" for i in range(C)], device="cpu")
     choice = closed_form.fit(cache)
     assert (cache.fitted.metric == "within") or norm < 2
     assert bool(list(choice.warnings)) == (norm > 1.1)
@@ -130,8 +130,8 @@ def test_keys_of_any_norm_are_fitted(shots, norm):
 def test_keys_too_far_from_norm_1_are_refused():
     keys, ids = clusters(4)
     mixed = np.geomspace(1e-3, 1e3, len(keys))[:, None] * keys
-    closed_form.fit(CacheModel.from_features(mixed, ids, [f"class {i}" for i in range(C)], device="cpu"))
-    tiny = CacheModel.from_features(1e-20 * keys, ids, [f"class {i}" for i in range(C)], device="cpu")
+    closed_form.fit(Index.from_features(mixed, ids, [f"class {i}" for i in range(C)], device="cpu"))
+    tiny = Index.from_features(1e-20 * keys, ids, [f"class {i}" for i in range(C)], device="cpu")
     with pytest.raises(InputError, match="norm"):
         closed_form.fit(tiny)
     solved = model()
@@ -185,7 +185,7 @@ def test_each_fold_is_judged_by_a_fit_without_it():
     expected = []
     for held in folds.held:
         rows = held.rows.numpy()
-        rest = CacheModel.from_features(keys[rows], ids[rows], cache.class_names)
+        rest = Index.from_features(keys[rows], ids[rows], cache.class_names)
         expected.append(dense(rest, held.features.numpy(), DEFAULT_FORM)[1])
     np.testing.assert_allclose(folds.terms(DEFAULT_FORM)[1], np.concatenate(expected), atol=2e-4)
 
@@ -303,7 +303,7 @@ def partly(covered, c=20, shots=4, noise=1.0, spread=0.6):
     """Return a model of ``c`` classes with text, of which the first ``covered`` have shots."""
     keys, ids = clusters(shots, c=c, spread=spread)
     some = ids < covered
-    return CacheModel.from_features(keys[some], ids[some], [f"class {i}" for i in range(c)], text_of(c, noise=noise))
+    return Index.from_features(keys[some], ids[some], [f"class {i}" for i in range(c)], text_of(c, noise=noise))
 
 
 def test_a_held_out_class_is_judged_by_a_fit_without_its_keys():
@@ -319,7 +319,7 @@ def test_a_held_out_class_is_judged_by_a_fit_without_its_keys():
         rows = held.rows.numpy()
         assert not set(ids[rows]) & set(held.ids.tolist())
         names = [f"class {i}" for i in np.unique(ids[rows])]
-        rest = CacheModel.from_features(keys[rows], np.unique(ids[rows], return_inverse=True)[1], names)
+        rest = Index.from_features(keys[rows], np.unique(ids[rows], return_inverse=True)[1], names)
         rest.text_weights = torch.zeros(len(names), D)
         expected = dense(rest, held.features.numpy(), DEFAULT_FORM)[1]
         np.testing.assert_allclose(logits[:, np.unique(ids[rows])], expected, atol=2e-4)
@@ -382,7 +382,7 @@ def test_a_class_has_mean_values_plus_a_bonus_until_it_gets_shots():
     torch.testing.assert_close(cache.values[:, 8:], mean[:, None].expand(-1, 12))
     keys, ids = clusters(4, c=20)
     cache.add(keys[ids == 8], ["class 8"] * 4)
-    solved = ridge.Ridge(20, 1.0, 0.1, "cpu", bonus=bonus).values(torch.from_numpy(cache.met), cache.class_ids)
+    solved = ridge.Ridge(20, 1.0, 0.1, "cpu", bonus=bonus).values(torch.from_numpy(cache.vectors), cache.class_ids)
     torch.testing.assert_close(cache.values, solved, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(cache.values[:, 8], cache.values[:, 9])
 
@@ -426,7 +426,7 @@ def test_on_dtd_photos_of_some_classes_do_not_crowd_out_the_others(shared, cover
     draw = np.random.default_rng(1)
     chosen = draw.permutation(len(names))[:covered]
     rows = np.concatenate([draw.permutation(np.flatnonzero(labels == names[i]))[:shots] for i in chosen])
-    cache = CacheModel.from_features(unit(keys[rows]), labels[rows].tolist(), names.tolist(), text, device="cpu")
+    cache = Index.from_features(unit(keys[rows]), labels[rows].tolist(), names.tolist(), text, device="cpu")
     closed_form.fit(cache)
     right = names[cache.logits(unit(queries)).argmax(1).numpy()] == truth
     assert 100 * right.mean() >= least
@@ -470,7 +470,7 @@ def test_the_known_prior_of_a_backbone_is_used_for_its_features():
     assert values.min() > -1e-3 * values.max()
     assert known_prior(backbone, 16) is known_prior(replace(backbone, pretrained="laion2b"), 512) is None
     keys, ids = clusters(2, d=512)
-    one, other, plain = (CacheModel.from_features(keys, ids, [str(i) for i in range(C)], device="cpu") for _ in "abc")
+    one, other, plain = (Index.from_features(keys, ids, [str(i) for i in range(C)], device="cpu") for _ in "abc")
     one.backbone = backbone
     closed_form.fit(one)
     closed_form.fit(other, Fit(prior=prior))
@@ -512,11 +512,11 @@ def test_class_prior_shots_gives_all_shots_equal_weight(run, tables):
     table(tables / "tail.parquet", keys[some], [f"class {i}" for i in ids[some]])
     index = tables / "index"
     assert run("index", "build", tables / "tail.parquet", "--class-prior", "shots", "--out", index).exit_code == 0
-    cache = CacheModel.load(index, device="cpu")
+    cache = Index.load(index, device="cpu")
     assert cache.fitted.class_prior == "shots"
 
     def expected():
-        points = np.asarray(cache.met, dtype=np.float64)
+        points = np.asarray(cache.vectors, dtype=np.float64)
         gram = np.exp(-cache.settings.beta * (1 - points @ points.T)) + cache.fitted.ridge * np.eye(cache.n)
         return np.linalg.solve(gram, np.eye(C)[cache.class_ids])
 
@@ -524,9 +524,9 @@ def test_class_prior_shots_gives_all_shots_equal_weight(run, tables):
     cache.add(clusters(1, seed=8)[0], [f"class {i}" for i in range(C)])
     np.testing.assert_allclose(cache.values, expected(), atol=1e-4)
     assert run("fit", index).exit_code == 0
-    assert CacheModel.load(index).fitted.class_prior == "shots"
+    assert Index.load(index).fitted.class_prior == "shots"
     assert run("fit", index, "--class-prior", "even").exit_code == 0
-    assert CacheModel.load(index).fitted.class_prior == "even"
+    assert Index.load(index).fitted.class_prior == "even"
 
 
 @pytest.mark.parametrize("kind", ["sorted", "shuffled", "residuals"])
@@ -567,7 +567,7 @@ def test_folds_of_uneven_shots_give_each_class_equal_weight():
 def test_one_hot_values_are_not_chosen_for_uneven_shots():
     keys, ids = clusters(16)
     some = np.concatenate([np.flatnonzero(ids == i)[:n] for i, n in enumerate((3, 4, 5, 8, 16))])
-    cache = CacheModel.from_features(keys[some], ids[some], [f"class {i}" for i in range(C)], text_of())
+    cache = Index.from_features(keys[some], ids[some], [f"class {i}" for i in range(C)], text_of())
     choice = closed_form.fit(cache)
     assert choice.trials
     assert all(trial.form.values is not None for trial in choice.trials)
@@ -584,7 +584,7 @@ def test_the_mean_class_accuracy_on_a_long_tail_of_flowers_is_high(shared):
     draw = np.random.default_rng(1)
     numbers = np.round(16 ** (draw.permutation(len(names)) / (len(names) - 1))).astype(int)
     rows = np.concatenate([draw.permutation(np.flatnonzero(ids == i))[:n] for i, n in enumerate(numbers)])
-    cache = CacheModel.from_features(unit(keys[rows]), labels[rows].tolist(), names.tolist(), device="cpu")
+    cache = Index.from_features(unit(keys[rows]), labels[rows].tolist(), names.tolist(), device="cpu")
     closed_form.fit(cache)
     right = names[cache.logits(unit(queries)).argmax(1).numpy()] == truth
     assert 100 * np.mean([right[truth == name].mean() for name in names]) >= 83
@@ -637,7 +637,7 @@ def test_a_new_form_takes_one_class_and_one_entry(tmp_path):
     finally:
         FORMS.remove(form)
     cache.save(tmp_path / "index")
-    found = CacheModel.load(tmp_path / "index")
+    found = Index.load(tmp_path / "index")
     assert (found.fitted.metric, found.fitted.shrinkage) == ("diagonal", 0.1)
     assert torch.equal(found.logits(queries), cache.logits(queries))
     after = (found.logits(queries).argmax(1).numpy() == truth).mean()
@@ -649,7 +649,7 @@ def test_a_new_form_takes_one_class_and_one_entry(tmp_path):
 
 def test_the_metric_is_chosen_if_it_helps():
     keys, ids = clusters(12, spread=1.0)
-    cache = CacheModel.from_features(keys, ids, [str(i) for i in range(C)])
+    cache = Index.from_features(keys, ids, [str(i) for i in range(C)])
     queries, truth = clusters(40, seed=7, spread=1.0)
     before = (cache.logits(queries).argmax(1).numpy() == truth).mean()
     choice = closed_form.fit(cache)
@@ -664,7 +664,7 @@ def test_the_metric_is_chosen_if_it_helps():
 def test_unhelpful_text_does_not_reduce_the_accuracy():
     keys, ids = clusters(12)
     noise = unit(np.random.default_rng(8).normal(size=(C, D))).astype(np.float32)
-    cache = CacheModel.from_features(keys, ids, [str(i) for i in range(C)], noise)
+    cache = Index.from_features(keys, ids, [str(i) for i in range(C)], noise)
     choice = closed_form.fit(cache)
     queries, truth = clusters(20, seed=7)
     text, alone = parts_of(cache, queries)
@@ -701,7 +701,7 @@ def test_an_estimate_that_rests_on_a_single_class_is_withheld(run, tmp_path):
     info = run("index", "info", tmp_path / "index").stdout
     assert said in info
     assert "Estimated" not in info
-    cache = CacheModel.load(tmp_path / "index", device="cpu")
+    cache = Index.load(tmp_path / "index", device="cpu")
     assert closed_form.estimate(cache) == dict.fromkeys(("photos", "words", "both"))
     # The form and the settings do not rest on that class, either: no photo of the other classes is unlike.
     assert (cache.provenance["fit"]["form"], cache.settings.least_cache) == (str(ONE_SHOT), None)
@@ -713,9 +713,9 @@ def test_the_number_of_tested_classes_comes_first(run, tmp_path):
     said = "Only 2 of 12 classes could be tested (10 have one photo). Estimated accuracy: "
     assert said in built.stderr
     assert said in run("index", "info", tmp_path / "index").stdout
-    fit = CacheModel.load(tmp_path / "index").provenance["fit"]
+    fit = Index.load(tmp_path / "index").provenance["fit"]
     assert (fit["tested"], fit["classes"]) == (2, 12)
-    assert closed_form.estimate(CacheModel.load(tmp_path / "index"))["tested"] == 2
+    assert closed_form.estimate(Index.load(tmp_path / "index"))["tested"] == 2
 
 
 @pytest.mark.parametrize(
@@ -730,7 +730,7 @@ def test_a_missing_estimate_has_its_reason(run, tmp_path, counts, reason):
 def test_one_photo_per_class_outweighs_confident_but_wrong_text():
     keys, ids = clusters(1, spread=0.3)
     noise = unit(np.random.default_rng(5).normal(size=(C, D))).astype(np.float32)
-    cache = CacheModel.from_features(keys, ids, [str(i) for i in range(C)], noise)
+    cache = Index.from_features(keys, ids, [str(i) for i in range(C)], noise)
     closed_form.fit(cache)
     queries, truth = clusters(20, seed=7, spread=0.3)
     text, alone = parts_of(cache, queries)
@@ -790,7 +790,7 @@ def test_with_four_or_more_shots_about_one_in_twenty_known_photos_is_unlike(valu
     for shots in (4, 12):
         unlike = []
         for seed in range(4):
-            cache = CacheModel.from_features(*clusters(shots, seed, c=30, d=32), [*map(str, range(30))], device="cpu")
+            cache = Index.from_features(*clusters(shots, seed, c=30, d=32), [*map(str, range(30))], device="cpu")
             closed_form.fit(cache, Fit(values=values))
             strongest = cache.terms(torch.from_numpy(queries)).cache.amax(1)
             unlike.append(float((strongest < cache.settings.least_cache).float().mean()))
@@ -825,7 +825,7 @@ def test_a_fit_and_an_estimate_agree_on_the_accuracy_of_photos_alone(form):
     """The clusters overlap, so that taking the logarithm of the cache changes answers."""
     for shots, spread in ((8, 1.6), (16, 1.6), (30, 1.0)):
         keys, ids = clusters(shots, spread=spread)
-        cache = CacheModel.from_features(keys, ids, [f"class {i}" for i in range(C)], text_of())
+        cache = Index.from_features(keys, ids, [f"class {i}" for i in range(C)], text_of())
         choice, estimate = closed_form.fit(cache, forms=[form]), closed_form.estimate(cache)
         assert choice.photos == pytest.approx(estimate["photos"])
         assert choice.both == pytest.approx(estimate["both"])
@@ -856,12 +856,12 @@ def test_added_and_removed_shots_follow_the_fitted_form(form, most, tmp_path, mo
     metric = cache.metric
     more, ids = clusters(2, seed=21)
     cache.save(tmp_path / "index")
-    cache = CacheModel.load(tmp_path / "index")
+    cache = Index.load(tmp_path / "index")
     key_ids = cache.add(more, [cache.class_names[i] for i in ids])
     cache.save(tmp_path / "index", "add")
-    cache = CacheModel.load(tmp_path / "index")
+    cache = Index.load(tmp_path / "index")
     expected = metric(torch.from_numpy(np.asarray(cache.keys))).numpy()
-    np.testing.assert_allclose(np.asarray(cache.met), expected, atol=1e-6)
+    np.testing.assert_allclose(np.asarray(cache.vectors), expected, atol=1e-6)
     ridge_ = 0 if form.values is None else form.values.ridge
     if ridge_:
         cache.settings = cache.settings.unfitted()
@@ -881,7 +881,7 @@ def test_added_and_removed_shots_follow_the_fitted_form(form, most, tmp_path, mo
         answered = some.terms(np.asarray(some.keys)).cache.numpy() + ridges(some) * some.values.numpy()
         np.testing.assert_allclose(answered, np.eye(C)[some.class_ids.numpy()], atol=1e-3)
     cache.remove(key_ids)
-    assert len(cache.met) == cache.n == 6 * C
+    assert len(cache.vectors) == cache.n == 6 * C
     if ridge_ and most:
         closed = model(shots=6)
         closed_form.fit(closed, forms=[form])
@@ -908,9 +908,9 @@ def test_fitting_twice_gives_the_same_bytes(tmp_path):
     cache = model(shots=6)
     cache.save(tmp_path / "index")
     first = fit_index(tmp_path / "index")
-    files = CacheModel.load(tmp_path / "index").manifest.files
+    files = Index.load(tmp_path / "index").manifest.files
     second = fit_index(tmp_path / "index")
-    again = CacheModel.load(tmp_path / "index").manifest
+    again = Index.load(tmp_path / "index").manifest
     assert again.files == files
     assert (str(first), first.provenance()) == (str(second), second.provenance())
     assert again.version == 3
@@ -953,7 +953,7 @@ def test_a_build_prints_its_estimate_and_add_fits_again(run, tables):
     )
     assert (percent := re.search(estimate, built.stderr))
     assert "Chosen form" not in built.stderr
-    fit = CacheModel.load(out).provenance["fit"]
+    fit = Index.load(out).provenance["fit"]
     assert float(percent[1]) == pytest.approx(100 * fit["both"], abs=0.06)
     low, high = scipy.stats.binomtest(round(30 * fit["both"]), 30).proportion_ci(method="wilson")
     assert [int(end) for end in percent.groups()[1:]] == [round(100 * low), round(100 * high)]
@@ -1018,7 +1018,7 @@ def test_without_a_fit_an_index_is_plain_tip_adapter(run, tables, options):
     out = tables / "index"
     built = run("index", "build", tables / "train.parquet", "--text", tables / "text.parquet", "--out", out, *options)
     assert built.exit_code == 0, built.output
-    cache = CacheModel.load(out)
+    cache = Index.load(out)
     assert cache.fitted is cache.metric is cache.values is None
     queries, _ = clusters(20, 5)
     weights = np.exp(-cache.settings.beta * (1 - queries.astype(float) @ np.asarray(cache.keys, dtype=float).T))

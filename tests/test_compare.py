@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tables import read_features, tiny, unit, unit_rows, write_table
 
-from retrieval_tip import CacheModel, Reader, build_index, load_backbone, open_source
+from retrieval_tip import Index, Reader, build_index, load_backbone, open_source
 from retrieval_tip.backbones import catalogue
 from retrieval_tip.data.sources import open_items
 from retrieval_tip.errors import InputError
@@ -31,7 +31,7 @@ def rows_around(ids, seed, spread=0.35):
 def side(name, names, each, seed):
     """Return a side with a fitted index of the named classes. Their spelling may differ from ``NAMES``."""
     known = [NAMES.index(own.replace("_", " ").lower()) for own in names]
-    cache = CacheModel.from_features(
+    cache = Index.from_features(
         rows_around(np.repeat(known, each), seed), [own for own in names for _ in range(each)], names, device="cpu"
     )
     closed_form.fit(cache)

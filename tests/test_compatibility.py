@@ -26,7 +26,7 @@ from retrieval_tip.data.reader import Reader
 from retrieval_tip.errors import StoreError
 from retrieval_tip.index import changes
 from retrieval_tip.index.places import at
-from retrieval_tip.model import CacheModel, Index, verify
+from retrieval_tip.model import Index, verify
 from retrieval_tip.store.folder import history, read_manifest
 from retrieval_tip.store.manifest import Manifest
 
@@ -121,7 +121,7 @@ def test_an_index_with_trained_encoder_weights_is_refused(run: Callable[..., Res
 @pytest.mark.parametrize("name", SEGMENTED)
 def test_settings_alone_also_rewrite_the_segments(name: str, tmp_path: Path) -> None:
     place = copied(name, tmp_path)
-    cache = CacheModel.load(place, device="cpu")
+    cache = Index.load(place, device="cpu")
     cache.settings = cache.settings.override(temperature=3.0)
     cache.save_settings(place)
     assert not read_manifest(Path(place)).later
@@ -138,7 +138,7 @@ def test_the_versions_of_format_7_are_kept(tmp_path: Path) -> None:
         "set alpha 2, k 4",
     ]
     changes.configure(place, temperature=2.0)
-    old = CacheModel.load(place, device="cpu", version=3)
+    old = Index.load(place, device="cpu", version=3)
     assert (old.n, old.labels["camera"].to_pylist()[:2]) == (22, ["a", "b"])
     assert changes.gc(place).versions == [1, 2, 3, 4, 5]
     named = {file.name for file in read_manifest(Path(place)).data_files}
@@ -178,7 +178,7 @@ def test_an_index_of_a_removed_decoder_still_classifies_features(
 ) -> None:
     identity = replace(lit_mini.identity, preprocess={**lit_mini.identity.preprocess, "decoder": "nvjpeg"})
     keys = np.eye(lit_mini.dim, dtype=np.float32)[:2]
-    cache = CacheModel.from_features(keys, [0, 1], ["cat", "dog"], device="cpu")
+    cache = Index.from_features(keys, [0, 1], ["cat", "dog"], device="cpu")
     cache.backbone = identity
     cache.save(tmp_path / "index")
     assert [found.label for found in verify(tmp_path / "index").classify(keys)] == ["cat", "dog"]

@@ -29,7 +29,7 @@ import pytest
 from conftest import AS_ROOT, SOAK, mount, nearest_keys, sampled
 from tables import unit_rows, write_table
 
-from retrieval_tip import CacheModel, verify
+from retrieval_tip import Index, verify
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import StoreError
@@ -93,7 +93,7 @@ def _write(job: killing.Job) -> dict[str, Any]:
     return {"versions": versions, "key_ids": key_ids, "own": own, "removed": removed, "done": done}
 
 
-def check_whole(cache: CacheModel, rng: random.Random) -> None:
+def check_whole(cache: Index, rng: random.Random) -> None:
     """Check that an open index is one version: each key has its label, and is found by a search."""
     sources, labels = cache.labels["source"].to_pylist(), cache.labels["label"].to_pylist()
     assert len(set(sources)) == len(sources) == cache.n
@@ -110,7 +110,7 @@ def _read(job: killing.Job) -> dict[str, Any]:
     """Load and query until the time is up. The first reader keeps its index open, and uses :meth:`reload`."""
     folder, number = Path(job["folder"]), job["number"]
     rng, versions, reads = random.Random(number), [0], 0
-    staying = CacheModel.load(folder, device="cpu")
+    staying = Index.load(folder, device="cpu")
     end = time.monotonic() + job["seconds"]
     while time.monotonic() < end or reads < 2:  # even if a busy machine gives the reader no time
         if number == 0:
@@ -118,7 +118,7 @@ def _read(job: killing.Job) -> dict[str, Any]:
             staying = cache = staying.reload()
             assert np.array_equal(before.logits(QUERIES), then)  # an open index does not change
         else:
-            cache = CacheModel.load(folder, device="cpu", verify=rng.choice(["full", "fast"]))
+            cache = Index.load(folder, device="cpu", verify=rng.choice(["full", "fast"]))
         assert cache.version is not None
         assert cache.version >= versions[-1]
         versions.append(cache.version)
@@ -276,8 +276,8 @@ class Inline:
         pass
 
 
-READ: dict[str, Callable[[Path, CacheModel], object]] = {
-    "load": lambda index, _: check_whole(CacheModel.load(index, device="cpu"), random.Random(0)),
+READ: dict[str, Callable[[Path, Index], object]] = {
+    "load": lambda index, _: check_whole(Index.load(index, device="cpu"), random.Random(0)),
     "reload": lambda _, staying: check_whole(staying.reload(), random.Random(0)),
     "describe": lambda index, _: store.describe(index),
     "history": lambda index, _: check_history(index),
@@ -295,7 +295,7 @@ def check_history(index: Path) -> None:
 def test_a_reader_survives_deletion_of_its_version_at_any_access(
     index: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    staying = CacheModel.load(index, device="cpu")
+    staying = Index.load(index, device="cpu")
     before = staying.logits(QUERIES)
     accesses = delete_at_every_access(monkeypatch, index, lambda: READ[name](index, staying))
     assert accesses > 5
@@ -313,7 +313,7 @@ def test_two_builds_into_one_new_folder_make_two_versions(server: killing.Server
         assert server.wait() == [0, 0]
         first, second = store.history(folder).to_pylist()
         assert [(row["version"], row["parent"]) for row in (first, second)] == [(1, None), (2, 1)]
-        names = {CacheModel.load(folder, version=version).labels["source"][0].as_py()[0] for version in (1, 2)}
+        names = {Index.load(folder, version=version).labels["source"][0].as_py()[0] for version in (1, 2)}
         assert names == {"a", "b"}
 
 
@@ -347,7 +347,7 @@ def test_a_writer_recreates_what_a_failed_build_removed(
         return acquire(self, *arguments, **named)
 
     monkeypatch.setattr(filelock.FileLock, "acquire", late)
-    CacheModel.load(index, device="cpu").save(folder)
+    Index.load(index, device="cpu").save(folder)
     assert tried
     assert verify(folder).version == 1
 
@@ -390,7 +390,7 @@ def test_a_read_only_folder_can_be_read_and_refuses_every_change(index: Path, tm
         assert store.history(folder)["version"].to_pylist() == [1, 2]
         assert store.describe(folder)["earlier_versions"] == [1]
         assert store.query(folder, "SELECT count(*) AS n FROM labels").to_pylist() == [{"n": len(BASE) + 1}]
-        assert CacheModel.load(folder, version=1).n == len(BASE)
+        assert Index.load(folder, version=1).n == len(BASE)
     finally:
         if AS_ROOT:
             subprocess.run(["umount", "-l", place], check=True)
@@ -420,7 +420,7 @@ def test_the_error_names_the_process_that_holds_the_lock(server: killing.Server,
                     f"{index}: is being written by {who}; try later" for who in (owner, "another process")
                 ]
                 named += owner in str(error.value)
-                assert CacheModel.load(index, device="cpu").version in (first, first + 1)  # readers need no lock
+                assert Index.load(index, device="cpu").version in (first, first + 1)  # readers need no lock
             else:
                 with write(index):
                     pass

@@ -17,7 +17,7 @@ from retrieval_tip.backbones.prompts import clean_class_name
 from retrieval_tip.data.datasets import DATASETS, facts, names, open_dataset
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, UsageError
-from retrieval_tip.model import CacheModel
+from retrieval_tip.model import Index
 
 PUBLISHED = {  # name: templates
     "dtd": ("{} texture.",),
@@ -344,7 +344,7 @@ def test_build_encode_and_evaluate_take_a_dataset_name(run, caltech, tmp_path):
     model = ("--model", f"local-dir:{tiny(tmp_path / 'model')}")
     built = run("index", "build", "--fit", "none", caltech, "--dataset", "caltech", *model, "--out", tmp_path / "a")
     assert built.exit_code == 0, built.output
-    cache = CacheModel.load(tmp_path / "a")
+    cache = Index.load(tmp_path / "a")
     assert list(cache.templates) == ["a photo of a {}."]
     assert cache.class_names == ["panda", "pizza", "yin_yang"]
     assert cache.provenance["dataset"] == "Caltech101"
@@ -376,15 +376,15 @@ def test_given_templates_replace_those_of_the_dataset(run, caltech, tmp_path):
     listing.rename(listing.with_name(facts("dtd").listing))
     build = ("index", "build", "--fit", "none", caltech / "dtd", "--dataset", "dtd", *model)  # the dataset's own folder
     assert run(*build, "--out", tmp_path / "own").exit_code == 0
-    assert list(CacheModel.load(tmp_path / "own").templates) == ["{} texture."]
+    assert list(Index.load(tmp_path / "own").templates) == ["{} texture."]
     assert run(*build, "--template", "a {}", "--template", "the {}", "--out", tmp_path / "given").exit_code == 0
-    assert list(CacheModel.load(tmp_path / "given").templates) == ["a {}", "the {}"]
+    assert list(Index.load(tmp_path / "given").templates) == ["a {}", "the {}"]
     text = tmp_path / "text.parquet"
-    dim = CacheModel.load(tmp_path / "own").d
+    dim = Index.load(tmp_path / "own").d
     write_table(text, unit_rows(3, dim), ["panda", "pizza", "yin_yang"])
     done = run(*build, "--text", text, "--out", tmp_path / "text")
     assert done.exit_code == 0, done.output
-    assert list(CacheModel.load(tmp_path / "text").templates) == []
+    assert list(Index.load(tmp_path / "text").templates) == []
 
 
 def test_wrong_usage_is_an_error_and_builds_nothing(run, caltech, tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tables import unit_rows
 
 from retrieval_tip.errors import InputError
-from retrieval_tip.model import CacheModel, label_table
+from retrieval_tip.model import Index, label_table
 from retrieval_tip.retrieval import duplicates as module
 from retrieval_tip.retrieval.duplicates import NEAR, Duplicate, Duplicates, describe_duplicates, duplicates
 from retrieval_tip.store.labels import images_of
@@ -175,7 +175,7 @@ def test_beyond_the_budget_fresh_keys_are_compared_with_their_neighbours():
     keys, ids, _ = keys_with_duplicates(8, n=80, d=16)
     keys = (keys / np.linalg.norm(keys, axis=1, keepdims=True)).astype(np.float32)
     order = np.argsort(ids, kind="stable")
-    cache = CacheModel.from_features(keys, ids, [f"class {i}" for i in range(3)], device="cpu")
+    cache = Index.from_features(keys, ids, [f"class {i}" for i in range(3)], device="cpu")
     fresh = np.arange(10, 40, 3)
     every = duplicates(cache.keys, cache.labels, fresh)
     found = duplicates(cache.keys, cache.labels, fresh, budget=0, search=cache.nearest)

@@ -1,4 +1,4 @@
-"""TipAdapterClassifier: scikit-learn's own checks, and the same answers as its CacheModel."""
+"""TipAdapterClassifier: scikit-learn's own checks, and the same answers as its Index."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from tables import unit
 
-from retrieval_tip import CacheModel, TipAdapterClassifier
+from retrieval_tip import Index, TipAdapterClassifier
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.data.tables import schema_of, table_of, write_table
@@ -52,8 +52,8 @@ def classifier(**changes: Any) -> TipAdapterClassifier:
     return TipAdapterClassifier(**{"text_weights": TEXT, "class_names": NAMES, "alpha": 1.0, "device": "cpu"} | changes)
 
 
-def cache(**changes: Any) -> CacheModel:
-    """Return the same model as a ``CacheModel`` with sorted classes."""
+def cache(**changes: Any) -> Index:
+    """Return the same model as a ``Index`` with sorted classes."""
     arguments: dict[str, Any] = {
         "keys": X,
         "labels": Y,
@@ -289,7 +289,7 @@ def test_a_fitted_estimator_can_be_pickled_and_copied(carry: Any, index: str) ->
 def test_the_cache_model_can_be_saved(tmp_path: Path) -> None:
     made = classifier(alpha=2.0, k=6).fit(X, Y)
     made.cache_.save(tmp_path / "index")
-    opened = CacheModel.load(tmp_path / "index", device="cpu")
+    opened = Index.load(tmp_path / "index", device="cpu")
     assert (opened.class_names, opened.settings.alpha, opened.settings.k) == (NAMES.tolist(), 2.0, 6)
     logits = opened.logits(QUERIES, opened.settings.k, opened.settings.tail)
     np.testing.assert_array_equal(logits[:, SORTING], made.decision_function(QUERIES))
@@ -338,7 +338,7 @@ def fresh(script: str, python: str = sys.executable) -> subprocess.CompletedProc
 def test_without_scikit_learn_one_line_says_what_to_install(warm_path: str) -> None:
     done = fresh(
         "import sys; sys.modules['sklearn'] = sys.modules['sklearn.base'] = None\n"
-        "import retrieval_tip; retrieval_tip.CacheModel\n"
+        "import retrieval_tip; retrieval_tip.Index\n"
         "from retrieval_tip import TipAdapterClassifier",
         warm.python(warm_path),
     )

@@ -18,7 +18,7 @@ from click.testing import Result
 from conftest import cache_of
 from tables import read_features, unit, write_table
 
-from retrieval_tip import CacheModel
+from retrieval_tip import Index
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source, open_source
 from retrieval_tip.errors import InputError
@@ -43,7 +43,7 @@ TRUTH = _rng.choice(C - 1, size=Q, p=np.arange(1, C) / np.arange(1, C).sum())  #
 QUERIES = unit(_means[TRUTH] + 0.5 * _rng.standard_normal((Q, D)))
 
 
-def model(c: int = C, **changes: Any) -> CacheModel:
+def model(c: int = C, **changes: Any) -> Index:
     few = c * SHOTS  # keys are in class order
     arguments: dict[str, Any] = {"text_weights": TEXT[:c], "alpha": 2.0, "beta": 3.0, "logit_scale": 10.0} | changes
     return cache_of(KEYS[:few], Y[:few], NAMES[:c], device="cpu", **arguments)
@@ -187,7 +187,7 @@ def test_unknown_classes_are_right_if_they_match_no_class(mixed: tuple[Path, Pat
     assert (found["n"], found["held_out"]) == (160, 0)
     sure = confidence >= 0.5
     assert (found["coverage"], found["selective_top1"]) == pytest.approx((sure.mean(), right[sure].mean()))
-    cache = CacheModel.load(index, device="cpu")
+    cache = Index.load(index, device="cpu")
     features, _ = read_features(test)
     terms = cache.terms(features)
     strength = terms.cache[:, np.array(cache.counts) > 0].amax(1).numpy()
@@ -243,7 +243,7 @@ def test_shots_are_classified_as_by_an_index_without_them(tmp_path: Path, run: R
     found, expected = evaluate(index, open_source(test), Reader()), []
     for photo in asked:
         others = [i for i in range(40) if digests[i] != digests[photo]]
-        own = CacheModel.from_features(
+        own = Index.from_features(
             features[others], ids[others], NAMES[:4], TEXT[:4] if index.has_text else None, device="cpu"
         )
         if index.fitted is not None:
@@ -308,6 +308,6 @@ def test_shots_of_an_index_that_is_too_large_to_copy_are_left_out(
 
 
 def test_the_only_photo_of_an_index_is_refused(tmp_path: Path) -> None:
-    cache = CacheModel.from_features(KEYS[:1], [0], NAMES, TEXT, sources=["q0"], device="cpu")
+    cache = Index.from_features(KEYS[:1], [0], NAMES, TEXT, sources=["q0"], device="cpu")
     with pytest.raises(InputError, match="the only photo of the index"):
         evaluate(cache, labelled(tmp_path, NAMES[:1], KEYS[:1]), Reader())

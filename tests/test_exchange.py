@@ -23,7 +23,7 @@ from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.index.build import build_index
 from retrieval_tip.index.export import export_table, export_text
 from retrieval_tip.index.items import read_text_table
-from retrieval_tip.model import CacheModel
+from retrieval_tip.model import Index
 from retrieval_tip.settings import Settings
 
 IDENTITY = Identity("fake", "tag", "sha256:00", "sha256:01", {"size": 4})
@@ -34,17 +34,17 @@ def rows_of(table: Path) -> np.ndarray:
     return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
 
 
-def cache_of(n: int = 40, d: int = 8, dtype: str = "float32", **options: Any) -> CacheModel:
+def cache_of(n: int = 40, d: int = 8, dtype: str = "float32", **options: Any) -> Index:
     names = ["owl", "cat", "é dog"]  # not in alphabetical order
     keys = unit_rows(n, d).astype(dtype)
     labels = [names[i % 3] for i in range(n)]
-    cache = CacheModel.from_features(
+    cache = Index.from_features(
         keys, labels, names, unit_rows(3, d, 5), settings=Settings(alpha=2.0, beta=3.0), device="cpu", **options
     )
     return replace(cache, backbone=IDENTITY)
 
 
-def rebuilt(cache: CacheModel, tmp_path: Path, **options: Any) -> CacheModel:
+def rebuilt(cache: Index, tmp_path: Path, **options: Any) -> Index:
     assert export_table(cache, tmp_path / "keys.parquet") == cache.n
     assert export_text(cache, tmp_path / "text.parquet") == len(cache.class_names)
     return build_index(

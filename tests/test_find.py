@@ -14,7 +14,7 @@ from conftest import cache_of
 from serving import caltech_photos
 from tables import unit, unit_rows, write_table
 
-from retrieval_tip import CacheModel
+from retrieval_tip import Index
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import open_inputs
 from retrieval_tip.errors import InputError, UsageError
@@ -40,7 +40,7 @@ def inbox(shared, tmp_path):
 
 
 def test_an_example_finds_similar_photos(things, lit_mini, inbox, run):
-    cache = CacheModel.load(things, device="cpu")
+    cache = Index.load(things, device="cpu")
     features = {}
     for path in sorted(inbox.glob("[0-9c]*.jpg")):
         features[str(path)] = Reader(lit_mini).encode(next(open_inputs([str(path)]))).features[0]
@@ -58,7 +58,7 @@ def test_an_example_finds_similar_photos(things, lit_mini, inbox, run):
 
 
 def test_a_text_is_encoded_with_the_templates_of_the_index(things, lit_mini, inbox, run):
-    cache, photos = CacheModel.load(things, device="cpu"), (inbox / "1.jpg", inbox / "2.jpg")
+    cache, photos = Index.load(things, device="cpu"), (inbox / "1.jpg", inbox / "2.jpg")
     done = run("find", *photos, "a big aeroplane", "--index", things, "--format", "json")
     assert done.exit_code == 0, done.stderr
     weight = Reader(lit_mini).text_weights(["a big aeroplane"], cache.templates)[0]

@@ -20,7 +20,7 @@ from PIL import Image
 from tables import tiny, unit, unit_rows, write_table
 from torch.nn import functional
 
-from retrieval_tip import CacheModel, verify
+from retrieval_tip import Index, verify
 from retrieval_tip.backbones.loading import load_backbone
 from retrieval_tip.backbones.prompts import text_weights
 from retrieval_tip.data.reader import Reader
@@ -39,7 +39,7 @@ SHOTS = 37  # classes of 8 and 7 shots
 OWN = Recipe(batch=16, epochs=4)
 
 
-def index(**changes: Any) -> CacheModel:
+def index(**changes: Any) -> Index:
     """Return an index of clusters whose sharp exponential and weak text leave room to learn."""
     keys, ids = clusters(SHOTS, C, D, 1)
     options = {"alpha": 1.0, "beta": 5.5, "logit_scale": 10.0, "device": "cpu"} | changes
@@ -77,7 +77,7 @@ def val(tmp_path: Path) -> Source:
     return queries_table(tmp_path / "val.parquet")
 
 
-def accuracy(cache: CacheModel, n: int = 400, seed: int = 9) -> float:
+def accuracy(cache: Index, n: int = 400, seed: int = 9) -> float:
     rows, ids = clusters(n, C, D, seed)
     return float((cache.logits(rows).argmax(1).numpy() == ids).mean())
 
@@ -92,14 +92,14 @@ def without_seconds(curve: Any) -> str:
 
 
 def facts(tuned: finetune.Tuned) -> dict[str, Any]:
-    found: dict[str, Any] = tuned.cache.provenance["finetune"]
+    found: dict[str, Any] = tuned.index.provenance["finetune"]
     return found
 
 
 # --- the loop
 
 
-def plain(cache: CacheModel, shots: Source, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
+def plain(cache: Index, shots: Source, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
     """Train Tip-Adapter-F in plain torch over the same batches. Return keys, values and the mean loss of each epoch."""
     views = Reader().encode_views(shots, [])
     label = {name: i for i, name in enumerate(cache.class_names)}
@@ -137,17 +137,17 @@ def test_twenty_epochs_match_plain_torch(shots: Source, train: tuple[str, ...]) 
     cache, recipe = index(), replace(OWN, epochs=20, train=train, seed=4)
     tuned = finetune.finetune(cache, shots, Reader(), recipe)
     keys, values, curve = plain(cache, shots, recipe)
-    found = torch.from_numpy(tuned.cache.keys)
+    found = torch.from_numpy(tuned.index.keys)
     assert float((found - keys).norm() / keys.norm()) < 1e-5
     if "keys" in train:
         moved = keys - torch.from_numpy(cache.keys)
         assert float((found - keys).norm() / moved.norm()) < 1e-4
         assert float(moved.abs().max()) > 0.01
     else:
-        assert np.array_equal(tuned.cache.keys, cache.keys)
-    assert (tuned.cache.values is not None) == ("values" in train)
-    if tuned.cache.values is not None:
-        assert float((tuned.cache.values - values).norm() / (values - values.round()).norm()) < 1e-4
+        assert np.array_equal(tuned.index.keys, cache.keys)
+    assert (tuned.index.values is not None) == ("values" in train)
+    if tuned.index.values is not None:
+        assert float((tuned.index.values - values).norm() / (values - values.round()).norm()) < 1e-4
     np.testing.assert_allclose(losses(tuned), curve, rtol=1e-5)
     assert curve[-1] < curve[0] or train == ("values",)  # so few steps hardly change values of 1
 
@@ -178,7 +178,7 @@ def test_rows_of_a_table_may_have_any_order(tmp_path: Path) -> None:
     dealt = rows[np.lexsort((rows, [sum(tidy.sources[j] == tidy.sources[i] for j in range(i)) for i in rows]))]
     assert dealt.tolist() != rows.tolist()
     one, other = (finetune.finetune(index(), source, Reader(), OWN) for source in (tidy, tidy.take(dealt)))
-    assert np.array_equal(one.cache.keys, other.cache.keys)
+    assert np.array_equal(one.index.keys, other.index.keys)
 
 
 def test_only_the_same_seed_gives_the_same_bits(shots: Source, val: Source) -> None:
@@ -186,10 +186,10 @@ def test_only_the_same_seed_gives_the_same_bits(shots: Source, val: Source) -> N
     one, same, other = (
         finetune.finetune(index(), shots, Reader(), replace(recipe, seed=seed), val=val) for seed in (1, 1, 2)
     )
-    assert np.array_equal(one.cache.keys, same.cache.keys)
-    assert torch.equal(one.cache.values, same.cache.values)
+    assert np.array_equal(one.index.keys, same.index.keys)
+    assert torch.equal(one.index.values, same.index.values)
     assert without_seconds(one.curve) == without_seconds(same.curve)
-    assert not np.array_equal(one.cache.keys, other.cache.keys)
+    assert not np.array_equal(one.index.keys, other.index.keys)
 
 
 # --- the result
@@ -201,7 +201,7 @@ def test_the_result_can_be_saved_with_its_provenance(
 ) -> None:
     cache = index()
     cache.save(tmp_path / "parent")
-    cache = CacheModel.load(tmp_path / "parent", device="cpu")
+    cache = Index.load(tmp_path / "parent", device="cpu")
     cache.settings = cache.settings.override(temperature=3.0)
     keys, text, before = np.array(cache.keys), cache.text_weights.clone(), cache.__dict__.copy()
     tuned = finetune.finetune(
@@ -214,7 +214,7 @@ def test_the_result_can_be_saved_with_its_provenance(
     tuned.save(tmp_path / "tuned")
     found = verify(tmp_path / "tuned")
     rows, _ = clusters(50, C, D, 9)
-    assert torch.equal(found.logits(rows), tuned.cache.logits(rows))
+    assert torch.equal(found.logits(rows), tuned.index.logits(rows))
     assert not torch.equal(found.logits(rows), cache.logits(rows))
     assert (without_seconds(found.curve), found.curve["seconds"]) == (
         without_seconds(tuned.curve),
@@ -240,8 +240,8 @@ def test_the_result_can_be_saved_with_its_provenance(
 def test_without_validation_the_last_epoch_and_the_settings_are_kept(shots: Source) -> None:
     tuned = finetune.finetune(index(), shots, Reader(), Recipe(batch=16, epochs=3))
     assert (tuned.epoch, tuned.choice, tuned.collapsed) == (3, None, None)
-    assert (tuned.cache.settings.alpha, tuned.cache.settings.beta) == (1.0, 5.5)
-    assert tuned.cache.provenance["alpha"] == "finetune"
+    assert (tuned.index.settings.alpha, tuned.index.settings.beta) == (1.0, 5.5)
+    assert tuned.index.provenance["alpha"] == "finetune"
     rows = tuned.curve.to_pylist()
     assert [row["epoch"] for row in rows] == [0, 1, 2, 3]
     assert math.isnan(rows[0]["loss"])
@@ -256,7 +256,7 @@ def test_the_curve_matches_the_answers_for_validation_images(shots: Source, val:
     rows, ids = clusters(60, C, D, 2)
     for epoch, cache in (
         (0, index()),
-        (tuned.epoch, replace(tuned.cache, settings=tuned.cache.settings.override(alpha=1.0, beta=5.5))),
+        (tuned.epoch, replace(tuned.index, settings=tuned.index.settings.override(alpha=1.0, beta=5.5))),
     ):
         logits = cache.logits(rows)
         row = tuned.curve.to_pylist()[epoch]
@@ -275,14 +275,14 @@ def test_a_float16_index_stays_float16(shots: Source, tmp_path: Path) -> None:
     assert found.keys.dtype == np.float16
     assert not np.array_equal(found.keys, cache.keys)
     exact = finetune.finetune(index(), shots, Reader(), OWN)
-    np.testing.assert_allclose(found.keys.astype(np.float32), exact.cache.keys, atol=2e-3)
+    np.testing.assert_allclose(found.keys.astype(np.float32), exact.index.keys, atol=2e-3)
 
 
 def test_a_fine_tuned_index_can_be_fine_tuned_again(shots: Source, val: Source) -> None:
     first = finetune.finetune(index(), shots, Reader(), replace(OWN, train=("keys", "values")), val=val)
-    again = finetune.finetune(first.cache, shots, Reader(), replace(OWN, seed=2, epochs=8))
-    assert not np.array_equal(first.cache.keys, again.cache.keys)
-    assert torch.equal(first.cache.values, again.cache.values)  # used, but not trained
+    again = finetune.finetune(first.index, shots, Reader(), replace(OWN, seed=2, epochs=8))
+    assert not np.array_equal(first.index.keys, again.index.keys)
+    assert torch.equal(first.index.values, again.index.values)  # used, but not trained
     assert losses(again)[-1] < losses(first)[0]
 
 
@@ -292,9 +292,9 @@ def test_training_in_bfloat16_is_close_to_float32(shots: Source) -> None:
         finetune.finetune(index(), shots, Reader(), replace(recipe, precision=precision))
         for precision in ("float32", "bfloat16")
     )
-    assert not np.array_equal(exact.cache.keys, near.cache.keys)
-    assert near.cache.keys.dtype == np.float32
-    assert abs(accuracy(exact.cache) - accuracy(near.cache)) <= 0.01
+    assert not np.array_equal(exact.index.keys, near.index.keys)
+    assert near.index.keys.dtype == np.float32
+    assert abs(accuracy(exact.index) - accuracy(near.index)) <= 0.01
     assert losses(near)[-1] == pytest.approx(losses(exact)[-1], rel=0.01)
     assert facts(near)["precision"] == "bfloat16"
 
@@ -361,7 +361,7 @@ def test_validation_labels_choose_the_epoch_but_train_nothing(shots: Source, val
     assert losses(right) == losses(misled) == losses(without)
     assert right.epoch == 4
     assert misled.epoch < 4
-    assert np.array_equal(right.cache.keys, without.cache.keys)
+    assert np.array_equal(right.index.keys, without.index.keys)
 
 
 # --- collapse
@@ -499,17 +499,17 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def image_index(pictures: Path, model: Any) -> CacheModel:
+def image_index(pictures: Path, model: Any) -> Index:
     cache = of_images(pictures / "train", model)
     cache.settings = cache.settings.override(alpha=0.5, beta=2.0)
     return cache
 
 
-def of_images(folder: Path, model: Any) -> CacheModel:
+def of_images(folder: Path, model: Any) -> Index:
     source = open_source(folder)
     features, names, templates = Reader(model).encode(source).features, list(source.class_names), ["a {} thing.", "{}"]
     text, own = text_weights(model, names, templates), Settings(logit_scale=model.logit_scale)
-    cache = CacheModel.from_features(
+    cache = Index.from_features(
         features, source.labels, names, text, settings=own, device="cpu", sources=source.sources
     )
     cache.templates, cache.backbone = templates, model.identity
@@ -517,13 +517,13 @@ def of_images(folder: Path, model: Any) -> CacheModel:
 
 
 def test_holding_out_shots_does_not_change_the_training(
-    model: Any, pictures: Path, image_index: CacheModel, tmp_path: Path
+    model: Any, pictures: Path, image_index: Index, tmp_path: Path
 ) -> None:
     source, reader = open_source(pictures / "train"), Reader(model)
     recipe = Recipe(views=2, batch=5, epochs=2, lr=0.5)
     plain = finetune.finetune(image_index, source, reader, recipe)
     tuned = finetune.finetune_into(tmp_path / "tuned", image_index, source, reader, recipe, keep_last=True)
-    assert np.array_equal(tuned.cache.keys, plain.cache.keys)
+    assert np.array_equal(tuned.index.keys, plain.index.keys)
     compared = tuned.compared
     assert compared is not None
     assert compared.n == len(source)
@@ -532,7 +532,7 @@ def test_holding_out_shots_does_not_change_the_training(
 
 
 def test_validation_images_have_one_view_for_any_encoder_settings(
-    model: Any, pictures: Path, image_index: CacheModel
+    model: Any, pictures: Path, image_index: Index
 ) -> None:
     source, val = open_source(pictures / "train"), open_source(pictures / "val")
     recipe = replace(OWN, batch=5, epochs=2, views=2)
@@ -545,7 +545,7 @@ def test_validation_images_have_one_view_for_any_encoder_settings(
 
 @pytest.mark.parametrize("views", [1, 3, None])
 def test_training_uses_the_requested_views_of_images(
-    model: Any, pictures: Path, image_index: CacheModel, views: int | None
+    model: Any, pictures: Path, image_index: Index, views: int | None
 ) -> None:
     source = open_source(pictures / "train")
     recipe = Recipe(batch=5, views=views)
@@ -578,7 +578,7 @@ def test_fine_tuning_does_not_lower_accuracy_on_real_features(shared: Path, tmp_
         own = train.take(few_shot(train.labels, 16, seed))
         own_settings = Settings(alpha=1.17, beta=5.5)
         features = Reader().encode(own).features
-        cache = CacheModel.from_features(
+        cache = Index.from_features(
             features, own.labels, words.labels, text, settings=own_settings, sources=own.sources, device="cpu"
         )
         tuned = finetune.finetune(cache, own_shots(cache, own), Reader(), Recipe(seed=seed)).cache
@@ -599,10 +599,10 @@ def test_training_on_a_gpu_matches_the_cpu(shots: Source, val: Source, changes: 
     cpu, gpu, again = (
         finetune.finetune(index(device=device), shots, Reader(), recipe, val=val) for device in ("cpu", "cuda", "cuda")
     )
-    assert np.array_equal(gpu.cache.keys, again.cache.keys)
-    moved_by = cpu.cache.keys - index().keys
+    assert np.array_equal(gpu.index.keys, again.index.keys)
+    moved_by = cpu.index.keys - index().keys
     bound = 0.1 if "precision" in changes else 1e-2
     assert cpu.epoch == gpu.epoch
-    assert np.linalg.norm(gpu.cache.keys - cpu.cache.keys) < bound * np.linalg.norm(moved_by)
+    assert np.linalg.norm(gpu.index.keys - cpu.index.keys) < bound * np.linalg.norm(moved_by)
     np.testing.assert_allclose(losses(gpu), losses(cpu), rtol=2e-2 if "precision" in changes else 1e-3)
-    assert abs(accuracy(gpu.cache) - accuracy(cpu.cache)) <= 0.01
+    assert abs(accuracy(gpu.index) - accuracy(cpu.index)) <= 0.01

@@ -224,7 +224,7 @@ def check_derived(model, dtype):
         points = model.metric(torch.from_numpy(np.asarray(model.keys, dtype=np.float32))).numpy().astype(dtype)
         np.testing.assert_allclose(np.asarray(model.rows.points), points, rtol=0, atol=4 * np.finfo(dtype).eps)
     if model.values is not None:
-        points = np.asarray(model.met, dtype=np.float64)
+        points = np.asarray(model.vectors, dtype=np.float64)
         gram = np.exp(-model.settings.beta * (1 - points @ points.T)) + model.fitted.ridge * np.eye(model.n)
         wanted = np.eye(len(model.class_names))[model.class_ids]
         np.testing.assert_allclose(gram @ model.values.numpy().astype(np.float64), wanted, atol=1e-4)
@@ -350,7 +350,7 @@ def test_the_vector_index_covers_the_points(tmp_path, monkeypatch):
     place, source = made(tmp_path, "lance"), table(tmp_path / "many.parquet", 200)
     build_index(open_source(source), place, Reader(), metric="within", k=16, device="cpu")
     model = stores.at(place).verify()
-    assert (model.index_type, model.fitted.metric, model.rows.table.met) == ("IvfFlat", "within", "_point")
+    assert (model.index_type, model.fitted.metric, model.rows.table.vector_column) == ("IvfFlat", "within", "_point")
     own = lancedb.connect(model.rows.table.address.uri).open_table("keys")
     assert [list(entry.columns) for entry in own.list_indices()] == [["_point"]]
     assert (

@@ -17,7 +17,7 @@ from PIL import Image
 from serving import caltech_photos
 from tables import tiny
 
-from retrieval_tip import CacheModel
+from retrieval_tip import Index
 from retrieval_tip.data import remote
 from retrieval_tip.data.exchange import Answered, coco, fiftyone, label_studio
 from retrieval_tip.data.sources import open_items, open_source
@@ -52,7 +52,7 @@ def classified(run, things, paths, style, *options):
 
 def test_classify_writes_every_format(run, things, shared, tmp_path):
     paths = [path for path, _ in caltech_photos(shared, "test", 3, 1)]
-    names = CacheModel.load(things).class_names
+    names = Index.load(things).class_names
     for style, convert in (("coco", coco), ("fiftyone", fiftyone), ("label-studio", label_studio)):
         for options in ([], ["--abstain", 0.9999], ["--group-by", "burst"]):
             rows, document = classified(run, things, paths, style, *options)
@@ -220,7 +220,7 @@ def index(wrong=()):
     keys, ids = clusters(12)
     ids = ids.copy()
     ids[list(wrong)] = (ids[list(wrong)] + 1) % len(NAMES)
-    return CacheModel.from_features(keys, ids, NAMES, text_of(), device="cpu")
+    return Index.from_features(keys, ids, NAMES, text_of(), device="cpu")
 
 
 def test_held_out_probabilities_belong_to_the_photos_in_order():

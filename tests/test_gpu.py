@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from retrieval_tip import CacheModel, doctor
+from retrieval_tip import Index, doctor
 from retrieval_tip.backbones.base import resolve_device, runs_on
 from retrieval_tip.backbones.loading import load_backbone
 from retrieval_tip.backbones.torch_backbone import weights_digest
@@ -180,8 +180,8 @@ def test_weights_with_channels_last_are_the_same_backbone(lit_mini) -> None:
 
 
 @pytest.fixture
-def cache() -> CacheModel:
-    return CacheModel.from_features(*labelled(40, 8, 4), device="cpu", settings=Settings(alpha=1.0, beta=5.5))
+def cache() -> Index:
+    return Index.from_features(*labelled(40, 8, 4), device="cpu", settings=Settings(alpha=1.0, beta=5.5))
 
 
 def test_trained_arrays_are_copied_to_the_cpu(cache) -> None:
@@ -219,7 +219,7 @@ def labelled(n: int, d: int, c: int) -> tuple[torch.Tensor, np.ndarray, list[str
 def test_answers_on_a_gpu_repeat_bit_for_bit() -> None:
     keys, *classes = labelled(9000, 64, 40)
     for index in ("Flat", "Classes", "IVF16,Flat"):
-        cache = CacheModel.from_features(keys, *classes, index=index, device="cuda")
+        cache = Index.from_features(keys, *classes, index=index, device="cuda")
         f = keys[::7].cuda()
         for k, tail in (("all", True), (64, True), (64, False)):
             first = cache.logits(f, k, tail)
@@ -230,7 +230,7 @@ def test_answers_on_a_gpu_repeat_bit_for_bit() -> None:
 def test_certified_winners_on_a_gpu_match_all_keys() -> None:
     """A certificate may need more keys than FAISS finds on a GPU."""
     rows, *classes = labelled(9000, 32, 20)
-    on_cpu, on_gpu = (CacheModel.from_features(rows, *classes, device=device) for device in ("cpu", "cuda"))
+    on_cpu, on_gpu = (Index.from_features(rows, *classes, device=device) for device in ("cpu", "cuda"))
     expected = on_cpu.logits(rows[:60], "all").argmax(1)
     assert torch.equal(on_gpu.certified(rows[:60].cuda(), k=2).cache.argmax(1).cpu(), expected)
 
@@ -238,7 +238,7 @@ def test_certified_winners_on_a_gpu_match_all_keys() -> None:
 @pytest.mark.gpu
 def test_search_hp_holds_few_affinities_on_a_gpu() -> None:
     rows, ids, names = labelled(400_000, 16, 20)
-    cache, some = CacheModel.from_features(rows, ids, names, device="cuda"), slice(0, 2000)
+    cache, some = Index.from_features(rows, ids, names, device="cuda"), slice(0, 2000)
     queries = Queries(rows[some].numpy(), ids[some], "made")
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -256,7 +256,7 @@ def test_a_gpu_encodes_in_large_batches(shared: Path) -> None:
 @pytest.mark.gpu
 def test_threads_can_search_several_indexes_on_a_gpu_at_once() -> None:
     rows, *classes = labelled(4000, 32, 20)
-    caches = [CacheModel.from_features(rows, *classes, index="IVF16,Flat", device="cuda") for _ in range(4)]
+    caches = [Index.from_features(rows, *classes, index="IVF16,Flat", device="cuda") for _ in range(4)]
     expected = [cache.logits(rows[:50], 64) for cache in caches]
     with ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(caches[i % 4].logits, rows[:50], 64) for i in range(200)]

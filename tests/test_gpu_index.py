@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from retrieval_tip import CacheModel
+from retrieval_tip import Index
 from retrieval_tip.errors import StoreError
 from retrieval_tip.retrieval import vector_index
 from retrieval_tip.retrieval.keys import Keys
@@ -330,7 +330,7 @@ def test_one_thread_at_a_time_searches_on_gpus(gpus) -> None:
 def test_keys_on_a_gpu_are_searched_without_an_index() -> None:
     ids = np.sort(RNG.integers(0, 9, 300))
     for factory in ("Flat", "Classes"):
-        cache = CacheModel.from_features(KEYS, ids, [f"class {i}" for i in range(9)], index=factory, device="cpu")
+        cache = Index.from_features(KEYS, ids, [f"class {i}" for i in range(9)], index=factory, device="cpu")
         expected = cache.retrieval.keys.nearest(torch.from_numpy(QUERIES), 7)
         cache._keys._on_device = torch.from_numpy(KEYS)
         with mock.patch.object(VectorIndex, "search_tensor", side_effect=AssertionError("searched an index")):

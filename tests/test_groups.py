@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sklearn.cluster import AgglomerativeClustering
 from tables import unit, unit_rows, write_table
 
-from retrieval_tip import CacheModel, Classifier, tip
+from retrieval_tip import Classifier, Index, tip
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.forms import FORMS
@@ -88,10 +88,10 @@ def test_the_threshold_is_midway_between_same_class_and_other_class_similarity(c
 
 @needs_real
 def test_unknown_classes_of_real_photos_become_groups(things):
-    whole = CacheModel.load(things, device="cpu")
+    whole = Index.load(things, device="cpu")
     ids, keys = whole.class_ids.numpy(), np.asarray(whole.keys)
     known = np.isin(ids, np.random.default_rng(0).permutation(10)[:6])
-    cache = CacheModel.from_features(keys[known], ids[known], whole.class_names, device="cpu")
+    cache = Index.from_features(keys[known], ids[known], whole.class_names, device="cpu")
     closed_form.fit(cache, forms=FORMS[:1])
     answers = groups.group_unlike(cache, keys[~known], cache.classify(keys[~known]))
     numbers = answers.to_arrow()["group"].to_numpy(zero_copy_only=False)
@@ -106,7 +106,7 @@ def test_unknown_classes_of_real_photos_become_groups(things):
 def folder(tmp_path):
     """A fitted index of three classes."""
     ids = np.arange(60) % 3
-    cache = CacheModel.from_features(unit(3 * np.eye(16)[ids] + unit_rows(60, 16)), ids, ["a", "b", "c"], device="cpu")
+    cache = Index.from_features(unit(3 * np.eye(16)[ids] + unit_rows(60, 16)), ids, ["a", "b", "c"], device="cpu")
     closed_form.fit(cache)
     cache.save(tmp_path / "index")
     return tmp_path / "index"

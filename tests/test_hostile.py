@@ -37,7 +37,7 @@ from sealing import body_of, sealed, snapshot
 from serving import listens, server
 from tables import png, unit_rows, write_table
 
-from retrieval_tip import CacheModel
+from retrieval_tip import Index
 from retrieval_tip.cli import main
 from retrieval_tip.data import images
 from retrieval_tip.data.reader import Reader
@@ -247,7 +247,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def answer(folder: Path) -> bytes:
-    return CacheModel.load(folder, device="cpu").logits(unit_rows(5, D, 9)).numpy().tobytes()
+    return Index.load(folder, device="cpu").logits(unit_rows(5, D, 9)).numpy().tobytes()
 
 
 @contextmanager
@@ -331,7 +331,7 @@ def test_any_manifest_is_refused_or_answers(world: Path, data: st.DataObject) ->
             else:
                 node[key if how == "value" else data.draw(st.text(max_size=5))] = value
         (index / "manifest.json").write_bytes(sealed(body))
-        cache = refused(lambda: CacheModel.load(index, device="cpu"))
+        cache = refused(lambda: Index.load(index, device="cpu"))
         if cache is not None:
             refused(lambda: cache.classify(unit_rows(2, D)))
         refused(lambda: store.describe(index))
@@ -433,7 +433,7 @@ def served(things: Path, tmp_path_factory: pytest.TempPathFactory, warm_path: st
         idle = process.memory_info().rss
         yield address
         assert process.memory_info().rss - idle < MEMORY
-    CacheModel.load(place, device="cpu")
+    Index.load(place, device="cpu")
 
 
 @tried(1500)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retrieval_tip import CacheModel
+from retrieval_tip import Index
 from retrieval_tip.html import markup, table
 from retrieval_tip.predictions import SHOWN_PREDICTIONS, Predictions
 from retrieval_tip.settings import Settings
@@ -96,7 +96,7 @@ def cache():
     keys /= np.linalg.norm(keys, axis=1, keepdims=True)
     names = [*HOSTILE[:2], "plain"]
     sources = [f"{HOSTILE[i % 5]}{i}" for i in range(12)]
-    return CacheModel.from_features(
+    return Index.from_features(
         keys, [0, 1, 2] * 4, names, settings=Settings(alpha=2.0, beta=5.5), device="cpu", sources=sources
     )
 
@@ -112,17 +112,17 @@ def check_markup(shown: str) -> Page:
 
 def test_a_classifier_shows_its_keys_classes_and_settings(cache, tmp_path):
     page = check_markup(cache._repr_html_())
-    for expected in ("CacheModel", "12 of 8 values, float32", "3: <script>alert(1)</script> 4, ", "plain 4", "alpha 2",
+    for expected in ("Index", "12 of 8 values, float32", "3: <script>alert(1)</script> 4, ", "plain 4", "alpha 2",
                      "beta 5.5", "k all", "not from a folder", "unnamed", "none: only the cache is used"):  # fmt: skip
         assert expected in page.text
     cache.save(tmp_path / "in<dex")
-    page = check_markup(CacheModel.load(tmp_path / "in<dex", device="cpu")._repr_html_())
+    page = check_markup(Index.load(tmp_path / "in<dex", device="cpu")._repr_html_())
     assert f"{tmp_path / 'in<dex'}, version 1" in page.text
 
 
 def test_only_the_first_of_many_classes_are_shown():
     names = [f"c{i}" for i in range(30)]
-    cache = CacheModel.from_features(np.eye(30, dtype=np.float32), names, names, np.eye(30), device="cpu")
+    cache = Index.from_features(np.eye(30, dtype=np.float32), names, names, np.eye(30), device="cpu")
     shown = check_markup(cache._repr_html_()).text
     assert "30: c0 1, c1 1," in shown
     assert "and 22 more" in shown

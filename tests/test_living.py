@@ -26,7 +26,7 @@ from hypothesis.stateful import (
 )
 from tables import unit_rows, write_table
 
-from retrieval_tip import CacheModel, verify
+from retrieval_tip import Index, verify
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.index import changes
@@ -53,11 +53,11 @@ class State:
     factory: str
     dtype: str
 
-    def fresh(self) -> CacheModel:
+    def fresh(self) -> Index:
         """Return a classifier that is built from these contents at once."""
         labels = [label for label, _ in self.keys.values()]
         vectors = np.stack([vector for _, vector in self.keys.values()])
-        return CacheModel.from_features(
+        return Index.from_features(
             vectors, labels, list(self.text), np.stack(list(self.text.values())), settings=SETTINGS, device="cpu",
             sources=[str(key_id) for key_id in self.keys],
         )  # fmt: skip
@@ -67,7 +67,7 @@ class State:
 class OpenVersion:
     """A reader that has a version open, and the logits it should keep returning."""
 
-    cache: CacheModel
+    cache: Index
     state: State
     logits: torch.Tensor = field(init=False)
 
@@ -104,15 +104,15 @@ class Living(RuleBasedStateMachine):
     @initialize(n=st.integers(LEAST, 30), c=st.integers(1, 3))
     def build(self, n: int, c: int) -> None:
         names, vectors, text = [f"class {i}" for i in range(c)], self.vectors(n).astype(self.dtype), self.vectors(c)
-        cache = CacheModel.from_features(
+        cache = Index.from_features(
             vectors, np.arange(n) % c, names, text, settings=SETTINGS, index=self.factory, device="cpu"
         )  # fmt: skip
         cache.save(self.folder)
         keys = {i: (names[i % c], vector) for i, vector in enumerate(vectors)}
         self.state = State(keys, dict(zip(names, text, strict=True)), self.factory, self.dtype)
         self.kept, self.version, self.next_key_id = {1: self.state}, 1, n
-        self.reader = OpenVersion(CacheModel.load(self.folder, device="cpu"), self.state)
-        self.program = CacheModel.load(self.folder, device="cpu")
+        self.reader = OpenVersion(Index.load(self.folder, device="cpu"), self.state)
+        self.program = Index.load(self.folder, device="cpu")
 
     def commit(self, state: State) -> None:
         """Record a new version."""
@@ -221,8 +221,8 @@ class Living(RuleBasedStateMachine):
 
     @rule()
     def reload(self) -> None:
-        found = self.reader.cache.reload()
-        assert (found is self.reader.cache) == (self.reader.cache.version == self.version)
+        found = self.reader.index.reload()
+        assert (found is self.reader.cache) == (self.reader.index.version == self.version)
         self.reader = OpenVersion(found, self.state)
 
     @invariant()
@@ -231,7 +231,7 @@ class Living(RuleBasedStateMachine):
         self.check_keys_and_labels(cache)
         self.check_answers_match_a_fresh_index(cache)
 
-    def check_keys_and_labels(self, cache: CacheModel) -> None:
+    def check_keys_and_labels(self, cache: Index) -> None:
         assert cache.version == self.version
         assert cache.class_names == list(self.state.text)
         assert (cache.index.factory, str(cache.keys.dtype)) == (self.state.factory, self.state.dtype)
@@ -245,7 +245,7 @@ class Living(RuleBasedStateMachine):
         pairs = list(zip(cache.labels["class_id"].to_pylist(), cache.labels["shot"].to_pylist(), strict=True))
         assert len(set(pairs)) == len(pairs)
 
-    def check_answers_match_a_fresh_index(self, cache: CacheModel) -> None:
+    def check_answers_match_a_fresh_index(self, cache: Index) -> None:
         fresh = self.state.fresh()
         np.testing.assert_allclose(cache.logits(QUERIES), fresh.logits(QUERIES), atol=1e-4)
         near = [[int(key.source) for key in found.neighbours] for found in fresh.classify(QUERIES, neighbours=K)]
@@ -260,7 +260,7 @@ class Living(RuleBasedStateMachine):
             else:
                 self.check_each_class_counts_exactly_or_at_its_mean(cache, tail)
 
-    def check_each_class_counts_exactly_or_at_its_mean(self, cache: CacheModel, tail: bool) -> None:
+    def check_each_class_counts_exactly_or_at_its_mean(self, cache: Index, tail: bool) -> None:
         """A sample of the keys determines which classes count exactly, so the test accepts either sum."""
         whole, mean = np.zeros((2, len(QUERIES), len(self.state.text)))
         for i, name in enumerate(self.state.text):

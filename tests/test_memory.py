@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 
-from retrieval_tip import CacheModel
+from retrieval_tip import Index
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -38,7 +38,7 @@ def test_a_build_holds_few_copies_of_the_features(tmp_path: Path, compressed: bo
     """A fit also holds the keys transformed by the metric, which the index contains instead of the raw keys."""
     base = peak(tmp_path / "small", 1000, DIM, "--fit", fit)
     found = peak(tmp_path / "large", ROWS, DIM, "--fit", fit, compressed=compressed)
-    assert CacheModel.load(tmp_path / "large" / "index", device="cpu").n == ROWS
+    assert Index.load(tmp_path / "large" / "index", device="cpu").n == ROWS
     assert FEATURES < found - base < most * FEATURES
 
 

@@ -12,7 +12,7 @@ from clusters import C, clusters, text_of
 from PIL import Image
 from serving import caltech_photos
 
-from retrieval_tip import CacheModel
+from retrieval_tip import Index
 from retrieval_tip.data import images
 from retrieval_tip.errors import UsageError
 from retrieval_tip.fit import closed_form
@@ -23,7 +23,7 @@ NAMES = ["cat", "dög", "<b>", "owl", "a b"]
 
 def index(shots=6, **options):
     keys, ids = clusters(shots)
-    return CacheModel.from_features(keys, ids, NAMES, text_of(), device="cpu", **options)
+    return Index.from_features(keys, ids, NAMES, text_of(), device="cpu", **options)
 
 
 def run_in(file, given):

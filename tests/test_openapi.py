@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from serving import server
 
-from retrieval_tip import CacheModel
+from retrieval_tip import Index
 from retrieval_tip.server.app import create_app
 
 TOKEN = "open sesame"
@@ -27,7 +27,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny index of features with two values, as in the examples of the schema."""
     folder = tmp_path_factory.mktemp("tiny") / "tiny"
     keys = [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [0.8, -0.6]]
-    CacheModel.from_features(np.array(keys), ["cat", "cat", "dog", "dog"], ["cat", "dog"]).save(folder)
+    Index.from_features(np.array(keys), ["cat", "cat", "dog", "dog"], ["cat", "dog"]).save(folder)
     return folder
 
 

@@ -9,7 +9,7 @@ import pytest
 import scipy.special
 from tables import unit, unit_rows
 
-from retrieval_tip import CacheModel
+from retrieval_tip import Index
 from retrieval_tip.errors import UsageError
 from retrieval_tip.evaluation import held_out
 from retrieval_tip.fit import closed_form
@@ -25,7 +25,7 @@ def index_of(n, text, seed=0):
     ids = np.random.default_rng(seed).choice(4, n, p=[0.5, 0.25, 0.2, 0.05])
     features = unit(CENTRES[ids] + 1.5 * unit_rows(n, 10, seed + 1))
     sources = [f"photo-{max(i, 1)}" for i in range(n)]
-    index = CacheModel.from_features(features, ids, NAMES, TEXT if text else None, sources=sources, device="cpu")
+    index = Index.from_features(features, ids, NAMES, TEXT if text else None, sources=sources, device="cpu")
     closed_form.fit(index)
     return index, features, ids
 
@@ -36,7 +36,7 @@ def answers_without(index, features, ids, asked, kept):
     for photo in asked:
         others = [i for i in kept if i != photo and not {i, photo} <= {0, 1}]
         text = TEXT if index.has_text else None
-        other = CacheModel.from_features(features[others], ids[others], NAMES, text, device="cpu")
+        other = Index.from_features(features[others], ids[others], NAMES, text, device="cpu")
         closed_form.fit(other, forms=[form])
         other.settings = replace(index.settings)
         own = other.logits(features[photo : photo + 1])[0].numpy()
@@ -92,7 +92,7 @@ def test_the_estimate_is_empty_without_random_labels():
     assert gain_of(index, [99], none, 20) is None
     with pytest.raises(UsageError, match="more"):
         gain_of(index, [99], none, 0)
-    single = CacheModel.from_features(features[:2], [0, 1], NAMES, device="cpu")
+    single = Index.from_features(features[:2], [0, 1], NAMES, device="cpu")
     closed_form.fit(single)
     found = estimate_rest(single, [0, 1], features)
     assert (found.right, found.n) == (0, 2)  # without its only photo, a class is unknown

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from retrieval_tip import CacheModel
+from retrieval_tip import Index
 from retrieval_tip.evaluation.projection import Projection, methods, projected
 
 
-def cache_of(keys: np.ndarray) -> CacheModel:
+def cache_of(keys: np.ndarray) -> Index:
     labels = [f"class {i % 3}" for i in range(len(keys))]
-    return CacheModel.from_features(keys.astype(np.float32), labels, [f"class {i}" for i in range(3)], device="cpu")
+    return Index.from_features(keys.astype(np.float32), labels, [f"class {i}" for i in range(3)], device="cpu")
 
 
 @pytest.mark.parametrize(("n", "d"), [(300, 40), (20, 500), (7, 3), (3, 2)])
@@ -80,7 +80,7 @@ def test_tsne_keeps_neighbours_together_that_pca_cannot_separate() -> None:
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(12, 64))
     keys = np.repeat(centres, 10, axis=0) + 0.5 * rng.normal(size=(120, 64))
-    cache = CacheModel.from_features(
+    cache = Index.from_features(
         keys.astype(np.float32), np.repeat(np.arange(12), 10), [f"class {i}" for i in range(12)]
     )
 

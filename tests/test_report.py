@@ -35,11 +35,11 @@ from retrieval_tip.evaluation.held_out import QueryBlock
 from retrieval_tip.fit.closed_form import wilson
 from retrieval_tip.fit.folds import Queries
 from retrieval_tip.fit.search_hp import search
-from retrieval_tip.model import CacheModel
+from retrieval_tip.model import Index
 from retrieval_tip.report import curve, plots, report
-from retrieval_tip.report.judged import portable
 from retrieval_tip.report.mistakes import MISTAKES, worst
 from retrieval_tip.report.report import write_report
+from retrieval_tip.report.results import portable
 
 pytest.importorskip("matplotlib")
 
@@ -253,7 +253,7 @@ def log_softmax(z):
 
 
 def test_the_accuracy_of_each_part_matches_plain_numpy(caltech):
-    cache = CacheModel.load(caltech / "index", device="cpu", precision="float32")
+    cache = Index.load(caltech / "index", device="cpu", precision="float32")
     rng = np.random.default_rng(0)
     keys = np.asarray(cache.keys, dtype=np.float64)
     rows = keys[rng.integers(0, 24, 90)] + 0.08 * rng.normal(size=(90, cache.d))
@@ -274,7 +274,7 @@ def test_the_accuracy_of_each_part_matches_plain_numpy(caltech):
 def test_the_worst_mistakes_are_explained(tmp_path):
     folder, test = made(tmp_path, n=120, noise=2.5)
     page = reported(tmp_path, folder, test, "--no-curves", "--alpha", 2, "--beta", 3)
-    cache, table = CacheModel.load(folder, device="cpu"), pq.read_table(test)
+    cache, table = Index.load(folder, device="cpu"), pq.read_table(test)
     f, own = np.stack(table["feature"].to_numpy()).astype(np.float64), cache.class_ids.numpy()
     truth = np.array([cache.class_names.index(label) for label in table["label"].to_pylist()])
     affinity = f @ np.asarray(cache.keys, dtype=np.float64).T
@@ -303,7 +303,7 @@ def test_ties_follow_the_order_of_the_source():
 def test_the_curve_is_measured_on_drawn_shots(food, tmp_path):
     folder, test = food
     page = reported(tmp_path, folder, test, "--seeds", 2)
-    pool, table = CacheModel.load(folder, device="cpu"), open_source(test)
+    pool, table = Index.load(folder, device="cpu"), open_source(test)
     features = np.stack(pq.read_table(test)["feature"].to_numpy())
     truth = table.truth(pool.class_names)[0]
     shown = section(page, "shots").first("table").rows()[1:]
@@ -458,11 +458,11 @@ def test_the_verdict_comes_first_with_recommendations(tmp_path, monkeypatch):
 def test_the_report_names_the_weakest_class_and_the_labels_of_an_audit(tmp_path):
     labels = ["cat", "dog", "owl"]
     folder, test = made(tmp_path, labels, test_labels=[0] * 6 + [1] * 20 + [2] * 20, noise=0.3, text=False)
-    rows = CacheModel.load(folder, device="cpu").labels.to_pylist()
+    rows = Index.load(folder, device="cpu").labels.to_pylist()
     cats, owls = ([row["key_id"] for row in rows if row["label"] == name] for name in ("cat", "owl"))
     moved = [*cats[:3], owls[0]]  # three of the four cats, and one owl
     done("-q", "index", "relabel", folder, "dog", "--key-ids", ",".join(map(str, moved)))
-    twice = write_table(tmp_path / "t.parquet", np.asarray(CacheModel.load(folder, device="cpu").keys)[-1:], ["cat"])
+    twice = write_table(tmp_path / "t.parquet", np.asarray(Index.load(folder, device="cpu").keys)[-1:], ["cat"])
     done("-q", "index", "add", folder, twice)  # a copy of an example of another class
     said = advice(reported(tmp_path, folder, test, "--no-curves"))
     facts = json.loads(done("-q", "evaluate", folder, test, "--json").stdout)
@@ -533,7 +533,7 @@ def test_the_report_names_the_source_of_the_settings(tmp_path):
     done("-q", "search-hp", folder, "--leave-one-out", "--greedy")
     page = reported(tmp_path, folder, test, "--no-curves", "--beta", 7, "-k", 4, "--no-tail")
     rows = {row[0]: row[1] for table in section(page, "provenance").all("table") for row in table.rows()}
-    kept = CacheModel.load(folder, device="cpu")
+    kept = Index.load(folder, device="cpu")
     assert rows["alpha"] == f"{kept.settings.alpha:.4g} (search-hp)"
     assert rows["beta"] == f"7 (set for this report; the index has {kept.settings.beta:.4g})"
     assert rows["k"].startswith("4 (")
@@ -616,7 +616,7 @@ def test_a_missing_matplotlib_is_reported_before_any_work(tmp_path, no_matplotli
 
 def test_reports_are_written_from_python(tmp_path):
     folder, test = made(tmp_path)
-    cache, source = CacheModel.load(folder, device="cpu"), open_source(test)
+    cache, source = Index.load(folder, device="cpu"), open_source(test)
     found = write_report(cache, source, Reader(), tmp_path / "r.html", seeds=1, shots=[1])
     assert found.path.stat().st_size == found.bytes
     page = read(found.path)
@@ -633,7 +633,7 @@ def test_reports_are_written_from_python(tmp_path):
 
 def test_unexpected_values_in_a_manifest_are_reported(tmp_path):
     folder, test = made(tmp_path)
-    cache = CacheModel.load(folder, device="cpu")
+    cache = Index.load(folder, device="cpu")
     odd = {"alpha": {"<b>": ["<i>", 1.5, None]}, "search": ["x"], "source": "\u202e<u>", "skipped": ["<s>"] * 99}
     odd |= {"finetune": {"parent": "\0", "parent_version": 9, "epoch": "<b>", "train": ["<script>"]}}
     trained, settings = pa.table({"epoch": ["<b>"]}), cache.settings.override(temperature=2.0)

@@ -19,7 +19,7 @@ from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import search_hp
 from retrieval_tip.fit.folds import Queries
 from retrieval_tip.fit.search_hp import right_between, search
-from retrieval_tip.model import CacheModel
+from retrieval_tip.model import Index
 from retrieval_tip.settings import Built, Settings
 
 C, D = 5, 12
@@ -36,7 +36,7 @@ def small_cache(shots=6, text=True, spread=0.6):
     keys, ids = clusters(shots * C, C, D, 1, spread)
     weights = unit_rows(C, D, 5) if text else None
     names = [f"class {i}" for i in range(C)]
-    return CacheModel.from_features(keys, ids, names, weights, settings=Settings(logit_scale=10.0), device="cpu")
+    return Index.from_features(keys, ids, names, weights, settings=Settings(logit_scale=10.0), device="cpu")
 
 
 def queries_of(cache, n=60, seed=2):
@@ -133,7 +133,7 @@ def test_keys_of_the_same_image_are_held_out_together():
     sources = [f"image {i // 2 if i < 10 else i}" for i in range(20)]
     order = np.argsort(np.array([0, 0, 1, 1, 2, 2, 3, 3, 4, 4, *ids[10:]]), kind="stable")
     labels = np.array([0, 0, 1, 1, 2, 2, 3, 3, 4, 4, *ids[10:]])
-    cache = CacheModel.from_features(keys, labels, list("abcde"), sources=sources, device="cpu")
+    cache = Index.from_features(keys, labels, list("abcde"), sources=sources, device="cpu")
     queries = Queries.leave_one_out(cache)
     assert len(queries.ids) == 15  # five images have two keys each
     assert np.bincount(queries.groups).max() == 2
@@ -164,9 +164,7 @@ def test_the_search_may_choose_text_alone_or_cache_alone():
     names = list("abcde")
 
     def chosen(weights, labels):
-        cache = CacheModel.from_features(
-            keys, labels, names, weights, settings=Settings(logit_scale=10.0), device="cpu"
-        )
+        cache = Index.from_features(keys, labels, names, weights, settings=Settings(logit_scale=10.0), device="cpu")
         return search(cache, Queries(features, ids, "x"))
 
     right = centres / np.linalg.norm(centres, axis=1, keepdims=True)
@@ -325,7 +323,7 @@ def test_a_cautious_search_changes_the_settings_only_on_significant_evidence():
     features, ids = clusters(200, C, D, 2, spread=0.2)
     centres = np.stack([features[ids == i].mean(axis=0) for i in range(C)]).astype(np.float32)
     keys, key_ids = clusters(30, C, D, 1, spread=0.2)
-    wrong = CacheModel.from_features(
+    wrong = Index.from_features(
         keys, (key_ids + 1) % C, list("abcde"), centres, settings=Settings(logit_scale=1.0), device="cpu"
     )
     moved = search(wrong, Queries(features, ids, "x"), cautious=True)
@@ -336,7 +334,7 @@ def test_a_cautious_search_changes_the_settings_only_on_significant_evidence():
 def test_an_index_keeps_its_k(kind: str) -> None:
     keys, ids = clusters(60, 6, 16, seed=1)
     text, _ = clusters(6, 6, 16, seed=2)
-    cache = CacheModel.from_features(keys, ids, [f"c{i}" for i in range(6)], text, index=kind)
+    cache = Index.from_features(keys, ids, [f"c{i}" for i in range(6)], text, index=kind)
     cache.settings = cache.settings.override(k=20)
     choice = search_hp.search(cache, Queries.leave_one_out(cache))
     search_hp.apply(cache, choice)

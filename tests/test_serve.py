@@ -31,7 +31,7 @@ from PIL import Image
 from serving import app_of, caltech_photos, listens, random_index, rest, running, server, told
 from tables import png
 
-from retrieval_tip import CacheModel
+from retrieval_tip import Index
 from retrieval_tip.server import run as run_module
 from retrieval_tip.server.app import create_app
 from retrieval_tip.server.limits import Limits
@@ -74,7 +74,7 @@ def connection(address: str, timeout: float = 60) -> http.client.HTTPConnection:
 
 
 def feature(folder: Path) -> dict[str, object]:
-    return {"features": np.asarray(CacheModel.load(folder, device="cpu").keys[:1], dtype=np.float64).tolist()}
+    return {"features": np.asarray(Index.load(folder, device="cpu").keys[:1], dtype=np.float64).tolist()}
 
 
 ROWS = zlib.compress(bytes(10_000_000), 9)
@@ -496,12 +496,12 @@ def test_an_old_version_is_freed_when_the_next_one_answers(random_things: Path, 
     served = open_all([folder], "cpu", "float32", "fast")
     with running(create_app(served, Limits(poll=0.1))) as place:
         url = "http://{}:{}/v1/classify?explain=true".format(*place)
-        before, first = weakref.ref(served["index"].now.cache), served["index"].now.manifest.version
+        before, first = weakref.ref(served["index"].now.index), served["index"].now.manifest.version
         gc.disable()
         try:
             for version in (first, first + 1):
                 assert httpx.post(url, json={"features": [[0.125] * 64]}).json()["version"] == version
-                other = CacheModel.load(folder, device="cpu")
+                other = Index.load(folder, device="cpu")
                 other.add(np.eye(64, dtype=np.float32)[:1], ["class 0"])
                 other.save(folder)
                 del other

@@ -27,7 +27,7 @@ from PIL import Image
 from serving import app_of, caltech_photos, random_index
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-from retrieval_tip import CacheModel
+from retrieval_tip import Index
 from retrieval_tip.cli import main
 from retrieval_tip.data import images
 from retrieval_tip.data.reader import FeatureBlock, Reader
@@ -160,7 +160,7 @@ def test_features_come_with_the_most_similar_shots_and_can_be_sent_again(
     assert (again.pop("input"), first.pop("input")) == ("row 0", "upload")
     assert again == first
     queries = pq.read_table(SHARED / "data" / "clip-food9" / "test.parquet")["feature"].to_pylist()[:5]
-    cache = CacheModel.load(food, device="cpu")
+    cache = Index.load(food, device="cpu")
     found = both.post("/v1/classify?index=food&features=true&logits=true", json={"features": queries}).json()["results"]
     for result, query in zip(found, queries, strict=True):
         np.testing.assert_allclose(result["feature"], query, atol=1e-6)
@@ -175,7 +175,7 @@ def test_features_come_with_the_most_similar_shots_and_can_be_sent_again(
 
 
 def test_shots_can_be_left_out(both: Client, things: Path) -> None:
-    cache = CacheModel.load(things, device="cpu")
+    cache = Index.load(things, device="cpu")
     query = np.asarray(cache.keys[:1], dtype=np.float64).tolist()
     out = cache.labels["key_id"].to_pylist()[:3]
     asked = "&".join(f"without={key_id}" for key_id in out)
@@ -191,7 +191,7 @@ def test_indexes_are_described(both: Client, things: Path, food: Path) -> None:
     listed = both.get("/v1/indexes").json()["indexes"]
     assert [one["name"] for one in listed] == ["things", "food"]
     assert [one["images"] for one in listed] == [True, False]
-    cache = CacheModel.load(things, device="cpu")
+    cache = Index.load(things, device="cpu")
     whole = both.get("/v1/indexes/things").json()
     assert {name: whole[name] for name in listed[0]} == listed[0]
     assert (whole["n_keys"], whole["n_classes"], whole["d"]) == (cache.n, len(cache.class_names), cache.d)
@@ -204,7 +204,7 @@ def test_indexes_are_described(both: Client, things: Path, food: Path) -> None:
 
 
 def test_keys_come_in_pages_and_can_be_filtered(both: Client, things: Path) -> None:
-    labels = CacheModel.load(things, device="cpu").labels.to_pylist()
+    labels = Index.load(things, device="cpu").labels.to_pylist()
     pages = [both.get(f"/v1/indexes/things/keys?offset={at}&limit=30").json() for at in (0, 30, 60, 90)]
     assert [page["total"] for page in pages] == [80] * 4
     seen = [key for page in pages for key in page["keys"]]
@@ -235,7 +235,7 @@ def test_images_of_shots_are_resized_and_cached(both: Client, things: Path, tmp_
 
 
 def test_similar_features_are_grouped(food: Path) -> None:
-    index = CacheModel.load(food)
+    index = Index.load(food)
     rows = [row for key in np.asarray(index.keys)[::9].tolist() for row in (key, [-value for value in key])]
     expected = group(np.array(rows, np.float32), threshold_of(index), index.metric)
     with serving(food) as client:
@@ -262,10 +262,10 @@ def test_similar_features_are_grouped(food: Path) -> None:
 
 
 def test_relative_image_paths_start_at_the_root(own: Path, tmp_path: Path) -> None:
-    cache = CacheModel.load(own, device="cpu")
+    cache = Index.load(own, device="cpu")
     first = Path(cache.labels["source"][0].as_py())
     names = [f"{i}/{first.name}" for i in range(cache.n)]
-    moved = CacheModel.from_features(np.asarray(cache.keys), cache.class_ids.numpy(), cache.class_names, sources=names)
+    moved = Index.from_features(np.asarray(cache.keys), cache.class_ids.numpy(), cache.class_names, sources=names)
     moved.save(tmp_path / "moved")
     (tmp_path / "pictures" / "0").mkdir(parents=True)
     shutil.copy(first, tmp_path / "pictures" / "0" / first.name)
@@ -276,7 +276,7 @@ def test_relative_image_paths_start_at_the_root(own: Path, tmp_path: Path) -> No
 
 
 def test_map_and_audit_equal_those_of_the_library(both: Client, things: Path) -> None:
-    found, cache = both.get("/v1/indexes/things/map").json(), CacheModel.load(things, device="cpu")
+    found, cache = both.get("/v1/indexes/things/map").json(), Index.load(things, device="cpu")
     expected = projected(cache)
     np.testing.assert_allclose([found["x"], found["y"]], expected.places.T, atol=1e-4)
     assert found["explained"] == pytest.approx(expected.explained, rel=1e-3)
@@ -294,7 +294,7 @@ def map_limits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Limits of the maps that the server has computed."""
     limits, real = [], routes_module.projected
 
-    def counted(cache: CacheModel, method: Method, limit: int) -> Projection:
+    def counted(cache: Index, method: Method, limit: int) -> Projection:
         limits.append(limit)
         return real(cache, method, limit)
 
@@ -316,7 +316,7 @@ def test_the_number_of_waiting_maps_and_audits_is_limited(
 ) -> None:
     go, real = threading.Event(), routes_module.projected
 
-    def slow(cache: CacheModel, method: Method, limit: int) -> Projection:
+    def slow(cache: Index, method: Method, limit: int) -> Projection:
         assert go.wait(30)
         return real(cache, method, limit)
 
@@ -385,7 +385,7 @@ def test_adding_a_shot_changes_the_answer_and_removing_it_undoes_that(own: Path,
         end = asked()
         assert (end["version"], end["results"][0]["label"]) == (4, truth)
         assert client.delete("/v1/indexes/own/keys?key_id=80", headers=AUTHORISED).status_code == 404
-    assert CacheModel.load(own, device="cpu").n == 80
+    assert Index.load(own, device="cpu").n == 80
 
 
 def test_gc_deletes_photos_that_no_kept_version_uses(
@@ -549,7 +549,7 @@ def test_shots_are_relabelled_classes_renamed_and_versions_rolled_back(own: Path
 
 
 def test_the_accuracy_follows_label_changes(own: Path) -> None:
-    names, fitted = CacheModel.load(own, device="cpu").class_names, fit_index(own)
+    names, fitted = Index.load(own, device="cpu").class_names, fit_index(own)
     with serving(own, token=TOKEN) as client:
         before = client.get("/v1/indexes/own/accuracy").json()
         assert fitted.interval is not None
@@ -574,7 +574,7 @@ def test_the_accuracy_follows_label_changes(own: Path) -> None:
 
 
 def test_exemplars_are_the_shots_nearest_to_their_class_mean(both: Client, things: Path) -> None:
-    cache = CacheModel.load(things)
+    cache = Index.load(things)
     keys, ids = np.asarray(cache.keys, dtype=np.float64), cache.class_ids.numpy()
     found = both.get("/v1/indexes/things/exemplars").json()
     assert {one["class_id"] for one in found["exemplars"]} == set(ids.tolist())
@@ -604,7 +604,7 @@ def test_uploaded_photos_become_a_new_index(own: Path, tmp_path: Path, lit_mini:
         assert (body["index"], body["version"]) == ("my things", 1)
         assert [one["input"] for one in body["skipped"]] == ["a.txt"]
         assert body["judged"]["both"] > 0.4
-        alone = CacheModel.load(tmp_path / "my things")
+        alone = Index.load(tmp_path / "my things")
         assert sorted(set(alone.labels["label"].to_pylist())) == sorted({label for _, label in some})
         assert body["judged"]["both"] == alone.provenance["fit"]["both"]
         for path, label in some[::5]:
@@ -632,11 +632,11 @@ def test_uploaded_photos_become_a_new_index(own: Path, tmp_path: Path, lit_mini:
         assert client.get("/v1/indexes").json() == {"indexes": [], "makes": True, "labels": False}
         assert client.post("/v1/classify", files={"images": b"x"}).status_code == 404
         assert client.post("/v1/indexes", **sent("first"), headers=AUTHORISED).status_code == 201
-        assert CacheModel.load(tmp_path / "shelf" / "first").n == 15
+        assert Index.load(tmp_path / "shelf" / "first").n == 15
 
 
 def test_another_spelling_makes_a_new_class_and_a_warning(own: Path) -> None:
-    cache = CacheModel.load(own, device="cpu")
+    cache = Index.load(own, device="cpu")
     label, other = cache.class_names[0], cache.class_names[0].upper()
     sent = {"features": [cache.keys[0].tolist()], "labels": [other]}
     with serving(own, token=TOKEN) as client:
@@ -651,7 +651,7 @@ def test_another_spelling_makes_a_new_class_and_a_warning(own: Path) -> None:
 
 
 def test_added_features_get_sources_that_are_not_files(own: Path, truth: str) -> None:
-    feature = CacheModel.load(own, device="cpu").keys[0].tolist()
+    feature = Index.load(own, device="cpu").keys[0].tolist()
     with serving(own, token=TOKEN) as client:
         sent = {"features": [feature, feature], "labels": [truth, "other thing"], "sources": ["a.jpg", "b"]}
         refused = client.post("/v1/indexes/own/keys", json={**sent, "labels": [truth]}, headers=AUTHORISED)
@@ -754,7 +754,7 @@ def test_the_server_loads_new_versions_but_not_damaged_ones(own: Path, monkeypat
         assert not one.changed()
         changes.remove(own, key_ids=[0])
         assert one.changed()
-        assert one.follow().cache.n == 79
+        assert one.follow().index.n == 79
         assert client.get("/v1/indexes/own").json()["n_keys"] == 79
         changes.remove(own, key_ids=[1])
         file = next(file for file in one.now.manifest.data_files if file.name.startswith("data/text"))
@@ -762,20 +762,20 @@ def test_the_server_loads_new_versions_but_not_damaged_ones(own: Path, monkeypat
         (own / file.name).unlink()  # not overwritten: the open version maps this file
         (own / file.name).write_bytes(b"damaged")
         whole = (own / file.name).parent / "whole"
-        assert one.follow().cache.n == 79
+        assert one.follow().index.n == 79
         assert not one.changed()
         (own / file.name).unlink()
         whole.rename(own / file.name)
         assert not one.changed()
         monkeypatch.setattr(served_module, "RETRY_SECONDS", 0.0)  # instead of half a minute
         assert one.changed()
-        assert one.follow().cache.n == 78
+        assert one.follow().index.n == 78
         monkeypatch.undo()
         (own / "manifest.json").write_text("{")
         assert one.changed()
         assert one.follow() is one.now
         assert not one.changed()
-        feature = np.asarray(one.now.cache.keys[:1]).tolist()
+        feature = np.asarray(one.now.index.keys[:1]).tolist()
         assert client.post("/v1/classify", json={"features": feature}).status_code == 200
         counted = client.get("/metrics").text
         assert 'retrieval_tip_reloads_total{index="own",outcome="failed"}' in counted
@@ -791,12 +791,12 @@ def test_another_index_can_replace_the_folder(own: Path, food: Path) -> None:
     shutil.rmtree(own)
     shutil.copytree(food, own)
     after = served["own"].follow()
-    assert (after.cache.d, after.backbone) == (512, None)
+    assert (after.index.d, after.backbone) == (512, None)
     with TestClient(create_app(served)) as client:
-        feature = np.asarray(after.cache.keys[:1]).tolist()
+        feature = np.asarray(after.index.keys[:1]).tolist()
         assert client.post("/v1/classify", json={"features": feature}).status_code == 200
         assert client.post("/v1/classify", files={"images": b"x"}).status_code == 422
-    assert before.cache.d == 1280
+    assert before.index.d == 1280
 
 
 UNUSABLE = {
@@ -900,7 +900,7 @@ def test_the_size_of_an_answer_is_checked_before_it_is_computed(
     row = [0.25] * 16
     with serving(random_things, limits=Limits(cells=7 * cells)) as client:
         assert client.post(f"/v1/classify?{query}", json={"features": [row] * 7}).status_code == 200
-        monkeypatch.setattr(CacheModel, "classify", None)  # calling it would fail
+        monkeypatch.setattr(Index, "classify", None)  # calling it would fail
         answer = client.post(f"/v1/classify?{query}", json={"features": [row] * 8})
         assert answer.status_code == 422
         assert f"{7 * cells:,}" in answer.json()["detail"]
@@ -911,7 +911,7 @@ def test_the_size_of_an_answer_is_checked_before_it_is_computed(
 
 
 def test_answers_do_not_depend_on_the_batch_size(random_things: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = np.asarray(CacheModel.load(random_things, device="cpu").keys[:40], dtype=np.float64).tolist()
+    rows = np.asarray(Index.load(random_things, device="cpu").keys[:40], dtype=np.float64).tolist()
     ask = "/v1/classify?features=true&logits=true&neighbours=1000"
     with serving(random_things) as client:
         expected = client.post(ask, json={"features": rows}).json()["results"]
@@ -929,7 +929,7 @@ def test_answers_do_not_depend_on_the_batch_size(random_things: Path, monkeypatc
 def test_a_fitted_index_gives_the_same_answers_on_the_server(shared: Path, tmp_path: Path) -> None:
     out = food_index(tmp_path / "food", "--shots", 4)
     queries = pq.read_table(shared / "data" / "clip-food9" / "test.parquet")["feature"].to_pylist()[::40]
-    cache = CacheModel.load(out, device="cpu")
+    cache = Index.load(out, device="cpu")
     with serving(out) as client:
         described = client.get("/v1/indexes/food").json()
         found = client.post("/v1/classify?logits=true&neighbours=2", json={"features": queries}).json()
@@ -1098,9 +1098,9 @@ def test_errors_name_request_fields_instead_of_command_options(both: Client, own
     assert "--" not in refused
     for norms in ("unit", "keep"):
         assert both.post(f"/v1/classify?index=food&norms={norms}", json=long).status_code == 200
-    cache = CacheModel.load(own, device="cpu")
+    cache = Index.load(own, device="cpu")
     keys, names = np.asarray(cache.keys), cache.class_names[:2]
-    CacheModel.from_features(keys[:2], names, names, keys[:2]).save(tmp_path / "text")
+    Index.from_features(keys[:2], names, names, keys[:2]).save(tmp_path / "text")
     with serving(tmp_path / "text", token=TOKEN) as client:
         sent = {"features": [keys[2].tolist()], "labels": ["new"]}
         answer = client.post("/v1/indexes/text/keys", json=sent, headers=AUTHORISED)
@@ -1145,7 +1145,7 @@ def test_an_index_without_its_backbone_only_accepts_features(
 ) -> None:
     answers = io.StringIO("y\n" * 9)
     monkeypatch.setattr("sys.stdin", answers)
-    cache = CacheModel.load(own, device="cpu")
+    cache = Index.load(own, device="cpu")
     model = f"hf:{with_code(tmp_path / 'model')}" if code else "local-dir:/gone"
     cache.backbone = replace(cache.backbone, model=model)
     cache.save(own)

@@ -28,7 +28,7 @@ from serving import caltech_photos
 from tables import unit, unit_rows, write_table
 from tarring import tar
 
-from retrieval_tip import CacheModel
+from retrieval_tip import Index
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import open_inputs, read_item
 from retrieval_tip.errors import InputError, UsageError
@@ -66,7 +66,7 @@ class Decoder(Reader):
 
 def make_index():
     ids = np.arange(60) % 3
-    cache = CacheModel.from_features(unit(4 * np.eye(16)[ids] + unit_rows(60, 16)), ids, CLASSES, device="cpu")
+    cache = Index.from_features(unit(4 * np.eye(16)[ids] + unit_rows(60, 16)), ids, CLASSES, device="cpu")
     closed_form.fit(cache, forms=FORMS[:1])
     cache.settings = replace(cache.settings, least_cache=0.3)
     return cache
@@ -550,7 +550,7 @@ def test_undo_refuses_a_class_folder_that_was_replaced_by_a_link(index, inbox, t
 def test_photos_from_archives_and_tables_can_only_be_copied(shared, things, run, tmp_path):
     path = caltech_photos(shared, "test", 1, 1)[0][0]
     photos = tar(tmp_path / "photos.tar", [("a.jpg", path.read_bytes())])
-    cache = CacheModel.load(things, device="cpu")
+    cache = Index.load(things, device="cpu")
     table = write_table(tmp_path / "t.parquet", unit(np.asarray(cache.keys[:2])), ids=[str(path), "gone"])
     for place, (source, status) in enumerate(((photos, 0), (table, 3))):
         out = tmp_path / str(place)

@@ -23,7 +23,7 @@ from PIL import Image
 from tables import TINY, picture, tiny
 from test_cli import commands
 
-from retrieval_tip import CacheModel
+from retrieval_tip import Index
 from retrieval_tip import model as index_model
 from retrieval_tip.backbones import known
 from retrieval_tip.backbones import open_clip as backbone
@@ -64,7 +64,7 @@ def features(n, d=16, seed=0):
 @pytest.fixture
 def index(tmp_path):
     """Six keys of two classes, without a backbone."""
-    cache = CacheModel.from_features(features(6), ["cat", "dog"] * 3, ["cat", "dog"], features(2, seed=1), device="cpu")
+    cache = Index.from_features(features(6), ["cat", "dog"] * 3, ["cat", "dog"], features(2, seed=1), device="cpu")
     cache.save(tmp_path / "index")
     return tmp_path / "index"
 
@@ -147,7 +147,7 @@ def test_building_from_cached_encodings_imports_no_model(run, photo_index, photo
         ["classify", photo_index, photos, "--runtime", "torch"],  # no image tower is cached for torch
     )
     assert found == {"numpy", "pyarrow", "torch", "faiss", "PIL"}
-    first, again, added = (CacheModel.load(tmp_path / name) for name in ("of-photos", "again", "added"))
+    first, again, added = (Index.load(tmp_path / name) for name in ("of-photos", "again", "added"))
     for cache in (again, added):
         np.testing.assert_array_equal(cache.keys, first.keys)
         assert torch.equal(cache.text_weights, first.text_weights)
@@ -160,7 +160,7 @@ def test_building_from_cached_encodings_imports_no_model(run, photo_index, photo
     assert weights.stat().st_size == before.st_size
     for name, options in (("changed", []), ("uncached", ["--no-cache", "--runtime", "torch"])):
         assert run("index", "build", photos, *model, *options, "--out", tmp_path / name).exit_code == 0
-    changed, uncached = (CacheModel.load(tmp_path / name) for name in ("changed", "uncached"))
+    changed, uncached = (Index.load(tmp_path / name) for name in ("changed", "uncached"))
     np.testing.assert_allclose(changed.keys, uncached.keys, atol=1e-4)
     assert np.abs(changed.keys - first.keys).max() > 0.1
     assert torch.equal(changed.text_weights, uncached.text_weights)
@@ -419,7 +419,7 @@ def test_a_damaged_file_is_never_passed_to_faiss(index, monkeypatch):
     path.write_bytes(data)
     monkeypatch.setattr(index_model.VectorIndex, "load", lambda *_: pytest.fail("opened"))
     with pytest.raises(StoreError, match="SHA-256"):
-        CacheModel.load(index)
+        Index.load(index)
 
 
 def test_garbage_collection_is_enabled_after_loading(tmp_path):

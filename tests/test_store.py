@@ -27,7 +27,7 @@ import torch
 from conftest import SOAK
 from sealing import body_of, one_line, resealed, sealed, snapshot
 
-from retrieval_tip import CacheModel, verify
+from retrieval_tip import Index, verify
 from retrieval_tip.backbones.base import Identity
 from retrieval_tip.errors import InputError, RetrievalTipError, StoreError
 from retrieval_tip.store import folder as store
@@ -43,15 +43,15 @@ N, D = 40, 8
 POSITIONS = 24
 
 
-def model(seed: int = 0, n: int = N, d: int = D, index: str = "Flat") -> CacheModel:
+def model(seed: int = 0, n: int = N, d: int = D, index: str = "Flat") -> Index:
     rng = np.random.default_rng(seed)
     keys = rng.standard_normal((n, d), dtype=np.float32)
     keys /= np.linalg.norm(keys, axis=1, keepdims=True)
     text = np.eye(len(CLASSES), d, dtype=np.float32)  # the same for every seed: versions share its file
-    return CacheModel.from_features(keys, np.arange(n) % len(CLASSES), CLASSES, text, device="cpu", index=index)
+    return Index.from_features(keys, np.arange(n) % len(CLASSES), CLASSES, text, device="cpu", index=index)
 
 
-def answer(cache: CacheModel) -> bytes:
+def answer(cache: Index) -> bytes:
     return cache.logits(np.eye(D, dtype=np.float32), k=10).numpy().tobytes()
 
 
@@ -90,7 +90,7 @@ def test_a_manifest_preserves_unicode_names_and_exact_settings(tmp_path: Path) -
     cache.backbone = Identity.from_dict(BACKBONE)
     cache.provenance = {"seed": 1, "nested": {"list": [None, True, 1.5, "ü"]}}
     cache.save(tmp_path / "x")
-    found = CacheModel.load(tmp_path / "x", device="cpu")
+    found = Index.load(tmp_path / "x", device="cpu")
     for name in ("class_names", "backbone", "settings", "templates", "provenance"):
         assert getattr(found, name) == getattr(cache, name)
 
@@ -154,7 +154,7 @@ def test_a_manifest_with_a_wrong_value_is_refused(index: Path, field: str) -> No
     assert field in body
     for value in WRONG[field]:
         (index / "manifest.json").write_bytes(sealed(body | {field: value}))
-        for opened in (CacheModel.load, verify, store.describe):
+        for opened in (Index.load, verify, store.describe):
             with pytest.raises(StoreError) as error:
                 opened(index)
             one_line(error, index / "manifest.json")
@@ -169,7 +169,7 @@ def test_a_manifest_with_a_wrong_file_entry_is_refused(index: Path, field: str) 
         files = body["files"] | {"keys": keys | {field: wrong}}
         (index / "manifest.json").write_bytes(sealed(body | {"files": files}))
         with pytest.raises(StoreError) as error:
-            CacheModel.load(index)
+            Index.load(index)
         one_line(error, index / "manifest.json", "damaged")
 
 
@@ -231,7 +231,7 @@ def test_a_manifest_that_contradicts_the_arrays_is_refused(index: Path) -> None:
     for change in ({"d": D + 1}, {"d": 10**30}, {"dtype": "float16"}):
         (index / "manifest.json").write_bytes(sealed(body | change))
         with pytest.raises(StoreError) as error:
-            CacheModel.load(index)
+            Index.load(index)
         one_line(error, index)
 
 
@@ -249,7 +249,7 @@ def test_a_manifest_edited_by_hand_is_refused(index: Path) -> None:
         assert raw.count(old) >= 1
         (index / "manifest.json").write_bytes(raw.replace(old, new, 1))
         with pytest.raises(StoreError, match="checksum"):
-            CacheModel.load(index)
+            Index.load(index)
 
 
 def test_a_newer_format_is_refused_with_the_required_version(index: Path) -> None:
@@ -261,7 +261,7 @@ def test_a_newer_format_is_refused_with_the_required_version(index: Path) -> Non
     # A newer format may use another checksum, so it is not checked.
     for raw in (sealed(body), json.dumps(body).encode()):
         (index / "manifest.json").write_bytes(raw)
-        for opened in (CacheModel.load, verify, store.describe):
+        for opened in (Index.load, verify, store.describe):
             with pytest.raises(StoreError) as error:
                 opened(index)
             one_line(error, f"index format {FORMAT_VERSION + 1}", f"reads up to {FORMAT_VERSION}", "retrieval-tip 9.9")
@@ -279,7 +279,7 @@ def test_an_unknown_manifest_entry_is_refused(index: Path) -> None:
     body = body_of(index) | {"metric": "whitened", "created_by": "retrieval-tip 9.9"}
     (index / "manifest.json").write_bytes(sealed(body))
     before = snapshot(index)
-    for opened in (CacheModel.load, verify, store.describe, store.history, model(1).save):
+    for opened in (Index.load, verify, store.describe, store.history, model(1).save):
         with pytest.raises(StoreError) as error:
             opened(index)
         one_line(error, "metric", "retrieval-tip 9.9")
@@ -308,7 +308,7 @@ def nested(depth: int) -> bytes:
 )  # fmt: skip
 def test_a_bad_manifest_is_refused(index: Path, raw: bytes) -> None:
     (index / "manifest.json").write_bytes(raw)
-    for opened in (CacheModel.load, verify, store.describe):
+    for opened in (Index.load, verify, store.describe):
         with pytest.raises(StoreError) as error:
             opened(index)
         one_line(error, index / "manifest.json")
@@ -363,13 +363,13 @@ def test_the_previous_version_is_kept_and_older_versions_are_deleted(
     answers = []
     for seed in (1, 2, 3):
         model(seed).save(folder)
-        answers.append(answer(CacheModel.load(folder, device="cpu")))
+        answers.append(answer(Index.load(folder, device="cpu")))
     kept = [store.read_manifest(folder), *store.earlier_manifests(folder)]
     assert [manifest.version for manifest in kept] == [3, 2]
     named = {file.name for manifest in kept for file in manifest.files.values()}
     assert {f"data/{path.name}" for path in (folder / "data").iterdir()} == named
     assert sorted(path.name for path in folder.iterdir()) == ["data", "lock", "manifest.json", "manifests"]
-    assert answer(CacheModel.load(folder, device="cpu")) == answers[2]
+    assert answer(Index.load(folder, device="cpu")) == answers[2]
     # Renaming its manifest makes a version current again.
     (folder / "manifests" / "000002.json").replace(folder / "manifest.json")
     assert answer(verify(folder)) == answers[1]
@@ -390,10 +390,10 @@ def test_versions_share_unchanged_files(tmp_path: Path) -> None:
 
 
 def test_a_mapped_index_can_be_saved_over_itself(index: Path) -> None:
-    before = answer(CacheModel.load(index, device="cpu"))
+    before = answer(Index.load(index, device="cpu"))
     for _ in range(3):
-        CacheModel.load(index, device="cpu").save(index)
-    cache = CacheModel.load(index, device="cpu")
+        Index.load(index, device="cpu").save(index)
+    cache = Index.load(index, device="cpu")
     cache.remove([0])
     cache.save(index)
     assert cache.n == N - 1
@@ -581,12 +581,12 @@ def test_a_folder_without_an_index_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "strange" / "manifest.json").mkdir(parents=True)
     for name in ("nowhere", "empty", "file", "strange", "\udcff"):
-        for opened in (CacheModel.load, verify, store.describe, lambda folder: store.query(folder, "SELECT 1")):
+        for opened in (Index.load, verify, store.describe, lambda folder: store.query(folder, "SELECT 1")):
             with pytest.raises(StoreError) as error:
                 opened(tmp_path / name)
             one_line(error, name.encode("utf-8", "backslashreplace").decode())
     with pytest.raises(StoreError, match=r"no such folder; .*retrieval-tip index build SOURCE --out INDEX"):
-        CacheModel.load(tmp_path / "nowhere")
+        Index.load(tmp_path / "nowhere")
 
 
 class Faults:
@@ -700,7 +700,7 @@ def test_load_and_verify_find_damage_of_any_byte(index: Path, kind: str) -> None
     model(index="HNSW8").save(index)
     path = index / ("manifest.json" if kind == "manifest" else store.read_manifest(index).files[kind].name)
     for damage in damages(path, 1):
-        for opened in (CacheModel.load, verify):
+        for opened in (Index.load, verify):
             error = error_of(opened, index, damage)
             one_line(error, path if "manifest.json: missing" not in damage else index)
     assert verify(index).n == N
@@ -713,11 +713,11 @@ def test_verify_finds_damage_of_an_earlier_version(index: Path) -> None:
     assert len(own) == 2
     for name in sorted(own):
         for damage in damages(index / name, 2):
-            assert CacheModel.load(index, device="cpu").version == 2  # the current version is intact
+            assert Index.load(index, device="cpu").version == 2  # the current version is intact
             one_line(error_of(verify, index, damage), index / name)
     manifest = index / "manifests" / "000001.json"
     for damage in damages(manifest, 3):
-        assert CacheModel.load(index, device="cpu").version == 2
+        assert Index.load(index, device="cpu").version == 2
         if damage.endswith(": missing"):
             verify(index)  # a missing version is not damage, because a rollback leaves such an index
         else:
@@ -729,7 +729,7 @@ def test_saving_again_repairs_damaged_files(index: Path) -> None:
     name = store.read_manifest(index).files["text"].name
     (index / name).write_bytes(b"x")
     with pytest.raises(StoreError, match="build the index again"):
-        CacheModel.load(index)
+        Index.load(index)
     model().save(index)
     assert verify(index).version == 2
 
@@ -768,7 +768,7 @@ def test_a_label_store_that_does_not_match_the_keys_is_refused(
     index: Path, change: Callable[[pa.Table], pa.Table]
 ) -> None:
     relabelled(index, change)
-    for opened in (CacheModel.load, verify, store.describe):
+    for opened in (Index.load, verify, store.describe):
         with pytest.raises(StoreError) as error:
             opened(index)
         one_line(error, index / "data" / "labels-")
@@ -791,7 +791,7 @@ def test_query_and_load_work_with_any_folder_name(tmp_path: Path, monkeypatch: p
         assert table.column_names == LABEL_SCHEMA.names
         assert len(table) == N + 4
         assert verify(folder).labels.column_names == LABEL_SCHEMA.names
-        assert answer(CacheModel.load(folder, device="cpu")) == answer(cache)
+        assert answer(Index.load(folder, device="cpu")) == answer(cache)
 
 
 @pytest.mark.parametrize("at_a_time", [1, 7, 1 << 24])
@@ -822,9 +822,9 @@ def test_a_background_check_fixes_the_version_that_is_opened(index: Path) -> Non
     """A version that is committed during the check is not opened."""
     check = store.Check(index)
     model(7).save(index)
-    opened = CacheModel.load(index, check=check)
+    opened = Index.load(index, check=check)
     assert opened.version == check.manifest.version
-    assert CacheModel.load(index).version == check.manifest.version + 1
+    assert Index.load(index).version == check.manifest.version + 1
 
 
 def test_a_background_check_of_a_missing_index_is_refused(tmp_path: Path) -> None:
@@ -868,7 +868,7 @@ def test_a_pickle_is_never_loaded(
     model(index="HNSW8").save(index)
     path = resealed(index, store.read_manifest(index).files[kind].name, file.getvalue())
     with pytest.raises(StoreError) as error:
-        CacheModel.load(index, device="cpu")
+        Index.load(index, device="cpu")
     one_line(error, path)
     assert not (tmp_path / "mark").exists()
 

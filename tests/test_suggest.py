@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from serving import caltech_photos
 from tables import unit, unit_rows, write_table
 
-from retrieval_tip import CacheModel, Classifier, tip
+from retrieval_tip import Classifier, Index, tip
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import closed_form
 from retrieval_tip.labelling import photos
@@ -99,7 +99,7 @@ def index(tmp_path):
     centres = 2 * unit_rows(3, 8, 5)
     ids = np.repeat([0, 1, 2], [8, 4, 2])
     rows = unit(centres[ids] + unit_rows(14, 8))
-    cache = CacheModel.from_features(rows, ids, ["a", "b", "c"], sources=[f"shot-{i}" for i in range(14)], device="cpu")
+    cache = Index.from_features(rows, ids, ["a", "b", "c"], sources=[f"shot-{i}" for i in range(14)], device="cpu")
     closed_form.fit(cache)
     cache.save(tmp_path / "index")
     pool = unit(centres[np.arange(30) % 3] + unit_rows(30, 8, 1))
@@ -108,7 +108,7 @@ def index(tmp_path):
 
 def test_an_index_provides_metric_uncertainty_and_labelled_keys(index, run, tmp_path):
     folder, table, pool = index
-    cache = CacheModel.load(folder, device="cpu")
+    cache = Index.load(folder, device="cpu")
     answers = cache.classify(pool)
     examples = np.array([{"a": 8, "b": 4, "c": 2}[answer.label] for answer in answers])
     doubts = 1 - answers.to_arrow()["probability"].to_numpy() * examples / (examples + 4)

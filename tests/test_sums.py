@@ -16,7 +16,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from sealing import body_of, sealed
 
-from retrieval_tip import CacheModel
+from retrieval_tip import Index
 from retrieval_tip.errors import StoreError
 from retrieval_tip.files import sha256_of
 from retrieval_tip.fit import closed_form
@@ -141,15 +141,15 @@ def shots(n: int, seed: int) -> tuple[np.ndarray, list[str]]:
     return unit(means[ids] + 0.7 * rng.standard_normal((n, D))).astype(np.float32), [NAMES[i] for i in ids]
 
 
-def fitted(folder: Path, n: int = 600, dtype: str = "float32") -> CacheModel:
+def fitted(folder: Path, n: int = 600, dtype: str = "float32") -> Index:
     keys, labels = shots(n, 1)
-    cache = CacheModel.from_features(keys.astype(dtype), labels, NAMES, device="cpu")
+    cache = Index.from_features(keys.astype(dtype), labels, NAMES, device="cpu")
     closed_form.fit(cache)
     cache.save(folder)
-    return CacheModel.load(folder, device="cpu")
+    return Index.load(folder, device="cpu")
 
 
-def fresh(cache: CacheModel) -> Sums:
+def fresh(cache: Index) -> Sums:
     return defined(np.asarray(cache.keys), cache.class_ids.numpy(), len(cache.class_names))
 
 
@@ -175,7 +175,7 @@ def test_stored_sums_match_the_keys_after_any_changes(steps, dtype, built, tmp_p
     folder = tmp_path_factory.mktemp("kept") / "index"
     shutil.copytree(built / dtype, folder)
     for step, seed in steps:
-        rng, there = np.random.default_rng(seed), CacheModel.load(folder, device="cpu")
+        rng, there = np.random.default_rng(seed), Index.load(folder, device="cpu")
         some = rng.choice(there.labels["key_id"].to_numpy(), rng.integers(1, 60), replace=False).tolist()
         if step == "add":
             there.add(*shots(int(rng.integers(1, 60)), seed))
@@ -207,7 +207,7 @@ def test_a_fit_with_stored_sums_equals_a_fit_from_the_keys(tmp_path, monkeypatch
     cache.add(*shots(40, 2))
     assert read == [40]
     cache.save(tmp_path / "index")
-    kept = CacheModel.load(tmp_path / "index", device="cpu")
+    kept = Index.load(tmp_path / "index", device="cpu")
     anew = copy.copy(kept)
     anew.sums = None
     read.clear()
@@ -244,7 +244,7 @@ def test_sums_are_dropped_after_a_huge_key_is_removed(tmp_path):
 def test_sums_are_stored_if_they_are_small_compared_with_the_keys(tmp_path):
     fitted(tmp_path / "few", 80)
     assert "sums" not in read_manifest(tmp_path / "few").files
-    assert CacheModel.load(tmp_path / "few", device="cpu").sums is None
+    assert Index.load(tmp_path / "few", device="cpu").sums is None
     cache = fitted(tmp_path / "many")
     size = read_manifest(tmp_path / "many").files["sums"].bytes
     assert size * 6 < cache.keys.nbytes

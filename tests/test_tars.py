@@ -21,7 +21,7 @@ from serving import caltech_photos
 from tables import tiny
 from tarring import jpeg, tar
 
-from retrieval_tip import CacheModel
+from retrieval_tip import Index
 from retrieval_tip.backbones.loading import load_backbone
 from retrieval_tip.data import remote, tars
 from retrieval_tip.data.reader import Reader
@@ -63,7 +63,7 @@ def test_an_index_of_tars_equals_an_index_of_their_photos(run, world, model, tmp
     for name, what in (("a", "photos"), ("b", source)):
         done = run("index", "build", world / what, "--out", tmp_path / name, "--model", model, "--fit", "none")
         assert done.exit_code == 0, done.output
-    a, b = (CacheModel.load(tmp_path / name, device="cpu", precision="float32") for name in "ab")
+    a, b = (Index.load(tmp_path / name, device="cpu", precision="float32") for name in "ab")
     assert a.class_names == b.class_names
     np.testing.assert_allclose(a.keys, b.keys, atol=1e-6)
     assert a.labels["digest"].equals(b.labels["digest"])
@@ -92,9 +92,7 @@ def test_photos_and_tars_in_a_bucket_are_sources(run, world, model, tmp_path, mo
     ):  # fmt: skip
         done = run("index", "build", what, "--out", tmp_path / name, "--model", model, "--fit", "none")
         assert done.exit_code == 0, done.output
-    here, *others = (
-        CacheModel.load(tmp_path / n, device="cpu", precision="float32") for n in ("here", "photos", "tars")
-    )
+    here, *others = (Index.load(tmp_path / n, device="cpu", precision="float32") for n in ("here", "photos", "tars"))
     for other in others:
         assert other.class_names == here.class_names
         np.testing.assert_allclose(other.keys, here.keys, atol=1e-6)
@@ -122,7 +120,7 @@ def test_a_build_reports_damaged_members_of_a_tar_and_uses_the_others(run, share
     done = run(*command)
     assert done.exit_code == 3, done.output
     assert f"{path}" in done.stderr
-    assert CacheModel.load(tmp_path / "i").n == 4
+    assert Index.load(tmp_path / "i").n == 4
     done = run(*command, "--strict")
     assert done.exit_code == 1
     assert "damaged after" in done.stderr

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tables import unit, write_table
 
 from retrieval_tip import tip
-from retrieval_tip.model import CacheModel
+from retrieval_tip.model import Index
 from retrieval_tip.settings import Settings
 
 BETAS = (0.1, 1.0, 5.5, 20.0, 50.0)
@@ -233,7 +233,7 @@ def test_the_formula_in_the_readme_gives_the_logits_of_an_exported_index(tmp_pat
         squares, n = (letters["M"] ** 2).sum(1), 16
         letters["b"] = -(squares - (1 - squares).sum() * n / (80 - 5) / n) / 2
     result = evaluated(lines, letters)
-    cache = CacheModel.load(index, device="cpu", precision="float32")
+    cache = Index.load(index, device="cpu", precision="float32")
     np.testing.assert_allclose(cache.exact_logits(letters["f"]), result["L"], rtol=1e-6, atol=1e-4)
     chances = [prediction.probability for prediction in cache.classify(letters["f"])]
     np.testing.assert_allclose(chances, result["P"].max(axis=1), rtol=1e-3)

@@ -15,7 +15,7 @@ from dense import shots_like_clip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrieval_tip import CacheModel
+from retrieval_tip import Index
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.index import tune as tuning
 from retrieval_tip.index.tune import LEAST_QUERIES, Trial, Tuning, tune
@@ -30,7 +30,7 @@ def material() -> tuple[Array, Array, Array, Array]:
     return shots_like_clip(C, SHOTS, 32, QUERIES)
 
 
-def model(material: tuple[Array, Array, Array, Array], **changes: Any) -> CacheModel:
+def model(material: tuple[Array, Array, Array, Array], **changes: Any) -> Index:
     array, ids, text, _ = material
     names = [f"class {i}" for i in range(C)]
     return cache_of(array, ids, names, text, device="cpu", **changes)
@@ -40,7 +40,7 @@ def trial(microseconds: float, agreement: float, best: bool = False) -> Trial:
     return Trial("Flat", None, 1, agreement, microseconds, best)
 
 
-def winners(cache: CacheModel, features: Array, k: int | None) -> Array:
+def winners(cache: Index, features: Array, k: int | None) -> Array:
     return cache.logits(features, k).argmax(1).numpy()
 
 
@@ -78,7 +78,7 @@ def test_the_frontier_matches_its_definition(pairs: list[tuple[float, float]]) -
 def by_cost(costs: dict[str, float]) -> Any:
     """Replace the clock by fixed costs per index type that grow with the number of keys and the effort."""
 
-    def timed(cache: CacheModel, f: torch.Tensor, k: int | None) -> tuple[torch.Tensor, float]:
+    def timed(cache: Index, f: torch.Tensor, k: int | None) -> tuple[torch.Tensor, float]:
         effort = (cache.index.effort or 0) / 100
         return tuning._winners(cache, f, k), costs.get(cache.index.factory, 50.0) + (k or 5000) / 100 + effort
 
@@ -161,7 +161,7 @@ def test_default_index_types_depend_on_the_number_of_keys(material: tuple[Array,
     assert tuning._usual(cache) == ["Classes"]
     rows = np.tile(np.arange(cache.n), 4)
     assert tuning._usual(cache.take(rows)) == ["Classes", "IVF143,Flat"]  # of 1280 keys
-    one = CacheModel.from_features(material[0], np.zeros(cache.n, int), ["x"], device="cpu")
+    one = Index.from_features(material[0], np.zeros(cache.n, int), ["x"], device="cpu")
     assert tuning._usual(one) == []
     found = tune(one, material[3])
     assert [(t.index, t.k, t.agreement) for t in found.trials] == [("Flat", None, 1.0)]
@@ -170,7 +170,7 @@ def test_default_index_types_depend_on_the_number_of_keys(material: tuple[Array,
 def test_few_keys_of_many_classes_can_be_tuned(material: tuple[Array, Array, Array, Array]) -> None:
     """Three keys are in two of 20 classes, so that a non-empty class has 1.5 keys on average."""
     array, _, text, queries = material
-    cache = CacheModel.from_features(array[:3], [0, 0, 7], [f"class {i}" for i in range(C)], text, device="cpu")
+    cache = Index.from_features(array[:3], [0, 0, 7], [f"class {i}" for i in range(C)], text, device="cpu")
     found = tune(cache, queries)
     check_choice(found, 0.999)
     assert all(t.k is None or 1 <= t.k < 3 for t in found.trials)

@@ -20,7 +20,7 @@ from dense import affinity, cache_logits
 from sealing import body_of, one_line, sealed, snapshot
 from tables import unit
 
-from retrieval_tip import CacheModel, verify
+from retrieval_tip import Index, verify
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, StoreError, UsageError
@@ -50,7 +50,7 @@ VALUES = _rng.standard_normal((N, C)).astype(np.float32)
 ONE_HOT = np.eye(C, dtype=np.float32)[Y]
 
 
-def model(**changes: Any) -> CacheModel:
+def model(**changes: Any) -> Index:
     arguments: dict[str, Any] = {
         "keys": KEYS, "labels": Y, "class_names": NAMES, "text_weights": TEXT, "alpha": 1.5, "beta": BETA,
         "logit_scale": SCALE, "device": "cpu", "values": VALUES,
@@ -146,7 +146,7 @@ def test_the_accuracy_of_the_cache_alone_uses_the_values(tmp_path: Path) -> None
 @pytest.mark.gpu
 def test_a_gpu_gives_the_same_answers_with_values(tmp_path: Path) -> None:
     model().save(tmp_path / "x")
-    gpu, cpu = (CacheModel.load(tmp_path / "x", device=device) for device in ("cuda", "cpu"))
+    gpu, cpu = (Index.load(tmp_path / "x", device=device) for device in ("cuda", "cpu"))
     for cache in (gpu, cpu):
         cache.add(QUERIES[:2], [0, 1])
         cache.remove([4])
@@ -156,7 +156,7 @@ def test_a_gpu_gives_the_same_answers_with_values(tmp_path: Path) -> None:
     taken = [cache.take(np.array([3, 1, 30])).logits(QUERIES).cpu() for cache in (gpu, cpu)]
     torch.testing.assert_close(*taken, rtol=0, atol=2e-3)
     gpu.save(tmp_path / "y")
-    assert torch.equal(CacheModel.load(tmp_path / "y", device="cpu").values, cpu.values)
+    assert torch.equal(Index.load(tmp_path / "y", device="cpu").values, cpu.values)
     choice = [search(cache, Queries(QUERIES, TRUTH, "x")).accuracy for cache in (gpu, cpu)]
     assert choice[0] == pytest.approx(choice[1], abs=1.5 / Q)
 
@@ -172,7 +172,7 @@ def keys_with_two_images_per_class() -> dict[str, Any]:
     return {"keys": KEYS[enough], "labels": y, "values": VALUES[enough], "sources": sources}
 
 
-def validation(cache: CacheModel) -> Queries:
+def validation(cache: Index) -> Queries:
     return Queries(QUERIES, TRUTH, "x")
 
 
@@ -183,7 +183,7 @@ ASK = {
 }
 
 
-def all_caches(cache: CacheModel, queries: Queries, betas: list[float]) -> Array:
+def all_caches(cache: Index, queries: Queries, betas: list[float]) -> Array:
     """Return cache logits of shape ``[betas, q, c]``."""
     found = np.full((len(betas), len(queries.ids), C), np.nan)
     for part, visible in queries.blocks(cache):
@@ -193,7 +193,7 @@ def all_caches(cache: CacheModel, queries: Queries, betas: list[float]) -> Array
 
 
 @pytest.mark.parametrize("ask", ASK.values(), ids=ASK.keys())
-def test_the_search_with_values_matches_the_definition(ask: Callable[[CacheModel], Queries]) -> None:
+def test_the_search_with_values_matches_the_definition(ask: Callable[[Index], Queries]) -> None:
     """Visible keys count more, to make up for hidden keys of their class. One-hot values equal no values."""
     arguments = keys_with_two_images_per_class()
     cache, plain = model(**arguments), model(**arguments | {"values": None})
@@ -291,12 +291,12 @@ def names(folder: Path) -> dict[str, str]:
 def test_an_index_without_fine_tuning_has_no_optional_files(tmp_path: Path) -> None:
     model(values=None).save(tmp_path / "x")
     assert names(tmp_path / "x").keys() == REQUIRED
-    loaded = CacheModel.load(tmp_path / "x", device="cpu")
+    loaded = Index.load(tmp_path / "x", device="cpu")
     assert (loaded.values, loaded.curve) == (None, None)
 
 
 def test_a_fine_tuned_index_is_loaded_as_it_was_saved(index: Path) -> None:
-    cache, loaded = model(), CacheModel.load(index, device="cpu")
+    cache, loaded = model(), Index.load(index, device="cpu")
     for k, tail in ((None, True), (9, True), (9, False)):
         assert torch.equal(loaded.logits(QUERIES, k, tail), cache.logits(QUERIES, k, tail))
     assert loaded.curve.equals(CURVE)
@@ -315,14 +315,14 @@ def test_values_are_memory_mapped(index: Path, monkeypatch: pytest.MonkeyPatch) 
     mapped = []
     read = contents.read_array
     monkeypatch.setattr(contents, "read_array", lambda *arguments: mapped.append(read(*arguments)) or mapped[-1])
-    cache = CacheModel.load(index, device="cpu")
+    cache = Index.load(index, device="cpu")
     assert cache.values is not None
     assert cache.values.data_ptr() in [array.ctypes.data for array in mapped if isinstance(array, np.memmap)]
 
 
 def test_optional_files_are_copied_to_the_next_version(index: Path, tmp_path: Path) -> None:
     first = names(index)
-    cache = CacheModel.load(index, device="cpu")
+    cache = Index.load(index, device="cpu")
     cache.settings = cache.settings.override(alpha=9.0)
     cache.save_settings(index)
     assert names(index) == first
@@ -362,7 +362,7 @@ def test_a_file_that_contradicts_the_manifest_is_refused(
     index: Path, kind: str, change: Callable[[Path], object], entry: dict[str, Any]
 ) -> None:
     rewrite_file(index, kind, change, **entry)
-    for opened in (CacheModel.load, verify):
+    for opened in (Index.load, verify):
         with pytest.raises(StoreError) as error:
             opened(index)
         damaged = "manifest.json" if "rows" in entry and kind == "values" else names(index)[kind]

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tables import unit
 
-from retrieval_tip import CacheModel, tip
+from retrieval_tip import Index, tip
 from retrieval_tip.data.reader import FeatureBlock
 from retrieval_tip.errors import InputError
 from retrieval_tip.index import places
@@ -37,7 +37,7 @@ HIDDEN = (0, 1, 5, 31, 32, 33, 60, 89)
 """The only key of class 0, all keys of class 2, and some keys of the other classes."""
 
 
-def index_of(kind: str = "Flat", *, solved: bool = False, metric: bool = False, gamma: float = 0.0) -> CacheModel:
+def index_of(kind: str = "Flat", *, solved: bool = False, metric: bool = False, gamma: float = 0.0) -> Index:
     made = cache_of(
         KEYS, IDS, NAMES, TEXT, alpha=ALPHA, beta=BETA, gamma=gamma, log_offset=OFFSET if solved else None, index="Flat"
     )
@@ -46,7 +46,7 @@ def index_of(kind: str = "Flat", *, solved: bool = False, metric: bool = False, 
     return made
 
 
-def dense(index: CacheModel, without: tuple[int, ...], k: int | None, tail: bool) -> tuple[Array, Array]:
+def dense(index: Index, without: tuple[int, ...], k: int | None, tail: bool) -> tuple[Array, Array]:
     """Return the logits, and the contributions of the keys that are used to each class, by the definition."""
     own = index.settings
     phi = (lambda x: x) if index.metric is None else lambda x: index.metric(torch.from_numpy(x)).numpy()

@@ -112,7 +112,7 @@ class RowOptions:
     exif: bool = flag(**options.ANSWERS)
     ask: Ask = Ask()
 
-    def check(self, cache: Index, engine: EngineOptions, style: str | None) -> None:
+    def check(self, index: Index, engine: EngineOptions, style: str | None) -> None:
         """Raise UsageError if options exclude each other, or if the index cannot group photos."""
         of_one = {"--explain": self.explain, "--logits": self.ask.logits, "--certify": self.ask.certify}
         of_one |= {"--group-unlike": self.group_unlike, "--engine ray": engine.is_ray}
@@ -125,11 +125,11 @@ class RowOptions:
         if self.group_unlike:
             from retrieval_tip.labelling.groups import check_fitted
 
-            check_fitted(cache, "--group-unlike")
+            check_fitted(index, "--group-unlike")
         if self.group_unlike and engine.is_ray:
             raise UsageError("--group-unlike: compares all images, which --engine ray cannot; leave one of them out")
 
-    def schema(self, cache: Index) -> pa.Schema:
+    def schema(self, index: Index) -> pa.Schema:
         """Return the columns and their types."""
         import pyarrow as pa
 
@@ -138,7 +138,7 @@ class RowOptions:
 
         types = {**PREDICTIONS, **EXIF, "burst": pa.int64(), "detected": pa.string()}
         columns = ["input", "label", "probability"]
-        columns += ["unlike"] if cache.settings.least_cache is not None else []
+        columns += ["unlike"] if index.settings.least_cache is not None else []
         columns += ["detected"] if self.boxes is not None else []
         columns += ["group"] if self.group_unlike else []
         columns += ["burst"] if self.group_by is not None else []
@@ -146,13 +146,13 @@ class RowOptions:
         columns += ["labels", "probabilities"] if self.ask.top > 1 else []
         columns += ["logits"] if self.ask.logits else []
         if self.explain:
-            columns += ["text_logit", "cache_logit", *(["discriminant_logit"] if cache.settings.gamma else [])]
+            columns += ["text_logit", "cache_logit", *(["discriminant_logit"] if index.settings.gamma else [])]
             columns += ["neighbours", "opposing"]
         columns += ["keys"] if self.ask.certify else []
         return pa.schema([(column, types[column]) for column in columns])
 
     def tables(
-        self, cache: Index, sources: Sequence[Source], reader: Reader, cut: Cut | None = None
+        self, index: Index, sources: Sequence[Source], reader: Reader, cut: Cut | None = None
     ) -> Iterator[pa.Table]:
         """Classify the sources, and yield tables of the :meth:`schema`. The empty photos of ``cut`` come last."""
         import pyarrow as pa
@@ -160,28 +160,28 @@ class RowOptions:
         from retrieval_tip.data.boxes import EMPTY, Cut
         from retrieval_tip.data.exif import Noting
 
-        cut, schema = cut or Cut(), self.schema(cache)
+        cut, schema = cut or Cut(), self.schema(index)
         detected = cut.detected | dict.fromkeys(map(show, cut.empty), EMPTY)
         noting = Noting(reader.read, cut.boxes)
         if self.exif or self.group_by is not None or self.boxes is not None:
             reader = replace(reader, read=noting)
-        for table in chain(self._answers(cache, sources, reader, noting), self._empty(cut, noting)):
+        for table in chain(self._answers(index, sources, reader, noting), self._empty(cut, noting)):
             names = table["input"].to_pylist()
             noted = noting.columns(names) | {"detected": pa.array(map(detected.get, names), pa.string())}
             known = dict(zip(table.column_names, table.columns, strict=True)) | noted
             yield pa.table([known.get(one.name, pa.nulls(len(names), one.type)) for one in schema], schema=schema)
 
-    def _answers(self, cache: Index, sources: Sequence[Source], reader: Reader, noting: Noting) -> Iterator[pa.Table]:
+    def _answers(self, index: Index, sources: Sequence[Source], reader: Reader, noting: Noting) -> Iterator[pa.Table]:
         from retrieval_tip.predictions import PREDICTIONS
 
-        columns = [name for name in self.schema(cache).names if name in PREDICTIONS]
+        columns = [name for name in self.schema(index).names if name in PREDICTIONS]
         ask = replace(self.ask, neighbours=self.ask.neighbours if self.explain else 0)
         some = any(map(len, sources))  # all photos may be empty
         if some and self.group_unlike:
             from retrieval_tip.labelling.groups import MOST, classify_in_groups
             from retrieval_tip.labelling.photos import Pool
 
-            table = classify_in_groups(cache, Pool.of(sources, reader), ask).written(columns, self.abstain)
+            table = classify_in_groups(index, Pool.of(sources, reader), ask).written(columns, self.abstain)
             if (unlike := table["unlike"].to_pylist().count(True)) > MOST:
                 drawn = f"Grouped {MOST:,} of {unlike:,} images without a match, drawn at random"
                 say(f"{drawn}; the others joined these groups")
@@ -189,11 +189,11 @@ class RowOptions:
         elif some and self.group_by is not None:
             from retrieval_tip.labelling.bursts import classify_in_bursts
 
-            answers, bursts = classify_in_bursts(cache, sources, reader, noting, self.group_by, ask)
+            answers, bursts = classify_in_bursts(index, sources, reader, noting, self.group_by, ask)
             yield answers.written(columns, self.abstain).append_column("burst", bursts)
         else:
             for source in sources:
-                for answers in cache.classify_source(source, reader, ask):
+                for answers in index.classify_source(source, reader, ask):
                     yield answers.written(columns, self.abstain)
 
     def _empty(self, cut: Cut, noting: Noting) -> Iterator[pa.Table]:
@@ -225,11 +225,11 @@ class _Counts:
                 self.keys.update(table["keys"].to_pylist())
             yield table
 
-    def say_keys(self, cache: Index) -> None:
+    def say_keys(self, index: Index) -> None:
         """Print how many keys the certified answers used."""
-        how = "proved equal to" if cache.exact_search else "in agreement with"
+        how = "proved equal to" if index.exact_search else "in agreement with"
         counts = sorted(self.keys.items())
-        used = (f"{number} with {'all' if keys == cache.n else keys} keys" for keys, number in counts)
+        used = (f"{number} with {'all' if keys == index.n else keys} keys" for keys, number in counts)
         say(f"Answers {how} those over all keys: {', '.join(used)}")
 
 

@@ -150,18 +150,18 @@ def report_command(
     to do next, and shows the worst mistakes. Photos that are shots of the index, and photos of classes that it lacks,
     are left out. The other figures are the same as those of the command evaluate. This command requires matplotlib.
     """
-    from retrieval_tip.report.judged import portable
     from retrieval_tip.report.report import check, write_report
+    from retrieval_tip.report.results import portable
 
     if shots and no_curves:
         raise UsageError("--shots and --no-curves: give only one")
     check(out)
-    cache = index_with(folder, encoding, opening, ask).in_memory()
+    index = index_with(folder, encoding, opening, ask).in_memory()
     source = source_of(test, reading, "test")
-    with reader_for(cache, [source], encoding) as reader:
+    with reader_for(index, [source], encoding) as reader:
         curve: dict[str, Any] = {"shots": shots or None, "seeds": seeds, "curves": not no_curves}
         typed = command_line(*map(portable, sys.argv[1:]))
-        written = write_report(cache, source, reader, out, **curve, folder=folder, where=opening.where, command=typed)
+        written = write_report(index, source, reader, out, **curve, folder=folder, where=opening.where, command=typed)
     right = percent(written.evaluation.top1)
     about(out, f"{written.bytes / 1e6:.1f} MB, {right} of {counted(written.evaluation.n, 'photo')} correct")
     finish(reader.skipped)

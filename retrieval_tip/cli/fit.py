@@ -12,7 +12,7 @@ from retrieval_tip.cli import kinds, options
 from retrieval_tip.cli.group import command, flag, grouped, option
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import finish, print_facts, print_result, say_fit, warn
-from retrieval_tip.cli.opening import checked, reader_for, source_of, store_of, validation
+from retrieval_tip.cli.opening import load_index, reader_for, source_of, store_of, validation
 from retrieval_tip.cli.options import EncodingOptions, ReadingOptions
 from retrieval_tip.errors import Skipped, UsageError, show
 from retrieval_tip.settings import TRAINED, TrainingPrecision
@@ -89,23 +89,23 @@ def search_command(
 
     if sum((val is not None, leave_one_out, folds is not None)) != 1:
         raise UsageError("search-hp: give exactly one of --val SOURCE, --leave-one-out and --folds N")
-    cache = checked(folder, encoding.device)
+    index = load_index(folder, encoding.device)
     skipped: list[Skipped] = []
     if val is None:
-        queries = Queries.leave_one_out(cache) if folds is None else Queries.in_folds(cache, folds)
+        queries = Queries.leave_one_out(index) if folds is None else Queries.in_folds(index, folds)
     else:
-        source = validation(cache, val, reading, val_shots)
-        with reader_for(cache, [source], encoding) as reader:
-            queries = search_hp.on_validation(cache, source, reader)
+        source = validation(index, val, reading, val_shots)
+        with reader_for(index, [source], encoding) as reader:
+            queries = search_hp.on_validation(index, source, reader)
         skipped = reader.skipped
-    choice = search_hp.search(cache, queries, cautious=not greedy)
+    choice = search_hp.search(index, queries, cautious=not greedy)
     warn(choice.warnings)
     if surface:
         search_hp.write_surface(choice, surface)
     if not dry_run:
-        search_hp.apply(cache, choice, folder)
+        search_hp.apply(index, choice, folder)
     facts = {name: value for name, value in vars(choice).items() if name not in ("surface", "warnings")}
-    facts |= {"version": cache.version, "interval": list(choice.interval)}
+    facts |= {"version": index.version, "interval": list(choice.interval)}
     if as_json:  # JSON has no infinity
         facts["interval"] = [None if value == float("inf") else value for value in choice.interval]
         facts["warnings"] = choice.warnings
@@ -183,12 +183,12 @@ def finetune_command(
     from retrieval_tip.fit.finetune import finetune_into, own_shots, shots_of
 
     recipe = training.recipe()
-    cache = checked(folder, encoding.device)
-    shots = shots_of(cache) if source is None else own_shots(cache, source_of(source, reading, "train"))
-    unseen = None if val is None else validation(cache, val, reading, val_shots)
+    index = load_index(folder, encoding.device)
+    shots = shots_of(index) if source is None else own_shots(index, source_of(source, reading, "train"))
+    unseen = None if val is None else validation(index, val, reading, val_shots)
     sources = [shots] if unseen is None else [shots, unseen]
-    with reader_for(cache, sources, encoding) as reader:
-        tuned = finetune_into(out, cache, shots, reader, recipe, val=unseen, parent=show(folder), keep_last=keep_last)
+    with reader_for(index, sources, encoding) as reader:
+        tuned = finetune_into(out, index, shots, reader, recipe, val=unseen, parent=show(folder), keep_last=keep_last)
     warn(tuned.choice.warnings if tuned.choice else ())
     print_result(tuned.facts(), as_json, 12)
     finish(reader.skipped)
@@ -212,9 +212,9 @@ def calibrate_command(
     """
     from retrieval_tip.evaluation.calibration import calibrate
 
-    cache = checked(folder, encoding.device)
+    index = load_index(folder, encoding.device)
     source = source_of(val, reading, "val")
-    with reader_for(cache, [source], encoding) as reader:
-        result = calibrate(cache, source, reader)
-    print_facts(vars(result) | {"version": cache.version}, 15)
+    with reader_for(index, [source], encoding) as reader:
+        result = calibrate(index, source, reader)
+    print_facts(vars(result) | {"version": index.version}, 15)
     finish(reader.skipped)

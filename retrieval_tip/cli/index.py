@@ -14,7 +14,7 @@ from retrieval_tip.cli import kinds, options
 from retrieval_tip.cli.group import Group, argument, flag, grouped, option
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import about, command_line, finish, print_result, quiet, say, say_fit, warn
-from retrieval_tip.cli.opening import backbone_for, backbone_of, checked, reader_for, reader_of, source_of, store_of
+from retrieval_tip.cli.opening import backbone_for, backbone_of, load_index, reader_for, reader_of, source_of, store_of
 from retrieval_tip.cli.options import BackboneOptions, EncodingOptions, OutputOptions, ReadingOptions, ViewOptions
 from retrieval_tip.errors import UsageError, counted, few, show
 from retrieval_tip.index.addresses import FORMS, KIND
@@ -65,18 +65,18 @@ def build(
     if items.dataset and backbone is not None and backbone.has_text and not (build["text"] or build["templates"]):
         build["templates"] = facts(items.dataset).templates
     with reader_of(backbone, encoding, views) as reader:
-        cache = build_index(items, out, reader, device=encoding.device, **build)
-    version = cache.version or 1
-    _say_version(out, version, _held(cache))
+        loaded = build_index(items, out, reader, device=encoding.device, **build)
+    version = loaded.version or 1
+    _say_version(out, version, _held(loaded))
     if not quiet():
-        if dropped := cache.provenance.get("dropped"):
+        if dropped := loaded.provenance.get("dropped"):
             named = f": {few(dropped['sources'], dropped['shots'])}" if dropped["shots"] else ""
             say(f"Left out {dropped['shots']:,} of {counted(dropped['of'], 'shot')} with suspicious labels{named}")
-        if "fit" in cache.provenance:
-            say_fit(cache.provenance["fit"])
+        if "fit" in loaded.provenance:
+            say_fit(loaded.provenance["fit"])
         if version > 1:
             say(f"Version {version - 1} is kept. To restore it, run: {command_line('index', 'rollback', out)}")
-        say(f"Next: {_next_step(out, cache)}")
+        say(f"Next: {_next_step(out, loaded)}")
     finish(reader.skipped)
 
 
@@ -84,17 +84,17 @@ LEAST_RIGHT = 0.9
 """If the estimated accuracy of a class is lower than this, a build suggests adding photos to the class."""
 
 
-def _next_step(out: Place, cache: Index) -> str:
+def _next_step(out: Place, index: Index) -> str:
     from retrieval_tip.evaluation.audit import CHEAP, gain
 
     add, audit = (command_line("index", command, out) for command in ("add", "audit"))
-    if cache.n <= CHEAP and "dropped" not in cache.provenance and (gained := gain(cache.in_memory())) is not None:
+    if index.n <= CHEAP and "dropped" not in index.provenance and (gained := gain(index.in_memory())) is not None:
         return (
             f"leave out {counted(gained.shots, 'shot')} with suspicious labels (--drop-suspicious), which increases "
             f"the accuracy on the other photos from {100 * gained.before:.1f} % to {100 * gained.after:.1f} %, or "
             f"check these labels ({audit})"
         )
-    name, right, held = (cache.provenance.get("fit", {}).get("weakest") or [("", 1, 1)])[0]
+    name, right, held = (index.provenance.get("fit", {}).get("weakest") or [("", 1, 1)])[0]
     if right < LEAST_RIGHT * held:
         return f"add photos of {name} ({add} FOLDER), or check labels ({audit})"
     return f"{command_line('serve', out)} opens it in the browser"
@@ -132,8 +132,8 @@ def verify(folder: Place = options.INDEX_ARGUMENT) -> None:
     Checks every byte of the index, and that its parts match. For an index in a bucket, checks every row of the current
     version and the small objects of earlier versions.
     """
-    cache = store_of(folder).verify()
-    about(folder, f"version {cache.version} is intact ({_held(cache)})")
+    loaded = store_of(folder).verify()
+    about(folder, f"version {loaded.version} is intact ({_held(loaded)})")
 
 
 @index.command()
@@ -184,10 +184,10 @@ def tune_command(
     """
     from retrieval_tip.index.tune import tune_on
 
-    cache = checked(folder, encoding.device, encoding.precision)
+    loaded = load_index(folder, encoding.device, encoding.precision)
     source = source_of(val, reading, "val", labelled=False)
-    with reader_for(cache, [source], encoding) as reader:
-        tuning = tune_on(cache, source, reader, agreement=agreement, factories=factories)
+    with reader_for(loaded, [source], encoding) as reader:
+        tuning = tune_on(loaded, source, reader, agreement=agreement, factories=factories)
     types = {"index": str, "effort": int, "k": str, "agreement": float, "microseconds": float, "chosen": bool}
     rows = (
         (one.index, one.effort, str(one.k or "all"), one.agreement, one.microseconds, one is tuning.chosen)
@@ -196,8 +196,8 @@ def tune_command(
     )
     printing.write_rows(rows, types)
     if not dry_run:
-        tuning.apply(cache, folder)
-        say(f"{folder}: version {cache.version}, {cache.index_type}, k {cache.settings.k or 'all'}")
+        tuning.apply(loaded, folder)
+        say(f"{folder}: version {loaded.version}, {loaded.index_type}, k {loaded.settings.k or 'all'}")
     finish(reader.skipped)
 
 
@@ -432,15 +432,15 @@ def export_command(
 
     if out is None and text is None and onnx is None:
         raise UsageError("index export: give --out, --text or --onnx FILE")
-    cache = checked(folder, "cpu")
+    loaded = load_index(folder, "cpu")
     if onnx is not None:
         from retrieval_tip.backbones.loading import load_backbone
         from retrieval_tip.index.onnx_graph import export_onnx
 
-        named, backbone = cache.backbone, None
+        named, backbone = loaded.backbone, None
         if not features and named is not None:
             backbone = load_backbone(named.model, named.pretrained, device="cpu", precision=precision, lazy=True)
-        asked = cache.with_settings(cache.settings.override(k=k))
+        asked = loaded.with_settings(loaded.settings.override(k=k))
         facts = export_onnx(asked, onnx, backbone)
         given = "features" if backbone is None else "pixels"
         size, classes = f"{facts['bytes'] / 1e6:.1f} MB", counted(len(facts["labels"]), "class")
@@ -453,9 +453,9 @@ def export_command(
             same = f"{agreement['equal']} of {of} classified as by the package"
             about(onnx, f"{same}, with probabilities within {most:.4f}")
     if out is not None:
-        about(out, f"{export_table(cache, out)} rows")
+        about(out, f"{export_table(loaded, out)} rows")
     if text is not None:
-        about(text, f"{export_text(cache, text)} rows")
+        about(text, f"{export_text(loaded, text)} rows")
 
 
 @index.command()
@@ -491,16 +491,16 @@ def audit_command(
     from retrieval_tip.evaluation.audit import audit
 
     kinds.FOLDER.convert(folder, None, None)  # rejects an address
-    cache = checked(Path(folder), "auto")
-    printing.write_table(audit(cache, k=k, borderline=borderline))
+    loaded = load_index(Path(folder), "auto")
+    printing.write_table(audit(loaded, k=k, borderline=borderline))
 
 
 def _say_version(folder: Place, version: int, what: str) -> None:
     about(folder, f"version {version}, {what}")
 
 
-def _held(cache: Index) -> str:
-    return f"{counted(cache.n, 'shot')}, {counted(len(cache.class_names), 'class')}"
+def _held(index: Index) -> str:
+    return f"{counted(index.n, 'shot')}, {counted(len(index.class_names), 'class')}"
 
 
 def _say_added(folder: Place, added: Added, skipped: bool = False) -> None:

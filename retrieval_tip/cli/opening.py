@@ -83,15 +83,15 @@ def store_of(folder: Place) -> Store:
     return at(folder)
 
 
-def validation(cache: Index, path: Place, reading: ReadingOptions, number: KeysMet) -> Source:
+def validation(index: Index, path: Place, reading: ReadingOptions, number: KeysMet) -> Source:
     """Open ``number`` validation images per class, all images, or by default the published number."""
     from retrieval_tip.fit.search_hp import validation_shots
 
     val = source_of(path, ReadingOptions(root=reading.root), "val")
-    return val if number == "all" else val.take(validation_shots(cache, val, path, number))
+    return val if number == "all" else val.take(validation_shots(index, val, path, number))
 
 
-def checked(folder: Path, device: str, precision: Precision = "auto") -> Index:
+def load_index(folder: Path, device: str, precision: Precision = "auto") -> Index:
     """Load an index, and hash its files while torch is being imported."""
     from retrieval_tip.store.folder import Check
 
@@ -105,15 +105,15 @@ def index_with(
     folder: Place, backbone: BackboneOptions, opening: OpeningOptions = OpeningOptions(), ask: Ask = Ask()
 ) -> Index:
     """Load an index with the settings and keys selected on the command line."""
-    cache = store_of(folder).load(device=backbone.device, precision=backbone.precision, verify=opening.verify)
-    cache = cache.with_settings(cache.settings.override(alpha=ask.alpha, beta=ask.beta))
+    index = store_of(folder).load(device=backbone.device, precision=backbone.precision, verify=opening.verify)
+    index = index.with_settings(index.settings.override(alpha=ask.alpha, beta=ask.beta))
     if opening.where is not None:
-        cache = _restricted(cache, opening.where, fits=ask.alpha is None and ask.beta is None)
-    cache.settings = ask.settings(cache.settings)
-    return cache
+        index = _restricted(index, opening.where, fits=ask.alpha is None and ask.beta is None)
+    index.settings = ask.settings(index.settings)
+    return index
 
 
-def _restricted(cache: Index, where: str, *, fits: bool) -> Index:
+def _restricted(index: Index, where: str, *, fits: bool) -> Index:
     """Return the index with the keys that match a condition, and print the classes that lost keys.
 
     If a class has lost all its keys, its chance depends on alpha, which is then fitted again if ``fits`` is true.
@@ -121,18 +121,18 @@ def _restricted(cache: Index, where: str, *, fits: bool) -> Index:
     from retrieval_tip.fit.closed_form import refit
     from retrieval_tip.store.query import rows_where
 
-    rows = rows_where(cache.labels, where)
+    rows = rows_where(index.labels, where)
     if not len(rows):
-        raise UsageError(f"where: none of the {cache.n} shots match; change the condition")
-    rest = cache.take(rows)
-    counts = zip(cache.class_names, rest.counts, cache.counts, strict=True)
+        raise UsageError(f"where: none of the {index.n} shots match; change the condition")
+    rest = index.take(rows)
+    counts = zip(index.class_names, rest.counts, index.counts, strict=True)
     parts = [f"{name} {a}/{b}" for name, a, b in counts if a < b]
-    automatic = fits and cache.fitted is not None and cache.fitted.automatic
-    if automatic and cache.has_text and rest.counts.count(0) > cache.counts.count(0):
+    automatic = fits and index.fitted is not None and index.fitted.automatic
+    if automatic and index.has_text and rest.counts.count(0) > index.counts.count(0):
         refit(rest, rest.settings.beta)
         rest.solve()
     rest.drop_unanswerable()
-    say(f"where: {rest.n} of {cache.n} shots match ({few(parts)})")
+    say(f"where: {rest.n} of {index.n} shots match ({few(parts)})")
     return rest
 
 
@@ -169,7 +169,7 @@ def backbone_of(source: Source, backbone: BackboneOptions, *, needed: bool = Fal
 
 
 def backbone_for(
-    cache: Index | Manifest | None, sources: Sequence[Source], backbone: BackboneOptions, *, needed: bool
+    index: Index | Manifest | None, sources: Sequence[Source], backbone: BackboneOptions, *, needed: bool
 ) -> Backbone | None:
     """Return the backbone of an index if it is ``needed`` or there are images to encode.
 
@@ -180,10 +180,10 @@ def backbone_for(
     from retrieval_tip.backbones.loading import load_when_needed
     from retrieval_tip.data.tables import check_backbone
 
-    if cache is None:
+    if index is None:
         images = [source for source in sources if source.table is None]
         return backbone_of((images or sources)[0], backbone, needed=needed)
-    known = cache.backbone
+    known = index.backbone
     identity = Identity.from_dict(known) if isinstance(known, dict) else known
     loaded: Backbone | None = None
     if needed or any(source.table is None for source in sources):
@@ -191,11 +191,11 @@ def backbone_for(
             raise UsageError(UNNAMED)
         if identity and not (needed or backbone.model or backbone.pretrained):
             loaded = load_when_needed(
-                identity, cache.d, device=backbone.device, precision=backbone.precision, runtime=backbone.runtime
+                identity, index.d, device=backbone.device, precision=backbone.precision, runtime=backbone.runtime
             )
         else:
             loaded = load(backbone, identity)
-    check_backbone(identity, cache.d, loaded, list(sources))
+    check_backbone(identity, index.d, loaded, list(sources))
     return loaded
 
 
@@ -212,10 +212,10 @@ def reader_of(
     try:
         yield reader
         seconds = time.monotonic() - began
-        made, met = reader.done["fresh"], reader.done["images"]
-        if met and seconds > LONG:
-            speed = f"{counted(met, 'image')} in {seconds:.0f} s ({met / seconds:.0f}/s)"
-            note(f"Encoded {speed}, {max(0, met - made):,} from the cache")
+        made, images = reader.done["fresh"], reader.done["images"]
+        if images and seconds > LONG:
+            speed = f"{counted(images, 'image')} in {seconds:.0f} s ({images / seconds:.0f}/s)"
+            note(f"Encoded {speed}, {max(0, images - made):,} from the cache")
     finally:
         if cache is not None:
             cache.close()
@@ -227,7 +227,7 @@ def named_encoder(encoding: EncodingOptions) -> AbstractContextManager[Reader]:
 
 
 def reader_for(
-    cache: Index | Manifest | None,
+    index: Index | Manifest | None,
     sources: Sequence[Source],
     encoding: EncodingOptions,
     views: ViewOptions | None = None,
@@ -235,4 +235,4 @@ def reader_for(
     needed: bool = False,
 ) -> AbstractContextManager[Reader]:
     """Open an encoder with the backbone of an index (see :func:`backbone_for`)."""
-    return reader_of(backbone_for(cache, sources, encoding, needed=needed), encoding, views)
+    return reader_of(backbone_for(index, sources, encoding, needed=needed), encoding, views)

@@ -104,7 +104,7 @@ def serve_command(
             maker = Maker(into or Path("indexes"), made_with, Backbones(device, precision, verify, made_with))
         elif into is not None:
             raise UsageError("--into: needs --model when an INDEX is given; add --model NAME")
-        named = (f"{name} ({counted(one.now.cache.n, 'shot')})" for name, one in served.items())
+        named = (f"{name} ({counted(one.now.index.n, 'shot')})" for name, one in served.items())
         what = ", ".join(named) or "no index yet"
         at = address(listening)
         opened = f" open {at}/#token={made} to view{'' if read_only else ' and change'} it;" if made else ""

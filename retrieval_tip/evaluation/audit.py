@@ -51,7 +51,7 @@ CHEAP = 2048
 """Maximum number of keys for which :func:`gain` takes at most about a second."""
 
 
-def audit(cache: Index, *, k: KeysMet = None, borderline: bool = False) -> pa.Table:
+def audit(index: Index, *, k: KeysMet = None, borderline: bool = False) -> pa.Table:
     """List shots that look mislabelled, and duplicates of shots in another class.
 
     A shot looks mislabelled if another class fits clearly better (:data:`CLEAR`). If ``borderline`` is set, shots that
@@ -70,20 +70,20 @@ def audit(cache: Index, *, k: KeysMet = None, borderline: bool = False) -> pa.Ta
     - ``nearest_key_id``, ``nearest_source``, ``nearest_label``, ``nearest_affinity``: the nearest visible key
     - ``duplicate_of``: the closest retrieved key of another class that is a duplicate (see :data:`duplicates.NEAR`)
     """
-    cache, parts = unfitted(cache), []
-    images, class_ids = images_of(cache.labels), cache.class_ids.cpu().numpy()
-    _, beta = untouched_settings(cache.keys, class_ids)
-    digests = torch.from_numpy(digest_codes(cache.labels)).to(cache.device)
-    norms = torch.cat([keys.norm(dim=1) for keys, _ in cache.key_blocks()]).clamp_min(LEAST)
-    shots = Queries(np.asarray(cache.met), class_ids, "its own shots", images, images)
-    for part, visible in shots.blocks(cache, _keys_met(cache.n, k)):
-        own = cache.class_ids[part]
+    index, parts = unfitted(index), []
+    images, class_ids = images_of(index.labels), index.class_ids.cpu().numpy()
+    _, beta = untouched_settings(index.keys, class_ids)
+    digests = torch.from_numpy(digest_codes(index.labels)).to(index.device)
+    norms = torch.cat([keys.norm(dim=1) for keys, _ in index.key_blocks()]).clamp_min(LEAST)
+    shots = Queries(np.asarray(index.vectors), class_ids, "its own shots", images, images)
+    for part, visible in shots.blocks(index, _keys_met(index.n, k)):
+        own = index.class_ids[part]
         found = _neighbours(visible, own, norms[part], digests[part], norms, digests)
         found |= _scores(visible, own, found["nearest_affinity"], beta, borderline=borderline)
-        found["row"] = torch.arange(part.start, part.stop, device=cache.device)
+        found["row"] = torch.arange(part.start, part.stop, device=index.device)
         suspicious = ((found["suggested"] != own) & found["judged"]) | (found["twin"] >= 0)
         parts.append({name: column[suspicious].cpu().numpy() for name, column in found.items()})
-    return _table(cache, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+    return _table(index, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
 
 
 def _neighbours(
@@ -134,9 +134,9 @@ def _keys_met(n: int, k: KeysMet) -> int | None:
     return k
 
 
-def _table(cache: Index, shots: dict[str, npt.NDArray[Any]]) -> pa.Table:
+def _table(index: Index, shots: dict[str, npt.NDArray[Any]]) -> pa.Table:
     """Return the table of suspicious shots, sorted by descending margin. Row -1 means that there is no such key."""
-    key_ids, names = cache.labels["key_id"].to_numpy(), pa.array(cache.class_names, pa.string())
+    key_ids, names = index.labels["key_id"].to_numpy(), pa.array(index.class_names, pa.string())
     judged = shots["judged"]
     order = np.lexsort((key_ids[shots["row"]], -np.where(judged, shots["margin"], 0)))
     shots = {name: column[order] for name, column in shots.items()}
@@ -144,7 +144,7 @@ def _table(cache: Index, shots: dict[str, npt.NDArray[Any]]) -> pa.Table:
 
     def described(name: str, column: str) -> pa.ChunkedArray:
         rows = shots[name]
-        return cache.labels[column].take(pa.array(rows, pa.int64(), mask=rows < 0))
+        return index.labels[column].take(pa.array(rows, pa.int64(), mask=rows < 0))
 
     def judgement(name: str, kind: pa.DataType) -> pa.Array:
         return pa.array(shots[name], kind, mask=unjudged)
@@ -168,15 +168,15 @@ def _table(cache: Index, shots: dict[str, npt.NDArray[Any]]) -> pa.Table:
     )
 
 
-def suspicious(cache: Index) -> pa.Table:
+def suspicious(index: Index) -> pa.Table:
     """Return the rows of :func:`audit` whose shots an index can leave out, because their labels look wrong.
 
     If more than half of the shots of a class look mislabelled, or if only one would be left, it is not clear which of
     them are wrong, so none of them is returned. Therefore, every class keeps at least two shots or all its shots.
     """
-    table = audit(cache)
+    table = audit(index)
     table = table.filter(pc.greater(table["margin"], CLEAR))
-    wrong, counts = Counter(table["label"].to_pylist()), dict(zip(cache.class_names, cache.counts, strict=True))
+    wrong, counts = Counter(table["label"].to_pylist()), dict(zip(index.class_names, index.counts, strict=True))
     clear = [label for label, number in wrong.items() if number <= min(counts[label] / 2, counts[label] - 2)]
     return table.filter(pc.is_in(table["label"], pa.array(clear, pa.string())))
 
@@ -190,7 +190,7 @@ class Gain:
     after: float
 
 
-def gain(cache: Index) -> Gain | None:
+def gain(index: Index) -> Gain | None:
     """Estimate how much a fitted index gains if it is built without the :func:`suspicious` shots.
 
     The other shots are held out in turn. Each is classified with and without the suspicious shots among the keys, and
@@ -198,19 +198,19 @@ def gain(cache: Index) -> Gain | None:
     for more than :data:`CHEAP` keys. ``None`` also means that no shot is suspicious, that too few can be held out, or
     that the number of correct answers does not increase by more than two standard errors.
     """
-    if cache.n > CHEAP or cache.fitted is None or not len(shots := suspicious(cache)):
+    if index.n > CHEAP or index.fitted is None or not len(shots := suspicious(index)):
         return None
-    out = np.isin(cache.labels["key_id"].to_numpy(), shots["key_id"].to_numpy())
-    kept, images, ids, c = np.flatnonzero(~out), images_of(cache.labels), cache.class_ids.cpu(), len(cache.class_names)
-    keys, text = np.asarray(cache.keys), cache.text_weights.cpu() * cache.settings.logit_scale
-    prior = prior_for(cache)
+    out = np.isin(index.labels["key_id"].to_numpy(), shots["key_id"].to_numpy())
+    kept, images, ids, c = np.flatnonzero(~out), images_of(index.labels), index.class_ids.cpu(), len(index.class_names)
+    keys, text = np.asarray(index.keys), index.text_weights.cpu() * index.settings.logit_scale
+    prior = prior_for(index)
     without = Folds.of_shots(
-        keys[kept], ids.numpy()[kept], c, text if cache.has_text else None, images[kept], FOLDS, len(kept),
-        class_prior=cache.fitted.class_prior, prior=prior,
+        keys[kept], ids.numpy()[kept], c, text if index.has_text else None, images[kept], FOLDS, len(kept),
+        class_prior=index.fitted.class_prior, prior=prior,
     )  # fmt: skip
     if not without.can_judge:
         return None
-    form, whole = Form.of(cache.fitted, cache.settings.beta), without.among(keys, ids, images, kept)
+    form, whole = Form.of(index.fitted, index.settings.beta), without.among(keys, ids, images, kept)
     after, before = (folds.judge(form).right for folds in (without, whole))
     change = after.double() - before.double()
     if float(change.sum()) <= 2 * float(change.abs().sum()) ** 0.5:

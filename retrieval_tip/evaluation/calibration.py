@@ -150,26 +150,26 @@ class Calibration:
     at_bound: bool
 
 
-def calibrate(cache: Index, source: Source, reader: Reader) -> Calibration:
+def calibrate(index: Index, source: Source, reader: Reader) -> Calibration:
     """Fit the temperature of an index on a labelled validation source (see :func:`fit_temperature`).
 
     The temperature is saved in a new version of the index folder. Fit it again after you change the settings or the
     keys. Raises InputError if the source is empty, or if one of its labels is not a class of the index. Raises
     StoreError if the folder cannot be written.
     """
-    assert cache.folder is not None
-    truth = torch.from_numpy(cache.ids_of(source))
+    assert index.folder is not None
+    truth = torch.from_numpy(index.ids_of(source))
     parts: list[Tensor] = []
     true: list[Tensor] = []
     shots = 0
     for block in reader.blocks(source):
-        parts.append(cache.logits(block.features).cpu())
+        parts.append(index.logits(block.features).cpu())
         true.append(truth[torch.from_numpy(block.positions)])
-        f = torch.from_numpy(block.features).to(cache.device)
-        nearest = cache.keys[np.maximum(cache.nearest(f, 1)[1][:, 0], 0)]
+        f = torch.from_numpy(block.features).to(index.device)
+        nearest = index.keys[np.maximum(index.nearest(f, 1)[1][:, 0], 0)]
         shots += int((((block.features - nearest.astype(np.float32)) ** 2).sum(axis=1) <= ITSELF).sum())
     logits, y = torch.cat(parts), torch.cat(true)
-    before, fitted = cache.settings.temperature, fit_temperature(logits, y)
+    before, fitted = index.settings.temperature, fit_temperature(logits, y)
     chosen = logits.argmax(dim=1)
     right = chosen == y
 
@@ -189,9 +189,9 @@ def calibrate(cache: Index, source: Source, reader: Reader) -> Calibration:
             "%s: %d of %d photos are in the index, so its probabilities will be too high; use other photos",
             source.name, shots, len(y),
         )  # fmt: skip
-    cache.settings = replace(cache.settings, temperature=fitted)
-    cache.provenance = cache.provenance | {"temperature": f"fitted on {source.name}, n={len(y)}"}
-    cache.save_settings(cache.folder, "calibrate")
+    index.settings = replace(index.settings, temperature=fitted)
+    index.provenance = index.provenance | {"temperature": f"fitted on {source.name}, n={len(y)}"}
+    index.save_settings(index.folder, "calibrate")
     return Calibration(
         temperature=fitted,
         n=len(y),

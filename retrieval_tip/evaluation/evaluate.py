@@ -173,7 +173,7 @@ class Evaluation(Recognition):
 
 
 def evaluate(
-    cache: Index,
+    index: Index,
     source: Source,
     reader: Reader,
     *,
@@ -191,26 +191,26 @@ def evaluate(
     """
     if abstain is not None and not 0 <= abstain <= 1:
         raise UsageError(f"abstain is {abstain}: give a probability, 0 to 1")
-    cache = cache.with_settings(Ask(**asked).settings(cache.settings))
-    truth, names = some_known(cache, source)
-    answers = answered(cache, without_themselves(cache, source, reader.blocks(source)), truth, names)
-    found = judge(cache, answers, reader.skipped, abstain=abstain)
+    index = index.with_settings(Ask(**asked).settings(index.settings))
+    truth, names = some_known(index, source)
+    answers = answered(index, without_themselves(index, source, reader.blocks(source)), truth, names)
+    found = judge(index, answers, reader.skipped, abstain=abstain)
     if found.held_out:
         shots = f"{found.held_out:,} of {counted(found.n, 'photo')}"
         log.warning("%s: %s are shots of this index; %s", source.name, shots, HELD_OUT)
     return found
 
 
-def some_known(cache: Index, source: Source) -> tuple[Ints, list[str]]:
+def some_known(index: Index, source: Source) -> tuple[Ints, list[str]]:
     """See :meth:`source.Source.truth`. Raises InputError if the index has no class of the source."""
-    truth, names = source.truth(cache.class_names)
-    if not (truth < len(cache.class_names)).any():
-        raise source.unknown(names[len(cache.class_names) :], cache.class_names)
+    truth, names = source.truth(index.class_names)
+    if not (truth < len(index.class_names)).any():
+        raise source.unknown(names[len(index.class_names) :], index.class_names)
     return truth, names
 
 
 def judge(
-    cache: Index, answers: Answers, skipped: Sequence[Skipped] = (), *, abstain: float | None = None
+    index: Index, answers: Answers, skipped: Sequence[Skipped] = (), *, abstain: float | None = None
 ) -> Evaluation:
     """Evaluate answers of an index. See :func:`evaluate` for ``abstain`` and the errors."""
     known, right, truth, class_names = answers.of_known, answers.right, answers.truth, answers.class_names
@@ -224,13 +224,13 @@ def judge(
     return Evaluation(
         top1=float(right.mean()),
         top5=float((right | hits[:, :-2].any(axis=1)).mean()),
-        zero_shot_top1=float(hits[known, -2].mean()) if cache.has_text else None,
+        zero_shot_top1=float(hits[known, -2].mean()) if index.has_text else None,
         cache_top1=float(hits[known, -1].mean()),
         mean_per_class=float(np.mean(list(per_class.values()))),
         ece=expected_calibration_error(answers.confidence[known], right[known]),
         n=len(truth),
         skipped=len(skipped),
-        settings=cache.settings,
+        settings=index.settings,
         per_class=per_class,
         confusions=confusions,
         answers=answers,
@@ -241,7 +241,7 @@ def judge(
     )
 
 
-def answered(cache: Index, asked: Iterable[QueryBlock], truth: Ints, class_names: list[str]) -> Answers:
+def answered(index: Index, asked: Iterable[QueryBlock], truth: Ints, class_names: list[str]) -> Answers:
     """Classify encoded items, whose source has the class ids ``truth`` (see :meth:`source.Source.truth`)."""
     places, held, parts = [], [], []
     for one in asked:
@@ -253,7 +253,7 @@ def answered(cache: Index, asked: Iterable[QueryBlock], truth: Ints, class_names
         raise InputError("photos: all are shots of this index; use other photos")
     order = np.argsort(np.concatenate(places))
     ranked, confidence, log_truth, strength = (torch.cat(part).numpy()[order] for part in zip(*parts, strict=True))
-    positions, least = np.concatenate(places)[order], cache.settings.least_cache
+    positions, least = np.concatenate(places)[order], index.settings.least_cache
     return Answers(
         truth[positions],
         ranked,
@@ -261,7 +261,7 @@ def answered(cache: Index, asked: Iterable[QueryBlock], truth: Ints, class_names
         positions,
         log_truth,
         class_names,
-        known=len(cache.class_names),
+        known=len(index.class_names),
         held_out=np.concatenate(held)[order],
         strength=None if least is None else strength,
         unlike=None if least is None else strength < least,

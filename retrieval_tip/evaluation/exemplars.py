@@ -25,25 +25,25 @@ class TypicalKeys:
     other: float | None
 
 
-def exemplars(cache: Index) -> TypicalKeys:
+def exemplars(index: Index) -> TypicalKeys:
     """Return the key of each class that is nearest to the class mean in the metric of the index.
 
     Only the first :data:`KEYS` keys are considered.
     """
     blocks, most = [], KEYS
-    for block in cache.retrieval.keys.numbered_blocks():
+    for block in index.retrieval.keys.numbered_blocks():
         keys, ids, rows = (part[:most].cpu() for part in block)
         blocks.append((keys.float(), ids, rows))
         most -= len(blocks[-1][0])
         if not most:
             break
     keys, ids, rows = (torch.cat(parts) for parts in zip(*blocks, strict=True))
-    c = len(cache.class_names)
+    c = len(index.class_names)
     means = torch.zeros(c, keys.shape[1]).index_add_(0, ids, keys)
     near = (keys * means[ids]).sum(dim=1)
     order = np.lexsort((near.numpy(), ids.numpy()))  # sorted by class, with the nearest key last
     best = order[np.flatnonzero(np.diff(ids.numpy()[order], append=c))]
-    shown = cache.rows.described(rows.numpy()[best], ["key_id"])["key_id"].to_pylist()
+    shown = index.rows.described(rows.numpy()[best], ["key_id"])["key_id"].to_pylist()
     step = max(1, len(keys) // COMPARED)
     affinities, same = keys[::step] @ keys[::step].T, ids[::step, None] == ids[None, ::step]
     pairs = affinities[same & ~torch.eye(len(same), dtype=torch.bool)], affinities[~same]

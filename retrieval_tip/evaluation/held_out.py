@@ -107,7 +107,7 @@ def without_parts(index: Index, rows: IntArray, kept: IntArray | None = None) ->
             metric, values = folds.fitted(form, torch.from_numpy(others), number)
         keys = np.asarray(index.keys[others])
         left = ArrayRows(keys, index.labels.take(pa.array(others)), values, points_of(metric, keys, "cpu"))
-        search = index_over(left.met, left.class_ids, c, factory, index.device)
+        search = index_over(left.vectors, left.class_ids, c, factory, index.device)
         yield part, replace(index, rows=left, metric=metric, index=search)
 
 

@@ -47,7 +47,7 @@ def methods() -> list[Method]:
     return ["pca", "tsne"] if importlib.util.find_spec("sklearn") else ["pca"]
 
 
-def projected(cache: Index, method: Method = "pca", limit: int = 5000) -> Projection:
+def projected(index: Index, method: Method = "pca", limit: int = 5000) -> Projection:
     """Project the keys of an index to two dimensions.
 
     If the index has more than ``limit`` keys, ``limit`` keys are drawn evenly from the classes. The method ``pca``
@@ -60,7 +60,7 @@ def projected(cache: Index, method: Method = "pca", limit: int = 5000) -> Projec
     if method not in methods():
         raise UsageError(f"method {method!r}: give one of {', '.join(methods())} (tsne requires scikit-learn)")
     check_count("limit", limit)
-    features, labels = cache.rows.some(limit)
+    features, labels = index.rows.some(limit)
     keys = features.astype(np.float32)
     if method == "pca" or len(keys) < FEWEST:
         places, explained, axes = _principal(keys)

@@ -98,7 +98,7 @@ class Fit(NamedTuple):
     prior: FloatArray | None = None
 
 
-class Judged(TypedDict, total=False):
+class Accuracies(TypedDict, total=False):
     """Accuracies of a form on held-out photos, as fields of :class:`FormChoice`."""
 
     photos: float | None
@@ -109,7 +109,7 @@ class Judged(TypedDict, total=False):
     weakest: Sequence[tuple[str, int, int]]
 
 
-class ShotEstimate(Judged, total=False):
+class ShotEstimate(Accuracies, total=False):
     """Accuracies of an index on its own shots, and the number of ``tested`` classes out of all that have shots."""
 
     tested: int
@@ -249,15 +249,15 @@ def fit(
                 f"prior: features have {len(asked.prior)} values instead of {index.keys.shape[1]}; use one encoder"
             )
         index.prior = asked.prior.astype(np.float32)
-    folds, judged_on = _judged_by(index, validation, images, asked.class_prior)
+    folds, judged_on = _folds_of(index, validation, images, asked.class_prior)
     if folds.prior is not None and forms[0] == DEFAULT_FORM:
         forms = [WITH_PRIOR, *forms]
     if folds.can_judge:
         form, trials = _chosen(index, forms, folds, images if validation is None else None)
-        form, settings, judged = _settled(index.settings, form, folds, index.class_names)
+        form, settings, accuracies = _settings_of(index.settings, form, folds, index.class_names)
         where = f"fitted on {judged_on}"
     else:
-        (form, settings), trials, judged = _unjudged(index, forms, folds), [], {}
+        (form, settings), trials, accuracies = _settings_without_folds(index, forms, folds), [], {}
         where = "default for shots that cannot be held out"
     fitted_metric, fitted_values = folds.fitted(form, torch.arange(len(folds.ids)))
     fitted = (form if fitted_metric is not None else replace(form, metric=None)).fitted(
@@ -265,7 +265,7 @@ def fit(
     )
     n, seconds = folds.n if folds.can_judge else 0, time.perf_counter() - start
     choice = FormChoice(
-        form, trials, judged_on, n, len(folds.held), seconds, longest=longest, **folds.untested, **judged
+        form, trials, judged_on, n, len(folds.held), seconds, longest=longest, **folds.untested, **accuracies
     )
     provenance = dict.fromkeys(("alpha", "beta", "temperature"), where) | {"fit": choice.provenance()}
     index.set_fitted(fitted_metric, fitted_values, fitted, factory)
@@ -281,13 +281,13 @@ def refit(index: Index, beta: float) -> FormChoice:
     :meth:`editing.Editing.solve` next.
     """
     start, settings, form = time.perf_counter(), replace(index.settings, beta=beta), Form.of(index.fitted, beta)
-    folds, judged_on = _judged_by(index, None, _images(index), _class_prior(index))
-    judged: Judged = {}
+    folds, judged_on = _folds_of(index, None, _images(index), _class_prior(index))
+    accuracies: Accuracies = {}
     if folds.can_judge:
-        form, settings, judged = _settled(settings, form, folds, index.class_names)
+        form, settings, accuracies = _settings_of(settings, form, folds, index.class_names)
         index.provenance = index.provenance | dict.fromkeys(("alpha", "temperature"), f"fitted on {judged_on}")
     seconds = time.perf_counter() - start
-    choice = FormChoice(form, [], judged_on, folds.n, len(folds.held), seconds, **folds.untested, **judged)
+    choice = FormChoice(form, [], judged_on, folds.n, len(folds.held), seconds, **folds.untested, **accuracies)
     index.settings = settings
     index.fitted = None if index.fitted is None else replace(index.fitted, bonus=form.bonus)
     index.provenance = index.provenance | {"fit": choice.provenance()}
@@ -306,7 +306,7 @@ def estimate(index: Index) -> ShotEstimate:
     """
     settings, (folds, _) = (
         index.settings,
-        _judged_by(index, None, _images(index), _class_prior(index)),
+        _folds_of(index, None, _images(index), _class_prior(index)),
     )
     if index.curve is not None or not folds.can_judge:
         return {"photos": None, "words": None, "both": None}
@@ -333,7 +333,7 @@ def _class_prior(index: Index) -> ClassPrior:
     return "even" if index.fitted is None else index.fitted.class_prior
 
 
-def _accuracies(photos: Tensor, words: Tensor | None, right: Tensor, ids: Tensor, weights: Tensor | None) -> Judged:
+def _accuracies(photos: Tensor, words: Tensor | None, right: Tensor, ids: Tensor, weights: Tensor | None) -> Accuracies:
     by_photos, w = photos.argmax(1) == ids, torch.ones(len(ids)).double() if weights is None else weights
     both, lost = float((w * right).mean()), w * (by_photos.double() - right.double())
     return {
@@ -401,9 +401,7 @@ def _forms(
     return forms
 
 
-def _judged_by(
-    index: Index, validation: Queries | None, images: IntArray, class_prior: ClassPrior
-) -> tuple[Folds, str]:
+def _folds_of(index: Index, validation: Queries | None, images: IntArray, class_prior: ClassPrior) -> tuple[Folds, str]:
     prior = prior_for(index)
     ids, c = index.class_ids.cpu(), len(index.class_names)
     text = index.text_weights.cpu() * index.settings.logit_scale if index.has_text else None
@@ -412,9 +410,9 @@ def _judged_by(
         folds = Folds(index.keys, ids, c, text, [held], index.sums, class_prior, weighted=False, prior=prior)
         folds = folds.with_classes(images, JUDGED)
         return folds, f"{len(held.ids):,} photos of {validation.name}"
-    number, judged = MOST_FOLDS if index.n <= JUDGED else FOLDS, int(min(JUDGED, max(256, AFFINITIES / index.n)))
-    folds = Folds.of_shots(index.keys, ids.numpy(), c, text, images, number, judged, index.sums, class_prior, prior)
-    folds = folds.with_small(images, judged).with_classes(images, judged)
+    number, accuracies = MOST_FOLDS if index.n <= JUDGED else FOLDS, int(min(JUDGED, max(256, AFFINITIES / index.n)))
+    folds = Folds.of_shots(index.keys, ids.numpy(), c, text, images, number, accuracies, index.sums, class_prior, prior)
+    folds = folds.with_small(images, accuracies).with_classes(images, accuracies)
     return folds, f"{folds.n:,} photos, each held out in turn"
 
 
@@ -427,7 +425,9 @@ def _chosen(index: Index, forms: Sequence[Form], folds: Folds, images: IntArray 
     return _choose(folds, forms)
 
 
-def _settled(settings: Settings, form: Form, folds: Folds, class_names: Sequence[str]) -> tuple[Form, Settings, Judged]:
+def _settings_of(
+    settings: Settings, form: Form, folds: Folds, class_names: Sequence[str]
+) -> tuple[Form, Settings, Accuracies]:
     """Return the bonus and the settings that give the held-out photos the highest log-likelihood, and accuracies."""
     form = form.with_bonus(0.0)
     (text, cache, third), ids, weights = folds.terms(form), folds.ids_held, folds.weights
@@ -446,9 +446,9 @@ def _settled(settings: Settings, form: Form, folds: Folds, class_names: Sequence
         blended = replace(blended, a=1.0, b=blended.b / max(blended.a, 1.0) * folds.covered)
     settings = replace(blended.settings(settings.unfitted(), form.beta), least_cache=least, log_offset=offset)
     shown = folds.held_of("shots")
-    judged: Judged = {"weakest": _weakest(class_names, blended.right[shown], ids[shown])}
+    accuracies: Accuracies = {"weakest": _weakest(class_names, blended.right[shown], ids[shown])}
     photos = tip.Terms(cache, cache, third).photos(settings)
-    return form, settings, judged | _accuracies(photos, text, blended.right, ids, weights)
+    return form, settings, accuracies | _accuracies(photos, text, blended.right, ids, weights)
 
 
 def _linked(
@@ -498,7 +498,7 @@ def _weakest(class_names: Sequence[str], right: Tensor, ids: Tensor) -> list[tup
     return [(class_names[c], int(correct[c]), int(held[c])) for c in missed[:WEAKEST]]
 
 
-def _unjudged(index: Index, forms: Sequence[Form], folds: Folds) -> tuple[Form, Settings]:
+def _settings_without_folds(index: Index, forms: Sequence[Form], folds: Folds) -> tuple[Form, Settings]:
     """Return the form and the settings for shots that cannot be held out.
 
     The text weights do not depend on the shots, so their temperature T can still be fitted to the shots. If the text is
@@ -554,10 +554,10 @@ def _choose(folds: Folds, forms: Sequence[Form]) -> tuple[Form, list[FormTrial]]
     stands = folds.judge(forms[0])
     best, trials = (forms[0], stands.loss), []
     for form in forms:
-        judged = stands if form is forms[0] else folds.judge(form)
-        loss, more = judged.loss, stands.weights * (stands.losses - judged.losses)
-        trials.append(FormTrial(form, loss, judged.accuracy))
+        accuracies = stands if form is forms[0] else folds.judge(form)
+        loss, more = accuracies.loss, stands.weights * (stands.losses - accuracies.losses)
+        trials.append(FormTrial(form, loss, accuracies.accuracy))
         sure = float(more.mean()) > 2 * float(more.std()) / len(more) ** 0.5
-        if sure and judged.accuracy >= stands.accuracy and loss < best[1]:
+        if sure and accuracies.accuracy >= stands.accuracy and loss < best[1]:
             best = form, loss
     return best[0], trials

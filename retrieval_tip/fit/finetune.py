@@ -76,7 +76,7 @@ class Comparison:
 class Tuned:
     """The result of fine-tuning.
 
-    - ``cache``: the new index, which is written to disk by :meth:`save`
+    - ``index``: the new index, which is written to disk by :meth:`save`
     - ``epoch``: the epoch that was kept, or 0 if no epoch improved on the untrained index
     - ``curve``: a table with the columns of :data:`CURVE`
     - ``collapsed``: a description of how training collapsed, or ``None``
@@ -84,10 +84,10 @@ class Tuned:
       images
     - ``record``: a description of the run
     - ``compared``: the accuracy before and after training, as measured by :func:`finetune_into`, or ``None``
-    - ``as_it_was``: whether ``cache`` is a copy of the given index, because training did not help
+    - ``as_it_was``: whether ``index`` is a copy of the given index, because training did not help
     """
 
-    cache: Index
+    index: Index
     epoch: int
     curve: pa.Table
     collapsed: str | None
@@ -98,18 +98,18 @@ class Tuned:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the index folder."""
-        self.cache.save(folder, "copy, since finetune did not help" if self.as_it_was else "finetune")
+        self.index.save(folder, "copy, since finetune did not help" if self.as_it_was else "finetune")
 
     def facts(self) -> dict[str, object]:
         """Return the figures that the command line prints. A figure that was not measured is ``None``."""
         compared, kept = self.compared, None if self.as_it_was else self.epoch
-        facts: dict[str, object] = {"version": self.cache.version, "kept": "as it was" if kept is None else "trained"}
+        facts: dict[str, object] = {"version": self.index.version, "kept": "as it was" if kept is None else "trained"}
         facts |= {name: compared and getattr(compared, name) for name in ("before", "after", "n", "source")}
         facts |= {"trained": self.record["train"], "epoch": kept}
         for name in ("loss", "accuracy"):
             value = math.nan if kept is None else self.curve[name][kept].as_py()
             facts[f"train_{name}"] = None if math.isnan(value) else value
-        shown = self.cache.settings.shown()
+        shown = self.index.settings.shown()
         facts |= {name: shown[name] for name in ("alpha", "beta", "k")}
         return facts | {"collapsed": self.collapsed, "seconds": self.record["seconds"]}
 
@@ -144,7 +144,7 @@ def finetune_into(
         tuned.record["held_out"] = asdict(compared)
     else:
         log.warning("%s; training does not help, so %s is a copy of the index", compared, show(out))
-        tuned = replace(tuned, cache=copy.copy(index), choice=None, as_it_was=True)
+        tuned = replace(tuned, index=copy.copy(index), choice=None, as_it_was=True)
     tuned.save(out)
     return replace(tuned, compared=compared)
 
@@ -219,7 +219,7 @@ def _compared(index: Index, material: _Material, recipe: Recipe) -> tuple[Compar
         tuned = _trained(rest, own, recipe)
         if index.fitted is not None and index.curve is None:
             closed_form.fit(rest, forms=like(index.fitted))
-        for i, model in enumerate((rest, tuned.cache)):
+        for i, model in enumerate((rest, tuned.index)):
             right[i] += _right(model, held.features.numpy(), held.ids.numpy())
         n, seconds = n + len(held.ids), seconds + tuned.curve["seconds"][-1].as_py()
     if tuned is None:
@@ -324,7 +324,7 @@ class _Run:
         self, index: Index, material: _Material, recipe: Recipe,
         on_epoch: Callable[[Mapping[str, float]], None] | None = None,
     ) -> None:  # fmt: skip
-        self.cache, self.material, self.recipe = index, material, recipe
+        self.index, self.material, self.recipe = index, material, recipe
         self.on_epoch = on_epoch or (lambda _: None)
         self.trainer = Trainer(index, recipe)
         self.epoch, self.began = 0, time.monotonic()
@@ -396,37 +396,37 @@ class _Run:
         queries = self.material.queries
         if queries is None:
             return math.nan, math.nan
-        features, ids = (torch.from_numpy(part).to(self.cache.device) for part in (queries.features, queries.ids))
+        features, ids = (torch.from_numpy(part).to(self.index.device) for part in (queries.features, queries.ids))
         return self.trainer.evaluate(features, ids)
 
     def result(self, parent: str) -> Tuned:
         self.trainer.restore(self.kept)
-        keys = self.trainer.keys.detach().cpu().numpy().astype(self.cache.dtype)
-        c, ids = len(self.cache.class_names), self.cache.class_ids.cpu().numpy()
-        kept = {name: value for name, value in self.cache.provenance.items() if name != "temperature"}
+        keys = self.trainer.keys.detach().cpu().numpy().astype(self.index.dtype)
+        c, ids = len(self.index.class_names), self.index.class_ids.cpu().numpy()
+        kept = {name: value for name, value in self.index.provenance.items() if name != "temperature"}
         record, curve = self._facts(parent), pa.Table.from_pylist(self.curve, schema=CURVE)
-        cache = replace(
-            self.cache,
-            rows=ArrayRows(keys, self.cache.labels, self.trainer.values),
-            index=index_over(keys, ids, c, self.cache.index_type, self.cache.device),
-            settings=replace(self.cache.settings, temperature=1.0),
+        index = replace(
+            self.index,
+            rows=ArrayRows(keys, self.index.labels, self.trainer.values),
+            index=index_over(keys, ids, c, self.index.index_type, self.index.device),
+            settings=replace(self.index.settings, temperature=1.0),
             provenance=kept | {"alpha": "finetune", "beta": "finetune", "finetune": record},
             curve=curve,
         )
         choice = None
         if self.material.queries is not None:
-            settings = (cache.settings.alpha, cache.settings.beta)
-            choice = search_hp.search(cache, self.material.queries, cautious=True, kept=settings)
-            search_hp.apply(cache, choice)
-        return Tuned(cache, self.kept_epoch, curve, self.collapsed, choice, record)
+            settings = (index.settings.alpha, index.settings.beta)
+            choice = search_hp.search(index, self.material.queries, cautious=True, kept=settings)
+            search_hp.apply(index, choice)
+        return Tuned(index, self.kept_epoch, curve, self.collapsed, choice, record)
 
     def _facts(self, parent: str) -> dict[str, object]:
         queries = self.material.queries
         recipe = asdict(self.recipe) | {"train": list(self.recipe.train)}
         run = {"epoch": self.kept_epoch, "collapsed": self.collapsed, "seconds": round(self.curve[-1]["seconds"], 3)}
         sources = {"shots": self.material.shots.name, "val": None if queries is None else queries.name}
-        settings = {"alpha": self.cache.settings.alpha, "beta": self.cache.settings.beta}
-        return {"parent": parent, "parent_version": self.cache.version} | recipe | settings | run | sources
+        settings = {"alpha": self.index.settings.alpha, "beta": self.index.settings.beta}
+        return {"parent": parent, "parent_version": self.index.version} | recipe | settings | run | sources
 
 
 def _check_length(index: Index, name: str, d: int) -> None:

@@ -238,18 +238,18 @@ class Folds:
 
     @classmethod
     def of_shots(
-        cls, keys: Keys, ids: IntArray, c: int, text: Tensor | None, images: IntArray, number: int, judged: int,
+        cls, keys: Keys, ids: IntArray, c: int, text: Tensor | None, images: IntArray, number: int, most: int,
         sums: Sums | None = None, class_prior: ClassPrior = "even", prior: FloatArray | None = None,
     ) -> Folds:  # fmt: skip
-        """Split the images into up to ``number`` folds, and hold out about ``judged`` of them.
+        """Split the images into up to ``number`` folds, and hold out about ``most`` of them.
 
         All views of a held-out image are held out.
         """
         folds, first = _folds(images, ids, number)
-        held, single = list(_held(keys, ids, folds[first], first, images, judged)), np.bincount(ids[first]) == 1
+        held, single = list(_held(keys, ids, folds[first], first, images, most)), np.bincount(ids[first]) == 1
         return cls(keys, torch.from_numpy(ids), c, text, held, sums, class_prior, prior=prior, single=int(single.sum()))
 
-    def with_small(self, images: IntArray, judged: int) -> Folds:
+    def with_small(self, images: IntArray, most: int) -> Folds:
         """Also hold out few photos at a time, if the other folds contain half of the shots.
 
         With half of its shots, an index separates the classes less than the whole index does, so a blend that is fitted
@@ -263,10 +263,10 @@ class Folds:
         own, draw = ids[first], np.random.default_rng(0)
         counts = np.bincount(own, minlength=self.c)[own]
         places = ranks_within(own, draw) * np.maximum(SMALL_FOLDS // counts, 1) + draw.permutation(self.c)[own]
-        small = _held(self.keys, ids, np.where(counts > 1, places % SMALL_FOLDS, -1), first, images, judged)
+        small = _held(self.keys, ids, np.where(counts > 1, places % SMALL_FOLDS, -1), first, images, most)
         return replace(self, held=[*self.held, *(replace(one, of="small") for one in small)])
 
-    def with_classes(self, images: IntArray, judged: int) -> Folds:
+    def with_classes(self, images: IntArray, most: int) -> Folds:
         """Also hold out whole classes, if some classes have text but no shots.
 
         A held-out class resembles a class that has no shots, because it can only be recognised by its text. Its photos
@@ -279,7 +279,7 @@ class Folds:
         fold_of = np.zeros(self.c, dtype=np.int64)
         fold_of[np.random.default_rng(0).permutation(own)] = np.arange(len(own)) % CLASS_FOLDS
         _, first = np.unique(images, return_index=True)
-        whole = _held(self.keys, ids, fold_of[ids[first]], first, fold_of[ids], judged)
+        whole = _held(self.keys, ids, fold_of[ids[first]], first, fold_of[ids], most)
         held = [*self.held, *(replace(one, of="classes") for one in whole)]
         return replace(self, held=held)
 
@@ -570,18 +570,18 @@ def ranks_within(ids: IntArray, draw: np.random.Generator) -> IntArray:
     return ranks
 
 
-def _held(keys: Keys, ids: IntArray, folds: IntArray, first: IntArray, groups: IntArray, judged: int) -> Iterator[Held]:
-    """Yield about ``judged`` held-out queries, one fold at a time. The index excludes all ``groups`` of a fold."""
+def _held(keys: Keys, ids: IntArray, folds: IntArray, first: IntArray, groups: IntArray, most: int) -> Iterator[Held]:
+    """Yield about ``most`` held-out queries, one fold at a time. The index excludes all ``groups`` of a fold."""
     begun = False
     for fold in range(folds.max(initial=-1) + 1):
         asked = first[folds == fold]
-        if judged < len(asked) * (LEAST_OF_A_FOLD if begun else 0) or judged <= 0:
+        if most < len(asked) * (LEAST_OF_A_FOLD if begun else 0) or most <= 0:
             return
-        if len(asked) > judged:
-            asked = np.sort(np.random.default_rng(fold).choice(asked, judged, replace=False))
+        if len(asked) > most:
+            asked = np.sort(np.random.default_rng(fold).choice(asked, most, replace=False))
         rows = torch.from_numpy(np.flatnonzero(~np.isin(groups, groups[asked])))
         yield Held(taken_keys(keys, torch.from_numpy(asked)), torch.from_numpy(ids[asked]), rows)
-        judged, begun = judged - len(asked), True
+        most, begun = most - len(asked), True
 
 
 def parts_without(

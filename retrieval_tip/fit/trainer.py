@@ -77,7 +77,7 @@ class Trainer:
     """
 
     def __init__(self, index: Index, recipe: Recipe) -> None:
-        self.cache, self.products = index, getattr(torch, recipe.precision)
+        self.index, self.products = index, getattr(torch, recipe.precision)
         self.keys = torch.from_numpy(np.array(index.keys, dtype=np.float32)).to(index.device)
         self.values = None if index.values is None else index.values.clone()
         if self.values is None and "values" in recipe.train:
@@ -97,7 +97,7 @@ class Trainer:
         ``features`` have shape ``[b, d]``, and ``ids`` are their class ids. If the cross-entropy is not finite, the
         step changes nothing.
         """
-        logits, ids = self._logits(features), ids.to(self.cache.device)
+        logits, ids = self._logits(features), ids.to(self.index.device)
         loss = functional.cross_entropy(logits, ids)
         hits = (logits.argmax(dim=1) == ids).sum()
         value, right = torch.stack([loss.detach(), hits.to(loss)]).tolist()  # synchronises with the GPU only once
@@ -112,7 +112,7 @@ class Trainer:
     def evaluate(self, features: Tensor, ids: Tensor) -> tuple[float, float]:
         """Return the mean cross-entropy and the accuracy on queries."""
         loss, right = 0.0, 0
-        for f, y in zip(features.split(QUERIES), ids.to(self.cache.device).split(QUERIES), strict=True):
+        for f, y in zip(features.split(QUERIES), ids.to(self.index.device).split(QUERIES), strict=True):
             logits = self._logits(f)
             loss += float(functional.cross_entropy(logits, y, reduction="sum"))
             right += int((logits.argmax(dim=1) == y).sum())
@@ -120,15 +120,15 @@ class Trainer:
 
     def _logits(self, features: Tensor) -> Tensor:
         """Compute the logits of queries. The keys are processed in blocks, so that only the weights need ``n q``."""
-        features, settings, c = features.to(self.cache.device), self.cache.settings, len(self.cache.class_names)
-        queries, cache = features.to(self.products), features.new_zeros(len(features), c)
-        ids = self.cache.class_ids.split(self._block)
+        features, settings, c = features.to(self.index.device), self.index.settings, len(self.index.class_names)
+        queries, index = features.to(self.products), features.new_zeros(len(features), c)
+        ids = self.index.class_ids.split(self._block)
         values = [None] * len(ids) if self.values is None else map(tip.Values, self.values.split(self._block))
         for keys, own, part in zip(self.keys.split(self._block), ids, values, strict=True):
             affinity = tip.affinity(keys.to(self.products), queries).to(features.dtype).T  # one row per key is faster
-            cache = cache + tip.cache_logits(affinity, own, c, settings.beta, values=part)
-        text = tip.text_logits(features, self.cache.text_weights, settings.logit_scale)
-        return tip.Terms(text, cache).logits(settings)
+            index = index + tip.cache_logits(affinity, own, c, settings.beta, values=part)
+        text = tip.text_logits(features, self.index.text_weights, settings.logit_scale)
+        return tip.Terms(text, index).logits(settings)
 
     def trained(self) -> dict[str, Tensor]:
         """Return CPU copies of the trained matrices by name."""

@@ -40,14 +40,14 @@ def create(folder: Path, made: Material) -> Index:
             )
         made.warn_of_bare(np.bincount(ids, minlength=c))
         statistics = measure(keys, ids)
-        factory, met = (asked, None) if asked != "auto" else auto_for((len(keys), d), made.plan.dtype, c, made.device)
+        factory, k = (asked, None) if asked != "auto" else auto_for((len(keys), d), made.plan.dtype, c, made.device)
         labels = made.labels(order, digests)
         warn_of(duplicates(keys, labels))
         index = Index(
             ArrayRows(keys, labels), list(names),
             torch.zeros(c, d) if weights is None else torch.from_numpy(weights),
             index_over(keys, ids, c, factory if made.fit is None else BY_CLASS, device="cpu"),
-            settings=made.settings(statistics, met), templates=templates, backbone=made.backbone,
+            settings=made.settings(statistics, k), templates=templates, backbone=made.backbone,
             provenance=made.described(statistics), built=made.built,
         )  # fmt: skip
         if made.fit is not None:

@@ -68,11 +68,11 @@ def upload(place: str, repository: str, card: str, private: bool = False, token:
 
 def card(index: Index, name: str, figures: Mapping[str, object] | None = None) -> str:
     """Return the model card of an index in Markdown. If figures are given, the card includes an evaluation."""
-    judged = ""
+    evaluation = ""
     if figures is not None:
         rows = "".join(f"| {figure} | {value:.4g} |\n" for figure, value in figures.items() if isinstance(value, float))
         which = "photos (shots without themselves)" if figures.get("held_out") else "other photos"
-        judged = f"\n## Evaluated on {figures['n']} {which}\n\n| figure | |\n|---|---|\n{rows}"
+        evaluation = f"\n## Evaluated on {figures['n']} {which}\n\n| figure | |\n|---|---|\n{rows}"
     names = index.class_names
     few = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
-    return CARD.format(name=name, n=index.n, c=len(names), few=few, backbone=index.backbone, figures=judged)
+    return CARD.format(name=name, n=index.n, c=len(names), few=few, backbone=index.backbone, figures=evaluation)

@@ -151,11 +151,11 @@ class Material:
     left: FeatureBlock | None = None
     dropped: dict[str, object] | None = None
 
-    def settings(self, statistics: Statistics | None, met: int | None) -> Settings:
-        """Convert alpha and beta to plain units, and return the settings. ``met`` is used as k if no k was given."""
+    def settings(self, statistics: Statistics | None, k: int | None) -> Settings:
+        """Convert alpha and beta to plain units, and return the settings. ``k`` is used as k if no k was given."""
         plan, own = self.plan, self.plan.settings(self.reader.backbone)
         alpha, beta = plain_settings(plan.alpha, plan.beta, plan.units, statistics)
-        return own.override(alpha=alpha, beta=beta, k=met if plan.k is None else None)
+        return own.override(alpha=alpha, beta=beta, k=k if plan.k is None else None)
 
     @property
     def built(self) -> Built:

@@ -80,7 +80,7 @@ class Answer(torch.nn.Module):
         settings, metric = index.settings, index.metric
         self.settings, self.n_classes, self.raw = settings, len(index.class_names), raw
         self.register_buffer("text", index.text_weights.float().cpu())
-        self.register_buffer("keys", torch.from_numpy(np.asarray(index.rows.in_memory().met, dtype=np.float32)))
+        self.register_buffer("keys", torch.from_numpy(np.asarray(index.rows.in_memory().vectors, dtype=np.float32)))
         self.register_buffer("ids", index.class_ids.cpu())
         self.register_buffer("counts", torch.bincount(self.ids, minlength=self.n_classes))
         values = one_hot(self.ids, self.n_classes) if index.values is None else index.values  # ONNX cannot sum by class

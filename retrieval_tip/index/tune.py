@@ -101,7 +101,7 @@ def tune(
     winners, cost = _timed(index, f, None)
     trials, rows = {Trial(search.factory, search.effort, None, 1.0, cost): search}, index.rows.in_memory()
     for factory in factories or _usual(index):
-        search = index_over(rows.met, rows.class_ids, len(index.class_names), factory, index.device)
+        search = index_over(rows.vectors, rows.class_ids, len(index.class_names), factory, index.device)
         other = replace(index, index=search)
         for effort, k in _settings(other, search):
             search.effort = effort

@@ -224,7 +224,7 @@ class KeyTable:
         return POINT in self.schema.names
 
     @property
-    def met(self) -> str:
+    def vector_column(self) -> str:
         """Name of the column to search, which contains the points if there are any, and the keys otherwise."""
         return POINT if self.has_points else VECTOR
 
@@ -312,15 +312,15 @@ class KeyTable:
         first. Affinities are float32 products with the stored keys or points. LanceDB's own ``_distance`` is not used,
         because it may come from a compressed copy. Missing hits have the row number -1.
         """
-        (q, d), met = features.shape, self.met
+        (q, d), column = features.shape, self.vector_column
         affinity = np.zeros((q, k), dtype=np.float32)
         rows, ids = np.full((q, k), -1), np.full((q, k), -1)
         step = max(1, SEARCHED // (k * d))
         for start in range(0, q, step):
             part = np.ascontiguousarray(features[start : start + step], dtype=np.float32)
-            hits = self._hits(part, k, kind, met)
+            hits = self._hits(part, k, kind, column)
             query = hits["query_index"].to_numpy() if "query_index" in hits.column_names else np.zeros(len(hits), int)
-            products = np.einsum("md,md->m", part[query], self.matrix(hits[met]).astype(np.float32, copy=False))
+            products = np.einsum("md,md->m", part[query], self.matrix(hits[column]).astype(np.float32, copy=False))
             order = np.lexsort((-products, query))
             query = query[order]
             place = np.arange(len(query)) - np.searchsorted(query, query)
@@ -329,11 +329,11 @@ class KeyTable:
             ids[at] = hits["class_id"].to_numpy()[order]
         return affinity, rows, ids
 
-    def _hits(self, features: FloatArray, k: int, kind: str, met: str) -> pa.Table:
+    def _hits(self, features: FloatArray, k: int, kind: str, vector_column: str) -> pa.Table:
         lists = self._lists = self._lists or lists_for(self.rows, kind)
         with _store_errors(self.address, "searching its table"):
-            query = self.table.search(features, vector_column_name=met).distance_type("dot").limit(k)
-            query = query.select(["class_id", met, "_distance"]).with_row_id(True)
+            query = self.table.search(features, vector_column_name=vector_column).distance_type("dot").limit(k)
+            query = query.select(["class_id", vector_column, "_distance"]).with_row_id(True)
             query = query.nprobes(min(lists, max(8, round(PROBED * lists))))
             if KINDS[kind] > 1:
                 query = query.refine_factor(KINDS[kind])
@@ -400,7 +400,7 @@ class KeyTable:
             elif kind != FLAT:
                 config = getattr(lancedb().index, kind)
                 self.table.create_index(
-                    self.met,
+                    self.vector_column,
                     config=config(
                         distance_type="dot",
                         num_partitions=lists_for(self.rows, kind),

@@ -55,7 +55,7 @@ class LanceKeys(KeyStream):
 
     def _read(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         n_read = 0
-        column = self.table.met
+        column = self.table.vector_column
         for batch in self.table.scan(["class_id", column], with_rows=True):
             ids = self.table.class_ids(batch["class_id"], self.n_classes)
             keys, rows = self.table.matrix(batch[column]), batch[ROW].to_numpy().astype(np.int64)
@@ -126,10 +126,10 @@ class LanceKeys(KeyStream):
             yield place, every[part], every_row[part]
 
     def _batches(self, class_ids: Sequence[int]) -> Iterator[tuple[IntArray, KeyArray, IntArray]]:
-        for batch in self.table.scan_of("class_id", class_ids, ["class_id", self.table.met], with_rows=True):
+        for batch in self.table.scan_of("class_id", class_ids, ["class_id", self.table.vector_column], with_rows=True):
             if len(batch):
                 rows = batch[ROW].to_numpy().astype(np.int64)
-                yield batch["class_id"].to_numpy(), self.table.matrix(batch[self.table.met]), rows
+                yield batch["class_id"].to_numpy(), self.table.matrix(batch[self.table.vector_column]), rows
 
     def _check(self, whole: bool | np.bool_) -> None:
         if not whole:
@@ -142,8 +142,11 @@ class LanceKeys(KeyStream):
         number, key = SPREAD_QUERIES, 4 * self.d
         if self.n * key > SPREAD_BYTES:  # otherwise, all keys can be read cheaply
             number = int(np.clip(SPREAD_BYTES / (SPREAD_CLASSES * self.mean_count * key), SPREAD_LEAST, number))
-        some = self.table.offsets(spread(self.n, number), ["class_id", self.table.met])
-        keys, ids = self.table.matrix(some[self.table.met]), self.table.class_ids(some["class_id"], self.n_classes)
+        some = self.table.offsets(spread(self.n, number), ["class_id", self.table.vector_column])
+        keys, ids = (
+            self.table.matrix(some[self.table.vector_column]),
+            self.table.class_ids(some["class_id"], self.n_classes),
+        )
         return self._tensors(np.array(keys, dtype=np.float32), ids)
 
     def _spread(self, features: Tensor, classes: Tensor) -> Tensor:

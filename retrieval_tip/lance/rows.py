@@ -202,8 +202,8 @@ class TableRows(Rows):
         return OrderedKeys(self.table, VECTOR, self.d, self._order[0])
 
     @property
-    def met(self) -> OrderedKeys:
-        return OrderedKeys(self.table, self.table.met, self.d, self._order[0])
+    def vectors(self) -> OrderedKeys:
+        return OrderedKeys(self.table, self.table.vector_column, self.d, self._order[0])
 
     @cached_property
     def labels(self) -> pa.Table:

@@ -16,7 +16,7 @@ from retrieval_tip.fit import closed_form, search_hp
 from retrieval_tip.fit.folds import Queries
 from retrieval_tip.model import Index
 from retrieval_tip.report import plots
-from retrieval_tip.report.judged import JudgedIndex
+from retrieval_tip.report.results import Results
 from retrieval_tip.retrieval.defaults import untouched_settings
 
 if TYPE_CHECKING:
@@ -33,20 +33,20 @@ class Curve(NamedTuple):
     rows: list[tuple[int, int, str, str]]
 
 
-def measure_curve(judged: JudgedIndex, numbers: Sequence[int], seeds: int) -> Curve | None:
+def measure_curve(results: Results, numbers: Sequence[int], seeds: int) -> Curve | None:
     """Measure the accuracy for each number of shots, or return ``None`` if there is nothing to draw."""
-    if not numbers or judged.is_tuned:
+    if not numbers or results.is_tuned:
         return None
-    pool, runs = closed_form.unfitted(judged.cache), dict[int, list[float]]()
-    for number in tqdm(numbers, unit="draw", disable=None if judged.reader.progress else True, leave=False):
+    pool, runs = closed_form.unfitted(results.index), dict[int, list[float]]()
+    for number in tqdm(numbers, unit="draw", disable=None if results.reader.progress else True, leave=False):
         draws = range(1, 2 if set(pool.counts) <= {0, number} else seeds + 1)  # otherwise all draws are the same
-        runs[number] = [_accuracy(judged, draw(pool, number, seed)) for seed in draws]
+        runs[number] = [_accuracy(results, draw(pool, number, seed)) for seed in draws]
     rows = []
     for number, own in runs.items():
         ends = f"{percent(min(own))} to {percent(max(own))}"
         rows.append((number, len(own), percent(float(np.mean(own))), ends))
     label = "; ".join(f"{shots}: {mean}" for shots, _, mean, _ in rows)
-    figure = partial(plots.draw_shots, runs, list(map(half_width, runs.values())), judged.evaluation.zero_shot_top1)
+    figure = partial(plots.draw_shots, runs, list(map(half_width, runs.values())), results.evaluation.zero_shot_top1)
     return Curve(plots.svg(figure, f"Accuracy by number of examples per class. {label}"), rows)
 
 
@@ -68,12 +68,12 @@ def half_width(values: Sequence[float]) -> float | None:
     return quantile * float(np.std(values, ddof=1)) / math.sqrt(n)
 
 
-def _accuracy(judged: JudgedIndex, drawn: Index) -> float:
+def _accuracy(results: Results, drawn: Index) -> float:
     """Fit drawn shots as the whole index was fitted, and return the accuracy. A single shot cannot be held out."""
-    if judged.cache.fitted is not None:
+    if results.index.fitted is not None:
         closed_form.fit(drawn)
     elif max(drawn.counts) > 1:
         choice = search_hp.search(drawn, Queries.leave_one_out(drawn), cautious=True)
         drawn = drawn.with_settings(choice.settings(drawn.settings))
-    answers = drawn.logits(judged.block.features).argmax(dim=1).cpu().numpy()
-    return float((answers == judged.answers.truth).mean())
+    answers = drawn.logits(results.block.features).argmax(dim=1).cpu().numpy()
+    return float((answers == results.answers.truth).mean())

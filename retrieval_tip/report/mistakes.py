@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from retrieval_tip.data import images
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.predictions import Neighbour
-from retrieval_tip.report.judged import JudgedIndex
+from retrieval_tip.report.results import Results
 
 MISTAKES, PAIRS, EXAMPLES, NEIGHBOURS = 12, 8, 3, 5
 """Maximum numbers of mistakes in a list, of confused pairs, of photos per pair, and of keys per mistake."""
@@ -66,51 +66,51 @@ def worst(log_truth: npt.NDArray[np.float64], right: npt.NDArray[np.bool_]) -> l
     return order
 
 
-def mistakes(judged: JudgedIndex) -> list[Mistake]:
+def mistakes(results: Results) -> list[Mistake]:
     """Explain the worst mistakes (see :func:`worst`)."""
-    answers, names, explained = judged.answers, judged.cache.class_names, []
-    places = worst(judged.answers.log_truth, answers.right)
-    predictions = judged.cache.classify(judged.block.features[places], "keep", top=3, neighbours=NEIGHBOURS)
+    answers, names, explained = results.answers, results.index.class_names, []
+    places = worst(results.answers.log_truth, answers.right)
+    predictions = results.index.classify(results.block.features[places], "keep", top=3, neighbours=NEIGHBOURS)
     for place, prediction in zip(places, predictions, strict=True):
         truth, answer = names[answers.truth[place]], names[answers.predicted[place]]
-        own = {truth: math.exp(judged.answers.log_truth[place]), answer: float(answers.confidence[place])}
+        own = {truth: math.exp(results.answers.log_truth[place]), answer: float(answers.confidence[place])}
         likely = dict(zip(prediction.labels, prediction.probabilities, strict=True)) | own
         against = [prediction.opposing] if prediction.opposing else []
-        keys = _with_pictures(judged, [*prediction.neighbours, *against])
-        item = judged.test.sources[int(judged.answers.positions[place])]
+        keys = _with_pictures(results, [*prediction.neighbours, *against])
+        item = results.test.sources[int(results.answers.positions[place])]
         ranked = dict(sorted(likely.items(), key=lambda pair: -pair[1]))
-        explained.append(Mistake(item, truth, answer, ranked, _of_item(judged, place), keys))
+        explained.append(Mistake(item, truth, answer, ranked, _of_item(results, place), keys))
     return explained
 
 
-def confusions(judged: JudgedIndex) -> list[Pair]:
+def confusions(results: Results) -> list[Pair]:
     """Return the pairs of classes that are confused most often, with mistakes and nearby keys.
 
     A mistake that occurred once says little about two classes, so it is left out.
     """
-    answers, names, described = judged.answers, judged.cache.class_names, []
-    for truth, answer, times in judged.evaluation.confusions[:PAIRS]:
+    answers, names, described = results.answers, results.index.class_names, []
+    for truth, answer, times in results.evaluation.confusions[:PAIRS]:
         if times > 1:
             asked = answers.truth == names.index(truth)
             own = np.flatnonzero(asked & (answers.predicted == names.index(answer)))
             own = own[np.argsort(-answers.confidence[own], kind="stable")][:EXAMPLES]
-            predictions = judged.cache.classify(judged.block.features[own], "keep", neighbours=NEIGHBOURS)
+            predictions = results.index.classify(results.block.features[own], "keep", neighbours=NEIGHBOURS)
             near = {key.key_id: key for one in predictions for key in one.neighbours if key.label == answer}
-            keys = _with_pictures(judged, list(near.values())[:EXAMPLES])
-            items = [_of_item(judged, place) for place in own.tolist()]
+            keys = _with_pictures(results, list(near.values())[:EXAMPLES])
+            items = [_of_item(results, place) for place in own.tolist()]
             described.append(Pair(truth, answer, times, int(asked.sum()), items, keys))
     return described
 
 
-def _of_item(judged: JudgedIndex, place: int) -> Picture:
-    test, position = judged.test, int(judged.answers.positions[place])
+def _of_item(results: Results, place: int) -> Picture:
+    test, position = results.test, int(results.answers.positions[place])
     path = test.paths[position] if test.paths is not None else test.sources[position]
-    label = judged.cache.class_names[int(judged.answers.truth[place])]
-    return Picture(path, judged.block.digests[place], f"test photo of {label}")
+    label = results.index.class_names[int(results.answers.truth[place])]
+    return Picture(path, results.block.digests[place], f"test photo of {label}")
 
 
-def _with_pictures(judged: JudgedIndex, keys: Sequence[Neighbour]) -> list[tuple[Neighbour, Picture]]:
-    labels = judged.cache.labels.select(["key_id", "digest"])
+def _with_pictures(results: Results, keys: Sequence[Neighbour]) -> list[tuple[Neighbour, Picture]]:
+    labels = results.index.labels.select(["key_id", "digest"])
     rows = labels.filter(pc.is_in(labels["key_id"], value_set=pa.array([key.key_id for key in keys], pa.int64())))
     digests = dict(zip(rows["key_id"].to_pylist(), rows["digest"].to_pylist(), strict=True))
     return [(key, Picture(key.source, digests.get(key.key_id), f"example of {key.label}")) for key in keys]

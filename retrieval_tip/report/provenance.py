@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from retrieval_tip import doctor
 from retrieval_tip.errors import counted
-from retrieval_tip.report.judged import JudgedIndex, portable
+from retrieval_tip.report.results import Results, portable
 from retrieval_tip.store.folder import read_manifest, read_version
 from retrieval_tip.store.manifest import Manifest
 
@@ -21,66 +21,66 @@ KEPT = {"source": "source", "dataset": "dataset", "shots": "examples per class",
 Rows = list[tuple[str, str]]
 
 
-def provenance(judged: JudgedIndex) -> dict[str, Rows]:
+def provenance(results: Results) -> dict[str, Rows]:
     """Return the rows of each part by its title. Parts without rows are left out."""
-    folder, version, manifest = judged.folder, judged.cache.version, None
+    folder, version, manifest = results.folder, results.index.version, None
     if folder is not None:
         manifest = read_manifest(folder) if version is None else read_version(folder, version)
     parts = {
-        "Test": list(_test(judged)),
-        "Settings": list(_settings(judged, manifest)),
-        "Search": [(name, described(value)) for name, value in judged.record("search").items()],
-        "Fine-tuning": [(name, described(value)) for name, value in judged.record("finetune").items()],
-        "Index": list(_index(judged, manifest)),
+        "Test": list(_test(results)),
+        "Settings": list(_settings(results, manifest)),
+        "Search": [(name, described(value)) for name, value in results.record("search").items()],
+        "Fine-tuning": [(name, described(value)) for name, value in results.record("finetune").items()],
+        "Index": list(_index(results, manifest)),
         "Machine": [(name, portable(value)) for name, value in doctor.examine().facts.items()],
     }
     return {title: rows for title, rows in parts.items() if rows}
 
 
-def _test(judged: JudgedIndex) -> Iterator[tuple[str, str]]:
-    skipped = judged.reader.skipped
-    yield "source", portable(judged.test.name)
-    yield "photos", f"{judged.evaluation.n:,} classified, {len(skipped):,} could not be read"
+def _test(results: Results) -> Iterator[tuple[str, str]]:
+    skipped = results.reader.skipped
+    yield "source", portable(results.test.name)
+    yield "photos", f"{results.evaluation.n:,} classified, {len(skipped):,} could not be read"
     yield "date", datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    if judged.command:
-        yield "command", judged.command
+    if results.command:
+        yield "command", results.command
     for item in skipped[:LISTED]:
         yield "skipped", portable(str(item))
     if len(skipped) > LISTED:
         yield "skipped", f"{len(skipped) - LISTED:,} more"
 
 
-def _settings(judged: JudgedIndex, manifest: Manifest | None) -> Iterator[tuple[str, str]]:
-    kept, searched = judged.cache.provenance, "search-hp" if judged.record("search") else "the index"
+def _settings(results: Results, manifest: Manifest | None) -> Iterator[tuple[str, str]]:
+    kept, searched = results.index.provenance, "search-hp" if results.record("search") else "the index"
     known = {"alpha": kept.get("alpha"), "beta": kept.get("beta"), "k": searched, "tail": "the index"}
     known |= {"temperature": kept.get("temperature", "not fitted"), "logit_scale": "the index"}
     for name, origin in known.items():
-        value = getattr(judged.evaluation.settings, name)
+        value = getattr(results.evaluation.settings, name)
         own = getattr(manifest.settings, name) if manifest is not None else value
         given = described(origin) if own == value else f"set for this report; the index has {described(own, 'all')}"
         yield name, f"{described(value, 'all')} ({given})"
 
 
-def _index(judged: JudgedIndex, manifest: Manifest | None) -> Iterator[tuple[str, str]]:
-    cache = judged.cache
-    if judged.folder is not None and manifest is not None:
-        yield "folder", portable(judged.folder)
+def _index(results: Results, manifest: Manifest | None) -> Iterator[tuple[str, str]]:
+    index = results.index
+    if results.folder is not None and manifest is not None:
+        yield "folder", portable(results.folder)
         yield "version", f"{manifest.version}, {manifest.created_at}, by {manifest.created_by}"
         yield "last change", portable(manifest.change or "-")
         yield "digest", manifest.keys_digest
-    yield "examples", f"{cache.n:,} of {counted(len(cache.class_names), 'class')}"
-    if judged.where is not None:
-        yield "restricted to", portable(judged.where)
-    yield "vectors", f"{cache.d:,} values, {cache.dtype}"
-    yield "FAISS index", f"{cache.index_type} on {cache.device}"
-    yield "prompts", " | ".join(cache.templates) or "-"
-    if cache.backbone is not None:
-        yield "encoder", portable(str(cache.backbone))
-        yield "digest of its weights", cache.backbone.weights
-        yield "preprocessing", described(dict(cache.backbone.preprocess))
+    yield "examples", f"{index.n:,} of {counted(len(index.class_names), 'class')}"
+    if results.where is not None:
+        yield "restricted to", portable(results.where)
+    yield "vectors", f"{index.d:,} values, {index.dtype}"
+    yield "FAISS index", f"{index.index_type} on {index.device}"
+    yield "prompts", " | ".join(index.templates) or "-"
+    if index.backbone is not None:
+        yield "encoder", portable(str(index.backbone))
+        yield "digest of its weights", index.backbone.weights
+        yield "preprocessing", described(dict(index.backbone.preprocess))
     for name, called in KEPT.items():
-        if cache.provenance.get(name) not in (None, []):
-            yield called, described(cache.provenance[name])
+        if index.provenance.get(name) not in (None, []):
+            yield called, described(index.provenance[name])
 
 
 def described(value: object, none: str = "-") -> str:

@@ -27,9 +27,9 @@ from retrieval_tip.html import markup, render
 from retrieval_tip.model import Index
 from retrieval_tip.report import plots
 from retrieval_tip.report.curve import Curve, measure_curve
-from retrieval_tip.report.judged import JudgedIndex, portable
 from retrieval_tip.report.mistakes import confusions, mistakes, thumbnail
 from retrieval_tip.report.provenance import provenance
+from retrieval_tip.report.results import Results, portable
 from retrieval_tip.report.verdict import actions, sentences
 
 if TYPE_CHECKING:
@@ -53,14 +53,14 @@ class WrittenReport:
 
 
 def write_report(
-    cache: Index, test: Source, reader: Reader, out: str | os.PathLike[str], *,
+    index: Index, test: Source, reader: Reader, out: str | os.PathLike[str], *,
     shots: Sequence[int] | None = None, seeds: int = SEEDS, curves: bool = True,
     folder: str | os.PathLike[str] | None = None, where: str | None = None, command: str | None = None,
 ) -> WrittenReport:  # fmt: skip
     """Evaluate an index on a labelled test source and write an accuracy report as one HTML file.
 
     Args:
-        cache: The index. Its ``settings`` are used for the answers.
+        index: The index. Its ``settings`` are used for the answers.
         test: Labelled images or features. Photos that are shots of the index, and photos of classes that it lacks, are
             counted and left out.
         reader: The encoder that computes the features. ``reader.skipped`` lists the unreadable items.
@@ -70,7 +70,7 @@ def write_report(
         seeds: The number of draws for each number of shots.
         curves: Whether to plot the accuracy as a function of the number of shots. A fine-tuned index has no such curve,
             because its keys were trained together.
-        folder: The index folder. Required only if ``cache`` does not contain it.
+        folder: The index folder. Required only if ``index`` does not contain it.
         where: The condition by which the keys were selected, to show in the report.
         command: The command line to show in the report.
 
@@ -82,25 +82,25 @@ def write_report(
     path = Path(out)
     check(path)
     check_count("seeds", seeds)
-    least, rare = min((n, name) for n, name in zip(cache.counts, cache.class_names, strict=True) if n)
+    least, rare = min((n, name) for n, name in zip(index.counts, index.class_names, strict=True) if n)
     for number in shots or ():
         if not 1 <= number <= least:
             raise UsageError(f"shots {number}: class {rare!r} has {counted(least, 'shot')}; give 1 to {least}")
     if shots is None:
-        classes = np.count_nonzero(cache.counts)
+        classes = np.count_nonzero(index.counts)
         shots = [number for number in SHOTS if number <= least > 1 and number * classes <= CURVE_KEYS]
-    ids, names = some_known(cache, test)
+    ids, names = some_known(index, test)
     every = FeatureBlock.joined(list(reader.blocks(test)))
-    new = every.take(np.flatnonzero(key_ids_of(cache, test, every) < 0))
-    answers = answered(cache, [QueryBlock(cache, new)], ids, names)
+    new = every.take(np.flatnonzero(key_ids_of(index, test, every) < 0))
+    answers = answered(index, [QueryBlock(index, new)], ids, names)
     known = np.flatnonzero(answers.of_known)
-    evaluation = judge(cache, answers.take(known), reader.skipped)
-    place = Path(folder) if folder is not None else cache.folder
-    judged = JudgedIndex(
-        cache, test, reader, new.take(known), evaluation, place, where, command, answers.recognition(),
+    evaluation = judge(index, answers.take(known), reader.skipped)
+    place = Path(folder) if folder is not None else index.folder
+    results = Results(
+        index, test, reader, new.take(known), evaluation, place, where, command, answers.recognition(),
         shots=len(every.positions) - len(new.positions),
     )  # fmt: skip
-    page = _page(judged, measure_curve(judged, shots, seeds) if curves else None).encode()
+    page = _page(results, measure_curve(results, shots, seeds) if curves else None).encode()
     with replacing(path) as temporary:
         temporary.write_bytes(page)
     return WrittenReport(path, len(page), evaluation)
@@ -115,21 +115,21 @@ def check(out: Path) -> None:
         raise InputError(f"{show(out)}: there is no folder {show(out.parent)}; create it first")
 
 
-def _page(judged: JudgedIndex, curve: Curve | None) -> str:
-    cache, evaluation = judged.cache, judged.evaluation
-    index = f'"{show(judged.folder.name)}"' if judged.folder is not None else "an index"
+def _page(results: Results, curve: Curve | None) -> str:
+    index, evaluation = results.index, results.evaluation
+    name = f'"{show(results.folder.name)}"' if results.folder is not None else "an index"
     drawn = {
         "matrix": (plots.draw_confusion, "Confusion matrix, as shares of the true class"),
         "reliability": (plots.draw_reliability, "Accuracy by probability"),
         "coverage": (plots.draw_coverage, "Accuracy if the least certain answers are withheld"),
     }
     return render(
-        "report/page.html.j2", title=f'Accuracy of {index} on "{Path(judged.test.name).name}"', judged=judged,
-        cache=cache, evaluation=evaluation, sentences=list(sentences(judged)), actions=list(actions(judged)),
-        pairs=confusions(judged), mistakes=mistakes(judged), curve=curve,
+        "report/page.html.j2", title=f'Accuracy of {name} on "{Path(results.test.name).name}"', results=results,
+        index=index, evaluation=evaluation, sentences=list(sentences(results)), actions=list(actions(results)),
+        pairs=confusions(results), mistakes=mistakes(results), curve=curve,
         plots={name: plots.svg(partial(draw, evaluation), label) for name, (draw, label) in drawn.items()},
-        provenance=provenance(judged), counted=counted, few=few, percent=percent, portable=portable, nobreak=_nobreak,
-        thumbnail=remembered(partial(thumbnail, judged.reader.read)),
+        provenance=provenance(results), counted=counted, few=few, percent=percent, portable=portable, nobreak=_nobreak,
+        thumbnail=remembered(partial(thumbnail, results.reader.read)),
     )  # fmt: skip
 
 

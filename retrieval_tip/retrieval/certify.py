@@ -42,7 +42,7 @@ def promising(terms: tip.Terms, settings: Settings, slack: float, most: int) -> 
     return classes, can
 
 
-def settled(terms: tip.Terms, settings: Settings, slack: float, classes: Tensor) -> Tensor:
+def class_certificate(terms: tip.Terms, settings: Settings, slack: float, classes: Tensor) -> Tensor:
     """Return, for each query, whether no class other than the :func:`promising` ``classes`` can win."""
     return _highest_other(terms, settings, slack, classes) < _logit_of(terms, settings, classes[:, :1])
 

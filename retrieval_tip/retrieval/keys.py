@@ -250,12 +250,12 @@ class KeyStream(ABC):
         """Return all keys of each query's own ``classes``, of shape ``[q, p]``, in the order of the classes."""
         raise NotImplementedError
 
-    def class_logits(self, features: Tensor, classes: Tensor, met: Tensor, beta: float) -> Tensor:
+    def class_logits(self, features: Tensor, classes: Tensor, candidates: Tensor, beta: float) -> Tensor:
         """Compute the exact cache logits of each query for its own ``classes``, all of shape ``[q, p]``.
 
-        Where ``met`` is false, the logit is 0 and no key is read.
+        Where ``candidates`` is false, the logit is 0 and no key is read.
         """
-        query, slot = met.nonzero(as_tuple=True)
+        query, slot = candidates.nonzero(as_tuple=True)
         ids, order = classes[query, slot].sort()
         query, slot = query[order], slot[order]
         sums = features.new_zeros(len(ids))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from retrieval_tip import tip
 from retrieval_tip.errors import InputError
-from retrieval_tip.retrieval.certify import certificate, promising, settled, uncertain
+from retrieval_tip.retrieval.certify import certificate, class_certificate, promising, uncertain
 from retrieval_tip.retrieval.evidence import Contributors, Largest, Nearest
 from retrieval_tip.retrieval.keys import QUERY_BLOCK, KeyStream, KeysWithout
 from retrieval_tip.retrieval.vector_index import GPU_MAX_K
@@ -49,20 +49,20 @@ class AnswerTerms(tip.Terms):
     """The terms of the logits, and information about the retrieval.
 
     Attributes:
-        settled: whether no other key can change the winner, for each certified query, or ``None``.
+        certain: whether no other key can change the winner, for each certified query, or ``None``.
         keys: the number of keys used for each certified query.
         shots: the shots that contributed to each answer, if they were already found with the logits.
     """
 
-    settled: Tensor | None = None
+    certain: Tensor | None = None
     keys: Tensor | None = None
     shots: Contributors | None = None
 
     def queries(self, part: slice) -> AnswerTerms:
         """Return the terms of the queries in ``part``."""
-        settled, keys = (None if column is None else column[part] for column in (self.settled, self.keys))
+        certain, keys = (None if column is None else column[part] for column in (self.certain, self.keys))
         shots = None if self.shots is None else self.shots.queries(part)
-        return AnswerTerms(**vars(self.each(lambda term: term[part])), settled=settled, keys=keys, shots=shots)
+        return AnswerTerms(**vars(self.each(lambda term: term[part])), certain=certain, keys=keys, shots=shots)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,7 @@ class Retrieval:
 
         Each query starts with ``k`` keys. If another key could still change the winner, the query is repeated with four
         times as many keys, and finally with all keys. See :func:`certify.certificate` for details, or
-        :func:`certify.settled` for an index over classes.
+        :func:`certify.class_certificate` for an index over classes.
 
         If the search is exact, the winners are proven. An approximate search may miss keys, and the proof does not
         account for those. If values are solved or trained, they can be negative, so every query needs all keys.
@@ -130,8 +130,8 @@ class Retrieval:
             else:
                 found.cache[left] = terms.cache
             keys[left.cpu()] = n if number is None else number
-            left, number = left[:0] if terms.settled is None else left[~terms.settled], number and number * GROWTH
-        return replace(found, settled=None, keys=keys)
+            left, number = left[:0] if terms.certain is None else left[~terms.certain], number and number * GROWTH
+        return replace(found, certain=None, keys=keys)
 
     def terms(self, features: Tensor, *, certify: bool = False, neighbours: int = 0) -> AnswerTerms:
         """Compute the terms of the logits.
@@ -243,19 +243,19 @@ class Retrieval:
         settings, keys = self.settings, self.keys
         slack, most = keys.slack(settings.beta), min(max(LEAST_CLASSES, round(k / keys.mean_count)), keys.n_classes)
         classes = torch.empty(len(features), most, dtype=torch.int64, device=keys.device)
-        met = torch.empty(classes.shape, dtype=torch.bool, device=keys.device)
+        candidates = torch.empty(classes.shape, dtype=torch.bool, device=keys.device)
         for part in self._parts(len(features)):
             own = terms.queries(part)
             tip.text_logits(features[part], self.text_weights, settings.logit_scale, out=own.text)
             tip.affinity(points[part], keys.means, out=own.cache)
             tip.at_mean(keys.counts, own.cache, settings.beta, out=own.cache)
-            classes[part], met[part] = promising(own, settings, slack, most)
+            classes[part], candidates[part] = promising(own, settings, slack, most)
             if done is not None:
-                done[part] = settled(own, settings, slack, classes[part])
-        self._over_classes(points, terms.cache, classes, met)
+                done[part] = class_certificate(own, settings, slack, classes[part])
+        self._over_classes(points, terms.cache, classes, candidates)
 
-    def _over_classes(self, points: Tensor, cache: Tensor, classes: Tensor, met: Tensor) -> None:
-        """Replace the logits of ``classes`` in ``cache`` with exact logits where ``met`` is true."""
+    def _over_classes(self, points: Tensor, cache: Tensor, classes: Tensor, candidates: Tensor) -> None:
+        """Replace the logits of ``classes`` in ``cache`` with exact logits where ``candidates`` is true."""
         keys, settings = self.keys, self.settings
         if self.values is not None:
             for part in slices(len(points), QUERY_BLOCK):
@@ -263,9 +263,9 @@ class Retrieval:
                 totals = tip.Totals.of(points[part], keys.sums, keys.counts) if settings.tail else None
                 cache[part] = self._logits_over(near, totals)
             return
-        exact = keys.class_logits(points, classes, met, settings.beta)
+        exact = keys.class_logits(points, classes, candidates, settings.beta)
         if settings.tail:
-            exact = torch.where(met, exact, cache.gather(1, classes))
+            exact = torch.where(candidates, exact, cache.gather(1, classes))
         else:
             cache.zero_()
         cache.scatter_(1, classes, exact)

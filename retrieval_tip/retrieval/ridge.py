@@ -68,7 +68,7 @@ class Ridge:
         if len(labelled.keys) > SOLVED_AGAIN:
             assert labelled.values is not None
             return replace(labelled, values=self._neutral(labelled.values, ids))
-        return replace(labelled, values=self.values(self._on_device(np.asarray(labelled.met)), ids))
+        return replace(labelled, values=self.values(self._on_device(np.asarray(labelled.vectors)), ids))
 
     def added(self, keys: Keys, values: Tensor, points: npt.NDArray[np.floating], ids: IntArray) -> Tensor:
         """Return values of shape ``[m, c]`` for new keys at ``points``, given the ``values`` of the other keys.
@@ -95,7 +95,7 @@ class Ridge:
         assert labelled.values is not None
         if len(labelled.keys) <= SOLVED_AGAIN:
             return labelled  # `solved` will solve all of them
-        own = self._on_device(np.asarray(labelled.met[rows]))
+        own = self._on_device(np.asarray(labelled.vectors[rows]))
         gram, values = self._gram(own), labelled.values.clone()
         weights = tip.weight(tip.affinity(own, own), self.beta)
         others = keys.cache_logits(own, self.beta, values) - weights @ values[rows]

@@ -68,7 +68,7 @@ class Rows(ABC):
 
     @property
     @abstractmethod
-    def met(self) -> KeyArray | KeysInPlace:
+    def vectors(self) -> KeyArray | KeysInPlace:
         """The keys that queries are compared with. These are the points if there is a metric."""
 
     @property
@@ -168,7 +168,7 @@ class Rows(ABC):
 
     def statistics(self) -> Statistics | None:
         """Measure the affinities between the transformed keys (see :func:`defaults.measure`)."""
-        return measure(self.met, self.class_ids)
+        return measure(self.vectors, self.class_ids)
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +189,7 @@ class ArrayRows(Rows):
         return "float16" if self.keys.dtype == np.float16 else "float32"
 
     @property
-    def met(self) -> KeyArray:
+    def vectors(self) -> KeyArray:
         return self.keys if self.points is None else self.points
 
     @property
@@ -205,7 +205,7 @@ class ArrayRows(Rows):
         return replace(self, sums=sums)
 
     def stream(self, n_classes: int, device: str, precision: Precision, index: VectorIndex | None) -> Keys:
-        return Keys(self.met, self.class_ids, n_classes, device, precision, index)
+        return Keys(self.vectors, self.class_ids, n_classes, device, precision, index)
 
     def columns(self, *names: str) -> pa.Table:
         return self.labels.select(names)

@@ -40,7 +40,7 @@ async def add(request: Request, service: TheService, one: Named, norms: Norms = 
 
     If a label is new, a new class is added for it.
     """
-    sent = await read(request, service.limits, norms, one.now.cache.d, labelled=True)
+    sent = await read(request, service.limits, norms, one.now.index.d, labelled=True)
     await lift_deadline(request)
     skipped: list[schemas.Unread] = []
     if sent.features is not None:
@@ -72,7 +72,7 @@ async def relabel(service: TheService, one: Named, change: schemas.Relabel) -> s
     if chosen != 1 or (change.label is None) != (change.moves is not None):
         raise Problem(422, "relabel: give either label and key_ids, or label and of, or only moves")
     if change.of is not None:
-        keys = await service.find(one.now.cache.find, (change.of,))
+        keys = await service.find(one.now.index.find, (change.of,))
         if not len(keys):
             raise Problem(422, f"of: class {change.of!r} has no shots")
         moves = [(keys["key_id"].to_pylist(), str(change.label))]
@@ -98,10 +98,10 @@ async def rename(service: TheService, one: Named, change: schemas.Rename) -> sch
     If a class with the new name already exists, the two classes are merged. Otherwise, the new name is encoded if the
     server has the text encoder.
     """
-    cache, backbone = one.now.cache, one.now.backbone
-    if change.of not in cache.class_names:
+    index, backbone = one.now.index, one.now.backbone
+    if change.of not in index.class_names:
         raise Problem(404, f"index {one.name!r} has no class {change.of!r}")
-    if backbone is None or not backbone.has_text or not cache.templates or change.label in cache.class_names:
+    if backbone is None or not backbone.has_text or not index.templates or change.label in index.class_names:
         backbone = None
     return await _changed(service, one, index_changes.rename, one.folder, change.of, change.label, backbone)
 
@@ -124,7 +124,7 @@ async def rollback(service: TheService, one: Named, change: schemas.Rollback) ->
 
 
 async def _check_known(service: Service, one: Served, key_ids: Sequence[int]) -> None:
-    keys = await service.find(one.now.cache.find, (), None, key_ids)
+    keys = await service.find(one.now.index.find, (), None, key_ids)
     if missing := set(key_ids) - set(keys["key_id"].to_pylist()):
         raise Problem(404, f"index {one.name!r} has no key {min(missing)}")
 
@@ -164,7 +164,7 @@ async def create(
         labelled, skipped = await service.labelled(sent, maker.backbone)
         make = partial(shots.build, maker.into / name, maker.backbone, labelled, service.uploads)
         one = await service.open(make, maker.backbones)
-    warnings = _of_spelling(name, spelled_alike(one.now.cache.class_names))
+    warnings = _of_spelling(name, spelled_alike(one.now.index.class_names))
     return schemas.MadeIndex(**_fitted(one), warnings=warnings, skipped=skipped)
 
 
@@ -222,7 +222,7 @@ def _check_free(service: Service, name: str, into: Path | None) -> None:
 
 def _fitted(one: Served) -> dict[str, Any]:
     """Return the fields of :class:`FittedIndex`, with the accuracy that the last fit of an index estimated."""
-    judged = dict.fromkeys(schemas.Judgement.model_fields) | one.now.cache.provenance.get("fit", {})
+    judged = dict.fromkeys(schemas.Judgement.model_fields) | one.now.index.provenance.get("fit", {})
     return {"index": one.name, "version": one.now.manifest.version, "judged": judged}
 
 

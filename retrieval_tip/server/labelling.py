@@ -251,7 +251,7 @@ class Labelling:
             raise Problem(404, "there are no labels yet; label some photos first")
         reader, folder = replace(self.photos.reader, skipped=[]), Path(into).expanduser()
         photos = self.photos.source.take(range(len(self.photos)))
-        done = await self._service.run(self._encoding, sort_photos, version.cache, [photos], reader, folder)
+        done = await self._service.run(self._encoding, sort_photos, version.index, [photos], reader, folder)
         undo = shlex.join(["retrieval-tip", "sort", "--undo", "--into", str(folder.absolute())])
         skipped = [schemas.Unread(input=one.source, reason=one.reason) for one in done.skipped]
         return schemas.SortedPhotos(summary=str(done), undo=undo, skipped=skipped)
@@ -275,12 +275,12 @@ class Labelling:
         if self._seen is None:
             self._known, self._withdrawn = {}, []
             return
-        self._known, self._withdrawn = known_photos(self._seen.cache, self.photos.unread, self.photos.same)
+        self._known, self._withdrawn = known_photos(self._seen.index, self.photos.unread, self.photos.same)
         self._wake.set()
 
     def _class_counts(self) -> list[schemas.LabelClass]:
         """Return the classes to choose from, with their numbers of photos. Unsaved changes are included."""
-        index = None if self._seen is None else self._seen.cache
+        index = None if self._seen is None else self._seen.index
         names = [] if index is None else index.class_names
         withdrawn = [one.label for one in self._withdrawn]
         shown = {*self._classes, *(names if index is not None and index.has_text else ())} - {*withdrawn}
@@ -293,7 +293,7 @@ class Labelling:
         return [schemas.LabelClass(label=name, photos=n) for name, n in counts.items() if n > 0 or name in shown]
 
     def _is_empty(self, version: Version) -> bool:
-        return version.cache.n == len(self._withdrawn)
+        return version.index.n == len(self._withdrawn)
 
     def _labels(self) -> dict[int, Picked]:
         """Return the labelled photos, and how each was chosen. Unsaved changes are included."""
@@ -371,7 +371,7 @@ class Labelling:
             await self._open()
         version, known = self._version(), set[str]()
         if version is not None:
-            known = set(version.cache.class_names)
+            known = set(version.index.class_names)
             items = {item.digest: item for item in (self._item(*one) for one in labels.items())}
             withdrawn = (PhotoLabel("", one.digest, None, WITHDRAWN) for one in self._withdrawn if one.digest)
             items = {item.digest: item for item in withdrawn} | items
@@ -460,7 +460,7 @@ class Labelling:
         return bool(self.photos.encoded) and (version is not self._seen or grown)
 
     async def _choose(self, version: Version | None) -> None:
-        index, encoded = None if version is None or self._is_empty(version) else version.cache, len(self.photos.encoded)
+        index, encoded = None if version is None or self._is_empty(version) else version.index, len(self.photos.encoded)
         rows = sorted(self.photos.encoded - self._taken())
         if rows:
             picks = await self._service.run(self._thinking, _suggested, self.photos, rows, index)
@@ -475,9 +475,9 @@ class Labelling:
         drawn = sorted({one.key_id for one in self._known.values() if one.picked == "random"})
         self._progress = schemas.LabelProgress(drawn=len(drawn), needed=DRAWN)
         rest = sorted(self.photos.encoded - self._taken())
-        if len(drawn) >= DRAWN and rest and version.cache.n <= self._service.limits.estimated:
+        if len(drawn) >= DRAWN and rest and version.index.n <= self._service.limits.estimated:
             features = self.photos.rows(rest)
-            self._progress = await self._service.run(self._thinking, _measured_on, features, version.cache, drawn)
+            self._progress = await self._service.run(self._thinking, _measured_on, features, version.index, drawn)
         self._measured_at = version
 
 
@@ -501,9 +501,9 @@ def _facts_of(
 
 def _measured_on(rest: FloatArray, index: Index, drawn: Sequence[int]) -> schemas.LabelProgress:
     """Estimate the accuracy on photos with the features ``rest`` from the labels of random photos."""
-    cache = index.in_memory()
-    found = estimate_rest(cache, drawn, rest)
+    index = index.in_memory()
+    found = estimate_rest(index, drawn, rest)
     more = min(MORE, len(rest))
-    gain = gain_of(cache, drawn, found, more)
+    gain = gain_of(index, drawn, found, more)
     gain = None if gain is None else min(gain, 1 - found.accuracy)
     return schemas.LabelProgress(**vars(found), drawn=len(drawn), needed=DRAWN, more=more, gain=gain)

@@ -95,18 +95,18 @@ async def classify(
     The response lists unreadable inputs as `skipped`. If all inputs are unreadable, the response is an error.
     """
     version = service.index(index).now
-    sent = await read(request, service.limits, norms, version.cache.d)
-    met: KeysMet = int(k) if k not in (None, "all") else "all" if k else None
-    ask = Ask(met, tail, alpha, beta, top, neighbours, logits=logits, without=tuple(without))
+    sent = await read(request, service.limits, norms, version.index.d)
+    number: KeysMet = int(k) if k not in (None, "all") else "all" if k else None
+    ask = Ask(number, tail, alpha, beta, top, neighbours, logits=logits, without=tuple(without))
     return json_of(await service.classify(version, ask, sent, features=features))
 
 
 @uploads.post("/indexes/{name}/groups", openapi_extra=schemas.GROUP)
 async def groups(request: Request, service: TheService, version: Now, norms: Norms = "check") -> schemas.Groups:
     """Group similar features, for example of images without a match, so that each group can be named at once."""
-    cache = version.cache
-    features = await read_features(request, service.limits, norms, cache.d)
-    found = await service.find(lambda: group(features, threshold_of(cache), cache.metric))
+    index = version.index
+    features = await read_features(request, service.limits, norms, index.d)
+    found = await service.find(lambda: group(features, threshold_of(index), index.metric))
     return schemas.Groups(version=version.manifest.version, groups=[rows.tolist() for rows in found])
 
 
@@ -164,7 +164,7 @@ async def keys(
     """List one page of the keys, with their labels and sources."""
 
     def call() -> Row:
-        found = version.cache.find(label, source, key_id)
+        found = version.index.find(label, source, key_id)
         page, now = list(_pictured(service, version, found.slice(offset, limit))), version.manifest.version
         return {"version": now, "total": len(found), "offset": offset, "limit": limit, "keys": page}
 
@@ -188,7 +188,7 @@ async def image(
     if_none_match: Annotated[str | None, Header(include_in_schema=False)] = None,
 ) -> Response:
     """Return a thumbnail of a shot as a JPEG image."""
-    found = await service.find(version.cache.find, (), None, [key_id])
+    found = await service.find(version.index.find, (), None, [key_id])
     if not len(found):
         raise Problem(404, f"index {version.name!r} has no key {key_id}")
     path = service.thumbnails.path(found["source"][0].as_py())
@@ -220,18 +220,18 @@ async def map_of(
     """Project the keys to two dimensions."""
     if method not in methods():
         raise Problem(422, f"method {method!r} is not installed; choose one of {', '.join(methods())}")
-    cache = version.cache
-    limit = min(limit, cache.n, max(1, service.limits.mapped // cache.d))
+    index = version.index
+    limit = min(limit, index.n, max(1, service.limits.mapped // index.d))
 
     def call() -> Projection:
         if method != "pca" and service.served[version.name].now is not version:  # while waiting
             raise Problem(202, "the index has changed; try again in 1 s", {"Retry-After": "1"})
-        return projected(cache, method, limit)
+        return projected(index, method, limit)
 
     found = await service.once(version, ("map", method, limit), call, slowest=method != "pca")
     x, y = found.places.T.copy()
     return json_of({
-        "version": version.manifest.version, "method": method, "methods": methods(), "total": cache.n,
+        "version": version.manifest.version, "method": method, "methods": methods(), "total": index.n,
         "key_ids": found.key_ids, "class_ids": found.class_ids, "x": x, "y": y, "explained": found.explained,
         "axes": None if found.axes is None else list(found.axes),
     })  # fmt: skip
@@ -245,13 +245,13 @@ async def audit(
     borderline: Annotated[bool, Query(description="Whether to include borderline cases.")] = False,
 ) -> Response:
     """List shots that look mislabelled, starting with the most suspicious ones."""
-    cache = version.cache
-    if cache.n > AUDITED:
-        many = f"the index has {cache.n:,} keys, but at most {AUDITED:,} can be audited here"
+    index = version.index
+    if index.n > AUDITED:
+        many = f"the index has {index.n:,} keys, but at most {AUDITED:,} can be audited here"
         raise Problem(422, f"{many}; run retrieval-tip index audit {version.name}")
 
     def call() -> tuple[int, list[Row]]:
-        table = audited(cache.in_memory(), borderline=borderline)
+        table = audited(index.in_memory(), borderline=borderline)
         return len(table), table.slice(0, SUSPICIOUS).to_pylist()
 
     total, suspicious = await service.once(version, ("audit", borderline), call)
@@ -266,8 +266,8 @@ async def accuracy(service: TheService, version: Now) -> schemas.Accuracy:
     null.
     """
     found: ShotEstimate = {"photos": None, "words": None, "both": None}
-    if version.cache.n <= service.limits.estimated:
-        found = await service.once(version, "accuracy", lambda: estimate(version.cache.in_memory()))
+    if version.index.n <= service.limits.estimated:
+        found = await service.once(version, "accuracy", lambda: estimate(version.index.in_memory()))
     low, high = found.get("interval", (None, None))
     weakest = [schemas.WeakClass(label=name, right=right, photos=n) for name, right, n in found.get("weakest", ())]
     known: dict[str, Any] = {**dict.fromkeys(schemas.Accuracy.model_fields), **found}
@@ -287,8 +287,8 @@ async def exemplars(service: TheService, version: Now) -> schemas.Exemplars:
     """Return a typical shot of each class, and the mean similarity of shots."""
 
     def call() -> schemas.Exemplars:
-        found = typical_keys(version.cache)
-        keys = version.cache.find(key_ids=found.key_ids).select(["class_id", "key_id", "source"])
+        found = typical_keys(version.index)
+        keys = version.index.find(key_ids=found.key_ids).select(["class_id", "key_id", "source"])
         shown = [schemas.Exemplar(**row) for row in _pictured(service, version, keys)]
         return schemas.Exemplars(version=version.manifest.version, exemplars=shown, own=found.own, other=found.other)
 

@@ -49,21 +49,21 @@ class Version:
     """An open version of an index. A request uses the same version throughout."""
 
     name: str
-    cache: Index
+    index: Index
     manifest: Manifest
     backbone: Backbone | None
 
     def cells(self, ask: Ask) -> int:
         """Return the count of numbers in one answer. If the request sets ``k``, add the number of keys to retrieve."""
-        cache, c = self.cache, len(self.cache.class_names)
-        neighbours = NEIGHBOUR_CELLS * min(ask.neighbours, cache.n)
-        met = 0 if ask.k is None or ask.k == "all" else min(ask.k, cache.n)
-        return 4 * min(ask.top, c) + neighbours + (c if ask.logits else 0) + met
+        index, c = self.index, len(self.index.class_names)
+        neighbours = NEIGHBOUR_CELLS * min(ask.neighbours, index.n)
+        number = 0 if ask.k is None or ask.k == "all" else min(ask.k, index.n)
+        return 4 * min(ask.top, c) + neighbours + (c if ask.logits else 0) + number
 
     def at_once(self, ask: Ask) -> int:
         """Return the number of queries that can be answered at once within the memory limits."""
-        met = min(ask.settings(self.cache.settings).k or 0, self.cache.n)
-        return max(1, min(VALUES // max(self.cells(ask), met), LOGITS // len(self.cache.class_names)))
+        number = min(ask.settings(self.index.settings).k or 0, self.index.n)
+        return max(1, min(VALUES // max(self.cells(ask), number), LOGITS // len(self.index.class_names)))
 
     def answer(self, ask: Ask, features: FloatArray) -> list[Row]:
         """Return one result per query, given the queries as an array of shape ``[q, d]``.
@@ -72,7 +72,7 @@ class Version:
         """
         results: list[Row] = []
         every = FeatureBlock.of(features)
-        for answers in self.cache.answers(map(every.take, slices(len(features), self.at_once(ask))), ask):
+        for answers in self.index.answers(map(every.take, slices(len(features), self.at_once(ask))), ask):
             predictions = answers.predictions()
             own, terms = answers.settings, answers.terms
             parts = terms.text, own.alpha * terms.photos(own).double()
@@ -84,28 +84,28 @@ class Version:
 
     def located(self, features: FloatArray) -> list[Row]:
         """Return each feature with the shots that are most similar to it, most similar first."""
-        near = self.cache.similar(features, SIMILAR, norms="keep")
+        near = self.index.similar(features, SIMILAR, norms="keep")
         similar = ([{"key_id": shot.key_id, "affinity": shot.affinity} for shot in own] for own in near)
         return [{"feature": feature, "similar": own} for feature, own in zip(features, similar, strict=True)]
 
     def describe(self, *, changes: bool) -> schemas.IndexFacts:
         """Return a description of the index. ``changes`` tells whether the server accepts changes."""
-        cache, fitted = self.cache, self.cache.fitted
+        index, fitted = self.index, self.index.fitted
         return schemas.IndexFacts(
-            **schemas.settings(cache.settings), name=self.name, version=self.manifest.version,
+            **schemas.settings(index.settings), name=self.name, version=self.manifest.version,
             created_at=self.manifest.created_at, change=self.manifest.change, changes=changes,
-            n_keys=cache.n, n_classes=len(cache.class_names), d=cache.d, index=cache.index_type,
-            exact_search=cache.exact_search, backbone=str(cache.backbone) if cache.backbone else None,
-            images=self.backbone is not None, text=cache.has_text, metric=fitted.metric if fitted else "none",
-            values=fitted.values if fitted else "one-hot" if cache.values is None else "trained",
+            n_keys=index.n, n_classes=len(index.class_names), d=index.d, index=index.index_type,
+            exact_search=index.exact_search, backbone=str(index.backbone) if index.backbone else None,
+            images=self.backbone is not None, text=index.has_text, metric=fitted.metric if fitted else "none",
+            values=fitted.values if fitted else "one-hot" if index.values is None else "trained",
         )  # fmt: skip
 
     def describe_whole(self, *, changes: bool) -> schemas.WholeIndex:
         """Return a description of the index that includes its classes, templates and provenance."""
-        cache, facts = self.cache, dict(self.describe(changes=changes))
-        pairs = enumerate(zip(cache.class_names, cache.counts, strict=True))
+        index, facts = self.index, dict(self.describe(changes=changes))
+        pairs = enumerate(zip(index.class_names, index.counts, strict=True))
         classes = [schemas.IndexClass(class_id=class_id, label=label, keys=keys) for class_id, (label, keys) in pairs]
-        return schemas.WholeIndex(**facts, classes=classes, templates=cache.templates, provenance=cache.provenance)
+        return schemas.WholeIndex(**facts, classes=classes, templates=index.templates, provenance=index.provenance)
 
 
 class Backbones:
@@ -121,24 +121,24 @@ class Backbones:
         for backbone in known:
             self._open[backbone.identity.fingerprint] = backbone
 
-    def of(self, cache: Index, name: str) -> Backbone | None:
+    def of(self, index: Index, name: str) -> Backbone | None:
         """Return an index's backbone, or ``None`` if the index names none or loading fails. Failures are logged."""
-        identity = cache.backbone
+        identity = index.backbone
         if identity is None:
             return None
         backbone: Backbone | None = self._open.get(identity.fingerprint)
         if backbone is None:
             try:
-                backbone = self._loaded(identity, cache)
+                backbone = self._loaded(identity, index)
             except (BackboneError, UsageError) as error:
                 log.warning("%s: cannot load the encoder, so only features are accepted: %s", name, error)
                 return None
             self._open[identity.fingerprint] = backbone
         return backbone
 
-    def _loaded(self, identity: Identity, cache: Index) -> Backbone:
+    def _loaded(self, identity: Identity, index: Index) -> Backbone:
         backbone = load_backbone(identity.model, identity.pretrained, device=self.device, precision=self.precision)
-        check_backbone(identity, cache.d, backbone, [])
+        check_backbone(identity, index.d, backbone, [])
         backbone.encode_images(torch.zeros(1, 3, *backbone.size))  # warms up the backbone
         return backbone
 
@@ -155,21 +155,21 @@ class Served:
         self._changing = threading.Lock()
         self._seen = self.place.stamp()
         self._failed_at, self._looked_at = -math.inf, time.monotonic()
-        cache = self.place.load(device=backbones.device, precision=backbones.precision, verify=backbones.verify)
-        self.now = self._opened(cache)
+        index = self.place.load(device=backbones.device, precision=backbones.precision, verify=backbones.verify)
+        self.now = self._opened(index)
 
     @property
     def beside(self) -> Path | None:
         """The parent of the index folder, or ``None`` if the index is in a bucket."""
         return None if self.place.local is None else real(self.place.local).parent
 
-    def _opened(self, cache: Index) -> Version:
-        manifest = cache.manifest
+    def _opened(self, index: Index) -> Version:
+        manifest = index.manifest
         assert manifest is not None
-        version = Version(self.name, cache, manifest, self.backbones.of(cache, self.name))
-        version.answer(Ask(), cache.rows.some(1)[0].astype(np.float32))  # warms up the index
+        version = Version(self.name, index, manifest, self.backbones.of(index, self.name))
+        version.answer(Ask(), index.rows.some(1)[0].astype(np.float32))  # warms up the index
         metrics.VERSION.labels(self.name).set(manifest.version)
-        metrics.KEYS.labels(self.name).set(cache.n)
+        metrics.KEYS.labels(self.name).set(index.n)
         return version
 
     def changed(self) -> bool:
@@ -192,9 +192,9 @@ class Served:
             self._looked_at = time.monotonic()
             self._failed_at = -math.inf
             try:
-                cache = self.now.cache.reload()
-                if cache is not self.now.cache:
-                    self.now = self._opened(cache)
+                index = self.now.index.reload()
+                if index is not self.now.index:
+                    self.now = self._opened(index)
                     metrics.RELOADS.labels(self.name, "taken").inc()
             except RetrievalTipError as error:
                 version = self.now.manifest.version

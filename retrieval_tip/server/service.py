@@ -172,7 +172,7 @@ class Service:
         Raises Problem 422 if no input can be read or the answers are too large, and the same errors as
         :meth:`TurnQueue.admit`.
         """
-        cells = version.cells(ask) + (version.cache.d + 2 * min(SIMILAR, version.cache.n) if features else 0)
+        cells = version.cells(ask) + (version.index.d + 2 * min(SIMILAR, version.index.n) if features else 0)
         rows = len(sent.names)
         if rows > 1 and rows * cells > self.limits.cells:
             raise Problem(
@@ -198,8 +198,8 @@ class Service:
         for name, result, more in zip(names, results, located, strict=True):
             result |= {"input": name} | more
         metrics.CLASSIFIED.labels(version.name).inc(len(results))
-        used = ask.settings(version.cache.settings)
-        caution = version.cache.caution(used)
+        used = ask.settings(version.index.settings)
+        caution = version.index.caution(used)
         return schemas.Classified(
             **schemas.settings(used), index=version.name, version=version.manifest.version, results=results,
             warnings=[caution] if caution else [], skipped=skipped,

@@ -39,7 +39,7 @@ def add_images(
         source = _source(f"shots of {label}", folder, labelled, fresh)
         added = changes.add(one.folder, source, Reader(backbone), skip_known=True)
     if added.known:  # the index already has these images under other names
-        kept = set(one.follow().cache.find(key_ids=added.key_ids)["source"].to_pylist())
+        kept = set(one.follow().index.find(key_ids=added.key_ids)["source"].to_pylist())
         _remove([path for path in fresh if show(path) not in kept])
     return added
 

@@ -41,14 +41,14 @@ class ClassScore(NamedTuple):
 
 
 @dataclass(frozen=True)
-class JudgedIndex:
+class Results:
     """A test source with the answers of an index, and the arguments of :func:`report.write_report`.
 
     ``block`` and ``evaluation`` only cover the ``n`` readable items of known classes that are not shots of the index,
     and ``recognition`` also covers unknown classes. ``shots`` items were left out because they are shots.
     """
 
-    cache: Index
+    index: Index
     test: Source
     reader: Reader
     block: FeatureBlock
@@ -67,25 +67,25 @@ class JudgedIndex:
     @cached_property
     def by_class(self) -> list[ClassScore]:
         """The classes of the test photos, weakest class first."""
-        names, truth, predicted = self.cache.class_names, self.answers.truth, self.answers.predicted
+        names, truth, predicted = self.index.class_names, self.answers.truth, self.answers.predicted
         scores = []
         for i in np.unique(truth).tolist():
             given = Counter(predicted[truth == i].tolist())
             right, n = given.pop(i, 0), int((truth == i).sum())
             answer, times = given.most_common(1)[0] if given else (i, 0)
-            scores.append(ClassScore(names[i], right, n, self.cache.counts[i], names[answer], times))
+            scores.append(ClassScore(names[i], right, n, self.index.counts[i], names[answer], times))
         return sorted(scores, key=lambda score: (score.right / score.n, -score.n))
 
     def record(self, name: str) -> dict[str, object]:
         """Return what the index records about ``search`` or ``finetune``, or an empty dict if it records nothing."""
-        kept = self.cache.provenance.get(name)
+        kept = self.index.provenance.get(name)
         return kept if isinstance(kept, dict) else {}
 
     @property
     def is_tuned(self) -> bool:
         """Whether the keys are fine-tuned."""
-        trained = self.cache.values is not None and self.cache.fitted is None
-        return bool(self.record("finetune")) or self.cache.curve is not None or trained
+        trained = self.index.values is not None and self.index.fitted is None
+        return bool(self.record("finetune")) or self.index.curve is not None or trained
 
 
 def portable(text: str | os.PathLike[str]) -> str:
