@@ -10,6 +10,7 @@ import base64
 import datetime
 import io
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -271,6 +272,7 @@ def _style(settings: dict[Any, str] | None = None) -> Iterator[None]:
     import matplotlib
 
     level = logging.getLogger("matplotlib.font_manager").level
+    date = os.environ.pop("SOURCE_DATE_EPOCH", None)  # an invalid value would raise an error
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rc_file(LOOKS)
         matplotlib.rcParams.update(settings or {})
@@ -280,6 +282,7 @@ def _style(settings: dict[Any, str] | None = None) -> Iterator[None]:
             yield
         finally:
             logging.getLogger("matplotlib.font_manager").setLevel(level)
+            os.environ |= {} if date is None else {"SOURCE_DATE_EPOCH": date}
 
 
 def _figure(width: float, height: float, **subplots: Any) -> tuple[Figure, Any]:
