@@ -116,18 +116,20 @@ class LanceStore(LanceVersions, Store):
         if verify == "full":
             self.opened(lambda manifest: check(self, manifest, set()), version)
         device = resolve_device(device)
-        return self.opened(lambda manifest: self._index(manifest, device), version)
+        return self.opened(lambda manifest: self._index(manifest, device)[0], version)
 
-    def _index(self, manifest: Manifest, device: str, writer: TableWriter | None = None) -> Index:
+    def _index(self, manifest: Manifest, device: str, writer: TableWriter | None = None) -> tuple[Index, TableRows]:
+        """Open a version, and return it together with the rows of its table, which a ``writer`` may edit."""
         import torch
 
         from retrieval_tip.lance.rows import TableRows
         from retrieval_tip.model import Index, described_by
         from retrieval_tip.store.contents import metric_of
 
-        rows, metric = TableRows.opened(manifest, self, writer), self.array(manifest, "metric")
+        classes, metric = self.classes(manifest), self.array(manifest, "metric")
+        rows = TableRows.opened(manifest, self, classes, writer)
         index = Index(
-            rows, text_weights=torch.from_numpy(self.classes(manifest).text),
+            rows, text_weights=torch.from_numpy(classes.text),
             metric=None if metric is None else metric_of(metric), **described_by(manifest, device),
         )  # fmt: skip
         values = self.array(manifest, "values")
@@ -137,19 +139,16 @@ class LanceStore(LanceVersions, Store):
             kind = CLASSES if rows.kind == CLASSES else FLAT
             index = index.over(replace(arrays, values=torch.from_numpy(values[places])), kind)
         index.prior, index.stored = self.array(manifest, "prior"), LanceVersion(self, manifest)
-        return index
+        return index, rows
 
     @contextmanager
     def change(self) -> Iterator[Change]:
-        from retrieval_tip.lance.rows import TableRows
-
         self.manifest()  # do not create a store if there is no index
         with self.write() as writer:
             if writer.parent is None or writer.table is None:
                 self.manifest()  # raises an error that tells the user what to do
                 raise changed_meanwhile(self.address)
-            index = self._index(writer.parent, "cpu", writer)
-            change = TableChange(self, writer, index, TableRows.opened(writer.parent, self, writer))
+            change = TableChange(self, writer, *self._index(writer.parent, "cpu", writer))
             yield change
             if change.what:
                 change.commit()
@@ -219,7 +218,7 @@ class LanceStore(LanceVersions, Store):
 
         def checked(manifest: Manifest) -> Index:
             check(self, manifest, seen)
-            return self._index(manifest, "cpu")
+            return self._index(manifest, "cpu")[0]
 
         index = self.opened(checked)
         assert index.manifest is not None

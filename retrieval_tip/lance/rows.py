@@ -38,7 +38,7 @@ from retrieval_tip.lance.key_table import (
     schema_of,
 )
 from retrieval_tip.lance.keys import LanceKeys
-from retrieval_tip.lance.versions import LanceVersions, TableWriter
+from retrieval_tip.lance.versions import Classes, LanceVersions, TableWriter
 from retrieval_tip.retrieval.arrays import KeyArray, KeysInPlace
 from retrieval_tip.retrieval.duplicates import Duplicates, duplicates
 from retrieval_tip.retrieval.keys import points_of
@@ -118,9 +118,10 @@ class TableRows(Rows):
     writer: TableWriter | None = None
 
     @classmethod
-    def opened(cls, manifest: Manifest, store: LanceVersions, writer: TableWriter | None = None) -> TableRows:
-        """Open the rows of a version, which a ``writer`` may edit."""
-        classes = store.classes(manifest)
+    def opened(
+        cls, manifest: Manifest, store: LanceVersions, classes: Classes, writer: TableWriter | None = None
+    ) -> TableRows:
+        """Open the rows of a version that has the given classes. A ``writer`` may edit them."""
         table = writer.table if writer is not None else None
         return cls(
             table=table or store.table(manifest), counts=classes.counts, totals=classes.sums, points=classes.points,
@@ -488,7 +489,7 @@ def check(store: LanceVersions, manifest: Manifest, seen: set[tuple[str, str]]) 
     """
     store.check_files(manifest, seen)
     metric = store.array(manifest, "metric")
-    TableRows.opened(manifest, store).check(None if metric is None else metric_of(metric))
+    TableRows.opened(manifest, store, store.classes(manifest)).check(None if metric is None else metric_of(metric))
 
 
 def index_kind(factory: str, n: int = 0, c: int = 1) -> tuple[str, int | None]:
