@@ -212,16 +212,3 @@ def test_build_chooses_index_and_k_unless_k_is_given(
     build(run, place, "auto", "--index", "auto", *more, train="many.parquet")
     cache = verify(place / "auto")
     assert (cache.index.factory, cache.settings.k) == expected
-
-
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "auto"])
-def test_precision_applies_to_products_with_all_keys(
-    run: Any, place: Path, features: dict[str, Any], precision: str
-) -> None:
-    result = run("classify", place / "index", place / "queries.parquet", "--precision", precision, "--logits",
-                 "--format", "json")  # fmt: skip
-    assert result.exit_code == 0, result.stderr
-    found = np.array([row["logits"] for row in json_rows(result.stdout)])
-    exact = CacheModel.load(place / "index", device="cpu", precision="float32").logits(features["queries"]).numpy()
-    np.testing.assert_allclose(found, exact, atol=0.2)
-    assert (np.abs(found - exact).max() > 1e-4) == (precision == "bfloat16")
