@@ -515,7 +515,8 @@ def test_training_uses_the_requested_views_of_images(lit_mini: Any, photos: Any,
         )
         seen += [row.numpy().tobytes() for features, _ in batches for row in features]
     different = len(set(seen))
-    assert different == 40 if views is None else 5 * (views - 1) < different <= 5 * views
+    # fresh views of five photos may coincide, but there are more of them than of any cached number
+    assert 15 < different <= 40 if views is None else 5 * (views - 1) < different <= 5 * views
 
 
 # --- real features

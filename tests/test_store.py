@@ -20,7 +20,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import SOAK
 from sealing import body_of, one_line, resealed, sealed, snapshot
 
 from retrieval_tip import CacheModel, verify
@@ -480,78 +479,6 @@ def test_a_folder_without_an_index_is_refused(tmp_path: Path) -> None:
             one_line(error, name.encode("utf-8", "backslashreplace").decode())
     with pytest.raises(StoreError, match=r"no such folder; .*retrieval-tip index build SOURCE --out INDEX"):
         CacheModel.load(tmp_path / "nowhere")
-
-
-class Faults:
-    """Fault injection: file system call number ``at`` of a save fails."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
-        self.at, self.count, self.error = -1, 0, error
-        for name in ("fsync", "posix_fallocate", "rename", "replace", "mkdir", "unlink", "rmdir", "listdir", "scandir"):
-            if hasattr(os, name):
-                monkeypatch.setattr(os, name, self.wrapped(getattr(os, name)))
-        monkeypatch.setattr(io, "open", self.wrapped(io.open))
-
-    def wrapped(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*arguments: Any, **named: Any) -> Any:
-            self.count += 1
-            if self.count - 1 == self.at:
-                raise self.error
-            return call(*arguments, **named)
-
-        return run
-
-
-NO_DISK = OSError(errno.EIO, "Input/output error")
-
-
-@pytest.mark.parametrize("existing", [True, False])
-def test_a_failed_system_call_leaves_the_old_or_the_new_version(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: bool
-) -> None:
-    place = tmp_path / "place"
-    place.mkdir()
-    if existing:
-        model(0).save(place / "index")
-        model(1).save(place / "index")
-    before = snapshot(place)
-    answers = {answer(model(1)): "before", answer(model(2)): "after"}
-    at, failures = 0, 0
-    while True:
-        shutil.rmtree(place)
-        for name, data in before.items():
-            (place / name).parent.mkdir(parents=True, exist_ok=True)
-            (place / name).mkdir(exist_ok=True) if data is None else (place / name).write_bytes(data)
-        place.mkdir(exist_ok=True)
-        new = model(2)
-        with monkeypatch.context() as patch:
-            faults = Faults(patch, NO_DISK)
-            faults.at = at
-            problem = None
-            try:
-                new.save(place / "index")
-            except RetrievalTipError as raised:
-                problem = str(raised)
-            reached = faults.count > at
-        if problem is not None:
-            failures += 1
-            assert "\n" not in problem
-            assert NO_DISK.strerror in problem
-            # If the cleanup fails, files may remain for the next writer.
-            for name, data in before.items():
-                assert (place / name).is_dir() if data is None else (place / name).read_bytes() == data
-        if store.is_index(place / "index"):
-            found = answers[answer(verify(place / "index"))]
-            assert (found == "before") == (problem is not None)
-        else:
-            assert problem is not None
-        new.save(place / "index")  # the next writer succeeds and removes leftovers
-        assert answer(verify(place / "index")) == answer(new)
-        assert not [path for path in place.rglob("*") if path.name.endswith(".tmp")]
-        if not reached:
-            break
-        at += 1 if SOAK else 2
-    assert failures > 5
 
 
 def test_an_array_allocated_without_fallocate_is_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
