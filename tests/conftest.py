@@ -80,8 +80,7 @@ SLOWEST = [
     f"test_{name}.py"
     for name in (
         "page", "ray", "stores", "serve", "readme", "report", "changes", "server", "hostile",
-        "finetune", "startup", "backbone", "tower", "concurrent", "cli", "tip", "kill", "tars",
-        "finetune_kill", "kill_changes", "plots", "living", "full_disk",
+        "finetune", "startup", "backbone", "tower", "concurrent", "cli", "interrupted", "tars", "plots", "living",
     )
 ]  # fmt: skip
 """The slowest test files, slowest first."""

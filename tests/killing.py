@@ -6,6 +6,7 @@ run as a script that calls :func:`serve`; the tests of that module talk to it th
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -27,7 +28,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="SKIPPED: needs 
 
 
 class Steps:
-    """Counter of a job's steps by name, which kills or stops the process before step number ``at``."""
+    """Counter of a job's steps by name, which kills or stops the process before step number ``at``, or fails there."""
 
     def __init__(self, at: int | None, how: str) -> None:
         self.at, self.how, self.names = at, how, list[str]()
@@ -35,20 +36,19 @@ class Steps:
     def step(self, name: str) -> None:
         self.names.append(name)
         if len(self.names) - 1 == self.at:
+            if self.how == "EIO":
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
             os.kill(os.getpid(), getattr(signal, self.how))
 
-    def before(self, module: Any, name: str, after: bool = False) -> None:
-        """Count a step before each call of a function, and optionally one after it."""
-        call = getattr(module, name)
+    def before(self, owner: Any, name: str) -> None:
+        """Count a step before each call of a function or a method."""
+        call = getattr(owner, name)
 
-        def counted(*arguments: Any) -> Any:
+        def counted(*arguments: Any, **more: Any) -> Any:
             self.step(name)
-            result = call(*arguments)
-            if after:
-                self.step(f"after {name}")
-            return result
+            return call(*arguments, **more)
 
-        setattr(module, name, counted)
+        setattr(owner, name, counted)
 
     def events(self, *events: str) -> None:
         """Count a step before each of these events of :func:`sys.audit`."""

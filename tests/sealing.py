@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from retrieval_tip.errors import RetrievalTipError
@@ -39,13 +41,20 @@ def body_of(folder: Path) -> dict[str, Any]:
     return body
 
 
-def resealed(index: Path, name: str, data: bytes) -> Path:
+def resealed(index: Path, kind: str, data: bytes, **entry: Any) -> Path:
     """Replace a data file of the first segment, adapt name and manifest, and return the new file."""
     body, digest = body_of(index), hashlib.sha256(data).hexdigest()
-    entry = next(entry for entry in body["files"].values() if entry["name"] == name)
-    (index / name).unlink()
-    entry["name"] = f"{name[: name.rindex('-') + 1]}{digest[:16]}{Path(name).suffix}"
-    entry |= {"sha256": digest, "bytes": len(data)}
-    (index / entry["name"]).write_bytes(data)
+    file = body["files"][kind]
+    (index / file["name"]).unlink()
+    name = f"data/{kind}-{digest[:16]}{Path(file['name']).suffix}"
+    body["files"][kind] = file | {"name": name, "sha256": digest, "bytes": len(data)} | entry
+    (index / name).write_bytes(data)
     (index / "manifest.json").write_bytes(sealed(body))
-    return index / str(entry["name"])
+    return index / name
+
+
+def npy(array: np.ndarray) -> bytes:
+    """Return the bytes of an array in a ``.npy`` file."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()

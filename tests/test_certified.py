@@ -550,18 +550,6 @@ def test_settings_are_saved_with_and_without_a_new_index(tmp_path, material):
     check_same(opened, fresh(opened), queries[:50])
 
 
-def test_auto_sets_index_and_k(material):
-    array, ids, text, queries = material
-    few = model(array, ids, C, text, index="auto")
-    assert (few.index.factory, few.settings.k) == ("Flat", None)
-    rows = np.tile(np.arange(len(ids)), 4)
-    many = model(array[rows], ids[rows], C, text, index="auto")
-    assert (many.index.factory, many.settings.k) == ("Classes", 8 * 64)
-    assert (many.logits(queries, many.settings.k).argmax(1) == many.logits(queries).argmax(1)).float().mean() >= 0.99
-    lists = model(np.tile(array[:32], (70, 1)), np.tile(ids[:32], 70), 2, None, index="auto")
-    assert (lists.index.factory, lists.settings.k) == ("IVF189,Flat", 256)
-
-
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "auto"])
 def test_precision_only_affects_all_keys_and_is_not_saved(precision, tmp_path, material):
     array, ids, text, queries = material

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import scipy.stats
 import torch
@@ -17,12 +15,12 @@ from clusters import C, D, clusters, text_of, unit
 from conftest import examples, nearest_keys, needs_real, parts_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tables import read_features
+from tables import read_features, write_table
 
 from retrieval_tip import Index, tip
 from retrieval_tip.backbones.base import Identity
 from retrieval_tip.errors import InputError, UsageError
-from retrieval_tip.fit import closed_form, search_hp
+from retrieval_tip.fit import closed_form
 from retrieval_tip.fit import folds as folds_module
 from retrieval_tip.fit.closed_form import Fit
 from retrieval_tip.fit.folds import Folds, Queries, blend, robust_blend
@@ -33,11 +31,19 @@ from retrieval_tip.retrieval import ridge
 from retrieval_tip.settings import Settings
 from retrieval_tip.store.sums import Sums
 
+NAMES = [f"class {i}" for i in range(C)]
 
-def model(shots=6, text=True, seed=0, **options):
-    keys, ids = clusters(shots, seed)
-    names = [f"class {i}" for i in range(C)]
-    return Index.from_features(keys, ids, names, text_of() if text else None, **options)
+
+def model(shots=6, text=True, seed=0, spread=0.6, **options):
+    keys, ids = clusters(shots, seed, spread)
+    return Index.from_features(keys, ids, NAMES, text_of() if text else None, **options)
+
+
+def uneven_clusters(counts, seed=0, spread=0.6):
+    """Return features of which class ``i`` has ``counts[i]``."""
+    keys, ids = clusters(max(counts), seed, spread, len(counts))
+    some = np.concatenate([np.flatnonzero(ids == i)[:n] for i, n in enumerate(counts)])
+    return keys[some], ids[some]
 
 
 def dense(cache, queries, form):
@@ -117,7 +123,7 @@ def unit_points(cache, queries):
 def test_keys_of_any_norm_are_fitted(shots, norm):
     keys, ids = clusters(shots)
     queries, truth = clusters(6, seed=5)
-    cache = Index.from_features(norm * keys, ids, [f"class {i}" for i in range(C)], device="cpu")
+    cache = Index.from_features(norm * keys, ids, NAMES, device="cpu")
     choice = closed_form.fit(cache)
     assert (cache.fitted.metric == "within") or norm < 2
     assert bool(list(choice.warnings)) == (norm > 1.1)
@@ -130,8 +136,8 @@ def test_keys_of_any_norm_are_fitted(shots, norm):
 def test_keys_too_far_from_norm_1_are_refused():
     keys, ids = clusters(4)
     mixed = np.geomspace(1e-3, 1e3, len(keys))[:, None] * keys
-    closed_form.fit(Index.from_features(mixed, ids, [f"class {i}" for i in range(C)], device="cpu"))
-    tiny = Index.from_features(1e-20 * keys, ids, [f"class {i}" for i in range(C)], device="cpu")
+    closed_form.fit(Index.from_features(mixed, ids, NAMES, device="cpu"))
+    tiny = Index.from_features(1e-20 * keys, ids, NAMES, device="cpu")
     with pytest.raises(InputError, match="norm"):
         closed_form.fit(tiny)
     solved = model()
@@ -141,15 +147,6 @@ def test_keys_too_far_from_norm_1_are_refused():
         solved.add(20 * keys[:1], [0])
     assert solved.n == len(before)
     assert torch.equal(solved.values, before)
-
-
-def test_a_fit_without_metric_and_solved_values_is_plain_tip_adapter():
-    cache, plain = model(), model()
-    closed_form.fit(cache, forms=[Form(None, None, 5.5)])
-    assert cache.metric is cache.values is cache.points is None
-    plain.settings = cache.settings
-    queries, _ = clusters(4, seed=5)
-    assert torch.equal(cache.logits(queries), plain.logits(queries))
 
 
 @settings(max_examples=examples(30), deadline=None)
@@ -496,7 +493,7 @@ def test_a_prior_is_stored_in_the_index_and_must_have_the_same_dimension(run, ta
     assert run("fit", index).exit_code == 0
     files = [json.loads(raw)["files"] for raw in (first, (index / "manifest.json").read_bytes())]
     assert [part["sha256"] for part in files[0].values()] == [part["sha256"] for part in files[1].values()]
-    wide = table(tables / "wide.parquet", np.eye(10, dtype=np.float32)[[0, 0, 1, 1]], ["a", "a", "b", "b"])
+    wide = write_table(tables / "wide.parquet", np.eye(10, dtype=np.float32)[[0, 0, 1, 1]], ["a", "a", "b", "b"])
     assert run("index", "build", wide, "--out", tables / "wide").exit_code == 0
     refused = run("fit", index, "--prior", tables / "wide")
     assert (refused.exit_code, "10 values instead of 16" in refused.stderr) == (1, True)
@@ -507,9 +504,8 @@ def test_a_prior_is_stored_in_the_index_and_must_have_the_same_dimension(run, ta
 
 
 def test_class_prior_shots_gives_all_shots_equal_weight(run, tables):
-    keys, ids = clusters(9)
-    some = np.concatenate([np.flatnonzero(ids == i)[:n] for i, n in enumerate((1, 2, 4, 8, 9))])
-    table(tables / "tail.parquet", keys[some], [f"class {i}" for i in ids[some]])
+    keys, ids = uneven_clusters((1, 2, 4, 8, 9))
+    write_table(tables / "tail.parquet", keys, [NAMES[i] for i in ids])
     index = tables / "index"
     assert run("index", "build", tables / "tail.parquet", "--class-prior", "shots", "--out", index).exit_code == 0
     cache = Index.load(index, device="cpu")
@@ -521,7 +517,7 @@ def test_class_prior_shots_gives_all_shots_equal_weight(run, tables):
         return np.linalg.solve(gram, np.eye(C)[cache.class_ids])
 
     np.testing.assert_allclose(cache.values, expected(), atol=1e-4)
-    cache.add(clusters(1, seed=8)[0], [f"class {i}" for i in range(C)])
+    cache.add(clusters(1, seed=8)[0], NAMES)
     np.testing.assert_allclose(cache.values, expected(), atol=1e-4)
     assert run("fit", index).exit_code == 0
     assert Index.load(index).fitted.class_prior == "shots"
@@ -542,9 +538,8 @@ def test_values_solve_the_linear_system(kind, monkeypatch):
 
 
 def test_values_of_uneven_shots_match_a_ridge_weighted_by_class():
-    keys, ids = clusters(9)
-    some = np.concatenate([np.flatnonzero(ids == i)[:n] for i, n in enumerate((1, 2, 4, 8, 9))])
-    points, ids = keys[some].astype(np.float64), ids[some]
+    points, ids = uneven_clusters((1, 2, 4, 8, 9))
+    points = points.astype(np.float64)
     gram = np.exp(-2 * (1 - points @ points.T))
     counts = np.bincount(ids)
     expected = np.linalg.solve(gram + 0.3 * np.diag((counts / counts.mean())[ids]), np.eye(C)[ids])
@@ -553,10 +548,8 @@ def test_values_of_uneven_shots_match_a_ridge_weighted_by_class():
 
 
 def test_folds_of_uneven_shots_give_each_class_equal_weight():
-    keys, ids = clusters(16)
-    some = np.concatenate([np.flatnonzero(ids == i)[:n] for i, n in enumerate((1, 2, 4, 8, 16))])
-    ids = ids[some]
-    folds = Folds.of_shots(keys[some], ids, C, None, np.arange(len(ids)), 8, 10**6)
+    keys, ids = uneven_clusters((1, 2, 4, 8, 16))
+    folds = Folds.of_shots(keys, ids, C, None, np.arange(len(ids)), 8, 10**6)
     assert len(folds.held) == 6  # the median of 2, 4, 8 and 16
     held = torch.cat([one.ids for one in folds.held]).numpy()
     weights = folds.weights.numpy()
@@ -565,9 +558,7 @@ def test_folds_of_uneven_shots_give_each_class_equal_weight():
 
 
 def test_one_hot_values_are_not_chosen_for_uneven_shots():
-    keys, ids = clusters(16)
-    some = np.concatenate([np.flatnonzero(ids == i)[:n] for i, n in enumerate((3, 4, 5, 8, 16))])
-    cache = Index.from_features(keys[some], ids[some], [f"class {i}" for i in range(C)], text_of())
+    cache = Index.from_features(*uneven_clusters((3, 4, 5, 8, 16)), NAMES, text_of())
     choice = closed_form.fit(cache)
     assert choice.trials
     assert all(trial.form.values is not None for trial in choice.trials)
@@ -648,8 +639,7 @@ def test_a_new_form_takes_one_class_and_one_entry(tmp_path):
 
 
 def test_the_metric_is_chosen_if_it_helps():
-    keys, ids = clusters(12, spread=1.0)
-    cache = Index.from_features(keys, ids, [str(i) for i in range(C)])
+    cache = model(12, text=False, spread=1.0)
     queries, truth = clusters(40, seed=7, spread=1.0)
     before = (cache.logits(queries).argmax(1).numpy() == truth).mean()
     choice = closed_form.fit(cache)
@@ -657,7 +647,7 @@ def test_the_metric_is_chosen_if_it_helps():
     assert after > before + 0.05
     assert abs(choice.both - after) < 0.2
     assert cache.fitted.metric == "within"
-    assert cache.fitted.keys == len(keys)
+    assert cache.fitted.keys == cache.n
     assert [trial.form for trial in choice.trials] == [form for form in FORMS if form.values is not None]
 
 
@@ -685,10 +675,8 @@ def test_one_photo_per_class_uses_the_documented_settings():
 
 def uneven(path, counts, seed=0):
     """Write a feature table in which class ``i`` has ``counts[i]`` photos."""
-    names = [f"class {i}" for i in range(len(counts))]
-    keys, ids = clusters(max(counts), seed, 0.3, len(counts))
-    kept = np.concatenate([np.flatnonzero(ids == i)[:count] for i, count in enumerate(counts)])
-    return table(path, keys[kept], [names[i] for i in ids[kept]])
+    keys, ids = uneven_clusters(counts, seed, 0.3)
+    return write_table(path, keys, [f"class {i}" for i in ids])
 
 
 def test_an_estimate_that_rests_on_a_single_class_is_withheld(run, tmp_path):
@@ -824,8 +812,7 @@ def test_an_estimate_matches_the_fit_and_rises_with_corrected_labels(form, text)
 def test_a_fit_and_an_estimate_agree_on_the_accuracy_of_photos_alone(form):
     """The clusters overlap, so that taking the logarithm of the cache changes answers."""
     for shots, spread in ((8, 1.6), (16, 1.6), (30, 1.0)):
-        keys, ids = clusters(shots, spread=spread)
-        cache = Index.from_features(keys, ids, [f"class {i}" for i in range(C)], text_of())
+        cache = model(shots, spread=spread)
         choice, estimate = closed_form.fit(cache, forms=[form]), closed_form.estimate(cache)
         assert choice.photos == pytest.approx(estimate["photos"])
         assert choice.both == pytest.approx(estimate["both"])
@@ -888,20 +875,6 @@ def test_added_and_removed_shots_follow_the_fitted_form(form, most, tmp_path, mo
         np.testing.assert_allclose(cache.values.numpy(), closed.values.numpy(), atol=1e-4)
 
 
-def test_a_cautious_search_keeps_the_fitted_settings_unless_others_are_clearly_better():
-    cache = model()
-    closed_form.fit(cache)
-    before = cache.settings
-    queries, truth = clusters(8, seed=5)
-    choice = search_hp.search(cache, Queries(queries, truth, "val"), cautious=True)
-    assert choice.beta == before.beta
-    search_hp.apply(cache, choice)
-    assert cache.settings.beta == before.beta
-    assert choice.accuracy >= (cache.with_settings(before).logits(queries).argmax(1).numpy() == truth).mean() - 1e-9
-    if cache.settings.alpha == before.alpha:
-        assert cache.settings.temperature == before.temperature
-
-
 def test_fitting_twice_gives_the_same_bytes(tmp_path):
     from retrieval_tip.index.fit import fit_index
 
@@ -926,20 +899,13 @@ def test_a_fine_tuned_index_cannot_be_fitted():
 # -- through the commands --
 
 
-def table(path: Path, features, labels) -> Path:
-    column = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), features.shape[1])
-    rows = {"id": [f"{path.stem}-{i}" for i in range(len(features))], "label": labels, "feature": column}
-    pq.write_table(pa.table(rows), path)
-    return path
-
-
 @pytest.fixture
 def tables(tmp_path):
-    names = [f"class {i}" for i in range(C)]
     for name, shots, seed in (("train", 6, 0), ("test", 20, 5), ("more", 2, 21)):
         keys, ids = clusters(shots, seed)
-        table(tmp_path / f"{name}.parquet", keys, [names[i] for i in ids])
-    table(tmp_path / "text.parquet", text_of(), names)
+        labels, names = [NAMES[i] for i in ids], [f"{name}-{i}" for i in range(len(ids))]
+        write_table(tmp_path / f"{name}.parquet", keys, labels, names)
+    write_table(tmp_path / "text.parquet", text_of(), NAMES)
     return tmp_path
 
 
@@ -981,7 +947,7 @@ def test_a_build_prints_its_estimate_and_add_fits_again(run, tables):
 def test_a_store_fits_classes_without_shots_like_a_folder(run, tables):
     keys, ids = clusters(6)
     some = ids < 4
-    table(tables / "some.parquet", keys[some], [f"class {i}" for i in ids[some]])
+    write_table(tables / "some.parquet", keys[some], [f"class {i}" for i in ids[some]])
     printed, models = [], []
     for place in (str(tables / "index"), f"lance://{tables / 'store'}"):
         built = run("index", "build", tables / "some.parquet", "--text", tables / "text.parquet", "--out", place)
@@ -1001,9 +967,9 @@ def test_a_store_fits_classes_without_shots_like_a_folder(run, tables):
 def test_where_does_not_reduce_the_accuracy_of_excluded_classes(run, tmp_path):
     (keys, ids), names = clusters(6, c=20), [f"class {i}" for i in range(20)]
     queries, truth = clusters(20, seed=5, c=20)
-    table(tmp_path / "train.parquet", keys, [names[i] for i in ids])
-    table(tmp_path / "test.parquet", queries, [names[i] for i in truth])
-    text = table(tmp_path / "text.parquet", text_of(c=20), names)
+    write_table(tmp_path / "train.parquet", keys, [names[i] for i in ids])
+    write_table(tmp_path / "test.parquet", queries, [names[i] for i in truth])
+    text = write_table(tmp_path / "text.parquet", text_of(c=20), names)
     index = tmp_path / "index"
     assert run("index", "build", tmp_path / "train.parquet", "--text", text, "--out", index).exit_code == 0
     few = ("--where", "class_id < 4", "--json")

@@ -150,12 +150,6 @@ def test_one_image_in_every_class_does_not_fill_the_memory():
     assert all(17 in (pair.key_id, pair.other_key_id) for pair in one.pairs)
 
 
-def test_repeats_within_a_class_are_not_duplicates():
-    keys = np.ones((6, 4), dtype=np.float32)
-    for budget in (0, 10**6):
-        assert duplicates(keys, labels_of([1] * 6, ["same"] * 6), budget=budget).pairs == []
-
-
 def test_the_lower_key_id_comes_first():
     keys = unit_rows(4, 8)
     keys[3] = keys[0]

@@ -1,10 +1,8 @@
 """Placement of indexes on GPUs and their searches, with stand-ins for FAISS and the GPU."""
 
 import logging
-import sys
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -17,7 +15,7 @@ from retrieval_tip import Index
 from retrieval_tip.errors import StoreError
 from retrieval_tip.retrieval import vector_index
 from retrieval_tip.retrieval.keys import Keys
-from retrieval_tip.retrieval.vector_index import GPU_MAX_K, GpuCopy, Product, VectorIndex
+from retrieval_tip.retrieval.vector_index import GPU_MAX_K, Product, VectorIndex
 
 RNG = np.random.default_rng(0)
 KEYS = RNG.standard_normal((300, 16)).astype(np.float32)
@@ -83,17 +81,6 @@ def gpus():
         yield make
 
 
-class OnGpu(torch.Tensor):
-    """A tensor on the CPU that claims to be on the second GPU."""
-
-    device = torch.device("cuda", 1)  # type: ignore[assignment]
-    is_cuda = True  # type: ignore[assignment]
-
-
-def gpu_queries() -> torch.Tensor:
-    return torch.from_numpy(QUERIES).as_subclass(OnGpu)
-
-
 # --- placement
 
 
@@ -132,34 +119,31 @@ def test_a_product_in_parts_equals_the_whole() -> None:
     assert Product(torch.from_numpy(KEYS)).search(torch.empty(0, 16), 4)[1].shape == (0, 4)
 
 
-def test_one_gpu_holds_an_index_that_fits_in_half_its_free_memory(gpus) -> None:
-    fake = gpus(2, free=2 * SIZE)
-    VectorIndex.build(KEYS, "IVF4,Flat", "auto").search(QUERIES, 1)
+@pytest.mark.parametrize(
+    ("machine", "device", "factory", "dtype", "expected"),
+    [
+        ({"free": 2 * SIZE}, "auto", "IVF4,Flat", np.float32, ("one", 0, False)),  # it fits in half the free memory
+        ({"free": 2 * SIZE - 2}, "auto", "IVF4,Flat", np.float32, ("all", None, False)),
+        ({}, "cuda", "IVF4,Flat", np.float16, ("one", 0, False)),  # queries are never rounded
+        ({}, "cuda", "IVF4,PQ4x4", np.float16, ("one", 0, True)),
+        ({"free": 100}, "cuda", "Flat", np.float16, ("all", None, False)),
+        ({"current": 1}, "cuda:0", "IVF4,Flat", np.float32, ("one", 0, False)),
+        ({"current": 1}, "cuda", "IVF4,Flat", np.float32, ("one", 1, False)),
+        ({"current": 1}, "auto", "IVF4,Flat", np.float32, ("one", 1, False)),
+    ],
+)
+def test_an_index_is_placed_on_the_right_gpus(gpus, machine, device, factory, dtype, expected) -> None:
+    fake = gpus(2, **machine)
+    VectorIndex.build(KEYS.astype(dtype), factory, device).search(QUERIES, 1)
     [(where, number, options, _)] = fake.copies
-    assert (where, number, options.shard, options.use_cuvs) == ("one", 0, False, True)
-    fake.copies.clear()
-    monkey = gpus(2, free=2 * SIZE - 2)
-    VectorIndex.build(KEYS, "IVF4,Flat", "auto").search(QUERIES, 1)
-    [(where, _, options, _)] = monkey.copies
-    assert (where, options.shard) == ("all", True)
+    assert (where, number, options.useFloat16) == expected
+    assert options.shard == (where == "all")
+    assert options.use_cuvs or factory != "IVF4,Flat" or where == "all" or dtype == np.float16
 
 
-def test_queries_are_never_rounded_with_half_precision_keys(gpus) -> None:
-    fake = gpus(2)
-    for factory, halved in (("IVF4,Flat", False), ("IVF4,PQ4x4", True)):
-        VectorIndex.build(KEYS.astype(np.float16), factory, "cuda").search(QUERIES, 1)
-        assert fake.copies.pop()[2].useFloat16 == halved
-    shared = gpus(2, free=100)
-    VectorIndex.build(KEYS.astype(np.float16), "Flat", "cuda").search(QUERIES, 1)
-    assert shared.copies[0][0] == "all"
-    assert not shared.copies[0][2].useFloat16
-
-
-def test_a_named_gpu_is_used_and_cuda_means_the_current_one(gpus) -> None:
+def test_flat_is_copied_to_the_named_or_the_current_gpu_or_to_none(gpus) -> None:
     fake = gpus(4, current=2)
     for device, number in (("cuda:3", 3), ("cuda", 2), ("auto", 2)):
-        VectorIndex.build(KEYS, "IVF4,Flat", device).search(QUERIES, 1)
-        assert fake.copies.pop()[:2] == ("one", number)
         VectorIndex.build(KEYS, "Flat", device).search(QUERIES, 1)
         assert fake.copies.pop()[0] == f"cuda:{number}"
     VectorIndex.build(KEYS, "Flat", "cpu").search(QUERIES, 1)
@@ -236,56 +220,12 @@ def test_missing_gpu_memory_is_reported(gpus) -> None:
     index._gpu._held = SimpleNamespace(search=search)
     with pytest.raises(torch.OutOfMemoryError, match="alloc fail"):
         index.search(QUERIES, 1)
-    index._gpu._held = SimpleNamespace(search=search, getDevice=lambda: 1)
-    with in_a_stream([]), pytest.raises(torch.OutOfMemoryError, match="alloc fail"):
-        index.search_tensor(gpu_queries(), 1)
     index._gpu._held = SimpleNamespace(search=lambda *_: (_ for _ in ()).throw(RuntimeError("damaged")))
     with pytest.raises(StoreError, match="rebuild the index"):
         index.search(QUERIES, 1)
 
 
 # --- tensors
-
-
-@contextmanager
-def in_a_stream(current: list[Any]) -> Iterator[None]:
-    """Let FAISS accept tensors, and hold the devices whose stream it follows in ``current``."""
-
-    @contextmanager
-    def entered(device: Any) -> Iterator[None]:
-        current.append(device)
-        yield
-        current.pop()
-
-    with (
-        mock.patch.object(torch.cuda, "device", entered),
-        mock.patch.dict(sys.modules, {"faiss.contrib.torch_utils": SimpleNamespace()}),
-    ):
-        yield
-
-
-def test_copies_without_a_device_get_arrays(gpus) -> None:
-    gpus()
-    index = VectorIndex.build(KEYS, "PCA8,IVF4,Flat", "cuda")
-    assert not hasattr(index._gpu.get(), "getDevice")
-    assert index._gpu.search_tensor(gpu_queries(), 3) is None
-    expected = VectorIndex.build(KEYS, "PCA8,IVF4,Flat", "cpu").search(QUERIES, 3)
-    affinity, rows = index.search_tensor(torch.from_numpy(QUERIES), 3)
-    np.testing.assert_array_equal(rows.numpy(), expected[1])
-    np.testing.assert_array_equal(affinity.numpy(), expected[0])
-
-
-@pytest.mark.parametrize("own", [0, 1])
-def test_tensors_are_searched_on_their_own_gpu_and_in_its_stream(gpus, own: int) -> None:
-    gpus(2)
-    current, searched = [], []
-    copy = GpuCopy(None, "cuda:1", half=False)
-    held = SimpleNamespace(getDevice=lambda: own, search=lambda f, k: searched.append((list(current), k)) or (f, f))
-    copy._tried, copy._held = True, held
-    with in_a_stream(current):
-        found = copy.search_tensor(gpu_queries(), 3)
-    assert (found is not None) == (own == 1)  # only on the GPU of the queries
-    assert searched == ([([torch.device("cuda", 1)], 3)] if own == 1 else [])
 
 
 def test_cpu_tensors_are_searched_on_the_cpu() -> None:

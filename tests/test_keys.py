@@ -138,22 +138,6 @@ def test_half_precision_changes_few_predictions(synthetic: tuple[Array, Array, A
     assert 0 < error <= 2e-3  # half precision was used
 
 
-def test_half_precision_is_more_accurate_with_centred_keys(synthetic: tuple[Array, Array, Array, Array]) -> None:
-    array, ids, _, queries = synthetic
-    beta = 5.5
-    f, K = torch.from_numpy(queries[:512]), torch.from_numpy(array)
-    exact = f.double() @ K.double().T
-    centre = K.double().mean(0).float()
-    whole = (f.bfloat16() @ K.bfloat16().T).double()
-    relative = (f.bfloat16() @ (K - centre).bfloat16().T).double() + (f.double() @ centre.double())[:, None]
-    naive, centred = ((x - exact).square().mean().sqrt() for x in (whole, relative))
-    assert centred < naive / 2
-    true = cache_logits(affinity(queries[:512], array), ids, 100, beta)
-    of_whole = torch.exp(-beta * (1 - whole)).numpy() @ np.eye(100)[ids]
-    found = Keys(array, ids, 100, precision="bfloat16").cache_logits(f, beta).numpy()
-    assert np.abs(found / true - 1).mean() < np.abs(of_whole / true - 1).mean() / 2
-
-
 @settings(max_examples=examples(30), deadline=None)
 @given(small_cases, block_sizes, st.sampled_from(["bfloat16", "float16"]))
 def test_half_precision_is_accurate_for_any_shape_and_blocks(case: Case, sizes: tuple[int, int, int], to: str) -> None:

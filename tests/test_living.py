@@ -85,25 +85,25 @@ class Living(RuleBasedStateMachine):
         super().__init__()
         self.place = Path(tempfile.mkdtemp(prefix="retrieval-tip-living-"))
         self.folder = self.place / "index"
-        self.patches = [
-            mock.patch("retrieval_tip.store.history.KEPT_VERSIONS", KEPT),
-        ]
-        for patch in self.patches:
-            patch.start()
-        self.drawn = 0
+        self.patch = mock.patch("retrieval_tip.store.history.KEPT_VERSIONS", KEPT)
+        self.patch.start()
+        self.drawn = self.named = 0
 
     def teardown(self) -> None:
-        for patch in self.patches:
-            patch.stop()
+        self.patch.stop()
         shutil.rmtree(self.place)
 
     def vectors(self, n: int) -> Array:
         self.drawn += 1
         return unit_rows(n, D, self.drawn)
 
+    def new_names(self, n: int) -> list[str]:
+        self.named += n
+        return [f"class {i}" for i in range(self.named - n, self.named)]
+
     @initialize(n=st.integers(LEAST, 30), c=st.integers(1, 3))
     def build(self, n: int, c: int) -> None:
-        names, vectors, text = [f"class {i}" for i in range(c)], self.vectors(n).astype(self.dtype), self.vectors(c)
+        names, vectors, text = self.new_names(c), self.vectors(n).astype(self.dtype), self.vectors(c)
         cache = Index.from_features(
             vectors, np.arange(n) % c, names, text, settings=SETTINGS, index=self.factory, device="cpu"
         )  # fmt: skip
@@ -131,9 +131,8 @@ class Living(RuleBasedStateMachine):
         self.add(n, new, data, by_command=False)
 
     def add(self, n: int, new: int, data: st.DataObject, by_command: bool) -> None:
-        first = len(self.state.text)
-        new = min(new, n, CLASSES - first)
-        names = [f"class {first + i}" for i in range(new)]
+        new = min(new, n, CLASSES - len(self.state.text))
+        names = self.new_names(new)
         drawn = data.draw(st.lists(st.sampled_from([*self.state.text, *names]), min_size=n - new, max_size=n - new))
         labels, vectors = [*names, *drawn], self.vectors(n)
         text = dict(zip(names, self.vectors(new), strict=True)) if new else {}
@@ -197,6 +196,23 @@ class Living(RuleBasedStateMachine):
         if moved:
             keys = self.state.keys | {key_id: (label, self.state.keys[key_id][1]) for key_id in moved}
             self.commit(replace(self.state, keys=keys))
+
+    @rule(data=st.data())
+    def rename(self, data: st.DataObject) -> None:
+        """Give a class a new name, or merge it into another class."""
+        old = data.draw(st.sampled_from(list(self.state.text)))
+        others = [name for name in self.state.text if name != old]
+        new = data.draw(st.sampled_from([*others, *self.new_names(1)]))
+        own = [key_id for key_id, (label, _) in self.state.keys.items() if label == old]
+        renamed = changes.rename(self.folder, old, new)
+        assert (sorted(renamed.key_ids), renamed.merged) == (sorted(own), new in others)
+        keys = {i: (new if label == old else label, vector) for i, (label, vector) in self.state.keys.items()}
+        text = {
+            new if name == old else name: row
+            for name, row in self.state.text.items()
+            if name != old or new not in others
+        }
+        self.commit(replace(self.state, keys=keys, text=text))
 
     @rule(factory=st.none() | st.sampled_from(FACTORIES), dtype=st.sampled_from([None, "float16", "float32"]))
     def rebuild(self, factory: str | None, dtype: str | None) -> None:
@@ -292,6 +308,7 @@ class Living(RuleBasedStateMachine):
         assert sorted(cache.labels["key_id"].to_pylist()) == sorted(self.reader.state.keys)
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     ("factory", "dtype"),
     few(
@@ -310,9 +327,4 @@ def test_a_changed_index_answers_like_a_fresh_build(factory: str, dtype: str) ->
     quick = settings(
         max_examples=6 if SOAK else 2, stateful_step_count=16, deadline=None, suppress_health_check=list(HealthCheck)
     )
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        run_state_machine_as_test(kind, settings=quick)
-    finally:
-        torch.set_num_threads(threads)
+    run_state_machine_as_test(kind, settings=quick)

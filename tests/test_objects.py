@@ -7,8 +7,6 @@ import http.server
 import json
 import os
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -175,30 +173,6 @@ def test_only_the_first_create_succeeds(place: str):
     store.delete(["v/1"])
     assert store.create("v/1", b"second")
     assert store.names("v") == ["v/1"]
-
-
-def test_one_of_two_concurrent_processes_creates_each_object(place: str):
-    script = (
-        "import sys; from retrieval_tip.lance.address import Address; from retrieval_tip.lance.objects import Objects;"
-        "store = Objects(Address.parse(sys.argv[1]));"
-        "store.put(sys.argv[2], b''); sys.stdin.readline();"
-        "print(*(n for n in range(20) if store.create(f'race/{n}', sys.argv[2].encode())))"
-    )
-    command = [sys.executable, "-c", script, place]
-    processes = [
-        subprocess.Popen([*command, own], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for own in "ab"
-    ]
-    store = at(place)
-    while store.names() != ["a", "b"]:
-        time.sleep(0.02)
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("\n")
-        process.stdin.flush()
-    won = [[int(number) for number in process.communicate(timeout=30)[0].split()] for process in processes]
-    assert sorted(won[0] + won[1]) == list(range(20))
-    for own, numbers in zip("ab", won, strict=True):
-        assert all(store.get(f"race/{number}") == own.encode() for number in numbers)
 
 
 @pytest.mark.parametrize("name", ["", "/x", "x/", "a//b", "..", "a/../b", ".x", "a/.b", "a b", "a\n", "a\\b", "a%41"])

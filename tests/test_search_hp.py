@@ -11,6 +11,7 @@ import pytest
 import torch
 from clusters import round_clusters as clusters
 from conftest import examples, needs_real, parts_of
+from dense import affinity, cache_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tables import tiny, unit_rows, write_table
@@ -45,11 +46,9 @@ def queries_of(cache, n=60, seed=2):
 
 
 def dense(cache, features, beta):
-    """Return text and cache logits by definition, in float64."""
-    keys = np.asarray(cache.keys, dtype=np.float64)
-    one_hot = np.eye(C)[cache.labels["class_id"].to_numpy()]
-    f = features.astype(np.float64)
-    return 10 * f @ cache.text_weights.numpy().astype(np.float64).T, np.exp(-beta * (1 - f @ keys.T)) @ one_hot
+    """Return text and cache logits by definition."""
+    A, ids = affinity(features, cache.keys), cache.labels["class_id"].to_numpy()
+    return 10 * affinity(features, cache.text_weights), cache_logits(A, ids, C, beta)
 
 
 def best_over_alphas(text, alone, y):

@@ -1,4 +1,4 @@
-"""A killed writer leaves the old version or the new version of an index, and the next writer succeeds.
+"""A killed or interrupted writer leaves the old or the new version of an index; on a full disk, nothing changes.
 
 Run as a script, this file is the writer.
 """
@@ -10,6 +10,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -21,13 +23,16 @@ import killing
 import lancedb
 import numpy as np
 import obstore
+import pyarrow.parquet as pq
 import pytest
 from conftest import SOAK, few, sampled
+from sealing import one_line, snapshot
 from tables import unit_rows, write_table
 
+from retrieval_tip.cli import main
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_source
-from retrieval_tip.errors import StoreError
+from retrieval_tip.errors import RetrievalTipError, StoreError
 from retrieval_tip.index import changes, manage
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import build_index
@@ -50,6 +55,8 @@ KILLS = 8 if SOAK else 1
 """Number of random moments at which a change is killed."""
 GROWTH = 5 if SOAK else 3
 """Number of changes that each of two concurrent processes makes."""
+REFUSED = 7
+"""Exit status of a job that ends with an error of ours."""
 UNFITTED, FITTED = {"alpha": 2.0, "beta": 4.0}, {"metric": "within", "values": "one-hot"}
 
 
@@ -98,6 +105,15 @@ def grow(place, tables):
                 raise
 
 
+def command(place, tables, index):
+    """Build an index with the command line, and exit like it."""
+    files = [str(tables / "other.parquet"), "--text", str(tables / "text.parquet")]
+    options = ["--alpha", "2", "--beta", "4", "--index", index, "--device", "cpu", "--out", str(place)]
+    status = main(["-q", "index", "build", *files, *options], standalone_mode=False)
+    if status:
+        os._exit(status)
+
+
 OPERATIONS = {
     "first": lambda place, tables, _: built(place, tables, "other", how=FITTED),  # creates its table twice
     "build": lambda place, tables, index: built(place, tables, "other", index),
@@ -116,18 +132,8 @@ OPERATIONS = {
     "duplicate": lambda place, *_: manage.duplicate(place, "copy"),
     "delete": lambda place, *_: manage.delete(place),
     "grow": lambda place, tables, _: grow(place, tables),
+    "command": command,
 }  # fmt: skip
-
-
-def count_calls(steps, owner, name):
-    """Count a step before each call of a method."""
-    call = getattr(owner, name)
-
-    def counted(*arguments, **more):
-        steps.step(name)
-        return call(*arguments, **more)
-
-    setattr(owner, name, counted)
 
 
 def _work(job, steps):
@@ -143,9 +149,12 @@ def _work(job, steps):
             (os, ("fsync",)),
         ):
             for name in names:
-                count_calls(steps, owner, name)
+                steps.before(owner, name)
         steps.events("fcntl.flock")
-    OPERATIONS[job["name"]](job["place"], Path(job["tables"]), job["index"])
+    try:
+        OPERATIONS[job["name"]](job["place"], Path(job["tables"]), job["index"])
+    except RetrievalTipError:
+        os._exit(REFUSED)
 
 
 def shrink_limits(patch):
@@ -354,7 +363,7 @@ NEEDED = {
 }  # fmt: skip
 WHOLE = {"move": ({"old"}, {"moved"}), "duplicate": ({"old"}, {"old", "copy"}), "delete": ({"old"}, set())}
 """Indexes before and after a change of the whole folder."""
-CHANGES = [name for name in OPERATIONS if name not in ("first", "grow", *WHOLE)]
+CHANGES = [name for name in OPERATIONS if name not in ("first", "grow", "command", *WHOLE)]
 
 
 def steps_of(server, world, operation, folder):
@@ -366,13 +375,13 @@ def steps_of(server, world, operation, folder):
             assert operation not in NEEDED or NEEDED[operation] in steps
             assert operation == "gc" or "create" in steps
         else:
-            assert {"fcntl.flock", "os.remove"} <= set(steps)
+            assert {"fcntl.flock", "os.remove"} <= set(steps) or operation == "first"
             assert operation == "gc" or {"fsync", "os.rename", "open to write"} <= set(steps)
     return world.steps[operation]
 
 
 FOLDERS = [("Flat", name) for name in CHANGES]
-FOLDERS += [("Classes", name) for name in ("add", "relabel", "rebuild")]
+FOLDERS += [*(("Classes", name) for name in ("add", "relabel", "rebuild")), ("Flat", "first")]
 TABLES = [("lance", name) for name in ("first", *CHANGES)]
 
 
@@ -384,6 +393,48 @@ def test_a_change_killed_at_any_step_leaves_the_old_or_the_new_version(server, w
     assert found == sorted(found, key=["before", "after"].index)
     assert len(found) == len(chosen)
     assert set(found) == {"before", "after"}
+
+
+@pytest.mark.parametrize("operation", few(["build", "add", "first", "gc", "rebuild", "rollback"], 3))
+def test_a_failed_system_call_leaves_the_old_or_the_new_version(server, worlds, operation, tmp_path):
+    """The disk reports an error of input or output."""
+    world, failed = worlds["Flat"], 0
+    steps = [at for at, name in enumerate(steps_of(server, world, operation, tmp_path)) if name != "fcntl.flock"]
+    for step in (steps[i] for i in sampled(len(steps), 8)):
+        place = world.copy(tmp_path, str(step), operation)
+        status = server.run(world.job(operation, place), step=step, how="EIO")
+        assert status in (0, REFUSED)
+        state = check_killed(place, world, operation)
+        assert (state == "before") == (status == REFUSED)
+        failed += status == REFUSED
+    assert failed
+
+
+def test_an_interrupted_command_leaves_no_partial_files_and_exits_with_128_plus_signal(server, worlds, tmp_path):
+    world, found = worlds["Flat"], []
+    for step in sampled(len(steps_of(server, world, "command", tmp_path)), 6):
+        place, how = world.copy(tmp_path, str(step), "command"), ("SIGINT", "SIGTERM", "SIGHUP")[step % 3]
+        assert server.run(world.job("command", place), step=step, how=how) == 128 + getattr(signal, how)
+        assert not list(Path(place).rglob(".*"))
+        found.append(check_killed(place, world, "command"))
+    assert found == sorted(found, key=["before", "after"].index)
+    assert set(found) == {"before", "after"}
+
+
+def test_killing_the_console_script_while_it_writes_keys_changes_nothing(worlds, tmp_path):
+    """Use the console script with all its threads, and a table that takes long to write."""
+    world, table = worlds["Flat"], tmp_path / "large.parquet"
+    place = world.copy(tmp_path, "index", "build")
+    rows = pq.read_table(world.tables / "other.parquet")
+    pq.write_table(rows.take(np.resize(np.arange(len(rows)), 960_000)), table)
+    command = [str(Path(sys.executable).with_name("retrieval-tip")), "-q", "index", "build", str(table)]
+    process = subprocess.Popen([*command, "--out", place], stdout=subprocess.DEVNULL)
+    while not list((Path(place) / "data").glob(".keys-*.tmp")):
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert check_killed(place, world, "build") == "before"
 
 
 @pytest.mark.parametrize("operation", WHOLE)
@@ -496,3 +547,83 @@ def test_a_killed_writer_does_not_block_a_bucket(server, worlds, tmp_path):
     assert changes.remove(place, key_ids=[0]).version == 5
     assert stores.at(place).verify().n == 34
     check_tidy(place)
+
+
+# --- full disks
+
+PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
+ROWS = (300, 90, 40)
+WRITING = [name for name in CHANGES if name not in ("fit to values", "gc")]
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory):
+    """Tables and another index, on a disk with enough room."""
+    room = tmp_path_factory.mktemp("room")
+    make_tables(room, ROWS)
+    built(room / "others", room, "1", "Flat")
+    return room
+
+
+def resize(disk, free):
+    """Leave ``free`` bytes, a multiple of a page. The size stays above 0, which would mean no limit."""
+    found = os.statvfs(disk)
+    used = (found.f_blocks - found.f_bfree) * found.f_frsize
+    subprocess.run(["mount", "-o", f"remount,size={max(used + free, PAGE)}", disk], check=True)
+
+
+def change_on(name, folder, room, index):
+    """Change an index, and return its new address."""
+    if name == "merge":
+        changes.merge(folder, room / "others")
+    elif name == "set":
+        changes.configure(folder, alpha=3.0)
+    elif name == "first":
+        folder = folder.with_name("deep") / "index"
+        built(folder, room, "0", index)
+    else:
+        OPERATIONS[name](folder, room, index)
+    return folder.with_name("copy") if name == "duplicate" else folder
+
+
+@pytest.mark.parametrize(
+    ("name", "index"),
+    [
+        ("first", "Flat"),
+        ("duplicate", "Flat"),
+        *few([(name, index) for index in ("Flat", "Classes") for name in [*WRITING, "merge", "set"]], 3),
+    ],
+)
+def test_a_change_on_a_full_disk_changes_nothing_and_succeeds_with_more_room(small_disk, room, tmp_path, name, index):
+    """The disk gets one more page of room each time; outside a soak, five. Each refusal names the reason."""
+    disk = small_disk(8192)
+    for folder in (disk / "index", tmp_path / "index"):
+        make_index(folder, room, index)
+    expected = change_on(name, tmp_path / "index", room, index)
+    before, old = snapshot(disk), answer(disk / "index")
+    for pages in range(0, 1000, 1 if SOAK else 5):
+        resize(disk, pages * PAGE)
+        try:
+            changed = change_on(name, disk / "index", room, index)
+            break
+        except RetrievalTipError as error:
+            one_line(error, "No space left", disk)
+            assert snapshot(disk) == before
+            assert answer(disk / "index") == old
+    assert pages > 2
+    assert answer(changed) == answer(expected)
+    assert stores.at(changed).manifest().version == stores.at(expected).manifest().version
+    assert not list(disk.rglob("*.tmp"))
+
+
+def test_gc_frees_space_on_a_full_disk(small_disk, room):
+    folder = small_disk(8192) / "index"
+    make_index(folder, room, "Flat")
+    before = answer(folder)
+    resize(folder.parent, 0)
+    with pytest.raises(RetrievalTipError, match="No space left"):
+        changes.rebuild(folder)
+    gone, freed = stores.at(folder).collect()
+    assert (gone, freed > 0) == ([2, 3], True)
+    assert answer(folder) == before
+    assert stores.at(folder).history()["version"].to_pylist() == [4]
