@@ -72,7 +72,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         classes_: the sorted labels, in their original dtype.
         n_features_in_: the length ``d`` of a feature.
         feature_names_in_: the column names of ``X``, if it has any.
-        cache_: the underlying :class:`Index`. Its key ids are the row numbers of ``X``. Use ``cache_.save`` to
+        index_: the underlying :class:`Index`. Its key ids are the row numbers of ``X``. Use ``index_.save`` to
             write an index.
 
     You can pickle a fitted estimator. As with any pickle, only load files that you trust.
@@ -136,7 +136,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         It must be passed to the first call, unless ``class_names`` is set. If a call raises an error, the estimator
         does not change.
         """
-        if not hasattr(self, "cache_"):
+        if not hasattr(self, "index_"):
             if classes is None and self.class_names is None:
                 raise UsageError("classes: list all classes in the first call of partial_fit, or set class_names")
             if classes is not None and self.class_names is not None:
@@ -246,7 +246,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         return self
 
     def _queries(self, X: npt.ArrayLike) -> FloatArray:
-        check_is_fitted(self, "cache_")
+        check_is_fitted(self, "index_")
         return _rows(validate_data(self, X, reset=False, dtype=_dtypes(self._normalize)), self._normalize)
 
     def _logits(self, X: npt.ArrayLike) -> torch.Tensor:

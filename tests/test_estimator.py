@@ -113,7 +113,7 @@ def test_default_settings_give_the_answers_of_a_built_index(tmp_path: Path) -> N
     source = open_source(tmp_path / "shots.parquet")
     index = build_index(source, tmp_path / "index", Reader(), text=tmp_path / "text.parquet", device="cpu")
     made = TipAdapterClassifier(TEXT, NAMES, device="cpu").fit(X, Y)
-    assert made.cache_.fitted == index.fitted
+    assert made.index_.fitted == index.fitted
     answers = index.classify(QUERIES, top=C)
     assert made.predict(QUERIES).tolist() == [answer.label for answer in answers]
     for probabilities, answer in zip(made.predict_proba(QUERIES), answers, strict=True):
@@ -217,7 +217,7 @@ def test_partial_fits_equal_one_fit_on_all_rows(how: dict[str, Any]) -> None:
     (affinity, rows), (expected, same) = (made.kneighbors(QUERIES, 9) for made in (parts, whole))
     np.testing.assert_allclose(affinity, expected, rtol=0, atol=1e-5)
     np.testing.assert_array_equal(rows, same)
-    assert parts.fit(X[:30], Y[:30]).cache_.n == 30
+    assert parts.fit(X[:30], Y[:30]).index_.n == 30
 
 
 def test_partial_fit_needs_to_know_the_classes() -> None:
@@ -250,7 +250,7 @@ def test_kneighbors_are_sorted_rows_of_the_training_data(index: str) -> None:
     np.testing.assert_allclose(affinity, np.einsum("qd,qkd->qk", QUERIES, X[rows]), atol=1e-5)
     if index == "Flat":
         np.testing.assert_array_equal(rows, np.argsort(-(QUERIES @ X.T), axis=1)[:, :10])
-    assert rows[0].tolist() == [one["key_id"] for one in nearest_keys(made.cache_, QUERIES[:1], 10)[0]]
+    assert rows[0].tolist() == [one["key_id"] for one in nearest_keys(made.index_, QUERIES[:1], 10)[0]]
     assert made.kneighbors(X)[0].shape == (len(X), 5)
     if index != "SQ8":
         assert made.kneighbors(X, 1)[1].ravel().tolist() == list(range(len(X)))
@@ -281,14 +281,14 @@ def test_a_fitted_estimator_can_be_pickled_and_copied(carry: Any, index: str) ->
     for a, b in zip(there.kneighbors(QUERIES, 9), made.kneighbors(QUERIES, 9), strict=True):
         np.testing.assert_array_equal(a, b)
     there.partial_fit(QUERIES[:1], ["ant"])  # training the copy does not change the original
-    assert (there.cache_.n, made.cache_.n) == (len(X) + 1, len(X))
+    assert (there.index_.n, made.index_.n) == (len(X) + 1, len(X))
     assert there.kneighbors(QUERIES[:1], 1)[1].tolist() == [[len(X)]]
     made.predict(QUERIES)  # the original still works
 
 
 def test_the_cache_model_can_be_saved(tmp_path: Path) -> None:
     made = classifier(alpha=2.0, k=6).fit(X, Y)
-    made.cache_.save(tmp_path / "index")
+    made.index_.save(tmp_path / "index")
     opened = Index.load(tmp_path / "index", device="cpu")
     assert (opened.class_names, opened.settings.alpha, opened.settings.k) == (NAMES.tolist(), 2.0, 6)
     logits = opened.logits(QUERIES, opened.settings.k, opened.settings.tail)

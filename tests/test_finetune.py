@@ -536,7 +536,7 @@ def test_fine_tuning_does_not_lower_accuracy_on_real_features(shared: Path, tmp_
         cache = Index.from_features(
             features, own.labels, words.labels, text, settings=own_settings, sources=own.sources, device="cpu"
         )
-        tuned = finetune.finetune(cache, own_shots(cache, own), Reader(), Recipe(seed=seed)).cache
+        tuned = finetune.finetune(cache, own_shots(cache, own), Reader(), Recipe(seed=seed)).index
         queries, ids = Reader().encode(test).features, cache.ids_of(test)
         for found, results in ((cache, before), (tuned, after)):
             results.append(float((found.logits(queries).argmax(1).numpy() == ids).mean()))
