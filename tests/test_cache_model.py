@@ -27,8 +27,7 @@ from hypothesis import strategies as st
 from tables import read_features, unit
 
 import retrieval_tip
-from retrieval_tip import Index
-from retrieval_tip import model as index_model
+from retrieval_tip import Index, answering
 from retrieval_tip.backbones.base import Identity
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_inputs
@@ -123,7 +122,8 @@ def test_logits_match_the_dense_definition_for_any_settings(index, kind, valued,
     values = torch.from_numpy(VALUES) if valued else None
     keys = mock.patch.multiple("retrieval_tip.retrieval.keys", QUERY_BLOCK=sizes[0], KEY_BLOCK=sizes[1])
     with keys, mock.patch("retrieval_tip.retrieval.logits.QUERY_BLOCK", sizes[0]):  # the sums of keys use blocks, too
-        check_logits(replace(own, values=values, settings=own.settings.override(alpha=alpha, beta=beta)), k, tail)
+        valued_rows = replace(own.rows, values=values)
+        check_logits(replace(own, rows=valued_rows, settings=own.settings.override(alpha=alpha, beta=beta)), k, tail)
 
 
 @pytest.mark.parametrize("values", [None, VALUES])
@@ -164,7 +164,7 @@ def test_real_features_give_the_published_accuracy(shared: Path) -> None:
 def test_classify_does_not_depend_on_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = model()
     whole = cache.classify(QUERIES, top=3, k=16)
-    monkeypatch.setattr(index_model, "PREDICTED", 3)  # more queries are classified three at a time
+    monkeypatch.setattr(answering, "PREDICTED", 3)  # more queries are classified three at a time
     assert [p.labels for p in cache.classify(QUERIES, top=3, k=16)] == [p.labels for p in whole]
     single = [cache.classify(QUERIES[i : i + 1], top=3, k=16)[0] for i in range(Q)]
     assert [p.labels for p in single] == [p.labels for p in whole]

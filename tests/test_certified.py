@@ -147,7 +147,7 @@ def at_the_means(draw):
 def test_a_settled_query_has_searched_its_winner(given_, most):
     text, cache, true, alpha, slack = given_
     classes, met = certify.promising(tip.Terms(text, cache), Settings(alpha=alpha), slack, most)
-    settled = certify.certain(tip.Terms(text, cache), Settings(alpha=alpha), slack, classes)
+    settled = certify.class_certificate(tip.Terms(text, cache), Settings(alpha=alpha), slack, classes)
     lower, exact = tip.blend(text, cache, alpha), tip.blend(text, true, alpha)
     assert classes.shape == met.shape == (len(text), min(most, text.shape[1]))
     ranked = lower.gather(1, classes)
@@ -182,8 +182,8 @@ def test_only_a_class_that_could_win_leaves_a_query_unsettled(text, cache, alpha
     classes, found = certify.promising(terms, own, slack, len(text))
     assert sorted(classes[found].tolist()) == met or alpha > 1e38
     assert found[0, 0]
-    assert certify.certain(terms, own, slack, classes[:, :1]).tolist() == [settled] or alpha > 1e38
-    assert certify.certain(terms, own, slack, classes[:, : len(met)]).all() or alpha > 1e38
+    assert certify.class_certificate(terms, own, slack, classes[:, :1]).tolist() == [settled] or alpha > 1e38
+    assert certify.class_certificate(terms, own, slack, classes[:, : len(met)]).all() or alpha > 1e38
 
 
 @given(st.integers(1, 6), st.floats(0, 10), st.floats(0, 0.5), st.integers(0, 2**32 - 1))

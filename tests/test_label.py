@@ -168,10 +168,10 @@ def test_labels_build_an_index_that_guesses_and_sessions_can_be_resumed(
         first = client.label(1)
         assert first[0]["picked"] == "random"
         assert first[0]["guesses"] == []
-        state = client.certain()
+        state = client.settled()
         assert (state["photos"], state["labelled"], state["unsaved"]) == (25, 1, 0)  # without the damaged file
         done = first + client.label(9)
-        state = client.certain()
+        state = client.settled()
         assert state["labelled"] == 10
         assert {one["label"]: one["photos"] for one in state["classes"]} == _counts(pool[one["name"]] for one in done)
         assert not {one["photo"] for one in state["queue"]} & {one["photo"] for one in done}
@@ -181,7 +181,7 @@ def test_labels_build_an_index_that_guesses_and_sessions_can_be_resumed(
     assert {name: row["picked"] for name, row in labels.items()} == {one["name"]: one["picked"] for one in done}
     assert {one["picked"] for one in done} == {"random", "suggested"}
     with Client(pool, place, lit_mini) as client:
-        state = client.certain()
+        state = client.settled()
         assert state["labelled"] == 10
         shown = state["queue"][0]
         feature = Reader(lit_mini).encode(next(open_inputs([shown["name"]]))).features
@@ -189,7 +189,7 @@ def test_labels_build_an_index_that_guesses_and_sessions_can_be_resumed(
         assert [one["label"] for one in shown["guesses"]] == answer.labels
         assert [one["probability"] for one in shown["guesses"]] == pytest.approx(answer.probabilities, abs=1e-4)
         client.label(15)
-        assert client.certain()["queue"] == []
+        assert client.settled()["queue"] == []
     assert opened(place).n == 25
 
 
@@ -200,10 +200,10 @@ def _counts(names: Any) -> dict[str, int]:
 
 def test_near_identical_photos_can_be_labelled_together(pool: dict[str, str], place: Path, lit_mini: Backbone) -> None:
     with Client(pool, place, lit_mini) as client:
-        client.certain()
+        client.settled()
         pairs = {}
         while len(pairs) < 2:
-            state = client.certain()
+            state = client.settled()
             pairs |= {Path(one["name"]).stem: one for one in state["queue"] if Path(one["name"]).stem in ("0", "copy")}
             if not pairs:
                 client.set({}, *(one["photo"] for one in state["queue"]))
@@ -214,7 +214,7 @@ def test_near_identical_photos_can_be_labelled_together(pool: dict[str, str], pl
         other = one["similar"][0]
         state = client.set({one["photo"]: "pair", other: "pair"})
         assert state["labelled"] >= 2
-        client.certain()
+        client.settled()
     rows = opened(place).labels.to_pylist()
     assert {Path(row["source"]).stem for row in rows if row["label"] == "pair"} >= {"0", "copy"}
 
@@ -224,21 +224,21 @@ def test_undo_and_relabel_change_one_version_and_keep_what_others_added(
 ) -> None:
     with Client(pool, place, lit_mini) as client:
         first, second, third = client.label(3)
-        client.certain()
+        client.settled()
         other = tmp_path / "other.png"
         Image.new("RGB", (64, 64), "red").save(other)
         add_photo(place, other, "red", lit_mini)
         client.until(lambda state: state["version"] == opened(place).version)
-        version = client.certain()["version"]
+        version = client.settled()["version"]
         client.set({second["photo"]: "x", third["photo"]: "y"})
-        assert client.certain()["version"] == version + 1
+        assert client.settled()["version"] == version + 1
         typo = client.status()["queue"][0]
         client.set({typo["photo"]: "tpyo"}, step="typo")
-        client.certain()
+        client.settled()
         assert "tpyo" in opened(place).class_names
         state = client.set({}, undo="typo")
         assert (state["labelled"], state["steps"], state["queue"][0]["photo"]) == (3, [], typo["photo"])
-        assert client.certain()["version"] == version + 3
+        assert client.settled()["version"] == version + 3
     assert labels_of(place) == {
         first["name"]: pool[first["name"]], second["name"]: "x", third["name"]: "y", str(other): "red",
     }  # fmt: skip
@@ -249,20 +249,20 @@ def test_a_step_is_done_once_and_undo_restores_labels_and_skipped_photos(
     pool: dict[str, str], place: Path, lit_mini: Backbone
 ) -> None:
     with Client(pool, place, lit_mini) as client:
-        one, other, *_ = client.certain()["queue"]
+        one, other, *_ = client.settled()["queue"]
         client.set({one["photo"]: "a"}, step="1")
         client.set({one["photo"]: "b"}, step="2")
         assert client.set({one["photo"]: "a"}, step="1")["steps"] == ["1", "2"]  # the request was repeated
-        assert client.certain()["queue"][0]["photo"] == other["photo"]
+        assert client.settled()["queue"][0]["photo"] == other["photo"]
         state = client.set({}, other["photo"], step="3")
         assert other["photo"] != state["queue"][0]["photo"]
         for _ in range(2):  # the request is repeated
             state = client.set({}, undo="3")
             assert (state["queue"][0]["photo"], state["steps"]) == (other["photo"], ["1", "2"])
-        client.certain()
+        client.settled()
         assert labels_of(place) == {one["name"]: "b"}
         client.set({}, undo="2")
-        client.certain()
+        client.settled()
         assert labels_of(place) == {one["name"]: "a"}
         assert client.set({}, undo="1")["queue"][0] | {"guesses": []} == one | {"guesses": []}
 
@@ -272,21 +272,21 @@ def test_a_first_label_that_was_undone_does_not_count_and_leaves_with_the_next(
 ) -> None:
     with Client(pool, place, lit_mini) as client:
         (first,) = client.label(1)
-        client.certain()
+        client.settled()
         assert client.set({first["photo"]: None})["labelled"] == 0
-        client.certain()
+        client.settled()
     with Client(pool, place, lit_mini) as client:
-        state = client.certain()
+        state = client.settled()
         assert (state["labelled"], state["classes"]) == (0, [])
-        assert first["photo"] in {one["photo"] for one in client.certain()["queue"]}
+        assert first["photo"] in {one["photo"] for one in client.settled()["queue"]}
         other = next(one for one in state["queue"] if one["photo"] != first["photo"] and one["name"] in pool)
         client.set({other["photo"]: "other"})
-        assert client.certain()["classes"] == [{"label": "other", "photos": 1}]
+        assert client.settled()["classes"] == [{"label": "other", "photos": 1}]
         assert labels_of(place) == {other["name"]: "other"}
         client.set({other["photo"]: None})
-        client.certain()
+        client.settled()
         client.set({other["photo"]: "again"})
-        assert client.certain()["labelled"] == 1
+        assert client.settled()["labelled"] == 1
     assert labels_of(place) == {other["name"]: "again"}
 
 
@@ -294,7 +294,7 @@ def test_a_bad_label_is_named_and_kept_while_the_others_are_saved(
     pool: dict[str, str], place: Path, lit_mini: Backbone
 ) -> None:
     with Client(pool, place, lit_mini) as client:
-        client.certain()
+        client.settled()
         bad = client.number("damaged")
         good = [client.number(name) for name in ("1", "2", "3", "4")]
         client.set(dict.fromkeys([good[0], bad, *good[1:]], "x"))
@@ -308,7 +308,7 @@ def test_a_bad_label_is_named_and_kept_while_the_others_are_saved(
         client.until(lambda state: state["unsaved"] == 1)
         assert labels_of(place) == dict.fromkeys([client.names[number] for number in good], "y")
         assert client.set({bad: None})["refused"] == []
-        assert client.certain()["unsaved"] == 0
+        assert client.settled()["unsaved"] == 0
 
 
 def test_photos_are_recognised_by_their_bytes_from_any_folder(
@@ -322,21 +322,21 @@ def test_photos_are_recognised_by_their_bytes_from_any_folder(
     for day in ("day1", "day2"):
         monkeypatch.chdir(tmp_path / day)
         with Client({"new/IMG_0.jpg": day, "new/IMG_1.jpg": day}, place, lit_mini) as client:
-            assert client.certain()["labelled"] == 0
+            assert client.settled()["labelled"] == 0
             client.label(2)
-            client.certain()
+            client.settled()
     wanted = {str(tmp_path / day / f"new/IMG_{n}.jpg"): day for day in ("day1", "day2") for n in (0, 1)}
     assert labels_of(place) == wanted
     moved = place.rename(tmp_path / "moved")
     monkeypatch.chdir(tmp_path)
     for folder in ("day1/new", str(tmp_path / "day2" / "new"), "day1/../day2/new"):
         with Client({f"{folder}/IMG_0.jpg": "", f"{folder}/IMG_1.jpg": ""}, moved, lit_mini) as client:
-            assert client.certain()["labelled"] == 2
+            assert client.settled()["labelled"] == 2
     shutil.copytree(tmp_path / "day1", tmp_path / "copy")
     with Client({"copy/new/IMG_0.jpg": "", "copy/new/IMG_1.jpg": ""}, moved, lit_mini) as client:
-        assert client.certain()["labelled"] == 2
+        assert client.settled()["labelled"] == 2
         client.set({0: "changed"})
-        client.certain()
+        client.settled()
     assert labels_of(moved) == wanted | {str(tmp_path / "day1/new/IMG_0.jpg"): "changed"}
 
 
@@ -348,9 +348,9 @@ def test_of_two_labels_of_copies_in_one_request_the_last_counts(
     for name in names:
         shutil.copy(photo, name)
     with Client(dict.fromkeys(names, ""), place, lit_mini) as client:
-        client.certain()
+        client.settled()
         client.set({client.number("a"): "first", client.number("copy"): "last"})
-        assert client.certain()["labelled"] == 2
+        assert client.settled()["labelled"] == 2
     assert list(labels_of(place).values()) == ["last"]
 
 
@@ -375,7 +375,7 @@ def test_labels_are_saved_later_if_saving_fails(
         assert state["problem"] == "idx: no space left on device"
         assert (state["labelled"], state["unsaved"], state["version"]) == (2, 2, None)
         full = False
-        assert client.certain()["problem"] is None
+        assert client.settled()["problem"] is None
     assert opened(place).n == 2
 
 
@@ -386,16 +386,16 @@ def test_keys_of_photos_that_are_gone_can_be_relabelled_and_removed(
     images = [Path(shutil.copy(path, tmp_path / "pool")) for path, _ in caltech_photos(shared, "train", 2, 2)]
     pool = dict.fromkeys(map(str, images), "x")
     with Client(pool, place, lit_mini) as client:
-        client.certain()
+        client.settled()
         for image in images[:2]:
             image.unlink()
         numbers = [client.names.index(str(image)) for image in images]
         client.set(dict.fromkeys(numbers, "x"), step="all")
-        client.certain()
+        client.settled()
         assert labels_of(place) == pool
         client.set({numbers[0]: "y"})
         client.set({numbers[1]: None, numbers[2]: None})
-        client.certain()
+        client.settled()
     assert labels_of(place) == {str(images[0]): "y", str(images[3]): "x"}
 
 
@@ -407,7 +407,7 @@ def test_photos_are_sorted_by_label_or_answer(
         assert client.http.post(**sort).status_code == 404  # no labels yet
         labelled = client.label(7)
         client.set({labelled[0]["photo"]: "a class of its own"})
-        client.certain()
+        client.settled()
         answer = client.http.post(**sort).json()
         assert answer["summary"].startswith("copied 25 photos")
         assert answer["undo"] == f"retrieval-tip sort --undo --into {tmp_path / 'sorted'}"
@@ -426,7 +426,7 @@ def test_invalid_requests_are_refused(pool: dict[str, str], place: Path, lit_min
             ({"labels": [{"photo": 0, "label": "a\nb"}]}, 422),
         ):  # fmt: skip
             assert post("/v1/label", json=body, headers=AUTHORISED).status_code == status, body
-        state = client.certain()
+        state = client.settled()
         assert (state["labelled"], state["classes"]) == (0, [{"label": "owl", "photos": 0}])
         image = client.http.get(f"/v1/label/photos/{state['queue'][0]['photo']}/image?size=64")
         assert image.headers["content-type"] == "image/jpeg"

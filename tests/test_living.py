@@ -67,7 +67,7 @@ class State:
 class OpenVersion:
     """A reader that has a version open, and the logits it should keep returning."""
 
-    cache: Index
+    index: Index
     state: State
     logits: torch.Tensor = field(init=False)
 
@@ -238,7 +238,7 @@ class Living(RuleBasedStateMachine):
     @rule()
     def reload(self) -> None:
         found = self.reader.index.reload()
-        assert (found is self.reader.cache) == (self.reader.index.version == self.version)
+        assert (found is self.reader.index) == (self.reader.index.version == self.version)
         self.reader = OpenVersion(found, self.state)
 
     @invariant()
@@ -303,7 +303,7 @@ class Living(RuleBasedStateMachine):
 
     @invariant()
     def the_reader_still_answers(self) -> None:
-        cache = self.reader.cache
+        cache = self.reader.index
         np.testing.assert_allclose(cache.logits(QUERIES), self.reader.logits, atol=1e-4)
         assert sorted(cache.labels["key_id"].to_pylist()) == sorted(self.reader.state.keys)
 

@@ -91,7 +91,7 @@ def test_values_of_a_replaced_model_are_checked_and_used() -> None:
     cache.logits(QUERIES, 9)
     copy = replace(cache, rows=replace(cache.rows, values=model().values))
     np.testing.assert_allclose(copy.terms(QUERIES).cache, exact(), rtol=1e-4, atol=1e-4)
-    again = replace(copy, values=2 * copy.values)  # new values need new sums
+    again = replace(copy, rows=replace(copy.rows, values=2 * copy.values))  # new values need new sums
     torch.testing.assert_close(again.terms(QUERIES, 9).cache, 2 * copy.terms(QUERIES, 9).cache)
     for bad in (torch.ones(N, C + 1), torch.ones(N)):
         with pytest.raises(InputError, match=r"^values: shape"):

@@ -87,13 +87,7 @@ class Labelling:
 
         Raises InputError if a source has features instead of photos, and the errors of :class:`journal.Journal`.
         """
-        for source in sources:
-            if source.paths is None:
-                raise InputError(f"{source.name}: has features, but labelling needs photos; give a folder of photos")
-        paths = list(dict.fromkeys(path for source in sources for path in source.paths or ()))
-        if len(paths) > MOST_PHOTOS:
-            log.warning("using %s photos, which were drawn at random from %s", f"{MOST_PHOTOS:,}", f"{len(paths):,}")
-            paths = [paths[row] for row in np.random.default_rng(0).permutation(len(paths))[:MOST_PHOTOS]]
+        paths = _paths_of(sources)
         self.place, self.name = place, places.at(place).name
         self._journal = Journal(places.at(place))
         unsaved = dict(enumerate(self._journal.entries.values(), len(paths)))
@@ -139,7 +133,7 @@ class Labelling:
             await asyncio.gather(*others, return_exceptions=True)
             for pool in (self._encoding, self._thinking):
                 pool.shutdown(cancel_futures=True)
-            self._journal.close(self._entry(photo, label) for photo, label in self._unsaved.items())
+            self._journal.close(_entry(self.photos, photo, label) for photo, label in self._unsaved.items())
 
     def check_saved(self) -> None:
         """Raise StoreError if the session has ended and some labels could not be saved."""
@@ -233,16 +227,13 @@ class Labelling:
         """Write labels to the journal, and save them soon. Raises StoreError if the journal cannot be written."""
         if not labels:
             return
-        self._journal.add(self._entry(photo, label) for photo, label in labels.items())
+        self._journal.add(_entry(self.photos, photo, label) for photo, label in labels.items())
         for photo, label in labels.items():
             for copy in self.photos.copies(photo):
                 self._unsaved.pop(copy, None)
                 self._refused.pop(copy, None)
             self._unsaved[photo] = label
         self._due.set()
-
-    def _entry(self, photo: int, label: Label) -> Entry:
-        return {"path": self.photos.path(photo), "digest": self.photos.digests.get(photo), **vars(label)}
 
     async def sort(self, into: str) -> schemas.SortedPhotos:
         """Copy all photos into folders by class. Raises Problem 404 without an index, and InputError if this fails."""
@@ -413,7 +404,7 @@ class Labelling:
         for photo in done:
             del self._unsaved[photo]
             self._refused.pop(photo, None)
-        self._journal.saved([self._entry(photo, labels[photo]) for photo in done], all_saved=not self._unsaved)
+        self._journal.saved([_entry(self.photos, photo, labels[photo]) for photo in done], all_saved=not self._unsaved)
 
     async def _work(self, step: Callable[[], Awaitable[None]]) -> None:
         """Run a step of the background work. If it fails, keep the error for the page."""
@@ -479,6 +470,22 @@ class Labelling:
             features = self.photos.rows(rest)
             self._progress = await self._service.run(self._thinking, _measured_on, features, version.index, drawn)
         self._measured_at = version
+
+
+def _paths_of(sources: Sequence[Source]) -> list[str]:
+    """Return the paths of the photos of a session, or of a random sample if there are too many."""
+    for source in sources:
+        if source.paths is None:
+            raise InputError(f"{source.name}: has features, but labelling needs photos; give a folder of photos")
+    paths = list(dict.fromkeys(path for source in sources for path in source.paths or ()))
+    if len(paths) > MOST_PHOTOS:
+        log.warning("using %s photos, which were drawn at random from %s", f"{MOST_PHOTOS:,}", f"{len(paths):,}")
+        paths = [paths[row] for row in np.random.default_rng(0).permutation(len(paths))[:MOST_PHOTOS]]
+    return paths
+
+
+def _entry(photos: SessionPhotos, photo: int, label: Label) -> Entry:
+    return {"path": photos.path(photo), "digest": photos.digests.get(photo), **vars(label)}
 
 
 def _suggested(photos: SessionPhotos, rows: Sequence[int], index: Index | None) -> list[tuple[int, str]]:
