@@ -1,4 +1,4 @@
-"""What was learned from labelled keys, and the questions that it can answer."""
+"""The questions that an index answers, and the keys, values and settings that it answers with."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ FITTED = ("gamma", "least_cache", "log_offset")
 class Settings:
     """The settings of the method, ``logits = logit_scale * f W^T + alpha * C + gamma * B`` (see :mod:`tip`).
 
-    The defaults are those of the paper.
+    The defaults come from the paper.
 
     Args:
         alpha: the residual ratio, which is the weight of the cache relative to the text (equation 6 of the paper). It

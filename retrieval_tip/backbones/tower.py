@@ -71,7 +71,7 @@ class Tower:
     """A compiled tower, which maps shape ``[b, 3, h, w]`` to raw features of shape ``[b, d]``, both in float32."""
 
     def __init__(self, model: openvino.Model, precision: str, digest: str = "") -> None:
-        """Compile a graph. ``digest`` is that of the stored file."""
+        """Compile a graph. ``digest`` is the SHA-256 of the stored file."""
         import torch
 
         self.digest = digest
@@ -239,7 +239,7 @@ def _check_cosine(features: FloatArray, exact: FloatArray, precision: str) -> fl
 
 
 def runtime() -> ModuleType:
-    """Import openvino without its telemetry, that of NNCF, and that of ONNX Runtime."""
+    """Import openvino without telemetry, also of NNCF and ONNX Runtime."""
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     import openvino
@@ -322,7 +322,7 @@ def can_view(preprocess: Preprocess) -> bool:
 
 
 def view(image: Image.Image, preprocess: Preprocess) -> torch.Tensor:
-    """Return the centre view, ``[3, h, w]`` in float32, bit-identical to that of open_clip or timm."""
+    """Return the centre view, ``[3, h, w]`` in float32, bit-identical to the view of open_clip or timm."""
     import torch
     from PIL.Image import Resampling
 

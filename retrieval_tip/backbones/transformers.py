@@ -33,7 +33,7 @@ ARCHITECTURE = ("hidden_act", "num_attention_heads", "layer_norm_eps", "eos_toke
 def open_model(place: str, device: torch.device) -> Opened:
     """Open a CLIP or SigLIP model in the format of transformers.
 
-    The features equal those of ``get_image_features`` and ``get_text_features``. The views are the same as those of the
+    ``get_image_features`` and ``get_text_features`` return the same features. The views are the same as those of the
     image processor, except that they are shifted by half a pixel if an odd number of pixels is cropped. Sentences are
     padded to the length of the text tower. Raises BackboneError if the model is not supported or cannot be read.
     """

@@ -148,7 +148,7 @@ def report_command(
 
     You can open the file offline in any browser, and send it to others. It names the weakest classes, recommends what
     to do next, and shows the worst mistakes. Photos that are shots of the index, and photos of classes that it lacks,
-    are left out. The other figures are the same as those of the command evaluate. This command requires matplotlib.
+    are left out. The command evaluate prints the same other figures. This command requires matplotlib.
     """
     from retrieval_tip.report.report import check, write_report
     from retrieval_tip.report.results import portable

@@ -136,8 +136,8 @@ class TrainingOptions:
     precision: TrainingPrecision = option(
         options.choice(TrainingPrecision), default="float32", help="Data type of the matrix products."
     )
-    alpha: float | None = option(kinds.NUMBER, help="Alpha used for training. [default: that of the unfitted index]")
-    beta: float | None = option(kinds.NUMBER, help="Beta used for training. [default: that of the unfitted index]")
+    alpha: float | None = option(kinds.NUMBER, help="Alpha used for training. [default: as in the unfitted index]")
+    beta: float | None = option(kinds.NUMBER, help="Beta used for training. [default: as in the unfitted index]")
     seed: int = option(kinds.SEED, default=1, help="Seed for drawing batches and views.")
 
     def recipe(self) -> Recipe:

@@ -178,7 +178,7 @@ def tune_command(
 
     Options:
         val: Images or features to tune on. Do not use the shots. The val part of a split .json is used.
-        agreement: Minimum share of answers that must equal those of an exact search over all keys.
+        agreement: Minimum share of answers that must equal the answers of an exact search over all keys.
         factories: FAISS factory string to try. [default: Classes and an inverted file]
         dry_run: Print the results, but do not change the index.
     """
@@ -468,7 +468,7 @@ def audit_command(
 ) -> None:
     """List shots that look mislabelled, or relabel them.
 
-    Each shot is classified with all other shots, excluding those of the same image. The most suspicious shots are
+    Each shot is classified with all other shots, excluding shots of the same image. The most suspicious shots are
     listed first. Images that appear in two classes are also listed.
 
     To correct labels, save the list with --output suspects.csv (you can also use .json or .parquet). Delete rows or

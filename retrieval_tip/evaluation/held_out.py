@@ -89,7 +89,7 @@ def without_parts(index: Index, rows: IntArray, kept: IntArray | None = None) ->
     """Split photos into at most :data:`PARTS` parts, and yield each part with an index that lacks its photos.
 
     See :func:`folds.parts_without`. The ``kept`` keys are all by default. The metric and the values of the index are
-    refitted to its keys, unless they were trained. Its settings are those of ``index``. It compares a query with every
+    refitted to its keys, unless they were trained. It has the settings of ``index``. It compares a query with every
     key, unless ``index`` is of the type ``Classes``.
     """
     ids, images, fitted, c = index.class_ids.cpu(), images_of(index.labels), index.fitted, len(index.class_names)

@@ -316,7 +316,7 @@ class Folds:
 
     @property
     def halves(self) -> bool:
-        """Whether only about half of the shots remain in a fold. Their cache logits differ from those of all shots."""
+        """Whether only about half of the shots remain in a fold, so that cache logits differ from the logits of all."""
         return any(len(held.rows) < 0.6 * len(self.ids) for held in self.held if held.of == "shots")
 
     def held_of(self, what: str) -> Tensor:

@@ -128,7 +128,7 @@ class Plan:
         return any(setting is not None for setting in (self.alpha, self.beta, self.normalize))
 
     def settings(self, backbone: Backbone | None) -> Settings:
-        """Return the settings before a fit. Without one of its own, the logit scale is that of the backbone."""
+        """Return the settings before a fit. The logit scale defaults to the one of the backbone."""
         scale = self.logit_scale if self.logit_scale is not None or backbone is None else backbone.logit_scale
         return Settings().override(alpha=self.alpha, beta=self.beta, logit_scale=scale, k=self.k)
 

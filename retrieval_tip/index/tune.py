@@ -83,7 +83,7 @@ def tune_on(
 def tune(
     index: Index, features: npt.NDArray[np.float32], *, agreement: float = 0.999, factories: Sequence[str] = ()
 ) -> Tuning:
-    """Find the cheapest index whose predictions agree with those of a search over all keys.
+    """Find the cheapest index that predicts nearly the same classes as a search over all keys.
 
     The queries are ``features`` of shape ``[q, d]``; their labels are not needed. By default, ``Classes`` and an
     inverted file are tried. You can give other ``factories`` instead. Each index is tried with several numbers of keys

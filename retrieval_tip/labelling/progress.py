@@ -39,7 +39,7 @@ MOST_REST = 4096
 class Estimate:
     """The estimated ``accuracy`` on unlabelled photos, and its 95 % confidence interval.
 
-    ``right`` counts the right answers to the ``n`` random photos. The interval is that of Wilson (1927) for ``n``
+    ``right`` counts the right answers to the ``n`` random photos. The interval follows Wilson (1927) for ``n``
     photos. Without random photos, it is 0 to 1.
     """
 

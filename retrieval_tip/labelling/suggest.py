@@ -101,7 +101,7 @@ def suggest(
     """Choose ``n`` features to label next, or all features if there are fewer.
 
     If there are more than ``CROWD`` features, the sum runs over a random sample, drawn in proportion to the
-    uncertainty. Any feature can be suggested. The memory needed is twice that of the features.
+    uncertainty. Any feature can be suggested. This needs twice the memory of the features.
 
     Args:
         features: the features of the unlabelled photos, of shape ``[m, d]``.

@@ -1,7 +1,7 @@
 """The keys of an index and their labels as rows of a LanceDB table, which may not fit in memory.
 
 The tail is computed from per-class statistics, and search results already include the keys and class ids. If a query
-uses all keys, they are read block by block. The answers are the same as those of an index in a folder.
+uses all keys, they are read block by block. An index in a folder gives the same answers.
 """
 
 from __future__ import annotations

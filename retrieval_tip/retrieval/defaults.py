@@ -18,7 +18,7 @@ from retrieval_tip.retrieval.arrays import Keys
 from retrieval_tip.settings import Normalize, check_choice
 
 UNTOUCHED = {"both": (0.7, 1.0), "shots": (20.0, 5.5), "affinity": (0.035, 1.0), "none": (1.0, 5.5)}
-"""Default alpha and beta in each unit. For ``none``, they are those of the paper. All are equivalent at 16 shots."""
+"""Default alpha and beta in each unit. For ``none``, they come from the paper. All are equivalent at 16 shots."""
 
 DOUBT = 4
 """Number of pseudo-shots added to each class, so that a few shots have less weight (selected on validation data)."""

@@ -339,7 +339,7 @@ class KeyStream(ABC):
 class Keys(KeyStream):
     """Keys that are in memory or memory-mapped, in float32 or float16, and grouped by class.
 
-    ``precision`` is that of the products of queries and all keys: ``float32``, ``bfloat16`` or ``float16``. ``auto``
+    ``precision`` is the dtype of products with all keys: ``float32``, ``bfloat16`` or ``float16``. ``auto``
     and ``int8`` use float32. In half precision, the affinity is computed as ``A = f m + f (K - m)``, where ``m`` is the
     mean of the keys. Only the second term, which is about a quarter of the affinity, is rounded.
 

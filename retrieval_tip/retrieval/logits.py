@@ -125,7 +125,7 @@ class Retrieval:
                 number = None
             asked = replace(self, settings=self.settings.override(k=number or "all"))
             terms = asked.terms(features[left], certify=True)
-            if found is None:  # the first terms are those of all queries
+            if found is None:  # the first terms belong to all queries
                 found = terms
             else:
                 found.cache[left] = terms.cache

@@ -173,7 +173,7 @@ class Lane(Generic[K, T, R]):
         self._begin()
 
     def close(self) -> None:
-        """Stop the threads as soon as they are idle."""
+        """Stop each thread once it is idle."""
         self._pool.shutdown()
 
 
