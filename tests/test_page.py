@@ -833,7 +833,8 @@ def test_a_private_server_asks_for_the_token_first(browser: Browser, served: Ser
     with server(served.folder, "--private", "--device", "cpu", token=TOKEN) as (address, _):
         for at in ("", f"/#token={TOKEN}"):
             expected = [] if at else [f"{REFUSED}401"]
-            one = Opened(browser, address, at, ready="#token-title", expected=expected)
+            ready = "#index-facts" if at else "#token-title"
+            one = Opened(browser, address, at, ready=ready, expected=expected)
             if not at:
                 submit(one.page, "#token", "wrong")
                 expect(one.page.locator("#token-refused")).to_be_visible()
