@@ -405,7 +405,8 @@ def test_a_failed_system_call_leaves_the_old_or_the_new_version(server, worlds, 
         status = server.run(world.job(operation, place), step=step, how="EIO")
         assert status in (0, REFUSED)
         state = check_killed(place, world, operation)
-        assert (state == "before") == (status == REFUSED)
+        if operation != "gc":  # which deletes one version after another
+            assert (state == "before") == (status == REFUSED)
         failed += status == REFUSED
     assert failed
 

@@ -99,7 +99,7 @@ class Living(RuleBasedStateMachine):
 
     def new_names(self, n: int) -> list[str]:
         self.named += n
-        return [f"class {i}" for i in range(self.named - n, self.named)]
+        return [f"class {i:02}" for i in range(self.named - n, self.named)]
 
     @initialize(n=st.integers(LEAST, 30), c=st.integers(1, 3))
     def build(self, n: int, c: int) -> None:
