@@ -889,9 +889,9 @@ def test_a_moving_slider_sends_few_requests_and_shows_the_last_answer(page: Page
     [image] = caltech_photos("test", "lobster", 1)
     ask(page, image)
     answer(page)
-    held = hold(page, "**/v1/classify**beta=7**")
+    held = hold(page, "**/v1/classify**beta=7&**")
     show_settings(page)
-    with page.expect_request("**/v1/classify**beta=7**"):
+    with page.expect_request("**/v1/classify**beta=7&**"):
         page.fill("#beta", "7")
     page.fill("#beta", "9")
     assert_same(page, run, served.folder, image, "--beta", 9)
