@@ -47,7 +47,7 @@ from retrieval_tip.retrieval.rows import FRESH_PAIRS, ArrayRows, Rows
 from retrieval_tip.retrieval.vector_index import VectorIndex, auto_factory, inner_factory
 from retrieval_tip.settings import Dtype, Precision
 from retrieval_tip.store.contents import metric_of
-from retrieval_tip.store.labels import LABEL_SCHEMA, shots_after, shots_of
+from retrieval_tip.store.labels import LABEL_SCHEMA, shots_after, shots_of, with_column
 from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.sums import LEAST, Along, Sums
 from retrieval_tip.store.writer import Writer
@@ -362,7 +362,7 @@ class TableRows(Rows):
         }
         labels = part.labels
         for name, column in columns.items():
-            labels = labels.set_column(labels.column_names.index(name), name, pa.array(column))
+            labels = with_column(labels, name, pa.array(column))
         after = replace(part, labels=labels)
         self.table.delete(part.key_ids.tolist())
         self._append(after)

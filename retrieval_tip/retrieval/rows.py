@@ -24,7 +24,7 @@ from retrieval_tip.retrieval.keys import KEY_BLOCK, Keys, KeyStream, points_of
 from retrieval_tip.retrieval.logits import Retrieval, slices
 from retrieval_tip.retrieval.vector_index import VectorIndex
 from retrieval_tip.settings import Dtype, Precision
-from retrieval_tip.store.labels import LABEL_SCHEMA, shots_after, shots_of
+from retrieval_tip.store.labels import LABEL_SCHEMA, shots_after, shots_of, with_column
 from retrieval_tip.store.sums import Sums
 from retrieval_tip.store.writer import Writer
 
@@ -305,8 +305,7 @@ class ArrayRows(Rows):
         shots[rows] = self._next_shots(len(class_names))[class_ids] + shots_of(class_ids)
         ids[rows], names[rows] = class_ids, [class_names[class_id] for class_id in class_ids]
         for name, column in (("class_id", ids), ("label", names), ("shot", shots)):
-            place = labels.column_names.index(name)
-            labels = labels.set_column(place, name, pa.array(column, LABEL_SCHEMA.field(name).type))
+            labels = with_column(labels, name, pa.array(column, LABEL_SCHEMA.field(name).type))
         sums = None if self.sums is None else self.sums.moved(part.keys, part.class_ids, class_ids)
         moved = replace(self, labels=labels)
         return replace(moved.take(moved.order()), sums=sums)
@@ -316,7 +315,7 @@ class ArrayRows(Rows):
 
     def renamed(self, class_id: int, name: str) -> ArrayRows:
         column = pc.if_else(pc.equal(self.labels["class_id"], class_id), name, self.labels["label"])
-        return replace(self, labels=self.labels.set_column(self.labels.column_names.index("label"), "label", column))
+        return replace(self, labels=with_column(self.labels, "label", column))
 
     def widened(self, n_classes: int) -> ArrayRows:
         values, sums = self.values, self.sums
@@ -329,7 +328,7 @@ class ArrayRows(Rows):
         ids = pa.array(np.searchsorted(left, self.class_ids), self.labels.schema.field("class_id").type)
         return replace(
             self,
-            labels=self.labels.set_column(self.labels.column_names.index("class_id"), "class_id", ids),
+            labels=with_column(self.labels, "class_id", ids),
             values=None if self.values is None else self.values[:, left],
             sums=None if self.sums is None else self.sums.without(class_ids),
         )

@@ -99,10 +99,15 @@ def shots_of(class_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
     return shots
 
 
+def with_column(labels: pa.Table, name: str, column: pa.Array | pa.ChunkedArray) -> pa.Table:
+    """Replace a column, and keep the order of the columns."""
+    return labels.set_column(labels.column_names.index(name), name, column)
+
+
 def shots_after(added: pa.Table, ids: npt.NDArray[np.int64], following: npt.NDArray[np.int32]) -> pa.Table:
     """Renumber the shots of new labels, so that they follow the existing shots."""
     shots = pa.array(added["shot"].to_numpy() + following[ids], pa.int32())
-    return added.set_column(added.column_names.index("shot"), "shot", shots)
+    return with_column(added, "shot", shots)
 
 
 def rows_with(
