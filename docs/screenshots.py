@@ -122,10 +122,10 @@ def main(index: Path, new: Path) -> None:
         copy = shutil.copytree(index, Path(folder) / index.name)
         new = shutil.copytree(new, Path(folder) / "new")  # browsers reject links
         facts = json.loads((copy / "manifest.json").read_text())["backbone"]
-        reader = ["--model", facts["model"], "--pretrained", facts["pretrained"]]
+        encoder = ["--model", facts["model"], "--pretrained", facts["pretrained"]]
         commands = (
             (pictures, ["serve", str(copy)]),
-            (label_page, ["label", str(new), "--into", str(Path(folder) / "labelled"), *reader]),
+            (label_page, ["label", str(new), "--into", str(Path(folder) / "labelled"), *encoder]),
         )
         for pictured, command in commands:
             program = [sys.executable, "-m", "retrieval_tip", *command, "--port", "0", "--device", "cpu"]

@@ -291,7 +291,7 @@ class Answering:
     def classify_source(self, source: Source, reader: Reader, ask: Ask = Ask()) -> Iterator[Predictions]:
         """Classify images or a feature table while reading them, and yield the predictions in order.
 
-        To classify images, pass an ``reader``. Unreadable items are skipped and listed in ``reader.skipped``.
+        To classify images, pass a ``reader``. Unreadable items are skipped and listed in ``reader.skipped``.
         """
         column = source.items["source"]
         for answers in self.answers(reader.blocks(source), ask):

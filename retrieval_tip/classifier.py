@@ -188,7 +188,7 @@ class OpenIndex:
     def _labelled(
         self, given: Any, part: str, *, strict: bool = False, opened: Callable[..., Source] = open_source
     ) -> tuple[Source, Reader]:
-        """Return labelled photos of any kind, and an encoder that reads them.
+        """Return labelled photos of any kind, and a reader for them.
 
         If a source has several parts, ``part`` is used. With ``strict``, photos in memory must all be readable.
         """
@@ -200,7 +200,7 @@ class OpenIndex:
         return own.source, replace(self.reader, read=own.read, strict=strict)
 
     def _strict(self, given: Pictures) -> Reader:
-        """Return an encoder that reads photos in memory, which must all be readable."""
+        """Return a reader for photos in memory, which must all be readable."""
         return replace(self.reader, read=given.read, strict=True)
 
     def save(self, folder: Place) -> Self:
@@ -356,7 +356,7 @@ class Classifier(OpenIndex):
 
     Attributes:
         index: the index (see :class:`Index`). Use it for operations that have no method in this class.
-        reader: the encoder that computes the features of new photos, with the same preprocessing as for the index.
+        reader: reads new photos, and encodes them with the same preprocessing as for the index.
 
     Examples:
         >>> clf = Classifier.from_folder("photos")  # one folder per class
@@ -493,7 +493,7 @@ class Classifier(OpenIndex):
     __call__ = predict
 
     def _photos(self, what: Any) -> tuple[list[Source], Reader]:
-        """Open unlabelled photos, and return them with an encoder that reads them."""
+        """Open unlabelled photos, and return them with a reader for them."""
         if _is_source(what):
             return [*open_inputs([os.fspath(what)])], self.reader
         given = pictures(what)

@@ -304,10 +304,7 @@ def estimate(index: Index) -> ShotEstimate:
     shots of a single class. Otherwise, the 95 % confidence interval of ``both``, the ``weakest`` classes, and the
     numbers of ``tested`` classes and of all ``classes`` with shots are also returned.
     """
-    settings, (folds, _) = (
-        index.settings,
-        _folds_of(index, None, _images(index), _class_prior(index)),
-    )
+    settings, (folds, _) = index.settings, _folds_of(index, None, _images(index), _class_prior(index))
     if index.curve is not None or not folds.can_judge:
         return {"photos": None, "words": None, "both": None}
     text, photos, discriminant = folds.terms(Form.of(index.fitted, settings.beta))
@@ -410,9 +407,9 @@ def _folds_of(index: Index, validation: Queries | None, images: IntArray, class_
         folds = Folds(index.keys, ids, c, text, [held], index.sums, class_prior, weighted=False, prior=prior)
         folds = folds.with_classes(images, JUDGED)
         return folds, f"{len(held.ids):,} photos of {validation.name}"
-    number, accuracies = MOST_FOLDS if index.n <= JUDGED else FOLDS, int(min(JUDGED, max(256, AFFINITIES / index.n)))
-    folds = Folds.of_shots(index.keys, ids.numpy(), c, text, images, number, accuracies, index.sums, class_prior, prior)
-    folds = folds.with_small(images, accuracies).with_classes(images, accuracies)
+    number, most = MOST_FOLDS if index.n <= JUDGED else FOLDS, int(min(JUDGED, max(256, AFFINITIES / index.n)))
+    folds = Folds.of_shots(index.keys, ids.numpy(), c, text, images, number, most, index.sums, class_prior, prior)
+    folds = folds.with_small(images, most).with_classes(images, most)
     return folds, f"{folds.n:,} photos, each held out in turn"
 
 
@@ -554,10 +551,10 @@ def _choose(folds: Folds, forms: Sequence[Form]) -> tuple[Form, list[FormTrial]]
     stands = folds.judge(forms[0])
     best, trials = (forms[0], stands.loss), []
     for form in forms:
-        accuracies = stands if form is forms[0] else folds.judge(form)
-        loss, more = accuracies.loss, stands.weights * (stands.losses - accuracies.losses)
-        trials.append(FormTrial(form, loss, accuracies.accuracy))
+        tried = stands if form is forms[0] else folds.judge(form)
+        loss, more = tried.loss, stands.weights * (stands.losses - tried.losses)
+        trials.append(FormTrial(form, loss, tried.accuracy))
         sure = float(more.mean()) > 2 * float(more.std()) / len(more) ** 0.5
-        if sure and accuracies.accuracy >= stands.accuracy and loss < best[1]:
+        if sure and tried.accuracy >= stands.accuracy and loss < best[1]:
             best = form, loss
     return best[0], trials

@@ -524,7 +524,7 @@ class Visible:
     ``[q, c]`` are the numbers of visible keys of each class, whether they are among the rows or not.
     """
 
-    cache: Index
+    index: Index
     features: Tensor
     points: Tensor
     affinity: Tensor
@@ -535,8 +535,8 @@ class Visible:
     @property
     def ids(self) -> Tensor:
         """The class ids of the keys, or ``c`` where there is no key."""
-        ids = self.cache.class_ids[self.rows.clamp_min(0)]
-        return ids.masked_fill(self.rows < 0, len(self.cache.class_names))
+        ids = self.index.class_ids[self.rows.clamp_min(0)]
+        return ids.masked_fill(self.rows < 0, len(self.index.class_names))
 
     def terms(self, betas: Sequence[float]) -> Iterator[tip.Terms]:
         """Yield the terms of the logits over all visible keys, for each beta.
@@ -544,7 +544,7 @@ class Visible:
         If a query sees ``m`` of the ``n`` keys of a class, their weights are multiplied by ``n / m``, so that settings
         for these terms suit the whole index. The discriminant has the offsets of all keys.
         """
-        retrieval, ids, c = self.cache.retrieval, self.ids, len(self.cache.class_names)
+        retrieval, ids, c = self.index.retrieval, self.ids, len(self.index.class_names)
         settings, values, own = retrieval.settings, retrieval.values, retrieval.keys.discriminant
         text = tip.text_logits(self.features, retrieval.text_weights, settings.logit_scale)
         factor = torch.where(self.counts > 0, retrieval.keys.counts / self.counts.clamp_min(1), 0)

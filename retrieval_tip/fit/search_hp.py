@@ -47,7 +47,7 @@ class HyperparameterChoice:
     """The selected settings, together with the evidence for them.
 
     - ``interval``: the alphas that give the same validation ``accuracy``; ``alpha`` is the middle of the interval
-    - ``part``: ``text`` if the interval reaches 0, ``index`` if it has no upper end, and ``both`` otherwise
+    - ``part``: ``text`` if the interval reaches 0, ``cache`` if it has no upper end, and ``both`` otherwise
     - ``best``: the highest accuracy that was found, which a cautious search may not select
     - ``zero_shot``: the accuracy at alpha 0
     - ``cache_alone``: the best accuracy using only the cache, for any beta
@@ -257,14 +257,14 @@ class _Tried:
         )
 
 
-def right_between(text: Tensor, index: Tensor, y: Tensor) -> tuple[FloatArray, FloatArray]:
+def right_between(text: Tensor, cache: Tensor, y: Tensor) -> tuple[FloatArray, FloatArray]:
     """Return the open interval ``(low, high)`` of alphas at which each query is right. It is empty if ``low >= high``.
 
-    ``text`` and ``index`` have shape ``[q, c]``, and ``y`` has shape ``[q]``. Class y beats class j if
+    ``text`` and ``cache`` have shape ``[q, c]``, and ``y`` has shape ``[q]``. Class y beats class j if
     ``alpha (C_y - C_j) > text_j - text_y``, which holds above a bound if the cache prefers y, and below a bound if it
     prefers j.
     """
-    gain = (index.gather(1, y[:, None]) - index).double()
+    gain = (cache.gather(1, y[:, None]) - cache).double()
     lead = (text.gather(1, y[:, None]) - text).double()
     bound = -lead / gain
     low = torch.where(gain > 0, bound, -torch.inf)
