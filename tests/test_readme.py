@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 
+import filelock
 import pytest
 from conftest import PROGRAMS, ROOT, SHARED, needs_real
 
@@ -47,7 +48,8 @@ def fetched():
     work = ROOT / "build/docs"
     work.mkdir(parents=True, exist_ok=True)
     try:
-        demo.lay_out(work, "debian", None, demo.Backbone())
+        with filelock.FileLock(work / "lock"):  # the notebooks' tests may run beside these
+            demo.lay_out(work, "debian", None, demo.Backbone())
     except (SystemExit, subprocess.SubprocessError):
         pytest.skip("SKIPPED: the demo's photos cannot be fetched here (apt-get download, pip download)")
     return work
