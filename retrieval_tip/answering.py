@@ -242,12 +242,6 @@ class Answering:
         """
         return finite_logits(self.retrieval.double().terms(self._queries(features).double()), self.settings)
 
-    def certified(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> AnswerTerms:
-        """See :meth:`logits.Retrieval.certified`. The arguments are the same as for :meth:`logits`."""
-        terms = self._retrieval(k, tail).certified(self._queries(features))
-        finite_logits(terms, self.settings)
-        return terms
-
     def answers(self, blocks: Iterable[FeatureBlock], ask: Ask = Ask()) -> Iterator[AnswerBlock]:
         """Classify blocks of features, and yield their answers in order. Everything that classifies uses this loop.
 
@@ -262,7 +256,7 @@ class Answering:
             f = index._queries(block.features)
             for part in slices(len(f), max(1, min(PREDICTED, LOGITS // len(index.class_names)))):
                 own = f[part]
-                terms = retrieval.certified(own) if ask.certify else retrieval.terms(own, neighbours=shown)
+                terms = retrieval.terms(own, neighbours=shown)
                 logits = finite_logits(terms, index.settings)
                 yield AnswerBlock(index.rows, index.class_names, retrieval, ask, block.take(part), own, terms, logits)
 

@@ -33,7 +33,6 @@ PREDICTIONS = {
     "discriminant_logit": pa.float64(),
     "neighbours": pa.list_(pa.struct(list(_NEIGHBOUR.items()))),
     "opposing": pa.struct(list(_NEIGHBOUR.items())),
-    "keys": pa.int64(),
     "unlike": pa.bool_(),
     "group": pa.int64(),
 }
@@ -111,7 +110,6 @@ class Prediction:
             is 0. The three terms add up to the logit.
         logits: the logits of all classes, as a float32 array of shape ``[c]``.
         neighbours: the shots that contributed most to the answer, largest contribution first.
-        keys: the number of keys used for a certified answer.
         unlike: whether the query does not resemble any shot: its largest cache logit for a class with shots is below
             the ``least_cache`` of the index. ``None`` if the index has no such setting.
         opposing: the shot with the most negative contribution. If no contribution is negative, it is the shot that
@@ -127,7 +125,6 @@ class Prediction:
     cache_logit: float
     logits: npt.NDArray[np.float32] | None = field(compare=False)
     neighbours: list[Neighbour]
-    keys: int | None = None
     unlike: bool | None = None
     opposing: Neighbour | None = None
     discriminant_logit: float | None = None

@@ -135,7 +135,6 @@ class AskOptions(TypedDict, total=False):
     beta: float | None
     top: int
     neighbours: int
-    certify: bool
     logits: bool
     without: Sequence[int]
 
@@ -152,7 +151,6 @@ class Ask:
         top: the number of classes to report, most probable first.
         neighbours: the number of shots to report, largest contribution first (see
             :class:`retrieval.evidence.Contributors`). If ``k`` is a number, only retrieved keys are reported.
-        certify: whether to retrieve enough keys to prove each label (see :meth:`answering.Answering.certified`).
         logits: whether to report the logits of all classes.
         without: the ids of keys to leave out, as if the index did not have them. Solved values are not solved again.
             An index of the type Classes then uses all of the other keys. Unknown ids are ignored.
@@ -166,7 +164,6 @@ class Ask:
     beta: float | None = None
     top: int = 1
     neighbours: int = 5
-    certify: bool = False
     logits: bool = True
     without: Sequence[int] = ()
 

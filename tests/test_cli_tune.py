@@ -1,9 +1,8 @@
-"""The commands index tune, classify --certify, index build --index auto and --precision."""
+"""The commands index tune, index build --index auto and --precision."""
 
 from __future__ import annotations
 
 import json
-import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -147,46 +146,6 @@ def test_a_tuned_index_can_be_tuned_again_and_extended(run: Any, place: Path, fe
     cache.add(features["queries"][:4], NAMES[:4])
     cache.save(place / "index")
     assert verify(place / "index").n == C * SHOTS + 4
-
-
-# ------------------------------------------------------------------------------------------------------------ certify
-
-
-def test_certified_answers_show_their_number_of_keys(run: Any, place: Path, features: dict[str, Any]) -> None:
-    result = run("classify", place / "index", place / "queries.parquet", "--certify", "-k", 10, "--format", "json")
-    assert result.exit_code == 0, result.stderr
-    rows = json_rows(result.stdout)
-    assert all(list(row) == ["input", "label", "probability", "keys"] for row in rows)
-    keys = [row["keys"] for row in rows]
-    assert set(keys) <= {10, 40, C * SHOTS}
-    assert len(set(keys)) > 1
-    cache = Index.load(place / "index", device="cpu", precision="float32")
-    assert [row["label"] for row in rows] == [NAMES[i] for i in labels(cache, features, None)]
-    parts = [f"{keys.count(k)} with {'all' if k == C * SHOTS else k} keys" for k in sorted(set(keys))]
-    assert result.stderr.strip() == f"Answers proved equal to those over all keys: {', '.join(parts)}"
-
-
-@pytest.mark.parametrize("index", ["Classes", "IVF4,Flat"])
-def test_approximate_search_never_claims_a_proof(run: Any, place: Path, index: str) -> None:
-    build(run, place, "other", "--index", index)
-    result = run("classify", place / "other", place / "queries.parquet", "--certify", "-k", 16, "--format", "json")
-    assert result.exit_code == 0, result.stderr
-    assert re.fullmatch(r"Answers in agreement with those over all keys: \d+ with .*keys", result.stderr.strip())
-    counted = sum(int(n) for n in re.findall(r"(\d+) with", result.stderr))
-    assert counted == len(json_rows(result.stdout)) == Q
-
-
-def test_certified_answers_can_be_explained(run: Any, place: Path) -> None:
-    build(run, place, "classes", "--index", "Classes", "-k", 64)
-    result = run("classify", place / "classes", place / "queries.parquet", "--certify", "--explain", "--top", 2,
-                 "--logits", "--neighbours", 3, "--format", "json")  # fmt: skip
-    assert result.exit_code == 0, result.stderr
-    for row in json_rows(result.stdout):
-        assert list(row)[-1] == "keys"
-        assert row["keys"] in (64, C * SHOTS)  # 4 x 64 keys are more than an eighth
-        assert len(row["neighbours"]) == 3
-        assert len(row["logits"]) == C
-        assert row["text_logit"] + row["cache_logit"] == pytest.approx(max(row["logits"]), rel=1e-5)
 
 
 # -------------------------------------------------------------------------------------------------- build, precision

@@ -183,7 +183,6 @@ def test_a_burst_has_no_match_if_no_photo_of_it_has_one(run, things, traps, tmp_
     [
         (["--explain"], "--explain"),
         (["--logits"], "--logits"),
-        (["--certify"], "--certify"),
         (["--engine", "ray"], "--engine ray"),
     ],
 )

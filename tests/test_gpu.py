@@ -218,15 +218,6 @@ def test_answers_on_a_gpu_repeat_bit_for_bit() -> None:
 
 
 @pytest.mark.gpu
-def test_certified_winners_on_a_gpu_match_all_keys() -> None:
-    """A certificate may need more keys than FAISS finds on a GPU."""
-    rows, *classes = labelled(9000, 32, 20)
-    on_cpu, on_gpu = (Index.from_features(rows, *classes, device=device) for device in ("cpu", "cuda"))
-    expected = on_cpu.logits(rows[:60], "all").argmax(1)
-    assert torch.equal(on_gpu.certified(rows[:60].cuda(), k=2).cache.argmax(1).cpu(), expected)
-
-
-@pytest.mark.gpu
 def test_search_hp_holds_few_affinities_on_a_gpu() -> None:
     rows, ids, names = labelled(400_000, 16, 20)
     cache, some = Index.from_features(rows, ids, names, device="cuda"), slice(0, 2000)

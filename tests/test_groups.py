@@ -128,9 +128,9 @@ def test_the_command_numbers_the_groups_largest_first(folder, run, tmp_path, mon
         numbers = [answer.group for answer in clf.predict(photos, group_unlike=True)]
         assert numbers == [int(row["group"]) if row["group"] else None for row in written]
     assert clf.predict(rows[1], group_unlike=True).group is None  # a single photo has no group
-    plain = run("classify", folder, table, "--top", 2, "--explain", "--certify", "--format", "json").stdout.splitlines()
+    plain = run("classify", folder, table, "--top", 2, "--explain", "--format", "json").stdout.splitlines()
     grouped = run(
-        "classify", folder, table, "--top", 2, "--explain", "--certify", "--group-unlike", "--format", "json"
+        "classify", folder, table, "--top", 2, "--explain", "--group-unlike", "--format", "json"
     ).stdout.splitlines()
     without = [{name: value for name, value in json.loads(line).items() if name != "group"} for line in grouped]
     assert without == [json.loads(line) for line in plain]

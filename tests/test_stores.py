@@ -334,14 +334,6 @@ def test_answers_follow_the_formula(pets, k, tail):
         assert (found.opposing.key_id if found.opposing else None) == (rival[0] if rival else None)
 
 
-def test_certified_winners_match_a_search_over_all_keys(pets):
-    model, winners = pets.open(), pets.truth.logits(QUERIES).argmax(axis=1)
-    found = model.certified(QUERIES, k=1)
-    answers = found.text.numpy() + ALPHA * found.cache.numpy()
-    assert answers.argmax(axis=1).tolist() == winners.tolist()
-    assert all(1 <= m <= N for m in found.keys.tolist())
-
-
 def test_a_build_into_an_index_becomes_its_next_version(pets):
     model = build_index(pets.table(QUERIES, ["cat", "dog"] * 6), pets.place, Reader(), alpha=1.0, device="cpu")
     assert (model.version, model.n, model.class_names) == (2, 12, ["cat", "dog"])

@@ -129,14 +129,6 @@ def test_hidden_keys_do_not_make_a_query_similar() -> None:
     assert found[0].unlike is True
 
 
-def test_certified_answers_hold_without_hidden_keys() -> None:
-    index = index_of()
-    expected, _ = dense(index, HIDDEN, None, tail=True)
-    found = answered(index, Ask(k=2, certify=True, without=HIDDEN))
-    assert [NAMES.index(one.label) for one in found] == expected.argmax(1).tolist()
-    assert all(one.keys <= N - len(HIDDEN) for one in found)
-
-
 def test_unknown_keys_are_ignored_but_one_key_has_to_stay() -> None:
     index = index_of()
     assert answered(index, Ask(without=(N, 10**12))) == answered(index, Ask())

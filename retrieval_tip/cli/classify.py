@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,7 +113,7 @@ class RowOptions:
 
     def check(self, index: Index, engine: EngineOptions, style: str | None) -> None:
         """Raise UsageError if options exclude each other, or if the index cannot group photos."""
-        of_one = {"--explain": self.explain, "--logits": self.ask.logits, "--certify": self.ask.certify}
+        of_one = {"--explain": self.explain, "--logits": self.ask.logits}
         of_one |= {"--group-unlike": self.group_unlike, "--engine ray": engine.is_ray}
         if self.group_by is not None and (given := [name for name, value in of_one.items() if value]):
             raise UsageError(f"--group-by burst: all photos of a burst get one answer; leave out {given[0]}")
@@ -148,7 +147,6 @@ class RowOptions:
         if self.explain:
             columns += ["text_logit", "cache_logit", *(["discriminant_logit"] if index.settings.gamma else [])]
             columns += ["neighbours", "opposing"]
-        columns += ["keys"] if self.ask.certify else []
         return pa.schema([(column, types[column]) for column in columns])
 
     def tables(
@@ -209,11 +207,10 @@ class RowOptions:
 
 @dataclass
 class _Counts:
-    """Counts of the answers: in all, without a match, and by the number of keys of certified answers."""
+    """Counts of the answers, in all and without a match."""
 
     total: int = 0
     unlike: int = 0
-    keys: Counter[int] = field(default_factory=Counter)
 
     def count(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         """Count the rows of tables while passing them on."""
@@ -221,27 +218,13 @@ class _Counts:
             self.total += len(table)
             if "unlike" in table.column_names:
                 self.unlike += table["unlike"].to_pylist().count(True)
-            if "keys" in table.column_names:
-                self.keys.update(table["keys"].to_pylist())
             yield table
-
-    def say_keys(self, index: Index) -> None:
-        """Print how many keys the certified answers used."""
-        how = "proved equal to" if index.exact_search else "in agreement with"
-        counts = sorted(self.keys.items())
-        used = (f"{number} with {'all' if keys == index.n else keys} keys" for keys, number in counts)
-        say(f"Answers {how} those over all keys: {', '.join(used)}")
 
 
 _ASK = {
     "top": option(kinds.count(), default=1, help="Number of classes to report.", **options.ANSWERS),
     "neighbours": option(kinds.count(), default=5, help="Number of shots that --explain shows.", **options.ANSWERS),
     "logits": flag(help="Show the logits of all classes, in the class order of the index.", **options.ANSWERS),
-    "certify": flag(
-        help="If k keys do not decide an answer, use more keys, or all keys if necessary. The number of keys used is "
-        "reported.",
-        **options.ANSWERS,
-    ),
 }
 _PRINTING = {
     "named": option(click.Choice([*options.FORMATS, *DOCUMENTS]), "--format", **options.OUTPUTS),
@@ -296,8 +279,6 @@ def classify(
         empty = f", {len(cut.empty):,} empty" if rows.boxes is not None else ""
         answered_inputs = counted(counts.total - len(cut.empty), "input")
         note(f"{show(printing.output)}: classified {answered_inputs}{no_match}{empty}")
-    if ask.certify:
-        counts.say_keys(loaded)
     finish(reader.skipped)
 
 
@@ -311,7 +292,6 @@ def _classify_on_ray(
     printing: OutputOptions,
     encoding: EncodingOptions,
 ) -> None:
-    from retrieval_tip.data.tables import open_parquet, table_files
     from retrieval_tip.distributed.ray_data import Question, cut_inputs
 
     if printing.style != "parquet" or printing.output is None:
@@ -321,11 +301,6 @@ def _classify_on_ray(
     question = Question(str(folder), manifest, encoding.precision, loaded.settings, opening.where, schema, rows.tables)
     what, skipped = _on_ray(pieces, printing.output, engine, encoding, index=loaded, question=question)
     say(f"{show(printing.output)}: {what}")
-    if rows.ask.certify:
-        counts = _Counts()
-        for _ in counts.count(open_parquet(file).read(["keys"]) for file in table_files(printing.output)):
-            pass
-        counts.say_keys(loaded)
     finish(skipped)
 
 

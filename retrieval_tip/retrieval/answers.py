@@ -78,8 +78,6 @@ class AnswerBlock:
         if terms.discriminant is not None:
             factor = settings.alpha * settings.gamma
             columns["discriminant_logit"] = factor * _doubles(terms.discriminant.gather(1, winner))[:, 0]
-        if terms.keys is not None:
-            columns["keys"] = terms.keys.cpu().numpy()
         if settings.least_cache is not None:
             strongest = terms.strongest(self.retrieval.keys.counts)
             columns["unlike"] = (strongest < settings.least_cache).cpu().numpy()

@@ -12,10 +12,8 @@ from torch import Tensor
 
 from retrieval_tip import tip
 from retrieval_tip.errors import InputError
-from retrieval_tip.retrieval.certify import certificate, class_certificate, promising, uncertain
 from retrieval_tip.retrieval.evidence import Contributors, Largest, Nearest
 from retrieval_tip.retrieval.keys import QUERY_BLOCK, KeyStream, KeysWithout
-from retrieval_tip.retrieval.vector_index import GPU_MAX_K
 from retrieval_tip.settings import Settings
 
 LOGITS = 1 << 25
@@ -23,13 +21,6 @@ LOGITS = 1 << 25
 
 LEAST_CLASSES = 2
 """Minimum number of classes that a query visits. With a single class, the logit of the runner-up would not be exact."""
-
-GROWTH, ALL_FROM = 4, 8
-"""Limits of the retries of :meth:`Retrieval.certified`.
-
-Each retry uses 4 times as many keys. If that is more than an eighth of the index (or ``GPU_MAX_K`` on a GPU), it uses
-all keys, because comparing a query with every key is then faster than a search.
-"""
 
 CLOSE = 1e-3
 """Bound on the relative error of cache logits in half precision, per unit of beta.
@@ -46,23 +37,14 @@ def slices(q: int, size: int) -> Iterator[slice]:
 
 @dataclass(frozen=True)
 class AnswerTerms(tip.Terms):
-    """The terms of the logits, and information about the retrieval.
+    """The terms of the logits, and the ``shots`` that contributed to each answer, if they were already found."""
 
-    Attributes:
-        certain: whether no other key can change the winner, for each certified query, or ``None``.
-        keys: the number of keys used for each certified query.
-        shots: the shots that contributed to each answer, if they were already found with the logits.
-    """
-
-    certain: Tensor | None = None
-    keys: Tensor | None = None
     shots: Contributors | None = None
 
     def queries(self, part: slice) -> AnswerTerms:
         """Return the terms of the queries in ``part``."""
-        certain, keys = (None if column is None else column[part] for column in (self.certain, self.keys))
         shots = None if self.shots is None else self.shots.queries(part)
-        return AnswerTerms(**vars(self.each(lambda term: term[part])), certain=certain, keys=keys, shots=shots)
+        return AnswerTerms(**vars(self.each(lambda term: term[part])), shots=shots)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,44 +88,16 @@ class Retrieval:
         near = self.keys.nearest(self.points(features), k)
         return near.affinity, near.rows.cpu().numpy()
 
-    def certified(self, features: Tensor) -> AnswerTerms:
-        """Return terms that give the same winners as a search over all keys, while retrieving as few keys as possible.
-
-        Each query starts with ``k`` keys. If another key could still change the winner, the query is repeated with four
-        times as many keys, and finally with all keys. See :func:`certify.certificate` for details, or
-        :func:`certify.class_certificate` for an index over classes.
-
-        If the search is exact, the winners are proven. An approximate search may miss keys, and the proof does not
-        account for those. If values are solved or trained, they can be negative, so every query needs all keys.
-        """
-        n, device, found = self.keys.n, self.keys.device, None
-        keys = torch.full((len(features),), n)
-        left, number = torch.arange(len(features), device=device), self.settings.k
-        most = n // ALL_FROM if device == "cpu" else min(n // ALL_FROM, GPU_MAX_K)
-        while found is None or len(left):
-            if number is not None and (number > most or self.values is not None):
-                number = None
-            asked = replace(self, settings=self.settings.override(k=number or "all"))
-            terms = asked.terms(features[left], certify=True)
-            if found is None:  # the first terms belong to all queries
-                found = terms
-            else:
-                found.cache[left] = terms.cache
-            keys[left.cpu()] = n if number is None else number
-            left, number = left[:0] if terms.certain is None else left[~terms.certain], number and number * GROWTH
-        return replace(found, certain=None, keys=keys)
-
-    def terms(self, features: Tensor, *, certify: bool = False, neighbours: int = 0) -> AnswerTerms:
+    def terms(self, features: Tensor, *, neighbours: int = 0) -> AnswerTerms:
         """Compute the terms of the logits.
 
         By default, all keys are used. If ``k`` is set, about ``k`` keys are used, and the tail counts the other keys at
-        their mean affinity. If ``certify`` is true, the result also says for each query whether the winner is certain.
-        If each query retrieves its own keys, the result also includes ``neighbours`` shots for each answer. Otherwise,
-        :meth:`contributors` finds them.
+        their mean affinity. If each query retrieves its own keys, the result also includes ``neighbours`` shots for
+        each answer. Otherwise, :meth:`contributors` finds them.
         """
         settings, points = self.settings, self.points(features)
         if settings.k is not None and settings.k < self.keys.n:
-            return self._terms_over_few(features, points, settings.k, certify, neighbours)
+            return self._terms_over_few(features, points, settings.k, neighbours)
         text = tip.text_logits(features, self.text_weights, settings.logit_scale)
         cache = self.keys.cache_logits(points, settings.beta, self.values)
         terms = AnswerTerms(text, cache, self.discriminant(points))
@@ -168,12 +122,11 @@ class Retrieval:
         """Split ``q`` queries into blocks whose logits fit in the CPU cache."""
         return slices(q, QUERY_BLOCK if self.keys.device == "cpu" else max(QUERY_BLOCK, LOGITS // self.keys.n_classes))
 
-    def _terms_over_few(self, features: Tensor, points: Tensor, k: int, certify: bool, neighbours: int) -> AnswerTerms:
+    def _terms_over_few(self, features: Tensor, points: Tensor, k: int, neighbours: int) -> AnswerTerms:
         settings, text = self.settings, features.new_empty(len(features), self.keys.n_classes)
-        done = torch.ones(len(text), dtype=torch.bool, device=text.device)
-        terms = AnswerTerms(text, torch.empty_like(text), self.discriminant(points), done)
+        terms = AnswerTerms(text, torch.empty_like(text), self.discriminant(points))
         if self.keys.by_class:
-            self._terms_over_classes(features, points, k, terms, done if certify else None)
+            self._terms_over_classes(features, points, k, terms)
             tip.log_cache(terms.cache, settings.log_offset)
             return terms
         kept = []
@@ -181,10 +134,7 @@ class Retrieval:
             own = terms.queries(part)
             tip.text_logits(features[part], self.text_weights, settings.logit_scale, out=own.text)
             near = self.keys.nearest(points[part], k)
-            totals = tip.Totals.of(points[part], self.keys.sums, self.keys.counts) if settings.tail or certify else None
-            own.cache.copy_(self._logits_over(near, totals if settings.tail else None))
-            if certify and totals is not None:
-                done[part] = certificate(own, near, totals, settings)
+            own.cache.copy_(self._logits_over(near, self._totals(points[part])))
             tip.log_cache(own.cache, settings.log_offset)
             if neighbours:
                 winner, rival = (self._contributions(near, classes) for classes in first_two(own.logits(settings)))
@@ -236,9 +186,7 @@ class Retrieval:
                 least.add(part, shares.neg_(), affinity, rows)
         return self.keys.described(most.affinity, most.rows), self.keys.described(least.affinity, least.rows)
 
-    def _terms_over_classes(
-        self, features: Tensor, points: Tensor, k: int, terms: AnswerTerms, done: Tensor | None
-    ) -> None:
+    def _terms_over_classes(self, features: Tensor, points: Tensor, k: int, terms: AnswerTerms) -> None:
         """Fill ``terms`` with logits from the classes that can win, using about ``k`` keys per query."""
         settings, keys = self.settings, self.keys
         slack, most = keys.slack(settings.beta), min(max(LEAST_CLASSES, round(k / keys.mean_count)), keys.n_classes)
@@ -250,8 +198,6 @@ class Retrieval:
             tip.affinity(points[part], keys.means, out=own.cache)
             tip.at_mean(keys.counts, own.cache, settings.beta, out=own.cache)
             classes[part], candidates[part] = promising(own, settings, slack, most)
-            if done is not None:
-                done[part] = class_certificate(own, settings, slack, classes[part])
         self._over_classes(points, terms.cache, classes, candidates)
 
     def _over_classes(self, points: Tensor, cache: Tensor, classes: Tensor, candidates: Tensor) -> None:
@@ -260,8 +206,7 @@ class Retrieval:
         if self.values is not None:
             for part in slices(len(points), QUERY_BLOCK):
                 near = keys.every_of_classes(points[part], classes[part])  # other values have no bounds
-                totals = tip.Totals.of(points[part], keys.sums, keys.counts) if settings.tail else None
-                cache[part] = self._logits_over(near, totals)
+                cache[part] = self._logits_over(near, self._totals(points[part]))
             return
         exact = keys.class_logits(points, classes, candidates, settings.beta)
         if settings.tail:
@@ -270,6 +215,10 @@ class Retrieval:
             cache.zero_()
         cache.scatter_(1, classes, exact)
 
+    def _totals(self, points: Tensor) -> tip.Totals | None:
+        """Return the totals for the tail, or ``None`` without a tail."""
+        return tip.Totals.of(points, self.keys.sums, self.keys.counts) if self.settings.tail else None
+
     def _logits_over(self, near: Nearest, tail: tip.Totals | None) -> Tensor:
         """Compute the cache logits from the retrieved keys of each query."""
         values = None
@@ -277,6 +226,34 @@ class Retrieval:
             value_sums = self.keys.value_sums(self.values) if tail else None
             values = tip.Values(self.values, near.rows.clamp_min(0), value_sums)
         return tip.cache_logits(near.affinity, near.class_ids, self.keys.n_classes, self.settings.beta, tail, values)
+
+
+def uncertain(terms: tip.Terms, settings: Settings, error: float) -> Tensor:
+    """Return, for each query, whether relative errors of up to ``error`` in the cache logits could change the winner.
+
+    Values must be one-hot, so that no cache logit is negative.
+    """
+    winner = terms.logits(settings).argmax(dim=1, keepdim=True)
+    highest_other = terms.logits(settings, error).scatter_(1, winner, -torch.inf).amax(dim=1)
+    return highest_other >= terms.each(lambda term: term.gather(1, winner)).logits(settings, -error)[:, 0]
+
+
+def promising(terms: tip.Terms, settings: Settings, slack: float, most: int) -> tuple[Tensor, Tensor]:
+    """Select the classes whose keys each query should visit.
+
+    In ``terms``, all keys are counted at the mean affinity of their class (see :func:`tip.at_mean`), so that with
+    one-hot values, the logits ``L`` are lower bounds. If the keys of a class are visited, its cache logit increases by
+    at most the fraction ``slack``, with rare exceptions. Therefore only classes with
+    ``L_c + alpha slack cache_c >= max L`` can win.
+
+    Returns the ``p = min(most, c)`` classes that have the largest ``L``, as an int64 tensor of shape ``[q, p]``,
+    largest first. Also returns whether each of these classes can win, as a bool tensor of the same shape. For the first
+    class, this is always true.
+    """
+    highest, classes = terms.logits(settings).topk(min(most, terms.text.shape[1]), dim=1)
+    can = highest + settings.alpha * slack * terms.cache.gather(1, classes) >= highest[:, :1]
+    can[:, :1] = True  # this must also hold if logits overflow
+    return classes, can
 
 
 def first_two(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -184,7 +184,7 @@ PastVersion = Annotated[Row, _row(VERSIONS_SCHEMA.field(name) for name in HISTOR
 Result = Annotated[
     Row,
     _row(
-        (column for column in SCHEMA if column.name != "keys"),
+        SCHEMA,
         text_logits=_NUMBERS | {"description": "What the text adds to the logit of each label."},
         shot_logits=_NUMBERS | {"description": "What the shots add to the logit of each label."},
         feature=_NUMBERS | {"description": "The feature, if features is true."},

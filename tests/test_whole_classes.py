@@ -1,4 +1,4 @@
-"""Certificates, class indexes and certified answers compared with dense float64."""
+"""Indexes that search whole classes, and products in half precision, compared with dense float64."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import cache_of, examples, needs_real, parts_of
-from dense import Case, Largest, affinity, cache_logits, case_of, cases, food, shots_like_clip
+from conftest import cache_of, examples
+from dense import Case, Largest, affinity, cache_logits, cases, shots_like_clip
 from dense import betas as some_betas
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,103 +18,14 @@ from tables import unit
 
 from retrieval_tip import Index, tip, verify
 from retrieval_tip.errors import StoreError
-from retrieval_tip.retrieval import certify
 from retrieval_tip.retrieval import logits as retrieval
-from retrieval_tip.retrieval.evidence import Nearest
+from retrieval_tip.retrieval.logits import promising, uncertain
 from retrieval_tip.retrieval.vector_index import auto_factory
 from retrieval_tip.settings import Settings
 
 C, SHOTS, D = 40, 16, 64
 BETA, SCALE = 5.5, 100.0
 alphas, betas = st.sampled_from([0.0, 0.1, 1.0, 20.0]), st.just(0.0) | some_betas
-
-
-# -------------------------------------------------------------------------------------------- from the nearest keys
-
-
-def proofs(case, k, alpha, beta, scale, tail, dtype, text=None, slots=0):
-    """Return a mask of the proved winners, the winners from ``k`` keys, and the exact logits over all keys."""
-    near, ids, _ = case.retrieved(k, dtype)
-    empty = (len(near), slots)
-    near = torch.cat([near, torch.full(empty, -9.0, dtype=dtype)], dim=1)  # an affinity that would prove too much
-    ids = torch.cat([ids, torch.full(empty, case.c)], dim=1)
-    totals, own = case.totals(dtype), Settings(alpha=alpha, beta=beta, tail=tail)
-    text = tip.text_logits(*(torch.from_numpy(x).to(dtype) for x in (case.f, case.W)), scale) if text is None else text
-    terms = tip.Terms(text, tip.cache_logits(near, ids, case.c, beta, totals if tail else None))
-    proved = certify.certificate(terms, Nearest(near, ids, ids), totals, own)
-    exact = text.double().numpy() + alpha * case.logits(beta)
-    return proved.numpy(), terms.logits(own).argmax(1).numpy(), exact
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@settings(max_examples=examples(250), deadline=None)
-@given(
-    case=cases(least_d=1, off_sphere=st.booleans(), shuffled=st.just(True)),  # on a line all affinities tie
-    k=st.integers(1, 40), alpha=alphas, beta=betas, scale=st.sampled_from([0.01, 1.0, 100.0]), tail=st.booleans(),
-    slots=st.integers(0, 3),
-)  # fmt: skip
-def test_certificates_hold_for_all_keys(case, k, alpha, beta, scale, tail, slots, dtype):
-    proved, winners, exact = proofs(case, k, alpha, beta, scale, tail, dtype, slots=slots)
-    assert (winners == exact.argmax(1))[proved].all()
-
-
-@pytest.mark.parametrize("tail", [False, True])
-def test_rounding_proves_nothing(tail):
-    """Large text and cache logits cancel out, so that only rounding errors differ."""
-    rng = np.random.default_rng(0)
-    wrong = proved_at_all = 0
-    for seed in range(300):
-        case, beta = Case(seed, [6] * 4, q=8, d=8, spread=9), float(rng.choice([1.0, 20.0, 50.0]))
-        text = torch.from_numpy(-100 * case.logits(beta)).float()
-        proved, winners, exact = proofs(case, 24, 100.0, beta, 1.0, tail, torch.float32, text)
-        wrong += int((proved & (winners != exact.argmax(1))).sum())
-        proved_at_all += int(proved.sum())
-    assert wrong == 0, f"{wrong} of {proved_at_all} proofs are wrong"
-
-
-@pytest.mark.parametrize("tail", [False, True])
-def test_the_bound_is_tight(tail):
-    """Nine keys of the loser lie just behind the retrieved key and a tenth far away, so they nearly add the bound."""
-    A = np.array([0.6] + [0.6 - 1e-6] * 9 + [-1.0])
-    margins, answers = np.linspace(-0.2, 2, 221), []
-    for margin in margins:  # of the text logits, for the winner
-        K, W = np.stack([A, 0 * A], axis=1), np.array([[margin, 0], [0, 0]])
-        case = case_of(np.eye(2)[:1], K, np.array([0] + [1] * 10), W)
-        proved, winners, exact = proofs(case, 1, 1.0, 5.0, 1.0, tail, torch.float64)
-        assert not proved[0] or winners[0] == exact[0].argmax()
-        answers.append((bool(proved[0]) and winners[0] == 0, exact[0].argmax() == 0))
-    proved_from = margins[[proved for proved, _ in answers]].min()
-    true_from = margins[[true for _, true in answers]].min()
-    assert true_from <= proved_from <= true_from + 0.16  # the weight of the tenth key
-
-
-@pytest.mark.parametrize("tail", [False, True])
-def test_a_tie_is_not_proved(tail):
-    K = unit(np.random.default_rng(0).standard_normal((6, 4)))
-    case = case_of(K[:3], np.concatenate([K, K]), np.repeat([0, 1], 6), np.zeros((2, 4)))  # classes with the same keys
-    for k in (1, 5, 12):
-        proved, _, exact = proofs(case, k, 1.0, 5.5, 100.0, tail, torch.float64)
-        np.testing.assert_allclose(exact[:, 0], exact[:, 1])
-        assert not proved.any()
-
-
-@pytest.mark.parametrize("tail", [False, True])
-def test_most_answers_for_separated_features_are_proved(tail):
-    proved, *_ = proofs(Case(5, [16] * 20, q=200, d=64, spread=0.3), 64, 1.0, 20.0, 100.0, tail, torch.float32)
-    assert proved.mean() >= 0.95
-
-
-@needs_real
-def test_the_tail_proves_more_answers_on_real_features(shared):
-    counts = [proofs(food(shared, 16), 48, 1.17, 5.5, 100.0, t, torch.float32)[0].mean() for t in (False, True)]
-    assert counts[1] > max(counts[0], 0.3)
-
-
-@pytest.mark.parametrize("tail", [False, True])
-def test_every_answer_is_proved_if_nothing_can_change(tail):
-    case, one = Case(7, [3, 9, 0, 5]), Case(7, [30])
-    for given_, k, alpha in ((case, len(case.y), 1.17), (case, 1, 0.0), (one, 1, 1.0)):  # all keys, text, no rival
-        assert proofs(given_, k, alpha, 5.5, 100.0, tail, torch.float64)[0].all()
 
 
 # ------------------------------------------------------------------------------------------------ from class means
@@ -144,46 +55,42 @@ def at_the_means(draw):
 
 @settings(max_examples=examples(400), deadline=None)
 @given(at_the_means(), st.integers(1, 7))
-def test_a_settled_query_has_searched_its_winner(given_, most):
+def test_every_class_that_could_win_is_promising(given_, most):
     text, cache, true, alpha, slack = given_
-    classes, met = certify.promising(tip.Terms(text, cache), Settings(alpha=alpha), slack, most)
-    settled = certify.class_certificate(tip.Terms(text, cache), Settings(alpha=alpha), slack, classes)
+    classes, met = promising(tip.Terms(text, cache), Settings(alpha=alpha), slack, most)
     lower, exact = tip.blend(text, cache, alpha), tip.blend(text, true, alpha)
     assert classes.shape == met.shape == (len(text), min(most, text.shape[1]))
     ranked = lower.gather(1, classes)
     assert (ranked[:, 0] == lower.amax(1)).all()
     assert (ranked.diff(dim=1) <= 0).all()
     assert met[:, 0].all()
+    if most < text.shape[1]:
+        return
+    tolerance = 1e-9 * (1 + text.abs().max() + alpha * true.max())
     for query in range(len(text)):
         own = classes[query, met[query]]
         best = exact[query].max()
-        tolerance = 1e-9 * (1 + text.abs().max() + alpha * true.max())
-        if most >= text.shape[1]:
-            assert settled[query]  # no other class
-        if settled[query]:
-            assert exact[query, own].max() >= best - tolerance
-            known = lower[query].clone()
-            known[own] = exact[query, own]
-            assert exact[query, known.argmax()] >= best - tolerance  # the answer that is given
+        assert exact[query, own].max() >= best - tolerance
+        known = lower[query].clone()
+        known[own] = exact[query, own]
+        assert exact[query, known.argmax()] >= best - tolerance  # the answer that is given
 
 
 @pytest.mark.parametrize(
-    ("text", "cache", "alpha", "slack", "met", "settled"),
+    ("text", "cache", "alpha", "slack", "met"),
     [
-        ([2, 1, 0], [1, 1, 1], 1.0, 0.99, [0], True),
-        ([2, 1, 0], [1, 1, 1], 1.0, 1.0, [0, 1], False),  # a tie
-        ([2, 1, 0], [1, 1, 1], 1.0, 2.01, [0, 1, 2], False),
-        ([0, 3, 3, 1], [1e6, 1, 2, 0], 0.0, 10.0, [1, 2], False),  # without alpha, the text alone selects classes
-        ([1, 2, 0], [0, 3, 1e-3], 1e300, 1e9, [1], True),  # alpha overflows
+        ([2, 1, 0], [1, 1, 1], 1.0, 0.99, [0]),
+        ([2, 1, 0], [1, 1, 1], 1.0, 1.0, [0, 1]),  # a tie
+        ([2, 1, 0], [1, 1, 1], 1.0, 2.01, [0, 1, 2]),
+        ([0, 3, 3, 1], [1e6, 1, 2, 0], 0.0, 10.0, [1, 2]),  # without alpha, the text alone selects classes
+        ([1, 2, 0], [0, 3, 1e-3], 1e300, 1e9, [1]),  # alpha overflows
     ],
 )
-def test_only_a_class_that_could_win_leaves_a_query_unsettled(text, cache, alpha, slack, met, settled):
+def test_only_classes_that_could_win_are_promising(text, cache, alpha, slack, met):
     terms, own = tip.Terms(torch.tensor([text]).float(), torch.tensor([cache]).float()), Settings(alpha=alpha)
-    classes, found = certify.promising(terms, own, slack, len(text))
+    classes, found = promising(terms, own, slack, len(text))
     assert sorted(classes[found].tolist()) == met or alpha > 1e38
     assert found[0, 0]
-    assert certify.class_certificate(terms, own, slack, classes[:, :1]).tolist() == [settled] or alpha > 1e38
-    assert certify.class_certificate(terms, own, slack, classes[:, : len(met)]).all() or alpha > 1e38
 
 
 @given(st.integers(1, 6), st.floats(0, 10), st.floats(0, 0.5), st.integers(0, 2**32 - 1))
@@ -192,18 +99,15 @@ def test_an_error_only_changes_uncertain_winners(c, alpha, error, seed):
     text, cache = torch.from_numpy(rng.normal(size=(20, c))), torch.from_numpy(rng.gamma(1, size=(20, c)))
     other = cache * (1 + error * torch.from_numpy(rng.choice([-1.0, 1.0], (20, c))))
     changed = tip.blend(text, cache, alpha).argmax(1) != tip.blend(text, other, alpha).argmax(1)
-    close = certify.uncertain(tip.Terms(text, cache), Settings(alpha=alpha), error)
+    close = uncertain(tip.Terms(text, cache), Settings(alpha=alpha), error)
     assert (close | ~changed).all()
     assert c > 1 or not close.any()
 
 
 def test_distant_logits_are_not_uncertain():
     terms, own = tip.Terms(torch.tensor([[5.0, 1.0, 0.0]]), torch.tensor([[1.0, 2.0, 0.5]])), Settings(alpha=1.0)
-    assert not certify.uncertain(terms, own, 0.1).any()  # 6 or 5.9, against 3 or 3.2
-    assert certify.uncertain(terms, own, 1.0).all()  # 5 against 5
-
-
-# ------------------------------------------------------------------------------------------------- certified answers
+    assert not uncertain(terms, own, 0.1).any()  # 6 or 5.9, against 3 or 3.2
+    assert uncertain(terms, own, 1.0).all()  # 5 against 5
 
 
 @pytest.fixture(scope="module")
@@ -229,90 +133,14 @@ def exact_parts(cache, features):
     return text, cache_logits(affinity(features, cache.keys), ids, c, cache.settings.beta, values)
 
 
-def check_winners(winners, text, alone, alpha):
-    """Check that each winner is the best over all keys, up to float32 rounding."""
-    logits = text + alpha * alone
-    tolerance = 2e-5 * (1 + np.abs(text).max() + alpha * np.abs(alone).max())
-    chosen = np.take_along_axis(logits, np.asarray(winners)[:, None], axis=1)[:, 0]
-    assert (chosen >= logits.max(1) - tolerance).all()
-
-
-@settings(max_examples=examples(30), deadline=None)
-@given(cases(), alphas, st.floats(0, 30), st.integers(1, 20), st.booleans(), st.booleans())
-def test_certified_winners_match_all_keys_after_exact_search(case, alpha, beta, k, tail, text):
-    cache = of_case(case, text, alpha=alpha, beta=beta, index="Flat")
-    found = cache.certified(case.f, k, tail)
-    check_winners((found.text + alpha * found.cache).argmax(1), *exact_parts(cache, case.f), alpha)
-    steps, at = {cache.n}, k
-    while at <= cache.n // 8:
-        steps.add(at)
-        at *= 4
-    assert found.keys.dtype == torch.int64
-    assert set(found.keys.tolist()) <= steps
-
-
-@pytest.mark.parametrize("tail", [False, True])
-def test_few_keys_settle_some_queries_and_all_keys_the_rest(material, tail):
-    array, ids, text, queries = material
-    cache = model(array, ids, C, text, index="Flat", beta=20.0)
-    found = cache.certified(queries, 30, tail)
-    assert set(found.keys.tolist()) <= {30, 120, cache.n}
-    few = found.keys.numpy() < cache.n
-    assert few.mean() > 0.2
-    assert not few.all()
-    check_winners((found.text + found.cache).argmax(1), *exact_parts(cache, queries), 1.0)
-    torch.testing.assert_close(found.cache[~few], cache.terms(queries).cache[~few], rtol=1e-5, atol=1e-4)
-    # queries settled by few keys keep the logits of these keys
-    parts = parts_of(cache, queries, 30, tail)
-    first = found.keys.numpy() == 30
-    torch.testing.assert_close(found.cache[first], parts[1][first], rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(found.text, parts[0])
-    answers = cache.classify(queries, k=30, tail=tail, certify=True, top=2)
-    assert [a.keys for a in answers] == found.keys.tolist()
-    over_all = cache.classify(queries)
-    assert [a.label for a in answers] == [a.label for a in over_all]
-    assert {a.keys for a in over_all} == {None}
-    for a in answers:
-        assert a.text_logit + a.cache_logit == pytest.approx(float(a.logits.max()), rel=1e-5)
-
-
-@pytest.mark.parametrize("index", ["Classes", "IVF4,Flat"])
-@pytest.mark.parametrize("tail", [False, True])
-def test_certified_winners_agree_for_approximate_index_types(material, index, tail):
-    array, ids, text, queries = material
-    cache = model(array, ids, C, text, index=index)
-    found = cache.certified(queries, 48, tail)
-    over_all = cache.logits(queries).argmax(1)
-    wrong = ((found.text + found.cache).argmax(1) != over_all).sum()
-    assert wrong <= 2
-    if index == "Classes":
-        assert (found.keys < cache.n).float().mean() > 0.5
-        assert wrong <= (cache.logits(queries, 48, tail).argmax(1) != over_all).sum()
-
-
-def test_certified_uses_all_keys_for_a_large_k_and_for_values(material):
-    array, ids, text, queries = material
-    for index in ("Flat", "Classes"):
-        cache = model(array, ids, C, text, index=index)
-        for k in (None, cache.n // 8 + 1, cache.n, 10 * cache.n):
-            found = cache.certified(queries[:20], k)
-            assert found.keys.tolist() == [cache.n] * 20
-            assert torch.equal(found.cache, cache.terms(queries[:20]).cache)
-        valued = replace(cache, rows=replace(cache.rows, values=torch.from_numpy(np.eye(C, dtype=np.float32)[ids])))
-        assert valued.certified(queries[:20], 4).keys.tolist() == [cache.n] * 20
-        assert [p.keys for p in valued.classify(queries[:3], k=4, certify=True)] == [cache.n] * 3
-
-
 def test_no_queries_give_no_answers():
     case = Case(1, [4, 0, 9], q=3, d=5)
     none = case.f[:0]
     for index in ("Flat", "Classes"):
         cache = of_case(case, index=index)
         for k in (None, 2):
-            assert cache.certified(none, k).text.shape == (0, 3)
             assert cache.logits(none, k).shape == (0, 3)
             assert cache.classify(none, k=k) == []
-            assert cache.classify(none, k=k, certify=True) == []
         assert cache.nearest(torch.from_numpy(none), 2)[1].shape == (0, 2)
 
 
@@ -390,7 +218,6 @@ def test_a_single_class_is_always_the_answer():
     case = Case(4, [9], q=4, d=5)
     cache = of_case(case)
     assert {p.label for p in cache.classify(case.f, k=2)} == {"class 0"}
-    assert cache.certified(case.f, 1).keys.tolist() == [1] * 4
 
 
 def test_values_give_the_dense_form_if_k_covers_all_classes():
