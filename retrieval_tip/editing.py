@@ -20,7 +20,6 @@ from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.inputs import Features, Labels
 from retrieval_tip.retrieval.keys import Keys, auto_for, index_over, points_of
-from retrieval_tip.retrieval.logits import finite_logits
 from retrieval_tip.retrieval.ridge import MOST_SOLVED, Ridge
 from retrieval_tip.retrieval.rows import ArrayRows, Rows
 from retrieval_tip.retrieval.vector_index import FLAT_FACTORY, VectorIndex
@@ -39,17 +38,11 @@ class Editing(Answering):
 
     def check_answers(self) -> None:
         """Classify a few keys as if they were queries, and raise InputError if their logits overflow."""
-        settings, (keys, described) = self.settings, self.rows.some(ASKED)
-        own = torch.from_numpy(keys.astype(np.float32)).to(self.device)
-        ids = torch.from_numpy(described["class_id"].to_numpy().astype(np.int64)).to(self.device)
-        values = None if self.values is None else tip.Values(self.values[torch.from_numpy(spread(self.n, ASKED))])
-        queries, retrieval = functional.normalize(own), self.retrieval
-        points = retrieval.points(queries)
-        affinity = tip.affinity(points, retrieval.points(own))
-        cache = tip.cache_logits(affinity, ids, len(self.class_names), settings.beta, values=values)
-        tip.log_cache(cache, settings.log_offset)
-        text = tip.text_logits(queries, self.text_weights, settings.logit_scale)
-        finite_logits(tip.Terms(text, cache, retrieval.discriminant(points)), settings)
+        keys, labels = self.rows.some(ASKED)
+        order = np.argsort(labels["class_id"].to_numpy(), kind="stable")  # a table is not grouped by class
+        values = None if self.values is None else self.values[spread(self.n, ASKED)]
+        few = replace(self, rows=ArrayRows(keys[order], labels.take(pa.array(order)), values), index=None)
+        few.logits(functional.normalize(torch.from_numpy(keys.astype(np.float32))), "all")
 
     def _check_lengths(self, keys: npt.NDArray[Any]) -> None:
         """Raise InputError if the weight of one of these keys or points could overflow for a query of unit norm."""

@@ -27,9 +27,6 @@ from torch.nn.functional import embedding_bag
 
 from retrieval_tip.settings import Settings
 
-LEAST_HALF = 512
-"""Below twice this number of keys, zeros are not skipped to solve for values."""
-
 LARGEST = torch.finfo(torch.float32).max
 """Largest factor that torch accepts. With a larger alpha, the logits would overflow anyway."""
 
@@ -290,39 +287,6 @@ def _valued(
     left = weight(mean, beta).where(number > 0, 0)
     own = left.gather(1, class_ids.clamp_max(n_classes - 1).expand_as(weights))
     return values.weighted((weights - own).where(filled, 0)) + left @ values.sums
-
-
-def ridge_values(gram: Tensor, targets: Tensor, ridge: float | Tensor) -> Tensor:
-    """Solve for the values that classify the keys themselves, by kernel ridge regression.
-
-    The values are ``V = (G + diag(lambda))^-1 Y`` (ProKeR, Bendou et al., CVPR 2025, equation 6). If the inverse is
-    replaced by the identity, the result is plain Tip-Adapter.
-
-    - ``gram`` ``[n, n]``: the matrix ``G = exp(-beta (1 - phi(K) phi(K)^T))``, which is overwritten. Only its lower
-      triangle is read. It takes the least memory if it is stored by column.
-    - ``targets`` ``[n, c]``: the one-hot labels ``Y``.
-    - ``ridge``: the regularisation strength ``lambda``, which is a number above 0, or one such number per key.
-
-    Raises torch.linalg.LinAlgError if the system cannot be solved in that dtype.
-    """
-    gram.diagonal().add_(ridge)
-    root = torch.linalg.cholesky(gram, out=gram if gram.is_cpu else None)
-    values: Tensor = torch.linalg.solve_triangular(root.T, _forward(root, targets), upper=True)
-    return values
-
-
-def _forward(root: Tensor, targets: Tensor) -> Tensor:
-    """Solve ``L X = Y`` for a lower triangle ``L``, skipping the zeros of ``X`` above the first key of each class."""
-    half, solution = len(root) // 2, torch.zeros_like(targets)
-    early = targets[:half].any(0)
-    if half < LEAST_HALF or early.all():
-        torch.linalg.solve_triangular(root, targets, upper=False, out=solution)
-        return solution
-    solution[:half, early] = first = _forward(root[:half, :half], targets[:half, early])
-    others = targets[half:, early] - root[half:, :half] @ first
-    solution[half:, early] = torch.linalg.solve_triangular(root[half:, half:], others, upper=False)
-    solution[half:, ~early] = _forward(root[half:, half:], targets[half:, ~early])
-    return solution
 
 
 def log_cache(cache: Tensor, offset: float | None) -> Tensor:

@@ -527,13 +527,13 @@ def test_class_prior_shots_gives_all_shots_equal_weight(run, tables):
 
 @pytest.mark.parametrize("kind", ["sorted", "shuffled", "residuals"])
 def test_values_solve_the_linear_system(kind, monkeypatch):
-    monkeypatch.setattr("retrieval_tip.tip.LEAST_HALF", 2)
+    monkeypatch.setattr("retrieval_tip.retrieval.ridge.LEAST_HALF", 2)
     draw = np.random.default_rng(0)
     points, ids = draw.normal(size=(30, 8)).astype(np.float32), np.sort(draw.choice([0, 1, 3, 4, 6], 30))
     targets = np.eye(7, dtype=np.float32)[draw.permutation(ids) if kind == "shuffled" else ids]
     targets = targets - draw.random((30, 7), np.float32) if kind == "residuals" else targets
     gram = np.exp(unit(points) @ unit(points).T - 1)
-    found = tip.ridge_values(torch.from_numpy(gram.copy()), torch.from_numpy(targets), 0.1)
+    found = ridge.ridge_values(torch.from_numpy(gram.copy()), torch.from_numpy(targets), 0.1)
     np.testing.assert_allclose(found, np.linalg.solve(gram + 0.1 * np.eye(30), targets), atol=1e-4)
 
 

@@ -28,6 +28,42 @@ GRAM_BLOCK = 1024
 SOLVED_AGAIN = 4096
 """If there are at most this many keys, every edit solves all values again, which takes a second."""
 
+LEAST_HALF = 512
+"""Below twice this number of keys, zeros are not skipped to solve for values."""
+
+
+def ridge_values(gram: Tensor, targets: Tensor, ridge: float | Tensor) -> Tensor:
+    """Solve for the values that classify the keys themselves, by kernel ridge regression.
+
+    The values are ``V = (G + diag(lambda))^-1 Y`` (ProKeR, Bendou et al., CVPR 2025, equation 6). If the inverse is
+    replaced by the identity, the result is plain Tip-Adapter.
+
+    - ``gram`` ``[n, n]``: the matrix ``G = exp(-beta (1 - phi(K) phi(K)^T))``, which is overwritten. Only its lower
+      triangle is read. It takes the least memory if it is stored by column.
+    - ``targets`` ``[n, c]``: the one-hot labels ``Y``.
+    - ``ridge``: the regularisation strength ``lambda``, which is a number above 0, or one such number per key.
+
+    Raises torch.linalg.LinAlgError if the system cannot be solved in that dtype.
+    """
+    gram.diagonal().add_(ridge)
+    root = torch.linalg.cholesky(gram, out=gram if gram.is_cpu else None)
+    values: Tensor = torch.linalg.solve_triangular(root.T, _forward(root, targets), upper=True)
+    return values
+
+
+def _forward(root: Tensor, targets: Tensor) -> Tensor:
+    """Solve ``L X = Y`` for a lower triangle ``L``, skipping the zeros of ``X`` above the first key of each class."""
+    half, solution = len(root) // 2, torch.zeros_like(targets)
+    early = targets[:half].any(0)
+    if half < LEAST_HALF or early.all():
+        torch.linalg.solve_triangular(root, targets, upper=False, out=solution)
+        return solution
+    solution[:half, early] = first = _forward(root[:half, :half], targets[:half, early])
+    others = targets[half:, early] - root[half:, :half] @ first
+    solution[half:, early] = torch.linalg.solve_triangular(root[half:, half:], others, upper=False)
+    solution[half:, ~early] = _forward(root[half:, half:], targets[half:, ~early])
+    return solution
+
 
 def class_weights(counts: Tensor) -> Tensor:
     """Return weights ``mean(n) / n_c`` of shape ``[c]``, which give all classes equal weight.
@@ -39,7 +75,7 @@ def class_weights(counts: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Ridge:
-    """The linear system of solved values for ``c`` classes (see :func:`tip.ridge_values`).
+    """The linear system of solved values for ``c`` classes (see :func:`ridge_values`).
 
     The system is ``(G + lambda diag(1 / omega)) V = Y``. For a key of class ``c``, which has ``n_c`` keys, ``omega_i``
     is ``mean(n) / n_c``, so a class gains nothing from having more shots than others. If ``class_prior`` is ``shots``,
@@ -109,7 +145,7 @@ class Ridge:
             ridges.min()
         ):  # otherwise rounding errors hide the ridge
             with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # missing in torch's type stubs
-                return tip.ridge_values(gram, targets, ridges)
+                return ridge_values(gram, targets, ridges)
         longest = float(torch.linalg.vector_norm(points.double(), dim=1).max())
         raise InputError(
             f"keys: cannot solve values at beta {self.beta:g} for keys of norm {longest:.4g}; "
