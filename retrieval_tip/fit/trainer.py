@@ -121,14 +121,14 @@ class Trainer:
     def _logits(self, features: Tensor) -> Tensor:
         """Compute the logits of queries. The keys are processed in blocks, so that only the weights need ``n q``."""
         features, settings, c = features.to(self.index.device), self.index.settings, len(self.index.class_names)
-        queries, index = features.to(self.products), features.new_zeros(len(features), c)
+        queries, cache = features.to(self.products), features.new_zeros(len(features), c)
         ids = self.index.class_ids.split(self._block)
         values = [None] * len(ids) if self.values is None else map(tip.Values, self.values.split(self._block))
         for keys, own, part in zip(self.keys.split(self._block), ids, values, strict=True):
             affinity = tip.affinity(keys.to(self.products), queries).to(features.dtype).T  # one row per key is faster
-            index = index + tip.cache_logits(affinity, own, c, settings.beta, values=part)
+            cache = cache + tip.cache_logits(affinity, own, c, settings.beta, values=part)
         text = tip.text_logits(features, self.index.text_weights, settings.logit_scale)
-        return tip.Terms(text, index).logits(settings)
+        return tip.Terms(text, cache).logits(settings)
 
     def trained(self) -> dict[str, Tensor]:
         """Return CPU copies of the trained matrices by name."""
