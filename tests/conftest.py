@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import builtins
 import contextlib
+import datetime
 import gc
 import json
 import logging
@@ -18,6 +19,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+import click
 import filelock
 import numpy as np
 import psutil
@@ -27,6 +29,7 @@ import torch  # before FAISS, whose CUDA libraries may be older
 import warm
 from click.testing import CliRunner, Result
 from hypothesis import settings
+from tables import read_features
 
 from retrieval_tip import Index, errors
 from retrieval_tip.backbones.base import Backbone
@@ -215,6 +218,36 @@ def things(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def demo_photos() -> Path:
+    """The photos and the encoder of the demo, which stay in the clone."""
+    import demo
+
+    work = ROOT / "build/docs"
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(work / "lock"):  # several processes may fetch them
+            demo.lay_out(work, "debian", None, demo.Backbone())
+    except (SystemExit, subprocess.SubprocessError):
+        pytest.skip("SKIPPED: the demo's photos cannot be fetched here (apt-get download, pip download)")
+    return work
+
+
+@pytest.fixture
+def demo_clone(demo_photos: Path, tmp_path: Path) -> Path:
+    """A folder in which an example of the docs runs: photos, an encoder, and lit-mini beside it."""
+    (tmp_path / "shared").symlink_to(SHARED)
+    return demo_folder(tmp_path / "clone", demo_photos)
+
+
+def demo_folder(folder: Path, photos: Path) -> Path:
+    """Create a folder with links to the demo's photos and encoder."""
+    folder.mkdir()
+    for name in ("photos", "new", "efficientnet-lite0.pth"):
+        (folder / name).symlink_to(photos / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def warm_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A ``PATH`` whose ``retrieval-tip`` forks from a process that has imported everything."""
     if not sys.platform.startswith("linux"):
@@ -257,6 +290,15 @@ def run() -> Callable[..., Result]:
     return invoke
 
 
+def commands(group: click.Group = main, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Return the words of each command."""
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from commands(command, (*prefix, name))
+        else:
+            yield (*prefix, name)
+
+
 def nearest_keys(model: Index, queries: Any, k: int = 1) -> list[list[dict[str, Any]]]:
     """Return key_id, source, label and affinity of the ``k`` nearest keys of each query, nearest first."""
     retrieval = model.retrieval
@@ -277,6 +319,14 @@ def cache_of(*features: Any, **options: Any) -> Index:
     """Call :meth:`Index.from_features` with settings among the options."""
     own = {field.name: options.pop(field.name) for field in fields(Settings) if field.name in options}
     return Index.from_features(*features, settings=Settings(**own), **options)
+
+
+def food_index(shared: Path, per_class: int = 8, **changes: Any) -> Index:
+    """Return an index of some shots of each of nine foods."""
+    (K, labels), (W, names) = (read_features(shared / f"data/clip-food9/{part}.parquet") for part in ("train", "text"))
+    shots = np.concatenate([np.flatnonzero(labels == name)[:per_class] for name in names])
+    own = {"alpha": 20.0, "beta": 5.5, "device": "cpu"} | changes
+    return cache_of(K[shots], labels[shots].tolist(), names.tolist(), W, **own)
 
 
 def with_code(folder: Path, file: str = "config.json") -> Path:
@@ -314,6 +364,19 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
     yield make
     while mounted:
         subprocess.run(["umount", "-l", mounted.pop()], check=True)
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[None]:
+    """An object store on loopback, in which unfinished versions may be deleted at once."""
+    import buckets
+
+    from retrieval_tip.lance import versions
+
+    with pytest.MonkeyPatch.context() as patch:
+        buckets.use(patch, buckets.endpoint())
+        patch.setattr(versions, "UNFINISHED", datetime.timedelta())
+        yield
 
 
 @pytest.fixture(scope="module")

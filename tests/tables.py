@@ -82,6 +82,23 @@ def picture(size: tuple[int, int] = (50, 40)) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
 
 
+def some_pixels(model: Any, number: int = 2) -> Any:
+    """Return the pixels of several views of one image."""
+    import torch
+
+    return torch.stack([model.view(picture(), str(seed)) for seed in range(number)])
+
+
+def changed(model: Any) -> Any:
+    """Change the weights of both towers, as a training step of a user would."""
+    import torch
+
+    with torch.no_grad():
+        for name in ("visual.proj", "text_projection"):
+            model._model.get_parameter(name).mul_(1.5)
+    return model
+
+
 def png_chunk(kind: bytes, body: bytes) -> bytes:
     """Return a chunk of a PNG file with its checksum."""
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))

@@ -23,7 +23,7 @@ import torch
 from conftest import with_code
 from PIL import Image
 from safetensors.torch import save_file
-from tables import TINY, picture, tiny
+from tables import TINY, changed, picture, some_pixels, tiny
 
 from retrieval_tip.backbones import catalogue, torch_backbone
 from retrieval_tip.backbones import open_clip as backbone
@@ -292,18 +292,6 @@ def tiny_folder(tmp_path_factory):
 @pytest.fixture
 def tiny_model(tiny_folder):
     return load_backbone(f"local-dir:{tiny_folder}", device="cpu")
-
-
-def some_pixels(model, number=2):
-    return torch.stack([model.view(picture(), str(seed)) for seed in range(number)])
-
-
-def changed(model):
-    """Change the weights of both towers, as a training step of a user would."""
-    with torch.no_grad():
-        for name in ("visual.proj", "text_projection"):
-            model._model.get_parameter(name).mul_(1.5)
-    return model
 
 
 def test_the_identity_is_always_that_of_the_current_weights(tiny_model):

@@ -9,10 +9,10 @@ import shutil
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import cache_of, examples
+from conftest import examples, food_index
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tables import tiny, unit_rows, write_table
+from tables import read_features, tiny, unit_rows, write_table
 
 from retrieval_tip import Index
 from retrieval_tip.data.reader import Reader
@@ -150,37 +150,24 @@ def test_temperatures_at_the_bounds():
 # ------------------------------------------------------------------------------------------- the index and its commands
 
 
-def rows_of(table):
-    return np.stack(table["feature"].to_numpy()).astype(np.float32)
-
-
-def food(shared, per_class=8, **changes):
-    """Return an index of some shots of each of nine foods, and a validation table of other photos."""
-    data = shared / "data" / "clip-food9"
-    text, train = pq.read_table(data / "text.parquet"), pq.read_table(data / "train.parquet")
+def validation(shared):
+    """Return a table of other photos of the same foods."""
+    train = pq.read_table(shared / "data/clip-food9/train.parquet")
     labels = np.array(train["label"].to_pylist())
-    of = [np.flatnonzero(labels == name) for name in text["label"].to_pylist()]
-    shots = np.concatenate([rows[:per_class] for rows in of])
-    settings_ = {"alpha": 20.0, "beta": 5.5} | changes
-    cache = cache_of(
-        rows_of(train)[shots], labels[shots].tolist(), text["label"].to_pylist(), rows_of(text), device="cpu",
-        **settings_,
-    )  # fmt: skip
-    return cache, train.take(np.concatenate([rows[20:70] for rows in of]))
+    return train.take(np.concatenate([np.flatnonzero(labels == name)[20:70] for name in np.unique(labels)]))
 
 
 @pytest.fixture
-def food_index(shared, tmp_path):
-    cache, val = food(shared)
-    cache.save(tmp_path / "food")
-    pq.write_table(val, tmp_path / "val.parquet")
+def food(shared, tmp_path):
+    food_index(shared).save(tmp_path / "food")
+    pq.write_table(validation(shared), tmp_path / "val.parquet")
     return tmp_path / "food", tmp_path / "val.parquet", shared / "data/clip-food9/test.parquet"
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-30, 1e-3, 1.0, 1e3, 1e30, 1e300])
 def test_the_temperature_never_changes_an_answer(shared, temperature):
-    cache, val = food(shared)
-    features = rows_of(val)[::9]
+    cache = food_index(shared)
+    features = np.stack(validation(shared)["feature"].to_numpy())[::9]
     plain = cache.classify(features, top=9, k=16)
     cache.settings = cache.settings.override(temperature=temperature)
     for one, other in zip(plain, cache.classify(features, top=9, k=16), strict=True):
@@ -191,9 +178,9 @@ def test_the_temperature_never_changes_an_answer(shared, temperature):
         np.testing.assert_array_equal(one.logits, other.logits)
 
 
-def test_calibrate_writes_a_version_with_its_provenance(run, food_index):
-    folder, val, test = food_index
-    features = rows_of(pq.read_table(test))
+def test_calibrate_writes_a_version_with_its_provenance(run, food):
+    folder, val, test = food
+    features = read_features(test)[0]
     before = json.loads(run("evaluate", folder, test, "--json").stdout)
     shown = run("calibrate", folder, "--val", val)
     assert shown.exit_code == 0, shown.output
@@ -218,8 +205,8 @@ def test_calibrate_writes_a_version_with_its_provenance(run, food_index):
     assert Index.load(folder, device="cpu").settings.temperature == cache.settings.temperature
 
 
-def test_a_failed_calibration_changes_nothing(run, food_index, tmp_path):
-    folder, _, _ = food_index
+def test_a_failed_calibration_changes_nothing(run, food, tmp_path):
+    folder, _, _ = food
     manifest = (folder / "manifest.json").read_bytes()
     odd = write_table(tmp_path / "odd.parquet", unit_rows(3, 512), ["apple_pie", "nonsense", "tacos"])
     refused = run("calibrate", folder, "--val", odd)
@@ -257,8 +244,8 @@ def test_calibrate_never_reads_the_test_part(run, shared, tmp_path):
     assert run("calibrate", tmp_path / "i", "--val", path, "--split", "test").exit_code == 2
 
 
-def test_calibrate_warns_about_unusable_validation_photos(run, shared, food_index, tmp_path):
-    folder, _, _ = food_index
+def test_calibrate_warns_about_unusable_validation_photos(run, shared, food, tmp_path):
+    folder, _, _ = food
     cache = Index.load(folder, device="cpu")
     # the shots themselves, which are all answered correctly at an affinity of 1
     shots = write_table(tmp_path / "shots.parquet", cache.keys, cache.labels["label"].to_pylist())
@@ -274,8 +261,8 @@ def test_calibrate_warns_about_unusable_validation_photos(run, shared, food_inde
     assert "no better than chance" in run("calibrate", folder, "--val", wrong).stderr
 
 
-def test_classify_and_evaluate_withhold_the_same_answers(run, food_index, tmp_path):
-    folder, val, test = food_index
+def test_classify_and_evaluate_withhold_the_same_answers(run, food, tmp_path):
+    folder, val, test = food
     assert run("calibrate", folder, "--val", val).exit_code == 0
     truth = pq.read_table(test)["label"].to_pylist()
     for threshold in (0.0, 0.7, 0.97, 1.0):
@@ -295,8 +282,8 @@ def test_classify_and_evaluate_withhold_the_same_answers(run, food_index, tmp_pa
     assert "selective_top1" in run("evaluate", folder, test, "--abstain", 0.9).stdout
 
 
-def test_every_format_shows_withheld_labels(run, food_index, tmp_path):
-    folder, _, test = food_index
+def test_every_format_shows_withheld_labels(run, food, tmp_path):
+    folder, _, test = food
     table = run("classify", folder, test, "--abstain", 1, "--top", 2).stdout.splitlines()
     plain = run("classify", folder, test, "--top", 2).stdout.splitlines()
     changed = [(a.split(), b.split()) for a, b in zip(plain, table, strict=True) if a.split() != b.split()]
@@ -314,7 +301,7 @@ def test_every_format_shows_withheld_labels(run, food_index, tmp_path):
 
 
 def test_a_threshold_outside_0_to_1_is_refused(shared):
-    cache, _ = food(shared, 1)
+    cache = food_index(shared, 1)
     for wrong in (-0.1, 1.5, math.nan):
         with pytest.raises(UsageError, match="abstain is"):
             evaluate(cache, open_source(shared / "data/clip-food9/test.parquet"), Reader(), abstain=wrong)

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.types import FloatParamType, IntParamType
-from conftest import few
+from conftest import commands, few
 from PIL import Image
 from serving import caltech_photos
 from tables import picture, tiny, unit_rows, write_table
@@ -52,14 +52,6 @@ def queries(tmp_path):
 
 
 INDEXES = os.path.relpath(Path(__file__).parent / "indexes" / "v7")
-
-
-def commands(group=cli.main, prefix=()):
-    for name, command in group.commands.items():
-        if isinstance(command, click.Group):
-            yield from commands(command, (*prefix, name))
-        else:
-            yield (*prefix, name)
 
 
 def command_of(words):

@@ -7,10 +7,9 @@ import json
 import multiprocessing
 import os
 import sqlite3
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
+from fake import IDENTITY, Fake, Reads, picture, pictures, source_of, with_identity
 from tables import unit_rows
 
 from retrieval_tip import bounds
-from retrieval_tip.backbones.base import Identity
 from retrieval_tip.data import images
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.reader import Reader, encode_table, view_names
 from retrieval_tip.data.sources import Source, of_images, open_items, open_source
 from retrieval_tip.data.tables import (
-    IDENTITY_KEY,
     TABLE_ROWS,
     check_backbone,
     read_features,
@@ -38,79 +35,16 @@ from retrieval_tip.data.tables import (
 )
 from retrieval_tip.errors import BackboneError, InputError, RetrievalTipError, UsageError
 
-IDENTITY = Identity("fake", "tag", "sha256:00", "sha256:01", {"size": 4, "mean": [0, 0, 0]})
-
-
-@dataclass
-class Fake:
-    """A backbone whose features are the mean colour and the corner of a view (``d = 6``). It counts its calls."""
-
-    identity: Identity = IDENTITY
-    precision: str = "float32"
-    dim: int = 6
-    logit_scale: float = 100.0
-    batch_size: int = 4
-    prepared: int = 0
-    batches: list[int] = field(default_factory=list)
-
-    def preprocess(self, image: Image.Image) -> torch.Tensor:
-        self.prepared += 1
-        return torch.from_numpy(np.asarray(image.resize((4, 4))).astype(np.float32)).permute(2, 0, 1)
-
-    def view(self, image: Image.Image, seed: str) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(hash_of(seed))
-        return self.preprocess(image) * torch.rand(3, 1, 1, generator=generator)
-
-    def encode_images(self, pixels: torch.Tensor) -> np.ndarray:
-        self.batches.append(len(pixels))
-        means = pixels.double().mean(dim=(2, 3)).float()
-        return torch.cat([means, pixels[:, :, 0, 0] + 1], dim=1).numpy()
-
-    has_text = True
-
-    def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
-        raise AssertionError("no text is encoded here")
-
-    def expected(self, image: Image.Image) -> np.ndarray:
-        raw = self.encode_images(self.preprocess(image)[None])[0]
-        return raw / np.linalg.norm(raw)
-
-
-def hash_of(text: str) -> int:
-    return int.from_bytes(text.encode()[-6:], "big")
-
-
-def picture(number: int) -> Image.Image:
-    generator = np.random.default_rng(number)
-    return Image.fromarray(generator.integers(0, 256, (9, 7, 3), dtype=np.uint8))
-
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Twelve pictures."""
-    place = tmp_path / "images"
-    place.mkdir()
-    for number in range(12):
-        picture(number).save(place / f"{number:02}.png")
-    return place
-
-
-class Reads(Counter[str]):
-    """Reads images, and counts how often each file was read."""
-
-    def __call__(self, path: str) -> bytes:
-        self[Path(path).name] += 1
-        return images.read(path)
+    return pictures(tmp_path / "images")
 
 
 def all_of(reader: Reader, source: Source) -> tuple[np.ndarray, np.ndarray]:
     """Return the positions and features of all blocks."""
     blocks = list(reader.blocks(source))
     return np.concatenate([b.positions for b in blocks]), np.concatenate([b.features for b in blocks])
-
-
-def source_of(folder: Path) -> Source:
-    return of_images([str(path) for path in images.find(folder)])
 
 
 # -- encoding --
@@ -647,12 +581,6 @@ def test_rows_can_be_taken_in_any_order_and_repeatedly(tmp_path: Path, order: Se
     positions, found = all_of(Reader(), source)
     assert positions.tolist() == list(range(len(order)))
     assert np.array_equal(found, rows[order])
-
-
-def with_identity(path: Path, raw: bytes | None, rows: np.ndarray | None = None) -> Path:
-    table = pa.table({"id": ["a", "b"], "feature": list(unit_rows(2, 6) if rows is None else rows)})
-    pq.write_table(table.replace_schema_metadata(None if raw is None else {IDENTITY_KEY: raw}), path)
-    return path
 
 
 def test_a_table_stores_its_backbone(tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from clusters import clusters, text_of
 from conftest import SOAK, few, nearest_keys
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
-from tables import write_table
-from test_stores import STEPS, _bucket_and_one_thread, copied, done, everything, labels_of, made, put, refused, step  # noqa: F401
+from hypothesis import strategies as st
+from stored import copied, done, everything, labels_of, made, put, refused
+from tables import unit_rows, write_table
 
 from retrieval_tip import model as index_model
 from retrieval_tip.cli import main
@@ -37,7 +38,7 @@ from retrieval_tip.retrieval.rows import ArrayRows
 from retrieval_tip.server.app import create_app
 from retrieval_tip.server.served import open_all
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("bucket", "one_thread")]
 
 FORMS = {"solved": ("within", "solved"), "metric": ("within", "one-hot"), "values": ("none", "solved")}
 """Metric and values of each form."""
@@ -132,6 +133,50 @@ def test_whole_classes_are_searched_as_in_a_folder(built, name, held, tmp_path, 
     for place in places:
         fit_index(place)
     check_same(*opened(*places))  # one-hot values, because values cannot be solved for whole classes
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), st.integers(1, 4), st.integers(0, 999)),
+        st.tuples(st.just("remove"), st.integers(1, 3), st.integers(0, 999)),
+        st.tuples(st.just("relabel"), st.integers(1, 3), st.integers(0, 999)),
+        st.tuples(st.just("set"), st.integers(1, 9), st.just(0)),
+        st.tuples(st.just("rollback"), st.just(0), st.integers(0, 999)),
+        st.tuples(st.just("rebuild"), st.just(0), st.just(0)),
+        st.tuples(st.just("gc"), st.integers(1, 3), st.just(0)),
+    ),
+    min_size=5,
+    max_size=7,
+)
+
+
+def step(place, tables, what, m, seed, number):
+    """Make one change, which depends only on the key ids, class names and versions of the index."""
+    ids = sorted(labels_of(place))
+    random = np.random.default_rng(seed)
+    if what == "add":
+        names = stores.at(place).manifest().class_names
+        labels = [names[i] for i in random.integers(0, len(names), m)]
+        table = write_table(
+            tables / "step.parquet",
+            unit_rows(m, QUERIES.shape[1], 1000 + number),
+            labels,
+            [f"s{number} {i}" for i in range(m)],
+        )
+        return changes.add(place, open_source(table), Reader())
+    if what == "remove":
+        return changes.remove(place, key_ids=random.choice(ids, min(m, len(ids) - 1), replace=False).tolist())
+    if what == "relabel":
+        chosen = random.choice(ids, min(m, len(ids)), replace=False).tolist()
+        return changes.relabel(place, stores.at(place).manifest().class_names[seed % 3], key_ids=chosen)
+    if what == "set":
+        return changes.configure(place, k=m, alpha=0.5 * m)
+    if what == "rollback":
+        there = stores.at(place).history()["version"].to_pylist()
+        return changes.rollback(place, there[seed % len(there)])
+    if what == "gc":
+        return stores.at(place).collect(m)
+    return changes.rebuild(place)
 
 
 @settings(max_examples=6 if SOAK else 1, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from html.parser import HTMLParser
-
 import numpy as np
 import pytest
+from html_tree import Tree
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,9 +12,6 @@ from retrieval_tip import Index
 from retrieval_tip.html import markup, table
 from retrieval_tip.predictions import SHOWN_PREDICTIONS, Predictions
 from retrieval_tip.settings import Settings
-
-VOID = frozenset({"br", "hr", "img", "link", "meta"})
-"""Elements without an end tag."""
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -27,62 +23,30 @@ HOSTILE = [
 ]
 
 
-class Page(HTMLParser):
-    """The elements and the text of a page. Fails if an end tag is missing or misplaced."""
-
-    def __init__(self, source: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.feed(source)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-    @property
-    def tags(self) -> set[str]:
-        return {name for name, _ in self.elements}
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
+def cells(page):
+    return [node.text for node in page.all() if node.name in ("td", "th")]
 
 
 def test_a_value_is_escaped_once_and_on_one_line():
-    (head, *cells) = Page(table([], [['<a href="x">&\'', markup("<b>&lt;</b>"), "1.5 %", "a\nb\u202ec\ud800"]])).words
-    assert (head, *cells) == ('<a href="x">&\'', "<", "1.5 %", "a\\nb\\u202ec\\ud800")
+    found = cells(Tree(table([], [['<a href="x">&\'', markup("<b>&lt;</b>"), "1.5 %", "a\nb\u202ec\ud800"]])).root)
+    assert found == ['<a href="x">&\'', "<", "1.5 %", "a\\nb\\u202ec\\ud800"]
     assert markup("<b>{}</b>").format("<") == "<b>&lt;</b>"
-    assert Page(table([], [["{{ 7 * 7 }}{% raw %}"]])).words == ["{{ 7 * 7 }}{% raw %}"]
+    assert cells(Tree(table([], [["{{ 7 * 7 }}{% raw %}"]])).root) == ["{{ 7 * 7 }}{% raw %}"]
 
 
 def test_a_table_has_headings_and_aligns_numbers():
-    page = Page(table(["name", "<n>"], [["<a>", 1], ["b", markup("<b>2</b>")]], "cap<tion", numbers=[1]))
+    page = Tree(table(["name", "<n>"], [["<a>", 1], ["b", markup("<b>2</b>")]], "cap<tion", numbers=[1])).root
     assert page.text == "cap<tion name <n> <a> 1 b 2"
-    heads = [attributes for name, attributes in page.elements if name == "th"]
-    assert [attributes["scope"] for attributes in heads] == ["col", "col", "row", "row"]
-    sides = [attributes["style"].partition(";")[0] for name, attributes in page.elements if name in ("th", "td")]
+    assert [head.attributes["scope"] for head in page.all("th")] == ["col", "col", "row", "row"]
+    sides = [node.attributes["style"].partition(";")[0] for node in page.all() if node.name in ("th", "td")]
     assert sides == [f"text-align:{side}" for side in ("left", "right") * 3]
-    assert "thead" not in Page(table([], [["a", 1]])).tags
+    assert not list(Tree(table([], [["a", 1]])).root.all("thead"))
 
 
 @given(st.text(), st.text())
 def test_any_text_is_escaped(one, other):
-    page = Page(table([one], [[other, one]], other))
-    assert page.tags <= {"table", "caption", "thead", "tbody", "tr", "th", "td"}
+    page = Tree(table([one], [[other, one]], other)).root
+    assert {node.name for node in page.all()} <= {"table", "caption", "thead", "tbody", "tr", "th", "td"}
     assert "\n" not in table([one], [[other]])
 
 
@@ -101,10 +65,11 @@ def cache():
     )
 
 
-def check_markup(shown: str) -> Page:
-    page = Page(shown)
-    assert page.tags <= {"div", "table", "caption", "thead", "tbody", "tr", "th", "td", "b", "small"}
-    assert all(set(attributes) <= {"style", "scope"} for _, attributes in page.elements)
+def check_markup(shown):
+    page = Tree(shown).root
+    names = {"div", "table", "caption", "thead", "tbody", "tr", "th", "td", "b", "small"}
+    assert {node.name for node in page.all()} <= names
+    assert all(set(node.attributes) <= {"style", "scope"} for node in page.all())
     assert "color" not in shown
     assert "\u202e" not in shown
     return page
@@ -146,8 +111,7 @@ def test_predictions_are_a_list_shown_as_a_table(cache):
     assert list(found) == found
     assert found == list(found)
     page = check_markup(found._repr_html_())
-    rows = [name for name, _ in page.elements].count("tr") - 1
-    assert rows == SHOWN_PREDICTIONS < len(found)
+    assert len(list(page.all("tr"))) - 1 == SHOWN_PREDICTIONS < len(found)
     assert f"{len(found)} predictions; the first {SHOWN_PREDICTIONS}" in page.text
     assert found[3].neighbours[0].label in page.text
     assert check_markup(Predictions()._repr_html_()).text.startswith("0 predictions")

@@ -20,9 +20,9 @@ import killing
 import numpy as np
 import pytest
 from conftest import SOAK
+from fake import Fake
 from fastapi.testclient import TestClient
 from PIL import Image
-from test_features import Fake
 
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import of_images, open_inputs

@@ -16,10 +16,9 @@ import click
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT
+from conftest import ROOT, commands
 from PIL import Image
 from tables import unit_rows, write_table
-from test_cli import commands
 from wcwidth import wcswidth
 
 from retrieval_tip import cli, errors

@@ -7,7 +7,6 @@ import json
 import demo
 import pytest
 from conftest import ROOT
-from test_readme import fetched, place  # noqa: F401
 
 NOTEBOOKS = ROOT / "docs/notebooks"
 
@@ -60,8 +59,8 @@ def test_notebooks_are_listed_and_contain_no_outputs():
 
 @pytest.mark.soak
 @pytest.mark.parametrize("name", REACHED)
-def test_a_notebook_runs(name, place, monkeypatch):  # noqa: F811
-    monkeypatch.chdir(place)
+def test_a_notebook_runs(name, demo_clone, monkeypatch):
+    monkeypatch.chdir(demo_clone)
     monkeypatch.syspath_prepend(NOTEBOOKS)
     names = {"__name__": "notebook"}
     try:

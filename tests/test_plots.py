@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections import Counter
 from dataclasses import replace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from conftest import few
+from conftest import few, food_index
+from html_tree import Tree
 from PIL import Image
-from test_calibration import food
 
-from retrieval_tip.errors import UsageError
+from retrieval_tip.errors import UsageError, one_line
 from retrieval_tip.evaluation.evaluate import Answers, Evaluation
 from retrieval_tip.report import plots
 from retrieval_tip.settings import Settings
@@ -108,8 +110,7 @@ def test_class_accuracies_are_sorted_and_limited_to_the_worst():
 
 
 def test_evaluate_writes_plots_and_prints_the_same(run, shared, tmp_path):
-    cache, _ = food(shared)
-    cache.save(tmp_path / "i")
+    food_index(shared).save(tmp_path / "i")
     test = shared / "data/clip-food9/test.parquet"
     plain = run("evaluate", tmp_path / "i", test, "--json")
     done = run("evaluate", tmp_path / "i", test, "--json", "--plot", tmp_path / "new" / "plots")
@@ -144,6 +145,21 @@ def test_degenerate_evaluations_are_drawn(name, tmp_path, recwarn):
     for file in files:
         check_png(file)
     assert not [str(w.message) for w in recwarn]
+
+
+@pytest.mark.parametrize("date", [None, "-", "9" * 30])
+def test_diagrams_accept_any_class_name_and_date_of_the_build(date, monkeypatch, recwarn):
+    if date:
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", date)
+    names = ["font: 1px '", "<!--", "--><style>", "#222222", '"><g id="', "</svg>", "$x^{", "a\x00\nb", "\ud800"]
+    evaluation = made_up(np.arange(18) % 9, np.arange(18) // 2, names)
+    for draw in (plots.draw_confusion, plots.draw_per_class):
+        (drawn,) = Tree(plots.svg(lambda draw=draw: draw(evaluation), "'\"<b>")).root.all("img")
+        assert drawn.attributes["alt"] == "'\"<b>"
+        picture = base64.b64decode(drawn.attributes["src"].removeprefix("data:image/svg+xml;base64,"))
+        texts = ElementTree.fromstring(picture).iter("{http://www.w3.org/2000/svg}text")
+        assert {one_line(name) for name in names} <= {"".join(node.itertext()) for node in texts}
+    assert not recwarn.list
 
 
 def test_a_bad_plot_folder_and_a_missing_matplotlib_are_reported_first(run, tmp_path, request):

@@ -11,14 +11,10 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 
-import filelock
-import pytest
-from conftest import PROGRAMS, ROOT, SHARED, needs_real
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
 import demo
+import pytest
+from conftest import PROGRAMS, ROOT, demo_folder, needs_real
 
 WRITES = bool(os.environ.get("RETRIEVAL_TIP_WRITE_DOCS"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -42,43 +38,15 @@ RUN = [page for page in PAGES if blocks(page)]
 WITH_LIT_MINI = [page for page in RUN if any("../shared" in (options or "") for _, _, options in blocks(page))]
 
 
-@pytest.fixture(scope="module")
-def fetched():
-    """The photos and the encoder of the demo, which stay in the clone."""
-    work = ROOT / "build/docs"
-    work.mkdir(parents=True, exist_ok=True)
-    try:
-        with filelock.FileLock(work / "lock"):  # the notebooks' tests may run beside these
-            demo.lay_out(work, "debian", None, demo.Backbone())
-    except (SystemExit, subprocess.SubprocessError):
-        pytest.skip("SKIPPED: the demo's photos cannot be fetched here (apt-get download, pip download)")
-    return work
-
-
-@pytest.fixture
-def place(fetched, tmp_path):
-    """Folder in which a page's examples run: photos, an encoder, and lit-mini beside it."""
-    clone = tmp_path / "clone"
-    clone.mkdir()
-    (tmp_path / "shared").symlink_to(SHARED)
-    return laid_out(clone, fetched)
-
-
-def laid_out(place, fetched):
-    for name in ("photos", "new", "efficientnet-lite0.pth"):
-        (place / name).symlink_to(fetched / name)
-    return place
-
-
 BUILD = (
     f"retrieval-tip index build photos --model {demo.LITE0} --pretrained efficientnet-lite0.pth --out indexes/things"
 )
 
 
 @pytest.fixture(scope="module")
-def things(fetched, warm_path, tmp_path_factory):
+def things(demo_photos, warm_path, tmp_path_factory):
     """The index that most pages build and all ask, built once, and what that printed."""
-    place = laid_out(tmp_path_factory.mktemp("things"), fetched)
+    place = demo_folder(tmp_path_factory.mktemp("things") / "clone", demo_photos)
     return place / "indexes/things", typed_and_printed(BUILD, place, warm_path)
 
 
@@ -127,7 +95,8 @@ def typed_and_printed(typed, place, path, with_messages=False):
 @pytest.mark.parametrize(
     "page", [pytest.param(page, id=page.stem, marks=[needs_real] * (page in WITH_LIT_MINI)) for page in RUN]
 )
-def test_examples_print_the_documented_output(page, place, things, warm_path, monkeypatch):
+def test_examples_print_the_documented_output(page, demo_clone, things, warm_path, monkeypatch):
+    place = demo_clone
     monkeypatch.chdir(place)
     text = page.read_text(encoding="utf-8")
     for language, body, options in blocks(page):
@@ -179,9 +148,10 @@ RECIPES = {  # what each is run with, on the demo's photos and encoder
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "indexes").glob("*.toml")), ids=lambda recipe: recipe.name)
-def test_recipes_build_the_described_indexes(recipe, fetched, place, warm_path):
+def test_recipes_build_the_described_indexes(recipe, demo_photos, demo_clone, warm_path):
+    place = demo_clone
     (place / "build").mkdir()
-    (place / "build/demo").symlink_to(fetched)
+    (place / "build/demo").symlink_to(demo_photos)
     typed_and_printed(f"retrieval-tip index build --recipe {recipe} {RECIPES[recipe.name]}", place, warm_path)
     printed = typed_and_printed("retrieval-tip evaluate indexes/things new", place, warm_path)
     said = re.search(r"# Expected from .*: (.*)\.\n", recipe.read_text(encoding="utf-8"))

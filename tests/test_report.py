@@ -8,9 +8,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
 import pyarrow as pa
@@ -19,11 +17,10 @@ import pytest
 from browser import chromium
 from click.testing import CliRunner
 from conftest import SHARED
+from html_tree import Tree
 from markupsafe import Markup
 from PIL import Image
 from tables import unit_rows, write_table
-from test_html import VOID
-from test_plots import made_up
 
 from retrieval_tip.cli import main
 from retrieval_tip.data.reader import Reader
@@ -48,73 +45,14 @@ ALIKE = ["chair", "crayfish", "crocodile", "crocodile_head", "lobster", "windsor
 if IMAGES.is_dir() and not (IMAGES / ALIKE[0]).is_dir():  # use other classes instead
     ALIKE = sorted(folder.name for folder in IMAGES.iterdir())[:6]
 MODEL = f"local-dir:{SHARED}/models/lit-mini"
-INLINE = {"a", "b", "code", "data", "span"}
 HOSTILE = ["<script>alert(1)<", "\"><img src=x onerror='a()'>", "a\nb\x1b[31m", "\u202egnp.exe", "&lt;b&gt; $x^{"]
-
-
-class Node:
-    """An element of a page, with its attributes and children."""
-
-    def __init__(self, name="", attributes=()):
-        self.name, self.attributes, self.inside = name, dict(attributes), []
-
-    def all(self, name=None, **attributes):
-        for part in self.inside:
-            if isinstance(part, Node):
-                if name in (None, part.name) and all(
-                    part.attributes.get(k.rstrip("_")) == v for k, v in attributes.items()
-                ):
-                    yield part
-                yield from part.all(name, **attributes)
-
-    def first(self, name=None, **attributes):
-        return next(self.all(name, **attributes))
-
-    @property
-    def text(self):
-        """The text as a reader sees it. Inline elements are joined to the text around them, and others are not."""
-        parts = (
-            part if isinstance(part, str) else part.text if part.name in INLINE else f" {part.text} "
-            for part in self.inside
-        )
-        return " ".join("".join(parts).split())
-
-    def rows(self):
-        return [[cell.text for cell in row.all() if cell.name in ("td", "th")] for row in self.all("tr")]
-
-
-class Tree(HTMLParser):
-    """A page as nodes. It must be well-formed."""
-
-    def __init__(self, source):
-        super().__init__(convert_charrefs=True)
-        self.open = [Node()]
-        self.feed(source)
-        self.close()
-        assert len(self.open) == 1, f"<{self.open[-1].name}> has no end"
-
-    def handle_starttag(self, tag, attrs):
-        assert len(dict(attrs)) == len(attrs), f"<{tag}> has an attribute twice"
-        node = Node(tag, attrs)
-        self.open[-1].inside.append(node)
-        if tag not in VOID:
-            self.open.append(node)
-
-    def handle_startendtag(self, tag, attrs):
-        self.open[-1].inside.append(Node(tag, attrs))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop().name == tag
-
-    def handle_data(self, data):
-        self.open[-1].inside.append(data)
 
 
 def read(path):
     """Check what all reports have in common, and return the report as nodes."""
     source = Path(path).read_text(encoding="utf-8")
     assert not [part for part in ("\u202e", "url(", "@import") if part in source]
-    page = Tree(source).open[0]
+    page = Tree(source).root
     for node in page.all():
         assert node.name not in ("a", "script", "iframe", "object", "embed", "form", "base")
         assert not [name for name in node.attributes if name.startswith("on")]
@@ -376,31 +314,6 @@ def test_ids_of_an_encoded_table_find_their_pictures(caltech, tmp_path):
     table = tmp_path / "test.parquet"
     done("-q", "encode", caltech / "test", "--model", MODEL, "--out", table)
     assert list(reported(tmp_path, caltech / "index", table, "--no-curves").all("img", class_="query"))
-
-
-@pytest.mark.usefixtures("drawn")
-def test_diagrams_accept_any_class_name(recwarn):
-    names = ["font: 1px '", "<!--", "--><style>", "#222222", '"><g id="', "</svg>", "$x^{", "a\x00\nb", "\ud800"]
-    evaluation = made_up(np.arange(18) % 9, np.arange(18) // 2, names)
-    for draw in (plots.draw_confusion, plots.draw_per_class):
-        (drawn,) = Tree(plots.svg(lambda draw=draw: draw(evaluation), "'\"<b>")).open[0].all("img")
-        assert drawn.attributes["alt"] == "'\"<b>"
-        picture = base64.b64decode(drawn.attributes["src"].removeprefix("data:image/svg+xml;base64,"))
-        texts = {
-            "".join(node.itertext())
-            for node in ElementTree.fromstring(picture).iter("{http://www.w3.org/2000/svg}text")
-        }
-        assert {one_line(name) for name in names} <= texts
-    assert not recwarn.list
-
-
-@pytest.mark.usefixtures("drawn")
-@pytest.mark.parametrize("date", ["-", "9" * 30])
-def test_diagrams_ignore_a_date_in_the_environment(date, monkeypatch):
-    evaluation = made_up([0, 1], [1, 0], ["cat", "dog"])
-    before = plots.svg(lambda: plots.draw_confusion(evaluation), "x")
-    monkeypatch.setenv("SOURCE_DATE_EPOCH", date)
-    assert plots.svg(lambda: plots.draw_confusion(evaluation), "x") == before
 
 
 @pytest.mark.usefixtures("drawn")

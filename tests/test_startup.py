@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
+from conftest import commands
 from PIL import Image
 from tables import TINY, picture, tiny
-from test_cli import commands
 
 from retrieval_tip import Index
 from retrieval_tip import model as index_model

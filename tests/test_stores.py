@@ -1,6 +1,6 @@
 """One contract for every store: a folder, and LanceDB on a disk and in a bucket.
 
-Expected answers are computed here in float64 from the keys and labels of the index.
+Expected answers are computed in float64 from the keys and labels of the index.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import shutil
 import sys
 import threading
 import time
@@ -21,16 +20,15 @@ from functools import partial
 from pathlib import Path
 
 import buckets
-import killing
 import lancedb
 import numpy as np
-import obstore
 import pyarrow as pa
 import pytest
 import torch
 from conftest import SOAK, few, nearest_keys
+from dense import affinity, cache_logits, nearest
 from fastapi.testclient import TestClient
-from hypothesis import strategies as st
+from stored import copied, done, everything, labels_of, made, path_of, put, refused, rows_of, source
 from tables import unit_rows, write_table
 
 from retrieval_tip.data.reader import Reader
@@ -42,14 +40,13 @@ from retrieval_tip.index.build import build_index
 from retrieval_tip.lance import key_table, lance_store, versions
 from retrieval_tip.lance import keys as lance_keys
 from retrieval_tip.lance import rows as lance_rows
-from retrieval_tip.lance.address import Address
 from retrieval_tip.lance.objects import Objects
 from retrieval_tip.server.app import create_app
 from retrieval_tip.server.served import open_all
 from retrieval_tip.settings import Settings
 from retrieval_tip.store.manifest import Table
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("bucket", "one_thread")]
 
 KINDS = ("folder", "lance", "s3")
 TRIED = KINDS if SOAK else KINDS[:2]
@@ -64,14 +61,6 @@ QUERIES = unit_rows(12, D, 99)
 FORMS = ((None, True), (64, True), (8, True), (8, False))
 """Combinations of k and tail."""
 EXACT = 1e-4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _bucket_and_one_thread():
-    with killing.one_thread(), pytest.MonkeyPatch.context() as patch:
-        buckets.use(patch, buckets.endpoint())
-        patch.setattr(versions, "UNFINISHED", datetime.timedelta())
-        yield
 
 
 # --- expected answers
@@ -95,21 +84,10 @@ class Truth:
         return np.array(ids), keys, np.array([self.names.index(self.labels[i]) for i in ids])
 
     def logits(self, features, k=None, tail=True):
-        """Return logits by the formula of the paper. The tail counts other keys at their mean affinity."""
         _, keys, classes = self.arrays()
-        f, found = features.astype(np.float64), []
-        for query, affinity in zip(f, f @ keys.T, strict=True):
-            near = np.argsort(-affinity)[: len(keys) if k is None else k]
-            cache = np.zeros(len(self.names))
-            for c in range(len(self.names)):
-                every, own = np.flatnonzero(classes == c), near[classes[near] == c]
-                cache[c] = np.exp(-self.beta * (1 - affinity[own])).sum()
-                left = len(every) - len(own)
-                if tail and left:
-                    mean = (affinity[every].sum() - affinity[own].sum()) / left
-                    cache[c] += left * np.exp(-self.beta * (1 - mean))
-            found.append(self.scale * query @ self.text.astype(np.float64).T + self.alpha * cache)
-        return np.array(found)
+        A = affinity(features, keys)
+        cache = cache_logits(A, classes, len(self.names), self.beta, met=nearest(A, k), tail=tail)
+        return self.scale * affinity(features, self.text) + self.alpha * cache
 
     def remove(self, *key_ids):
         for i in key_ids:
@@ -129,76 +107,6 @@ def check(place, truth, forms=((None, True), (8, True))):
             model.logits(QUERIES, k or "all", tail).numpy(), truth.logits(QUERIES, k, tail), atol=EXACT
         )
     return model
-
-
-def labels_of(place):
-    """Return the rows of the label store by key id, without times and versions."""
-    return rows_of(stores.at(place).load(device="cpu").labels)
-
-
-def rows_of(table):
-    assert len(set(table["key_id"].to_pylist())) == len(table)
-    rows = table.drop_columns([name for name in ("version", "added_at") if name in table.column_names]).to_pylist()
-    return {row["key_id"]: row for row in rows}
-
-
-def source(path, features, labels, ids=None, **more):
-    return open_source(write_table(path, features, labels, ids, **more))
-
-
-def refused(call, *words, error=StoreError):
-    """Check that a call is refused with one line that contains the words, and return the line."""
-    with pytest.raises(error) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    for word in words:
-        assert word in str(caught.value)
-    return str(caught.value)
-
-
-# --- stores to change
-
-
-def made(tmp_path, kind, name="own"):
-    """Return the address of a store that does not exist yet."""
-    if kind == "s3":
-        return f"s3://{buckets.fresh_bucket()}/indexes/{name}"
-    return f"{'lance://' if kind == 'lance' else ''}{(tmp_path / name).as_posix()}"
-
-
-def path_of(place):
-    return Path(place.removeprefix("lance://"))
-
-
-def everything(place):
-    """Return all files or objects of a store with their bytes."""
-    if not place.startswith("s3://"):
-        return {str(p.relative_to(path_of(place))): p.read_bytes() for p in path_of(place).rglob("*") if p.is_file()}
-    client = Objects(Address.parse(place))._bucket
-    names = [entry["path"] for batch in obstore.list(client) for entry in batch]
-    return {name: bytes(obstore.get(client, name).bytes()) for name in names}
-
-
-def put(place, name, data):
-    """Write a file or object, or delete it if ``data`` is None."""
-    if place.startswith("s3://"):
-        client = Objects(Address.parse(place))._bucket
-        obstore.put(client, name, data) if data is not None else obstore.delete(client, name)
-    elif data is None:
-        (path_of(place) / name).unlink()
-    else:
-        (path_of(place) / name).write_bytes(data)
-
-
-def copied(tmp_path, kind, place, name="own"):
-    """Copy a store byte for byte, and return the address of the copy."""
-    out = made(tmp_path, kind, name)
-    if kind == "s3":
-        for path, data in everything(place).items():
-            put(out, path, data)
-    else:
-        shutil.copytree(path_of(place), path_of(out))
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -1321,56 +1229,7 @@ def test_affinities_are_inner_products_with_the_stored_keys(tmp_path, kind, n, d
     assert [one["key_id"] for [one] in nearest_keys(model, -rows[:40])] == list(range(n, n + 40))
 
 
-# --- random changes (for test_fitted_stores.py)
-
-
-STEPS = st.lists(
-    st.one_of(
-        st.tuples(st.just("add"), st.integers(1, 4), st.integers(0, 999)),
-        st.tuples(st.just("remove"), st.integers(1, 3), st.integers(0, 999)),
-        st.tuples(st.just("relabel"), st.integers(1, 3), st.integers(0, 999)),
-        st.tuples(st.just("set"), st.integers(1, 9), st.just(0)),
-        st.tuples(st.just("rollback"), st.just(0), st.integers(0, 999)),
-        st.tuples(st.just("rebuild"), st.just(0), st.just(0)),
-        st.tuples(st.just("gc"), st.integers(1, 3), st.just(0)),
-    ),
-    min_size=5,
-    max_size=7,
-)
-
-
-def step(place, tables, what, m, seed, number):
-    """Make one change, which depends only on the key ids, class names and versions of the index."""
-    ids = sorted(labels_of(place))
-    random = np.random.default_rng(seed)
-    if what == "add":
-        names = stores.at(place).manifest().class_names
-        labels = [names[i] for i in random.integers(0, len(names), m)]
-        table = write_table(
-            tables / "step.parquet", unit_rows(m, D, 1000 + number), labels, [f"s{number} {i}" for i in range(m)]
-        )
-        return changes.add(place, open_source(table), Reader())
-    if what == "remove":
-        return changes.remove(place, key_ids=random.choice(ids, min(m, len(ids) - 1), replace=False).tolist())
-    if what == "relabel":
-        chosen = random.choice(ids, min(m, len(ids)), replace=False).tolist()
-        return changes.relabel(place, stores.at(place).manifest().class_names[seed % 3], key_ids=chosen)
-    if what == "set":
-        return changes.configure(place, k=m, alpha=0.5 * m)
-    if what == "rollback":
-        there = stores.at(place).history()["version"].to_pylist()
-        return changes.rollback(place, there[seed % len(there)])
-    if what == "gc":
-        return stores.at(place).collect(m)
-    return changes.rebuild(place)
-
-
 # --- commands
-
-
-def done(result):
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 @pytest.mark.parametrize(

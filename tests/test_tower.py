@@ -23,8 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
-from tables import picture, tiny
-from test_backbone import changed, some_pixels
+from tables import changed, picture, some_pixels, tiny
 
 from retrieval_tip.backbones import tower
 from retrieval_tip.backbones.base import Identity, unit

@@ -1,6 +1,5 @@
 """Views: features by shot, and pixels for training an encoder."""
 
-# ruff: noqa: F811 - fixtures are taken from test_features
 from __future__ import annotations
 
 import hashlib
@@ -16,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from fake import IDENTITY, Fake, Reads, picture, pictures, source_of, with_identity
 from tables import unit_rows
-from test_features import IDENTITY, Fake, Reads, folder, picture, source_of, with_identity  # noqa: F401
 
 from retrieval_tip.backbones.base import unit
 from retrieval_tip.data import images
@@ -26,6 +25,11 @@ from retrieval_tip.data.reader import Reader, view_names
 from retrieval_tip.data.sources import Source, open_items, open_source
 from retrieval_tip.data.tables import TABLE_ROWS
 from retrieval_tip.errors import BackboneError, InputError, UsageError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return pictures(tmp_path / "images")
 
 
 @pytest.fixture
