@@ -16,10 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tables import read_features, unit, unit_rows, write_table
 
-from retrieval_tip.errors import UsageError
 from retrieval_tip.evaluation import audit as audits
 from retrieval_tip.evaluation.audit import CLEAR, audit, gain, suspicious
-from retrieval_tip.fit import closed_form, folds
+from retrieval_tip.fit import closed_form
 from retrieval_tip.index import build, places
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.defaults import untouched_settings
@@ -147,19 +146,6 @@ def test_an_audit_of_the_nearest_keys_matches_the_dense_reference(seed, k):
     check(random_index(seed), k)
 
 
-def test_an_audit_does_not_depend_on_blocks(monkeypatch):
-    cache = random_index(5, n=50)
-    whole, near = audit(cache, borderline=True), audit(cache, k=9, borderline=True)
-    monkeypatch.setattr(folds, "VALUES", 50 * 7)
-    for table, split in ((whole, audit(cache, borderline=True)), (near, audit(cache, k=9, borderline=True))):
-        assert len(table) > 5
-        for name in table.column_names:
-            if pa.types.is_floating(table.schema.field(name).type):
-                np.testing.assert_allclose(table[name].to_numpy(), split[name].to_numpy(), rtol=1e-4)
-            else:
-                assert table[name].to_pylist() == split[name].to_pylist(), name
-
-
 def test_an_audit_ignores_the_settings_of_the_index():
     """A margin means the same in every index, because the threshold does not depend on the index's beta."""
     table = audit(random_index(1), borderline=True)
@@ -232,16 +218,6 @@ def test_the_only_shot_of_a_class_is_not_suspicious():
     assert [rows[0][name] for name in ("suggested", "own_score", "margin", "rank")] == [None] * 4
     assert (rows[0]["duplicate_of"], rows[40]["duplicate_of"]) == (40, 0)
     assert rows[40]["suggested"] == "e"
-
-
-def test_an_audit_of_one_key_or_one_class_is_empty():
-    for n in (1, 2):
-        cache = Index.from_features(unit_rows(n, 4), [0] * n, ["a"], device="cpu")
-        table = audit(cache)
-        assert len(table) == 0
-        assert table.column_names[-1] == "duplicate_of"
-    with pytest.raises(UsageError, match="k is 0"):
-        audit(cache, k=0)
 
 
 def test_an_audit_ignores_trained_values():

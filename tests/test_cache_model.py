@@ -126,17 +126,6 @@ def test_logits_match_the_dense_definition_for_any_settings(index, kind, valued,
         check_logits(replace(own, rows=valued_rows, settings=own.settings.override(alpha=alpha, beta=beta)), k, tail)
 
 
-@pytest.mark.parametrize("values", [None, VALUES])
-def test_logits_do_not_depend_on_batches(values: Array | None) -> None:
-    cache = model(values=values)
-    for k in (None, 16):
-        whole = cache.logits(QUERIES, k)
-        for size in (1, 7, 64):
-            parts = torch.cat([cache.logits(QUERIES[i : i + size], k) for i in range(0, Q, size)])
-            torch.testing.assert_close(parts, whole, rtol=0, atol=1e-4)
-            assert torch.equal(parts.argmax(1), whole.argmax(1))
-
-
 def test_some_searches_leave_slots_empty() -> None:
     """The logits above count nothing for them."""
     assert (built("IVF16,Flat", "float32").index.search(QUERIES, N - 1)[1] < 0).any()  # probes 8 of 16 lists
@@ -323,10 +312,6 @@ def test_top_is_limited_to_the_number_of_classes() -> None:
     answer = model().classify(QUERIES[:1], top=99)[0]
     assert sorted(answer.labels) == sorted(NAMES)
     assert sum(answer.probabilities) == pytest.approx(1)
-
-
-def test_k_may_be_a_numpy_integer() -> None:
-    assert torch.equal(model().logits(QUERIES, np.int64(9)), model().logits(QUERIES, 9))
 
 
 def nan(x: Array, row: int = 3) -> Array:

@@ -38,7 +38,6 @@ from retrieval_tip.index.build import build_index
 from retrieval_tip.retrieval import rows
 from retrieval_tip.settings import Settings
 from retrieval_tip.store import folder as store
-from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.writer import collect
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -709,20 +708,6 @@ def counted(*functions: Any) -> Iterator[Counter[str]]:
     finally:
         threading.setprofile(None)
         sys.setprofile(None)
-
-
-def test_a_manifest_is_parsed_once_and_new_files_are_not_hashed_again(
-    run: Any, index: Path, table: Path, text: Path, tmp_path: Path
-) -> None:
-    late = write_table(tmp_path / "late.parquet", unit_rows(2, D, 3), ["dog", "cat"])
-    with counted(Manifest.from_bytes) as parsed:
-        assert run("index", "add", index, late).exit_code == 0
-    assert parsed["from_bytes"] == 2  # once by the command, and once under the lock
-    with counted(Manifest.from_bytes, sha256_of) as calls:
-        built = build_index(open_source(table), tmp_path / "new", Reader(), text=text, device="cpu")
-    assert calls["from_bytes"] == 0
-    assert calls["sha256_of"] == 2  # for the names of the keys and the labels; other arrays are hashed in memory
-    assert torch.equal(built.logits(QUERIES), opened(tmp_path / "new").logits(QUERIES))
 
 
 def test_saving_over_a_newer_version_is_refused(index: Path, warm_path: str) -> None:

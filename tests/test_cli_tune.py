@@ -103,17 +103,6 @@ def test_a_dry_run_prints_its_choice_and_changes_nothing(run: Any, place: Path) 
     assert snapshot(place / "index") == before
 
 
-def test_tune_ignores_labels_of_the_queries(run: Any, place: Path, features: dict[str, Any]) -> None:
-    """Labels may be missing or unknown, because answers are compared with those over all keys."""
-    some = [None if i % 3 else "no class of the index" for i in range(Q)]
-    write_table(place / "some.parquet", features["queries"], some)
-    write_table(place / "nulls.parquet", features["queries"], [None] * Q)
-    for val in ("some.parquet", "nulls.parquet"):
-        result = tune(run, place, "--dry-run", "--format", "json", val=val)
-        assert result.exit_code == 0, result.stderr
-        assert json_rows(result.stdout)[-1]["agreement"] == 1
-
-
 @pytest.mark.parametrize(
     ("more", "code", "message"),
     [
@@ -135,17 +124,6 @@ def test_wrong_usage_is_one_line_and_changes_nothing(
     assert message in result.stderr
     assert result.stderr.strip().splitlines()[-1].startswith("Error: ")
     assert (place / "index" / "manifest.json").read_bytes() == before
-
-
-def test_a_tuned_index_can_be_tuned_again_and_extended(run: Any, place: Path, features: dict[str, Any]) -> None:
-    for version, factory in ((2, "IVF8,Flat"), (3, "Classes")):
-        result = tune(run, place, "--agreement", 0.01, "--index", factory)
-        assert result.exit_code == 0, result.stderr
-        assert verify(place / "index").version == version
-    cache = verify(place / "index")
-    cache.add(features["queries"][:4], NAMES[:4])
-    cache.save(place / "index")
-    assert verify(place / "index").n == C * SHOTS + 4
 
 
 # -------------------------------------------------------------------------------------------------- build, precision
@@ -170,16 +148,3 @@ def test_build_chooses_index_and_k_unless_k_is_given(
     build(run, place, "auto", "--index", "auto", *more, train="many.parquet")
     cache = verify(place / "auto")
     assert (cache.index.factory, cache.settings.k) == expected
-
-
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "auto"])
-def test_precision_applies_to_products_with_all_keys(
-    run: Any, place: Path, features: dict[str, Any], precision: str
-) -> None:
-    result = run("classify", place / "index", place / "queries.parquet", "--precision", precision, "--logits",
-                 "--format", "json")  # fmt: skip
-    assert result.exit_code == 0, result.stderr
-    found = np.array([row["logits"] for row in json_rows(result.stdout)])
-    exact = Index.load(place / "index", device="cpu", precision="float32").logits(features["queries"]).numpy()
-    np.testing.assert_allclose(found, exact, atol=0.2)
-    assert (np.abs(found - exact).max() > 1e-4) == (precision == "bfloat16")

@@ -264,18 +264,6 @@ def test_wrong_labels_do_not_make_the_answers_uncertain(share):
     assert found.accuracy == pytest.approx(float((logits.argmax(1) == given).double().mean()))
 
 
-def test_the_blend_does_not_depend_on_the_block_size(monkeypatch):
-    draw = np.random.default_rng(0)
-    y = torch.from_numpy(draw.integers(0, 4, 50))
-    cache, text = (torch.from_numpy(draw.normal(size=(50, 4))) + torch.nn.functional.one_hot(y, 4) for _ in "ab")
-    expected = blend(text, cache, None, y)
-    monkeypatch.setattr("retrieval_tip.fit.folds.BLOCK", 12)
-    found = blend(text, cache, None, y)
-    assert (found.a, found.b) == pytest.approx((expected.a, expected.b))
-    np.testing.assert_allclose(found.losses, expected.losses, atol=1e-6)
-    assert found.right.equal(expected.right)
-
-
 def test_a_query_of_weight_2_counts_as_two_queries():
     draw = np.random.default_rng(0)
     y = torch.from_numpy(draw.integers(0, 4, 3000))
@@ -345,15 +333,6 @@ def test_small_folds_are_added_if_the_others_contain_half_of_the_shots():
         assert folds.n == len(images)
         weights = folds.weights
         assert float(weights[folds.held_of("small")].sum() / weights.sum()) == pytest.approx(0.2)
-
-
-def test_whole_classes_are_held_out_only_if_some_have_no_shots():
-    keys, ids = clusters(4)
-    images = np.arange(len(ids))
-    text = torch.from_numpy(text_of())
-    folds = Folds.of_shots(keys, ids, C, text, images, 4, 10**6)
-    assert folds.with_classes(images, 10**6) is folds
-    assert folds.weights is None
 
 
 @pytest.mark.parametrize("shots", [1, 2, 4])
@@ -944,26 +923,6 @@ def test_a_build_prints_its_estimate_and_add_fits_again(run, tables):
     assert (added.exit_code, "fit it again" in added.stderr) == (0, True)
 
 
-def test_a_store_fits_classes_without_shots_like_a_folder(run, tables):
-    keys, ids = clusters(6)
-    some = ids < 4
-    write_table(tables / "some.parquet", keys[some], [f"class {i}" for i in ids[some]])
-    printed, models = [], []
-    for place in (str(tables / "index"), f"lance://{tables / 'store'}"):
-        built = run("index", "build", tables / "some.parquet", "--text", tables / "text.parquet", "--out", place)
-        assert built.exit_code == 0, built.output
-        assert "1 class has a name but no photos" in built.stderr
-        models.append(stores.at(place).load(device="cpu"))
-        printed.append(run("classify", place, tables / "test.parquet", "--format", "json").stdout)
-        assert "1 class has a name but no photos" in run("index", "set", place, "--beta", 3).stderr
-    assert models[0].provenance["fit"] == models[1].provenance["fit"]
-    assert models[0].settings == models[1].settings
-    assert models[0].fitted.bonus == models[1].fitted.bonus > 0
-    assert [json.loads(line)["label"] for line in printed[0].splitlines()] == [
-        json.loads(line)["label"] for line in printed[1].splitlines()
-    ]
-
-
 def test_where_does_not_reduce_the_accuracy_of_excluded_classes(run, tmp_path):
     (keys, ids), names = clusters(6, c=20), [f"class {i}" for i in range(20)]
     queries, truth = clusters(20, seed=5, c=20)
@@ -977,19 +936,6 @@ def test_where_does_not_reduce_the_accuracy_of_excluded_classes(run, tmp_path):
     kept, given = json.loads(kept.stdout), json.loads(given.stdout)
     assert kept["top1"] > kept["zero_shot_top1"] - 0.02
     assert (given["alpha"], given["top1"] < kept["top1"] - 0.05) == (300, True)
-
-
-@pytest.mark.parametrize("options", [("--fit", "none"), ("--alpha", "1")])
-def test_without_a_fit_an_index_is_plain_tip_adapter(run, tables, options):
-    out = tables / "index"
-    built = run("index", "build", tables / "train.parquet", "--text", tables / "text.parquet", "--out", out, *options)
-    assert built.exit_code == 0, built.output
-    cache = Index.load(out)
-    assert cache.fitted is cache.metric is cache.values is None
-    queries, _ = clusters(20, 5)
-    weights = np.exp(-cache.settings.beta * (1 - queries.astype(float) @ np.asarray(cache.keys, dtype=float).T))
-    expected = 100 * queries @ text_of().T + cache.settings.alpha * weights @ np.eye(C)[cache.class_ids.numpy()]
-    np.testing.assert_allclose(cache.logits(queries), expected, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -357,12 +357,3 @@ def test_kneighbors_marks_rows_that_an_approximate_index_does_not_find() -> None
     assert (rows[missing] == -1).all()
     assert np.isneginf(affinity[missing]).all()
     assert (affinity[:, :-1] >= affinity[:, 1:]).all()
-
-
-def test_changed_parameters_take_effect_at_the_next_fit() -> None:
-    made = classifier().fit(X, Y)
-    before = made.decision_function(QUERIES)
-    made.set_params(alpha=9.0, k=1, normalize=False)
-    np.testing.assert_allclose(made.decision_function(3 * QUERIES), before, atol=1e-4)
-    np.testing.assert_array_equal(made.decision_function(QUERIES), before)
-    assert not np.allclose(made.fit(X, Y).decision_function(QUERIES), before)

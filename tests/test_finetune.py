@@ -149,35 +149,6 @@ def test_twenty_epochs_match_plain_torch(shots: Source, train: tuple[str, ...]) 
     assert curve[-1] < curve[0] or train == ("values",)  # so few steps hardly change values of 1
 
 
-def test_each_epoch_uses_each_shot_once_in_changing_views(shots: Source) -> None:
-    cache = index()
-    material = _Material.of(cache, shots, Reader(), OWN, None)
-    views = Reader().encode_views(shots, [])
-    owner = {views.features[row].tobytes(): i for i in range(SHOTS) for row in range(*views.starts[i : i + 2])}
-    seen = []
-    for epoch in range(60):
-        batches = list(material.batches(OWN, epoch))
-        assert [len(ids) for _, ids in batches] == [16, 16, 5]
-        assert len(batches) == material.steps(OWN)
-        rows = [row.numpy().tobytes() for features, _ in batches for row in features]
-        assert sorted(owner[row] for row in rows) == list(range(SHOTS))
-        classes = [shots.labels[views.positions[owner[row]]] for row in rows]
-        assert [NAMES[i] for _, ids in batches for i in ids] == classes
-        seen.append(rows)
-    assert len({tuple(owner[row] for row in rows) for rows in seen}) == 60  # a different order each time
-    assert {row for rows in seen for row in rows} == set(owner)  # every view is used
-
-
-def test_rows_of_a_table_may_have_any_order(tmp_path: Path) -> None:
-    counts = [1 + i % 4 for i in range(SHOTS)]
-    tidy = shots_table(tmp_path / "tidy.parquet", counts, order=None)
-    rows = np.arange(len(tidy))
-    dealt = rows[np.lexsort((rows, [sum(tidy.sources[j] == tidy.sources[i] for j in range(i)) for i in rows]))]
-    assert dealt.tolist() != rows.tolist()
-    one, other = (finetune.finetune(index(), source, Reader(), OWN) for source in (tidy, tidy.take(dealt)))
-    assert np.array_equal(one.index.keys, other.index.keys)
-
-
 def test_only_the_same_seed_gives_the_same_bits(shots: Source, val: Source) -> None:
     recipe = Recipe(batch=16, epochs=4, train=("keys", "values"))
     one, same, other = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -194,19 +193,6 @@ def test_the_same_changes_give_the_same_folder_and_store(steps, name, built, tmp
     assert one.counts == other.counts
 
 
-@pytest.mark.parametrize("name", ["solved", "values"])
-def test_many_values_are_solved_as_in_a_folder(name, built, tmp_path, monkeypatch):
-    """Beyond ``SOLVED_AGAIN`` keys, a change only solves the values of the keys that it touches."""
-    monkeypatch.setattr("retrieval_tip.retrieval.ridge.SOLVED_AGAIN", 10)
-    places = [copied(tmp_path, kind, built[name, kind], kind) for kind in KINDS]
-    more = open_source(table(tmp_path / "more.parquet", 1, 9, "more"))
-    for place in places:
-        assert len(changes.add(place, more, Reader()).key_ids) == 5
-        changes.relabel(place, NAMES[2], key_ids=[1, 20, 41])
-        changes.remove(place, key_ids=[3, 7, 42])
-    check_same(*opened(*places))
-
-
 @pytest.mark.parametrize("name", FORMS)
 def test_classes_are_added_with_their_text_and_renamed(name, built, tmp_path):
     write_table(tmp_path / "words.parquet", text_of()[:1], ["new"])
@@ -372,24 +358,6 @@ def test_keys_that_are_read_in_parts_give_the_same_fit(built, form, source, tmp_
 
 
 @pytest.mark.usefixtures("small_limits")
-def test_the_sums_behind_a_metric_follow_the_keys(built, tmp_path):
-    place = copied(tmp_path, "lance", built["metric", "lance"])
-    fit_index(place, metric="within")
-    changes.add(place, open_source(table(tmp_path / "more.parquet", 2, 9, "more")), Reader())
-    changes.relabel(place, NAMES[2], key_ids=[1, 20, 41])
-    changes.remove(place, key_ids=[3, 7, 42])
-    model = stores.at(place).verify()
-    keys = model.rows.in_memory().keys.astype(np.float64)
-    assert len(keys) == 47
-    np.testing.assert_allclose(model.rows.second, keys.T @ keys, atol=1e-9)
-    fit_index(place, metric="within")
-    fresh = copied(tmp_path, "lance", place, "fresh")
-    changes.rebuild(fresh)
-    fit_index(fresh, metric="within")
-    check_same(*opened(place, fresh))
-
-
-@pytest.mark.usefixtures("small_limits")
 def test_the_vector_index_covers_the_points(tmp_path, monkeypatch):
     monkeypatch.setattr(lance_rows, "INDEX_FROM", 500)
     place, source = made(tmp_path, "lance"), table(tmp_path / "many.parquet", 200)
@@ -453,26 +421,6 @@ def test_points_that_do_not_match_their_keys_are_refused(built, tmp_path):
 
 
 # --- served
-
-
-def test_a_fitted_store_is_served(built, tmp_path):
-    folder = stores.at(built["solved", "folder"]).load(device="cpu")
-    expected = folder.classify(QUERIES, neighbours=3)
-    place, headers = copied(tmp_path, "lance", built["solved", "lance"]), {"authorization": "Bearer open sesame"}
-    app = create_app(open_all([place], "cpu", "float32", None), token="open sesame")
-    with TestClient(app) as client:
-        answer = client.post("/v1/classify", json={"features": QUERIES.tolist()}, params={"neighbours": 3, "top": 1})
-        assert answer.status_code == 200, answer.text
-        described = client.get("/v1/indexes").json()
-        assert "solved" in json.dumps(described)
-        fitted = client.post("/v1/indexes/own/fit", headers=headers)
-        assert (fitted.status_code, fitted.json()["version"]) == (200, 2), fitted.text
-    folder.fitted = replace(folder.fitted, automatic=True)  # the form of the folder was given, not chosen
-    check_same(folder, stores.at(place).verify())
-    for row, one in zip(answer.json()["results"], expected, strict=True):
-        assert row["label"] == one.label
-        np.testing.assert_allclose([near["gives"] for near in row["neighbours"]],
-                                   [near.gives for near in one.neighbours], atol=1e-5)  # fmt: skip
 
 
 # --- indexes that change a lot

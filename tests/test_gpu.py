@@ -17,7 +17,6 @@ from retrieval_tip.backbones.loading import load_backbone
 from retrieval_tip.backbones.torch_backbone import weights_digest
 from retrieval_tip.fit import folds, search_hp
 from retrieval_tip.fit.folds import Queries
-from retrieval_tip.fit.trainer import Recipe, Trainer
 from retrieval_tip.retrieval import keys as keys_module
 from retrieval_tip.retrieval.keys import Keys
 from retrieval_tip.retrieval.vector_index import auto_factory
@@ -173,18 +172,6 @@ def test_weights_with_channels_last_are_the_same_backbone(lit_mini) -> None:
 @pytest.fixture
 def cache() -> Index:
     return Index.from_features(*labelled(40, 8, 4), device="cpu", settings=Settings(alpha=1.0, beta=5.5))
-
-
-def test_trained_arrays_are_copied_to_the_cpu(cache) -> None:
-    trainer = Trainer(cache, Recipe(train=("keys", "values"), precision="float32"))
-    trainer._trained["keys"] = trainer.keys.to("meta")  # a device other than the CPU, without data
-    with pytest.raises(NotImplementedError, match="meta"):
-        trainer.trained()
-    trainer = Trainer(cache, Recipe(train=("keys", "values"), precision="float32"))
-    copies = trainer.trained()
-    trainer.keys.data.zero_()
-    assert {name: copy.device.type for name, copy in copies.items()} == {"keys": "cpu", "values": "cpu"}
-    assert torch.equal(copies["keys"], torch.from_numpy(np.asarray(cache.keys)))
 
 
 def test_auto_uses_all_keys_on_a_gpu_if_they_fit(monkeypatch) -> None:

@@ -11,10 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from retrieval_tip import Index
 from retrieval_tip.errors import StoreError
 from retrieval_tip.retrieval import vector_index
-from retrieval_tip.retrieval.keys import Keys
 from retrieval_tip.retrieval.vector_index import GPU_MAX_K, Product, VectorIndex
 
 RNG = np.random.default_rng(0)
@@ -82,17 +80,6 @@ def gpus():
 
 
 # --- placement
-
-
-def test_an_index_is_copied_at_the_first_search(gpus) -> None:
-    fake = gpus()
-    for factory in ("Flat", "IVF4,Flat"):
-        index = VectorIndex.build(KEYS, factory, "cuda")
-        assert not fake.copies
-        index.search(QUERIES, 3)
-        index.search(QUERIES, 3)
-        assert len(fake.copies) == 1
-        fake.copies.clear()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
@@ -195,20 +182,6 @@ def test_a_fallback_to_the_cpu_warns_once(
     assert message in warnings_of(caplog)[0]
 
 
-@mock.patch.object(vector_index, "GPU_MAX_K", 6)
-def test_searches_for_too_many_keys_run_on_the_cpu_and_warn_once(gpus, caplog) -> None:
-    gpus()
-    index = VectorIndex.build(KEYS, "IVF4,Flat", "cuda")
-    copied = index._gpu.get()
-    searched = []
-    copy = SimpleNamespace(search=lambda f, k: (searched.append(k), copied.search(f, k))[1])
-    index._gpu._held = copy
-    for k in (6, 7, 8):
-        assert index.search(QUERIES, k)[1].shape == (5, k)
-    assert searched == [6]
-    assert warnings_of(caplog) == ["FAISS finds at most 6 keys on a GPU; larger searches run on the CPU"]
-
-
 def test_missing_gpu_memory_is_reported(gpus) -> None:
     gpus()
     index = VectorIndex.build(KEYS, "IVF4,Flat", "cuda")
@@ -226,14 +199,6 @@ def test_missing_gpu_memory_is_reported(gpus) -> None:
 
 
 # --- tensors
-
-
-def test_cpu_tensors_are_searched_on_the_cpu() -> None:
-    index = VectorIndex.build(np.eye(8, dtype=np.float32), "Flat", "cpu")
-    affinity, rows = index.search_tensor(torch.eye(8)[3:5], 20)
-    assert rows.shape == affinity.shape == (2, 8)
-    assert rows[:, 0].tolist() == [3, 4]
-    assert affinity[:, 0].tolist() == [1.0, 1.0]
 
 
 def test_one_thread_at_a_time_searches_on_gpus(gpus) -> None:
@@ -265,34 +230,6 @@ def test_one_thread_at_a_time_searches_on_gpus(gpus) -> None:
 
 
 # --- keys on a GPU
-
-
-def test_keys_on_a_gpu_are_searched_without_an_index() -> None:
-    ids = np.sort(RNG.integers(0, 9, 300))
-    for factory in ("Flat", "Classes"):
-        cache = Index.from_features(KEYS, ids, [f"class {i}" for i in range(9)], index=factory, device="cpu")
-        expected = cache.retrieval.keys.nearest(torch.from_numpy(QUERIES), 7)
-        cache._keys._on_device = torch.from_numpy(KEYS)
-        with mock.patch.object(VectorIndex, "search_tensor", side_effect=AssertionError("searched an index")):
-            near = cache.retrieval.keys.nearest(torch.from_numpy(QUERIES), 7)
-        dense = QUERIES.astype(np.float64) @ KEYS.T.astype(np.float64)
-        np.testing.assert_allclose(near.affinity, -np.sort(-dense, axis=1)[:, :7], rtol=0, atol=1e-5)
-        assert torch.equal(near.class_ids, torch.from_numpy(ids)[near.rows])
-        if factory == "Flat":
-            assert torch.equal(near.rows, expected.rows)
-
-
-def test_memory_cached_by_torch_counts_as_free() -> None:
-    memory = {"memory_reserved": lambda *_: 2 * KEYS.nbytes, "memory_allocated": lambda *_: KEYS.nbytes}
-    for free, fits in ((KEYS.nbytes - 1000, False), (KEYS.nbytes + 1002, True)):
-        keys = Keys(KEYS, np.zeros(300, dtype=np.int64), 1)
-        keys.device = "cuda"
-        with mock.patch.multiple(torch.cuda, mem_get_info=lambda *_, free=free: (free, 1 << 40), **memory):
-            if fits:
-                with pytest.raises((AssertionError, RuntimeError)):  # no GPU can take them
-                    _ = keys.resident
-            else:
-                assert keys.resident is None
 
 
 # --- on a real GPU

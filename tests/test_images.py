@@ -129,13 +129,6 @@ def test_orientation_is_applied_even_if_other_exif_entries_are_damaged() -> None
     assert_close(pixels(encoded(stored, "JPEG", exif=exif)), stored.transpose(Image.Transpose.ROTATE_270))
 
 
-def test_palette_colours_are_decoded() -> None:
-    palette = quarters().quantize(4)
-    assert palette.mode == "P"
-    for style in ("PNG", "GIF", "BMP", "TIFF"):
-        assert np.array_equal(pixels(encoded(palette, style)), np.asarray(quarters()))
-
-
 def few_pixels(mode: str, *values: object) -> Image.Image:
     image = Image.new(mode, (len(values), 1))
     if mode == "P":

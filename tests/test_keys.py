@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,7 +20,7 @@ from made import Made
 
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.retrieval import keys as keys_module
-from retrieval_tip.retrieval.keys import Keys, index_over
+from retrieval_tip.retrieval.keys import Keys
 
 Array = npt.NDArray[Any]
 
@@ -231,21 +230,6 @@ def test_class_logits_and_affinities_need_no_tensor_larger_than_their_inputs() -
     assert largest.most <= max(60 * 16, 60 * 11, 11 * 16, 8 * 16)
 
 
-@pytest.mark.parametrize("factory", ["Classes", "Classes,Flat"])
-def test_an_index_of_classes_holds_class_means(factory: str) -> None:
-    case = Case(4, [3, 0, 5, 1], q=6, d=7)
-    index = index_over(case.K, case.y, 4, factory, "cpu")
-    means = np.zeros((4, 7))
-    for i in range(4):
-        if (case.y == i).any():
-            means[i] = case.K[case.y == i].astype(np.float64).mean(0)
-    affinity, classes = index.search(case.f, 9)
-    exact = case.f.astype(np.float64) @ means.T
-    assert (index.n, index.by_class, index.exact_search) == (4, True, False)
-    np.testing.assert_array_equal(classes, np.argsort(-exact, axis=1))
-    np.testing.assert_allclose(affinity, -np.sort(-exact, axis=1), atol=1e-6)
-
-
 # -------------------------------------------------------------------------------------------------------------- slack
 
 
@@ -274,19 +258,6 @@ def test_new_queries_rarely_exceed_the_slack(synthetic: tuple[Array, Array, Arra
 def test_slack_is_never_negative_or_undefined(case: Case, beta: float) -> None:
     """A sum of exponentials is at least the exponential of the mean. With a negative slack, no class would be met."""
     assert keys_of(case).slack(beta) >= 0
-
-
-def test_slack_is_0_for_classes_of_one_key() -> None:
-    case = Case(6, [1] * 9, q=1, d=8)
-    assert keys_of(case).slack(5.5) == pytest.approx(0, abs=1e-5)
-    assert keys_of(Case(6, [9], q=1, d=8)).slack(5.5) == 0  # no other class
-
-
-def test_slack_grows_with_beta_from_0() -> None:
-    case = Case(7, [8] * 6, q=1, d=8)
-    slacks = [keys_of(case).slack(beta) for beta in (0.0, 1.0, 5.5, 20.0)]
-    assert slacks[0] == pytest.approx(0, abs=1e-6)
-    assert all(less < more for less, more in pairwise(slacks))
 
 
 def test_class_ids_may_be_a_read_only_int32_array() -> None:

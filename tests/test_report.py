@@ -7,11 +7,9 @@ import io
 import json
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from browser import chromium
@@ -36,7 +34,6 @@ from retrieval_tip.model import Index
 from retrieval_tip.report import curve, plots, report
 from retrieval_tip.report.mistakes import MISTAKES, worst
 from retrieval_tip.report.report import write_report
-from retrieval_tip.report.results import portable
 
 pytest.importorskip("matplotlib")
 
@@ -310,12 +307,6 @@ def test_a_picture_that_moved_or_changed_is_not_shown(caltech, tmp_path):
     assert list(page.all("img", class_="query"))
 
 
-def test_ids_of_an_encoded_table_find_their_pictures(caltech, tmp_path):
-    table = tmp_path / "test.parquet"
-    done("-q", "encode", caltech / "test", "--model", MODEL, "--out", table)
-    assert list(reported(tmp_path, caltech / "index", table, "--no-curves").all("img", class_="query"))
-
-
 @pytest.mark.usefixtures("drawn")
 def test_hostile_names_are_shown_as_text(tmp_path):
     labels = [f"{name}{i}" for i, name in enumerate(HOSTILE)]
@@ -386,35 +377,6 @@ def test_the_report_names_the_weakest_class_and_the_labels_of_an_audit(tmp_path)
     listed = done("-q", "index", "audit", folder, "--format", "json").stdout.splitlines()
     assert any(json.loads(line)["duplicate_of"] is not None for line in listed)
     assert [one for one in said if one.startswith(f"Check {len(listed)} labels: ")]
-
-
-def test_single_mistakes_lead_to_no_recommendation(tmp_path):
-    folder, test = made(tmp_path, noise=0.1, test_labels=[0, 1, 2] * 10)
-    table = pq.read_table(test)
-    labels = [{"cat": "dog", "dog": "owl", "owl": "cat"}[label] if i < 3 else label
-              for i, label in enumerate(table["label"].to_pylist())]  # fmt: skip
-    pq.write_table(table.set_column(table.column_names.index("label"), "label", pa.array(labels)), test)
-    done("-q", "fit", folder)
-    page = reported(tmp_path, folder, test, "--no-curves")
-    assert advice(page) == []
-    assert not list(page.all("section", id="confusions"))
-    assert len(list(page.all("li", class_="card"))) == 3
-
-
-def test_an_index_without_text_shows_no_zero_shot_accuracy(tmp_path):
-    folder, test = made(tmp_path, text=False)
-    page = reported(tmp_path, folder, test, "--shots", 2)
-    assert "correct with class names only" not in tiles(page)
-    assert [row[0] for row in section(page, "shots").first("table").rows()[1:]] == ["2"]
-
-
-@pytest.mark.usefixtures("drawn")
-def test_without_mistakes_no_list_is_shown(tmp_path):
-    folder, test = made(tmp_path, noise=0.1)
-    page = reported(tmp_path, folder, test, "--no-curves")
-    assert {node.attributes["id"] for node in page.all("section")} == {
-        "classes", "probabilities", "provenance",
-    }  # fmt: skip
 
 
 @pytest.mark.usefixtures("drawn")
@@ -544,17 +506,6 @@ def test_reports_are_written_from_python(tmp_path):
         write_report(cache, source, Reader(), tmp_path)
 
 
-def test_unexpected_values_in_a_manifest_are_reported(tmp_path):
-    folder, test = made(tmp_path)
-    cache = Index.load(folder, device="cpu")
-    odd = {"alpha": {"<b>": ["<i>", 1.5, None]}, "search": ["x"], "source": "\u202e<u>", "skipped": ["<s>"] * 99}
-    odd |= {"finetune": {"parent": "\0", "parent_version": 9, "epoch": "<b>", "train": ["<script>"]}}
-    trained, settings = pa.table({"epoch": ["<b>"]}), cache.settings.override(temperature=2.0)
-    strange = replace(cache, provenance=odd, curve=trained, settings=settings)
-    page = read(write_report(strange, open_source(test), Reader(), tmp_path / "r.html").path)
-    assert "<i>, 1.5, -" in section(page, "provenance").text
-
-
 def test_a_report_contains_no_local_path(caltech, tmp_path, monkeypatch):
     home = tmp_path / "home" / "jane"
     shutil.copytree(caltech / "test", home / "test")
@@ -573,24 +524,6 @@ def test_a_report_contains_no_local_path(caltech, tmp_path, monkeypatch):
     assert str(SHARED) not in page
     assert "jane" not in page
     assert "clone version 1 of things" in page
-
-
-@pytest.mark.parametrize(
-    ("text", "short"),
-    [
-        ("/srv/data/owl/1.jpg", "owl/1.jpg"),
-        ("file:///srv/data/owl/1.jpg", "file://owl/1.jpg"),
-        ("local-dir:/srv/models/lit, '/srv/a/b c'", "local-dir:models/lit, 'a/b c'"),
-        ("/home/jane/1.jpg", "1.jpg"),
-        ("/home/jane/a/b/c/1.jpg", "c/1.jpg"),
-        ("owl/1.jpg and s3://bucket/owl/1.jpg", "owl/1.jpg and s3://bucket/owl/1.jpg"),
-        ("1 / 2", "1 / 2"),
-    ],
-)
-def test_absolute_paths_are_shortened(text, short, monkeypatch):
-    monkeypatch.setenv("HOME", "/home/jane")
-    assert portable(text) == short
-    assert portable(Path.cwd() / "photos/owl/1.jpg") == "photos/owl/1.jpg"
 
 
 # ------------------------------------------------------------------------------------------------------------ a browser

@@ -94,19 +94,6 @@ def test_a_query_is_right_inside_its_interval_and_wrong_outside(seed, c, coarse)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 20.0])
-def test_the_search_predicts_the_answers_of_the_model(gamma):
-    cache = small_cache(shots=8)
-    cache.settings = replace(cache.settings, gamma=gamma)
-    queries = queries_of(cache)
-    tried = search_hp._Tried.of(cache, queries, [3.0])
-    cache.settings = cache.settings.override(beta=3.0)
-    for alpha in (0.5, 4.0, 40.0):
-        cache.settings = cache.settings.override(alpha=alpha)
-        right = cache.logits(queries.features).argmax(1).numpy() == queries.ids
-        assert (tried.hits(0, alpha) == right).all()
-
-
-@pytest.mark.parametrize("gamma", [0.0, 20.0])
 def test_leave_one_out_predicts_the_answers_without_the_shot(gamma):
     cache = small_cache(shots=4)
     cache.settings = replace(cache.settings, gamma=gamma)

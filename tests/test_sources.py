@@ -18,11 +18,9 @@ from tables import touch
 from retrieval_tip.data.folders import kinds
 from retrieval_tip.data.sources import (
     Source,
-    kind_of,
     open_inputs,
     open_items,
     open_source,
-    spelled_alike,
 )
 from retrieval_tip.data.tables import read_features
 from retrieval_tip.errors import InputError, show
@@ -131,22 +129,6 @@ def test_a_class_folder_given_as_a_source_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "star fish", "2 images directly", str(tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("folder", "folder"), ("folder/a.png", "image"), ("gone.png", "image"), ("gone.csv", "image"),
-        ("t.csv", "table"), ("T.PARQUET", "table"), ("parts", "table"), ("s.json", "split file"), ("t.tar", "tars"),
-        ("tars", "tars"), ("*.png", "pattern"), ("a[1].png", "image"), ("a.zip", "image"),
-    ],
-)  # fmt: skip
-def test_kinds_of_paths_are_distinguished(tmp_path: Path, name: str, kind: str) -> None:
-    touch(tmp_path, "folder/a.png", "t.csv", "T.PARQUET", "parts/_run.json", "s.json", "t.tar", "tars/1.tar")
-    touch(tmp_path, "a[1].png", "a.zip")
-    assert kind_of(tmp_path / name) == kind
-    assert kind_of("https://x.org/a.jpg") == "web address"
-    assert kind_of("s3://bucket/a.jpg") == "image"
-
-
 @pytest.mark.parametrize("read", [open_source, open_items, lambda where: list(open_inputs([where]))])
 def test_web_addresses_are_not_read(read: Callable[[str], object]) -> None:
     with pytest.raises(InputError, match=r"https://x\.org/a\.jpg"):
@@ -163,11 +145,6 @@ def test_labels_match_known_classes_in_other_spellings(caplog: pytest.LogCapture
     assert known.known_as(["grand_piano", "straw berry", "cat"]) is known
     either = Source("s", pa.table({"source": ["A "], "label": ["A "]}), ("A ",))
     assert either.known_as(["A", "a"]) is either  # ambiguous
-
-
-def test_names_that_differ_only_in_spelling_are_found() -> None:
-    names = ["gpt-3", "owl", "GPT 3", "Gpt_3", "1", "-1", "OWL"]
-    assert spelled_alike(names) == {"GPT 3": "gpt-3", "Gpt_3": "gpt-3", "OWL": "owl"}
 
 
 def test_broken_and_circular_links_in_a_folder_are_skipped(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import shutil
@@ -105,12 +104,6 @@ def test_help_of_each_command_imports_nothing_heavy():
     found, shown = imported(*[[*command, "--help"] for command in (*sorted(groups), *commands())], ["--version"])
     assert found == set()
     assert shown.count("Usage:") == len(groups) + len(list(commands()))
-
-
-def test_importing_the_package_imports_nothing_heavy():
-    script = "import sys, retrieval_tip; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert not set(done.stdout.split()) & set(HEAVY)
 
 
 def test_index_info_imports_no_torch(index):
@@ -334,15 +327,6 @@ def test_a_model_that_changes_during_loading_is_not_remembered(tmp_path):
 # work that loading a model avoids
 
 
-def test_encoding_images_creates_no_tokenizer(tmp_path, monkeypatch):
-    real = open_clip.get_tokenizer
-    monkeypatch.setattr(open_clip, "get_tokenizer", lambda *_: pytest.fail("created"))
-    model = load_backbone(f"local-dir:{tiny(tmp_path / 'model')}", device="cpu")
-    assert model.encode_images(model.preprocess(picture())[None]).shape == (1, model.dim)
-    monkeypatch.setattr(open_clip, "get_tokenizer", real)
-    assert model.encode_texts(["a"]).shape == (1, model.dim)
-
-
 TEXT = TINY["text_cfg"]
 TOWERS = {
     "openai": {},
@@ -369,26 +353,6 @@ def test_dim_equals_the_number_of_feature_values(tmp_path, config):
     assert model.dim == config["embed_dim"]
     assert model.encode_texts(["a", "b"]).shape == (2, model.dim)
     assert model.encode_images(model.preprocess(picture())[None]).shape == (1, model.dim)
-
-
-def test_only_weights_missing_in_the_checkpoint_are_initialised():
-    def create(written):
-        model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3), torch.nn.Linear(3, 3))
-        parameters = dict(model.named_parameters())
-        with torch.no_grad():
-            for name in parameters if written == "all" else ["0.weight"]:
-                parameters[name].copy_(torch.ones_like(parameters[name]))
-        return model, None, None
-
-    before = torch.random.get_rng_state()
-    created = backbone._filled_once(lambda: create("all"))[0]
-    assert torch.equal(torch.random.get_rng_state(), before)
-    assert all((parameter == 1).all() for parameter in created.parameters())
-    torch.manual_seed(5)
-    expected = create("one")[0].state_dict()
-    torch.manual_seed(5)
-    found = backbone._filled_once(lambda: create("one"))[0].state_dict()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_a_command_sets_the_openmp_wait_policy_unless_it_is_set():
@@ -420,11 +384,3 @@ def test_a_damaged_file_is_never_passed_to_faiss(index, monkeypatch):
     monkeypatch.setattr(index_model.VectorIndex, "load", lambda *_: pytest.fail("opened"))
     with pytest.raises(StoreError, match="SHA-256"):
         Index.load(index)
-
-
-def test_garbage_collection_is_enabled_after_loading(tmp_path):
-    load_backbone(f"local-dir:{tiny(tmp_path / 'model')}", device="cpu")
-    assert gc.isenabled()
-    with pytest.raises(BackboneError):
-        load_backbone(f"local-dir:{tmp_path / 'none'}", device="cpu")
-    assert gc.isenabled()

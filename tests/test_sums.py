@@ -233,20 +233,6 @@ def test_sums_are_dropped_after_a_huge_key_is_removed(tmp_path):
     close(verify(tmp_path / "index").sums, fresh(cache))
 
 
-def test_sums_are_stored_if_they_are_small_compared_with_the_keys(tmp_path):
-    fitted(tmp_path / "few", 80)
-    assert "sums" not in read_manifest(tmp_path / "few").files
-    assert Index.load(tmp_path / "few", device="cpu").sums is None
-    cache = fitted(tmp_path / "many")
-    size = read_manifest(tmp_path / "many").files["sums"].bytes
-    assert size * 6 < cache.keys.nbytes
-    before = read_manifest(tmp_path / "many").files["sums"]
-    changes.configure(tmp_path / "many", temperature=2.0)
-    assert read_manifest(tmp_path / "many").files["sums"] == before
-    changes.remove(tmp_path / "many", where="key_id >= 80")
-    assert "sums" not in read_manifest(tmp_path / "many").files
-
-
 def test_replaced_keys_have_no_sums_until_they_are_fitted(tmp_path):
     cache = fitted(tmp_path / "index")
     assert cache.sums is not None

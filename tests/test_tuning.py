@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
@@ -144,17 +143,6 @@ def test_tuning_does_not_change_the_classifier(material: tuple[Array, Array, Arr
     assert torch.equal(cache.logits(queries, 64), answers)
 
 
-def test_default_index_types_depend_on_the_number_of_keys(material: tuple[Array, Array, Array, Array]) -> None:
-    cache = model(material)
-    assert tuning._usual(cache) == ["Classes"]
-    rows = np.tile(np.arange(cache.n), 4)
-    assert tuning._usual(cache.take(rows)) == ["Classes", "IVF143,Flat"]  # of 1280 keys
-    one = Index.from_features(material[0], np.zeros(cache.n, int), ["x"], device="cpu")
-    assert tuning._usual(one) == []
-    found = tune(one, material[3])
-    assert [(t.index, t.k, t.agreement) for t in found.trials] == [("Flat", None, 1.0)]
-
-
 def test_few_keys_of_many_classes_can_be_tuned(material: tuple[Array, Array, Array, Array]) -> None:
     """Three keys are in two of 20 classes, so that a non-empty class has 1.5 keys on average."""
     array, _, text, queries = material
@@ -162,15 +150,6 @@ def test_few_keys_of_many_classes_can_be_tuned(material: tuple[Array, Array, Arr
     found = tune(cache, queries)
     check_choice(found, 0.999)
     assert all(t.k is None or 1 <= t.k < 3 for t in found.trials)
-
-
-def test_an_index_with_trained_values_can_be_tuned(material: tuple[Array, Array, Array, Array]) -> None:
-    array, ids, _, queries = material
-    rng = np.random.default_rng(0)
-    values = (np.eye(C)[ids] + 0.02 * rng.standard_normal((len(array), C))).astype(np.float32)
-    cache = model(material, values=values)
-    found = tune(cache, queries, agreement=0.9)
-    check_choice(found, 0.9)
 
 
 # -------------------------------------------------------------------------------------------------------------- errors

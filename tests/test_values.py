@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import cache_of
@@ -20,13 +19,9 @@ from sealing import npy, one_line, resealed, snapshot
 from tables import unit
 
 from retrieval_tip import Index, verify
-from retrieval_tip.data.reader import Reader
-from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, StoreError, UsageError
-from retrieval_tip.evaluation.evaluate import evaluate
 from retrieval_tip.fit.folds import Queries
 from retrieval_tip.fit.search_hp import search
-from retrieval_tip.store import contents
 from retrieval_tip.store import folder as store
 from retrieval_tip.store.folder import Manifest
 
@@ -86,20 +81,6 @@ def test_bad_values_are_refused(values: Any) -> None:
         model(values=values)
 
 
-def test_values_of_a_replaced_model_are_checked_and_used() -> None:
-    cache = model(values=None)
-    cache.logits(QUERIES, 9)
-    copy = replace(cache, rows=replace(cache.rows, values=model().values))
-    np.testing.assert_allclose(copy.terms(QUERIES).cache, exact(), rtol=1e-4, atol=1e-4)
-    again = replace(copy, rows=replace(copy.rows, values=2 * copy.values))  # new values need new sums
-    torch.testing.assert_close(again.terms(QUERIES, 9).cache, 2 * copy.terms(QUERIES, 9).cache)
-    for bad in (torch.ones(N, C + 1), torch.ones(N)):
-        with pytest.raises(InputError, match=r"^values: shape"):
-            replace(cache, rows=replace(cache.rows, values=bad))
-    with pytest.raises(InputError, match=r"^curve: has no rows"):
-        replace(cache, curve=pa.table({"epoch": pa.array([], pa.int64())}))
-
-
 def test_selected_rows_keep_their_values() -> None:
     cache = model()
     rows = np.array([40, 3, 3, 17, 60])
@@ -112,17 +93,6 @@ def test_values_that_overflow_are_refused() -> None:
     for sign in (1, -1):
         with pytest.raises(InputError, match="overflow"):
             model(values=np.full((N, C), sign * 3e38), beta=0.0).logits(QUERIES)
-
-
-def test_the_accuracy_of_the_cache_alone_uses_the_values(tmp_path: Path) -> None:
-    labels = [NAMES[i] for i in TRUTH]
-    table = pa.table({"id": [str(i) for i in range(Q)], "label": labels, "feature": list(QUERIES)})
-    pq.write_table(table, tmp_path / "test.parquet")
-    source = open_source(tmp_path / "test.parquet")
-    for k in (None, 9):
-        found = evaluate(model(), source, Reader(), k=k)
-        assert found.cache_top1 == (model().terms(QUERIES, k).cache.argmax(1).numpy() == TRUTH).mean()
-    assert evaluate(model(values=ONE_HOT), source, Reader()).cache_top1 > found.cache_top1
 
 
 @pytest.mark.gpu
@@ -242,13 +212,6 @@ def names(folder: Path) -> dict[str, str]:
     return {kind: file.name for kind, file in store.read_manifest(folder).files.items()}
 
 
-def test_an_index_without_fine_tuning_has_no_optional_files(tmp_path: Path) -> None:
-    model(values=None).save(tmp_path / "x")
-    assert names(tmp_path / "x").keys() == REQUIRED
-    loaded = Index.load(tmp_path / "x", device="cpu")
-    assert (loaded.values, loaded.curve) == (None, None)
-
-
 def test_a_fine_tuned_index_is_loaded_as_it_was_saved(index: Path) -> None:
     cache, loaded = model(), Index.load(index, device="cpu")
     for k, tail in ((None, True), (9, True), (9, False)):
@@ -263,15 +226,6 @@ def test_a_fine_tuned_index_is_loaded_as_it_was_saved(index: Path) -> None:
     assert described["files"] == names(index)
     assert described["bytes"] == sum(path.stat().st_size for path in (index / "data").iterdir())
     assert verify(index).n == N
-
-
-def test_values_are_memory_mapped(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mapped = []
-    read = contents.read_array
-    monkeypatch.setattr(contents, "read_array", lambda *arguments: mapped.append(read(*arguments)) or mapped[-1])
-    cache = Index.load(index, device="cpu")
-    assert cache.values is not None
-    assert cache.values.data_ptr() in [array.ctypes.data for array in mapped if isinstance(array, np.memmap)]
 
 
 def test_optional_files_are_copied_to_the_next_version(index: Path, tmp_path: Path) -> None:

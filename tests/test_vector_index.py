@@ -149,26 +149,6 @@ def test_a_clustered_index_is_trained_on_a_fixed_sample_and_contains_all_keys(mo
     np.testing.assert_array_equal(index.search(QUERIES, 20)[1], again.search(QUERIES, 20)[1])  # same sample
 
 
-@pytest.mark.parametrize(("lists", "probes"), [(4, 4), (16, 8), (256, 32), (65536, 512), (1_100_000, GPU_MAX_K)])
-def test_the_number_of_probed_lists_is_limited_by_the_gpu(lists: int, probes: int) -> None:
-    index = faiss.index_factory(2, f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT)
-    vector_index._set_search_effort(index)
-    assert index.nprobe == probes
-
-
-def test_wrapped_indexes_get_the_same_search_effort() -> None:
-    index = built("PCA32,Flat")
-    assert index.n == 640
-    wrapped = VectorIndex.build(KEYS, "PCA32,IVF16,Flat", "cpu")
-    inner = faiss.downcast_index(faiss.downcast_index(wrapped._cpu).index)
-    assert inner.nprobe == 8
-    assert faiss.downcast_index(built("HNSW32")._cpu).hnsw.efSearch == 128
-
-
-def test_polysemous_training_is_disabled() -> None:
-    assert not faiss.downcast_index(built("PQ8")._cpu).do_polysemous_training
-
-
 BAD = [
     "nonsense", "", "flat", "IVF16", "IVF16,nonsense", "IMI2x4,Flat", "LSH", "IDMap,Flat", "Flat\n", "HNSW３２",
     "L2norm,Flat", "L2Norm,IVF16,Flat", "PCA32,L2norm,Flat",  # would normalise
@@ -222,15 +202,6 @@ def test_composed_index_types_find_near_keys_and_can_be_saved(tmp_path: Path) ->
             np.testing.assert_array_equal(one, other, factory)
 
 
-def test_an_index_type_that_needs_too_much_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise MemoryError("std::bad_alloc")
-
-    monkeypatch.setattr(faiss, "index_factory", full)  # like HNSW99999999, which might crash the machine
-    with pytest.raises(UsageError, match=r"^index 'HNSW32': std::bad_alloc$"):
-        VectorIndex.build(KEYS, "HNSW32", "cpu")
-
-
 @pytest.mark.parametrize("factory", ["IVF16,Flat", "PQ8", "PCA32,IVF16,Flat"])
 def test_too_few_keys_for_training_are_refused(factory: str) -> None:
     with pytest.raises(UsageError, match=r"^index '.*': .* 5 .* of 64 values\)?$"):
@@ -249,11 +220,6 @@ def test_a_file_that_is_not_an_index_is_refused(content: bytes | str | None, tmp
         VectorIndex.load(path, "Flat")
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_saving_into_a_missing_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="nowhere"):
-        built("Flat").save(tmp_path / "nowhere" / "index.faiss")
 
 
 @pytest.mark.gpu
@@ -288,12 +254,6 @@ def test_a_gpu_index_answers_a_large_k_on_the_cpu() -> None:
 # -------------------------------------------------------------------------------------- class means, auto and effort
 
 
-def test_the_factory_of_class_means_is_extracted() -> None:
-    inner = {"Classes": "Flat", "Classes,": "Flat", "Classes,Flat": "Flat", "Classes,IVF2,Flat": "IVF2,Flat"}
-    assert {factory: vector_index.inner_factory(factory) for factory in inner} == inner
-    assert not any(vector_index.inner_factory(factory) for factory in ("Flat", "IVF2,Flat", "ClassesX", "classes", ""))
-
-
 def kind_and_k(n: int, c: int) -> tuple[int, int | None]:
     """Return which of three kinds auto chooses, as 0, 1 or 2, and its k."""
     factory, k = vector_index.auto_factory(n, c)
@@ -325,15 +285,6 @@ def test_with_more_keys_auto_moves_from_flat_to_classes_to_lists(c: int, n: int,
 )
 def test_auto_chooses_by_the_number_of_keys_and_classes(n: int, c: int, expected: tuple[str, int | None]) -> None:
     assert vector_index.auto_factory(n, c) == expected
-
-
-@pytest.mark.parametrize(("n", "c"), [(300, 100), (3000, 300), (3000, 3), (2500, 20)])
-def test_the_choice_of_auto_can_be_built(n: int, c: int) -> None:
-    factory, _ = vector_index.auto_factory(n, c)
-    assert (
-        VectorIndex.build(clustered_vectors(4, c if factory.startswith("Classes") else n, d=8), factory, "cpu").factory
-        == factory
-    )
 
 
 def test_probing_all_lists_is_exact_and_probing_one_list_is_not() -> None:

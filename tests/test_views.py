@@ -24,7 +24,7 @@ from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.reader import Reader, view_names
 from retrieval_tip.data.sources import Source, open_items, open_source
 from retrieval_tip.data.tables import TABLE_ROWS
-from retrieval_tip.errors import BackboneError, InputError, UsageError
+from retrieval_tip.errors import BackboneError, InputError
 
 
 @pytest.fixture
@@ -87,19 +87,6 @@ def test_raw_views_average_to_the_feature_of_a_shot(folder: Path, cache: Encodin
         np.testing.assert_allclose(block.features[shot], unit(raw.mean(axis=0, keepdims=True))[0], atol=1e-6)
 
 
-def test_more_views_only_encode_the_new_views(folder: Path, cache: EncodingCache) -> None:
-    backbone = Fake()
-    source = source_of(folder)
-    reader = Reader(backbone, seed=2, cache=cache)
-    few = reader.encode_views(source, view_names(2, 2))
-    assert sum(backbone.batches) == 24
-    many = reader.encode_views(source, view_names(2, 5))
-    assert sum(backbone.batches) == 60
-    assert np.array_equal(many.features.reshape(12, 5, 6)[:, :2], few.features.reshape(12, 2, 6))
-    alone = Reader(Fake(), seed=2).encode_views(source, view_names(2, 5))
-    assert np.array_equal(alone.features, many.features)
-
-
 def test_a_repeated_path_is_one_shot(folder: Path) -> None:
     source, reads = source_of(folder).take([3, 0, 3, 11, 0, 5]), Reads()
     found = Reader(Fake(), batch_size=2, read=reads).encode_views(source, ["centre"])
@@ -124,13 +111,6 @@ def test_an_unreadable_image_has_no_views(folder: Path) -> None:
         Reader(Fake(), strict=True).encode_views(source, ["centre"])
     with pytest.raises(InputError, match=r"^[^(]*05\.png"):
         reader.encode_views(source.take([1]), ["centre"])
-
-
-def test_views_need_a_backbone_and_items(folder: Path) -> None:
-    with pytest.raises(UsageError, match="--model"):
-        Reader().encode_views(source_of(folder), ["centre"])
-    with pytest.raises(InputError, match="empty"):
-        Reader(Fake()).encode_views(source_of(folder).take([]), ["centre"])
 
 
 # -- feature tables --

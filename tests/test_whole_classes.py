@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import cache_of, examples
-from dense import Case, Largest, affinity, cache_logits, cases, shots_like_clip
+from dense import Case, affinity, cache_logits, cases, shots_like_clip
 from dense import betas as some_betas
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -207,19 +207,6 @@ def test_a_sharp_exponential_still_finds_the_nearest_class(beta):
     assert (alone.amax(1) >= 0.99).all()
 
 
-def test_classes_of_one_key_are_found():
-    case = Case(3, [1] * 7, q=20, d=6)
-    met = of_case(case, text=False).terms(case.f, 1, tail=False).cache.numpy()
-    assert (np.count_nonzero(met, axis=1) == 1).all()
-    np.testing.assert_array_equal(met.argmax(1), case.logits(BETA).argmax(1))
-
-
-def test_a_single_class_is_always_the_answer():
-    case = Case(4, [9], q=4, d=5)
-    cache = of_case(case)
-    assert {p.label for p in cache.classify(case.f, k=2)} == {"class 0"}
-
-
 def test_values_give_the_dense_form_if_k_covers_all_classes():
     """A class that cannot win may still decide the answer through its values for other classes."""
     case = Case(6, [8, 12, 7, 10, 5], q=40, d=8)
@@ -243,23 +230,6 @@ def test_no_class_is_searched_if_only_one_without_keys_can_win():
         assert {p.label for p in cache.classify(f, k=5)} == {"class 1"}
 
 
-@pytest.mark.parametrize("index", ["Classes", "Flat"])
-@pytest.mark.parametrize("valued", [False, True])
-def test_searching_few_of_many_keys_needs_no_large_tensor(index, valued):
-    """Few classes give few logits, but each query still searches many keys."""
-    case = Case(8, [60, 80], q=400, d=4)
-    cache = of_case(case, index=index, values=np.eye(2, dtype=np.float32)[case.y] if valued else None)
-    cache.logits(case.f[:2], 50)  # computes the sums of keys once
-    blocks = {"QUERY_BLOCK": 16, "KEY_BLOCK": 32}
-    with (
-        mock.patch.multiple(retrieval, QUERY_BLOCK=16, LOGITS=1024),
-        mock.patch.multiple("retrieval_tip.retrieval.keys", **blocks, GATHERED=1024),
-        Largest() as largest,
-    ):
-        cache.logits(case.f, 50)
-    assert largest.most <= max(400 * 4, 16 * 140, 1024)  # each query searches 50 keys, or both classes
-
-
 # -------------------------------------------------------------------------------------------------- the nearest keys
 
 
@@ -273,17 +243,6 @@ def test_nearest_keys_have_exact_affinities_in_order(case, k):
     assert all(len(set(row.tolist())) == k for row in rows)
     np.testing.assert_allclose(affinity, np.take_along_axis(case.A, rows, axis=1), atol=1e-5)
     np.testing.assert_allclose(affinity, -np.sort(-case.A, axis=1)[:, :k], atol=1e-5)
-
-
-def test_a_search_by_classes_finds_most_of_the_nearest_keys(material):
-    array, ids, text, queries = material
-    classes, flat = (model(array, ids, C, text, index=index) for index in ("Classes", "Flat"))
-    f = torch.from_numpy(queries[:200])
-    for k in (1, 10, 100):
-        rows, exact = classes.nearest(f, k)[1], flat.nearest(f, k)[1]
-        assert (rows >= 0).all()
-        recall = np.mean([len(set(a) & set(b)) / k for a, b in zip(rows.tolist(), exact.tolist(), strict=True)])
-        assert recall > 0.8
 
 
 def test_classes_with_few_or_no_keys_near_a_query_leave_no_slot_empty():
@@ -358,23 +317,6 @@ def test_an_index_of_other_keys_or_another_type_is_refused(tmp_path, material):
     cache.save(tmp_path / "type")
     with pytest.raises(StoreError, match="does not match the manifest"):
         Index.load(tmp_path / "type", device="cpu")
-
-
-def test_settings_are_saved_with_and_without_a_new_index(tmp_path, material):
-    array, ids, text, queries = material
-    model(array, ids, C, text, index="Flat").save(tmp_path / "index")
-    cache = Index.load(tmp_path / "index", device="cpu")
-    files = {path.name for path in (tmp_path / "index" / "data").iterdir()}
-    cache.settings = cache.settings.override(alpha=2.0)
-    cache.save_settings(tmp_path / "index")
-    assert {path.name for path in (tmp_path / "index" / "data").iterdir()} == files
-    cache.index, cache.settings = fresh(cache, index="Classes").index, cache.settings.override(k=128)
-    cache.save(tmp_path / "index")
-    added = {path.name for path in (tmp_path / "index" / "data").iterdir()} - files
-    assert [name.partition("-")[0] for name in added] == ["index"]
-    opened = verify(tmp_path / "index")
-    assert (opened.index.factory, opened.settings.k, opened.settings.alpha, opened.version) == ("Classes", 128, 2.0, 3)
-    check_same(opened, fresh(opened), queries[:50])
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "auto"])
