@@ -1,4 +1,4 @@
-"""The logits by definition, in float64 with one-hot products, and random cases to compare with them."""
+"""The answer by definition, in float64 with one-hot products, and random cases to compare with it."""
 
 from __future__ import annotations
 
@@ -46,6 +46,26 @@ def cache_logits(
     weights = np.exp(-beta * (1 - A)) * (met | tail)
     logits: Array = weights @ (np.eye(c)[y] if V is None else V.astype(np.float64))
     return logits
+
+
+def solved(K: Array, y: Array, c: int, beta: float, ridge: float | Array) -> Array:
+    """Return the values that answer the keys' own classes, up to the ridge of each key."""
+    gram = np.exp(-beta * (1 - affinity(K, K))) + np.diag(np.broadcast_to(ridge, len(K)))
+    values: Array = np.linalg.solve(gram, np.eye(c)[y])
+    return values
+
+
+def discriminant(f: Array, K: Array, y: Array, c: int) -> Array:
+    """Return ``f M^T + b``, from the means of the classes. Classes without keys get the mean of the others."""
+    f, K, counts = f.astype(np.float64), K.astype(np.float64), np.bincount(y, minlength=c)
+    some = counts > 0
+    means = (np.eye(c)[y].T @ K)[some] / counts[some, None]
+    squares = (means**2).sum(1)
+    variance = max(0.0, (counts[some] * (1 - squares)).sum() / max(len(y) - some.sum(), 1))
+    found = np.empty((len(f), c))
+    found[:, some] = f @ means.T - (squares - variance / counts[some]) / 2
+    found[:, ~some] = found[:, some].mean(1, keepdims=True)
+    return found
 
 
 class Case:

@@ -128,17 +128,6 @@ def test_views_of_photos_are_averaged_then_normalised(shared, lit_mini, tmp_path
     assert cache.labels["views"].to_pylist() == [3, 3, 3]
 
 
-def test_extra_columns_of_a_path_table_reach_the_label_store(shared, lit_mini, tmp_path):
-    photos = shared / "data/caltech101/101_ObjectCategories"
-    files = sorted((photos / "panda").iterdir())[:2]
-    pq.write_table(
-        pa.table({"path": list(map(str, files)), "label": ["panda"] * 2, "iso": [100, 200]}), tmp_path / "p.parquet"
-    )
-    cache = build_index(open_source(tmp_path / "p.parquet"), tmp_path / "i", Reader(lit_mini), fit="none")
-    assert cache.labels["iso"].to_pylist() == [100, 200]
-    assert Index.load(tmp_path / "i").labels["iso"].to_pylist() == [100, 200]
-
-
 def test_suspicious_sources_get_a_warning(tmp_path, caplog):
     rows = np.eye(6, dtype=np.float32)
     one = write_table(tmp_path / "one.parquet", rows[:2], ["cat", "cat"])

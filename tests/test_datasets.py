@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -264,54 +265,36 @@ def test_each_missing_part_is_named(tmp_path, picture):
     assert len(open_dataset("fgvc", tmp_path, "train")) == 100  # other parts are complete
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "not JSON"),
-        (b"[]", "no part 'train'"),
-        (b'{"train": [["a", 0]], "val": [], "test": []}', r"\(train\): entry 0 is not \[path, label, class name\]"),
-    ],
-)
-def test_a_damaged_split_file_is_named(tmp_path, picture, content, message):
-    folder = lay_split(tmp_path, picture, "dtd")
-    (folder / facts("dtd").listing).write_bytes(content)
+LAID: dict[str, Callable[[Path, Path], Path]] = {
+    "dtd": lambda root, picture: lay_split(root, picture, "dtd"),
+    "fgvc": lay_aircraft,
+    "imagenet-r": lambda root, picture: lay_imagenet(root, picture, "ImageNet-R"),
+}
+DAMAGED = [
+    ("dtd", facts("dtd").listing, b"", "not JSON"),
+    ("dtd", facts("dtd").listing, b"[]", "no part 'test'"),
+    ("dtd", facts("dtd").listing, b'{"train": [], "val": [], "test": [["a", 0]]}',
+     r"\(test\): entry 0 is not \[path, label, class name\]"),
+    ("fgvc", "variants.txt", b"", r"variants\.txt: empty"),
+    ("fgvc", "variants.txt", b"A0\nA0\n", r"variants\.txt: duplicate class name 'A0'"),
+    ("fgvc", "variants.txt", b"\xff\n", r"variants\.txt: not UTF-8 text \(byte 0\)"),
+    ("fgvc", "images_variant_test.txt", b"\n\n", r"images_variant_test\.txt: empty"),
+    ("fgvc", "images_variant_test.txt", b"0000001 A1\n\n0000002\n", "line 3: expected an image number"),
+    ("fgvc", "images_variant_test.txt", b"0000001 Zeppelin\n", r"line 1: variant 'Zeppelin' is not in variants\.txt"),
+    ("fgvc", "images_variant_test.txt", b"1 " + b"a" * 5000, "line 1 is longer than 4096 characters"),
+    ("imagenet-r", "classnames.txt", b"n00000000\n", r"classnames\.txt: line 1: expected a folder"),
+    ("imagenet-r", "classnames.txt", b"n00000000 a\nn00000000 b\n", r"txt: line 2: duplicate folder n00000000"),
+    ("imagenet-r", "classnames.txt", b"n00000000 a\nn00000005 b\n", "for n00000010, .* 193 more; .* n000"),
+    ("imagenet-r", "classnames.txt", b" \n", r"classnames\.txt: empty"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "file", "content", "message"), DAMAGED)
+def test_a_damaged_list_is_named(tmp_path, picture, name, file, content, message):
+    folder = LAID[name](tmp_path, picture)
+    (folder / file).write_bytes(content)
     with pytest.raises(InputError, match=message) as caught:
-        open_dataset("dtd", tmp_path, "train")
-    assert str(folder / facts("dtd").listing) in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("file", "content", "message"),
-    [
-        ("variants.txt", b"", r"variants\.txt: empty"),
-        ("variants.txt", b"A0\nA0\n", r"variants\.txt: duplicate class name 'A0'"),
-        ("variants.txt", b"\xff\n", r"variants\.txt: not UTF-8 text \(byte 0\)"),
-        ("images_variant_test.txt", b"\n\n", r"images_variant_test\.txt: empty"),
-        ("images_variant_test.txt", b"0000001 A1\n\n0000002\n", "line 3: expected an image number"),
-        ("images_variant_test.txt", b"0000001 Zeppelin\n", r"line 1: variant 'Zeppelin' is not in variants\.txt"),
-        ("images_variant_test.txt", b"1 " + b"a" * 5000, "line 1 is longer than 4096 characters"),
-    ],
-)
-def test_damaged_variant_lists_are_named(tmp_path, picture, file, content, message):
-    (lay_aircraft(tmp_path, picture) / file).write_bytes(content)
-    with pytest.raises(InputError, match=message):
-        open_dataset("fgvc", tmp_path, "test")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("n00000000\n", r"classnames\.txt: line 1: expected a folder"),
-        ("n00000000 a\nn00000000 b\n", r"classnames\.txt: line 2: duplicate folder n00000000"),
-        ("n00000000 a\nn00000005 b\n", "has no class name for n00000010, .* and 193 more; .* n000"),
-        (" \n", r"classnames\.txt: empty"),
-    ],
-)
-def test_damaged_class_name_lists_are_named(tmp_path, picture, content, message):
-    folder = lay_imagenet(tmp_path, picture, "ImageNet-R")
-    (folder / "classnames.txt").write_text(content)
-    with pytest.raises(InputError, match=message) as caught:
-        open_dataset("imagenet-r", tmp_path, "test")
+        open_dataset(name, tmp_path, "test")
     assert str(folder) in str(caught.value)
 
 

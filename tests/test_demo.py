@@ -113,37 +113,6 @@ def test_the_debian_package_is_used_without_its_drawings(tmp_path, monkeypatch):
         demo.debian(tmp_path / "other")
 
 
-def test_flowers_come_from_torchvision(tmp_path, monkeypatch):
-    """Stand-ins replace the downloaded files and the servers."""
-    import scipy.io
-    import torchvision.datasets.flowers102 as flowers
-
-    base = tmp_path / "flowers/flowers-102"
-    (base / "jpg").mkdir(parents=True)
-    classes = flowers.Flowers102.classes
-    labels = [classes.index(name if name in classes else f"{name}?") + 1 for name in demo.FLOWERS for _ in range(4)]
-    for number in range(1, len(labels) + 1):
-        Image.new("RGB", (20, 20)).save(base / "jpg" / f"image_{number:05d}.jpg")
-    ids = list(range(1, len(labels) + 1))
-    scipy.io.savemat(base / "setid.mat", {"trnid": [ids[::2]], "valid": [ids[1::2]], "tstid": [ids[:1]]})
-    scipy.io.savemat(base / "imagelabels.mat", {"labels": [labels]})
-    monkeypatch.setattr(flowers, "check_integrity", lambda *_: True)
-    monkeypatch.setattr(demo, "answers", lambda *_: True)
-    assert demo.lay_out(tmp_path, "network", None, demo.Backbone()) == demo.Backbone("ViT-B-32")
-    assert {path.name for path in (tmp_path / "new").iterdir()} == set(demo.FLOWERS)
-    monkeypatch.setattr(demo, "answers", lambda *_: False)
-    with pytest.raises(demo.CannotBeHadError, match=r"huggingface\.co"):
-        demo.network(tmp_path)
-
-
-def test_the_most_certain_mistake_is_shown():
-    answers = (("1.png", "cat", 0.99), ("2.png", "dog", 0.6), ("3.png", "cat", 0.7))
-    rows = [dict(zip(("input", "label", "probability"), answer, strict=True)) for answer in answers]
-    truth = {"1.png": "cat", "2.png": "cat", "3.png": "dog"}
-    assert demo.most_certain_mistake(rows, truth) == "3.png"
-    assert demo.most_certain_mistake(rows[:1], truth) is None
-
-
 def test_the_demo_and_its_next_commands_run_on_your_own_photos(run, tmp_path, monkeypatch):
     import timm
 

@@ -12,7 +12,6 @@ from tables import unit_rows
 
 from retrieval_tip.errors import InputError
 from retrieval_tip.model import Index, label_table
-from retrieval_tip.retrieval import duplicates as module
 from retrieval_tip.retrieval.duplicates import NEAR, Duplicate, Duplicates, describe_duplicates, duplicates
 from retrieval_tip.store.labels import images_of
 
@@ -106,27 +105,6 @@ def test_the_closest_duplicates_are_returned_and_all_are_counted(seed, most, bud
         key = [(p.kind == KINDS[0]) or round(p.affinity, 5) for p in found.pairs]
         wanted = [(p.kind == KINDS[0]) or round(p.affinity, 5) for p in closest[:most]]
         assert sorted(map(float, key)) == pytest.approx(sorted(map(float, wanted)), abs=2e-5)
-
-
-def test_duplicates_do_not_depend_on_blocks(monkeypatch):
-    keys, ids, digests = keys_with_duplicates(3, n=60)
-    labels = labels_of(ids, digests)
-    whole = [duplicates(keys, labels, fresh, budget=b) for fresh in (None, [0, 7, 31, 59]) for b in (0, 10**6)]
-    for name, size in (("KEY_BLOCK", 7), ("QUERY_BLOCK", 4), ("BLOCK", 5)):
-        monkeypatch.setattr(module, name, size)
-    split = [duplicates(keys, labels, fresh, budget=b) for fresh in (None, [0, 7, 31, 59]) for b in (0, 10**6)]
-    assert list(map(by_pair, split)) == list(map(by_pair, whole))
-    assert [x.total for x in split] == [x.total for x in whole]
-    assert whole[1].total > whole[0].total > 0
-
-
-def test_memory_maps_give_the_same_duplicates(tmp_path):
-    keys, ids, digests = keys_with_duplicates(4)
-    np.save(tmp_path / "keys.npy", keys)
-    mapped = np.load(tmp_path / "keys.npy", mmap_mode="r")
-    for budget in (0, 10**6):
-        plain = duplicates(keys, labels_of(ids, digests), budget=budget)
-        assert duplicates(mapped, labels_of(ids, digests), budget=budget) == plain
 
 
 @pytest.mark.parametrize("d", [1, 2, 3, 4, 7, 16])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 import re
 import subprocess
 import sys
@@ -19,9 +17,6 @@ from conftest import cache_of, examples, few, nearest_keys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.exceptions import NotFittedError
-from sklearn.model_selection import cross_val_score
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from tables import unit
 
@@ -119,13 +114,6 @@ def test_default_settings_give_the_answers_of_a_built_index(tmp_path: Path) -> N
     for probabilities, answer in zip(made.predict_proba(QUERIES), answers, strict=True):
         by_label = dict(zip(answer.labels, answer.probabilities, strict=True))
         np.testing.assert_allclose(probabilities, [by_label[name] for name in made.classes_], atol=1e-5)
-
-
-@pytest.mark.parametrize("rows", [1, 2, 3])
-@pytest.mark.parametrize("value", [0.0, 1.0])
-def test_constant_features_can_be_fitted(rows: int, value: float) -> None:
-    made = TipAdapterClassifier(device="cpu").fit(np.full((rows, 1), value), np.arange(rows))
-    assert np.isfinite(made.predict_proba(np.ones((2, 1)))).all()
 
 
 def test_text_weights_without_class_names_are_in_sorted_order() -> None:
@@ -259,31 +247,6 @@ def test_kneighbors_are_sorted_rows_of_the_training_data(index: str) -> None:
     for wrong in (0, -1, 1.5, None):
         with pytest.raises(UsageError, match="n_neighbors"):
             made.kneighbors(QUERIES, wrong)
-
-
-def test_the_classifier_works_in_a_pipeline() -> None:
-    pipeline = make_pipeline(StandardScaler(), TipAdapterClassifier(device="cpu", k=16))
-    assert cross_val_score(pipeline, X, Y, cv=3).mean() > 0.8
-    half = make_pipeline(FunctionTransformer(lambda x: x / 2), classifier()).fit(X, Y)
-    np.testing.assert_allclose(
-        half.decision_function(QUERIES), classifier().fit(X, Y).decision_function(QUERIES), atol=1e-4
-    )
-    half.set_params(tipadapterclassifier__alpha=0.0).fit(X, Y)
-    np.testing.assert_allclose(half.decision_function(QUERIES), 100 * QUERIES @ TEXT[SORTING].T, atol=1e-4)
-
-
-@pytest.mark.parametrize("index", ["Flat", "IVF2,Flat", "SQ8"])
-@pytest.mark.parametrize("carry", [lambda made: pickle.loads(pickle.dumps(made)), copy.deepcopy])
-def test_a_fitted_estimator_can_be_pickled_and_copied(carry: Any, index: str) -> None:
-    made = classifier(index=index, k=6, alpha=2.0).partial_fit(X[:30], Y[:30]).partial_fit(X[30:], Y[30:])
-    there = carry(made)
-    np.testing.assert_array_equal(there.decision_function(QUERIES), made.decision_function(QUERIES))
-    for a, b in zip(there.kneighbors(QUERIES, 9), made.kneighbors(QUERIES, 9), strict=True):
-        np.testing.assert_array_equal(a, b)
-    there.partial_fit(QUERIES[:1], ["ant"])  # training the copy does not change the original
-    assert (there.index_.n, made.index_.n) == (len(X) + 1, len(X))
-    assert there.kneighbors(QUERIES[:1], 1)[1].tolist() == [[len(X)]]
-    made.predict(QUERIES)  # the original still works
 
 
 def test_the_cache_model_can_be_saved(tmp_path: Path) -> None:

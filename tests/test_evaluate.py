@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import Result
 from conftest import cache_of
+from dense import affinity, cache_logits, nearest
 from tables import read_features, unit, write_table
 
 from retrieval_tip import Index
@@ -67,11 +68,8 @@ def source(tmp_path: Path) -> Source:
 
 
 def expected(k: int | None = None) -> tuple[Array, Array, Array]:
-    A = QUERIES.astype(np.float64) @ KEYS.T.astype(np.float64)
-    weights = np.exp(-3 * (1 - A))
-    if k is not None:
-        weights[np.argsort(np.argsort(-A, axis=1), axis=1) >= k] = 0
-    text, cache = 10 * (QUERIES.astype(np.float64) @ TEXT.T), weights @ np.eye(C)[Y]
+    A = affinity(QUERIES, KEYS)
+    text, cache = 10 * affinity(QUERIES, TEXT), cache_logits(A, Y, C, 3, met=nearest(A, k))
     return text + 2 * cache, text, cache
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tables import unit, unit_rows, write_table
 from torch.nn import functional
 
 from retrieval_tip import Index, verify
-from retrieval_tip.data.reader import Reader
+from retrieval_tip.data.reader import Reader, view_names
 from retrieval_tip.data.sources import Source, open_source
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import finetune
@@ -474,20 +475,19 @@ def test_training_uses_the_requested_views_of_images(lit_mini: Any, photos: Any,
     recipe = Recipe(batch=5, views=views)
     first = [source.labels.index(name) for name in cache.class_names[:3]]
     chosen = source.take([first[0], first[0], first[0] + 1, first[1], first[1] + 1, first[2], first[0] + 1])
-    material = _Material.of(cache, chosen, Reader(lit_mini), recipe, None)
-    seen: list[bytes] = []
+    material, seen, possible = _Material.of(cache, chosen, Reader(lit_mini), recipe, None), set(), set()
     for epoch in range(8):
-        batches = list(material.batches(recipe, epoch))
-        assert sorted(int(i) for _, ids in batches for i in ids) == [0, 0, 1, 1, 2]
-        assert len(batches) == material.steps(recipe) == 1
-        again = list(material.batches(recipe, epoch))
-        assert all(
-            torch.equal(x, y) for one, two in zip(batches, again, strict=True) for x, y in zip(one, two, strict=True)
-        )
-        seen += [row.numpy().tobytes() for features, _ in batches for row in features]
-    different = len(set(seen))
-    # fresh views of five photos may coincide, but there are more of them than of any cached number
-    assert 15 < different <= 40 if views is None else 5 * (views - 1) < different <= 5 * views
+        names = view_names(recipe.seed, views) if views else [f"fresh/{recipe.seed}/{epoch}"]
+        every = Reader(lit_mini).encode_views(chosen.take([0, 2, 3, 4, 5]), names)
+        ((features, ids),) = material.batches(recipe, epoch)
+        assert sorted(ids.tolist()) == [0, 0, 1, 1, 2]
+        assert torch.equal(features, next(material.batches(recipe, epoch))[0])
+        rows = {row.tobytes() for row in features.numpy()}
+        for start, end in pairwise(every.starts):  # one view of each photo
+            assert len(rows & {row.tobytes() for row in every.features[start:end]}) == 1
+        seen |= rows
+        possible |= {row.tobytes() for row in every.features}
+    assert seen == possible
 
 
 # --- real features

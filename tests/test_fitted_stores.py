@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 from clusters import clusters, text_of
 from conftest import SOAK, few, nearest_keys
+from dense import solved
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -255,10 +256,9 @@ def check_derived(model, dtype):
         points = model.metric(torch.from_numpy(np.asarray(model.keys, dtype=np.float32))).numpy().astype(dtype)
         np.testing.assert_allclose(np.asarray(model.rows.points), points, rtol=0, atol=4 * np.finfo(dtype).eps)
     if model.values is not None:
-        points = np.asarray(model.vectors, dtype=np.float64)
-        gram = np.exp(-model.settings.beta * (1 - points @ points.T)) + model.fitted.ridge * np.eye(model.n)
-        wanted = np.eye(len(model.class_names))[model.class_ids]
-        np.testing.assert_allclose(gram @ model.values.numpy().astype(np.float64), wanted, atol=1e-4)
+        points, ids = np.asarray(model.vectors), model.class_ids.numpy()
+        expected = solved(points, ids, len(model.class_names), model.settings.beta, model.fitted.ridge)
+        np.testing.assert_allclose(model.values, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -340,20 +340,6 @@ def test_photos_are_recognised_by_their_bytes_from_any_folder(
     assert labels_of(moved) == wanted | {str(tmp_path / "day1/new/IMG_0.jpg"): "changed"}
 
 
-def test_of_two_labels_of_copies_in_one_request_the_last_counts(
-    shared: Path, place: Path, lit_mini: Backbone, tmp_path: Path
-) -> None:
-    (photo, _), *_ = caltech_photos(shared, "train", 1, 1)
-    names = [str(tmp_path / name) for name in ("a.jpg", "copy.jpg")]
-    for name in names:
-        shutil.copy(photo, name)
-    with Client(dict.fromkeys(names, ""), place, lit_mini) as client:
-        client.settled()
-        client.set({client.number("a"): "first", client.number("copy"): "last"})
-        assert client.settled()["labelled"] == 2
-    assert list(labels_of(place).values()) == ["last"]
-
-
 def test_labels_are_saved_later_if_saving_fails(
     pool: dict[str, str], place: Path, lit_mini: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -218,13 +218,6 @@ def test_an_invalid_time_is_null(text: object, hour: int | None) -> None:
     assert (found and found.hour) == hour
 
 
-@given(when=st.datetimes(timezones=st.timezones(), min_value=datetime.datetime(1900, 1, 1)))
-def test_the_time_of_a_version_is_the_instant(when: datetime.datetime) -> None:
-    (found,) = versions_table([{"created_at": when.isoformat()}])["created_at"].to_pylist()
-    assert found is None or found == datetime.datetime.fromisoformat(when.isoformat())
-    assert found is not None or when.year in (1, 9999, 1900)
-
-
 @pytest.mark.parametrize("row", [{"version": 1 << 64}, {"version": "x"}, {"change": "\ud800"}, {"current": "yes"}])
 def test_a_value_that_no_version_has_is_refused(row: dict[str, object]) -> None:
     with pytest.raises(InputError) as error:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from conftest import SOAK, few
+from dense import affinity, cache_logits
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -278,13 +279,10 @@ class Living(RuleBasedStateMachine):
 
     def check_each_class_counts_exactly_or_at_its_mean(self, cache: Index, tail: bool) -> None:
         """A sample of the keys determines which classes count exactly, so the test accepts either sum."""
-        whole, mean = np.zeros((2, len(QUERIES), len(self.state.text)))
-        for i, name in enumerate(self.state.text):
-            own = [vector for label, vector in self.state.keys.values() if label == name]
-            if own:
-                affinity = QUERIES @ np.stack(own).astype(np.float64).T
-                whole[:, i] = np.exp(-BETA * (1 - affinity)).sum(1)
-                mean[:, i] = len(own) * np.exp(-BETA * (1 - affinity.mean(1))) if tail else 0
+        vectors, names = np.stack([vector for _, vector in self.state.keys.values()]), list(self.state.text)
+        ids = np.array([names.index(label) for label, _ in self.state.keys.values()])
+        A, none = affinity(QUERIES, vectors), np.zeros((1, len(ids)), dtype=bool)
+        whole, mean = (cache_logits(A, ids, len(names), BETA, met=met, tail=tail) for met in (None, none))
         found = cache.terms(QUERIES, K, tail).cache.numpy()
         is_whole, is_mean = np.isclose(found, whole, atol=1e-4), np.isclose(found, mean, atol=1e-4)
         assert (is_whole | is_mean).all()

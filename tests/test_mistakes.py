@@ -106,14 +106,6 @@ def test_a_mistake_prints_one_line_that_explains_what_to_do(run, world, typed):
     assert words.replace("{w}", str(world)) in line
 
 
-def test_a_usage_error_points_to_the_help_of_its_command(run, world):
-    for typed in (
-        ["classify", world / "i/x", world / "new.parquet", "--device", "gpu"],
-        ["index", "build", world / "train.parquet", "--out", world / "o", "--fit", "none", "--metric", "within"],
-    ):
-        assert " ".join(part for part in typed[:2] if isinstance(part, str)) + " --help" in run(*typed).stderr
-
-
 def test_the_output_suffix_selects_the_format(run, world, tmp_path):
     classify = ("classify", world / "i/x", world / "new.parquet")
     labels = [json.loads(line)["label"] for line in run(*classify, "--format", "jsonl").stdout.splitlines()]

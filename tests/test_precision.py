@@ -119,6 +119,7 @@ def test_another_calibration_replaces_the_stored_encoder(name, calibrated):
     assert not np.array_equal(after.encode_images(pixels), before.encode_images(pixels))
 
 
+@pytest.mark.soak
 def test_large_channels_of_a_transformer_keep_int8_accurate(tmp_path, monkeypatch):
     """Trained transformers have such channels, and 8 bits for all channels together would be too few."""
     monkeypatch.setenv("RETRIEVAL_TIP_CACHE", str(tmp_path / "cache"))
@@ -172,6 +173,7 @@ def test_a_damaged_or_foreign_tower_is_not_used(name, calibrated, damage, monkey
         assert int8(name).precision == "int8"
 
 
+@pytest.mark.soak
 def test_two_processes_store_an_encoder_at_once_without_a_connection(name, place, tmp_path, warm_path):
     (tmp_path / "home").mkdir()
     own = os.environ | {"HOME": str(tmp_path / "home")}

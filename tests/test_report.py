@@ -15,6 +15,7 @@ import pytest
 from browser import chromium
 from click.testing import CliRunner
 from conftest import SHARED
+from dense import affinity, cache_logits
 from html_tree import Tree
 from markupsafe import Markup
 from PIL import Image
@@ -25,8 +26,6 @@ from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.shots import few_shot
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, UsageError, one_line, percent
-from retrieval_tip.evaluation.evaluate import answered, judge
-from retrieval_tip.evaluation.held_out import QueryBlock
 from retrieval_tip.fit.closed_form import wilson
 from retrieval_tip.fit.folds import Queries
 from retrieval_tip.fit.search_hp import search
@@ -187,33 +186,14 @@ def log_softmax(z):
     return z - np.log(np.exp(z).sum(axis=1, keepdims=True))
 
 
-def test_the_accuracy_of_each_part_matches_plain_numpy(caltech):
-    cache = Index.load(caltech / "index", device="cpu", precision="float32")
-    rng = np.random.default_rng(0)
-    keys = np.asarray(cache.keys, dtype=np.float64)
-    rows = keys[rng.integers(0, 24, 90)] + 0.08 * rng.normal(size=(90, cache.d))
-    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
-    ids = rng.integers(0, 6, 90)
-    source = open_source(write_table(caltech / "made.parquet", rows, [ALIKE[i] for i in ids]))
-    cache.settings = cache.settings.override(alpha=3.0, temperature=2.5)
-    asked = (QueryBlock(cache, block) for block in Reader().blocks(source))
-    judged = judge(cache, answered(cache, asked, *source.truth(cache.class_names)))
-    text = cache.settings.logit_scale * rows @ cache.text_weights.numpy().astype(np.float64).T
-    alone = 3.0 * np.exp(-cache.settings.beta * (1 - rows @ keys.T)) @ np.eye(6)[cache.class_ids.numpy()]
-    whole = log_softmax((text + alone) / 2.5)
-    np.testing.assert_allclose(judged.answers.log_truth, whole[np.arange(90), ids], rtol=1e-3, atol=1e-3)
-    assert judged.zero_shot_top1 == (text.argmax(axis=1) == ids).mean()
-    assert judged.cache_top1 == (alone.argmax(axis=1) == ids).mean()
-
-
 def test_the_worst_mistakes_are_explained(tmp_path):
     folder, test = made(tmp_path, n=120, noise=2.5)
     page = reported(tmp_path, folder, test, "--no-curves", "--alpha", 2, "--beta", 3)
     cache, table = Index.load(folder, device="cpu"), pq.read_table(test)
     f, own = np.stack(table["feature"].to_numpy()).astype(np.float64), cache.class_ids.numpy()
     truth = np.array([cache.class_names.index(label) for label in table["label"].to_pylist()])
-    affinity = f @ np.asarray(cache.keys, dtype=np.float64).T
-    logits = 100 * f @ cache.text_weights.numpy().T + 2 * np.exp(-3 * (1 - affinity)) @ np.eye(3)[own]
+    A = affinity(f, cache.keys)
+    logits = 100 * affinity(f, cache.text_weights) + 2 * cache_logits(A, own, 3, 3)
     wrong, whole = np.flatnonzero(logits.argmax(axis=1) != truth), log_softmax(logits)
     assert len(wrong) > 20
     names = table["id"].to_pylist()
@@ -225,7 +205,7 @@ def test_the_worst_mistakes_are_explained(tmp_path):
         shown = float(chance.strip("<> %")) / 100
         assert shown == pytest.approx(np.exp(whole[i, cache.class_names.index(name)]), abs=1e-3)
     shown = [float(node.text.split()[-1]) for node in cards[0].first("ol").all("li")][:5]
-    most = np.sort(affinity[i][own == logits[i].argmax()])[::-1]  # the contribution of other classes is 0
+    most = np.sort(A[i][own == logits[i].argmax()])[::-1]  # the contribution of other classes is 0
     assert shown[:4] == pytest.approx(np.exp(-3 * (1 - most)), rel=0.06)
     assert shown[4] == 0
 

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import few
 from hypothesis import given
 from hypothesis import strategies as st
 from sealing import one_line, snapshot
@@ -217,10 +218,6 @@ def test_rows_where_works_with_any_column_names(names: list[str]) -> None:
         assert rows_where(table, f'"{name}" < 2').tolist() == [3, 4]
 
 
-def test_rows_where_returns_nothing_for_an_empty_table() -> None:
-    assert rows_where(LABELS.slice(0, 0), "shot = 0").tolist() == []
-
-
 def test_rows_where_is_exact_over_many_rows() -> None:
     n = 150_000
     rng = np.random.default_rng(0)
@@ -276,7 +273,7 @@ def test_a_query_beyond_its_timeout_is_cancelled() -> None:
     assert threading.active_count() == threads
 
 
-@pytest.mark.parametrize("long", [LONG, "SELECT i FROM range(100000000000) t(i) WHERE sqrt(i) = 0.5"])
+@pytest.mark.parametrize("long", few([LONG, "SELECT i FROM range(100000000000) t(i) WHERE sqrt(i) = 0.5"], 1))
 def test_ctrl_c_interrupts_a_query(long: str) -> None:
     program = "import sys, duckdb; from retrieval_tip.store.query import ask; print(flush=True); ask({}, sys.argv[1])"
     with subprocess.Popen([sys.executable, "-c", program, long], stdout=-1, stderr=-1, text=True) as process:
@@ -311,6 +308,7 @@ def test_the_size_of_an_answer_is_limited() -> None:
     assert ask({"t": wide}, "FROM t").num_rows == len(wide)
 
 
+@pytest.mark.soak
 def test_a_query_with_too_large_an_answer_ends_with_its_error() -> None:
     """Otherwise, DuckDB would go on, and the process would not end."""
     script = (

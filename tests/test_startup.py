@@ -171,8 +171,7 @@ def test_a_process_that_loaded_a_model_prints_nothing_at_exit(photo_index, photo
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("kind", ["keys", "labels", "text"])
-@pytest.mark.parametrize("damage", ["a byte", "shorter", "gone"])
+@pytest.mark.parametrize(("kind", "damage"), [("keys", "a byte"), ("labels", "shorter"), ("text", "gone")])
 def test_a_damaged_file_is_refused_before_any_answer(run, index, row, kind, damage):
     path = index / store.read_manifest(index).files[kind].name
     data = path.read_bytes()

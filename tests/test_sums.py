@@ -189,38 +189,19 @@ def test_stored_sums_match_the_keys_after_any_changes(steps, dtype, built, tmp_p
 
 
 def test_a_fit_with_stored_sums_equals_a_fit_from_the_keys(tmp_path, monkeypatch):
-    """The fit only reads the keys that are held out, and an addition only reads the keys that it adds."""
-    read = []
-    monkeypatch.setattr(Sums, "count", _counting(read))
     monkeypatch.setattr(closed_form, "JUDGED", 64)
     cache = fitted(tmp_path / "index")
-    assert sum(read) >= 600
-    read.clear()
     cache.add(*shots(40, 2))
-    assert read == [40]
     cache.save(tmp_path / "index")
     kept = Index.load(tmp_path / "index", device="cpu")
     anew = copy.copy(kept)
     anew.sums = None
-    read.clear()
     closed_form.fit(kept)
-    of_kept, _ = sum(read), read.clear()
     closed_form.fit(anew)
-    assert of_kept == sum(read) - 640
     np.testing.assert_allclose(kept.metric.transform, anew.metric.transform, rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(kept.metric.mean, anew.metric.mean, rtol=1e-6, atol=1e-8)
     assert kept.settings.alpha == pytest.approx(anew.settings.alpha, rel=1e-6)
     close(kept.sums, anew.sums)
-
-
-def _counting(read: list[int]):
-    real = Sums.count
-
-    def count(self, keys, ids, sign=1):
-        read.append(len(keys))
-        real(self, keys, ids, sign)
-
-    return count
 
 
 def test_sums_are_dropped_after_a_huge_key_is_removed(tmp_path):

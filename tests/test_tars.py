@@ -12,7 +12,6 @@ from pathlib import Path
 
 import buckets
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from conftest import examples, few
 from hypothesis import given, settings
@@ -22,9 +21,7 @@ from tables import tiny
 from tarring import jpeg, tar
 
 from retrieval_tip import Index
-from retrieval_tip.backbones.loading import load_backbone
 from retrieval_tip.data import remote, tars
-from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import is_there, of_tars, open_inputs, open_items, open_source, read_item
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit.finetune import shots_of
@@ -200,17 +197,6 @@ def test_tars_and_other_inputs_are_read_in_order(tmp_path):
     arguments = [str(tmp_path / "1.jpg"), str(path), str(tmp_path / "3.jpg")]
     paths = [path for source in open_inputs(arguments) for path in source.paths]
     assert [read_item(path) for path in paths] == [jpeg(1), jpeg(2), jpeg(3)]
-
-
-def test_a_tar_gives_the_same_features_as_its_files(world, model, tmp_path):
-    from retrieval_tip.data.reader import encode_table
-
-    backbone = load_backbone(model, device="cpu")
-    for name, what in (("a", "photos"), ("b", "shards")):
-        encode_table(open_items(world / what), tmp_path / f"{name}.parquet", Reader(backbone))
-    a, b = (pq.read_table(tmp_path / f"{name}.parquet") for name in "ab")
-    assert a["label"].equals(b["label"])
-    np.testing.assert_allclose(*(np.array(table["feature"].to_pylist()) for table in (a, b)), atol=1e-6)
 
 
 def read_tar(path, labelled=False):

@@ -12,7 +12,7 @@ import pytest
 import scipy.special
 import torch
 from conftest import ROOT, examples, needs_real
-from dense import Case, Largest, betas, cases, food, nearest
+from dense import Case, Largest, betas, cases, discriminant, food, nearest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tables import unit, write_table
@@ -143,20 +143,11 @@ def test_the_weight_of_a_key_is_exponential_in_its_affinity(beta):
 @settings(max_examples=examples(50), deadline=None)
 @given(some_cases, st.integers(0, 2))
 def test_the_discriminant_matches_its_definition(case, empty):
-    """The definition is computed in NumPy. Classes without keys get the mean of the others."""
-    f, K, y = (part.numpy().astype(np.float64) for part in case.tensors())
-    y, c = y.astype(int), case.c + empty
-    sums, counts = np.zeros((c, K.shape[1])), np.bincount(y, minlength=c)
-    np.add.at(sums, y, K)
-    some = counts > 0
-    means = sums[some] / counts[some, None]
-    squares = (means**2).sum(1)
-    variance = max(0.0, (counts[some] * (1 - squares)).sum() / max(len(y) - some.sum(), 1))
-    expected = np.empty((len(f), c))
-    expected[:, some] = f @ means.T - (squares - variance / counts[some]) / 2
-    expected[:, ~some] = expected[:, some].mean(1, keepdims=True)
-    found = tip.Discriminant.of(torch.from_numpy(sums), torch.from_numpy(counts).double())(torch.from_numpy(f))
-    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+    f, K, y = (part.numpy() for part in case.tensors())
+    c = case.c + empty
+    one_hot = np.eye(c)[y]
+    found = tip.Discriminant.of(torch.from_numpy(one_hot.T @ K), torch.from_numpy(one_hot.sum(0)))(torch.from_numpy(f))
+    np.testing.assert_allclose(found, discriminant(f, K, y, c), rtol=1e-9, atol=1e-9)
 
 
 @settings(max_examples=examples(50), deadline=None)
@@ -198,15 +189,15 @@ def evaluated(formula, letters):
     return names
 
 
-@pytest.mark.parametrize("fit", ["auto", "none"])
-def test_the_formula_in_the_readme_gives_the_logits_of_an_exported_index(tmp_path, fit, run):
+@pytest.mark.parametrize("options", [(), ("--fit", "none"), ("--alpha", 1)])
+def test_the_formula_in_the_readme_gives_the_logits_of_an_exported_index(tmp_path, options, run):
     """The test only reads files: the tables that ``index export`` writes, and the fitted arrays of the index."""
     rng, names, index = np.random.default_rng(6), list("abcde"), tmp_path / "index"
     means = unit(rng.standard_normal((5, 32)))
     shots, test = (unit(means[np.arange(m) % 5] + 0.53 * rng.standard_normal((m, 32))) for m in (80, 40))
     words = write_table(tmp_path / "words.parquet", unit(means + 0.09 * rng.standard_normal((5, 32))), names)
     source = write_table(tmp_path / "shots.parquet", shots, [names[i % 5] for i in range(80)])
-    run("index", "build", source, "--text", words, "--fit", fit, "--out", index)
+    run("index", "build", source, "--text", words, *options, "--out", index)
     run("index", "export", index, "--out", tmp_path / "keys.parquet", "--text", tmp_path / "text.parquet")
     manifest = json.loads((index / "manifest.json").read_text())
     K, W = (np.stack(pq.read_table(tmp_path / name)["feature"].to_numpy()) for name in ("keys.parquet", "text.parquet"))
@@ -218,7 +209,7 @@ def test_the_formula_in_the_readme_gives_the_logits_of_an_exported_index(tmp_pat
     letters = {name: manifest[name] for name in ("alpha", "beta", "logit_scale", "temperature")}
     letters |= {"f": test.astype(np.float32), "K": K, "W": W}
     lines = re.search(r"```\n(metric .*?)\n```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    if fit == "none":  # as described in the README: no metric, no link, one-hot values
+    if options:  # as described in the README: no metric, no link, one-hot values
         lines = "\n".join(
             line for line in lines.splitlines() if line.split()[0] not in ("metric", "link", "discriminant")
         )

@@ -124,21 +124,6 @@ def test_keys_are_never_normalised(factory: str) -> None:
     assert affinity[0, 1] < 1.6
 
 
-@pytest.mark.parametrize("factory", ["Flat", "IVF16,Flat", "SQ8"])
-@pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_keys_are_added_in_blocks_also_from_a_mapped_file(
-    factory: str, dtype: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    np.save(tmp_path / "keys.npy", KEYS.astype(dtype))
-    mapped = np.load(tmp_path / "keys.npy", mmap_mode="r")
-    monkeypatch.setattr(vector_index, "ADDED", 100)
-    found = VectorIndex.build(mapped, factory, "cpu").search(QUERIES, 10)
-    monkeypatch.undo()
-    expected = VectorIndex.build(mapped.astype(np.float32), factory, "cpu").search(QUERIES, 10)
-    for one, other in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(one, other)
-
-
 def test_a_clustered_index_is_trained_on_a_fixed_sample_and_contains_all_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vector_index, "TRAINING_PER_LIST", 20)
     index = VectorIndex.build(KEYS, "IVF16,Flat", "cpu")  # trained on 320 of 640 keys
@@ -322,16 +307,3 @@ def test_exhaustive_search_has_no_effort_setting(factory: str) -> None:
         index.effort = value
         assert index.effort is None
     np.testing.assert_array_equal(index.search(QUERIES, 20)[1], before)
-
-
-def test_more_effort_increases_the_recall_of_a_graph() -> None:
-    keys = np.random.default_rng(5).standard_normal((3000, 32)).astype(np.float32)
-    index = VectorIndex.build(keys, "HNSW8", "cpu")
-    queries = np.random.default_rng(6).standard_normal((40, 32)).astype(np.float32)
-    nearest = np.argsort(-queries @ keys.T, axis=1)[:, :10]
-    recall = []
-    for effort in (1, 3000):
-        index.effort = effort
-        rows = index.search(queries, 10)[1]
-        recall.append(np.mean([len(set(a) & set(b)) for a, b in zip(rows.tolist(), nearest.tolist(), strict=True)]))
-    assert recall[0] < recall[1]

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from conftest import cache_of
+from dense import affinity, cache_logits, discriminant, nearest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tables import unit
@@ -48,37 +49,20 @@ def index_of(kind: str = "Flat", *, solved: bool = False, metric: bool = False, 
 
 def dense(index: Index, without: tuple[int, ...], k: int | None, tail: bool) -> tuple[Array, Array]:
     """Return the logits, and the contributions of the keys that are used to each class, by the definition."""
-    own = index.settings
+    own, seen = index.settings, ~np.isin(np.arange(N), without)
     phi = (lambda x: x) if index.metric is None else lambda x: index.metric(torch.from_numpy(x)).numpy()
-    K, f = phi(KEYS).astype(np.float64), phi(QUERIES.astype(np.float32)).astype(np.float64)
-    seen = ~np.isin(np.arange(N), without)
-    V = (np.eye(C)[IDS] if index.values is None else VALUES.astype(np.float64)) * seen[:, None]
-    A = f @ K.T
-    ranks = np.argsort(np.argsort(-np.where(seen, A, -np.inf), axis=1), axis=1)
-    met = seen & (ranks < (k or N))
-    weights = np.exp(-own.beta * (1 - A)) * met
-    if tail and k:
-        for c in range(C):
-            left = ~met & seen & (c == IDS)
-            mean = (A * left).sum(1) / left.sum(1).clip(1)
-            weights += left * np.exp(-own.beta * (1 - mean))[:, None]
-    cache = weights @ V
+    K, f, y = phi(KEYS)[seen], phi(QUERIES.astype(np.float32)), IDS[seen]
+    V = np.eye(C)[y] if index.values is None else VALUES[seen]
+    A = affinity(f, K)
+    met = nearest(A, k)
+    cache = cache_logits(A, y, C, own.beta, V, met, tail=tail)
     if own.log_offset:
         cache = np.log1p(np.maximum(cache, 0) / own.log_offset)
     if own.gamma:
-        means = [K[seen & (c == IDS)].mean(0) if (seen & (c == IDS)).any() else None for c in range(C)]
-        shown = [mean for mean in means if mean is not None]
-        within = sum((1 - mean @ mean) * (seen & (c == IDS)).sum() for c, mean in enumerate(means) if mean is not None)
-        variance = max(0, within / max(1, seen.sum() - len(shown)))
-        offsets = [
-            None if mean is None else -(mean @ mean - variance / (seen & (c == IDS)).sum()) / 2
-            for c, mean in enumerate(means)
-        ]
-        offset = np.mean([one for one in offsets if one is not None])
-        M = np.stack([np.mean(shown, axis=0) if mean is None else mean for mean in means])
-        cache = cache + own.gamma * (f @ M.T + [offset if one is None else one for one in offsets])
-    logits = own.logit_scale * QUERIES.astype(np.float64) @ TEXT.astype(np.float64).T + own.alpha * cache
-    return logits, np.where(met[:, :, None], np.exp(-own.beta * (1 - A))[:, :, None] * V, np.nan)
+        cache = cache + own.gamma * discriminant(f, K, y, C)
+    given_ = np.full((len(QUERIES), N, C), np.nan)
+    given_[:, seen] = np.where(met[:, :, None], np.exp(-own.beta * (1 - A))[:, :, None] * V, np.nan)
+    return own.logit_scale * affinity(QUERIES, TEXT) + own.alpha * cache, given_
 
 
 def answered(index: Any, ask: Ask) -> list[Any]:
