@@ -108,8 +108,8 @@ def few(cases: Iterable[T], number: int = 4) -> list[T]:
 
 
 def examples(number: int) -> int:
-    """Return the number of examples of a property: ``number`` in a soak, else a quarter, but at least ten."""
-    return number if SOAK or ATTACK else min(number, max(10, number // 4))
+    """Return the number of examples of a property: ``number`` in a soak, else a sixth, but at least eight."""
+    return number if SOAK or ATTACK else min(number, max(8, number // 6))
 
 
 settings.register_profile("sized", max_examples=examples(100), deadline=None)

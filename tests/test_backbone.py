@@ -26,7 +26,6 @@ from safetensors.torch import save_file
 from tables import TINY, changed, picture, some_pixels, tiny
 
 from retrieval_tip.backbones import catalogue, torch_backbone
-from retrieval_tip.backbones import open_clip as backbone
 from retrieval_tip.backbones.base import Identity, unit
 from retrieval_tip.backbones.loading import load_backbone
 from retrieval_tip.errors import BackboneError, InputError, UsageError
@@ -102,13 +101,6 @@ def test_a_checkpoint_of_a_tag_gets_its_preprocessing_and_activation(tmp_path, m
         assert wanted["image_interpolation"] == "bicubic"
         assert wanted["image_resize_mode"] == "shortest"
         wanted.clear()
-
-
-def test_loading_draws_no_random_weights(shared):
-    """This includes text towers of transformers, which has its own functions to draw weights."""
-    before = torch.get_rng_state()
-    load_backbone(f"local-dir:{shared / 'models' / 'lit-mini'}", device="cpu")
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_checkpoint_without_a_tag_loads_with_a_warning(tmp_path, caplog):
@@ -363,17 +355,6 @@ def test_a_model_in_memory_gives_the_same_backbone(tmp_path):
     assert (given.dim, given.logit_scale, given.identity.model) == (named.dim, named.logit_scale, "mine")
     assert given.identity.weights == named.identity.weights
     assert not any(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_a_model_in_memory_can_be_given_its_name_and_tag():
-    """Indexes then treat it as the model that is loaded by this name and tag."""
-    from retrieval_tip.backbones.open_clip import OpenClipBackbone
-
-    torch.manual_seed(0)
-    model, _, preprocess = open_clip.create_model_and_transforms("RN50", force_quick_gelu=True)
-    given = OpenClipBackbone.of(model, preprocess, open_clip.get_tokenizer("RN50"), name="RN50", pretrained="openai")
-    assert (given.identity.model, given.identity.pretrained) == ("RN50", "openai")
-    assert given.identity.config == backbone._config_digest(backbone._plan("RN50", "openai"))
 
 
 # -- pickles --

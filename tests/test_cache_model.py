@@ -17,7 +17,6 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import cache_of, examples, needs_real, parts_of
@@ -29,13 +28,11 @@ from tables import read_features, unit
 import retrieval_tip
 from retrieval_tip import Index, answering
 from retrieval_tip.backbones.base import Identity
-from retrieval_tip.data.reader import Reader
-from retrieval_tip.data.sources import open_inputs
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError
 from retrieval_tip.fit import closed_form
-from retrieval_tip.predictions import Prediction, Predictions
+from retrieval_tip.predictions import Prediction
 from retrieval_tip.retrieval import inputs
-from retrieval_tip.settings import Ask, Settings
+from retrieval_tip.settings import Settings
 
 Array = npt.NDArray[Any]
 Q, D, C = 70, 32, 12
@@ -424,15 +421,6 @@ def test_invalid_settings_are_refused() -> None:
                 Settings(**{name: value})
 
 
-def test_override_only_changes_given_settings() -> None:
-    settings = Settings(alpha=2.0, k=7, tail=False)
-    assert settings.override() is settings
-    assert settings.override(k="all", beta=None, tail=None) == Settings(alpha=2.0, tail=False)
-    assert settings.override(k=3, tail=True, alpha=0.0) == Settings(alpha=0.0, k=3)
-    assert settings.override(k=3).shown() == {"alpha": 2.0, "beta": 5.5, "k": 3, "tail": False, "temperature": 1.0}
-    assert Settings().shown()["k"] == "all"
-
-
 def table(cache: Index) -> dict[str, list[Any]]:
     return cache.labels.drop_columns(["added_at"]).to_pydict()
 
@@ -552,16 +540,6 @@ def test_every_setting_survives_saving(tmp_path: Path) -> None:
     assert torch.equal(loaded.text_weights, cache.text_weights)
     assert loaded.index.factory == "Flat"
     assert repr(loaded) == "Index(320 keys of 32, 12 classes, index='Flat', alpha=0.25, beta=7.5, k=9, device='cpu')"
-
-
-def test_classify_source_names_each_answer(tmp_path: Path) -> None:
-    ids = [f"row {i}" for i in range(Q)]
-    pq.write_table(pa.table({"id": ids, "feature": list(QUERIES)}), tmp_path / "queries.parquet")
-    (source,) = open_inputs([str(tmp_path / "queries.parquet")])
-    cache = model()
-    found = Predictions.joined(cache.classify_source(source, Reader(), Ask(top=2, k=16, neighbours=3)))
-    assert found.inputs == ids
-    assert found == cache.classify(QUERIES, top=2, k=16, neighbours=3)
 
 
 @pytest.mark.gpu

@@ -597,18 +597,6 @@ def test_classifiers_and_encoders_work_in_processes_of_joblib(place, clf):
     np.testing.assert_array_equal(both, alone)
 
 
-def test_answers_are_shown_in_one_line(place, clf):
-    answer = clf.predict(place / "new/red/6.png", top=2)
-    strongest, second = answer.neighbours[0].source, f"{answer.labels[1]} {answer.probabilities[1]:.4f}"
-    assert repr(answer) == f"Prediction({answer.label}, {answer.probability:.4f}; {second}; strongest shot {strongest})"
-    assert repr(replace(answer, unlike=True, neighbours=[], labels=["red"], probabilities=[0.9])).endswith(
-        "; no match)"
-    )
-    assert repr(replace(answer, label="a\nb")).startswith("Prediction(a\\nb, ")
-    assert repr(clf.predict([place / "new/red/6.png"])) == f"Predictions(1 prediction: {answer.label})"
-    assert repr(Predictions()) == "Predictions(0 predictions)"
-
-
 PHOTO = Image.new("RGB", (8, 8))
 MISUSE = {
     "photos: got an object of type int; give a path, a PIL image, an array, bytes, or a list": [

@@ -95,14 +95,6 @@ def test_finetune_trains_on_the_source_of_the_index_by_default(run, place):
     assert not (place / "again").exists()
 
 
-def test_given_alpha_and_beta_are_used_and_saved(run, place):
-    fitted_index(run, place)
-    result = tune(run, place, "--alpha", 3, "--beta", 2, "--epochs", 1, "--keep-last")
-    assert result.exit_code == 0, result.stderr
-    cache = Index.load(place / "tuned", device="cpu")
-    assert (cache.settings.alpha, cache.settings.beta) == (3, 2)
-
-
 @pytest.mark.parametrize(
     ("more", "code", "message"),
     [

@@ -248,7 +248,7 @@ def delete_at_every_access(monkeypatch: pytest.MonkeyPatch, index: Path, read: C
         return access
 
     functions = [(io, "open"), (os, "stat"), (os, "scandir"), (pa, "OSFile"), (vector_index.faiss(), "read_index")]
-    for turn in range(0, 1000, 1 if SOAK else 5):
+    for turn in range(0, 1000, 1 if SOAK else 10):
         changes.relabel(index, NAMES[2 + turn % 2], key_ids=[1])  # a version to delete
         with monkeypatch.context() as patch:
             for module, name in functions:
@@ -307,7 +307,7 @@ def test_a_reader_survives_deletion_of_its_version_at_any_access(
 
 def test_two_builds_into_one_new_folder_make_two_versions(server: killing.Server, tmp_path: Path) -> None:
     tables = [table(tmp_path / f"{name}.parquet", [f"{name}/{i}" for i in range(12)]) for name in "ab"]
-    for number in range(12 if SOAK else 3):
+    for number in range(12 if SOAK else 2):
         folder = tmp_path / str(number) / "index"
         server.start(*({"work": "build", "table": str(path), "folder": str(folder)} for path in tables))
         assert server.wait() == [0, 0]
@@ -320,7 +320,7 @@ def test_two_builds_into_one_new_folder_make_two_versions(server: killing.Server
 def test_a_failed_build_does_not_remove_the_new_folder_of_another(server: killing.Server, tmp_path: Path) -> None:
     good = table(tmp_path / "good.parquet", BASE)
     bad = write_table(tmp_path / "bad.parquet", 2 * unit_rows(4, D), NAMES)  # the build checks norms under the lock
-    for number in range(12 if SOAK else 4):
+    for number in range(12 if SOAK else 2):
         folder = tmp_path / str(number) / "index"
         jobs = [{"work": "build", "table": str(path), "folder": str(folder)} for path in (bad, good)]
         server.start(*(jobs if number % 2 else jobs[::-1]))

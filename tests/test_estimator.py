@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 import warm
@@ -27,7 +26,6 @@ from retrieval_tip.data.tables import schema_of, table_of, write_table
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.index.build import build_index
 
-Array = npt.NDArray[Any]
 D, C = 16, 4
 NAMES = np.array(["dog", "ant", "cat", "bee"])
 SORTED = np.array(["ant", "bee", "cat", "dog"])

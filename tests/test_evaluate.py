@@ -24,7 +24,7 @@ from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source, open_source
 from retrieval_tip.errors import InputError
 from retrieval_tip.evaluation import held_out
-from retrieval_tip.evaluation.evaluate import CONFUSIONS, Evaluation, evaluate
+from retrieval_tip.evaluation.evaluate import CONFUSIONS, evaluate
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.forms import Form
 from retrieval_tip.index.places import at
@@ -117,15 +117,6 @@ def test_without_text_zero_shot_is_missing(source: Source) -> None:
     found = evaluate(model(text_weights=None), source, Reader())
     assert found.zero_shot_top1 is None
     assert found.top1 == found.cache_top1 == pytest.approx((expected()[2].argmax(1) == TRUTH).mean())
-
-
-def test_an_evaluation_converts_to_json(source: Source) -> None:
-    facts = json.loads(json.dumps(evaluate(model(), source, Reader(), k=7).to_dict()))
-    assert {"top1", "top5", "zero_shot_top1", "cache_top1", "n", "alpha", "beta", "k", "tail"} <= facts.keys()
-    assert (facts["k"], facts["n"], facts["tail"]) == (7, Q, True)
-    assert isinstance(facts["confusions"][0][2], int)
-    everything: Evaluation = evaluate(model(), source, Reader())
-    assert everything.to_dict()["k"] == "all"
 
 
 def test_a_source_without_any_known_class_is_refused_by_name(tmp_path: Path) -> None:

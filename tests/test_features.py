@@ -27,7 +27,6 @@ from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.reader import Reader, encode_table, view_names
 from retrieval_tip.data.sources import Source, of_images, open_items, open_source
 from retrieval_tip.data.tables import (
-    TABLE_ROWS,
     check_backbone,
     read_features,
     table_dim,
@@ -230,14 +229,6 @@ def test_an_image_without_a_usable_feature_is_skipped(folder: Path) -> None:
     positions, _ = all_of(reader, source_of(folder))
     assert positions.tolist() == [1, 2, 3, 4, 5, 7, 8, 9, 10, 11]
     assert "not finite" in reader.skipped[0].reason
-
-
-def test_stopping_early_stops_all_threads(folder: Path) -> None:
-    backbone = Fake()
-    blocks = Reader(backbone, batch_size=1, workers=2).blocks(source_of(folder))
-    next(blocks)
-    blocks.close()
-    assert sum(backbone.batches) <= 2
 
 
 @pytest.mark.parametrize(
@@ -474,15 +465,6 @@ def test_features_of_every_float_and_list_type_are_read(tmp_path: Path, kind: st
     assert table_dim(path) == 4
 
 
-def test_large_tables_are_read_in_parts(tmp_path: Path) -> None:
-    rows = unit_rows(20_000, 4)
-    path = tmp_path / "t.parquet"
-    pq.write_table(pa.table({"feature": pa.array(list(rows), pa.list_(pa.float32(), 4))}), path, row_group_size=11_000)
-    parts = list(read_features(path))
-    assert all(1 <= len(part) <= TABLE_ROWS for part in parts)
-    assert np.array_equal(np.concatenate(parts), rows)
-
-
 GOOD = [1.0, 0.0, 0.0, 0.0]
 
 
@@ -563,13 +545,6 @@ def test_norms_can_be_scaled_or_kept(tmp_path: Path) -> None:
     assert np.allclose(read_all(huge, "unit"), unit_rows(6, 4), atol=1e-6)
     half = unit_rows(50, 512).astype(np.float16)  # of unit norm, up to rounding
     assert np.array_equal(read_all(table_of(tmp_path / "h.parquet", list(half))), half.astype(np.float32))
-
-
-def test_a_column_may_have_the_name_of_a_part_of_the_feature(tmp_path: Path) -> None:
-    rows = unit_rows(2, 4)
-    path = tmp_path / "t.parquet"
-    pq.write_table(pa.table({"feature.note": ["a", "b"], "feature": list(rows), "feature.more": [1, 2]}), path)
-    assert np.array_equal(read_all(path), rows)
 
 
 @pytest.mark.parametrize(

@@ -363,35 +363,6 @@ def test_a_collapse_is_reported_and_discarded(
         assert np.array_equal(found.keys, cache.keys)
 
 
-def test_an_infinite_loss_ends_the_run_before_its_update(shots: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = finetune.finetune(index(), shots, Reader(), OWN)
-    calls = 0
-    entropy = functional.cross_entropy
-
-    def infinite(*arguments: Any, **options: Any) -> torch.Tensor:
-        nonlocal calls
-        calls += torch.is_grad_enabled()
-        return entropy(*arguments, **options) * (math.inf if calls == 8 else 1)  # the second step of epoch 3
-
-    monkeypatch.setattr(functional, "cross_entropy", infinite)
-    tuned = finetune.finetune(index(), shots, Reader(), OWN)
-    assert tuned.collapsed == "the loss is not finite in epoch 3"
-    assert (tuned.epoch, len(tuned.curve)) == (2, 4)
-    assert losses(tuned)[:2] == losses(whole)[:2]
-    assert math.isinf(losses(tuned)[2])
-
-
-def test_a_drop_of_accuracy_is_a_collapse(material: _Material) -> None:
-    rights = iter([0.9, 0.95, 0.5, 0.47, 0.9])
-    run = _Run(index(), replace(material, queries=None), replace(OWN, batch=1024, epochs=5))
-    run.trainer.step = lambda q, ids, lr: (1.0 + len(run.curve), round(next(rights) * 1e6))  # type: ignore[method-assign]
-    monkey = run._record
-    run._record = lambda loss, right: monkey(loss, right * SHOTS / 1e6)  # type: ignore[method-assign]
-    run.train()
-    assert run.collapsed == "in epoch 4 accuracy on the shots fell from 0.950 to 0.470"
-    assert (run.kept_epoch, len(run.curve)) == (3, 5)
-
-
 # --- shots
 
 

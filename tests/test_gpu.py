@@ -128,19 +128,6 @@ def test_a_gpu_holds_one_block_of_affinities_at_a_time() -> None:
 # --- determinism
 
 
-def test_the_sample_of_very_many_keys_includes_the_last_key() -> None:
-    for n in (16_777_220, 20_000_000, 50_000_000, 100_000_000):
-        some = np.lib.stride_tricks.as_strided(np.ones((1, 2), np.float32), (n, 2), (0, 4))
-        keys = Keys.__new__(Keys)
-        keys.n, keys.device, keys.n_classes, asked = n, "cpu", 1, []
-        keys._gathered = lambda rows, asked=asked: asked.append(rows) or (_ for _ in ()).throw(KeyError)
-        assert len(some) == n
-        with pytest.raises(KeyError):
-            keys._measured_slack(1.0)
-        assert asked[0][0] == 0
-        assert asked[0][-1] == n - 1
-
-
 # --- precision
 
 

@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import Result
-from conftest import ATTACK
+from conftest import ATTACK, SOAK
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -57,9 +57,10 @@ SECONDS, MEMORY = 60, 1 << 30
 
 
 def tried(number: int) -> settings:
-    """Return settings that try ``number`` examples in an attack, else a sixtieth, the same in each run."""
+    """Return settings that try ``number`` examples in an attack, a few in a soak, fewer otherwise."""
+    few = max(8, number // (60 if SOAK else 120))  # the same in each run
     return settings(
-        max_examples=number if ATTACK else max(8, number // 60), derandomize=not ATTACK, database=None, deadline=None,
+        max_examples=number if ATTACK else few, derandomize=not ATTACK, database=None, deadline=None,
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
 

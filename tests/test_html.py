@@ -85,15 +85,6 @@ def test_a_classifier_shows_its_keys_classes_and_settings(cache, tmp_path):
     assert f"{tmp_path / 'in<dex'}, version 1" in page.text
 
 
-def test_only_the_first_of_many_classes_are_shown():
-    names = [f"c{i}" for i in range(30)]
-    cache = Index.from_features(np.eye(30, dtype=np.float32), names, names, np.eye(30), device="cpu")
-    shown = check_markup(cache._repr_html_()).text
-    assert "30: c0 1, c1 1," in shown
-    assert "and 22 more" in shown
-    assert "c8" not in shown
-
-
 def test_a_prediction_shows_its_probabilities_and_neighbours(cache):
     found = cache.classify(np.asarray(cache.keys[:1]), top=2, neighbours=3)[0]
     page = check_markup(found._repr_html_())

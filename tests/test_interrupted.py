@@ -400,7 +400,7 @@ def test_a_failed_system_call_leaves_the_old_or_the_new_version(server, worlds, 
     """The disk reports an error of input or output."""
     world, failed = worlds["Flat"], 0
     steps = [at for at, name in enumerate(steps_of(server, world, operation, tmp_path)) if name != "fcntl.flock"]
-    for step in (steps[i] for i in sampled(len(steps), 8)):
+    for step in (steps[i] for i in sampled(len(steps), 5)):
         place = world.copy(tmp_path, str(step), operation)
         status = server.run(world.job(operation, place), step=step, how="EIO")
         assert status in (0, REFUSED)
@@ -596,13 +596,13 @@ def change_on(name, folder, room, index):
     ],
 )
 def test_a_change_on_a_full_disk_changes_nothing_and_succeeds_with_more_room(small_disk, room, tmp_path, name, index):
-    """The disk gets one more page of room each time; outside a soak, five. Each refusal names the reason."""
+    """The disk gets one more page of room each time; outside a soak, ten. Each refusal names the reason."""
     disk = small_disk(8192)
     for folder in (disk / "index", tmp_path / "index"):
         make_index(folder, room, index)
     expected = change_on(name, tmp_path / "index", room, index)
     before, old = snapshot(disk), answer(disk / "index")
-    for pages in range(0, 1000, 1 if SOAK else 5):
+    for pages in range(0, 1000, 1 if SOAK else 10):
         resize(disk, pages * PAGE)
         try:
             changed = change_on(name, disk / "index", room, index)

@@ -193,21 +193,6 @@ def test_requested_classes_get_their_dense_sum_and_others_get_0(
     assert (found.numpy()[~met] == 0).all()
 
 
-@settings(max_examples=examples(60), deadline=None)
-@given(some_classes())
-def test_rows_of_classes_are_exactly_the_keys_of_requested_classes(given_: tuple[Case, Array, Array]) -> None:
-    case, classes, _ = given_
-    rows = keys_of(case).every_of_classes(case.queries, torch.from_numpy(classes)).rows.numpy()
-    assert len(rows) == len(classes)
-    longest = 0
-    for row, own in zip(rows, classes, strict=True):
-        filled = row[row >= 0]
-        assert sorted(filled.tolist()) == np.flatnonzero(np.isin(case.y, own)).tolist()
-        assert (row[len(filled) :] == -1).all()  # empty slots come last
-        longest = max(longest, len(filled))
-    assert rows.shape[1] == longest
-
-
 @settings(max_examples=examples(40), deadline=None)
 @given(small_cases, st.integers(0, 7), st.integers(1, 60))
 def test_affinities_to_chosen_keys_match_numpy_and_are_0_in_empty_slots(case: Case, k: int, gathered: int) -> None:
@@ -216,18 +201,6 @@ def test_affinities_to_chosen_keys_match_numpy_and_are_0_in_empty_slots(case: Ca
         found = keys_of(case).affinity(case.queries, torch.from_numpy(rows))
     expected = np.where(rows < 0, 0, np.take_along_axis(case.A, np.maximum(rows, 0), axis=1))
     np.testing.assert_allclose(found, expected, atol=1e-6)
-
-
-def test_class_logits_and_affinities_need_no_tensor_larger_than_their_inputs() -> None:
-    case = Case(3, [30, 50, 0, 40], q=60, d=16)
-    keys = keys_of(case)
-    classes = torch.arange(4).repeat(60, 1)
-    rows = torch.from_numpy(case.rng.integers(0, 120, size=(60, 11)))
-    with blocks(8, 16, gathered=128), Largest() as largest:
-        keys.class_logits(case.queries, classes, torch.ones(60, 4, dtype=torch.bool), 3.0)
-        keys.affinity(case.queries, rows)
-    # a copy of the 3 non-empty classes for each query would take 60 * 3 * 16 values
-    assert largest.most <= max(60 * 16, 60 * 11, 11 * 16, 8 * 16)
 
 
 # -------------------------------------------------------------------------------------------------------------- slack

@@ -11,7 +11,6 @@ from tables import unit, unit_rows
 
 from retrieval_tip import Index
 from retrieval_tip.errors import UsageError
-from retrieval_tip.evaluation import held_out
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.forms import Form
 from retrieval_tip.labelling.progress import Estimate, estimate_rest, gain_of
@@ -66,23 +65,6 @@ def test_each_random_photo_is_classified_without_its_label(text):
     assert (index.logits(rest).numpy() == before).all()
     half = answers_without(index, features, ids, random, range(20)).argmax(axis=1) == ids[random]
     assert gain_of(index, random, found, 20) == pytest.approx(max(0, right.mean() - half.mean()) * np.log2(1.5))
-
-
-def test_many_random_photos_are_held_out_in_parts_of_unlike_classes(monkeypatch):
-    index, features, _ = index_of(30, True)
-    monkeypatch.setattr(held_out, "PARTS", 3)
-    rows = held_out.photo_rows(index, range(30))
-    parts = list(held_out.without_parts(index, rows))
-    assert sorted(np.concatenate([part for part, _ in parts])) == [*range(29)]
-    for part, others in parts:
-        own = rows[part]
-        assert len(own) in (9, 10)
-        assert not (np.asarray(others.keys) @ np.asarray(index.keys[own]).T > 0.9999).any()
-        assert others.n + len(own) in (29, 30)
-        counts = np.bincount(index.class_ids[own], minlength=4)
-        assert (counts <= np.ceil(np.array(index.counts) / 3)).all()
-    found = estimate_rest(index, range(30), features[:0])
-    assert (found.n, found.accuracy) == (29, found.right / 29)
 
 
 def test_the_estimate_is_empty_without_random_labels():

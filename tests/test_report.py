@@ -31,7 +31,7 @@ from retrieval_tip.fit.folds import Queries
 from retrieval_tip.fit.search_hp import search
 from retrieval_tip.model import Index
 from retrieval_tip.report import curve, plots, report
-from retrieval_tip.report.mistakes import MISTAKES, worst
+from retrieval_tip.report.mistakes import MISTAKES
 from retrieval_tip.report.report import write_report
 
 pytest.importorskip("matplotlib")
@@ -210,11 +210,6 @@ def test_the_worst_mistakes_are_explained(tmp_path):
     assert shown[4] == 0
 
 
-def test_ties_follow_the_order_of_the_source():
-    right = np.array([False, False, False, True, False])
-    assert worst(np.array([-2.0, -1, -2, 0, -900]), right) == [4, 0, 2, 1]
-
-
 def test_the_curve_is_measured_on_drawn_shots(food, tmp_path):
     folder, test = food
     page = reported(tmp_path, folder, test, "--seeds", 2)
@@ -367,20 +362,6 @@ def test_a_test_source_may_have_one_class(labels, tmp_path):
     assert [row[0] for row in section(page, "classes").first("table").rows()] == ["class", "cat"]
     said = "2 of the 3 classes in the index have no test photo"
     assert (said in page.first("header").text) == (len(labels) == 3)
-
-
-def test_a_curve_needs_two_shots_and_few_classes(tmp_path, monkeypatch):
-    table = write_table(tmp_path / "one.parquet", unit_rows(3, 8), ["a", "a", "b"])
-    done("-q", "index", "build", "--fit", "none", table, "--out", tmp_path / "one")
-    test = write_table(tmp_path / "test.parquet", unit_rows(3, 8, 1), ["a", "a", "b"])
-    assert not list(reported(tmp_path, tmp_path / "one", test).all("section", id="shots"))
-    folder, test = made(tmp_path)
-    monkeypatch.setattr(report, "CURVE_KEYS", 2)
-    assert not list(reported(tmp_path, folder, test).all("section", id="shots"))
-    assert section(reported(tmp_path, folder, test, "--shots", 4), "shots").first("table").rows()[1][0] == "4"
-    monkeypatch.setattr(report, "CURVE_KEYS", 6)
-    page = reported(tmp_path, folder, test)
-    assert [row[0] for row in section(page, "shots").first("table").rows()[1:]] == ["1", "2"]
 
 
 def test_the_report_names_the_source_of_the_settings(tmp_path):

@@ -175,15 +175,6 @@ def test_the_surface_contains_the_accuracy_of_each_setting():
     assert choice.low <= choice.accuracy <= choice.high
 
 
-def test_weak_choices_are_reported():
-    cache = small_cache()
-    queries = queries_of(cache)
-    few = search(cache, queries_of(cache, 6, 0))
-    assert any("too few to prefer these settings to cache alone (66.7 %" in warning for warning in few.warnings)
-    edge = search(cache, queries, betas=[0.001, 0.002])
-    assert any("edge" in warning for warning in edge.warnings)
-
-
 def test_bad_queries_are_refused():
     cache = small_cache()
     queries = queries_of(cache)

@@ -103,13 +103,6 @@ def test_a_real_encoder_matches_torch(lit_mini, shared):
         assert worst < 0.9999999
 
 
-def test_a_single_image_does_not_wait_for_the_conversion(folder, place):
-    compiled, plain = both(f"local-dir:{folder}")
-    pixels = some_pixels(plain, 1)
-    np.testing.assert_array_equal(compiled.encode_images(pixels), plain.encode_images(pixels))
-    assert not place.exists()
-
-
 @pytest.mark.parametrize("name", few(["ViT-B-32-quickgelu", "RN50", "timm:tf_efficientnet_lite0"], 1))
 def test_common_architectures_can_be_converted(name, place):
     """Random weights of a ResNet with attention, a transformer, and a model of timm."""

@@ -143,15 +143,6 @@ def test_tuning_does_not_change_the_classifier(material: tuple[Array, Array, Arr
     assert torch.equal(cache.logits(queries, 64), answers)
 
 
-def test_few_keys_of_many_classes_can_be_tuned(material: tuple[Array, Array, Array, Array]) -> None:
-    """Three keys are in two of 20 classes, so that a non-empty class has 1.5 keys on average."""
-    array, _, text, queries = material
-    cache = Index.from_features(array[:3], [0, 0, 7], [f"class {i}" for i in range(C)], text, device="cpu")
-    found = tune(cache, queries)
-    check_choice(found, 0.999)
-    assert all(t.k is None or 1 <= t.k < 3 for t in found.trials)
-
-
 # -------------------------------------------------------------------------------------------------------------- errors
 
 
@@ -169,9 +160,3 @@ def test_an_agreement_that_is_not_a_fraction_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match=r"^agreement is .*: expected a fraction above 0"):
         tune(model(material), material[3], agreement=agreement)
-
-
-def test_a_bad_index_is_refused(material: tuple[Array, Array, Array, Array]) -> None:
-    for factory in ("Nope", "Classes,Nope", "IVF999,Flat"):
-        with pytest.raises(UsageError, match=f"^index '{factory}': "):
-            tune(model(material), material[3], factories=["Classes", factory])

@@ -81,14 +81,6 @@ def test_bad_values_are_refused(values: Any) -> None:
         model(values=values)
 
 
-def test_selected_rows_keep_their_values() -> None:
-    cache = model()
-    rows = np.array([40, 3, 3, 17, 60])
-    taken, places = cache.take(rows), cache.labels["key_id"].to_numpy()[rows]
-    np.testing.assert_allclose(taken.terms(QUERIES).cache, exact(places), rtol=1e-4, atol=1e-4)
-    assert model(values=None).take(rows).values is None
-
-
 def test_values_that_overflow_are_refused() -> None:
     for sign in (1, -1):
         with pytest.raises(InputError, match="overflow"):
@@ -205,9 +197,6 @@ def index(tmp_path: Path) -> Path:
     return tmp_path / "index"
 
 
-REQUIRED = {"keys", "labels", "text"}
-
-
 def names(folder: Path) -> dict[str, str]:
     return {kind: file.name for kind, file in store.read_manifest(folder).files.items()}
 
@@ -281,17 +270,3 @@ def test_a_bad_curve_is_refused_and_changes_nothing(index: Path) -> None:
     with pytest.raises(InputError, match=r"^curve: cannot store a column"):
         replace(model(), curve=odd).save(index)
     assert snapshot(index) == before
-
-
-def test_the_loss_curve_can_be_queried(index: Path, tmp_path: Path) -> None:
-    best = store.query(index, "SELECT epoch FROM curve ORDER BY loss LIMIT 1")
-    assert best.to_pylist() == [{"epoch": 3}]
-    tables = [row["name"] for row in store.query(index, "SHOW TABLES").to_pylist()]
-    assert tables == ["class_counts", "curve", "labels", "versions"]
-    assert store.query(index, "SELECT count(*) AS n FROM labels, curve").to_pylist() == [{"n": 3 * N}]
-    model().save(tmp_path / "x=1' [a]")
-    replace(model(), curve=CURVE).save(tmp_path / "x=1' [a]")
-    assert store.query(tmp_path / "x=1' [a]", "FROM curve").column_names == ["epoch", "loss"]
-    model().save(index)
-    with pytest.raises(UsageError, match=r"^query: .*curve"):
-        store.query(index, "SELECT * FROM curve")

@@ -105,13 +105,6 @@ def test_a_saved_and_loaded_index_gives_the_same_answers(factory: str, tmp_path:
     assert again.read_bytes() == (tmp_path / "index.faiss").read_bytes()
 
 
-def test_queries_may_be_empty_or_in_any_memory_layout() -> None:
-    index = built("Flat")
-    assert index.search(QUERIES[:0], 3)[1].shape == (0, 3)
-    for other in (QUERIES.astype(np.float64), np.asfortranarray(QUERIES), np.repeat(QUERIES, 2, axis=0)[::2]):
-        np.testing.assert_array_equal(index.search(other, 3)[1], NEAREST[:, :3])
-
-
 @pytest.mark.parametrize("factory", ["Flat", "IVF16,Flat", "HNSW32", "SQfp16", "SQ8"])
 def test_keys_are_never_normalised(factory: str) -> None:
     """A long key has a larger affinity than a short key of the same direction."""
@@ -122,16 +115,6 @@ def test_keys_are_never_normalised(factory: str) -> None:
     assert rows[0, 0] == 5
     np.testing.assert_allclose(affinity[0, 0], 2, atol=0.1)
     assert affinity[0, 1] < 1.6
-
-
-def test_a_clustered_index_is_trained_on_a_fixed_sample_and_contains_all_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vector_index, "TRAINING_PER_LIST", 20)
-    index = VectorIndex.build(KEYS, "IVF16,Flat", "cpu")  # trained on 320 of 640 keys
-    _, rows = index.search(KEYS, 1)
-    assert index.n == 640
-    assert set(rows[:, 0].tolist()) <= set(range(640))
-    again = VectorIndex.build(KEYS, "IVF16,Flat", "cpu")
-    np.testing.assert_array_equal(index.search(QUERIES, 20)[1], again.search(QUERIES, 20)[1])  # same sample
 
 
 BAD = [
@@ -296,14 +279,3 @@ def test_effort_is_saved_with_the_index(factory: str, tmp_path: Path) -> None:
     assert loaded.effort == 3
     np.testing.assert_array_equal(loaded.search(QUERIES, 50)[1], index.search(QUERIES, 50)[1])
     assert loaded.effort_limit == (640 if factory == "HNSW32" else 16)
-
-
-@pytest.mark.parametrize("factory", ["Flat", "SQ8", "Classes"])
-def test_exhaustive_search_has_no_effort_setting(factory: str) -> None:
-    index = VectorIndex.build(KEYS, factory, "cpu")
-    before = index.search(QUERIES, 20)[1]
-    assert (index.effort, index.effort_limit) == (None, None)
-    for value in (None, 1):
-        index.effort = value
-        assert index.effort is None
-    np.testing.assert_array_equal(index.search(QUERIES, 20)[1], before)

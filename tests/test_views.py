@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -156,20 +155,3 @@ def test_views_of_tables_raise_the_errors_of_blocks(tmp_path: Path) -> None:
     other = with_identity(tmp_path / "o.parquet", json.dumps(replace(IDENTITY, weights="sha256:09").to_dict()).encode())
     with pytest.raises(BackboneError, match=r"o\.parquet"):
         Reader(Fake()).encode_views(open_items(other), [])
-
-
-def test_the_next_chunks_are_decoded_in_advance(folder: Path) -> None:
-    opened: list[str] = []
-    several = threading.Event()
-
-    def watched(path: str) -> bytes:
-        opened.append(path)
-        if len(opened) == 6:
-            several.set()
-        return images.read(path)
-
-    blocks = Reader(Fake(), workers=2, batch_size=2, read=watched).blocks(source_of(folder))
-    next(blocks)
-    assert several.wait(30)
-    blocks.close()  # type: ignore[attr-defined]
-    assert len(opened) == 6
