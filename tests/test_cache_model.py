@@ -20,7 +20,7 @@ import pyarrow as pa
 import pytest
 import torch
 from conftest import cache_of, examples, needs_real, parts_of
-from dense import affinity, cache_logits
+from dense import affinity, cache_logits, nearest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tables import read_features, unit
@@ -30,6 +30,7 @@ from retrieval_tip import Index, answering
 from retrieval_tip.backbones.base import Identity
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError
 from retrieval_tip.fit import closed_form
+from retrieval_tip.index.places import at
 from retrieval_tip.predictions import Prediction
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.settings import Settings
@@ -76,16 +77,29 @@ KINDS = {
 }
 
 
-@cache
-def built(index: str, kind: str) -> Index:
-    return model(index=index, keys=KINDS[kind])
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Index]:
+    """A function that returns an index in memory, or opened from a store with this scheme."""
+
+    @cache
+    def make(index: str, kind: str, store: str | None = None) -> Index:
+        made = model(index=index, keys=KINDS[kind])
+        if store is None:
+            return made
+        place = at(f"{store}{tmp_path_factory.mktemp('built') / 'index'}")
+        place.copy_from(made, "test")
+        return place.load(device="cpu")
+
+    return make
 
 
 def dense(model_: Index, k: int | None = None, tail: bool = True) -> tuple[Array, Array]:
     """Return text and cache logits by definition. An approximate search decides which keys count."""
-    A, y, own = affinity(QUERIES, model_.keys), model_.class_ids.numpy(), model_.settings
-    met = np.ones(A.shape, dtype=bool)
-    if k is not None and k < model_.n:
+    whole, own = model_.in_memory(), model_.settings
+    A, y = affinity(QUERIES, whole.keys), whole.class_ids.numpy()
+    if k is None or k >= model_.n or model_.exact_search:
+        met = nearest(A, k)
+    else:
         rows = model_.nearest(torch.from_numpy(QUERIES), k)[1]
         met = np.stack([np.isin(np.arange(model_.n), row) for row in rows])
     V = None if model_.values is None else model_.values.numpy()
@@ -103,7 +117,11 @@ def check_logits(model_: Index, k: int | None = None, tail: bool = True) -> None
     np.testing.assert_allclose(logits, text + alpha * alone, rtol=5e-4, atol=2e-4 * (1 + alpha * scale))
 
 
-@pytest.mark.parametrize("index", EXACT_TYPES + COMPRESSED)
+STORED = [("Flat", ""), ("Flat", "lance://")]
+"""Types of index in a folder and in LanceDB, which cannot hold trained values."""
+
+
+@pytest.mark.parametrize(("index", "store"), [*((index, None) for index in EXACT_TYPES + COMPRESSED), *STORED])
 @settings(max_examples=examples(60), deadline=None)
 @given(
     st.sampled_from(sorted(KINDS)),
@@ -114,16 +132,18 @@ def check_logits(model_: Index, k: int | None = None, tail: bool = True) -> None
     st.booleans(),
     st.sampled_from([(512, 16384), (7, 50), (1, N), (64, N - 1)]),
 )
-def test_logits_match_the_dense_definition_for_any_settings(index, kind, valued, beta, alpha, k, tail, sizes) -> None:
-    own = built(index, kind)
-    values = torch.from_numpy(VALUES) if valued else None
+def test_logits_match_the_dense_definition_for_any_settings(
+    built, index, store, kind, valued, beta, alpha, k, tail, sizes
+) -> None:
+    own = built(index, kind, store)
+    if store != "lance://":
+        own = replace(own, rows=replace(own.rows, values=torch.from_numpy(VALUES) if valued else None))
     keys = mock.patch.multiple("retrieval_tip.retrieval.keys", QUERY_BLOCK=sizes[0], KEY_BLOCK=sizes[1])
     with keys, mock.patch("retrieval_tip.retrieval.logits.QUERY_BLOCK", sizes[0]):  # the sums of keys use blocks, too
-        valued_rows = replace(own.rows, values=values)
-        check_logits(replace(own, rows=valued_rows, settings=own.settings.override(alpha=alpha, beta=beta)), k, tail)
+        check_logits(own.with_settings(own.settings.override(alpha=alpha, beta=beta)), k, tail)
 
 
-def test_some_searches_leave_slots_empty() -> None:
+def test_some_searches_leave_slots_empty(built) -> None:
     """The logits above count nothing for them."""
     assert (built("IVF16,Flat", "float32").index.search(QUERIES, N - 1)[1] < 0).any()  # probes 8 of 16 lists
 
