@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import inspect
 import io
 import json
@@ -95,32 +94,6 @@ def fields_of(kind):
     if is_dataclass(kind):
         return {field.name: field.type for field in fields(kind)}
     return {name: annotation.__forward_arg__ for name, annotation in kind.__annotations__.items()}
-
-
-def test_json_csv_and_parquet_agree(run, small, queries, tmp_path):
-    options = ("--top", 2, "--explain", "--logits", "--neighbours", 3)
-    lines = [
-        json.loads(line) for line in run("classify", small, queries, *options, "--format", "json").stdout.splitlines()
-    ]
-    rows = list(csv.DictReader(io.StringIO(run("classify", small, queries, *options, "--format", "csv").stdout)))
-    target = tmp_path / "out.parquet"
-    done = run("classify", small, queries, *options, "--format", "parquet", "--output", target)
-    assert (done.exit_code, done.stdout, done.stderr) == (0, "", f"{target}: classified 5 inputs\n")
-    table = pq.read_table(target).to_pylist()
-    columns = ["input", "label", "probability", "labels", "probabilities", "logits"]
-    columns += ["text_logit", "cache_logit", "neighbours", "opposing"]
-    assert list(lines[0]) == list(rows[0]) == list(table[0]) == columns
-    assert [line["input"] for line in lines] == [row["input"] for row in rows] == ["a", "b,c", 'd"', "é\n", "e"]
-    for line, row, record in zip(lines, rows, table, strict=True):
-        for column in ("labels", "neighbours", "opposing"):
-            assert json.loads(row[column] or "null") == line[column] == record[column]
-        assert line["probability"] == record["probability"]
-        assert float(row["probability"]) == float(f"{line['probability']:.4g}")
-        assert json.loads(row["probabilities"]) == [float(f"{chance:.4g}") for chance in line["probabilities"]]
-        assert record["logits"] == pytest.approx(line["logits"])
-        assert line["label"] == line["labels"][0]
-        assert line["text_logit"] + line["cache_logit"] == pytest.approx(max(line["logits"]), rel=1e-5)
-        assert set(line["neighbours"][0]) == {"key_id", "source", "label", "affinity", "weight", "gives"}
 
 
 def test_classify_prints_the_logits_of_python(run, small, queries):

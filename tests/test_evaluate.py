@@ -103,16 +103,6 @@ def test_confusions_are_the_most_frequent_mistakes(source: Source) -> None:
     assert [times for _, _, times in found] == [times for _, times in wrong.most_common(CONFUSIONS)]
 
 
-def test_the_tail_is_used_if_asked(source: Source) -> None:
-    cache = model()
-    for tail in (False, True):
-        found = evaluate(cache, source, Reader(), k=3, tail=tail)
-        predicted = cache.logits(QUERIES, 3, tail).argmax(1).numpy()
-        assert (found.top1, found.settings.tail) == (pytest.approx((predicted == TRUTH).mean()), tail)
-    everything = evaluate(cache, source, Reader(), k=len(KEYS))
-    assert replace(everything, settings=everything.settings.override(k="all")) == evaluate(cache, source, Reader())
-
-
 def test_without_text_zero_shot_is_missing(source: Source) -> None:
     found = evaluate(model(text_weights=None), source, Reader())
     assert found.zero_shot_top1 is None

@@ -74,21 +74,6 @@ def test_every_allowed_torch_is_compatible_with_faiss_gpu(python: str, tmp_path:
     assert found[-1] == minor(newest["torch"])
 
 
-def test_an_older_torch_conflicts_with_faiss_gpu(tmp_path: Path) -> None:
-    """Both pin CUDA's libraries, which explains the lower bound."""
-    assert resolved(tmp_path, "3.12", "torch==2.6.*") is None
-    text = (ROOT / "pyproject.toml").read_text()
-    assert '"torch>=2.7"' in text
-    wanted = tmp_path / "wanted.txt"
-    wanted.write_text("torch==2.6.*\nfaiss-gpu>=1.15.1,<2\n")
-    command = ["pip", "compile", "--no-config", "--quiet", "--python-version", "3.12"]
-    done = uv(*command, "--python-platform", "x86_64-manylinux_2_28", wanted)
-    assert done.returncode
-    message = " ".join(done.stderr.split())
-    assert re.search(r"faiss-gpu\S* depends on nvidia-", message)
-    assert "torch==2.6.0 depends on nvidia-" in message
-
-
 def test_every_requirement_has_a_lower_bound() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]

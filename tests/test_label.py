@@ -267,29 +267,6 @@ def test_a_step_is_done_once_and_undo_restores_labels_and_skipped_photos(
         assert client.set({}, undo="1")["queue"][0] | {"guesses": []} == one | {"guesses": []}
 
 
-def test_a_first_label_that_was_undone_does_not_count_and_leaves_with_the_next(
-    pool: dict[str, str], place: Path, lit_mini: Backbone
-) -> None:
-    with Client(pool, place, lit_mini) as client:
-        (first,) = client.label(1)
-        client.settled()
-        assert client.set({first["photo"]: None})["labelled"] == 0
-        client.settled()
-    with Client(pool, place, lit_mini) as client:
-        state = client.settled()
-        assert (state["labelled"], state["classes"]) == (0, [])
-        assert first["photo"] in {one["photo"] for one in client.settled()["queue"]}
-        other = next(one for one in state["queue"] if one["photo"] != first["photo"] and one["name"] in pool)
-        client.set({other["photo"]: "other"})
-        assert client.settled()["classes"] == [{"label": "other", "photos": 1}]
-        assert labels_of(place) == {other["name"]: "other"}
-        client.set({other["photo"]: None})
-        client.settled()
-        client.set({other["photo"]: "again"})
-        assert client.settled()["labelled"] == 1
-    assert labels_of(place) == {other["name"]: "again"}
-
-
 def test_a_bad_label_is_named_and_kept_while_the_others_are_saved(
     pool: dict[str, str], place: Path, lit_mini: Backbone
 ) -> None:

@@ -354,16 +354,6 @@ def test_the_report_names_the_weakest_class_and_the_labels_of_an_audit(tmp_path)
     assert [one for one in said if one.startswith(f"Check {len(listed)} labels: ")]
 
 
-@pytest.mark.usefixtures("drawn")
-@pytest.mark.parametrize("labels", [("cat", "dog", "owl"), ("cat",)])
-def test_a_test_source_may_have_one_class(labels, tmp_path):
-    folder, test = made(tmp_path, labels, test_labels=[0] * 7, noise=2.5)
-    page = reported(tmp_path, folder, test)
-    assert [row[0] for row in section(page, "classes").first("table").rows()] == ["class", "cat"]
-    said = "2 of the 3 classes in the index have no test photo"
-    assert (said in page.first("header").text) == (len(labels) == 3)
-
-
 def test_the_report_names_the_source_of_the_settings(tmp_path):
     folder, test = made(tmp_path)
     done("-q", "search-hp", folder, "--leave-one-out", "--greedy")

@@ -172,15 +172,6 @@ def test_undo_leaves_changed_photos_alone(index, inbox, tmp_path):
     assert files(inbox)["a/z.jpg"] == "another photo"
 
 
-def test_undo_keeps_the_last_copy_of_a_photo(index, inbox, tmp_path):
-    out = tmp_path / "out"
-    sort(index, inbox, out)
-    (inbox / "a" / "z.jpg").unlink()
-    (inbox / "a" / "y.jpg").write_text("edited")
-    assert len(undo_sort(out).skipped) == 2
-    assert files(out) == {"c/z.jpg": "2", f"{FOLDERS[1]}/y.jpg": "1"}
-
-
 def test_undo_counts_only_the_photos_that_it_restores(index, inbox, tmp_path):
     out = tmp_path / "out"
     sort(index, inbox, out)

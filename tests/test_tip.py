@@ -80,15 +80,6 @@ def test_the_tail_reduces_the_error_of_top_k_on_real_features(shared):
     assert tail < plain / 10
 
 
-@pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_tail_adds_nothing_if_every_key_is_retrieved(dtype, beta):
-    case = Case(3, [1, 9, 3, 30], off_sphere=True)
-    near, ids, _ = case.retrieved(len(case.y), dtype)
-    with_tail = tip.cache_logits(near, ids, case.c, beta, case.totals(dtype))
-    assert torch.equal(with_tail, tip.cache_logits(near, ids, case.c, beta))
-
-
 @settings(max_examples=examples(100), deadline=None)
 @given(some_cases, betas, st.lists(st.integers(0, 36), max_size=4))
 def test_blocks_of_keys_add_up(case, beta, cuts):

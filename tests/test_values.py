@@ -54,20 +54,6 @@ def model(**changes: Any) -> Index:
 # --- the model
 
 
-@pytest.mark.parametrize("make", [torch.from_numpy, lambda v: v.astype(np.float64)])
-def test_a_model_copies_its_values(make: Callable[[Array], Any]) -> None:
-    values = make(VALUES.copy())
-    cache = model(values=values)
-    values *= 2
-    assert (cache.values.dtype, tuple(cache.values.shape)) == (torch.float32, (N, C))
-    np.testing.assert_allclose(cache.terms(QUERIES).cache, exact(), rtol=1e-4, atol=1e-4)
-
-
-def exact(rows: Any = slice(None)) -> Array:
-    """Return the cache logits of ``QUERIES`` over some of the keys."""
-    return cache_logits(affinity(QUERIES, KEYS[rows]), Y[rows], C, BETA, VALUES[rows])
-
-
 @pytest.mark.parametrize(
     "values",
     [
