@@ -82,8 +82,9 @@ NO_GPU = "SKIPPED: torch finds no CUDA GPU; run make gpu on a machine with one"
 SLOWEST = [
     f"test_{name}.py"
     for name in (
-        "page", "ray", "stores", "serve", "readme", "report", "changes", "server", "hostile",
-        "finetune", "startup", "backbone", "tower", "concurrent", "cli", "interrupted", "tars", "plots", "living",
+        "page", "ray", "stores", "interrupted", "readme", "server", "report", "startup", "classifier", "serve",
+        "label", "concurrent", "backbone", "hostile", "precision", "fitted_stores", "label_sessions", "tower",
+        "finetune", "changes", "closed_form", "cli", "tars", "living",
     )
 ]  # fmt: skip
 """The slowest test files, slowest first."""

@@ -707,7 +707,7 @@ EDITS = {
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
-@pytest.mark.parametrize(("edit", "other"), few(itertools.product(EDITS, EDITS), 8))
+@pytest.mark.parametrize(("edit", "other"), few(itertools.product(EDITS, EDITS), 4))
 def test_the_second_of_two_writers_in_a_bucket_changes_nothing(bucket_pets, edit, other, first):
     """The other writer commits before or after the first edit of a writer that has opened the same version."""
 
@@ -1202,7 +1202,7 @@ def test_many_keys_get_a_vector_index_that_later_changes_update(tmp_path, monkey
             ("IvfSq", 3000, "float32"), ("IvfFlat", 3000, "float32"), ("IvfFlat", 3000, "float16"),
             ("HnswSq", 1500, "float32"), ("IvfSq", 3000, "float16"), ("HnswSq", 1500, "float16"),
         ],
-        3,
+        2,
     ),
 )  # fmt: skip
 def test_affinities_are_inner_products_with_the_stored_keys(tmp_path, kind, n, dtype):
