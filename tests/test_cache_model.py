@@ -6,16 +6,12 @@ import copy
 import math
 import pickle
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import faiss
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pytest
 import torch
@@ -28,14 +24,12 @@ from tables import read_features, unit
 import retrieval_tip
 from retrieval_tip import Index, answering
 from retrieval_tip.backbones.base import Identity
-from retrieval_tip.errors import InputError, RetrievalTipError, UsageError
+from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import closed_form
 from retrieval_tip.index.places import at
-from retrieval_tip.predictions import Prediction
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.settings import Settings
 
-Array = npt.NDArray[Any]
 Q, D, C = 70, 32, 12
 NAMES = [f"class {i}" for i in range(C)]
 BARE = 7  # the class without keys
@@ -55,8 +49,8 @@ TEXT = unit(_means + 0.2 * _rng.standard_normal((C, D)))
 QUERIES = unit(_means[_rng.integers(C, size=Q)] + 0.25 * _rng.standard_normal((Q, D)))
 
 
-def model(**changes: Any) -> Index:
-    arguments: dict[str, Any] = {
+def model(**changes):
+    arguments = {
         "keys": KEYS,
         "labels": Y,
         "class_names": NAMES,
@@ -78,11 +72,11 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Index]:
+def built(tmp_path_factory):
     """A function that returns an index in memory, or opened from a store with this scheme."""
 
     @cache
-    def make(index: str, kind: str, store: str | None = None) -> Index:
+    def make(index, kind, store=None):
         made = model(index=index, keys=KINDS[kind])
         if store is None:
             return made
@@ -93,7 +87,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Index]:
     return make
 
 
-def dense(model_: Index, k: int | None = None, tail: bool = True) -> tuple[Array, Array]:
+def dense(model_, k=None, tail=True):
     """Return text and cache logits by definition. An approximate search decides which keys count."""
     whole, own = model_.in_memory(), model_.settings
     A, y = affinity(QUERIES, whole.keys), whole.class_ids.numpy()
@@ -107,7 +101,7 @@ def dense(model_: Index, k: int | None = None, tail: bool = True) -> tuple[Array
     return text, cache_logits(A, y, C, own.beta, V, met, tail=tail)
 
 
-def check_logits(model_: Index, k: int | None = None, tail: bool = True) -> None:
+def check_logits(model_, k=None, tail=True):
     text, alone = dense(model_, k, tail)
     terms, scale = model_.terms(QUERIES, k, tail), abs(alone).max()
     np.testing.assert_allclose(terms.text, text, atol=1e-4)
@@ -134,7 +128,7 @@ STORED = [("Flat", ""), ("Flat", "lance://")]
 )
 def test_logits_match_the_dense_definition_for_any_settings(
     built, index, store, kind, valued, beta, alpha, k, tail, sizes
-) -> None:
+):
     own = built(index, kind, store)
     if store != "lance://":
         own = replace(own, rows=replace(own.rows, values=torch.from_numpy(VALUES) if valued else None))
@@ -143,20 +137,20 @@ def test_logits_match_the_dense_definition_for_any_settings(
         check_logits(own.with_settings(own.settings.override(alpha=alpha, beta=beta)), k, tail)
 
 
-def test_some_searches_leave_slots_empty(built) -> None:
+def test_some_searches_leave_slots_empty(built):
     """The logits above count nothing for them."""
     assert (built("IVF16,Flat", "float32").index.search(QUERIES, N - 1)[1] < 0).any()  # probes 8 of 16 lists
 
 
 @pytest.mark.parametrize("index", ["IVF16,Flat", "HNSW32", *COMPRESSED])
-def test_top_k_with_the_tail_is_close_to_all_keys_for_any_index_type(index: str) -> None:
+def test_top_k_with_the_tail_is_close_to_all_keys_for_any_index_type(index):
     cache = model(index=index)
     exact = cache.logits(QUERIES)
     assert (cache.logits(QUERIES, k=64).argmax(1) == exact.argmax(1)).float().mean() > 0.95
 
 
 @needs_real
-def test_real_features_give_the_published_accuracy(shared: Path) -> None:
+def test_real_features_give_the_published_accuracy(shared):
     food = shared / "data" / "clip-food9"
     (K, labels), (f, truth), (W, names) = (
         read_features(food / f"{part}.parquet") for part in ("train", "test", "text")
@@ -167,7 +161,7 @@ def test_real_features_give_the_published_accuracy(shared: Path) -> None:
     assert round((names[cache.terms(f).text.argmax(1).numpy()] == truth).mean(), 3) == 0.973
 
 
-def test_classify_does_not_depend_on_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_classify_does_not_depend_on_batches(monkeypatch):
     cache = model()
     whole = cache.classify(QUERIES, top=3, k=16)
     monkeypatch.setattr(answering, "PREDICTED", 3)  # more queries are classified three at a time
@@ -191,7 +185,7 @@ def test_classify_does_not_depend_on_batches(monkeypatch: pytest.MonkeyPatch) ->
     ],
     ids=["int32", "uint8", "list of ids", "tuple", "tensor", "list of names", "array of names", "objects"],
 )
-def test_labels_may_be_names_or_ids(labels: Any) -> None:
+def test_labels_may_be_names_or_ids(labels):
     assert torch.equal(model(labels=labels).logits(QUERIES), model().logits(QUERIES))
 
 
@@ -209,7 +203,7 @@ def test_labels_may_be_names_or_ids(labels: Any) -> None:
     ids=["tensor", "with gradient", "double tensor", "float64", "by column", "list", "read-only"],
 )
 @pytest.mark.filterwarnings("error")
-def test_features_may_be_tensors_or_arrays(make: Callable[[Array], Any]) -> None:
+def test_features_may_be_tensors_or_arrays(make):
     cache = model(keys=make(KEYS), text_weights=make(TEXT))
     logits = cache.logits(make(QUERIES))
     assert not logits.requires_grad
@@ -218,7 +212,7 @@ def test_features_may_be_tensors_or_arrays(make: Callable[[Array], Any]) -> None
 
 
 @pytest.mark.parametrize("make", [np.array, torch.tensor])
-def test_changing_the_arrays_later_has_no_effect(make: Callable[[Array], Any]) -> None:
+def test_changing_the_arrays_later_has_no_effect(make):
     keys, text, queries = make(KEYS), make(TEXT), make(QUERIES)
     cache = model(keys=keys, text_weights=text)
     before = cache.logits(queries)
@@ -228,7 +222,7 @@ def test_changing_the_arrays_later_has_no_effect(make: Callable[[Array], Any]) -
     assert (np.asarray(queries) == QUERIES).all()
 
 
-def test_a_class_without_keys_can_still_win_by_its_text() -> None:
+def test_a_class_without_keys_can_still_win_by_its_text():
     cache = model()
     assert (cache.terms(QUERIES).cache[:, BARE] == 0).all()
     assert (cache.terms(QUERIES, 16).cache[:, BARE] == 0).all()
@@ -236,7 +230,7 @@ def test_a_class_without_keys_can_still_win_by_its_text() -> None:
     assert (won.label, won.cache_logit) == (NAMES[BARE], 0)
 
 
-def test_without_text_the_cache_alone_decides() -> None:
+def test_without_text_the_cache_alone_decides():
     cache = model(text_weights=None)
     assert (cache.has_text, model().has_text) == (False, True)
     text, alone = parts_of(cache, QUERIES)
@@ -247,7 +241,7 @@ def test_without_text_the_cache_alone_decides() -> None:
 
 
 @pytest.mark.parametrize("k", [None, 16])
-def test_an_explanation_adds_up(k: int | None) -> None:
+def test_an_explanation_adds_up(k):
     cache = model()
     logits = cache.logits(QUERIES, k)
     answers = cache.classify(QUERIES, top=3, k=k, neighbours=N)
@@ -272,7 +266,7 @@ def test_an_explanation_adds_up(k: int | None) -> None:
 
 
 @pytest.mark.parametrize("index", EXACT_TYPES + COMPRESSED + CLASSES)
-def test_neighbours_have_their_exact_affinity(index: str) -> None:
+def test_neighbours_have_their_exact_affinity(index):
     sources = [f"photo {i}.jpg" for i in range(N)]
     for row, answer in enumerate(model(index=index, sources=sources).classify(QUERIES, k=16, neighbours=10)):
         assert len({n.key_id for n in answer.neighbours}) == 10
@@ -286,9 +280,7 @@ def test_neighbours_have_their_exact_affinity(index: str) -> None:
 
 @pytest.mark.parametrize("values", [None, VALUES, abs(VALUES)], ids=["one-hot", "signed", "positive"])
 @pytest.mark.parametrize(("index", "k"), [("Flat", None), ("Classes", 40), ("Flat", 16)])
-def test_neighbours_are_the_shots_with_the_largest_contributions(
-    index: str, k: int | None, values: Array | None
-) -> None:
+def test_neighbours_are_the_shots_with_the_largest_contributions(index, k, values):
     """Contributions are ``w V`` by definition, over all keys or over the ``k`` nearest."""
     cache = model(index=index)
     cache = (
@@ -312,12 +304,12 @@ def test_neighbours_are_the_shots_with_the_largest_contributions(
             np.testing.assert_allclose(answer.opposing.gives, given[against], rtol=1e-4)
 
 
-def test_no_shot_opposes_the_only_class() -> None:
+def test_no_shot_opposes_the_only_class():
     answer = Index.from_features(KEYS[:9], ["only"] * 9, ["only"], device="cpu").classify(QUERIES[:1])[0]
     assert (len(answer.neighbours), answer.opposing) == (5, None)
 
 
-def test_k_and_neighbours_limit_the_number_of_neighbours() -> None:
+def test_k_and_neighbours_limit_the_number_of_neighbours():
     cache = model()
     assert [len(p.neighbours) for p in cache.classify(QUERIES[:2])] == [5, 5]
     assert [len(p.neighbours) for p in cache.classify(QUERIES[:2], k=3)] == [3, 3]
@@ -325,19 +317,19 @@ def test_k_and_neighbours_limit_the_number_of_neighbours() -> None:
     assert [p.neighbours for p in cache.classify(QUERIES[:2], neighbours=0)] == [[], []]
 
 
-def test_top_is_limited_to_the_number_of_classes() -> None:
+def test_top_is_limited_to_the_number_of_classes():
     answer = model().classify(QUERIES[:1], top=99)[0]
     assert sorted(answer.labels) == sorted(NAMES)
     assert sum(answer.probabilities) == pytest.approx(1)
 
 
-def nan(x: Array, row: int = 3) -> Array:
+def nan(x, row=3):
     x = x.copy()
     x[row, 0] = np.nan
     return x
 
 
-BAD_MODELS: dict[str, tuple[dict[str, Any], type[RetrievalTipError], str]] = {
+BAD_MODELS = {
     "keys of one dimension": ({"keys": KEYS[0]}, InputError, r"^keys: shape \(32,\); expected .*\[n, d\]"),
     "no keys": ({"keys": KEYS[:0], "labels": []}, InputError, r"^keys: shape \(0, 32\)"),
     "keys of integers": ({"keys": np.ones((N, D), int)}, InputError, "^keys: int64; expected floating-point"),
@@ -368,16 +360,14 @@ BAD_MODELS: dict[str, tuple[dict[str, Any], type[RetrievalTipError], str]] = {
 
 
 @pytest.mark.parametrize(("changes", "error", "message"), BAD_MODELS.values(), ids=BAD_MODELS.keys())
-def test_invalid_model_arguments_are_refused_in_one_line(
-    changes: dict[str, Any], error: type[RetrievalTipError], message: str
-) -> None:
+def test_invalid_model_arguments_are_refused_in_one_line(changes, error, message):
     with pytest.raises(error, match=message) as caught:
         model(**changes)
     assert "\n" not in str(caught.value)
     assert "np." not in str(caught.value)
 
 
-BAD_CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[RetrievalTipError], str]] = {
+BAD_CALLS = {
     "one dimension": ((QUERIES[0],), {}, InputError, r"^features: shape \(32,\); expected \[q, 32\]"),
     "another length": ((QUERIES[:, :-1],), {}, InputError, r"^features: shape \(70, 31\); expected \[q, 32\]"),
     "a tensor of another length": ((torch.ones(2, 3),), {}, InputError, r"^features: shape \(2, 3\)"),
@@ -395,9 +385,7 @@ BAD_CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[RetrievalTipErr
 
 
 @pytest.mark.parametrize(("arguments", "settings_", "error", "message"), BAD_CALLS.values(), ids=BAD_CALLS.keys())
-def test_invalid_call_arguments_are_refused_in_one_line(
-    arguments: tuple[Any, ...], settings_: dict[str, Any], error: type[RetrievalTipError], message: str
-) -> None:
+def test_invalid_call_arguments_are_refused_in_one_line(arguments, settings_, error, message):
     cache = model()
     for ask in (cache.logits, cache.terms, cache.classify):
         with pytest.raises(error, match=message) as caught:
@@ -405,18 +393,18 @@ def test_invalid_call_arguments_are_refused_in_one_line(
         assert "\n" not in str(caught.value)
 
 
-def test_features_whose_sum_overflows_are_accepted() -> None:
+def test_features_whose_sum_overflows_are_accepted():
     features = np.full((2, 32), 3e38, dtype=np.float32)
     assert torch.equal(inputs.queries(features, 32), torch.from_numpy(features))
 
 
-def test_top_0_is_refused() -> None:
+def test_top_0_is_refused():
     with pytest.raises(UsageError, match=r"^top is 0: "):
         model().classify(QUERIES, top=0)
 
 
 @pytest.mark.parametrize("k", [None, 16])
-def test_overflow_is_an_error(k: int | None) -> None:
+def test_overflow_is_an_error(k):
     with pytest.raises(InputError, match=r"^beta 1000: "):
         model(keys=KEYS * 10, beta=1000).logits(QUERIES, k)
     with pytest.raises(InputError, match=r"^alpha 1e\+39, .*overflow"):
@@ -426,7 +414,7 @@ def test_overflow_is_an_error(k: int | None) -> None:
     assert torch.isfinite(model(beta=1000.0).logits(QUERIES, k)).all()  # underflow is not an error
 
 
-def test_invalid_settings_are_refused() -> None:
+def test_invalid_settings_are_refused():
     assert Settings(0, 0, 1).alpha == 0
     assert Settings(np.float32(1), 5.5, 100.0, np.int64(1)) == Settings(1.0, 5.5, 100.0, 1)
     for name, values in {
@@ -441,12 +429,12 @@ def test_invalid_settings_are_refused() -> None:
                 Settings(**{name: value})
 
 
-def table(cache: Index) -> dict[str, list[Any]]:
+def table(cache):
     return cache.labels.drop_columns(["added_at"]).to_pydict()
 
 
 @pytest.mark.parametrize("index", ["SQfp16", "IVF16,Flat"])
-def test_added_keys_get_ids_and_one_hot_values_and_removed_keys_leave(index: str) -> None:
+def test_added_keys_get_ids_and_one_hot_values_and_removed_keys_leave(index):
     """The machine in ``test_living.py`` adds and removes keys of other types of index, without values."""
     half = N // 2
     cache = model(keys=KEYS[:half].astype(np.float16), labels=Y[:half], values=VALUES[:half], index=index)
@@ -484,9 +472,7 @@ def test_added_keys_get_ids_and_one_hot_values_and_removed_keys_leave(index: str
         "length", "labels", "name", "NaN", "nothing", "sources", "digests", "extra", "float16", "missing", "all",
     ],
 )  # fmt: skip
-def test_a_refused_change_changes_nothing(
-    act: Callable[[Index], object], error: type[RetrievalTipError], message: str
-) -> None:
+def test_a_refused_change_changes_nothing(act, error, message):
     cache = model(keys=KEYS.astype(np.float16), index="IVF16,Flat", values=VALUES)
     before, labels = cache.logits(QUERIES, 16), cache.labels
     with pytest.raises(error, match=message):
@@ -500,7 +486,7 @@ def test_a_refused_change_changes_nothing(
     ("index", "dtype"),
     [(index, np.float32) for index in EXACT_TYPES + COMPRESSED + CLASSES] + [("Flat", np.float16), ("SQ8", np.float16)],
 )
-def test_a_loaded_index_gives_the_same_answers_bit_for_bit(index: str, dtype: type, tmp_path: Path) -> None:
+def test_a_loaded_index_gives_the_same_answers_bit_for_bit(index, dtype, tmp_path):
     cache = model(keys=KEYS.astype(dtype), index=index, sources=[f"ü{i}" for i in range(N)])
     cache.save(tmp_path / "x")
     loaded = Index.load(str(tmp_path / "x"), device="cpu")
@@ -514,7 +500,7 @@ def test_a_loaded_index_gives_the_same_answers_bit_for_bit(index: str, dtype: ty
 
 @pytest.mark.parametrize("carry", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
 @pytest.mark.parametrize("index", ["Flat", "IVF16,Flat", "HNSW32", "SQ8", "Classes"])
-def test_a_pickled_index_gives_the_same_answers_without_its_folder(index: str, carry: Any, tmp_path: Path) -> None:
+def test_a_pickled_index_gives_the_same_answers_without_its_folder(index, carry, tmp_path):
     cache = model(index=index, k=None if index == "Flat" else 9, keys=KEYS.astype(np.float16))
     if index == "Flat":
         closed_form.fit(cache, closed_form.Fit("within", "solved"))
@@ -534,7 +520,7 @@ def test_a_pickled_index_gives_the_same_answers_without_its_folder(index: str, c
     np.testing.assert_array_equal(opened.logits(QUERIES), there.logits(QUERIES))
 
 
-def test_a_pickle_from_a_gpu_is_loaded_on_the_cpu_of_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pickle_from_a_gpu_is_loaded_on_the_cpu_of_another_machine(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     cache = model()
     cache.device = "cuda:1"
@@ -543,7 +529,7 @@ def test_a_pickle_from_a_gpu_is_loaded_on_the_cpu_of_another_machine(monkeypatch
     np.testing.assert_array_equal(there.logits(QUERIES), model().logits(QUERIES))
 
 
-def test_every_setting_survives_saving(tmp_path: Path) -> None:
+def test_every_setting_survives_saving(tmp_path):
     identity = Identity("RN50", "openai", "w" * 64, "c" * 64, {"size": 224})
     made = model(text_weights=None)
     cache = Index(
@@ -564,7 +550,7 @@ def test_every_setting_survives_saving(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("index", EXACT_TYPES + COMPRESSED)
-def test_gpu_answers_match_the_cpu(index: str, tmp_path: Path) -> None:
+def test_gpu_answers_match_the_cpu(index, tmp_path):
     cpu = model(index=index)
     cpu.save(tmp_path / "x")
     gpu = Index.load(tmp_path / "x", device="cuda")  # the same saved index
@@ -572,7 +558,7 @@ def test_gpu_answers_match_the_cpu(index: str, tmp_path: Path) -> None:
         one, other = cpu.logits(QUERIES, k, tail), gpu.logits(torch.from_numpy(QUERIES).cuda(), k, tail)
         assert other.device.type == "cuda"
         torch.testing.assert_close(other.cpu(), one, rtol=0, atol=2e-3 if k is None or index == "Flat" else 0.05)
-    answers: list[list[Prediction]] = [m.classify(QUERIES, k=16) for m in (cpu, gpu)]
+    answers = [m.classify(QUERIES, k=16) for m in (cpu, gpu)]
     assert [a.label for a in answers[0]] == [a.label for a in answers[1]]
     gpu.add(QUERIES[:2], [0, 1])
     gpu.save(tmp_path / "x")
@@ -583,7 +569,7 @@ def test_gpu_answers_match_the_cpu(index: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(faiss.get_num_gpus() > 0 or torch.cuda.is_available(), reason="SKIPPED: there is a GPU here")
-def test_without_a_gpu_auto_means_cpu_and_cuda_is_refused() -> None:
+def test_without_a_gpu_auto_means_cpu_and_cuda_is_refused():
     assert model(device="auto").device == "cpu"
     with pytest.raises(UsageError, match=r"^device 'cuda': torch finds no CUDA GPU"):
         model(device="cuda")

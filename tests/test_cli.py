@@ -281,10 +281,8 @@ def test_a_reader_that_stops_early_causes_no_error(small, tmp_path):
     many = write_table(tmp_path / "many.parquet", unit_rows(20000, 8, 3))
     command = [sys.executable, "-m", "retrieval_tip", "classify", str(small), str(many), "--format", "json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
-        assert child.stdout is not None
         child.stdout.readline()
         child.stdout.close()
-        assert child.stderr is not None
         assert child.stderr.read() == b""
         assert child.wait() in (0, 141)
 
@@ -307,8 +305,6 @@ def test_answers_appear_before_all_images_are_read(style, run, tmp_path, warm_pa
     command = [shutil.which("retrieval-tip", path=warm_path), "classify", tmp_path / "i", new]
     command += ["--batch-size", 4, "--format", style]
     with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0) as child:
-        assert child.stdout is not None
-        assert child.stderr is not None
         fcntl.fcntl(child.stdout, fcntl.F_SETPIPE_SZ, 4096)
         first = b""
         while str(paths[0]).encode() not in first:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +12,6 @@ from sealing import snapshot
 from tables import write_table
 
 from retrieval_tip import Index, verify
-from retrieval_tip.settings import KeysMet
 
 C, SHOTS, Q = 20, 16, 120
 NAMES = [f"class {i}" for i in range(C)]
@@ -22,12 +19,12 @@ COLUMNS = ["index", "effort", "k", "agreement", "microseconds", "chosen"]
 
 
 @pytest.fixture(scope="module")
-def features() -> dict[str, Any]:
+def features():
     return dict(zip(("keys", "ids", "text", "queries"), shots_like_clip(C, SHOTS, 32, Q), strict=True))
 
 
 @pytest.fixture
-def place(tmp_path: Path, run: Any, features: dict[str, Any]) -> Path:
+def place(tmp_path, run, features):
     """A Flat index of version 1, and unlabelled queries."""
     write_table(tmp_path / "train.parquet", features["keys"], [NAMES[i] for i in features["ids"]])
     write_table(tmp_path / "text.parquet", features["text"], NAMES)
@@ -36,22 +33,22 @@ def place(tmp_path: Path, run: Any, features: dict[str, Any]) -> Path:
     return tmp_path
 
 
-def build(run: Any, place: Path, out: str, *more: object, train: str = "train.parquet") -> None:
+def build(run, place, out, *more, train="train.parquet"):
     built = run(
         "index", "build", "--fit", "none", place / train, "--text", place / "text.parquet", "--out", place / out, *more
     )
     assert built.exit_code == 0, built.stderr
 
 
-def tune(run: Any, place: Path, *more: object, val: str = "queries.parquet") -> Any:
+def tune(run, place, *more, val="queries.parquet"):
     return run("index", "tune", place / "index", "--val", place / val, *more)
 
 
-def json_rows(text: str) -> list[dict[str, Any]]:
+def json_rows(text):
     return [json.loads(line) for line in text.splitlines()]
 
 
-def labels(cache: Index, features: dict[str, Any], k: KeysMet) -> list[int]:
+def labels(cache, features, k):
     return cache.logits(features["queries"], k, cache.settings.tail).argmax(1).tolist()
 
 
@@ -59,9 +56,7 @@ def labels(cache: Index, features: dict[str, Any], k: KeysMet) -> list[int]:
 
 
 @pytest.mark.parametrize("more", [(), ("--agreement", 0.8, "--index", "IVF8,Flat", "--index", "HNSW8")])
-def test_the_new_version_has_the_printed_settings(
-    run: Any, place: Path, features: dict[str, Any], more: tuple[object, ...]
-) -> None:
+def test_the_new_version_has_the_printed_settings(run, place, features, more):
     data, before = set((place / "index" / "data").iterdir()), Index.load(place / "index", device="cpu")
     result = tune(run, place, *more, "--format", "json")
     assert result.exit_code == 0, result.stderr
@@ -94,7 +89,7 @@ def test_the_new_version_has_the_printed_settings(
     assert [row["label"] for row in asked] == [NAMES[i] for i in labels(cache, features, cache.settings.k)]
 
 
-def test_a_dry_run_prints_its_choice_and_changes_nothing(run: Any, place: Path) -> None:
+def test_a_dry_run_prints_its_choice_and_changes_nothing(run, place):
     before = snapshot(place / "index")
     result = tune(run, place, "--dry-run", "--format", "json")
     assert result.exit_code == 0, result.stderr
@@ -112,10 +107,7 @@ def test_a_dry_run_prints_its_choice_and_changes_nothing(run: Any, place: Path) 
         (("--format", "json", "--output", "nowhere/out.json"), 1, "nowhere"),
     ],
 )
-def test_wrong_usage_is_one_line_and_changes_nothing(
-    run: Any, place: Path, features: dict[str, Any], more: tuple[str, ...], code: int, message: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+def test_wrong_usage_is_one_line_and_changes_nothing(run, place, features, more, code, message, monkeypatch):
     monkeypatch.chdir(place)
     write_table(place / "few.parquet", features["queries"][:99])
     before = (place / "index" / "manifest.json").read_bytes()
@@ -137,9 +129,7 @@ def test_wrong_usage_is_one_line_and_changes_nothing(
         (("-k", "all"), ("Classes", None)),
     ],
 )
-def test_build_chooses_index_and_k_unless_k_is_given(
-    run: Any, place: Path, features: dict[str, Any], more: tuple[str, ...], expected: tuple[str, int | None]
-) -> None:
+def test_build_chooses_index_and_k_unless_k_is_given(run, place, features, more, expected):
     rng = np.random.default_rng(0)
     rows = np.tile(features["keys"], (7, 1))
     rows = rows + 0.02 * rng.standard_normal(rows.shape)

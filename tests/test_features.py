@@ -701,7 +701,6 @@ def test_reduction_only_changes_features_of_large_jpegs(jpegs: Source) -> None:
     reduced = Reader(Fake()).encode(jpegs).features
     assert [np.array_equal(*pair) for pair in zip(whole, reduced, strict=True)] == [False, True, True]
     assert (whole * reduced).sum(axis=1).min() > 0.98
-    assert jpegs.paths is not None
     for path, feature in zip(jpegs.paths, reduced, strict=True):
         expected = Fake().expected(images.decode(Path(path).read_bytes(), 12))
         assert np.allclose(feature, expected, atol=1e-6)
@@ -758,7 +757,6 @@ def test_each_view_of_a_photo_is_encoded(shared: Path, lit_mini: Any) -> None:
     assert found.positions.tolist() == [0, 1, 2]
     assert found.starts.tolist() == [0, 3, 6, 9]
     assert (found.positions.dtype, found.features.dtype, found.starts.dtype) == (np.int64, np.float32, np.int64)
-    assert source.paths is not None
     for shot, path in enumerate(source.paths):
         for view, name in enumerate(names):
             expected = unit(lit_mini.encode_images(by_hand(lit_mini, path, name)[None]))[0]
@@ -775,7 +773,6 @@ def test_raw_views_average_to_the_feature_of_a_shot(folder: Path, cache: Encodin
     assert encoded == 12 * views
     block = reader.encode(source)
     assert sum(backbone.batches) == encoded  # blocks found every view in the cache
-    assert source.paths is not None
     for shot, path in enumerate(source.paths):
         pixels = torch.stack([by_hand(backbone, path, name) for name in view_names(4, views)])
         raw = backbone.encode_images(pixels)

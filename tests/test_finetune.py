@@ -7,8 +7,6 @@ import logging
 import math
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +20,7 @@ from torch.nn import functional
 
 from retrieval_tip import Index, verify
 from retrieval_tip.data.reader import Reader, view_names
-from retrieval_tip.data.sources import Source, open_source
+from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import finetune
 from retrieval_tip.fit.finetune import CURVE, _Material, _Run, own_shots
@@ -37,7 +35,7 @@ SHOTS = 37  # classes of 8 and 7 shots
 OWN = Recipe(batch=16, epochs=4)
 
 
-def index(**changes: Any) -> Index:
+def index(**changes):
     """Return an index of clusters whose sharp exponential and weak text leave room to learn."""
     keys, ids = clusters(SHOTS, C, D, 1)
     options = {"alpha": 1.0, "beta": 5.5, "logit_scale": 10.0, "device": "cpu"} | changes
@@ -48,7 +46,7 @@ def index(**changes: Any) -> Index:
     return cache
 
 
-def shots_table(path: Path, counts: list[int] | None = None, spread: float = 0.05, order: int | None = 3) -> Source:
+def shots_table(path, counts=None, spread=0.05, order=3):
     """Write views of the shots as rows that share an id, by default ragged and interleaved."""
     keys, ids = clusters(SHOTS, C, D, 1)
     generator = np.random.default_rng(8)
@@ -60,44 +58,43 @@ def shots_table(path: Path, counts: list[int] | None = None, spread: float = 0.0
     return open_source(write_table(path, rows[turn], [NAMES[ids[shot[i]]] for i in turn], names))
 
 
-def queries_table(path: Path, n: int = 60, seed: int = 2) -> Source:
+def queries_table(path, n=60, seed=2):
     rows, ids = clusters(n, C, D, seed)
     return open_source(write_table(path, rows, [NAMES[i] for i in ids]))
 
 
 @pytest.fixture
-def shots(tmp_path: Path) -> Source:
+def shots(tmp_path):
     return shots_table(tmp_path / "shots.parquet")
 
 
 @pytest.fixture
-def val(tmp_path: Path) -> Source:
+def val(tmp_path):
     return queries_table(tmp_path / "val.parquet")
 
 
-def accuracy(cache: Index, n: int = 400, seed: int = 9) -> float:
+def accuracy(cache, n=400, seed=9):
     rows, ids = clusters(n, C, D, seed)
     return float((cache.logits(rows).argmax(1).numpy() == ids).mean())
 
 
-def losses(tuned: finetune.Tuned) -> list[float]:
+def losses(tuned):
     return [row["loss"] for row in tuned.curve.to_pylist()[1:]]
 
 
-def without_seconds(curve: Any) -> str:
+def without_seconds(curve):
     """Return a curve without its seconds as text, in which NaN equals NaN."""
     return repr(curve.drop(["seconds"]).to_pylist())
 
 
-def facts(tuned: finetune.Tuned) -> dict[str, Any]:
-    found: dict[str, Any] = tuned.index.provenance["finetune"]
-    return found
+def facts(tuned):
+    return tuned.index.provenance["finetune"]
 
 
 # --- the loop
 
 
-def plain(cache: Index, shots: Source, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
+def plain(cache, shots, recipe):
     """Train Tip-Adapter-F in plain torch over the same batches. Return keys, values and the mean loss of each epoch."""
     views = Reader().encode_views(shots, [])
     label = {name: i for i, name in enumerate(cache.class_names)}
@@ -131,7 +128,7 @@ def plain(cache: Index, shots: Source, recipe: Recipe) -> tuple[torch.Tensor, to
 
 
 @pytest.mark.parametrize("train", [("keys",), ("values",), ("keys", "values")])
-def test_twenty_epochs_match_plain_torch(shots: Source, train: tuple[str, ...]) -> None:
+def test_twenty_epochs_match_plain_torch(shots, train):
     cache, recipe = index(), replace(OWN, epochs=20, train=train, seed=4)
     tuned = finetune.finetune(cache, shots, Reader(), recipe)
     keys, values, curve = plain(cache, shots, recipe)
@@ -150,7 +147,7 @@ def test_twenty_epochs_match_plain_torch(shots: Source, train: tuple[str, ...]) 
     assert curve[-1] < curve[0] or train == ("values",)  # so few steps hardly change values of 1
 
 
-def test_only_the_same_seed_gives_the_same_bits(shots: Source, val: Source) -> None:
+def test_only_the_same_seed_gives_the_same_bits(shots, val):
     recipe = Recipe(batch=16, epochs=4, train=("keys", "values"))
     one, same, other = (
         finetune.finetune(index(), shots, Reader(), replace(recipe, seed=seed), val=val) for seed in (1, 1, 2)
@@ -165,9 +162,7 @@ def test_only_the_same_seed_gives_the_same_bits(shots: Source, val: Source) -> N
 
 
 @pytest.mark.parametrize("train", [("keys",), ("keys", "values")])
-def test_the_result_can_be_saved_with_its_provenance(
-    shots: Source, val: Source, tmp_path: Path, train: tuple[str, ...]
-) -> None:
+def test_the_result_can_be_saved_with_its_provenance(shots, val, tmp_path, train):
     cache = index()
     cache.save(tmp_path / "parent")
     cache = Index.load(tmp_path / "parent", device="cpu")
@@ -206,7 +201,7 @@ def test_the_result_can_be_saved_with_its_provenance(
     assert accuracy(found) > accuracy(cache)
 
 
-def test_without_validation_the_last_epoch_and_the_settings_are_kept(shots: Source) -> None:
+def test_without_validation_the_last_epoch_and_the_settings_are_kept(shots):
     tuned = finetune.finetune(index(), shots, Reader(), Recipe(batch=16, epochs=3))
     assert (tuned.epoch, tuned.choice, tuned.collapsed) == (3, None, None)
     assert (tuned.index.settings.alpha, tuned.index.settings.beta) == (1.0, 5.5)
@@ -220,7 +215,7 @@ def test_without_validation_the_last_epoch_and_the_settings_are_kept(shots: Sour
     assert seconds == sorted(seconds)
 
 
-def test_the_curve_matches_the_answers_for_validation_images(shots: Source, val: Source) -> None:
+def test_the_curve_matches_the_answers_for_validation_images(shots, val):
     tuned = finetune.finetune(index(), shots, Reader(), replace(OWN, epochs=5), val=val)
     rows, ids = clusters(60, C, D, 2)
     for epoch, cache in (
@@ -236,7 +231,7 @@ def test_the_curve_matches_the_answers_for_validation_images(shots: Source, val:
     assert tuned.epoch > 0
 
 
-def test_a_float16_index_stays_float16(shots: Source, tmp_path: Path) -> None:
+def test_a_float16_index_stays_float16(shots, tmp_path):
     cache = index(dtype=np.float16)
     tuned = finetune.finetune(cache, shots, Reader(), OWN)
     tuned.save(tmp_path / "tuned")
@@ -247,7 +242,7 @@ def test_a_float16_index_stays_float16(shots: Source, tmp_path: Path) -> None:
     np.testing.assert_allclose(found.keys.astype(np.float32), exact.index.keys, atol=2e-3)
 
 
-def test_a_fine_tuned_index_can_be_fine_tuned_again(shots: Source, val: Source) -> None:
+def test_a_fine_tuned_index_can_be_fine_tuned_again(shots, val):
     first = finetune.finetune(index(), shots, Reader(), replace(OWN, train=("keys", "values")), val=val)
     again = finetune.finetune(first.index, shots, Reader(), replace(OWN, seed=2, epochs=8))
     assert not np.array_equal(first.index.keys, again.index.keys)
@@ -255,7 +250,7 @@ def test_a_fine_tuned_index_can_be_fine_tuned_again(shots: Source, val: Source) 
     assert losses(again)[-1] < losses(first)[0]
 
 
-def test_training_in_bfloat16_is_close_to_float32(shots: Source) -> None:
+def test_training_in_bfloat16_is_close_to_float32(shots):
     recipe = replace(OWN, epochs=20)
     exact, near = (
         finetune.finetune(index(), shots, Reader(), replace(recipe, precision=precision))
@@ -271,7 +266,7 @@ def test_training_in_bfloat16_is_close_to_float32(shots: Source) -> None:
 # --- the kept epoch
 
 
-def kept_by_definition(curve: list[tuple[float, float]], n: int) -> int:
+def kept_by_definition(curve, n):
     """Return the latest epoch within a standard error of the best, or 0 if no epoch beats no training."""
     if not any(a > curve[0][0] or (a == curve[0][0] and loss < curve[0][1]) for a, loss in curve[1:]):
         return 0
@@ -279,11 +274,11 @@ def kept_by_definition(curve: list[tuple[float, float]], n: int) -> int:
     return max(e for e, (a, _) in enumerate(curve) if a >= best - math.sqrt(best * (1 - best) / n))
 
 
-def train_with_curve(run: _Run, curve: list[tuple[float, float]]) -> None:
+def train_with_curve(run, curve):
     """Train with epochs that add 1 to every key, and a validation that gives this curve of accuracy and loss."""
     made = iter(curve)
 
-    def step(queries: Any, ids: Any, lr: float) -> tuple[float, int]:
+    def step(queries, ids, lr):
         with torch.no_grad():
             run.trainer.keys += 1
         return 1.0, len(ids)
@@ -294,13 +289,13 @@ def train_with_curve(run: _Run, curve: list[tuple[float, float]]) -> None:
 
 
 @pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> _Material:
+def material(tmp_path_factory):
     folder = tmp_path_factory.mktemp("material")
     shots, val = shots_table(folder / "shots.parquet"), queries_table(folder / "val.parquet")
     return _Material.of(index(), shots, Reader(), OWN, val)
 
 
-def test_the_kept_epoch_follows_the_rule(material: _Material) -> None:
+def test_the_kept_epoch_follows_the_rule(material):
     kept = set()
 
     @settings(max_examples=examples(150), deadline=None)
@@ -308,7 +303,7 @@ def test_the_kept_epoch_follows_the_rule(material: _Material) -> None:
     @example([(30, 1.0), (30, 0.9)])  # equal accuracy, lower loss
     @example([(30, 1.0), (48, 0.9), (46, 0.9), (42, 0.9)])  # a standard error of 0.8 on 60 is 0.052
     @given(st.lists(st.tuples(st.integers(40, 60), st.sampled_from([0.5, 0.6, 0.7])), min_size=2, max_size=9))
-    def check(made: list[tuple[int, float]]) -> None:
+    def check(made):
         curve = [(right / 60, loss) for right, loss in made]
         cache = index()
         run = _Run(cache, material, replace(OWN, batch=1024, epochs=len(curve) - 1))
@@ -322,7 +317,7 @@ def test_the_kept_epoch_follows_the_rule(material: _Material) -> None:
     assert kept == {0, 1, 2}
 
 
-def test_validation_labels_choose_the_epoch_but_train_nothing(shots: Source, val: Source, tmp_path: Path) -> None:
+def test_validation_labels_choose_the_epoch_but_train_nothing(shots, val, tmp_path):
     """With the settings of the index, training is the same for any validation labels, and without them."""
     rows, ids = clusters(60, C, D, 2)
     wrong = open_source(write_table(tmp_path / "wrong.parquet", rows, [NAMES[(i + 1) % C] for i in ids]))
@@ -339,10 +334,7 @@ def test_validation_labels_choose_the_epoch_but_train_nothing(shots: Source, val
 @pytest.mark.parametrize("train", [("keys",), ("values",)])
 @pytest.mark.parametrize("with_val", [False, True])
 @pytest.mark.parametrize(("lr", "epochs", "batch"), [(1e4, 4, 16), (1e37, 4, 16), (1e37, 1, 1024)])
-def test_a_collapse_is_reported_and_discarded(
-    shots: Source, val: Source, tmp_path: Path, caplog: pytest.LogCaptureFixture,
-    train: tuple[str, ...], with_val: bool, lr: float, epochs: int, batch: int,
-) -> None:  # fmt: skip
+def test_a_collapse_is_reported_and_discarded(shots, val, tmp_path, caplog, train, with_val, lr, epochs, batch):
     cache = index()
     recipe = replace(OWN, train=train, lr=lr, epochs=epochs, batch=batch)
     tuned = finetune.finetune(cache, shots, Reader(), recipe, val=val if with_val else None)
@@ -366,7 +358,7 @@ def test_a_collapse_is_reported_and_discarded(
 # --- shots
 
 
-def test_own_shots_are_the_sources_of_the_keys(shots: Source, tmp_path: Path) -> None:
+def test_own_shots_are_the_sources_of_the_keys(shots, tmp_path):
     rows = unit_rows(3, D)
     extra = open_source(write_table(tmp_path / "more.parquet", rows, NAMES[:3], ["shot 3", "other", "shot 0"]))
     assert own_shots(index(), extra).sources == ["shot 3", "shot 0"]
@@ -376,7 +368,7 @@ def test_own_shots_are_the_sources_of_the_keys(shots: Source, tmp_path: Path) ->
         own_shots(index(), none)
 
 
-def test_shots_and_validation_images_must_match_the_index(shots: Source, tmp_path: Path) -> None:
+def test_shots_and_validation_images_must_match_the_index(shots, tmp_path):
     foreign = open_source(write_table(tmp_path / "foreign.parquet", unit_rows(2, D), ["class 0", "zebra"]))
     longer = open_source(write_table(tmp_path / "longer.parquet", unit_rows(2, D + 1), NAMES[:2]))
     for given_, words in ((foreign, "foreign.parquet.*zebra"), (longer, f"longer.parquet.*{D + 1}.*{D}")):
@@ -401,7 +393,7 @@ def test_shots_and_validation_images_must_match_the_index(shots: Source, tmp_pat
         ({"train": ("visual",)}, "train visual"),
     ],
 )
-def test_invalid_recipes_are_refused_in_one_line(changes: dict[str, Any], named: str) -> None:
+def test_invalid_recipes_are_refused_in_one_line(changes, named):
     with pytest.raises(UsageError, match=f"^{named}") as error:
         Recipe(**changes)
     assert "\n" not in str(error.value)
@@ -412,7 +404,7 @@ def test_invalid_recipes_are_refused_in_one_line(changes: dict[str, Any], named:
 # --- views of images
 
 
-def test_holding_out_shots_does_not_change_the_training(shots: Source, tmp_path: Path) -> None:
+def test_holding_out_shots_does_not_change_the_training(shots, tmp_path):
     plain = finetune.finetune(index(), shots, Reader(), OWN)
     tuned = finetune.finetune_into(tmp_path / "tuned", index(), shots, Reader(), OWN, keep_last=True)
     assert np.array_equal(tuned.index.keys, plain.index.keys)
@@ -424,12 +416,12 @@ def test_holding_out_shots_does_not_change_the_training(shots: Source, tmp_path:
 
 
 @pytest.fixture
-def photos(things: Path) -> tuple[Index, Source]:
+def photos(things):
     """An index of photos, eight for each class, and the photos."""
     return Index.load(things, device="cpu"), open_source(things.with_suffix(".csv"))
 
 
-def test_validation_images_have_one_view_for_any_encoder_settings(lit_mini: Any, photos: Any) -> None:
+def test_validation_images_have_one_view_for_any_encoder_settings(lit_mini, photos):
     cache, source = photos
     shots, val = source.take([0, 1, 8, 9, 16]), source.take([2, 10, 18])
     recipe = replace(OWN, batch=5, epochs=2, views=2)
@@ -441,7 +433,7 @@ def test_validation_images_have_one_view_for_any_encoder_settings(lit_mini: Any,
 
 
 @pytest.mark.parametrize("views", [1, 3, None])
-def test_training_uses_the_requested_views_of_images(lit_mini: Any, photos: Any, views: int | None) -> None:
+def test_training_uses_the_requested_views_of_images(lit_mini, photos, views):
     cache, source = photos
     recipe = Recipe(batch=5, views=views)
     first = [source.labels.index(name) for name in cache.class_names[:3]]
@@ -465,7 +457,7 @@ def test_training_uses_the_requested_views_of_images(lit_mini: Any, photos: Any,
 
 
 @needs_real
-def test_fine_tuning_does_not_lower_accuracy_on_real_features(shared: Path, tmp_path: Path) -> None:
+def test_fine_tuning_does_not_lower_accuracy_on_real_features(shared, tmp_path):
     from retrieval_tip.data.shots import few_shot
 
     train, test = (open_source(shared / f"data/clip-food9/{part}.parquet") for part in ("train", "test"))
@@ -491,7 +483,7 @@ def test_fine_tuning_does_not_lower_accuracy_on_real_features(shared: Path, tmp_
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("changes", [{}, {"train": ("keys", "values")}, {"precision": "bfloat16"}])
-def test_training_on_a_gpu_matches_the_cpu(shots: Source, val: Source, changes: dict[str, Any]) -> None:
+def test_training_on_a_gpu_matches_the_cpu(shots, val, changes):
     recipe = replace(OWN, **changes, epochs=20)
     cpu, gpu, again = (
         finetune.finetune(index(device=device), shots, Reader(), recipe, val=val) for device in ("cpu", "cuda", "cuda")

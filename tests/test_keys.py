@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from conftest import examples
@@ -22,16 +18,14 @@ from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.retrieval import keys as keys_module
 from retrieval_tip.retrieval.keys import Keys
 
-Array = npt.NDArray[Any]
-
 
 @contextmanager
-def blocks(queries: int, of_keys: int, gathered: int = 1 << 23) -> Iterator[None]:
+def blocks(queries, of_keys, gathered=1 << 23):
     with mock.patch.multiple(keys_module, QUERY_BLOCK=queries, KEY_BLOCK=of_keys, GATHERED=gathered):
         yield
 
 
-def keys_of(case: Case, **options: Any) -> Keys:
+def keys_of(case, **options):
     return Keys(case.K, case.y, case.c, **options)
 
 
@@ -41,7 +35,7 @@ block_sizes = st.tuples(st.integers(1, 5), st.integers(1, 12), st.integers(1, 60
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("keys")
 
 
@@ -50,9 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @settings(max_examples=examples(60), deadline=None)
 @given(small_cases, betas, block_sizes, st.booleans(), st.booleans())
-def test_all_keys_give_the_dense_sum_for_any_shape_and_blocks(
-    folder: Path, case: Case, beta: float, sizes: tuple[int, int, int], valued: bool, mapped: bool
-) -> None:
+def test_all_keys_give_the_dense_sum_for_any_shape_and_blocks(folder, case, beta, sizes, valued, mapped):
     if mapped:
         np.save(folder / "keys.npy", case.K)
         case.K = np.load(folder / "keys.npy", mmap_mode="c")
@@ -66,7 +58,7 @@ def test_all_keys_give_the_dense_sum_for_any_shape_and_blocks(
 
 @settings(max_examples=examples(30), deadline=None)
 @given(small_cases, block_sizes)
-def test_class_sums_and_means_match_numpy(case: Case, sizes: tuple[int, int, int]) -> None:
+def test_class_sums_and_means_match_numpy(case, sizes):
     with blocks(*sizes):
         keys = keys_of(case)
         sums, means = keys.sums, keys.means
@@ -80,7 +72,7 @@ def test_class_sums_and_means_match_numpy(case: Case, sizes: tuple[int, int, int
 
 
 @pytest.mark.parametrize("per_class", [3, 40])
-def test_class_sums_do_not_accumulate_rounding_errors(per_class: int) -> None:
+def test_class_sums_do_not_accumulate_rounding_errors(per_class):
     """In float32, 1e8 + 1 is 1e8. The rows of small classes are added one by one, those of large classes in runs."""
     ids = np.repeat(np.arange(3), per_class)
     rows = np.ones((3 * per_class, 2), dtype=np.float32)
@@ -93,7 +85,7 @@ def test_class_sums_do_not_accumulate_rounding_errors(per_class: int) -> None:
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("form", ["float32", "bfloat16", "values"])
-def test_no_tensor_exceeds_a_block_the_outputs_or_the_keys(form: str, half: bool) -> None:
+def test_no_tensor_exceeds_a_block_the_outputs_or_the_keys(form, half):
     case = Case(1, [100, 0, 150, 50], q=96, d=5, half=half)
     precision = "bfloat16" if form == "bfloat16" else "float32"
     values = torch.from_numpy(case.V) if form == "values" else None
@@ -106,7 +98,7 @@ def test_no_tensor_exceeds_a_block_the_outputs_or_the_keys(form: str, half: bool
     assert largest.most <= max(outputs, 16 * 24, all_keys)
 
 
-def test_keys_not_grouped_by_class_are_refused() -> None:
+def test_keys_not_grouped_by_class_are_refused():
     rows = np.ones((3, 2), dtype=np.float32)
     for ids in ([0, 1, 0], [1, 0, 0], [0, 1]):
         with pytest.raises(InputError, match=r"^labels: keys are not grouped by class"):
@@ -117,13 +109,13 @@ def test_keys_not_grouped_by_class_are_refused() -> None:
 
 
 @pytest.fixture(scope="module")
-def synthetic() -> tuple[Array, Array, Array, Array]:
+def synthetic():
     """2000 keys, their class ids, text weights and 4096 queries."""
     return shots_like_clip(100, 20, 256, 4096)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_half_precision_changes_few_predictions(synthetic: tuple[Array, Array, Array, Array], precision: str) -> None:
+def test_half_precision_changes_few_predictions(synthetic, precision):
     array, ids, text_weights, queries = synthetic
     alpha, beta = 1.0, 5.5
     text = 100 * affinity(queries, text_weights)
@@ -139,7 +131,7 @@ def test_half_precision_changes_few_predictions(synthetic: tuple[Array, Array, A
 
 @settings(max_examples=examples(30), deadline=None)
 @given(small_cases, block_sizes, st.sampled_from(["bfloat16", "float16"]))
-def test_half_precision_is_accurate_for_any_shape_and_blocks(case: Case, sizes: tuple[int, int, int], to: str) -> None:
+def test_half_precision_is_accurate_for_any_shape_and_blocks(case, sizes, to):
     beta = 3.0
     expected = case.logits(beta)
     with blocks(*sizes):
@@ -148,21 +140,21 @@ def test_half_precision_is_accurate_for_any_shape_and_blocks(case: Case, sizes: 
     np.testing.assert_allclose(found, expected, rtol=beta * 8 * torch.finfo(getattr(torch, to)).eps, atol=1e-6)
 
 
-def test_values_are_always_summed_in_float32() -> None:
+def test_values_are_always_summed_in_float32():
     case = Case(5, [30, 20], q=20, d=8)
     values = torch.from_numpy(case.V)
     found = keys_of(case, precision="bfloat16").cache_logits(case.queries, 5.5, values)
     assert torch.equal(found, keys_of(case).cache_logits(case.queries, 5.5, values))
 
 
-def test_auto_and_int8_use_float32_for_products() -> None:
+def test_auto_and_int8_use_float32_for_products():
     case = Case(6, [300, 200], q=100, d=64)
     exact = keys_of(case).cache_logits(case.queries, 5.5)
     for precision in ("auto", "int8"):
         assert torch.equal(keys_of(case, precision=precision).cache_logits(case.queries, 5.5), exact)
 
 
-def test_an_unknown_precision_is_refused() -> None:
+def test_an_unknown_precision_is_refused():
     for name in ("float64", "half", "", "Float32"):
         with pytest.raises(UsageError, match=f"^precision '{name}'"):
             keys_of(Case(0, [2], q=1, d=2), precision=name)
@@ -172,7 +164,7 @@ def test_an_unknown_precision_is_refused() -> None:
 
 
 @st.composite
-def some_classes(draw: st.DrawFn) -> tuple[Case, Array, Array]:
+def some_classes(draw):
     """Draw a case, some classes for each query, and which of them are requested."""
     case = draw(small_cases)
     p = draw(st.integers(1, case.c))
@@ -182,9 +174,7 @@ def some_classes(draw: st.DrawFn) -> tuple[Case, Array, Array]:
 
 @settings(max_examples=examples(60), deadline=None)
 @given(some_classes(), betas, block_sizes)
-def test_requested_classes_get_their_dense_sum_and_others_get_0(
-    given_: tuple[Case, Array, Array], beta: float, sizes: tuple[int, int, int]
-) -> None:
+def test_requested_classes_get_their_dense_sum_and_others_get_0(given_, beta, sizes):
     case, classes, met = given_
     expected = np.take_along_axis(case.logits(beta), classes, axis=1) * met
     with blocks(*sizes):
@@ -195,7 +185,7 @@ def test_requested_classes_get_their_dense_sum_and_others_get_0(
 
 @settings(max_examples=examples(40), deadline=None)
 @given(small_cases, st.integers(0, 7), st.integers(1, 60))
-def test_affinities_to_chosen_keys_match_numpy_and_are_0_in_empty_slots(case: Case, k: int, gathered: int) -> None:
+def test_affinities_to_chosen_keys_match_numpy_and_are_0_in_empty_slots(case, k, gathered):
     rows = case.rng.integers(-1, len(case.y), size=(len(case.f), k))
     with blocks(3, 3, gathered):
         found = keys_of(case).affinity(case.queries, torch.from_numpy(rows))
@@ -206,7 +196,7 @@ def test_affinities_to_chosen_keys_match_numpy_and_are_0_in_empty_slots(case: Ca
 # -------------------------------------------------------------------------------------------------------------- slack
 
 
-def excess_of(array: Array, ids: Array, c: int, f: Array, own: Array, beta: float) -> Array:
+def excess_of(array, ids, c, f, own, beta):
     """Return by which factor the sum of each query's 8 nearest other classes exceeds the sum at the mean affinity."""
     A = affinity(f, array)
     one_hot = np.eye(c)[ids]
@@ -218,7 +208,7 @@ def excess_of(array: Array, ids: Array, c: int, f: Array, own: Array, beta: floa
 
 
 @pytest.mark.parametrize("beta", [1.0, 5.5, 20.0])
-def test_new_queries_rarely_exceed_the_slack(synthetic: tuple[Array, Array, Array, Array], beta: float) -> None:
+def test_new_queries_rarely_exceed_the_slack(synthetic, beta):
     array, ids, _, queries = synthetic
     slack = Keys(array, ids, 100).slack(beta)
     excess = excess_of(array, ids, 100, queries[:1000], Made(c=100, d=256).classes(4096, 2)[:1000], beta)
@@ -228,12 +218,12 @@ def test_new_queries_rarely_exceed_the_slack(synthetic: tuple[Array, Array, Arra
 
 @settings(max_examples=examples(60), deadline=None)
 @given(small_cases, st.one_of(betas, st.sampled_from([0.0, 100.0, 1e3, 1e6, 1e30])))
-def test_slack_is_never_negative_or_undefined(case: Case, beta: float) -> None:
+def test_slack_is_never_negative_or_undefined(case, beta):
     """A sum of exponentials is at least the exponential of the mean. With a negative slack, no class would be met."""
     assert keys_of(case).slack(beta) >= 0
 
 
-def test_class_ids_may_be_a_read_only_int32_array() -> None:
+def test_class_ids_may_be_a_read_only_int32_array():
     """Arrow returns such arrays."""
     case = Case(9, [4, 0, 6], q=5, d=4)
     ids = case.y.astype(np.int32)

@@ -7,25 +7,20 @@ import shutil
 import signal
 import time
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from click.testing import Result
 from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from serving import caltech_photos, server
 
-from retrieval_tip.backbones.base import Backbone
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import of_images, open_inputs
 from retrieval_tip.errors import StoreError
 from retrieval_tip.index import changes, places
 from retrieval_tip.labelling.queue import FIXED, QUEUED, RANDOM_EVERY, Queue, Queued
-from retrieval_tip.model import Index
 from retrieval_tip.server import labelling as module
 from retrieval_tip.server.app import create_app
 from retrieval_tip.server.labelling import Labelling
@@ -36,9 +31,9 @@ AUTHORISED = {"Authorization": f"Bearer {TOKEN}"}
 
 
 @given(st.integers(1, 60), st.data())
-def test_every_photo_is_shown_once_and_skipped_photos_come_last(m: int, data: st.DataObject) -> None:
+def test_every_photo_is_shown_once_and_skipped_photos_come_last(m, data):
     queue, skipped = Queue(m), data.draw(st.sets(st.integers(0, m - 1)))
-    labelled: list[int] = []
+    labelled = []
     while shown := [one.photo for one in queue.show(labelled)]:
         assert len(set(shown)) == len(shown) == min(QUEUED, m - len(labelled))
         assert not set(shown) & set(labelled)
@@ -54,9 +49,7 @@ def test_every_photo_is_shown_once_and_skipped_photos_come_last(m: int, data: st
 
 
 @given(st.integers(0, 30), st.permutations(range(60)))
-def test_suggestions_come_after_the_fixed_photos_and_every_fifth_photo_is_random(
-    labelled: int, picks: list[int]
-) -> None:
+def test_suggestions_come_after_the_fixed_photos_and_every_fifth_photo_is_random(labelled, picks):
     queue, taken = Queue(60), set(range(labelled))
     front = queue.show(taken)[:FIXED]
     queue.suggest([(photo, "because") for photo in picks], taken, labelled)
@@ -73,7 +66,7 @@ def test_suggestions_come_after_the_fixed_photos_and_every_fifth_photo_is_random
 
 
 @pytest.fixture(scope="module")
-def pool(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def pool(shared, tmp_path_factory):
     """Labels of photos of four classes, by path. One photo is a near copy; the folder also has a damaged file."""
     folder = tmp_path_factory.mktemp("pool")
     found = {}
@@ -88,7 +81,7 @@ def pool(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
 class Client:
     """An HTTP client of a labelling session that knows the right labels."""
 
-    def __init__(self, pool: dict[str, str], place: Path, backbone: Backbone, *classes: str) -> None:
+    def __init__(self, pool, place, backbone, *classes):
         self.pool, backbones = pool, Backbones("cpu", "float32", None, backbone)
         self.sources = list(open_inputs([str(Path(next(iter(pool))).parent)]))
         self.names = [name for source in self.sources for name in source.sources]
@@ -97,25 +90,25 @@ class Client:
         maker = Maker(place.parent, backbone, backbones)
         self.app = create_app({one.name: one for one in served}, token=TOKEN, maker=maker, labelling=labelling)
 
-    def __enter__(self) -> Client:
+    def __enter__(self):
         self.http = TestClient(self.app)
         self.http.__enter__()
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error):
         self.http.__exit__(*error)
 
-    def status(self) -> dict[str, Any]:
+    def status(self):
         return self.http.get("/v1/label").json()
 
-    def set(self, labels: dict[int, str | None], *skip: int, **names: str) -> dict[str, Any]:
-        body: dict[str, Any] = {"skip": skip, **names}
+    def set(self, labels, *skip, **names):
+        body = {"skip": skip, **names}
         body["labels"] = [{"photo": photo, "label": label} for photo, label in labels.items()]
         answer = self.http.post("/v1/label", json=body, headers=AUTHORISED)
         assert answer.status_code == 200, answer.text
         return answer.json()
 
-    def label(self, number: int) -> list[dict[str, Any]]:
+    def label(self, number):
         """Give the next photos their right labels, and return these photos."""
         done = []
         for _ in range(number):
@@ -124,46 +117,44 @@ class Client:
             self.set({done[-1]["photo"]: self.pool[done[-1]["name"]]})
         return done
 
-    def settled(self) -> dict[str, Any]:
+    def settled(self):
         """Wait until the session is idle and every photo is encoded; return its state."""
         return self.until(lambda state: not state["busy"] and state["encoded"] == len(self.pool))
 
-    def until(self, done: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    def until(self, done):
         for _ in range(1200):
             if done(state := self.status()):
                 return state
             time.sleep(0.05)
         raise AssertionError(state)
 
-    def number(self, stem: str) -> int:
+    def number(self, stem):
         return next(number for number, name in enumerate(self.names) if Path(name).stem == stem)
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "WAIT", 0.05)
     return tmp_path / "idx"
 
 
-def opened(place: Path) -> Index:
+def opened(place):
     return places.at(place).load(device="cpu")
 
 
-def labels_of(place: Path) -> dict[str, str]:
+def labels_of(place):
     """Return the labels in the index by source. No source may have two keys."""
     rows = opened(place).labels.to_pylist()
     assert len({row["source"] for row in rows}) == len({row["digest"] for row in rows}) == len(rows)
     return {row["source"]: row["label"] for row in rows}
 
 
-def add_photo(place: Path, photo: Path, label: str, backbone: Backbone) -> None:
+def add_photo(place, photo, label, backbone):
     """Add a photo as another process does."""
     changes.add(place, of_images([str(photo)], "photos", [label], [label]), Reader(backbone))
 
 
-def test_labels_build_an_index_that_guesses_and_sessions_can_be_resumed(
-    pool: dict[str, str], place: Path, lit_mini: Backbone
-) -> None:
+def test_labels_build_an_index_that_guesses_and_sessions_can_be_resumed(pool, place, lit_mini):
     with Client(pool, place, lit_mini) as client:
         first = client.label(1)
         assert first[0]["picked"] == "random"
@@ -193,12 +184,12 @@ def test_labels_build_an_index_that_guesses_and_sessions_can_be_resumed(
     assert opened(place).n == 25
 
 
-def _counts(names: Any) -> dict[str, int]:
+def _counts(names):
     listed = [*names]
     return {name: listed.count(name) for name in listed}
 
 
-def test_near_identical_photos_can_be_labelled_together(pool: dict[str, str], place: Path, lit_mini: Backbone) -> None:
+def test_near_identical_photos_can_be_labelled_together(pool, place, lit_mini):
     with Client(pool, place, lit_mini) as client:
         client.settled()
         pairs = {}
@@ -219,9 +210,7 @@ def test_near_identical_photos_can_be_labelled_together(pool: dict[str, str], pl
     assert {Path(row["source"]).stem for row in rows if row["label"] == "pair"} >= {"0", "copy"}
 
 
-def test_undo_and_relabel_change_one_version_and_keep_what_others_added(
-    pool: dict[str, str], place: Path, lit_mini: Backbone, tmp_path: Path
-) -> None:
+def test_undo_and_relabel_change_one_version_and_keep_what_others_added(pool, place, lit_mini, tmp_path):
     with Client(pool, place, lit_mini) as client:
         first, second, third = client.label(3)
         client.settled()
@@ -245,9 +234,7 @@ def test_undo_and_relabel_change_one_version_and_keep_what_others_added(
     assert "tpyo" not in opened(place).class_names
 
 
-def test_a_step_is_done_once_and_undo_restores_labels_and_skipped_photos(
-    pool: dict[str, str], place: Path, lit_mini: Backbone
-) -> None:
+def test_a_step_is_done_once_and_undo_restores_labels_and_skipped_photos(pool, place, lit_mini):
     with Client(pool, place, lit_mini) as client:
         one, other, *_ = client.settled()["queue"]
         client.set({one["photo"]: "a"}, step="1")
@@ -267,9 +254,7 @@ def test_a_step_is_done_once_and_undo_restores_labels_and_skipped_photos(
         assert client.set({}, undo="1")["queue"][0] | {"guesses": []} == one | {"guesses": []}
 
 
-def test_a_bad_label_is_named_and_kept_while_the_others_are_saved(
-    pool: dict[str, str], place: Path, lit_mini: Backbone
-) -> None:
+def test_a_bad_label_is_named_and_kept_while_the_others_are_saved(pool, place, lit_mini):
     with Client(pool, place, lit_mini) as client:
         client.settled()
         bad = client.number("damaged")
@@ -288,9 +273,7 @@ def test_a_bad_label_is_named_and_kept_while_the_others_are_saved(
         assert client.settled()["unsaved"] == 0
 
 
-def test_photos_are_recognised_by_their_bytes_from_any_folder(
-    shared: Path, place: Path, lit_mini: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_photos_are_recognised_by_their_bytes_from_any_folder(shared, place, lit_mini, tmp_path, monkeypatch):
     photos = [path for path, _ in caltech_photos(shared, "train", 2, 2)]
     for day, own in (("day1", photos[:2]), ("day2", photos[2:])):
         (tmp_path / day / "new").mkdir(parents=True)
@@ -317,12 +300,10 @@ def test_photos_are_recognised_by_their_bytes_from_any_folder(
     assert labels_of(moved) == wanted | {str(tmp_path / "day1/new/IMG_0.jpg"): "changed"}
 
 
-def test_labels_are_saved_later_if_saving_fails(
-    pool: dict[str, str], place: Path, lit_mini: Backbone, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_labels_are_saved_later_if_saving_fails(pool, place, lit_mini, monkeypatch):
     real, full = module.build_from_labels, True
 
-    def save(*arguments: Any) -> None:
+    def save(*arguments):
         if full:
             raise StoreError("idx: no space left on device")
         real(*arguments)
@@ -342,9 +323,7 @@ def test_labels_are_saved_later_if_saving_fails(
     assert opened(place).n == 2
 
 
-def test_keys_of_photos_that_are_gone_can_be_relabelled_and_removed(
-    shared: Path, place: Path, lit_mini: Backbone, tmp_path: Path
-) -> None:
+def test_keys_of_photos_that_are_gone_can_be_relabelled_and_removed(shared, place, lit_mini, tmp_path):
     (tmp_path / "pool").mkdir()
     images = [Path(shutil.copy(path, tmp_path / "pool")) for path, _ in caltech_photos(shared, "train", 2, 2)]
     pool = dict.fromkeys(map(str, images), "x")
@@ -362,9 +341,7 @@ def test_keys_of_photos_that_are_gone_can_be_relabelled_and_removed(
     assert labels_of(place) == {str(images[0]): "y", str(images[3]): "x"}
 
 
-def test_photos_are_sorted_by_label_or_answer(
-    pool: dict[str, str], place: Path, lit_mini: Backbone, tmp_path: Path
-) -> None:
+def test_photos_are_sorted_by_label_or_answer(pool, place, lit_mini, tmp_path):
     with Client(pool, place, lit_mini) as client:
         sort = {"url": "/v1/label/sort", "json": {"into": str(tmp_path / "sorted")}, "headers": AUTHORISED}
         assert client.http.post(**sort).status_code == 404  # no labels yet
@@ -380,7 +357,7 @@ def test_photos_are_sorted_by_label_or_answer(
     assert len([*(tmp_path / "sorted").glob("*/*.jpg")]) == 25
 
 
-def test_invalid_requests_are_refused(pool: dict[str, str], place: Path, lit_mini: Backbone) -> None:
+def test_invalid_requests_are_refused(pool, place, lit_mini):
     with Client(pool, place, lit_mini, "owl") as client:
         post = client.http.post
         for body, status in (
@@ -400,8 +377,8 @@ def test_invalid_requests_are_refused(pool: dict[str, str], place: Path, lit_min
 
 
 def test_a_killed_session_keeps_its_labels_and_a_stopped_one_names_the_file_of_the_others(
-    pool: dict[str, str], tmp_path: Path, shared: Path, warm_path: str
-) -> None:
+    pool, tmp_path, shared, warm_path
+):
     folder, index = tmp_path / "pool", tmp_path / "idx"
     shutil.copytree(Path(next(iter(pool))).parent, folder)
     right = {str(folder / Path(name).name): label for name, label in pool.items()}
@@ -415,7 +392,7 @@ def test_a_killed_session_keeps_its_labels_and_a_stopped_one_names_the_file_of_t
         process.kill()  # the last labels are not in the index yet
         process.wait()
     folder = folder.rename(tmp_path / "renamed")
-    printed: list[str] = []
+    printed = []
     with server(folder, "--into", index, *model, path=warm_path, command="label", printed=printed) as (url, process):
         asked(url, {"labels": [{"photo": sorted(folder.iterdir()).index(folder / "damaged.jpg"), "label": "owl"}]})
         process.send_signal(signal.SIGINT)
@@ -437,7 +414,7 @@ def test_a_killed_session_keeps_its_labels_and_a_stopped_one_names_the_file_of_t
     assert not journal.exists()
 
 
-def asked(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+def asked(url, body=None):
     """Return the session's state from the printed address, or send labels and return the new state."""
     address, _, token = url.partition("/#token=")
     headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
@@ -446,7 +423,7 @@ def asked(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         return json.load(answer)
 
 
-def test_features_cannot_be_labelled(shared: Path, tmp_path: Path, run: Callable[..., Result]) -> None:
+def test_features_cannot_be_labelled(shared, tmp_path, run):
     table = shared / "data" / "clip-food9" / "test.parquet"
     told = run("label", table, "--into", tmp_path / "idx", "--model", f"local-dir:{shared / 'models' / 'lit-mini'}")
     assert told.exit_code == 1

@@ -277,7 +277,6 @@ def test_a_query_beyond_its_timeout_is_cancelled() -> None:
 def test_ctrl_c_interrupts_a_query(long: str) -> None:
     program = "import sys, duckdb; from retrieval_tip.store.query import ask; print(flush=True); ask({}, sys.argv[1])"
     with subprocess.Popen([sys.executable, "-c", program, long], stdout=-1, stderr=-1, text=True) as process:
-        assert process.stdout is not None
         process.stdout.readline()
         time.sleep(0.4)
         process.send_signal(signal.SIGINT)
