@@ -260,13 +260,9 @@ def test_the_cache_model_can_be_saved(tmp_path: Path) -> None:
     ("changes", "error", "message"),
     [
         ({"alpha": -1.0}, UsageError, "alpha is -1"),
-        ({"beta": float("nan")}, UsageError, "beta is nan"),
         ({"alpha": "auto", "beta": 3.0}, UsageError, "beta"),
         ({"metric": "within"}, UsageError, "metric"),
-        ({"k": 0}, UsageError, "k is 0"),
-        ({"logit_scale": 0.0}, UsageError, "logit_scale is 0"),
         ({"index": "Nonsense"}, UsageError, "index 'Nonsense'"),
-        ({"device": "abacus"}, UsageError, "device 'abacus'"),
         ({"text_weights": TEXT[1:]}, InputError, "text_weights"),
         ({"text_weights": TEXT[:, 1:]}, InputError, "text_weights"),
         ({"text_weights": TEXT * np.nan}, ValueError, "text_weights"),
