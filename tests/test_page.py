@@ -40,10 +40,13 @@ from PIL import Image
 from playwright.sync_api import Browser, Error, Locator, Page, Route, expect
 from serving import running, server
 
+from retrieval_tip import Index
 from retrieval_tip.cli import main
+from retrieval_tip.data.reader import FeatureBlock
 from retrieval_tip.server.app import create_app
 from retrieval_tip.server.limits import Limits
 from retrieval_tip.server.served import open_all
+from retrieval_tip.settings import Ask
 
 pytestmark = [pytest.mark.soak, *([needs_real] if SOAK else [])]
 
@@ -920,17 +923,26 @@ def test_a_moving_slider_sends_few_requests_and_shows_the_last_answer(page: Page
         asked.clear()
 
 
-def test_an_example_is_classified_by_the_other_examples(page: Page) -> None:
+def test_an_example_is_classified_by_the_other_examples(page: Page, served: Served) -> None:
+    def check(itself: int, beta: float | None) -> None:
+        index, shown = Index.load(served.folder, device="cpu"), answer(page)
+        row = index.labels["key_id"].to_pylist().index(itself)
+        asked = Ask(beta=beta, without=(itself,), top=8)
+        (block,) = index.answers([FeatureBlock.of(index.keys[[row]])], asked)
+        (right,) = block.predictions()
+        assert shown["labels"] == right.labels
+        assert shown["probabilities"] == pytest.approx(right.probabilities, rel=1e-3, abs=1e-6)
+        assert itself not in [shot["key_id"] for shot in shown["neighbours"]]
+
     with page.expect_request("**/v1/classify**without=*") as asked:
         page.locator("#samples-list button").first.click()
-    shown = answer(page)
     expect(page.locator("#drawer-notes")).to_contain_text("only the other examples count")
     itself = int(re.findall(r"without=(\d+)", asked.value.url)[0])
-    assert itself not in [shot["key_id"] for shot in shown["neighbours"]]
+    check(itself, None)
     show_settings(page)
     with page.expect_request(f"**/v1/classify**beta=9**without={itself}**"):
         page.fill("#beta", "9")
-    assert itself not in [shot["key_id"] for shot in answer(page)["neighbours"]]
+    check(itself, 9)
 
 
 def test_classes_and_example_photos_are_listed_and_filtered(opened: Open) -> None:
