@@ -678,8 +678,9 @@ def test_an_index_without_an_encoder_only_classifies_features(place, tmp_path):
     bare, new = Classifier.load(tmp_path / "i", device="cpu"), place / "new"
     assert len(bare.predict(table)) == 6
     assert "features" in repr(bare)
-    several = (bare.predict, bare.predict_proba, bare.suggest, bare.evaluate, bare.calibrate, bare.fit, bare.add)
-    single = (bare.similar, bare.explain, lambda one: bare.sort(one, tmp_path / "out"), partial(bare.compare, bare))
+    several = (bare.predict, bare.predict_proba, bare.suggest, bare.evaluate, bare.calibrate, bare.fit, bare.add,
+               partial(bare.compare, bare))  # fmt: skip
+    single = (bare.similar, bare.explain, lambda one: bare.sort(one, tmp_path / "out"))
     for call in (*(partial(one, new) for one in several), *(partial(one, new / "red/6.png") for one in single)):
         with pytest.raises(UsageError, match=r"photos need an encoder; name it"):
             call()
