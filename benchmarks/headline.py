@@ -1,4 +1,4 @@
-"""Reproduce the accuracies in docs/accuracy.md with the command line.
+"""Reproduce the accuracies in benchmarks/accuracy.md with the command line.
 
 The shots are all 1600 images in the shared train split of Caltech101, and 16 images per class of Food-101, which are
 drawn by the published rule with seeds 1 to N. Each shot has one centre view. Alpha and beta are fixed beforehand, and

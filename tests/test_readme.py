@@ -88,7 +88,7 @@ def typed_and_printed(typed, place, path, with_messages=False):
         check=False,
     )
     assert done.returncode == 0, f"{typed}\n{done.stdout if with_messages else done.stderr}"
-    return done.stdout
+    return re.sub(r"^Encoded .*\n", "", done.stdout, flags=re.MULTILINE)  # only printed on slow machines
 
 
 @pytest.mark.timeout(300)
@@ -160,7 +160,7 @@ def test_comparison_of_outputs_can_fail():
 
 
 def test_the_readme_is_one_screen_and_a_half():
-    assert len((ROOT / "README.md").read_bytes()) <= 7000
+    assert len((ROOT / "README.md").read_bytes()) <= 6000
 
 
 def test_links_are_valid():

@@ -1,4 +1,4 @@
-"""tip.py against the dense method in float64 with one-hot products, and against the formula in the README."""
+"""tip.py against the dense method in float64 with one-hot products, and against the formula in the docs."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def evaluated(formula, letters):
 
 
 @pytest.mark.parametrize("options", [(), ("--fit", "none"), ("--alpha", 1)])
-def test_the_formula_in_the_readme_gives_the_logits_of_an_exported_index(tmp_path, options, run):
+def test_the_formula_in_the_docs_gives_the_logits_of_an_exported_index(tmp_path, options, run):
     """The test only reads files: the tables that ``index export`` writes, and the fitted arrays of the index."""
     rng, names, index = np.random.default_rng(6), list("abcde"), tmp_path / "index"
     means = unit(rng.standard_normal((5, 32)))
@@ -199,8 +199,8 @@ def test_the_formula_in_the_readme_gives_the_logits_of_an_exported_index(tmp_pat
 
     letters = {name: manifest[name] for name in ("alpha", "beta", "logit_scale", "temperature")}
     letters |= {"f": test.astype(np.float32), "K": K, "W": W}
-    lines = re.search(r"```\n(metric .*?)\n```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    if options:  # as described in the README: no metric, no link, one-hot values
+    lines = re.search(r"```\n(metric .*?)\n```", (ROOT / "docs/method.md").read_text(), re.DOTALL)[1]
+    if options:  # as the page describes: no metric, no link, one-hot values
         lines = "\n".join(
             line for line in lines.splitlines() if line.split()[0] not in ("metric", "link", "discriminant")
         )
