@@ -1,7 +1,8 @@
-"""Take the screenshots ``docs/page*.png`` of the page of ``retrieval-tip serve`` in Chromium.
+"""Take the screenshots ``docs/page*.png`` and the film ``docs/page.webp`` of ``retrieval-tip label`` and ``serve``.
 
 Run ``make setup browser && make demo``, and then ``python docs/screenshots.py demo/things demo/new``. The arguments are
-an index, and a folder of new photos in class folders. On the Label page, the photos are labelled by their folders.
+an index, and a folder of new photos in class folders. On the Label page, the photos are labelled by their folders, and
+the film shows the first of them, the answers, and the examples behind one.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ COLOURS = 256
 """Number of colours in a screenshot. Using a palette halves the size of the file."""
 WAIT = 60_000
 """Timeout in milliseconds."""
-LABELS = 40
-"""Number of photos to label before the screenshot."""
+LABELS, FILMED = 40, 10
+"""Number of photos to label before the screenshot, and number of photos in the film."""
+FRAMES: list[tuple[Image.Image, int]] = []
+"""The frames of the film, and how long each is shown, in milliseconds."""
 SEEN = """[...document.images].every((one) => {
     const { top, bottom } = one.getBoundingClientRect();
     return one.naturalWidth > 0 || top >= innerHeight || bottom <= 0;
@@ -44,12 +47,20 @@ def take(page: Page, name: str) -> None:
     seen.quantize(COLOURS).save(HERE / f"{name}.png", optimize=True)
 
 
+def film(page: Page, duration: int) -> None:
+    """Add the visible page to the film."""
+    seen = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+    FRAMES.append((seen.resize((800, 525), Image.Resampling.LANCZOS), duration))
+
+
 def label_page(page: Page, new: Path) -> None:
     """Label some photos, and take a screenshot."""
     labels = {path.name: path.parent.name for path in new.rglob("*") if path.is_file()}
-    for _ in range(LABELS):
+    for number in range(LABELS):
         name = page.locator("#label-photo img").get_attribute("alt") or ""
         page.fill("#label-class", labels[name])
+        if number < FILMED:
+            film(page, 700)
         page.press("#label-class", "Enter")
         expect(page.locator("#label-photo img")).not_to_have_attribute("alt", name)
         page.wait_for_timeout(300)
@@ -71,9 +82,11 @@ def pictures(page: Page, new: Path) -> None:
     while "done" in (page.locator("#progress").text_content() or ""):
         page.wait_for_timeout(100)
     picture("page")
+    film(page, 2500)
     page.locator("#grid .tile").nth(4).click()
     page.wait_for_selector("#decided li img")
     picture("page-drawer")
+    film(page, 3500)
     page.emulate_media(color_scheme="dark")
     picture("page-dark")
     page.emulate_media(color_scheme="light")
@@ -124,8 +137,8 @@ def main(index: Path, new: Path) -> None:
         facts = json.loads((copy / "manifest.json").read_text())["backbone"]
         encoder = ["--model", facts["model"], "--pretrained", facts["pretrained"]]
         commands = (
-            (pictures, ["serve", str(copy)]),
             (label_page, ["label", str(new), "--into", str(Path(folder) / "labelled"), *encoder]),
+            (pictures, ["serve", str(copy)]),
         )
         for pictured, command in commands:
             program = [sys.executable, "-m", "retrieval_tip", *command, "--port", "0", "--device", "cpu"]
@@ -142,6 +155,9 @@ def main(index: Path, new: Path) -> None:
                     browser.close()
                 finally:
                     serving.terminate()
+    first, *rest = [frame for frame, _ in FRAMES]
+    durations = [duration for _, duration in FRAMES]
+    first.save(HERE / "page.webp", save_all=True, append_images=rest, duration=durations, loop=0, quality=70, method=6)
 
 
 if __name__ == "__main__":
