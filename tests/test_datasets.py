@@ -277,7 +277,7 @@ DAMAGED = [
      r"\(test\): entry 0 is not \[path, label, class name\]"),
     ("fgvc", "variants.txt", b"", r"variants\.txt: empty"),
     ("fgvc", "variants.txt", b"A0\nA0\n", r"variants\.txt: duplicate class name 'A0'"),
-    ("fgvc", "variants.txt", b"\xff\n", r"variants\.txt: not UTF-8 text \(byte 0\)"),
+    ("fgvc", "variants.txt", b"\xff\n", r"variants\.txt: cannot be read: .*position 0"),
     ("fgvc", "images_variant_test.txt", b"\n\n", r"images_variant_test\.txt: empty"),
     ("fgvc", "images_variant_test.txt", b"0000001 A1\n\n0000002\n", "line 3: expected an image number"),
     ("fgvc", "images_variant_test.txt", b"0000001 Zeppelin\n", r"line 1: variant 'Zeppelin' is not in variants\.txt"),

@@ -284,7 +284,7 @@ def test_a_damaged_cache_never_gives_wrong_features(
     folder: Path, tmp_path: Path, damage: Callable[[Path], Any], fresh: int, moved: bool,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    source, file = source_of(folder), tmp_path / "c/encodings.sqlite"
+    source, file = source_of(folder), tmp_path / "c/encodings-2.sqlite"
     right = fill(tmp_path / "c", source)
     damage(file)
     raw, backbone = file.read_bytes(), Fake()
@@ -311,9 +311,9 @@ def test_a_damaged_cache_never_gives_wrong_features(
 
 def test_an_unusable_cache_is_refused_with_a_remedy(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    (tmp_path / "d/encodings.sqlite").mkdir(parents=True)
+    (tmp_path / "d/encodings-2.sqlite").mkdir(parents=True)
     (tmp_path / "p").mkdir()
-    os.mkfifo(tmp_path / "p/encodings.sqlite")
+    os.mkfifo(tmp_path / "p/encodings-2.sqlite")
     for place in (tmp_path / "file", tmp_path / "file/below", tmp_path / "d", tmp_path / "p"):
         with pytest.raises(InputError, match="--no-cache"):
             EncodingCache(place)
@@ -395,11 +395,11 @@ def test_a_full_cache_drops_its_least_recently_used_entries(tmp_path: Path) -> N
     assert (left["a"], left["d"]) == (60, 60)
     assert left["b"] < 60
     assert left["c"] == 60 or left["b"] == 0
-    assert (tmp_path / "encodings.sqlite").stat().st_size <= MEGABYTE
+    assert (tmp_path / "encodings-2.sqlite").stat().st_size <= MEGABYTE
 
 
 def test_a_source_larger_than_the_cache_can_be_encoded(tmp_path: Path) -> None:
-    file = tmp_path / "encodings.sqlite"
+    file = tmp_path / "encodings-2.sqlite"
 
     def run(cache: EncodingCache) -> None:
         cache.limit(MEGABYTE)
@@ -430,7 +430,7 @@ def test_two_processes_share_a_small_cache(tmp_path: Path) -> None:
     for worker in workers:
         worker.join(60)
         assert worker.exitcode == 0
-    assert (tmp_path / "encodings.sqlite").stat().st_size <= MEGABYTE
+    assert (tmp_path / "encodings-2.sqlite").stat().st_size <= MEGABYTE
     assert with_cache(tmp_path, len) > 100
 
 

@@ -481,7 +481,7 @@ BAD: dict[str, list[tuple[str | bytes, list[str]]]] = {
         (b"\xff\xfe\xff", ["not JSON"]),
         ("[]", ["none"]),
         ('{"a": []}', ["no part 'train'", "'a'"]),
-        ('{"train": {}}', ["entry 0"]),
+        ('{"train": {}}', ["no part 'train'"]),
         ('{"train": []}', ["empty"]),
         ('{"train": [["a.png", 0, "x"], ["a.png", 0, "y"]]}', ["entry 1", "'x'", "'y'"]),
         ('{"train": [["a.png", 0, "x"], ["a.png", 1, "x"]]}', ["'x'", "several"]),

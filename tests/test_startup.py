@@ -358,6 +358,21 @@ def test_dim_equals_the_number_of_feature_values(tmp_path, config):
     assert model.encode_images(model.preprocess(picture())[None]).shape == (1, model.dim)
 
 
+def test_weights_are_not_drawn_since_a_checkpoint_must_contain_them_all(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    before = torch.random.get_rng_state()
+    with backbone._undrawn():
+        torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3), torch.nn.Embedding(3, 3))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    file = tiny(tmp_path / "model") / "open_clip_model.safetensors"
+    weights = load_file(file)
+    for name in weights:
+        save_file({other: tensor for other, tensor in weights.items() if other != name}, file)
+        with pytest.raises(BackboneError, match="cannot be loaded"):
+            load_backbone(f"local-dir:{file.parent}", device="cpu")
+
+
 def test_a_command_sets_the_openmp_wait_policy_unless_it_is_set():
     script = "from click.testing import CliRunner; from retrieval_tip.cli import main; import os;"
     script += "CliRunner().invoke(main, ['index', 'list', '/nowhere']); print(os.environ['OMP_WAIT_POLICY'])"

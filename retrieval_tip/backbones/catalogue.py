@@ -10,7 +10,7 @@ import shlex
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -123,10 +123,7 @@ def similar(model: str, names: Sequence[str], prefix: str = "") -> str:
 
 def recommended(model: str) -> str | None:
     """Return the default tag of an open_clip architecture, or ``None`` if it has no tags."""
-    import open_clip
-
-    tags: list[str] = open_clip.list_pretrained_tags_by_model(model)
-    return next((tag for first in _FIRST for tag in tags if tag.startswith(first)), tags[0] if tags else None)
+    return next(iter(_tags(model)), None)
 
 
 @dataclass(frozen=True)
@@ -160,8 +157,8 @@ def search(word: str = "") -> list[Named]:
 def _tags(model: str) -> list[str]:
     import open_clip
 
-    best, tags = recommended(model), open_clip.list_pretrained_tags_by_model(model)
-    return sorted(tags, key=lambda tag: tag != best)
+    tags: list[str] = open_clip.list_pretrained_tags_by_model(model)
+    return sorted(tags, key=lambda tag: [not tag.startswith(first) for first in _FIRST])
 
 
 def _described(name: str, *, sized: bool = True) -> Named:
@@ -227,37 +224,20 @@ def check_code(model: str, error: Exception) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the loggers of open_clip, transformers and the hub inside the context."""
+    """Silence open_clip, transformers and the hub, and make transformers reject custom code instead of prompting."""
     ours = logging.getLogger("retrieval_tip")
-    with _QUIET, _unasked():
-        loggers = [ours, *map(logging.getLogger, (None, "huggingface_hub", "transformers"))]
-        before = [logger.level for logger in loggers]
-        ours.setLevel(ours.getEffectiveLevel())
-        for logger in loggers[1:]:
-            logger.setLevel(logging.CRITICAL)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                yield
-        finally:
-            for logger, level in zip(loggers, before, strict=True):
-                logger.setLevel(level)
+    with _QUIET, warnings.catch_warnings(), ExitStack() as restored:
+        warnings.simplefilter("ignore")
+        levels = dict.fromkeys(map(logging.getLogger, (None, "huggingface_hub", "transformers")), logging.CRITICAL)
+        for logger, level in {ours: ours.getEffectiveLevel(), **levels}.items():
+            restored.callback(logger.setLevel, logger.level)
+            logger.setLevel(level)
+        with suppress(ImportError):
+            from transformers import dynamic_module_utils as asking
 
-
-@contextmanager
-def _unasked() -> Iterator[None]:
-    """Make transformers reject custom model code instead of prompting on stdin."""
-    try:
-        from transformers import dynamic_module_utils as asking
-    except ImportError:
+            restored.callback(setattr, asking, "TIME_OUT_REMOTE_CODE", asking.TIME_OUT_REMOTE_CODE)
+            asking.TIME_OUT_REMOTE_CODE = 0  # seconds to wait for an answer; there is no prompt if it is 0
         yield
-        return
-    before = asking.TIME_OUT_REMOTE_CODE  # seconds to wait for an answer; there is no prompt if it is 0
-    asking.TIME_OUT_REMOTE_CODE = 0
-    try:
-        yield
-    finally:
-        asking.TIME_OUT_REMOTE_CODE = before
 
 
 def ask_hub(repository: str) -> None:
@@ -316,14 +296,14 @@ def cached() -> Iterator[tuple[str, str | None]]:
     import open_clip
     import timm
 
-    found = {folder.name for folder in _hub_folder("any").parent.glob("models--*")}
+    seen = set()  # several architectures can share one repository
     names: list[tuple[str, str | None]] = [(name, None) for name in SHORT.values()]
     names += open_clip.list_pretrained()
     names += [(f"timm:{name}", None) for name in timm.list_pretrained()]
     for name, tag in names:
         repository = _repository(name, tag)
-        if (folder := _hub_folder(repository).name) in found and has_weights(repository):
-            found.remove(folder)  # several architectures can share one repository
+        if repository not in seen and has_weights(repository):
+            seen.add(repository)
             yield name, tag
     if file := next((file for file in DEMO if file.is_file()), None):
         yield "timm:tf_efficientnet_lite0", str(file)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -82,13 +82,11 @@ def load_when_needed(
 @contextmanager
 def _uncollected() -> Iterator[None]:
     """Pause garbage collection, which took a third of the loading time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
+    with ExitStack() as restored:
+        if gc.isenabled():
+            restored.callback(gc.enable)
+        gc.disable()
         yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @_uncollected()

@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 from retrieval_tip.backbones import catalogue
 from retrieval_tip.backbones.base import Execution, Identity
 from retrieval_tip.backbones.known import Files
-from retrieval_tip.backbones.torch_backbone import Opened, TorchBackbone, frozen
+from retrieval_tip.backbones.torch_backbone import Opened, TorchBackbone
 from retrieval_tip.errors import BackboneError, UsageError, install
 from retrieval_tip.settings import Precision
 
@@ -26,11 +27,10 @@ if TYPE_CHECKING:
     from retrieval_tip.backbones.torch_backbone import Tokenizer
     from retrieval_tip.backbones.tower import Model
 
-    _Created = tuple[Model, object, Callable[[Image.Image], torch.Tensor]]
-
 log = logging.getLogger(__name__)
 
 Config = dict[str, Any]  # an open_clip configuration, as JSON
+DRAWS = {"normal_", "uniform_", "kaiming_uniform_"}  # names of functions, since transformers replaces the functions
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,7 @@ def _local_config(folder: Path) -> Config:
     if not folder.is_dir():
         raise BackboneError(f"{folder}: no such model folder; give --model local-dir:PATH")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
-        if not isinstance(config, dict):
-            raise TypeError("model_cfg is not an object")
+        config: Config = dict(json.loads(path.read_bytes())["model_cfg"])
     except FileNotFoundError:
         raise BackboneError(f"{path}: missing; local-dir: requires a folder with this file and weights") from None
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -126,8 +124,10 @@ def open_model(model: str, pretrained: str | None, device: torch.device) -> Open
             catalogue.ask_hub(plan.repository)
         with catalogue.quiet():
             files = _files(plan)
-            create = partial(open_clip.create_model_and_transforms, name, weights, device=device, **plan.arguments)
-            made, _, preprocess = _filled_once(create)
+            with _undrawn():
+                made, _, preprocess = open_clip.create_model_and_transforms(
+                    name, weights, device=device, **plan.arguments
+                )
             config, dim = _config_digest(plan), open_clip.get_model_config(name)["embed_dim"]
     except Exception as error:  # open_clip, the hub, torch and safetensors raise different errors
         raise _load_error(plan, error) from error
@@ -135,7 +135,7 @@ def open_model(model: str, pretrained: str | None, device: torch.device) -> Open
         endings = {file.suffix for file in Path(name.removeprefix("local-dir:")).iterdir()}
         if not endings & {".safetensors", ".bin", ".pth"}:
             raise BackboneError(f"{plan.wanted}: no weights in this folder; add *.safetensors, *.bin or *.pth")
-    return replace(_opened(plan, frozen(made), preprocess, config), dim=dim, files=files)
+    return replace(_opened(plan, made, preprocess, config), dim=dim, files=files)
 
 
 def _files(plan: _Plan) -> Files | None:
@@ -194,7 +194,7 @@ class OpenClipBackbone(TorchBackbone):
         """Wrap an open_clip model that is already loaded.
 
         You can use the results of ``open_clip.create_model_and_transforms`` and ``get_tokenizer``. The model stays on
-        its device, and is frozen (see :func:`torch_backbone.frozen`).
+        its device, in evaluation mode and without gradients.
 
         Args:
             model: An open_clip model that has ``visual.preprocess_cfg``.
@@ -208,7 +208,7 @@ class OpenClipBackbone(TorchBackbone):
         how = Execution(device, precision).resolved()
         plan = _plan(name, pretrained) if catalogue.has(name) else _Plan(name, pretrained, None, {}, name)
         architecture = f"sha256:{hashlib.sha256(repr(model).encode()).hexdigest()}"
-        opened = _opened(plan, frozen(model), preprocess, _config_digest(plan) if catalogue.has(name) else architecture)
+        opened = _opened(plan, model, preprocess, _config_digest(plan) if catalogue.has(name) else architecture)
         return cls(replace(opened, tokenizer=partial(_same, tokenizer)), how)
 
 
@@ -216,30 +216,18 @@ def _same(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
-def _filled_once(create: Callable[[], _Created]) -> _Created:
-    """Create a model without random initialisation, unless its checkpoint leaves some weights unset."""
+def _undrawn() -> AbstractContextManager[object]:
+    """Skip the random initialisation of weights, since open_clip requires a checkpoint to contain all of them."""
     import torch
     from torch.overrides import TorchFunctionMode
 
-    draws = {"normal_", "uniform_", "kaiming_uniform_"}  # names, since transformers replaces the functions
-    written: dict[int, torch.Tensor] = {}  # tensors by id; a reference to the tensor keeps its id unique
-
     class Undrawn(TorchFunctionMode):
-        def __torch_function__(
-            self, func: Callable[..., object], types: object, args: Any = (), kwargs: Config | None = None
-        ) -> object:
-            kwargs = kwargs or {}
-            if getattr(func, "__name__", None) in draws:
-                tensor = args[0] if args else kwargs["tensor"]
-                if isinstance(tensor, torch.nn.Parameter):
-                    return tensor
-            elif func is torch.Tensor.copy_:
-                written[id(args[0])] = args[0]
-            return func(*args, **kwargs)
+        def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Config | None = None) -> object:
+            tensor = args[0] if args else (kwargs or {}).get("tensor")
+            drawn = getattr(func, "__name__", None) in DRAWS and isinstance(tensor, torch.nn.Parameter)
+            return tensor if drawn else func(*args, **(kwargs or {}))
 
-    with Undrawn():
-        made = create()
-    return made if all(id(parameter) in written for parameter in made[0].parameters()) else create()
+    return Undrawn()
 
 
 def _config_digest(plan: _Plan) -> str:

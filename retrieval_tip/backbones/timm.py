@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 from retrieval_tip.backbones.base import Identity, Preprocess
 from retrieval_tip.backbones.catalogue import ask_hub, download_error, downloaded, similar
 from retrieval_tip.backbones.known import Files
-from retrieval_tip.backbones.torch_backbone import Opened, frozen
+from retrieval_tip.backbones.torch_backbone import Opened
 from retrieval_tip.errors import BackboneError, UsageError, first_line
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def open_model(name: str, pretrained: str | None, device: torch.device) -> Opene
         config=f"sha256:{hashlib.sha256(json.dumps({'timm': architecture}).encode()).hexdigest()}",
         preprocess=_plain(settings),
     )
-    model = frozen(_image_model(tower)).to(device)
+    model = _image_model(tower).to(device)
     preprocess = create_transform(**settings, is_training=False)
     dim = cast("int", getattr(tower, "head_hidden_size", None) or tower.num_features)
     return Opened(model, preprocess, identity, dim, None, files)

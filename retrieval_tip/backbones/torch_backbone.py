@@ -8,7 +8,7 @@ import random
 import shlex
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -42,7 +42,7 @@ _CONVOLUTIONS = threading.Lock()  # the precision of convolutions is a process-w
 
 @dataclass(frozen=True)
 class Opened:
-    """A frozen model, its identity without the digest of the weights, and a factory for its tokenizer, if any.
+    """A model, its identity without the digest of the weights, and a factory for its tokenizer, if any.
 
     ``files`` are the files that the model was loaded from, if they are known. If the model was not loaded by a name,
     this object takes the place of the function that opens it.
@@ -97,6 +97,7 @@ class TorchBackbone:
         import torch
 
         opened = self._open(self._device)
+        opened.model.eval().requires_grad_(False)
         if self._device.type == "cuda":
             # the pixels have the same format; on a CPU, weights are packed anyway
             opened.model.visual.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -281,7 +282,11 @@ class TorchBackbone:
             compiled = tower.kept(identity, self._precision)
             if compiled is None:
                 if self._precision == "int8":
-                    raise BackboneError(f"precision int8: not stored for this encoder; run {_command(identity)}")
+                    weights = () if identity.pretrained is None else ("--pretrained", identity.pretrained)
+                    store = shlex.join(
+                        ("retrieval-tip", "models", "--int8", "PHOTOS", "--model", identity.model, *weights)
+                    )
+                    raise BackboneError(f"precision int8: not stored for this encoder; run {store}")
                 if number < 2:  # for one image, conversion takes longer than it saves
                     return None
                 compiled = tower.converted(self._model, identity, self.size, self._precision)
@@ -306,18 +311,6 @@ class TorchBackbone:
         return array
 
 
-def _command(identity: Identity) -> str:
-    """Return the command that stores the encoder in int8."""
-    weights = () if identity.pretrained is None else ("--pretrained", identity.pretrained)
-    return "retrieval-tip models --int8 PHOTOS " + shlex.join(("--model", identity.model, *weights))
-
-
-def frozen(model: Model) -> Model:
-    """Set a model to evaluation mode, and disable its gradients."""
-    model.eval().requires_grad_(False)
-    return model
-
-
 @contextmanager
 def _whole_convolutions(device: torch.device) -> Iterator[None]:
     """Compute convolutions in full float32. With TF32 in cuDNN, features would differ from those on a CPU by 1e-3."""
@@ -329,13 +322,10 @@ def _whole_convolutions(device: torch.device) -> Iterator[None]:
     cudnn: Any = torch.backends.cudnn
     new = hasattr(cudnn, "conv")  # since torch 2.9; once it is used, the older setting cannot be read
     place, name, exact = (cudnn.conv, "fp32_precision", "ieee") if new else (cudnn, "allow_tf32", False)
-    with _CONVOLUTIONS:
-        before = getattr(place, name)
+    with _CONVOLUTIONS, ExitStack() as restored:
+        restored.callback(setattr, place, name, getattr(place, name))
         setattr(place, name, exact)
-        try:
-            yield
-        finally:
-            setattr(place, name, before)
+        yield
 
 
 def _crop(width: int, height: int, generator: random.Random) -> tuple[int, int, int, int]:

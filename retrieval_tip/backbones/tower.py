@@ -13,7 +13,8 @@ import os
 import shutil
 import sys
 import threading
-from contextlib import contextmanager, redirect_stdout, suppress
+import warnings
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from importlib.metadata import version
 from importlib.util import find_spec
 from io import BytesIO, StringIO
@@ -159,17 +160,13 @@ def to_onnx(
     import onnx
     import torch
 
-    file, logger = BytesIO(), logging.getLogger("torch.onnx")
-    try:
-        with torch.no_grad(), traceable():
-            logger.disabled = True
-            torch.onnx.export(
-                module, (torch.zeros(2, *shape),), file,  # type: ignore[arg-type]  # accepted with dynamo=False
-                input_names=[given], output_names=list(outputs),
-                dynamic_axes={name: {0: "batch"} for name in (given, *outputs)}, opset_version=OPSET, dynamo=False,
-            )  # fmt: skip
-    finally:
-        logger.disabled = False
+    file = BytesIO()
+    with torch.no_grad(), traceable(), quiet():
+        torch.onnx.export(
+            module, (torch.zeros(2, *shape),), file,  # type: ignore[arg-type]  # accepted with dynamo=False
+            input_names=[given], output_names=list(outputs),
+            dynamic_axes={name: {0: "batch"} for name in (given, *outputs)}, opset_version=OPSET, dynamo=False,
+        )  # fmt: skip
     return onnx.load_model_from_string(file.getvalue())
 
 
@@ -267,18 +264,13 @@ def image_encoder(model: Model) -> torch.nn.Module:
 @contextmanager
 def traceable() -> Iterator[None]:
     """Turn off fused attention, which other runtimes do not support, and warnings about tracing."""
-    import warnings
+    from torch.backends import mha
 
-    import torch
-
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    with warnings.catch_warnings(), ExitStack() as restored:
+        warnings.simplefilter("ignore")
+        restored.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
+        mha.set_fastpath_enabled(False)
+        yield
 
 
 def folder_of(identity: Identity, precision: str) -> Path | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from retrieval_tip.backbones import catalogue
 from retrieval_tip.backbones.base import Identity, Preprocess
 from retrieval_tip.backbones.known import Files
-from retrieval_tip.backbones.torch_backbone import Opened, frozen
+from retrieval_tip.backbones.torch_backbone import Opened
 from retrieval_tip.errors import BackboneError, UsageError, install
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def open_model(place: str, device: torch.device) -> Opened:
 
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(settings).items()}
     identity = Identity(f"hf:{place}", None, "", _digest(config), plain)
-    dual = frozen(_dual(model.float())).to(device)
+    dual = _dual(model.float()).to(device)
     return Opened(dual, image_transform_v2(settings, False), identity, None, tokenizer, files)
 
 
@@ -92,13 +92,11 @@ def open_model(place: str, device: torch.device) -> Opened:
 def _no_bars() -> Iterator[None]:
     from transformers.utils import logging as bars
 
-    before = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    try:
+    with ExitStack() as restored:
+        if bars.is_progress_bar_enabled():
+            restored.callback(bars.enable_progress_bar)
+        bars.disable_progress_bar()
         yield
-    finally:
-        if before:
-            bars.enable_progress_bar()
 
 
 def _dual(model: Any) -> Model:

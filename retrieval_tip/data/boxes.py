@@ -85,26 +85,27 @@ def _ends(path: str) -> Iterator[str]:
 
 def _read(file: Path) -> dict[str, list[tuple[str, Box]] | str]:
     """Return the boxes and their categories in each photo of a file, or the reason why the detector failed."""
-    match data := read_json(file, LARGEST):
-        case {"images": list() as entries}:
+    data = read_json(file, LARGEST)
+    if not isinstance(data, dict) or not isinstance(entries := data.get("images"), list):
+        raise InputError(f"{show(file)}: has no list 'images'; expected boxes in MegaDetector's format")
+    names = data.get("detection_categories")
+    match data:
+        case {"info": {"detector_metadata": {"typical_detection_threshold": float() | int() as least}}} if (
+            0 <= least <= 1
+        ):
             pass
         case _:
-            raise InputError(f"{show(file)}: has no list 'images'; expected boxes in MegaDetector's format")
-    least: float = CONFIDENCE
-    names: dict[str, object] = {}
-    match data:
-        case {"info": {"detector_metadata": {"typical_detection_threshold": float() | int() as own}}} if 0 <= own <= 1:
-            least = own
-    match data:
-        case {"detection_categories": dict() as own_names}:
-            names = own_names
+            least = CONFIDENCE
     photos: dict[str, list[tuple[str, Box]] | str] = {}
     for row, entry in enumerate(entries):
         match entry:
             case {"file": str() as name, "detections": list() as found}:
-                boxes = [_box(one, names, f"{show(file)}: image {row}") for one in found]
-                sure = [(kind, box) for kind, confidence, box in boxes if confidence >= least]
-                value: list[tuple[str, Box]] | str = [(kind, box) for kind, box in sure if min(box[2:]) > 0]
+                boxes = [
+                    _box(one, names if isinstance(names, dict) else {}, f"{show(file)}: image {row}") for one in found
+                ]
+                value: list[tuple[str, Box]] | str = [
+                    (kind, box) for kind, confidence, box in boxes if confidence >= least and min(box[2:]) > 0
+                ]
             case {"file": str() as name, "failure": str() as why}:
                 value = show(f"the detector failed: {why}")
             case _:

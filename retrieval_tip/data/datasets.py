@@ -13,7 +13,7 @@ import numpy as np
 
 from retrieval_tip.data import folders
 from retrieval_tip.data.sources import Source, of_images, open_source
-from retrieval_tip.data.tables import MAX_TEXT
+from retrieval_tip.data.tables import MAX_TEXT, reading
 from retrieval_tip.errors import InputError, UsageError, few, show
 from retrieval_tip.files import read_regular
 
@@ -211,14 +211,8 @@ def _pairs(file: Path, what: str) -> Iterator[tuple[int, str, str]]:
 
 
 def _lines(file: Path) -> list[tuple[int, str]]:
-    try:
+    with reading(show(file)):
         text = read_regular(file, MAX_LISTING).decode("utf-8-sig")
-    except InputError:
-        raise
-    except OSError as error:
-        raise InputError(f"{show(file)}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{show(file)}: not UTF-8 text (byte {error.start})") from None
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise InputError(f"{show(file)}: empty")

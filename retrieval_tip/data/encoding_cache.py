@@ -19,7 +19,7 @@ from retrieval_tip.files import cache_folder, make_folders
 
 log = logging.getLogger(__name__)
 
-NAME = "encodings.sqlite"
+NAME = "encodings-2.sqlite"  # the number changes with the schema
 DEFAULT_BYTES = 8_000_000_000  # default size limit, enough for two million photos with 512 values each
 LEFT = 0.9  # each removal of old encodings frees a tenth of the limit, so that removals are rare
 REMOVED, ROW_BYTES, USED = 1024, 8192, 1024  # encodings removed per transaction, bytes per encoding, uses per update
@@ -27,13 +27,11 @@ REMOVED, ROW_BYTES, USED = 1024, 8192, 1024  # encodings removed per transaction
 _UNIT = 1_000_000  # SQLite's 32-bit ``user_version`` stores the limit in megabytes; 0 means the default
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS encodings (scope TEXT NOT NULL, digest TEXT NOT NULL, view TEXT NOT NULL,
-    feature BLOB NOT NULL, crc INTEGER NOT NULL, PRIMARY KEY (scope, digest, view));
-CREATE TABLE IF NOT EXISTS uses (id INTEGER PRIMARY KEY, used REAL NOT NULL);
-CREATE INDEX IF NOT EXISTS uses_used ON uses (used);
-CREATE TRIGGER IF NOT EXISTS encodings_used AFTER INSERT ON encodings BEGIN
-    INSERT OR REPLACE INTO uses VALUES (new.rowid, julianday('now')); END;
+    crc INTEGER NOT NULL, used REAL NOT NULL DEFAULT (julianday('now')), feature BLOB NOT NULL,
+    PRIMARY KEY (scope, digest, view));
+CREATE INDEX IF NOT EXISTS encodings_used ON encodings (used);
 """
-"""``uses`` stores the times of last use, so that reading an encoding does not rewrite it."""
+_INSERT = "INSERT OR REPLACE INTO encodings (scope, digest, view, feature, crc) VALUES (?, ?, ?, ?, ?)"
 _DAMAGE = (sqlite3.DatabaseError, UnicodeDecodeError)
 
 
@@ -53,11 +51,14 @@ class EncodingCache:
         self._used: set[int] = set()
         try:
             make_folders(self.path.parent)
-            self._db = self._open()
-        except (OSError, sqlite3.OperationalError) as error:
+            try:
+                self._db = self._open()
+            except sqlite3.OperationalError:
+                raise
+            except _DAMAGE:
+                self._renew()
+        except (OSError, sqlite3.Error) as error:
             raise self._unusable(error) from None
-        except _DAMAGE:
-            self._renew()
 
     @classmethod
     def at(cls, folder: str | os.PathLike[str] | None) -> EncodingCache | None:
@@ -94,16 +95,13 @@ class EncodingCache:
 
     def _renew(self) -> None:
         self._used.clear()
-        try:
-            self.path.replace(self._aside)
-            log.warning("%s: damaged and moved to %s; encoding the images again", show(self.path), self._aside.name)
-            self._db = self._open()
-        except (OSError, sqlite3.Error) as error:
-            raise self._unusable(error) from None
+        self.path.replace(self._aside)
+        log.warning("%s: damaged and moved to %s; encoding the images again", show(self.path), self._aside.name)
+        self._db = self._open()
 
     def _open(self) -> sqlite3.Connection:
         if self.path.exists() and not self.path.is_file():  # SQLite would block on a pipe
-            raise self._unusable(ValueError("not a file"))
+            raise OSError("not a file")
         db = sqlite3.connect(self.path, timeout=60, check_same_thread=False, isolation_level="IMMEDIATE")
         try:
             db.execute("PRAGMA auto_vacuum = 2")  # incremental; only affects new files
@@ -140,17 +138,17 @@ class EncodingCache:
                 return
             try:
                 try:
-                    self._write("INSERT OR REPLACE INTO encodings VALUES (?, ?, ?, ?, ?)", rows)
+                    self._write(_INSERT, rows)
                     self._shrink()
-                except sqlite3.OperationalError as error:
-                    raise self._unusable(error) from None
+                except sqlite3.OperationalError:
+                    raise
                 except _DAMAGE:
                     self._db.close()
                     self._renew()
-                    self._write("INSERT OR REPLACE INTO encodings VALUES (?, ?, ?, ?, ?)", rows)
-            except (sqlite3.Error, InputError) as error:
+                    self._write(_INSERT, rows)
+            except (OSError, sqlite3.Error) as error:
                 self._keeps = False
-                log.warning("%s; continuing without storing new encodings", error)
+                log.warning("%s; continuing without storing new encodings", self._unusable(error))
 
     def _write(self, statement: str, rows: list[tuple[str, str, str, bytes, int]] | list[tuple[int]]) -> None:
         with self._db:  # commits or rolls back
@@ -161,7 +159,7 @@ class EncodingCache:
         self._used.clear()
         if used and self._keeps:
             with suppress(sqlite3.Error):
-                self._write("UPDATE uses SET used = julianday('now') WHERE id = ?", used)
+                self._write("UPDATE encodings SET used = julianday('now') WHERE rowid = ?", used)
 
     @property
     def most(self) -> int:
@@ -178,21 +176,17 @@ class EncodingCache:
                 raise self._unusable(error) from None
 
     def _shrink(self) -> None:
-        page, most = self._number("page_size"), self.most
-        if self._number("page_count") * page <= most:
+        db, most = self._db, self.most
+        page = _pragma(db, "page_size")
+        if _pragma(db, "page_count") * page <= most:
             return
-        while beyond := max(0, (self._number("page_count") - self._number("freelist_count")) * page - int(LEFT * most)):
-            number = min(REMOVED, 1 + beyond // ROW_BYTES)
-            rows = self._db.execute("SELECT id FROM uses ORDER BY used, id LIMIT ?", (number,)).fetchall()
-            with self._db:
-                self._db.executemany("DELETE FROM encodings WHERE rowid = ?", rows)
-                self._db.executemany("DELETE FROM uses WHERE id = ?", rows)
+        oldest = "SELECT rowid FROM encodings ORDER BY used, rowid LIMIT ?"
+        while beyond := max(0, (_pragma(db, "page_count") - _pragma(db, "freelist_count")) * page - int(LEFT * most)):
+            rows = db.execute(oldest, (min(REMOVED, 1 + beyond // ROW_BYTES),)).fetchall()
             if not rows:
                 break
+            self._write("DELETE FROM encodings WHERE rowid = ?", rows)
         self._db.executescript("PRAGMA incremental_vacuum")  # execute would only free one page
-
-    def _number(self, name: str) -> int:
-        return int(self._db.execute(f"PRAGMA {name}").fetchone()[0])
 
     def __len__(self) -> int:
         with self._lock:
@@ -200,11 +194,9 @@ class EncodingCache:
 
     def clear(self) -> int:
         """Remove all encodings, free their disk space, and return their number."""
-        number = len(self)
         with self._lock:
             with self._db:
-                self._db.execute("DELETE FROM encodings")
-                self._db.execute("DELETE FROM uses")
+                number = self._db.execute("DELETE FROM encodings").rowcount
             self._db.execute("VACUUM")
             self._aside.unlink(missing_ok=True)
         return number
@@ -229,8 +221,11 @@ def size_of(folder: Path) -> tuple[Path, int, int]:
 
 
 def _most(db: sqlite3.Connection) -> int:
-    chosen = int(db.execute("PRAGMA user_version").fetchone()[0])
-    return chosen * _UNIT if chosen > 0 else DEFAULT_BYTES
+    return max(0, _pragma(db, "user_version")) * _UNIT or DEFAULT_BYTES
+
+
+def _pragma(db: sqlite3.Connection, name: str) -> int:
+    return int(db.execute(f"PRAGMA {name}").fetchone()[0])
 
 
 def _crc(scope: str, digest: str, view: str, blob: bytes) -> int:

@@ -38,7 +38,7 @@ def label_studio(answers: Iterable[Answered], class_names: Sequence[str] = ()) -
     for path, label, probability in answers:
         choice = {"from_name": "label", "to_name": "image", "type": "choices", "value": {"choices": [label]}}
         made = [] if label is None else [{"model_version": "retrieval-tip", "score": probability, "result": [choice]}]
-        where = path if remote.is_remote(path) else LOCAL + quote(os.path.abspath(path).lstrip("/"))
+        where = path if remote.is_remote(path) else LOCAL + quote(_absolute(path).lstrip("/"))
         tasks.append({"data": {"image": where}, "predictions": made})
     return tasks
 
@@ -113,8 +113,13 @@ def read(file: Path, data: object, split: str, root: str | os.PathLike[str] | No
 
 def _of_coco(file: Path, data: dict[str, list[object]]) -> list[tuple[str, set[str]]]:
     where = f"{show(file)}: COCO"
+    match data:
+        case {"categories": list() as categories, "annotations": list() as annotations}:
+            pass
+        case _:
+            raise InputError(f"{where}: has no list 'categories' or no list 'annotations'")
     names: dict[int | str, str] = {}
-    for row, category in enumerate(_list(data, "categories", where)):
+    for row, category in enumerate(categories):
         match category:
             case {"id": int() | str() as number, "name": str() as name} if name.strip():
                 if names.setdefault(number, show(name)) != show(name):
@@ -128,7 +133,7 @@ def _of_coco(file: Path, data: dict[str, list[object]]) -> list[tuple[str, set[s
                 images[number] = path, set()
             case _:
                 raise InputError(f"{where}: image {row} has no file_name, or no id of its own")
-    for row, annotation in enumerate(_list(data, "annotations", where)):
+    for row, annotation in enumerate(annotations):
         match annotation:
             case {"image_id": int() | str() as number, "category_id": int() | str() as category} if (
                 number in images and category in names
@@ -137,12 +142,6 @@ def _of_coco(file: Path, data: dict[str, list[object]]) -> list[tuple[str, set[s
             case _:
                 raise InputError(f"{where}: annotation {row} names no image or no category")
     return list(images.values())
-
-
-def _list(data: dict[str, list[object]], name: str, where: str) -> list[object]:
-    if not isinstance(found := data.get(name), list):
-        raise InputError(f"{where}: has no list {name!r}")
-    return found
 
 
 def _of_label_studio(file: Path, tasks: list[object]) -> list[tuple[str, set[str]]]:
@@ -178,15 +177,13 @@ def _choices(task: Mapping[str, object]) -> set[str]:
 
 
 def _path(name: str, file: Path, root: str | os.PathLike[str] | None) -> str:
-    if remote.is_remote(name):
-        return name
     if name.startswith(LOCAL):
         return os.path.join(
             "/" if root is None or remote.is_remote(root) else root, unquote(name.removeprefix(LOCAL)).lstrip("/")
         )
     if name.startswith("/data/upload/"):  # relative to the media folder of Label Studio
-        return os.path.join(root or file.parent, unquote(name.removeprefix("/data/")))
-    return os.path.join(root or file.parent, name)
+        name = unquote(name.removeprefix("/data/"))
+    return name if remote.is_remote(name) else os.path.join(root or file.parent, name)
 
 
 def _of_split_file(file: Path, data: object, split: str, root: str | os.PathLike[str] | None) -> Source:
@@ -196,9 +193,13 @@ def _of_split_file(file: Path, data: object, split: str, root: str | os.PathLike
     the folder inside it that contains the images.
     """
     name = f"{show(file)} ({split})"
+    parts = data if isinstance(data, dict) else {}
+    if not isinstance(part := parts.get(split), list):
+        has = few(list(map(repr, parts))) or "none"
+        raise InputError(f"{show(file)}: no part {split!r}; expected lists train, val and test, found {has}")
     entries: list[tuple[str, str]] = []
     names: dict[int, str] = {}
-    for row, entry in enumerate(_part(file, data, split)):
+    for row, entry in enumerate(part):
         match entry:
             case [str() as path, int() as label, str() as class_name] if type(label) is int and class_name.strip():
                 entries.append((path, show(class_name)))
@@ -216,13 +217,6 @@ def _of_split_file(file: Path, data: object, split: str, root: str | os.PathLike
     folder = root or _image_root(file, [path for path, _ in entries])
     paths = [os.path.join(folder, path) for path, _ in entries]
     return of_images(paths, name, [label for _, label in entries], classes)
-
-
-def _part(file: Path, data: object, split: str) -> list[object]:
-    if not isinstance(data, dict) or split not in data:
-        has = few(list(map(repr, data))) if isinstance(data, dict) else "none"
-        raise InputError(f"{show(file)}: no part {split!r}; expected train, val and test, found {has}")
-    return data[split] if isinstance(data[split], list) else [None]
 
 
 def _image_root(file: Path, paths: list[str]) -> Path:

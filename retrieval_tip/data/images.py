@@ -125,10 +125,8 @@ def read(path: str | os.PathLike[str]) -> bytes:
         raise InputError("a folder, not an image" if error.kind == FOLDER else f"{error.kind}, not a file") from None
     except FileNotFoundError:
         raise InputError("no such file") from None
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(getattr(error, "strerror", None) or str(error)) from error
+    except (OSError, ValueError) as error:  # a ValueError has no strerror
+        raise InputError(getattr(error, "strerror", None) or str(error)) from None
 
 
 class _Bounded(io.BytesIO):

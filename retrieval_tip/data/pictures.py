@@ -251,14 +251,14 @@ def _whole(given: Any) -> Any:
 
 
 def _apart(given: Any, columns: Columns | None) -> tuple[Any, Iterable[object]]:
-    label = None if columns is None else columns.label
-    if columns is not None and label is None:
-        raise UsageError("label: missing; give a dataset that has one column of class labels, or one called 'label'")
-    if label is not None and hasattr(given, "__len__") and Columns.of(given) == columns:
-        return given, given.with_format(None)[label]
-    items = list(_each(given))
-    if columns is not None and label is not None:
-        items = [(row[columns.image], row[label]) for row in items]
+    items = _each(given)
+    if columns is not None:
+        if columns.label is None:
+            raise UsageError("label: missing; give a dataset with one column of class labels, or one called 'label'")
+        if hasattr(given, "__len__") and Columns.of(given) == columns:
+            return given, given.with_format(None)[columns.label]
+        items = ((row[columns.image], row[columns.label]) for row in items)
+    items = list(items)
     if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in items):
         raise UsageError("label: missing; give one for all photos, one per photo, or pairs (photo, label)")
     return [pair[0] for pair in items], [pair[1] for pair in items]

@@ -333,16 +333,15 @@ class Reader:
                 names = [REDUCED if view == CENTRE else view for view in names]
             features = {view: None if cache is None else cache.get(scope, digest, view) for view in names}
             missing = [view for view, feature in features.items() if feature is None]
-            picture = images.decode(data) if set(missing) - {REDUCED} else None
             pixels: dict[str, torch.Tensor] = {}
-            for view in missing:
-                if picture is None or view == REDUCED:
-                    pixels[view] = backbone.preprocess(images.decode(data, least))
-                else:
-                    centre = view == CENTRE
-                    pixels[view] = (
-                        backbone.preprocess(picture) if centre else backbone.view(picture, f"{digest}/{view}")
-                    )
+            if REDUCED in missing:
+                missing.remove(REDUCED)
+                pixels[REDUCED] = backbone.preprocess(images.decode(data, least))
+            if missing:
+                picture = images.decode(data)
+                pixels |= {view: backbone.view(picture, f"{digest}/{view}") for view in missing if view != CENTRE}
+                if CENTRE in missing:
+                    pixels[CENTRE] = backbone.preprocess(picture)
         except InputError as error:
             return _Loaded(path, problem=str(error))
         return _Loaded(path, digest, features, pixels)
@@ -406,8 +405,7 @@ def grouped(names: Sequence[str]) -> tuple[IntArray, IntArray]:
     """Return the first position of each group of equal names, and the group number of each name, in order."""
     numbers: dict[str, int] = {}
     shots = np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int64)
-    _, first = np.unique(shots, return_index=True)
-    return first.astype(np.int64), shots
+    return np.unique(shots, return_index=True)[1].astype(np.int64), shots
 
 
 def encode_table(source: Source, out: str | os.PathLike[str], reader: Reader) -> int:

@@ -228,9 +228,8 @@ def _open_table(where: str, wanted: _Wanted) -> Source:
     missing = [column for column in (key, "label")[: 1 + labelled] if column not in items.column_names]
     if missing:
         path, feature = ", ".join(NAMES["path"][1:4]), ", ".join(NAMES[FEATURE][1:])
-        kind = f"an image table has path ({path}) and label; a feature table has feature ({feature})"
-        kind = "a feature table has id, label and feature" if has_features else kind
-        raise InputError(f"{name}: no column {missing[0]!r} among {few_names(items.column_names)}; {kind}")
+        kinds = f"an image table has path ({path}) and label; a feature table has id, label and feature ({feature})"
+        raise InputError(f"{name}: no column {missing[0]!r} among {few_names(items.column_names)}; {kinds}")
     front = {"source": texts(items[key], name, key, needed=True)}
     if "label" in items.column_names:
         front["label"] = texts(items["label"], name, "label", needed=labelled)

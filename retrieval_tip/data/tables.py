@@ -214,15 +214,15 @@ def _read_csv(file: Path) -> pa.Table:
 
 def _read_json_lines(file: Path) -> pa.Table:
     """Read a JSON Lines file as text. Other values are converted to JSON."""
+    with reading(show(file)):
+        lines = read_regular(file, MAX_JSON).splitlines()
     try:
-        rows = [json.loads(line) for line in read_regular(file, MAX_JSON).splitlines() if line.strip()]
+        rows = [json.loads(line) for line in lines if line.strip()]
         columns = dict.fromkeys(name for row in rows for name in row)
         return pa.table({name: pa.array([_text(row.get(name)) for row in rows], pa.string()) for name in columns})
-    except InputError:
-        raise
     except (AttributeError, TypeError):
         raise InputError(f"{show(file)}: cannot be read as JSON lines: a line is not an object") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{show(file)}: cannot be read as JSON lines: {first_line(error)}") from None
 
 
@@ -255,9 +255,7 @@ def _check(columns: Sequence[str], number: int, most: int, name: str) -> None:
 
 def texts(column: pa.ChunkedArray, name: str, what: str, *, needed: bool) -> pa.ChunkedArray:
     """Read ids, paths or labels as text. Blank values count as missing, and integers are converted to text."""
-    kind = column.type
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
     if not (is_text or pa.types.is_integer(kind) or pa.types.is_null(kind)):
         raise InputError(f"{name}: column {what!r} has type {column.type}; expected text")
@@ -332,8 +330,7 @@ def table_dim(path: Path | str) -> int:
 
 def read_features(path: Path | str, norms: Norms = "check") -> Iterator[FloatArray]:
     """Yield the features of a table as float32 arrays of shape ``[b, d]``. Raises InputError for an unusable row."""
-    for _, features in read_rows(path, norms):
-        yield features
+    return (features for _, features in read_rows(path, norms))
 
 
 def read_rows(
@@ -366,13 +363,11 @@ def _row_groups(parquet: pq.ParquetFile, first: int, last: int) -> tuple[list[in
 
 
 def _column(file: pq.ParquetFile, name: str) -> str:
-    column = feature_column(file.schema_arrow)
-    if column is None:
-        raise InputError(f"{name}: no column {FEATURE!r}; its columns are {few_names(file.schema_arrow.names)}")
-    if len(file.schema_arrow.get_all_field_indices(column)) > 1:
-        raise InputError(f"{name}: duplicate column {column!r}")
-    kind = file.schema_arrow.field(column).type
-    if not is_vector(kind):
+    schema = file.schema_arrow
+    column = feature_column(schema) or FEATURE
+    if schema.names.count(column) != 1:
+        raise InputError(f"{name}: expected one column {column!r}; its columns are {few_names(schema.names)}")
+    if not is_vector(kind := schema.field(column).type):
         raise InputError(f"{name}: column {column!r} has type {kind}; expected lists of float32 or float16")
     return column
 

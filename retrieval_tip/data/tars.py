@@ -65,10 +65,9 @@ class Tar:
         except (OSError, EOFError, tarfile.TarError, InputError) as error:
             raise InputError(f"cannot be read as a tar: {first_line(error)}") from None
         for key, sample in samples.items():
-            path = f"{place}/{sample.name}"
+            path = f"{place}/{sample.name or key}"
             try:
                 if not sample.name:
-                    path = f"{place}/{key}"
                     raise InputError("no image with this key")
                 if sample.start + sample.size > total:
                     raise InputError("cut off at the end of the tar")
@@ -249,19 +248,14 @@ def _label(sample: _Sample) -> str | None:
         return None
     try:
         text = sample.labels[kind].decode()
-        if kind == "json":
-            facts = json.loads(text)
-            if not isinstance(facts, dict):
-                raise InputError("its .json is not an object")
-            label = next((facts[key] for key in ("label", "class", "cls") if facts.get(key) is not None), "")
-            if isinstance(label, bool) or not isinstance(label, str | int):
-                raise InputError(f"the label in its .json has type {type(label).__name__}; expected text")
-            text = str(label)
-            text.encode()  # fails for a lone surrogate
-    except InputError:
-        raise
+        facts = json.loads(text) if kind == "json" else {"label": text}
     except (ValueError, RecursionError) as error:
         raise InputError(f"its .{kind} cannot be read as a label ({first_line(error)})") from None
-    if len(text := text.strip()) > MAX_LABEL:
+    if not isinstance(facts, dict):
+        raise InputError("its .json is not an object")
+    label = next((facts[key] for key in ("label", "class", "cls") if facts.get(key) is not None), "")
+    if isinstance(label, bool) or not isinstance(label, str | int):
+        raise InputError(f"the label in its .json has type {type(label).__name__}; expected text")
+    if len(text := show(str(label)).strip()) > MAX_LABEL:
         raise InputError(f"its label has more than {MAX_LABEL} characters")
     return text or None
