@@ -29,7 +29,7 @@ class Diagnosis:
 def examine() -> Diagnosis:
     """Check the installed versions, the devices and the FAISS build."""
     facts = {
-        "retrieval-tip": _version("retrieval-tip") or "not installed as a package",
+        "retrieval-tip": version_of("retrieval-tip") or "not installed as a package",
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "cores": str(os.cpu_count()),
     }
@@ -39,7 +39,7 @@ def examine() -> Diagnosis:
             f"Python {platform.python_version()} is not supported; create an environment with Python 3.11 to 3.13"
         )
     for name in PACKAGES:
-        installed = _version(name)
+        installed = version_of(name)
         facts[name] = installed or "not installed"
         if installed is None and name == "transformers":
             facts[name] += f" (only needed for text towers from Hugging Face: {install('hf')})"
@@ -52,7 +52,7 @@ def examine() -> Diagnosis:
 
 def faiss_distributions() -> dict[str, str]:
     """Return the version of each installed distribution that provides ``faiss``."""
-    return {name: version for name in FAISS_DISTRIBUTIONS if (version := _version(name)) is not None}
+    return {name: version for name in FAISS_DISTRIBUTIONS if (version := version_of(name)) is not None}
 
 
 def _torch(facts: dict[str, str], problems: list[str]) -> None:
@@ -99,7 +99,8 @@ def _faiss(facts: dict[str, str], problems: list[str]) -> None:
         )
 
 
-def _version(name: str) -> str | None:
+def version_of(name: str) -> str | None:
+    """Return the version of an installed distribution, or ``None`` if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:

@@ -257,8 +257,10 @@ def test_doctor_reports_versions_and_finds_two_faiss_packages(run, monkeypatch):
     done = run("doctor")
     assert "faiss SIMD level" in done.stdout
     assert json.loads(run("doctor", "--json").stdout)["facts"]["torch"]
-    real = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda name: "1.15.1" if name in ("faiss-cpu", "faiss-gpu") else real(name))
+    real = doctor.version_of
+    monkeypatch.setattr(
+        doctor, "version_of", lambda name: "1.15.1" if name in ("faiss-cpu", "faiss-gpu") else real(name)
+    )
     both = run("doctor")
     assert both.exit_code == 1
     assert "pip uninstall -y faiss-gpu faiss-cpu" in both.stdout

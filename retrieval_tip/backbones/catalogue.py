@@ -20,8 +20,7 @@ from retrieval_tip.errors import BackboneError, UsageError, first_line
 
 log = logging.getLogger(__name__)
 
-DEFAULT = "ViT-B-32"
-"""Default backbone. Its recommended weights (0.6 GB) reach a zero-shot accuracy of 69 % on ImageNet."""
+DEFAULT = "ViT-B-32"  # its recommended weights (0.6 GB) reach a zero-shot accuracy of 69 % on ImageNet
 
 SHORT = {
     "clip": "ViT-B-32",

@@ -7,10 +7,10 @@ import json
 import logging
 import os
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from retrieval_tip.backbones.base import Identity
+from retrieval_tip.doctor import version_of
 from retrieval_tip.errors import RetrievalTipError, first_line, show
 from retrieval_tip.files import cache_folder, make_folders, open_regular, read_regular, replacing, sha256_of
 
@@ -54,7 +54,7 @@ class Files:
             contents = [(path, target, sha256_of(Path(path))) for path, target, *_ in stamps]
         except OSError:
             return None
-        versions = [(name, _version(name)) for name in PACKAGES]
+        versions = [(name, version_of(name)) for name in PACKAGES]
         return None if self._stamped() != stamps else _sha256(contents, versions)
 
     def _stamped(self) -> list[tuple[str, str, int, int, int, int]] | None:
@@ -114,13 +114,6 @@ def _record(model: str | None, pretrained: str | None) -> Path | None:
     hub = [os.environ.get(name) for name in ("HF_HOME", "HF_HUB_CACHE")]
     caches, name = cache_folder(), _sha256(FORM, model, pretrained, here, hub)[:16]
     return None if caches is None else caches / "backbones" / f"{name}.json"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _sha256(*what: object) -> str:

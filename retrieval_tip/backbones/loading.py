@@ -105,7 +105,7 @@ def _from_anywhere(model: str, pretrained: str | None) -> tuple[str, str | None]
     """Make paths in the names absolute, so that a pickle with these names can be loaded in any folder."""
     scheme, _, folder = model.partition(":")
     if scheme in ("local-dir", "hf") and Path(folder).is_dir():
-        model = f"{scheme}:{Path(folder).absolute()}"
+        model = f"{scheme}:{Path(folder).resolve()}"
     tag, sign, file = (pretrained or "").rpartition("=")
     if "." in file and Path(file).is_file():  # tags have no dots
         pretrained = f"{tag}{sign}{Path(file).absolute()}"

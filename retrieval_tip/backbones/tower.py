@@ -56,15 +56,10 @@ a cosine of 0.997 in both torch and OpenVINO, and its int8 features one of 0.96.
 
 COMPARED = 16  # photos whose int8 features are compared with the float32 features
 
-CONVOLUTIONS, PRODUCTS = ("Convolution", "Conv"), ("MatMul", "Gemm")
-"""Types of the layers of a tower, in OpenVINO and ONNX."""
-
+CONVOLUTIONS, PRODUCTS = ("Convolution", "Conv"), ("MatMul", "Gemm")  # types of layers, in OpenVINO and ONNX
 FORM = 3  # version of the stored files
-
 OPSET = 18  # version of the ONNX operators in graphs
-PIXELS, FEATURES = "pixels", "features"
-"""Names of the input and the output of a tower in ONNX."""
-
+PIXELS, FEATURES = "pixels", "features"  # names of the input and the output of a tower in ONNX
 _GRAPH, _WEIGHTS, _ONNX, _FACTS = "tower.xml", "tower.bin", "tower.onnx", "digests.json"
 
 
@@ -79,7 +74,7 @@ class Tower:
         core = runtime().Core()
         types = {node.get_friendly_name(): node.get_type_name() for node in model.get_ordered_ops()}
         in_bfloat16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        half = precision == "bfloat16" or (precision == "int8" and _convolves(types) and in_bfloat16)
+        half = precision == "bfloat16" or (precision == "int8" and _layers(types)[1] and in_bfloat16)
         hint = "bf16" if half else "f32"  # in int8, the first convolution is slow in float32
         config = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
         self._compiled = core.compile_model(model, "CPU", config)
@@ -178,7 +173,7 @@ def _quantised(graph: onnx.ModelProto, photos: Collection[torch.Tensor]) -> byte
     """
     runtime()  # disables telemetry
     types = {node.name: node.op_type for node in graph.graph.node}
-    convolves = _convolves(types)
+    layers, convolves = _layers(types)
     with quiet(), redirect_stdout(StringIO()):  # which gets its progress bars
         import nncf
 
@@ -187,20 +182,15 @@ def _quantised(graph: onnx.ModelProto, photos: Collection[torch.Tensor]) -> byte
             graph, nncf.Dataset(photos, lambda view: {PIXELS: view[None].float().numpy()}), subset_size=len(photos),
             model_type=None if convolves else nncf.ModelType.TRANSFORMER,
             fast_bias_correction=not convolves,  # the full correction helps convolutions only
-            ignored_scope=nncf.IgnoredScope(names=list(_layers(types))[:1]),
+            ignored_scope=nncf.IgnoredScope(names=layers[:1]),
         )  # fmt: skip
     return bytes(found.SerializeToString())
 
 
-def _layers(types: dict[str, str]) -> dict[str, str]:
-    """Return the layers among nodes."""
-    return {name: kind for name, kind in types.items() if kind in CONVOLUTIONS + PRODUCTS}
-
-
-def _convolves(types: dict[str, str]) -> bool:
-    """Return whether most layers are convolutions."""
-    layers = _layers(types)
-    return sum(kind in CONVOLUTIONS for kind in layers.values()) > len(layers) / 2
+def _layers(types: dict[str, str]) -> tuple[list[str], bool]:
+    """Return the names of the layers among nodes, and whether most of them are convolutions."""
+    layers = {name: kind in CONVOLUTIONS for name, kind in types.items() if kind in CONVOLUTIONS + PRODUCTS}
+    return list(layers), sum(layers.values()) > len(layers) / 2
 
 
 def converted(model: Model, identity: Identity, size: tuple[int, int], precision: str) -> Tower | None:

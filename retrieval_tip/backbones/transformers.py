@@ -37,7 +37,6 @@ def open_model(place: str, device: torch.device) -> Opened:
     image processor, except that they are shifted by half a pixel if an odd number of pixels is cropped. Sentences are
     padded to the length of the text tower. Raises BackboneError if the model is not supported or cannot be read.
     """
-    place = str(Path(place).resolve()) if Path(place).is_dir() else place
     try:
         from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
     except ImportError:

@@ -12,13 +12,10 @@ from retrieval_tip.data.sources import Source, of_images
 from retrieval_tip.errors import InputError, Skipped, UsageError, show
 from retrieval_tip.files import read_json
 
-EMPTY = "empty"
-"""What is ``detected`` in a photo without boxes."""
+EMPTY = "empty"  # what is ``detected`` in a photo without boxes
 LARGEST = 1 << 28  # largest file, in bytes
-CONFIDENCE = 0.2
-"""Smallest confidence of a box, if the file does not contain the typical threshold of its detector."""
-SLACK = 0.01
-"""How far an edge may lie outside the photo, as detectors round."""
+CONFIDENCE = 0.2  # smallest confidence of a box, if the file does not contain the typical threshold of its detector
+SLACK = 0.01  # how far an edge may lie outside the photo, as detectors round
 
 
 @dataclass(frozen=True)
@@ -89,23 +86,18 @@ def _read(file: Path) -> dict[str, list[tuple[str, Box]] | str]:
     if not isinstance(data, dict) or not isinstance(entries := data.get("images"), list):
         raise InputError(f"{show(file)}: has no list 'images'; expected boxes in MegaDetector's format")
     names = data.get("detection_categories")
-    match data:
-        case {"info": {"detector_metadata": {"typical_detection_threshold": float() | int() as least}}} if (
-            0 <= least <= 1
-        ):
-            pass
-        case _:
-            least = CONFIDENCE
+    names = names if isinstance(names, dict) else {}
+    least: float = CONFIDENCE
+    match data.get("info"):
+        case {"detector_metadata": {"typical_detection_threshold": float() | int() as own}} if 0 <= own <= 1:
+            least = own
     photos: dict[str, list[tuple[str, Box]] | str] = {}
     for row, entry in enumerate(entries):
+        value: list[tuple[str, Box]] | str
         match entry:
             case {"file": str() as name, "detections": list() as found}:
-                boxes = [
-                    _box(one, names if isinstance(names, dict) else {}, f"{show(file)}: image {row}") for one in found
-                ]
-                value: list[tuple[str, Box]] | str = [
-                    (kind, box) for kind, confidence, box in boxes if confidence >= least and min(box[2:]) > 0
-                ]
+                boxes = [_box(one, names, f"{show(file)}: image {row}") for one in found]
+                value = [(kind, box) for kind, sure, box in boxes if sure >= least and min(box[2:]) > 0]
             case {"file": str() as name, "failure": str() as why}:
                 value = show(f"the detector failed: {why}")
             case _:

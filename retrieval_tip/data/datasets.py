@@ -184,11 +184,7 @@ def _class_folders(dataset: Dataset, listing: Path, images: Path) -> Source:
 
 
 def _class_names(listing: Path) -> dict[str, str]:
-    """Map folders to class names. Each line contains a folder, a space and a name.
-
-    If a name occurs twice, as "missile" does in older lists, ``_`` is appended to the second name. Prompts do not
-    contain the ``_``.
-    """
+    """Map folders to class names. A second "missile", as in older lists, gets a ``_``, which prompts do not contain."""
     names: dict[str, str] = {}
     taken: set[str] = set()
     for number, name, class_name in _pairs(listing, "a folder and its class name"):

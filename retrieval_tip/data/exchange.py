@@ -16,8 +16,7 @@ from retrieval_tip.errors import InputError, Skipped, counted, few, show
 
 log = logging.getLogger(__name__)
 
-LOCAL = "/data/local-files/?d="
-"""How Label Studio addresses files below its document root."""
+LOCAL = "/data/local-files/?d="  # how Label Studio addresses files below its document root
 
 
 class Answered(NamedTuple):
@@ -187,11 +186,7 @@ def _path(name: str, file: Path, root: str | os.PathLike[str] | None) -> str:
 
 
 def _of_split_file(file: Path, data: object, split: str, root: str | os.PathLike[str] | None) -> Source:
-    """Read a part of a CoOp split file: ``train``, ``val`` or ``test``, each a list of ``[path, label, class name]``.
-
-    The classes are sorted by label number. Paths are relative to ``root``, which defaults to the folder of the file or
-    the folder inside it that contains the images.
-    """
+    """Read a part of a CoOp split file, a list of ``[path, label, class name]``. Classes are sorted by label number."""
     name = f"{show(file)} ({split})"
     parts = data if isinstance(data, dict) else {}
     if not isinstance(part := parts.get(split), list):

@@ -176,15 +176,6 @@ def area(data: bytes, *, most: int = MAX_PIXELS, only: tuple[str, ...] | None = 
         return 0
 
 
-def reducible(data: bytes, least: int) -> bool:
-    """Return whether :func:`decode` with ``least`` would return a reduced image. Only the header is read."""
-    try:
-        with opened(data, ("JPEG",)) as image:
-            return image.format == "JPEG" and min(image.size) >= 2 * least
-    except InputError:  # decode reports the reason
-        return False
-
-
 def decode(
     data: bytes, least: int | None = None, *, most: int = MAX_PIXELS, only: tuple[str, ...] | None = None
 ) -> Image.Image:

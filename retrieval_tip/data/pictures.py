@@ -185,10 +185,7 @@ def _each(given: Any) -> Iterable[Any]:
 
 
 def _files(given: Any) -> Sequence[tuple[str, int]] | None:
-    """Return the paths and labels of an ImageFolder, or ``None`` if it has a transform that makes other pictures.
-
-    A transform that makes tensors is left out, because encoders have their own.
-    """
+    """Return the paths and labels of an ImageFolder, unless it has a transform that makes pictures, not tensors."""
     files: Sequence[tuple[str, int]] | None = getattr(given, "samples", None)
     if files and getattr(given, "transform", None) is not None and isinstance(given[0][0], Image.Image):
         return None

@@ -321,22 +321,18 @@ class Reader:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _load(self, backbone: Backbone, scope: str, names: Sequence[str], path: str) -> _Loaded:
-        """Read an image once. Return its digest, the features of cached views, and the pixels of the other views.
-
-        The centre view of a large JPEG is computed from the reduced image, and is called ``REDUCED``.
-        """
-        cache, least = self.cache, _least(backbone)
+        """Read an image once. The centre view is called ``REDUCED`` if it may come from a reduced image."""
+        cache = self.cache
         try:
             data = self.read(path)
             digest = hashlib.sha256(data).hexdigest()
-            if self.reduce and CENTRE in names and images.reducible(data, least):
-                names = [REDUCED if view == CENTRE else view for view in names]
+            names = [REDUCED if self.reduce and view == CENTRE else view for view in names]
             features = {view: None if cache is None else cache.get(scope, digest, view) for view in names}
             missing = [view for view, feature in features.items() if feature is None]
             pixels: dict[str, torch.Tensor] = {}
             if REDUCED in missing:
                 missing.remove(REDUCED)
-                pixels[REDUCED] = backbone.preprocess(images.decode(data, least))
+                pixels[REDUCED] = pixels_of(data, backbone)
             if missing:
                 picture = images.decode(data)
                 pixels |= {view: backbone.view(picture, f"{digest}/{view}") for view in missing if view != CENTRE}
@@ -361,16 +357,15 @@ class Reader:
         self.done.update(images=len(chunk), fresh=len(fresh))
         results: _Encoded = {}
         for item in chunk:
-            results[item.path], problem = None, item.problem
-            if problem is None:
+            results[item.path] = None
+            try:
+                if item.problem is not None:
+                    raise InputError(item.problem)
                 raw = np.stack([fresh[item.digest, view] if f is None else f for view, f in item.features.items()])
-                try:
-                    views = unit(raw.mean(axis=0, keepdims=True)) if mean else unit(raw, "feature of view")
-                    results[item.path] = views, item.digest
-                except InputError as error:
-                    problem = str(error)
-            if problem is not None:
-                self._skip(item.path, problem)
+                views = unit(raw.mean(axis=0, keepdims=True)) if mean else unit(raw, "feature of view")
+                results[item.path] = views, item.digest
+            except InputError as error:
+                self._skip(item.path, str(error))
         return results
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, BinaryIO, TypeGuard
 
 from retrieval_tip.errors import InputError, UsageError, first_line, install
@@ -65,15 +65,10 @@ def opened(url: str) -> BinaryIO:
     return file
 
 
-def children(folder: str) -> list[str]:
-    """List the URLs in a folder, sorted by name, or none if it is missing. Raises InputError if it cannot be read."""
-    with reaching(folder), suppress(FileNotFoundError):
-        names = system_of(folder).ls(folder, detail=False)
-        return sorted(f"{folder.rstrip('/')}/{name.rpartition('/')[2]}" for name in names)
-    return []
+def find(folder: str, depth: int | None = None) -> list[str]:
+    """List the URLs of objects at most ``depth`` levels below a folder, sorted by name.
 
-
-def find(folder: str) -> list[str]:
-    """List the URLs of all objects below a folder, sorted by name. Raises InputError if it cannot be read."""
+    Raises InputError if the folder cannot be read.
+    """
     with reaching(folder):
-        return [f"{folder.partition('://')[0]}://{name}" for name in sorted(system_of(folder).find(folder))]
+        return [f"{folder.partition('://')[0]}://{name}" for name in system_of(folder).find(folder, maxdepth=depth)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -45,11 +45,8 @@ class Source:
         """The label of each item. Raises InputError if an item has no label."""
         if "label" not in self.items.column_names:
             raise InputError(f"{self.name}: it has no labels; give class folders or a table with a column 'label'")
-        column = self.items["label"]
-        if column.null_count:
-            rows = np.flatnonzero(column.is_null().to_numpy())
-            raise InputError(f"{self.name}: {row_list(rows)} without a label; label every item")
-        labels: list[str] = column.to_pylist()
+        refuse_rows(self.items["label"].is_null().to_numpy(), self.name, " without a label; label every item")
+        labels: list[str] = self.items["label"].to_pylist()
         return labels
 
     @property
@@ -136,6 +133,12 @@ def of_images(
     return Source(name, pa.table(items), tuple(class_names), tuple(paths), failed=tuple(failed))
 
 
-def row_list(rows: npt.NDArray[np.int64]) -> str:
-    """Format row numbers for a message, for example ``rows 3, 7``. Rows are counted from 0."""
-    return f"row{'s' if len(rows) > 1 else ''} {few([str(int(row)) for row in rows[:SHOWN]], len(rows))}"
+def refuse_rows(wrong: npt.NDArray[np.bool_], name: str, why: str | Callable[[int], str], start: int = 0) -> None:
+    """Raise InputError if any row is ``wrong``, with the numbers of these rows, counted from ``start``, and the reason.
+
+    ``why`` can be a function of the position of the first wrong row.
+    """
+    if (rows := np.flatnonzero(wrong)).size:
+        shown = few([str(row + start) for row in rows[:SHOWN].tolist()], len(rows))
+        reason = why if isinstance(why, str) else why(int(rows[0]))
+        raise InputError(f"{name}: row{'s' if len(rows) > 1 else ''} {shown}{reason}")

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from retrieval_tip.backbones.base import Backbone, FloatArray, Identity, same_backbone
 from retrieval_tip.data import remote
-from retrieval_tip.data.source import Source, row_list
+from retrieval_tip.data.source import Source, refuse_rows
 from retrieval_tip.errors import BackboneError, InputError, first_line, one_line, show, warn_once
 from retrieval_tip.files import check_regular, open_regular, read_regular, replacing
 from retrieval_tip.settings import Norms
@@ -38,20 +38,15 @@ NAMES = {
 }
 """Accepted column names. If a table has several of these columns, the one that comes first in this list is used."""
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
-RUN, COMPLETE = "_run.json", "_complete.json"
-"""Files in a folder of parts: its description, and a marker that is written when all parts are complete."""
+RUN, COMPLETE = "_run.json", "_complete.json"  # the description of a folder of parts, and the mark of a complete one
 IDENTITY_KEY = b"retrieval_tip.backbone"
 NORM_TOLERANCE = 0.01
-MOST_KEPT = 1e9
-"""Largest norm that ``norms="keep"`` accepts. The squared product of two features then fits float32."""
-MAX_TEXT = 4096
-"""Longest label or id, in characters. A longer one suggests a misread table."""
+MOST_KEPT = 1e9  # largest norm that ``norms="keep"`` accepts; the squared product of two features then fits float32
+MAX_TEXT = 4096  # longest label or id, in characters; a longer one suggests a misread table
 MAX_ROWS = 2**31 - 1  # largest number of rows; even a tiny file can declare any number
 MAX_JSON = 1 << 28  # largest JSON Lines file, in bytes; it is read into memory as a whole
-GROUP_ROWS = 1024
-"""Smallest number of rows in a Parquet row group."""
-TABLE_ROWS = 8192
-"""Largest number of features that are read at a time."""
+GROUP_ROWS = 1024  # smallest number of rows in a Parquet row group
+TABLE_ROWS = 8192  # largest number of features that are read at a time
 MAX_SHOWN = 64  # largest number of column names in a message, and of characters in each name
 
 
@@ -231,10 +226,7 @@ def _text(value: object) -> str | None:
 
 
 def _encoding(file: Path) -> str:
-    """Guess the encoding of a CSV file: UTF-8, UTF-16 with a byte-order mark, or Windows-1252, which Excel writes.
-
-    Windows-1252 is assumed if the first character that is not ASCII is not UTF-8 either.
-    """
+    """Guess the encoding of a CSV file: UTF-16 with a byte-order mark, UTF-8, or else Windows-1252, which Excel writes."""
     with open_regular(file) as raw:
         data = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
     if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
@@ -262,9 +254,8 @@ def texts(column: pa.ChunkedArray, name: str, what: str, *, needed: bool) -> pa.
     with reading(name):
         values = column.cast(kind).cast(pa.string())
     values = pc.if_else(pc.equal(pc.utf8_trim_whitespace(values), ""), None, values)
-    if needed and values.null_count:
-        rows = row_list(np.flatnonzero(values.is_null().to_numpy()))
-        raise InputError(f"{name}: {rows} without {'an' if what[0] in 'aeiou' else 'a'} {what}")
+    if needed:
+        refuse_rows(values.is_null().to_numpy(), name, f" without {'an' if what[0] in 'aeiou' else 'a'} {what}")
     return values if isinstance(values, pa.ChunkedArray) else pa.chunked_array([values])
 
 
@@ -273,10 +264,7 @@ def check_texts(items: pa.Table, name: str) -> None:
     for column in ("source", "label"):
         if column in items.column_names:
             long = pc.greater(pc.utf8_length(items[column]), MAX_TEXT).fill_null(False).to_numpy()
-            if long.any():
-                raise InputError(
-                    f"{name}: {row_list(np.flatnonzero(long))}: {column} longer than {MAX_TEXT} characters"
-                )
+            refuse_rows(long, name, f": {column} longer than {MAX_TEXT} characters")
 
 
 def few_names(columns: Sequence[str]) -> str:
@@ -373,20 +361,15 @@ def _column(file: pq.ParquetFile, name: str) -> str:
 
 
 def _matrix(column: pa.Array, start: int, dim: int | None, name: str) -> FloatArray:
-    if column.null_count:
-        rows = np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))
-        raise InputError(f"{name}: {row_list(rows + start)} without a feature")
+    refuse_rows(column.is_null().to_numpy(zero_copy_only=False), name, " without a feature", start)
     lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
     dim = int(lengths[0]) if dim is None else dim
     if dim == 0:
         raise InputError(f"{name}: row {start} has no values")
-    if (wrong := np.flatnonzero(lengths != dim)).size:
-        row = int(wrong[0])
-        raise InputError(f"{name}: row {row + start} has {int(lengths[row])} values; earlier rows have {dim}")
+    refuse_rows(lengths != dim, name, lambda row: f" with {lengths[row]} values; earlier rows have {dim}", start)
     values = column.flatten()
-    if values.null_count:
-        rows = np.unique(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False)) // dim)
-        raise InputError(f"{name}: {row_list(rows + start)} with a missing value in the feature")
+    missing = values.is_null().to_numpy(zero_copy_only=False).reshape(-1, dim).any(axis=1)
+    refuse_rows(missing, name, " with a missing value in the feature", start)
     with np.errstate(over="ignore"):  # values that are too large become infinite and are then rejected
         matrix: FloatArray = values.to_numpy(zero_copy_only=False).reshape(-1, dim).astype(np.float32)
     return matrix
@@ -397,20 +380,18 @@ def check_norms(features: FloatArray, start: int, norms: Norms, name: str) -> Fl
     with np.errstate(over="ignore", invalid="ignore"):
         lengths = np.sqrt(np.einsum("ij,ij->i", features, features, dtype=np.float64))
 
-    def refuse(wrong: npt.NDArray[np.bool_], why: str) -> None:
-        if (rows := np.flatnonzero(wrong)).size:
-            raise InputError(f"{name}: {row_list(rows + start)}: {why.format(norm=lengths[rows[0]])}")
-
-    refuse(~np.isfinite(lengths), "the feature contains NaN or infinity")
+    refuse_rows(~np.isfinite(lengths), name, ": the feature contains NaN or infinity", start)
     if norms == "keep":
-        refuse(lengths > MOST_KEPT, "norm {norm:.4g}, too large for float32; scale rows to norm 1 (norms unit)")
+        advice = "too large for float32; scale rows to norm 1 (norms unit)"
+        refuse_rows(lengths > MOST_KEPT, name, lambda row: f": norm {lengths[row]:.4g}, {advice}", start)
         return features
-    refuse(lengths == 0, "the feature is zero, so it has no direction")
+    refuse_rows(lengths == 0, name, ": the feature is zero, so it has no direction", start)
     if norms == "unit":
         scaled: FloatArray = (features / lengths[:, None]).astype(np.float32)
         return scaled
     advice = "use norms=unit to scale it to 1, or norms=keep to leave it"
-    refuse(np.abs(lengths - 1) > NORM_TOLERANCE, "norm {norm:.4g} instead of 1; " + advice)
+    wrong = np.abs(lengths - 1) > NORM_TOLERANCE
+    refuse_rows(wrong, name, lambda row: f": norm {lengths[row]:.4g} instead of 1; {advice}", start)
     return features
 
 

@@ -19,7 +19,6 @@ import threading
 import weakref
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,13 +32,14 @@ LABELS = ("cls", "json", "txt")  # suffixes of label files; the first one that e
 MAX_LABEL = 4096  # longest label, in characters
 MAX_LABEL_BYTES = 1 << 20  # largest label file, in bytes
 MOST_NAMED = 100_000  # largest number of tars in a range such as ``{000..999}``
-HELD = 16
-"""Number of tars that stay open."""
+HELD = 16  # number of tars that stay open
 CHUNK = 1 << 20
+IMAGE = "/"  # key of the image in a sample
 
 _IN_TAR = re.compile(r"\.(tar|tar\.gz|tgz)/", re.IGNORECASE)
 _RANGE = re.compile(r"\{(\d{1,12})\.\.(\d{1,12})\}")
 _opening = threading.Lock()
+_Sample = dict[str, tuple[str, int, int]]  # name, position and size of an image and its label files, by suffix
 
 
 class Tar:
@@ -58,21 +58,30 @@ class Tar:
             self._file = _plain_tar(place)
             weakref.finalize(self, self._file.close)
             total = os.fstat(self._file.fileno()).st_size
-            samples: dict[str, _Sample] = {}
+            samples: dict[str, _Sample] = {}  # by key, which is the name up to the first dot
             for member in self._members(name):
-                if problem := _add(samples, member, self._file):
-                    self.failed.append(Skipped(f"{name}/{show(member.name)}", problem))
+                folder, _, base = member.name.rpartition("/")
+                stem, _, kind = base.partition(".")
+                kind = IMAGE if f".{kind.lower()}" in images.extensions() else kind.lower()
+                sample = samples.setdefault(show(f"{folder}/{stem}" if folder else stem), {})
+                file = show(member.name), member.offset_data, member.size
+                if kind in LABELS and member.size <= MAX_LABEL_BYTES:
+                    sample[kind] = file
+                elif kind == IMAGE and (first := sample.setdefault(IMAGE, file)) is not file:
+                    problem = "duplicate name" if first[0] == file[0] else f"{first[0]} has the same key"
+                    self.failed.append(Skipped(f"{name}/{file[0]}", problem))
         except (OSError, EOFError, tarfile.TarError, InputError) as error:
             raise InputError(f"cannot be read as a tar: {first_line(error)}") from None
         for key, sample in samples.items():
-            path = f"{place}/{sample.name or key}"
+            image, start, size = sample.get(IMAGE, (key, 0, 0))
+            path = f"{place}/{image}"
             try:
-                if not sample.name:
+                if IMAGE not in sample:
                     raise InputError("no image with this key")
-                if sample.start + sample.size > total:
+                if start + size > total:
                     raise InputError("cut off at the end of the tar")
-                self.labels[path] = _label(sample)
-                self.places[path] = sample.start, sample.size
+                self.labels[path] = self._label(sample)
+                self.places[path] = start, size
             except InputError as error:
                 self.failed.append(Skipped(show(path), str(error)))
 
@@ -93,6 +102,26 @@ class Tar:
                     yield member
             if os.pread(self._file.fileno(), tarfile.BLOCKSIZE, tar.offset) != bytes(tarfile.BLOCKSIZE):
                 self.failed.append(Skipped(name, f"damaged or cut off after {number} members: no end mark"))
+
+    def _label(self, sample: _Sample) -> str | None:
+        """Return the text in ``.cls`` or ``.txt``, or the value of ``label``, ``class`` or ``cls`` in ``.json``."""
+        kind = next((kind for kind in LABELS if kind in sample), None)
+        if kind is None:
+            return None
+        _, start, size = sample[kind]
+        try:
+            text = os.pread(self._file.fileno(), size, start).decode()
+            facts = json.loads(text) if kind == "json" else {"label": text}
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(f"its .{kind} cannot be read as a label ({first_line(error)})") from None
+        if not isinstance(facts, dict):
+            raise InputError("its .json is not an object")
+        label = next((facts[key] for key in ("label", "class", "cls") if facts.get(key) is not None), "")
+        if isinstance(label, bool) or not isinstance(label, str | int):
+            raise InputError(f"the label in its .json has type {type(label).__name__}; expected text")
+        if len(text := show(str(label)).strip()) > MAX_LABEL:
+            raise InputError(f"its label has more than {MAX_LABEL} characters")
+        return text or None
 
     def read(self, path: str) -> bytes:
         """Return the bytes of an image. Raises InputError if it is missing or too large."""
@@ -171,7 +200,7 @@ def find(where: str) -> list[str]:
 
 def _in_folder(where: str) -> list[str]:
     if remote.is_remote(where):
-        return [name for name in remote.children(where) if name.lower().endswith(TARS)]
+        return [name for name in remote.find(where, 1) if name.lower().endswith(TARS)]
     try:
         seen = images.entries(where) if os.path.isdir(where) else []
     except OSError:  # the folder reader reports this error
@@ -193,31 +222,6 @@ def _named(pattern: str) -> Iterator[str]:
         yield from _named(f"{pattern[: match.start()]}{number:0{len(match[1])}d}{pattern[match.end() :]}")
 
 
-@dataclass
-class _Sample:
-    """An image in a tar, and its label files with the same key, which is the name up to the first dot."""
-
-    name: str = ""
-    start: int = 0
-    size: int = 0
-    labels: dict[str, bytes] = field(default_factory=dict)
-
-
-def _add(samples: dict[str, _Sample], member: tarfile.TarInfo, file: BinaryIO) -> str | None:
-    """Add a member to the sample with its key, or return why it cannot be added."""
-    folder, _, base = member.name.rpartition("/")
-    stem, _, kind = base.partition(".")
-    sample = samples.setdefault(show(f"{folder}/{stem}" if folder else stem), _Sample())
-    if f".{kind.lower()}" in images.extensions():
-        name = show(member.name)
-        if sample.name:
-            return "duplicate name" if name == sample.name else f"{sample.name} has the same key"
-        sample.name, sample.start, sample.size = name, member.offset_data, member.size
-    elif kind.lower() in LABELS and member.size <= MAX_LABEL_BYTES:
-        sample.labels[kind.lower()] = os.pread(file.fileno(), member.size, member.offset_data)
-    return None
-
-
 def _plain_tar(place: str) -> BinaryIO:
     """Open a tar itself, or an unnamed copy if it is remote or compressed. It is unpacked up to the first damage."""
     packed = not place.lower().endswith(".tar")
@@ -236,26 +240,3 @@ def _plain_tar(place: str) -> BinaryIO:
     file.flush()
     file.seek(0)
     return file
-
-
-def _label(sample: _Sample) -> str | None:
-    """Return the label of a sample, or ``None`` if it has no label file.
-
-    This is the text in ``.cls`` or ``.txt``, or the value of ``label``, ``class`` or ``cls`` in ``.json``.
-    """
-    kind = next((kind for kind in LABELS if kind in sample.labels), None)
-    if kind is None:
-        return None
-    try:
-        text = sample.labels[kind].decode()
-        facts = json.loads(text) if kind == "json" else {"label": text}
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"its .{kind} cannot be read as a label ({first_line(error)})") from None
-    if not isinstance(facts, dict):
-        raise InputError("its .json is not an object")
-    label = next((facts[key] for key in ("label", "class", "cls") if facts.get(key) is not None), "")
-    if isinstance(label, bool) or not isinstance(label, str | int):
-        raise InputError(f"the label in its .json has type {type(label).__name__}; expected text")
-    if len(text := show(str(label)).strip()) > MAX_LABEL:
-        raise InputError(f"its label has more than {MAX_LABEL} characters")
-    return text or None
