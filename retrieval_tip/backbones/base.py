@@ -143,14 +143,14 @@ def resolve_device(device: str = "auto") -> str:
         return "cpu" if problem is not None else "cuda"
     if device == "cpu":
         return device
-    if device == "cuda" or device.startswith("cuda:"):
-        if not torch.cuda.is_available():
-            raise UsageError(f"device {device!r}: torch finds no CUDA GPU; use --device auto or cpu (see doctor)")
-        number = device[5:]
-        if device != "cuda" and not (number.isdecimal() and int(number) < torch.cuda.device_count()):
-            raise UsageError(f"device {device!r}: torch finds {counted(torch.cuda.device_count(), 'GPU')}")
-        return device
-    raise UsageError(f"device {device!r}: expected auto, cpu or cuda")
+    kind, colon, number = device.partition(":")
+    if kind != "cuda":
+        raise UsageError(f"device {device!r}: expected auto, cpu or cuda")
+    if not torch.cuda.is_available():
+        raise UsageError(f"device {device!r}: torch finds no CUDA GPU; use --device auto or cpu (see doctor)")
+    if colon and not (number.isdecimal() and int(number) < torch.cuda.device_count()):
+        raise UsageError(f"device {device!r}: torch finds {counted(torch.cuda.device_count(), 'GPU')}")
+    return device
 
 
 def present(device: str) -> str:

@@ -68,19 +68,11 @@ def named(model: str | None, pretrained: str | None = None) -> tuple[str, str | 
     change.
     """
     model = model or DEFAULT
-    if model.startswith(("local-dir:", "hf-hub:", "hf:", "timm:")):
-        return model, pretrained
-    if model.lower() in _ELSEWHERE:
-        name, tag = _ELSEWHERE[model.lower()]
-        return name, pretrained or tag
-    if model.lower() in SHORT:
-        return SHORT[model.lower()], pretrained
-    if model.startswith("timm/"):
-        return f"timm:{model.removeprefix('timm/')}", pretrained
-    if has(model):
-        return model, pretrained
-    plain = {_plain(name): name for name in _architectures()}
-    return plain.get(_plain(model), model), pretrained
+    name, tag = _ELSEWHERE.get(model.lower()) or (SHORT.get(model.lower(), model), None)
+    name = re.sub("^timm/", "timm:", name)
+    if ":" not in name and not has(name):
+        name = {_plain(known): known for known in _architectures()}.get(_plain(name), name)
+    return name, pretrained or tag
 
 
 def _plain(name: str) -> str:
@@ -144,10 +136,9 @@ def search(word: str = "") -> list[Named]:
         return [_described(name) for name in dict.fromkeys(SHORT.values())]
     asked = _plain(word.removeprefix("timm:"))
     short = [name for key, name in SHORT.items() if key == asked]
-    ours = [m for m in _architectures() if recommended(m) and any(asked in _plain(t) for t in (m, *_tags(m)))]
+    known = () if word.startswith("timm:") else _architectures()
+    ours = [name for name in known if (tags := _tags(name)) and any(asked in _plain(tag) for tag in (name, *tags))]
     theirs = [f"timm:{name}" for name in timm.list_pretrained() if asked in _plain(name)]
-    if word.startswith("timm:"):
-        ours = []
     if not (found := list(dict.fromkeys([*short, *ours, *theirs]))):
         raise UsageError(f"models {word!r}: no encoder has this in its name" + similar(word, _architectures()))
     return [_described(name, sized=len(found) <= LARGEST_LIST) for name in found]

@@ -122,12 +122,9 @@ def open_model(model: str, pretrained: str | None, device: torch.device) -> Open
     try:
         if plan.repository is not None:
             catalogue.ask_hub(plan.repository)
-        with catalogue.quiet():
+        with catalogue.quiet(), _undrawn():
             files = _files(plan)
-            with _undrawn():
-                made, _, preprocess = open_clip.create_model_and_transforms(
-                    name, weights, device=device, **plan.arguments
-                )
+            made, _, preprocess = open_clip.create_model_and_transforms(name, weights, device=device, **plan.arguments)
             config, dim = _config_digest(plan), open_clip.get_model_config(name)["embed_dim"]
     except Exception as error:  # open_clip, the hub, torch and safetensors raise different errors
         raise _load_error(plan, error) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from retrieval_tip.backbones.base import Identity, Preprocess
 from retrieval_tip.backbones.catalogue import ask_hub, download_error, downloaded, similar
@@ -16,12 +16,11 @@ from retrieval_tip.errors import BackboneError, UsageError, first_line
 if TYPE_CHECKING:
     import torch
 
-    from retrieval_tip.backbones.tower import Model
-
 
 def open_model(name: str, pretrained: str | None, device: torch.device) -> Opened:
     """Open an image model without its classifier. Raises BackboneError if weights cannot be read or downloaded."""
     import timm
+    import torch
     from timm.data.config import resolve_model_data_config
     from timm.data.transforms_factory import create_transform
 
@@ -46,25 +45,11 @@ def open_model(name: str, pretrained: str | None, device: torch.device) -> Opene
         config=f"sha256:{hashlib.sha256(json.dumps({'timm': architecture}).encode()).hexdigest()}",
         preprocess=_plain(settings),
     )
-    model = _image_model(tower).to(device)
+    model: Any = torch.nn.Module()
+    model.visual, model.encode_image = tower, tower.forward
     preprocess = create_transform(**settings, is_training=False)
     dim = cast("int", getattr(tower, "head_hidden_size", None) or tower.num_features)
-    return Opened(model, preprocess, identity, dim, None, files)
-
-
-def _image_model(tower: torch.nn.Module) -> Model:
-    import torch
-
-    class VisualOnly(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.visual = tower
-
-        def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
-            features: torch.Tensor = self.visual(pixels)
-            return features
-
-    return cast("Model", VisualOnly())
+    return Opened(model.to(device), preprocess, identity, dim, None, files)
 
 
 def _plain(settings: Preprocess) -> Preprocess:

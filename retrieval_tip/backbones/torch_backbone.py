@@ -283,10 +283,8 @@ class TorchBackbone:
             if compiled is None:
                 if self._precision == "int8":
                     weights = () if identity.pretrained is None else ("--pretrained", identity.pretrained)
-                    store = shlex.join(
-                        ("retrieval-tip", "models", "--int8", "PHOTOS", "--model", identity.model, *weights)
-                    )
-                    raise BackboneError(f"precision int8: not stored for this encoder; run {store}")
+                    run = "retrieval-tip models --int8 PHOTOS " + shlex.join(("--model", identity.model, *weights))
+                    raise BackboneError(f"precision int8: not stored for this encoder; run {run}")
                 if number < 2:  # for one image, conversion takes longer than it saves
                     return None
                 compiled = tower.converted(self._model, identity, self.size, self._precision)
@@ -300,13 +298,10 @@ class TorchBackbone:
     def _forward(self, tower: Callable[[torch.Tensor], torch.Tensor], given: torch.Tensor) -> FloatArray:
         import torch
 
-        with torch.no_grad():
-            if self._precision in ("float32", "int8"):
-                with _whole_convolutions(self._device):
-                    features = tower(given)
-            else:
-                with torch.autocast(self._device.type, dtype=getattr(torch, self._precision)):
-                    features = tower(given)
+        half = None if self._precision in ("float32", "int8") else getattr(torch, self._precision)
+        exactly = _whole_convolutions(self._device) if half is None else torch.autocast(self._device.type, half)
+        with torch.no_grad(), exactly:
+            features = tower(given)
         array: FloatArray = features.float().cpu().numpy()
         return array
 

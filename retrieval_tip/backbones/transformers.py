@@ -110,20 +110,12 @@ def _dual(model: Any) -> Model:
             pooled: torch.Tensor = self.encoder(given).pooler_output
             return pooled if self.projection is None else self.projection(pooled)
 
-    class Dual(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.visual = Projected(model.vision_model, getattr(model, "visual_projection", None))
-            self.text = Projected(model.text_model, getattr(model, "text_projection", None))
-            self.logit_scale = model.logit_scale
-
-        def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
-            return self.visual(pixels)  # type: ignore[no-any-return]  # Module.__call__ has no types
-
-        def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
-            return self.text(tokens)  # type: ignore[no-any-return]
-
-    return cast("Model", Dual())
+    dual: Any = torch.nn.Module()
+    dual.visual = Projected(model.vision_model, getattr(model, "visual_projection", None))
+    dual.text = Projected(model.text_model, getattr(model, "text_projection", None))
+    dual.logit_scale = model.logit_scale
+    dual.encode_image, dual.encode_text = dual.visual.forward, dual.text.forward
+    return cast("Model", dual)
 
 
 def _settings(processor: Preprocess, place: str) -> PreprocessCfg:

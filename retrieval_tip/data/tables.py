@@ -226,7 +226,7 @@ def _text(value: object) -> str | None:
 
 
 def _encoding(file: Path) -> str:
-    """Guess the encoding of a CSV file: UTF-16 with a byte-order mark, UTF-8, or else Windows-1252, which Excel writes."""
+    """Guess the encoding of a CSV file: UTF-16 with a byte-order mark, UTF-8, or Windows-1252, which Excel writes."""
     with open_regular(file) as raw:
         data = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
     if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
