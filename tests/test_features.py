@@ -490,7 +490,7 @@ def test_an_invalid_row_is_named(tmp_path: Path, rows: list[Any], words: str) ->
 def test_rows_are_counted_over_the_whole_table(tmp_path: Path) -> None:
     rows: list[Any] = list(unit_rows(10_000, 4))
     cases = {
-        "row 9013 has 3": [1.0, 0.0, 0.0],
+        "row 9013 with 3": [1.0, 0.0, 0.0],
         "row 9013: the feature contains": [np.nan] * 4,
         "row 9013 without": None,
     }

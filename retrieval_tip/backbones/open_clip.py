@@ -78,12 +78,11 @@ def _plan(model: str, pretrained: str | None) -> _Plan:
         wanted = place if repository else facts["url"]
         return _Plan(model, pretrained, None, _tag_arguments(facts), wanted, repository or None)
     if Path(pretrained).is_file():
+        known = (
+            f"if these weights belong to a tag, give --pretrained TAG={pretrained} (tags: {', '.join(tags) or 'none'})"
+        )
         log.warning(
-            "%s: no tag given, so using open_clip's default preprocessing and activation; if these weights belong to "
-            "a tag, give --pretrained TAG=%s (tags: %s)",
-            pretrained,
-            pretrained,
-            ", ".join(tags) or "none",
+            "%s: no tag given, so using open_clip's default preprocessing and activation; %s", pretrained, known
         )
         return _Plan(model, str(Path(pretrained).resolve()), pretrained, {}, pretrained)
     raise UsageError(

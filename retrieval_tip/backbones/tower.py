@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from io import BytesIO, StringIO
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -239,16 +239,10 @@ def image_encoder(model: Model) -> torch.nn.Module:
     """Return ``encode_image`` of a model as a module, which maps shape ``[b, 3, h, w]`` to shape ``[b, d]``."""
     import torch
 
-    class ImageTower(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-            return self.model.encode_image(pixels)
-
-    encoder: torch.nn.Module = ImageTower().eval()
-    return encoder
+    encoder: Any = torch.nn.Module()
+    encoder.model, encoder.forward = model, model.encode_image
+    module: torch.nn.Module = encoder.eval()
+    return module
 
 
 @contextmanager
