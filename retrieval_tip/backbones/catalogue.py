@@ -47,8 +47,7 @@ _ELSEWHERE = {
 _FIRST = ("datacomp_xl", "datacomp_s34b", "laion2b_s34b", "laion2b_s32b", "laion2b", "webli", "openai")
 """Prefixes of tags in order of preference. Long training and openly licensed training data come first."""
 
-NEAR, ALIKE = 8, 0.6
-"""Largest number of similar names in a message, and smallest similarity (see ``difflib.get_close_matches``)."""
+NEAR, ALIKE = 8, 0.6  # largest number of similar names in a message, and their smallest similarity (see difflib)
 
 ANSWER = 2.5  # number of seconds to wait for a response from the hub
 _DEMO = "build/demo/efficientnet-lite0.pth"
@@ -246,11 +245,10 @@ def ask_hub(repository: str) -> None:
     limit = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or ANSWER)
     try:
         found = HfApi().model_info(repository, files_metadata=True, timeout=limit).siblings or []
-    except (HfHubHTTPError, ValueError) as error:  # the download will report this error
-        log.debug("%s: %s", repository, first_line(error))
-        return
     except Exception as error:  # the errors of the hub differ between versions
         log.debug("%s: %s", repository, first_line(error))
+        if isinstance(error, HfHubHTTPError | ValueError):  # the download will report this error
+            return
         raise ConnectionError(f"{urlsplit(constants.ENDPOINT).netloc} did not answer") from error
     sizes = {file.rfilename: file.size for file in found}
     if size := next((sizes[file] for file in WEIGHTS if sizes.get(file)), None):

@@ -17,8 +17,7 @@ from retrieval_tip.files import cache_folder, make_folders, open_regular, read_r
 log = logging.getLogger(__name__)
 
 FORM = 1  # version of the stored records
-PACKAGES = ("open_clip_torch", "timm", "transformers", "tokenizers")
-"""Packages whose versions can change the weights, the preprocessing or the tokens that are read from the same files."""
+PACKAGES = ("open_clip_torch", "timm", "transformers", "tokenizers")  # they determine what is read from the same files
 MOST_BYTES = 8 << 30  # larger models are loaded, because hashing them would take as long
 RECORD_BYTES = 1 << 20  # largest record that is read
 

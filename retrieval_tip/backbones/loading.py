@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -79,26 +78,19 @@ def load_when_needed(
     return load_backbone(*names, device=device, precision=precision, runtime=runtime, lazy=True)
 
 
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Pause garbage collection, which took a third of the loading time."""
-    with ExitStack() as restored:
-        if gc.isenabled():
-            restored.callback(gc.enable)
-        gc.disable()
-        yield
-
-
-@_uncollected()
 def _of(names: tuple[str, str | None], how: Execution, found: Known | None = None) -> TorchBackbone:
     name, tag = _from_anywhere(*names)
-    if name.startswith("timm:"):
-        return TorchBackbone(partial(timm.open_model, name.removeprefix("timm:"), tag), how, found)
-    if name.startswith("hf:"):
-        if tag is not None:
-            raise UsageError(f"pretrained {tag!r}: {name} has its own weights; omit --pretrained")
-        return TorchBackbone(partial(transformers.open_model, name.removeprefix("hf:")), how, found)
-    return open_clip.OpenClipBackbone(partial(open_clip.open_model, name, tag), how, found)
+    if name.startswith("hf:") and tag is not None:
+        raise UsageError(f"pretrained {tag!r}: {name} has its own weights; omit --pretrained")
+    with ExitStack() as restored:
+        if gc.isenabled():
+            gc.disable()  # garbage collection took a third of the loading time
+            restored.callback(gc.enable)
+        if name.startswith("timm:"):
+            return TorchBackbone(partial(timm.open_model, name.removeprefix("timm:"), tag), how, found)
+        if name.startswith("hf:"):
+            return TorchBackbone(partial(transformers.open_model, name.removeprefix("hf:")), how, found)
+        return open_clip.OpenClipBackbone(partial(open_clip.open_model, name, tag), how, found)
 
 
 def _from_anywhere(model: str, pretrained: str | None) -> tuple[str, str | None]:

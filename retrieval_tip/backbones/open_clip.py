@@ -51,6 +51,8 @@ def _plan(model: str, pretrained: str | None) -> _Plan:
     if model.startswith("local-dir:"):
         folder = Path(model.removeprefix("local-dir:"))
         config = _local_config(folder)
+        if not any(file.suffix in (".safetensors", ".bin", ".pth") for file in folder.iterdir()):
+            raise BackboneError(f"{folder}: no weights in this folder; add *.safetensors, *.bin or *.pth")
         arguments = {}
         text: Config = config["text_cfg"] if isinstance(config.get("text_cfg"), dict) else {}
         tower = text.get("hf_model_name")
@@ -127,10 +129,6 @@ def open_model(model: str, pretrained: str | None, device: torch.device) -> Open
             config, dim = _config_digest(plan), open_clip.get_model_config(name)["embed_dim"]
     except Exception as error:  # open_clip, the hub, torch and safetensors raise different errors
         raise _load_error(plan, error) from error
-    if name.startswith("local-dir:"):
-        endings = {file.suffix for file in Path(name.removeprefix("local-dir:")).iterdir()}
-        if not endings & {".safetensors", ".bin", ".pth"}:
-            raise BackboneError(f"{plan.wanted}: no weights in this folder; add *.safetensors, *.bin or *.pth")
     return replace(_opened(plan, made, preprocess, config), dim=dim, files=files)
 
 
@@ -149,13 +147,8 @@ def _files(plan: _Plan) -> Files | None:
 
 def _opened(plan: _Plan, model: Model, preprocess: Callable[[Image.Image], torch.Tensor], config: str) -> Opened:
     settings = cast("Mapping[str, object]", model.visual.preprocess_cfg).items()
-    identity = Identity(
-        model=plan.model,
-        pretrained=plan.pretrained,
-        weights="",
-        config=config,
-        preprocess={key: list(value) if isinstance(value, tuple) else value for key, value in settings},
-    )
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in settings}
+    identity = Identity(plan.model, plan.pretrained, "", config, plain)
     return Opened(model, preprocess, identity, None, partial(_tokenizer, plan))
 
 

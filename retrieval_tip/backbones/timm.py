@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from retrieval_tip.backbones.base import Identity, Preprocess
+from retrieval_tip.backbones.base import Identity
 from retrieval_tip.backbones.catalogue import ask_hub, download_error, downloaded, similar
 from retrieval_tip.backbones.known import Files
 from retrieval_tip.backbones.torch_backbone import Opened
@@ -38,24 +38,16 @@ def open_model(name: str, pretrained: str | None, device: torch.device) -> Opene
     if file is not None:
         _fill(tower, file, name)
     settings = resolve_model_data_config(tower)
-    identity = Identity(
-        model=f"timm:{name}",
-        pretrained=None if file is None else str(file.resolve()),
-        weights="",
-        config=f"sha256:{hashlib.sha256(json.dumps({'timm': architecture}).encode()).hexdigest()}",
-        preprocess=_plain(settings),
-    )
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
+    plain["size"] = plain.pop("input_size")[1:]  # as open_clip names it
+    digest = hashlib.sha256(json.dumps({"timm": architecture}).encode()).hexdigest()
+    weights = None if file is None else str(file.resolve())
+    identity = Identity(f"timm:{name}", weights, "", f"sha256:{digest}", plain)
     model: Any = torch.nn.Module()
     model.visual, model.encode_image = tower, tower.forward
     preprocess = create_transform(**settings, is_training=False)
     dim = cast("int", getattr(tower, "head_hidden_size", None) or tower.num_features)
     return Opened(model.to(device), preprocess, identity, dim, None, files)
-
-
-def _plain(settings: Preprocess) -> Preprocess:
-    """Return the view settings of timm as JSON, with the size named as in open_clip."""
-    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
-    return plain | {"size": plain.pop("input_size")[1:]}
 
 
 def _plan(name: str, pretrained: str | None) -> tuple[str, str | None, Path | None]:
@@ -92,14 +84,12 @@ def _fill(tower: torch.nn.Module, file: Path, name: str) -> None:
     except Exception as error:  # torch, safetensors and pickle raise different errors
         raise BackboneError(f"{file}: cannot be read as weights of timm:{name}: {first_line(error)}") from None
     own = tower.state_dict()
-    if own.keys() <= state.keys():
-        chosen = {key: state[key] for key in own}
-    else:  # in order; the classifier comes last
-        chosen = dict(zip(own, state.values(), strict=False))
+    if not own.keys() <= state.keys():
+        state = dict(zip(own, state.values(), strict=False))  # in order; the classifier comes last
     for key, tensor in own.items():
-        if key not in chosen or chosen[key].shape != tensor.shape:
-            found = "is missing" if key not in chosen else f"has shape {list(chosen[key].shape)}"
+        if key not in state or state[key].shape != tensor.shape:
+            found = "is missing" if key not in state else f"has shape {list(state[key].shape)}"
             raise BackboneError(
                 f"{file}: not weights of timm:{name}: tensor {key!r} {found}; expected {list(tensor.shape)}"
             )
-    tower.load_state_dict(chosen)
+    tower.load_state_dict({key: state[key] for key in own})

@@ -96,7 +96,8 @@ class Tower:
 def is_kept(identity: Identity, precision: str) -> bool:
     """Return whether a backbone can encode images with its stored tower and :func:`view`, without loading its model."""
     folder = folder_of(identity, precision)
-    return can_view(identity.preprocess) and folder is not None and (folder / _FACTS).is_file()
+    viewed = shorter_side(identity.preprocess) is not None
+    return viewed and folder is not None and (folder / _FACTS).is_file()
 
 
 def kept(identity: Identity, precision: str) -> Tower | None:
@@ -166,11 +167,7 @@ def to_onnx(
 
 
 def _quantised(graph: onnx.ModelProto, photos: Collection[torch.Tensor]) -> bytes:
-    """Quantise an ONNX graph to int8 with NNCF, which prints and reports nothing.
-
-    The first layer is not quantised: for CPUs without VNNI, NNCF uses 7-bit weights there, which cost more accuracy
-    than all other layers.
-    """
+    """Quantise an ONNX graph to int8 with NNCF, which prints and reports nothing."""
     runtime()  # disables telemetry
     types = {node.name: node.op_type for node in graph.graph.node}
     layers, convolves = _layers(types)
@@ -182,7 +179,7 @@ def _quantised(graph: onnx.ModelProto, photos: Collection[torch.Tensor]) -> byte
             graph, nncf.Dataset(photos, lambda view: {PIXELS: view[None].float().numpy()}), subset_size=len(photos),
             model_type=None if convolves else nncf.ModelType.TRANSFORMER,
             fast_bias_correction=not convolves,  # the full correction helps convolutions only
-            ignored_scope=nncf.IgnoredScope(names=layers[:1]),
+            ignored_scope=nncf.IgnoredScope(names=layers[:1]),  # without VNNI, its 7-bit weights cost most accuracy
         )  # fmt: skip
     return bytes(found.SerializeToString())
 
@@ -290,13 +287,6 @@ def _facts(folder: Path, key: str) -> dict[str, str]:
     return {"key": key} | {file.name: sha256_of(file) for file in files if file.exists()}
 
 
-def can_view(preprocess: Preprocess) -> bool:
-    """Return whether :func:`view` supports these settings."""
-    with suppress(KeyError, TypeError, ValueError):
-        return shorter_side(preprocess) is not None and len(preprocess["mean"]) == len(preprocess["std"]) == 3
-    return False
-
-
 def view(image: Image.Image, preprocess: Preprocess) -> torch.Tensor:
     """Return the centre view, ``[3, h, w]`` in float32, bit-identical to the view of open_clip or timm."""
     import torch
@@ -319,14 +309,17 @@ def view(image: Image.Image, preprocess: Preprocess) -> torch.Tensor:
 
 
 def shorter_side(preprocess: Preprocess) -> int | None:
-    """Return the length of the shorter side before cropping, or ``None`` if the preprocessing is not supported."""
-    size = view_size(preprocess)
-    if size[0] != size[1] or preprocess.get("interpolation") not in ("bilinear", "bicubic"):
-        return None
-    if preprocess.get("resize_mode") == "squash":
-        return size[0]
-    if "crop_pct" in preprocess:  # settings of timm
-        centre = preprocess.get("crop_mode", "center") == "center"
-        return int(np.floor(size[0] / preprocess["crop_pct"])) if centre else None
-    shortest = preprocess.get("resize_mode", "shortest") == "shortest" and preprocess.get("mode", "RGB") == "RGB"
-    return size[0] if shortest else None
+    """Return the length of the shorter side before cropping, or ``None`` if :func:`view` does not support it."""
+    with suppress(KeyError, TypeError, ValueError):
+        height, width = view_size(preprocess)
+        normalised = len(preprocess["mean"]) == len(preprocess["std"]) == 3
+        if not normalised or height != width or preprocess["interpolation"] not in ("bilinear", "bicubic"):
+            return None
+        if preprocess.get("resize_mode") == "squash":
+            return height
+        if "crop_pct" in preprocess:  # settings of timm
+            centre = preprocess.get("crop_mode", "center") == "center"
+            return int(np.floor(height / preprocess["crop_pct"])) if centre else None
+        if preprocess.get("resize_mode", "shortest") == "shortest" and preprocess.get("mode", "RGB") == "RGB":
+            return height
+    return None

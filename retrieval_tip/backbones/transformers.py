@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -39,6 +38,7 @@ def open_model(place: str, device: torch.device) -> Opened:
     """
     try:
         from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+        from transformers.utils import logging as bars
     except ImportError:
         raise UsageError(f"hf:{place}: it requires transformers; run {install('hf')}") from None
     from open_clip.transform import image_transform_v2
@@ -54,7 +54,10 @@ def open_model(place: str, device: torch.device) -> Opened:
 
     def read(kind: Any, **options: Any) -> Any:
         try:
-            with catalogue.quiet(), _no_bars() if here else nullcontext():
+            with catalogue.quiet(), ExitStack() as restored:
+                if here and bars.is_progress_bar_enabled():
+                    bars.disable_progress_bar()
+                    restored.callback(bars.enable_progress_bar)
                 return kind.from_pretrained(place, trust_remote_code=False, **options)
         except Exception as error:  # transformers, the hub, torch and safetensors raise different errors
             catalogue.check_code(f"hf:{place}", error)
@@ -65,10 +68,8 @@ def open_model(place: str, device: torch.device) -> Opened:
 
     config = read(AutoConfig)
     if config.model_type not in KINDS:
-        raise BackboneError(
-            f"hf:{place}: unsupported model type {config.model_type!r}; expected {' or '.join(KINDS)}, or "
-            "timm:NAME for an image encoder"
-        )
+        known = " or ".join(KINDS)
+        raise BackboneError(f"hf:{place}: unsupported model type {config.model_type!r}; expected {known}, or timm:NAME")
     settings = _settings(read(AutoImageProcessor).to_dict(), place)
     model, found = read(AutoModel, output_loading_info=True)
     if found["missing_keys"]:  # transformers would initialise them at random
@@ -85,17 +86,6 @@ def open_model(place: str, device: torch.device) -> Opened:
     identity = Identity(f"hf:{place}", None, "", _digest(config), plain)
     dual = _dual(model.float()).to(device)
     return Opened(dual, image_transform_v2(settings, False), identity, None, tokenizer, files)
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    from transformers.utils import logging as bars
-
-    with ExitStack() as restored:
-        if bars.is_progress_bar_enabled():
-            restored.callback(bars.enable_progress_bar)
-        bars.disable_progress_bar()
-        yield
 
 
 def _dual(model: Any) -> Model:

@@ -165,7 +165,10 @@ class Reader:
         """
         if not len(source):
             raise InputError(f"{source.name}: empty; expected at least one item")
-        first, shots = grouped(source.sources if source.paths is None else source.paths)
+        numbers: dict[str, int] = {}  # of shots, by name
+        names_of = source.sources if source.paths is None else source.paths
+        shots = np.array([numbers.setdefault(name, len(numbers)) for name in names_of], dtype=np.int64)
+        first = np.unique(shots, return_index=True)[1].astype(np.int64)
         if source.paths is not None:
             values = 2 * len(first) * len(names) * self.needed_backbone(source).dim  # the parts and their concatenation
             check_memory(4 * values, f"{len(names)} views of {len(first)} images", "use fewer views")
@@ -380,27 +383,16 @@ class _Loaded:
     problem: str | None = None
 
 
-def _least(backbone: Backbone) -> int:
-    """Return the smallest allowed side of a reduced image, in pixels."""
-    return REDUCED_SIDES * max(view_size(backbone.identity.preprocess))
-
-
 def pixels_of(
     data: bytes, backbone: Backbone, *, most: int = images.MAX_PIXELS, only: tuple[str, ...] | None = None
 ) -> torch.Tensor:
     """Return the centre view of an image as a float32 tensor of shape ``[3, h, w]``. See :func:`images.decode`."""
-    return backbone.preprocess(images.decode(data, _least(backbone), most=most, only=only))
+    least = REDUCED_SIDES * max(view_size(backbone.identity.preprocess))
+    return backbone.preprocess(images.decode(data, least, most=most, only=only))
 
 
 def _chunks(things: Sequence[_T], size: int) -> list[Sequence[_T]]:
     return [things[start : start + size] for start in range(0, len(things), size)]
-
-
-def grouped(names: Sequence[str]) -> tuple[IntArray, IntArray]:
-    """Return the first position of each group of equal names, and the group number of each name, in order."""
-    numbers: dict[str, int] = {}
-    shots = np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int64)
-    return np.unique(shots, return_index=True)[1].astype(np.int64), shots
 
 
 def encode_table(source: Source, out: str | os.PathLike[str], reader: Reader) -> int:
