@@ -66,9 +66,8 @@ class TorchBackbone:
     after the model was loaded, or the model was given in memory.
     """
 
-    _last: ClassVar[TorchBackbone | None] = (
-        None  # last one unpickled, whose model the next shares, as in tasks of joblib
-    )
+    # the last backbone that was unpickled shares its model with the next, since joblib unpickles one per task
+    _last: ClassVar[TorchBackbone | None] = None
 
     def __init__(self, open_model: Open, how: Execution, known: Known | None = None) -> None:
         """Open the model on its device, or on first use if it is already ``known``."""
