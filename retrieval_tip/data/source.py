@@ -87,10 +87,8 @@ class Source:
 
     def unknown(self, labels: Sequence[str], class_names: Sequence[str]) -> InputError:
         """Return the error for labels that are not among the class names of an index."""
-        return InputError(
-            f"{self.name}: {counted(len(labels), 'unknown label')}: {', '.join(labels[:5])}; "
-            f"the classes are {', '.join(class_names[:5])}{' ...' if len(class_names) > 5 else ''}"
-        )
+        unknown = f"{counted(len(labels), 'unknown label')}: {few(labels)}"
+        return InputError(f"{self.name}: {unknown}; the classes are {few(class_names)}")
 
     def take(self, positions: Sequence[int] | npt.NDArray[np.int64]) -> Source:
         """Return the items at ``positions``, in this order. The class names do not change."""
