@@ -70,46 +70,43 @@ def audit(index: Index, *, k: KeysMet = None, borderline: bool = False) -> pa.Ta
     - ``nearest_key_id``, ``nearest_source``, ``nearest_label``, ``nearest_affinity``: the nearest visible key
     - ``duplicate_of``: the closest retrieved key of another class that is a duplicate (see :data:`duplicates.NEAR`)
     """
+    if k not in (None, "all"):
+        check_count("k", k)
     index, parts = unfitted(index), []
+    near = (MET if index.n**2 > ALL_PAIRS else None) if k is None else None if k == "all" else k
     images, class_ids = images_of(index.labels), index.class_ids.cpu().numpy()
     _, beta = untouched_settings(index.keys, class_ids)
     digests = torch.from_numpy(digest_codes(index.labels)).to(index.device)
     norms = torch.cat([keys.norm(dim=1) for keys, _ in index.key_blocks()]).clamp_min(LEAST)
     shots = Queries(np.asarray(index.vectors), class_ids, "its own shots", images, images)
-    for part, visible in shots.blocks(index, _keys_met(index.n, k)):
+    for part, visible in shots.blocks(index, near):
         own = index.class_ids[part]
-        found = _neighbours(visible, own, norms[part], digests[part], norms, digests)
+        found = {"row": torch.arange(part.start, part.stop, device=index.device)}
+        found |= _neighbours(visible, part, own, norms, digests)
         found |= _scores(visible, own, found["nearest_affinity"], beta, borderline=borderline)
-        found["row"] = torch.arange(part.start, part.stop, device=index.device)
         suspicious = ((found["suggested"] != own) & found["judged"]) | (found["twin"] >= 0)
         parts.append({name: column[suspicious].cpu().numpy() for name, column in found.items()})
     return _table(index, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
 
 
-def _neighbours(
-    visible: Visible, own: Tensor, own_norms: Tensor, own_digests: Tensor, norms: Tensor, digests: Tensor
-) -> dict[str, Tensor]:
+def _neighbours(visible: Visible, part: slice, own: Tensor, norms: Tensor, digests: Tensor) -> dict[str, Tensor]:
     """Return the nearest visible key of each shot, and its closest duplicate in another class, or row -1."""
-    affinity, ids, rows = visible.affinity, visible.ids, visible.rows.clamp_min(0)
-    cosine = affinity / own_norms[:, None] / norms[rows]
-    cosine.masked_fill_((own_digests[:, None] == digests[rows]) & (own_digests[:, None] >= 0), torch.inf)
-    closest, twin = cosine.masked_fill_((ids == own[:, None]) | (visible.rows < 0), -torch.inf).max(dim=1)
-    nearest, near = affinity.masked_fill(visible.unseen, -torch.inf).max(dim=1)
+    affinity, rows, unseen = visible.affinity, visible.rows.clamp_min(0), -torch.inf
+    cosine = affinity / norms[part, None] / norms[rows]
+    cosine.masked_fill_((digests[part, None] == digests[rows]) & (digests[part, None] >= 0), torch.inf)
+    closest, twin = cosine.masked_fill_((visible.ids == own[:, None]) | (visible.rows < 0), unseen).max(dim=1)
+    nearest, near = affinity.masked_fill(visible.unseen, unseen).max(dim=1)
     near, twin = (rows.expand(len(own), -1).gather(1, place[:, None])[:, 0] for place in (near, twin))
-    return {
-        "near": near.where(nearest > -torch.inf, -1),
-        "nearest_affinity": nearest,
-        "twin": twin.where(closest >= NEAR, -1),
-    }
+    near, twin = near.where(nearest > unseen, -1), twin.where(closest >= NEAR, -1)
+    return {"near": near, "nearest_affinity": nearest, "twin": twin}
 
 
 def _scores(visible: Visible, own: Tensor, nearest: Tensor, beta: float, *, borderline: bool) -> dict[str, Tensor]:
     """Return how well each shot fits its ``own`` class and the best class, which becomes the suggested label."""
-    ids, c = visible.ids, visible.counts.shape[1]
     shift = nearest.clamp_min(torch.finfo(torch.float32).min)  # the nearest key has weight 1 at any beta
     weights = visible.affinity - (shift[:, None] - 1)
     weights = tip.weight(weights, beta, out=weights).masked_fill_(visible.unseen, 0)
-    sums = tip.sum_by_class(weights, ids, c)
+    sums = tip.sum_by_class(weights, visible.ids, visible.counts.shape[1])
     scores = torch.where(visible.counts > 0, sums / visible.counts.clamp_min(1), -1)
     mine, scale = scores.gather(1, own[:, None])[:, 0], tip.weight(shift, beta)
     best, suggested = scores.max(dim=1)
@@ -125,47 +122,25 @@ def _scores(visible: Visible, own: Tensor, nearest: Tensor, beta: float, *, bord
     }
 
 
-def _keys_met(n: int, k: KeysMet) -> int | None:
-    if k is None:
-        return MET if n**2 > ALL_PAIRS else None
-    if k == "all":
-        return None
-    check_count("k", k)
-    return k
-
-
 def _table(index: Index, shots: dict[str, npt.NDArray[Any]]) -> pa.Table:
     """Return the table of suspicious shots, sorted by descending margin. Row -1 means that there is no such key."""
     key_ids, names = index.labels["key_id"].to_numpy(), pa.array(index.class_names, pa.string())
-    judged = shots["judged"]
-    order = np.lexsort((key_ids[shots["row"]], -np.where(judged, shots["margin"], 0)))
+    order = np.lexsort((key_ids[shots["row"]], -np.where(shots["judged"], shots["margin"], 0)))
     shots = {name: column[order] for name, column in shots.items()}
-    unjudged = ~shots["judged"]
 
     def described(name: str, column: str) -> pa.ChunkedArray:
-        rows = shots[name]
-        return index.labels[column].take(pa.array(rows, pa.int64(), mask=rows < 0))
+        return index.labels[column].take(pa.array(shots[name], pa.int64(), mask=shots[name] < 0))
 
     def judgement(name: str, kind: pa.DataType) -> pa.Array:
-        return pa.array(shots[name], kind, mask=unjudged)
+        return pa.array(shots[name], kind, mask=~shots["judged"])
 
-    return pa.table(
-        {
-            "key_id": described("row", "key_id"),
-            "source": described("row", "source"),
-            "label": described("row", "label"),
-            "suggested": names.take(judgement("suggested", pa.int64())),
-            "own_score": judgement("own_score", pa.float32()),
-            "suggested_score": judgement("suggested_score", pa.float32()),
-            "margin": judgement("margin", pa.float32()),
-            "rank": judgement("rank", pa.int64()),
-            "nearest_key_id": described("near", "key_id"),
-            "nearest_source": described("near", "source"),
-            "nearest_label": described("near", "label"),
-            "nearest_affinity": pa.array(shots["nearest_affinity"], pa.float32(), mask=shots["near"] < 0),
-            "duplicate_of": described("twin", "key_id"),
-        }
-    )
+    shot = {name: described("row", name) for name in ("key_id", "source", "label")}
+    scores = {name: judgement(name, pa.float32()) for name in ("own_score", "suggested_score", "margin")}
+    nearest = {f"nearest_{name}": described("near", name) for name in ("key_id", "source", "label")}
+    affinity = pa.array(shots["nearest_affinity"], pa.float32(), mask=shots["near"] < 0)
+    columns = shot | {"suggested": names.take(judgement("suggested", pa.int64()))} | scores
+    columns |= {"rank": judgement("rank", pa.int64())} | nearest
+    return pa.table(columns | {"nearest_affinity": affinity, "duplicate_of": described("twin", "key_id")})
 
 
 def suspicious(index: Index) -> pa.Table:
@@ -200,19 +175,18 @@ def gain(index: Index) -> Gain | None:
     """
     if index.n > CHEAP or index.fitted is None or not len(shots := suspicious(index)):
         return None
-    out = np.isin(index.labels["key_id"].to_numpy(), shots["key_id"].to_numpy())
-    kept, images, ids, c = np.flatnonzero(~out), images_of(index.labels), index.class_ids.cpu(), len(index.class_names)
-    keys, text = np.asarray(index.keys), index.text_weights.cpu() * index.settings.logit_scale
-    prior = prior_for(index)
+    kept = np.flatnonzero(~np.isin(index.labels["key_id"].to_numpy(), shots["key_id"].to_numpy()))
+    keys, images, ids = np.asarray(index.keys), images_of(index.labels), index.class_ids.cpu()
+    text = index.text_weights.cpu() * index.settings.logit_scale if index.has_text else None
     without = Folds.of_shots(
-        keys[kept], ids.numpy()[kept], c, text if index.has_text else None, images[kept], FOLDS, len(kept),
-        class_prior=index.fitted.class_prior, prior=prior,
+        keys[kept], ids.numpy()[kept], len(index.class_names), text, images[kept], FOLDS, len(kept),
+        class_prior=index.fitted.class_prior, prior=prior_for(index),
     )  # fmt: skip
     if not without.can_judge:
         return None
     form, whole = Form.of(index.fitted, index.settings.beta), without.among(keys, ids, images, kept)
-    after, before = (folds.judge(form).right for folds in (without, whole))
-    change = after.double() - before.double()
+    after, before = (folds.judge(form).right.double() for folds in (without, whole))
+    change = after - before
     if float(change.sum()) <= 2 * float(change.abs().sum()) ** 0.5:
         return None
-    return Gain(len(shots), float(before.double().mean()), float(after.double().mean()))
+    return Gain(len(shots), float(before.mean()), float(after.mean()))

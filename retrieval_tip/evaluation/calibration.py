@@ -21,6 +21,7 @@ from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.fit.folds import blend
 from retrieval_tip.model import Index
+from retrieval_tip.retrieval.logits import slices
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,8 @@ ITSELF = 1e-4
 """Squared distance to a key below which a validation item counts as a shot."""
 REACH = 16.0
 """Bound on the logarithm of ``1 / T`` for logits of unit spread, beyond the bounds of a temperature."""
+ROWS = 1024
+"""Number of answers whose probabilities are computed at a time, because they take twice the memory of the logits."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -108,12 +111,12 @@ def fit_temperature(logits: npt.ArrayLike | Tensor, labels: npt.ArrayLike | Tens
 
     ``logits`` are finite and have shape ``[n, c]``. ``labels`` are class ids of shape ``[n]``.
     """
-    z, y = torch.as_tensor(logits).double(), torch.as_tensor(labels, dtype=torch.int64)
+    z, y = torch.as_tensor(logits), torch.as_tensor(labels, dtype=torch.int64)
     low, high = temperature_bounds(z)
     own = z.gather(1, y[:, None])[:, 0]
     if low == high or bool((own == z.amax(dim=1)).all()):
         return low
-    if float((own - z.mean(dim=1)).mean()) <= 0:
+    if float((own - z.mean(dim=1, dtype=torch.float64)).mean()) <= 0:
         return high
     return min(max(1 / blend(None, z, None, y, smoothing=0, reach=REACH).b, low), high)
 
@@ -129,8 +132,9 @@ def negative_log_likelihood(
     logits: npt.ArrayLike | Tensor, labels: npt.ArrayLike | Tensor, temperature: float
 ) -> float:
     """Return the mean of ``-log softmax(logits / T)[label]`` in nats. See :func:`fit_temperature` for the arguments."""
-    z, y = torch.as_tensor(logits).double(), torch.as_tensor(labels, dtype=torch.int64)
-    return float(cross_entropy(z / temperature, y))
+    z, y = torch.as_tensor(logits), torch.as_tensor(labels, dtype=torch.int64)
+    sums = (cross_entropy(z[part].double() / temperature, y[part], reduction="sum") for part in slices(len(z), ROWS))
+    return float(sum(sums)) / len(z)
 
 
 @dataclass(frozen=True)
@@ -158,47 +162,34 @@ def calibrate(index: Index, source: Source, reader: Reader) -> Calibration:
     StoreError if the folder cannot be written.
     """
     assert index.folder is not None
-    truth = torch.from_numpy(index.ids_of(source))
+    truth, shots = torch.from_numpy(index.ids_of(source)), 0
     parts: list[Tensor] = []
     true: list[Tensor] = []
-    shots = 0
     for block in reader.blocks(source):
         parts.append(index.logits(block.features).cpu())
         true.append(truth[torch.from_numpy(block.positions)])
-        f = torch.from_numpy(block.features).to(index.device)
-        nearest = index.keys[np.maximum(index.nearest(f, 1)[1][:, 0], 0)]
-        shots += int((((block.features - nearest.astype(np.float32)) ** 2).sum(axis=1) <= ITSELF).sum())
+        _, rows = index.nearest(torch.from_numpy(block.features).to(index.device), 1)
+        nearest = index.keys[np.maximum(rows[:, 0], 0)].astype(np.float32)
+        shots += int((((block.features - nearest) ** 2).sum(axis=1) <= ITSELF).sum())
     logits, y = torch.cat(parts), torch.cat(true)
-    before, fitted = index.settings.temperature, fit_temperature(logits, y)
-    chosen = logits.argmax(dim=1)
-    right = chosen == y
+    before, fitted, right = index.settings.temperature, fit_temperature(logits, y), logits.argmax(dim=1) == y
 
-    def error(temperature: float) -> float:
-        confidence = tip.probabilities(logits, temperature).gather(1, chosen[:, None])[:, 0]
-        return expected_calibration_error(confidence.numpy(), right.numpy())
+    def errors(temperature: float) -> tuple[float, float]:
+        confidence = [tip.probabilities(logits[part], temperature).amax(dim=1) for part in slices(len(y), ROWS)]
+        ece = expected_calibration_error(torch.cat(confidence).numpy(), right.numpy())
+        return ece, negative_log_likelihood(logits, y, temperature)
 
     at_bound = any(np.isclose(fitted, bound, rtol=1e-9) for bound in temperature_bounds(logits))
     if at_bound:
         what = "every answer is right" if bool(right.all()) else "the answers are no better than chance"
-        log.warning(
-            "%s: %s, so the temperature is at its bound (%.4g); use more validation photos",
-            source.name, what, fitted,
-        )  # fmt: skip
+        bound = f"so the temperature is at its bound ({fitted:.4g})"
+        log.warning("%s: %s, %s; use more validation photos", source.name, what, bound)
     if shots:
-        log.warning(
-            "%s: %d of %d photos are in the index, so its probabilities will be too high; use other photos",
-            source.name, shots, len(y),
-        )  # fmt: skip
+        known = f"{shots} of {len(y)} photos are in the index"
+        log.warning("%s: %s, so its probabilities will be too high; use other photos", source.name, known)
     index.settings = replace(index.settings, temperature=fitted)
     index.provenance = index.provenance | {"temperature": f"fitted on {source.name}, n={len(y)}"}
     index.save_settings(index.folder, "calibrate")
-    return Calibration(
-        temperature=fitted,
-        n=len(y),
-        top1=float(right.double().mean()),
-        ece_before=error(before),
-        ece_after=error(fitted),
-        nll_before=negative_log_likelihood(logits, y, before),
-        nll_after=negative_log_likelihood(logits, y, fitted),
-        at_bound=at_bound,
-    )
+    (ece_before, nll_before), (ece_after, nll_after) = errors(before), errors(fitted)
+    top1 = float(right.double().mean())
+    return Calibration(fitted, len(y), top1, ece_before, ece_after, nll_before, nll_after, at_bound)

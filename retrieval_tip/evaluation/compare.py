@@ -7,15 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import torch
 
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source, spelled_alike
 from retrieval_tip.errors import InputError, Skipped, counted, few, percent
-from retrieval_tip.evaluation.evaluate import HELD_OUT, Answers, Recognition, answered
-from retrieval_tip.evaluation.held_out import without_themselves
+from retrieval_tip.evaluation.evaluate import HELD_OUT, Answers, Recognition, answers_of
 from retrieval_tip.fit.closed_form import wilson
 from retrieval_tip.model import Index
 
@@ -41,14 +39,17 @@ class Score(Recognition):
 
     - ``right``: the number of right answers
     - ``alone``: the number of photos to which only this side gives the right answer
-    - ``lacking``: the classes of the photos that the index does not have. Only "no match" is right for their photos.
     """
 
     name: str
     n: int
     right: int
     alone: int
-    lacking: list[str]
+
+    @property
+    def lacking(self) -> list[str]:
+        """The classes of the photos that the index does not have. Only "no match" is right for their photos."""
+        return list(self.unknown)
 
     @property
     def accuracy(self) -> float:
@@ -62,18 +63,18 @@ class Score(Recognition):
 
     def notes(self) -> Iterator[str]:
         """Yield sentences about classes that the index lacks, and about photos that are its shots."""
-        if self.lacking:
-            lost = sum(self.unknown.values())
-            classes = f"{counted(len(self.lacking), 'class')} of the photos ({few(self.lacking)})"
-            wrong = f"{counted(lost, 'photo')} count as wrong"
+        if self.unknown:
+            lost = counted(sum(self.unknown.values()), "photo")
+            wrong = f"{lost} count as wrong"
             if self.unknown_no_match:
-                wrong = f'{self.unknown_no_match * lost:.0f} of {counted(lost, "photo")} got "no match", which is right'
+                found = self.unknown_no_match * sum(self.unknown.values())
+                wrong = f'{found:.0f} of {lost} got "no match", which is right'
+            classes = f"{counted(len(self.unknown), 'class')} of the photos ({few(self.lacking)})"
             yield f"{self.name} does not have {classes}; {wrong}."
             if self.known_top1 is not None:
-                text = f"On the other photos, {self.name} is right on {percent(self.known_top1)}"
-                if self.known_no_match is not None:
-                    text += f', and {percent(self.known_no_match)} got "no match"'
-                yield f"{text}."
+                no_match = self.known_no_match
+                more = "" if no_match is None else f', and {percent(no_match)} got "no match"'
+                yield f"On the other photos, {self.name} is right on {percent(self.known_top1)}{more}."
         if self.held_out:
             yield f"{self.held_out:,} of {counted(self.n, 'photo')} are shots of {self.name}; {HELD_OUT}."
 
@@ -108,25 +109,19 @@ class Compared:
         return facts | {"p_value": self.p_value, "differences": self.differences.to_pylist()}
 
     def __str__(self) -> str:
-        m = len(self.differences)
+        m, photos = len(self.differences), counted(self.n, "photo")
         differ = f"They give different answers to {counted(m, 'photo')}" if m else "They give the same answers"
         if self.scores is None or self.p_value is None:
-            return f"{self.names[0]} and {self.names[1]} classify {counted(self.n, 'photo')}. {differ}."
+            return f"{self.names[0]} and {self.names[1]} classify {photos}. {differ}."
         a, b = self.scores
-        (low_a, high_a), (low_b, high_b) = a.interval, b.interval
-        text = (
-            f"{a.name} is right on {100 * a.accuracy:.1f} % of {counted(self.n, 'photo')} "
-            f"(95 % interval {100 * low_a:.0f} to {100 * high_a:.0f} %), "
-            f"{b.name} on {100 * b.accuracy:.1f} % ({100 * low_b:.0f} to {100 * high_b:.0f} %). {differ}"
-        )
-        if m:
-            text += f": only {a.name} is right on {a.alone:,}, only {b.name} on {b.alone:,}"
-        tested = f"({_shown(self.p_value)}, McNemar's test)"
-        if self.p_value < SIGNIFICANT:
-            text += f". {max(self.scores, key=lambda score: score.alone).name} is significantly better {tested}."
-        else:
-            text += f". The difference is not significant {tested}."
-        return " ".join([text, *a.notes(), *b.notes()])
+        first, second = (f"{100 * low:.0f} to {100 * high:.0f} %)" for low, high in (a.interval, b.interval))
+        text = f"{a.name} is right on {100 * a.accuracy:.1f} % of {photos} (95 % interval {first}, "
+        text += f"{b.name} on {100 * b.accuracy:.1f} % ({second}. {differ}"
+        text += f": only {a.name} is right on {a.alone:,}, only {b.name} on {b.alone:,}" if m else ""
+        better = f"{max(self.scores, key=lambda score: score.alone).name} is significantly better"
+        verdict = better if self.p_value < SIGNIFICANT else "The difference is not significant"
+        p = "p < 0.001" if self.p_value < 0.001 else f"p = {self.p_value:.2g}"
+        return " ".join([f"{text}. {verdict} ({p}, McNemar's test).", *a.notes(), *b.notes()])
 
 
 def compare(a: Side, b: Side, source: Source) -> Compared:
@@ -142,12 +137,13 @@ def compare(a: Side, b: Side, source: Source) -> Compared:
     if not len(source):
         raise InputError(f"{source.name}: has no items")
     labelled = "label" in source.items.column_names and source.items["label"].null_count < len(source)
-    truths = [_truth(side, source, labelled=labelled) for side in (a, b)]
-    if all(ids.min() >= len(side.index.class_names) for side, (ids, _) in zip((a, b), truths, strict=True)):
+    unknown = np.full(len(source), -1)
+    classes = {tuple(side.index.class_names) for side in (a, b)}
+    truths = {names: source.truth(names) if labelled else (unknown, list(names)) for names in classes}
+    if all(ids.min() >= len(names) for names, (ids, _) in truths.items()):
         raise InputError(f"{source.name}: neither {a.name} nor {b.name} has a class of these photos; compare others")
     first, second = (
-        answered(side.index, without_themselves(side.index, source, side.reader.blocks(source)), *truth)
-        for side, truth in zip((a, b), truths, strict=True)
+        answers_of(side.index, source, side.reader, truths[tuple(side.index.class_names)]) for side in (a, b)
     )
     rows, *places = np.intersect1d(first.positions, second.positions, assume_unique=True, return_indices=True)
     if not len(rows):
@@ -155,28 +151,24 @@ def compare(a: Side, b: Side, source: Source) -> Compared:
     first, second = first.take(places[0]), second.take(places[1])
     labels = source.labels if labelled else []
     alike = spelled_alike([*sorted(set(labels)), *a.index.class_names, *b.index.class_names])
-    named = [[alike.get(name, name) for name in one.named()] for one in (first, second)]
-    differ = np.flatnonzero((np.array(named[0]) != np.array(named[1])) | (first.right != second.right))
-    winner = np.where(first.right, "A", np.where(second.right, "B", "neither"))
+    named_a, named_b = (np.array([alike.get(name, name) for name in one.named()]) for one in (first, second))
+    differ = np.flatnonzero((named_a != named_b) | (first.right != second.right))
+    winner, none = np.where(first.right, "A", np.where(second.right, "B", "neither")), [None] * len(differ)
     columns = {
         "input": source.items["source"].take(pa.array(rows[differ])),
-        "label": [alike.get(labels[row], labels[row]) for row in rows[differ]] if labelled else [None] * len(differ),
-        "answer_a": [named[0][place] for place in differ],
-        "answer_b": [named[1][place] for place in differ],
-        "right": winner[differ] if labelled else [None] * len(differ),
+        "label": [alike.get(labels[row], labels[row]) for row in rows[differ]] if labelled else none,
+        "answer_a": named_a[differ],
+        "answer_b": named_b[differ],
+        "right": winner[differ] if labelled else none,
     }
     skipped = list(dict.fromkeys([*a.reader.skipped, *b.reader.skipped]))
     scores = (_score(a, first, second), _score(b, second, first)) if labelled else None
     return Compared((a.name, b.name), len(rows), scores, pa.table(columns, schema=DIFFERENCES), skipped)
 
 
-def _truth(side: Side, source: Source, *, labelled: bool) -> tuple[npt.NDArray[np.int64], list[str]]:
-    return source.truth(side.index.class_names) if labelled else (np.full(len(source), -1), side.index.class_names)
-
-
 def _score(side: Side, own: Answers, other: Answers) -> Score:
-    alone, lacking = int((own.right & ~other.right).sum()), own.class_names[len(side.index.class_names) :]
-    return Score(side.name, len(own.truth), int(own.right.sum()), alone, lacking, **vars(own.recognition()))
+    alone = int((own.right & ~other.right).sum())
+    return Score(side.name, len(own.truth), int(own.right.sum()), alone, **vars(own.recognition()))
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
@@ -187,7 +179,3 @@ def mcnemar(only_a: int, only_b: int) -> float:
     n, fewer = only_a + only_b, torch.arange(min(only_a, only_b) + 1, dtype=torch.float64)
     logs = math.lgamma(n + 1) - torch.lgamma(fewer + 1) - torch.lgamma(n - fewer + 1) - n * math.log(2)
     return min(1.0, 2 * float(logs.exp().sum()))
-
-
-def _shown(p: float) -> str:
-    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"

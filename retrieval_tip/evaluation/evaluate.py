@@ -11,7 +11,6 @@ from typing import Any, Unpack
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from retrieval_tip import tip
 from retrieval_tip.data.reader import Reader
@@ -89,14 +88,13 @@ class Answers:
         """Return how well items of known and unknown classes are told apart."""
         known, unlike, strength = self.of_known, self.unlike, self.strength
         counts = Counter(self.class_names[i] for i in self.truth[~known].tolist())
-        auroc = None if strength is None else area_under_roc(strength[known], strength[~known])
         return Recognition(
             held_out=int(self.held_out.sum()),
             unknown=dict(sorted(counts.items())),
             known_top1=_mean(self.right[known]),
             known_no_match=None if unlike is None else _mean(unlike[known]),
             unknown_no_match=None if unlike is None else _mean(unlike[~known]),
-            auroc=auroc,
+            auroc=None if strength is None else _area_under_roc(strength[known], strength[~known]),
         )
 
 
@@ -173,12 +171,7 @@ class Evaluation(Recognition):
 
 
 def evaluate(
-    index: Index,
-    source: Source,
-    reader: Reader,
-    *,
-    abstain: float | None = None,
-    **asked: Unpack[AskOptions],
+    index: Index, source: Source, reader: Reader, *, abstain: float | None = None, **asked: Unpack[AskOptions]
 ) -> Evaluation:
     """Classify a labelled source and compare the answers with its labels.
 
@@ -192,8 +185,7 @@ def evaluate(
     if abstain is not None and not 0 <= abstain <= 1:
         raise UsageError(f"abstain is {abstain}: give a probability, 0 to 1")
     index = index.with_settings(Ask(**asked).settings(index.settings))
-    truth, names = some_known(index, source)
-    answers = answered(index, without_themselves(index, source, reader.blocks(source)), truth, names)
+    answers = answers_of(index, source, reader, some_known(index, source))
     found = judge(index, answers, reader.skipped, abstain=abstain)
     if found.held_out:
         shots = f"{found.held_out:,} of {counted(found.n, 'photo')}"
@@ -241,54 +233,44 @@ def judge(
     )
 
 
-def answered(index: Index, asked: Iterable[QueryBlock], truth: Ints, class_names: list[str]) -> Answers:
+def answers_of(index: Index, source: Source, reader: Reader, truth: tuple[Ints, list[str]]) -> Answers:
+    """Classify a source whose ``truth`` is known (see :meth:`source.Source.truth`), each shot without itself."""
+    return answered(without_themselves(index, source, reader.blocks(source)), *truth)
+
+
+def answered(asked: Iterable[QueryBlock], truth: Ints, class_names: list[str]) -> Answers:
     """Classify encoded items, whose source has the class ids ``truth`` (see :meth:`source.Source.truth`)."""
-    places, held, parts = [], [], []
-    for one in asked:
-        for answer in one.index.answers([one.block], Ask(neighbours=0)):
-            places.append(answer.block.positions)
-            held.append(np.full(len(places[-1]), one.held_out))
-            parts.append(_best(answer, truth[places[-1]]))
+    parts = [
+        _answers(answer, truth, class_names, one.held_out)
+        for one in asked
+        for answer in one.index.answers([one.block], Ask(top=5, neighbours=0))
+    ]
     if not parts:
         raise InputError("photos: all are shots of this index; use other photos")
-    order = np.argsort(np.concatenate(places))
-    ranked, confidence, log_truth, strength = (torch.cat(part).numpy()[order] for part in zip(*parts, strict=True))
-    positions, least = np.concatenate(places)[order], index.settings.least_cache
-    return Answers(
-        truth[positions],
-        ranked,
-        confidence,
-        positions,
-        log_truth,
-        class_names,
-        known=len(index.class_names),
-        held_out=np.concatenate(held)[order],
-        strength=None if least is None else strength,
-        unlike=None if least is None else strength < least,
-    )
+    names = [name for name, x in vars(parts[0]).items() if isinstance(x, np.ndarray)]
+    arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    return replace(parts[0], **arrays).take(np.argsort(arrays["positions"]))
 
 
-def _best(answer: AnswerBlock, truth: Ints) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return ``ranked``, ``confidence``, ``log_truth`` and ``strength`` of ``q`` queries (see :class:`Answers`)."""
-    terms, logits, settings = answer.terms, answer.logits, answer.settings
-    text, alone, c = terms.text, terms.photos(settings), logits.shape[1]
-    best = logits.topk(min(5, c), dim=1).indices
-    ranked = torch.cat([best, text.argmax(1, keepdim=True), alone.argmax(1, keepdim=True)], dim=1)
-    confidence = tip.probabilities(logits, settings.temperature).gather(1, best[:, :1])[:, 0].double()
+def _answers(answer: AnswerBlock, every: Ints, class_names: list[str], held_out: bool) -> Answers:
+    terms, logits, settings, positions = answer.terms, answer.logits, answer.settings, answer.block.positions
+    text, alone, truth, c = terms.text, terms.photos(settings), every[positions], logits.shape[1]
+    ranked = torch.cat([answer.ranked, text.argmax(1, keepdim=True), alone.argmax(1, keepdim=True)], dim=1)
+    confidence = tip.probabilities(logits, settings.temperature).gather(1, ranked[:, :1])[:, 0].double()
     ids, scaled = torch.from_numpy(truth).to(logits.device), logits / settings.temperature
     log_truth = scaled.gather(1, ids.clamp(0, c - 1)[:, None])[:, 0] - scaled.logsumexp(dim=1)
     log_truth = log_truth.double().masked_fill((ids < 0) | (ids >= c), -torch.inf)
-    strength = torch.zeros_like(confidence)
-    if settings.least_cache is not None:
-        strength = terms.strongest(answer.retrieval.keys.counts).double()
-    return ranked.cpu(), confidence.cpu(), log_truth.cpu(), strength.cpu()
+    ranks, chances, logs = (part.cpu().numpy() for part in (ranked, confidence, log_truth))
+    held = np.full(len(positions), held_out)
+    answers = Answers(truth, ranks, chances, positions, logs, class_names, known=c, held_out=held)
+    if settings.least_cache is None:
+        return answers
+    strength = terms.strongest(answer.retrieval.keys.counts).double().cpu().numpy()
+    return replace(answers, strength=strength, unlike=strength < settings.least_cache)
 
 
-def area_under_roc(high: npt.NDArray[np.floating], low: npt.NDArray[np.floating]) -> float | None:
-    """Return the probability that one of the ``high`` scores exceeds one of the ``low`` scores.
-
-    Equal scores count as half. Returns ``None`` if one of the arrays is empty.
-    """
+def _area_under_roc(high: npt.NDArray[np.floating], low: npt.NDArray[np.floating]) -> float | None:
+    """Return the probability that a ``high`` score exceeds a ``low`` score. Equal scores count as half."""
     if not len(high) or not len(low):
         return None
     ordered = np.sort(low)

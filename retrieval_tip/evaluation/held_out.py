@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 
 from retrieval_tip import tip
@@ -92,19 +91,17 @@ def without_parts(index: Index, rows: IntArray, kept: IntArray | None = None) ->
     refitted to its keys, unless they were trained. It has the settings of ``index``. It compares a query with every
     key, unless ``index`` is of the type ``Classes``.
     """
-    ids, images, fitted, c = index.class_ids.cpu(), images_of(index.labels), index.fitted, len(index.class_names)
+    ids, fitted, c = index.class_ids.cpu(), index.fitted, len(index.class_names)
     kept = np.arange(index.n) if kept is None else kept
     factory = index.index_type if index.retrieval.keys.by_class else "Flat"
-    folds = Folds(
-        index.keys, ids, c, None, [], index.sums, "even" if fitted is None else fitted.class_prior,
-        prior=prior_for(index),
-    )  # fmt: skip
-    parts = PARTS if index.n <= MANY_KEYS else PARTS // 2
-    for number, (part, others) in enumerate(parts_without(images, ids.numpy(), rows, kept, parts)):
+    class_prior = "even" if fitted is None else fitted.class_prior
+    folds = Folds(index.keys, ids, c, None, [], index.sums, class_prior, prior=prior_for(index))
+    number = PARTS if index.n <= MANY_KEYS else PARTS // 2
+    parts = parts_without(images_of(index.labels), ids.numpy(), rows, kept, number)
+    for fold, (part, others) in enumerate(parts):
         metric, values = index.metric, None if index.values is None else index.values[torch.from_numpy(others)]
         if fitted is not None:
-            form = Form.of(fitted, index.settings.beta)
-            metric, values = folds.fitted(form, torch.from_numpy(others), number)
+            metric, values = folds.fitted(Form.of(fitted, index.settings.beta), torch.from_numpy(others), fold)
         keys = np.asarray(index.keys[others])
         left = ArrayRows(keys, index.labels.take(pa.array(others)), values, points_of(metric, keys, "cpu"))
         search = index_over(left.vectors, left.class_ids, c, factory, index.device)
@@ -134,29 +131,24 @@ def without_themselves(index: Index, source: Source, blocks: Iterable[FeatureBlo
     Raises InputError if the only photo of the index is an item.
     """
     shots: list[FeatureBlock] = []
-    found: list[IntArray] = []
+    parts: list[IntArray] = []
     for block in blocks:
-        key_ids = key_ids_of(index, source, block)
-        if (new := np.flatnonzero(key_ids < 0)).size:
-            yield QueryBlock(index, block.take(new))
-        if (own := np.flatnonzero(key_ids >= 0)).size:
-            shots.append(block.take(own))
-            found.append(key_ids[own])
-    if not shots:
+        found = key_ids_of(index, source, block)
+        yield QueryBlock(index, block.take(np.flatnonzero(found < 0)))
+        shots.append(block.take(np.flatnonzero(found >= 0)))
+        parts.append(found[found >= 0])
+    if not sum(map(len, parts)):
         return
-    block, key_ids = FeatureBlock.joined(shots), np.concatenate(found)
+    block, key_ids = FeatureBlock.joined(shots), np.concatenate(parts)
     if 4 * index.n * index.d > MOST_COPIED:
-        log.warning(
-            "%s: left out %s that are shots of this index, which is too large to hide them",
-            source.name, counted(len(key_ids), "photo"),
-        )  # fmt: skip
+        known = f"{counted(len(key_ids), 'photo')} that are shots of this index"
+        log.warning("%s: left out %s, which is too large to hide them", source.name, known)
         return
     model = index.in_memory()
     photos = images_of(model.labels)
     if photos.min() == photos.max():
         raise InputError(f"{source.name}: has the only photo of the index; add other photos to the index")
-    known = model.labels["key_id"].combine_chunks()
-    rows = pc.index_in(pa.array(key_ids), value_set=known).to_numpy().astype(np.int64)
+    rows = model.rows.in_memory().rows_of(key_ids)
     _, first, photo = np.unique(photos[rows], return_index=True, return_inverse=True)
     for part, others in without_parts(model, rows[first]):
         yield QueryBlock(others, block.take(np.flatnonzero(np.isin(photo, part))), held_out=True)
@@ -167,16 +159,16 @@ def key_ids_of(index: Index, source: Source, block: FeatureBlock) -> IntArray:
     shots = index.having("digest", filter(None, block.digests))
     known = dict(zip(shots["digest"].to_pylist(), shots["key_id"].to_pylist(), strict=True))
     found = np.array([known.get(digest, -1) if digest else -1 for digest in block.digests], dtype=np.int64)
+    names = source.items["source"].take(pa.array(block.positions)).to_pylist()
     places: dict[str, list[int]] = {}
-    for place, name in enumerate(source.items["source"].take(pa.array(block.positions)).to_pylist()):
-        if not block.digests[place]:
+    for place, (name, digest) in enumerate(zip(names, block.digests, strict=True)):
+        if not digest:
             places.setdefault(name, []).append(place)
-    if not places:
+    rows = index.rows.of(index.having("source", places)["key_id"].to_pylist()) if places else None
+    if rows is None:
         return found
-    rows = index.rows.of(index.having("source", places)["key_id"].to_pylist())
-    sources, keys = rows.labels["source"].to_pylist(), rows.keys.astype(np.float32)
-    for key_id, name, key in zip(rows.key_ids.tolist(), sources, keys, strict=True):
-        own = np.array(places[name])
+    for key_id, name, key in zip(rows.key_ids.tolist(), rows.labels["source"].to_pylist(), rows.keys, strict=True):
+        own, key = np.array(places[name]), key.astype(np.float32)
         lengths = np.linalg.norm(block.features[own], axis=1) * np.linalg.norm(key)
         found[own[block.features[own] @ key >= SAME * lengths]] = key_id
     return found

@@ -1,4 +1,4 @@
-"""Project keys to two dimensions by principal components or by t-SNE (which requires scikit-learn)."""
+"""Show keys in two dimensions, by principal components or by t-SNE (requires scikit-learn), and typical keys."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from retrieval_tip.bounds import check_count
 from retrieval_tip.errors import UsageError
 from retrieval_tip.model import Index
+from retrieval_tip.retrieval.keys import points_of
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -20,6 +21,8 @@ AXES, ITERATIONS = 8, 8
 """Axes and iterations of the randomised SVD. It computes the first two axes to four digits in a tenth of the time."""
 FEWEST, REDUCED, PERPLEXITY = 5, 50, 30
 """Smallest number of keys for which t-SNE is used, number of its input dimensions, and its perplexity."""
+EXEMPLARS = 1 << 15
+"""Largest number of keys to search for exemplars."""
 
 
 @dataclass(frozen=True)
@@ -62,17 +65,14 @@ def projected(index: Index, method: Method = "pca", limit: int = 5000) -> Projec
     check_count("limit", limit)
     features, labels = index.rows.some(limit)
     keys = features.astype(np.float32)
-    if method == "pca" or len(keys) < FEWEST:
-        places, explained, axes = _principal(keys)
-    else:
-        places, explained, axes = _tsne(keys), None, None
+    is_principal = method == "pca" or len(keys) < FEWEST
+    places, explained, axes = _principal(keys) if is_principal else (_tsne(keys), None, None)
     middle = (places.max(axis=0) + places.min(axis=0)) / 2
-    places = places - middle
-    largest = float(np.abs(places).max()) or 1.0
-    key_ids, class_ids = (labels[name].to_numpy().astype(np.int64) for name in ("key_id", "class_id"))
+    largest = float(np.abs(places - middle).max()) or 1.0
     if axes is not None:
         axes = (np.concatenate([axes[:1] - middle, axes[1:]]) / largest).astype(np.float32)
-    return Projection(key_ids, class_ids, (places / largest).astype(np.float32), explained, axes)
+    key_ids, class_ids = (labels[name].to_numpy().astype(np.int64) for name in ("key_id", "class_id"))
+    return Projection(key_ids, class_ids, ((places - middle) / largest).astype(np.float32), explained, axes)
 
 
 def _principal(keys: FloatArray) -> tuple[FloatArray, tuple[float, float], FloatArray]:
@@ -83,8 +83,8 @@ def _principal(keys: FloatArray) -> tuple[FloatArray, tuple[float, float], Float
         _, scale, axes = torch.svd_lowrank(centred, q=min(AXES, *centred.shape), niter=ITERATIONS)
     axes = torch.nn.functional.pad(axes, (0, max(0, 2 - axes.shape[1])))[:, :2]
     axes = axes * torch.where(axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)) < 0, -1, 1)
-    total = float(centred.square().sum())
-    first, second = ([*scale.square().tolist(), 0.0][i] / total if total else 0.0 for i in (0, 1))
+    total = float(centred.square().sum()) or 1.0
+    first, second = (float(variance) / total for variance in (*scale.square(), 0.0, 0.0)[:2])
     places: FloatArray = (centred @ axes).numpy()
     return places, (first, second), np.concatenate([-mean[None] @ axes.numpy(), axes.numpy()])
 
@@ -97,3 +97,34 @@ def _tsne(keys: FloatArray) -> FloatArray:
     perplexity = min(PERPLEXITY, (len(keys) - 1) / 3)
     places: FloatArray = TSNE(perplexity=perplexity, init="pca", random_state=0, n_jobs=1).fit_transform(reduced)
     return places
+
+
+@dataclass(frozen=True)
+class TypicalKeys:
+    """The ids of the exemplars, and the mean affinities within a class (``own``) and between classes (``other``).
+
+    A mean is ``None`` if there are no such pairs of keys.
+    """
+
+    key_ids: list[int]
+    own: float | None
+    other: float | None
+
+
+def exemplars(index: Index) -> TypicalKeys:
+    """Return the key of each class that is nearest to the class mean in the metric of the index.
+
+    If there are more than :data:`EXEMPLARS` keys, a sample is used.
+    """
+    keys, described = index.rows.some(EXEMPLARS)
+    points = points_of(index.metric, keys, index.device)
+    x = torch.from_numpy(np.asarray(keys if points is None else points).astype(np.float32))
+    ids, c = torch.from_numpy(described["class_id"].to_numpy().astype(np.int64)), len(index.class_names)
+    sums, counts = torch.zeros(c, x.shape[1]).index_add_(0, ids, x), torch.bincount(ids, minlength=c)
+    order = np.lexsort(((x * sums[ids]).sum(1).numpy(), ids.numpy()))  # sorted by class, with the nearest key last
+    best = order[np.flatnonzero(np.diff(ids.numpy()[order], append=c))]
+    within, every = float(sums.double().square().sum()), float(sums.sum(0).double().square().sum())
+    pairs = int(counts.square().sum()) - len(x), len(x) ** 2 - int(counts.square().sum())
+    totals = within - float(x.double().square().sum()), every - within
+    own, other = (total / number if number else None for total, number in zip(totals, pairs, strict=True))
+    return TypicalKeys(described["key_id"].take(best).to_pylist(), own, other)

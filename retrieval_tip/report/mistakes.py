@@ -5,14 +5,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from retrieval_tip.data import images
 from retrieval_tip.errors import InputError, UsageError
@@ -31,8 +28,7 @@ class Picture(NamedTuple):
     alt: str
 
 
-@dataclass(frozen=True)
-class Mistake:
+class Mistake(NamedTuple):
     """A wrong answer for an ``item``, with the most probable classes and the shots that caused the answer."""
 
     item: str
@@ -43,8 +39,7 @@ class Mistake:
     keys: list[tuple[Neighbour, Picture]]
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """Two classes that were confused.
 
     ``times`` of the ``total`` items of class ``truth`` were classified as ``answer``. ``items`` are examples of these
@@ -66,29 +61,27 @@ def worst(log_truth: npt.NDArray[np.float64], right: npt.NDArray[np.bool_]) -> l
     return order
 
 
-def mistakes(results: Results) -> list[Mistake]:
+def mistakes(results: Results) -> Iterator[Mistake]:
     """Explain the worst mistakes (see :func:`worst`)."""
-    answers, names, explained = results.answers, results.index.class_names, []
-    places = worst(results.answers.log_truth, answers.right)
+    answers, names = results.answers, results.index.class_names
+    places = worst(answers.log_truth, answers.right)
     predictions = results.index.classify(results.block.features[places], "keep", top=3, neighbours=NEIGHBOURS)
     for place, prediction in zip(places, predictions, strict=True):
         truth, answer = names[answers.truth[place]], names[answers.predicted[place]]
-        own = {truth: math.exp(results.answers.log_truth[place]), answer: float(answers.confidence[place])}
-        likely = dict(zip(prediction.labels, prediction.probabilities, strict=True)) | own
-        against = [prediction.opposing] if prediction.opposing else []
-        keys = _with_pictures(results, [*prediction.neighbours, *against])
-        item = results.test.sources[int(results.answers.positions[place])]
+        likely = dict(zip(prediction.labels, prediction.probabilities, strict=True))
+        likely |= {truth: math.exp(answers.log_truth[place]), answer: float(answers.confidence[place])}
         ranked = dict(sorted(likely.items(), key=lambda pair: -pair[1]))
-        explained.append(Mistake(item, truth, answer, ranked, _of_item(results, place), keys))
-    return explained
+        keys = [*prediction.neighbours, *([prediction.opposing] if prediction.opposing else [])]
+        item = results.test.sources[int(answers.positions[place])]
+        yield Mistake(item, truth, answer, ranked, _of_item(results, place), _with_pictures(results, keys))
 
 
-def confusions(results: Results) -> list[Pair]:
-    """Return the pairs of classes that are confused most often, with mistakes and nearby keys.
+def confusions(results: Results) -> Iterator[Pair]:
+    """Yield the pairs of classes that are confused most often, with mistakes and nearby keys.
 
     A mistake that occurred once says little about two classes, so it is left out.
     """
-    answers, names, described = results.answers, results.index.class_names, []
+    answers, names = results.answers, results.index.class_names
     for truth, answer, times in results.evaluation.confusions[:PAIRS]:
         if times > 1:
             asked = answers.truth == names.index(truth)
@@ -98,8 +91,7 @@ def confusions(results: Results) -> list[Pair]:
             near = {key.key_id: key for one in predictions for key in one.neighbours if key.label == answer}
             keys = _with_pictures(results, list(near.values())[:EXAMPLES])
             items = [_of_item(results, place) for place in own.tolist()]
-            described.append(Pair(truth, answer, times, int(asked.sum()), items, keys))
-    return described
+            yield Pair(truth, answer, times, int(asked.sum()), items, keys)
 
 
 def _of_item(results: Results, place: int) -> Picture:
@@ -110,8 +102,7 @@ def _of_item(results: Results, place: int) -> Picture:
 
 
 def _with_pictures(results: Results, keys: Sequence[Neighbour]) -> list[tuple[Neighbour, Picture]]:
-    labels = results.index.labels.select(["key_id", "digest"])
-    rows = labels.filter(pc.is_in(labels["key_id"], value_set=pa.array([key.key_id for key in keys], pa.int64())))
+    rows = results.index.rows.where("key_id", [key.key_id for key in keys])
     digests = dict(zip(rows["key_id"].to_pylist(), rows["digest"].to_pylist(), strict=True))
     return [(key, Picture(key.source, digests.get(key.key_id), f"example of {key.label}")) for key in keys]
 

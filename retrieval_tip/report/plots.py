@@ -14,10 +14,9 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -50,11 +49,7 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 
-# ----------------------------------------------------------------------------------------------------------- data
-
-
-@dataclass(frozen=True)
-class Confusion:
+class Confusion(NamedTuple):
     """A confusion matrix, in which ``counts[i, j]`` items of class ``names[i]`` were classified as ``names[j]``.
 
     ``totals[i]`` is the number of items of class ``i``. ``of`` is the number of classes that occur. If there are many,
@@ -69,16 +64,13 @@ class Confusion:
 
 def confusion(answers: Answers) -> Confusion:
     """Count the answers by true and predicted class, in the order of the index."""
-    c = len(answers.class_names)
-    truth, predicted = answers.truth, answers.predicted
+    truth, predicted, c, wrong = answers.truth, answers.predicted, len(answers.class_names), ~answers.right
     totals = np.bincount(truth, minlength=c)
-    occurring = np.flatnonzero(totals + np.bincount(predicted, minlength=c))
-    chosen = occurring
+    chosen = occurring = np.flatnonzero(totals + np.bincount(predicted, minlength=c))
     if len(occurring) > MOST_CLASSES:
-        wrong = ~answers.right
         errors = np.bincount(truth[wrong], minlength=c) + np.bincount(predicted[wrong], minlength=c)
         chosen = np.sort(np.argsort(-errors, kind="stable")[:FEWER_CLASSES])
-    both = np.isin(truth, chosen) & np.isin(predicted, chosen) & (answers.of_known | ~answers.right)
+    both = np.isin(truth, chosen) & np.isin(predicted, chosen) & (answers.of_known | wrong)
     counts = np.zeros((len(chosen), len(chosen)), dtype=np.int64)
     np.add.at(counts, tuple(np.searchsorted(chosen, ids[both]) for ids in (truth, predicted)), 1)
     return Confusion([answers.class_names[i] for i in chosen], counts, totals[chosen], len(occurring))
@@ -92,9 +84,6 @@ def class_accuracies(per_class: dict[str, float]) -> tuple[list[str], Floats]:
     ordered = sorted(per_class.items(), key=lambda pair: -pair[1])
     ordered = ordered[-FEWER_CLASSES:] if len(ordered) > MOST_CLASSES else ordered
     return [name for name, _ in ordered], np.array([value for _, value in ordered])
-
-
-# --------------------------------------------------------------------------------------------------------- drawing
 
 
 def check(folder: Path) -> None:
@@ -119,12 +108,12 @@ def write_plots(evaluation: Evaluation, folder: Path, about: str = "") -> list[P
     date. Raises InputError if the folder cannot be written.
     """
     check(folder)
-    drawings = {"confusion": draw_confusion, "per_class": draw_per_class, "reliability": draw_reliability,
-                "coverage": draw_coverage}  # fmt: skip
     make_folders(folder)
-    for name, draw in drawings.items():
-        write(partial(draw, evaluation), folder / f"{name}.png", about)
-    return [folder / f"{name}.png" for name in drawings]
+    files = []
+    for draw in (draw_confusion, draw_per_class, draw_reliability, draw_coverage):
+        files.append(folder / f"{draw.__name__.removeprefix('draw_')}.png")
+        write(partial(draw, evaluation), files[-1], about)
+    return files
 
 
 def write(draw: Callable[[], Figure], path: Path, about: str) -> None:
@@ -133,7 +122,7 @@ def write(draw: Callable[[], Figure], path: Path, about: str) -> None:
     with _style(), replacing(path) as temporary:
         figure = draw()
         said = ", ".join(filter(None, (about[-LONGEST_ABOUT:], datetime.date.today().isoformat())))
-        figure.supxlabel(_plain(said), x=0.98, ha="right", fontsize=6.5, color=GREY)
+        figure.supxlabel(said, x=0.98, ha="right", fontsize=6.5, color=GREY)
         figure.savefig(temporary, format=path.suffix[1:])
 
 
@@ -267,21 +256,19 @@ def svg(draw: Callable[[], Figure], label: str) -> Markup:
 
 
 @contextmanager
-def _style(settings: dict[Any, str] | None = None) -> Iterator[None]:
+def _style(settings: dict[str, str] | None = None) -> Iterator[None]:
     """Plot with :data:`LOOKS` and ``settings`` inside the context, ignoring the user's matplotlib settings."""
-    import matplotlib
+    from matplotlib import style
 
-    level = logging.getLogger("matplotlib.font_manager").level
-    date = os.environ.pop("SOURCE_DATE_EPOCH", None)  # an invalid value would raise an error
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        matplotlib.rc_file(LOOKS)
-        matplotlib.rcParams.update(settings or {})
-        logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
+    fonts = logging.getLogger("matplotlib.font_manager")
+    level, date = fonts.level, os.environ.pop("SOURCE_DATE_EPOCH", None)  # an invalid date would raise an error
+    with style.context([LOOKS, settings or {}], after_reset=True), warnings.catch_warnings():
+        fonts.setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # fonts may lack the script of a class name
         try:
             yield
         finally:
-            logging.getLogger("matplotlib.font_manager").setLevel(level)
+            fonts.setLevel(level)
             os.environ |= {} if date is None else {"SOURCE_DATE_EPOCH": date}
 
 
@@ -300,8 +287,4 @@ def _title(axes: Axes, title: str, facts: str) -> None:
 
 def _name(name: str) -> str:
     text = one_line(name)
-    return _plain(text if len(text) <= LONGEST_NAME else text[: LONGEST_NAME - 1] + "…")
-
-
-def _plain(text: str) -> str:
-    return text.replace("$", r"\$")
+    return text if len(text) <= LONGEST_NAME else text[: LONGEST_NAME - 1] + "…"

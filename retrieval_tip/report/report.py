@@ -30,7 +30,6 @@ from retrieval_tip.report.curve import Curve, measure_curve
 from retrieval_tip.report.mistakes import confusions, mistakes, thumbnail
 from retrieval_tip.report.provenance import provenance
 from retrieval_tip.report.results import Results, portable
-from retrieval_tip.report.verdict import actions, sentences
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -92,14 +91,13 @@ def write_report(
     ids, names = some_known(index, test)
     every = FeatureBlock.joined(list(reader.blocks(test)))
     new = every.take(np.flatnonzero(key_ids_of(index, test, every) < 0))
-    answers = answered(index, [QueryBlock(index, new)], ids, names)
+    answers = answered([QueryBlock(index, new)], ids, names)
     known = np.flatnonzero(answers.of_known)
     evaluation = judge(index, answers.take(known), reader.skipped)
-    place = Path(folder) if folder is not None else index.folder
+    place, left_out = Path(folder) if folder is not None else index.folder, len(every.positions) - len(new.positions)
     results = Results(
-        index, test, reader, new.take(known), evaluation, place, where, command, answers.recognition(),
-        shots=len(every.positions) - len(new.positions),
-    )  # fmt: skip
+        index, test, reader, new.take(known), evaluation, place, where, command, answers.recognition(), left_out
+    )
     page = _page(results, measure_curve(results, shots, seeds) if curves else None).encode()
     with replacing(path) as temporary:
         temporary.write_bytes(page)
@@ -125,8 +123,8 @@ def _page(results: Results, curve: Curve | None) -> str:
     }
     return render(
         "report/page.html.j2", title=f'Accuracy of {name} on "{Path(results.test.name).name}"', results=results,
-        index=index, evaluation=evaluation, sentences=list(sentences(results)), actions=list(actions(results)),
-        pairs=confusions(results), mistakes=mistakes(results), curve=curve,
+        index=index, evaluation=evaluation, sentences=list(results.sentences()), actions=list(results.actions()),
+        pairs=list(confusions(results)), mistakes=list(mistakes(results)), curve=curve,
         plots={name: plots.svg(partial(draw, evaluation), label) for name, (draw, label) in drawn.items()},
         provenance=provenance(results), counted=counted, few=few, percent=percent, portable=portable, nobreak=_nobreak,
         thumbnail=remembered(partial(thumbnail, results.reader.read)),

@@ -1,10 +1,12 @@
-"""The data from which a report is made."""
+"""The data from which a report is made, a summary of them, and recommendations."""
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +16,18 @@ import numpy as np
 
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
-from retrieval_tip.errors import show
+from retrieval_tip.errors import counted, percent, show
+from retrieval_tip.evaluation.audit import AUDITED, audit
 from retrieval_tip.evaluation.evaluate import Answers, Evaluation, Recognition
 from retrieval_tip.fit.closed_form import wilson
 from retrieval_tip.model import Index
+
+SURE = 0.9
+"""Minimum probability of a confident prediction."""
+WEAK, NAMED = 0.5, 3
+"""Accuracy below which a class always counts as weak, and the maximum number of weak classes to list."""
+MISCALIBRATED = 0.05
+"""Difference between the mean probability and the accuracy from which a calibration is recommended."""
 
 
 class ClassScore(NamedTuple):
@@ -71,7 +81,7 @@ class Results:
         scores = []
         for i in np.unique(truth).tolist():
             given = Counter(predicted[truth == i].tolist())
-            right, n = given.pop(i, 0), int((truth == i).sum())
+            n, right = given.total(), given.pop(i, 0)
             answer, times = given.most_common(1)[0] if given else (i, 0)
             scores.append(ClassScore(names[i], right, n, self.index.counts[i], names[answer], times))
         return sorted(scores, key=lambda score: (score.right / score.n, -score.n))
@@ -87,6 +97,58 @@ class Results:
         trained = self.index.values is not None and self.index.fitted is None
         return bool(self.record("finetune")) or self.index.curve is not None or trained
 
+    def sentences(self) -> Iterator[str]:
+        """Yield sentences about the accuracy and the reliability."""
+        n, top1, sure = self.evaluation.n, self.evaluation.top1, self.answers.confidence >= SURE
+        low, high = wilson(top1, n)
+        yield (
+            f"{int(self.answers.right.sum()):,} of {counted(n, 'test photo', 'was', 'were')} classified correctly: "
+            f"{percent(top1)} (95 % interval {100 * low:.0f} to {100 * high:.0f} %)."
+        )
+        if sure.any():
+            certain = f"at least {100 * SURE:.0f} % certain ({100 * sure.mean():.0f} % of photos)"
+            right = percent(self.answers.right[sure].mean())
+            yield f"When the classifier is {certain}, it is right {right} of the time."
+        else:
+            yield f"The classifier is never {100 * SURE:.0f} % certain."
+
+    def actions(self) -> Iterator[Action]:
+        """Yield recommendations, weakest class first."""
+        index, top1, wrong = self.index, self.evaluation.top1, int((~self.answers.right).sum())
+
+        def command(name: str, rest: str = "") -> str:
+            return f"retrieval-tip {name} {shlex.quote(portable(self.folder))}{rest}" if self.folder else ""
+
+        missed = [one for one in self.by_class if one.n - one.right > 1]
+        weak = [one for one in missed if one.right < WEAK * one.n or one.interval[1] < top1]
+        for place, one in enumerate(weak[:NAMED]):
+            mistakes = f"{one.n - one.right:,} of all" if one.n - one.right < wrong else "all"
+            what = f"{one.name}: {100 * one.right / one.n:.0f} %, {mistakes} {wrong:,} mistakes"
+            often = f" ({one.times} times classified as {one.answer})" if one.times > 1 else ""
+            why = f"add photos to its {counted(one.shots, 'example')}{often}"
+            yield Action(what, why, "" if place else command("index add", " FOLDER"))
+        if index.fitted is None and not self.is_tuned:
+            yield Action("Fit the index", "it is not fitted to its examples yet", command("fit"))
+        elif index.fitted is not None and index.fitted.keys != index.n:
+            why = f"it was fitted to {index.fitted.keys:,} examples and now has {index.n:,}"
+            yield Action("Fit the index again", why, command("fit"))
+        if self.where is None and index.n <= AUDITED and (doubtful := len(audit(index))):
+            why = "the other examples contradict " + ("it" if doubtful == 1 else "them")
+            yield Action(f"Check {counted(doubtful, 'label')}", why, command("index audit"))
+        confidence = self.answers.confidence
+        gap, noise = confidence.mean() - top1, (confidence * (1 - confidence)).sum() ** 0.5 / len(confidence)
+        if abs(gap) > max(MISCALIBRATED, 2 * noise):
+            why = f"they are {100 * abs(gap):.0f} points too {'high' if gap > 0 else 'low'} on average"
+            yield Action("Calibrate the probabilities", why, command("calibrate", " --val SOURCE"))
+
+
+class Action(NamedTuple):
+    """A recommendation, the reason for it, and a ``command`` that carries it out, if there is one."""
+
+    what: str
+    why: str
+    command: str = ""
+
 
 def portable(text: str | os.PathLike[str]) -> str:
     """Shorten the absolute paths in a text, so that a report does not reveal local folders.
@@ -94,11 +156,11 @@ def portable(text: str | os.PathLike[str]) -> str:
     A path becomes relative to the working directory. If the path is outside, only its last two parts are kept, without
     the home directory.
     """
-    return re.sub(r"(?:^|(?<=[\s:=(',\"])|(?<=://))/(?=[^/\s])[^:,'\"]*", _shortened, show(text))
 
+    def shortened(path: re.Match[str]) -> str:
+        full, here, home = Path(path[0]), Path.cwd(), Path.home()
+        if full.is_relative_to(here):
+            return str(full.relative_to(here))
+        return str(Path(*(full.relative_to(home) if full.is_relative_to(home) else full).parts[-2:]))
 
-def _shortened(path: re.Match[str]) -> str:
-    full, here, home = Path(path[0]), Path.cwd(), Path.home()
-    if full.is_relative_to(here):
-        return str(full.relative_to(here))
-    return str(Path(*(full.relative_to(home) if full.is_relative_to(home) else full).parts[-2:]))
+    return re.sub(r"(?:^|(?<=[\s:=(',\"])|(?<=://))/(?=[^/\s])[^:,'\"]*", shortened, show(text))

@@ -17,8 +17,8 @@ from retrieval_tip import __version__
 from retrieval_tip.errors import InputError
 from retrieval_tip.evaluation.audit import AUDITED
 from retrieval_tip.evaluation.audit import audit as audited
-from retrieval_tip.evaluation.exemplars import exemplars as typical_keys
 from retrieval_tip.evaluation.projection import Method, Projection, methods, projected
+from retrieval_tip.evaluation.projection import exemplars as typical_keys
 from retrieval_tip.fit.closed_form import ShotEstimate, estimate
 from retrieval_tip.labelling.groups import group, threshold_of
 from retrieval_tip.server import metrics, schemas
