@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypeGuard, TypeVar, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeGuard, TypeVar, Unpack, cast, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ import torch
 
 from retrieval_tip import tip
 from retrieval_tip.backbones.base import Backbone
-from retrieval_tip.backbones.loading import load_backbone, load_when_needed
+from retrieval_tip.backbones.loading import Model, given_backbone, load_when_needed
 from retrieval_tip.data import images
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.pictures import Picture, Pictures, features_of, is_one, labelled_pictures, pictures
@@ -58,9 +58,6 @@ if TYPE_CHECKING:
     from retrieval_tip.fit.finetune import Tuned
     from retrieval_tip.fit.trainer import Recipe
     from retrieval_tip.report.report import WrittenReport
-
-    Model: TypeAlias = str | Backbone | tuple[Any, Any, Any] | None
-    """The name of an encoder, a backbone, or the model, preprocessing and tokenizer that open_clip returns."""
 
 THUMBNAIL = 128
 """Length of the longer side of an image in a notebook, in pixels."""
@@ -121,7 +118,7 @@ class OpenIndex:
         if model is None:
             backbone = _own_backbone(index, device, precision)
         else:
-            backbone = _given_backbone(model, None, device, precision)
+            backbone = given_backbone(model, None, device, precision)
         check_backbone(index.backbone, index.d, backbone, [])
         return cls(index, Reader(backbone, cache=EncodingCache.at(None)))
 
@@ -400,7 +397,7 @@ class Classifier(OpenIndex):
         source = photos.source if isinstance(photos, Pictures) else photos
         if not isinstance(source, Source):
             source = open_source(_place("photos", source))
-        backbone = _given_backbone(model, pretrained, device, precision)
+        backbone = given_backbone(model, pretrained, device, precision)
         reader = Reader(backbone, seed=seed, cache=EncodingCache.at(None))
         reading = replace(reader, views=views)
         if isinstance(photos, Pictures):
@@ -413,7 +410,11 @@ class Classifier(OpenIndex):
 
     @classmethod
     def from_images(
-        cls, images: Any, labels: Iterable[Any] | None = None, model: Model = None, **options: Unpack[ClassifierOptions]
+        cls,
+        images: Any,
+        labels: Iterable[Any] | None = None,
+        model: Model = None,
+        **options: Unpack[ClassifierOptions],
     ) -> Self:
         """Build a classifier from labelled photos in memory or in a dataset.
 
@@ -732,22 +733,6 @@ def _place(name: str, given: object) -> Place:
     if not isinstance(given, str | os.PathLike):
         raise UsageError(f"{name}: got an object of type {type(given).__name__}; give a path")
     return given
-
-
-def _given_backbone(model: Model, pretrained: str | None, device: str, precision: Precision) -> Backbone:
-    """Return the backbone that a user names or passes. Raises UsageError if ``model`` is neither."""
-    if model is None or isinstance(model, str):
-        return load_backbone(model, pretrained, device=device, precision=precision, lazy=True)
-    if isinstance(model, tuple):
-        from retrieval_tip.backbones.open_clip import OpenClipBackbone
-
-        if len(model) != 3:
-            raise UsageError(f"model: got {len(model)} objects; give (model, preprocess, tokenizer), as open_clip does")
-        return OpenClipBackbone.of(*model)
-    if not hasattr(model, "encode_images"):
-        kind = type(model).__name__
-        raise UsageError(f"model: got an object of type {kind}; give a name, a backbone, or a tuple from open_clip")
-    return model
 
 
 def _own_backbone(index: Index, device: str, precision: Precision = "auto") -> Backbone | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, Self, cast
 
 import numpy as np
@@ -11,8 +12,8 @@ import numpy.typing as npt
 import torch
 
 from retrieval_tip import tip
-from retrieval_tip.backbones.base import Backbone, unit
-from retrieval_tip.backbones.loading import load_backbone
+from retrieval_tip.backbones.base import unit
+from retrieval_tip.backbones.loading import Model, given_backbone
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.pictures import Picture, pictures
 from retrieval_tip.data.reader import Reader
@@ -37,6 +38,7 @@ Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float32]
 
 
+@dataclass(eq=False, repr=False)
 class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
     """Tip-Adapter classifier over features.
 
@@ -44,6 +46,9 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
     become the keys of a :class:`Index`. Queries are classified by ``logits = logit_scale * f W^T + alpha * C``
     (see :mod:`retrieval_tip.tip`, and equations 4 to 6 of the paper). If you change a parameter later, the change takes
     effect at the next fit.
+
+    ``metric``, ``values``, ``class_prior`` and ``index`` are described in :class:`settings.BuildOptions`. The first
+    three require ``alpha="auto"``. ``k``, ``tail`` and ``logit_scale`` are described in :class:`settings.Settings`.
 
     Args:
         text_weights: the text weights ``W``, as unit vectors of shape ``[c, d]``. The rows are in the order of
@@ -56,14 +61,6 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
             fitted to the rows in closed form (see :func:`retrieval_tip.fit.closed_form.fit`).
         beta: the sharpness of the exponential, which must be at least 0. Defaults to 5.5. You can only set it if
             ``alpha`` is a number.
-        metric: ``none`` or ``within``, if ``alpha="auto"``. By default, the fit selects the metric.
-        values: ``one-hot`` or ``solved``, if ``alpha="auto"``. By default, the fit selects the values.
-        class_prior: ``even`` if classes are about equally frequent in the queries, or ``shots`` if they are as frequent
-            as in ``y``. Only used if ``alpha="auto"``.
-        k: the number of nearest keys to use per query. If ``None``, every key is used, as in Tip-Adapter.
-        tail: whether to estimate the contribution of the other keys, if ``k`` is set.
-        logit_scale: the factor of the text logits, which depends on the backbone. For OpenAI's CLIP, it is 100.
-        index: the FAISS factory string, for example ``Flat``, ``IVF256,Flat`` or ``HNSW32``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         normalize: whether to scale each row of ``X`` to unit length. A row of zeros stays zero. Use ``False`` for
             fine-tuned keys, which are not unit vectors.
@@ -78,41 +75,20 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
     You can pickle a fitted estimator. As with any pickle, only load files that you trust.
     """
 
-    classes_: Array
-    n_features_in_: int
-    index_: Index
-    _letters: tuple[MetricName | None, ValuesName | None, ClassPrior] | None
-
-    def __init__(
-        self,
-        text_weights: Features | None = None,
-        class_names: npt.ArrayLike | None = None,
-        *,
-        alpha: float | Literal["auto"] = "auto",
-        beta: float | None = None,
-        metric: MetricName | None = None,
-        values: ValuesName | None = None,
-        class_prior: ClassPrior = "even",
-        k: int | None = None,
-        tail: bool = True,
-        logit_scale: float = Settings.logit_scale,
-        index: str = "Flat",
-        device: str = "auto",
-        normalize: bool = True,
-    ) -> None:
-        self.text_weights = text_weights
-        self.class_names = class_names
-        self.alpha = alpha
-        self.beta = beta
-        self.metric = metric
-        self.values = values
-        self.class_prior = class_prior
-        self.k = k
-        self.tail = tail
-        self.logit_scale = logit_scale
-        self.index = index
-        self.device = device
-        self.normalize = normalize
+    text_weights: Features | None = None
+    class_names: npt.ArrayLike | None = None
+    _: KW_ONLY
+    alpha: float | Literal["auto"] = "auto"
+    beta: float | None = None
+    metric: MetricName | None = None
+    values: ValuesName | None = None
+    class_prior: ClassPrior = "even"
+    k: int | None = None
+    tail: bool = True
+    logit_scale: float = Settings.logit_scale
+    index: str = "Flat"
+    device: str = "auto"
+    normalize: bool = True
 
     def fit(self, X: npt.ArrayLike, y: npt.ArrayLike) -> Self:
         """Fit the classifier, using the rows of ``X`` as keys.
@@ -146,13 +122,13 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
             _same_classes(classes, self.classes_)
         rows, labels = validate_data(self, X, y, reset=False, dtype=_dtypes(self._normalize))
         check_classification_targets(labels)
-        index = copy.copy(self.index_)  # the estimator stays unchanged if an error is raised below
-        if self._letters is not None:
+        index: Index = copy.copy(self.index_)  # the estimator stays unchanged if an error is raised below
+        if self._fit is not None:
             index.set_fitted(None, None, None)  # the next fit solves the values again
         index.add(_rows(rows, self._normalize), _ids(labels, self._names))
-        if self._letters is not None:
-            closed_form.fit(index, Fit(*self._letters))
-        self.index_ = index
+        if self._fit is not None:
+            closed_form.fit(index, self._fit)
+        self.index_: Index = index
         return self
 
     def decision_function(self, X: npt.ArrayLike) -> FloatArray:
@@ -219,10 +195,8 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
             raise UsageError('metric and values: only valid with alpha="auto"; set alpha, or remove them')
         if auto and self.beta is not None:
             raise UsageError('beta: is fitted with alpha="auto"; set alpha to a number, or remove beta')
-        alpha = Settings.alpha if auto else cast(float, self.alpha)
-        settings = Settings(
-            alpha, Settings.beta if self.beta is None else self.beta, self.logit_scale, self.k, self.tail
-        )
+        alpha, beta = Settings.alpha if auto else cast(float, self.alpha), self.beta
+        settings = Settings(alpha, Settings.beta if beta is None else beta, self.logit_scale, self.k, self.tail)
         classes, order = _classes(own if labels is None else labels, once=self.class_names is not None)
         names = classes if self.class_names is None else np.asarray(labels)
         text = self.text_weights
@@ -230,19 +204,21 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
             text = text.detach().cpu().float().numpy() if isinstance(text, torch.Tensor) else text
             text = check_array(text, dtype=_dtypes(normalize), input_name="text_weights")
             if len(text) != len(classes):
-                raise InputError(
-                    f"text_weights: there are {len(text)} rows for {len(classes)} classes; "
-                    "list all classes in class_names"
-                )
+                what = f"there are {len(text)} rows for {len(classes)} classes"
+                raise InputError(f"text_weights: {what}; list all classes in class_names")
         index = Index.from_features(
             _rows(rows, normalize), _ids(own, names), [str(label) or repr(label) for label in names.tolist()], text,
             settings=settings, index=self.index, device=self.device,
         )  # fmt: skip
-        if auto:
-            closed_form.fit(index, Fit(self.metric, self.values, self.class_prior))
-        self._letters = (self.metric, self.values, self.class_prior) if auto else None
-        self.classes_, self.index_, self._normalize = classes, index, normalize
-        self._names, self._order = names, None if self.class_names is None else order
+        fit = Fit(self.metric, self.values, self.class_prior) if auto else None
+        if fit is not None:
+            closed_form.fit(index, fit)
+        self.classes_: Array = classes
+        self.index_ = index
+        self._fit: Fit | None = fit
+        self._normalize: bool = normalize
+        self._names: Array = names
+        self._order: Array | None = None if self.class_names is None else order
         return self
 
     def _queries(self, X: npt.ArrayLike) -> FloatArray:
@@ -300,33 +276,28 @@ def _ids(labels: Array, classes: Array) -> npt.NDArray[np.int64]:
     return ids
 
 
+@dataclass(eq=False, repr=False)
 class ImageEncoder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
     """Transformer that converts photos to features of unit norm.
 
     It can start a pipeline, for example ``make_pipeline(ImageEncoder("ViT-B-32"), TipAdapterClassifier())``.
 
     Args:
-        model: a backbone, or the name of a backbone (see :func:`load_backbone`).
+        model: the encoder, as for :func:`loading.given_backbone`.
         pretrained: the tag or the file of the weights, if ``model`` is a name.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
     """
 
-    def __init__(
-        self, model: str | Backbone | None = None, pretrained: str | None = None, device: str = "auto"
-    ) -> None:
-        self.model = model
-        self.pretrained = pretrained
-        self.device = device
+    model: Model = None
+    pretrained: str | None = None
+    device: str = "auto"
 
     def __sklearn_clone__(self) -> Self:
         return type(self)(self.model, self.pretrained, self.device)  # the same backbone, since a copy may be large
 
     def fit(self, X: object, y: object = None) -> Self:
         """Load the backbone. If you do not call this method, the first call of :meth:`transform` does."""
-        if self.model is None or isinstance(self.model, str):
-            self.backbone_: Backbone = load_backbone(self.model, self.pretrained, device=self.device, lazy=True)
-        else:
-            self.backbone_ = self.model
+        self.backbone_ = given_backbone(self.model, self.pretrained, self.device)
         return self
 
     def transform(self, X: Picture | Iterable[Picture]) -> FloatArray:

@@ -7,14 +7,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from retrieval_tip.backbones import known, open_clip, timm, tower, transformers
-from retrieval_tip.backbones.base import Execution, Identity
+from retrieval_tip.backbones.base import Backbone, Execution, Identity
 from retrieval_tip.backbones.catalogue import named
 from retrieval_tip.backbones.known import Known
 from retrieval_tip.backbones.torch_backbone import TorchBackbone
 from retrieval_tip.errors import UsageError
 from retrieval_tip.settings import Precision, Runtime
+
+Model: TypeAlias = str | Backbone | tuple[Any, Any, Any] | None
+"""The name of an encoder, a backbone, or the model, preprocessing and tokenizer that open_clip returns."""
 
 
 def load_backbone(
@@ -76,6 +80,22 @@ def load_when_needed(
     if how.runtime == "auto" and how.device == "cpu" and tower.is_kept(identity, how.precision):
         return _of(names, how, Known(names, identity, dim))
     return load_backbone(*names, device=device, precision=precision, runtime=runtime, lazy=True)
+
+
+def given_backbone(
+    model: Model, pretrained: str | None = None, device: str = "auto", precision: Precision = "auto"
+) -> Backbone:
+    """Return the backbone that a user names or passes. Raises UsageError if ``model`` is neither."""
+    if model is None or isinstance(model, str):
+        return load_backbone(model, pretrained, device=device, precision=precision, lazy=True)
+    if isinstance(model, tuple):
+        if len(model) != 3:
+            raise UsageError(f"model: got {len(model)} objects; give (model, preprocess, tokenizer), as open_clip does")
+        return open_clip.OpenClipBackbone.of(*model)
+    if not hasattr(model, "encode_images"):
+        kind = type(model).__name__
+        raise UsageError(f"model: got an object of type {kind}; give a name, a backbone, or a tuple from open_clip")
+    return model
 
 
 def _of(names: tuple[str, str | None], how: Execution, found: Known | None = None) -> TorchBackbone:
