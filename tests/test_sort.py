@@ -7,7 +7,6 @@ import errno
 import hashlib
 import io
 import os
-import re
 import shutil
 import signal
 import stat
@@ -190,16 +189,8 @@ def test_paths_with_any_characters_can_be_sorted_again_and_undone(index, tmp_pat
     for name, text in photos.items():
         (inbox / name).write_text(text)
     sort(index, inbox, out, action="move")
-    rows, text = read_manifest(out), (out / MANIFEST).read_bytes()
-    assert {row.input for row in rows} == {str(inbox / name) for name in names if name.endswith("jpg")}
+    assert {row.input for row in read_manifest(out)} == {str(inbox / name) for name in names if name.endswith("jpg")}
     assert sort(index, inbox / "g\r,\n", out, action="move").done == 1
-    old = re.sub(
-        rb'^"([^",\n]*)"(?=,)', rb"\1", text, flags=re.MULTILINE
-    )  # an earlier version did not quote these paths
-    assert (b"\n" + bytes(inbox / "a\rb.jpg")) in old
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old" / MANIFEST).write_bytes(old)
-    assert read_manifest(tmp_path / "old") == rows
     assert (undo_sort(out).skipped, files(inbox)) == ([], photos)
 
 

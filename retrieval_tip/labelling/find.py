@@ -28,6 +28,8 @@ from retrieval_tip.retrieval.vector_index import faiss
 
 FOUND = pa.schema({"rank": pa.int64(), "input": pa.string(), "similarity": pa.float64()})
 """The columns of search results."""
+PAIRED = pa.schema({"input": pa.string(), "other": pa.string(), "similarity": pa.float64(), "kind": pa.string()})
+"""The columns of near-identical photos."""
 
 
 def example_of(query: str) -> Source | None:
@@ -102,22 +104,15 @@ def find_duplicates(sources: Sequence[Source], reader: Reader, n: int = 20) -> t
         "key_id": rows, "class_id": rows, "label": pa.array(pool.names, pa.string()),
         "source": pa.array(pool.names, pa.string()), "digest": pa.array(pool.digests, pa.string()),
     })  # fmt: skip
-    if len(rows) > MOST_PHOTOS:
-        found = duplicates(features, labels, budget=0, most=n)
-    else:
-        nearest = faiss().IndexFlatIP(features.shape[1])
+    few = len(rows) <= MOST_PHOTOS
+    nearest = faiss().IndexFlatIP(features.shape[1])
+    if few:
         nearest.add(features)
 
-        def search(queries: Tensor, k: int) -> tuple[Tensor, npt.NDArray[np.int64]]:
-            cosines, places = nearest.search(queries.numpy(), min(k, len(rows)))
-            return torch.from_numpy(cosines), places
+    def search(queries: Tensor, k: int) -> tuple[Tensor, npt.NDArray[np.int64]]:
+        cosines, places = nearest.search(queries.numpy(), min(k, len(rows)))
+        return torch.from_numpy(cosines), places
 
-        found = duplicates(features, labels, rows, budget=PAIRS, search=search, most=n)
-    pairs = found.pairs
-    table = pa.table({
-        "input": pa.array([pair.source for pair in pairs], pa.string()),
-        "other": pa.array([pair.other_source for pair in pairs], pa.string()),
-        "similarity": pa.array([pair.affinity for pair in pairs], pa.float64()),
-        "kind": pa.array([pair.kind for pair in pairs], pa.string()),
-    })  # fmt: skip
-    return table, found
+    found = duplicates(features, labels, rows if few else None, budget=PAIRS if few else 0, search=search, most=n)
+    pairs = [(pair.source, pair.other_source, pair.affinity, pair.kind) for pair in found.pairs]
+    return pa.Table.from_pylist([dict(zip(PAIRED.names, pair, strict=True)) for pair in pairs], schema=PAIRED), found

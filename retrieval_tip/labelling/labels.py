@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import get_args
 
 import numpy as np
@@ -72,18 +73,13 @@ def known_photos(
     of the other photos, as text, to their numbers.
     """
     labels = index.labels
-    picked = labels[PICKED] if PICKED in labels.column_names else pa.chunked_array([pa.nulls(len(labels), pa.string())])
-    chosen = pc.or_(
-        pc.fill_null(pc.is_in(labels["source"], value_set=pa.array(numbers, pa.string())), False),
-        pc.or_(
-            pc.fill_null(pc.is_in(labels["digest"], value_set=pa.array(digests, pa.string())), False),
-            pc.fill_null(pc.equal(picked, WITHDRAWN), False),
-        ),
-    )
-    rows = labels.select(["key_id", "label", "digest", "source"]).append_column(PICKED, picked).filter(chosen)
+    picked = labels[PICKED] if PICKED in labels.column_names else pa.nulls(len(labels), pa.string())
+    rows = labels.select(["key_id", "label", "digest", "source"]).append_column(PICKED, picked)
+    wanted = {"source": numbers, "digest": digests, PICKED: [WITHDRAWN]}
+    found = (pc.is_in(rows[name], value_set=pa.array(values, pa.string())) for name, values in wanted.items())
     known: dict[int, LabelledPhoto] = {}
     withdrawn = []
-    for row in rows.to_pylist():
+    for row in rows.filter(reduce(pc.or_, found)).to_pylist():
         one = LabelledPhoto(row["key_id"], row["label"], row[PICKED], row["digest"])
         if row[PICKED] == WITHDRAWN:
             withdrawn.append(one)

@@ -32,16 +32,10 @@ MOST_KEYS = 1 << 14
 UNSURE = 0.5
 """Probability below which a guess is called unsure."""
 
-SUGGESTIONS = pa.schema(
-    {
-        "rank": pa.int64(),
-        "input": pa.string(),
-        "label": pa.string(),
-        "probability": pa.float64(),
-        "covers": pa.int64(),
-        "why": pa.string(),
-    }
-)
+SUGGESTIONS = pa.schema([
+    ("rank", pa.int64()), ("input", pa.string()), ("label", pa.string()), ("probability", pa.float64()),
+    ("covers", pa.int64()), ("why", pa.string()),
+])  # fmt: skip
 """The columns of suggestions. ``label`` and ``probability`` are null if there is no guess."""
 
 
@@ -101,12 +95,12 @@ class Pool:
                 same_backbone(own, identity, source.name)
             identity = identity or own
             for block in reader.blocks(source):
-                if features and block.features.shape[1] != features[0].shape[1]:
-                    lengths = f"{block.features.shape[1]} values; earlier photos have {features[0].shape[1]}"
-                    raise InputError(f"{source.name}: its features have {lengths}")
-                if not features:
-                    needed = 8 * total * block.features.shape[1]  # the blocks and their concatenation
-                    check_memory(needed, f"features of {total:,} photos", "use fewer photos at a time")
+                d = block.features.shape[1]
+                if not features:  # the blocks and their concatenation
+                    check_memory(8 * total * d, f"features of {total:,} photos", "use fewer photos at a time")
+                elif d != features[0].shape[1]:
+                    earlier = features[0].shape[1]
+                    raise InputError(f"{source.name}: its features have {d} values; earlier photos have {earlier}")
                 columns = ItemColumns.of(source.items.take(pa.array(block.positions)), block.digests)
                 names += columns.sources.to_pylist()
                 digests += columns.digests
@@ -171,7 +165,6 @@ def suggest_features(pool: Pool, n: int, index: Index | None = None, guesses: pa
 
     Without an index, ``guesses`` can have the columns ``label`` and ``probability``.
     """
-    names = pa.array(pool.names, pa.string())
     if index is not None:
         answers = index.classify(pool.features, "keep", neighbours=0, logits=False)
         guesses = answers.written(["label", "probability", "unlike"])
@@ -183,15 +176,15 @@ def suggest_features(pool: Pool, n: int, index: Index | None = None, guesses: pa
         )  # fmt: skip
         guesses = guesses.append_column("examples", pa.array(counts[class_ids]))
     else:
-        guesses = pa.table([], []) if guesses is None else guesses
         picks = suggest(pool.features, n)
-    rows = pa.array(picks.rows)
-    facts = {"covers": pa.array(picks.covers)} | {name: guesses[name].take(rows) for name in guesses.column_names}
-    unknown = pa.nulls(len(rows))
-    columns = {"rank": pa.array(range(1, len(rows) + 1)), "input": names.take(rows)} | facts
-    columns["why"] = pa.array([why(**row) for row in pa.table(facts).to_pylist()], pa.string())
-    table = pa.table({field.name: columns.get(field.name, unknown).cast(field.type) for field in SUGGESTIONS})
-    return Suggestions(table, len(pool.names), 0)
+    facts = [{"covers": covers} for covers in picks.covers.tolist()]
+    if guesses is not None:
+        facts = [one | guess for one, guess in zip(facts, guesses.take(pa.array(picks.rows)).to_pylist(), strict=True)]
+    rows = [
+        {"rank": rank, "input": pool.names[row], "why": why(**one)} | one
+        for rank, (row, one) in enumerate(zip(picks.rows.tolist(), facts, strict=True), 1)
+    ]
+    return Suggestions(pa.Table.from_pylist(rows, schema=SUGGESTIONS), len(pool.names), 0)
 
 
 def guessed_by_name(
@@ -214,17 +207,14 @@ def guessed_by_name(
 
 
 def why(
-    covers: int,
-    label: str | None = None,
-    probability: float | None = None,
-    unlike: bool | None = None,
+    covers: int, label: str | None = None, probability: float = 0.0, unlike: bool | None = None,
     examples: int | None = None,
-) -> str:
+) -> str:  # fmt: skip
     """Explain in words why to label a photo. ``examples`` is the number of shots of the guessed class ``label``."""
     similar = f"stands for {counted(covers, 'similar photo')}" if covers else "stands only for itself"
     if unlike:
         return f"{similar}; may be a new class"
-    if label is None or probability is None:
+    if label is None:
         return similar
     if probability < UNSURE:
         return f"{similar}; the guess is unsure"

@@ -18,7 +18,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -116,7 +116,7 @@ def read_manifest(folder: Path) -> list[Placed]:
     path = folder / MANIFEST
     try:
         text = read_regular(path, MAX_MANIFEST).decode("utf-8", "surrogateescape")
-        head, *rows = _joined(csv.reader(io.StringIO(text, newline="")))
+        head, *rows = filter(None, csv.reader(io.StringIO(text, newline="")))
         if rows and not (len(rows[-1]) == len(COLUMNS) and _DIGEST.fullmatch(rows[-1][-1])):
             rows = rows[:-1]
         placed = [Placed(row[0], row[1], float(row[2]), *row[3:]) for row in rows]
@@ -132,31 +132,21 @@ def read_manifest(folder: Path) -> list[Placed]:
     return placed
 
 
-def _joined(rows: Iterable[list[str]]) -> Iterator[list[str]]:
-    """Join rows that a carriage return divides, which earlier versions did not quote."""
-    whole = list[str]()
-    for row in rows:
-        whole = [*whole[:-1], f"{whole[-1]}\r{''.join(row[:1])}", *row[1:]] if whole else row
-        if len(whole) >= len(COLUMNS):
-            yield whole
-            whole = []
-    if whole:
-        yield whole
-
-
 def write_manifest(folder: Path, rows: Iterable[Placed]) -> None:
     """Replace the manifest of a folder."""
-    with replacing(folder / MANIFEST) as new, new.open("wb") as file:
-        file.write(_line(COLUMNS) + b"".join(map(_line, map(astuple, rows))))
-        file.flush()
-        os.fsync(file.fileno())
+    with replacing(folder / MANIFEST) as new:
+        _append(new, [COLUMNS, *map(astuple, rows)])
     sync(folder)
 
 
 def add_rows(folder: Path, rows: Iterable[Placed]) -> None:
     """Add rows to the manifest of a folder, and wait until they are on the disk."""
-    with (folder / MANIFEST).open("ab") as file:
-        file.write(b"".join(map(_line, map(astuple, rows))))
+    _append(folder / MANIFEST, map(astuple, rows))
+
+
+def _append(path: Path, rows: Iterable[Iterable[object]]) -> None:
+    with path.open("ab") as file:
+        file.write(b"".join(map(_line, rows)))
         file.flush()
         os.fsync(file.fileno())
 

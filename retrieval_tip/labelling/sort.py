@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 
@@ -21,29 +22,8 @@ from retrieval_tip.data.sources import Source, read_item
 from retrieval_tip.errors import InputError, Skipped, UsageError, counted, few, show
 from retrieval_tip.files import locked_folder, make_folders, real
 from retrieval_tip.index.items import ItemColumns
-from retrieval_tip.labelling.placing import (
-    EMPTY,
-    MANIFEST,
-    Action,
-    Placed,
-    add_rows,
-    delete_original,
-    digest_at,
-    digest_of,
-    escaped_first,
-    fill,
-    forget,
-    is_link_to,
-    numbered,
-    place,
-    read_manifest,
-    record,
-    remove_scratch,
-    safe_name,
-    sorted_folders,
-    touched,
-    write_manifest,
-)
+from retrieval_tip.labelling import placing
+from retrieval_tip.labelling.placing import EMPTY, MANIFEST, Action, Placed, digest_at, digest_of, safe_name
 from retrieval_tip.model import Index
 from retrieval_tip.predictions import MORE_LIKELY_WRONG
 from retrieval_tip.settings import Ask, check_choice
@@ -76,8 +56,7 @@ class Sorted:
         return text + (f" ({', '.join(parts)})" if parts else "")
 
 
-@dataclass(frozen=True)
-class _Photo:
+class _Photo(NamedTuple):
     name: str
     label: str
     probability: float
@@ -117,30 +96,26 @@ def sort_photos(
     """
     check_choice("action", action, Action)
     for source in sources:
-        if action != "copy" and not _has_files(source):
+        elsewhere = source.table is not None or any(remote.is_remote(x) or tars.tar_of(x) for x in source.paths or ())
+        if action != "copy" and elsewhere:
             raise UsageError(f"{action}: {source.name} has photos that are not files; copy them instead")
     root, result = Path(folder), Sorted(_VERBS[action], skipped=reader.skipped)
     with _locked(root, dry_run):
-        before = read_manifest(root)
+        before = placing.read_manifest(root)
         if not dry_run:
-            write_manifest(root, before)  # without an incomplete last row
-            remove_scratch([root, *((root / row.output).parent for row in before)])
+            placing.write_manifest(root, before)  # without an incomplete last row
+            placing.remove_scratch([root, *((root / row.output).parent for row in before)])
         plan = _Outputs(root, action, min_probability, {row.input: row for row in before})
         listed = set(before)
         for photos in _classified(index, sources, reader):
             rows = [plan.row(photo) for photo in photos]
             if not dry_run:
-                record(root, touched(root, rows))
+                placing.record(root, placing.touched(root, rows))
                 new = [row for row in dict.fromkeys(rows) if row not in listed]
-                add_rows(root, new)
+                placing.add_rows(root, new)
                 listed.update(new)
             result.rows += rows if dry_run else _placed(rows, root, action, result)
     return result
-
-
-def _has_files(source: Source) -> bool:
-    paths = source.paths or ()
-    return source.table is None and not any(remote.is_remote(path) or tars.tar_of(path) for path in paths)
 
 
 @contextmanager
@@ -164,17 +139,18 @@ def _locked(folder: Path, dry_run: bool) -> Iterator[None]:
 
 def _classified(index: Index, sources: Sequence[Source], reader: Reader) -> Iterator[list[_Photo]]:
     for source in sources:
+        paths = source.paths
         for answers in index.answers(reader.blocks(source), Ask(neighbours=0, logits=False)):
             block = answers.block
             columns = ItemColumns.of(source.items.take(pa.array(block.positions)), block.digests)
-            paths = source.paths
             names = columns.sources.to_pylist() if paths is None else [paths[i] for i in block.positions]
             table = answers.predictions().written(["label", "probability", "unlike"])
             photos, own_labels = [], dict(index.known(columns.digests))
             for name, digest, answer in zip(names, columns.digests, table.to_pylist(), strict=True):
                 if digest in own_labels:
                     answer = {"label": own_labels[digest], "probability": 1.0, "unlike": False}
-                item = name if remote.is_remote(name) or _is_id(name, source) else os.path.abspath(name)  # noqa: PTH100
+                is_id = paths is None and not os.path.lexists(name)
+                item = name if is_id or remote.is_remote(name) else os.path.abspath(name)  # noqa: PTH100
                 try:
                     own = digest or hashlib.sha256(read_item(item)).hexdigest()
                     photos.append(_Photo(item, **answer, digest=own))
@@ -186,10 +162,6 @@ def _classified(index: Index, sources: Sequence[Source], reader: Reader) -> Iter
 def _skip(skipped: list[Skipped], path: str | Path, reason: str) -> None:
     skipped.append(Skipped(show(path), reason))
     log.warning("skipped %s", skipped[-1])
-
-
-def _is_id(name: str, source: Source) -> bool:
-    return source.paths is None and not os.path.lexists(name)
 
 
 @dataclass
@@ -204,12 +176,8 @@ class _Outputs:
 
     def row(self, photo: _Photo) -> Placed:
         """Return the row of a photo, which may be a row of the manifest."""
-        if photo.unlike:
-            part = NO_MATCH
-        elif photo.probability < self.least:
-            part = NOT_SURE
-        else:
-            part = class_folder(photo.label)
+        part = NOT_SURE if photo.probability < self.least else class_folder(photo.label)
+        part = NO_MATCH if photo.unlike else part
         old = self.known.get(photo.name)
         if old is not None and old.digest == photo.digest and old.output.startswith(f"{part}/"):
             there = self._digest(old.output)
@@ -224,7 +192,7 @@ class _Outputs:
         if name != path.name and real(path.parent) == real(self.folder / part):  # it was sorted by an earlier call
             name = path.name
         for number in count(1):
-            output = f"{part}/{numbered(name, number)}"
+            output = f"{part}/{placing.numbered(name, number)}"
             there = self._digest(output)
             if there in (None, photo.digest):
                 break
@@ -242,14 +210,14 @@ class _Outputs:
 def class_folder(label: str) -> str:
     """Return the name of the folder of a class, which differs from the folders of photos without an answer."""
     name = safe_name(label)
-    return escaped_first(name) if name.casefold() in (NO_MATCH, NOT_SURE, MANIFEST) else name
+    return placing.escaped_first(name) if name.casefold() in (NO_MATCH, NOT_SURE, MANIFEST) else name
 
 
 def _placed(rows: Iterable[Placed], folder: Path, action: Action, result: Sorted) -> Iterator[Placed]:
     for row in rows:
         try:
             if row.action == action:  # otherwise, the photo is already there
-                result.done += place(row, folder)
+                result.done += placing.place(row, folder)
             elif not os.path.lexists(folder / row.output):
                 raise InputError("has the same name and the same bytes as a photo that was skipped")
             yield row
@@ -283,8 +251,8 @@ def undo_sort(folder: str | os.PathLike[str], *, anywhere: bool = False, dry_run
         raise InputError(f"{show(root)}: has no {MANIFEST}; give the folder that sort has written")
     result, left, undone = Sorted("undid the sorting of"), list[Placed](), dict[str, Placed]()
     with _locked(root, dry_run):
-        rows = read_manifest(root)
-        strange = touched(root, rows) - sorted_folders(root)
+        rows = placing.read_manifest(root)
+        strange = placing.touched(root, rows) - placing.sorted_folders(root)
         if strange and not anywhere:
             raise InputError(
                 f"{show(root)}: nothing records that you sorted photos from or into"
@@ -292,7 +260,7 @@ def undo_sort(folder: str | os.PathLike[str], *, anywhere: bool = False, dry_run
             )
         parts = {(root / row.output).parent for row in rows}
         if not dry_run:
-            remove_scratch([root, *parts, *(Path(row.input).parent for row in rows if row.action == "move")])
+            placing.remove_scratch([root, *parts, *(Path(row.input).parent for row in rows if row.action == "move")])
         for row in reversed(rows):
             target = root / row.output
             try:
@@ -308,10 +276,10 @@ def undo_sort(folder: str | os.PathLike[str], *, anywhere: bool = False, dry_run
             with suppress(OSError):  # it is a link, or contains other files
                 part.rmdir()
         if left:
-            write_manifest(root, reversed(left))
+            placing.write_manifest(root, reversed(left))
         else:
             (root / MANIFEST).unlink()
-            forget(root)
+            placing.forget(root)
     return result
 
 
@@ -324,7 +292,7 @@ def _undone(row: Placed, target: Path, strange: set[str], dry_run: bool) -> bool
         return False
     if row.action == "link":
         linked = target.is_symlink()
-        if linked and not is_link_to(target, row.input):
+        if linked and not placing.is_link_to(target, row.input):
             raise InputError("is another link")
         if linked and not dry_run:
             target.unlink()
@@ -348,16 +316,12 @@ def _undone(row: Placed, target: Path, strange: set[str], dry_run: bool) -> bool
     if removable:
         target.unlink()
     elif there == row.digest:
-        _move_back(target, original, row.digest)
+        make_folders(original.parent)
+        original.touch()
+        if not placing.fill(str(target), original, row.digest, move=True):
+            placing.delete_original(str(target), original, row.digest)
     return there == row.digest
 
 
 def _is_image(path: Path, name: Path) -> bool:
     return name.suffix.lower() in images.extensions() and images.area(read_item(str(path))) > 0
-
-
-def _move_back(target: Path, original: Path, digest: str) -> None:
-    make_folders(original.parent)
-    original.touch()
-    if not fill(str(target), original, digest, move=True):
-        delete_original(str(target), original, digest)

@@ -49,23 +49,6 @@ class Picks:
     covers: IntArray
 
 
-@dataclass
-class Crowd:
-    """The photos to cover: their ``points`` of shape ``[s, d]``, and their weights and coverage of shape ``[s]``."""
-
-    points: Tensor
-    weights: Tensor
-    covered: Tensor
-
-    def gains(self, candidates: Tensor) -> Tensor:
-        """Return by how much each candidate would increase the sum, given candidates of shape ``[b, d]``."""
-        return similarity(candidates, self.points).sub_(self.covered).clamp_(min=0) @ self.weights
-
-    def cover(self, point: Tensor) -> None:
-        """Add a suggestion."""
-        self.covered = torch.maximum(self.covered, similarity(point[None], self.points)[0])
-
-
 def similarity(a: Tensor, b: Tensor) -> Tensor:
     """Return the similarities ``max(0, cos)^2`` of unit vectors, of shape ``[len(a), len(b)]``."""
     return (a @ b.T).clamp_(min=0).pow_(POWER)
@@ -136,18 +119,22 @@ def _greedy(points: Tensor, weights: Tensor, near: Tensor, n: int) -> Tensor:
     """
     m, size = len(points), max(CROWD, CROWD_PER_PICK * n)
     chosen, weights = _sampled(weights, size) if m > size else (slice(m), weights)
-    crowd = Crowd(points[chosen], weights, near[chosen] ** POWER)
-    bounds = torch.cat([crowd.gains(points[part]) for part in slices(m, BLOCK)])
+    crowd, covered = points[chosen], near[chosen] ** POWER
+
+    def gains(candidates: Tensor) -> Tensor:
+        return similarity(candidates, crowd).sub_(covered).clamp_(min=0) @ weights
+
+    bounds = torch.cat([gains(points[part]) for part in slices(m, BLOCK)])
     picked = torch.zeros(m, dtype=torch.bool)
     rows = torch.empty(n, dtype=torch.int64)
     for place in range(n):
         exact = picked.clone()
         while not exact[best := bounds.argmax()]:
             stale = bounds.masked_fill(exact, -1).topk(min(STALE, m)).indices
-            bounds[stale] = crowd.gains(points[stale]).masked_fill_(picked[stale], -1)
+            bounds[stale] = gains(points[stale]).masked_fill_(picked[stale], -1)
             exact[stale] = True
         rows[place], picked[best], bounds[best] = best, True, -1
-        crowd.cover(points[best])
+        covered = torch.maximum(covered, similarity(points[best][None], crowd)[0])
     return rows
 
 
