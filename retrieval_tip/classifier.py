@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeGuard, TypeVar, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypeGuard, TypeVar, Unpack, cast, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -63,6 +63,9 @@ THUMBNAIL = 128
 """Length of the longer side of an image in a notebook, in pixels."""
 
 Result = TypeVar("Result")
+Query: TypeAlias = "Picture | Iterable[Picture] | Features"
+Checked: TypeAlias = Literal["check", "keep"]
+"""Whether the norms of features must be 1, or may have any value."""
 
 
 class ClassifierOptions(BuildOptions, total=False):
@@ -80,7 +83,7 @@ class PredictOptions(AskOptions, total=False):
     """The keyword arguments of :meth:`Classifier.predict`."""
 
     group_unlike: bool
-    norms: Literal["check", "keep"]
+    norms: Checked
 
 
 class TemporaryIndex:
@@ -110,15 +113,12 @@ class OpenIndex:
         If the encoder of the index cannot be loaded by its name, pass it as ``model``, as for ``from_folder``. If the
         index was built from features of an unnamed encoder, it can only classify features.
 
-        Raises:
-            StoreError: if the index is missing or damaged.
-            BackboneError: if the encoder cannot be loaded, or if ``model`` is not the encoder of the index.
+        Raises StoreError if the index is missing or damaged, and BackboneError if the encoder cannot be loaded or is
+        not the encoder of the index.
         """
         index = places.at(_place("place", place)).load(device=device)
-        if model is None:
-            backbone = _own_backbone(index, device, precision)
-        else:
-            backbone = given_backbone(model, None, device, precision)
+        given = None if model is None else given_backbone(model, None, device, precision)
+        backbone = given or _own_backbone(index, device, precision)
         check_backbone(index.backbone, index.d, backbone, [])
         return cls(index, Reader(backbone, cache=EncodingCache.at(None)))
 
@@ -323,14 +323,19 @@ class OpenIndex:
         if not isinstance(recipe, Recipe | None):
             raise UsageError(f"recipe: got an object of type {type(recipe).__name__}; give a Recipe")
         index, reader = self._in_folder(), self.reader
-        unseen = None if val is None else self._validation(index, val, val_shots)
+        unseen: Source | Queries | None = None
+        if val is not None:
+            held_out, own = self._labelled(val, "val")
+            if val_shots != "all":
+                path = val if isinstance(val, str | os.PathLike) else None
+                held_out = held_out.take(validation_shots(index, held_out, path, val_shots))
+            unseen = held_out if own is self.reader else on_validation(index, held_out, own)
         if source is None:
             shots = shots_of(index)
         else:
             given, reader = self._labelled(source, "train")
             shots = own_shots(index, given)
-        temporary = TemporaryIndex() if out is None else None
-        place = temporary.place if temporary is not None else _place("out", out)
+        temporary, place = _new_place(out)
         tuned = finetune_into(
             place, index, shots, reader, recipe, val=unseen, parent=self._written(), keep_last=keep_last
         )
@@ -338,14 +343,6 @@ class OpenIndex:
         if Path(place) != index.folder:
             self._temporary = temporary
         return tuned
-
-    def _validation(self, index: Index, val: Any, number: KeysMet) -> Source | Queries:
-        """Return validation photos, or their features if the photos are in memory."""
-        source, reader = self._labelled(val, "val")
-        if number != "all":
-            path = val if isinstance(val, str | os.PathLike) else None
-            source = source.take(validation_shots(index, source, path, number))
-        return source if reader is self.reader else on_validation(index, source, reader)
 
 
 class Classifier(OpenIndex):
@@ -381,8 +378,7 @@ class Classifier(OpenIndex):
         Args:
             photos: an open source, or the path of a folder, a table, a tar file or a split file (see
                 :func:`sources.open_source`).
-            model: the encoder, which can be a name (see :func:`loading.load_backbone`), a backbone, or the model,
-                preprocessing and tokenizer that open_clip returns.
+            model: the encoder (see :data:`loading.Model`).
             pretrained: the tag or the file of the weights, if ``model`` is a name.
             out: the index folder to write. By default, the index is temporary until you call ``save``.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
@@ -402,19 +398,14 @@ class Classifier(OpenIndex):
         reading = replace(reader, views=views)
         if isinstance(photos, Pictures):
             reading = replace(reading, read=photos.read, strict=True)
-        temporary = TemporaryIndex() if out is None else None
-        place = temporary.place if temporary is not None else _place("out", out)
+        temporary, place = _new_place(out)
         made = cls(build_index(source, place, reading, device=device, **options), reader)
         made._temporary = temporary
         return made
 
     @classmethod
     def from_images(
-        cls,
-        images: Any,
-        labels: Iterable[Any] | None = None,
-        model: Model = None,
-        **options: Unpack[ClassifierOptions],
+        cls, images: Any, labels: Iterable[Any] | None = None, model: Model = None, **options: Unpack[ClassifierOptions]
     ) -> Self:
         """Build a classifier from labelled photos in memory or in a dataset.
 
@@ -453,12 +444,7 @@ class Classifier(OpenIndex):
     @overload
     def predict(self, what: Iterable[Picture] | Features, **options: Unpack[PredictOptions]) -> Predictions: ...
     def predict(
-        self,
-        what: Any,
-        *,
-        group_unlike: bool = False,
-        norms: Literal["check", "keep"] = "check",
-        **asked: Unpack[AskOptions],
+        self, what: Any, *, group_unlike: bool = False, norms: Checked = "check", **asked: Unpack[AskOptions]
     ) -> Prediction | Predictions:
         """Classify photos or features.
 
@@ -501,11 +487,7 @@ class Classifier(OpenIndex):
         return [given.source], self._strict(given)
 
     def predict_proba(
-        self,
-        what: Picture | Iterable[Picture] | Features,
-        *,
-        norms: Literal["check", "keep"] = "check",
-        **asked: Unpack[AskOptions],
+        self, what: Query, *, norms: Checked = "check", **asked: Unpack[AskOptions]
     ) -> npt.NDArray[np.float32]:
         """Return the probabilities of all classes, of shape ``[q, c]``, in the order of ``classes``.
 
@@ -519,20 +501,18 @@ class Classifier(OpenIndex):
         chances = tip.probabilities(logits.view(-1, len(self.classes)), self.index.settings.temperature)
         return np.asarray(chances)
 
-    def score(self, what: Picture | Iterable[Picture] | Features, y: Iterable[object]) -> float:
+    def score(self, what: Query, y: Iterable[object]) -> float:
         """Return the share of photos or features whose class is right, as scikit-learn's classifiers do.
 
         ``what`` can be the same as for :meth:`predict`, and ``y`` lists the right classes. Unlike ``evaluate``, this
         counts shots like any other photo. Raises InputError if ``y`` has another length or no class of the index.
         """
         answers: Any = self.predict(what, neighbours=0)
-        one = isinstance(answers, Prediction)
-        found = [answers.label] if one else answers.to_arrow()["label"].to_pylist()
+        found = [answers.label] if isinstance(answers, Prediction) else answers.to_arrow()["label"].to_pylist()
         right = [str(label) for label in y]
         if len(found) != len(right):
-            raise InputError(
-                f"y: got {counted(len(right), 'label')} for {counted(len(found), 'photo')}; give one per photo"
-            )
+            what_ = f"got {counted(len(right), 'label')} for {counted(len(found), 'photo')}"
+            raise InputError(f"y: {what_}; give one per photo")
         if right and not set(right) & set(self.classes):
             raise InputError(f"y: {right[0]} is not a class of this index; it has {few(self.classes)}")
         return float(np.mean(np.array(found) == np.array(right)))
@@ -550,9 +530,7 @@ class Classifier(OpenIndex):
         own = given.read(given.source.paths[0]) if given.source.paths else b""
         return Explanation(prediction, own, [_file(neighbour.source) for neighbour in prediction.neighbours])
 
-    def similar(
-        self, photo: Picture | Features, n: int = 5, *, norms: Literal["check", "keep"] = "check"
-    ) -> list[SimilarShot]:
+    def similar(self, photo: Picture | Features, n: int = 5, *, norms: Checked = "check") -> list[SimilarShot]:
         """Return the ``n`` shots most similar to a photo or a feature (see :meth:`answering.Answering.similar`)."""
         if (features := features_of(photo)) is None and is_one(photo):
             given = pictures(photo)
@@ -614,10 +592,9 @@ class Classifier(OpenIndex):
         if not isinstance(other, Classifier):
             other = Classifier.load(_place("other", other), device=self.index.device)
         source, reader = self._labelled(test, "test", opened=open_items)
-        names = self._saved_at() or "this classifier", other._saved_at() or "the other classifier"
         a, b = (
-            Side(name, one.index, replace(one.reader, read=reader.read, skipped=[]))
-            for name, one in zip(names, (self, other), strict=True)
+            Side(one._saved_at() or name, one.index, replace(one.reader, read=reader.read, skipped=[]))
+            for name, one in (("this classifier", self), ("the other classifier", other))
         )
         return compare(a, b, source)
 
@@ -696,14 +673,12 @@ class Explanation:
         return self.prediction.label
 
     def _repr_html_(self) -> str:
-        near = zip(self.prediction.neighbours, self.shots, strict=True)
         rows = [
             (_shown(shot), key.label, f"{key.contribution:.2g}", f"{key.affinity:.3f}", key.source)
-            for key, shot in near
+            for key, shot in zip(self.prediction.neighbours, self.shots, strict=True)
         ]
         chances = zip(self.prediction.labels, self.prediction.probabilities, strict=True)
-        answer = ", ".join(f"{label} {share:.1%}" for label, share in chances)
-        asked = table((), [(_shown(self.picture), answer)])
+        asked = table((), [(_shown(self.picture), ", ".join(f"{label} {share:.1%}" for label, share in chances))])
         columns = ("shot", "class", "contribution", "affinity", "source")
         return asked + table(columns, rows, "the shots behind the answer", numbers=(2, 3))
 
@@ -733,6 +708,12 @@ def _place(name: str, given: object) -> Place:
     if not isinstance(given, str | os.PathLike):
         raise UsageError(f"{name}: got an object of type {type(given).__name__}; give a path")
     return given
+
+
+def _new_place(out: Place | None) -> tuple[TemporaryIndex | None, Place]:
+    """Return a place for a new index, which is temporary by default."""
+    temporary = TemporaryIndex() if out is None else None
+    return temporary, _place("out", out) if temporary is None else temporary.place
 
 
 def _own_backbone(index: Index, device: str, precision: Precision = "auto") -> Backbone | None:

@@ -14,6 +14,7 @@ import torch
 from retrieval_tip import tip
 from retrieval_tip.backbones.base import unit
 from retrieval_tip.backbones.loading import Model, given_backbone
+from retrieval_tip.bounds import check_count
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.pictures import Picture, pictures
 from retrieval_tip.data.reader import Reader
@@ -91,17 +92,10 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
     normalize: bool = True
 
     def fit(self, X: npt.ArrayLike, y: npt.ArrayLike) -> Self:
-        """Fit the classifier, using the rows of ``X`` as keys.
+        """Fit the classifier to features of shape ``[n, d]``, which become its keys, and ``n`` labels of any type.
 
-        Args:
-            X: the features, as an array of shape ``[n, d]``.
-            y: the labels, as an array of shape ``[n]`` and of any type.
-
-        Raises:
-            ValueError: if scikit-learn rejects ``X`` or ``y``.
-            InputError: if a label is not in ``class_names``, or if ``text_weights`` do not have the shape ``[c, d]``.
-                This is also a ValueError.
-            UsageError: if alpha, beta, k, logit_scale, index or device is invalid. This is also a ValueError.
+        Raises ValueError if ``X`` or ``y`` is invalid. Two kinds of it are InputError, if a label is not in
+        ``class_names`` or ``text_weights`` do not have the shape ``[c, d]``, and UsageError, if a parameter is invalid.
         """
         return self._first(X, y, self.class_names)
 
@@ -109,8 +103,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         """Add the rows of ``X`` to the keys. The result is the same as a :meth:`fit` on all rows so far.
 
         Each call rebuilds the index, so it is faster to pass many rows at once. ``classes`` lists all possible labels.
-        It must be passed to the first call, unless ``class_names`` is set. If a call raises an error, the estimator
-        does not change.
+        It must be passed to the first call, unless ``class_names`` is set. A call that fails changes nothing.
         """
         if not hasattr(self, "index_"):
             if classes is None and self.class_names is None:
@@ -135,12 +128,8 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         """Return the logits ``logit_scale * f W^T + alpha * (C + gamma * B)`` of the queries ``X``.
 
         The result is a float32 array of shape ``[q, c]``, in the order of ``classes_``. For two classes, its shape is
-        ``[q]``, and it holds the second logit minus the first, as scikit-learn requires.
-
-        Raises:
-            NotFittedError: if the estimator is not fitted.
-            ValueError: if ``X`` is invalid.
-            InputError: if the logits overflow, which can happen if ``normalize`` is ``False``.
+        ``[q]``, and it holds the second logit minus the first, as scikit-learn requires. Raises ValueError if ``X`` is
+        invalid, and InputError if the logits overflow, which can happen if ``normalize`` is ``False``.
         """
         logits = self._logits(X)
         scores = logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits
@@ -176,8 +165,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         Raises UsageError if ``n_neighbors`` is below 1.
         """
         features = self._queries(X)
-        if not (isinstance(n_neighbors, int | np.integer) and n_neighbors >= 1):
-            raise UsageError(f"n_neighbors is {n_neighbors}: expected a whole number, at least 1")
+        check_count("n_neighbors", n_neighbors)
         queries = torch.from_numpy(features).to(self.index_.device)
         nearest, rows = self.index_.nearest(queries, int(n_neighbors))
         affinity = np.where(rows < 0, -np.inf, nearest.cpu().numpy()).astype(np.float32)
@@ -256,9 +244,8 @@ def _classes(labels: npt.ArrayLike, *, once: bool) -> tuple[Array, Array]:
     except TypeError:
         raise InputError("classes: labels of different types cannot be sorted; use one type") from None
     if given.ndim != 1 or (once and len(classes) < len(given)):
-        raise InputError(
-            f"class_names: shape {given.shape} has {len(classes)} distinct labels; list each label exactly once"
-        )
+        distinct = f"shape {given.shape} has {len(classes)} distinct labels"
+        raise InputError(f"class_names: {distinct}; list each label exactly once")
     return classes, order
 
 
