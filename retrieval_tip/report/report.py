@@ -5,9 +5,9 @@ The layout is in ``page.html.j2``. The test labels are never used to select a se
 
 from __future__ import annotations
 
-import logging
+import datetime
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache as remembered
 from functools import partial
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from retrieval_tip import doctor
 from retrieval_tip.bounds import check_count
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
@@ -28,8 +29,9 @@ from retrieval_tip.model import Index
 from retrieval_tip.report import plots
 from retrieval_tip.report.curve import Curve, measure_curve
 from retrieval_tip.report.mistakes import confusions, mistakes, thumbnail
-from retrieval_tip.report.provenance import provenance
 from retrieval_tip.report.results import Results, portable
+from retrieval_tip.store.folder import read_manifest, read_version
+from retrieval_tip.store.manifest import Manifest
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -38,8 +40,13 @@ SHOTS = tuple(2**i for i in range(10))
 CURVE_KEYS = 4096
 """Default maximum number of keys to draw for the curve. The search time grows with its square."""
 SEEDS = 3
+LISTED = 50
+"""Maximum number of items of a value to list."""
+KEPT = {"source": "source", "dataset": "dataset", "shots": "examples per class", "seed": "seed", "views": "views",
+        "text": "class names from", "skipped": "skipped at build"}  # fmt: skip
+"""Names of build records in the report."""
 
-log = logging.getLogger(__name__)
+Rows = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -58,12 +65,14 @@ def write_report(
 ) -> WrittenReport:  # fmt: skip
     """Evaluate an index on a labelled test source and write an accuracy report as one HTML file.
 
+    Photos that are shots of the index, and photos of classes that it lacks, are counted and left out. An existing file
+    ``out`` is replaced once the report is complete. ``reader.skipped`` lists the unreadable items.
+
     Args:
         index: The index. Its ``settings`` are used for the answers.
-        test: Labelled images or features. Photos that are shots of the index, and photos of classes that it lacks, are
-            counted and left out.
-        reader: The encoder that computes the features. ``reader.skipped`` lists the unreadable items.
-        out: The file. An existing file is replaced once the report is complete.
+        test: Labelled images or features.
+        reader: The encoder that computes the features.
+        out: The HTML file.
         shots: The numbers of shots per class to draw for the curve. Defaults to 1, 2, 4 and so on, up to the size of
             the smallest class.
         seeds: The number of draws for each number of shots.
@@ -73,10 +82,8 @@ def write_report(
         where: The condition by which the keys were selected, to show in the report.
         command: The command line to show in the report.
 
-    Raises:
-        UsageError: if matplotlib is not installed, or if ``shots`` exceeds the size of the smallest class.
-        InputError: in the same cases as :func:`evaluate.evaluate`, if every test photo is a shot, or if ``out`` cannot
-            be written.
+    Raises UsageError if matplotlib is not installed, or if ``shots`` exceeds the size of the smallest class. Raises
+    InputError as :func:`evaluate.evaluate` does, if every test photo is a shot, or if ``out`` cannot be written.
     """
     path = Path(out)
     check(path)
@@ -136,3 +143,75 @@ def _nobreak(text: str) -> Markup:
     from markupsafe import escape
 
     return markup(str(escape(one_line(text))).replace(" %", "&nbsp;%"))
+
+
+def provenance(results: Results) -> dict[str, Rows]:
+    """Return the rows of each part by its title. Parts without rows are left out."""
+    folder, version, manifest = results.folder, results.index.version, None
+    if folder is not None:
+        manifest = read_manifest(folder) if version is None else read_version(folder, version)
+    parts = {
+        "Test": list(_test(results)),
+        "Settings": list(_settings(results, manifest)),
+        "Search": [(name, described(value)) for name, value in results.record("search").items()],
+        "Fine-tuning": [(name, described(value)) for name, value in results.record("finetune").items()],
+        "Index": list(_index(results, manifest)),
+        "Machine": [(name, portable(value)) for name, value in doctor.examine().facts.items()],
+    }
+    return {title: rows for title, rows in parts.items() if rows}
+
+
+def _test(results: Results) -> Iterator[tuple[str, str]]:
+    skipped = results.reader.skipped
+    yield "source", portable(results.test.name)
+    yield "photos", f"{results.evaluation.n:,} classified, {len(skipped):,} could not be read"
+    yield "date", datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    if results.command:
+        yield "command", results.command
+    for item in skipped[:LISTED]:
+        yield "skipped", portable(str(item))
+    if len(skipped) > LISTED:
+        yield "skipped", f"{len(skipped) - LISTED:,} more"
+
+
+def _settings(results: Results, manifest: Manifest | None) -> Iterator[tuple[str, str]]:
+    kept, searched = results.index.provenance, "search-hp" if results.record("search") else "the index"
+    known = {"alpha": kept.get("alpha"), "beta": kept.get("beta"), "k": searched, "tail": "the index"}
+    known |= {"temperature": kept.get("temperature", "not fitted"), "logit_scale": "the index"}
+    for name, origin in known.items():
+        value = getattr(results.evaluation.settings, name)
+        own = getattr(manifest.settings, name) if manifest is not None else value
+        given = described(origin) if own == value else f"set for this report; the index has {described(own, 'all')}"
+        yield name, f"{described(value, 'all')} ({given})"
+
+
+def _index(results: Results, manifest: Manifest | None) -> Iterator[tuple[str, str]]:
+    index = results.index
+    if results.folder is not None and manifest is not None:
+        yield "folder", portable(results.folder)
+        yield "version", f"{manifest.version}, {manifest.created_at}, by {manifest.created_by}"
+        yield "last change", portable(manifest.change or "-")
+        yield "digest", manifest.keys_digest
+    yield "examples", f"{index.n:,} of {counted(len(index.class_names), 'class')}"
+    if results.where is not None:
+        yield "restricted to", portable(results.where)
+    yield "vectors", f"{index.d:,} values, {index.dtype}"
+    yield "FAISS index", f"{index.index_type} on {index.device}"
+    yield "prompts", " | ".join(index.templates) or "-"
+    if index.backbone is not None:
+        yield "encoder", portable(str(index.backbone))
+        yield "digest of its weights", index.backbone.weights
+        yield "preprocessing", described(dict(index.backbone.preprocess))
+    for name, called in KEPT.items():
+        if index.provenance.get(name) not in (None, []):
+            yield called, described(index.provenance[name])
+
+
+def described(value: object, none: str = "-") -> str:
+    """Return a manifest value as text. ``none`` stands for ``None``."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {described(part)}" for name, part in value.items())
+    if isinstance(value, list):
+        more = f" ... ({len(value)} in all)" if len(value) > LISTED else ""
+        return ", ".join(map(described, value[:LISTED])) + more
+    return none if value is None else f"{value:.4g}" if isinstance(value, float) else portable(str(value))
