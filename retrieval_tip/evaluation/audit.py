@@ -18,8 +18,7 @@ only if it is a duplicate, in which case its scores are null.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -156,8 +155,7 @@ def suspicious(index: Index) -> pa.Table:
     return table.filter(pc.is_in(table["label"], pa.array(clear, pa.string())))
 
 
-@dataclass(frozen=True)
-class Gain:
+class Gain(NamedTuple):
     """The accuracy on held-out photos, ``before`` and ``after`` leaving out a number of suspicious ``shots``."""
 
     shots: int

@@ -40,10 +40,9 @@ Floats = npt.NDArray[np.float64]
 
 
 class Bins(NamedTuple):
-    """The answers in ``m`` bins, each of which contains those with ``low < confidence <= high``.
+    """The answers with ``low < confidence <= high`` in each of ``m`` bins. The first bin includes a confidence of 0.
 
-    All arrays have shape ``[m]``. The first bin also includes a confidence of 0. ``confidence`` and ``accuracy`` are
-    means, which are NaN in an empty bin.
+    All arrays have shape ``[m]``. ``confidence`` and ``accuracy`` are means, which are NaN in an empty bin.
     """
 
     low: Floats
@@ -54,10 +53,9 @@ class Bins(NamedTuple):
 
 
 class Coverage(NamedTuple):
-    """Accuracy and coverage at each of the ``m`` distinct thresholds, in descending order.
+    """Coverage and accuracy at the ``m`` distinct thresholds, in descending order. All arrays have shape ``[m]``.
 
-    ``coverage[j]`` is the fraction of answers with ``confidence >= threshold[j]``, and ``accuracy[j]`` is the accuracy
-    of these answers. All arrays have shape ``[m]``.
+    ``coverage`` is the fraction of answers with ``confidence >= threshold``, and ``accuracy`` is their accuracy.
     """
 
     threshold: Floats

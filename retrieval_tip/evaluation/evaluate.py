@@ -160,13 +160,11 @@ class Evaluation(Recognition):
     def to_dict(self) -> dict[str, object]:
         """Return the figures that ``evaluate --json`` prints. ``k`` is ``"all"`` if every key is used."""
         left_out = {"answers"} | ({"abstain", "coverage", "selective_top1"} if self.abstain is None else set())
-        last = {field_.name for field_ in fields(Recognition)}
+        last = [field_.name for field_ in fields(Recognition)]
+        names = [field_.name for field_ in fields(self) if field_.name not in (*left_out, *last)]
         facts: dict[str, object] = {}
-        for field_ in sorted(fields(self), key=lambda field_: field_.name in last):
-            if field_.name == "settings":
-                facts |= self.settings.shown()
-            elif field_.name not in left_out:
-                facts[field_.name] = getattr(self, field_.name)
+        for name in (*names, *last):
+            facts |= self.settings.shown() if name == "settings" else {name: getattr(self, name)}
         return facts
 
 

@@ -164,9 +164,9 @@ def key_ids_of(index: Index, source: Source, block: FeatureBlock) -> IntArray:
     for place, (name, digest) in enumerate(zip(names, block.digests, strict=True)):
         if not digest:
             places.setdefault(name, []).append(place)
-    rows = index.rows.of(index.having("source", places)["key_id"].to_pylist()) if places else None
-    if rows is None:
+    if not places:
         return found
+    rows = index.rows.of(index.having("source", places)["key_id"].to_pylist())
     for key_id, name, key in zip(rows.key_ids.tolist(), rows.labels["source"].to_pylist(), rows.keys, strict=True):
         own, key = np.array(places[name]), key.astype(np.float32)
         lengths = np.linalg.norm(block.features[own], axis=1) * np.linalg.norm(key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -99,8 +99,7 @@ def _tsne(keys: FloatArray) -> FloatArray:
     return places
 
 
-@dataclass(frozen=True)
-class TypicalKeys:
+class TypicalKeys(NamedTuple):
     """The ids of the exemplars, and the mean affinities within a class (``own``) and between classes (``other``).
 
     A mean is ``None`` if there are no such pairs of keys.

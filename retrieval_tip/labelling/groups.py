@@ -42,10 +42,8 @@ def group(features: Features, threshold: float, metric: tip.Metric | None = None
     sample is grouped. Each other feature then joins the group that it is most similar to on average, if that
     similarity reaches the threshold.
 
-    Args:
-        features: the features of the photos, of shape ``[m, d]``.
-        threshold: the lowest average similarity at which two groups are merged (see :func:`threshold_of`).
-        metric: the metric of the similarity. Defaults to the cosine.
+    ``features`` have the shape ``[m, d]``. Two groups are merged if their average similarity is at least ``threshold``
+    (see :func:`threshold_of`). Without a ``metric``, the similarity is the cosine.
 
     Raises InputError if ``features`` is not a finite array of this shape, and UsageError if there is too little memory.
     """

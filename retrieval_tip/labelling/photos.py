@@ -48,8 +48,7 @@ class Suggestions:
             more similar to this photo than to any labelled photo and any other suggestion.
         photos: the number of unlabelled photos that were considered.
         known: the number of photos that were skipped, because the index already contains them.
-        sampled_from: the number of photos from which ``photos`` were drawn at random, or ``None`` if all
-            were considered.
+        sampled_from: the number of photos from which ``photos`` were drawn at random, if not all were considered.
     """
 
     table: pa.Table
@@ -132,14 +131,8 @@ def suggest_photos(
     index, its metric compares the photos, its probabilities give the uncertainty, and its shots count as labelled.
     Photos that the index contains are skipped (see :meth:`Pool.without`).
 
-    If there are more than ``MOST_PHOTOS``, a random sample is drawn before encoding.
-
-    Args:
-        sources: the photos or feature tables (see :func:`sources.open_inputs`).
-        n: the number of suggestions.
-        reader: the encoder of the photos. ``reader.skipped`` lists the photos that cannot be read.
-        index: the index that contains the photos labelled so far.
-        text: a feature table of class names, for a zero-shot guess without an index.
+    If there are more than ``MOST_PHOTOS``, a random sample is drawn before encoding. ``reader.skipped`` lists the
+    photos that cannot be read. ``text`` is a feature table of class names, for a zero-shot guess without an index.
 
     Raises InputError if no photo remains, and the errors of :meth:`reader.Reader.blocks`.
     """

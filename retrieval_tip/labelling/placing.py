@@ -24,20 +24,9 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
 
+from retrieval_tip import files
 from retrieval_tip.data.sources import read_item
 from retrieval_tip.errors import InputError, show
-from retrieval_tip.files import (
-    cache_folder,
-    make_folders,
-    read_json,
-    read_regular,
-    real,
-    remove_leftovers,
-    replacing,
-    sha256_of,
-    sync,
-    temporary,
-)
 
 Action = Literal["copy", "link", "move"]
 
@@ -115,7 +104,7 @@ def read_manifest(folder: Path) -> list[Placed]:
     """
     path = folder / MANIFEST
     try:
-        text = read_regular(path, MAX_MANIFEST).decode("utf-8", "surrogateescape")
+        text = files.read_regular(path, MAX_MANIFEST).decode("utf-8", "surrogateescape")
         head, *rows = filter(None, csv.reader(io.StringIO(text, newline="")))
         if rows and not (len(rows[-1]) == len(COLUMNS) and _DIGEST.fullmatch(rows[-1][-1])):
             rows = rows[:-1]
@@ -134,9 +123,9 @@ def read_manifest(folder: Path) -> list[Placed]:
 
 def write_manifest(folder: Path, rows: Iterable[Placed]) -> None:
     """Replace the manifest of a folder."""
-    with replacing(folder / MANIFEST) as new:
+    with files.replacing(folder / MANIFEST) as new:
         _append(new, [COLUMNS, *map(astuple, rows)])
-    sync(folder)
+    files.sync(folder)
 
 
 def add_rows(folder: Path, rows: Iterable[Placed]) -> None:
@@ -165,13 +154,13 @@ def touched(folder: Path, rows: Iterable[Placed]) -> set[str]:
     rows = [row for row in rows if row.action != "kept"]
     parts = {folder / row.output.partition("/")[0] for row in rows}
     origins = {Path(row.input).parent for row in rows if row.action == "move"}
-    return {str(real(path)) for path in origins | {part for part in parts if part.is_symlink()}}
+    return {str(files.real(path)) for path in origins | {part for part in parts if part.is_symlink()}}
 
 
 def sorted_folders(folder: Path) -> set[str]:
     """Return the folders that :func:`record` has recorded for a folder."""
     with suppress(InputError):
-        if (path := _recorded(folder)) and isinstance(found := read_json(path, MAX_MANIFEST), list):
+        if (path := _recorded(folder)) and isinstance(found := files.read_json(path, MAX_MANIFEST), list):
             return set(map(str, found))
     return set()
 
@@ -181,8 +170,8 @@ def record(folder: Path, folders: set[str]) -> None:
     known, path = sorted_folders(folder), _recorded(folder)
     if path is not None and not folders <= known:
         with suppress(OSError, InputError):
-            make_folders(path.parent)
-            with replacing(path) as new:
+            files.make_folders(path.parent)
+            with files.replacing(path) as new:
                 new.write_text(json.dumps(sorted(known | folders)))
 
 
@@ -194,21 +183,21 @@ def forget(folder: Path) -> None:
 
 
 def _recorded(folder: Path) -> Path | None:
-    caches, name = cache_folder(), hashlib.sha256(os.fsencode(real(folder))).hexdigest()
+    caches, name = files.cache_folder(), hashlib.sha256(os.fsencode(files.real(folder))).hexdigest()
     return None if caches is None else caches / "sorted" / f"{name}.json"
 
 
 def remove_scratch(folders: Iterable[Path]) -> None:
     """Remove the temporary files of killed processes in these folders."""
     for folder in set(folders):
-        remove_leftovers(folder, SCRATCH)
+        files.remove_leftovers(folder, SCRATCH)
 
 
 def digest_at(path: Path) -> str | None:
     """Return the digest of a file, ``""`` for anything else, or ``None`` if nothing is there."""
     if not os.path.lexists(path):
         return None
-    return sha256_of(path) if path.is_file() else ""
+    return files.sha256_of(path) if path.is_file() else ""
 
 
 def digest_of(item: str) -> str | None:
@@ -226,8 +215,8 @@ def place(row: Placed, folder: Path) -> bool:
     """
     target = folder / row.output
     if not target.parent.exists():
-        make_folders(target.parent)
-        sync(folder)
+        files.make_folders(target.parent)
+        files.sync(folder)
     if row.action == "link":
         if is_link_to(target, row.input):
             return False
@@ -258,7 +247,7 @@ def fill(item: str, target: Path, digest: str, *, move: bool) -> bool:
         if move and not Path(item).is_symlink() and digest_at(Path(item)) == digest:
             try:
                 Path(item).replace(target)
-                sync(target.parent)
+                files.sync(target.parent)
                 return True
             except OSError as error:
                 if error.errno != errno.EXDEV:
@@ -266,7 +255,7 @@ def fill(item: str, target: Path, digest: str, *, move: bool) -> bool:
         data = read_item(item)
         if hashlib.sha256(data).hexdigest() != digest:
             raise InputError("has changed since it was classified; run the command again")
-        with temporary(target.with_name(SCRATCH), clean=False) as new:  # on the disk of the target
+        with files.temporary(target.with_name(SCRATCH), clean=False) as new:  # on the disk of the target
             with new.open("wb") as file:
                 file.write(data)
                 file.flush()
@@ -274,7 +263,7 @@ def fill(item: str, target: Path, digest: str, *, move: bool) -> bool:
             with suppress(OSError):
                 shutil.copystat(item, new)
             new.replace(target)
-        sync(target.parent)
+        files.sync(target.parent)
     except BaseException:
         if digest_at(target) == EMPTY != digest:
             target.unlink()

@@ -53,16 +53,10 @@ class Estimate:
 def estimate_rest(index: Index, random_ids: Sequence[int], rest: Features) -> Estimate:
     """Estimate the accuracy of a fitted index on photos that are still unlabelled.
 
-    The random photos are held out in parts (see
-    :func:`held_out.held_out_probabilities`). For 500 keys of 512 values, this takes
-    about 0.5 s.
-
-    Args:
-        index: the index.
-        random_ids: the key ids of the labels that were drawn at random from the unlabelled photos. Unknown ids are
-            ignored.
-        rest: the features of the unlabelled photos, of shape ``[m, d]``. At most :data:`MOST_REST` are used, which are
-            spaced evenly.
+    ``random_ids`` are the key ids of the labels that were drawn at random from the unlabelled photos. Unknown ids are
+    ignored. These photos are held out in parts (see :func:`held_out.held_out_probabilities`). For 500 keys of 512
+    values, this takes about 0.5 s. ``rest`` holds the features of the unlabelled photos, of shape ``[m, d]``, of which
+    at most :data:`MOST_REST` are used.
 
     Raises InputError if ``rest`` is not finite or has the wrong shape.
     """

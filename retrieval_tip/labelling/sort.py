@@ -81,18 +81,12 @@ def sort_photos(
     added. If the folder already contains a photo with the same name and the same bytes, it is not written again. An
     interrupted call can be repeated.
 
-    Args:
-        index: the index that classifies the photos.
-        sources: the photos (see :func:`sources.open_inputs`). The ids of a feature table are read as paths.
-        reader: the encoder of the photos. ``reader.skipped`` lists the photos that cannot be read.
-        folder: the folder to sort into.
-        action: ``copy``, ``link`` (a symbolic link) or ``move``. Only files can be linked or moved.
-        min_probability: the probability below which an answer is not sure.
-        dry_run: whether to return the rows without changing anything.
+    ``action`` is ``copy``, ``link`` (a symbolic link) or ``move``. Only files can be linked or moved. The ids of a
+    feature table are read as paths. ``reader.skipped`` lists the photos that cannot be read. A ``dry_run`` changes
+    nothing.
 
-    Raises:
-        UsageError: if the action is unknown, or if some photos are not files and cannot be linked or moved.
-        InputError: if the folder cannot be written. Photos that were already placed stay there.
+    Raises UsageError if the action is unknown, or if some photos are not files and cannot be linked or moved. Raises
+    InputError if the folder cannot be written. Photos that were already placed stay there.
     """
     check_choice("action", action, Action)
     for source in sources:

@@ -86,12 +86,9 @@ def suggest(
     If there are more than ``CROWD`` features, the sum runs over a random sample, drawn in proportion to the
     uncertainty. Any feature can be suggested. This needs twice the memory of the features.
 
-    Args:
-        features: the features of the unlabelled photos, of shape ``[m, d]``.
-        n: the number of suggestions.
-        uncertainty: the uncertainties, of shape ``[m]`` and from 0 to 1. Defaults to 1 for every photo.
-        labelled: the features of the labelled photos, of shape ``[k, d]``.
-        metric: the metric of the similarity. Defaults to the cosine after subtracting the mean of ``features``.
+    ``features`` and ``labelled``, those of the labelled photos, have the shapes ``[m, d]`` and ``[k, d]``. The
+    uncertainties, of shape ``[m]`` and from 0 to 1, default to 1. Without a ``metric``, the similarity is the cosine
+    after subtracting the mean of ``features``.
 
     Raises InputError if ``features`` are not finite or have the wrong shape, and UsageError if ``n`` is less than 1.
     """

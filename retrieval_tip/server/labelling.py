@@ -28,6 +28,7 @@ from retrieval_tip.labelling.labels import (
     NONE,
     Label,
     LabelledPhoto,
+    SessionPhotos,
     alike,
     build_from_labels,
     guesses,
@@ -37,7 +38,6 @@ from retrieval_tip.labelling.labels import (
 from retrieval_tip.labelling.photos import MOST_PHOTOS, Pool, suggest_features
 from retrieval_tip.labelling.progress import estimate_rest, gain_of
 from retrieval_tip.labelling.queue import QUEUED, Picked, Queue, Queued
-from retrieval_tip.labelling.session_photos import SessionPhotos
 from retrieval_tip.labelling.sort import sort_photos
 from retrieval_tip.model import Index
 from retrieval_tip.server import schemas
