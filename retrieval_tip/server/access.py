@@ -99,7 +99,6 @@ async def _from_here(request: Request) -> None:
 
 
 async def _allowed(request: Request, authorization: Token = None) -> None:
-    """Refuse requests that do not have the token."""
     if request.app.state.token is None:
         raise Problem(403, "this server is read-only; restart it with --token TOKEN and send that token")
     if not _sends(request, request.app.state.token):

@@ -143,9 +143,7 @@ async def _changed(
 async def create(
     request: Request,
     service: TheService,
-    like: Annotated[
-        str | None, Query(description="Name of an index whose encoder and parent folder are used for the new index.")
-    ] = None,
+    like: Annotated[str | None, Query(description="Index whose encoder and parent folder are used.")] = None,
 ) -> schemas.MadeIndex:
     """Create an index from labelled images, fit it and serve it.
 
@@ -221,13 +219,11 @@ def _check_free(service: Service, name: str, into: Path | None) -> None:
 
 
 def _fitted(one: Served) -> dict[str, Any]:
-    """Return the fields of :class:`FittedIndex`, with the accuracy that the last fit of an index estimated."""
     judged = dict.fromkeys(schemas.Judgement.model_fields) | one.now.index.provenance.get("fit", {})
     return {"index": one.name, "version": one.now.manifest.version, "judged": judged}
 
 
 def _of_spelling(name: str, alike: Mapping[str, str]) -> list[str]:
-    """Return a warning for each new class that is spelled almost like another."""
     route = f"POST /v1/indexes/{quote(name, safe='')}/rename"
     return [
         f"{new!r} is spelled almost like {known!r}; to merge them: {route} {json_line({'of': new, 'label': known})}"

@@ -26,8 +26,7 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request to the app, or answer it with a problem if it exceeds a limit."""
-        app = _Exchange(self).run if scope["type"] == "http" else self.app
-        await app(scope, receive, send)
+        await (_Exchange(self).run if scope["type"] == "http" else self.app)(scope, receive, send)
 
 
 class _Exchange:
@@ -83,7 +82,6 @@ class _Exchange:
         await self._send(message)
 
     async def _refuse(self, problem: Problem) -> None:
-        """Answer with a problem, and drop the app's own response."""
         self._refused = True
         await answer(problem)(self._scope, self._receive, self._send)
 

@@ -259,7 +259,6 @@ class Labelling:
         return version
 
     def _look(self) -> None:
-        """Find out which photos are in the index."""
         if again := {photo for photo in self._refused if self.photos.readable(photo) in self.photos.encoded}:
             self._again |= again
             self._due.set()
@@ -298,7 +297,6 @@ class Labelling:
         return labels
 
     def _taken(self) -> set[int]:
-        """Return the photos that cannot be shown, because they are labelled or unreadable."""
         return self.photos.unreadable.keys() | self._labels().keys()
 
     async def _save(self) -> None:
@@ -326,7 +324,6 @@ class Labelling:
         return {photo: label for photo, label in self._unsaved.items() if photo not in kept}
 
     async def _changed(self) -> None:
-        """Wait for labels, or for the end of the session."""
         await self._due.wait()
         self._due.clear()
 
@@ -384,7 +381,6 @@ class Labelling:
         self._forget(labels)
 
     async def _open(self) -> None:
-        """Serve the index, which has just been created."""
         assert self._service.maker is not None
         await self._service.open(lambda: self.place, self._service.maker.backbones)
 
@@ -394,12 +390,10 @@ class Labelling:
         return PhotoLabel(path, digest, label.label, label.picked, self.photos.feature(copy))
 
     def _refuse(self, photo: int, label: Label, reason: str) -> None:
-        """Keep a label that cannot be saved, unless it has changed in the meantime."""
         if self._unsaved.get(photo) is label:
             self._refused[photo] = reason
 
     def _forget(self, labels: Mapping[int, Label]) -> None:
-        """Note that labels are saved, unless they have changed in the meantime."""
         done = [photo for photo, label in labels.items() if self._unsaved.get(photo) is label]
         for photo in done:
             del self._unsaved[photo]
@@ -423,7 +417,6 @@ class Labelling:
             )
 
     async def _read(self, photos: Sequence[int], *, strict: bool) -> None:
-        """Read and encode photos, and find out which of them are in the index."""
         if photos:
             self.photos.note(photos, await self._service.run(self._encoding, self.photos.read, photos, strict))
             self._look()
@@ -462,7 +455,6 @@ class Labelling:
         self._chosen = version, encoded
 
     async def _measure(self, version: Version) -> None:
-        """Estimate the accuracy on the unlabelled photos from the photos that were drawn at random."""
         drawn = sorted({one.key_id for one in self._known.values() if one.picked == "random"})
         self._progress = schemas.LabelProgress(drawn=len(drawn), needed=DRAWN)
         rest = sorted(self.photos.encoded - self._taken())
@@ -473,7 +465,6 @@ class Labelling:
 
 
 def _paths_of(sources: Sequence[Source]) -> list[str]:
-    """Return the paths of the photos of a session, or of a random sample if there are too many."""
     for source in sources:
         if source.paths is None:
             raise InputError(f"{source.name}: has features, but labelling needs photos; give a folder of photos")
@@ -507,7 +498,6 @@ def _facts_of(
 
 
 def _measured_on(rest: FloatArray, index: Index, drawn: Sequence[int]) -> schemas.LabelProgress:
-    """Estimate the accuracy on photos with the features ``rest`` from the labels of random photos."""
     index = index.in_memory()
     found = estimate_rest(index, drawn, rest)
     more = min(MORE, len(rest))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 from urllib.parse import quote
 
 import orjson
@@ -13,7 +13,7 @@ from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.responses import Response
 from prometheus_client import generate_latest
 
-from retrieval_tip import __version__
+from retrieval_tip import __version__, settings
 from retrieval_tip.errors import InputError
 from retrieval_tip.evaluation.audit import AUDITED
 from retrieval_tip.evaluation.audit import audit as audited
@@ -28,11 +28,9 @@ from retrieval_tip.server.schemas import Row
 from retrieval_tip.server.served import Version
 from retrieval_tip.server.service import Service
 from retrieval_tip.server.uploads import read, read_features
-from retrieval_tip.settings import Ask, KeysMet
+from retrieval_tip.settings import Ask
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
-MOST = 1_000_000_000
-"""Maximum offset of a page of keys."""
 SUSPICIOUS = 1000
 """Maximum number of suspicious shots to keep."""
 PICTURE: dict[int | str, dict[str, object]] = {200: {"content": {"image/jpeg": {}}}}
@@ -42,16 +40,7 @@ SENT = schemas.problems(400, 408, 413, 415, 429)
 """Problem responses of routes that accept images or features."""
 REFUSED = schemas.problems(401, 403, 404, 413, 422, 503)
 
-Positive = Annotated[
-    float | None, Query(ge=0, allow_inf_nan=False, description="Overrides the index's setting for this request.")
-]
-Norms = Annotated[
-    Literal["check", "unit", "keep"],
-    Query(
-        description="How to treat the norms of features. With check, they must be 1. With unit, they are scaled to 1. "
-        "With keep, any norm is accepted."
-    ),
-]
+Norms = Annotated[settings.Norms, Query(description=schemas.NORMS)]
 Size = Annotated[int, Query(ge=16, le=1024, description="Length of the longer side, in pixels.")]
 
 about = APIRouter()
@@ -61,44 +50,15 @@ reads = APIRouter(prefix="/v1", dependencies=READS, responses=REFUSED)
 
 # Routes are matched in order, so the most frequent one comes first.
 @uploads.post("/classify", response_model=schemas.Classified, openapi_extra=schemas.CLASSIFY)
-async def classify(
-    request: Request,
-    service: TheService,
-    without: Annotated[
-        list[schemas.KeyId],
-        Query(default_factory=list, max_length=1000, description="Leave out this key. Can be repeated."),
-    ],
-    index: Annotated[
-        str | None, Query(description="Name of the index. It is required if several indexes are served.")
-    ] = None,
-    alpha: Positive = None,
-    beta: Positive = None,
-    k: Annotated[
-        str | None, Query(pattern="^(all|[1-9][0-9]{0,8})$", description="Number of nearest keys to use, or all.")
-    ] = None,
-    tail: Annotated[
-        bool | None, Query(description="Whether to estimate the contribution of keys that are not retrieved.")
-    ] = None,
-    top: Annotated[int, Query(ge=1, le=1000, description="Number of classes to return.")] = 5,
-    neighbours: Annotated[
-        int,
-        Query(ge=0, le=1000, description="Number of shots to return, starting with the strongest support."),
-    ] = 5,
-    logits: Annotated[bool, Query(description="Whether to return the logits of all classes.")] = False,
-    features: Annotated[
-        bool, Query(description="Whether to return the feature of each input, and the most similar shots.")
-    ] = False,
-    norms: Norms = "check",
-) -> Response:
+async def classify(request: Request, service: TheService, question: Annotated[schemas.Question, Query()]) -> Response:
     """Classify images or features.
 
     The response lists unreadable inputs as `skipped`. If all inputs are unreadable, the response is an error.
     """
-    version = service.index(index).now
-    sent = await read(request, service.limits, norms, version.index.d)
-    number: KeysMet = int(k) if k not in (None, "all") else "all" if k else None
-    ask = Ask(number, tail, alpha, beta, top, neighbours, logits=logits, without=tuple(without))
-    return json_of(await service.classify(version, ask, sent, features=features))
+    version = service.index(question.index).now
+    sent = await read(request, service.limits, question.norms, version.index.d)
+    ask = Ask(**question.model_dump(exclude={"index", "features", "norms"}))
+    return json_of(await service.classify(version, ask, sent, features=question.features))
 
 
 @uploads.post("/indexes/{name}/groups", openapi_extra=schemas.GROUP)
@@ -149,16 +109,10 @@ async def index(request: Request, version: Now) -> schemas.WholeIndex:
 async def keys(
     service: TheService,
     version: Now,
-    label: Annotated[
-        list[str], Query(default_factory=list, description="Only list keys of this class. Can be repeated.")
-    ],
-    key_id: Annotated[
-        list[schemas.KeyId], Query(default_factory=list, description="Only list this key. Can be repeated.")
-    ],
-    source: Annotated[
-        str | None, Query(description="Only list keys whose source contains this text. The case is ignored.")
-    ] = None,
-    offset: Annotated[int, Query(ge=0, le=MOST)] = 0,
+    label: Annotated[list[str], Query(default_factory=list, description="Class to list. Can be repeated.")],
+    key_id: Annotated[list[schemas.KeyId], Query(default_factory=list, description="Key to list. Can be repeated.")],
+    source: Annotated[str | None, Query(description="Text in the sources to list, in any case.")] = None,
+    offset: Annotated[int, Query(ge=0, le=10**9)] = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 50,
 ) -> Response:
     """List one page of the keys, with their labels and sources."""
@@ -172,7 +126,6 @@ async def keys(
 
 
 def _pictured(service: Service, version: Version, keys: pa.Table) -> Iterator[dict[str, Any]]:
-    """Yield keys with the addresses of their images."""
     address = f"/v1/indexes/{quote(version.name, safe='')}/keys"
     for row in keys.to_pylist():
         has_image = service.thumbnails.path(row["source"]) is not None
@@ -209,15 +162,10 @@ async def image(
 async def map_of(
     service: TheService,
     version: Now,
-    method: Annotated[
-        Method, Query(description="Projection method: pca, or tsne if scikit-learn is installed on the server.")
-    ] = "pca",
-    limit: Annotated[
-        int,
-        Query(ge=1, le=100_000, description="Maximum number of keys. Fewer keys may be returned if features are long."),
-    ] = 5000,
+    method: Annotated[Method, Query(description="pca, or tsne if the server has scikit-learn.")] = "pca",
+    limit: Annotated[int, Query(ge=1, le=100_000, description="Maximum number of keys.")] = 5000,
 ) -> Response:
-    """Project the keys to two dimensions."""
+    """Project the keys to two dimensions. If features are long, fewer keys than the limit are returned."""
     if method not in methods():
         raise Problem(422, f"method {method!r} is not installed; choose one of {', '.join(methods())}")
     index = version.index
@@ -265,7 +213,7 @@ async def accuracy(service: TheService, version: Now) -> schemas.Accuracy:
     Each fold of the shots is classified with the shots of the other folds. If the index is too large, the result is
     null.
     """
-    found: ShotEstimate = {"photos": None, "words": None, "both": None}
+    found: ShotEstimate = {}
     if version.index.n <= service.limits.estimated:
         found = await service.once(version, "accuracy", lambda: estimate(version.index.in_memory()))
     low, high = found.get("interval", (None, None))

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, Field, PlainValidator, WithJsonS
 from retrieval_tip.labelling.queue import Picked
 from retrieval_tip.predictions import SCHEMA
 from retrieval_tip.server.problems import MEDIA
-from retrieval_tip.settings import Settings
+from retrieval_tip.settings import Norms, Settings
 from retrieval_tip.store.labels import LABEL_SCHEMA, VERSIONS_SCHEMA
 
 Row = dict[str, object]
@@ -23,6 +23,25 @@ KeyId = Annotated[int, Field(ge=0, le=2**62)]
 Label = Annotated[str, Field(min_length=1, max_length=1024)]
 VersionNumber = Annotated[int, Field(ge=1, le=2**31)]
 PhotoNumber = Annotated[int, Field(ge=0, le=2**31)]
+Number = Annotated[int, Field(ge=1, lt=10**9)]
+NORMS = "How to treat the norms of features: check that they are 1, scale them to 1 (unit), or keep any norm."
+Override = Annotated[float | None, Field(ge=0, allow_inf_nan=False, description="Overrides the setting of the index.")]
+
+
+class Question(BaseModel):
+    """What to find out about the inputs: the fields of :class:`settings.Ask`, and what only HTTP needs."""
+
+    index: str | None = Field(None, description="Name of the index. It is required if several indexes are served.")
+    alpha: Override = None
+    beta: Override = None
+    k: Number | Literal["all"] | None = Field(None, description="Number of nearest keys to use, or all.")
+    tail: bool | None = Field(None, description="Whether to estimate the contribution of keys that are not retrieved.")
+    top: int = Field(5, ge=1, le=1000, description="Number of classes to return.")
+    neighbours: int = Field(5, ge=0, le=1000, description="Number of shots to return, strongest support first.")
+    logits: bool = Field(False, description="Whether to return the logits of all classes.")
+    features: bool = Field(False, description="Whether to return each feature, and the most similar shots.")
+    without: list[KeyId] = Field([], max_length=1000, description="Leave out this key. Can be repeated.")
+    norms: Norms = Field("check", description=NORMS)
 
 
 def _class_name(label: str) -> str:
@@ -120,12 +139,8 @@ def _body(form: Row, json: Row | None = None, example: Row | None = None, binary
 
 
 _FLOATS: Row = {"type": "string", "format": "binary", "description": "Features as little-endian float32, row by row."}
-CLASSIFY = _body(
-    {"images": _FILES},
-    {"features": _FEATURES, "inputs": _TEXTS},
-    {"features": [[0.6, 0.8]], "inputs": ["camera-3/0001"]},
-    _FLOATS,
-)
+_EXAMPLE = {"features": [[0.6, 0.8]], "inputs": ["camera-3/0001"]}
+CLASSIFY = _body({"images": _FILES}, {"features": _FEATURES, "inputs": _TEXTS}, _EXAMPLE, _FLOATS)
 GROUP = _body({}, {"features": _FEATURES}, {"features": [[0.6, 0.8], [0.8, 0.6]]}, _FLOATS)
 ADD = _body(
     {"images": _FILES, "label": {"type": "string", "minLength": 1, "description": "Class of all images."}},

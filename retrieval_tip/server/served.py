@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from retrieval_tip.backbones.base import Backbone, Identity
+from retrieval_tip.backbones.base import Backbone
 from retrieval_tip.backbones.loading import load_backbone
 from retrieval_tip.data.reader import FeatureBlock, FloatArray
 from retrieval_tip.data.tables import check_backbone
@@ -127,19 +127,16 @@ class Backbones:
         if identity is None:
             return None
         backbone: Backbone | None = self._open.get(identity.fingerprint)
-        if backbone is None:
-            try:
-                backbone = self._loaded(identity, index)
-            except (BackboneError, UsageError) as error:
-                log.warning("%s: cannot load the encoder, so only features are accepted: %s", name, error)
-                return None
-            self._open[identity.fingerprint] = backbone
-        return backbone
-
-    def _loaded(self, identity: Identity, index: Index) -> Backbone:
-        backbone = load_backbone(identity.model, identity.pretrained, device=self.device, precision=self.precision)
-        check_backbone(identity, index.d, backbone, [])
+        if backbone is not None:
+            return backbone
+        try:
+            backbone = load_backbone(identity.model, identity.pretrained, device=self.device, precision=self.precision)
+            check_backbone(identity, index.d, backbone, [])
+        except (BackboneError, UsageError) as error:
+            log.warning("%s: cannot load the encoder, so only features are accepted: %s", name, error)
+            return None
         backbone.encode_images(torch.zeros(1, 3, *backbone.size))  # warms up the backbone
+        self._open[identity.fingerprint] = backbone
         return backbone
 
 
@@ -229,10 +226,3 @@ def open_all(
             raise UsageError(f"{folder}: another index is also named {one.name!r}; rename one of the folders")
         served[one.name] = one
     return served
-
-
-def encoded(backbone: Backbone, pixels: Sequence[torch.Tensor]) -> list[FloatArray]:
-    """Encode images in batches, and return the raw features ``[d]`` of each."""
-    size = backbone.batch_size
-    parts = [pixels[start : start + size] for start in range(0, len(pixels), size)]
-    return [row for part in parts for row in backbone.encode_images(torch.stack(list(part)))]

@@ -30,7 +30,7 @@ from retrieval_tip.server.batching import Kept, Lane, Turn, TurnQueue
 from retrieval_tip.server.limits import ROWS_PER_IMAGE, Limits
 from retrieval_tip.server.problems import NAMED, Problem
 from retrieval_tip.server.schemas import Row, Unread
-from retrieval_tip.server.served import NEIGHBOUR_CELLS, SIMILAR, Backbones, Maker, Served, Version, encoded
+from retrieval_tip.server.served import NEIGHBOUR_CELLS, SIMILAR, Backbones, Maker, Served, Version
 from retrieval_tip.server.thumbnails import Thumbnails
 from retrieval_tip.server.uploads import Sent
 from retrieval_tip.settings import Ask
@@ -73,7 +73,10 @@ class Service:
             "images", self._queue, self._pixels, threads=threads, held=DECODED
         )
         self._encode: Lane[Backbone, torch.Tensor, FloatArray] = Lane(
-            "encode", TurnQueue(math.inf), encoded, most=lambda backbone: backbone.batch_size
+            "encode",
+            TurnQueue(math.inf),
+            lambda backbone, pixels: list(backbone.encode_images(torch.stack(pixels))),
+            most=lambda backbone: backbone.batch_size,
         )
         self._answer: Lane[tuple[Version, Ask], FloatArray, Row] = Lane(
             "features",

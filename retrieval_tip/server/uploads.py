@@ -89,9 +89,7 @@ async def read_features(request: Request, limits: Limits, norms: Norms, d: int) 
     """Read features to group, of shape ``[q, d]``. Raises the same errors as :func:`read`."""
     sent = await read(request, replace(limits, rows=limits.grouped), norms, d)
     if sent.features is None:
-        raise Problem(
-            422, "images: are not accepted here; send the features that POST /v1/classify?features=true returns"
-        )
+        raise Problem(422, "images: are not accepted here; send features, as /v1/classify?features=true returns them")
     return sent.features
 
 
@@ -128,7 +126,6 @@ def _kind(request: Request) -> str:
 
 
 async def _form(request: Request, limits: Limits, fields: list[str]) -> tuple[Sent, list[object]]:
-    """Return the images in a form with their labels, and the names in the field ``name``."""
     _, options = parse_options_header(request.headers["content-type"])
     if options.get(b"charset", b"utf-8").lower() != b"utf-8":  # some Python codecs are slow or fail
         raise Problem(415, f"content type {FORM}: its charset must be UTF-8")
@@ -150,9 +147,7 @@ async def _form(request: Request, limits: Limits, fields: list[str]) -> tuple[Se
     async with Request(request.scope, receive).form(**most) as form:
         for field, value in form.multi_items():
             if field not in ("images", *fields):
-                raise Problem(
-                    422, f"field {field!r}: is unknown; the expected fields are {' and '.join(['images', *fields])}"
-                )
+                raise Problem(422, f"field {field!r}: is unknown; the fields are {' and '.join(['images', *fields])}")
             if isinstance(value, UploadFile) != (field == "images"):
                 raise Problem(422, f"field {field!r}: must be {'files' if field == 'images' else 'text'}")
             if isinstance(value, UploadFile):
@@ -186,13 +181,11 @@ def _json(body: bytes, limits: Limits, norms: Norms, d: int, *, labelled: bool) 
     except orjson.JSONDecodeError as error:
         raise Problem(400, f"invalid JSON: {error}") from None
     names_field = "sources" if labelled else "inputs"
-    known = {"features", names_field} | ({"labels"} if labelled else set())
+    known = ["features", "labels", names_field] if labelled else ["features", names_field]
     if not isinstance(sent, dict) or not isinstance(sent.get("features"), list):
         raise Problem(422, "features: missing; send an object with 'features', a list of lists of numbers")
-    if unknown := sorted(sent.keys() - known):
-        raise Problem(
-            422, f"field {unknown[0][:LONGEST_NAME]!r}: is unknown; the expected fields are {', '.join(sorted(known))}"
-        )
+    if unknown := sorted(sent.keys() - set(known)):
+        raise Problem(422, f"field {unknown[0][:LONGEST_NAME]!r}: is unknown; the fields are {', '.join(known)}")
     rows = len(sent["features"])
     if not 1 <= rows <= limits.rows:
         raise Problem(413 if rows else 422, f"features: {rows} rows given; send 1 to {limits.rows} rows at once")
