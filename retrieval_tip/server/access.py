@@ -112,4 +112,3 @@ async def lift_deadline(request: Request) -> None:
 
 READS = [Depends(_from_here), Depends(may_read)]
 CHANGES = [Depends(_allowed)]
-UNHURRIED = [Depends(lift_deadline)]

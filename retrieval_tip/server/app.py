@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from fastapi.responses import FileResponse, Response
 from fastapi.staticfiles import StaticFiles
 
@@ -16,7 +16,7 @@ from retrieval_tip.server import edits, metrics, routes
 from retrieval_tip.server.guard import Guard
 from retrieval_tip.server.labelling import Labelling
 from retrieval_tip.server.limits import Limits
-from retrieval_tip.server.problems import HANDLED, Problem, answer, handle
+from retrieval_tip.server.problems import HANDLED, handle
 from retrieval_tip.server.served import Maker, Served
 from retrieval_tip.server.service import Service
 
@@ -61,7 +61,6 @@ def create_app(
     app.add_middleware(metrics.Recorder)
     for kind in HANDLED:
         app.add_exception_handler(kind, handle)
-    app.add_exception_handler(Exception, _unexpected)
     for router in (routes.uploads, edits.uploads):
         app.include_router(router, max_body_size=limits.bytes)
     for router in (routes.reads, routes.about, edits.changes):
@@ -74,7 +73,3 @@ def create_app(
 
 async def _file(name: str) -> Response:
     return FileResponse(PAGE / name, headers={"cache-control": "no-cache"})
-
-
-async def _unexpected(_: Request, error: Exception) -> Response:
-    return answer(Problem(500, f"internal error ({type(error).__name__}); see the server log"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
 
 from retrieval_tip.data.sources import spelled_alike
 from retrieval_tip.errors import json_line, show
@@ -18,7 +18,7 @@ from retrieval_tip.index import manage
 from retrieval_tip.index.fit import fit_index
 from retrieval_tip.retrieval.duplicates import describe_duplicates
 from retrieval_tip.server import schemas, shots
-from retrieval_tip.server.access import CHANGES, UNHURRIED, Named, NotLabelled, TheLabelling, TheService, lift_deadline
+from retrieval_tip.server.access import CHANGES, Named, NotLabelled, TheLabelling, TheService, lift_deadline
 from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.routes import REFUSED, SENT, Norms
 from retrieval_tip.server.served import Maker, Served
@@ -26,7 +26,7 @@ from retrieval_tip.server.service import Service, backbone_of
 from retrieval_tip.server.uploads import index_name, read, read_index
 
 uploads = APIRouter(prefix="/v1", dependencies=CHANGES, responses=REFUSED | SENT)
-changes = APIRouter(prefix="/v1", dependencies=[*CHANGES, *UNHURRIED], responses=REFUSED)
+changes = APIRouter(prefix="/v1", dependencies=[*CHANGES, Depends(lift_deadline)], responses=REFUSED)
 USED = schemas.problems(409)
 """Response of routes that refuse a change because a name or a version is not as expected."""
 

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import shlex
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
@@ -308,6 +308,7 @@ class Labelling:
                 async with asyncio.timeout(WAIT):
                     while len(self._waiting()) < BATCH and not self._closing:
                         await self._changed()
+            closing = self._closing
             try:
                 await self._write(self._waiting())
                 self._trouble = None
@@ -315,9 +316,9 @@ class Labelling:
                 self._trouble = str(error)
                 if not isinstance(error, RetrievalTipError):
                     log.exception("labels could not be saved")
-                if self._closing:
+                if closing:  # there may be room again since an attempt that began earlier
                     return
-                await asyncio.sleep(RETRY)
+                await asyncio.sleep(0 if self._closing else RETRY)
 
     def _waiting(self) -> dict[int, Label]:
         kept = self._refused.keys() - self._again
@@ -330,7 +331,7 @@ class Labelling:
     async def _write(self, labels: Mapping[int, Label]) -> None:
         """Save labels as one new version. If the index refuses a label, save the others and keep this one."""
         self._again -= labels.keys()
-        await self._read([photo for photo in labels if photo not in self.photos.encoded], strict=False)
+        await self._read(labels, strict=False)
         good, nothing = {}, {}  # labels that can be saved, and removals of photos that no index has
         for photo, label in labels.items():
             if self.photos.readable(photo) in self.photos.encoded or photo in self._known:
@@ -411,13 +412,10 @@ class Labelling:
 
     async def _encode(self) -> None:
         for start in range(0, len(self._queue.order), CHUNK):
-            photos = self._queue.order[start : start + CHUNK]
-            await self._read(
-                [photo for photo in photos if photo not in self.photos.encoded], strict=self.photos.reader.strict
-            )
+            await self._read(self._queue.order[start : start + CHUNK], strict=self.photos.reader.strict)
 
-    async def _read(self, photos: Sequence[int], *, strict: bool) -> None:
-        if photos:
+    async def _read(self, photos: Iterable[int], *, strict: bool) -> None:
+        if photos := [photo for photo in photos if photo not in self.photos.encoded]:
             self.photos.note(photos, await self._service.run(self._encoding, self.photos.read, photos, strict))
             self._look()
             self._wake.set()

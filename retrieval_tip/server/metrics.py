@@ -5,32 +5,23 @@ from __future__ import annotations
 import time
 
 from h11 import LocalProtocolError
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import Counter, Gauge, Histogram
 from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-REGISTRY = CollectorRegistry()
-ProcessCollector(registry=REGISTRY)  # memory, CPU seconds and open files
-
-REQUESTS = Counter("retrieval_tip_requests", "Requests answered", ["route", "method", "status"], registry=REGISTRY)
-SECONDS = Histogram(
-    "retrieval_tip_request_seconds", "Time to answer a request", ["route"], registry=REGISTRY,
-    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
-)  # fmt: skip
-IN_FLIGHT = Gauge("retrieval_tip_in_flight", "Requests in progress", registry=REGISTRY)
-CLASSIFIED = Counter("retrieval_tip_classified", "Images and features classified", ["index"], registry=REGISTRY)
-WAITING = Gauge("retrieval_tip_waiting", "Items that are waiting for the next batch", ["lane"], registry=REGISTRY)
-BATCHES = Histogram(
-    "retrieval_tip_batch_items", "Items per batch", ["lane"], registry=REGISTRY,
-    buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 1024),
-)  # fmt: skip
-REFUSED = Counter(
-    "retrieval_tip_refused", "Requests refused because the client fills its share of the queue", registry=REGISTRY
-)
-VERSION = Gauge("retrieval_tip_index_version", "Version of a served index", ["index"], registry=REGISTRY)
-KEYS = Gauge("retrieval_tip_index_keys", "Keys of a served index", ["index"], registry=REGISTRY)
-RELOADS = Counter("retrieval_tip_reloads", "New versions found", ["index", "outcome"], registry=REGISTRY)
+TIMES = 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30
+SIZES = 1, 2, 4, 8, 16, 32, 64, 128, 256, 1024
+REQUESTS = Counter("retrieval_tip_requests", "Requests answered", ["route", "method", "status"])
+SECONDS = Histogram("retrieval_tip_request_seconds", "Time to answer a request", ["route"], buckets=TIMES)
+IN_FLIGHT = Gauge("retrieval_tip_in_flight", "Requests in progress")
+CLASSIFIED = Counter("retrieval_tip_classified", "Images and features classified", ["index"])
+WAITING = Gauge("retrieval_tip_waiting", "Items that are waiting for the next batch", ["lane"])
+BATCHES = Histogram("retrieval_tip_batch_items", "Items per batch", ["lane"], buckets=SIZES)
+REFUSED = Counter("retrieval_tip_refused", "Requests refused because the client fills its share of the queue")
+VERSION = Gauge("retrieval_tip_index_version", "Version of a served index", ["index"])
+KEYS = Gauge("retrieval_tip_index_keys", "Keys of a served index", ["index"])
+RELOADS = Counter("retrieval_tip_reloads", "New versions found", ["index", "outcome"])
 
 SECURITY = {
     "content-security-policy": "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; "

@@ -38,14 +38,17 @@ def too_large(limit: int) -> Problem:
     return Problem(413, f"the request has more than {limit:,} bytes, which is the limit; send less data at once")
 
 
-def _problem(error: Exception) -> HTTPException:
+def _problem(request: Request, error: Exception) -> HTTPException:
     if isinstance(error, HTTPException):
-        return error
+        own = isinstance(error, Problem) or error.status_code != 413
+        return error if own else too_large(request.scope[MAX_BODY_SIZE_SCOPE_KEY])
     if isinstance(error, RequestValidationError):
         return Problem(422, "; ".join(map(_line, error.errors()[:NAMED])) or "the request does not match /openapi.json")
     if isinstance(error, InputError | UsageError):
         return Problem(422, str(error))
-    return Problem(503, str(error), {"Retry-After": str(BUSY)})  # the index cannot be read or written at the moment
+    if isinstance(error, RetrievalTipError):  # the index cannot be read or written at the moment
+        return Problem(503, str(error), {"Retry-After": str(BUSY)})
+    return Problem(500, f"internal error ({type(error).__name__}); see the server log")
 
 
 def _line(error: Mapping[str, object]) -> str:
@@ -55,9 +58,7 @@ def _line(error: Mapping[str, object]) -> str:
 
 async def handle(request: Request, error: Exception) -> Response:
     """Handle an exception of one of the types in :data:`HANDLED` by returning a problem response."""
-    if isinstance(error, HTTPException) and error.status_code == 413 and not isinstance(error, Problem):
-        error = too_large(request.scope[MAX_BODY_SIZE_SCOPE_KEY])
-    return answer(_problem(error))
+    return answer(_problem(request, error))
 
 
-HANDLED = (HTTPException, RequestValidationError, RetrievalTipError)
+HANDLED = (HTTPException, RequestValidationError, RetrievalTipError, Exception)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Annotated, Any
 from urllib.parse import quote
 
@@ -21,13 +22,13 @@ from retrieval_tip.evaluation.projection import Method, Projection, methods, pro
 from retrieval_tip.evaluation.projection import exemplars as typical_keys
 from retrieval_tip.fit.closed_form import ShotEstimate, estimate
 from retrieval_tip.labelling.groups import group, threshold_of
-from retrieval_tip.server import metrics, schemas
+from retrieval_tip.server import schemas
 from retrieval_tip.server.access import READS, Named, Now, TheLabelling, TheService, cookie, may_read
 from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.schemas import Row
 from retrieval_tip.server.served import Version
 from retrieval_tip.server.service import Service
-from retrieval_tip.server.uploads import read, read_features
+from retrieval_tip.server.uploads import read
 from retrieval_tip.settings import Ask
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
@@ -64,8 +65,10 @@ async def classify(request: Request, service: TheService, question: Annotated[sc
 @uploads.post("/indexes/{name}/groups", openapi_extra=schemas.GROUP)
 async def groups(request: Request, service: TheService, version: Now, norms: Norms = "check") -> schemas.Groups:
     """Group similar features, for example of images without a match, so that each group can be named at once."""
-    index = version.index
-    features = await read_features(request, service.limits, norms, index.d)
+    index, limits = version.index, service.limits
+    features = (await read(request, replace(limits, rows=limits.grouped), norms, index.d)).features
+    if features is None:
+        raise Problem(422, "images: are not accepted here; send features, as /v1/classify?features=true returns them")
     found = await service.find(lambda: group(features, threshold_of(index), index.metric))
     return schemas.Groups(version=version.manifest.version, groups=[rows.tolist() for rows in found])
 
@@ -84,7 +87,7 @@ async def health(service: TheService) -> schemas.Health:
 )
 async def prometheus() -> Response:
     """Return metrics in the Prometheus text format."""
-    return Response(generate_latest(metrics.REGISTRY), media_type=TEXT)
+    return Response(generate_latest(), media_type=TEXT)
 
 
 @reads.get("/indexes")
@@ -166,8 +169,6 @@ async def map_of(
     limit: Annotated[int, Query(ge=1, le=100_000, description="Maximum number of keys.")] = 5000,
 ) -> Response:
     """Project the keys to two dimensions. If features are long, fewer keys than the limit are returned."""
-    if method not in methods():
-        raise Problem(422, f"method {method!r} is not installed; choose one of {', '.join(methods())}")
     index = version.index
     limit = min(limit, index.n, max(1, service.limits.mapped // index.d))
 

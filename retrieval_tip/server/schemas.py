@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable
+from typing import Annotated, Literal
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-from pydantic import AfterValidator, BaseModel, Field, PlainValidator, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, Field, WithJsonSchema
 
 from retrieval_tip.labelling.queue import Picked
 from retrieval_tip.predictions import SCHEMA
 from retrieval_tip.server.problems import MEDIA
-from retrieval_tip.settings import Norms, Settings
+from retrieval_tip.settings import Norms
 from retrieval_tip.store.labels import LABEL_SCHEMA, VERSIONS_SCHEMA
 
 Row = dict[str, object]
@@ -118,7 +116,7 @@ def _list_of(items: Row, **more: object) -> Row:
     return {"type": "array", "items": items, **more}
 
 
-_NUMBERS, _INTEGERS = _list_of({"type": "number"}), _list_of({"type": "integer"})
+_NUMBERS = _list_of({"type": "number"})
 _FEATURES = _list_of(_NUMBERS, minItems=1, description="Features of norm 1, as one list per input.")
 _TEXTS = _list_of({"type": "string", "minLength": 1})
 _KINDS = "JPEG, PNG or WebP files. HEIC files are accepted if the server has the extra heic."
@@ -169,11 +167,6 @@ def problems(*statuses: int) -> dict[int | str, dict[str, object]]:
     """Describe the error responses of a route, given their statuses."""
     content = {MEDIA: {"schema": ProblemAnswer.model_json_schema()}}
     return {status: {"description": "Problem (RFC 9457)", "content": content} for status in statuses}
-
-
-_UNCHECKED = PlainValidator(lambda value: value)
-Floats = Annotated[npt.NDArray[np.float32], _UNCHECKED, WithJsonSchema(_NUMBERS)]
-Ints = Annotated[npt.NDArray[np.int64], _UNCHECKED, WithJsonSchema(_INTEGERS)]
 
 
 def _schema_of(kind: pa.DataType) -> Row:
@@ -234,11 +227,6 @@ class UsedSettings(BaseModel):
     k: int | Literal["all"]
     tail: bool
     temperature: float
-
-
-def settings(used: Settings) -> dict[str, Any]:
-    """Return the fields of :class:`UsedSettings` and of its subclasses that are settings."""
-    return vars(used) | {"k": used.k or "all"}
 
 
 class IndexFacts(UsedSettings):
@@ -310,12 +298,12 @@ class Map(BaseModel):
     method: str
     methods: list[str]
     total: int
-    key_ids: Ints
-    class_ids: Ints
-    x: Floats
-    y: Floats
-    explained: Sequence[float] | None
-    axes: list[Floats] | None
+    key_ids: list[int]
+    class_ids: list[int]
+    x: list[float]
+    y: list[float]
+    explained: list[float] | None
+    axes: list[list[float]] | None
 
 
 class Audit(BaseModel):

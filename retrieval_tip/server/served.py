@@ -92,7 +92,7 @@ class Version:
         """Return a description of the index. ``changes`` tells whether the server accepts changes."""
         index, fitted = self.index, self.index.fitted
         return schemas.IndexFacts(
-            **schemas.settings(index.settings), name=self.name, version=self.manifest.version,
+            **vars(index.settings) | index.settings.shown(), name=self.name, version=self.manifest.version,
             created_at=self.manifest.created_at, change=self.manifest.change, changes=changes,
             n_keys=index.n, n_classes=len(index.class_names), d=index.d, index=index.index_type,
             exact_search=index.exact_search, backbone=str(index.backbone) if index.backbone else None,

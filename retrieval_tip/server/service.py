@@ -15,7 +15,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -178,12 +178,9 @@ class Service:
         cells = version.cells(ask) + (version.index.d + 2 * min(SIMILAR, version.index.n) if features else 0)
         rows = len(sent.names)
         if rows > 1 and rows * cells > self.limits.cells:
-            raise Problem(
-                422,
-                f"{rows} inputs: the answers would contain {rows * cells:,} numbers (a neighbour counts as "
-                f"{NEIGHBOUR_CELLS}), but only {self.limits.cells:,} are allowed; send at most "
-                f"{max(1, self.limits.cells // cells)} at once, or reduce features, logits, neighbours, top or k",
-            )
+            size = f"{rows * cells:,} numbers (a neighbour counts as {NEIGHBOUR_CELLS}), above {self.limits.cells:,}"
+            most = f"{self.limits.cells // cells or 1} at once, or reduce features, logits, neighbours, top or k"
+            raise Problem(422, f"{rows} inputs: the answers would contain {size}; send at most {most}")
         skipped: list[Unread] = []
         names, queries = sent.names, list(sent.features) if sent.features is not None else []
         if sent.features is not None:
@@ -192,7 +189,12 @@ class Service:
             backbone = backbone_of(version)
 
             async def feature(pixels: torch.Tensor) -> FloatArray | InputError:
-                return _unit((await self._encode(sent.client, backbone, [pixels]))[0])
+                raw = await self._encode(sent.client, backbone, [pixels])
+                try:
+                    [row] = unit(np.stack(raw))
+                except InputError as error:
+                    return InputError(str(error))
+                return cast(FloatArray, row)
 
             encoded, skipped = await self._decoded(sent, backbone, feature)
             names, queries = [names[place] for place in encoded], list(encoded.values())
@@ -204,7 +206,7 @@ class Service:
         used = ask.settings(version.index.settings)
         caution = version.index.caution(used)
         return schemas.Classified(
-            **schemas.settings(used), index=version.name, version=version.manifest.version, results=results,
+            **used.shown(), index=version.name, version=version.manifest.version, results=results,
             warnings=[caution] if caution else [], skipped=skipped,
         )  # fmt: skip
 
@@ -271,11 +273,3 @@ def backbone_of(version: Version) -> Backbone:
     if version.backbone is None:
         raise Problem(422, f"index {version.name!r} only accepts features: this server does not have its encoder")
     return version.backbone
-
-
-def _unit(raw: FloatArray) -> FloatArray | InputError:
-    try:
-        row: FloatArray = unit(raw[None])[0]
-        return row
-    except InputError as error:
-        return error

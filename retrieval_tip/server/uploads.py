@@ -85,14 +85,6 @@ async def read(request: Request, limits: Limits, norms: Norms, d: int, *, labell
     return replace(sent, client=_client(request))
 
 
-async def read_features(request: Request, limits: Limits, norms: Norms, d: int) -> FloatArray:
-    """Read features to group, of shape ``[q, d]``. Raises the same errors as :func:`read`."""
-    sent = await read(request, replace(limits, rows=limits.grouped), norms, d)
-    if sent.features is None:
-        raise Problem(422, "images: are not accepted here; send features, as /v1/classify?features=true returns them")
-    return sent.features
-
-
 async def read_index(request: Request, limits: Limits) -> Sent:
     """Read the name of a new index, and its images with one label each. Raises the same errors as :func:`read`."""
     if (kind := _kind(request)) != FORM:
@@ -167,11 +159,8 @@ def _floats(body: bytes, limits: Limits, norms: Norms, d: int) -> Sent:
     if rows > limits.rows:
         raise Problem(413, f"features: {rows:,} rows given; send at most {limits.rows:,} rows at once")
     features = matrix(np.frombuffer(body, "<f4").reshape(rows, d).copy(), "features")
-    return Sent(_row_names(rows), [], features=check_norms(features, 0, norms, "features"))
-
-
-def _row_names(rows: int) -> list[str]:
-    return [f"row {row}" for row in range(rows)]
+    names = [f"row {row}" for row in range(rows)]
+    return Sent(names, [], features=check_norms(features, 0, norms, "features"))
 
 
 def _json(body: bytes, limits: Limits, norms: Norms, d: int, *, labelled: bool) -> Sent:
@@ -190,7 +179,7 @@ def _json(body: bytes, limits: Limits, norms: Norms, d: int, *, labelled: bool) 
     if not 1 <= rows <= limits.rows:
         raise Problem(413 if rows else 422, f"features: {rows} rows given; send 1 to {limits.rows} rows at once")
     features = _features(sent["features"], d, norms)
-    names = _texts(sent.get(names_field, _row_names(rows)), names_field, rows)
+    names = _texts(sent.get(names_field, [f"row {row}" for row in range(rows)]), names_field, rows)
     labels = [_label(label) for label in _texts(sent.get("labels"), "labels", rows)] if labelled else []
     return Sent(names, labels, features=features)
 

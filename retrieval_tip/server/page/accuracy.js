@@ -20,9 +20,6 @@ export function judged(accuracy) {
   return `${some}Estimated accuracy: ${percent(both ?? photos)} (measured by hiding each of its examples in turn).${parts}`;
 }
 
-/** Return the accuracy of the current version, or null if the server cannot estimate it. */
-export const estimated = () => state.accuracy().catch(() => null);
-
 /** Show the accuracy on two screens, and in the header, with its interval. The last known accuracy is shown until the
  *  server returns a newer one. In the header, the number counts from there. */
 async function show() {
@@ -31,7 +28,7 @@ async function show() {
   const tell = (accuracy) => ["judged", "index-judged"].forEach((id) => ($(id).textContent = judged(accuracy)));
   if (told !== info.name) tell(fit);
   told = info.name;
-  const now = await estimated();
+  const now = await state.accuracy();
   if (info !== state.info) return;
   tell(known(now) ? now : fit);
   $("index-accuracy").hidden = !known(now);
@@ -49,7 +46,7 @@ for (const event of ["index", "version"]) state.addEventListener(event, show);
 
 /** Return a sentence about the effect of a change on the accuracy, or "" if one of the two accuracies is unknown. */
 export async function gained(before) {
-  const [old, now] = await Promise.all([before, estimated()]);
+  const [old, now] = await Promise.all([before, state.accuracy()]);
   if (!known(old) || !known(now) || now.version <= old.version) return "";
   const [from, to] = [percent(old.both), percent(now.both)];
   return from === to ? ` The accuracy is still ${to}.` : ` The accuracy changed from ${from} to ${to}.`;

@@ -10,7 +10,7 @@ export class Problem extends Error {
 export const TOKEN = "retrieval-tip token"; // name of the token in the storage of this tab
 
 const COMPUTING = 202; // status while the result is being computed
-export const UNREACHED = -1; // status of a problem if the server does not answer
+const UNREACHED = -1; // status of a problem if the server does not answer
 
 const PATIENCE = 120_000; // ms during which a request to a busy server is repeated
 
@@ -22,16 +22,8 @@ export const pause = (ms, signal) =>
   });
 
 async function problemOf(response) {
-  let detail;
-  try {
-    detail = (await response.json()).detail;
-  } catch {
-    // the response is not JSON, so it comes from a proxy
-  }
-  return new Problem(
-    typeof detail === "string" ? detail : `HTTP ${response.status} ${response.statusText}`,
-    response.status,
-  );
+  const detail = (await response.json().catch(() => null))?.detail; // a proxy may not send JSON
+  return new Problem(typeof detail === "string" ? detail : `HTTP ${response.status} ${response.statusText}`, response.status);
 }
 
 /** Fetch JSON, with the token if it is known. After status 202, 429 or 503, call `waiting(problem)`, wait for the time

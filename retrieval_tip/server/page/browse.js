@@ -1,6 +1,6 @@
 // The screens of a classifier: its classes and example photos, labels to check, the map, and the history.
 
-import { estimated, gained } from "./accuracy.js";
+import { gained } from "./accuracy.js";
 import * as api from "./api.js";
 import { looked, pagePhotos } from "./classify.js";
 import { confirmed } from "./dialogs.js";
@@ -56,7 +56,7 @@ const current = () => `${state.info.name} ${state.info.version}`;
 /** Make a change. Then show its description `what` and its effect on the accuracy, and offer to undo it. */
 async function changed(what, change, heading) {
   const before = state.info.version;
-  const accuracy = estimated();
+  const accuracy = state.accuracy();
   $("problem").replaceChildren();
   try {
     const done = await change();
@@ -81,7 +81,6 @@ async function remove(some, heading) {
   await changed(`Removed ${examples(some.length)}`, () => state.remove(idsOf(some)), heading);
 }
 
-/** Return the elements that describe an example. */
 const described = ({ key_id: id, label, source }) => [
   el("strong", { class: "name" }, label),
   el("span", { class: "source", title: source }, nameOf(source)),
@@ -126,8 +125,8 @@ function fill(list, facts) {
 
 const classes = new Part(
   "classes",
-  () => Promise.all([state.exemplars().catch(() => ({ exemplars: [] })), estimated()]),
-  ([{ exemplars }, accuracy]) => {
+  () => Promise.all([state.exemplars(), state.accuracy()]),
+  ([exemplars, accuracy]) => {
     const { info } = state;
     const images = new Map(exemplars.map((one) => [one.class_id, one.image]));
     const weakest = new Map((accuracy?.weakest ?? []).map((one) => [one.label, one]));
@@ -275,7 +274,6 @@ named($("shots-form"), (label) => move([...grid.selected], label, $("shots-title
 $("shots-remove").addEventListener("click", () => remove([...grid.selected], $("shots-title")));
 $("shots-none").addEventListener("click", () => (grid.select([]), $("shots").focus()));
 
-/** Fetch the examples that have these key ids and match `wanted`. */
 async function keysOf(ids, wanted, options) {
   const keys = [];
   for (let at = 0; at < ids.length; at += ASKED) {
@@ -354,7 +352,6 @@ const map = new Part(
 );
 const keyMap = new KeyMap($("map-canvas"), { chosen: pointAt, taken: listOnly, shots: shotsOf, name: (classId) => state.labels[classId] });
 
-/** Show a map, and return the text of its state line. */
 function showMap(found) {
   drawn = found;
   $("map-methods").hidden = found.methods.length < 2;
@@ -382,7 +379,6 @@ function showStar() {
   $("map-star").textContent = place ? `★ ${photo.name} ${how}` : "";
 }
 
-/** Return examples by their key ids, and keep them. */
 async function shotsOf(ids) {
   const { keys } = await api.keys(state.info.name, { key_id: ids, limit: ids.length });
   for (const shot of keys) shotsByKey.set(shot.key_id, shot);
@@ -451,7 +447,6 @@ function showSuspects() {
   return $("audit-all").checked ? "No suspicious labels were found." : "No clear mistakes were found.";
 }
 
-/** Accept all suggestions, in one new version. */
 function moveAll() {
   const byClass = Map.groupBy(movable(), (shot) => shot.suggested);
   const moves = [...byClass].map(([label, some]) => ({ label, key_ids: idsOf(some) }));

@@ -2,7 +2,7 @@
 
 import * as api from "./api.js";
 import * as drawer from "./drawer.js";
-import { $, button, chips, count, cross, debounced, el, isBare, named, noPreview, percent, plural, preview, say } from "./dom.js";
+import { $, button, chips, count, cross, debounced, el, framed, isBare, named, noPreview, percent, plural, preview, say } from "./dom.js";
 import { Grid } from "./grid.js";
 import { notice, reported, undoable } from "./notice.js";
 import { Photo, parameters } from "./photo.js";
@@ -128,16 +128,8 @@ function begin(photo) {
 
 // --- display ---
 
-let frame = 0;
-
 /** Show changed photos. Many answers may arrive in one frame. */
-function showSoon() {
-  cancelAnimationFrame(frame);
-  frame = requestAnimationFrame(() => {
-    grid.draw();
-    progress();
-  });
-}
+const showSoon = framed(() => (grid.draw(), progress()));
 
 const busy = () => photos.filter((photo) => photo.busy).length;
 let wasBusy = false;
@@ -176,7 +168,6 @@ function progress() {
 const spoken = (photo) => (photo.unlike ? "no match" : `${photo.winner.label}, ${percent(photo.winner.probability)}`);
 
 let lasting = "";
-/** Show that the server is busy. The message appears once, and not for each photo. */
 function trouble(problem) {
   lasting = api.retrying(problem);
   showProblems();
@@ -242,7 +233,6 @@ const SORTS = {
 let example = null; // the other photos are compared to this photo
 const likeness = (photo) => (example?.feature && photo.feature ? photo.feature.reduce((sum, x, i) => sum + x * example.feature[i], 0) : -1);
 
-/** Sort the photos by their similarity to this photo. */
 function moreLike(photo) {
   example = photo;
   $("sort-like").hidden = false;
@@ -341,7 +331,6 @@ $("selection-away").addEventListener("click", () => (putAway(acting()), $("grid"
 
 const acceptable = (photo) => photo.shown && !photo.unlike && photo.taught === null && !photo.judgedByOthers;
 
-/** Add each photo as an example of its answer, and offer to undo this. */
 async function acceptAll(which) {
   if (!state.info.changes) return;
   const since = state.info.version;
@@ -352,10 +341,8 @@ async function acceptAll(which) {
   if (some.length) offerUndo(`Added ${plural(some.length, "example photo")} to the classes of their answers.`, some, since);
 }
 
-/** Show a notice that offers to restore the version without these examples. */
 const offerUndo = (text, which, since) => undoable(text, since, state.info.version, () => unmark(which));
 
-/** Show that photos are no examples. */
 function unmark(which) {
   for (const photo of which) photo.taught = null;
   arrange();
@@ -399,7 +386,6 @@ function putAway(which) {
 
 // --- download ---
 
-/** Return the answers, as one row per photo. */
 const rows = () =>
   grid.items
     .filter(({ shown }) => shown)

@@ -4,7 +4,6 @@ import { $, el } from "./dom.js";
 
 const quoted = (text) => `'${String(text).replaceAll("'", `'\\''`)}'`;
 
-/** Return a curl command for an operation. */
 function command(path, method, { parameters = [], requestBody }) {
   const secret = parameters.some(({ name }) => name === "authorization");
   const needed = parameters.filter((one) => one.in === "query" && one.required).map(({ name }) => `${name}=1`);

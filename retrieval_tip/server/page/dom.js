@@ -71,6 +71,15 @@ export function debounced(milliseconds, call) {
   };
 }
 
+/** Return a function that runs `call` with the next frame, once for all calls before it. */
+export function framed(call) {
+  let frame;
+  return () => {
+    cancelAnimationFrame(frame);
+    frame = requestAnimationFrame(call);
+  };
+}
+
 /** Whether the user prefers reduced motion, as `calm.matches`. */
 export const calm = matchMedia("(prefers-reduced-motion: reduce)");
 

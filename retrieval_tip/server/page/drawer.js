@@ -92,7 +92,6 @@ export function open(which) {
   show();
 }
 
-/** Show all supporting examples, or only the strongest one. */
 function showMore(all) {
   $("decided").classList.toggle("all", all);
   $("decided-more").setAttribute("aria-expanded", String(all));
@@ -105,7 +104,6 @@ export function close() {
   placeSettings();
 }
 
-/** Show the current state of the open photo. */
 export function show() {
   if (!photo) return;
   const drawer = $("drawer");

@@ -1,6 +1,6 @@
 // A listbox of tiles that can be used with a mouse or a keyboard. The document only contains tiles near the window.
 
-import { el } from "./dom.js";
+import { el, framed } from "./dom.js";
 
 const GAP = 8;
 const LEAST = 152; // minimum width of a tile, in px
@@ -21,7 +21,7 @@ export class Grid {
   #mounted = new Map(); // elements by item or heading
   #width = 0;
   #anchor = null;
-  #frame = 0;
+  #soon = framed(() => this.draw(false));
 
   constructor(element, { image, tile, opened, chosen, pressed }) {
     Object.assign(this, { element, image, tile, opened, chosen, pressed });
@@ -61,11 +61,6 @@ export class Grid {
     for (const item of this.selected) if (!this.#places.has(item)) this.selected.delete(item);
     this.draw();
     this.chosen();
-  }
-
-  #soon() {
-    cancelAnimationFrame(this.#frame);
-    this.#frame = requestAnimationFrame(() => this.draw(false));
   }
 
   /** Draw the tiles near the window. If `again` is true, also update tiles that have already been drawn. */

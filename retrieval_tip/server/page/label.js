@@ -113,7 +113,6 @@ function focus() {
   $(typing ? "label-class" : "label-stage").focus({ preventScroll: true });
 }
 
-/** Show a photo. If it was loaded ahead, it appears at once. */
 function picture({ photo, name }) {
   const image = loaded(photo);
   image.alt = nameOf(name);
@@ -126,7 +125,6 @@ function loaded(photo) {
   return ahead.get(photo);
 }
 
-/** Show the probable classes first, and then the largest other classes. */
 function choices() {
   const guessed = current.guesses.map(({ label, probability }) => [label, probability]);
   const known = new Set(guessed.map(([label]) => label));
@@ -197,7 +195,6 @@ function drop(one, next) {
   refused();
 }
 
-/** Return the names of the steps that can be undone, oldest first. */
 function undoable() {
   const names = [...session.steps];
   for (const { step, undo } of outbox) {
@@ -207,7 +204,6 @@ function undoable() {
   return names;
 }
 
-/** Return the number of labels that a change adds. */
 function added({ labels = [], undo }) {
   const undone = steps.get(undo);
   return labels.filter(({ label }) => label !== null).length - (undone?.label ? undone.photos.length : 0);

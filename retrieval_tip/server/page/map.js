@@ -1,6 +1,6 @@
 // A two-dimensional map of the keys on a canvas, which can be used with a mouse or a keyboard.
 
-import { plural } from "./dom.js";
+import { framed, plural } from "./dom.js";
 
 const NEAR = 14; // maximum distance of the pointer from a key, in px
 const DRAWN = 6; // minimum length of a drag in px; a shorter drag is a click
@@ -54,7 +54,7 @@ export class KeyMap {
   #drag = null; // { path, far, at, centre } while a button is pressed; `path` is null while the map is moved
   #images = new Map(); // image or null by key id
   #asking = 0;
-  #frame = 0;
+  #soon = framed(() => this.#draw());
 
   /** `on.chosen(keyId)` is called for the key under the pointer, and `on.taken(keyIds)` for the keys that are inside a
    *  shape or marked with Space. `on.shots(keyIds)` returns [{ key_id, image }], and `on.name(classId)` a class name. */
@@ -122,10 +122,8 @@ export class KeyMap {
     return [this.#canvas.clientWidth, this.#canvas.clientHeight];
   }
 
-  /** The place of a key on the map. */
   #at = (i) => [this.#map.x[i], this.#map.y[i]];
 
-  /** The place of a key on the canvas. */
   #place = (i) => this.#placed(this.#at(i));
 
   #placed(at) {
@@ -133,11 +131,6 @@ export class KeyMap {
     const margin = SIDE / 2 + 2;
     const [x, y] = at.map((value, axis) => (value - this.#centre[axis]) * this.#scale);
     return [margin + ((x + 1) / 2) * (width - 2 * margin), margin + ((1 - y) / 2) * (height - 2 * margin)];
-  }
-
-  #soon() {
-    cancelAnimationFrame(this.#frame);
-    this.#frame = requestAnimationFrame(() => this.#draw());
   }
 
   #draw() {

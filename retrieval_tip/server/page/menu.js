@@ -25,10 +25,8 @@ function showOpen() {
   $("index-facts").dataset.version = info.version;
 }
 
-/** Make a change, and show what was done, or why it failed. */
 const change = async (what, call) => (await reported(call)) && notice(what);
 
-/** Return a hint if another classifier already has this name. */
 const taken = (name) => (names.includes(name) && name !== state.info.name ? `“${name}” already exists.` : "");
 
 $("index-rename").addEventListener("click", async () => {

@@ -74,7 +74,6 @@ export class Photo {
     return this.without.length > 0;
   }
 
-  /** Up to three other classes to suggest. */
   get choices() {
     if (!this.shown) return [];
     const { rows } = this.shown;
@@ -85,6 +84,5 @@ export class Photo {
 /** Return the parameters of a classification request. */
 export const parameters = () => ({ index: state.info.name, ...settings.values, top: TOP, neighbours: NEIGHBOURS });
 
-/** Return the classes of an answer with their logits. */
 const rowsOf = ({ labels, probabilities, text_logits: texts, shot_logits: shots }) =>
   labels.map((label, i) => ({ label, probability: probabilities[i], text: texts[i], cache: shots[i] }));

@@ -20,7 +20,6 @@ function stopsUpTo(n) {
   return [...stops, n];
 }
 
-/** Return the index of the stop whose ratio to a value is closest to 1. */
 function nearest(stops, value) {
   const apart = stops.map((stop) => Math.abs(Math.log(stop || 1e-300) - Math.log(value || 1e-300)));
   return apart.indexOf(Math.min(...apart));

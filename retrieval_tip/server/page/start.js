@@ -24,16 +24,12 @@ async function show() {
   };
   list([]);
   $("samples").hidden = true;
-  try {
-    const { exemplars } = await state.exemplars();
-    if (info !== state.info) return;
-    list(exemplars);
-    const pictured = exemplars.filter(({ image }) => image);
-    const step = Math.max(1, Math.floor(pictured.length / SAMPLES));
-    samples(info.images ? pictured.filter((_, i) => i % step === 0).slice(0, SAMPLES) : []);
-  } catch {
-    // names and counts are shown even if there are no pictures
-  }
+  const exemplars = await state.exemplars();
+  if (info !== state.info) return;
+  list(exemplars);
+  const pictured = exemplars.filter(({ image }) => image);
+  const step = Math.max(1, Math.floor(pictured.length / SAMPLES));
+  samples(info.images ? pictured.filter((_, i) => i % step === 0).slice(0, SAMPLES) : []);
 }
 
 /** Show example photos that the user can click. Each is classified with all other examples. */

@@ -45,11 +45,11 @@ class State extends EventTarget {
     $("class-names").replaceChildren(...info.classes.map(({ label }) => el("option", { value: label })));
   }
 
-  /** Return a typical shot of each class, and mean affinities. They are fetched once per version. */
-  exemplars = () => (this.#exemplars ??= api.exemplars(this.info.name));
+  /** Return typical shots of the classes, which are fetched once per version. If this fails, there are none. */
+  exemplars = () => (this.#exemplars ??= api.exemplars(this.info.name).then(({ exemplars }) => exemplars, () => []));
 
-  /** Return the estimated accuracy. It is fetched once per version. */
-  accuracy = () => (this.#accuracy ??= api.accuracy(this.info.name));
+  /** Return the estimated accuracy, or null if the server cannot estimate it. It is fetched once per version. */
+  accuracy = () => (this.#accuracy ??= api.accuracy(this.info.name).catch(() => null));
 
   /** Add photos as examples of a class, in batches. Return the merged answers of the server, or null if there is no
    *  token. */
@@ -87,7 +87,6 @@ class State extends EventTarget {
     return changed;
   }
 
-  /** Fit the index to its shots again. */
   fit = () => this.#change(this.#at("/fit"), { method: "POST" });
   remove = (keyIds) => this.#change(this.#at(`/keys${api.query({ key_id: keyIds })}`), { method: "DELETE" });
   /** Relabel groups of shots, given as [{ key_ids, label }], in one new version. */
@@ -100,7 +99,6 @@ class State extends EventTarget {
   /** Set or remove labels in the labelling session, or skip photos, and return the new state of the session. */
   setLabels = (change) => this.#change("/v1/label", { ...api.json(change), patience: 0 }, false);
 
-  /** Copy all photos of the labelling session into folders by class. */
   sortPhotos = (into) => this.#change("/v1/label/sort", api.json({ into }), false);
 
   #at = (what) => api.at(this.info.name, what);

@@ -14,7 +14,6 @@ const IMAGE = /\.(jpe?g|png|webp|hei[cf])$/i;
 const cards = []; // of the classes
 let running = null; // aborts the upload
 
-/** The card of a class, with its name and its photos. */
 class Card {
   files = [];
   #input = classField({ type: "text", placeholder: "class name", aria: { label: "Class name" }, oninput: show });
@@ -123,10 +122,14 @@ export function receive(found, place = null) {
       card.takeBack(given);
       if (card.empty && !before.has(card)) card.remove();
     }
-    while (cards.length < 2) new Card();
+    fillUp();
     show();
     return "Undone.";
   });
+}
+
+function fillUp() {
+  while (cards.length < 2) new Card();
 }
 
 function show() {
@@ -230,7 +233,6 @@ function undoTo(since) {
   return button("Undo", onclick);
 }
 
-/** Show the cards again, in place of the result. */
 function showCards() {
   if ($("teach-view").classList.contains("done")) $("teach-result").hidden = true;
   $("teach-view").classList.remove("done");
@@ -249,8 +251,7 @@ function finished(result, skipped, since, seconds) {
     el("p", { class: "buttons" }, ask, again, undoTo(since)),
   );
   for (const card of [...cards]) card.remove();
-  new Card();
-  new Card();
+  fillUp();
   $("teach-old").checked = true; // so that further photos are added to the same classifier
   follow();
   ask.focus();
@@ -288,6 +289,5 @@ state.addEventListener("wanted", ({ detail }) => {
 });
 state.addEventListener("index", follow);
 state.addEventListener("indexes", follow);
-new Card();
-new Card();
+fillUp();
 follow();

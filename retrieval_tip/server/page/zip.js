@@ -25,7 +25,6 @@ export function safe(name) {
 /** Return the name of the folder of a class, which differs from the folders of photos without an answer. */
 export const classFolder = (label) => (/^(no match|not sure)$/i.test(label) ? escapedFirst(label) : safe(label));
 
-/** Return the CRC-32 of a file. */
 async function checksum(file) {
   let crc = ~0;
   const reader = file.stream().getReader();
