@@ -51,7 +51,9 @@ reads = APIRouter(prefix="/v1", dependencies=READS, responses=REFUSED)
 
 # Routes are matched in order, so the most frequent one comes first.
 @uploads.post("/classify", response_model=schemas.Classified, openapi_extra=schemas.CLASSIFY)
-async def classify(request: Request, service: TheService, question: Annotated[schemas.Question, Query()]) -> Response:
+async def classify(
+    request: Request, service: TheService, question: Annotated[schemas.ClassifyOptions, Query()]
+) -> Response:
     """Classify images or features.
 
     The response lists unreadable inputs as `skipped`. If all inputs are unreadable, the response is an error.

@@ -26,7 +26,7 @@ NORMS = "How to treat the norms of features: check that they are 1, scale them t
 Override = Annotated[float | None, Field(ge=0, allow_inf_nan=False, description="Overrides the setting of the index.")]
 
 
-class Question(BaseModel):
+class ClassifyOptions(BaseModel):
     """What to find out about the inputs: the fields of :class:`settings.Ask`, and what only HTTP needs."""
 
     index: str | None = Field(None, description="Name of the index. It is required if several indexes are served.")
