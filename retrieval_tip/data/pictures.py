@@ -18,7 +18,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -101,35 +101,29 @@ def _column(features: Mapping[str, object], kind: str, name: str) -> str | None:
 
 def is_one(given: object) -> bool:
     """Return whether an object is a single photo."""
-    given = _plain(given)
-    if _is_array(given):
-        return given.ndim in (2, 3)
+    if (array := _array(given)) is not None:
+        return array.ndim in (2, 3)
     return _is_file(given) or isinstance(given, str | os.PathLike | bytes | bytearray | Image.Image | Mapping)
 
 
 def features_of(given: object) -> npt.NDArray[np.floating[Any]] | None:
     """Return features as an array of shape ``[q, d]``, or ``None`` if an object is something else, such as a photo."""
-    array = _plain(given)
-    is_features = _is_array(array) and array.dtype.kind == "f" and array.ndim in (1, 2)
-    return np.atleast_2d(array) if is_features else None
-
-
-def _is_array(given: object) -> TypeGuard[Array]:
-    return isinstance(given, np.ndarray) and given.dtype.kind not in "OSU"  # those are lists of paths or pictures
+    array = _array(given)
+    return np.atleast_2d(array) if array is not None and array.dtype.kind == "f" and array.ndim in (1, 2) else None
 
 
 def _is_file(given: object) -> bool:
     return hasattr(given, "read") and not hasattr(given, "__getitem__")  # as a dataset might have
 
 
-def _plain(given: Any) -> Any:
-    """Return a torch tensor as an array, and other objects unchanged."""
+def _array(given: object) -> Array | None:
+    """Return numbers in an array or a torch tensor as an array, and ``None`` for other objects, such as lists."""
     import torch
 
-    if not isinstance(given, torch.Tensor):
-        return given
-    tensor = given.detach().cpu()
-    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    if isinstance(given, torch.Tensor):
+        tensor = given.detach().cpu()
+        given = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    return given if isinstance(given, np.ndarray) and given.dtype.kind not in "OSU" else None
 
 
 def pictures(given: Picture | Iterable[Picture]) -> Pictures:
@@ -167,10 +161,9 @@ def pictures(given: Picture | Iterable[Picture]) -> Pictures:
 
 def _each(given: Any) -> Iterable[Any]:
     """Return the items of a collection, such as a torch dataset, which may have no end for ``iter``."""
-    given = _plain(given)
-    if _is_array(given) and given.ndim == 4:
-        return _uint8(given, "photos")
-    if is_one(given) or _is_array(given):
+    if (array := _array(given)) is not None:
+        return _uint8(array, "photos") if array.ndim == 4 else [array]
+    if is_one(given):
         return [given]
     if (files := _files(given)) is not None:
         return files
@@ -276,9 +269,8 @@ def _name(label: object, names: Sequence[object] | None, place: int) -> str:
 def _encoded(picture: object, name: str) -> bytes:
     if _is_file(picture):
         return _read(picture, name)
-    picture = _plain(picture)
-    if isinstance(picture, np.ndarray):
-        picture = Image.fromarray(_uint8(_channels_last(picture, name), name))
+    if (array := _array(picture)) is not None:
+        picture = Image.fromarray(_uint8(_channels_last(array, name), name))
     if not isinstance(picture, Image.Image):
         raise InputError(f"{name}: got a {type(picture).__name__}; expected a path, a PIL image, an array or bytes")
     upright = ImageOps.exif_transpose(picture)
