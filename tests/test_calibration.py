@@ -112,6 +112,8 @@ def test_accuracy_coverage_matches_every_threshold(items):
 def test_a_planted_temperature_is_found(temperature):
     logits, labels = planted(20000, 6, temperature, seed=int(temperature * 100), scale=3 * temperature)
     assert fit_temperature(logits, labels) == pytest.approx(temperature, rel=0.05)
+    expected = nll(logits, labels, temperature)  # of several blocks
+    assert negative_log_likelihood(logits, labels, temperature) == pytest.approx(expected, rel=1e-9)
 
 
 @sized
