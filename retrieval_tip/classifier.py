@@ -38,7 +38,6 @@ from retrieval_tip.fit.folds import Queries
 from retrieval_tip.fit.search_hp import on_validation, validation_shots
 from retrieval_tip.html import markup, table
 from retrieval_tip.index import changes, hub, places
-from retrieval_tip.index.addresses import plug_of
 from retrieval_tip.index.build import build_index
 from retrieval_tip.index.changes import Added, Changed, Renamed
 from retrieval_tip.index.fit import fit_index
@@ -52,6 +51,7 @@ from retrieval_tip.model import Index
 from retrieval_tip.predictions import MORE_LIKELY_WRONG, Prediction, Predictions, SimilarShot
 from retrieval_tip.retrieval.inputs import Features, check_unit, queries
 from retrieval_tip.settings import Ask, AskOptions, BuildOptions, ClassPrior, KeysMet, MetricName, Precision, ValuesName
+from retrieval_tip.store.address import parse
 
 if TYPE_CHECKING:
     from retrieval_tip.backbones.torch_backbone import TorchBackbone
@@ -167,7 +167,7 @@ class OpenIndex:
     def _in_folder(self) -> Index:
         """Load the index from its folder. Raises UsageError if it is in another kind of store."""
         place = self._written()
-        if plug_of(place) is not None:
+        if parse(place) is not None:
             raise UsageError(f"{place}: this needs an index in a folder; copy it with save(FOLDER)")
         return Index.load(place, device=self.index.device)
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -14,7 +14,6 @@ import torch
 from retrieval_tip.backbones.base import Identity, present, resolve_device
 from retrieval_tip.editing import Editing
 from retrieval_tip.errors import InputError, StoreError, UsageError
-from retrieval_tip.files import real
 from retrieval_tip.html import markup, table
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.arrays import KeyArray
@@ -24,33 +23,17 @@ from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.retrieval.rows import ArrayRows
 from retrieval_tip.retrieval.vector_index import FLAT_FACTORY, VectorIndex
 from retrieval_tip.settings import Precision, Settings, Verify
-from retrieval_tip.store import history
 from retrieval_tip.store.contents import Contents, Stored
-from retrieval_tip.store.folder import Check, check_earlier, opened, read_manifest, read_version
+from retrieval_tip.store.folder import FolderVersions, FolderWriter
 from retrieval_tip.store.labels import label_table
-from retrieval_tip.store.manifest import DataFile, Manifest, Table
-from retrieval_tip.store.writer import Writer, write
+from retrieval_tip.store.manifest import SUFFIXES, DataFile, Manifest, Table
+from retrieval_tip.store.versions import Check, Origin, created
 
 SHOWN_CLASSES = 8
 """Number of classes shown in a notebook."""
 
 SUMS_FROM = 8
 """The sums are only saved if they are at most an eighth of the size of the keys. Otherwise, a fit recomputes them."""
-
-
-class TableVersion(Protocol):
-    """The version of a store with a table that an index was opened from."""
-
-    @property
-    def place(self) -> str:
-        """The address of the store."""
-
-    @property
-    def manifest(self) -> Manifest:
-        """The manifest of the version."""
-
-    def reload(self, index: Index) -> Index:
-        """See :meth:`Index.reload`."""
 
 
 @dataclass(repr=False)
@@ -79,7 +62,7 @@ class Index(Editing):
     Raises InputError if the values have the wrong shape, or if the curve has no rows.
     """
 
-    stored: Stored | TableVersion | None = field(default=None, init=False)
+    stored: Origin | None = field(default=None, init=False)
 
     def __copy__(self) -> Self:
         other = object.__new__(type(self))
@@ -180,12 +163,12 @@ class Index(Editing):
     @property
     def place(self) -> str | None:
         """The folder or the store that this index was loaded from or saved to."""
-        return None if self.stored is None else self.stored.place
+        return None if self.stored is None else str(self.stored.store)
 
     @property
     def folder(self) -> Path | None:
         """The index folder that this index was loaded from or saved to."""
-        return self.stored.check.folder if isinstance(self.stored, Stored) else None
+        return self.stored.store.folder if isinstance(self.stored, Stored) else None
 
     def __repr__(self) -> str:
         return (
@@ -237,20 +220,20 @@ class Index(Editing):
 
         Raises StoreError if a file is missing or damaged, has a newer format, or does not match the manifest.
         """
-        place, device = Path(folder), resolve_device(device)
-        if version is None:
-            index, check = opened(
-                place, lambda manifest: cls._opened(place, manifest, device, precision), verify=verify, check=check
-            )
-        else:
-            check = Check(place, read_version(place, version), verify)
-            check.wait()
-            index = cls._opened(place, check.manifest, device, precision)
-        index.stored = Stored.of(check, index._contents())
-        return index
+        store, device = FolderVersions(folder), resolve_device(device)
+
+        def checked(manifest: Manifest) -> Check:
+            if check is not None and check.manifest is manifest:
+                return check
+            return Check(store.files, manifest, verify)
+
+        first = None if check is None else check.manifest
+        return store.opened(lambda manifest: cls._opened(store, checked(manifest), device, precision), version, first)
 
     @classmethod
-    def _opened(cls, place: Path, manifest: Manifest, device: str, precision: Precision) -> Self:
+    def _opened(cls, store: FolderVersions, check: Check, device: str, precision: Precision) -> Self:
+        check.wait()
+        place, manifest = store.folder, check.manifest
         contents = Contents.read(place, manifest)
         values = None if contents.values is None else torch.from_numpy(contents.values)
         points = points_of(contents.metric, contents.keys, device) if contents.points is None else contents.points
@@ -260,6 +243,7 @@ class Index(Editing):
             curve=contents.curve, precision=precision, metric=contents.metric, **described_by(manifest, device),
         )  # fmt: skip
         index.prior = contents.prior
+        index.stored = Stored.of(store, check, index._contents())
         return index
 
     def on(self, device: str, precision: Precision) -> Self:
@@ -269,8 +253,7 @@ class Index(Editing):
             self.precision = precision
             self._follow()
             return self
-        check = self.stored.check
-        return type(self).load(check.folder, device=device, precision=precision, check=check)
+        return type(self).load(self.stored.store.folder, device=device, precision=precision, check=self.stored.check)
 
     def reload(self) -> Index:
         """Return the current version of the index, or the index itself if it is up to date.
@@ -279,17 +262,17 @@ class Index(Editing):
         """
         if self.stored is None:
             raise UsageError("reload: the index has no folder; save it first")
-        if not isinstance(self.stored, Stored):
-            return self.stored.reload(self)
-        before = self.stored.check
-        manifest = read_manifest(before.folder)
-        if manifest == before.manifest:
+        store, manifest = self.stored.store, self.stored.store.current()
+        if manifest == self.stored.manifest:
             return self
-        check = Check(before.folder, manifest, before.verify, set(before.manifest.data_files))
-        return type(self).load(before.folder, device=self.device, precision=self.precision, check=check)
+        if not isinstance(self.stored, Stored):
+            return cast("Index", store.load(device=self.device))
+        before = self.stored.check
+        check = Check(store.files, manifest, before.verify, set(before.manifest.data_files))
+        return type(self).load(store.folder, device=self.device, precision=self.precision, check=check)
 
     def save(self, folder: str | os.PathLike[str], change: str = "save") -> None:
-        """Write the next version of an index folder, or the first version of a new folder (see :func:`writer.write`).
+        """Write the next version of an index folder, or the first version of a new folder (see :meth:`Versions.write`).
 
         Unchanged files are shared with the previous version. ``change`` describes the new version in the history. If
         the keys are in a table, the index in the folder has the type ``Flat``.
@@ -298,8 +281,8 @@ class Index(Editing):
             StoreError: if the folder cannot be written, or if it has changed since it was loaded.
             InputError: if the contents cannot be stored.
         """
-        with write(Path(folder)) as writer:
-            own = self.folder is not None and real(self.folder) == real(writer.folder)
+        with FolderVersions(folder).write() as writer:
+            own = isinstance(self.stored, Stored) and self.stored.store.resolved == writer.store.resolved
             if writer.parent is not None and own:
                 self._check_current(writer)
             index = self if isinstance(self.rows, ArrayRows) else self.over(self.rows.written(writer))
@@ -311,31 +294,32 @@ class Index(Editing):
         Later changes of the keys keep these settings (see :class:`settings.Fitted`). Raises StoreError if the folder
         has changed since it was loaded.
         """
-        with write(Path(folder)) as writer:
+        with FolderVersions(folder).write() as writer:
             self._check_current(writer)
             assert isinstance(self.stored, Stored)
             self.fitted = None if self.fitted is None else replace(self.fitted, automatic=False)
             if writer.parent is not None and writer.parent.later:
                 self.commit(writer, change)
                 return
-            writer.keep_all()
-            self.stored = Stored(self._committed(writer, change), self.stored.contents)
+            writer.keep(*self.stored.manifest.files)
+            self._commit(writer, change, self.stored.contents)
 
-    def commit(self, writer: Writer, change: str) -> None:
+    def commit(self, writer: FolderWriter, change: str) -> None:
         """Write the files that have changed, and make this index the current version."""
         contents = self._contents()
         contents.write(writer, self.stored if isinstance(self.stored, Stored) else None)
-        self.stored = Stored.of(self._committed(writer, change), contents)
+        self._commit(writer, change, contents)
 
-    def _committed(self, writer: Writer, change: str) -> Check:
-        """Write the manifest of this version, and return a check that is already complete."""
+    def _commit(self, writer: FolderWriter, change: str, contents: Contents) -> None:
+        """Write the manifest of this version, and record it with a check that is already complete."""
         self.check_answers()
-        number = writer.parent.version + 1 if writer.parent else 1
-        manifest = self.manifest_of(number, writer.parent, change, writer.files)
+        files = {kind: writer.files[kind] for kind in SUFFIXES if kind in writer.files}
+        manifest = self.manifest_of(writer.number, writer.parent, change, files)
         writer.commit(manifest)
-        return Check(writer.folder, manifest, known=manifest.data_files)
+        check = Check(writer.store.files, manifest, known=manifest.data_files)
+        self.stored = Stored.of(writer.store, check, contents)
 
-    def _check_current(self, writer: Writer) -> None:
+    def _check_current(self, writer: FolderWriter) -> None:
         current = writer.parent.version if writer.parent else None
         if current is None or current != self.version:
             raise StoreError(
@@ -371,7 +355,7 @@ class Index(Editing):
         """Create the manifest of version ``number``. ``change`` describes how it differs from ``parent``."""
         assert self.next_key_id is not None
         return Manifest(
-            version=number, parent=None if parent is None else parent.version, **history.stamp(),
+            version=number, parent=None if parent is None else parent.version, **created(),
             n=self.n, d=self.d, dtype=self.dtype, class_names=self.class_names, templates=self.templates,
             settings=self.settings, index=self.index_type,
             backbone=self.backbone.to_dict() if self.backbone else None, provenance=self.provenance, files=files,
@@ -421,11 +405,12 @@ def verify(folder: str | os.PathLike[str]) -> Index:
 
     Returns the opened index. Raises StoreError if a file is damaged or does not match the others.
     """
-    place = Path(folder)
-    index = Index.load(place, device="cpu")
+    place = FolderVersions(folder)
+    index = Index.load(place.folder, device="cpu")
     rows, vectors = index.rows.in_memory(), index.index
     assert vectors is not None
-    check_earlier(place)
+    assert index.manifest is not None
+    place.check_earlier(index.manifest, index.manifest.data_files)
     if not torch.isfinite(index.text_weights).all():
         raise StoreError(f"{place}: text weights are not finite; build the index again")
     if rows.values is not None and not torch.isfinite(rows.values).all():

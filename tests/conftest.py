@@ -372,7 +372,7 @@ def bucket() -> Iterator[None]:
     """An object store on loopback, in which unfinished versions may be deleted at once."""
     import buckets
 
-    from retrieval_tip.lance import versions
+    from retrieval_tip.store import versions
 
     with pytest.MonkeyPatch.context() as patch:
         buckets.use(patch, buckets.endpoint())

@@ -13,8 +13,8 @@ from tables import write_table
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import StoreError
 from retrieval_tip.index import places as stores
-from retrieval_tip.lance.address import Address
-from retrieval_tip.lance.objects import Objects
+from retrieval_tip.store.address import Address
+from retrieval_tip.store.bucket import BucketFiles
 
 
 def made(tmp_path, kind, name="own"):
@@ -32,7 +32,7 @@ def everything(place):
     """Return all files or objects of a store with their bytes."""
     if not place.startswith("s3://"):
         return {str(p.relative_to(path_of(place))): p.read_bytes() for p in path_of(place).rglob("*") if p.is_file()}
-    client = Objects(Address.parse(place))._bucket
+    client = BucketFiles(Address.parse(place))._client
     names = [entry["path"] for batch in obstore.list(client) for entry in batch]
     return {name: bytes(obstore.get(client, name).bytes()) for name in names}
 
@@ -40,7 +40,7 @@ def everything(place):
 def put(place, name, data):
     """Write a file or object, or delete it if ``data`` is None."""
     if place.startswith("s3://"):
-        client = Objects(Address.parse(place))._bucket
+        client = BucketFiles(Address.parse(place))._client
         obstore.put(client, name, data) if data is not None else obstore.delete(client, name)
     elif data is None:
         (path_of(place) / name).unlink()

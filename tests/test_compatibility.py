@@ -27,7 +27,7 @@ from retrieval_tip.errors import StoreError
 from retrieval_tip.index import changes
 from retrieval_tip.index.places import at
 from retrieval_tip.model import Index, verify
-from retrieval_tip.store.folder import history, read_manifest
+from retrieval_tip.store.folder import FolderVersions
 from retrieval_tip.store.manifest import Manifest
 
 INDEXES = Path(__file__).parent / "indexes"
@@ -124,13 +124,13 @@ def test_settings_alone_also_rewrite_the_segments(name: str, tmp_path: Path) -> 
     cache = Index.load(place, device="cpu")
     cache.settings = cache.settings.override(temperature=3.0)
     cache.save_settings(place)
-    assert not read_manifest(Path(place)).later
+    assert not FolderVersions(Path(place)).current().later
     check_answers(verify(place), name)
 
 
 def test_the_versions_of_format_7_are_kept(tmp_path: Path) -> None:
     place = copied("plain", tmp_path)
-    assert history(Path(place))["change"].to_pylist() == [
+    assert FolderVersions(Path(place)).history()["change"].to_pylist() == [
         "build",
         "add 2 keys",
         "add 2 keys and 1 class",
@@ -141,7 +141,7 @@ def test_the_versions_of_format_7_are_kept(tmp_path: Path) -> None:
     old = Index.load(place, device="cpu", version=3)
     assert (old.n, old.labels["camera"].to_pylist()[:2]) == (22, ["a", "b"])
     assert changes.gc(place).versions == [1, 2, 3, 4, 5]
-    named = {file.name for file in read_manifest(Path(place)).data_files}
+    named = {file.name for file in FolderVersions(Path(place)).current().data_files}
     assert {f"data/{path.name}" for path in (Path(place) / "data").iterdir()} == named
 
 
@@ -161,14 +161,14 @@ def test_an_earlier_version_that_is_no_longer_read_can_be_deleted(old: str, tmp_
     files = body["files"] | {"weights": body["files"]["keys"]}
     first.write_bytes(sealed(body | ({"format_version": 6} if old == "format" else {"files": files})))
     with pytest.raises(StoreError, match="; delete earlier versions with index gc"):
-        history(place)
+        FolderVersions(place).history()
     changes.gc(place)
-    assert len(history(place)) == 1
+    assert len(FolderVersions(place).history()) == 1
 
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_an_older_manifest_survives_a_round_trip(name: str) -> None:
-    manifest = read_manifest(INDEXES / "v7" / name)
+    manifest = FolderVersions(INDEXES / "v7" / name).current()
     assert Manifest.from_bytes(manifest.to_bytes(), "m") == manifest
 
 

@@ -36,9 +36,9 @@ from retrieval_tip.errors import StoreError
 from retrieval_tip.index import changes
 from retrieval_tip.index.build import build_index
 from retrieval_tip.retrieval import vector_index
-from retrieval_tip.store import folder as store
 from retrieval_tip.store import lock
-from retrieval_tip.store.writer import collect, write
+from retrieval_tip.store import versions as store_versions
+from retrieval_tip.store.folder import FolderVersions
 
 D, CLASSES = 8, 4
 NAMES = [f"class {i}" for i in range(CLASSES)]
@@ -85,7 +85,7 @@ def _write(job: killing.Job) -> dict[str, Any]:
             assert sorted(made.key_ids) == sorted(own.pop(source) for source in gone)
             removed += gone
         elif number == 0:
-            collect(folder, keep=2)
+            FolderVersions(folder).collect(keep=2)
         else:
             made = changes.rebuild(folder, index=rng.choice(["Flat", "Classes"]))
         if made is not None:
@@ -125,15 +125,17 @@ def _read(job: killing.Job) -> dict[str, Any]:
         check_whole(cache, rng)
         reads += 1
         if number == 2:
-            numbers = store.history(folder)["version"].to_pylist()
+            numbers = FolderVersions(folder).history()["version"].to_pylist()
             assert numbers == list(range(numbers[0], numbers[-1] + 1))
             assert numbers[-1] >= versions[-1]
         elif number == 3:
-            counted = store.query(folder, "SELECT count(*) AS n, count(DISTINCT source) AS m FROM labels").to_pylist()[
-                0
-            ]
+            counted = (
+                FolderVersions(folder)
+                .query("SELECT count(*) AS n, count(DISTINCT source) AS m FROM labels")
+                .to_pylist()[0]
+            )
             assert counted["n"] == counted["m"]
-            facts = store.describe(folder)
+            facts = FolderVersions(folder).describe()
             assert facts["version"] >= versions[-1]
             assert all(version < facts["version"] for version in facts["earlier_versions"])
     return {"reads": reads, "versions": len(set(versions[1:]))}
@@ -202,9 +204,9 @@ def test_writers_lose_nothing_and_readers_never_fail(server: killing.Server, ind
     written, read = records[:WRITERS], records[WRITERS:]
     # No version was lost or made twice.
     made = sorted(version for one in written for version in one["versions"])
-    last = store.read_manifest(index).version
+    last = FolderVersions(index).current().version
     assert sorted(set(made)) == list(range(2, last + 1))
-    history = store.history(index).to_pylist()
+    history = FolderVersions(index).history().to_pylist()
     numbers = [row["version"] for row in history]
     assert numbers == list(range(numbers[0], last + 1))
     assert [row["parent"] for row in history] == [version - 1 or None for version in numbers]
@@ -238,7 +240,7 @@ def delete_at_every_access(monkeypatch: pytest.MonkeyPatch, index: Path, read: C
         if state["count"] - 1 == state["at"]:
             state["at"] = -1
             changes.relabel(index, NAMES[state["turn"] % 2], key_ids=[0])
-            collect(index)
+            FolderVersions(index).collect()
 
     def watched(call: Callable[..., Any]) -> Callable[..., Any]:
         def access(*arguments: Any, **named: Any) -> Any:
@@ -253,7 +255,7 @@ def delete_at_every_access(monkeypatch: pytest.MonkeyPatch, index: Path, read: C
         with monkeypatch.context() as patch:
             for module, name in functions:
                 patch.setattr(module, name, watched(getattr(module, name)))
-            patch.setattr(store, "ThreadPoolExecutor", Inline)
+            patch.setattr(store_versions, "ThreadPoolExecutor", Inline)
             state |= {"at": turn, "count": 0, "turn": turn}
             read()
         if state["at"] == turn:  # read made fewer accesses
@@ -279,15 +281,15 @@ class Inline:
 READ: dict[str, Callable[[Path, Index], object]] = {
     "load": lambda index, _: check_whole(Index.load(index, device="cpu"), random.Random(0)),
     "reload": lambda _, staying: check_whole(staying.reload(), random.Random(0)),
-    "describe": lambda index, _: store.describe(index),
+    "describe": lambda index, _: FolderVersions(index).describe(),
     "history": lambda index, _: check_history(index),
-    "query": lambda index, _: store.query(index, "SELECT count(*) FROM labels, versions"),
+    "query": lambda index, _: FolderVersions(index).query("SELECT count(*) FROM labels, versions"),
     "verify": lambda index, _: check_whole(verify(index), random.Random(0)),
 }
 
 
 def check_history(index: Path) -> None:
-    numbers = store.history(index)["version"].to_pylist()
+    numbers = FolderVersions(index).history()["version"].to_pylist()
     assert numbers == list(range(numbers[0], numbers[-1] + 1))
 
 
@@ -311,7 +313,7 @@ def test_two_builds_into_one_new_folder_make_two_versions(server: killing.Server
         folder = tmp_path / str(number) / "index"
         server.start(*({"work": "build", "table": str(path), "folder": str(folder)} for path in tables))
         assert server.wait() == [0, 0]
-        first, second = store.history(folder).to_pylist()
+        first, second = FolderVersions(folder).history().to_pylist()
         assert [(row["version"], row["parent"]) for row in (first, second)] == [(1, None), (2, 1)]
         names = {Index.load(folder, version=version).labels["source"][0].as_py()[0] for version in (1, 2)}
         assert names == {"a", "b"}
@@ -376,7 +378,7 @@ def test_a_read_only_folder_can_be_read_and_refuses_every_change(index: Path, tm
             lambda: changes.rebuild(folder),
             lambda: changes.rollback(folder),
             lambda: changes.merge(folder, index),
-            lambda: collect(folder),
+            lambda: FolderVersions(folder).collect(),
             lambda: build_index(more, folder, Reader(), device="cpu", fit="none"),
         ]
         for write in writers:
@@ -387,9 +389,9 @@ def test_a_read_only_folder_can_be_read_and_refuses_every_change(index: Path, tm
                 "cannot be written: Read-only file system; nothing was changed" if AS_ROOT else "nothing was changed"
             )
         assert verify(folder).version == 2
-        assert store.history(folder)["version"].to_pylist() == [1, 2]
-        assert store.describe(folder)["earlier_versions"] == [1]
-        assert store.query(folder, "SELECT count(*) AS n FROM labels").to_pylist() == [{"n": len(BASE) + 1}]
+        assert FolderVersions(folder).history()["version"].to_pylist() == [1, 2]
+        assert FolderVersions(folder).describe()["earlier_versions"] == [1]
+        assert FolderVersions(folder).query("SELECT count(*) AS n FROM labels").to_pylist() == [{"n": len(BASE) + 1}]
         assert Index.load(folder, version=1).n == len(BASE)
     finally:
         if AS_ROOT:
@@ -407,12 +409,12 @@ def test_the_error_names_the_process_that_holds_the_lock(server: killing.Server,
     locked, *_, released = [number for number, step in enumerate(server.steps) if step == "fcntl.flock"]
     named = 0
     for step in sampled(len(server.steps), 8):
-        first = store.read_manifest(index).version
+        first = FolderVersions(index).current().version
         server.start(job, step=step, how="SIGSTOP")
         stopped = server.stopped()
         try:
             if locked < step <= released:
-                with pytest.raises(StoreError) as error, write(index, wait=0.05):
+                with pytest.raises(StoreError) as error, FolderVersions(index).write(wait=0.05):
                     pass
                 owner = f"process {stopped} on {socket.gethostname()}"
                 # A new owner is unnamed for a moment, but no other process is ever named.
@@ -422,7 +424,7 @@ def test_the_error_names_the_process_that_holds_the_lock(server: killing.Server,
                 named += owner in str(error.value)
                 assert Index.load(index, device="cpu").version in (first, first + 1)  # readers need no lock
             else:
-                with write(index):
+                with FolderVersions(index).write():
                     pass
         finally:
             os.kill(stopped, signal.SIGCONT)

@@ -38,12 +38,13 @@ from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import build_index
 from retrieval_tip.index.fit import fit_index
 from retrieval_tip.lance import versions
-from retrieval_tip.lance.address import Address, storage_options
 from retrieval_tip.lance.key_table import KeyTable
-from retrieval_tip.lance.objects import Objects
-from retrieval_tip.store import folder as store
-from retrieval_tip.store import history, lock
-from retrieval_tip.store.writer import FILE_NAME, TEMPORARY
+from retrieval_tip.store import lock
+from retrieval_tip.store import versions as store_versions
+from retrieval_tip.store.address import Address, storage_options
+from retrieval_tip.store.bucket import BucketFiles
+from retrieval_tip.store.files import FILE_NAME, TEMPORARY, LocalFiles
+from retrieval_tip.store.manifest import Manifest
 
 pytestmark = [killing.needs_fork, pytest.mark.timeout(180)]
 
@@ -141,12 +142,12 @@ def _work(job, steps):
         steps.writes()
     elif job["counted"]:
         for owner, names in (
-            (Objects, ("put", "create", "delete")),
+            (LocalFiles, ("put", "create", "delete")),
+            (BucketFiles, ("put", "create", "delete")),
             (lancedb.table.LanceTable, ("add", "delete", "restore", "optimize", "create_index", "add_columns")),
             (lancedb.db.LanceDBConnection, ("create_table",)),
             (lancedb.table.Tags, ("create", "delete")),
-            (obstore, ("copy",)),
-            (os, ("fsync",)),
+            (os, ("fsync", "link")),
         ):
             for name in names:
                 steps.before(owner, name)
@@ -160,9 +161,9 @@ def _work(job, steps):
 def shrink_limits(patch):
     """Reduce the number of versions and the waiting times."""
     for owner, name, value in (
-        (history, "KEPT_VERSIONS", KEPT),
+        (store_versions, "KEPT_VERSIONS", KEPT),
         (versions, "PRUNED_EVERY", PRUNED_EVERY),
-        (versions, "UNFINISHED", datetime.timedelta()),
+        (store_versions, "UNFINISHED", datetime.timedelta()),
         (lock, "LOCK_WAIT", 60.0),
     ):
         patch.setattr(owner, name, value)
@@ -232,7 +233,7 @@ class World:
         """Copy the index byte for byte, except before the first version, and return the address."""
         place = self.place(folder, name)
         if operation != "first" and self.kind == "s3":
-            source, target = (Objects(Address.parse(p))._bucket for p in (self.old, place))
+            source, target = (BucketFiles(Address.parse(p))._client for p in (self.old, place))
             for entry in (entry for batch in obstore.list(source) for entry in batch):
                 obstore.put(target, entry["path"], bytes(obstore.get(source, entry["path"]).bytes()))
         elif operation != "first":
@@ -283,7 +284,7 @@ def test_the_indexes_have_several_versions(worlds):
 def check_folder(folder, *, tidy):
     """Check that the folder contains only files that kept manifests name or that the next writer will remove."""
     manifests = [folder / "manifest.json", *(folder / "manifests").glob("[0-9]*.json")]
-    read = [store.Manifest.from_bytes(path.read_bytes(), str(path)) for path in manifests]
+    read = [Manifest.from_bytes(path.read_bytes(), str(path)) for path in manifests]
     named = {folder / file.name for manifest in read for file in manifest.data_files}
     left = {path for path in folder.rglob("*") if path.is_file()} - {*manifests, *named, folder / "lock"}
     if tidy:
@@ -305,8 +306,8 @@ def check_tidy(place, behind=False):
     own = lancedb.connect(at.address.uri, storage_options=options).open_table("keys")
     assert (own.version, own.count_rows()) == (manifest.table.version, manifest.n)
     at.collect()
-    assert at.objects.names("manifests") == [f"manifests/{manifest.version:06d}.json"]
-    assert set(at.objects.names("data")) == {file.name for file in at.manifest().data_files}
+    assert list(at.files.sizes("manifests")) == [f"manifests/{manifest.version:06d}.json"]
+    assert set(at.files.sizes("data")) == {file.name for file in at.manifest().data_files}
     assert not own.tags.list()
     assert at.address.local is None or not list(at.address.local.rglob("*.tmp"))
     at.verify()

@@ -32,8 +32,7 @@ from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.index import changes
 from retrieval_tip.settings import Settings
-from retrieval_tip.store import folder as store
-from retrieval_tip.store.writer import collect
+from retrieval_tip.store.folder import FolderVersions
 
 Array = npt.NDArray[Any]
 D, ALPHA, BETA, SCALE = 6, 1.5, 4.0, 10.0
@@ -86,7 +85,7 @@ class Living(RuleBasedStateMachine):
         super().__init__()
         self.place = Path(tempfile.mkdtemp(prefix="retrieval-tip-living-"))
         self.folder = self.place / "index"
-        self.patch = mock.patch("retrieval_tip.store.history.KEPT_VERSIONS", KEPT)
+        self.patch = mock.patch("retrieval_tip.store.versions.KEPT_VERSIONS", KEPT)
         self.patch.start()
         self.drawn = self.named = 0
 
@@ -231,7 +230,7 @@ class Living(RuleBasedStateMachine):
 
     @rule(keep=st.integers(1, KEPT))
     def collect(self, keep: int) -> None:
-        gone, freed = collect(self.folder, keep)
+        gone, freed = FolderVersions(self.folder).collect(keep)
         assert gone == list(self.kept)[: max(0, len(self.kept) - keep)]
         assert freed > 0 or not gone
         self.kept = dict(list(self.kept.items())[-keep:])
@@ -290,12 +289,15 @@ class Living(RuleBasedStateMachine):
 
     @invariant()
     def versions_form_one_line_and_name_every_file(self) -> None:
-        rows = store.history(self.folder).to_pylist()
+        rows = FolderVersions(self.folder).history().to_pylist()
         assert [row["version"] for row in rows] == list(self.kept)
         assert [row["keys"] for row in rows] == [len(state.keys) for state in self.kept.values()]
         assert all(row["parent"] == row["version"] - 1 for row in rows if row["version"] > 1)
         assert [row["current"] for row in rows] == [False] * (len(rows) - 1) + [True]
-        manifests = [*store.earlier_manifests(self.folder), store.read_manifest(self.folder)]
+        manifests = [
+            *FolderVersions(self.folder).earlier(FolderVersions(self.folder).current()),
+            FolderVersions(self.folder).current(),
+        ]
         named = {file.name for manifest in manifests for file in manifest.data_files}
         assert named == {f"data/{path.name}" for path in (self.folder / "data").iterdir()}
 

@@ -30,7 +30,8 @@ from retrieval_tip.backbones import open_clip as backbone
 from retrieval_tip.backbones.loading import load_backbone, load_when_needed
 from retrieval_tip.errors import BackboneError, StoreError
 from retrieval_tip.index import changes
-from retrieval_tip.store import folder as store
+from retrieval_tip.store.files import LocalFiles
+from retrieval_tip.store.folder import FolderVersions
 
 HEAVY = ("numpy", "PIL", "pyarrow", "duckdb", "torch", "faiss", "torchvision", "open_clip", "transformers", "timm",
          "jinja2", "matplotlib")  # fmt: skip
@@ -168,7 +169,7 @@ def test_building_from_cached_encodings_imports_no_model(run, photo_index, photo
 
 @pytest.mark.parametrize(("kind", "damage"), [("keys", "a byte"), ("labels", "shorter"), ("text", "gone")])
 def test_a_damaged_file_is_refused_before_any_answer(run, index, row, kind, damage):
-    path = index / store.read_manifest(index).files[kind].name
+    path = index / FolderVersions(index).current().files[kind].name
     data = path.read_bytes()
     if damage == "gone":
         path.unlink()
@@ -181,15 +182,15 @@ def test_a_damaged_file_is_refused_before_any_answer(run, index, row, kind, dama
 
 def test_classify_waits_for_the_check_before_it_answers(index, row, run, monkeypatch):
     """The answer waits even if the hashing is slow."""
-    path = index / store.read_manifest(index).files["keys"].name
+    path = index / FolderVersions(index).current().files["keys"].name
     path.write_bytes(path.read_bytes()[:-1] + b"x")
-    hashed, problem = threading.Event(), store._problem
+    hashed, problem = threading.Event(), LocalFiles.problem
 
-    def slow(*arguments):
+    def slow(*arguments, **more):
         hashed.wait(0.5)  # is never set
-        return problem(*arguments)
+        return problem(*arguments, **more)
 
-    monkeypatch.setattr(store, "_problem", slow)
+    monkeypatch.setattr(LocalFiles, "problem", slow)
     refused = run("classify", index, row)
     assert (refused.exit_code, refused.stdout) == (1, "")
 
@@ -389,7 +390,7 @@ def test_an_interrupt_during_imports_prints_one_line(tmp_path):
 def test_a_damaged_file_is_never_passed_to_faiss(index, monkeypatch):
     """FAISS could crash on it."""
     changes.rebuild(index, index="SQ8")
-    path = index / store.read_manifest(index).files["index"].name
+    path = index / FolderVersions(index).current().files["index"].name
     data = bytearray(path.read_bytes())
     data[4] ^= 255
     path.write_bytes(data)

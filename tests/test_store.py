@@ -26,11 +26,11 @@ from sealing import body_of, one_line, resealed, sealed, snapshot
 from retrieval_tip import Index, verify
 from retrieval_tip.backbones.base import Identity
 from retrieval_tip.errors import InputError, RetrievalTipError, StoreError
-from retrieval_tip.store import folder as store
-from retrieval_tip.store.folder import Manifest
+from retrieval_tip.files import sha256_of
+from retrieval_tip.store.folder import FolderVersions
 from retrieval_tip.store.labels import LABEL_SCHEMA, label_table
-from retrieval_tip.store.manifest import FORMAT_VERSION, SUFFIXES, named_in
-from retrieval_tip.store.writer import write
+from retrieval_tip.store.manifest import FORMAT_VERSION, SUFFIXES, Manifest, named_in
+from retrieval_tip.store.versions import Check
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -59,6 +59,19 @@ def error_of(call: Callable[[Path], object], folder: Path, what: str) -> StoreEr
     pytest.fail(f"{call.__name__} accepted {what}")
 
 
+def describe(folder: Path) -> dict[str, Any]:
+    return FolderVersions(folder).describe()
+
+
+def history(folder: Path) -> pa.Table:
+    return FolderVersions(folder).history()
+
+
+def checking(folder: Path) -> Check:
+    """Start a check of the current version."""
+    return Check(FolderVersions(folder).files, FolderVersions(folder).current())
+
+
 @pytest.fixture
 def index(tmp_path: Path) -> Path:
     folder = tmp_path / "index"
@@ -70,7 +83,7 @@ def index(tmp_path: Path) -> Path:
 
 
 def test_a_manifest_is_read_as_it_was_written(index: Path) -> None:
-    manifest = store.read_manifest(index)
+    manifest = FolderVersions(index).current()
     assert Manifest.from_bytes(manifest.to_bytes(), "x") == manifest
     assert sealed(body_of(index)) == (index / "manifest.json").read_bytes() == manifest.to_bytes()
     assert (manifest.version, manifest.parent, manifest.n, manifest.d) == (1, None, N, D)
@@ -234,7 +247,7 @@ def test_a_newer_format_is_refused_with_the_required_version(index: Path) -> Non
     # A newer format may use another checksum, so it is not checked.
     for raw in (sealed(body), json.dumps(body).encode()):
         (index / "manifest.json").write_bytes(raw)
-        for opened in (Index.load, verify, store.describe):
+        for opened in (Index.load, verify, describe):
             with pytest.raises(StoreError) as error:
                 opened(index)
             one_line(error, f"index format {FORMAT_VERSION + 1}", f"reads up to {FORMAT_VERSION}", "retrieval-tip 9.9")
@@ -249,7 +262,7 @@ def test_an_unknown_manifest_entry_is_refused(index: Path) -> None:
     body = body_of(index) | {"metric": "whitened", "created_by": "retrieval-tip 9.9"}
     (index / "manifest.json").write_bytes(sealed(body))
     before = snapshot(index)
-    for opened in (Index.load, verify, store.describe, store.history, model(1).save):
+    for opened in (Index.load, verify, describe, history, model(1).save):
         with pytest.raises(StoreError) as error:
             opened(index)
         one_line(error, "metric", "retrieval-tip 9.9")
@@ -276,7 +289,7 @@ def nested(depth: int) -> bytes:
 )  # fmt: skip
 def test_a_bad_manifest_is_refused(index: Path, raw: bytes) -> None:
     (index / "manifest.json").write_bytes(raw)
-    for opened in (Index.load, verify, store.describe):
+    for opened in (Index.load, verify, describe):
         with pytest.raises(StoreError) as error:
             opened(index)
         one_line(error, index / "manifest.json")
@@ -353,17 +366,17 @@ def test_leftovers_of_an_interrupted_first_writer_do_not_block_the_next(tmp_path
 def test_no_file_is_deleted_while_an_earlier_manifest_is_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("retrieval_tip.store.history.KEPT_VERSIONS", 2)
+    monkeypatch.setattr("retrieval_tip.store.versions.KEPT_VERSIONS", 2)
     folder = tmp_path / "x"
     model(1).save(folder)
     model(2).save(folder)
     (folder / "manifests" / "000001.json").write_bytes(b"{}")
     files = set((folder / "data").iterdir())
-    with write(folder):
+    with FolderVersions(folder).write():
         assert set((folder / "data").iterdir()) == files  # the damaged manifest may name them
     model(3).save(folder)  # its commit deletes version 1
     assert verify(folder).version == 3
-    kept = [store.read_manifest(folder), *store.earlier_manifests(folder)]
+    kept = [FolderVersions(folder).current(), *FolderVersions(folder).earlier(FolderVersions(folder).current())]
     assert [manifest.version for manifest in kept] == [3, 2]
     named = {folder / file.name for manifest in kept for file in manifest.files.values()}
     assert set((folder / "data").iterdir()) == named
@@ -382,7 +395,7 @@ def test_an_unreadable_manifest_is_not_overwritten_by_a_first_version(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "stat", stat)
-        assert store.is_index(index)
+        assert FolderVersions(index).exists()
         with pytest.raises(StoreError) as caught:
             model(2).save(index)
         one_line(caught, index)
@@ -397,7 +410,7 @@ def test_an_exception_during_a_write_leaves_the_folder_unchanged(
     index: Path, tmp_path: Path, kind: type[BaseException]
 ) -> None:
     def interrupted(folder: Path) -> None:
-        with write(folder) as writer:
+        with FolderVersions(folder).write() as writer:
             staged, array = writer.stage_array("keys", (N, D), "float32")
             array[:] = 1
             writer.seal("keys", staged, N)
@@ -415,7 +428,7 @@ def test_an_exception_during_a_write_leaves_the_folder_unchanged(
 
 def test_a_process_cannot_write_an_index_twice_at_once(index: Path, tmp_path: Path) -> None:
     for folder in (index, tmp_path / "new"):
-        with write(folder) as writer:
+        with FolderVersions(folder).write() as writer:
             staged = writer.stage("keys")
             staged.write_bytes(b"x")
             with pytest.raises(StoreError, match="is being written by process"):
@@ -428,7 +441,7 @@ def test_a_process_cannot_write_an_index_twice_at_once(index: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("text", [b"", b"\xff\xfe\x00", b"a\nb\x1b[31m" * 1000])
 def test_a_lock_with_unprintable_text_gives_a_printable_error(index: Path, text: bytes) -> None:
-    with write(index):
+    with FolderVersions(index).write():
         (index / "lock").write_bytes(text)
         with pytest.raises(StoreError) as error:
             model().save(index)
@@ -474,7 +487,7 @@ def test_a_folder_without_an_index_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "strange" / "manifest.json").mkdir(parents=True)
     for name in ("nowhere", "empty", "file", "strange", "\udcff"):
-        for opened in (Index.load, verify, store.describe, lambda folder: store.query(folder, "SELECT 1")):
+        for opened in (Index.load, verify, describe, lambda folder: FolderVersions(folder).query("SELECT 1")):
             with pytest.raises(StoreError) as error:
                 opened(tmp_path / name)
             one_line(error, name.encode("utf-8", "backslashreplace").decode())
@@ -486,9 +499,11 @@ def test_an_array_allocated_without_fallocate_is_identical(tmp_path: Path, monke
     """Some systems have no ``posix_fallocate``."""
     model().save(tmp_path / "a")
     monkeypatch.delattr(os, "posix_fallocate", raising=False)
-    monkeypatch.setattr("retrieval_tip.store.writer._ZEROS", bytes(100))  # several blocks and a partial one
+    monkeypatch.setattr("retrieval_tip.store.folder._ZEROS", bytes(100))  # several blocks and a partial one
     model().save(tmp_path / "b")
-    assert store.read_manifest(tmp_path / "a").files["keys"] == store.read_manifest(tmp_path / "b").files["keys"]
+    assert (
+        FolderVersions(tmp_path / "a").current().files["keys"] == FolderVersions(tmp_path / "b").current().files["keys"]
+    )
     verify(tmp_path / "b")
 
 
@@ -519,7 +534,7 @@ def damages(path: Path, seed: int) -> Iterator[str]:
 @pytest.mark.parametrize("kind", ["manifest", "keys", "labels", "text", "index"])
 def test_load_and_verify_find_damage_of_any_byte(index: Path, kind: str) -> None:
     model(index="HNSW8").save(index)
-    path = index / ("manifest.json" if kind == "manifest" else store.read_manifest(index).files[kind].name)
+    path = index / ("manifest.json" if kind == "manifest" else FolderVersions(index).current().files[kind].name)
     for damage in damages(path, 1):
         for opened in (Index.load, verify):
             error = error_of(opened, index, damage)
@@ -529,7 +544,10 @@ def test_load_and_verify_find_damage_of_any_byte(index: Path, kind: str) -> None
 
 def test_verify_finds_damage_of_an_earlier_version(index: Path) -> None:
     model(1).save(index)
-    earlier, current = store.earlier_manifests(index)[0], store.read_manifest(index)
+    earlier, current = (
+        FolderVersions(index).earlier(FolderVersions(index).current())[0],
+        FolderVersions(index).current(),
+    )
     own = {file.name for file in earlier.files.values()} - {file.name for file in current.files.values()}
     assert len(own) == 2
     for name in sorted(own):
@@ -547,7 +565,7 @@ def test_verify_finds_damage_of_an_earlier_version(index: Path) -> None:
 
 
 def test_saving_again_repairs_damaged_files(index: Path) -> None:
-    name = store.read_manifest(index).files["text"].name
+    name = FolderVersions(index).current().files["text"].name
     (index / name).write_bytes(b"x")
     with pytest.raises(StoreError, match="build the index again"):
         Index.load(index)
@@ -589,7 +607,7 @@ def test_a_label_store_that_does_not_match_the_keys_is_refused(
     index: Path, change: Callable[[pa.Table], pa.Table]
 ) -> None:
     relabelled(index, change)
-    for opened in (Index.load, verify, store.describe):
+    for opened in (Index.load, verify, describe):
         with pytest.raises(StoreError) as error:
             opened(index)
         one_line(error, index / "data" / "labels-")
@@ -608,7 +626,7 @@ def test_query_and_load_work_with_any_folder_name(tmp_path: Path, monkeypatch: p
     cache.save(tmp_path / name / "sub=2")
     monkeypatch.chdir(tmp_path)
     for folder in (tmp_path / name / "sub=2", Path(name) / "sub=2"):
-        table = store.query(folder, "SELECT * FROM labels")
+        table = FolderVersions(folder).query("SELECT * FROM labels")
         assert table.column_names == LABEL_SCHEMA.names
         assert len(table) == N + 4
         assert verify(folder).labels.column_names == LABEL_SCHEMA.names
@@ -622,16 +640,16 @@ def test_a_file_digest_covers_every_block(
     monkeypatch.setattr("retrieval_tip.files.HASHED_AT_A_TIME", at_a_time)
     for content in (b"", b"x", bytes(range(256)) * 3):
         (tmp_path / "file").write_bytes(content)
-        assert store.sha256_of(tmp_path / "file") == hashlib.sha256(content).hexdigest()
-    store.Check(index).wait()
+        assert sha256_of(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+    checking(index).wait()
 
 
 def test_a_background_check_reports_the_first_bad_file(index: Path) -> None:
-    manifest = store.read_manifest(index)
+    manifest = FolderVersions(index).current()
     for kind in ("labels", "keys"):
         path = index / manifest.files[kind].name
         path.write_bytes(path.read_bytes()[:-1] + b"x")
-    check = store.Check(index)
+    check = checking(index)
     assert check.manifest == manifest
     for _ in range(2):
         with pytest.raises(StoreError) as error:
@@ -641,18 +659,18 @@ def test_a_background_check_reports_the_first_bad_file(index: Path) -> None:
 
 def test_a_background_check_fixes_the_version_that_is_opened(index: Path) -> None:
     """A version that is committed during the check is not opened."""
-    check = store.Check(index)
+    check = checking(index)
     model(7).save(index)
     opened = Index.load(index, check=check)
     assert opened.version == check.manifest.version
     assert Index.load(index).version == check.manifest.version + 1
     with pytest.raises(StoreError, match="no such folder"):
-        store.Check(index / "none")
+        checking(index / "none")
 
 
 def test_file_names_are_extracted_only_from_an_intact_manifest(index: Path) -> None:
     raw = (index / "manifest.json").read_bytes()
-    assert named_in(raw) == {file.name for file in store.read_manifest(index).data_files}
+    assert named_in(raw) == {file.name for file in FolderVersions(index).current().data_files}
     for at in range(len(raw)):
         assert named_in(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :]) is None
         assert named_in(raw[:at]) is None

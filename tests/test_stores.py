@@ -40,10 +40,12 @@ from retrieval_tip.index.build import build_index
 from retrieval_tip.lance import key_table, lance_store, versions
 from retrieval_tip.lance import keys as lance_keys
 from retrieval_tip.lance import rows as lance_rows
-from retrieval_tip.lance.objects import Objects
 from retrieval_tip.server.app import create_app
 from retrieval_tip.server.served import open_all
 from retrieval_tip.settings import Settings
+from retrieval_tip.store import versions as store_versions
+from retrieval_tip.store.bucket import BucketFiles
+from retrieval_tip.store.files import LocalFiles
 from retrieval_tip.store.manifest import Table
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("bucket", "one_thread")]
@@ -568,7 +570,7 @@ def test_gc_deletes_photos_that_only_deleted_versions_use(pets):
 
 def test_deleting_versions_leaves_no_copies_of_the_table(local_pets, monkeypatch):
     """LanceDB compacts the table when it deletes versions, in a new version that no manifest names."""
-    monkeypatch.setattr("retrieval_tip.store.history.KEPT_VERSIONS", 2)
+    monkeypatch.setattr("retrieval_tip.store.versions.KEPT_VERSIONS", 2)
     monkeypatch.setattr(versions, "PRUNED_EVERY", 4)
     pieces = []
     for seed in range(30, 42):
@@ -585,7 +587,7 @@ def test_a_change_succeeds_even_if_old_versions_cannot_be_deleted(lance_pets, mo
     def fails(*_):
         raise StoreError("the disk fails")
 
-    monkeypatch.setattr("retrieval_tip.store.history.KEPT_VERSIONS", 1)
+    monkeypatch.setattr("retrieval_tip.store.versions.KEPT_VERSIONS", 1)
     monkeypatch.setattr(versions, "PRUNED_EVERY", 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(key_table.KeyTable, "prune", fails)
@@ -736,10 +738,10 @@ def test_a_version_that_is_restored_while_it_is_deleted_stays_whole(bucket_pets,
     truth = dict(bucket_pets.truth.keys), dict(bucket_pets.truth.labels)
     for version, early in ((2, True), (4, False)):
         bucket_pets.add(unit_rows(2, D, 20 + version), ["cat", "cat"])
-        real = Objects.delete
+        real = BucketFiles.delete
 
         def slow(self, names, real=real, early=early):
-            monkeypatch.setattr(Objects, "delete", real)
+            monkeypatch.setattr(BucketFiles, "delete", real)
             if early:
                 assert changes.rollback(bucket_pets.place).version == 3
                 real(self, names)
@@ -747,7 +749,7 @@ def test_a_version_that_is_restored_while_it_is_deleted_stays_whole(bucket_pets,
                 real(self, names)
                 refused(lambda: changes.rollback(bucket_pets.place, 3), "3")
 
-        monkeypatch.setattr(Objects, "delete", slow)
+        monkeypatch.setattr(BucketFiles, "delete", slow)
         bucket_pets.store.collect()
         assert bucket_pets.store.manifest().version == version + early
         bucket_pets.store.verify()
@@ -758,14 +760,14 @@ def test_a_version_that_is_restored_while_it_is_deleted_stays_whole(bucket_pets,
 
 def collect_before_create(store, monkeypatch):
     """Have another process delete unused files right before the next object is created."""
-    real = Objects.create
+    real = BucketFiles.create
 
     def slow(self, name, data):
-        monkeypatch.setattr(Objects, "create", real)
+        monkeypatch.setattr(BucketFiles, "create", real)
         store.collect()
         return real(self, name, data)
 
-    monkeypatch.setattr(Objects, "create", slow)
+    monkeypatch.setattr(BucketFiles, "create", slow)
 
 
 def test_a_version_that_is_deleted_while_it_is_restored_is_withdrawn(bucket_pets, monkeypatch):
@@ -778,7 +780,7 @@ def test_a_version_that_is_deleted_while_it_is_restored_is_withdrawn(bucket_pets
 
 def test_objects_of_a_version_that_is_being_written_are_not_deleted(bucket_pets, monkeypatch):
     """The writer pauses right before it creates the manifest. Another process deletes unused files."""
-    monkeypatch.setattr(versions, "UNFINISHED", datetime.timedelta(minutes=1))
+    monkeypatch.setattr(store_versions, "UNFINISHED", datetime.timedelta(minutes=1))
     collect_before_create(bucket_pets.store, monkeypatch)
     bucket_pets.add(unit_rows(2, D, 20), ["cat", "cat"])
     bucket_pets.check()
@@ -960,16 +962,16 @@ def test_rollback_refuses_a_damaged_version(local_pets):
 @pytest.mark.parametrize("version", [1, 2])
 def test_verify_ignores_a_version_deleted_during_the_check(local_pets, monkeypatch, version):
     changes.rename(local_pets.place, BARE, "second")
-    wanted, real, raced = local_pets.store.manifest(version).files["classes"].name, Objects.get, []
+    wanted, real, raced = local_pets.store.manifest(version).files["classes"].name, LocalFiles.problem, []
 
-    def raced_with(self, name, most=None):
-        if name == wanted and not raced:
-            raced.append(name)
+    def raced_with(self, file, whole):
+        if file.name == wanted and not raced:
+            raced.append(wanted)
             changes.rename(local_pets.place, "second", "third")
             local_pets.store.collect()
-        return real(self, name, most)
+        return real(self, file, whole)
 
-    monkeypatch.setattr(Objects, "get", raced_with)
+    monkeypatch.setattr(LocalFiles, "problem", raced_with)
     assert local_pets.store.verify().version == version + 1
     assert raced
 

@@ -1,6 +1,6 @@
 """Two examples for each command, which its help and the reference show."""
 
-from retrieval_tip.index.addresses import EXAMPLE
+from retrieval_tip.store.address import EXAMPLE
 
 EXAMPLES = {
     "index build": [

@@ -17,8 +17,8 @@ from retrieval_tip.cli.messages import about, command_line, finish, print_result
 from retrieval_tip.cli.opening import backbone_for, backbone_of, load_index, reader_for, reader_of, source_of, store_of
 from retrieval_tip.cli.options import BackboneOptions, EncodingOptions, OutputOptions, ReadingOptions, ViewOptions
 from retrieval_tip.errors import UsageError, counted, few, show
-from retrieval_tip.index.addresses import FORMS, KIND
 from retrieval_tip.settings import AskOptions, BuildOptions, Dtype, KeysMet, Normalize, Precision
+from retrieval_tip.store.address import FORMS, KIND
 
 if TYPE_CHECKING:
     from retrieval_tip.index.changes import Added, Changed

@@ -14,7 +14,7 @@ from retrieval_tip.bounds import MANY, MOST
 from retrieval_tip.data.remote import is_remote
 from retrieval_tip.errors import InputError
 from retrieval_tip.files import read_regular
-from retrieval_tip.index.addresses import KIND, METAVAR, parse
+from retrieval_tip.store.address import KIND, METAVAR, parse
 
 LARGEST = 1e30
 """Largest number that an option accepts, so that results stay within the float32 range of 3e38."""
@@ -51,7 +51,7 @@ class IndexType(click.ParamType[Path | str]):
         address, path = parse(str(value)), Path(str(value))
         if address is None and path.is_file():
             self.fail(f"{value}: is a file, not an index folder; give the index first (index list shows yours)")
-        return address or path
+        return path if address is None else str(address)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         return [CompletionItem(incomplete, type="dir")]

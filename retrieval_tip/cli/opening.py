@@ -92,13 +92,8 @@ def validation(index: Index, path: Place, reading: ReadingOptions, number: KeysM
 
 
 def load_index(folder: Path, device: str, precision: Precision = "auto") -> Index:
-    """Load an index, and hash its files while torch is being imported."""
-    from retrieval_tip.store.folder import Check
-
-    check = Check(folder)
-    from retrieval_tip.model import Index
-
-    return Index.load(folder, device=device, precision=precision, check=check)
+    """Load an index from a folder."""
+    return store_of(folder).load(device=device, precision=precision)
 
 
 def index_with(

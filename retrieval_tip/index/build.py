@@ -50,7 +50,7 @@ def build_index(
 
     Args:
         source: the labelled images or features (see :func:`sources.open_source`).
-        out: the index folder, or the address of another store (see :mod:`index.addresses`).
+        out: the index folder, or the address of another store (see :mod:`store.address`).
         reader: sets the backbone, views, seed and cache. ``reader.skipped`` lists the images that cannot be read.
         device: the device of the returned classifier. With ``index="auto"``, the index type depends on the device.
         options: see :class:`settings.BuildOptions`.

@@ -136,7 +136,7 @@ def add(
         manifest: the manifest of the current version, if you have already read it.
 
     Raises InputError, UsageError or BackboneError if the input is invalid. Raises StoreError under the same conditions
-    as :func:`writer.write`.
+    as :meth:`Versions.write`.
     """
     store = places.at(folder)
     manifest = manifest or store.manifest()
@@ -314,7 +314,7 @@ def remove(folder: Place, *, where: str | None = None, key_ids: Sequence[int] | 
     """Remove the keys that match an SQL condition over the label store, or that have the given ids.
 
     Classes are kept even if they become empty. The data of the keys is deleted from the folder together with the last
-    version that contains them (see :func:`writer.collect`). Other stores only mark rows as removed, so call
+    version that contains them (see :meth:`Versions.collect`). Other stores only mark rows as removed, so call
     :func:`rebuild` first if the data must be deleted there. Raises UsageError unless exactly one valid argument is
     given. Raises InputError if no key matches or if a key cannot be removed (see :meth:`editing.Editing.remove`).
     """

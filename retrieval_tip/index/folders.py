@@ -1,10 +1,8 @@
-"""Build and fit an index that is stored in a folder."""
+"""Build an index that is stored in a folder."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +10,6 @@ import torch
 
 from retrieval_tip.errors import InputError
 from retrieval_tip.fit import closed_form
-from retrieval_tip.fit.closed_form import Fit, FormChoice
-from retrieval_tip.fit.folds import Queries
 from retrieval_tip.index.items import Material, warn, warn_of
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.arrays import KeyArray
@@ -22,15 +18,15 @@ from retrieval_tip.retrieval.duplicates import duplicates
 from retrieval_tip.retrieval.keys import KEY_BLOCK, auto_for, index_over
 from retrieval_tip.retrieval.rows import ArrayRows
 from retrieval_tip.retrieval.vector_index import BY_CLASS
-from retrieval_tip.store.writer import Writer, write
+from retrieval_tip.store.folder import FolderVersions, FolderWriter
 
 
-def create(folder: Path, made: Material) -> Index:
+def create(folder: FolderVersions, made: Material) -> Index:
     """Build the next version of a folder. The keys are sorted by class."""
     names, weights, templates, _ = made.words
     asked = made.plan.index or "Flat"
     order = np.argsort(made.ids, kind="stable")  # group the keys by class, so that row r of the index is item order[r]
-    with write(folder) as writer:
+    with folder.write() as writer:
         keys, kept, digests = _write_keys(writer, made, order)
         order = order[kept]
         ids, d, c = made.ids[order], keys.shape[1], len(names)
@@ -57,17 +53,8 @@ def create(folder: Path, made: Material) -> Index:
     return index.on(made.device, "auto")
 
 
-def fit(folder: Path, asked: Fit, queries: Callable[[Index], Queries] | None) -> FormChoice:
-    """Fit the current version of a folder, and write the next version. See :meth:`Store.fit` for details."""
-    index = Index.load(folder, device="cpu")
-    judged_by = None if queries is None else queries(index)
-    choice = closed_form.fit(index, asked, validation=judged_by)
-    index.save(folder, "fit")
-    return choice
-
-
 def _write_keys(
-    writer: Writer, made: Material, order: npt.NDArray[np.int64]
+    writer: FolderWriter, made: Material, order: npt.NDArray[np.int64]
 ) -> tuple[KeyArray, npt.NDArray[np.int64], list[str | None]]:
     """Stream features into the file of keys. Return the keys, their positions in ``order`` and the image digests."""
     place = np.empty(len(order), dtype=np.int64)

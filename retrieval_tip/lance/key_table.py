@@ -27,9 +27,10 @@ import pyarrow as pa
 
 from retrieval_tip.data.tables import vectors
 from retrieval_tip.errors import RetrievalTipError, StoreError, UsageError, first_line, install
-from retrieval_tip.lance.address import Address, storage_options
 from retrieval_tip.retrieval.arrays import KeyArray
 from retrieval_tip.settings import Dtype
+from retrieval_tip.store.address import Address, storage_options
+from retrieval_tip.store.bucket import check_process
 from retrieval_tip.store.labels import LABEL_SCHEMA
 
 FloatArray = npt.NDArray[np.float32]
@@ -465,6 +466,7 @@ def lists_for(rows: int, kind: str) -> int:
 
 
 def _connected(address: Address) -> Any:
+    check_process(address)
     return lancedb().connect(address.uri, storage_options=storage_options(address) or None, session=_session())
 
 

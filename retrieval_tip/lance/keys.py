@@ -71,15 +71,12 @@ class LanceKeys(KeyStream):
             raise StoreError(f"{self.table.address}: has {n_read} rows instead of {self.n}; use another version")
 
     def numbered_blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """See :meth:`keys.KeyStream.numbered_blocks`."""
         return iter(self._held) if self.n * self.d * 4 <= HELD_BYTES else self._read()
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """See :meth:`keys.KeyStream.blocks`."""
         return ((keys, ids) for keys, ids, _ in self.numbered_blocks())
 
     def of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor]]:
-        """See :meth:`keys.KeyStream.of_classes`."""
         return ((place, keys) for place, keys, _ in self.numbered_of_classes(class_ids))
 
     def numbered_of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -158,7 +155,7 @@ class LanceKeys(KeyStream):
         return affinity
 
     def nearest(self, points: Tensor, k: int) -> Nearest:
-        """See :meth:`keys.KeyStream.nearest`. Without an index, a query is compared with all keys."""
+        """Without an index, a query is compared with all keys."""
         k = min(k, self.n)
         if self.by_class:
             return self.nearest_by_class(points, k)

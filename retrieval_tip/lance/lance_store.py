@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
-from retrieval_tip.errors import InputError, StoreError, UsageError
-from retrieval_tip.index.stores import Change, Store, VersionWriter
+from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.index.stores import Change, Store
 from retrieval_tip.lance.key_table import CLASSES, FLAT, changed_meanwhile
-from retrieval_tip.lance.versions import Classes, LanceVersions, TableWriter
+from retrieval_tip.lance.versions import Classes, TableVersions, TableWriter
 from retrieval_tip.settings import Dtype, Precision, Verify
 from retrieval_tip.store.manifest import Manifest, Table
+from retrieval_tip.store.versions import Origin
 
 if TYPE_CHECKING:  # importing torch takes a second, and manifests do not need it
     from retrieval_tip.fit.closed_form import Fit, FormChoice
@@ -34,17 +32,10 @@ MOST_HELD = 1 << 30
 """Maximum size in bytes of the keys and solved values that are held in memory."""
 
 
-class LanceStore(LanceVersions, Store):
+class LanceStore(TableVersions, Store):
     """A store that keeps the versions of an index in LanceDB. See :mod:`lance.versions` for details."""
 
     look_every = 2.0
-
-    @property
-    def local(self) -> Path | None:  # type: ignore[override]  # read-only
-        return self.address.local
-
-    def stamp(self) -> Hashable:
-        return time.monotonic_ns()
 
     def create(self, material: Material) -> Index:
         """Stream the keys into a table. If the index is fitted, the table may be rewritten with the points."""
@@ -83,7 +74,7 @@ class LanceStore(LanceVersions, Store):
         return self.load(device=material.device, version=index.version)
 
     def copy_from(self, index: Index, what: str) -> int:
-        """See :meth:`Store.copy_from`. Raises InputError if the index has trained values."""
+        """Raises InputError if the index has trained values."""
         from retrieval_tip.lance.rows import TableRows
 
         if index.values is not None and index.fitted is None:
@@ -104,7 +95,7 @@ class LanceStore(LanceVersions, Store):
         verify: Verify | None = None,
         version: int | None = None,
     ) -> Index:
-        """See :meth:`Store.load`. Products use float32. ``verify="full"`` checks every row, like :meth:`verify`.
+        """Products use float32. ``verify="full"`` checks every row, like :meth:`verify`.
 
         If the values were solved, all keys are read into memory. Otherwise, they are read block by block.
         """
@@ -114,7 +105,7 @@ class LanceStore(LanceVersions, Store):
         if precision in ("float16", "bfloat16"):
             raise UsageError(f"precision {precision}: a LanceDB store only supports float32; remove the option")
         if verify == "full":
-            self.opened(lambda manifest: check(self, manifest, set()), version)
+            self.opened(lambda manifest: check(self, manifest), version)
         device = resolve_device(device)
         return self.opened(lambda manifest: self._index(manifest, device)[0], version)
 
@@ -138,16 +129,14 @@ class LanceStore(LanceVersions, Store):
             places = np.argsort(np.argsort(arrays.key_ids))
             kind = CLASSES if rows.kind == CLASSES else FLAT
             index = index.over(replace(arrays, values=torch.from_numpy(values[places])), kind)
-        index.prior, index.stored = self.array(manifest, "prior"), LanceVersion(self, manifest)
+        index.prior, index.stored = self.array(manifest, "prior"), Origin(self, manifest)
         return index, rows
 
     @contextmanager
     def change(self) -> Iterator[Change]:
-        self.manifest()  # do not create a store if there is no index
+        self.check_there()
         with self.write() as writer:
-            if writer.parent is None or writer.table is None:
-                self.manifest()  # raises an error that tells the user what to do
-                raise changed_meanwhile(self.address)
+            assert writer.parent is not None
             change = TableChange(self, writer, *self._index(writer.parent, "cpu", writer))
             yield change
             if change.what:
@@ -157,27 +146,25 @@ class LanceStore(LanceVersions, Store):
         """Make ``index``, whose table has the given ``rows``, the current version.
 
         ``what`` is a short description for the history. Raises the errors of :meth:`editing.Editing.check_answers` and
-        :meth:`versions.TableWriter.commit`.
+        :meth:`Writer.commit`.
         """
         index.check_answers()
-        prunes, kind = writer.prunes, rows.kind
-        rows = rows.kept_up(prunes)
+        kind, rows = rows.kind, rows.kept_up(writer.prunes)
         if rows.kind != kind:
             index.settings = index.settings.override(k=index.settings.k or rows.few)
         index.built = replace(index.built, auto_index=rows.automatic)
         text = index.text_weights.cpu().numpy()
         classes = Classes(index.class_names, text, rows.counts, rows.totals, rows.points)
-        files = {"classes": writer.put("classes", classes.to_bytes(), len(index.class_names))}
-        files |= {kind: writer.put_array(kind, array) for kind, array in _arrays(index, rows)}
+        writer.put("classes", len(index.class_names), classes.to_bytes())
+        for kind, array in _arrays(index, rows):
+            writer.put_array(kind, array)
         table = Table(rows.table.name, rows.table.version, rows.n)
         digests = writer.digests(table)
         stored = copy.copy(index)
         stored.set_rows(rows)
-        manifest = stored.manifest_of(writer.number, writer.parent, what, files, table=table, digests=digests)
+        manifest = stored.manifest_of(writer.number, writer.parent, what, writer.files, table=table, digests=digests)
         writer.commit(manifest)
-        index.stored = LanceVersion(self, manifest)
-        with suppress(StoreError):  # the new version is committed, and a later commit deletes the rest
-            self.forget_old(prunes)
+        index.stored = Origin(self, manifest)
 
     def check_held(self, index: Index) -> None:
         """Raise InputError if an index has solved values and does not fit in memory."""
@@ -198,61 +185,23 @@ class LanceStore(LanceVersions, Store):
             change.what = "fit"
             return change.fit(asked, judged_by)
 
-    def restore(self, writer: VersionWriter, old: Manifest, new: Manifest) -> None:
-        writer.commit(new)
-        if not self.keeps(old):  # another process has deleted it meanwhile, and maybe also its rows
-            self.withdraw(new)
-            raise changed_meanwhile(self.address)
-
-    def has_text(self, manifest: Manifest) -> bool:
-        return bool(self.classes(manifest).text.any())
-
-    def read_labels(self, manifest: Manifest, columns: Sequence[str]) -> pa.Table:
-        return self.table(manifest).read(columns)
-
     def verify(self) -> Index:
-        """See :meth:`Store.verify`. In a bucket, only the objects of earlier versions are checked, not their rows."""
+        """In a bucket, only the objects of earlier versions are checked, not their rows."""
         from retrieval_tip.lance.rows import check
 
-        seen: set[tuple[str, str]] = set()
-
         def checked(manifest: Manifest) -> Index:
-            check(self, manifest, seen)
+            check(self, manifest)
             return self._index(manifest, "cpu")[0]
 
         index = self.opened(checked)
         assert index.manifest is not None
-        for old in self.earlier(index.manifest):
-            try:
-                self.check_objects(old)
-                self.check_files(old, seen)
-                self.table(old)
-            except StoreError:
-                if self.keeps(old):
-                    raise
+        self.check_earlier(index.manifest, index.manifest.digested)
         return index
 
     def check(self, manifest: Manifest) -> None:
         from retrieval_tip.lance.rows import check
 
-        check(self, manifest, set())
-
-
-@dataclass(frozen=True)
-class LanceVersion:
-    """A version of a store from which an index was opened."""
-
-    store: LanceStore
-    manifest: Manifest
-
-    @property
-    def place(self) -> str:
-        """The address of the store."""
-        return str(self.store)
-
-    def reload(self, index: Index) -> Index:
-        """See :meth:`Index.reload`."""
-        return index if self.store.manifest() == self.manifest else self.store.load(device=index.device)
+        check(self, manifest)
 
 
 class TableChange(Change):
@@ -274,7 +223,7 @@ class TableChange(Change):
         return self.index.rows if isinstance(self.index.rows, TableRows) else self._rows
 
     def rebuild(self, index: str | None, dtype: Dtype | None) -> None:
-        """See :meth:`Change.rebuild`. Every row is rewritten, except removed ones."""
+        """Every row is rewritten, except removed ones."""
         own, solved = self.index, self.index.values is not None
         rows = self._rows = self._table.rewritten(None if solved else own.metric, index, dtype)
         if solved:

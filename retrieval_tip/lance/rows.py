@@ -38,7 +38,7 @@ from retrieval_tip.lance.key_table import (
     schema_of,
 )
 from retrieval_tip.lance.keys import LanceKeys
-from retrieval_tip.lance.versions import Classes, LanceVersions, TableWriter
+from retrieval_tip.lance.versions import Classes, TableVersions, TableWriter
 from retrieval_tip.retrieval.arrays import KeyArray, KeysInPlace
 from retrieval_tip.retrieval.duplicates import Duplicates, duplicates
 from retrieval_tip.retrieval.keys import points_of
@@ -47,10 +47,10 @@ from retrieval_tip.retrieval.rows import FRESH_PAIRS, ArrayRows, Rows
 from retrieval_tip.retrieval.vector_index import VectorIndex, auto_factory, inner_factory
 from retrieval_tip.settings import Dtype, Precision
 from retrieval_tip.store.contents import metric_of
+from retrieval_tip.store.folder import FolderWriter
 from retrieval_tip.store.labels import LABEL_SCHEMA, shots_after, shots_of, with_column
 from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.sums import LEAST, Along, Sums
-from retrieval_tip.store.writer import Writer
 
 MOST_TAKEN = 1 << 29
 """Maximum size in bytes of the keys that are copied from a table into memory."""
@@ -77,13 +77,12 @@ class OrderedKeys(KeysInPlace):
         self._offsets, self._places = offsets, np.argsort(offsets)
 
     def __getitem__(self, places: IntArray) -> KeyArray:
-        """See :meth:`KeysInPlace.__getitem__`."""
         offsets, where = np.unique(self._offsets[places], return_inverse=True)
         keys: KeyArray = self.table.matrix(self.table.offsets(offsets, [self.column])[self.column])[where]
         return keys
 
     def blocks(self, places: IntArray) -> Iterator[tuple[KeyArray, IntArray]]:
-        """See :meth:`KeysInPlace.blocks`. The table is read once."""
+        """The table is read once."""
         wanted, start = np.zeros(len(self), dtype=bool), 0
         wanted[self._offsets[places]] = True
         for batch in self.table.scan([self.column]):
@@ -119,7 +118,7 @@ class TableRows(Rows):
 
     @classmethod
     def opened(
-        cls, manifest: Manifest, store: LanceVersions, classes: Classes, writer: TableWriter | None = None
+        cls, manifest: Manifest, store: TableVersions, classes: Classes, writer: TableWriter | None = None
     ) -> TableRows:
         """Open the rows of a version that has the given classes. A ``writer`` may edit them."""
         table = writer.table if writer is not None else None
@@ -287,7 +286,7 @@ class TableRows(Rows):
                 f"index into a folder: retrieval-tip index clone {place} DIR"
             )
 
-    def written(self, writer: Writer) -> ArrayRows:
+    def written(self, writer: FolderWriter) -> ArrayRows:
         places, start = np.argsort(self._order[0]), 0
         staged, array = writer.stage_array("keys", (self.n, self.d), self.dtype)
         for _, keys in self.blocks():
@@ -299,7 +298,7 @@ class TableRows(Rows):
         return ArrayRows(keys, self.labels.drop_columns([VERSION]))
 
     def duplicates_of(self, key_ids: Sequence[int], retrieval: Retrieval) -> Duplicates:
-        """See :meth:`Rows.duplicates_of`. Only neighbours of the keys and keys with the same digests are read."""
+        """Only neighbours of the keys and keys with the same digests are read."""
         asked = self.of(key_ids[:MOST_ASKED])
         near = retrieval.keys.nearest(retrieval.points(torch.from_numpy(asked.keys.astype(np.float32))), NEIGHBOURS)
         rows = np.unique(near.rows[near.rows >= 0].numpy())
@@ -391,7 +390,7 @@ class TableRows(Rows):
         return replace(self, counts=np.delete(self.counts, class_ids), totals=totals, points=points)
 
     def fitted(self, metric: tip.Metric | None, values: Tensor | None, factory: str | None, device: str) -> TableRows:
-        """See :meth:`Rows.fitted`. With one-hot values, the table is rewritten with the points of the keys."""
+        """With one-hot values, the table is rewritten with the points of the keys."""
         if metric is not None and values is None:
             return self.rewritten(metric, factory, known=self.sums)
         rows, moved = self, self.table.has_points
@@ -429,7 +428,7 @@ class TableRows(Rows):
         """
         writer, table = self._writer, self.table
         if writer.parent is not None:  # damaged rows must not get valid sums and digests
-            check(writer.store, writer.parent, set())
+            check(writer.store, writer.parent)
         before = replace(self, table=KeyTable.at(table.address, table.name, table.version))  # pinned meanwhile
         return self.create(
             writer, before._blocks(before.table.label_columns), len(self.counts), dtype or self.dtype,
@@ -481,13 +480,12 @@ class TableRows(Rows):
             raise StoreError(f"{place}: keys do not match the sum of their products; fit the index again")
 
 
-def check(store: LanceVersions, manifest: Manifest, seen: set[tuple[str, str]]) -> None:
-    """Check every row and object of a version, and check that they are consistent.
+def check(store: TableVersions, manifest: Manifest) -> None:
+    """Check every row and file of a version, and check that they are consistent.
 
-    Files in ``seen`` are skipped, and all other files are added to ``seen``. Raises StoreError naming the part that is
-    damaged or inconsistent.
+    Raises StoreError naming the part that is damaged or inconsistent.
     """
-    store.check_files(manifest, seen)
+    store.check_files(manifest)
     metric = store.array(manifest, "metric")
     TableRows.opened(manifest, store, store.classes(manifest)).check(None if metric is None else metric_of(metric))
 

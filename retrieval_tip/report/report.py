@@ -30,7 +30,7 @@ from retrieval_tip.report import plots
 from retrieval_tip.report.curve import Curve, measure_curve
 from retrieval_tip.report.mistakes import confusions, mistakes, thumbnail
 from retrieval_tip.report.results import Results, portable
-from retrieval_tip.store.folder import read_manifest, read_version
+from retrieval_tip.store.folder import FolderVersions
 from retrieval_tip.store.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def provenance(results: Results) -> dict[str, Rows]:
     """Return the rows of each part by its title. Parts without rows are left out."""
     folder, version, manifest = results.folder, results.index.version, None
     if folder is not None:
-        manifest = read_manifest(folder) if version is None else read_version(folder, version)
+        manifest = FolderVersions(folder).manifest(version)
     parts = {
         "Test": list(_test(results)),
         "Settings": list(_settings(results, manifest)),

@@ -16,11 +16,10 @@ import torch
 
 from retrieval_tip import tip
 from retrieval_tip.errors import StoreError
-from retrieval_tip.files import real
-from retrieval_tip.store.folder import Check, read_array, read_curve, read_labels
+from retrieval_tip.store.folder import FolderVersions, FolderWriter, read_array, read_curve, read_labels
 from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.sums import Sums
-from retrieval_tip.store.writer import Writer
+from retrieval_tip.store.versions import Check, Origin
 
 HELD = ("keys", "labels", "index", "text", "values", "curve", "metric", "points", "sums", "prior")
 """Kinds of data that have one file each. The file is rewritten only if the data changes."""
@@ -85,15 +84,14 @@ class Contents:
             curve=read_curve(folder, files["curve"]) if "curve" in files else None,
         )
 
-    def write(self, writer: Writer, stored: Stored | None) -> None:
+    def write(self, writer: FolderWriter, stored: Stored | None) -> None:
         """Seal the files that are not shared with the parent version of the writer.
 
         ``stored`` is the version from which these contents were read. Raises StoreError if a file is damaged or cannot
         be written.
         """
         same = stored.same(self) if stored is not None and stored.is_before(writer) else set()
-        for kind in same:
-            writer.keep(kind)
+        writer.keep(*same)
         new = [kind for kind in HELD if kind not in writer.files and getattr(self, kind) is not None]
         check = None if stored is None else stored.check_of_copied(same)
         with ThreadPoolExecutor(SEALED_AT_ONCE, thread_name_prefix="seal") as pool:
@@ -101,16 +99,16 @@ class Contents:
         if check is not None:
             check.wait()
 
-    def _seal(self, writer: Writer, kind: str) -> None:
+    def _seal(self, writer: FolderWriter, kind: str) -> None:
         held = getattr(self, kind)
         if isinstance(held, pa.Table):
-            writer.seal_table(kind, held)
+            writer.put_table(kind, held)
         elif kind == "index":
             staged = writer.stage(kind)
             held.save(staged)
             writer.seal(kind, staged, held.trained)
         else:
-            writer.seal_array(kind, array_of(held))
+            writer.put_array(kind, array_of(held))
 
 
 def array_of(held: npt.NDArray[np.floating] | torch.Tensor | tip.Metric | Sums) -> npt.NDArray[np.floating]:
@@ -137,41 +135,32 @@ def metric_of(array: npt.NDArray[np.floating]) -> tip.Metric:
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A version of an index folder, and the contents of its files in memory, or ``None`` if they are not known."""
+class Stored(Origin):
+    """A version of an index folder, its check, and the contents of its files in memory."""
 
+    store: FolderVersions
     check: Check
-    contents: Contents | None
+    contents: Contents
 
     @classmethod
-    def of(cls, check: Check, contents: Contents) -> Stored:
+    def of(cls, store: FolderVersions, check: Check, contents: Contents) -> Stored:
         """Record that the version checked by ``check`` has ``contents``, and set the path of the index."""
         if contents.index is not None:
-            contents.index.path = check.folder / check.manifest.files["index"].name
-        return cls(check, contents)
+            contents.index.path = store.folder / check.manifest.files["index"].name
+        return cls(store, check.manifest, check, contents)
 
-    @property
-    def manifest(self) -> Manifest:
-        """The manifest of this version."""
-        return self.check.manifest
-
-    @property
-    def place(self) -> str:
-        """The index folder."""
-        return str(self.check.folder)
-
-    def is_before(self, writer: Writer) -> bool:
+    def is_before(self, writer: FolderWriter) -> bool:
         """Return whether this version is the parent of the version being written."""
-        same = real(self.check.folder) == real(writer.folder)
+        same = self.store.resolved == writer.store.resolved
         return same and writer.parent is not None and writer.parent.version == self.manifest.version
 
     def same(self, contents: Contents) -> set[str]:
         """Return the kinds of ``contents`` that this version already has a file of."""
         files = self.manifest.files
         kinds = {kind for kind in HELD if kind in files and getattr(contents, kind) is not None}
-        kinds = {kind for kind in kinds if getattr(contents, kind) is getattr(self.contents, kind, None)}
+        kinds = {kind for kind in kinds if getattr(contents, kind) is getattr(self.contents, kind)}
         index = contents.index
-        if "index" in kinds and index is not None and index.path != self.check.folder / files["index"].name:
+        if "index" in kinds and index is not None and index.path != self.store.folder / files["index"].name:
             kinds.discard("index")
         if self.manifest.later:
             kinds -= {"keys", "labels", "points", "index"}
@@ -184,7 +173,7 @@ class Stored:
         been verified.
         """
         known = {self.manifest.files[kind] for kind in same}
-        return Check(self.check.folder, self.manifest, known=known) if self.check.verify == "fast" else None
+        return Check(self.store.files, self.manifest, known=known) if self.check.verify == "fast" else None
 
 
 def _keys(folder: Path, manifest: Manifest) -> tuple[npt.NDArray[np.floating], pa.Table]:

@@ -1,25 +1,20 @@
-"""Read an index folder, which contains immutable data files and a manifest that lists them.
-
-Readers see either the old version or the new version, never a mixture of the two.
+"""Keep the versions of an index in a folder. See :mod:`store.versions`.
 
 manifest.json             the current version, which is replaced with a single rename
-manifests/000003.json     an earlier version, which is kept until it is deleted
-data/keys-<digest>.npy    data/labels-<digest>.parquet    data/text-<digest>.npy    data/index-<digest>.faiss
-data/values-<digest>.npy  data/curve-<digest>.parquet                                  in a fine-tuned index
-data/metric-<digest>.npy  data/points-<digest>.npy  data/sums-<digest>.npy                     in a fitted index
-lock                      locked by the process that is writing
+manifests/000003.json     an earlier version
+data/index-<digest>.faiss, data/keys-<digest>.npy ...
 """
 
 from __future__ import annotations
 
 import errno
 import itertools
+import math
 import os
-import stat
-from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import uuid
+from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,160 +24,151 @@ import pyarrow.parquet as pq
 
 from retrieval_tip.errors import StoreError, first_line
 from retrieval_tip.files import sha256_of
-from retrieval_tip.settings import Verify, check_choice
-from retrieval_tip.store.history import described, history_table
+from retrieval_tip.store.files import LocalFiles
 from retrieval_tip.store.labels import LABEL_SCHEMA
-from retrieval_tip.store.manifest import DataFile, Manifest
-from retrieval_tip.store.query import TIMEOUT, ask
+from retrieval_tip.store.manifest import SUFFIXES, DataFile, Manifest
+from retrieval_tip.store.versions import Check, Versions, Writer, entry, manifest_name, sizes_of, write_header
 
-T = TypeVar("T")
-
-VERSIONS_TRIED = 16
-"""Number of attempts to open an index if each version is deleted while it is being read."""
-FAST_BYTES = 1 << 22
-"""Maximum size in bytes of the files that a fast check hashes."""
-MANIFEST_BYTES = 1 << 28
-"""Maximum size of a manifest in bytes, about ten times the size of a manifest with a million classes."""
+CURRENT = "manifest.json"
+DELETE = "delete earlier versions with index gc"
+_ZEROS = bytes(1 << 20)
 
 
-def is_index(folder: Path) -> bool:
-    """Return whether a folder contains an index, even a damaged one."""
-    try:
-        return (folder / "manifest.json").is_file()
-    except OSError as error:  # treat an unreadable folder as an index, so that it is not overwritten
-        return error.errno != errno.ENAMETOOLONG
+class FolderWriter(Writer):
+    """The writer of a new version of an index folder, which can also write files that do not fit in memory."""
 
+    store: FolderVersions
 
-def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of the current version. Raises StoreError if the manifest is missing or damaged."""
-    check_name(folder)
-    path = folder / "manifest.json"
-    try:
-        manifest = Manifest.from_bytes(manifest_bytes(folder, path), str(path))
-        if manifest.table is not None:
-            raise StoreError(f"{path}: is the manifest of another kind of store; restore the manifest of the folder")
-        return manifest
-    except FileNotFoundError:
-        raise _missing(folder) from None
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
+    def __init__(self, store: FolderVersions, parent: Manifest | None) -> None:
+        check_name(store.folder)
+        super().__init__(store, parent)
+        self.folder = store.folder
+        self._staged: list[Path] = []
 
+    def stage(self, kind: str) -> Path:
+        """Return a temporary path for a data file of this kind. Write the file there before you call :meth:`seal`."""
+        path = self.folder / "data" / f".{kind}-{uuid.uuid4().hex}{SUFFIXES[kind]}.tmp"
+        self._staged.append(path)
+        return path
 
-def check_there(folder: Path) -> None:
-    """Raise StoreError if a folder does not contain an index."""
-    if not is_index(folder):
-        raise _missing(folder)
+    def stage_array(
+        self, kind: str, shape: tuple[int, int], dtype: npt.DTypeLike
+    ) -> tuple[Path, npt.NDArray[np.floating]]:
+        """Stage a writable memory-mapped array, and return its path and the array.
 
-
-def _missing(folder: Path) -> StoreError:
-    what = "no such folder" if not folder.exists() else "not an index (no manifest.json)"
-    return StoreError(f"{folder}: {what}; make one with retrieval-tip index build SOURCE --out INDEX")
-
-
-def read_version(folder: Path, version: int) -> Manifest:
-    """Read the manifest of a version. Raises StoreError if it is missing or damaged."""
-    current = read_manifest(folder)
-    if version == current.version:
-        return current
-    path = folder / "manifests" / f"{version:06d}.json"
-    manifest = _read_earlier(folder, path)
-    if manifest is None:
-        stems = [path.stem for path in earlier_paths(folder) if path.name != manifest_name(current)]
-        there = [*(int(stem) for stem in stems if stem.isdecimal()), current.version]
-        raise StoreError(f"{folder}: has no version {version}; use one of {', '.join(map(str, there))}")
-    return manifest
-
-
-def manifest_bytes(folder: Path, path: Path) -> bytes:
-    """Read a manifest as bytes.
-
-    Raises StoreError if the path is not a regular file, leads out of the folder, or is too large.
-    """
-    if not lies_in(folder, path):
-        raise StoreError(f"{path}: is a link that leads out of the index; replace it with the file itself")
-    if not stat.S_ISREG(path.stat().st_mode):  # a single call, because the file may be deleted between two calls
-        raise StoreError(f"{path}: is not a file; restore it")  # reading from a pipe would block
-    with path.open("rb") as file:
-        raw = file.read(MANIFEST_BYTES + 1)
-    if len(raw) > MANIFEST_BYTES:
-        raise StoreError(f"{path}: damaged (too large for a manifest); restore it, or build the index again")
-    return raw
-
-
-def lies_in(folder: Path, path: Path) -> bool:
-    """Return whether a path is inside the folder after all links are resolved."""
-    try:
-        return path.resolve().is_relative_to(folder.resolve())
-    except (OSError, RuntimeError):  # a link that points to itself
-        return False
-
-
-class Check:
-    """A check of a version's data files against its manifest, which runs in background threads."""
-
-    def __init__(
-        self,
-        folder: Path,
-        manifest: Manifest | None = None,
-        verify: Verify = "full",
-        known: Collection[DataFile] = (),
-    ) -> None:
-        """Start the check. ``manifest`` defaults to the manifest of the current version.
-
-        With ``verify="full"``, the size and SHA-256 of every file are compared with the manifest. With ``"fast"``, the
-        SHA-256 is only compared for files of up to 4 MiB, so a change that keeps the size of a larger file is not
-        detected. Files in ``known`` are skipped. Raises UsageError if ``verify`` has another value, and StoreError if
-        the manifest cannot be read.
+        The disk space is reserved in advance, because a full disk would otherwise cause a SIGBUS.
         """
-        check_choice("verify", verify, Verify)
-        self.folder, self.verify = folder, verify
-        self.manifest = read_manifest(folder) if manifest is None else manifest
-        files = [file for file in self.manifest.data_files if file not in known]
-        pool = ThreadPoolExecutor(min(len(files), 16) or 1, thread_name_prefix="check")
-        self._problems = [pool.submit(_problem, folder, file, verify) for file in files]
-        pool.shutdown(wait=False)
+        path = self.stage(kind)
+        with path.open("wb") as file:
+            write_header(file, shape, dtype)
+            start = file.tell()
+            size = math.prod(shape) * np.dtype(dtype).itemsize
+            file.flush()
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), start, size)
+            else:  # on macOS, space is only reserved by writing
+                for at in range(0, size, len(_ZEROS)):
+                    file.write(_ZEROS[: size - at])
+        return path, np.lib.format.open_memmap(path, mode="r+")
 
-    def wait(self) -> None:
-        """Wait until all files are verified. Raises StoreError naming the first file that differs from the manifest."""
-        for future in self._problems:
-            if problem := future.result():
-                raise StoreError(f"{problem}; restore the file or an earlier version, or build the index again")
+    def seal(self, kind: str, staged: Path, rows: int) -> Path:
+        """Flush a staged file to disk, rename it by its digest, and return the new path."""
+        with staged.open("rb+") as file:
+            os.fsync(file.fileno())
+        own = self.files[kind] = entry(kind, rows, staged.stat().st_size, sha256_of(staged))
+        path = self.folder / own.name
+        staged.replace(path)
+        self._staged.remove(staged)
+        return path
+
+    def discard(self, staged: Path) -> None:
+        """Delete a staged file."""
+        staged.unlink(missing_ok=True)
+        self._staged.remove(staged)
+
+    def abandon(self) -> None:
+        """Remove the staged files. Sealed files to which no manifest refers are removed by :meth:`Versions.tidy`."""
+        for path in self._staged:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
-def opened(
-    folder: Path, read: Callable[[Manifest], T], *, verify: Verify = "full", check: Check | None = None
-) -> tuple[T, Check]:
-    """Verify the current version, call ``read`` with its manifest, and return the result together with the check.
+class FolderVersions(Versions[FolderWriter]):
+    """The versions of an index in a folder."""
 
-    If a writer deletes the version in the meantime, the function is repeated with the new version. Pass ``check`` to
-    use a check that is already running. Raises StoreError if a file is damaged.
-    """
-    for _ in range(VERSIONS_TRIED):
-        check = check or Check(folder, verify=verify)
+    writer = FolderWriter
+    own = ("data", "manifests", "lock", CURRENT)
+    remedies = (DELETE, DELETE)
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = self.local = Path(folder)
+        self.place = str(self.folder)
+        self.files: LocalFiles = LocalFiles(self.folder, self.place)
+
+    def exists(self) -> bool:
+        """An unreadable folder counts as an index, so that it is not overwritten."""
         try:
-            check.wait()
-            return read(check.manifest), check
-        except StoreError:
-            if read_manifest(folder) == check.manifest:
-                raise
-        verify, check = check.verify, None
-    raise StoreError(f"{folder}: keeps changing while it is opened; try again")
+            return (self.folder / CURRENT).is_file()
+        except OSError as error:
+            return error.errno != errno.ENAMETOOLONG
 
+    def stamp(self) -> Hashable | None:
+        try:
+            status = (self.folder / CURRENT).stat()  # each version replaces this file
+        except OSError:
+            return None
+        return status.st_ino, status.st_mtime_ns, status.st_size
 
-def _problem(folder: Path, file: DataFile, verify: Verify) -> str | None:
-    path = folder / file.name
-    try:
-        if not lies_in(folder, path):
-            return f"{path}: is a link that leads out of the index"
-        if path.stat().st_size != file.bytes:
-            return f"{path}: damaged ({path.stat().st_size:,} bytes instead of {file.bytes:,})"
-        if (verify == "full" or file.bytes <= FAST_BYTES) and sha256_of(path) != file.sha256:
-            return f"{path}: damaged (its SHA-256 does not match the manifest)"
-    except FileNotFoundError:
-        return f"{path}: missing"
-    except OSError as error:
-        return f"{path}: cannot be read: {error.strerror}"
-    return None
+    def current(self) -> Manifest:
+        check_name(self.folder)
+        try:
+            return self.parse(CURRENT)
+        except FileNotFoundError:
+            what = "no such folder" if not self.folder.exists() else f"not an index (no {CURRENT})"
+            raise StoreError(f"{self}: {what}; make one with retrieval-tip index build SOURCE --out INDEX") from None
+
+    def publish(self, writer: FolderWriter, manifest: Manifest, raw: bytes) -> None:
+        """The current manifest is copied to ``manifests`` first."""
+        self.files.flush()
+        if writer.parent is not None:
+            self.files.put(manifest_name(writer.parent.version), (self.folder / CURRENT).read_bytes())
+            self.files.flush()
+        self.files.put(CURRENT, raw)
+
+    def manifest_names(self) -> list[str]:
+        return [*super().manifest_names(), *([CURRENT] if self.exists() else [])]
+
+    def tidy(self, current: Manifest | None) -> None:
+        with suppress(OSError):
+            if current is not None:  # this copy was made for a version that was never written
+                self.files.delete([manifest_name(current.version)])
+        super().tidy(current)
+        with suppress(OSError):  # fails unless the folder is empty
+            (self.folder / "manifests").rmdir()
+
+    def has_text(self, manifest: Manifest) -> bool:
+        shape = len(manifest.class_names), manifest.d
+        return bool(read_array(self.folder, manifest.files["text"], shape).any())
+
+    def read_labels(self, manifest: Manifest, columns: Sequence[str] | None = None) -> pa.Table:
+        labels = read_labels(self.folder, manifest)
+        return labels if columns is None else labels.select(list(columns))
+
+    def tables(self, manifest: Manifest) -> dict[str, pa.Table]:
+        self.check_files(manifest)
+        curve = {"curve": read_curve(self.folder, manifest.files["curve"])} if "curve" in manifest.files else {}
+        return {"labels": read_labels(self.folder, manifest)} | curve
+
+    def facts(self, manifest: Manifest, earlier: list[Manifest]) -> tuple[npt.NDArray[np.int64], dict[str, object]]:
+        Check(self.files, manifest, "fast").wait()
+        labels = read_labels(self.folder, manifest)
+        own = sizes_of(manifest)
+        before = {name: size for old in earlier for name, size in sizes_of(old).items()}
+        sizes: dict[str, object] = {
+            "bytes": sum(own.values()),
+            "bytes_of_earlier": sum(size for name, size in before.items() if name not in own),
+        }
+        return np.bincount(labels["class_id"].to_numpy(), minlength=len(manifest.class_names)), sizes
 
 
 def read_array(
@@ -200,11 +186,6 @@ def read_array(
     if array.shape != shape or array.dtype not in dtypes:
         raise StoreError(f"{path}: an array of {array.dtype} {array.shape} does not match {shape} in the manifest")
     return array
-
-
-def has_text(folder: Path, manifest: Manifest) -> bool:
-    """Return whether a version has any text weight that is not zero."""
-    return bool(read_array(folder, manifest.files["text"], (len(manifest.class_names), manifest.d)).any())
 
 
 def read_labels(folder: Path, manifest: Manifest) -> pa.Table:
@@ -262,97 +243,6 @@ def _read_table(path: Path) -> pa.Table:
             return table
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise StoreError(f"{path}: cannot be read ({first_line(error)})") from None
-
-
-def describe(folder: Path) -> dict[str, Any]:
-    """Return the facts that ``index info`` prints, including the disk usage."""
-    (manifest, labels), _ = opened(folder, lambda manifest: (manifest, read_labels(folder, manifest)), verify="fast")
-    counts = np.bincount(labels["class_id"].to_numpy(), minlength=len(manifest.class_names))
-    earlier = _before(folder, manifest)
-    own = {file.name: file.bytes for file in manifest.data_files}
-    held = {file.name: file.bytes for old in earlier for file in old.data_files}
-    return described(folder, manifest, earlier, counts, bytes=sum(own.values())) | {
-        "bytes_of_earlier": sum(size for name, size in held.items() if name not in own)
-    }
-
-
-def history(folder: Path) -> pa.Table:
-    """Return the kept versions as a table with the columns of :data:`labels.VERSIONS_SCHEMA`, oldest version first.
-
-    Raises StoreError if a manifest is damaged.
-    """
-    current = read_manifest(folder)
-    return history_table(_before(folder, current), current)
-
-
-def query(folder: Path, sql: str, predictions: Path | None = None, timeout: float = TIMEOUT) -> pa.Table:
-    """Run a SELECT query over the label store. See :func:`query.ask` for details and errors.
-
-    You can query the table ``labels``, its view ``class_counts`` and the table ``versions`` (see :func:`history`). A
-    fine-tuned index also has the table ``curve``, which contains the loss of each epoch. If you give a file of
-    predictions, it becomes the table ``predictions``.
-
-    Raises StoreError if the index is damaged.
-    """
-
-    def read(manifest: Manifest) -> dict[str, pa.Table]:
-        curve = {"curve": read_curve(folder, manifest.files["curve"])} if "curve" in manifest.files else {}
-        return {"labels": read_labels(folder, manifest), "versions": history(folder)} | curve
-
-    tables, _ = opened(folder, read)
-    return ask(tables, sql, predictions, timeout)
-
-
-def earlier_manifests(folder: Path) -> list[Manifest]:
-    """Read the manifests of earlier versions, oldest first. Raises StoreError if a manifest is damaged."""
-    for _ in range(VERSIONS_TRIED):
-        manifests = [_read_earlier(folder, path) for path in earlier_paths(folder)]
-        if None not in manifests:  # otherwise some were deleted in the meantime, and versions may be missing
-            break
-    return [manifest for manifest in manifests if manifest is not None]
-
-
-def _before(folder: Path, current: Manifest) -> list[Manifest]:
-    return [manifest for manifest in earlier_manifests(folder) if manifest.version < current.version]
-
-
-def check_earlier(folder: Path) -> None:
-    """Verify the files of every earlier version. Raises StoreError if a file is missing or damaged."""
-    known: set[DataFile] = set()
-    for manifest in earlier_manifests(folder):
-        try:
-            Check(folder, manifest, known=known).wait()
-        except StoreError:
-            if (folder / "manifests" / manifest_name(manifest)).exists():  # otherwise it was deleted in the meantime
-                raise
-        known |= set(manifest.data_files)
-
-
-def earlier_paths(folder: Path) -> list[Path]:
-    """List the manifest files of earlier versions, oldest first."""
-    place = folder / "manifests"
-    try:
-        paths = [path for path in place.iterdir() if path.suffix == ".json" and not path.name.startswith(".")]
-    except FileNotFoundError:  # there is no earlier version
-        return []
-    except OSError as error:
-        raise StoreError(f"{place}: cannot be read: {error.strerror}") from None
-    return sorted(paths, key=lambda path: (len(path.name), path.name))
-
-
-def _read_earlier(folder: Path, path: Path) -> Manifest | None:
-    try:
-        remedy = "delete earlier versions with index gc"
-        return Manifest.from_bytes(manifest_bytes(folder, path), str(path), remedy, remedy)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def manifest_name(manifest: Manifest) -> str:
-    """Return the file name of a version's manifest in the folder ``manifests``."""
-    return f"{manifest.version:06d}.json"
 
 
 def check_name(folder: Path) -> None:

@@ -40,7 +40,8 @@ def locked(folder: Path, place: object, wait: float | None = None) -> Iterator[N
             lock.acquire(timeout=LOCK_WAIT if wait is None else wait, poll_interval=POLL)
             break
         except filelock.Timeout:
-            raise busy(place, _owner(path)) from None
+            owner = _owner(path) or "another process"
+            raise StoreError(one_line(f"{place}: is being written by {owner}; try later")) from None
         except OSError as error:
             if not left or not isinstance(error, FileNotFoundError | FileExistsError):  # else it was just removed
                 reason = error.strerror or type(error).__name__
@@ -48,22 +49,12 @@ def locked(folder: Path, place: object, wait: float | None = None) -> Iterator[N
     try:
         data.mkdir(exist_ok=True)
         with suppress(OSError):  # if the disk is full, the owner cannot write its name
-            path.write_text(this_process(), "utf-8")
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}", "utf-8")
         yield
     finally:
         with suppress(OSError):  # the file stays empty until the next owner writes its name
             os.truncate(path, 0)
         lock.release()
-
-
-def this_process() -> str:
-    """Return a description of this process, which is used to name the owner of a lock."""
-    return f"process {os.getpid()} on {socket.gethostname()}"
-
-
-def busy(place: object, owner: str) -> StoreError:
-    """Return the error for a place that another process is still writing to."""
-    return StoreError(one_line(f"{place}: is being written by {owner or 'another process'}; try later"))
 
 
 def _owner(path: Path) -> str:

@@ -129,6 +129,11 @@ class Manifest:
         return [*self.files.values(), *(file for part in self.later for file in (part.keys, part.labels))]
 
     @property
+    def digested(self) -> list[DataFile]:
+        """All files with a digest, including those of a table, whose size is not known and given as 0."""
+        return [*self.data_files, *(DataFile(name, 0, 0, digest) for name, digest in self.digests.items())]
+
+    @property
     def has_points(self) -> bool:
         """Whether the table also contains the points. It does not if it has solved values, as a query uses all keys."""
         return self.table is not None and "metric" in self.files and "values" not in self.files

@@ -17,6 +17,12 @@ from pathlib import Path
 from retrieval_tip.errors import StoreError, UsageError, one_line
 from retrieval_tip.files import real
 
+SCHEMES = ("lance", "s3", "gs")
+KIND, FORMS = "LanceDB store", "lance://PATH, s3://BUCKET/PATH, gs://BUCKET/PATH"
+"""Name of these stores and the forms of their addresses, as shown in help texts and messages."""
+METAVAR, EXAMPLE = "DIR|ADDRESS", "lance://indexes/things.lance"
+"""Placeholder for a place in the help, and an example of an address."""
+
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 _REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION")
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,221}")
@@ -104,8 +110,14 @@ class Address:
         return str(real(self.local) if ".." in self.local.parts else self.local.absolute())
 
 
+def parse(text: str) -> Address | None:
+    """Parse the text of an address, or return ``None`` for a folder. Raises UsageError if the address is invalid."""
+    scheme, separator, _ = text.partition("://")
+    return Address.parse(text) if separator and scheme.lower() in SCHEMES else None
+
+
 def storage_options(address: Address, patience: Patience = PATIENCE) -> dict[str, str]:
-    """Return the options for ``lancedb.connect``, which :class:`objects.Objects` also uses.
+    """Return the options for ``lancedb.connect``, which :class:`bucket.BucketFiles` also uses.
 
     The options contain no credentials, because the clients read credentials from the environment. Raises StoreError if
     the endpoint is invalid.

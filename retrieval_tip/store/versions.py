@@ -1,0 +1,561 @@
+"""The versions of an index, which every kind of store keeps in the same way.
+
+An index is a set of immutable data files, whose names carry their digests, and a manifest that lists them. Readers see
+either the old version or the new version, never a mixture of the two.
+
+manifests/000003.json          the manifest of a version, until the version is deleted
+data/KIND-<digest>.SUFFIX      a data file, which several versions may share (see :data:`manifest.SUFFIXES`)
+lock                           locked by the process that is writing, unless the store is in a bucket
+
+Data files are written and flushed before the manifest. If the process is killed, the old version stays current, and the
+next writer removes the leftover files. Files to which no manifest in a bucket refers may belong to a version that is
+being written, so they are only deleted after :data:`UNFINISHED`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from importlib.metadata import version as version_of
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from retrieval_tip.errors import InputError, StoreError, UsageError, first_line
+from retrieval_tip.files import real
+from retrieval_tip.settings import Verify, check_choice
+from retrieval_tip.store.bucket import BucketFiles
+from retrieval_tip.store.files import FILE_NAME, TEMPORARY, LocalFiles, lies_in
+from retrieval_tip.store.labels import versions_table
+from retrieval_tip.store.lock import locked
+from retrieval_tip.store.manifest import SUFFIXES, DataFile, Manifest, named_in
+from retrieval_tip.store.query import TIMEOUT, ask
+
+T = TypeVar("T")
+Files = LocalFiles | BucketFiles
+
+KEPT_VERSIONS = 32
+"""Number of versions, including the current one, that a commit keeps."""
+VERSIONS_TRIED = 16
+"""Number of attempts to open an index if each version is deleted while it is being read."""
+MANIFEST_BYTES = 1 << 28
+"""Maximum size of a manifest in bytes, about ten times the size of a manifest with a million classes."""
+UNFINISHED = datetime.timedelta(hours=1)
+"""Age after which a file in a bucket to which no manifest refers is considered left over by a killed writer."""
+
+_MANIFEST = re.compile(r"manifests/(\d{6,12})\.json")
+
+
+class Writer:
+    """The writer of the next version. Use :meth:`Versions.write` to get one.
+
+    ``parent`` is the manifest of the version before it, and ``files`` are the data files written or kept so far.
+    ``restored`` is the earlier version that a rollback copies.
+    """
+
+    def __init__(self, store: Versions[Any], parent: Manifest | None) -> None:
+        self.store, self.parent = store, parent
+        self.files: dict[str, DataFile] = {}
+        self.restored: Manifest | None = None
+
+    @property
+    def number(self) -> int:
+        """Number of the version that is being written."""
+        return self.parent.version + 1 if self.parent else 1
+
+    def put(self, kind: str, rows: int, *parts: bytes | memoryview) -> None:
+        """Write the data file of this kind. In a bucket, a file that the parent version has is not sent again."""
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(part)
+        own = entry(kind, rows, sum(memoryview(part).nbytes for part in parts), digest.hexdigest())
+        if self.store.local is not None or self.parent is None or self.parent.files.get(kind) != own:
+            self.store.files.put(own.name, *parts)
+        self.files[kind] = own
+
+    def put_array(self, kind: str, array: npt.NDArray[np.floating]) -> None:
+        """Write a two-dimensional array as the data file of this kind."""
+        header = BytesIO()
+        write_header(header, array.shape, array.dtype)
+        self.put(kind, len(array), header.getvalue(), np.ascontiguousarray(array).data.cast("B"))
+
+    def put_table(self, kind: str, table: pa.Table) -> None:
+        """Write a table as the data file of this kind. Raises InputError if Parquet cannot store a column."""
+        sink = BytesIO()
+        try:
+            pq.write_table(table, sink)
+        except pa.ArrowException as error:
+            raise InputError(f"{kind}: cannot store a column ({first_line(error)})") from None
+        self.put(kind, len(table), sink.getbuffer())
+
+    def keep(self, *kinds: str) -> None:
+        """Share the data files of these kinds with the parent version."""
+        for kind in kinds:
+            assert self.parent is not None
+            self.files[kind] = self.parent.files[kind]
+
+    def commit(self, manifest: Manifest) -> None:
+        """Make this the current version. The old version stays current until the new manifest is written.
+
+        Raises InputError if the manifest contains a value that cannot be stored, and StoreError if another process has
+        changed the store meanwhile.
+        """
+        try:
+            raw = manifest.to_bytes()
+            Manifest.parse(json.loads(raw))
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise InputError(f"{self.store}: the manifest cannot be stored ({error}); nothing was changed") from None
+        self.store.publish(self, manifest, raw)
+        # The new version is committed, so nothing below may raise an error. The next writer completes the rest.
+        with suppress(OSError, StoreError):
+            self.store.files.flush()
+            self.store.forget_old(self, manifest)
+
+    def abandon(self) -> None:
+        """Remove unfinished files."""
+
+
+W = TypeVar("W", bound=Writer)
+
+
+class Versions(ABC, Generic[W]):
+    """The versions of one index. Readers see complete versions, and writers wait for each other.
+
+    ``files`` are the files of the store, ``place`` is its folder or address, and ``local`` is its folder on this
+    machine (``None`` for a bucket). Methods raise StoreError if the store is missing, damaged, locked or not writable.
+    If an error occurs, the current version stays unchanged.
+    """
+
+    files: Files
+    place: str
+    local: Path | None
+    writer: type[W]
+    """The class of the writer."""
+    own: tuple[str, ...]
+    """Names in the folder of a store, without the names of temporary files."""
+    in_table = False
+    """Whether keys and labels are rows of a table, which a manifest names."""
+    remedies: tuple[str, ...] = ("restore it, or go back to an earlier version",)
+    """What to do about a damaged manifest, and about one that is too old."""
+
+    def __str__(self) -> str:
+        return self.place
+
+    @property
+    def resolved(self) -> str:
+        """The folder or address in a canonical form, which is the same for every spelling."""
+        return str(self) if self.local is None else str(real(self.local))
+
+    @property
+    def name(self) -> str:
+        """Last component of the folder or address."""
+        return self.resolved.rpartition("/")[2] if self.local is None else Path(self.resolved).name
+
+    @abstractmethod
+    def exists(self) -> bool:
+        """Return whether the store contains an index, even a damaged one."""
+
+    @abstractmethod
+    def stamp(self) -> Hashable | None:
+        """Return a value that changes with the current version, or ``None`` if there is no index.
+
+        This never sends a request. If the store needs a request to detect changes, every call returns a new value.
+        """
+
+    @abstractmethod
+    def current(self) -> Manifest:
+        """Return the manifest of the current version."""
+
+    @abstractmethod
+    def publish(self, writer: W, manifest: Manifest, raw: bytes) -> None:
+        """Write the manifest of the next version, which is encoded as ``raw``."""
+
+    @abstractmethod
+    def has_text(self, manifest: Manifest) -> bool:
+        """Return whether a version has any text weight that is not zero."""
+
+    @abstractmethod
+    def read_labels(self, manifest: Manifest, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return the label store of a version, or some of its columns."""
+
+    @abstractmethod
+    def tables(self, manifest: Manifest) -> dict[str, pa.Table]:
+        """Return the tables of a version that :meth:`query` can read, by name."""
+
+    @abstractmethod
+    def facts(self, manifest: Manifest, earlier: list[Manifest]) -> tuple[npt.NDArray[np.int64], dict[str, object]]:
+        """Return the number of keys per class, and further facts for :meth:`describe`."""
+
+    # Reading
+
+    def numbers(self) -> list[int]:
+        """Return the numbers of the manifests in the folder ``manifests``, in ascending order."""
+        return sorted(int(found[1]) for name in self.files.sizes("manifests") if (found := _MANIFEST.fullmatch(name)))
+
+    def manifest(self, version: int | None = None) -> Manifest:
+        """Return the manifest of the current version, or of an earlier version."""
+        current = self.current()
+        if version in (None, current.version):
+            return current
+        assert version is not None
+        try:
+            return self.read(version)
+        except FileNotFoundError:
+            there = ", ".join(map(str, sorted({*self.numbers(), current.version})))
+            raise StoreError(f"{self}: has no version {version}; use one of {there}") from None
+
+    def read(self, version: int) -> Manifest:
+        """Read a manifest in the folder ``manifests``. Raises FileNotFoundError if it is missing."""
+        manifest = self.parse(manifest_name(version), *self.remedies)
+        if manifest.version != version:
+            raise StoreError(f"{self}/{manifest_name(version)}: is the manifest of another version; restore it")
+        return manifest
+
+    def parse(self, name: str, *remedies: str) -> Manifest:
+        """Read a manifest. Raises FileNotFoundError if it is missing."""
+        manifest = Manifest.from_bytes(self.files.get(name, MANIFEST_BYTES), f"{self}/{name}", *remedies)
+        if (manifest.table is not None) != self.in_table:
+            raise StoreError(f"{self}/{name}: is the manifest of another kind of store; restore the right one")
+        return manifest
+
+    def check_there(self) -> None:
+        """Raise StoreError if there is no index, before a writer creates a folder for it."""
+        if not self.exists():
+            self.current()
+
+    def opened(self, read: Callable[[Manifest], T], version: int | None = None, first: Manifest | None = None) -> T:
+        """Call ``read`` with the manifest of the current or an earlier version, and return the result.
+
+        If a writer deletes the version in the meantime, the call is repeated. Pass the manifest as ``first`` if it has
+        been read before.
+        """
+        for _ in range(VERSIONS_TRIED):
+            manifest = first or self.manifest(version)
+            try:
+                return read(manifest)
+            except StoreError:
+                if self.keeps(manifest):
+                    raise
+            first = None
+        raise self.too_fast()
+
+    def keeps(self, manifest: Manifest) -> bool:
+        """Return whether a version still exists. Writers delete the manifest of a version first."""
+        try:
+            return self.manifest(manifest.version) == manifest
+        except StoreError:
+            return False
+
+    def too_fast(self) -> StoreError:
+        """Return the error for a store whose versions are deleted faster than they can be read."""
+        return StoreError(f"{self}: keeps changing while it is opened; try again")
+
+    def earlier(self, current: Manifest) -> list[Manifest]:
+        """Return the manifests of the versions before the current version, oldest first."""
+        for _ in range(VERSIONS_TRIED):
+            with suppress(FileNotFoundError):  # some were deleted in the meantime
+                return [self.read(number) for number in self.numbers() if number < current.version]
+        raise self.too_fast()
+
+    def check_earlier(self, current: Manifest, known: Collection[DataFile] = ()) -> None:
+        """Verify the files of earlier versions, except files that are ``known`` to be intact.
+
+        Raises StoreError if a file is missing or damaged.
+        """
+        for manifest in self.earlier(current):
+            try:
+                self.check_files(manifest, known)
+            except StoreError:
+                if self.keeps(manifest):
+                    raise
+            known = {*known, *manifest.digested}
+
+    def check(self, manifest: Manifest) -> None:
+        """Raise StoreError if a version is damaged and therefore cannot be restored."""
+        self.check_files(manifest)
+
+    def check_files(self, manifest: Manifest, known: Collection[DataFile] = ()) -> None:
+        """Raise StoreError if a file of a version is missing or damaged. Files in ``known`` are skipped."""
+        Check(self.files, manifest, known=known).wait()
+
+    def history(self) -> pa.Table:
+        """Return the kept versions as a table with the columns of :data:`labels.VERSIONS_SCHEMA`, oldest first.
+
+        In LanceDB, the column ``bytes`` does not include the table.
+        """
+        current = self.current()
+        names = ("version", "parent", "created_at", "created_by", "change")
+        return versions_table(
+            [
+                {name: getattr(manifest, name) for name in names}
+                | {
+                    "keys": manifest.n,
+                    "classes": len(manifest.class_names),
+                    "bytes": sum(sizes_of(manifest).values()),
+                    "current": manifest is current,
+                }
+                for manifest in [*self.earlier(current), current]
+            ]
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Return the facts that ``index info`` prints."""
+        manifest, earlier, (counts, more) = self.opened(
+            lambda manifest: (manifest, earlier := self.earlier(manifest), self.facts(manifest, earlier))
+        )
+        facts = dataclasses.asdict(manifest)
+        for name in ("files", "later", "digests"):
+            del facts[name]
+        facts |= facts.pop("settings")
+        per_class = {"least": int(counts.min()), "median": float(np.median(counts)), "most": int(counts.max())}
+        return (
+            {"folder": str(self)}
+            | facts
+            | {"k": manifest.settings.k or "all", "classes": len(manifest.class_names), "keys_per_class": per_class}
+            | {"precision": manifest.provenance.get("precision")}
+            | more
+            | {
+                "files": {kind: file.name for kind, file in manifest.files.items()},
+                "earlier_versions": [old.version for old in earlier],
+            }
+        )
+
+    def query(self, sql: str, predictions: Path | None = None, timeout: float = TIMEOUT) -> pa.Table:
+        """Run a SELECT query over the label store. See :func:`query.ask` for details and errors.
+
+        You can query the table ``labels``, its view ``class_counts`` and the table ``versions`` (see :meth:`history`).
+        A fine-tuned index also has the table ``curve``, which contains the loss of each epoch. If you give a file of
+        predictions, it becomes the table ``predictions``.
+        """
+        tables = self.opened(lambda manifest: self.tables(manifest) | {"versions": self.history()})
+        return ask(tables, sql, predictions, timeout)
+
+    # Writing
+
+    @contextmanager
+    def write(self, wait: float | None = None) -> Iterator[W]:
+        """Yield a writer of the next version. A store on this machine is locked in the meantime.
+
+        Waits up to ``wait`` seconds for other writers; ``wait`` defaults to :data:`lock.LOCK_WAIT`. If an exception is
+        raised or the process is killed, the current version stays in place. Raises StoreError if the folder contains
+        other files, stays locked or cannot be written, or if the disk is full.
+        """
+        folder, made = self.local, list[Path]()
+        if folder is None:
+            yield self.writer(self, self.current() if self.exists() else None)
+            return
+        for name in self.own:
+            if not lies_in(folder, folder / name):
+                raise StoreError(f"{folder / name}: is a link that leads out of the index; nothing was changed")
+        try:
+            made += [path for path in (folder, *folder.parents) if not path.exists()]
+            if folder.is_file():
+                raise StoreError(f"{self}: is a file, not a folder; give another --out")
+            # Another writer may create an index between these two lines, but not remove one.
+            others = [path for path in paths_in(folder) if path.name not in self.own and not is_temporary(path)]
+            if others and not self.exists():
+                raise StoreError(f"{self}: is not an index and not empty; give an empty or new folder")
+            with locked(folder, self, wait):
+                try:
+                    yield from self._exclusively(folder)
+                finally:
+                    if not self.exists():
+                        _remove_own(folder)
+        except OSError as error:
+            raise StoreError(
+                f"{error.filename2 or error.filename or self}: cannot be written: {error.strerror or error}; "
+                "nothing was changed"
+            ) from error
+        finally:
+            with suppress(OSError):  # a folder that contains files of another writer is kept
+                for path in made if not self.exists() else ():
+                    path.rmdir()
+
+    def _exclusively(self, folder: Path) -> Iterator[W]:
+        """Yield a writer to the owner of the lock, and remove what killed and failed writers leave."""
+        parent = self.current() if self.exists() else None
+        for path in filter(
+            is_temporary, [*paths_in(folder), *paths_in(folder / "data"), *paths_in(folder / "manifests")]
+        ):
+            with suppress(OSError):
+                path.unlink()
+        self.tidy(parent)
+        writer = self.writer(self, parent)
+        try:
+            yield writer
+        except BaseException:
+            writer.abandon()
+            with suppress(OSError, StoreError):
+                self.tidy(self.current() if self.exists() else None)  # an interrupted commit may still have succeeded
+            raise
+        writer.abandon()
+
+    def rollback(self, version: int | None = None) -> int:
+        """Copy an earlier version, by default the parent, into a new version, and return the new number."""
+        self.check_there()
+        with self.write() as writer:
+            current = writer.parent or self.current()
+            wanted = version if version is not None else current.parent
+            if wanted is None:
+                raise StoreError(f"{self}: no version before {current.version}; there is nothing to go back to")
+            if wanted == current.version:
+                return current.version
+            old = writer.restored = self.manifest(wanted)
+            self.check(old)
+            new = dataclasses.replace(
+                old,
+                version=writer.number,
+                parent=current.version,
+                next_key_id=max(old.next_key_id, current.next_key_id),  # key ids are not reused
+                change=f"rollback to version {old.version}",
+                **created(),
+            )
+            writer.commit(new)
+            return new.version
+
+    def collect(self, keep: int = 1) -> tuple[list[int], int]:
+        """Delete all versions except the last ``keep``, and the data that only the deleted versions use.
+
+        Return the deleted version numbers and the number of freed bytes, which does not include rows of a table. A
+        reader that still has a deleted version open can finish if it has memory-mapped its files. Raises UsageError if
+        ``keep`` is below 1.
+        """
+        if keep < 1:
+            raise UsageError(f"keep is {keep}: give at least 1, because the current version is always kept")
+        self.check_there()
+        with self.write() as writer:
+            before = self._bytes()
+            gone = self.forget(keep, writer.parent or self.current())
+            return gone, before - self._bytes()
+
+    def _bytes(self) -> int:
+        return sum(size for folder in ("data", "manifests") for size in self.files.sizes(folder).values())
+
+    def forget_old(self, writer: W, current: Manifest) -> None:
+        """Delete all but the last :data:`KEPT_VERSIONS` versions after a commit."""
+        if self.surplus(current, KEPT_VERSIONS):
+            self.forget(KEPT_VERSIONS, current)
+
+    def surplus(self, current: Manifest, keep: int) -> list[int]:
+        """Return the numbers of all but the last ``keep`` versions, oldest first."""
+        earlier = [number for number in self.numbers() if number < current.version]
+        return earlier[: max(0, len(earlier) + 1 - keep)]
+
+    def forget(self, keep: int, current: Manifest) -> list[int]:
+        """Delete all but the last ``keep`` versions, and return their numbers."""
+        gone = self.surplus(current, keep)
+        self.files.delete(map(manifest_name, gone))
+        self.tidy(current)
+        return gone
+
+    def manifest_names(self) -> list[str]:
+        """Return the names of all manifests."""
+        return [manifest_name(number) for number in self.numbers()]
+
+    def tidy(self, current: Manifest | None) -> None:
+        """Remove data files to which no manifest refers, if all manifests can be read."""
+        age = UNFINISHED if self.local is None else datetime.timedelta()
+        with suppress(OSError, StoreError):
+            named = set[str]()
+            for name in self.manifest_names():
+                found = named_in(self.files.get(name, MANIFEST_BYTES))
+                if found is None:
+                    return  # a damaged manifest may refer to any of the files
+                named |= found
+            files = [name for name in self.files.sizes("data", age) if FILE_NAME.fullmatch(name.partition("/")[2])]
+            self.files.delete(name for name in files if name not in named)
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """A version that an index was opened from or saved as. ``store`` is a :class:`stores.Store` or a folder."""
+
+    store: Any
+    manifest: Manifest
+
+
+class Check:
+    """A check of a version's data files against its manifest, which runs in background threads."""
+
+    def __init__(
+        self, files: Files, manifest: Manifest, verify: Verify = "full", known: Collection[DataFile] = ()
+    ) -> None:
+        """Start the check.
+
+        With ``verify="full"``, the size and SHA-256 of every file are compared with the manifest. With ``"fast"``, the
+        SHA-256 is only compared for files of up to 4 MiB, so a change that keeps the size of a larger file is not
+        detected. Files in ``known`` are skipped. Raises UsageError if ``verify`` has another value.
+        """
+        check_choice("verify", verify, Verify)
+        self.manifest, self.verify = manifest, verify
+        wanted = [file for file in manifest.digested if file not in known]
+        pool = ThreadPoolExecutor(min(len(wanted), 16) or 1, thread_name_prefix="check")
+        self._problems = [pool.submit(files.problem, file, verify == "full") for file in wanted]
+        pool.shutdown(wait=False)
+
+    def wait(self) -> None:
+        """Wait until all files are verified. Raises StoreError naming the first file that differs from the manifest."""
+        for future in self._problems:
+            if problem := future.result():
+                raise StoreError(f"{problem}; restore the file or an earlier version, or build the index again")
+
+
+def created() -> dict[str, Any]:
+    """Return the entries of a new manifest that contain the time and the program version."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"created_at": now, "created_by": f"retrieval-tip {version_of('retrieval-tip')}"}
+
+
+def entry(kind: str, rows: int, size: int, digest: str) -> DataFile:
+    """Return the entry of a data file in a manifest."""
+    return DataFile(f"data/{kind}-{digest[:16]}{SUFFIXES[kind]}", rows, size, digest)
+
+
+def manifest_name(version: int) -> str:
+    """Return the name of a version's manifest in the folder ``manifests``."""
+    return f"manifests/{version:06d}.json"
+
+
+def sizes_of(manifest: Manifest) -> dict[str, int]:
+    """Return the sizes of the data files of a version in bytes, by name."""
+    return {file.name: file.bytes for file in manifest.data_files}
+
+
+def write_header(file: BinaryIO, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
+    """Write the header of a ``.npy`` file."""
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+def is_temporary(path: Path) -> bool:
+    """Return whether a path has the name of an unfinished file."""
+    return TEMPORARY.fullmatch(path.name) is not None
+
+
+def paths_in(folder: Path) -> list[Path]:
+    """List a folder. The list is empty if the folder is missing."""
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:
+        return []
+
+
+def _remove_own(folder: Path) -> None:
+    """Remove the files that a failed first version left behind. Only call this while you hold the lock."""
+    with suppress(OSError):
+        for empty in (folder / "manifests", folder / "data"):
+            if empty.exists():
+                empty.rmdir()
+        (folder / "lock").unlink()
