@@ -175,7 +175,7 @@ class TableVersions(Versions[TableWriter]):
         if KeyTable.at(self.address, manifest.table.name, manifest.table.version).rows != manifest.n:
             raise changed_meanwhile(self.address)
         writer.flush()
-        self.files.flush()
+        self.files.flush("data", "")
         name = manifest_name(manifest.version)
         created = self.files.create(name, raw)
         with suppress(FileNotFoundError):  # it may exist because the server's answer was lost; its content shows whose

@@ -96,7 +96,7 @@ class BucketFiles:
             with suppress(FileNotFoundError):
                 self._asked(part[0], functools.partial(obstore.delete, self._client, part), FileNotFoundError)
 
-    def flush(self) -> None:
+    def flush(self, *folders: str) -> None:
         """Do nothing, because a service keeps what it has acknowledged."""
 
     def problem(self, file: DataFile, whole: bool = True) -> str | None:

@@ -122,10 +122,10 @@ class LocalFiles:
         for name in names:
             (self.folder / name).unlink(missing_ok=True)
 
-    def flush(self) -> None:
-        """Flush the entries of the folders to disk. Each file is flushed before it gets its name."""
-        for folder in (self.folder / "data", self.folder / "manifests", self.folder, self.folder.parent):
-            sync(folder)
+    def flush(self, *folders: str) -> None:
+        """Flush the entries of folders to disk. Each file is flushed before it gets its name."""
+        for folder in folders:
+            sync(self.folder / folder)
 
     def problem(self, file: DataFile, whole: bool = True) -> str | None:
         """Return how a file differs from its entry in a manifest, or ``None``.

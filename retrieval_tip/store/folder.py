@@ -129,10 +129,10 @@ class FolderVersions(Versions[FolderWriter]):
 
     def publish(self, writer: FolderWriter, manifest: Manifest, raw: bytes) -> None:
         """The current manifest is copied to ``manifests`` first."""
-        self.files.flush()
+        self.files.flush("data")
         if writer.parent is not None:
             self.files.put(manifest_name(writer.parent.version), (self.folder / CURRENT).read_bytes())
-            self.files.flush()
+        self.files.flush("manifests", "")
         self.files.put(CURRENT, raw)
 
     def manifest_names(self) -> list[str]:

@@ -120,7 +120,7 @@ class Writer:
         self.store.publish(self, manifest, raw)
         # The new version is committed, so nothing below may raise an error. The next writer completes the rest.
         with suppress(OSError, StoreError):
-            self.store.files.flush()
+            self.store.files.flush("manifests", "", "..")
             self.store.forget_old(self, manifest)
 
     def abandon(self) -> None:
