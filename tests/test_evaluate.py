@@ -114,8 +114,8 @@ def test_a_source_without_any_known_class_is_refused_by_name(tmp_path: Path) -> 
     with pytest.raises(InputError) as caught:
         evaluate(model(), labelled(tmp_path, labels, QUERIES[:7]), Reader())
     message = str(caught.value)
-    assert "features.parquet: 7 unknown labels: odd 0, odd 1, odd 2, odd 3, odd 4; " in message
-    assert message.endswith("class 0, class 1, class 2, class 3, class 4 ...")
+    assert "features.parquet: 7 unknown labels: odd 0, odd 1, odd 2, odd 3, odd 4 and 2 more; " in message
+    assert message.endswith("class 0, class 1, class 2, class 3, class 4 and 3 more")
 
 
 def test_a_source_without_items_is_refused(source: Source) -> None:
