@@ -92,7 +92,7 @@ def at(place: Place) -> Store:
     address = parse(place) if isinstance(place, str) else None
     if address is None:
         return FolderStore(place)
-    # Only here does a lower layer name the package, which is imported when it is needed.
+    # imported by name, because this layer is below the package
     return cast("Store", importlib.import_module("retrieval_tip.lance.lance_store").LanceStore(address))
 
 

@@ -89,7 +89,8 @@ class LocalFiles:
     def _staged(self, name: str, *parts: bytes | memoryview) -> Path:
         path = self.folder / name
         staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-        path.parent.mkdir(exist_ok=True)
+        if not path.parent.is_dir():
+            path.parent.mkdir(exist_ok=True)
         try:
             with staged.open("wb") as file:
                 for part in parts:

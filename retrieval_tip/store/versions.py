@@ -8,8 +8,8 @@ data/KIND-<digest>.SUFFIX      a data file, which several versions may share (se
 lock                           locked by the process that is writing, unless the store is in a bucket
 
 Data files are written and flushed before the manifest. If the process is killed, the old version stays current, and the
-next writer removes the leftover files. Files to which no manifest in a bucket refers may belong to a version that is
-being written, so they are only deleted after :data:`UNFINISHED`.
+next writer removes the leftover files. In a bucket, such files may belong to a version that is being written, so they
+are only deleted after :data:`UNFINISHED`.
 """
 
 from __future__ import annotations
