@@ -43,12 +43,12 @@ class FolderWriter(Writer):
         check_name(store.folder)
         super().__init__(store, parent)
         self.folder = store.folder
-        self._staged: list[Path] = []
+        self._staged = set[Path]()  # files are sealed in several threads
 
     def stage(self, kind: str) -> Path:
         """Return a temporary path for a data file of this kind. Write the file there before you call :meth:`seal`."""
         path = self.folder / "data" / f".{kind}-{uuid.uuid4().hex}{SUFFIXES[kind]}.tmp"
-        self._staged.append(path)
+        self._staged.add(path)
         return path
 
     def stage_array(
@@ -78,13 +78,13 @@ class FolderWriter(Writer):
         own = self.files[kind] = entry(kind, rows, staged.stat().st_size, sha256_of(staged))
         path = self.folder / own.name
         staged.replace(path)
-        self._staged.remove(staged)
+        self._staged.discard(staged)
         return path
 
     def discard(self, staged: Path) -> None:
         """Delete a staged file."""
         staged.unlink(missing_ok=True)
-        self._staged.remove(staged)
+        self._staged.discard(staged)
 
     def abandon(self) -> None:
         """Remove the staged files. Sealed files to which no manifest refers are removed by :meth:`Versions.tidy`."""
