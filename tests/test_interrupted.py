@@ -371,7 +371,10 @@ def steps_of(server, world, operation, folder):
     """Return the steps of an uninterrupted operation."""
     if operation not in world.steps:
         assert server.run(world.job(operation, world.copy(folder, "counted", operation))) == 0
-        world.steps[operation] = steps = server.steps
+        steps = server.steps
+        if operation == "gc" and world.index is None:  # LanceDB may have to be asked again, which depends on the clock
+            steps = steps[: steps.index("optimize") + 2]
+        world.steps[operation] = steps
         if world.index is None:
             assert operation not in NEEDED or NEEDED[operation] in steps
             assert operation == "gc" or "create" in steps
@@ -401,7 +404,7 @@ def test_a_failed_system_call_leaves_the_old_or_the_new_version(server, worlds, 
     """The disk reports an error of input or output."""
     world, failed = worlds["Flat"], 0
     steps = [at for at, name in enumerate(steps_of(server, world, operation, tmp_path)) if name != "fcntl.flock"]
-    for step in (steps[i] for i in sampled(len(steps), 5)):
+    for step in (steps[i] for i in sampled(len(steps), 8)):
         place = world.copy(tmp_path, str(step), operation)
         status = server.run(world.job(operation, place), step=step, how="EIO")
         assert status in (0, REFUSED)
