@@ -405,7 +405,7 @@ def test_a_read_only_folder_can_be_read_and_refuses_every_change(index: Path, tm
 
 def test_the_error_names_the_process_that_holds_the_lock(server: killing.Server, index: Path, tmp_path: Path) -> None:
     job = {"work": "configure", "folder": str(index)}
-    assert server.run(job) == 0
+    assert server.run(job) == server.run(job) == 0  # only the first creates the folder of earlier manifests
     locked, *_, released = [number for number, step in enumerate(server.steps) if step == "fcntl.flock"]
     named = 0
     for step in sampled(len(server.steps), 8):
