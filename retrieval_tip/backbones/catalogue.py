@@ -54,7 +54,7 @@ _DEMO = "build/demo/efficientnet-lite0.pth"
 DEMO = (Path(_DEMO), Path(_DEMO).relative_to("build/demo"), Path(__file__).parents[2] / _DEMO)
 """Possible paths of the encoder from ``benchmarks/demo.py``, below the current folder or the repository."""
 
-LARGEST_LIST = 200  # longest list that includes sizes, because computing each size takes a twentieth of a second
+LARGEST_LIST = 40  # longest list that includes sizes, because computing each size takes a quarter of a second
 
 _QUIET = threading.RLock()
 
