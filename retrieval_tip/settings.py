@@ -34,8 +34,8 @@ Normalize = Literal["both", "shots", "affinity", "none"]
 """Units of alpha and beta (see :mod:`retrieval.defaults`)."""
 MetricName = Literal["none", "within"]
 ValuesName = Literal["one-hot", "solved"]
-METRICS, VALUES = get_args(MetricName), get_args(ValuesName)
-"""The metrics and values that a fit can select (see :mod:`tip`)."""
+VALUES = get_args(ValuesName)
+"""The values that a fit can select (see :mod:`tip`)."""
 TrainedPart = Literal["keys", "values"]
 TRAINED: tuple[TrainedPart, ...] = get_args(TrainedPart)
 """The parts that can be trained: the keys (as in Tip-Adapter-F), and the values."""

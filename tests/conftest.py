@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,10 +29,10 @@ import torch  # before FAISS, whose CUDA libraries may be older
 import warm
 from click.testing import CliRunner, Result
 from hypothesis import settings
-from tables import read_features
+from tables import read_features, some_pixels, tiny
 
 from retrieval_tip import Index, errors
-from retrieval_tip.backbones.base import Backbone
+from retrieval_tip.backbones.base import Backbone, Identity
 from retrieval_tip.cli import main
 from retrieval_tip.settings import Settings
 
@@ -47,6 +47,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ["HF_HUB_OFFLINE"] = "1"  # read on import; otherwise a test would retry for a minute before it fails
 
 T = TypeVar("T")
+Compiled = tuple[Path, Identity, torch.Tensor, np.ndarray]
 ROOT = Path(__file__).resolve().parent.parent
 AS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 PROGRAMS = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ``PATH`` including this environment
@@ -203,6 +204,28 @@ def lit_mini(shared: Path) -> Backbone:
     from retrieval_tip.backbones.loading import load_backbone
 
     return load_backbone(f"local-dir:{shared / 'models' / 'lit-mini'}", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    """A model folder, the cache that holds its compiled tower, and the features of three images."""
+    from retrieval_tip.backbones.loading import load_backbone
+
+    place = tmp_path_factory.mktemp("compiled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RETRIEVAL_TIP_CACHE", str(place / "cache"))
+        model = load_backbone(f"local-dir:{tiny(place / 'model')}", device="cpu")
+        pixels = some_pixels(model, 3)
+        return place, model.identity, pixels, model.encode_images(pixels)
+
+
+@pytest.fixture
+def compiled(compiled_once: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compiled:
+    """A copy of ``compiled_once``, which a test may change: the folder, the identity, the images and their features."""
+    place, identity, *encoded = compiled_once
+    shutil.copytree(place, tmp_path / "compiled")
+    monkeypatch.setenv("RETRIEVAL_TIP_CACHE", str(tmp_path / "compiled" / "cache"))
+    return tmp_path / "compiled", replace(identity, model=f"local-dir:{tmp_path / 'compiled' / 'model'}"), *encoded
 
 
 @pytest.fixture(scope="session")

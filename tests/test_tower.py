@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from dataclasses import replace
 
 import numpy as np
 import open_clip
@@ -39,26 +37,6 @@ def place(tmp_path, monkeypatch):
 @pytest.fixture
 def folder(tmp_path):
     return tiny(tmp_path / "model")
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A model folder, the cache that holds its compiled tower, and the features of three images."""
-    place = tmp_path_factory.mktemp("made")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RETRIEVAL_TIP_CACHE", str(place / "cache"))
-        model = load_backbone(f"local-dir:{tiny(place / 'model')}", device="cpu")
-        pixels = some_pixels(model, 3)
-        return place, model.identity, pixels, model.encode_images(pixels)
-
-
-@pytest.fixture
-def compiled(made, tmp_path, monkeypatch):
-    """A copy of ``made``, which a test may change: the model folder, its identity, the images and their features."""
-    place, identity, pixels, features = made
-    shutil.copytree(place, tmp_path / "made")
-    monkeypatch.setenv("RETRIEVAL_TIP_CACHE", str(tmp_path / "made" / "cache"))
-    return tmp_path / "made", replace(identity, model=f"local-dir:{tmp_path / 'made' / 'model'}"), pixels, features
 
 
 def both(model, **options):

@@ -25,8 +25,6 @@ import click
 from retrieval_tip.cli.examples import EXAMPLES
 from retrieval_tip.errors import RetrievalTipError, UsageError, message
 
-Function = Callable[..., Any]
-
 COLUMN = 24
 """Maximum width of the column of option names. The help of a longer name starts on the next line."""
 
