@@ -89,8 +89,7 @@ class LocalFiles:
     def _staged(self, name: str, *parts: bytes | memoryview) -> Path:
         path = self.folder / name
         staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-        if not path.parent.is_dir():
-            path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
         try:
             with staged.open("wb") as file:
                 for part in parts:

@@ -140,12 +140,11 @@ class FolderVersions(Versions[FolderWriter]):
 
     def tidy(self, current: Manifest | None) -> None:
         with suppress(OSError):
-            if current is not None and current.version in self.numbers():
-                self.files.delete([manifest_name(current.version)])  # made for a version that was never written
+            if current is not None:  # this copy was made for a version that was never written
+                self.files.delete([manifest_name(current.version)])
         super().tidy(current)
-        with suppress(OSError):  # rmdir fails unless the folder is empty
-            if not self.numbers():
-                (self.folder / "manifests").rmdir()
+        with suppress(OSError):  # fails unless the folder is empty
+            (self.folder / "manifests").rmdir()
 
     def has_text(self, manifest: Manifest) -> bool:
         shape = len(manifest.class_names), manifest.d
