@@ -71,6 +71,7 @@ ifneq ($(wildcard ../shared/models),) # needs the photos and features of public 
 	$(BENCH)/encoding.py --number 5 --large 2 --size 1600 1400 --rounds 1
 	$(BENCH)/gpu.py --device cpu --rounds 1 --size 320 32 16 --queries 20 --training 20 8 32 --epochs 1 --photos 4
 	$(BENCH)/accuracy.py --dataset food --shots 2 --seeds 1 --finetune
+	$(BENCH)/accuracy.py --encoders --shots 1 --seeds 1
 	$(BENCH)/accuracy.py --dataset food --shots 5 --seeds 1 --shape growth
 	$(BENCH)/headline.py --seeds 1
 	$(BENCH)/paper.py --dataset Caltech101 --seeds 1 --shots 1 --method untouched --method zero-shot

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import encoders
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -384,6 +385,8 @@ def print_losses(rows: Sequence[dict[str, Any]]) -> None:
     type=click.Path(path_type=Path),
     help="File with one JSON line per finished run. These runs are skipped. Runs of other methods are also printed.",
 )
+@click.option("--encoders", "joined", is_flag=True, help="Compare one encoder with several (see encoders.py).")
+@click.option("--weights", type=click.Path(path_type=Path, exists=True), help="With --encoders, of EfficientNet-Lite0.")
 def main(
     shared: Path,
     shape: str,
@@ -393,12 +396,17 @@ def main(
     seeds: int,
     tuning: bool,
     results: Path | None,
+    joined: bool,
+    weights: Path | None,
 ) -> None:
     """Fit the indexes, classify the test items, and print the results."""
     click.echo(
         f"{machine()}; seeds 1 to {seeds}.\nAll settings are chosen on the shots alone. Top-1 in %, mean over draws ± "
         "standard error; ECE: expected calibration error in 15 bins; seconds: CPU time to fit."
     )
+    if joined:
+        encoders.compare(shared, shots, seeds, weights)
+        return
     further = SHAPES[shape].method
     if not methods:
         asked = [method for method in METHODS if method not in (GROWN, WITH_PRIOR) and (tuning or method != FINE_TUNED)]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
-from retrieval_tip.backbones.base import Identity
+from retrieval_tip.backbones.base import Identity, Part
 from retrieval_tip.bounds import check_count
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
@@ -22,7 +22,7 @@ from retrieval_tip.errors import InputError, warn_once
 from retrieval_tip.predictions import Predictions, SimilarShot
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.answers import AnswerBlock
-from retrieval_tip.retrieval.arrays import KeyArray, KeysInPlace
+from retrieval_tip.retrieval.arrays import KeyArray, KeysInPlace, equal_shares, scale_of
 from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.retrieval.keys import Keys, points_of
 from retrieval_tip.retrieval.logits import LOGITS, AnswerTerms, Retrieval, finite_logits, slices
@@ -55,6 +55,7 @@ class Answering:
     metric: tip.Metric | None = None
     fitted: Fitted | None = None
     built: Built = field(default_factory=Built)
+    parts: tuple[Part, ...] = ()
     prior: npt.NDArray[np.float32] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -153,11 +154,31 @@ class Answering:
         return bool(self.text_weights.any())
 
     @property
+    def shares(self) -> tuple[float, ...]:
+        """How much each encoder counts, if there are several. The shares sum to 1."""
+        own = () if self.fitted is None else self.fitted.shares
+        return own or equal_shares(self.parts)
+
+    @property
+    def scale(self) -> Tensor | None:
+        """The factor ``sqrt(e s_i)`` of each value of a feature, ``[d]``, or ``None`` if ``e`` encoders count equally.
+
+        The metric includes this factor, so that the affinity is the mean of those of the encoders, weighted by shares.
+        """
+        return scale_of(self.parts, self.shares)
+
+    @property
+    def text(self) -> Tensor:
+        """The text weights as queries meet them, in which each encoder has its share."""
+        scale = self.scale
+        return self.text_weights if scale is None else self.text_weights * scale.square().to(self.text_weights)
+
+    @property
     def retrieval(self) -> Retrieval:
         """The object that retrieves keys, using the current settings."""
         return Retrieval(
             keys=self._keys,
-            text_weights=self.text_weights,
+            text_weights=self.text,
             values=self.rows.values,
             settings=self.settings,
             metric=self.metric,
@@ -201,6 +222,7 @@ class Answering:
         return other
 
     def _queries(self, features: Features) -> Tensor:
+        features = inputs.joined(features, self.parts, "features") if inputs.are_several(features) else features
         return inputs.queries(features, self.d).to(self.device)
 
     def _retrieval(self, k: KeysMet, tail: bool | None) -> Retrieval:
@@ -276,7 +298,7 @@ class Answering:
 
         Raises InputError if the norm of a feature is not 1, and the errors of :meth:`logits`.
         """
-        f = inputs.queries(features, self.d)
+        f = self._queries(features)
         if norms == "check":
             inputs.check_unit(f)
         blocks = self.answers([FeatureBlock.of(f.cpu().numpy())], Ask(**asked))
@@ -287,7 +309,7 @@ class Answering:
 
         To classify images, pass a ``reader``. Unreadable items are skipped and listed in ``reader.skipped``.
         """
-        column = source.items["source"]
+        column, reader = source.items["source"], reader.for_queries(self.parts, self.shares)
         for answers in self.answers(reader.blocks(source), ask):
             yield answers.predictions().named(column.take(pa.array(answers.block.positions)))
 

@@ -54,6 +54,7 @@ from retrieval_tip.settings import Ask, AskOptions, BuildOptions, ClassPrior, Ke
 from retrieval_tip.store.address import parse
 
 if TYPE_CHECKING:
+    from retrieval_tip.backbones.joined import Joined
     from retrieval_tip.backbones.torch_backbone import TorchBackbone
     from retrieval_tip.fit.finetune import Tuned
     from retrieval_tip.fit.trainer import Recipe
@@ -104,7 +105,7 @@ class OpenIndex:
     _temporary: TemporaryIndex | None = None
 
     def __init__(self, index: Index, reader: Reader) -> None:
-        self.index, self.reader = index, reader
+        self.index, self.reader = index, replace(reader, parts=index.parts)
 
     @classmethod
     def load(cls, place: Place, model: Model = None, *, device: str = "auto", precision: Precision = "auto") -> Self:
@@ -175,7 +176,7 @@ class OpenIndex:
         """Use another version of the index, and the encoder that belongs to it."""
         if index.backbone != self.index.backbone:
             self.reader = replace(self.reader, backbone=_own_backbone(index, index.device))
-        self.index = index
+        self.index, self.reader = index, replace(self.reader, parts=index.parts)
 
     def _after(self, result: Result) -> Result:
         """Use the version that a change has written, and return the result of the change."""
@@ -631,7 +632,7 @@ class Classifier(OpenIndex):
 
         if (self.index.settings.k or self.index.n) < self.index.n:
             raise UsageError(f"as_module: k is {self.index.settings.k}, but a module uses all keys; set k to all")
-        answer = answering(self.index.in_memory(), cast("TorchBackbone | None", self.reader.backbone))
+        answer = answering(self.index.in_memory(), cast("TorchBackbone | Joined | None", self.reader.backbone))
         return Logits(copy.deepcopy(answer)).eval()
 
     def export_onnx(self, out: Place, *, features: bool = False, k: KeysMet = None) -> dict[str, Any]:
@@ -643,7 +644,7 @@ class Classifier(OpenIndex):
         from retrieval_tip.index.onnx_graph import export_onnx
 
         index = self.index.in_memory()
-        backbone = None if features else cast("TorchBackbone | None", self.reader.backbone)
+        backbone = None if features else cast("TorchBackbone | Joined | None", self.reader.backbone)
         return export_onnx(index.with_settings(index.settings.override(k=k)), _place("out", out), backbone)
 
     def push_to_hub(
@@ -718,4 +719,10 @@ def _new_place(out: Place | None) -> tuple[TemporaryIndex | None, Place]:
 
 def _own_backbone(index: Index, device: str, precision: Precision = "auto") -> Backbone | None:
     identity = index.backbone
-    return None if identity is None else load_when_needed(identity, index.d, device=device, precision=precision)
+    return (
+        None
+        if identity is None
+        else load_when_needed(
+            identity, index.d, [part.width for part in index.parts], device=device, precision=precision
+        )
+    )

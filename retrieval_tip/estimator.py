@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, Self, cast
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from retrieval_tip import tip
-from retrieval_tip.backbones.base import unit
+from retrieval_tip.backbones.base import side_by_side, unit
 from retrieval_tip.backbones.loading import Model, given_backbone
 from retrieval_tip.bounds import check_count
 from retrieval_tip.data.encoding_cache import EncodingCache
@@ -65,6 +65,8 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         normalize: whether to scale each row of ``X`` to unit length. A row of zeros stays zero. Use ``False`` for
             fine-tuned keys, which are not unit vectors.
+        blocks: the number of values of each encoder, if a row has the features of several side by side. How much each
+            encoder counts is then fitted as well.
 
     Attributes:
         classes_: the sorted labels, in their original dtype.
@@ -90,6 +92,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
     index: str = "Flat"
     device: str = "auto"
     normalize: bool = True
+    blocks: Sequence[int] | None = None
 
     def fit(self, X: npt.ArrayLike, y: npt.ArrayLike) -> Self:
         """Fit the classifier to features of shape ``[n, d]``, which become its keys, and ``n`` labels of any type.
@@ -118,7 +121,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         index: Index = copy.copy(self.index_)  # the estimator stays unchanged if an error is raised below
         if self._fit is not None:
             index.set_fitted(None, None, None)  # the next fit solves the values again
-        index.add(_rows(rows, self._normalize), _ids(labels, self._names))
+        index.add(_rows(rows, self._normalize, self.blocks), _ids(labels, self._names))
         if self._fit is not None:
             closed_form.fit(index, self._fit)
         self.index_: Index = index
@@ -195,8 +198,9 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
                 what = f"there are {len(text)} rows for {len(classes)} classes"
                 raise InputError(f"text_weights: {what}; list all classes in class_names")
         index = Index.from_features(
-            _rows(rows, normalize), _ids(own, names), [str(label) or repr(label) for label in names.tolist()], text,
-            settings=settings, index=self.index, device=self.device,
+            _rows(rows, normalize, self.blocks), _ids(own, names),
+            [str(label) or repr(label) for label in names.tolist()], text, settings=settings, index=self.index,
+            device=self.device, blocks=self.blocks or (),
         )  # fmt: skip
         fit = Fit(self.metric, self.values, self.class_prior) if auto else None
         if fit is not None:
@@ -211,7 +215,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
 
     def _queries(self, X: npt.ArrayLike) -> FloatArray:
         check_is_fitted(self, "index_")
-        return _rows(validate_data(self, X, reset=False, dtype=_dtypes(self._normalize)), self._normalize)
+        return _rows(validate_data(self, X, reset=False, dtype=_dtypes(self._normalize)), self._normalize, self.blocks)
 
     def _logits(self, X: npt.ArrayLike) -> torch.Tensor:
         features = self._queries(X)  # must come first, because it raises an error if the estimator is not fitted
@@ -225,8 +229,11 @@ def _dtypes(normalize: bool) -> list[type] | type:
     return [np.float64, np.float32] if normalize else np.float32
 
 
-def _rows(X: Array, normalize: bool) -> FloatArray:
-    """Convert rows to float32, and optionally scale every nonzero row to length 1."""
+def _rows(X: Array, normalize: bool, blocks: Sequence[int] | None = None) -> FloatArray:
+    """Convert rows to float32, and optionally scale every nonzero row, or each of its ``blocks``, to one length."""
+    if blocks and normalize:
+        parts = np.split(X, np.cumsum(blocks)[:-1], axis=1)
+        return side_by_side([_rows(part, normalize) for part in parts])
     if not normalize:
         return np.require(X, np.float32, ["C", "W"])
     _, exponent = np.frexp(np.abs(X).max(axis=1, keepdims=True))

@@ -11,7 +11,7 @@ from typing import Any, Self, cast
 import numpy as np
 import torch
 
-from retrieval_tip.backbones.base import Identity, present, resolve_device
+from retrieval_tip.backbones.base import present, resolve_device, text_side_by_side
 from retrieval_tip.editing import Editing
 from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.html import markup, table
@@ -105,12 +105,13 @@ class Index(Editing):
         sources: Sequence[str] | None = None,
         values: Features | None = None,
         precision: Precision = "float32",
+        blocks: Sequence[int] = (),
     ) -> Self:
         """Create an index from precomputed features.
 
         Args:
             keys: the features of the shots, as a floating-point array of shape ``[n, d]``. They are not normalised, so
-                make sure that they are unit vectors.
+                make sure that they are unit vectors. If they come from several encoders, pass a list of arrays.
             labels: the class of each key, given by its name or by its position in ``class_names``.
             class_names: the names of the ``c`` classes, in order. A class may have no keys.
             text_weights: the text weights, as unit vectors of shape ``[c, d]``. If ``None``, only the cache is used.
@@ -122,12 +123,17 @@ class Index(Editing):
             sources: the path or id of each key, which is shown with predictions.
             values: the trained values, of shape ``[n, c]``. Defaults to one-hot labels.
             precision: the dtype that is used to multiply queries with all keys (see :class:`keys.Keys`).
+            blocks: the number of values of each encoder, if ``keys`` has the features of several side by side. Queries
+                and text weights have the same layout, and each part is scaled to the same length.
 
         Raises:
             InputError: if shapes do not match, if values are not finite, or if a label is not a class.
             UsageError: if alpha, beta, the device, the index or the precision is invalid.
         """
-        matrix, names = inputs.matrix(keys, "keys"), inputs.names(class_names)
+        parts = inputs.parts_of(keys, blocks)
+        matrix, names = inputs.matrix(inputs.joined(keys, parts, "keys"), "keys"), inputs.names(class_names)
+        if text_weights is not None:
+            text_weights = inputs.joined(text_weights, parts, "text_weights", text_side_by_side)
         ids, device = inputs.ids_of(labels, names, len(matrix)), resolve_device(device)
         if sources is not None and len(sources) != len(ids):
             raise InputError(f"sources: there are {len(sources)} sources for {len(ids)} keys; pass one source per key")
@@ -148,6 +154,7 @@ class Index(Editing):
             settings=settings,
             device=device,
             precision=precision,
+            parts=parts,
         )
 
     @property
@@ -358,9 +365,9 @@ class Index(Editing):
             version=number, parent=None if parent is None else parent.version, **created(),
             n=self.n, d=self.d, dtype=self.dtype, class_names=self.class_names, templates=self.templates,
             settings=self.settings, index=self.index_type,
-            backbone=self.backbone.to_dict() if self.backbone else None, provenance=self.provenance, files=files,
-            next_key_id=self.next_key_id, change=change, table=table, fitted=self.fitted, built=self.built,
-            digests=digests or {},
+            backbone=self.backbone.to_dict() if self.backbone and not self.parts else None,
+            provenance=self.provenance, files=files, next_key_id=self.next_key_id, change=change, table=table,
+            fitted=self.fitted, built=self.built, parts=list(self.parts), digests=digests or {},
         )  # fmt: skip
 
 
@@ -368,7 +375,7 @@ def described_by(manifest: Manifest, device: str) -> dict[str, Any]:
     """Return the arguments of :class:`Index` that a manifest states."""
     return {
         "class_names": manifest.class_names, "settings": manifest.settings, "templates": manifest.templates,
-        "backbone": Identity.from_dict(manifest.backbone) if manifest.backbone else None, "device": device,
+        "backbone": manifest.identity, "parts": tuple(manifest.parts), "device": device,
         "provenance": manifest.provenance, "next_key_id": manifest.next_key_id, "fitted": manifest.fitted,
         "built": manifest.built,
     }  # fmt: skip

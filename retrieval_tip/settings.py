@@ -211,6 +211,8 @@ class BuildOptions(TypedDict, total=False):
         logit_scale: The factor by which text logits are multiplied. Defaults to the logit scale of the encoder, or
             to 100.
         drop_suspicious: Leave out shots whose labels look wrong (see :func:`audit.suspicious`). This needs more memory.
+        features: The columns of a feature table that hold the features of several encoders, such as feature,feature_2.
+            By default, they are the columns that name their encoder, or the column feature.
     """
 
     shots: int | None
@@ -229,6 +231,7 @@ class BuildOptions(TypedDict, total=False):
     k: KeysMet
     logit_scale: float | None
     drop_suspicious: bool
+    features: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -239,7 +242,8 @@ class Fitted:
     of keys at the time of the fit. With the ``class_prior`` ``even``, all classes had the same weight in the fit, and
     with ``shots``, all shots had. ``automatic`` is true if a fit to the shots has chosen all settings, and nobody has
     changed them since. Only then does a large change of the keys fit the index again. ``bonus`` favours classes without
-    keys (see :class:`retrieval.ridge.Ridge`).
+    keys (see :class:`retrieval.ridge.Ridge`). If there are several encoders, ``shares`` says how much each counts. They
+    sum to 1, and none means that all count equally.
     """
 
     metric: str
@@ -250,8 +254,13 @@ class Fitted:
     class_prior: ClassPrior = "even"
     automatic: bool = False
     bonus: float = 0.0
+    shares: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "shares", tuple(self.shares))
+        valid = all(_is_finite(share) and share >= 0 for share in self.shares)
+        if not valid or (self.shares and abs(sum(self.shares) - 1) > 1e-6):
+            raise UsageError(f"fitted: shares {self.shares} are not positive numbers that sum to 1")
         if not _is_finite(self.bonus):
             raise UsageError(f"fitted: bonus {self.bonus!r} is not a finite number")
         if type(self.automatic) is not bool:
@@ -266,6 +275,11 @@ class Fitted:
                 )
         if self.ridge == 0 or not _is_whole(self.keys) or self.keys < 1:
             raise UsageError(f"fitted: ridge {self.ridge} and keys {self.keys} must be above 0")
+
+    @property
+    def has_metric(self) -> bool:
+        """Whether queries and keys are transformed, if only because encoders do not count equally."""
+        return self.metric != "none" or len(set(self.shares)) > 1
 
     @property
     def solved(self) -> bool:

@@ -65,8 +65,26 @@ def copied(name: str, to: Path) -> str:
     return f"lance://{to / name}" if name in STORES else str(to / name)
 
 
+@pytest.mark.parametrize("name", ["fitted", "lance-fitted"])
+def test_an_index_of_format_8_had_one_encoder(name: str, tmp_path: Path) -> None:
+    known = json.loads((INDEXES / "v8" / "expected.json").read_text())
+    shutil.copytree(INDEXES / "v8" / name, tmp_path / name)
+    place = f"lance://{tmp_path / name}" if name in ("lance-fitted",) else str(tmp_path / name)
+    index, answers = at(place).load(device="cpu"), known["answers"][name]
+    features = np.array(known["features"], dtype=np.float32)
+    assert (index.parts, index.fitted and index.fitted.shares, index.backbone and index.backbone.model) == (
+        (),
+        (),
+        "fake",
+    )
+    np.testing.assert_allclose(index.logits(features, k="all"), answers["all"], rtol=1e-4, atol=1e-4)
+    changes.rename(place, "crab", "lobster")
+    assert manifest_of(tmp_path / name)["format_version"] == 9
+    assert at(place).verify().class_names == ["lobster", "newt", "owl"]
+
+
 def test_the_indexes_have_everything_that_format_7_could_write() -> None:
-    assert sorted(path.name for path in INDEXES.iterdir()) == ["v7"]
+    assert sorted(path.name for path in INDEXES.iterdir()) == ["v7", "v8"]
     manifests = {name: manifest_of(INDEXES / "v7" / name) for name in [*FOLDERS, *STORES]}
     assert {body["format_version"] for body in manifests.values()} == {7}
     there = {path.name for path in (INDEXES / "v7").iterdir() if path.is_dir()}
@@ -87,7 +105,7 @@ def test_an_index_of_format_7_gives_its_old_answers_and_is_rewritten_by_a_change
     changes.configure(place, temperature=2.0)
     check_answers(at(place).verify(), name)
     written, now = manifest_of(folder), at(place).manifest()
-    assert (written["format_version"], now.version, now.settings.temperature) == (8, before.version + 1, 2.0)
+    assert (written["format_version"], now.version, now.settings.temperature) == (9, before.version + 1, 2.0)
     assert "later" not in written
     assert ("index" in now.files) == (now.index != "Flat" and name in FOLDERS)
     assert at(place).history()["change"].to_pylist()[-1] == "set temperature 2"

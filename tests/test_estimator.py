@@ -20,6 +20,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from tables import unit
 
 from retrieval_tip import Index, TipAdapterClassifier
+from retrieval_tip.backbones.base import Part
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.data.tables import schema_of, table_of, write_table
@@ -101,7 +102,7 @@ def test_default_settings_give_the_answers_of_a_built_index(tmp_path: Path) -> N
     """The classes of the index are in the order of the text, which is not sorted."""
     for name, labels, features in (("shots", Y, X), ("text", NAMES, TEXT)):
         rows = [f"{name} {i}" for i in range(len(labels))]
-        table = table_of(schema_of(D, np.float32, []), rows, labels.tolist(), features, {})
+        table = table_of(schema_of([Part(D, "feature")], np.float32), rows, labels.tolist(), features)
         write_table(tmp_path / f"{name}.parquet", table.schema, [table])
     source = open_source(tmp_path / "shots.parquet")
     index = build_index(source, tmp_path / "index", Reader(), text=tmp_path / "text.parquet", device="cpu")

@@ -142,6 +142,14 @@ WRONG: dict[str, list[Any]] = {
     "backbone": [[], "RN50", 5, True, {}, {"model": "RN50"}, BACKBONE | {"model": 5}, BACKBONE | {"preprocess": []}],
     "provenance": [[], None, "x"],
     "built": [[], None, {"x": 1}, *({name: -1} for name in ("source", "shots", "seed", "views", "auto_index"))],
+    "parts": [
+        None,
+        "x",
+        [5],
+        [{}],
+        [{"width": 3, "column": "a", "identity": {}}],
+        [{"width": 1, "column": "a", "identity": None}],
+    ],
     "files": [{}, [], None, "x", {"keys": None}],
 }
 NAMES = [
@@ -178,7 +186,7 @@ def without_one(entries: dict[str, Any]) -> list[dict[str, Any]]:
 
 def test_a_manifest_with_a_wrong_missing_or_unknown_value_is_refused(index: Path) -> None:
     body = body_of(index)
-    assert len(without_one(body)) == 31
+    assert len(without_one(body)) == 32
     for manifest in wrong_manifests(body):
         (index / "manifest.json").write_bytes(sealed(manifest))
         one_line(error_of(Index.load, index, str(manifest)), index)
@@ -197,7 +205,7 @@ def test_malformed_table_digests_are_refused(index: Path) -> None:
     older = {key: value for key, value in json.loads(table.read_text()).items() if key != "sha256"}
     name, digest = "keys.lance/_versions/1.manifest", "0" * 64
     right = {name: digest}
-    body = older | {"format_version": FORMAT_VERSION, "digests": right}
+    body = older | {"format_version": FORMAT_VERSION, "digests": right, "parts": []}
     assert Manifest.from_bytes(sealed(body), "m.json").digests == right
     rows = {"rows": digest, "files": right}
     assert Manifest.from_bytes(sealed(older | {"digests": rows}), "m.json").digests == right

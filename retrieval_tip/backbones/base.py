@@ -30,7 +30,8 @@ class Identity:
     """The identity of a backbone.
 
     ``model`` and ``pretrained`` are only used to load the backbone. The fingerprint is computed from ``weights`` (a
-    digest of every tensor), ``config`` (a digest of the architecture) and ``preprocess``.
+    digest of every tensor), ``config`` (a digest of the architecture) and ``preprocess``. If several backbones are
+    joined, ``parts`` has the identity of each, and the fingerprint is computed from theirs.
     """
 
     model: str
@@ -38,11 +39,21 @@ class Identity:
     weights: str
     config: str
     preprocess: Preprocess
+    parts: tuple[Identity, ...] = ()
+
+    @classmethod
+    def joined(cls, parts: Sequence[Identity]) -> Identity:
+        """Return the identity of several backbones whose features are side by side (see :mod:`joined`)."""
+        name = "+".join("@".join(filter(None, (part.model, part.pretrained))) for part in parts)
+        sizes = [view_size(part.preprocess) for part in parts]
+        return cls(name, None, "", "", {"size": [max(sides) for sides in zip(*sizes, strict=True)]}, tuple(parts))
 
     @property
     def fingerprint(self) -> str:
         """A hash of sixteen hex digits, equal for two backbones if and only if their features are comparable."""
-        what = {"weights": self.weights, "config": self.config, "preprocess": dict(self.preprocess)}
+        what: dict[str, object] = {"parts": [part.fingerprint for part in self.parts]}
+        if not self.parts:
+            what = {"weights": self.weights, "config": self.config, "preprocess": dict(self.preprocess)}
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
     def __str__(self) -> str:
@@ -50,7 +61,8 @@ class Identity:
 
     def to_dict(self) -> dict[str, object]:
         """Return the identity as it is stored in manifests and feature tables."""
-        return asdict(self) | {"preprocess": dict(self.preprocess), "fingerprint": self.fingerprint}
+        whole = asdict(self) | {"preprocess": dict(self.preprocess), "fingerprint": self.fingerprint}
+        return {name: value for name, value in whole.items() if name != "parts" or value}
 
     @classmethod
     def from_dict(cls, data: object) -> Identity:
@@ -61,7 +73,24 @@ class Identity:
         for key, kind in kinds.items():
             if not isinstance(data.get(key), kind):  # type: ignore[arg-type]  # a type or a tuple of types
                 raise BackboneError(f"backbone: {key} is missing or has the wrong type")
-        return cls(**{key: data[key] for key in kinds})
+        return cls(**{key: data[key] for key in kinds}, parts=tuple(map(cls.from_dict, data.get("parts") or ())))
+
+
+@dataclass(frozen=True)
+class Part:
+    """The part of a feature that one of several encoders makes: its number of values, and its column in tables."""
+
+    width: int
+    column: str
+    identity: Identity | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The names of its encoder, or of its column if the encoder is not known."""
+        if self.identity is None:
+            return [self.column]
+        model, weights = self.identity.model, self.identity.pretrained
+        return [model, *([f"{model}@{weights}"] if weights else [])]
 
 
 def same_backbone(one: Identity, other: Identity, what: str) -> None:
@@ -126,6 +155,51 @@ def unit(features: FloatArray, what: str = "feature") -> FloatArray:
         raise InputError(f"{what} {int(bad[0])}: zero or not finite")
     scaled: FloatArray = (features / norms).astype(np.float32)
     return scaled
+
+
+def identity_of(parts: Sequence[Part]) -> Identity | None:
+    """Return the identity of the backbones of features, or ``None`` if one of them is not known."""
+    known = [part.identity for part in parts if part.identity is not None]
+    if not parts or len(known) < len(parts):
+        return None
+    return known[0] if len(known) == 1 else Identity.joined(known)
+
+
+def encoders_of(backbone: Any) -> list[tuple[Backbone, bool]]:
+    """Return the encoders of a backbone, which may be :class:`joined.Joined`, and whether each is in use."""
+    return list(zip(getattr(backbone, "parts", [backbone]), getattr(backbone, "used", [True]), strict=True))
+
+
+def parts_of(backbone: Backbone) -> tuple[Part, ...]:
+    """Return the parts of a feature, with names for their columns in a feature table."""
+    own = enumerate(encoders_of(backbone), 1)
+    return tuple(Part(one.dim, f"feature_{i}" if i > 1 else "feature", one.identity) for i, (one, _) in own)
+
+
+def side_by_side(parts: Sequence[FloatArray]) -> FloatArray:
+    """Join the unit features of ``e`` encoders, each of shape ``[b, d_i]``, to unit features ``[b, sum d_i]``."""
+    joined: FloatArray = (np.concatenate(parts, axis=1) / len(parts) ** 0.5).astype(np.float32)
+    return joined
+
+
+def text_side_by_side(parts: Sequence[FloatArray]) -> FloatArray:
+    """Join the text weights of ``e`` encoders, which are 0 for those without text.
+
+    ``f W^T`` is then the mean of the cosines of the encoders with text.
+    """
+    with_text = max(1, sum(bool(part.any()) for part in parts))
+    joined: FloatArray = (np.concatenate(parts, axis=1) * (len(parts) ** 0.5 / with_text)).astype(np.float32)
+    return joined
+
+
+def unit_of(backbone: Backbone, raw: FloatArray, what: str = "feature") -> FloatArray:
+    """Scale raw features of a backbone to length 1, and those of each of several encoders to the same length.
+
+    The part of an encoder that is not in use stays 0. Raises InputError if another part is zero or not finite.
+    """
+    encoders = encoders_of(backbone)
+    parts = np.split(raw, np.cumsum([one.dim for one, _ in encoders])[:-1], axis=1)
+    return side_by_side([unit(part, what) if used else part for part, (_, used) in zip(parts, encoders, strict=True)])
 
 
 def resolve_device(device: str = "auto") -> str:

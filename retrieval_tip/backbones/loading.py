@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -12,13 +13,17 @@ from typing import Any, TypeAlias
 from retrieval_tip.backbones import known, open_clip, timm, tower, transformers
 from retrieval_tip.backbones.base import Backbone, Execution, Identity
 from retrieval_tip.backbones.catalogue import named
+from retrieval_tip.backbones.joined import Joined
 from retrieval_tip.backbones.known import Known
 from retrieval_tip.backbones.torch_backbone import TorchBackbone
 from retrieval_tip.errors import UsageError
 from retrieval_tip.settings import Precision, Runtime
 
-Model: TypeAlias = str | Backbone | tuple[Any, Any, Any] | None
-"""The name of an encoder, a backbone, or the model, preprocessing and tokenizer that open_clip returns."""
+Model: TypeAlias = "str | Backbone | tuple[Any, Any, Any] | list[Model] | None"
+"""The name of an encoder, a backbone, or the model, preprocessing and tokenizer that open_clip returns.
+
+A list, or names joined by ``+``, stands for several encoders (see :mod:`joined`).
+"""
 
 
 def load_backbone(
@@ -29,7 +34,7 @@ def load_backbone(
     precision: Precision = "auto",
     runtime: Runtime = "auto",
     lazy: bool = False,
-) -> TorchBackbone:
+) -> TorchBackbone | Joined:
     """Load a backbone by its name, in evaluation mode.
 
     Args:
@@ -37,7 +42,8 @@ def load_backbone(
             folder that contains ``open_clip_config.json`` and weights), or ``hf-hub:ORG/REPO`` (a repository in the
             same format). ``hf:ORG/REPO`` and ``hf:PATH`` are CLIP or SigLIP models in the format of transformers.
             ``timm:NAME`` is an image encoder that does not encode text. You can also give a short name from
-            :data:`catalogue.SHORT`. Defaults to :data:`catalogue.DEFAULT`.
+            :data:`catalogue.SHORT`. Join several encoders with ``+``, and write their weights after ``@``, as in
+            ``ViT-B-32@openai+timm:resnet18``. Defaults to :data:`catalogue.DEFAULT`.
         pretrained: A tag (such as ``openai`` or ``laion2b_s34b_b79k``), a checkpoint file, or ``TAG=FILE`` for a local
             copy of a tag's weights, in which case the preprocessing and the activation of the tag are used. Defaults to
             :func:`catalogue.recommended`.
@@ -55,6 +61,16 @@ def load_backbone(
         BackboneError: if the model requires custom Python code, which is never executed.
         BackboneError: if the precision is int8, but no int8 tower of this encoder is stored.
     """
+    several = split_names(model)
+    if len(several) > 1:
+        if pretrained is not None:
+            raise UsageError(f"pretrained {pretrained!r}: write it after @ in the name of its encoder, as in MODEL@TAG")
+        load = partial(load_backbone, device=device, precision=precision, runtime=runtime, lazy=lazy)
+        return Joined.of([load(name or "") for name in several])
+    if model is not None and "@" in model and not _is_there(model):
+        if pretrained is not None:
+            raise UsageError(f"pretrained {pretrained!r}: {model} already names its weights; remove one of them")
+        model, _, pretrained = model.partition("@")
     with ThreadPoolExecutor(1) as pool:  # hashes the files of the model while torch is being imported
         recalled = pool.submit(known.recall, model, pretrained) if lazy else None
         how = Execution(device, precision, runtime).resolved()
@@ -67,15 +83,28 @@ def load_backbone(
     return backbone
 
 
+def split_names(model: str | None) -> list[str | None]:
+    """Split names that are joined by ``+``. A folder may have a ``+`` in its name."""
+    return [model] if model is None or _is_there(model) else [*model.split("+")]
+
+
+def _is_there(model: str) -> bool:
+    return Path(model.partition(":")[2] or model).exists()
+
+
 def load_when_needed(
-    identity: Identity, dim: int, *, device: str = "auto", precision: Precision = "auto", runtime: Runtime = "auto"
-) -> TorchBackbone:
-    """Return the backbone with this ``identity``, whose features have ``dim`` values.
+    identity: Identity, dim: int, widths: Sequence[int] = (), *, device: str = "auto", precision: Precision = "auto",
+    runtime: Runtime = "auto",
+) -> TorchBackbone | Joined:  # fmt: skip
+    """Return the backbone with this ``identity``, whose features have ``dim`` values, ``widths`` of each of several.
 
     If the image tower of the backbone is stored on disk, the model is not loaded until it is first used. Loading then
     raises BackboneError if the identity differs. Otherwise, the backbone of this name is loaded as by
     :func:`load_backbone` with ``lazy``, which raises the same errors, and its identity may differ.
     """
+    if identity.parts:
+        load = partial(load_when_needed, device=device, precision=precision, runtime=runtime)
+        return Joined.of([load(part, width) for part, width in zip(identity.parts, widths, strict=True)])
     how, names = Execution(device, precision, runtime).resolved(), (identity.model, identity.pretrained)
     if how.runtime == "auto" and how.device == "cpu" and tower.is_kept(identity, how.precision):
         return _of(names, how, Known(names, identity, dim))
@@ -88,6 +117,11 @@ def given_backbone(
     """Return the backbone that a user names or passes. Raises UsageError if ``model`` is neither."""
     if model is None or isinstance(model, str):
         return load_backbone(model, pretrained, device=device, precision=precision, lazy=True)
+    if isinstance(model, list):
+        if pretrained is not None or not model:
+            raise UsageError("model: a list needs at least one encoder; write its weights as MODEL@TAG")
+        parts = [given_backbone(one, None, device, precision) for one in model]
+        return Joined.of(parts) if len(parts) > 1 else parts[0]
     if isinstance(model, tuple):
         if len(model) != 3:
             raise UsageError(f"model: got {len(model)} objects; give (model, preprocess, tokenizer), as open_clip does")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from retrieval_tip.backbones.base import Backbone, unit
+from retrieval_tip.backbones.base import Backbone, encoders_of, text_side_by_side, unit
 from retrieval_tip.errors import InputError, UsageError
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
@@ -46,6 +46,21 @@ def text_weights(
     Raises UsageError if a template does not contain ``{}``. Raises InputError if the features of the prompts of a class
     cancel out or are not finite.
     """
+    return each_text(backbone, len(class_names), lambda one: _of_one(one, class_names, templates, batch_size))
+
+
+def each_text(
+    backbone: Backbone, c: int, weights_of: Callable[[Backbone], npt.NDArray[np.float32]]
+) -> npt.NDArray[np.float32]:
+    """Join the text weights of each encoder that has text (see :func:`base.text_side_by_side`)."""
+    encoders, some = [one for one, _ in encoders_of(backbone)], backbone.has_text
+    weights = [weights_of(one) if one.has_text or not some else np.zeros((c, one.dim), np.float32) for one in encoders]
+    return text_side_by_side(weights)
+
+
+def _of_one(
+    backbone: Backbone, class_names: Sequence[str], templates: Sequence[str], batch_size: int
+) -> npt.NDArray[np.float32]:
     prompts = prompts_of(class_names, templates)
     features = [
         unit(backbone.encode_texts(prompts[start : start + batch_size]), "prompt")

@@ -30,7 +30,7 @@ from retrieval_tip.errors import BackboneError, UsageError, first_line, install,
 from retrieval_tip.files import cache_folder, make_folders, sha256_of, temporary
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
     from types import ModuleType
 
     import onnx
@@ -132,7 +132,7 @@ def store_int8(model: Model, identity: Identity, photos: Collection[torch.Tensor
     if any(find_spec(name) is None for name in ("nncf", "onnx", "onnxruntime")):
         raise UsageError(f"int8: NNCF is not installed; run {install('int8')}")
     try:
-        quantised = _quantised(to_onnx(image_encoder(model), (3, *view_size(identity.preprocess))), photos)
+        quantised = _quantised(to_onnx(image_encoder(model), {PIXELS: (3, *view_size(identity.preprocess))}), photos)
         graph = runtime().Core().read_model(quantised)
         views = torch.stack(list(islice(photos, COMPARED)))
         cosine = _check_cosine(Tower(graph, "int8")(views), exact(views), "int8")
@@ -150,18 +150,18 @@ def stored_onnx(identity: Identity) -> bytes:
 
 
 def to_onnx(
-    module: torch.nn.Module, shape: Sequence[int], given: str = PIXELS, outputs: Sequence[str] = (FEATURES,)
+    module: torch.nn.Module, given: Mapping[str, Sequence[int]], outputs: Sequence[str] = (FEATURES,)
 ) -> onnx.ModelProto:
-    """Convert a module to ONNX, for batches of any size. ``shape`` is the shape of an element of a batch."""
+    """Convert a module to ONNX, for batches of any size. ``given`` has the shape of an element of each input."""
     import onnx
     import torch
 
     file = BytesIO()
     with torch.no_grad(), traceable(), quiet():
         torch.onnx.export(
-            module, (torch.zeros(2, *shape),), file,  # type: ignore[arg-type]  # accepted with dynamo=False
-            input_names=[given], output_names=list(outputs),
-            dynamic_axes={name: {0: "batch"} for name in (given, *outputs)}, opset_version=OPSET, dynamo=False,
+            module, tuple(torch.zeros(2, *shape) for shape in given.values()), file,  # type: ignore[arg-type]  # accepted with dynamo=False
+            input_names=list(given), output_names=list(outputs),
+            dynamic_axes={name: {0: "batch"} for name in (*given, *outputs)}, opset_version=OPSET, dynamo=False,
         )  # fmt: skip
     return onnx.load_model_from_string(file.getvalue())
 

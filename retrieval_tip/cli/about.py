@@ -19,6 +19,9 @@ from retrieval_tip.cli.options import ComparedOptions, OutputOptions, ReadingOpt
 from retrieval_tip.errors import UsageError, counted, show
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from retrieval_tip.data.reader import Reader
     from retrieval_tip.data.sources import Source
 
 
@@ -39,8 +42,9 @@ def models_command(
     available weights, starting with the recommended ones.
 
     With --try, the encoders on this machine and each --model are fitted to labelled photos. The accuracy is estimated
-    by cross-validation; low and high are the ends of its 95 % confidence interval. The most accurate encoder is
-    recommended, unless a much faster one is not significantly less accurate.
+    by cross-validation; low and high are the ends of its 95 % confidence interval. Pairs of the most accurate encoders
+    are tried as well. The most accurate encoder or pair is recommended, unless a much faster one is not significantly
+    less accurate.
 
     With --int8, each --model is calibrated in int8 on up to 300 of your photos and stored in the cache, where
     --precision int8 finds it (on a CPU; requires the extra int8). It is refused if its features are far from those in
@@ -82,8 +86,12 @@ def _try_encoders(word: str, photos: Source, printing: OutputOptions, encoding: 
     if not asked:
         raise UsageError(f"models: no encoder{f' named {word}' if word else ''} is on this machine; {more}")
 
-    encoders = [(name, partial(named_encoder, own)) for name, own in asked.items()]
-    tried = try_encoders(photos, encoders, encoding.device)
+    def joined(a: str, b: str) -> tuple[str, partial[AbstractContextManager[Reader]]]:
+        pair = "+".join("@".join(filter(None, (asked[name].model, asked[name].pretrained))) for name in (a, b))
+        return pair, partial(named_encoder, replace(asked[a], model=pair, pretrained=None))
+
+    encoders = {name: partial(named_encoder, own) for name, own in asked.items()}
+    tried = try_encoders(photos, encoders, encoding.device, joined)
     types = {"encoder": str, "accuracy": float, "low": float, "high": float, "images_per_second": int}
     rows = (
         (one.name, one.accuracy, *one.interval, round(one.images_per_second), one is tried.recommended)

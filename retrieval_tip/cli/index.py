@@ -80,8 +80,11 @@ def build(
     finish(reader.skipped)
 
 
-LEAST_RIGHT = 0.9
-"""If the estimated accuracy of a class is lower than this, a build suggests adding photos to the class."""
+LEAST_RIGHT, LEAST_BOTH = 0.9, 0.8
+"""If the estimated accuracy of a class is lower than this, a build suggests adding photos to the class.
+
+If the accuracy on all classes is lower than the last constant, it suggests trying other encoders.
+"""
 
 
 def _next_step(out: Place, index: Index) -> str:
@@ -95,6 +98,9 @@ def _next_step(out: Place, index: Index) -> str:
             f"check these labels ({audit})"
         )
     name, right, held = (index.provenance.get("fit", {}).get("weakest") or [("", 1, 1)])[0]
+    both = index.provenance.get("fit", {}).get("both")
+    if both is not None and both < LEAST_BOTH and not index.parts and index.backbone is not None:
+        return f"another encoder may help ({command_line('models', '--try')} PHOTOS)"
     if right < LEAST_RIGHT * held:
         return f"add photos of {name} ({add} FOLDER), or check labels ({audit})"
     return f"{command_line('serve', out)} opens it in the browser"
@@ -119,7 +125,7 @@ def list_command(
 
     types = {"index": str, "version": int, "keys": int, "classes": int, "backbone": str, "made": str}
     rows = (
-        (name, one.version, one.n, len(one.class_names), (one.backbone or {}).get("model"), one.created_at)
+        (name, one.version, one.n, len(one.class_names), one.identity and one.identity.model, one.created_at)
         for name, one in listed(folder)
     )
     printing.write_rows(rows, types)
@@ -324,6 +330,12 @@ def set_command(
         options.choice(Normalize), help="Units of alpha and beta, measured on the current shots. index build uses both."
     ),
     text: dict[str, Any] = options.building("templates"),
+    encoders: list[str] = option(
+        multiple=True,
+        metavar="NAME,...",
+        callback=kinds.names,
+        help="Encoders to keep, if there are several. The others are dropped, and the index is fitted again.",
+    ),
     backbone: BackboneOptions = options.BACKBONE,
 ) -> None:
     """Change the settings of an index.
@@ -334,9 +346,15 @@ def set_command(
     from retrieval_tip.index import changes
 
     loaded = backbone_for(store_of(folder).manifest(), [], backbone, needed=True) if text["templates"] else None
-    changed = changes.configure(
-        folder, **settings, **text, temperature=temperature, normalize=normalize, backbone=loaded
-    )
+    if encoders:
+        given = (*settings.values(), *text.values(), temperature, normalize)
+        if any(value not in (None, (), []) for value in given):
+            raise UsageError("--encoders: fits the index again; change other settings afterwards")
+        changed = changes.keep_encoders(folder, encoders)
+    else:
+        changed = changes.configure(
+            folder, **settings, **text, temperature=temperature, normalize=normalize, backbone=loaded
+        )
     if changed.summary is not None:
         say(changed.summary)
     _say_version(folder, changed.version, "settings changed")

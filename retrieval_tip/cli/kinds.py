@@ -61,6 +61,11 @@ FOLDER, INDEX = Folder(path_type=Path), IndexType()
 FILE = click.Path(path_type=Path, dir_okay=False)
 
 
+def names(_: click.Context, __: click.Parameter, texts: tuple[str, ...]) -> list[str]:
+    """Split names at commas."""
+    return [name.strip() for text in texts for name in text.split(",")]
+
+
 class SourceType(Folder):
     """A source, given as a path or an object store URL."""
 

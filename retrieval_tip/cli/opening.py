@@ -19,7 +19,8 @@ from retrieval_tip.errors import InputError, UsageError, counted, few
 from retrieval_tip.settings import Ask, Precision
 
 if TYPE_CHECKING:
-    from retrieval_tip.backbones.base import Backbone, Identity
+    from retrieval_tip.backbones.base import Backbone, Identity, Part
+    from retrieval_tip.backbones.joined import Joined
     from retrieval_tip.backbones.torch_backbone import TorchBackbone
     from retrieval_tip.data.reader import Reader
     from retrieval_tip.data.sources import Source
@@ -131,7 +132,7 @@ def _restricted(index: Index, where: str, *, fits: bool) -> Index:
     return rest
 
 
-def loader(backbone: BackboneOptions, identity: Identity | None = None) -> partial[TorchBackbone]:
+def loader(backbone: BackboneOptions, identity: Identity | None = None) -> partial[TorchBackbone | Joined]:
     """Return a function that loads the backbone of the command line, of ``identity``, or by default a common one."""
     from retrieval_tip.backbones.catalogue import DEFAULT
     from retrieval_tip.backbones.loading import load_backbone
@@ -171,39 +172,44 @@ def backbone_for(
     It is loaded on first use, since the encoding cache or the stored image tower may be sufficient. Raises an error if
     it differs from the backbone that the index was built with. Without an index, see :func:`backbone_of`.
     """
-    from retrieval_tip.backbones.base import Identity
     from retrieval_tip.backbones.loading import load_when_needed
     from retrieval_tip.data.tables import check_backbone
+    from retrieval_tip.model import Index
 
     if index is None:
         images = [source for source in sources if source.table is None]
         return backbone_of((images or sources)[0], backbone, needed=needed)
-    known = index.backbone
-    identity = Identity.from_dict(known) if isinstance(known, dict) else known
+    identity = index.backbone if isinstance(index, Index) else index.identity
     loaded: Backbone | None = None
     if needed or any(source.table is None for source in sources):
         if identity is None and not backbone.model:
             raise UsageError(UNNAMED)
         if identity and not (needed or backbone.model or backbone.pretrained):
             loaded = load_when_needed(
-                identity, index.d, device=backbone.device, precision=backbone.precision, runtime=backbone.runtime
+                identity,
+                index.d,
+                [part.width for part in index.parts],
+                device=backbone.device,
+                precision=backbone.precision,
+                runtime=backbone.runtime,
             )
         else:
             loaded = load(backbone, identity)
-    check_backbone(identity, index.d, loaded, list(sources))
+    check_backbone(identity, index.d, loaded, list(sources), index.parts)
     return loaded
 
 
 @contextmanager
 def reader_of(
-    backbone: Backbone | None, encoding: EncodingOptions, views: ViewOptions | None = None
+    backbone: Backbone | None, encoding: EncodingOptions, views: ViewOptions | None = None, parts: Sequence[Part] = ()
 ) -> Iterator[Reader]:
     """Open the encoder for the inputs of a command, and close its cache on exit."""
     from retrieval_tip.data.encoding_cache import EncodingCache
 
     cache = None if backbone is None or encoding.no_cache else EncodingCache.at(encoding.cache)
     began = time.monotonic()
-    reader = replace(encoding.reader(views), backbone=backbone, cache=cache, progress=not quiet())
+    reader = encoding.reader(views)
+    reader = replace(reader, backbone=backbone, cache=cache, parts=tuple(parts), progress=not quiet())
     try:
         yield reader
         seconds = time.monotonic() - began
@@ -230,4 +236,5 @@ def reader_for(
     needed: bool = False,
 ) -> AbstractContextManager[Reader]:
     """Open an encoder with the backbone of an index (see :func:`backbone_for`)."""
-    return reader_of(backbone_for(index, sources, encoding, needed=needed), encoding, views)
+    parts = () if index is None else index.parts
+    return reader_of(backbone_for(index, sources, encoding, needed=needed), encoding, views, parts)

@@ -41,7 +41,8 @@ class BackboneOptions:
 
     Options:
         model: Encoder to use: an open_clip architecture, timm:NAME, local-dir:PATH, hf-hub:ORG/REPO or hf:ORG/REPO. Run
-            retrieval-tip models for a list. [default: ViT-B-32]
+            retrieval-tip models for a list. Join several with +, and write their weights after @, as in
+            ViT-B-32@openai+timm:resnet18. [default: ViT-B-32]
         pretrained: Weights to load: a tag, a checkpoint file, or TAG=FILE for a local copy. [default: the recommended
             tag]
         precision: Precision of the encoder and of the products with all keys. With auto, both use float32, and an
@@ -270,6 +271,7 @@ _BUILD = {
     "k": option(kinds.K(), "-k"),
     "logit_scale": option(kinds.POSITIVE),
     "drop_suspicious": flag(),
+    "features": option(multiple=True, metavar="COLUMN,...", callback=kinds.names),
 }
 
 

@@ -13,15 +13,15 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from tqdm import tqdm
 
-from retrieval_tip.backbones.base import Backbone, same_backbone, unit, view_size
-from retrieval_tip.backbones.prompts import prompts_of, text_weights
+from retrieval_tip.backbones.base import Backbone, Part, encoders_of, parts_of, same_backbone, unit_of, view_size
+from retrieval_tip.backbones.prompts import each_text, prompts_of, text_weights
 from retrieval_tip.backbones.torch_backbone import TorchBackbone
 from retrieval_tip.bounds import check_count, check_memory
 from retrieval_tip.data import images, tables
@@ -108,6 +108,7 @@ class Reader:
             but changes the features slightly.
         strict: Whether to raise an error if an image is unreadable, instead of adding it to ``skipped``.
         read: A function that returns the bytes of an image, like :func:`sources.read_item`.
+        parts: The columns of a feature table that make up a feature, if there are several.
         empty: Whether to accept a source that has no readable items.
 
     ``done`` counts the encoded images (``images``), and the views that were not in the cache (``fresh``).
@@ -123,6 +124,7 @@ class Reader:
     reduce: bool = True
     strict: bool = False
     read: Callable[[str], bytes] = read_item
+    parts: tuple[Part, ...] = ()
     empty: bool = False
     progress: bool = False
     skipped: list[Skipped] = field(default_factory=list)
@@ -197,7 +199,7 @@ class Reader:
         paths = source.take(spread(len(source), CALIBRATED)).paths
         if paths is None:
             raise UsageError(f"{source.name}: a feature table has no pixels; give the images")
-        load = partial(replace(self, cache=None)._load, backbone, "", [CENTRE])
+        load = partial(replace(self, cache=None)._load, [_Encoding(0, backbone, "")], [CENTRE])
         for item in chain.from_iterable(self._ahead(_chunks(paths, 1), load, depth=self.workers)):
             photos += [view.half() for view in item.pixels.values()]
             if item.problem is not None:
@@ -210,8 +212,10 @@ class Reader:
 
     def text_weights(self, class_names: Sequence[str], templates: Sequence[str]) -> FloatArray:
         """Return the text weights of the classes (see :func:`prompts.text_weights`), from the cache if possible."""
-        backbone = self.backbone
-        assert backbone is not None
+        assert self.backbone is not None
+        return each_text(self.backbone, len(class_names), lambda one: self._text_weights(one, class_names, templates))
+
+    def _text_weights(self, backbone: Backbone, class_names: Sequence[str], templates: Sequence[str]) -> FloatArray:
         files = getattr(backbone, "text_key", None)  # other implementations may lack it
         if self.cache is None or files is None:
             return text_weights(backbone, class_names, templates)
@@ -225,6 +229,17 @@ class Reader:
             self.cache.put(scope, {keys[name]: weight for name, weight in fresh.items()})
             weights |= fresh
         return np.stack([weights[name] for name in class_names])
+
+    def for_queries(self, parts: tuple[Part, ...], shares: Sequence[float]) -> Reader:
+        """Return a reader for queries to an index, which does not encode images with encoders that have no share."""
+        only: Any = getattr(self.backbone, "only", None)
+        return replace(self, parts=parts, backbone=self.backbone if only is None else only(shares)) if parts else self
+
+    def parts_of(self, source: Source) -> tuple[Part, ...]:
+        """Return the parts of a feature of this source. There is one for each column or encoder."""
+        if source.table is None:
+            return parts_of(self.needed_backbone(source))
+        return tables.parts_in(source.table, self.parts)
 
     def needed_backbone(self, source: Source) -> Backbone:
         """Return the backbone. Raises UsageError if there is none."""
@@ -264,7 +279,7 @@ class Reader:
     def _of_table(self, source: Source) -> Iterator[FeatureBlock]:
         assert source.table is not None
         assert source.rows is not None
-        identity = tables.table_identity(source.table)
+        identity = tables.table_identity(source.table, self.parts)
         if identity is not None and self.backbone is not None:
             same_backbone(identity, self.backbone.identity, show(source.table))
         order = np.argsort(source.rows, kind="stable")
@@ -274,7 +289,7 @@ class Reader:
         has_digests = pa.field("digest", pa.string()) in list(source.items.schema)
         column = source.items["digest"] if has_digests else pa.nulls(len(source))
         rows = (int(ordered[0]), int(ordered[-1]) + 1) if len(ordered) else (0, 0)
-        for start, batch in tables.read_rows(source.table, self.norms, *rows):
+        for start, batch in tables.read_rows(source.table, self.norms, *rows, parts=self.parts):
             low, high = np.searchsorted(ordered, (start, start + len(batch)))
             places = order[low:high]
             digests = column.take(pa.array(places)).to_pylist()
@@ -288,17 +303,16 @@ class Reader:
     def _of_images(self, source: Source, names: Sequence[str], *, mean: bool) -> Iterator[FeatureBlock]:
         backbone, paths = self.needed_backbone(source), source.paths or ()
         last = {path: position for position, path in enumerate(paths)}
-        scope = getattr(backbone, "scope", backbone.precision)  # other implementations may lack it
-        scope = f"{backbone.identity.fingerprint}/{scope}"
-        size = self.batch_size or backbone.batch_size
-        (height, width), at_once = view_size(backbone.identity.preprocess), min(len(last), 3 * size)
-        pixels = height * width * (len(names) * at_once + min(len(names) * len(last), size))  # loaded, and in a batch
+        encodings, size = _Encoding.of(backbone), self.batch_size or backbone.batch_size
+        at_once = min(len(last), 3 * size)
+        area = sum(int(np.prod(view_size(one.backbone.identity.preprocess))) for one in encodings)
+        pixels = area * (len(names) * at_once + min(len(names) * len(last), size))  # loaded, and in a batch
         what = f"{counted(len(names), 'view')} of {counted(at_once, 'image')} at a time"
         check_memory(12 * pixels, what, "use fewer views or a smaller batch")
         encoded: _Encoded = {}
         start = 0
-        for chunk in self._ahead(_chunks(list(last), size), partial(self._load, backbone, scope, names), depth=2):
-            encoded |= self._encode_chunk(chunk, backbone, scope, size, mean=mean)
+        for chunk in self._ahead(_chunks(list(last), size), partial(self._load, encodings, names), depth=2):
+            encoded |= self._encode_chunk(chunk, backbone, encodings, size, mean=mean)
             rows: list[tuple[int, FloatArray, str]] = []
             while start < len(paths) and paths[start] in encoded:
                 path = paths[start]
@@ -323,53 +337,84 @@ class Reader:
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _load(self, backbone: Backbone, scope: str, names: Sequence[str], path: str) -> _Loaded:
+    def _load(self, encodings: Sequence[_Encoding], names: Sequence[str], path: str) -> _Loaded:
         """Read an image once. The centre view is called ``REDUCED`` if it may come from a reduced image."""
         cache = self.cache
         try:
             data = self.read(path)
             digest = hashlib.sha256(data).hexdigest()
             names = [REDUCED if self.reduce and view == CENTRE else view for view in names]
-            features = {view: None if cache is None else cache.get(scope, digest, view) for view in names}
-            missing = [view for view, feature in features.items() if feature is None]
-            pixels: dict[str, torch.Tensor] = {}
-            if REDUCED in missing:
-                missing.remove(REDUCED)
-                pixels[REDUCED] = pixels_of(data, backbone)
-            if missing:
+            features = {
+                (one, view): None if cache is None else cache.get(one.scope, digest, view)
+                for one in encodings
+                for view in names
+            }
+            missing = [key for key, feature in features.items() if feature is None]
+            pixels: dict[tuple[_Encoding, str], torch.Tensor] = {}
+            if reduced := [one for one, view in missing if view == REDUCED]:
+                least = REDUCED_SIDES * max(max(view_size(one.backbone.identity.preprocess)) for one in reduced)
+                picture = images.decode(data, least)
+                pixels = {(one, REDUCED): one.backbone.preprocess(picture) for one in reduced}
+            if len(missing) > len(reduced):
                 picture = images.decode(data)
-                pixels |= {view: backbone.view(picture, f"{digest}/{view}") for view in missing if view != CENTRE}
-                if CENTRE in missing:
-                    pixels[CENTRE] = backbone.preprocess(picture)
+                for one, view in missing:
+                    if view == CENTRE:
+                        pixels[one, view] = one.backbone.preprocess(picture)
+                    elif view != REDUCED:
+                        pixels[one, view] = one.backbone.view(picture, f"{digest}/{view}")
         except InputError as error:
             return _Loaded(path, problem=str(error))
         return _Loaded(path, digest, features, pixels)
 
     def _encode_chunk(
-        self, chunk: Sequence[_Loaded], backbone: Backbone, scope: str, size: int, *, mean: bool
+        self, chunk: Sequence[_Loaded], backbone: Backbone, encodings: Sequence[_Encoding], size: int, *, mean: bool
     ) -> _Encoded:
         import torch
 
-        todo = {(item.digest, view): pixels for item in chunk for view, pixels in item.pixels.items()}
-        fresh: dict[tuple[str, str], FloatArray] = {}
-        for batch in _chunks(list(todo), size):
-            pixels = torch.stack([todo[key] for key in batch])
-            fresh.update(zip(batch, backbone.encode_images(pixels), strict=True))
-        if self.cache is not None and fresh:
-            self.cache.put(scope, fresh)
-        self.done.update(images=len(chunk), fresh=len(fresh))
+        made: dict[_Encoding, dict[tuple[str, str], FloatArray]] = {}
+        for one in encodings:
+            todo = {(item.digest, view): own for item in chunk for (at, view), own in item.pixels.items() if at is one}
+            fresh = made[one] = {}
+            for batch in _chunks(list(todo), size):
+                pixels = torch.stack([todo[key] for key in batch])
+                fresh.update(zip(batch, one.backbone.encode_images(pixels), strict=True))
+            if self.cache is not None and fresh:
+                self.cache.put(one.scope, fresh)
+        self.done.update(images=len(chunk), fresh=max(len(fresh) for fresh in made.values()))
         results: _Encoded = {}
         for item in chunk:
             results[item.path] = None
             try:
                 if item.problem is not None:
                     raise InputError(item.problem)
-                raw = np.stack([fresh[item.digest, view] if f is None else f for view, f in item.features.items()])
-                views = unit(raw.mean(axis=0, keepdims=True)) if mean else unit(raw, "feature of view")
-                results[item.path] = views, item.digest
+                views = len(item.features) // len(encodings)
+                raw = np.zeros((views, backbone.dim), dtype=np.float32)
+                for number, ((one, view), feature) in enumerate(item.features.items()):
+                    own = made[one][item.digest, view] if feature is None else feature
+                    raw[number % views, one.start : one.start + len(own)] = own
+                raw = raw.mean(axis=0, keepdims=True) if mean else raw
+                results[item.path] = unit_of(backbone, raw, "feature" if mean else "feature of view"), item.digest
             except InputError as error:
                 self._skip(item.path, str(error))
         return results
+
+
+@dataclass(frozen=True, eq=False)
+class _Encoding:
+    """One of the encoders in use, where its part of a feature starts, and its scope in the encoding cache."""
+
+    start: int
+    backbone: Backbone
+    scope: str
+
+    @classmethod
+    def of(cls, backbone: Backbone) -> list[_Encoding]:
+        found, start = [], 0
+        for part, in_use in encoders_of(backbone):
+            scope = getattr(part, "scope", part.precision)  # other implementations may lack it
+            found += [cls(start, part, f"{part.identity.fingerprint}/{scope}")] if in_use else []
+            start += part.dim
+        return found
 
 
 @dataclass(frozen=True)
@@ -378,8 +423,8 @@ class _Loaded:
 
     path: str
     digest: str = ""
-    features: dict[str, FloatArray | None] = field(default_factory=dict)
-    pixels: dict[str, torch.Tensor] = field(default_factory=dict)
+    features: dict[tuple[_Encoding, str], FloatArray | None] = field(default_factory=dict)
+    pixels: dict[tuple[_Encoding, str], torch.Tensor] = field(default_factory=dict)
     problem: str | None = None
 
 
@@ -403,22 +448,19 @@ def encode_table(source: Source, out: str | os.PathLike[str], reader: Reader) ->
 
 def encoded(source: Source, reader: Reader) -> tuple[pa.Schema, Iterator[pa.Table]]:
     """Return the schema and the rows of the feature table for a source. The rows are encoded lazily."""
-    if source.table is not None:
-        dim, identity = tables.table_dim(source.table), tables.table_identity(source.table)
-    else:
-        backbone = reader.needed_backbone(source)
-        dim, identity = backbone.dim, backbone.identity
-    own = source.items.schema
-    kept = [field for field in own if field.name not in ("source", "label", tables.FEATURE, "digest", "id")]
+    parts = reader.parts_of(source)
+    own, written = source.items.schema, {"source", "label", tables.FEATURE, "digest", "id"}
+    kept = [field for field in own if field.name not in written.union(part.column for part in parts)]
     further = [pa.field("digest", pa.string()), *(pa.field(field.name, field.type) for field in kept)]
-    schema = tables.schema_of(dim, np.float32, further, identity)
+    schema = tables.schema_of(parts, np.float32, further)
 
     def rows() -> Iterator[pa.Table]:
         for block in reader.blocks(source):
             items = source.items.take(pa.array(block.positions))
             labels = items["label"] if "label" in own.names else pa.nulls(len(items), pa.string())
-            columns = {name: items[name] for name in schema.names[4:]}
-            columns["digest"] = pa.array(block.digests, pa.string())
+            columns = {"digest": pa.array(block.digests, pa.string())} | {
+                field.name: items[field.name] for field in kept
+            }
             yield tables.table_of(schema, items["source"], labels, block.features, columns)
 
     return schema, rows()

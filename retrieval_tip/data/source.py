@@ -90,6 +90,10 @@ class Source:
         unknown = f"{counted(len(labels), 'unknown label')}: {few(labels)}"
         return InputError(f"{self.name}: {unknown}; the classes are {few(class_names)}")
 
+    def without(self, columns: Sequence[str]) -> Source:
+        """Return the items without some of their further columns."""
+        return replace(self, items=self.items.drop_columns([c for c in columns if c in self.items.column_names]))
+
     def take(self, positions: Sequence[int] | npt.NDArray[np.int64]) -> Source:
         """Return the items at ``positions``, in this order. The class names do not change."""
         index = np.asarray(positions, dtype=np.int64)

@@ -14,7 +14,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from types import MappingProxyType
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from retrieval_tip.backbones.base import Backbone, FloatArray, Identity, same_backbone
+from retrieval_tip.backbones.base import Backbone, FloatArray, Identity, Part, identity_of, same_backbone, side_by_side
 from retrieval_tip.data import remote
 from retrieval_tip.data.source import Source, refuse_rows
 from retrieval_tip.errors import BackboneError, InputError, first_line, one_line, show, warn_once
@@ -94,7 +95,8 @@ def items_of(file: Path | str, most: int = MAX_ROWS) -> tuple[pa.Table, bool]:
     tables: list[pa.Table] = []
     for parquet, start, part in _parquets(file):
         columns, feature = parquet.schema_arrow.names, feature_column(parquet.schema_arrow)
-        number, has_features = start + parquet.metadata.num_rows, feature is not None
+        unnamed = not set(NAMES["path"]) & set(columns) and any(is_vector(one.type) for one in parquet.schema_arrow)
+        number, has_features = start + parquet.metadata.num_rows, feature is not None or unnamed
         _check(columns, number, most, name)
         with reading(part):
             kept = parquet.read(columns=[column for column in columns if column != feature])
@@ -273,8 +275,12 @@ def few_names(columns: Sequence[str]) -> str:
     return shown + (f" and {len(columns) - MAX_SHOWN} more" if len(columns) > MAX_SHOWN else "")
 
 
-def check_backbone(identity: Identity | None, d: int, backbone: Backbone | None, sources: Sequence[Source]) -> None:
+def check_backbone(
+    identity: Identity | None, d: int, backbone: Backbone | None, sources: Sequence[Source], parts: Sequence[Part] = ()
+) -> None:
     """Check that ``backbone`` and ``sources`` fit an index whose features have ``d`` values and come from ``identity``.
+
+    The sources can be tables with one column for each of the ``parts`` of a feature.
 
     Raises BackboneError if the backbones differ, or if the decoder of the index is no longer supported. Raises
     InputError if the features have different lengths.
@@ -290,30 +296,62 @@ def check_backbone(identity: Identity | None, d: int, backbone: Backbone | None,
         raise BackboneError(f"encoder {backbone.identity}: its features have {backbone.dim} values; the index has {d}")
     for source in sources:
         if source.table is not None:
-            own = table_identity(source.table)
+            own = table_identity(source.table, parts)
             if identity is not None and own is not None:
                 same_backbone(own, identity, source.name)
-            if (dim := table_dim(source.table)) != d:
+            if (dim := table_dim(source.table, parts)) != d:
                 raise InputError(f"{source.name}: its features have {dim} values; the index has {d}")
 
 
-def table_identity(path: Path | str) -> Identity | None:
-    """Return the backbone that is named in the metadata of a feature table, if any."""
-    files = table_files(path)
-    raw = (open_parquet(files[0]).schema_arrow.metadata or {}).get(IDENTITY_KEY) if files else None
-    if raw is None:
+def table_identity(path: Path | str, parts: Sequence[Part] = ()) -> Identity | None:
+    """Return the backbone that the metadata of a feature table names, or of several, if it names all of them."""
+    files, name = table_files(path), show(path)
+    schema = open_parquet(files[0]).schema_arrow if files else pa.schema([])
+    if not parts and feature_column(schema) is None:
+        return None
+    columns = _columns(schema, name, parts)
+    return identity_of([Part(0, column, _identity_of(schema, column, name)) for column in columns])
+
+
+def table_dim(path: Path | str, parts: Sequence[Part] = ()) -> int:
+    """Return the length ``d`` of the features in a table."""
+    return sum(part.width for part in parts_in(path, parts))
+
+
+def parts_in(path: Path | str, parts: Sequence[Part] = ()) -> tuple[Part, ...]:
+    """Return the columns of features in a table with their width and their backbone (see :func:`_columns`)."""
+    for file, _, name in _parquets(path):
+        schema = file.schema_arrow
+        columns, found = _columns(schema, name, parts), []
+        for batch in file.iter_batches(1, columns=columns):
+            for column in columns:
+                width = _matrix(batch.column(column), 0, None, name).shape[1]
+                found.append(Part(width, column, _identity_of(schema, column, name)))
+            return tuple(found)
+    raise InputError(f"{show(path)}: has no rows")
+
+
+def has_part(path: Path | str, part: Part) -> bool:
+    """Return whether a table has features of one of several encoders."""
+    try:
+        return table_dim(path, [part]) == part.width
+    except InputError:
+        return False
+
+
+def _identity(metadata: Mapping[bytes, bytes] | None, name: str) -> Identity | None:
+    if (raw := (metadata or {}).get(IDENTITY_KEY)) is None:
         return None
     try:
         return Identity.from_dict(json.loads(raw))
     except (ValueError, RecursionError, BackboneError) as error:
-        raise InputError(f"{show(path)}: its metadata cannot be read ({error})") from None
+        raise InputError(f"{name}: its metadata cannot be read ({error})") from None
 
 
-def table_dim(path: Path | str) -> int:
-    """Return the length ``d`` of the features in a table."""
-    for _, batch in read_rows(path, None, last=1):
-        return int(batch.shape[1])
-    raise InputError(f"{show(path)}: has no rows")
+def _identity_of(schema: pa.Schema, column: str, name: str) -> Identity | None:
+    """Return the backbone of a column. The metadata of the whole table describes its main column."""
+    own = _identity(schema.field(column).metadata, name)
+    return own or (_identity(schema.metadata, name) if column == feature_column(schema) else None)
 
 
 def read_features(path: Path | str, norms: Norms = "check") -> Iterator[FloatArray]:
@@ -322,23 +360,30 @@ def read_features(path: Path | str, norms: Norms = "check") -> Iterator[FloatArr
 
 
 def read_rows(
-    path: Path | str, norms: Norms | None, first: int = 0, last: int = MAX_ROWS
+    path: Path | str, norms: Norms | None, first: int = 0, last: int = MAX_ROWS, parts: Sequence[Part] = ()
 ) -> Iterator[tuple[int, FloatArray]]:
-    """Yield the first row and the features of each block in rows ``first`` to ``last``, with ``norms`` checked."""
-    dim = None
+    """Yield the first row and the features of each block in rows ``first`` to ``last``, with ``norms`` checked.
+
+    If there are several ``parts``, their columns are joined (see :func:`base.side_by_side`).
+    """
+    dims: dict[int, int] = {}
     for file, begins, name in _parquets(path):
         groups, at = _row_groups(file, first - begins, last - begins)
         if not groups:
             continue
-        feature = _column(file, name)
+        columns = _columns(file.schema_arrow, name, parts)
         with reading(name):
-            for batch in file.iter_batches(TABLE_ROWS, row_groups=groups, columns=[feature]):
+            for batch in file.iter_batches(TABLE_ROWS, row_groups=groups, columns=columns):
                 if begins + at >= last:
                     break
                 if batch.num_rows and begins + at + batch.num_rows > first:
-                    features = _matrix(batch.column(feature), at, dim, name)
-                    dim = features.shape[1]
-                    yield begins + at, features if norms is None else check_norms(features, at, norms, name)
+                    made = []
+                    for number, column in enumerate(columns):
+                        where = f"{name}: column {column!r}" if parts else name
+                        features = _matrix(batch.column(column), at, dims.get(number), where)
+                        dims[number] = features.shape[1]
+                        made.append(features if norms is None else check_norms(features, at, norms, where))
+                    yield begins + at, made[0] if len(made) == 1 else side_by_side(made)
                 at += batch.num_rows
 
 
@@ -350,14 +395,31 @@ def _row_groups(parquet: pq.ParquetFile, first: int, last: int) -> tuple[list[in
     return groups.tolist(), int(starts[groups[0]]) if groups.size else 0
 
 
-def _column(file: pq.ParquetFile, name: str) -> str:
-    schema = file.schema_arrow
-    column = feature_column(schema) or FEATURE
-    if schema.names.count(column) != 1:
-        raise InputError(f"{name}: expected one column {column!r}; its columns are {few_names(schema.names)}")
-    if not is_vector(kind := schema.field(column).type):
-        raise InputError(f"{name}: column {column!r} has type {kind}; expected lists of float32 or float16")
-    return column
+def _columns(schema: pa.Schema, name: str, parts: Sequence[Part]) -> list[str]:
+    """Return the column of each part: the one that names its backbone, or else the one that has its name.
+
+    Without parts, return all columns that name their own backbone if there are several, or else the main column. Raises
+    BackboneError if a column names another backbone than its part.
+    """
+    several = [field.name for field in schema if IDENTITY_KEY in (field.metadata or {})]
+    columns = [part.column for part in parts] or (several if len(several) > 1 else [feature_column(schema) or FEATURE])
+    named = {}
+    for field in schema if any(part.identity for part in parts) else ():
+        if is_vector(field.type) and (found := _identity_of(schema, field.name, name)) is not None:
+            named[found.fingerprint] = field.name
+    for number, part in enumerate(parts):
+        if part.identity is not None:
+            columns[number] = named.get(part.identity.fingerprint, part.column)
+    for column in columns:
+        if schema.names.count(column) != 1:
+            raise InputError(f"{name}: expected one column {column!r}; its columns are {few_names(schema.names)}")
+        if not is_vector(kind := schema.field(column).type):
+            raise InputError(f"{name}: column {column!r} has type {kind}; expected lists of float32 or float16")
+    for part, column in zip(parts, columns, strict=False):
+        theirs = _identity_of(schema, column, name)
+        if theirs is not None and part.identity is not None:
+            same_backbone(theirs, part.identity, f"{name}: column {column!r}")
+    return columns
 
 
 def _matrix(column: pa.Array, start: int, dim: int | None, name: str) -> FloatArray:
@@ -395,19 +457,37 @@ def check_norms(features: FloatArray, start: int, norms: Norms, name: str) -> Fl
     return features
 
 
-def schema_of(d: int, dtype: npt.DTypeLike, further: Sequence[pa.Field], identity: Identity | None = None) -> pa.Schema:
-    """Return the schema of a feature table, with the columns ``id``, ``label``, ``feature`` and ``further``."""
-    return pa.schema(
-        [("id", pa.string()), ("label", pa.string()), (FEATURE, pa.list_(pa.from_numpy_dtype(dtype), d)), *further],
-        metadata={IDENTITY_KEY: json.dumps(identity.to_dict())} if identity is not None else None,
-    )
+def schema_of(parts: Sequence[Part], dtype: npt.DTypeLike, further: Sequence[pa.Field] = ()) -> pa.Schema:
+    """Return the schema of a feature table: ``id``, ``label``, one column of features for each part, and ``further``.
+
+    The metadata of a single column of features is that of the table.
+    """
+    named = [{IDENTITY_KEY: json.dumps(part.identity.to_dict())} if part.identity else None for part in parts]
+    features = [
+        pa.field(
+            part.column, pa.list_(pa.from_numpy_dtype(dtype), part.width), metadata=own if len(parts) > 1 else None
+        )
+        for part, own in zip(parts, named, strict=True)
+    ]
+    front = [pa.field("id", pa.string()), pa.field("label", pa.string()), *features]
+    return pa.schema([*front, *further], metadata=named[0] if len(parts) == 1 else None)
 
 
 def table_of(
-    schema: pa.Schema, ids: object, labels: object, features: npt.NDArray[np.generic], further: Mapping[str, object]
+    schema: pa.Schema,
+    ids: object,
+    labels: object,
+    features: npt.NDArray[Any],
+    further: Mapping[str, object] = MappingProxyType({}),
 ) -> pa.Table:
-    """Build the rows of a feature table with this schema. ``features`` has shape ``[m, d]``."""
-    return pa.table({"id": ids, "label": labels, FEATURE: vectors(features), **further}, schema=schema)
+    """Build the rows of a feature table with this schema. ``features`` has shape ``[m, d]`` (see :func:`schema_of`)."""
+    columns = schema.names[2 : len(schema.names) - len(further)]
+    ends = np.cumsum([schema.field(column).type.list_size for column in columns])[:-1]
+    scale = features.dtype.type(len(columns) ** 0.5)  # undoes side_by_side
+    made = {
+        column: vectors(part * scale) for column, part in zip(columns, np.split(features, ends, axis=1), strict=True)
+    }
+    return pa.table({"id": ids, "label": labels, **made, **further}, schema=schema)
 
 
 def row_groups_of(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
@@ -438,7 +518,7 @@ def parquet_writer(target: str | IO[bytes], schema: pa.Schema) -> pq.ParquetWrit
 
 def write_table(out: Path, schema: pa.Schema, blocks: Iterable[pa.Table]) -> int:
     """Write a feature table block by block, and return the number of rows. After an error, there is no file."""
-    number, plain = 0, [name for name in schema.names if name != FEATURE]
+    number, plain = 0, [field.name for field in schema if not is_vector(field.type)]
     try:
         with (
             replacing(out) as temporary,

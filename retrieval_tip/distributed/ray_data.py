@@ -196,7 +196,7 @@ class Worker:
         reader = replace(self._reader, skipped=[])
         if question := self._work.question:
             index = self._index
-            check_backbone(index.backbone, index.d, reader.backbone, [source])
+            check_backbone(index.backbone, index.d, reader.backbone, [source], index.parts)
             schema, tables = question.schema, question.rows(index, [source], reader)
         else:
             schema, tables = encoded(source, reader)

@@ -180,6 +180,7 @@ def gain(index: Index) -> Gain | None:
         keys[kept], ids.numpy()[kept], len(index.class_names), text, images[kept], FOLDS, len(kept),
         class_prior=index.fitted.class_prior, prior=prior_for(index),
     )  # fmt: skip
+    without = without.shared(index.shares, index.parts)
     if not without.can_judge:
         return None
     form, whole = Form.of(index.fitted, index.settings.beta), without.among(keys, ids, images, kept)

@@ -233,7 +233,9 @@ def judge(
 
 def answers_of(index: Index, source: Source, reader: Reader, truth: tuple[Ints, list[str]]) -> Answers:
     """Classify a source whose ``truth`` is known (see :meth:`source.Source.truth`), each shot without itself."""
-    return answered(without_themselves(index, source, reader.blocks(source)), *truth)
+    return answered(
+        without_themselves(index, source, reader.for_queries(index.parts, index.shares).blocks(source)), *truth
+    )
 
 
 def answered(asked: Iterable[QueryBlock], truth: Ints, class_names: list[str]) -> Answers:

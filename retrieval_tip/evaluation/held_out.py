@@ -96,6 +96,7 @@ def without_parts(index: Index, rows: IntArray, kept: IntArray | None = None) ->
     factory = index.index_type if index.retrieval.keys.by_class else "Flat"
     class_prior = "even" if fitted is None else fitted.class_prior
     folds = Folds(index.keys, ids, c, None, [], index.sums, class_prior, prior=prior_for(index))
+    folds = folds.shared(index.shares, index.parts)
     number = PARTS if index.n <= MANY_KEYS else PARTS // 2
     parts = parts_without(images_of(index.labels), ids.numpy(), rows, kept, number)
     for fold, (part, others) in enumerate(parts):

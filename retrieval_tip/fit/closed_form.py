@@ -40,7 +40,9 @@ from retrieval_tip.fit.folds import (
 )
 from retrieval_tip.fit.forms import DEFAULT_FORM, FORMS, ONE_SHOT, ONE_SHOT_WITH_PRIOR, WITH_PRIOR, Form
 from retrieval_tip.fit.scatter import FloatArray, known_prior
+from retrieval_tip.fit.shares import shares_of
 from retrieval_tip.model import Index
+from retrieval_tip.retrieval.arrays import equal_shares
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.ridge import MOST_SOLVED
 from retrieval_tip.retrieval.vector_index import inner_factory
@@ -250,6 +252,11 @@ def fit(
             )
         index.prior = asked.prior.astype(np.float32)
     folds, judged_on = _folds_of(index, validation, images, asked.class_prior)
+    shares: tuple[float, ...] = ()
+    if len(index.parts) > 1:
+        few = folds if validation is not None or not folds.can_judge else _sample(folds, images)
+        shares = shares_of(few if few.can_judge else folds, forms[0])
+        folds = folds.shared(shares)
     if folds.prior is not None and forms[0] == DEFAULT_FORM:
         forms = [WITH_PRIOR, *forms]
     if folds.can_judge:
@@ -263,6 +270,7 @@ def fit(
     fitted = (form if fitted_metric is not None else replace(form, metric=None)).fitted(
         index.n, asked.class_prior, automatic=validation is None and asked.metric is None and asked.values is None
     )
+    fitted = replace(fitted, shares=shares)
     n, seconds = folds.n if folds.can_judge else 0, time.perf_counter() - start
     choice = FormChoice(
         form, trials, judged_on, n, len(folds.held), seconds, longest=longest, **folds.untested, **accuracies
@@ -281,7 +289,7 @@ def refit(index: Index, beta: float) -> FormChoice:
     :meth:`editing.Editing.solve` next.
     """
     start, settings, form = time.perf_counter(), replace(index.settings, beta=beta), Form.of(index.fitted, beta)
-    folds, judged_on = _folds_of(index, None, _images(index), _class_prior(index))
+    folds, judged_on = _folds_of(index, None, _images(index), _class_prior(index), index.shares)
     accuracies: Accuracies = {}
     if folds.can_judge:
         form, settings, accuracies = _settings_of(settings, form, folds, index.class_names)
@@ -304,7 +312,8 @@ def estimate(index: Index) -> ShotEstimate:
     shots of a single class. Otherwise, the 95 % confidence interval of ``both``, the ``weakest`` classes, and the
     numbers of ``tested`` classes and of all ``classes`` with shots are also returned.
     """
-    settings, (folds, _) = index.settings, _folds_of(index, None, _images(index), _class_prior(index))
+    settings = index.settings
+    folds, _ = _folds_of(index, None, _images(index), _class_prior(index), index.shares)
     if index.curve is not None or not folds.can_judge:
         return {"photos": None, "words": None, "both": None}
     text, photos, discriminant = folds.terms(Form.of(index.fitted, settings.beta))
@@ -398,18 +407,20 @@ def _forms(
     return forms
 
 
-def _folds_of(index: Index, validation: Queries | None, images: IntArray, class_prior: ClassPrior) -> tuple[Folds, str]:
-    prior = prior_for(index)
+def _folds_of(
+    index: Index, validation: Queries | None, images: IntArray, class_prior: ClassPrior, shares: Sequence[float] = ()
+) -> tuple[Folds, str]:
+    prior, shares = prior_for(index), shares or equal_shares(index.parts)
     ids, c = index.class_ids.cpu(), len(index.class_names)
     text = index.text_weights.cpu() * index.settings.logit_scale if index.has_text else None
     if validation is not None:
         held = Held(torch.from_numpy(validation.features), torch.from_numpy(validation.ids), torch.arange(index.n))
         folds = Folds(index.keys, ids, c, text, [held], index.sums, class_prior, weighted=False, prior=prior)
-        folds = folds.with_classes(images, JUDGED)
+        folds = folds.shared(shares, index.parts).with_classes(images, JUDGED)
         return folds, f"{len(held.ids):,} photos of {validation.name}"
     number, most = MOST_FOLDS if index.n <= JUDGED else FOLDS, int(min(JUDGED, max(256, AFFINITIES / index.n)))
     folds = Folds.of_shots(index.keys, ids.numpy(), c, text, images, number, most, index.sums, class_prior, prior)
-    folds = folds.with_small(images, most).with_classes(images, most)
+    folds = folds.shared(shares, index.parts).with_small(images, most).with_classes(images, most)
     return folds, f"{folds.n:,} photos, each held out in turn"
 
 
@@ -512,10 +523,10 @@ def _settings_without_folds(index: Index, forms: Sequence[Form], folds: Folds) -
     if folds.prior is not None and any(form.metric is not None for form in forms):
         form = ONE_SHOT_WITH_PRIOR
     temperature = 1.0
-    if index.has_text and len(index.class_names) > 1:
+    if folds.words is not None and len(index.class_names) > 1:
         rows = torch.arange(min(index.n, JUDGED))
         keys = torch.nn.functional.normalize(taken_keys(index.keys, rows))
-        text = tip.text_logits(keys, index.text_weights.cpu(), index.settings.logit_scale)
+        text = tip.affinity(keys, folds.words)
         trusted = len(rows) / (len(rows) + ONE_SHOT_DOUBT)
         temperature = blend(None, text, None, index.class_ids.cpu()[rows]).b ** -trusted
     photos = ONE_SHOT_ALPHA * max(1.0, temperature) ** 2 if index.has_text else ONE_SHOT_ALONE
@@ -543,7 +554,7 @@ def _sample(folds: Folds, images: IntArray) -> Folds:
     sample = Folds.of_shots(
         keys, ids, c, text, images, FOLDS, len(ids), class_prior=folds.class_prior, prior=folds.prior
     )
-    return sample.with_classes(images, len(ids))
+    return sample.shared(folds.shares, folds.parts).with_classes(images, len(ids))
 
 
 def _choose(folds: Folds, forms: Sequence[Form]) -> tuple[Form, list[FormTrial]]:

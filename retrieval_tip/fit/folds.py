@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
+from retrieval_tip.backbones.base import Part
 from retrieval_tip.bounds import check_count
 from retrieval_tip.errors import UsageError
 from retrieval_tip.fit.forms import Form
 from retrieval_tip.fit.scatter import FewScatter, FloatArray, Scatter
 from retrieval_tip.model import Index
-from retrieval_tip.retrieval.arrays import Keys, KeysInPlace
+from retrieval_tip.retrieval.arrays import Keys, KeysInPlace, scale_of
 from retrieval_tip.retrieval.keys import KEY_BLOCK, QUERY_BLOCK
 from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.retrieval.ridge import class_weights
@@ -221,7 +222,8 @@ class Folds:
     """Keys and their class ``ids``, scaled ``text`` weights of shape ``[c, d]``, and held-out queries.
 
     If ``weighted`` is false or ``class_prior`` is ``shots``, all queries have equal weight. ``prior`` is the scatter of
-    other photos. ``single`` classes have one photo, which is never held out.
+    other photos. ``single`` classes have one photo, which is never held out. If there are several
+    encoders, ``parts`` are their parts of a feature, and ``shares`` say how much each counts.
     """
 
     keys: Keys
@@ -234,6 +236,8 @@ class Folds:
     weighted: bool = True
     prior: FloatArray | None = None
     single: int = 0
+    parts: Sequence[Part] = ()
+    shares: Sequence[float] = ()
     _scatters: dict[int | None, Scatter | FewScatter] = field(default_factory=dict)
 
     @classmethod
@@ -360,22 +364,67 @@ class Folds:
 
     def scatter(self, rows: Tensor) -> Scatter | FewScatter:
         """Return the scatter of some of the keys."""
-        if len(rows) < self.keys.shape[1] and self.prior is None:
-            return FewScatter.of(*self.taken(rows), self.c)
+        scale, prior = self._scale, self.prior
+        widths = [part.width for part, share in zip(self.parts, self.shares, strict=True) if share > 0]
+        if len(rows) < (sum(widths) or self.keys.shape[1]) and prior is None:
+            return FewScatter.of(*self.taken(rows), self.c, widths)
         every = np.arange(len(self.ids))
         if self.sums is None:
             self.sums = self._sums_of(every)
         others = np.delete(every, rows.numpy())
-        return Scatter.of(self.sums - self._sums_of(others) if len(others) else self.sums, self.prior)
+        sums = self.sums - self._sums_of(others) if len(others) else self.sums
+        if scale is not None:
+            used = scale.nonzero()[:, 0].numpy()
+            factors = scale[used].double().numpy()
+            square, grid = np.ix_(used, used), np.outer(factors, factors)
+            sums = Sums(sums.counts, sums.sums[:, used] * factors, sums.second[square] * grid)
+            prior = None if prior is None else prior[square] * grid
+        return Scatter.of(sums, prior, widths)
 
     def taken(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return some of the keys as float32, and their class ids."""
-        return taken_keys(self.keys, rows), self.ids[rows]
+        """Return some of the keys as float32, scaled by the shares of their encoders, and their class ids."""
+        return self.scaled(taken_keys(self.keys, rows)), self.ids[rows]
+
+    def scaled(self, features: Tensor) -> Tensor:
+        """Scale features by the shares of their encoders, and leave out the values of encoders without a share."""
+        scale = self._scale
+        if scale is None:
+            return features
+        used = scale > 0
+        return features[:, used] * scale[used]
+
+    @property
+    def _scale(self) -> Tensor | None:
+        return scale_of(self.parts, self.shares)
+
+    def _whole(self, metric: tip.Metric | None) -> tip.Metric | None:
+        """Return the metric of features that are not scaled, from the metric of scaled features."""
+        scale = self._scale
+        if scale is None:
+            return metric
+        used = scale.nonzero()[:, 0]
+        if metric is None:
+            return tip.Metric(torch.zeros_like(scale), torch.diag(scale))
+        mean, transform = torch.zeros_like(scale), torch.zeros(len(scale), len(scale))
+        mean[used] = metric.mean / scale[used]
+        transform[used[:, None], used] = scale[used, None] * metric.transform
+        return tip.Metric(mean, transform)
+
+    @property
+    def words(self) -> Tensor | None:
+        """The scaled text weights in which each encoder has its share, or ``None`` if there are none."""
+        text, scale = self.text, self._scale
+        text = text if text is None or scale is None else text * scale.square()
+        return text if text is not None and text.any() else None
 
     def _sums_of(self, rows: IntArray) -> Sums:
         ids = self.ids.numpy()
         blocks = ((keys, ids[part]) for keys, part in _blocks(self.keys, rows))
         return Sums.of(blocks, self.c, self.keys.shape[1])
+
+    def shared(self, shares: Sequence[float], parts: Sequence[Part] | None = None) -> Folds:
+        """Return the same folds with other shares of the encoders, whose ``parts`` stay the same by default."""
+        return replace(self, shares=shares, parts=self.parts if parts is None else parts, _scatters={})
 
     def judge(self, form: Form) -> Blend:
         """Fit a form to all shots except each fold in turn, and return the blend on these folds."""
@@ -392,8 +441,8 @@ class Folds:
             torch.cat(parts)
             for parts in zip(*(self._answers(form, held, fold) for fold, held in enumerate(self.held)), strict=True)
         )
-        features = torch.cat([held.features for held in self.held])
-        text = None if self.text is None else tip.affinity(features, self.text)
+        features, words = torch.cat([held.features for held in self.held]), self.words
+        text = None if words is None else tip.affinity(features, words)
         fits_bonus = form.values is not None and bool(self.held_of("classes").any())
         return text, cache, third if self.covered == 1 or fits_bonus else None
 
@@ -405,7 +454,7 @@ class Folds:
     def fitted(self, form: Form, rows: Tensor, fold: int | None = None) -> tuple[tip.Metric | None, Tensor | None]:
         """Fit the metric and the values of a form to ``rows`` of the keys, or to all keys outside a ``fold``."""
         metric, values, _ = self._fitted(form, rows, fold)
-        return metric, values
+        return self._whole(metric), values
 
     def _fitted(
         self, form: Form, rows: Tensor, fold: int | None
@@ -425,7 +474,8 @@ class Folds:
     def _answers(self, form: Form, held: Held, fold: int) -> tuple[Tensor, Tensor]:
         """Return the cache logits and the third term of held-out photos, from an index over the other keys."""
         metric, values, points = self._fitted(form, held.rows, fold)
-        queries = held.features if metric is None else metric(held.features)
+        features = self.scaled(held.features)
+        queries = features if metric is None else metric(features)
         cache, sums = torch.zeros(len(queries), self.c), torch.zeros(self.c, queries.shape[1], dtype=torch.float64)
         counts = torch.bincount(self.ids[held.rows], minlength=self.c)
         if values is not None and points is not None:
@@ -435,7 +485,7 @@ class Folds:
                 return cache, weights.mean(1, keepdim=True) * (counts == 0)
             tip.add_rows(sums, self.ids[held.rows], points.double())
         for block, rows in _blocks(self.keys, held.rows.numpy()) if values is None else ():  # may be very many
-            keys = torch.from_numpy(np.array(block, dtype=np.float32))
+            keys = self.scaled(torch.from_numpy(np.array(block, dtype=np.float32)))
             points, ids = keys if metric is None else metric(keys), self.ids[torch.from_numpy(rows)]
             cache += tip.cache_logits(tip.affinity(queries, points), ids, self.c, form.beta)
             tip.add_rows(sums, ids, points.double())

@@ -27,15 +27,23 @@ SMALLEST_EIGENVALUE = 1e-7
 
 @dataclass(frozen=True)
 class Scatter:
-    """The scatter ``S`` of the shots as a float64 ``matrix`` of shape ``[d, d]``, and their mean ``m``, ``[d]``."""
+    """The scatter ``S`` of the shots as a float64 ``matrix`` of shape ``[d, d]``, and their mean ``m``, ``[d]``.
+
+    If several encoders made the features, ``widths`` has the number of values of each.
+    """
 
     mean: Tensor
     matrix: Tensor
+    widths: Sequence[int] = ()
 
     def whitening(self, shrinkage: float) -> Tensor | None:
-        """Return ``T`` with ``T T^T = ((1 - s) S d / tr(S) + s I)^-1``, of shape ``[d, d]``, or ``None`` if S is 0."""
+        """Return ``T`` with ``T T^T = ((1 - s) S / v + s I)^-1``, of shape ``[d, d]``, or ``None`` if S is 0.
+
+        ``v`` is the mean variance of the values, or the sum over several encoders of the mean variance of each. The
+        shrinkage then hardly depends on encoders that count little.
+        """
         d = len(self.mean)
-        scale = float(self.matrix.trace()) / d
+        scale = _mean_variance(self.matrix.diagonal(), self.widths)
         if not scale > 0:
             return None
         eye = torch.eye(d, dtype=torch.float64)
@@ -44,7 +52,7 @@ class Scatter:
         return transform
 
     @classmethod
-    def of(cls, sums: Sums, prior: FloatArray | None = None) -> Scatter:
+    def of(cls, sums: Sums, prior: FloatArray | None = None, widths: Sequence[int] = ()) -> Scatter:
         """Compute the within-class scatter from sums of keys. If each class has a single key, use the total scatter.
 
         ``S = sum_i r_i r_i^T / n = (sum_i k_i k_i^T - sum_c n_c mu_c mu_c^T) / n``, where ``r_i`` is the difference
@@ -58,7 +66,7 @@ class Scatter:
         scatter, n = sums.second - roots.T @ roots, sums.n
         if prior is not None:
             scatter, n = scatter + PRIOR_WEIGHT * prior, n - int((sums.counts > 0).sum()) + PRIOR_WEIGHT
-        return cls(torch.from_numpy(mean), torch.from_numpy(scatter / n))
+        return cls(torch.from_numpy(mean), torch.from_numpy(scatter / n), widths)
 
 
 @dataclass(frozen=True)
@@ -72,9 +80,10 @@ class FewScatter:
     mean: Tensor
     eigenvalues: Tensor
     eigenvectors: Tensor
+    widths: Sequence[int] = ()
 
     @classmethod
-    def of(cls, keys: Tensor, ids: Tensor, c: int) -> FewScatter:
+    def of(cls, keys: Tensor, ids: Tensor, c: int, widths: Sequence[int] = ()) -> FewScatter:
         """Compute the scatter of keys ``[n, d]`` from the Gram matrix of the ``r_i``."""
         wide = keys.double()
         sums = torch.zeros(c, keys.shape[1], dtype=torch.float64).index_add_(0, ids, wide)
@@ -83,7 +92,7 @@ class FewScatter:
         values, left = torch.linalg.eigh(apart @ apart.T / len(keys))
         some = values > SMALLEST_EIGENVALUE * values.max() / len(keys)
         scaled = left[:, some] / (len(keys) * values[some]).sqrt()
-        return cls(torch.from_numpy(mean), values[some], apart.T @ scaled)
+        return cls(torch.from_numpy(mean), values[some], apart.T @ scaled, widths)
 
     @property
     def matrix(self) -> Tensor:
@@ -92,7 +101,7 @@ class FewScatter:
 
     def whitening(self, shrinkage: float) -> Tensor | None:
         """See :meth:`Scatter.whitening`."""
-        scale = float(self.eigenvalues.sum()) / len(self.mean)
+        scale = _mean_variance(self.eigenvectors.square() @ self.eigenvalues, self.widths)
         if not scale > 0:
             return None
         beyond = shrinkage**-0.5
@@ -100,6 +109,10 @@ class FewScatter:
         transform: Tensor = (self.eigenvectors * (along - beyond)) @ self.eigenvectors.T
         transform.diagonal().add_(beyond)
         return transform
+
+
+def _mean_variance(variances: Tensor, widths: Sequence[int]) -> float:
+    return sum(float(part.mean()) for part in variances.split(list(widths) or len(variances)))
 
 
 def _centres(counts: npt.NDArray[np.int64], sums: FloatArray, *, total: bool = True) -> tuple[FloatArray, FloatArray]:

@@ -17,11 +17,12 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 import torch
 
-from retrieval_tip.backbones.base import resolve_device
+from retrieval_tip.backbones.base import Part, parts_of, resolve_device
 from retrieval_tip.backbones.prompts import DEFAULT_TEMPLATES, check_templates
 from retrieval_tip.bounds import check_memory
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source, open_source, spelled_alike
+from retrieval_tip.data.tables import parts_in
 from retrieval_tip.errors import SHOWN, UsageError, counted, few
 from retrieval_tip.evaluation.audit import ALL_PAIRS, suspicious
 from retrieval_tip.fit.closed_form import Fit
@@ -59,6 +60,8 @@ def build_index(
     or if another process is writing to it. If an error occurs, ``out`` stays unchanged.
     """
     plan = Plan(**options)
+    reader = replace(reader, parts=_parts(source, reader, plan))
+    source = source.without([part.column for part in reader.parts])
     words = _text(source, reader, plan)
     source, ids = _shots(source.known_as(words.class_names), words.class_names, plan, reader.seed)
     backbone = identity_of(source, reader)
@@ -67,6 +70,20 @@ def build_index(
     made = places.at(out).create(_without_suspicious(material) if plan.drop_suspicious else material)
     warn_of_spelling(out, words.class_names, words.class_names)
     return made
+
+
+def _parts(source: Source, reader: Reader, plan: Plan) -> tuple[Part, ...]:
+    """Return the parts of a feature, if there are several encoders, or if a column of features has its own name."""
+    if source.table is None:
+        if plan.features:
+            raise UsageError(f"features: {source.name} is no feature table; name the encoders with model")
+        return parts if reader.backbone is not None and len(parts := parts_of(reader.backbone)) > 1 else ()
+    if len(set(plan.features)) < len(plan.features):
+        raise UsageError(f"features: {','.join(plan.features)} names a column twice")
+    asked = [Part(0, column) for column in plan.features]
+    known = () if reader.backbone is None else parts_of(reader.backbone)
+    parts = parts_in(source.table, asked or (known if len(known) > 1 else ()))
+    return parts if asked or len(parts) > 1 else ()
 
 
 def _shots(source: Source, class_names: Sequence[str], plan: Plan, seed: int) -> tuple[Source, npt.NDArray[np.int64]]:
@@ -136,7 +153,7 @@ def _text(source: Source, reader: Reader, plan: Plan) -> Words:
     if plan.text is not None:
         if templates:
             raise UsageError("text and templates: give only one; a text table already contains features of prompts")
-        class_names, weights = read_text_table(plan.text, reader.norms, identity_of(source, reader))
+        class_names, weights = read_text_table(plan.text, reader.norms, identity_of(source, reader), reader.parts)
         return Words(class_names, weights, [], str(plan.text))
     if backbone is not None and (templates or backbone.has_text):
         prompts = list(check_templates(templates or DEFAULT_TEMPLATES))

@@ -9,7 +9,7 @@ import dataclasses
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from retrieval_tip.backbones.base import Backbone, Identity, same_backbone
+from retrieval_tip.backbones.base import Backbone, same_backbone
 from retrieval_tip.backbones.prompts import check_templates, text_weights
 from retrieval_tip.bounds import check_count
 from retrieval_tip.data.reader import Reader
@@ -140,7 +140,9 @@ def add(
     """
     store = places.at(folder)
     manifest = manifest or store.manifest()
-    check_backbone(_backbone_of(manifest), manifest.d, reader.backbone, [source])
+    reader = replace(reader, parts=tuple(manifest.parts))
+    check_backbone(manifest.identity, manifest.d, reader.backbone, [source], reader.parts)
+    source = source.without([part.column for part in reader.parts])
     weights = _weights_of(source.class_names, manifest, reader, text)
     _new_classes(source.class_names, manifest.class_names, weights, store.has_text(manifest))
     if shots is not None:
@@ -206,7 +208,7 @@ def label(folder: Place, photos: Iterable[PhotoLabel], reader: Reader, unwanted:
     """
     store, wanted = places.at(folder), {photo.digest: photo for photo in photos}
     manifest = store.manifest()
-    check_backbone(_backbone_of(manifest), manifest.d, reader.backbone, [])
+    check_backbone(manifest.identity, manifest.d, reader.backbone, [])
     names = list(dict.fromkeys(photo.label for photo in wanted.values() if photo.label is not None))
     weights = _weights_of(names, manifest, reader, None)
     with store.change() as change:
@@ -272,7 +274,7 @@ def merge(folder: Place, other: Place) -> Added:
     theirs = source.load(device="cpu").in_memory()
     if theirs.values is not None and theirs.fitted is None:
         raise InputError(f"{other}: has trained values, which cannot be merged; merge the version from before training")
-    ours = _backbone_of(target.manifest())
+    ours = target.manifest().identity
     if ours is not None and theirs.backbone is not None:
         same_backbone(theirs.backbone, ours, str(other))
     weights = dict(zip(theirs.class_names, theirs.text_weights.numpy(), strict=True)) if theirs.has_text else {}
@@ -397,7 +399,7 @@ def rename(folder: Place, old: str, new: str, backbone: Backbone | None = None) 
     weights = None
     if backbone is not None:
         manifest = places.at(folder).manifest()
-        check_backbone(_backbone_of(manifest), manifest.d, backbone, [])
+        check_backbone(manifest.identity, manifest.d, backbone, [])
         if not manifest.templates:
             raise UsageError(f"{folder}: its text weights did not come from templates; rename without a backbone")
         weights = text_weights(backbone, [new], manifest.templates)[0]
@@ -455,7 +457,7 @@ def configure(
         if backbone is None:
             raise UsageError("templates: text weights from templates need a backbone; give --model")
         manifest = store.manifest()
-        check_backbone(_backbone_of(manifest), manifest.d, backbone, [])
+        check_backbone(manifest.identity, manifest.d, backbone, [])
         names = manifest.class_names
         weights = dict(zip(names, text_weights(backbone, names, prompts), strict=True))
     with store.change() as change:
@@ -483,6 +485,31 @@ def configure(
         if prompts:
             change.what += (", " if given else "") + counted(len(prompts), "template")
     return Configured(_version(index), [], summary)
+
+
+def keep_encoders(folder: Place, names: Sequence[str]) -> Configured:
+    """Drop all encoders of an index except the named ones, and fit it again.
+
+    A name is that of an encoder, with or without its weights, as in ``ViT-B-32@openai``, or else the name of its column
+    in a feature table. Raises UsageError if an encoder is unknown, or if the index is not in a folder.
+    """
+    store, summary = places.at(folder), None
+    if store.in_table:
+        raise UsageError(f"{folder}: encoders can only be dropped in a folder; copy it with index clone")
+    with store.change() as change:
+        index = change.index
+        by_name: dict[str, int] = {}
+        for number, part in enumerate(index.parts):
+            by_name |= dict.fromkeys([*part.names, part.column], number)
+        if unknown := [name for name in names if name not in by_name]:
+            known = few([part.names[-1] for part in index.parts]) or "one encoder"
+            raise UsageError(f"encoders: {unknown[0]!r} is not among those of this index ({known})")
+        fitted = index.fitted
+        index.keep_parts(sorted({by_name[name] for name in names}))
+        if fitted is not None:
+            summary = str(change.fit(Fit(class_prior=fitted.class_prior)))
+        change.what = f"keep {counted(len(index.parts) or 1, 'encoder')}: {', '.join(names)}"
+    return Configured(_version(change.index), [], summary)
 
 
 def rebuild(folder: Place, *, index: str | None = None, dtype: Dtype | None = None) -> Changed:
@@ -541,10 +568,6 @@ def clone(folder: Place, out: Place, version: int | None = None) -> Changed:
     return Changed(target.copy_from(index, what), [])
 
 
-def _backbone_of(manifest: Manifest) -> Identity | None:
-    return Identity.from_dict(manifest.backbone) if manifest.backbone else None
-
-
 def _weights_of(
     class_names: Sequence[str], manifest: Manifest, reader: Reader, text: Folder | None
 ) -> dict[str, npt.NDArray[np.float32]]:
@@ -553,7 +576,7 @@ def _weights_of(
     if not new:
         return {}
     if text is not None:
-        names, weights = read_text_table(text, reader.norms, _backbone_of(manifest))
+        names, weights = read_text_table(text, reader.norms, manifest.identity, manifest.parts)
         if weights.shape[1] != manifest.d:
             raise InputError(f"{text}: {weights.shape[1]} values per row instead of {manifest.d}; use one backbone")
         return {name: row for name, row in zip(names, weights, strict=True) if name in new}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,10 +20,14 @@ from retrieval_tip.evaluation.held_out import held_out_probabilities, photo_rows
 from retrieval_tip.index.build import build_index
 from retrieval_tip.model import Index
 
+Opened = Callable[[], AbstractContextManager[Reader]]
+
 TIMED = 64
 """Number of photos that are encoded to measure the speed."""
 FASTER = 1.5
 """Minimum ratio of the speeds for which a less accurate encoder is recommended."""
+PAIRED = 4
+"""Number of the most accurate encoders that are tried in pairs."""
 JUDGED = 4096
 """Maximum number of photos that are held out to compare encoders."""
 
@@ -86,17 +91,23 @@ def compare_encoders(
 
 
 def try_encoders(
-    photos: Source, encoders: Iterable[tuple[str, Callable[[], AbstractContextManager[Reader]]]], device: str = "auto"
+    photos: Source,
+    encoders: Mapping[str, Opened],
+    device: str = "auto",
+    joined: Callable[[str, str], tuple[str, Opened]] | None = None,
 ) -> EncoderTrials:
     """Fit an index of each encoder to labelled photos, and measure its accuracy and its speed.
 
-    ``encoders`` are names, and functions that open an encoder. Only one encoder is open at a time. See
-    :func:`recommended` for the recommendation.
+    ``encoders`` maps names to functions that open an encoder. Pairs of the :data:`PAIRED` most accurate encoders are
+    tried as well, if ``joined`` returns the name of a pair and a function that opens it. See :func:`recommended` for
+    the recommendation.
 
     Raises UsageError if ``photos`` is a feature table, and InputError if no photo can be held out.
     """
     trials, skipped = [], list[Skipped]()
-    for name, opened in encoders:
+    waiting, pairs = list(encoders.items()), joined
+    while waiting:
+        name, opened = waiting.pop(0)
         with opened() as reader, trial(photos, reader, device) as built:
             index = built.in_memory()
             fit = index.provenance["fit"]
@@ -109,6 +120,9 @@ def try_encoders(
             low, high = fit["interval_95"]
             trials.append(EncoderTrial(name, fit["both"], (low, high), _speed(photos, reader), right))
             skipped += reader.skipped
+        if not waiting and pairs is not None:
+            best = sorted(trials, key=lambda one: -one.accuracy)[:PAIRED]
+            waiting, pairs = [pairs(a.name, b.name) for a, b in itertools.combinations(best, 2)], None
     return EncoderTrials(trials, recommended(trials), list(dict.fromkeys(skipped)))
 
 

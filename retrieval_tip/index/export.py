@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from retrieval_tip.backbones.base import Part
 from retrieval_tip.data.tables import FEATURE, TABLE_ROWS, schema_of, table_of, write_table
 from retrieval_tip.errors import InputError, UsageError, show
 from retrieval_tip.files import real
@@ -21,9 +22,9 @@ log = logging.getLogger(__name__)
 def export_table(index: Index, out: Path) -> int:
     """Write the keys of an index to a feature table, in index order, and return the number of rows.
 
-    The table has the columns ``id``, ``label``, ``feature``, ``key_id``, ``shot``, ``views``, ``digest`` and
-    ``added_at``, and the extra columns of the label store. ``id`` is the source of the key, and ``feature`` contains
-    ``d`` values in the dtype of the keys. A table cannot store trained values, so a warning is logged if the index has
+    The table has the columns ``id``, ``label``, ``feature`` (one for each encoder), ``key_id``, ``shot``, ``views``,
+    ``digest`` and ``added_at``, and the extra columns of the label store. ``id`` is the source of the key, and
+    ``feature`` has the dtype of the keys. A table cannot store trained values, so a warning is logged if the index has
     them.
 
     Raises InputError if ``out`` cannot be written. In this case, no file is left behind.
@@ -34,9 +35,10 @@ def export_table(index: Index, out: Path) -> int:
             "%s: a table cannot hold trained values, so an index built from it will give other answers", show(out)
         )
     table, keys = index.labels, index.rows.in_memory().keys
-    own = {"class_id", "label", "source", "id", FEATURE}
+    parts = index.parts or (Part(index.d, FEATURE, index.backbone),)
+    own = {"class_id", "label", "source", "id", FEATURE, *(part.column for part in parts)}
     further = [table.schema.field(name).remove_metadata() for name in table.column_names if name not in own]
-    schema = schema_of(index.d, index.dtype, further, index.backbone)
+    schema = schema_of(parts, index.dtype, further)
 
     def blocks() -> Iterator[pa.Table]:
         for start in range(0, index.n, TABLE_ROWS):
@@ -67,10 +69,11 @@ def export_text(index: Index, out: Path) -> int:
     bare = np.flatnonzero(~weights.any(axis=1))
     if bare.size:
         raise InputError(f"text: class {index.class_names[bare[0]]!r} has no text weight; build the index with one")
-    names, schema = pa.array(index.class_names, pa.string()), schema_of(index.d, weights.dtype, [], index.backbone)
+    names = pa.array(index.class_names, pa.string())
+    schema = schema_of([Part(index.d, FEATURE, index.backbone)], weights.dtype)
     starts = range(0, len(names), TABLE_ROWS)
     parts = ((names.slice(at, TABLE_ROWS), weights[at : at + TABLE_ROWS]) for at in starts)
-    return write_table(out, schema, (table_of(schema, name, name, part, {}) for name, part in parts))
+    return write_table(out, schema, (table_of(schema, name, name, part) for name, part in parts))
 
 
 def _refuse_inside(index: Index, out: Path) -> None:

@@ -51,9 +51,8 @@ def fit_index(
         queries = functools.partial(on_validation, source=validation, reader=reader)
     store = places.at(folder)
     manifest = store.manifest()
-    known = Identity.from_dict(manifest.backbone) if manifest.backbone else None
     before = "even" if manifest.fitted is None else manifest.fitted.class_prior
-    asked = Fit(metric, values, class_prior or before, prior_of(prior, known))
+    asked = Fit(metric, values, class_prior or before, prior_of(prior, manifest.identity))
     return store.fit(asked, queries)
 
 

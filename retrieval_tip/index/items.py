@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from retrieval_tip.backbones.base import Backbone, Identity, same_backbone
+from retrieval_tip.backbones.base import Backbone, Identity, Part, same_backbone, text_side_by_side
 from retrieval_tip.backbones.prompts import mean_by_class
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.shots import few_shot
 from retrieval_tip.data.sources import Source, open_source
-from retrieval_tip.data.tables import read_features, table_identity
+from retrieval_tip.data.tables import has_part, read_rows, table_dim, table_identity
 from retrieval_tip.errors import InputError, UsageError, counted, few
 from retrieval_tip.retrieval.defaults import Statistics, plain_settings
 from retrieval_tip.retrieval.duplicates import Duplicates, describe_duplicates
@@ -97,6 +97,7 @@ class Plan:
     k: KeysMet = None
     logit_scale: float | None = None
     drop_suspicious: bool = False
+    features: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, Dtype)
@@ -240,7 +241,7 @@ def identity_of(source: Source, reader: Reader) -> Identity | None:
     """Return the identity of the encoder's backbone or, if it has none, of the backbone named in the table."""
     if reader.backbone is not None:
         return reader.backbone.identity
-    return table_identity(source.table) if source.table is not None else None
+    return table_identity(source.table, reader.parts) if source.table is not None else None
 
 
 def precision_of(source: Source, reader: Reader) -> str | None:
@@ -249,26 +250,43 @@ def precision_of(source: Source, reader: Reader) -> str | None:
 
 
 def read_text_table(
-    path: str | os.PathLike[str], norms: Norms = "check", backbone: Identity | None = None
+    path: str | os.PathLike[str],
+    norms: Norms = "check",
+    backbone: Identity | None = None,
+    parts: Sequence[Part] = (),
 ) -> tuple[tuple[str, ...], npt.NDArray[np.float32]]:
     """Read the class names and text weights from a table of text features, in order of first appearance.
 
     Each row is the feature of a prompt. The rows of each class are averaged and then normalised. If ``norms`` is
-    ``check``, the rows must have unit norm. Otherwise, they are normalised. Raises InputError if the file is invalid.
+    ``check``, the rows must have unit norm. Otherwise, they are normalised. If features have several ``parts``, the
+    table can have a column for some of them, and the others have no text. Raises InputError if the file is invalid.
     Raises BackboneError if the table names another backbone than ``backbone``.
     """
     table = open_source(path)
     if table.table is None:
         raise InputError(f"{table.name}: no column 'feature'; give a feature table labelled by class")
-    features = np.concatenate(list(read_features(table.table, "check" if norms == "check" else "unit")))
     rows: dict[str, list[int]] = {}
     for row, label in enumerate(table.labels):
         rows.setdefault(label, []).append(row)
-    means = [mean_by_class(features[None, own], [name])[0] for name, own in rows.items()]
-    theirs = table_identity(table.table)
+
+    file = table.table
+
+    def means(columns: Sequence[Part]) -> npt.NDArray[np.float32]:
+        read = read_rows(file, "check" if norms == "check" else "unit", parts=columns)
+        features = np.concatenate([block for _, block in read])
+        return np.stack([mean_by_class(features[None, own], [name])[0] for name, own in rows.items()])
+
+    if len(parts) > 1 and table_dim(file) != sum(part.width for part in parts):
+        own = [
+            means([part]) if has_part(file, part) else np.zeros((len(rows), part.width), np.float32) for part in parts
+        ]
+        if not any(part.any() for part in own):
+            raise InputError(f"{table.name}: has no column of text features of an encoder of this index")
+        return tuple(rows), text_side_by_side(own)
+    theirs = table_identity(file)
     if theirs is not None and backbone is not None:
         same_backbone(theirs, backbone, str(path))
-    return tuple(rows), np.stack(means)
+    return tuple(rows), means(())
 
 
 def provenance_of(given: float | None, form: str) -> str:

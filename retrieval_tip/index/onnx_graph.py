@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from retrieval_tip import tip
-from retrieval_tip.backbones.base import Preprocess, unit, view_size
+from retrieval_tip.backbones.base import Preprocess, encoders_of, unit_of, view_size
+from retrieval_tip.backbones.joined import Joined
 from retrieval_tip.backbones.tower import FEATURES, OPSET, PIXELS, runtime, shorter_side, stored_onnx, to_onnx
 from retrieval_tip.data.reader import pixels_of
 from retrieval_tip.data.shots import spread
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     import onnx
 
     from retrieval_tip.backbones.torch_backbone import TorchBackbone
+
+Encoder: TypeAlias = "TorchBackbone | Joined | None"
 
 LARGEST = (1 << 31) - (1 << 20)
 """Maximum size in bytes of a graph including its weights, slightly below the protobuf limit of 2 GiB."""
@@ -79,7 +82,7 @@ class Answer(torch.nn.Module):
         super().__init__()
         settings, metric = index.settings, index.metric
         self.settings, self.n_classes, self.raw = settings, len(index.class_names), raw
-        self.register_buffer("text", index.text_weights.float().cpu())
+        self.register_buffer("text", index.text.float().cpu())
         self.register_buffer("keys", torch.from_numpy(np.asarray(index.rows.in_memory().vectors, dtype=np.float32)))
         self.register_buffer("ids", index.class_ids.cpu())
         self.register_buffer("counts", torch.bincount(self.ids, minlength=self.n_classes))
@@ -110,12 +113,47 @@ class Answer(torch.nn.Module):
         return answers if least is None else (*answers, terms.strongest(self.counts) < least)
 
 
-def answering(index: Index, backbone: TorchBackbone | None) -> torch.nn.Module:
-    """Return a module that computes the answers of an index from pixels, or from features without a ``backbone``."""
-    answer = Answer(index, raw=backbone is not None)
-    if backbone is None:
-        return answer
-    return torch.nn.Sequential(Pixels(backbone.identity.preprocess), backbone.image_encoder, answer)
+class Towers(torch.nn.Module):
+    """A torch module that encodes pixels, with one input for each encoder in use, and joins the unit features."""
+
+    def __init__(self, backbone: Encoder, answer: Answer) -> None:
+        super().__init__()
+        self.parts = [(one.dim, used) for one, used in encoders_of(backbone)]
+        self.towers = torch.nn.ModuleList(
+            torch.nn.Sequential(Pixels(one.identity.preprocess), cast("TorchBackbone", one).image_encoder)
+            for one, used in encoders_of(backbone)
+            if used
+        )
+        self.answer = answer
+
+    def forward(self, *pixels: Tensor) -> tuple[Tensor, ...]:
+        """Return the answers to pixels."""
+        made = iter([normalize(tower(view)) for tower, view in zip(self.towers, pixels, strict=True)])
+        empty = pixels[0].flatten(1)[:, :1] * 0
+        features = torch.cat([next(made) if used else empty.expand(-1, d) for d, used in self.parts], 1)
+        answers: tuple[Tensor, ...] = self.answer(features / len(self.parts) ** 0.5)
+        return answers
+
+
+def for_queries(index: Index, backbone: Encoder) -> Encoder:
+    """Return a backbone without the encoders that have no share."""
+    return backbone.only(index.shares) if isinstance(backbone, Joined) else backbone
+
+
+def answering(index: Index, backbone: Encoder) -> torch.nn.Module:
+    """Return a module that computes the answers of an index from pixels, or from features without a ``backbone``.
+
+    If the index has several encoders, the module has one input for each that has a share.
+    """
+    answer = Answer(index, raw=False)
+    return answer if backbone is None else Towers(for_queries(index, backbone), answer)
+
+
+def inputs_of(index: Index, backbone: Encoder) -> dict[str, Preprocess]:
+    """Return the names of the inputs of a graph of pixels, and the preprocessing of each."""
+    encoders = enumerate(encoders_of(for_queries(index, backbone)), 1)
+    several = isinstance(backbone, Joined)
+    return {f"{PIXELS}_{i}" if several else PIXELS: one.identity.preprocess for i, (one, used) in encoders if used}
 
 
 class Logits(torch.nn.Module):
@@ -125,20 +163,21 @@ class Logits(torch.nn.Module):
         super().__init__()
         self.answer = answer
 
-    def forward(self, given: Tensor) -> Tensor:
+    def forward(self, *given: Tensor) -> Tensor:
         """Return the logits."""
-        logits: Tensor = self.answer(given)[0]
+        logits: Tensor = self.answer(*given)[0]
         return logits
 
 
-def export_onnx(index: Index, out: str | os.PathLike[str], backbone: TorchBackbone | None = None) -> dict[str, Any]:
+def export_onnx(index: Index, out: str | os.PathLike[str], backbone: Encoder = None) -> dict[str, Any]:
     """Write an index to an ONNX file, with the labels and the image preprocessing as metadata.
 
     If you give a ``backbone``, the input is ``pixels``, a float32 array of shape ``[b, 3, h, w]`` with RGB values from
     0 to 255. Resize and crop the images as described by ``preprocess`` in the metadata. The graph itself subtracts the
-    mean and divides by the standard deviation. If you give no backbone, the input is ``features``, a float32 array of
-    shape ``[b, d]`` with rows of unit norm. The outputs are ``logits`` and ``probabilities``, both of shape ``[b, c]``,
-    in the order of ``labels``. If the index is fitted, ``unlike`` is a bool array of shape ``[b]``.
+    mean and divides by the standard deviation. With several encoders, there is one input for each that has a share,
+    ``pixels_1`` for the first, and ``preprocess`` describes each. If you give no backbone, the input is ``features``, a
+    float32 array of shape ``[b, d]`` with rows of unit norm. The outputs are ``logits`` and ``probabilities``, both of
+    shape ``[b, c]``, in the order of ``labels``. If the index is fitted, ``unlike`` is a bool array of shape ``[b]``.
 
     If the ``backbone`` is in int8, the graph contains its stored tower, which is several times smaller and often
     faster. Everything else stays in float32.
@@ -158,16 +197,21 @@ def export_onnx(index: Index, out: str | os.PathLike[str], backbone: TorchBackbo
             "give --k all, or build the index again with --index Flat"
         )
     int8 = None if backbone is None or backbone.precision != "int8" else backbone
+    if isinstance(int8, Joined):
+        raise UsageError("precision int8: cannot be exported for several encoders; give float32")
     module = (answering(index, backbone) if int8 is None else Answer(index, raw=True)).eval()
     size = sum(tensor.nbytes for tensor in module.state_dict().values())
     if size > LARGEST:
-        raise UsageError(f"{show(Path(out))}: keys, values and encoder take {size / 1e9:.1f} GB; the limit is 2 GB")
+        what = "keys and values" if backbone is None else f"keys, values and {backbone.identity.model}"
+        raise UsageError(f"{show(Path(out))}: {what} take {size / 1e9:.1f} GB; the limit is 2 GB")
     outputs = ["logits", "probabilities", *([] if index.settings.least_cache is None else ["unlike"])]
-    shape, name = ((index.d,), FEATURES) if backbone is None else ((3, *backbone.size), PIXELS)
     facts = _metadata(index, backbone)
     with replacing(Path(out)) as temporary:
         try:
-            graph = to_onnx(module, shape, name, outputs) if int8 is None else _behind_tower(module, int8, outputs)
+            given: dict[str, tuple[int, ...]] = {FEATURES: (index.d,)}
+            if backbone is not None:
+                given = {name: (3, *view_size(own)) for name, own in inputs_of(index, backbone).items()}
+            graph = to_onnx(module, given, outputs) if int8 is None else _behind_tower(module, int8, outputs)
         except Exception as error:  # torch raises many types of errors
             raise InputError(
                 f"{index.backbone or 'features'}: cannot be written as ONNX: {first_line(error)}"
@@ -181,19 +225,21 @@ def export_onnx(index: Index, out: str | os.PathLike[str], backbone: TorchBackbo
     return facts
 
 
-def _agreement(
-    index: Index, backbone: TorchBackbone | None, outputs: Sequence[str], file: Path
-) -> dict[str, float] | None:
+def _agreement(index: Index, backbone: Encoder, outputs: Sequence[str], file: Path) -> dict[str, float] | None:
     """Run the graph on at most ``COMPARED`` photos of the index (or keys, without a ``backbone``) in OpenVINO.
 
     Returns the number of examples (``n``), the number with the package's label and ``unlike`` (``equal``), and the
     largest difference of a probability (``difference``). Returns ``None`` if the photos cannot be read.
     """
-    examples = [(key[None], key[None]) for key in index.rows.some(COMPARED)[0].astype(np.float32)]
+    examples = [({FEATURES: key[None]}, key[None]) for key in index.rows.some(COMPARED)[0].astype(np.float32)]
+    backbone = for_queries(index, backbone)
     if backbone is not None:
-        pixels = Pixels(backbone.identity.preprocess)
-        views = _views(index, backbone, COMPARED)
-        examples = [(pixels.of(view), unit(backbone.encode_images(view[None]))) for view in views]
+        given, examples = inputs_of(index, backbone), []
+        for view in _views(index, backbone, COMPARED):
+            views = backbone.views(view[None]) if isinstance(backbone, Joined) else [view[None]]
+            used = zip(given.items(), (one for one in views if one is not None), strict=True)
+            pixels = {name: Pixels(preprocess).of(one[0]) for (name, preprocess), one in used}
+            examples.append((pixels, unit_of(backbone, backbone.encode_images(view[None]))))
     if not examples:
         return None
     core = runtime().Core()
@@ -210,7 +256,7 @@ def _agreement(
     return {"n": len(examples), "equal": equal, "difference": difference}
 
 
-def _views(index: Index, backbone: TorchBackbone, most: int) -> Iterator[Tensor]:
+def _views(index: Index, backbone: TorchBackbone | Joined, most: int) -> Iterator[Tensor]:
     """Yield views of at most ``most`` evenly spaced photos of the index, and skip photos that cannot be read."""
     for path in dict.fromkeys(index.rows.described(spread(index.n, most), ["source"])["source"].to_pylist()):
         with suppress(InputError):
@@ -222,11 +268,11 @@ def _behind_tower(answer: torch.nn.Module, backbone: TorchBackbone, outputs: Seq
     import onnx
     from onnx.compose import add_prefix, merge_models
 
-    pixels = to_onnx(Pixels(backbone.identity.preprocess), (3, *backbone.size), PIXELS, ["view"])
+    pixels = to_onnx(Pixels(backbone.identity.preprocess), {PIXELS: (3, *backbone.size)}, ["view"])
     parts = [
         add_prefix(pixels, "pixels/", rename_inputs=False),
         add_prefix(onnx.load_model_from_string(stored_onnx(backbone.identity)), "tower/"),
-        to_onnx(answer, (backbone.dim,), "raw", outputs),
+        to_onnx(answer, {"raw": (backbone.dim,)}, outputs),
     ]
     graph = parts[0]
     for part in parts[1:]:
@@ -235,14 +281,16 @@ def _behind_tower(answer: torch.nn.Module, backbone: TorchBackbone, outputs: Seq
     return graph
 
 
-def _metadata(index: Index, backbone: TorchBackbone | None) -> dict[str, Any]:
+def _metadata(index: Index, backbone: Encoder) -> dict[str, Any]:
     facts = {"labels": index.class_names, "settings": asdict(index.settings), "opset": OPSET}
     facts |= {"index": index.place, "version": index.version}
     if backbone is not None:
-        preprocess = dict(backbone.identity.preprocess)
-        preprocess = {name: value for name, value in preprocess.items() if name not in ("mean", "std")} | {
-            "size": list(view_size(preprocess)),
-            "shorter_side": shorter_side(preprocess),
-        }
-        facts |= {"preprocess": preprocess, "backbone": str(backbone.identity)}
+        steps = {name: _steps(own) for name, own in inputs_of(index, backbone).items()}
+        facts |= {"preprocess": steps.get(PIXELS, steps), "backbone": str(backbone.identity)}
     return facts
+
+
+def _steps(preprocess: Preprocess) -> dict[str, Any]:
+    """Return how to turn a photo into an input of the graph, which subtracts the mean itself."""
+    kept = {name: value for name, value in preprocess.items() if name not in ("mean", "std")}
+    return kept | {"size": list(view_size(preprocess)), "shorter_side": shorter_side(preprocess)}

@@ -134,7 +134,9 @@ def _locked(folder: Path, dry_run: bool) -> Iterator[None]:
 def _classified(index: Index, sources: Sequence[Source], reader: Reader) -> Iterator[list[_Photo]]:
     for source in sources:
         paths = source.paths
-        for answers in index.answers(reader.blocks(source), Ask(neighbours=0, logits=False)):
+        for answers in index.answers(
+            reader.for_queries(index.parts, index.shares).blocks(source), Ask(neighbours=0, logits=False)
+        ):
             block = answers.block
             columns = ItemColumns.of(source.items.take(pa.array(block.positions)), block.digests)
             names = columns.sources.to_pylist() if paths is None else [paths[i] for i in block.positions]

@@ -61,6 +61,7 @@ class LanceStore(TableVersions, Store):
                 rows, list(names), inputs.text_weights(weights, len(names), rows.d), templates=templates,
                 settings=material.settings(statistics, index_kind(asked, rows.n, len(names))[1]),
                 backbone=material.backbone, provenance=material.described(statistics), built=material.built,
+                parts=material.reader.parts,
             )  # fmt: skip
             material.warn_of_bare(rows.counts)
             if rows.n <= FEW_KEYS:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from retrieval_tip.backbones.base import Part
 
 IntArray = npt.NDArray[np.int64]
 KeyArray = npt.NDArray[np.floating]
@@ -28,6 +32,22 @@ class KeysInPlace(ABC):
     @abstractmethod
     def blocks(self, rows: IntArray) -> Iterator[tuple[KeyArray, IntArray]]:
         """Yield the keys at ``rows`` in blocks, and the row numbers of each block."""
+
+
+def equal_shares(parts: Sequence[Part]) -> tuple[float, ...]:
+    """Return the shares of encoders that all count equally."""
+    return tuple(1 / len(parts) for _ in parts)
+
+
+def scale_of(parts: Sequence[Part], shares: Sequence[float]) -> Tensor | None:
+    """Return ``sqrt(e s_i)`` for each value of a feature of ``e`` encoders, ``[d]``, or ``None`` if all count equally.
+
+    Features are scaled by it, so that an affinity is the mean of those of the encoders, weighted by their shares.
+    """
+    if len(set(shares)) < 2:
+        return None
+    factors = torch.tensor(shares) * len(shares)
+    return factors.sqrt().repeat_interleave(torch.tensor([part.width for part in parts]))
 
 
 Keys = KeyArray | KeysInPlace

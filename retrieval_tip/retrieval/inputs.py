@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from retrieval_tip.backbones.base import Part, side_by_side
 from retrieval_tip.data.tables import NORM_TOLERANCE
 from retrieval_tip.errors import InputError, few
 from retrieval_tip.retrieval.arrays import KeyArray
@@ -19,6 +20,7 @@ LONGEST_NAME = 1024
 
 Labels = Sequence[str] | Sequence[int] | npt.NDArray[np.integer]
 Features = npt.NDArray[np.floating] | Tensor
+Join = Callable[[Sequence[npt.NDArray[np.float32]]], npt.NDArray[np.float32]]
 
 
 def matrix(features: Features, what: str) -> KeyArray:
@@ -37,6 +39,35 @@ def matrix(features: Features, what: str) -> KeyArray:
     if bad.size:
         raise InputError(f"{what}: row {int(bad[0])} contains NaN or infinity")
     return array
+
+
+def are_several(features: object) -> TypeGuard[Sequence[Features]]:
+    """Return whether these are the features of several encoders, and not the rows of one array."""
+    return isinstance(features, list | tuple) and bool(features) and all(np.ndim(one) == 2 for one in features)
+
+
+def parts_of(features: Features | Sequence[Features], blocks: Sequence[int]) -> tuple[Part, ...]:
+    """Return the parts of features that come from several encoders, in a list of arrays or in one array."""
+    widths = [int(part.shape[1]) for part in features] if are_several(features) else list(blocks)
+    return tuple(Part(width, f"feature_{i}" if i > 1 else "feature") for i, width in enumerate(widths, 1))
+
+
+def joined(
+    features: Features | Sequence[Features], parts: Sequence[Part], what: str, join: Join = side_by_side
+) -> Features:
+    """Join features of several encoders, given as a list of arrays or side by side, after scaling each part to norm 1.
+
+    Raises InputError if the widths do not match the ``parts``.
+    """
+    several, widths = are_several(features), [part.width for part in parts]
+    if len(parts) < 2:
+        return features[0] if several and len(features) == 1 else features  # type: ignore[return-value]
+    given = [matrix(one, what) for one in features] if several else [matrix(features, what)]  # type: ignore[arg-type]
+    if len(given) == 1 and given[0].shape[1] == sum(widths):
+        given = np.split(given[0], np.cumsum(widths)[:-1], axis=1)
+    if [one.shape[1] for one in given] != widths or len({len(one) for one in given}) > 1:
+        raise InputError(f"{what}: shapes {', '.join(str(one.shape) for one in given)}; expected {widths} values")
+    return join([one / np.linalg.norm(one.astype(np.float64), axis=1, keepdims=True).clip(1e-30) for one in given])
 
 
 def _array(values: object, what: str) -> npt.NDArray[Any]:

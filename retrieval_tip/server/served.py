@@ -9,11 +9,12 @@ import time
 import weakref
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-import torch
+from PIL import Image
 
 from retrieval_tip.backbones.base import Backbone
 from retrieval_tip.backbones.loading import load_backbone
@@ -44,7 +45,7 @@ VALUES = 1 << 22
 """Maximum count of numbers, or of retrieved keys, in answers that are computed at once."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Version:
     """An open version of an index. A request uses the same version throughout."""
 
@@ -52,6 +53,12 @@ class Version:
     index: Index
     manifest: Manifest
     backbone: Backbone | None
+
+    @cached_property
+    def asked(self) -> Backbone | None:
+        """The backbone without the encoders that no answer depends on."""
+        only: Any = getattr(self.backbone, "only", None)
+        return self.backbone if only is None or 0 not in self.index.shares else cast(Backbone, only(self.index.shares))
 
     def cells(self, ask: Ask) -> int:
         """Return the count of numbers in one answer. If the request sets ``k``, add the number of keys to retrieve."""
@@ -135,7 +142,7 @@ class Backbones:
         except (BackboneError, UsageError) as error:
             log.warning("%s: cannot load the encoder, so only features are accepted: %s", name, error)
             return None
-        backbone.encode_images(torch.zeros(1, 3, *backbone.size))  # warms up the backbone
+        backbone.encode_images(backbone.preprocess(Image.new("RGB", (8, 8)))[None])  # warms up the backbone
         self._open[identity.fingerprint] = backbone
         return backbone
 

@@ -20,7 +20,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 
-from retrieval_tip.backbones.base import Backbone, unit
+from retrieval_tip.backbones.base import Backbone, unit_of
 from retrieval_tip.data import images
 from retrieval_tip.data.reader import FloatArray, pixels_of
 from retrieval_tip.errors import InputError
@@ -191,7 +191,7 @@ class Service:
             async def feature(pixels: torch.Tensor) -> FloatArray | InputError:
                 raw = await self._encode(sent.client, backbone, [pixels])
                 try:
-                    [row] = unit(np.stack(raw))
+                    [row] = unit_of(backbone, np.stack(raw))
                 except InputError as error:
                     return InputError(str(error))
                 return cast(FloatArray, row)
@@ -270,6 +270,6 @@ class Service:
 
 def backbone_of(version: Version) -> Backbone:
     """Return the encoder of a version. Raises Problem 422 if this server does not have it."""
-    if version.backbone is None:
+    if version.asked is None:
         raise Problem(422, f"index {version.name!r} only accepts features: this server does not have its encoder")
-    return version.backbone
+    return version.asked

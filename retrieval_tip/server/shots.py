@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from retrieval_tip.backbones.base import Backbone
+from retrieval_tip.backbones.base import Backbone, Part
 from retrieval_tip.data.reader import FloatArray, Reader
 from retrieval_tip.data.sources import Source, of_images, open_source
-from retrieval_tip.data.tables import schema_of, table_of, write_table
+from retrieval_tip.data.tables import FEATURE, schema_of, table_of, write_table
 from retrieval_tip.errors import StoreError, show
 from retrieval_tip.files import replacing
 from retrieval_tip.index import changes, photos
@@ -48,9 +48,9 @@ def add_features(one: Served, names: Sequence[str], labels: Sequence[str], featu
     """Add features as shots. Their sources start with ``api:``, so that they are not mistaken for file names."""
     with tempfile.TemporaryDirectory(prefix="retrieval-tip-") as folder:
         table = Path(folder) / "shots.parquet"
-        schema = schema_of(features.shape[1], np.float32, [])
+        schema = schema_of(one.now.index.parts or [Part(features.shape[1], FEATURE)], np.float32)
         sources = [f"api:{name}" for name in names]
-        write_table(table, schema, [table_of(schema, sources, labels, features, {})])
+        write_table(table, schema, [table_of(schema, sources, labels, features)])
         return changes.add(one.folder, open_source(table), Reader(one.now.backbone, norms="keep"))
 
 

@@ -13,14 +13,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from retrieval_tip.backbones.base import Identity
+from retrieval_tip.backbones.base import Identity, Part, identity_of
 from retrieval_tip.errors import BackboneError, StoreError
 from retrieval_tip.settings import Built, Dtype, Fitted, Settings
 
 FORMAT = "retrieval-tip index"
-OLDEST_VERSION, FORMAT_VERSION = 7, 8
+OLDEST_VERSION, FORMAT_VERSION = 7, 9
 """Versions of the manifest format that can be read. New manifests use the last version.
 
+Format 8 had no ``parts``, because an index had one encoder.
 Format 7 had ``later`` segments of keys, an ``index`` file for the type ``Flat``, and digests of the rows of a table.
 They are still read, but no longer written.
 """
@@ -89,7 +90,8 @@ class Manifest:
 
     ``files`` maps each kind to a data file. ``later`` lists the segments that format 7 added to its keys and labels.
     ``change`` briefly describes how this version was created. ``next_key_id`` is the first unused key id.
-    ``provenance`` is for information only.
+    ``provenance`` is for information only. If a feature joins several ``parts``, each of them names its own backbone,
+    and ``backbone`` is ``None``.
 
     If the keys and labels are in a ``table``, ``files`` contains ``classes`` and other data that is not in the table.
     ``digests`` maps the names of the table's files to their SHA-256. It includes LanceDB's manifest and, on a local
@@ -112,11 +114,17 @@ class Manifest:
     files: dict[str, DataFile]
     next_key_id: int
     change: str
+    parts: list[Part] = field(default_factory=list)
     table: Table | None = None
     fitted: Fitted | None = None
     built: Built = field(default_factory=Built)
     digests: dict[str, str] = field(default_factory=dict)
     later: list[Segment] = field(default_factory=list)
+
+    @property
+    def identity(self) -> Identity | None:
+        """The backbone that made the features, or several joined ones, if they are known."""
+        return identity_of(self.parts) or (Identity.from_dict(self.backbone) if self.backbone else None)
 
     @property
     def segments(self) -> list[Segment]:
@@ -204,7 +212,7 @@ class Manifest:
 
         Raises AttributeError, KeyError, TypeError, ValueError or OverflowError if an entry is missing or invalid.
         """
-        body = {name: stated[name] for name in _FIELDS - {"settings", "later", "digests"}}
+        body = {name: stated[name] for name in _FIELDS - {"settings", "later", "digests", "parts"}}
         settings = Settings(**{field.name: stated[field.name] for field in fields(Settings)})
         _need(isinstance(stated["tail"], bool), "tail")
         older = stated["format_version"] == OLDEST_VERSION
@@ -214,7 +222,11 @@ class Manifest:
         records = {"table": Table, "fitted": Fitted, "built": Built}
         body |= {name: None if body[name] is None else kind(**body[name]) for name, kind in records.items()}
         body |= {"settings": settings, "files": files, "digests": digests}
-        manifest = cls(**body, later=[Segment(**segment) for segment in segments])
+        parts = [
+            Part(**part | {"identity": Identity.from_dict(part["identity"]) if part["identity"] else None})
+            for part in (stated["parts"] if stated["format_version"] > 8 else ())
+        ]
+        manifest = cls(**body, parts=parts, later=[Segment(**segment) for segment in segments])
         manifest._check()
         manifest._check_files()
         return manifest
@@ -233,6 +245,9 @@ class Manifest:
             "names": all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists),
             "class_names": len(set(self.class_names)) == len(self.class_names) > 0,
             "provenance": isinstance(self.provenance, dict) and _shallow(self.provenance, MAX_DEPTH),
+            "parts": all(_whole(part.width, 1) and isinstance(part.column, str) for part in self.parts)
+            and (not self.parts or sum(part.width for part in self.parts) == self.d),
+            "shares": self.fitted is None or len(self.fitted.shares) in (0, len(self.parts)),
             "next_key_id": _whole(self.next_key_id, 1) and self.next_key_id <= MAX_KEY_ID,
             "built": isinstance(self.built, Built),
             "table.name": table is None or re.fullmatch(r"\w{1,64}", table.name) is not None,
@@ -251,7 +266,7 @@ class Manifest:
         A file whose number of rows is ``None`` may have any. A file is optional if the second entry is ``None``.
         """
         c, d, n = len(self.class_names), self.d, self.n - sum(part.keys.rows for part in self.later)
-        moved = self.fitted is not None and self.fitted.metric != "none"
+        moved = self.fitted is not None and self.fitted.has_metric
         if self.table is not None:
             solved = self.fitted is not None and self.fitted.solved
             return {

@@ -316,8 +316,12 @@ class Versions(ABC, Generic[W]):
             lambda manifest: (manifest, earlier := self.earlier(manifest), self.facts(manifest, earlier))
         )
         facts = dataclasses.asdict(manifest)
-        for name in ("files", "later", "digests"):
+        for name in ("files", "later", "digests", "parts"):
             del facts[name]
+        if len(manifest.parts) > 1:
+            shares = (manifest.fitted and manifest.fitted.shares) or [1 / len(manifest.parts)] * len(manifest.parts)
+            del facts["backbone"]
+            facts["encoders"] = {part.names[-1]: share for part, share in zip(manifest.parts, shares, strict=True)}
         facts |= facts.pop("settings")
         per_class = {"least": int(counts.min()), "median": float(np.median(counts)), "most": int(counts.max())}
         return (

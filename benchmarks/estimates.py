@@ -1,0 +1,108 @@
+"""Check the accuracy that a build estimates, its interval, and the calibration, against test images.
+
+Each build has another shape: a dataset, some of its classes, 2 to 16 shots per class, even or uneven, with or without
+text. The estimate comes from the shots alone. The truth is the mean accuracy over the classes of all test images of
+these classes. Shapes are drawn from the datasets of ``accuracy.py`` with the given seed. The exponent of the learning
+curve and the width of the interval were chosen with seeds 100 and above.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from accuracy import DATASETS
+from common import SHARED, machine
+
+from retrieval_tip import Index, tip
+from retrieval_tip.evaluation.calibration import expected_calibration_error
+from retrieval_tip.fit import closed_form
+
+TABLES = ("dtd", "cars", "caltech", "caltech-text", "flowers", "food")
+SHOTS = (2, 3, 4, 5, 8, 16)
+FEWEST = 5
+
+
+@dataclass(frozen=True)
+class Build:
+    """A shape, the estimate of its build with the interval, and the truth, all from 0 to 1."""
+
+    shape: str
+    few: bool
+    estimate: float
+    low: float
+    high: float
+    truth: float
+    ece: float
+
+    @property
+    def covered(self) -> bool:
+        return self.low <= self.truth <= self.high
+
+
+def build(name: str, shared: Path, draw: np.random.Generator) -> Build | None:
+    """Draw a shape of a dataset, and compare its estimate with its test images."""
+    dataset = DATASETS[name]
+    pool, _ = dataset.pool_of(16, shared)
+    items = dataset.items(pool, shared)
+    c, shots = len(pool.class_names), int(draw.choice(SHOTS))
+    classes = np.sort(draw.permutation(c)[: int(draw.integers(FEWEST, c + 1))])
+    even, text = bool(draw.integers(2)), pool.has_text and bool(draw.integers(2))
+    ids, rows = pool.class_ids.numpy(), []
+    for own in classes:
+        there = draw.permutation(np.flatnonzero(ids == own))
+        rows.append(there[: shots if even else int(draw.integers(2, 2 * shots))])
+    chosen = np.concatenate(rows)
+    index = Index.from_features(
+        np.asarray(pool.keys)[chosen], np.searchsorted(classes, ids[chosen]), [pool.class_names[i] for i in classes],
+        pool.text_weights.numpy()[classes] if text else None, settings=pool.settings, device="cpu",
+    )  # fmt: skip
+    choice = closed_form.fit(index)
+    if choice.both is None or choice.interval is None:
+        return None
+    asked = np.isin(items.ids, classes)
+    truth, logits = np.searchsorted(classes, items.ids[asked]), index.logits(items.features[asked])
+    confidence, found = tip.probabilities(logits, index.settings.temperature).max(1)
+    right = found.numpy() == truth
+    balanced = float(np.mean([right[truth == i].mean() for i in np.unique(truth)]))
+    shape = f"{DATASETS[name].title}, {len(classes)} classes, {shots} shots{'' if even else ', uneven'}"
+    return Build(
+        shape + (", text" if text else ""), shots <= 5 and not text, choice.both, *choice.interval, balanced,
+        expected_calibration_error(confidence.numpy(), right),
+    )  # fmt: skip
+
+
+@click.command(help=__doc__)
+@click.option("--shared", type=click.Path(path_type=Path, exists=True), default=SHARED, show_default=True)
+@click.option("--builds", default=80, show_default=True, help="Number of shapes.")
+@click.option("--seed", default=1, show_default=True)
+@click.option("--each", is_flag=True, help="Print every build.")
+def main(shared: Path, builds: int, seed: int, each: bool) -> None:
+    """Fit the shapes, and print how well the estimates hold."""
+    torch.set_num_threads(1)
+    draw = np.random.default_rng(seed)
+    made = [build(TABLES[i % len(TABLES)], shared, draw) for i in range(builds)]
+    done = [one for one in made if one is not None]
+    click.echo(f"{machine()}; seed {seed}")
+    for one in done if each else ():
+        click.echo("  ".join(str(part) for part in dataclasses.astuple(one)))
+    rows: list[tuple[str, list[Any]]] = [("all", done), ("at most 5 shots, no text", [one for one in done if one.few])]
+    click.echo("\n| builds | number | truth in the interval | bias | mean error | mean width | ECE | ECE above 0.06 |")
+    click.echo("|---|--:|--:|--:|--:|--:|--:|--:|")
+    for name, own in rows:
+        gaps = [100 * (one.estimate - one.truth) for one in own]
+        width = 100 * statistics.mean(one.high - one.low for one in own)
+        cells = [str(len(own)), str(sum(one.covered for one in own)), f"{statistics.mean(gaps):+.1f}"]
+        cells += [f"{statistics.mean(map(abs, gaps)):.1f}", f"{width:.1f}"]
+        cells += [f"{statistics.mean(one.ece for one in own):.3f}", str(sum(one.ece > 0.06 for one in own))]
+        click.echo(f"| {name} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,319 @@
+"""Several encoders in one index: their features are side by side, and the shots choose how much each counts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from fake import IDENTITY, Fake
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from tables import tiny, unit, unit_rows, write_table
+
+from retrieval_tip import Classifier, Index, Reader, build_index, load_backbone, open_source, tip
+from retrieval_tip.backbones.base import Backbone, Identity, Part, side_by_side
+from retrieval_tip.backbones.joined import Joined
+from retrieval_tip.backbones.loading import split_names
+from retrieval_tip.data.encoding_cache import EncodingCache
+from retrieval_tip.data.sources import read_item
+from retrieval_tip.errors import BackboneError, InputError, UsageError
+from retrieval_tip.estimator import TipAdapterClassifier
+from retrieval_tip.fit import closed_form
+from retrieval_tip.index import changes, places
+from retrieval_tip.retrieval.arrays import scale_of
+
+Array = npt.NDArray[np.float32]
+NAMES = ["crab", "newt", "owl", "yak"]
+WIDTHS = (6, 10)
+OTHER = replace(IDENTITY, model="other", weights="sha256:02", preprocess={"size": 4})
+
+
+def of_class(ids: npt.NDArray[np.int64], d: int, noise: float, seed: int) -> Array:
+    """Return unit features around a mean of each class."""
+    draw = np.random.default_rng(seed)
+    means = np.random.default_rng(d).normal(size=(len(NAMES), d))
+    return unit((means[ids] + noise * draw.normal(size=(len(ids), d))).astype(np.float32))
+
+
+def two(
+    each: int, noises: tuple[float, float] = (0.6, 0.6), seed: int = 0
+) -> tuple[npt.NDArray[np.int64], list[Array]]:
+    ids = np.repeat(np.arange(len(NAMES)), each)
+    return ids, [of_class(ids, d, noise, seed + d) for d, noise in zip(WIDTHS, noises, strict=True)]
+
+
+def fitted(features: list[Array], ids: npt.NDArray[np.int64], text: Array | None = None) -> Index:
+    index = Index.from_features(features, ids, NAMES, text, device="cpu")
+    closed_form.fit(index)
+    return index
+
+
+@dataclass
+class Other(Fake):
+    """Another encoder, whose features are the square roots of those of :class:`Fake`."""
+
+    identity: Identity = OTHER
+    has_text = False
+
+    def encode_images(self, pixels: torch.Tensor) -> Array:
+        return np.sqrt(super().encode_images(pixels))
+
+
+@given(st.integers(1, 5), st.lists(st.integers(1, 5), min_size=2, max_size=3))
+def test_joined_features_have_unit_norm_and_mean_affinities(n: int, widths: list[int]) -> None:
+    parts = [unit_rows(n, d, seed) for seed, d in enumerate(widths)]
+    joined = side_by_side(parts)
+    np.testing.assert_allclose(np.linalg.norm(joined, axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(joined @ joined.T, np.mean([part @ part.T for part in parts], axis=0), atol=1e-5)
+
+
+def test_the_affinity_is_the_mean_of_the_encoders_weighted_by_shares() -> None:
+    parts = [unit_rows(3, d, d) for d in WIDTHS]
+    scale = scale_of([Part(d, "feature") for d in WIDTHS], (0.25, 0.75))
+    assert scale is not None
+    scaled = side_by_side(parts) * scale.numpy()
+    np.testing.assert_allclose(
+        scaled @ scaled.T, 0.25 * parts[0] @ parts[0].T + 0.75 * parts[1] @ parts[1].T, atol=1e-5
+    )
+
+
+def test_without_a_fit_all_encoders_count_equally() -> None:
+    ids, features = two(3)
+    text = [unit_rows(len(NAMES), d, d) for d in WIDTHS]
+    index = Index.from_features(features, ids, NAMES, text, device="cpu")
+    queries = [unit_rows(5, d, 100 + d) for d in WIDTHS]
+    assert index.shares == (0.5, 0.5)
+    K, W, f = (torch.from_numpy(np.concatenate(parts, 1) / 2**0.5) for parts in (features, text, queries))
+    expected = tip.answer(f, K, torch.eye(len(NAMES))[torch.from_numpy(ids)], W)
+    torch.testing.assert_close(index.logits(queries), expected, rtol=1e-4, atol=1e-4)
+    blocks = Index.from_features(np.concatenate(features, 1), ids, NAMES, device="cpu", blocks=WIDTHS)
+    np.testing.assert_array_equal(blocks.keys, index.keys)
+
+
+@pytest.mark.parametrize("with_text", [False, True])
+def test_an_encoder_without_a_share_changes_no_answer(with_text: bool) -> None:
+    ids, features = two(8, (0.5, 50.0))
+    text = [of_class(np.arange(len(NAMES)), d, 0.1, 7) for d in WIDTHS] if with_text else None
+    alone = fitted(features[:1], ids, None if text is None else text[0])
+    index = Index.from_features(features, ids, NAMES, text, device="cpu")
+    closed_form.fit(index)
+    assert index.shares == (1.0, 0.0)
+    own, more = two(4, seed=50)[1]
+    a, b = index.classify([own, more]), alone.classify(own)
+    assert [one.label for one in a] == [one.label for one in b]
+    np.testing.assert_allclose([x.probability for x in a], [x.probability for x in b], atol=2e-3)
+    torch.testing.assert_close(index.logits([own, more]), index.logits([own, np.roll(more, 1, 0)]))
+
+
+@pytest.mark.parametrize("each", [1, 2, 8])
+def test_shares_do_not_depend_on_the_order(each: int) -> None:
+    ids, features = two(each, (0.8, 0.5))
+    queries = two(5, (0.8, 0.5), seed=9)[1]
+    index, mirrored = fitted(features, ids), fitted(features[::-1], ids)
+    assert index.shares == mirrored.shares[::-1]
+    assert sum(index.shares) == pytest.approx(1)
+    torch.testing.assert_close(index.logits(queries), mirrored.logits(queries[::-1]), rtol=1e-3, atol=1e-3)
+
+
+def test_two_encoders_that_err_independently_are_more_accurate_than_one() -> None:
+    ids, features = two(12, (1.1, 1.1))
+    truth, queries = two(100, (1.1, 1.1), seed=60)
+    right = [
+        (fitted(parts, ids).logits(asked).argmax(1).numpy() == truth).mean()
+        for parts, asked in ((features, queries), ([features[0]], [queries[0]]), ([features[1]], [queries[1]]))
+    ]
+    assert right[0] > max(right[1:]) + 0.02
+
+
+def test_with_one_shot_an_encoder_to_which_all_photos_look_alike_gets_more() -> None:
+    """Its affinities are squeezed into a smaller range, as those of CLIP are. The contrast is then the same."""
+    ids, (flat, other) = two(1)
+    squeezed = unit(np.concatenate([flat, np.full((len(ids), 1), 2.0, np.float32)], axis=1))
+    assert fitted([squeezed, other], ids).shares[0] > fitted([flat, other], ids).shares[0]
+
+
+def table_of(folder: Path, name: str, ids: npt.NDArray[np.int64], columns: dict[str, Array]) -> Path:
+    table = {"id": [f"{name}{i}" for i in range(len(ids))], "label": [NAMES[i] for i in ids]}
+    table |= {
+        column: pa.FixedSizeListArray.from_arrays(rows.ravel(), rows.shape[1]) for column, rows in columns.items()
+    }
+    pq.write_table(pa.table(table), folder / f"{name}.parquet")
+    return folder / f"{name}.parquet"
+
+
+def test_columns_of_a_table_are_encoders(tmp_path: Path, run) -> None:
+    ids, (clip, cnn) = two(6)
+    box = unit_rows(len(ids), 4, 3)
+    shots = table_of(tmp_path, "shots", ids, {"clip": clip, "box": box, "cnn": cnn})
+    result = run("index", "build", shots, "--features", "clip,cnn", "--out", tmp_path / "own")
+    assert result.exit_code == 0, result.stderr
+    index = places.at(tmp_path / "own").load(device="cpu")
+    assert [(part.width, part.column) for part in index.parts] == [(6, "clip"), (10, "cnn")]
+    assert "box" in index.labels.column_names
+    assert "cnn" not in index.labels.column_names
+    assert "encoders" in run("index", "info", tmp_path / "own").output
+    assert json.loads(run("index", "info", tmp_path / "own", "--json").output)["encoders"].keys() == {"clip", "cnn"}
+    new = table_of(tmp_path, "new", ids, {"cnn": cnn, "clip": clip})
+    answers = run("classify", tmp_path / "own", new, "--format", "jsonl").output.splitlines()
+    expected = index.classify([clip, cnn])
+    assert [json.loads(line)["label"] for line in answers] == [one.label for one in expected]
+    assert run("index", "add", tmp_path / "own", new).exit_code == 0
+    lost = table_of(tmp_path, "lost", ids, {"clip": clip})
+    refused = run("classify", tmp_path / "own", lost)
+    assert (refused.exit_code, "'cnn'" in refused.stderr) == (1, True)
+    assert run("index", "build", shots, "--features", "clip,dog", "--out", tmp_path / "no").exit_code == 1
+
+
+def test_a_missing_feature_is_refused_with_its_row_and_column(tmp_path: Path) -> None:
+    rows = [unit_rows(4, 3).tolist(), unit_rows(4, 2).tolist()]
+    rows[1][2] = None
+    table = pa.table({"id": list("abcd"), "label": list("xxyy"), "feature": rows[0], "cnn": rows[1]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    with pytest.raises(InputError, match="column 'cnn': row 2 without a feature"):
+        build_index(open_source(tmp_path / "t.parquet"), tmp_path / "own", Reader(), features=["feature", "cnn"])
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    draw = np.random.default_rng(0)
+    for number, name in enumerate(("red", "green", "blue")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(5):
+            pixels = draw.integers(0, 60, (40, 50, 3)) + np.eye(3, dtype=int)[number] * (100 + 15 * i)
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "photos" / name / f"{i}.png")
+    return tmp_path / "photos"
+
+
+def test_each_photo_is_read_once_and_each_encoder_has_its_own_cache(photos: Path, tmp_path: Path) -> None:
+    first, second, cache, reads = Fake(), Other(), EncodingCache(tmp_path / "cache"), []
+
+    def read(path: str) -> bytes:
+        reads.append(path)
+        return read_item(path)
+
+    source = open_source(photos)
+    alone = Reader(first, cache=cache).encode(source).features
+    made = first.prepared
+    joined = Reader(Joined.of([first, second]), cache=cache, read=read).encode(source).features
+    assert (first.prepared, len(reads)) == (made, 15)
+    np.testing.assert_allclose(joined, side_by_side([alone, Reader(second).encode(source).features]), atol=1e-6)
+
+
+def test_an_encoder_without_a_share_is_not_run_for_queries(photos: Path) -> None:
+    first, second = Fake(), Other()
+    second.batches.clear()
+    backbone = Joined.of([first, second])
+    source = open_source(photos)
+    index = Index.from_features(
+        Reader(backbone).encode(source).features, source.labels, source.class_names, blocks=(6, 6)
+    )
+    closed_form.fit(index)
+    assert index.fitted is not None
+    index.set_fitted(index.metric, index.values, replace(index.fitted, shares=(1.0, 0.0)))
+    done = len(second.batches)
+    answers = list(index.classify_source(source, Reader(backbone)))
+    assert (sum(map(len, answers)), len(second.batches)) == (15, done)
+
+
+def test_the_identity_of_joined_encoders_survives_metadata() -> None:
+    joined = Joined.of([Fake(), Other()]).identity
+    again = Identity.from_dict(json.loads(json.dumps(joined.to_dict())))
+    assert (again, again.fingerprint) == (joined, joined.fingerprint)
+    assert joined.fingerprint != Joined.of([Other(), Fake()]).identity.fingerprint
+
+
+def test_names_join_encoders_and_their_weights(tmp_path: Path) -> None:
+    assert split_names("ViT-B-32@openai+timm:resnet18") == ["ViT-B-32@openai", "timm:resnet18"]
+    plus = tiny(tmp_path / "a+b")
+    assert split_names(f"local-dir:{plus}") == [f"local-dir:{plus}"]
+    other = tiny(tmp_path / "c", seed=1)
+    backbone = load_backbone(f"local-dir:{tmp_path / 'c'}", device="cpu")
+    with pytest.raises(UsageError, match="names an encoder twice"):
+        Joined.of([backbone, backbone])
+    with pytest.raises(UsageError, match="write it after @"):
+        load_backbone(f"local-dir:{other}+local-dir:{other}", "openai")
+
+
+def test_everything_that_takes_an_encoder_takes_two(photos: Path, tmp_path: Path, run, monkeypatch) -> None:
+    monkeypatch.setenv("RETRIEVAL_TIP_CACHE", str(tmp_path / "cache"))
+    a, b = (f"local-dir:{tiny(tmp_path / name, seed)}" for seed, name in enumerate("ab"))
+    own, table = tmp_path / "own", tmp_path / "table.parquet"
+
+    def done(*arguments: object) -> str:
+        result = run(*arguments)
+        assert result.exit_code == 0, result.output + result.stderr
+        return str(result.output)
+
+    done("index", "build", photos, "--out", own, "--model", f"{a}+{b}")
+    answers = done("classify", own, photos, "--format", "csv")
+    done("encode", photos, "--out", table, "--model", f"{a}+{b}")
+    assert pq.read_schema(table).names[2:4] == ["feature", "feature_2"]
+    from_table = done("classify", own, table, "--format", "csv")
+    assert [line.split(",")[1:] for line in from_table.splitlines()] == [
+        line.split(",")[1:] for line in answers.splitlines()
+    ]
+    swapped = pq.read_table(table)
+    names = [{"feature": "two", "feature_2": "one"}.get(name, name) for name in swapped.column_names]
+    pq.write_table(swapped.rename_columns(names), tmp_path / "renamed.parquet")
+    again = done("classify", own, tmp_path / "renamed.parquet", "--format", "csv")
+    assert again == from_table  # the columns are recognised by their encoders
+    done("index", "build", table, "--out", tmp_path / "of-table")
+    assert places.at(tmp_path / "of-table").load().backbone == places.at(own).load().backbone
+    assert "10 of 10 photos" in done("index", "export", own, "--onnx", tmp_path / "graph.onnx")
+    address = f"lance://{tmp_path / 'store' / 'own'}"
+    done("index", "clone", own, address)
+    assert done("classify", address, photos, "--format", "csv") == answers
+    assert run("index", "set", address, "--encoders", a).exit_code == 2
+    done("index", "set", own, "--encoders", a)
+    index = places.at(own).load()
+    assert (index.parts, index.backbone and index.backbone.model) == ((), a)
+    alone = Classifier.from_folder(photos, a)
+    np.testing.assert_allclose(index.keys, alone.index.keys, atol=1e-5)
+    assert done("classify", own, photos).splitlines()[1:]
+
+
+def test_features_of_another_encoder_are_refused(photos: Path, tmp_path: Path) -> None:
+    first, second = Fake(), Other()
+    source = open_source(photos)
+    own = tmp_path / "own"
+    build_index(source, own, Reader(Joined.of([first, second])), text=text_of(tmp_path, source.class_names))
+    for backbone in (Joined.of([second, first]), first):
+        with pytest.raises(BackboneError, match="cannot be compared"):
+            changes.add(own, source, Reader(backbone))
+    added = changes.add(own, source, Reader(Joined.of([first, second])), skip_known=True)
+    assert (added.key_ids, added.known) == ([], 15)
+
+
+def text_of(folder: Path, names: tuple[str, ...]) -> Path:
+    """Write text features of the first encoder. The other has no text."""
+    return write_table(folder / "text.parquet", unit_rows(len(names), 6, 5), list(names), ids=list(names))
+
+
+def test_text_of_one_encoder_is_enough(photos: Path, tmp_path: Path) -> None:
+    backbone: Backbone = Joined.of([Fake(), Other()])
+    source = open_source(photos)
+    index = build_index(
+        source, tmp_path / "own", Reader(backbone), text=text_of(tmp_path, source.class_names), fit="none"
+    )
+    alone = build_index(
+        source, tmp_path / "one", Reader(Fake()), text=text_of(tmp_path, source.class_names), fit="none"
+    )
+    f = Reader(backbone).encode(source).features
+    own = index.terms(f).text
+    torch.testing.assert_close(own, alone.terms(Reader(Fake()).encode(source).features).text, rtol=1e-3, atol=1e-2)
+
+
+def test_the_estimator_takes_blocks() -> None:
+    ids, features = two(6, (0.5, 50.0))
+    X = np.concatenate([10 * features[0], features[1]], axis=1)
+    model = TipAdapterClassifier(blocks=WIDTHS).fit(X, ids)
+    assert model.index_.shares[0] > 0.5
+    assert (model.predict(X) == ids).mean() > 0.9
