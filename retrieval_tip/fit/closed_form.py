@@ -51,8 +51,8 @@ from retrieval_tip.store.labels import images_of
 
 FOLDS, MOST_FOLDS = 4, 8
 """Number of folds to select a form, and to evaluate the selected form if there are few keys."""
-CHOSEN_ON, CHOSEN_SHOTS, JUDGED = 2048, 32, 4096
-"""To select a form, maximum number of keys and of keys per class. To evaluate it, maximum number of photos."""
+CHOSEN_ON, SHARED_ON, CHOSEN_SHOTS, JUDGED = 2048, 1024, 32, 4096
+"""Maximum numbers of keys to select a form and to select shares, of keys per class, and of photos to evaluate a form."""
 LEAST_SHOTS = 3
 """Minimum number of photos per class to select a form. With two photos, each fold would be fitted to only one."""
 AFFINITIES = 1 << 28
@@ -63,6 +63,11 @@ OFFSETS: Sequence[float | None] = (None, 0.1, 0.05)
 """Offsets of the logarithm of the cache to try with solved values. ``None`` means no logarithm.
 
 If a fold contains only half of the shots, the logarithm is always used, because it depends less on their number.
+"""
+LEARNING, DRAWN = 0.4, 2.0
+"""Exponent of the learning curve ``error ~ shots^-0.4`` without text, and factor of the variance of an estimate, since
+other shots would give another index. With text, errors fall more slowly, and the text weight is fitted to the same
+photos, so estimates are not too low (benchmarks/estimates.py, seeds 100 to 103).
 """
 UNLIKE = 0.05
 """Fraction of the held-out shots that are ``unlike``, which sets the threshold."""
@@ -174,7 +179,7 @@ class FormChoice:
             return f"Accuracy not estimated: {reason}" + (f"; {without}" if self.without_shots else "")
         low, high = self.interval
         parts = [f"95 % interval {100 * low:.0f} to {100 * high:.0f} %", self.judged_on]
-        parts += ["measured with one photo per class"] if self.halves else []
+        parts += ["extrapolated from one photo per class"] if self.halves else []
         parts += [without] if self.without_shots else []
         if self.words is not None:
             parts += [f"photos alone {100 * self.photos:.1f} %, class names alone {100 * self.words:.1f} %"]
@@ -254,7 +259,7 @@ def fit(
     folds, judged_on = _folds_of(index, validation, images, asked.class_prior)
     shares: tuple[float, ...] = ()
     if len(index.parts) > 1:
-        few = folds if validation is not None or not folds.can_judge else _sample(folds, images)
+        few = folds if validation is not None or not folds.can_judge else _sample(folds, images, SHARED_ON)
         shares = shares_of(few if few.can_judge else folds, forms[0])
         folds = folds.shared(shares)
     if folds.prior is not None and forms[0] == DEFAULT_FORM:
@@ -321,7 +326,7 @@ def estimate(index: Index) -> ShotEstimate:
     terms = tip.Terms(torch.zeros_like(photos) if text is None else text, linked, discriminant)
     ids = folds.ids_held
     right = terms.logits(settings).argmax(1) == ids
-    found = _accuracies(terms.photos(settings), text, right, ids, folds.weights)
+    found = _accuracies(terms.photos(settings), text, right, folds)
     tested, classes = folds.untested["tested"], folds.untested["classes"]
     return {**found, "weakest": _weakest(index.class_names, right, ids), "tested": tested, "classes": classes}
 
@@ -339,14 +344,20 @@ def _class_prior(index: Index) -> ClassPrior:
     return "even" if index.fitted is None else index.fitted.class_prior
 
 
-def _accuracies(photos: Tensor, words: Tensor | None, right: Tensor, ids: Tensor, weights: Tensor | None) -> Accuracies:
+def _accuracies(photos: Tensor, words: Tensor | None, right: Tensor, folds: Folds) -> Accuracies:
+    """Return the accuracies of the whole index, as they follow from those on folds.
+
+    The whole index has ``r`` times as many shots of a class as a fold has. Without text, an error in this class counts
+    as ``r^-0.4`` (see :data:`LEARNING`).
+    """
+    ids, weights, left = folds.ids_held, folds.weights, folds.growth ** (-LEARNING if words is None else 0)
     by_photos, w = photos.argmax(1) == ids, torch.ones(len(ids)).double() if weights is None else weights
-    both, lost = float((w * right).mean()), w * (by_photos.double() - right.double())
+    both, lost = 1 - float((w * left * ~right).mean()), w * (by_photos.double() - right.double())
     return {
-        "photos": float((w * by_photos).mean()),
+        "photos": 1 - float((w * left * ~by_photos).mean()),
         "words": None if words is None else float((w * (words.argmax(1) == ids)).mean()),
         "both": both,
-        "interval": wilson(both, float(w.sum() ** 2 / (w * w).sum())),
+        "interval": wilson(both, float(w.sum() ** 2 / (w * w).sum()) / DRAWN),
         "names_hurt": words is not None and float(lost.mean()) > 2 * float(lost.std()) / len(ids) ** 0.5,
     }
 
@@ -456,7 +467,7 @@ def _settings_of(
     shown = folds.held_of("shots")
     accuracies: Accuracies = {"weakest": _weakest(class_names, blended.right[shown], ids[shown])}
     photos = tip.Terms(cache, cache, third).photos(settings)
-    return form, settings, accuracies | _accuracies(photos, text, blended.right, ids, weights)
+    return form, settings, accuracies | _accuracies(photos, text, blended.right, folds)
 
 
 def _linked(
@@ -480,11 +491,9 @@ def _strongest(cache: Tensor, folds: Folds, form: Form) -> Tensor:
     class. The logit of the own class then becomes ``C (n / m) / (1 + (n / m - 1) C)``, which is the Spearman-Brown
     formula for longer tests.
     """
-    every = torch.bincount(folds.ids, minlength=folds.c)
-    counts = [torch.bincount(folds.ids[held.rows], minlength=folds.c).expand(len(held.ids), -1) for held in folds.held]
-    fewer, own = (part.gather(1, folds.ids_held[:, None])[:, 0] for part in (torch.cat(counts), cache))
-    ratio = torch.where(fewer > 0, every[folds.ids_held] / fewer, 1)  # a class that is held out whole stays empty
-    most = cache.masked_fill(torch.cat(counts) == 0, -torch.inf).amax(1)
+    counts, ratio = folds.counts, folds.growth
+    fewer, own = (part.gather(1, folds.ids_held[:, None])[:, 0] for part in (counts, cache))
+    most = cache.masked_fill(counts == 0, -torch.inf).amax(1)
     if form.values is None:
         return most * ratio
     own = own * ratio / (1 + (ratio - 1) * own[fewer > 0].mean().clamp(0, 1))
@@ -539,15 +548,15 @@ def _settings_without_folds(index: Index, forms: Sequence[Form], folds: Folds) -
     return form, settings
 
 
-def _sample(folds: Folds, images: IntArray) -> Folds:
-    """Return folds of a sample of the keys."""
+def _sample(folds: Folds, images: IntArray, most: int = CHOSEN_ON) -> Folds:
+    """Return folds of a sample of at most ``most`` keys."""
     keys, ids, c, text = folds.keys, folds.ids.numpy(), folds.c, folds.text
-    if len(ids) > CHOSEN_ON:
+    if len(ids) > most:
         draw = np.random.default_rng(0)
         few = np.flatnonzero(ranks_within(ids, draw) < CHOSEN_SHOTS)
         counts = np.bincount(ids[few], minlength=c)
         classes = draw.permutation(c)
-        classes = np.sort(classes[: max(2, int(np.searchsorted(np.cumsum(counts[classes]), CHOSEN_ON, "right")))])
+        classes = np.sort(classes[: max(2, int(np.searchsorted(np.cumsum(counts[classes]), most, "right")))])
         rows = few[np.isin(ids[few], classes)]
         keys, images, text = np.asarray(keys[rows]), images[rows], None if text is None else text[classes]
         ids, c = np.searchsorted(classes, ids[rows]), len(classes)

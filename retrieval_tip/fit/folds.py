@@ -451,6 +451,22 @@ class Folds:
         """Class ids of the held-out queries."""
         return torch.cat([held.ids for held in self.held])
 
+    @property
+    def counts(self) -> Tensor:
+        """Number of keys of each class that a held-out query meets, ``[q, c]``."""
+        fewer = [torch.bincount(self.ids[held.rows], minlength=self.c).expand(len(held.ids), -1) for held in self.held]
+        return torch.cat(fewer)
+
+    @property
+    def growth(self) -> Tensor:
+        """How many times as many keys of its own class the whole index has for a held-out query, ``[q]``.
+
+        It is 1 for a class that is held out whole.
+        """
+        own, every = self.ids_held, torch.bincount(self.ids, minlength=self.c)
+        fewer = self.counts.gather(1, own[:, None])[:, 0]
+        return torch.where(fewer > 0, every[own] / fewer, 1)
+
     def fitted(self, form: Form, rows: Tensor, fold: int | None = None) -> tuple[tip.Metric | None, Tensor | None]:
         """Fit the metric and the values of a form to ``rows`` of the keys, or to all keys outside a ``fold``."""
         metric, values, _ = self._fitted(form, rows, fold)

@@ -49,7 +49,8 @@ def are_several(features: object) -> TypeGuard[Sequence[Features]]:
 def parts_of(features: Features | Sequence[Features], blocks: Sequence[int]) -> tuple[Part, ...]:
     """Return the parts of features that come from several encoders, in a list of arrays or in one array."""
     widths = [int(part.shape[1]) for part in features] if are_several(features) else list(blocks)
-    return tuple(Part(width, f"feature_{i}" if i > 1 else "feature") for i, width in enumerate(widths, 1))
+    parts = tuple(Part(width, f"feature_{i}" if i > 1 else "feature") for i, width in enumerate(widths, 1))
+    return parts if len(parts) > 1 else ()
 
 
 def joined(
