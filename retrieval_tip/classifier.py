@@ -48,7 +48,7 @@ from retrieval_tip.labelling.photos import Pool, Suggestions, suggest_features, 
 from retrieval_tip.labelling.placing import Action
 from retrieval_tip.labelling.sort import Sorted, sort_photos
 from retrieval_tip.model import Index
-from retrieval_tip.predictions import MORE_LIKELY_WRONG, Prediction, Predictions, SimilarShot
+from retrieval_tip.predictions import Prediction, Predictions, SimilarShot
 from retrieval_tip.retrieval.inputs import Features, check_unit, queries
 from retrieval_tip.settings import Ask, AskOptions, BuildOptions, ClassPrior, KeysMet, MetricName, Precision, ValuesName
 from retrieval_tip.store.address import parse
@@ -559,7 +559,8 @@ class Classifier(OpenIndex):
         folder: Place,
         *,
         action: Action = "copy",
-        min_probability: float = MORE_LIKELY_WRONG,
+        min_probability: float | None = None,
+        at_most_wrong: float | None = None,
         dry_run: bool = False,
     ) -> Sorted:
         """Sort photos into ``folder/CLASS``. To undo it, call ``undo_sort``.
@@ -573,8 +574,9 @@ class Classifier(OpenIndex):
             raise UsageError("photos: only files can be sorted; give the path of a photo or a folder, or several paths")
         sources, reader = [*open_inputs(names)], replace(self.reader, skipped=[])
         return sort_photos(
-            self.index, sources, reader, folder, action=action, min_probability=min_probability, dry_run=dry_run
-        )
+            self.index, sources, reader, folder, action=action, min_probability=min_probability,
+            at_most_wrong=at_most_wrong, dry_run=dry_run,
+        )  # fmt: skip
 
     def evaluate(self, test: Any, *, abstain: float | None = None, **asked: Unpack[AskOptions]) -> Evaluation:
         """Classify labelled test photos, and return the accuracy and other metrics.

@@ -10,7 +10,6 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 import pytest
-import scipy.stats
 import torch
 from clusters import C, D, clusters, text_of, unit
 from conftest import examples, few, nearest_keys, needs_real, parts_of

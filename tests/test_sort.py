@@ -31,6 +31,7 @@ from retrieval_tip import Index
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import open_inputs, read_item
 from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.evaluation.held_out import held_out_probabilities, threshold_of
 from retrieval_tip.files import locked_folder
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.forms import FORMS
@@ -96,6 +97,31 @@ if __name__ == "__main__":
 @pytest.fixture(scope="module")
 def index():
     return make_index()
+
+
+def test_at_most_wrong_chooses_the_lowest_probability_that_holds_on_held_out_photos(tmp_path, run):
+    ids = np.arange(90) % 3
+    noisy = Index.from_features(unit(1.5 * np.eye(16)[ids] + unit_rows(90, 16)), ids, CLASSES, device="cpu")
+    closed_form.fit(noisy)
+    held = held_out_probabilities(noisy)
+    sure = held.pred_probs.max(1)
+    for most in (0.0, 0.03, 0.1, 0.9):
+        found = threshold_of(noisy, most)
+        shares = {p: (~held.right[sure >= p]).mean() for p in sure}
+        assert found.probability == min(p for p, share in shares.items() if share <= most)
+        assert (found.kept, found.n) == ((sure >= found.probability).sum(), 90)
+        assert found.wrong == shares[found.probability] <= found.highest
+    worst = replace(noisy, settings=noisy.settings.override(alpha=0.0))  # all answers are the first class
+    with pytest.raises(InputError, match="label more"):
+        threshold_of(worst, 0.1)
+    write_table(tmp_path / "new.parquet", unit_rows(20, 16, 5), ids=[f"{i}.jpg" for i in range(20)])
+    noisy.save(tmp_path / "own")
+    out = ("--into", tmp_path / "out", "--dry-run")
+    chosen = run("sort", tmp_path / "own", tmp_path / "new.parquet", *out, "--at-most-wrong", "3%")
+    least = threshold_of(noisy, 0.03)
+    assert str(least).capitalize() in chosen.stderr
+    with pytest.raises(UsageError, match="no min_probability"):
+        sort_photos(noisy, [], Reader(), tmp_path, min_probability=0.5, at_most_wrong=0.1)
 
 
 PHOTOS = {

@@ -146,6 +146,17 @@ SHOTS, VIEWS_COUNT, SEEDS, SEED = count("shots"), count("views"), count("seeds")
 NUMBER, POSITIVE, SHARE = Number(), Number(above=True), Number(0, 1)
 
 
+class Percent(click.ParamType[float]):
+    """A share from 0 to 1, or in percent."""
+
+    name = "P%"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        if isinstance(value, str) and value.endswith("%"):
+            return float(Number(0, 100).convert(value.removesuffix("%"), param, ctx)) / 100
+        return float(SHARE.convert(value, param, ctx))
+
+
 class Size(click.ParamType[int]):
     """A number of bytes, written with the unit MB, GB or TB."""
 

@@ -94,8 +94,12 @@ def sort_command(
     into: Path = option(kinds.FOLDER, required=True, help="Folder to sort into, with one folder per class."),
     link: bool = flag(help="Create symbolic links instead of copies."),
     move: bool = flag(help="Move the photos instead of copying them."),
-    min_probability: float = option(
-        kinds.SHARE, default=0.5, help="Probability below which a photo goes to the folder not sure."
+    min_probability: float | None = option(
+        kinds.SHARE, help="Probability below which a photo goes to the folder not sure. [default: 0.5]"
+    ),
+    at_most_wrong: float | None = option(
+        kinds.Percent(),
+        help="Choose this probability so that at most this share of the other photos is wrong, as in 2%.",
     ),
     dry_run: bool = flag(help="Print the rows of the manifest, and change nothing."),
     undo: bool = flag(help="Delete the copies and links, and move photos back."),
@@ -125,8 +129,11 @@ def sort_command(
         with reader_for(index, sources, encoding) as reader:
             action: Action = "link" if link else "move" if move else "copy"
             result = sort_photos(
-                index, sources, reader, into, action=action, min_probability=min_probability, dry_run=dry_run
-            )
+                index, sources, reader, into, action=action, min_probability=min_probability,
+                at_most_wrong=at_most_wrong, dry_run=dry_run,
+            )  # fmt: skip
+        if result.threshold is not None:
+            say(str(result.threshold).capitalize())
     if dry_run:
         _print_rows(result)
     else:

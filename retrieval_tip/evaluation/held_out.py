@@ -16,7 +16,7 @@ from retrieval_tip import tip
 from retrieval_tip.data.reader import FeatureBlock
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, UsageError, counted
-from retrieval_tip.fit.closed_form import prior_for
+from retrieval_tip.fit.closed_form import prior_for, wilson
 from retrieval_tip.fit.folds import Folds, parts_without
 from retrieval_tip.fit.forms import Form
 from retrieval_tip.model import Index
@@ -82,6 +82,46 @@ def held_out_probabilities(index: Index, rows: IntArray | None = None, kept: Int
         probabilities[part] = tip.probabilities(logits, index.settings.temperature)
     labels = index.class_ids.cpu().numpy()[rows].astype(np.int64)
     return HeldOut(probabilities.numpy(), labels, index.labels["key_id"].to_numpy()[rows])
+
+
+class Threshold(NamedTuple):
+    """A probability below which answers are set aside, so that few of the others are ``wrong``.
+
+    ``kept`` of ``n`` held-out photos reach it. With 95 % confidence, at most the share ``highest`` of such answers is
+    wrong.
+    """
+
+    probability: float
+    wrong: float
+    highest: float
+    kept: int
+    n: int
+
+    def __str__(self) -> str:
+        return (
+            f"set aside answers below {100 * self.probability:.0f} %; of {counted(self.n, 'held-out photo')}, "
+            f"{self.kept:,} reach it, and {100 * self.wrong:.1f} % of these are wrong (95 % sure: at most "
+            f"{100 * self.highest:.1f} %)"
+        )
+
+
+def threshold_of(index: Index, most: float) -> Threshold:
+    """Return the lowest probability at which at most the share ``most`` of held-out photos is classified wrongly.
+
+    Raises InputError if not even the most probable answers are good enough.
+    """
+    held = held_out_probabilities(index)
+    probability = held.pred_probs.max(1)
+    order = np.argsort(-probability, kind="stable")
+    wrong, number = np.cumsum(~held.right[order]), np.arange(1, len(order) + 1)
+    last = np.append(np.diff(probability[order]) < 0, True)  # equal probabilities are on the same side
+    good = np.flatnonzero((wrong <= most * number) & last)
+    if not len(good):
+        raise InputError(
+            f"at most {100 * most:g} % wrong: no probability is high enough on held-out photos; label more"
+        )
+    kept, share = int(number[good[-1]]), float(wrong[good[-1]] / number[good[-1]])
+    return Threshold(float(probability[order][good[-1]]), share, wilson(share, kept)[1], kept, len(order))
 
 
 def without_parts(index: Index, rows: IntArray, kept: IntArray | None = None) -> Iterator[tuple[IntArray, Index]]:

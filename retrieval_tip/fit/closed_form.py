@@ -49,10 +49,10 @@ from retrieval_tip.retrieval.vector_index import inner_factory
 from retrieval_tip.settings import ClassPrior, MetricName, Settings, ValuesName, check_choice
 from retrieval_tip.store.labels import images_of
 
-FOLDS, MOST_FOLDS = 4, 8
-"""Number of folds to select a form, and to evaluate the selected form if there are few keys."""
+FOLDS, MOST_FOLDS, FEW_KEYS = 4, 8, 1024
+"""Number of folds to select a form, and to evaluate the selected form if there are at most so many keys."""
 CHOSEN_ON, SHARED_ON, CHOSEN_SHOTS, JUDGED = 2048, 1024, 32, 4096
-"""Maximum numbers of keys to select a form and to select shares, of keys per class, and of photos to evaluate a form."""
+"""Maximum numbers of keys to select a form and to select shares, of keys per class, and of photos to evaluate."""
 LEAST_SHOTS = 3
 """Minimum number of photos per class to select a form. With two photos, each fold would be fitted to only one."""
 AFFINITIES = 1 << 28
@@ -429,7 +429,7 @@ def _folds_of(
         folds = Folds(index.keys, ids, c, text, [held], index.sums, class_prior, weighted=False, prior=prior)
         folds = folds.shared(shares, index.parts).with_classes(images, JUDGED)
         return folds, f"{len(held.ids):,} photos of {validation.name}"
-    number, most = MOST_FOLDS if index.n <= JUDGED else FOLDS, int(min(JUDGED, max(256, AFFINITIES / index.n)))
+    number, most = MOST_FOLDS if index.n <= FEW_KEYS else FOLDS, int(min(JUDGED, max(256, AFFINITIES / index.n)))
     folds = Folds.of_shots(index.keys, ids.numpy(), c, text, images, number, most, index.sums, class_prior, prior)
     folds = folds.shared(shares, index.parts).with_small(images, most).with_classes(images, most)
     return folds, f"{folds.n:,} photos, each held out in turn"
@@ -549,7 +549,9 @@ def _settings_without_folds(index: Index, forms: Sequence[Form], folds: Folds) -
 
 
 def _sample(folds: Folds, images: IntArray, most: int = CHOSEN_ON) -> Folds:
-    """Return folds of a sample of at most ``most`` keys."""
+    """Return folds of a sample of at most ``most`` keys, which may be the same folds."""
+    if len(folds.ids) <= most and [held.of for held in folds.held if held.of != "classes"] == ["shots"] * FOLDS:
+        return folds
     keys, ids, c, text = folds.keys, folds.ids.numpy(), folds.c, folds.text
     if len(ids) > most:
         draw = np.random.default_rng(0)

@@ -239,6 +239,7 @@ class Folds:
     parts: Sequence[Part] = ()
     shares: Sequence[float] = ()
     _scatters: dict[int | None, Scatter | FewScatter] = field(default_factory=dict)
+    _terms: dict[Form, tuple[Tensor | None, Tensor, Tensor | None]] = field(default_factory=dict)
 
     @classmethod
     def of_shots(
@@ -268,7 +269,7 @@ class Folds:
         counts = np.bincount(own, minlength=self.c)[own]
         places = ranks_within(own, draw) * np.maximum(SMALL_FOLDS // counts, 1) + draw.permutation(self.c)[own]
         small = _held(self.keys, ids, np.where(counts > 1, places % SMALL_FOLDS, -1), first, images, most)
-        return replace(self, held=[*self.held, *(replace(one, of="small") for one in small)])
+        return replace(self, held=[*self.held, *(replace(one, of="small") for one in small)], _terms={})
 
     def with_classes(self, images: IntArray, most: int) -> Folds:
         """Also hold out whole classes, if some classes have text but no shots.
@@ -285,7 +286,7 @@ class Folds:
         _, first = np.unique(images, return_index=True)
         whole = _held(self.keys, ids, fold_of[ids[first]], first, fold_of[ids], most)
         held = [*self.held, *(replace(one, of="classes") for one in whole)]
-        return replace(self, held=held)
+        return replace(self, held=held, _terms={})
 
     def among(self, keys: Keys, ids: Tensor, images: IntArray, rows: IntArray) -> Folds:
         """Hold out the same photos of an index with more keys, in which the present keys have these ``rows``.
@@ -298,7 +299,7 @@ class Folds:
             hidden = np.setdiff1d(images[rows], images[visible])
             more = np.concatenate([visible, others[~np.isin(images[others], hidden)]])
             held.append(replace(one, rows=torch.from_numpy(more)))
-        return replace(self, keys=keys, ids=ids, held=held, sums=None, _scatters={})
+        return replace(self, keys=keys, ids=ids, held=held, sums=None, _scatters={}, _terms={})
 
     @property
     def covered(self) -> float:
@@ -424,7 +425,7 @@ class Folds:
 
     def shared(self, shares: Sequence[float], parts: Sequence[Part] | None = None) -> Folds:
         """Return the same folds with other shares of the encoders, whose ``parts`` stay the same by default."""
-        return replace(self, shares=shares, parts=self.parts if parts is None else parts, _scatters={})
+        return replace(self, shares=shares, parts=self.parts if parts is None else parts, _scatters={}, _terms={})
 
     def judge(self, form: Form) -> Blend:
         """Fit a form to all shots except each fold in turn, and return the blend on these folds."""
@@ -437,6 +438,12 @@ class Folds:
         there are such classes, the third term is therefore the effect of a bonus of 1 for them (see
         :class:`retrieval.ridge.Ridge`), or ``None`` if the bonus cannot be fitted.
         """
+        if form not in self._terms:
+            self._terms[form] = self._terms_of(form)
+        text, cache, third = self._terms[form]
+        return text, cache.clone(), third
+
+    def _terms_of(self, form: Form) -> tuple[Tensor | None, Tensor, Tensor | None]:
         cache, third = (
             torch.cat(parts)
             for parts in zip(*(self._answers(form, held, fold) for fold, held in enumerate(self.held)), strict=True)

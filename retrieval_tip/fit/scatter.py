@@ -21,6 +21,9 @@ FloatArray = npt.NDArray[np.float64]
 PRIOR_WEIGHT = 1000
 """Number of photos that a prior counts as."""
 
+LEAST_EIGENVALUE = 1e-6
+"""Smallest eigenvalue of the scatter of few shots relative to the largest, in float32."""
+
 SMALLEST_EIGENVALUE = 1e-7
 """Smallest eigenvalue of a scatter relative to the mean eigenvalue. Smaller eigenvalues are float32 rounding errors."""
 
@@ -85,12 +88,11 @@ class FewScatter:
     @classmethod
     def of(cls, keys: Tensor, ids: Tensor, c: int, widths: Sequence[int] = ()) -> FewScatter:
         """Compute the scatter of keys ``[n, d]`` from the Gram matrix of the ``r_i``."""
-        wide = keys.double()
-        sums = torch.zeros(c, keys.shape[1], dtype=torch.float64).index_add_(0, ids, wide)
+        sums = torch.zeros(c, keys.shape[1], dtype=torch.float64).index_add_(0, ids, keys.double())
         mean, centres = _centres(torch.bincount(ids, minlength=c).numpy(), sums.numpy())
-        apart = wide - torch.from_numpy(centres[ids.numpy()])
+        apart = keys - torch.from_numpy(centres.astype(np.float32)[ids.numpy()])
         values, left = torch.linalg.eigh(apart @ apart.T / len(keys))
-        some = values > SMALLEST_EIGENVALUE * values.max() / len(keys)
+        some = values > LEAST_EIGENVALUE * values.max()
         scaled = left[:, some] / (len(keys) * values[some]).sqrt()
         return cls(torch.from_numpy(mean), values[some], apart.T @ scaled, widths)
 

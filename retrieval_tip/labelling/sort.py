@@ -20,6 +20,7 @@ from retrieval_tip.data import images, remote, tars
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source, read_item
 from retrieval_tip.errors import InputError, Skipped, UsageError, counted, few, show
+from retrieval_tip.evaluation.held_out import Threshold, threshold_of
 from retrieval_tip.files import locked_folder, make_folders, real
 from retrieval_tip.index.items import ItemColumns
 from retrieval_tip.labelling import placing
@@ -41,9 +42,11 @@ class Sorted:
     """The rows of the manifest for the photos of a call, in order, and the photos that were ``skipped``.
 
     ``done`` is the number of photos that were copied, linked, moved or restored. The others were already there.
+    ``threshold`` is set if it was chosen on held-out photos.
     """
 
     verb: str
+    threshold: Threshold | None = None
     rows: list[Placed] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     done: int = 0
@@ -71,15 +74,17 @@ def sort_photos(
     folder: str | os.PathLike[str],
     *,
     action: Action = "copy",
-    min_probability: float = MORE_LIKELY_WRONG,
+    min_probability: float | None = None,
+    at_most_wrong: float | None = None,
     dry_run: bool = False,
 ) -> Sorted:
     """Sort photos into ``folder/CLASS``, and return the rows of the manifest ``sorted.csv``.
 
-    Photos without a match go to ``no match``, and photos whose probability is below ``min_probability`` to ``not
-    sure``. Photos that the index contains keep their label. No file is overwritten: if a name is taken, a number is
-    added. If the folder already contains a photo with the same name and the same bytes, it is not written again. An
-    interrupted call can be repeated.
+    Photos without a match go to ``no match``, and photos whose probability is below ``min_probability``, by default
+    0.5, to ``not sure``. With ``at_most_wrong``, this probability is chosen on held-out photos of the index, so that at
+    most this share of the other answers is wrong (see :func:`held_out.threshold_of`). Photos that the index contains
+    keep their label. No file is overwritten: if a name is taken, a number is added. If the folder already contains a
+    photo with the same name and the same bytes, it is not written again. An interrupted call can be repeated.
 
     ``action`` is ``copy``, ``link`` (a symbolic link) or ``move``. Only files can be linked or moved. The ids of a
     feature table are read as paths. ``reader.skipped`` lists the photos that cannot be read. A ``dry_run`` changes
@@ -89,17 +94,22 @@ def sort_photos(
     InputError if the folder cannot be written. Photos that were already placed stay there.
     """
     check_choice("action", action, Action)
+    if at_most_wrong is not None and (min_probability is not None or not 0 <= at_most_wrong < 1):
+        raise UsageError(f"at_most_wrong {at_most_wrong}: give a share from 0 to 1, and no min_probability")
     for source in sources:
         elsewhere = source.table is not None or any(remote.is_remote(x) or tars.tar_of(x) for x in source.paths or ())
         if action != "copy" and elsewhere:
             raise UsageError(f"{action}: {source.name} has photos that are not files; copy them instead")
-    root, result = Path(folder), Sorted(_VERBS[action], skipped=reader.skipped)
+    threshold = None if at_most_wrong is None else threshold_of(index.in_memory(), at_most_wrong)
+    least = MORE_LIKELY_WRONG if min_probability is None else min_probability
+    least = least if threshold is None else threshold.probability
+    root, result = Path(folder), Sorted(_VERBS[action], threshold, skipped=reader.skipped)
     with _locked(root, dry_run):
         before = placing.read_manifest(root)
         if not dry_run:
             placing.write_manifest(root, before)  # without an incomplete last row
             placing.remove_scratch([root, *((root / row.output).parent for row in before)])
-        plan = _Outputs(root, action, min_probability, {row.input: row for row in before})
+        plan = _Outputs(root, action, least, {row.input: row for row in before})
         listed = set(before)
         for photos in _classified(index, sources, reader):
             rows = [plan.row(photo) for photo in photos]
