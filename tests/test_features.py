@@ -27,7 +27,7 @@ from retrieval_tip.data import images
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.reader import Reader, encode_table, view_names
 from retrieval_tip.data.sources import Source, of_images, open_items, open_source
-from retrieval_tip.data.tables import TABLE_ROWS, check_backbone, read_features, table_dim, table_identity
+from retrieval_tip.data.tables import TABLE_ROWS, check_backbone, read_rows, table_dim, table_identity
 from retrieval_tip.errors import BackboneError, InputError, RetrievalTipError, UsageError
 
 
@@ -443,7 +443,7 @@ def table_of(path: Path, column: pa.Array | list[Any], **more: Any) -> Path:
 
 
 def read_all(path: Path, norms: str = "check") -> np.ndarray:
-    return np.concatenate(list(read_features(path, norms)))
+    return np.concatenate([rows for _, rows in read_rows(path, norms)])
 
 
 FLOATS = {"float16": pa.float16(), "float32": pa.float32(), "float64": pa.float64()}
@@ -519,7 +519,7 @@ def test_a_feature_of_another_type_is_refused(tmp_path: Path, column: pa.Array) 
 
 def test_an_empty_table_and_one_without_features_are_refused(tmp_path: Path) -> None:
     empty = table_of(tmp_path / "e.parquet", pa.array([], pa.list_(pa.float32(), 4)))
-    assert list(read_features(empty)) == []
+    assert list(read_rows(empty, "check")) == []
     with pytest.raises(InputError, match=r"e\.parquet: has no rows"):
         table_dim(empty)
     pq.write_table(pa.table({"id": ["a"], "vector": ["b"]}), tmp_path / "n.parquet")

@@ -42,7 +42,7 @@ from retrieval_tip.cli import main
 from retrieval_tip.data import images
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_items, open_source
-from retrieval_tip.data.tables import read_features
+from retrieval_tip.data.tables import read_rows
 from retrieval_tip.errors import MAX_LINE, RetrievalTipError
 from retrieval_tip.index import changes
 from retrieval_tip.index.build import build_index
@@ -189,7 +189,7 @@ def test_any_feature_table_is_refused_or_read_exactly(
         path.write_bytes(data.draw(mutated(st.just(path.read_bytes()))))
     source = refused(lambda: open_source(path))
     assert source is None or all(label.strip() for label in source.labels)
-    found = refused(lambda: list(read_features(path, norms)))
+    found = refused(lambda: [rows for _, rows in read_rows(path, norms)])
     if found is not None and not damaged and "feature" in table.column_names:
         expected = np.array(table["feature"].to_pylist(), np.float32)
         assert np.isfinite(expected).all()

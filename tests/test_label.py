@@ -351,6 +351,8 @@ def test_photos_are_sorted_by_label_or_answer(pool, place, lit_mini, tmp_path):
         answer = client.http.post(**sort).json()
         assert answer["summary"].startswith("copied 25 photos")
         assert answer["undo"] == f"retrieval-tip sort --undo --into {tmp_path / 'sorted'}"
+        sort["json"] = {"into": str(tmp_path / "sure"), "at_most_wrong": 0.9}
+        assert "held-out photos" in client.http.post(**sort).json()["summary"]
     for one in labelled:
         label = "a class of its own" if one is labelled[0] else pool[one["name"]]
         assert (tmp_path / "sorted" / label / Path(one["name"]).name).is_file()

@@ -1535,8 +1535,10 @@ def test_sixty_photos_are_labelled_by_keyboard_in_two_sessions(
         all_saved(page)
         page.click("#label-sort summary")
         page.fill("#label-sort-into", str(tmp_path / "sorted"))
+        page.fill("#label-sort-wrong", "50")
         page.get_by_role("button", name="Copy").click()
         expect(page.locator("#label-sorted")).to_contain_text("copied 90 photos")
+        expect(page.locator("#label-sorted")).to_contain_text("held-out photos")
         expect(page.locator("#index-accuracy")).to_be_hidden()  # this page has its own estimate
         page.click("#tab-classes")
         expect(page.locator("#index-accuracy")).to_contain_text("accurate")

@@ -22,7 +22,7 @@ from retrieval_tip.data.sources import (
     open_items,
     open_source,
 )
-from retrieval_tip.data.tables import read_features
+from retrieval_tip.data.tables import read_rows
 from retrieval_tip.errors import InputError, show
 
 
@@ -339,7 +339,7 @@ def test_feature_columns_of_other_programs_are_recognised(tmp_path: Path, column
     source = open_source(table)
     assert source.labels == ["x", "y"]
     assert source.items.column_names == ["source", "label"]
-    np.testing.assert_array_equal(np.concatenate(list(read_features(table))), np.eye(4)[:2])
+    np.testing.assert_array_equal(np.concatenate([rows for _, rows in read_rows(table, "check")]), np.eye(4)[:2])
 
 
 def test_a_feature_column_makes_a_feature_table(tmp_path: Path) -> None:

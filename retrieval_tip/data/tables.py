@@ -321,13 +321,12 @@ def table_dim(path: Path | str, parts: Sequence[Part] = ()) -> int:
 def parts_in(path: Path | str, parts: Sequence[Part] = ()) -> tuple[Part, ...]:
     """Return the columns of features in a table with their width and their backbone (see :func:`_columns`)."""
     for file, _, name in _parquets(path):
-        schema = file.schema_arrow
-        columns, found = _columns(schema, name, parts), []
-        for batch in file.iter_batches(1, columns=columns):
-            for column in columns:
-                width = _matrix(batch.column(column), 0, None, name).shape[1]
-                found.append(Part(width, column, _identity_of(schema, column, name)))
-            return tuple(found)
+        columns = _columns(file.schema_arrow, name, parts)
+        with reading(name):
+            for batch in file.iter_batches(1, columns=columns):
+                widths = [_matrix(batch.column(column), 0, None, name).shape[1] for column in columns]
+                own = [_identity_of(file.schema_arrow, column, name) for column in columns]
+                return tuple(map(Part, widths, columns, own))
     raise InputError(f"{show(path)}: has no rows")
 
 
@@ -352,11 +351,6 @@ def _identity_of(schema: pa.Schema, column: str, name: str) -> Identity | None:
     """Return the backbone of a column. The metadata of the whole table describes its main column."""
     own = _identity(schema.field(column).metadata, name)
     return own or (_identity(schema.metadata, name) if column == feature_column(schema) else None)
-
-
-def read_features(path: Path | str, norms: Norms = "check") -> Iterator[FloatArray]:
-    """Yield the features of a table as float32 arrays of shape ``[b, d]``. Raises InputError for an unusable row."""
-    return (features for _, features in read_rows(path, norms))
 
 
 def read_rows(

@@ -235,17 +235,19 @@ class Labelling:
             self._unsaved[photo] = label
         self._due.set()
 
-    async def sort(self, into: str) -> schemas.SortedPhotos:
+    async def sort(self, into: str, at_most_wrong: float | None) -> schemas.SortedPhotos:
         """Copy all photos into folders by class. Raises Problem 404 without an index, and InputError if this fails."""
         version = self._version()
         if version is None or self._is_empty(version):
             raise Problem(404, "there are no labels yet; label some photos first")
         reader, folder = replace(self.photos.reader, skipped=[]), Path(into).expanduser()
         photos = self.photos.source.take(range(len(self.photos)))
-        done = await self._service.run(self._encoding, sort_photos, version.index, [photos], reader, folder)
+        sort = partial(sort_photos, at_most_wrong=at_most_wrong)
+        done = await self._service.run(self._encoding, sort, version.index, [photos], reader, folder)
         undo = shlex.join(["retrieval-tip", "sort", "--undo", "--into", str(folder.absolute())])
         skipped = [schemas.Unread(input=one.source, reason=one.reason) for one in done.skipped]
-        return schemas.SortedPhotos(summary=str(done), undo=undo, skipped=skipped)
+        summary = str(done) if done.threshold is None else f"{done}; {done.threshold}"
+        return schemas.SortedPhotos(summary=summary, undo=undo, skipped=skipped)
 
     def _version(self) -> Version | None:
         """Return the open version of the index, if it exists, and note which photos it contains."""

@@ -107,9 +107,10 @@ class SetLabels(BaseModel, extra="forbid"):
 
 
 class SortInto(BaseModel, extra="forbid"):
-    """The folder on the server's machine into which photos are sorted."""
+    """The folder on the server's machine into which photos are sorted, and the largest share of wrong answers."""
 
     into: Annotated[str, Field(min_length=1, max_length=4096)]
+    at_most_wrong: Annotated[float, Field(ge=0, lt=1)] | None = None
 
 
 def _list_of(items: Row, **more: object) -> Row:

@@ -373,7 +373,8 @@ async function send() {
 $("label-sort-form").addEventListener("submit", async (event) => {
   event.preventDefault();
   $("label-sorted").textContent = "Copying…";
-  const sorting = state.sortPhotos($("label-sort-into").value.trim());
+  const wrong = $("label-sort-wrong").value;
+  const sorting = state.sortPhotos($("label-sort-into").value.trim(), wrong ? Number(wrong) / 100 : null);
   const said = (sorted) => (sorted ? `${sorted.summary}. To undo this, run: ${sorted.undo}` : "");
   $("label-sorted").textContent = await sorting.then(said, ({ message }) => message);
 });
