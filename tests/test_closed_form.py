@@ -26,10 +26,11 @@ from retrieval_tip.fit import folds as folds_module
 from retrieval_tip.fit.closed_form import Fit
 from retrieval_tip.fit.folds import Folds, Queries, blend, robust_blend
 from retrieval_tip.fit.forms import DEFAULT_FORM, FORMS, ONE_SHOT, FittedMetric, Form, Scatter, Solved, Within
-from retrieval_tip.fit.scatter import known_prior, pooled
+from retrieval_tip.fit.scatter import FewScatter, known_prior, pooled
 from retrieval_tip.index import places as stores
 from retrieval_tip.retrieval import ridge
 from retrieval_tip.settings import Settings
+from retrieval_tip.store.labels import PICKED
 from retrieval_tip.store.sums import Sums
 
 NAMES = [f"class {i}" for i in range(C)]
@@ -905,3 +906,36 @@ def test_leave_one_out_refuses_solved_values(run, tables):
     result = run("search-hp", out, "--leave-one-out")
     assert result.exit_code == 2
     assert "retrieval-tip fit" in result.stderr
+
+
+@pytest.mark.parametrize(("accuracy", "expected"), [(0.7, "equal"), (0.999999, "bound"), (0.1, "unchanged")])
+def test_answers_are_as_sure_as_the_index_is_accurate(accuracy, expected):
+    logits = torch.from_numpy(np.random.default_rng(0).normal(size=(200, 5)))
+    weights = torch.from_numpy(np.random.default_rng(1).uniform(0.5, 1.5, 200))
+    weights /= weights.mean()
+    found = closed_form._as_sure(Settings(temperature=2.0), 3 * logits, weights, accuracy).temperature
+    if expected == "equal":
+        assert 1.0 < found < 2.0
+        sure = float((weights * (3 * logits / found).softmax(1).amax(1)).mean())
+        assert sure == pytest.approx((200 * accuracy + 1) / 202, abs=1e-3)
+    else:
+        assert found == pytest.approx(1.0 if expected == "bound" else 2.0, rel=1e-3)
+
+
+def test_chosen_shots_do_not_make_answers_surer():
+    keys, ids = clusters(8, 3, spread=2.0)
+    random, chosen = (Index.from_features(keys, ids, NAMES, device="cpu") for _ in range(2))
+    picked = pa.array(["suggested"] * chosen.n)
+    chosen.rows = replace(chosen.rows, labels=chosen.rows.labels.append_column(PICKED, picked))
+    for index in (random, chosen):
+        closed_form.fit(index)
+    assert random.settings.temperature < chosen.settings.temperature
+    assert replace(random.settings, temperature=chosen.settings.temperature) == chosen.settings
+
+
+def test_the_scatter_of_keys_that_are_nearly_equal_is_finite():
+    draw = np.random.default_rng(0)
+    keys = torch.from_numpy(unit(np.eye(64)[np.arange(60) % 3] + 1e-7 * draw.normal(size=(60, 64)))).float()
+    scatter = FewScatter.of(keys, torch.arange(60) % 3, 3)
+    transform = scatter.whitening(0.8)
+    assert transform is None or bool(torch.isfinite(transform).all())

@@ -13,9 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from fake import IDENTITY, Fake
+from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from serving import app_of
 from tables import tiny, unit, unit_rows, write_table
 
 from retrieval_tip import Classifier, Index, Reader, build_index, load_backbone, open_source, tip
@@ -268,6 +270,12 @@ def test_everything_that_takes_an_encoder_takes_two(photos: Path, tmp_path: Path
     done("index", "build", table, "--out", tmp_path / "of-table")
     assert places.at(tmp_path / "of-table").load().backbone == places.at(own).load().backbone
     assert "10 of 10 photos" in done("index", "export", own, "--onnx", tmp_path / "graph.onnx")
+    photo = next(photos.rglob("*.png"))
+    with TestClient(app_of(own)) as client:
+        answer = client.post("/v1/classify", files={"images": (photo.name, photo.read_bytes())}).json()["results"][0]
+        assert f"{a}+{b}" in client.get("/v1/indexes").json()["indexes"][0]["backbone"]
+    [line] = [line for line in answers.splitlines() if line.startswith(str(photo))]
+    assert [answer["label"], f"{answer['probability']:.3f}"] == [line.split(",")[1], f"{float(line.split(',')[2]):.3f}"]
     address = f"lance://{tmp_path / 'store' / 'own'}"
     done("index", "clone", own, address)
     assert done("classify", address, photos, "--format", "csv") == answers

@@ -45,9 +45,10 @@ from retrieval_tip.model import Index
 from retrieval_tip.retrieval.arrays import equal_shares
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.ridge import MOST_SOLVED
+from retrieval_tip.retrieval.rows import ArrayRows
 from retrieval_tip.retrieval.vector_index import inner_factory
 from retrieval_tip.settings import ClassPrior, MetricName, Settings, ValuesName, check_choice
-from retrieval_tip.store.labels import images_of
+from retrieval_tip.store.labels import PICKED, images_of
 
 FOLDS, MOST_FOLDS, FEW_KEYS = 4, 8, 1024
 """Number of folds to select a form, and to evaluate the selected form if there are at most so many keys."""
@@ -69,6 +70,8 @@ LEARNING, DRAWN = 0.4, 2.0
 other shots would give another index. With text, errors fall more slowly, and the text weight is fitted to the same
 photos, so estimates are not too low (benchmarks/estimates.py, seeds 100 to 103).
 """
+SURER, BISECTIONS = 2.0, 12
+"""Largest factor by which a temperature is lowered, and number of steps to find it."""
 UNLIKE = 0.05
 """Fraction of the held-out shots that are ``unlike``, which sets the threshold."""
 LONG, GROWN = 1.1, 5.0
@@ -266,7 +269,7 @@ def fit(
         forms = [WITH_PRIOR, *forms]
     if folds.can_judge:
         form, trials = _chosen(index, forms, folds, images if validation is None else None)
-        form, settings, accuracies = _settings_of(index.settings, form, folds, index.class_names)
+        form, settings, accuracies = _settings_of(index, form, folds)
         where = f"fitted on {judged_on}"
     else:
         (form, settings), trials, accuracies = _settings_without_folds(index, forms, folds), [], {}
@@ -297,7 +300,7 @@ def refit(index: Index, beta: float) -> FormChoice:
     folds, judged_on = _folds_of(index, None, _images(index), _class_prior(index), index.shares)
     accuracies: Accuracies = {}
     if folds.can_judge:
-        form, settings, accuracies = _settings_of(settings, form, folds, index.class_names)
+        form, settings, accuracies = _settings_of(index, form, folds)
         index.provenance = index.provenance | dict.fromkeys(("alpha", "temperature"), f"fitted on {judged_on}")
     seconds = time.perf_counter() - start
     choice = FormChoice(form, [], judged_on, folds.n, len(folds.held), seconds, **folds.untested, **accuracies)
@@ -444,10 +447,9 @@ def _chosen(index: Index, forms: Sequence[Form], folds: Folds, images: IntArray 
     return _choose(folds, forms)
 
 
-def _settings_of(
-    settings: Settings, form: Form, folds: Folds, class_names: Sequence[str]
-) -> tuple[Form, Settings, Accuracies]:
+def _settings_of(index: Index, form: Form, folds: Folds) -> tuple[Form, Settings, Accuracies]:
     """Return the bonus and the settings that give the held-out photos the highest log-likelihood, and accuracies."""
+    settings, class_names = index.settings, index.class_names
     form = form.with_bonus(0.0)
     (text, cache, third), ids, weights = folds.terms(form), folds.ids_held, folds.weights
     offsets = OFFSETS if form.values is not None and not folds.held_of("classes").any() else (None,)
@@ -467,7 +469,28 @@ def _settings_of(
     shown = folds.held_of("shots")
     accuracies: Accuracies = {"weakest": _weakest(class_names, blended.right[shown], ids[shown])}
     photos = tip.Terms(cache, cache, third).photos(settings)
-    return form, settings, accuracies | _accuracies(photos, text, blended.right, folds)
+    accuracies |= _accuracies(photos, text, blended.right, folds)
+    picked = not isinstance(index.rows, ArrayRows) or PICKED in index.rows.labels.column_names
+    if text is None and not folds.halves and not picked:
+        settings = _as_sure(settings, settings.alpha * photos, weights, accuracies["both"])
+    return form, settings, accuracies
+
+
+def _as_sure(settings: Settings, logits: Tensor, weights: Tensor | None, accuracy: float | None) -> Settings:
+    """Lower the temperature until the mean confidence on held-out photos is the ``accuracy`` of the whole index.
+
+    A blend is only as sure as a fold is accurate, which has fewer shots. With text, folds and index hardly differ, and
+    an index of ``label`` is sure enough, because its shots are chosen where classes meet. The temperature becomes at
+    most :data:`SURER` times as low.
+    """
+    w = torch.ones(len(logits)) if weights is None else weights.float()
+    n, (low, high) = len(logits), (settings.temperature / SURER, settings.temperature)
+    wanted = (n * (accuracy or 0) + 1) / (n + 2)  # also finite if all answers are right
+    for _ in range(BISECTIONS):
+        middle = (low * high) ** 0.5
+        sure = float((w * (logits / middle).softmax(1).amax(1)).mean())
+        low, high = (middle, high) if sure > wanted else (low, middle)
+    return replace(settings, temperature=high)
 
 
 def _linked(

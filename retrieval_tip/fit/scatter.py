@@ -91,7 +91,8 @@ class FewScatter:
         sums = torch.zeros(c, keys.shape[1], dtype=torch.float64).index_add_(0, ids, keys.double())
         mean, centres = _centres(torch.bincount(ids, minlength=c).numpy(), sums.numpy())
         apart = keys - torch.from_numpy(centres.astype(np.float32)[ids.numpy()])
-        values, left = torch.linalg.eigh(apart @ apart.T / len(keys))
+        found = torch.linalg.eigh((apart @ apart.T / len(keys)).double())  # in float32, it may not converge
+        values, left = (part.float() for part in found)
         some = values > LEAST_EIGENVALUE * values.max()
         scaled = left[:, some] / (len(keys) * values[some]).sqrt()
         return cls(torch.from_numpy(mean), values[some], apart.T @ scaled, widths)
