@@ -170,7 +170,7 @@ class Answering:
     @property
     def text(self) -> Tensor:
         """The text weights as queries meet them, in which each encoder has its share."""
-        scale = self.scale
+        scale = self.scale if self.parts else None
         return self.text_weights if scale is None else self.text_weights * scale.square().to(self.text_weights)
 
     @property
@@ -309,7 +309,7 @@ class Answering:
 
         To classify images, pass a ``reader``. Unreadable items are skipped and listed in ``reader.skipped``.
         """
-        column, reader = source.items["source"], reader.for_queries(self.parts, self.shares)
+        column, reader = source.items["source"], reader.for_queries(self.parts, self.shares) if self.parts else reader
         for answers in self.answers(reader.blocks(source), ask):
             yield answers.predictions().named(column.take(pa.array(answers.block.positions)))
 
