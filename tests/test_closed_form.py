@@ -21,6 +21,7 @@ from tables import read_features, write_table
 from retrieval_tip import Index, tip
 from retrieval_tip.backbones.base import Identity
 from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.evaluation.held_out import held_out_probabilities
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit import folds as folds_module
 from retrieval_tip.fit.closed_form import Fit
@@ -908,29 +909,47 @@ def test_leave_one_out_refuses_solved_values(run, tables):
     assert "retrieval-tip fit" in result.stderr
 
 
-@pytest.mark.parametrize(("accuracy", "expected"), [(0.7, "equal"), (0.999999, "bound"), (0.1, "unchanged")])
-def test_answers_are_as_sure_as_the_index_is_accurate(accuracy, expected):
+@pytest.mark.parametrize(
+    ("accuracy", "most", "expected"), [(0.7, 1, "equal"), (0.999999, 1, 1.0), (0.1, 1, 2.0), (0.4, 16, "equal")]
+)
+def test_answers_are_as_sure_as_the_index_is_accurate(accuracy, most, expected):
     logits = torch.from_numpy(np.random.default_rng(0).normal(size=(200, 5)))
     weights = torch.from_numpy(np.random.default_rng(1).uniform(0.5, 1.5, 200))
     weights /= weights.mean()
-    found = closed_form._as_sure(Settings(temperature=2.0), 3 * logits, weights, accuracy).temperature
+    found = closed_form._as_sure(Settings(temperature=2.0), 3 * logits, weights, 200 * accuracy, 200, most).temperature
     if expected == "equal":
-        assert 1.0 < found < 2.0
+        assert 1.0 < found < 2.0 * most
         sure = float((weights * (3 * logits / found).softmax(1).amax(1)).mean())
         assert sure == pytest.approx((200 * accuracy + 1) / 202, abs=1e-3)
     else:
-        assert found == pytest.approx(1.0 if expected == "bound" else 2.0, rel=1e-3)
+        assert found == pytest.approx(expected, rel=1e-3)
 
 
-def test_chosen_shots_do_not_make_answers_surer():
+def test_only_photos_drawn_at_random_say_how_sure_an_index_of_chosen_photos_may_be():
     keys, ids = clusters(8, 3, spread=2.0)
-    random, chosen = (Index.from_features(keys, ids, NAMES, device="cpu") for _ in range(2))
-    picked = pa.array(["suggested"] * chosen.n)
-    chosen.rows = replace(chosen.rows, labels=chosen.rows.labels.append_column(PICKED, picked))
-    for index in (random, chosen):
+    drawn = np.arange(len(ids)) % 4 == 0
+    indexes = {}
+    for name, picked in {"plain": None, "random": drawn, "suggested": ids < 0}.items():
+        index = indexes[name] = Index.from_features(keys, ids, NAMES, device="cpu")
+        if picked is not None:
+            how = pa.array(np.where(picked, "random", "suggested").tolist())
+            index.rows = replace(index.rows, labels=index.rows.labels.append_column(PICKED, how))
         closed_form.fit(index)
-    assert random.settings.temperature < chosen.settings.temperature
-    assert replace(random.settings, temperature=chosen.settings.temperature) == chosen.settings
+    settings = {name: index.settings for name, index in indexes.items()}
+    assert all(
+        replace(own, temperature=1.0) == replace(settings["plain"], temperature=1.0) for own in settings.values()
+    )
+    assert settings["suggested"].temperature == closed_form.EARLY  # nothing is known yet
+    assert settings["random"].temperature != settings["plain"].temperature
+    held = held_out_probabilities(indexes["random"])
+    sure, right = held.pred_probs.max(1)[drawn].mean(), held.right[drawn].mean()
+    assert sure == pytest.approx(right, abs=0.15)
+    few = Index.from_features(keys[::8], ids[::8], NAMES, device="cpu")
+    closed_form.fit(few)
+    before = few.settings.temperature
+    few.rows = replace(few.rows, labels=few.rows.labels.append_column(PICKED, pa.array(["random"] * few.n)))
+    closed_form.fit(few)
+    assert few.settings.temperature == closed_form.EARLY * before
 
 
 def test_the_scatter_of_keys_that_are_nearly_equal_is_finite():

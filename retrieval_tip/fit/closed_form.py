@@ -21,6 +21,8 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, TypedDict
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -48,7 +50,7 @@ from retrieval_tip.retrieval.ridge import MOST_SOLVED
 from retrieval_tip.retrieval.rows import ArrayRows
 from retrieval_tip.retrieval.vector_index import inner_factory
 from retrieval_tip.settings import ClassPrior, MetricName, Settings, ValuesName, check_choice
-from retrieval_tip.store.labels import PICKED, images_of
+from retrieval_tip.store.labels import PICKED, RANDOM, images_of
 
 FOLDS, MOST_FOLDS, FEW_KEYS = 4, 8, 1024
 """Number of folds to select a form, and to evaluate the selected form if there are at most so many keys."""
@@ -70,8 +72,13 @@ LEARNING, DRAWN = 0.4, 2.0
 other shots would give another index. With text, errors fall more slowly, and the text weight is fitted to the same
 photos, so estimates are not too low (benchmarks/estimates.py, seeds 100 to 103).
 """
-SURER, BISECTIONS = 2.0, 12
-"""Largest factor by which a temperature is lowered, and number of steps to find it."""
+SURER, LESS_SURE, BISECTIONS = 2.0, 16.0, 12
+"""Largest factors by which a temperature is lowered and raised, and number of steps to find it."""
+EARLY = 4.0
+"""Factor of the temperature of an index of ``label`` before a photo that was drawn at random can be held out.
+
+Most photos then belong to classes that it does not know yet.
+"""
 UNLIKE = 0.05
 """Fraction of the held-out shots that are ``unlike``, which sets the threshold."""
 LONG, GROWN = 1.1, 5.0
@@ -273,6 +280,8 @@ def fit(
         where = f"fitted on {judged_on}"
     else:
         (form, settings), trials, accuracies = _settings_without_folds(index, forms, folds), [], {}
+        if _drawn(index) is not None:
+            settings = replace(settings, temperature=EARLY * settings.temperature)
         where = "default for shots that cannot be held out"
     fitted_metric, fitted_values = folds.fitted(form, torch.arange(len(folds.ids)))
     fitted = (form if fitted_metric is not None else replace(form, metric=None)).fitted(
@@ -470,26 +479,42 @@ def _settings_of(index: Index, form: Form, folds: Folds) -> tuple[Form, Settings
     accuracies: Accuracies = {"weakest": _weakest(class_names, blended.right[shown], ids[shown])}
     photos = tip.Terms(cache, cache, third).photos(settings)
     accuracies |= _accuracies(photos, text, blended.right, folds)
-    picked = not isinstance(index.rows, ArrayRows) or PICKED in index.rows.labels.column_names
-    if text is None and not folds.halves and not picked:
-        settings = _as_sure(settings, settings.alpha * photos, weights, accuracies["both"])
+    w = torch.ones(len(ids)).double() if weights is None else weights
+    drawn = _drawn(index)
+    if drawn is not None and all(held.own is not None for held in folds.held):
+        own = torch.cat([held.own for held in folds.held if held.own is not None])
+        random = torch.from_numpy(drawn)[own] & folds.held_of("shots")
+        logits = tip.Terms(torch.zeros_like(cache) if text is None else text, cache, third).logits(settings)
+        right, number = int(blended.right[random].sum()), int(drawn.sum())
+        settings = _as_sure(settings, logits[random], w[random], right, number, LESS_SURE)
+    elif text is None and not folds.halves:
+        both = accuracies["both"] or 0
+        settings = _as_sure(settings, settings.alpha * photos, w, both * len(ids), len(ids), 1.0)
     return form, settings, accuracies
 
 
-def _as_sure(settings: Settings, logits: Tensor, weights: Tensor | None, accuracy: float | None) -> Settings:
-    """Lower the temperature until the mean confidence on held-out photos is the ``accuracy`` of the whole index.
+def _drawn(index: Index) -> npt.NDArray[np.bool_] | None:
+    """Return which keys of an index of ``label`` were drawn at random, or ``None`` for another index."""
+    if not isinstance(index.rows, ArrayRows) or PICKED not in index.rows.labels.column_names:
+        return None
+    return np.asarray(pc.equal(index.rows.labels[PICKED], RANDOM).fill_null(False))
 
-    A blend is only as sure as a fold is accurate, which has fewer shots. With text, folds and index hardly differ, and
-    an index of ``label`` is sure enough, because its shots are chosen where classes meet. The temperature becomes at
-    most :data:`SURER` times as low.
+
+def _as_sure(settings: Settings, logits: Tensor, weights: Tensor, right: float, number: int, most: float) -> Settings:
+    """Change the temperature until the mean confidence on held-out photos is ``(right + 1) / (number + 2)``.
+
+    A blend is only as sure as a fold is accurate, which has fewer shots than the whole index. With text, they hardly
+    differ. The photos of ``label`` were chosen where classes meet, so only those that were drawn at random count; one
+    whose class has no other photo counts as wrong, because more such classes will follow. The temperature becomes at
+    most :data:`SURER` times as low, and ``most`` times as high.
     """
-    w = torch.ones(len(logits)) if weights is None else weights.float()
-    n, (low, high) = len(logits), (settings.temperature / SURER, settings.temperature)
-    wanted = (n * (accuracy or 0) + 1) / (n + 2)  # also finite if all answers are right
+    if not len(logits):
+        return replace(settings, temperature=EARLY * settings.temperature)
+    low, high = settings.temperature / SURER, settings.temperature * most
     for _ in range(BISECTIONS):
         middle = (low * high) ** 0.5
-        sure = float((w * (logits / middle).softmax(1).amax(1)).mean())
-        low, high = (middle, high) if sure > wanted else (low, middle)
+        sure = float((weights * (logits / middle).softmax(1).amax(1)).mean() / weights.mean())
+        low, high = (middle, high) if sure > (right + 1) / (number + 2) else (low, middle)
     return replace(settings, temperature=high)
 
 

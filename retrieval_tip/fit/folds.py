@@ -208,13 +208,15 @@ class Held:
     """Held-out queries, for an index over the other ``rows``.
 
     The ``features`` have shape ``[q, d]`` and the class ``ids`` have shape ``[q]``. ``of`` says what is held out: some
-    shots, few shots at a time (see :meth:`Folds.with_small`), or whole classes.
+    shots, few shots at a time (see :meth:`Folds.with_small`), or whole classes. ``own`` are the rows of the queries, if
+    they are keys.
     """
 
     features: Tensor
     ids: Tensor
     rows: Tensor
     of: Literal["shots", "small", "classes"] = "shots"
+    own: Tensor | None = None
 
 
 @dataclass
@@ -653,7 +655,8 @@ def _held(keys: Keys, ids: IntArray, folds: IntArray, first: IntArray, groups: I
         if len(asked) > most:
             asked = np.sort(np.random.default_rng(fold).choice(asked, most, replace=False))
         rows = torch.from_numpy(np.flatnonzero(~np.isin(groups, groups[asked])))
-        yield Held(taken_keys(keys, torch.from_numpy(asked)), torch.from_numpy(ids[asked]), rows)
+        own = torch.from_numpy(asked)
+        yield Held(taken_keys(keys, own), torch.from_numpy(ids[asked]), rows, own=own)
         most, begun = most - len(asked), True
 
 

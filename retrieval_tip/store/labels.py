@@ -42,8 +42,8 @@ VERSIONS_SCHEMA = pa.schema(
 """Columns of the history, which has one row per version. ``bytes`` is the total file size of the version."""
 
 
-PICKED, WITHDRAWN = "picked", "withdrawn"
-"""Optional column that tells how a photo was chosen for labelling, and its value for a label that was taken back.
+PICKED, RANDOM, WITHDRAWN = "picked", "random", "withdrawn"
+"""Optional column that tells how a photo was chosen for labelling, and its values at random and for a withdrawn label.
 
 An index needs a key, so the last key stays and is marked as withdrawn when its label is removed.
 """
