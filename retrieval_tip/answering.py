@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
-from retrieval_tip.backbones.base import Identity, Part
+from retrieval_tip.backbones.base import Identity, Part, equal_shares
 from retrieval_tip.bounds import check_count
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
@@ -22,7 +22,7 @@ from retrieval_tip.errors import InputError, warn_once
 from retrieval_tip.predictions import Predictions, SimilarShot
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.answers import AnswerBlock
-from retrieval_tip.retrieval.arrays import KeyArray, KeysInPlace, equal_shares, scale_of
+from retrieval_tip.retrieval.arrays import KeyArray, KeysInPlace, scale_of
 from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.retrieval.keys import Keys, points_of
 from retrieval_tip.retrieval.logits import LOGITS, AnswerTerms, Retrieval, finite_logits, slices
@@ -160,17 +160,9 @@ class Answering:
         return own or equal_shares(self.parts)
 
     @property
-    def scale(self) -> Tensor | None:
-        """The factor ``sqrt(e s_i)`` of each value of a feature, ``[d]``, or ``None`` if ``e`` encoders count equally.
-
-        The metric includes this factor, so that the affinity is the mean of those of the encoders, weighted by shares.
-        """
-        return scale_of(self.parts, self.shares)
-
-    @property
     def text(self) -> Tensor:
         """The text weights as queries meet them, in which each encoder has its share."""
-        scale = self.scale if self.parts else None
+        scale = scale_of(self.parts, self.shares)
         return self.text_weights if scale is None else self.text_weights * scale.square().to(self.text_weights)
 
     @property

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 FloatArray = npt.NDArray[np.float32]
+Loaded = TypeVar("Loaded")  # a backbone, or None
 Preprocess = Mapping[str, Any]  # JSON preprocessing settings, named as in open_clip or timm
 
 
@@ -44,7 +45,7 @@ class Identity:
     @classmethod
     def joined(cls, parts: Sequence[Identity]) -> Identity:
         """Return the identity of several backbones whose features are side by side (see :mod:`joined`)."""
-        name = "+".join("@".join(filter(None, (part.model, part.pretrained))) for part in parts)
+        name = "+".join(spelled(part.model, part.pretrained) for part in parts)
         sizes = [view_size(part.preprocess) for part in parts]
         return cls(name, None, "", "", {"size": [max(sides) for sides in zip(*sizes, strict=True)]}, tuple(parts))
 
@@ -87,10 +88,19 @@ class Part:
     @property
     def names(self) -> list[str]:
         """The names of its encoder, or of its column if the encoder is not known."""
-        if self.identity is None:
+        if (own := self.identity) is None:
             return [self.column]
-        model, weights = self.identity.model, self.identity.pretrained
-        return [model, *([f"{model}@{weights}"] if weights else [])]
+        return list(dict.fromkeys([own.model, spelled(own.model, own.pretrained)]))
+
+
+def spelled(model: str | None, pretrained: str | None) -> str:
+    """Return the name of an encoder as ``--model`` accepts it: ``model@pretrained``, or ``model`` alone."""
+    return "@".join(filter(None, (model, pretrained)))
+
+
+def equal_shares(parts: Sequence[Part]) -> tuple[float, ...]:
+    """Return the shares of encoders that all count equally."""
+    return tuple(1 / len(parts) for _ in parts)
 
 
 def same_backbone(one: Identity, other: Identity, what: str) -> None:
@@ -168,6 +178,12 @@ def identity_of(parts: Sequence[Part]) -> Identity | None:
 def encoders_of(backbone: Any) -> list[tuple[Backbone, bool]]:
     """Return the encoders of a backbone, which may be :class:`joined.Joined`, and whether each is in use."""
     return list(zip(getattr(backbone, "parts", [backbone]), getattr(backbone, "used", [True]), strict=True))
+
+
+def without_unused(backbone: Loaded, shares: Sequence[float]) -> Loaded:
+    """Return a backbone that does not encode images with the encoders whose share is 0."""
+    only = getattr(backbone, "only", None)
+    return backbone if only is None or 0 not in shares else cast(Loaded, only(shares))
 
 
 def parts_of(backbone: Backbone) -> tuple[Part, ...]:

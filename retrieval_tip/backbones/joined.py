@@ -42,7 +42,7 @@ class Joined:
 
     def only(self, shares: Sequence[float]) -> Joined:
         """Return the same backbone, which does not use the parts whose share is 0."""
-        return replace(self, used=tuple(share > 0 for share in shares)) if shares else self
+        return replace(self, used=tuple(share > 0 for share in shares))
 
     @property
     def identity(self) -> Identity:

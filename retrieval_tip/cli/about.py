@@ -76,6 +76,7 @@ def _list_encoders(word: str, printing: OutputOptions) -> None:
 
 
 def _try_encoders(word: str, photos: Source, printing: OutputOptions, encoding: ComparedOptions) -> None:
+    from retrieval_tip.backbones.base import spelled
     from retrieval_tip.backbones.catalogue import cached
     from retrieval_tip.index.encoders import try_encoders
 
@@ -87,7 +88,7 @@ def _try_encoders(word: str, photos: Source, printing: OutputOptions, encoding: 
         raise UsageError(f"models: no encoder{f' named {word}' if word else ''} is on this machine; {more}")
 
     def joined(a: str, b: str) -> tuple[str, partial[AbstractContextManager[Reader]]]:
-        pair = "+".join("@".join(filter(None, (asked[name].model, asked[name].pretrained))) for name in (a, b))
+        pair = "+".join(spelled(asked[name].model, asked[name].pretrained) for name in (a, b))
         return pair, partial(named_encoder, replace(asked[a], model=pair, pretrained=None))
 
     encoders = {name: partial(named_encoder, own) for name, own in asked.items()}

@@ -13,14 +13,14 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from tqdm import tqdm
 
-from retrieval_tip.backbones.base import Backbone, Part, encoders_of, parts_of, same_backbone, unit_of, view_size
+from retrieval_tip.backbones.base import encoders_of, parts_of, same_backbone, unit_of, view_size, without_unused
 from retrieval_tip.backbones.prompts import each_text, prompts_of, text_weights
 from retrieval_tip.backbones.torch_backbone import TorchBackbone
 from retrieval_tip.bounds import check_count, check_memory
@@ -33,6 +33,8 @@ from retrieval_tip.settings import Norms, check_choice
 
 if TYPE_CHECKING:
     import torch
+
+    from retrieval_tip.backbones.base import Backbone, Part
 
 log = logging.getLogger(__name__)
 
@@ -232,8 +234,7 @@ class Reader:
 
     def for_queries(self, parts: tuple[Part, ...], shares: Sequence[float]) -> Reader:
         """Return a reader for queries to an index, which does not encode images with encoders that have no share."""
-        only: Any = getattr(self.backbone, "only", None)
-        return replace(self, parts=parts, backbone=self.backbone if only is None else only(shares)) if parts else self
+        return replace(self, parts=parts, backbone=without_unused(self.backbone, shares)) if parts else self
 
     def parts_of(self, source: Source) -> tuple[Part, ...]:
         """Return the parts of a feature of this source. There is one for each column or encoder."""

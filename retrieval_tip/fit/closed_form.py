@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
+from retrieval_tip.backbones.base import equal_shares
 from retrieval_tip.errors import InputError, UsageError, counted
 from retrieval_tip.fit.folds import (
     LEAST_JUDGED,
@@ -44,7 +45,6 @@ from retrieval_tip.fit.forms import DEFAULT_FORM, FORMS, ONE_SHOT, ONE_SHOT_WITH
 from retrieval_tip.fit.scatter import FloatArray, known_prior
 from retrieval_tip.fit.shares import shares_of
 from retrieval_tip.model import Index
-from retrieval_tip.retrieval.arrays import equal_shares
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.ridge import MOST_SOLVED
 from retrieval_tip.retrieval.rows import ArrayRows

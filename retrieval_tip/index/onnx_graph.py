@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from retrieval_tip import tip
-from retrieval_tip.backbones.base import Preprocess, encoders_of, unit_of, view_size
+from retrieval_tip.backbones.base import Preprocess, encoders_of, unit_of, view_size, without_unused
 from retrieval_tip.backbones.joined import Joined
 from retrieval_tip.backbones.tower import FEATURES, OPSET, PIXELS, runtime, shorter_side, stored_onnx, to_onnx
 from retrieval_tip.data.reader import pixels_of
@@ -135,23 +135,18 @@ class Towers(torch.nn.Module):
         return answers
 
 
-def for_queries(index: Index, backbone: Encoder) -> Encoder:
-    """Return a backbone without the encoders that have no share."""
-    return backbone.only(index.shares) if isinstance(backbone, Joined) else backbone
-
-
 def answering(index: Index, backbone: Encoder) -> torch.nn.Module:
     """Return a module that computes the answers of an index from pixels, or from features without a ``backbone``.
 
     If the index has several encoders, the module has one input for each that has a share.
     """
     answer = Answer(index, raw=False)
-    return answer if backbone is None else Towers(for_queries(index, backbone), answer)
+    return answer if backbone is None else Towers(without_unused(backbone, index.shares), answer)
 
 
 def inputs_of(index: Index, backbone: Encoder) -> dict[str, Preprocess]:
     """Return the names of the inputs of a graph of pixels, and the preprocessing of each."""
-    encoders = enumerate(encoders_of(for_queries(index, backbone)), 1)
+    encoders = enumerate(encoders_of(without_unused(backbone, index.shares)), 1)
     several = isinstance(backbone, Joined)
     return {f"{PIXELS}_{i}" if several else PIXELS: one.identity.preprocess for i, (one, used) in encoders if used}
 
@@ -232,7 +227,7 @@ def _agreement(index: Index, backbone: Encoder, outputs: Sequence[str], file: Pa
     largest difference of a probability (``difference``). Returns ``None`` if the photos cannot be read.
     """
     examples = [({FEATURES: key[None]}, key[None]) for key in index.rows.some(COMPARED)[0].astype(np.float32)]
-    backbone = for_queries(index, backbone)
+    backbone = without_unused(backbone, index.shares)
     if backbone is not None:
         given, examples = inputs_of(index, backbone), []
         for view in _views(index, backbone, COMPARED):

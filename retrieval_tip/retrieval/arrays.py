@@ -34,11 +34,6 @@ class KeysInPlace(ABC):
         """Yield the keys at ``rows`` in blocks, and the row numbers of each block."""
 
 
-def equal_shares(parts: Sequence[Part]) -> tuple[float, ...]:
-    """Return the shares of encoders that all count equally."""
-    return tuple(1 / len(parts) for _ in parts)
-
-
 def scale_of(parts: Sequence[Part], shares: Sequence[float]) -> Tensor | None:
     """Return ``sqrt(e s_i)`` for each value of a feature of ``e`` encoders, ``[d]``, or ``None`` if all count equally.
 

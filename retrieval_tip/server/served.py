@@ -11,12 +11,12 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from retrieval_tip.backbones.base import Backbone
+from retrieval_tip.backbones.base import Backbone, without_unused
 from retrieval_tip.backbones.loading import load_backbone
 from retrieval_tip.data.reader import FeatureBlock, FloatArray
 from retrieval_tip.data.tables import check_backbone
@@ -57,8 +57,7 @@ class Version:
     @cached_property
     def asked(self) -> Backbone | None:
         """The backbone without the encoders that no answer depends on."""
-        only: Any = getattr(self.backbone, "only", None)
-        return self.backbone if only is None or 0 not in self.index.shares else cast(Backbone, only(self.index.shares))
+        return without_unused(self.backbone, self.index.shares)
 
     def cells(self, ask: Ask) -> int:
         """Return the count of numbers in one answer. If the request sets ``k``, add the number of keys to retrieve."""

@@ -33,6 +33,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from retrieval_tip.backbones.base import equal_shares
 from retrieval_tip.errors import InputError, StoreError, UsageError, first_line
 from retrieval_tip.files import real
 from retrieval_tip.settings import Verify, check_choice
@@ -319,7 +320,7 @@ class Versions(ABC, Generic[W]):
         for name in ("files", "later", "digests", "parts"):
             del facts[name]
         if len(manifest.parts) > 1:
-            shares = (manifest.fitted and manifest.fitted.shares) or [1 / len(manifest.parts)] * len(manifest.parts)
+            shares = (manifest.fitted and manifest.fitted.shares) or equal_shares(manifest.parts)
             del facts["backbone"]
             facts["encoders"] = {part.names[-1]: share for part, share in zip(manifest.parts, shares, strict=True)}
         facts |= facts.pop("settings")
