@@ -9,6 +9,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from hypothesis import given
@@ -176,7 +177,7 @@ def test_labels_build_an_index_that_guesses_and_sessions_can_be_resumed(pool, pl
         assert state["labelled"] == 10
         shown = state["queue"][0]
         feature = Reader(lit_mini).encode(next(open_inputs([shown["name"]]))).features
-        answer = index.classify(feature, "keep", top=9)[0]
+        answer = index.classify(feature, "keep", top=3)[0]
         assert [one["label"] for one in shown["guesses"]] == answer.labels
         assert [one["probability"] for one in shown["guesses"]] == pytest.approx(answer.probabilities, abs=1e-4)
         client.label(15)
@@ -239,13 +240,17 @@ def test_a_step_is_done_once_and_undo_restores_labels_and_skipped_photos(pool, p
         one, other, *_ = client.settled()["queue"]
         client.set({one["photo"]: "a"}, step="1")
         client.set({one["photo"]: "b"}, step="2")
-        assert client.set({one["photo"]: "a"}, step="1")["steps"] == ["1", "2"]  # the request was repeated
+        steps = client.set({one["photo"]: "a"}, step="1")["steps"]  # the request was repeated
+        assert steps == [
+            {"step": n, "photos": [one["photo"]], "labels": [label]} for n, label in (("1", "a"), ("2", "b"))
+        ]
         assert client.settled()["queue"][0]["photo"] == other["photo"]
         state = client.set({}, other["photo"], step="3")
+        assert state["steps"] == [*steps, {"step": "3", "photos": [other["photo"]], "labels": []}]
         assert other["photo"] != state["queue"][0]["photo"]
         for _ in range(2):  # the request is repeated
             state = client.set({}, undo="3")
-            assert (state["queue"][0]["photo"], state["steps"]) == (other["photo"], ["1", "2"])
+            assert (state["queue"][0]["photo"], state["steps"]) == (other["photo"], steps)
         client.settled()
         assert labels_of(place) == {one["name"]: "b"}
         client.set({}, undo="2")
@@ -339,6 +344,96 @@ def test_keys_of_photos_that_are_gone_can_be_relabelled_and_removed(shared, plac
         client.set({numbers[1]: None, numbers[2]: None})
         client.settled()
     assert labels_of(place) == {str(images[0]): "y", str(images[3]): "x"}
+
+
+def test_the_answers_for_the_rest_are_reviewed_together(pool, place, lit_mini):
+    with Client(pool, place, lit_mini) as client:
+
+        def answers():
+            answer = client.http.get("/v1/label/answers").json()
+            return {one["photo"]: one for one in answer["photos"]}, answer
+
+        assert answers() == ({}, {"version": None, "photos": [], "groups": []})
+        labelled = client.label(8)
+        version = client.settled()["version"]
+        photos, answer = answers()
+        assert (len(photos), answer["version"]) == (25, version)
+        assert {photo for photo, one in photos.items() if one["label"] is not None} == {
+            one["photo"] for one in labelled
+        }
+        rest = [photo for photo, one in photos.items() if one["label"] is None]
+        index, reader = opened(place), Reader(lit_mini)
+        features = reader.encode(next(open_inputs([photos[photo]["name"] for photo in rest]))).features
+        for photo, right, feature in zip(rest, index.classify(features, "keep", top=3), features, strict=True):
+            assert [one["label"] for one in photos[photo]["guesses"]] == right.labels
+            chances = [one["probability"] for one in photos[photo]["guesses"]]
+            assert chances == pytest.approx(right.probabilities, abs=1e-4)
+            assert photos[photo]["unlike"] == bool(right.unlike)
+            sent = client.http.get(f"/v1/label/photos/{photo}/feature").content
+            assert np.frombuffer(sent, "<f4") == pytest.approx(feature, abs=1e-5)
+            assert client.http.get(f"/v1/label/photos/{photo}/file").content == Path(photos[photo]["name"]).read_bytes()
+        assert all(photos[photo]["unlike"] for group in answer["groups"] for photo in group)
+        assert client.http.get(f"/v1/label/photos/{client.number('damaged')}/feature").status_code == 404
+
+        shown = client.status()["queue"][0]
+        some = dict.fromkeys([shown["photo"], *rest[:5]], "panda") | {rest[6]: "a class of its own"}
+        state = client.set(some, step="review", reviewed=True)
+        assert state["steps"][-1] == {"step": "review", "photos": [*some], "labels": [*some.values()]}
+        client.settled()
+        assert {photo: one["label"] for photo, one in answers()[0].items() if photo in some} == some
+        picked = {row["source"]: row["picked"] for row in opened(place).labels.to_pylist()}
+        assert {picked[photos[photo]["name"]] for photo in some} == {"reviewed"}
+        client.set({}, undo="review")
+        client.settled()
+        assert opened(place).n == 8
+        client.set({labelled[0]["photo"]: "panda"}, reviewed=True)  # the label changes, but not how it was chosen
+        client.settled()
+        assert [row["picked"] for row in opened(place).labels.to_pylist()].count("reviewed") == 0
+
+
+def test_right_guesses_are_counted_until_they_are_undone(pool, place, lit_mini):
+    with Client(pool, place, lit_mini) as client:
+        for _ in range(3):
+            client.label(1)
+        state = client.settled()
+        assert state["guessed"] == {"right": 0, "n": 0}  # there was no guess yet
+        expected = []
+        for number in range(6):
+            one = state["queue"][0]
+            guess = one["guesses"][0]["label"]
+            expected.append(number % 3 > 0)
+            client.set({one["photo"]: guess if expected[-1] else "another"}, step=str(number))
+            assert client.status()["guessed"] == {"right": sum(expected), "n": len(expected)}
+            state = client.settled()
+        assert client.set({}, undo="5")["guessed"] == {"right": sum(expected) - 1, "n": 5}
+
+
+def test_a_session_is_finished_with_copies_links_moved_photos_or_the_labelled_ones(pool, place, lit_mini, tmp_path):
+    folder = shutil.copytree(Path(next(iter(pool))).parent, tmp_path / "photos")
+    moved = {str(folder / Path(name).name): label for name, label in pool.items()}
+    with Client(moved, place, lit_mini) as client:
+        labelled = client.label(6)
+        client.settled()
+
+        def sort(into, status=200, **options):
+            sent = {"into": str(tmp_path / into), **options}
+            answer = client.http.post("/v1/label/sort", json=sent, headers=AUTHORISED)
+            assert answer.status_code == status, answer.text
+            return [path for path in (tmp_path / into).glob("*/*") if path.exists()], answer.json()
+
+        fixed, _ = sort("fixed", labelled=True)
+        expected = {(moved[one["name"]], Path(one["name"]).name) for one in labelled}
+        assert {(path.parent.name, path.name) for path in fixed} == expected
+        links, _ = sort("links", action="link")
+        assert len(links) == 25
+        assert all(path.is_symlink() for path in links)
+        assert len(sort("moved", action="move")[0]) == 25
+        assert [path.name for path in folder.iterdir()] == ["damaged.jpg"]
+        left, answer = sort("moved", undo=True)
+        assert (left, answer["skipped"]) == ([], [])
+        assert answer["summary"].startswith("undid the sorting of 25 photos")
+        assert len([*folder.iterdir()]) == 26
+        sort("never", status=422, undo=True)
 
 
 def test_photos_are_sorted_by_label_or_answer(pool, place, lit_mini, tmp_path):

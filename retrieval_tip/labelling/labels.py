@@ -26,14 +26,17 @@ from retrieval_tip.data.sources import Source, of_images
 from retrieval_tip.errors import InputError, show
 from retrieval_tip.index import places
 from retrieval_tip.index.build import build_index
+from retrieval_tip.labelling.groups import group, threshold_of
 from retrieval_tip.labelling.queue import Picked
 from retrieval_tip.model import Index
 from retrieval_tip.store.labels import PICKED, WITHDRAWN
 
 NONE = "none of these"
 """Class of photos that belong to no other class."""
-GUESSES = 9
+GUESSES = 3
 """Maximum number of guesses per photo."""
+MOST_GROUPED = 4096
+"""Maximum number of photos without a match that are grouped."""
 ALIKE, MOST_ALIKE = 0.8, 12
 """Lowest cosine of near-identical photos after subtracting the mean of all photos, and their maximum number."""
 
@@ -215,10 +218,28 @@ def build_from_labels(
     build_index(replace(source, items=items.append_column(PICKED, picked)), place, reader)
 
 
-def guesses(index: Index, features: FloatArray) -> list[dict[str, float]]:
-    """Return the most probable classes of each photo with their probabilities, most probable first."""
-    answers = index.classify(features, "keep", top=GUESSES, neighbours=0, logits=False)
-    return [dict(zip(one.labels, one.probabilities, strict=True)) for one in answers]
+@dataclass(frozen=True)
+class Guessed:
+    """The most probable classes of a photo with their probabilities, and whether the photo resembles no shot."""
+
+    chances: Mapping[str, float]
+    unlike: bool
+
+
+def guesses(index: Index, features: FloatArray) -> list[Guessed]:
+    """Return the most probable classes of each photo, most probable first. The class ``NONE`` is left out."""
+    answers = index.classify(features, "keep", top=GUESSES + 1, neighbours=0, logits=False)
+    chances = (dict(zip(one.labels, one.probabilities, strict=True)) for one in answers)
+    named = ([pair for pair in one.items() if pair[0] != NONE][:GUESSES] for one in chances)
+    return [Guessed(dict(pairs), bool(one.unlike)) for pairs, one in zip(named, answers, strict=True)]
+
+
+def unknown_groups(index: Index, features: FloatArray, found: Sequence[Guessed]) -> list[list[int]]:
+    """Return the rows of similar photos without a match, largest group first (see :func:`groups.group`)."""
+    rows = np.flatnonzero([one.unlike for one in found])[:MOST_GROUPED]
+    if len(rows) < 2:
+        return []
+    return [rows[own].tolist() for own in group(features[rows], threshold_of(index), index.metric)]
 
 
 def alike(features: FloatArray, rows: Sequence[int]) -> list[list[int]]:

@@ -13,8 +13,12 @@ from typing import Literal
 
 import numpy as np
 
-Picked = Literal["random", "suggested", "similar"]
-"""How a photo was chosen. ``similar`` photos were labelled together with a photo that they resemble."""
+Picked = Literal["random", "suggested", "similar", "reviewed"]
+"""How a photo was chosen.
+
+``similar`` photos resemble a photo that was labelled at the same time. ``reviewed`` photos were labelled because a
+person looked at their answers.
+"""
 
 RANDOM_EVERY = 5
 """One photo in this number is drawn at random."""

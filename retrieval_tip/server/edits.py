@@ -243,5 +243,5 @@ async def label(labelling: TheLabelling, change: schemas.SetLabels) -> schemas.L
 
 @changes.post("/label/sort")
 async def label_sort(labelling: TheLabelling, change: schemas.SortInto) -> schemas.SortedPhotos:
-    """Copy all photos of the labelling session into folders by class, as `retrieval-tip sort` does."""
-    return await labelling.sort(change.into, change.at_most_wrong)
+    """Sort the photos of the labelling session into folders by class, as `retrieval-tip sort` does, or undo it."""
+    return await labelling.sort(change)

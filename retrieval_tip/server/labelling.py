@@ -26,6 +26,7 @@ from retrieval_tip.index.changes import PhotoLabel
 from retrieval_tip.labelling.journal import Entry, Journal
 from retrieval_tip.labelling.labels import (
     NONE,
+    Guessed,
     Label,
     LabelledPhoto,
     SessionPhotos,
@@ -34,11 +35,12 @@ from retrieval_tip.labelling.labels import (
     guesses,
     known_photos,
     picked_of,
+    unknown_groups,
 )
 from retrieval_tip.labelling.photos import MOST_PHOTOS, Pool, suggest_features
 from retrieval_tip.labelling.progress import estimate_rest, gain_of
-from retrieval_tip.labelling.queue import QUEUED, Picked, Queue, Queued
-from retrieval_tip.labelling.sort import sort_photos
+from retrieval_tip.labelling.queue import QUEUED, Queue, Queued
+from retrieval_tip.labelling.sort import sort_photos, undo_sort
 from retrieval_tip.model import Index
 from retrieval_tip.server import schemas
 from retrieval_tip.server.problems import Problem
@@ -60,14 +62,21 @@ STEPS = 100
 """Maximum number of steps that can be undone."""
 POLL = 1.0
 """Seconds after which versions that others wrote are noticed."""
+LAST = 20
+"""Number of photos whose guesses are counted as right or wrong."""
 
 
 @dataclass(frozen=True)
 class _Step:
-    """What a step changed: the labels before it, and the photos that were in the queue."""
+    """What a step changed: the labels before and after it, and the photos that were in the queue.
+
+    ``right`` tells whether the guess for a photo of the queue was right, if there was one.
+    """
 
     before: Mapping[int, Label]
+    after: Mapping[int, str | None]
     queued: Sequence[Queued]
+    right: bool | None
 
 
 class Labelling:
@@ -104,7 +113,7 @@ class Labelling:
         self._again: set[int] = set()  # refused labels to try again
         self._steps: dict[str, _Step] = {}
         self._made: set[str] = set()  # classes that this session has created
-        self._facts: dict[int, tuple[dict[str, float], list[int]]] = {}
+        self._facts: dict[int, tuple[Guessed | None, list[int]]] = {}
         self._chosen: tuple[Version | None, int] = (None, 0)
         self._measured_at: Version | None = None
         self._progress: schemas.LabelProgress | None = None
@@ -155,22 +164,27 @@ class Labelling:
         version, taken = self._version(), self._taken()
         names, shown = self.photos.names, []
         for one in self._queue.show(taken):
-            probable, others = self._facts.get(one.photo, ({}, []))
+            guessed, others = self._facts.get(one.photo, (None, []))
             similar = [photo for photo in others if photo not in taken]
-            chances = {label: chance for label, chance in probable.items() if label != NONE}
-            found = [schemas.Guess(label=label, probability=chance) for label, chance in chances.items()]
+            found = _listed(guessed)
             shown.append(schemas.QueuedPhoto(**vars(one), name=names[one.photo], guesses=found, similar=similar))
         busy = self._choice_due() or version is not self._measured_at or self._unsaved.keys() > self._refused.keys()
         refused = [
             schemas.RefusedLabel(photo=photo, name=names[photo], label=self._unsaved[photo].label, reason=reason)
             for photo, reason in self._refused.items()
         ]
+        steps = [
+            schemas.LabelStep(step=name, photos=[*(one.after or (queued.photo for queued in one.queued))],
+                              labels=[*one.after.values()])
+            for name, one in self._steps.items()
+        ]  # fmt: skip
+        right = [one.right for one in self._steps.values() if one.right is not None][-LAST:]
         return schemas.LabellingStatus(
             index=self.name, version=None if version is None else version.manifest.version,
             photos=len(self.photos) - self.photos.number(self.photos.unreadable),
             encoded=self.photos.number(self.photos.encoded), labelled=self.photos.number(self._labels()),
-            unsaved=len(self._unsaved), classes=self._class_counts(), queue=shown, steps=list(self._steps),
-            refused=refused, progress=self._progress,
+            unsaved=len(self._unsaved), classes=self._class_counts(), queue=shown, steps=steps,
+            guessed=schemas.RightGuesses(right=sum(right), n=len(right)), refused=refused, progress=self._progress,
             busy=busy and self._problem is None, problem=self._problem or self._trouble,
         )  # fmt: skip
 
@@ -199,8 +213,10 @@ class Labelling:
     def _label(self, change: schemas.SetLabels) -> None:
         shown = {one.photo: one for one in self._queue.show(self._taken())}
         wanted = {self.photos.copies(one.photo)[0]: one for one in change.labels}.values()  # the last copy counts
-        before = {one.photo: self._label_of(one.photo, shown) for one in wanted}
+        before = {one.photo: self._label_of(one.photo, {} if change.reviewed else shown) for one in wanted}
         changed = {one.photo: one.label for one in wanted if one.label != before[one.photo].label}
+        if change.reviewed:
+            before = {photo: one if one.label else replace(one, picked="reviewed") for photo, one in before.items()}
         self._set({photo: Label(label, before[photo].picked) for photo, label in changed.items()})
         for photo in change.skip:
             self._queue.skip(photo)
@@ -210,7 +226,10 @@ class Labelling:
         if change.step is not None:
             gone = [photo for photo, label in before.items() if label.label is None] + change.skip
             queued = [shown.get(photo, Queued(photo, "similar")) for photo in gone]
-            self._steps[change.step] = _Step({photo: before[photo] for photo in changed}, queued)
+            first = next((one for one in wanted if one.photo in shown and not change.reviewed), None)
+            guessed = None if first is None else self._facts.get(first.photo, (None, []))[0]
+            right = None if guessed is None or first is None else next(iter(guessed.chances), None) == first.label
+            self._steps[change.step] = _Step({photo: before[photo] for photo in changed}, changed, queued, right)
             if len(self._steps) > STEPS:
                 del self._steps[next(iter(self._steps))]
 
@@ -235,15 +254,48 @@ class Labelling:
             self._unsaved[photo] = label
         self._due.set()
 
-    async def sort(self, into: str, at_most_wrong: float | None) -> schemas.SortedPhotos:
-        """Copy all photos into folders by class. Raises Problem 404 without an index, and InputError if this fails."""
-        version = self._version()
+    async def answers(self) -> schemas.FolderAnswers:
+        """Return the labels and answers of all photos that have been read. Until there are labels, there are none."""
+        version, labels = self._version(), self._labels()
+        shown = [photo for photo in sorted(self.photos.encoded | labels.keys()) if photo < len(self.photos)]
+        rows = [photo for photo in shown if photo not in labels]
+        found, groups = dict[int, Guessed](), list[list[int]]()
         if version is None or self._is_empty(version):
+            shown = []
+        elif rows:
+            features = self.photos.rows(rows)
+            answers = await self._service.find(guesses, version.index, features)
+            found = dict(zip(rows, answers, strict=True))
+            alike = await self._service.find(unknown_groups, version.index, features, answers)
+            groups = [[rows[row] for row in own] for own in alike]
+        names = self.photos.names
+        photos = [
+            schemas.FolderPhoto(
+                photo=photo, name=names[photo], label=labels[photo].label if photo in labels else None,
+                guesses=_listed(found.get(photo)), unlike=photo in found and found[photo].unlike,
+            )
+            for photo in shown
+        ]  # fmt: skip
+        return schemas.FolderAnswers(
+            version=None if version is None else version.manifest.version, photos=photos, groups=groups
+        )
+
+    async def sort(self, change: schemas.SortInto) -> schemas.SortedPhotos:
+        """Sort photos into folders by class, or undo it.
+
+        Raises Problem 404 without an index, and InputError or UsageError if the photos cannot be sorted like this.
+        """
+        version, reader = self._version(), replace(self.photos.reader, skipped=[])
+        folder = Path(change.into).expanduser()
+        if change.undo:
+            done = await self._service.run(self._encoding, undo_sort, folder)
+        elif version is None or self._is_empty(version):
             raise Problem(404, "there are no labels yet; label some photos first")
-        reader, folder = replace(self.photos.reader, skipped=[]), Path(into).expanduser()
-        photos = self.photos.source.take(range(len(self.photos)))
-        sort = partial(sort_photos, at_most_wrong=at_most_wrong)
-        done = await self._service.run(self._encoding, sort, version.index, [photos], reader, folder)
+        else:
+            some = sorted(self._labels()) if change.labelled else range(len(self.photos))
+            photos = self.photos.source.take([photo for photo in some if photo < len(self.photos)])
+            sort = partial(sort_photos, action=change.action, at_most_wrong=change.at_most_wrong)
+            done = await self._service.run(self._encoding, sort, version.index, [photos], reader, folder)
         undo = shlex.join(["retrieval-tip", "sort", "--undo", "--into", str(folder.absolute())])
         skipped = [schemas.Unread(input=one.source, reason=one.reason) for one in done.skipped]
         summary = str(done) if done.threshold is None else f"{done}; {done.threshold}"
@@ -287,15 +339,15 @@ class Labelling:
     def _is_empty(self, version: Version) -> bool:
         return version.index.n == len(self._withdrawn)
 
-    def _labels(self) -> dict[int, Picked]:
-        """Return the labelled photos, and how each was chosen. Unsaved changes are included."""
-        labels: dict[int, Picked] = {photo: known.picked or "suggested" for photo, known in self._known.items()}
+    def _labels(self) -> dict[int, Label]:
+        """Return the labels of photos. Unsaved changes are included."""
+        labels = {photo: Label(known.label, known.picked or "suggested") for photo, known in self._known.items()}
         for photo, label in self._unsaved.items():
             for copy in self.photos.copies(photo):
                 if label.label is None:
                     labels.pop(copy, None)
                 else:
-                    labels[copy] = label.picked
+                    labels[copy] = label
         return labels
 
     def _taken(self) -> set[int]:
@@ -448,7 +500,7 @@ class Labelling:
         rows = sorted(self.photos.encoded - self._taken())
         if rows:
             picks = await self._service.run(self._thinking, _suggested, self.photos, rows, index)
-            queued = sum(picked != "similar" for picked in self._labels().values())
+            queued = sum(label.picked in ("random", "suggested") for label in self._labels().values())
             self._queue.suggest(picks, self._taken(), queued)
             shown = [one.photo for one in self._queue.show(self._taken()) if one.photo in self.photos.encoded]
             self._facts = await self._service.run(self._thinking, _facts_of, self.photos, shown, rows, index)
@@ -475,6 +527,11 @@ def _paths_of(sources: Sequence[Source]) -> list[str]:
     return paths
 
 
+def _listed(guessed: Guessed | None) -> list[schemas.Guess]:
+    chances = {} if guessed is None else guessed.chances
+    return [schemas.Guess(label=label, probability=chance) for label, chance in chances.items()]
+
+
 def _entry(photos: SessionPhotos, photo: int, label: Label) -> Entry:
     return {"path": photos.path(photo), "digest": photos.digests.get(photo), **vars(label)}
 
@@ -487,12 +544,12 @@ def _suggested(photos: SessionPhotos, rows: Sequence[int], index: Index | None) 
 
 def _facts_of(
     photos: SessionPhotos, shown: Sequence[int], rows: Sequence[int], index: Index | None
-) -> dict[int, tuple[dict[str, float], list[int]]]:
+) -> dict[int, tuple[Guessed | None, list[int]]]:
     """Return the guesses for each photo that is shown, and the photos among ``rows`` that resemble it."""
     places = {photo: place for place, photo in enumerate(rows)}
     shown = [photo for photo in shown if photo in places]
     near = alike(photos.rows(rows), [places[photo] for photo in shown])
-    probable = [{}] * len(shown) if index is None else guesses(index, photos.rows(shown))
+    probable = [None] * len(shown) if index is None else guesses(index, photos.rows(shown))
     similar = ([rows[place] for place in own] for own in near)
     return dict(zip(shown, zip(probable, similar, strict=True), strict=True))
 

@@ -35,6 +35,7 @@ TEXT = "text/plain; version=0.0.4; charset=utf-8"
 SUSPICIOUS = 1000
 """Maximum number of suspicious shots to keep."""
 PICTURE: dict[int | str, dict[str, object]] = {200: {"content": {"image/jpeg": {}}}}
+BYTES: dict[int | str, dict[str, object]] = {200: {"content": {"application/octet-stream": {}}}}
 SLOW = schemas.problems(202)
 """Response of routes whose result is still being computed."""
 SENT = schemas.problems(400, 408, 413, 415, 429)
@@ -250,6 +251,32 @@ async def exemplars(service: TheService, version: Now) -> schemas.Exemplars:
 async def label_status(labelling: TheLabelling) -> schemas.LabellingStatus:
     """Return the next photos to label, and the progress."""
     return labelling.status()
+
+
+@reads.get("/label/answers")
+async def label_answers(labelling: TheLabelling) -> schemas.FolderAnswers:
+    """Return the labels and answers of all photos of the labelling session."""
+    return await labelling.answers()
+
+
+@reads.get("/label/photos/{photo}/feature", response_class=Response, responses=BYTES)
+async def label_feature(labelling: TheLabelling, photo: schemas.PhotoNumber) -> Response:
+    """Return the feature of a photo as little-endian float32 numbers, as POST /v1/classify accepts it."""
+    labelling.path(photo)
+    feature = labelling.photos.feature(photo)
+    if feature is None:
+        raise Problem(404, f"photo {photo}: has not been read yet; try again later")
+    return Response(feature.astype("<f4").tobytes(), media_type="application/octet-stream")
+
+
+@reads.get("/label/photos/{photo}/file", response_class=Response, responses=BYTES)
+async def label_file(service: TheService, labelling: TheLabelling, photo: schemas.PhotoNumber) -> Response:
+    """Return the file of a photo, unchanged."""
+    try:
+        data = await service.find(labelling.photos.reader.read, labelling.path(photo))
+    except InputError as error:
+        raise Problem(404, f"photo {photo}: cannot be read ({error})") from None
+    return Response(data, media_type="application/octet-stream")
 
 
 @reads.get("/label/photos/{photo}/image", response_class=Response, responses=PICTURE)

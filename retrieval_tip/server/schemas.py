@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import pyarrow as pa
 from pydantic import AfterValidator, BaseModel, Field, WithJsonSchema
 
+from retrieval_tip.labelling.placing import Action
 from retrieval_tip.labelling.queue import Picked
 from retrieval_tip.predictions import SCHEMA
 from retrieval_tip.server.problems import MEDIA
@@ -98,19 +99,27 @@ class SetLabels(BaseModel, extra="forbid"):
     """Labels to save, and photos to show again when all others are labelled.
 
     ``step`` is a new name for this change, with which it can be undone. ``undo`` is the name of a step to undo.
+    ``reviewed`` says that a person looked at the answers for these photos, instead of labelling the queue.
     """
 
     labels: Annotated[list[SetLabel], Field(max_length=1000)] = []
+    reviewed: bool = False
     skip: Annotated[list[PhotoNumber], Field(max_length=1000)] = []
     step: StepName | None = None
     undo: StepName | None = None
 
 
 class SortInto(BaseModel, extra="forbid"):
-    """The folder on the server's machine into which photos are sorted, and the largest share of wrong answers."""
+    """The folder on the server's machine into which photos are sorted, and the largest share of wrong answers.
+
+    ``labelled`` leaves out the photos without a label. ``undo`` restores the state before the folder was sorted into.
+    """
 
     into: Annotated[str, Field(min_length=1, max_length=4096)]
+    action: Action = "copy"
+    labelled: bool = False
     at_most_wrong: Annotated[float, Field(ge=0, lt=1)] | None = None
+    undo: bool = False
 
 
 def _list_of(items: Row, **more: object) -> Row:
@@ -480,6 +489,45 @@ class LabelClass(BaseModel):
     photos: int
 
 
+class LabelStep(BaseModel):
+    """A step that can be undone: the photos that it labelled or skipped, and their labels.
+
+    A null label was removed. ``labels`` is empty if the photos were skipped.
+    """
+
+    step: str
+    photos: list[int]
+    labels: list[str | None]
+
+
+class RightGuesses(BaseModel):
+    """The number of right guesses among the last photos that were labelled from the queue, of which there are ``n``."""
+
+    right: int
+    n: int
+
+
+class FolderPhoto(BaseModel):
+    """A photo of the labelled folder: its label or, without one, its most probable classes.
+
+    ``unlike`` tells whether it resembles no example.
+    """
+
+    photo: int
+    name: str
+    label: str | None
+    guesses: list[Guess]
+    unlike: bool
+
+
+class FolderAnswers(BaseModel):
+    """The labels and answers of all photos that have been read, and groups of similar photos without a match."""
+
+    version: int | None
+    photos: list[FolderPhoto]
+    groups: list[list[int]]
+
+
 class LabelProgress(BaseModel):
     """The estimated accuracy on unlabelled photos, with a 95 % confidence interval.
 
@@ -501,7 +549,8 @@ class LabellingStatus(BaseModel):
 
     ``version`` is null until the first label is saved. ``photos`` is the number of readable photos. ``encoded``,
     ``labelled`` and ``unsaved`` count the encoded photos, the labelled photos, and the labels that are not saved yet.
-    ``steps`` names the last 100 steps, which can be undone, oldest first. ``refused`` lists the unsaved labels that the
+    ``steps`` lists the last 100 steps, which can be undone, oldest first. ``guessed`` counts the right guesses for the
+    photos of the last 20 of these steps. ``refused`` lists the unsaved labels that the
     index did not accept. ``busy`` tells whether the state will change soon. ``problem`` is an error in the background.
     """
 
@@ -513,7 +562,8 @@ class LabellingStatus(BaseModel):
     unsaved: int
     classes: list[LabelClass]
     queue: list[QueuedPhoto]
-    steps: list[str]
+    steps: list[LabelStep]
+    guessed: RightGuesses
     refused: list[RefusedLabel]
     progress: LabelProgress | None
     busy: bool
@@ -521,7 +571,7 @@ class LabellingStatus(BaseModel):
 
 
 class SortedPhotos(BaseModel):
-    """The result of sorting photos, the command that undoes it, and the photos that were skipped."""
+    """The result of sorting photos or undoing it, the command that undoes it, and the photos that were skipped."""
 
     summary: str
     undo: str
