@@ -224,7 +224,8 @@ class Labelling:
             if label is None:
                 self._queue.put_first(Queued(photo, before[photo].picked))
         if change.step is not None:
-            gone = [photo for photo, label in before.items() if label.label is None] + change.skip
+            gone = [photo for photo, label in before.items() if label.label is None and not change.reviewed]
+            gone += change.skip
             queued = [shown.get(photo, Queued(photo, "similar")) for photo in gone]
             first = next((one for one in wanted if one.photo in shown and not change.reviewed), None)
             guessed = None if first is None else self._facts.get(first.photo, (None, []))[0]

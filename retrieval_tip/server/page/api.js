@@ -116,8 +116,16 @@ export const exemplars = (name) => request(at(name, "/exemplars"));
 export const history = (name) => request(at(name, "/history"));
 export const groups = (name, features) => request(at(name, "/groups"), floats(features));
 export const labelling = () => request("/v1/label");
-export const labelPhoto = (photo) => `/v1/label/photos/${photo}/image`;
+export const labelAnswers = () => request("/v1/label/answers");
+export const labelPhoto = (photo, what = "image") => `/v1/label/photos/${photo}/${what}`;
 export const pictureOf = (name, keyId) => at(name, `/keys/${keyId}/image`);
+
+/** Fetch something that is not JSON. */
+export async function bytes(path) {
+  const response = await fetch(path).catch(() => null);
+  if (!response?.ok) throw response ? await problemOf(response) : new Problem("The server cannot be reached. Is it still running?", UNREACHED);
+  return response;
+}
 
 /** Classify an image in a form, or the features of earlier answers. */
 export const classify = (sent, parameters, options) =>

@@ -2,12 +2,14 @@
 
 import * as api from "./api.js";
 import { showScreen } from "./browse.js";
-import { addFiles } from "./classify.js";
+import { addFiles, showFolder } from "./classify.js";
 import { $, attempt } from "./dom.js";
 import { placeSettings } from "./drawer.js";
+import "./finish.js";
 import { gather } from "./files.js";
 import { showLabelView } from "./label.js";
 import { showMenu } from "./menu.js";
+import { session } from "./session.js";
 import "./start.js";
 import { askToken, state } from "./state.js";
 import * as teach from "./teach.js";
@@ -31,6 +33,7 @@ function route() {
   placeSettings();
   document.title = `${TITLES[view]} · ${state.info?.name ?? "retrieval-tip"}`;
   if (view === "label") showLabelView();
+  if (view === "classify") showFolder();
   if (state.info && showScreen(view)) follow();
 }
 
@@ -61,6 +64,8 @@ const start = (prefer = null) =>
     state.mayChange = makes || served.some(({ changes }) => changes);
     state.dispatchEvent(new Event("indexes"));
     $("tab-label").hidden = !labels;
+    document.body.classList.toggle("labelling", labels);
+    if (labels && !session.now) await session.fetch();
     if (labels && !location.hash) location.hash = "#label";
     if (!names.length && state.info) return location.reload(); // the last one was deleted
     showMenu(names, choose);

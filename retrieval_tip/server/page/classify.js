@@ -1,11 +1,13 @@
 // The photos on the page, with the requests that classify them, their grid, and actions on one or several photos.
 
 import * as api from "./api.js";
+import { classMeant } from "./dialogs.js";
 import * as drawer from "./drawer.js";
-import { $, button, chips, count, cross, debounced, el, framed, isBare, named, noPreview, percent, plural, preview, say } from "./dom.js";
+import { $, button, chips, count, cross, debounced, el, framed, isBare, named, percent, plural, say } from "./dom.js";
 import { Grid } from "./grid.js";
 import { notice, reported, undoable } from "./notice.js";
-import { Photo, parameters } from "./photo.js";
+import { FolderPhoto, Photo, parameters } from "./photo.js";
+import { session } from "./session.js";
 import { settings } from "./settings.js";
 import { state } from "./state.js";
 import { showUnknown } from "./unknown.js";
@@ -26,19 +28,25 @@ export const looked = () => drawer.openPhoto() ?? grid.active ?? photos[0] ?? nu
 export const pagePhotos = () => photos;
 
 const grid = new Grid($("grid"), {
-  image: ({ file }) => preview(file, "", noPreview()),
+  image: (photo) => photo.image(240, ""),
   tile,
   opened(photo) {
     open(photo);
     $("drawer").focus({ preventScroll: true });
   },
   chosen: showChosen,
+  accepted: () => acceptAll(acting()),
   pressed(event) {
-    if (event.key === "Delete") putAway(acting());
-    else if (event.key === "Escape" && drawer.openPhoto()) close();
-    else if (event.key === "a" && isBare(event)) acceptAll(acting());
-    else if (/^[123]$/.test(event.key) && isBare(event)) teachChoice(Number(event.key) - 1);
-    else return false;
+    const { key } = event;
+    if (key === "Delete") putAway(acting());
+    else if (key === "Escape" && drawer.openPhoto()) close();
+    else if (key === "A" && isBare(event)) acceptAll(acting());
+    else if (/^[123]$/.test(key) && isBare(event)) teachChoice(Number(key) - 1);
+    else if (key.length === 1 && isBare(event) && acting().length && state.info.changes) {
+      if (!grid.selected.size) grid.select(acting());
+      $("selection-label").focus(); // it gets this letter
+      return false;
+    } else return false;
     return true;
   },
 });
@@ -82,6 +90,62 @@ function fail(photo, error) {
   showProblems();
 }
 
+// --- the photos of the labelling session ---
+
+const folder = () => photos.filter(({ number }) => number !== undefined);
+let told = ""; // the state of the session whose answers are shown, or are being fetched
+let alike = []; // groups of photos of the session without a match
+let outdated = true; // whether photos are sorted again when there are new answers
+
+/** Show the labels and answers of all photos of the session. */
+export async function showFolder() {
+  const { now } = session;
+  if (!now?.version || $("classify-view").hidden || now.index !== state.info?.name || session.waiting) return;
+  const at = [now.version, now.encoded, session.labelled].join();
+  if (at === told) return;
+  told = at;
+  const answer = await reported(api.labelAnswers);
+  if (!answer) told = "";
+  if (!answer || at !== told || session.waiting) return;
+  const known = new Map(folder().map((photo) => [photo.number, photo]));
+  const fresh = answer.photos.filter(({ photo }) => !known.has(photo)).map((one) => new FolderPhoto(one));
+  photos.push(...fresh);
+  for (const one of fresh) known.set(one.number, one);
+  for (const one of answer.photos) known.get(one.photo).tell(one);
+  alike = answer.groups.map((numbers) => numbers.map((number) => known.get(number)));
+  if (fresh.length === answer.photos.length) $("filter-state").value = "rest";
+  if (outdated) resort();
+  else arrange();
+  outdated = fresh.length > 0;
+}
+session.addEventListener("state", () => (showFolder(), showSoon()));
+
+/** Give photos of the session labels, as [photo, label] pairs, and offer to undo this. */
+function relabel(pairs) {
+  const which = pairs.map(([photo]) => photo);
+  const before = which.map(({ taught }) => taught);
+  const step = session.label(pairs.map(([photo, label]) => [photo.number, label]));
+  for (const [photo, label] of pairs) photo.taught = label;
+  grid.select([]);
+  arrange();
+  const names = new Set(pairs.map(([, label]) => label));
+  const to = names.size === 1 ? [...names][0] : plural(names.size, "class", "classes");
+  notice(`Labelled ${plural(pairs.length, "photo")} as ${to}.`, async () => {
+    session.undo(step);
+    which.forEach((photo, i) => (photo.taught = before[i]));
+    arrange();
+    return "Undone.";
+  });
+}
+
+/** Return how many of the photos without a label are expected to be wrong, or "" if this is not known. */
+function expected(rest) {
+  const estimate = session.now?.progress;
+  if (!rest || estimate?.accuracy == null) return "";
+  const [wrong, least, most] = [1 - estimate.accuracy, 1 - estimate.high, 1 - estimate.low].map((share) => Math.round(share * rest));
+  return `, about ${count(wrong)} of them wrong (${count(least)}–${count(most)})`;
+}
+
 /** Return the reason why a file was skipped. It excludes the file name, so that files with the same reason share a
  *  line. */
 function reasonOf({ name }, { message }) {
@@ -122,6 +186,7 @@ export function addFiles(files, keyIds = []) {
 
 function begin(photo) {
   photo.forget();
+  if (photo.number !== undefined) return;
   if (state.info.images) ask(photo);
   else photo.problem = new api.Problem("This classifier accepts features, not photos.");
 }
@@ -147,20 +212,26 @@ function remaining(left) {
 function progress() {
   const left = busy();
   $("start").hidden = photos.length > 0;
+  $("start-label").hidden = !session.now;
   $("answers").hidden = !photos.length;
-  const unlike = photos.filter((photo) => photo.unlike).length;
+  const own = folder();
+  const rest = own.filter(({ taught }) => taught === null).length;
+  const unlike = photos.filter((photo) => photo.unlike && photo.taught === null).length;
   $("progress").textContent =
-    (left ? `${count(photos.length - left)} of ${plural(photos.length, "photo")} done${remaining(left)}` : plural(photos.length, "photo")) +
+    (left ? `${count(photos.length - left)} of ${plural(photos.length, "photo")} done${remaining(left)}`
+      : own.length === photos.length && own.length ? `${plural(rest, "photo")} without a label${expected(rest)}` : plural(photos.length, "photo")) +
     (unlike ? ` · ${unlike} with no match` : "");
+  $("screen-right").hidden = $("finish-open").hidden = !own.length;
+  $("reviewed").hidden = !session.now?.progress?.done;
   const done = wasBusy && !left;
   wasBusy = left > 0;
   if (done) {
-    arrange();
+    resort(photos.filter(({ number }) => number === undefined));
     const [first] = grid.items;
     if (first?.shown && photos.length === 1) say(`${first.name}: ${spoken(first)}`);
     else if (first) say(`${plural(photos.length, "photo")} classified. First: ${first.name}, ${first.shown ? spoken(first) : ""}`);
   }
-  if (!left) showUnknown(photos, teach);
+  if (!left) showUnknown(photos.filter(({ number }) => number === undefined), alike, teach);
   drawer.show();
   showProblems();
 }
@@ -208,7 +279,7 @@ function tile(photo, element, text, note) {
   Object.assign(element.dataset, { input: photo.name, busy: photo.busy });
   if (shown) Object.assign(element.dataset, { label: winner.label, probability: winner.probability });
   text.textContent = taught ?? (unlike ? "No match" : (winner?.label ?? photo.name));
-  if (taught) note.textContent = "added";
+  if (taught) note.textContent = photo.number === undefined ? "added" : "labelled";
   else if (shown) note.textContent = unlike ? "" : percent(winner.probability);
   else note.textContent = photo.problem ? "no answer" : "classifying…";
   const doubtful = shown && !unlike && !taught && winner.probability < DOUBTFUL;
@@ -219,13 +290,14 @@ function tile(photo, element, text, note) {
 
 const STATES = {
   all: () => true,
+  rest: (photo) => photo.taught === null,
   unlike: (photo) => photo.unlike && !photo.taught,
   unsure: (photo) => photo.shown && !photo.unlike && photo.winner.probability < 0.5,
   taught: (photo) => photo.taught !== null,
 };
 const SORTS = {
-  doubt: (a, b) => (a.taught !== null) - (b.taught !== null) || b.doubt - a.doubt,
-  sure: (a, b) => a.doubt - b.doubt,
+  doubt: (a, b) => (a.taught !== null) - (b.taught !== null) || b.rank - a.rank,
+  sure: (a, b) => a.rank - b.rank,
   name: (a, b) => a.name.localeCompare(b.name, undefined, { numeric: true }),
   new: () => 0,
   like: (a, b) => likeness(b) - likeness(a),
@@ -243,6 +315,12 @@ function moreLike(photo) {
 }
 
 const classOf = (photo) => photo.taught ?? (photo.unlike ? "" : (photo.winner?.label ?? ""));
+
+/** Sort some photos by their current answers. The others keep their order, because a person is looking at them. */
+function resort(some = photos) {
+  for (const photo of some) photo.rank = photo.doubt;
+  arrange();
+}
 
 function arrange() {
   const wanted = $("filter").value.trim().toLowerCase();
@@ -266,7 +344,7 @@ $("filters").addEventListener("click", () => {
   const open = $("bar").classList.toggle("open");
   $("filters").setAttribute("aria-expanded", String(open));
 });
-for (const id of ["sort", "group", "filter-state"]) $(id).addEventListener("change", arrange);
+for (const id of ["sort", "group", "filter-state"]) $(id).addEventListener("change", () => resort());
 $("filter").addEventListener("input", debounced(120, arrange));
 
 // --- one photo ---
@@ -274,6 +352,7 @@ $("filter").addEventListener("input", debounced(120, arrange));
 function open(photo) {
   drawer.open(photo);
   grid.go(photo);
+  if (photo.number !== undefined && !photo.feature) reported(async () => (await photo.fetch(), askAgain([photo])));
 }
 
 function close() {
@@ -313,6 +392,8 @@ function showChosen() {
   $("selection-count").textContent = `${number} selected`;
   $("selection-form").hidden = !can;
   $("selection-right").hidden = !can || !acting().some(acceptable);
+  $("selection-away").hidden = acting().every((photo) => photo.number !== undefined);
+  $("selection-add").textContent = acting().every((photo) => photo.number === undefined) ? "Add as examples" : "Label";
   $("selection-chips").replaceChildren(...chips(can && number ? choices() : [], (label) => teach(acting(), label)));
 }
 
@@ -321,10 +402,15 @@ function teachChoice(i) {
   if (label && state.info.changes) teach(acting(), label);
 }
 
-named($("selection-form"), (label) => {
-  teach(acting(), label);
+named($("selection-form"), async (text) => {
+  const [some, label] = [acting(), await classMeant(text, session.now?.classes.map(({ label }) => label) ?? state.labels)];
+  if (!label) return;
   $("selection-label").value = "";
+  $("grid").focus({ preventScroll: true });
+  teach(some, label);
 });
+$("selection-label").addEventListener("keydown", (event) => event.key === "Escape" && $("grid").focus({ preventScroll: true }));
+$("screen-right").addEventListener("click", () => acceptAll(grid.onScreen()));
 $("selection-right").addEventListener("click", () => acceptAll(acting()));
 $("selection-none").addEventListener("click", () => (grid.select([]), $("grid").focus()));
 $("selection-away").addEventListener("click", () => (putAway(acting()), $("grid").focus()));
@@ -334,7 +420,10 @@ const acceptable = (photo) => photo.shown && !photo.unlike && photo.taught === n
 async function acceptAll(which) {
   if (!state.info.changes) return;
   const since = state.info.version;
-  const some = which.filter(acceptable);
+  const own = which.filter((photo) => photo.number !== undefined && acceptable(photo));
+  if (own.length) relabel(own.map((photo) => [photo, photo.winner.label]));
+  outdated ||= own.length > 1;
+  const some = which.filter((photo) => photo.number === undefined && acceptable(photo));
   for (const [label, own] of Map.groupBy(some, ({ winner }) => winner.label)) {
     if (!(await teach(own, label))) return;
   }
@@ -349,8 +438,11 @@ function unmark(which) {
 }
 
 /** Add photos as examples of a class, and offer to undo this. Return whether they were added. */
-async function teach(which, label) {
-  if (!which.length) return false;
+async function teach(all, label) {
+  const own = all.filter(({ number }) => number !== undefined);
+  if (own.length) relabel(own.map((photo) => [photo, label]));
+  const which = all.filter(({ number }) => number === undefined);
+  if (!which.length) return own.length > 0;
   notice("Adding…");
   const report = (done) => which.length > 16 && notice(`Adding ${done} of ${which.length}…`);
   for (const photo of which) photo.taught = label;
@@ -377,7 +469,9 @@ function remove(which) {
   arrange();
 }
 
-function putAway(which) {
+function putAway(all) {
+  const which = all.filter(({ number }) => number === undefined);
+  if (!which.length) return;
   const at = Math.min(...which.map((photo) => grid.items.indexOf(photo)));
   remove(which);
   if (photos.length) grid.go(grid.items[Math.min(at, grid.items.length - 1)]);
@@ -387,17 +481,16 @@ function putAway(which) {
 // --- download ---
 
 const rows = () =>
-  grid.items
-    .filter(({ shown }) => shown)
-    .map((photo) => ({
-      input: photo.name,
-      label: photo.winner.label,
-      probability: photo.winner.probability,
-      unlike: photo.unlike,
-      taught: photo.taught,
-      labels: photo.shown.rows.map(({ label }) => label),
-      probabilities: photo.shown.rows.map(({ probability }) => probability),
-    }));
+  grid.items.filter(answered).map((photo) => ({
+    input: photo.path ?? photo.name,
+    label: photo.winner?.label ?? photo.taught,
+    probability: photo.winner?.probability ?? null,
+    unlike: photo.unlike,
+    taught: photo.taught,
+    labels: (photo.shown?.rows ?? []).map(({ label }) => label),
+    probabilities: (photo.shown?.rows ?? []).map(({ probability }) => probability),
+  }));
+const answered = ({ shown, taught }) => shown || taught !== null;
 
 /** Return a CSV cell. A leading quote prevents spreadsheets from evaluating text as a formula. */
 function cell(value) {
@@ -437,16 +530,18 @@ function sortedPaths(some) {
       const path = `${folderOf(photo)}/${stem}${number > 1 ? `-${number}` : ""}${suffix ?? ""}`;
       if (taken.has(path.toLowerCase())) continue;
       taken.add(path.toLowerCase());
-      return [path, photo.file];
+      return [path, photo];
     }
   });
 }
 
 $("download-zip").addEventListener("click", async () => {
-  const some = grid.items.filter(({ shown }) => shown);
+  const some = grid.items.filter(answered);
   $("download-zip").disabled = true;
   await reported(async () => {
-    const sorted = await zip(sortedPaths(some), (done) => notice(`Packing ${done} of ${some.length}…`));
+    const pairs = [];
+    for (const [path, photo] of sortedPaths(some)) pairs.push([path, await photo.original()]);
+    const sorted = await zip(pairs, (done) => notice(`Packing ${done} of ${some.length}…`));
     download(`${state.info.name}.zip`, "application/zip", sorted);
     notice(`Packed ${plural(some.length, "photo")} into folders by class.`);
   });
@@ -474,14 +569,18 @@ state.addEventListener("index", () => {
   $("drop-hint").textContent = state.info.images
     ? "Drop or paste JPEG, PNG or WebP files anywhere on this page. They are only sent to this server."
     : "This classifier has no encoder on this server. It accepts features (POST /v1/classify), not photos.";
+  if (session.now && session.now.index !== state.info.name) remove(folder());
   for (const photo of photos) begin(photo);
   arrange();
+  told = "";
+  showFolder();
 });
 
 state.addEventListener("version", () => {
   for (const photo of photos) photo.before = photo.shown;
   askAll();
   progress();
+  showFolder();
 });
 
 $("choose").addEventListener("click", () => $("files").click());

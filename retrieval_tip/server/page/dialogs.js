@@ -1,6 +1,7 @@
 // Dialogs that ask for a name or for a confirmation. They are removed from the page when they are closed.
 
 import { $, button, el } from "./dom.js";
+import { meant } from "./names.js";
 
 /** Open a dialog, and return the value of the button that closes it. If it is dismissed, the value is "". */
 export function ask(name, title, content, buttons) {
@@ -31,6 +32,24 @@ export async function askName(title, name, text, hint) {
   const answer = agreed("rename", title, [el("label", {}, "New name ", field), hinted], text);
   field.select();
   return (await answer) && field.value.trim();
+}
+
+/** Return the class that a typed text means. If it resembles a class, ask; if this is dismissed, return undefined. */
+export async function classMeant(text, classes) {
+  const { label, near } = meant(text, classes);
+  if (!near) return label;
+  const onkeydown = (event) => {
+    if (event.key !== "Enter" || !(event.shiftKey || event.repeat)) return;
+    event.preventDefault();
+    if (!event.repeat) event.target.closest("dialog").close("new");
+  };
+  const choice = (value, name, keys, properties) => {
+    const content = [el("span", {}, name), " ", el("kbd", {}, keys)];
+    return el("button", { value, onkeydown, aria: { keyshortcuts: keys }, ...properties }, ...content);
+  };
+  const other = choice("new", `New class “${text}”`, "Shift+Enter", {});
+  const known = choice("near", near, "Enter", { class: "primary", autofocus: true });
+  return { new: text, near }[await ask("alike", `New class “${text}”, or ${near}?`, [], [other, known])];
 }
 
 /** Ask for a confirmation. Only what cannot be undone is a `danger`. */

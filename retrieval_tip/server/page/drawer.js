@@ -1,7 +1,7 @@
 // The open photo, with its answer, the examples for and against this answer, and the calculation.
 
 import * as api from "./api.js";
-import { $, chips, el, isBare, named, nameOf, noPreview, percent, picture, preview, short } from "./dom.js";
+import { $, chips, el, isBare, named, nameOf, percent, picture, short } from "./dom.js";
 import { settings } from "./settings.js";
 import { state } from "./state.js";
 
@@ -85,7 +85,7 @@ export function open(which) {
   if (another) {
     $("drawer-label").value = "";
     newClass();
-    $("drawer-picture").replaceChildren(preview(photo.file, `Your photo ${photo.name}`, noPreview()));
+    $("drawer-picture").replaceChildren(photo.image(1024, `Your photo ${photo.name}`));
     $("drawer").scrollTop = 0;
     showMore(false);
   }
@@ -112,6 +112,7 @@ export function show() {
   $("drawer-file").textContent = photo.name;
   $("drawer-state").textContent = photo.problem?.message ?? (photo.busy ? "Classifying…" : "");
   $("drawer-answer").hidden = !shown;
+  $("drawer-like").hidden = photo.number !== undefined; // only the server has the features of the others
   if (!shown) {
     $("drawer-title").textContent = photo.name;
     $("drawer-probability").textContent = "";
@@ -139,9 +140,9 @@ function notes() {
 
 function showCorrection() {
   const can = state.info.changes;
-  const settled = !can || photo.unlike || photo.taught !== null;
+  const settled = !can || photo.unlike || (photo.taught !== null && photo.number === undefined);
   $("drawer-wrong").hidden = settled;
-  $("drawer-right").hidden = settled || photo.judgedByOthers; // it is an example already
+  $("drawer-right").hidden = settled || photo.taught !== null || photo.judgedByOthers; // it is an example already
   $("drawer-wrong").setAttribute("aria-expanded", String(wrong === photo));
   $("drawer-correction").hidden = !can || (wrong !== photo && !photo.unlike);
   $("drawer-which").textContent = photo.unlike ? "What is it?" : "Which class is right?";

@@ -11,8 +11,8 @@ const AHEAD = 700; // tiles are drawn up to this many px outside the window
 
 /** A grid of items, which are objects that have an `id`. `image(item)` returns the image of a tile, and
  *  `tile(item, element, text, note)` shows an item on its tile, which has a text and a note below the image.
- *  `opened(item)` handles Enter and clicks, `chosen()` handles a changed selection, and `pressed(event)` handles all
- *  other keys. */
+ *  `opened(item)` handles Enter and clicks, `accepted()` handles Enter if items are selected, `chosen()` handles a
+ *  changed selection, and `pressed(event)` handles all other keys. */
 export class Grid {
   selected = new Set();
   active = null;
@@ -20,11 +20,12 @@ export class Grid {
   #places = new Map(); // { x, y, row, column, at } by item, and { x, y } by heading, from top to bottom
   #mounted = new Map(); // elements by item or heading
   #width = 0;
+  #high = 0; // of a row
   #anchor = null;
   #soon = framed(() => this.draw(false));
 
-  constructor(element, { image, tile, opened, chosen, pressed }) {
-    Object.assign(this, { element, image, tile, opened, chosen, pressed });
+  constructor(element, { image, tile, opened, chosen, pressed, accepted }) {
+    Object.assign(this, { element, image, tile, opened, chosen, pressed, accepted });
     addEventListener("scroll", () => this.#soon(), { passive: true, capture: true });
     // A grid on a hidden screen has no width, so its tiles keep their places.
     new ResizeObserver(() => element.clientWidth && element.clientWidth !== this.#width && this.show(this.groups)).observe(element);
@@ -39,7 +40,7 @@ export class Grid {
     this.#width = this.element.clientWidth;
     const columns = Math.max(FEWEST, Math.floor((this.#width + GAP) / (LEAST + GAP)));
     const wide = (this.#width + GAP) / columns - GAP;
-    const high = wide + BELOW + GAP;
+    const high = (this.#high = wide + BELOW + GAP);
     let [y, row, at] = [0, 0, 0];
     this.#places.clear();
     for (const { label, items } of this.groups) {
@@ -61,6 +62,13 @@ export class Grid {
     for (const item of this.selected) if (!this.#places.has(item)) this.selected.delete(item);
     this.draw();
     this.chosen();
+  }
+
+  /** Return the items that are completely visible above the bars at the bottom of the window. */
+  onScreen() {
+    const top = this.element.getBoundingClientRect().top;
+    const isVisible = ({ y }) => top + y >= 0 && top + y + this.#high <= innerHeight;
+    return this.items.filter((item) => isVisible(this.#places.get(item)));
   }
 
   /** Draw the tiles near the window. If `again` is true, also update tiles that have already been drawn. */
@@ -160,6 +168,7 @@ export class Grid {
       } else this.#anchor = to;
       this.go(to);
     } else if (event.key === " " && this.active) this.#toggle(this.active);
+    else if (event.key === "Enter" && this.selected.size && this.accepted) this.accepted();
     else if (event.key === "Enter" && this.active) this.opened(this.active);
     else if (event.key === "a" && (event.ctrlKey || event.metaKey)) this.select(this.items);
     else if (event.key === "Escape" && this.selected.size) this.select([]);

@@ -1,5 +1,7 @@
 // The class that a person means by a typed text.
 
+export const NONE = "none of these"; // the class of photos that belong to no other class
+
 /** Names that are equal here differ only in case, `_`, `-` or spaces, as in data/sources.py. */
 const plain = (name) => spaced(name).toLowerCase();
 const spaced = (name) => name.replace(/(?!^-\d)[\s_-]+/g, " ").trim();
@@ -12,6 +14,7 @@ const digits = (name) => name.replace(/\D+/g, " ").trim();
  *  unless it resembles a class in all but a few letters. */
 export function meant(text, classes) {
   if (classes.includes(text) || !plain(text)) return { label: text };
+  if (text.toLowerCase() === NONE) return { label: NONE };
   const starts = classes.filter((name) => plain(name).startsWith(plain(text)));
   const found = starts.find((name) => plain(name) === plain(text)) ?? (starts.length === 1 ? starts[0] : null);
   if (found) return text === text.toLowerCase() || spaced(found).startsWith(spaced(text)) ? { label: found } : { near: found };
@@ -19,6 +22,14 @@ export function meant(text, classes) {
   const apart = near.map((name) => distance(plain(text), plain(name)) / typos(Math.max(text.length, name.length)));
   const least = Math.min(...apart);
   return least <= 1 ? { near: near[apart.indexOf(least)] } : { label: text };
+}
+
+/** Return the classes that contain a text, in alphabetical order. Those that begin with it come first. */
+export function matching(text, classes) {
+  const wanted = plain(text);
+  const found = classes.filter((name) => plain(name).includes(wanted)).sort((a, b) => a.localeCompare(b, undefined, { numeric: true }));
+  const begins = (name) => plain(name).startsWith(wanted);
+  return [...found.filter(begins), ...found.filter((name) => !begins(name))];
 }
 
 const typos = (length) => (length < 4 ? 0 : length < 8 ? 1 : 2);

@@ -1,5 +1,7 @@
 // A photo on the page, with its file, its feature, and the answer of the server.
 
+import * as api from "./api.js";
+import { nameOf, noPreview, picture, preview } from "./dom.js";
 import { settings } from "./settings.js";
 import { state } from "./state.js";
 
@@ -19,6 +21,7 @@ export class Photo {
   problem = null; // the reason why there is no answer
   busy = false;
   taught = null; // the class that the photo was added to
+  rank = 3; // the doubt when the photos were sorted
 
   /** If the file is the image of a shot, `keyId` is the key id of that shot. */
   constructor(file, keyId = null) {
@@ -28,6 +31,12 @@ export class Photo {
     this.keyId = keyId;
     this.gone = new AbortController();
   }
+
+  /** Return an image of the photo, for a place of this size in pixels. */
+  image = (size, alt) => preview(this.file, alt, noPreview());
+
+  /** Return the file of the photo. */
+  original = async () => this.file;
 
   get winner() {
     return this.shown?.rows[0] ?? null;
@@ -78,6 +87,35 @@ export class Photo {
     if (!this.shown) return [];
     const { rows } = this.shown;
     return (this.unlike ? rows : rows.slice(1)).slice(0, 3).map(({ label }) => label);
+  }
+}
+
+/** A photo of the labelling session. The server has its file and its feature, and it can get another label. */
+export class FolderPhoto extends Photo {
+  constructor({ photo, name }) {
+    super({ name: nameOf(name) });
+    Object.assign(this, { number: photo, path: name });
+  }
+
+  image = (size, alt) => picture(api.labelPhoto(this.number), size, alt);
+
+  async original() {
+    const response = await api.bytes(api.labelPhoto(this.number, "file"));
+    return new File([await response.blob()], this.name);
+  }
+
+  /** Store the label or the answer that the session has for all photos. A photo with a feature has its own answer. */
+  tell({ label, guesses, unlike }) {
+    this.taught = label;
+    if (this.feature || !guesses.length) return;
+    const rows = guesses.map((guess) => ({ ...guess, text: NaN, cache: NaN }));
+    this.shown = { name: settings.name, unlike, rows, supporting: [], opposing: null };
+  }
+
+  /** Fetch the feature, with which the photo is classified like any other photo. */
+  async fetch() {
+    const response = await api.bytes(api.labelPhoto(this.number, "feature"));
+    this.feature = new Float32Array(await response.arrayBuffer());
   }
 }
 

@@ -99,7 +99,7 @@ class State extends EventTarget {
   /** Set or remove labels in the labelling session, or skip photos, and return the new state of the session. */
   setLabels = (change) => this.#change("/v1/label", { ...api.json(change), patience: 0 }, false);
 
-  sortPhotos = (into, wrong) => this.#change("/v1/label/sort", api.json({ into, at_most_wrong: wrong }), false);
+  sortPhotos = (change) => this.#change("/v1/label/sort", api.json(change), false);
 
   #at = (what) => api.at(this.info.name, what);
 

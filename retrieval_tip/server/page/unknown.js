@@ -1,7 +1,7 @@
 // Groups of similar photos that have no match. Naming a group creates a class.
 
 import * as api from "./api.js";
-import { $, classField, count, el, failure, named, noPreview, plural, preview } from "./dom.js";
+import { $, classField, count, el, failure, named, plural } from "./dom.js";
 import { state } from "./state.js";
 
 const MOST = 4096; // number of photos that the server groups at once
@@ -11,13 +11,18 @@ const SHOWN = 12; // number of photos to show per group
 
 let asked = ""; // the photos that are grouped, or are being grouped
 
-/** Group the photos that have no match, and show the groups. `teach(photos, label)` is called when a group is named. */
-export async function showUnknown(photos, teach) {
-  const unlike = photos.filter((photo) => photo.unlike && !photo.taught);
-  const now = [state.info?.name, state.info?.version, ...unlike.map(({ id }) => id)].join();
+/** Group the photos that have no match, and show the groups, after groups that are `known` already. When a group is
+ *  named, `teach(photos, label)` is called. */
+export async function showUnknown(photos, known, teach) {
+  const isUnknown = (photo) => photo.unlike && photo.taught === null;
+  const unlike = photos.filter(isUnknown);
+  const groups = known.map((some) => some.filter(isUnknown)).filter((some) => some.length > 1).slice(0, GROUPS);
+  const now = [state.info?.name, state.info?.version, ...[...groups, unlike].flat().map(({ id }) => id)].join();
   if (now === asked) return;
   asked = now;
-  const shown = unlike.length > 1 && state.info.changes ? await grouped(unlike, teach, () => ((asked = ""), showUnknown(photos, teach))) : [];
+  const again = () => ((asked = ""), showUnknown(photos, known, teach));
+  const found = unlike.length > 1 && state.info.changes ? await grouped(unlike, teach, again) : [];
+  const shown = [...groups.map((some) => row(some, teach)), ...found];
   if (now !== asked) return;
   $("unknown").hidden = !shown.length;
   $("unknown-list").replaceChildren(...shown);
@@ -39,6 +44,6 @@ async function grouped(unlike, teach, again) {
 function row(photos, teach) {
   const field = classField({ maxLength: 1024, placeholder: "class name", aria: { label: "Class name" } });
   const form = named(el("form", { class: "teach" }, field, el("button", {}, "Name this class")), (label) => teach(photos, label));
-  const pictures = photos.slice(0, SHOWN).map(({ file, name }) => el("li", {}, preview(file, name, noPreview())));
+  const pictures = photos.slice(0, SHOWN).map((photo) => el("li", {}, photo.image(160, photo.name)));
   return el("li", {}, el("strong", {}, `${plural(photos.length, "similar photo")} without a match`), el("ul", { class: "strip" }, ...pictures), form);
 }

@@ -1,0 +1,179 @@
+"""Count what a person does on the real page, from a folder of unlabelled photos to a sorted one.
+
+A script that knows the true classes labels single photos, reviews the other answers, least certain first, and finishes,
+in Chromium. One action is one key, one click or one typed name. Before each check, it waits until all labels are saved,
+as a person does who reads the page. A photo is right if its label or, without one, its answer is its true class.
+
+The photos are drawn from Caltech101 (``--photos``, in the layout of CoOp) with a seed. Between the two steps, the page
+is reloaded and the server is started again. ``--by keyboard`` uses no mouse, and ``--by mouse`` types only names of
+classes that the page does not list yet. Run ``make setup browser`` first.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+from common import SHARED, machine
+from playwright.sync_api import Page, expect
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from browser import PATIENCE, chromium
+from serving import server
+
+SPLIT = "split_zhou_Caltech101.json"
+NONE_LEFT = re.compile("no photo")
+
+
+@dataclass
+class Person:
+    """Somebody who knows the true class of each photo, by file name, and counts actions."""
+
+    page: Page
+    truth: dict[str, str]
+    by: str
+    actions: int = 0
+
+    def act(self, action: Any, *arguments: Any, **options: Any) -> None:
+        action(*arguments, **options)
+        self.actions += 1
+
+    def saved(self) -> float:
+        """Wait until all labels are saved and learned. Return the share of all photos that are right."""
+        while True:
+            state = self.page.evaluate("async () => (await fetch('/v1/label')).json()")
+            if not state["busy"] and not state["unsaved"] and state["encoded"] == state["photos"]:
+                break
+            time.sleep(0.1)
+        answers = self.page.evaluate("async () => (await fetch('/v1/label/answers')).json()")["photos"]
+        right = sum((one["label"] or one["guesses"][0]["label"]) == self.truth[Path(one["name"]).name] for one in answers)
+        return right / len(self.truth)
+
+    def label(self) -> None:
+        """Label the photo that is shown."""
+        photo = self.page.locator("#label-photo img")
+        name = photo.get_attribute("alt") or ""
+        truth = self.truth[name]
+        guesses = self.page.locator("#label-choices .name").all_text_contents()
+        if self.by != "mouse" and truth in guesses:
+            self.act(self.page.keyboard.press, ["Enter", "2", "3"][guesses.index(truth)])
+        elif self.by == "mouse" and (known := self.page.locator(f'#label-stage button[data-label="{truth}"]')).count():
+            self.act(known.first.click)
+        else:  # a typed name is one action
+            self.page.keyboard.type(truth)
+            self.act(self.page.keyboard.press, "Enter")
+        if self.page.locator("#alike-dialog").count():
+            self.act(self.page.keyboard.press, "Shift+Enter")  # a new class that resembles another one
+        expect(photo).not_to_have_attribute("alt", name)
+
+    def review_screen(self) -> int:
+        """Correct the wrong answers on the screen, and confirm the others. Return how many were wrong."""
+        wrong = 0
+        while True:
+            tiles = self.page.evaluate(
+                """() => [...document.querySelectorAll("#grid .tile")].filter((one) => {
+                    const { top, bottom } = one.getBoundingClientRect();
+                    return top >= 0 && bottom <= innerHeight && !one.classList.contains("taught");
+                }).map((one) => [one.id, one.title, one.dataset.label, one.classList.contains("active")])"""
+            )
+            first = next((one for one in tiles if one[2] != self.truth[one[1]]), None)
+            if first is None:
+                break
+            wrong += 1
+            self.correct(first[0], self.truth[first[1]], [one[0] for one in tiles])
+        self.act(self.page.get_by_role("button", name="All on this screen are right").click)
+        return wrong
+
+    def correct(self, tile: str, label: str, visible: list[str]) -> None:
+        self.act(self.page.locator(f"#{tile} .tick").click)
+        if self.page.locator("#selection-count").text_content() != "1 selected":
+            raise RuntimeError(self.page.locator("#selection-count").text_content())
+        self.page.keyboard.type(label)
+        self.act(self.page.keyboard.press, "Enter")
+        if self.page.locator("#alike-dialog").count():
+            self.act(self.page.keyboard.press, "Shift+Enter")
+        expect(self.page.locator(f"#{tile}")).to_have_count(0)
+
+
+def drawn(photos: Path, into: Path, classes: int, number: int, seed: int) -> dict[str, str]:
+    """Copy photos of some classes into a folder, and return their classes by their new names."""
+    parts = json.loads((photos / SPLIT).read_text())
+    paths: dict[str, list[Path]] = {}
+    for path, _, name in (row for part in ("train", "val", "test") for row in parts[part]):
+        paths.setdefault(name, []).append(photos / "101_ObjectCategories" / path)
+    draw = random.Random(seed)
+    names = draw.sample(sorted(paths), classes)
+    chosen = draw.sample([(path, name) for name in names for path in paths[name]], number)
+    truth = {}
+    for i, (path, name) in enumerate(chosen):
+        truth[f"{i:04}.jpg"] = name
+        shutil.copy(path, into / f"{i:04}.jpg")
+    return truth
+
+
+@contextmanager
+def opened(photos: Path, index: Path, model: tuple[str, ...], width: int, height: int) -> Iterator[Page]:
+    with server(photos, "--into", index, *model, "--device", "cpu", command="label") as (url, _), chromium() as browser:
+        page = browser.new_page(viewport={"width": width, "height": height}, reduced_motion="reduce")
+        page.set_default_timeout(PATIENCE)
+        page.goto(url)
+        page.wait_for_selector("#label-photo img")
+        yield page
+
+
+@click.command(help=__doc__)
+@click.option("--photos", type=Path, default=SHARED / "data" / "caltech101", show_default=True)
+@click.option("--model", default="timm:tf_efficientnet_lite0")
+@click.option("--pretrained")
+@click.option("--classes", default=17)
+@click.option("--number", default=500, help="Number of photos.")
+@click.option("--single", default=60, help="Number of photos to label one by one.")
+@click.option("--screens", default=6, help="Number of screens to review.")
+@click.option("--by", type=click.Choice(["both", "keyboard", "mouse"]), default="both")
+@click.option("--seed", default=0)
+def main(
+    photos: Path, model: str, pretrained: str | None, classes: int, number: int, single: int, screens: int, by: str, seed: int
+) -> None:
+    click.echo(machine())
+    with tempfile.TemporaryDirectory() as folder:
+        unlabelled, index = Path(folder) / "photos", Path(folder) / "things"
+        unlabelled.mkdir()
+        truth = drawn(photos, unlabelled, classes, number, seed)
+        options = ("--model", model, *(("--pretrained", pretrained) if pretrained else ()))
+        start = time.monotonic()
+        with opened(unlabelled, index, options, 1280, 840) as page:
+            person = Person(page, truth, by)
+            for done in range(1, single + 1):
+                person.label()
+                page.wait_for_timeout(200)
+                if done % 10 == 0:
+                    print(done, "labels", person.actions, "actions", f"{100 * person.saved():.1f} %", page.locator("#label-progress").text_content(), page.locator("#label-stop").text_content(), flush=True)
+            page.reload()
+            page.wait_for_selector("#label-photo img")
+        with opened(unlabelled, index, options, 1280, 840) as page:
+            person.page = page
+            person.saved()
+            person.act(page.locator("#label-review").click)
+            for screen in range(1, screens + 1):
+                expect(page.locator("#grid .tile[data-label]").first).to_be_visible()
+                wrong = person.review_screen()
+                right = person.saved()
+                page.wait_for_timeout(1500)
+                print("screen", screen, wrong, "wrong;", person.actions, "actions", f"{100 * right:.1f} %", page.locator("#progress").text_content(), flush=True)
+            page.screenshot(path="/tmp/review.png")
+        click.echo(f"{time.monotonic() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
