@@ -26,14 +26,13 @@ from typing import Any
 
 import click
 from common import SHARED, machine
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, TimeoutError, expect
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from browser import PATIENCE, chromium
 from serving import server
 
 SPLIT = "split_zhou_Caltech101.json"
-NONE_LEFT = re.compile("no photo")
 
 
 @dataclass
@@ -57,7 +56,9 @@ class Person:
                 break
             time.sleep(0.1)
         answers = self.page.evaluate("async () => (await fetch('/v1/label/answers')).json()")["photos"]
-        right = sum((one["label"] or one["guesses"][0]["label"]) == self.truth[Path(one["name"]).name] for one in answers)
+        right = sum(
+            (one["label"] or one["guesses"][0]["label"]) == self.truth[Path(one["name"]).name] for one in answers
+        )
         return right / len(self.truth)
 
     def label(self) -> None:
@@ -77,33 +78,71 @@ class Person:
             self.act(self.page.keyboard.press, "Shift+Enter")  # a new class that resembles another one
         expect(photo).not_to_have_attribute("alt", name)
 
+    def tiles(self) -> list[dict[str, Any]]:
+        """Return the tiles without a label near the window, in order."""
+        return self.page.evaluate(
+            """() => [...document.querySelectorAll("#grid .tile:not(.taught)")].map((one) => {
+                const { top, bottom, left } = one.getBoundingClientRect();
+                const active = one.classList.contains("active");
+                const visible = top >= 0 && bottom <= innerHeight;
+                return { id: one.id, name: one.title, label: one.dataset.label, top, left, active, visible };
+            })"""
+        )
+
     def review_screen(self) -> int:
         """Correct the wrong answers on the screen, and confirm the others. Return how many were wrong."""
         wrong = 0
-        while True:
-            tiles = self.page.evaluate(
-                """() => [...document.querySelectorAll("#grid .tile")].filter((one) => {
-                    const { top, bottom } = one.getBoundingClientRect();
-                    return top >= 0 && bottom <= innerHeight && !one.classList.contains("taught");
-                }).map((one) => [one.id, one.title, one.dataset.label, one.classList.contains("active")])"""
-            )
-            first = next((one for one in tiles if one[2] != self.truth[one[1]]), None)
-            if first is None:
-                break
-            wrong += 1
-            self.correct(first[0], self.truth[first[1]], [one[0] for one in tiles])
-        self.act(self.page.get_by_role("button", name="All on this screen are right").click)
+        while found := [one for one in self.tiles() if one["visible"] and one["label"] != self.truth[one["name"]]]:
+            label = self.truth[found[0]["name"]]
+            same = [one for one in found if self.truth[one["name"]] == label]
+            if self.by == "keyboard":
+                same = same[:1]
+                self.walk(same[0]["id"])
+            else:
+                for one in same:
+                    self.act(self.page.locator(f"#{one['id']} .tick").click)
+            self.give(label)
+            for one in same:
+                expect(self.page.locator(f"#{one['id']}")).to_have_count(0)
+            wrong += len(same)
+        if self.by == "keyboard":
+            self.act(self.page.keyboard.press, "PageDown")
+        else:
+            self.act(self.page.get_by_role("button", name="All on this screen are right").click)
         return wrong
 
-    def correct(self, tile: str, label: str, visible: list[str]) -> None:
-        self.act(self.page.locator(f"#{tile} .tick").click)
-        if self.page.locator("#selection-count").text_content() != "1 selected":
-            raise RuntimeError(self.page.locator("#selection-count").text_content())
-        self.page.keyboard.type(label)
-        self.act(self.page.keyboard.press, "Enter")
-        if self.page.locator("#alike-dialog").count():
-            self.act(self.page.keyboard.press, "Shift+Enter")
-        expect(self.page.locator(f"#{tile}")).to_have_count(0)
+    def walk(self, tile: str) -> None:
+        """Move to a tile with the arrow keys."""
+        for _ in range(100):
+            tiles = {one["id"]: one for one in self.tiles()}
+            active = next((one for one in tiles.values() if one["active"]), None)
+            if active is None:
+                self.act(self.page.keyboard.press, "Home")
+                continue
+            down, right = tiles[tile]["top"] - active["top"], tiles[tile]["left"] - active["left"]
+            if not (down or right):
+                return
+            key = ("ArrowDown" if down > 0 else "ArrowUp") if down else "ArrowRight" if right > 0 else "ArrowLeft"
+            self.act(self.page.keyboard.press, key)
+        raise RuntimeError(f"no way to {tile}")
+
+    def give(self, label: str) -> None:
+        """Give the selected photos a class."""
+        chip = self.page.locator("#selection-chips button", has_text=re.compile(rf"^\d {re.escape(label)}$"))
+        known = self.page.locator("#selection-class option").all_text_contents()
+        if self.by == "mouse" and chip.count():
+            try:
+                self.act(chip.click, timeout=1000)
+            except TimeoutError:  # new answers have just replaced it
+                self.give(label)
+        elif self.by == "mouse" and label in known:
+            self.actions += 1  # opens the list
+            self.act(self.page.select_option, "#selection-class", label)
+        else:
+            self.page.keyboard.type(label)
+            self.act(self.page.keyboard.press, "Enter")
+            if self.page.locator("#alike-dialog").count():
+                self.act(self.page.keyboard.press, "Shift+Enter")
 
 
 def drawn(photos: Path, into: Path, classes: int, number: int, seed: int) -> dict[str, str]:
@@ -143,7 +182,15 @@ def opened(photos: Path, index: Path, model: tuple[str, ...], width: int, height
 @click.option("--by", type=click.Choice(["both", "keyboard", "mouse"]), default="both")
 @click.option("--seed", default=0)
 def main(
-    photos: Path, model: str, pretrained: str | None, classes: int, number: int, single: int, screens: int, by: str, seed: int
+    photos: Path,
+    model: str,
+    pretrained: str | None,
+    classes: int,
+    number: int,
+    single: int,
+    screens: int,
+    by: str,
+    seed: int,
 ) -> None:
     click.echo(machine())
     with tempfile.TemporaryDirectory() as folder:
@@ -158,19 +205,43 @@ def main(
                 person.label()
                 page.wait_for_timeout(200)
                 if done % 10 == 0:
-                    print(done, "labels", person.actions, "actions", f"{100 * person.saved():.1f} %", page.locator("#label-progress").text_content(), page.locator("#label-stop").text_content(), flush=True)
+                    print(
+                        done,
+                        "labels",
+                        person.actions,
+                        "actions",
+                        f"{100 * person.saved():.1f} %",
+                        page.locator("#label-progress").text_content(),
+                        page.locator("#label-stop").text_content(),
+                        flush=True,
+                    )
             page.reload()
             page.wait_for_selector("#label-photo img")
         with opened(unlabelled, index, options, 1280, 840) as page:
             person.page = page
             person.saved()
-            person.act(page.locator("#label-review").click)
+            if by == "keyboard":
+                while page.evaluate("document.activeElement.id") != "label-review":
+                    person.act(page.keyboard.press, "Shift+Tab")
+                person.act(page.keyboard.press, "Enter")
+            else:
+                person.act(page.locator("#label-review").click)
             for screen in range(1, screens + 1):
                 expect(page.locator("#grid .tile[data-label]").first).to_be_visible()
                 wrong = person.review_screen()
                 right = person.saved()
                 page.wait_for_timeout(1500)
-                print("screen", screen, wrong, "wrong;", person.actions, "actions", f"{100 * right:.1f} %", page.locator("#progress").text_content(), flush=True)
+                print(
+                    "screen",
+                    screen,
+                    wrong,
+                    "wrong;",
+                    person.actions,
+                    "actions",
+                    f"{100 * right:.1f} %",
+                    page.locator("#progress").text_content(),
+                    flush=True,
+                )
             page.screenshot(path="/tmp/review.png")
         click.echo(f"{time.monotonic() - start:.0f} s")
 

@@ -117,6 +117,7 @@ export async function showFolder() {
   if (outdated) resort();
   else arrange();
   outdated = fresh.length > 0;
+  if (document.activeElement === document.body) $("grid").focus({ preventScroll: true });
 }
 session.addEventListener("state", () => (showFolder(), showSoon()));
 
@@ -126,8 +127,10 @@ function relabel(pairs) {
   const before = which.map(({ taught }) => taught);
   const step = session.label(pairs.map(([photo, label]) => [photo.number, label]));
   for (const [photo, label] of pairs) photo.taught = label;
+  const at = Math.min(...which.map((photo) => grid.items.indexOf(photo)));
   grid.select([]);
   arrange();
+  if (!drawer.openPhoto()) grid.go(grid.items[Math.min(Math.max(0, at), grid.items.length - 1)]);
   const names = new Set(pairs.map(([, label]) => label));
   const to = names.size === 1 ? [...names][0] : plural(names.size, "class", "classes");
   notice(`Labelled ${plural(pairs.length, "photo")} as ${to}.`, async () => {
@@ -372,6 +375,9 @@ drawer.setUp({
 
 // --- several photos ---
 
+/** Return the names of all classes, including those whose labels are not saved yet. */
+const classNames = () => [...new Set([...state.labels, ...(session.now?.classes ?? []).map(({ label }) => label)])];
+
 const acting = () => (grid.selected.size ? grid.items.filter((photo) => grid.selected.has(photo)) : grid.active ? [grid.active] : []);
 
 /** Return three classes to suggest for the selected photos. They have the highest total probability, and exclude the
@@ -390,7 +396,9 @@ function showChosen() {
   const can = state.info?.changes ?? false;
   $("selection").hidden = !number;
   $("selection-count").textContent = `${number} selected`;
-  $("selection-form").hidden = !can;
+  $("selection-form").hidden = $("selection-class").hidden = !can;
+  const names = can && number ? classNames().sort((a, b) => a.localeCompare(b, undefined, { numeric: true })) : [];
+  $("selection-class").replaceChildren(el("option", { value: "" }, "class…"), ...names.map((name) => el("option", {}, name)));
   $("selection-right").hidden = !can || !acting().some(acceptable);
   $("selection-away").hidden = acting().every((photo) => photo.number !== undefined);
   $("selection-add").textContent = acting().every((photo) => photo.number === undefined) ? "Add as examples" : "Label";
@@ -403,12 +411,13 @@ function teachChoice(i) {
 }
 
 named($("selection-form"), async (text) => {
-  const [some, label] = [acting(), await classMeant(text, session.now?.classes.map(({ label }) => label) ?? state.labels)];
+  const [some, label] = [acting(), await classMeant(text, classNames())];
   if (!label) return;
   $("selection-label").value = "";
   $("grid").focus({ preventScroll: true });
   teach(some, label);
 });
+$("selection-class").addEventListener("change", ({ target }) => target.value && teach(acting(), target.value));
 $("selection-label").addEventListener("keydown", (event) => event.key === "Escape" && $("grid").focus({ preventScroll: true }));
 $("screen-right").addEventListener("click", () => acceptAll(grid.onScreen()));
 $("selection-right").addEventListener("click", () => acceptAll(acting()));

@@ -7,6 +7,7 @@ const LEAST = 152; // minimum width of a tile, in px
 const FEWEST = 3; // minimum number of columns, on phones
 const BELOW = 32; // height of the text below the image, in px
 const HEAD = 40;
+const DRAWN = 8; // a shorter movement of the mouse is a click, in px
 const AHEAD = 700; // tiles are drawn up to this many px outside the window
 
 /** A grid of items, which are objects that have an `id`. `image(item)` returns the image of a tile, and
@@ -20,7 +21,9 @@ export class Grid {
   #places = new Map(); // { x, y, row, column, at } by item, and { x, y } by heading, from top to bottom
   #mounted = new Map(); // elements by item or heading
   #width = 0;
+  #wide = 0; // of a tile
   #high = 0; // of a row
+  #drawn = false; // whether a rectangle has just been drawn
   #anchor = null;
   #soon = framed(() => this.draw(false));
 
@@ -30,6 +33,8 @@ export class Grid {
     // A grid on a hidden screen has no width, so its tiles keep their places.
     new ResizeObserver(() => element.clientWidth && element.clientWidth !== this.#width && this.show(this.groups)).observe(element);
     element.addEventListener("click", (event) => this.#click(event));
+    element.addEventListener("pointerdown", (event) => this.#lasso(event));
+    element.addEventListener("dragstart", (event) => event.preventDefault());
     element.addEventListener("keydown", (event) => this.#key(event));
     element.addEventListener("focus", () => this.active ?? this.go(this.items[0]));
   }
@@ -39,7 +44,7 @@ export class Grid {
     this.groups = groups ?? [];
     this.#width = this.element.clientWidth;
     const columns = Math.max(FEWEST, Math.floor((this.#width + GAP) / (LEAST + GAP)));
-    const wide = (this.#width + GAP) / columns - GAP;
+    const wide = (this.#wide = (this.#width + GAP) / columns - GAP);
     const high = (this.#high = wide + BELOW + GAP);
     let [y, row, at] = [0, 0, 0];
     this.#places.clear();
@@ -140,8 +145,37 @@ export class Grid {
     this.#changed();
   }
 
+  /** Select the tiles that a rectangle touches while the mouse draws it. */
+  #lasso(start) {
+    if (start.button !== 0 || start.pointerType !== "mouse") return;
+    const before = start.shiftKey || start.ctrlKey || start.metaKey ? [...this.selected] : [];
+    const inside = ({ clientX, clientY }) => {
+      const { left, top } = this.element.getBoundingClientRect();
+      return [clientX - left, clientY - top];
+    };
+    const from = inside(start);
+    const box = el("div", { class: "lasso" });
+    const move = (event) => {
+      const to = inside(event);
+      const [left, top, right, bottom] = [...from.map((x, i) => Math.min(x, to[i])), ...from.map((x, i) => Math.max(x, to[i]))];
+      if (!box.isConnected && Math.max(right - left, bottom - top) < DRAWN) return;
+      this.element.append(box);
+      Object.assign(box.style, { left: `${left}px`, top: `${top}px`, width: `${right - left}px`, height: `${bottom - top}px` });
+      const isTouched = ({ x, y }) => x < right && x + this.#wide > left && y < bottom && y + this.#wide > top;
+      this.select([...before, ...this.items.filter((item) => isTouched(this.#places.get(item)))]);
+    };
+    const end = () => {
+      removeEventListener("pointermove", move);
+      this.#drawn = box.isConnected; // the click that follows selects nothing else
+      box.remove();
+    };
+    addEventListener("pointermove", move);
+    addEventListener("pointerup", end, { once: true });
+  }
+
   #click(event) {
     const item = event.target.closest(".tile")?.item;
+    if (this.#drawn) return (this.#drawn = false);
     if (!item) return;
     if (event.shiftKey) this.#stretch(item);
     else if (event.ctrlKey || event.metaKey || event.target.closest(".tick")) this.#toggle(item);

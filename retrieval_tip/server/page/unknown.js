@@ -7,6 +7,7 @@ import { state } from "./state.js";
 const MOST = 4096; // number of photos that the server groups at once
 const BYTES = 32 << 20; // size of a request
 const GROUPS = 5; // number of groups to show
+const LEAST = 4; // smallest group of photos of a folder to show, because other photos can be selected as quickly
 const SHOWN = 12; // number of photos to show per group
 
 let asked = ""; // the photos that are grouped, or are being grouped
@@ -16,7 +17,7 @@ let asked = ""; // the photos that are grouped, or are being grouped
 export async function showUnknown(photos, known, teach) {
   const isUnknown = (photo) => photo.unlike && photo.taught === null;
   const unlike = photos.filter(isUnknown);
-  const groups = known.map((some) => some.filter(isUnknown)).filter((some) => some.length > 1).slice(0, GROUPS);
+  const groups = known.map((some) => some.filter(isUnknown)).filter((some) => some.length >= LEAST).slice(0, GROUPS);
   const now = [state.info?.name, state.info?.version, ...[...groups, unlike].flat().map(({ id }) => id)].join();
   if (now === asked) return;
   asked = now;
