@@ -84,7 +84,7 @@ class Person:
             """() => [...document.querySelectorAll("#grid .tile:not(.taught)")].map((one) => {
                 const { top, bottom, left } = one.getBoundingClientRect();
                 const active = one.classList.contains("active");
-                const visible = top >= 0 && bottom <= innerHeight;
+                const visible = top >= document.getElementById("bar").getBoundingClientRect().bottom && bottom <= innerHeight;
                 return { id: one.id, name: one.title, label: one.dataset.label, top, left, active, visible };
             })"""
         )

@@ -366,7 +366,7 @@ def test_answers_are_confirmed_or_corrected_one_by_one_or_together(opened: Open)
     page.keyboard.press("Escape")
     number = matched.count()
     page.press("#grid", "Control+a")
-    page.keyboard.press("a")
+    page.keyboard.press("Enter")
     expect(page.locator("#notice")).to_contain_text(f"Added {number} example photo")
     expect(taught).to_have_count(number)
     undo(page)
@@ -1481,13 +1481,9 @@ def shown_photo(page: Page) -> str:
 def label_by_key(page: Page, label: str) -> str:
     """Label the photo with the keyboard as a person would. Return the key used, or "typed"."""
     name, choices = shown_photo(page), page.locator("#label-choices .name").all_text_contents()
-    if choices[:1] == [label] and page.locator("#label-choices .primary").count():
-        how = "Enter"
-    elif label in choices:
-        how = str(choices.index(label) + 1)
+    if label in choices:
+        how = ("Enter", "2", "3")[choices.index(label)]
     else:
-        if page.evaluate("document.activeElement.id") != "label-class":
-            page.keyboard.press("t")
         page.keyboard.type(label)
         how = "typed"
     page.keyboard.press("Enter" if how == "typed" else how)
@@ -1519,7 +1515,7 @@ def test_sixty_photos_are_labelled_by_keyboard_in_two_sessions(
     folder = tmp_path / "things"
     with labelling(browser, pool, folder) as (page, _):
         assert violations(page) == []
-        expect(page.locator("#label-class")).to_be_focused()  # there are no classes to choose from yet
+        expect(page.locator("#label-class")).to_be_focused()
         hows, waited = label_photos(page, pool, 40)
         expect(page.locator("#label-progress")).to_contain_text("40 of 90 photos labelled.")
         all_saved(page)
@@ -1533,12 +1529,23 @@ def test_sixty_photos_are_labelled_by_keyboard_in_two_sessions(
         hows, _ = label_photos(page, pool, 20)
         assert hows.count("Enter") > 8
         all_saved(page)
-        page.click("#label-sort summary")
-        page.fill("#label-sort-into", str(tmp_path / "sorted"))
-        page.fill("#label-sort-wrong", "50")
-        page.get_by_role("button", name="Copy").click()
-        expect(page.locator("#label-sorted")).to_contain_text("copied 90 photos")
-        expect(page.locator("#label-sorted")).to_contain_text("held-out photos")
+        page.click("#label-review")
+        expect(page.locator("#progress")).to_contain_text("30 photos without a label")
+        page.click("#finish-open")
+        assert violations(page) == []
+        page.fill("#finish-into", str(tmp_path / "sorted"))
+        page.fill("#finish-wrong", "50")
+        page.locator("#finish").get_by_role("button", name="Finish").click()
+        expect(page.locator("#finish-said")).to_contain_text("copied 90 photos")
+        expect(page.locator("#finish-said")).to_contain_text("held-out photos")
+        page.click("#finish-undo")
+        expect(page.locator("#finish-said")).to_contain_text("undid the sorting of 90 photos")
+        assert not [*(tmp_path / "sorted").glob("*/*.jpg")]
+        page.locator("#finish").get_by_role("button", name="Finish").click()
+        expect(page.locator("#finish-said")).to_contain_text("copied 90 photos")
+        with page.expect_download() as packed:
+            page.click("#finish-zip")
+        packed.value.save_as(tmp_path / "all.zip")
         expect(page.locator("#index-accuracy")).to_be_hidden()  # this page has its own estimate
         page.click("#tab-classes")
         expect(page.locator("#index-accuracy")).to_contain_text("accurate")
@@ -1546,11 +1553,98 @@ def test_sixty_photos_are_labelled_by_keyboard_in_two_sessions(
         assert violations(page) == []
     placed = [*(tmp_path / "sorted").glob("*/*.jpg")]
     assert len(placed) == 90
+    with zipfile.ZipFile(tmp_path / "all.zip") as file:
+        assert {Path(name).name: file.read(name) for name in file.namelist()} == {
+            name: (Path(pool[""]) / name).read_bytes() for name in pool if name
+        }
     assert sum(path.parent.name == pool[path.name] for path in placed) > 80
     told = run("index", "query", folder, "SELECT source, label FROM labels", "--format", "json").stdout
     labels = [json.loads(line) for line in told.splitlines()]
     assert len(labels) == 60
     assert all(pool[Path(row["source"]).name] == row["label"] for row in labels)
+
+
+def give(page: Page, labels: dict[int, str]) -> None:
+    """Label photos of the session as the page does, and wait until the labels are saved."""
+    sent = {"labels": [{"photo": photo, "label": label} for photo, label in labels.items()]}
+    token = page.evaluate("sessionStorage.getItem('retrieval-tip token')")
+    address = f"{page.evaluate('location.origin')}/v1/label"
+    assert page.request.post(address, data=sent, headers={"Authorization": f"Bearer {token}"}).ok
+    page.wait_for_function("async () => !(await (await fetch('/v1/label')).json()).busy")
+
+
+def test_the_answers_of_the_folder_are_reviewed(browser: Browser, pool: dict[str, str], tmp_path: Path) -> None:
+    tiles, counted = ".tile:not(.taught)", "#progress"
+    names = sorted(name for name in pool if name)
+    with labelling(browser, pool, tmp_path / "things") as (page, _):
+        page.wait_for_function("async () => (await (await fetch('/v1/label')).json()).encoded === 90")
+        page.click("#tab-classify")
+        expect(page.locator("#start-label")).to_be_visible()  # there are no answers yet
+        give(page, {number: pool[names[number]] for number in range(0, 90, 4)})
+        page.click("#tab-label")
+        page.click("#tab-classify")
+        expect(page.locator(counted)).to_contain_text("67 photos without a label")
+        shown = page.locator("#grid .tile").evaluate_all("all => all.map((one) => [one.title, one.dataset.label])")
+        assert sum(pool[name] == label for name, label in shown) > 0.8 * len(shown)
+        assert violations(page) == []
+
+        page.press("#grid", "Home")
+        corrected = page.locator("#grid .tile.active").get_attribute("title") or ""
+        page.keyboard.type("acorn")  # the first letter does not accept the answer
+        expect(page.locator("#selection-label")).to_have_value("acorn")
+        page.keyboard.press("Enter")
+        expect(page.locator("#notice")).to_contain_text("Labelled 1 photo as acorn.")
+        expect(page.locator(counted)).to_contain_text("66 photos without a label")
+        undo(page)
+        expect(page.locator(counted)).to_contain_text("67 photos without a label")
+
+        first, last = (page.locator(f"#grid {tiles}").nth(at).bounding_box() for at in (0, 2))
+        assert first is not None
+        assert last is not None
+        page.mouse.move(first["x"] + 10, first["y"] + 20)
+        page.mouse.down()
+        page.mouse.move(last["x"] + 20, last["y"] + 30, steps=4)
+        expect(page.locator("#selection-count")).to_have_text("3 selected")
+        page.mouse.up()
+        expect(page.locator("#selection-count")).to_have_text("3 selected")
+        assert violations(page) == []
+        known = page.locator("#selection-class option").all_text_contents()
+        assert known[1:] == sorted({*LABELS})
+        page.select_option("#selection-class", "crab")
+        expect(page.locator(counted)).to_contain_text("64 photos without a label")
+        page.press("#grid", "Home")
+        page.keyboard.press("Space")
+        page.keyboard.press("Shift+ArrowRight")
+        page.keyboard.press("Enter")  # both answers are right
+        expect(page.locator(counted)).to_contain_text("62 photos without a label")
+        visible = page.locator(f"#grid {tiles}:not(.unlike)").evaluate_all(
+            """all => all.map((one) => one.getBoundingClientRect())
+                .filter(({ top, bottom }) => top >= document.getElementById("bar").getBoundingClientRect().bottom
+                    && bottom <= innerHeight).length"""
+        )
+        page.click("#screen-right")
+        expect(page.locator("#notice")).to_contain_text(f"Labelled {visible} photos as")
+        expect(page.locator(counted)).to_contain_text(f"{62 - visible} photos without a label")
+
+        page.locator(f"#grid {tiles}").first.click()
+        expect(page.locator("#decided li img").first).to_be_visible()  # the drawer explains the answer
+        label = answer(page)["label"]
+        page.press("#drawer", "Enter")
+        expect(page.locator("#notice")).to_contain_text(f"Labelled 1 photo as {label}.")
+        page.click("#drawer-close")
+        page.select_option("#filter-state", "taught")
+        expect(page.locator("#grid .tile.taught").first).to_be_visible()
+        number = 61 - visible
+        page.wait_for_function("async () => !(await (await fetch('/v1/label')).json()).busy")
+        page.reload()
+        expect(page.locator(counted)).to_contain_text(f"{number} photos without a label")
+    with labelling(browser, pool, tmp_path / "things") as (page, _):
+        page.click("#label-review")
+        expect(page.locator(counted)).to_contain_text(f"{number} photos without a label")
+        expect(page.locator("#grid")).to_be_focused()
+        rows = {Path(one["name"]).name: one["label"] for one in dict(get(page, "/v1/label/answers"))["photos"]}
+    assert sum(label is not None for label in rows.values()) == 90 - number
+    assert rows[corrected] != "acorn"
 
 
 def test_photos_are_labelled_with_their_copies(browser: Browser, pool: dict[str, str], tmp_path: Path) -> None:
@@ -1565,12 +1659,12 @@ def test_photos_are_labelled_with_their_copies(browser: Browser, pool: dict[str,
             page.wait_for_timeout(300)
         done = int((page.locator("#label-progress").text_content() or "").split()[0])
         number = page.locator("#label-similar-list li").count()
-        expect(page.locator("#label-similar label")).to_have_text(re.compile(r"^\s*A\s+Also label"))
-        page.keyboard.press("a")
+        expect(page.locator("#label-similar label")).to_have_text(re.compile(r"^\s*\+\s+Also label"))
+        page.keyboard.press("+")
         expect(page.locator("#label-similar-list [aria-pressed=true]")).to_have_count(number)
         page.locator("#label-choices button").first.click()
         expect(page.locator("#label-progress")).to_contain_text(f"{done + 1 + number} of 90")
-        page.keyboard.press("z")
+        page.keyboard.press("ArrowLeft")
         expect(page.locator("#label-progress")).to_contain_text(f"{done} of 90")
         all_saved(page)
 
@@ -1618,15 +1712,18 @@ def test_letters_of_a_class_name_are_not_shortcuts(browser: Browser, few: dict[s
         page.reload()
         page.locator("#label-photo img").click()
         expect(page.locator("#label-class")).to_be_focused()
+        page.keyboard.type("nobody")
+        expect(page.locator("#label-meant")).to_have_text("Enter: new class “nobody”")
         page.keyboard.press("Escape")
-        for key in ("s", "n"):  # the next photo still has no choices
+        expect(page.locator("#label-class")).to_have_value("")
+        for key in ("ArrowRight", "0"):
             first = shown_photo(page)
             page.locator("#label-stage").press(key)
             expect(page.locator("#label-photo img")).not_to_have_attribute("alt", first)
             expect(page.locator("#label-class")).to_be_focused()
-        page.keyboard.type("crab")
+        page.locator("#label-stage").focus()
+        page.keyboard.type("crab")  # the field gets all letters
         page.keyboard.press("Enter")
-        page.keyboard.press("t")
         page.keyboard.type("sna")
         expect(page.locator("#label-choices .primary")).to_be_visible()  # a guess appears while the name is typed
         page.keyboard.type("ke")
@@ -1645,7 +1742,6 @@ def test_typed_text_means_an_existing_class_or_is_asked_about(
 
         def enter(text: str, *keys: str, number: int | None = None) -> None:
             """Type a text and press keys. Wait until ``number`` photos are labelled."""
-            page.keyboard.press("t")
             page.fill("#label-class", text)
             for key in keys:
                 page.keyboard.press(key)
@@ -1694,13 +1790,13 @@ def test_steps_are_undone_in_order_and_after_a_reload(browser: Browser, few: dic
         page.keyboard.type("crab")
         page.keyboard.press("Enter")
         third = shown(not_=second, labelled=1)
-        page.keyboard.press("s")
+        page.keyboard.press("ArrowRight")
         shown(not_=third, labelled=1)
-        page.keyboard.press("z")
+        assert page.locator("#label-last .name").all_text_contents() == ["skipped", "crab", "skipped"]
+        page.keyboard.press("ArrowLeft")
         shown(name=third, labelled=1)
-        page.keyboard.press("z")
+        page.keyboard.press("ArrowLeft")
         shown(name=second, labelled=0)
-        expect(page.locator("#label-class")).to_be_focused()  # there is no class to choose any more
         page.click("#label-undo")
         shown(name=first, labelled=0)
         expect(page.locator("#label-undo")).to_be_disabled()
@@ -1710,7 +1806,7 @@ def test_steps_are_undone_in_order_and_after_a_reload(browser: Browser, few: dic
         page.wait_for_function("async () => (await (await fetch('/v1/label')).json()).labelled === 1")
         page.reload()
         shown(not_=first, labelled=1)
-        page.keyboard.press("z")
+        page.get_by_role("button", name="Undo crab").click()  # not only the last answer can be undone
         shown(name=first, labelled=0)
         assert status(page)["queue"][0]["name"].endswith(first)
 
@@ -1759,7 +1855,7 @@ def test_labels_are_kept_until_the_server_can_be_reached(
             label_by_key(page, "cat")
         last = shown_photo(page)
         label_by_key(page, "cat")
-        page.keyboard.press("z")
+        page.keyboard.press("ArrowLeft")
         expect(page.locator("#label-photo img")).to_have_attribute("alt", last)
         expect(page.locator("#notice")).to_contain_text("5 changes are waiting. Trying again…")
         expect(page.locator("#label-progress")).to_contain_text("3 of 90")

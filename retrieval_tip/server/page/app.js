@@ -2,7 +2,7 @@
 
 import * as api from "./api.js";
 import { showScreen } from "./browse.js";
-import { addFiles, showFolder } from "./classify.js";
+import { addFiles } from "./classify.js";
 import { $, attempt } from "./dom.js";
 import { placeSettings } from "./drawer.js";
 import "./finish.js";
@@ -33,7 +33,7 @@ function route() {
   placeSettings();
   document.title = `${TITLES[view]} · ${state.info?.name ?? "retrieval-tip"}`;
   if (view === "label") showLabelView();
-  if (view === "classify") showFolder();
+  if (view === "classify" && session.now) session.fetch().catch(() => {}); // the last state stays
   if (state.info && showScreen(view)) follow();
 }
 

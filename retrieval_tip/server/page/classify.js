@@ -98,7 +98,7 @@ let alike = []; // groups of photos of the session without a match
 let outdated = true; // whether photos are sorted again when there are new answers
 
 /** Show the labels and answers of all photos of the session. */
-export async function showFolder() {
+async function showFolder() {
   const { now } = session;
   if (!now?.version || $("classify-view").hidden || now.index !== state.info?.name || session.waiting) return;
   const at = [now.version, now.encoded, session.labelled].join();
@@ -419,7 +419,7 @@ named($("selection-form"), async (text) => {
 });
 $("selection-class").addEventListener("change", ({ target }) => target.value && teach(acting(), target.value));
 $("selection-label").addEventListener("keydown", (event) => event.key === "Escape" && $("grid").focus({ preventScroll: true }));
-$("screen-right").addEventListener("click", () => acceptAll(grid.onScreen()));
+$("screen-right").addEventListener("click", () => acceptAll(grid.onScreen($("bar").getBoundingClientRect().bottom)));
 $("selection-right").addEventListener("click", () => acceptAll(acting()));
 $("selection-none").addEventListener("click", () => (grid.select([]), $("grid").focus()));
 $("selection-away").addEventListener("click", () => (putAway(acting()), $("grid").focus()));

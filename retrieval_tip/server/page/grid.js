@@ -69,10 +69,10 @@ export class Grid {
     this.chosen();
   }
 
-  /** Return the items that are completely visible above the bars at the bottom of the window. */
-  onScreen() {
-    const top = this.element.getBoundingClientRect().top;
-    const isVisible = ({ y }) => top + y >= 0 && top + y + this.#high <= innerHeight;
+  /** Return the items that are completely visible below a line of the window. */
+  onScreen(line) {
+    const { top } = this.element.getBoundingClientRect();
+    const isVisible = ({ y }) => top + y >= line && top + y + this.#high - GAP <= innerHeight;
     return this.items.filter((item) => isVisible(this.#places.get(item)));
   }
 

@@ -33,10 +33,14 @@ export class Photo {
   }
 
   /** Return an image of the photo, for a place of this size in pixels. */
-  image = (size, alt) => preview(this.file, alt, noPreview());
+  image(size, alt) {
+    return preview(this.file, alt, noPreview());
+  }
 
   /** Return the file of the photo. */
-  original = async () => this.file;
+  async original() {
+    return this.file;
+  }
 
   get winner() {
     return this.shown?.rows[0] ?? null;
@@ -97,7 +101,9 @@ export class FolderPhoto extends Photo {
     Object.assign(this, { number: photo, path: name });
   }
 
-  image = (size, alt) => picture(api.labelPhoto(this.number), size, alt);
+  image(size, alt) {
+    return picture(api.labelPhoto(this.number), size, alt);
+  }
 
   async original() {
     const response = await api.bytes(api.labelPhoto(this.number, "file"));
