@@ -95,22 +95,28 @@ class Session:
             assert found in (self.wanted, self.maybe), (found, self.wanted, self.maybe)
             self.keep(found, found)
             for number in range(STEPS):
-                self.draw.choice((self.label, self.label, self.label, self.back, self.skip, self.others, self.fill))(
-                    f"{self.job['round']} {number}"
-                )
+                steps = (self.label, self.label, self.review, self.back, self.skip, self.others, self.fill)
+                self.draw.choice(steps)(f"{self.job['round']} {number}")
                 time.sleep(self.draw.choice((0, 0, 0.05)))
             if self.draw.random() < 0.5:
                 self.full.unlink(missing_ok=True)
         if not self.full.exists():
             assert self.found() == self.wanted, (self.found(), self.wanted)
 
-    def label(self, step: str) -> None:
-        chosen = self.draw.sample(range(len(self.paths)), self.draw.randint(1, 3))
+    def review(self, step: str) -> None:
+        """Label many photos at once. The page then shows the acknowledged labels."""
+        self.label(step, most=len(self.paths), reviewed=True)
+        shown = self.http.get("/v1/label/answers").json()["photos"]
+        labels = {self.digests[one["photo"]]: one["label"] for one in shown}
+        assert labels == {digest: self.wanted.get(digest) for digest in labels}
+
+    def label(self, step: str, most: int = 3, **more: bool) -> None:
+        chosen = self.draw.sample(range(len(self.paths)), self.draw.randint(1, most))
         labels = {photo: self.draw.choice((*LABELS, f"new {step}")) for photo in chosen}
         new = self.wanted | {self.digests[photo]: label for photo, label in labels.items()}
         before = {digest: self.wanted.get(digest) for digest in new if new[digest] != self.wanted.get(digest)}
         body = [{"photo": photo, "label": label} for photo, label in labels.items()]
-        if self.ask({"labels": body, "step": step}, new):
+        if self.ask({"labels": body, "step": step, **more}, new):
             self.undo.append((step, before))
 
     def skip(self, step: str) -> None:

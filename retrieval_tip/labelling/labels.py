@@ -228,10 +228,11 @@ class Guessed:
 
 def guesses(index: Index, features: FloatArray) -> list[Guessed]:
     """Return the most probable classes of each photo, most probable first. The class ``NONE`` is left out."""
-    answers = index.classify(features, "keep", top=GUESSES + 1, neighbours=0, logits=False)
-    chances = (dict(zip(one.labels, one.probabilities, strict=True)) for one in answers)
-    named = ([pair for pair in one.items() if pair[0] != NONE][:GUESSES] for one in chances)
-    return [Guessed(dict(pairs), bool(one.unlike)) for pairs, one in zip(named, answers, strict=True)]
+    answers = index.classify(features, "keep", top=GUESSES + 1, neighbours=0, logits=False).to_arrow()
+    unlike = answers["unlike"].to_pylist() if "unlike" in answers.column_names else [False] * len(answers)
+    pairs = map(zip, answers["labels"].to_pylist(), answers["probabilities"].to_pylist())
+    named = ([pair for pair in own if pair[0] != NONE][:GUESSES] for own in pairs)
+    return [Guessed(dict(own), one) for own, one in zip(named, unlike, strict=True)]
 
 
 def unknown_groups(index: Index, features: FloatArray, found: Sequence[Guessed]) -> list[list[int]]:

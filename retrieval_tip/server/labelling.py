@@ -44,6 +44,7 @@ from retrieval_tip.labelling.sort import sort_photos, undo_sort
 from retrieval_tip.model import Index
 from retrieval_tip.server import schemas
 from retrieval_tip.server.problems import Problem
+from retrieval_tip.server.schemas import Row
 from retrieval_tip.server.served import Version
 from retrieval_tip.server.service import Service
 from retrieval_tip.store.labels import WITHDRAWN
@@ -166,7 +167,7 @@ class Labelling:
         for one in self._queue.show(taken):
             guessed, others = self._facts.get(one.photo, (None, []))
             similar = [photo for photo in others if photo not in taken]
-            found = _listed(guessed)
+            found = [schemas.Guess.model_validate(row) for row in _listed(guessed)]
             shown.append(schemas.QueuedPhoto(**vars(one), name=names[one.photo], guesses=found, similar=similar))
         busy = self._choice_due() or version is not self._measured_at or self._unsaved.keys() > self._refused.keys()
         refused = [
@@ -255,7 +256,7 @@ class Labelling:
             self._unsaved[photo] = label
         self._due.set()
 
-    async def answers(self) -> schemas.FolderAnswers:
+    async def answers(self) -> Row:
         """Return the labels and answers of all photos that have been read. Until there are labels, there are none."""
         version, labels = self._version(), self._labels()
         shown = [photo for photo in sorted(self.photos.encoded | labels.keys()) if photo < len(self.photos)]
@@ -269,17 +270,13 @@ class Labelling:
             found = dict(zip(rows, answers, strict=True))
             alike = await self._service.find(unknown_groups, version.index, features, answers)
             groups = [[rows[row] for row in own] for own in alike]
-        names = self.photos.names
+        names, given = self.photos.names, {photo: label.label for photo, label in labels.items()}
         photos = [
-            schemas.FolderPhoto(
-                photo=photo, name=names[photo], label=labels[photo].label if photo in labels else None,
-                guesses=_listed(found.get(photo)), unlike=photo in found and found[photo].unlike,
-            )
+            {"photo": photo, "name": names[photo], "label": given.get(photo), "guesses": _listed(found.get(photo)),
+             "unlike": photo in found and found[photo].unlike}
             for photo in shown
         ]  # fmt: skip
-        return schemas.FolderAnswers(
-            version=None if version is None else version.manifest.version, photos=photos, groups=groups
-        )
+        return {"version": version and version.manifest.version, "photos": photos, "groups": groups}
 
     async def sort(self, change: schemas.SortInto) -> schemas.SortedPhotos:
         """Sort photos into folders by class, or undo it.
@@ -528,9 +525,9 @@ def _paths_of(sources: Sequence[Source]) -> list[str]:
     return paths
 
 
-def _listed(guessed: Guessed | None) -> list[schemas.Guess]:
+def _listed(guessed: Guessed | None) -> list[Row]:
     chances = {} if guessed is None else guessed.chances
-    return [schemas.Guess(label=label, probability=chance) for label, chance in chances.items()]
+    return [{"label": label, "probability": chance} for label, chance in chances.items()]
 
 
 def _entry(photos: SessionPhotos, photo: int, label: Label) -> Entry:

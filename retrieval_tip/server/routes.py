@@ -253,10 +253,10 @@ async def label_status(labelling: TheLabelling) -> schemas.LabellingStatus:
     return labelling.status()
 
 
-@reads.get("/label/answers")
-async def label_answers(labelling: TheLabelling) -> schemas.FolderAnswers:
+@reads.get("/label/answers", response_model=schemas.FolderAnswers)
+async def label_answers(labelling: TheLabelling) -> Response:
     """Return the labels and answers of all photos of the labelling session."""
-    return await labelling.answers()
+    return json_of(await labelling.answers())
 
 
 @reads.get("/label/photos/{photo}/feature", response_class=Response, responses=BYTES)
