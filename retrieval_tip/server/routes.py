@@ -261,7 +261,7 @@ async def label_answers(labelling: TheLabelling) -> Response:
 
 @reads.get("/label/photos/{photo}/feature", response_class=Response, responses=BYTES)
 async def label_feature(labelling: TheLabelling, photo: schemas.PhotoNumber) -> Response:
-    """Return the feature of a photo as little-endian float32 numbers, as POST /v1/classify accepts it."""
+    """Return the feature of a photo as little-endian float32 numbers."""
     labelling.path(photo)
     feature = labelling.photos.feature(photo)
     if feature is None:
