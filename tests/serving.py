@@ -62,17 +62,17 @@ def server(
     path: str | None = None,
     command: str = "serve",
     printed: list[str] | None = None,
+    port: int | None = 0,
 ) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """Run a server on a free port, yield its address and process, then stop it.
+    """Run a server, by default on a free port, yield its address and process, then stop it.
 
     The server runs in a new interpreter, or as the program found on ``path``. Its exit status is checked unless the
     test has already ended the process. Its standard error is added to ``printed``.
     """
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"} | ({"RETRIEVAL_TIP_TOKEN": token} if token else {})
     program = [str(shutil.which("retrieval-tip", path=path))] if path else [sys.executable, "-m", "retrieval_tip"]
-    process = subprocess.Popen(
-        [*program, command, *map(str, arguments), "--port", "0"], stderr=subprocess.PIPE, text=True, env=environment
-    )
+    program += [command, *map(str, arguments), *([] if port is None else ["--port", str(port)])]
+    process = subprocess.Popen(program, stderr=subprocess.PIPE, text=True, env=environment)
     lines: queue.Queue[str | None] = queue.Queue()
     printed = [] if printed is None else printed
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import socket
 import time
 import urllib.request
 from pathlib import Path
@@ -480,8 +481,9 @@ def test_a_killed_session_keeps_its_labels_and_a_stopped_one_names_the_file_of_t
     shutil.copytree(Path(next(iter(pool))).parent, folder)
     right = {str(folder / Path(name).name): label for name, label in pool.items()}
     model = "--model", f"local-dir:{shared / 'models' / 'lit-mini'}", "--classes", "owl, crab"
-    with server(folder, "--into", index, *model, path=warm_path, command="label") as (url, process):
-        state = asked(url)
+    again = {"path": warm_path, "command": "label", "port": None}
+    with server(folder, "--into", index, *model, **again) as (first_url, process):
+        state = asked(url := first_url)
         assert [one["label"] for one in state["classes"]] == ["owl", "crab"]
         first = [one for one in state["queue"] if one["name"] in right][:6]  # without the damaged file
         for one in first:
@@ -490,7 +492,8 @@ def test_a_killed_session_keeps_its_labels_and_a_stopped_one_names_the_file_of_t
         process.wait()
     folder = folder.rename(tmp_path / "renamed")
     printed = []
-    with server(folder, "--into", index, *model, path=warm_path, command="label", printed=printed) as (url, process):
+    with server(folder, "--into", index, *model, **again, printed=printed) as (url, process):
+        assert url == first_url  # an open page still works
         asked(url, {"labels": [{"photo": sorted(folder.iterdir()).index(folder / "damaged.jpg"), "label": "owl"}]})
         process.send_signal(signal.SIGINT)
         assert process.wait() == 1
@@ -501,7 +504,13 @@ def test_a_killed_session_keeps_its_labels_and_a_stopped_one_names_the_file_of_t
     (entry,) = map(json.loads, journal.read_text().splitlines())
     assert (entry["path"], entry["label"]) == (str(folder / "damaged.jpg"), "owl")
     assert f"{journal}: has 1 label that could not be saved (not a readable image" in printed[-1]
-    with server(folder, "--into", index, path=warm_path, command="label") as (url, _):  # uses the encoder of the index
+    address, _, token = url.partition("/#token=")
+    with (
+        socket.create_server(("127.0.0.1", int(address.rpartition(":")[2]))),  # it may have received the token
+        server(folder, "--into", index, **again) as (url, _),  # uses the encoder of the index
+    ):
+        assert not url.startswith(address)
+        assert not url.endswith(token)
         until = time.monotonic() + 60
         while not (refused := asked(url)["refused"]):
             assert time.monotonic() < until

@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -461,13 +462,18 @@ def test_a_local_server_creates_and_prints_a_token(random_things: Path, warm_pat
         assert process.wait(30) == 0
     line, process = started("--read-only")
     with process:
-        address = line.rpartition(" at ")[2].partition(";")[0]
         assert "token" not in line
-        assert not httpx.get(f"{address}/v1/indexes").json()["indexes"][0]["changes"]
+        assert not httpx.get(f"{line.rpartition(' at ')[2].partition(';')[0]}/v1/indexes").json()["indexes"][0][
+            "changes"
+        ]
         process.terminate()
-    line, process = started("--read-only", "--private")
+    line, process = started("--read-only", "--private", "--port", address.rpartition(":")[2])
     with process:
-        address, token = re.search(r"(http://127\.0\.0\.1:\d+)/#token=([\w-]{20,}) to view it;", line).groups()  # type: ignore[union-attr]
+        assert f"{address}/#token={token} to view it;" in line  # an open page still works
+        file = run_module.Kept("serve", [random_things]).file
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        file.chmod(0o640)
+        assert run_module.Kept("serve", [random_things]).token == ""  # it is no secret any more
         right = {"Authorization": f"Bearer {token}"}
         assert httpx.get(f"{address}/v1/indexes").status_code == 401
         assert not httpx.get(f"{address}/v1/indexes", headers=right).json()["indexes"][0]["changes"]

@@ -13,7 +13,7 @@ import click
 from retrieval_tip.cli import kinds, options
 from retrieval_tip.cli.group import Group, argument, flag, grouped, option
 from retrieval_tip.cli.kinds import Place
-from retrieval_tip.cli.messages import about, command_line, finish, print_result, quiet, say, say_fit, warn
+from retrieval_tip.cli.messages import about, command_line, finish, note, print_result, quiet, say, say_fit, warn
 from retrieval_tip.cli.opening import backbone_for, backbone_of, load_index, reader_for, reader_of, source_of, store_of
 from retrieval_tip.cli.options import BackboneOptions, EncodingOptions, OutputOptions, ReadingOptions, ViewOptions
 from retrieval_tip.errors import UsageError, counted, few, show
@@ -296,7 +296,7 @@ def relabel_command(
     from retrieval_tip.index import changes
 
     changed = changes.relabel(folder, label, where=which.where, key_ids=which.key_ids)
-    _say_changed(folder, changed, f"relabelled {counted(len(changed.key_ids), 'shot')} as {label}")
+    _say_relabelled(folder, changed, f" as {label}")
 
 
 @index.command()
@@ -504,7 +504,7 @@ def audit_command(
         if k is not None or borderline or printing != OutputOptions(None, None):
             raise UsageError("--apply: cannot be combined with other options")
         changed = apply_audit(folder, file)
-        _say_changed(folder, changed, f"relabelled {counted(len(changed.key_ids), 'shot')}")
+        _say_relabelled(folder, changed)
         return
     from retrieval_tip.evaluation.audit import audit
 
@@ -543,6 +543,14 @@ def _say_added(folder: Place, added: Added, skipped: bool = False) -> None:
 def _say_changed(folder: Place, changed: Changed, what: str) -> None:
     _say_version(folder, changed.version, what)
     _say_fitted(folder, changed)
+
+
+def _say_relabelled(folder: Place, changed: Changed, to: str = "") -> None:
+    _say_changed(folder, changed, f"relabelled {counted(len(changed.key_ids), 'shot')}{to}")
+    if changed.key_ids:
+        note(
+            f"Next: copy the photos into corrected folders ({command_line('sort', folder, 'photos', '--into', 'fixed')})"
+        )
 
 
 def _say_fitted(folder: Place, changed: Changed) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import secrets
 import sys
 import webbrowser
 from collections.abc import Sequence
@@ -62,16 +61,16 @@ def serve_command(
 ) -> None:
     """Serve indexes as a web page and an HTTP API.
 
-    If you give no INDEX, you can create the first one in the page. While the server is running, it detects new versions
-    of its indexes. Use Ctrl+C or SIGTERM to stop the server cleanly. The server needs the extra serve.
+    If you give no INDEX, you can create the first one in the page. The server detects new versions of its indexes.
+    Use Ctrl+C or SIGTERM to stop it cleanly. It needs the extra serve.
 
     Options:
         host: Address to listen on. Without --private, anyone who can reach it can view the indexes.
         port: Port to listen on. Use 0 to select a free port.
-        token: Secret token required to change indexes. [default: on localhost, a new token, which is part of the
-            printed URL; on other addresses, no token, and changes are refused]
+        token: Secret token required to change indexes. [default: on localhost, a token that is part of the printed URL
+            and is kept for the next server on this port; on other addresses, no token, and changes are refused]
         read_only: Refuse all changes.
-        private: Require the token for all requests. If you give no token, a new one is printed.
+        private: Require the token for all requests. If you give no token, one is printed.
         uploads: Folder in which added images are stored. [default: INDEX-shots, next to each INDEX]
         into: Folder for indexes that are created in the page. [default: next to the first INDEX]
         model: Encoder for indexes that are created in the page. [default: the encoder of the first INDEX, or ViT-B-32]
@@ -85,16 +84,16 @@ def serve_command(
     from retrieval_tip.backbones.loading import load_backbone
     from retrieval_tip.server.app import create_app
     from retrieval_tip.server.limits import Limits
-    from retrieval_tip.server.run import LOOPBACK, address, listen, serve
+    from retrieval_tip.server.run import LOOPBACK, Kept, address, is_local, listen, serve
     from retrieval_tip.server.served import Backbones, Maker, open_all
 
     _check_access(token, read_only and not private, trusted_proxy)
     device, precision, verify = backbone.device, backbone.precision, opening.verify
     limits = Limits(bytes=limited.max_bytes, pixels=limited.max_pixels, queue=limited.queue, seconds=limited.timeout)
     with listen(host, port) as listening:
-        here = listening.getsockname()[0].startswith(("127.", "::1"))
-        made = secrets.token_urlsafe(16) if token is None and (private or (here and not read_only)) else None
-        key = token or made
+        here = is_local(listening)
+        kept = Kept("serve", folders or [into or Path("indexes")])
+        key = kept.token_for(listening) if token is None and (private or (here and not read_only)) else token
         if allow_host or here:
             limits = replace(limits, hosts=LOOPBACK | {name.lower() for name in allow_host})
         served = open_all(folders, device, precision, verify)
@@ -107,7 +106,7 @@ def serve_command(
         named = (f"{name} ({counted(one.now.index.n, 'shot')})" for name, one in served.items())
         what = ", ".join(named) or "no index yet"
         at = address(listening)
-        opened = f" open {at}/#token={made} to view{'' if read_only else ' and change'} it;" if made else ""
+        opened = f" open {at}/#token={key} to view{'' if read_only else ' and change'} it;" if key != token else ""
         ready = partial(say, f"Serving {what} at {at};{opened} Ctrl+C stops the server")
         access: dict[str, Any] = {"token": None if read_only else key, "private": key if private else None}
         app = create_app(served, limits, **access, uploads=uploads, root=root, maker=maker, ready=ready)
@@ -119,7 +118,7 @@ def label_command(
     photos: tuple[str, ...] = argument(nargs=-1, required=True),
     folder: Place = option(kinds.INDEX, "--into", required=True, metavar="INDEX"),
     classes: str = option(default="", metavar="NAME,...", show_default=False),
-    port: int = option(click.IntRange(0, 65535), default=0, show_default="a free port"),
+    port: int | None = option(click.IntRange(0, 65535)),
     encoding: EncodingOptions = options.ENCODING,
 ) -> None:
     """Label photos in the browser, most useful photos first.
@@ -131,26 +130,27 @@ def label_command(
     Options:
         folder: Index that stores the labels. The first label creates it.
         classes: Class names, separated by commas. You can add others in the page.
-        port: Port to listen on.
+        port: Port to listen on. Use 0 to select a free port. [default: the last port of INDEX, or a free port]
     """
     _check_installed("label")
     from retrieval_tip.server.app import create_app
     from retrieval_tip.server.labelling import Labelling
     from retrieval_tip.server.limits import Limits
-    from retrieval_tip.server.run import LOOPBACK, address, listen, serve
+    from retrieval_tip.server.run import LOOPBACK, Kept, address, listen, serve
     from retrieval_tip.server.served import Backbones, Maker, Served
 
     sources, store = inputs_of(photos), store_of(folder)
     known = store.exists()
     opened = reader_for(store.manifest(), sources, encoding) if known else named_encoder(encoding)
-    with opened as reader, listen("127.0.0.1", port) as listening:
+    kept = Kept("label", [folder])
+    with opened as reader, kept.listen("127.0.0.1") if port is None else listen("127.0.0.1", port) as listening:
         names = [name for name in map(str.strip, classes.split(",")) if name]
         labelling = Labelling(folder, sources, reader, names)
         assert reader.backbone is not None
         backbones = Backbones(encoding.device, encoding.precision, None, reader.backbone)
         maker = Maker((store.local or Path("indexes/new")).parent, reader.backbone, backbones)
         served = {one.name: one for one in ([Served(folder, backbones)] if known else [])}
-        token = secrets.token_urlsafe(16)
+        token = kept.token_for(listening)
         url = f"{address(listening)}/#token={token}"
 
         def ready() -> None:

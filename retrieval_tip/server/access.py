@@ -77,8 +77,9 @@ def cookie(token: str) -> tuple[str, str]:
 
 def _refusal(request: Request) -> Problem:
     command = "serve" if request.app.state.labelling is None else "label"
+    realm = f'Bearer realm="retrieval-tip {command}"'
     text = f"the token is missing or wrong; send Authorization: Bearer TOKEN, with the token that {command} printed"
-    return Problem(401, text, {"WWW-Authenticate": "Bearer"})
+    return Problem(401, text, {"WWW-Authenticate": realm})
 
 
 async def may_read(request: Request) -> None:

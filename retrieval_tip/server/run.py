@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import os
 import resource
+import secrets
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
 from h11 import LocalProtocolError
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from retrieval_tip.errors import UsageError
+from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.files import cache_folder, make_folders, open_regular, real
 
 BACKLOG = 1024
 IDLE_SECONDS = 15
@@ -40,11 +45,57 @@ def listen(host: str, port: int) -> socket.socket:
         raise UsageError(f"--host {host} --port {port}: {reason}; choose another address or port") from None
 
 
+def is_local(listening: socket.socket) -> bool:
+    """Return whether only this machine can reach a listening socket."""
+    return str(listening.getsockname()[0]).startswith(("127.", "::1"))
+
+
 def address(listening: socket.socket) -> str:
     """Return the URL at which a browser can reach a listening socket."""
     host, port = listening.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  # browsers cannot open wildcards
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+class Kept:
+    """The port and the token of the last server of some indexes, so that its page works with the next server.
+
+    The file with the token is only used if no other user can read or write it. The token is only used on the same port,
+    because a program that has taken this port may have received the token from an open page.
+    """
+
+    def __init__(self, command: str, places: Iterable[Path | str]) -> None:
+        names = [command, *(str(real(place) if isinstance(place, Path) else place) for place in places)]
+        name = hashlib.sha256(repr(names).encode()).hexdigest()
+        self.file = (cache_folder() or Path(os.devnull)) / "servers" / name
+        self.port, self.token = 0, ""
+        with suppress(OSError, InputError, ValueError), open_regular(self.file) as file:
+            status = os.fstat(file.fileno())
+            if status.st_uid == os.geteuid() and not status.st_mode & 0o077:
+                port, self.token = file.read().decode().split()
+                self.port = int(port)
+
+    def listen(self, host: str) -> socket.socket:
+        """Listen on the last port, or on a free one if it is in use."""
+        try:
+            return listen(host, self.port)
+        except UsageError:
+            return listen(host, 0)
+
+    def token_for(self, listening: socket.socket) -> str:
+        """Return the token of a listening server, which is new unless the server has the last port of this machine."""
+        port, token = listening.getsockname()[1], secrets.token_urlsafe(16)
+        if not is_local(listening):
+            return token
+        if port == self.port:
+            return self.token
+        with suppress(OSError):  # without a file, the next token is new
+            make_folders(self.file.parent)
+            self.file.unlink(missing_ok=True)
+            handle = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with open(handle, "w") as file:
+                file.write(f"{port} {token}")
+        return token
 
 
 class Connection(H11Protocol):
