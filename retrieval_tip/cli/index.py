@@ -548,9 +548,8 @@ def _say_changed(folder: Place, changed: Changed, what: str) -> None:
 def _say_relabelled(folder: Place, changed: Changed, to: str = "") -> None:
     _say_changed(folder, changed, f"relabelled {counted(len(changed.key_ids), 'shot')}{to}")
     if changed.key_ids:
-        note(
-            f"Next: copy the photos into corrected folders ({command_line('sort', folder, 'photos', '--into', 'fixed')})"
-        )
+        copy = command_line("sort", folder, "photos", "--into", "fixed")
+        note(f"Next: copy the photos into corrected folders ({copy})")
 
 
 def _say_fitted(folder: Place, changed: Changed) -> None:

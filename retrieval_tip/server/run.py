@@ -93,7 +93,7 @@ class Kept:
             make_folders(self.file.parent)
             self.file.unlink(missing_ok=True)
             handle = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with open(handle, "w") as file:
+            with os.fdopen(handle, "w") as file:
                 file.write(f"{port} {token}")
         return token
 
