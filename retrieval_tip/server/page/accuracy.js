@@ -17,7 +17,7 @@ export function judged(accuracy) {
   const { photos, words, both, tested, classes } = accuracy;
   const some = tested < classes ? `Only ${tested} of ${classes} classes could be tested. ` : "";
   const parts = words === null ? "" : ` Photos alone: ${percent(photos)}; class names alone: ${percent(words)}.`;
-  return `${some}Estimated accuracy: ${percent(both ?? photos)} (measured by hiding each of its examples in turn).${parts}`;
+  return `${some}Estimated accuracy: ${percent(both ?? photos)} (each example photo was classified by the others).${parts}`;
 }
 
 /** Show the accuracy on two screens, and in the header, with its interval. The last known accuracy is shown until the

@@ -21,7 +21,10 @@ export const pause = (ms, signal) =>
     signal?.addEventListener("abort", () => (clearTimeout(timer), reject(signal.reason)), { once: true });
   });
 
+export const printed = { by: "retrieval-tip serve" }; // the command that has printed the token
+
 async function problemOf(response) {
+  printed.by = /realm="(.*)"/.exec(response.headers.get("WWW-Authenticate"))?.[1] ?? printed.by;
   const detail = (await response.json().catch(() => null))?.detail; // a proxy may not send JSON
   return new Problem(typeof detail === "string" ? detail : `HTTP ${response.status} ${response.statusText}`, response.status);
 }

@@ -4,7 +4,7 @@ import { gained } from "./accuracy.js";
 import * as api from "./api.js";
 import { looked, pagePhotos } from "./classify.js";
 import { confirmed } from "./dialogs.js";
-import { $, attempt, button, classField, count, debounced, el, failure, isFor, named, nameOf, percent, picture, plural, refill } from "./dom.js";
+import { $, attempt, button, classField, count, cut, debounced, el, failure, isFor, named, nameOf, percent, picture, plural, refill } from "./dom.js";
 import { Grid } from "./grid.js";
 import { KeyMap, placeOf } from "./map.js";
 import { undoable } from "./notice.js";
@@ -19,6 +19,7 @@ const MAPPED = 10_000; // maximum number of examples on the map; if there are mo
 const MINUTES = 20 * 60_000; // ms that computing a map may take
 const RINGS = 500; // maximum number of new photos on the map
 const FEW = 4; // a class that has fewer examples needs more
+const CARDS = 24; // classes to show at first
 
 /** A part of the view whose content is fetched. Its state line shows progress or errors, or tells that it is empty. */
 class Part {
@@ -62,6 +63,8 @@ async function changed(what, change, heading) {
     const done = await change();
     if (!done) return;
     grid.select([]);
+    $("audit-next").hidden = false;
+    $("audit-next").lastElementChild.textContent = `retrieval-tip sort ${quoted(state.info.name)} photos --into fixed`;
     const more = undoable(`${what}.`, before, done.version);
     heading.focus();
     gained(accuracy).then((gain) => gain && more(`${what}.${gain}`));
@@ -70,6 +73,8 @@ async function changed(what, change, heading) {
   }
 }
 
+/** Quote a word for a shell. */
+const quoted = (word) => (/^[\w.-]+$/.test(word) ? word : `'${word.replaceAll("'", "'\\''")}'`);
 const examples = (number) => plural(number, "example photo");
 const idsOf = (some) => some.map(({ key_id: id }) => id);
 const move = (some, label, heading) =>
@@ -82,8 +87,8 @@ async function remove(some, heading) {
 }
 
 const described = ({ key_id: id, label, source }) => [
-  el("strong", { class: "name" }, label),
-  el("span", { class: "source", title: source }, nameOf(source)),
+  el("strong", { class: "name", title: label }, cut(label)),
+  el("span", { class: "source", title: source }, cut(nameOf(source))),
   el("span", { class: "hint" }, `photo ${id}`),
 ];
 
@@ -98,30 +103,32 @@ function showAbout() {
     classes: count(info.n_classes),
     encoder: info.backbone ?? "none (only features are accepted)",
   });
+  const { alpha, beta, temperature, source } = info.provenance;
   fill($("provenance"), {
+    source,
     dimensions: info.d,
-    alpha: rounded(info.alpha),
-    beta: rounded(info.beta),
+    alpha: `${rounded(info.alpha)} (${alpha})`,
+    beta: `${rounded(info.beta)} (${beta})`,
     k: info.k === "all" ? "all" : `${info.k}, ${info.tail ? "with" : "without"} tail`,
-    temperature: rounded(info.temperature),
+    temperature: `${rounded(info.temperature)} (${temperature})`,
     "logit scale": rounded(info.logit_scale),
     "FAISS index": info.exact_search ? info.index : `${info.index}, approximate`,
     prompts: info.text ? info.templates.join(" · ") || "none (text features were given)" : "none (class names are not used)",
     metric: info.metric === "none" ? null : "within-class",
     values: info.values === "one-hot" ? null : info.values,
-    ...info.provenance,
   });
 }
 
 const rounded = (value) => Number(value.toPrecision(5)).toLocaleString("en");
 
 function fill(list, facts) {
-  const shown = Object.entries(facts).filter(([, value]) => value !== null && value !== "");
-  const text = (value) => (typeof value === "object" ? JSON.stringify(value) : String(value));
-  list.replaceChildren(...shown.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, text(value)))));
+  const shown = Object.entries(facts).filter(([, value]) => value);
+  list.replaceChildren(...shown.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, String(value)))));
 }
 
 // --- classes ---
+
+let allCards = false; // whether all classes are shown
 
 const classes = new Part(
   "classes",
@@ -138,11 +145,14 @@ const classes = new Part(
       .sort((a, b) => (place.get(a.label) ?? Infinity) - (place.get(b.label) ?? Infinity) || 0); // weakest classes first
     $("classes-count").textContent = found.length < info.n_classes ? `${count(found.length)} of ${count(info.n_classes)}` : count(found.length);
     $("classes-add").hidden = !info.changes || !info.images;
-    $("classes-hint").hidden = !info.changes;
+    for (const id of ["classes-hint", "classes-edit"]) $(id).hidden = !info.changes;
     const card = (one) => classCard(one, images.get(one.class_id), weakest.get(one.label), doubted.get(one.label)?.length);
     const naming = $("classes-list").querySelector(".naming");
     const edited = naming?.parentNode.dataset.label;
-    refill($("classes-list"), found.map(card));
+    const shown = allCards ? found : found.slice(0, CARDS);
+    refill($("classes-list"), shown.map(card));
+    $("classes-all").hidden = shown.length === found.length;
+    $("classes-all").textContent = `Show all ${count(found.length)}`;
     const renamed = naming && [...$("classes-list").children].find(({ dataset }) => dataset.label === edited);
     if (renamed) openName(renamed, naming); // the name is being edited
     return found.length ? "" : "No classes match this filter.";
@@ -160,7 +170,7 @@ function classCard({ label, keys }, image, weak, doubted) {
   };
   const parts = [
     picture(image, 240, ""),
-    el("span", { class: "name" }, label),
+    el("span", { class: "name" }, cut(label)),
     el("span", { class: "count" }, plural(keys, "photo")),
     el("span", { class: "needs" }, needs),
   ];
@@ -316,6 +326,7 @@ let mapped = null; // key ids selected on the map, or null for all
 async function listOnly(ids) {
   mapped = ids;
   $("shots-mapped").hidden = !ids;
+  $("classes-list").parentNode.hidden = Boolean(ids); // the photos come first
   if (ids) {
     $("shots-mapped").firstElementChild.textContent = `${plural(ids.length, "photo")} from the map`;
     for (const id of ["shots-class", "shots-source"]) $(id).value = "";
@@ -374,9 +385,11 @@ function showStar() {
   const photo = looked();
   const at = (one) => (drawn && one?.current ? placeOf(drawn, one, settings.values.beta) : null);
   const place = at(photo);
-  keyMap.star(place, pagePhotos().slice(0, RINGS).filter((one) => one !== photo).map(at).filter(Boolean));
+  const others = pagePhotos().slice(0, RINGS).filter((one) => one !== photo);
+  const answer = (one) => (one.unlike ? -1 : state.labels.indexOf(one.taught ?? one.winner?.label));
+  keyMap.star(place, others.map((one) => [at(one), answer(one)]).filter(([where]) => where));
   const how = drawn?.axes ? "is at the star." : "is not on this map. The star marks the examples that it resembles most.";
-  $("map-star").textContent = place ? `★ ${photo.name} ${how}` : "";
+  $("map-star").textContent = place ? `★ ${cut(photo.name, 40)} ${how}` : "";
 }
 
 async function shotsOf(ids) {
@@ -438,7 +451,7 @@ function showSuspects() {
   const known = kept();
   listed = suspects.filter((shot) => !known.has(sourceAndLabel(shot)));
   $("audit-count").textContent = $("tab-check-count").textContent = count(listed.length);
-  refill($("audit"), listed.map(suspicious));
+  refill($("audit"), listed.map((shot, i) => suspicious(shot, i ? 480 : 1024)));
   $("audit-bulk").hidden = listed.length < 2 || !state.info.changes;
   $("audit-move-all").textContent = `Accept all ${movable().length}`;
   $("audit-move-all").hidden = !movable().length;
@@ -457,10 +470,10 @@ $("audit-move-all").addEventListener("click", moveAll);
 $("audit-keep-all").addEventListener("click", () => keep(listed));
 $("audit-remove-all").addEventListener("click", () => remove(listed, $("audit-title")));
 
-function suspicious(shot) {
+function suspicious(shot, size) {
   const figure = (url, source, label, caption) => {
-    const texts = el("figcaption", {}, el("span", { class: "hint" }, caption), el("span", { class: "name" }, label));
-    return el("figure", {}, picture(url, 240, nameOf(source)), texts);
+    const texts = el("figcaption", {}, `${caption} `, el("span", { class: "name", title: label }, cut(label)));
+    return el("figure", { title: source }, picture(url, size, nameOf(source)), texts);
   };
   const act = (text, key, onclick) => {
     const aria = { label: `${text}: photo ${shot.key_id}, ${shot.label}`, keyshortcuts: key };
@@ -470,20 +483,20 @@ function suspicious(shot) {
   const heading = $("audit-title");
   const { changes } = state.info;
   const acts = [
-    changes && suggested !== null ? act(`Change to ${suggested}`, "Enter", () => move([shot], suggested, heading)) : null,
-    act("Keep", "K", () => keep([shot])),
+    changes && suggested !== null ? act(`Change to ${cut(suggested)}`, "Enter", () => move([shot], suggested, heading)) : null,
+    act(`Keep ${cut(shot.label)}`, "K", () => keep([shot])),
     changes ? act("Remove", "X", () => remove([shot], heading)) : null,
   ];
   const text = [
-    suggested === null ? null : el("p", {}, "Should this be ", el("strong", { class: "name" }, suggested), "?"),
-    el("p", { class: "source", title: shot.source }, nameOf(shot.source, 2)),
-    twin === null ? null : el("p", { class: "hint" }, `This is the same image as photo ${twin}.`),
+    suggested === null ? null : el("p", {}, "All other examples together suggest ", el("strong", { class: "name", title: suggested }, cut(suggested)), "."),
+    twin === null ? null : el("p", {}, `The same image is in another class, too (photo ${twin}).`),
+    el("p", { class: "source", title: shot.source }, cut(nameOf(shot.source, 2), 40)),
   ];
   return el(
     "li",
     { data: { keyId: shot.key_id, margin: shot.margin } },
-    figure(shot.image, shot.source, shot.label, "labelled"),
-    figure(shot.nearest, shot.nearest_source ?? "", shot.nearest_label ?? "–", "closest example"),
+    figure(shot.image, shot.source, shot.label, "This photo is labelled"),
+    shot.nearest_label && figure(shot.nearest, shot.nearest_source, shot.nearest_label, "The most similar example is labelled"),
     el("div", {}, ...text, el("p", { class: "buttons" }, ...acts)),
   );
 }
@@ -545,6 +558,10 @@ const typed = debounced(250, () => shots.load());
 $("shots-class").addEventListener("input", typed);
 $("shots-source").addEventListener("input", typed);
 $("classes-filter").addEventListener("input", () => classes.load());
+$("classes-all").addEventListener("click", () => ((allCards = true), classes.load()));
+$("classes-edit").addEventListener("click", ({ target }) => {
+  target.ariaPressed = String($("classes-list").classList.toggle("edited"));
+});
 $("map-method").addEventListener("change", () => ((wished = $("map-method").value), map.load()));
 for (const [id, by] of [["map-closer", 1.5], ["map-farther", 1 / 1.5], ["map-whole", 0]])
   $(id).addEventListener("click", () => keyMap.zoom(by));
@@ -553,10 +570,13 @@ state.addEventListener("index", () => {
   for (const id of ["classes-filter", "shots-class", "shots-source"]) $(id).value = "";
   suspects = listed = [];
   mapped = drawn = null;
+  allCards = false;
+  $("audit-next").hidden = true;
   shotsByKey.clear();
   wished = "";
   grid.show([]); // each index has its own key ids
   $("shots-mapped").hidden = true;
+  $("classes-list").parentNode.hidden = false;
   $("map-method").replaceChildren();
   $("tab-check-count").textContent = "";
 });

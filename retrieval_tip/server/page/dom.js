@@ -38,7 +38,8 @@ export function named(form, call) {
 }
 
 /** Return a button for each of a few classes, which can be chosen by its number. */
-export const chips = (labels, choose) => labels.map((label, i) => button([el("kbd", {}, `${i + 1}`), ` ${label}`], () => choose(label), { class: "chip" }));
+export const chips = (labels, choose) =>
+  labels.map((label, i) => button([el("kbd", {}, `${i + 1}`), ` ${cut(label)}`], () => choose(label), { class: "chip", title: label }));
 
 /** Whether a key is pressed without a key that gives it another meaning. */
 export const isBare = (event) => !event.ctrlKey && !event.metaKey && !event.altKey;
@@ -101,6 +102,13 @@ export function short(value) {
 }
 
 export const plural = (number, one, many = `${one}s`) => `${count(number)} ${number === 1 ? one : many}`;
+
+/** Shorten a long name in its middle. The element that shows it should have the whole name as its title. */
+export function cut(name, most = 24) {
+  const letters = [...name];
+  const [start, end] = [letters.slice(0, most / 2), letters.slice(1 - most / 2)];
+  return letters.length > most ? `${start.join("")}…${end.join("")}` : name;
+}
 
 /** Return the last `parts` parts of a path. */
 export const nameOf = (source, parts = 1) => String(source).split(/[\\/]/).filter(Boolean).slice(-parts).join("/");

@@ -1,7 +1,7 @@
 // The open photo, with its answer, the examples for and against this answer, and the calculation.
 
 import * as api from "./api.js";
-import { $, chips, el, isBare, named, nameOf, percent, picture, short } from "./dom.js";
+import { $, chips, cut, el, isBare, named, nameOf, percent, picture, short } from "./dom.js";
 import { settings } from "./settings.js";
 import { state } from "./state.js";
 
@@ -109,16 +109,18 @@ export function show() {
   const drawer = $("drawer");
   const { shown, winner } = photo;
   drawer.setAttribute("aria-busy", String(photo.busy || shown?.name !== settings.name));
-  $("drawer-file").textContent = photo.name;
+  $("drawer-file").textContent = cut(photo.name, 40);
+  $("drawer-file").title = photo.name;
   $("drawer-state").textContent = photo.problem?.message ?? (photo.busy ? "Classifying…" : "");
   $("drawer-answer").hidden = !shown;
   $("drawer-like").hidden = photo.number !== undefined; // only the server has the features of the others
   if (!shown) {
-    $("drawer-title").textContent = photo.name;
+    $("drawer-title").textContent = cut(photo.name, 40);
     $("drawer-probability").textContent = "";
     return;
   }
-  $("drawer-title").textContent = photo.unlike ? "No match" : winner.label;
+  $("drawer-title").textContent = photo.unlike ? "No match" : cut(winner.label, 40);
+  $("drawer-title").title = winner.label;
   $("drawer-probability").textContent = photo.unlike ? "" : percent(winner.probability);
   $("drawer-notes").replaceChildren(...notes());
   showCorrection();
@@ -147,9 +149,7 @@ function showCorrection() {
   $("drawer-correction").hidden = !can || (wrong !== photo && !photo.unlike);
   $("drawer-which").textContent = photo.unlike ? "What is it?" : "Which class is right?";
   $("drawer-refused").hidden = can;
-  const shown = chips(can ? photo.choices : [], teachChoice);
-  shown.forEach((chip, i) => (chip.title = `Press ${i + 1}`));
-  $("drawer-chips").replaceChildren(...shown);
+  $("drawer-chips").replaceChildren(...chips(can ? photo.choices : [], teachChoice));
 }
 
 function showDecided() {
@@ -169,16 +169,15 @@ function decidedRow(key, most) {
   const { key_id: keyId, affinity, gives: [contribution] } = key;
   const moved = el("i", { class: contribution > 0 ? "for" : "against", aria: { hidden: "true" } });
   moved.style.setProperty("--p", strength(key) / most);
-  const { label } = photo.winner;
-  const how = contribution < 0 ? `against ${label}` : `supports ${contribution > 0 ? label : key.label}`;
+  const label = cut(contribution ? photo.winner.label : key.label);
+  const points = contribution ? `${short(Math.abs(contribution))} points` : "speaks";
   return el(
     "li",
-    { data: { keyId }, title: `${key.source}, similarity ${affinity.toFixed(2)}` },
+    { data: { keyId, affinity, weight: key.weight }, title: `${key.source}, similarity ${affinity.toFixed(2)}` },
     picture(api.pictureOf(state.info.name, keyId), 240, nameOf(key.source)),
-    el("span", { class: "name" }, key.label),
-    el("span", { class: "gives", data: { value: contribution } }, moved, ` ${contribution > 0 ? "+" : ""}${short(contribution)}`, el("span", { class: "unseen" }, how)),
-    el("span", { class: "unseen affinity", data: { value: affinity } }, `similarity ${affinity.toFixed(2)}`),
-    el("span", { class: "unseen weight", data: { value: key.weight } }, `weight ${short(key.weight)}`),
+    el("span", { class: "name", title: key.label }, cut(key.label)),
+    moved,
+    el("span", { class: "gives", data: { value: contribution } }, `${points} ${contribution < 0 ? "against" : "for"} ${label}`),
   );
 }
 

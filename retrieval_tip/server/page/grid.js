@@ -1,6 +1,6 @@
 // A listbox of tiles that can be used with a mouse or a keyboard. The document only contains tiles near the window.
 
-import { el, framed } from "./dom.js";
+import { cut, el, framed } from "./dom.js";
 
 const GAP = 8;
 const LEAST = 152; // minimum width of a tile, in px
@@ -8,6 +8,7 @@ const FEWEST = 3; // minimum number of columns, on phones
 const BELOW = 32; // height of the text below the image, in px
 const HEAD = 40;
 const DRAWN = 8; // a shorter movement of the mouse is a click, in px
+const LETTERS = 20; // maximum length of a text below the image
 const AHEAD = 700; // tiles are drawn up to this many px outside the window
 
 /** A grid of items, which are objects that have an `id`. `image(item)` returns the image of a tile, and
@@ -110,7 +111,9 @@ export class Grid {
     const place = this.#places.get(item);
     element.style.transform = `translate(${place.x}px, ${place.y}px)`;
     if (!item.id) return;
-    this.tile(item, element, ...[...element.children].slice(1));
+    const texts = [...element.children].slice(1);
+    this.tile(item, element, ...texts);
+    for (const text of texts) [text.title, text.textContent] = [text.textContent, cut(text.textContent, LETTERS)];
     element.setAttribute("aria-posinset", place.at + 1);
     element.setAttribute("aria-setsize", this.items.length);
     this.#mark(item, element);

@@ -1,11 +1,12 @@
 // A two-dimensional map of the keys on a canvas, which can be used with a mouse or a keyboard.
 
-import { framed, plural } from "./dom.js";
+import { cut, framed, plural } from "./dom.js";
 
 const NEAR = 14; // maximum distance of the pointer from a key, in px
 const DRAWN = 6; // minimum length of a drag in px; a shorter drag is a click
 const NAMED = 60; // maximum number of classes whose names are drawn
 const SIDE = 44; // side of an image and its cell, in px
+const BESIDE = [0, -34, 34, -52, 52]; // distances of a name from the middle of its class, best first, in px
 const NEAREST = 8; // number of keys that determine the place of a photo on a map that has no axes
 const ARROWS = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -48,7 +49,7 @@ export class KeyMap {
   #chosen = -1;
   #taken = new Set(); // positions of the marked keys
   #star = null;
-  #rings = []; // places of other new photos
+  #rings = []; // places of other new photos, and the class of their answers, or -1
   #scale = 1;
   #centre = [0, 0]; // centre of the view, in map coordinates
   #drag = null; // { path, far, at, centre } while a button is pressed; `path` is null while the map is moved
@@ -83,7 +84,7 @@ export class KeyMap {
     this.#draw();
   }
 
-  /** Draw a star at [x, y], or no star if `place` is null, and rings at other places. */
+  /** Draw a star at [x, y], or no star if `place` is null, and rings given as [place, class id]. */
   star(place, rings = []) {
     this.#star = place;
     this.#rings = rings;
@@ -144,25 +145,26 @@ export class KeyMap {
     const ids = this.#map.class_ids;
     const radius = ids.length > 2000 ? 2.5 : ids.length > 400 ? 3.5 : 5;
     const { color: ink, backgroundColor: paper } = getComputedStyle(this.#canvas);
-    const dots = (some, r) => {
-      for (const [classId, own] of Map.groupBy(some, (i) => ids[i])) {
-        const path = new Path2D(); // drawing one path per class is fast
-        for (const [x, y] of own.map(this.#place)) {
-          path.moveTo(x + r, y);
-          path.arc(x, y, r, 0, 2 * Math.PI);
-        }
-        context.fillStyle = colour(classId);
-        context.fill(path);
+    const dot = (style, r, places) => {
+      const path = new Path2D(); // drawing one path per class is fast
+      for (const [x, y] of places) {
+        path.moveTo(x + r, y);
+        path.arc(x, y, r, 0, 2 * Math.PI);
       }
+      context.fillStyle = style;
+      context.fill(path);
+    };
+    const dots = (some, r) => {
+      for (const [classId, own] of Map.groupBy(some, (i) => ids[i])) dot(colour(classId), r, own.map(this.#place));
     };
     const line = (path, style, lineWidth) => {
       Object.assign(context, { strokeStyle: style, lineWidth });
       context.stroke(path);
     };
-    const ring = ([x, y], r) => {
+    const ring = ([x, y], r, lineWidth = 2) => {
       const path = new Path2D();
       path.arc(x, y, r, 0, 2 * Math.PI);
-      line(path, ink, 2);
+      line(path, ink, lineWidth);
     };
     const seen = [...ids.keys()].filter((i) => {
       const [x, y] = this.#place(i);
@@ -171,10 +173,15 @@ export class KeyMap {
     context.globalAlpha = 0.85;
     dots(seen, radius);
     context.globalAlpha = 1;
-    this.#pictures(context, seen);
-    this.#names(context, seen, ink, paper);
+    const pictured = this.#pictures(context, seen);
+    for (const [at, classId] of this.#rings) {
+      context.globalAlpha = 0.6;
+      ring(this.#placed(at), radius + 2, 1);
+      context.globalAlpha = 1;
+      if (classId >= 0) dot(colour(classId), radius, [this.#placed(at)]);
+    }
+    this.#names(context, seen, pictured, ink, paper);
     for (const i of this.#taken) ring(this.#place(i), radius + 2);
-    for (const at of this.#rings) ring(this.#placed(at), 7);
     context.fillStyle = ink;
     if (this.#star) {
       const star = starAt(this.#placed(this.#star));
@@ -195,29 +202,34 @@ export class KeyMap {
     }
   }
 
-  /** Write the name of each class in its middle, largest class first, where there is room. */
-  #names(context, seen, ink, paper) {
+  /** Write the name of each class near its middle, largest class first, where it covers no image and no other name. */
+  #names(context, seen, pictured, ink, paper) {
     const groups = [...Map.groupBy(seen, (i) => this.#map.class_ids[i])];
     if (groups.length > NAMED) return;
     const middle = (values) => values.toSorted((a, b) => a - b)[values.length >> 1];
     const written = [];
     Object.assign(context, { font: "600 14px Inter, system-ui", textAlign: "center", lineWidth: 4, strokeStyle: paper, fillStyle: ink });
     for (const [classId, own] of groups.sort((a, b) => b[1].length - a[1].length)) {
-      const [x, y] = [0, 1].map((axis) => middle(own.map((i) => this.#place(i)[axis])));
-      const name = this.#on.name(classId);
+      const places = own.map(this.#place);
+      const centre = [0, 1].map((axis) => middle(places.map((place) => place[axis])));
+      const apart = places.map((place) => Math.hypot(place[0] - centre[0], place[1] - centre[1]));
+      const [x, own_y] = places[apart.indexOf(Math.min(...apart))]; // the middle of two groups may be empty
+      const name = cut(this.#on.name(classId));
       const half = context.measureText(name).width / 2 + 4;
-      if (written.some(([ax, ay, ahalf]) => Math.abs(ax - x) < ahalf + half && Math.abs(ay - y) < 20)) continue;
-      written.push([x, y, half]);
+      const clear = (y) => ![...written, ...pictured].some(([ax, ay, w, h]) => Math.abs(ax - x) < w + half && Math.abs(ay - y) < h + 10);
+      const y = BESIDE.map((by) => own_y + by).find(clear);
+      if (y === undefined) continue;
+      written.push([x, y, half, 10]);
       context.strokeText(name, x, y);
       context.fillText(name, x, y);
     }
     this.#canvas.dataset.names = written.length;
   }
 
-  /** Draw images where there is room for them, and request missing images. */
+  /** Draw images where there is room for them, request missing images, and return the boxes of the drawn ones. */
   #pictures(context, seen) {
     const taken = new Set();
-    const wanted = [];
+    const [wanted, drawn] = [[], []];
     for (const i of seen) {
       const [x, y] = this.#place(i);
       const cells = [-1, 0, 1].flatMap((dx) => [-1, 0, 1].map((dy) => `${Math.floor(x / SIDE) + dx} ${Math.floor(y / SIDE) + dy}`));
@@ -233,9 +245,11 @@ export class KeyMap {
       context.strokeStyle = colour(this.#map.class_ids[i]);
       context.lineWidth = 3;
       context.strokeRect(x - SIDE / 2, y - SIDE / 2, SIDE, SIDE);
+      drawn.push([x, y, SIDE / 2, SIDE / 2]);
     }
     clearTimeout(this.#asking);
     if (wanted.length) this.#asking = setTimeout(() => this.#ask(wanted), 150);
+    return drawn;
   }
 
   async #ask(ids) {
@@ -264,7 +278,7 @@ export class KeyMap {
 
   #down(event) {
     this.#point(event);
-    if (event.button || event.pointerType === "touch") return; // a finger scrolls the page
+    if (event.button) return;
     this.#canvas.setPointerCapture(event.pointerId);
     const at = [event.offsetX, event.offsetY];
     const path = event.shiftKey ? null : new Path2D();

@@ -1,6 +1,6 @@
 // The menu of the classifier: its name and facts, the other classifiers, and changes of the classifier as a whole.
 
-import { $, button, el, plural } from "./dom.js";
+import { $, button, cut, el, plural } from "./dom.js";
 import { askName, confirmed } from "./dialogs.js";
 import { notice, reported } from "./notice.js";
 import { state } from "./state.js";
@@ -16,7 +16,8 @@ export function showMenu(all, choose) {
 
 function showOpen() {
   const { info } = state;
-  $("index-name").textContent = info?.name ?? "No classifier yet";
+  $("index-name").textContent = cut(info?.name ?? "No classifier yet");
+  $("index-name").title = info?.name ?? "";
   $("index-changes").hidden = !info?.changes;
   for (const { firstChild: one } of $("index-list").children) one.setAttribute("aria-current", String(one.textContent === info?.name));
   if (!info) return;

@@ -57,7 +57,8 @@ class Settings extends EventTarget {
 
   /** Switch to another index or version. If the user has not changed any setting, use those of the index. */
   #follow(another) {
-    const { alpha, beta, k, tail, n_keys: n } = state.info;
+    const { alpha, beta, k, tail, n_keys: n, text } = state.info;
+    $("trust").hidden = !text; // without class names, there are only photos
     const untouched = another || !this.changed;
     this.#own = { alpha, beta, k, tail };
     this.#stops = { alpha: stopsAround(alpha, RANGES.alpha), beta: stopsAround(beta, RANGES.beta), k: stopsUpTo(n) };

@@ -3,7 +3,7 @@
 import * as api from "./api.js";
 import * as camera from "./camera.js";
 import { addFiles } from "./classify.js";
-import { $, button, count, el, picture, plural } from "./dom.js";
+import { $, button, count, cut, el, picture, plural } from "./dom.js";
 import { state } from "./state.js";
 
 const CLASSES = 60; // number of classes to show
@@ -18,7 +18,7 @@ async function show() {
   const list = (shown) => {
     const images = new Map(shown.map(({ class_id: id, image }) => [id, image]));
     const items = info.classes.slice(0, CLASSES).map(({ class_id: id, label, keys }) =>
-      el("li", {}, picture(images.get(id), 160, ""), el("span", { class: "name" }, label), el("span", { class: "hint" }, plural(keys, "photo"))),
+      el("li", {}, picture(images.get(id), 160, ""), el("span", { class: "name", title: label }, cut(label)), el("span", { class: "hint" }, plural(keys, "photo"))),
     );
     $("known").replaceChildren(...items);
   };

@@ -123,13 +123,12 @@ class State extends EventTarget {
 export async function askToken() {
   const field = el("input", { id: "token", type: "password", autocomplete: "off", required: true });
   const code = (text) => el("code", {}, text);
-  const where = ["You need the server’s token. You can find it after ", code("#token="), " in the address that ", code("retrieval-tip serve"), " or ", code("label")];
-  const refused = ["This is not the server’s token. Copy the end of the printed address, after ", code("#token="), "."];
+  const where = ["You need the server’s token, which is the end of the address that ", code(api.printed.by), " printed, after ", code("#token=")];
   const known = sessionStorage.getItem(api.TOKEN);
   sessionStorage.removeItem(api.TOKEN);
   const content = [
-    el("p", {}, ...where, " printed. The token is remembered until you close this tab."),
-    known && el("p", { class: "refused", id: "token-refused", role: "alert" }, ...refused),
+    el("p", {}, ...where, ". It is remembered until you close this tab."),
+    known && el("p", { class: "refused", id: "token-refused", role: "alert" }, "This is not the server’s token."),
     el("label", {}, "Token ", field),
   ];
   if (!(await agreed("token", "Token", content, "Continue"))) return false;

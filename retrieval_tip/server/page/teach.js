@@ -4,7 +4,7 @@ import { judged } from "./accuracy.js";
 import * as camera from "./camera.js";
 import { $, button, classField, cross, el, failure, plural, preview } from "./dom.js";
 import { chosen } from "./files.js";
-import { notice, reported } from "./notice.js";
+import { notice, reported, undoable } from "./notice.js";
 import { state } from "./state.js";
 
 const FIRST = 48; // number of photos in the request that creates an index
@@ -210,7 +210,8 @@ async function go() {
     if (sent) await state.refresh().catch(() => {}); // photos that were uploaded are already in the index
     const what = error.name === "AbortError" ? "Cancelled." : failure(error);
     const kept = sent ? ` ${plural(sent, "photo was", "photos were")} already added. ` : "";
-    $("teach-result").replaceChildren(el("p", {}, what, kept, sent ? undoTo(since) : null));
+    $("teach-result").replaceChildren(el("p", {}, what, kept));
+    if (sent) offerUndo(since);
   } finally {
     running = null;
     $("teach-working").hidden = true;
@@ -218,20 +219,9 @@ async function go() {
   }
 }
 
-/** Return a button that restores version `since`, or null if there is no such version. */
-function undoTo(since) {
-  if (since === null) return null;
-  const onclick = async ({ target }) => {
-    target.disabled = true;
-    try {
-      if (await state.rollback(since, state.info.version)) $("teach-result").replaceChildren("Undone.");
-      $("teach-view").classList.remove("done");
-    } catch (error) {
-      $("teach-result").replaceChildren(failure(error));
-    }
-  };
-  return button("Undo", onclick);
-}
+/** Offer to restore version `since`, if there is one. */
+const offerUndo = (since) =>
+  since !== null && undoable(`Changed “${state.info.name}”.`, since, state.info.version, () => (showCards(), ($("teach-result").hidden = true)));
 
 function showCards() {
   if ($("teach-view").classList.contains("done")) $("teach-result").hidden = true;
@@ -248,8 +238,9 @@ function finished(result, skipped, since, seconds) {
   $("teach-result").replaceChildren(
     el("strong", {}, `Done in ${seconds.toFixed(1)} s. “${result.index}” is ready.`),
     el("p", {}, `${judged(result.judged) || "To estimate its accuracy, add a second photo to each class."}${out}`),
-    el("p", { class: "buttons" }, ask, again, undoTo(since)),
+    el("p", { class: "buttons" }, ask, again),
   );
+  offerUndo(since);
   for (const card of [...cards]) card.remove();
   fillUp();
   $("teach-old").checked = true; // so that further photos are added to the same classifier

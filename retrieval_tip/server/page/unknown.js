@@ -1,14 +1,14 @@
 // Groups of similar photos that have no match. Naming a group creates a class.
 
 import * as api from "./api.js";
-import { $, classField, count, el, failure, named, plural } from "./dom.js";
+import { $, button, classField, count, el, failure, named, plural } from "./dom.js";
 import { state } from "./state.js";
 
 const MOST = 4096; // number of photos that the server groups at once
 const BYTES = 32 << 20; // size of a request
 const GROUPS = 5; // number of groups to show
 const LEAST = 4; // smallest group of photos of a folder to show, because other photos can be selected as quickly
-const SHOWN = 12; // number of photos to show per group
+const SHOWN = 48; // number of photos to show per group
 
 let asked = ""; // the photos that are grouped, or are being grouped
 
@@ -44,7 +44,18 @@ async function grouped(unlike, teach, again) {
 
 function row(photos, teach) {
   const field = classField({ maxLength: 1024, placeholder: "class name", aria: { label: "Class name" } });
-  const form = named(el("form", { class: "teach" }, field, el("button", {}, "Name this class")), (label) => teach(photos, label));
-  const pictures = photos.slice(0, SHOWN).map((photo) => el("li", {}, photo.image(160, photo.name)));
-  return el("li", {}, el("strong", {}, `${plural(photos.length, "similar photo")} without a match`), el("ul", { class: "strip" }, ...pictures), form);
+  const left = new Set(photos); // without those that were clicked
+  const form = named(el("form", { class: "teach" }, field, el("button", {}, "Name this class")), (label) => teach([...left], label));
+  const title = el("strong");
+  const tell = () => (title.textContent = `${plural(left.size, "similar photo")} without a match`);
+  const flip = (photo) => ({ currentTarget: pressed }) => {
+    if (!left.delete(photo)) left.add(photo);
+    pressed.ariaPressed = String(left.has(photo));
+    tell();
+  };
+  const picture = (photo) => button([photo.image(160, photo.name)], flip(photo), { title: "Leave out or include", ariaPressed: "true" });
+  tell();
+  const items = photos.slice(0, SHOWN).map((photo) => el("li", {}, picture(photo)));
+  const more = photos.length > SHOWN ? el("li", { class: "hint" }, `and ${count(photos.length - SHOWN)} more`) : null;
+  return el("li", {}, title, el("ul", { class: "strip" }, ...items, more), form);
 }
