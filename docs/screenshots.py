@@ -1,5 +1,7 @@
 """Take the screenshots ``docs/page*.png`` and the film ``docs/page.webp`` of ``retrieval-tip label`` and ``serve``.
 
+``docs/screens/*.webp`` show each screen of ``serve`` in light and dark colours, and on a phone.
+
 Run ``make setup browser && make demo``, and then ``python docs/screenshots.py demo/things demo/new``. The arguments are
 an index, and a folder of new photos in class folders. On the Label page, the photos are labelled by their folders, and
 the film shows the first of them, the answers, and the examples behind one.
@@ -18,7 +20,7 @@ from pathlib import Path
 
 import click
 from PIL import Image
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, ViewportSize, expect, sync_playwright
 
 HERE = Path(__file__).parent
 COLOURS = 256
@@ -34,6 +36,8 @@ SEEN = """[...document.images].every((one) => {
     return one.naturalWidth > 0 || top >= innerHeight || bottom <= 0;
 })"""
 """JavaScript expression that is true if all visible images have loaded."""
+DESKTOP: ViewportSize = {"width": 1280, "height": 840}
+PHONE: ViewportSize = {"width": 390, "height": 840}
 SHAPE = ((0.3, 0.2), (0.62, 0.12), (0.7, 0.45), (0.5, 0.62), (0.28, 0.5))
 """A shape on the map, as fractions of its width and height."""
 
@@ -45,6 +49,22 @@ def take(page: Page, name: str) -> None:
         page.wait_for_timeout(100)
     seen = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
     seen.quantize(COLOURS).save(HERE / f"{name}.png", optimize=True)
+
+
+def beside(page: Page, name: str) -> None:
+    """Save the visible screen in light and dark colours, and on a phone, beside each other."""
+    parts = []
+    for scheme, size in (("light", DESKTOP), ("dark", DESKTOP), ("light", PHONE)):
+        page.emulate_media(color_scheme=scheme)
+        page.set_viewport_size(size)
+        page.wait_for_timeout(1000)
+        parts.append(Image.open(io.BytesIO(page.screenshot())).convert("RGB"))
+    page.set_viewport_size(DESKTOP)
+    whole = Image.new("RGB", (sum(part.width + 16 for part in parts), DESKTOP["height"]), "gray")
+    for i, part in enumerate(parts):
+        whole.paste(part, (sum(one.width + 16 for one in parts[:i]), 0))
+    small = whole.resize((1504, whole.height * 1504 // whole.width))
+    small.save(HERE / "screens" / f"{name}.webp", quality=60, method=6)
 
 
 def film(page: Page, duration: int) -> None:
@@ -76,6 +96,7 @@ def pictures(page: Page, new: Path) -> None:
 
     page.wait_for_selector("#samples-list img")
     picture("page-start")
+    beside(page, "start")
     files = sorted(path for path in new.rglob("*") if path.is_file() and not path.name.startswith("."))
     page.set_input_files("#files", files)
     page.wait_for_selector("#grid .tile[data-label]")
@@ -86,13 +107,14 @@ def pictures(page: Page, new: Path) -> None:
     page.locator("#grid .tile").nth(4).click()
     page.wait_for_selector("#decided li img")
     picture("page-drawer")
+    beside(page, "drawer")
     film(page, 3500)
     page.emulate_media(color_scheme="dark")
     picture("page-dark")
     page.emulate_media(color_scheme="light")
-    page.set_viewport_size({"width": 390, "height": 844})
+    page.set_viewport_size(PHONE)
     picture("page-phone")
-    page.set_viewport_size({"width": 1280, "height": 840})
+    page.set_viewport_size(DESKTOP)
     page.click("#drawer-close")
     page.click("#index-name")
     picture("page-menu")
@@ -100,16 +122,19 @@ def pictures(page: Page, new: Path) -> None:
     page.click("#tab-classes")
     page.wait_for_selector("#shots img")
     picture("page-classes")
+    beside(page, "classes")
     page.click("#tab-check")
     page.check("#audit-all")
     page.wait_for_selector("#audit li")
     picture("page-check")
+    beside(page, "check")
     page.click("#tab-map")
     expect(page.locator("#map-method")).to_have_value("tsne", timeout=WAIT)
     expect(page.locator("#map-canvas")).to_have_attribute("data-pictures", re.compile("[1-9]"))
     page.wait_for_load_state("networkidle")
     page.focus("#map-canvas")
     page.keyboard.press("Home")
+    beside(page, "map")
     box = page.locator("#map-canvas").bounding_box()
     assert box is not None
     places = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in SHAPE]
@@ -123,6 +148,10 @@ def pictures(page: Page, new: Path) -> None:
     page.click("#to-teach")
     page.set_input_files("#teach-folder", new)
     picture("page-teach")
+    beside(page, "teach")
+    page.evaluate("location.hash = '#settings'")
+    page.locator("#settings-view details").evaluate_all("all => all.forEach((one) => (one.open = true))")
+    beside(page, "settings")
 
 
 @click.command()
@@ -148,7 +177,7 @@ def main(index: Path, new: Path) -> None:
                 address = next(filter(None, (re.search(r"http[^\s;]+#token=[^\s;]+", line) for line in serving.stderr)))
                 try:
                     browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-                    page = browser.new_page(viewport={"width": 1280, "height": 840}, reduced_motion="reduce")
+                    page = browser.new_page(viewport=DESKTOP, reduced_motion="reduce")
                     page.set_default_timeout(WAIT)
                     page.goto(address[0])
                     pictured(page, new)
