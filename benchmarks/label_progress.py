@@ -1,115 +1,195 @@
-"""Measure how often the true accuracy of the unlabelled photos lies inside the interval that the labelling page shows.
+"""Simulate sessions of ``label``, and measure whether the number of wrong answers lies inside its interval.
 
-Labels arrive in rounds of 5: four photos come from ``suggest``, and one is drawn at random from the unlabelled photos.
-Before the first fit and after every 25 labels, the next photos are suggested. At 50, 100 and 200 labels, the
-accuracy of the unlabelled photos is estimated from the random photos and compared with the true accuracy. "Held out"
-shows the same for the share of right answers to random photos, without a correction. Without text, a photo of a class
-that has no label counts as a mistake. The gain that is predicted for doubling the labels is compared
-with the true gain on all photos that are still unlabelled afterwards.
+A session labels up to 500 photos of 17 classes, or all photos of a pool with ``--whole``. Single photos come from the
+queue of ``label``, in batches of 5. After 65 single photos, the session is also continued by reviewing 24 photos at a
+time, least certain first. The classifier is fitted after each batch. At each stage, the number of wrong answers among
+the other photos is estimated and compared with the truth. A photo of a class that has no label counts as wrong.
+
+"Done" means that less than 2 % of all photos are wrong at the upper end of the interval. "Stop" means that 20 more
+single photos are expected to gain less than a point. It is compared with their true gain on photos that are unlabelled
+afterwards.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import statistics
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 from common import SHARED, machine
-from label_less import POOLS, SHARE, IntArray, fitted, read_runs
+from label_less import IntArray, read_runs
 
 from retrieval_tip import Index
-from retrieval_tip.fit.closed_form import wilson
+from retrieval_tip.backbones.base import unit
+from retrieval_tip.fit import closed_form
+from retrieval_tip.labelling import queue
 from retrieval_tip.labelling.photos import Pool, suggest_features
-from retrieval_tip.labelling.progress import estimate_rest, gain_of
+from retrieval_tip.labelling.progress import Estimate, estimate_rest, gain_of
+from retrieval_tip.store.labels import PICKED, RANDOM
 
-CHECKED, BATCH, ROUND = (50, 100, 200), 25, 5
+CLIP = "clip-vitb32"
+POOLS = {
+    "dtd": (f"{CLIP}/dtd", ("val", "test"), "feature"),
+    "flowers": (f"{CLIP}/oxford_flowers", ("val", "test"), "feature"),
+    "caltech": (f"{CLIP}/caltech101", ("val", "test"), "feature"),
+    "photos": ("two-encoders", ("photos_16", "photos_test"), "feature_lite0"),
+}
+"""The folder, the tables and the column of the features of each pool."""
+CLASSES, MOST = 17, 500
+SINGLE, MORE, SWITCH, REVIEWED, PAGE = (25, 45, 65, 85, 105), 20, 65, 240, 24
+DONE, STOP, NUMBERS = 0.02, 0.01, ("wrong", "truth", "least_wrong", "most_wrong")
 
 
-def session(pool: Index, draw: int) -> Iterator[dict[str, Any]]:
-    """Label a random part of the pool, and yield the estimate and the truth at each number of labels."""
-    chance = np.random.default_rng(draw)
-    rows = chance.permutation(pool.n)[: int(SHARE * pool.n)]
-    features, ids = np.asarray(pool.keys[rows], dtype=np.float32), pool.class_ids.numpy()[rows]
-    labelled, random, index = np.empty(0, dtype=np.int64), [], None
-    before: tuple[float, float | None, IntArray] | None = None
-    while len(labelled) < CHECKED[-1]:
-        rest = np.setdiff1d(np.arange(len(ids)), labelled)
-        if len(rest) < 2 * BATCH:
-            return
-        drawn = chance.choice(rest, BATCH // ROUND, replace=False)
-        random += list(range(len(labelled), len(labelled) + len(drawn)))
-        left = np.setdiff1d(rest, drawn)
-        names = [str(row) for row in left]
-        picks = suggest_features(Pool(names, features[left], [None] * len(left)), BATCH - len(drawn), index)
-        labelled = np.concatenate([labelled, drawn, np.array([int(name) for name in picks.inputs])])
-        index, known = fitted(pool, features[labelled], ids[labelled])
-        if len(labelled) not in CHECKED:
-            continue
-        start = time.perf_counter()
-        rest = np.setdiff1d(rest, labelled)
-        estimate = estimate_rest(index, random, features[rest])
-        gain = gain_of(index, random, estimate, len(labelled))
-        seconds = time.perf_counter() - start
-        right = known[index.logits(features).argmax(1).numpy()] == ids
-        yield {
-            "labels": len(labelled), "truth": float(right[rest].mean()), "low": estimate.low, "high": estimate.high,
-            "accuracy": estimate.accuracy, "right": estimate.right, "n": estimate.n, "seconds": seconds,
-            "predicted": None if before is None else before[1],
-            "gain": None if before is None else float(right[rest].mean() - before[2][rest].mean()),
-        }  # fmt: skip
-        before = len(labelled), gain, right
+def folder_of(name: str, shared: Path, draw: int, whole: bool) -> tuple[npt.NDArray[np.float32], IntArray]:
+    """Return the features and the class ids of the photos of a session."""
+    folder, names, column = POOLS[name]
+    table = pa.concat_tables([pq.read_table(shared / f"data/{folder}/{one}.parquet") for one in names])
+    features, chance = unit(np.stack(table[column].to_numpy()).astype(np.float32)), np.random.default_rng(draw)
+    classes, ids = np.unique(table["label"].to_pylist(), return_inverse=True)
+    own = np.arange(len(classes)) if whole else chance.choice(len(classes), CLASSES, replace=False)
+    rows = chance.permutation(np.flatnonzero(np.isin(ids, own)))[: None if whole else MOST]
+    return features[rows], ids[rows]
+
+
+@dataclass
+class Session:
+    """The labelled photos of a folder, how they were picked, and the classifier fitted to them."""
+
+    features: npt.NDArray[np.float32]
+    ids: IntArray
+    queue: queue.Queue
+    labelled: list[int] = field(default_factory=list)
+    picked: list[str] = field(default_factory=list)
+    index: Index | None = None
+
+    @property
+    def rest(self) -> IntArray:
+        return np.setdiff1d(np.arange(len(self.ids)), self.labelled)
+
+    def suggest(self) -> None:
+        pool = Pool([str(row) for row in self.rest], self.features[self.rest], [None] * len(self.rest))
+        picks = [(int(name), "") for name in suggest_features(pool, queue.QUEUED, self.index).inputs]
+        self.queue.suggest(picks, set(self.labelled), len(self.labelled))
+
+    def label(self, rows: Iterable[int], picked: Iterable[str]) -> None:
+        self.labelled, self.picked = [*self.labelled, *rows], [*self.picked, *picked]
+        names = [str(one) for one in self.ids[self.labelled]]
+        index = Index.from_features(self.features[self.labelled], names, sorted(set(names)), device="cpu")
+        how = pa.array([self.picked[key_id] for key_id in index.labels["key_id"].to_pylist()])
+        index.rows = replace(index.rows, labels=index.rows.labels.append_column(PICKED, how))
+        closed_form.fit(index)
+        self.index = index
+
+    def single(self, number: int) -> None:
+        while len(self.labelled) < number:
+            self.suggest()
+            shown = self.queue.show(set(self.labelled))[: queue.FIXED]
+            self.label([one.photo for one in shown], [one.picked for one in shown])
+
+    def review(self) -> None:
+        assert self.index is not None
+        answers = self.index.classify(self.features[self.rest], neighbours=0, norms="keep", logits=False).to_arrow()
+        order = np.argsort(answers["probability"].to_numpy(), kind="stable")[:PAGE]
+        self.label(self.rest[order].tolist(), ["reviewed"] * len(order))
+
+    def right(self) -> npt.NDArray[np.bool_]:
+        """Return whether the answer to each photo of the folder is right."""
+        assert self.index is not None
+        names = np.array(self.index.class_names).astype(int)
+        return names[self.index.logits(self.features).argmax(1).numpy()] == self.ids
+
+    def estimate(self) -> tuple[Estimate, float | None]:
+        assert self.index is not None
+        parts: tuple[list[int], list[int]] = [], []
+        for key_id, picked in enumerate(self.picked):
+            parts[picked == RANDOM].append(key_id)
+        found = estimate_rest(self.index, parts[1], self.features[self.rest], parts[0])
+        return found, gain_of(self.index, self.features[self.rest], found, MORE)
+
+
+def stages(features: npt.NDArray[np.float32], ids: IntArray) -> Iterator[dict[str, Any]]:
+    """Yield the estimate and the truth at each stage of a session."""
+    session, before, gain = Session(features, ids, queue.Queue(len(ids))), np.empty(0), None
+    for number in SINGLE:
+        session.single(number)
+        right = session.right()
+        if len(before):
+            true = float(right[session.rest].mean() - before[session.rest].mean())
+            yield {"stage": "gain", "single": number - MORE, "gain": gain, "true": true}
+        found, gain = session.estimate()
+        yield stage("single", number, 0, session, found)
+        before = right
+        if number == SWITCH:
+            other = copy.copy(session)
+            for reviewed in range(PAGE, REVIEWED + 1, PAGE):
+                other.review()
+                yield stage("reviewed", number, reviewed, other, other.estimate()[0])
+
+
+def stage(name: str, single: int, reviewed: int, session: Session, found: Estimate) -> dict[str, Any]:
+    right = session.right()[session.rest]
+    numbers = {"single": single, "reviewed": reviewed, "photos": len(session.ids), "rest": len(right)}
+    return {"stage": name} | numbers | {"truth": int((~right).sum())} | vars(found)
 
 
 @click.command(help=__doc__)
 @click.option("--shared", type=click.Path(path_type=Path, exists=True), default=SHARED, show_default=True)
 @click.option("--pool", "pools", type=click.Choice(list(POOLS)), multiple=True, default=list(POOLS))
-@click.option("--draws", default=20, show_default=True)
-@click.option("--first", default=10, show_default=True, help="First draw. Draws 0 to 9 were used to choose settings.")
+@click.option("--draws", default=5, show_default=True)
+@click.option("--first", default=9, show_default=True, help="First draw. Draws 0 to 8 were used to choose settings.")
+@click.option("--whole", is_flag=True, help="Label all photos of a pool.")
 @click.option("--results", type=click.Path(path_type=Path), required=True, help="File of runs, one per line.")
-def main(shared: Path, pools: tuple[str, ...], draws: int, first: int, results: Path) -> None:
+def main(shared: Path, pools: tuple[str, ...], draws: int, first: int, whole: bool, results: Path) -> None:
     """Simulate labelling sessions, and print how often the interval contains the truth."""
-    click.echo(f"{machine()}. Accuracies in %.\n")
+    click.echo(f"{machine()}.\n")
     for name in pools:
-        done = {run["draw"] for run in read_runs(results) if run["pool"] == name}
-        missing = [draw for draw in range(first, first + draws) if draw not in done]
-        if missing:
-            pool, _ = POOLS[name].pool_of(0, shared)
-        for draw in missing:
-            with results.open("a") as file:
-                file.writelines(json.dumps({"pool": name, "draw": draw} | row) + "\n" for row in [*session(pool, draw)])
-    heads = ("labels", "random", "inside", "estimate", "truth", "width", "inside, held out", "held out")
-    heads += ("predicted gain", "true gain", "s")
-    click.echo(f"| | {' | '.join(heads)} |\n|---{'|--:' * len(heads)}|")
-    runs = read_runs(results)
+        for draw in range(first, first + draws):
+            key = {"pool": name, "draw": draw, "whole": whole}
+            if not any(key.items() <= run.items() for run in read_runs(results)):
+                rows = [json.dumps(key | row) + "\n" for row in stages(*folder_of(name, shared, draw, whole))]
+                with results.open("a") as file:
+                    file.writelines(rows)
+    runs = [run for run in read_runs(results) if run["whole"] == whole]
     for name in (*pools, "all"):
-        for labels in CHECKED:
-            if own := [run for run in runs if run["labels"] == labels and name in (run["pool"], "all")]:
-                click.echo(f"| {POOLS[name].title if name in POOLS else 'all'} | {' | '.join(cells_of(own))} |")
+        show(name, [run for run in runs if name in (run["pool"], "all") and run["pool"] in pools])
 
 
-def cells_of(runs: list[dict[str, Any]]) -> list[str]:
-    """Return the cells of a row of the table."""
-
-    def mean(values: Iterable[float], digits: int = 1) -> str:
-        some = list(values)
-        return f"{statistics.mean(some):.{digits}f}" if some else ""
-
-    held_out = [(run, run["right"] / run["n"]) for run in runs]
-    inside = sum(run["low"] <= run["truth"] <= run["high"] for run in runs)
-    alone = sum(low <= run["truth"] <= high for run, share in held_out for low, high in [wilson(share, run["n"])])
-    known = [run for run in runs if run["predicted"] is not None]
-    return [
-        str(runs[0]["labels"]), mean((run["n"] for run in runs), 0), f"{inside} of {len(runs)}",
-        mean(100 * run["accuracy"] for run in runs), mean(100 * run["truth"] for run in runs),
-        mean((100 * (run["high"] - run["low"]) for run in runs), 0), f"{alone} of {len(runs)}",
-        mean(100 * share for _, share in held_out), mean(100 * run["predicted"] for run in known),
-        mean(100 * run["gain"] for run in known), mean(run["seconds"] for run in runs),
-    ]  # fmt: skip
+def show(name: str, runs: Sequence[dict[str, Any]]) -> None:
+    """Print the tables of a pool."""
+    heads = ("single", "reviewed", "random", "truth inside", "wrong, estimated", "wrong", "interval", "accuracy in %")
+    click.echo(f"\n**{name}**\n\n| {' | '.join(heads)} |\n|{'--:|' * len(heads)}")
+    places = sorted({(run["single"], run["reviewed"]) for run in runs if run["stage"] != "gain"})
+    counted = [run for run in runs if run["stage"] != "gain"]
+    for own in [*([run for run in counted if (run["single"], run["reviewed"]) == at] for at in places), counted]:
+        inside = sum(run["least_wrong"] <= run["truth"] <= run["most_wrong"] for run in own)
+        wrong, truth, least, most = (statistics.mean(run[one] for run in own) for one in NUMBERS)
+        accuracy = 100 * statistics.mean(1 - run["truth"] / run["rest"] for run in own)
+        at = (own[0]["single"], own[0]["reviewed"], own[0]["n"]) if own is not counted else ("all", "", "")
+        cells = (*at, f"{inside} of {len(own)}", f"{wrong:.1f}", f"{truth:.1f}", f"{least:.0f} to {most:.0f}")
+        click.echo(f"| {' | '.join(map(str, cells))} | {accuracy:.1f} |")
+    sessions = {(run["pool"], run["draw"]) for run in counted}
+    ends = [run for run in counted if run["single"] <= SWITCH and run["most_wrong"] < DONE * run["photos"]]
+    done = list({(run["pool"], run["draw"]): run for run in reversed(ends)}.values())  # the first of each session
+    labelled = sorted(run["photos"] - run["rest"] for run in done)
+    right = sum(run["truth"] < DONE * run["photos"] for run in done)
+    click.echo(f"\nDone: {len(done)} of {len(sessions)} sessions, after {labelled} photos; {right} below {DONE:.0%}")
+    gains = [run for run in runs if run["stage"] == "gain"]
+    stops = [run for run in gains if run["gain"] < STOP]
+    good, little = sum(run["true"] < 1.5 * STOP for run in stops), sum(run["true"] < STOP for run in gains)
+    error = statistics.mean((run["gain"] - run["true"]) ** 2 for run in gains) ** 0.5
+    click.echo(
+        f"Stop: {len(stops)} of {len(gains)} times, {good} with a true gain below 1.5 points; in {little}, it was "
+        f"below a point. Root mean square error of the gain: {100 * error:.1f} points"
+    )
 
 
 if __name__ == "__main__":

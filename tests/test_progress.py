@@ -1,4 +1,4 @@
-"""Estimated accuracy on unlabelled photos, checked against classifiers that are fitted without the random labels."""
+"""Estimated numbers of wrong answers, checked against classifiers that are fitted without labels, and the truth."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from retrieval_tip import Index
 from retrieval_tip.errors import UsageError
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.forms import Form
+from retrieval_tip.labelling import progress
 from retrieval_tip.labelling.progress import Estimate, estimate_rest, gain_of
 
 NAMES = list("abcd")
@@ -29,53 +30,112 @@ def index_of(n, text, seed=0):
     return index, features, ids
 
 
+def answers_of(index, features, ids, kept, photos):
+    """Return the logits of photos from a new index of the kept photos, with the settings of ``index``."""
+    kept, text = list(kept), TEXT if index.has_text else None
+    other = Index.from_features(features[kept], ids[kept], NAMES, text, device="cpu")
+    closed_form.fit(other, forms=[Form.of(index.fitted, index.settings.beta)])
+    other.settings = replace(index.settings)
+    logits = other.logits(photos).numpy()
+    logits[:, [text is None and i not in ids[kept] for i in range(4)]] = -np.inf
+    return logits
+
+
 def answers_without(index, features, ids, asked, kept):
     """Return the logits of each photo from a new index of the other kept photos."""
-    form, logits = Form.of(index.fitted, index.settings.beta), []
-    for photo in asked:
-        others = [i for i in kept if i != photo and not {i, photo} <= {0, 1}]
-        text = TEXT if index.has_text else None
-        other = Index.from_features(features[others], ids[others], NAMES, text, device="cpu")
-        closed_form.fit(other, forms=[form])
-        other.settings = replace(index.settings)
-        own = other.logits(features[photo : photo + 1])[0].numpy()
-        own[[text is None and i not in ids[others] for i in range(4)]] = -np.inf
-        logits.append(own)
-    return np.array(logits)
+    others = ([i for i in kept if i != photo and not {i, photo} <= {0, 1}] for photo in asked)
+    return np.concatenate(
+        [
+            answers_of(index, features, ids, own, features[photo : photo + 1])
+            for photo, own in zip(asked, others, strict=True)
+        ]
+    )
 
 
-def highest(logits, temperature):
-    return scipy.special.softmax(logits / temperature, axis=1).max(axis=1)
+def probabilities(logits, temperature):
+    return scipy.special.softmax(logits / temperature, axis=1)
+
+
+def logit(p):
+    return scipy.special.logit(np.clip(p, progress.LEAST, 1 - progress.LEAST))
+
+
+def numbers_wrong(held, right, rest, size=50_000):
+    """Draw numbers of wrong answers to the rest: weigh draws from the prior by their likelihood."""
+    chance = np.random.default_rng(3)
+    a = chance.normal(*progress.OFFSET, size)
+    b = np.exp(chance.normal(*progress.SLOPE, size))
+    chances = scipy.special.expit(a[:, None] - progress.EASIER + b[:, None] * logit(held))
+    weights = np.prod(np.where(right, chances, 1 - chances) ** progress.BELIEF, axis=1)
+    drawn = chance.choice(size, 4000, p=weights / weights.sum())
+    wrong = 1 - scipy.special.expit(a[drawn, None] + b[drawn, None] * logit(rest))
+    return (chance.random(wrong.shape) < wrong).sum(axis=1)
 
 
 @pytest.mark.parametrize("text", [True, False])
-def test_each_random_photo_is_classified_without_its_label(text):
+def test_labelled_photos_tell_how_often_an_answer_is_right(text):
     index, features, ids = index_of(40, text)
     rest, temperature = unit(CENTRES[np.arange(60) % 4] + 1.5 * unit_rows(60, 10, 9)), index.settings.temperature
     before = index.logits(rest).numpy()
-    random = [1, 7, 12, 20, 28, 33, 38]  # at most PARTS, so that each is held out alone
-    logits = answers_without(index, features, ids, random, range(40))
-    right = logits.argmax(axis=1) == ids[random]
+    random, chosen = [1, 7, 12, 20], [28, 33, 38]  # at most PARTS, so that each is held out alone
+    logits = answers_without(index, features, ids, random + chosen, range(40))
+    right = logits.argmax(axis=1) == ids[random + chosen]
     assert 0 < right.sum() < 7
-    found = estimate_rest(index, [*random, 0, 999], rest)  # 0 has the same source as 1; 999 is unknown
-    assert (found.right, found.n) == (right.sum(), 7)
-    correction = 7 / 17 * (right.mean() - highest(logits, temperature).mean())
-    assert found.accuracy == pytest.approx(highest(before, temperature).mean() + correction, abs=1e-4)
-    assert (found.low, found.high) == closed_form.wilson(found.accuracy, 7)
+    found = estimate_rest(index, [*random, 0, 999], rest, chosen)  # 0 has the same source as 1; 999 is unknown
+    assert (found.right, found.n) == (right[:4].sum(), 4)
+    held, answers = (probabilities(one, temperature).max(axis=1) for one in (logits, before))
+    numbers = numbers_wrong(held, right, answers)
+    assert found.wrong == pytest.approx(numbers.mean(), rel=0.05)
+    assert (found.least_wrong, found.most_wrong) == pytest.approx(np.quantile(numbers, (0.025, 0.975)), abs=2)
+    shares = np.array([found.wrong, found.most_wrong, found.least_wrong]) / 60
+    assert (found.accuracy, found.low, found.high) == pytest.approx(tuple(1 - shares))
     assert (index.logits(rest).numpy() == before).all()
-    half = answers_without(index, features, ids, random, range(20)).argmax(axis=1) == ids[random]
-    assert gain_of(index, random, found, 20) == pytest.approx(max(0, right.mean() - half.mean()) * np.log2(1.5))
 
 
-def test_the_estimate_is_empty_without_random_labels():
+@pytest.mark.parametrize("text", [True, False])
+def test_the_gain_counts_the_answers_that_half_of_the_labels_would_lose(text):
+    index, features, ids = index_of(40, text)
+    rest = unit(CENTRES[np.arange(60) % 4] + 1.5 * unit_rows(60, 10, 9))
+    found, now = estimate_rest(index, [1, 7], rest), index.logits(rest).numpy()
+    half = answers_of(index, features, ids, range(20), rest).argmax(axis=1)
+    p = probabilities(now, index.settings.temperature)
+    wrong, lost = found.wrong / 60, (p.max(axis=1) - p[np.arange(60), half]).mean()
+    assert lost > 0.01
+    falls = wrong / (wrong + lost)  # with 40 labels instead of 20, and again with 80 labels
+    assert gain_of(index, rest, found, 40) == pytest.approx(wrong - wrong * falls, rel=1e-3)
+    assert gain_of(index, rest, found, 120) == pytest.approx(wrong - wrong * falls**2, rel=1e-3)
+
+
+def test_the_estimate_is_empty_without_labels_or_photos():
     index, features, _ = index_of(30, False)
     none = estimate_rest(index, [99], features)
-    assert none == Estimate(0, 0, 0.0, 0.0, 1.0)
-    assert gain_of(index, [99], none, 20) is None
+    assert none == Estimate(0, 0, 0.0, 0.0, 1.0, 30, 0, 30)
+    assert gain_of(index, features[:0], none, 20) is None
+    assert estimate_rest(index, [1], features[:0]) == Estimate(0, 0, 0.0, 0.0, 1.0, 0, 0, 0)
     with pytest.raises(UsageError, match="more"):
-        gain_of(index, [99], none, 0)
+        gain_of(index, features, none, 0)
     single = Index.from_features(features[:2], [0, 1], NAMES, device="cpu")
     closed_form.fit(single)
     found = estimate_rest(single, [0, 1], features)
     assert (found.right, found.n) == (0, 2)  # without its only photo, a class is unknown
-    assert gain_of(single, [0, 1], found, 2) is None
+    assert gain_of(single, features, found, 2) is None
+    copies = Index.from_features(features[:4], [0] * 4, NAMES, sources=["one"] * 4, device="cpu")
+    assert gain_of(copies, features, found, 2) is None
+
+
+def test_the_number_of_wrong_answers_stays_in_its_interval_while_the_least_certain_are_reviewed():
+    inside = []
+    for seed in range(4):
+        ids = np.random.default_rng(seed).integers(0, 4, 300)
+        features = unit(CENTRES[ids] + 1.5 * unit_rows(300, 10, seed + 20))
+        labelled = list(range(30))
+        for _ in range(3):
+            index = Index.from_features(features[labelled], ids[labelled], NAMES, device="cpu")
+            closed_form.fit(index)
+            rest = np.setdiff1d(np.arange(300), labelled)
+            found = estimate_rest(index, range(30), features[rest], range(30, len(labelled)))
+            p = probabilities(index.logits(features[rest]).numpy(), index.settings.temperature)
+            inside.append(found.least_wrong <= (p.argmax(axis=1) != ids[rest]).sum() <= found.most_wrong)
+            labelled += rest[p.max(axis=1).argsort()[:40]].tolist()
+    assert sum(inside) >= 11
+    assert found.most_wrong < 150

@@ -1,7 +1,7 @@
 """Order photos for labelling.
 
-Four of five photos are suggestions. The fifth is drawn at random, so that the accuracy on these photos estimates the
-accuracy on all unlabelled photos (see :mod:`labelling.progress`).
+Four of five photos are suggestions. The fifth is drawn at random, so that the labelled photos include typical ones. All
+of them estimate the accuracy on the unlabelled photos (see :mod:`labelling.progress`).
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 
 BATCH, WAIT = 5, 3.0
 """Number of labels to save at once, and seconds to wait for them. Each batch is a version of the index."""
-DRAWN, MORE = 20, 20
+DRAWN, MORE = 9, 20
 """Minimum number of random photos for an estimate, and number of further labels whose gain is estimated."""
 CHUNK = 32
 """Number of photos to encode at a time."""
@@ -505,12 +505,16 @@ class Labelling:
         self._chosen = version, encoded
 
     async def _measure(self, version: Version) -> None:
-        drawn = sorted({one.key_id for one in self._known.values() if one.picked == "random"})
+        drawn, chosen = (
+            sorted({one.key_id for one in self._known.values() if one.picked in picked})
+            for picked in (("random",), ("suggested", "reviewed"))
+        )
         self._progress = schemas.LabelProgress(drawn=len(drawn), needed=DRAWN)
         rest = sorted(self.photos.encoded - self._taken())
         if len(drawn) >= DRAWN and rest and version.index.n <= self._service.limits.estimated:
             features = self.photos.rows(rest)
-            self._progress = await self._service.run(self._thinking, _measured_on, features, version.index, drawn)
+            measured = partial(_measured_on, features, version.index, drawn, chosen)
+            self._progress = await self._service.run(self._thinking, measured)
         self._measured_at = version
 
 
@@ -552,10 +556,9 @@ def _facts_of(
     return dict(zip(shown, zip(probable, similar, strict=True), strict=True))
 
 
-def _measured_on(rest: FloatArray, index: Index, drawn: Sequence[int]) -> schemas.LabelProgress:
+def _measured_on(rest: FloatArray, index: Index, drawn: Sequence[int], chosen: Sequence[int]) -> schemas.LabelProgress:
     index = index.in_memory()
-    found = estimate_rest(index, drawn, rest)
+    found = estimate_rest(index, drawn, rest, chosen)
     more = min(MORE, len(rest))
-    gain = gain_of(index, drawn, found, more)
-    gain = None if gain is None else min(gain, 1 - found.accuracy)
+    gain = gain_of(index, rest, found, more)
     return schemas.LabelProgress(**vars(found), drawn=len(drawn), needed=DRAWN, more=more, gain=gain)
