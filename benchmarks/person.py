@@ -26,7 +26,8 @@ from typing import Any
 
 import click
 from common import SHARED, machine
-from playwright.sync_api import Page, TimeoutError, expect
+from playwright.sync_api import Page, expect
+from playwright.sync_api import TimeoutError as Timeout
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from browser import PATIENCE, chromium
@@ -83,8 +84,9 @@ class Person:
         return self.page.evaluate(
             """() => [...document.querySelectorAll("#grid .tile:not(.taught)")].map((one) => {
                 const { top, bottom, left } = one.getBoundingClientRect();
+                const line = document.getElementById("bar").getBoundingClientRect().bottom;
                 const active = one.classList.contains("active");
-                const visible = top >= document.getElementById("bar").getBoundingClientRect().bottom && bottom <= innerHeight;
+                const visible = top >= line && bottom <= innerHeight;
                 return { id: one.id, name: one.title, label: one.dataset.label, top, left, active, visible };
             })"""
         )
@@ -133,7 +135,7 @@ class Person:
         if self.by == "mouse" and chip.count():
             try:
                 self.act(chip.click, timeout=1000)
-            except TimeoutError:  # new answers have just replaced it
+            except Timeout:  # new answers have just replaced it
                 self.give(label)
         elif self.by == "mouse" and label in known:
             self.actions += 1  # opens the list

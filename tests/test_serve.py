@@ -470,10 +470,10 @@ def test_a_local_server_creates_and_prints_a_token(random_things: Path, warm_pat
     line, process = started("--read-only", "--private", "--port", address.rpartition(":")[2])
     with process:
         assert f"{address}/#token={token} to view it;" in line  # an open page still works
-        file = run_module.Kept("serve", [random_things]).file
+        file = run_module.LastServer("serve", [random_things]).file
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
         file.chmod(0o640)
-        assert run_module.Kept("serve", [random_things]).token == ""  # it is no secret any more
+        assert run_module.LastServer("serve", [random_things]).token == ""  # it is no secret any more
         right = {"Authorization": f"Bearer {token}"}
         assert httpx.get(f"{address}/v1/indexes").status_code == 401
         assert not httpx.get(f"{address}/v1/indexes", headers=right).json()["indexes"][0]["changes"]

@@ -84,7 +84,7 @@ def serve_command(
     from retrieval_tip.backbones.loading import load_backbone
     from retrieval_tip.server.app import create_app
     from retrieval_tip.server.limits import Limits
-    from retrieval_tip.server.run import LOOPBACK, Kept, address, is_local, listen, serve
+    from retrieval_tip.server.run import LOOPBACK, LastServer, address, is_local, listen, serve
     from retrieval_tip.server.served import Backbones, Maker, open_all
 
     _check_access(token, read_only and not private, trusted_proxy)
@@ -92,7 +92,7 @@ def serve_command(
     limits = Limits(bytes=limited.max_bytes, pixels=limited.max_pixels, queue=limited.queue, seconds=limited.timeout)
     with listen(host, port) as listening:
         here = is_local(listening)
-        kept = Kept("serve", folders or [into or Path("indexes")])
+        kept = LastServer("serve", folders or [into or Path("indexes")])
         key = kept.token_for(listening) if token is None and (private or (here and not read_only)) else token
         if allow_host or here:
             limits = replace(limits, hosts=LOOPBACK | {name.lower() for name in allow_host})
@@ -136,13 +136,13 @@ def label_command(
     from retrieval_tip.server.app import create_app
     from retrieval_tip.server.labelling import Labelling
     from retrieval_tip.server.limits import Limits
-    from retrieval_tip.server.run import LOOPBACK, Kept, address, listen, serve
+    from retrieval_tip.server.run import LOOPBACK, LastServer, address, listen, serve
     from retrieval_tip.server.served import Backbones, Maker, Served
 
     sources, store = inputs_of(photos), store_of(folder)
     known = store.exists()
     opened = reader_for(store.manifest(), sources, encoding) if known else named_encoder(encoding)
-    kept = Kept("label", [folder])
+    kept = LastServer("label", [folder])
     with opened as reader, kept.listen("127.0.0.1") if port is None else listen("127.0.0.1", port) as listening:
         names = [name for name in map(str.strip, classes.split(",")) if name]
         labelling = Labelling(folder, sources, reader, names)

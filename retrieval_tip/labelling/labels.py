@@ -26,17 +26,12 @@ from retrieval_tip.data.sources import Source, of_images
 from retrieval_tip.errors import InputError, show
 from retrieval_tip.index import places
 from retrieval_tip.index.build import build_index
-from retrieval_tip.labelling.groups import group, threshold_of
 from retrieval_tip.labelling.queue import Picked
 from retrieval_tip.model import Index
 from retrieval_tip.store.labels import PICKED, WITHDRAWN
 
 NONE = "none of these"
 """Class of photos that belong to no other class."""
-GUESSES = 3
-"""Maximum number of guesses per photo."""
-MOST_GROUPED = 4096
-"""Maximum number of photos without a match that are grouped."""
 ALIKE, MOST_ALIKE = 0.8, 12
 """Lowest cosine of near-identical photos after subtracting the mean of all photos, and their maximum number."""
 
@@ -216,31 +211,6 @@ def build_from_labels(
     items = source.items.set_column(0, "source", pa.array([show(absolute(path)) for path in paths], pa.string()))
     picked = pa.array([one.picked for one in labels.values()], pa.string())
     build_index(replace(source, items=items.append_column(PICKED, picked)), place, reader)
-
-
-@dataclass(frozen=True)
-class Guessed:
-    """The most probable classes of a photo with their probabilities, and whether the photo resembles no shot."""
-
-    chances: Mapping[str, float]
-    unlike: bool
-
-
-def guesses(index: Index, features: FloatArray) -> list[Guessed]:
-    """Return the most probable classes of each photo, most probable first. The class ``NONE`` is left out."""
-    answers = index.classify(features, "keep", top=GUESSES + 1, neighbours=0, logits=False).to_arrow()
-    unlike = answers["unlike"].to_pylist() if "unlike" in answers.column_names else [False] * len(answers)
-    pairs = map(zip, answers["labels"].to_pylist(), answers["probabilities"].to_pylist())
-    named = ([pair for pair in own if pair[0] != NONE][:GUESSES] for own in pairs)
-    return [Guessed(dict(own), one) for own, one in zip(named, unlike, strict=True)]
-
-
-def unknown_groups(index: Index, features: FloatArray, found: Sequence[Guessed]) -> list[list[int]]:
-    """Return the rows of similar photos without a match, largest group first (see :func:`groups.group`)."""
-    rows = np.flatnonzero([one.unlike for one in found])[:MOST_GROUPED]
-    if len(rows) < 2:
-        return []
-    return [rows[own].tolist() for own in group(features[rows], threshold_of(index), index.metric)]
 
 
 def alike(features: FloatArray, rows: Sequence[int]) -> list[list[int]]:

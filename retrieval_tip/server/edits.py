@@ -17,7 +17,7 @@ from retrieval_tip.index import changes as index_changes
 from retrieval_tip.index import manage
 from retrieval_tip.index.fit import fit_index
 from retrieval_tip.retrieval.duplicates import describe_duplicates
-from retrieval_tip.server import schemas, shots
+from retrieval_tip.server import review, schemas, shots
 from retrieval_tip.server.access import CHANGES, Named, NotLabelled, TheLabelling, TheService, lift_deadline
 from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.routes import REFUSED, SENT, Norms
@@ -244,4 +244,4 @@ async def label(labelling: TheLabelling, change: schemas.SetLabels) -> schemas.L
 @changes.post("/label/sort")
 async def label_sort(labelling: TheLabelling, change: schemas.SortInto) -> schemas.SortedPhotos:
     """Sort the photos of the labelling session into folders by class, as `retrieval-tip sort` does, or undo it."""
-    return await labelling.sort(change)
+    return await review.sort(labelling, change)

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shlex
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
@@ -26,25 +24,21 @@ from retrieval_tip.index.changes import PhotoLabel
 from retrieval_tip.labelling.journal import Entry, Journal
 from retrieval_tip.labelling.labels import (
     NONE,
-    Guessed,
     Label,
     LabelledPhoto,
     SessionPhotos,
     alike,
     build_from_labels,
-    guesses,
     known_photos,
     picked_of,
-    unknown_groups,
 )
 from retrieval_tip.labelling.photos import MOST_PHOTOS, Pool, suggest_features
 from retrieval_tip.labelling.progress import estimate_rest, gain_of
 from retrieval_tip.labelling.queue import QUEUED, Queue, Queued
-from retrieval_tip.labelling.sort import sort_photos, undo_sort
+from retrieval_tip.labelling.review import Guessed, guesses
 from retrieval_tip.model import Index
 from retrieval_tip.server import schemas
 from retrieval_tip.server.problems import Problem
-from retrieval_tip.server.schemas import Row
 from retrieval_tip.server.served import Version
 from retrieval_tip.server.service import Service
 from retrieval_tip.store.labels import WITHDRAWN
@@ -55,6 +49,8 @@ BATCH, WAIT = 5, 3.0
 """Number of labels to save at once, and seconds to wait for them. Each batch is a version of the index."""
 DRAWN, MORE = 9, 20
 """Minimum number of random photos for an estimate, and number of further labels whose gain is estimated."""
+DONE = 0.02
+"""Share of all photos below which the largest expected number of wrong answers is good enough."""
 CHUNK = 32
 """Number of photos to encode at a time."""
 RETRY = 5.0
@@ -116,7 +112,7 @@ class Labelling:
         self._made: set[str] = set()  # classes that this session has created
         self._facts: dict[int, tuple[Guessed | None, list[int]]] = {}
         self._chosen: tuple[Version | None, int] = (None, 0)
-        self._measured_at: Version | None = None
+        self._measured: tuple[Version | None, int] = self._chosen
         self._progress: schemas.LabelProgress | None = None
         self._problem: str | None = None
         self._trouble: str | None = None
@@ -126,8 +122,8 @@ class Labelling:
     @asynccontextmanager
     async def running(self, service: Service) -> AsyncIterator[None]:
         """Encode photos and choose the next ones in the background. On exit, labels are saved if possible."""
-        self._service = service
-        self._encoding, self._thinking = (ThreadPoolExecutor(1, thread_name_prefix=f"label-{n}") for n in (0, 1))
+        self.service = service
+        self.encoding, self._thinking = (ThreadPoolExecutor(1, thread_name_prefix=f"label-{n}") for n in (0, 1))
         saving = asyncio.create_task(self._save())
         others = [asyncio.create_task(self._work(step)) for step in (self._encode, self._think)]
         self._due.set()
@@ -141,7 +137,7 @@ class Labelling:
             for task in others:
                 task.cancel()
             await asyncio.gather(*others, return_exceptions=True)
-            for pool in (self._encoding, self._thinking):
+            for pool in (self.encoding, self._thinking):
                 pool.shutdown(cancel_futures=True)
             self._journal.close(_entry(self.photos, photo, label) for photo, label in self._unsaved.items())
 
@@ -162,14 +158,15 @@ class Labelling:
 
     def status(self) -> schemas.LabellingStatus:
         """Return the state of the session and the next photos."""
-        version, taken = self._version(), self._taken()
+        version, taken = self.version(), self._taken()
         names, shown = self.photos.names, []
         for one in self._queue.show(taken):
             guessed, others = self._facts.get(one.photo, (None, []))
             similar = [photo for photo in others if photo not in taken]
-            found = [schemas.Guess.model_validate(row) for row in _listed(guessed)]
+            found = [] if guessed is None else [schemas.Guess.model_validate(row) for row in guessed.rows]
             shown.append(schemas.QueuedPhoto(**vars(one), name=names[one.photo], guesses=found, similar=similar))
-        busy = self._choice_due() or version is not self._measured_at or self._unsaved.keys() > self._refused.keys()
+        unmeasured = version is not None and self._measured != self._chosen
+        busy = self._choice_due() or unmeasured or self._unsaved.keys() > self._refused.keys()
         refused = [
             schemas.RefusedLabel(photo=photo, name=names[photo], label=self._unsaved[photo].label, reason=reason)
             for photo, reason in self._refused.items()
@@ -183,7 +180,7 @@ class Labelling:
         return schemas.LabellingStatus(
             index=self.name, version=None if version is None else version.manifest.version,
             photos=len(self.photos) - self.photos.number(self.photos.unreadable),
-            encoded=self.photos.number(self.photos.encoded), labelled=self.photos.number(self._labels()),
+            encoded=self.photos.number(self.photos.encoded), labelled=self.photos.number(self.labels()),
             unsaved=len(self._unsaved), classes=self._class_counts(), queue=shown, steps=steps,
             guessed=schemas.RightGuesses(right=sum(right), n=len(right)), refused=refused, progress=self._progress,
             busy=busy and self._problem is None, problem=self._problem or self._trouble,
@@ -256,52 +253,9 @@ class Labelling:
             self._unsaved[photo] = label
         self._due.set()
 
-    async def answers(self) -> Row:
-        """Return the labels and answers of all photos that have been read. Until there are labels, there are none."""
-        version, labels = self._version(), self._labels()
-        shown = [photo for photo in sorted(self.photos.encoded | labels.keys()) if photo < len(self.photos)]
-        rows = [photo for photo in shown if photo not in labels]
-        found, groups = dict[int, Guessed](), list[list[int]]()
-        if version is None or self._is_empty(version):
-            shown = []
-        elif rows:
-            features = self.photos.rows(rows)
-            answers = await self._service.find(guesses, version.index, features)
-            found = dict(zip(rows, answers, strict=True))
-            alike = await self._service.find(unknown_groups, version.index, features, answers)
-            groups = [[rows[row] for row in own] for own in alike]
-        names, given = self.photos.names, {photo: label.label for photo, label in labels.items()}
-        photos = [
-            {"photo": photo, "name": names[photo], "label": given.get(photo), "guesses": _listed(found.get(photo)),
-             "unlike": photo in found and found[photo].unlike}
-            for photo in shown
-        ]  # fmt: skip
-        return {"version": version and version.manifest.version, "photos": photos, "groups": groups}
-
-    async def sort(self, change: schemas.SortInto) -> schemas.SortedPhotos:
-        """Sort photos into folders by class, or undo it.
-
-        Raises Problem 404 without an index, and InputError or UsageError if the photos cannot be sorted like this.
-        """
-        version, reader = self._version(), replace(self.photos.reader, skipped=[])
-        folder = Path(change.into).expanduser()
-        if change.undo:
-            done = await self._service.run(self._encoding, undo_sort, folder)
-        elif version is None or self._is_empty(version):
-            raise Problem(404, "there are no labels yet; label some photos first")
-        else:
-            some = sorted(self._labels()) if change.labelled else range(len(self.photos))
-            photos = self.photos.source.take([photo for photo in some if photo < len(self.photos)])
-            sort = partial(sort_photos, action=change.action, at_most_wrong=change.at_most_wrong)
-            done = await self._service.run(self._encoding, sort, version.index, [photos], reader, folder)
-        undo = shlex.join(["retrieval-tip", "sort", "--undo", "--into", str(folder.absolute())])
-        skipped = [schemas.Unread(input=one.source, reason=one.reason) for one in done.skipped]
-        summary = str(done) if done.threshold is None else f"{done}; {done.threshold}"
-        return schemas.SortedPhotos(summary=summary, undo=undo, skipped=skipped)
-
-    def _version(self) -> Version | None:
+    def version(self) -> Version | None:
         """Return the open version of the index, if it exists, and note which photos it contains."""
-        served = self._service.served.get(self.name)
+        served = self.service.served.get(self.name)
         version = None if served is None else served.now
         if version is not self._seen:
             self._seen = version
@@ -334,10 +288,11 @@ class Labelling:
         del counts[NONE]
         return [schemas.LabelClass(label=name, photos=n) for name, n in counts.items() if n > 0 or name in shown]
 
-    def _is_empty(self, version: Version) -> bool:
+    def is_empty(self, version: Version) -> bool:
+        """Return whether a version only has photos whose label was withdrawn."""
         return version.index.n == len(self._withdrawn)
 
-    def _labels(self) -> dict[int, Label]:
+    def labels(self) -> dict[int, Label]:
         """Return the labels of photos. Unsaved changes are included."""
         labels = {photo: Label(known.label, known.picked or "suggested") for photo, known in self._known.items()}
         for photo, label in self._unsaved.items():
@@ -349,7 +304,7 @@ class Labelling:
         return labels
 
     def _taken(self) -> set[int]:
-        return self.photos.unreadable.keys() | self._labels().keys()
+        return self.photos.unreadable.keys() | self.labels().keys()
 
     async def _save(self) -> None:
         """Save labels in batches. If the index cannot be written, try again until the session ends."""
@@ -408,9 +363,9 @@ class Labelling:
 
     async def _commit(self, labels: Mapping[int, Label]) -> None:
         """Save labels of photos that were read, or that the index has, as one new version."""
-        if self._version() is None and places.at(self.place).exists():  # another process has just built it
+        if self.version() is None and places.at(self.place).exists():  # another process has just built it
             await self._open()
-        version, known = self._version(), set[str]()
+        version, known = self.version(), set[str]()
         if version is not None:
             known = set(version.index.class_names)
             items = {item.digest: item for item in (self._item(*one) for one in labels.items())}
@@ -419,23 +374,23 @@ class Labelling:
             unwanted = self._made | {one.label for one in self._withdrawn}
             unwanted -= {*self._classes, *(label.label for label in self._unsaved.values())}
             change = partial(changes.label, self.place, items.values(), self.photos.reader, unwanted)
-            await self._service.changed(self._service.served[self.name], change)
+            await self.service.changed(self.service.served[self.name], change)
         elif first := {photo: label for photo, label in labels.items() if label.label is not None}:
             reader = replace(self.photos.reader, strict=False)
             own = {self.photos.readable(photo): label for photo, label in first.items()}
             build = partial(build_from_labels, self.place, self.photos.source, reader, own, self._classes)
-            await self._service.change(build)
+            await self.service.change(build)
             await self._open()
-            self._version()
+            self.version()
             lost = first.keys() - self._known.keys()  # they could be read before, so their features are known
             labels = {photo: label for photo, label in labels.items() if photo not in lost}
         self._made |= {label.label for label in labels.values() if label.label is not None} - known
-        self._version()
+        self.version()
         self._forget(labels)
 
     async def _open(self) -> None:
-        assert self._service.maker is not None
-        await self._service.open(lambda: self.place, self._service.maker.backbones)
+        assert self.service.maker is not None
+        await self.service.open(lambda: self.place, self.service.maker.backbones)
 
     def _item(self, photo: int, label: Label) -> PhotoLabel:
         copy, digest = self.photos.readable(photo), self.photos.digests.get(photo)
@@ -468,7 +423,7 @@ class Labelling:
 
     async def _read(self, photos: Iterable[int], *, strict: bool) -> None:
         if photos := [photo for photo in photos if photo not in self.photos.encoded]:
-            self.photos.note(photos, await self._service.run(self._encoding, self.photos.read, photos, strict))
+            self.photos.note(photos, await self.service.run(self.encoding, self.photos.read, photos, strict))
             self._look()
             self._wake.set()
 
@@ -476,10 +431,10 @@ class Labelling:
         """Choose the next photos, and estimate the accuracy, whenever there is a new version or enough new photos."""
         while True:
             self._wake.clear()
-            version = self._version()
+            version = self.version()
             if self._choice_due():
                 await self._choose(version)
-            elif version is not None and version is not self._measured_at:
+            elif version is not None and self._measured != self._chosen:
                 await self._measure(version)
             else:
                 with suppress(TimeoutError):
@@ -488,20 +443,22 @@ class Labelling:
 
     def _choice_due(self) -> bool:
         """Return whether there is a new version, twice as many photos as at the last choice, or all photos."""
-        version, encoded = self._chosen
-        total = len(self.photos.names) - len(self.photos.unreadable)
-        grown = len(self.photos.encoded) >= 2 * encoded or len(self.photos.encoded) == total > encoded
-        return bool(self.photos.encoded) and (version is not self._seen or grown)
+        (version, before), encoded = self._chosen, len(self.photos.encoded)
+        grown = encoded >= 2 * before or (encoded > before and self._has_read_all())
+        return bool(encoded) and (version is not self._seen or grown)
+
+    def _has_read_all(self) -> bool:
+        return len(self.photos.encoded) == len(self.photos.names) - len(self.photos.unreadable)
 
     async def _choose(self, version: Version | None) -> None:
-        index, encoded = None if version is None or self._is_empty(version) else version.index, len(self.photos.encoded)
+        index, encoded = None if version is None or self.is_empty(version) else version.index, len(self.photos.encoded)
         rows = sorted(self.photos.encoded - self._taken())
         if rows:
-            picks = await self._service.run(self._thinking, _suggested, self.photos, rows, index)
-            queued = sum(label.picked in ("random", "suggested") for label in self._labels().values())
+            picks = await self.service.run(self._thinking, _suggested, self.photos, rows, index)
+            queued = sum(label.picked in ("random", "suggested") for label in self.labels().values())
             self._queue.suggest(picks, self._taken(), queued)
             shown = [one.photo for one in self._queue.show(self._taken()) if one.photo in self.photos.encoded]
-            self._facts = await self._service.run(self._thinking, _facts_of, self.photos, shown, rows, index)
+            self._facts = await self.service.run(self._thinking, _facts_of, self.photos, shown, rows, index)
         self._chosen = version, encoded
 
     async def _measure(self, version: Version) -> None:
@@ -509,13 +466,13 @@ class Labelling:
             sorted({one.key_id for one in self._known.values() if one.picked in picked})
             for picked in (("random",), ("suggested", "reviewed"))
         )
-        self._progress = schemas.LabelProgress(drawn=len(drawn), needed=DRAWN)
-        rest = sorted(self.photos.encoded - self._taken())
-        if len(drawn) >= DRAWN and rest and version.index.n <= self._service.limits.estimated:
+        measured, rest = self._chosen, sorted(self.photos.encoded - self._taken())
+        progress = schemas.LabelProgress(drawn=len(drawn), needed=DRAWN, done=not rest and self._has_read_all())
+        if len(drawn) >= DRAWN and rest and version.index.n <= self.service.limits.estimated:
             features = self.photos.rows(rest)
-            measured = partial(_measured_on, features, version.index, drawn, chosen)
-            self._progress = await self._service.run(self._thinking, measured)
-        self._measured_at = version
+            call = partial(_measured_on, features, version.index, drawn, chosen, len(self.photos))
+            progress = await self.service.run(self._thinking, call)
+        self._progress, self._measured = progress, measured
 
 
 def _paths_of(sources: Sequence[Source]) -> list[str]:
@@ -527,11 +484,6 @@ def _paths_of(sources: Sequence[Source]) -> list[str]:
         log.warning("using %s photos, which were drawn at random from %s", f"{MOST_PHOTOS:,}", f"{len(paths):,}")
         paths = [paths[row] for row in np.random.default_rng(0).permutation(len(paths))[:MOST_PHOTOS]]
     return paths
-
-
-def _listed(guessed: Guessed | None) -> list[Row]:
-    chances = {} if guessed is None else guessed.chances
-    return [{"label": label, "probability": chance} for label, chance in chances.items()]
 
 
 def _entry(photos: SessionPhotos, photo: int, label: Label) -> Entry:
@@ -556,9 +508,12 @@ def _facts_of(
     return dict(zip(shown, zip(probable, similar, strict=True), strict=True))
 
 
-def _measured_on(rest: FloatArray, index: Index, drawn: Sequence[int], chosen: Sequence[int]) -> schemas.LabelProgress:
+def _measured_on(
+    rest: FloatArray, index: Index, drawn: Sequence[int], chosen: Sequence[int], photos: int
+) -> schemas.LabelProgress:
     index = index.in_memory()
     found = estimate_rest(index, drawn, rest, chosen)
     more = min(MORE, len(rest))
     gain = gain_of(index, rest, found, more)
-    return schemas.LabelProgress(**vars(found), drawn=len(drawn), needed=DRAWN, more=more, gain=gain)
+    done = found.most_wrong < DONE * photos
+    return schemas.LabelProgress(**vars(found), drawn=len(drawn), needed=DRAWN, more=more, gain=gain, done=done)

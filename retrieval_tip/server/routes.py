@@ -22,7 +22,7 @@ from retrieval_tip.evaluation.projection import Method, Projection, methods, pro
 from retrieval_tip.evaluation.projection import exemplars as typical_keys
 from retrieval_tip.fit.closed_form import ShotEstimate, estimate
 from retrieval_tip.labelling.groups import group, threshold_of
-from retrieval_tip.server import schemas
+from retrieval_tip.server import review, schemas
 from retrieval_tip.server.access import READS, Named, Now, TheLabelling, TheService, cookie, may_read
 from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.schemas import Row
@@ -256,7 +256,7 @@ async def label_status(labelling: TheLabelling) -> schemas.LabellingStatus:
 @reads.get("/label/answers", response_model=schemas.FolderAnswers)
 async def label_answers(labelling: TheLabelling) -> Response:
     """Return the labels and answers of all photos of the labelling session."""
-    return json_of(await labelling.answers())
+    return json_of(await review.answers(labelling))
 
 
 @reads.get("/label/photos/{photo}/feature", response_class=Response, responses=BYTES)

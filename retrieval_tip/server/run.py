@@ -57,7 +57,7 @@ def address(listening: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-class Kept:
+class LastServer:
     """The port and the token of the last server of some indexes, so that its page works with the next server.
 
     The file with the token is only used if no other user can read or write it. The token is only used on the same port,

@@ -529,10 +529,11 @@ class FolderAnswers(BaseModel):
 
 
 class LabelProgress(BaseModel):
-    """The estimated accuracy on unlabelled photos, with a 95 % confidence interval.
+    """The estimated accuracy on unlabelled photos and number of wrong answers to them, with 95 % confidence intervals.
 
     ``drawn`` is the number of random photos that are labelled. If it is below ``needed``, or if the index is very
-    large, the accuracy is null. ``gain`` is the expected gain from ``more`` labels.
+    large, the accuracy is null. ``gain`` is the expected gain from ``more`` labels. ``done`` tells whether less than
+    2 % of all photos are wrong, at the upper end of the interval.
     """
 
     drawn: int
@@ -540,8 +541,12 @@ class LabelProgress(BaseModel):
     accuracy: float | None = None
     low: float | None = None
     high: float | None = None
+    wrong: float | None = None
+    least_wrong: int | None = None
+    most_wrong: int | None = None
     more: int | None = None
     gain: float | None = None
+    done: bool = False
 
 
 class LabellingStatus(BaseModel):

@@ -143,10 +143,8 @@ function relabel(pairs) {
 
 /** Return how many of the photos without a label are expected to be wrong, or "" if this is not known. */
 function expected(rest) {
-  const estimate = session.now?.progress;
-  if (!rest || estimate?.accuracy == null) return "";
-  const [wrong, least, most] = [1 - estimate.accuracy, 1 - estimate.high, 1 - estimate.low].map((share) => Math.round(share * rest));
-  return `, about ${count(wrong)} of them wrong (${count(least)}–${count(most)})`;
+  const { wrong, least_wrong: least, most_wrong: most } = session.now?.progress ?? {};
+  return !rest || wrong == null ? "" : `, about ${count(Math.round(wrong))} of them wrong (${count(least)}–${count(most)})`;
 }
 
 /** Return the reason why a file was skipped. It excludes the file name, so that files with the same reason share a
