@@ -60,8 +60,8 @@ def logit(p):
     return scipy.special.logit(np.clip(p, progress.LEAST, 1 - progress.LEAST))
 
 
-def numbers_wrong(held, right, rest, size=50_000):
-    """Draw numbers of wrong answers to the rest: weigh draws from the prior by their likelihood."""
+def drawn_wrong(held, right, rest, size=50_000):
+    """Draw which answers to the rest are wrong: weigh draws from the prior by their likelihood."""
     chance = np.random.default_rng(3)
     a = chance.normal(*progress.OFFSET, size)
     b = np.exp(chance.normal(*progress.SLOPE, size))
@@ -69,7 +69,7 @@ def numbers_wrong(held, right, rest, size=50_000):
     weights = np.prod(np.where(right, chances, 1 - chances) ** progress.BELIEF, axis=1)
     drawn = chance.choice(size, 4000, p=weights / weights.sum())
     wrong = 1 - scipy.special.expit(a[drawn, None] + b[drawn, None] * logit(rest))
-    return (chance.random(wrong.shape) < wrong).sum(axis=1)
+    return chance.random(wrong.shape) < wrong
 
 
 @pytest.mark.parametrize("text", [True, False])
@@ -84,7 +84,11 @@ def test_labelled_photos_tell_how_often_an_answer_is_right(text):
     found = estimate_rest(index, [*random, 0, 999], rest, chosen)  # 0 has the same source as 1; 999 is unknown
     assert (found.right, found.n) == (right[:4].sum(), 4)
     held, answers = (probabilities(one, temperature).max(axis=1) for one in (logits, before))
-    numbers = numbers_wrong(held, right, answers)
+    drawn = drawn_wrong(held, right, answers)
+    numbers = drawn.sum(axis=1)
+    assert found.first_wrong == pytest.approx(
+        drawn[:, np.argsort(answers)[: progress.SCREEN]].sum(axis=1).mean(), rel=0.05
+    )
     assert found.wrong == pytest.approx(numbers.mean(), rel=0.05)
     assert (found.least_wrong, found.most_wrong) == pytest.approx(np.quantile(numbers, (0.025, 0.975)), abs=2)
     shares = np.array([found.wrong, found.most_wrong, found.least_wrong]) / 60
@@ -109,9 +113,9 @@ def test_the_gain_counts_the_answers_that_half_of_the_labels_would_lose(text):
 def test_the_estimate_is_empty_without_labels_or_photos():
     index, features, _ = index_of(30, False)
     none = estimate_rest(index, [99], features)
-    assert none == Estimate(0, 0, 0.0, 0.0, 1.0, 30, 0, 30)
+    assert none == Estimate(0, 0, 0.0, 0.0, 1.0, 30, 0, 30, progress.SCREEN)
     assert gain_of(index, features[:0], none, 20) is None
-    assert estimate_rest(index, [1], features[:0]) == Estimate(0, 0, 0.0, 0.0, 1.0, 0, 0, 0)
+    assert estimate_rest(index, [1], features[:0]) == Estimate(0, 0, 0.0, 0.0, 1.0, 0, 0, 0, 0)
     with pytest.raises(UsageError, match="more"):
         gain_of(index, features, none, 0)
     single = Index.from_features(features[:2], [0, 1], NAMES, device="cpu")

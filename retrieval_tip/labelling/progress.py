@@ -42,6 +42,8 @@ LEAST = 0.01
 """Smallest probability that an answer is wrong or right, before it is corrected."""
 DRAWS = 500
 """Number of draws from the posterior."""
+SCREEN = 24
+"""Number of answers that a person reviews at a time."""
 MOST_REST = 4096
 """Maximum number of unlabelled photos that are classified."""
 
@@ -51,7 +53,8 @@ class Estimate:
     """The expected number of ``wrong`` answers to the unlabelled photos, and the ``accuracy`` that follows from it.
 
     With a probability of 95 %, the number is between ``least_wrong`` and ``most_wrong``, and the accuracy between
-    ``low`` and ``high``. ``right`` counts the right answers to the ``n`` labelled photos that were drawn at random.
+    ``low`` and ``high``. ``right`` counts the right answers to the ``n`` labelled photos that were drawn at random, and
+    ``first_wrong`` is the expected number of wrong answers among the ``SCREEN`` least certain ones.
     """
 
     right: int
@@ -62,6 +65,7 @@ class Estimate:
     wrong: float
     least_wrong: int
     most_wrong: int
+    first_wrong: float
 
 
 def estimate_rest(index: Index, random_ids: Sequence[int], rest: Features, chosen_ids: Sequence[int] = ()) -> Estimate:
@@ -77,7 +81,7 @@ def estimate_rest(index: Index, random_ids: Sequence[int], rest: Features, chose
     """
     m, rows = len(rest), photo_rows(index, [*random_ids, *chosen_ids])
     if not len(rows) or not m:
-        return Estimate(0, 0, 0.0, 0.0, 1.0, m, 0, m)
+        return Estimate(0, 0, 0.0, 0.0, 1.0, m, 0, m, min(m, SCREEN))
     held, chance = held_out_probabilities(index, rows), np.random.default_rng(0)
     drawn = np.isin(rows, photo_rows(index, random_ids))
     a, b = _posterior(_logit(held.pred_probs.max(1)), held.right, chance)
@@ -87,8 +91,9 @@ def estimate_rest(index: Index, random_ids: Sequence[int], rest: Features, chose
     numbers = chance.poisson(expected).clip(max=m)  # which vary at least as much as sums of draws
     wrong = float(expected.mean())
     least, most = (int(number) for number in np.quantile(numbers, (0.025, 0.975), method="nearest"))
-    interval = 1 - most / m, 1 - least / m
-    return Estimate(int(held.right[drawn].sum()), int(drawn.sum()), 1 - wrong / m, *interval, wrong, least, most)
+    interval, first = (1 - most / m, 1 - least / m), float(np.sort(p.mean(0))[-SCREEN:].sum())
+    right, n = int(held.right[drawn].sum()), int(drawn.sum())
+    return Estimate(right, n, 1 - wrong / m, *interval, wrong, least, most, first)
 
 
 def _logit(probabilities: npt.NDArray[np.floating]) -> Floats:

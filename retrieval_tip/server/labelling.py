@@ -51,6 +51,11 @@ DRAWN, MORE = 9, 20
 """Minimum number of random photos for an estimate, and number of further labels whose gain is estimated."""
 DONE = 0.02
 """Share of all photos below which the largest expected number of wrong answers is good enough."""
+REVIEWED = 11.5
+"""Number of wrong answers on a screen below which reviewing takes fewer actions than labelling each of its 24 photos.
+
+Correcting ``w`` answers and accepting the others takes ``1 + 2 w`` actions (see benchmarks/label_actions.py).
+"""
 CHUNK = 32
 """Number of photos to encode at a time."""
 RETRY = 5.0
@@ -515,5 +520,7 @@ def _measured_on(
     found = estimate_rest(index, drawn, rest, chosen)
     more = min(MORE, len(rest))
     gain = gain_of(index, rest, found, more)
-    done = found.most_wrong < DONE * photos
-    return schemas.LabelProgress(**vars(found), drawn=len(drawn), needed=DRAWN, more=more, gain=gain, done=done)
+    return schemas.LabelProgress(
+        **vars(found), drawn=len(drawn), needed=DRAWN, more=more, gain=gain, review=found.first_wrong < REVIEWED,
+        done=found.most_wrong < DONE * photos,
+    )  # fmt: skip

@@ -532,8 +532,9 @@ class LabelProgress(BaseModel):
     """The estimated accuracy on unlabelled photos and number of wrong answers to them, with 95 % confidence intervals.
 
     ``drawn`` is the number of random photos that are labelled. If it is below ``needed``, or if the index is very
-    large, the accuracy is null. ``gain`` is the expected gain from ``more`` labels. ``done`` tells whether less than
-    2 % of all photos are wrong, at the upper end of the interval.
+    large, the accuracy is null. ``gain`` is the expected gain from ``more`` labels. ``review`` tells whether reviewing
+    the least certain answers takes less work than labelling these photos, and ``done`` whether less than 2 % of all
+    photos are wrong, at the upper end of the interval.
     """
 
     drawn: int
@@ -546,6 +547,7 @@ class LabelProgress(BaseModel):
     most_wrong: int | None = None
     more: int | None = None
     gain: float | None = None
+    review: bool = False
     done: bool = False
 
 

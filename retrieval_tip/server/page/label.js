@@ -177,13 +177,15 @@ function progress() {
   const known = rest > 0 && estimate?.accuracy != null;
   if (known) parts.push(`About ${percent(estimate.accuracy)} of the other ${count(rest)} are right (${whole(estimate.low)}–${whole(estimate.high)} %).`);
   $("label-progress").textContent = parts.join(" ");
-  const stop = known && estimate.gain !== null && estimate.gain < WORTH;
-  $("label-stop").textContent = !known || estimate.gain === null ? "" : stop
-    ? `You can stop here: ${estimate.more} more labels would bring less than 1 %.`
-    : `${estimate.more} more labels: about +${whole(estimate.gain)} %.`;
+  const { gain = null, more, review } = estimate ?? {};
+  const stop = known && gain !== null && gain < WORTH;
+  const ready = known && review && 2 * guessed.right >= guessed.n; // as benchmarks/label_actions.py has found
+  $("label-stop").textContent = !known || gain === null ? "" : stop ? `You can stop here: ${more} more labels would bring less than 1 %.`
+    : ready ? `Reviewing now takes less work than ${more} more labels, which would bring about ${whole(gain)} %.`
+    : `${more} more labels: about +${whole(gain)} %.`;
   $("label-review").hidden = !now.version || rest <= 0;
   $("label-review").textContent = `Review the other ${count(rest)}, least certain first`;
-  $("label-review").classList.toggle("primary", stop);
+  $("label-review").classList.toggle("primary", stop || ready);
   $("label-bar").value = photos ? labelled / photos : 0;
   const waiting = [];
   if (encoded < photos) waiting.push(`Reading photos: ${count(encoded)} of ${count(photos)}.`);
