@@ -36,6 +36,14 @@ from serving import server
 SPLIT = "split_zhou_Caltech101.json"
 
 
+WAYS = ("both", "keyboard", "mouse")
+CHECKED = 10
+"""Number of single labels between two checks."""
+GOALS = (0.95, 0.98)
+Row = tuple[str, int, float, float | None, bool]
+"""A check: after which step, the actions so far, the share of right photos, and what the page said."""
+
+
 @dataclass
 class Person:
     """Somebody who knows the true class of each photo, by file name, and counts actions."""
@@ -61,6 +69,13 @@ class Person:
             (one["label"] or one["guesses"][0]["label"]) == self.truth[Path(one["name"]).name] for one in answers
         )
         return right / len(self.truth)
+
+    def said(self) -> dict[str, Any]:
+        """Return what the page says: how many answers are wrong, and whether to review or to stop."""
+        state = self.page.evaluate("async () => (await fetch('/v1/label')).json()")
+        progress, guessed = state["progress"] or {}, state["guessed"]
+        advised = self.page.evaluate("document.getElementById('label-review').classList.contains('primary')")
+        return {"wrong": progress.get("wrong"), "done": progress.get("done"), "ready": advised and guessed["n"] > 0}
 
     def label(self) -> None:
         """Label the photo that is shown."""
@@ -164,88 +179,87 @@ def drawn(photos: Path, into: Path, classes: int, number: int, seed: int) -> dic
 
 
 @contextmanager
-def opened(photos: Path, index: Path, model: tuple[str, ...], width: int, height: int) -> Iterator[Page]:
+def opened(photos: Path, index: Path, model: tuple[str, ...]) -> Iterator[Page]:
     with server(photos, "--into", index, *model, "--device", "cpu", command="label") as (url, _), chromium() as browser:
-        page = browser.new_page(viewport={"width": width, "height": height}, reduced_motion="reduce")
+        page = browser.new_page(viewport={"width": 1280, "height": 840}, reduced_motion="reduce")
         page.set_default_timeout(PATIENCE)
         page.goto(url)
         page.wait_for_selector("#label-photo img")
         yield page
 
 
+def run(truth: dict[str, str], photos: Path, index: Path, model: tuple[str, ...], by: str, checks: int) -> list[Row]:
+    """Label and review until nothing is left to do by the page's own advice. Return what it said and what was true."""
+    rows: list[Row] = []
+
+    def check(step: str) -> bool:
+        right, said = person.saved(), person.said()
+        rows.append((step, person.actions, right, said["wrong"], said["done"]))
+        return bool(said["ready"] or said["done"])
+
+    with opened(photos, index, model) as page:
+        person, number = Person(page, truth, by), 0
+        while number < len(truth):
+            person.label()
+            number += 1
+            page.wait_for_timeout(100)
+            if number % CHECKED == 0 and check(f"{number} labels"):
+                break
+        page.reload()
+        page.wait_for_selector("#label-photo img")
+    with opened(photos, index, model) as page:
+        person.page = page
+        person.saved()
+        if by == "keyboard":
+            while page.evaluate("document.activeElement.id") != "label-review":
+                person.act(page.keyboard.press, "Shift+Tab")
+            person.act(page.keyboard.press, "Enter")
+        else:
+            person.act(page.locator("#label-review").click)
+        for screen in range(1, checks + 1):
+            expect(page.locator("#grid .tile[data-label]").first).to_be_visible()
+            wrong = person.review_screen()
+            if check(f"screen {screen}, {wrong} wrong") and rows[-1][-1]:
+                break
+            page.wait_for_timeout(500)
+        person.act(page.locator("#finish-open").click)
+        page.fill("#finish-into", str(index.parent / "sorted"))
+        person.act(page.locator("#finish").get_by_role("button", name="Finish").click)
+        expect(page.locator("#finish-said")).to_contain_text("copied")
+    placed = [*(index.parent / "sorted").glob("*/*.jpg")]
+    right = sum(path.parent.name == truth[path.name] for path in placed) / len(truth)
+    rows.append(("sorted", person.actions, right, None, True))
+    return rows
+
+
 @click.command(help=__doc__)
 @click.option("--photos", type=Path, default=SHARED / "data" / "caltech101", show_default=True)
-@click.option("--model", default="timm:tf_efficientnet_lite0")
-@click.option("--pretrained")
-@click.option("--classes", default=17)
-@click.option("--number", default=500, help="Number of photos.")
-@click.option("--single", default=60, help="Number of photos to label one by one.")
-@click.option("--screens", default=6, help="Number of screens to review.")
-@click.option("--by", type=click.Choice(["both", "keyboard", "mouse"]), default="both")
-@click.option("--seed", default=0)
+@click.option("--model", default="timm:tf_efficientnet_lite0", show_default=True)
+@click.option("--pretrained", help="File of the weights.")
+@click.option("--classes", default=17, show_default=True)
+@click.option("--number", default=500, show_default=True, help="Number of photos.")
+@click.option("--screens", default=12, show_default=True, help="Most screens to review.")
+@click.option("--by", type=click.Choice(WAYS), multiple=True, default=WAYS)
+@click.option("--seed", multiple=True, default=(0, 1, 2), show_default=True)
 def main(
-    photos: Path,
-    model: str,
-    pretrained: str | None,
-    classes: int,
-    number: int,
-    single: int,
-    screens: int,
-    by: str,
-    seed: int,
-) -> None:
+    photos: Path, model: str, pretrained: str | None, classes: int, number: int, screens: int, by: tuple[str, ...],
+    seed: tuple[int, ...],
+) -> None:  # fmt: skip
     click.echo(machine())
-    with tempfile.TemporaryDirectory() as folder:
-        unlabelled, index = Path(folder) / "photos", Path(folder) / "things"
-        unlabelled.mkdir()
-        truth = drawn(photos, unlabelled, classes, number, seed)
-        options = ("--model", model, *(("--pretrained", pretrained) if pretrained else ()))
-        start = time.monotonic()
-        with opened(unlabelled, index, options, 1280, 840) as page:
-            person = Person(page, truth, by)
-            for done in range(1, single + 1):
-                person.label()
-                page.wait_for_timeout(200)
-                if done % 10 == 0:
-                    print(
-                        done,
-                        "labels",
-                        person.actions,
-                        "actions",
-                        f"{100 * person.saved():.1f} %",
-                        page.locator("#label-progress").text_content(),
-                        page.locator("#label-stop").text_content(),
-                        flush=True,
-                    )
-            page.reload()
-            page.wait_for_selector("#label-photo img")
-        with opened(unlabelled, index, options, 1280, 840) as page:
-            person.page = page
-            person.saved()
-            if by == "keyboard":
-                while page.evaluate("document.activeElement.id") != "label-review":
-                    person.act(page.keyboard.press, "Shift+Tab")
-                person.act(page.keyboard.press, "Enter")
-            else:
-                person.act(page.locator("#label-review").click)
-            for screen in range(1, screens + 1):
-                expect(page.locator("#grid .tile[data-label]").first).to_be_visible()
-                wrong = person.review_screen()
-                right = person.saved()
-                page.wait_for_timeout(1500)
-                print(
-                    "screen",
-                    screen,
-                    wrong,
-                    "wrong;",
-                    person.actions,
-                    "actions",
-                    f"{100 * right:.1f} %",
-                    page.locator("#progress").text_content(),
-                    flush=True,
-                )
-            page.screenshot(path="/tmp/review.png")
-        click.echo(f"{time.monotonic() - start:.0f} s")
+    options = ("--model", model, *(("--pretrained", pretrained) if pretrained else ()))
+    for way in by:
+        for draw in seed:
+            with tempfile.TemporaryDirectory() as folder:
+                (unlabelled := Path(folder) / "photos").mkdir()
+                truth, start = drawn(photos, unlabelled, classes, number, draw), time.monotonic()
+                rows = run(truth, unlabelled, Path(folder) / "things", options, way, screens)
+            click.echo(f"\n{way}, seed {draw}, {time.monotonic() - start:.0f} s")
+            for step, actions, right, wrong, done in rows:
+                told = "" if wrong is None else f", about {wrong:.0f} wrong"
+                click.echo(f"{step:22} {actions:4} actions {100 * right:6.1f} % right{told}{', done' if done else ''}")
+            for goal in GOALS:
+                reached = next((actions for _, actions, right, _, _ in rows if right >= goal), None)
+                click.echo(f"{goal:.0%} right after {reached} actions")
 
 
 if __name__ == "__main__":
