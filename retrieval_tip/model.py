@@ -335,7 +335,7 @@ class Index(Editing):
 
     def _contents(self) -> Contents:
         rows = self.rows.in_memory()
-        sums = rows.sums
+        sums, derived = rows.sums, self.metric is not None and self.metric.factor is not None
         return Contents(
             keys=rows.keys,
             labels=rows.labels,
@@ -344,7 +344,7 @@ class Index(Editing):
             curve=self.curve,
             index=None if self.exact_search else self.index,
             metric=self.metric,
-            points=rows.points,
+            points=None if derived else rows.points,
             sums=sums if sums is not None and sums.nbytes * SUMS_FROM <= rows.keys.nbytes else None,
             prior=self.prior,
         )
