@@ -180,15 +180,15 @@ def test_the_versions_of_format_7_are_kept(tmp_path: Path) -> None:
     place = copied("plain", tmp_path)
     assert FolderVersions(Path(place)).history()["change"].to_pylist() == [
         "build",
-        "add 2 keys",
-        "add 2 keys and 1 class",
-        "remove 1 key",
+        "add 2 examples",
+        "add 2 examples and 1 class",
+        "remove 1 example",
         "set alpha 2, k 4",
     ]
     changes.configure(place, temperature=2.0)
     old = Index.load(place, device="cpu", version=3)
     assert (old.n, old.labels["camera"].to_pylist()[:2]) == (22, ["a", "b"])
-    assert changes.gc(place).versions == [1, 2, 3, 4, 5]
+    assert changes.gc(place, 1).versions == [1, 2, 3, 4, 5]
     named = {file.name for file in FolderVersions(Path(place)).current().data_files}
     assert {f"data/{path.name}" for path in (Path(place) / "data").iterdir()} == named
 
@@ -210,7 +210,7 @@ def test_an_earlier_version_that_is_no_longer_read_can_be_deleted(old: str, tmp_
     first.write_bytes(sealed(body | ({"format_version": 6} if old == "format" else {"files": files})))
     with pytest.raises(StoreError, match="; delete earlier versions with index gc"):
         FolderVersions(place).history()
-    changes.gc(place)
+    changes.gc(place, 1)
     assert len(FolderVersions(place).history()) == 1
 
 

@@ -128,7 +128,7 @@ OPERATIONS = {
     "fit": lambda place, *_: fit_index(place, **FITTED),
     "fit to values": lambda place, *_: fit_index(place, values="solved"),
     "rollback": lambda place, *_: changes.rollback(place),
-    "gc": lambda place, *_: stores.at(place).collect(),
+    "gc": lambda place, *_: stores.at(place).collect(1),
     "move": lambda place, *_: manage.rename(place, "moved"),
     "duplicate": lambda place, *_: manage.duplicate(place, "copy"),
     "delete": lambda place, *_: manage.delete(place),
@@ -305,7 +305,7 @@ def check_tidy(place, behind=False):
     manifest, options = at.manifest(), storage_options(at.address) or None
     own = lancedb.connect(at.address.uri, storage_options=options).open_table("keys")
     assert (own.version, own.count_rows()) == (manifest.table.version, manifest.n)
-    at.collect()
+    at.collect(1)
     assert list(at.files.sizes("manifests")) == [f"manifests/{manifest.version:06d}.json"]
     assert set(at.files.sizes("data")) == {file.name for file in at.manifest().data_files}
     assert not own.tags.list()
@@ -629,7 +629,7 @@ def test_gc_frees_space_on_a_full_disk(small_disk, room):
     resize(folder.parent, 0)
     with pytest.raises(RetrievalTipError, match="No space left"):
         changes.rebuild(folder)
-    gone, freed = stores.at(folder).collect()
+    gone, freed = stores.at(folder).collect(1)
     assert (gone, freed > 0) == ([2, 3], True)
     assert answer(folder) == before
     assert stores.at(folder).history()["version"].to_pylist() == [4]

@@ -415,8 +415,8 @@ def test_gc_deletes_photos_that_no_kept_version_uses(
     assert unused.exists()
     monkeypatch.setattr("retrieval_tip.store.lock.LOCK_WAIT", 0.0)
     with photos_module.adding(shots):  # as the server does before it saves a version
-        assert changes.gc(own).photos == 0
-    assert changes.gc(own) == changes.Collected([], 1, sent[0].stat().st_size)
+        assert changes.gc(own, 1).photos == 0
+    assert changes.gc(own, 1) == changes.Collected([], 1, sent[0].stat().st_size)
     assert not unused.exists()
     assert all(path.exists() for path in (*used, *foreign, link, elsewhere))
 

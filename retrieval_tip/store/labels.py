@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from retrieval_tip.errors import InputError, first_line
+from retrieval_tip.errors import InputError, counted, few, first_line
 
 LABEL_SCHEMA = pa.schema(
     [
@@ -47,6 +48,33 @@ PICKED, RANDOM, WITHDRAWN = "picked", "random", "withdrawn"
 
 An index needs a key, so the last key stays and is marked as withdrawn when its label is removed.
 """
+
+Edits = Mapping[int, tuple[str | None, str | None]]
+"""The labels of changed keys before and after a change, by key id. A key that is not there has the label ``None``."""
+
+
+def noun_of(backbone: object) -> str:
+    """Return what a key is called in the history. If the encoder is unknown, keys need not be photos."""
+    return "example" if backbone is None else "photo"
+
+
+def in_words(edits: Edits, what: str) -> str:
+    """Describe a change, for example as ``5 photos: 3 crab, 2 ibis``. ``what`` is the noun for a key."""
+    added, moved, removed = Counter[str](), Counter[str](), Counter[str]()
+    for before, after in edits.values():
+        if before is None and after is not None:
+            added[after] += 1
+        elif before is not None and after is None:
+            removed[before] += 1
+        elif before != after:
+            moved[f"{before} became {after}"] += 1
+    said = []
+    for prefix, found in (("", added), ("", moved), ("removed ", removed)):
+        if found:
+            names = [f"{n:,} {name}" for name, n in found.most_common()]
+            names = [*found] if found is moved and len(found) == 1 else names
+            said.append(f"{prefix}{counted(found.total(), what)}: {few(names)}")
+    return "; ".join(said)
 
 
 def label_table(
