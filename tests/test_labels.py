@@ -241,4 +241,4 @@ def test_a_value_that_no_version_has_is_refused(row: dict[str, object]) -> None:
     ],
 )
 def test_a_change_of_labels_is_told_in_words(edits: list[tuple[str | None, str | None]], words: str) -> None:
-    assert in_words(dict(enumerate(edits)), "photo") == words
+    assert in_words(edits, "an encoder") == words

@@ -36,10 +36,9 @@ from retrieval_tip.model import Index
 from retrieval_tip.retrieval.defaults import plain_settings
 from retrieval_tip.retrieval.duplicates import Duplicates
 from retrieval_tip.settings import Dtype, Normalize, check_choice
-from retrieval_tip.store.labels import PICKED, WITHDRAWN, Edits, in_words, noun_of
+from retrieval_tip.store.labels import PICKED, WITHDRAWN, Edits, in_words
 from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.query import rows_where
-from retrieval_tip.store.versions import created
 
 Folder = str | os.PathLike[str]
 
@@ -166,7 +165,7 @@ def add(
             key_ids = index.add(block.features[rows], labels[rows].tolist(), views=views, **vars(columns.take(rows)))
             found = index.rows.duplicates_of(key_ids, index.retrieval)  # if anything fails up to here, nothing changes
             _note_precision(index, precision_of(source, reader))
-        words = _words(index, {key_id: (None, label) for key_id, label in zip(key_ids, labels[rows], strict=True)})
+        words = in_words(((None, label) for label in labels[rows]), index.backbone)
         change.what = words or (counted(len(classes), "new class") if classes else "")
         fitted = _keep_fitted(change)
     alike = warn_of_spelling(folder, index.class_names, classes)
@@ -196,12 +195,9 @@ class PhotoLabel:
 
 
 def label(
-    folder: Place,
-    photos: Iterable[PhotoLabel],
-    reader: Reader,
-    unwanted: Collection[str] = (),
+    folder: Place, photos: Iterable[PhotoLabel], reader: Reader, unwanted: Collection[str] = (),
     last: Changed | None = None,
-) -> Changed:
+) -> Changed:  # fmt: skip
     """Set the labels of photos in one new version: add new photos, relabel known ones, and remove some.
 
     If several keys have the digest of a photo, all of them change. If no other key remains, the last key is kept, and
@@ -243,31 +239,16 @@ def label(
         for name in sorted(set(unwanted).intersection(index.class_names).difference(names)):
             if not index.counts[index.class_names.index(name)]:
                 index.rename(name, next(other for other in index.class_names if other != name))  # drops an empty class
-        edits = {row["key_id"]: (row["label"], wanted[row["digest"]].label) for row in rows}
-        edits = {key_id: pair for key_id, pair in edits.items() if key_id not in withdrawn and pair[0] != pair[1]}
-        new_ids = zip(added, fresh, strict=True)
-        edits |= {key_id: (None, photo.label) for key_id, photo in new_ids if photo.picked != WITHDRAWN}
-        if last is not None and last.edits and _is_recent(index, last.version):
-            change.writer.replaces = True
-            earlier = last.edits
-            edits = {**earlier} | {key_id: (earlier.get(key_id, pair)[0], pair[1]) for key_id, pair in edits.items()}
+        kept, shown = (row for row in rows if row["key_id"] not in withdrawn), zip(added, fresh, strict=True)
+        edits: Edits = {row["key_id"]: (row["label"], wanted[row["digest"]].label) for row in kept}
+        edits = {**edits, **{key_id: (None, photo.label) for key_id, photo in shown if photo.picked != WITHDRAWN}}
+        if last is not None and last.edits and change.writer.replace(last.version):
+            before = last.edits
+            edits = {**before, **{key_id: (before.get(key_id, pair)[0], pair[1]) for key_id, pair in edits.items()}}
         if added or moved or gone or new:
-            change.what = _words(index, edits) or "no change"
+            change.what = in_words(edits.values(), index.backbone) or "no change"
         fitted = _keep_fitted(change)
-    return Changed(_version(index), [*added, *moved], edits=edits, **fitted)
-
-
-def _is_recent(index: Index, version: int) -> bool:
-    """Return whether an index is at a version that was made in the current minute."""
-    manifest = index.manifest
-    assert manifest is not None
-    minute = len("2026-11-30T12:00")
-    return manifest.version == version and manifest.created_at[:minute] == created()["created_at"][:minute]
-
-
-def _words(index: Index, edits: Edits) -> str:
-    """Describe edits in the words of the history."""
-    return in_words(edits, noun_of(index.backbone))
+    return Changed(_version(index), [*added, *moved], edits=edits if change.what else {}, **fitted)
 
 
 def _add_photos(index: Index, photos: Sequence[PhotoLabel], reader: Reader) -> list[int]:
@@ -314,8 +295,8 @@ def merge(folder: Place, other: Place) -> Added:
         labels, views = theirs.labels["label"].to_pylist(), theirs.labels["views"].to_numpy()
         key_ids = index.add(np.asarray(theirs.keys), labels, views=views, **vars(columns))
         found = index.rows.duplicates_of(key_ids, index.retrieval)  # if anything fails up to here, nothing changes
-        words = _words(index, {key_id: (None, label) for key_id, label in zip(key_ids, labels, strict=True)})
-        change.what = f"merge {show(str(source))}: {words}"
+        words = in_words(((None, label) for label in labels), index.backbone)
+        change.what = f"merged {show(str(source))}: {words}"
         fitted = _keep_fitted(change)
     alike = warn_of_spelling(folder, index.class_names, classes)
     return Added(_version(index), key_ids, classes, 0, found, alike, **fitted)
@@ -352,9 +333,9 @@ def remove(folder: Place, *, where: str | None = None, key_ids: Sequence[int] | 
     """
     with places.at(folder).change() as change:
         chosen = _chosen(change.index, where, key_ids)
-        edits = {key_id: (label, None) for key_id, label in _labels_of(change.index, chosen).items()}
+        labels = _labels_of(change.index, chosen)
         change.index.remove(chosen)
-        change.what = _words(change.index, edits)
+        change.what = in_words(((label, None) for label in labels.values()), change.index.backbone)
         fitted = _keep_fitted(change)
     return Changed(_version(change.index), chosen, **fitted)
 
@@ -445,7 +426,7 @@ def rename(folder: Place, old: str, new: str, backbone: Backbone | None = None) 
             text = index.text_weights.cpu().numpy().copy()
             text[index.class_names.index(new)] = weights
             index.set_text(text, index.templates)
-        change.what = f"merge {old} into {new}" if merged else f"rename {old} to {new}"
+        change.what = f"merged {old} into {new}" if merged else f"renamed {old} to {new}"
         change.what += ", with a new text weight" if weights is not None else ""
         fitted = _keep_fitted(change) if merged else {}
     return Renamed(_version(index), sorted(key_ids), merged, **fitted)
@@ -708,7 +689,7 @@ def _relabel(change: Change, wanted: Mapping[int, str], now: Mapping[int, str]) 
     moved = {key_id: label for key_id, label in wanted.items() if label != now[key_id]}
     if moved:
         change.index.relabel(list(moved), list(moved.values()))
-        change.what = _words(change.index, {key_id: (now[key_id], label) for key_id, label in moved.items()})
+        change.what = in_words(((now[key_id], label) for key_id, label in moved.items()), change.index.backbone)
     return list(moved)
 
 

@@ -410,6 +410,17 @@ class History(BaseModel):
     versions: list[PastVersion]
 
 
+What = Literal["added", "moved", "removed"]
+
+
+class PhotoChange(BaseModel):
+    """Photos that were added, moved to another class or removed, in words, and the first of them."""
+
+    what: What
+    change: str
+    photos: list[Key]
+
+
 class Exemplar(BaseModel):
     """The key that is closest to the mean of its class."""
 

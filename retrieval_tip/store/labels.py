@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -58,22 +58,30 @@ def noun_of(backbone: object) -> str:
     return "example" if backbone is None else "photo"
 
 
-def in_words(edits: Edits, what: str) -> str:
-    """Describe a change, for example as ``5 photos: 3 crab, 2 ibis``. ``what`` is the noun for a key."""
+def edits_between(before: pa.Table, after: pa.Table) -> Edits:
+    """Compare two label stores."""
+    columns = ([table[name].to_pylist() for name in ("key_id", "label")] for table in (before, after))
+    old, new = (dict(zip(*own, strict=True)) for own in columns)
+    return {key_id: (old.get(key_id), new.get(key_id)) for key_id in old | new if old.get(key_id) != new.get(key_id)}
+
+
+def in_words(pairs: Iterable[tuple[str | None, str | None]], backbone: object) -> str:
+    """Describe the labels of keys before and after a change, for example as ``5 photos: 3 crab, 2 ibis``."""
     added, moved, removed = Counter[str](), Counter[str](), Counter[str]()
-    for before, after in edits.values():
+    for (before, after), n in Counter(pairs).items():
         if before is None and after is not None:
-            added[after] += 1
+            added[after] = n
         elif before is not None and after is None:
-            removed[before] += 1
+            removed[before] = n
         elif before != after:
-            moved[f"{before} became {after}"] += 1
+            moved[f"{before} became {after}"] = n
     said = []
     for prefix, found in (("", added), ("", moved), ("removed ", removed)):
         if found:
-            names = [f"{n:,} {name}" for name, n in found.most_common()]
-            names = [*found] if found is moved and len(found) == 1 else names
-            said.append(f"{prefix}{counted(found.total(), what)}: {few(names)}")
+            names = [
+                f"{n:,} {name}" if len(found) > 1 or found is not moved else name for name, n in found.most_common()
+            ]
+            said.append(f"{prefix}{counted(found.total(), noun_of(backbone))}: {few(names)}")
     return "; ".join(said)
 
 
