@@ -528,24 +528,25 @@ def test_a_labelling_session_keeps_one_version_per_minute_and_its_readers_can_fi
     same = label(91, "c", "cat", fifth)
     label(92, "d", "cat", same)
     history = pets.store.history()
-    assert history["version"].to_pylist() == [1, 3, 5, 6, 8]
-    assert history["parent"].to_pylist() == [None, 1, 3, 5, 6]
+    assert history["version"].to_pylist() == [1, 3, 5, 6, 7, 8]
+    assert history["parent"].to_pylist() == [None, 1, 3, 5, 6, 7]
     assert history["change"].to_pylist()[1:] == [
         f"2 examples: 1 cat, 1 {BARE}",
         f"1 example: cat became {BARE}; removed 1 example: 1 {BARE}",
         "set temperature 2",
-        "2 examples: 2 cat",
+        "1 example: 1 cat",
+        "1 example: 1 cat",
     ]
     pets.check()
     np.testing.assert_array_equal(reader.logits(QUERIES, 8).numpy(), answers)
     assert reader.find(key_ids=[60])["label"].to_pylist() == ["cat"]
     if pets.kind != "s3":  # where another writer may still need unnamed objects
-        named = {file.name for version in (1, 3, 5, 6, 8) for file in pets.store.manifest(version).data_files}
+        named = {file.name for version in (1, 3, 5, 6, 7, 8) for file in pets.store.manifest(version).data_files}
         assert {name for name in everything(pets.place) if name.startswith("data/")} == named
     changes.rollback(pets.place)
     changes.rollback(pets.place, 5)
     changes.rollback(pets.place)
-    assert pets.store.history()["change"].to_pylist()[-3:] == [f"restored version {number}" for number in (6, 5, 9)]
+    assert pets.store.history()["change"].to_pylist()[-3:] == [f"restored version {number}" for number in (7, 5, 9)]
 
 
 def test_a_rollback_adds_a_version_to_the_history(pets):

@@ -277,7 +277,7 @@ def remove_command(folder: Place = options.INDEX_ARGUMENT, which: ShotOptions = 
     """Remove shots from an index.
 
     The classes of these shots stay in the index. Earlier versions still contain the shots until you delete those
-    versions with index gc.
+    versions with index gc --keep 1.
     """
     from retrieval_tip.index import changes
 
