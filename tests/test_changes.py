@@ -712,3 +712,10 @@ def test_a_clone_into_the_index_itself_is_refused(index: Path) -> None:
     with pytest.raises(StoreError, match="inside the index"):
         changes.clone(index, index / "copy")
     assert not (index / "copy").exists()
+
+
+def test_gc_keeps_the_last_ten_versions(run: Any, flipped: Path) -> None:
+    for k in range(1, 12):
+        changes.configure(flipped, k=k)
+    assert run("index", "gc", flipped).stdout.startswith(f"{flipped}: deleted 2 versions, ")
+    assert FolderVersions(flipped).history()["version"].to_pylist() == list(range(3, 13))
