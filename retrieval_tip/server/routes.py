@@ -253,7 +253,7 @@ async def past(
     def call() -> list[schemas.PhotoChange]:
         after = _labels_at(one, version)
         before = after.slice(0, 0) if since is None else _labels_at(one, since)
-        kinds: dict[schemas.What, dict[int, tuple[str | None, str | None]]] = {"added": {}, "moved": {}, "removed": {}}
+        kinds: dict[str, dict[int, tuple[str | None, str | None]]] = {"added": {}, "moved": {}, "removed": {}}
         for key_id, (old, new) in edits_between(before, after).items():
             kinds["added" if old is None else "moved" if new else "removed"][key_id] = (old, new) if new else (new, old)
         found = []

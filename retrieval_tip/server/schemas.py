@@ -410,13 +410,10 @@ class History(BaseModel):
     versions: list[PastVersion]
 
 
-What = Literal["added", "moved", "removed"]
-
-
 class PhotoChange(BaseModel):
-    """Photos that were added, moved to another class or removed, in words, and the first of them."""
+    """Photos that were ``added``, ``moved`` to another class or ``removed``, in words, and the first of them."""
 
-    what: What
+    what: str
     change: str
     photos: list[Key]
 

@@ -71,17 +71,17 @@ class Writer:
 
     replaces = False
 
+    def __init__(self, store: Versions[Any], parent: Manifest | None) -> None:
+        self.store, self.parent = store, parent
+        self.files: dict[str, DataFile] = {}
+        self.restored: Manifest | None = None
+
     def replace(self, version: int) -> bool:
         """Replace the parent if it is this version and was made in the current minute, and return whether it was."""
         own, minute = self.parent, slice(len("2026-11-30T12:00"))
         if own is not None and own.version == version:
             self.replaces = own.created_at[minute] == created()["created_at"][minute]
         return self.replaces
-
-    def __init__(self, store: Versions[Any], parent: Manifest | None) -> None:
-        self.store, self.parent = store, parent
-        self.files: dict[str, DataFile] = {}
-        self.restored: Manifest | None = None
 
     @property
     def number(self) -> int:

@@ -8,7 +8,6 @@ import { state } from "./state.js";
 const SITTING = 30 * 60_000; // ms without a change after which another sitting begins
 const SHOWN = 4; // photos of each version
 const WHAT = { added: "Come back:", moved: "Change:", removed: "Go:" };
-
 const hour = new Intl.DateTimeFormat("en", { timeStyle: "short" });
 const day = new Intl.DateTimeFormat("en", { dateStyle: "medium", timeStyle: "short" });
 
