@@ -321,7 +321,7 @@ class Index(Editing):
         """Write the manifest of this version, and record it with a check that is already complete."""
         self.check_answers()
         files = {kind: writer.files[kind] for kind in SUFFIXES if kind in writer.files}
-        manifest = self.manifest_of(writer.number, writer.parent, change, files)
+        manifest = self.manifest_of(writer.number, writer.before, change, files)
         writer.commit(manifest)
         check = Check(writer.store.files, manifest, known=manifest.data_files)
         self.stored = Stored.of(writer.store, check, contents)
@@ -335,7 +335,7 @@ class Index(Editing):
 
     def _contents(self) -> Contents:
         rows = self.rows.in_memory()
-        sums = rows.sums
+        sums, derived = rows.sums, self.metric is not None and self.metric.factor is not None
         return Contents(
             keys=rows.keys,
             labels=rows.labels,
@@ -344,7 +344,7 @@ class Index(Editing):
             curve=self.curve,
             index=None if self.exact_search else self.index,
             metric=self.metric,
-            points=rows.points,
+            points=None if derived else rows.points,
             sums=sums if sums is not None and sums.nbytes * SUMS_FROM <= rows.keys.nbytes else None,
             prior=self.prior,
         )
@@ -352,17 +352,17 @@ class Index(Editing):
     def manifest_of(
         self,
         number: int,
-        parent: Manifest | None,
+        parent: int | None,
         change: str,
         files: dict[str, DataFile],
         *,
         table: Table | None = None,
         digests: dict[str, str] | None = None,
     ) -> Manifest:
-        """Create the manifest of version ``number``. ``change`` describes how it differs from ``parent``."""
+        """Create the manifest of version ``number``. ``change`` describes how it differs from version ``parent``."""
         assert self.next_key_id is not None
         return Manifest(
-            version=number, parent=None if parent is None else parent.version, **created(),
+            version=number, parent=parent, **created(),
             n=self.n, d=self.d, dtype=self.dtype, class_names=self.class_names, templates=self.templates,
             settings=self.settings, index=self.index_type,
             backbone=self.backbone.to_dict() if self.backbone and not self.parts else None,

@@ -65,11 +65,24 @@ class Metric:
     """A metric ``phi(x) = unit((x - m) T)``, which maps features to unit vectors.
 
     ``mean`` is the vector ``m``, of shape ``[d]``. ``transform`` is the matrix ``T``, of shape ``[d, d]``. Both are
-    float32. The metric is applied to queries and keys, but not to text weights.
+    float32. The metric is applied to queries and keys, but not to text weights. ``factor`` is a compact form of ``T``,
+    if there is one (see :meth:`of_factor`).
     """
 
     mean: Tensor
     transform: Tensor
+    factor: Tensor | None = None
+
+    @classmethod
+    def of_factor(cls, mean: Tensor, factor: Tensor) -> Metric:
+        """Return the metric with ``T = diag(a) (I - G^T G)``, given ``a`` and the rows of ``G`` as ``[1 + r, d]``.
+
+        Few keys only vary in few directions, which are the rows of ``G``.
+        """
+        scale, rows = factor[0], factor[1:]
+        transform = (-scale[:, None] * rows.T) @ rows
+        transform.diagonal().add_(scale)
+        return cls(mean, transform, factor)
 
     def __call__(self, features: Tensor) -> Tensor:
         """Apply the metric to features of shape ``[q, d]``. A feature that equals the mean is mapped to 0."""
@@ -77,7 +90,8 @@ class Metric:
 
     def to(self, device: str) -> Metric:
         """Return a copy of this metric on another device."""
-        return Metric(self.mean.to(device), self.transform.to(device))
+        factor = None if self.factor is None else self.factor.to(device)
+        return Metric(self.mean.to(device), self.transform.to(device), factor)
 
     def double(self) -> Metric:
         """Return a copy of this metric in float64."""

@@ -543,7 +543,10 @@ def test_an_edited_audit_is_applied_as_one_version(run: Any, flipped: Path, tmp_
     found = opened(flipped).labels
     labels = dict(zip(found["source"].to_pylist(), found["label"].to_pylist(), strict=True))
     assert (labels["item-0"], labels["item-10"], labels["item-29"]) == ("cat", "cat", "cat")
-    assert FolderVersions(flipped).history()["change"].to_pylist() == ["build", "relabel 2 keys as cat"]
+    assert FolderVersions(flipped).history()["change"].to_pylist() == [
+        "build",
+        "2 examples: 1 dog became cat, 1 owl became cat",
+    ]
     again = run("index", "audit", flipped, "--apply", edited)
     refused(again, 1, edited, f"key {rows['key_id']['item-0']}", "'cat'", "'dog'")
     assert version(flipped) == 2
@@ -656,7 +659,7 @@ def test_reload_only_reads_changed_files_and_keeps_the_old_reader_valid(grown: P
     near = [key.key_id for key in reader.classify(QUERIES[:1])[0].neighbours]
     assert reader.reload() is reader
     changes.remove(grown, key_ids=[0, 7])
-    FolderVersions(grown).collect()
+    FolderVersions(grown).collect(1)
     assert torch.equal(reader.logits(QUERIES), answers)
     assert [key.key_id for key in reader.classify(QUERIES[:1])[0].neighbours] == near
     unread = set(data_files(grown)) & old
@@ -709,3 +712,10 @@ def test_a_clone_into_the_index_itself_is_refused(index: Path) -> None:
     with pytest.raises(StoreError, match="inside the index"):
         changes.clone(index, index / "copy")
     assert not (index / "copy").exists()
+
+
+def test_gc_keeps_the_last_ten_versions(run: Any, flipped: Path) -> None:
+    for k in range(1, 12):
+        changes.configure(flipped, k=k)
+    assert run("index", "gc", flipped).stdout.startswith(f"{flipped}: deleted 2 versions, ")
+    assert FolderVersions(flipped).history()["version"].to_pylist() == list(range(3, 13))

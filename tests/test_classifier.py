@@ -416,7 +416,7 @@ def test_after_each_change_the_new_version_is_used(place, tmp_path):
     assert clf.rollback(1).version == clf.index.version == 7
     assert (len(clf), clf.classes) == (18, ["blue", "green", "red"])
     told = clf.history()["change"].to_pylist()
-    assert told[1:3] == ["remove 1 key", "relabel 1 key as red"]
+    assert told[1:3] == ["removed 1 photo: 1 blue", "1 photo: blue became red"]
     assert clf.fit(metric="none").form.metric is None
     choice = clf.fit(place / "new", values="one-hot")
     assert (choice.judged_on, clf.index.values, clf.index.version) == (f"6 photos of {place / 'new'}", None, 9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import pickle
 import re
 from dataclasses import replace
 
@@ -952,9 +953,34 @@ def test_only_photos_drawn_at_random_say_how_sure_an_index_of_chosen_photos_may_
     assert few.settings.temperature == closed_form.EARLY * before
 
 
+@pytest.mark.parametrize("kind", ["", "lance://"])
+def test_the_metric_of_few_keys_is_stored_in_the_directions_in_which_they_vary(kind, tmp_path):
+    d, shrinkage = 64, 0.8
+    keys, ids = clusters(4, d=d)
+    cache = Index.from_features(keys, ids, NAMES, device="cpu")
+    closed_form.fit(cache, forms=[Form(Within(shrinkage), Solved(0.1), 1.0)])
+    wide, means = keys.astype(np.float64), np.stack([keys[ids == i].mean(0) for i in range(C)])
+    apart = wide - means[ids]
+    scatter = apart.T @ apart / len(keys)
+    found, directions = np.linalg.eigh((1 - shrinkage) / (np.trace(scatter) / d) * scatter + shrinkage * np.eye(d))
+    exact = torch.from_numpy((directions * found**-0.5) @ directions.T).float()
+    np.testing.assert_allclose(cache.metric.transform, exact, atol=1e-5)
+    place = f"{kind}{tmp_path / 'index'}"
+    stores.at(place).copy_from(cache, "save")
+    stored = stores.at(place).load(device="cpu")
+    assert stored.manifest.files["metric"].rows == 2 + len(keys) - C
+    assert "points" not in stored.manifest.files
+    queries, _ = clusters(4, seed=5, d=d)
+    whole = replace(cache)
+    whole.set_fitted(tip.Metric(cache.metric.mean, exact), cache.values, cache.fitted)
+    np.testing.assert_allclose(stored.logits(queries), whole.logits(queries), rtol=1e-5, atol=1e-5)
+    assert stored.metric.to("cpu").factor is not None
+    assert pickle.loads(pickle.dumps(stored)).metric.factor is not None
+
+
 def test_the_scatter_of_keys_that_are_nearly_equal_is_finite():
     draw = np.random.default_rng(0)
     keys = torch.from_numpy(unit(np.eye(64)[np.arange(60) % 3] + 1e-7 * draw.normal(size=(60, 64)))).float()
     scatter = FewScatter.of(keys, torch.arange(60) % 3, 3)
-    transform = scatter.whitening(0.8)
-    assert transform is None or bool(torch.isfinite(transform).all())
+    metric = scatter.whitening(0.8)
+    assert metric is None or bool(torch.isfinite(metric.transform).all())

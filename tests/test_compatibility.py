@@ -25,6 +25,7 @@ from retrieval_tip.backbones.base import Backbone
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.errors import StoreError
 from retrieval_tip.index import changes
+from retrieval_tip.index.fit import fit_index
 from retrieval_tip.index.places import at
 from retrieval_tip.model import Index, verify
 from retrieval_tip.store.folder import FolderVersions
@@ -65,26 +66,55 @@ def copied(name: str, to: Path) -> str:
     return f"lance://{to / name}" if name in STORES else str(to / name)
 
 
+def opened(version: str, name: str, to: Path) -> tuple[str, Callable[[], None]]:
+    """Copy an index of format 8 or 9. Return its address, and a check that it gives its old answers."""
+    known = json.loads((INDEXES / version / "expected.json").read_text())
+    shutil.copytree(INDEXES / version / name, to / name)
+    place = f"lance://{to / name}" if name.startswith("lance-") else str(to / name)
+
+    def check() -> None:
+        found = at(place).load(device="cpu").logits(np.array(known["features"], dtype=np.float32), k="all")
+        np.testing.assert_allclose(found, known["answers"][name]["all"], rtol=1e-4, atol=1e-4)
+
+    return place, check
+
+
 @pytest.mark.parametrize("name", ["fitted", "lance-fitted"])
 def test_an_index_of_format_8_had_one_encoder(name: str, tmp_path: Path) -> None:
-    known = json.loads((INDEXES / "v8" / "expected.json").read_text())
-    shutil.copytree(INDEXES / "v8" / name, tmp_path / name)
-    place = f"lance://{tmp_path / name}" if name in ("lance-fitted",) else str(tmp_path / name)
-    index, answers = at(place).load(device="cpu"), known["answers"][name]
-    features = np.array(known["features"], dtype=np.float32)
-    assert (index.parts, index.fitted and index.fitted.shares, index.backbone and index.backbone.model) == (
-        (),
-        (),
-        "fake",
-    )
-    np.testing.assert_allclose(index.logits(features, k="all"), answers["all"], rtol=1e-4, atol=1e-4)
+    place, check = opened("v8", name, tmp_path)
+    index = at(place).load(device="cpu")
+    assert index.fitted is not None
+    assert index.backbone is not None
+    assert (index.parts, index.fitted.shares, index.backbone.model) == ((), (), "fake")
+    check()
     changes.rename(place, "crab", "lobster")
-    assert manifest_of(tmp_path / name)["format_version"] == 9
+    assert manifest_of(tmp_path / name)["format_version"] == 10
     assert at(place).verify().class_names == ["lobster", "newt", "owl"]
 
 
+@pytest.mark.parametrize("name", ["fitted", "lance-fitted", "joined"])
+def test_an_index_of_format_9_had_whole_metrics_of_few_keys(name: str, tmp_path: Path) -> None:
+    place, check = opened("v9", name, tmp_path)
+    before = at(place).manifest()
+    assert (before.n, before.files["metric"].rows, "points" in before.files) == (15, 21, name != "lance-fitted")
+    check()
+    changes.configure(place, temperature=2.0)
+    check()
+    assert manifest_of(tmp_path / name)["format_version"] == 10
+    assert at(place).manifest().files["metric"].rows == 21
+    at(place).verify()
+    fit_index(place)
+    now = at(place).manifest().files
+    assert now["metric"].rows <= 2 + 15 - 3
+    assert "points" not in now
+    if name == "fitted":  # a label changed since its fit
+        changes.rollback(place, before.version)
+    check()
+    at(place).verify()
+
+
 def test_the_indexes_have_everything_that_format_7_could_write() -> None:
-    assert sorted(path.name for path in INDEXES.iterdir()) == ["v7", "v8"]
+    assert sorted(path.name for path in INDEXES.iterdir()) == ["v7", "v8", "v9"]
     manifests = {name: manifest_of(INDEXES / "v7" / name) for name in [*FOLDERS, *STORES]}
     assert {body["format_version"] for body in manifests.values()} == {7}
     there = {path.name for path in (INDEXES / "v7").iterdir() if path.is_dir()}
@@ -105,7 +135,7 @@ def test_an_index_of_format_7_gives_its_old_answers_and_is_rewritten_by_a_change
     changes.configure(place, temperature=2.0)
     check_answers(at(place).verify(), name)
     written, now = manifest_of(folder), at(place).manifest()
-    assert (written["format_version"], now.version, now.settings.temperature) == (9, before.version + 1, 2.0)
+    assert (written["format_version"], now.version, now.settings.temperature) == (10, before.version + 1, 2.0)
     assert "later" not in written
     assert ("index" in now.files) == (now.index != "Flat" and name in FOLDERS)
     assert at(place).history()["change"].to_pylist()[-1] == "set temperature 2"
@@ -150,15 +180,15 @@ def test_the_versions_of_format_7_are_kept(tmp_path: Path) -> None:
     place = copied("plain", tmp_path)
     assert FolderVersions(Path(place)).history()["change"].to_pylist() == [
         "build",
-        "add 2 keys",
-        "add 2 keys and 1 class",
-        "remove 1 key",
+        "add 2 examples",
+        "add 2 examples and 1 class",
+        "remove 1 example",
         "set alpha 2, k 4",
     ]
     changes.configure(place, temperature=2.0)
     old = Index.load(place, device="cpu", version=3)
     assert (old.n, old.labels["camera"].to_pylist()[:2]) == (22, ["a", "b"])
-    assert changes.gc(place).versions == [1, 2, 3, 4, 5]
+    assert changes.gc(place, 1).versions == [1, 2, 3, 4, 5]
     named = {file.name for file in FolderVersions(Path(place)).current().data_files}
     assert {f"data/{path.name}" for path in (Path(place) / "data").iterdir()} == named
 
@@ -180,7 +210,7 @@ def test_an_earlier_version_that_is_no_longer_read_can_be_deleted(old: str, tmp_
     first.write_bytes(sealed(body | ({"format_version": 6} if old == "format" else {"files": files})))
     with pytest.raises(StoreError, match="; delete earlier versions with index gc"):
         FolderVersions(place).history()
-    changes.gc(place)
+    changes.gc(place, 1)
     assert len(FolderVersions(place).history()) == 1
 
 

@@ -240,7 +240,7 @@ def delete_at_every_access(monkeypatch: pytest.MonkeyPatch, index: Path, read: C
         if state["count"] - 1 == state["at"]:
             state["at"] = -1
             changes.relabel(index, NAMES[state["turn"] % 2], key_ids=[0])
-            FolderVersions(index).collect()
+            FolderVersions(index).collect(1)
 
     def watched(call: Callable[..., Any]) -> Callable[..., Any]:
         def access(*arguments: Any, **named: Any) -> Any:
@@ -378,7 +378,7 @@ def test_a_read_only_folder_can_be_read_and_refuses_every_change(index: Path, tm
             lambda: changes.rebuild(folder),
             lambda: changes.rollback(folder),
             lambda: changes.merge(folder, index),
-            lambda: FolderVersions(folder).collect(),
+            lambda: FolderVersions(folder).collect(1),
             lambda: build_index(more, folder, Reader(), device="cpu", fit="none"),
         ]
         for write in writers:

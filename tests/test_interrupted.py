@@ -94,6 +94,14 @@ def rebuild(place):
     return changes.rebuild(place, **({"index": "IvfFlat"} if "://" in str(place) else {"dtype": "float16"}))
 
 
+def label_again(place):
+    """Save a label as a session that has saved another one in this minute."""
+    photo = changes.PhotoLabel("new.jpg", "ab" * 32, "class 0", "suggested", unit_rows(1, D, 60)[0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store_versions.Writer, "replaces", True)
+        changes.label(place, [photo], Reader())
+
+
 def grow(place, tables):
     """Add keys several times. In a bucket, repeat an addition if another process was faster."""
     left = GROWTH
@@ -121,6 +129,7 @@ OPERATIONS = {
     "add": lambda place, tables, _: changes.add(
         place, table(tables, "more"), Reader(), text=tables / "new text.parquet"
     ),
+    "label": lambda place, *_: label_again(place),
     "remove": lambda place, *_: changes.remove(place, where="source IN ('0 3', '1 2', '2 1')"),
     "remove late": lambda place, *_: changes.remove(place, where="source LIKE '2 %'"),
     "relabel": lambda place, *_: changes.relabel(place, "class 0", where="source IN ('1 1', '1 2')"),
@@ -128,7 +137,7 @@ OPERATIONS = {
     "fit": lambda place, *_: fit_index(place, **FITTED),
     "fit to values": lambda place, *_: fit_index(place, values="solved"),
     "rollback": lambda place, *_: changes.rollback(place),
-    "gc": lambda place, *_: stores.at(place).collect(),
+    "gc": lambda place, *_: stores.at(place).collect(1),
     "move": lambda place, *_: manage.rename(place, "moved"),
     "duplicate": lambda place, *_: manage.duplicate(place, "copy"),
     "delete": lambda place, *_: manage.delete(place),
@@ -305,7 +314,7 @@ def check_tidy(place, behind=False):
     manifest, options = at.manifest(), storage_options(at.address) or None
     own = lancedb.connect(at.address.uri, storage_options=options).open_table("keys")
     assert (own.version, own.count_rows()) == (manifest.table.version, manifest.n)
-    at.collect()
+    at.collect(1)
     assert list(at.files.sizes("manifests")) == [f"manifests/{manifest.version:06d}.json"]
     assert set(at.files.sizes("data")) == {file.name for file in at.manifest().data_files}
     assert not own.tags.list()
@@ -400,7 +409,7 @@ def test_a_change_killed_at_any_step_leaves_the_old_or_the_new_version(server, w
     assert set(found) == {"before", "after"}
 
 
-@pytest.mark.parametrize("operation", few(["build", "add", "first", "gc", "rebuild", "rollback"], 3))
+@pytest.mark.parametrize("operation", few(["build", "add", "first", "label", "gc", "rebuild", "rollback"], 3))
 def test_a_failed_system_call_leaves_the_old_or_the_new_version(server, worlds, operation, tmp_path):
     """The disk reports an error of input or output."""
     world, failed = worlds["Flat"], 0
@@ -463,7 +472,7 @@ def test_a_killed_rename_copy_or_removal_leaves_whole_folders(server, worlds, op
     assert 0 in found
 
 
-@pytest.mark.parametrize("operation", few(["add", "first", "gc"], 1))
+@pytest.mark.parametrize("operation", few(["add", "first", "label", "gc"], 1))
 def test_a_change_killed_in_a_bucket_leaves_the_old_or_the_new_version(server, worlds, operation, tmp_path):
     n = len(steps_of(server, worlds["s3"], operation, tmp_path))
     chosen = [0, n // 4, n // 2, n - 1][not SOAK :: 2 - SOAK]
@@ -629,7 +638,7 @@ def test_gc_frees_space_on_a_full_disk(small_disk, room):
     resize(folder.parent, 0)
     with pytest.raises(RetrievalTipError, match="No space left"):
         changes.rebuild(folder)
-    gone, freed = stores.at(folder).collect()
+    gone, freed = stores.at(folder).collect(1)
     assert (gone, freed > 0) == ([2, 3], True)
     assert answer(folder) == before
     assert stores.at(folder).history()["version"].to_pylist() == [4]

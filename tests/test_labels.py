@@ -21,7 +21,7 @@ from retrieval_tip import predictions
 from retrieval_tip.cli.output import write_tables
 from retrieval_tip.errors import InputError
 from retrieval_tip.predictions import PREDICTIONS, read_predictions
-from retrieval_tip.store.labels import VERSIONS_SCHEMA, versions_table
+from retrieval_tip.store.labels import VERSIONS_SCHEMA, in_words, versions_table
 from retrieval_tip.store.query import ask
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=8)
@@ -223,3 +223,22 @@ def test_a_value_that_no_version_has_is_refused(row: dict[str, object]) -> None:
     with pytest.raises(InputError) as error:
         versions_table([row])
     one_line(error, "versions: cannot store a value (")
+
+
+@pytest.mark.parametrize(
+    ("edits", "words"),
+    [
+        ([(None, "ibis"), (None, "crab"), (None, "crab")], "3 photos: 2 crab, 1 ibis"),
+        ([("crab", "ibis")] * 2, "2 photos: crab became ibis"),
+        ([("crab", "ibis")] * 2 + [("ibis", "owl")], "3 photos: 2 crab became ibis, 1 ibis became owl"),
+        ([("crab", None)] * 3, "removed 3 photos: 3 crab"),
+        (
+            [(None, "owl"), ("owl", "crab"), ("crab", None)],
+            "1 photo: 1 owl; 1 photo: owl became crab; removed 1 photo: 1 crab",
+        ),
+        ([("crab", "crab"), (None, None)], ""),
+        ([(None, str(name)) for name in range(9)], "9 photos: 1 0, 1 1, 1 2, 1 3, 1 4 and 4 more"),
+    ],
+)
+def test_a_change_of_labels_is_told_in_words(edits: list[tuple[str | None, str | None]], words: str) -> None:
+    assert in_words(edits, "an encoder") == words

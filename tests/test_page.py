@@ -334,7 +334,7 @@ def test_correcting_an_answer_adds_a_shot_and_can_be_undone(opened: Open, served
     expect(page.locator("#drawer-title")).to_have_text(before["label"])
     classified(page)
     assert answer(page)["probability"] == pytest.approx(before["probability"], rel=1e-3)
-    assert "rollback" in run("index", "history", served.folder, "--format", "csv").stdout
+    assert "restored version" in run("index", "history", served.folder, "--format", "csv").stdout
 
     page.fill("#drawer-label", "sea spider")  # a new class; the page already has the token
     expect(page.locator("#drawer-new")).to_contain_text("the new class sea spider")
@@ -1035,11 +1035,28 @@ def test_wrong_labels_are_listed_first_and_corrected(opened: Open, served: Serve
     found = get(page, f"/v1/indexes/things/keys?key_id={key_id}")["keys"]
     assert found[0]["label"] == "pizza"
     page.click("#tab-history")
-    expect(page.locator("#history li").first).to_contain_text("relabel 1 key as pizza")
+    rows, restore = page.locator("#history li"), page.get_by_role("button", name="Restore")
+    expect(rows.first).to_contain_text("1 photo: panda became pizza")
+    expect(page.locator("#history h3")).to_have_count(1)  # one sitting
+    page.wait_for_function("() => document.querySelector('#history img').naturalWidth")
 
     version = things(page)["version"] - 1
-    page.locator("#history li").nth(1).get_by_role("button", name="Restore").click()
-    expect(page.locator("#history li").first).to_contain_text(f"rollback to version {version}")
+    restore.first.click()
+    dialog = page.locator("#restore-dialog")
+    expect(dialog).to_contain_text("Change: 1 photo: pizza became panda")
+    page.wait_for_function("() => document.querySelector('#restore-dialog img').naturalWidth")
+    assert violations(page) == []
+    page.click("#restore-cancel")
+    expect(rows.first).to_contain_text("current")
+    assert things(page)["version"] == version + 1
+    restore.first.click()
+    page.click("#restore-ok")
+    expect(rows.first).to_contain_text(f"restored version {version}")
+    undo(page)
+    expect(rows.first).to_contain_text(f"restored version {version + 1}")
+    restore.first.click()
+    page.click("#restore-ok")
+    expect(rows.first).to_contain_text(f"restored version {version + 2}")
     page.click("#tab-check")
     expect(worst).to_have_count(1)
 
@@ -1066,7 +1083,7 @@ def test_classes_are_renamed_and_merged(page: Page) -> None:
     expect(page.locator("#notice")).to_contain_text("Renamed crayfish to <i>yabby.")
     expect(page.locator("#classes-title")).to_be_focused()
     page.click("#tab-history")
-    expect(page.locator("#history li").first).to_contain_text("rename crayfish to <i>yabby")
+    expect(page.locator("#history li").first).to_contain_text("renamed crayfish to <i>yabby")
     expect(page.locator("#notice")).to_be_hidden()
     page.click("#tab-classes")
     expect(page.locator("#classes-list li").filter(has_text="<i>yabby")).to_contain_text("8 photos")
@@ -1294,7 +1311,7 @@ def test_removing_a_shot_requires_confirmation(page: Page, served: Served, run: 
     expect(page.locator("#shots-title")).to_be_focused()
     expect(page.locator("#index-facts")).to_contain_text("81 photos")
     history = run("index", "history", served.folder, "--format", "csv").stdout
-    assert "remove 1 key" in history
+    assert "removed 1 photo: 1 " in history
     assert run("index", "rollback", served.folder).exit_code == 0
     while things(page)["n_keys"] != 82:
         page.wait_for_timeout(100)  # until the server has loaded the version

@@ -415,8 +415,8 @@ def test_gc_deletes_photos_that_no_kept_version_uses(
     assert unused.exists()
     monkeypatch.setattr("retrieval_tip.store.lock.LOCK_WAIT", 0.0)
     with photos_module.adding(shots):  # as the server does before it saves a version
-        assert changes.gc(own).photos == 0
-    assert changes.gc(own) == changes.Collected([], 1, sent[0].stat().st_size)
+        assert changes.gc(own, 1).photos == 0
+    assert changes.gc(own, 1) == changes.Collected([], 1, sent[0].stat().st_size)
     assert not unused.exists()
     assert all(path.exists() for path in (*used, *foreign, link, elsewhere))
 
@@ -495,6 +495,37 @@ def test_an_index_that_holds_photos_of_another_is_neither_renamed_nor_deleted(ow
     assert {path.name for path in own.parent.iterdir()} == {"own", "copy"}
 
 
+def test_two_versions_are_compared_in_words_and_with_photos_that_are_gone(
+    own: Path, photo: bytes, truth: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(own, token=TOKEN) as client:
+
+        def compared(version: int, since: int) -> list[str]:
+            answer = client.get(f"/v1/indexes/own/history/{version}?since={since}")
+            assert answer.status_code == 200, answer.text
+            return [" ".join([one["what"], one["change"], *(row["image"] for row in one["photos"])])
+                    for one in answer.json()]  # fmt: skip
+
+        image = f"/v1/indexes/own/keys/{(key := added(client, photo, 'new')['key_ids'][0])}/image"
+        changed(client, "relabel", key_ids=[key], label=truth)
+        assert client.delete(f"/v1/indexes/own/keys?key_id={key}", headers=AUTHORISED).status_code == 200
+        build, *rest = client.get("/v1/indexes/own/history").json()["versions"]
+        said = ["1 photo: 1 new", f"1 photo: new became {truth}", f"removed 1 photo: 1 {truth}"]
+        assert [one["change"] for one in rest] == said
+        assert compared(2, 1) == [f"added {said[0]} {image}?version=2"]
+        assert compared(3, 2) == [f"moved {said[1]} {image}?version=3"]
+        assert compared(4, 3) == [f"removed 1 photo: 1 {truth} {image}?version=3"]
+        assert compared(1, 4) == []
+        [first] = client.get("/v1/indexes/own/history/1").json()
+        assert (first["what"], len(first["photos"])) == ("added", routes_module.LISTED)
+        there = [client.get(f"{image}?version={version}&size=32").status_code for version in (1, 2, 3, 4, 9)]
+        assert there == [404, 200, 200, 404, 404]
+        assert client.get(f"{image}?size=32").status_code == 404
+        assert client.get("/v1/indexes/own/history/9").status_code == 404
+        monkeypatch.setattr(routes_module, "COMPARED", build["keys"])
+        assert "at most" in client.get("/v1/indexes/own/history/3").json()["detail"]
+
+
 def test_shots_are_relabelled_classes_renamed_and_versions_rolled_back(own: Path) -> None:
     with serving(own, token=TOKEN) as client:
         change = functools.partial(changed, client)
@@ -517,7 +548,7 @@ def test_shots_are_relabelled_classes_renamed_and_versions_rolled_back(own: Path
         assert (keys(first), keys(other)) == (shots, others)
         history = client.get("/v1/indexes/own/history").json()
         assert [one["version"] for one in history["versions"]] == [1, 2, 3, 4]
-        assert history["versions"][-1]["change"] == "rollback to version 1"
+        assert history["versions"][-1]["change"] == "restored version 1"
         assert history["versions"][-1]["current"]
         moves = [{"key_ids": shots[:2], "label": other}, {"key_ids": others[:1], "label": first}]
         assert change("relabel", moves=moves) == (

@@ -277,7 +277,7 @@ def remove_command(folder: Place = options.INDEX_ARGUMENT, which: ShotOptions = 
     """Remove shots from an index.
 
     The classes of these shots stay in the index. Earlier versions still contain the shots until you delete those
-    versions with index gc.
+    versions with index gc --keep 1.
     """
     from retrieval_tip.index import changes
 
@@ -396,7 +396,7 @@ def rollback_command(folder: Place = options.INDEX_ARGUMENT, version: int | None
 
 
 @index.command()
-def gc_command(folder: Place = options.INDEX_ARGUMENT, keep: int = option(kinds.count(), default=1)) -> None:
+def gc_command(folder: Place = options.INDEX_ARGUMENT, keep: int = option(kinds.count(), default=10)) -> None:
     """Delete earlier versions and the files that only they use.
 
     Photos that were added over HTTP (in INDEX-shots) are also deleted if no remaining version uses them.

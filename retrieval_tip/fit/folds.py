@@ -405,11 +405,16 @@ class Folds:
         scale = self._scale
         if scale is None:
             return metric
-        used = scale.nonzero()[:, 0]
+        used, mean = scale.nonzero()[:, 0], torch.zeros_like(scale)
         if metric is None:
-            return tip.Metric(torch.zeros_like(scale), torch.diag(scale))
-        mean, transform = torch.zeros_like(scale), torch.zeros(len(scale), len(scale))
+            return tip.Metric.of_factor(mean, scale[None])
         mean[used] = metric.mean / scale[used]
+        if metric.factor is not None:
+            factor = torch.zeros(len(metric.factor), len(scale))
+            factor[:, used] = metric.factor
+            factor[0] *= scale
+            return tip.Metric.of_factor(mean, factor)
+        transform = torch.zeros(len(scale), len(scale))
         transform[used[:, None], used] = scale[used, None] * metric.transform
         return tip.Metric(mean, transform)
 

@@ -41,8 +41,7 @@ class Within(FittedMetric):
     name = "within"
 
     def fit(self, scatter: Scatter | FewScatter) -> tip.Metric | None:  # noqa: D102
-        transform = scatter.whitening(max(self.shrinkage, SMALLEST_EIGENVALUE))
-        return None if transform is None else tip.Metric(scatter.mean.float(), transform.float().contiguous())
+        return scatter.whitening(max(self.shrinkage, SMALLEST_EIGENVALUE))
 
     def __str__(self) -> str:
         return f"within-class metric (shrinkage {self.shrinkage:g})"

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from retrieval_tip import tip
 from retrieval_tip.backbones.base import Identity
 from retrieval_tip.errors import InputError
 from retrieval_tip.store.sums import Sums
@@ -39,8 +40,8 @@ class Scatter:
     matrix: Tensor
     widths: Sequence[int] = ()
 
-    def whitening(self, shrinkage: float) -> Tensor | None:
-        """Return ``T`` with ``T T^T = ((1 - s) S / v + s I)^-1``, of shape ``[d, d]``, or ``None`` if S is 0.
+    def whitening(self, shrinkage: float) -> tip.Metric | None:
+        """Return the metric with ``T T^T = ((1 - s) S / v + s I)^-1`` in float32, or ``None`` if S is 0.
 
         ``v`` is the mean variance of the values, or the sum over several encoders of the mean variance of each. The
         shrinkage then hardly depends on encoders that count little.
@@ -51,8 +52,8 @@ class Scatter:
             return None
         eye = torch.eye(d, dtype=torch.float64)
         root = torch.linalg.cholesky((1 - shrinkage) / scale * self.matrix + shrinkage * eye)
-        transform: Tensor = torch.linalg.solve_triangular(root.T, eye, upper=True)
-        return transform
+        transform = torch.linalg.solve_triangular(root.T, eye, upper=True)
+        return tip.Metric(self.mean.float(), transform.float().contiguous())
 
     @classmethod
     def of(cls, sums: Sums, prior: FloatArray | None = None, widths: Sequence[int] = ()) -> Scatter:
@@ -102,16 +103,15 @@ class FewScatter:
         """The scatter, of shape ``[d, d]``."""
         return (self.eigenvectors * self.eigenvalues) @ self.eigenvectors.T
 
-    def whitening(self, shrinkage: float) -> Tensor | None:
-        """See :meth:`Scatter.whitening`."""
+    def whitening(self, shrinkage: float) -> tip.Metric | None:
+        """See :meth:`Scatter.whitening`. The metric has a compact form, because ``T`` is ``a I`` in most directions."""
         scale = _mean_variance(self.eigenvectors.square() @ self.eigenvalues, self.widths)
         if not scale > 0:
             return None
-        beyond = shrinkage**-0.5
-        along = ((1 - shrinkage) * self.eigenvalues / scale + shrinkage) ** -0.5
-        transform: Tensor = (self.eigenvectors * (along - beyond)) @ self.eigenvectors.T
-        transform.diagonal().add_(beyond)
-        return transform
+        along = ((1 - shrinkage) * self.eigenvalues / (shrinkage * scale) + 1) ** -0.5  # as a share of a
+        beyond = torch.full_like(self.eigenvectors[:, :1], shrinkage**-0.5)
+        factor = torch.cat([beyond, self.eigenvectors * (1 - along).sqrt()], dim=1).T.contiguous()
+        return tip.Metric.of_factor(self.mean.float(), factor)
 
 
 def _mean_variance(variances: Tensor, widths: Sequence[int]) -> float:

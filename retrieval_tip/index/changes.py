@@ -36,7 +36,7 @@ from retrieval_tip.model import Index
 from retrieval_tip.retrieval.defaults import plain_settings
 from retrieval_tip.retrieval.duplicates import Duplicates
 from retrieval_tip.settings import Dtype, Normalize, check_choice
-from retrieval_tip.store.labels import PICKED, WITHDRAWN
+from retrieval_tip.store.labels import PICKED, WITHDRAWN, Edits, in_words
 from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.query import rows_where
 
@@ -62,10 +62,13 @@ class Changed:
     index is fitted again, and ``fit`` is the result. Some indexes are not fitted by a change, because they are too
     large, or because a fit to their shots did not choose their settings. If such an index has doubled, or if other
     classes have no photos, ``fit_due`` is true, and :func:`fit.fit_index` would make the index more accurate.
+
+    ``edits`` are the labels that :func:`label` has changed since the version before.
     """
 
     version: int
     key_ids: list[int]
+    edits: Edits = dataclasses.field(default_factory=dict, kw_only=True)
     fit: FormChoice | None = dataclasses.field(default=None, kw_only=True)
     fit_due: bool = dataclasses.field(default=False, kw_only=True)
 
@@ -162,8 +165,8 @@ def add(
             key_ids = index.add(block.features[rows], labels[rows].tolist(), views=views, **vars(columns.take(rows)))
             found = index.rows.duplicates_of(key_ids, index.retrieval)  # if anything fails up to here, nothing changes
             _note_precision(index, precision_of(source, reader))
-        if len(rows) or classes:
-            change.what = _with_classes(f"add {counted(len(rows), 'key')}", classes)
+        words = in_words(((None, label) for label in labels[rows]), index.backbone)
+        change.what = words or (counted(len(classes), "new class") if classes else "")
         fitted = _keep_fitted(change)
     alike = warn_of_spelling(folder, index.class_names, classes)
     return Added(_version(index), key_ids, classes, int(known.sum()), found, alike, **fitted)
@@ -191,7 +194,10 @@ class PhotoLabel:
     feature: npt.NDArray[np.float32] | None = None
 
 
-def label(folder: Place, photos: Iterable[PhotoLabel], reader: Reader, unwanted: Collection[str] = ()) -> Changed:
+def label(
+    folder: Place, photos: Iterable[PhotoLabel], reader: Reader, unwanted: Collection[str] = (),
+    last: Changed | None = None,
+) -> Changed:  # fmt: skip
     """Set the labels of photos in one new version: add new photos, relabel known ones, and remove some.
 
     If several keys have the digest of a photo, all of them change. If no other key remains, the last key is kept, and
@@ -202,6 +208,8 @@ def label(folder: Place, photos: Iterable[PhotoLabel], reader: Reader, unwanted:
         photos: the photos and their labels. If a digest is repeated, the last label counts.
         reader: encodes the names of new classes, if the index has text weights. No image is read.
         unwanted: the classes to drop if they have no keys afterwards.
+        last: the last change of the same labelling session. If it made the current version in this minute, the new
+            version replaces that version.
 
     Raises InputError if the index has no key of a photo without a feature, or if a class needs text weights and cannot
     have them.
@@ -231,14 +239,16 @@ def label(folder: Place, photos: Iterable[PhotoLabel], reader: Reader, unwanted:
         for name in sorted(set(unwanted).intersection(index.class_names).difference(names)):
             if not index.counts[index.class_names.index(name)]:
                 index.rename(name, next(other for other in index.class_names if other != name))  # drops an empty class
+        kept, shown = (row for row in rows if row["key_id"] not in withdrawn), zip(added, fresh, strict=True)
+        edits: Edits = {row["key_id"]: (row["label"], wanted[row["digest"]].label) for row in kept}
+        edits = {**edits, **{key_id: (None, photo.label) for key_id, photo in shown if photo.picked != WITHDRAWN}}
+        if last is not None and last.edits and change.writer.replace(last.version):
+            before = last.edits
+            edits = {**before, **{key_id: (before.get(key_id, pair)[0], pair[1]) for key_id, pair in edits.items()}}
         if added or moved or gone or new:
-            done = Counter(str(photo.label) for photo in wanted.values() if photo.label is not None)
-            removed = len(wanted) - done.total()
-            parts = [f"label {counted(done.total(), 'photo')}: " + few([f"{n} {name}" for name, n in done.items()])]
-            parts = [*(parts if done else []), *([f"remove {counted(removed, 'label')}"] if removed else [])]
-            change.what = "; ".join(parts)
+            change.what = in_words(edits.values(), index.backbone) or "no change"
         fitted = _keep_fitted(change)
-    return Changed(_version(index), [*added, *moved], **fitted)
+    return Changed(_version(index), [*added, *moved], edits=edits if change.what else {}, **fitted)
 
 
 def _add_photos(index: Index, photos: Sequence[PhotoLabel], reader: Reader) -> list[int]:
@@ -285,7 +295,8 @@ def merge(folder: Place, other: Place) -> Added:
         labels, views = theirs.labels["label"].to_pylist(), theirs.labels["views"].to_numpy()
         key_ids = index.add(np.asarray(theirs.keys), labels, views=views, **vars(columns))
         found = index.rows.duplicates_of(key_ids, index.retrieval)  # if anything fails up to here, nothing changes
-        change.what = _with_classes(f"merge {show(str(source))}: {counted(len(key_ids), 'key')}", classes)
+        words = in_words(((None, label) for label in labels), index.backbone)
+        change.what = f"merged {show(str(source))}: {words}"
         fitted = _keep_fitted(change)
     alike = warn_of_spelling(folder, index.class_names, classes)
     return Added(_version(index), key_ids, classes, 0, found, alike, **fitted)
@@ -322,8 +333,9 @@ def remove(folder: Place, *, where: str | None = None, key_ids: Sequence[int] | 
     """
     with places.at(folder).change() as change:
         chosen = _chosen(change.index, where, key_ids)
+        labels = _labels_of(change.index, chosen)
         change.index.remove(chosen)
-        change.what = f"remove {counted(len(chosen), 'key')}"
+        change.what = in_words(((label, None) for label in labels.values()), change.index.backbone)
         fitted = _keep_fitted(change)
     return Changed(_version(change.index), chosen, **fitted)
 
@@ -414,7 +426,7 @@ def rename(folder: Place, old: str, new: str, backbone: Backbone | None = None) 
             text = index.text_weights.cpu().numpy().copy()
             text[index.class_names.index(new)] = weights
             index.set_text(text, index.templates)
-        change.what = f"merge {old} into {new}" if merged else f"rename {old} to {new}"
+        change.what = f"merged {old} into {new}" if merged else f"renamed {old} to {new}"
         change.what += ", with a new text weight" if weights is not None else ""
         fitted = _keep_fitted(change) if merged else {}
     return Renamed(_version(index), sorted(key_ids), merged, **fitted)
@@ -537,7 +549,7 @@ def rollback(folder: Place, version: int | None = None) -> Changed:
     return Changed(places.at(folder).rollback(version), [])
 
 
-def gc(folder: Place, keep: int = 1) -> Collected:
+def gc(folder: Place, keep: int = 10) -> Collected:
     """Delete all versions except the last ``keep``, and the files and photos that only the deleted versions use.
 
     Only photos that were added over HTTP are deleted. Raises UsageError if ``keep`` is below 1.
@@ -677,14 +689,8 @@ def _relabel(change: Change, wanted: Mapping[int, str], now: Mapping[int, str]) 
     moved = {key_id: label for key_id, label in wanted.items() if label != now[key_id]}
     if moved:
         change.index.relabel(list(moved), list(moved.values()))
-        classes = list(dict.fromkeys(moved.values()))
-        what = f"as {classes[0]}" if len(classes) == 1 else f"to {counted(len(classes), 'class')}"
-        change.what = f"relabel {counted(len(moved), 'key')} {what}"
+        change.what = in_words(((now[key_id], label) for key_id, label in moved.items()), change.index.backbone)
     return list(moved)
-
-
-def _with_classes(what: str, classes: Sequence[str]) -> str:
-    return what + (f" and {counted(len(classes), 'class')}" if classes else "")
 
 
 def _shown(name: str, value: object) -> str:

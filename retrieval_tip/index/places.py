@@ -68,7 +68,7 @@ class FolderStore(FolderVersions, Store):
         with self.write() as writer:
             assert writer.parent is not None
             check = Check(self.files, writer.parent, "fast")  # copied files are hashed anyway
-            change = Change(Index.load(self.folder, device="cpu", check=check))
+            change = Change(Index.load(self.folder, device="cpu", check=check), writer)
             yield change
             if change.what:
                 change.index.commit(writer, change.what)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from retrieval_tip.errors import InputError
 from retrieval_tip.settings import Dtype, Precision, Verify
-from retrieval_tip.store.versions import Versions
+from retrieval_tip.store.versions import Versions, Writer
 
 if TYPE_CHECKING:  # importing torch takes a second, and manifests do not need it
     from retrieval_tip.fit.closed_form import Fit, FormChoice
@@ -27,8 +27,8 @@ class Change:
 
     what = ""
 
-    def __init__(self, index: Index) -> None:
-        self.index = index
+    def __init__(self, index: Index, writer: Writer) -> None:
+        self.index, self.writer = index, writer
         self.bare_before = self.bare()
 
     def bare(self) -> list[str]:

@@ -163,7 +163,7 @@ class LanceStore(TableVersions, Store):
         digests = writer.digests(table)
         stored = copy.copy(index)
         stored.set_rows(rows)
-        manifest = stored.manifest_of(writer.number, writer.parent, what, writer.files, table=table, digests=digests)
+        manifest = stored.manifest_of(writer.number, writer.before, what, writer.files, table=table, digests=digests)
         writer.commit(manifest)
         index.stored = Origin(self, manifest)
 
@@ -211,9 +211,11 @@ class TableChange(Change):
     The keys are in memory if the values are solved. The table then follows the edits at the end.
     """
 
+    writer: TableWriter
+
     def __init__(self, store: LanceStore, writer: TableWriter, index: Index, rows: TableRows) -> None:
-        super().__init__(index)
-        self.store, self.writer, self._rows = store, writer, rows
+        super().__init__(index, writer)
+        self.store, self._rows = store, rows
         self._factory: str | None = None
 
     @property

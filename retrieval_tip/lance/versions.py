@@ -118,7 +118,7 @@ class TableWriter(Writer):
         """Whether to prune table versions after this commit, for example if a first build wrote the table twice."""
         if self.parent is None:
             return self._creations > 1
-        return self.number % PRUNED_EVERY == 0 and len(self.store.numbers()) >= versions.KEPT_VERSIONS
+        return self.number % PRUNED_EVERY == 0 and self.number > versions.KEPT_VERSIONS
 
     def digests(self, table: Table) -> dict[str, str]:
         """Return the names of a table version's files and their SHA-256."""

@@ -115,6 +115,7 @@ class Labelling:
         self._again: set[int] = set()  # refused labels to try again
         self._steps: dict[str, _Step] = {}
         self._made: set[str] = set()  # classes that this session has created
+        self._last: changes.Changed | None = None
         self._facts: dict[int, tuple[Guessed | None, list[int]]] = {}
         self._chosen: tuple[Version | None, int] = (None, 0)
         self._measured: tuple[Version | None, int] = self._chosen
@@ -378,8 +379,8 @@ class Labelling:
             items = {item.digest: item for item in withdrawn} | items
             unwanted = self._made | {one.label for one in self._withdrawn}
             unwanted -= {*self._classes, *(label.label for label in self._unsaved.values())}
-            change = partial(changes.label, self.place, items.values(), self.photos.reader, unwanted)
-            await self.service.changed(self.service.served[self.name], change)
+            change = partial(changes.label, self.place, items.values(), self.photos.reader, unwanted, self._last)
+            self._last = await self.service.changed(self.service.served[self.name], change)
         elif first := {photo: label for photo, label in labels.items() if label.label is not None}:
             reader = replace(self.photos.reader, strict=False)
             own = {self.photos.readable(photo): label for photo, label in first.items()}

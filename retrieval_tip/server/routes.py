@@ -15,7 +15,7 @@ from fastapi.responses import Response
 from prometheus_client import generate_latest
 
 from retrieval_tip import __version__, settings
-from retrieval_tip.errors import InputError
+from retrieval_tip.errors import InputError, StoreError
 from retrieval_tip.evaluation.audit import AUDITED
 from retrieval_tip.evaluation.audit import audit as audited
 from retrieval_tip.evaluation.projection import Method, Projection, methods, projected
@@ -26,14 +26,17 @@ from retrieval_tip.server import review, schemas
 from retrieval_tip.server.access import READS, Named, Now, TheLabelling, TheService, cookie, may_read
 from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.schemas import Row
-from retrieval_tip.server.served import Version
+from retrieval_tip.server.served import Served, Version
 from retrieval_tip.server.service import Service
 from retrieval_tip.server.uploads import read
 from retrieval_tip.settings import Ask
+from retrieval_tip.store.labels import edits_between, in_words, rows_with
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 SUSPICIOUS = 1000
 """Maximum number of suspicious shots to keep."""
+COMPARED, LISTED = 50_000, 24
+"""Maximum number of keys of two versions that are compared, and of photos of each kind to list then."""
 PICTURE: dict[int | str, dict[str, object]] = {200: {"content": {"image/jpeg": {}}}}
 BYTES: dict[int | str, dict[str, object]] = {200: {"content": {"application/octet-stream": {}}}}
 SLOW = schemas.problems(202)
@@ -131,25 +134,29 @@ async def keys(
     return json_of(await service.find(call))
 
 
-def _pictured(service: Service, version: Version, keys: pa.Table) -> Iterator[dict[str, Any]]:
-    address = f"/v1/indexes/{quote(version.name, safe='')}/keys"
+def _pictured(service: Service, one: Version | Served, keys: pa.Table, past: str = "") -> Iterator[dict[str, Any]]:
+    address = f"/v1/indexes/{quote(one.name, safe='')}/keys"
     for row in keys.to_pylist():
         has_image = service.thumbnails.path(row["source"]) is not None
-        yield row | {"image": f"{address}/{row['key_id']}/image" if has_image else None}
+        yield row | {"image": f"{address}/{row['key_id']}/image{past}" if has_image else None}
 
 
 @reads.get("/indexes/{name}/keys/{key_id}/image", response_class=Response, responses=PICTURE)
 async def image(
     service: TheService,
-    version: Now,
+    one: Named,
     key_id: schemas.KeyId,
     size: Size = 160,
+    version: Annotated[schemas.VersionNumber | None, Query(description="Version that has the key.")] = None,
     if_none_match: Annotated[str | None, Header(include_in_schema=False)] = None,
 ) -> Response:
     """Return a thumbnail of a shot as a JPEG image."""
-    found = await service.find(version.index.find, (), None, [key_id])
+    if version is None:
+        found = await service.find(one.now.index.find, (), None, [key_id])
+    else:
+        found = await service.find(lambda: rows_with(_labels_at(one, version), key_ids=[key_id]))
     if not len(found):
-        raise Problem(404, f"index {version.name!r} has no key {key_id}")
+        raise Problem(404, f"index {one.name!r} has no key {key_id}")
     path = service.thumbnails.path(found["source"][0].as_py())
     if path is None:
         raise Problem(404, f"key {key_id}: its source is not an image on this machine")
@@ -232,6 +239,45 @@ async def history(service: TheService, one: Named) -> Response:
     """List all versions that are kept, starting with the oldest."""
     versions = (await service.find(one.place.history)).select(schemas.HISTORY)
     return json_of({"version": one.now.manifest.version, "versions": versions.to_pylist()})
+
+
+@reads.get("/indexes/{name}/history/{version}")
+async def past(
+    service: TheService,
+    one: Named,
+    version: schemas.VersionNumber,
+    since: Annotated[schemas.VersionNumber | None, Query(description="Version to compare with.")] = None,
+) -> list[schemas.PhotoChange]:
+    """Tell how the photos of a version differ from those of the version ``since``, or else from no photos."""
+
+    def call() -> list[schemas.PhotoChange]:
+        after = _labels_at(one, version)
+        before = after.slice(0, 0) if since is None else _labels_at(one, since)
+        kinds: dict[str, dict[int, tuple[str | None, str | None]]] = {"added": {}, "moved": {}, "removed": {}}
+        for key_id, (old, new) in edits_between(before, after).items():
+            kinds["added" if old is None else "moved" if new else "removed"][key_id] = (old, new) if new else (new, old)
+        found = []
+        for what, edits in kinds.items():
+            if edits:
+                table, number = (before, since) if what == "removed" else (after, version)
+                some = rows_with(table, key_ids=[*edits][:LISTED])
+                photos = list(_pictured(service, one, some, f"?version={number}"))
+                words = in_words(edits.values(), one.now.index.backbone)
+                found.append(schemas.PhotoChange(what=what, change=words, photos=photos))
+        return found
+
+    return await service.find(call)
+
+
+def _labels_at(one: Served, version: int) -> pa.Table:
+    """Return the label store of a version. Raises Problem 404 if it is not kept, and Problem 422 if it is large."""
+    try:
+        manifest = one.place.manifest(version)
+        if manifest.n > COMPARED:
+            raise Problem(422, f"version {version} has {manifest.n:,} photos, but at most {COMPARED:,} can be compared")
+        return one.place.read_labels(manifest)
+    except StoreError as error:
+        raise Problem(404, str(error)) from None
 
 
 @reads.get("/indexes/{name}/exemplars", responses=SLOW)

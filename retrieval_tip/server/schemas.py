@@ -410,6 +410,14 @@ class History(BaseModel):
     versions: list[PastVersion]
 
 
+class PhotoChange(BaseModel):
+    """Photos that were ``added``, ``moved`` to another class or ``removed``, in words, and the first of them."""
+
+    what: str
+    change: str
+    photos: list[Key]
+
+
 class Exemplar(BaseModel):
     """The key that is closest to the mean of its class."""
 

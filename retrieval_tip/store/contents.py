@@ -69,7 +69,7 @@ class Contents:
         keys, labels = _keys(folder, manifest)
         metric, points = None, None
         if "metric" in files:
-            metric = metric_of(read_array(folder, files["metric"], (manifest.d + 1, manifest.d), (np.float32,)))
+            metric = metric_of(read_array(folder, files["metric"], (files["metric"].rows, manifest.d), (np.float32,)))
         if "points" in files and not manifest.later:
             points = read_array(folder, files["points"], (manifest.n, manifest.d))
         return cls(
@@ -115,8 +115,9 @@ def array_of(held: npt.NDArray[np.floating] | torch.Tensor | tip.Metric | Sums) 
     """Convert a part of the contents to the array that is stored in its file."""
     if isinstance(held, Sums):
         return held.to_array()
-    whole = torch.cat([held.mean[None], held.transform]) if isinstance(held, tip.Metric) else held
-    return np.asarray(whole.cpu() if isinstance(whole, torch.Tensor) else whole)
+    if isinstance(held, tip.Metric):
+        held = torch.cat([held.mean[None], held.transform if held.factor is None else held.factor])
+    return np.asarray(held.cpu() if isinstance(held, torch.Tensor) else held)
 
 
 def _sums(folder: Path, manifest: Manifest, labels: pa.Table) -> Sums:
@@ -129,9 +130,10 @@ def _sums(folder: Path, manifest: Manifest, labels: pa.Table) -> Sums:
 
 
 def metric_of(array: npt.NDArray[np.floating]) -> tip.Metric:
-    """Convert a float32 array of shape ``[1 + d, d]`` to a metric. Row 0 is the mean, the rest is the transform."""
+    """Convert a float32 array to a metric. Row 0 is the mean, the rest is the transform or, if shorter, its factor."""
     whole = torch.from_numpy(np.array(array))
-    return tip.Metric(whole[0].clone(), whole[1:])  # a pickle of a view would have the whole array
+    mean, rest = whole[0].clone(), whole[1:].clone()  # a pickle of a view would have the whole array
+    return tip.Metric(mean, rest) if len(rest) == len(mean) else tip.Metric.of_factor(mean, rest)
 
 
 @dataclass(frozen=True)

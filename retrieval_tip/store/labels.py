@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from retrieval_tip.errors import InputError, first_line
+from retrieval_tip.errors import InputError, counted, few, first_line
 
 LABEL_SCHEMA = pa.schema(
     [
@@ -47,6 +48,41 @@ PICKED, RANDOM, WITHDRAWN = "picked", "random", "withdrawn"
 
 An index needs a key, so the last key stays and is marked as withdrawn when its label is removed.
 """
+
+Edits = Mapping[int, tuple[str | None, str | None]]
+"""The labels of changed keys before and after a change, by key id. A key that is not there has the label ``None``."""
+
+
+def noun_of(backbone: object) -> str:
+    """Return what a key is called in the history. If the encoder is unknown, keys need not be photos."""
+    return "example" if backbone is None else "photo"
+
+
+def edits_between(before: pa.Table, after: pa.Table) -> Edits:
+    """Compare two label stores."""
+    columns = ([table[name].to_pylist() for name in ("key_id", "label")] for table in (before, after))
+    old, new = (dict(zip(*own, strict=True)) for own in columns)
+    return {key_id: (old.get(key_id), new.get(key_id)) for key_id in old | new if old.get(key_id) != new.get(key_id)}
+
+
+def in_words(pairs: Iterable[tuple[str | None, str | None]], backbone: object) -> str:
+    """Describe the labels of keys before and after a change, for example as ``5 photos: 3 crab, 2 ibis``."""
+    added, moved, removed = Counter[str](), Counter[str](), Counter[str]()
+    for (before, after), n in Counter(pairs).items():
+        if before is None and after is not None:
+            added[after] = n
+        elif before is not None and after is None:
+            removed[before] = n
+        elif before != after:
+            moved[f"{before} became {after}"] = n
+    said = []
+    for prefix, found in (("", added), ("", moved), ("removed ", removed)):
+        if found:
+            names = [
+                f"{n:,} {name}" if len(found) > 1 or found is not moved else name for name, n in found.most_common()
+            ]
+            said.append(f"{prefix}{counted(found.total(), noun_of(backbone))}: {few(names)}")
+    return "; ".join(said)
 
 
 def label_table(

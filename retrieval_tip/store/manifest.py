@@ -18,9 +18,10 @@ from retrieval_tip.errors import BackboneError, StoreError
 from retrieval_tip.settings import Built, Dtype, Fitted, Settings
 
 FORMAT = "retrieval-tip index"
-OLDEST_VERSION, FORMAT_VERSION = 7, 9
+OLDEST_VERSION, FORMAT_VERSION = 7, 10
 """Versions of the manifest format that can be read. New manifests use the last version.
 
+Format 9 had the whole transform of every metric, and its points.
 Format 8 had no ``parts``, because an index had one encoder.
 Format 7 had ``later`` segments of keys, an ``index`` file for the type ``Flat``, and digests of the rows of a table.
 They are still read, but no longer written.
@@ -35,9 +36,10 @@ SUFFIXES = {"keys": ".npy", "index": ".faiss", "labels": ".parquet", "text": ".n
   means.
 - ``values`` is a float32 array of solved or trained values, of shape ``[n, c]``.
 - A fitted index has ``metric``, a float32 array of shape ``[1 + d, d]`` with the mean and the transform, and
-  ``points``, which is ``phi(K)``. If the index has many keys, it also has ``sums``, a float64 array of shape
-  ``[c + d, 1 + d]`` over all keys (see :class:`sums.Sums`). If it was fitted with the scatter of other photos, that is
-  the ``prior``, a float32 array of shape ``[d, d]``.
+  ``points``, which is ``phi(K)``. If it was fitted to few keys, ``metric`` has the factor of the transform instead
+  (see :meth:`tip.Metric.of_factor`), so it has fewer rows, and there are no ``points``. If the index has many keys, it
+  also has ``sums``, a float64 array of shape ``[c + d, 1 + d]`` over all keys (see :class:`sums.Sums`). If it was
+  fitted with the scatter of other photos, that is the ``prior``, a float32 array of shape ``[d, d]``.
 - A fine-tuned index has ``curve``, the training loss.
 - ``classes`` contains the label, the text weight, the number of keys and the key sum of each class of a table.
   ``second`` is the sum of the outer products of its keys, of shape ``[d, d]``.
@@ -270,13 +272,13 @@ class Manifest:
         if self.table is not None:
             solved = self.fitted is not None and self.fitted.solved
             return {
-                "classes": (c, True), "second": (d, None), "metric": (1 + d, moved), "values": (n, solved),
+                "classes": (c, True), "second": (d, None), "metric": (None, moved), "values": (n, solved),
                 "prior": (d, None),
             }  # fmt: skip
         return {
             "keys": (n, True), "labels": (n, True), "text": (c, True), "index": (None, self.index != FLAT or None),
             "values": (n, False if self.later else None), "curve": (None, None),
-            "metric": (1 + d, moved), "points": (n, moved and None), "sums": (c + d, None), "prior": (d, None),
+            "metric": (None, moved), "points": (n, moved and None), "sums": (c + d, None), "prior": (d, None),
         }  # fmt: skip
 
     def _check_files(self) -> None:
@@ -285,6 +287,7 @@ class Manifest:
         for kind, (rows, needed) in expected.items():
             _need(needed is None or (kind in self.files) == needed, f"files.{kind}")
             _need(rows is None or kind not in self.files or self.files[kind].rows == rows, f"files.{kind}.rows")
+        _need("metric" not in self.files or 1 < self.files["metric"].rows <= 1 + self.d, "files.metric.rows")
         _need(self.table is None or not self.later, "later")
         _need(self.table is not None or not self.digests, "digests")
         _need(all(part.keys.rows == part.labels.rows for part in self.later), "later.rows")

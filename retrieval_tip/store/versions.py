@@ -39,7 +39,7 @@ from retrieval_tip.files import real
 from retrieval_tip.settings import Verify, check_choice
 from retrieval_tip.store.bucket import BucketFiles
 from retrieval_tip.store.files import FILE_NAME, TEMPORARY, LocalFiles, lies_in
-from retrieval_tip.store.labels import versions_table
+from retrieval_tip.store.labels import noun_of, versions_table
 from retrieval_tip.store.lock import locked
 from retrieval_tip.store.manifest import SUFFIXES, DataFile, Manifest, named_in
 from retrieval_tip.store.query import TIMEOUT, ask
@@ -57,24 +57,41 @@ UNFINISHED = datetime.timedelta(hours=1)
 """Age after which a file in a bucket to which no manifest refers is considered left over by a killed writer."""
 
 _MANIFEST = re.compile(r"manifests/(\d{6,12})\.json")
+_OLD_WORDS = re.compile(r"^((?:add|remove|relabel|merge .*:) [\d,]+) key")
+"""How earlier programs described the keys of a change."""
 
 
 class Writer:
     """The writer of the next version. Use :meth:`Versions.write` to get one.
 
     ``parent`` is the manifest of the version before it, and ``files`` are the data files written or kept so far.
-    ``restored`` is the earlier version that a rollback copies.
+    ``restored`` is the earlier version that a rollback copies. If ``replaces`` is set, the parent is deleted after the
+    commit. Readers that have opened it can finish, because rows of a table are kept until later.
     """
+
+    replaces = False
 
     def __init__(self, store: Versions[Any], parent: Manifest | None) -> None:
         self.store, self.parent = store, parent
         self.files: dict[str, DataFile] = {}
         self.restored: Manifest | None = None
 
+    def replace(self, version: int) -> bool:
+        """Replace the parent if it is this version and was made in the current minute, and return whether it was."""
+        own, minute = self.parent, slice(len("2026-11-30T12:00"))
+        if own is not None and own.version == version:
+            self.replaces = own.created_at[minute] == created()["created_at"][minute]
+        return self.replaces
+
     @property
     def number(self) -> int:
         """Number of the version that is being written."""
         return self.parent.version + 1 if self.parent else 1
+
+    @property
+    def before(self) -> int | None:
+        """Number of the last version that is kept before this one."""
+        return None if self.parent is None else self.parent.parent if self.replaces else self.parent.version
 
     def put(self, kind: str, rows: int, *parts: bytes | memoryview) -> None:
         """Write the data file of this kind. In a bucket, a file that the parent version has is not sent again."""
@@ -122,6 +139,9 @@ class Writer:
         # The new version is committed, so nothing below may raise an error. The next writer completes the rest.
         with suppress(OSError, StoreError):
             self.store.files.flush("manifests", "", "..")
+            if self.replaces and self.parent is not None:
+                self.store.files.delete([manifest_name(self.parent.version)])
+                self.store.tidy(manifest)
             self.store.forget_old(self, manifest)
 
     def abandon(self) -> None:
@@ -297,11 +317,12 @@ class Versions(ABC, Generic[W]):
         In LanceDB, the column ``bytes`` does not include the table.
         """
         current = self.current()
-        names = ("version", "parent", "created_at", "created_by", "change")
+        names = ("version", "parent", "created_at", "created_by")
         return versions_table(
             [
                 {name: getattr(manifest, name) for name in names}
                 | {
+                    "change": _OLD_WORDS.sub(rf"\1 {noun_of(manifest.identity)}", manifest.change),
                     "keys": manifest.n,
                     "classes": len(manifest.class_names),
                     "bytes": sum(sizes_of(manifest).values()),
@@ -424,13 +445,13 @@ class Versions(ABC, Generic[W]):
                 version=writer.number,
                 parent=current.version,
                 next_key_id=max(old.next_key_id, current.next_key_id),  # key ids are not reused
-                change=f"rollback to version {old.version}",
+                change=f"restored version {old.version}",
                 **created(),
             )
             writer.commit(new)
             return new.version
 
-    def collect(self, keep: int = 1) -> tuple[list[int], int]:
+    def collect(self, keep: int) -> tuple[list[int], int]:
         """Delete all versions except the last ``keep``, and the data that only the deleted versions use.
 
         Return the deleted version numbers and the number of freed bytes, which does not include rows of a table. A

@@ -117,6 +117,7 @@ export const audit = (name, parameters, options) => request(at(name, `/audit${qu
 export const accuracy = (name) => request(at(name, "/accuracy"));
 export const exemplars = (name) => request(at(name, "/exemplars"));
 export const history = (name) => request(at(name, "/history"));
+export const past = (name, version, since) => request(at(name, `/history/${version}${query({ since })}`));
 export const groups = (name, features) => request(at(name, "/groups"), floats(features));
 export const labelling = () => request("/v1/label");
 export const labelAnswers = () => request("/v1/label/answers");

@@ -6,6 +6,7 @@ import { looked, pagePhotos } from "./classify.js";
 import { confirmed } from "./dialogs.js";
 import { $, attempt, button, classField, count, cut, debounced, el, failure, isFor, named, nameOf, percent, picture, plural, refill } from "./dom.js";
 import { Grid } from "./grid.js";
+import { fetchHistory, showHistory } from "./history.js";
 import { KeyMap, placeOf } from "./map.js";
 import { undoable } from "./notice.js";
 import { settings } from "./settings.js";
@@ -514,34 +515,7 @@ addEventListener("keydown", (event) => {
 
 // --- history ---
 
-const ago = (time) => {
-  const seconds = Math.max(0, (Date.now() - new Date(time)) / 1000);
-  const units = [[86_400, "day"], [3600, "hour"], [60, "minute"]];
-  for (const [size, unit] of units) if (seconds >= size) return `${plural(Math.floor(seconds / size), unit)} ago`;
-  return "just now";
-};
-
-const past = new Part(
-  "history",
-  () => api.history(state.info.name),
-  ({ versions }) => {
-    $("history").replaceChildren(
-      ...versions.toReversed().map(({ version, change, created_at: at, keys, classes, current }) => {
-        const call = () => state.rollback(version, state.info.version);
-        const restore = () => changed(`Restored version ${version}`, call, $("history-title"));
-        const facts = `${plural(keys, "photo")}, ${plural(classes, "class", "classes")}, ${ago(at)}`;
-        return el(
-          "li",
-          {},
-          el("strong", {}, `version ${version}`),
-          el("span", { class: "name" }, change),
-          el("span", { class: "hint", title: new Date(at).toLocaleString() }, facts),
-          current || !state.info.changes ? el("span", { class: "hint" }, current ? "current" : "") : button("Restore", restore, { class: "quiet" }),
-        );
-      }),
-    );
-  },
-);
+const past = new Part("history", fetchHistory, (versions) => showHistory(versions, changed));
 
 // --- all screens ---
 

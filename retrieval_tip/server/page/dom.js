@@ -118,7 +118,7 @@ export function picture(url, size, label) {
   const none = () => el("span", { class: "picture none", title: "The server has no image of this example." }, "no image");
   if (!url) return none();
   const onerror = ({ target }) => target.replaceWith(none());
-  return el("img", { class: "picture", loading: "lazy", decoding: "async", alt: label, src: `${url}?size=${size}`, onerror });
+  return el("img", { class: "picture", loading: "lazy", decoding: "async", alt: label, src: `${url}${url.includes("?") ? "&" : "?"}size=${size}`, onerror });
 }
 
 /** Return an image of a file of the user. If it cannot be shown, it is replaced by `none`, or else removed. */
