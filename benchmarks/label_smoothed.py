@@ -2,7 +2,8 @@
 
 A random 90 % of each pool is labelled in rounds of suggestions, as in ``label_less.py``. After 1, 2 and 4 labels per
 class on average, the table shows the accuracy on all other photos, and how much smoothing changes it (see
-``labelling/smoothing.py``). The settings of smoothing were chosen with draws 0 and 1, mostly on the first three pools.
+``labelling/smoothing.py``). The settings of smoothing were chosen with draws 0 and 1 of the first three pools, and the
+largest weight with all draws.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 from accuracy import Tables
 from common import SHARED, machine
 from encoders import LITE0, of_table
+from label_actions import FOLDERS
 from label_less import POOLS, SHARE, Round, fitted, suggested
 
 from retrieval_tip import Index
@@ -55,20 +57,19 @@ def session(pool: Index, draw: int) -> Iterator[tuple[float, float, float]]:
 
 @click.command(help=__doc__)
 @click.option("--shared", type=click.Path(path_type=Path, exists=True), default=SHARED, show_default=True)
-@click.option("--draws", default=2, show_default=True)
-@click.option("--first", default=2, show_default=True, help="First draw.")
-def main(shared: Path, draws: int, first: int) -> None:
+@click.option("--draws", default=4, show_default=True)
+def main(shared: Path, draws: int) -> None:
     """Print a table with a row per pool."""
     click.echo(f"{machine()}. Top-1 in %, change by smoothing in points, mean weight.\n")
     click.echo(f"| | {' | '.join(f'{n} per class' for n in LABELS)} |\n|---{'|--:' * len(LABELS)}|")
     changes = []
     for name in NAMES:
         pool = pool_of(name, shared)
-        runs = zip(*(session(pool, draw) for draw in range(first, first + draws)), strict=True)
+        runs = zip(*(session(pool, draw) for draw in range(draws)), strict=True)
         means = [[statistics.mean(column) for column in zip(*run, strict=True)] for run in runs]
         changes += [change for _, change, _ in means]
         cells = [f"{before:.1f} {change:+.1f} ({weight:.2f})" for before, change, weight in means]
-        click.echo(f"| {POOLS[name].title if name != 'photos' else LITE0} | {' | '.join(cells)} |")
+        click.echo(f"| {FOLDERS[name]} | {' | '.join(cells)} |")
     click.echo(f"\nMean change {statistics.mean(changes):+.2f}, least {min(changes):+.2f}")
 
 

@@ -13,21 +13,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from retrieval_tip import tip
+from retrieval_tip.data.reader import FloatArray
 from retrieval_tip.evaluation.held_out import without_parts
-from retrieval_tip.labelling.suggest import BLOCK, points_of
+from retrieval_tip.labelling.suggest import BLOCK, IntArray, points_of
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.retrieval.logits import slices
-
-FloatArray = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int64]
 
 NEAREST, SPREAD = 5, 0.1
 """Number of nearest photos, and the difference between two cosines that changes a weight by the factor e."""
