@@ -12,7 +12,7 @@ The tables also show the share of the classes that have a label, and the share o
 has the same class. Where the latter is small, a label says little about similar photos.
 
 Each run is added to the file ``--results``, and runs that it already contains are not repeated. The tables, and the
-diagram ``--plot``, show all runs in this file.
+diagram ``--plot``, show all runs in this file. ``label_actions.py`` counts a person's actions on the same pools.
 """
 
 from __future__ import annotations
