@@ -1,10 +1,10 @@
 """Take the screenshots ``docs/page*.png`` and the film ``docs/page.webp`` of ``retrieval-tip label`` and ``serve``.
 
-``docs/screens/*.webp`` show each screen of ``serve`` in light and dark colours, and on a phone.
+``docs/screens/*.webp`` show each screen in light and dark colours, and on a phone.
 
 Run ``make setup browser && make demo``, and then ``python docs/screenshots.py demo/things demo/new``. The arguments are
 an index, and a folder of new photos in class folders. On the Label page, the photos are labelled by their folders, and
-the film shows the first of them, the answers, and the examples behind one.
+the film shows the first of them, the review, the answers, and the examples behind one.
 """
 
 from __future__ import annotations
@@ -85,7 +85,17 @@ def label_page(page: Page, new: Path) -> None:
         expect(page.locator("#label-photo img")).not_to_have_attribute("alt", name)
         page.wait_for_timeout(300)
     expect(page.locator("#label-choices .primary")).to_be_visible()
+    page.wait_for_function("async () => !(await (await fetch('/v1/label')).json()).busy")
     take(page, "page-label")
+    beside(page, "label")
+    page.click("#label-review")
+    page.wait_for_selector("#grid .tile[data-label]")
+    take(page, "page-review")
+    film(page, 3500)
+    beside(page, "review")
+    page.click("#tab-history")
+    page.wait_for_selector("#history img")
+    beside(page, "history")
 
 
 def pictures(page: Page, new: Path) -> None:
