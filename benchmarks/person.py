@@ -6,7 +6,8 @@ as a person does who reads the page. A photo is right if its label or, without o
 
 The photos are drawn from Caltech101 (``--photos``, in the layout of CoOp) with a seed. Between the two steps, the page
 is reloaded and the server is started again. ``--by keyboard`` uses no mouse, and ``--by mouse`` types only names of
-classes that the page does not list yet. Run ``make setup browser`` first.
+classes that the page does not list yet, as does ``--by phone`` on a small touch screen. Run ``make setup browser``
+first.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 
 import click
 from common import SHARED, machine
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Locator, Page, expect
 from playwright.sync_api import TimeoutError as Timeout
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -36,7 +37,9 @@ from serving import server
 SPLIT = "split_zhou_Caltech101.json"
 
 
-WAYS = ("both", "keyboard", "mouse")
+WAYS = ("both", "keyboard", "mouse", "phone")
+DESKTOP: dict[str, Any] = {"viewport": {"width": 1280, "height": 840}}
+PHONE: dict[str, Any] = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
 CHECKED = 10
 """Number of single labels between two checks."""
 GOALS = (0.95, 0.98)
@@ -56,6 +59,15 @@ class Person:
     def act(self, action: Any, *arguments: Any, **options: Any) -> None:
         action(*arguments, **options)
         self.actions += 1
+
+    def press(self, target: Locator, **options: Any) -> None:
+        """Click on something, or tap on it."""
+        self.act(target.tap if self.by == "phone" else target.click, **options)
+
+    @property
+    def points(self) -> bool:
+        """Whether this person types only new names."""
+        return self.by in ("mouse", "phone")
 
     def saved(self) -> float:
         """Wait until all labels are saved and learned. Return the share of all photos that are right."""
@@ -83,11 +95,13 @@ class Person:
         name = photo.get_attribute("alt") or ""
         truth = self.truth[name]
         guesses = self.page.locator("#label-choices .name").all_text_contents()
-        if self.by != "mouse" and truth in guesses:
+        if not self.points and truth in guesses:
             self.act(self.page.keyboard.press, ["Enter", "2", "3"][guesses.index(truth)])
-        elif self.by == "mouse" and (known := self.page.locator(f'#label-stage button[data-label="{truth}"]')).count():
-            self.act(known.first.click)
+        elif self.points and (known := self.page.locator(f'#label-stage button[data-label="{truth}"]')).count():
+            self.press(known.first)
         else:  # a typed name is one action
+            if self.by == "phone":
+                self.page.locator("#label-class").focus()  # part of typing a name
             self.page.keyboard.type(truth)
             self.act(self.page.keyboard.press, "Enter")
         if self.page.locator("#alike-dialog").count():
@@ -117,7 +131,7 @@ class Person:
                 self.walk(same[0]["id"])
             else:
                 for one in same:
-                    self.act(self.page.locator(f"#{one['id']} .tick").click)
+                    self.press(self.page.locator(f"#{one['id']} .tick"))
             self.give(label)
             for one in same:
                 expect(self.page.locator(f"#{one['id']}")).to_have_count(0)
@@ -126,7 +140,7 @@ class Person:
             for key in ("Home", "Shift+PageDown", "Enter"):
                 self.act(self.page.keyboard.press, key)
         else:
-            self.act(self.page.get_by_role("button", name="All on this screen are right").click)
+            self.press(self.page.get_by_role("button", name="All on this screen are right"))
         return wrong
 
     def walk(self, tile: str) -> None:
@@ -148,15 +162,17 @@ class Person:
         """Give the selected photos a class."""
         chip = self.page.locator("#selection-chips button", has_text=re.compile(rf"^\d {re.escape(label)}$"))
         known = self.page.locator("#selection-class option").all_text_contents()
-        if self.by == "mouse" and chip.count():
+        if self.points and chip.count():
             try:
-                self.act(chip.click, timeout=1000)
+                self.press(chip, timeout=1000)
             except Timeout:  # new answers have just replaced it
                 self.give(label)
-        elif self.by == "mouse" and label in known:
+        elif self.points and label in known:
             self.actions += 1  # opens the list
             self.act(self.page.select_option, "#selection-class", label)
         else:
+            if self.by == "phone":
+                self.page.locator("#selection-label").focus()
             self.page.keyboard.type(label)
             self.act(self.page.keyboard.press, "Enter")
             if self.page.locator("#alike-dialog").count():
@@ -180,9 +196,9 @@ def drawn(photos: Path, into: Path, classes: int, number: int, seed: int) -> dic
 
 
 @contextmanager
-def opened(photos: Path, index: Path, model: tuple[str, ...]) -> Iterator[Page]:
+def opened(photos: Path, index: Path, model: tuple[str, ...], by: str) -> Iterator[Page]:
     with server(photos, "--into", index, *model, "--device", "cpu", command="label") as (url, _), chromium() as browser:
-        page = browser.new_page(viewport={"width": 1280, "height": 840}, reduced_motion="reduce")
+        page = browser.new_page(**(PHONE if by == "phone" else DESKTOP), reduced_motion="reduce")
         page.set_default_timeout(PATIENCE)
         page.goto(url)
         page.wait_for_selector("#label-photo img")
@@ -198,7 +214,7 @@ def run(truth: dict[str, str], photos: Path, index: Path, model: tuple[str, ...]
         rows.append((step, person.actions, right, said["wrong"], said["done"]))
         return bool(said["ready"] or said["done"])
 
-    with opened(photos, index, model) as page:
+    with opened(photos, index, model, by) as page:
         person, number = Person(page, truth, by), 0
         while number < len(truth):
             person.label()
@@ -208,7 +224,7 @@ def run(truth: dict[str, str], photos: Path, index: Path, model: tuple[str, ...]
                 break
         page.reload()
         page.wait_for_selector("#label-photo img")
-    with opened(photos, index, model) as page:
+    with opened(photos, index, model, by) as page:
         person.page = page
         person.saved()
         if by == "keyboard":
@@ -216,16 +232,16 @@ def run(truth: dict[str, str], photos: Path, index: Path, model: tuple[str, ...]
                 person.act(page.keyboard.press, "Shift+Tab")
             person.act(page.keyboard.press, "Enter")
         else:
-            person.act(page.locator("#label-review").click)
+            person.press(page.locator("#label-review"))
         for screen in range(1, checks + 1):
             expect(page.locator("#grid .tile[data-label]").first).to_be_visible()
             wrong = person.review_screen()
             if check(f"screen {screen}, {wrong} wrong") and rows[-1][-1]:
                 break
             page.wait_for_timeout(500)
-        person.act(page.locator("#finish-open").click)
+        person.press(page.locator("#finish-open"))
         page.fill("#finish-into", str(index.parent / "sorted"))
-        person.act(page.locator("#finish").get_by_role("button", name="Finish").click)
+        person.press(page.locator("#finish").get_by_role("button", name="Finish"))
         expect(page.locator("#finish-said")).to_contain_text("copied")
     placed = [*(index.parent / "sorted").glob("*/*.jpg")]
     right = sum(path.parent.name == truth[path.name] for path in placed) / len(truth)

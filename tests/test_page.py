@@ -1918,7 +1918,7 @@ def test_labels_are_kept_until_the_server_can_be_reached(
         token = page.evaluate("sessionStorage.getItem('retrieval-tip token')")
         address = page.url.partition("/#")[0]
         one = Opened(browser, address, ready="#token-title", expected=[f"{REFUSED}401"])
-        expect(one.page.locator("#token-dialog")).to_contain_text("retrieval-tip serve or label printed")
+        expect(one.page.locator("#token-dialog")).to_contain_text("retrieval-tip label printed")
         submit(one.page, "#token", token)
         one.page.wait_for_function("() => document.querySelector('#label-photo img')?.naturalWidth")
         one.close()
