@@ -28,18 +28,22 @@ class Guessed:
     unlike: bool
 
     @property
-    def rows(self) -> list[dict[str, str | float]]:
+    def rows(self) -> list[dict[str, object]]:
         """The classes as a server returns them."""
-        return [{"label": label, "probability": chance} for label, chance in self.chances.items()]
+        return [{"label": label, "probability": chance} for label, chance in self.chances.items()][:GUESSES]
+
+    @property
+    def named(self) -> Guessed:
+        """The guess without the class ``NONE``, which has a key of its own while single photos are labelled."""
+        return Guessed({label: chance for label, chance in self.chances.items() if label != NONE}, self.unlike)
 
 
 def guesses(index: Index, features: FloatArray) -> list[Guessed]:
-    """Return the most probable classes of each photo, most probable first. The class ``NONE`` is left out."""
+    """Return the most probable classes of each photo, most probable first."""
     answers = index.classify(features, "keep", top=GUESSES + 1, neighbours=0, logits=False).to_arrow()
     unlike = answers["unlike"].to_pylist() if "unlike" in answers.column_names else [False] * len(answers)
     pairs = map(zip, answers["labels"].to_pylist(), answers["probabilities"].to_pylist())
-    named = ([pair for pair in own if pair[0] != NONE][:GUESSES] for own in pairs)
-    return [Guessed(dict(own), one) for own, one in zip(named, unlike, strict=True)]
+    return [Guessed(dict(own), one) for own, one in zip(pairs, unlike, strict=True)]
 
 
 def unknown_groups(index: Index, features: FloatArray, found: Sequence[Guessed]) -> list[list[int]]:

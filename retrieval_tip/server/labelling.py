@@ -509,7 +509,7 @@ def _facts_of(
     places = {photo: place for place, photo in enumerate(rows)}
     shown = [photo for photo in shown if photo in places]
     near = alike(photos.rows(rows), [places[photo] for photo in shown])
-    probable = [None] * len(shown) if index is None else guesses(index, photos.rows(shown))
+    probable = [None] * len(shown) if index is None else [one.named for one in guesses(index, photos.rows(shown))]
     similar = ([rows[place] for place in own] for own in near)
     return dict(zip(shown, zip(probable, similar, strict=True), strict=True))
 
