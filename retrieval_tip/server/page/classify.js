@@ -2,6 +2,7 @@
 
 import * as api from "./api.js";
 import { classMeant } from "./dialogs.js";
+import * as download from "./download.js";
 import * as drawer from "./drawer.js";
 import { $, button, chips, count, cross, debounced, el, framed, isBare, named, percent, plural, say } from "./dom.js";
 import { Grid } from "./grid.js";
@@ -11,7 +12,6 @@ import { session } from "./session.js";
 import { settings } from "./settings.js";
 import { state } from "./state.js";
 import { showUnknown } from "./unknown.js";
-import { classFolder, safe, zip } from "./zip.js";
 
 const BLOCK = 64; // features per request
 const STILL = 60; // ms between requests while a slider moves
@@ -92,7 +92,7 @@ function fail(photo, error) {
 
 // --- the photos of the labelling session ---
 
-const folder = () => photos.filter(({ number }) => number !== undefined);
+const folder = () => photos.filter(({ inFolder }) => inFolder);
 let told = ""; // the state of the session whose answers are shown, or are being fetched
 let alike = []; // groups of photos of the session without a match
 let outdated = true; // whether photos are sorted again when there are new answers
@@ -187,7 +187,7 @@ export function addFiles(files, keyIds = []) {
 
 function begin(photo) {
   photo.forget();
-  if (photo.number !== undefined) return;
+  if (photo.inFolder) return;
   if (state.info.images) ask(photo);
   else photo.problem = new api.Problem("This classifier accepts features, not photos.");
 }
@@ -227,12 +227,12 @@ function progress() {
   const done = wasBusy && !left;
   wasBusy = left > 0;
   if (done) {
-    resort(photos.filter(({ number }) => number === undefined));
+    resort(photos.filter(({ inFolder }) => !inFolder));
     const [first] = grid.items;
     if (first?.shown && photos.length === 1) say(`${first.name}: ${spoken(first)}`);
     else if (first) say(`${plural(photos.length, "photo")} classified. First: ${first.name}, ${first.shown ? spoken(first) : ""}`);
   }
-  if (!left) showUnknown(photos.filter(({ number }) => number === undefined), alike, teach);
+  if (!left) showUnknown(photos.filter(({ inFolder }) => !inFolder), alike, teach);
   drawer.show();
   showProblems();
 }
@@ -280,7 +280,7 @@ function tile(photo, element, text, note) {
   Object.assign(element.dataset, { input: photo.name, busy: photo.busy });
   if (shown) Object.assign(element.dataset, { label: winner.label, probability: winner.probability });
   text.textContent = taught ?? (unlike ? "No match" : (winner?.label ?? photo.name));
-  if (taught) note.textContent = photo.number === undefined ? "added" : "labelled";
+  if (taught) note.textContent = photo.inFolder ? "labelled" : "added";
   else if (shown) note.textContent = unlike ? "" : percent(winner.probability);
   else note.textContent = photo.problem ? "no answer" : "classifying…";
   const doubtful = shown && !unlike && !taught && winner.probability < DOUBTFUL;
@@ -353,7 +353,7 @@ $("filter").addEventListener("input", debounced(120, arrange));
 function open(photo) {
   drawer.open(photo);
   grid.go(photo);
-  if (photo.number !== undefined && !photo.feature) reported(async () => (await photo.fetch(), askAgain([photo])));
+  if (photo.inFolder && !photo.feature) reported(async () => (await photo.fetch(), askAgain([photo])));
 }
 
 function close() {
@@ -361,6 +361,7 @@ function close() {
   $("grid").focus();
 }
 
+download.setUp(() => grid.items);
 drawer.setUp({
   teach,
   like: moreLike,
@@ -398,8 +399,8 @@ function showChosen() {
   const names = can && number ? classNames().sort((a, b) => a.localeCompare(b, undefined, { numeric: true })) : [];
   $("selection-class").replaceChildren(el("option", { value: "" }, "class…"), ...names.map((name) => el("option", {}, name)));
   $("selection-right").hidden = !can || !acting().some(acceptable);
-  $("selection-away").hidden = acting().every((photo) => photo.number !== undefined);
-  $("selection-add").textContent = acting().every((photo) => photo.number === undefined) ? "Add as examples" : "Label";
+  $("selection-away").hidden = acting().every(({ inFolder }) => inFolder);
+  $("selection-add").textContent = acting().some(({ inFolder }) => inFolder) ? "Label" : "Add as examples";
   $("selection-chips").replaceChildren(...chips(can && number ? choices() : [], (label) => teach(acting(), label)));
 }
 
@@ -427,10 +428,10 @@ const acceptable = (photo) => photo.shown && !photo.unlike && photo.taught === n
 async function acceptAll(which) {
   if (!state.info.changes) return;
   const since = state.info.version;
-  const own = which.filter((photo) => photo.number !== undefined && acceptable(photo));
+  const own = which.filter((photo) => photo.inFolder && acceptable(photo));
   if (own.length) relabel(own.map((photo) => [photo, photo.winner.label]));
   outdated ||= own.length > 1;
-  const some = which.filter((photo) => photo.number === undefined && acceptable(photo));
+  const some = which.filter((photo) => !photo.inFolder && acceptable(photo));
   for (const [label, own] of Map.groupBy(some, ({ winner }) => winner.label)) {
     if (!(await teach(own, label))) return;
   }
@@ -446,9 +447,9 @@ function unmark(which) {
 
 /** Add photos as examples of a class, and offer to undo this. Return whether they were added. */
 async function teach(all, label) {
-  const own = all.filter(({ number }) => number !== undefined);
+  const own = all.filter(({ inFolder }) => inFolder);
   if (own.length) relabel(own.map((photo) => [photo, label]));
-  const which = all.filter(({ number }) => number === undefined);
+  const which = all.filter(({ inFolder }) => !inFolder);
   if (!which.length) return own.length > 0;
   notice("Adding…");
   const report = (done) => which.length > 16 && notice(`Adding ${done} of ${which.length}…`);
@@ -477,83 +478,13 @@ function remove(which) {
 }
 
 function putAway(all) {
-  const which = all.filter(({ number }) => number === undefined);
+  const which = all.filter(({ inFolder }) => !inFolder);
   if (!which.length) return;
   const at = Math.min(...which.map((photo) => grid.items.indexOf(photo)));
   remove(which);
   if (photos.length) grid.go(grid.items[Math.min(at, grid.items.length - 1)]);
   else $("choose").focus();
 }
-
-// --- download ---
-
-const rows = () =>
-  grid.items.filter(answered).map((photo) => ({
-    input: photo.path ?? photo.name,
-    label: photo.winner?.label ?? photo.taught,
-    probability: photo.winner?.probability ?? null,
-    unlike: photo.unlike,
-    taught: photo.taught,
-    labels: (photo.shown?.rows ?? []).map(({ label }) => label),
-    probabilities: (photo.shown?.rows ?? []).map(({ probability }) => probability),
-  }));
-const answered = ({ shown, taught }) => shown || taught !== null;
-
-/** Return a CSV cell. A leading quote prevents spreadsheets from evaluating text as a formula. */
-function cell(value) {
-  const text = value === null ? "" : String(value);
-  const safe = typeof value === "string" && /^[=+\-@\t\r]/.test(text) ? `'${text}` : text;
-  return /[",\n\r]/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe;
-}
-
-function download(name, type, ...parts) {
-  const url = URL.createObjectURL(new Blob(parts, { type }));
-  el("a", { href: url, download: name }).click();
-  setTimeout(() => URL.revokeObjectURL(url), 10_000);
-}
-
-$("download-csv").addEventListener("click", () => {
-  const columns = ["input", "label", "probability", "unlike", "taught"];
-  const lines = [columns, ...rows().map((row) => columns.map((name) => row[name]))];
-  download(`${state.info.name}.csv`, "text/csv", `${lines.map((line) => line.map(cell).join(",")).join("\n")}\n`);
-});
-$("download-json").addEventListener("click", () =>
-  download(`${state.info.name}.json`, "application/json", `${JSON.stringify(rows(), null, 1)}\n`),
-);
-
-const SURE = 0.5; // below this probability, an answer is more likely wrong than right
-function folderOf({ taught, unlike, winner }) {
-  if (taught === null && unlike) return "no match";
-  if (taught === null && winner.probability < SURE) return "not sure";
-  return classFolder(taught ?? winner.label);
-}
-
-/** Return the path of each photo in the folder of its class. If a path is taken, a number is added. */
-function sortedPaths(some) {
-  const taken = new Set();
-  return some.map((photo) => {
-    const [, stem, suffix] = /^(.*?)(\.[^.]*)?$/s.exec(safe(photo.name));
-    for (let number = 1; ; number++) {
-      const path = `${folderOf(photo)}/${stem}${number > 1 ? `-${number}` : ""}${suffix ?? ""}`;
-      if (taken.has(path.toLowerCase())) continue;
-      taken.add(path.toLowerCase());
-      return [path, photo];
-    }
-  });
-}
-
-$("download-zip").addEventListener("click", async () => {
-  const some = grid.items.filter(answered);
-  $("download-zip").disabled = true;
-  await reported(async () => {
-    const pairs = [];
-    for (const [path, photo] of sortedPaths(some)) pairs.push([path, await photo.original()]);
-    const sorted = await zip(pairs, (done) => notice(`Packing ${done} of ${some.length}…`));
-    download(`${state.info.name}.zip`, "application/zip", sorted);
-    notice(`Packed ${plural(some.length, "photo")} into folders by class.`);
-  });
-  $("download-zip").disabled = false;
-});
 
 // --- changes of settings, index and version ---
 

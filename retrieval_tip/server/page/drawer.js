@@ -113,7 +113,7 @@ export function show() {
   $("drawer-file").title = photo.name;
   $("drawer-state").textContent = photo.problem?.message ?? (photo.busy ? "Classifying…" : "");
   $("drawer-answer").hidden = !shown;
-  $("drawer-like").hidden = photo.number !== undefined; // only the server has the features of the others
+  $("drawer-like").hidden = photo.inFolder; // only the server has the features of the others
   if (!shown) {
     $("drawer-title").textContent = cut(photo.name, 40);
     $("drawer-probability").textContent = "";
@@ -142,7 +142,7 @@ function notes() {
 
 function showCorrection() {
   const can = state.info.changes;
-  const settled = !can || photo.unlike || (photo.taught !== null && photo.number === undefined);
+  const settled = !can || photo.unlike || (photo.taught !== null && !photo.inFolder);
   $("drawer-wrong").hidden = settled;
   $("drawer-right").hidden = settled || photo.taught !== null || photo.judgedByOthers; // it is an example already
   $("drawer-wrong").setAttribute("aria-expanded", String(wrong === photo));

@@ -11,6 +11,7 @@ const SAME = 0.9995; // minimum affinity of a photo to itself
 
 export class Photo {
   static #count = 0;
+  inFolder = false; // whether it belongs to the labelling session
 
   feature = null;
   similar = []; // the most similar examples as [{ key_id, affinity }], most similar first
@@ -98,7 +99,7 @@ export class Photo {
 export class FolderPhoto extends Photo {
   constructor({ photo, name }) {
     super({ name: nameOf(name) });
-    Object.assign(this, { number: photo, path: name });
+    Object.assign(this, { inFolder: true, number: photo, path: name });
   }
 
   image(size, alt) {

@@ -1,0 +1,77 @@
+// Downloads of the photos on the page: a table, or a zip file with folders by class.
+
+import { $, el, plural } from "./dom.js";
+import { notice, reported } from "./notice.js";
+import { state } from "./state.js";
+import { classFolder, safe, zip } from "./zip.js";
+
+let photos = () => []; // returns the photos that are shown, in order
+export const setUp = (shown) => (photos = shown);
+
+const rows = () =>
+  photos().filter(answered).map((photo) => ({
+    input: photo.path ?? photo.name,
+    label: photo.winner?.label ?? photo.taught,
+    probability: photo.winner?.probability ?? null,
+    unlike: photo.unlike,
+    taught: photo.taught,
+    labels: (photo.shown?.rows ?? []).map(({ label }) => label),
+    probabilities: (photo.shown?.rows ?? []).map(({ probability }) => probability),
+  }));
+const answered = ({ shown, taught }) => shown || taught !== null;
+
+/** Return a CSV cell. A leading quote prevents spreadsheets from evaluating text as a formula. */
+function cell(value) {
+  const text = value === null ? "" : String(value);
+  const safe = typeof value === "string" && /^[=+\-@\t\r]/.test(text) ? `'${text}` : text;
+  return /[",\n\r]/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe;
+}
+
+function download(name, type, ...parts) {
+  const url = URL.createObjectURL(new Blob(parts, { type }));
+  el("a", { href: url, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 10_000);
+}
+
+$("download-csv").addEventListener("click", () => {
+  const columns = ["input", "label", "probability", "unlike", "taught"];
+  const lines = [columns, ...rows().map((row) => columns.map((name) => row[name]))];
+  download(`${state.info.name}.csv`, "text/csv", `${lines.map((line) => line.map(cell).join(",")).join("\n")}\n`);
+});
+$("download-json").addEventListener("click", () =>
+  download(`${state.info.name}.json`, "application/json", `${JSON.stringify(rows(), null, 1)}\n`),
+);
+
+const SURE = 0.5; // below this probability, an answer is more likely wrong than right
+function folderOf({ taught, unlike, winner }) {
+  if (taught === null && unlike) return "no match";
+  if (taught === null && winner.probability < SURE) return "not sure";
+  return classFolder(taught ?? winner.label);
+}
+
+/** Return the path of each photo in the folder of its class. If a path is taken, a number is added. */
+function sortedPaths(some) {
+  const taken = new Set();
+  return some.map((photo) => {
+    const [, stem, suffix] = /^(.*?)(\.[^.]*)?$/s.exec(safe(photo.name));
+    for (let number = 1; ; number++) {
+      const path = `${folderOf(photo)}/${stem}${number > 1 ? `-${number}` : ""}${suffix ?? ""}`;
+      if (taken.has(path.toLowerCase())) continue;
+      taken.add(path.toLowerCase());
+      return [path, photo];
+    }
+  });
+}
+
+$("download-zip").addEventListener("click", async () => {
+  const some = photos().filter(answered);
+  $("download-zip").disabled = true;
+  await reported(async () => {
+    const pairs = [];
+    for (const [path, photo] of sortedPaths(some)) pairs.push([path, await photo.original()]);
+    const sorted = await zip(pairs, (done) => notice(`Packing ${done} of ${some.length}…`));
+    download(`${state.info.name}.zip`, "application/zip", sorted);
+    notice(`Packed ${plural(some.length, "photo")} into folders by class.`);
+  });
+  $("download-zip").disabled = false;
+});
