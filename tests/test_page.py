@@ -1668,7 +1668,7 @@ def test_the_answers_of_the_folder_are_reviewed(browser: Browser, pool: dict[str
                 .filter(({ top, bottom }) => top >= document.getElementById("bar").getBoundingClientRect().bottom
                     && bottom <= innerHeight).length"""
         )
-        page.click("#screen-right")
+        page.press("#grid", "Shift+Enter")
         expect(page.locator("#notice")).to_contain_text(f"Labelled {visible} photos as")
         expect(page.locator(counted)).to_contain_text(f"{62 - visible} photos without a label")
 

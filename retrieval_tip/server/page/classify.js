@@ -35,7 +35,7 @@ const grid = new Grid($("grid"), {
     $("drawer").focus({ preventScroll: true });
   },
   chosen: showChosen,
-  accepted: () => acceptAll(acting()),
+  accepted: (all) => acceptAll(all && folder().length ? onScreen() : acting()),
   pressed(event) {
     const { key } = event;
     if (key === "Delete") putAway(acting());
@@ -418,7 +418,8 @@ named($("selection-form"), async (text) => {
 });
 $("selection-class").addEventListener("change", ({ target }) => target.value && teach(acting(), target.value));
 $("selection-label").addEventListener("keydown", (event) => event.key === "Escape" && $("grid").focus({ preventScroll: true }));
-$("screen-right").addEventListener("click", () => acceptAll(grid.onScreen($("bar").getBoundingClientRect().bottom)));
+const onScreen = () => grid.onScreen($("bar").getBoundingClientRect().bottom);
+$("screen-right").addEventListener("click", () => acceptAll(onScreen()));
 $("selection-right").addEventListener("click", () => acceptAll(acting()));
 $("selection-none").addEventListener("click", () => (grid.select([]), $("grid").focus()));
 $("selection-away").addEventListener("click", () => (putAway(acting()), $("grid").focus()));

@@ -13,8 +13,8 @@ const AHEAD = 700; // tiles are drawn up to this many px outside the window
 
 /** A grid of items, which are objects that have an `id`. `image(item)` returns the image of a tile, and
  *  `tile(item, element, text, note)` shows an item on its tile, which has a text and a note below the image.
- *  `opened(item)` handles Enter and clicks, `accepted()` handles Enter if items are selected, `chosen()` handles a
- *  changed selection, and `pressed(event)` handles all other keys. */
+ *  `opened(item)` handles Enter and clicks, `accepted(all)` handles Enter if items are selected, and
+ *  Shift+Enter, `chosen()` handles a changed selection, and `pressed(event)` handles all other keys. */
 export class Grid {
   selected = new Set();
   active = null;
@@ -205,7 +205,7 @@ export class Grid {
       } else this.#anchor = to;
       this.go(to);
     } else if (event.key === " " && this.active) this.#toggle(this.active);
-    else if (event.key === "Enter" && this.selected.size && this.accepted) this.accepted();
+    else if (event.key === "Enter" && this.accepted && (event.shiftKey || this.selected.size)) this.accepted(event.shiftKey);
     else if (event.key === "Enter" && this.active) this.opened(this.active);
     else if (event.key === "a" && (event.ctrlKey || event.metaKey)) this.select(this.items);
     else if (event.key === "Escape" && this.selected.size) this.select([]);
