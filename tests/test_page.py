@@ -1754,6 +1754,19 @@ def test_letters_of_a_class_name_are_not_shortcuts(browser: Browser, few: dict[s
                 page.keyboard.press("Enter")
         labels = [one["label"] for change in sent for one in change["labels"]]
         assert (len(sent), labels) == (4, ["newt", "snake", "zebra", "ant"])
+        sent.clear()
+        many = """async () => {
+            const { session } = await import("/page/session.js");
+            const steps = session.label(Array.from({ length: 1001 }, (_, photo) => [photo, "ant"]));
+            for (const step of steps) session.undo(step);
+        }"""
+        page.evaluate(many)  # more photos than one request may label
+        for _ in range(200):
+            if len(sent) == 4:
+                break
+            page.wait_for_timeout(50)
+        assert [len(change.get("labels", [])) for change in sent] == [1000, 1, 0, 0]
+        assert [change.get("undo") for change in sent[2:]] == [change["step"] for change in sent[:2]]
         page.unroute("**/v1/label")
         page.reload()
         page.locator("#label-photo img").click()

@@ -29,6 +29,15 @@ async function problemOf(response) {
   return new Problem(typeof detail === "string" ? detail : `HTTP ${response.status} ${response.statusText}`, response.status);
 }
 
+async function reached(path, options) {
+  try {
+    return await fetch(path, options);
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Problem("The server cannot be reached. Is it still running?", UNREACHED);
+  }
+}
+
 /** Fetch JSON, with the token if it is known. After status 202, 429 or 503, call `waiting(problem)`, wait for the time
  *  in Retry-After, or for two seconds, and try again. */
 export async function request(path, { waiting, signal, patience = PATIENCE, ...options } = {}) {
@@ -37,13 +46,7 @@ export async function request(path, { waiting, signal, patience = PATIENCE, ...o
   const headers = { ...(token && { Authorization: `Bearer ${token.replace(/[^\x20-\x7e]/g, "?")}` }), ...options.headers };
   const until = Date.now() + patience;
   for (;;) {
-    let response;
-    try {
-      response = await fetch(path, { ...options, headers, signal });
-    } catch (error) {
-      if (error.name === "AbortError") throw error;
-      throw new Problem("The server cannot be reached. Is it still running?", UNREACHED);
-    }
+    const response = await reached(path, { ...options, headers, signal });
     if (response.ok && response.status !== COMPUTING) return response.json();
     const problem = await problemOf(response);
     const told = Number(response.headers.get("Retry-After") ?? NaN); // a proxy may send a date, or nothing
@@ -126,8 +129,8 @@ export const pictureOf = (name, keyId) => at(name, `/keys/${keyId}/image`);
 
 /** Fetch something that is not JSON. */
 export async function bytes(path) {
-  const response = await fetch(path).catch(() => null);
-  if (!response?.ok) throw response ? await problemOf(response) : new Problem("The server cannot be reached. Is it still running?", UNREACHED);
+  const response = await reached(path);
+  if (!response.ok) throw await problemOf(response);
   return response;
 }
 

@@ -6,6 +6,7 @@ import * as download from "./download.js";
 import * as drawer from "./drawer.js";
 import { $, button, chips, count, cross, debounced, el, framed, isBare, named, percent, plural, say } from "./dom.js";
 import { Grid } from "./grid.js";
+import { matching } from "./names.js";
 import { notice, reported, undoable } from "./notice.js";
 import { FolderPhoto, Photo, parameters } from "./photo.js";
 import { session } from "./session.js";
@@ -101,7 +102,8 @@ let outdated = true; // whether photos are sorted again when there are new answe
 async function showFolder() {
   const { now } = session;
   if (!now?.version || $("classify-view").hidden || now.index !== state.info?.name || session.waiting) return;
-  const at = [now.version, now.encoded, session.labelled].join();
+  const read = now.encoded < now.photos ? Math.floor(Math.log2(now.encoded)) : now.photos; // not for each of thousands
+  const at = [now.version, read, session.labelled].join();
   if (at === told) return;
   told = at;
   const answer = await reported(api.labelAnswers);
@@ -119,22 +121,22 @@ async function showFolder() {
   outdated = fresh.length > 0;
   if (document.activeElement === document.body) $("grid").focus({ preventScroll: true });
 }
-session.addEventListener("state", () => (showFolder(), showSoon()));
+session.addEventListener("state", () => (showFolder(), $("classify-view").hidden || showSoon()));
 
 /** Give photos of the session labels, as [photo, label] pairs, and offer to undo this. */
 function relabel(pairs) {
   const which = pairs.map(([photo]) => photo);
   const before = which.map(({ taught }) => taught);
-  const step = session.label(pairs.map(([photo, label]) => [photo.number, label]));
+  const steps = session.label(pairs.map(([photo, label]) => [photo.number, label]));
   for (const [photo, label] of pairs) photo.taught = label;
-  const at = Math.min(...which.map((photo) => grid.items.indexOf(photo)));
+  const goOn = next(which);
   grid.select([]);
   arrange();
-  if (!drawer.openPhoto()) grid.go(grid.items[Math.min(Math.max(0, at), grid.items.length - 1)]);
+  if (!drawer.openPhoto()) goOn();
   const names = new Set(pairs.map(([, label]) => label));
   const to = names.size === 1 ? [...names][0] : plural(names.size, "class", "classes");
   notice(`Labelled ${plural(pairs.length, "photo")} as ${to}.`, async () => {
-    session.undo(step);
+    steps.toReversed().forEach((step) => session.undo(step));
     which.forEach((photo, i) => (photo.taught = before[i]));
     arrange();
     return "Undone.";
@@ -393,11 +395,13 @@ function choices() {
 function showChosen() {
   const number = grid.selected.size;
   const can = state.info?.changes ?? false;
+  if (number && $("selection").hidden) {
+    const names = matching("", classNames());
+    $("selection-class").replaceChildren(el("option", { value: "" }, "class…"), ...names.map((name) => el("option", {}, name)));
+  }
   $("selection").hidden = !number;
   $("selection-count").textContent = `${number} selected`;
   $("selection-form").hidden = $("selection-class").hidden = !can;
-  const names = can && number ? classNames().sort((a, b) => a.localeCompare(b, undefined, { numeric: true })) : [];
-  $("selection-class").replaceChildren(el("option", { value: "" }, "class…"), ...names.map((name) => el("option", {}, name)));
   $("selection-right").hidden = !can || !acting().some(acceptable);
   $("selection-away").hidden = acting().every(({ inFolder }) => inFolder);
   $("selection-add").textContent = acting().some(({ inFolder }) => inFolder) ? "Label" : "Add as examples";
@@ -470,6 +474,12 @@ async function teach(all, label) {
   return offerUndo(`Added ${plural(added.key_ids.length, "example photo")} to ${to}.${alike}${twins}`, which, added.since);
 }
 
+/** Return a function that activates the photo that has taken the place of the first of some photos. */
+function next(which) {
+  const at = Math.max(0, Math.min(...which.map((photo) => grid.items.indexOf(photo))));
+  return () => grid.go(grid.items[Math.min(at, grid.items.length - 1)]);
+}
+
 function remove(which) {
   const gone = new Set(which);
   for (const photo of gone) photo.gone.abort();
@@ -481,9 +491,9 @@ function remove(which) {
 function putAway(all) {
   const which = all.filter(({ inFolder }) => !inFolder);
   if (!which.length) return;
-  const at = Math.min(...which.map((photo) => grid.items.indexOf(photo)));
+  const goOn = next(which);
   remove(which);
-  if (photos.length) grid.go(grid.items[Math.min(at, grid.items.length - 1)]);
+  if (photos.length) goOn();
   else $("choose").focus();
 }
 

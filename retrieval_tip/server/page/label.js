@@ -203,7 +203,7 @@ function choose(label) {
   if (!current || !label) return null;
   const marked = similarButtons().filter(isPressed).map((one) => Number(one.parentNode.dataset.photo));
   slide(label);
-  return done(() => session.label([current.photo, ...marked].map((photo) => [photo, label]), current));
+  return done(() => session.label([current.photo, ...marked].map((photo) => [photo, label]), current))[0];
 }
 
 const skip = () => current && done(() => session.skip(current));
