@@ -34,7 +34,7 @@ from retrieval_tip.labelling.labels import (
 )
 from retrieval_tip.labelling.photos import MOST_PHOTOS, Pool, suggest_features
 from retrieval_tip.labelling.progress import estimate_rest, gain_of
-from retrieval_tip.labelling.queue import QUEUED, Queue, Queued
+from retrieval_tip.labelling.queue import QUEUED, Picked, Queue, Queued
 from retrieval_tip.labelling.review import Guessed, guesses
 from retrieval_tip.model import Index
 from retrieval_tip.server import schemas
@@ -217,10 +217,10 @@ class Labelling:
     def _label(self, change: schemas.SetLabels) -> None:
         shown = {one.photo: one for one in self._queue.show(self._taken())}
         wanted = {self.photos.copies(one.photo)[0]: one for one in change.labels}.values()  # the last copy counts
-        before = {one.photo: self._label_of(one.photo, {} if change.reviewed else shown) for one in wanted}
+        asked = {} if change.reviewed else shown
+        otherwise: Picked = "reviewed" if change.reviewed else "similar"
+        before = {one.photo: self._label_of(one.photo, asked, otherwise) for one in wanted}
         changed = {one.photo: one.label for one in wanted if one.label != before[one.photo].label}
-        if change.reviewed:
-            before = {photo: one if one.label else replace(one, picked="reviewed") for photo, one in before.items()}
         self._set({photo: Label(label, before[photo].picked) for photo, label in changed.items()})
         for photo in change.skip:
             self._queue.skip(photo)
@@ -231,21 +231,21 @@ class Labelling:
             gone = [photo for photo, label in before.items() if label.label is None and not change.reviewed]
             gone += change.skip
             queued = [shown.get(photo, Queued(photo, "similar")) for photo in gone]
-            first = next((one for one in wanted if one.photo in shown and not change.reviewed), None)
+            first = next((one for one in wanted if one.photo in asked), None)
             guessed = None if first is None else self._facts.get(first.photo, (None, []))[0]
             right = None if guessed is None or first is None else next(iter(guessed.chances), None) == first.label
             self._steps[change.step] = _Step({photo: before[photo] for photo in changed}, changed, queued, right)
             if len(self._steps) > STEPS:
                 del self._steps[next(iter(self._steps))]
 
-    def _label_of(self, photo: int, shown: Mapping[int, Queued]) -> Label:
+    def _label_of(self, photo: int, shown: Mapping[int, Queued], otherwise: Picked) -> Label:
         """Return the label of a photo, and how it was chosen. A photo without a label has the label ``None``."""
         for copy in self.photos.copies(photo):
             if copy in self._unsaved:
                 return self._unsaved[copy]
         if (known := self._known.get(photo)) is not None:
             return Label(known.label, known.picked or "suggested")
-        return Label(None, shown[photo].picked if photo in shown else "similar")
+        return Label(None, shown[photo].picked if photo in shown else otherwise)
 
     def _set(self, labels: Mapping[int, Label]) -> None:
         """Write labels to the journal, and save them soon. Raises StoreError if the journal cannot be written."""

@@ -565,8 +565,8 @@ class LabellingStatus(BaseModel):
     ``version`` is null until the first label is saved. ``photos`` is the number of readable photos. ``encoded``,
     ``labelled`` and ``unsaved`` count the encoded photos, the labelled photos, and the labels that are not saved yet.
     ``steps`` lists the last 100 steps, which can be undone, oldest first. ``guessed`` counts the right guesses for the
-    photos of the last 20 of these steps. ``refused`` lists the unsaved labels that the
-    index did not accept. ``busy`` tells whether the state will change soon. ``problem`` is an error in the background.
+    photos of the last 20 of these steps. ``refused`` lists the unsaved labels that the index did not accept. ``busy``
+    tells whether the state will change soon. ``problem`` is an error in the background.
     """
 
     index: str
