@@ -80,7 +80,7 @@ def refused(call, *words, error=StoreError):
         call()
     assert "\n" not in str(caught.value)
     for word in words:
-        assert word in str(caught.value)
+        assert word in str(caught.value), str(caught.value)
     return str(caught.value)
 
 

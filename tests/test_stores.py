@@ -862,6 +862,24 @@ def test_all_files_of_a_manifest_are_flushed_before_the_manifest(local_pets, mon
         assert all(path in flushed or any(f".{path.name}." in one.name for one in flushed[:last]) for path in new)
 
 
+def test_a_deletion_file_that_a_full_disk_left_empty_is_not_committed(local_pets, monkeypatch):
+    """LanceDB reports no error if there is no room for the file, and goes on with its copy in memory."""
+    real = versions.TableWriter.digests
+
+    def digests(writer, table):
+        files = (path_of(local_pets.place) / "keys.lance/_deletions").iterdir()
+        max(files, key=lambda path: path.stat().st_mtime_ns).write_bytes(b"")
+        return real(writer, table)
+
+    monkeypatch.setattr(versions.TableWriter, "digests", digests)
+    local_pets.refused(lambda: changes.remove(local_pets.place, key_ids=[0]), "reading what it wrote failed")
+    monkeypatch.undo()
+    local_pets.check()
+    changes.remove(local_pets.place, key_ids=[0])
+    local_pets.truth.remove(0)
+    local_pets.check()
+
+
 def raw_table(pets):
     return lancedb.connect(pets.store.address.uri).open_table("keys")
 

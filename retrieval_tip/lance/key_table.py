@@ -212,6 +212,16 @@ class KeyTable:
         with _store_errors(self.address, "counting its rows"):
             return int(self.table.count_rows())
 
+    def rows_on_disk(self) -> int:
+        """Count the rows by reading the files again. Raises StoreError if a file is damaged.
+
+        LanceDB does not notice if the disk is full while it writes a deletion file, and then trusts its own cache.
+        """
+        with _store_errors(self.address, "reading what it wrote"):
+            table = lancedb().connect(self.address.uri).open_table(self.name)  # a new session, with empty caches
+            table.checkout(self.version)
+            return int(table.count_rows("key_id >= 0"))
+
     @property
     def schema(self) -> pa.Schema:
         """Schema of the table."""

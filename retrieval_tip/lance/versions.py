@@ -172,7 +172,8 @@ class TableVersions(Versions[TableWriter]):
 
     def publish(self, writer: TableWriter, manifest: Manifest, raw: bytes) -> None:
         assert manifest.table is not None
-        if KeyTable.at(self.address, manifest.table.name, manifest.table.version).rows != manifest.n:
+        table = KeyTable.at(self.address, manifest.table.name, manifest.table.version)
+        if (table.rows if self.local is None else table.rows_on_disk()) != manifest.n:
             raise changed_meanwhile(self.address)
         writer.flush()
         self.files.flush("data", "")
