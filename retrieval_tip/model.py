@@ -425,7 +425,7 @@ def verify(folder: str | os.PathLike[str]) -> Index:
     class_ids = rows.class_ids
     blocks = ((rows.keys[part], class_ids[part]) for part in slices(rows.n, KEY_BLOCK))
     if rows.sums is not None and not rows.sums.are_of(blocks):
-        raise StoreError(f"{place}: sums do not match the keys; run index rebuild, then fit")
+        raise StoreError(f"{place}: sums do not match the keys; run index set --index auto, then fit")
     own = rows.vectors
     if vectors.by_class:  # the means are recomputed, because those in the index may be damaged
         own = Keys(rows.vectors, class_ids, len(index.class_names)).means.numpy()

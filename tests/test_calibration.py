@@ -184,7 +184,7 @@ def test_calibrate_writes_a_version_with_its_provenance(run, food):
     folder, val, test = food
     features = read_features(test)[0]
     before = json.loads(run("evaluate", folder, test, "--json").stdout)
-    shown = run("calibrate", folder, "--val", val)
+    shown = run("fit", "--calibrate", folder, "--val", val)
     assert shown.exit_code == 0, shown.output
     facts = dict(line.split(maxsplit=1) for line in shown.stdout.splitlines())
     assert {"temperature", "n", "ece_before", "ece_after", "nll_before", "nll_after", "version"} <= facts.keys()
@@ -203,7 +203,7 @@ def test_calibrate_writes_a_version_with_its_provenance(run, food):
         k: v for k, v in after.items() if k not in ("ece", "temperature")
     }
     # a second fit ignores the previous temperature
-    assert run("calibrate", folder, "--val", val).exit_code == 0
+    assert run("fit", "--calibrate", folder, "--val", val).exit_code == 0
     assert Index.load(folder, device="cpu").settings.temperature == cache.settings.temperature
 
 
@@ -211,11 +211,11 @@ def test_a_failed_calibration_changes_nothing(run, food, tmp_path):
     folder, _, _ = food
     manifest = (folder / "manifest.json").read_bytes()
     odd = write_table(tmp_path / "odd.parquet", unit_rows(3, 512), ["apple_pie", "nonsense", "tacos"])
-    refused = run("calibrate", folder, "--val", odd)
+    refused = run("fit", "--calibrate", folder, "--val", odd)
     assert refused.exit_code == 1
     assert "nonsense" in refused.stderr
-    assert run("calibrate", folder, "--val", tmp_path / "nowhere.parquet").exit_code == 1
-    assert run("calibrate", folder).exit_code == 2
+    assert run("fit", "--calibrate", folder, "--val", tmp_path / "nowhere.parquet").exit_code == 1
+    assert run("fit", "--calibrate", folder).exit_code == 2
     assert (folder / "manifest.json").read_bytes() == manifest
 
 
@@ -237,13 +237,13 @@ def test_calibrate_never_reads_the_test_part(run, shared, tmp_path):
         model = ("--model", f"local-dir:{tiny(tmp_path / 'model')}") if not number else ()
         if model:
             assert run("index", "build", "--fit", "none", path, *model, "--out", tmp_path / "i").exit_code == 0
-        done = run("calibrate", tmp_path / "i", "--val", path)
+        done = run("fit", "--calibrate", tmp_path / "i", "--val", path)
         assert done.exit_code == 0, done.output
         cache = Index.load(tmp_path / "i", device="cpu")
         assert cache.provenance["temperature"] == f"fitted on {path} (val), n={len(small['val'])}"
         temperatures.append(cache.settings.temperature)
     assert temperatures[0] == temperatures[1]
-    assert run("calibrate", tmp_path / "i", "--val", path, "--split", "test").exit_code == 2
+    assert run("fit", "--calibrate", tmp_path / "i", "--val", path, "--split", "test").exit_code == 2
 
 
 def test_calibrate_warns_about_unusable_validation_photos(run, shared, food, tmp_path):
@@ -251,21 +251,21 @@ def test_calibrate_warns_about_unusable_validation_photos(run, shared, food, tmp
     cache = Index.load(folder, device="cpu")
     # the shots themselves, which are all answered correctly at an affinity of 1
     shots = write_table(tmp_path / "shots.parquet", cache.keys, cache.labels["label"].to_pylist())
-    done = run("calibrate", folder, "--val", shots)
+    done = run("fit", "--calibrate", folder, "--val", shots)
     assert done.exit_code == 0
     assert "72 of 72 photos are in the index" in done.stderr
     assert "every answer is right" in done.stderr
     assert "at_bound         True" in done.stdout
     one = pq.read_table(shots).slice(0, 1)
     pq.write_table(one, tmp_path / "one.parquet")
-    assert "every answer is right" in run("calibrate", folder, "--val", tmp_path / "one.parquet").stderr
+    assert "every answer is right" in run("fit", "--calibrate", folder, "--val", tmp_path / "one.parquet").stderr
     wrong = write_table(tmp_path / "wrong.parquet", cache.keys, [cache.class_names[-1]] * 64 + ["apple_pie"] * 8)
-    assert "no better than chance" in run("calibrate", folder, "--val", wrong).stderr
+    assert "no better than chance" in run("fit", "--calibrate", folder, "--val", wrong).stderr
 
 
 def test_classify_and_evaluate_withhold_the_same_answers(run, food, tmp_path):
     folder, val, test = food
-    assert run("calibrate", folder, "--val", val).exit_code == 0
+    assert run("fit", "--calibrate", folder, "--val", val).exit_code == 0
     truth = pq.read_table(test)["label"].to_pylist()
     for threshold in (0.0, 0.7, 0.97, 1.0):
         result = json.loads(run("evaluate", folder, test, "--abstain", threshold, "-k", 32, "--json").stdout)

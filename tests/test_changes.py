@@ -392,8 +392,8 @@ def lists(tmp_path: Path) -> Path:
 def test_an_index_can_have_fewer_keys_than_lists(run: Any, lists: Path) -> None:
     assert run("index", "remove", lists, "--where", "key_id > 9").exit_code == 0
     assert verify(lists).n == 10
-    refused(run("index", "rebuild", lists), 2, "'IVF16,Flat'")
-    assert run("index", "rebuild", lists, "--index", "Flat").exit_code == 0
+    refused(run("index", "set", lists, "--dtype", "float32"), 2, "'IVF16,Flat'")
+    assert run("index", "set", lists, "--index", "Flat").exit_code == 0
 
 
 def test_lists_are_trained_again_if_the_keys_double(lists: Path) -> None:
@@ -479,16 +479,16 @@ def test_new_templates_give_new_text_weights(run: Any, pictures: Path, lit_mini:
 def test_a_failed_rebuild_changes_nothing(run: Any, index: Path) -> None:
     before = snapshot(index)
     for factory in ("Nonsense", "IVF1000,Flat", "L2norm,Flat", ""):
-        result = run("index", "rebuild", index, "--index", factory)
+        result = run("index", "set", index, "--index", factory)
         refused(result, 2, "index")
-    refused(run("index", "rebuild", index, "--dtype", "int8"), 2, "int8")
+    refused(run("index", "set", index, "--dtype", "int8"), 2, "int8")
     with pytest.raises(UsageError, match="int8"):
         changes.rebuild(index, dtype="int8")
     large = Index.from_features(
         1e6 * unit_rows(2, D), ["cat", "dog"], ["cat", "dog"], device="cpu", settings=Settings(beta=0.0)
     )
     large.save(index.with_name("large"))
-    refused(run("index", "rebuild", index.with_name("large"), "--dtype", "float16"), 1, "too large for float16")
+    refused(run("index", "set", index.with_name("large"), "--dtype", "float16"), 1, "too large for float16")
     assert snapshot(index) == before
 
 

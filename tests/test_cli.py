@@ -118,7 +118,9 @@ def test_settings_of_the_index_apply_unless_given(run, tmp_path, queries):
     assert result["zero_shot_top1"] is None  # the index has no text weights
     result = json.loads(run("evaluate", tmp_path / "i", test, "-k", "all", "--no-tail", "--alpha", 0, "--json").stdout)
     assert (result["alpha"], result["k"], result["tail"]) == (0, "all", False)
-    assert "zero_shot_top1" in run("evaluate", tmp_path / "i", test).stdout
+    plain, more = (run("evaluate", tmp_path / "i", test, *verbose).stdout for verbose in ((), ("-v",)))
+    assert [line.split()[0] for line in plain.splitlines()] == ["accuracy", "weakest", "confusions"]
+    assert "zero_shot_top1" in more
 
 
 def test_the_command_line_overrides_a_recipe(run, tmp_path):

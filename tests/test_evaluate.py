@@ -236,7 +236,7 @@ def test_shots_are_classified_as_by_an_index_without_them(tmp_path: Path, run: R
         assert found.answers.unlike is not None
         assert found.answers.unlike.tolist() == [one.unlike for one in expected]
     done = run("evaluate", place, test, "--json", *(["-k", 3, "--no-tail"] if k else []))
-    assert "test.parquet: 7 of 12 photos are shots of this index; each was classified without itself" in done.stderr
+    assert "7 of 12 photos are shots of this index; each was classified without itself" in done.stderr
     facts = json.loads(done.stdout)
     assert (facts["held_out"], facts["top1"]) == (7, pytest.approx(found.top1))
 

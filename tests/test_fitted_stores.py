@@ -239,7 +239,7 @@ def test_a_store_can_be_fitted_again(run, built, tmp_path):
         check_same(one, other)
         assert other.version == version
         assert has_points(places[1]) == (other.metric is not None and other.values is None)
-    assert done(run("index", "rollback", places[1], "--version", 1)).endswith("rolled back\n")
+    assert done(run("index", "rollback", places[1], 1)).endswith("rolled back\n")
     check_same(*opened(built["solved", "folder"], places[1]))
     wrong = run("fit", places[1], "--values", "solved", "--metric", "none", "--val", "nothing.parquet")
     assert (wrong.exit_code, wrong.stderr.count("\n")) == (1, 1)
@@ -417,7 +417,7 @@ def test_points_that_do_not_match_their_keys_are_refused(built, tmp_path):
     model = stores.at(place).verify()
     wrong = model.metric
     model.metric = type(wrong)(wrong.mean, wrong.transform.flip(0))
-    refused(lambda: model.rows.check(model.metric), "points", "rebuild")
+    refused(lambda: model.rows.check(model.metric), "points", "index set --index auto")
 
 
 # --- served

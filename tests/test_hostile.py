@@ -342,11 +342,11 @@ def test_any_manifest_is_refused_or_answers(world: Path, data: st.DataObject) ->
 # --- commands
 
 GOOD = """
-classify index queries.parquet | calibrate index --val queries.parquet
+classify index queries.parquet | fit index --calibrate --val queries.parquet
 encode train.parquet --out new.parquet | evaluate index queries.parquet | fit index | index add index queries.parquet
 index audit index | index build train.parquet --out new --text text.parquet | index clone index new | models rn50
 index export index --out new.parquet | index gc index | index history index | index info index
-index query index SELECT(1) | index rebuild index | index relabel index cat --key-ids 1 | index list . | cache
+index query index SELECT(1) | index set index --index Flat | index relabel index cat --key-ids 1 | index list . | cache
 index remove index --key-ids 1 | index rename index cat dog | index rollback index | index set index --alpha 1
 index verify index | search-hp index --val queries.parquet | index merge index index | completion bash
 """

@@ -163,7 +163,8 @@ def _work(job, steps):
         steps.events("fcntl.flock")
     try:
         OPERATIONS[job["name"]](job["place"], Path(job["tables"]), job["index"])
-    except RetrievalTipError:
+    except RetrievalTipError as error:
+        print(f"refused: {error}", file=sys.stderr, flush=True)
         os._exit(REFUSED)
 
 

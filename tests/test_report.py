@@ -102,7 +102,7 @@ def caltech(shared, tmp_path_factory):
 def written(caltech):
     """A report on the index of ``caltech``, and the output of the command."""
     out = caltech / "report.html"
-    result = done("-q", "report", caltech / "index", "--test", caltech / "test", "--out", out, "--seeds", 2)
+    result = done("evaluate", caltech / "index", caltech / "test", "--report", out, "--seeds", 2)
     return out, result
 
 
@@ -134,7 +134,7 @@ def made(tmp_path, labels=("cat", "dog", "owl"), text=True, n=24, test_labels=No
 
 def reported(place, folder, test, *options):
     """Write a report into a folder, and return it as nodes."""
-    done("-q", "report", folder, "--test", test, "--out", place / "r.html", *options)
+    done("-q", "evaluate", folder, test, "--report", place / "r.html", *options)
     return read(place / "r.html")
 
 
@@ -168,8 +168,8 @@ def test_the_figures_equal_those_of_evaluate(written, caltech):
     }  # fmt: skip
     low, high = wilson(facts["top1"], 54)
     assert f"{100 * low:.0f} to {100 * high:.0f} %" in page.first("div", class_="verdict").text
-    right = percent(facts["top1"])
-    assert result.stdout.strip() == f"{out}: {out.stat().st_size / 1e6:.1f} MB, {right} of 54 photos correct"
+    assert f"{percent(facts['top1'])} of 54 photos (95 % interval" in result.stdout.splitlines()[0]
+    assert result.stderr.splitlines()[-1] == f"Report: {out}"
     every = {row[0]: row for row in section(page, "classes").first("table").rows()[1:]}
     assert set(every) == set(ALIKE)
     for name, accuracy in facts["per_class"].items():
@@ -371,20 +371,24 @@ def test_the_report_names_the_source_of_the_settings(tmp_path):
     assert "selected on these test photos" in page.first("header").text
 
 
-def test_shots_and_photos_of_unknown_classes_are_counted_and_left_out(caltech, tmp_path):
+def test_shots_and_photos_of_unknown_classes_count_as_in_evaluate(caltech, tmp_path):
     shutil.copytree(caltech / "test", tmp_path / "test")
     for file in sorted((caltech / "shots" / ALIKE[0]).iterdir())[:2]:
         shutil.copy(file, tmp_path / "test" / ALIKE[4] / f"x{file.name}")
     (tmp_path / "test" / ALIKE[5]).rename(tmp_path / "test" / "unicorn")
     done("fit", shutil.copytree(caltech / "index", tmp_path / "index"))
     page = reported(tmp_path, tmp_path / "index", tmp_path / "test", "--no-curves")
+    facts = json.loads(done("-q", "evaluate", tmp_path / "index", tmp_path / "test", "--json").stdout)
+    assert (facts["n"], facts["held_out"], facts["unknown"]) == (56, 2, {"unicorn": 9})
     said = page.first("header").text
-    assert "2 test photos are shots of the index and were left out." in said
-    assert "9 test photos belong to 1 class that the index lacks (unicorn) and were left out." in said
+    assert "2 test photos are shots of the index. Each was classified without itself." in said
+    assert "9 test photos belong to 1 class that the index lacks (unicorn)." in said
     assert "match no class" in said
-    assert "45 test photos were classified correctly" in said
-    refused = done("report", caltech / "index", "--test", caltech / "shots", "--out", tmp_path / "no.html", status=1)
-    assert "photos: all are shots of this index; use other photos" in refused.stderr
+    assert f"{round(facts['top1'] * 56)} of 56 test photos were classified correctly" in said
+    assert tiles(page)["correct"] == facts["top1"]
+    explained = {node.attributes["data-item"] for node in page.all("li", class_="card")}
+    assert explained
+    assert not [name for name in explained if "unicorn" in name or "/x" in name]
 
 
 # ------------------------------------------------------------------------------------------------------------- errors
@@ -395,11 +399,11 @@ def test_unreadable_photos_are_listed(caltech, tmp_path):
     bad = tmp_path / "test" / ALIKE[0] / "<b>ad.jpg"
     bad.write_bytes(b"\xff\xd8\xff nothing")
     arguments = (
-        "report", caltech / "index", "--test", tmp_path / "test", "--out", tmp_path / "r.html", "--no-curves",
+        "evaluate", caltech / "index", tmp_path / "test", "--report", tmp_path / "r.html", "--no-curves",
     )  # fmt: skip
     result = done(*arguments, status=3)
     assert "1 input could not be read" in result.stderr
-    assert "of 54 photos correct" in result.stdout
+    assert "of 54 photos (95 % interval" in result.stdout
     page = read(tmp_path / "r.html")
     assert "1 photo could not be read" in page.first("header").text
     said = section(page, "provenance").text
@@ -418,25 +422,25 @@ def test_a_failure_writes_no_file(tmp_path, monkeypatch):
     kept = write_table(tmp_path / "kept.html", unit_rows(1, 3))
     before = sorted(tmp_path.iterdir())
     for arguments, status, said in (
-        (("--test", unknown, "--out", out), 1, "unicorn"),
-        (("--test", tmp_path / "none", "--out", out), 1, "no such file"),
-        (("--test", test, "--out", tmp_path / "no" / "r.html"), 1, f"there is no folder {tmp_path / 'no'}"),
-        (("--test", test, "--out", folder), 2, "is a directory"),
-        (("--test", test, "--out", out, "--shots", 5), 2, "shots 5: class 'cat' has 4 shots"),
-        (("--test", test, "--out", out, "--shots", 1, "--no-curves"), 2, "--shots and --no-curves"),
-        (("--out", out), 2, "--test"),
+        ((unknown, "--report", out), 1, "unicorn"),
+        ((tmp_path / "none", "--report", out), 1, "no such file"),
+        ((test, "--report", tmp_path / "no" / "r.html"), 1, f"there is no folder {tmp_path / 'no'}"),
+        ((test, "--report", folder), 2, "is a directory"),
+        ((test, "--report", out, "--shots", 5), 2, "shots 5: class 'cat' has 4 shots"),
+        ((test, "--report", out, "--shots", 1, "--no-curves"), 2, "--shots and --no-curves"),
+        ((test, "--seeds", 2), 2, "--seeds: needs --report FILE"),
     ):
-        refused = done("report", folder, *arguments, status=status)
+        refused = done("evaluate", folder, *arguments, status=status)
         assert said in refused.stderr
         assert refused.stdout == ""
     monkeypatch.setattr(report, "render", lambda *_, **__: "\ud800")
     with pytest.raises(UnicodeEncodeError):
-        done("report", folder, "--test", test, "--out", kept)
+        done("evaluate", folder, test, "--report", kept)
     assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_missing_matplotlib_is_reported_before_any_work(tmp_path, no_matplotlib):
-    refused = done("report", tmp_path / "none", "--test", tmp_path / "none", "--out", tmp_path / "r.html", status=2)
+    refused = done("evaluate", tmp_path / "none", tmp_path / "none", "--report", tmp_path / "r.html", status=2)
     assert re.search("a report needs matplotlib; run .*pip install 'matplotlib>=", refused.stderr)
 
 
@@ -467,9 +471,9 @@ def test_a_report_contains_no_local_path(caltech, tmp_path, monkeypatch):
     done("-q", "index", "build", "--fit", "none", home / "more", "--model", MODEL, "--out", things)
     done("-q", "index", "clone", things, home / "copy")  # its last change names the folder
     out, where = home / "r.html", f"source LIKE '{home}/%' AND label <> '{tmp_path}/x'"
-    monkeypatch.setattr("sys.argv", ["", "report", str(home / "copy"), "--where", where, "--out", str(out)])
-    arguments = ("--test", home / "test", "--out", out, "--no-curves", "--where", where)
-    done("-q", "report", home / "copy", *arguments, status=3)
+    monkeypatch.setattr("sys.argv", ["", "evaluate", str(home / "copy"), "--where", where, "--report", str(out)])
+    arguments = (home / "test", "--report", out, "--no-curves", "--where", where)
+    done("-q", "evaluate", home / "copy", *arguments, status=3)
     page = out.read_text()
     assert str(tmp_path) not in page
     assert str(SHARED) not in page

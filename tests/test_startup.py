@@ -116,7 +116,7 @@ def test_index_info_imports_no_torch(index):
 def test_answering_features_imports_no_model_no_database_and_no_plots(index, row):
     found, shown = imported(["classify", index, row], ["evaluate", index, row])
     assert "label" in shown
-    assert "top1" in shown
+    assert "accuracy " in shown
     assert found == {"numpy", "pyarrow", "torch", "PIL"}
 
 

@@ -1304,9 +1304,9 @@ def test_affinities_are_inner_products_with_the_stored_keys(tmp_path, kind, n, d
     "command",
     [
         ("search-hp", "ADDRESS", "--val", "x.csv"), ("finetune", "ADDRESS", "--out", "out"),
-        ("index", "audit", "ADDRESS"), ("report", "ADDRESS", "x.csv", "--out", "x.html"),
+        ("index", "audit", "ADDRESS"),
         ("index", "export", "ADDRESS", "--out", "x.parquet"), ("index", "tune", "ADDRESS", "--val", "x.csv"),
-        ("calibrate", "ADDRESS", "--val", "x.csv"),
+        ("fit", "ADDRESS", "--calibrate", "--val", "x.csv"),
     ],
 )  # fmt: skip
 def test_commands_that_need_a_folder_suggest_index_clone(run, command):
@@ -1337,7 +1337,7 @@ def test_commands_work_on_a_store_in_a_bucket(run, bucket_pets):
     assert json.loads(done(run("index", "query", own, sql, "--format", "json"))) == {"keys": 61}
     history = [json.loads(line) for line in done(run("index", "history", own, "--format", "json")).splitlines()]
     assert [(row["version"], row["keys"]) for row in history] == [(1, 60), (2, 62), (3, 61)]
-    assert done(run("index", "rollback", own, "--version", 1)) == f"{own}: version 4, rolled back\n"
+    assert done(run("index", "rollback", own, 1)) == f"{own}: version 4, rolled back\n"
     assert done(run("index", "gc", own, "--keep", 1)).startswith(f"{own}: deleted 3 versions, ")
     assert run("index", "rollback", own).exit_code == 1
     for to in KINDS:

@@ -1,18 +1,20 @@
-"""Commands that test indexes on labelled images: ``evaluate``, ``compare`` and ``report``."""
+"""Commands that test indexes on labelled images: ``evaluate`` and ``compare``."""
 
 from __future__ import annotations
 
+import logging
 import sys
-from dataclasses import replace
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from retrieval_tip.cli import kinds, options
-from retrieval_tip.cli.group import argument, command, flag, option
+from retrieval_tip.cli.group import argument, command, flag, grouped, option
 from retrieval_tip.cli.kinds import Place
-from retrieval_tip.cli.messages import about, command_line, finish, print_facts, say, shown
+from retrieval_tip.cli.messages import command_line, finish, note, print_facts, say
 from retrieval_tip.cli.opening import index_with, named_encoder, reader_for, source_of
 from retrieval_tip.cli.options import ComparedOptions, EncodingOptions, OpeningOptions, ReadingOptions
 from retrieval_tip.errors import UsageError, counted, few, json_line, percent, show
@@ -20,6 +22,43 @@ from retrieval_tip.errors import UsageError, counted, few, json_line, percent, s
 if TYPE_CHECKING:
     from retrieval_tip.evaluation.evaluate import Evaluation
     from retrieval_tip.settings import Ask
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """The files that show an evaluation, and the accuracy curve of a report.
+
+    Options:
+        plot: Folder for PNG diagrams of confusions, classes and calibration (requires matplotlib).
+        report: HTML file for a report that opens offline in any browser (requires matplotlib). It also shows the worst
+            mistakes and what to do next.
+        shots: Number of shots per class in the accuracy curve of the report. [default: 1, 2, 4 ...]
+        seeds: Number of random draws for each point of the curve, which use the seeds 1 to N.
+        no_curves: Leave out the accuracy curve, which takes the longest to compute.
+    """
+
+    plot: Path | None = option(kinds.FOLDER, **options.OUTPUTS)
+    report: Path | None = option(kinds.FILE, **options.OUTPUTS)
+    shots: tuple[int, ...] = option(kinds.SHOTS, multiple=True, **options.OUTPUTS)
+    seeds: int | None = option(kinds.SEEDS, help="[default: 3]", **options.OUTPUTS)
+    no_curves: bool = flag(**options.OUTPUTS)
+
+    def check(self) -> None:
+        """Raise UsageError if options exclude each other or matplotlib is missing, and InputError for a bad file."""
+        curve = {"--shots": self.shots, "--seeds": self.seeds, "--no-curves": self.no_curves}
+        given = [name for name, value in curve.items() if value]
+        if given and self.report is None:
+            raise UsageError(f"{given[0]}: needs --report FILE")
+        if self.no_curves and len(given) > 1:
+            raise UsageError(f"{given[0]} and --no-curves: give only one")
+        if self.plot is not None:
+            from retrieval_tip.report import plots
+
+            plots.check(self.plot)
+        if self.report is not None:
+            from retrieval_tip.report import report
+
+            report.check(self.report)
 
 
 @command()
@@ -31,54 +70,82 @@ def evaluate_command(
     abstain: float | None = option(
         kinds.SHARE, metavar="P", **options.ANSWERS, help="Withhold answers whose probability is below P."
     ),
-    plot: Path | None = option(kinds.FOLDER, help="Folder for PNG diagrams of confusions, classes and calibration."),
+    report: ReportOptions = grouped(ReportOptions),
     as_json: bool = options.JSON,
     reading: ReadingOptions = options.READING,
     encoding: EncodingOptions = options.ENCODING,
 ) -> None:
     """Measure the accuracy of an index on labelled photos.
 
-    Prints the accuracy of the index (top1), the accuracy of the text alone (zero-shot) and the accuracy of the cache
-    alone. The figure ece is the expected calibration error of the probabilities in 15 bins. With --abstain, coverage is
-    the share of images that are answered, and selective_top1 is the accuracy on these images. If SOURCE is a split
-    .json, its test part is used.
+    Prints the accuracy with its 95 % confidence interval, the weakest classes, and the most frequent confusions. With
+    -v, it also prints the accuracy of the text alone (zero_shot_top1) and of the shots alone (cache_top1), and the
+    expected calibration error of the probabilities in 15 bins (ece). With --abstain, coverage is the share of photos
+    that are answered, and selective_top1 is the accuracy on these photos. If SOURCE is a split .json, its test part is
+    used.
 
-    A photo of a class that the index lacks is right in top1 if it matches no class. known_top1 is the accuracy on the
-    other photos, and known_no_match and unknown_no_match are the shares without a match. A photo that is a shot of the
-    index is classified without itself.
+    A photo of a class that the index lacks is right if it matches no class. known_top1 is the accuracy on the other
+    photos, and known_no_match and unknown_no_match are the shares without a match. A photo that is a shot of the index
+    is classified without itself.
     """
-    from retrieval_tip.evaluation.evaluate import evaluate
-    from retrieval_tip.report import plots
-
-    if plot:
-        plots.check(plot)
+    report.check()
     loaded = index_with(folder, encoding, opening, ask)
     test = source_of(source, reading, "test")
     with reader_for(loaded, [test], encoding) as reader:
-        evaluation = evaluate(loaded, test, reader, abstain=abstain)
-    if plot:
-        files = plots.write_plots(evaluation, plot, f"{show(Path(str(folder)).name)} on {show(Path(str(source)).name)}")
-        say(f"{show(plot)}: {', '.join(file.name for file in files)}")
-    _print_evaluation(evaluation, as_json)
+        if report.report is None:
+            from retrieval_tip.evaluation.evaluate import evaluate
+
+            evaluation = evaluate(loaded, test, reader, abstain=abstain)
+        else:
+            from retrieval_tip.report.report import SEEDS, write_report
+            from retrieval_tip.report.results import portable
+
+            evaluation = write_report(
+                loaded.in_memory(), test, reader, report.report, abstain=abstain, shots=report.shots or None,
+                seeds=report.seeds or SEEDS, curves=not report.no_curves, place=folder, where=opening.where,
+                command=command_line(*map(portable, sys.argv[1:])),
+            ).evaluation  # fmt: skip
+    if report.plot is not None:
+        from retrieval_tip.report.plots import write_plots
+
+        title = f"{show(Path(str(folder)).name)} on {show(Path(str(source)).name)}"
+        files = write_plots(evaluation, report.plot, title)
+        say(f"{show(report.plot)}: {', '.join(file.name for file in files)}")
+    if as_json:
+        click.echo(json_line(evaluation.to_dict()))
+    else:
+        _print_evaluation(evaluation)
+    if report.report is not None:
+        note(f"Report: {show(report.report)}")
     finish(reader.skipped)
 
 
-def _print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
+WEAKEST = 5
+"""Number of classes to print."""
+
+
+def _print_evaluation(evaluation: Evaluation) -> None:
+    """Print the accuracy first, then the weakest classes, and with -v all figures."""
+    answers, (low, high) = evaluation.answers, evaluation.interval
+    within = f"(95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
+    photos = Counter(answers.class_names[i] for i in answers.truth.tolist())
+    weakest = sorted(evaluation.per_class.items(), key=lambda pair: pair[1])[:WEAKEST]
+    weak = (f"{name} {percent(right)} of {photos[name]:,}" for name, right in weakest if right < 1)
+    confused = (f"{a} as {b} ({times})" for a, b, times in evaluation.confusions[:WEAKEST])
+    facts: dict[str, object] = {
+        "accuracy": f"{percent(evaluation.top1)} of {counted(evaluation.n, 'photo')} {within}",
+        "weakest classes": ", ".join(weak) or "none",
+        "confusions": ", ".join(confused) or "none",
+    }
     result = evaluation.to_dict()
-    if as_json:
-        click.echo(json_line(result))
-        return
     del result["per_class"], result["confusions"]
-    result["unknown"] = few([f"{name} {number}" for name, number in evaluation.unknown.items()])
-    if not evaluation.unknown:
-        for name in ("unknown", "known_top1", "known_no_match", "unknown_no_match", "auroc"):
-            del result[name]
-    if not evaluation.held_out:
-        del result["held_out"]
-    worst = sorted(evaluation.per_class.items(), key=lambda pair: pair[1])[:5]
-    result["worst classes"] = ", ".join(f"{name} {shown(value)}" for name, value in worst)
-    result["confusions"] = ", ".join(f"{a} as {b} ({times})" for a, b, times in evaluation.confusions) or "none"
-    print_facts(result, 15)
+    asked = ["coverage", "selective_top1"]
+    if evaluation.unknown:
+        facts["unknown"] = few([f"{name} {number}" for name, number in evaluation.unknown.items()])
+        asked += ["known_top1", "known_no_match", "unknown_no_match", "auroc"]
+    facts |= {name: result[name] for name in asked if name in result}
+    if logging.getLogger("retrieval_tip").isEnabledFor(logging.INFO):
+        facts |= {name: value for name, value in result.items() if name not in facts}
+    print_facts(facts, 15)
 
 
 @command()
@@ -125,43 +192,3 @@ def compare_command(
         if rows:
             click.echo("\n".join(table_lines(rows, comparison.differences.column_names)))
     finish(comparison.skipped)
-
-
-@command()
-def report_command(
-    folder: Path = options.FOLDER_ARGUMENT,
-    test: Place = option(
-        kinds.SOURCE, required=True, help="Labelled test source. The test part of a split .json is used."
-    ),
-    out: Path = option(kinds.FILE, default="report.html", help="HTML file to write."),
-    shots: tuple[int, ...] = option(
-        kinds.SHOTS, multiple=True, help="Number of shots per class in the accuracy curve. [default: 1, 2, 4 ...]"
-    ),
-    seeds: int = option(kinds.SEEDS, default=3, help="Number of random draws, which use the seeds 1 to N."),
-    no_curves: bool = flag(help="Skip the accuracy curve, which takes the longest to compute."),
-    ask: Ask = options.ASK,
-    opening: OpeningOptions = options.OPENING,
-    reading: ReadingOptions = options.READING,
-    encoding: EncodingOptions = options.ENCODING,
-) -> None:
-    """Write an accuracy report as a single HTML file.
-
-    You can open the file offline in any browser, and send it to others. It names the weakest classes, recommends what
-    to do next, and shows the worst mistakes. Photos that are shots of the index, and photos of classes that it lacks,
-    are left out. The command evaluate prints the same other figures. This command requires matplotlib.
-    """
-    from retrieval_tip.report.report import check, write_report
-    from retrieval_tip.report.results import portable
-
-    if shots and no_curves:
-        raise UsageError("--shots and --no-curves: give only one")
-    check(out)
-    index = index_with(folder, encoding, opening, ask).in_memory()
-    source = source_of(test, reading, "test")
-    with reader_for(index, [source], encoding) as reader:
-        curve: dict[str, Any] = {"shots": shots or None, "seeds": seeds, "curves": not no_curves}
-        typed = command_line(*map(portable, sys.argv[1:]))
-        written = write_report(index, source, reader, out, **curve, folder=folder, where=opening.where, command=typed)
-    right = percent(written.evaluation.top1)
-    about(out, f"{written.bytes / 1e6:.1f} MB, {right} of {counted(written.evaluation.n, 'photo')} correct")
-    finish(reader.skipped)

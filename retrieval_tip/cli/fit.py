@@ -1,4 +1,4 @@
-"""Commands that fit and train an index: ``fit``, ``search-hp``, ``finetune`` and ``calibrate``."""
+"""Commands that fit and train an index: ``fit``, ``search-hp`` and ``finetune``."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 def fit_command(
     folder: Place = options.INDEX_ARGUMENT,
     val: Place | None = option(kinds.SOURCE),
+    only_calibrate: bool = flag("--calibrate"),
     form: dict[str, Any] = options.building("metric", "values", "class_prior", "prior"),
     reading: ReadingOptions = options.ROOT,
     encoding: EncodingOptions = options.ENCODING,
@@ -38,9 +39,15 @@ def fit_command(
 
     Options:
         val: Labelled validation source, used instead of held-out shots to score the fit.
+        only_calibrate: Only fit the temperature of the probabilities, on --val. The predicted classes stay the same,
+            and the probabilities become softmax(logits / temperature). Do this for a fine-tuned index. Do it again
+            whenever its keys, alpha, beta, k or tail change.
     """
     from retrieval_tip.index.fit import fit_index
 
+    if only_calibrate:
+        _calibrate(folder, val, form, reading, encoding)
+        return
     skipped: list[Skipped] = []
     if val is None:
         choice = fit_index(folder, **form)
@@ -52,6 +59,21 @@ def fit_command(
     warn(choice.warnings)
     say_fit(choice.provenance())
     finish(skipped)
+
+
+def _calibrate(
+    folder: Place, val: Place | None, form: dict[str, Any], reading: ReadingOptions, encoding: EncodingOptions
+) -> None:
+    from retrieval_tip.evaluation.calibration import calibrate
+
+    if val is None or any(form.values()):
+        raise UsageError("--calibrate: needs --val SOURCE, and only fits the temperature; leave out other options")
+    index = load_index(Path(kinds.FOLDER.convert(folder, None, None)), encoding.device)
+    source = source_of(val, reading, "val")
+    with reader_for(index, [source], encoding) as reader:
+        result = calibrate(index, source, reader)
+    print_facts(vars(result) | {"version": index.version}, 15)
+    finish(reader.skipped)
 
 
 @command("search-hp")
@@ -191,30 +213,4 @@ def finetune_command(
         tuned = finetune_into(out, index, shots, reader, recipe, val=unseen, parent=show(folder), keep_last=keep_last)
     warn(tuned.choice.warnings if tuned.choice else ())
     print_result(tuned.facts(), as_json, 12)
-    finish(reader.skipped)
-
-
-@command()
-def calibrate_command(
-    folder: Path = options.FOLDER_ARGUMENT,
-    val: Place = option(kinds.SOURCE, required=True),
-    reading: ReadingOptions = options.ROOT,
-    encoding: EncodingOptions = options.ENCODING,
-) -> None:
-    """Fit the temperature of the probabilities.
-
-    The temperature is fitted on validation images and saved in a new version of the index. The predicted classes stay
-    the same, and their probabilities become softmax(logits / temperature). Calibrate the index again whenever its keys,
-    alpha, beta, k or tail change.
-
-    Options:
-        val: Labelled validation source. Do not use shots or test images. The val part of a split .json is used.
-    """
-    from retrieval_tip.evaluation.calibration import calibrate
-
-    index = load_index(folder, encoding.device)
-    source = source_of(val, reading, "val")
-    with reader_for(index, [source], encoding) as reader:
-        result = calibrate(index, source, reader)
-    print_facts(vars(result) | {"version": index.version}, 15)
     finish(reader.skipped)

@@ -29,9 +29,24 @@ COLUMN = 24
 """Maximum width of the column of option names. The help of a longer name starts on the next line."""
 
 SYNONYMS = {
-    "train": ("fit", "finetune"),
+    "train": ("index build", "fit", "finetune"),
+    "create": ("index build",),
     "predict": ("classify",),
-    "search": ("search-hp",),
+    "tag": ("classify",),
+    "search": ("find", "search-hp"),
+    "test": ("evaluate",),
+    "score": ("evaluate",),
+    "report": ("evaluate --report",),
+    "calibrate": ("fit --calibrate",),
+    "rebuild": ("index set --index",),
+    "undo": ("index rollback", "sort --undo"),
+    "restore": ("index rollback",),
+    "check": ("index audit", "index verify", "doctor"),
+    "annotate": ("label",),
+    "review": ("label",),
+    "onnx": ("index export --onnx",),
+    "copy": ("index clone",),
+    "duplicates": ("find --duplicates",),
     "ls": ("index list",),
     "list": ("index list",),
     "delete": ("index remove", "index gc"),
@@ -219,24 +234,26 @@ class Command(click.Command):
 
 
 class Group(click.Group):
-    """A group that lists its commands under headings, and suggests commands for names used by other programs."""
+    """A group that lists commands under headings, and suggests commands for names used by other programs.
+
+    ``headings`` are the names of the commands under each heading of the help, which includes those of subgroups.
+    """
 
     command_class = Command
 
-    headings: Mapping[str, tuple[click.Command, ...]] = MappingProxyType({})
-
-    def section(self, heading: str, *commands: click.Command) -> None:
-        """Add commands under a heading of the help."""
-        self.headings = {**self.headings, heading: commands}
-        for one in commands:
-            self.add_command(one)
+    headings: Mapping[str, Sequence[str]] = MappingProxyType({})
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write each command with the first sentence of its help."""
-        room = formatter.width - max(map(len, self.commands)) - 6
-        for heading, own in (self.headings or {"Commands": tuple(self.commands.values())}).items():
+        known = dict(_commands(self))
+        headings = self.headings or {"Commands": list(known)}
+        width = max(len(name) for own in headings.values() for name in own)
+        for heading, own in headings.items():
             with formatter.section(heading):
-                formatter.write_dl([(one.name or "", one.get_short_help_str(room)) for one in own])
+                rows = [
+                    (f"{name:<{width}}", known[name].get_short_help_str(formatter.width - width - 6)) for name in own
+                ]
+                formatter.write_dl(rows)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -248,7 +265,7 @@ class Group(click.Group):
             name, near = args[0], getattr(error, "possibilities", None) or []
             everywhere = [
                 *SYNONYMS.get(name, ()),
-                *(p for p in _paths(ctx.find_root().command) if p.split()[-1] == name),
+                *(path for path, _ in _commands(ctx.find_root().command) if path.split()[-1] == name),
             ]
             if not everywhere:
                 raise
@@ -259,10 +276,10 @@ class Group(click.Group):
 command = partial(click.command, cls=Command)
 
 
-def _paths(group: click.Command, prefix: str = "") -> Iterator[str]:
+def _commands(group: click.Command, prefix: str = "") -> Iterator[tuple[str, click.Command]]:
     for name, own in group.commands.items() if isinstance(group, click.Group) else ():
-        yield f"{prefix}{name}"
-        yield from _paths(own, f"{prefix}{name} ")
+        yield f"{prefix}{name}", own
+        yield from _commands(own, f"{prefix}{name} ")
 
 
 @contextmanager

@@ -336,20 +336,28 @@ def set_command(
         callback=kinds.names,
         help="Encoders to keep, if there are several. The others are dropped, and the index is fitted again.",
     ),
+    factory: str | None = option(
+        None, "--index", help="Index type to rebuild the index with: a FAISS factory string, Classes or auto."
+    ),
+    dtype: Dtype | None = option(options.choice(Dtype), help="Data type of the stored keys."),
     backbone: BackboneOptions = options.BACKBONE,
 ) -> None:
     """Change the settings of an index.
 
     If you give templates, new text weights are encoded from them. If you change the beta of a fitted index, its values
-    and all other fitted settings are also fitted again.
+    and all other fitted settings are also fitted again. With --index or --dtype, the index is rebuilt from its keys.
     """
     from retrieval_tip.index import changes
 
     loaded = backbone_for(store_of(folder).manifest(), [], backbone, needed=True) if text["templates"] else None
+    new: dict[str, Any] = {"index": factory, "dtype": dtype}
+    given = (*settings.values(), *text.values(), temperature, normalize)
+    if sum(any(value not in (None, (), []) for value in each) for each in (encoders, new.values(), given)) > 1:
+        raise UsageError("index set: change the encoders, the index type and other settings one after the other")
+    if any(new.values()):
+        _say_version(folder, changes.rebuild(folder, **new).version, "rebuilt")
+        return
     if encoders:
-        given = (*settings.values(), *text.values(), temperature, normalize)
-        if any(value not in (None, (), []) for value in given):
-            raise UsageError("--encoders: fits the index again; change other settings afterwards")
         changed = changes.keep_encoders(folder, encoders)
     else:
         changed = changes.configure(
@@ -361,34 +369,18 @@ def set_command(
 
 
 @index.command()
-def rebuild_command(
-    folder: Place = options.INDEX_ARGUMENT,
-    factory: str | None = option(None, "--index", help="FAISS factory string, Classes or auto. [default: unchanged]"),
-    dtype: Dtype | None = option(options.choice(Dtype), help="Data type of the stored keys. [default: unchanged]"),
-) -> None:
-    """Rebuild the FAISS index from the keys.
-
-    Use --index to change the index type, and --dtype to change the precision of the keys.
-    """
-    from retrieval_tip.index import changes
-
-    _say_version(folder, changes.rebuild(folder, index=factory, dtype=dtype).version, "rebuilt")
-
-
-@index.command()
 def history_command(folder: Place = options.INDEX_ARGUMENT, printing: OutputOptions = options.FORMAT) -> None:
     """List the versions of an index, starting with the oldest."""
     printing.write_table(store_of(folder).history())
 
 
 @index.command()
-def rollback_command(folder: Place = options.INDEX_ARGUMENT, version: int | None = option(kinds.count())) -> None:
+def rollback_command(
+    folder: Place = options.INDEX_ARGUMENT, version: int | None = argument(kinds.count(), required=False)
+) -> None:
     """Restore an earlier version of an index.
 
-    The restored version is saved as a new version, so the current version is kept.
-
-    Options:
-        version: Version to restore. [default: the previous one]
+    Without VERSION, the previous version is restored. It is saved as a new version, so the current version is kept.
     """
     from retrieval_tip.index import changes
 

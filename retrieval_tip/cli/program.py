@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 import click
@@ -22,8 +22,8 @@ import click
 from retrieval_tip import __version__
 from retrieval_tip.cli.about import cache_command, completion_command, doctor, models_command
 from retrieval_tip.cli.classify import classify, encode
-from retrieval_tip.cli.evaluate import compare_command, evaluate_command, report_command
-from retrieval_tip.cli.fit import calibrate_command, finetune_command, fit_command, search_command
+from retrieval_tip.cli.evaluate import compare_command, evaluate_command
+from retrieval_tip.cli.fit import finetune_command, fit_command, search_command
 from retrieval_tip.cli.group import Group, in_one_line
 from retrieval_tip.cli.index import index
 from retrieval_tip.cli.label import find_command, sort_command, suggest
@@ -33,6 +33,20 @@ from retrieval_tip.errors import InputError, message
 
 class _Program(Group):
     """Root group, which prints each error on one line of standard error and sets the exit status."""
+
+    headings = MappingProxyType({
+        "Every day": (
+            "label", "index build", "index add", "classify", "sort", "find", "index audit", "evaluate", "serve",
+        ),
+        "Inspect an index": ("index list", "index info", "index query", "index verify", "index history"),
+        "Change an index": (
+            "index rollback", "index remove", "index relabel", "index rename", "index merge", "index set", "index gc",
+        ),
+        "Copy an index": ("index clone", "index export"),
+        "Choose": ("suggest", "compare", "models", "encode"),
+        "Fit and train": ("fit", "search-hp", "finetune", "index tune"),
+        "This installation": ("cache", "doctor", "completion"),
+    })  # fmt: skip
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
@@ -152,8 +166,9 @@ class _Handler(logging.Handler):
             self.handleError(record)
 
 
-main.section("Classify and evaluate", classify, evaluate_command, compare_command, report_command, serve_command)
-main.section("Label photos", label_command, suggest, find_command, sort_command)
-main.section("Indexes and features", index, encode, models_command)
-main.section("Fit and train", fit_command, search_command, finetune_command, calibrate_command)
-main.section("Setup", cache_command, completion_command, doctor)
+for _command in (
+    label_command, index, classify, sort_command, find_command, evaluate_command, serve_command, suggest,
+    compare_command, models_command, encode, fit_command, search_command, finetune_command, cache_command, doctor,
+    completion_command,
+):  # fmt: skip
+    main.add_command(_command)

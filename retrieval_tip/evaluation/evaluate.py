@@ -18,6 +18,7 @@ from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, Skipped, UsageError, counted
 from retrieval_tip.evaluation.calibration import expected_calibration_error
 from retrieval_tip.evaluation.held_out import QueryBlock, without_themselves
+from retrieval_tip.fit.closed_form import wilson
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.answers import AnswerBlock
 from retrieval_tip.settings import Ask, AskOptions, Settings
@@ -157,6 +158,11 @@ class Evaluation(Recognition):
     coverage: float | None = None
     selective_top1: float | None = None
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % confidence interval of ``top1``."""
+        return wilson(self.top1, self.n)
+
     def to_dict(self) -> dict[str, object]:
         """Return the figures that ``evaluate --json`` prints. ``k`` is ``"all"`` if every key is used."""
         left_out = {"answers"} | ({"abstain", "coverage", "selective_top1"} if self.abstain is None else set())
@@ -184,11 +190,7 @@ def evaluate(
         raise UsageError(f"abstain is {abstain}: give a probability, 0 to 1")
     index = index.with_settings(Ask(**asked).settings(index.settings))
     answers = answers_of(index, source, reader, some_known(index, source))
-    found = judge(index, answers, reader.skipped, abstain=abstain)
-    if found.held_out:
-        shots = f"{found.held_out:,} of {counted(found.n, 'photo')}"
-        log.warning("%s: %s are shots of this index; %s", source.name, shots, HELD_OUT)
-    return found
+    return judge(index, answers, reader.skipped, abstain=abstain)
 
 
 def some_known(index: Index, source: Source) -> tuple[Ints, list[str]]:
@@ -202,7 +204,7 @@ def some_known(index: Index, source: Source) -> tuple[Ints, list[str]]:
 def judge(
     index: Index, answers: Answers, skipped: Sequence[Skipped] = (), *, abstain: float | None = None
 ) -> Evaluation:
-    """Evaluate answers of an index. See :func:`evaluate` for ``abstain`` and the errors."""
+    """Evaluate answers of an index, and warn of shots. See :func:`evaluate` for ``abstain`` and the errors."""
     known, right, truth, class_names = answers.of_known, answers.right, answers.truth, answers.class_names
     if not known.any():
         raise InputError("photos: none of a class of the index could be read; add such photos")
@@ -211,6 +213,9 @@ def judge(
     wrong = Counter(zip(truth[~right].tolist(), answers.predicted[~right].tolist(), strict=True))
     confusions = [(class_names[a], class_names[b], n) for (a, b), n in wrong.most_common(CONFUSIONS)]
     confident = None if abstain is None else answers.confidence >= abstain
+    if held_out := int(answers.held_out.sum()):
+        shots = f"{held_out:,} of {counted(len(truth), 'photo')}"
+        log.warning("%s are shots of this index; %s", shots, HELD_OUT)
     return Evaluation(
         top1=float(right.mean()),
         top5=float((right | hits[:, :-2].any(axis=1)).mean()),

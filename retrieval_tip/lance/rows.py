@@ -471,7 +471,7 @@ class TableRows(Rows):
             if self.table.has_points:
                 points, expected = self.table.matrix(batch[POINT]), points_of(metric, keys, "cpu")
                 if expected is None or not np.allclose(points, expected, atol=MOVED[self.dtype]):
-                    raise StoreError(f"{place}: points do not match their keys; run index rebuild")
+                    raise StoreError(f"{place}: points do not match their keys; run index set --index auto")
                 of_points.count(points, ids)
         fit = of_keys.has(self.counts, self.totals)
         if not fit or (self.points is not None and not of_points.has(self.counts, self.points)):

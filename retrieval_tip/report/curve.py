@@ -35,7 +35,7 @@ class Curve(NamedTuple):
 
 def measure_curve(results: Results, numbers: Sequence[int], seeds: int) -> Curve | None:
     """Measure the accuracy for each number of shots, or return ``None`` if there is nothing to draw."""
-    if not numbers or results.is_tuned:
+    if not numbers or results.is_tuned or not len(results.new):
         return None
     pool, runs = closed_form.unfitted(results.index), dict[int, list[float]]()
     for number in tqdm(numbers, unit="draw", disable=None if results.reader.progress else True, leave=False):
@@ -75,5 +75,5 @@ def _accuracy(results: Results, drawn: Index) -> float:
     elif max(drawn.counts) > 1:
         choice = search_hp.search(drawn, Queries.leave_one_out(drawn), cautious=True)
         drawn = drawn.with_settings(choice.settings(drawn.settings))
-    answers = drawn.logits(results.block.features).argmax(dim=1).cpu().numpy()
-    return float((answers == results.answers.truth).mean())
+    answers = drawn.logits(results.block.features[results.new]).argmax(dim=1).cpu().numpy()
+    return float((answers == results.answers.truth[results.new]).mean())

@@ -62,9 +62,9 @@ def worst(log_truth: npt.NDArray[np.float64], right: npt.NDArray[np.bool_]) -> l
 
 
 def mistakes(results: Results) -> Iterator[Mistake]:
-    """Explain the worst mistakes (see :func:`worst`)."""
+    """Explain the worst mistakes (see :func:`worst`), except for shots, which would explain themselves."""
     answers, names = results.answers, results.index.class_names
-    places = worst(answers.log_truth, answers.right)
+    places = results.new[worst(answers.log_truth[results.new], answers.right[results.new])].tolist()
     predictions = results.index.classify(results.block.features[places], "keep", top=3, neighbours=NEIGHBOURS)
     for place, prediction in zip(places, predictions, strict=True):
         truth, answer = names[answers.truth[place]], names[answers.predicted[place]]
@@ -81,13 +81,14 @@ def confusions(results: Results) -> Iterator[Pair]:
 
     A mistake that occurred once says little about two classes, so it is left out.
     """
-    answers, names = results.answers, results.index.class_names
+    answers, names = results.answers, results.answers.class_names
     for truth, answer, times in results.evaluation.confusions[:PAIRS]:
         if times > 1:
             asked = answers.truth == names.index(truth)
             own = np.flatnonzero(asked & (answers.predicted == names.index(answer)))
             own = own[np.argsort(-answers.confidence[own], kind="stable")][:EXAMPLES]
-            predictions = results.index.classify(results.block.features[own], "keep", neighbours=NEIGHBOURS)
+            asking = results.block.features[own[~answers.held_out[own]]]
+            predictions = results.index.classify(asking, "keep", neighbours=NEIGHBOURS)
             near = {key.key_id: key for one in predictions for key in one.neighbours if key.label == answer}
             keys = _with_pictures(results, list(near.values())[:EXAMPLES])
             items = [_of_item(results, place) for place in own.tolist()]
@@ -97,7 +98,7 @@ def confusions(results: Results) -> Iterator[Pair]:
 def _of_item(results: Results, place: int) -> Picture:
     test, position = results.test, int(results.answers.positions[place])
     path = test.paths[position] if test.paths is not None else test.sources[position]
-    label = results.index.class_names[int(results.answers.truth[place])]
+    label = results.answers.class_names[int(results.answers.truth[place])]
     return Picture(path, results.block.digests[place], f"test photo of {label}")
 
 

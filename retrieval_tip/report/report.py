@@ -22,15 +22,16 @@ from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, UsageError, counted, few, one_line, percent, show
 from retrieval_tip.evaluation.evaluate import Evaluation, answered, judge, some_known
-from retrieval_tip.evaluation.held_out import QueryBlock, key_ids_of
+from retrieval_tip.evaluation.held_out import without_themselves
 from retrieval_tip.files import replacing
 from retrieval_tip.html import markup, render
+from retrieval_tip.index import places
+from retrieval_tip.index.places import Place
 from retrieval_tip.model import Index
 from retrieval_tip.report import plots
 from retrieval_tip.report.curve import Curve, measure_curve
 from retrieval_tip.report.mistakes import confusions, mistakes, thumbnail
 from retrieval_tip.report.results import Results, portable
-from retrieval_tip.store.folder import FolderVersions
 from retrieval_tip.store.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -60,13 +61,13 @@ class WrittenReport:
 
 def write_report(
     index: Index, test: Source, reader: Reader, out: str | os.PathLike[str], *,
-    shots: Sequence[int] | None = None, seeds: int = SEEDS, curves: bool = True,
-    folder: str | os.PathLike[str] | None = None, where: str | None = None, command: str | None = None,
+    shots: Sequence[int] | None = None, seeds: int = SEEDS, curves: bool = True, abstain: float | None = None,
+    place: Place | None = None, where: str | None = None, command: str | None = None,
 ) -> WrittenReport:  # fmt: skip
     """Evaluate an index on a labelled test source and write an accuracy report as one HTML file.
 
-    Photos that are shots of the index, and photos of classes that it lacks, are counted and left out. An existing file
-    ``out`` is replaced once the report is complete. ``reader.skipped`` lists the unreadable items.
+    The figures are those of :func:`evaluate.evaluate`. An existing file ``out`` is replaced once the report is
+    complete. ``reader.skipped`` lists the unreadable items.
 
     Args:
         index: The index. Its ``settings`` are used for the answers.
@@ -78,12 +79,13 @@ def write_report(
         seeds: The number of draws for each number of shots.
         curves: Whether to plot the accuracy as a function of the number of shots. A fine-tuned index has no such curve,
             because its keys were trained together.
-        folder: The index folder. Required only if ``index`` does not contain it.
+        abstain: The probability below which an answer is withheld in the returned evaluation.
+        place: The folder or address of the index. Required only if ``index`` does not contain it.
         where: The condition by which the keys were selected, to show in the report.
         command: The command line to show in the report.
 
     Raises UsageError if matplotlib is not installed, or if ``shots`` exceeds the size of the smallest class. Raises
-    InputError as :func:`evaluate.evaluate` does, if every test photo is a shot, or if ``out`` cannot be written.
+    InputError as :func:`evaluate.evaluate` does, or if ``out`` cannot be written.
     """
     path = Path(out)
     check(path)
@@ -97,14 +99,11 @@ def write_report(
         shots = [number for number in SHOTS if number <= least > 1 and number * classes <= CURVE_KEYS]
     ids, names = some_known(index, test)
     every = FeatureBlock.joined(list(reader.blocks(test)))
-    new = every.take(np.flatnonzero(key_ids_of(index, test, every) < 0))
-    answers = answered([QueryBlock(index, new)], ids, names)
-    known = np.flatnonzero(answers.of_known)
-    evaluation = judge(index, answers.take(known), reader.skipped)
-    place, left_out = Path(folder) if folder is not None else index.folder, len(every.positions) - len(new.positions)
-    results = Results(
-        index, test, reader, new.take(known), evaluation, place, where, command, answers.recognition(), left_out
-    )
+    answers = answered(without_themselves(index, test, [every]), ids, names)
+    evaluation = judge(index, answers, reader.skipped, abstain=abstain)
+    block = every.take(np.flatnonzero(np.isin(every.positions, answers.positions)))
+    named = index.place if place is None else str(place)
+    results = Results(index, test, reader, block, evaluation, named, where, command)
     page = _page(results, measure_curve(results, shots, seeds) if curves else None).encode()
     with replacing(path) as temporary:
         temporary.write_bytes(page)
@@ -122,7 +121,7 @@ def check(out: Path) -> None:
 
 def _page(results: Results, curve: Curve | None) -> str:
     index, evaluation = results.index, results.evaluation
-    name = f'"{show(results.folder.name)}"' if results.folder is not None else "an index"
+    name = "an index" if results.place is None else f'"{show(Path(results.place).name)}"'
     drawn = {
         "matrix": (plots.draw_confusion, "Confusion matrix, as shares of the true class"),
         "reliability": (plots.draw_reliability, "Accuracy by probability"),
@@ -147,9 +146,7 @@ def _nobreak(text: str) -> Markup:
 
 def provenance(results: Results) -> dict[str, Rows]:
     """Return the rows of each part by its title. Parts without rows are left out."""
-    folder, version, manifest = results.folder, results.index.version, None
-    if folder is not None:
-        manifest = FolderVersions(folder).manifest(version)
+    manifest = None if results.place is None else places.at(results.place).manifest(results.index.version)
     parts = {
         "Test": list(_test(results)),
         "Settings": list(_settings(results, manifest)),
@@ -187,11 +184,12 @@ def _settings(results: Results, manifest: Manifest | None) -> Iterator[tuple[str
 
 def _index(results: Results, manifest: Manifest | None) -> Iterator[tuple[str, str]]:
     index = results.index
-    if results.folder is not None and manifest is not None:
-        yield "folder", portable(results.folder)
+    if results.place is not None and manifest is not None:
+        yield "folder", portable(results.place)
         yield "version", f"{manifest.version}, {manifest.created_at}, by {manifest.created_by}"
         yield "last change", portable(manifest.change or "-")
-        yield "digest", manifest.keys_digest
+        if manifest.segments:  # a table has no digest of its keys
+            yield "digest", manifest.keys_digest
     yield "examples", f"{index.n:,} of {counted(len(index.class_names), 'class')}"
     if results.where is not None:
         yield "restricted to", portable(results.where)

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import counted, percent, show
 from retrieval_tip.evaluation.audit import AUDITED, audit
-from retrieval_tip.evaluation.evaluate import Answers, Evaluation, Recognition
+from retrieval_tip.evaluation.evaluate import Answers, Evaluation
 from retrieval_tip.fit.closed_form import wilson
 from retrieval_tip.model import Index
 
@@ -54,8 +55,7 @@ class ClassScore(NamedTuple):
 class Results:
     """A test source with the answers of an index, and the arguments of :func:`report.write_report`.
 
-    ``block`` and ``evaluation`` only cover the ``n`` readable items of known classes that are not shots of the index,
-    and ``recognition`` also covers unknown classes. ``shots`` items were left out because they are shots.
+    ``block`` contains the encoded items in the order of the answers in ``evaluation``.
     """
 
     index: Index
@@ -63,11 +63,9 @@ class Results:
     reader: Reader
     block: FeatureBlock
     evaluation: Evaluation
-    folder: Path | None
+    place: str | None
     where: str | None
     command: str | None
-    recognition: Recognition
-    shots: int
 
     @property
     def answers(self) -> Answers:
@@ -75,11 +73,16 @@ class Results:
         return self.evaluation.answers
 
     @cached_property
+    def new(self) -> npt.NDArray[np.int64]:
+        """The places of the items that are not shots, and whose class the index has."""
+        return np.flatnonzero(self.answers.of_known & ~self.answers.held_out)
+
+    @cached_property
     def by_class(self) -> list[ClassScore]:
-        """The classes of the test photos, weakest class first."""
+        """The classes of the index that have test photos, weakest class first."""
         names, truth, predicted = self.index.class_names, self.answers.truth, self.answers.predicted
         scores = []
-        for i in np.unique(truth).tolist():
+        for i in np.unique(truth[self.answers.of_known]).tolist():
             given = Counter(predicted[truth == i].tolist())
             n, right = given.total(), given.pop(i, 0)
             answer, times = given.most_common(1)[0] if given else (i, 0)
@@ -100,7 +103,7 @@ class Results:
     def sentences(self) -> Iterator[str]:
         """Yield sentences about the accuracy and the reliability."""
         n, top1, sure = self.evaluation.n, self.evaluation.top1, self.answers.confidence >= SURE
-        low, high = wilson(top1, n)
+        low, high = self.evaluation.interval
         yield (
             f"{int(self.answers.right.sum()):,} of {counted(n, 'test photo', 'was', 'were')} classified correctly: "
             f"{percent(top1)} (95 % interval {100 * low:.0f} to {100 * high:.0f} %)."
@@ -117,7 +120,7 @@ class Results:
         index, top1, wrong = self.index, self.evaluation.top1, int((~self.answers.right).sum())
 
         def command(name: str, rest: str = "") -> str:
-            return f"retrieval-tip {name} {shlex.quote(portable(self.folder))}{rest}" if self.folder else ""
+            return f"retrieval-tip {name} {shlex.quote(portable(self.place))}{rest}" if self.place else ""
 
         missed = [one for one in self.by_class if one.n - one.right > 1]
         weak = [one for one in missed if one.right < WEAK * one.n or one.interval[1] < top1]
@@ -139,7 +142,7 @@ class Results:
         gap, noise = confidence.mean() - top1, (confidence * (1 - confidence)).sum() ** 0.5 / len(confidence)
         if abs(gap) > max(MISCALIBRATED, 2 * noise):
             why = f"they are {100 * abs(gap):.0f} points too {'high' if gap > 0 else 'low'} on average"
-            yield Action("Calibrate the probabilities", why, command("calibrate", " --val SOURCE"))
+            yield Action("Calibrate the probabilities", why, command("fit", " --calibrate --val SOURCE"))
 
 
 class Action(NamedTuple):
