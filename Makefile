@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 DEMO_READY := $(VENV)/.demo-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup browser demo lint test soak check bench gpu attack docs site wheel
+.PHONY: help setup browser demo lint test soak check bench gpu attack docs site image wheel
 
 help: ## list these targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -19,7 +19,7 @@ $(READY): pyproject.toml | $(VENV)/bin/python
 	@touch $@
 
 $(DEMO_READY): pyproject.toml | $(VENV)/bin/python
-	@$(BIN)/python .ci/install.py --editable '.[demo]'
+	@$(BIN)/python .ci/install.py --editable .
 	@touch $@
 
 $(VENV)/bin/python:
@@ -87,6 +87,9 @@ docs: setup ## regenerate docs/cli.md from the commands' help
 
 site: setup ## build the documentation site in build/site
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/site
+
+image: ## build the image of the server (needs Docker)
+	docker build -t retrieval-tip .
 
 wheel: setup ## build wheel and sdist, and try them in a fresh environment
 	PYTHON=$(BIN)/python .ci/wheel

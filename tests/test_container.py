@@ -35,12 +35,7 @@ def test_copied_files_exist_and_are_not_ignored():
 
 
 def test_the_installed_packages_are_those_of_the_project():
-    runs = " ".join(lines_of("RUN"))
-    extras = re.findall(r"'\.\[([^\]]*)\]'", runs)
-    assert extras
-    assert all(extra in PROJECT["optional-dependencies"] for extra in extras[0].split(","))
-    (faiss,) = re.findall(r"'(faiss-cpu[^']*)'", runs)
-    assert any(requirement.startswith(f"{faiss} ;") for requirement in PROJECT["dependencies"])
+    assert any("RETRIEVAL_TIP_FAISS=cpu pip install" in run for run in lines_of("RUN"))
     for image in lines_of("FROM"):
         python = re.match(r"python:(3\.\d+)", image)[1]
         assert f"Programming Language :: Python :: {python}" in PROJECT["classifiers"]

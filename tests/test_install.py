@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import time
 import tomllib
+import urllib.request
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from tables import tiny
 
 pytestmark = [
     pytest.mark.soak,
@@ -29,7 +33,9 @@ UNREACHABLE = re.compile("error sending request|Failed to fetch|dns error|Connec
 CORE = ("cli", "classifier", "serve", "server", "evaluate", "closed_form", "sources", "transformers", "estimator",
         "onnx", "plots", "images", "sql")  # fmt: skip
 """Test files that have to pass with the lowest versions: build, classify, evaluate, fit, serve and each extra."""
-EXTRAS = "serve,plot,sklearn,onnx,heic,hf"
+EXTRAS = "plot,sklearn,onnx,heic,hf"
+LARGEST = 1.5e9
+"""Largest environment with the CPU builds of torch and FAISS, in bytes."""
 
 
 def uv(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -39,6 +45,41 @@ def uv(*arguments: object) -> subprocess.CompletedProcess[str]:
     if done.returncode and UNREACHABLE.search(done.stderr):
         pytest.skip(f"SKIPPED: the package registry does not answer: {done.stderr.strip().splitlines()[-1]}")
     return done
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="SKIPPED: only Python 3.11 has a CPU build of torch here")
+def test_one_command_installs_label_and_serve_without_cuda() -> None:
+    with tempfile.TemporaryDirectory() as place:
+        subprocess.run([sys.executable, "-m", "venv", f"{place}/venv"], check=True)
+        lean = os.environ | {"RETRIEVAL_TIP_FAISS": "cpu"}
+        installed = subprocess.run([f"{place}/venv/bin/pip", "install", "-q", "--no-cache-dir", ROOT], env=lean)
+        assert installed.returncode == 0
+        found = set(subprocess.check_output([f"{place}/venv/bin/pip", "list"], text=True).split())
+        assert "faiss-cpu" in found
+        assert not [name for name in found if name.startswith(("faiss-gpu", "nvidia"))]
+        size = sum(path.lstat().st_size for path in Path(place).rglob("*") if path.is_file())
+        print(f"{size / 1e9:.2f} GB")
+        assert size <= LARGEST
+        model = f"local-dir:{tiny(Path(place) / 'model')}"
+        label = ("label", ROOT / "docs/screens", "--into", f"{place}/index", "--model", model)
+        for port, command in ((9731, label), (9732, ("serve",))):  # without an index, serve needs no encoder
+            arguments = [f"{place}/venv/bin/retrieval-tip", *map(str, command), "--port", str(port)]
+            server = subprocess.Popen(arguments, cwd=place, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+            try:
+                assert answers(f"http://127.0.0.1:{port}/healthz")
+            finally:
+                server.terminate()
+                assert server.wait(30) == 0
+
+
+def answers(url: str) -> bool:
+    """Return whether a server answers within two minutes."""
+    for _ in range(240):
+        with contextlib.suppress(OSError), urllib.request.urlopen(url) as answer:
+            return bool(answer.status == 200)
+        time.sleep(0.5)
+    return False
 
 
 def resolved(place: Path, python: str, *constraints: str, lowest: bool = False) -> dict[str, str] | None:
@@ -75,9 +116,11 @@ def test_every_allowed_torch_is_compatible_with_faiss_gpu(python: str, tmp_path:
 
 
 def test_every_requirement_has_a_lower_bound() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = project["optional-dependencies"]
-    for requirement in [*project["dependencies"], *(one for extra in extras.values() for one in extra)]:
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    extras = pyproject["project"]["optional-dependencies"]
+    always = pyproject["tool"]["hatch"]["metadata"]["hooks"]["custom"]
+    required = [*always["gpu"], *always["cpu"], *always["dependencies"]]
+    for requirement in [*required, *(one for extra in extras.values() for one in extra)]:
         assert ">=" in requirement or requirement.startswith("retrieval-tip["), requirement
 
 

@@ -95,7 +95,7 @@ class Client:
         self.names = [name for source in self.sources for name in source.sources]
         labelling = Labelling(place, self.sources, Reader(backbone), classes)
         served = [Served(place, backbones)] if places.at(place).exists() else []
-        maker = Maker(folder.parent, backbone, backbones)
+        maker = Maker(folder.parent, lambda: backbone, backbones)
         self.app = create_app({one.name: one for one in served}, token=TOKEN, maker=maker, labelling=labelling)
 
     def __enter__(self):

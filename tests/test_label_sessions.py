@@ -85,7 +85,7 @@ class Session:
         labelling = Labelling(self.place, list(open_inputs([str(photos)])), Reader(self.backbone))
         backbones = Backbones("cpu", "float32", None, self.backbone)
         served = [Served(self.place, backbones)] if places.at(self.place).exists() else []
-        maker = Maker(self.folder, self.backbone, backbones)
+        maker = Maker(self.folder, lambda: self.backbone, backbones)
         app = create_app(
             {one.name: one for one in served}, Limits(poll=0.05), token="t", maker=maker, labelling=labelling
         )

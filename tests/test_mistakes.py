@@ -8,6 +8,7 @@ import json
 import logging
 import re
 import shlex
+import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
 from unittest.mock import Mock
@@ -16,7 +17,7 @@ import click
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, commands
+from conftest import PROGRAMS, ROOT, commands
 from PIL import Image
 from tables import unit_rows, write_table
 from wcwidth import wcswidth
@@ -218,6 +219,16 @@ def test_colour_is_used_only_in_terminals_without_no_color(world, capsys, monkey
         shown = capsys.readouterr().err
         assert warning in shown
         assert ("\x1b[" in shown) == (variable != "NO_COLOR")
+
+
+@pytest.mark.parametrize("active", [True, False])
+def test_install_commands_work_where_this_package_is_installed(active, monkeypatch):
+    monkeypatch.setenv("PATH", PROGRAMS if active else "/usr/bin:/bin")
+    command = errors.install("plot")
+    assert command.startswith("pip install ") == active
+    tried = ["bash", "-c", f"{command} --dry-run --no-index"]  # everything is installed here
+    done = subprocess.run(tried, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_install_commands_suit_uv_and_clones_on_the_path(monkeypatch):

@@ -12,7 +12,6 @@ import signal
 import socket
 import stat
 import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -39,7 +38,7 @@ from retrieval_tip.server.limits import Limits
 from retrieval_tip.server.served import Version, open_all
 from retrieval_tip.settings import Ask
 
-from conftest import PROGRAMS, SHARED, SOAK  # isort: skip
+from conftest import SHARED, SOAK  # isort: skip
 
 MIB = 1 << 20
 AT_ONCE = 400 * MIB
@@ -478,22 +477,6 @@ def test_a_local_server_creates_and_prints_a_token(random_things: Path, warm_pat
         assert httpx.get(f"{address}/v1/indexes").status_code == 401
         assert not httpx.get(f"{address}/v1/indexes", headers=right).json()["indexes"][0]["changes"]
         process.terminate()
-
-
-@pytest.mark.parametrize("active", [True, False])
-def test_serve_without_fastapi_prints_a_command_that_installs_it(
-    active: bool, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "fastapi", None)
-    monkeypatch.setenv("PATH", PROGRAMS if active else "/usr/bin:/bin")
-    result = run("serve")
-    assert result.exit_code == 2
-    command = result.stderr.strip().rpartition("; run ")[2]
-    assert "'fastapi>=" in command
-    assert command.startswith("pip install ") == active
-    try_out = ["bash", "-c", f"{command} --dry-run --no-index"]  # everything is installed here
-    done = subprocess.run(try_out, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 def test_an_old_version_is_freed_when_the_next_one_answers(random_things: Path, tmp_path: Path) -> None:

@@ -659,12 +659,17 @@ def test_uploaded_photos_become_a_new_index(own: Path, tmp_path: Path, lit_mini:
         assert "for 15 images" in client.post("/v1/indexes", **wrong, headers=AUTHORISED).json()["detail"]
         assert not (tmp_path / "other").exists()
 
-    app = create_app(
-        {}, token=TOKEN, maker=Maker(tmp_path / "shelf", lit_mini, Backbones("cpu", "float32", "full", lit_mini))
-    )
-    with TestClient(app) as client:
+    loads = []
+
+    def load() -> Any:
+        loads.append(lit_mini)
+        return lit_mini
+
+    maker = Maker(tmp_path / "shelf", load, Backbones("cpu", "float32", "full", lit_mini))
+    with TestClient(create_app({}, token=TOKEN, maker=maker)) as client:
         assert client.get("/v1/indexes").json() == {"indexes": [], "makes": True, "labels": False}
         assert client.post("/v1/classify", files={"images": b"x"}).status_code == 404
+        assert not loads  # an encoder may have to be downloaded
         assert client.post("/v1/indexes", **sent("first"), headers=AUTHORISED).status_code == 201
         assert Index.load(tmp_path / "shelf" / "first").n == 15
 

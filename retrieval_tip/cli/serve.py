@@ -7,7 +7,7 @@ import sys
 import webbrowser
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import say
 from retrieval_tip.cli.opening import inputs_of, named_encoder, reader_for, store_of
 from retrieval_tip.cli.options import BackboneOptions, EncodingOptions, OpeningOptions
-from retrieval_tip.errors import UsageError, counted, install, show
+from retrieval_tip.errors import UsageError, counted, show
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def serve_command(
     """Serve indexes as a web page and an HTTP API.
 
     If you give no INDEX, you can create the first one in the page. The server detects new versions of its indexes.
-    Use Ctrl+C or SIGTERM to stop it cleanly. It needs the extra serve.
+    Use Ctrl+C or SIGTERM to stop it cleanly.
 
     Options:
         host: Address to listen on. Without --private, anyone who can reach it can view the indexes.
@@ -80,8 +80,6 @@ def serve_command(
             another address]
         trusted_proxy: Address or network of a proxy that names its clients in X-Forwarded-For.
     """
-    _check_installed("serve")
-    from retrieval_tip.backbones.loading import load_backbone
     from retrieval_tip.server.app import create_app
     from retrieval_tip.server.limits import Limits
     from retrieval_tip.server.run import LOOPBACK, LastServer, address, is_local, listen, serve
@@ -99,8 +97,10 @@ def serve_command(
         served = open_all(folders, device, precision, verify)
         maker = None
         if model is not None or not folders:
-            made_with = load_backbone(model, pretrained, device=device, precision=precision)
-            maker = Maker(into or Path("indexes"), made_with, Backbones(device, precision, verify, made_with))
+            backbones = Backbones(device, precision, verify)
+            maker = Maker(into or Path("indexes"), cache(partial(backbones.load, model, pretrained)), backbones)
+            if model is not None:
+                maker.load()  # fails before the page opens
         elif into is not None:
             raise UsageError("--into: needs --model when an INDEX is given; add --model NAME")
         named = (f"{name} ({counted(one.now.index.n, 'shot')})" for name, one in served.items())
@@ -125,14 +125,13 @@ def label_command(
 
     PHOTOS are images, folders, globs or tables of paths. Use - to read paths from standard input. The page shows the
     photos that help most, with a guess for each. Every label is saved in INDEX, so you can stop with Ctrl+C and
-    continue later. The page needs the extra serve.
+    continue later.
 
     Options:
         folder: Index that stores the labels. The first label creates it.
         classes: Class names, separated by commas. You can add others in the page.
         port: Port to listen on. Use 0 to select a free port. [default: the last port of INDEX, or a free port]
     """
-    _check_installed("label")
     from retrieval_tip.server.app import create_app
     from retrieval_tip.server.labelling import Labelling
     from retrieval_tip.server.limits import Limits
@@ -146,9 +145,10 @@ def label_command(
     with opened as reader, kept.listen("127.0.0.1") if port is None else listen("127.0.0.1", port) as listening:
         names = [name for name in map(str.strip, classes.split(",")) if name]
         labelling = Labelling(folder, sources, reader, names)
-        assert reader.backbone is not None
-        backbones = Backbones(encoding.device, encoding.precision, None, reader.backbone)
-        maker = Maker((store.local or Path("indexes/new")).parent, reader.backbone, backbones)
+        backbone = reader.backbone
+        assert backbone is not None
+        backbones = Backbones(encoding.device, encoding.precision, None, backbone)
+        maker = Maker((store.local or Path("indexes/new")).parent, lambda: backbone, backbones)
         served = {one.name: one for one in ([Served(folder, backbones)] if known else [])}
         token = kept.token_for(listening)
         url = f"{address(listening)}/#token={token}"
@@ -177,10 +177,3 @@ def _check_access(token: str | None, is_useless: bool, trusted_proxy: Sequence[s
             raise UsageError(
                 f"--trusted-proxy {proxy}: is not an address or network; give one such as 10.0.0.7 or 10.0.0.0/8"
             ) from None
-
-
-def _check_installed(name: str) -> None:
-    try:
-        import fastapi  # noqa: F401
-    except ModuleNotFoundError:
-        raise UsageError(f"{name}: FastAPI and uvicorn are not installed; run {install('serve')}") from None

@@ -31,7 +31,7 @@ def filesystem(scheme: str) -> AbstractFileSystem:
     try:
         from obstore.fsspec import FsspecStore
     except ImportError:
-        raise UsageError(f"{scheme}://: support is not installed; run {install('distributed')}") from None
+        raise UsageError(f"{scheme}://: support is not installed; run {install('lance')}") from None
     local = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")  # a private object store without TLS
     options = {"client_options": {"allow_http": True}} if local else {}
     system: AbstractFileSystem = FsspecStore(scheme, **options)  # type: ignore[call-overload]  # Ray can pickle it

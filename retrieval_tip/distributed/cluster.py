@@ -29,7 +29,7 @@ def connected(address: str | None) -> Iterator[None]:
     try:
         import ray
     except ImportError:
-        raise UsageError(f"Ray is not installed; run {install('distributed')}") from None
+        raise UsageError(f"Ray is not installed; run {install('ray')}") from None
     try:
         if address not in (None, "auto"):
             host, _, port = str(address).rpartition(":")

@@ -74,7 +74,7 @@ def lancedb() -> Any:
     try:
         return importlib.import_module("lancedb")
     except ImportError as error:
-        raise UsageError(f"LanceDB cannot be imported ({first_line(error)}); run {install('distributed')}") from None
+        raise UsageError(f"LanceDB cannot be imported ({first_line(error)}); run {install('lance')}") from None
 
 
 @cache

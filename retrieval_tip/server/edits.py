@@ -157,10 +157,11 @@ async def create(
         backbone, into = backbone_of(model.now), model.beside
         if into is None:
             raise Problem(422, "the index is in a bucket; to create indexes, restart the server with --into FOLDER")
-        maker = Maker(into, backbone, model.backbones)
+        maker = Maker(into, lambda: backbone, model.backbones)
     with _room(service, name, maker.into):
-        labelled, skipped = await service.labelled(sent, maker.backbone)
-        make = partial(shots.build, maker.into / name, maker.backbone, labelled, service.uploads)
+        used = await service.change(maker.load)
+        labelled, skipped = await service.labelled(sent, used)
+        make = partial(shots.build, maker.into / name, used, labelled, service.uploads)
         one = await service.open(make, maker.backbones)
     warnings = _of_spelling(name, spelled_alike(one.now.index.class_names))
     return schemas.MadeIndex(**_fitted(one), warnings=warnings, skipped=skipped)

@@ -7,7 +7,7 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -136,13 +136,18 @@ class Backbones:
         if backbone is not None:
             return backbone
         try:
-            backbone = load_backbone(identity.model, identity.pretrained, device=self.device, precision=self.precision)
+            backbone = self.load(identity.model, identity.pretrained)
             check_backbone(identity, index.d, backbone, [])
         except (BackboneError, UsageError) as error:
             log.warning("%s: cannot load the encoder, so only features are accepted: %s", name, error)
             return None
+        return backbone
+
+    def load(self, model: str | None, pretrained: str | None) -> Backbone:
+        """Load a backbone, which is then open. Raises the errors of :func:`loading.load_backbone`."""
+        backbone = load_backbone(model, pretrained, device=self.device, precision=self.precision)
         backbone.encode_images(backbone.preprocess(Image.new("RGB", (8, 8)))[None])  # warms up the backbone
-        self._open[identity.fingerprint] = backbone
+        self._open[backbone.identity.fingerprint] = backbone
         return backbone
 
 
@@ -210,10 +215,13 @@ class Served:
 
 @dataclass(frozen=True)
 class Maker:
-    """The ``backbone`` and the folder ``into`` to use for new indexes, unless a request names another index."""
+    """The backbone and the folder ``into`` to use for new indexes, unless a request names another index.
+
+    ``load`` returns the backbone. It is only called to make an index, so that a server without one downloads nothing.
+    """
 
     into: Path
-    backbone: Backbone
+    load: Callable[[], Backbone]
     backbones: Backbones
 
 

@@ -44,9 +44,7 @@ class BucketFiles:
         try:
             import obstore  # noqa: F401 - only checks that obstore is installed
         except ImportError:
-            raise UsageError(
-                f"{one_line(str(place))}: obstore is not installed; run {install('distributed')}"
-            ) from None
+            raise UsageError(f"{one_line(str(place))}: obstore is not installed; run {install('lance')}") from None
         self._client = self._connected(patience.answer)
 
     def get(self, name: str, most: int = OBJECT_BYTES) -> bytes:
