@@ -10,42 +10,17 @@ from datetime import datetime, timedelta
 
 import numpy as np
 import pytest
+from cameras import GPS, encoded, gps_of
 from hypothesis import example, given
 from hypothesis import strategies as st
-from PIL import ExifTags, Image
+from PIL import Image
 from PIL.TiffImagePlugin import IFDRational
 from serving import caltech_photos
 
 from retrieval_tip.data.exif import UNKNOWN, Taken, taken
 from retrieval_tip.labelling.bursts import bursts
 
-AT, START = ExifTags.Base.DateTimeOriginal, datetime(2026, 3, 1, 23, 59, 55)
-GPS = ExifTags.GPS
-
-
-def encoded(times=None, gps=None, style="JPEG", image=None):
-    """Return a photo with these EXIF values."""
-    exif = Image.Exif()
-    if times is not None:
-        exif.get_ifd(ExifTags.IFD.Exif)[AT] = times
-    if gps is not None:
-        exif.get_ifd(ExifTags.IFD.GPSInfo).update(gps)
-    file = io.BytesIO()
-    (image or Image.new("RGB", (8, 8))).save(file, style, exif=exif)
-    return file.getvalue()
-
-
-def gps_of(latitude, longitude):
-    def parts(degrees):
-        minutes, seconds = divmod(round(degrees * 3600 * 10**4), 60 * 10**4)
-        return *divmod(minutes, 60), IFDRational(seconds, 10**4)
-
-    return {
-        GPS.GPSLatitudeRef: "NS"[latitude < 0],
-        GPS.GPSLatitude: parts(abs(latitude)),
-        GPS.GPSLongitudeRef: "EW"[longitude < 0],
-        GPS.GPSLongitude: parts(abs(longitude)),
-    }
+START = datetime(2026, 3, 1, 23, 59, 55)
 
 
 @example(datetime(2000, 1, 1), 0.0, 1.9, "JPEG")  # 53.99... minutes

@@ -19,12 +19,13 @@ from tables import tiny
 
 from retrieval_tip import Index
 from retrieval_tip.data import remote
-from retrieval_tip.data.exchange import Answered, coco, fiftyone, label_studio
+from retrieval_tip.data.exchange import coco, fiftyone, label_studio
 from retrieval_tip.data.sources import open_items, open_source
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.evaluation.held_out import held_out_probabilities
 from retrieval_tip.fit import closed_form
 
+COLUMNS = ("input", "label", "probability")
 NAMES = ["cat", "dög", "<b>", "owl", "a b"]
 STRANGE = ["cat", "dög", "a/b", " x", '"q"']
 
@@ -34,7 +35,8 @@ def answers(shared):
     """Photos with spaces and special characters in their paths, one of them without a label."""
     names = ["/a b/1#?%.jpg", "s3://bucket/2.jpg", "/ü/3.jpg", str(Path.cwd() / "4.jpg"), "/5.png"]
     labels = ["cat", "dög", "cat", "a/b", None]
-    return [Answered(name, label, 0.25 + row / 10) for row, (name, label) in enumerate(zip(names, labels, strict=True))]
+    probabilities = [0.25 + row / 10 for row in range(5)]
+    return [dict(zip(COLUMNS, row, strict=True)) for row in zip(names, labels, probabilities, strict=True)]
 
 
 def written(folder, document):
@@ -56,8 +58,7 @@ def test_classify_writes_every_format(run, things, shared, tmp_path):
     for style, convert in (("coco", coco), ("fiftyone", fiftyone), ("label-studio", label_studio)):
         for options in ([], ["--abstain", 0.9999], ["--group-by", "burst"]):
             rows, document = classified(run, things, paths, style, *options)
-            own = [Answered(row["input"], row["label"], row["probability"]) for row in rows]
-            assert document == json.loads(json.dumps(convert(own, names)))
+            assert document == json.loads(json.dumps(convert(rows, names)))
     out = tmp_path / "answers.json"
     assert run("classify", things, *paths, "--format", "coco", "--output", out).exit_code == 0
     assert open_source(out).paths == tuple(map(str, paths))
@@ -68,10 +69,10 @@ def test_classify_writes_every_format(run, things, shared, tmp_path):
 def test_written_coco_is_read_back(answers, tmp_path):
     file = written(tmp_path, coco(answers, STRANGE))
     source = open_source(file, root="s3://bucket")
-    assert list(source.paths) == [answer.path for answer in answers[:4]]
-    assert source.labels == [answer.label for answer in answers[:4]]
+    assert list(source.paths) == [answer["input"] for answer in answers[:4]]
+    assert source.labels == [answer["label"] for answer in answers[:4]]
     assert source.class_names == ("a/b", "cat", "dög")
-    assert open_items(file, root="s3://bucket").items["label"].to_pylist() == [answer.label for answer in answers]
+    assert open_items(file, root="s3://bucket").items["label"].to_pylist() == [answer["label"] for answer in answers]
 
 
 def test_pycocotools_reads_coco(answers, tmp_path):
@@ -80,17 +81,18 @@ def test_pycocotools_reads_coco(answers, tmp_path):
     assert [category["name"] for category in found.loadCats(found.getCatIds())] == STRANGE
     for label in STRANGE:
         images = found.loadImgs(found.getImgIds(catIds=found.getCatIds(catNms=[label])))
-        assert [image["file_name"] for image in images] == [one.path for one in answers if one.label == label]
+        assert [image["file_name"] for image in images] == [one["input"] for one in answers if one["label"] == label]
     notes = found.loadAnns(found.getAnnIds())
-    assert [note["score"] for note in notes] == [one.probability for one in answers[:4]]
+    assert [note["score"] for note in notes] == [one["probability"] for one in answers[:4]]
 
 
 def test_fiftyone_reads_its_format(answers, tmp_path):
     importers = pytest.importorskip("fiftyone.utils.data.importers")
-    file = written(tmp_path, fiftyone([one for one in answers if "://" not in one.path], STRANGE))
+    file = written(tmp_path, fiftyone([one for one in answers if "://" not in one["input"]], STRANGE))
     with importers.FiftyOneImageClassificationDatasetImporter(labels_path=str(file)) as importer:
         found = {path: label and (label.label, label.confidence) for path, _, label in importer}
-    expected = {one.path: one.label and (one.label, one.probability) for one in answers if "://" not in one.path}
+    local = [tuple(one.values()) for one in answers if "://" not in one["input"]]
+    expected = {path: label and (label, probability) for path, label, probability in local}
     assert found == expected
 
 
@@ -102,7 +104,7 @@ def test_label_studio_accepts_the_predictions(answers):
     interface = pytest.importorskip("label_studio_sdk.label_interface").LabelInterface(CONFIG)
     for task, answer in zip(label_studio(answers), answers, strict=True):
         assert interface.validate_task({"data": task["data"]})
-        assert len(task["predictions"]) == (answer.label is not None)
+        assert len(task["predictions"]) == (answer["label"] is not None)
         for prediction in task["predictions"]:
             assert interface.validate_prediction(prediction, return_errors=True) == []
 
@@ -118,8 +120,8 @@ def exported(tasks):
 
 def test_labels_come_back_from_label_studio(answers, tmp_path, caplog):
     source = open_source(written(tmp_path, exported(label_studio(answers))), root="s3://bucket/")
-    assert list(source.paths) == [answer.path for answer in answers[:4]]
-    assert source.labels == [answer.label for answer in answers[:4]]
+    assert list(source.paths) == [answer["input"] for answer in answers[:4]]
+    assert source.labels == [answer["label"] for answer in answers[:4]]
     assert "left out 1 photo without a label" in caplog.text
 
 

@@ -6,9 +6,11 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zoneinfo import ZoneInfo
 
 import click
 
@@ -82,7 +84,9 @@ def encode(
 
 
 DOCUMENTS = ("coco", "fiftyone", "label-studio")
-"""Formats for other programs (see :data:`exchange.FORMATS`)."""
+"""Formats for other programs that list whole photos (see :data:`exchange.FORMATS`)."""
+MEGADETECTOR, CAMTRAP_DP = "megadetector", "camtrap-dp"
+"""Formats for programs that manage photos of camera traps (see :mod:`camera_traps`)."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,8 @@ class RowOptions:
             folder, each taken at most SECONDS after the one before. The default is 10 seconds.
         boxes: Boxes of a detector, in MegaDetector's JSON format. Each box is cropped and classified, as photo.jpg#1.
             The column detected contains its category, or "empty" if a photo has no box.
+        categories: Categories of boxes to classify, separated by commas. [default: all; animal in the formats
+            megadetector and camtrap-dp]
         exif: Add the columns taken_at, latitude and longitude from the EXIF metadata of photos.
     """
 
@@ -108,6 +114,7 @@ class RowOptions:
     group_unlike: bool = flag(**options.ANSWERS)
     group_by: float | None = option(kinds.Bursts(), **options.ANSWERS)
     boxes: Path | None = option(kinds.FILE, **options.INPUT)
+    categories: list[str] = option(multiple=True, metavar="NAME,...", callback=kinds.names, **options.INPUT)
     exif: bool = flag(**options.ANSWERS)
     ask: Ask = Ask()
 
@@ -119,6 +126,8 @@ class RowOptions:
             raise UsageError(f"--group-by burst: all photos of a burst get one answer; leave out {given[0]}")
         if self.boxes is not None and engine.is_ray:
             raise UsageError("--boxes: --engine ray cannot crop photos; leave one of them out")
+        if self.boxes is None and self.categories:
+            raise UsageError("--categories: selects boxes; add --boxes FILE, or leave it out")
         if self.boxes is not None and style in DOCUMENTS:
             raise UsageError(f"--format {style}: lists whole photos; leave out --boxes")
         if self.group_unlike:
@@ -152,7 +161,10 @@ class RowOptions:
     def tables(
         self, index: Index, sources: Sequence[Source], reader: Reader, cut: Cut | None = None
     ) -> Iterator[pa.Table]:
-        """Classify the sources, and yield tables of the :meth:`schema`. The empty photos of ``cut`` come last."""
+        """Classify the sources, and yield tables of the :meth:`schema`.
+
+        The boxes of ``cut`` that are not classified and its empty photos come last.
+        """
         import pyarrow as pa
 
         from retrieval_tip.data.boxes import EMPTY, Cut
@@ -163,7 +175,7 @@ class RowOptions:
         noting = Noting(reader.read, cut.boxes)
         if self.exif or self.group_by is not None or self.boxes is not None:
             reader = replace(reader, read=noting)
-        for table in chain(self._answers(index, sources, reader, noting), self._empty(cut, noting)):
+        for table in chain(self._answers(index, sources, reader, noting), self._others(cut, noting)):
             names = table["input"].to_pylist()
             noted = noting.columns(names) | {"detected": pa.array(map(detected.get, names), pa.string())}
             known = dict(zip(table.column_names, table.columns, strict=True)) | noted
@@ -194,15 +206,15 @@ class RowOptions:
                 for answers in index.classify_source(source, reader, ask):
                     yield answers.written(columns, self.abstain)
 
-    def _empty(self, cut: Cut, noting: Noting) -> Iterator[pa.Table]:
-        """Yield the names of the photos without boxes, after noting when and where they were taken."""
+    def _others(self, cut: Cut, noting: Noting) -> Iterator[pa.Table]:
+        """Yield the names of what is not classified, after noting when and where the photos were taken."""
         import pyarrow as pa
 
-        if cut.empty:
-            for path in cut.empty if self.exif else ():
+        if names := [*cut.others, *cut.empty]:
+            for name in names if self.exif else ():
                 with suppress(InputError):
-                    noting(path)
-            yield pa.table({"input": list(map(show, cut.empty))})
+                    noting.note(name)
+            yield pa.table({"input": list(map(show, names))})
 
 
 @dataclass
@@ -221,13 +233,48 @@ class _Counts:
             yield table
 
 
+@dataclass(frozen=True)
+class TrapOptions:
+    """Options of the formats for camera traps.
+
+    Options:
+        overwrite: Replace earlier classifications of the boxes (format megadetector).
+        timezone: Time zone of the cameras, such as Europe/Berlin (format camtrap-dp).
+        deployments: Table of the deployments, which are named like folders of photos (format camtrap-dp). [default:
+            each folder is a deployment]
+    """
+
+    overwrite: bool = flag(**options.OUTPUTS)
+    timezone: ZoneInfo | None = option(metavar="ZONE", callback=kinds.zone, **options.OUTPUTS)
+    deployments: Path | None = option(kinds.FILE, **options.OUTPUTS)
+
+    def rows(self, rows: RowOptions, printing: OutputOptions) -> RowOptions:
+        """Return the options of the rows that the format needs. Raises UsageError if an option does not fit it."""
+        from retrieval_tip.data.camera_traps import ANIMAL, TOP
+
+        detections, package = (printing.named == one for one in (MEGADETECTOR, CAMTRAP_DP))
+        if self.overwrite and not (detections and rows.boxes):
+            raise UsageError(f"--overwrite: only applies to --boxes with --format {MEGADETECTOR}; leave it out")
+        if package and (self.timezone is None or printing.output is None):
+            raise UsageError(f"--format {CAMTRAP_DP}: needs --output FOLDER and --timezone ZONE, such as Europe/Berlin")
+        if not package and (self.timezone or self.deployments):
+            raise UsageError(f"--timezone and --deployments: only apply to --format {CAMTRAP_DP}; leave them out")
+        if not detections and not package:
+            return rows
+        categories = rows.categories or [ANIMAL] * (rows.boxes is not None)
+        ask = replace(rows.ask, top=TOP) if detections else rows.ask
+        return replace(rows, categories=categories, exif=rows.exif or package, ask=ask)
+
+
 _ASK = {
     "top": option(kinds.count(), default=1, help="Number of classes to report.", **options.ANSWERS),
     "neighbours": option(kinds.count(), default=5, help="Number of shots that --explain shows.", **options.ANSWERS),
     "logits": flag(help="Show the logits of all classes, in the class order of the index.", **options.ANSWERS),
 }
 _PRINTING = {
-    "named": option(click.Choice([*options.FORMATS, *DOCUMENTS]), "--format", **options.OUTPUTS),
+    "named": option(
+        click.Choice([*options.FORMATS, *DOCUMENTS, MEGADETECTOR, CAMTRAP_DP]), "--format", **options.OUTPUTS
+    ),
     "output": option(kinds.OUTPUT, **options.OUTPUTS),
 }
 
@@ -241,6 +288,7 @@ def classify(
     rows: RowOptions = grouped(RowOptions),
     engine: EngineOptions = options.ENGINE,
     printing: OutputOptions = grouped(OutputOptions, _PRINTING),
+    trap: TrapOptions = grouped(TrapOptions),
     encoding: EncodingOptions = options.ENCODING,
 ) -> None:
     """Classify images or features with an index.
@@ -248,28 +296,41 @@ def classify(
     INPUTS are images, folders, globs, tables of paths or feature tables. Use - to read paths from standard input. If
     the index is fitted, the column unlike is true for an image that resembles no shot. With --abstain, an uncertain
     answer has a probability but no label: the label is null, or - in a table. With --engine ray, --output is a folder
-    of Parquet parts. The formats coco, fiftyone and label-studio are JSON files for other programs.
+    of Parquet parts. The formats coco, fiftyone, label-studio and megadetector are JSON files for other programs. The
+    format camtrap-dp is a folder of tables.
     """
-    from retrieval_tip.cli.output import prediction_details, rounded, write_document, write_tables
+    from retrieval_tip import __version__
+    from retrieval_tip.cli.output import prediction_details, rounded, write_document, write_folder, write_tables
+    from retrieval_tip.data import camera_traps
     from retrieval_tip.data.boxes import Cut, cut_boxes
-    from retrieval_tip.data.exchange import FORMATS, Answered
+    from retrieval_tip.data.exchange import FORMATS
 
-    rows = replace(rows, ask=ask)
+    rows = trap.rows(replace(rows, ask=ask), printing)
+    deployments = camera_traps.read_deployments(trap.deployments, trap.timezone) if trap.deployments else {}
     loaded = index_with(folder, encoding, opening, ask)
     rows.check(loaded, engine, None if engine.is_ray else printing.style)
     if engine.is_ray:
         _classify_on_ray(folder, inputs, loaded, opening, rows, engine, printing, encoding)
         return
     sources, cut, counts = inputs_of(inputs), Cut(), _Counts()
+    root = camera_traps.root_of(inputs, sources)
     if rows.boxes is not None:
-        cut = cut_boxes(rows.boxes, sources)
+        cut = cut_boxes(rows.boxes, sources, rows.categories or None)
         sources = cut.sources
+        if printing.named == MEGADETECTOR:
+            camera_traps.clear(cut.document, show(rows.boxes), overwrite=trap.overwrite)
     with reader_for(loaded, sources, encoding) as reader:
         tables = counts.count(rows.tables(loaded, sources, reader, cut))
+        answers = chain.from_iterable(table.to_pylist() for table in tables)
+        by = f"{Path(loaded.place or '').name}@{loaded.version} (retrieval-tip {__version__})"
         if printing.style in DOCUMENTS:
-            answers = (table.select(["input", "label", "probability"]).to_pylist() for table in tables)
-            answered = (Answered(*row.values()) for row in chain.from_iterable(answers))
-            write_document(FORMATS[printing.style](answered, loaded.class_names), printing.output)
+            write_document(partial(FORMATS[printing.style], answers, loaded.class_names), printing.output)
+        elif printing.style == MEGADETECTOR:
+            parts = (answers, cut, by, root, loaded.class_names, reader.skipped)
+            write_document(partial(camera_traps.megadetector, *parts), printing.output)
+        elif printing.style == CAMTRAP_DP and printing.output is not None and trap.timezone is not None:
+            more = (answers, cut, by, root, trap.timezone, deployments, reader.skipped)
+            write_folder(partial(camera_traps.camtrap_dp, *more), printing.output)
         else:
             tables = map(rounded, tables) if printing.style == "csv" else tables
             known = {"input": chain.from_iterable(source.sources for source in sources), "label": loaded.class_names}
@@ -277,7 +338,7 @@ def classify(
     if printing.output is not None:
         no_match = f", {counts.unlike:,} with no match" if loaded.settings.least_cache is not None else ""
         empty = f", {len(cut.empty):,} empty" if rows.boxes is not None else ""
-        answered_inputs = counted(counts.total - len(cut.empty), "input")
+        answered_inputs = counted(counts.total - len(cut.empty) - len(cut.others), "input")
         note(f"{show(printing.output)}: classified {answered_inputs}{no_match}{empty}")
     finish(reader.skipped)
 

@@ -6,6 +6,7 @@ import math
 import re
 from pathlib import Path
 from typing import Any, Literal
+from zoneinfo import ZoneInfo
 
 import click
 from click.shell_completion import CompletionItem
@@ -64,6 +65,14 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 def names(_: click.Context, __: click.Parameter, texts: tuple[str, ...]) -> list[str]:
     """Split names at commas."""
     return [name.strip() for text in texts for name in text.split(",")]
+
+
+def zone(_: click.Context, __: click.Parameter, name: str | None) -> ZoneInfo | None:
+    """Open a time zone by its IANA name."""
+    try:
+        return None if name is None else ZoneInfo(name)
+    except (KeyError, ValueError, OSError):
+        raise click.BadParameter(f"{name}: unknown; give a name such as Europe/Berlin, or pip install tzdata") from None
 
 
 class SourceType(Folder):

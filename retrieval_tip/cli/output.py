@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,8 +16,8 @@ import pyarrow as pa
 from wcwidth import wcswidth
 
 from retrieval_tip.data.tables import parquet_writer, row_groups_of
-from retrieval_tip.errors import RetrievalTipError, UsageError, first_line, json_line, one_line
-from retrieval_tip.files import replacing
+from retrieval_tip.errors import InputError, RetrievalTipError, UsageError, first_line, json_line, one_line, show
+from retrieval_tip.files import replacing, sync, temporary
 from retrieval_tip.predictions import shown_probability
 
 FORMATS = ("table", "json", "csv", "parquet")
@@ -101,10 +102,30 @@ def rounded(table: pa.Table) -> pa.Table:
     return table
 
 
-def write_document(document: object, path: Path | None) -> None:
-    """Write one JSON value to standard output or to a file."""
+def write_document(make: Callable[[], object], path: Path | None) -> None:
+    """Write the JSON value that ``make`` returns to standard output or to a file, after opening the file."""
     with _target(path) as target:
-        target.write(f"{json_line(document)}\n".encode())
+        target.write(f"{json_line(make())}\n".encode())
+
+
+def write_folder(make: Callable[[], Mapping[str, Any]], folder: Path) -> None:
+    """Write the tables and the JSON objects that ``make`` returns as CSV and JSON files into a new folder.
+
+    The folder appears only once it is complete. Raises InputError if it exists already, or cannot be written.
+    """
+    if os.path.lexists(folder):
+        raise InputError(f"{show(folder)}: exists already; choose another --output")
+    try:
+        with temporary(folder, folder=True) as new:
+            for name, content in make().items():
+                if isinstance(content, pa.Table):
+                    write_table(content, "csv", new / name)
+                else:
+                    write_document(partial(dict, content), new / name)
+            new.rename(folder)
+            sync(folder.parent)
+    except OSError as error:
+        raise InputError(f"{show(folder)}: cannot be written: {error.strerror or error}") from None
 
 
 def write_table(table: pa.Table, style: str, path: Path | None) -> None:

@@ -6,10 +6,11 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from retrieval_tip.data.images import Box
 from retrieval_tip.data.sources import Source, of_images
-from retrieval_tip.errors import InputError, Skipped, UsageError, show
+from retrieval_tip.errors import InputError, Skipped, UsageError, few, show
 from retrieval_tip.files import read_json
 
 EMPTY = "empty"  # what is ``detected`` in a photo without boxes
@@ -17,40 +18,58 @@ LARGEST = 1 << 28  # largest file, in bytes
 CONFIDENCE = 0.2  # smallest confidence of a box, if the file does not contain the typical threshold of its detector
 SLACK = 0.01  # how far an edge may lie outside the photo, as detectors round
 
+Found = dict[str, Any]
+"""An image of the file, or one of its detections, with all fields."""
+
 
 @dataclass(frozen=True)
 class Cut:
     """Photos that were cut into boxes.
 
     Attributes:
-        sources: the boxes, as items to encode with :class:`exif.Noting`.
-        boxes: the photo and the edges of each item.
-        detected: the category of each item, by its printable name.
+        sources: the boxes to classify, as items to encode with :class:`exif.Noting`.
+        boxes: the photo and the edges of each box.
+        detected: the category of each box, by its printable name.
+        others: the boxes of categories that are not classified.
         empty: the paths of the photos without boxes.
+        document: the content of the file.
+        found: the image of the document, and its detection, for each box and each photo without boxes, by its printable
+            name.
     """
 
     sources: list[Source] = field(default_factory=list)
     boxes: dict[str, tuple[str, Box]] = field(default_factory=dict)
     detected: dict[str, str] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
     empty: list[str] = field(default_factory=list)
+    document: dict[str, Any] = field(default_factory=dict)
+    found: dict[str, tuple[Found, Found | None]] = field(default_factory=dict)
 
 
-def cut_boxes(file: Path, sources: Sequence[Source]) -> Cut:
+def cut_boxes(file: Path, sources: Sequence[Source], categories: Sequence[str] | None = None) -> Cut:
     """Replace each photo by its boxes from a file in MegaDetector's batch format.
 
     Boxes without an area are left out. So are boxes below the ``typical_detection_threshold`` of the detector, or
     below :data:`CONFIDENCE` if the file does not contain it. The name of the first box of ``photo.jpg`` is
-    ``photo.jpg#1``. The ``file`` of an entry is the end of the path of its photo. Photos without an entry are added to
-    ``failed``. Raises UsageError if a source contains features. Raises InputError if the file cannot be read, if no
-    photo has an entry, if the detector failed on all, or if two photos have the same entry.
+    ``photo.jpg#1``. If ``categories`` are given, only boxes of these categories are in the sources. The ``file`` of an
+    entry is the end of the path of its photo. Photos without an entry are added to ``failed``. Raises UsageError if a
+    source contains features. Raises InputError if the file cannot be read, if it has no such category, if no photo has
+    an entry, if the detector failed on all, or if two photos have the same entry.
     """
-    entries = _read(file)
-    made = Cut()
+    document, entries = _read(file)
+    made = Cut(document=document)
+    names = document.get("detection_categories")
+    known = [show(str(name)) for name in names.values()] if isinstance(names, dict) else []
+    for category in categories or ():
+        if category.casefold() not in map(str.casefold, known):
+            choices = few(known) or "none"
+            raise InputError(f"{show(file)}: has no category {category!r}; choose with --categories from: {choices}")
+    wanted = set(map(str.casefold, categories or ()))
     owners: dict[str, str] = {}
     for source in sources:
         if source.paths is None:
             raise UsageError(f"{source.name}: --boxes: features cannot be cropped; give photos")
-        failed, names = list(source.failed), []
+        failed, items = list(source.failed), list[str]()
         for path in source.paths:
             entry = next((end for end in _ends(path) if end in entries), None)
             if entry is not None and owners.setdefault(entry, path) != path:
@@ -60,12 +79,15 @@ def cut_boxes(file: Path, sources: Sequence[Source]) -> Cut:
             if isinstance(found, str):
                 failed.append(Skipped(show(path), found))
                 continue
-            for number, (category, box) in enumerate(found, 1):
-                names.append(f"{path}#{number}")
-                made.boxes[names[-1]], made.detected[show(names[-1])] = (path, box), category
-            if not found:
+            for number, (category, box, detection) in enumerate(found[1], 1):
+                name, chosen = f"{path}#{number}", not categories or category.casefold() in wanted
+                (items if chosen else made.others).append(name)
+                made.boxes[name], made.detected[show(name)] = (path, box), category
+                made.found[show(name)] = found[0], detection
+            if not found[1]:
                 made.empty.append(path)
-        made.sources.append(of_images(names, source.name, failed=failed))
+                made.found[show(path)] = found[0], None
+        made.sources.append(of_images(items, source.name, failed=failed))
     if not owners:
         example = repr(next(iter(entries), "photo.jpg"))
         raise InputError(f"{show(file)}: no photo has an entry; its path must end with one, such as {example}")
@@ -80,8 +102,8 @@ def _ends(path: str) -> Iterator[str]:
     return ("/".join(parts[start:]) for start in range(len(parts)))
 
 
-def _read(file: Path) -> dict[str, list[tuple[str, Box]] | str]:
-    """Return the boxes and their categories in each photo of a file, or the reason why the detector failed."""
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, tuple[Found, list[tuple[str, Box, Found]]] | str]]:
+    """Return the content of a file, and the boxes of each photo or the reason why the detector failed."""
     data = read_json(file, LARGEST)
     if not isinstance(data, dict) or not isinstance(entries := data.get("images"), list):
         raise InputError(f"{show(file)}: has no list 'images'; expected boxes in MegaDetector's format")
@@ -91,13 +113,14 @@ def _read(file: Path) -> dict[str, list[tuple[str, Box]] | str]:
     match data.get("info"):
         case {"detector_metadata": {"typical_detection_threshold": float() | int() as own}} if 0 <= own <= 1:
             least = own
-    photos: dict[str, list[tuple[str, Box]] | str] = {}
+    photos: dict[str, tuple[Found, list[tuple[str, Box, Found]]] | str] = {}
     for row, entry in enumerate(entries):
-        value: list[tuple[str, Box]] | str
+        value: tuple[Found, list[tuple[str, Box, Found]]] | str
         match entry:
             case {"file": str() as name, "detections": list() as found}:
-                boxes = [_box(one, names, f"{show(file)}: image {row}") for one in found]
-                value = [(kind, box) for kind, sure, box in boxes if sure >= least and min(box[2:]) > 0]
+                boxes = [(*_box(one, names, f"{show(file)}: image {row}"), one) for one in found]
+                kept = [(kind, box, one) for kind, sure, box, one in boxes if sure >= least and min(box[2:]) > 0]
+                value = entry, kept
             case {"file": str() as name, "failure": str() as why}:
                 value = show(f"the detector failed: {why}")
             case _:
@@ -105,7 +128,7 @@ def _read(file: Path) -> dict[str, list[tuple[str, Box]] | str]:
         key = name.replace("\\", "/").removeprefix("./").strip("/")
         if photos.setdefault(key, value) is not value:
             raise InputError(f"{show(file)}: image {row}: the file {key!r} occurs twice")
-    return photos
+    return data, photos
 
 
 def _box(found: object, names: dict[str, object], where: str) -> tuple[str, float, Box]:

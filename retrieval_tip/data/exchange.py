@@ -6,8 +6,9 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 from urllib.parse import quote, unquote
 
 from retrieval_tip.data import folders, remote
@@ -16,25 +17,22 @@ from retrieval_tip.errors import InputError, Skipped, counted, few, show
 
 log = logging.getLogger(__name__)
 
+_answer = itemgetter("input", "label", "probability")
 LOCAL = "/data/local-files/?d="  # how Label Studio addresses files below its document root
 
 
-class Answered(NamedTuple):
-    """A photo and its predicted label, which is ``None`` if it was withheld, with its probability."""
-
-    path: str
-    label: str | None
-    probability: float | None
+Row = Mapping[str, Any]
+"""A row of the table that ``classify`` writes. Its label is ``None`` if it was withheld."""
 
 
-def label_studio(answers: Iterable[Answered], class_names: Sequence[str] = ()) -> list[object]:
+def label_studio(rows: Iterable[Row], class_names: Sequence[str] = ()) -> list[object]:
     """Return Label Studio tasks with predictions, as its JSON import expects them.
 
     The labelling interface needs ``<Image name="image" value="$image"/>`` and ``<Choices name="label"
     toName="image">``. Files are addressed below the document root ``/``.
     """
     tasks: list[object] = []
-    for path, label, probability in answers:
+    for path, label, probability in map(_answer, rows):
         choice = {"from_name": "label", "to_name": "image", "type": "choices", "value": {"choices": [label]}}
         made = [] if label is None else [{"model_version": "retrieval-tip", "score": probability, "result": [choice]}]
         where = path if remote.is_remote(path) else LOCAL + quote(_absolute(path).lstrip("/"))
@@ -42,7 +40,7 @@ def label_studio(answers: Iterable[Answered], class_names: Sequence[str] = ()) -
     return tasks
 
 
-def coco(answers: Iterable[Answered], class_names: Sequence[str]) -> dict[str, object]:
+def coco(rows: Iterable[Row], class_names: Sequence[str]) -> dict[str, object]:
     """Return a COCO data set for classification: each annotation has a ``category_id`` and a ``score``, but no box.
 
     The categories are the classes of the index, in order, from 1. A photo without a label has no annotation.
@@ -50,7 +48,7 @@ def coco(answers: Iterable[Answered], class_names: Sequence[str]) -> dict[str, o
     numbers = {name: number for number, name in enumerate(class_names, 1)}
     images: list[object] = []
     annotations: list[object] = []
-    for number, (path, label, probability) in enumerate(answers, 1):
+    for number, (path, label, probability) in enumerate(map(_answer, rows), 1):
         images.append({"id": number, "file_name": _absolute(path)})
         if label is not None:
             own = {"id": len(annotations) + 1, "image_id": number, "category_id": numbers[label], "score": probability}
@@ -59,16 +57,16 @@ def coco(answers: Iterable[Answered], class_names: Sequence[str]) -> dict[str, o
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def fiftyone(answers: Iterable[Answered], class_names: Sequence[str]) -> dict[str, object]:
+def fiftyone(rows: Iterable[Row], class_names: Sequence[str]) -> dict[str, object]:
     """Return the ``labels.json`` of a ``FiftyOneImageClassificationDataset``, whose keys are absolute paths."""
     labels = {
         _absolute(path): None if label is None else {"label": label, "confidence": probability}
-        for path, label, probability in answers
+        for path, label, probability in map(_answer, rows)
     }
     return {"classes": list(class_names), "labels": labels}
 
 
-FORMATS: Mapping[str, Callable[[Iterable[Answered], Sequence[str]], object]] = {
+FORMATS: Mapping[str, Callable[[Iterable[Row], Sequence[str]], object]] = {
     "coco": coco,
     "fiftyone": fiftyone,
     "label-studio": label_studio,

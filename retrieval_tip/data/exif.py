@@ -85,10 +85,14 @@ class Noting:
 
     def __call__(self, path: str) -> bytes:
         """Return the bytes of a photo, or of a part of it."""
-        photo, box = self.boxes.get(path, (path, None))
-        data = self.read(photo)
-        self.taken[show(path)] = taken(data)
+        data, (_, box) = self.note(path), self.boxes.get(path, (path, None))
         return data if box is None else images.crop(data, box)
+
+    def note(self, path: str) -> bytes:
+        """Return the bytes of the whole photo."""
+        data = self.read(self.boxes.get(path, (path, None))[0])
+        self.taken[show(path)] = taken(data)
+        return data
 
     def columns(self, names: Sequence[str]) -> dict[str, pa.Array]:
         """Return the columns of :data:`EXIF` for photos. Other names, such as those of features, get nulls."""
