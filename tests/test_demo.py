@@ -148,5 +148,5 @@ def test_the_toy_demo_runs(tmp_path):
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "A toy" in done.stdout
-    top1 = next(line for line in done.stdout.splitlines() if line.startswith("top1"))
-    assert float(top1.split()[1]) > 0.5  # one in eight by chance
+    accuracy = next(line for line in done.stdout.splitlines() if line.startswith("accuracy"))
+    assert float(accuracy.split()[1]) > 50  # one in eight by chance

@@ -144,7 +144,7 @@ def test_recipes_build_the_described_indexes(recipe, demo_photos, demo_clone, wa
     (place / "build").mkdir()
     (place / "build/demo").symlink_to(demo_photos)
     typed_and_printed(f"retrieval-tip index build --recipe {recipe} {RECIPES[recipe.name]}", place, warm_path)
-    printed = typed_and_printed("retrieval-tip evaluate indexes/things new", place, warm_path)
+    printed = typed_and_printed("retrieval-tip evaluate indexes/things new -v", place, warm_path)
     said = re.search(r"# Expected from .*: (.*)\.\n", recipe.read_text(encoding="utf-8"))
     for name, value in re.findall(r"(\w+) ([\d.]+)", said[1] if said else ""):
         assert float(re.search(rf"^{name} +(\S+)$", printed, re.MULTILINE)[1]) == pytest.approx(float(value), abs=0.02)
