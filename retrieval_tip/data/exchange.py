@@ -153,12 +153,12 @@ def _of_label_studio(file: Path, tasks: list[object]) -> list[tuple[str, set[str
                 texts = []
         if len(texts) != 1 or not isinstance(task, dict):
             raise InputError(f"{show(file)}: Label Studio: task {row} has no photo; its data needs a text 'image'")
-        labelled.append((texts[0], _choices(task)))
+        labelled.append((texts[0], choices_of(task)))
     return labelled
 
 
-def _choices(task: Mapping[str, object]) -> set[str]:
-    """Return the choices of all annotations that were not cancelled."""
+def choices_of(task: Mapping[str, object]) -> set[str]:
+    """Return the choices of all annotations of a Label Studio task that were not cancelled."""
     annotations = task.get("annotations")
     chosen: set[str] = set()
     for annotation in annotations if isinstance(annotations, list) else ():
@@ -175,12 +175,15 @@ def _choices(task: Mapping[str, object]) -> set[str]:
 
 def _path(name: str, file: Path, root: str | os.PathLike[str] | None) -> str:
     if name.startswith(LOCAL):
-        return os.path.join(
-            "/" if root is None or remote.is_remote(root) else root, unquote(name.removeprefix(LOCAL)).lstrip("/")
-        )
+        return os.path.join("/" if root is None or remote.is_remote(root) else root, below_document_root(name))
     if name.startswith("/data/upload/"):  # relative to the media folder of Label Studio
         name = unquote(name.removeprefix("/data/"))
     return name if remote.is_remote(name) else os.path.join(root or file.parent, name)
+
+
+def below_document_root(address: str) -> str:
+    """Return the path of a file that Label Studio serves, relative to its document root."""
+    return unquote(address.removeprefix(LOCAL)).lstrip("/")
 
 
 def _of_split_file(file: Path, data: object, split: str, root: str | os.PathLike[str] | None) -> Source:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hmac
+from contextlib import suppress
 from typing import Annotated
 
 from fastapi import Depends, Header, Request
@@ -61,9 +64,17 @@ Now = Annotated[Version, Depends(_version)]
 
 def _sends(request: Request, token: str | None) -> bool:
     headers = request.headers.getlist("authorization")
-    scheme, _, sent = headers[0].partition(" ") if len(headers) == 1 else ("", "", "")
-    right = token is not None and hmac.compare_digest(sent.strip(" ").encode("latin-1"), token.strip(" ").encode())
-    return right and scheme.lower() == "bearer"
+    scheme, _, text = headers[0].partition(" ") if len(headers) == 1 else ("", "", "")
+    sent, accepted = text.strip(" ").encode("latin-1"), scheme.lower() == "bearer"
+    if scheme.lower() == "basic" and getattr(request.state, "basic", False):
+        with suppress(binascii.Error):
+            sent, accepted = base64.b64decode(sent, validate=True).partition(b":")[2], True
+    return accepted and token is not None and hmac.compare_digest(sent, token.strip(" ").encode())
+
+
+async def accept_basic(request: Request) -> None:
+    """Accept the token also as the password of Basic authentication, but not from browsers, which send it unasked."""
+    request.state.basic = "sec-fetch-site" not in request.headers
 
 
 def cookie(token: str) -> tuple[str, str]:

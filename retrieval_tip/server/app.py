@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, nullcontext
 from functools import partial
@@ -12,7 +13,8 @@ from fastapi.responses import FileResponse, Response
 from fastapi.staticfiles import StaticFiles
 
 from retrieval_tip import __version__
-from retrieval_tip.server import edits, metrics, routes
+from retrieval_tip.server import edits, metrics, partners, routes
+from retrieval_tip.server.addresses import Photos
 from retrieval_tip.server.guard import Guard
 from retrieval_tip.server.labelling import Labelling
 from retrieval_tip.server.limits import Limits
@@ -57,14 +59,17 @@ def create_app(
     )  # fmt: skip
     app.state.service, app.state.labelling = service, labelling
     app.state.token, app.state.private = token, private
+    app.state.photos = Photos(root, limits.bytes, os.environ)
     app.add_middleware(Guard, limits=limits)
     app.add_middleware(metrics.Recorder)
     for kind in HANDLED:
         app.add_exception_handler(kind, handle)
     for router in (routes.uploads, edits.uploads):
         app.include_router(router, max_body_size=limits.bytes)
-    for router in (routes.reads, routes.about, edits.changes):
+    for router in (routes.reads, routes.about, edits.changes, partners.photoprism):
         app.include_router(router, max_body_size=limits.json_bytes)
+    for prefix in ("/label-studio/{name}", ""):  # without a name, the only index answers
+        app.include_router(partners.label_studio, prefix=prefix, max_body_size=limits.json_bytes)
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
     for path, name in {"/": "index.html", "/docs": "docs.html"}.items():
         app.get(path, include_in_schema=False)(partial(_file, name))

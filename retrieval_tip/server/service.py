@@ -66,7 +66,7 @@ class Service:
         maker: Maker | None = None,
     ) -> None:
         self.served, self.limits, self.maker = served, limits, maker
-        self.uploads, self.creating = uploads, 0
+        self.uploads, self.creating, self.annotating = uploads, 0, asyncio.Lock()
         threads = min(4, os.cpu_count() or 1)
         self._queue = TurnQueue(limits.queue)
         self._decoding: Lane[Backbone, bytes, torch.Tensor | InputError] = Lane(

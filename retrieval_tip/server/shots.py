@@ -8,9 +8,12 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from retrieval_tip.backbones.base import Backbone, Part
 from retrieval_tip.data.reader import FloatArray, Reader
@@ -20,14 +23,20 @@ from retrieval_tip.errors import StoreError, show
 from retrieval_tip.files import replacing
 from retrieval_tip.index import changes, photos
 from retrieval_tip.index.build import build_index
+from retrieval_tip.model import Index
 from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.served import Served
 
+ANNOTATION = "label_studio"
+"""Optional column with the Label Studio project, task and annotation of a shot, such as ``1/17/42``."""
+Annotation = tuple[int, int, int]
+
 
 def add_images(
-    one: Served, backbone: Backbone, labelled: Sequence[tuple[str, bytes]], uploads: Path | None
-) -> changes.Added:
-    """Save images of one class, and add them as shots.
+    one: Served, backbone: Backbone, labelled: Sequence[tuple[str, bytes]], uploads: Path | None,
+    annotation: Annotation | None = None,
+) -> changes.Added:  # fmt: skip
+    """Save images of one class, and add them as shots, which belong to an ``annotation`` if it is given.
 
     Raises Problem 422 if the index is in a bucket and ``uploads`` is ``None``.
     """
@@ -37,11 +46,23 @@ def add_images(
     label = labelled[0][0]
     with _removed_on_error(folder, photos.class_folder(folder, label)) as fresh:
         source = _source(f"shots of {label}", folder, labelled, fresh)
+        if annotation is not None:
+            column = pa.array(["/".join(map(str, annotation))] * len(source), pa.string())
+            source = replace(source, items=source.items.append_column(ANNOTATION, column))
         added = changes.add(one.folder, source, Reader(backbone), skip_known=True)
     if added.known:  # the index already has these images under other names
         kept = set(one.follow().index.find(key_ids=added.key_ids)["source"].to_pylist())
         _remove([path for path in fresh if show(path) not in kept])
     return added
+
+
+def annotated(index: Index, annotation: Annotation) -> dict[int, str]:
+    """Return the ids and the labels of the keys that belong to an annotation, of whichever task."""
+    labels, (project, _, number) = index.labels, annotation
+    if ANNOTATION not in labels.column_names:
+        return {}
+    rows = labels.filter(pc.match_like(labels[ANNOTATION], f"{project}/%/{number}"))
+    return dict(zip(rows["key_id"].to_pylist(), rows["label"].to_pylist(), strict=True))
 
 
 def add_features(one: Served, names: Sequence[str], labels: Sequence[str], features: FloatArray) -> changes.Added:

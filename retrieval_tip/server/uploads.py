@@ -82,7 +82,7 @@ async def read(request: Request, limits: Limits, norms: Norms, d: int, *, labell
         if labelled and len(sent.labels) != 1:
             raise Problem(422, f"label: {len(sent.labels)} labels given; send one label for all images")
         sent = replace(sent, labels=sent.labels * len(sent.images))
-    return replace(sent, client=_client(request))
+    return replace(sent, client=client_of(request))
 
 
 async def read_index(request: Request, limits: Limits) -> Sent:
@@ -95,7 +95,7 @@ async def read_index(request: Request, limits: Limits) -> Sent:
     labels, images = len(sent.labels), len(sent.images)
     if labels != images:
         raise Problem(422, f"label: {labels} labels given for {images} images; send one label for each image, in order")
-    return replace(sent, client=_client(request), index=index_name(names[0]))
+    return replace(sent, client=client_of(request), index=index_name(names[0]))
 
 
 def index_name(value: object) -> str:
@@ -109,7 +109,8 @@ def index_name(value: object) -> str:
     return name
 
 
-def _client(request: Request) -> str:
+def client_of(request: Request) -> str:
+    """Return the address of the sender."""
     return request.client.host if request.client else ""
 
 
@@ -149,7 +150,7 @@ async def _form(request: Request, limits: Limits, fields: list[str]) -> tuple[Se
                 texts[field].append(value)
     if not images:
         raise Problem(422, "images: missing; send at least one file in the field 'images'")
-    return Sent(names, [_label(text) for text in texts["label"]], images), texts["name"]
+    return Sent(names, [class_name(text) for text in texts["label"]], images), texts["name"]
 
 
 def _floats(body: bytes, limits: Limits, norms: Norms, d: int) -> Sent:
@@ -180,7 +181,7 @@ def _json(body: bytes, limits: Limits, norms: Norms, d: int, *, labelled: bool) 
         raise Problem(413 if rows else 422, f"features: {rows} rows given; send 1 to {limits.rows} rows at once")
     features = _features(sent["features"], d, norms)
     names = _texts(sent.get(names_field, [f"row {row}" for row in range(rows)]), names_field, rows)
-    labels = [_label(label) for label in _texts(sent.get("labels"), "labels", rows)] if labelled else []
+    labels = [class_name(label) for label in _texts(sent.get("labels"), "labels", rows)] if labelled else []
     return Sent(names, labels, features=features)
 
 
@@ -215,7 +216,8 @@ def _text(field: str, value: object) -> str:
     return value.encode("utf-8", "backslashreplace").decode()
 
 
-def _label(value: object) -> str:
+def class_name(value: object) -> str:
+    """Return the name of a class. Raises Problem 422 if it is not valid."""
     label = _text("label", value).strip()
     if not label or not label.isprintable():
         raise Problem(422, "label: must be a class name without control characters")

@@ -1,0 +1,240 @@
+"""HTTP routes for other programs: a Label Studio ML backend, and the labels route of PhotoPrism's Vision API.
+
+These programs document what they send and expect, so the routes are not part of /openapi.json. The key that Label
+Studio sends to ``setup`` is neither stored nor used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import Response
+
+from retrieval_tip.data.exchange import choices_of
+from retrieval_tip.errors import InputError, counted, few, show
+from retrieval_tip.index import changes
+from retrieval_tip.server import shots
+from retrieval_tip.server.access import CHANGES, READS, TheService, accept_basic, lift_deadline
+from retrieval_tip.server.addresses import Photos, of_data_url
+from retrieval_tip.server.guard import DEADLINE
+from retrieval_tip.server.problems import Problem
+from retrieval_tip.server.routes import json_of
+from retrieval_tip.server.served import Served
+from retrieval_tip.server.service import Service, backbone_of
+from retrieval_tip.server.uploads import Sent, class_name, client_of
+from retrieval_tip.settings import Ask
+
+log = logging.getLogger(__name__)
+
+PREDICT_SECONDS = 100.0
+"""Time that Label Studio waits for predictions."""
+AT_ONCE = 4
+"""Number of photos to read and classify at once."""
+LONGEST_CONFIG = 1 << 20
+"""Maximum length of a labelling interface, in characters."""
+NOT_LEARNT = "changes no shot; ANNOTATION_CREATED, ANNOTATION_UPDATED and ANNOTATIONS_DELETED do, with their payload"
+BEST = Ask(top=1, neighbours=0)
+
+label_studio = APIRouter(dependencies=[Depends(accept_basic)], include_in_schema=False)
+photoprism = APIRouter(prefix="/api/v1/vision", dependencies=READS, include_in_schema=False)
+Json = dict[str, Any]
+
+
+class Interface(NamedTuple):
+    """The first ``Choices`` tag of a labelling interface whose ``toName`` is an ``Image`` tag.
+
+    ``photo`` is the field of a task that holds the address of the photo.
+    """
+
+    from_name: str
+    to_name: str
+    photo: str
+    choices: frozenset[str]
+
+
+def interface_of(config: object) -> Interface:
+    """Parse a labelling interface. Raises InputError if it is not one, or has no choices for an image."""
+    if not isinstance(config, str) or len(config) > LONGEST_CONFIG or "<!DOCTYPE" in config:
+        raise InputError(f"label_config: must be XML of at most {LONGEST_CONFIG:,} characters without a DOCTYPE")
+    try:
+        tags = list(ElementTree.fromstring(config).iter())  # noqa: S314  # only a DOCTYPE can define entities
+    except (ElementTree.ParseError, ValueError) as error:
+        raise InputError(f"label_config: is not XML ({error})") from None
+    fields = {tag.get("name"): tag.get("value", "") for tag in tags if tag.tag == "Image"}
+    for tag in tags:
+        name, image = tag.get("name", ""), tag.get("toName", "")
+        if tag.tag == "Choices" and tag.get("perRegion") != "true" and fields.get(image, "").startswith("$"):
+            choices = (choice.get("alias", choice.get("value", "")) for choice in tag.iter("Choice"))
+            return Interface(name, image, fields[image][1:], frozenset(choices))
+    raise InputError('label_config: has no Choices tag whose toName is an Image tag with a value "$..."; add one')
+
+
+@label_studio.get("/health", dependencies=READS)
+async def health(request: Request, service: TheService) -> Response:
+    """Tell Label Studio that the backend is running."""
+    return json_of({"status": "UP", "model_version": _version_of(_index(request, service))})
+
+
+@label_studio.post("/setup", dependencies=CHANGES)
+async def setup(request: Request, service: TheService, sent: Json) -> Response:
+    """Check the labelling interface of a project, and name the classes that are not among its choices."""
+    interface, one = interface_of(sent.get("schema")), _index(request, service)
+    backbone_of(one.now)
+    missing = [name for name in one.now.index.class_names if name not in interface.choices]
+    if missing:
+        number = counted(len(missing), "class", "is", "are")
+        log.warning("%s: %s not among the choices in Label Studio: %s", one.name, number, few(list(map(show, missing))))
+    return json_of({"model_version": _version_of(one), "classes_without_choice": missing})
+
+
+@label_studio.post("/predict", dependencies=CHANGES)
+async def predict(request: Request, service: TheService, sent: Json) -> Response:
+    """Predict the choice of each task, in order.
+
+    The result is empty if the photo cannot be read or resembles no shot, or if its class is not among the choices.
+    """
+    request.scope[DEADLINE].reschedule(asyncio.get_running_loop().time() + PREDICT_SECONDS)
+    interface, one, tasks = interface_of(sent.get("label_config")), _index(request, service), sent.get("tasks")
+    if not isinstance(tasks, list):
+        raise InputError("tasks: must be a list of tasks")
+    version, name, photos, client = one.now, _version_of(one), request.app.state.photos, client_of(request)
+
+    async def answer(task: object) -> Json | str:
+        try:
+            photo = Sent(["its photo"], [], [await photos.read(_address(task, interface))], client=client)
+            return (await service.classify(version, BEST, photo, features=False)).results[0]
+        except (InputError, Problem) as error:
+            return _reason(error)
+
+    results, skipped = [], []
+    for start in range(0, len(tasks), AT_ONCE):
+        part = tasks[start : start + AT_ONCE]
+        for task, found in zip(part, await asyncio.gather(*map(answer, part)), strict=True):
+            result: list[Json] = []
+            score = 0.0
+            if isinstance(found, str):
+                skipped.append({"input": f"task {task.get('id') if isinstance(task, dict) else ''}", "reason": found})
+            elif not found.get("unlike") and found["label"] in interface.choices:
+                said, score = {"choices": [found["label"]]}, found["probability"]
+                names = {"from_name": interface.from_name, "to_name": interface.to_name}
+                result = [names | {"type": "choices", "value": said}]
+            results.append({"result": result, "score": score, "model_version": name})
+    if skipped:
+        log.warning("%s: %s without a prediction: %s", one.name, counted(len(skipped), "task"), skipped[0]["reason"])
+    return json_of({"results": results, "skipped": skipped})
+
+
+@label_studio.post("/webhook", dependencies=[*CHANGES, Depends(lift_deadline)])
+async def webhook(request: Request, service: TheService, sent: Json) -> Response:
+    """Add, relabel or remove the shots of annotations that were created, updated or deleted.
+
+    An annotation with exactly one choice makes a shot. Repeating a request changes nothing.
+    """
+    one, client = _index(request, service), client_of(request)
+    annotations: list[shots.Annotation] = []
+    event: Json | None = None
+    match sent:
+        case {
+            "action": "ANNOTATION_CREATED" | "ANNOTATION_UPDATED",
+            "project": {"id": int() as project, "label_config": str()},
+            "task": {"id": int() as task},
+            "annotation": {"id": int() as number, "result": list()},
+        }:
+            annotations, event = [(project, task, number)], sent
+        case {
+            "action": "ANNOTATION_DELETED" | "ANNOTATIONS_DELETED",
+            "project": {"id": int() as project},
+            "annotations": list() as gone,
+        }:
+            annotations = [
+                (project, 0, one["id"]) for one in gone if isinstance(one, dict) and isinstance(one.get("id"), int)
+            ]
+    key_ids: list[int] = []
+    skipped = [] if annotations else [{"input": show(str(sent.get("action"))), "reason": NOT_LEARNT}]
+    for annotation in annotations:
+        try:
+            async with service.annotating:  # the next event about an annotation may arrive before this one is done
+                key_ids += await _learn(service, request.app.state.photos, one, annotation, event, client)
+        except (InputError, Problem) as error:
+            skipped.append({"input": f"annotation {annotation[-1]}", "reason": _reason(error)})
+    return json_of({"index": one.name, "version": one.now.manifest.version, "key_ids": key_ids, "skipped": skipped})
+
+
+async def _learn(
+    service: Service, photos: Photos, one: Served, annotation: shots.Annotation, event: Json | None, client: str
+) -> list[int]:
+    """Make the shots of an annotation equal to what an event says, and return the ids of the changed keys.
+
+    Raises InputError or Problem 422 if the annotation makes no shot.
+    """
+    before = await service.find(shots.annotated, one.now.index, annotation)
+    label, reason, address = (None, "", None) if event is None else _said(event)
+    wrong = [key_id for key_id, old in before.items() if old != label]
+    done: list[int] = []
+    if label is not None and len(wrong) == len(before):
+        if wrong and label in one.now.index.class_names:
+            labels = dict.fromkeys(wrong, label)
+            return (await service.changed(one, changes.relabel, one.folder, labels)).key_ids
+        sent = Sent(["its photo"], [label], [await photos.read(address)], client=client)
+        backbone = backbone_of(one.now)
+        images, _ = await service.labelled(sent, backbone)
+        added = await service.changed(one, shots.add_images, one, backbone, images, service.uploads, annotation)
+        done = added.key_ids
+    if wrong:  # the new shot comes first, so that no label is ever lost
+        done += (await service.changed(one, lambda: changes.remove(one.folder, key_ids=wrong))).key_ids
+    if reason:
+        raise InputError(reason)
+    return done
+
+
+def _said(event: Json) -> tuple[str | None, str, object]:
+    """Return the label of an annotation, or why it has none, and the address of its photo."""
+    interface, annotation = interface_of(event["project"]["label_config"]), event["annotation"]
+    own = [one for one in annotation["result"] if isinstance(one, dict) and one.get("from_name") == interface.from_name]
+    chosen = choices_of({"annotations": [annotation | {"result": own}]})
+    if len(chosen) != 1:
+        return None, f"has {counted(len(chosen), 'choice')}; only an annotation with one choice makes a shot", None
+    (label,) = chosen
+    return class_name(label), "", _address(event["task"], interface)
+
+
+def _address(task: object, interface: Interface) -> object:
+    data = task.get("data") if isinstance(task, dict) else None
+    return data.get(interface.photo) if isinstance(data, dict) else None
+
+
+def _reason(error: InputError | Problem) -> str:
+    if isinstance(error, Problem) and error.status_code != 422:
+        raise error
+    return error.detail if isinstance(error, Problem) else str(error)
+
+
+def _index(request: Request, service: Service) -> Served:
+    """Return the index that the path names, or else the only index."""
+    return service.index(request.path_params.get("name"))
+
+
+def _version_of(one: Served) -> str:
+    return f"{one.name}@{one.now.manifest.version}"
+
+
+@photoprism.post("/labels")
+async def labels(request: Request, service: TheService, sent: Json, index: str | None = None) -> Response:
+    """Return the labels of images. An image without a match has none."""
+    images, version = sent.get("images"), service.index(index).now
+    if not isinstance(images, list) or not 1 <= len(images) <= service.limits.images:
+        raise InputError(f"images: must be a list of 1 to {service.limits.images} data URLs")
+    names = [f"image {i}" for i in range(len(images))]
+    asked = Sent(names, [], [of_data_url(str(image)) for image in images], client=client_of(request))
+    best: dict[str, float] = {}
+    answers: list[Json] = (await service.classify(version, BEST, asked, features=False)).results
+    for found in answers:
+        if not found.get("unlike"):
+            best[found["label"]] = max(best.get(found["label"], 0.0), found["probability"])
+    made = [{"name": name, "source": "image", "confidence": p, "topicality": p} for name, p in best.items()]
+    model = {"type": "labels", "name": version.name, "version": str(version.manifest.version)}
+    return json_of({"id": sent.get("id"), "code": 200, "model": model, "result": {"labels": made}})
