@@ -6,16 +6,21 @@ import base64
 import functools
 import io
 import json
+import os
 import shutil
+import socket
+import subprocess
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import httpx
 import numpy as np
 import pytest
 from conftest import SHARED, examples
@@ -23,7 +28,8 @@ from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from serving import app_of, caltech_photos
+from referees import referee
+from serving import app_of, caltech_photos, server
 
 from retrieval_tip import Index
 from retrieval_tip.errors import InputError, UsageError
@@ -114,15 +120,15 @@ def test_tasks_get_predictions_in_order(things: Path, photos: list[tuple[Path, s
         bad: list[object] = [local + quote(str(outside).lstrip("/")), f"{local}../outside.jpg", f"{local}link.jpg"]
         bad += [f"{local}%00", local, "data:image/jpeg;base64,!", data_url(b"no image"), "http://127.0.0.1:1/a.jpg", 7]
         tasks = [{"id": i, "data": {"photo": address}} for i, address in enumerate([*bad, *good])]
-        sent = {"tasks": [*tasks, {"id": 99}, "no task"], "label_config": config(names[1:])}
+        sent = {"tasks": [*tasks, {"id": 99}], "label_config": config(names[1:])}
         for place in (path, ""):  # the only index also answers without its name
             found = asking.post(f"{place}/predict", json=sent).json()
-            assert [one["input"] for one in found["skipped"]] == [f"task {i}" for i in [*range(len(bad)), 99, ""]]
+            assert [one["input"] for one in found["skipped"]] == [f"task {i}" for i in [*range(len(bad)), 99]]
             assert len(found["results"]) == len(sent["tasks"])
             assert {one["model_version"] for one in found["results"]} == {version}
             assert [one["result"] for one in found["results"][: len(bad)]] == [[]] * len(bad)
             rows = [*truth["results"], *truth["results"][:1] * 2]
-            for one, row in zip(found["results"][len(bad) : -2], rows, strict=True):
+            for one, row in zip(found["results"][len(bad) : -1], rows, strict=True):
                 choice = {
                     "from_name": "kind",
                     "to_name": "img",
@@ -363,3 +369,99 @@ def test_any_json_is_answered_or_refused(things: Path) -> None:
             assert asking.post(f"/{path}", json=body).status_code in (200, 422)
 
         ask()
+
+
+@contextmanager
+def real_studio(data: Path, root: Path) -> Iterator[httpx.Client]:
+    """Run a real Label Studio, and yield a client of a user who is signed in."""
+    program = referee(("label-studio==1.23.2",)).with_name("label-studio")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    user = {"email": "a@example.org", "password": "secret123"}
+    command = [
+        program,
+        "start",
+        "--no-browser",
+        "--port",
+        port,
+        "--username",
+        user["email"],
+        "--password",
+        user["password"],
+    ]
+    local = {"LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED": "true", "LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT": str(root)}
+    here = {"ML_BLOCK_LOCAL_IP": "false", "SSRF_PROTECTION_ENABLED": "false", "LATEST_VERSION_CHECK": "0"}
+    more = {"LABEL_STUDIO_BASE_DATA_DIR": str(data), "SENTRY_DSN": "", "COLLECT_ANALYTICS": "false"}
+    with (data / "log").open("w") as log:
+        process = subprocess.Popen(
+            list(map(str, command)), env=os.environ | local | here | more, stdout=log, stderr=log
+        )
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120, follow_redirects=True) as asking:
+            for _ in range(240):
+                with suppress(httpx.ConnectError):
+                    if asking.get("/health").is_success:
+                        break
+                assert process.poll() is None, (data / "log").read_text()
+                time.sleep(0.5)
+            asking.headers["referer"] = str(asking.base_url)
+            for path, form in (("/user/login/", user), ("/api/token/", {})):
+                asking.get("/user/login/")
+                asking.headers["x-csrftoken"] = asking.cookies["csrftoken"]
+                answer = asking.post(path, data=form)
+            asking.headers["x-token"] = answer.raise_for_status().json()["token"]
+            yield asking
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.mark.soak
+def test_a_real_label_studio_gets_predictions_that_follow_annotations(
+    own: Path, photos: list[tuple[Path, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm_path: str
+) -> None:
+    """Label Studio reads local files and uploads, is told of the token by the address only, and deletes a shot."""
+    root = tmp_path / "root" / "set"
+    root.mkdir(parents=True)
+    (tmp_path / "data").mkdir()
+    for number in (0, 1):
+        Image.open(photos[0][0]).convert("RGB").resize((200, 150 + number)).save(root / f"{number}.jpg")
+    label = "something new"
+    interface = config([*Index.load(own).class_names, label])
+    with real_studio(tmp_path / "data", root.parent) as asking:
+
+        def post(path: str, /, **body: Any) -> Any:
+            answer = asking.post(f"/api/{path}", **({"json": body} if "files" not in body else body))
+            assert answer.is_success, answer.text
+            return answer.json()
+
+        def predicted(task: int) -> tuple[str, str]:
+            """Ask for predictions of all tasks, and return the newest one of a task."""
+            post(
+                f"dm/actions?id=retrieve_tasks_predictions&project={project}",
+                selectedItems={"all": True, "excluded": []},
+            )
+            newest = max(asking.get(f"/api/predictions?task={task}").json(), key=lambda one: one["id"])
+            return newest["result"][0]["value"]["choices"][0], newest["model_version"]
+
+        monkeypatch.setenv("LABEL_STUDIO_URL", str(asking.base_url))
+        monkeypatch.setenv("LABEL_STUDIO_API_KEY", asking.headers["x-token"])
+        with server(own, "--root", root.parent, token="to-ken", path=warm_path) as (address, _):
+            project = post("projects", title="Things", label_config=interface)["id"]
+            url = address.replace("//", "//label-studio:to-ken@") + PATH
+            assert post("ml", project=project, url=url)["model_version"] == "own@1"
+            storage = post("storages/localfiles", project=project, path=str(root), use_blob_urls=True)
+            post(f"storages/localfiles/{storage['id']}/sync")
+            post(f"projects/{project}/import", files={"file": ("up.jpg", (root / "0.jpg").read_bytes(), "image/jpeg")})
+            tasks = sorted(one["id"] for one in asking.get(f"/api/tasks?project={project}&fields=all").json()["tasks"])
+            before = [predicted(task) for task in tasks]
+            assert before == [(before[0][0], "own@1")] * 3
+            assert before[0][0] != label
+            result = event("", "", [label], [])["annotation"]["result"][:1]
+            made = post(f"tasks/{tasks[0]}/annotations", result=result)
+            assert [predicted(task) for task in tasks] == [(label, "own@2")] * 3
+            asking.delete(f"/api/annotations/{made['id']}").raise_for_status()
+            assert [predicted(task)[1] for task in tasks] == ["own@3"] * 3
+            assert Index.load(own).class_names[-1] == label
+            assert Index.load(own).counts[-1] == 0

@@ -75,8 +75,7 @@ def serve_command(
         into: Folder for indexes that are created in the page. [default: next to the first INDEX]
         model: Encoder for indexes that are created in the page. [default: the encoder of the first INDEX, or ViT-B-32]
         pretrained: Weights to load for --model.
-        root: Folder against which the relative paths of shots are resolved, and below which the local files of Label
-            Studio are read.
+        root: Folder that contains the relative paths of shots, and the local files of Label Studio.
         allow_host: Additional host name that requests may use. [default: only localhost, or any name if --host is
             another address]
         trusted_proxy: Address or network of a proxy that names its clients in X-Forwarded-For.

@@ -99,30 +99,27 @@ async def predict(request: Request, service: TheService, sent: Json) -> Response
     """
     request.scope[DEADLINE].reschedule(asyncio.get_running_loop().time() + PREDICT_SECONDS)
     interface, one, tasks = interface_of(sent.get("label_config")), _index(request, service), sent.get("tasks")
-    if not isinstance(tasks, list):
-        raise InputError("tasks: must be a list of tasks")
+    if not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
+        raise InputError("tasks: must be a list of objects")
     version, name, photos, client = one.now, _version_of(one), request.app.state.photos, client_of(request)
 
-    async def answer(task: object) -> Json | str:
+    async def prediction(task: Json) -> Json:
+        result: list[Json] = []
+        score = 0.0
         try:
             photo = Sent(["its photo"], [], [await photos.read(_address(task, interface))], client=client)
-            return (await service.classify(version, BEST, photo, features=False)).results[0]
+            best: Json = (await service.classify(version, BEST, photo, features=False)).results[0]
+            if not best.get("unlike") and best["label"] in interface.choices:
+                names = {"from_name": interface.from_name, "to_name": interface.to_name, "type": "choices"}
+                result, score = [names | {"value": {"choices": [best["label"]]}}], best["probability"]
         except (InputError, Problem) as error:
-            return _reason(error)
+            skipped.append({"input": f"task {task.get('id')}", "reason": _reason(error)})
+        return {"result": result, "score": score, "model_version": name}
 
-    results, skipped = [], []
+    results: list[Json] = []
+    skipped: list[dict[str, str]] = []
     for start in range(0, len(tasks), AT_ONCE):
-        part = tasks[start : start + AT_ONCE]
-        for task, found in zip(part, await asyncio.gather(*map(answer, part)), strict=True):
-            result: list[Json] = []
-            score = 0.0
-            if isinstance(found, str):
-                skipped.append({"input": f"task {task.get('id') if isinstance(task, dict) else ''}", "reason": found})
-            elif not found.get("unlike") and found["label"] in interface.choices:
-                said, score = {"choices": [found["label"]]}, found["probability"]
-                names = {"from_name": interface.from_name, "to_name": interface.to_name}
-                result = [names | {"type": "choices", "value": said}]
-            results.append({"result": result, "score": score, "model_version": name})
+        results += await asyncio.gather(*map(prediction, tasks[start : start + AT_ONCE]))
     if skipped:
         log.warning("%s: %s without a prediction: %s", one.name, counted(len(skipped), "task"), skipped[0]["reason"])
     return json_of({"results": results, "skipped": skipped})
@@ -145,14 +142,10 @@ async def webhook(request: Request, service: TheService, sent: Json) -> Response
             "annotation": {"id": int() as number, "result": list()},
         }:
             annotations, event = [(project, task, number)], sent
-        case {
-            "action": "ANNOTATION_DELETED" | "ANNOTATIONS_DELETED",
-            "project": {"id": int() as project},
-            "annotations": list() as gone,
-        }:
-            annotations = [
-                (project, 0, one["id"]) for one in gone if isinstance(one, dict) and isinstance(one.get("id"), int)
-            ]
+        case {"action": "ANNOTATIONS_DELETED" | "ANNOTATION_DELETED", "project": {"id": int() as project}}:
+            gone = sent.get("annotations", [sent.get("annotation")])
+            numbers = [one.get("id") for one in gone if isinstance(one, dict)] if isinstance(gone, list) else []
+            annotations = [(project, 0, number) for number in numbers if isinstance(number, int)]
     key_ids: list[int] = []
     skipped = [] if annotations else [{"input": show(str(sent.get("action"))), "reason": NOT_LEARNT}]
     for annotation in annotations:
@@ -202,8 +195,8 @@ def _said(event: Json) -> tuple[str | None, str, object]:
     return class_name(label), "", _address(event["task"], interface)
 
 
-def _address(task: object, interface: Interface) -> object:
-    data = task.get("data") if isinstance(task, dict) else None
+def _address(task: Json, interface: Interface) -> object:
+    data = task.get("data")
     return data.get(interface.photo) if isinstance(data, dict) else None
 
 
