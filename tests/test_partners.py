@@ -29,7 +29,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from referees import referee
-from serving import app_of, caltech_photos, server
+from serving import app_of, caltech_photos, running, server
 
 from retrieval_tip import Index
 from retrieval_tip.errors import InputError, UsageError
@@ -129,12 +129,8 @@ def test_tasks_get_predictions_in_order(things: Path, photos: list[tuple[Path, s
             assert [one["result"] for one in found["results"][: len(bad)]] == [[]] * len(bad)
             rows = [*truth["results"], *truth["results"][:1] * 2]
             for one, row in zip(found["results"][len(bad) : -1], rows, strict=True):
-                choice = {
-                    "from_name": "kind",
-                    "to_name": "img",
-                    "type": "choices",
-                    "value": {"choices": [row["label"]]},
-                }
+                value = {"choices": [row["label"]]}
+                choice = {"from_name": "kind", "to_name": "img", "type": "choices", "value": value}
                 known = row["label"] in names[1:]
                 assert one["result"] == ([choice] if known else [])
                 assert one["score"] == pytest.approx(row["probability"] if known else 0.0, abs=1e-4)
@@ -186,27 +182,38 @@ def test_annotations_become_shots_and_follow_their_changes(own: Path, photos: li
         assert Index.load(own).n == n
 
 
+def test_an_event_counts_even_if_label_studio_stops_waiting(own: Path, photos: list[tuple[Path, str]]) -> None:
+    """By default, it waits for one second."""
+    names, n = [label for _, label in photos], Index.load(own).n
+    body = event("ANNOTATION_CREATED", data_url(photos[0][0].read_bytes()), names[:1], names)
+    with running(app_of(own, token=TOKEN)) as (host, port), httpx.Client(auth=("", TOKEN), timeout=60) as asking:
+        address = f"http://{host}:{port}"
+        for _ in range(3):
+            with pytest.raises(httpx.ReadTimeout):
+                asking.post(f"{address}{PATH}/webhook", json=body, timeout=httpx.Timeout(60, read=0.001))
+        asking.post(f"{address}{PATH}/webhook", json=deleted(43))  # waits for the others
+        assert Index.load(own).n == n + 1
+
+
 def test_the_token_is_accepted_as_a_password_on_these_routes_only(own: Path) -> None:
-    names = Index.load(own).class_names
-    sent = {"schema": config(names)}
+    sent, plain = {"schema": config(Index.load(own).class_names)}, base64.b64encode(TOKEN.encode()).decode()
     with client(own) as asking:
-        assert asking.post(f"{PATH}/setup", json=sent).status_code == 200
+
+        def status(**more: Any) -> int:
+            return asking.post(f"{PATH}/setup", json=sent, **more).status_code
+
+        assert status() == 200
         assert asking.delete("/v1/indexes/own/keys?key_id=0").status_code == 401
-        for header in ({"sec-fetch-site": "same-origin"}, {"sec-fetch-site": "cross-site"}):  # browsers send it unasked
-            assert asking.post(f"{PATH}/setup", json=sent, headers=header).status_code == 401
-        assert asking.post(f"{PATH}/setup", json=sent, auth=("label-studio", "wrong")).status_code == 401
-        for text in ("Basic !", "Basic", f"Basic {TOKEN}", f"Basic {base64.b64encode(TOKEN.encode()).decode()}"):
-            asking.auth = None
-            assert asking.post(f"{PATH}/setup", json=sent, headers={"authorization": text}).status_code == 401
-        asking.headers["authorization"] = f"Bearer {TOKEN}"
-        for what, body in (("setup", sent), ("predict", {"tasks": [], "label_config": config(names)})):
-            assert asking.post(f"{PATH}/{what}", json=body).status_code == 200
-            assert asking.post(f"{PATH}/{what}", json=body, headers={"authorization": ""}).status_code == 401
-        assert asking.post("/label-studio/other/setup", json=sent).status_code == 404
-    for more, statuses in (({"token": None}, (200, 403)), ({"token": None, "private": TOKEN}, (200, 403))):
-        with client(own, **more) as asking:
-            webhook = asking.post(f"{PATH}/webhook", json=deleted())
-            assert (asking.get(f"{PATH}/health").status_code, webhook.status_code) == statuses
+        assert status(headers={"sec-fetch-site": "same-origin"}) == 401  # browsers repeat passwords unasked
+        assert status(auth=("label-studio", "wrong")) == 401
+        asking.auth = None
+        for text in ("", "Basic !", "Basic", f"Basic {TOKEN}", f"Basic {plain}"):
+            assert [asking.post(f"{PATH}/{what}", json={}, headers={"authorization": text}).status_code
+                    for what in ("setup", "predict", "webhook")] == [401] * 3  # fmt: skip
+        assert status(headers={"authorization": f"Bearer {TOKEN}"}) == 200
+    with client(own, token=None) as asking:
+        assert asking.get(f"{PATH}/health").status_code == 200
+        assert asking.post(f"{PATH}/webhook", json=deleted()).status_code == 403
 
 
 @pytest.mark.parametrize(
@@ -241,33 +248,29 @@ def studio(uploads: dict[str, bytes]) -> Iterator[tuple[str, list[tuple[str, str
     asked: list[tuple[str, str]] = []
 
     class Handler(BaseHTTPRequestHandler):
+        def answer(self, status: int, data: bytes) -> None:
+            self.send_response(status)
+            self.send_header("location", next(iter(uploads)))
+            self.end_headers()
+            self.wfile.write(data)
+
         def do_GET(self) -> None:
             asked.append((self.path, self.headers["authorization"]))
-            allowed = self.headers["authorization"] in ("Bearer short", "Token legacy")
-            data = uploads.get(self.path) if allowed else None
-            redirected = self.path.endswith("moved.jpg")
-            self.send_response(307 if redirected else 404 if data is None else 200)
-            if redirected:
-                self.send_header("location", next(iter(uploads)))
-            self.end_headers()
-            self.wfile.write(data or b"")
+            found = (
+                uploads.get(self.path) if self.headers["authorization"] in ("Bearer short", "Token legacy") else None
+            )
+            self.answer(307 if "moved" in self.path else 404 if found is None else 200, found or b"")
 
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            asked.append((self.path, body["refresh"]))
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(json.dumps({"access": "short"} if body["refresh"] == "a.b.c" else {}).encode())
+            key = json.loads(self.rfile.read(int(self.headers["content-length"])))["refresh"]
+            self.answer(200, json.dumps({"access": "short"} if key == "a.b.c" else {}).encode())
 
         def log_message(self, *_: object) -> None: ...
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}", asked
-    finally:
         server.shutdown()
-        server.server_close()
 
 
 def test_only_uploads_of_the_configured_label_studio_are_fetched(
@@ -277,33 +280,30 @@ def test_only_uploads_of_the_configured_label_studio_are_fetched(
         monkeypatch.setenv("LABEL_STUDIO_URL", url)
         monkeypatch.setenv("LABEL_STUDIO_API_KEY", key)
 
-    names, data = [name for _, name in photos], photos[0][0].read_bytes()
-    uploads = {"/sub/data/upload/1/a.jpg": data, "/sub/data/upload/1/big.jpg": bytes(33 << 20), "/sub/api/a.jpg": data}
-    with studio(uploads) as (url, asked), studio({"/data/upload/1/a.jpg": data}) as (other, elsewhere):
-        good = ["/sub/data/upload/1/a.jpg", f"{url}/sub/data/upload/1/a.jpg"]
-        bad = [f"{other}/data/upload/1/a.jpg", "/sub/data/upload/1/moved.jpg", "/sub/data/upload/1/big.jpg"]
-        bad += ["/sub/data/../api/a.jpg", "/sub/api/a.jpg", f"//{other.removeprefix('http://')}/data/upload/1/a.jpg"]
-        bad += [
-            "http://[",
-            f"{url}@{other.removeprefix('http://')}/data/upload/1/a.jpg",
-            "s3://bucket/a.jpg",
-            "file:///a",
-        ]
-        tasks = [{"data": {"photo": address}} for address in [*good, *bad]]
-        for key, expected in (("a.b.c", "Bearer short"), ("legacy", "Token legacy")):
-            environment(url=f"{url}/sub", key=key)
+    data, interface = photos[0][0].read_bytes(), config([name for _, name in photos])
+    uploads = {"/sub/data/upload/a.jpg": data, "/sub/data/upload/big.jpg": bytes(33 << 20), "/sub/api/a.jpg": data}
+    with studio(uploads) as (url, asked), studio({"/sub/data/upload/a.jpg": data}) as (other, elsewhere):
+        good, host = ["/sub/data/upload/a.jpg", f"{url}/sub/data/upload/a.jpg"], other.removeprefix("http://")
+        bad = ["/sub/data/upload/moved.jpg", "/sub/data/upload/big.jpg", "/sub/data/../api/a.jpg", "/sub/api/a.jpg"]
+        bad += [f"{at}/sub/data/upload/a.jpg" for at in (other, f"//{host}", f"{url}@{host}")]
+        bad += ["http://[", "s3://bucket/data/upload/a.jpg", "file:///sub/data/upload/a.jpg"]
+        sent = {"tasks": [{"data": {"photo": one}} for one in [*good, *bad]], "label_config": interface}
+        for key, used in (
+            ("a.b.c", "Bearer short"),
+            ("legacy", "Token legacy"),
+            ("x.y.z", None),
+            ("wrong", "Token wrong"),
+        ):
+            environment(f"{url}/sub", key)
             with client(things) as asking:
-                sent = {"tasks": tasks, "label_config": config(names)}
-                found = asking.post("/predict", json=sent).json()
-            assert [bool(one["result"]) for one in found["results"]] == [True] * len(good) + [False] * len(bad)
-            assert {sent for path, sent in asked if path.startswith("/sub/data/")} == {expected}
-            assert not elsewhere
+                found = asking.post("/predict", json=sent).json()["results"]
+            right = [used in ("Bearer short", "Token legacy")] * len(good)
+            assert [bool(one["result"]) for one in found] == right + [False] * len(bad)
+            assert {(path.startswith("/sub/data/"), header) for path, header in asked} == (
+                {(True, used)} if used else set()
+            )
             asked.clear()
-        assert not [path for path, _ in asked if "/sub/api/a" in path]
-        for key in ("wrong.a.b", "wrong"):  # the one cannot be exchanged, the other is refused
-            environment(url=f"{url}/sub", key=key)
-            with client(things) as asking:
-                assert asking.post("/predict", json=sent).json()["results"][0]["result"] == []
+        assert not elsewhere
     for address, key in (("ftp://a", "k"), ("nowhere", "k"), ("http://a:b", "k"), ("http://a", ""), ("", "k")):
         environment(address, key)
         with pytest.raises(UsageError, match="LABEL_STUDIO_URL"):
@@ -313,51 +313,60 @@ def test_only_uploads_of_the_configured_label_studio_are_fetched(
 def test_photoprism_gets_the_labels_of_photos_that_match(own: Path, photos: list[tuple[Path, str]]) -> None:
     """The request and the answer are those of PhotoPrism's ``ApiRequest`` and ``ApiResponse``."""
     fit_index(own)
-    path, name = photos[0]
+    (path, name), unlike = photos[0], data_url(noise())
+    photo = path.read_bytes()
 
-    def body(*images: str) -> dict[str, object]:
-        more = {"model": "own:latest", "version": "latest", "suffix": "", "stream": False}
-        return {"id": "b0db2187-7a09-438c-8649-a9c6c0f0a8dc", "images": images} | more
+    def ask(asking: TestClient, *images: str, **more: Any) -> httpx.Response:
+        body = {"id": "b0db2187", "model": "own", "version": "latest", "suffix": "", "stream": False, "images": images}
+        return asking.post("/api/v1/vision/labels", json=body, auth=None, **more)
 
     with client(own) as asking:
-        asking.auth = None
-        truth = asking.post("/v1/classify?top=1", files={"images": path.read_bytes()}).json()["results"][0]
-        found = asking.post("/api/v1/vision/labels", json=body(data_url(path.read_bytes()), data_url(noise()))).json()
+        [truth] = asking.post("/v1/classify?top=1", files={"images": photo}).json()["results"]
         p = pytest.approx(truth["probability"], abs=1e-4)
-        version = str(Index.load(own).manifest.version)
-        assert found == {
-            "id": "b0db2187-7a09-438c-8649-a9c6c0f0a8dc",
-            "code": 200,
-            "model": {"type": "labels", "name": "own", "version": version},
+        assert ask(asking, data_url(photo), unlike).json() == {
+            "id": "b0db2187", "code": 200,
+            "model": {"type": "labels", "name": "own", "version": str(Index.load(own).manifest.version)},
             "result": {"labels": [{"name": name, "source": "image", "confidence": p, "topicality": p}]},
-        }
-        nothing = asking.post("/api/v1/vision/labels?index=own", json=body(data_url(noise()))).json()
-        assert nothing["result"] == {"labels": []}
-        for images in ((), ("http://127.0.0.1/a.jpg",), ("/etc/passwd",), (data_url(b""),), (data_url(noise()),) * 65):
-            assert asking.post("/api/v1/vision/labels", json=body(*images)).status_code == 422
-        config_of = config(Index.load(own).class_names)
-        sent = {"tasks": [{"id": 1, "data": {"photo": data_url(noise())}}], "label_config": config_of}
-        answer = asking.post(f"{PATH}/predict", json=sent, auth=("", TOKEN)).json()
+        }  # fmt: skip
+        assert ask(asking, unlike, params={"index": "own"}).json()["result"] == {"labels": []}
+        for images in ((), ("http://127.0.0.1/a.jpg",), ("/etc/passwd",), (data_url(b""),), (unlike,) * 65):
+            assert ask(asking, *images).status_code == 422
+        sent = {"tasks": [{"id": 1, "data": {"photo": unlike}}], "label_config": config(Index.load(own).class_names)}
+        answer = asking.post(f"{PATH}/predict", json=sent).json()
         assert (answer["results"][0]["result"], answer["skipped"]) == ([], [])
     with client(own, private=TOKEN) as asking:
-        statuses = [
-            asking.post("/api/v1/vision/labels", json=body(data_url(noise())), **more).status_code
-            for more in ({}, {"auth": None, "headers": {"authorization": f"Bearer {TOKEN}"}})
-        ]
-        assert statuses == [401, 200]
+        assert ask(asking, unlike).status_code == 401
+        assert ask(asking, unlike, headers={"authorization": f"Bearer {TOKEN}"}).status_code == 200
 
 
 def test_any_json_is_answered_or_refused(things: Path) -> None:
-    scalars = st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.floats(allow_nan=False)
-    keys = st.sampled_from(["id", "data", "photo", "result", "value", "choices", "from_name", "annotations", "x"])
-    anything = st.recursive(
-        scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3)
+    scalars = (
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.sampled_from(["\ud800", 2**64])
+        | st.text(max_size=5)
+        | st.floats()
     )
-    fields = ["tasks", "schema", "label_config", "action", "project", "task", "annotation", "annotations", "images"]
-    valid = {
-        "label_config": st.just(config(["a"])), "schema": st.just(config(["a"])),
-        "action": st.sampled_from(["ANNOTATION_CREATED", "ANNOTATIONS_DELETED"]),
-        "project": st.just({"id": 3, "label_config": config(["a"])}), "task": st.just({"id": 17}),
+    keys = st.sampled_from(["id", "data", "photo", "result", "value", "choices", "from_name", "annotations", "x"])
+    anything = st.recursive(scalars, lambda part: st.lists(part, max_size=3) | st.dictionaries(keys, part, max_size=3))
+    fields = [
+        "id",
+        "tasks",
+        "schema",
+        "label_config",
+        "action",
+        "project",
+        "task",
+        "annotation",
+        "annotations",
+        "images",
+    ]
+    valid = {name: st.just(config(["a"])) for name in ("schema", "label_config")} | {
+        "action": st.sampled_from(["ANNOTATION_CREATED", "ANNOTATIONS_DELETED"]), "task": st.just({"id": 17}),
+        "tasks": st.lists(st.fixed_dictionaries({}, optional={"id": anything, "data": anything}), max_size=2),
+        "images": st.just([data_url(noise())]),
+        "project": st.just({"id": 3, "label_config": config(["a"])}),
     }  # fmt: skip
     bodies = st.fixed_dictionaries({}, optional={name: valid.get(name, anything) | anything for name in fields})
 
@@ -366,7 +375,8 @@ def test_any_json_is_answered_or_refused(things: Path) -> None:
         @given(path=st.sampled_from(["setup", "predict", "webhook", "api/v1/vision/labels"]), body=bodies)
         @settings(max_examples=examples(400), deadline=None)
         def ask(path: str, body: dict[str, object]) -> None:
-            assert asking.post(f"/{path}", json=body).status_code in (200, 422)
+            answer = asking.post(f"/{path}", content=json.dumps(body), headers={"content-type": "application/json"})
+            assert answer.status_code in (200, 422)
 
         ask()
 
@@ -378,25 +388,15 @@ def real_studio(data: Path, root: Path) -> Iterator[httpx.Client]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    user = {"email": "a@example.org", "password": "secret123"}
-    command = [
-        program,
-        "start",
-        "--no-browser",
-        "--port",
-        port,
-        "--username",
-        user["email"],
-        "--password",
-        user["password"],
-    ]
-    local = {"LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED": "true", "LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT": str(root)}
-    here = {"ML_BLOCK_LOCAL_IP": "false", "SSRF_PROTECTION_ENABLED": "false", "LATEST_VERSION_CHECK": "0"}
-    more = {"LABEL_STUDIO_BASE_DATA_DIR": str(data), "SENTRY_DSN": "", "COLLECT_ANALYTICS": "false"}
+    name, word = "a@example.org", "secret123"
+    command = [program, "start", "--no-browser", "--port", str(port), "--username", name, "--password", word]
+    settings = {
+        "LABEL_STUDIO_BASE_DATA_DIR": str(data), "LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED": "true",
+        "LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT": str(root), "ML_BLOCK_LOCAL_IP": "false",
+        "SSRF_PROTECTION_ENABLED": "false", "LATEST_VERSION_CHECK": "0", "COLLECT_ANALYTICS": "false", "SENTRY_DSN": "",
+    }  # fmt: skip
     with (data / "log").open("w") as log:
-        process = subprocess.Popen(
-            list(map(str, command)), env=os.environ | local | here | more, stdout=log, stderr=log
-        )
+        process = subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=log)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120, follow_redirects=True) as asking:
             for _ in range(240):
@@ -406,7 +406,7 @@ def real_studio(data: Path, root: Path) -> Iterator[httpx.Client]:
                 assert process.poll() is None, (data / "log").read_text()
                 time.sleep(0.5)
             asking.headers["referer"] = str(asking.base_url)
-            for path, form in (("/user/login/", user), ("/api/token/", {})):
+            for path, form in (("/user/login/", {"email": name, "password": word}), ("/api/token/", {})):
                 asking.get("/user/login/")
                 asking.headers["x-csrftoken"] = asking.cookies["csrftoken"]
                 answer = asking.post(path, data=form)
@@ -438,10 +438,8 @@ def test_a_real_label_studio_gets_predictions_that_follow_annotations(
 
         def predicted(task: int) -> tuple[str, str]:
             """Ask for predictions of all tasks, and return the newest one of a task."""
-            post(
-                f"dm/actions?id=retrieve_tasks_predictions&project={project}",
-                selectedItems={"all": True, "excluded": []},
-            )
+            every = {"all": True, "excluded": []}
+            post(f"dm/actions?id=retrieve_tasks_predictions&project={project}", selectedItems=every)
             newest = max(asking.get(f"/api/predictions?task={task}").json(), key=lambda one: one["id"])
             return newest["result"][0]["value"]["choices"][0], newest["model_version"]
 

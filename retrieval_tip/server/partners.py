@@ -15,7 +15,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
 from retrieval_tip.data.exchange import choices_of
-from retrieval_tip.errors import InputError, counted, few, show
+from retrieval_tip.errors import InputError, counted, few, show, warn_once
 from retrieval_tip.index import changes
 from retrieval_tip.server import shots
 from retrieval_tip.server.access import CHANGES, READS, TheService, accept_basic, lift_deadline
@@ -86,8 +86,8 @@ async def setup(request: Request, service: TheService, sent: Json) -> Response:
     backbone_of(one.now)
     missing = [name for name in one.now.index.class_names if name not in interface.choices]
     if missing:
-        number = counted(len(missing), "class", "is", "are")
-        log.warning("%s: %s not among the choices in Label Studio: %s", one.name, number, few(list(map(show, missing))))
+        number, names = counted(len(missing), "class", "is", "are"), few(list(map(show, missing)))
+        warn_once(f"{one.name}: {number} not among the choices in Label Studio: {names}")
     return json_of({"model_version": _version_of(one), "classes_without_choice": missing})
 
 
@@ -103,26 +103,26 @@ async def predict(request: Request, service: TheService, sent: Json) -> Response
         raise InputError("tasks: must be a list of objects")
     version, name, photos, client = one.now, _version_of(one), request.app.state.photos, client_of(request)
 
-    async def prediction(task: Json) -> Json:
-        result: list[Json] = []
-        score = 0.0
+    async def prediction(task: Json) -> tuple[Json, str]:
+        found: Json = {"result": [], "score": 0.0, "model_version": name}
         try:
             photo = Sent(["its photo"], [], [await photos.read(_address(task, interface))], client=client)
             best: Json = (await service.classify(version, BEST, photo, features=False)).results[0]
-            if not best.get("unlike") and best["label"] in interface.choices:
-                names = {"from_name": interface.from_name, "to_name": interface.to_name, "type": "choices"}
-                result, score = [names | {"value": {"choices": [best["label"]]}}], best["probability"]
         except (InputError, Problem) as error:
-            skipped.append({"input": f"task {task.get('id')}", "reason": _reason(error)})
-        return {"result": result, "score": score, "model_version": name}
+            return found, _reason(error)
+        if not best.get("unlike") and best["label"] in interface.choices:
+            names = {"from_name": interface.from_name, "to_name": interface.to_name, "type": "choices"}
+            found |= {"result": [names | {"value": {"choices": [best["label"]]}}], "score": best["probability"]}
+        return found, ""
 
-    results: list[Json] = []
-    skipped: list[dict[str, str]] = []
+    made: list[tuple[Json, str]] = []
     for start in range(0, len(tasks), AT_ONCE):
-        results += await asyncio.gather(*map(prediction, tasks[start : start + AT_ONCE]))
+        made += await asyncio.gather(*map(prediction, tasks[start : start + AT_ONCE]))
+    pairs = zip(tasks, made, strict=True)
+    skipped = [{"input": show(f"task {task.get('id')}"), "reason": reason} for task, (_, reason) in pairs if reason]
     if skipped:
         log.warning("%s: %s without a prediction: %s", one.name, counted(len(skipped), "task"), skipped[0]["reason"])
-    return json_of({"results": results, "skipped": skipped})
+    return json_of({"results": [found for found, _ in made], "skipped": skipped})
 
 
 @label_studio.post("/webhook", dependencies=[*CHANGES, Depends(lift_deadline)])
@@ -230,4 +230,4 @@ async def labels(request: Request, service: TheService, sent: Json, index: str |
             best[found["label"]] = max(best.get(found["label"], 0.0), found["probability"])
     made = [{"name": name, "source": "image", "confidence": p, "topicality": p} for name, p in best.items()]
     model = {"type": "labels", "name": version.name, "version": str(version.manifest.version)}
-    return json_of({"id": sent.get("id"), "code": 200, "model": model, "result": {"labels": made}})
+    return json_of({"id": show(str(sent.get("id", ""))), "code": 200, "model": model, "result": {"labels": made}})
