@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-import httpx
+import httpx2
 
 from retrieval_tip.data.exchange import LOCAL, below_document_root
 from retrieval_tip.errors import InputError, UsageError, show
@@ -28,9 +28,9 @@ class Photos:
         """Raises UsageError if the environment variables do not contain the address of a web server and a key."""
         self._root, self._most, self._key = root, most, environment.get("LABEL_STUDIO_API_KEY", "")
         try:
-            self._url = httpx.URL(environment.get("LABEL_STUDIO_URL", "").rstrip("/") + "/")
-        except httpx.InvalidURL:
-            self._url = httpx.URL("invalid:")
+            self._url = httpx2.URL(environment.get("LABEL_STUDIO_URL", "").rstrip("/") + "/")
+        except httpx2.InvalidURL:
+            self._url = httpx2.URL("invalid:")
         usable = self._key and self._url.scheme in ("http", "https") and self._url.host
         if not usable and (self._key or self._url != "/"):
             raise UsageError(
@@ -51,7 +51,7 @@ class Photos:
             raise InputError("needs serve --root FOLDER (a local file), or LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY")
         except InputError as error:
             raise InputError(f"{show(address[:80])}: {error}") from None
-        except (httpx.HTTPError, httpx.InvalidURL, LookupError, TimeoutError, TypeError, ValueError) as error:
+        except (httpx2.HTTPError, httpx2.InvalidURL, LookupError, TimeoutError, TypeError, ValueError) as error:
             raise InputError(f"{show(address[:80])}: cannot be fetched ({type(error).__name__})") from None
 
     async def _fetch(self, address: str) -> bytes:
@@ -59,7 +59,7 @@ class Photos:
         if url.copy_with(raw_path=own.raw_path) != own or not url.path.startswith(f"{own.path}data/"):
             raise InputError("is not an upload of LABEL_STUDIO_URL (/data/...), and nothing else is fetched")
         # Redirects are not followed, and neither a proxy nor a password of this machine is used.
-        async with asyncio.timeout(SECONDS), httpx.AsyncClient(trust_env=False, timeout=SECONDS) as client:
+        async with asyncio.timeout(SECONDS), httpx2.AsyncClient(trust_env=False, timeout=SECONDS) as client:
             permission = f"Token {self._key}"
             if self._key.count(".") == 2:  # a personal access token, which is exchanged for one that expires
                 exchanged = await client.post(own.join("api/token/refresh/"), json={"refresh": self._key})
