@@ -135,6 +135,7 @@ def test_tasks_get_predictions_in_order(things: Path, photos: list[tuple[Path, s
                 assert one["result"] == ([choice] if known else [])
                 assert one["score"] == pytest.approx(row["probability"] if known else 0.0, abs=1e-4)
         assert asking.get("/health").json() == {"status": "UP", "model_version": version}
+        assert asking.post("/predict", json={**sent, "tasks": [{}] * 10_001}).status_code == 422
     assert "secret" not in json.dumps(whole)
 
 
@@ -195,14 +196,15 @@ def test_an_event_counts_even_if_label_studio_stops_waiting(own: Path, photos: l
         assert Index.load(own).n == n + 1
 
 
-def test_the_token_is_accepted_as_a_password_on_these_routes_only(own: Path) -> None:
+def test_the_token_is_accepted_as_a_password_on_these_routes_only(own: Path, things: Path) -> None:
     sent, plain = {"schema": config(Index.load(own).class_names)}, base64.b64encode(TOKEN.encode()).decode()
-    with client(own) as asking:
+    with client(own, things) as asking:
 
         def status(**more: Any) -> int:
             return asking.post(f"{PATH}/setup", json=sent, **more).status_code
 
         assert status() == 200
+        assert asking.get("/health").status_code == 422  # which index?
         assert asking.delete("/v1/indexes/own/keys?key_id=0").status_code == 401
         assert status(headers={"sec-fetch-site": "same-origin"}) == 401  # browsers repeat passwords unasked
         assert status(auth=("label-studio", "wrong")) == 401

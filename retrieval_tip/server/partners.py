@@ -34,10 +34,11 @@ PREDICT_SECONDS = 100.0
 """Time that Label Studio waits for predictions."""
 AT_ONCE = 4
 """Number of photos to read and classify at once."""
-LONGEST_CONFIG = 1 << 20
-"""Maximum length of a labelling interface, in characters."""
+LONGEST_CONFIG, MOST_TASKS = 1 << 20, 10_000
+"""Maximum number of characters of a labelling interface, and of tasks to predict at once."""
 NOT_LEARNT = "changes no shot; ANNOTATION_CREATED, ANNOTATION_UPDATED and ANNOTATIONS_DELETED do, with their payload"
 BEST = Ask(top=1, neighbours=0)
+"""Asks for the best class only."""
 
 label_studio = APIRouter(dependencies=[Depends(accept_basic)], include_in_schema=False)
 photoprism = APIRouter(prefix="/api/v1/vision", dependencies=READS, include_in_schema=False)
@@ -99,8 +100,8 @@ async def predict(request: Request, service: TheService, sent: Json) -> Response
     """
     request.scope[DEADLINE].reschedule(asyncio.get_running_loop().time() + PREDICT_SECONDS)
     interface, one, tasks = interface_of(sent.get("label_config")), _index(request, service), sent.get("tasks")
-    if not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
-        raise InputError("tasks: must be a list of objects")
+    if not isinstance(tasks, list) or len(tasks) > MOST_TASKS or not all(isinstance(task, dict) for task in tasks):
+        raise InputError(f"tasks: must be a list of at most {MOST_TASKS:,} objects")
     version, name, photos, client = one.now, _version_of(one), request.app.state.photos, client_of(request)
 
     async def prediction(task: Json) -> tuple[Json, str]:
