@@ -241,6 +241,12 @@ def things(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "things"
 
 
+@pytest.fixture
+def own(things: Path, tmp_path: Path) -> Path:
+    """A copy of the photo index that a test may change."""
+    return Path(shutil.copytree(things, tmp_path / "own"))
+
+
 @pytest.fixture(scope="session")
 def demo_photos() -> Path:
     """The photos and the encoder of the demo, which stay in the clone."""

@@ -49,12 +49,6 @@ def one_encoder() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def own(things: Path, tmp_path: Path) -> Path:
-    """A copy of the photo index that a test may change."""
-    return Path(shutil.copytree(things, tmp_path / "own"))
-
-
 @pytest.fixture(scope="module")
 def photos() -> list[tuple[Path, str]]:
     """A photo of each class that is not in the index, with its label."""
@@ -420,6 +414,7 @@ def real_studio(data: Path, root: Path) -> Iterator[httpx.Client]:
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1200)
 def test_a_real_label_studio_gets_predictions_that_follow_annotations(
     own: Path, photos: list[tuple[Path, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm_path: str
 ) -> None:

@@ -101,12 +101,6 @@ def truth(shared: Path) -> str:
     return caltech_photos(shared, "test", 1, 1)[0][1]
 
 
-@pytest.fixture
-def own(things: Path, tmp_path: Path) -> Path:
-    """A copy of the photo index that a test may change."""
-    return Path(shutil.copytree(things, tmp_path / "own"))
-
-
 def changed(client: Client, what: str, **body: object) -> tuple[int, dict[str, Any]]:
     """Change the index ``own``, and return the status and the body of the answer."""
     answer = client.post(f"/v1/indexes/own/{what}", json=body, headers=AUTHORISED)
