@@ -166,6 +166,12 @@ def test_annotations_become_shots_and_follow_their_changes(own: Path, photos: li
         send(event("ANNOTATION_CREATED", photo, [name], names))
         assert send(deleted(43))["key_ids"] == []
         assert len(send(deleted())["key_ids"]) == 1
+        shot = Index.load(own).labels.to_pylist()[
+            0
+        ]  # an annotation of its photo corrects it, and is not its only reason
+        known = data_url(Path(shot["source"]).read_bytes())
+        assert send(event("ANNOTATION_CREATED", known, names[-1:], names))["key_ids"] == [shot["key_id"]]
+        assert (send(deleted())["key_ids"], Index.load(own).n) == ([], n)
         for skipped in (
             event("ANNOTATION_CREATED", photo, [name], names, was_cancelled=True),
             event("ANNOTATION_CREATED", "http://127.0.0.1:1/data/upload/a.jpg", [name], names),

@@ -7,6 +7,7 @@ Studio sends to ``setup`` is neither stored nor used.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -15,6 +16,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
 from retrieval_tip.data.exchange import choices_of
+from retrieval_tip.data.reader import Reader
 from retrieval_tip.errors import InputError, counted, few, show, warn_once
 from retrieval_tip.index import changes
 from retrieval_tip.server import shots
@@ -165,24 +167,24 @@ async def _learn(
 
     Raises InputError or Problem 422 if the annotation makes no shot.
     """
-    before = await service.find(shots.annotated, one.now.index, annotation)
+    index, backbone = one.now.index, backbone_of(one.now)
     label, reason, address = (None, "", None) if event is None else _said(event)
-    wrong = [key_id for key_id, old in before.items() if old != label]
-    done: list[int] = []
-    if label is not None and len(wrong) == len(before):
-        if wrong and label in one.now.index.class_names:
-            labels = dict.fromkeys(wrong, label)
-            return (await service.changed(one, changes.relabel, one.folder, labels)).key_ids
-        sent = Sent(["its photo"], [label], [await photos.read(address)], client=client)
-        backbone = backbone_of(one.now)
-        images, _ = await service.labelled(sent, backbone)
-        added = await service.changed(one, shots.add_images, one, backbone, images, service.uploads, annotation)
-        done = added.key_ids
-    if wrong:  # the new shot comes first, so that no label is ever lost
-        done += (await service.changed(one, lambda: changes.remove(one.folder, key_ids=wrong))).key_ids
-    if reason:
-        raise InputError(reason)
-    return done
+    rows = await service.find(shots.annotated, index, annotation)
+    if label is None:
+        key_ids: list[int] = rows["key_id"].to_pylist()
+        if key_ids:
+            await service.changed(one, lambda: changes.remove(one.folder, key_ids=key_ids))
+        if reason:
+            raise InputError(reason)
+        return key_ids
+    if not len(rows):
+        data = await photos.read(address)
+        rows = await service.find(index.having, "digest", [hashlib.sha256(data).hexdigest()])
+    if len(rows):  # the index has the photo already
+        known = [changes.PhotoLabel(row["source"], row["digest"], label, "") for row in rows.to_pylist()]
+        return (await service.changed(one, changes.label, one.folder, known, Reader(backbone))).key_ids
+    images, _ = await service.labelled(Sent(["its photo"], [label], [data], client=client), backbone)
+    return (await service.changed(one, shots.add_images, one, backbone, images, service.uploads, annotation)).key_ids
 
 
 def _said(event: Json) -> tuple[str | None, str, object]:

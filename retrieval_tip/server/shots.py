@@ -56,13 +56,12 @@ def add_images(
     return added
 
 
-def annotated(index: Index, annotation: Annotation) -> dict[int, str]:
-    """Return the ids and the labels of the keys that belong to an annotation, of whichever task."""
+def annotated(index: Index, annotation: Annotation) -> pa.Table:
+    """Return the rows of the keys that belong to an annotation, of whichever task."""
     labels, (project, _, number) = index.labels, annotation
     if ANNOTATION not in labels.column_names:
-        return {}
-    rows = labels.filter(pc.match_like(labels[ANNOTATION], f"{project}/%/{number}"))
-    return dict(zip(rows["key_id"].to_pylist(), rows["label"].to_pylist(), strict=True))
+        return labels.slice(0, 0)
+    return labels.filter(pc.match_like(labels[ANNOTATION], f"{project}/%/{number}"))
 
 
 def add_features(one: Served, names: Sequence[str], labels: Sequence[str], features: FloatArray) -> changes.Added:
