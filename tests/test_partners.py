@@ -35,6 +35,8 @@ from retrieval_tip import Index
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.index.fit import fit_index
 from retrieval_tip.server import served as served_module
+from retrieval_tip.server.addresses import Photos
+from retrieval_tip.server.limits import Limits
 from retrieval_tip.server.partners import interface_of
 
 TOKEN = "open sesame"
@@ -270,7 +272,7 @@ def studio(uploads: dict[str, bytes]) -> Iterator[tuple[str, list[tuple[str, str
         def log_message(self, *_: object) -> None: ...
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}", asked
         server.shutdown()
 
@@ -278,12 +280,8 @@ def studio(uploads: dict[str, bytes]) -> Iterator[tuple[str, list[tuple[str, str
 def test_only_uploads_of_the_configured_label_studio_are_fetched(
     things: Path, photos: list[tuple[Path, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def environment(url: str, key: str) -> None:
-        monkeypatch.setenv("LABEL_STUDIO_URL", url)
-        monkeypatch.setenv("LABEL_STUDIO_API_KEY", key)
-
     data, interface = photos[0][0].read_bytes(), config([name for _, name in photos])
-    uploads = {"/sub/data/upload/a.jpg": data, "/sub/data/upload/big.jpg": bytes(33 << 20), "/sub/api/a.jpg": data}
+    uploads = {"/sub/data/upload/a.jpg": data, "/sub/data/upload/big.jpg": bytes(2 << 20), "/sub/api/a.jpg": data}
     with studio(uploads) as (url, asked), studio({"/sub/data/upload/a.jpg": data}) as (other, elsewhere):
         good, host = ["/sub/data/upload/a.jpg", f"{url}/sub/data/upload/a.jpg"], other.removeprefix("http://")
         bad = ["/sub/data/upload/moved.jpg", "/sub/data/upload/big.jpg", "/sub/data/../api/a.jpg", "/sub/api/a.jpg"]
@@ -296,8 +294,9 @@ def test_only_uploads_of_the_configured_label_studio_are_fetched(
             ("x.y.z", None),
             ("wrong", "Token wrong"),
         ):
-            environment(f"{url}/sub", key)
-            with client(things) as asking:
+            monkeypatch.setenv("LABEL_STUDIO_URL", f"{url}/sub")
+            monkeypatch.setenv("LABEL_STUDIO_API_KEY", key)
+            with client(things, limits=Limits(bytes=1 << 20)) as asking:
                 found = asking.post("/predict", json=sent).json()["results"]
             right = [used in ("Bearer short", "Token legacy")] * len(good)
             assert [bool(one["result"]) for one in found] == right + [False] * len(bad)
@@ -307,9 +306,8 @@ def test_only_uploads_of_the_configured_label_studio_are_fetched(
             asked.clear()
         assert not elsewhere
     for address, key in (("ftp://a", "k"), ("nowhere", "k"), ("http://a:b", "k"), ("http://a", ""), ("", "k")):
-        environment(address, key)
         with pytest.raises(UsageError, match="LABEL_STUDIO_URL"):
-            client(things)
+            Photos(None, 1, {"LABEL_STUDIO_URL": address, "LABEL_STUDIO_API_KEY": key})
 
 
 def test_photoprism_gets_the_labels_of_photos_that_match(own: Path, photos: list[tuple[Path, str]]) -> None:
