@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 import shutil
 import signal
 import socket
@@ -472,6 +473,15 @@ def test_a_session_is_finished_with_copies_links_moved_photos_or_the_labelled_on
         fixed, _ = sort("fixed", labelled=True)
         expected = {(moved[one["name"]], Path(one["name"]).name) for one in labelled}
         assert {(path.parent.name, path.name) for path in fixed} == expected
+        _, answer = sort("none", action="xmp", labelled=True)
+        assert answer["summary"].startswith("changed the keywords of 6 photos")
+        expected = {f"{Path(one['name']).name}.xmp": moved[one["name"]] for one in labelled}
+        assert {
+            path.name: re.findall("<rdf:li>(.*)</rdf:li>", path.read_text())[0] for path in folder.glob("*.xmp")
+        } == expected
+        assert answer["undo"] == f"retrieval-tip classify {place} {folder} --xmp --undo"
+        _, answer = sort("none", action="xmp", undo=True)
+        assert (answer["summary"], [*folder.glob("*.xmp")]) == ("restored the keywords of 6 photos", [])
         links, _ = sort("links", action="link")
         assert len(links) == 25
         assert all(path.is_symlink() for path in links)

@@ -1587,6 +1587,15 @@ def test_sixty_photos_are_labelled_by_keyboard_in_two_sessions(
         page.click("#finish-undo")
         expect(page.locator("#finish-said")).to_contain_text("undid the sorting of 90 photos")
         assert not [*(tmp_path / "sorted").glob("*/*.jpg")]
+        page.check("#finish-xmp")
+        expect(page.locator("#finish-into")).to_be_hidden()
+        page.locator("#finish").get_by_role("button", name="Finish").click()
+        expect(page.locator("#finish-said")).to_contain_text("changed the keywords of")
+        assert len([*Path(pool[""]).glob("*.jpg.xmp")]) > 60
+        page.click("#finish-undo")
+        expect(page.locator("#finish-said")).to_contain_text("restored the keywords of")
+        assert not [*Path(pool[""]).glob("*.xmp")]
+        page.locator("#finish [value=copy]").check()
         page.locator("#finish").get_by_role("button", name="Finish").click()
         expect(page.locator("#finish-said")).to_contain_text("copied 90 photos")
         with page.expect_download() as packed:

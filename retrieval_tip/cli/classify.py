@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -266,6 +266,64 @@ class TrapOptions:
         return replace(rows, categories=categories, exif=rows.exif or package, ask=ask)
 
 
+@dataclass(frozen=True)
+class SidecarOptions:
+    """What to do with the XMP sidecars of the photos. ``keywords`` holds the keywords of each photo.
+
+    Options:
+        xmp: Also write the label of each photo as a keyword into its XMP sidecar.
+        uncertain: Keyword for photos without a label or a match, for --xmp. [default: none]
+        undo: With --xmp, only restore the sidecars as they were before.
+    """
+
+    xmp: bool = flag(**options.OUTPUTS)
+    uncertain: str | None = option(metavar="KEYWORD", **options.OUTPUTS)
+    undo: bool = flag(**options.OUTPUTS)
+    keywords: dict[str, list[str]] = field(default_factory=dict)
+
+    def check(self, engine: EngineOptions) -> None:
+        """Raise UsageError if options exclude each other."""
+        if not self.xmp and (self.undo or self.uncertain is not None):
+            raise UsageError(f"--{'undo' if self.undo else 'uncertain'}: only applies to --xmp; add --xmp")
+        if self.xmp and engine.is_ray:
+            raise UsageError("--xmp: --engine ray cannot write sidecars; leave one of them out")
+
+    def restore(self, inputs: Sequence[str]) -> None:
+        """Restore the sidecars."""
+        from retrieval_tip.labelling.sidecars import undo_sidecars
+
+        undone = undo_sidecars(path for source in inputs_of(inputs) for path in source.paths or ())
+        click.echo(str(undone).capitalize())
+        finish(undone.skipped, "restored")
+
+    def noted(self, tables: Iterable[pa.Table], sources: Sequence[Source], cut: Cut) -> Iterator[pa.Table]:
+        """Note the keywords of photos while passing tables on. A photo has those of all of its boxes."""
+        from retrieval_tip.labelling.labels import NONE
+        from retrieval_tip.labelling.sort import check_files
+
+        check_files(sources, "--xmp", "they have no sidecars")
+        photos = {show(path): path for source in sources for path in source.paths or ()}
+        photos |= {show(name): path for name, (path, _) in cut.boxes.items()} | {show(path): path for path in cut.empty}
+        for table in tables:
+            names = {"input", "label", "probability", "unlike"}.intersection(table.column_names)
+            for row in table.select([*names]).to_pylist():
+                own = self.keywords.setdefault(photos[row["input"]], [])
+                unlabelled = row["label"] in (None, NONE) or row.get("unlike")
+                keyword = self.uncertain if unlabelled else row["label"]
+                if keyword and row["probability"] is not None and keyword not in own:
+                    own.append(keyword)
+            yield table
+
+    def write(self) -> list[Skipped]:
+        """Write the keywords, and return the sidecars that were skipped."""
+        from retrieval_tip.data.xmp import Keywords
+        from retrieval_tip.labelling.sidecars import write_sidecars
+
+        written = write_sidecars({path: Keywords(own) for path, own in self.keywords.items()})
+        say(f"{str(written).capitalize()}; --undo restores them")
+        return written.skipped
+
+
 _ASK = {
     "top": option(kinds.count(), default=1, help="Number of classes to report.", **options.ANSWERS),
     "neighbours": option(kinds.count(), default=5, help="Number of shots that --explain shows.", **options.ANSWERS),
@@ -289,6 +347,7 @@ def classify(
     engine: EngineOptions = options.ENGINE,
     printing: OutputOptions = grouped(OutputOptions, _PRINTING),
     trap: TrapOptions = grouped(TrapOptions),
+    sidecars: SidecarOptions = grouped(SidecarOptions),
     encoding: EncodingOptions = options.ENCODING,
 ) -> None:
     """Classify images or features with an index.
@@ -297,7 +356,8 @@ def classify(
     the index is fitted, the column unlike is true for an image that resembles no shot. With --abstain, an uncertain
     answer has a probability but no label: the label is null, or - in a table. With --engine ray, --output is a folder
     of Parquet parts. The formats coco, fiftyone, label-studio and megadetector are JSON files for other programs. The
-    format camtrap-dp is a folder of tables.
+    format camtrap-dp is a folder of tables. With --xmp, the sidecar of photo.jpg is photo.jpg.xmp, or an existing
+    photo.xmp.
     """
     from retrieval_tip import __version__
     from retrieval_tip.cli.output import prediction_details, rounded, write_document, write_folder, write_tables
@@ -305,6 +365,10 @@ def classify(
     from retrieval_tip.data.boxes import Cut, cut_boxes
     from retrieval_tip.data.exchange import FORMATS
 
+    sidecars.check(engine)
+    if sidecars.undo:
+        sidecars.restore(inputs)
+        return
     rows = trap.rows(replace(rows, ask=ask), printing)
     deployments = camera_traps.read_deployments(trap.deployments, trap.timezone) if trap.deployments else {}
     loaded = index_with(folder, encoding, opening, ask)
@@ -321,6 +385,7 @@ def classify(
             camera_traps.clear(cut.document, show(rows.boxes), overwrite=trap.overwrite)
     with reader_for(loaded, sources, encoding) as reader:
         tables = counts.count(rows.tables(loaded, sources, reader, cut))
+        tables = sidecars.noted(tables, sources, cut) if sidecars.xmp else tables
         answers = chain.from_iterable(table.to_pylist() for table in tables)
         by = f"{Path(loaded.place or '').name}@{loaded.version} (retrieval-tip {__version__})"
         if printing.style in DOCUMENTS:
@@ -340,6 +405,8 @@ def classify(
         empty = f", {len(cut.empty):,} empty" if rows.boxes is not None else ""
         answered_inputs = counted(counts.total - len(cut.empty) - len(cut.others), "input")
         note(f"{show(printing.output)}: classified {answered_inputs}{no_match}{empty}")
+    if sidecars.xmp:
+        finish([*reader.skipped, *sidecars.write()], "read or changed")
     finish(reader.skipped)
 
 

@@ -85,8 +85,8 @@ def command_line(*words: object) -> str:
     return shlex.join(["retrieval-tip", *map(str, words)])
 
 
-def finish(skipped: Sequence[Skipped]) -> None:
+def finish(skipped: Sequence[Skipped], done: str = "read") -> None:
     """If any inputs were skipped, print how many, and exit with the status ``SOME_SKIPPED``."""
     if skipped:
-        say(f"{counted(len(skipped), 'input')} could not be read")
+        say(f"{counted(len(skipped), 'input')} could not be {done}")
         click.get_current_context().exit(SOME_SKIPPED)

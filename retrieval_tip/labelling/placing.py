@@ -18,9 +18,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import astuple, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -255,20 +256,25 @@ def fill(item: str, target: Path, digest: str, *, move: bool) -> bool:
         data = read_item(item)
         if hashlib.sha256(data).hexdigest() != digest:
             raise InputError("has changed since it was classified; run the command again")
-        with files.temporary(target.with_name(SCRATCH), clean=False) as new:  # on the disk of the target
-            with new.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            with suppress(OSError):
-                shutil.copystat(item, new)
-            new.replace(target)
+        write(data, target, partial(shutil.copystat, item))
         files.sync(target.parent)
     except BaseException:
         if digest_at(target) == EMPTY != digest:
             target.unlink()
         raise
     return False
+
+
+def write(data: bytes, target: Path, copy_attributes: Callable[[Path], object]) -> None:
+    """Create or replace a file, which is on the disk before it gets its name."""
+    with files.temporary(target.with_name(SCRATCH), clean=False) as new:  # on the disk of the target
+        with new.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(OSError):
+            copy_attributes(new)
+        new.replace(target)
 
 
 def is_link_to(path: Path, item: str) -> bool:

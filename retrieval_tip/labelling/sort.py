@@ -19,7 +19,7 @@ import pyarrow as pa
 from retrieval_tip.data import images, remote, tars
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source, read_item
-from retrieval_tip.errors import InputError, Skipped, UsageError, counted, few, show
+from retrieval_tip.errors import InputError, Skipped, UsageError, counted, few, one_line, show
 from retrieval_tip.evaluation.held_out import Threshold, threshold_of
 from retrieval_tip.files import locked_folder, make_folders, real
 from retrieval_tip.index.items import ItemColumns
@@ -96,15 +96,13 @@ def sort_photos(
     check_choice("action", action, Action)
     if at_most_wrong is not None and (min_probability is not None or not 0 <= at_most_wrong < 1):
         raise UsageError(f"at_most_wrong {at_most_wrong}: give a share from 0 to 1, and no min_probability")
-    for source in sources:
-        elsewhere = source.table is not None or any(remote.is_remote(x) or tars.tar_of(x) for x in source.paths or ())
-        if action != "copy" and elsewhere:
-            raise UsageError(f"{action}: {source.name} has photos that are not files; copy them instead")
+    if action != "copy":
+        check_files(sources, action, "copy them instead")
     threshold = None if at_most_wrong is None else threshold_of(index.in_memory(), at_most_wrong)
     least = MORE_LIKELY_WRONG if min_probability is None else min_probability
     least = least if threshold is None else threshold.probability
     root, result = Path(folder), Sorted(_VERBS[action], threshold, skipped=reader.skipped)
-    with _locked(root, dry_run):
+    with locked(root, dry_run):
         before = placing.read_manifest(root)
         if not dry_run:
             placing.write_manifest(root, before)  # without an incomplete last row
@@ -122,8 +120,15 @@ def sort_photos(
     return result
 
 
+def check_files(sources: Sequence[Source], what: str, advice: str) -> None:
+    """Raise UsageError if some photos are not files."""
+    for source in sources:
+        if source.table is not None or any(remote.is_remote(x) or tars.tar_of(x) for x in source.paths or ()):
+            raise UsageError(f"{what}: {source.name} has photos that are not files; {advice}")
+
+
 @contextmanager
-def _locked(folder: Path, dry_run: bool) -> Iterator[None]:
+def locked(folder: Path, dry_run: bool) -> Iterator[None]:
     """Create and lock the folder, and convert an OSError into one line."""
     try:
         if dry_run:
@@ -132,7 +137,7 @@ def _locked(folder: Path, dry_run: bool) -> Iterator[None]:
         make_folders(folder)
         with locked_folder(real(folder), alone=True, wait=0) as alone:
             if not alone:
-                raise InputError(f"{show(folder)}: another process is sorting into it; wait until it is done")
+                raise InputError(f"{show(folder)}: another process is changing it; wait until it is done")
             yield
     except OSError as error:
         if isinstance(error, InputError):
@@ -221,24 +226,26 @@ def class_folder(label: str) -> str:
 
 def _placed(rows: Iterable[Placed], folder: Path, action: Action, result: Sorted) -> Iterator[Placed]:
     for row in rows:
-        try:
+        with skipping(row.input, f"cannot be {_VERBS[action]}", result.skipped):
             if row.action == action:  # otherwise, the photo is already there
                 result.done += placing.place(row, folder)
             elif not os.path.lexists(folder / row.output):
                 raise InputError("has the same name and the same bytes as a photo that was skipped")
             yield row
-        except (InputError, OSError) as error:
-            _skip(result.skipped, row.input, _reason(error, f"cannot be {_VERBS[action]}", row.input))
 
 
-def _reason(error: InputError | OSError, what: str, path: str) -> str:
-    """Return why one photo is skipped. Raise the error again if the disk is full, which concerns all photos."""
-    if isinstance(error, InputError):
-        return str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        raise error
-    where = "" if error.filename in (None, path) else f"{show(str(error.filename))}: "
-    return f"{what}: {where}{error.strerror or error}"
+@contextmanager
+def skipping(path: str | Path, what: str, skipped: list[Skipped]) -> Iterator[None]:
+    """Convert an error into a skipped file. Raise it again if the disk is full, which concerns all files."""
+    try:
+        yield
+    except InputError as error:
+        _skip(skipped, path, str(error).removeprefix(f"{one_line(str(path))}: "))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = "" if error.filename in (None, str(path)) else f"{show(str(error.filename))}: "
+        _skip(skipped, path, f"{what}: {where}{error.strerror or error}")
 
 
 def undo_sort(folder: str | os.PathLike[str], *, anywhere: bool = False, dry_run: bool = False) -> Sorted:
@@ -256,7 +263,7 @@ def undo_sort(folder: str | os.PathLike[str], *, anywhere: bool = False, dry_run
     if not (root / MANIFEST).exists():
         raise InputError(f"{show(root)}: has no {MANIFEST}; give the folder that sort has written")
     result, left, undone = Sorted("undid the sorting of"), list[Placed](), dict[str, Placed]()
-    with _locked(root, dry_run):
+    with locked(root, dry_run):
         rows = placing.read_manifest(root)
         strange = placing.touched(root, rows) - placing.sorted_folders(root)
         if strange and not anywhere:
@@ -269,12 +276,11 @@ def undo_sort(folder: str | os.PathLike[str], *, anywhere: bool = False, dry_run
             placing.remove_scratch([root, *parts, *(Path(row.input).parent for row in rows if row.action == "move")])
         for row in reversed(rows):
             target = root / row.output
-            try:
+            left.append(row)
+            with skipping(target, "cannot be restored", result.skipped):
                 if _undone(row, target, strange, dry_run):
                     undone.setdefault(row.output, row)  # in a dry run, several rows may name the same photo
-            except (InputError, OSError) as error:
-                left.append(row)
-                _skip(result.skipped, target, _reason(error, "cannot be restored", str(target)))
+                left.pop()
         result.rows, result.done = [*undone.values()], len(undone)
         if dry_run:
             return result

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from retrieval_tip.labelling.placing import Action
 from retrieval_tip.labelling.review import Guessed, guesses, unknown_groups
-from retrieval_tip.labelling.sort import sort_photos, undo_sort
+from retrieval_tip.labelling.sidecars import undo_sidecars, write_planned
+from retrieval_tip.labelling.sort import check_files, sort_photos, undo_sort
 from retrieval_tip.server import schemas
 from retrieval_tip.server.labelling import Labelling
 from retrieval_tip.server.problems import Problem
@@ -44,22 +47,32 @@ async def answers(session: Labelling) -> Row:
 
 
 async def sort(session: Labelling, change: schemas.SortInto) -> schemas.SortedPhotos:
-    """Sort photos into folders by class, or undo it.
+    """Sort photos into folders by class, or write the classes into their sidecars, or undo it.
 
     Raises Problem 404 without an index, and InputError or UsageError if the photos cannot be sorted like this.
     """
     version, reader = session.version(), replace(session.photos.reader, skipped=[])
-    folder = Path(change.into).expanduser()
-    if change.undo:
+    folder, paths, xmp = Path(change.into).expanduser(), session.photos.source.paths or (), change.action == "xmp"
+    if xmp:
+        check_files([session.photos.source], "xmp", "they have no sidecars")
+    if change.undo and xmp:
+        done = await session.service.run(session.encoding, undo_sidecars, paths)
+    elif change.undo:
         done = await session.service.run(session.encoding, undo_sort, folder)
     elif version is None or session.is_empty(version):
         raise Problem(404, "there are no labels yet; label some photos first")
     else:
         some = sorted(session.labels()) if change.labelled else range(len(session.photos))
         photos = session.photos.source.take([photo for photo in some if photo < len(session.photos)])
-        call = partial(sort_photos, action=change.action, at_most_wrong=change.at_most_wrong)
+        action: Action = "copy" if change.action == "xmp" else change.action
+        call = partial(sort_photos, action=action, at_most_wrong=change.at_most_wrong, dry_run=xmp)
         done = await session.service.run(session.encoding, call, version.index, [photos], reader, folder)
-    undo = shlex.join(["retrieval-tip", "sort", "--undo", "--into", str(folder.absolute())])
+        if xmp:
+            done = await session.service.run(session.encoding, write_planned, done)
+    words = ["sort", "--undo", "--into", str(folder.absolute())]
+    if xmp:
+        words = ["classify", str(session.place), os.path.commonpath(paths), "--xmp", "--undo"]
+    undo = shlex.join(["retrieval-tip", *words])
     skipped = [schemas.Unread(input=one.source, reason=one.reason) for one in done.skipped]
     summary = str(done) if done.threshold is None else f"{done}; {done.threshold}"
     return schemas.SortedPhotos(summary=summary, undo=undo, skipped=skipped)

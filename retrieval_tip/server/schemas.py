@@ -113,10 +113,11 @@ class SortInto(BaseModel, extra="forbid"):
     """The folder on the server's machine into which photos are sorted, and the largest share of wrong answers.
 
     ``labelled`` leaves out the photos without a label. ``undo`` restores the state before the folder was sorted into.
+    The action ``xmp`` writes the classes into sidecars instead, which ``undo`` with this action restores.
     """
 
     into: Annotated[str, Field(min_length=1, max_length=4096)]
-    action: Action = "copy"
+    action: Action | Literal["xmp"] = "copy"
     labelled: bool = False
     at_most_wrong: Annotated[float, Field(ge=0, lt=1)] | None = None
     undo: bool = False

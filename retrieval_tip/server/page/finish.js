@@ -1,14 +1,16 @@
-// The end of a labelling session: folders by class, or a list or a zip file of all answers.
+// The end of a labelling session: folders by class, keywords, or a list or a zip file of all answers.
 
 import { $ } from "./dom.js";
 import { session } from "./session.js";
 import { state } from "./state.js";
 
+let action = "copy"; // what Undo undoes
+
 async function sort(options) {
   const into = $("finish-into").value.trim();
   $("finish-said").textContent = options.undo ? "Undoing…" : "Working…";
   try {
-    const done = await state.sortPhotos({ into, ...options });
+    const done = await state.sortPhotos({ into, action, ...options });
     const skipped = done?.skipped.map(({ input, reason }) => ` ${input}: ${reason}.`) ?? [];
     $("finish-said").textContent = done ? `${done.summary}.${skipped.join("")}${options.undo ? "" : ` To undo this later, run: ${done.undo}`}` : "";
     $("finish-undo").hidden = !done || options.undo;
@@ -28,7 +30,12 @@ $("finish-form").addEventListener("submit", (event) => {
   const what = new FormData(event.target).get("finish");
   const wrong = $("finish-wrong").value;
   const labelled = what === "labelled";
-  sort({ action: labelled ? "copy" : what, labelled, at_most_wrong: wrong ? Number(wrong) / 100 : null });
+  action = labelled ? "copy" : what;
+  sort({ labelled, at_most_wrong: wrong ? Number(wrong) / 100 : null });
+});
+$("finish-form").addEventListener("change", () => {
+  const into = $("finish-into");
+  into.disabled = into.parentElement.hidden = $("finish-xmp").checked;
 });
 $("finish-undo").addEventListener("click", () => sort({ undo: true }));
 $("finish-close").addEventListener("click", () => $("finish").close());

@@ -1,0 +1,143 @@
+"""Write keywords into the XMP sidecars of photos, and undo it.
+
+Before a sidecar changes, its bytes and the digest of the new ones are written to a record in the user's cache folder.
+After a kill, each sidecar is therefore the old one or the new one, and both can be restored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from retrieval_tip.data import xmp
+from retrieval_tip.data.xmp import Keywords
+from retrieval_tip.errors import InputError
+from retrieval_tip.files import cache_folder, read_regular, real
+from retrieval_tip.labelling import placing
+from retrieval_tip.labelling.labels import NONE
+from retrieval_tip.labelling.sort import NO_MATCH, NOT_SURE, Sorted, class_folder, locked, skipping
+
+
+def write_sidecars(photos: Mapping[str, Keywords]) -> Sorted:
+    """Merge keywords into the sidecars of photos (see :func:`xmp.merged`), and return how many of them changed.
+
+    The sidecar of ``a.jpg`` is ``a.jpg.xmp``, or an existing ``a.xmp`` if no other file is called ``a``. Sidecars that
+    cannot be changed are ``skipped``. An interrupted call can be repeated.
+
+    Raises InputError if the disk is full. The sidecars are then complete, either old or new.
+    """
+    result = Sorted("changed the keywords of")
+    places = {_place(name): keywords for name, keywords in photos.items()}
+    with _records(places) as records:
+        others = (other for folder in {photo.parent for photo in places} for other in folder.iterdir())
+        called = Counter(other.with_suffix("") for other in others if other.suffix.lower() != ".xmp")
+        for photo, keywords in places.items():
+            own, short = _sidecars(photo)
+            is_shared = called[photo.with_suffix("")] > 1
+            sidecar = own if os.path.lexists(own) or is_shared or not os.path.lexists(short) else short
+            with skipping(sidecar, "cannot be changed", result.skipped):
+                old = _bytes_of(sidecar)
+                new = xmp.merged(old, keywords)
+                if new is not None and new != old:
+                    if len(new) > xmp.MOST_BYTES:
+                        raise InputError(f"would have more than {xmp.MOST_BYTES:,} bytes")
+                    _record(_record_of(sidecar, records), old, new)
+                    _replace(sidecar, old, new)
+                    result.done += 1
+    return result
+
+
+def write_planned(planned: Sorted) -> Sorted:
+    """Write the class of each photo into its sidecar, as a dry run of :func:`sort.sort_photos` has planned it.
+
+    Photos without a match, and those that are not sure, get no keyword.
+    """
+    without = (NO_MATCH, NOT_SURE, class_folder(NONE))
+    photos = {row.input: [row.label] if row.output.partition("/")[0] not in without else [] for row in planned.rows}
+    result = write_sidecars({name: Keywords(own) for name, own in photos.items()})
+    return replace(result, threshold=planned.threshold, skipped=[*planned.skipped, *result.skipped])
+
+
+def undo_sidecars(photos: Iterable[str]) -> Sorted:
+    """Restore the sidecars of photos as they were before :func:`write_sidecars` first changed them.
+
+    Sidecars that have changed since are ``skipped``.
+    """
+    places, result = dict.fromkeys(map(_place, photos)), Sorted("restored the keywords of")
+    with _records(places) as records:
+        for sidecar in dict.fromkeys(one for photo in places for one in _sidecars(photo)):
+            record = _record_of(sidecar, records)
+            with skipping(sidecar, "cannot be changed", result.skipped):
+                if record.exists():
+                    (before, after), now = _read_record(record), _bytes_of(sidecar)
+                    if _digest(now) in after:
+                        _replace(sidecar, now, before)
+                        result.done += 1
+                    elif now != before:
+                        raise InputError("has changed since, and is kept")
+                    record.unlink()
+    return result
+
+
+@contextmanager
+def _records(photos: Iterable[Path]) -> Iterator[Path]:
+    """Lock and yield the folder of the records, after removing the temporary files of killed processes."""
+    if (caches := cache_folder()) is None:
+        raise InputError("there is no home folder to keep the old sidecars in; set RETRIEVAL_TIP_CACHE to a folder")
+    with locked(caches / "sidecars", dry_run=False):
+        placing.remove_scratch([caches / "sidecars", *(photo.parent for photo in photos)])
+        yield caches / "sidecars"
+
+
+def _place(name: str) -> Path:
+    return real(Path(name).parent) / Path(name).name
+
+
+def _sidecars(photo: Path) -> tuple[Path, Path]:
+    return photo.with_name(f"{photo.name}.xmp"), photo.with_name(f"{photo.stem}.xmp")
+
+
+def _bytes_of(sidecar: Path) -> bytes | None:
+    if sidecar.is_symlink():
+        raise InputError("is a link; replace it by a file")
+    return read_regular(sidecar, xmp.MOST_BYTES) if os.path.lexists(sidecar) else None
+
+
+def _digest(data: bytes | None) -> str:
+    return "" if data is None else hashlib.sha256(data).hexdigest()
+
+
+def _record_of(sidecar: Path, records: Path) -> Path:
+    return records / hashlib.sha256(os.fsencode(sidecar)).hexdigest()
+
+
+def _record(record: Path, old: bytes | None, new: bytes) -> None:
+    """Add a change to the record of a sidecar, or begin one if somebody else has changed the sidecar since."""
+    before, after = old, list[str]()
+    if record.exists() and _digest(old) in (known := _read_record(record))[1]:
+        before, after = known
+    head = " ".join(["absent" if before is None else "present", *after, _digest(new)])
+    placing.write(f"{head}\n".encode() + (before or b""), record, partial(shutil.copymode, record))
+
+
+def _read_record(record: Path) -> tuple[bytes | None, list[str]]:
+    """Return the bytes of a sidecar before we first changed it, and the digests of what we wrote."""
+    head, _, before = read_regular(record, 2 * xmp.MOST_BYTES).partition(b"\n")
+    was, _, after = head.decode("utf-8", "replace").partition(" ")
+    return None if was == "absent" else before, after.split()
+
+
+def _replace(sidecar: Path, old: bytes | None, new: bytes | None) -> None:
+    if _bytes_of(sidecar) != old:
+        raise InputError("was changed by another program at the same time; run the command again")
+    if new is None:
+        sidecar.unlink(missing_ok=True)
+    else:
+        placing.write(new, sidecar, partial(shutil.copymode, sidecar))
