@@ -321,8 +321,11 @@ def test_the_command_writes_keywords_corrects_them_and_restores_the_bytes(shared
     assert state(inbox) == before
     boxes = [{"category": "1", "conf": 0.9, "bbox": bbox} for bbox in ([0, 0, 1, 1], [0.4, 0.4, 0.01, 0.01])]
     entries = [{"file": "anchor.jpg", "detections": boxes}, {"file": "airplane.jpg", "detections": []}]
-    (tmp_path / "boxes.json").write_text(json.dumps({"images": entries}))
-    found, done = keywords("--xmp", "--uncertain", "check", "--boxes", tmp_path / "boxes.json")
+    entries.append({"file": "accordion.jpg", "detections": [boxes[0] | {"category": "2"}]})
+    kinds = {"1": "animal", "2": "person"}
+    (tmp_path / "boxes.json").write_text(json.dumps({"images": entries, "detection_categories": kinds}))
+    trap = ("--boxes", tmp_path / "boxes.json", "--categories", "animal")
+    found, done = keywords("--xmp", "--uncertain", "check", *trap)
     answers = [row["label"] for row in csv.DictReader(done.stdout.splitlines()) if row["unlike"] == "False"]
     assert {*found["anchor.xmp"]} >= {"bird", "B&W", *filter(None, answers)}
     assert found.keys() == {"anchor.xmp", "broken.jpg.xmp"}
