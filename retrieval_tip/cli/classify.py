@@ -273,7 +273,7 @@ class SidecarOptions:
     Options:
         xmp: Also write the label of each photo as a keyword into its XMP sidecar.
         uncertain: Keyword for photos without a label or a match, for --xmp. [default: none]
-        undo: With --xmp, only restore the sidecars as they were before.
+        undo: With --xmp, only restore the previous sidecars.
     """
 
     xmp: bool = flag(**options.OUTPUTS)
@@ -286,7 +286,7 @@ class SidecarOptions:
         if not self.xmp and (self.undo or self.uncertain is not None):
             raise UsageError(f"--{'undo' if self.undo else 'uncertain'}: only applies to --xmp; add --xmp")
         if self.xmp and engine.is_ray:
-            raise UsageError("--xmp: --engine ray cannot write sidecars; leave one of them out")
+            raise UsageError("--xmp: --engine ray cannot write sidecars; leave one out")
 
     def restore(self, inputs: Sequence[str]) -> None:
         """Restore the sidecars."""
@@ -297,7 +297,7 @@ class SidecarOptions:
         finish(undone.skipped, "restored")
 
     def noted(self, tables: Iterable[pa.Table], sources: Sequence[Source], cut: Cut) -> Iterator[pa.Table]:
-        """Note the keywords of photos while passing tables on. A photo has those of all of its boxes."""
+        """Note the keywords of photos while passing tables on. A photo has the keywords of all its boxes."""
         from retrieval_tip.labelling.labels import NONE
         from retrieval_tip.labelling.sort import check_files
 

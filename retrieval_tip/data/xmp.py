@@ -30,7 +30,7 @@ _LISTS = {
     "dc:subject": ("tip:keywords", "tip:keywordsBefore"),
     "lr:hierarchicalSubject": ("tip:hierarchies", "tip:hierarchiesBefore"),
 }
-"""The lists of keywords, and for each of them the values that we gave, and those of them that were there before."""
+"""Each list of keywords, with the list of values that we gave, and the list of these that were there before."""
 _RDF = f"{_NAMESPACES['rdf']} "
 _ITEM, _BAG, *_OTHERS = (f"{_RDF}{name}" for name in ("li", "Bag", "Seq", "Alt"))
 _EMPTY = b"""<?xpacket begin="\xef\xbb\xbf" id="W5M0MpCehiHzreSzNTczkc9d"?>

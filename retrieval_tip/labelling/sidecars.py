@@ -26,7 +26,7 @@ from retrieval_tip.labelling.sort import NO_MATCH, NOT_SURE, Sorted, class_folde
 
 
 def write_sidecars(photos: Mapping[str, Keywords]) -> Sorted:
-    """Merge keywords into the sidecars of photos (see :func:`xmp.merged`), and return how many of them changed.
+    """Merge keywords into the sidecars of photos (see :func:`xmp.merged`), and return how many changed.
 
     The sidecar of ``a.jpg`` is ``a.jpg.xmp``, or an existing ``a.xmp`` if no other file is called ``a``. Sidecars that
     cannot be changed are ``skipped``. An interrupted call can be repeated.
@@ -66,7 +66,7 @@ def write_planned(planned: Sorted) -> Sorted:
 
 
 def undo_sidecars(photos: Iterable[str]) -> Sorted:
-    """Restore the sidecars of photos as they were before :func:`write_sidecars` first changed them.
+    """Restore the sidecars of photos to their state before :func:`write_sidecars` first changed them.
 
     Sidecars that have changed since are ``skipped``.
     """
