@@ -46,8 +46,23 @@ class Build:
         return self.low <= self.truth <= self.high
 
 
-def build(name: str, shared: Path, draw: np.random.Generator) -> Build | None:
-    """Draw a shape of a dataset, and compare its estimate with its test images."""
+@dataclass(frozen=True)
+class Drawn:
+    """An index over the shots of a ``shape``, and the ``features`` and the class ids (``truth``) of its test images."""
+
+    shape: str
+    few: bool
+    index: Index
+    features: np.ndarray
+    truth: np.ndarray
+
+    def balanced(self, values: np.ndarray) -> float:
+        """Return the mean over the classes of a value per test image."""
+        return float(np.mean([values[self.truth == i].mean() for i in np.unique(self.truth)]))
+
+
+def drawn(name: str, shared: Path, draw: np.random.Generator) -> Drawn:
+    """Draw a shape of a dataset."""
     dataset = DATASETS[name]
     pool, _ = dataset.pool_of(16, shared)
     items = dataset.items(pool, shared)
@@ -63,19 +78,22 @@ def build(name: str, shared: Path, draw: np.random.Generator) -> Build | None:
         np.asarray(pool.keys)[chosen], np.searchsorted(classes, ids[chosen]), [pool.class_names[i] for i in classes],
         pool.text_weights.numpy()[classes] if text else None, settings=pool.settings, device="cpu",
     )  # fmt: skip
-    choice = closed_form.fit(index)
+    asked = np.isin(items.ids, classes)
+    shape = f"{DATASETS[name].title}, {len(classes)} classes, {shots} shots{'' if even else ', uneven'}"
+    truth = np.searchsorted(classes, items.ids[asked])
+    few = shots <= 5 and not text
+    return Drawn(shape + (", text" if text else ""), few, index, items.features[asked], truth)
+
+
+def build(made: Drawn) -> Build | None:
+    """Compare the estimate of a build with its test images."""
+    index, choice = made.index, closed_form.fit(made.index)
     if choice.both is None or choice.interval is None:
         return None
-    asked = np.isin(items.ids, classes)
-    truth, logits = np.searchsorted(classes, items.ids[asked]), index.logits(items.features[asked])
-    confidence, found = tip.probabilities(logits, index.settings.temperature).max(1)
-    right = found.numpy() == truth
-    balanced = float(np.mean([right[truth == i].mean() for i in np.unique(truth)]))
-    shape = f"{DATASETS[name].title}, {len(classes)} classes, {shots} shots{'' if even else ', uneven'}"
-    return Build(
-        shape + (", text" if text else ""), shots <= 5 and not text, choice.both, *choice.interval, balanced,
-        expected_calibration_error(confidence.numpy(), right),
-    )  # fmt: skip
+    confidence, found = tip.probabilities(index.logits(made.features), index.settings.temperature).max(1)
+    right = found.numpy() == made.truth
+    ece = expected_calibration_error(confidence.numpy(), right)
+    return Build(made.shape, made.few, choice.both, *choice.interval, made.balanced(right), ece)
 
 
 @click.command(help=__doc__)
@@ -87,7 +105,7 @@ def main(shared: Path, builds: int, seed: int, each: bool) -> None:
     """Fit the shapes, and print how well the estimates hold."""
     torch.set_num_threads(1)
     draw = np.random.default_rng(seed)
-    made = [build(TABLES[i % len(TABLES)], shared, draw) for i in range(builds)]
+    made = [build(drawn(TABLES[i % len(TABLES)], shared, draw)) for i in range(builds)]
     done = [one for one in made if one is not None]
     click.echo(f"{machine()}; seed {seed}")
     for one in done if each else ():

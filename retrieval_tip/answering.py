@@ -18,7 +18,7 @@ from retrieval_tip.backbones.base import Identity, Part, equal_shares
 from retrieval_tip.bounds import check_count
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
-from retrieval_tip.errors import InputError, warn_once
+from retrieval_tip.errors import InputError, UsageError, warn_once
 from retrieval_tip.predictions import Predictions, SimilarShot
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.answers import AnswerBlock
@@ -27,8 +27,9 @@ from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.retrieval.keys import Keys, points_of
 from retrieval_tip.retrieval.logits import LOGITS, AnswerTerms, Retrieval, finite_logits, slices
 from retrieval_tip.retrieval.rows import ArrayRows, Rows
+from retrieval_tip.retrieval.sets import Scores, Sets
 from retrieval_tip.retrieval.vector_index import FLAT_FACTORY, VectorIndex
-from retrieval_tip.settings import Ask, AskOptions, Built, Dtype, Fitted, KeysMet, Norms, Precision, Settings
+from retrieval_tip.settings import Ask, AskOptions, Built, Dtype, Fitted, KeysMet, Levels, Norms, Precision, Settings
 from retrieval_tip.store.labels import rows_with
 from retrieval_tip.store.sums import Sums
 
@@ -56,7 +57,9 @@ class Answering:
     fitted: Fitted | None = None
     built: Built = field(default_factory=Built)
     parts: tuple[Part, ...] = ()
+    groups: Levels | None = None
     prior: npt.NDArray[np.float32] | None = field(default=None, init=False)
+    scores: Scores | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.text_weights = self.text_weights.to(self.device)
@@ -262,6 +265,7 @@ class Answering:
         Large blocks are split, so that the answers do not take much memory. The norms of the features are not checked.
         Raises the same errors as :meth:`logits`.
         """
+        sets = self.sets(ask)
         index = self.with_settings(ask.settings(self.settings))
         retrieval = index._without(ask.without) if ask.without else index.retrieval
         shown = min(ask.neighbours, index.settings.k or ask.neighbours)
@@ -272,7 +276,33 @@ class Answering:
                 own = f[part]
                 terms = retrieval.terms(own, neighbours=shown)
                 logits = finite_logits(terms, index.settings)
-                yield AnswerBlock(index.rows, index.class_names, retrieval, ask, block.take(part), own, terms, logits)
+                yield AnswerBlock(
+                    index.rows, index.class_names, index.groups, retrieval, ask, sets, block.take(part), own, terms,
+                    logits,
+                )  # fmt: skip
+
+    @property
+    def current_scores(self) -> Scores | None:
+        """The scores of the last fit, or ``None`` if keys, labels, text or settings have changed since."""
+        return self.scores if self.scores is not None and self.scores.settings == self.settings else None
+
+    def sets(self, ask: Ask) -> Sets | None:
+        """Return the rule for the sets of classes that a question asks for.
+
+        Raises UsageError if the index has no groups for ``at_least``, or if ``coverage`` was measured for other keys or
+        settings.
+        """
+        if ask.at_least is not None and self.groups is None:
+            raise UsageError("at_least: the index has no groups; set them first (index set --groups TABLE)")
+        if ask.coverage is None:
+            return None
+        scores = self.current_scores
+        if scores is None or ask.without or ask.settings(self.settings) != self.settings:
+            raise UsageError(
+                "coverage: needs a fit to exactly these keys and settings; leave out options that change them, or fit "
+                "again (retrieval-tip fit INDEX)"
+            )
+        return scores.sets(ask.coverage, self.text_weights.any(1).cpu().numpy())
 
     def _without(self, key_ids: Sequence[int]) -> Retrieval:
         rows, class_ids = (torch.from_numpy(found).to(self.device) for found in self.rows.numbered(key_ids))

@@ -72,12 +72,13 @@ class Editing(Answering):
         names, weights = inputs.new_classes(names, self.class_names, text_weights, self.d, self.has_text)
         self.class_names = [*self.class_names, *names]
         self.text_weights = torch.cat([self.text_weights, weights.to(self.text_weights)])
-        self.rows = self.rows.widened(len(self.class_names))
+        self.rows, self.scores = self.rows.widened(len(self.class_names)), None
         self._follow()
 
     def set_text(self, weights: npt.NDArray[np.float32], templates: Sequence[str]) -> None:
         """Replace the text weights of all classes, and the templates that the weights were made from."""
         self.templates, self.text_weights = list(templates), torch.from_numpy(weights).to(self.device)
+        self.scores = None
 
     def add(
         self,
@@ -158,6 +159,7 @@ class Editing(Answering):
             self._merge(class_id, new)
             return
         self.class_names, self.rows = names, self.rows.renamed(class_id, new)
+        self.groups = None if self.groups is None else self.groups.renamed(old, new)
         self._follow()
 
     def _merge(self, class_id: int, into: str) -> None:
@@ -181,7 +183,7 @@ class Editing(Answering):
         if not len(class_ids):
             return
         left = np.delete(np.arange(len(self.class_names)), class_ids)
-        self.rows = self.rows.narrowed(class_ids, len(self.class_names))
+        self.rows, self.scores = self.rows.narrowed(class_ids, len(self.class_names)), None
         self.class_names, self.text_weights = [self.class_names[i] for i in left], self.text_weights[left]
         if isinstance(self.rows, ArrayRows) and self.index is not None and self.index.by_class:
             self.index = self._index_over(self.rows)
@@ -239,7 +241,7 @@ class Editing(Answering):
         ``factory`` defaults to the current type. Raises UsageError if the factory is invalid.
         """
         changed = self.metric is not None or metric is not None
-        self.metric, self.fitted = metric, fitted
+        self.metric, self.fitted, self.scores = metric, fitted, None
         self.rows = self.rows.fitted(metric, values, factory, self.device)
         if isinstance(self.rows, ArrayRows) and (changed or factory not in (None, self.index_type)):
             self.index = self._index_over(self.rows, factory)
@@ -257,7 +259,7 @@ class Editing(Answering):
         unit = functional.normalize
         self.text_weights = torch.from_numpy(text_side_by_side([unit(torch.from_numpy(text[i])).numpy() for i in kept]))
         left = side_by_side([keys[i] * len(self.parts) ** 0.5 for i in kept]).astype(self.dtype)
-        self.metric = self.fitted = self.prior = None
+        self.metric = self.fitted = self.prior = self.scores = None
         self.parts = tuple(self.parts[i] for i in kept)
         if [part.column for part in self.parts] == ["feature"]:
             self.backbone, self.parts = self.parts[0].identity, ()
@@ -275,7 +277,7 @@ class Editing(Answering):
                 self.index = self._index_over(rows)
             else:
                 self.index = self.index.refilled(rows.vectors)
-        self.rows = rows
+        self.rows, self.scores = rows, None
         self._follow()
 
     def _follow(self) -> None:
@@ -314,7 +316,11 @@ class Editing(Answering):
 
         ``factory`` is the type of its index if the keys are in a table now.
         """
-        return self if isinstance(self.rows, ArrayRows) else self.over(self.rows.in_memory(), factory)
+        if isinstance(self.rows, ArrayRows):
+            return self
+        same = self.over(self.rows.in_memory(), factory)
+        same.scores = self.scores
+        return same
 
     def set_rows(self, rows: Rows) -> None:
         """Replace the rows by rows with the same keys, in memory or in a table."""

@@ -21,6 +21,7 @@ from retrieval_tip.retrieval.inputs import Features, Labels
 from retrieval_tip.retrieval.keys import KEY_BLOCK, Keys, auto_for, index_over, points_of
 from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.retrieval.rows import ArrayRows
+from retrieval_tip.retrieval.sets import Scores
 from retrieval_tip.retrieval.vector_index import FLAT_FACTORY, VectorIndex
 from retrieval_tip.settings import Precision, Settings, Verify
 from retrieval_tip.store.contents import Contents, Stored
@@ -56,7 +57,9 @@ class Index(Editing):
         metric: the fitted metric (see :mod:`tip`), or ``None``.
         fitted: a description of how the metric and the values were fitted (see :mod:`fit.closed_form`), or ``None``.
         built: the options that the index was built with.
+        groups: the broader groups of the classes, or ``None``.
         prior: the scatter of other photos, of shape ``[d, d]``, if the index was fitted with one.
+        scores: the held-out photos of the last fit, if the keys, labels and text are still the same.
         stored: the version of a folder or of another store that the index was loaded from or saved as.
 
     Raises InputError if the values have the wrong shape, or if the curve has no rows.
@@ -78,18 +81,19 @@ class Index(Editing):
         rows = replace(rows, keys=_not_mapped(rows.keys), points=_not_mapped(rows.points), values=values, sums=None)
         return {own.name: getattr(self, own.name) for own in fields(self) if own.init} | {
             "rows": rows, "text_weights": self.text_weights.cpu(), "index": index, "prior": _not_mapped(self.prior),
-            "metric": None if self.metric is None else self.metric.to("cpu"),
+            "metric": None if self.metric is None else self.metric.to("cpu"), "scores": self.scores,
         }  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        stored, prior, device = state.pop("index"), state.pop("prior"), present(state.pop("device"))
+        stored, prior, scores = state.pop("index"), state.pop("prior"), state.pop("scores")
+        device = present(state.pop("device"))
         rows = state.pop("rows")
         rows = replace(rows, keys=_writable(rows.keys), points=None if rows.points is None else _writable(rows.points))
         index = None
         if stored is not None:
             index = VectorIndex.of_array(stored[1], stored[0], device, rows.vectors.dtype == np.float16)
         self.__init__(rows=rows, index=index, device=device, **state)  # type: ignore[misc]
-        self.prior = prior
+        self.prior, self.scores = prior, scores
 
     @classmethod
     def from_features(
@@ -250,6 +254,7 @@ class Index(Editing):
             curve=contents.curve, precision=precision, metric=contents.metric, **described_by(manifest, device),
         )  # fmt: skip
         index.prior = contents.prior
+        index.scores = None if contents.scores is None else Scores(contents.scores, index.settings)
         index.stored = Stored.of(store, check, index._contents())
         return index
 
@@ -308,7 +313,7 @@ class Index(Editing):
             if writer.parent is not None and writer.parent.later:
                 self.commit(writer, change)
                 return
-            writer.keep(*self.stored.manifest.files)
+            writer.keep(*self.stored.manifest.files.keys() - {"scores"})
             self._commit(writer, change, self.stored.contents)
 
     def commit(self, writer: FolderWriter, change: str) -> None:
@@ -347,6 +352,7 @@ class Index(Editing):
             points=None if derived else rows.points,
             sums=sums if sums is not None and sums.nbytes * SUMS_FROM <= rows.keys.nbytes else None,
             prior=self.prior,
+            scores=None if self.current_scores is None else self.current_scores.rows,
         )
 
     def manifest_of(
@@ -368,6 +374,7 @@ class Index(Editing):
             backbone=self.backbone.to_dict() if self.backbone and not self.parts else None,
             provenance=self.provenance, files=files, next_key_id=self.next_key_id, change=change, table=table,
             fitted=self.fitted, built=self.built, parts=list(self.parts), digests=digests or {},
+            groups=self.groups,
         )  # fmt: skip
 
 
@@ -377,7 +384,7 @@ def described_by(manifest: Manifest, device: str) -> dict[str, Any]:
         "class_names": manifest.class_names, "settings": manifest.settings, "templates": manifest.templates,
         "backbone": manifest.identity, "parts": tuple(manifest.parts), "device": device,
         "provenance": manifest.provenance, "next_key_id": manifest.next_key_id, "fitted": manifest.fitted,
-        "built": manifest.built,
+        "built": manifest.built, "groups": manifest.groups,
     }  # fmt: skip
 
 

@@ -24,9 +24,11 @@ _NEIGHBOUR |= {"affinity": pa.float64(), "weight": pa.float64(), "gives": pa.lis
 PREDICTIONS = {
     "input": pa.string(),
     "label": pa.string(),
+    "level": pa.string(),
     "probability": pa.float64(),
     "labels": pa.list_(pa.string()),
     "probabilities": pa.list_(pa.float64()),
+    "set": pa.list_(pa.string()),
     "logits": pa.list_(pa.float32()),
     "text_logit": pa.float64(),
     "cache_logit": pa.float64(),
@@ -115,6 +117,9 @@ class Prediction:
         opposing: the shot with the most negative contribution. If no contribution is negative, it is the shot that
             contributes most to the runner-up. ``None`` if no shot counts against the answer.
         group: the number of the group of similar photos without a match (see :func:`groups.group_unlike`), or ``None``.
+        level: the level of ``label`` if the question had ``at_least``. The label is then a class or a group of classes,
+            whose ``probability`` is the sum of theirs, or ``None``.
+        set: the classes in the set if the question had ``coverage``, most probable first. It can be empty.
     """
 
     label: str
@@ -129,6 +134,8 @@ class Prediction:
     opposing: Neighbour | None = None
     discriminant_logit: float | None = None
     group: int | None = None
+    level: str | None = None
+    set: list[str] | None = None
 
     def __repr__(self) -> str:
         chances = list(zip(self.labels, map(shown_probability, self.probabilities), strict=True))[:SHOWN_LABELS]
@@ -206,7 +213,7 @@ class Predictions:
     __hash__ = None  # type: ignore[assignment]  # a list is not hashable either
 
     def __repr__(self) -> str:
-        few = ", ".join(self._columns["label"][:SHOWN_LABELS].to_pylist())
+        few = ", ".join(map(str, self._columns["label"][:SHOWN_LABELS].to_pylist()))
         more = " ..." if len(self) > SHOWN_LABELS else ""
         return one_line(f"Predictions({counted(len(self), 'prediction')}{': ' if few else ''}{few}{more})")
 

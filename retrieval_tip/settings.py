@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self, TypedDict, get_args
 
 from retrieval_tip.bounds import check_count
-from retrieval_tip.errors import UsageError
+from retrieval_tip.errors import InputError, UsageError
 
 KeysMet = int | Literal["all"] | None
 """Number of nearest keys to use in a call. ``None`` uses the setting of the index, and ``"all"`` uses every key."""
@@ -137,6 +137,8 @@ class AskOptions(TypedDict, total=False):
     neighbours: int
     logits: bool
     without: Sequence[int]
+    at_least: float | None
+    coverage: float | None
 
 
 @dataclass(frozen=True)
@@ -154,8 +156,13 @@ class Ask:
         logits: whether to report the logits of all classes.
         without: the ids of keys to leave out, as if the index did not have them. Solved values are not solved again.
             An index of the type Classes then uses all of the other keys. Unknown ids are ignored.
+        at_least: the probability that a label needs. The answer is the class or the narrowest group of classes that
+            reaches it, or no label. It needs an index with groups (see :class:`Levels`).
+        coverage: the share of photos whose right class is to be in a set of classes. The answer has the smallest such
+            set (see :mod:`retrieval.sets`).
 
-    Raises UsageError if ``top`` is below 1 or ``neighbours`` below 0.
+    Raises UsageError if ``top`` is below 1 or ``neighbours`` below 0, if ``at_least`` or ``coverage`` is not between 0
+    and 1, or if both are given.
     """
 
     k: KeysMet = None
@@ -166,10 +173,18 @@ class Ask:
     neighbours: int = 5
     logits: bool = True
     without: Sequence[int] = ()
+    at_least: float | None = None
+    coverage: float | None = None
 
     def __post_init__(self) -> None:
         check_count("top", self.top)
         check_count("neighbours", self.neighbours, 0)
+        for name in ("at_least", "coverage"):
+            share = getattr(self, name)
+            if share is not None and not (_is_finite(share) and 0 <= share <= 1):
+                raise UsageError(f"{name} is {share}: give a share, 0 to 1")
+        if self.at_least is not None and self.coverage is not None:
+            raise UsageError("at_least and coverage: give only one")
         object.__setattr__(self, "without", tuple(self.without))
 
     def settings(self, own: Settings) -> Settings:
@@ -213,6 +228,8 @@ class BuildOptions(TypedDict, total=False):
         drop_suspicious: Leave out shots whose labels look wrong (see :func:`audit.suspicious`). This needs more memory.
         features: The columns of a feature table that hold the features of several encoders, such as feature,feature_2.
             By default, they are the columns that name their encoder, or the column feature.
+        groups: A table of broader groups, such as genus and family. The first column has the classes, and each further
+            column their groups, narrowest first.
     """
 
     shots: int | None
@@ -232,6 +249,7 @@ class BuildOptions(TypedDict, total=False):
     logit_scale: float | None
     drop_suspicious: bool
     features: Sequence[str]
+    groups: str | os.PathLike[str] | None
 
 
 @dataclass(frozen=True)
@@ -310,6 +328,56 @@ class Built:
         whole = all(number is None or (type(number) is int and number >= least) for number, least in numbers)
         if not whole or not isinstance(self.source, str | None) or type(self.auto_index) is not bool:
             raise UsageError(f"built: invalid values {self}")
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Broader groups of the classes, such as genus and family.
+
+    ``levels`` are the names of the levels, narrowest first, beginning with the classes. ``paths`` has the group of each
+    class at the other levels, or ``None`` for no group. It may have classes that the index lacks.
+
+    Raises InputError unless each group has one level, and one group of each broader level.
+    """
+
+    levels: Sequence[str]
+    paths: Mapping[str, Sequence[str | None]]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "levels", tuple(self.levels))
+        object.__setattr__(self, "paths", {name: tuple(path) for name, path in self.paths.items()})
+        names = [*self.levels, *(name for path in self.paths.values() for name in path if name is not None)]
+        valid = 2 <= len(set(self.levels)) == len(self.levels) and all(isinstance(name, str) and name for name in names)
+        if not valid or any(len(path) != len(self.levels) - 1 for path in self.paths.values()):
+            raise InputError("groups: expected a column of classes and columns of broader groups with different names")
+        broader: dict[str, Sequence[str | None]] = {}
+        for path in self.paths.values():
+            for level, own in enumerate(path, 1):
+                if own is not None and broader.setdefault(own, path[level:]) != path[level:]:
+                    raise InputError(f"groups: {own!r} has two levels or two broader groups; a group has one place")
+
+    def at(self, level: int, label: str) -> str | None:
+        """Return the group of a class at a level, which is the class itself at level 0."""
+        return label if level == 0 else self.paths[label][level - 1] if label in self.paths else None
+
+    def of(self, class_names: Sequence[str]) -> dict[str, list[str | None]]:
+        """Return the group of each class at each level."""
+        return {level: [self.at(number, name) for name in class_names] for number, level in enumerate(self.levels)}
+
+    def labels(self, class_names: Sequence[str]) -> list[str]:
+        """Return the names of these classes, and then those of their groups."""
+        return list(dict.fromkeys(name for own in self.of(class_names).values() for name in own if name is not None))
+
+    def path(self, label: str) -> tuple[str, ...]:
+        """Return the groups that contain a class or a group, broadest first, and its own name last."""
+        paths = ((name, *path) for name, path in self.paths.items() if name == label or label in path)
+        own = next(paths, (label,))
+        return tuple(filter(None, reversed(own[own.index(label) :])))
+
+    def renamed(self, old: str, new: str) -> Levels:
+        """Return the groups after a class was renamed. If the new name has groups, it keeps them."""
+        rest = {name: path for name, path in self.paths.items() if name != old}
+        return replace(self, paths={new: self.paths[old], **rest} if old in self.paths else rest)
 
 
 def _is_finite(value: object) -> bool:

@@ -733,7 +733,7 @@ def test_every_option_is_a_named_argument():
         (
             parameters(Classifier.report),
             write_report,
-            {"index", "test", "reader", "out", "abstain", "place", "where", "command"},
+            {"index", "test", "reader", "out", "abstain", "ask", "place", "where", "command"},
         ),
     ):
         for name, default in parameters(done_by).items():

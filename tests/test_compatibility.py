@@ -67,7 +67,7 @@ def copied(name: str, to: Path) -> str:
 
 
 def opened(version: str, name: str, to: Path) -> tuple[str, Callable[[], None]]:
-    """Copy an index of format 8 or 9. Return its address, and a check that it gives its old answers."""
+    """Copy an index of format 8, 9 or 10. Return its address, and a check that it gives its old answers."""
     known = json.loads((INDEXES / version / "expected.json").read_text())
     shutil.copytree(INDEXES / version / name, to / name)
     place = f"lance://{to / name}" if name.startswith("lance-") else str(to / name)
@@ -88,7 +88,7 @@ def test_an_index_of_format_8_had_one_encoder(name: str, tmp_path: Path) -> None
     assert (index.parts, index.fitted.shares, index.backbone.model) == ((), (), "fake")
     check()
     changes.rename(place, "crab", "lobster")
-    assert manifest_of(tmp_path / name)["format_version"] == 10
+    assert manifest_of(tmp_path / name)["format_version"] == 11
     assert at(place).verify().class_names == ["lobster", "newt", "owl"]
 
 
@@ -100,7 +100,7 @@ def test_an_index_of_format_9_had_whole_metrics_of_few_keys(name: str, tmp_path:
     check()
     changes.configure(place, temperature=2.0)
     check()
-    assert manifest_of(tmp_path / name)["format_version"] == 10
+    assert manifest_of(tmp_path / name)["format_version"] == 11
     assert at(place).manifest().files["metric"].rows == 21
     at(place).verify()
     fit_index(place)
@@ -113,8 +113,24 @@ def test_an_index_of_format_9_had_whole_metrics_of_few_keys(name: str, tmp_path:
     at(place).verify()
 
 
+@pytest.mark.parametrize("name", ["fitted", "lance-fitted"])
+def test_an_index_of_format_10_had_no_groups(name: str, tmp_path: Path) -> None:
+    place, check = opened("v10", name, tmp_path)
+    index = at(place).load(device="cpu")
+    assert index.groups is None
+    check()
+    table = tmp_path / "groups.csv"
+    table.write_text("class,order\ncrab,Decapoda\nnewt,Urodela\nowl,Strigiformes\n")
+    changes.configure(place, groups=table)
+    check()
+    assert manifest_of(tmp_path / name)["format_version"] == 11
+    groups = at(place).verify().groups
+    assert groups is not None
+    assert groups.path("owl") == ("Strigiformes", "owl")
+
+
 def test_the_indexes_have_everything_that_format_7_could_write() -> None:
-    assert sorted(path.name for path in INDEXES.iterdir()) == ["v7", "v8", "v9"]
+    assert sorted(path.name for path in INDEXES.iterdir()) == ["v10", "v7", "v8", "v9"]
     manifests = {name: manifest_of(INDEXES / "v7" / name) for name in [*FOLDERS, *STORES]}
     assert {body["format_version"] for body in manifests.values()} == {7}
     there = {path.name for path in (INDEXES / "v7").iterdir() if path.is_dir()}
@@ -135,7 +151,7 @@ def test_an_index_of_format_7_gives_its_old_answers_and_is_rewritten_by_a_change
     changes.configure(place, temperature=2.0)
     check_answers(at(place).verify(), name)
     written, now = manifest_of(folder), at(place).manifest()
-    assert (written["format_version"], now.version, now.settings.temperature) == (10, before.version + 1, 2.0)
+    assert (written["format_version"], now.version, now.settings.temperature) == (11, before.version + 1, 2.0)
     assert "later" not in written
     assert ("index" in now.files) == (now.index != "Flat" and name in FOLDERS)
     assert at(place).history()["change"].to_pylist()[-1] == "set temperature 2"

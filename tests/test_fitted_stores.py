@@ -99,7 +99,7 @@ def test_a_store_has_the_fit_of_a_folder(built, name):
     for part in ("mean", "transform") if store.metric else ():
         found, expected = (getattr(model.metric, part).numpy() for model in (store, folder))
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
-    kept = {kind for kind in ("metric", "values") if getattr(store, kind) is not None}
+    kept = {kind for kind in ("metric", "values", "scores") if getattr(store, kind) is not None}
     assert store.manifest.files.keys() == {"classes"} | kept
     assert has_points(built[name, "lance"]) == (name == "metric")  # solved values need all keys, which are in memory
 

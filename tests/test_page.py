@@ -43,6 +43,7 @@ from serving import running, server
 from retrieval_tip import Index
 from retrieval_tip.cli import main
 from retrieval_tip.data.reader import FeatureBlock
+from retrieval_tip.index import changes
 from retrieval_tip.server.app import create_app
 from retrieval_tip.server.limits import Limits
 from retrieval_tip.server.served import open_all
@@ -2197,3 +2198,20 @@ def test_thousands_of_classes_are_listed(page: Page) -> None:
     expect(page.locator("#provenance")).to_contain_text("(fitted on")
     expect(page.locator("#settings-view")).not_to_contain_text(re.compile(r'[\[{]["\[\]{]'))  # no JSON
     page.unroute_all(behavior="wait")
+
+
+def test_an_uncertain_photo_shows_the_group_that_is_sure(browser: Browser, served: Served, tmp_path: Path) -> None:
+    folder, groups = shutil.copytree(served.folder, tmp_path / "things"), tmp_path / "groups.csv"
+    groups.write_text("class,kind\n" + "".join(f"{label},photographed thing\n" for label in CLASSES))
+    changes.configure(folder, groups=groups)
+    with serving(browser, folder) as (page, _):
+        ask(page, *(photo for label in CLASSES for photo in caltech_photos("test", label, 2)))
+        tiles = page.locator("#grid .tile:not(.unlike)")
+        read = (
+            "all => all.map(({ dataset, children }) => [dataset.label, Number(dataset.probability), children[1].title])"
+        )
+        shown = tiles.evaluate_all(read)
+        assert all(said == (label if p >= 0.9 else "photographed thing") for label, p, said in shown)
+        assert len({said == label for label, _, said in shown}) == 2
+        tiles.filter(has_text="photographed").first.click()
+        expect(page.locator("#drawer-notes")).to_contain_text("The kind is photographed thing, ")

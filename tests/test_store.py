@@ -151,6 +151,14 @@ WRONG: dict[str, list[Any]] = {
         [{"width": 1, "column": "a", "identity": None}],
     ],
     "files": [{}, [], None, "x", {"keys": None}],
+    "groups": [
+        [],
+        {"levels": ["class", "genus"]},
+        {"levels": ["class"], "paths": {}},
+        {"levels": "ab", "paths": {"cat": ["x", "y"]}},
+        {"levels": ["class", "genus"], "paths": {"cat": [5]}},
+        {"levels": ["class", "genus"], "paths": {"cat": None}},
+    ],
 }
 NAMES = [
     "../../etc/passwd", "/etc/passwd", "data/../manifest.json", "manifest.json", "data/keys-{}/../../x.npy",
@@ -186,7 +194,7 @@ def without_one(entries: dict[str, Any]) -> list[dict[str, Any]]:
 
 def test_a_manifest_with_a_wrong_missing_or_unknown_value_is_refused(index: Path) -> None:
     body = body_of(index)
-    assert len(without_one(body)) == 32
+    assert len(without_one(body)) == 33
     for manifest in wrong_manifests(body):
         (index / "manifest.json").write_bytes(sealed(manifest))
         one_line(error_of(Index.load, index, str(manifest)), index)
@@ -205,7 +213,7 @@ def test_malformed_table_digests_are_refused(index: Path) -> None:
     older = {key: value for key, value in json.loads(table.read_text()).items() if key != "sha256"}
     name, digest = "keys.lance/_versions/1.manifest", "0" * 64
     right = {name: digest}
-    body = older | {"format_version": FORMAT_VERSION, "digests": right, "parts": []}
+    body = older | {"format_version": FORMAT_VERSION, "digests": right, "parts": [], "groups": None}
     assert Manifest.from_bytes(sealed(body), "m.json").digests == right
     rows = {"rows": digest, "files": right}
     assert Manifest.from_bytes(sealed(older | {"digests": rows}), "m.json").digests == right

@@ -120,8 +120,12 @@ class RowOptions:
 
     def check(self, index: Index, engine: EngineOptions, style: str | None) -> None:
         """Raise UsageError if options exclude each other, or if the index cannot group photos."""
-        of_one = {"--explain": self.explain, "--logits": self.ask.logits}
+        of_one = {"--explain": self.explain, "--logits": self.ask.logits, "--coverage": self.ask.coverage is not None}
         of_one |= {"--group-unlike": self.group_unlike, "--engine ray": engine.is_ray}
+        if self.abstain is not None and (self.ask.at_least is not None or self.ask.coverage is not None):
+            raise UsageError("--abstain, --at-least and --coverage: give only one")
+        if (sets := index.sets(self.ask)) is not None:
+            warn(sets.cautions(index.class_names))
         if self.group_by is not None and (given := [name for name, value in of_one.items() if value]):
             raise UsageError(f"--group-by burst: all photos of a burst get one answer; leave out {given[0]}")
         if self.boxes is not None and engine.is_ray:
@@ -137,6 +141,11 @@ class RowOptions:
         if self.group_unlike and engine.is_ray:
             raise UsageError("--group-unlike: compares all images, which --engine ray cannot; leave one of them out")
 
+    def labels(self, index: Index) -> list[str]:
+        """Return the labels that answers can have."""
+        own = index.class_names
+        return own if self.ask.at_least is None or index.groups is None else index.groups.labels(own)
+
     def schema(self, index: Index) -> pa.Schema:
         """Return the columns and their types."""
         import pyarrow as pa
@@ -145,12 +154,13 @@ class RowOptions:
         from retrieval_tip.predictions import PREDICTIONS
 
         types = {**PREDICTIONS, **EXIF, "burst": pa.int64(), "detected": pa.string()}
-        columns = ["input", "label", "probability"]
+        columns = ["input", "label", *(["level"] if self.ask.at_least is not None else []), "probability"]
         columns += ["unlike"] if index.settings.least_cache is not None else []
         columns += ["detected"] if self.boxes is not None else []
         columns += ["group"] if self.group_unlike else []
         columns += ["burst"] if self.group_by is not None else []
         columns += list(EXIF) if self.exif else []
+        columns += ["set"] if self.ask.coverage is not None else []
         columns += ["labels", "probabilities"] if self.ask.top > 1 else []
         columns += ["logits"] if self.ask.logits else []
         if self.explain:
@@ -341,7 +351,7 @@ _PRINTING = {
 def classify(
     folder: Place = options.INDEX_ARGUMENT,
     inputs: tuple[str, ...] = argument(nargs=-1, required=True),
-    ask: Ask = grouped(Ask, options.ASKING | _ASK),
+    ask: Ask = grouped(Ask, options.ASKING | options.LEVELS | _ASK),
     opening: OpeningOptions = options.OPENING,
     rows: RowOptions = grouped(RowOptions),
     engine: EngineOptions = options.ENGINE,
@@ -387,18 +397,19 @@ def classify(
         tables = counts.count(rows.tables(loaded, sources, reader, cut))
         tables = sidecars.noted(tables, sources, cut) if sidecars.xmp else tables
         answers = chain.from_iterable(table.to_pylist() for table in tables)
+        labels = rows.labels(loaded)
         by = f"{Path(loaded.place or '').name}@{loaded.version} (retrieval-tip {__version__})"
         if printing.style in DOCUMENTS:
-            write_document(partial(FORMATS[printing.style], answers, loaded.class_names), printing.output)
+            write_document(partial(FORMATS[printing.style], answers, labels), printing.output)
         elif printing.style == MEGADETECTOR:
-            parts = (answers, cut, by, root, loaded.class_names, reader.skipped)
+            parts = (answers, cut, by, root, labels, reader.skipped)
             write_document(partial(camera_traps.megadetector, *parts), printing.output)
         elif printing.style == CAMTRAP_DP and printing.output is not None and trap.timezone is not None:
             more = (answers, cut, by, root, trap.timezone, deployments, reader.skipped)
             write_folder(partial(camera_traps.camtrap_dp, *more), printing.output)
         else:
             tables = map(rounded, tables) if printing.style == "csv" else tables
-            known = {"input": chain.from_iterable(source.sources for source in sources), "label": loaded.class_names}
+            known = {"input": chain.from_iterable(source.sources for source in sources), "label": labels}
             write_tables(tables, rows.schema(loaded), printing.style, printing.output, prediction_details, known)
     if printing.output is not None:
         no_match = f", {counts.unlike:,} with no match" if loaded.settings.least_cache is not None else ""

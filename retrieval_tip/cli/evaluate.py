@@ -18,10 +18,10 @@ from retrieval_tip.cli.messages import command_line, finish, note, print_facts, 
 from retrieval_tip.cli.opening import index_with, named_encoder, reader_for, source_of
 from retrieval_tip.cli.options import ComparedOptions, EncodingOptions, OpeningOptions, ReadingOptions
 from retrieval_tip.errors import UsageError, counted, few, json_line, percent, show
+from retrieval_tip.settings import Ask
 
 if TYPE_CHECKING:
     from retrieval_tip.evaluation.evaluate import Evaluation
-    from retrieval_tip.settings import Ask
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class ReportOptions:
 def evaluate_command(
     folder: Place = options.INDEX_ARGUMENT,
     source: Place = argument(kinds.SOURCE),
-    ask: Ask = options.ASK,
+    ask: Ask = grouped(Ask, options.ASKING | options.LEVELS),
     opening: OpeningOptions = options.OPENING,
     abstain: float | None = option(
         kinds.SHARE, metavar="P", **options.ANSWERS, help="Withhold answers whose probability is below P."
@@ -80,8 +80,9 @@ def evaluate_command(
     Prints the accuracy with its 95 % confidence interval, the weakest classes, and the most frequent confusions. With
     -v, it also prints the accuracy of the text alone (zero_shot_top1) and of the shots alone (cache_top1), and the
     expected calibration error of the probabilities in 15 bins (ece). With --abstain, coverage is the share of photos
-    that are answered, and selective_top1 is the accuracy on these photos. If SOURCE is a split .json, its test part is
-    used.
+    that are answered, and selective_top1 is the accuracy on these photos. With --at-least, levels are the shares of the
+    answers at each level and their accuracy. With --coverage, set_coverage is the share of sets with the right class,
+    and set_size their mean number of classes. If SOURCE is a split .json, its test part is used.
 
     A photo of a class that the index lacks is right if it matches no class. known_top1 is the accuracy on the other
     photos, and known_no_match and unknown_no_match are the shares without a match. A photo that is a shot of the index
@@ -94,13 +95,13 @@ def evaluate_command(
         if report.report is None:
             from retrieval_tip.evaluation.evaluate import evaluate
 
-            evaluation = evaluate(loaded, test, reader, abstain=abstain)
+            evaluation = evaluate(loaded, test, reader, abstain=abstain, at_least=ask.at_least, coverage=ask.coverage)
         else:
             from retrieval_tip.report.report import SEEDS, write_report
             from retrieval_tip.report.results import portable
 
             evaluation = write_report(
-                loaded.in_memory(), test, reader, report.report, abstain=abstain, shots=report.shots or None,
+                loaded.in_memory(), test, reader, report.report, abstain=abstain, ask=ask, shots=report.shots or None,
                 seeds=report.seeds or SEEDS, curves=not report.no_curves, place=folder, where=opening.where,
                 command=command_line(*map(portable, sys.argv[1:])),
             ).evaluation  # fmt: skip
@@ -138,7 +139,7 @@ def _print_evaluation(evaluation: Evaluation) -> None:
     }
     result = evaluation.to_dict()
     del result["per_class"], result["confusions"]
-    asked = ["coverage", "selective_top1"]
+    asked = ["coverage", "selective_top1", *evaluation.figures]
     if evaluation.unknown:
         facts["unknown"] = few([f"{name} {number}" for name, number in evaluation.unknown.items()])
         asked += ["known_top1", "known_no_match", "unknown_no_match", "auroc"]

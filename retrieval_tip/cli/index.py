@@ -329,7 +329,7 @@ def set_command(
     normalize: Normalize | None = option(
         options.choice(Normalize), help="Units of alpha and beta, measured on the current shots. index build uses both."
     ),
-    text: dict[str, Any] = options.building("templates"),
+    more: dict[str, Any] = options.building("templates", "groups"),
     encoders: list[str] = option(
         multiple=True,
         metavar="NAME,...",
@@ -349,9 +349,9 @@ def set_command(
     """
     from retrieval_tip.index import changes
 
-    loaded = backbone_for(store_of(folder).manifest(), [], backbone, needed=True) if text["templates"] else None
+    loaded = backbone_for(store_of(folder).manifest(), [], backbone, needed=True) if more["templates"] else None
     new: dict[str, Any] = {"index": factory, "dtype": dtype}
-    given = (*settings.values(), *text.values(), temperature, normalize)
+    given = (*settings.values(), *more.values(), temperature, normalize)
     if sum(any(value not in (None, (), []) for value in each) for each in (encoders, new.values(), given)) > 1:
         raise UsageError("index set: change the encoders, the index type and other settings one after the other")
     if any(new.values()):
@@ -361,7 +361,7 @@ def set_command(
         changed = changes.keep_encoders(folder, encoders)
     else:
         changed = changes.configure(
-            folder, **settings, **text, temperature=temperature, normalize=normalize, backbone=loaded
+            folder, **settings, **more, temperature=temperature, normalize=normalize, backbone=loaded
         )
     if changed.summary is not None:
         say(changed.summary)

@@ -254,6 +254,13 @@ ASKING = {
 }
 """The options of :class:`settings.Ask` that change the settings of an index."""
 ASK = grouped(settings.Ask, ASKING)
+_AT_LEAST = "Answer with the class, or else the narrowest group, whose probability is at least P, or with no label."
+_COVERAGE = "Add the smallest set of classes that holds the right one for the share C of photos."
+LEVELS = {
+    "at_least": option(kinds.SHARE, metavar="P", help=_AT_LEAST, **ANSWERS),
+    "coverage": option(kinds.SHARE, metavar="C", help=_COVERAGE, **ANSWERS),
+}
+"""The options of :class:`settings.Ask` that let an answer have another form than one class."""
 _BUILD = {
     "shots": option(kinds.SHOTS),
     "templates": option(None, "--template", multiple=True),
@@ -272,6 +279,7 @@ _BUILD = {
     "logit_scale": option(kinds.POSITIVE),
     "drop_suspicious": flag(),
     "features": option(multiple=True, metavar="COLUMN,...", callback=kinds.names),
+    "groups": option(kinds.FILE, metavar="TABLE"),
 }
 
 

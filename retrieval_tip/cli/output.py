@@ -82,6 +82,8 @@ def prediction_details(row: Row) -> Iterator[str]:
         if row.get("opposing"):
             lines.insert(-1, "strongest against it:")
         yield from (f"    {line}" for line in lines)
+    if row.get("set") is not None:
+        yield "    set: " + (", ".join(map(one_line, row["set"])) or "no class")
     others = list(zip(row.get("labels", ()), row.get("probabilities", ()), strict=True))
     if others:
         yield "    " + ", ".join(f"{one_line(label)} {shown_probability(chance)}" for label, chance in others)

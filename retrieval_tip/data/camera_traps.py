@@ -93,7 +93,9 @@ def megadetector(
             image["datetime"] = f"{row['taken_at']:%Y:%m:%d %H:%M:%S}"
         image |= {name: row[name] for name in PLACE if row.get(name) is not None}
         if found is not None and row["label"] is not None and not row.get("unlike"):
-            ranked = zip(row["labels"], row["probabilities"], strict=True)
+            ranked = list(zip(row["labels"], row["probabilities"], strict=True))
+            if row["label"] not in row["labels"]:  # a group of classes
+                ranked = [(row["label"], row["probability"])]
             if answers := [[ids[label], round(chance, 4)] for label, chance in ranked if chance >= LEAST]:
                 found["classifications"] = answers
     if not cut.document:

@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,9 +28,9 @@ import pyarrow.parquet as pq
 from retrieval_tip.backbones.base import Backbone, FloatArray, Identity, Part, identity_of, same_backbone, side_by_side
 from retrieval_tip.data import remote
 from retrieval_tip.data.source import Source, refuse_rows
-from retrieval_tip.errors import BackboneError, InputError, first_line, one_line, show, warn_once
+from retrieval_tip.errors import BackboneError, InputError, counted, few, first_line, one_line, show, warn_once
 from retrieval_tip.files import check_regular, open_regular, read_regular, replacing
-from retrieval_tip.settings import Norms
+from retrieval_tip.settings import Levels, Norms
 
 FEATURE = "feature"
 NAMES = {
@@ -45,6 +46,7 @@ NORM_TOLERANCE = 0.01
 MOST_KEPT = 1e9  # largest norm that ``norms="keep"`` accepts; the squared product of two features then fits float32
 MAX_TEXT = 4096  # longest label or id, in characters; a longer one suggests a misread table
 MAX_ROWS = 2**31 - 1  # largest number of rows; even a tiny file can declare any number
+MOST_GROUPED, MOST_GROUPS = 100_000, 1 << 24  # classes and bytes of a table of groups, which every manifest has
 MAX_JSON = 1 << 28  # largest JSON Lines file, in bytes; it is read into memory as a whole
 GROUP_ROWS = 1024  # smallest number of rows in a Parquet row group
 TABLE_ROWS = 8192  # largest number of features that are read at a time
@@ -259,6 +261,31 @@ def texts(column: pa.ChunkedArray, name: str, what: str, *, needed: bool) -> pa.
     if needed:
         refuse_rows(values.is_null().to_numpy(), name, f" without {'an' if what[0] in 'aeiou' else 'a'} {what}")
     return values if isinstance(values, pa.ChunkedArray) else pa.chunked_array([values])
+
+
+def read_groups(path: str | os.PathLike[str], class_names: Sequence[str]) -> Levels:
+    """Read the groups of classes (see :class:`settings.BuildOptions`). Warn of classes that are not ``class_names``.
+
+    Raises InputError if the table is invalid, or if it has none of them.
+    """
+    name = show(path)
+    with reading(name):
+        size = Path(path).stat().st_size
+    if size > MOST_GROUPS or (items := items_of(Path(path), MOST_GROUPED)[0]).nbytes > MOST_GROUPS:
+        raise InputError(f"{name}: larger than {MOST_GROUPS:,} bytes; keep the classes of the index")
+    columns = {one: texts(items[one], name, one, needed=not at) for at, one in enumerate(items.column_names)}
+    for values in columns.values():
+        check_texts(pa.table({"label": values}), name)
+    rows = list(zip(*(pc.utf8_trim_whitespace(values).to_pylist() for values in columns.values()), strict=True))
+    if twice := [label for label, times in Counter(row[0] for row in rows).items() if times > 1]:
+        raise InputError(f"{name}: class {twice[0]!r} occurs twice; keep one row")
+    groups = Levels(tuple(columns), {label: path for label, *path in rows})
+    others = sorted(groups.paths.keys() - set(class_names))
+    if len(others) == len(rows):
+        raise InputError(f"{name}: has no class of this index ({few(class_names)})")
+    if others:
+        warn_once(f"{name}: {counted(len(others), 'class', 'is', 'are')} not in the index: {few(others)}")
+    return groups
 
 
 def check_texts(items: pa.Table, name: str) -> None:

@@ -10,6 +10,8 @@ from typing import Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from retrieval_tip import tip
@@ -20,8 +22,9 @@ from retrieval_tip.evaluation.calibration import expected_calibration_error
 from retrieval_tip.evaluation.held_out import QueryBlock, without_themselves
 from retrieval_tip.fit.closed_form import wilson
 from retrieval_tip.model import Index
-from retrieval_tip.retrieval.answers import AnswerBlock
-from retrieval_tip.settings import Ask, AskOptions, Settings
+from retrieval_tip.retrieval.answers import AnswerBlock, narrowest
+from retrieval_tip.retrieval.sets import Sets
+from retrieval_tip.settings import Ask, AskOptions, Levels, Settings
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +48,10 @@ class Answers:
     round to 0. ``class_names`` starts with the classes of the index, whose number is ``known``. If an item belongs to
     another class, its ``truth`` is at least ``known``. ``held_out`` is true for shots of the index, which were
     classified without themselves. ``strength`` is the largest cache logit of a class with keys, and ``unlike`` is true
-    if it is below the threshold of the index. Both are ``None`` if the index has no threshold.
+    if it is below the threshold of the index. Both are ``None`` if the index has no threshold. For a question with
+    ``at_least``, ``levels`` holds the level of each answer, or -1 if it has no label, and ``right_at_level`` tells
+    whether it is right there. For a question with ``coverage``, ``set_sizes`` holds the number of classes in each set,
+    and ``in_set`` tells whether the true class is one of them.
     """
 
     truth: Ints
@@ -58,6 +64,10 @@ class Answers:
     held_out: Bools
     strength: Floats | None = None
     unlike: Bools | None = None
+    levels: Ints | None = None
+    right_at_level: Bools | None = None
+    set_sizes: Ints | None = None
+    in_set: Bools | None = None
 
     @property
     def predicted(self) -> Ints:
@@ -84,6 +94,18 @@ class Answers:
         """Return the name of each answer, or :data:`NO_MATCH` if this is right."""
         none = self.right & ~self.of_known
         return [NO_MATCH if new else self.class_names[i] for i, new in zip(self.predicted, none, strict=True)]
+
+    def figures(self, groups: Levels | None) -> dict[str, object]:
+        """Return the figures that ``at_least`` and ``coverage`` add to an :class:`Evaluation`."""
+        found: dict[str, object] = {}
+        known, right, sizes, held = self.of_known, self.right_at_level, self.set_sizes, self.in_set
+        if groups is not None and self.levels is not None and right is not None:
+            at = {level: self.levels == number for number, level in enumerate(groups.levels)}
+            shares = {level: {"share": own.mean(), "right": _mean(right[own])} for level, own in at.items()}
+            found = {"levels": shares, "no_label": (self.levels < 0).mean()}
+        if sizes is not None and held is not None:
+            found = {"set_coverage": _mean(held[known]), "set_size": sizes[known].mean()}
+        return found
 
     def recognition(self) -> Recognition:
         """Return how well items of known and unknown classes are told apart."""
@@ -137,6 +159,8 @@ class Evaluation(Recognition):
     - ``confusions``: the most frequent errors, as tuples (label, predicted, count)
     - ``coverage``: the fraction of answers whose probability is at least ``abstain``, if ``abstain`` is given
     - ``selective_top1``: the accuracy of these answers, or ``None`` if there are none
+    - ``figures``: with ``at_least``, the share and the accuracy of answers at each of the ``levels``, and the share
+      with ``no_label``; with ``coverage``, the share of sets with the right class, and their mean number of classes
 
     ``zero_shot_top1``, ``cache_top1``, ``per_class``, ``mean_per_class`` and ``ece`` refer to the items of known
     classes, the others to all items. See :class:`Recognition` for the other fields.
@@ -157,6 +181,7 @@ class Evaluation(Recognition):
     abstain: float | None = None
     coverage: float | None = None
     selective_top1: float | None = None
+    figures: dict[str, object] = field(default_factory=dict)
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -165,13 +190,14 @@ class Evaluation(Recognition):
 
     def to_dict(self) -> dict[str, object]:
         """Return the figures that ``evaluate --json`` prints. ``k`` is ``"all"`` if every key is used."""
-        left_out = {"answers"} | ({"abstain", "coverage", "selective_top1"} if self.abstain is None else set())
+        left_out = {"answers", "figures"}
+        left_out |= {"abstain", "coverage", "selective_top1"} if self.abstain is None else set()
         last = [field_.name for field_ in fields(Recognition)]
         names = [field_.name for field_ in fields(self) if field_.name not in (*left_out, *last)]
         facts: dict[str, object] = {}
         for name in (*names, *last):
             facts |= self.settings.shown() if name == "settings" else {name: getattr(self, name)}
-        return facts
+        return facts | self.figures
 
 
 def evaluate(
@@ -181,15 +207,16 @@ def evaluate(
 
     Items that are shots of the index are classified without themselves (see :func:`held_out.without_themselves`).
     ``abstain`` is the probability below which an answer is withheld. ``asked`` may change ``k``, ``tail``, ``alpha``
-    and ``beta`` (see :class:`settings.Ask`).
+    and ``beta``, and may give ``at_least`` or ``coverage`` (see :class:`settings.Ask`).
 
     Raises InputError if the source is empty, or if no readable item belongs to a class of the index. Raises UsageError
     if ``abstain`` is not between 0 and 1.
     """
     if abstain is not None and not 0 <= abstain <= 1:
         raise UsageError(f"abstain is {abstain}: give a probability, 0 to 1")
-    index = index.with_settings(Ask(**asked).settings(index.settings))
-    answers = answers_of(index, source, reader, some_known(index, source))
+    ask = Ask(**asked)
+    index = index.with_settings(ask.settings(index.settings))
+    answers = answers_of(index, source, reader, some_known(index, source), ask)
     return judge(index, answers, reader.skipped, abstain=abstain)
 
 
@@ -208,6 +235,8 @@ def judge(
     known, right, truth, class_names = answers.of_known, answers.right, answers.truth, answers.class_names
     if not known.any():
         raise InputError("photos: none of a class of the index could be read; add such photos")
+    if abstain is not None and answers.in_set is not None:
+        raise UsageError("abstain and coverage: give only one")
     hits = answers.ranked == truth[:, None]
     per_class = {class_names[i]: float(right[truth == i].mean()) for i in np.unique(truth[known])}
     wrong = Counter(zip(truth[~right].tolist(), answers.predicted[~right].tolist(), strict=True))
@@ -232,23 +261,34 @@ def judge(
         abstain=abstain,
         coverage=None if confident is None else float(confident.mean()),
         selective_top1=None if confident is None else _mean(right[confident]),
+        figures=answers.figures(index.groups),
         **vars(answers.recognition()),
     )
 
 
-def answers_of(index: Index, source: Source, reader: Reader, truth: tuple[Ints, list[str]]) -> Answers:
+def answers_of(
+    index: Index, source: Source, reader: Reader, truth: tuple[Ints, list[str]], ask: Ask = Ask()
+) -> Answers:
     """Classify a source whose ``truth`` is known (see :meth:`source.Source.truth`), each shot without itself."""
-    return answered(
-        without_themselves(index, source, reader.for_queries(index.parts, index.shares).blocks(source)), *truth
-    )
+    blocks = reader.for_queries(index.parts, index.shares).blocks(source)
+    return answered(index, without_themselves(index, source, blocks), *truth, ask)
 
 
-def answered(asked: Iterable[QueryBlock], truth: Ints, class_names: list[str]) -> Answers:
-    """Classify encoded items, whose source has the class ids ``truth`` (see :meth:`source.Source.truth`)."""
+def answered(
+    index: Index, asked: Iterable[QueryBlock], truth: Ints, class_names: list[str], ask: Ask = Ask()
+) -> Answers:
+    """Classify encoded items, whose source has the class ids ``truth`` (see :meth:`source.Source.truth`).
+
+    ``ask`` may have ``at_least`` or a ``coverage``, for which an index without some of the shots has the same sets.
+    """
+    sets = index.sets(ask)
+    for caution in () if sets is None else sets.cautions(index.class_names):
+        log.warning(caution)
+    ask = Ask(top=5, neighbours=0, at_least=ask.at_least)
     parts = [
-        _answers(answer, truth, class_names, one.held_out)
+        _answers(answer, truth, class_names, one.held_out, sets)
         for one in asked
-        for answer in one.index.answers([one.block], Ask(top=5, neighbours=0))
+        for answer in one.index.answers([one.block], ask)
     ]
     if not parts:
         raise InputError("photos: all are shots of this index; use other photos")
@@ -257,7 +297,7 @@ def answered(asked: Iterable[QueryBlock], truth: Ints, class_names: list[str]) -
     return replace(parts[0], **arrays).take(np.argsort(arrays["positions"]))
 
 
-def _answers(answer: AnswerBlock, every: Ints, class_names: list[str], held_out: bool) -> Answers:
+def _answers(answer: AnswerBlock, every: Ints, class_names: list[str], held_out: bool, sets: Sets | None) -> Answers:
     terms, logits, settings, positions = answer.terms, answer.logits, answer.settings, answer.block.positions
     text, alone, truth, c = terms.text, terms.photos(settings), every[positions], logits.shape[1]
     ranked = torch.cat([answer.ranked, text.argmax(1, keepdim=True), alone.argmax(1, keepdim=True)], dim=1)
@@ -268,6 +308,17 @@ def _answers(answer: AnswerBlock, every: Ints, class_names: list[str], held_out:
     ranks, chances, logs = (part.cpu().numpy() for part in (ranked, confidence, log_truth))
     held = np.full(len(positions), held_out)
     answers = Answers(truth, ranks, chances, positions, logs, class_names, known=c, held_out=held)
+    if answer.ask.at_least is not None and (groups := answer.groups) is not None:
+        found = narrowest(answer.probabilities, answer.class_names, groups, answer.ask.at_least)
+        levels = pc.index_in(found["level"], pa.array(groups.levels)).fill_null(-1).to_numpy()
+        pairs = zip(levels.tolist(), truth.tolist(), found["label"].to_pylist(), strict=True)
+        hits = [label is not None and groups.at(level, class_names[own]) == label for level, own, label in pairs]
+        answers = replace(answers, levels=levels, right_at_level=np.array(hits, dtype=bool))
+    if sets is not None:
+        members = sets.members(answer.probabilities).cpu().numpy()
+        known = (truth >= 0) & (truth < c)
+        own = members[np.arange(len(truth)), np.where(known, truth, 0)] & known
+        answers = replace(answers, set_sizes=members.sum(1), in_set=own)
     if settings.least_cache is None:
         return answers
     strength = terms.strongest(answer.retrieval.keys.counts).double().cpu().numpy()

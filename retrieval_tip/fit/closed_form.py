@@ -48,6 +48,7 @@ from retrieval_tip.model import Index
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.ridge import MOST_SOLVED
 from retrieval_tip.retrieval.rows import ArrayRows
+from retrieval_tip.retrieval.sets import Scores
 from retrieval_tip.retrieval.vector_index import inner_factory
 from retrieval_tip.settings import ClassPrior, MetricName, Settings, ValuesName, check_choice
 from retrieval_tip.store.labels import PICKED, RANDOM, images_of
@@ -87,6 +88,8 @@ larger, the weights exp(beta (A - 1)) outgrow any ridge.
 """
 LEAST_NORM = 1e-9
 """Minimum norm of the longest key. torch normalises shorter vectors to 0."""
+NO_SCORES = np.zeros((0, 3))
+"""Rows of :class:`sets.Scores` if no photo can be held out."""
 ONE_SHOT_ALPHA, ONE_SHOT_MOST, ONE_SHOT_ALONE, ONE_SHOT_DOUBT = 13.0, 50.0, 70.0, 25
 """Cache weight for one shot per class, where no shot can be held out. The constants are the weight for well-calibrated
 text, the upper bound for any text, and the weight if there is no text. They were selected on CLIP features of four
@@ -276,10 +279,10 @@ def fit(
         forms = [WITH_PRIOR, *forms]
     if folds.can_judge:
         form, trials = _chosen(index, forms, folds, images if validation is None else None)
-        form, settings, accuracies = _settings_of(index, form, folds)
+        form, settings, accuracies, rows = _settings_of(index, form, folds)
         where = f"fitted on {judged_on}"
     else:
-        (form, settings), trials, accuracies = _settings_without_folds(index, forms, folds), [], {}
+        (form, settings), trials, accuracies, rows = _settings_without_folds(index, forms, folds), [], {}, NO_SCORES
         if _drawn(index) is not None:
             settings = replace(settings, temperature=EARLY * settings.temperature)
         where = "default for shots that cannot be held out"
@@ -296,6 +299,7 @@ def fit(
     index.set_fitted(fitted_metric, fitted_values, fitted, factory)
     index.sums = folds.sums
     index.settings, index.provenance = settings, index.provenance | provenance
+    index.scores = Scores(rows, settings)
     return choice
 
 
@@ -307,13 +311,13 @@ def refit(index: Index, beta: float) -> FormChoice:
     """
     start, settings, form = time.perf_counter(), replace(index.settings, beta=beta), Form.of(index.fitted, beta)
     folds, judged_on = _folds_of(index, None, _images(index), _class_prior(index), index.shares)
-    accuracies: Accuracies = {}
+    accuracies, rows = Accuracies(), NO_SCORES
     if folds.can_judge:
-        form, settings, accuracies = _settings_of(index, form, folds)
+        form, settings, accuracies, rows = _settings_of(index, form, folds)
         index.provenance = index.provenance | dict.fromkeys(("alpha", "temperature"), f"fitted on {judged_on}")
     seconds = time.perf_counter() - start
     choice = FormChoice(form, [], judged_on, folds.n, len(folds.held), seconds, **folds.untested, **accuracies)
-    index.settings = settings
+    index.settings, index.scores = settings, Scores(rows, settings)
     index.fitted = None if index.fitted is None else replace(index.fitted, bonus=form.bonus)
     index.provenance = index.provenance | {"fit": choice.provenance()}
     return choice
@@ -456,8 +460,11 @@ def _chosen(index: Index, forms: Sequence[Form], folds: Folds, images: IntArray 
     return _choose(folds, forms)
 
 
-def _settings_of(index: Index, form: Form, folds: Folds) -> tuple[Form, Settings, Accuracies]:
-    """Return the bonus and the settings that give the held-out photos the highest log-likelihood, and accuracies."""
+def _settings_of(index: Index, form: Form, folds: Folds) -> tuple[Form, Settings, Accuracies, FloatArray]:
+    """Return the bonus and the settings that give the held-out photos the highest log-likelihood.
+
+    Also return accuracies, and the rows of :class:`sets.Scores`.
+    """
     settings, class_names = index.settings, index.class_names
     form = form.with_bonus(0.0)
     (text, cache, third), ids, weights = folds.terms(form), folds.ids_held, folds.weights
@@ -480,17 +487,20 @@ def _settings_of(index: Index, form: Form, folds: Folds) -> tuple[Form, Settings
     photos = tip.Terms(cache, cache, third).photos(settings)
     accuracies |= _accuracies(photos, text, blended.right, folds)
     w = torch.ones(len(ids)).double() if weights is None else weights
-    drawn = _drawn(index)
+    drawn, counting = _drawn(index), shown
+    logits = tip.Terms(torch.zeros_like(cache) if text is None else text, cache, third).logits(settings)
     if drawn is not None and all(held.own is not None for held in folds.held):
         own = torch.cat([held.own for held in folds.held if held.own is not None])
-        random = torch.from_numpy(drawn)[own] & folds.held_of("shots")
-        logits = tip.Terms(torch.zeros_like(cache) if text is None else text, cache, third).logits(settings)
-        right, number = int(blended.right[random].sum()), int(drawn.sum())
-        settings = _as_sure(settings, logits[random], w[random], right, number, LESS_SURE)
+        counting = torch.from_numpy(drawn)[own] & shown
+        right, number = int(blended.right[counting].sum()), int(drawn.sum())
+        settings = _as_sure(settings, logits[counting], w[counting], right, number, LESS_SURE)
     elif text is None and not folds.halves:
         both = accuracies["both"] or 0
         settings = _as_sure(settings, settings.alpha * photos, w, both * len(ids), len(ids), 1.0)
-    return form, settings, accuracies
+    left = folds.growth ** (-LEARNING if text is None else 0)
+    own_chance = tip.probabilities(logits, settings.temperature).double().gather(1, ids[:, None])[:, 0]
+    rows = torch.stack([own_chance, w * left / w[counting].sum(), ids.double()], 1)[counting]
+    return form, settings, accuracies, rows.numpy()
 
 
 def _drawn(index: Index) -> npt.NDArray[np.bool_] | None:

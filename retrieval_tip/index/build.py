@@ -22,7 +22,7 @@ from retrieval_tip.backbones.prompts import DEFAULT_TEMPLATES, check_templates
 from retrieval_tip.bounds import check_memory
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source, open_source, spelled_alike
-from retrieval_tip.data.tables import parts_in
+from retrieval_tip.data.tables import parts_in, read_groups
 from retrieval_tip.errors import SHOWN, UsageError, counted, few
 from retrieval_tip.evaluation.audit import ALL_PAIRS, suspicious
 from retrieval_tip.fit.closed_form import Fit
@@ -66,7 +66,8 @@ def build_index(
     source, ids = _shots(source.known_as(words.class_names), words.class_names, plan, reader.seed)
     backbone = identity_of(source, reader)
     fit = Fit(plan.metric, plan.values, plan.class_prior or "even", prior_of(plan.prior, backbone))
-    material = Material(source, reader, ids, words, plan, fit if plan.fits else None, resolve_device(device))
+    groups = None if plan.groups is None else read_groups(plan.groups, words.class_names)
+    material = Material(source, reader, ids, words, plan, fit if plan.fits else None, resolve_device(device), groups)
     made = places.at(out).create(_without_suspicious(material) if plan.drop_suspicious else material)
     warn_of_spelling(out, words.class_names, words.class_names)
     return made

@@ -23,7 +23,7 @@ from retrieval_tip.backbones.prompts import check_templates, text_weights
 from retrieval_tip.bounds import check_count
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source, spelled_alike
-from retrieval_tip.data.tables import check_backbone, read_columns, reading, texts
+from retrieval_tip.data.tables import check_backbone, read_columns, read_groups, reading, texts
 from retrieval_tip.errors import InputError, StoreError, UsageError, counted, few, show
 from retrieval_tip.fit.closed_form import Fit, FormChoice
 from retrieval_tip.index import places
@@ -442,11 +442,13 @@ def configure(
     temperature: float | None = None,
     normalize: Normalize | None = None,
     templates: Sequence[str] = (),
+    groups: Folder | None = None,
     backbone: Backbone | None = None,
 ) -> Configured:
     """Change settings of an index. ``None`` keeps the current value of a setting.
 
-    If you give ``templates`` and a ``backbone``, the text weights are recomputed.
+    If you give ``templates`` and a ``backbone``, the text weights are recomputed. ``groups`` is a table of groups of
+    classes (see :class:`settings.BuildOptions`).
 
     If the index is fitted, a new beta also refits the parts that depend on it (see :meth:`Change.refit`). These are the
     solved values, alpha, the temperature and the ``unlike`` threshold. An alpha or temperature that you also give is
@@ -458,8 +460,8 @@ def configure(
     Raises UsageError if nothing is given, if a setting is invalid, or if templates are given but no backbone. Raises
     BackboneError if the backbone differs from the backbone of the index.
     """
-    if not templates and all(value is None for value in (alpha, beta, k, tail, temperature, normalize)):
-        raise UsageError("nothing to set: give alpha, beta, k, tail, temperature, normalize or templates")
+    if not templates and all(value is None for value in (alpha, beta, k, tail, temperature, normalize, groups)):
+        raise UsageError("nothing to set: give alpha, beta, k, tail, temperature, normalize, templates or groups")
     if normalize is not None:
         check_choice("normalize", normalize, Normalize)
     prompts = list(check_templates(templates)) if templates else []
@@ -493,9 +495,12 @@ def configure(
         if normalize is not None:
             marks |= {"alpha": provenance_of(alpha, normalize), "beta": provenance_of(beta, normalize)}
         index.provenance = index.provenance | marks
-        change.what = "set " + ", ".join(_shown(name, value) for name, value in given.items())
-        if prompts:
-            change.what += (", " if given else "") + counted(len(prompts), "template")
+        what = [_shown(name, value) for name, value in given.items()]
+        what += [counted(len(prompts), "template")] if prompts else []
+        if groups is not None:
+            index.groups = read_groups(groups, index.class_names)
+            what.append(f"groups by {', '.join(index.groups.levels[1:])}")
+        change.what = f"set {', '.join(what)}"
     return Configured(_version(index), [], summary)
 
 

@@ -45,7 +45,7 @@ def create(folder: FolderVersions, made: Material) -> Index:
             index_over(keys, ids, c, factory if made.fit is None else BY_CLASS, device="cpu"),
             settings=made.settings(statistics, k), templates=templates, backbone=made.backbone,
             provenance=made.described(statistics), built=made.built,
-            parts=made.reader.parts,
+            parts=made.reader.parts, groups=made.groups,
         )  # fmt: skip
         if made.fit is not None:
             fitted = closed_form.fit(index, made.fit, factory=factory)

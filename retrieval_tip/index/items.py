@@ -28,6 +28,7 @@ from retrieval_tip.settings import (
     Dtype,
     FitName,
     KeysMet,
+    Levels,
     MetricName,
     Normalize,
     Norms,
@@ -98,6 +99,7 @@ class Plan:
     logit_scale: float | None = None
     drop_suspicious: bool = False
     features: Sequence[str] = ()
+    groups: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, Dtype)
@@ -149,6 +151,7 @@ class Material:
     plan: Plan
     fit: Fit | None
     device: str
+    groups: Levels | None = None
     left: FeatureBlock | None = None
     dropped: dict[str, object] | None = None
 

@@ -20,6 +20,7 @@ from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.model import Index
 from retrieval_tip.predictions import PREDICTIONS, Predictions, lists
+from retrieval_tip.retrieval.answers import narrowest
 from retrieval_tip.settings import Ask
 
 
@@ -65,7 +66,8 @@ def classify_in_bursts(
     sums = torch.zeros(int(numbers.max()), c, dtype=torch.float64)
     for block, own in zip(blocks, rows.split([len(block) for block in blocks]), strict=True):
         sums.index_add_(0, own, block.double())
-    chances, ranked = (sums / torch.bincount(rows)[:, None]).topk(min(ask.top, c), dim=1)
+    means = sums / torch.bincount(rows)[:, None]
+    chances, ranked = means.topk(min(ask.top, c), dim=1)
     classes = pa.array(index.class_names, pa.string())
     columns = {
         "label": classes.take(pa.array(ranked[:, 0].numpy())),
@@ -73,9 +75,11 @@ def classify_in_bursts(
         "labels": lists(classes.take(pa.array(ranked.flatten().numpy())), ranked.shape[1]),
         "probabilities": lists(chances.numpy(), ranked.shape[1]),
     }
+    if ask.at_least is not None and index.groups is not None:
+        columns |= narrowest(means, index.class_names, index.groups, ask.at_least)
     if index.settings.least_cache is not None:
         known = torch.bincount(rows, 1 - torch.tensor(unlike, dtype=torch.float64))
         columns["unlike"] = pa.array((known == 0).numpy())
-    shared = pa.table(columns, schema=pa.schema([(name, PREDICTIONS[name]) for name in columns]))
+    shared = pa.table(columns, schema=pa.schema([(name, PREDICTIONS[name]) for name in PREDICTIONS if name in columns]))
     named = shared.take(pa.array(rows.numpy())).add_column(0, "input", pa.array(names, pa.string()))
     return Predictions(named), pa.array(numbers)

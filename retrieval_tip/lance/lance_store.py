@@ -61,7 +61,7 @@ class LanceStore(TableVersions, Store):
                 rows, list(names), inputs.text_weights(weights, len(names), rows.d), templates=templates,
                 settings=material.settings(statistics, index_kind(asked, rows.n, len(names))[1]),
                 backbone=material.backbone, provenance=material.described(statistics), built=material.built,
-                parts=material.reader.parts,
+                parts=material.reader.parts, groups=material.groups,
             )  # fmt: skip
             material.warn_of_bare(rows.counts)
             if rows.n <= FEW_KEYS:
@@ -116,6 +116,7 @@ class LanceStore(TableVersions, Store):
 
         from retrieval_tip.lance.rows import TableRows
         from retrieval_tip.model import Index, described_by
+        from retrieval_tip.retrieval.sets import Scores
         from retrieval_tip.store.contents import metric_of
 
         classes, metric = self.classes(manifest), self.array(manifest, "metric")
@@ -131,6 +132,8 @@ class LanceStore(TableVersions, Store):
             kind = CLASSES if rows.kind == CLASSES else FLAT
             index = index.over(replace(arrays, values=torch.from_numpy(values[places])), kind)
         index.prior, index.stored = self.array(manifest, "prior"), Origin(self, manifest)
+        scores = self.array(manifest, "scores")
+        index.scores = None if scores is None else Scores(scores, index.settings)
         return index, rows
 
     @contextmanager
@@ -152,7 +155,8 @@ class LanceStore(TableVersions, Store):
         index.check_answers()
         kind, rows = rows.kind, rows.kept_up(writer.prunes)
         if rows.kind != kind:
-            index.settings = index.settings.override(k=index.settings.k or rows.few)
+            scores, index.settings = index.current_scores, index.settings.override(k=index.settings.k or rows.few)
+            index.scores = scores and replace(scores, settings=index.settings)
         index.built = replace(index.built, auto_index=rows.automatic)
         text = index.text_weights.cpu().numpy()
         classes = Classes(index.class_names, text, rows.counts, rows.totals, rows.points)
@@ -275,6 +279,8 @@ def _arrays(index: Index, rows: TableRows) -> Iterator[tuple[str, npt.NDArray[An
         yield "second", rows.second
     if index.prior is not None:
         yield "prior", index.prior
+    if index.current_scores is not None:
+        yield "scores", index.current_scores.rows
     if index.metric is not None:
         yield "metric", array_of(index.metric)
     if index.values is not None:

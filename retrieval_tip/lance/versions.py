@@ -212,8 +212,8 @@ class TableVersions(Versions[TableWriter]):
     def array(self, manifest: Manifest, kind: str) -> npt.NDArray[Any] | None:
         """Return an array of a version, or ``None`` if the version does not have it.
 
-        ``kind`` is ``second``, ``prior``, ``metric`` or ``values``. The arrays have the shapes ``[d, d]``, ``[d, d]``,
-        ``[1 + d, d]`` and ``[n, c]``. Raises StoreError if the file is missing or damaged.
+        ``kind`` is ``second``, ``prior``, ``scores``, ``metric`` or ``values``. The arrays have the shapes ``[d, d]``,
+        ``[d, d]``, ``[m, 3]``, ``[1 + d, d]`` and ``[n, c]``. Raises StoreError if the file is missing or damaged.
         """
         file = manifest.files.get(kind)
         return None if file is None else np.load(io.BytesIO(self._checked(file.name, file.sha256)))

@@ -32,6 +32,7 @@ from retrieval_tip.report import plots
 from retrieval_tip.report.curve import Curve, measure_curve
 from retrieval_tip.report.mistakes import confusions, mistakes, thumbnail
 from retrieval_tip.report.results import Results, portable
+from retrieval_tip.settings import Ask
 from retrieval_tip.store.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class WrittenReport:
 def write_report(
     index: Index, test: Source, reader: Reader, out: str | os.PathLike[str], *,
     shots: Sequence[int] | None = None, seeds: int = SEEDS, curves: bool = True, abstain: float | None = None,
-    place: Place | None = None, where: str | None = None, command: str | None = None,
+    ask: Ask = Ask(), place: Place | None = None, where: str | None = None, command: str | None = None,
 ) -> WrittenReport:  # fmt: skip
     """Evaluate an index on a labelled test source and write an accuracy report as one HTML file.
 
@@ -80,6 +81,7 @@ def write_report(
         curves: Whether to plot the accuracy as a function of the number of shots. A fine-tuned index has no such curve,
             because its keys were trained together.
         abstain: The probability below which an answer is withheld in the returned evaluation.
+        ask: The question, whose ``at_least`` and ``coverage`` also count in the returned evaluation.
         place: The folder or address of the index. Required only if ``index`` does not contain it.
         where: The condition by which the keys were selected, to show in the report.
         command: The command line to show in the report.
@@ -99,7 +101,7 @@ def write_report(
         shots = [number for number in SHOTS if number <= least > 1 and number * classes <= CURVE_KEYS]
     ids, names = some_known(index, test)
     every = FeatureBlock.joined(list(reader.blocks(test)))
-    answers = answered(without_themselves(index, test, [every]), ids, names)
+    answers = answered(index, without_themselves(index, test, [every]), ids, names, ask)
     evaluation = judge(index, answers, reader.skipped, abstain=abstain)
     block = every.take(np.flatnonzero(np.isin(every.positions, answers.positions)))
     named = index.place if place is None else str(place)

@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import torch
 from torch import Tensor
 
 from retrieval_tip import tip
@@ -17,7 +18,8 @@ from retrieval_tip.predictions import PREDICTIONS, SCHEMA, Predictions, lists
 from retrieval_tip.retrieval.evidence import Contributors, Nearest
 from retrieval_tip.retrieval.logits import AnswerTerms, Retrieval, first_two
 from retrieval_tip.retrieval.rows import Rows
-from retrieval_tip.settings import Ask, Settings
+from retrieval_tip.retrieval.sets import Sets
+from retrieval_tip.settings import Ask, Levels, Settings
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +31,9 @@ class AnswerBlock:
         class_names: the names of the classes.
         retrieval: the retrieval that gave the answers, with the settings of the question.
         ask: the question.
+        sets: the rule for sets of classes, if the question has a coverage.
         block: the queries.
+        groups: the groups of the classes, if there are any.
         features: the features of the queries, of shape ``[q, d]``, as a float32 tensor on the device.
         terms: the terms of the logits.
         logits: the logits of all classes, of shape ``[q, c]``.
@@ -37,8 +41,10 @@ class AnswerBlock:
 
     rows: Rows
     class_names: Sequence[str]
+    groups: Levels | None
     retrieval: Retrieval
     ask: Ask
+    sets: Sets | None
     block: FeatureBlock
     features: Tensor
     terms: AnswerTerms
@@ -54,11 +60,16 @@ class AnswerBlock:
         """The class ids of the most probable classes, of shape ``[q, m]``, most probable first."""
         return self.logits.topk(min(self.ask.top, self.logits.shape[1]), dim=1).indices
 
+    @cached_property
+    def probabilities(self) -> Tensor:
+        """The probabilities of all classes, of shape ``[q, c]``."""
+        return tip.probabilities(self.logits, self.settings.temperature)
+
     def predictions(self) -> Predictions:
         """Return one prediction per query. The queries are named by their positions."""
         settings, terms, logits = self.settings, self.terms, self.logits
         ranked = self.ranked  # at any temperature
-        chances = _doubles(tip.probabilities(logits, settings.temperature).gather(1, ranked))
+        chances = _doubles(self.probabilities.gather(1, ranked))
         winner, m, names = ranked[:, :1], ranked.shape[1], pa.array(self.class_names, pa.string())
         labels = names.take(pa.array(ranked.cpu().numpy().reshape(-1)))
         shots = self._shots()
@@ -73,6 +84,10 @@ class AnswerBlock:
             "neighbours": self._neighbours(None if shots is None else shots.supporting, ranked),
             "opposing": self._opposing(None if shots is None else shots.opposing, ranked),
         }
+        if self.ask.at_least is not None and self.groups is not None:
+            columns |= narrowest(self.probabilities, self.class_names, self.groups, self.ask.at_least)
+        if self.sets is not None:
+            columns["set"] = self.sets.column(self.probabilities, self.class_names)
         if self.ask.logits:
             columns["logits"] = lists(logits.cpu().numpy(), logits.shape[1])
         if terms.discriminant is not None:
@@ -119,6 +134,28 @@ class AnswerBlock:
         figures = [pa.array(_doubles(figure[there])) for figure in (near.affinity, weight)]
         gives = lists(_doubles((weight[:, :, None] * values)[there]), classes.shape[1])
         return pa.StructArray.from_arrays([*named, *figures, gives], fields=list(PREDICTIONS["opposing"]))
+
+
+def narrowest(probabilities: Tensor, class_names: Sequence[str], groups: Levels, least: float) -> dict[str, pa.Array]:
+    """Return the columns of answers that name the class, or else the narrowest group, whose probability is ``least``.
+
+    The probability of a group is the sum over its classes (``[q, c]``). If no level reaches ``least``, the label is
+    null, and the most probable class gives the probability.
+    """
+    every = probabilities.double()
+    found = np.full((2, len(every)), None, dtype=object)
+    chances, open_ = _doubles(every.amax(1)), np.ones(len(every), dtype=bool)
+    for level, own in groups.of(class_names).items():
+        if names := list(dict.fromkeys(filter(None, own))):
+            position = {name: place for place, name in enumerate(names)}
+            at = torch.tensor([position.get(name or "", len(names)) for name in own]).to(every.device)
+            sums = every.new_zeros(len(every), len(names) + 1).index_add_(1, at, every)[:, :-1]
+            best, places = (part.cpu().numpy() for part in sums.max(1))
+            now = open_ & (best >= least)
+            found[0, now], found[1, now] = np.array(names, dtype=object)[places[now]], level
+            chances[now], open_ = best[now].clip(max=1), open_ & ~now
+    label, level_ = (pa.array(part, pa.string()) for part in found)
+    return {"label": label, "level": level_, "probability": pa.array(chances)}
 
 
 def _doubles(values: Tensor) -> npt.NDArray[np.float64]:

@@ -64,7 +64,7 @@ class Version:
         index, c = self.index, len(self.index.class_names)
         neighbours = NEIGHBOUR_CELLS * min(ask.neighbours, index.n)
         number = 0 if ask.k is None or ask.k == "all" else min(ask.k, index.n)
-        return 4 * min(ask.top, c) + neighbours + (c if ask.logits else 0) + number
+        return 4 * min(ask.top, c) + neighbours + c * (ask.logits + (ask.coverage is not None)) + number
 
     def at_once(self, ask: Ask) -> int:
         """Return the number of queries that can be answered at once within the memory limits."""
@@ -104,6 +104,7 @@ class Version:
             exact_search=index.exact_search, backbone=str(index.backbone) if index.backbone else None,
             images=self.backbone is not None, text=index.has_text, metric=fitted.metric if fitted else "none",
             values=fitted.values if fitted else "one-hot" if index.values is None else "trained",
+            levels=list(index.groups.levels) if index.groups else [],
         )  # fmt: skip
 
     def describe_whole(self, *, changes: bool) -> schemas.WholeIndex:

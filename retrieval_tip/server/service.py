@@ -204,10 +204,11 @@ class Service:
             result |= {"input": name} | more
         metrics.CLASSIFIED.labels(version.name).inc(len(results))
         used = ask.settings(version.index.settings)
-        caution = version.index.caution(used)
+        sets, cautions = version.index.sets(ask), filter(None, [version.index.caution(used)])
+        unsure = () if sets is None else sets.cautions(version.index.class_names)
         return schemas.Classified(
             **used.shown(), index=version.name, version=version.manifest.version, results=results,
-            warnings=[caution] if caution else [], skipped=skipped,
+            warnings=[*cautions, *unsure], skipped=skipped,
         )  # fmt: skip
 
     async def labelled(self, sent: Sent, backbone: Backbone) -> tuple[list[tuple[str, bytes]], list[Unread]]:

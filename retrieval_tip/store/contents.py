@@ -17,11 +17,11 @@ import torch
 from retrieval_tip import tip
 from retrieval_tip.errors import StoreError
 from retrieval_tip.store.folder import FolderVersions, FolderWriter, read_array, read_curve, read_labels
-from retrieval_tip.store.manifest import Manifest
+from retrieval_tip.store.manifest import DataFile, Manifest
 from retrieval_tip.store.sums import Sums
 from retrieval_tip.store.versions import Check, Origin
 
-HELD = ("keys", "labels", "index", "text", "values", "curve", "metric", "points", "sums", "prior")
+HELD = ("keys", "labels", "index", "text", "values", "curve", "metric", "points", "sums", "prior", "scores")
 """Kinds of data that have one file each. The file is rewritten only if the data changes."""
 SEALED_AT_ONCE = 4
 """Number of files that are written and hashed at the same time."""
@@ -44,7 +44,8 @@ class Contents:
     ``keys`` is a float32 or float16 array of shape ``[n, d]``, and ``labels`` has one row per key. ``text`` has shape
     ``[c, d]`` and ``values`` has shape ``[n, c]``; both are float32. A fitted index also has a ``metric``, the
     ``points`` of the keys under that metric, and the ``sums`` of the keys. ``prior`` is the scatter of other photos, of
-    shape ``[d, d]``. A fine-tuned index also has the loss ``curve``. ``index`` is ``None`` for the type ``Flat``.
+    shape ``[d, d]``, and ``scores`` has a row for each held-out photo. A fine-tuned index also has the loss ``curve``.
+    ``index`` is ``None`` for the type ``Flat``.
     :meth:`read` does not set it, because the caller opens the index with FAISS.
     """
 
@@ -58,6 +59,7 @@ class Contents:
     points: npt.NDArray[np.floating] | None = None
     sums: Sums | None = None
     prior: npt.NDArray[np.floating] | None = None
+    scores: npt.NDArray[np.float64] | None = None
 
     @classmethod
     def read(cls, folder: Path, manifest: Manifest) -> Contents:
@@ -78,6 +80,7 @@ class Contents:
             points=points,
             sums=_sums(folder, manifest, labels) if "sums" in files else None,
             prior=read_array(folder, files["prior"], square, (np.float32,)) if "prior" in files else None,
+            scores=_scores(folder, files["scores"]) if "scores" in files else None,
             labels=labels,
             text=read_array(folder, files["text"], (c, manifest.d)),
             values=read_array(folder, files["values"], (manifest.n, c), (np.float32,)) if "values" in files else None,
@@ -118,6 +121,10 @@ def array_of(held: npt.NDArray[np.floating] | torch.Tensor | tip.Metric | Sums) 
     if isinstance(held, tip.Metric):
         held = torch.cat([held.mean[None], held.transform if held.factor is None else held.factor])
     return np.asarray(held.cpu() if isinstance(held, torch.Tensor) else held)
+
+
+def _scores(folder: Path, file: DataFile) -> npt.NDArray[np.float64]:
+    return read_array(folder, file, (file.rows, 3), (np.float64,)).astype(np.float64, copy=False)
 
 
 def _sums(folder: Path, manifest: Manifest, labels: pa.Table) -> Sums:

@@ -15,12 +15,13 @@ from typing import Any
 
 from retrieval_tip.backbones.base import Identity, Part, identity_of
 from retrieval_tip.errors import BackboneError, StoreError
-from retrieval_tip.settings import Built, Dtype, Fitted, Settings
+from retrieval_tip.settings import Built, Dtype, Fitted, Levels, Settings
 
 FORMAT = "retrieval-tip index"
-OLDEST_VERSION, FORMAT_VERSION = 7, 10
+OLDEST_VERSION, FORMAT_VERSION = 7, 11
 """Versions of the manifest format that can be read. New manifests use the last version.
 
+Format 10 had no ``groups`` and no ``scores``.
 Format 9 had the whole transform of every metric, and its points.
 Format 8 had no ``parts``, because an index had one encoder.
 Format 7 had ``later`` segments of keys, an ``index`` file for the type ``Flat``, and digests of the rows of a table.
@@ -29,7 +30,7 @@ They are still read, but no longer written.
 
 SUFFIXES = {"keys": ".npy", "index": ".faiss", "labels": ".parquet", "text": ".npy", "values": ".npy",
             "curve": ".parquet", "metric": ".npy", "points": ".npy", "sums": ".npy",
-            "prior": ".npy", "classes": ".parquet", "second": ".npy"}  # fmt: skip
+            "prior": ".npy", "scores": ".npy", "classes": ".parquet", "second": ".npy"}  # fmt: skip
 """Kinds of data files. :meth:`Manifest.expected` says which of them a version has.
 
 - ``text`` are the text weights, of shape ``[c, d]``. ``index`` is a FAISS index over the keys, the points or the class
@@ -39,7 +40,8 @@ SUFFIXES = {"keys": ".npy", "index": ".faiss", "labels": ".parquet", "text": ".n
   ``points``, which is ``phi(K)``. If it was fitted to few keys, ``metric`` has the factor of the transform instead
   (see :meth:`tip.Metric.of_factor`), so it has fewer rows, and there are no ``points``. If the index has many keys, it
   also has ``sums``, a float64 array of shape ``[c + d, 1 + d]`` over all keys (see :class:`sums.Sums`). If it was
-  fitted with the scatter of other photos, that is the ``prior``, a float32 array of shape ``[d, d]``.
+  fitted with the scatter of other photos, that is the ``prior``, a float32 array of shape ``[d, d]``. Until it changes,
+  it also has ``scores``, a float64 array of shape ``[m, 3]`` of its held-out photos (see :class:`sets.Scores`).
 - A fine-tuned index has ``curve``, the training loss.
 - ``classes`` contains the label, the text weight, the number of keys and the key sum of each class of a table.
   ``second`` is the sum of the outer products of its keys, of shape ``[d, d]``.
@@ -122,6 +124,7 @@ class Manifest:
     built: Built = field(default_factory=Built)
     digests: dict[str, str] = field(default_factory=dict)
     later: list[Segment] = field(default_factory=list)
+    groups: Levels | None = None
 
     @property
     def identity(self) -> Identity | None:
@@ -214,7 +217,7 @@ class Manifest:
 
         Raises AttributeError, KeyError, TypeError, ValueError or OverflowError if an entry is missing or invalid.
         """
-        body = {name: stated[name] for name in _FIELDS - {"settings", "later", "digests", "parts"}}
+        body = {name: stated[name] for name in _FIELDS - {"settings", "later", "digests", "parts", "groups"}}
         settings = Settings(**{field.name: stated[field.name] for field in fields(Settings)})
         _need(isinstance(stated["tail"], bool), "tail")
         older = stated["format_version"] == OLDEST_VERSION
@@ -223,7 +226,9 @@ class Manifest:
         segments = ({kind: DataFile(**file) for kind, file in part.items()} for part in stated.get("later", []))
         records = {"table": Table, "fitted": Fitted, "built": Built}
         body |= {name: None if body[name] is None else kind(**body[name]) for name, kind in records.items()}
-        body |= {"settings": settings, "files": files, "digests": digests}
+        groups = stated["groups"] if stated["format_version"] > 10 else None
+        groups = None if groups is None else Levels(**groups)
+        body |= {"settings": settings, "files": files, "digests": digests, "groups": groups}
         parts = [
             Part(**part | {"identity": Identity.from_dict(part["identity"]) if part["identity"] else None})
             for part in (stated["parts"] if stated["format_version"] > 8 else ())
@@ -273,12 +278,13 @@ class Manifest:
             solved = self.fitted is not None and self.fitted.solved
             return {
                 "classes": (c, True), "second": (d, None), "metric": (None, moved), "values": (n, solved),
-                "prior": (d, None),
+                "prior": (d, None), "scores": (None, None),
             }  # fmt: skip
         return {
             "keys": (n, True), "labels": (n, True), "text": (c, True), "index": (None, self.index != FLAT or None),
             "values": (n, False if self.later else None), "curve": (None, None),
             "metric": (None, moved), "points": (n, moved and None), "sums": (c + d, None), "prior": (d, None),
+            "scores": (None, None),
         }  # fmt: skip
 
     def _check_files(self) -> None:
@@ -296,7 +302,7 @@ class Manifest:
             _need(_SHA256.fullmatch(file.sha256) is not None, f"files.{kind}.sha256")
             _need(file.name == f"data/{kind}-{file.sha256[:16]}{SUFFIXES[kind]}", f"files.{kind}.name")
             _need(_whole(file.bytes, 1), f"files.{kind}.bytes")
-            _need(_whole(file.rows, 1), f"files.{kind}.rows")
+            _need(_whole(file.rows, 0 if kind == "scores" else 1), f"files.{kind}.rows")
 
 
 def _need(condition: bool, what: str) -> None:

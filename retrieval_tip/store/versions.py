@@ -107,7 +107,7 @@ class Writer:
         """Write a two-dimensional array as the data file of this kind."""
         header = BytesIO()
         write_header(header, array.shape, array.dtype)
-        self.put(kind, len(array), header.getvalue(), np.ascontiguousarray(array).data.cast("B"))
+        self.put(kind, len(array), header.getvalue(), np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
     def put_table(self, kind: str, table: pa.Table) -> None:
         """Write a table as the data file of this kind. Raises InputError if Parquet cannot store a column."""
@@ -345,6 +345,9 @@ class Versions(ABC, Generic[W]):
             del facts["backbone"]
             facts["encoders"] = {part.names[-1]: share for part, share in zip(manifest.parts, shares, strict=True)}
         facts |= facts.pop("settings")
+        if manifest.groups is not None:
+            own = manifest.groups.of(manifest.class_names)
+            facts["groups"] = {level: len(set(names) - {None}) for level, names in own.items()}
         per_class = {"least": int(counts.min()), "median": float(np.median(counts)), "most": int(counts.max())}
         return (
             {"folder": str(self)}

@@ -281,9 +281,10 @@ function tile(photo, element, text, note) {
   element.title = photo.name;
   Object.assign(element.dataset, { input: photo.name, busy: photo.busy });
   if (shown) Object.assign(element.dataset, { label: winner.label, probability: winner.probability });
-  text.textContent = taught ?? (unlike ? "No match" : (winner?.label ?? photo.name));
+  const said = photo.group ?? winner;
+  text.textContent = taught ?? (unlike ? "No match" : (said?.label ?? photo.name));
   if (taught) note.textContent = photo.inFolder ? "labelled" : "added";
-  else if (shown) note.textContent = unlike ? "" : percent(winner.probability);
+  else if (shown) note.textContent = unlike ? "" : percent(said.probability);
   else note.textContent = photo.problem ? "no answer" : "classifying…";
   const doubtful = shown && !unlike && !taught && winner.probability < DOUBTFUL;
   element.style.setProperty("--p", doubtful ? winner.probability : 0);

@@ -131,6 +131,7 @@ export function show() {
 function notes() {
   const lines = [];
   if (photo.unlike) lines.push(`This photo does not resemble any example photo. The closest guess is ${photo.winner.label}.`);
+  if (photo.group) lines.push(`The ${photo.group.level} is ${photo.group.label}, ${percent(photo.group.probability)}.`);
   if (photo.taught) lines.push(`You added this photo as an example of ${photo.taught}.`);
   if (photo.judgedByOthers) lines.push("This photo is one of the examples, so only the other examples count here.");
   const { before, shown } = photo;

@@ -7,6 +7,7 @@ import { state } from "./state.js";
 
 const TOP = 8; // number of classes in an answer
 const NEIGHBOURS = 5; // number of supporting examples in an answer
+const SURE = 0.9; // minimum probability of an answer, if the classes have groups
 const SAME = 0.9995; // minimum affinity of a photo to itself
 
 export class Photo {
@@ -17,7 +18,7 @@ export class Photo {
   similar = []; // the most similar examples as [{ key_id, affinity }], most similar first
   without = []; // key ids of this photo itself, which is classified with the other examples
   version = null; // index version to which these belong
-  shown = null; // the answer as { name, rows, unlike, supporting, opposing }; `name` identifies the settings
+  shown = null; // the answer as { name, rows, unlike, group, supporting, opposing }; `name` identifies the settings
   before = null; // the answer before the index changed
   problem = null; // the reason why there is no answer
   busy = false;
@@ -47,6 +48,11 @@ export class Photo {
     return this.shown?.rows[0] ?? null;
   }
 
+  /** The narrowest group of classes that is sure, as { label, level, probability }, if no class is. */
+  get group() {
+    return this.shown?.group ?? null;
+  }
+
   get unlike() {
     return this.shown?.unlike === true;
   }
@@ -73,7 +79,8 @@ export class Photo {
     }
     if (version !== state.info.version || String(this.without) !== String(without)) return false;
     const unlike = settings.changed && this.shown ? this.shown.unlike : (result.unlike ?? false); // the sliders do not change it
-    this.shown = { name, unlike, rows: rowsOf(result), supporting: result.neighbours, opposing: result.opposing };
+    const group = result.level && result.level !== state.info.levels[0] && !unlike ? result : null; // no class is sure
+    this.shown = { name, unlike, rows: rowsOf(result), group, supporting: result.neighbours, opposing: result.opposing };
     this.busy = false;
     this.problem = null;
     return true;
@@ -127,7 +134,10 @@ export class FolderPhoto extends Photo {
 }
 
 /** Return the parameters of a classification request. */
-export const parameters = () => ({ index: state.info.name, ...settings.values, top: TOP, neighbours: NEIGHBOURS });
+export const parameters = () => {
+  const least = state.info.levels.length ? SURE : undefined;
+  return { index: state.info.name, ...settings.values, top: TOP, neighbours: NEIGHBOURS, at_least: least };
+};
 
 const rowsOf = ({ labels, probabilities, text_logits: texts, shot_logits: shots }) =>
   labels.map((label, i) => ({ label, probability: probabilities[i], text: texts[i], cache: shots[i] }));
