@@ -3,7 +3,7 @@
 The builds are those of ``estimates.py``, and the truth is the mean over the classes of all test images of a build. A
 top-k that covers as much has the ``k`` most probable classes, with the smallest ``k`` that holds the right one as often
 as the sets do. APS (Romano, Sesia and Candes, 2020) adds classes, most probable first, until the sum of their
-probabilities reaches a threshold, and takes the last class at random. Its row and that of the plain score before it
+probabilities reaches a threshold, and takes the last class at random. Its row and the row of the plain score before it
 have the same held-out probabilities, of eight parts. The weights were chosen with seed 100.
 """
 

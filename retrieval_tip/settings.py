@@ -365,7 +365,7 @@ class Levels:
         return {level: [self.at(number, name) for name in class_names] for number, level in enumerate(self.levels)}
 
     def labels(self, class_names: Sequence[str]) -> list[str]:
-        """Return the names of these classes, and then those of their groups."""
+        """Return the names of these classes, and then of their groups."""
         return list(dict.fromkeys(name for own in self.of(class_names).values() for name in own if name is not None))
 
     def path(self, label: str) -> tuple[str, ...]:

@@ -266,7 +266,7 @@ def texts(column: pa.ChunkedArray, name: str, what: str, *, needed: bool) -> pa.
 def read_groups(path: str | os.PathLike[str], class_names: Sequence[str]) -> Levels:
     """Read the groups of classes (see :class:`settings.BuildOptions`). Warn of classes that are not ``class_names``.
 
-    Raises InputError if the table is invalid, or if it has none of them.
+    Raises InputError if the table is invalid, or if it has no such class.
     """
     name = show(path)
     with reading(name):

@@ -51,7 +51,7 @@ class Answers:
     if it is below the threshold of the index. Both are ``None`` if the index has no threshold. For a question with
     ``at_least``, ``levels`` holds the level of each answer, or -1 if it has no label, and ``right_at_level`` tells
     whether it is right there. For a question with ``coverage``, ``set_sizes`` holds the number of classes in each set,
-    and ``in_set`` tells whether the true class is one of them.
+    and ``in_set`` tells whether the true class is in it.
     """
 
     truth: Ints
