@@ -316,6 +316,12 @@ def test_the_command_writes_keywords_corrects_them_and_restores_the_bytes(shared
     found, _ = keywords("--xmp", "--abstain", "1")
     assert found["anchor.xmp"] == ["bird", "B&W"]
     assert found["black.png.xmp"] == []
+    (tmp_path / "groups.csv").write_text("class,kind\naccordion,instrument\nairplane,vehicle\n")
+    assert run("index", "set", index, "--groups", tmp_path / "groups.csv").exit_code == 0
+    keywords("--xmp")
+    for name, path in (("accordion.jpg.xmp", b"instrument|accordion"), ("anchor.xmp", b"anchor")):
+        _, _, bag = (inbox / name).read_bytes().partition(b"<lr:hierarchicalSubject")
+        assert bag.partition(b"li>")[2].startswith(path + b"<"), bag
     found, done = keywords("--xmp", "--undo", status=0)
     assert done.stdout == "Restored the keywords of 4 photos\n"
     assert state(inbox) == before

@@ -324,12 +324,11 @@ class SidecarOptions:
                     own.append(keyword)
             yield table
 
-    def write(self) -> list[Skipped]:
+    def write(self, index: Index) -> list[Skipped]:
         """Write the keywords, and return the sidecars that were skipped."""
-        from retrieval_tip.data.xmp import Keywords
-        from retrieval_tip.labelling.sidecars import write_sidecars
+        from retrieval_tip.labelling.sidecars import in_groups, write_sidecars
 
-        written = write_sidecars({path: Keywords(own) for path, own in self.keywords.items()})
+        written = write_sidecars({path: in_groups(own, index.groups) for path, own in self.keywords.items()})
         say(f"{str(written).capitalize()}; --undo restores them")
         return written.skipped
 
@@ -417,7 +416,7 @@ def classify(
         answered_inputs = counted(counts.total - len(cut.empty) - len(cut.others), "input")
         note(f"{show(printing.output)}: classified {answered_inputs}{no_match}{empty}")
     if sidecars.xmp:
-        finish([*reader.skipped, *sidecars.write()], "read or changed")
+        finish([*reader.skipped, *sidecars.write(loaded)], "read or changed")
     finish(reader.skipped)
 
 

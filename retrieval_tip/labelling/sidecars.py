@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -23,6 +23,7 @@ from retrieval_tip.files import cache_folder, read_regular, real
 from retrieval_tip.labelling import placing
 from retrieval_tip.labelling.labels import NONE
 from retrieval_tip.labelling.sort import NO_MATCH, NOT_SURE, Sorted, class_folder, locked, skipping
+from retrieval_tip.settings import Levels
 
 
 def write_sidecars(photos: Mapping[str, Keywords]) -> Sorted:
@@ -54,14 +55,22 @@ def write_sidecars(photos: Mapping[str, Keywords]) -> Sorted:
     return result
 
 
-def write_planned(planned: Sorted) -> Sorted:
+def in_groups(keywords: Sequence[str], groups: Levels | None) -> Keywords:
+    """Return keywords with the path of each through the groups of an index, such as ``animal|bird``, if there are any.
+
+    darktable ignores keywords without a hierarchy if others have one, so each gets one.
+    """
+    return Keywords(keywords, [] if groups is None else ["|".join(groups.path(own)) for own in keywords])
+
+
+def write_planned(planned: Sorted, groups: Levels | None) -> Sorted:
     """Write the class of each photo into its sidecar, as a dry run of :func:`sort.sort_photos` has planned it.
 
     Photos without a match, and those that are not sure, get no keyword.
     """
     without = (NO_MATCH, NOT_SURE, class_folder(NONE))
     photos = {row.input: [row.label] if row.output.partition("/")[0] not in without else [] for row in planned.rows}
-    result = write_sidecars({name: Keywords(own) for name, own in photos.items()})
+    result = write_sidecars({name: in_groups(own, groups) for name, own in photos.items()})
     return replace(result, threshold=planned.threshold, skipped=[*planned.skipped, *result.skipped])
 
 

@@ -68,7 +68,7 @@ async def sort(session: Labelling, change: schemas.SortInto) -> schemas.SortedPh
         call = partial(sort_photos, action=action, at_most_wrong=change.at_most_wrong, dry_run=xmp)
         done = await session.service.run(session.encoding, call, version.index, [photos], reader, folder)
         if xmp:
-            done = await session.service.run(session.encoding, write_planned, done)
+            done = await session.service.run(session.encoding, write_planned, done, version.index.groups)
     words = ["sort", "--undo", "--into", str(folder.absolute())]
     if xmp:
         words = ["classify", str(session.place), os.path.commonpath(paths), "--xmp", "--undo"]
