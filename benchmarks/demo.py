@@ -402,7 +402,7 @@ def labels_of(source: Path) -> dict[str, str]:
 
 def show_mistake(index: str, new: Path, truth: dict[str, str], answers: Path) -> None:
     """Explain the most confident wrong answer."""
-    tip("", "-q", "classify", index, str(new), "--format", "json", "--output", str(answers))
+    tip("", "-q", "classify", index, str(new), "--format", "json", "--out", str(answers))
     worst = most_certain_mistake(map(json.loads, answers.read_text(encoding="utf-8").splitlines()), truth)
     if worst is None:
         click.echo("\nAll new photos were classified correctly.")

@@ -88,7 +88,7 @@ def main(queries: int, dim: int, classes: int, folder: Path, model: str, pretrai
         text = write_table(out / "text.parquet", made, ids, made.text)
         seconds("index", "build", "--fit", "none", keys, "--text", text, "--out", out / "index", "--device", "cpu")
         asked = [write_table(out / f"{n}.parquet", made, made.classes(n, 2)) for n in (queries, FEW)]
-        options = ("--format", "parquet", "--output")
+        options = ("--format", "parquet", "--out")
         compare("classify", queries, *([("classify", out / "index", one, *options) for one in asked]), out)
         tables = [pa.concat_tables([open_parquet(file).read(["input", "label"]) for file in table_files(out / name)])
                   for name in ("classify.parquet", "classify.parts")]  # fmt: skip

@@ -199,7 +199,7 @@ def drawn(photos: Path, into: Path, classes: int, number: int, seed: int) -> dic
 
 @contextmanager
 def opened(photos: Path, index: Path, model: tuple[str, ...], by: str) -> Iterator[Page]:
-    with server(photos, "--into", index, *model, "--device", "cpu", command="label") as (url, _), chromium() as browser:
+    with server(photos, "--out", index, *model, "--device", "cpu", command="label") as (url, _), chromium() as browser:
         page = browser.new_page(**(PHONE if by == "phone" else DESKTOP), reduced_motion="reduce")
         page.set_default_timeout(PATIENCE)
         page.goto(url)

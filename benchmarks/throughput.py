@@ -248,7 +248,7 @@ def files(size: Size, queries: int, rounds: int, device: str, place: Path) -> No
 
     def seconds(name: str, how: tuple[str, ...]) -> float:
         table, out = place / f"{name}.parquet", place / "answers"
-        command = (*PROGRAM, "-q", "classify", place / "index", table, "--output", out, "--device", device, *how)
+        command = (*PROGRAM, "-q", "classify", place / "index", table, "--out", out, "--device", device, *how)
         return clocked(lambda: run(*command))
 
     parquet = ("--format", "parquet")

@@ -176,7 +176,7 @@ def main(index: Path, new: Path) -> None:
         facts = json.loads((copy / "manifest.json").read_text())["backbone"]
         encoder = ["--model", facts["model"], "--pretrained", facts["pretrained"]]
         commands = (
-            (label_page, ["label", str(new), "--into", str(Path(folder) / "labelled"), *encoder]),
+            (label_page, ["label", str(new), "--out", str(Path(folder) / "labelled"), *encoder]),
             (pictures, ["serve", str(copy)]),
         )
         for pictured, command in commands:

@@ -48,7 +48,7 @@ MAX_ROWS = 100_000_000
 MAX_LINE = 1 << 26
 """Maximum length of a line in a text file of predictions, in bytes. The logits of 1,000 classes take 20,000 bytes."""
 _SCALARS = {bool: pa.bool_(), int: pa.float64(), float: pa.float64(), str: pa.string()}
-_REMEDY = "pass a file from retrieval-tip classify --format parquet, csv or json --output FILE"
+_REMEDY = "pass a file from retrieval-tip classify --format parquet, csv or json --out FILE"
 
 SHOWN_PREDICTIONS = 50
 """Number of predictions shown in a notebook."""

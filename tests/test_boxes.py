@@ -185,7 +185,7 @@ def test_boxes_are_refused_for_features_and_ray(run, things, tmp_path):
 @pytest.mark.parametrize(("options", "more"), [([], ""), (["--group-by", "burst", "--exif"], ",,,,")])
 def test_only_empty_photos_are_a_valid_result(options, more, run, things, trap):
     out = trap / "answers.csv"
-    done = run("classify", things, trap / "photos/empty.png", "--boxes", trap / "boxes.json", "--output", out, *options)
+    done = run("classify", things, trap / "photos/empty.png", "--boxes", trap / "boxes.json", "--out", out, *options)
     assert (done.exit_code, done.stderr) == (0, f"{out}: classified 0 inputs, 1 empty\n")
     assert out.read_text().splitlines()[1:] == [f"{trap}/photos/empty.png,,,empty{more}"]
 

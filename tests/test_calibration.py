@@ -292,7 +292,7 @@ def test_every_format_shows_withheld_labels(run, food, tmp_path):
     assert changed
     assert all(b[1] == "-" and (a[0], a[2]) == (b[0], b[2]) for a, b in changed)  # the probability is kept
     out = tmp_path / "out.parquet"
-    run("classify", folder, test, "--abstain", 1, "--format", "parquet", "--output", out)
+    run("classify", folder, test, "--abstain", 1, "--format", "parquet", "--out", out)
     withheld = pq.read_table(out)["label"].null_count
     assert withheld == len(changed)
     csv = run("classify", folder, test, "--abstain", 1, "--format", "csv").stdout.splitlines()

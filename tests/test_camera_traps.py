@@ -190,12 +190,12 @@ def test_files_are_relative_to_the_folder_that_contains_all(run, animals, card, 
         ("--categories animal", "--categories: selects boxes; add --boxes"),
         ("--overwrite", "--overwrite: only applies to --boxes with --format megadetector"),
         ("--timezone UTC", "only apply to --format camtrap-dp"),
-        ("--format camtrap-dp --output x", "needs --output FOLDER and --timezone ZONE, such as Europe/Berlin"),
-        ("--format camtrap-dp --timezone UTC", "needs --output FOLDER and --timezone ZONE"),
-        ("--format camtrap-dp --output x --timezone Europe/Nowhere", "Europe/Nowhere: unknown; give a name"),
-        ("--format camtrap-dp --output boxes.json --timezone UTC", "exists already; choose another --output"),
-        ("--format camtrap-dp --output no/x --timezone UTC", "cannot be written: No such file"),
-        ("card/101/d.jpg --format camtrap-dp --output x --timezone UTC", "card/101: no photo has a date"),
+        ("--format camtrap-dp --out x", "needs --out FOLDER and --timezone ZONE, such as Europe/Berlin"),
+        ("--format camtrap-dp --timezone UTC", "needs --out FOLDER and --timezone ZONE"),
+        ("--format camtrap-dp --out x --timezone Europe/Nowhere", "Europe/Nowhere: unknown; give a name"),
+        ("--format camtrap-dp --out boxes.json --timezone UTC", "exists already; choose another --out"),
+        ("--format camtrap-dp --out no/x --timezone UTC", "cannot be written: No such file"),
+        ("card/101/d.jpg --format camtrap-dp --out x --timezone UTC", "card/101: no photo has a date"),
     ],
 )
 def test_wrong_options_are_refused_in_one_line(options, message, run, animals, boxes, tmp_path, monkeypatch):
@@ -211,7 +211,7 @@ def test_wrong_options_are_refused_in_one_line(options, message, run, animals, b
 def packed(run, tmp_path, *arguments, status=3):
     """Return the rows of the tables of a Camtrap DP by their first column, its metadata, and what was printed."""
     out = tmp_path / f"package {len(list(tmp_path.glob('package*')))}"
-    done = run("classify", *arguments, "--format", "camtrap-dp", "--output", out)
+    done = run("classify", *arguments, "--format", "camtrap-dp", "--out", out)
     assert done.exit_code == status, done.stderr
     made = SimpleNamespace(out=out, said=done.stderr, about=json.loads((out / "datapackage.json").read_text()))
     for name in ("deployments", "media", "observations"):
@@ -293,7 +293,7 @@ def test_deployments_come_from_a_table(run, animals, card, tmp_path):
         ("deploymentID,latitude\na,1\na,2\n", "each row needs a deploymentID of its own"),
     ):
         table.write_text(text)
-        options = ["--format", "camtrap-dp", "--output", tmp_path / "x", *BERLIN, "--deployments", table]
+        options = ["--format", "camtrap-dp", "--out", tmp_path / "x", *BERLIN, "--deployments", table]
         done = run("classify", animals, card, *options)
         assert (done.exit_code, message in done.stderr, (tmp_path / "x").exists()) == (1, True, False)
 
@@ -308,7 +308,7 @@ def test_megadetectors_validator_accepts_a_thousand_images(run, animals, card, b
             os.link(file, many / f"{number}" / f"{file.parent.name}-{file.name}")
     for name, inputs in (("whole", [many]), ("boxes", [card, "--boxes", boxes])):
         out = tmp_path / f"{name}.json"
-        assert run("classify", animals, *inputs, "--format", "megadetector", "--output", out, "--exif").exit_code == 3
+        assert run("classify", animals, *inputs, "--format", "megadetector", "--out", out, "--exif").exit_code == 3
         if name == "boxes":  # the validator warns about unknown fields, which are ours
             out.write_text(json.dumps({k: v for k, v in json.loads(out.read_text()).items() if k != "extra"}))
         code = "from megadetector.postprocessing.validate_batch_results import validate_batch_results as check; "

@@ -531,7 +531,7 @@ def flipped(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("style", ["csv", "json", "parquet"])
 def test_an_edited_audit_is_applied_as_one_version(run: Any, flipped: Path, tmp_path: Path, style: str) -> None:
     table, edited = tmp_path / "suspects.csv", tmp_path / f"edited.{style}"
-    assert run("index", "audit", flipped, "--output", table).exit_code == 0
+    assert run("index", "audit", flipped, "--out", table).exit_code == 0
     rows = pd.read_csv(table).set_index("source", drop=False)
     assert rows["suggested"].to_dict() == {"item-0": "cat", "item-10": "dog", "item-29": "owl"}
     rows.loc["item-10", "suggested"] = "cat"

@@ -104,7 +104,7 @@ def test_a_dry_run_prints_its_choice_and_changes_nothing(run, place):
         (("--agreement", "0"), 2, "--agreement"),
         (("--index", "Nope"), 2, "index 'Nope': "),
         (("--val", "few.parquet"), 1, "99 queries"),
-        (("--format", "json", "--output", "nowhere/out.json"), 1, "nowhere"),
+        (("--format", "json", "--out", "nowhere/out.json"), 1, "nowhere"),
     ],
 )
 def test_wrong_usage_is_one_line_and_changes_nothing(run, place, features, more, code, message, monkeypatch):

@@ -63,7 +63,7 @@ def built(tmp_path_factory):
     for name, (metric, values) in (FORMS | {"plain": ("none", "one-hot")}).items():
         for kind in KINDS:
             found[name, kind] = made(place, kind, f"{name}-{kind}")
-            words = ["index", "build", place / "train.parquet", "--text", place / "text.parquet", "--store"]
+            words = ["index", "build", place / "train.parquet", "--text", place / "text.parquet", "--out"]
             words += [found[name, kind], "--metric", metric, "--values", values]
             done(CliRunner().invoke(main, [str(word) for word in words]))
     return found

@@ -60,7 +60,7 @@ def test_classify_writes_every_format(run, things, shared, tmp_path):
             rows, document = classified(run, things, paths, style, *options)
             assert document == json.loads(json.dumps(convert(rows, names)))
     out = tmp_path / "answers.json"
-    assert run("classify", things, *paths, "--format", "coco", "--output", out).exit_code == 0
+    assert run("classify", things, *paths, "--format", "coco", "--out", out).exit_code == 0
     assert open_source(out).paths == tuple(map(str, paths))
     done = run("classify", things, *paths, "--format", "coco", "--boxes", out)
     assert (done.exit_code, "leave out --boxes" in done.stderr) == (2, True)

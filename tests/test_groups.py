@@ -117,7 +117,7 @@ def test_the_command_numbers_the_groups_largest_first(folder, run, tmp_path, mon
     rows = unit(4 * np.eye(16)[kinds] + unit_rows(9, 16, 1)).astype(np.float32)
     rows[7] = unit(-rows[1:2] - rows[3:4])[0]  # unlike any other photo
     table, out = write_table(tmp_path / "new.parquet", rows), tmp_path / "answers.csv"
-    done = run("classify", folder, table, "--group-unlike", "--output", out)
+    done = run("classify", folder, table, "--group-unlike", "--out", out)
     assert (done.exit_code, "6 with no match" in done.stderr) == (0, True)
     with out.open() as file:
         written = list(csv.DictReader(file))
@@ -149,7 +149,7 @@ def test_photos_with_a_match_get_no_group(folder, run, tmp_path):
 
 def test_groups_need_a_fitted_index_and_one_process(folder, run, tmp_path):
     table = write_table(tmp_path / "new.parquet", unit_rows(2, 16))
-    done = run("classify", folder, table, "--group-unlike", "--engine", "ray", "--output", tmp_path / "parts")
+    done = run("classify", folder, table, "--group-unlike", "--engine", "ray", "--out", tmp_path / "parts")
     assert (done.exit_code, "--engine ray" in done.stderr) == (2, True)
     cache_of(unit_rows(4, 16), [0, 0, 1, 1], ["a", "b"], device="cpu").save(tmp_path / "plain")
     done = run("classify", tmp_path / "plain", table, "--group-unlike")

@@ -62,7 +62,7 @@ def test_one_command_installs_label_and_serve_without_cuda() -> None:
         print(f"{size / 1e9:.2f} GB")
         assert size <= LARGEST
         model = f"local-dir:{tiny(Path(place) / 'model')}"
-        label = ("label", ROOT / "docs/screens", "--into", f"{place}/index", "--model", model)
+        label = ("label", ROOT / "docs/screens", "--out", f"{place}/index", "--model", model)
         for port, command in ((9731, label), (9732, ("serve",))):  # without an index, serve needs no encoder
             arguments = [f"{place}/venv/bin/retrieval-tip", *map(str, command), "--port", str(port)]
             server = subprocess.Popen(arguments, cwd=place, env=os.environ | {"HF_HUB_OFFLINE": "1"})

@@ -539,7 +539,7 @@ def test_a_killed_session_keeps_its_labels_and_a_stopped_one_names_the_file_of_t
     right = {str(folder / Path(name).name): label for name, label in pool.items()}
     model = "--model", f"local-dir:{shared / 'models' / 'lit-mini'}", "--classes", "owl, crab"
     again = {"path": warm_path, "command": "label", "port": None}
-    with server(folder, "--into", index, *model, **again) as (first_url, process):
+    with server(folder, "--out", index, *model, **again) as (first_url, process):
         state = asked(url := first_url)
         assert [one["label"] for one in state["classes"]] == ["owl", "crab"]
         first = [one for one in state["queue"] if one["name"] in right][:6]  # without the damaged file
@@ -549,7 +549,7 @@ def test_a_killed_session_keeps_its_labels_and_a_stopped_one_names_the_file_of_t
         process.wait()
     folder = folder.rename(tmp_path / "renamed")
     printed = []
-    with server(folder, "--into", index, *model, **again, printed=printed) as (url, process):
+    with server(folder, "--out", index, *model, **again, printed=printed) as (url, process):
         assert url == first_url  # an open page still works
         asked(url, {"labels": [{"photo": sorted(folder.iterdir()).index(folder / "damaged.jpg"), "label": "owl"}]})
         process.send_signal(signal.SIGINT)
@@ -564,7 +564,7 @@ def test_a_killed_session_keeps_its_labels_and_a_stopped_one_names_the_file_of_t
     address, _, token = url.partition("/#token=")
     with (
         socket.create_server(("127.0.0.1", int(address.rpartition(":")[2]))),  # it may have received the token
-        server(folder, "--into", index, **again) as (url, _),  # uses the encoder of the index
+        server(folder, "--out", index, **again) as (url, _),  # uses the encoder of the index
     ):
         assert not url.startswith(address)
         assert not url.endswith(token)
@@ -588,6 +588,6 @@ def asked(url, body=None):
 
 def test_features_cannot_be_labelled(shared, tmp_path, run):
     table = shared / "data" / "clip-food9" / "test.parquet"
-    told = run("label", table, "--into", tmp_path / "idx", "--model", f"local-dir:{shared / 'models' / 'lit-mini'}")
+    told = run("label", table, "--out", tmp_path / "idx", "--model", f"local-dir:{shared / 'models' / 'lit-mini'}")
     assert told.exit_code == 1
     assert "labelling needs photos" in told.stderr

@@ -84,8 +84,8 @@ MISTAKES = {
     "encode {w}/my*photos --out {w}/out.parquet --model resnet50": (2, "timm:resnet50"),
     "encode {w}/my*photos --out {w}/out.parquet --model hf:{w}/my*photos": (1, "--model hf:FOLDER"),
     "classify {w}/i/x {w}/new.parquet --top 0": (2, "--top"),
-    "classify {w}/i/x {w}/new.parquet --output {w}/answers.xlsx": (2, ".xlsx; use .csv"),
-    "classify {w}/i/x {w}/new.parquet --output {w}/none/answers.csv": (1, "No such file or directory"),
+    "classify {w}/i/x {w}/new.parquet --out {w}/answers.xlsx": (2, ".xlsx; use .csv"),
+    "classify {w}/i/x {w}/new.parquet --out {w}/none/answers.csv": (1, "No such file or directory"),
     "index add {w}/i/x {w}/my*photos/cat/1.png": (1, "expected a folder with one folder of images per class"),
     "index remove {w}/i/x": (2, "where, key_ids"),
     "index remove {w}/i/x --where labl='a'": (2, "over the columns key_id, class_id, label"),
@@ -120,14 +120,14 @@ def test_the_output_suffix_selects_the_format(run, world, tmp_path):
     classify = ("classify", world / "i/x", world / "new.parquet")
     labels = [json.loads(line)["label"] for line in run(*classify, "--format", "jsonl").stdout.splitlines()]
     for name in ("a.csv", "a.json", "a.jsonl", "a.txt", "a.parquet"):
-        assert run(*classify, "--output", tmp_path / name).exit_code == 0
+        assert run(*classify, "--out", tmp_path / name).exit_code == 0
     text = {name: (tmp_path / f"a.{name}").read_text() for name in ("csv", "json", "jsonl", "txt")}
     assert [row["label"] for row in csv.DictReader(io.StringIO(text["csv"]))] == labels
     assert text["json"] == text["jsonl"]
     assert [json.loads(line)["label"] for line in text["json"].splitlines()] == labels
     assert [line.split()[1] for line in text["txt"].splitlines()[1:]] == labels
     assert pq.read_table(tmp_path / "a.parquet")["label"].to_pylist() == labels
-    run(*classify, "--output", tmp_path / "b.csv", "--format", "json")
+    run(*classify, "--out", tmp_path / "b.csv", "--format", "json")
     assert json.loads((tmp_path / "b.csv").read_text().splitlines()[0])["label"] == labels[0]
 
 

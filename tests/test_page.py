@@ -625,7 +625,7 @@ def test_an_empty_server_classifies_a_photo_after_five_actions(
 ) -> None:
     """The answer arrives within 20 s of the first click."""
     class_folders(tmp_path / "photos", "crab", "panda", "pizza", each=5)
-    with serving(browser, *MODEL, "--into", tmp_path / "made") as (page, _):  # 1
+    with serving(browser, *MODEL, "--out", tmp_path / "made") as (page, _):  # 1
         expect(page.locator("#teach-missing")).to_contain_text("at least two classes")
         start = time.monotonic()
         page.set_input_files("#teach-folder", tmp_path / "photos")  # 2
@@ -1512,7 +1512,7 @@ def labelling(
     browser: Browser, pool: dict[str, str], into: Path, *arguments: object, **options: Any
 ) -> Iterator[tuple[Page, Any]]:
     """Serve a labelling session that saves to ``into``. Yield its page and the server process."""
-    with server(pool[""], "--into", into, *MODEL, "--device", "cpu", *arguments, command="label") as (url, process):
+    with server(pool[""], "--out", into, *MODEL, "--device", "cpu", *arguments, command="label") as (url, process):
         address, _, token = url.partition("/#")
         one = Opened(browser, address, f"/#{token}", ready="#label-progress", **options)
         try:

@@ -189,7 +189,7 @@ def test_two_nodes_give_the_same_results_as_one_process(run, cluster, shared, tm
             nodes.update(p.info["ppid"] for p in every if "ray::MapWorker" in " ".join(p.info["cmdline"] or ()))
 
     threading.Thread(target=watch, daemon=True).start()
-    ask = ("classify", tmp_path / "i", source, "--logits", *model[:1], "--format", "parquet", "--output")
+    ask = ("classify", tmp_path / "i", source, "--logits", *model[:1], "--format", "parquet", "--out")
     for command in (("encode", source, *model, "--out"), ask):
         ray = (*command, f"{out}/{command[0]}.parts", "--engine", "ray", "--ray-address", cluster)
         here = run(*command, tmp_path / "here.parquet")

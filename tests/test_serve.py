@@ -425,7 +425,7 @@ def test_bad_indexes_ports_and_options_are_refused(things: Path, tmp_path: Path,
     assert run("serve", things, "--host", "256.1.1.1").exit_code == 2
     assert run("serve", things, "--token", " ", "--port", 0).exit_code == 2
     assert run("serve", things, "--token", "a", "--read-only", "--port", 0).exit_code == 2
-    assert run("serve", things, "--into", tmp_path, "--port", 0).exit_code == 2
+    assert run("serve", things, "--out", tmp_path, "--port", 0).exit_code == 2
     for proxy in ("proxy.example.org", "10.0.0.7/8", "*"):
         result = run("serve", things, "--trusted-proxy", proxy, "--port", 0)
         assert (result.exit_code, "10.0.0.0/8" in result.stderr) == (2, True)

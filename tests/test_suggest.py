@@ -114,7 +114,7 @@ def test_an_index_provides_metric_uncertainty_and_labelled_keys(index, run, tmp_
     doubts = 1 - answers.to_arrow()["probability"].to_numpy() * examples / (examples + 4)
     picks = suggest(pool, 6, uncertainty=doubts, labelled=cache.keys, metric=cache.metric)
     out = tmp_path / "next.parquet"
-    done = run("suggest", table, "-n", 6, "--index", folder, "--output", out)
+    done = run("suggest", table, "-n", 6, "--index", folder, "--out", out)
     assert (done.exit_code, done.stdout, done.stderr) == (0, "", "suggested 6 photos of 30\n")
     rows = pq.read_table(out).to_pylist()
     assert list(rows[0]) == ["rank", "input", "label", "probability", "covers", "why"]

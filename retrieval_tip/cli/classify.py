@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 @command()
 def encode(
     source: Place = argument(kinds.SOURCE),
-    out: Place = option(kinds.OUTPUT, required=True, help="Feature table to write (.parquet)."),
+    out: Place = option(kinds.OUTPUT, "--out", "-o", required=True, help="Feature table to write (.parquet)."),
     engine: EngineOptions = options.ENGINE,
     views: ViewOptions = options.VIEWS,
     reading: ReadingOptions = options.READING,
@@ -266,7 +266,7 @@ class TrapOptions:
         if self.overwrite and not (detections and rows.boxes):
             raise UsageError(f"--overwrite: only applies to --boxes with --format {MEGADETECTOR}; leave it out")
         if package and (self.timezone is None or printing.output is None):
-            raise UsageError(f"--format {CAMTRAP_DP}: needs --output FOLDER and --timezone ZONE, such as Europe/Berlin")
+            raise UsageError(f"--format {CAMTRAP_DP}: needs --out FOLDER and --timezone ZONE, such as Europe/Berlin")
         if not package and (self.timezone or self.deployments):
             raise UsageError(f"--timezone and --deployments: only apply to --format {CAMTRAP_DP}; leave them out")
         if not detections and not package:
@@ -342,7 +342,7 @@ _PRINTING = {
     "named": option(
         click.Choice([*options.FORMATS, *DOCUMENTS, MEGADETECTOR, CAMTRAP_DP]), "--format", **options.OUTPUTS
     ),
-    "output": option(kinds.OUTPUT, **options.OUTPUTS),
+    "output": option(kinds.OUTPUT, "--out", "-o", **options.OUTPUTS),
 }
 
 
@@ -363,7 +363,7 @@ def classify(
 
     INPUTS are images, folders, globs, tables of paths or feature tables. Use - to read paths from standard input. If
     the index is fitted, the column unlike is true for an image that resembles no shot. With --abstain, an uncertain
-    answer has a probability but no label: the label is null, or - in a table. With --engine ray, --output is a folder
+    answer has a probability but no label: the label is null, or - in a table. With --engine ray, --out is a folder
     of Parquet parts. The formats coco, fiftyone, label-studio and megadetector are JSON files for other programs. The
     format camtrap-dp is a folder of tables. With --xmp, the sidecar of photo.jpg is photo.jpg.xmp, or an existing
     photo.xmp.
@@ -433,7 +433,7 @@ def _classify_on_ray(
     from retrieval_tip.distributed.ray_data import Question, cut_inputs
 
     if printing.style != "parquet" or printing.output is None:
-        raise UsageError("--engine ray: can only write Parquet parts; give --format parquet and --output FOLDER")
+        raise UsageError("--engine ray: can only write Parquet parts; give --format parquet and --out FOLDER")
     pieces = cut_inputs(inputs, paths_on_stdin())
     manifest, schema = store_of(folder).manifest().to_bytes(), rows.schema(loaded)
     question = Question(str(folder), manifest, encoding.precision, loaded.settings, opening.where, schema, rows.tables)

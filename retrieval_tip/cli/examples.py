@@ -12,7 +12,7 @@ EXAMPLES = {
     "index verify": ["index verify indexes/things", "index verify s3://bucket/things"],
     "index query": [
         'index query indexes/things "SELECT * FROM class_counts"',
-        "index query indexes/things \"SELECT source FROM labels WHERE label = 'cat'\" --output cats.csv",
+        "index query indexes/things \"SELECT source FROM labels WHERE label = 'cat'\" --out cats.csv",
     ],
     "index tune": [
         "index tune indexes/things --val new",
@@ -45,11 +45,11 @@ EXAMPLES = {
         "index export indexes/things --out keys.parquet --text text.parquet",
     ],
     "index audit": [
-        "index audit indexes/things --output suspects.csv",
+        "index audit indexes/things --out suspects.csv",
         "index audit indexes/things --apply suspects.csv",
     ],
-    "label": ["label new --into indexes/things", "label new --into indexes/animals --classes cat,dog,owl"],
-    "suggest": ["suggest inbox -n 20", "suggest inbox -n 20 --index indexes/things --output next.csv"],
+    "label": ["label new --out indexes/things", "label new --out indexes/animals --classes cat,dog,owl"],
+    "suggest": ["suggest inbox -n 20", "suggest inbox -n 20 --index indexes/things --out next.csv"],
     "find": ['find inbox "a red flower"', "find inbox photos/cat/1.jpg --index indexes/things"],
     "sort": ["sort indexes/things inbox --into sorted", "sort --undo --into sorted"],
     "encode": [
@@ -58,7 +58,7 @@ EXAMPLES = {
     ],
     "classify": [
         "classify indexes/things new/*.jpg --explain",
-        "classify indexes/things new --top 3 --output answers.csv",
+        "classify indexes/things new --top 3 --out answers.csv",
     ],
     "evaluate": ["evaluate indexes/things new", "evaluate indexes/things new --report things.html"],
     "compare": [

@@ -177,7 +177,7 @@ class TrainingOptions:
 @command()
 def finetune_command(
     folder: Path = options.FOLDER_ARGUMENT,
-    out: Path = option(kinds.FOLDER, required=True),
+    out: Path = option(kinds.FOLDER, "--out", "-o", required=True),
     source: Place | None = option(kinds.SOURCE),
     val: Place | None = option(kinds.SOURCE),
     val_shots: KeysMet = option(kinds.K("shots")),

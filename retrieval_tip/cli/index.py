@@ -36,7 +36,7 @@ def build(
     out: Place = option(
         kinds.INDEX,
         "--out",
-        "--store",
+        "-o",
         required=True,
         help=f"Index folder, or {KIND} ({FORMS}). If the index already exists, it gets a new version.",
     ),
@@ -418,7 +418,7 @@ def clone_command(
 @index.command()
 def export_command(
     folder: Path = options.FOLDER_ARGUMENT,
-    out: Path | None = option(kinds.FILE),
+    out: Path | None = option(kinds.FILE, "--out", "-o"),
     text: Path | None = option(kinds.FILE),
     onnx: Path | None = option(kinds.FILE),
     features: bool = flag(),
@@ -481,14 +481,14 @@ def audit_command(
     Each shot is classified with all other shots, excluding shots of the same image. The most suspicious shots are
     listed first. Images that appear in two classes are also listed.
 
-    To correct labels, save the list with --output suspects.csv (you can also use .json or .parquet). Delete rows or
+    To correct labels, save the list with --out suspects.csv (you can also use .json or .parquet). Delete rows or
     edit the suggestions, and then pass the file to --apply. Only the columns key_id, label and suggested are read. The
     column suggested contains the new label of a shot, and label must still be its current label.
 
     Options:
         k: Number of nearest keys used to check each shot, or all. [default: all in small indexes]
         borderline: Also list borderline cases.
-        file: Table written by audit --output, whose suggestions are applied in one new version.
+        file: Table written by audit --out, whose suggestions are applied in one new version.
     """
     if file is not None:
         from retrieval_tip.index.changes import apply_audit

@@ -197,13 +197,13 @@ class OutputOptions:
     """Output format and output file. ``None`` means the default format and standard output.
 
     Options:
-        named: Output format. With json and jsonl, each line is an object. [default: given by the suffix of --output, or
+        named: Output format. With json and jsonl, each line is an object. [default: given by the suffix of --out, or
             table]
         output: File to write to instead of standard output.
     """
 
     named: str | None = option(click.Choice(FORMATS), "--format", **OUTPUTS)
-    output: Path | None = option(kinds.OUTPUT, **OUTPUTS)
+    output: Path | None = option(kinds.OUTPUT, "--out", "-o", **OUTPUTS)
 
     @property
     def style(self) -> str:
@@ -212,9 +212,7 @@ class OutputOptions:
         style = self.named or _SUFFIXES.get(suffix)
         if style is None:
             known = ", ".join(name for name in _SUFFIXES if name)
-            raise UsageError(
-                f"--output {show(str(self.output))}: unknown suffix {suffix}; use {known} or give --format"
-            )
+            raise UsageError(f"--out {show(str(self.output))}: unknown suffix {suffix}; use {known} or give --format")
         return "json" if style == "jsonl" else style
 
     def write_rows(self, rows: Iterable[Sequence[object]], types: Mapping[str, type]) -> None:

@@ -50,7 +50,7 @@ def write_tables(
     Raises UsageError if Parquet would be written to a terminal. Raises InputError if the file cannot be written.
     """
     if style == "parquet" and path is None and sys.stdout.isatty():
-        raise UsageError("--format parquet: output is binary; give --output FILE or redirect standard output")
+        raise UsageError("--format parquet: output is binary; give --out FILE or redirect standard output")
     with _target(path) as target:
         if style == "parquet":
             with parquet_writer(target, schema) as writer:
@@ -116,7 +116,7 @@ def write_folder(make: Callable[[], Mapping[str, Any]], folder: Path) -> None:
     The folder appears only once it is complete. Raises InputError if it exists already, or cannot be written.
     """
     if os.path.lexists(folder):
-        raise InputError(f"{show(folder)}: exists already; choose another --output")
+        raise InputError(f"{show(folder)}: exists already; choose another --out")
     try:
         with temporary(folder, folder=True) as new:
             for name, content in make().items():

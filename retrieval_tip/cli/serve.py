@@ -49,7 +49,7 @@ def serve_command(
     read_only: bool = flag(),
     private: bool = flag(),
     uploads: Path | None = option(kinds.FOLDER),
-    into: Path | None = option(kinds.FOLDER),
+    into: Path | None = option(kinds.FOLDER, "--out", "-o"),
     model: str | None = option(metavar="NAME"),
     pretrained: str | None = option(metavar="TAG"),
     root: Path | None = option(kinds.FOLDER),
@@ -102,7 +102,7 @@ def serve_command(
             if model is not None:
                 maker.load()  # fails before the page opens
         elif into is not None:
-            raise UsageError("--into: needs --model when an INDEX is given; add --model NAME")
+            raise UsageError("--out: needs --model when an INDEX is given; add --model NAME")
         named = (f"{name} ({counted(one.now.index.n, 'shot')})" for name, one in served.items())
         what = ", ".join(named) or "no index yet"
         at = address(listening)
@@ -116,7 +116,7 @@ def serve_command(
 @command()
 def label_command(
     photos: tuple[str, ...] = argument(nargs=-1, required=True),
-    folder: Place = option(kinds.INDEX, "--into", required=True, metavar="INDEX"),
+    folder: Place = option(kinds.INDEX, "--out", "-o", required=True, metavar="INDEX"),
     classes: str = option(default="", metavar="NAME,...", show_default=False),
     port: int | None = option(click.IntRange(0, 65535)),
     encoding: EncodingOptions = options.ENCODING,

@@ -165,7 +165,7 @@ class TableVersions(Versions[TableWriter]):
     def current(self) -> Manifest:
         for _ in range(VERSIONS_TRIED):
             if not (there := self.numbers()):
-                raise StoreError(f"{self}: no index; build one with retrieval-tip index build SOURCE --store {self}")
+                raise StoreError(f"{self}: no index; build one with retrieval-tip index build SOURCE --out {self}")
             with suppress(FileNotFoundError):  # the version was just deleted
                 return self.read(there[-1])
         raise self.too_fast()
