@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,8 @@ NONE = "none of these"
 """Class of photos that belong to no other class."""
 ALIKE, MOST_ALIKE = 0.8, 12
 """Lowest cosine of near-identical photos after subtracting the mean of all photos, and their maximum number."""
+GUESSES = 3
+"""Maximum number of guesses per photo."""
 
 FloatArray = npt.NDArray[np.float32]
 Read = Mapping[int, tuple[str, FloatArray]]
@@ -221,3 +223,17 @@ def alike(features: FloatArray, rows: Sequence[int]) -> list[list[int]]:
     cosines[range(len(rows)), rows] = -1
     found = cosines.topk(min(MOST_ALIKE, len(points)))
     return [near[own >= ALIKE].tolist() for near, own in zip(found.indices, found.values, strict=True)]
+
+
+def guesses(index: Index, features: FloatArray, *, none: bool = True) -> list[dict[str, Any]]:
+    """Return the ``guesses`` for each photo, most probable first, and whether it is ``unlike`` all shots.
+
+    If ``none`` is false, the class ``NONE`` is left out, which has a key of its own while single photos are labelled.
+    """
+    answers = index.classify(features, "keep", top=GUESSES + 1, neighbours=0, logits=False)
+    found = []
+    for row in answers.written(["labels", "probabilities", "unlike"]).to_pylist():
+        pairs = [pair for pair in zip(row["labels"], row["probabilities"], strict=True) if none or pair[0] != NONE]
+        named = [{"label": label, "probability": probability} for label, probability in pairs[:GUESSES]]
+        found.append({"guesses": named, "unlike": bool(row["unlike"])})
+    return found

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,8 +19,11 @@ from retrieval_tip.errors import json_line, show
 from retrieval_tip.index import changes as index_changes
 from retrieval_tip.index import manage
 from retrieval_tip.index.fit import fit_index
+from retrieval_tip.labelling.placing import Action
+from retrieval_tip.labelling.sidecars import undo_sidecars, write_planned
+from retrieval_tip.labelling.sort import check_files, sort_photos, undo_sort
 from retrieval_tip.retrieval.duplicates import describe_duplicates
-from retrieval_tip.server import review, schemas, shots
+from retrieval_tip.server import schemas, shots
 from retrieval_tip.server.access import CHANGES, Named, NotLabelled, TheLabelling, TheService, lift_deadline
 from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.routes import REFUSED, SENT, Norms
@@ -243,6 +249,29 @@ async def label(labelling: TheLabelling, change: schemas.SetLabels) -> schemas.L
 
 
 @changes.post("/label/sort")
-async def label_sort(labelling: TheLabelling, change: schemas.SortInto) -> schemas.SortedPhotos:
+async def label_sort(service: TheService, labelling: TheLabelling, change: schemas.SortInto) -> schemas.SortedPhotos:
     """Sort the photos of the labelling session into folders by class, as `retrieval-tip sort` does, or undo it."""
-    return await review.sort(labelling, change)
+    version, source, reader = labelling.version(), labelling.photos.source, replace(labelling.photos.reader, skipped=[])
+    folder, paths, xmp = Path(change.into).expanduser(), source.paths or (), change.action == "xmp"
+    run = partial(service.run, labelling.encoding)
+    if xmp:
+        check_files([source], "xmp", "they have no sidecars")
+    if change.undo:
+        done = await (run(undo_sidecars, paths) if xmp else run(undo_sort, folder))
+    elif version is None or labelling.is_empty(version):
+        raise Problem(404, "there are no labels yet; label some photos first")
+    else:
+        some = sorted(labelling.labels()) if change.labelled else range(len(labelling.photos))
+        photos = source.take([photo for photo in some if photo < len(labelling.photos)])
+        action: Action = "copy" if change.action == "xmp" else change.action
+        call = partial(sort_photos, action=action, at_most_wrong=change.at_most_wrong, dry_run=xmp)
+        done = await run(call, version.index, [photos], reader, folder)
+        if xmp:
+            done = await run(write_planned, done, version.index.groups)
+    words = ["sort", "--undo", "--into", str(folder.absolute())]
+    if xmp:
+        words = ["classify", str(labelling.place), os.path.commonpath(paths), "--xmp", "--undo"]
+    undo = shlex.join(["retrieval-tip", *words])
+    skipped = [schemas.Unread(input=one.source, reason=one.reason) for one in done.skipped]
+    summary = str(done) if done.threshold is None else f"{done}; {done.threshold}"
+    return schemas.SortedPhotos(summary=summary, undo=undo, skipped=skipped)

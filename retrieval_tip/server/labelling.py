@@ -29,16 +29,17 @@ from retrieval_tip.labelling.labels import (
     SessionPhotos,
     alike,
     build_from_labels,
+    guesses,
     known_photos,
     picked_of,
 )
 from retrieval_tip.labelling.photos import MOST_PHOTOS, Pool, suggest_features
 from retrieval_tip.labelling.progress import estimate_rest, gain_of
 from retrieval_tip.labelling.queue import QUEUED, Picked, Queue, Queued
-from retrieval_tip.labelling.review import Guessed, guesses
 from retrieval_tip.model import Index
 from retrieval_tip.server import schemas
 from retrieval_tip.server.problems import Problem
+from retrieval_tip.server.schemas import Row
 from retrieval_tip.server.served import Version
 from retrieval_tip.server.service import Service
 from retrieval_tip.store.labels import WITHDRAWN
@@ -116,7 +117,7 @@ class Labelling:
         self._steps: dict[str, _Step] = {}
         self._made: set[str] = set()  # classes that this session has created
         self._last: changes.Changed | None = None
-        self._facts: dict[int, tuple[Guessed | None, list[int]]] = {}
+        self._facts: dict[int, tuple[list[Row] | None, list[int]]] = {}
         self._chosen: tuple[Version | None, int] = (None, 0)
         self._measured: tuple[Version | None, int] = self._chosen
         self._progress: schemas.LabelProgress | None = None
@@ -169,8 +170,8 @@ class Labelling:
         for one in self._queue.show(taken):
             guessed, others = self._facts.get(one.photo, (None, []))
             similar = [photo for photo in others if photo not in taken]
-            found = [] if guessed is None else [schemas.Guess.model_validate(row) for row in guessed.rows]
-            shown.append(schemas.QueuedPhoto(**vars(one), name=names[one.photo], guesses=found, similar=similar))
+            more = {"name": names[one.photo], "guesses": guessed or [], "similar": similar}
+            shown.append(schemas.QueuedPhoto(**vars(one) | more))
         unmeasured = version is not None and self._measured != self._chosen
         busy = self._choice_due() or unmeasured or self._unsaved.keys() > self._refused.keys()
         refused = [
@@ -233,7 +234,7 @@ class Labelling:
             queued = [shown.get(photo, Queued(photo, "similar")) for photo in gone]
             first = next((one for one in wanted if one.photo in asked), None)
             guessed = None if first is None else self._facts.get(first.photo, (None, []))[0]
-            right = None if guessed is None or first is None else next(iter(guessed.chances), None) == first.label
+            right = None if guessed is None or first is None else [x["label"] for x in guessed[:1]] == [first.label]
             self._steps[change.step] = _Step({photo: before[photo] for photo in changed}, changed, queued, right)
             if len(self._steps) > STEPS:
                 del self._steps[next(iter(self._steps))]
@@ -504,12 +505,13 @@ def _suggested(photos: SessionPhotos, rows: Sequence[int], index: Index | None) 
 
 def _facts_of(
     photos: SessionPhotos, shown: Sequence[int], rows: Sequence[int], index: Index | None
-) -> dict[int, tuple[Guessed | None, list[int]]]:
+) -> dict[int, tuple[list[Row] | None, list[int]]]:
     """Return the guesses for each photo that is shown, and the photos among ``rows`` that resemble it."""
     places = {photo: place for place, photo in enumerate(rows)}
     shown = [photo for photo in shown if photo in places]
     near = alike(photos.rows(rows), [places[photo] for photo in shown])
-    probable = [None] * len(shown) if index is None else [one.named for one in guesses(index, photos.rows(shown))]
+    found = [] if index is None else guesses(index, photos.rows(shown), none=False)
+    probable = [one["guesses"] for one in found] or [None] * len(shown)
     similar = ([rows[place] for place in own] for own in near)
     return dict(zip(shown, zip(probable, similar, strict=True), strict=True))
 

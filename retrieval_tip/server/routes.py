@@ -22,7 +22,8 @@ from retrieval_tip.evaluation.projection import Method, Projection, methods, pro
 from retrieval_tip.evaluation.projection import exemplars as typical_keys
 from retrieval_tip.fit.closed_form import ShotEstimate, estimate
 from retrieval_tip.labelling.groups import group, threshold_of
-from retrieval_tip.server import review, schemas
+from retrieval_tip.labelling.labels import guesses
+from retrieval_tip.server import schemas
 from retrieval_tip.server.access import READS, Named, Now, TheLabelling, TheService, cookie, may_read
 from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.schemas import Row
@@ -37,6 +38,8 @@ SUSPICIOUS = 1000
 """Maximum number of suspicious shots to keep."""
 COMPARED, LISTED = 50_000, 24
 """Maximum number of keys of two versions that are compared, and of photos of each kind to list then."""
+MOST_GROUPED = 4096
+"""Maximum number of photos without a match that are grouped."""
 PICTURE: dict[int | str, dict[str, object]] = {200: {"content": {"image/jpeg": {}}}}
 BYTES: dict[int | str, dict[str, object]] = {200: {"content": {"application/octet-stream": {}}}}
 SLOW = schemas.problems(202)
@@ -300,9 +303,24 @@ async def label_status(labelling: TheLabelling) -> schemas.LabellingStatus:
 
 
 @reads.get("/label/answers", response_model=schemas.FolderAnswers)
-async def label_answers(labelling: TheLabelling) -> Response:
-    """Return the labels and answers of all photos of the labelling session."""
-    return json_of(await review.answers(labelling))
+async def label_answers(service: TheService, labelling: TheLabelling) -> Response:
+    """Return the labels and answers of all photos that have been read. Until there are labels, there are none."""
+    version, labels, photos = labelling.version(), labelling.labels(), labelling.photos
+    shown = [photo for photo in sorted(photos.encoded | labels.keys()) if photo < len(photos)]
+    rows = [photo for photo in shown if photo not in labels]
+    found, groups = dict[int, Row](), list[list[int]]()
+    if version is None or labelling.is_empty(version):
+        shown = []
+    elif rows:
+        index, features = version.index, photos.rows(rows)
+        found = dict(zip(rows, await service.find(guesses, index, features), strict=True))
+        unlike = [row for row, photo in enumerate(rows) if found[photo]["unlike"]][:MOST_GROUPED]
+        if len(unlike) > 1:
+            alike = await service.find(lambda: group(features[unlike], threshold_of(index), index.metric))
+            groups = [[rows[unlike[row]] for row in own] for own in alike]
+    found |= {photo: {"label": label.label, "guesses": [], "unlike": False} for photo, label in labels.items()}
+    listed = [{"photo": photo, "name": photos.names[photo], "label": None} | found[photo] for photo in shown]
+    return json_of({"version": version and version.manifest.version, "photos": listed, "groups": groups})
 
 
 @reads.get("/label/photos/{photo}/feature", response_class=Response, responses=BYTES)
