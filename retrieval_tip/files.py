@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import fcntl
 import hashlib
@@ -12,11 +13,13 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from io import BufferedReader
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from retrieval_tip.errors import InputError, one_line, show
 
@@ -253,6 +256,14 @@ def _remove(path: Path) -> None:
     else:
         with suppress(OSError):
             path.unlink(missing_ok=True)
+
+
+def csv_of(rows: Iterable[Iterable[object]]) -> str:
+    """Return rows as CSV with lines that end with LF. Fields that contain CR or LF are quoted."""
+    lines: list[str] = []
+    target: Any = SimpleNamespace(write=lines.append)
+    csv.writer(target, lineterminator="\r\n").writerows(rows)  # it only quotes the characters that end its lines
+    return "".join(f"{line[:-2]}\n" for line in lines)
 
 
 def sha256_of(path: Path) -> str:

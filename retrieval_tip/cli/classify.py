@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -227,20 +228,13 @@ class RowOptions:
             yield pa.table({"input": list(map(show, names))})
 
 
-@dataclass
-class _Counts:
-    """Counts of the answers, in all and without a match."""
-
-    total: int = 0
-    unlike: int = 0
-
-    def count(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-        """Count the rows of tables while passing them on."""
-        for table in tables:
-            self.total += len(table)
-            if "unlike" in table.column_names:
-                self.unlike += table["unlike"].to_pylist().count(True)
-            yield table
+def _counted(tables: Iterable[pa.Table], counts: Counter[str]) -> Iterator[pa.Table]:
+    """Count the ``rows`` of tables, and those that are ``unlike`` all shots, while passing the tables on."""
+    for table in tables:
+        counts["rows"] += len(table)
+        if "unlike" in table.column_names:
+            counts["unlike"] += table["unlike"].to_pylist().count(True)
+        yield table
 
 
 @dataclass(frozen=True)
@@ -385,7 +379,7 @@ def classify(
     if engine.is_ray:
         _classify_on_ray(folder, inputs, loaded, opening, rows, engine, printing, encoding)
         return
-    sources, cut, counts = inputs_of(inputs), Cut(), _Counts()
+    sources, cut, counts = inputs_of(inputs), Cut(), Counter[str]()
     root = camera_traps.root_of(inputs, sources)
     if rows.boxes is not None:
         cut = cut_boxes(rows.boxes, sources, rows.categories or None)
@@ -393,7 +387,7 @@ def classify(
         if printing.named == MEGADETECTOR:
             camera_traps.clear(cut.document, show(rows.boxes), overwrite=trap.overwrite)
     with reader_for(loaded, sources, encoding) as reader:
-        tables = counts.count(rows.tables(loaded, sources, reader, cut))
+        tables = _counted(rows.tables(loaded, sources, reader, cut), counts)
         tables = sidecars.noted(tables, sources, cut) if sidecars.xmp else tables
         answers = chain.from_iterable(table.to_pylist() for table in tables)
         labels = rows.labels(loaded)
@@ -411,9 +405,9 @@ def classify(
             known = {"input": chain.from_iterable(source.sources for source in sources), "label": labels}
             write_tables(tables, rows.schema(loaded), printing.style, printing.output, prediction_details, known)
     if printing.output is not None:
-        no_match = f", {counts.unlike:,} with no match" if loaded.settings.least_cache is not None else ""
+        no_match = f", {counts['unlike']:,} with no match" if loaded.settings.least_cache is not None else ""
         empty = f", {len(cut.empty):,} empty" if rows.boxes is not None else ""
-        answered_inputs = counted(counts.total - len(cut.empty) - len(cut.others), "input")
+        answered_inputs = counted(counts["rows"] - len(cut.empty) - len(cut.others), "input")
         note(f"{show(printing.output)}: classified {answered_inputs}{no_match}{empty}")
     if sidecars.xmp:
         finish([*reader.skipped, *sidecars.write(loaded)], "read or changed")

@@ -12,7 +12,7 @@ from retrieval_tip.cli import kinds, options
 from retrieval_tip.cli.group import command, flag, grouped, option
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import finish, print_facts, print_result, say_fit, warn
-from retrieval_tip.cli.opening import load_index, reader_for, source_of, store_of, validation
+from retrieval_tip.cli.opening import reader_for, source_of, store_of, validation
 from retrieval_tip.cli.options import EncodingOptions, ReadingOptions
 from retrieval_tip.errors import Skipped, UsageError, show
 from retrieval_tip.settings import TRAINED, TrainingPrecision
@@ -68,7 +68,7 @@ def _calibrate(
 
     if val is None or any(form.values()):
         raise UsageError("--calibrate: needs --val SOURCE, and only fits the temperature; leave out other options")
-    index = load_index(Path(kinds.FOLDER.convert(folder, None, None)), encoding.device)
+    index = store_of(kinds.FOLDER.convert(folder, None, None)).load(device=encoding.device)
     source = source_of(val, reading, "val")
     with reader_for(index, [source], encoding) as reader:
         result = calibrate(index, source, reader)
@@ -111,7 +111,7 @@ def search_command(
 
     if sum((val is not None, leave_one_out, folds is not None)) != 1:
         raise UsageError("search-hp: give exactly one of --val SOURCE, --leave-one-out and --folds N")
-    index = load_index(folder, encoding.device)
+    index = store_of(folder).load(device=encoding.device)
     skipped: list[Skipped] = []
     if val is None:
         queries = Queries.leave_one_out(index) if folds is None else Queries.in_folds(index, folds)
@@ -205,7 +205,7 @@ def finetune_command(
     from retrieval_tip.fit.finetune import finetune_into, own_shots, shots_of
 
     recipe = training.recipe()
-    index = load_index(folder, encoding.device)
+    index = store_of(folder).load(device=encoding.device)
     shots = shots_of(index) if source is None else own_shots(index, source_of(source, reading, "train"))
     unseen = None if val is None else validation(index, val, reading, val_shots)
     sources = [shots] if unseen is None else [shots, unseen]

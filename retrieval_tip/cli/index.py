@@ -14,7 +14,7 @@ from retrieval_tip.cli import kinds, options
 from retrieval_tip.cli.group import Group, argument, flag, grouped, option
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import about, command_line, finish, note, print_result, quiet, say, say_fit, warn
-from retrieval_tip.cli.opening import backbone_for, backbone_of, load_index, reader_for, reader_of, source_of, store_of
+from retrieval_tip.cli.opening import backbone_for, backbone_of, reader_for, reader_of, source_of, store_of
 from retrieval_tip.cli.options import BackboneOptions, EncodingOptions, OutputOptions, ReadingOptions, ViewOptions
 from retrieval_tip.errors import UsageError, counted, few, show
 from retrieval_tip.settings import AskOptions, BuildOptions, Dtype, KeysMet, Normalize, Precision
@@ -190,7 +190,7 @@ def tune_command(
     """
     from retrieval_tip.index.tune import tune_on
 
-    loaded = load_index(folder, encoding.device, encoding.precision)
+    loaded = store_of(folder).load(device=encoding.device, precision=encoding.precision)
     source = source_of(val, reading, "val", labelled=False)
     with reader_for(loaded, [source], encoding) as reader:
         tuning = tune_on(loaded, source, reader, agreement=agreement, factories=factories)
@@ -442,7 +442,7 @@ def export_command(
 
     if out is None and text is None and onnx is None:
         raise UsageError("index export: give --out, --text or --onnx FILE")
-    loaded = load_index(folder, "cpu")
+    loaded = store_of(folder).load(device="cpu")
     if onnx is not None:
         from retrieval_tip.backbones.loading import load_backbone
         from retrieval_tip.index.onnx_graph import export_onnx
@@ -500,8 +500,7 @@ def audit_command(
         return
     from retrieval_tip.evaluation.audit import audit
 
-    kinds.FOLDER.convert(folder, None, None)  # rejects an address
-    loaded = load_index(Path(folder), "auto")
+    loaded = store_of(kinds.FOLDER.convert(folder, None, None)).load(device="auto")  # rejects an address
     printing.write_table(audit(loaded, k=k, borderline=borderline))
 
 

@@ -16,7 +16,7 @@ from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import note, quiet, say
 from retrieval_tip.cli.options import BackboneOptions, EncodingOptions, OpeningOptions, ReadingOptions, ViewOptions
 from retrieval_tip.errors import InputError, UsageError, counted, few
-from retrieval_tip.settings import Ask, Precision
+from retrieval_tip.settings import Ask
 
 if TYPE_CHECKING:
     from retrieval_tip.backbones.base import Backbone, Identity, Part
@@ -90,11 +90,6 @@ def validation(index: Index, path: Place, reading: ReadingOptions, number: KeysM
 
     val = source_of(path, ReadingOptions(root=reading.root), "val")
     return val if number == "all" else val.take(validation_shots(index, val, path, number))
-
-
-def load_index(folder: Path, device: str, precision: Precision = "auto") -> Index:
-    """Load an index from a folder."""
-    return store_of(folder).load(device=device, precision=precision)
 
 
 def index_with(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import os
 import sys
@@ -17,7 +16,7 @@ from wcwidth import wcswidth
 
 from retrieval_tip.data.tables import parquet_writer, row_groups_of
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError, first_line, json_line, one_line, show
-from retrieval_tip.files import replacing, sync, temporary
+from retrieval_tip.files import csv_of, replacing, sync, temporary
 from retrieval_tip.predictions import shown_probability
 
 FORMATS = ("table", "json", "csv", "parquet")
@@ -162,16 +161,8 @@ def write_rows(rows: Iterable[Sequence[object]], types: Mapping[str, type], styl
 def table_lines(rows: Sequence[Row], columns: Sequence[str]) -> Iterator[str]:
     """Yield a heading and one aligned line per row. Numbers are aligned to the right."""
     right = [all(isinstance(row.get(c), int | float | None) for row in rows) for c in columns]
-    lines = [_heading(columns), *(_cells(row, columns) for row in rows)]
+    lines = [list(map(one_line, columns)), *([_cell(row.get(column), column) for column in columns] for row in rows)]
     yield from _aligned(lines, right, [_width(texts) for texts in zip(*lines, strict=True)])
-
-
-def _heading(columns: Sequence[str]) -> list[str]:
-    return [one_line(column) for column in columns]
-
-
-def _cells(row: Row, columns: Sequence[str]) -> list[str]:
-    return [_cell(row.get(column), column) for column in columns]
 
 
 def _width(texts: Iterable[str]) -> int:
@@ -191,12 +182,12 @@ def _table(
     """Yield blocks of a table as text. A column becomes wider if a later block has wider cells."""
     fields = [field for field in schema if details is None or not pa.types.is_nested(field.type)]
     columns, right = [field.name for field in fields], [_is_number(field.type) for field in fields]
-    heading = _heading(columns)
+    heading = list(map(one_line, columns))
     widths = [_width([name, *(_cell(text, column) for text in known.get(column, ()))])
               for name, column in zip(heading, columns, strict=True)]  # fmt: skip
     head = [heading]
     for rows in filter(None, blocks):
-        cells = [_cells(row, columns) for row in rows]
+        cells = [[_cell(row.get(column), column) for column in columns] for row in rows]
         widths = [max(width, _width(texts)) for width, texts in zip(widths, zip(*cells, strict=True), strict=True)]
         text = io.StringIO()
         text.writelines(f"{line}\n" for line in _aligned(head, right, widths))
@@ -212,27 +203,15 @@ def _is_number(kind: pa.DataType) -> bool:
 
 
 def _csv(blocks: Iterable[Iterable[Row]], columns: Sequence[str], safe: bool) -> Iterator[str]:
-    text = io.StringIO(newline="")
-    writer = csv.writer(_Lines(text), lineterminator="\r\n")  # the writer then quotes both characters in a field
-    writer.writerow(_heading(columns) if safe else columns)
+    def cell(value: object) -> object:
+        text = json_line(value) if isinstance(value, list | dict) else value
+        return one_line(str(text)) if safe and text is not None else text
+
+    head = csv_of([map(cell, columns)])
     for rows in blocks:
-        for row in rows:
-            cells = [json_line(value) if isinstance(value, list | dict) else value for value in row.values()]
-            writer.writerow(["" if cell is None else one_line(str(cell)) for cell in cells] if safe else cells)
-        yield text.getvalue()
-        text.seek(0)
-        text.truncate()
-    yield text.getvalue()
-
-
-class _Lines:
-    """File-like target for a CSV writer, which ends lines with LF."""
-
-    def __init__(self, target: IO[str]) -> None:
-        self._target = target
-
-    def write(self, line: str) -> None:
-        self._target.write(line.removesuffix("\r\n") + "\n")
+        yield head + csv_of(map(cell, row.values()) for row in rows)
+        head = ""
+    yield head
 
 
 @contextmanager

@@ -136,15 +136,9 @@ def add_rows(folder: Path, rows: Iterable[Placed]) -> None:
 
 def _append(path: Path, rows: Iterable[Iterable[object]]) -> None:
     with path.open("ab") as file:
-        file.write(b"".join(map(_line, rows)))
+        file.write(files.csv_of(rows).encode("utf-8", "surrogateescape"))
         file.flush()
         os.fsync(file.fileno())
-
-
-def _line(row: Iterable[object]) -> bytes:
-    text = io.StringIO(newline="")
-    csv.writer(text).writerow(row)  # Python 3.11 only quotes a carriage return if lines end with one
-    return text.getvalue().removesuffix("\r\n").encode("utf-8", "surrogateescape") + b"\n"
 
 
 def touched(folder: Path, rows: Iterable[Placed]) -> set[str]:
