@@ -395,8 +395,8 @@ def classify(
         if printing.style in DOCUMENTS:
             write_document(partial(FORMATS[printing.style], answers, labels), printing.output)
         elif printing.style == MEGADETECTOR:
-            parts = (answers, cut, by, root, labels, reader.skipped)
-            write_document(partial(camera_traps.megadetector, *parts), printing.output)
+            make = partial(camera_traps.megadetector, answers, cut, by, root, labels, reader.skipped)
+            write_document(make, printing.output)
         elif printing.style == CAMTRAP_DP and printing.output is not None and trap.timezone is not None:
             more = (answers, cut, by, root, trap.timezone, deployments, reader.skipped)
             write_folder(partial(camera_traps.camtrap_dp, *more), printing.output)
@@ -409,9 +409,8 @@ def classify(
         empty = f", {len(cut.empty):,} empty" if rows.boxes is not None else ""
         answered_inputs = counted(counts["rows"] - len(cut.empty) - len(cut.others), "input")
         note(f"{show(printing.output)}: classified {answered_inputs}{no_match}{empty}")
-    if sidecars.xmp:
-        finish([*reader.skipped, *sidecars.write(loaded)], "read or changed")
-    finish(reader.skipped)
+    written = sidecars.write(loaded) if sidecars.xmp else []
+    finish([*reader.skipped, *written], "read or changed" if sidecars.xmp else "read")
 
 
 def _classify_on_ray(

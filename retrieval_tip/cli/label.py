@@ -17,7 +17,6 @@ from retrieval_tip.errors import UsageError, counted, show
 
 if TYPE_CHECKING:
     from retrieval_tip.labelling.placing import Action
-    from retrieval_tip.labelling.sort import Sorted
 
 
 @command()
@@ -113,6 +112,7 @@ def sort_command(
     is overwritten. The manifest sorted.csv lists all photos, so that --undo --into FOLDER can restore the previous
     state. If the command is interrupted, run it again.
     """
+    from retrieval_tip.labelling.placing import COLUMNS
     from retrieval_tip.labelling.sort import sort_photos, undo_sort
 
     if undo:
@@ -135,16 +135,10 @@ def sort_command(
         if result.threshold is not None:
             say(str(result.threshold).capitalize())
     if dry_run:
-        _print_rows(result)
+        rows = ([show(str(getattr(row, name))) for name in COLUMNS] for row in result.rows)
+        OutputOptions("csv", None).write_rows(rows, dict.fromkeys(COLUMNS, str))
     else:
         about(into, str(result))
     if result.skipped:
         say(f"{counted(len(result.skipped), 'photo')} could not be {'restored' if undo else 'sorted'}")
         click.get_current_context().exit(SOME_SKIPPED)
-
-
-def _print_rows(result: Sorted) -> None:
-    from retrieval_tip.labelling.placing import COLUMNS
-
-    rows = ([show(str(getattr(row, name))) for name in COLUMNS] for row in result.rows)
-    OutputOptions("csv", None).write_rows(rows, dict.fromkeys(COLUMNS, str))

@@ -216,10 +216,14 @@ class OutputOptions:
         return "json" if style == "jsonl" else style
 
     def write_rows(self, rows: Iterable[Sequence[object]], types: Mapping[str, type]) -> None:
-        """Write rows whose columns have these types (see :func:`output.write_rows`)."""
-        from retrieval_tip.cli.output import write_rows
+        """Write rows whose columns have these types. Lists contain texts, which a table joins with commas."""
+        import pyarrow as pa
 
-        write_rows(rows, types, self.style, self.output)
+        joined = self.style == "table"
+        known = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_(), list: pa.list_(pa.string())}
+        schema = pa.schema([(name, known[str if joined and kind is list else kind]) for name, kind in types.items()])
+        cells = ((", ".join(cell) if joined and isinstance(cell, list) else cell for cell in row) for row in rows)
+        self.write_table(pa.Table.from_pylist([dict(zip(types, row, strict=True)) for row in cells], schema))
 
     def write_table(self, table: pa.Table, *, rounded: bool = False) -> None:
         """Write a table. If ``rounded`` is true, CSV files show probabilities with 4 digits."""

@@ -20,7 +20,6 @@ from retrieval_tip.files import csv_of, replacing, sync, temporary
 from retrieval_tip.predictions import shown_probability
 
 FORMATS = ("table", "json", "csv", "parquet")
-TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
 CHUNK = 1024
 WIDE = 200
 """Maximum number of characters in an aligned cell. A longer cell only shifts its own line."""
@@ -147,15 +146,6 @@ def write_table(table: pa.Table, style: str, path: Path | None) -> None:
             raise
         reason = first_line(error)
         raise UsageError(f"a value cannot be written as {style} ({reason}); cast its column to VARCHAR") from None
-
-
-def write_rows(rows: Iterable[Sequence[object]], types: Mapping[str, type], style: str, path: Path | None) -> None:
-    """Write rows whose columns have these types. Lists contain texts, which a ``table`` joins with commas."""
-    joined = style == "table"
-    kinds = TYPES | {list: pa.string() if joined else pa.list_(pa.string())}
-    cells = ((", ".join(cell) if joined and isinstance(cell, list) else cell for cell in row) for row in rows)
-    schema = pa.schema([(name, kinds[kind]) for name, kind in types.items()])
-    write_table(pa.Table.from_pylist([dict(zip(types, row, strict=True)) for row in cells], schema), style, path)
 
 
 def table_lines(rows: Sequence[Row], columns: Sequence[str]) -> Iterator[str]:

@@ -125,17 +125,13 @@ def read_manifest(folder: Path) -> list[Placed]:
 def write_manifest(folder: Path, rows: Iterable[Placed]) -> None:
     """Replace the manifest of a folder."""
     with files.replacing(folder / MANIFEST) as new:
-        _append(new, [COLUMNS, *map(astuple, rows)])
+        add_rows(new, [COLUMNS, *map(astuple, rows)])
     files.sync(folder)
 
 
-def add_rows(folder: Path, rows: Iterable[Placed]) -> None:
-    """Add rows to the manifest of a folder, and wait until they are on the disk."""
-    _append(folder / MANIFEST, map(astuple, rows))
-
-
-def _append(path: Path, rows: Iterable[Iterable[object]]) -> None:
-    with path.open("ab") as file:
+def add_rows(manifest: Path, rows: Iterable[Iterable[object]]) -> None:
+    """Add rows to a manifest, and wait until they are on the disk."""
+    with manifest.open("ab") as file:
         file.write(files.csv_of(rows).encode("utf-8", "surrogateescape"))
         file.flush()
         os.fsync(file.fileno())

@@ -9,7 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
@@ -114,7 +114,7 @@ def sort_photos(
             if not dry_run:
                 placing.record(root, placing.touched(root, rows))
                 new = [row for row in dict.fromkeys(rows) if row not in listed]
-                placing.add_rows(root, new)
+                placing.add_rows(root / MANIFEST, map(astuple, new))
                 listed.update(new)
             result.rows += rows if dry_run else _placed(rows, root, action, result)
     return result

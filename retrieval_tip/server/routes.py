@@ -114,7 +114,10 @@ async def indexes(request: Request, response: Response, service: TheService) -> 
 @reads.get("/indexes/{name}")
 async def index(request: Request, version: Now) -> schemas.WholeIndex:
     """Describe an index, its classes and the source of its settings."""
-    return version.describe_whole(changes=request.app.state.token is not None)
+    index, facts = version.index, dict(version.describe(changes=request.app.state.token is not None))
+    pairs = enumerate(zip(index.class_names, index.counts, strict=True))
+    classes = [schemas.IndexClass(class_id=class_id, label=label, keys=keys) for class_id, (label, keys) in pairs]
+    return schemas.WholeIndex(**facts, classes=classes, templates=index.templates, provenance=index.provenance)
 
 
 @reads.get("/indexes/{name}/keys", response_model=schemas.KeyPage)

@@ -107,13 +107,6 @@ class Version:
             levels=list(index.groups.levels) if index.groups else [],
         )  # fmt: skip
 
-    def describe_whole(self, *, changes: bool) -> schemas.WholeIndex:
-        """Return a description of the index that includes its classes, templates and provenance."""
-        index, facts = self.index, dict(self.describe(changes=changes))
-        pairs = enumerate(zip(index.class_names, index.counts, strict=True))
-        classes = [schemas.IndexClass(class_id=class_id, label=label, keys=keys) for class_id, (label, keys) in pairs]
-        return schemas.WholeIndex(**facts, classes=classes, templates=index.templates, provenance=index.provenance)
-
 
 class Backbones:
     """Open backbones, each of which is shared by all indexes that use it.
