@@ -162,18 +162,6 @@ def completion_command(shell: str = argument(click.Choice(["bash", "zsh", "fish"
     )
 
 
-def _cache_size() -> str:
-    from retrieval_tip.backbones.catalogue import megabytes
-    from retrieval_tip.data.encoding_cache import size_of
-    from retrieval_tip.files import cache_folder
-
-    folder = cache_folder()
-    if folder is None:
-        return "none: no home folder"
-    file, size, most = size_of(folder)
-    return f"{show(file)}, {megabytes(size)} of at most {megabytes(most)} (retrieval-tip cache --max-size)"
-
-
 @command()
 def doctor(as_json: bool = options.JSON) -> None:
     """Check this installation for problems.
@@ -181,10 +169,16 @@ def doctor(as_json: bool = options.JSON) -> None:
     Prints the versions of the installed packages, the available devices and the FAISS build, followed by any problems.
     The exit status is 1 if there is a problem.
     """
+    from retrieval_tip.backbones.catalogue import megabytes
+    from retrieval_tip.data.encoding_cache import size_of
     from retrieval_tip.doctor import examine
+    from retrieval_tip.files import cache_folder
 
-    report = examine()
-    report.facts["encoding cache"] = _cache_size()
+    report, cache = examine(), "none: no home folder"
+    if (folder := cache_folder()) is not None:
+        file, size, most = size_of(folder)
+        cache = f"{show(file)}, {megabytes(size)} of at most {megabytes(most)} (retrieval-tip cache --max-size)"
+    report.facts["encoding cache"] = cache
     if as_json:
         click.echo(json.dumps({"facts": report.facts, "problems": report.problems}))
     else:

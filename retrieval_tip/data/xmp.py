@@ -126,7 +126,8 @@ class _Document:
 
     def _find(self, name: str) -> tuple[Element, list[tuple[int, int, list[str]]]]:
         """Return a list with an rdf:Bag, and the offsets and values of other forms: texts, attributes, rdf:Seq."""
-        tag, own, others = _full(name), Element(""), list[tuple[int, int, list[str]]]()
+        prefix, _, local = name.partition(":")
+        tag, own, others = f"{_NAMESPACES[prefix]} {local}", Element(""), list[tuple[int, int, list[str]]]()
         for node in self._rdf:
             start, inside, _ = self._places[node]
             if tag in node.attrib:
@@ -191,8 +192,3 @@ class _Document:
         except expat.ExpatError as error:
             raise InputError(f"is not XML in UTF-8 ({error})") from None
         return builder.close()
-
-
-def _full(name: str) -> str:
-    prefix, _, local = name.partition(":")
-    return f"{_NAMESPACES[prefix]} {local}"
