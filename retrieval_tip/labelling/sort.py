@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass, field, replace
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import pyarrow as pa
 
@@ -59,14 +59,6 @@ class Sorted:
         return text + (f" ({', '.join(parts)})" if parts else "")
 
 
-class _Photo(NamedTuple):
-    name: str
-    label: str
-    probability: float
-    unlike: bool | None
-    digest: str
-
-
 def sort_photos(
     index: Index,
     sources: Sequence[Source],
@@ -110,7 +102,7 @@ def sort_photos(
         plan = _Outputs(root, action, least, {row.input: row for row in before})
         listed = set(before)
         for photos in _classified(index, sources, reader):
-            rows = [plan.row(photo) for photo in photos]
+            rows = [plan.row(item, digest, **answer) for item, digest, answer in photos]
             if not dry_run:
                 placing.record(root, placing.touched(root, rows))
                 new = [row for row in dict.fromkeys(rows) if row not in listed]
@@ -146,7 +138,10 @@ def locked(folder: Path, dry_run: bool) -> Iterator[None]:
         raise InputError(f"{where}: {error.strerror or error}; run the command again to continue") from None
 
 
-def _classified(index: Index, sources: Sequence[Source], reader: Reader) -> Iterator[list[_Photo]]:
+def _classified(
+    index: Index, sources: Sequence[Source], reader: Reader
+) -> Iterator[list[tuple[str, str, dict[str, Any]]]]:
+    """Yield blocks of photos: their paths, their digests, and their label, its probability and whether it is unlike."""
     for source in sources:
         paths = source.paths
         for answers in index.answers(
@@ -164,7 +159,7 @@ def _classified(index: Index, sources: Sequence[Source], reader: Reader) -> Iter
                 item = name if is_id or remote.is_remote(name) else os.path.abspath(name)  # noqa: PTH100
                 try:
                     own = digest or hashlib.sha256(read_item(item)).hexdigest()
-                    photos.append(_Photo(item, **answer, digest=own))
+                    photos.append((item, own, answer))
                 except InputError as error:
                     _skip(reader.skipped, name, str(error))
             yield photos
@@ -185,31 +180,31 @@ class _Outputs:
     known: dict[str, Placed]
     digests: dict[str, str | None] = field(default_factory=dict)
 
-    def row(self, photo: _Photo) -> Placed:
+    def row(self, item: str, digest: str, label: str, probability: float, unlike: bool | None) -> Placed:
         """Return the row of a photo, which may be a row of the manifest."""
-        part = NOT_SURE if photo.probability < self.least else class_folder(photo.label)
-        part = NO_MATCH if photo.unlike else part
-        old = self.known.get(photo.name)
-        if old is not None and old.digest == photo.digest and old.output.startswith(f"{part}/"):
+        part = NOT_SURE if probability < self.least else class_folder(label)
+        part = NO_MATCH if unlike else part
+        old = self.known.get(item)
+        if old is not None and old.digest == digest and old.output.startswith(f"{part}/"):
             there = self._digest(old.output)
             unfinished = old.action != "kept" and (there is None or (there == EMPTY and self.action != "link"))
             if unfinished or (there == old.digest and (old.action, self.action) == ("copy", "move")):
-                self.known[photo.name] = old = replace(old, action=self.action)
+                self.known[item] = old = replace(old, action=self.action)
             if unfinished or there == old.digest:
                 self.digests[old.output] = old.digest
                 return old
-        path = Path(photo.name)
-        name = safe_name(path.name or photo.name)
+        path = Path(item)
+        name = safe_name(path.name or item)
         if name != path.name and real(path.parent) == real(self.folder / part):  # it was sorted by an earlier call
             name = path.name
         for number in count(1):
             output = f"{part}/{placing.numbered(name, number)}"
             there = self._digest(output)
-            if there in (None, photo.digest):
+            if there in (None, digest):
                 break
         action = self.action if there is None else "kept"
-        row = Placed(photo.name, photo.label, photo.probability, output, action, photo.digest)
-        self.known[photo.name], self.digests[output] = row, photo.digest
+        row = Placed(item, label, probability, output, action, digest)
+        self.known[item], self.digests[output] = row, digest
         return row
 
     def _digest(self, output: str) -> str | None:
