@@ -145,24 +145,24 @@ class AskOptions(TypedDict, total=False):
 class Ask:
     """What to find out about queries. It is passed unchanged from every caller to :meth:`answering.Answering.answers`.
 
-    Args:
-        k: the number of nearest keys to use, or ``"all"``. ``None`` uses the setting of the index, here and below.
-        tail: whether to estimate the contribution of the other keys.
-        alpha: the weight of the cache relative to the text.
-        beta: the sharpness.
-        top: the number of classes to report, most probable first.
-        neighbours: the number of shots to report, largest contribution first (see
-            :class:`retrieval.evidence.Contributors`). If ``k`` is a number, only retrieved keys are reported.
-        logits: whether to report the logits of all classes.
-        without: the ids of keys to leave out, as if the index did not have them. Solved values are not solved again.
-            An index of the type Classes then uses all of the other keys. Unknown ids are ignored.
-        at_least: the probability that a label needs. The answer is the class or the narrowest group of classes that
-            reaches it, or no label. It needs an index with groups (see :class:`Levels`).
-        coverage: the share of photos whose right class is to be in a set of classes. The answer has the smallest such
-            set (see :mod:`retrieval.sets`).
-
     Raises UsageError if ``top`` is below 1 or ``neighbours`` below 0, if ``at_least`` or ``coverage`` is not between 0
     and 1, or if both are given.
+
+    Attributes:
+        k: The number of nearest keys to use per query. [default: the setting of the index]
+        tail: Whether to estimate the contribution of keys that are not retrieved. [default: the setting of the index]
+        alpha: The weight of the cache relative to the text. [default: the setting of the index]
+        beta: The sharpness of the affinity. [default: the setting of the index]
+        top: The number of classes to report, most probable first.
+        neighbours: The number of shots to report, largest contribution first (see
+            :class:`retrieval.evidence.Contributors`). If ``k`` is a number, only retrieved keys are reported.
+        logits: Whether to report the logits of all classes.
+        without: The ids of keys to leave out, as if the index did not have them. Solved values are not solved again.
+            An index of the type Classes then uses all of the other keys. Unknown ids are ignored.
+        at_least: Answer with the class, or else the narrowest group, whose probability is at least P, or with no label
+            (see :class:`Levels`).
+        coverage: Add the smallest set of classes that holds the right one for the share C of photos (see
+            :mod:`retrieval.sets`).
     """
 
     k: KeysMet = None

@@ -17,7 +17,7 @@ from retrieval_tip.cli.messages import about, command_line, finish, note, print_
 from retrieval_tip.cli.opening import backbone_for, backbone_of, reader_for, reader_of, source_of, store_of
 from retrieval_tip.cli.options import BackboneOptions, EncodingOptions, OutputOptions, ReadingOptions, ViewOptions
 from retrieval_tip.errors import UsageError, counted, few, show
-from retrieval_tip.settings import AskOptions, BuildOptions, Dtype, KeysMet, Normalize, Precision
+from retrieval_tip.settings import Ask, BuildOptions, Dtype, KeysMet, Normalize, Precision
 from retrieval_tip.store.address import FORMS, KIND
 
 if TYPE_CHECKING:
@@ -324,33 +324,32 @@ def rename_command(
 @index.command()
 def set_command(
     folder: Place = options.INDEX_ARGUMENT,
-    settings: dict[str, Any] = grouped(AskOptions, options.ASKING),
-    temperature: float | None = option(kinds.POSITIVE, help="Temperature T of the probabilities, softmax(logits / T)."),
-    normalize: Normalize | None = option(
-        options.choice(Normalize), help="Units of alpha and beta, measured on the current shots. index build uses both."
-    ),
+    ask: Ask = grouped(Ask, options.ASKING),
+    temperature: float | None = option(kinds.POSITIVE),
+    normalize: Normalize | None = option(options.choice(Normalize)),
     more: dict[str, Any] = options.building("templates", "groups"),
-    encoders: list[str] = option(
-        multiple=True,
-        metavar="NAME,...",
-        callback=kinds.names,
-        help="Encoders to keep, if there are several. The others are dropped, and the index is fitted again.",
-    ),
-    factory: str | None = option(
-        None, "--index", help="Index type to rebuild the index with: a FAISS factory string, Classes or auto."
-    ),
-    dtype: Dtype | None = option(options.choice(Dtype), help="Data type of the stored keys."),
+    encoders: list[str] = option(multiple=True, metavar="NAME,...", callback=kinds.names),
+    factory: str | None = option(None, "--index"),
+    dtype: Dtype | None = option(options.choice(Dtype)),
     backbone: BackboneOptions = options.BACKBONE,
 ) -> None:
     """Change the settings of an index.
 
     If you give templates, new text weights are encoded from them. If you change the beta of a fitted index, its values
     and all other fitted settings are also fitted again. With --index or --dtype, the index is rebuilt from its keys.
+
+    Options:
+        temperature: Temperature T of the probabilities, softmax(logits / T).
+        normalize: Units of alpha and beta, measured on the current shots. index build uses both.
+        encoders: Encoders to keep, if there are several. The others are dropped, and the index is fitted again.
+        factory: Index type to rebuild the index with: a FAISS factory string, Classes or auto.
+        dtype: Data type of the stored keys.
     """
     from retrieval_tip.index import changes
 
     loaded = backbone_for(store_of(folder).manifest(), [], backbone, needed=True) if more["templates"] else None
     new: dict[str, Any] = {"index": factory, "dtype": dtype}
+    settings: dict[str, Any] = {name: getattr(ask, name) for name in options.ASKING}
     given = (*settings.values(), *more.values(), temperature, normalize)
     if sum(any(value not in (None, (), []) for value in each) for each in (encoders, new.values(), given)) > 1:
         raise UsageError("index set: change the encoders, the index type and other settings one after the other")

@@ -241,26 +241,16 @@ COMPARED = grouped(ComparedOptions, without=("model", "pretrained", "precision",
 ROOT = grouped(ReadingOptions, without=("dataset", "split"))
 VIEWS, OPENING, ENGINE, FORMAT = map(grouped, (ViewOptions, OpeningOptions, EngineOptions, OutputOptions))
 JSON = flag("--json", help="Print the result as one JSON object.", **OUTPUTS)
-_OWN = "[default: the setting of the index]"
 ASKING = {
-    "k": option(kinds.K(), "-k", help=f"Number of nearest keys to use per query. {_OWN}", **ANSWERS),
-    "tail": option(
-        None,
-        "--tail/--no-tail",
-        help=f"Whether to estimate the contribution of keys that are not retrieved. {_OWN}",
-        default=None,
-        **ANSWERS,
-    ),
-    "alpha": option(kinds.NUMBER, help=f"Weight of the cache relative to the text. {_OWN}", **ANSWERS),
-    "beta": option(kinds.NUMBER, help=f"Sharpness of the affinity. {_OWN}", **ANSWERS),
+    "k": option(kinds.K(), "-k", **ANSWERS),
+    "tail": option(None, "--tail/--no-tail", default=None, **ANSWERS),
+    "alpha": option(kinds.NUMBER, **ANSWERS),
+    "beta": option(kinds.NUMBER, **ANSWERS),
 }
 """The options of :class:`settings.Ask` that change the settings of an index."""
-ASK = grouped(settings.Ask, ASKING)
-_AT_LEAST = "Answer with the class, or else the narrowest group, whose probability is at least P, or with no label."
-_COVERAGE = "Add the smallest set of classes that holds the right one for the share C of photos."
 LEVELS = {
-    "at_least": option(kinds.SHARE, metavar="P", help=_AT_LEAST, **ANSWERS),
-    "coverage": option(kinds.SHARE, metavar="C", help=_COVERAGE, **ANSWERS),
+    "at_least": option(kinds.SHARE, metavar="P", **ANSWERS),
+    "coverage": option(kinds.SHARE, metavar="C", **ANSWERS),
 }
 """The options of :class:`settings.Ask` that let an answer have another form than one class."""
 _BUILD = {
