@@ -25,10 +25,9 @@ from retrieval_tip.retrieval.sets import Scores
 from retrieval_tip.retrieval.vector_index import FLAT_FACTORY, VectorIndex
 from retrieval_tip.settings import Precision, Settings, Verify
 from retrieval_tip.store.contents import Contents, Stored
-from retrieval_tip.store.folder import FolderVersions, FolderWriter
 from retrieval_tip.store.labels import label_table
 from retrieval_tip.store.manifest import SUFFIXES, DataFile, Manifest, Table
-from retrieval_tip.store.versions import Check, Origin, created
+from retrieval_tip.store.versions import Check, Origin, Versions, Writer, created
 
 SHOWN_CLASSES = 8
 """Number of classes shown in a notebook."""
@@ -231,7 +230,7 @@ class Index(Editing):
 
         Raises StoreError if a file is missing or damaged, has a newer format, or does not match the manifest.
         """
-        store, device = FolderVersions(folder), resolve_device(device)
+        store, device = Versions(folder), resolve_device(device)
 
         def checked(manifest: Manifest) -> Check:
             if check is not None and check.manifest is manifest:
@@ -242,7 +241,7 @@ class Index(Editing):
         return store.opened(lambda manifest: cls._opened(store, checked(manifest), device, precision), version, first)
 
     @classmethod
-    def _opened(cls, store: FolderVersions, check: Check, device: str, precision: Precision) -> Self:
+    def _opened(cls, store: Versions, check: Check, device: str, precision: Precision) -> Self:
         check.wait()
         place, manifest = store.folder, check.manifest
         contents = Contents.read(place, manifest)
@@ -293,7 +292,7 @@ class Index(Editing):
             StoreError: if the folder cannot be written, or if it has changed since it was loaded.
             InputError: if the contents cannot be stored.
         """
-        with FolderVersions(folder).write() as writer:
+        with Versions(folder).write() as writer:
             own = isinstance(self.stored, Stored) and self.stored.store.resolved == writer.store.resolved
             if writer.parent is not None and own:
                 self._check_current(writer)
@@ -306,7 +305,7 @@ class Index(Editing):
         Later changes of the keys keep these settings (see :class:`settings.Fitted`). Raises StoreError if the folder
         has changed since it was loaded.
         """
-        with FolderVersions(folder).write() as writer:
+        with Versions(folder).write() as writer:
             self._check_current(writer)
             assert isinstance(self.stored, Stored)
             self.fitted = None if self.fitted is None else replace(self.fitted, automatic=False)
@@ -316,13 +315,13 @@ class Index(Editing):
             writer.keep(*self.stored.manifest.files.keys() - {"scores"})
             self._commit(writer, change, self.stored.contents)
 
-    def commit(self, writer: FolderWriter, change: str) -> None:
+    def commit(self, writer: Writer, change: str) -> None:
         """Write the files that have changed, and make this index the current version."""
         contents = self._contents()
         contents.write(writer, self.stored if isinstance(self.stored, Stored) else None)
         self._commit(writer, change, contents)
 
-    def _commit(self, writer: FolderWriter, change: str, contents: Contents) -> None:
+    def _commit(self, writer: Writer, change: str, contents: Contents) -> None:
         """Write the manifest of this version, and record it with a check that is already complete."""
         self.check_answers()
         files = {kind: writer.files[kind] for kind in SUFFIXES if kind in writer.files}
@@ -331,11 +330,11 @@ class Index(Editing):
         check = Check(writer.store.files, manifest, known=manifest.data_files)
         self.stored = Stored.of(writer.store, check, contents)
 
-    def _check_current(self, writer: FolderWriter) -> None:
+    def _check_current(self, writer: Writer) -> None:
         current = writer.parent.version if writer.parent else None
         if current is None or current != self.version:
             raise StoreError(
-                f"{writer.folder}: changed from version {self.version} to {current} since it was opened; try again"
+                f"{writer.store}: changed from version {self.version} to {current} since it was opened; try again"
             )
 
     def _contents(self) -> Contents:
@@ -419,7 +418,7 @@ def verify(folder: str | os.PathLike[str]) -> Index:
 
     Returns the opened index. Raises StoreError if a file is damaged or does not match the others.
     """
-    place = FolderVersions(folder)
+    place = Versions(folder)
     index = Index.load(place.folder, device="cpu")
     rows, vectors = index.rows.in_memory(), index.index
     assert vectors is not None

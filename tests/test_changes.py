@@ -30,7 +30,7 @@ from retrieval_tip.index import changes
 from retrieval_tip.index.build import build_index
 from retrieval_tip.retrieval import rows
 from retrieval_tip.settings import Settings
-from retrieval_tip.store.folder import FolderVersions
+from retrieval_tip.store.versions import Versions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -102,7 +102,7 @@ def opened(folder: Path, **options: Any) -> Index:
 
 
 def version(folder: Path) -> int:
-    return FolderVersions(folder).current().version
+    return Versions(folder).current().version
 
 
 def labels_of(folder: Path) -> dict[int, str]:
@@ -293,10 +293,10 @@ def test_add_warns_about_another_spelling_of_a_class(run: Any, index: Path, tmp_
 
 
 def test_add_does_not_rewrite_unchanged_files(index: Path, tmp_path: Path) -> None:
-    first, base = FolderVersions(index).current().files, data_files(index)
+    first, base = Versions(index).current().files, data_files(index)
     more = write_table(tmp_path / "more.parquet", unit_rows(1, D, 4), ["cat"])
     changes.add(index, open_source(more), Reader())
-    files, now = FolderVersions(index).current().files, data_files(index)
+    files, now = Versions(index).current().files, data_files(index)
     assert {kind for kind in files if files[kind] != first[kind]} == {"keys", "labels"}
     assert {name: now[name] for name in base} == base
     assert len(now) == len(base) + 2
@@ -453,7 +453,7 @@ def test_rename_encodes_the_new_name_if_asked(run: Any, pictures: Path, lit_mini
     weights = verify(pictures).text_weights.numpy()
     np.testing.assert_allclose(weights[0], text_weights(lit_mini, ["starfish"], TEMPLATES)[0], atol=1e-6)
     np.testing.assert_array_equal(weights[1], old[1])
-    assert "new text weight" in FolderVersions(pictures).history()["change"].to_pylist()[-1]
+    assert "new text weight" in Versions(pictures).history()["change"].to_pylist()[-1]
 
 
 # --- set
@@ -470,7 +470,7 @@ def test_new_templates_give_new_text_weights(run: Any, pictures: Path, lit_mini:
     )
     assert (cache.templates, cache.settings.alpha) == (["the {}", "one {}"], 2)
     assert cache.provenance["text"] == "templates"
-    assert FolderVersions(pictures).history()["change"].to_pylist()[-1] == "set alpha 2, 2 templates"
+    assert Versions(pictures).history()["change"].to_pylist()[-1] == "set alpha 2, 2 templates"
 
 
 # --- rebuild
@@ -498,7 +498,7 @@ def test_a_failed_rebuild_changes_nothing(run: Any, index: Path) -> None:
 def test_damage_is_found_by_rollback_clone_and_reload(index: Path, tmp_path: Path) -> None:
     reader = opened(index)
     changes.remove(index, key_ids=[0])
-    first, current = (FolderVersions(index).manifest(version).files["keys"].name for version in (1, None))
+    first, current = (Versions(index).manifest(version).files["keys"].name for version in (1, None))
     for name, change in (
         (first, lambda: changes.rollback(index)),
         (current, lambda: changes.clone(index, tmp_path / "copy")),
@@ -543,7 +543,7 @@ def test_an_edited_audit_is_applied_as_one_version(run: Any, flipped: Path, tmp_
     found = opened(flipped).labels
     labels = dict(zip(found["source"].to_pylist(), found["label"].to_pylist(), strict=True))
     assert (labels["item-0"], labels["item-10"], labels["item-29"]) == ("cat", "cat", "cat")
-    assert FolderVersions(flipped).history()["change"].to_pylist() == [
+    assert Versions(flipped).history()["change"].to_pylist() == [
         "build",
         "2 examples: 1 dog became cat, 1 owl became cat",
     ]
@@ -626,7 +626,7 @@ def test_where_only_answers_with_matching_classes_if_there_is_no_text(run: Any, 
 
 def test_a_fast_check_hashes_small_files_and_compares_sizes_of_large_ones(run: Any, tmp_path: Path) -> None:
     Index.from_features(unit_rows(1100, 1024), ["cat", "dog"] * 550, ["cat", "dog"], device="cpu").save(tmp_path / "i")
-    files = FolderVersions(tmp_path / "i").current().files
+    files = Versions(tmp_path / "i").current().files
     large, small = tmp_path / "i" / files["keys"].name, tmp_path / "i" / files["labels"].name
     asked = write_table(tmp_path / "q.parquet", unit_rows(1, 1024, 2))
     command = ("classify", tmp_path / "i", asked, "--verify")
@@ -659,7 +659,7 @@ def test_reload_only_reads_changed_files_and_keeps_the_old_reader_valid(grown: P
     near = [key.key_id for key in reader.classify(QUERIES[:1])[0].neighbours]
     assert reader.reload() is reader
     changes.remove(grown, key_ids=[0, 7])
-    FolderVersions(grown).collect(1)
+    Versions(grown).collect(1)
     assert torch.equal(reader.logits(QUERIES), answers)
     assert [key.key_id for key in reader.classify(QUERIES[:1])[0].neighbours] == near
     unread = set(data_files(grown)) & old
@@ -718,4 +718,4 @@ def test_gc_keeps_the_last_ten_versions(run: Any, flipped: Path) -> None:
     for k in range(1, 12):
         changes.configure(flipped, k=k)
     assert run("index", "gc", flipped).stdout.startswith(f"{flipped}: deleted 2 versions, ")
-    assert FolderVersions(flipped).history()["version"].to_pylist() == list(range(3, 13))
+    assert Versions(flipped).history()["version"].to_pylist() == list(range(3, 13))

@@ -28,8 +28,8 @@ from retrieval_tip.index import changes
 from retrieval_tip.index.fit import fit_index
 from retrieval_tip.index.places import at
 from retrieval_tip.model import Index, verify
-from retrieval_tip.store.folder import FolderVersions
 from retrieval_tip.store.manifest import Manifest
+from retrieval_tip.store.versions import Versions
 
 INDEXES = Path(__file__).parent / "indexes"
 FOLDERS = ["plain", "classes", "lists", "graph", "metric", "discriminant", "tuned"]
@@ -188,13 +188,13 @@ def test_settings_alone_also_rewrite_the_segments(name: str, tmp_path: Path) -> 
     cache = Index.load(place, device="cpu")
     cache.settings = cache.settings.override(temperature=3.0)
     cache.save_settings(place)
-    assert not FolderVersions(Path(place)).current().later
+    assert not Versions(Path(place)).current().later
     check_answers(verify(place), name)
 
 
 def test_the_versions_of_format_7_are_kept(tmp_path: Path) -> None:
     place = copied("plain", tmp_path)
-    assert FolderVersions(Path(place)).history()["change"].to_pylist() == [
+    assert Versions(Path(place)).history()["change"].to_pylist() == [
         "build",
         "add 2 examples",
         "add 2 examples and 1 class",
@@ -205,7 +205,7 @@ def test_the_versions_of_format_7_are_kept(tmp_path: Path) -> None:
     old = Index.load(place, device="cpu", version=3)
     assert (old.n, old.labels["camera"].to_pylist()[:2]) == (22, ["a", "b"])
     assert changes.gc(place, 1).versions == [1, 2, 3, 4, 5]
-    named = {file.name for file in FolderVersions(Path(place)).current().data_files}
+    named = {file.name for file in Versions(Path(place)).current().data_files}
     assert {f"data/{path.name}" for path in (Path(place) / "data").iterdir()} == named
 
 
@@ -225,14 +225,14 @@ def test_an_earlier_version_that_is_no_longer_read_can_be_deleted(old: str, tmp_
     files = body["files"] | {"weights": body["files"]["keys"]}
     first.write_bytes(sealed(body | ({"format_version": 6} if old == "format" else {"files": files})))
     with pytest.raises(StoreError, match="; delete earlier versions with index gc"):
-        FolderVersions(place).history()
+        Versions(place).history()
     changes.gc(place, 1)
-    assert len(FolderVersions(place).history()) == 1
+    assert len(Versions(place).history()) == 1
 
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_an_older_manifest_survives_a_round_trip(name: str) -> None:
-    manifest = FolderVersions(INDEXES / "v7" / name).current()
+    manifest = Versions(INDEXES / "v7" / name).current()
     assert Manifest.from_bytes(manifest.to_bytes(), "m") == manifest
 
 

@@ -38,7 +38,7 @@ from retrieval_tip.index.build import build_index
 from retrieval_tip.retrieval import vector_index
 from retrieval_tip.store import lock
 from retrieval_tip.store import versions as store_versions
-from retrieval_tip.store.folder import FolderVersions
+from retrieval_tip.store.versions import Versions
 
 D, CLASSES = 8, 4
 NAMES = [f"class {i}" for i in range(CLASSES)]
@@ -85,7 +85,7 @@ def _write(job: killing.Job) -> dict[str, Any]:
             assert sorted(made.key_ids) == sorted(own.pop(source) for source in gone)
             removed += gone
         elif number == 0:
-            FolderVersions(folder).collect(keep=2)
+            Versions(folder).collect(keep=2)
         else:
             made = changes.rebuild(folder, index=rng.choice(["Flat", "Classes"]))
         if made is not None:
@@ -125,17 +125,15 @@ def _read(job: killing.Job) -> dict[str, Any]:
         check_whole(cache, rng)
         reads += 1
         if number == 2:
-            numbers = FolderVersions(folder).history()["version"].to_pylist()
+            numbers = Versions(folder).history()["version"].to_pylist()
             assert numbers == list(range(numbers[0], numbers[-1] + 1))
             assert numbers[-1] >= versions[-1]
         elif number == 3:
             counted = (
-                FolderVersions(folder)
-                .query("SELECT count(*) AS n, count(DISTINCT source) AS m FROM labels")
-                .to_pylist()[0]
+                Versions(folder).query("SELECT count(*) AS n, count(DISTINCT source) AS m FROM labels").to_pylist()[0]
             )
             assert counted["n"] == counted["m"]
-            facts = FolderVersions(folder).describe()
+            facts = Versions(folder).describe()
             assert facts["version"] >= versions[-1]
             assert all(version < facts["version"] for version in facts["earlier_versions"])
     return {"reads": reads, "versions": len(set(versions[1:]))}
@@ -204,9 +202,9 @@ def test_writers_lose_nothing_and_readers_never_fail(server: killing.Server, ind
     written, read = records[:WRITERS], records[WRITERS:]
     # No version was lost or made twice.
     made = sorted(version for one in written for version in one["versions"])
-    last = FolderVersions(index).current().version
+    last = Versions(index).current().version
     assert sorted(set(made)) == list(range(2, last + 1))
-    history = FolderVersions(index).history().to_pylist()
+    history = Versions(index).history().to_pylist()
     numbers = [row["version"] for row in history]
     assert numbers == list(range(numbers[0], last + 1))
     assert [row["parent"] for row in history] == [version - 1 or None for version in numbers]
@@ -240,7 +238,7 @@ def delete_at_every_access(monkeypatch: pytest.MonkeyPatch, index: Path, read: C
         if state["count"] - 1 == state["at"]:
             state["at"] = -1
             changes.relabel(index, NAMES[state["turn"] % 2], key_ids=[0])
-            FolderVersions(index).collect(1)
+            Versions(index).collect(1)
 
     def watched(call: Callable[..., Any]) -> Callable[..., Any]:
         def access(*arguments: Any, **named: Any) -> Any:
@@ -281,15 +279,15 @@ class Inline:
 READ: dict[str, Callable[[Path, Index], object]] = {
     "load": lambda index, _: check_whole(Index.load(index, device="cpu"), random.Random(0)),
     "reload": lambda _, staying: check_whole(staying.reload(), random.Random(0)),
-    "describe": lambda index, _: FolderVersions(index).describe(),
+    "describe": lambda index, _: Versions(index).describe(),
     "history": lambda index, _: check_history(index),
-    "query": lambda index, _: FolderVersions(index).query("SELECT count(*) FROM labels, versions"),
+    "query": lambda index, _: Versions(index).query("SELECT count(*) FROM labels, versions"),
     "verify": lambda index, _: check_whole(verify(index), random.Random(0)),
 }
 
 
 def check_history(index: Path) -> None:
-    numbers = FolderVersions(index).history()["version"].to_pylist()
+    numbers = Versions(index).history()["version"].to_pylist()
     assert numbers == list(range(numbers[0], numbers[-1] + 1))
 
 
@@ -313,7 +311,7 @@ def test_two_builds_into_one_new_folder_make_two_versions(server: killing.Server
         folder = tmp_path / str(number) / "index"
         server.start(*({"work": "build", "table": str(path), "folder": str(folder)} for path in tables))
         assert server.wait() == [0, 0]
-        first, second = FolderVersions(folder).history().to_pylist()
+        first, second = Versions(folder).history().to_pylist()
         assert [(row["version"], row["parent"]) for row in (first, second)] == [(1, None), (2, 1)]
         names = {Index.load(folder, version=version).labels["source"][0].as_py()[0] for version in (1, 2)}
         assert names == {"a", "b"}
@@ -378,7 +376,7 @@ def test_a_read_only_folder_can_be_read_and_refuses_every_change(index: Path, tm
             lambda: changes.rebuild(folder),
             lambda: changes.rollback(folder),
             lambda: changes.merge(folder, index),
-            lambda: FolderVersions(folder).collect(1),
+            lambda: Versions(folder).collect(1),
             lambda: build_index(more, folder, Reader(), device="cpu", fit="none"),
         ]
         for write in writers:
@@ -389,9 +387,9 @@ def test_a_read_only_folder_can_be_read_and_refuses_every_change(index: Path, tm
                 "cannot be written: Read-only file system; nothing was changed" if AS_ROOT else "nothing was changed"
             )
         assert verify(folder).version == 2
-        assert FolderVersions(folder).history()["version"].to_pylist() == [1, 2]
-        assert FolderVersions(folder).describe()["earlier_versions"] == [1]
-        assert FolderVersions(folder).query("SELECT count(*) AS n FROM labels").to_pylist() == [{"n": len(BASE) + 1}]
+        assert Versions(folder).history()["version"].to_pylist() == [1, 2]
+        assert Versions(folder).describe()["earlier_versions"] == [1]
+        assert Versions(folder).query("SELECT count(*) AS n FROM labels").to_pylist() == [{"n": len(BASE) + 1}]
         assert Index.load(folder, version=1).n == len(BASE)
     finally:
         if AS_ROOT:
@@ -409,12 +407,12 @@ def test_the_error_names_the_process_that_holds_the_lock(server: killing.Server,
     locked, *_, released = [number for number, step in enumerate(server.steps) if step == "fcntl.flock"]
     named = 0
     for step in sampled(len(server.steps), 8):
-        first = FolderVersions(index).current().version
+        first = Versions(index).current().version
         server.start(job, step=step, how="SIGSTOP")
         stopped = server.stopped()
         try:
             if locked < step <= released:
-                with pytest.raises(StoreError) as error, FolderVersions(index).write(wait=0.05):
+                with pytest.raises(StoreError) as error, Versions(index).write(wait=0.05):
                     pass
                 owner = f"process {stopped} on {socket.gethostname()}"
                 # A new owner is unnamed for a moment, but no other process is ever named.
@@ -424,7 +422,7 @@ def test_the_error_names_the_process_that_holds_the_lock(server: killing.Server,
                 named += owner in str(error.value)
                 assert Index.load(index, device="cpu").version in (first, first + 1)  # readers need no lock
             else:
-                with FolderVersions(index).write():
+                with Versions(index).write():
                     pass
         finally:
             os.kill(stopped, signal.SIGCONT)

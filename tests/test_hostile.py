@@ -47,7 +47,7 @@ from retrieval_tip.errors import MAX_LINE, RetrievalTipError
 from retrieval_tip.index import changes
 from retrieval_tip.index.build import build_index
 from retrieval_tip.predictions import read_predictions
-from retrieval_tip.store.folder import FolderVersions
+from retrieval_tip.store.versions import Versions
 
 T = TypeVar("T")
 D, CLASSES = 8, ["cat", "dog", "owl"]
@@ -294,7 +294,7 @@ def test_a_damaged_index_is_refused_or_answers_correctly(world: Path, data: st.D
             others = st.sampled_from([other.read_bytes() for other in files if other.suffix != ".json"])  # no rollback
             path.write_bytes(data.draw(mutated(st.just(raw)) if how == "bytes" else others))
             assume(path.read_bytes() != raw)
-        named = {file.name for file in FolderVersions(world / "index").current().data_files}
+        named = {file.name for file in Versions(world / "index").current().data_files}
         own = {index / name for name in (*named, "manifest.json")}
         assert refused(lambda: answer(index)) == (None if path in own else expected)
         before = snapshot(index) if how != "special" else None
@@ -335,8 +335,8 @@ def test_any_manifest_is_refused_or_answers(world: Path, data: st.DataObject) ->
         cache = refused(lambda: Index.load(index, device="cpu"))
         if cache is not None:
             refused(lambda: cache.classify(unit_rows(2, D)))
-        refused(lambda: FolderVersions(index).describe())
-        refused(lambda: FolderVersions(index).history())
+        refused(lambda: Versions(index).describe())
+        refused(lambda: Versions(index).history())
 
 
 # --- commands

@@ -32,7 +32,7 @@ from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.index import changes
 from retrieval_tip.settings import Settings
-from retrieval_tip.store.folder import FolderVersions
+from retrieval_tip.store.versions import Versions
 
 Array = npt.NDArray[Any]
 D, ALPHA, BETA, SCALE = 6, 1.5, 4.0, 10.0
@@ -230,7 +230,7 @@ class Living(RuleBasedStateMachine):
 
     @rule(keep=st.integers(1, KEPT))
     def collect(self, keep: int) -> None:
-        gone, freed = FolderVersions(self.folder).collect(keep)
+        gone, freed = Versions(self.folder).collect(keep)
         assert gone == list(self.kept)[: max(0, len(self.kept) - keep)]
         assert freed > 0 or not gone
         self.kept = dict(list(self.kept.items())[-keep:])
@@ -289,14 +289,14 @@ class Living(RuleBasedStateMachine):
 
     @invariant()
     def versions_form_one_line_and_name_every_file(self) -> None:
-        rows = FolderVersions(self.folder).history().to_pylist()
+        rows = Versions(self.folder).history().to_pylist()
         assert [row["version"] for row in rows] == list(self.kept)
         assert [row["keys"] for row in rows] == [len(state.keys) for state in self.kept.values()]
         assert all(row["parent"] == row["version"] - 1 for row in rows if row["version"] > 1)
         assert [row["current"] for row in rows] == [False] * (len(rows) - 1) + [True]
         manifests = [
-            *FolderVersions(self.folder).earlier(FolderVersions(self.folder).current()),
-            FolderVersions(self.folder).current(),
+            *Versions(self.folder).earlier(Versions(self.folder).current()),
+            Versions(self.folder).current(),
         ]
         named = {file.name for manifest in manifests for file in manifest.data_files}
         assert named == {f"data/{path.name}" for path in (self.folder / "data").iterdir()}

@@ -30,7 +30,7 @@ from retrieval_tip.backbones.loading import load_backbone, load_when_needed
 from retrieval_tip.errors import BackboneError, StoreError
 from retrieval_tip.index import changes
 from retrieval_tip.store.files import LocalFiles
-from retrieval_tip.store.folder import FolderVersions
+from retrieval_tip.store.versions import Versions
 
 HEAVY = ("numpy", "PIL", "pyarrow", "duckdb", "torch", "faiss", "torchvision", "open_clip", "transformers", "timm",
          "jinja2", "matplotlib")  # fmt: skip
@@ -168,7 +168,7 @@ def test_building_from_cached_encodings_imports_no_model(run, photo_index, photo
 
 @pytest.mark.parametrize(("kind", "damage"), [("keys", "a byte"), ("labels", "shorter"), ("text", "gone")])
 def test_a_damaged_file_is_refused_before_any_answer(run, index, row, kind, damage):
-    path = index / FolderVersions(index).current().files[kind].name
+    path = index / Versions(index).current().files[kind].name
     data = path.read_bytes()
     if damage == "gone":
         path.unlink()
@@ -181,7 +181,7 @@ def test_a_damaged_file_is_refused_before_any_answer(run, index, row, kind, dama
 
 def test_classify_waits_for_the_check_before_it_answers(index, row, run, monkeypatch):
     """The answer waits even if the hashing is slow."""
-    path = index / FolderVersions(index).current().files["keys"].name
+    path = index / Versions(index).current().files["keys"].name
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     hashed, problem = threading.Event(), LocalFiles.problem
 
@@ -376,7 +376,7 @@ def test_an_interrupt_during_imports_prints_one_line(tmp_path):
 def test_a_damaged_file_is_never_passed_to_faiss(index, monkeypatch):
     """FAISS could crash on it."""
     changes.rebuild(index, index="SQ8")
-    path = index / FolderVersions(index).current().files["index"].name
+    path = index / Versions(index).current().files["index"].name
     data = bytearray(path.read_bytes())
     data[4] ^= 255
     path.write_bytes(data)

@@ -27,10 +27,9 @@ from retrieval_tip import Index, verify
 from retrieval_tip.backbones.base import Identity
 from retrieval_tip.errors import InputError, RetrievalTipError, StoreError
 from retrieval_tip.files import sha256_of
-from retrieval_tip.store.folder import FolderVersions
 from retrieval_tip.store.labels import LABEL_SCHEMA, label_table
 from retrieval_tip.store.manifest import FORMAT_VERSION, SUFFIXES, Manifest, named_in
-from retrieval_tip.store.versions import Check
+from retrieval_tip.store.versions import Check, Versions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -60,16 +59,16 @@ def error_of(call: Callable[[Path], object], folder: Path, what: str) -> StoreEr
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    return FolderVersions(folder).describe()
+    return Versions(folder).describe()
 
 
 def history(folder: Path) -> pa.Table:
-    return FolderVersions(folder).history()
+    return Versions(folder).history()
 
 
 def checking(folder: Path) -> Check:
     """Start a check of the current version."""
-    return Check(FolderVersions(folder).files, FolderVersions(folder).current())
+    return Check(Versions(folder).files, Versions(folder).current())
 
 
 @pytest.fixture
@@ -83,7 +82,7 @@ def index(tmp_path: Path) -> Path:
 
 
 def test_a_manifest_is_read_as_it_was_written(index: Path) -> None:
-    manifest = FolderVersions(index).current()
+    manifest = Versions(index).current()
     assert Manifest.from_bytes(manifest.to_bytes(), "x") == manifest
     assert sealed(body_of(index)) == (index / "manifest.json").read_bytes() == manifest.to_bytes()
     assert (manifest.version, manifest.parent, manifest.n, manifest.d) == (1, None, N, D)
@@ -388,11 +387,11 @@ def test_no_file_is_deleted_while_an_earlier_manifest_is_damaged(
     model(2).save(folder)
     (folder / "manifests" / "000001.json").write_bytes(b"{}")
     files = set((folder / "data").iterdir())
-    with FolderVersions(folder).write():
+    with Versions(folder).write():
         assert set((folder / "data").iterdir()) == files  # the damaged manifest may name them
     model(3).save(folder)  # its commit deletes version 1
     assert verify(folder).version == 3
-    kept = [FolderVersions(folder).current(), *FolderVersions(folder).earlier(FolderVersions(folder).current())]
+    kept = [Versions(folder).current(), *Versions(folder).earlier(Versions(folder).current())]
     assert [manifest.version for manifest in kept] == [3, 2]
     named = {folder / file.name for manifest in kept for file in manifest.files.values()}
     assert set((folder / "data").iterdir()) == named
@@ -411,7 +410,7 @@ def test_an_unreadable_manifest_is_not_overwritten_by_a_first_version(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "stat", stat)
-        assert FolderVersions(index).exists()
+        assert Versions(index).exists()
         with pytest.raises(StoreError) as caught:
             model(2).save(index)
         one_line(caught, index)
@@ -426,7 +425,7 @@ def test_an_exception_during_a_write_leaves_the_folder_unchanged(
     index: Path, tmp_path: Path, kind: type[BaseException]
 ) -> None:
     def interrupted(folder: Path) -> None:
-        with FolderVersions(folder).write() as writer:
+        with Versions(folder).write() as writer:
             staged, array = writer.stage_array("keys", (N, D), "float32")
             array[:] = 1
             writer.seal("keys", staged, N)
@@ -444,7 +443,7 @@ def test_an_exception_during_a_write_leaves_the_folder_unchanged(
 
 def test_a_process_cannot_write_an_index_twice_at_once(index: Path, tmp_path: Path) -> None:
     for folder in (index, tmp_path / "new"):
-        with FolderVersions(folder).write() as writer:
+        with Versions(folder).write() as writer:
             staged = writer.stage("keys")
             staged.write_bytes(b"x")
             with pytest.raises(StoreError, match="is being written by process"):
@@ -457,7 +456,7 @@ def test_a_process_cannot_write_an_index_twice_at_once(index: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("text", [b"", b"\xff\xfe\x00", b"a\nb\x1b[31m" * 1000])
 def test_a_lock_with_unprintable_text_gives_a_printable_error(index: Path, text: bytes) -> None:
-    with FolderVersions(index).write():
+    with Versions(index).write():
         (index / "lock").write_bytes(text)
         with pytest.raises(StoreError) as error:
             model().save(index)
@@ -503,7 +502,7 @@ def test_a_folder_without_an_index_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "strange" / "manifest.json").mkdir(parents=True)
     for name in ("nowhere", "empty", "file", "strange", "\udcff"):
-        for opened in (Index.load, verify, describe, lambda folder: FolderVersions(folder).query("SELECT 1")):
+        for opened in (Index.load, verify, describe, lambda folder: Versions(folder).query("SELECT 1")):
             with pytest.raises(StoreError) as error:
                 opened(tmp_path / name)
             one_line(error, name.encode("utf-8", "backslashreplace").decode())
@@ -515,11 +514,9 @@ def test_an_array_allocated_without_fallocate_is_identical(tmp_path: Path, monke
     """Some systems have no ``posix_fallocate``."""
     model().save(tmp_path / "a")
     monkeypatch.delattr(os, "posix_fallocate", raising=False)
-    monkeypatch.setattr("retrieval_tip.store.folder._ZEROS", bytes(100))  # several blocks and a partial one
+    monkeypatch.setattr("retrieval_tip.store.versions._ZEROS", bytes(100))  # several blocks and a partial one
     model().save(tmp_path / "b")
-    assert (
-        FolderVersions(tmp_path / "a").current().files["keys"] == FolderVersions(tmp_path / "b").current().files["keys"]
-    )
+    assert Versions(tmp_path / "a").current().files["keys"] == Versions(tmp_path / "b").current().files["keys"]
     verify(tmp_path / "b")
 
 
@@ -550,7 +547,7 @@ def damages(path: Path, seed: int) -> Iterator[str]:
 @pytest.mark.parametrize("kind", ["manifest", "keys", "labels", "text", "index"])
 def test_load_and_verify_find_damage_of_any_byte(index: Path, kind: str) -> None:
     model(index="HNSW8").save(index)
-    path = index / ("manifest.json" if kind == "manifest" else FolderVersions(index).current().files[kind].name)
+    path = index / ("manifest.json" if kind == "manifest" else Versions(index).current().files[kind].name)
     for damage in damages(path, 1):
         for opened in (Index.load, verify):
             error = error_of(opened, index, damage)
@@ -561,8 +558,8 @@ def test_load_and_verify_find_damage_of_any_byte(index: Path, kind: str) -> None
 def test_verify_finds_damage_of_an_earlier_version(index: Path) -> None:
     model(1).save(index)
     earlier, current = (
-        FolderVersions(index).earlier(FolderVersions(index).current())[0],
-        FolderVersions(index).current(),
+        Versions(index).earlier(Versions(index).current())[0],
+        Versions(index).current(),
     )
     own = {file.name for file in earlier.files.values()} - {file.name for file in current.files.values()}
     assert len(own) == 2
@@ -581,7 +578,7 @@ def test_verify_finds_damage_of_an_earlier_version(index: Path) -> None:
 
 
 def test_saving_again_repairs_damaged_files(index: Path) -> None:
-    name = FolderVersions(index).current().files["text"].name
+    name = Versions(index).current().files["text"].name
     (index / name).write_bytes(b"x")
     with pytest.raises(StoreError, match="build the index again"):
         Index.load(index)
@@ -642,7 +639,7 @@ def test_query_and_load_work_with_any_folder_name(tmp_path: Path, monkeypatch: p
     cache.save(tmp_path / name / "sub=2")
     monkeypatch.chdir(tmp_path)
     for folder in (tmp_path / name / "sub=2", Path(name) / "sub=2"):
-        table = FolderVersions(folder).query("SELECT * FROM labels")
+        table = Versions(folder).query("SELECT * FROM labels")
         assert table.column_names == LABEL_SCHEMA.names
         assert len(table) == N + 4
         assert verify(folder).labels.column_names == LABEL_SCHEMA.names
@@ -661,7 +658,7 @@ def test_a_file_digest_covers_every_block(
 
 
 def test_a_background_check_reports_the_first_bad_file(index: Path) -> None:
-    manifest = FolderVersions(index).current()
+    manifest = Versions(index).current()
     for kind in ("labels", "keys"):
         path = index / manifest.files[kind].name
         path.write_bytes(path.read_bytes()[:-1] + b"x")
@@ -686,7 +683,7 @@ def test_a_background_check_fixes_the_version_that_is_opened(index: Path) -> Non
 
 def test_file_names_are_extracted_only_from_an_intact_manifest(index: Path) -> None:
     raw = (index / "manifest.json").read_bytes()
-    assert named_in(raw) == {file.name for file in FolderVersions(index).current().data_files}
+    assert named_in(raw) == {file.name for file in Versions(index).current().data_files}
     for at in range(len(raw)):
         assert named_in(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :]) is None
         assert named_in(raw[:at]) is None

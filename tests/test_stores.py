@@ -421,7 +421,7 @@ def test_settings_can_be_changed(pets):
     changes.configure(pets.place, k="all", normalize="both")
     model = pets.open()
     assert model.settings.k is None
-    same = stores.FolderStore(Path(clone_of(pets, "folder"))).load(device="cpu").rows.statistics()
+    same = stores.Store(Path(clone_of(pets, "folder"))).load(device="cpu").rows.statistics()
     np.testing.assert_allclose(model.rows.statistics().mean, same.mean, atol=1e-5)
     pets.refused(lambda: changes.configure(pets.place, templates=["a {}"]), "backbone", error=UsageError)
     pets.refused(lambda: changes.configure(pets.place), "nothing to set", error=UsageError)

@@ -25,8 +25,8 @@ from retrieval_tip.index.fit import fit_index
 from retrieval_tip.model import verify
 from retrieval_tip.retrieval.rows import ArrayRows
 from retrieval_tip.store import sums as module
-from retrieval_tip.store.folder import FolderVersions
 from retrieval_tip.store.sums import Sums
+from retrieval_tip.store.versions import Versions
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -220,7 +220,7 @@ def test_replaced_keys_have_no_sums_until_they_are_fitted(tmp_path):
     assert replace(cache, rows=ArrayRows(np.asarray(cache.keys) * 2, cache.labels)).sums is None  # as after finetune
     assert cache.take(np.arange(300)).sums is None
     changes.rebuild(tmp_path / "index", dtype="float16")
-    assert "sums" not in FolderVersions(tmp_path / "index").current().files
+    assert "sums" not in Versions(tmp_path / "index").current().files
     fit_index(tmp_path / "index")
     found = verify(tmp_path / "index")
     close(found.sums, fresh(found))
@@ -230,7 +230,7 @@ def test_replaced_keys_have_no_sums_until_they_are_fitted(tmp_path):
 def test_sums_of_other_keys_are_detected(tmp_path, what):
     folder = tmp_path / "index"
     cache = fitted(folder)
-    name = FolderVersions(folder).current().files["sums"].name
+    name = Versions(folder).current().files["sums"].name
     other = np.array(np.load(folder / name))
     other[(0, 0) if what == "counts" else (C + 1, 3)] += 1
     if what == "damage":

@@ -22,7 +22,7 @@ from retrieval_tip import Index, verify
 from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.fit.folds import Queries
 from retrieval_tip.fit.search_hp import search
-from retrieval_tip.store.folder import FolderVersions, Manifest
+from retrieval_tip.store.versions import Manifest, Versions
 
 Array = npt.NDArray[Any]
 C, D, Q = 5, 16, 23
@@ -182,7 +182,7 @@ def index(tmp_path: Path) -> Path:
 
 
 def names(folder: Path) -> dict[str, str]:
-    return {kind: file.name for kind, file in FolderVersions(folder).current().files.items()}
+    return {kind: file.name for kind, file in Versions(folder).current().files.items()}
 
 
 def test_a_fine_tuned_index_is_loaded_as_it_was_saved(index: Path) -> None:
@@ -190,12 +190,12 @@ def test_a_fine_tuned_index_is_loaded_as_it_was_saved(index: Path) -> None:
     for k, tail in ((None, True), (9, True), (9, False)):
         assert torch.equal(loaded.logits(QUERIES, k, tail), cache.logits(QUERIES, k, tail))
     assert loaded.curve.equals(CURVE)
-    manifest = FolderVersions(index).current()
+    manifest = Versions(index).current()
     assert {kind: file.rows for kind, file in manifest.files.items()} == {
         "keys": N, "labels": N, "text": C, "values": N, "curve": 3,
     }  # fmt: skip
     assert Manifest.from_bytes(manifest.to_bytes(), "x") == manifest
-    described = FolderVersions(index).describe()
+    described = Versions(index).describe()
     assert described["files"] == names(index)
     assert described["bytes"] == sum(path.stat().st_size for path in (index / "data").iterdir())
     assert verify(index).n == N

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from retrieval_tip.backbones.torch_backbone import TorchBackbone
     from retrieval_tip.data.reader import Reader
     from retrieval_tip.data.sources import Source
-    from retrieval_tip.index.stores import Store
+    from retrieval_tip.index.places import Store
     from retrieval_tip.model import Index
     from retrieval_tip.settings import KeysMet
     from retrieval_tip.store.manifest import Manifest

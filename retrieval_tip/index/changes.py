@@ -30,8 +30,7 @@ from retrieval_tip.index import places
 from retrieval_tip.index.build import warn_of_spelling
 from retrieval_tip.index.items import ItemColumns, draw_shots, ids_in, precision_of, provenance_of, read_text_table
 from retrieval_tip.index.photos import remove_unused
-from retrieval_tip.index.places import Place
-from retrieval_tip.index.stores import Change
+from retrieval_tip.index.places import Change, Place
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.defaults import plain_settings
 from retrieval_tip.retrieval.duplicates import Duplicates

@@ -18,10 +18,10 @@ from retrieval_tip.retrieval.duplicates import duplicates
 from retrieval_tip.retrieval.keys import KEY_BLOCK, auto_for, index_over
 from retrieval_tip.retrieval.rows import ArrayRows
 from retrieval_tip.retrieval.vector_index import BY_CLASS
-from retrieval_tip.store.folder import FolderVersions, FolderWriter
+from retrieval_tip.store.versions import Versions, Writer
 
 
-def create(folder: FolderVersions, made: Material) -> Index:
+def create(folder: Versions, made: Material) -> Index:
     """Build the next version of a folder. The keys are sorted by class."""
     names, weights, templates, _ = made.words
     asked = made.plan.index or "Flat"
@@ -55,7 +55,7 @@ def create(folder: FolderVersions, made: Material) -> Index:
 
 
 def _write_keys(
-    writer: FolderWriter, made: Material, order: npt.NDArray[np.int64]
+    writer: Writer, made: Material, order: npt.NDArray[np.int64]
 ) -> tuple[KeyArray, npt.NDArray[np.int64], list[str | None]]:
     """Stream features into the file of keys. Return the keys, their positions in ``order`` and the image digests."""
     place = np.empty(len(order), dtype=np.int64)
@@ -77,7 +77,7 @@ def _write_keys(
         whole, old = writer.stage_array("keys", (len(kept), shape[1]), made.plan.dtype)
         for start in range(0, len(kept), KEY_BLOCK):
             old[start : start + KEY_BLOCK] = array[kept[start : start + KEY_BLOCK]]
-        writer.discard(staged)
+        staged.unlink()
         staged, array = whole, old
     array.flush()  # type: ignore[attr-defined]  # a memmap
     del array

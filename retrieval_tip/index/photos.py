@@ -22,7 +22,7 @@ from retrieval_tip.data import images
 from retrieval_tip.errors import StoreError, show
 from retrieval_tip.files import locked_folder, make_folders, real, remove_leftovers, sha256_of
 from retrieval_tip.index import places
-from retrieval_tip.index.stores import Store
+from retrieval_tip.index.places import Store
 from retrieval_tip.store import lock
 
 log = logging.getLogger(__name__)

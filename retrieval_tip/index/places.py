@@ -1,4 +1,4 @@
-"""Open the store of an index, given a folder or the address of another kind of store."""
+"""The stores of indexes, which are folders or the addresses of another kind of store."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from retrieval_tip.errors import InputError, StoreError, show
 from retrieval_tip.files import real
-from retrieval_tip.index.stores import Change, Store
-from retrieval_tip.settings import Precision, Verify
+from retrieval_tip.settings import Dtype, Precision, Verify
 from retrieval_tip.store.address import parse
-from retrieval_tip.store.folder import FolderVersions
 from retrieval_tip.store.manifest import Manifest
-from retrieval_tip.store.versions import Check
+from retrieval_tip.store.versions import Check, Versions, Writer
 
 if TYPE_CHECKING:  # importing torch takes a second, and manifests do not need it
     from retrieval_tip.fit.closed_form import Fit, FormChoice
@@ -28,21 +26,75 @@ Place = str | os.PathLike[str]
 """A folder, or the address of another kind of store (see :mod:`store.address`)."""
 
 
-class FolderStore(FolderVersions, Store):
-    """A store that keeps the versions of an index in a folder. See :mod:`store.folder` for details."""
+class Change:
+    """A change of an index. Edit ``index``, and set ``what`` to a description for the history.
+
+    If ``what`` is empty, no version is written. ``bare_before`` lists the classes that had no keys before the change.
+    """
+
+    what = ""
+
+    def __init__(self, index: Index, writer: Writer) -> None:
+        self.index, self.writer = index, writer
+        self.bare_before = self.bare()
+
+    def bare(self) -> list[str]:
+        """Return the classes that have no keys now."""
+        return [name for name, number in zip(self.index.class_names, self.index.counts, strict=True) if not number]
+
+    def commit(self) -> None:
+        """Write the next version."""
+        self.index.commit(self.writer, self.what)
+
+    def rebuild(self, index: str | None, dtype: Dtype | None) -> None:
+        """Rebuild the index from its keys. ``None`` keeps the current index type or dtype."""
+        self.index.rebuild(index, dtype)
+
+    def refit(self, beta: float) -> FormChoice:
+        """Refit a fitted index for a new beta with :func:`closed_form.refit`, including its solved values."""
+        from retrieval_tip.fit import closed_form
+
+        choice = closed_form.refit(self.index, beta)
+        self.index.solve()
+        return choice
+
+    def fit(self, asked: Fit, validation: Queries | None = None) -> FormChoice:
+        """Fit the index with :func:`closed_form.fit`."""
+        from retrieval_tip.fit import closed_form
+
+        return closed_form.fit(self.index, asked, validation=validation)
+
+
+class Store(Versions):
+    """A store that keeps the versions of one index, in a folder unless a subclass says otherwise.
+
+    ``look_every`` is the number of seconds after which a server checks for a new version.
+    """
+
+    look_every = 0.0
 
     def movable(self) -> Path:
+        """Return the real folder of an index that can be renamed, duplicated and deleted as a whole.
+
+        Raises InputError for stores that are not index folders, and for links.
+        """
         self.check_there()
         if self.folder.is_symlink():
             raise InputError(f"{show(self.folder)}: is a link; rename, duplicate or delete the folder it points to")
         return real(self.folder)
 
     def create(self, material: Material) -> Index:
+        """Build the first or the next version, and return the opened index."""
         from retrieval_tip.index import folders
 
         return folders.create(self, material)
 
     def copy_from(self, index: Index, what: str) -> int:
+        """Write an opened index as the next version, and return the version number.
+
+        ``what`` describes the change in the history. Raises InputError if the store does not support a part of the
+        index.
+        """
         index.save(self.folder, what)
         return self.current().version
 
@@ -54,6 +106,12 @@ class FolderStore(FolderVersions, Store):
         verify: Verify | None = None,
         version: int | None = None,
     ) -> Index:
+        """Open the current version, or an earlier version.
+
+        ``precision`` is the precision of the matrix products with all keys. With ``verify="full"``, every byte is
+        checked first. With ``"fast"``, small files are checked completely and larger files only by their size. The
+        default depends on the kind of store. Raises UsageError if the store does not support the precision.
+        """
         verify = verify or "full"
         check = None if version is not None else Check(self.files, self.current(), verify)
         from retrieval_tip.model import Index  # the files are hashed in the background during this import
@@ -62,18 +120,26 @@ class FolderStore(FolderVersions, Store):
 
     @contextmanager
     def change(self) -> Iterator[Change]:
-        from retrieval_tip.model import Index
-
+        """Open the current version for exclusive editing, and write the next version when the context ends."""
         self.check_there()
         with self.write() as writer:
-            assert writer.parent is not None
-            check = Check(self.files, writer.parent, "fast")  # copied files are hashed anyway
-            change = Change(Index.load(self.folder, device="cpu", check=check), writer)
+            change = self.changed_by(writer)
             yield change
             if change.what:
-                change.index.commit(writer, change.what)
+                change.commit()
+
+    def changed_by(self, writer: Any) -> Change:
+        """Open the parent of the version that is being written, to be changed."""
+        from retrieval_tip.model import Index
+
+        check = Check(self.files, writer.parent, "fast")  # copied files are hashed anyway
+        return Change(Index.load(self.folder, device="cpu", check=check), writer)
 
     def fit(self, asked: Fit, queries: Callable[[Index], Queries] | None) -> FormChoice:
+        """Fit the current version with :func:`closed_form.fit`, and write the next version.
+
+        ``queries`` returns validation queries for the opened index.
+        """
         from retrieval_tip.fit import closed_form
 
         index = self.load(device="cpu")
@@ -82,6 +148,7 @@ class FolderStore(FolderVersions, Store):
         return choice
 
     def verify(self) -> Index:
+        """Check every byte or row of the current version, check that its parts are consistent, and return it."""
         from retrieval_tip.model import verify
 
         return verify(self.folder)
@@ -91,7 +158,7 @@ def at(place: Place) -> Store:
     """Return the store at a folder or an address, even if it contains no index. Raises UsageError if it is invalid."""
     address = parse(place) if isinstance(place, str) else None
     if address is None:
-        return FolderStore(place)
+        return Store(place)
     # imported by name, because this layer is below the package
     return cast("Store", importlib.import_module("retrieval_tip.lance.lance_store").LanceStore(address))
 
@@ -106,6 +173,6 @@ def listed(folder: Path) -> list[tuple[str, Manifest]]:
     found = []
     for place in sorted(folder.iterdir()):
         with suppress(StoreError):
-            if (own := FolderVersions(place)).exists():
+            if (own := Versions(place)).exists():
                 found.append((show(place), own.current()))
     return found

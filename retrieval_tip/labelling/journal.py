@@ -17,7 +17,7 @@ from pathlib import Path
 
 from retrieval_tip.errors import InputError, StoreError, show
 from retrieval_tip.files import cache_folder, make_folders, read_regular, real, replacing, sync
-from retrieval_tip.index.stores import Store
+from retrieval_tip.index.places import Store
 
 MOST_BYTES = 1 << 28
 """Maximum size of a journal in bytes."""

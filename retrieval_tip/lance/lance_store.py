@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from retrieval_tip.errors import InputError, UsageError
-from retrieval_tip.index.stores import Change, Store
+from retrieval_tip.index.places import Change, Store
 from retrieval_tip.lance.key_table import CLASSES, FLAT, changed_meanwhile
 from retrieval_tip.lance.versions import Classes, TableVersions, TableWriter
 from retrieval_tip.settings import Dtype, Precision, Verify
@@ -36,6 +36,9 @@ class LanceStore(TableVersions, Store):
     """A store that keeps the versions of an index in LanceDB. See :mod:`lance.versions` for details."""
 
     look_every = 2.0
+
+    def movable(self) -> Path:
+        raise InputError(f"{self}: only index folders can be renamed, duplicated or deleted; use index clone")
 
     def create(self, material: Material) -> Index:
         """Stream the keys into a table. If the index is fitted, the table may be rewritten with the points."""
@@ -85,8 +88,7 @@ class LanceStore(TableVersions, Store):
             metric = index.metric if index.values is None else None  # the table then contains the points
             c, blocks = len(index.class_names), index.rows.blocks()
             rows = TableRows.create(writer, blocks, c, index.dtype, metric=metric)
-            self.commit(writer, copy.copy(index), rows, what)
-        return writer.number
+            return self.commit(writer, copy.copy(index), rows, what)
 
     def load(
         self,
@@ -136,18 +138,12 @@ class LanceStore(TableVersions, Store):
         index.scores = None if scores is None else Scores(scores, index.settings)
         return index, rows
 
-    @contextmanager
-    def change(self) -> Iterator[Change]:
-        self.check_there()
-        with self.write() as writer:
-            assert writer.parent is not None
-            change = TableChange(self, writer, *self._index(writer.parent, "cpu", writer))
-            yield change
-            if change.what:
-                change.commit()
+    def changed_by(self, writer: TableWriter) -> TableChange:
+        assert writer.parent is not None
+        return TableChange(self, writer, *self._index(writer.parent, "cpu", writer))
 
-    def commit(self, writer: TableWriter, index: Index, rows: TableRows, what: str) -> None:
-        """Make ``index``, whose table has the given ``rows``, the current version.
+    def commit(self, writer: TableWriter, index: Index, rows: TableRows, what: str) -> int:
+        """Make ``index``, whose table has the given ``rows``, the current version, and return its number.
 
         ``what`` is a short description for the history. Raises the errors of :meth:`editing.Editing.check_answers` and
         :meth:`Writer.commit`.
@@ -170,6 +166,7 @@ class LanceStore(TableVersions, Store):
         manifest = stored.manifest_of(writer.number, writer.before, what, writer.files, table=table, digests=digests)
         writer.commit(manifest)
         index.stored = Origin(self, manifest)
+        return manifest.version
 
     def check_held(self, index: Index) -> None:
         """Raise InputError if an index has solved values and does not fit in memory."""
@@ -259,7 +256,6 @@ class TableChange(Change):
         return closed_form.fit(self.index, asked, validation=validation, factory=by_class)
 
     def commit(self) -> None:
-        """Write the next version."""
         from retrieval_tip.retrieval.rows import ArrayRows
 
         index, table = self.index, self._table

@@ -47,10 +47,10 @@ from retrieval_tip.retrieval.rows import FRESH_PAIRS, ArrayRows, Rows
 from retrieval_tip.retrieval.vector_index import VectorIndex, auto_factory, inner_factory
 from retrieval_tip.settings import Dtype, Precision
 from retrieval_tip.store.contents import metric_of
-from retrieval_tip.store.folder import FolderWriter
 from retrieval_tip.store.labels import LABEL_SCHEMA, shots_after, shots_of, with_column
 from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.sums import LEAST, Along, Sums
+from retrieval_tip.store.versions import Writer
 
 MOST_TAKEN = 1 << 29
 """Maximum size in bytes of the keys that are copied from a table into memory."""
@@ -286,7 +286,7 @@ class TableRows(Rows):
                 f"index into a folder: retrieval-tip index clone {place} DIR"
             )
 
-    def written(self, writer: FolderWriter) -> ArrayRows:
+    def written(self, writer: Writer) -> ArrayRows:
         places, start = np.argsort(self._order[0]), 0
         staged, array = writer.stage_array("keys", (self.n, self.d), self.dtype)
         for _, keys in self.blocks():

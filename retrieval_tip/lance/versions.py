@@ -1,4 +1,4 @@
-"""Keep the versions of an index in LanceDB. Each manifest names a version of the table. See :mod:`store.versions`.
+"""Keep the versions of an index in LanceDB. See :mod:`store.versions` for what is the same in a folder.
 
 manifests/000003.json          the manifest of a version; the version with the highest number is current. Creating this
                                file commits the version, and only one of two writers can create it
@@ -127,7 +127,7 @@ class TableWriter(Writer):
         with suppress(FileNotFoundError):  # another version of LanceDB may use a different name
             files[engine] = hashlib.sha256(self.store.files.get(engine, OBJECT_BYTES)).hexdigest()
         for path, changed in sorted(self.store.table_files()):
-            name = path.relative_to(self.store.root).as_posix()
+            name = path.relative_to(self.store.folder).as_posix()
             if name.split("/")[1] in DIGESTED:
                 if (path, changed) not in self._before:
                     files[name] = sha256_of(path)
@@ -137,7 +137,7 @@ class TableWriter(Writer):
 
     def flush(self) -> None:
         """Flush the new files of a local table to disk."""
-        new, root = [path for path, _ in self.store.table_files() - self._before], self.store.root
+        new, root = [path for path, _ in self.store.table_files() - self._before], self.store.folder
         for path in new:
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
@@ -145,15 +145,17 @@ class TableWriter(Writer):
             sync(folder)
 
 
-class TableVersions(Versions[TableWriter]):
+class TableVersions(Versions):
     """The versions of an index in LanceDB. Nothing is opened until a method is called."""
 
     writer = TableWriter
     own = ("data", "manifests", "lock", f"{TABLE}.lance")
     in_table = True
+    remedies = ("restore it, or go back to an earlier version",)
 
     def __init__(self, address: Address) -> None:
         self.address, self.place, self.local = address, str(address), address.local
+        self.folder = self.local or Path()
         self.files: Files = BucketFiles(address) if self.local is None else LocalFiles(self.local, self.place)
 
     def exists(self) -> bool:
@@ -200,6 +202,12 @@ class TableVersions(Versions[TableWriter]):
         KeyTable.latest(self.address, tables[-1].name).prune(sorted({table.version for table in tables}))
         return gone
 
+    def manifest_names(self) -> list[str]:
+        return list(map(manifest_name, self.numbers()))
+
+    def tidy(self, current: Manifest | None) -> None:
+        self.remove_unnamed()
+
     def check_files(self, manifest: Manifest, known: Collection[DataFile] = ()) -> None:
         super().check_files(manifest, known)
         self.table(manifest)
@@ -227,14 +235,9 @@ class TableVersions(Versions[TableWriter]):
             raise StoreError(f"{self}/{name}: damaged (its SHA-256 differs from the manifest's); {RESTORE}")
         return raw
 
-    @property
-    def root(self) -> Path:
-        """The folder of the store, if it is on a local disk."""
-        return self.local or Path()
-
     def table_files(self) -> set[tuple[Path, int]]:
         """Return the files of the table with their modification times. The set is empty for a bucket."""
-        paths = [] if self.local is None else self.root.glob(f"{TABLE}.lance/**/*")
+        paths = [] if self.local is None else self.folder.glob(f"{TABLE}.lance/**/*")
         return {(path, path.stat().st_mtime_ns) for path in paths if path.is_file()}
 
     def table(self, manifest: Manifest) -> KeyTable:

@@ -24,9 +24,9 @@ from retrieval_tip.retrieval.keys import KEY_BLOCK, Keys, KeyStream, points_of
 from retrieval_tip.retrieval.logits import Retrieval, slices
 from retrieval_tip.retrieval.vector_index import VectorIndex
 from retrieval_tip.settings import Dtype, Precision
-from retrieval_tip.store.folder import FolderWriter
 from retrieval_tip.store.labels import LABEL_SCHEMA, shots_after, shots_of, with_column
 from retrieval_tip.store.sums import Sums
+from retrieval_tip.store.versions import Writer
 
 IntArray = npt.NDArray[np.int64]
 
@@ -128,7 +128,7 @@ class Rows(ABC):
         """Return the rows with all keys in memory. Raises UsageError if there are too many."""
 
     @abstractmethod
-    def written(self, writer: FolderWriter) -> ArrayRows:
+    def written(self, writer: Writer) -> ArrayRows:
         """Return the rows with their keys in a file of the version that is being written, if they do not have one."""
 
     @abstractmethod
@@ -250,7 +250,7 @@ class ArrayRows(Rows):
     def in_memory(self) -> ArrayRows:
         return self
 
-    def written(self, writer: FolderWriter) -> ArrayRows:
+    def written(self, writer: Writer) -> ArrayRows:
         return self
 
     def duplicates_of(self, key_ids: Sequence[int], retrieval: Retrieval) -> Duplicates:

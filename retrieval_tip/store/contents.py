@@ -16,10 +16,10 @@ import torch
 
 from retrieval_tip import tip
 from retrieval_tip.errors import StoreError
-from retrieval_tip.store.folder import FolderVersions, FolderWriter, read_array, read_curve, read_labels
+from retrieval_tip.store.folder import read_array, read_curve, read_labels
 from retrieval_tip.store.manifest import DataFile, Manifest
 from retrieval_tip.store.sums import Sums
-from retrieval_tip.store.versions import Check, Origin
+from retrieval_tip.store.versions import Check, Origin, Versions, Writer
 
 HELD = ("keys", "labels", "index", "text", "values", "curve", "metric", "points", "sums", "prior", "scores")
 """Kinds of data that have one file each. The file is rewritten only if the data changes."""
@@ -87,7 +87,7 @@ class Contents:
             curve=read_curve(folder, files["curve"]) if "curve" in files else None,
         )
 
-    def write(self, writer: FolderWriter, stored: Stored | None) -> None:
+    def write(self, writer: Writer, stored: Stored | None) -> None:
         """Seal the files that are not shared with the parent version of the writer.
 
         ``stored`` is the version from which these contents were read. Raises StoreError if a file is damaged or cannot
@@ -102,7 +102,7 @@ class Contents:
         if check is not None:
             check.wait()
 
-    def _seal(self, writer: FolderWriter, kind: str) -> None:
+    def _seal(self, writer: Writer, kind: str) -> None:
         held = getattr(self, kind)
         if isinstance(held, pa.Table):
             writer.put_table(kind, held)
@@ -147,18 +147,18 @@ def metric_of(array: npt.NDArray[np.floating]) -> tip.Metric:
 class Stored(Origin):
     """A version of an index folder, its check, and the contents of its files in memory."""
 
-    store: FolderVersions
+    store: Versions
     check: Check
     contents: Contents
 
     @classmethod
-    def of(cls, store: FolderVersions, check: Check, contents: Contents) -> Stored:
+    def of(cls, store: Versions, check: Check, contents: Contents) -> Stored:
         """Record that the version checked by ``check`` has ``contents``, and set the path of the index."""
         if contents.index is not None:
             contents.index.path = store.folder / check.manifest.files["index"].name
         return cls(store, check.manifest, check, contents)
 
-    def is_before(self, writer: FolderWriter) -> bool:
+    def is_before(self, writer: Writer) -> bool:
         """Return whether this version is the parent of the version being written."""
         same = self.store.resolved == writer.store.resolved
         return same and writer.parent is not None and writer.parent.version == self.manifest.version

@@ -1,19 +1,10 @@
-"""Keep the versions of an index in a folder. See :mod:`store.versions`.
-
-manifest.json             the current version, which is replaced with a single rename
-manifests/000003.json     an earlier version
-data/index-<digest>.faiss, data/keys-<digest>.npy ...
-"""
+"""Read the data files of a version in a folder."""
 
 from __future__ import annotations
 
-import errno
 import itertools
-import math
 import os
-import uuid
-from collections.abc import Hashable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,152 +14,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from retrieval_tip.errors import StoreError, first_line
-from retrieval_tip.files import sha256_of
-from retrieval_tip.store.files import LocalFiles
 from retrieval_tip.store.labels import LABEL_SCHEMA
-from retrieval_tip.store.manifest import SUFFIXES, DataFile, Manifest
-from retrieval_tip.store.versions import Check, Versions, Writer, entry, manifest_name, sizes_of, write_header
-
-CURRENT = "manifest.json"
-DELETE = "delete earlier versions with index gc"
-_ZEROS = bytes(1 << 20)
-
-
-class FolderWriter(Writer):
-    """The writer of a new version of an index folder, which can also write files that do not fit in memory."""
-
-    store: FolderVersions
-
-    def __init__(self, store: FolderVersions, parent: Manifest | None) -> None:
-        check_name(store.folder)
-        super().__init__(store, parent)
-        self.folder = store.folder
-        self._staged = set[Path]()  # files are sealed in several threads
-
-    def stage(self, kind: str) -> Path:
-        """Return a temporary path for a data file of this kind. Write the file there before you call :meth:`seal`."""
-        path = self.folder / "data" / f".{kind}-{uuid.uuid4().hex}{SUFFIXES[kind]}.tmp"
-        self._staged.add(path)
-        return path
-
-    def stage_array(
-        self, kind: str, shape: tuple[int, int], dtype: npt.DTypeLike
-    ) -> tuple[Path, npt.NDArray[np.floating]]:
-        """Stage a writable memory-mapped array, and return its path and the array.
-
-        The disk space is reserved in advance, because a full disk would otherwise cause a SIGBUS.
-        """
-        path = self.stage(kind)
-        with path.open("wb") as file:
-            write_header(file, shape, dtype)
-            start = file.tell()
-            size = math.prod(shape) * np.dtype(dtype).itemsize
-            file.flush()
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), start, size)
-            else:  # on macOS, space is only reserved by writing
-                for at in range(0, size, len(_ZEROS)):
-                    file.write(_ZEROS[: size - at])
-        return path, np.lib.format.open_memmap(path, mode="r+")
-
-    def seal(self, kind: str, staged: Path, rows: int) -> Path:
-        """Flush a staged file to disk, rename it by its digest, and return the new path."""
-        with staged.open("rb+") as file:
-            os.fsync(file.fileno())
-        own = self.files[kind] = entry(kind, rows, staged.stat().st_size, sha256_of(staged))
-        path = self.folder / own.name
-        staged.replace(path)
-        self._staged.discard(staged)
-        return path
-
-    def discard(self, staged: Path) -> None:
-        """Delete a staged file."""
-        staged.unlink(missing_ok=True)
-        self._staged.discard(staged)
-
-    def abandon(self) -> None:
-        """Remove the staged files. Sealed files to which no manifest refers are removed by :meth:`Versions.tidy`."""
-        for path in self._staged:
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
-
-
-class FolderVersions(Versions[FolderWriter]):
-    """The versions of an index in a folder."""
-
-    writer = FolderWriter
-    own = ("data", "manifests", "lock", CURRENT)
-    remedies = (DELETE, DELETE)
-
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = self.local = Path(folder)
-        self.place = str(self.folder)
-        self.files: LocalFiles = LocalFiles(self.folder, self.place)
-
-    def exists(self) -> bool:
-        """An unreadable folder counts as an index, so that it is not overwritten."""
-        try:
-            return (self.folder / CURRENT).is_file()
-        except OSError as error:
-            return error.errno != errno.ENAMETOOLONG
-
-    def stamp(self) -> Hashable | None:
-        try:
-            status = (self.folder / CURRENT).stat()  # each version replaces this file
-        except OSError:
-            return None
-        return status.st_ino, status.st_mtime_ns, status.st_size
-
-    def current(self) -> Manifest:
-        check_name(self.folder)
-        try:
-            return self.parse(CURRENT)
-        except FileNotFoundError:
-            what = "no such folder" if not self.folder.exists() else f"not an index (no {CURRENT})"
-            raise StoreError(f"{self}: {what}; make one with retrieval-tip index build SOURCE --out INDEX") from None
-
-    def publish(self, writer: FolderWriter, manifest: Manifest, raw: bytes) -> None:
-        """The current manifest is copied to ``manifests`` first."""
-        self.files.flush("data")
-        if writer.parent is not None:
-            self.files.put(manifest_name(writer.parent.version), (self.folder / CURRENT).read_bytes())
-        self.files.flush("manifests", "")
-        self.files.put(CURRENT, raw)
-
-    def manifest_names(self) -> list[str]:
-        return [*super().manifest_names(), *([CURRENT] if self.exists() else [])]
-
-    def tidy(self, current: Manifest | None) -> None:
-        with suppress(OSError):
-            if current is not None:  # this copy was made for a version that was never written
-                self.files.delete([manifest_name(current.version)])
-        super().tidy(current)
-        with suppress(OSError):  # fails unless the folder is empty
-            (self.folder / "manifests").rmdir()
-
-    def has_text(self, manifest: Manifest) -> bool:
-        shape = len(manifest.class_names), manifest.d
-        return bool(read_array(self.folder, manifest.files["text"], shape).any())
-
-    def read_labels(self, manifest: Manifest, columns: Sequence[str] | None = None) -> pa.Table:
-        labels = read_labels(self.folder, manifest)
-        return labels if columns is None else labels.select(list(columns))
-
-    def tables(self, manifest: Manifest) -> dict[str, pa.Table]:
-        self.check_files(manifest)
-        curve = {"curve": read_curve(self.folder, manifest.files["curve"])} if "curve" in manifest.files else {}
-        return {"labels": read_labels(self.folder, manifest)} | curve
-
-    def facts(self, manifest: Manifest, earlier: list[Manifest]) -> tuple[npt.NDArray[np.int64], dict[str, object]]:
-        Check(self.files, manifest, "fast").wait()
-        labels = read_labels(self.folder, manifest)
-        own = sizes_of(manifest)
-        before = {name: size for old in earlier for name, size in sizes_of(old).items()}
-        sizes: dict[str, object] = {
-            "bytes": sum(own.values()),
-            "bytes_of_earlier": sum(size for name, size in before.items() if name not in own),
-        }
-        return np.bincount(labels["class_id"].to_numpy(), minlength=len(manifest.class_names)), sizes
+from retrieval_tip.store.manifest import DataFile, Manifest
 
 
 def read_array(

@@ -1,9 +1,10 @@
-"""The versions of an index, which every kind of store keeps in the same way.
+"""Keep the versions of an index in a folder. :mod:`lance.versions` lists what differs in LanceDB.
 
 An index is a set of immutable data files, whose names carry their digests, and a manifest that lists them. Readers see
 either the old version or the new version, never a mixture of the two.
 
-manifests/000003.json          the manifest of a version, until the version is deleted
+manifest.json                  the manifest of the current version, which is replaced with a single rename
+manifests/000003.json          the manifest of an earlier version, until the version is deleted
 data/KIND-<digest>.SUFFIX      a data file, which several versions may share (see :data:`manifest.SUFFIXES`)
 lock                           locked by the process that is writing, unless the store is in a bucket
 
@@ -16,17 +17,20 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import errno
 import hashlib
 import json
+import math
+import os
 import re
-from abc import ABC, abstractmethod
+import uuid
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from importlib.metadata import version as version_of
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,10 +39,11 @@ import pyarrow.parquet as pq
 
 from retrieval_tip.backbones.base import equal_shares
 from retrieval_tip.errors import InputError, StoreError, UsageError, first_line
-from retrieval_tip.files import real
+from retrieval_tip.files import real, sha256_of
 from retrieval_tip.settings import Verify, check_choice
 from retrieval_tip.store.bucket import BucketFiles
 from retrieval_tip.store.files import FILE_NAME, TEMPORARY, LocalFiles, lies_in
+from retrieval_tip.store.folder import check_name, read_array, read_curve, read_labels
 from retrieval_tip.store.labels import noun_of, versions_table
 from retrieval_tip.store.lock import locked
 from retrieval_tip.store.manifest import SUFFIXES, DataFile, Manifest, named_in
@@ -47,6 +52,8 @@ from retrieval_tip.store.query import TIMEOUT, ask
 T = TypeVar("T")
 Files = LocalFiles | BucketFiles
 
+CURRENT = "manifest.json"
+DELETE = "delete earlier versions with index gc"
 KEPT_VERSIONS = 32
 """Number of versions, including the current one, that a commit keeps."""
 VERSIONS_TRIED = 16
@@ -56,13 +63,16 @@ MANIFEST_BYTES = 1 << 28
 UNFINISHED = datetime.timedelta(hours=1)
 """Age after which a file in a bucket to which no manifest refers is considered left over by a killed writer."""
 
+_ZEROS = bytes(1 << 20)
 _MANIFEST = re.compile(r"manifests/(\d{6,12})\.json")
 _OLD_WORDS = re.compile(r"^((?:add|remove|relabel|merge .*:) [\d,]+) key")
 """How earlier programs described the keys of a change."""
 
 
 class Writer:
-    """The writer of the next version. Use :meth:`Versions.write` to get one.
+    """The writer of the next version, which can also write files that do not fit in memory.
+
+    Use :meth:`Versions.write` to get one.
 
     ``parent`` is the manifest of the version before it, and ``files`` are the data files written or kept so far.
     ``restored`` is the earlier version that a rollback copies. If ``replaces`` is set, the parent is deleted after the
@@ -71,9 +81,9 @@ class Writer:
 
     replaces = False
 
-    def __init__(self, store: Versions[Any], parent: Manifest | None) -> None:
+    def __init__(self, store: Versions, parent: Manifest | None) -> None:
         self.store, self.parent = store, parent
-        self.files: dict[str, DataFile] = {}
+        self.files: dict[str, DataFile] = {}  # files are sealed in several threads
         self.restored: Manifest | None = None
 
     def replace(self, version: int) -> bool:
@@ -118,6 +128,39 @@ class Writer:
             raise InputError(f"{kind}: cannot store a column ({first_line(error)})") from None
         self.put(kind, len(table), sink.getbuffer())
 
+    def stage(self, kind: str) -> Path:
+        """Return a temporary path for a data file of this kind. Write the file there before you call :meth:`seal`."""
+        return self.store.folder / "data" / f".{kind}-{uuid.uuid4().hex}{SUFFIXES[kind]}.tmp"
+
+    def stage_array(
+        self, kind: str, shape: tuple[int, int], dtype: npt.DTypeLike
+    ) -> tuple[Path, npt.NDArray[np.floating]]:
+        """Stage a writable memory-mapped array, and return its path and the array.
+
+        The disk space is reserved in advance, because a full disk would otherwise cause a SIGBUS.
+        """
+        path = self.stage(kind)
+        with path.open("wb") as file:
+            write_header(file, shape, dtype)
+            start = file.tell()
+            size = math.prod(shape) * np.dtype(dtype).itemsize
+            file.flush()
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), start, size)
+            else:  # on macOS, space is only reserved by writing
+                for at in range(0, size, len(_ZEROS)):
+                    file.write(_ZEROS[: size - at])
+        return path, np.lib.format.open_memmap(path, mode="r+")
+
+    def seal(self, kind: str, staged: Path, rows: int) -> Path:
+        """Flush a staged file to disk, rename it by its digest, and return the new path."""
+        with staged.open("rb+") as file:
+            os.fsync(file.fileno())
+        own = self.files[kind] = entry(kind, rows, staged.stat().st_size, sha256_of(staged))
+        path = self.store.folder / own.name
+        staged.replace(path)
+        return path
+
     def keep(self, *kinds: str) -> None:
         """Share the data files of these kinds with the parent version."""
         for kind in kinds:
@@ -144,14 +187,8 @@ class Writer:
                 self.store.tidy(manifest)
             self.store.forget_old(self, manifest)
 
-    def abandon(self) -> None:
-        """Remove unfinished files."""
 
-
-W = TypeVar("W", bound=Writer)
-
-
-class Versions(ABC, Generic[W]):
+class Versions:
     """The versions of one index. Readers see complete versions, and writers wait for each other.
 
     ``files`` are the files of the store, ``place`` is its folder or address, and ``local`` is its folder on this
@@ -160,16 +197,20 @@ class Versions(ABC, Generic[W]):
     """
 
     files: Files
-    place: str
     local: Path | None
-    writer: type[W]
+    writer: type[Writer] = Writer
     """The class of the writer."""
-    own: tuple[str, ...]
+    own: tuple[str, ...] = ("data", "manifests", "lock", CURRENT)
     """Names in the folder of a store, without the names of temporary files."""
     in_table = False
     """Whether keys and labels are rows of a table, which a manifest names."""
-    remedies: tuple[str, ...] = ("restore it, or go back to an earlier version",)
-    """What to do about a damaged manifest, and about one that is too old."""
+    remedies: tuple[str, ...] = (DELETE, DELETE)
+    """What to do about a damaged manifest of an earlier version, and about one that is too old."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = self.local = Path(folder)
+        self.place = str(self.folder)
+        self.files = LocalFiles(self.folder, self.place)
 
     def __str__(self) -> str:
         return self.place
@@ -184,42 +225,65 @@ class Versions(ABC, Generic[W]):
         """Last component of the folder or address."""
         return self.resolved.rpartition("/")[2] if self.local is None else Path(self.resolved).name
 
-    @abstractmethod
-    def exists(self) -> bool:
-        """Return whether the store contains an index, even a damaged one."""
+    # Reading
 
-    @abstractmethod
+    def exists(self) -> bool:
+        """Return whether the store contains an index, even a damaged one.
+
+        An unreadable folder counts as an index, so that it is not overwritten.
+        """
+        try:
+            return (self.folder / CURRENT).is_file()
+        except OSError as error:
+            return error.errno != errno.ENAMETOOLONG
+
     def stamp(self) -> Hashable | None:
         """Return a value that changes with the current version, or ``None`` if there is no index.
 
         This never sends a request. If the store needs a request to detect changes, every call returns a new value.
         """
+        try:
+            status = (self.folder / CURRENT).stat()  # each version replaces this file
+        except OSError:
+            return None
+        return status.st_ino, status.st_mtime_ns, status.st_size
 
-    @abstractmethod
     def current(self) -> Manifest:
         """Return the manifest of the current version."""
+        check_name(self.folder)
+        try:
+            return self.parse(CURRENT)
+        except FileNotFoundError:
+            what = "no such folder" if not self.folder.exists() else f"not an index (no {CURRENT})"
+            raise StoreError(f"{self}: {what}; make one with retrieval-tip index build SOURCE --out INDEX") from None
 
-    @abstractmethod
-    def publish(self, writer: W, manifest: Manifest, raw: bytes) -> None:
-        """Write the manifest of the next version, which is encoded as ``raw``."""
-
-    @abstractmethod
     def has_text(self, manifest: Manifest) -> bool:
         """Return whether a version has any text weight that is not zero."""
+        shape = len(manifest.class_names), manifest.d
+        return bool(read_array(self.folder, manifest.files["text"], shape).any())
 
-    @abstractmethod
     def read_labels(self, manifest: Manifest, columns: Sequence[str] | None = None) -> pa.Table:
         """Return the label store of a version, or some of its columns."""
+        labels = read_labels(self.folder, manifest)
+        return labels if columns is None else labels.select(list(columns))
 
-    @abstractmethod
     def tables(self, manifest: Manifest) -> dict[str, pa.Table]:
         """Return the tables of a version that :meth:`query` can read, by name."""
+        self.check_files(manifest)
+        curve = {"curve": read_curve(self.folder, manifest.files["curve"])} if "curve" in manifest.files else {}
+        return {"labels": self.read_labels(manifest)} | curve
 
-    @abstractmethod
     def facts(self, manifest: Manifest, earlier: list[Manifest]) -> tuple[npt.NDArray[np.int64], dict[str, object]]:
         """Return the number of keys per class, and further facts for :meth:`describe`."""
-
-    # Reading
+        Check(self.files, manifest, "fast").wait()
+        labels = self.read_labels(manifest)
+        own = sizes_of(manifest)
+        before = {name: size for old in earlier for name, size in sizes_of(old).items()}
+        sizes: dict[str, object] = {
+            "bytes": sum(own.values()),
+            "bytes_of_earlier": sum(size for name, size in before.items() if name not in own),
+        }
+        return np.bincount(labels["class_id"].to_numpy(), minlength=len(manifest.class_names)), sizes
 
     def numbers(self) -> list[int]:
         """Return the numbers of the manifests in the folder ``manifests``, in ascending order."""
@@ -373,8 +437,16 @@ class Versions(ABC, Generic[W]):
 
     # Writing
 
+    def publish(self, writer: Any, manifest: Manifest, raw: bytes) -> None:
+        """Write the manifest of the next version, which is encoded as ``raw``. The current one is copied first."""
+        self.files.flush("data")
+        if writer.parent is not None:
+            self.files.put(manifest_name(writer.parent.version), (self.folder / CURRENT).read_bytes())
+        self.files.flush("manifests", "")
+        self.files.put(CURRENT, raw)
+
     @contextmanager
-    def write(self, wait: float | None = None) -> Iterator[W]:
+    def write(self, wait: float | None = None) -> Iterator[Any]:
         """Yield a writer of the next version. A store on this machine is locked in the meantime.
 
         Waits up to ``wait`` seconds for other writers; ``wait`` defaults to :data:`lock.LOCK_WAIT`. If an exception is
@@ -385,6 +457,7 @@ class Versions(ABC, Generic[W]):
         if folder is None:
             yield self.writer(self, self.current() if self.exists() else None)
             return
+        check_name(folder)
         for name in self.own:
             if not lies_in(folder, folder / name):
                 raise StoreError(f"{folder / name}: is a link that leads out of the index; nothing was changed")
@@ -412,24 +485,19 @@ class Versions(ABC, Generic[W]):
                 for path in made if not self.exists() else ():
                     path.rmdir()
 
-    def _exclusively(self, folder: Path) -> Iterator[W]:
+    def _exclusively(self, folder: Path) -> Iterator[Writer]:
         """Yield a writer to the owner of the lock, and remove what killed and failed writers leave."""
         parent = self.current() if self.exists() else None
-        for path in filter(
-            is_temporary, [*paths_in(folder), *paths_in(folder / "data"), *paths_in(folder / "manifests")]
-        ):
-            with suppress(OSError):
-                path.unlink()
+        _remove_unfinished(folder)
         self.tidy(parent)
-        writer = self.writer(self, parent)
         try:
-            yield writer
+            yield self.writer(self, parent)
         except BaseException:
-            writer.abandon()
             with suppress(OSError, StoreError):
                 self.tidy(self.current() if self.exists() else None)  # an interrupted commit may still have succeeded
             raise
-        writer.abandon()
+        finally:
+            _remove_unfinished(folder)
 
     def rollback(self, version: int | None = None) -> int:
         """Copy an earlier version, by default the parent, into a new version, and return the new number."""
@@ -472,7 +540,7 @@ class Versions(ABC, Generic[W]):
     def _bytes(self) -> int:
         return sum(size for folder in ("data", "manifests") for size in self.files.sizes(folder).values())
 
-    def forget_old(self, writer: W, current: Manifest) -> None:
+    def forget_old(self, writer: Any, current: Manifest) -> None:
         """Delete all but the last :data:`KEPT_VERSIONS` versions after a commit."""
         if self.surplus(current, KEPT_VERSIONS):
             self.forget(KEPT_VERSIONS, current)
@@ -491,9 +559,18 @@ class Versions(ABC, Generic[W]):
 
     def manifest_names(self) -> list[str]:
         """Return the names of all manifests."""
-        return [manifest_name(number) for number in self.numbers()]
+        return [*map(manifest_name, self.numbers()), *([CURRENT] if self.exists() else [])]
 
     def tidy(self, current: Manifest | None) -> None:
+        """Remove data files to which no manifest refers, if all manifests can be read."""
+        with suppress(OSError):
+            if current is not None:  # this copy was made for a version that was never written
+                self.files.delete([manifest_name(current.version)])
+        self.remove_unnamed()
+        with suppress(OSError):  # fails unless the folder is empty
+            (self.folder / "manifests").rmdir()
+
+    def remove_unnamed(self) -> None:
         """Remove data files to which no manifest refers, if all manifests can be read."""
         age = UNFINISHED if self.local is None else datetime.timedelta()
         with suppress(OSError, StoreError):
@@ -566,6 +643,13 @@ def write_header(file: BinaryIO, shape: tuple[int, ...], dtype: npt.DTypeLike) -
     """Write the header of a ``.npy`` file."""
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove unfinished files. Only call this while you hold the lock."""
+    for path in filter(is_temporary, (path for name in ("", "data", "manifests") for path in paths_in(folder / name))):
+        with suppress(OSError):
+            path.unlink()
 
 
 def is_temporary(path: Path) -> bool:
