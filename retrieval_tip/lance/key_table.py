@@ -148,8 +148,7 @@ class KeyTable:
     """A version of the table of a store. Only the :meth:`latest` version can be changed."""
 
     def __init__(self, address: Address, name: str, table: Any) -> None:
-        self.address, self.name = address, name
-        self._table, self._process = table, os.getpid()
+        self.address, self.name, self._table = address, name, table
         self._lists: int | None = None
 
     @classmethod
@@ -194,10 +193,7 @@ class KeyTable:
     @property
     def table(self) -> Any:
         """The LanceDB table. Raises StoreError in a forked process, because LanceDB's threads are missing there."""
-        if os.getpid() != self._process:
-            raise StoreError(
-                f"{self.address}: the table was opened before this process was forked; open it again here, or use spawn"
-            )
+        check_process(self.address)
         return self._table
 
     @property
@@ -254,39 +250,32 @@ class KeyTable:
         return kind.list_size, kind.value_type
 
     def scan(
-        self, columns: Sequence[str], where: str | None = None, *, with_rows: bool = False
+        self, columns: Sequence[str], column: str = "", values: Sequence[int | str] = (), *, with_rows: bool = False
     ) -> Iterator[pa.RecordBatch]:
-        """Yield rows in batches. If ``with_rows`` is true, the column ``_rowid`` holds the row numbers."""
-        with _store_errors(self.address, "reading its rows"):
-            query = self.table.search().select(list(columns))
-            query = query if where is None else query.where(where)
-            query = query.with_row_id(True) if with_rows else query
-            yield from query.to_batches(SCANNED)
+        """Yield columns of all rows in batches, or of the rows whose ``column`` is one of ``values``.
 
-    def read(self, columns: Sequence[str]) -> pa.Table:
-        """Read the given columns of all rows as one table."""
-        schema = pa.schema([self.schema.field(name) for name in columns])
-        return pa.Table.from_batches(list(self.scan(columns)), schema)
-
-    def of_ids(self, column: str, values: Sequence[int | str], columns: Sequence[str]) -> pa.Table:
-        """Read the rows whose ``column`` is one of ``values``. Numbers that do not fit in an int64 match no row."""
-        schema = pa.schema([self.schema.field(name) for name in columns])
-        return pa.Table.from_batches(list(self.scan_of(column, values, columns)), schema)
-
-    def scan_of(
-        self, column: str, values: Sequence[int | str], columns: Sequence[str], *, with_rows: bool = False
-    ) -> Iterator[pa.RecordBatch]:
-        """Yield the same rows as :meth:`of_ids`, in batches."""
+        Numbers that do not fit in an int64 match no row. If ``with_rows`` is true, ``_rowid`` holds the row numbers.
+        """
         values = [value for value in values if isinstance(value, str) or -LARGEST <= value <= LARGEST]
-        for start in range(0, len(values), ASKED_AT_ONCE):
-            wanted = ", ".join(map(literal, values[start : start + ASKED_AT_ONCE]))
-            yield from self.scan(columns, f"{column} IN ({wanted})", with_rows=with_rows)
+        parts = (values[start : start + ASKED_AT_ONCE] for start in range(0, len(values), ASKED_AT_ONCE))
+        conditions = (f"{column} IN ({', '.join(map(literal, part))})" for part in parts) if column else (None,)
+        with _store_errors(self.address, "reading its rows"):
+            for condition in conditions:
+                query = self.table.search().select(list(columns)).with_row_id(with_rows)
+                query = query if condition is None else query.where(condition)
+                yield from query.to_batches(SCANNED)
+
+    def read(self, columns: Sequence[str], column: str = "", values: Sequence[int | str] = ()) -> pa.Table:
+        """Read the same rows as :meth:`scan` as one table."""
+        return pa.Table.from_batches(list(self.scan(columns, column, values)), self._schema_of(columns))
+
+    def _schema_of(self, columns: Sequence[str]) -> pa.Schema:
+        return pa.schema([self.schema.field(name) for name in columns])
 
     def take(self, rows: IntArray, columns: Sequence[str]) -> pa.Table:
         """Read columns of rows, given their ascending row numbers. Raises StoreError if a row is missing."""
-        schema = pa.schema([self.schema.field(name) for name in columns])
         if not len(rows):
-            return schema.empty_table()
+            return self._schema_of(columns).empty_table()
         with _store_errors(self.address, "reading rows"):
             taken: pa.Table = self.table.take_row_ids(rows.tolist()).select(list(columns)).to_arrow()
         if len(taken) != len(rows):

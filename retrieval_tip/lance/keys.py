@@ -123,7 +123,7 @@ class LanceKeys(KeyStream):
             yield place, every[part], every_row[part]
 
     def _batches(self, class_ids: Sequence[int]) -> Iterator[tuple[IntArray, KeyArray, IntArray]]:
-        for batch in self.table.scan_of("class_id", class_ids, ["class_id", self.table.vector_column], with_rows=True):
+        for batch in self.table.scan(["class_id", self.table.vector_column], "class_id", class_ids, with_rows=True):
             if len(batch):
                 rows = batch[ROW].to_numpy().astype(np.int64)
                 yield batch["class_id"].to_numpy(), self.table.matrix(batch[self.table.vector_column]), rows

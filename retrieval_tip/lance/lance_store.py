@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
+from retrieval_tip.data.tables import vectors
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.index.places import Change, Store
 from retrieval_tip.lance.key_table import CLASSES, FLAT, changed_meanwhile
-from retrieval_tip.lance.versions import Classes, TableVersions, TableWriter
+from retrieval_tip.lance.versions import TableVersions, TableWriter, matrix
 from retrieval_tip.settings import Dtype, Precision, Verify
 from retrieval_tip.store.manifest import Manifest, Table
 from retrieval_tip.store.versions import Origin
@@ -103,12 +105,11 @@ class LanceStore(TableVersions, Store):
         If the values were solved, all keys are read into memory. Otherwise, they are read block by block.
         """
         from retrieval_tip.backbones.base import resolve_device
-        from retrieval_tip.lance.rows import check
 
         if precision in ("float16", "bfloat16"):
             raise UsageError(f"precision {precision}: a LanceDB store only supports float32; remove the option")
         if verify == "full":
-            self.opened(lambda manifest: check(self, manifest), version)
+            self.opened(self.check, version)
         device = resolve_device(device)
         return self.opened(lambda manifest: self._index(manifest, device)[0], version)
 
@@ -124,7 +125,7 @@ class LanceStore(TableVersions, Store):
         classes, metric = self.classes(manifest), self.array(manifest, "metric")
         rows = TableRows.opened(manifest, self, classes, writer)
         index = Index(
-            rows, text_weights=torch.from_numpy(classes.text),
+            rows, text_weights=torch.from_numpy(matrix(classes["text"])),
             metric=None if metric is None else metric_of(metric), **described_by(manifest, device),
         )  # fmt: skip
         values = self.array(manifest, "values")
@@ -155,8 +156,10 @@ class LanceStore(TableVersions, Store):
             index.scores = scores and replace(scores, settings=index.settings)
         index.built = replace(index.built, auto_index=rows.automatic)
         text = index.text_weights.cpu().numpy()
-        classes = Classes(index.class_names, text, rows.counts, rows.totals, rows.points)
-        writer.put("classes", len(index.class_names), classes.to_bytes())
+        classes = {"label": pa.array(index.class_names, pa.string()), "keys": pa.array(rows.counts)}
+        classes |= {"text": vectors(text), "sum": vectors(rows.totals)}
+        classes |= {} if rows.points is None else {"point_sum": vectors(rows.points)}
+        writer.put_table("classes", pa.table(classes))
         for kind, array in _arrays(index, rows):
             writer.put_array(kind, array)
         table = Table(rows.table.name, rows.table.version, rows.n)
@@ -189,10 +192,9 @@ class LanceStore(TableVersions, Store):
 
     def verify(self) -> Index:
         """In a bucket, only the objects of earlier versions are checked, not their rows."""
-        from retrieval_tip.lance.rows import check
 
         def checked(manifest: Manifest) -> Index:
-            check(self, manifest)
+            self.check(manifest)
             return self._index(manifest, "cpu")[0]
 
         index = self.opened(checked)
@@ -201,9 +203,13 @@ class LanceStore(TableVersions, Store):
         return index
 
     def check(self, manifest: Manifest) -> None:
-        from retrieval_tip.lance.rows import check
+        """Every row is checked, too, and that all parts are consistent."""
+        from retrieval_tip.lance.rows import TableRows
+        from retrieval_tip.store.contents import metric_of
 
-        check(self, manifest)
+        super().check(manifest)
+        metric, rows = self.array(manifest, "metric"), TableRows.opened(manifest, self, self.classes(manifest))
+        rows.check(None if metric is None else metric_of(metric))
 
 
 class TableChange(Change):

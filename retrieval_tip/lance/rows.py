@@ -38,7 +38,7 @@ from retrieval_tip.lance.key_table import (
     schema_of,
 )
 from retrieval_tip.lance.keys import LanceKeys
-from retrieval_tip.lance.versions import Classes, TableVersions, TableWriter
+from retrieval_tip.lance.versions import TableVersions, TableWriter, matrix
 from retrieval_tip.retrieval.arrays import KeyArray, KeysInPlace
 from retrieval_tip.retrieval.duplicates import Duplicates, duplicates
 from retrieval_tip.retrieval.keys import points_of
@@ -46,7 +46,6 @@ from retrieval_tip.retrieval.logits import Retrieval
 from retrieval_tip.retrieval.rows import FRESH_PAIRS, ArrayRows, Rows
 from retrieval_tip.retrieval.vector_index import VectorIndex, auto_factory, inner_factory
 from retrieval_tip.settings import Dtype, Precision
-from retrieval_tip.store.contents import metric_of
 from retrieval_tip.store.labels import LABEL_SCHEMA, shots_after, shots_of, with_column
 from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.sums import LEAST, Along, Sums
@@ -118,14 +117,15 @@ class TableRows(Rows):
 
     @classmethod
     def opened(
-        cls, manifest: Manifest, store: TableVersions, classes: Classes, writer: TableWriter | None = None
+        cls, manifest: Manifest, store: TableVersions, classes: pa.Table, writer: TableWriter | None = None
     ) -> TableRows:
         """Open the rows of a version that has the given classes. A ``writer`` may edit them."""
         table = writer.table if writer is not None else None
+        points = matrix(classes["point_sum"]) if "point_sum" in classes.column_names else None
         return cls(
-            table=table or store.table(manifest), counts=classes.counts, totals=classes.sums, points=classes.points,
-            second=store.array(manifest, "second"), kind=manifest.index, automatic=manifest.built.auto_index,
-            writer=writer,
+            table=table or store.table(manifest), counts=classes["keys"].to_numpy(), totals=matrix(classes["sum"]),
+            points=points, second=store.array(manifest, "second"), kind=manifest.index,
+            automatic=manifest.built.auto_index, writer=writer,
         )  # fmt: skip
 
     @classmethod
@@ -232,7 +232,7 @@ class TableRows(Rows):
         return self.table.take(rows, columns)
 
     def numbered(self, key_ids: Sequence[int]) -> tuple[IntArray, IntArray]:
-        found = list(self.table.scan_of("key_id", key_ids, ["class_id"], with_rows=True))
+        found = list(self.table.scan(["class_id"], "key_id", key_ids, with_rows=True))
         none = np.empty(0, dtype=np.int64)
         rows, ids = (np.concatenate([none, *(batch[name].to_numpy() for batch in found)]) for name in (ROW, "class_id"))
         return rows.astype(np.int64), ids.astype(np.int64)
@@ -242,10 +242,10 @@ class TableRows(Rows):
         return self.table.matrix(some[VECTOR]), some.select(["key_id", "class_id"])
 
     def where(self, column: str, values: Sequence[int | str]) -> pa.Table:
-        return self.table.of_ids(column, values, self.table.label_columns)
+        return self.table.read(self.table.label_columns, column, values)
 
     def of_classes(self, class_ids: IntArray) -> Iterator[tuple[IntArray, KeyArray]]:
-        for batch in self.table.scan_of("class_id", class_ids.tolist(), ["class_id", VECTOR]):
+        for batch in self.table.scan(["class_id", VECTOR], "class_id", class_ids.tolist()):
             yield batch["class_id"].to_numpy().astype(np.int64), self.table.matrix(batch[VECTOR])
 
     def blocks(self) -> Iterator[tuple[pa.Table, KeyArray]]:
@@ -257,7 +257,7 @@ class TableRows(Rows):
             yield pa.Table.from_batches([batch]).drop_columns([VECTOR]), self.table.matrix(batch[VECTOR])
 
     def of(self, key_ids: Sequence[int]) -> ArrayRows:
-        rows = self.table.of_ids("key_id", list(dict.fromkeys(key_ids)), self.table.schema.names).sort_by("key_id")
+        rows = self.table.read(self.table.schema.names, "key_id", list(dict.fromkeys(key_ids))).sort_by("key_id")
         missing = sorted(set(key_ids) - set(rows["key_id"].to_pylist()))
         if missing:
             raise InputError(f"key ids {', '.join(map(str, missing[:5]))}: not in this index")
@@ -303,7 +303,7 @@ class TableRows(Rows):
         near = retrieval.keys.nearest(retrieval.points(torch.from_numpy(asked.keys.astype(np.float32))), NEIGHBOURS)
         rows = np.unique(near.rows[near.rows >= 0].numpy())
         digests = self.where("key_id", key_ids)["digest"].drop_null().unique().to_pylist()
-        same = self.table.of_ids("digest", digests, ["key_id"])["key_id"].to_numpy()
+        same = self.table.read(["key_id"], "digest", digests)["key_id"].to_numpy()
         some = np.unique(np.concatenate([self.described(rows, ["key_id"])["key_id"].to_numpy(), same, key_ids]))
         compared = self.of(some.tolist())
         fresh = np.flatnonzero(np.isin(compared.key_ids, asked.key_ids))
@@ -333,7 +333,7 @@ class TableRows(Rows):
     def _next_shots(self, class_ids: IntArray) -> npt.NDArray[np.int32]:
         """Return the next shot number of each class, or 0 for classes that are not in ``class_ids``."""
         following = np.zeros(len(self.counts), dtype=np.int32)
-        shots = self.table.of_ids("class_id", np.unique(class_ids).tolist(), ["class_id", "shot"])
+        shots = self.table.read(["class_id", "shot"], "class_id", np.unique(class_ids).tolist())
         np.maximum.at(following, shots["class_id"].to_numpy(), shots["shot"].to_numpy() + 1)
         return following
 
@@ -428,7 +428,7 @@ class TableRows(Rows):
         """
         writer, table = self._writer, self.table
         if writer.parent is not None:  # damaged rows must not get valid sums and digests
-            check(writer.store, writer.parent)
+            writer.store.check(writer.parent)
         before = replace(self, table=KeyTable.at(table.address, table.name, table.version))  # pinned meanwhile
         return self.create(
             writer, before._blocks(before.table.label_columns), len(self.counts), dtype or self.dtype,
@@ -478,16 +478,6 @@ class TableRows(Rows):
             raise StoreError(f"{place}: keys do not match the sums of their classes; {RESTORE}")
         if self.second is not None and not of_keys.has_second(self.second):
             raise StoreError(f"{place}: keys do not match the sum of their products; fit the index again")
-
-
-def check(store: TableVersions, manifest: Manifest) -> None:
-    """Check every row and file of a version, and check that they are consistent.
-
-    Raises StoreError naming the part that is damaged or inconsistent.
-    """
-    store.check_files(manifest)
-    metric = store.array(manifest, "metric")
-    TableRows.opened(manifest, store, store.classes(manifest)).check(None if metric is None else metric_of(metric))
 
 
 def index_kind(factory: str, n: int = 0, c: int = 1) -> tuple[str, int | None]:

@@ -27,7 +27,6 @@ import os
 import time
 from collections.abc import Collection, Hashable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from retrieval_tip.data.tables import vectors
 from retrieval_tip.errors import StoreError
 from retrieval_tip.files import sha256_of, sync
 from retrieval_tip.lance.key_table import RESTORE, VALUES, KeyTable, changed_meanwhile
@@ -53,43 +51,6 @@ DIGESTED = ("data", "_deletions", "_indices")
 """Folders of a local table whose files have digests. LanceDB never reuses a file name in these folders."""
 PRUNED_EVERY = 16
 """Number of versions after which the table is pruned. Pruning also merges all small fragments."""
-
-
-@dataclass(frozen=True)
-class Classes:
-    """The name, the text weight and the key statistics of each class.
-
-    ``text`` is a float32 array of shape ``[c, d]``. ``counts`` is the number of keys per class, in int64. ``sums`` are
-    the per-class sums of the keys, a float64 array of shape ``[c, d]``, and ``points`` are the sums of their points.
-    """
-
-    names: list[str]
-    text: npt.NDArray[np.float32]
-    counts: npt.NDArray[np.int64]
-    sums: npt.NDArray[np.float64]
-    points: npt.NDArray[np.float64] | None = None
-
-    def to_bytes(self) -> bytes:
-        """Convert the classes to a Parquet file."""
-        columns = {"label": pa.array(self.names, pa.string()), "keys": pa.array(self.counts, pa.int64())}
-        columns |= {"text": vectors(self.text), "sum": vectors(self.sums)}
-        table = pa.table(columns if self.points is None else columns | {"point_sum": vectors(self.points)})
-        sink = io.BytesIO()
-        pq.write_table(table, sink, compression="zstd")
-        return sink.getvalue()
-
-    @classmethod
-    def from_bytes(cls, raw: bytes, d: int) -> Classes:
-        """Invert :meth:`to_bytes`. ``d`` is the length of the features."""
-        table = pq.read_table(io.BytesIO(raw))
-
-        def matrix(name: str) -> npt.NDArray[np.float64]:
-            values: npt.NDArray[np.float64] = table[name].combine_chunks().flatten().to_numpy().reshape(-1, d).copy()
-            return values
-
-        points = matrix("point_sum") if "point_sum" in table.column_names else None
-        text, counts = matrix("text").astype(np.float32), table["keys"].to_numpy().astype(np.int64)
-        return cls(table["label"].to_pylist(), text, counts, matrix("sum"), points)
 
 
 class TableWriter(Writer):
@@ -212,10 +173,13 @@ class TableVersions(Versions):
         super().check_files(manifest, known)
         self.table(manifest)
 
-    def classes(self, manifest: Manifest) -> Classes:
-        """Return the classes of a version. Raises StoreError if the file is missing or damaged."""
+    def classes(self, manifest: Manifest) -> pa.Table:
+        """Return the label, the text weight and the key statistics of each class of a version.
+
+        Raises StoreError if the file is missing or damaged.
+        """
         file = manifest.files["classes"]
-        return Classes.from_bytes(self._checked(file.name, file.sha256), manifest.d)
+        return pq.read_table(io.BytesIO(self._checked(file.name, file.sha256)))
 
     def array(self, manifest: Manifest, kind: str) -> npt.NDArray[Any] | None:
         """Return an array of a version, or ``None`` if the version does not have it.
@@ -261,7 +225,7 @@ class TableVersions(Versions):
             self._checked(name, manifest.digests[name])
 
     def has_text(self, manifest: Manifest) -> bool:
-        return bool(self.classes(manifest).text.any())
+        return bool(matrix(self.classes(manifest)["text"]).any())
 
     def read_labels(self, manifest: Manifest, columns: Sequence[str] | None = None) -> pa.Table:
         table = self.table(manifest)
@@ -271,7 +235,13 @@ class TableVersions(Versions):
         return {"labels": self.read_labels(manifest)}
 
     def facts(self, manifest: Manifest, earlier: list[Manifest]) -> tuple[npt.NDArray[np.int64], dict[str, object]]:
-        return self.classes(manifest).counts, {"not_indexed": self.table(manifest).unindexed()}
+        return self.classes(manifest)["keys"].to_numpy(), {"not_indexed": self.table(manifest).unindexed()}
+
+
+def matrix(column: pa.ChunkedArray) -> npt.NDArray[Any]:
+    """Return a column of vectors as an array that can be written to."""
+    values: npt.NDArray[Any] = column.combine_chunks().flatten().to_numpy().reshape(len(column), -1).copy()
+    return values
 
 
 def _engine_name(table: Table) -> str:
