@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -63,7 +64,7 @@ def _write_keys(
     blocks = made.blocks()
     first = next(blocks)
     shape = (len(order), first.features.shape[1])
-    staged, array = writer.stage_array("keys", shape, made.plan.dtype)
+    array = writer.stage_array("keys", shape, made.plan.dtype)
     present = np.zeros(len(order), dtype=bool)
     digests: list[str | None] = [None] * len(order)
     for block in itertools.chain([first], blocks):
@@ -74,12 +75,9 @@ def _write_keys(
             digests[row] = digest
     kept = np.flatnonzero(present)
     if len(kept) < len(order):  # close the gaps that unreadable images left
-        whole, old = writer.stage_array("keys", (len(kept), shape[1]), made.plan.dtype)
+        whole = writer.stage_array("keys", (len(kept), shape[1]), made.plan.dtype)
         for start in range(0, len(kept), KEY_BLOCK):
-            old[start : start + KEY_BLOCK] = array[kept[start : start + KEY_BLOCK]]
-        staged.unlink()
-        staged, array = whole, old
-    array.flush()  # type: ignore[attr-defined]  # a memmap
-    del array
-    sealed = writer.seal("keys", staged, len(kept))
-    return np.load(sealed, mmap_mode="c"), kept, [digests[row] for row in kept]
+            whole[start : start + KEY_BLOCK] = array[kept[start : start + KEY_BLOCK]]
+        Path(str(array.filename)).unlink()
+        array = whole
+    return writer.seal_array("keys", array), kept, [digests[row] for row in kept]

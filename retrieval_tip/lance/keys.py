@@ -76,9 +76,6 @@ class LanceKeys(KeyStream):
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         return ((keys, ids) for keys, ids, _ in self.numbered_blocks())
 
-    def of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor]]:
-        return ((place, keys) for place, keys, _ in self.numbered_of_classes(class_ids))
-
     def numbered_of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor, Tensor]]:
         """See :meth:`keys.KeyStream.numbered_of_classes`.
 

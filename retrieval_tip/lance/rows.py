@@ -38,7 +38,7 @@ from retrieval_tip.lance.key_table import (
     schema_of,
 )
 from retrieval_tip.lance.keys import LanceKeys
-from retrieval_tip.lance.versions import TableVersions, TableWriter, matrix
+from retrieval_tip.lance.versions import TABLE, TableVersions, TableWriter, matrix
 from retrieval_tip.retrieval.arrays import KeyArray, KeysInPlace
 from retrieval_tip.retrieval.duplicates import Duplicates, duplicates
 from retrieval_tip.retrieval.keys import points_of
@@ -169,7 +169,7 @@ class TableRows(Rows):
                 made = rows_of(part, own, writer.number, points).select(schema.names).cast(schema)
                 yield from made.to_batches()
 
-        table, sums = writer.create(grouped(rows()), schema), known or sums
+        table, sums = KeyTable.create(writer.store.address, TABLE, grouped(rows()), schema), known or sums
         made = cls(
             table=table, counts=sums.counts, totals=sums.sums, points=point_sums, second=sums.second, writer=writer
         )
@@ -288,14 +288,11 @@ class TableRows(Rows):
 
     def written(self, writer: Writer) -> ArrayRows:
         places, start = np.argsort(self._order[0]), 0
-        staged, array = writer.stage_array("keys", (self.n, self.d), self.dtype)
+        array = writer.stage_array("keys", (self.n, self.d), self.dtype)
         for _, keys in self.blocks():
             array[places[start : start + len(keys)]] = keys
             start += len(keys)
-        array.flush()  # type: ignore[attr-defined]  # a memmap
-        del array
-        keys = np.load(writer.seal("keys", staged, self.n), mmap_mode="c")
-        return ArrayRows(keys, self.labels.drop_columns([VERSION]))
+        return ArrayRows(writer.seal_array("keys", array), self.labels.drop_columns([VERSION]))
 
     def duplicates_of(self, key_ids: Sequence[int], retrieval: Retrieval) -> Duplicates:
         """Only neighbours of the keys and keys with the same digests are read."""
@@ -427,7 +424,9 @@ class TableRows(Rows):
         StoreError if rows are damaged.
         """
         writer, table = self._writer, self.table
-        if writer.parent is not None:  # damaged rows must not get valid sums and digests
+        if writer.parent is None:
+            writer.prunes = True  # the first table is not needed any more
+        else:  # damaged rows must not get valid sums and digests
             writer.store.check(writer.parent)
         before = replace(self, table=KeyTable.at(table.address, table.name, table.version))  # pinned meanwhile
         return self.create(

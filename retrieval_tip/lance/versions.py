@@ -25,9 +25,8 @@ import hashlib
 import io
 import os
 import time
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from contextlib import suppress
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,32 +53,23 @@ PRUNED_EVERY = 16
 
 
 class TableWriter(Writer):
-    """The writer of the next version, with its ``table``."""
+    """The writer of the next version, with the ``table`` of its parent.
+
+    If ``prunes`` is set, table versions are pruned after the commit.
+    """
 
     store: TableVersions
 
     def __init__(self, store: TableVersions, parent: Manifest | None) -> None:
         super().__init__(store, parent)
-        self._before, self._creations = store.table_files(), 0
+        self._before = store.table_files()
+        self.prunes = parent is not None and self.number % PRUNED_EVERY == 0 and self.number > versions.KEPT_VERSIONS
         self.table: KeyTable | None = None
         if parent is not None and parent.table is not None:
             store.check_engine(parent)
-            self.table = KeyTable.latest(store.address, parent.table.name)
+            self.table = KeyTable.at(store.address, parent.table.name)
             if self.table.version != parent.table.version:  # drop the rows that interrupted writers left
                 self.table.restore(parent.table.version)
-
-    def create(self, rows: Iterator[pa.RecordBatch], schema: pa.Schema) -> KeyTable:
-        """Write a table with the given rows. Earlier versions are not affected."""
-        self.table = KeyTable.create(self.store.address, TABLE, rows, schema)
-        self._creations += 1
-        return self.table
-
-    @cached_property
-    def prunes(self) -> bool:
-        """Whether to prune table versions after this commit, for example if a first build wrote the table twice."""
-        if self.parent is None:
-            return self._creations > 1
-        return self.number % PRUNED_EVERY == 0 and self.number > versions.KEPT_VERSIONS
 
     def digests(self, table: Table) -> dict[str, str]:
         """Return the names of a table version's files and their SHA-256."""
@@ -160,7 +150,7 @@ class TableVersions(Versions):
         gone = super().forget(keep, current)
         current = self.current()  # in a bucket, another writer may have restored a version before it was deleted
         tables = [manifest.table for manifest in (*self.earlier(current), current) if manifest.table is not None]
-        KeyTable.latest(self.address, tables[-1].name).prune(sorted({table.version for table in tables}))
+        KeyTable.at(self.address, tables[-1].name).prune(sorted({table.version for table in tables}))
         return gone
 
     def manifest_names(self) -> list[str]:

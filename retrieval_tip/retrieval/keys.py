@@ -185,13 +185,13 @@ class KeyStream(ABC):
                 sums[class_id] += part.sum(0, dtype=torch.float64)
         return sums.float()
 
-    @abstractmethod
     def of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor]]:
         """Yield the keys of the given classes in blocks, and the position of each block's class in ``class_ids``.
 
         ``class_ids`` must be in ascending order. The keys are on the device, in their stored dtype or in float32. There
         may be several blocks per class. Blocks may share memory, so do not keep them.
         """
+        return ((place, keys) for place, keys, _ in self.numbered_of_classes(class_ids))
 
     @abstractmethod
     def numbered_of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -534,10 +534,6 @@ class KeysWithout(KeyStream):
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """See :meth:`KeyStream.blocks`."""
         return ((keys, ids) for keys, ids, _ in self.numbered_blocks())
-
-    def of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor]]:
-        """See :meth:`KeyStream.of_classes`."""
-        return ((place, keys) for place, keys, _ in self.numbered_of_classes(class_ids))
 
     def numbered_of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor, Tensor]]:
         """See :meth:`KeyStream.numbered_of_classes`."""

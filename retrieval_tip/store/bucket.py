@@ -9,10 +9,10 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Literal, cast
 from urllib.parse import urlsplit
 
 from retrieval_tip.errors import StoreError, UsageError, install, one_line
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from obstore.store import ClientConfig, GCSStore, RetryConfig, S3Config, S3Store
 
     Client = GCSStore | S3Store
-
-T = TypeVar("T")
 
 PATIENT_BYTES, PATIENT_SECONDS = 1 << 20, 120
 """Size in bytes above which an upload has a longer timeout, and this timeout in seconds."""
@@ -50,14 +48,12 @@ class BucketFiles:
     def get(self, name: str, most: int = OBJECT_BYTES) -> bytes:
         import obstore
 
-        def read() -> bytes:
+        with self._asking(name, FileNotFoundError):
             result = obstore.get(self._client, name)
             if result.meta["size"] > most:
                 shown, size = one_line(f"{self.address}/{name}"), result.meta["size"]
                 raise StoreError(f"{shown}: has {size:,} bytes, but at most {most:,} are expected; is it another file?")
             return bytes(result.bytes())
-
-        return self._asked(name, read, FileNotFoundError)
 
     def put(self, name: str, *parts: bytes | memoryview) -> None:
         self._put(name, b"".join(parts), "overwrite")
@@ -75,12 +71,14 @@ class BucketFiles:
         import obstore
 
         client = self._client if len(data) <= PATIENT_BYTES else self._connected(PATIENT_SECONDS)
-        self._asked(name, lambda: obstore.put(client, name, data, mode=mode), *expected)
+        with self._asking(name, *expected):
+            obstore.put(client, name, data, mode=mode)
 
     def sizes(self, folder: str, age: timedelta = timedelta()) -> dict[str, int]:
         import obstore
 
-        listed = self._asked(folder, lambda: obstore.list_with_delimiter(self._client, folder))["objects"]
+        with self._asking(folder):
+            listed = obstore.list_with_delimiter(self._client, folder)["objects"]
         last = datetime.now(UTC) - age
         found = {entry["path"]: entry["size"] for entry in listed if not age or entry["last_modified"] <= last}
         return {name: found[name] for name in sorted(found)}
@@ -91,8 +89,8 @@ class BucketFiles:
         names = list(names)
         # In GCS, deletion stops at the first missing object. S3 ignores missing objects.
         for part in [names] if names and self.address.scheme == "s3" else [[name] for name in names]:
-            with suppress(FileNotFoundError):
-                self._asked(part[0], functools.partial(obstore.delete, self._client, part), FileNotFoundError)
+            with suppress(FileNotFoundError), self._asking(part[0], FileNotFoundError):
+                obstore.delete(self._client, part)
 
     def flush(self, *folders: str) -> None:
         """Do nothing, because a service keeps what it has acknowledged."""
@@ -130,13 +128,14 @@ class BucketFiles:
         except (BaseError, ValueError, OSError) as error:  # for example, a damaged credentials file
             raise self._explained("", error) from None
 
-    def _asked(self, name: str, ask: Callable[[], T], *expected: type[Exception]) -> T:
-        """Call ``ask``, and convert errors of the client to StoreError, except ``expected`` ones about the object."""
+    @contextmanager
+    def _asking(self, name: str, *expected: type[Exception]) -> Iterator[None]:
+        """Convert errors of the client to StoreError, except ``expected`` ones about the object."""
         from obstore.exceptions import BaseError
 
         check_process(self.address)
         try:
-            return ask()
+            yield
         except (BaseError, ValueError, OSError) as error:
             if isinstance(error, expected) and _code(error) != "NoSuchBucket":
                 raise

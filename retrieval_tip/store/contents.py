@@ -7,7 +7,7 @@ from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,16 +27,6 @@ SEALED_AT_ONCE = 4
 """Number of files that are written and hashed at the same time."""
 
 
-class SavedIndex(Protocol):
-    """A FAISS index that was ``trained`` on a number of vectors, and the ``path`` of its file."""
-
-    path: Path | None
-    trained: int
-
-    def save(self, path: Path) -> None:
-        """Write the index to ``path``."""
-
-
 @dataclass(frozen=True)
 class Contents:
     """The contents of a version's data files, as arrays or tensors.
@@ -54,7 +44,7 @@ class Contents:
     text: npt.NDArray[np.floating] | torch.Tensor
     values: npt.NDArray[np.floating] | torch.Tensor | None = None
     curve: pa.Table | None = None
-    index: SavedIndex | None = None
+    index: Any = None  # a :class:`vector_index.VectorIndex`, whose module is in a layer above
     metric: tip.Metric | None = None
     points: npt.NDArray[np.floating] | None = None
     sums: Sums | None = None

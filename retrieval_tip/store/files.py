@@ -6,14 +6,13 @@ import datetime
 import errno
 import os
 import re
-import stat
 import uuid
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from retrieval_tip.errors import StoreError
-from retrieval_tip.files import sha256_of, sync
+from retrieval_tip.files import NotAFileError, open_regular, sha256_of, sync
 from retrieval_tip.store.manifest import SUFFIXES, DataFile
 
 FAST_BYTES = 1 << 22
@@ -44,12 +43,12 @@ class LocalFiles:
         if not lies_in(self.folder, path):
             raise StoreError(f"{shown}: is a link that leads out of the index; replace it with the file itself")
         try:
-            if not stat.S_ISREG(path.stat().st_mode):  # a single call, because the file may be deleted between two
-                raise StoreError(f"{shown}: is not a file; restore it")  # reading from a pipe would block
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 raw = file.read(most + 1)
         except FileNotFoundError:
             raise
+        except NotAFileError:
+            raise StoreError(f"{shown}: is not a file; restore it") from None
         except OSError as error:
             raise StoreError(f"{shown}: cannot be read: {error.strerror}") from None
         if len(raw) > most:
@@ -58,13 +57,8 @@ class LocalFiles:
 
     def put(self, name: str, *parts: bytes | memoryview) -> None:
         """Write or replace a file. Readers get either the complete old file or the complete new file."""
-        staged = self._staged(name, *parts)
-        try:
+        with self._staged(name, *parts) as staged:
             staged.replace(self.folder / name)
-        except BaseException:
-            with suppress(OSError):
-                staged.unlink(missing_ok=True)
-            raise
 
     def create(self, name: str, data: bytes) -> bool:
         """Write a new file, or return ``False`` if it already exists. Only one of several processes succeeds.
@@ -72,21 +66,21 @@ class LocalFiles:
         A server may store a file and then fail to acknowledge it. After ``False`` or a StoreError, check whether the
         file contains your data.
         """
-        staged = self._staged(name, data)
-        try:
-            (self.folder / name).hardlink_to(staged)  # fails if the name exists
-        except FileExistsError:
-            return False
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP):
-                raise
-            raise StoreError(f"{self.place}: the disk has no hard links, which a commit needs; use another") from None
-        finally:
-            with suppress(OSError):
-                staged.unlink()
+        with self._staged(name, data) as staged:
+            try:
+                (self.folder / name).hardlink_to(staged)  # fails if the name exists
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP):
+                    raise
+                why = "the disk has no hard links, which a commit needs; use another"
+                raise StoreError(f"{self.place}: {why}") from None
         return True
 
-    def _staged(self, name: str, *parts: bytes | memoryview) -> Path:
+    @contextmanager
+    def _staged(self, name: str, *parts: bytes | memoryview) -> Iterator[Path]:
+        """Write and flush a temporary file next to ``name``, and remove it at the end unless it was renamed."""
         path = self.folder / name
         staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         path.parent.mkdir(exist_ok=True)
@@ -96,11 +90,10 @@ class LocalFiles:
                     file.write(part)
                 file.flush()
                 os.fsync(file.fileno())
-        except BaseException:
+            yield staged
+        finally:
             with suppress(OSError):
                 staged.unlink(missing_ok=True)
-            raise
-        return staged
 
     def sizes(self, folder: str, age: datetime.timedelta = datetime.timedelta()) -> dict[str, int]:
         """Return the names and sizes of the files in a folder, sorted by name.

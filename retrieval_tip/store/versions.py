@@ -132,10 +132,8 @@ class Writer:
         """Return a temporary path for a data file of this kind. Write the file there before you call :meth:`seal`."""
         return self.store.folder / "data" / f".{kind}-{uuid.uuid4().hex}{SUFFIXES[kind]}.tmp"
 
-    def stage_array(
-        self, kind: str, shape: tuple[int, int], dtype: npt.DTypeLike
-    ) -> tuple[Path, npt.NDArray[np.floating]]:
-        """Stage a writable memory-mapped array, and return its path and the array.
+    def stage_array(self, kind: str, shape: tuple[int, int], dtype: npt.DTypeLike) -> np.memmap[Any, Any]:
+        """Stage a writable memory-mapped array.
 
         The disk space is reserved in advance, because a full disk would otherwise cause a SIGBUS.
         """
@@ -150,7 +148,7 @@ class Writer:
             else:  # on macOS, space is only reserved by writing
                 for at in range(0, size, len(_ZEROS)):
                     file.write(_ZEROS[: size - at])
-        return path, np.lib.format.open_memmap(path, mode="r+")
+        return np.lib.format.open_memmap(path, mode="r+")
 
     def seal(self, kind: str, staged: Path, rows: int) -> Path:
         """Flush a staged file to disk, rename it by its digest, and return the new path."""
@@ -160,6 +158,14 @@ class Writer:
         path = self.store.folder / own.name
         staged.replace(path)
         return path
+
+    def seal_array(self, kind: str, array: np.memmap[Any, Any]) -> npt.NDArray[np.floating]:
+        """Seal a staged array, and map its file again."""
+        array.flush()
+        sealed: npt.NDArray[np.floating] = np.load(
+            self.seal(kind, Path(str(array.filename)), len(array)), mmap_mode="c"
+        )
+        return sealed
 
     def keep(self, *kinds: str) -> None:
         """Share the data files of these kinds with the parent version."""
@@ -470,11 +476,7 @@ class Versions:
             if others and not self.exists():
                 raise StoreError(f"{self}: is not an index and not empty; give an empty or new folder")
             with locked(folder, self, wait):
-                try:
-                    yield from self._exclusively(folder)
-                finally:
-                    if not self.exists():
-                        _remove_own(folder)
+                yield from self._exclusively(folder)
         except OSError as error:
             raise StoreError(
                 f"{error.filename2 or error.filename or self}: cannot be written: {error.strerror or error}; "
@@ -487,10 +489,10 @@ class Versions:
 
     def _exclusively(self, folder: Path) -> Iterator[Writer]:
         """Yield a writer to the owner of the lock, and remove what killed and failed writers leave."""
-        parent = self.current() if self.exists() else None
-        _remove_unfinished(folder)
-        self.tidy(parent)
         try:
+            parent = self.current() if self.exists() else None
+            _remove_unfinished(folder)
+            self.tidy(parent)
             yield self.writer(self, parent)
         except BaseException:
             with suppress(OSError, StoreError):
@@ -498,6 +500,8 @@ class Versions:
             raise
         finally:
             _remove_unfinished(folder)
+            if not self.exists():
+                _remove_own(folder)
 
     def rollback(self, version: int | None = None) -> int:
         """Copy an earlier version, by default the parent, into a new version, and return the new number."""
