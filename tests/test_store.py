@@ -426,9 +426,9 @@ def test_an_exception_during_a_write_leaves_the_folder_unchanged(
 ) -> None:
     def interrupted(folder: Path) -> None:
         with Versions(folder).write() as writer:
-            staged, array = writer.stage_array("keys", (N, D), "float32")
+            array = writer.stage_array("keys", (N, D), "float32")
             array[:] = 1
-            writer.seal("keys", staged, N)
+            writer.seal_array("keys", array)
             writer.stage("labels").write_bytes(b"half")
             raise kind
 
