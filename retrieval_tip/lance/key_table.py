@@ -16,7 +16,7 @@ import importlib
 import os
 import re
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
@@ -28,7 +28,6 @@ import pyarrow as pa
 from retrieval_tip.data.tables import vectors
 from retrieval_tip.errors import RetrievalTipError, StoreError, UsageError, first_line, install
 from retrieval_tip.retrieval.arrays import KeyArray
-from retrieval_tip.settings import Dtype
 from retrieval_tip.store.address import Address, storage_options
 from retrieval_tip.store.bucket import check_process
 from retrieval_tip.store.labels import LABEL_SCHEMA
@@ -81,14 +80,6 @@ def lancedb() -> Any:
 def _session() -> Any:
     """Return the LanceDB session, whose caches are shared by all tables in this process."""
     return lancedb().Session(index_cache_size_bytes=CACHE_BYTES, metadata_cache_size_bytes=CACHE_BYTES // 4)
-
-
-def schema_of(d: int, dtype: Dtype, extra: Iterable[pa.Field] = (), *, points: bool = False) -> pa.Schema:
-    """Return the schema of a table of keys of length ``d`` and, if requested, of their points."""
-    value = VALUES[dtype]
-    own = [*LABEL_SCHEMA, pa.field(VERSION, pa.int64())]
-    vectors = [pa.field(name, pa.list_(value, d)) for name in ((VECTOR, POINT) if points else (VECTOR,))]
-    return pa.schema([*own, *extra, *vectors])
 
 
 def rows_of(labels: pa.Table, keys: KeyArray, version: int, points: KeyArray | None = None) -> pa.Table:

@@ -108,10 +108,14 @@ class LanceStore(TableVersions, Store):
 
         if precision in ("float16", "bfloat16"):
             raise UsageError(f"precision {precision}: a LanceDB store only supports float32; remove the option")
-        if verify == "full":
-            self.opened(self.check, version)
         device = resolve_device(device)
-        return self.opened(lambda manifest: self._index(manifest, device)[0], version)
+
+        def opened(manifest: Manifest) -> Index:
+            if verify == "full":
+                self.check(manifest)
+            return self._index(manifest, device)[0]
+
+        return self.opened(opened, version)
 
     def _index(self, manifest: Manifest, device: str, writer: TableWriter | None = None) -> tuple[Index, TableRows]:
         """Open a version, and return it together with the rows of its table, which a ``writer`` may edit."""
@@ -192,12 +196,7 @@ class LanceStore(TableVersions, Store):
 
     def verify(self) -> Index:
         """In a bucket, only the objects of earlier versions are checked, not their rows."""
-
-        def checked(manifest: Manifest) -> Index:
-            self.check(manifest)
-            return self._index(manifest, "cpu")[0]
-
-        index = self.opened(checked)
+        index = self.load(device="cpu", verify="full")
         assert index.manifest is not None
         self.check_earlier(index.manifest, index.manifest.digested)
         return index

@@ -28,6 +28,7 @@ from retrieval_tip.lance.key_table import (
     RESTORE,
     ROW,
     UNINDEXED,
+    VALUES,
     VECTOR,
     VERSION,
     IntArray,
@@ -35,7 +36,6 @@ from retrieval_tip.lance.key_table import (
     grouped,
     literal,
     rows_of,
-    schema_of,
 )
 from retrieval_tip.lance.keys import LanceKeys
 from retrieval_tip.lance.versions import TABLE, TableVersions, TableWriter, matrix
@@ -152,7 +152,9 @@ class TableRows(Rows):
         further = labels.drop_columns([VERSION]) if stored else labels
         extra = [further.schema.field(name) for name in further.column_names[len(LABEL_SCHEMA) :]]
         check_columns(extra)
-        schema = schema_of(d, dtype, extra, points=metric is not None)
+        own_columns = [*LABEL_SCHEMA, pa.field(VERSION, pa.int64()), *extra]
+        vectors = [VECTOR] if metric is None else [VECTOR, POINT]
+        schema = pa.schema([*own_columns, *(pa.field(name, pa.list_(VALUES[dtype], d)) for name in vectors)])
 
         def rows() -> Iterator[pa.RecordBatch]:
             for part, own in itertools.chain([(labels, keys)], ahead):

@@ -127,9 +127,9 @@ class Rows(ABC):
     def in_memory(self) -> ArrayRows:
         """Return the rows with all keys in memory. Raises UsageError if there are too many."""
 
-    @abstractmethod
     def written(self, writer: Writer) -> ArrayRows:
         """Return the rows with their keys in a file of the version that is being written, if they do not have one."""
+        return self.in_memory()
 
     @abstractmethod
     def duplicates_of(self, key_ids: Sequence[int], retrieval: Retrieval) -> Duplicates:
@@ -248,9 +248,6 @@ class ArrayRows(Rows):
         return self.take(self.rows_of(np.unique(np.asarray(key_ids, dtype=np.int64))))
 
     def in_memory(self) -> ArrayRows:
-        return self
-
-    def written(self, writer: Writer) -> ArrayRows:
         return self
 
     def duplicates_of(self, key_ids: Sequence[int], retrieval: Retrieval) -> Duplicates:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,10 +82,13 @@ class Contents:
         ``stored`` is the version from which these contents were read. Raises StoreError if a file is damaged or cannot
         be written.
         """
-        same = stored.same(self) if stored is not None and stored.is_before(writer) else set()
+        same = set[str]() if stored is None else stored.same(self, writer)
         writer.keep(*same)
         new = [kind for kind in HELD if kind not in writer.files and getattr(self, kind) is not None]
-        check = None if stored is None else stored.check_of_copied(same)
+        check = None
+        if stored is not None and stored.check.verify == "fast":  # copied damage must not get a valid digest
+            known = {stored.manifest.files[kind] for kind in same}
+            check = Check(stored.store.files, stored.manifest, known=known)
         with ThreadPoolExecutor(SEALED_AT_ONCE, thread_name_prefix="seal") as pool:
             list(pool.map(functools.partial(self._seal, writer), new))
         if check is not None:
@@ -148,14 +150,11 @@ class Stored(Origin):
             contents.index.path = store.folder / check.manifest.files["index"].name
         return cls(store, check.manifest, check, contents)
 
-    def is_before(self, writer: Writer) -> bool:
-        """Return whether this version is the parent of the version being written."""
-        same = self.store.resolved == writer.store.resolved
-        return same and writer.parent is not None and writer.parent.version == self.manifest.version
-
-    def same(self, contents: Contents) -> set[str]:
-        """Return the kinds of ``contents`` that this version already has a file of."""
-        files = self.manifest.files
+    def same(self, contents: Contents, writer: Writer) -> set[str]:
+        """Return the kinds of ``contents`` that this version has a file of, if it is the parent of the next version."""
+        parent, files = writer.parent, self.manifest.files
+        if parent is None or parent.version != self.manifest.version or self.store.resolved != writer.store.resolved:
+            return set()
         kinds = {kind for kind in HELD if kind in files and getattr(contents, kind) is not None}
         kinds = {kind for kind in kinds if getattr(contents, kind) is getattr(self.contents, kind)}
         index = contents.index
@@ -164,15 +163,6 @@ class Stored(Origin):
         if self.manifest.later:
             kinds -= {"keys", "labels", "points", "index"}
         return kinds
-
-    def check_of_copied(self, same: Collection[str]) -> Check | None:
-        """Start to verify the files that are copied, so that damaged data does not get a valid digest.
-
-        The files of the kinds in ``same`` are not copied, so they are not verified. Returns ``None`` if all files have
-        been verified.
-        """
-        known = {self.manifest.files[kind] for kind in same}
-        return Check(self.store.files, self.manifest, known=known) if self.check.verify == "fast" else None
 
 
 def _keys(folder: Path, manifest: Manifest) -> tuple[npt.NDArray[np.floating], pa.Table]:
