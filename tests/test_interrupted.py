@@ -37,7 +37,7 @@ from retrieval_tip.index import changes, manage
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import build_index
 from retrieval_tip.index.fit import fit_index
-from retrieval_tip.lance import versions
+from retrieval_tip.lance import lance_store
 from retrieval_tip.lance.key_table import KeyTable
 from retrieval_tip.store import lock
 from retrieval_tip.store import versions as store_versions
@@ -172,7 +172,7 @@ def shrink_limits(patch):
     """Reduce the number of versions and the waiting times."""
     for owner, name, value in (
         (store_versions, "KEPT_VERSIONS", KEPT),
-        (versions, "PRUNED_EVERY", PRUNED_EVERY),
+        (lance_store, "PRUNED_EVERY", PRUNED_EVERY),
         (store_versions, "UNFINISHED", datetime.timedelta()),
         (lock, "LOCK_WAIT", 60.0),
     ):

@@ -38,7 +38,7 @@ from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.index import changes
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import build_index
-from retrieval_tip.lance import key_table, lance_store, versions
+from retrieval_tip.lance import key_table, lance_store
 from retrieval_tip.lance import keys as lance_keys
 from retrieval_tip.lance import rows as lance_rows
 from retrieval_tip.server.app import create_app
@@ -619,7 +619,7 @@ def test_gc_deletes_photos_that_only_deleted_versions_use(pets):
 def test_deleting_versions_leaves_no_copies_of_the_table(local_pets, monkeypatch):
     """LanceDB compacts the table when it deletes versions, in a new version that no manifest names."""
     monkeypatch.setattr("retrieval_tip.store.versions.KEPT_VERSIONS", 2)
-    monkeypatch.setattr(versions, "PRUNED_EVERY", 4)
+    monkeypatch.setattr(lance_store, "PRUNED_EVERY", 4)
     pieces = []
     for seed in range(30, 42):
         local_pets.add(unit_rows(1, D, seed), ["cat"])
@@ -636,7 +636,7 @@ def test_a_change_succeeds_even_if_old_versions_cannot_be_deleted(lance_pets, mo
         raise StoreError("the disk fails")
 
     monkeypatch.setattr("retrieval_tip.store.versions.KEPT_VERSIONS", 1)
-    monkeypatch.setattr(versions, "PRUNED_EVERY", 1)
+    monkeypatch.setattr(lance_store, "PRUNED_EVERY", 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(key_table.KeyTable, "prune", fails)
         assert changes.configure(lance_pets.place, k=3).version == 2
@@ -864,14 +864,14 @@ def test_all_files_of_a_manifest_are_flushed_before_the_manifest(local_pets, mon
 
 def test_a_deletion_file_that_a_full_disk_left_empty_is_not_committed(local_pets, monkeypatch):
     """LanceDB reports no error if there is no room for the file, and goes on with its copy in memory."""
-    real = versions.TableWriter.digests
+    real = lance_store.TableWriter.digests
 
     def digests(writer, table):
         files = (path_of(local_pets.place) / "keys.lance/_deletions").iterdir()
         max(files, key=lambda path: path.stat().st_mtime_ns).write_bytes(b"")
         return real(writer, table)
 
-    monkeypatch.setattr(versions.TableWriter, "digests", digests)
+    monkeypatch.setattr(lance_store.TableWriter, "digests", digests)
     local_pets.refused(lambda: changes.remove(local_pets.place, key_ids=[0]), "reading what it wrote failed")
     monkeypatch.undo()
     local_pets.check()

@@ -27,14 +27,15 @@ import pyarrow as pa
 
 from retrieval_tip.data.tables import vectors
 from retrieval_tip.errors import RetrievalTipError, StoreError, UsageError, first_line, install
-from retrieval_tip.retrieval.arrays import KeyArray
 from retrieval_tip.store.address import Address, storage_options
 from retrieval_tip.store.bucket import check_process
 from retrieval_tip.store.labels import LABEL_SCHEMA
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
+KeyArray = npt.NDArray[np.floating]  # as in :mod:`retrieval.arrays`, which imports torch
 
+TABLE = "keys"
 VECTOR, POINT, VERSION, ROW = "vector", "_point", "version", "_rowid"
 VALUES = {"float32": pa.float32(), "float16": pa.float16()}
 FLAT, CLASSES = "Flat", "Classes"

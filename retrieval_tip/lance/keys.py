@@ -16,8 +16,7 @@ from torch import Tensor
 from retrieval_tip import tip
 from retrieval_tip.data.shots import spread
 from retrieval_tip.errors import StoreError
-from retrieval_tip.lance.key_table import CLASSES, FLAT, ROW, IntArray, KeyTable
-from retrieval_tip.retrieval.arrays import KeyArray
+from retrieval_tip.lance.key_table import CLASSES, FLAT, ROW, IntArray, KeyArray, KeyTable
 from retrieval_tip.retrieval.evidence import Nearest
 from retrieval_tip.retrieval.keys import SPREAD_CLASSES, SPREAD_KEYS, SPREAD_QUERIES, KeyStream
 from retrieval_tip.retrieval.vector_index import Product

@@ -27,27 +27,28 @@ from retrieval_tip.lance.key_table import (
     POINT,
     RESTORE,
     ROW,
+    TABLE,
     UNINDEXED,
     VALUES,
     VECTOR,
     VERSION,
     IntArray,
+    KeyArray,
     KeyTable,
     grouped,
     literal,
     rows_of,
 )
 from retrieval_tip.lance.keys import LanceKeys
-from retrieval_tip.lance.versions import TABLE, TableVersions, TableWriter, matrix
-from retrieval_tip.retrieval.arrays import KeyArray, KeysInPlace
+from retrieval_tip.retrieval.arrays import KeysInPlace
 from retrieval_tip.retrieval.duplicates import Duplicates, duplicates
 from retrieval_tip.retrieval.keys import points_of
 from retrieval_tip.retrieval.logits import Retrieval
 from retrieval_tip.retrieval.rows import FRESH_PAIRS, ArrayRows, Rows
 from retrieval_tip.retrieval.vector_index import VectorIndex, auto_factory, inner_factory
 from retrieval_tip.settings import Dtype, Precision
+from retrieval_tip.store.address import Address
 from retrieval_tip.store.labels import LABEL_SCHEMA, shots_after, shots_of, with_column
-from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.sums import LEAST, Along, Sums
 from retrieval_tip.store.versions import Writer
 
@@ -113,24 +114,11 @@ class TableRows(Rows):
     second: FloatArray | None = None
     kind: str = FLAT
     automatic: bool = False
-    writer: TableWriter | None = None
-
-    @classmethod
-    def opened(
-        cls, manifest: Manifest, store: TableVersions, classes: pa.Table, writer: TableWriter | None = None
-    ) -> TableRows:
-        """Open the rows of a version that has the given classes. A ``writer`` may edit them."""
-        table = writer.table if writer is not None else None
-        points = matrix(classes["point_sum"]) if "point_sum" in classes.column_names else None
-        return cls(
-            table=table or store.table(manifest), counts=classes["keys"].to_numpy(), totals=matrix(classes["sum"]),
-            points=points, second=store.array(manifest, "second"), kind=manifest.index,
-            automatic=manifest.built.auto_index, writer=writer,
-        )  # fmt: skip
+    writer: Writer | None = None
 
     @classmethod
     def create(
-        cls, writer: TableWriter, blocks: Iterable[tuple[pa.Table, KeyArray]], n_classes: int,
+        cls, address: Address, writer: Writer, blocks: Iterable[tuple[pa.Table, KeyArray]], n_classes: int,
         dtype: Dtype = "float32", index: str = "auto", *, stored: bool = False, metric: tip.Metric | None = None,
         known: Sums | None = None,
     ) -> TableRows:  # fmt: skip
@@ -171,7 +159,7 @@ class TableRows(Rows):
                 made = rows_of(part, own, writer.number, points).select(schema.names).cast(schema)
                 yield from made.to_batches()
 
-        table, sums = KeyTable.create(writer.store.address, TABLE, grouped(rows()), schema), known or sums
+        table, sums = KeyTable.create(address, TABLE, grouped(rows()), schema), known or sums
         made = cls(
             table=table, counts=sums.counts, totals=sums.sums, points=point_sums, second=sums.second, writer=writer
         )
@@ -325,7 +313,7 @@ class TableRows(Rows):
         self.table.append(rows_of(rows.labels, rows.keys, self._writer.number, points))
 
     @property
-    def _writer(self) -> TableWriter:
+    def _writer(self) -> Writer:
         assert self.writer is not None
         return self.writer
 
@@ -426,13 +414,11 @@ class TableRows(Rows):
         StoreError if rows are damaged.
         """
         writer, table = self._writer, self.table
-        if writer.parent is None:
-            writer.prunes = True  # the first table is not needed any more
-        else:  # damaged rows must not get valid sums and digests
+        if writer.parent is not None:  # damaged rows must not get valid sums and digests
             writer.store.check(writer.parent)
         before = replace(self, table=KeyTable.at(table.address, table.name, table.version))  # pinned meanwhile
         return self.create(
-            writer, before._blocks(before.table.label_columns), len(self.counts), dtype or self.dtype,
+            table.address, writer, before._blocks(before.table.label_columns), len(self.counts), dtype or self.dtype,
             factory or self.asked, stored=True, metric=metric, known=known,
         )  # fmt: skip
 

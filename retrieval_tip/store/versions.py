@@ -1,4 +1,4 @@
-"""Keep the versions of an index in a folder. :mod:`lance.versions` lists what differs in LanceDB.
+"""Keep the versions of an index in a folder. :mod:`lance.lance_store` lists what differs in LanceDB.
 
 An index is a set of immutable data files, whose names carry their digests, and a manifest that lists them. Readers see
 either the old version or the new version, never a mixture of the two.
@@ -499,7 +499,8 @@ class Versions:
                 self.tidy(self.current() if self.exists() else None)  # an interrupted commit may still have succeeded
             raise
         finally:
-            _remove_unfinished(folder)
+            with suppress(OSError):
+                _remove_unfinished(folder)
             if not self.exists():
                 _remove_own(folder)
 
@@ -590,7 +591,7 @@ class Versions:
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """A version that an index was opened from or saved as. ``store`` is a :class:`stores.Store` or a folder."""
+    """A version that an index was opened from or saved as. ``store`` is a :class:`places.Store` or a folder."""
 
     store: Any
     manifest: Manifest
