@@ -257,7 +257,7 @@ class LanceStore(Store):
         asked = material.plan.index or "auto"
         index_kind(asked)
         with self.write() as writer:
-            writer.prunes = material.fit is not None
+            writer.prunes |= writer.parent is None and material.fit is not None
             names, weights, templates, _ = material.words
             kind = asked if material.fit is None else FLAT
             rows = TableRows.create(
