@@ -7,14 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from retrieval_tip.errors import InputError
 from retrieval_tip.fit import closed_form
 from retrieval_tip.index.items import Material, warn, warn_of
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.arrays import KeyArray
-from retrieval_tip.retrieval.defaults import measure
 from retrieval_tip.retrieval.duplicates import duplicates
 from retrieval_tip.retrieval.keys import KEY_BLOCK, auto_for, index_over
 from retrieval_tip.retrieval.rows import ArrayRows
@@ -24,30 +21,17 @@ from retrieval_tip.store.versions import Versions, Writer
 
 def create(folder: Versions, made: Material) -> Index:
     """Build the next version of a folder. The keys are sorted by class."""
-    names, weights, templates, _ = made.words
     asked = made.plan.index or "Flat"
     order = np.argsort(made.ids, kind="stable")  # group the keys by class, so that row r of the index is item order[r]
     with folder.write() as writer:
         keys, kept, digests = _write_keys(writer, made, order)
         order = order[kept]
-        ids, d, c = made.ids[order], keys.shape[1], len(names)
-        if weights is not None and weights.shape[1] != d:
-            raise InputError(
-                f"{made.source.name}: features have {d} values, text weights {weights.shape[1]}; use one backbone"
-            )
-        made.warn_of_bare(np.bincount(ids, minlength=c))
-        statistics = measure(keys, ids)
-        factory, k = (asked, None) if asked != "auto" else auto_for((len(keys), d), made.plan.dtype, c, made.device)
-        labels = made.labels(order, digests)
-        warn_of(duplicates(keys, labels))
-        index = Index(
-            ArrayRows(keys, labels), list(names),
-            torch.zeros(c, d) if weights is None else torch.from_numpy(weights),
-            index_over(keys, ids, c, factory if made.fit is None else BY_CLASS, device="cpu"),
-            settings=made.settings(statistics, k), templates=templates, backbone=made.backbone,
-            provenance=made.described(statistics), built=made.built,
-            parts=made.reader.parts, groups=made.groups,
-        )  # fmt: skip
+        ids, c = made.ids[order], len(made.words.class_names)
+        factory, k = (asked, None) if asked != "auto" else auto_for(keys.shape, made.plan.dtype, c, made.device)
+        vectors = index_over(keys, ids, c, factory if made.fit is None else BY_CLASS, device="cpu")
+        rows = ArrayRows(keys, made.labels(order, digests))
+        index = made.index(rows, rows.statistics(), k, vectors)
+        warn_of(duplicates(keys, rows.labels))
         if made.fit is not None:
             fitted = closed_form.fit(index, made.fit, factory=factory)
             warn(fitted.warnings)

@@ -20,8 +20,12 @@ from retrieval_tip.data.shots import few_shot
 from retrieval_tip.data.sources import Source, open_source
 from retrieval_tip.data.tables import has_part, read_rows, table_dim, table_identity
 from retrieval_tip.errors import InputError, UsageError, counted, few
+from retrieval_tip.model import Index
+from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.defaults import Statistics, plain_settings
 from retrieval_tip.retrieval.duplicates import Duplicates, describe_duplicates
+from retrieval_tip.retrieval.rows import Rows
+from retrieval_tip.retrieval.vector_index import VectorIndex
 from retrieval_tip.settings import (
     Built,
     ClassPrior,
@@ -215,10 +219,26 @@ class Material:
             "skipped": [str(skipped) for skipped in self.reader.skipped],
         } | ({} if self.dropped is None else {"dropped": self.dropped})
 
-    def warn_of_bare(self, counts: npt.NDArray[np.int64]) -> None:
-        """Warn about classes without keys. ``counts`` is the number of keys per class."""
-        if bare := [name for name, number in zip(self.words.class_names, counts, strict=True) if not number]:
+    def index(
+        self, rows: Rows, statistics: Statistics | None, k: int | None, vectors: VectorIndex | None = None
+    ) -> Index:
+        """Return the index of all items, before it is fitted, and warn about classes without keys.
+
+        ``k`` is used as k if no k was given. Raises InputError if the text weights do not match the keys.
+        """
+        names, weights, templates, _ = self.words
+        if weights is not None and weights.shape[1] != rows.d:
+            raise InputError(
+                f"{self.source.name}: features have {rows.d} values, text weights {weights.shape[1]}; use one backbone"
+            )
+        index = Index(
+            rows, list(names), inputs.text_weights(weights, len(names), rows.d), vectors,
+            settings=self.settings(statistics, k), templates=templates, backbone=self.backbone,
+            provenance=self.described(statistics), built=self.built, parts=self.reader.parts, groups=self.groups,
+        )  # fmt: skip
+        if bare := [name for name, number in zip(names, index.counts, strict=True) if not number]:
             log.warning("%s no key: %s", counted(len(bare), "class", "has", "have"), few(bare))
+        return index
 
 
 def draw_shots(ids: npt.NDArray[np.int64], class_names: Sequence[str], shots: int, seed: int) -> npt.NDArray[np.int64]:

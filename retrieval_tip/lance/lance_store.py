@@ -250,32 +250,16 @@ class LanceStore(Store):
         """Stream the keys into a table. If the index is fitted, the table may be rewritten with the points."""
         from retrieval_tip.index.items import warn, warn_of
         from retrieval_tip.lance.rows import TableRows, index_kind
-        from retrieval_tip.model import Index
-        from retrieval_tip.retrieval import inputs
         from retrieval_tip.retrieval.duplicates import duplicates
 
         asked = material.plan.index or "auto"
         index_kind(asked)
         with self.write() as writer:
             writer.prunes |= writer.parent is None and material.fit is not None
-            names, weights, templates, _ = material.words
-            kind = asked if material.fit is None else FLAT
-            rows = TableRows.create(
-                self.address, writer, material.labelled_blocks(), len(names), material.plan.dtype, kind
-            )
-            statistics = rows.statistics()
-            if weights is not None:
-                wanted = len(names), rows.d
-                inputs.check_shape(
-                    "text_weights", weights.shape, wanted, "one per class, from the backbone of the keys"
-                )
-            index = Index(
-                rows, list(names), inputs.text_weights(weights, len(names), rows.d), templates=templates,
-                settings=material.settings(statistics, index_kind(asked, rows.n, len(names))[1]),
-                backbone=material.backbone, provenance=material.described(statistics), built=material.built,
-                parts=material.reader.parts, groups=material.groups,
-            )  # fmt: skip
-            material.warn_of_bare(rows.counts)
+            kind, c = asked if material.fit is None else FLAT, len(material.words.class_names)
+            blocks = material.labelled_blocks()
+            rows = TableRows.create(self.address, writer, blocks, c, material.plan.dtype, kind)
+            index = material.index(rows, rows.statistics(), index_kind(asked, rows.n, c)[1])
             if rows.n <= FEW_KEYS:
                 few = rows.in_memory()
                 warn_of(duplicates(few.keys, few.labels))
