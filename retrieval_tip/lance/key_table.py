@@ -303,10 +303,19 @@ class KeyTable:
         (q, d), column = features.shape, self.vector_column
         affinity = np.zeros((q, k), dtype=np.float32)
         rows, ids = np.full((q, k), -1), np.full((q, k), -1)
-        step = max(1, SEARCHED // (k * d))
+        step, lists = max(1, SEARCHED // (k * d)), self._lists or lists_for(self.rows, kind)
+        self._lists = lists
         for start in range(0, q, step):
             part = np.ascontiguousarray(features[start : start + step], dtype=np.float32)
-            hits = self._hits(part, k, kind, column)
+            with _store_errors(self.address, "searching its table"):
+                search = self.table.search(part, vector_column_name=column).distance_type("dot").limit(k)
+                search = search.select(["class_id", column, "_distance"]).with_row_id(True)
+                search = search.nprobes(min(lists, max(8, round(PROBED * lists))))
+                if KINDS[kind] > 1:
+                    search = search.refine_factor(KINDS[kind])
+                if kind == "HnswSq":
+                    search = search.ef(max(128, 2 * k) * KINDS[kind])
+                hits = search.to_arrow()
             query = hits["query_index"].to_numpy() if "query_index" in hits.column_names else np.zeros(len(hits), int)
             products = np.einsum("md,md->m", part[query], self.matrix(hits[column]).astype(np.float32, copy=False))
             order = np.lexsort((-products, query))
@@ -316,19 +325,6 @@ class KeyTable:
             affinity[at], rows[at] = products[order], hits[ROW].to_numpy().astype(np.int64)[order]
             ids[at] = hits["class_id"].to_numpy()[order]
         return affinity, rows, ids
-
-    def _hits(self, features: FloatArray, k: int, kind: str, vector_column: str) -> pa.Table:
-        lists = self._lists = self._lists or lists_for(self.rows, kind)
-        with _store_errors(self.address, "searching its table"):
-            query = self.table.search(features, vector_column_name=vector_column).distance_type("dot").limit(k)
-            query = query.select(["class_id", vector_column, "_distance"]).with_row_id(True)
-            query = query.nprobes(min(lists, max(8, round(PROBED * lists))))
-            if KINDS[kind] > 1:
-                query = query.refine_factor(KINDS[kind])
-            if kind == "HnswSq":
-                query = query.ef(max(128, 2 * k) * KINDS[kind])
-            hits: pa.Table = query.to_arrow()
-        return hits
 
     @contextmanager
     def _writing(self, what: str) -> Iterator[None]:

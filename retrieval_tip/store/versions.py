@@ -229,7 +229,7 @@ class Versions:
     @property
     def name(self) -> str:
         """Last component of the folder or address."""
-        return self.resolved.rpartition("/")[2] if self.local is None else Path(self.resolved).name
+        return Path(self.resolved).name
 
     # Reading
 
@@ -298,9 +298,8 @@ class Versions:
     def manifest(self, version: int | None = None) -> Manifest:
         """Return the manifest of the current version, or of an earlier version."""
         current = self.current()
-        if version in (None, current.version):
+        if version is None or version == current.version:
             return current
-        assert version is not None
         try:
             return self.read(version)
         except FileNotFoundError:
@@ -472,8 +471,8 @@ class Versions:
             if folder.is_file():
                 raise StoreError(f"{self}: is a file, not a folder; give another --out")
             # Another writer may create an index between these two lines, but not remove one.
-            others = [path for path in paths_in(folder) if path.name not in self.own and not is_temporary(path)]
-            if others and not self.exists():
+            others = {path.name for path in paths_in(folder)} - set(self.own)
+            if not all(map(TEMPORARY.fullmatch, others)) and not self.exists():
                 raise StoreError(f"{self}: is not an index and not empty; give an empty or new folder")
             with locked(folder, self, wait):
                 yield from self._exclusively(folder)
@@ -652,14 +651,10 @@ def write_header(file: BinaryIO, shape: tuple[int, ...], dtype: npt.DTypeLike) -
 
 def _remove_unfinished(folder: Path) -> None:
     """Remove unfinished files. Only call this while you hold the lock."""
-    for path in filter(is_temporary, (path for name in ("", "data", "manifests") for path in paths_in(folder / name))):
-        with suppress(OSError):
-            path.unlink()
-
-
-def is_temporary(path: Path) -> bool:
-    """Return whether a path has the name of an unfinished file."""
-    return TEMPORARY.fullmatch(path.name) is not None
+    for path in (path for name in ("", "data", "manifests") for path in paths_in(folder / name)):
+        if TEMPORARY.fullmatch(path.name):
+            with suppress(OSError):
+                path.unlink()
 
 
 def paths_in(folder: Path) -> list[Path]:
