@@ -1,4 +1,4 @@
-"""Keep the versions of an index in LanceDB. See :mod:`store.versions` for what is the same in a folder.
+"""Store an index in LanceDB. Each manifest names a version of the table. See :mod:`store.versions` for folders.
 
 manifests/000003.json          the manifest of a version; the version with the highest number is current. Creating this
                                file commits the version, and only one of two writers can create it
