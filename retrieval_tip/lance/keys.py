@@ -40,7 +40,8 @@ class LanceKeys(KeyStream):
     ) -> None:
         total = torch.from_numpy(counts.astype(np.float32)).to(device)
         super().__init__((int(counts.sum()), sums.shape[1]), total, device)
-        self.table, self._sums, self._counts, self.index_type = table, sums, counts, kind
+        self.table, self._column, self._sums, self._counts = table, table.vector_column, sums, counts
+        self.index_type = kind
         self.by_class, self.exact_search = kind == CLASSES, kind == FLAT
 
     @cached_property
@@ -54,10 +55,9 @@ class LanceKeys(KeyStream):
 
     def _read(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         n_read = 0
-        column = self.table.vector_column
-        for batch in self.table.scan(["class_id", column], with_rows=True):
+        for batch in self.table.scan(["class_id", self._column], with_rows=True):
             ids = self.table.class_ids(batch["class_id"], self.n_classes)
-            keys, rows = self.table.matrix(batch[column]), batch[ROW].to_numpy().astype(np.int64)
+            keys, rows = self.table.matrix(batch[self._column]), batch[ROW].to_numpy().astype(np.int64)
             if (ids[1:] < ids[:-1]).any():
                 order = np.argsort(ids, kind="stable")
                 keys, ids, rows = keys[order], ids[order], rows[order]
@@ -119,10 +119,10 @@ class LanceKeys(KeyStream):
             yield place, every[part], every_row[part]
 
     def _batches(self, class_ids: Sequence[int]) -> Iterator[tuple[IntArray, KeyArray, IntArray]]:
-        for batch in self.table.scan(["class_id", self.table.vector_column], "class_id", class_ids, with_rows=True):
+        for batch in self.table.scan(["class_id", self._column], "class_id", class_ids, with_rows=True):
             if len(batch):
                 rows = batch[ROW].to_numpy().astype(np.int64)
-                yield batch["class_id"].to_numpy(), self.table.matrix(batch[self.table.vector_column]), rows
+                yield batch["class_id"].to_numpy(), self.table.matrix(batch[self._column]), rows
 
     def _check(self, whole: bool | np.bool_) -> None:
         if not whole:
@@ -135,12 +135,9 @@ class LanceKeys(KeyStream):
         number, key = SPREAD_QUERIES, 4 * self.d
         if self.n * key > SPREAD_BYTES:  # otherwise, all keys can be read cheaply
             number = int(np.clip(SPREAD_BYTES / (SPREAD_CLASSES * self.mean_count * key), SPREAD_LEAST, number))
-        some = self.table.offsets(spread(self.n, number), ["class_id", self.table.vector_column])
-        keys, ids = (
-            self.table.matrix(some[self.table.vector_column]),
-            self.table.class_ids(some["class_id"], self.n_classes),
-        )
-        return self._tensors(np.array(keys, dtype=np.float32), ids)
+        some = self.table.offsets(spread(self.n, number), ["class_id", self._column])
+        keys = np.array(self.table.matrix(some[self._column]), dtype=np.float32)
+        return self._tensors(keys, self.table.class_ids(some["class_id"], self.n_classes))
 
     def _spread(self, features: Tensor, classes: Tensor) -> Tensor:
         affinity = features.new_zeros(*classes.shape, SPREAD_KEYS)
