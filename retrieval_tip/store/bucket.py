@@ -20,9 +20,7 @@ from retrieval_tip.store.address import PATIENCE, Address, Patience, set_credent
 from retrieval_tip.store.manifest import DataFile
 
 if TYPE_CHECKING:
-    from obstore.store import ClientConfig, GCSStore, RetryConfig, S3Config, S3Store
-
-    Client = GCSStore | S3Store
+    from obstore.store import ClientConfig, ObjectStore, RetryConfig, S3Config
 
 PATIENT_BYTES, PATIENT_SECONDS = 1 << 20, 120
 """Size in bytes above which an upload has a longer timeout, and this timeout in seconds."""
@@ -105,11 +103,11 @@ class BucketFiles:
             return f"{shown}: missing" if file.bytes else None
         return None
 
-    def _connected(self, seconds: float) -> Client:
+    def _connected(self, seconds: float) -> ObjectStore:
         from obstore.exceptions import BaseError
-        from obstore.store import GCSStore, S3Store
+        from obstore.store import from_url
 
-        own, options, patience = self.address, storage_options(self.address, self._patience), self._patience
+        options, patience = storage_options(self.address, self._patience), self._patience
         client: ClientConfig = {
             "connect_timeout": options["connect_timeout"],
             "read_timeout": f"{seconds}s",
@@ -122,9 +120,7 @@ class BucketFiles:
         }
         config = cast("S3Config", {name: value for name, value in options.items() if name.startswith("aws_")})
         try:
-            if own.scheme == "gs":
-                return GCSStore(own.bucket, prefix=own.path, client_options=client, retry_config=retry)
-            return S3Store(own.bucket, prefix=own.path, config=config, client_options=client, retry_config=retry)
+            return from_url(str(self.address), config=config, client_options=client, retry_config=retry)
         except (BaseError, ValueError, OSError) as error:  # for example, a damaged credentials file
             raise self._explained("", error) from None
 
