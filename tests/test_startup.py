@@ -113,6 +113,13 @@ def test_index_info_imports_no_torch(index):
     assert found == {"numpy", "pyarrow"}
 
 
+def test_index_info_of_a_lancedb_store_imports_no_torch(index, tmp_path):
+    changes.clone(index, f"lance://{tmp_path}/store")
+    found, shown = imported(["index", "info", f"lance://{tmp_path}/store"])
+    assert "keys_per_class" in shown
+    assert found == {"numpy", "pyarrow"}
+
+
 def test_answering_features_imports_no_model_no_database_and_no_plots(index, row):
     found, shown = imported(["classify", index, row], ["evaluate", index, row])
     assert "label" in shown
