@@ -316,7 +316,7 @@ def scores(answering: Answering, items: Items, uneven: Index | None) -> dict[str
     found = {"top1": float(right.mean()), "ece": expected_calibration_error(confidence.cpu().numpy(), right)}
     if isinstance(answering, Index) and (least := answering.settings.least_cache) is not None:
         strongest = answering.terms(torch.from_numpy(items.features)).strongest(answering.retrieval.keys.counts)
-        found["unlike"] = float((strongest < least).double().mean())
+        found["no_match"] = float((strongest < least).double().mean())
     if uneven is None:
         return found
     tested = np.unique(items.ids)
@@ -433,7 +433,7 @@ def main(
     if shape == "even":
         print_table("Top-1 in %:", rows, top1)
         print_table("ECE:", rows, [(method, method, "ece") for method in named])
-        print_table("No match, in %:", rows, [(method, method, "unlike") for method in fitted])
+        print_table("No match, in %:", rows, [(method, method, "no_match") for method in fitted])
         print_table(
             "Seconds:",
             [row for row in rows if row["shots"] == max(shots)],
@@ -442,8 +442,8 @@ def main(
     else:
         weighted = [(f"uneven test: {method}", method, "uneven") for method in named if SHAPES[shape].uneven]
         eces = [(f"ECE: {method}", method, "ece") for method in fitted]
-        unlike = [(f"no match: {method}", method, "unlike") for method in fitted]
-        print_table(f"{shape}:", rows, top1 + eces + unlike + weighted)
+        no_match = [(f"no match: {method}", method, "no_match") for method in fitted]
+        print_table(f"{shape}:", rows, top1 + eces + no_match + weighted)
     print_losses(rows)
 
 

@@ -1,4 +1,4 @@
-"""Count how many unknown classes become a group in which they are the majority (``classify --group-unlike``).
+"""Count how many unknown classes become a group in which they are the majority (``classify --group-no-match``).
 
 Each draw chooses 7 unknown classes and 30 known classes at random, or as many as there are. The classifier is fitted to
 16 shots of each known class. It classifies 210 test photos of known classes and 8 test photos of each unknown class. A
@@ -20,7 +20,7 @@ from label_less import POOLS
 
 from retrieval_tip import Index
 from retrieval_tip.fit import closed_form
-from retrieval_tip.labelling.groups import group_unlike
+from retrieval_tip.labelling.groups import group_no_match
 
 UNKNOWN, KNOWN, EACH, FAMILIAR, SHOTS = 7, 30, 8, 210, 16
 IntArray = npt.NDArray[np.int64]
@@ -45,14 +45,14 @@ def trial(pool: Index, features: npt.NDArray[np.float32], ids: IntArray, seed: i
     closed_form.fit(index)
     familiar = drawn(draw, ids, known, -(-FAMILIAR // len(known)))[:FAMILIAR]
     rows = np.concatenate([familiar, drawn(draw, ids, unknown, EACH)])
-    answers = group_unlike(index, features[rows], index.classify(features[rows], neighbours=0)).to_arrow()
-    numbers, unlike = (answers[name].to_numpy() for name in ("group", "unlike"))
+    answers = group_no_match(index, features[rows], index.classify(features[rows], neighbours=0)).to_arrow()
+    numbers, no_match = (answers[name].to_numpy() for name in ("group", "no_match"))
     found, truth = set(), ids[rows]
     for number in range(1, int(np.nanmax(numbers, initial=0)) + 1):
         classes, sizes = np.unique(truth[numbers == number], return_counts=True)
         found |= set(classes[2 * sizes > sizes.sum()]) & set(unknown)
-    possible = sum(int((unlike & (truth == c)).sum() > 1) for c in unknown)
-    return int(np.nanmax(numbers, initial=0)), len(found), possible, int((unlike & np.isin(truth, known)).sum())
+    possible = sum(int((no_match & (truth == c)).sum() > 1) for c in unknown)
+    return int(np.nanmax(numbers, initial=0)), len(found), possible, int((no_match & np.isin(truth, known)).sum())
 
 
 @click.command(help=__doc__)

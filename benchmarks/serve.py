@@ -74,7 +74,7 @@ def plain(folder: Path, what: str, device: str, port: int) -> None:
     """Run the plain server. This function runs in a separate process."""
     cache = Index.load(folder, device=device, precision="float32")
     fields = ("label", "probability", "labels", "probabilities", "text_logit", "cache_logit", "neighbours", "opposing",
-              "unlike")  # fmt: skip
+              "no_match")  # fmt: skip
     app = FastAPI()
 
     def answer(names: list[str], features: np.ndarray) -> dict[str, object]:

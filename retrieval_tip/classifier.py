@@ -83,7 +83,7 @@ class ClassifierOptions(BuildOptions, total=False):
 class PredictOptions(AskOptions, total=False):
     """The keyword arguments of :meth:`Classifier.predict`."""
 
-    group_unlike: bool
+    group_no_match: bool
     norms: Checked
 
 
@@ -445,7 +445,7 @@ class Classifier(OpenIndex):
     @overload
     def predict(self, what: Iterable[Picture] | Features, **options: Unpack[PredictOptions]) -> Predictions: ...
     def predict(
-        self, what: Any, *, group_unlike: bool = False, norms: Checked = "check", **asked: Unpack[AskOptions]
+        self, what: Any, *, group_no_match: bool = False, norms: Checked = "check", **asked: Unpack[AskOptions]
     ) -> Prediction | Predictions:
         """Classify photos or features.
 
@@ -456,7 +456,7 @@ class Classifier(OpenIndex):
                 its image column, or any input of ``retrieval-tip classify``, such as a folder or a table. Pixels are
                 uint8 or floats from 0 to 1 (see :mod:`pictures`). You can also pass features of shape ``[q, d]`` or
                 ``[d]``. Unreadable photos in a folder or table are skipped and listed in ``reader.skipped``.
-            group_unlike: whether to group similar photos without a match (see :func:`groups.group_unlike`).
+            group_no_match: whether to group similar photos without a match (see :func:`groups.group_no_match`).
             norms: ``"check"`` to check that all features have norm 1, or ``"keep"`` to accept any norm.
             asked: the fields of :class:`settings.Ask`.
 
@@ -466,11 +466,11 @@ class Classifier(OpenIndex):
         index, ask = self.index, Ask(**asked)
         if (features := features_of(what)) is not None:
             answers = index.classify(features, norms, **vars(ask))
-            answers = groups.group_unlike(index, features, answers) if group_unlike else answers
+            answers = groups.group_no_match(index, features, answers) if group_no_match else answers
             return answers[0] if what.ndim == 1 else answers
         sources, reader = self._photos(what)
         reader = replace(reader, norms=norms)
-        if group_unlike:
+        if group_no_match:
             groups.check_fitted(index)
             answers = groups.classify_in_groups(index, Pool.of(sources, reader), ask)
         else:

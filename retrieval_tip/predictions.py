@@ -35,7 +35,7 @@ PREDICTIONS = {
     "discriminant_logit": pa.float64(),
     "neighbours": pa.list_(pa.struct(list(_NEIGHBOUR.items()))),
     "opposing": pa.struct(list(_NEIGHBOUR.items())),
-    "unlike": pa.bool_(),
+    "no_match": pa.bool_(),
     "group": pa.int64(),
 }
 """The columns that ``classify`` can write, and their types."""
@@ -55,7 +55,7 @@ SHOWN_PREDICTIONS = 50
 SHOWN_LABELS = 8
 
 Abstain = float | Literal["auto"] | None
-"""Probability below which an answer is withheld. ``auto`` means 0.5, and also withholds ``unlike`` answers."""
+"""Probability below which an answer is withheld. ``auto`` means 0.5, and also withholds ``no_match`` answers."""
 MORE_LIKELY_WRONG = 0.5
 
 
@@ -112,11 +112,11 @@ class Prediction:
             is 0. The three terms add up to the logit.
         logits: the logits of all classes, as a float32 array of shape ``[c]``.
         neighbours: the shots that contributed most to the answer, largest contribution first.
-        unlike: whether the query does not resemble any shot: its largest cache logit for a class with shots is below
+        no_match: whether the query does not resemble any shot: its largest cache logit for a class with shots is below
             the ``least_cache`` of the index. ``None`` if the index has no such setting.
         opposing: the shot with the most negative contribution. If no contribution is negative, it is the shot that
             contributes most to the runner-up. ``None`` if no shot counts against the answer.
-        group: the number of the group of similar photos without a match (see :func:`groups.group_unlike`), or ``None``.
+        group: the number of the group of similar photos without a match (see :func:`groups.group_no_match`).
         level: the level of ``label`` if the question had ``at_least``. The label is then a class or a group of classes,
             whose ``probability`` is the sum of theirs, or ``None``.
         set: the classes in the set if the question had ``coverage``, most probable first. It can be empty.
@@ -130,7 +130,7 @@ class Prediction:
     cache_logit: float
     logits: npt.NDArray[np.float32] | None = field(compare=False)
     neighbours: list[Neighbour]
-    unlike: bool | None = None
+    no_match: bool | None = None
     opposing: Neighbour | None = None
     discriminant_logit: float | None = None
     group: int | None = None
@@ -141,7 +141,7 @@ class Prediction:
         chances = list(zip(self.labels, map(shown_probability, self.probabilities), strict=True))[:SHOWN_LABELS]
         parts = [f"{self.label}, {shown_probability(self.probability)}"]
         parts += [", ".join(f"{label} {chance}" for label, chance in chances[1:])]
-        parts += ["no match"] if self.unlike else []
+        parts += ["no match"] if self.no_match else []
         parts += [f"strongest shot {self.neighbours[0].source}"] if self.neighbours else []
         return one_line(f"Prediction({'; '.join(filter(None, parts))})")
 
@@ -236,7 +236,7 @@ class Predictions:
         """
         auto = abstain == "auto"
         low = pc.less(self._columns["probability"], MORE_LIKELY_WRONG if auto else abstain or 0.0)
-        return pc.or_(low, self._columns["unlike"]) if auto and "unlike" in self._columns.column_names else low
+        return pc.or_(low, self._columns["no_match"]) if auto and "no_match" in self._columns.column_names else low
 
     def written(self, columns: Sequence[str], abstain: Abstain = None) -> pa.Table:
         """Return the given columns as ``classify`` writes them. Unknown values and withheld labels are null."""

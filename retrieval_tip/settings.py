@@ -75,7 +75,7 @@ class Settings:
             replaces ``C``.
         gamma: the weight of the discriminant ``B`` (see :class:`tip.Discriminant`), which must be 0 or more.
         least_cache: a threshold for the largest cache logit of a query among the classes that have keys. Queries below
-            it are ``unlike``. If it is ``None``, queries are not checked.
+            it have no match. If it is ``None``, queries are not checked.
 
     Raises UsageError if a setting is invalid.
     """

@@ -81,8 +81,8 @@ LOGITS = """async ([graph, at]) => {
     const { open, classify } = await import("./classify.js");
     window[graph] ??= await open(graph);
     const file = await (await fetch(at)).blob();
-    const { logits, probabilities, unlike } = await classify(window[graph], file);
-    return { logits: [...logits], probabilities: [...probabilities], unlike, labels: window[graph].labels };
+    const { logits, probabilities, no_match } = await classify(window[graph], file);
+    return { logits: [...logits], probabilities: [...probabilities], no_match, labels: window[graph].labels };
 }"""
 
 
@@ -126,7 +126,7 @@ def test_a_photo_is_classified_in_the_browser(site, fitted, shared, run, tmp_pat
     for path, one in zip(paths, found, strict=True):
         row = expected[str(path)]
         assert one["labels"][int(np.argmax(one["logits"]))] == row["label"], path
-        assert one["unlike"] == row["unlike"], path
+        assert one["no_match"] == row["no_match"], path
         np.testing.assert_allclose(one["logits"], row["logits"], rtol=1e-4, atol=1e-4 * np.abs(row["logits"]).max())
     chances = [np.array([one["probabilities"] for one in rows]) for rows in (found, quick)]
     assert np.abs(chances[0] - chances[1]).max() > 0

@@ -106,7 +106,7 @@ def test_each_photo_is_a_detection_with_its_best_classes(options, run, animals, 
     assert list(photos) == [os.path.relpath(row["input"], card) for row in rows]
     for photo, row in zip(photos.values(), rows, strict=True):
         (found,) = photo["detections"]
-        assert found.pop("classifications", []) == (ranked(row, names) if not row["unlike"] else [])
+        assert found.pop("classifications", []) == (ranked(row, names) if not row["no_match"] else [])
         assert found == {"category": "1", "conf": 1.0, "bbox": [0, 0, 1, 1]}
     assert document["classification_categories"] == {str(number): name for number, name in enumerate(names, 1)}
     info = document["info"]
@@ -158,9 +158,9 @@ def test_uncertain_and_unmatched_photos_get_no_classes(run, animals, card):
     got = classified(written(run, animals, card, "--abstain", least, status=3))
     assert got == {name: probability >= least for name, probability in rows.items()}
     assert list(got.values()).count(False) == 3
-    unlike = {os.path.relpath(row["input"], card): row["unlike"] for row in rows_of(run, animals, card)}
-    assert classified(written(run, animals, card, status=3)) == {name: not own for name, own in unlike.items()}
-    assert set(unlike.values()) == {True, False}
+    no_match = {os.path.relpath(row["input"], card): row["no_match"] for row in rows_of(run, animals, card)}
+    assert classified(written(run, animals, card, status=3)) == {name: not own for name, own in no_match.items()}
+    assert set(no_match.values()) == {True, False}
 
 
 def test_exif_adds_the_time_and_the_place(run, animals, card, boxes):
@@ -233,9 +233,9 @@ def test_a_package_has_an_observation_for_each_photo(run, animals, card, tmp_pat
     for name, row in rows.items():
         own = made.observations[name]
         assert own["mediaID"] == own["eventID"] == made.media[name]["filePath"] == name
-        assert own["observationType"] == ("unknown" if row["unlike"] else "animal")
-        assert own["scientificName"] == ("" if row["unlike"] else row["label"])
-        assert own["classificationProbability"] == ("" if row["unlike"] else str(round(row["probability"], 4)))
+        assert own["observationType"] == ("unknown" if row["no_match"] else "animal")
+        assert own["scientificName"] == ("" if row["no_match"] else row["label"])
+        assert own["classificationProbability"] == ("" if row["no_match"] else str(round(row["probability"], 4)))
         assert own["deploymentID"] == made.media[name]["deploymentID"] == name[:3]
         assert own["eventStart"] == own["eventEnd"] == made.media[name]["timestamp"]
     assert made.media["102/a.jpg"]["timestamp"] == "2026-03-01T23:59:59+01:00"
@@ -243,7 +243,7 @@ def test_a_package_has_an_observation_for_each_photo(run, animals, card, tmp_pat
     assert place == {"101": ("", ""), "102": ("-1.5", "36.75")}
     assert made.deployments["101"]["deploymentEnd"] == "2026-03-01T23:59:57+01:00"
     assert made.about["temporal"] == {"start": "2026-03-01", "end": "2026-03-02"}
-    found = {row["label"] for row in rows.values() if not row["unlike"]}
+    found = {row["label"] for row in rows.values() if not row["no_match"]}
     assert {one["scientificName"] for one in made.about["taxonomic"]} == found
 
 

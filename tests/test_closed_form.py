@@ -618,7 +618,7 @@ def test_an_estimate_that_rests_on_a_single_class_is_withheld(run, tmp_path):
     assert "Estimated" not in info
     cache = Index.load(tmp_path / "index", device="cpu")
     assert closed_form.estimate(cache) == dict.fromkeys(("photos", "words", "both"))
-    # The form and the settings do not rest on that class, either: no photo of the other classes is unlike.
+    # The form and the settings do not rest on that class, either: no photo of the other classes has no match.
     assert (cache.provenance["fit"]["form"], cache.settings.least_cache) == (str(ONE_SHOT), None)
 
 
@@ -671,40 +671,40 @@ def test_validation_images_can_replace_the_shots_as_judges():
     assert choice.both == pytest.approx((cache.logits(queries).argmax(1).numpy() == truth).mean())
 
 
-def test_photos_with_weak_cache_logits_are_unlike():
+def test_photos_with_weak_cache_logits_have_no_match():
     cache = model(shots=16)
     closed_form.fit(cache)
     known, _ = clusters(40, seed=5)
     unknown = unit(np.random.default_rng(11).normal(size=(200, D))).astype(np.float32)
     near, far = cache.classify(known, neighbours=0), cache.classify(unknown, neighbours=0)
-    assert np.mean([one.unlike for one in near]) < 0.12 < 0.3 < np.mean([one.unlike for one in far])
+    assert np.mean([one.no_match for one in near]) < 0.12 < 0.3 < np.mean([one.no_match for one in far])
     for number, one in enumerate(far):
-        assert one.unlike == (cache.terms(unknown[number : number + 1]).cache.max() < cache.settings.least_cache)
-    assert far.withheld("auto").to_pylist() == [one.unlike or one.probability < 0.5 for one in far]
+        assert one.no_match == (cache.terms(unknown[number : number + 1]).cache.max() < cache.settings.least_cache)
+    assert far.withheld("auto").to_pylist() == [one.no_match or one.probability < 0.5 for one in far]
     assert near == cache.classify(known, neighbours=0, k="all")
 
 
-def test_unlike_ignores_classes_without_shots():
+def test_no_match_ignores_classes_without_shots():
     cache = partly(15, shots=8)
     queries = unit(np.concatenate([clusters(20, 7, c=20)[0], np.random.default_rng(11).normal(size=(400, D))]))
     closed_form.fit(cache)
-    found = [one.unlike for one in cache.classify(queries.astype(np.float32), neighbours=0)]
+    found = [one.no_match for one in cache.classify(queries.astype(np.float32), neighbours=0)]
     strongest = cache.terms(torch.from_numpy(queries).float()).cache[:, :15].amax(1)
     assert found == (strongest < cache.settings.least_cache).tolist()
     assert 0.03 < np.mean(found[:400]) < 0.1 < np.mean(found[400:])
 
 
 @pytest.mark.parametrize("values", ["solved", "one-hot"])
-def test_with_four_or_more_shots_about_one_in_twenty_known_photos_is_unlike(values):
+def test_with_four_or_more_shots_about_one_in_twenty_known_photos_has_no_match(values):
     queries, _ = clusters(100, seed=7, c=30, d=32)
     for shots in (4, 12):
-        unlike = []
+        no_match = []
         for seed in range(4):
             cache = Index.from_features(*clusters(shots, seed, c=30, d=32), [*map(str, range(30))], device="cpu")
             closed_form.fit(cache, Fit(values=values))
             strongest = cache.terms(torch.from_numpy(queries)).cache.amax(1)
-            unlike.append(float((strongest < cache.settings.least_cache).float().mean()))
-        assert 0.03 <= np.mean(unlike) <= 0.08
+            no_match.append(float((strongest < cache.settings.least_cache).float().mean()))
+        assert 0.03 <= np.mean(no_match) <= 0.08
     cache = model(shots=2)
     closed_form.fit(cache, Fit(values=values))
     assert cache.settings.least_cache is None  # two shots per class are too few for a threshold
@@ -854,7 +854,7 @@ def test_a_build_prints_its_estimate_and_add_fits_again(run, tables):
     left = (6 / 5) ** -0.4  # a fold has 5 of the 6 photos of a class, and errors fall with their number
     assert fit["both"] == pytest.approx(1 - wrong / 30 * left, abs=1e-5)
     answers = run("classify", out, tables / "test.parquet", "--format", "json")
-    assert set(json.loads(answers.stdout.splitlines()[0])) == {"input", "label", "probability", "unlike"}
+    assert set(json.loads(answers.stdout.splitlines()[0])) == {"input", "label", "probability", "no_match"}
     added = run("index", "add", out, tables / "more.parquet")
     assert (added.exit_code, "Fitted again" in added.stderr) == (0, True)
     assert json.loads(run("index", "info", out, "--json").stdout)["fitted"]["keys"] == 40

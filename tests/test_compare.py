@@ -57,8 +57,8 @@ def test_the_figures_match_plain_counting(sides, table):
     for own in sides:
         names = np.array([name.replace("_", " ").lower() for name in own.index.class_names])
         answers.append(names[own.index.logits(features).argmax(1).numpy()])
-    unlike = sides[0].index.classify(features).to_arrow()["unlike"].to_numpy()
-    answers[0] = np.where(unlike & (labels == "owl"), "no match", answers[0])
+    no_match = sides[0].index.classify(features).to_arrow()["no_match"].to_numpy()
+    answers[0] = np.where(no_match & (labels == "owl"), "no match", answers[0])
     right = [(answer == labels) | (answer == "no match") for answer in answers]
     assert [score.right for score in found.scores] == [part.sum() for part in right]
     only = [int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())]

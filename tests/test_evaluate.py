@@ -151,15 +151,15 @@ def test_unknown_classes_are_right_if_they_match_no_class(mixed: tuple[Path, Pat
     found = json.loads(done.stdout)
     answers = [json.loads(line) for line in run("classify", index, test, "--format", "json").stdout.splitlines()]
     truth = np.array(pq.read_table(test)["label"].to_pylist())
-    label, unlike = (np.array([answer[name] for answer in answers]) for name in ("label", "unlike"))
+    label, no_match = (np.array([answer[name] for answer in answers]) for name in ("label", "no_match"))
     confidence = np.array([answer["probability"] for answer in answers])
     known = np.isin(truth, NAMES[:6])
-    right = np.where(known, label == truth, unlike)
-    assert 0 < unlike[~known].mean() < 1
+    right = np.where(known, label == truth, no_match)
+    assert 0 < no_match[~known].mean() < 1
     assert found["top1"] == pytest.approx(right.mean())
     assert found["known_top1"] == pytest.approx(right[known].mean())
-    assert found["known_no_match"] == pytest.approx(unlike[known].mean())
-    assert found["unknown_no_match"] == pytest.approx(unlike[~known].mean())
+    assert found["known_no_match"] == pytest.approx(no_match[known].mean())
+    assert found["unknown_no_match"] == pytest.approx(no_match[~known].mean())
     assert found["unknown"] == {name: int((truth == name).sum()) for name in NAMES[6:]}
     assert found["per_class"] == pytest.approx({name: right[truth == name].mean() for name in NAMES[:6]})
     assert found["mean_per_class"] == pytest.approx(np.mean(list(found["per_class"].values())))
@@ -233,8 +233,8 @@ def test_shots_are_classified_as_by_an_index_without_them(tmp_path: Path, run: R
     assert [NAMES[i] for i in found.answers.predicted] == [one.label for one in expected]
     np.testing.assert_allclose(found.answers.confidence, [one.probability for one in expected], atol=1e-4)
     if index.fitted is not None:
-        assert found.answers.unlike is not None
-        assert found.answers.unlike.tolist() == [one.unlike for one in expected]
+        assert found.answers.no_match is not None
+        assert found.answers.no_match.tolist() == [one.no_match for one in expected]
     done = run("evaluate", place, test, "--json", *(["-k", 3, "--no-tail"] if k else []))
     assert "7 of 12 photos are shots of this index; each was classified without itself" in done.stderr
     facts = json.loads(done.stdout)

@@ -145,10 +145,10 @@ def test_a_burst_has_no_match_if_no_photo_of_it_has_one(run, things, traps, tmp_
     alone = rows_of(run("classify", index, traps, "--format", "json"))
     done = run("classify", index, traps, "--group-by", "burst", "--abstain", "auto", "--exif", "--format", "csv")
     found = list(csv.DictReader(io.StringIO(done.stdout)))
-    expected = [row["unlike"] for row in alone]
+    expected = [row["no_match"] for row in alone]
     assert expected[5:6] + expected[7:] == [True] * 4
     expected[:3], expected[5] = [False] * 3, False
-    assert [row["unlike"] for row in found] == list(map(str, expected))
+    assert [row["no_match"] for row in found] == list(map(str, expected))
     assert [row["label"] for row in found[7:]] == ["", "", ""]
     assert [row["burst"] for row in found] == ["1", "1", "1", "2", "3", "1", "4", "5", "5", "6"]
 

@@ -83,7 +83,7 @@ def check_same(one, other, *, every=(("all", True), (8, True), (8, False))):
         a, b = (model.logits(QUERIES, k, tail).numpy() for model in (one, other))
         np.testing.assert_allclose(b, a, atol=1e-5 * np.abs(a).max())
     for a, b in zip(one.classify(QUERIES, neighbours=6), other.classify(QUERIES, neighbours=6), strict=True):
-        assert (a.label, a.unlike) == (b.label, b.unlike)
+        assert (a.label, a.no_match) == (b.label, b.no_match)
         assert [near.key_id for near in a.neighbours] == [near.key_id for near in b.neighbours]
         for what in ("affinity", "weight", "gives"):
             mine, theirs = ([getattr(near, what) for near in found.neighbours] for found in (a, b))

@@ -93,7 +93,7 @@ def test_unknown_classes_of_real_photos_become_groups(things):
     known = np.isin(ids, np.random.default_rng(0).permutation(10)[:6])
     cache = Index.from_features(keys[known], ids[known], whole.class_names, device="cpu")
     closed_form.fit(cache, forms=FORMS[:1])
-    answers = groups.group_unlike(cache, keys[~known], cache.classify(keys[~known]))
+    answers = groups.group_no_match(cache, keys[~known], cache.classify(keys[~known]))
     numbers = answers.to_arrow()["group"].to_numpy(zero_copy_only=False)
     own, found = ids[~known], set()
     for number in range(1, int(np.nanmax(numbers)) + 1):
@@ -117,30 +117,30 @@ def test_the_command_numbers_the_groups_largest_first(folder, run, tmp_path, mon
     rows = unit(4 * np.eye(16)[kinds] + unit_rows(9, 16, 1)).astype(np.float32)
     rows[7] = unit(-rows[1:2] - rows[3:4])[0]  # unlike any other photo
     table, out = write_table(tmp_path / "new.parquet", rows), tmp_path / "answers.csv"
-    done = run("classify", folder, table, "--group-unlike", "--out", out)
+    done = run("classify", folder, table, "--group-no-match", "--out", out)
     assert (done.exit_code, "6 with no match" in done.stderr) == (0, True)
     with out.open() as file:
         written = list(csv.DictReader(file))
     assert [row["group"] for row in written] == ["", "1", "1", "2", "", "1", "2", "", ""]
-    assert [row["unlike"] for row in written] == [str(kind > 2) for kind in kinds]
+    assert [row["no_match"] for row in written] == [str(kind > 2) for kind in kinds]
     clf = Classifier.load(folder, device="cpu")
     for photos in (table, rows):
-        numbers = [answer.group for answer in clf.predict(photos, group_unlike=True)]
+        numbers = [answer.group for answer in clf.predict(photos, group_no_match=True)]
         assert numbers == [int(row["group"]) if row["group"] else None for row in written]
-    assert clf.predict(rows[1], group_unlike=True).group is None  # a single photo has no group
+    assert clf.predict(rows[1], group_no_match=True).group is None  # a single photo has no group
     plain = run("classify", folder, table, "--top", 2, "--explain", "--format", "json").stdout.splitlines()
     grouped = run(
-        "classify", folder, table, "--top", 2, "--explain", "--group-unlike", "--format", "json"
+        "classify", folder, table, "--top", 2, "--explain", "--group-no-match", "--format", "json"
     ).stdout.splitlines()
     without = [{name: value for name, value in json.loads(line).items() if name != "group"} for line in grouped]
     assert without == [json.loads(line) for line in plain]
     monkeypatch.setattr(groups, "MOST", 3)
-    assert "Grouped 3 of 6 images" in run("classify", folder, table, "--group-unlike").stderr
+    assert "Grouped 3 of 6 images" in run("classify", folder, table, "--group-no-match").stderr
 
 
 def test_photos_with_a_match_get_no_group(folder, run, tmp_path):
     table = write_table(tmp_path / "new.parquet", unit(np.eye(16)[:3]).astype(np.float32))
-    done = run("classify", folder, table, "--group-unlike", "--format", "json")
+    done = run("classify", folder, table, "--group-no-match", "--format", "json")
     assert [json.loads(line)["group"] for line in done.stdout.splitlines()] == [None] * 3
     assert [answer.group for answer in Classifier.load(folder, device="cpu").predict(np.eye(16, dtype="f")[:1])] == [
         None
@@ -149,11 +149,11 @@ def test_photos_with_a_match_get_no_group(folder, run, tmp_path):
 
 def test_groups_need_a_fitted_index_and_one_process(folder, run, tmp_path):
     table = write_table(tmp_path / "new.parquet", unit_rows(2, 16))
-    done = run("classify", folder, table, "--group-unlike", "--engine", "ray", "--out", tmp_path / "parts")
+    done = run("classify", folder, table, "--group-no-match", "--engine", "ray", "--out", tmp_path / "parts")
     assert (done.exit_code, "--engine ray" in done.stderr) == (2, True)
     cache_of(unit_rows(4, 16), [0, 0, 1, 1], ["a", "b"], device="cpu").save(tmp_path / "plain")
-    done = run("classify", tmp_path / "plain", table, "--group-unlike")
+    done = run("classify", tmp_path / "plain", table, "--group-no-match")
     assert (done.exit_code, "fit" in done.stderr) == (2, True)
     for photos in (table, tmp_path / "none.png"):  # checked before any photo is read
-        with pytest.raises(UsageError, match=r"group_unlike: .*fit"):
-            Classifier.load(tmp_path / "plain", device="cpu").predict(photos, group_unlike=True)
+        with pytest.raises(UsageError, match=r"group_no_match: .*fit"):
+            Classifier.load(tmp_path / "plain", device="cpu").predict(photos, group_no_match=True)

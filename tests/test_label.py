@@ -417,11 +417,11 @@ def test_the_answers_for_the_rest_are_reviewed_together(pool, place, lit_mini):
             assert [one["label"] for one in photos[photo]["guesses"]] == right.labels  # "none of these", too
             chances = [one["probability"] for one in photos[photo]["guesses"]]
             assert chances == pytest.approx(right.probabilities, abs=1e-4)
-            assert photos[photo]["unlike"] == bool(right.unlike)
+            assert photos[photo]["no_match"] == bool(right.no_match)
             sent = client.http.get(f"/v1/label/photos/{photo}/feature").content
             assert np.frombuffer(sent, "<f4") == pytest.approx(feature, abs=1e-5)
             assert client.http.get(f"/v1/label/photos/{photo}/file").content == Path(photos[photo]["name"]).read_bytes()
-        assert all(photos[photo]["unlike"] for group in answer["groups"] for photo in group)
+        assert all(photos[photo]["no_match"] for group in answer["groups"] for photo in group)
         assert client.http.get(f"/v1/label/photos/{client.number('damaged')}/feature").status_code == 404
 
         shown = client.status()["queue"][0]

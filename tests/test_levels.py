@@ -115,7 +115,7 @@ def test_every_door_answers_by_level(run, index, queries):
     assert {"lion", "Panthera", "Felidae"} <= {category["name"] for category in coco["categories"]}
     document = json.loads(run("classify", index, queries, "--at-least", 0.8, "--format", "megadetector").stdout)
     first = [image["detections"][0].get("classifications", [[None]])[0][0] for image in document["images"]]
-    labels = [row["label"] if not row["unlike"] else None for row in rows]
+    labels = [row["label"] if not row["no_match"] else None for row in rows]
     assert [document["classification_categories"].get(number) for number in first] == labels
     facts = json.loads(run("index", "info", index, "--json").stdout)
     assert facts["groups"] == {"species": 5, "genus": 3, "family": 2}

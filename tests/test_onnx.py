@@ -44,15 +44,15 @@ def test_logits_of_features_equal_those_of_the_package(form, covered, tmp_path):
     onnx.checker.check_model(str(tmp_path / "i.onnx"), full_check=True)
     strangers = -clusters(20, seed=7)[0]
     for queries in (clusters(20, seed=7)[0], clusters(1, seed=8)[0][:1], strangers):
-        session, (logits, probabilities, *unlike) = run_in(tmp_path / "i.onnx", queries)
+        session, (logits, probabilities, *no_match) = run_in(tmp_path / "i.onnx", queries)
         expected = cache.logits(queries).numpy()
         np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-3)
         predictions = cache.classify(queries, top=C)
         for row, prediction in zip(probabilities, predictions, strict=True):
             ranked = [row[NAMES.index(label)] for label in prediction.labels]
             np.testing.assert_allclose(ranked, prediction.probabilities, atol=1e-4)
-        assert [one.tolist() for one in unlike] == ([] if form is None else [[p.unlike for p in predictions]])
-    assert form is None or unlike[0].any()
+        assert [one.tolist() for one in no_match] == ([] if form is None else [[p.no_match for p in predictions]])
+    assert form is None or no_match[0].any()
     props = session.get_modelmeta().custom_metadata_map
     assert json.loads(props["labels"]) == NAMES
     assert json.loads(props["settings"])["beta"] == cache.settings.beta

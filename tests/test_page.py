@@ -352,7 +352,7 @@ def test_answers_are_confirmed_or_corrected_one_by_one_or_together(opened: Open)
     page = opened(at=f"/#token={TOKEN.replace(' ', '%20')}").page
     assert "token" not in page.url
     ask(page, *caltech_photos("test", "pizza", 3))
-    taught, matched = page.locator("#grid .tile.taught"), page.locator("#grid .tile:not(.unlike)")
+    taught, matched = page.locator("#grid .tile.taught"), page.locator("#grid .tile:not(.no_match)")
     matched.first.click()
     label = answer(page)["label"]
     page.press("#drawer", "Enter")
@@ -535,7 +535,7 @@ def test_many_images_are_classified_sorted_and_downloaded(page: Page) -> None:
     right = page.locator("#grid .tile").evaluate_all("tiles => tiles.map((tile) => tile.dataset.label)")
     assert sum(a == b for a, b in zip(right, np.repeat(CLASSES, 2), strict=True)) >= 16  # in order of arrival
     page.select_option("#sort", "doubt")
-    doubts = page.locator("#grid .tile:not(.unlike)").evaluate_all(
+    doubts = page.locator("#grid .tile:not(.no_match)").evaluate_all(
         "tiles => tiles.map((tile) => +tile.dataset.probability)"
     )
     assert doubts == sorted(doubts)
@@ -1417,9 +1417,9 @@ def test_every_screen_fits_and_is_accessible(opened: Open, tmp_path: Path, width
     boxes = [page.locator(one).bounding_box() or {} for one in ("#notice", "#selection")]
     assert boxes[0]["y"] + boxes[0]["height"] <= boxes[1]["y"]  # the notice does not cover the buttons
     fits("grid")
-    page.select_option("#filter-state", "unlike")
-    expect(page.locator("#grid .tile.unlike").first).to_be_visible()
-    fits("unlike")
+    page.select_option("#filter-state", "no_match")
+    expect(page.locator("#grid .tile.no_match").first).to_be_visible()
+    fits("no_match")
     page.select_option("#filter-state", "all")
     page.click("#selection-none")
     page.locator("#grid .tile").first.click()
@@ -1673,7 +1673,7 @@ def test_the_answers_of_the_folder_are_reviewed(browser: Browser, pool: dict[str
         page.keyboard.press("Shift+ArrowRight")
         page.keyboard.press("Enter")  # both answers are right
         expect(page.locator(counted)).to_contain_text("62 photos without a label")
-        visible = page.locator(f"#grid {tiles}:not(.unlike)").evaluate_all(
+        visible = page.locator(f"#grid {tiles}:not(.no_match)").evaluate_all(
             """all => all.map((one) => one.getBoundingClientRect())
                 .filter(({ top, bottom }) => top >= document.getElementById("bar").getBoundingClientRect().bottom
                     && bottom <= innerHeight).length"""
@@ -2206,7 +2206,7 @@ def test_an_uncertain_photo_shows_the_group_that_is_sure(browser: Browser, serve
     changes.configure(folder, groups=groups)
     with serving(browser, folder) as (page, _):
         ask(page, *(photo for label in CLASSES for photo in caltech_photos("test", label, 2)))
-        tiles = page.locator("#grid .tile:not(.unlike)")
+        tiles = page.locator("#grid .tile:not(.no_match)")
         read = (
             "all => all.map(({ dataset, children }) => [dataset.label, Number(dataset.probability), children[1].title])"
         )

@@ -313,7 +313,7 @@ def test_only_uploads_of_the_configured_label_studio_are_fetched(
 def test_photoprism_gets_the_labels_of_photos_that_match(own: Path, photos: list[tuple[Path, str]]) -> None:
     """The request and the answer are those of PhotoPrism's ``ApiRequest`` and ``ApiResponse``."""
     fit_index(own)
-    (path, name), unlike = photos[0], data_url(noise())
+    (path, name), no_match = photos[0], data_url(noise())
     photo = path.read_bytes()
 
     def ask(asking: TestClient, *images: str, **more: Any) -> httpx.Response:
@@ -323,20 +323,20 @@ def test_photoprism_gets_the_labels_of_photos_that_match(own: Path, photos: list
     with client(own) as asking:
         [truth] = asking.post("/v1/classify?top=1", files={"images": photo}).json()["results"]
         p = pytest.approx(truth["probability"], abs=1e-4)
-        assert ask(asking, data_url(photo), unlike).json() == {
+        assert ask(asking, data_url(photo), no_match).json() == {
             "id": "b0db2187", "code": 200,
             "model": {"type": "labels", "name": "own", "version": str(Index.load(own).manifest.version)},
             "result": {"labels": [{"name": name, "source": "image", "confidence": p, "topicality": p}]},
         }  # fmt: skip
-        assert ask(asking, unlike, params={"index": "own"}).json()["result"] == {"labels": []}
-        for images in ((), ("http://127.0.0.1/a.jpg",), ("/etc/passwd",), (data_url(b""),), (unlike,) * 65):
+        assert ask(asking, no_match, params={"index": "own"}).json()["result"] == {"labels": []}
+        for images in ((), ("http://127.0.0.1/a.jpg",), ("/etc/passwd",), (data_url(b""),), (no_match,) * 65):
             assert ask(asking, *images).status_code == 422
-        sent = {"tasks": [{"id": 1, "data": {"photo": unlike}}], "label_config": config(Index.load(own).class_names)}
+        sent = {"tasks": [{"id": 1, "data": {"photo": no_match}}], "label_config": config(Index.load(own).class_names)}
         answer = asking.post(f"{PATH}/predict", json=sent).json()
         assert (answer["results"][0]["result"], answer["skipped"]) == ([], [])
     with client(own, private=TOKEN) as asking:
-        assert ask(asking, unlike).status_code == 401
-        assert ask(asking, unlike, headers={"authorization": f"Bearer {TOKEN}"}).status_code == 200
+        assert ask(asking, no_match).status_code == 401
+        assert ask(asking, no_match, headers={"authorization": f"Bearer {TOKEN}"}).status_code == 200
 
 
 def test_any_json_is_answered_or_refused(things: Path) -> None:

@@ -69,9 +69,9 @@ def test_confusion_counts_every_pair():
 
 def test_unknown_photos_without_a_match_are_no_confusion():
     truth, predicted = np.array([0, 1, 2, 2, 2]), np.array([0, 0, 1, 1, 0])
-    unlike = np.array([False, True, True, False, False])
+    no_match = np.array([False, True, True, False, False])
     answers = made_up(truth, predicted, ["a", "b", "new"]).answers
-    answers = replace(answers, known=2, unlike=unlike)
+    answers = replace(answers, known=2, no_match=no_match)
     assert answers.right.tolist() == [True, False, True, False, False]
     found = plots.confusion(answers)
     assert (found.counts.tolist(), found.totals.tolist()) == ([[1, 0, 0], [1, 0, 0], [1, 1, 0]], [1, 1, 3])

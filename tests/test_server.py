@@ -970,7 +970,7 @@ def test_a_fitted_index_gives_the_same_answers_on_the_server(shared: Path, tmp_p
     assert (described["metric"], described["values"]) == (cache.fitted.metric, cache.fitted.values)
     assert described["least_cache"] == pytest.approx(cache.settings.least_cache)
     for own, expected in zip(found["results"], cache.classify(np.array(queries), neighbours=2), strict=True):
-        assert (own["label"], own["unlike"]) == (expected.label, expected.unlike)
+        assert (own["label"], own["no_match"]) == (expected.label, expected.no_match)
         np.testing.assert_allclose(own["logits"], expected.logits, rtol=1e-4)
         for shot, wanted in zip(
             [*own["neighbours"], own["opposing"]], [*expected.neighbours, expected.opposing], strict=True

@@ -109,8 +109,8 @@ def test_hidden_keys_do_not_make_a_query_similar() -> None:
     index.settings = replace(index.settings, beta=200, least_cache=0.5)
     (alone,) = np.flatnonzero(IDS == 0)
     found = answered(index, Ask(without=(int(alone),)))
-    assert answered(index, Ask())[0].unlike is False
-    assert found[0].unlike is True
+    assert answered(index, Ask())[0].no_match is False
+    assert found[0].no_match is True
 
 
 def test_unknown_keys_are_ignored_but_one_key_has_to_stay() -> None:

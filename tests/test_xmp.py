@@ -332,7 +332,7 @@ def test_the_command_writes_keywords_corrects_them_and_restores_the_bytes(shared
     (tmp_path / "boxes.json").write_text(json.dumps({"images": entries, "detection_categories": kinds}))
     trap = ("--boxes", tmp_path / "boxes.json", "--categories", "animal")
     found, done = keywords("--xmp", "--uncertain", "check", *trap)
-    answers = [row["label"] for row in csv.DictReader(done.stdout.splitlines()) if row["unlike"] == "False"]
+    answers = [row["label"] for row in csv.DictReader(done.stdout.splitlines()) if row["no_match"] == "False"]
     assert {*found["anchor.xmp"]} >= {"bird", "B&W", *filter(None, answers)}
     assert found.keys() == {"anchor.xmp", "broken.jpg.xmp"}
     photos = tar(tmp_path / "photos.tar", [("a.jpg", (inbox / "anchor.jpg").read_bytes())])

@@ -56,8 +56,8 @@ export async function classify({ session, preprocess }, file) {
   const pixels = view(await decoded(file), preprocess);
   const [height, width] = preprocess.size;
   const found = await session.run({ pixels: new ort.Tensor("float32", pixels, [1, 3, height, width]) });
-  const unlike = Boolean(found.unlike?.data[0]); // absent if the index is not fitted
-  return { logits: found.logits.data, probabilities: found.probabilities.data, unlike };
+  const no_match = Boolean(found.no_match?.data[0]); // absent if the index is not fitted
+  return { logits: found.logits.data, probabilities: found.probabilities.data, no_match };
 }
 
 /** Return the RGBA pixels of an image, rotated upright, on a white background, with its colours unconverted. */
@@ -148,14 +148,14 @@ input.addEventListener("change", async () => {
   try {
     const started = performance.now();
     const model = await opened;
-    const { probabilities, unlike } = await classify(model, file);
+    const { probabilities, no_match } = await classify(model, file);
     const ranked = [...probabilities.keys()].sort((a, b) => probabilities[b] - probabilities[a]).slice(0, SHOWN);
     for (const place of ranked) {
       const line = document.createElement("li");
       line.textContent = `${model.labels[place]} ${(100 * probabilities[place]).toFixed(1)} %`;
       list.append(line);
     }
-    const label = unlike ? "No match" : model.labels[ranked[0]];
+    const label = no_match ? "No match" : model.labels[ranked[0]];
     status.textContent = `${label}, after ${Math.round(performance.now() - started)} ms`;
   } catch (error) {
     status.textContent = `This photo cannot be read: ${error.message}`;

@@ -100,7 +100,7 @@ class RowOptions:
         explain: Show the shots that contributed most to an answer, and its text and cache logits.
         abstain: Withhold the label if its probability is below P. With auto, the label is withheld if the probability
             is below 0.5 or the image has no match.
-        group_unlike: Group similar images that have no match. The column group numbers the groups, largest first.
+        group_no_match: Group similar images that have no match. The column group numbers the groups, largest first.
         group_by: Give all photos of a burst the mean of their probabilities. A burst consists of photos in the same
             folder, each taken at most SECONDS after the one before. The default is 10 seconds.
         boxes: Boxes of a detector, in MegaDetector's JSON format. Each box is cropped and classified, as photo.jpg#1.
@@ -112,7 +112,7 @@ class RowOptions:
 
     explain: bool = flag(**options.ANSWERS)
     abstain: Abstain = option(kinds.Abstaining(), **options.ANSWERS)
-    group_unlike: bool = flag(**options.ANSWERS)
+    group_no_match: bool = flag(**options.ANSWERS)
     group_by: float | None = option(kinds.Bursts(), **options.ANSWERS)
     boxes: Path | None = option(kinds.FILE, **options.INPUT)
     categories: list[str] = option(multiple=True, metavar="NAME,...", callback=kinds.names, **options.INPUT)
@@ -122,7 +122,7 @@ class RowOptions:
     def check(self, index: Index, engine: EngineOptions, style: str | None) -> None:
         """Raise UsageError if options exclude each other, or if the index cannot group photos."""
         of_one = {"--explain": self.explain, "--logits": self.ask.logits, "--coverage": self.ask.coverage is not None}
-        of_one |= {"--group-unlike": self.group_unlike, "--engine ray": engine.is_ray}
+        of_one |= {"--group-no-match": self.group_no_match, "--engine ray": engine.is_ray}
         if self.abstain is not None and (self.ask.at_least is not None or self.ask.coverage is not None):
             raise UsageError("--abstain, --at-least and --coverage: give only one")
         if (sets := index.sets(self.ask)) is not None:
@@ -135,12 +135,12 @@ class RowOptions:
             raise UsageError("--categories: selects boxes; add --boxes FILE, or leave it out")
         if self.boxes is not None and style in DOCUMENTS:
             raise UsageError(f"--format {style}: lists whole photos; leave out --boxes")
-        if self.group_unlike:
+        if self.group_no_match:
             from retrieval_tip.labelling.groups import check_fitted
 
-            check_fitted(index, "--group-unlike")
-        if self.group_unlike and engine.is_ray:
-            raise UsageError("--group-unlike: compares all images, which --engine ray cannot; leave one of them out")
+            check_fitted(index, "--group-no-match")
+        if self.group_no_match and engine.is_ray:
+            raise UsageError("--group-no-match: compares all images, which --engine ray cannot; leave one of them out")
 
     def labels(self, index: Index) -> list[str]:
         """Return the labels that answers can have."""
@@ -156,9 +156,9 @@ class RowOptions:
 
         types = {**PREDICTIONS, **EXIF, "burst": pa.int64(), "detected": pa.string()}
         columns = ["input", "label", *(["level"] if self.ask.at_least is not None else []), "probability"]
-        columns += ["unlike"] if index.settings.least_cache is not None else []
+        columns += ["no_match"] if index.settings.least_cache is not None else []
         columns += ["detected"] if self.boxes is not None else []
-        columns += ["group"] if self.group_unlike else []
+        columns += ["group"] if self.group_no_match else []
         columns += ["burst"] if self.group_by is not None else []
         columns += list(EXIF) if self.exif else []
         columns += ["set"] if self.ask.coverage is not None else []
@@ -198,13 +198,13 @@ class RowOptions:
         columns = [name for name in self.schema(index).names if name in PREDICTIONS]
         ask = replace(self.ask, neighbours=self.ask.neighbours if self.explain else 0)
         some = any(map(len, sources))  # all photos may be empty
-        if some and self.group_unlike:
+        if some and self.group_no_match:
             from retrieval_tip.labelling.groups import MOST, classify_in_groups
             from retrieval_tip.labelling.photos import Pool
 
             table = classify_in_groups(index, Pool.of(sources, reader), ask).written(columns, self.abstain)
-            if (unlike := table["unlike"].to_pylist().count(True)) > MOST:
-                drawn = f"Grouped {MOST:,} of {unlike:,} images without a match, drawn at random"
+            if (no_match := table["no_match"].to_pylist().count(True)) > MOST:
+                drawn = f"Grouped {MOST:,} of {no_match:,} images without a match, drawn at random"
                 say(f"{drawn}; the others joined these groups")
             yield table
         elif some and self.group_by is not None:
@@ -229,11 +229,11 @@ class RowOptions:
 
 
 def _counted(tables: Iterable[pa.Table], counts: Counter[str]) -> Iterator[pa.Table]:
-    """Count the ``rows`` of tables, and those that are ``unlike`` all shots, while passing the tables on."""
+    """Count the ``rows`` of tables, and those without a match, while passing the tables on."""
     for table in tables:
         counts["rows"] += len(table)
-        if "unlike" in table.column_names:
-            counts["unlike"] += table["unlike"].to_pylist().count(True)
+        if "no_match" in table.column_names:
+            counts["no_match"] += table["no_match"].to_pylist().count(True)
         yield table
 
 
@@ -309,10 +309,10 @@ class SidecarOptions:
         photos = {show(path): path for source in sources for path in source.paths or ()}
         photos |= {show(name): path for name, (path, _) in cut.boxes.items()} | {show(path): path for path in cut.empty}
         for table in tables:
-            names = {"input", "label", "probability", "unlike"}.intersection(table.column_names)
+            names = {"input", "label", "probability", "no_match"}.intersection(table.column_names)
             for row in table.select([*names]).to_pylist():
                 own = self.keywords.setdefault(photos[row["input"]], [])
-                unlabelled = row["label"] in (None, NONE) or row.get("unlike")
+                unlabelled = row["label"] in (None, NONE) or row.get("no_match")
                 keyword = self.uncertain if unlabelled else row["label"]
                 if keyword and row["probability"] is not None and keyword not in own:
                     own.append(keyword)
@@ -356,7 +356,7 @@ def classify(
     """Classify images or features with an index.
 
     INPUTS are images, folders, globs, tables of paths or feature tables. Use - to read paths from standard input. If
-    the index is fitted, the column unlike is true for an image that resembles no shot. With --abstain, an uncertain
+    the index is fitted, the column no_match is true for an image that resembles no shot. With --abstain, an uncertain
     answer has a probability but no label: the label is null, or - in a table. With --engine ray, --out is a folder
     of Parquet parts. The formats coco, fiftyone, label-studio and megadetector are JSON files for other programs. The
     format camtrap-dp is a folder of tables. With --xmp, the sidecar of photo.jpg is photo.jpg.xmp, or an existing
@@ -405,7 +405,7 @@ def classify(
             known = {"input": chain.from_iterable(source.sources for source in sources), "label": labels}
             write_tables(tables, rows.schema(loaded), printing.style, printing.output, prediction_details, known)
     if printing.output is not None:
-        no_match = f", {counts['unlike']:,} with no match" if loaded.settings.least_cache is not None else ""
+        no_match = f", {counts['no_match']:,} with no match" if loaded.settings.least_cache is not None else ""
         empty = f", {len(cut.empty):,} empty" if rows.boxes is not None else ""
         answered_inputs = counted(counts["rows"] - len(cut.empty) - len(cut.others), "input")
         note(f"{show(printing.output)}: classified {answered_inputs}{no_match}{empty}")

@@ -92,7 +92,7 @@ def megadetector(
         if row.get("taken_at") is not None:
             image["datetime"] = f"{row['taken_at']:%Y:%m:%d %H:%M:%S}"
         image |= {name: row[name] for name in PLACE if row.get(name) is not None}
-        if found is not None and row["label"] is not None and not row.get("unlike"):
+        if found is not None and row["label"] is not None and not row.get("no_match"):
             ranked = list(zip(row["labels"], row["probabilities"], strict=True))
             if row["label"] not in row["labels"]:  # a group of classes
                 ranked = [(row["label"], row["probability"])]
@@ -190,10 +190,10 @@ def _observed(row: Row, now: datetime) -> Row:
     if sure is None:  # only the detector saw it
         kind = TYPES.get(str(row["detected"]).casefold(), "unclassified")
         return {"observationType": kind, "scientificName": None, "classifiedBy": None}
-    kind = "unknown" if label is None or row.get("unlike") else TYPES.get(label.casefold(), ANIMAL)
+    kind = "unknown" if label is None or row.get("no_match") else TYPES.get(label.casefold(), ANIMAL)
     return {
         "observationType": kind, "scientificName": label if kind == ANIMAL else None, "classificationTimestamp": now,
-        "classificationProbability": None if row.get("unlike") else round(sure, 4),
+        "classificationProbability": None if row.get("no_match") else round(sure, 4),
     }  # fmt: skip
 
 

@@ -47,8 +47,8 @@ class Answers:
     the natural logarithm of the probability of the true class, which can be used to rank items whose probabilities
     round to 0. ``class_names`` starts with the classes of the index, whose number is ``known``. If an item belongs to
     another class, its ``truth`` is at least ``known``. ``held_out`` is true for shots of the index, which were
-    classified without themselves. ``strength`` is the largest cache logit of a class with keys, and ``unlike`` is true
-    if it is below the threshold of the index. Both are ``None`` if the index has no threshold. For a question with
+    classified without themselves. ``strength`` is the largest cache logit of a class with keys. ``no_match`` is true if
+    it is below the threshold of the index. Both are ``None`` if the index has no threshold. For a question with
     ``at_least``, ``levels`` holds the level of each answer, or -1 if it has no label, and ``right_at_level`` tells
     whether it is right there. For a question with ``coverage``, ``set_sizes`` holds the number of classes in each set,
     and ``in_set`` tells whether the true class is in it.
@@ -63,7 +63,7 @@ class Answers:
     known: int
     held_out: Bools
     strength: Floats | None = None
-    unlike: Bools | None = None
+    no_match: Bools | None = None
     levels: Ints | None = None
     right_at_level: Bools | None = None
     set_sizes: Ints | None = None
@@ -81,9 +81,9 @@ class Answers:
 
     @property
     def right(self) -> Bools:
-        """Whether each answer is right. For an item of an unknown class, only ``unlike`` is right."""
+        """Whether each answer is right. For an item of an unknown class, only ``no_match`` is right."""
         right: Bools = self.truth == self.predicted
-        return right if self.unlike is None else right | (self.unlike & ~self.of_known)
+        return right if self.no_match is None else right | (self.no_match & ~self.of_known)
 
     def take(self, places: Ints) -> Answers:
         """Return some of the answers."""
@@ -109,14 +109,14 @@ class Answers:
 
     def recognition(self) -> Recognition:
         """Return how well items of known and unknown classes are told apart."""
-        known, unlike, strength = self.of_known, self.unlike, self.strength
+        known, no_match, strength = self.of_known, self.no_match, self.strength
         counts = Counter(self.class_names[i] for i in self.truth[~known].tolist())
         return Recognition(
             held_out=int(self.held_out.sum()),
             unknown=dict(sorted(counts.items())),
             known_top1=_mean(self.right[known]),
-            known_no_match=None if unlike is None else _mean(unlike[known]),
-            unknown_no_match=None if unlike is None else _mean(unlike[~known]),
+            known_no_match=None if no_match is None else _mean(no_match[known]),
+            unknown_no_match=None if no_match is None else _mean(no_match[~known]),
             auroc=None if strength is None else _area_under_roc(strength[known], strength[~known]),
         )
 
@@ -130,11 +130,11 @@ class Recognition:
     - ``held_out``: the number of items that are shots of the index, each of which was classified without itself
     - ``unknown``: the number of items of each class that the index lacks
     - ``known_top1``: the accuracy on items of the other classes
-    - ``known_no_match``, ``unknown_no_match``: the share of items of known and of unknown classes that are ``unlike``
-    - ``auroc``: the area under the ROC curve of the score behind ``unlike``, which is the probability that an item of
+    - ``known_no_match``, ``unknown_no_match``: the share of items of known and of unknown classes that are ``no_match``
+    - ``auroc``: the area under the ROC curve of the score behind ``no_match``, which is the probability that an item of
       a known class has a higher score than one of an unknown class
 
-    The last three are also ``None`` if the index has no threshold for ``unlike``.
+    The last three are also ``None`` if the index has no threshold for ``no_match``.
     """
 
     held_out: int = 0
@@ -150,7 +150,7 @@ class Evaluation(Recognition):
     """The accuracy of an index on the ``n`` readable items of a source. All accuracies are fractions.
 
     - ``top1``, ``top5``: the accuracies of the blended logits. An item of a class that the index lacks counts as right
-      if it is ``unlike``.
+      if it is ``no_match``.
     - ``zero_shot_top1``: the accuracy of the text logits, or ``None`` if the index has no text weights
     - ``cache_top1``: the accuracy of the cache logits
     - ``per_class``: the top-1 accuracy of each class of the index that occurs in the source
@@ -322,7 +322,7 @@ def _answers(answer: AnswerBlock, every: Ints, class_names: list[str], held_out:
     if settings.least_cache is None:
         return answers
     strength = terms.strongest(answer.retrieval.keys.counts).double().cpu().numpy()
-    return replace(answers, strength=strength, unlike=strength < settings.least_cache)
+    return replace(answers, strength=strength, no_match=strength < settings.least_cache)
 
 
 def _area_under_roc(high: npt.NDArray[np.floating], low: npt.NDArray[np.floating]) -> float | None:

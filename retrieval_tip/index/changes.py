@@ -450,7 +450,7 @@ def configure(
     classes (see :class:`settings.BuildOptions`).
 
     If the index is fitted, a new beta also refits the parts that depend on it (see :meth:`Change.refit`). These are the
-    solved values, alpha, the temperature and the ``unlike`` threshold. An alpha or temperature that you also give is
+    solved values, alpha, the temperature and the ``no_match`` threshold. An alpha or temperature that you also give is
     set after the refit.
 
     If you give ``normalize``, alpha and beta are in units that depend on the current shots. A missing alpha or beta is

@@ -95,7 +95,7 @@ class Answer(torch.nn.Module):
         self.register_buffer("metric_transform", None if metric is None else metric.transform.cpu())
 
     def forward(self, given: Tensor) -> tuple[Tensor, ...]:
-        """Return the logits and probabilities of shape ``[b, c]``, and ``unlike`` of shape ``[b]`` if it is known."""
+        """Return the logits and probabilities of shape ``[b, c]``, and ``no_match`` of shape ``[b]`` if it is known."""
         settings, features = self.settings, normalize(given) if self.raw else given
         points = features
         if self.metric_mean is not None and self.metric_transform is not None:
@@ -172,7 +172,7 @@ def export_onnx(index: Index, out: str | os.PathLike[str], backbone: Encoder = N
     mean and divides by the standard deviation. With several encoders, there is one input for each that has a share,
     ``pixels_1`` for the first, and ``preprocess`` describes each. If you give no backbone, the input is ``features``, a
     float32 array of shape ``[b, d]`` with rows of unit norm. The outputs are ``logits`` and ``probabilities``, both of
-    shape ``[b, c]``, in the order of ``labels``. If the index is fitted, ``unlike`` is a bool array of shape ``[b]``.
+    shape ``[b, c]``, in the order of ``labels``. If the index is fitted, ``no_match`` is a bool array of shape ``[b]``.
 
     If the ``backbone`` is in int8, the graph contains its stored tower, which is several times smaller and often
     faster. Everything else stays in float32.
@@ -199,7 +199,7 @@ def export_onnx(index: Index, out: str | os.PathLike[str], backbone: Encoder = N
     if size > LARGEST:
         what = "keys and values" if backbone is None else f"keys, values and {backbone.identity.model}"
         raise UsageError(f"{show(Path(out))}: {what} take {size / 1e9:.1f} GB; the limit is 2 GB")
-    outputs = ["logits", "probabilities", *([] if index.settings.least_cache is None else ["unlike"])]
+    outputs = ["logits", "probabilities", *([] if index.settings.least_cache is None else ["no_match"])]
     facts = _metadata(index, backbone)
     with replacing(Path(out)) as temporary:
         try:
@@ -223,7 +223,7 @@ def export_onnx(index: Index, out: str | os.PathLike[str], backbone: Encoder = N
 def _agreement(index: Index, backbone: Encoder, outputs: Sequence[str], file: Path) -> dict[str, float] | None:
     """Run the graph on at most ``COMPARED`` photos of the index (or keys, without a ``backbone``) in OpenVINO.
 
-    Returns the number of examples (``n``), the number with the package's label and ``unlike`` (``equal``), and the
+    Returns the number of examples (``n``), the number with the package's label and ``no_match`` (``equal``), and the
     largest difference of a probability (``difference``). Returns ``None`` if the photos cannot be read.
     """
     examples = [({FEATURES: key[None]}, key[None]) for key in index.rows.some(COMPARED)[0].astype(np.float32)]
@@ -245,7 +245,7 @@ def _agreement(index: Index, backbone: Encoder, outputs: Sequence[str], file: Pa
         found = {name: results[name][0] for name in outputs}
         own = index.classify(features, neighbours=0, norms="keep").to_arrow().to_pylist()[0]
         label = index.class_names[int(found["logits"].argmax())]
-        equal += (label, found.get("unlike")) == (own["label"], own.get("unlike"))
+        equal += (label, found.get("no_match")) == (own["label"], own.get("no_match"))
         chances = tip.probabilities(torch.tensor([own["logits"]]), index.settings.temperature)[0].numpy()
         difference = max(difference, float(np.abs(found["probabilities"] - chances).max()))
     return {"n": len(examples), "equal": equal, "difference": difference}

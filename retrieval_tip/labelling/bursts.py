@@ -46,21 +46,21 @@ def classify_in_bursts(
     """Classify photos, and give all photos of a burst the mean of their probabilities.
 
     The encoder must read photos with ``noting``. Returns one prediction per photo, and the number of its burst (see
-    :func:`bursts`). A burst is ``unlike`` if all of its photos are. Raises UsageError if the probabilities do not fit
+    :func:`bursts`). A burst is ``no_match`` if all of its photos are. Raises UsageError if the probabilities do not fit
     in memory.
     """
     total, c = sum(map(len, sources)), len(index.class_names)
     check_memory(12 * total * c, f"probabilities of {total:,} photos", "classify fewer photos at a time")
     names: list[str] = []
-    unlike: list[bool] = []
+    no_match: list[bool] = []
     blocks: list[torch.Tensor] = []
     for source in sources:
         for answers in index.classify_source(source, reader, replace(ask, top=1, neighbours=0, logits=True)):
-            table = answers.written(["input", "logits", "unlike"])
+            table = answers.written(["input", "logits", "no_match"])
             logits = torch.tensor(table["logits"].combine_chunks().flatten().to_numpy()).reshape(-1, c)
             blocks.append(tip.probabilities(logits, index.settings.temperature))
             names += table["input"].to_pylist()
-            unlike += table["unlike"].to_pylist()
+            no_match += table["no_match"].to_pylist()
     numbers = bursts(names, [noting.taken.get(name, UNKNOWN).taken_at for name in names], gap)
     rows = torch.from_numpy(numbers - 1)
     sums = torch.zeros(int(numbers.max()), c, dtype=torch.float64)
@@ -78,8 +78,8 @@ def classify_in_bursts(
     if ask.at_least is not None and index.groups is not None:
         columns |= narrowest(means, index.class_names, index.groups, ask.at_least)
     if index.settings.least_cache is not None:
-        known = torch.bincount(rows, 1 - torch.tensor(unlike, dtype=torch.float64))
-        columns["unlike"] = pa.array((known == 0).numpy())
+        known = torch.bincount(rows, 1 - torch.tensor(no_match, dtype=torch.float64))
+        columns["no_match"] = pa.array((known == 0).numpy())
     shared = pa.table(columns, schema=pa.schema([(name, PREDICTIONS[name]) for name in PREDICTIONS if name in columns]))
     named = shared.take(pa.array(rows.numpy())).add_column(0, "input", pa.array(names, pa.string()))
     return Predictions(named), pa.array(numbers)

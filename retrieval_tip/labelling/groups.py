@@ -115,7 +115,7 @@ def threshold_of(index: Index) -> float:
     return (same + max(other, 0.0)) / 2
 
 
-def group_unlike(index: Index, features: FloatArray, answers: Predictions) -> Predictions:
+def group_no_match(index: Index, features: FloatArray, answers: Predictions) -> Predictions:
     """Add the column ``group`` to the answers for features of shape ``[q, d]``.
 
     The groups of photos without a match are numbered from 1, largest first. Other photos, and photos that are similar
@@ -123,16 +123,16 @@ def group_unlike(index: Index, features: FloatArray, answers: Predictions) -> Pr
     """
     check_fitted(index)
     table = answers.to_arrow()
-    unlike = np.flatnonzero(table["unlike"].to_numpy())
+    no_match = np.flatnonzero(table["no_match"].to_numpy())
     numbers = np.zeros(len(table), dtype=np.int64)
-    if len(unlike):
-        for number, rows in enumerate(group(features[unlike], threshold_of(index), index.metric), 1):
-            numbers[unlike[rows]] = number
+    if len(no_match):
+        for number, rows in enumerate(group(features[no_match], threshold_of(index), index.metric), 1):
+            numbers[no_match[rows]] = number
     column = pa.array(numbers, PREDICTIONS["group"], mask=numbers == 0)
     return Predictions(table.append_column("group", column))
 
 
-def check_fitted(index: Index, name: str = "group_unlike") -> None:
+def check_fitted(index: Index, name: str = "group_no_match") -> None:
     """Raise UsageError, which begins with ``name``, if an index does not know which photos have no match."""
     if index.settings.least_cache is None:
         raise UsageError(f"{name}: the index does not know which images have no match; fit it first")
@@ -141,4 +141,4 @@ def check_fitted(index: Index, name: str = "group_unlike") -> None:
 def classify_in_groups(index: Index, pool: Pool, ask: Ask) -> Predictions:
     """Classify photos as :meth:`answering.Answering.classify` does, and group the photos without a match."""
     answers = index.classify(pool.features, "keep", **vars(ask))
-    return group_unlike(index, pool.features, answers.named(pa.array(pool.names, pa.string())))
+    return group_no_match(index, pool.features, answers.named(pa.array(pool.names, pa.string())))

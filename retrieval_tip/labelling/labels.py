@@ -226,14 +226,14 @@ def alike(features: FloatArray, rows: Sequence[int]) -> list[list[int]]:
 
 
 def guesses(index: Index, features: FloatArray, *, none: bool = True) -> list[dict[str, Any]]:
-    """Return the ``guesses`` for each photo, most probable first, and whether it is ``unlike`` all shots.
+    """Return the ``guesses`` for each photo, most probable first, and whether it is ``no_match`` all shots.
 
     If ``none`` is false, the class ``NONE`` is left out, which has a key of its own while single photos are labelled.
     """
     answers = index.classify(features, "keep", top=GUESSES + 1, neighbours=0, logits=False)
     found = []
-    for row in answers.written(["labels", "probabilities", "unlike"]).to_pylist():
+    for row in answers.written(["labels", "probabilities", "no_match"]).to_pylist():
         pairs = [pair for pair in zip(row["labels"], row["probabilities"], strict=True) if none or pair[0] != NONE]
         named = [{"label": label, "probability": probability} for label, probability in pairs[:GUESSES]]
-        found.append({"guesses": named, "unlike": bool(row["unlike"])})
+        found.append({"guesses": named, "no_match": bool(row["no_match"])})
     return found

@@ -160,7 +160,7 @@ def suggest_features(pool: Pool, n: int, index: Index | None = None, guesses: pa
     """
     if index is not None:
         answers = index.classify(pool.features, "keep", neighbours=0, logits=False)
-        guesses = answers.written(["label", "probability", "unlike"])
+        guesses = answers.written(["label", "probability", "no_match"])
         class_ids = pc.index_in(guesses["label"], value_set=pa.array(index.class_names)).to_numpy()
         chances, counts = guesses["probability"].to_numpy(), np.array(index.counts)
         picks = suggest(
@@ -200,12 +200,12 @@ def guessed_by_name(
 
 
 def why(
-    covers: int, label: str | None = None, probability: float = 0.0, unlike: bool | None = None,
+    covers: int, label: str | None = None, probability: float = 0.0, no_match: bool | None = None,
     examples: int | None = None,
 ) -> str:  # fmt: skip
     """Explain in words why to label a photo. ``examples`` is the number of shots of the guessed class ``label``."""
     similar = f"stands for {counted(covers, 'similar photo')}" if covers else "stands only for itself"
-    if unlike:
+    if no_match:
         return f"{similar}; may be a new class"
     if label is None:
         return similar

@@ -141,7 +141,7 @@ def locked(folder: Path, dry_run: bool) -> Iterator[None]:
 def _classified(
     index: Index, sources: Sequence[Source], reader: Reader
 ) -> Iterator[list[tuple[str, str, dict[str, Any]]]]:
-    """Yield blocks of photos: their paths, their digests, and their label, its probability and whether it is unlike."""
+    """Yield blocks of photos: their paths, their digests, and their label, probability and no_match."""
     for source in sources:
         paths = source.paths
         for answers in index.answers(
@@ -150,11 +150,11 @@ def _classified(
             block = answers.block
             columns = ItemColumns.of(source.items.take(pa.array(block.positions)), block.digests)
             names = columns.sources.to_pylist() if paths is None else [paths[i] for i in block.positions]
-            table = answers.predictions().written(["label", "probability", "unlike"])
+            table = answers.predictions().written(["label", "probability", "no_match"])
             photos, own_labels = [], dict(index.known(columns.digests))
             for name, digest, answer in zip(names, columns.digests, table.to_pylist(), strict=True):
                 if digest in own_labels:
-                    answer = {"label": own_labels[digest], "probability": 1.0, "unlike": False}
+                    answer = {"label": own_labels[digest], "probability": 1.0, "no_match": False}
                 is_id = paths is None and not os.path.lexists(name)
                 item = name if is_id or remote.is_remote(name) else os.path.abspath(name)  # noqa: PTH100
                 try:
@@ -180,10 +180,10 @@ class _Outputs:
     known: dict[str, Placed]
     digests: dict[str, str | None] = field(default_factory=dict)
 
-    def row(self, item: str, digest: str, label: str, probability: float, unlike: bool | None) -> Placed:
+    def row(self, item: str, digest: str, label: str, probability: float, no_match: bool | None) -> Placed:
         """Return the row of a photo, which may be a row of the manifest."""
         part = NOT_SURE if probability < self.least else class_folder(label)
-        part = NO_MATCH if unlike else part
+        part = NO_MATCH if no_match else part
         old = self.known.get(item)
         if old is not None and old.digest == digest and old.output.startswith(f"{part}/"):
             there = self._digest(old.output)

@@ -95,7 +95,7 @@ class AnswerBlock:
             columns["discriminant_logit"] = factor * _doubles(terms.discriminant.gather(1, winner))[:, 0]
         if settings.least_cache is not None:
             strongest = terms.strongest(self.retrieval.keys.counts)
-            columns["unlike"] = (strongest < settings.least_cache).cpu().numpy()
+            columns["no_match"] = (strongest < settings.least_cache).cpu().numpy()
         known = [column for column in PREDICTIONS if column in columns]
         schema = pa.schema([SCHEMA.field(column) for column in known])
         return Predictions(pa.table([columns[column] for column in known], schema=schema))

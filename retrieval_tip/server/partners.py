@@ -113,7 +113,7 @@ async def predict(request: Request, service: TheService, sent: Json) -> Response
             best: Json = (await service.classify(version, BEST, photo, features=False)).results[0]
         except (InputError, Problem) as error:
             return found, _reason(error)
-        if not best.get("unlike") and best["label"] in interface.choices:
+        if not best.get("no_match") and best["label"] in interface.choices:
             names = {"from_name": interface.from_name, "to_name": interface.to_name, "type": "choices"}
             found |= {"result": [names | {"value": {"choices": [best["label"]]}}], "score": best["probability"]}
         return found, ""
@@ -229,7 +229,7 @@ async def labels(request: Request, service: TheService, sent: Json, index: str |
     best: dict[str, float] = {}
     answers: list[Json] = (await service.classify(version, BEST, asked, features=False)).results
     for found in answers:
-        if not found.get("unlike"):
+        if not found.get("no_match"):
             best[found["label"]] = max(best.get(found["label"], 0.0), found["probability"])
     made = [{"name": name, "source": "image", "confidence": p, "topicality": p} for name, p in best.items()]
     model = {"type": "labels", "name": version.name, "version": str(version.manifest.version)}

@@ -317,11 +317,11 @@ async def label_answers(service: TheService, labelling: TheLabelling) -> Respons
     elif rows:
         index, features = version.index, photos.rows(rows)
         found = dict(zip(rows, await service.find(guesses, index, features), strict=True))
-        unlike = [row for row, photo in enumerate(rows) if found[photo]["unlike"]][:MOST_GROUPED]
-        if len(unlike) > 1:
-            alike = await service.find(lambda: group(features[unlike], threshold_of(index), index.metric))
-            groups = [[rows[unlike[row]] for row in own] for own in alike]
-    found |= {photo: {"label": label.label, "guesses": [], "unlike": False} for photo, label in labels.items()}
+        no_match = [row for row, photo in enumerate(rows) if found[photo]["no_match"]][:MOST_GROUPED]
+        if len(no_match) > 1:
+            alike = await service.find(lambda: group(features[no_match], threshold_of(index), index.metric))
+            groups = [[rows[no_match[row]] for row in own] for own in alike]
+    found |= {photo: {"label": label.label, "guesses": [], "no_match": False} for photo, label in labels.items()}
     listed = [{"photo": photo, "name": photos.names[photo], "label": None} | found[photo] for photo in shown]
     return json_of({"version": version and version.manifest.version, "photos": listed, "groups": groups})
 

@@ -522,14 +522,14 @@ class RightGuesses(BaseModel):
 class FolderPhoto(BaseModel):
     """A photo of the labelled folder: its label or, without one, its most probable classes.
 
-    ``unlike`` tells whether it resembles no example.
+    ``no_match`` tells whether it resembles no example.
     """
 
     photo: int
     name: str
     label: str | None
     guesses: list[Guess]
-    unlike: bool
+    no_match: bool
 
 
 class FolderAnswers(BaseModel):

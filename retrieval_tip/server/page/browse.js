@@ -387,7 +387,7 @@ function showStar() {
   const at = (one) => (drawn && one?.current ? placeOf(drawn, one, settings.values.beta) : null);
   const place = at(photo);
   const others = pagePhotos().slice(0, RINGS).filter((one) => one !== photo);
-  const answer = (one) => (one.unlike ? -1 : state.labels.indexOf(one.taught ?? one.winner?.label));
+  const answer = (one) => (one.no_match ? -1 : state.labels.indexOf(one.taught ?? one.winner?.label));
   keyMap.star(place, others.map((one) => [at(one), answer(one)]).filter(([where]) => where));
   const how = drawn?.axes ? "is at the star." : "is not on this map. The star marks the examples that it resembles most.";
   $("map-star").textContent = place ? `★ ${cut(photo.name, 40)} ${how}` : "";

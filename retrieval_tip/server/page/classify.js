@@ -219,11 +219,11 @@ function progress() {
   $("answers").hidden = !photos.length;
   const own = folder();
   const rest = own.filter(({ taught }) => taught === null).length;
-  const unlike = photos.filter((photo) => photo.unlike && photo.taught === null).length;
+  const no_match = photos.filter((photo) => photo.no_match && photo.taught === null).length;
   $("progress").textContent =
     (left ? `${count(photos.length - left)} of ${plural(photos.length, "photo")} done${remaining(left)}`
       : own.length === photos.length && own.length ? `${plural(rest, "photo")} without a label${expected(rest)}` : plural(photos.length, "photo")) +
-    (unlike ? ` · ${unlike} with no match` : "");
+    (no_match ? ` · ${no_match} with no match` : "");
   $("screen-right").hidden = $("finish-open").hidden = !own.length;
   $("reviewed").hidden = !session.now?.progress?.done;
   const done = wasBusy && !left;
@@ -239,7 +239,7 @@ function progress() {
   showProblems();
 }
 
-const spoken = (photo) => (photo.unlike ? "no match" : `${photo.winner.label}, ${percent(photo.winner.probability)}`);
+const spoken = (photo) => (photo.no_match ? "no match" : `${photo.winner.label}, ${percent(photo.winner.probability)}`);
 
 let lasting = "";
 function trouble(problem) {
@@ -276,17 +276,17 @@ function showProblems() {
 
 function tile(photo, element, text, note) {
   const { shown, winner, taught } = photo;
-  const unlike = photo.unlike && taught === null;
-  for (const [name, is] of Object.entries({ busy: photo.busy, unlike, taught: taught !== null })) element.classList.toggle(name, is);
+  const no_match = photo.no_match && taught === null;
+  for (const [name, is] of Object.entries({ busy: photo.busy, no_match, taught: taught !== null })) element.classList.toggle(name, is);
   element.title = photo.name;
   Object.assign(element.dataset, { input: photo.name, busy: photo.busy });
   if (shown) Object.assign(element.dataset, { label: winner.label, probability: winner.probability });
   const said = photo.group ?? winner;
-  text.textContent = taught ?? (unlike ? "No match" : (said?.label ?? photo.name));
+  text.textContent = taught ?? (no_match ? "No match" : (said?.label ?? photo.name));
   if (taught) note.textContent = photo.inFolder ? "labelled" : "added";
-  else if (shown) note.textContent = unlike ? "" : percent(said.probability);
+  else if (shown) note.textContent = no_match ? "" : percent(said.probability);
   else note.textContent = photo.problem ? "no answer" : "classifying…";
-  const doubtful = shown && !unlike && !taught && winner.probability < DOUBTFUL;
+  const doubtful = shown && !no_match && !taught && winner.probability < DOUBTFUL;
   element.style.setProperty("--p", doubtful ? winner.probability : 0);
 }
 
@@ -295,8 +295,8 @@ function tile(photo, element, text, note) {
 const STATES = {
   all: () => true,
   rest: (photo) => photo.taught === null,
-  unlike: (photo) => photo.unlike && !photo.taught,
-  unsure: (photo) => photo.shown && !photo.unlike && photo.winner.probability < 0.5,
+  no_match: (photo) => photo.no_match && !photo.taught,
+  unsure: (photo) => photo.shown && !photo.no_match && photo.winner.probability < 0.5,
   taught: (photo) => photo.taught !== null,
 };
 const SORTS = {
@@ -318,7 +318,7 @@ function moreLike(photo) {
   scrollTo({ top: 0 });
 }
 
-const classOf = (photo) => photo.taught ?? (photo.unlike ? "" : (photo.winner?.label ?? ""));
+const classOf = (photo) => photo.taught ?? (photo.no_match ? "" : (photo.winner?.label ?? ""));
 
 /** Sort some photos by their current answers. The others keep their order, because a person is looking at them. */
 function resort(some = photos) {
@@ -429,7 +429,7 @@ $("selection-right").addEventListener("click", () => acceptAll(acting()));
 $("selection-none").addEventListener("click", () => (grid.select([]), $("grid").focus()));
 $("selection-away").addEventListener("click", () => (putAway(acting()), $("grid").focus()));
 
-const acceptable = (photo) => photo.shown && !photo.unlike && photo.taught === null && !photo.judgedByOthers;
+const acceptable = (photo) => photo.shown && !photo.no_match && photo.taught === null && !photo.judgedByOthers;
 
 async function acceptAll(which) {
   if (!state.info.changes) return;

@@ -13,7 +13,7 @@ const rows = () =>
     input: photo.path ?? photo.name,
     label: photo.winner?.label ?? photo.taught,
     probability: photo.winner?.probability ?? null,
-    unlike: photo.unlike,
+    no_match: photo.no_match,
     taught: photo.taught,
     labels: (photo.shown?.rows ?? []).map(({ label }) => label),
     probabilities: (photo.shown?.rows ?? []).map(({ probability }) => probability),
@@ -34,7 +34,7 @@ function download(name, type, ...parts) {
 }
 
 $("download-csv").addEventListener("click", () => {
-  const columns = ["input", "label", "probability", "unlike", "taught"];
+  const columns = ["input", "label", "probability", "no_match", "taught"];
   const lines = [columns, ...rows().map((row) => columns.map((name) => row[name]))];
   download(`${state.info.name}.csv`, "text/csv", `${lines.map((line) => line.map(cell).join(",")).join("\n")}\n`);
 });
@@ -43,8 +43,8 @@ $("download-json").addEventListener("click", () =>
 );
 
 const SURE = 0.5; // below this probability, an answer is more likely wrong than right
-function folderOf({ taught, unlike, winner }) {
-  if (taught === null && unlike) return "no match";
+function folderOf({ taught, no_match, winner }) {
+  if (taught === null && no_match) return "no match";
   if (taught === null && winner.probability < SURE) return "not sure";
   return classFolder(taught ?? winner.label);
 }

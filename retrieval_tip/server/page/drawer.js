@@ -119,9 +119,9 @@ export function show() {
     $("drawer-probability").textContent = "";
     return;
   }
-  $("drawer-title").textContent = photo.unlike ? "No match" : cut(winner.label, 40);
+  $("drawer-title").textContent = photo.no_match ? "No match" : cut(winner.label, 40);
   $("drawer-title").title = winner.label;
-  $("drawer-probability").textContent = photo.unlike ? "" : percent(winner.probability);
+  $("drawer-probability").textContent = photo.no_match ? "" : percent(winner.probability);
   $("drawer-notes").replaceChildren(...notes());
   showCorrection();
   showDecided();
@@ -130,7 +130,7 @@ export function show() {
 
 function notes() {
   const lines = [];
-  if (photo.unlike) lines.push(`This photo does not resemble any example photo. The closest guess is ${photo.winner.label}.`);
+  if (photo.no_match) lines.push(`This photo does not resemble any example photo. The closest guess is ${photo.winner.label}.`);
   if (photo.group) lines.push(`The ${photo.group.level} is ${photo.group.label}, ${percent(photo.group.probability)}.`);
   if (photo.taught) lines.push(`You added this photo as an example of ${photo.taught}.`);
   if (photo.judgedByOthers) lines.push("This photo is one of the examples, so only the other examples count here.");
@@ -143,12 +143,12 @@ function notes() {
 
 function showCorrection() {
   const can = state.info.changes;
-  const settled = !can || photo.unlike || (photo.taught !== null && !photo.inFolder);
+  const settled = !can || photo.no_match || (photo.taught !== null && !photo.inFolder);
   $("drawer-wrong").hidden = settled;
   $("drawer-right").hidden = settled || photo.taught !== null || photo.judgedByOthers; // it is an example already
   $("drawer-wrong").setAttribute("aria-expanded", String(wrong === photo));
-  $("drawer-correction").hidden = !can || (wrong !== photo && !photo.unlike);
-  $("drawer-which").textContent = photo.unlike ? "What is it?" : "Which class is right?";
+  $("drawer-correction").hidden = !can || (wrong !== photo && !photo.no_match);
+  $("drawer-which").textContent = photo.no_match ? "What is it?" : "Which class is right?";
   $("drawer-refused").hidden = can;
   $("drawer-chips").replaceChildren(...chips(can ? photo.choices : [], teachChoice));
 }

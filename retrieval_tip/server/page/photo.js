@@ -18,7 +18,7 @@ export class Photo {
   similar = []; // the most similar examples as [{ key_id, affinity }], most similar first
   without = []; // key ids of this photo itself, which is classified with the other examples
   version = null; // index version to which these belong
-  shown = null; // the answer as { name, rows, unlike, group, supporting, opposing }; `name` identifies the settings
+  shown = null; // the answer as { name, rows, no_match, group, supporting, opposing }; `name` identifies the settings
   before = null; // the answer before the index changed
   problem = null; // the reason why there is no answer
   busy = false;
@@ -53,14 +53,14 @@ export class Photo {
     return this.shown?.group ?? null;
   }
 
-  get unlike() {
-    return this.shown?.unlike === true;
+  get no_match() {
+    return this.shown?.no_match === true;
   }
 
   /** A sort key, which is highest for photos that have no answer, and then for photos that have no match. */
   get doubt() {
     if (!this.shown) return 3;
-    return (this.unlike ? 1 : 0) + 1 - this.winner.probability;
+    return (this.no_match ? 1 : 0) + 1 - this.winner.probability;
   }
 
   /** Discard the answer, because another index is open. */
@@ -78,9 +78,9 @@ export class Photo {
       this.without = itself.length < state.info.n_keys ? itself : [];
     }
     if (version !== state.info.version || String(this.without) !== String(without)) return false;
-    const unlike = settings.changed && this.shown ? this.shown.unlike : (result.unlike ?? false); // the sliders do not change it
-    const group = result.level && result.level !== state.info.levels[0] && !unlike ? result : null; // no class is sure
-    this.shown = { name, unlike, rows: rowsOf(result), group, supporting: result.neighbours, opposing: result.opposing };
+    const no_match = settings.changed && this.shown ? this.shown.no_match : (result.no_match ?? false); // the sliders do not change it
+    const group = result.level && result.level !== state.info.levels[0] && !no_match ? result : null; // no class is sure
+    this.shown = { name, no_match, rows: rowsOf(result), group, supporting: result.neighbours, opposing: result.opposing };
     this.busy = false;
     this.problem = null;
     return true;
@@ -98,7 +98,7 @@ export class Photo {
   get choices() {
     if (!this.shown) return [];
     const { rows } = this.shown;
-    return (this.unlike ? rows : rows.slice(1)).slice(0, 3).map(({ label }) => label);
+    return (this.no_match ? rows : rows.slice(1)).slice(0, 3).map(({ label }) => label);
   }
 }
 
@@ -119,11 +119,11 @@ export class FolderPhoto extends Photo {
   }
 
   /** Store the label or the answer that the session has for all photos. A photo with a feature has its own answer. */
-  tell({ label, guesses, unlike }) {
+  tell({ label, guesses, no_match }) {
     this.taught = label;
     if (this.feature || !guesses.length) return;
     const rows = guesses.map((guess) => ({ ...guess, text: NaN, cache: NaN }));
-    this.shown = { name: settings.name, unlike, rows, supporting: [], opposing: null };
+    this.shown = { name: settings.name, no_match, rows, supporting: [], opposing: null };
   }
 
   /** Fetch the feature, with which the photo is classified like any other photo. */

@@ -15,14 +15,14 @@ let asked = ""; // the photos that are grouped, or are being grouped
 /** Group the photos that have no match, and show the groups, after groups that are `known` already. When a group is
  *  named, `teach(photos, label)` is called. */
 export async function showUnknown(photos, known, teach) {
-  const isUnknown = (photo) => photo.unlike && photo.taught === null;
-  const unlike = photos.filter(isUnknown);
+  const isUnknown = (photo) => photo.no_match && photo.taught === null;
+  const no_match = photos.filter(isUnknown);
   const groups = known.map((some) => some.filter(isUnknown)).filter((some) => some.length >= LEAST).slice(0, GROUPS);
-  const now = [state.info?.name, state.info?.version, ...[...groups, unlike].flat().map(({ id }) => id)].join();
+  const now = [state.info?.name, state.info?.version, ...[...groups, no_match].flat().map(({ id }) => id)].join();
   if (now === asked) return;
   asked = now;
   const again = () => ((asked = ""), showUnknown(photos, known, teach));
-  const found = unlike.length > 1 && state.info.changes ? await grouped(unlike, teach, again) : [];
+  const found = no_match.length > 1 && state.info.changes ? await grouped(no_match, teach, again) : [];
   const shown = [...groups.map((some) => row(some, teach)), ...found];
   if (now !== asked) return;
   $("unknown").hidden = !shown.length;
@@ -30,13 +30,13 @@ export async function showUnknown(photos, known, teach) {
 }
 
 /** Return the groups, or the reason why there are none, as items of a list. */
-async function grouped(unlike, teach, again) {
-  const some = unlike.slice(0, Math.min(MOST, Math.floor(BYTES / (4 * unlike[0].feature.length))));
-  const others = `The first ${count(some.length)} of ${count(unlike.length)} photos without a match were grouped.`;
+async function grouped(no_match, teach, again) {
+  const some = no_match.slice(0, Math.min(MOST, Math.floor(BYTES / (4 * no_match[0].feature.length))));
+  const others = `The first ${count(some.length)} of ${count(no_match.length)} photos without a match were grouped.`;
   try {
     const { groups } = await api.groups(state.info.name, some.map(({ feature }) => feature));
     const rows = groups.slice(0, GROUPS).map((places) => row(places.map((place) => some[place]), teach));
-    return some.length < unlike.length ? [...rows, el("li", { class: "hint" }, others)] : rows;
+    return some.length < no_match.length ? [...rows, el("li", { class: "hint" }, others)] : rows;
   } catch (error) {
     return [el("li", {}, failure({ message: `Photos without a match could not be grouped: ${error.message}` }, again))];
   }
