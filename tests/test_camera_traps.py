@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 from cameras import encoded, gps_of
 from click.testing import CliRunner
+from conftest import needs_real
 from PIL import Image
 from referees import referee
 from serving import caltech_photos
@@ -148,6 +149,7 @@ def test_earlier_classifications_are_replaced_only_on_request(run, animals, card
     assert "classification_category_descriptions" not in people
 
 
+@needs_real
 def test_uncertain_and_unmatched_photos_get_no_classes(run, animals, card):
     def classified(document):
         images = (image for image in document["images"] if image["detections"])
@@ -262,6 +264,7 @@ def test_boxes_and_bursts_in_a_package(run, animals, card, boxes, tmp_path):
         assert (own["eventID"], own["eventStart"][17:19], own["eventEnd"][17:19]) == ("burst 1", "55", "57")
 
 
+@needs_real
 def test_classes_can_be_empty_people_or_vehicles(run, animals, card, tmp_path):
     own = tmp_path / "own"
     assert run("index", "clone", animals, own).exit_code == 0

@@ -23,7 +23,7 @@ from urllib.parse import quote
 import httpx
 import numpy as np
 import pytest
-from conftest import SHARED, examples
+from conftest import SHARED, examples, needs_real
 from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -236,7 +236,7 @@ def test_the_token_is_accepted_as_a_password_on_these_routes_only(own: Path, thi
         ("<View>\ud800</View>", "is not XML"),
         (None, "must be XML"),
     ],
-    ids=lambda value: str(value)[:20],
+    ids=lambda value: value[:20] if isinstance(value, str) else "",  # a set has another order in each process
 )  # fmt: skip
 def test_the_first_choices_of_an_image_count(text: str | None, found: tuple[Any, ...] | str) -> None:
     if isinstance(found, tuple):
@@ -310,6 +310,7 @@ def test_only_uploads_of_the_configured_label_studio_are_fetched(
             Photos(None, 1, {"LABEL_STUDIO_URL": address, "LABEL_STUDIO_API_KEY": key})
 
 
+@needs_real
 def test_photoprism_gets_the_labels_of_photos_that_match(own: Path, photos: list[tuple[Path, str]]) -> None:
     """The request and the answer are those of PhotoPrism's ``ApiRequest`` and ``ApiResponse``."""
     fit_index(own)

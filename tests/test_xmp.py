@@ -18,7 +18,7 @@ from xml.sax.saxutils import escape, quoteattr
 import filelock
 import killing
 import pytest
-from conftest import ROOT, examples, few, sampled
+from conftest import ROOT, examples, few, needs_real, sampled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -286,6 +286,7 @@ def test_a_full_disk_changes_whole_sidecars_and_the_next_run_continues(tmp_path,
         assert state(folder) == {"b.jpg.xmp": FULL}
 
 
+@needs_real
 def test_the_command_writes_keywords_corrects_them_and_restores_the_bytes(shared, things, run, tmp_path):
     index, inbox = shutil.copytree(things, tmp_path / "index"), tmp_path / "new" / "odd\udcff"
     inbox.mkdir(parents=True)
