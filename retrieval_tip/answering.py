@@ -142,6 +142,11 @@ class Answering:
         return list(self._keys.counts.long().tolist())
 
     @property
+    def bare(self) -> list[str]:
+        """The classes that have no keys."""
+        return [name for name, number in zip(self.class_names, self.counts, strict=True) if not number]
+
+    @property
     def index_type(self) -> str:
         """The type of the index, which is a FAISS factory string or the type of a table's index."""
         return self._keys.index_type if self.index is None else self.index.factory

@@ -55,7 +55,7 @@ SHOWN_PREDICTIONS = 50
 SHOWN_LABELS = 8
 
 Abstain = float | Literal["auto"] | None
-"""Probability below which an answer is withheld. ``auto`` means 0.5, and also withholds ``no_match`` answers."""
+"""Probability below which an answer is withheld. ``auto`` means 0.5, and also withholds answers without a match."""
 MORE_LIKELY_WRONG = 0.5
 
 

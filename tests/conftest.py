@@ -6,6 +6,7 @@ import atexit
 import builtins
 import contextlib
 import datetime
+import functools
 import gc
 import json
 import logging
@@ -394,6 +395,16 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
     yield make
     while mounted:
         subprocess.run(["umount", "-l", mounted.pop()], check=True)
+
+
+@pytest.fixture(scope="module")
+def one_encoder() -> Iterator[None]:
+    """Load each encoder that is served once for all tests, because loading and compiling are slow."""
+    from retrieval_tip.server import served
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(served, "load_backbone", functools.cache(served.load_backbone))
+        yield
 
 
 @pytest.fixture(scope="module")

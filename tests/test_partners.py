@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import functools
 import io
 import json
 import os
@@ -34,21 +33,13 @@ from serving import app_of, caltech_photos, running, server
 from retrieval_tip import Index
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.index.fit import fit_index
-from retrieval_tip.server import served as served_module
 from retrieval_tip.server.addresses import Photos
 from retrieval_tip.server.limits import Limits
 from retrieval_tip.server.partners import interface_of
 
 TOKEN = "open sesame"
+pytestmark = pytest.mark.usefixtures("one_encoder")
 PATH = "/label-studio/own"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_encoder() -> Iterator[None]:
-    """Load the encoder once for all tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(served_module, "load_backbone", functools.cache(served_module.load_backbone))
-        yield
 
 
 @pytest.fixture(scope="module")

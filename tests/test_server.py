@@ -52,16 +52,9 @@ from retrieval_tip.settings import Ask
 from conftest import SHARED, with_code  # isort: skip
 
 TOKEN = "open sesame"
+pytestmark = pytest.mark.usefixtures("one_encoder")
 AUTHORISED = {"Authorization": f"Bearer {TOKEN}"}
 Client = TestClient
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_encoder() -> Iterator[None]:
-    """Load each encoder once for all tests, because loading and compiling are slow."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(served_module, "load_backbone", functools.cache(served_module.load_backbone))
-        yield
 
 
 @pytest.fixture(scope="module")

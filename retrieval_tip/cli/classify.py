@@ -136,27 +136,27 @@ def classify(
     if engine.is_ray:
         _classify_on_ray(folder, inputs, loaded, opening, rows, engine, printing, encoding)
         return
-    sources, cut, counts = inputs_of(inputs), Cut(), Counter[str]()
-    root = camera_traps.root_of(inputs, sources)
+    photos, cut, counts = inputs_of(inputs), Cut(), Counter[str]()
+    sources, keywords = photos, dict[str, list[str]]()
     if rows.boxes is not None:
-        cut = cut_boxes(rows.boxes, sources, rows.categories or None)
+        cut = cut_boxes(rows.boxes, photos, rows.categories or None)
         sources = cut.sources
         if printing.named == MEGADETECTOR:
             camera_traps.clear(cut.document, show(rows.boxes), overwrite=trap.overwrite)
     with reader_for(loaded, sources, encoding) as reader:
         tables = count_rows(rows.tables(loaded, sources, reader, cut), counts)
-        tables = sidecars.noted(tables, sources, cut) if sidecars.xmp else tables
+        tables = sidecars.noted(tables, sources, cut, keywords) if sidecars.xmp else tables
         answers = chain.from_iterable(table.to_pylist() for table in tables)
         labels = rows.labels(loaded)
         by = f"{Path(loaded.place or '').name}@{loaded.version} (retrieval-tip {__version__})"
         if printing.style in DOCUMENTS:
             write_document(partial(FORMATS[printing.style], answers, labels), printing.output)
         elif printing.style == MEGADETECTOR:
-            make = partial(camera_traps.megadetector, answers, cut, by, root, labels, reader.skipped)
-            write_document(make, printing.output)
+            parts = (answers, cut, by, camera_traps.root_of(inputs, photos), labels, reader.skipped)
+            write_document(partial(camera_traps.megadetector, *parts), printing.output)
         elif printing.style == CAMTRAP_DP and printing.output is not None and trap.timezone is not None:
-            more = (answers, cut, by, root, trap.timezone, deployments, reader.skipped)
-            write_folder(partial(camera_traps.camtrap_dp, *more), printing.output)
+            own = (answers, cut, by, camera_traps.root_of(inputs, photos), trap.timezone, deployments, reader.skipped)
+            write_folder(partial(camera_traps.camtrap_dp, *own), printing.output)
         else:
             tables = map(rounded, tables) if printing.style == "csv" else tables
             known = {"input": chain.from_iterable(source.sources for source in sources), "label": labels}
@@ -166,7 +166,7 @@ def classify(
         empty = f", {len(cut.empty):,} empty" if rows.boxes is not None else ""
         answered_inputs = counted(counts["rows"] - len(cut.empty) - len(cut.others), "input")
         note(f"{show(printing.output)}: classified {answered_inputs}{no_match}{empty}")
-    written = sidecars.write(loaded) if sidecars.xmp else []
+    written = sidecars.write(keywords, loaded) if sidecars.xmp else []
     finish([*reader.skipped, *written], "read or changed" if sidecars.xmp else "read")
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -201,8 +201,6 @@ class TrapOptions:
 
     def rows(self, rows: RowOptions, printing: OutputOptions) -> RowOptions:
         """Return the options of the rows that the format needs. Raises UsageError if an option does not fit it."""
-        from retrieval_tip.data.camera_traps import ANIMAL, TOP
-
         detections, package = (printing.named == one for one in (MEGADETECTOR, CAMTRAP_DP))
         if self.overwrite and not (detections and rows.boxes):
             raise UsageError(f"--overwrite: only applies to --boxes with --format {MEGADETECTOR}; leave it out")
@@ -212,6 +210,8 @@ class TrapOptions:
             raise UsageError(f"--timezone and --deployments: only apply to --format {CAMTRAP_DP}; leave them out")
         if not detections and not package:
             return rows
+        from retrieval_tip.data.camera_traps import ANIMAL, TOP
+
         categories = rows.categories or [ANIMAL] * (rows.boxes is not None)
         ask = replace(rows.ask, top=TOP) if detections else rows.ask
         return replace(rows, categories=categories, exif=rows.exif or package, ask=ask)
@@ -219,7 +219,7 @@ class TrapOptions:
 
 @dataclass(frozen=True)
 class SidecarOptions:
-    """What to do with the XMP sidecars of the photos. ``keywords`` holds the keywords of each photo.
+    """What to do with the XMP sidecars of the photos.
 
     Options:
         xmp: Also write the label of each photo as a keyword into its XMP sidecar.
@@ -230,7 +230,6 @@ class SidecarOptions:
     xmp: bool = flag(**options.OUTPUTS)
     uncertain: str | None = option(metavar="KEYWORD", **options.OUTPUTS)
     undo: bool = flag(**options.OUTPUTS)
-    keywords: dict[str, list[str]] = field(default_factory=dict)
 
     def check(self, engine: EngineOptions) -> None:
         """Raise UsageError if options exclude each other."""
@@ -247,8 +246,10 @@ class SidecarOptions:
         click.echo(str(undone).capitalize())
         finish(undone.skipped, "restored")
 
-    def noted(self, tables: Iterable[pa.Table], sources: Sequence[Source], cut: Cut) -> Iterator[pa.Table]:
-        """Note the keywords of photos while passing tables on. A photo has the keywords of all its boxes."""
+    def noted(
+        self, tables: Iterable[pa.Table], sources: Sequence[Source], cut: Cut, keywords: dict[str, list[str]]
+    ) -> Iterator[pa.Table]:
+        """Note the ``keywords`` of each photo while passing tables on. A photo has the keywords of all its boxes."""
         from retrieval_tip.labelling.labels import NONE
         from retrieval_tip.labelling.sort import check_files
 
@@ -258,17 +259,17 @@ class SidecarOptions:
         for table in tables:
             names = {"input", "label", "probability", "no_match"}.intersection(table.column_names)
             for row in table.select([*names]).to_pylist():
-                own = self.keywords.setdefault(photos[row["input"]], [])
+                own = keywords.setdefault(photos[row["input"]], [])
                 unlabelled = row["label"] in (None, NONE) or row.get("no_match")
                 keyword = self.uncertain if unlabelled else row["label"]
                 if keyword and row["probability"] is not None and keyword not in own:
                     own.append(keyword)
             yield table
 
-    def write(self, index: Index) -> list[Skipped]:
+    def write(self, keywords: Mapping[str, Sequence[str]], index: Index) -> list[Skipped]:
         """Write the keywords, and return the sidecars that were skipped."""
         from retrieval_tip.labelling.sidecars import in_groups, write_sidecars
 
-        written = write_sidecars({path: in_groups(own, index.groups) for path, own in self.keywords.items()})
+        written = write_sidecars({path: in_groups(own, index.groups) for path, own in keywords.items()})
         say(f"{str(written).capitalize()}; --undo restores them")
         return written.skipped

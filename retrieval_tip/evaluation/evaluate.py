@@ -81,7 +81,7 @@ class Answers:
 
     @property
     def right(self) -> Bools:
-        """Whether each answer is right. For an item of an unknown class, only ``no_match`` is right."""
+        """Whether each answer is right. For an item of an unknown class, only "no match" is right."""
         right: Bools = self.truth == self.predicted
         return right if self.no_match is None else right | (self.no_match & ~self.of_known)
 
@@ -130,7 +130,7 @@ class Recognition:
     - ``held_out``: the number of items that are shots of the index, each of which was classified without itself
     - ``unknown``: the number of items of each class that the index lacks
     - ``known_top1``: the accuracy on items of the other classes
-    - ``known_no_match``, ``unknown_no_match``: the share of items of known and of unknown classes that are ``no_match``
+    - ``known_no_match``, ``unknown_no_match``: the share of items of known and of unknown classes without a match
     - ``auroc``: the area under the ROC curve of the score behind ``no_match``, which is the probability that an item of
       a known class has a higher score than one of an unknown class
 
@@ -150,7 +150,7 @@ class Evaluation(Recognition):
     """The accuracy of an index on the ``n`` readable items of a source. All accuracies are fractions.
 
     - ``top1``, ``top5``: the accuracies of the blended logits. An item of a class that the index lacks counts as right
-      if it is ``no_match``.
+      if it has no match.
     - ``zero_shot_top1``: the accuracy of the text logits, or ``None`` if the index has no text weights
     - ``cache_top1``: the accuracy of the cache logits
     - ``per_class``: the top-1 accuracy of each class of the index that occurs in the source

@@ -81,7 +81,7 @@ EARLY = 4.0
 Most photos then belong to classes that it does not know yet.
 """
 UNLIKE = 0.05
-"""Fraction of the held-out shots that are ``no_match``, which sets the threshold."""
+"""Fraction of the held-out shots that have no match, which sets the threshold."""
 LONG, GROWN = 1.1, 5.0
 """Norm of keys above which a fit logs a warning, and largest beta (norm^2 - 1) of a form that has no metric. If it is
 larger, the weights exp(beta (A - 1)) outgrow any ridge.

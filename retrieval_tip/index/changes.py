@@ -314,7 +314,7 @@ def _keep_fitted(change: Change) -> _Fitted:
     automatic = index.n <= REFITTED and index.fitted.automatic
     grown = index.n >= (GROWN if automatic else DUE) * index.fitted.keys
     bare_before = [name for name in change.bare_before if name in index.class_names]
-    if not grown and (not index.has_text or change.bare() == bare_before):
+    if not grown and (not index.has_text or index.bare == bare_before):
         return {}
     if not automatic:
         return {"fit_due": True}

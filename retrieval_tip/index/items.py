@@ -236,7 +236,7 @@ class Material:
             settings=self.settings(statistics, k), templates=templates, backbone=self.backbone,
             provenance=self.described(statistics), built=self.built, parts=self.reader.parts, groups=self.groups,
         )  # fmt: skip
-        if bare := [name for name, number in zip(names, index.counts, strict=True) if not number]:
+        if bare := index.bare:
             log.warning("%s no key: %s", counted(len(bare), "class", "has", "have"), few(bare))
         return index
 

@@ -36,11 +36,7 @@ class Change:
 
     def __init__(self, index: Index, writer: Writer) -> None:
         self.index, self.writer = index, writer
-        self.bare_before = self.bare()
-
-    def bare(self) -> list[str]:
-        """Return the classes that have no keys now."""
-        return [name for name, number in zip(self.index.class_names, self.index.counts, strict=True) if not number]
+        self.bare_before = index.bare
 
     def commit(self) -> None:
         """Write the next version."""

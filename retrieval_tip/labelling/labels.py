@@ -226,7 +226,7 @@ def alike(features: FloatArray, rows: Sequence[int]) -> list[list[int]]:
 
 
 def guesses(index: Index, features: FloatArray, *, none: bool = True) -> list[dict[str, Any]]:
-    """Return the ``guesses`` for each photo, most probable first, and whether it is ``no_match`` all shots.
+    """Return the ``guesses`` for each photo, most probable first, and ``no_match``.
 
     If ``none`` is false, the class ``NONE`` is left out, which has a key of its own while single photos are labelled.
     """

@@ -141,7 +141,7 @@ def locked(folder: Path, dry_run: bool) -> Iterator[None]:
 def _classified(
     index: Index, sources: Sequence[Source], reader: Reader
 ) -> Iterator[list[tuple[str, str, dict[str, Any]]]]:
-    """Yield blocks of photos: their paths, their digests, and their label, probability and no_match."""
+    """Yield blocks of photos: their paths, their digests, and their label, its probability and ``no_match``."""
     for source in sources:
         paths = source.paths
         for answers in index.answers(
