@@ -12,6 +12,7 @@ import tempfile
 import time
 import tomllib
 import urllib.request
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,22 @@ def test_one_command_installs_label_and_serve_without_cuda() -> None:
             finally:
                 server.terminate()
                 assert server.wait(30) == 0
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="SKIPPED: only Python 3.11 has a CPU build of torch here")
+def test_uvx_and_pipx_run_a_built_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        for name, value in (("RETRIEVAL_TIP_FAISS", "cpu"), ("UV_CACHE_DIR", f"{place}/cache"), ("PIPX_HOME", place),
+                            ("UV_FIND_LINKS", os.environ.get("PIP_FIND_LINKS", ""))):  # fmt: skip
+            monkeypatch.setenv(name, value)
+        assert uv("build", "-q", "--wheel", "-o", place, ROOT).returncode == 0
+        (wheel,) = Path(place).glob("*.whl")
+        torch = [part for name in ("torch", "torchvision") for part in ("--with", f"{name}<={version(name).partition('+')[0]}")]
+        for command in (("--from", wheel, *torch), ("pipx", "run", "--python", sys.executable, "--spec", wheel)):
+            done = uv("tool", "run", "-q", "--python", sys.executable, *command, "retrieval-tip", "--version")
+            assert done.returncode == 0, done.stderr
+            assert done.stdout.startswith("retrieval-tip, version")
 
 
 def answers(url: str) -> bool:
