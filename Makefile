@@ -23,7 +23,7 @@ $(DEMO_READY): pyproject.toml | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/bin/python:
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v[:2] <= (3, 13) else f"{sys.executable}: Python {v.major}.{v.minor} is not supported; use 3.11 to 3.13, for example make PYTHON=python3.12 ...")'
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v[:2] <= (3, 14) else f"{sys.executable}: Python {v.major}.{v.minor} is not supported; use 3.11 to 3.14, for example make PYTHON=python3.12 ...")'
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON): cannot create virtual environments; on Debian, run apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python .ci/install.py --upgrade 'pip>=24,<26.2'

@@ -44,7 +44,8 @@ def megabytes(folder: Path) -> int:
               help="Folder for the photos and the weights of the demo.")  # fmt: skip
 @click.option("--root", type=click.Path(exists=True, file_okay=False, path_type=Path), default=Path("/"),
               help="Folder of another system, which chroot enters.")  # fmt: skip
-def main(python: str, fetched: Path, root: Path) -> None:
+@click.option("--uv", default="", metavar="PROGRAM", help="Install with this uv instead of pip.")
+def main(python: str, fetched: Path, root: Path, uv: str) -> None:
     """Run the steps, and print a line for each."""
     click.echo(machine())
     demo = [sys.executable, ROOT / "benchmarks/demo.py", "--work", fetched, "--source", "debian", "--only-fetch"]
@@ -57,10 +58,11 @@ def main(python: str, fetched: Path, root: Path) -> None:
             shutil.copytree(fetched / name, outside / "given" / name)
         shutil.copy(fetched / "efficientnet-lite0.pth", outside / "given")
         path = f"{clone}/.venv/bin:{os.environ['PATH']}"
-        env = os.environ | {"PATH": path, "RETRIEVAL_TIP_FAISS": "cpu", "RETRIEVAL_TIP_CACHE": f"{clone.parent}/cache"}
+        env = os.environ | {"PATH": path, "RETRIEVAL_TIP_FAISS": "cpu", "RETRIEVAL_TIP_CACHE": f"{clone.parent}/cache",
+                            "VIRTUAL_ENV": f"{clone}/.venv"}  # fmt: skip
         lite0 = f"--model timm:tf_efficientnet_lite0 --pretrained {given}/efficientnet-lite0.pth"
         steps = [f"git clone -q --depth 1 file://{given}/origin {clone}", f"cd {clone} && {python} -m venv .venv",
-                 f"cd {clone} && pip install -q --no-cache-dir .",
+                 f"cd {clone} && {uv} pip install -q --no-cache-dir .",
                  *(f"cd {clone} && {typed}" for typed in commands())]  # fmt: skip
         for step in steps:
             if "index build" in step:  # the README's own encoder is a download of 0.6 GB

@@ -124,7 +124,7 @@ GOOD = b'{"input": "a", "label": "b"}\n'
         (GOOD + b"null\n", "row 1 has no input"),
         (GOOD + b'{"input": "a", "label": 3}\n', "JSON parse error"),
         (b'{"input": "a", "label": "\\ud800"}\n', "surrogate"),
-        (b'{"input": "a", "label": "b", "z": ' + b"[" * DEEP + b"]" * DEEP + b"}\n", "recursion"),
+        (b'{"input": "a", "label": "b", "z": ' + b"[" * DEEP + b"]" * DEEP + b"}\n", "recursion|Stack overflow"),
         (b'input,label,neighbours\na,b,"[{""key_id"": ' + b"[" * DEEP + b"]" * DEEP + b'}]"\n', "JSON parse error"),
         (b'input,label,labels\na,b,"null} {""cell"": null"\n', "column 'labels' is not JSON"),
         (b"PAR1 and nothing", "Parquet"),

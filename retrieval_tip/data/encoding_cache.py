@@ -6,6 +6,7 @@ import logging
 import os
 import sqlite3
 import threading
+import weakref
 import zlib
 from contextlib import closing, suppress
 from pathlib import Path
@@ -110,6 +111,7 @@ class EncodingCache:
         except BaseException:
             db.close()
             raise
+        weakref.finalize(self, db.close)  # Python warns about a connection that only the collector closes
         return db
 
     def get(self, scope: str, digest: str, view: str) -> FloatArray | None:
