@@ -13,15 +13,19 @@ detail than any camera can record. They show the gain and the error of decoding 
 
 With ``--accuracy``, indexes of 4 and 16 shots per class are built from Caltech101, with keys and queries in several
 precisions. The shots are drawn from the train and val photos, on which int8 is calibrated.
+
+With ``--recommended``, each recommended encoder is measured with random weights, so nothing is downloaded.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import click
@@ -29,11 +33,13 @@ import numpy as np
 import numpy.typing as npt
 import open_clip
 import pyarrow as pa
+import timm
 import torch
 from common import PROGRAM, SHARED, Side, against, clocked, launch, machine, medians, show, take_turns
 from PIL import Image
 
 from retrieval_tip import EncodingCache, Reader, build_index, load_backbone, open_source
+from retrieval_tip.backbones import catalogue
 from retrieval_tip.backbones.base import Backbone, resolve_device, unit
 from retrieval_tip.data import images
 from retrieval_tip.data.reader import CALIBRATED
@@ -174,6 +180,31 @@ def accuracy(model: str, pretrained: str | None, split: Path, draws: int) -> Non
     show(f"Accuracy in %, {len(test)} test photos", rows)
 
 
+def recommended(paths: list[str], precisions: Sequence[Precision], rounds: int) -> None:
+    """Print the photos per second of each recommended encoder, after a first batch that compiles it."""
+    rows = []
+    for one in catalogue.search():
+        row: dict[str, object] = {"encoder": one.model, "size": catalogue.megabytes(one.bytes or 0)}
+        with tempfile.TemporaryDirectory() as folder:
+            file, timms = f"{folder}/weights.pt", one.model.removeprefix("timm:").partition(".")[0]
+            if timms == one.model:
+                name = catalogue.architecture(one.model)
+                network, names = (
+                    open_clip.create_model(name, load_weights=False),
+                    (name, f"{catalogue.recommended(name)}={file}"),
+                )
+            else:
+                network, names = timm.create_model(timms), (one.model, file)
+            torch.save(network.state_dict(), file)
+            for precision in precisions:
+                encode = ours(load_backbone(*names, device="cpu", precision=precision))
+                encode(paths[:16])
+                seconds = [clocked(partial(encode, paths)) for _ in range(rounds)]
+                row[precision] = len(paths) / statistics.median(seconds)
+        rows.append(row)
+    show(f"{len(paths)} photos, medians of {rounds} rounds, photos per second", rows)
+
+
 @against
 @click.command(help=__doc__)
 @click.option("--model", default=f"local-dir:{SHARED}/models/lit-mini", show_default=True)
@@ -186,13 +217,17 @@ def accuracy(model: str, pretrained: str | None, split: Path, draws: int) -> Non
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--precision", "precisions", multiple=True, default=PRECISIONS, show_default=True)
 @click.option("--accuracy", "draws", type=int, help="Number of draws to measure the accuracy on, instead of the speed.")
+@click.option("--recommended", "of_each", is_flag=True, help="Measure the recommended encoders, instead of one.")
 def main(
     model: str, pretrained: str | None, device: str, folder: Path, number: int, large: int, size: tuple[int, int],
-    rounds: int, precisions: tuple[Precision, ...], draws: int | None,
+    rounds: int, precisions: tuple[Precision, ...], draws: int | None, of_each: bool,
 ) -> None:  # fmt: skip
     """Measure all sides, and print the results."""
     device = resolve_device(device)
     click.echo(machine("open_clip_torch", "openvino", "nncf", "pillow"))
+    if of_each:
+        recommended(chosen(folder, number), [one for one in precisions if one != "int8"], rounds)
+        return
     if draws is not None:
         with tempfile.TemporaryDirectory() as own:  # no earlier calibration, which may be on test photos
             os.environ["RETRIEVAL_TIP_CACHE"] = own

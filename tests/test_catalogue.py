@@ -57,7 +57,7 @@ def test_every_short_name_can_be_loaded():
         if name.startswith("timm:"):
             assert name.removeprefix("timm:") in timm.list_pretrained()
         else:
-            assert open_clip.list_pretrained_tags_by_model(name)
+            assert open_clip.list_pretrained_tags_by_model(catalogue.architecture(name))
 
 
 def test_every_architecture_with_weights_has_a_recommended_tag():

@@ -30,8 +30,21 @@ SHORT = {
     "dinov2": "timm:vit_small_patch14_dinov2.lvd142m",
     "dinov3": "timm:vit_small_patch16_dinov3.lvd1689m",
     "efficientnet": "timm:tf_efficientnet_lite0.in1k",
+    "bioclip2": "hf-hub:imageomics/bioclip-2",
 }
 """Short names of recommended backbones."""
+
+_LICENCES = {
+    "ViT-B-32": "MIT",
+    "ViT-L-14": "MIT",
+    "ViT-B-16-SigLIP2": "Apache-2.0",
+    "MobileCLIP2-S0": "research only (apple-amlr)",
+    "hf-hub:imageomics/bioclip-2": "MIT",
+}
+"""Licences of recommended weights, if timm does not state them."""
+
+_HOSTED = {"hf-hub:imageomics/bioclip-2": "ViT-L-14"}
+"""Architectures of recommended repositories."""
 
 _ELSEWHERE = {
     "openai/clip-vit-base-patch32": ("ViT-B-32", "openai"),
@@ -111,6 +124,11 @@ def similar(model: str, names: Sequence[str], prefix: str = "") -> str:
     return f"; similar names: {', '.join(prefix + plain[name] for name in near)}" if near else ""
 
 
+def architecture(model: str) -> str:
+    """Return the architecture of a recommended repository, or the name itself."""
+    return _HOSTED.get(model, model)
+
+
 def recommended(model: str) -> str | None:
     """Return the default tag of an open_clip architecture, or ``None`` if it has no tags."""
     return next(iter(_tags(model)), None)
@@ -123,6 +141,7 @@ class Named:
     model: str
     pretrained: list[str]  # tags, starting with the recommended one
     bytes: int | None  # size of the weights in float32
+    licence: str | None  # of the recommended weights, if it is known
     words: bool  # whether the backbone has a text tower
     cached: bool  # whether the recommended weights are on this machine
 
@@ -151,9 +170,15 @@ def _tags(model: str) -> list[str]:
 
 
 def _described(name: str, *, sized: bool = True) -> Named:
-    tags = [name.removeprefix("timm:").partition(".")[2]] if name.startswith("timm:") else _tags(name)
-    words = not name.startswith("timm:")
-    return Named(name, tags, _bytes(name) if sized else None, words, has_weights(_repository(name, None)))
+    import timm
+
+    timms = name.removeprefix("timm:") if name.startswith("timm:") else None
+    tags, licence = _tags(name), _LICENCES.get(name)
+    if timms:
+        config = timm.get_pretrained_cfg(timms)
+        tags, licence = [timms.partition(".")[2]], getattr(config, "license", None)
+    size = _bytes(architecture(name)) if sized else None
+    return Named(name, tags, size, licence, not timms, has_weights(_repository(name, None)))
 
 
 def _bytes(name: str) -> int | None:
@@ -305,6 +330,8 @@ def _repository(name: str, tag: str | None) -> str:
     if name.startswith("timm:"):
         config = timm.get_pretrained_cfg(name.removeprefix("timm:"))
         return str(config.hf_hub_id or "") if config is not None else ""
+    if name.startswith("hf-hub:"):
+        return name.removeprefix("hf-hub:")
     found = open_clip.get_pretrained_cfg(name, tag or _tags(name)[0]).get("hf_hub", "")
     return str(found).rpartition("/")[0]
 

@@ -37,9 +37,10 @@ def models_command(
     """List encoders, compare them on photos, or store one in int8.
 
     WORD is any part of a name, for example dinov2, ViT-B/32 or siglip. If you omit it, only a few recommended encoders
-    are listed. The column words shows whether the encoder has a text tower; an encoder that has none can only compare
-    images. The column cached shows whether its weights are already on this machine. The column pretrained lists the
-    available weights, starting with the recommended ones.
+    are listed. The column licence shows the licence of the weights, if it is known, and the column words whether the
+    encoder has a text tower; an encoder that has none can only compare images. The column cached shows whether its
+    weights are already on this machine. The column pretrained lists the available weights, starting with the
+    recommended ones.
 
     With --try, the encoders on this machine and each --model are fitted to labelled photos. The accuracy is estimated
     by cross-validation; low and high are the ends of its 95 % confidence interval. Pairs of the most accurate encoders
@@ -68,8 +69,8 @@ def _list_encoders(word: str, printing: OutputOptions) -> None:
     from retrieval_tip.backbones.catalogue import megabytes, search
 
     sizes = [(one, None if one.bytes is None else megabytes(one.bytes)) for one in search(word)]
-    rows = [(one.model, size, one.words, one.cached, list(one.pretrained)) for one, size in sizes]
-    types = {"model": str, "size": str, "words": bool, "cached": bool, "pretrained": list}
+    rows = [(one.model, size, one.licence, one.words, one.cached, list(one.pretrained)) for one, size in sizes]
+    types = {"model": str, "size": str, "licence": str, "words": bool, "cached": bool, "pretrained": list}
     printing.write_rows(rows, types)
     if not word:
         say("To search all encoders: retrieval-tip models WORD")
