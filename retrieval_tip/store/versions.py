@@ -23,6 +23,7 @@ import json
 import math
 import os
 import re
+import stat
 import uuid
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -239,9 +240,9 @@ class Versions:
         An unreadable folder counts as an index, so that it is not overwritten.
         """
         try:
-            return (self.folder / CURRENT).is_file()
-        except OSError as error:
-            return error.errno != errno.ENAMETOOLONG
+            return stat.S_ISREG((self.folder / CURRENT).stat().st_mode)
+        except OSError as error:  # Path.is_file hides all errors from Python 3.14 on
+            return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
     def stamp(self) -> Hashable | None:
         """Return a value that changes with the current version, or ``None`` if there is no index.
