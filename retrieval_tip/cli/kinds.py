@@ -62,9 +62,12 @@ FOLDER, INDEX = Folder(path_type=Path), IndexType()
 FILE = click.Path(path_type=Path, dir_okay=False)
 
 
-def names(_: click.Context, __: click.Parameter, texts: tuple[str, ...]) -> list[str]:
+def names(ctx: click.Context, _: click.Parameter, texts: tuple[str, ...]) -> list[str]:
     """Split names at commas."""
-    return [name.strip() for text in texts for name in text.split(",")]
+    found = [name for text in texts for name in map(str.strip, text.split(",")) if name]
+    if texts and not found:
+        raise click.BadParameter("give at least one name", ctx)
+    return found
 
 
 def zone(_: click.Context, __: click.Parameter, name: str | None) -> ZoneInfo | None:

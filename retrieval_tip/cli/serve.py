@@ -115,21 +115,20 @@ def serve_command(
 
 @command()
 def label_command(
-    photos: tuple[str, ...] = argument(nargs=-1, required=True),
-    folder: Place = option(kinds.INDEX, "--out", "-o", required=True, metavar="INDEX"),
-    classes: str = option(default="", metavar="NAME,...", show_default=False),
+    photos: tuple[str, ...] = options.PHOTOS,
+    out: Place = option(kinds.INDEX, "--out", "-o", required=True, metavar="INDEX"),
+    classes: list[str] = options.CLASSES,
     port: int | None = option(click.IntRange(0, 65535)),
     encoding: EncodingOptions = options.ENCODING,
 ) -> None:
     """Label photos in the browser, most useful photos first.
 
     PHOTOS are images, folders, globs or tables of paths. Use - to read paths from standard input. The page shows the
-    photos that help most, with a guess for each. Every label is saved in INDEX, so you can stop with Ctrl+C and
-    continue later.
+    photos that help most, with a guess for each. You can add classes in the page. Every label is saved in INDEX, so
+    you can stop with Ctrl+C and continue later.
 
     Options:
-        folder: Index that stores the labels. The first label creates it.
-        classes: Class names, separated by commas. You can add others in the page.
+        out: Index that stores the labels. The first label creates it.
         port: Port to listen on. Use 0 to select a free port. [default: the last port of INDEX, or a free port]
     """
     from retrieval_tip.server.app import create_app
@@ -138,24 +137,23 @@ def label_command(
     from retrieval_tip.server.run import LOOPBACK, LastServer, address, listen, serve
     from retrieval_tip.server.served import Backbones, Maker, Served
 
-    sources, store = inputs_of(photos), store_of(folder)
+    sources, store = inputs_of(photos), store_of(out)
     known = store.exists()
     opened = reader_for(store.manifest(), sources, encoding) if known else named_encoder(encoding)
-    kept = LastServer("label", [folder])
+    kept = LastServer("label", [out])
     with opened as reader, kept.listen("127.0.0.1") if port is None else listen("127.0.0.1", port) as listening:
-        names = [name for name in map(str.strip, classes.split(",")) if name]
-        labelling = Labelling(folder, sources, reader, names)
+        labelling = Labelling(out, sources, reader, classes)
         backbone = reader.backbone
         assert backbone is not None
         backbones = Backbones(encoding.device, encoding.precision, None, backbone)
         maker = Maker((store.local or Path("indexes/new")).parent, lambda: backbone, backbones)
-        served = {one.name: one for one in ([Served(folder, backbones)] if known else [])}
+        served = {one.name: one for one in ([Served(out, backbones)] if known else [])}
         token = kept.token_for(listening)
         url = f"{address(listening)}/#token={token}"
 
         def ready() -> None:
             what = counted(len(labelling.photos), "photo")
-            say(f"Label {what} at {url}; the labels are saved in {show(str(folder))}; Ctrl+C stops the server")
+            say(f"Label {what} at {url}; the labels are saved in {show(str(out))}; Ctrl+C stops the server")
             if sys.stderr.isatty():
                 webbrowser.open(url)
 

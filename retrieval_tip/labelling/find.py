@@ -18,9 +18,9 @@ from retrieval_tip.bounds import check_count
 from retrieval_tip.data import images
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source, of_images
-from retrieval_tip.errors import InputError, UsageError, show
+from retrieval_tip.errors import InputError, show
 from retrieval_tip.index.items import ItemColumns
-from retrieval_tip.labelling.photos import MOST_PHOTOS, Pool
+from retrieval_tip.labelling.photos import MOST_PHOTOS, Pool, text_of
 from retrieval_tip.labelling.suggest import points_of
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.duplicates import PAIRS, Duplicates, duplicates
@@ -64,13 +64,8 @@ def find_photos(
         (known,) = block.digests
         target = points_of(block.features, metric)[0]
     else:
-        backbone = reader.needed_backbone(sources[0])
-        if not backbone.has_text:
-            raise UsageError(
-                f"{show(query)}: {backbone.identity.model} has no text encoder; give an image file instead"
-            )
         templates = (index and index.templates) or DEFAULT_TEMPLATES
-        target = torch.from_numpy(reader.text_weights([query], templates)[0])
+        target = torch.from_numpy(text_of([query], templates, reader, sources[0], "give an image file instead")[0])
     names, best, total = pa.array([], pa.string()), torch.empty(0), 0
     for source in sources:
         for block in reader.blocks(source):

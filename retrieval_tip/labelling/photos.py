@@ -14,10 +14,11 @@ import torch
 
 from retrieval_tip import tip
 from retrieval_tip.backbones.base import Identity, same_backbone
+from retrieval_tip.backbones.prompts import DEFAULT_TEMPLATES
 from retrieval_tip.bounds import check_count, check_memory
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source
-from retrieval_tip.errors import InputError, counted
+from retrieval_tip.errors import InputError, UsageError, counted, few, show
 from retrieval_tip.index.items import ItemColumns, identity_of, read_text_table
 from retrieval_tip.labelling.suggest import TRUST, suggest, uncertainty_of
 from retrieval_tip.model import Index
@@ -123,7 +124,7 @@ def suggest_photos(
     reader: Reader,
     index: Index | None = None,
     *,
-    text: str | os.PathLike[str] | None = None,
+    text: str | os.PathLike[str] | Sequence[str] | None = None,
 ) -> Suggestions:
     """Choose ``n`` photos to label next (see :func:`suggest.suggest`).
 
@@ -132,7 +133,8 @@ def suggest_photos(
     Photos that the index contains are skipped (see :meth:`Pool.without`).
 
     If there are more than ``MOST_PHOTOS``, a random sample is drawn before encoding. ``reader.skipped`` lists the
-    photos that cannot be read. ``text`` is a feature table of class names, for a zero-shot guess without an index.
+    photos that cannot be read. ``text`` is a feature table of class names, or the names for an encoder with text, for a
+    zero-shot guess without an index.
 
     Raises InputError if no photo remains, and the errors of :meth:`reader.Reader.blocks`.
     """
@@ -181,13 +183,17 @@ def suggest_features(pool: Pool, n: int, index: Index | None = None, guesses: pa
 
 
 def guessed_by_name(
-    text: str | os.PathLike[str], reader: Reader, source: Source, features: npt.NDArray[np.float32]
+    text: str | os.PathLike[str] | Sequence[str], reader: Reader, source: Source, features: npt.NDArray[np.float32]
 ) -> pa.Table:
-    """Return the zero-shot ``label`` and ``probability`` of each photo, given a feature table of class names.
+    """Return the zero-shot ``label`` and ``probability`` of each photo, given a feature table of class names, or names.
 
-    Raises InputError or BackboneError if the table does not fit the photos.
+    Raises InputError or BackboneError if the table or the encoder does not fit the photos.
     """
-    class_names, weights = read_text_table(text, reader.norms, identity_of(source, reader))
+    if isinstance(text, str | os.PathLike):
+        class_names, weights = read_text_table(text, reader.norms, identity_of(source, reader))
+    else:
+        class_names = tuple(dict.fromkeys(text))
+        weights = text_of(class_names, DEFAULT_TEMPLATES, reader, source, "leave out the class names")
     expected = len(class_names), features.shape[1]
     check_shape(f"text {text}", weights.shape, expected, "as long as the features of the photos")
     scale = Settings().logit_scale if reader.backbone is None else reader.backbone.logit_scale
@@ -197,6 +203,16 @@ def guessed_by_name(
     chances, ids = (torch.cat(column) for column in zip(*answers, strict=True))
     labels = pa.array(class_names, pa.string()).take(pa.array(ids.numpy()))
     return pa.table({"label": labels, "probability": chances.double().numpy()})
+
+
+def text_of(
+    names: Sequence[str], templates: Sequence[str], reader: Reader, source: Source, advice: str
+) -> npt.NDArray[np.float32]:
+    """Return the text weights of names. Raises UsageError with an ``advice`` if the encoder of a source has no text."""
+    backbone = reader.needed_backbone(source)
+    if not backbone.has_text:
+        raise UsageError(f"{show(few(names))}: {backbone.identity.model} has no text encoder; {advice}")
+    return reader.text_weights(names, templates)
 
 
 def why(
