@@ -14,15 +14,13 @@ from retrieval_tip.cli import kinds, options
 from retrieval_tip.cli.group import argument, command, flag, option
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import FAILED, finish, print_facts, print_result, say
-from retrieval_tip.cli.opening import named_encoder, source_of
+from retrieval_tip.cli.opening import reader_for, source_of
 from retrieval_tip.cli.options import ComparedOptions, OutputOptions, ReadingOptions
 from retrieval_tip.errors import UsageError, counted, show
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
-    from retrieval_tip.data.reader import Reader
     from retrieval_tip.data.sources import Source
+    from retrieval_tip.index.encoders import Opened
 
 
 @command()
@@ -88,11 +86,11 @@ def _try_encoders(word: str, photos: Source, printing: OutputOptions, encoding: 
     if not asked:
         raise UsageError(f"models: no encoder{f' named {word}' if word else ''} is on this machine; {more}")
 
-    def joined(a: str, b: str) -> tuple[str, partial[AbstractContextManager[Reader]]]:
+    def joined(a: str, b: str) -> tuple[str, Opened]:
         pair = "+".join(spelled(asked[name].model, asked[name].pretrained) for name in (a, b))
-        return pair, partial(named_encoder, replace(asked[a], model=pair, pretrained=None))
+        return pair, partial(reader_for, None, [], replace(asked[a], model=pair, pretrained=None))
 
-    encoders = {name: partial(named_encoder, own) for name, own in asked.items()}
+    encoders = {name: partial(reader_for, None, [], own) for name, own in asked.items()}
     tried = try_encoders(photos, encoders, encoding.device, joined)
     types = {"encoder": str, "accuracy": float, "low": float, "high": float, "images_per_second": int}
     rows = (
@@ -109,7 +107,7 @@ def _store_int8(photos: Source, encoding: ComparedOptions) -> None:
         raise UsageError("--int8: name the encoder with --model")
     skipped = []
     for name, own in replace(encoding, device="cpu", precision="float32", runtime="auto").named():
-        with named_encoder(own) as reader:
+        with reader_for(None, [], own) as reader:
             lowest = reader.store_int8(photos)
         say(f"{name}: stored in int8 (lowest cosine to the features in float32: {lowest:.3f})")
         skipped += reader.skipped

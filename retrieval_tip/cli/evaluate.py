@@ -15,7 +15,7 @@ from retrieval_tip.cli import kinds, options
 from retrieval_tip.cli.group import argument, command, flag, grouped, option
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import command_line, finish, note, print_facts, say
-from retrieval_tip.cli.opening import index_with, named_encoder, reader_for, source_of
+from retrieval_tip.cli.opening import index_with, reader_for, source_of
 from retrieval_tip.cli.options import ComparedOptions, EncodingOptions, OpeningOptions, ReadingOptions
 from retrieval_tip.errors import UsageError, counted, few, json_line, percent, show
 from retrieval_tip.settings import Ask
@@ -183,7 +183,7 @@ def compare_command(
     else:
         shots = source_of(fitted_to, replace(reading, split=None), "train")
         (name_a, own_a), (name_b, own_b) = asked
-        with named_encoder(own_a) as first, named_encoder(own_b) as second:
+        with reader_for(None, [], own_a) as first, reader_for(None, [], own_b) as second:
             comparison = compare_encoders((name_a, first), (name_b, second), shots, items, encoding.device)
     if as_json:
         click.echo(json_line(comparison.to_dict()))

@@ -14,7 +14,7 @@ from retrieval_tip.cli import kinds, options
 from retrieval_tip.cli.group import Group, argument, flag, grouped, option
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import about, command_line, finish, note, print_result, quiet, say, say_fit, warn
-from retrieval_tip.cli.opening import backbone_for, backbone_of, reader_for, reader_of, source_of, store_of
+from retrieval_tip.cli.opening import backbone_for, reader_for, source_of, store_of
 from retrieval_tip.cli.options import BackboneOptions, EncodingOptions, OutputOptions, ReadingOptions, ViewOptions
 from retrieval_tip.errors import UsageError, counted, few, show
 from retrieval_tip.settings import Ask, BuildOptions, Dtype, KeysMet, Normalize, Precision
@@ -61,10 +61,10 @@ def build(
     from retrieval_tip.index.build import build_index
 
     items = source_of(source, reading, "train")
-    backbone = backbone_of(items, encoding, needed=build["text"] is None)
-    if items.dataset and backbone is not None and backbone.has_text and not (build["text"] or build["templates"]):
-        build["templates"] = facts(items.dataset).templates
-    with reader_of(backbone, encoding, views) as reader:
+    with reader_for(None, [items], encoding, views, needed=build["text"] is None) as reader:
+        has_text = reader.backbone is not None and reader.backbone.has_text
+        if items.dataset and has_text and not (build["text"] or build["templates"]):
+            build["templates"] = facts(items.dataset).templates
         loaded = build_index(items, out, reader, device=encoding.device, **build)
     version = loaded.version or 1
     _say_version(out, version, _held(loaded))

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from retrieval_tip.errors import InputError, UsageError, counted, few
 from retrieval_tip.settings import Ask
 
 if TYPE_CHECKING:
-    from retrieval_tip.backbones.base import Backbone, Identity, Part
+    from retrieval_tip.backbones.base import Backbone, Identity
     from retrieval_tip.backbones.joined import Joined
     from retrieval_tip.backbones.torch_backbone import TorchBackbone
     from retrieval_tip.data.reader import Reader
@@ -146,37 +146,29 @@ def load(backbone: BackboneOptions, identity: Identity | None = None) -> Backbon
     return found(device=backbone.device, lazy=True)
 
 
-def backbone_of(source: Source, backbone: BackboneOptions, *, needed: bool = False) -> Backbone | None:
-    """Load the backbone for a source.
-
-    If no model is given, the backbone that is named in a feature table is loaded only if text weights are ``needed``.
-    """
-    from retrieval_tip.data.tables import table_identity
-
-    if source.table is None or backbone.model:
-        return load(backbone)
-    identity = table_identity(source.table) if needed else None
-    return load(backbone, identity) if identity else None
-
-
 def backbone_for(
     index: Index | Manifest | None, sources: Sequence[Source], backbone: BackboneOptions, *, needed: bool
 ) -> Backbone | None:
     """Return the backbone of an index if it is ``needed`` or there are images to encode.
 
     It is loaded on first use, since the encoding cache or the stored image tower may be sufficient. Raises an error if
-    it differs from the backbone that the index was built with. Without an index, see :func:`backbone_of`.
+    it differs from the backbone that the index was built with. Without an index, the backbone is the one that the
+    options name. If they name none, feature tables only need a backbone for text, which is then the one they name.
     """
     from retrieval_tip.backbones.loading import load_when_needed
-    from retrieval_tip.data.tables import check_backbone
+    from retrieval_tip.data.tables import check_backbone, table_identity
     from retrieval_tip.model import Index
 
+    tables = [source.table for source in sources if source.table is not None]
+    photos = len(tables) < len(sources)
     if index is None:
-        images = [source for source in sources if source.table is None]
-        return backbone_of((images or sources)[0], backbone, needed=needed)
+        if backbone.model or photos or not tables:
+            return load(backbone)
+        identity = table_identity(tables[0]) if needed else None
+        return load(backbone, identity) if identity else None
     identity = index.backbone if isinstance(index, Index) else index.identity
     loaded: Backbone | None = None
-    if needed or any(source.table is None for source in sources):
+    if needed or photos:
         if identity is None and not backbone.model:
             raise UsageError(UNNAMED)
         if identity and not (needed or backbone.model or backbone.pretrained):
@@ -195,12 +187,18 @@ def backbone_for(
 
 
 @contextmanager
-def reader_of(
-    backbone: Backbone | None, encoding: EncodingOptions, views: ViewOptions | None = None, parts: Sequence[Part] = ()
+def reader_for(
+    index: Index | Manifest | None,
+    sources: Sequence[Source],
+    encoding: EncodingOptions,
+    views: ViewOptions | None = None,
+    *,
+    needed: bool = False,
 ) -> Iterator[Reader]:
-    """Open the encoder for the inputs of a command, and close its cache on exit."""
+    """Open a reader with the backbone of :func:`backbone_for`, and close its cache on exit."""
     from retrieval_tip.data.encoding_cache import EncodingCache
 
+    backbone, parts = backbone_for(index, sources, encoding, needed=needed), () if index is None else index.parts
     cache = None if backbone is None or encoding.no_cache else EncodingCache.at(encoding.cache)
     began = time.monotonic()
     reader = encoding.reader(views)
@@ -215,21 +213,3 @@ def reader_of(
     finally:
         if cache is not None:
             cache.close()
-
-
-def named_encoder(encoding: EncodingOptions) -> AbstractContextManager[Reader]:
-    """Open an encoder with the backbone that the options name."""
-    return reader_of(load(encoding), encoding)
-
-
-def reader_for(
-    index: Index | Manifest | None,
-    sources: Sequence[Source],
-    encoding: EncodingOptions,
-    views: ViewOptions | None = None,
-    *,
-    needed: bool = False,
-) -> AbstractContextManager[Reader]:
-    """Open an encoder with the backbone of an index (see :func:`backbone_for`)."""
-    parts = () if index is None else index.parts
-    return reader_of(backbone_for(index, sources, encoding, needed=needed), encoding, views, parts)

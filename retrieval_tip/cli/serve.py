@@ -17,7 +17,7 @@ from retrieval_tip.cli import kinds, options
 from retrieval_tip.cli.group import argument, command, flag, grouped, option
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import say
-from retrieval_tip.cli.opening import inputs_of, named_encoder, reader_for, store_of
+from retrieval_tip.cli.opening import inputs_of, reader_for, store_of
 from retrieval_tip.cli.options import BackboneOptions, EncodingOptions, OpeningOptions
 from retrieval_tip.errors import UsageError, counted, show
 
@@ -139,7 +139,7 @@ def label_command(
 
     sources, store = inputs_of(photos), store_of(out)
     known = store.exists()
-    opened = reader_for(store.manifest(), sources, encoding) if known else named_encoder(encoding)
+    opened = reader_for(store.manifest(), sources, encoding) if known else reader_for(None, [], encoding)
     kept = LastServer("label", [out])
     with opened as reader, kept.listen("127.0.0.1") if port is None else listen("127.0.0.1", port) as listening:
         labelling = Labelling(out, sources, reader, classes)

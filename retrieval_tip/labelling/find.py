@@ -19,7 +19,6 @@ from retrieval_tip.data import images
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source, of_images
 from retrieval_tip.errors import InputError, show
-from retrieval_tip.index.items import ItemColumns
 from retrieval_tip.labelling.photos import MOST_PHOTOS, Pool, text_of
 from retrieval_tip.labelling.suggest import points_of
 from retrieval_tip.model import Index
@@ -69,16 +68,15 @@ def find_photos(
     names, best, total = pa.array([], pa.string()), torch.empty(0), 0
     for source in sources:
         for block in reader.blocks(source):
-            columns = ItemColumns.of(source.items.take(pa.array(block.positions)), block.digests)
             similarity = torch.mv(points_of(block.features, metric), target)
             if known is not None:
-                similarity[[digest == known for digest in columns.digests]] = -torch.inf
+                similarity[[digest == known for digest in block.digests]] = -torch.inf
             every = torch.cat([best, similarity])
             best, order = every.sort(descending=True, stable=True)
             order = order[: min(n, int((best > -torch.inf).sum()))]
             best, total = best[: len(order)], total + len(similarity)
-            names = pa.concat_arrays([names, columns.sources.cast(pa.string()).combine_chunks()])
-            names = names.take(pa.array(order.numpy()))
+            own = source.items["source"].take(pa.array(block.positions)).cast(pa.string())
+            names = pa.concat_arrays([names, own.combine_chunks()]).take(pa.array(order.numpy()))
     return pa.table([pa.array(range(1, len(best) + 1)), names, best.double().numpy()], schema=FOUND), total
 
 

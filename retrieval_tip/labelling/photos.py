@@ -19,7 +19,7 @@ from retrieval_tip.bounds import check_count, check_memory
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, UsageError, counted, few, show
-from retrieval_tip.index.items import ItemColumns, identity_of, read_text_table
+from retrieval_tip.index.items import identity_of, read_text_table
 from retrieval_tip.labelling.suggest import TRUST, suggest, uncertainty_of
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.inputs import check_shape
@@ -101,9 +101,8 @@ class Pool:
                 elif d != features[0].shape[1]:
                     earlier = features[0].shape[1]
                     raise InputError(f"{source.name}: its features have {d} values; earlier photos have {earlier}")
-                columns = ItemColumns.of(source.items.take(pa.array(block.positions)), block.digests)
-                names += columns.sources.to_pylist()
-                digests += columns.digests
+                names += source.items["source"].take(pa.array(block.positions)).to_pylist()
+                digests += block.digests
                 features.append(block.features)
         return cls(names, np.concatenate(features), digests)
 

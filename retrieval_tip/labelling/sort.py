@@ -22,7 +22,6 @@ from retrieval_tip.data.sources import Source, read_item
 from retrieval_tip.errors import InputError, Skipped, UsageError, counted, few, one_line, show
 from retrieval_tip.evaluation.held_out import Threshold, threshold_of
 from retrieval_tip.files import locked_folder, make_folders, real
-from retrieval_tip.index.items import ItemColumns
 from retrieval_tip.labelling import placing
 from retrieval_tip.labelling.placing import EMPTY, MANIFEST, Action, Placed, digest_at, digest_of, safe_name
 from retrieval_tip.model import Index
@@ -147,12 +146,12 @@ def _classified(
         for answers in index.answers(
             reader.for_queries(index.parts, index.shares).blocks(source), Ask(neighbours=0, logits=False)
         ):
-            block = answers.block
-            columns = ItemColumns.of(source.items.take(pa.array(block.positions)), block.digests)
-            names = columns.sources.to_pylist() if paths is None else [paths[i] for i in block.positions]
+            positions, digests = answers.block.positions, answers.block.digests
+            own = source.items["source"].take(pa.array(positions)).to_pylist()
+            names = own if paths is None else [paths[i] for i in positions]
             table = answers.predictions().written(["label", "probability", "no_match"])
-            photos, own_labels = [], dict(index.known(columns.digests))
-            for name, digest, answer in zip(names, columns.digests, table.to_pylist(), strict=True):
+            photos, own_labels = [], dict(index.known(digests))
+            for name, digest, answer in zip(names, digests, table.to_pylist(), strict=True):
                 if digest in own_labels:
                     answer = {"label": own_labels[digest], "probability": 1.0, "no_match": False}
                 is_id = paths is None and not os.path.lexists(name)
