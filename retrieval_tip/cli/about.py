@@ -15,7 +15,7 @@ from retrieval_tip.cli.group import argument, command, flag, option
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import FAILED, finish, print_facts, print_result, say
 from retrieval_tip.cli.opening import reader_for, source_of
-from retrieval_tip.cli.options import ComparedOptions, OutputOptions, ReadingOptions
+from retrieval_tip.cli.options import ComparedOptions, OutputOptions
 from retrieval_tip.errors import UsageError, counted, show
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ def models_command(
     photos: Place | None = option(kinds.SOURCE, "--try"),
     calibration: Place | None = option(kinds.SOURCE, "--int8"),
     printing: OutputOptions = options.FORMAT,
-    reading: ReadingOptions = options.READING,
     encoding: ComparedOptions = options.COMPARED,
 ) -> None:
     """List encoders, compare them on photos, or store one in int8.
@@ -54,9 +53,9 @@ def models_command(
         calibration: Photos on which each --model is calibrated in int8. They need no labels.
     """
     if photos is not None:
-        _try_encoders(word, source_of(photos, reading, "train"), printing, encoding)
+        _try_encoders(word, source_of(photos, encoding, "train"), printing, encoding)
     elif calibration is not None:
-        _store_int8(source_of(calibration, reading, "train", labelled=False), encoding)
+        _store_int8(source_of(calibration, encoding, "train", labelled=False), encoding)
     elif encoding.models or encoding.weights:
         raise UsageError("--model: give labelled photos to compare encoders (--try), or photos to store them (--int8)")
     else:

@@ -32,7 +32,7 @@ from retrieval_tip.cli.options import (
     EngineOptions,
     OpeningOptions,
     OutputOptions,
-    ReadingOptions,
+    SourceOptions,
     ViewOptions,
 )
 from retrieval_tip.cli.rows import (
@@ -58,8 +58,7 @@ def encode(
     out: Place = option(kinds.OUTPUT, "--out", "-o", required=True, help="Feature table to write (.parquet)."),
     engine: EngineOptions = options.ENGINE,
     views: ViewOptions = options.VIEWS,
-    reading: ReadingOptions = options.READING,
-    encoding: EncodingOptions = options.ENCODING,
+    encoding: SourceOptions = options.SOURCES,
 ) -> None:
     """Encode images into a feature table.
 
@@ -72,11 +71,11 @@ def encode(
         from retrieval_tip.data import tars
         from retrieval_tip.distributed.ray_data import cut
 
-        found = None if reading.dataset else tars.find(str(source))
-        pieces = found or cut(source_of(source, reading, "train", labelled=False))
+        found = None if encoding.dataset else tars.find(str(source))
+        pieces = found or cut(source_of(source, encoding, "train", labelled=False))
         what, skipped = _on_ray(pieces, out, engine, encoding, views=views)
     else:
-        items = source_of(source, reading, "train", labelled=False)
+        items = source_of(source, encoding, "train", labelled=False)
         with reader_for(None, [items], encoding, views) as reader:
             what = f"{encode_table(items, out, reader)} rows"
         skipped = reader.skipped

@@ -16,7 +16,7 @@ from retrieval_tip.cli.group import argument, command, flag, grouped, option
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import command_line, finish, note, print_facts, say
 from retrieval_tip.cli.opening import index_with, reader_for, source_of
-from retrieval_tip.cli.options import ComparedOptions, EncodingOptions, OpeningOptions, ReadingOptions
+from retrieval_tip.cli.options import ComparedOptions, OpeningOptions, SourceOptions
 from retrieval_tip.errors import UsageError, counted, few, json_line, percent, show
 from retrieval_tip.settings import Ask
 
@@ -72,8 +72,7 @@ def evaluate_command(
     ),
     report: ReportOptions = grouped(ReportOptions),
     as_json: bool = options.JSON,
-    reading: ReadingOptions = options.READING,
-    encoding: EncodingOptions = options.ENCODING,
+    encoding: SourceOptions = options.SOURCES,
 ) -> None:
     """Measure the accuracy of an index on labelled photos.
 
@@ -90,7 +89,7 @@ def evaluate_command(
     """
     report.check()
     loaded = index_with(folder, encoding, opening, ask)
-    test = source_of(source, reading, "test")
+    test = source_of(source, encoding, "test")
     with reader_for(loaded, [test], encoding) as reader:
         if report.report is None:
             from retrieval_tip.evaluation.evaluate import evaluate
@@ -157,7 +156,6 @@ def compare_command(
         kinds.SOURCE, help="Labelled photos to fit both encoders to, to compare encoders."
     ),
     as_json: bool = options.JSON,
-    reading: ReadingOptions = options.READING,
     encoding: ComparedOptions = options.COMPARED,
 ) -> None:
     """Compare two indexes, or two encoders, on the same photos.
@@ -174,14 +172,14 @@ def compare_command(
     asked = encoding.named()
     if (len(indexes), len(asked), fitted_to is None) not in ((2, 0, True), (0, 2, False)):
         raise UsageError("compare: give two indexes, or --fitted-to SHOTS and --model twice")
-    items = source_of(source, reading, "test", labelled=False)
+    items = source_of(source, encoding, "test", labelled=False)
     if fitted_to is None:
         a, b = (index_with(folder, encoding) for folder in indexes)
         name_a, name_b = (show(str(folder)) for folder in indexes)
         with reader_for(a, [items], encoding) as first, reader_for(b, [items], encoding) as second:
             comparison = compare(Side(name_a, a, first), Side(name_b, b, second), items)
     else:
-        shots = source_of(fitted_to, replace(reading, split=None), "train")
+        shots = source_of(fitted_to, replace(encoding, split=None), "train")
         (name_a, own_a), (name_b, own_b) = asked
         with reader_for(None, [], own_a) as first, reader_for(None, [], own_b) as second:
             comparison = compare_encoders((name_a, first), (name_b, second), shots, items, encoding.device)

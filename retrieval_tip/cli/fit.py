@@ -13,8 +13,8 @@ from retrieval_tip.cli.group import command, flag, grouped, option
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import finish, print_facts, print_result, say_fit, warn
 from retrieval_tip.cli.opening import reader_for, source_of, store_of, validation
-from retrieval_tip.cli.options import EncodingOptions, ReadingOptions
-from retrieval_tip.errors import Skipped, UsageError, show
+from retrieval_tip.cli.options import SourceOptions
+from retrieval_tip.errors import UsageError, show
 from retrieval_tip.settings import TRAINED, TrainingPrecision
 
 if TYPE_CHECKING:
@@ -28,8 +28,7 @@ def fit_command(
     val: Place | None = option(kinds.SOURCE),
     only_calibrate: bool = flag("--calibrate"),
     form: dict[str, Any] = options.building("metric", "values", "class_prior", "prior"),
-    reading: ReadingOptions = options.ROOT,
-    encoding: EncodingOptions = options.ENCODING,
+    encoding: SourceOptions = options.ROOTED,
 ) -> None:
     """Fit an index to its shots again, in closed form.
 
@@ -46,30 +45,23 @@ def fit_command(
     from retrieval_tip.index.fit import fit_index
 
     if only_calibrate:
-        _calibrate(folder, val, form, reading, encoding)
+        _calibrate(folder, val, form, encoding)
         return
-    skipped: list[Skipped] = []
-    if val is None:
-        choice = fit_index(folder, **form)
-    else:
-        source = source_of(val, reading, "val")
-        with reader_for(store_of(folder).manifest(), [source], encoding) as reader:
-            choice = fit_index(folder, **form, validation=source, reader=reader)
-        skipped = reader.skipped
+    source = None if val is None else source_of(val, encoding, "val")
+    with reader_for(store_of(folder).manifest(), [] if source is None else [source], encoding) as reader:
+        choice = fit_index(folder, **form, validation=source, reader=reader)
     warn(choice.warnings)
     say_fit(choice.provenance())
-    finish(skipped)
+    finish(reader.skipped)
 
 
-def _calibrate(
-    folder: Place, val: Place | None, form: dict[str, Any], reading: ReadingOptions, encoding: EncodingOptions
-) -> None:
+def _calibrate(folder: Place, val: Place | None, form: dict[str, Any], encoding: SourceOptions) -> None:
     from retrieval_tip.evaluation.calibration import calibrate
 
     if val is None or any(form.values()):
         raise UsageError("--calibrate: needs --val SOURCE, and only fits the temperature; leave out other options")
     index = store_of(kinds.FOLDER.convert(folder, None, None)).load(device=encoding.device)
-    source = source_of(val, reading, "val")
+    source = source_of(val, encoding, "val")
     with reader_for(index, [source], encoding) as reader:
         result = calibrate(index, source, reader)
     print_facts(vars(result) | {"version": index.version}, 15)
@@ -87,8 +79,7 @@ def search_command(
     greedy: bool = flag(),
     dry_run: bool = flag(),
     as_json: bool = options.JSON,
-    reading: ReadingOptions = options.ROOT,
-    encoding: EncodingOptions = options.ENCODING,
+    encoding: SourceOptions = options.ROOTED,
 ) -> None:
     """Search for the best alpha and beta, as in Tip-Adapter.
 
@@ -112,14 +103,12 @@ def search_command(
     if sum((val is not None, leave_one_out, folds is not None)) != 1:
         raise UsageError("search-hp: give exactly one of --val SOURCE, --leave-one-out and --folds N")
     index = store_of(folder).load(device=encoding.device)
-    skipped: list[Skipped] = []
-    if val is None:
-        queries = Queries.leave_one_out(index) if folds is None else Queries.in_folds(index, folds)
-    else:
-        source = validation(index, val, reading, val_shots)
-        with reader_for(index, [source], encoding) as reader:
+    source = None if val is None else validation(index, val, encoding, val_shots)
+    with reader_for(index, [] if source is None else [source], encoding) as reader:
+        if source is not None:
             queries = search_hp.on_validation(index, source, reader)
-        skipped = reader.skipped
+        else:
+            queries = Queries.leave_one_out(index) if folds is None else Queries.in_folds(index, folds)
     choice = search_hp.search(index, queries, cautious=not greedy)
     warn(choice.warnings)
     if surface:
@@ -132,7 +121,7 @@ def search_command(
         facts["interval"] = [None if value == float("inf") else value for value in choice.interval]
         facts["warnings"] = choice.warnings
     print_result(facts, as_json, 12)
-    finish(skipped)
+    finish(reader.skipped)
 
 
 @dataclass(frozen=True)
@@ -184,8 +173,7 @@ def finetune_command(
     training: TrainingOptions = grouped(TrainingOptions),
     keep_last: bool = flag(),
     as_json: bool = options.JSON,
-    reading: ReadingOptions = options.READING,
-    encoding: EncodingOptions = grouped(EncodingOptions, without=("precision", "runtime")),
+    encoding: SourceOptions = grouped(SourceOptions, without=("precision", "runtime")),
 ) -> None:
     """Fine-tune an index on its shots (Tip-Adapter-F).
 
@@ -206,8 +194,8 @@ def finetune_command(
 
     recipe = training.recipe()
     index = store_of(folder).load(device=encoding.device)
-    shots = shots_of(index) if source is None else own_shots(index, source_of(source, reading, "train"))
-    unseen = None if val is None else validation(index, val, reading, val_shots)
+    shots = shots_of(index) if source is None else own_shots(index, source_of(source, encoding, "train"))
+    unseen = None if val is None else validation(index, val, encoding, val_shots)
     sources = [shots] if unseen is None else [shots, unseen]
     with reader_for(index, sources, encoding) as reader:
         tuned = finetune_into(out, index, shots, reader, recipe, val=unseen, parent=show(folder), keep_last=keep_last)

@@ -15,7 +15,7 @@ from retrieval_tip.cli.group import Group, argument, flag, grouped, option
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import about, command_line, finish, note, print_result, quiet, say, say_fit, warn
 from retrieval_tip.cli.opening import backbone_for, reader_for, source_of, store_of
-from retrieval_tip.cli.options import BackboneOptions, EncodingOptions, OutputOptions, ReadingOptions, ViewOptions
+from retrieval_tip.cli.options import BackboneOptions, OutputOptions, SourceOptions, ViewOptions
 from retrieval_tip.errors import UsageError, counted, few, show
 from retrieval_tip.settings import Ask, BuildOptions, Dtype, KeysMet, Normalize, Precision
 from retrieval_tip.store.address import FORMS, KIND
@@ -43,8 +43,7 @@ def build(
     recipe: Path | None = option(kinds.FILE, is_eager=True, expose_value=False, callback=kinds.recipe),
     build: BuildOptions = options.building(),
     views: ViewOptions = options.VIEWS,
-    reading: ReadingOptions = options.READING,
-    encoding: EncodingOptions = options.ENCODING,
+    encoding: SourceOptions = options.SOURCES,
 ) -> None:
     """Build an index from labelled images or features.
 
@@ -60,7 +59,7 @@ def build(
     from retrieval_tip.data.datasets import facts
     from retrieval_tip.index.build import build_index
 
-    items = source_of(source, reading, "train")
+    items = source_of(source, encoding, "train")
     with reader_for(None, [items], encoding, views, needed=build["text"] is None) as reader:
         has_text = reader.backbone is not None and reader.backbone.has_text
         if items.dataset and has_text and not (build["text"] or build["templates"]):
@@ -171,9 +170,8 @@ def tune_command(
     agreement: float = option(kinds.Number(0, 1, above=True), default=0.999),
     factories: tuple[str, ...] = option(None, "--index", multiple=True),
     dry_run: bool = flag(),
-    reading: ReadingOptions = options.ROOT,
     printing: OutputOptions = options.FORMAT,
-    encoding: EncodingOptions = options.ENCODING,
+    encoding: SourceOptions = options.ROOTED,
 ) -> None:
     """Find the cheapest index and k that give the same answers.
 
@@ -191,7 +189,7 @@ def tune_command(
     from retrieval_tip.index.tune import tune_on
 
     loaded = store_of(folder).load(device=encoding.device, precision=encoding.precision)
-    source = source_of(val, reading, "val", labelled=False)
+    source = source_of(val, encoding, "val", labelled=False)
     with reader_for(loaded, [source], encoding) as reader:
         tuning = tune_on(loaded, source, reader, agreement=agreement, factories=factories)
     types = {"index": str, "effort": int, "k": str, "agreement": float, "microseconds": float, "chosen": bool}
@@ -231,8 +229,7 @@ def add_command(
     views: int | None = option(kinds.VIEWS_COUNT),
     seed: int | None = option(kinds.SEED),
     skip_known: bool = flag(),
-    reading: ReadingOptions = options.READING,
-    encoding: EncodingOptions = options.ENCODING,
+    encoding: SourceOptions = options.SOURCES,
 ) -> None:
     """Add labelled images or features to an index.
 
@@ -247,7 +244,7 @@ def add_command(
     """
     from retrieval_tip.index import changes
 
-    manifest, items = store_of(folder).manifest(), source_of(source, reading, "train")
+    manifest, items = store_of(folder).manifest(), source_of(source, encoding, "train")
     built = manifest.built
     new = not set(items.class_names) <= set(manifest.class_names)
     needed = new and text is None and bool(manifest.templates)

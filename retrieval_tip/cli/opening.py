@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import note, quiet, say
-from retrieval_tip.cli.options import BackboneOptions, EncodingOptions, OpeningOptions, ReadingOptions, ViewOptions
+from retrieval_tip.cli.options import BackboneOptions, EncodingOptions, OpeningOptions, SourceOptions, ViewOptions
 from retrieval_tip.errors import InputError, UsageError, counted, few
 from retrieval_tip.settings import Ask
 
@@ -37,7 +37,7 @@ MAX_PATHS, MAX_PATHS_BYTES = 1 << 24, 1 << 30
 """Maximum number of paths and maximum number of bytes on standard input."""
 
 
-def source_of(path: Place, reading: ReadingOptions, split: str, *, labelled: bool = True) -> Source:
+def source_of(path: Place, reading: SourceOptions, split: str, *, labelled: bool = True) -> Source:
     """Open the source or dataset of a command. ``split`` is the part that is used by default."""
     from retrieval_tip.data.sources import open_items, open_source
 
@@ -84,11 +84,11 @@ def store_of(folder: Place) -> Store:
     return at(folder)
 
 
-def validation(index: Index, path: Place, reading: ReadingOptions, number: KeysMet) -> Source:
+def validation(index: Index, path: Place, reading: SourceOptions, number: KeysMet) -> Source:
     """Open ``number`` validation images per class, all images, or by default the published number."""
     from retrieval_tip.fit.search_hp import validation_shots
 
-    val = source_of(path, ReadingOptions(root=reading.root), "val")
+    val = source_of(path, replace(reading, dataset=None, split=None), "val")
     return val if number == "all" else val.take(validation_shots(index, val, path, number))
 
 

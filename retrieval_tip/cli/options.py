@@ -61,22 +61,6 @@ class BackboneOptions:
 
 
 @dataclass(frozen=True)
-class ReadingOptions:
-    """Dataset and part to read from a source, and the folder against which relative paths are resolved.
-
-    Options:
-        dataset: Name of a common dataset in CoOp's layout, such as Caltech101. SOURCE is then the folder that contains
-            the folder of the dataset.
-        split: Part of a split .json or dataset to use: train, val or test.
-        root: Folder or bucket for the relative paths in a table or .json.
-    """
-
-    dataset: str | None = option(metavar="NAME", **INPUT)
-    split: str | None = option(**INPUT)
-    root: Place | None = option(kinds.SOURCE, **INPUT)
-
-
-@dataclass(frozen=True)
 class ViewOptions:
     """How to draw shots and views.
 
@@ -126,8 +110,24 @@ class EncodingOptions(BackboneOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComparedOptions(EncodingOptions):
-    """Backbones to compare, and the options for encoding images with each of them.
+class SourceOptions(EncodingOptions):
+    """Dataset and part to read from a source, the folder for relative paths, and the options for encoding images.
+
+    Options:
+        dataset: Name of a common dataset in CoOp's layout, such as Caltech101. SOURCE is then the folder that contains
+            the folder of the dataset.
+        split: Part of a split .json or dataset to use: train, val or test.
+        root: Folder or bucket for the relative paths in a table or .json.
+    """
+
+    dataset: str | None = option(metavar="NAME", **INPUT)
+    split: str | None = option(**INPUT)
+    root: Place | None = option(kinds.SOURCE, **INPUT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedOptions(SourceOptions):
+    """Backbones to compare, and the options for reading sources and encoding images with each of them.
 
     Options:
         models: Encoder to compare (see retrieval-tip models).
@@ -138,7 +138,7 @@ class ComparedOptions(EncodingOptions):
     models: Sequence[str] = option(None, "--model", multiple=True, **ENCODER)
     weights: Sequence[str] = option(None, "--pretrained", multiple=True, **ENCODER)
 
-    def named(self) -> list[tuple[str, EncodingOptions]]:
+    def named(self) -> list[tuple[str, SourceOptions]]:
         """Return the name of each encoder, and the options that select it. Raises UsageError if weights are missing."""
         if self.weights and len(self.weights) != len(self.models):
             raise UsageError(
@@ -244,9 +244,9 @@ INDEX_ARGUMENT = argument(kinds.INDEX, metavar="INDEX")
 """Argument of a command that works on an index in any store."""
 FOLDER_ARGUMENT = argument(kinds.FOLDER, metavar="INDEX")
 """Argument of a command that requires an index in a folder."""
-BACKBONE, ENCODING, READING = grouped(BackboneOptions), grouped(EncodingOptions), grouped(ReadingOptions)
+BACKBONE, ENCODING, SOURCES = map(grouped, (BackboneOptions, EncodingOptions, SourceOptions))
 COMPARED = grouped(ComparedOptions, without=("model", "pretrained", "precision", "runtime"))
-ROOT = grouped(ReadingOptions, without=("dataset", "split"))
+ROOTED = grouped(SourceOptions, without=("dataset", "split"))
 VIEWS, OPENING, ENGINE, FORMAT = map(grouped, (ViewOptions, OpeningOptions, EngineOptions, OutputOptions))
 JSON = flag("--json", help="Print the result as one JSON object.", **OUTPUTS)
 ASKING = {

@@ -6,7 +6,7 @@ import ipaddress
 import sys
 import webbrowser
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -20,24 +20,15 @@ from retrieval_tip.cli.messages import say
 from retrieval_tip.cli.opening import inputs_of, reader_for, store_of
 from retrieval_tip.cli.options import BackboneOptions, EncodingOptions, OpeningOptions
 from retrieval_tip.errors import UsageError, counted, show
+from retrieval_tip.server.limits import Limits
 
-
-@dataclass(frozen=True)
-class LimitOptions:
-    """Limits of a server.
-
-    Options:
-        max_bytes: Maximum size of a request, in bytes.
-        max_pixels: Maximum size of an image, in pixels.
-        queue: Size of the queue, in images. A client that fills more than a quarter is refused with status 429. A large
-            image counts several times, and 16 features count once.
-        timeout: Time limit for a response.
-    """
-
-    max_bytes: int = option(kinds.count(), default=32 << 20)
-    max_pixels: int = option(kinds.count(), default=50_000_000)
-    queue: int = option(kinds.count("queue"), default=256)
-    timeout: float = option(kinds.Number(0.1, 86_400), default=30.0, metavar="SECONDS")
+_LIMITS = {
+    "bytes": option(kinds.count(), "--max-bytes", default=Limits.bytes),
+    "pixels": option(kinds.count(), "--max-pixels", default=Limits.pixels),
+    "queue": option(kinds.count("queue"), default=Limits.queue),
+    "seconds": option(kinds.Number(0.1, 86_400), "--timeout", default=Limits.seconds, metavar="SECONDS"),
+}
+"""The limits that a user can change. Their help is the documentation of the class."""
 
 
 @command()
@@ -55,7 +46,7 @@ def serve_command(
     root: Path | None = option(kinds.FOLDER),
     allow_host: tuple[str, ...] = option(multiple=True, metavar="NAME"),
     trusted_proxy: tuple[str, ...] = option(multiple=True, metavar="ADDRESS"),
-    limited: LimitOptions = grouped(LimitOptions),
+    limits: Limits = grouped(Limits, _LIMITS),
     backbone: BackboneOptions = grouped(BackboneOptions, without=("model", "pretrained", "runtime")),
     opening: OpeningOptions = grouped(OpeningOptions, without=("where",)),
 ) -> None:
@@ -81,13 +72,11 @@ def serve_command(
         trusted_proxy: Address or network of a proxy that names its clients in X-Forwarded-For.
     """
     from retrieval_tip.server.app import create_app
-    from retrieval_tip.server.limits import Limits
     from retrieval_tip.server.run import LOOPBACK, LastServer, address, is_local, listen, serve
     from retrieval_tip.server.served import Backbones, Maker, open_all
 
     _check_access(token, read_only and not private, trusted_proxy)
     device, precision, verify = backbone.device, backbone.precision, opening.verify
-    limits = Limits(bytes=limited.max_bytes, pixels=limited.max_pixels, queue=limited.queue, seconds=limited.timeout)
     with listen(host, port) as listening:
         here = is_local(listening)
         kept = LastServer("serve", folders or [into or Path("indexes")])
@@ -133,7 +122,6 @@ def label_command(
     """
     from retrieval_tip.server.app import create_app
     from retrieval_tip.server.labelling import Labelling
-    from retrieval_tip.server.limits import Limits
     from retrieval_tip.server.run import LOOPBACK, LastServer, address, listen, serve
     from retrieval_tip.server.served import Backbones, Maker, Served
 

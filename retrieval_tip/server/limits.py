@@ -9,12 +9,11 @@ from dataclasses import dataclass
 class Limits:
     """Limits on requests and on the work that they cause.
 
-    A form has at most ``bytes`` bytes and ``images`` images of ``pixels`` pixels each. A JSON body has at most
-    ``json_bytes`` bytes and ``rows`` rows of features. At most ``grouped`` features are grouped at once. The answers to
-    several queries contain at most ``cells`` numbers (see :meth:`served.Version.cells`). A response must start within
-    ``seconds``, and the client must read it within the same time.
+    A form has at most ``images`` images. A JSON body has at most ``json_bytes`` bytes and ``rows`` rows of features. At
+    most ``grouped`` features are grouped at once. The answers to several queries contain at most ``cells`` numbers (see
+    :meth:`served.Version.cells`). A response must start within ``seconds``, and the client must read it within the same
+    time.
 
-    Each client can fill a quarter of a queue for ``queue`` images. :data:`ROWS_PER_IMAGE` rows count as one image.
     Request bodies, and responses larger than :data:`guard.PART`, can occupy ``held`` bytes. There are at most
     ``indexes`` indexes. Only requests for the host names in ``hosts`` are answered. If ``hosts`` is ``None``, all
     requests are answered.
@@ -22,6 +21,13 @@ class Limits:
     A map contains at most ``mapped`` key values, and accuracy is estimated only for at most ``estimated`` keys. A
     request for a slow result is answered with status 202 after ``patience`` seconds. Indexes are checked for new
     versions every ``poll`` seconds.
+
+    Attributes:
+        bytes: Maximum size of a request, in bytes.
+        pixels: Maximum size of an image, in pixels.
+        queue: Size of the queue, in images. A client that fills more than a quarter is refused with status 429. A large
+            image counts several times, and 16 features count once.
+        seconds: Time limit for a response.
     """
 
     bytes: int = 32 << 20
