@@ -27,8 +27,8 @@ from torch.nn import functional
 from retrieval_tip import Index, Reader, open_source
 from retrieval_tip.data.sources import Source
 from retrieval_tip.fit.finetune import finetune
-from retrieval_tip.fit.trainer import Recipe, Trainer
-from retrieval_tip.settings import Settings
+from retrieval_tip.fit.trainer import Trainer
+from retrieval_tip.settings import Recipe, Settings
 
 ALPHA, BETA, SCALE = 1.0, 5.5, 100.0
 RATE, EPS = 1e-3, 1e-4

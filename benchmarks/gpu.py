@@ -29,7 +29,7 @@ from torch import Tensor
 from retrieval_tip import Reader, load_backbone
 from retrieval_tip.backbones.base import resolve_device
 from retrieval_tip.fit.finetune import finetune
-from retrieval_tip.fit.trainer import Recipe
+from retrieval_tip.settings import Recipe
 
 START, END = "<!-- measured by benchmarks/gpu.py -->", "<!-- to here -->"
 HEAD = ("what", "side", "ms", "x as fast as plain", "x the products", "peak MiB")

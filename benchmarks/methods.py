@@ -16,7 +16,7 @@ from retrieval_tip.fit import closed_form, search_hp
 from retrieval_tip.fit.finetune import finetune, own_shots
 from retrieval_tip.fit.folds import Queries
 from retrieval_tip.fit.scatter import FloatArray
-from retrieval_tip.fit.trainer import Recipe
+from retrieval_tip.settings import Recipe
 
 STEPS = (200, 20)
 """Numbers of steps of the published grid for beta and alpha."""

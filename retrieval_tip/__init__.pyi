@@ -21,7 +21,6 @@ from .evaluation.evaluate import Evaluation as Evaluation
 from .evaluation.evaluate import Recognition as Recognition
 from .fit.closed_form import FormChoice as FormChoice
 from .fit.finetune import Tuned as Tuned
-from .fit.trainer import Recipe as Recipe
 from .index.build import build_index as build_index
 from .index.changes import Added as Added
 from .index.changes import Changed as Changed
@@ -37,6 +36,7 @@ from .predictions import Neighbour as Neighbour
 from .predictions import Prediction as Prediction
 from .predictions import Predictions as Predictions
 from .predictions import SimilarShot as SimilarShot
+from .settings import Recipe as Recipe
 from .settings import Settings as Settings
 
 __version__: str

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from retrieval_tip import tip
+from retrieval_tip import settings, tip
 from retrieval_tip.backbones.base import Backbone
 from retrieval_tip.backbones.loading import Model, given_backbone, load_when_needed
 from retrieval_tip.data import images
@@ -57,7 +57,6 @@ if TYPE_CHECKING:
     from retrieval_tip.backbones.joined import Joined
     from retrieval_tip.backbones.torch_backbone import TorchBackbone
     from retrieval_tip.fit.finetune import Tuned
-    from retrieval_tip.fit.trainer import Recipe
     from retrieval_tip.report.report import WrittenReport
 
 THUMBNAIL = 128
@@ -299,7 +298,7 @@ class OpenIndex:
     def finetune(
         self,
         out: Place | None = None,
-        recipe: Recipe | None = None,
+        recipe: settings.Recipe | None = None,
         *,
         source: Any = None,
         val: Any = None,
@@ -319,9 +318,8 @@ class OpenIndex:
         For the other arguments and the errors, see :func:`finetune.finetune_into`.
         """
         from retrieval_tip.fit.finetune import finetune_into, own_shots, shots_of
-        from retrieval_tip.fit.trainer import Recipe
 
-        if not isinstance(recipe, Recipe | None):
+        if not isinstance(recipe, settings.Recipe | None):
             raise UsageError(f"recipe: got an object of type {type(recipe).__name__}; give a Recipe")
         index, reader = self._in_folder(), self.reader
         unseen: Source | Queries | None = None

@@ -253,6 +253,51 @@ class BuildOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """A recipe for fine-tuning, with the defaults of the paper. Raises UsageError if an option is invalid.
+
+    Attributes:
+        train: Part of the index to train.
+        epochs: Number of passes over the shots.
+        batch: Number of queries per step.
+        lr: Initial learning rate, which decays along a cosine.
+        eps: AdamW epsilon.
+        weight_decay: AdamW weight decay.
+        views: Number of augmented views of each shot that are encoded once and drawn from in each epoch. With ``None``,
+            a new view is encoded in every epoch, as in the paper's code.
+        precision: Data type of the matrix products.
+        alpha: Alpha used for training. [default: as in the unfitted index]
+        beta: Beta used for training. [default: as in the unfitted index]
+        seed: Seed for drawing batches and views.
+    """
+
+    train: tuple[TrainedPart, ...] = ("keys",)
+    epochs: int = 20
+    batch: int = 256
+    lr: float = 1e-3
+    eps: float = 1e-4
+    weight_decay: float = 0.01
+    views: int | None = 16
+    precision: TrainingPrecision = "float32"
+    seed: int = 1
+    alpha: float | None = None
+    beta: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.train or len(set(self.train)) < len(self.train) or not set(self.train) <= set(TRAINED):
+            raise UsageError(f"train {', '.join(self.train) or '(nothing)'}: expected some of {', '.join(TRAINED)}")
+        for name, fewest in (("epochs", 1), ("batch", 1), ("views", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None:
+                check_count(name, value, fewest)
+        for name, least in (("lr", 0.0), ("eps", 0.0), ("weight_decay", -1e-300)):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > least):
+                raise UsageError(f"{name} is {value}: expected a finite number {'above' if least == 0 else 'from'} 0")
+        check_choice("precision", self.precision, TrainingPrecision)
+
+
+@dataclass(frozen=True)
 class Fitted:
     """A record of the metric and the values that were fitted to the shots of an index (see :mod:`fit.closed_form`).
 

@@ -16,7 +16,7 @@ from retrieval_tip.bounds import MANY, MOST, check_count, check_memory, memory
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.shots import few_shot
 from retrieval_tip.errors import UsageError
-from retrieval_tip.fit.trainer import Recipe
+from retrieval_tip.settings import Recipe
 
 
 @pytest.mark.parametrize("name", [*MOST, "anything"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +15,10 @@ from retrieval_tip.cli.messages import finish, print_facts, print_result, say_fi
 from retrieval_tip.cli.opening import reader_for, source_of, store_of, validation
 from retrieval_tip.cli.options import SourceOptions
 from retrieval_tip.errors import UsageError, show
-from retrieval_tip.settings import TRAINED, TrainingPrecision
+from retrieval_tip.settings import TRAINED, Recipe, TrainingPrecision
 
 if TYPE_CHECKING:
-    from retrieval_tip.fit.trainer import Recipe
-    from retrieval_tip.settings import KeysMet, TrainedPart
+    from retrieval_tip.settings import KeysMet
 
 
 @command()
@@ -124,43 +123,26 @@ def search_command(
     finish(reader.skipped)
 
 
-@dataclass(frozen=True)
-class TrainingOptions:
-    """Parts of the index to train, and training parameters."""
-
-    train: tuple[TrainedPart, ...] = option(
-        click.Choice(TRAINED), multiple=True, default=("keys",), help="Part of the index to train."
-    )
-    epochs: int = option(kinds.count("epochs"), default=20, help="Number of passes over the shots.")
-    batch: int = option(kinds.count("batch"), default=256, help="Number of queries per step.")
-    lr: float = option(kinds.POSITIVE, default=1e-3, help="Initial learning rate, which decays along a cosine.")
-    eps: float = option(kinds.POSITIVE, default=1e-4, help="AdamW epsilon.")
-    weight_decay: float = option(kinds.NUMBER, default=0.01, help="AdamW weight decay.")
-    views_cache: int | None = option(
+_RECIPE = {
+    "train": option(
+        click.Choice(TRAINED), multiple=True, default=("keys",), callback=lambda *given: tuple(dict.fromkeys(given[-1]))
+    ),
+    "epochs": option(kinds.count("epochs"), default=Recipe.epochs),
+    "batch": option(kinds.count("batch"), default=Recipe.batch),
+    "lr": option(kinds.POSITIVE, default=Recipe.lr),
+    "eps": option(kinds.POSITIVE, default=Recipe.eps),
+    "weight_decay": option(kinds.NUMBER, default=Recipe.weight_decay),
+    "views": option(
         kinds.VIEWS_COUNT,
+        "--views-cache",
         metavar="M",
         help="Number of augmented views of each shot that are encoded once and drawn from in each epoch. [default: 16]",
-    )
-    views: str | None = option(
-        click.Choice(["fresh"]), help="With fresh, a new view of each shot is encoded in every epoch."
-    )
-    precision: TrainingPrecision = option(
-        options.choice(TrainingPrecision), default="float32", help="Data type of the matrix products."
-    )
-    alpha: float | None = option(kinds.NUMBER, help="Alpha used for training. [default: as in the unfitted index]")
-    beta: float | None = option(kinds.NUMBER, help="Beta used for training. [default: as in the unfitted index]")
-    seed: int = option(kinds.SEED, default=1, help="Seed for drawing batches and views.")
-
-    def recipe(self) -> Recipe:
-        """Return the training recipe. Raises UsageError if the view options conflict."""
-        from retrieval_tip.fit.trainer import VIEWS, Recipe
-
-        if self.views and self.views_cache:
-            raise UsageError("--views fresh and --views-cache: give only one")
-        own: dict[str, Any] = vars(self) | {"train": tuple(dict.fromkeys(self.train))}
-        own["views"] = None if self.views else self.views_cache or VIEWS
-        del own["views_cache"]
-        return Recipe(**own)
+    ),
+    "precision": option(options.choice(TrainingPrecision), default=Recipe.precision),
+    "alpha": option(kinds.NUMBER),
+    "beta": option(kinds.NUMBER),
+    "seed": option(kinds.SEED, default=Recipe.seed),
+}
 
 
 @command()
@@ -170,7 +152,8 @@ def finetune_command(
     source: Place | None = option(kinds.SOURCE),
     val: Place | None = option(kinds.SOURCE),
     val_shots: KeysMet = option(kinds.K("shots")),
-    training: TrainingOptions = grouped(TrainingOptions),
+    recipe: Recipe = grouped(Recipe, _RECIPE),
+    fresh: str | None = option(click.Choice(["fresh"]), "--views"),
     keep_last: bool = flag(),
     as_json: bool = options.JSON,
     encoding: SourceOptions = grouped(SourceOptions, without=("precision", "runtime")),
@@ -188,11 +171,14 @@ def finetune_command(
         val: Labelled validation source on which the epoch and the settings are selected. The val part of a split .json
             is used.
         val_shots: Number of validation images to use per class, or all. [default: min(shots, 4)]
+        fresh: With fresh, a new view of each shot is encoded in every epoch.
         keep_last: Write the trained index even if it is less accurate than the original index.
     """
     from retrieval_tip.fit.finetune import finetune_into, own_shots, shots_of
 
-    recipe = training.recipe()
+    if fresh and recipe.views:
+        raise UsageError("--views fresh and --views-cache: give only one")
+    recipe = recipe if fresh else replace(recipe, views=recipe.views or Recipe.views)
     index = store_of(folder).load(device=encoding.device)
     shots = shots_of(index) if source is None else own_shots(index, source_of(source, encoding, "train"))
     unseen = None if val is None else validation(index, val, encoding, val_shots)

@@ -31,10 +31,11 @@ from retrieval_tip.files import make_folders
 from retrieval_tip.fit import closed_form, search_hp
 from retrieval_tip.fit.folds import Folds, Queries
 from retrieval_tip.fit.forms import like
-from retrieval_tip.fit.trainer import Recipe, Trainer, cosine
+from retrieval_tip.fit.trainer import Trainer, cosine
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.keys import index_over
 from retrieval_tip.retrieval.rows import ArrayRows
+from retrieval_tip.settings import Recipe
 from retrieval_tip.store.folder import check_name
 from retrieval_tip.store.labels import images_of
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,61 +11,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from retrieval_tip import tip
-from retrieval_tip.bounds import check_count
-from retrieval_tip.errors import UsageError
 from retrieval_tip.model import Index
-from retrieval_tip.settings import TRAINED, TrainedPart, TrainingPrecision, check_choice
+from retrieval_tip.settings import Recipe
 
-VIEWS = 16
-"""Default number of cached views per shot."""
 BLOCK, GPU_BLOCK = 2048, 65536
 """Keys per block on a CPU, where a block should fit in the cache (benchmarks/finetune.py), and on a GPU."""
 QUERIES = 256
 """Number of queries per batch in an evaluation."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Options for fine-tuning. The defaults follow the paper.
-
-    - ``train``: the parts to train, from :data:`settings.TRAINED`
-    - ``epochs``: the number of epochs
-    - ``batch``: the number of queries per step
-    - ``lr``: the learning rate, which falls to 0 along a cosine
-    - ``eps``, ``weight_decay``: parameters of AdamW
-    - ``views``: the number of augmented views of each shot. All views are encoded once, and each epoch samples one view
-      per shot. If ``None``, every epoch encodes a new view, as in the paper's code.
-    - ``precision``: the dtype of matrix products
-    - ``seed``: the seed for batches and views
-    - ``alpha``, ``beta``: values to use in training. A value that you do not give is taken from the index.
-
-    Raises UsageError if an option is invalid.
-    """
-
-    train: tuple[TrainedPart, ...] = ("keys",)
-    epochs: int = 20
-    batch: int = 256
-    lr: float = 1e-3
-    eps: float = 1e-4
-    weight_decay: float = 0.01
-    views: int | None = VIEWS
-    precision: TrainingPrecision = "float32"
-    seed: int = 1
-    alpha: float | None = None
-    beta: float | None = None
-
-    def __post_init__(self) -> None:
-        if not self.train or len(set(self.train)) < len(self.train) or not set(self.train) <= set(TRAINED):
-            raise UsageError(f"train {', '.join(self.train) or '(nothing)'}: expected some of {', '.join(TRAINED)}")
-        for name, fewest in (("epochs", 1), ("batch", 1), ("views", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None:
-                check_count(name, value, fewest)
-        for name, least in (("lr", 0.0), ("eps", 0.0), ("weight_decay", -1e-300)):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > least):
-                raise UsageError(f"{name} is {value}: expected a finite number {'above' if least == 0 else 'from'} 0")
-        check_choice("precision", self.precision, TrainingPrecision)
 
 
 class Trainer:
