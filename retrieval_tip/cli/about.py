@@ -119,7 +119,9 @@ def cache_command(
         kinds.FOLDER, help="Cache folder. [default: $RETRIEVAL_TIP_CACHE or ~/.cache/retrieval-tip]"
     ),
     prune: bool = flag(help="Remove all encodings. They are computed again when they are needed."),
-    max_size: int | None = option(kinds.Size(), help="New size limit, which the cache remembers. [default: 8GB]"),
+    max_size: int | None = option(
+        kinds.size, metavar="N(MB|GB|TB)", help="New size limit, which the cache remembers. [default: 8GB]"
+    ),
     as_json: bool = options.JSON,
 ) -> None:
     """Show, limit or clear the encoding cache.

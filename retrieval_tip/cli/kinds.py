@@ -158,49 +158,33 @@ SHOTS, VIEWS_COUNT, SEEDS, SEED = count("shots"), count("views"), count("seeds")
 NUMBER, POSITIVE, SHARE = Number(), Number(above=True), Number(0, 1)
 
 
-class Percent(click.ParamType[float]):
-    """A share from 0 to 1, or in percent."""
-
-    name = "P%"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> float:
-        if isinstance(value, str) and value.endswith("%"):
-            return float(Number(0, 100).convert(value.removesuffix("%"), param, ctx)) / 100
-        return float(SHARE.convert(value, param, ctx))
+def percent(text: str) -> float:
+    """Convert a share from 0 to 1, or in percent."""
+    if text.endswith("%"):
+        return float(Number(0, 100).convert(text.removesuffix("%"), None, None)) / 100
+    return float(SHARE.convert(text, None, None))
 
 
-class Size(click.ParamType[int]):
-    """A number of bytes, written with the unit MB, GB or TB."""
-
-    name = "N(MB|GB|TB)"
-
-    def convert(self, value: object, param: Any, ctx: Any) -> int:
-        match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([MGT])B?", str(value), re.IGNORECASE | re.ASCII)
-        size = 0 if match is None else int(float(match[1]) * 1000 ** (2 + "MGT".index(match[2].upper())))
-        if not 1_000_000 <= size <= LARGEST_FILE:
-            self.fail(f"{value!r} is not a size from 1 MB to 1000 TB; write, for example, 500MB or 8GB")
-        return size
+def size(text: str) -> int:
+    """Convert a number of bytes with the unit MB, GB or TB."""
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([MGT])B?", text, re.IGNORECASE | re.ASCII)
+    number = 0 if match is None else int(float(match[1]) * 1000 ** (2 + "MGT".index(match[2].upper())))
+    if not 1_000_000 <= number <= LARGEST_FILE:
+        raise click.BadParameter(f"{text!r} is not a size from 1 MB to 1000 TB; write, for example, 500MB or 8GB")
+    return number
 
 
-class Abstaining(click.ParamType[float | Literal["auto"]]):
-    """A probability or ``auto``."""
-
-    name = "P|auto"
-
-    def convert(self, value: object, param: Any, ctx: Any) -> float | Literal["auto"]:
-        return "auto" if value == "auto" else float(SHARE.convert(value, param, ctx))
+def abstaining(text: str) -> float | Literal["auto"]:
+    """Convert a probability, or ``auto``."""
+    return "auto" if text == "auto" else float(SHARE.convert(text, None, None))
 
 
-class Bursts(click.ParamType[float]):
-    """``burst`` or ``burst:SECONDS``. The value is the number of seconds."""
-
-    name = "burst[:SECONDS]"
-
-    def convert(self, value: object, param: Any, ctx: Any) -> float:
-        kind, _, seconds = str(value).partition(":")
-        if kind != "burst":
-            self.fail(f"{value}: expected burst or burst:SECONDS")
-        return float(NUMBER.convert(seconds or BURST_SECONDS, param, ctx))
+def bursts(text: str) -> float:
+    """Convert ``burst`` or ``burst:SECONDS`` to the number of seconds."""
+    kind, _, seconds = text.partition(":")
+    if kind != "burst":
+        raise click.BadParameter(f"{text}: expected burst or burst:SECONDS")
+    return float(NUMBER.convert(seconds or BURST_SECONDS, None, None))
 
 
 def recipe(ctx: click.Context, _: click.Parameter, path: Path | None) -> Path | None:

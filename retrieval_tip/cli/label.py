@@ -99,7 +99,8 @@ def sort_command(
         kinds.SHARE, help="Probability below which a photo goes to the folder not sure. [default: 0.5]"
     ),
     at_most_wrong: float | None = option(
-        kinds.Percent(),
+        kinds.percent,
+        metavar="P%",
         help="Choose this probability so that at most this share of the other photos is wrong, as in 2%.",
     ),
     dry_run: bool = flag(help="Print the rows of the manifest, and change nothing."),

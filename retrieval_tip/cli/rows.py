@@ -58,9 +58,9 @@ class RowOptions:
     """
 
     explain: bool = flag(**options.ANSWERS)
-    abstain: Abstain = option(kinds.Abstaining(), **options.ANSWERS)
+    abstain: Abstain = option(kinds.abstaining, metavar="P|AUTO", **options.ANSWERS)
     group_no_match: bool = flag(**options.ANSWERS)
-    group_by: float | None = option(kinds.Bursts(), **options.ANSWERS)
+    group_by: float | None = option(kinds.bursts, metavar="BURST[:SECONDS]", **options.ANSWERS)
     boxes: Path | None = option(kinds.FILE, **options.INPUT)
     categories: list[str] = option(multiple=True, metavar="NAME,...", callback=kinds.names, **options.INPUT)
     exif: bool = flag(**options.ANSWERS)
