@@ -20,6 +20,8 @@ SLACK = 0.01  # how far an edge may lie outside the photo, as detectors round
 
 Found = dict[str, Any]
 """An image of the file, or one of its detections, with all fields."""
+_Entry = tuple[Found, list[tuple[str, Box, Found]]] | str
+"""An image with the category, the edges and the fields of each box, or the reason why the detector failed."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,8 @@ def _ends(path: str) -> Iterator[str]:
     return ("/".join(parts[start:]) for start in range(len(parts)))
 
 
-def _read(file: Path) -> tuple[dict[str, Any], dict[str, tuple[Found, list[tuple[str, Box, Found]]] | str]]:
-    """Return the content of a file, and the boxes of each photo or the reason why the detector failed."""
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, _Entry]]:
+    """Return the content of a file, and the entry of each photo."""
     data = read_json(file, LARGEST)
     if not isinstance(data, dict) or not isinstance(entries := data.get("images"), list):
         raise InputError(f"{show(file)}: has no list 'images'; expected boxes in MegaDetector's format")
@@ -113,9 +115,9 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, tuple[Found, list[tuple
     match data.get("info"):
         case {"detector_metadata": {"typical_detection_threshold": float() | int() as own}} if 0 <= own <= 1:
             least = own
-    photos: dict[str, tuple[Found, list[tuple[str, Box, Found]]] | str] = {}
+    photos: dict[str, _Entry] = {}
     for row, entry in enumerate(entries):
-        value: tuple[Found, list[tuple[str, Box, Found]]] | str
+        value: _Entry
         match entry:
             case {"file": str() as name, "detections": list() as found}:
                 boxes = [(*_box(one, names, f"{show(file)}: image {row}"), one) for one in found]

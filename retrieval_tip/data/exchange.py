@@ -35,7 +35,7 @@ def label_studio(rows: Iterable[Row], class_names: Sequence[str] = ()) -> list[o
     for path, label, probability in map(_answer, rows):
         choice = {"from_name": "label", "to_name": "image", "type": "choices", "value": {"choices": [label]}}
         made = [] if label is None else [{"model_version": "retrieval-tip", "score": probability, "result": [choice]}]
-        where = path if remote.is_remote(path) else LOCAL + quote(_absolute(path).lstrip("/"))
+        where = path if remote.is_remote(path) else LOCAL + quote(remote.absolute(path).lstrip("/"))
         tasks.append({"data": {"image": where}, "predictions": made})
     return tasks
 
@@ -49,7 +49,7 @@ def coco(rows: Iterable[Row], class_names: Sequence[str]) -> dict[str, object]:
     images: list[object] = []
     annotations: list[object] = []
     for number, (path, label, probability) in enumerate(map(_answer, rows), 1):
-        images.append({"id": number, "file_name": _absolute(path)})
+        images.append({"id": number, "file_name": remote.absolute(path)})
         if label is not None:
             own = {"id": len(annotations) + 1, "image_id": number, "category_id": numbers[label], "score": probability}
             annotations.append(own)
@@ -60,7 +60,7 @@ def coco(rows: Iterable[Row], class_names: Sequence[str]) -> dict[str, object]:
 def fiftyone(rows: Iterable[Row], class_names: Sequence[str]) -> dict[str, object]:
     """Return the ``labels.json`` of a ``FiftyOneImageClassificationDataset``, whose keys are absolute paths."""
     labels = {
-        _absolute(path): None if label is None else {"label": label, "confidence": probability}
+        remote.absolute(path): None if label is None else {"label": label, "confidence": probability}
         for path, label, probability in map(_answer, rows)
     }
     return {"classes": list(class_names), "labels": labels}
@@ -226,7 +226,3 @@ def _image_root(file: Path, paths: list[str]) -> Path:
     if not held(best):
         raise InputError(f"{show(file)}: cannot find its images (such as {show(sample[0])[:200]}); give --root FOLDER")
     return best
-
-
-def _absolute(path: str) -> str:
-    return path if remote.is_remote(path) else os.path.abspath(path)

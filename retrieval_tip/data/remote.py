@@ -25,6 +25,11 @@ def is_remote(path: str | os.PathLike[str]) -> TypeGuard[str]:
     return isinstance(path, str) and path.startswith(SCHEMES)
 
 
+def absolute(path: str) -> str:
+    """Return the absolute path of a file. Links are kept, and URLs do not change."""
+    return path if is_remote(path) else os.path.abspath(path)  # noqa: PTH100 - resolve() follows links
+
+
 @functools.cache
 def filesystem(scheme: str) -> AbstractFileSystem:
     """Return the file system for ``s3``, ``gs`` or ``az``. Raises UsageError if its packages are not installed."""

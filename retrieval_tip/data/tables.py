@@ -365,19 +365,16 @@ def has_part(path: Path | str, part: Part) -> bool:
         return False
 
 
-def _identity(metadata: Mapping[bytes, bytes] | None, name: str) -> Identity | None:
-    if (raw := (metadata or {}).get(IDENTITY_KEY)) is None:
+def _identity_of(schema: pa.Schema, column: str, name: str) -> Identity | None:
+    """Return the backbone of a column. The metadata of the whole table describes its main column."""
+    whole = schema.metadata if column == feature_column(schema) else None
+    metadata = (whole or {}) | (schema.field(column).metadata or {})
+    if (raw := metadata.get(IDENTITY_KEY)) is None:
         return None
     try:
         return Identity.from_dict(json.loads(raw))
     except (ValueError, RecursionError, BackboneError) as error:
         raise InputError(f"{name}: its metadata cannot be read ({error})") from None
-
-
-def _identity_of(schema: pa.Schema, column: str, name: str) -> Identity | None:
-    """Return the backbone of a column. The metadata of the whole table describes its main column."""
-    own = _identity(schema.field(column).metadata, name)
-    return own or (_identity(schema.metadata, name) if column == feature_column(schema) else None)
 
 
 def read_rows(
@@ -528,23 +525,23 @@ def vectors(rows: npt.NDArray[np.generic]) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(rows).reshape(-1)), rows.shape[1])
 
 
-def parquet_writer(target: str | IO[bytes], schema: pa.Schema) -> pq.ParquetWriter:
+def parquet_writer(target: IO[bytes], schema: pa.Schema, compression: str = "snappy") -> pq.ParquetWriter:
     """Open a Parquet writer that uses dictionaries only for text, because numbers rarely repeat."""
     empty = io.BytesIO()
     pq.write_metadata(schema, empty)  # names the columns inside lists and structs
     columns = pq.ParquetFile(empty).schema
     text = [one.path for one in map(columns.column, range(len(columns))) if one.logical_type.type == "STRING"]
-    return pq.ParquetWriter(target, schema, use_dictionary=text)
+    return pq.ParquetWriter(target, schema, use_dictionary=text, compression=compression)
 
 
 def write_table(out: Path, schema: pa.Schema, blocks: Iterable[pa.Table]) -> int:
     """Write a feature table block by block, and return the number of rows. After an error, there is no file."""
-    number, plain = 0, [field.name for field in schema if not is_vector(field.type)]
+    number = 0
     try:
         with (
             replacing(out) as temporary,
             temporary.open("wb") as raw,
-            pq.ParquetWriter(raw, schema, use_dictionary=plain, compression="none") as writer,
+            parquet_writer(raw, schema, compression="none") as writer,
         ):
             for block in blocks:
                 writer.write_table(block)

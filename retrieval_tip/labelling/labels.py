@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -21,7 +20,7 @@ from torch.nn.functional import normalize
 
 from retrieval_tip.bounds import check_memory
 from retrieval_tip.data.reader import Reader
-from retrieval_tip.data.remote import is_remote
+from retrieval_tip.data.remote import absolute
 from retrieval_tip.data.sources import Source, of_images
 from retrieval_tip.errors import InputError, show
 from retrieval_tip.index import places
@@ -63,11 +62,6 @@ class Label:
 def picked_of(text: str | None) -> Picked:
     """Return how a photo was chosen, given the text in a journal."""
     return next((picked for picked in get_args(Picked) if picked == text), "suggested")
-
-
-def absolute(path: str) -> str:
-    """Return the absolute path of a photo. Links are kept, and addresses of object stores do not change."""
-    return path if is_remote(path) else os.path.abspath(path)  # noqa: PTH100 - resolve() follows links
 
 
 class SessionPhotos:

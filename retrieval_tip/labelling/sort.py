@@ -155,7 +155,7 @@ def _classified(
                 if digest in own_labels:
                     answer = {"label": own_labels[digest], "probability": 1.0, "no_match": False}
                 is_id = paths is None and not os.path.lexists(name)
-                item = name if is_id or remote.is_remote(name) else os.path.abspath(name)  # noqa: PTH100
+                item = name if is_id else remote.absolute(name)
                 try:
                     own = digest or hashlib.sha256(read_item(item)).hexdigest()
                     photos.append((item, own, answer))
