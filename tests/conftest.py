@@ -321,6 +321,12 @@ def run() -> Callable[..., Result]:
     return invoke
 
 
+def json_rows(done: Result, *statuses: int) -> list[dict[str, Any]]:
+    """Return the rows that a command has printed with ``--format json``."""
+    assert done.exit_code in (statuses or (0, 3)), done.output
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
 def commands(group: click.Group = main, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     """Return the words of each command."""
     for name, command in group.commands.items():

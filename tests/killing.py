@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -25,6 +26,24 @@ import warm
 Job = dict[str, Any]
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="SKIPPED: needs fork and SIGKILL")
+
+
+class FullDisk:
+    """A disk that is full when a file is flushed for the ``stop``-th time, if that is not 0.
+
+    Flushes of folders do not count, because their errors are ignored.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.stop, self.calls, self._real = 0, 0, os.fsync
+        monkeypatch.setattr(os, "fsync", self._fsync)
+
+    def _fsync(self, handle: int) -> None:
+        is_file = stat.S_ISREG(os.fstat(handle).st_mode)
+        self.calls += is_file
+        if is_file and self.calls == self.stop:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self._real(handle)
 
 
 class Steps:

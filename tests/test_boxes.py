@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import json_rows
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -78,21 +79,17 @@ def write(folder, **parts):
     return folder / "boxes.json"
 
 
-def rows_of(done):
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
 def test_each_box_is_classified_as_its_own_photo(run, things, trap):
     done = run("classify", things, trap / "photos", "--boxes", trap / "boxes.json", "--logits", "--format", "json")
     assert done.exit_code == 3
     assert "failed.png: the detector failed: Failure image access" in done.stderr
     assert "unknown.png: no entry" in done.stderr
-    rows, photos = rows_of(done), trap / "photos"
+    rows, photos = json_rows(done), trap / "photos"
     names = [f"{photos}/site/{photo}.png#{box}" for photo in range(2) for box in (1, 2)]
     assert [row["input"] for row in rows] == [*names, f"{photos}/empty.png", f"{photos}/faint.png"]
     assert [row["detected"] for row in rows] == ["animal", "person"] * 2 + ["empty"] * 2
     assert [(row["label"], row["probability"], row["logits"]) for row in rows[4:]] == [(None, None, None)] * 2
-    alone = rows_of(run("classify", things, trap / "halves", "--logits", "--format", "json"))
+    alone = json_rows(run("classify", things, trap / "halves", "--logits", "--format", "json"))
     np.testing.assert_array_equal([row["logits"] for row in rows[:4]], [row["logits"] for row in alone])
 
 
@@ -110,7 +107,7 @@ def test_boxes_belong_to_the_burst_of_their_photo(run, things, trap):
     text = (trap / "boxes.json").read_text().replace(".png", ".jpg")
     (trap / "boxes.json").write_text(text)
     options = ["--group-by", "burst", "--exif", "--format", "json"]
-    rows = rows_of(run("classify", things, trap / "photos", "--boxes", trap / "boxes.json", *options))
+    rows = json_rows(run("classify", things, trap / "photos", "--boxes", trap / "boxes.json", *options))
     assert [row["burst"] for row in rows] == [1, 1, 1, 1, None]
     assert [row["taken_at"] for row in rows] == ["2026-01-02 03:04:05"] * 4 + ["2026-01-02 03:04:06"]
     assert len({row["label"] for row in rows[:4]}) == 1

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pytest
 from cameras import encoded, gps_of
 from click.testing import CliRunner
-from conftest import needs_real, sampled
+from conftest import json_rows, needs_real, sampled
 from PIL import Image
 from referees import referee
 from serving import caltech_photos
@@ -93,8 +93,7 @@ def ranked(row, names):
 
 
 def rows_of(run, *arguments):
-    lines = run("classify", *arguments, "--top", 5, "--format", "json").stdout.splitlines()
-    return [json.loads(line) for line in lines]
+    return json_rows(run("classify", *arguments, "--top", 5, "--format", "json"))
 
 
 @pytest.mark.parametrize("options", [[], ["--group-by", "burst"]], ids=str)

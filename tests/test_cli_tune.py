@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from itertools import pairwise
 
 import numpy as np
 import pytest
+from conftest import json_rows
 from dense import shots_like_clip
 from sealing import snapshot
 from tables import write_table
@@ -44,10 +44,6 @@ def tune(run, place, *more, val="queries.parquet"):
     return run("index", "tune", place / "index", "--val", place / val, *more)
 
 
-def json_rows(text):
-    return [json.loads(line) for line in text.splitlines()]
-
-
 def labels(cache, features, k):
     return cache.logits(features["queries"], k, cache.settings.tail).argmax(1).tolist()
 
@@ -60,7 +56,7 @@ def test_the_new_version_has_the_printed_settings(run, place, features, more):
     data, before = set((place / "index" / "data").iterdir()), Index.load(place / "index", device="cpu")
     result = tune(run, place, *more, "--format", "json")
     assert result.exit_code == 0, result.stderr
-    rows = json_rows(result.stdout)
+    rows = json_rows(result)
     assert all(list(row) == COLUMNS for row in rows)
     assert [row["microseconds"] for row in rows] == sorted(row["microseconds"] for row in rows)
     agreements = [row["agreement"] for row in rows]
@@ -85,7 +81,7 @@ def test_the_new_version_has_the_printed_settings(run, place, features, more):
     cache = Index.load(place / "index", device="cpu", precision="float32")
     same = np.mean(np.equal(labels(cache, features, cache.settings.k), labels(cache, features, "all")))
     assert same == pytest.approx(chosen[0]["agreement"], abs=0.5 / Q)
-    asked = json_rows(run("classify", place / "index", place / "queries.parquet", "--format", "json").stdout)
+    asked = json_rows(run("classify", place / "index", place / "queries.parquet", "--format", "json"))
     assert [row["label"] for row in asked] == [NAMES[i] for i in labels(cache, features, cache.settings.k)]
 
 
@@ -93,7 +89,7 @@ def test_a_dry_run_prints_its_choice_and_changes_nothing(run, place):
     before = snapshot(place / "index")
     result = tune(run, place, "--dry-run", "--format", "json")
     assert result.exit_code == 0, result.stderr
-    assert sum(row["chosen"] for row in json_rows(result.stdout)) == 1
+    assert sum(row["chosen"] for row in json_rows(result)) == 1
     assert "version" not in result.stderr
     assert snapshot(place / "index") == before
 

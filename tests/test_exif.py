@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from datetime import datetime, timedelta
 
 import numpy as np
 import pytest
 from cameras import GPS, encoded, gps_of
+from conftest import json_rows
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
@@ -107,13 +107,8 @@ def traps(shared, tmp_path):
     return tmp_path
 
 
-def rows_of(done):
-    assert done.exit_code == 0, done.output
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
 def test_classify_reports_exif_and_bursts(run, things, traps):
-    plain = rows_of(run("classify", things, traps, "--top", 10, "--format", "json", "--exif"))
+    plain = json_rows(run("classify", things, traps, "--top", 10, "--format", "json", "--exif"), 0)
     assert [row["taken_at"] for row in plain[1:3]] == ["2026-03-02 00:00:03", "2026-03-02 00:00:11"]
     assert [(row["latitude"], row["longitude"]) for row in plain[4:]] == [(None, None), (-1.5, 36.75)]
     assert plain[4]["taken_at"] is None
@@ -121,7 +116,7 @@ def test_classify_reports_exif_and_bursts(run, things, traps):
 
     groups = {"burst": [1, 1, 1, 2, 3, 4], "burst:7.5": [1, 2, 3, 4, 5, 6], "burst:44": [1, 1, 1, 1, 2, 3]}
     for group, expected in groups.items():
-        found = rows_of(run("classify", things, traps, "--group-by", group, "--top", 3, "--format", "json"))
+        found = json_rows(run("classify", things, traps, "--group-by", group, "--top", 3, "--format", "json"), 0)
         assert [row["input"] for row in found] == [row["input"] for row in plain]
         assert [row["burst"] for row in found] == expected
         for row in found:
@@ -142,7 +137,7 @@ def test_a_burst_has_no_match_if_no_photo_of_it_has_one(run, things, traps, tmp_
     for name in ("1.jpg", "2.jpg"):
         (traps / "c" / name).write_bytes(encoded("2026:01:01 00:00:00", image=Image.open(traps / "noise.jpg")))
     (traps / "a/6.jpg").write_bytes(encoded("2026:03:01 23:59:59", image=Image.open(traps / "noise.jpg")))
-    alone = rows_of(run("classify", index, traps, "--format", "json"))
+    alone = json_rows(run("classify", index, traps, "--format", "json"), 0)
     done = run("classify", index, traps, "--group-by", "burst", "--abstain", "auto", "--exif", "--format", "csv")
     found = list(csv.DictReader(io.StringIO(done.stdout)))
     expected = [row["no_match"] for row in alone]

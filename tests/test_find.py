@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import cache_of
+from conftest import cache_of, json_rows
 from serving import caltech_photos
 from tables import unit, unit_rows, write_table
 
@@ -21,10 +20,6 @@ from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.labelling import find
 from retrieval_tip.labelling.find import find_duplicates, find_photos
 from retrieval_tip.tip import Metric
-
-
-def rows_of(done):
-    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.fixture
@@ -49,11 +44,11 @@ def test_an_example_finds_similar_photos(things, lit_mini, inbox, run):
     expected = {name: float(feature @ example) for name, feature in features.items() if name in others}
     done = run("find", inbox, inbox / "0.jpg", "--index", things, "--format", "json")
     assert (done.exit_code, "searched 7 photos" in done.stderr) == (3, True)
-    rows = rows_of(done)
+    rows = json_rows(done)
     assert [row["rank"] for row in rows] == [1, 2, 3, 4, 5]  # without the copies of the example
     assert [row["input"] for row in rows] == sorted(expected, key=expected.get, reverse=True)
     assert [row["similarity"] for row in rows] == pytest.approx(sorted(expected.values(), reverse=True), abs=1e-3)
-    assert rows_of(run("find", inbox, inbox / "0.jpg", "-n", 2, "--index", things, "--format", "json")) == rows[:2]
+    assert json_rows(run("find", inbox, inbox / "0.jpg", "-n", 2, "--index", things, "--format", "json")) == rows[:2]
     assert cache.metric is None
 
 
@@ -62,29 +57,29 @@ def test_a_text_is_encoded_with_the_templates_of_the_index(things, lit_mini, inb
     done = run("find", *photos, "a big aeroplane", "--index", things, "--format", "json")
     assert done.exit_code == 0, done.stderr
     weight = Reader(lit_mini).text_weights(["a big aeroplane"], cache.templates)[0]
-    for row in rows_of(done):
+    for row in json_rows(done):
         feature = Reader(lit_mini).encode(next(open_inputs([row["input"]]))).features[0]
         assert row["similarity"] == pytest.approx(float(feature @ weight), abs=1e-3)
-    assert len(rows_of(done)) == 2
+    assert len(json_rows(done)) == 2
 
 
 def test_without_an_index_the_options_or_the_table_name_the_encoder(lit_mini, inbox, run, tmp_path):
     model, table = ("--model", lit_mini.identity.model), tmp_path / "inbox.parquet"
     assert run("encode", inbox, *model, "--out", table).exit_code == 3
-    expected = rows_of(run("find", inbox, "an aeroplane", *model, "--format", "json"))
-    found = rows_of(run("find", table, "an aeroplane", "--format", "json"))
+    expected = json_rows(run("find", inbox, "an aeroplane", *model, "--format", "json"))
+    found = json_rows(run("find", table, "an aeroplane", "--format", "json"))
     assert len(expected) == 7
     assert [Path(row["input"]).name for row in found] == [Path(row["input"]).name for row in expected]
     features = {Path(row["id"]).name: np.array(row["feature"]) for row in pq.read_table(table).to_pylist()}
     nearest = max((f"{place}.jpg" for place in range(1, 6)), key=lambda name: features[name] @ features["0.jpg"])
-    alike = rows_of(run("find", table, inbox / "0.jpg", "--format", "json"))
+    alike = json_rows(run("find", table, inbox / "0.jpg", "--format", "json"))
     assert Path(alike[0]["input"]).name == nearest
-    pairs = rows_of(run("find", table, "--duplicates", "--format", "json"))
+    pairs = json_rows(run("find", table, "--duplicates", "--format", "json"))
     assert [Path(row["other"]).name for row in pairs] == ["copy.jpg"]
 
 
 def test_near_identical_photos_are_listed(things, inbox, run):
-    rows = rows_of(run("find", inbox, "--duplicates", "--index", things, "--format", "json"))
+    rows = json_rows(run("find", inbox, "--duplicates", "--index", things, "--format", "json"))
     assert [(row["input"], row["other"]) for row in rows] == [(str(inbox / "0.jpg"), str(inbox / "copy.jpg"))]
     assert rows[0]["kind"] == "identical image"
 

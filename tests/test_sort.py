@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import csv
-import errno
 import hashlib
 import io
 import os
 import shutil
 import signal
-import stat
 import subprocess
 from collections import Counter
 from contextlib import contextmanager
@@ -35,7 +33,6 @@ from retrieval_tip.evaluation.held_out import held_out_probabilities, threshold_
 from retrieval_tip.files import locked_folder
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.forms import FORMS
-from retrieval_tip.labelling import placing
 from retrieval_tip.labelling.placing import MANIFEST, Placed, read_manifest, safe_name, write_manifest
 from retrieval_tip.labelling.sort import class_folder, sort_photos, undo_sort
 
@@ -355,26 +352,16 @@ def test_the_next_run_removes_the_hidden_copy_of_a_killed_one(process, index, in
 
 
 def test_a_full_disk_leaves_only_complete_photos_and_the_next_run_continues(index, inbox, tmp_path, monkeypatch):
-    real, calls = os.fsync, []
-
-    def full(handle):
-        is_file = stat.S_ISREG(os.fstat(handle).st_mode)  # errors when syncing folders are ignored
-        calls.extend([handle] * is_file)
-        if is_file and len(calls) == stop:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(handle)
-
-    monkeypatch.setattr(placing.os, "fsync", full)
-    stop = 0
+    disk = killing.FullDisk(monkeypatch)
     sort(index, inbox, tmp_path / "whole")
-    for stop in few(range(1, len(calls) + 1), 8):
-        calls.clear()
+    for stop in few(range(1, disk.calls + 1), 8):
+        disk.calls, disk.stop = 0, stop
         out = tmp_path / str(stop)
         with pytest.raises(InputError, match=r"No space left[^\n]*$"):
             sort(index, inbox, out)
         assert set(files(out, hidden=True).items()) <= set(SORTED.items())
         assert files(inbox) == PHOTOS
-        stop = 0
+        disk.stop = 0
         sort(index, inbox, out)
         assert files(out, hidden=True) == SORTED
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import csv
-import errno
 import json
 import os
 import shutil
 import signal
-import stat
 import subprocess
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -29,7 +27,6 @@ from tarring import tar
 from retrieval_tip.data import xmp
 from retrieval_tip.data.xmp import Keywords, merged
 from retrieval_tip.errors import InputError
-from retrieval_tip.labelling import placing
 from retrieval_tip.labelling.sidecars import undo_sidecars, write_sidecars
 
 RDF, DC, TIP = (
@@ -261,26 +258,17 @@ def test_a_run_killed_at_any_step_can_be_repeated_or_undone(process, tmp_path, u
 
 
 def test_a_full_disk_changes_whole_sidecars_and_the_next_run_continues(tmp_path, monkeypatch):
-    real, calls = os.fsync, []
-
-    def full(handle):
-        is_file = stat.S_ISREG(os.fstat(handle).st_mode)
-        calls.extend([handle] * is_file)
-        if is_file and len(calls) == stop:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(handle)
-
-    monkeypatch.setattr(placing.os, "fsync", full)
+    disk = killing.FullDisk(monkeypatch)
     for stop in few(range(1, 7), 6):
+        disk.calls, disk.stop = 0, stop
         folder = tmp_path / str(stop)
         folder.mkdir()
         (folder / "b.jpg.xmp").write_bytes(FULL)
         photos = given_(folder, a=["fox"], b=["fox"], c=["fox"])
-        calls.clear()
         with pytest.raises(InputError, match=r"No space left[^\n]*$"):
             write_sidecars(photos)
         assert {*state(folder)} == {"b.jpg.xmp", *[f"{name}.jpg.xmp" for name in "abc"[: (stop - 1) // 2]]}
-        stop = 0
+        disk.stop = 0
         assert write_sidecars(photos).skipped == []
         assert undo_sidecars(photos).done == 3
         assert state(folder) == {"b.jpg.xmp": FULL}
