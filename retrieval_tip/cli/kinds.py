@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Any, Literal
-from zoneinfo import ZoneInfo
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 from click.shell_completion import CompletionItem
@@ -16,6 +15,9 @@ from retrieval_tip.data.remote import is_remote
 from retrieval_tip.errors import InputError
 from retrieval_tip.files import read_regular
 from retrieval_tip.store.address import KIND, METAVAR, parse
+
+if TYPE_CHECKING:
+    from zoneinfo import ZoneInfo
 
 LARGEST = 1e30
 """Largest number that an option accepts, so that results stay within the float32 range of 3e38."""
@@ -72,6 +74,8 @@ def names(ctx: click.Context, _: click.Parameter, texts: tuple[str, ...]) -> lis
 
 def zone(_: click.Context, __: click.Parameter, name: str | None) -> ZoneInfo | None:
     """Open a time zone by its IANA name."""
+    from zoneinfo import ZoneInfo  # slow
+
     try:
         return None if name is None else ZoneInfo(name)
     except (KeyError, ValueError, OSError):

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
-from zoneinfo import ZoneInfo
 
 import click
 
@@ -22,6 +21,8 @@ from retrieval_tip.errors import InputError, Skipped, UsageError, show
 from retrieval_tip.settings import Ask
 
 if TYPE_CHECKING:
+    from zoneinfo import ZoneInfo
+
     import pyarrow as pa
 
     from retrieval_tip.data.boxes import Cut
