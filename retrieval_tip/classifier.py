@@ -718,11 +718,7 @@ def _new_place(out: Place | None) -> tuple[TemporaryIndex | None, Place]:
 
 
 def _own_backbone(index: Index, device: str, precision: Precision = "auto") -> Backbone | None:
-    identity = index.backbone
-    return (
-        None
-        if identity is None
-        else load_when_needed(
-            identity, index.d, [part.width for part in index.parts], device=device, precision=precision
-        )
-    )
+    if index.backbone is None:
+        return None
+    widths = [part.width for part in index.parts]
+    return load_when_needed(index.backbone, index.d, widths, device=device, precision=precision)
