@@ -143,11 +143,9 @@ def _parameter(name: str, declared: Any, told: Mapping[str, str]) -> click.Param
 
 
 _early = partial(Option, heading="General", is_eager=True, expose_value=False)
-_GENERAL = [
-    _early(["-q", "--quiet"], is_flag=True, callback=_quiet, help="Hide warnings and progress."),
-    _early(["-v", "--verbose"], count=True, callback=_verbose, help="Show more messages; -vv shows all of them."),
-    _early(["--help-all", "all_help"], is_flag=True, callback=_all_help, help="Show every option in full and exit."),
-]
+QUIET = _early(["-q", "--quiet"], is_flag=True, callback=_quiet, help="Hide warnings and progress.")
+VERBOSE = _early(["-v", "--verbose"], count=True, callback=_verbose, help="Show more messages; -vv shows all of them.")
+_ALL = _early(["--help-all", "all_help"], is_flag=True, callback=_all_help, help="Show every option in full and exit.")
 
 
 class Command(click.Command):
@@ -175,7 +173,7 @@ class Command(click.Command):
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Insert the general options before --help."""
         *own, shown = super().get_params(ctx)
-        return [*own, *_GENERAL, shown]
+        return [*own, QUIET, VERBOSE, _ALL, shown]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options under their headings. The general options come last."""

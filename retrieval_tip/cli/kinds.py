@@ -202,9 +202,9 @@ def recipe(ctx: click.Context, _: click.Parameter, path: Path | None) -> Path | 
                 raise click.BadParameter(f"{path}: unknown option {name!r}", ctx)
             several = getattr(known[name], "multiple", False)
             parts = value if several and isinstance(value, list) else [value]
-            expected = _kind(known[name])
-            if several != isinstance(value, list) or not all(_fits(part, expected) for part in parts):
-                what = f"an array of {expected}" if several else expected
+            fits = [_fits(part, known[name]) for part in parts]
+            if several != isinstance(value, list) or not all(fit for fit, _ in fits):
+                what = f"an array of {fits[0][1]}" if several else fits[0][1]
                 raise click.BadParameter(f"{path}: {name}: expected {what}", ctx)
         ctx.default_map = {str(known[name].name): value for name, value in values.items()}
     return path
@@ -221,21 +221,15 @@ def _toml(path: Path) -> dict[str, object]:
         raise click.BadParameter(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _kind(parameter: click.Parameter) -> str:
-    if isinstance(parameter, click.Option) and parameter.is_flag:
-        return "true or false"
+def _fits(value: object, parameter: click.Parameter) -> tuple[bool, str]:
+    """Return whether a TOML value has the type of an option, and the name of this type."""
+    is_whole = type(value) is int and -(2**63) <= value < 2**63  # range of TOML integers
+    if getattr(parameter, "is_flag", False):
+        return type(value) is bool, "true or false"
     if isinstance(parameter.type, K):
-        return "a whole number or 'all'"
+        return is_whole or value == "all", "a whole number or 'all'"
     if isinstance(parameter.type, Count):
-        return "a whole number"
-    return "a number" if isinstance(parameter.type, Number) else "text"
-
-
-def _fits(value: object, kind: str) -> bool:
-    if kind == "true or false" or isinstance(value, bool):
-        return kind == "true or false" and isinstance(value, bool)
-    if isinstance(value, int):
-        return kind != "text" and -(2**63) <= value < 2**63  # range of TOML integers
-    if isinstance(value, float):
-        return kind == "a number" and math.isfinite(value)
-    return isinstance(value, str) and (kind == "text" or (value == "all" and "'all'" in kind)) and "\0" not in value
+        return is_whole, "a whole number"
+    if isinstance(parameter.type, Number):
+        return is_whole or (type(value) is float and math.isfinite(value)), "a number"
+    return isinstance(value, str) and "\0" not in value, "text"

@@ -24,7 +24,7 @@ from retrieval_tip.cli.about import cache_command, completion_command, doctor, m
 from retrieval_tip.cli.classify import classify, encode
 from retrieval_tip.cli.evaluate import compare_command, evaluate_command
 from retrieval_tip.cli.fit import finetune_command, fit_command, search_command
-from retrieval_tip.cli.group import Group, in_one_line
+from retrieval_tip.cli.group import QUIET, VERBOSE, Group, in_one_line
 from retrieval_tip.cli.index import index
 from retrieval_tip.cli.label import find_command, sort_command, suggest
 from retrieval_tip.cli.serve import label_command, serve_command
@@ -51,6 +51,7 @@ class _Program(Group):
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
+        logging.getLogger("retrieval_tip").setLevel(logging.WARNING)
         try:
             _fill_closed_streams()
             with in_one_line():
@@ -113,12 +114,13 @@ def _orderly_end() -> Iterator[None]:
             signal.signal(number, before[number])
 
 
-@click.group(cls=_Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+_HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
+
+
+@click.group(cls=_Program, params=[QUIET, VERBOSE], context_settings=_HELP)
 @click.version_option(__version__, package_name="retrieval-tip")
-@click.option("-q", "--quiet", is_flag=True, help="Hide warnings and progress.")
-@click.option("-v", "--verbose", count=True, help="Show more messages; -vv shows all of them.")
 @click.pass_context
-def main(ctx: click.Context, quiet: bool, verbose: int) -> None:
+def main(ctx: click.Context) -> None:
     """Few-shot image classification as retrieval (Tip-Adapter on a FAISS index).
 
     The exit status is 0 for success, 1 for a failure that changed nothing, and 2 for incorrect usage. It is 3 if the
@@ -129,11 +131,9 @@ def main(ctx: click.Context, quiet: bool, verbose: int) -> None:
     logger = logging.getLogger("retrieval_tip")
     logger.handlers[:] = [handler]
     logger.propagate = False
-    logger.setLevel(logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
     logging.addLevelName(logging.WARNING, "warning")
     start_lightly()
     warnings.filterwarnings("ignore", module=r"PIL\.")  # this package reports the same problems with the image name
-    ctx.obj = quiet
     if "NO_COLOR" in os.environ:
         ctx.color = False
 
