@@ -35,6 +35,7 @@ from tables import read_features, some_pixels, tiny
 from retrieval_tip import Index, errors
 from retrieval_tip.backbones.base import Backbone, Identity
 from retrieval_tip.cli import main
+from retrieval_tip.cli.group import commands_of
 from retrieval_tip.settings import Settings
 
 MEMORY, ROOM = Path("/dev/shm"), 4 << 30
@@ -327,13 +328,8 @@ def json_rows(done: Result, *statuses: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def commands(group: click.Group = main, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Return the words of each command."""
-    for name, command in group.commands.items():
-        if isinstance(command, click.Group):
-            yield from commands(command, (*prefix, name))
-        else:
-            yield (*prefix, name)
+COMMANDS = {tuple(path.split()): command for path, command in commands_of(main) if not isinstance(command, click.Group)}
+"""The commands, by their words."""
 
 
 def nearest_keys(model: Index, queries: Any, k: int = 1) -> list[list[dict[str, Any]]]:

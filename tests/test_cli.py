@@ -21,13 +21,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.types import FloatParamType, IntParamType
-from conftest import commands, few
+from conftest import COMMANDS, few
 from PIL import Image
 from serving import caltech_photos
 from tables import picture, tiny, unit_rows, write_table
 
 from retrieval_tip.cli import opening
-from retrieval_tip.cli import program as cli
 from retrieval_tip.cli.group import OptionGroup
 from retrieval_tip.cli.kinds import K, Number
 from retrieval_tip.errors import InputError
@@ -53,30 +52,23 @@ def queries(tmp_path):
 INDEXES = os.path.relpath(Path(__file__).parent / "indexes" / "v7")
 
 
-def command_of(words):
-    command = cli.main
-    for word in words:
-        command = command.commands[word]
-    return command
-
-
-@pytest.mark.parametrize("command", list(commands()), ids=" ".join)
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_every_command_and_option_has_help(run, command):
     shown = run(*command, "--help")
     assert shown.exit_code == 0
-    found = command_of(command)
+    found = COMMANDS[command]
     assert found.help
     assert all(option.help for option in found.params if isinstance(option, click.Option))
 
 
-@pytest.mark.parametrize("command", list(commands()), ids=" ".join)
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_the_types_of_a_command_match_its_options(command):
-    function = command_of(command).callback
+    function = COMMANDS[command].callback
     taken = {name: one.annotation for name, one in inspect.signature(function).parameters.items()}
     for group in (one.default for one in inspect.signature(function).parameters.values()):
         if isinstance(group, OptionGroup):
             taken |= {one.name: fields_of(group.kind)[one.name] for one in group.params}
-    values = {option.name: option for option in command_of(command).params if option.expose_value}
+    values = {option.name: option for option in COMMANDS[command].params if option.expose_value}
     assert values.keys() <= taken.keys()
     for name, option in values.items():
         if option.callback is not None:  # a callback may change the type
@@ -418,8 +410,8 @@ def test_a_closed_standard_error_changes_nothing(small, queries, tmp_path):
 
 NUMBERS = [
     (" ".join(words), one)
-    for words in commands()
-    for one in command_of(words).params
+    for words, command in COMMANDS.items()
+    for one in command.params
     if isinstance(one.type, IntParamType | FloatParamType | K | Number) and not getattr(one, "count", False)
 ]
 

@@ -358,7 +358,7 @@ WORDS = [
     "local-dir:/dev", "cuda:99", "IVF0,Flat", "HNSW2147483648", "PQ8x64", "IVF4(", "Classes", "true) --", "index",
     "key_id < 2", "train.parquet",
 ]  # fmt: skip
-SLOW = {"epochs", "seeds", "views_cache", "folds", "shots", "engine", "plot", "resume", "help", "workers"}
+SLOW = {"epochs", "seeds", "folds", "shots", "engine", "plot", "help", "workers"}
 """Options that take long, start other programs, or draw. ``test_cli.py`` tests their bounds."""
 
 

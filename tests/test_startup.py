@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
-from conftest import commands
+from conftest import COMMANDS
 from PIL import Image
 from tables import TINY, picture, tiny
 
@@ -101,10 +101,10 @@ def photo_index(run, photos, tmp_path):
 
 
 def test_help_of_each_command_imports_nothing_heavy():
-    groups = {command[:depth] for command in commands() for depth in range(len(command))}
-    found, shown = imported(*[[*command, "--help"] for command in (*sorted(groups), *commands())], ["--version"])
+    groups = {command[:depth] for command in COMMANDS for depth in range(len(command))}
+    found, shown = imported(*[[*command, "--help"] for command in (*sorted(groups), *COMMANDS)], ["--version"])
     assert found == set()
-    assert shown.count("Usage:") == len(groups) + len(list(commands()))
+    assert shown.count("Usage:") == len(groups) + len(COMMANDS)
 
 
 def test_index_info_imports_no_torch(index):

@@ -243,7 +243,7 @@ class Group(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write each command with the first sentence of its help."""
-        known = dict(_commands(self))
+        known = dict(commands_of(self))
         headings = self.headings or {"Commands": list(known)}
         width = max(len(name) for own in headings.values() for name in own)
         for heading, own in headings.items():
@@ -263,7 +263,7 @@ class Group(click.Group):
             name, near = args[0], getattr(error, "possibilities", None) or []
             everywhere = [
                 *SYNONYMS.get(name, ()),
-                *(path for path, _ in _commands(ctx.find_root().command) if path.split()[-1] == name),
+                *(path for path, _ in commands_of(ctx.find_root().command) if path.split()[-1] == name),
             ]
             if not everywhere:
                 raise
@@ -274,10 +274,11 @@ class Group(click.Group):
 command = partial(click.command, cls=Command)
 
 
-def _commands(group: click.Command, prefix: str = "") -> Iterator[tuple[str, click.Command]]:
+def commands_of(group: click.Command, prefix: str = "") -> Iterator[tuple[str, click.Command]]:
+    """Yield the commands of a group and of its subgroups, and their names."""
     for name, own in group.commands.items() if isinstance(group, click.Group) else ():
         yield f"{prefix}{name}", own
-        yield from _commands(own, f"{prefix}{name} ")
+        yield from commands_of(own, f"{prefix}{name} ")
 
 
 @contextmanager
