@@ -323,10 +323,10 @@ def check_backbone(
         raise BackboneError(f"encoder {backbone.identity}: its features have {backbone.dim} values; the index has {d}")
     for source in sources:
         if source.table is not None:
-            own = table_identity(source.table, parts)
-            if identity is not None and own is not None:
+            found = parts_in(source.table, parts)
+            if identity is not None and (own := identity_of(found)) is not None:
                 same_backbone(own, identity, source.name)
-            if (dim := table_dim(source.table, parts)) != d:
+            if (dim := sum(part.width for part in found)) != d:
                 raise InputError(f"{source.name}: its features have {dim} values; the index has {d}")
 
 
