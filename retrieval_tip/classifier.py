@@ -310,7 +310,7 @@ class OpenIndex:
         The index itself does not change. The result is written to the folder ``out``. By default, it is temporary until
         you call ``save``.
 
-        - ``source``: the photos of the shots, if they are not where they were. They can be the same as for
+        - ``source``: the photos of the shots, if they have moved. They can be the same as for
           ``evaluate``.
         - ``val``: validation photos as for ``evaluate``
         - ``val_shots``: the number of validation photos per class, or ``all``. Defaults to ``min(shots, 4)``.

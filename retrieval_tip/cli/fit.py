@@ -165,7 +165,7 @@ def finetune_command(
     --val, it is also used to select the epoch, and then alpha and beta.
 
     Options:
-        out: Folder to which the trained index is written.
+        out: Folder for the trained index.
         source: Images of the shots, or a feature table of their views, with one id per shot. [default: the source that
             the index was built from]
         val: Labelled validation source on which the epoch and the settings are selected. The val part of a split .json

@@ -234,7 +234,7 @@ class Command(click.Command):
 class Group(click.Group):
     """A group that lists commands under headings, and suggests commands for names used by other programs.
 
-    ``headings`` are the names of the commands under each heading of the help, which includes those of subgroups.
+    ``headings`` are the names of the commands under each heading of the help, including subcommands.
     """
 
     command_class = Command

@@ -166,7 +166,7 @@ class RowOptions:
                     yield answers.written(columns, self.abstain)
 
     def _others(self, cut: Cut, noting: Noting) -> Iterator[pa.Table]:
-        """Yield the names of what is not classified, after noting when and where the photos were taken."""
+        """Yield the names of unclassified inputs, after noting when and where the photos were taken."""
         import pyarrow as pa
 
         if names := [*cut.others, *cut.empty]:

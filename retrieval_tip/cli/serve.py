@@ -62,7 +62,7 @@ def serve_command(
             and is kept for the next server on this port; on other addresses, no token, and changes are refused]
         read_only: Refuse all changes.
         private: Require the token for all requests. If you give no token, one is printed.
-        uploads: Folder in which added images are stored. [default: INDEX-shots, next to each INDEX]
+        uploads: Folder for added images. [default: INDEX-shots, next to each INDEX]
         into: Folder for indexes that are created in the page. [default: next to the first INDEX]
         model: Encoder for indexes that are created in the page. [default: the encoder of the first INDEX, or ViT-B-32]
         pretrained: Weights to load for --model.

@@ -13,7 +13,7 @@ from retrieval_tip.data.sources import Source, of_images
 from retrieval_tip.errors import InputError, Skipped, UsageError, few, show
 from retrieval_tip.files import read_json
 
-EMPTY = "empty"  # what is ``detected`` in a photo without boxes
+EMPTY = "empty"  # value of ``detected`` for a photo without boxes
 LARGEST = 1 << 28  # largest file, in bytes
 CONFIDENCE = 0.2  # smallest confidence of a box, if the file does not contain the typical threshold of its detector
 SLACK = 0.01  # how far an edge may lie outside the photo, as detectors round

@@ -84,7 +84,7 @@ class Noting:
     taken: dict[str, Taken] = field(default_factory=dict)
 
     def __call__(self, path: str) -> bytes:
-        """Return the bytes of a photo, or of a part of it."""
+        """Return the bytes of a photo or its part."""
         data, (_, box) = self.note(path), self.boxes.get(path, (path, None))
         return data if box is None else images.crop(data, box)
 
@@ -95,6 +95,6 @@ class Noting:
         return data
 
     def columns(self, names: Sequence[str]) -> dict[str, pa.Array]:
-        """Return the columns of :data:`EXIF` for photos. Other names, such as those of features, get nulls."""
+        """Return the columns of :data:`EXIF` for photos. Other names, such as the ids of features, get nulls."""
         fields = zip(*(self.taken.get(name, UNKNOWN) for name in names), strict=True)
         return {name: pa.array(values, kind) for (name, kind), values in zip(EXIF.items(), fields, strict=True)}

@@ -243,7 +243,7 @@ class Reader:
         return tables.parts_in(source.table, self.parts)
 
     def needed_backbone(self, source: Source) -> Backbone:
-        """Return the backbone. Raises UsageError if there is none."""
+        """Return the backbone. Raises UsageError if it is missing."""
         if self.backbone is None:
             raise UsageError(f"{source.name}: photos need an encoder; name it with --model, or in Python with model")
         return self.backbone

@@ -80,7 +80,7 @@ def open_source(
     - A folder of class folders, which are searched recursively. The classes are sorted by name. If the folder has parts
       (``train``, ``val``, ``test``), ``split`` selects one of them. If it contains ``metadata.csv`` (or ``.jsonl`` or
       ``.parquet``), this file is read as a table.
-    - A file of labels (``.json``) in COCO's format or in that of Label Studio's export (see :func:`exchange.read`).
+    - A file of labels (``.json``) in COCO's format or Label Studio's export format (see :func:`exchange.read`).
     - A CoOp split file (``.json``). ``split`` selects the part, which defaults to ``train``. ``root`` is the image
       folder. It defaults to the folder of the split file, or to the folder inside it that contains the images.
     - A table (``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet``) with the columns ``path`` and ``label``. See

@@ -478,7 +478,7 @@ def check_norms(features: FloatArray, start: int, norms: Norms, name: str) -> Fl
 def schema_of(parts: Sequence[Part], dtype: npt.DTypeLike, further: Sequence[pa.Field] = ()) -> pa.Schema:
     """Return the schema of a feature table: ``id``, ``label``, one column of features for each part, and ``further``.
 
-    The metadata of a single column of features is that of the table.
+    A single column of features has the metadata of the table.
     """
     named = [{IDENTITY_KEY: json.dumps(part.identity.to_dict())} if part.identity else None for part in parts]
     features = [

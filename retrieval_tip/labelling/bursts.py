@@ -46,8 +46,8 @@ def classify_in_bursts(
     """Classify photos, and give all photos of a burst the mean of their probabilities.
 
     The encoder must read photos with ``noting``. Returns one prediction per photo, and the number of its burst (see
-    :func:`bursts`). A burst has no match if no photo of it has one. Raises UsageError if the probabilities do not fit
-    in memory.
+    :func:`bursts`). A burst has no match if none of its photos has one. Raises UsageError if the probabilities do
+    not fit in memory.
     """
     total, c = sum(map(len, sources)), len(index.class_names)
     check_memory(12 * total * c, f"probabilities of {total:,} photos", "classify fewer photos at a time")

@@ -1,4 +1,4 @@
-"""The photos of a labelling session: what is known about their files, what the index knows, and their labels."""
+"""The photos of a labelling session: the known facts about their files, what the index knows, and their labels."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class Suggestions:
             more similar to this photo than to any labelled photo and any other suggestion.
         photos: the number of unlabelled photos that were considered.
         known: the number of photos that were skipped, because the index already contains them.
-        sampled_from: the number of photos from which ``photos`` were drawn at random, if not all were considered.
+        sampled_from: the number of photos that ``photos`` were drawn from at random, if not all were considered.
     """
 
     table: pa.Table

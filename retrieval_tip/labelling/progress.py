@@ -74,8 +74,8 @@ def estimate_rest(index: Index, random_ids: Sequence[int], rest: Features, chose
     ``random_ids`` are the key ids of the labels that were drawn at random from the unlabelled photos, and
     ``chosen_ids`` are the key ids of suggested and reviewed photos. Unknown ids are ignored. All of these photos are
     held out in parts (see :func:`held_out.held_out_probabilities`). For 500 keys of 1,280 values, this takes about 1 s.
-    ``rest`` holds the features of the unlabelled photos, of shape ``[m, d]``, of which at most :data:`MOST_REST` are
-    used. Without labelled photos, any number can be wrong.
+    ``rest`` holds the features of the unlabelled photos, of shape ``[m, d]``. At most :data:`MOST_REST` of them
+    are used. Without labelled photos, any number can be wrong.
 
     Raises InputError if ``rest`` is not finite or has the wrong shape.
     """

@@ -30,7 +30,7 @@ IntArray = npt.NDArray[np.int64]
 POWER = 2
 """Exponent of the similarity."""
 TRUST = 4
-"""Number of labels of a class from which half of a probability is believed (see :func:`uncertainty_of`)."""
+"""Number of labels of a class at which half of a probability is believed (see :func:`uncertainty_of`)."""
 CROWD, CROWD_PER_PICK = 4096, 4
 """Number of photos that represent all photos in the sum, in total and at least for each suggestion."""
 BLOCK, STALE = 512, 64
@@ -86,7 +86,7 @@ def suggest(
     If there are more than ``CROWD`` features, the sum runs over a random sample, drawn in proportion to the
     uncertainty. Any feature can be suggested. This needs twice the memory of the features.
 
-    ``features`` and ``labelled``, those of the labelled photos, have the shapes ``[m, d]`` and ``[k, d]``. The
+    ``features`` and ``labelled``, the features of the labelled photos, have the shapes ``[m, d]`` and ``[k, d]``. The
     uncertainties, of shape ``[m]`` and from 0 to 1, default to 1. Without a ``metric``, the similarity is the cosine
     after subtracting the mean of ``features``.
 

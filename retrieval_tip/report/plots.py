@@ -50,7 +50,7 @@ Ints = npt.NDArray[np.int64]
 
 
 class Confusion(NamedTuple):
-    """A confusion matrix, in which ``counts[i, j]`` items of class ``names[i]`` were classified as ``names[j]``.
+    """A confusion matrix: ``counts[i, j]`` items of class ``names[i]`` were classified as ``names[j]``.
 
     ``totals[i]`` is the number of items of class ``i``. ``of`` is the number of classes that occur. If there are many,
     ``counts`` only contains the classes with the most errors. It omits items of unknown classes that got "no match".
@@ -222,7 +222,7 @@ def draw_coverage(evaluation: Evaluation) -> Figure:
 
 
 def draw_shots(runs: Mapping[int, list[float]], halves: Sequence[float | None], zero_shot: float | None) -> Figure:
-    """Plot the accuracy of draws as a function of the number of shots, and that of the class names alone.
+    """Plot the accuracy of draws as a function of the number of shots, and the accuracy of the class names alone.
 
     Bars show 95 % confidence intervals, which are ``halves`` wide on either side, and dots show individual draws.
     """

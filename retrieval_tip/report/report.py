@@ -67,7 +67,7 @@ def write_report(
 ) -> WrittenReport:  # fmt: skip
     """Evaluate an index on a labelled test source and write an accuracy report as one HTML file.
 
-    The figures are those of :func:`evaluate.evaluate`. An existing file ``out`` is replaced once the report is
+    The figures come from :func:`evaluate.evaluate`. An existing file ``out`` is replaced once the report is
     complete. ``reader.skipped`` lists the unreadable items.
 
     Args:
@@ -83,7 +83,7 @@ def write_report(
         abstain: The probability below which an answer is withheld in the returned evaluation.
         ask: The question, whose ``at_least`` and ``coverage`` also count in the returned evaluation.
         place: The folder or address of the index. Required only if ``index`` does not contain it.
-        where: The condition by which the keys were selected, to show in the report.
+        where: The condition that selected the keys, to show in the report.
         command: The command line to show in the report.
 
     Raises UsageError if matplotlib is not installed, or if ``shots`` exceeds the size of the smallest class. Raises

@@ -1,4 +1,4 @@
-"""The data from which a report is made, a summary of them, and recommendations."""
+"""The data of a report, its summary, and recommendations."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SURE = 0.9
 WEAK, NAMED = 0.5, 3
 """Accuracy below which a class always counts as weak, and the maximum number of weak classes to list."""
 MISCALIBRATED = 0.05
-"""Difference between the mean probability and the accuracy from which a calibration is recommended."""
+"""Smallest difference between the mean probability and the accuracy at which a calibration is recommended."""
 
 
 class ClassScore(NamedTuple):
