@@ -99,8 +99,9 @@ def threshold_of(index: Index) -> float:
     """Return the mean of two similarities: between shots of the same class, and between shots of different classes.
 
     The former is the mean over all classes that have two shots, or 1 without such a class. The latter is the mean over
-    all pairs, or 0 if it is negative or there is one class. The metric subtracts the mean of the known classes, which makes
-    these classes dissimilar to each other, but not to new classes. If there are very many shots, a sample is used.
+    all pairs, or 0 if it is negative or there is one class. The metric subtracts the mean of the known classes, which
+    makes these classes dissimilar to each other, but not to new classes. If there are very many shots, a sample is
+    used.
     """
     keys, described = index.rows.some(MOST_KEYS)
     points = points_of(keys, index.metric).double()
