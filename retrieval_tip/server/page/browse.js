@@ -64,6 +64,7 @@ async function changed(what, change, heading) {
     const done = await change();
     if (!done) return;
     grid.select([]);
+    keyMap.unmark();
     $("audit-next").hidden = false;
     $("audit-next").lastElementChild.textContent = `retrieval-tip sort ${quoted(state.info.name)} photos --into fixed`;
     const more = undoable(`${what}.`, before, done.version);
@@ -375,7 +376,6 @@ function showMap(found) {
   const explained = found.explained?.map(percent).join(" and ");
   $("map-facts").textContent = [part, explained && `the axes show ${explained} of the variance`].filter(Boolean).join("; ");
   $("map").hidden = !found.key_ids.length;
-  $("map-shot").replaceChildren();
   keyMap.show(found);
   showStar();
   return found.key_ids.length ? "" : "There are no example photos yet.";
@@ -401,6 +401,7 @@ async function shotsOf(ids) {
 
 async function pointAt(keyId) {
   pointed = keyId;
+  if (keyId === undefined) return $("map-shot").replaceChildren();
   try {
     if (!shotsByKey.has(keyId)) await shotsOf([keyId]);
     const shot = shotsByKey.get(keyId);
@@ -544,6 +545,7 @@ state.addEventListener("index", () => {
   for (const id of ["classes-filter", "shots-class", "shots-source"]) $(id).value = "";
   suspects = listed = [];
   mapped = drawn = null;
+  keyMap.clear();
   allCards = false;
   $("audit-next").hidden = true;
   shotsByKey.clear();

@@ -57,8 +57,9 @@ export class KeyMap {
   #asking = 0;
   #soon = framed(() => this.#draw());
 
-  /** `on.chosen(keyId)` is called for the key under the pointer, and `on.taken(keyIds)` for the keys that are inside a
-   *  shape or marked with Space. `on.shots(keyIds)` returns [{ key_id, image }], and `on.name(classId)` a class name. */
+  /** `on.chosen(keyId)` is called for the selected key, or with undefined if there is none, and `on.taken(keyIds)` for
+   *  the keys that are inside a shape or marked with Space. `on.shots(keyIds)` returns [{ key_id, image }], and
+   *  `on.name(classId)` a class name. */
   constructor(canvas, on) {
     this.#canvas = canvas;
     this.#on = on;
@@ -74,14 +75,29 @@ export class KeyMap {
     new ResizeObserver(() => this.#draw()).observe(canvas);
   }
 
+  /** Show another map of the same index. Keys that are selected or marked stay so, because a new version may arrive while
+   *  photos are being marked. */
   show(map) {
+    const places = new Map(map.key_ids.map((id, i) => [id, i]));
+    const moved = (i) => places.get(this.#map?.key_ids[i]) ?? -1;
+    this.#chosen = moved(this.#chosen);
+    this.#taken = new Set([...this.#taken].map(moved).filter((i) => i >= 0));
     this.#map = map;
-    this.#chosen = -1;
-    this.#taken.clear();
-    this.#images.clear();
     this.zoom(0);
+    this.#on.chosen(map.key_ids[this.#chosen]);
     this.#canvas.setAttribute("aria-label", `Map of ${plural(map.key_ids.length, "photo")}, coloured by class`);
     this.#draw();
+  }
+
+  /** Forget the map, because another index is opened. */
+  clear() {
+    this.#map = null;
+    this.#images.clear();
+  }
+
+  unmark() {
+    this.#taken.clear();
+    this.#soon();
   }
 
   /** Draw a star at [x, y], or no star if `place` is null, and rings given as [place, class id]. */
@@ -303,7 +319,7 @@ export class KeyMap {
     const { path, far } = this.#drag ?? {};
     this.#drag = null;
     this.#soon();
-    if (!path || !far) return;
+    if (!this.#map || !path || !far) return;
     const inside = [...this.#map.key_ids.keys()].filter((i) => flat.isPointInPath(path, ...this.#place(i), "evenodd"));
     this.#taken = new Set(inside);
     if (inside.length) this.#take();
