@@ -419,6 +419,10 @@ class Levels:
         own = next(paths, (label,))
         return tuple(filter(None, reversed(own[own.index(label) :])))
 
+    def others(self, class_names: Sequence[str]) -> list[str]:
+        """Return the classes that have groups but are not among these classes."""
+        return sorted(self.paths.keys() - set(class_names))
+
     def renamed(self, old: str, new: str) -> Levels:
         """Return the groups after a class was renamed. If the new name has groups, it keeps them."""
         rest = {name: path for name, path in self.paths.items() if name != old}

@@ -25,6 +25,7 @@ from retrieval_tip.index.places import at
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.answers import narrowest
 from retrieval_tip.server.app import create_app
+from retrieval_tip.server.limits import Limits
 from retrieval_tip.server.served import open_all
 from retrieval_tip.settings import Levels
 
@@ -182,6 +183,32 @@ def test_classes_that_the_index_lacks_are_named_and_have_their_groups_later(run,
     for label, path in (paths | {"hyena": "hyena", "empty": "empty"}).items():
         assert "|".join(groups.path(label)) == path
     assert Index.load(index).classify(photos(3, 1)[0][1:2], at_least=0)[0].level == "species"
+
+
+def test_groups_are_set_over_http(index, table):
+    app = create_app(open_all([index], "cpu", "float32", "full"), Limits(json_bytes=1000), token="open sesame")
+    with TestClient(app, headers={"Authorization": "Bearer open sesame"}) as client:
+
+        def sent(text):
+            return client.post("/v1/indexes/index/set", content=text, headers={"Content-Type": "text/csv"})
+
+        answer = sent("kind,sort\nlion,beast\nwolf,beast\nyak,beast\n")
+        assert answer.json() == {"index": "index", "version": 2, "warnings": ["1 class is not in the index: yak"]}
+        assert client.get("/v1/indexes/index").json()["levels"] == ["kind", "sort"]
+        assert Index.load(index).groups.path("lion") == ("beast", "lion")
+        table.write_text(TABLE)
+        assert sent(table.read_bytes()).json()["warnings"] == []
+        for text, reason in BAD.values():
+            refusal = sent(text)
+            assert refusal.headers["content-type"] == "application/problem+json"
+            assert refusal.status_code == (413 if len(text) > 1000 else 422)
+            if refusal.status_code == 422 and text:
+                assert refusal.json()["detail"].startswith("groups")
+                assert reason in refusal.json()["detail"]
+        assert client.post("/v1/indexes/index/set", json={"groups": TABLE}).status_code == 422
+        assert (client.get("/v1/indexes/index").json()["levels"], Index.load(index).version) == (LEVELS, 3)
+        client.headers["Authorization"] = "Bearer none"
+        assert sent(TABLE).status_code == 401
 
 
 @pytest.mark.parametrize("kind", ["folder", "lance"])

@@ -70,7 +70,7 @@ def test_the_schema_describes_every_operation_body_and_result() -> None:
         operation = SCHEMA["paths"][path][method]
         assert operation["description"], (path, method)
         for kind, body in operation.get("requestBody", {}).get("content", {}).items():
-            if kind == "application/octet-stream":
+            if kind in ("application/octet-stream", "text/csv"):
                 continue
             form = body["schema"].get("$ref", "").rpartition("/")[2]
             assert (SCHEMA["components"]["schemas"][form] if form else body["schema"])["properties"]

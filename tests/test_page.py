@@ -43,7 +43,6 @@ from serving import running, server
 from retrieval_tip import Index
 from retrieval_tip.cli import main
 from retrieval_tip.data.reader import FeatureBlock
-from retrieval_tip.index import changes
 from retrieval_tip.server.app import create_app
 from retrieval_tip.server.limits import Limits
 from retrieval_tip.server.served import open_all
@@ -1363,6 +1362,9 @@ def test_the_page_offers_no_changes_on_a_read_only_server(page: Page) -> None:
     page.click("#tab-check")
     expect(page.locator("#audit li").first).to_be_visible()
     assert page.locator("#audit").get_by_role("button", name="Change").count() == 0
+    go(page, "settings")
+    expect(page.locator("#about")).to_be_visible()
+    expect(page.locator("#groups")).to_be_hidden()
     page.unroute_all(behavior="wait")  # no request may outlive the page
 
 
@@ -2206,10 +2208,24 @@ def test_thousands_of_classes_are_listed(page: Page) -> None:
 
 
 def test_an_uncertain_photo_shows_the_group_that_is_sure(browser: Browser, served: Served, tmp_path: Path) -> None:
+    """The groups come from a table that is chosen or dropped on the screen of the settings."""
     folder, groups = shutil.copytree(served.folder, tmp_path / "things"), tmp_path / "groups.csv"
-    groups.write_text("class,kind\n" + "".join(f"{label},photographed thing\n" for label in CLASSES))
-    changes.configure(folder, groups=groups)
-    with serving(browser, folder) as (page, _):
+    with serving(browser, folder, expected=["Failed to load resource"]) as (page, _):
+        go(page, "settings")
+        groups.write_text("class,kind\npanda,animal\npanda,bear\n")
+        page.set_input_files("#groups-file", groups)
+        expect(page.locator("#problem")).to_have_text("groups.csv: class 'panda' occurs twice; keep one row")
+        groups.write_text("class,kind\npanda,animal\nyak,animal\n")
+        drop(page, groups)
+        expect(page.locator("#notice")).to_contain_text("1 class is not in the index: yak.")
+        expect(page.locator("#problem")).to_be_empty()
+        expect(page.locator("#about")).to_contain_text("groupskind")
+        undo(page)
+        expect(page.locator("#about")).not_to_contain_text("groups")
+        groups.write_text("class,kind\n" + "".join(f"{label},photographed thing\n" for label in CLASSES))
+        page.set_input_files("#groups-file", groups)
+        expect(page.locator("#about")).to_contain_text("groupskind")
+        page.click("#tab-classify")
         ask(page, *(photo for label in CLASSES for photo in caltech_photos("test", label, 2)))
         tiles = page.locator("#grid .tile:not(.no_match)")
         read = (

@@ -280,7 +280,7 @@ def read_groups(path: str | os.PathLike[str], class_names: Sequence[str]) -> Lev
     if twice := [label for label, times in Counter(row[0] for row in rows).items() if times > 1]:
         raise InputError(f"{name}: class {twice[0]!r} occurs twice; keep one row")
     groups = Levels(tuple(columns), {label: path for label, *path in rows})
-    others = sorted(groups.paths.keys() - set(class_names))
+    others = groups.others(class_names)
     if len(others) == len(rows):
         raise InputError(f"{name}: has no class of this index ({few(class_names)})")
     if others:

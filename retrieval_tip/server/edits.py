@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,10 +13,10 @@ from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Body, Depends, Query, Request
 
 from retrieval_tip.data.sources import spelled_alike
-from retrieval_tip.errors import json_line, show
+from retrieval_tip.errors import InputError, counted, few, json_line, show
 from retrieval_tip.index import changes as index_changes
 from retrieval_tip.index import manage
 from retrieval_tip.index.fit import fit_index
@@ -178,6 +179,31 @@ async def fit(service: TheService, one: Named) -> schemas.FittedIndex:
     """Fit an index to its shots again, and estimate its accuracy."""
     await service.changed(one, fit_index, one.folder)
     return schemas.FittedIndex(**_fitted(one))
+
+
+@changes.post("/indexes/{name}/set")
+async def set_groups(
+    service: TheService, one: Named, table: Annotated[bytes, Body(media_type="text/csv")]
+) -> schemas.GroupedIndex:
+    """Set the groups of the classes, given as a table in CSV.
+
+    The first column has the classes, and each further column their groups, narrowest first.
+    """
+
+    def call() -> None:
+        with tempfile.TemporaryDirectory(prefix="retrieval-tip-") as folder:
+            path = Path(folder, "groups.csv")
+            path.write_bytes(table)
+            try:
+                index_changes.configure(one.folder, groups=path)
+            except InputError as error:
+                raise InputError(str(error).removeprefix(f"{folder}/")) from None
+
+    await service.changed(one, call)
+    index, version = one.now.index, one.now.manifest.version
+    others = [] if index.groups is None else index.groups.others(index.class_names)
+    warnings = [f"{counted(len(others), 'class', 'is', 'are')} not in the index: {few(others)}"] if others else []
+    return schemas.GroupedIndex(index=one.name, version=version, warnings=warnings)
 
 
 @changes.patch("/indexes/{name}", responses=USED)

@@ -52,8 +52,9 @@ def _problem(request: Request, error: Exception) -> HTTPException:
 
 
 def _line(error: Mapping[str, object]) -> str:
-    where = ".".join(str(part) for part in cast(tuple[object], error["loc"]) if part not in ("query", "path", "body"))
-    return f"{where}: {error['msg']}" if where else str(error["msg"])
+    place = cast(tuple[object, ...], error["loc"])
+    parts = [part for part in place if part not in ("query", "path", "body")] or place
+    return f"{'.'.join(map(str, parts))}: {error['msg']}"
 
 
 async def handle(request: Request, error: Exception) -> Response:

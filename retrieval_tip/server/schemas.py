@@ -388,6 +388,12 @@ class AddedShots(ChangedShots):
     skipped: list[Unread]
 
 
+class GroupedIndex(NamedIndex):
+    """An index whose classes have new groups. ``warnings`` counts classes of the table that the index does not have."""
+
+    warnings: list[str]
+
+
 class Judgement(Shares):
     """The accuracy estimated by a fit, and a sentence that summarises it."""
 

@@ -1,7 +1,7 @@
 // The entry point of the page. It handles the views, opens a classifier, and handles dropped or pasted files.
 
 import * as api from "./api.js";
-import { showScreen } from "./browse.js";
+import { setGroups, showScreen } from "./browse.js";
 import { addFiles } from "./classify.js";
 import { $, attempt } from "./dom.js";
 import { placeSettings } from "./drawer.js";
@@ -79,12 +79,13 @@ const start = (prefer = null) =>
     if (!labels) location.hash = "#teach";
   });
 
-/** Handle files and folders that were pasted, or dropped on an element. They are examples on the Teach screen, and
- *  are classified on other screens. */
+/** Handle files and folders that were pasted, or dropped on an element. They are examples on the Teach screen, and are
+ *  classified on other screens, except a table of groups on the Settings screen. */
 async function receive(transfer, place) {
   const found = await gather(transfer);
   if (!found.length) return;
   if (location.hash === "#teach") return teach.receive(found, place);
+  if (location.hash === "#settings" && state.info?.changes && /\.csv$/i.test(found[0].file.name)) return setGroups(found[0].file);
   location.hash = "#classify";
   addFiles(found.map(({ file }) => file));
 }

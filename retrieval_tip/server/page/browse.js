@@ -67,9 +67,10 @@ async function changed(what, change, heading) {
     keyMap.unmark();
     $("audit-next").hidden = false;
     $("audit-next").lastElementChild.textContent = `retrieval-tip sort ${quoted(state.info.name)} photos --into fixed`;
-    const more = undoable(`${what}.`, before, done.version);
+    const told = [what, ...(done.warnings ?? [])].join(". ");
+    const more = undoable(`${told}.`, before, done.version);
     heading.focus();
-    gained(accuracy).then((gain) => gain && more(`${what}.${gain}`));
+    gained(accuracy).then((gain) => gain && more(`${told}.${gain}`));
   } catch (error) {
     $("problem").replaceChildren(failure(error));
   }
@@ -98,11 +99,13 @@ const described = ({ key_id: id, label, source }) => [
 
 function showAbout() {
   const { info } = state;
+  $("groups").hidden = !info.changes;
   fill($("about"), {
     name: info.name,
     version: `${info.version} (${info.change}), ${new Date(info.created_at).toLocaleString()}`,
     "example photos": count(info.n_keys),
     classes: count(info.n_classes),
+    groups: info.levels.slice(1).join(", "),
     encoder: info.backbone ?? "none (only features are accepted)",
   });
   const { alpha, beta, temperature, source } = info.provenance;
@@ -120,6 +123,11 @@ function showAbout() {
     values: info.values === "one-hot" ? null : info.values,
   });
 }
+
+/** Set the groups of the classes from a table. */
+export const setGroups = (table) => changed("Set the groups of the classes", () => state.setGroups(table), $("groups-title"));
+$("groups-choose").addEventListener("click", () => $("groups-file").click());
+$("groups-file").addEventListener("change", () => (setGroups($("groups-file").files[0]), ($("groups-file").value = "")));
 
 const rounded = (value) => Number(value.toPrecision(5)).toLocaleString("en");
 

@@ -12,8 +12,9 @@ function command(path, method, { parameters = [], requestBody }) {
   if (secret) parts.push("-H", quoted("Authorization: Bearer TOKEN"));
   const content = requestBody?.content ?? {};
   const form = content["multipart/form-data"]?.schema;
+  const [kind] = Object.keys(content);
   if (form) for (const name of form.required ?? []) parts.push("-F", name === "images" ? "images=@photo.jpg" : quoted(`${name}=${name.toUpperCase()}`));
-  else if (content["application/json"]) parts.push("-H", quoted("Content-Type: application/json"), "-d", quoted("{...}"));
+  else if (kind) parts.push("-H", quoted(`Content-Type: ${kind}`), ...(kind === "text/csv" ? ["--data-binary", "@table.csv"] : ["-d", quoted("{...}")]));
   return [...parts, quoted(`${location.origin}${path}${needed.length ? `?${needed.join("&")}` : ""}`)].join(" ");
 }
 
