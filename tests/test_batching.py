@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retrieval_tip.errors import InputError
-from retrieval_tip.server.batching import Kept, Lane, Turn, TurnQueue
+from retrieval_tip.server.batching import Kept, Lane, Turn, admit
 from retrieval_tip.server.problems import Problem
 
 
@@ -48,7 +48,7 @@ Busy = tuple[Lane[str, int, str], asyncio.Task[list[str]]]
 @asynccontextmanager
 async def occupied(gate: Gate, most: int) -> AsyncIterator[Busy]:
     """Yield a lane that is busy with a first request until the gate opens."""
-    lane: Lane[str, int, str] = Lane("test", TurnQueue(100), gate, most=lambda _: most)
+    lane: Lane[str, int, str] = Lane("test", gate, most=lambda _: most)
     yield lane, await asked(lane, "a", [0])
     lane.close()
 
@@ -84,7 +84,7 @@ def test_each_request_gets_its_own_answer(calls: list[tuple[str, list[int]]], mo
         return [f"{key}{item}" for item in items]
 
     async def ask() -> list[list[str]]:
-        lane = Lane("test", TurnQueue(100), run, most=lambda _: most)
+        lane = Lane("test", run, most=lambda _: most)
         answers = await asyncio.gather(
             *(lane(f"client {i % 3}", key, items, len(items)) for i, (key, items) in enumerate(calls))
         )
@@ -103,7 +103,7 @@ async def test_an_error_only_reaches_requests_with_the_same_key() -> None:
             raise InputError("no such thing")
         return items
 
-    lane = Lane("test", TurnQueue(100), run, most=lambda _: 10)
+    lane = Lane("test", run, most=lambda _: 10)
     calls = [lane("", "bad", [1]), lane("", "good", [2]), lane("", "bad", [3])]
     one, two, three = await asyncio.gather(*calls, return_exceptions=True)
     assert isinstance(one, InputError)
@@ -119,7 +119,7 @@ async def test_an_invalid_item_only_fails_its_own_request() -> None:
             raise InputError("no such thing")
         return items
 
-    lane = Lane("test", TurnQueue(100), run, most=lambda _: 100)
+    lane = Lane("test", run, most=lambda _: 100)
     found = await asyncio.gather(*(lane("", "a", [i, i]) for i in range(20)), return_exceptions=True)
     assert isinstance(found.pop(13), InputError)
     assert found == [[i, i] for i in range(20) if i != 13]
@@ -161,14 +161,14 @@ class Calls:
 def turns(
     lane: Lane[str, str, str], client: str, names: str, *costs: float
 ) -> AbstractContextManager[list[Turn[str, str, str]]]:
-    """TurnQueue turns of one item each, named by one letter."""
+    """Queue turns of one item each, named by one letter."""
     return lane.turns(client, "", [[name] for name in names], costs)
 
 
 @in_a_loop
 async def test_a_small_turn_does_not_wait_for_large_ones() -> None:
     calls = Calls()
-    lane = Lane("test", TurnQueue(100), calls, threads=2)
+    lane = Lane("test", calls, threads=2)
     with turns(lane, "one", "abc", 9, 9, 9) as large, turns(lane, "two", "d", 1) as small:
         calls.finish("d")
         assert await small[0].result == ["d"]
@@ -182,7 +182,7 @@ async def test_a_small_turn_does_not_wait_for_large_ones() -> None:
 async def test_turns_start_in_the_order_of_their_clients_total_cost() -> None:
     """A second request of a client comes after its first one, however small it is."""
     calls = Calls()
-    lane = Lane("test", TurnQueue(100), calls)
+    lane = Lane("test", calls)
     with ExitStack() as stack:
         own: list[Turn[str, str, str]] = []
         for client, names, *costs in (
@@ -201,12 +201,12 @@ async def test_turns_start_in_the_order_of_their_clients_total_cost() -> None:
 
 @in_a_loop
 async def test_a_client_is_refused_only_if_it_fills_more_than_a_quarter_of_the_queue() -> None:
-    calls, queue = Calls(), TurnQueue(40)
-    lanes = [Lane("test", queue, calls) for _ in range(2)]  # share the queue
+    calls = Calls()
+    lanes = [Lane("test", calls) for _ in range(2)]
     with ExitStack() as stack:
 
         def wait(client: str, names: str, *costs: float) -> None:
-            queue.admit(client)
+            admit(client, 40, *lanes)
             stack.enter_context(turns(lanes[len(names) % 2], client, names, *costs))
 
         wait("first", "a", 50)  # this turn starts, so it does not wait
@@ -219,7 +219,7 @@ async def test_a_client_is_refused_only_if_it_fills_more_than_a_quarter_of_the_q
         for number in range(100):
             wait(f"client {number}", "hi", 20, 20)
         calls.finish("abcdefghi")
-    queue.admit("first")
+    admit("first", 40, *lanes)
     for lane in lanes:
         lane.close()
 
@@ -227,7 +227,7 @@ async def test_a_client_is_refused_only_if_it_fills_more_than_a_quarter_of_the_q
 @in_a_loop
 async def test_results_are_held_until_released_and_the_rest_is_cancelled() -> None:
     calls = Calls()
-    lane = Lane("test", TurnQueue(100), calls, threads=4, held=2)
+    lane = Lane("test", calls, threads=4, held=2)
     with turns(lane, "", "abcd", 1, 1, 1, 1) as own:
         calls.finish("abcde")
         assert [await turn.result for turn in own[:2]] == [["a"], ["b"]]

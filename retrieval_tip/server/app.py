@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, nullcontext
 from functools import partial
@@ -14,7 +13,6 @@ from fastapi.staticfiles import StaticFiles
 
 from retrieval_tip import __version__
 from retrieval_tip.server import edits, metrics, partners, routes
-from retrieval_tip.server.addresses import Photos
 from retrieval_tip.server.guard import Guard
 from retrieval_tip.server.labelling import Labelling
 from retrieval_tip.server.limits import Limits
@@ -59,7 +57,6 @@ def create_app(
     )  # fmt: skip
     app.state.service, app.state.labelling = service, labelling
     app.state.token, app.state.private = token, private
-    app.state.photos = Photos(root, limits.bytes, os.environ)
     app.add_middleware(Guard, limits=limits)
     app.add_middleware(metrics.Recorder)
     for kind in HANDLED:

@@ -41,24 +41,8 @@ class Turn(Generic[K, T, R]):
         return self.cost >= LARGE
 
 
-class TurnQueue:
-    """The turns that wait in some ``lanes``. Each client can fill a quarter of ``room``, which is a total cost."""
-
-    def __init__(self, room: float) -> None:
-        self.lanes: list[Lane[Any, Any, Any]] = []
-        self._share = room / 4
-
-    def admit(self, client: str) -> None:
-        """Raise Problem 429 if the client already fills more than a quarter of the queue."""
-        waiting = (turn for lane in self.lanes for turn in lane.waiting)
-        if sum(turn.cost for turn in waiting if turn.client == client) > self._share:
-            metrics.REFUSED.inc()
-            text = "too many of your images or features are waiting; try again in 2 s"
-            raise Problem(429, text, {"Retry-After": "2"})
-
-
 class Lane(Generic[K, T, R]):
-    """Threads that take turns from a queue, and pass their items to ``run(key, items)``.
+    """Threads that take the turns that are waiting, and pass their items to ``run(key, items)``.
 
     Clients are served in turn. The place of a turn is the total cost of the client's turns up to this one, plus the
     place of the turn that was started last, and the waiting turn with the lowest place is started next. Waiting turns
@@ -71,7 +55,6 @@ class Lane(Generic[K, T, R]):
     def __init__(
         self,
         name: str,
-        queue: TurnQueue,
         run: Callable[[K, list[T]], list[R]],
         *,
         threads: int = 1,
@@ -81,7 +64,6 @@ class Lane(Generic[K, T, R]):
         self._name, self._run = name, run
         self._threads, self._most, self._most_held = threads, most, held
         self._pool = ThreadPoolExecutor(threads + 1, thread_name_prefix=name)
-        queue.lanes.append(self)
         self.waiting: list[Turn[K, T, R]] = []
         self._running: list[list[Turn[K, T, R]]] = []
         self._held: set[Turn[K, T, R]] = set()
@@ -175,6 +157,15 @@ class Lane(Generic[K, T, R]):
     def close(self) -> None:
         """Stop each thread once it is idle."""
         self._pool.shutdown()
+
+
+def admit(client: str, room: float, *lanes: Lane[Any, Any, Any]) -> None:
+    """Raise Problem 429 if a client fills more than a quarter of ``room``, a total cost of turns that wait in lanes."""
+    waiting = (turn for lane in lanes for turn in lane.waiting)
+    if sum(turn.cost for turn in waiting if turn.client == client) > room / 4:
+        metrics.REFUSED.inc()
+        text = "too many of your images or features are waiting; try again in 2 s"
+        raise Problem(429, text, {"Retry-After": "2"})
 
 
 class Kept(Generic[K, R]):

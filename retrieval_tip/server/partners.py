@@ -21,7 +21,7 @@ from retrieval_tip.errors import InputError, counted, few, show, warn_once
 from retrieval_tip.index import changes
 from retrieval_tip.server import shots
 from retrieval_tip.server.access import CHANGES, READS, TheService, accept_basic, lift_deadline
-from retrieval_tip.server.addresses import Photos, of_data_url
+from retrieval_tip.server.addresses import of_data_url
 from retrieval_tip.server.guard import DEADLINE
 from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.routes import json_of
@@ -104,12 +104,12 @@ async def predict(request: Request, service: TheService, sent: Json) -> Response
     interface, one, tasks = interface_of(sent.get("label_config")), _index(request, service), sent.get("tasks")
     if not isinstance(tasks, list) or len(tasks) > MOST_TASKS or not all(isinstance(task, dict) for task in tasks):
         raise InputError(f"tasks: must be a list of at most {MOST_TASKS:,} objects")
-    version, name, photos, client = one.now, _version_of(one), request.app.state.photos, client_of(request)
+    version, name, client = one.now, _version_of(one), client_of(request)
 
     async def prediction(task: Json) -> tuple[Json, str]:
         found: Json = {"result": [], "score": 0.0, "model_version": name}
         try:
-            photo = Sent(["its photo"], [], [await photos.read(_address(task, interface))], client=client)
+            photo = Sent(["its photo"], [], [await service.photos.read(_address(task, interface))], client=client)
             best: Json = (await service.classify(version, BEST, photo, features=False)).results[0]
         except (InputError, Problem) as error:
             return found, _reason(error)
@@ -154,14 +154,14 @@ async def webhook(request: Request, service: TheService, sent: Json) -> Response
     for annotation in annotations:
         try:
             async with service.annotating:  # the next event about an annotation may arrive before this one is done
-                key_ids += await _learn(service, request.app.state.photos, one, annotation, event, client)
+                key_ids += await _learn(service, one, annotation, event, client)
         except (InputError, Problem) as error:
             skipped.append({"input": f"annotation {annotation[-1]}", "reason": _reason(error)})
     return json_of({"index": one.name, "version": one.now.manifest.version, "key_ids": key_ids, "skipped": skipped})
 
 
 async def _learn(
-    service: Service, photos: Photos, one: Served, annotation: shots.Annotation, event: Json | None, client: str
+    service: Service, one: Served, annotation: shots.Annotation, event: Json | None, client: str
 ) -> list[int]:
     """Make the shots of an annotation equal to what an event says, and return the ids of the changed keys.
 
@@ -178,7 +178,7 @@ async def _learn(
             raise InputError(reason)
         return key_ids
     if not len(rows):
-        data = await photos.read(address)
+        data = await service.photos.read(address)
         rows = await service.find(index.having, "digest", [hashlib.sha256(data).hexdigest()])
     if len(rows):  # the index has the photo already
         known = [changes.PhotoLabel(row["source"], row["digest"], label, "") for row in rows.to_pylist()]

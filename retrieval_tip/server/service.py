@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import os
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
@@ -26,7 +25,8 @@ from retrieval_tip.data.reader import FloatArray, pixels_of
 from retrieval_tip.errors import InputError
 from retrieval_tip.index.places import Place
 from retrieval_tip.server import metrics, schemas
-from retrieval_tip.server.batching import Kept, Lane, Turn, TurnQueue
+from retrieval_tip.server.addresses import Photos
+from retrieval_tip.server.batching import Kept, Lane, Turn, admit
 from retrieval_tip.server.limits import ROWS_PER_IMAGE, Limits
 from retrieval_tip.server.problems import NAMED, Problem
 from retrieval_tip.server.schemas import Row, Unread
@@ -68,23 +68,21 @@ class Service:
         self.served, self.limits, self.maker = served, limits, maker
         self.uploads, self.creating, self.annotating = uploads, 0, asyncio.Lock()
         threads = min(4, os.cpu_count() or 1)
-        self._queue = TurnQueue(limits.queue)
         self._decoding: Lane[Backbone, bytes, torch.Tensor | InputError] = Lane(
-            "images", self._queue, self._pixels, threads=threads, held=DECODED
+            "images", self._pixels, threads=threads, held=DECODED
         )
         self._encode: Lane[Backbone, torch.Tensor, FloatArray] = Lane(
             "encode",
-            TurnQueue(math.inf),
             lambda backbone, pixels: list(backbone.encode_images(torch.stack(pixels))),
             most=lambda backbone: backbone.batch_size,
         )
         self._answer: Lane[tuple[Version, Ask], FloatArray, Row] = Lane(
             "features",
-            self._queue,
             lambda key, rows: key[0].answer(key[1], np.stack(rows)),
             most=lambda key: min(ROWS_AT_A_TIME, key[0].at_once(key[1])),
         )
         self.thumbnails = Thumbnails(root, limits.pixels, threads)
+        self.photos = Photos(root, limits.bytes, os.environ)
         self._weighing, self._finding, self._following, self._changing, self._slow, self._slower = (
             ThreadPoolExecutor(1, thread_name_prefix=name)
             for name in ("weigh", "find", "follow", "change", "slow", "slower")
@@ -173,7 +171,7 @@ class Service:
         """Classify uploaded inputs. If ``features`` is true, return their features and the most similar shots as well.
 
         Raises Problem 422 if no input can be read or the answers are too large, and the same errors as
-        :meth:`TurnQueue.admit`.
+        :func:`batching.admit`.
         """
         cells = version.cells(ask) + (version.index.d + 2 * min(SIMILAR, version.index.n) if features else 0)
         rows = len(sent.names)
@@ -184,7 +182,7 @@ class Service:
         skipped: list[Unread] = []
         names, queries = sent.names, list(sent.features) if sent.features is not None else []
         if sent.features is not None:
-            self._queue.admit(sent.client)
+            admit(sent.client, self.limits.queue, self._decoding, self._answer)
         else:
             backbone = backbone_of(version)
 
@@ -214,7 +212,7 @@ class Service:
     async def labelled(self, sent: Sent, backbone: Backbone) -> tuple[list[tuple[str, bytes]], list[Unread]]:
         """Return the labels and bytes of the uploaded images that can be decoded, and the unreadable images.
 
-        Raises Problem 422 if no image can be read, and the same errors as :meth:`TurnQueue.admit`.
+        Raises Problem 422 if no image can be read, and the same errors as :func:`batching.admit`.
         """
 
         async def nothing(_: torch.Tensor) -> None: ...
@@ -237,7 +235,7 @@ class Service:
         # Read the headers one at a time, so that requests take turns here as well.
         area = partial(images.area, most=self.limits.pixels, only=images.uploads())
         areas = [await self.run(self._weighing, area, data) for data in sent.images]
-        self._queue.admit(sent.client)
+        admit(sent.client, self.limits.queue, self._decoding, self._answer)
         costs = [1 + area / PIXELS for area in areas]
         with self._decoding.turns(sent.client, backbone, [[data] for data in sent.images], costs) as turns:
             made = await asyncio.gather(*map(used, turns))
