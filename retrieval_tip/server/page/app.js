@@ -18,11 +18,14 @@ const CHOSEN = "retrieval-tip index";
 const TITLES = {
   classify: "Photos", label: "Label", classes: "Classes", check: "Check labels", map: "Map", history: "History", teach: "Teach", settings: "Settings",
 };
+const DROPPED = {
+  "#teach": "Each folder becomes a class. Single photos are added to the marked class.",
+  "#settings": "Drop your photos or a table of groups here",
+};
 const tabs = [...document.querySelectorAll("[role=tab]")];
 
 function route() {
-  $("overlay").firstElementChild.textContent =
-    location.hash === "#teach" ? "Each folder becomes a class. Single photos are added to the marked class." : "Drop your photos here";
+  $("overlay").firstElementChild.textContent = DROPPED[location.hash] ?? "Drop your photos here";
   const view = location.hash.slice(1) in TITLES ? location.hash.slice(1) : "classify";
   for (const name of Object.keys(TITLES)) $(`${name}-view`).hidden = name !== view;
   const selected = tabs.find(({ hash }) => hash === `#${view}`);
