@@ -30,7 +30,7 @@ from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.routes import REFUSED, SENT, Norms
 from retrieval_tip.server.served import Maker, Served
 from retrieval_tip.server.service import Service, backbone_of
-from retrieval_tip.server.uploads import index_name, read, read_index
+from retrieval_tip.server.uploads import read, read_index
 
 uploads = APIRouter(prefix="/v1", dependencies=CHANGES, responses=REFUSED | SENT)
 changes = APIRouter(prefix="/v1", dependencies=[*CHANGES, Depends(lift_deadline)], responses=REFUSED)
@@ -156,9 +156,8 @@ async def create(
 
     By default, it gets the encoder and the folder that the server was started with, or else those of the first index.
     """
-    sent, maker = await read_index(request, service.limits), service.maker
+    (name, sent), maker = await read_index(request, service.limits), service.maker
     await lift_deadline(request)
-    name = str(sent.index)
     if maker is None or like is not None:
         model = service.index(like or next((name for name, one in service.served.items() if one.now.backbone), None))
         backbone, into = backbone_of(model.now), model.beside
@@ -209,19 +208,17 @@ async def set_groups(
 @changes.patch("/indexes/{name}", responses=USED)
 async def rename_index(service: TheService, one: NotLabelled, new: schemas.IndexName) -> schemas.NamedIndex:
     """Rename an index and its folder."""
-    name = index_name(new.name)
-    _check_free(service, name, one.beside)
-    made = await service.open(lambda: manage.rename(one.folder, name), one.backbones, one)
-    return schemas.NamedIndex(index=name, version=made.now.manifest.version)
+    _check_free(service, new.name, one.beside)
+    made = await service.open(lambda: manage.rename(one.folder, new.name), one.backbones, one)
+    return schemas.NamedIndex(index=made.name, version=made.now.manifest.version)
 
 
 @changes.post("/indexes/{name}/duplicate", status_code=201, responses=USED)
 async def duplicate_index(service: TheService, one: Named, new: schemas.IndexName) -> schemas.NamedIndex:
     """Copy the current version of an index to a new index next to it."""
-    name = index_name(new.name)
-    with _room(service, name, one.beside):
-        made = await service.open(lambda: manage.duplicate(one.folder, name), one.backbones)
-    return schemas.NamedIndex(index=name, version=made.now.manifest.version)
+    with _room(service, new.name, one.beside):
+        made = await service.open(lambda: manage.duplicate(one.folder, new.name), one.backbones)
+    return schemas.NamedIndex(index=made.name, version=made.now.manifest.version)
 
 
 @changes.delete("/indexes/{name}", responses=USED)

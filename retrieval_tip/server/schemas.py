@@ -12,6 +12,7 @@ from retrieval_tip.labelling.placing import Action
 from retrieval_tip.labelling.queue import Picked
 from retrieval_tip.predictions import SCHEMA
 from retrieval_tip.server.problems import MEDIA
+from retrieval_tip.server.uploads import class_name, index_name
 from retrieval_tip.settings import Norms
 from retrieval_tip.store.labels import LABEL_SCHEMA, VERSIONS_SCHEMA
 
@@ -45,12 +46,6 @@ class ClassifyOptions(BaseModel):
     norms: Norms = Field("check", description=NORMS)
 
 
-def _class_name(label: str) -> str:
-    if not label.strip().isprintable() or not label.strip():
-        raise ValueError("must be a class name without control characters")
-    return label.strip()
-
-
 class Move(BaseModel, extra="forbid"):
     """The key ids of shots and their new label, which must be a class of the index."""
 
@@ -77,7 +72,7 @@ class Rename(BaseModel, extra="forbid"):
 class IndexName(BaseModel, extra="forbid"):
     """The name of an index and its folder."""
 
-    name: Annotated[str, Field(min_length=1, max_length=64)]
+    name: Annotated[str, Field(min_length=1, max_length=64), AfterValidator(index_name)]
 
 
 class Rollback(BaseModel, extra="forbid"):
@@ -91,7 +86,7 @@ class SetLabel(BaseModel, extra="forbid"):
     """The label of a photo. Without a label, the label of the photo is removed."""
 
     photo: PhotoNumber
-    label: Annotated[Label, AfterValidator(_class_name)] | None = None
+    label: Annotated[Label, AfterValidator(class_name)] | None = None
 
 
 StepName = Annotated[str, Field(min_length=1, max_length=100)]

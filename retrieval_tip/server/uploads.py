@@ -46,7 +46,7 @@ _PARSING = ThreadPoolExecutor(1, thread_name_prefix="parse")
 class Sent:
     """Uploaded ``images``, or ``features`` of shape ``[q, d]``, with one name and, for shots, one label each.
 
-    ``client`` is the address of the sender, and ``index`` is the name of a new index.
+    ``client`` is the address of the sender.
     """
 
     names: list[str]
@@ -54,7 +54,6 @@ class Sent:
     images: Sequence[bytes] = ()
     features: FloatArray | None = None
     client: str = ""
-    index: str = ""
 
 
 async def read(request: Request, limits: Limits, norms: Norms, d: int, *, labelled: bool = False) -> Sent:
@@ -85,7 +84,7 @@ async def read(request: Request, limits: Limits, norms: Norms, d: int, *, labell
     return replace(sent, client=client_of(request))
 
 
-async def read_index(request: Request, limits: Limits) -> Sent:
+async def read_index(request: Request, limits: Limits) -> tuple[str, Sent]:
     """Read the name of a new index, and its images with one label each. Raises the same errors as :func:`read`."""
     if (kind := _kind(request)) != FORM:
         raise Problem(415, f"content type {kind!r}: send {FORM} with a name, images, and a label for each image")
@@ -95,7 +94,7 @@ async def read_index(request: Request, limits: Limits) -> Sent:
     labels, images = len(sent.labels), len(sent.images)
     if labels != images:
         raise Problem(422, f"label: {labels} labels given for {images} images; send one label for each image, in order")
-    return replace(sent, client=client_of(request), index=index_name(names[0]))
+    return index_name(names[0]), replace(sent, client=client_of(request))
 
 
 def index_name(value: object) -> str:
