@@ -83,6 +83,7 @@ export class KeyMap {
     this.#chosen = moved(this.#chosen);
     this.#taken = new Set([...this.#taken].map(moved).filter((i) => i >= 0));
     this.#map = map;
+    this.#images.clear();
     this.zoom(0);
     this.#on.chosen(map.key_ids[this.#chosen]);
     this.#canvas.setAttribute("aria-label", `Map of ${plural(map.key_ids.length, "photo")}, coloured by class`);
@@ -92,7 +93,6 @@ export class KeyMap {
   /** Forget the map, because another index is opened. */
   clear() {
     this.#map = null;
-    this.#images.clear();
   }
 
   unmark() {
