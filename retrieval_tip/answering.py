@@ -369,7 +369,3 @@ class Answering:
         if unknown := names[len(self.class_names) :]:
             raise source.unknown(unknown, self.class_names)
         return ids
-
-    def key_blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield blocks of transformed keys and their class ids, as tensors on the device."""
-        return self._keys.blocks()

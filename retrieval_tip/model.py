@@ -22,7 +22,7 @@ from retrieval_tip.retrieval.keys import KEY_BLOCK, Keys, auto_for, index_over, 
 from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.retrieval.rows import ArrayRows
 from retrieval_tip.retrieval.sets import Scores
-from retrieval_tip.retrieval.vector_index import FLAT_FACTORY, VectorIndex
+from retrieval_tip.retrieval.vector_index import FLAT_FACTORY, VectorIndex, faiss
 from retrieval_tip.settings import Precision, Settings, Verify
 from retrieval_tip.store.contents import Contents, Stored
 from retrieval_tip.store.labels import label_table
@@ -90,7 +90,8 @@ class Index(Editing):
         rows = replace(rows, keys=_writable(rows.keys), points=None if rows.points is None else _writable(rows.points))
         index = None
         if stored is not None:
-            index = VectorIndex.of_array(stored[1], stored[0], device, rows.vectors.dtype == np.float16)
+            half = rows.vectors.dtype == np.float16
+            index = VectorIndex(faiss().deserialize_index(stored[1]), stored[0], device, half)
         self.__init__(rows=rows, index=index, device=device, **state)  # type: ignore[misc]
         self.prior, self.scores = prior, scores
 

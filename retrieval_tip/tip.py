@@ -246,7 +246,6 @@ def cache_logits(
     beta: float,
     tail: Totals | None = None,
     values: Values | None = None,
-    out: Tensor | None = None,
 ) -> Tensor:
     """Return the cache logits ``C``, which are the sums of the key weights in each class (equation 5).
 
@@ -261,17 +260,9 @@ def cache_logits(
       mean affinity. The tail never exceeds their exact sum.
     - ``values`` replaces the one-hot labels, so that ``C = exp(-beta (1 - A)) V``. If there is a tail, an unretrieved
       key i of class g adds ``exp(-beta (1 - m_g)) V_i``.
-    - If ``out`` is given, the logits of a block of keys are added to it, and ``affinity`` is overwritten with weights.
-      This is fastest if both are transposes of contiguous tensors that have one row per key.
 
     Raises ValueError if there is a tail and the values have no ``sums``.
     """
-    if out is not None:
-        weights = weight(affinity, beta, out=affinity)
-        if values is not None:
-            return out.addmm_(weights, values.matrix)
-        add_rows(out.T, class_ids, weights.T)
-        return out
     weights = weight(affinity, beta)
     if values is not None:
         return _valued(weights, affinity, class_ids, n_classes, beta, tail, values)

@@ -415,7 +415,7 @@ def test_a_backbone_pickled_on_a_gpu_runs_on_the_cpu_of_another_machine(tiny_fol
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     model = load_backbone(f"local-dir:{tiny_folder}", device="cpu")
     expected = model.encode_texts(["a cat"])
-    model._device, model._precision = torch.device("cuda"), "float16"
+    model._device, model.precision = torch.device("cuda"), "float16"
     there = carried(model)
     assert (there._device.type, there.precision) == ("cpu", "float32")
     np.testing.assert_array_equal(there.encode_texts(["a cat"]), expected)

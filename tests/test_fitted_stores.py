@@ -121,7 +121,7 @@ def test_whole_classes_are_searched_as_in_a_folder(built, name, held, tmp_path, 
     assert folder.index_type == store.index_type == "Classes"
     if name in ("metric", "plain"):
         keys, sums = store.retrieval.keys, torch.zeros(5, QUERIES.shape[1])
-        for place, part in keys.of_classes(np.arange(5)):
+        for place, part, _ in keys.of_classes(np.arange(5)):
             sums[place] += part.sum(dim=0)
         np.testing.assert_allclose(sums, keys.sums, atol=1e-4)
         if held > max(folder.counts):  # otherwise the slack comes from different keys

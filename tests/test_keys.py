@@ -62,7 +62,7 @@ def test_class_sums_and_means_match_numpy(case, sizes):
     with blocks(*sizes):
         keys = keys_of(case)
         sums, means = keys.sums, keys.means
-        together = torch.cat([rows.clone() for rows, _ in keys.blocks()])
+        together = torch.cat([rows.clone() for rows, *_ in keys.blocks()])
     one_hot = np.eye(case.c)[case.y]
     expected = one_hot.T @ case.K.astype(np.float64)
     np.testing.assert_allclose(sums, expected, atol=1e-6)

@@ -100,7 +100,7 @@ def spelled(model: str | None, pretrained: str | None) -> str:
 
 def equal_shares(parts: Sequence[Part]) -> tuple[float, ...]:
     """Return the shares of encoders that all count equally."""
-    return tuple(1 / len(parts) for _ in parts)
+    return (1 / max(1, len(parts)),) * len(parts)
 
 
 def same_backbone(one: Identity, other: Identity, what: str) -> None:
@@ -214,6 +214,8 @@ def unit_of(backbone: Backbone, raw: FloatArray, what: str = "feature") -> Float
     The part of an encoder that is not in use stays 0. Raises InputError if another part is zero or not finite.
     """
     encoders = encoders_of(backbone)
+    if len(encoders) == 1:
+        return unit(raw, what)
     parts = np.split(raw, np.cumsum([one.dim for one, _ in encoders])[:-1], axis=1)
     return side_by_side([unit(part, what) if used else part for part, (_, used) in zip(parts, encoders, strict=True)])
 

@@ -74,20 +74,16 @@ class TorchBackbone:
         import torch
 
         self._open, self._device = open_model, torch.device(how.device)
-        self._precision: Precision = how.precision
+        self.precision: Precision = how.precision
         self._runtime = how.runtime
         self._tower: tuple[str, tower.Tower | None] | None = None  # fingerprint of the weights, and their tower
-        self._opened: Opened | None = None
         self._original = torch.empty(0)  # sample of the weights when the model was opened
         self._digested: torch.Tensor | None = None  # sample of the weights that were digested
         self._known = known
-        dim: int | None
-        if known is not None:
-            self._identity, dim = known.identity, known.dim
-        else:
-            self._opened = self._open_here()
-            self._identity, dim = self._opened.identity, self._opened.dim
-        self._dim = dim or int(self.encode_texts(["a"]).shape[1])
+        found = self._open_here() if known is None else known
+        self._opened = found if isinstance(found, Opened) else None
+        self._identity = found.identity
+        self.dim = found.dim or int(self.encode_texts(["a"]).shape[1])
         if how.precision == "int8":
             self._compiled(1)
 
@@ -130,16 +126,16 @@ class TorchBackbone:
         if not torch.cat(self._samples).equal(self._original):
             return state | {"_opened": opened, "_open": opened}
         names, key = (self._identity.model, self._identity.pretrained), self.__dict__.get("text_key")
-        return state | {"_known": Known(names, self._identity, self._dim, self.logit_scale, key)}
+        return state | {"_known": Known(names, self._identity, self.dim, self.logit_scale, key)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         import torch
 
         self.__dict__ |= state
         was, self._device = self._device, torch.device(present(str(self._device)))
-        self._precision = self._precision if was.type == self._device.type else "float32"
+        self.precision = self.precision if was.type == self._device.type else "float32"
         last, TorchBackbone._last = TorchBackbone._last, self
-        same = ("identity", "_device", "_precision", "_runtime")  # equal models that encode in the same way
+        same = ("identity", "_device", "precision", "_runtime")  # equal models that encode in the same way
         if self._opened is None and last is not None and all(getattr(last, n) == getattr(self, n) for n in same):
             self.__dict__ |= {name: getattr(last, name) for name in _SHARED}
 
@@ -172,10 +168,6 @@ class TorchBackbone:
         return self._identity
 
     @property
-    def dim(self) -> int:
-        return self._dim
-
-    @property
     def has_text(self) -> bool:
         if self._opened is None:
             return not self._identity.model.startswith("timm:")
@@ -201,18 +193,14 @@ class TorchBackbone:
         return None if self._opened is None else self._opened.files
 
     @property
-    def precision(self) -> str:
-        return self._precision
-
-    @property
     def scope(self) -> str:
         """The precision and, for int8, a digest of the calibrated tower, since each calibration changes features."""
-        compiled = self._compiled(2) if self._precision == "int8" else None
-        return self._precision if compiled is None else f"int8-{compiled.digest[:16]}"
+        compiled = self._compiled(2) if self.precision == "int8" else None
+        return self.precision if compiled is None else f"int8-{compiled.digest[:16]}"
 
     def store_int8(self, photos: Collection[torch.Tensor]) -> float:
         """Store the image tower in int8, calibrated on views of shape ``[3, h, w]``. See :func:`tower.store_int8`."""
-        exact = self._compiled(2) if self._precision == "float32" else None
+        exact = self._compiled(2) if self.precision == "float32" else None
         if exact is None:
             raise UsageError(f"int8: requires {self._identity.model} in float32 with OpenVINO on a CPU")
         return tower.store_int8(self._model, self.identity, photos, exact)
@@ -268,7 +256,7 @@ class TorchBackbone:
 
     @property
     def _may_compile(self) -> bool:
-        on_cpu = self._device.type == "cpu" and self._precision != "float16"
+        on_cpu = self._device.type == "cpu" and self.precision != "float16"
         return on_cpu and self._runtime != "torch"
 
     def _compiled(self, number: int) -> tower.Tower | None:
@@ -277,15 +265,15 @@ class TorchBackbone:
             return None
         identity = self.identity
         if self._tower is None or self._tower[0] != identity.fingerprint:
-            compiled = tower.kept(identity, self._precision)
+            compiled = tower.kept(identity, self.precision)
             if compiled is None:
-                if self._precision == "int8":
+                if self.precision == "int8":
                     weights = () if identity.pretrained is None else ("--pretrained", identity.pretrained)
                     run = "retrieval-tip models --int8 PHOTOS " + shlex.join(("--model", identity.model, *weights))
                     raise BackboneError(f"precision int8: not stored for this encoder; run {run}")
                 if number < 2:  # for one image, conversion takes longer than it saves
                     return None
-                compiled = tower.converted(self._model, identity, self.size, self._precision)
+                compiled = tower.converted(self._model, identity, self.size, self.precision)
             self._tower = identity.fingerprint, compiled
         return self._tower[1]
 
@@ -296,7 +284,7 @@ class TorchBackbone:
     def _forward(self, tower: Callable[[torch.Tensor], torch.Tensor], given: torch.Tensor) -> FloatArray:
         import torch
 
-        half = None if self._precision in ("float32", "int8") else getattr(torch, self._precision)
+        half = None if self.precision in ("float32", "int8") else getattr(torch, self.precision)
         exactly = _whole_convolutions(self._device) if half is None else torch.autocast(self._device.type, half)
         with torch.no_grad(), exactly:
             features = tower(given)

@@ -76,7 +76,7 @@ def audit(index: Index, *, k: KeysMet = None, borderline: bool = False) -> pa.Ta
     images, class_ids = images_of(index.labels), index.class_ids.cpu().numpy()
     _, beta = untouched_settings(index.keys, class_ids)
     digests = torch.from_numpy(digest_codes(index.labels)).to(index.device)
-    norms = torch.cat([keys.norm(dim=1) for keys, _ in index.key_blocks()]).clamp_min(LEAST)
+    norms = torch.cat([keys.norm(dim=1) for keys, *_ in index.retrieval.keys.blocks()]).clamp_min(LEAST)
     shots = Queries(np.asarray(index.vectors), class_ids, "its own shots", images, images)
     for part, visible in shots.blocks(index, near):
         own = index.class_ids[part]

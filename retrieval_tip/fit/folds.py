@@ -577,13 +577,14 @@ class Queries:
         most = max(c, index.n if k is None else min(k, index.n))
         for part in slices(len(self.ids), max(1, min(QUERY_BLOCK, VALUES // most))):
             features = torch.from_numpy(np.asarray(self.features[part], dtype=np.float32)).to(index.device)
-            points, counts = index.retrieval.points(features), index.retrieval.keys.counts.expand(len(features), -1)
+            retrieval = index.retrieval
+            points, counts = retrieval.points(features), retrieval.keys.counts.expand(len(features), -1)
             if k is None:
                 rows = torch.arange(index.n, device=index.device)
-                affinity = torch.cat([tip.affinity(keys, points) for keys, _ in index.key_blocks()]).T
+                affinity = torch.cat([tip.affinity(keys, points) for keys, *_ in retrieval.keys.blocks()]).T
                 unseen = affinity.new_zeros(1, 1, dtype=torch.bool)
             else:
-                near = index.retrieval.keys.nearest(points, k)
+                near = retrieval.keys.nearest(points, k)
                 affinity, rows, unseen = near.affinity, near.rows, near.rows < 0
             if self.hidden is not None and self.groups is not None:
                 hidden, place = np.unique(self.hidden[part], return_inverse=True)

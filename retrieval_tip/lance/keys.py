@@ -69,14 +69,11 @@ class LanceKeys(KeyStream):
         if n_read != self.n:
             raise StoreError(f"{self.table.address}: has {n_read} rows instead of {self.n}; use another version")
 
-    def numbered_blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         return iter(self._held) if self.n * self.d * 4 <= HELD_BYTES else self._read()
 
-    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return ((keys, ids) for keys, ids, _ in self.numbered_blocks())
-
-    def numbered_of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """See :meth:`keys.KeyStream.numbered_of_classes`.
+    def of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """See :meth:`keys.KeyStream.of_classes`.
 
         Small classes are read together, up to :data:`PIECE` bytes. The blocks of a larger class share a buffer.
         """
@@ -142,7 +139,7 @@ class LanceKeys(KeyStream):
     def _spread(self, features: Tensor, classes: Tensor) -> Tensor:
         affinity = features.new_zeros(*classes.shape, SPREAD_KEYS)
         steps, asked = torch.arange(SPREAD_KEYS, device=self.device), classes.unique()
-        for place, keys in self.of_classes(asked.cpu().numpy()):
+        for place, keys, _ in self.of_classes(asked.cpu().numpy()):
             query, slot = (classes == asked[place]).nonzero(as_tuple=True)
             affinity[query, slot] = tip.affinity(features[query], keys[len(keys) * steps // SPREAD_KEYS])
         return affinity
@@ -158,7 +155,7 @@ class LanceKeys(KeyStream):
             return Nearest(affinity, rows, ids.masked_fill_(rows < 0, self.n_classes))
         none = torch.empty(len(points), 0, dtype=torch.int64, device=self.device)
         best = Nearest(points.new_empty(len(points), 0), none, none)
-        for keys, ids, rows in self.numbered_blocks():
+        for keys, ids, rows in self.blocks():
             affinity, place = tip.affinity(points, keys).topk(min(k, len(keys)), dim=1)
             every = Nearest.joined([best, Nearest(affinity, rows[place], ids[place])], dim=1)
             best = every.at(every.affinity.topk(min(k, every.affinity.shape[1]), dim=1).indices)

@@ -15,7 +15,7 @@ from torch import Tensor
 from retrieval_tip import tip
 from retrieval_tip.data.reader import FeatureBlock
 from retrieval_tip.predictions import PREDICTIONS, SCHEMA, Predictions, lists
-from retrieval_tip.retrieval.evidence import Contributors, Nearest
+from retrieval_tip.retrieval.evidence import Nearest
 from retrieval_tip.retrieval.logits import AnswerTerms, Retrieval, first_two
 from retrieval_tip.retrieval.rows import Rows
 from retrieval_tip.retrieval.sets import Sets
@@ -72,7 +72,6 @@ class AnswerBlock:
         chances = _doubles(self.probabilities.gather(1, ranked))
         winner, m, names = ranked[:, :1], ranked.shape[1], pa.array(self.class_names, pa.string())
         labels = names.take(pa.array(ranked.cpu().numpy().reshape(-1)))
-        shots = self._shots()
         columns = {
             "input": pa.array(self.block.positions).cast(pa.string()),
             "label": labels if m == 1 else names.take(pa.array(ranked[:, 0].cpu().numpy())),
@@ -81,45 +80,36 @@ class AnswerBlock:
             "probabilities": lists(chances, m),
             "text_logit": _doubles(terms.text.gather(1, winner))[:, 0],
             "cache_logit": settings.alpha * _doubles(terms.cache.gather(1, winner))[:, 0],
-            "neighbours": self._neighbours(None if shots is None else shots.supporting, ranked),
-            "opposing": self._opposing(None if shots is None else shots.opposing, ranked),
+            "neighbours": pa.array([[]] * len(ranked), PREDICTIONS["neighbours"]),
+            "opposing": pa.nulls(len(ranked), PREDICTIONS["opposing"]),
         }
         if self.ask.at_least is not None and self.groups is not None:
             columns |= narrowest(self.probabilities, self.class_names, self.groups, self.ask.at_least)
         if self.sets is not None:
             columns["set"] = self.sets.column(self.probabilities, self.class_names)
+        shots, retrieval = terms.shots, self.retrieval
+        if shots is None and self.ask.neighbours:
+            points = retrieval.points(self.features)
+            shots = retrieval.contributors(points, *first_two(logits), self.ask.neighbours)
+        if shots is not None:
+            there = shots.supporting.rows >= 0
+            ends = np.concatenate([[0], there.sum(dim=1).cumsum(dim=0).cpu().numpy()]).astype(np.int32)
+            supporting = self._described(shots.supporting, ranked)
+            columns["neighbours"] = pa.ListArray.from_arrays(pa.array(ends), supporting)
+            against = (shots.opposing.rows[:, 0] >= 0).cpu().numpy()
+            places = pa.array(against.cumsum() - 1, mask=~against)
+            columns["opposing"] = self._described(shots.opposing, ranked).take(places)
         if self.ask.logits:
             columns["logits"] = lists(logits.cpu().numpy(), logits.shape[1])
         if terms.discriminant is not None:
             factor = settings.alpha * settings.gamma
             columns["discriminant_logit"] = factor * _doubles(terms.discriminant.gather(1, winner))[:, 0]
         if settings.least_cache is not None:
-            strongest = terms.strongest(self.retrieval.keys.counts)
+            strongest = terms.strongest(retrieval.keys.counts)
             columns["no_match"] = (strongest < settings.least_cache).cpu().numpy()
         known = [column for column in PREDICTIONS if column in columns]
         schema = pa.schema([SCHEMA.field(column) for column in known])
         return Predictions(pa.table([columns[column] for column in known], schema=schema))
-
-    def _shots(self) -> Contributors | None:
-        if self.terms.shots is not None or not self.ask.neighbours:
-            return self.terms.shots
-        retrieval = self.retrieval
-        return retrieval.contributors(retrieval.points(self.features), *first_two(self.logits), self.ask.neighbours)
-
-    def _neighbours(self, near: Nearest | None, classes: Tensor) -> pa.ListArray:
-        kind = PREDICTIONS["neighbours"]
-        if near is None:
-            ends = np.zeros(len(classes) + 1, np.int32)
-            return pa.ListArray.from_arrays(pa.array(ends), pa.array([], kind.value_type))
-        there = near.rows >= 0
-        ends = np.concatenate([[0], there.sum(dim=1).cumsum(dim=0).cpu().numpy()]).astype(np.int32)
-        return pa.ListArray.from_arrays(pa.array(ends), self._described(near, classes))
-
-    def _opposing(self, near: Nearest | None, classes: Tensor) -> pa.StructArray:
-        if near is None:
-            return pa.nulls(len(classes), PREDICTIONS["opposing"])
-        there = (near.rows[:, 0] >= 0).cpu().numpy()
-        return self._described(near, classes).take(pa.array(there.cumsum() - 1, mask=~there))
 
     def _described(self, near: Nearest, classes: Tensor) -> pa.StructArray:
         there, every = near.rows >= 0, self.retrieval.values

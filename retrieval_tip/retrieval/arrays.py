@@ -12,6 +12,7 @@ from torch import Tensor
 
 from retrieval_tip.backbones.base import Part
 
+FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 KeyArray = npt.NDArray[np.floating]
 """A float32 or float16 array of keys, of shape ``[n, d]``."""

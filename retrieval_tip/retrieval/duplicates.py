@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from retrieval_tip.errors import InputError, one_line
-from retrieval_tip.retrieval.arrays import KeyArray, Keys, KeysInPlace
+from retrieval_tip.retrieval.arrays import FloatArray, IntArray, KeyArray, Keys, KeysInPlace
 from retrieval_tip.retrieval.keys import KEY_BLOCK, QUERY_BLOCK, own_affinity
 from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.store.labels import digest_codes
@@ -47,8 +47,6 @@ TINY = 1e-12
 """Smallest norm by which a key is divided."""
 KINDS = ("identical image", "identical feature", "near-identical")
 
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
 Search = Callable[[Tensor, int], tuple[Tensor, Tensor | IntArray]]
 Remain = Callable[[IntArray, IntArray], Bools]

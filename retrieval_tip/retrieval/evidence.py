@@ -7,14 +7,13 @@ one-hot value is 1 for the class of the key, and 0 for other classes. Fitted val
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Nearest:
+class Nearest(NamedTuple):
     """The retrieved keys of each query, as tensors of shape ``[q, k]``. By default, the nearest key comes first.
 
     Empty slots have affinity 0, row -1 and the class id ``c``.
@@ -29,18 +28,13 @@ class Nearest:
     rows: Tensor
     class_ids: Tensor
 
-    @property
-    def columns(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The three tensors as a tuple."""
-        return self.affinity, self.rows, self.class_ids
-
     def queries(self, part: slice | Tensor) -> Nearest:
         """Return the keys of the queries in ``part``."""
-        return Nearest(*(column[part] for column in self.columns))
+        return Nearest(*(column[part] for column in self))
 
     def put(self, part: Tensor, other: Nearest) -> None:
         """Replace the keys of the queries in ``part``."""
-        for column, replacement in zip(self.columns, other.columns, strict=True):
+        for column, replacement in zip(self, other, strict=True):
             column[part] = replacement
 
     def ordered(self, by: Tensor) -> Nearest:
@@ -50,11 +44,11 @@ class Nearest:
 
     def at(self, places: Tensor) -> Nearest:
         """Return the keys of each query at the given ``places``."""
-        return Nearest(*(column.gather(1, places) for column in self.columns))
+        return Nearest(*(column.gather(1, places) for column in self))
 
     def first(self, number: int) -> Nearest:
         """Return the first ``number`` keys of each query."""
-        return Nearest(*(column[:, :number] for column in self.columns))
+        return Nearest(*(column[:, :number] for column in self))
 
     def without(self, dropped: Tensor, n_classes: int) -> Nearest:
         """Return a copy that has empty slots where ``dropped`` is true."""
@@ -67,11 +61,10 @@ class Nearest:
     @classmethod
     def joined(cls, parts: Sequence[Nearest], dim: int = 0) -> Nearest:
         """Concatenate the keys of consecutive queries, or different keys of the same queries if ``dim`` is 1."""
-        return cls(*(torch.cat(column, dim=dim) for column in zip(*(part.columns for part in parts), strict=True)))
+        return cls(*(torch.cat(column, dim=dim) for column in zip(*parts, strict=True)))
 
 
-@dataclass(frozen=True)
-class Largest:
+class Largest(NamedTuple):
     """The largest contributions found so far, largest first, and the affinities and rows of their keys."""
 
     given: Tensor
@@ -92,15 +85,13 @@ class Largest:
         else:
             largest, place = given.topk(min(number, given.shape[1]), dim=1)
         block = largest, affinity.gather(1, place), rows[place]
-        columns = self.given[part], self.affinity[part], self.rows[part]
-        both = [torch.cat(pair, dim=1) for pair in zip(columns, block, strict=True)]
+        both = [torch.cat([old[part], new], dim=1) for old, new in zip(self, block, strict=True)]
         kept = both[0].topk(number, dim=1).indices
-        for column, merged in zip(columns, both, strict=True):
-            column[:] = merged.gather(1, kept)
+        for column, merged in zip(self, both, strict=True):
+            column[part] = merged.gather(1, kept)
 
 
-@dataclass(frozen=True)
-class Contributors:
+class Contributors(NamedTuple):
     """The shots that contributed most to the answers, and the shots that counted most against them.
 
     Attributes:
@@ -119,9 +110,7 @@ class Contributors:
     @classmethod
     def joined(cls, parts: Sequence[Contributors]) -> Contributors:
         """Concatenate the shots of consecutive queries."""
-        return cls(
-            Nearest.joined([part.supporting for part in parts]), Nearest.joined([part.opposing for part in parts])
-        )
+        return cls(*(Nearest.joined(near) for near in zip(*parts, strict=True)))
 
     @classmethod
     def among(cls, near: Nearest, winner: Tensor, rival: Tensor, n_classes: int, number: int) -> Contributors:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from retrieval_tip import tip
 from retrieval_tip.errors import InputError, warn_once
-from retrieval_tip.retrieval.arrays import KeyArray
+from retrieval_tip.retrieval.arrays import FloatArray, IntArray, KeyArray
 from retrieval_tip.retrieval.evidence import Nearest
 from retrieval_tip.retrieval.vector_index import Product, VectorIndex, auto_factory, inner_factory
 from retrieval_tip.settings import Precision, check_choice
@@ -48,9 +47,6 @@ HALVED = 1 << 31
 """Maximum size in bytes of memory-mapped keys that are kept in half precision."""
 
 _COPYING = threading.Lock()
-
-FloatArray = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int64]
 
 
 def room_on(device: str) -> int:
@@ -88,11 +84,9 @@ def own_affinity(features: Tensor, rows: Tensor, gather: Callable[[Tensor], Tens
 
     ``gather`` returns the vectors at the given rows.
     """
-    affinity = features.new_zeros(rows.shape)
     step = max(1, GATHERED // max(1, rows.shape[1] * features.shape[1]))
-    for start in range(0, len(rows), step):
-        part = slice(start, start + step)
-        affinity[part] = torch.einsum("qd,qkd->qk", features[part], gather(rows[part].clamp_min(0)).float())
+    parts = zip(features.split(step), rows.clamp_min(0).split(step), strict=True)
+    affinity = torch.cat([torch.einsum("qd,qkd->qk", part, gather(own).float()) for part, own in parts])
     return affinity.masked_fill_(rows < 0, 0)
 
 
@@ -132,19 +126,12 @@ class KeyStream(ABC):
         self.queries, self.block = QUERY_BLOCK * times, min(self.n, KEY_BLOCK * times)
 
     @abstractmethod
-    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield blocks of float32 keys and their class ids, on the device.
+    def blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield blocks of float32 keys, their class ids and their row numbers, on the device.
 
         Each block is grouped by class and has at most :data:`KEY_BLOCK` keys, or :data:`GPU_BLOCKS` times as many on a
         GPU. Blocks may share memory, so do not keep them.
         """
-
-    def numbered_blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield the same blocks as :meth:`blocks`, and also the row numbers of the keys."""
-        start = 0
-        for keys, ids in self.blocks():
-            yield keys, ids, torch.arange(start, start + len(ids), device=self.device)
-            start += len(ids)
 
     @cached_property
     def mean_count(self) -> float:
@@ -170,10 +157,10 @@ class KeyStream(ABC):
         """The discriminant of the class means."""
         return tip.Discriminant.of(self.sums, self.counts)
 
-    def class_sums(self, blocks: Iterable[tuple[Tensor, Tensor]], columns: int) -> Tensor:
+    def class_sums(self, blocks: Iterable[Sequence[Tensor]], columns: int) -> Tensor:
         """Sum blocks of rows per class in float64, and return the sums as float32."""
         sums = torch.zeros(self.n_classes, columns, dtype=torch.float64, device=self.device)
-        for rows, ids in blocks:
+        for rows, ids, *_ in blocks:
             if self.device != "cpu":  # on a GPU, the loop below would launch a kernel per class
                 tip.add_rows(sums, ids, rows.double())
                 continue
@@ -185,25 +172,20 @@ class KeyStream(ABC):
                 sums[class_id] += part.sum(0, dtype=torch.float64)
         return sums.float()
 
-    def of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor]]:
-        """Yield the keys of the given classes in blocks, and the position of each block's class in ``class_ids``.
-
-        ``class_ids`` must be in ascending order. The keys are on the device, in their stored dtype or in float32. There
-        may be several blocks per class. Blocks may share memory, so do not keep them.
-        """
-        return ((place, keys) for place, keys, _ in self.numbered_of_classes(class_ids))
-
     @abstractmethod
-    def numbered_of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield the same blocks as :meth:`of_classes` in float32, and also the row numbers of the keys."""
+    def of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield blocks with the position of their class in ``class_ids``, its float32 keys and their row numbers.
+
+        ``class_ids`` must be in ascending order. There may be several blocks per class. See :meth:`blocks`.
+        """
 
     @abstractmethod
     def nearest(self, points: Tensor, k: int) -> Nearest:
         """Find the ``k`` nearest keys of each query. Affinities are exact, even if the index is compressed."""
 
-    @abstractmethod
     def _nearest_means(self, points: Tensor, number: int) -> Tensor:
         """Return the ``number`` classes whose means are nearest to each query. The id -1 stands for no class."""
+        raise NotImplementedError
 
     def nearest_by_class(self, points: Tensor, k: int) -> Nearest:
         """Find the ``k`` nearest keys of each query among the classes with the nearest means.
@@ -230,13 +212,13 @@ class KeyStream(ABC):
         queries = (order // max(1, classes.shape[1])).split(counts.tolist())
         if len(asked) and asked[0] < 0:
             asked, queries = asked[1:], queries[1:]
-        for place, keys, rows in self.numbered_of_classes(asked.cpu().numpy()):
+        for place, keys, rows in self.of_classes(asked.cpu().numpy()):
             for query in queries[place].split(QUERY_BLOCK):
                 affinity, near = tip.affinity(points[query], keys).topk(min(k, len(keys)), dim=1)
                 found = Nearest(affinity, rows[near], asked[place].expand(near.shape))
                 both = Nearest.joined([best.queries(query), found], dim=1)
                 best.put(query, both.at(both.affinity.topk(k, dim=1).indices))
-        return replace(best, affinity=best.affinity.masked_fill(best.rows < 0, 0))
+        return best._replace(affinity=best.affinity.masked_fill(best.rows < 0, 0))
 
     def value_sums(self, values: Tensor) -> Tensor:
         """Return the per-class sums of the values, of shape ``[c, c]``. They are needed to compute the tail."""
@@ -262,12 +244,11 @@ class KeyStream(ABC):
         groups, counts = ids.unique_consecutive(return_counts=True)
         sizes, ends = counts.tolist(), counts.cumsum(0).tolist()
         memory = features.new_empty(max([QUERY_BLOCK * KEY_BLOCK, *sizes]))
-        for place, block in self.of_classes(groups.cpu().numpy()):
+        for place, block, _ in self.of_classes(groups.cpu().numpy()):
             size = sizes[place]
             own = slice(ends[place] - size, ends[place])
             asked = features[query[own]]
-            for part in block.split(max(1, len(memory) // size)):
-                keys = part.float()
+            for keys in block.split(max(1, len(memory) // size)):
                 rows, columns = (keys, asked) if size <= FEW else (asked, keys)
                 affinity = tip.affinity(rows, columns, out=memory[: size * len(keys)].view(len(rows), len(columns)))
                 sums[own] += tip.weight(affinity, beta, out=affinity).sum(0 if size <= FEW else 1)
@@ -282,11 +263,8 @@ class KeyStream(ABC):
         measured once, for a sample of keys that are used as queries and the classes nearest to each query. The result
         is the quantile :data:`SPREAD_QUANTILE` of the measured values.
         """
-        if beta not in self._slack:
-            self._slack[beta] = self._measured_slack(beta)
-        return self._slack[beta]
-
-    def _measured_slack(self, beta: float) -> float:
+        if beta in self._slack:
+            return self._slack[beta]
         features, own = self._sample()
         near = tip.affinity(features, self.means).masked_fill_(self.counts == 0, -torch.inf)
         near.scatter_(1, own[:, None], -torch.inf)
@@ -294,15 +272,16 @@ class KeyStream(ABC):
         affinity = self._spread(features, classes).double()
         excess = ((affinity - affinity.mean(2, keepdim=True)) * beta).exp().mean(2) - 1  # centring prevents underflow
         excess = excess[highest > -torch.inf].clamp(0, MOST_SLACK)
-        return float(excess.quantile(SPREAD_QUANTILE)) if len(excess) else 0.0
+        self._slack[beta] = float(excess.quantile(SPREAD_QUANTILE)) if len(excess) else 0.0
+        return self._slack[beta]
 
-    @abstractmethod
     def _sample(self) -> tuple[Tensor, Tensor]:
         """Return at most :data:`SPREAD_QUERIES` keys, which are used as queries, and their class ids."""
+        raise NotImplementedError
 
-    @abstractmethod
     def _spread(self, features: Tensor, classes: Tensor) -> Tensor:
         """Return the affinities of each query to a sample of keys of each of its ``classes``."""
+        raise NotImplementedError
 
     def cache_logits(
         self, features: Tensor, beta: float, values: Tensor | None = None, products: torch.dtype | None = None
@@ -313,27 +292,27 @@ class KeyStream(ABC):
         ``values``, it is always float32. The result has the shape ``[q, c]``.
         """
         half = values is None and (products or self.products) != torch.float32
-        cache = features.new_empty(len(features), self.n_classes)
-        memory = features.new_empty(self.block * min(self.queries, len(features)))
-        for start in range(0, len(features), self.queries):
-            own = features[start : start + self.queries]
+        memory, parts = features.new_empty(self.block * min(self.queries, len(features))), []
+        for own in features.split(self.queries):
             sums, row = features.new_zeros(self.n_classes, len(own)), 0  # transposed, to read contiguous memory
-            for affinity, ids in self._halved(own, memory) if half else self._affinities(own, memory):
-                values_of = None if values is None else tip.Values(values[row : row + len(ids)])
-                tip.cache_logits(affinity.T, ids, self.n_classes, beta, values=values_of, out=sums.T)
+            for affinity, ids in self._affinities(own, memory, half=half):
+                weights = tip.weight(affinity, beta, out=affinity)
+                if values is None:
+                    tip.add_rows(sums, ids, weights)
+                else:
+                    sums.T.addmm_(weights.T, values[row : row + len(ids)])
                 row += len(ids)
-            cache[start : start + self.queries] = sums.T
-        return cache
+            parts.append(sums.T)
+        return torch.cat(parts)
 
-    def _affinities(self, features: Tensor, memory: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the affinities of each block of keys, ``[b, q]``, and the class ids of the keys."""
-        for keys, ids in self.blocks():
+    def _affinities(self, features: Tensor, memory: Tensor, *, half: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the affinities of each block of keys, ``[b, q]``, and the class ids of the keys.
+
+        If ``half`` is true, the products are in half precision, which only :class:`Keys` can be.
+        """
+        for keys, ids, _ in self.blocks():
             affinity = memory[: len(keys) * len(features)].view(len(keys), len(features))
             yield tip.affinity(keys.to(features.dtype), features, out=affinity), ids
-
-    def _halved(self, features: Tensor, memory: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the same, from products in half precision."""
-        raise NotImplementedError
 
 
 class Keys(KeyStream):
@@ -375,17 +354,17 @@ class Keys(KeyStream):
         self._runs = [slice(start, min(start + self.block, self.n)) for start in range(0, self.n, self.block)]
         self._on_device: Tensor | None = None
         self._fits: bool | None = None
-        self._starts = torch.from_numpy(self.starts).to(device)
+        self._starts, self._numbers = torch.from_numpy(self.starts).to(device), torch.arange(self.n, device=device)
         self._value_sums: tuple[Tensor, Tensor] | None = None
 
-    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """See :meth:`KeyStream.blocks`."""
         converted = torch.empty(self.block, self.d, device=self.device)
         for part in self._runs:
             rows = self._rows(part)
             if rows.dtype != torch.float32:
                 rows = converted[: len(rows)].copy_(rows)
-            yield rows, self.class_ids[part]
+            yield rows, self.class_ids[part], self._numbers[part]
 
     @property
     def resident(self) -> Tensor | None:
@@ -432,11 +411,14 @@ class Keys(KeyStream):
             self._value_sums = values, self.class_sums(blocks, self.n_classes)
         return self._value_sums[1]
 
-    def _halved(self, features: Tensor, memory: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def _affinities(self, features: Tensor, memory: Tensor, *, half: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        if not half:
+            yield from super()._affinities(features, memory, half=False)
+            return
         q, rounded, common = len(features), features.to(self.products), features @ self._centre
         product = torch.empty(self.block, q, dtype=self.products, device=self.device)
         if isinstance(self.array, np.memmap) and self.array.nbytes > HALVED:
-            blocks = (((keys - self._centre).to(self.products), ids) for keys, ids in self.blocks())
+            blocks = (((keys - self._centre).to(self.products), ids) for keys, ids, _ in self.blocks())
         else:
             blocks = ((self._kept_halved[part], self.class_ids[part]) for part in self._runs)
         for keys, ids in blocks:
@@ -445,30 +427,19 @@ class Keys(KeyStream):
 
     @cached_property
     def _kept_halved(self) -> Tensor:
-        halved, start = torch.empty(self.array.shape, dtype=self.products, device=self.device), 0
-        for keys, _ in self.blocks():
-            halved[start : start + len(keys)] = keys - self._centre
-            start += len(keys)
-        return halved
+        return torch.cat([(keys - self._centre).to(self.products) for keys, *_ in self.blocks()])
 
     @cached_property
     def _centre(self) -> Tensor:
         return self.sums.sum(0) / self.n
 
-    def of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor]]:
+    def of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor, Tensor]]:
         """See :meth:`KeyStream.of_classes`."""
-        for place, class_id in enumerate(class_ids.tolist()):
-            first, last = self.starts[class_id : class_id + 2].tolist()
-            if first < last:
-                yield place, self._rows(slice(first, last))
-
-    def numbered_of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """See :meth:`KeyStream.numbered_of_classes`."""
         for place, class_id in enumerate(class_ids.tolist()):
             first, last = self.starts[class_id : class_id + 2].tolist()
             for start in range(first, last, self.block):
                 part = slice(start, min(start + self.block, last))
-                yield place, self._rows(part).float(), torch.arange(part.start, part.stop, device=self.device)
+                yield place, self._rows(part).float(), self._numbers[part]
 
     def every_of_classes(self, points: Tensor, classes: Tensor) -> Nearest:
         """See :meth:`KeyStream.every_of_classes`."""
@@ -521,23 +492,19 @@ class KeysWithout(KeyStream):
     def sums(self) -> Tensor:
         """Sum of the keys in each class, of shape ``[c, d]``."""
         sums, changed = self.every.sums.clone(), self._class_ids.unique()
-        for place, keys, rows in self.every.numbered_of_classes(changed.cpu().numpy()):
+        for place, keys, rows in self.every.of_classes(changed.cpu().numpy()):
             sums[changed[place]] -= keys[torch.isin(rows, self.rows)].sum(0)
         return sums
 
-    def numbered_blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """See :meth:`KeyStream.numbered_blocks`."""
-        for block in self.every.numbered_blocks():
+    def blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """See :meth:`KeyStream.blocks`."""
+        for block in self.every.blocks():
             gone = torch.isin(block[2], self.rows)
             yield tuple(column[~gone] for column in block) if gone.any() else block  # type: ignore[misc]
 
-    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """See :meth:`KeyStream.blocks`."""
-        return ((keys, ids) for keys, ids, _ in self.numbered_blocks())
-
-    def numbered_of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """See :meth:`KeyStream.numbered_of_classes`."""
-        for place, keys, rows in self.every.numbered_of_classes(class_ids):
+    def of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """See :meth:`KeyStream.of_classes`."""
+        for place, keys, rows in self.every.of_classes(class_ids):
             left = ~torch.isin(rows, self.rows)
             yield place, keys[left], rows[left]
 
@@ -546,9 +513,6 @@ class KeysWithout(KeyStream):
         found = self.every.nearest(points, k + len(self.rows))
         found = found.without(torch.isin(found.rows, self.rows), self.n_classes)
         return found.ordered(found.affinity).first(min(k, self.n))
-
-    def _nearest_means(self, points: Tensor, number: int) -> Tensor:
-        return self.every._nearest_means(points, number)
 
     def described(self, affinity: Tensor, rows: Tensor) -> Nearest:
         """See :meth:`KeyStream.described`."""
@@ -562,17 +526,8 @@ class KeysWithout(KeyStream):
         self, features: Tensor, beta: float, values: Tensor | None = None, products: torch.dtype | None = None
     ) -> Tensor:
         """See :meth:`KeyStream.cache_logits`."""
-        if values is None:
-            return super().cache_logits(features, beta)
-        cache = features.new_zeros(len(features), self.n_classes)
-        for keys, _, rows in self.numbered_blocks():
-            own = values[rows]
-            for sums, part in zip(cache.split(self.queries), features.split(self.queries), strict=True):
-                sums += tip.weight(tip.affinity(part, keys), beta) @ own
-        return cache
-
-    def _sample(self) -> tuple[Tensor, Tensor]:
-        return self.every._sample()
-
-    def _spread(self, features: Tensor, classes: Tensor) -> Tensor:
-        return self.every._spread(features, classes)
+        if values is not None:
+            left = torch.ones(len(values), dtype=torch.bool, device=self.device)
+            left[self.rows] = False
+            values = values[left]
+        return super().cache_logits(features, beta, values)

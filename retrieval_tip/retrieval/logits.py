@@ -96,35 +96,29 @@ class Retrieval:
         each answer. Otherwise, :meth:`contributors` finds them.
         """
         settings, points = self.settings, self.points(features)
+        discriminant = self.keys.discriminant(points) if settings.gamma else None
         if settings.k is not None and settings.k < self.keys.n:
-            return self._terms_over_few(features, points, settings.k, neighbours)
+            return self._terms_over_few(features, points, settings.k, neighbours, discriminant)
         text = tip.text_logits(features, self.text_weights, settings.logit_scale)
         cache = self.keys.cache_logits(points, settings.beta, self.values)
-        terms = AnswerTerms(text, cache, self.discriminant(points))
-        if self.values is None and self.keys.products != torch.float32 and len(points):
-            self._refine(points, terms)
+        terms = AnswerTerms(text, cache, discriminant)
+        if self.values is None and self.keys.products != torch.float32 and len(points):  # could change close answers
+            error, parts = min(1.0, CLOSE * settings.beta), self._parts(len(points))
+            close = torch.cat([uncertain(terms.queries(part), settings, error) for part in parts])
+            cache[close] = self.keys.cache_logits(points[close], settings.beta, products=torch.float32)
         if settings.log_offset is not None:
             tip.log_cache(cache, settings.log_offset)
         return terms
-
-    def discriminant(self, points: Tensor) -> Tensor | None:
-        """Compute the discriminant, of shape ``[q, c]``, or return ``None`` if gamma is 0."""
-        return self.keys.discriminant(points) if self.settings.gamma else None
-
-    def _refine(self, points: Tensor, terms: AnswerTerms) -> None:
-        """Replace cache logits in float32 where half precision could change the answer."""
-        beta, parts = self.settings.beta, self._parts(len(points))
-        error = min(1.0, CLOSE * beta)
-        close = torch.cat([uncertain(terms.queries(part), self.settings, error) for part in parts])
-        terms.cache[close] = self.keys.cache_logits(points[close], beta, products=torch.float32)
 
     def _parts(self, q: int) -> Iterator[slice]:
         """Split ``q`` queries into blocks whose logits fit in the CPU cache."""
         return slices(q, QUERY_BLOCK if self.keys.device == "cpu" else max(QUERY_BLOCK, LOGITS // self.keys.n_classes))
 
-    def _terms_over_few(self, features: Tensor, points: Tensor, k: int, neighbours: int) -> AnswerTerms:
+    def _terms_over_few(
+        self, features: Tensor, points: Tensor, k: int, neighbours: int, discriminant: Tensor | None
+    ) -> AnswerTerms:
         settings, text = self.settings, features.new_empty(len(features), self.keys.n_classes)
-        terms = AnswerTerms(text, torch.empty_like(text), self.discriminant(points))
+        terms = AnswerTerms(text, torch.empty_like(text), discriminant)
         if self.keys.by_class:
             self._terms_over_classes(features, points, k, terms)
             tip.log_cache(terms.cache, settings.log_offset)
@@ -134,7 +128,7 @@ class Retrieval:
             own = terms.queries(part)
             tip.text_logits(features[part], self.text_weights, settings.logit_scale, out=own.text)
             near = self.keys.nearest(points[part], k)
-            own.cache.copy_(self._logits_over(near, self._totals(points[part])))
+            own.cache.copy_(self._logits_over(near, points[part]))
             tip.log_cache(own.cache, settings.log_offset)
             if neighbours:
                 winner, rival = (self._contributions(near, classes) for classes in first_two(own.logits(settings)))
@@ -177,7 +171,7 @@ class Retrieval:
         """Return, for one class per query, the keys that contribute most and the key that contributes least."""
         asked, own = classes.unique(return_inverse=True)
         most, least = (Largest.none(len(points), m, self.keys.device) for m in (number, 1))
-        for keys, _, rows in self.keys.numbered_blocks():
+        for keys, _, rows in self.keys.blocks():
             given = values[rows[:, None], asked].T.contiguous()  # one row per class
             for part in slices(len(points), QUERY_BLOCK):
                 affinity = tip.affinity(points[part], keys)
@@ -198,29 +192,21 @@ class Retrieval:
             tip.affinity(points[part], keys.means, out=own.cache)
             tip.at_mean(keys.counts, own.cache, settings.beta, out=own.cache)
             classes[part], candidates[part] = promising(own, settings, slack, most)
-        self._over_classes(points, terms.cache, classes, candidates)
-
-    def _over_classes(self, points: Tensor, cache: Tensor, classes: Tensor, candidates: Tensor) -> None:
-        """Replace the logits of ``classes`` in ``cache`` with exact logits where ``candidates`` is true."""
-        keys, settings = self.keys, self.settings
         if self.values is not None:
             for part in slices(len(points), QUERY_BLOCK):
                 near = keys.every_of_classes(points[part], classes[part])  # other values have no bounds
-                cache[part] = self._logits_over(near, self._totals(points[part]))
+                terms.cache[part] = self._logits_over(near, points[part])
             return
         exact = keys.class_logits(points, classes, candidates, settings.beta)
         if settings.tail:
-            exact = torch.where(candidates, exact, cache.gather(1, classes))
+            exact = torch.where(candidates, exact, terms.cache.gather(1, classes))
         else:
-            cache.zero_()
-        cache.scatter_(1, classes, exact)
+            terms.cache.zero_()
+        terms.cache.scatter_(1, classes, exact)
 
-    def _totals(self, points: Tensor) -> tip.Totals | None:
-        """Return the totals for the tail, or ``None`` without a tail."""
-        return tip.Totals.of(points, self.keys.sums, self.keys.counts) if self.settings.tail else None
-
-    def _logits_over(self, near: Nearest, tail: tip.Totals | None) -> Tensor:
-        """Compute the cache logits from the retrieved keys of each query."""
+    def _logits_over(self, near: Nearest, points: Tensor) -> Tensor:
+        """Compute the cache logits from the retrieved keys of each query, and from the tail if it counts."""
+        tail = tip.Totals.of(points, self.keys.sums, self.keys.counts) if self.settings.tail else None
         values = None
         if self.values is not None:
             value_sums = self.keys.value_sums(self.values) if tail else None

@@ -13,11 +13,10 @@ from torch.nn.functional import one_hot
 
 from retrieval_tip import tip
 from retrieval_tip.errors import InputError
+from retrieval_tip.retrieval.arrays import IntArray
 from retrieval_tip.retrieval.keys import KEY_BLOCK, Keys
 from retrieval_tip.retrieval.rows import ArrayRows
 from retrieval_tip.settings import ClassPrior
-
-IntArray = npt.NDArray[np.int64]
 
 MOST_SOLVED = 1 << 14
 """Maximum number of keys to solve at once. The system has n^2 entries, and solving it takes n^3 / 3 operations."""
@@ -95,7 +94,7 @@ class Ridge:
 
         Raises InputError if the norms of the keys are too far from 1 for float32.
         """
-        values = self._solve(points, self._gram(points), self._wanted(ids), self._ridges(ids, ids))
+        values = self._solve(points, self._gram(points), one_hot(ids, self.n_classes).float(), self._ridges(ids, ids))
         return self._neutral(values, ids)
 
     def solved(self, labelled: ArrayRows) -> ArrayRows:
@@ -114,7 +113,7 @@ class Ridge:
         returned.
         """
         own_ids = torch.from_numpy(ids).to(self.device)
-        wanted = self._wanted(own_ids)
+        wanted = one_hot(own_ids, self.n_classes).float()
         if keys.n + len(ids) <= SOLVED_AGAIN:
             return wanted
         own, parts = self._on_device(points), [values[:0]]
@@ -137,7 +136,8 @@ class Ridge:
         others = keys.cache_logits(own, self.beta, values) - weights @ values[rows]
         own_ids, every = torch.from_numpy(class_ids).to(self.device), keys.class_ids.clone()
         every[rows] = own_ids
-        values[rows] = self._solve(own, gram, self._wanted(own_ids) - others, self._ridges(own_ids, every))
+        wanted = one_hot(own_ids, self.n_classes).float()
+        values[rows] = self._solve(own, gram, wanted - others, self._ridges(own_ids, every))
         return replace(labelled, values=values)
 
     def _solve(self, points: Tensor, gram: Tensor, targets: Tensor, ridges: Tensor) -> Tensor:
@@ -170,9 +170,6 @@ class Ridge:
             block = gram[start:stop, :stop]
             tip.weight(tip.affinity(points[start:stop], points[:stop], out=block), self.beta, out=block)
         return gram
-
-    def _wanted(self, ids: Tensor) -> Tensor:
-        return one_hot(ids, self.n_classes).float()
 
     def _ridges(self, ids: Tensor, every: Tensor) -> Tensor:
         if self.class_prior == "shots":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch.nn import functional
 from retrieval_tip import tip
 from retrieval_tip.data.shots import spread
 from retrieval_tip.errors import InputError, first_line
-from retrieval_tip.retrieval.arrays import KeyArray, KeysInPlace
+from retrieval_tip.retrieval.arrays import IntArray, KeyArray, KeysInPlace
 from retrieval_tip.retrieval.defaults import Statistics, measure
 from retrieval_tip.retrieval.duplicates import Duplicates, duplicates
 from retrieval_tip.retrieval.keys import KEY_BLOCK, Keys, KeyStream, points_of
@@ -27,8 +28,6 @@ from retrieval_tip.settings import Dtype, Precision
 from retrieval_tip.store.labels import LABEL_SCHEMA, shots_after, shots_of, with_column
 from retrieval_tip.store.sums import Sums
 from retrieval_tip.store.versions import Writer
-
-IntArray = npt.NDArray[np.int64]
 
 FRESH_PAIRS = 1 << 26
 """Maximum number of affinities to compute when new keys are checked for duplicates."""
@@ -255,7 +254,7 @@ class ArrayRows(Rows):
         index, fresh = retrieval.keys.index, np.flatnonzero(np.isin(self.key_ids, key_ids))
         # An exact or class-wise index would compare each new key with too many keys.
         cheap = not (retrieval.metric or index.by_class or index.exact_search)
-        with index.limited(EFFORT):
+        with index.limited(EFFORT) if cheap else nullcontext():
             search = retrieval.nearest if cheap else None
             return duplicates(self.keys, self.labels, fresh, budget=FRESH_PAIRS, search=search)
 

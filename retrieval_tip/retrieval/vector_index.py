@@ -19,10 +19,8 @@ from torch import Tensor
 
 from retrieval_tip import tip
 from retrieval_tip.errors import StoreError, UsageError, warn_once
-from retrieval_tip.retrieval.arrays import KeyArray
+from retrieval_tip.retrieval.arrays import FloatArray, IntArray, KeyArray
 
-FloatArray = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int64]
 FaissIndex = Any
 """A FAISS index. FAISS does not provide types."""
 
@@ -151,12 +149,12 @@ class VectorIndex:
         Raises UsageError if the factory is unknown, is not safe or normalises the keys, or if there are too few keys to
         train the index.
         """
+        if factory == FLAT_FACTORY:
+            return cls(keys, factory, device, keys.dtype == np.float16)
         n, d = keys.shape
         inner = inner_factory(factory) or factory
         if problem := _factory_problem(inner, n, d):
             raise UsageError(f"index {factory if len(factory) <= 80 else factory[:80] + '...'!r}: {problem}")
-        if factory == FLAT_FACTORY:
-            return cls(keys, factory, device, keys.dtype == np.float16)
         with _usage_errors(factory):
             index = faiss().index_factory(d, inner, faiss().METRIC_INNER_PRODUCT)
         _set_search_effort(index)
@@ -212,11 +210,6 @@ class VectorIndex:
         """Return the contents of the file that :meth:`save` would write."""
         array: npt.NDArray[np.uint8] = faiss().serialize_index(self._cpu)
         return array
-
-    @classmethod
-    def of_array(cls, array: npt.NDArray[np.uint8], factory: str, device: str, half: bool) -> VectorIndex:
-        """Return the index whose contents are given, as returned by :meth:`to_array`."""
-        return cls(faiss().deserialize_index(array), factory, device, half)
 
     @property
     def device(self) -> str:
@@ -277,17 +270,24 @@ class VectorIndex:
         return vectors
 
     def search(self, features: FloatArray, k: int) -> tuple[FloatArray, IntArray]:
-        """Return the affinities of the k nearest vectors of each query, largest first, and their rows.
+        """Run :meth:`search_tensor` on an array, and return arrays."""
+        affinity, rows = self.search_tensor(torch.from_numpy(np.asarray(features, dtype=np.float32)), k)
+        return affinity.numpy(), rows.numpy()
+
+    def search_tensor(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Return the affinities of the k nearest vectors of each query, largest first, and their rows, on its device.
 
         If an approximate search finds fewer than ``k`` vectors, the remaining rows are -1.
         """
         k = int(min(k, self.n))
-        features = np.ascontiguousarray(features, dtype=np.float32)
         with self._errors_named():
-            affinity, rows = self._gpu.search(features, k) or self._cpu.search(features, k)
-        if rows.size and not -1 <= rows.min() <= rows.max() < self.n:
+            found = self._gpu.search(features, k)
+            if found is None:
+                found = _search_arrays(self._cpu, features, k)
+        affinity, rows = found
+        if rows.is_cpu and rows.numel() and not -1 <= rows.min() <= rows.max() < self.n:
             raise StoreError(f"{self._name}: damaged (a search returned invalid rows); rebuild the index")
-        return affinity, rows
+        return affinity.to(features.device), rows.to(features.device)
 
     @property
     def _name(self) -> str:
@@ -304,16 +304,6 @@ class VectorIndex:
             if "alloc fail" in str(error):  # FAISS has run out of scratch memory
                 raise torch.OutOfMemoryError(f"{self._name}: FAISS: {_reason(error)}") from None
             raise StoreError(f"{self._name}: FAISS cannot search it ({_reason(error)}); rebuild the index") from None
-
-    def search_tensor(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Run :meth:`search` on a tensor, and return tensors on the same device."""
-        k = int(min(k, self.n))
-        with self._errors_named():
-            found = self._gpu.search_tensor(features, k)
-        if found is None:
-            affinity, rows = self.search(features.cpu().numpy(), k)
-            found = torch.from_numpy(affinity).to(features.device), torch.from_numpy(rows).to(features.device)
-        return found
 
 
 class GpuCopy:
@@ -348,37 +338,22 @@ class GpuCopy:
             if self._held is not None and not isinstance(self._held, Product):
                 faiss().GpuParameterSpace().set_index_parameter(self._held, "nprobe", min(lists, GPU_MAX_K))
 
-    def search(self, features: FloatArray, k: int) -> tuple[FloatArray, IntArray] | None:
+    def search(self, features: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
         """Return the affinities and rows of the nearest vectors, or ``None`` if the search must run on the CPU."""
-        copied = self._copy_for(k)
-        if copied is None:
+        copied = self.get()
+        if copied is None or isinstance(copied, Product):
+            return None if copied is None else copied.search(features, k)
+        if k > GPU_MAX_K:
+            warn_once(f"FAISS finds at most {GPU_MAX_K:,} keys on a GPU; larger searches run on the CPU")
             return None
-        if isinstance(copied, Product):
-            affinity, rows = copied.search(torch.from_numpy(features), k)
-            return affinity.cpu().numpy(), rows.cpu().numpy()
-        with _GPU:
-            found: tuple[FloatArray, IntArray] = copied.search(features, k)
-        return found
-
-    def search_tensor(self, features: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
-        """Run :meth:`search` on a tensor. Return ``None`` if the copy only accepts arrays."""
-        copied = None if features.device.type == "cpu" else self._copy_for(k)
-        if isinstance(copied, Product):
-            return copied.search(features, k)
         # A copy that has transforms or is spread over several GPUs only accepts arrays. Such a copy has no getDevice.
-        if getattr(copied, "getDevice", lambda: None)() != features.device.index or copied is None:
-            return None
+        if features.is_cpu or getattr(copied, "getDevice", lambda: None)() != features.device.index:
+            with _GPU:
+                return _search_arrays(copied, features, k)
         importlib.import_module("faiss.contrib.torch_utils")  # after this import, FAISS accepts tensors
         with _GPU, torch.cuda.device(features.device):  # FAISS uses the stream of the current device
             found: tuple[Tensor, Tensor] = copied.search(features.contiguous(), k)
         return found
-
-    def _copy_for(self, k: int) -> FaissIndex | None:
-        copied = self.get()
-        if copied is None or isinstance(copied, Product) or k <= GPU_MAX_K:
-            return copied
-        warn_once(f"FAISS finds at most {GPU_MAX_K:,} keys on a GPU; larger searches run on the CPU")
-        return None
 
     def _copy(self) -> FaissIndex:
         """Create the copy. Raises RuntimeError if this is not possible."""
@@ -433,13 +408,9 @@ class Product:
 
         The products are computed in float32, even if the vectors are float16.
         """
-        features = features.to(self.vectors.device)
-        affinity = features.new_empty(len(features), k)
-        rows = torch.empty(affinity.shape, dtype=torch.int64, device=features.device)
-        for start in range(0, len(features), QUERIES):
-            part = slice(start, start + QUERIES)
-            affinity[part], rows[part] = self._nearest(features[part], k)
-        return affinity, rows
+        parts = [self._nearest(part, k) for part in features.to(self.vectors.device).split(QUERIES)]
+        affinity, rows = zip(*parts, strict=True)
+        return torch.cat(affinity), torch.cat(rows)
 
     def _nearest(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
         affinity, rows = features.new_empty(len(features), 0), features.new_empty(len(features), 0, dtype=torch.int64)
@@ -468,6 +439,11 @@ def _filled(index: FaissIndex, keys: KeyArray) -> FaissIndex:
     for start in range(0, len(keys), ADDED):
         index.add(np.ascontiguousarray(keys[start : start + ADDED], dtype=np.float32))
     return index
+
+
+def _search_arrays(index: FaissIndex, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    affinity, rows = index.search(np.ascontiguousarray(features.cpu().numpy(), dtype=np.float32), k)
+    return torch.from_numpy(affinity), torch.from_numpy(rows)
 
 
 def _is_one_of(kinds: tuple[str, ...], index: FaissIndex) -> bool:
