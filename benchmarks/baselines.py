@@ -6,7 +6,7 @@ hyperparameters are selected on the same folds of the shots as those of the clos
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -97,9 +97,8 @@ def discriminant(cache: Index) -> Linear:
 
 
 def _folds(cache: Index) -> Folds:
-    text = cache.text_weights.cpu() * cache.settings.logit_scale if cache.has_text else None
-    keys, ids = np.asarray(cache.keys[np.arange(cache.n)], dtype=np.float32), cache.class_ids.cpu().numpy()
-    return Folds.of_shots(keys, ids, len(cache.class_names), text, images_of(cache.labels), FOLDS, cache.n)
+    keys = np.asarray(cache.keys[np.arange(cache.n)], dtype=np.float32)
+    return replace(Folds.of(cache), keys=keys).with_shots(images_of(cache.labels), FOLDS, cache.n)
 
 
 def _weights(folds: Folds, rows: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, Self, Unpack
 
 import numpy as np
@@ -19,13 +20,13 @@ from retrieval_tip.bounds import check_count
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, UsageError, warn_once
-from retrieval_tip.predictions import Predictions, SimilarShot
+from retrieval_tip.predictions import PREDICTIONS, SCHEMA, Predictions, SimilarShot, lists
 from retrieval_tip.retrieval import inputs
-from retrieval_tip.retrieval.answers import AnswerBlock
 from retrieval_tip.retrieval.arrays import KeyArray, KeysInPlace, scale_of
+from retrieval_tip.retrieval.evidence import Nearest
 from retrieval_tip.retrieval.inputs import Features
-from retrieval_tip.retrieval.keys import Keys, points_of
-from retrieval_tip.retrieval.logits import LOGITS, AnswerTerms, Retrieval, finite_logits, slices
+from retrieval_tip.retrieval.keys import Keys, index_over, points_of
+from retrieval_tip.retrieval.logits import LOGITS, AnswerTerms, Retrieval, finite_logits, first_two, slices
 from retrieval_tip.retrieval.rows import ArrayRows, Rows
 from retrieval_tip.retrieval.sets import Scores, Sets
 from retrieval_tip.retrieval.vector_index import FLAT_FACTORY, VectorIndex
@@ -58,15 +59,16 @@ class Answering:
     built: Built = field(default_factory=Built)
     parts: tuple[Part, ...] = ()
     groups: Levels | None = None
+    factory: InitVar[str] = FLAT_FACTORY
     prior: npt.NDArray[np.float32] | None = field(default=None, init=False)
     scores: Scores | None = field(default=None, init=False)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, factory: str) -> None:
         self.text_weights = self.text_weights.to(self.device)
         self.metric = None if self.metric is None else self.metric.to(self.device)
         if isinstance(self.rows, ArrayRows):
             self.rows = self._on_device(self.rows)
-            self.index = self.index or VectorIndex.build(self.rows.vectors, FLAT_FACTORY, self.device)
+            self.index = self.index or self._index_over(self.rows, factory)
         if self.next_key_id is None:
             self.next_key_id = int(self.rows.columns("key_id")["key_id"].to_numpy().max()) + 1
         self._follow()
@@ -84,8 +86,21 @@ class Answering:
             values = values.detach().to(self.device, torch.float32)
         return replace(rows, points=points, values=values)
 
+    def _index_over(self, rows: ArrayRows, factory: str | None = None) -> VectorIndex:
+        """Build a FAISS index over other keys, with the current type and search effort by default."""
+        before, wanted = self.index, factory
+        if wanted is None:
+            wanted = FLAT_FACTORY if before is None else before.factory
+        index = index_over(rows.vectors, rows.class_ids, len(self.class_names), wanted, self.device)
+        if before is not None and wanted == before.factory:
+            index.effort = before.effort
+        return index
+
     def _follow(self) -> None:
-        self._keys = self.rows.stream(len(self.class_names), self.device, self.precision, self.index)
+        c = len(self.class_names)
+        if isinstance(self.rows, ArrayRows) and self.index is not None and self.index.by_class and self.index.n < c:
+            self.index = self._index_over(self.rows)
+        self._keys = self.rows.stream(c, self.device, self.precision, self.index)
 
     @property
     def keys(self) -> KeyArray | KeysInPlace:
@@ -281,10 +296,7 @@ class Answering:
                 own = f[part]
                 terms = retrieval.terms(own, neighbours=shown)
                 logits = finite_logits(terms, index.settings)
-                yield AnswerBlock(
-                    index.rows, index.class_names, index.groups, retrieval, ask, sets, block.take(part), own, terms,
-                    logits,
-                )  # fmt: skip
+                yield AnswerBlock(index, retrieval, ask, sets, block.take(part), own, terms, logits)
 
     @property
     def current_scores(self) -> Scores | None:
@@ -369,3 +381,129 @@ class Answering:
         if unknown := names[len(self.class_names) :]:
             raise source.unknown(unknown, self.class_names)
         return ids
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerBlock:
+    """The answers to a block of queries.
+
+    Attributes:
+        index: the index, with the settings of the question.
+        retrieval: the retrieval that gave the answers.
+        ask: the question.
+        sets: the rule for sets of classes, if the question has a coverage.
+        block: the queries.
+        features: the features of the queries, of shape ``[q, d]``, as a float32 tensor on the device.
+        terms: the terms of the logits.
+        logits: the logits of all classes, of shape ``[q, c]``.
+    """
+
+    index: Answering
+    retrieval: Retrieval
+    ask: Ask
+    sets: Sets | None
+    block: FeatureBlock
+    features: Tensor
+    terms: AnswerTerms
+    logits: Tensor
+
+    @property
+    def settings(self) -> Settings:
+        """The settings of the question."""
+        return self.retrieval.settings
+
+    @cached_property
+    def ranked(self) -> Tensor:
+        """The class ids of the most probable classes, of shape ``[q, m]``, most probable first."""
+        return self.logits.topk(min(self.ask.top, self.logits.shape[1]), dim=1).indices
+
+    @cached_property
+    def probabilities(self) -> Tensor:
+        """The probabilities of all classes, of shape ``[q, c]``."""
+        return tip.probabilities(self.logits, self.settings.temperature)
+
+    def predictions(self) -> Predictions:
+        """Return one prediction per query. The queries are named by their positions."""
+        settings, terms, logits = self.settings, self.terms, self.logits
+        ranked = self.ranked  # at any temperature
+        chances = _doubles(self.probabilities.gather(1, ranked))
+        winner, m, names = ranked[:, :1], ranked.shape[1], pa.array(self.index.class_names, pa.string())
+        labels = names.take(pa.array(ranked.cpu().numpy().reshape(-1)))
+        columns = {
+            "input": pa.array(self.block.positions).cast(pa.string()),
+            "label": labels if m == 1 else names.take(pa.array(ranked[:, 0].cpu().numpy())),
+            "probability": chances[:, 0],
+            "labels": lists(labels, m),
+            "probabilities": lists(chances, m),
+            "text_logit": _doubles(terms.text.gather(1, winner))[:, 0],
+            "cache_logit": settings.alpha * _doubles(terms.cache.gather(1, winner))[:, 0],
+            "neighbours": pa.array([[]] * len(ranked), PREDICTIONS["neighbours"]),
+            "opposing": pa.nulls(len(ranked), PREDICTIONS["opposing"]),
+        }
+        if self.ask.at_least is not None and self.index.groups is not None:
+            columns |= narrowest(self.probabilities, self.index.class_names, self.index.groups, self.ask.at_least)
+        if self.sets is not None:
+            columns["set"] = self.sets.column(self.probabilities, self.index.class_names)
+        shots, retrieval = terms.shots, self.retrieval
+        if shots is None and self.ask.neighbours:
+            points = retrieval.points(self.features)
+            shots = retrieval.contributors(points, *first_two(logits), self.ask.neighbours)
+        if shots is not None:
+            there = shots.supporting.rows >= 0
+            ends = np.concatenate([[0], there.sum(dim=1).cumsum(dim=0).cpu().numpy()]).astype(np.int32)
+            supporting = self._described(shots.supporting, ranked)
+            columns["neighbours"] = pa.ListArray.from_arrays(pa.array(ends), supporting)
+            against = (shots.opposing.rows[:, 0] >= 0).cpu().numpy()
+            places = pa.array(against.cumsum() - 1, mask=~against)
+            columns["opposing"] = self._described(shots.opposing, ranked).take(places)
+        if self.ask.logits:
+            columns["logits"] = lists(logits.cpu().numpy(), logits.shape[1])
+        if terms.discriminant is not None:
+            factor = settings.alpha * settings.gamma
+            columns["discriminant_logit"] = factor * _doubles(terms.discriminant.gather(1, winner))[:, 0]
+        if settings.least_cache is not None:
+            strongest = terms.strongest(retrieval.keys.counts)
+            columns["no_match"] = (strongest < settings.least_cache).cpu().numpy()
+        known = [column for column in PREDICTIONS if column in columns]
+        schema = pa.schema([SCHEMA.field(column) for column in known])
+        return Predictions(pa.table([columns[column] for column in known], schema=schema))
+
+    def _described(self, near: Nearest, classes: Tensor) -> pa.StructArray:
+        there, every = near.rows >= 0, self.retrieval.values
+        weight = tip.weight(near.affinity, self.settings.beta)
+        if every is None:
+            values = (near.class_ids[:, :, None] == classes[:, None]).float()
+        else:
+            values = every[near.rows.clamp_min(0)[:, :, None], classes[:, None]]
+        used, places = np.unique(near.rows[there].cpu().numpy(), return_inverse=True)
+        described = self.index.rows.described(used, ["key_id", "source", "label"]).take(pa.array(places))
+        named = [column.combine_chunks() for column in described.columns]
+        figures = [pa.array(_doubles(figure[there])) for figure in (near.affinity, weight)]
+        gives = lists(_doubles((weight[:, :, None] * values)[there]), classes.shape[1])
+        return pa.StructArray.from_arrays([*named, *figures, gives], fields=list(PREDICTIONS["opposing"]))
+
+
+def narrowest(probabilities: Tensor, class_names: Sequence[str], groups: Levels, least: float) -> dict[str, pa.Array]:
+    """Return the columns of answers that name the class, or else the narrowest group, whose probability is ``least``.
+
+    The probability of a group is the sum over its classes (``[q, c]``). If no level reaches ``least``, the label is
+    null, and the most probable class gives the probability.
+    """
+    every = probabilities.double()
+    found = np.full((2, len(every)), None, dtype=object)
+    chances, open_ = _doubles(every.amax(1)), np.ones(len(every), dtype=bool)
+    for level, own in groups.of(class_names).items():
+        if names := list(dict.fromkeys(filter(None, own))):
+            position = {name: place for place, name in enumerate(names)}
+            at = torch.tensor([position.get(name or "", len(names)) for name in own]).to(every.device)
+            sums = every.new_zeros(len(every), len(names) + 1).index_add_(1, at, every)[:, :-1]
+            best, places = (part.cpu().numpy() for part in sums.max(1))
+            now = open_ & (best >= least)
+            found[0, now], found[1, now] = np.array(names, dtype=object)[places[now]], level
+            chances[now], open_ = best[now].clip(max=1), open_ & ~now
+    label, level_ = (pa.array(part, pa.string()) for part in found)
+    return {"label": label, "level": level_, "probability": pa.array(chances)}
+
+
+def _doubles(values: Tensor) -> npt.NDArray[np.float64]:
+    return np.asarray(values.double().cpu())

@@ -20,10 +20,10 @@ from retrieval_tip.data.shots import spread
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.inputs import Features, Labels
-from retrieval_tip.retrieval.keys import Keys, auto_for, index_over, points_of
+from retrieval_tip.retrieval.keys import Keys, auto_for, points_of
 from retrieval_tip.retrieval.ridge import MOST_SOLVED, Ridge
 from retrieval_tip.retrieval.rows import ArrayRows, Rows
-from retrieval_tip.retrieval.vector_index import FLAT_FACTORY, VectorIndex
+from retrieval_tip.retrieval.vector_index import FLAT_FACTORY
 from retrieval_tip.settings import Dtype, Fitted
 from retrieval_tip.store.labels import label_table
 
@@ -280,22 +280,6 @@ class Editing(Answering):
         self.rows, self.scores = rows, None
         self._follow()
 
-    def _follow(self) -> None:
-        c = len(self.class_names)
-        if isinstance(self.rows, ArrayRows) and self.index is not None and self.index.by_class and self.index.n < c:
-            self.index = self._index_over(self.rows)
-        super()._follow()
-
-    def _index_over(self, rows: ArrayRows, factory: str | None = None) -> VectorIndex:
-        """Build a FAISS index over other keys, with the current type and search effort by default."""
-        before, wanted = self.index, factory
-        if wanted is None:
-            wanted = FLAT_FACTORY if before is None else before.factory
-        index = index_over(rows.vectors, rows.class_ids, len(self.class_names), wanted, self.device)
-        if before is not None and wanted == before.factory:
-            index.effort = before.effort
-        return index
-
     def take(self, rows: npt.NDArray[np.int64]) -> Self:
         """Return an index in memory that consists of the keys at the given rows of the labels. Rows may repeat.
 
@@ -324,13 +308,8 @@ class Editing(Answering):
 
     def set_rows(self, rows: Rows) -> None:
         """Replace the rows by rows with the same keys, in memory or in a table."""
-        if isinstance(rows, ArrayRows):
-            rows = self._on_device(rows)
-            self.index = VectorIndex.build(rows.vectors, FLAT_FACTORY, self.device)
-        else:
-            self.index = None
-        self.rows = rows
-        self._follow()
+        self.rows, self.index = rows, None
+        self.__post_init__(FLAT_FACTORY)
 
     def over(self, rows: ArrayRows, factory: str = FLAT_FACTORY) -> Self:
         """Return an index with the same classes and settings over other rows."""

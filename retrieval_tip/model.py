@@ -18,7 +18,7 @@ from retrieval_tip.html import markup, table
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.arrays import KeyArray
 from retrieval_tip.retrieval.inputs import Features, Labels
-from retrieval_tip.retrieval.keys import KEY_BLOCK, Keys, auto_for, index_over, points_of
+from retrieval_tip.retrieval.keys import KEY_BLOCK, Keys, auto_for, points_of
 from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.retrieval.rows import ArrayRows
 from retrieval_tip.retrieval.sets import Scores
@@ -47,8 +47,8 @@ class Index(Editing):
         rows: the keys and their labels, grouped by class. They are in memory or in a table.
         class_names: the names of the ``c`` classes, in order.
         text_weights: the text weights as a float32 tensor of shape ``[c, d]``. If the index has no text, they are zero.
-        index: the FAISS index over the keys or, if there is a metric, over the points. The default is ``Flat``. It is
-            ``None`` if the keys are in a table, which has its own index.
+        index: the FAISS index over the keys or, if there is a metric, over the points. By default, it is built and has
+            the type ``factory``. It is ``None`` if the keys are in a table, which has its own index.
         settings: the defaults for every call.
         curve: the loss curve of the training, which has one row per epoch.
         precision: the dtype that is used to multiply queries with all keys (see :class:`keys.Keys`).
@@ -145,20 +145,19 @@ class Index(Editing):
         table = label_table(names, ids[order], None if sources is None else [sources[i] for i in order], key_ids=order)
         ordered = np.ascontiguousarray(matrix[order])
         settings = Settings() if settings is None else settings
-        factory = index
         if index == "auto":
-            factory, k = auto_for(matrix.shape, matrix.dtype, len(names), device)
+            index, k = auto_for(matrix.shape, matrix.dtype, len(names), device)
             settings = replace(settings, k=k)
         trained = None if values is None else inputs.values_of(values, len(ids), len(names))[order]
         return cls(
             ArrayRows(ordered, table, trained),
             names,
             inputs.text_weights(text_weights, len(names), matrix.shape[1]),
-            index_over(ordered, ids[order], len(names), factory, device),
             settings=settings,
             device=device,
             precision=precision,
             parts=parts,
+            factory=index,
         )
 
     @property
@@ -251,7 +250,8 @@ class Index(Editing):
         rows = ArrayRows(contents.keys, contents.labels, values, points, contents.sums)
         index = cls(
             rows, text_weights=torch.from_numpy(contents.text), index=_read_index(place, manifest, rows, device),
-            curve=contents.curve, precision=precision, metric=contents.metric, **described_by(manifest, device),
+            curve=contents.curve, precision=precision, metric=contents.metric, factory=manifest.index,
+            **described_by(manifest, device),
         )  # fmt: skip
         index.prior = contents.prior
         index.scores = None if contents.scores is None else Scores(contents.scores, index.settings)
@@ -398,9 +398,10 @@ def _writable(array: KeyArray) -> KeyArray:
     return np.require(array, requirements="W")
 
 
-def _read_index(place: Path, manifest: Manifest, rows: ArrayRows, device: str) -> VectorIndex:
+def _read_index(place: Path, manifest: Manifest, rows: ArrayRows, device: str) -> VectorIndex | None:
+    """Return the stored index, or ``None`` if it has to be built."""
     if manifest.index == FLAT_FACTORY:
-        return VectorIndex.build(rows.vectors, FLAT_FACTORY, device)
+        return None
     file, c = manifest.files["index"], len(manifest.class_names)
     path, half = place / file.name, manifest.dtype == "float16"
     index = VectorIndex.load(path, manifest.index, device, half, file.rows)
@@ -409,9 +410,7 @@ def _read_index(place: Path, manifest: Manifest, rows: ArrayRows, device: str) -
         raise StoreError(f"{path}: does not match the manifest; build the index again")
     if not manifest.later:
         return index
-    if index.by_class:
-        return index_over(rows.vectors, rows.class_ids, c, manifest.index, device)
-    return index.refilled(rows.vectors)
+    return None if index.by_class else index.refilled(rows.vectors)
 
 
 def verify(folder: str | os.PathLike[str]) -> Index:

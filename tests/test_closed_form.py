@@ -156,7 +156,7 @@ def test_each_fold_is_judged_by_a_fit_without_it():
     """The logits of a fold equal those of an index that is fitted only to the other shots."""
     cache = model(shots=4)
     keys, ids = np.asarray(cache.keys), cache.class_ids.numpy()
-    folds = Folds.of_shots(keys, ids, C, None, np.arange(len(ids)), 4, 10**6)
+    folds = Folds(keys, torch.from_numpy(ids), C, None).with_shots(np.arange(len(ids)), 4, 10**6)
     assert [len(held.ids) for held in folds.held] == [C] * 4
     expected = []
     for held in folds.held:
@@ -260,7 +260,7 @@ def test_a_held_out_class_is_judged_by_a_fit_without_its_keys():
     cache = partly(8)
     keys, ids, text = np.asarray(cache.keys), cache.class_ids.numpy(), cache.text_weights
     images = np.arange(len(ids))
-    plain = Folds.of_shots(keys, ids, 20, text, images, 4, 10**6)
+    plain = Folds(keys, torch.from_numpy(ids), 20, text).with_shots(images, 4, 10**6)
     folds = plain.with_classes(images, 10**6)
     whole = [held for held in folds.held if held.of == "classes"]
     assert sorted(np.concatenate([held.ids for held in whole])) == sorted(ids)
@@ -284,7 +284,7 @@ def test_small_folds_are_added_if_the_others_contain_half_of_the_shots():
     for shots, c in ((2, 20), (2, 3), (3, 20), (4, 20)):
         keys, ids = clusters(shots, c=c)
         images = np.arange(len(ids))
-        plain = Folds.of_shots(keys, ids, c, None, images, 8, 10**6)
+        plain = Folds(keys, torch.from_numpy(ids), c, None).with_shots(images, 8, 10**6)
         folds = plain.with_small(images, 10**6)
         assert (folds is plain) == (shots > 2)
         small = [held for held in folds.held if held.of == "small"]
@@ -488,7 +488,7 @@ def test_values_of_uneven_shots_match_a_ridge_weighted_by_class():
 
 def test_folds_of_uneven_shots_give_each_class_equal_weight():
     keys, ids = uneven_clusters((1, 2, 4, 8, 16))
-    folds = Folds.of_shots(keys, ids, C, None, np.arange(len(ids)), 8, 10**6)
+    folds = Folds(keys, torch.from_numpy(ids), C, None).with_shots(np.arange(len(ids)), 8, 10**6)
     assert len(folds.held) == 6  # the median of 2, 4, 8 and 16
     held = torch.cat([one.ids for one in folds.held]).numpy()
     weights = folds.weights.numpy()

@@ -18,6 +18,7 @@ only if it is a duplicate, in which case its scores are null.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from retrieval_tip import tip
 from retrieval_tip.bounds import check_count
-from retrieval_tip.fit.closed_form import FOLDS, prior_for, unfitted
+from retrieval_tip.fit.closed_form import FOLDS, unfitted
 from retrieval_tip.fit.folds import Folds, Queries, Visible
 from retrieval_tip.fit.forms import Form
 from retrieval_tip.model import Index
@@ -175,12 +176,8 @@ def gain(index: Index) -> Gain | None:
         return None
     kept = np.flatnonzero(~np.isin(index.labels["key_id"].to_numpy(), shots["key_id"].to_numpy()))
     keys, images, ids = np.asarray(index.keys), images_of(index.labels), index.class_ids.cpu()
-    text = index.text_weights.cpu() * index.settings.logit_scale if index.has_text else None
-    without = Folds.of_shots(
-        keys[kept], ids.numpy()[kept], len(index.class_names), text, images[kept], FOLDS, len(kept),
-        class_prior=index.fitted.class_prior, prior=prior_for(index),
-    )  # fmt: skip
-    without = without.shared(index.shares, index.parts)
+    without = replace(Folds.of(index), keys=keys[kept], ids=ids[kept], sums=None)
+    without = without.with_shots(images[kept], FOLDS, len(kept))
     if not without.can_judge:
         return None
     form, whole = Form.of(index.fitted, index.settings.beta), without.among(keys, ids, images, kept)

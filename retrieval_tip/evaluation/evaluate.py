@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import torch
 
 from retrieval_tip import tip
+from retrieval_tip.answering import AnswerBlock, narrowest
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, Skipped, UsageError, counted
@@ -22,7 +23,6 @@ from retrieval_tip.evaluation.calibration import expected_calibration_error
 from retrieval_tip.evaluation.held_out import QueryBlock, without_themselves
 from retrieval_tip.fit.closed_form import wilson
 from retrieval_tip.model import Index
-from retrieval_tip.retrieval.answers import AnswerBlock, narrowest
 from retrieval_tip.retrieval.sets import Sets
 from retrieval_tip.settings import Ask, AskOptions, Levels, Settings
 
@@ -308,8 +308,8 @@ def _answers(answer: AnswerBlock, every: Ints, class_names: list[str], held_out:
     ranks, chances, logs = (part.cpu().numpy() for part in (ranked, confidence, log_truth))
     held = np.full(len(positions), held_out)
     answers = Answers(truth, ranks, chances, positions, logs, class_names, known=c, held_out=held)
-    if answer.ask.at_least is not None and (groups := answer.groups) is not None:
-        found = narrowest(answer.probabilities, answer.class_names, groups, answer.ask.at_least)
+    if answer.ask.at_least is not None and (groups := answer.index.groups) is not None:
+        found = narrowest(answer.probabilities, answer.index.class_names, groups, answer.ask.at_least)
         levels = pc.index_in(found["level"], pa.array(groups.levels)).fill_null(-1).to_numpy()
         pairs = zip(levels.tolist(), truth.tolist(), found["label"].to_pylist(), strict=True)
         hits = [label is not None and groups.at(level, class_names[own]) == label for level, own, label in pairs]

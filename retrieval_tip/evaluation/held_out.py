@@ -16,11 +16,10 @@ from retrieval_tip import tip
 from retrieval_tip.data.reader import FeatureBlock
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, UsageError, counted
-from retrieval_tip.fit.closed_form import prior_for, wilson
+from retrieval_tip.fit.closed_form import wilson
 from retrieval_tip.fit.folds import Folds, parts_without
 from retrieval_tip.fit.forms import Form
 from retrieval_tip.model import Index
-from retrieval_tip.retrieval.keys import index_over, points_of
 from retrieval_tip.retrieval.rows import ArrayRows
 from retrieval_tip.store.labels import images_of
 
@@ -131,22 +130,17 @@ def without_parts(index: Index, rows: IntArray, kept: IntArray | None = None) ->
     refitted to its keys, unless they were trained. It has the settings of ``index``. It compares a query with every
     key, unless ``index`` is of the type ``Classes``.
     """
-    ids, fitted, c = index.class_ids.cpu(), index.fitted, len(index.class_names)
+    folds, fitted = Folds.of(index), index.fitted
     kept = np.arange(index.n) if kept is None else kept
     factory = index.index_type if index.retrieval.keys.by_class else "Flat"
-    class_prior = "even" if fitted is None else fitted.class_prior
-    folds = Folds(index.keys, ids, c, None, [], index.sums, class_prior, prior=prior_for(index))
-    folds = folds.shared(index.shares, index.parts)
     number = PARTS if index.n <= MANY_KEYS else PARTS // 2
-    parts = parts_without(images_of(index.labels), ids.numpy(), rows, kept, number)
+    parts = parts_without(images_of(index.labels), folds.ids.numpy(), rows, kept, number)
     for fold, (part, others) in enumerate(parts):
         metric, values = index.metric, None if index.values is None else index.values[torch.from_numpy(others)]
         if fitted is not None:
             metric, values = folds.fitted(Form.of(fitted, index.settings.beta), torch.from_numpy(others), fold)
-        keys = np.asarray(index.keys[others])
-        left = ArrayRows(keys, index.labels.take(pa.array(others)), values, points_of(metric, keys, "cpu"))
-        search = index_over(left.vectors, left.class_ids, c, factory, index.device)
-        yield part, replace(index, rows=left, metric=metric, index=search)
+        left = ArrayRows(np.asarray(index.keys[others]), index.labels.take(pa.array(others)), values)
+        yield part, replace(index, rows=left, metric=metric, index=None, factory=factory)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ from retrieval_tip.fit.folds import (
     taken_keys,
 )
 from retrieval_tip.fit.forms import DEFAULT_FORM, FORMS, ONE_SHOT, ONE_SHOT_WITH_PRIOR, WITH_PRIOR, Form
-from retrieval_tip.fit.scatter import FloatArray, known_prior
+from retrieval_tip.fit.scatter import FloatArray
 from retrieval_tip.fit.shares import shares_of
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.defaults import untouched_settings
@@ -269,7 +269,7 @@ def fit(
                 f"prior: features have {len(asked.prior)} values instead of {index.keys.shape[1]}; use one encoder"
             )
         index.prior = asked.prior.astype(np.float32)
-    folds, judged_on = _folds_of(index, validation, images, asked.class_prior)
+    folds, judged_on = _folds_of(index, validation, images, asked.class_prior, equal_shares(index.parts))
     shares: tuple[float, ...] = ()
     if len(index.parts) > 1:
         few = folds if validation is not None or not folds.can_judge else _sample(folds, images, SHARED_ON)
@@ -310,7 +310,7 @@ def refit(index: Index, beta: float) -> FormChoice:
     :meth:`editing.Editing.solve` next.
     """
     start, settings, form = time.perf_counter(), replace(index.settings, beta=beta), Form.of(index.fitted, beta)
-    folds, judged_on = _folds_of(index, None, _images(index), _class_prior(index), index.shares)
+    folds, judged_on = _folds_of(index, None, _images(index))
     accuracies, rows = Accuracies(), NO_SCORES
     if folds.can_judge:
         form, settings, accuracies, rows = _settings_of(index, form, folds)
@@ -334,7 +334,7 @@ def estimate(index: Index) -> ShotEstimate:
     numbers of ``tested`` classes and of all ``classes`` with shots are also returned.
     """
     settings = index.settings
-    folds, _ = _folds_of(index, None, _images(index), _class_prior(index), index.shares)
+    folds, _ = _folds_of(index, None, _images(index))
     if index.curve is not None or not folds.can_judge:
         return {"photos": None, "words": None, "both": None}
     text, photos, discriminant = folds.terms(Form.of(index.fitted, settings.beta))
@@ -347,17 +347,8 @@ def estimate(index: Index) -> ShotEstimate:
     return {**found, "weakest": _weakest(index.class_names, right, ids), "tested": tested, "classes": classes}
 
 
-def prior_for(index: Index) -> FloatArray | None:
-    """Return the prior that was given to a fit of the index, or else the known prior of its backbone."""
-    return known_prior(index.backbone, index.keys.shape[1]) if index.prior is None else index.prior.astype(np.float64)
-
-
 def _images(index: Index) -> IntArray:
     return images_of(index.rows.columns("digest", "source"))
-
-
-def _class_prior(index: Index) -> ClassPrior:
-    return "even" if index.fitted is None else index.fitted.class_prior
 
 
 def _accuracies(photos: Tensor, words: Tensor | None, right: Tensor, folds: Folds) -> Accuracies:
@@ -435,19 +426,16 @@ def _forms(
 
 
 def _folds_of(
-    index: Index, validation: Queries | None, images: IntArray, class_prior: ClassPrior, shares: Sequence[float] = ()
-) -> tuple[Folds, str]:
-    prior, shares = prior_for(index), shares or equal_shares(index.parts)
-    ids, c = index.class_ids.cpu(), len(index.class_names)
-    text = index.text_weights.cpu() * index.settings.logit_scale if index.has_text else None
+    index: Index, validation: Queries | None, images: IntArray, class_prior: ClassPrior | None = None,
+    shares: Sequence[float] = (),
+) -> tuple[Folds, str]:  # fmt: skip
+    folds = Folds.of(index, class_prior, shares)
     if validation is not None:
         held = Held(torch.from_numpy(validation.features), torch.from_numpy(validation.ids), torch.arange(index.n))
-        folds = Folds(index.keys, ids, c, text, [held], index.sums, class_prior, weighted=False, prior=prior)
-        folds = folds.shared(shares, index.parts).with_classes(images, JUDGED)
+        folds = replace(folds, held=[held], weighted=False).with_classes(images, JUDGED)
         return folds, f"{len(held.ids):,} photos of {validation.name}"
     number, most = MOST_FOLDS if index.n <= FEW_KEYS else FOLDS, int(min(JUDGED, max(256, AFFINITIES / index.n)))
-    folds = Folds.of_shots(index.keys, ids.numpy(), c, text, images, number, most, index.sums, class_prior, prior)
-    folds = folds.shared(shares, index.parts).with_small(images, most).with_classes(images, most)
+    folds = folds.with_shots(images, number, most).with_small(images, most).with_classes(images, most)
     return folds, f"{folds.n:,} photos, each held out in turn"
 
 
@@ -620,10 +608,8 @@ def _sample(folds: Folds, images: IntArray, most: int = CHOSEN_ON) -> Folds:
         rows = few[np.isin(ids[few], classes)]
         keys, images, text = np.asarray(keys[rows]), images[rows], None if text is None else text[classes]
         ids, c = np.searchsorted(classes, ids[rows]), len(classes)
-    sample = Folds.of_shots(
-        keys, ids, c, text, images, FOLDS, len(ids), class_prior=folds.class_prior, prior=folds.prior
-    )
-    return sample.shared(folds.shares, folds.parts).with_classes(images, len(ids))
+    sample = replace(folds, keys=keys, ids=torch.from_numpy(ids), c=c, text=text, sums=None, _scatters={})
+    return sample.with_shots(images, FOLDS, len(ids)).with_classes(images, len(ids))
 
 
 def _choose(folds: Folds, forms: Sequence[Form]) -> tuple[Form, list[FormTrial]]:

@@ -33,7 +33,6 @@ from retrieval_tip.fit.folds import Folds, Queries
 from retrieval_tip.fit.forms import like
 from retrieval_tip.fit.trainer import Trainer, cosine
 from retrieval_tip.model import Index
-from retrieval_tip.retrieval.keys import index_over
 from retrieval_tip.retrieval.rows import ArrayRows
 from retrieval_tip.settings import Recipe
 from retrieval_tip.store.folder import check_name
@@ -209,8 +208,7 @@ def _compared(index: Index, material: _Material, recipe: Recipe) -> tuple[Compar
     A quarter of each class is held out at a time, until :data:`HELD_OUT` shots have been evaluated. Both return values
     are ``None`` if no class has two photos.
     """
-    images, c = images_of(index.labels), len(index.class_names)
-    folds = Folds.of_shots(index.keys, index.class_ids.cpu().numpy(), c, None, images, FOLDS, HELD_OUT)
+    folds = Folds.of(index).with_shots(images_of(index.labels), FOLDS, HELD_OUT)
     sources = np.array(index.labels["source"].to_pylist(), dtype=object)
     right, n, seconds, tuned = [0, 0], 0, 0.0, None
     for held in folds.held:
@@ -403,13 +401,13 @@ class _Run:
     def result(self, parent: str) -> Tuned:
         self.trainer.restore(self.kept)
         keys = self.trainer.keys.detach().cpu().numpy().astype(self.index.dtype)
-        c, ids = len(self.index.class_names), self.index.class_ids.cpu().numpy()
         kept = {name: value for name, value in self.index.provenance.items() if name != "temperature"}
         record, curve = self._facts(parent), pa.Table.from_pylist(self.curve, schema=CURVE)
         index = replace(
             self.index,
             rows=ArrayRows(keys, self.index.labels, self.trainer.values),
-            index=index_over(keys, ids, c, self.index.index_type, self.index.device),
+            index=None,
+            factory=self.index.index_type,
             settings=replace(self.index.settings, temperature=1.0),
             provenance=kept | {"alpha": "finetune", "beta": "finetune", "finetune": record},
             curve=curve,

@@ -19,7 +19,7 @@ from retrieval_tip.backbones.base import Part
 from retrieval_tip.bounds import check_count
 from retrieval_tip.errors import UsageError
 from retrieval_tip.fit.forms import Form
-from retrieval_tip.fit.scatter import FewScatter, FloatArray, Scatter
+from retrieval_tip.fit.scatter import FewScatter, FloatArray, Scatter, known_prior
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.arrays import Keys, KeysInPlace, scale_of
 from retrieval_tip.retrieval.keys import KEY_BLOCK, QUERY_BLOCK
@@ -232,7 +232,7 @@ class Folds:
     ids: Tensor
     c: int
     text: Tensor | None
-    held: Sequence[Held]
+    held: Sequence[Held] = ()
     sums: Sums | None = None
     class_prior: ClassPrior = "even"
     weighted: bool = True
@@ -244,17 +244,24 @@ class Folds:
     _terms: dict[Form, tuple[Tensor | None, Tensor, Tensor | None]] = field(default_factory=dict)
 
     @classmethod
-    def of_shots(
-        cls, keys: Keys, ids: IntArray, c: int, text: Tensor | None, images: IntArray, number: int, most: int,
-        sums: Sums | None = None, class_prior: ClassPrior = "even", prior: FloatArray | None = None,
-    ) -> Folds:  # fmt: skip
+    def of(cls, index: Index, class_prior: ClassPrior | None = None, shares: Sequence[float] = ()) -> Folds:
+        """Return the keys of an index without held-out queries, by default with its own class prior and shares."""
+        own = "even" if index.fitted is None else index.fitted.class_prior
+        text = index.text_weights.cpu() * index.settings.logit_scale if index.has_text else None
+        return cls(
+            index.keys, index.class_ids.cpu(), len(index.class_names), text, sums=index.sums,
+            class_prior=class_prior or own, prior=prior_for(index), parts=index.parts, shares=shares or index.shares,
+        )  # fmt: skip
+
+    def with_shots(self, images: IntArray, number: int, most: int) -> Folds:
         """Split the images into up to ``number`` folds, and hold out about ``most`` of them.
 
         All views of a held-out image are held out.
         """
+        ids = self.ids.numpy()
         folds, first = _folds(images, ids, number)
-        held, single = list(_held(keys, ids, folds[first], first, images, most)), np.bincount(ids[first]) == 1
-        return cls(keys, torch.from_numpy(ids), c, text, held, sums, class_prior, prior=prior, single=int(single.sum()))
+        held, single = list(_held(self.keys, ids, folds[first], first, images, most)), np.bincount(ids[first]) == 1
+        return replace(self, held=held, single=int(single.sum()), _terms={})
 
     def with_small(self, images: IntArray, most: int) -> Folds:
         """Also hold out few photos at a time, if the other folds contain half of the shots.
@@ -640,6 +647,11 @@ class Visible:
             else:
                 cache = tip.Values(values).weighted(weights.mul_(factor[:, ids]))
             yield tip.Terms(text, tip.log_cache(cache, settings.log_offset), discriminant)
+
+
+def prior_for(index: Index) -> FloatArray | None:
+    """Return the prior that was given to a fit of the index, or else the known prior of its backbone."""
+    return known_prior(index.backbone, index.keys.shape[1]) if index.prior is None else index.prior.astype(np.float64)
 
 
 def ranks_within(ids: IntArray, draw: np.random.Generator) -> IntArray:
