@@ -22,7 +22,7 @@ from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, UsageError, warn_once
 from retrieval_tip.predictions import PREDICTIONS, SCHEMA, Predictions, SimilarShot, lists
 from retrieval_tip.retrieval import inputs
-from retrieval_tip.retrieval.arrays import KeyArray, KeysInPlace, scale_of
+from retrieval_tip.retrieval.arrays import KeyArray, KeysInPlace
 from retrieval_tip.retrieval.evidence import Nearest
 from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.retrieval.keys import Keys, index_over, points_of
@@ -185,7 +185,7 @@ class Answering:
     @property
     def text(self) -> Tensor:
         """The text weights as queries meet them, in which each encoder has its share."""
-        scale = scale_of(self.parts, self.shares)
+        scale = inputs.scale_of(self.parts, self.shares)
         return self.text_weights if scale is None else self.text_weights * scale.square().to(self.text_weights)
 
     @property
@@ -240,17 +240,12 @@ class Answering:
         features = inputs.joined(features, self.parts, "features") if inputs.are_several(features) else features
         return inputs.queries(features, self.d).to(self.device)
 
-    def _retrieval(self, k: KeysMet, tail: bool | None) -> Retrieval:
-        if k is None and tail is None:
-            return self.retrieval
-        return replace(self.retrieval, settings=self.settings.override(k=k, tail=tail))
-
     def terms(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> AnswerTerms:
         """Return the terms of the logits: the text term ``logit_scale * f W^T``, the cache ``C`` and the discriminant.
 
         They are not multiplied by alpha and gamma. The arguments are the same as for :meth:`logits`.
         """
-        terms = self._retrieval(k, tail).terms(self._queries(features))
+        terms = self.with_settings(self.settings.override(k=k, tail=tail)).retrieval.terms(self._queries(features))
         finite_logits(terms, self.settings)
         return terms
 
@@ -270,7 +265,8 @@ class Answering:
             InputError: if the features are not finite or do not have the shape ``[q, d]``, or if the logits overflow.
             UsageError: if ``k`` is less than 1.
         """
-        return finite_logits(self._retrieval(k, tail).terms(self._queries(features)), self.settings)
+        retrieval = self.with_settings(self.settings.override(k=k, tail=tail)).retrieval
+        return finite_logits(retrieval.terms(self._queries(features)), self.settings)
 
     def exact_logits(self, features: Features) -> Tensor:
         """Return logits over all keys, computed in float64. This is useful for solved or trained values.
@@ -407,11 +403,6 @@ class AnswerBlock:
     terms: AnswerTerms
     logits: Tensor
 
-    @property
-    def settings(self) -> Settings:
-        """The settings of the question."""
-        return self.retrieval.settings
-
     @cached_property
     def ranked(self) -> Tensor:
         """The class ids of the most probable classes, of shape ``[q, m]``, most probable first."""
@@ -420,11 +411,11 @@ class AnswerBlock:
     @cached_property
     def probabilities(self) -> Tensor:
         """The probabilities of all classes, of shape ``[q, c]``."""
-        return tip.probabilities(self.logits, self.settings.temperature)
+        return tip.probabilities(self.logits, self.index.settings.temperature)
 
     def predictions(self) -> Predictions:
         """Return one prediction per query. The queries are named by their positions."""
-        settings, terms, logits = self.settings, self.terms, self.logits
+        settings, terms, logits = self.index.settings, self.terms, self.logits
         ranked = self.ranked  # at any temperature
         chances = _doubles(self.probabilities.gather(1, ranked))
         winner, m, names = ranked[:, :1], ranked.shape[1], pa.array(self.index.class_names, pa.string())
@@ -470,7 +461,7 @@ class AnswerBlock:
 
     def _described(self, near: Nearest, classes: Tensor) -> pa.StructArray:
         there, every = near.rows >= 0, self.retrieval.values
-        weight = tip.weight(near.affinity, self.settings.beta)
+        weight = tip.weight(near.affinity, self.index.settings.beta)
         if every is None:
             values = (near.class_ids[:, :, None] == classes[:, None]).float()
         else:

@@ -258,15 +258,6 @@ class Index(Editing):
         index.stored = Stored.of(store, check, index._contents())
         return index
 
-    def on(self, device: str, precision: Precision) -> Self:
-        """Return this version of an index folder on another device and in another precision."""
-        assert isinstance(self.stored, Stored)
-        if device == self.device:
-            self.precision = precision
-            self._follow()
-            return self
-        return type(self).load(self.stored.store.folder, device=device, precision=precision, check=self.stored.check)
-
     def reload(self) -> Index:
         """Return the current version of the index, or the index itself if it is up to date.
 
@@ -308,27 +299,18 @@ class Index(Editing):
         """
         with Versions(folder).write() as writer:
             self._check_current(writer)
-            assert isinstance(self.stored, Stored)
             self.fitted = None if self.fitted is None else replace(self.fitted, automatic=False)
-            if writer.parent is not None and writer.parent.later:
-                self.commit(writer, change)
-                return
-            writer.keep(*self.stored.manifest.files.keys() - {"scores"})
-            self._commit(writer, change, self.stored.contents)
+            self.commit(writer, change)
 
     def commit(self, writer: Writer, change: str) -> None:
         """Write the files that have changed, and make this index the current version."""
         contents = self._contents()
         contents.write(writer, self.stored if isinstance(self.stored, Stored) else None)
-        self._commit(writer, change, contents)
-
-    def _commit(self, writer: Writer, change: str, contents: Contents) -> None:
-        """Write the manifest of this version, and record it with a check that is already complete."""
         self.check_answers()
         files = {kind: writer.files[kind] for kind in SUFFIXES if kind in writer.files}
         manifest = self.manifest_of(writer.number, writer.before, change, files)
         writer.commit(manifest)
-        check = Check(writer.store.files, manifest, known=manifest.data_files)
+        check = Check(writer.store.files, manifest, known=manifest.data_files)  # complete
         self.stored = Stored.of(writer.store, check, contents)
 
     def _check_current(self, writer: Writer) -> None:

@@ -30,7 +30,7 @@ from retrieval_tip.errors import BackboneError, InputError, UsageError
 from retrieval_tip.estimator import TipAdapterClassifier
 from retrieval_tip.fit import closed_form
 from retrieval_tip.index import changes, places
-from retrieval_tip.retrieval.arrays import scale_of
+from retrieval_tip.retrieval.inputs import scale_of
 
 Array = npt.NDArray[np.float32]
 NAMES = ["crab", "newt", "owl", "yak"]

@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from retrieval_tip import tip
 from retrieval_tip.answering import AnswerBlock, narrowest
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source
@@ -298,10 +297,10 @@ def answered(
 
 
 def _answers(answer: AnswerBlock, every: Ints, class_names: list[str], held_out: bool, sets: Sets | None) -> Answers:
-    terms, logits, settings, positions = answer.terms, answer.logits, answer.settings, answer.block.positions
+    terms, logits, settings, positions = answer.terms, answer.logits, answer.index.settings, answer.block.positions
     text, alone, truth, c = terms.text, terms.photos(settings), every[positions], logits.shape[1]
     ranked = torch.cat([answer.ranked, text.argmax(1, keepdim=True), alone.argmax(1, keepdim=True)], dim=1)
-    confidence = tip.probabilities(logits, settings.temperature).gather(1, ranked[:, :1])[:, 0].double()
+    confidence = answer.probabilities.gather(1, ranked[:, :1])[:, 0].double()
     ids, scaled = torch.from_numpy(truth).to(logits.device), logits / settings.temperature
     log_truth = scaled.gather(1, ids.clamp(0, c - 1)[:, None])[:, 0] - scaled.logsumexp(dim=1)
     log_truth = log_truth.double().masked_fill((ids < 0) | (ids >= c), -torch.inf)

@@ -21,7 +21,8 @@ from retrieval_tip.errors import UsageError
 from retrieval_tip.fit.forms import Form
 from retrieval_tip.fit.scatter import FewScatter, FloatArray, Scatter, known_prior
 from retrieval_tip.model import Index
-from retrieval_tip.retrieval.arrays import Keys, KeysInPlace, scale_of
+from retrieval_tip.retrieval.arrays import Keys, KeysInPlace
+from retrieval_tip.retrieval.inputs import scale_of
 from retrieval_tip.retrieval.keys import KEY_BLOCK, QUERY_BLOCK
 from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.retrieval.ridge import class_weights

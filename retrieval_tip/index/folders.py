@@ -36,7 +36,7 @@ def create(folder: Versions, made: Material) -> Index:
             fitted = closed_form.fit(index, made.fit, factory=factory)
             warn(fitted.warnings)
         index.commit(writer, "build")
-    return index.on(made.device, "auto")
+    return index if made.device == index.device else Index.load(folder.folder, device=made.device, verify="fast")
 
 
 def _write_keys(

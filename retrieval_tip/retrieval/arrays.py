@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
-
-from retrieval_tip.backbones.base import Part
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -33,17 +29,6 @@ class KeysInPlace(ABC):
     @abstractmethod
     def blocks(self, rows: IntArray) -> Iterator[tuple[KeyArray, IntArray]]:
         """Yield the keys at ``rows`` in blocks, and the row numbers of each block."""
-
-
-def scale_of(parts: Sequence[Part], shares: Sequence[float]) -> Tensor | None:
-    """Return ``sqrt(e s_i)`` for each value of a feature of ``e`` encoders, ``[d]``, or ``None`` if all count equally.
-
-    Features are scaled by it, so that an affinity is the mean of those of the encoders, weighted by their shares.
-    """
-    if len(set(shares)) < 2:
-        return None
-    factors = torch.tensor(shares) * len(shares)
-    return factors.sqrt().repeat_interleave(torch.tensor([part.width for part in parts]))
 
 
 Keys = KeyArray | KeysInPlace

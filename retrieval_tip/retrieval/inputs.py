@@ -71,6 +71,17 @@ def joined(
     return join([one / np.linalg.norm(one.astype(np.float64), axis=1, keepdims=True).clip(1e-30) for one in given])
 
 
+def scale_of(parts: Sequence[Part], shares: Sequence[float]) -> Tensor | None:
+    """Return ``sqrt(e s_i)`` for each value of a feature of ``e`` encoders, ``[d]``, or ``None`` if all count equally.
+
+    Features are scaled by it, so that an affinity is the mean of those of the encoders, weighted by their shares.
+    """
+    if len(set(shares)) < 2:
+        return None
+    factors = torch.tensor(shares) * len(shares)
+    return factors.sqrt().repeat_interleave(torch.tensor([part.width for part in parts]))
+
+
 def _array(values: object, what: str) -> npt.NDArray[Any]:
     try:
         array = np.asarray(values)

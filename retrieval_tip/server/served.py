@@ -80,7 +80,7 @@ class Version:
         every = FeatureBlock.of(features)
         for answers in self.index.answers(map(every.take, slices(len(features), self.at_once(ask))), ask):
             predictions = answers.predictions()
-            own, terms = answers.settings, answers.terms
+            own, terms = answers.index.settings, answers.terms
             parts = terms.text, own.alpha * terms.photos(own).double()
             texts, shots = (part.gather(1, answers.ranked).tolist() for part in parts)
             rows = predictions.rows(predictions.to_arrow().column_names)
