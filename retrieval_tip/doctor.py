@@ -50,11 +50,6 @@ def examine() -> Diagnosis:
     return Diagnosis(facts, problems)
 
 
-def faiss_distributions() -> dict[str, str]:
-    """Return the version of each installed distribution that provides ``faiss``."""
-    return {name: version for name in FAISS_DISTRIBUTIONS if (version := version_of(name)) is not None}
-
-
 def _torch(facts: dict[str, str], problems: list[str]) -> None:
     try:
         torch = importlib.import_module("torch")
@@ -69,7 +64,7 @@ def _torch(facts: dict[str, str], problems: list[str]) -> None:
 
 
 def _faiss(facts: dict[str, str], problems: list[str]) -> None:
-    installed = faiss_distributions()
+    installed = {name: version for name in FAISS_DISTRIBUTIONS if (version := version_of(name)) is not None}
     facts["faiss distribution"] = ", ".join(f"{name} {version}" for name, version in installed.items()) or "none"
     right = "faiss-gpu" if sys.platform == "linux" and platform.machine() == "x86_64" else "faiss-cpu"
     if len(installed) > 1:

@@ -69,7 +69,12 @@ class Editing(Answering):
         If the index has text weights, pass ``text_weights`` of shape ``[m, d]`` for the new classes. Raises InputError
         if a class already exists, or if the weights are missing or have the wrong shape.
         """
-        names, weights = inputs.new_classes(names, self.class_names, text_weights, self.d, self.has_text)
+        names = inputs.names(names)
+        if again := sorted(set(names) & set(self.class_names)):
+            raise InputError(f"classes: {again[0]!r} already exists in the index")
+        if text_weights is None and self.has_text:
+            raise InputError(f"classes: {names[0]!r} has no text weight; pass one, because the index has text")
+        weights = inputs.text_weights(text_weights, len(names), self.d)
         self.class_names = [*self.class_names, *names]
         self.text_weights = torch.cat([self.text_weights, weights.to(self.text_weights)])
         self.rows, self.scores = self.rows.widened(len(self.class_names)), None
@@ -98,7 +103,12 @@ class Editing(Answering):
         ``keys`` has the shape ``[m, d]``. ``views``, the SHA-256 ``digests`` of the images and the columns of ``extra``
         are written to the label store. Raises InputError if the keys have the wrong shape or a label is unknown.
         """
-        matrix, ids = inputs.keys_to_add(keys, labels, self.class_names, self.d, self.dtype)
+        matrix = inputs.matrix(keys, "keys")
+        if matrix.shape[1] != self.d:
+            raise InputError(f"keys: each key has {matrix.shape[1]} values; the index requires {self.d}")
+        if np.abs(matrix).max() > np.finfo(self.dtype).max:
+            raise InputError(f"keys: values are too large for the index's {self.dtype}")
+        ids = inputs.ids_of(labels, self.class_names, len(matrix))
         assert self.next_key_id is not None
         key_ids = np.arange(self.next_key_id, self.next_key_id + len(matrix))
         added = label_table(self.class_names, ids, sources, key_ids=key_ids, views=views, digests=digests, extra=extra)

@@ -46,7 +46,14 @@ def text_weights(
     Raises UsageError if a template does not contain ``{}``. Raises InputError if the features of the prompts of a class
     cancel out or are not finite.
     """
-    return each_text(backbone, len(class_names), lambda one: _of_one(one, class_names, templates, batch_size))
+    prompts = prompts_of(class_names, templates)
+
+    def of_one(one: Backbone) -> npt.NDArray[np.float32]:
+        parts = (prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size))
+        features = np.concatenate([unit(one.encode_texts(part), "prompt") for part in parts])
+        return mean_by_class(features.reshape(len(class_names), -1, one.dim), class_names)
+
+    return each_text(backbone, len(class_names), of_one)
 
 
 def each_text(
@@ -56,18 +63,6 @@ def each_text(
     encoders, some = [one for one, _ in encoders_of(backbone)], backbone.has_text
     weights = [weights_of(one) if one.has_text or not some else np.zeros((c, one.dim), np.float32) for one in encoders]
     return text_side_by_side(weights)
-
-
-def _of_one(
-    backbone: Backbone, class_names: Sequence[str], templates: Sequence[str], batch_size: int
-) -> npt.NDArray[np.float32]:
-    prompts = prompts_of(class_names, templates)
-    features = [
-        unit(backbone.encode_texts(prompts[start : start + batch_size]), "prompt")
-        for start in range(0, len(prompts), batch_size)
-    ]
-    grouped = np.concatenate(features).reshape(len(class_names), -1, backbone.dim)
-    return mean_by_class(grouped, class_names)
 
 
 def mean_by_class(features: npt.NDArray[np.float32], class_names: Sequence[str]) -> npt.NDArray[np.float32]:

@@ -15,11 +15,11 @@ import pyarrow.compute as pc
 import torch
 
 from retrieval_tip.answering import AnswerBlock, narrowest
-from retrieval_tip.data.reader import Reader
+from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, Skipped, UsageError, counted
 from retrieval_tip.evaluation.calibration import expected_calibration_error
-from retrieval_tip.evaluation.held_out import QueryBlock, without_themselves
+from retrieval_tip.evaluation.held_out import without_themselves
 from retrieval_tip.fit.closed_form import wilson
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.sets import Sets
@@ -274,7 +274,7 @@ def answers_of(
 
 
 def answered(
-    index: Index, asked: Iterable[QueryBlock], truth: Ints, class_names: list[str], ask: Ask = Ask()
+    index: Index, asked: Iterable[tuple[Index, FeatureBlock]], truth: Ints, class_names: list[str], ask: Ask = Ask()
 ) -> Answers:
     """Classify encoded items, whose source has the class ids ``truth`` (see :meth:`source.Source.truth`).
 
@@ -285,9 +285,9 @@ def answered(
         log.warning(caution)
     ask = Ask(top=5, neighbours=0, at_least=ask.at_least)
     parts = [
-        _answers(answer, truth, class_names, one.held_out, sets)
-        for one in asked
-        for answer in one.index.answers([one.block], ask)
+        _answers(answer, truth, class_names, model is not index, sets)
+        for model, block in asked
+        for answer in model.answers([block], ask)
     ]
     if not parts:
         raise InputError("photos: all are shots of this index; use other photos")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -17,18 +16,14 @@ from retrieval_tip.data.reader import FeatureBlock
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, UsageError, counted
 from retrieval_tip.fit.closed_form import wilson
-from retrieval_tip.fit.folds import Folds, parts_without
-from retrieval_tip.fit.forms import Form
+from retrieval_tip.fit.folds import without_parts
 from retrieval_tip.model import Index
-from retrieval_tip.retrieval.rows import ArrayRows
 from retrieval_tip.store.labels import images_of
 
 log = logging.getLogger(__name__)
 
 IntArray = npt.NDArray[np.int64]
 
-PARTS, MANY_KEYS = 8, 4096
-"""Number of parts of the photos, and number of keys above which it is halved. The fit is repeated for each part."""
 SAME = 0.9999
 """Minimum cosine of two equal features, which may have been rounded to float16 or bfloat16."""
 MOST_COPIED = 1 << 29
@@ -123,44 +118,14 @@ def threshold_of(index: Index, most: float) -> Threshold:
     return Threshold(float(probability[order][good[-1]]), share, wilson(share, kept)[1], kept, len(order))
 
 
-def without_parts(index: Index, rows: IntArray, kept: IntArray | None = None) -> Iterator[tuple[IntArray, Index]]:
-    """Split photos into at most :data:`PARTS` parts, and yield each part with an index that lacks its photos.
-
-    See :func:`folds.parts_without`. The ``kept`` keys are all by default. The metric and the values of the index are
-    refitted to its keys, unless they were trained. It has the settings of ``index``. It compares a query with every
-    key, unless ``index`` is of the type ``Classes``.
-    """
-    folds, fitted = Folds.of(index), index.fitted
-    kept = np.arange(index.n) if kept is None else kept
-    factory = index.index_type if index.retrieval.keys.by_class else "Flat"
-    number = PARTS if index.n <= MANY_KEYS else PARTS // 2
-    parts = parts_without(images_of(index.labels), folds.ids.numpy(), rows, kept, number)
-    for fold, (part, others) in enumerate(parts):
-        metric, values = index.metric, None if index.values is None else index.values[torch.from_numpy(others)]
-        if fitted is not None:
-            metric, values = folds.fitted(Form.of(fitted, index.settings.beta), torch.from_numpy(others), fold)
-        left = ArrayRows(np.asarray(index.keys[others]), index.labels.take(pa.array(others)), values)
-        yield part, replace(index, rows=left, metric=metric, index=None, factory=factory)
-
-
-@dataclass(frozen=True)
-class QueryBlock:
-    """Encoded items of a source, and the index that is to classify them.
-
-    ``held_out`` is true if the items are shots of the tested index, so that ``index`` lacks them.
-    """
-
-    index: Index
-    block: FeatureBlock
-    held_out: bool = False
-
-
-def without_themselves(index: Index, source: Source, blocks: Iterable[FeatureBlock]) -> Iterator[QueryBlock]:
+def without_themselves(
+    index: Index, source: Source, blocks: Iterable[FeatureBlock]
+) -> Iterator[tuple[Index, FeatureBlock]]:
     """Yield the items of a source, with an index to classify each of them that does not contain the item.
 
     Items that are not shots of ``index`` are yielded at once, with ``index``. The others follow, in the parts of
-    :func:`without_parts`. An item is a shot if a key has the same digest. A row of a feature table that has no digest
-    is a shot if a key has the same id and the same feature, because many tables number their rows.
+    :func:`folds.without_parts`. An item is a shot if a key has the same digest. A row of a feature table without a
+    digest is a shot if a key has the same id and the same feature, because many tables number their rows.
 
     If the keys take more than :data:`MOST_COPIED` bytes, items that are shots are left out, and a warning is logged.
     Raises InputError if the only photo of the index is an item.
@@ -169,7 +134,7 @@ def without_themselves(index: Index, source: Source, blocks: Iterable[FeatureBlo
     parts: list[IntArray] = []
     for block in blocks:
         found = key_ids_of(index, source, block)
-        yield QueryBlock(index, block.take(np.flatnonzero(found < 0)))
+        yield index, block.take(np.flatnonzero(found < 0))
         shots.append(block.take(np.flatnonzero(found >= 0)))
         parts.append(found[found >= 0])
     if not sum(map(len, parts)):
@@ -186,7 +151,7 @@ def without_themselves(index: Index, source: Source, blocks: Iterable[FeatureBlo
     rows = model.rows.in_memory().rows_of(key_ids)
     _, first, photo = np.unique(photos[rows], return_index=True, return_inverse=True)
     for part, others in without_parts(model, rows[first]):
-        yield QueryBlock(others, block.take(np.flatnonzero(np.isin(photo, part))), held_out=True)
+        yield others, block.take(np.flatnonzero(np.isin(photo, part)))
 
 
 def key_ids_of(index: Index, source: Source, block: FeatureBlock) -> IntArray:

@@ -338,7 +338,10 @@ class _Run:
         with tqdm(total=self.steps, unit="step", disable=hidden, leave=False) as bar:
             while self.epoch < self.recipe.epochs and self.collapsed is None:
                 self._one_epoch(bar)
-        self._settle()
+        if self.material.queries is not None:  # keep the untrained state if no epoch was more accurate
+            first, *later = [(row["val_accuracy"], -row["val_loss"]) for row in self.curve]
+            if all(not other > first for other in later):
+                self.kept_epoch, self.kept = 0, self.untrained
 
     @property
     def steps(self) -> int:
@@ -384,13 +387,6 @@ class _Run:
         error = math.sqrt(best * (1 - best) / len(self.material.queries.ids))
         return bool(self.curve[-1]["val_accuracy"] >= best - error)
 
-    def _settle(self) -> None:
-        """Keep the untrained state if no epoch was more accurate."""
-        if self.material.queries is not None:
-            first, *later = [(row["val_accuracy"], -row["val_loss"]) for row in self.curve]
-            if all(not other > first for other in later):
-                self.kept_epoch, self.kept = 0, self.untrained
-
     def _validate(self) -> tuple[float, float]:
         queries = self.material.queries
         if queries is None:
@@ -402,7 +398,13 @@ class _Run:
         self.trainer.restore(self.kept)
         keys = self.trainer.keys.detach().cpu().numpy().astype(self.index.dtype)
         kept = {name: value for name, value in self.index.provenance.items() if name != "temperature"}
-        record, curve = self._facts(parent), pa.Table.from_pylist(self.curve, schema=CURVE)
+        queries, curve = self.material.queries, pa.Table.from_pylist(self.curve, schema=CURVE)
+        record: dict[str, object] = {
+            "parent": parent, "parent_version": self.index.version, **asdict(self.recipe),
+            "train": list(self.recipe.train), "alpha": self.index.settings.alpha, "beta": self.index.settings.beta,
+            "epoch": self.kept_epoch, "collapsed": self.collapsed, "seconds": round(self.curve[-1]["seconds"], 3),
+            "shots": self.material.shots.name, "val": None if queries is None else queries.name,
+        }  # fmt: skip
         index = replace(
             self.index,
             rows=ArrayRows(keys, self.index.labels, self.trainer.values),
@@ -413,19 +415,11 @@ class _Run:
             curve=curve,
         )
         choice = None
-        if self.material.queries is not None:
+        if queries is not None:
             settings = (index.settings.alpha, index.settings.beta)
-            choice = search_hp.search(index, self.material.queries, cautious=True, kept=settings)
+            choice = search_hp.search(index, queries, cautious=True, kept=settings)
             search_hp.apply(index, choice)
         return Tuned(index, self.kept_epoch, curve, self.collapsed, choice, record)
-
-    def _facts(self, parent: str) -> dict[str, object]:
-        queries = self.material.queries
-        recipe = asdict(self.recipe) | {"train": list(self.recipe.train)}
-        run = {"epoch": self.kept_epoch, "collapsed": self.collapsed, "seconds": round(self.curve[-1]["seconds"], 3)}
-        sources = {"shots": self.material.shots.name, "val": None if queries is None else queries.name}
-        settings = {"alpha": self.index.settings.alpha, "beta": self.index.settings.beta}
-        return {"parent": parent, "parent_version": self.index.version} | recipe | settings | run | sources
 
 
 def _check_length(index: Index, name: str, d: int) -> None:

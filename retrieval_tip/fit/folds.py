@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, Self, TypedDict
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from retrieval_tip.retrieval.inputs import scale_of
 from retrieval_tip.retrieval.keys import KEY_BLOCK, QUERY_BLOCK
 from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.retrieval.ridge import class_weights
+from retrieval_tip.retrieval.rows import ArrayRows
 from retrieval_tip.settings import ClassPrior, Settings
 from retrieval_tip.store.labels import images_of
 from retrieval_tip.store.sums import Sums
@@ -48,6 +50,10 @@ STEPS, REACH = 60, 4.0
 """Maximum number of Newton steps, and default bound on the logarithms for logits of unit spread."""
 BLOCK = 1 << 16
 """Number of logits of each term to process at once, so that they stay in the processor's cache."""
+PARTS, MANY_KEYS = 8, 4096
+"""Number of parts of the photos in :func:`without_parts`, and number of keys above which it is halved. The fit is
+repeated for each part.
+"""
 VALUES = 1 << 23
 """Number of affinities of :class:`Queries` in memory at a time. They take 32 MiB in float32."""
 
@@ -679,21 +685,30 @@ def _held(keys: Keys, ids: IntArray, folds: IntArray, first: IntArray, groups: I
         most, begun = most - len(asked), True
 
 
-def parts_without(
-    images: IntArray, ids: IntArray, rows: IntArray, kept: IntArray, number: int
-) -> Iterator[tuple[IntArray, IntArray]]:
-    """Split photos into at most ``number`` parts, and yield each part with the keys of the other photos.
+def without_parts(index: Index, rows: IntArray, kept: IntArray | None = None) -> Iterator[tuple[IntArray, Index]]:
+    """Split photos into at most :data:`PARTS` parts, and yield each part with an index that lacks its photos.
 
     ``rows`` has one key of each photo, and a part is given as positions in ``rows``. It has few photos of the same
-    class. The other keys are those of the ``kept`` keys that show none of its photos, grouped by class. A part is left
-    out if no key remains.
+    class. The index has those of the ``kept`` keys, all by default, that show none of its photos. Its metric and values
+    are refitted to these keys, unless they were trained, and it has the settings of ``index``. It compares a query with
+    every key, unless ``index`` is of the type ``Classes``. A part is left out if no key remains.
     """
+    folds, fitted, images = Folds.of(index), index.fitted, images_of(index.labels)
+    ids, kept = folds.ids.numpy(), np.arange(index.n) if kept is None else kept
+    factory = index.index_type if index.retrieval.keys.by_class else "Flat"
+    number = min(PARTS if index.n <= MANY_KEYS else PARTS // 2, len(rows))
     order = np.lexsort((np.random.default_rng(0).permutation(len(rows)), ids[rows]))
-    for first in range(min(number, len(rows))):
-        part = order[first::number]
+    for fold in range(number):
+        part = order[fold::number]
         others = kept[~np.isin(images[kept], images[rows[part]])]
-        if len(others):
-            yield part, others[np.argsort(ids[others], kind="stable")]
+        if not len(others):
+            continue
+        others = others[np.argsort(ids[others], kind="stable")]
+        metric, values = index.metric, None if index.values is None else index.values[torch.from_numpy(others)]
+        if fitted is not None:
+            metric, values = folds.fitted(Form.of(fitted, index.settings.beta), torch.from_numpy(others), fold)
+        left = ArrayRows(np.asarray(index.keys[others]), index.labels.take(pa.array(others)), values)
+        yield part, replace(index, rows=left, metric=metric, index=None, factory=factory)
 
 
 def _blocks(keys: Keys, rows: IntArray) -> Iterator[tuple[npt.NDArray[Any], IntArray]]:

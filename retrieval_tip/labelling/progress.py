@@ -23,7 +23,8 @@ import torch
 from retrieval_tip import tip
 from retrieval_tip.bounds import check_count
 from retrieval_tip.data.shots import spread
-from retrieval_tip.evaluation.held_out import held_out_probabilities, photo_rows, without_parts
+from retrieval_tip.evaluation.held_out import held_out_probabilities, photo_rows
+from retrieval_tip.fit.folds import without_parts
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.inputs import Features
 

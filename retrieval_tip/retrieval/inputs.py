@@ -180,21 +180,6 @@ def text_weights(weights: Features | None, c: int, d: int) -> Tensor:
     return torch.from_numpy(np.array(array, dtype=np.float32))
 
 
-def new_classes(
-    names_: Sequence[str], present: Sequence[str], weights: Features | None, d: int, has_text: bool
-) -> tuple[list[str], Tensor]:
-    """Check new classes, and return their names and text weights.
-
-    Raises InputError if a name is already in use, or if the weights are missing or have the wrong shape.
-    """
-    new = names(names_)
-    if again := sorted(set(new) & set(present)):
-        raise InputError(f"classes: {again[0]!r} already exists in the index")
-    if weights is None and has_text:
-        raise InputError(f"classes: {new[0]!r} has no text weight; pass one, because the index has text")
-    return new, text_weights(weights, len(new), d)
-
-
 def renamed(class_names: Sequence[str], old: str, new: str) -> tuple[int, list[str]]:
     """Return the position of the class ``old``, and the list of class names after it is renamed to ``new``.
 
@@ -214,21 +199,6 @@ def renamed(class_names: Sequence[str], old: str, new: str) -> tuple[int, list[s
     at = class_names.index(old)
     merged = new != old and new in class_names
     return at, [*class_names[:at], *([] if merged else [new]), *class_names[at + 1 :]]
-
-
-def keys_to_add(
-    keys: Features, labels: Labels, class_names: Sequence[str], d: int, dtype: str
-) -> tuple[KeyArray, npt.NDArray[np.int64]]:
-    """Check keys that are added to an index, and return them and their class ids.
-
-    Raises InputError if a label is unknown, or if the keys do not fit the length or the dtype of the index.
-    """
-    array = matrix(keys, "keys")
-    if array.shape[1] != d:
-        raise InputError(f"keys: each key has {array.shape[1]} values; the index requires {d}")
-    if np.abs(array).max() > np.finfo(dtype).max:
-        raise InputError(f"keys: values are too large for the index's {dtype}")
-    return array, ids_of(labels, class_names, len(array))
 
 
 def values_of(values: Features, n: int, c: int) -> Tensor:
