@@ -305,14 +305,11 @@ class Editing(Answering):
             index = self._index_over(part, FLAT_FACTORY)
         return replace(self, rows=part, index=index)
 
-    def in_memory(self, factory: str = FLAT_FACTORY) -> Self:
-        """Return this index with all keys in memory. Raises UsageError if there are too many.
-
-        ``factory`` is the type of its index if the keys are in a table now.
-        """
+    def in_memory(self) -> Self:
+        """Return this index with all keys in memory. Raises UsageError if there are too many."""
         if isinstance(self.rows, ArrayRows):
             return self
-        same = self.over(self.rows.in_memory(), factory)
+        same = replace(self, rows=self.rows.in_memory())
         same.scores = self.scores
         return same
 
@@ -320,8 +317,3 @@ class Editing(Answering):
         """Replace the rows by rows with the same keys, in memory or in a table."""
         self.rows, self.index = rows, None
         self.__post_init__(FLAT_FACTORY)
-
-    def over(self, rows: ArrayRows, factory: str = FLAT_FACTORY) -> Self:
-        """Return an index with the same classes and settings over other rows."""
-        rows = self._on_device(rows)
-        return replace(self, rows=rows, index=self._index_over(rows, factory))

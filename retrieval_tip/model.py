@@ -288,7 +288,7 @@ class Index(Editing):
             own = isinstance(self.stored, Stored) and self.stored.store.resolved == writer.store.resolved
             if writer.parent is not None and own:
                 self._check_current(writer)
-            index = self if isinstance(self.rows, ArrayRows) else self.over(self.rows.written(writer))
+            index = self if isinstance(self.rows, ArrayRows) else replace(self, rows=self.rows.written(writer))
             index.commit(writer, change)
 
     def save_settings(self, folder: str | os.PathLike[str], change: str = "change settings") -> None:
@@ -299,12 +299,13 @@ class Index(Editing):
         """
         with Versions(folder).write() as writer:
             self._check_current(writer)
+            assert isinstance(self.stored, Stored)
             self.fitted = None if self.fitted is None else replace(self.fitted, automatic=False)
-            self.commit(writer, change)
+            self.commit(writer, change, replace(self.stored.contents, scores=None))
 
-    def commit(self, writer: Writer, change: str) -> None:
+    def commit(self, writer: Writer, change: str, contents: Contents | None = None) -> None:
         """Write the files that have changed, and make this index the current version."""
-        contents = self._contents()
+        contents = contents or self._contents()
         contents.write(writer, self.stored if isinstance(self.stored, Stored) else None)
         self.check_answers()
         files = {kind: writer.files[kind] for kind in SUFFIXES if kind in writer.files}

@@ -181,6 +181,19 @@ class FormChoice:
     classes: int = 0
     halves: bool = False
 
+    @classmethod
+    def of(
+        cls, form: Form, trials: Sequence[FormTrial], judged_on: str, folds: Folds, start: float,
+        accuracies: Accuracies, longest: float | None = None,
+    ) -> FormChoice:  # fmt: skip
+        """Return the choice of a form on ``folds``, which began at the time ``start``."""
+        n, classes = folds.n if folds.can_judge else 0, len(folds.ids.unique())
+        return cls(
+            form, trials, judged_on, n, len(folds.held), time.perf_counter() - start, longest=longest,
+            without_shots=folds.c - classes, single=folds.single, tested=folds.tested, classes=classes,
+            halves=folds.halves, **accuracies,
+        )  # fmt: skip
+
     def __str__(self) -> str:
         without = f"{counted(self.without_shots, 'class', 'has', 'have')} a name but no photos"
         some = f"only {self.tested:,} of {counted(self.classes, 'class')} could be tested"
@@ -291,10 +304,7 @@ def fit(
         index.n, asked.class_prior, automatic=validation is None and asked.metric is None and asked.values is None
     )
     fitted = replace(fitted, shares=shares)
-    n, seconds = folds.n if folds.can_judge else 0, time.perf_counter() - start
-    choice = FormChoice(
-        form, trials, judged_on, n, len(folds.held), seconds, longest=longest, **folds.untested, **accuracies
-    )
+    choice = FormChoice.of(form, trials, judged_on, folds, start, accuracies, longest)
     provenance = dict.fromkeys(("alpha", "beta", "temperature"), where) | {"fit": choice.provenance()}
     index.set_fitted(fitted_metric, fitted_values, fitted, factory)
     index.sums = folds.sums
@@ -315,8 +325,7 @@ def refit(index: Index, beta: float) -> FormChoice:
     if folds.can_judge:
         form, settings, accuracies, rows = _settings_of(index, form, folds)
         index.provenance = index.provenance | dict.fromkeys(("alpha", "temperature"), f"fitted on {judged_on}")
-    seconds = time.perf_counter() - start
-    choice = FormChoice(form, [], judged_on, folds.n, len(folds.held), seconds, **folds.untested, **accuracies)
+    choice = FormChoice.of(form, [], judged_on, folds, start, accuracies)
     index.settings, index.scores = settings, Scores(rows, settings)
     index.fitted = None if index.fitted is None else replace(index.fitted, bonus=form.bonus)
     index.provenance = index.provenance | {"fit": choice.provenance()}
@@ -342,9 +351,8 @@ def estimate(index: Index) -> ShotEstimate:
     terms = tip.Terms(torch.zeros_like(photos) if text is None else text, linked, discriminant)
     ids = folds.ids_held
     right = terms.logits(settings).argmax(1) == ids
-    found = _accuracies(terms.photos(settings), text, right, folds)
-    tested, classes = folds.untested["tested"], folds.untested["classes"]
-    return {**found, "weakest": _weakest(index.class_names, right, ids), "tested": tested, "classes": classes}
+    found, weakest = _accuracies(terms.photos(settings), text, right, folds), _weakest(index.class_names, right, ids)
+    return {**found, "weakest": weakest, "tested": folds.tested, "classes": len(folds.ids.unique())}
 
 
 def _images(index: Index) -> IntArray:

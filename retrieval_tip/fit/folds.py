@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, Self, TypedDict
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -200,16 +200,6 @@ class _Loss(NamedTuple):
     right: Tensor
 
 
-class Untested(TypedDict):
-    """What an estimate of the accuracy does not cover, as fields of :class:`FormChoice`."""
-
-    without_shots: int
-    single: int
-    tested: int
-    classes: int
-    halves: bool
-
-
 @dataclass(frozen=True)
 class Held:
     """Held-out queries, for an index over the other ``rows``.
@@ -324,18 +314,6 @@ class Folds:
         return 1.0 if self.text is None else len(ids.unique()) / self.c
 
     @property
-    def untested(self) -> Untested:
-        """What the estimate of the accuracy does not cover."""
-        classes = len(self.ids.unique())
-        return {
-            "without_shots": self.c - classes,
-            "single": self.single,
-            "tested": self.tested,
-            "classes": classes,
-            "halves": self.halves,
-        }
-
-    @property
     def halves(self) -> bool:
         """Whether only about half of the shots remain in a fold, so that cache logits differ from the logits of all."""
         return any(len(held.rows) < 0.6 * len(self.ids) for held in self.held if held.of == "shots")
@@ -444,9 +422,9 @@ class Folds:
         blocks = ((keys, ids[part]) for keys, part in _blocks(self.keys, rows))
         return Sums.of(blocks, self.c, self.keys.shape[1])
 
-    def shared(self, shares: Sequence[float], parts: Sequence[Part] | None = None) -> Folds:
-        """Return the same folds with other shares of the encoders, whose ``parts`` stay the same by default."""
-        return replace(self, shares=shares, parts=self.parts if parts is None else parts, _scatters={}, _terms={})
+    def shared(self, shares: Sequence[float]) -> Folds:
+        """Return the same folds with other shares of the encoders."""
+        return replace(self, shares=shares, _scatters={}, _terms={})
 
     def judge(self, form: Form) -> Blend:
         """Fit a form to all shots except each fold in turn, and return the blend on these folds."""

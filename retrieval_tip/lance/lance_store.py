@@ -327,7 +327,7 @@ class LanceStore(Store):
             arrays = rows.arrays()
             places = np.argsort(np.argsort(arrays.key_ids))
             kind = CLASSES if rows.kind == CLASSES else FLAT
-            index = index.over(replace(arrays, values=torch.from_numpy(values[places])), kind)
+            index = replace(index, rows=replace(arrays, values=torch.from_numpy(values[places])), factory=kind)
         index.prior, index.stored = self.array(manifest, "prior"), Origin(self, manifest)
         scores = self.array(manifest, "scores")
         index.scores = None if scores is None else Scores(scores, index.settings)

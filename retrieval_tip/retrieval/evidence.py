@@ -103,10 +103,6 @@ class Contributors(NamedTuple):
     supporting: Nearest
     opposing: Nearest
 
-    def queries(self, part: slice) -> Contributors:
-        """Return the shots of the queries in ``part``."""
-        return Contributors(self.supporting.queries(part), self.opposing.queries(part))
-
     @classmethod
     def joined(cls, parts: Sequence[Contributors]) -> Contributors:
         """Concatenate the shots of consecutive queries."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from operator import itemgetter
 
 import numpy as np
 import numpy.typing as npt
@@ -40,11 +41,6 @@ class AnswerTerms(tip.Terms):
     """The terms of the logits, and the ``shots`` that contributed to each answer, if they were already found."""
 
     shots: Contributors | None = None
-
-    def queries(self, part: slice) -> AnswerTerms:
-        """Return the terms of the queries in ``part``."""
-        shots = None if self.shots is None else self.shots.queries(part)
-        return AnswerTerms(**vars(self.each(lambda term: term[part])), shots=shots)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +100,7 @@ class Retrieval:
         terms = AnswerTerms(text, cache, discriminant)
         if self.values is None and self.keys.products != torch.float32 and len(points):  # could change close answers
             error, parts = min(1.0, CLOSE * settings.beta), self._parts(len(points))
-            close = torch.cat([uncertain(terms.queries(part), settings, error) for part in parts])
+            close = torch.cat([uncertain(terms.each(itemgetter(part)), settings, error) for part in parts])
             cache[close] = self.keys.cache_logits(points[close], settings.beta, products=torch.float32)
         if settings.log_offset is not None:
             tip.log_cache(cache, settings.log_offset)
@@ -125,7 +121,7 @@ class Retrieval:
             return terms
         kept = []
         for part in slices(len(features), max(QUERY_BLOCK, LOGITS // max(k, self.keys.n_classes))):
-            own = terms.queries(part)
+            own = terms.each(itemgetter(part))
             tip.text_logits(features[part], self.text_weights, settings.logit_scale, out=own.text)
             near = self.keys.nearest(points[part], k)
             own.cache.copy_(self._logits_over(near, points[part]))
@@ -187,7 +183,7 @@ class Retrieval:
         classes = torch.empty(len(features), most, dtype=torch.int64, device=keys.device)
         candidates = torch.empty(classes.shape, dtype=torch.bool, device=keys.device)
         for part in self._parts(len(features)):
-            own = terms.queries(part)
+            own = terms.each(itemgetter(part))
             tip.text_logits(features[part], self.text_weights, settings.logit_scale, out=own.text)
             tip.affinity(points[part], keys.means, out=own.cache)
             tip.at_mean(keys.counts, own.cache, settings.beta, out=own.cache)
