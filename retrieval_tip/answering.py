@@ -185,7 +185,7 @@ class Answering:
     @property
     def text(self) -> Tensor:
         """The text weights as queries meet them, in which each encoder has its share."""
-        scale = inputs.scale_of(self.parts, self.shares)
+        scale = inputs.scale_of(self.parts, self.shares) if self.parts else None
         return self.text_weights if scale is None else self.text_weights * scale.square().to(self.text_weights)
 
     @property

@@ -303,9 +303,9 @@ def log_cache(cache: Tensor, offset: float | None) -> Tensor:
     return cache if offset is None else cache.clamp_min_(0).div_(offset).log1p_()
 
 
-def text_logits(features: Tensor, text_weights: Tensor, logit_scale: float, out: Tensor | None = None) -> Tensor:
+def text_logits(features: Tensor, text_weights: Tensor, logit_scale: float) -> Tensor:
     """Return CLIP's zero-shot logits ``logit_scale * f W^T``, of shape ``[q, c]``."""
-    return affinity(features, text_weights, out=out).mul_(logit_scale)
+    return affinity(features, text_weights).mul_(logit_scale)
 
 
 def blend(text_logits: Tensor, cache_logits: Tensor, alpha: float) -> Tensor:

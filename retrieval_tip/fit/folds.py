@@ -245,9 +245,10 @@ class Folds:
         """Return the keys of an index without held-out queries, by default with its own class prior and shares."""
         own = "even" if index.fitted is None else index.fitted.class_prior
         text = index.text_weights.cpu() * index.settings.logit_scale if index.has_text else None
+        prior = known_prior(index.backbone, index.d) if index.prior is None else index.prior.astype(np.float64)
         return cls(
             index.keys, index.class_ids.cpu(), len(index.class_names), text, sums=index.sums,
-            class_prior=class_prior or own, prior=prior_for(index), parts=index.parts, shares=shares or index.shares,
+            class_prior=class_prior or own, prior=prior, parts=index.parts, shares=shares or index.shares,
         )  # fmt: skip
 
     def with_shots(self, images: IntArray, number: int, most: int) -> Folds:
@@ -632,11 +633,6 @@ class Visible:
             else:
                 cache = tip.Values(values).weighted(weights.mul_(factor[:, ids]))
             yield tip.Terms(text, tip.log_cache(cache, settings.log_offset), discriminant)
-
-
-def prior_for(index: Index) -> FloatArray | None:
-    """Return the prior that was given to a fit of the index, or else the known prior of its backbone."""
-    return known_prior(index.backbone, index.keys.shape[1]) if index.prior is None else index.prior.astype(np.float64)
 
 
 def ranks_within(ids: IntArray, draw: np.random.Generator) -> IntArray:

@@ -173,11 +173,7 @@ def text_weights(weights: Features | None, c: int, d: int) -> Tensor:
 
     Raises InputError if the shape is wrong.
     """
-    if weights is None:
-        return torch.zeros(c, d)
-    array = matrix(weights, "text_weights")
-    check_shape("text_weights", array.shape, (c, d), "one per class")
-    return torch.from_numpy(np.array(array, dtype=np.float32))
+    return torch.zeros(c, d) if weights is None else _shaped(weights, "text_weights", (c, d), "one per class")
 
 
 def renamed(class_names: Sequence[str], old: str, new: str) -> tuple[int, list[str]]:
@@ -203,9 +199,13 @@ def renamed(class_names: Sequence[str], old: str, new: str) -> tuple[int, list[s
 
 def values_of(values: Features, n: int, c: int) -> Tensor:
     """Convert trained values to a float32 tensor of shape ``[n, c]``. Raises InputError if the shape is wrong."""
-    array = matrix(values, "values")
-    check_shape("values", array.shape, (n, c), "one row per key")
-    return torch.from_numpy(np.require(array, np.float32, ["C", "W"]))
+    return _shaped(values, "values", (n, c), "one row per key")
+
+
+def _shaped(features: Features, what: str, shape: tuple[int, int], meaning: str) -> Tensor:
+    array = matrix(features, what)
+    check_shape(what, array.shape, shape, meaning)
+    return torch.from_numpy(np.array(array, dtype=np.float32))
 
 
 def check_shape(what: str, shape: Sequence[int], expected: tuple[int, int], meaning: str) -> None:

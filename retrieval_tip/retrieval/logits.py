@@ -91,43 +91,36 @@ class Retrieval:
         their mean affinity. If each query retrieves its own keys, the result also includes ``neighbours`` shots for
         each answer. Otherwise, :meth:`contributors` finds them.
         """
-        settings, points = self.settings, self.points(features)
-        discriminant = self.keys.discriminant(points) if settings.gamma else None
-        if settings.k is not None and settings.k < self.keys.n:
-            return self._terms_over_few(features, points, settings.k, neighbours, discriminant)
+        settings, keys, points = self.settings, self.keys, self.points(features)
         text = tip.text_logits(features, self.text_weights, settings.logit_scale)
-        cache = self.keys.cache_logits(points, settings.beta, self.values)
-        terms = AnswerTerms(text, cache, discriminant)
-        if self.values is None and self.keys.products != torch.float32 and len(points):  # could change close answers
-            error, parts = min(1.0, CLOSE * settings.beta), self._parts(len(points))
-            close = torch.cat([uncertain(terms.each(itemgetter(part)), settings, error) for part in parts])
-            cache[close] = self.keys.cache_logits(points[close], settings.beta, products=torch.float32)
-        if settings.log_offset is not None:
-            tip.log_cache(cache, settings.log_offset)
+        discriminant = keys.discriminant(points) if settings.gamma else None
+        if settings.k is not None and settings.k < keys.n:
+            terms = AnswerTerms(text, torch.empty_like(text), discriminant)
+            if not keys.by_class:
+                return self._over_nearest(points, settings.k, neighbours, terms)
+            self._over_classes(points, settings.k, terms)
+        else:
+            terms = AnswerTerms(text, keys.cache_logits(points, settings.beta, self.values), discriminant)
+            if self.values is None and keys.products != torch.float32 and len(points):  # could change close answers
+                error, parts = min(1.0, CLOSE * settings.beta), self._parts(len(points))
+                close = torch.cat([uncertain(terms.each(itemgetter(part)), settings, error) for part in parts])
+                terms.cache[close] = keys.cache_logits(points[close], settings.beta, products=torch.float32)
+        tip.log_cache(terms.cache, settings.log_offset)
         return terms
 
     def _parts(self, q: int) -> Iterator[slice]:
         """Split ``q`` queries into blocks whose logits fit in the CPU cache."""
         return slices(q, QUERY_BLOCK if self.keys.device == "cpu" else max(QUERY_BLOCK, LOGITS // self.keys.n_classes))
 
-    def _terms_over_few(
-        self, features: Tensor, points: Tensor, k: int, neighbours: int, discriminant: Tensor | None
-    ) -> AnswerTerms:
-        settings, text = self.settings, features.new_empty(len(features), self.keys.n_classes)
-        terms = AnswerTerms(text, torch.empty_like(text), discriminant)
-        if self.keys.by_class:
-            self._terms_over_classes(features, points, k, terms)
-            tip.log_cache(terms.cache, settings.log_offset)
-            return terms
+    def _over_nearest(self, points: Tensor, k: int, neighbours: int, terms: AnswerTerms) -> AnswerTerms:
+        """Fill ``terms`` with cache logits from the ``k`` nearest keys of each query, and find ``neighbours`` shots."""
         kept = []
-        for part in slices(len(features), max(QUERY_BLOCK, LOGITS // max(k, self.keys.n_classes))):
-            own = terms.each(itemgetter(part))
-            tip.text_logits(features[part], self.text_weights, settings.logit_scale, out=own.text)
-            near = self.keys.nearest(points[part], k)
+        for part in slices(len(points), max(QUERY_BLOCK, LOGITS // max(k, self.keys.n_classes))):
+            own, near = terms.each(itemgetter(part)), self.keys.nearest(points[part], k)
             own.cache.copy_(self._logits_over(near, points[part]))
-            tip.log_cache(own.cache, settings.log_offset)
+            tip.log_cache(own.cache, self.settings.log_offset)
             if neighbours:
-                winner, rival = (self._contributions(near, classes) for classes in first_two(own.logits(settings)))
+                winner, rival = (self._contributions(near, ids) for ids in first_two(own.logits(self.settings)))
                 kept.append(Contributors.among(near, winner, rival, self.keys.n_classes, neighbours))
         return replace(terms, shots=Contributors.joined(kept) if kept else None)
 
@@ -176,15 +169,14 @@ class Retrieval:
                 least.add(part, shares.neg_(), affinity, rows)
         return self.keys.described(most.affinity, most.rows), self.keys.described(least.affinity, least.rows)
 
-    def _terms_over_classes(self, features: Tensor, points: Tensor, k: int, terms: AnswerTerms) -> None:
-        """Fill ``terms`` with logits from the classes that can win, using about ``k`` keys per query."""
+    def _over_classes(self, points: Tensor, k: int, terms: AnswerTerms) -> None:
+        """Fill ``terms`` with cache logits from the classes that can win, using about ``k`` keys per query."""
         settings, keys = self.settings, self.keys
         slack, most = keys.slack(settings.beta), min(max(LEAST_CLASSES, round(k / keys.mean_count)), keys.n_classes)
-        classes = torch.empty(len(features), most, dtype=torch.int64, device=keys.device)
+        classes = torch.empty(len(points), most, dtype=torch.int64, device=keys.device)
         candidates = torch.empty(classes.shape, dtype=torch.bool, device=keys.device)
-        for part in self._parts(len(features)):
+        for part in self._parts(len(points)):
             own = terms.each(itemgetter(part))
-            tip.text_logits(features[part], self.text_weights, settings.logit_scale, out=own.text)
             tip.affinity(points[part], keys.means, out=own.cache)
             tip.at_mean(keys.counts, own.cache, settings.beta, out=own.cache)
             classes[part], candidates[part] = promising(own, settings, slack, most)

@@ -280,11 +280,15 @@ class VectorIndex:
         If an approximate search finds fewer than ``k`` vectors, the remaining rows are -1.
         """
         k = int(min(k, self.n))
-        with self._errors_named():
+        try:
             found = self._gpu.search(features, k)
-            if found is None:
-                found = _search_arrays(self._cpu, features, k)
-        affinity, rows = found
+            affinity, rows = _search_arrays(self._cpu, features, k) if found is None else found
+        except torch.OutOfMemoryError:
+            raise
+        except (AssertionError, IndexError, RuntimeError) as error:
+            if "alloc fail" in str(error):  # FAISS has run out of scratch memory
+                raise torch.OutOfMemoryError(f"{self._name}: FAISS: {_reason(error)}") from None
+            raise StoreError(f"{self._name}: FAISS cannot search it ({_reason(error)}); rebuild the index") from None
         if rows.is_cpu and rows.numel() and not -1 <= rows.min() <= rows.max() < self.n:
             raise StoreError(f"{self._name}: damaged (a search returned invalid rows); rebuild the index")
         return affinity.to(features.device), rows.to(features.device)
@@ -292,18 +296,6 @@ class VectorIndex:
     @property
     def _name(self) -> str:
         return str(self.path) if self.path else f"index {self.factory!r}"
-
-    @contextmanager
-    def _errors_named(self) -> Iterator[None]:
-        """Convert FAISS errors to StoreError or ``torch.OutOfMemoryError``, with a message that names the index."""
-        try:
-            yield
-        except torch.OutOfMemoryError:
-            raise
-        except (AssertionError, IndexError, RuntimeError) as error:
-            if "alloc fail" in str(error):  # FAISS has run out of scratch memory
-                raise torch.OutOfMemoryError(f"{self._name}: FAISS: {_reason(error)}") from None
-            raise StoreError(f"{self._name}: FAISS cannot search it ({_reason(error)}); rebuild the index") from None
 
 
 class GpuCopy:
