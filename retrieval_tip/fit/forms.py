@@ -1,8 +1,8 @@
 """Define the forms: the combinations of metric, values and beta from which a fit selects.
 
-To add a metric or values, write a class whose ``fit`` method takes the shots, and add a form that uses the class to
-:data:`FORMS`. To offer the metric in ``--metric``, add its name to ``MetricName`` in settings.py. New values must also
-support adding and removing keys (see :mod:`retrieval.ridge`).
+To add a metric, write a class whose ``fit`` method takes the scatter of the shots, and add a form that uses the class
+to :data:`FORMS`. To offer it in ``--metric``, add its name to ``MetricName`` in settings.py. Other values than
+:class:`Solved` must also support adding and removing keys (see :mod:`retrieval.ridge`).
 """
 
 from __future__ import annotations
@@ -48,33 +48,22 @@ class Within(FittedMetric):
 
 
 @dataclass(frozen=True)
-class FittedValues(ABC):
-    """Values that are fitted to the shots, with a regularisation strength ``ridge`` above 0.
+class Solved:
+    """Kernel ridge regression, ``V = (G + lambda I)^-1 Y``, with a regularisation strength ``ridge`` above 0.
 
     ``bonus`` favours classes that have no shots (see :class:`retrieval.ridge.Ridge`).
     """
 
     ridge: float
     bonus: float = field(default=0.0, compare=False)
-    name: ClassVar[str]
+    name: ClassVar[str] = "solved"
 
-    @abstractmethod
     def fit(self, points: Tensor, ids: Tensor, c: int, beta: float, class_prior: ClassPrior = "even") -> Tensor:
         """Return the values of keys at ``points``, of shape ``[n, c]``."""
+        return Ridge(c, beta, self.ridge, "cpu", class_prior, self.bonus).values(points, ids)
 
     def __str__(self) -> str:
         return f"{self.name} values (ridge {self.ridge:g})"
-
-
-class Solved(FittedValues):
-    """Kernel ridge regression, ``V = (G + lambda I)^-1 Y`` (see :class:`retrieval.ridge.Ridge`)."""
-
-    name = "solved"
-
-    def fit(  # noqa: D102
-        self, points: Tensor, ids: Tensor, c: int, beta: float, class_prior: ClassPrior = "even"
-    ) -> Tensor:
-        return Ridge(c, beta, self.ridge, "cpu", class_prior, self.bonus).values(points, ids)
 
 
 @dataclass(frozen=True)
@@ -82,20 +71,19 @@ class Form:
     """A metric, values and beta to fit. ``None`` stands for no metric and for one-hot values."""
 
     metric: FittedMetric | None
-    values: FittedValues | None
+    values: Solved | None
     beta: float
 
     @classmethod
     def of(cls, fitted: Fitted | None, beta: float) -> Form:
-        """Return the form of a fitted index. Raises InputError if the metric or the values are unknown."""
+        """Return the form of a fitted index. Raises InputError if the metric is unknown."""
         if fitted is None:
             return cls(None, None, beta)
         metrics = {form.metric.name: type(form.metric) for form in FORMS if form.metric}
-        values = {form.values.name: type(form.values) for form in FORMS if form.values}
         try:
             return cls(
                 None if fitted.shrinkage is None else metrics[fitted.metric](fitted.shrinkage),
-                None if fitted.ridge is None else values[fitted.values](fitted.ridge, fitted.bonus),
+                None if fitted.ridge is None else Solved(fitted.ridge, fitted.bonus),
                 beta,
             )
         except KeyError as name:

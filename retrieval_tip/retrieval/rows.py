@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -254,7 +253,7 @@ class ArrayRows(Rows):
         index, fresh = retrieval.keys.index, np.flatnonzero(np.isin(self.key_ids, key_ids))
         # An exact or class-wise index would compare each new key with too many keys.
         cheap = not (retrieval.metric or index.by_class or index.exact_search)
-        with index.limited(EFFORT) if cheap else nullcontext():
+        with index.limited(EFFORT):
             search = retrieval.nearest if cheap else None
             return duplicates(self.keys, self.labels, fresh, budget=FRESH_PAIRS, search=search)
 
