@@ -88,9 +88,8 @@ class Answering:
 
     def _index_over(self, rows: ArrayRows, factory: str | None = None) -> VectorIndex:
         """Build a FAISS index over other keys, with the current type and search effort by default."""
-        before, wanted = self.index, factory
-        if wanted is None:
-            wanted = FLAT_FACTORY if before is None else before.factory
+        before = self.index
+        wanted = factory or (FLAT_FACTORY if before is None else before.factory)
         index = index_over(rows.vectors, rows.class_ids, len(self.class_names), wanted, self.device)
         if before is not None and wanted == before.factory:
             index.effort = before.effort
@@ -98,7 +97,7 @@ class Answering:
 
     def _follow(self) -> None:
         c = len(self.class_names)
-        if isinstance(self.rows, ArrayRows) and self.index is not None and self.index.by_class and self.index.n < c:
+        if isinstance(self.rows, ArrayRows) and self.index is not None and self.index.by_class and self.index.n != c:
             self.index = self._index_over(self.rows)
         self._keys = self.rows.stream(c, self.device, self.precision, self.index)
 

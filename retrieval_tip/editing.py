@@ -195,8 +195,6 @@ class Editing(Answering):
         left = np.delete(np.arange(len(self.class_names)), class_ids)
         self.rows, self.scores = self.rows.narrowed(class_ids, len(self.class_names)), None
         self.class_names, self.text_weights = [self.class_names[i] for i in left], self.text_weights[left]
-        if isinstance(self.rows, ArrayRows) and self.index is not None and self.index.by_class:
-            self.index = self._index_over(self.rows)
         self._follow()
 
     def solve(self) -> None:
