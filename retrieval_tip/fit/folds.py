@@ -257,9 +257,14 @@ class Folds:
         All views of a held-out image are held out.
         """
         ids = self.ids.numpy()
-        folds, first = _folds(images, ids, number)
-        held, single = list(_held(self.keys, ids, folds[first], first, images, most)), np.bincount(ids[first]) == 1
-        return replace(self, held=held, single=int(single.sum()), _terms={})
+        _, first = np.unique(images, return_index=True)
+        own = ids[first]
+        counts, folds = np.bincount(own), np.full(len(own), -1)
+        if (several := counts[own] > 1).any():
+            ranks = ranks_within(own, np.random.default_rng(0))
+            folds = np.where(several, ranks % min(number, int(np.median(counts[counts > 1]))), -1)
+        held = list(_held(self.keys, ids, folds, first, images, most))
+        return replace(self, held=held, single=int((counts == 1).sum()), _terms={})
 
     def with_small(self, images: IntArray, most: int) -> Folds:
         """Also hold out few photos at a time, if the other folds contain half of the shots.
@@ -439,19 +444,14 @@ class Folds:
         :class:`retrieval.ridge.Ridge`), or ``None`` if the bonus cannot be fitted.
         """
         if form not in self._terms:
-            self._terms[form] = self._terms_of(form)
+            answers = (self._answers(form, held, fold) for fold, held in enumerate(self.held))
+            cache, third = (torch.cat(parts) for parts in zip(*answers, strict=True))
+            features, words = torch.cat([held.features for held in self.held]), self.words
+            text = None if words is None else tip.affinity(features, words)
+            fits_bonus = form.values is not None and bool(self.held_of("classes").any())
+            self._terms[form] = text, cache, third if self.covered == 1 or fits_bonus else None
         text, cache, third = self._terms[form]
         return text, cache.clone(), third
-
-    def _terms_of(self, form: Form) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        cache, third = (
-            torch.cat(parts)
-            for parts in zip(*(self._answers(form, held, fold) for fold, held in enumerate(self.held)), strict=True)
-        )
-        features, words = torch.cat([held.features for held in self.held]), self.words
-        text = None if words is None else tip.affinity(features, words)
-        fits_bonus = form.values is not None and bool(self.held_of("classes").any())
-        return text, cache, third if self.covered == 1 or fits_bonus else None
 
     @property
     def ids_held(self) -> Tensor:
@@ -696,16 +696,3 @@ def _blocks(keys: Keys, rows: IntArray) -> Iterator[tuple[npt.NDArray[Any], IntA
 def taken_keys(keys: Keys, rows: Tensor) -> Tensor:
     """Return some of the keys as float32."""
     return torch.from_numpy(np.asarray(keys[rows.numpy()], dtype=np.float32))
-
-
-def _folds(images: IntArray, ids: IntArray, number: int) -> tuple[IntArray, IntArray]:
-    """Return the fold of each key, or -1 if the key is never held out, and the first key of each image."""
-    _, first, image = np.unique(images, return_index=True, return_inverse=True)
-    own = ids[first]
-    counts = np.bincount(own)
-    several = counts[own] > 1
-    if not several.any():
-        return np.full(len(ids), -1), first
-    ranks = ranks_within(own, np.random.default_rng(0))
-    folds = np.where(several, ranks % min(number, int(np.median(counts[counts > 1]))), -1)
-    return folds[image], first
