@@ -291,7 +291,7 @@ def fit(
     if folds.prior is not None and forms[0] == DEFAULT_FORM:
         forms = [WITH_PRIOR, *forms]
     if folds.can_judge:
-        form, trials = _chosen(index, forms, folds, images if validation is None else None)
+        form, trials = _chosen(forms, folds, images if validation is None else None)
         form, settings, accuracies, rows = _settings_of(index, form, folds)
         where = f"fitted on {judged_on}"
     else:
@@ -447,13 +447,25 @@ def _folds_of(
     return folds, f"{folds.n:,} photos, each held out in turn"
 
 
-def _chosen(index: Index, forms: Sequence[Form], folds: Folds, images: IntArray | None) -> tuple[Form, list[FormTrial]]:
-    """Return the selected form and the forms that were tried, if there are enough shots to select one."""
+def _chosen(forms: Sequence[Form], folds: Folds, images: IntArray | None) -> tuple[Form, list[FormTrial]]:
+    """Return the first form, or the best form that is significantly better, and all trials.
+
+    If there are too few shots to select a form, no form is tried.
+    """
     if len(forms) == 1 or (images is not None and len(np.unique(images)) < LEAST_SHOTS * len(folds.ids.unique())):
         return forms[0], []
     if images is not None:
         folds = _sample(folds, images)
-    return _choose(folds, forms)
+    stands = folds.judge(forms[0])
+    best, trials = (forms[0], stands.loss), []
+    for form in forms:
+        tried = stands if form is forms[0] else folds.judge(form)
+        loss, more = tried.loss, stands.weights * (stands.losses - tried.losses)
+        trials.append(FormTrial(form, loss, tried.accuracy))
+        sure = float(more.mean()) > 2 * float(more.std()) / len(more) ** 0.5
+        if sure and tried.accuracy >= stands.accuracy and loss < best[1]:
+            best = form, loss
+    return best[0], trials
 
 
 def _settings_of(index: Index, form: Form, folds: Folds) -> tuple[Form, Settings, Accuracies, FloatArray]:
@@ -618,17 +630,3 @@ def _sample(folds: Folds, images: IntArray, most: int = CHOSEN_ON) -> Folds:
         ids, c = np.searchsorted(classes, ids[rows]), len(classes)
     sample = replace(folds, keys=keys, ids=torch.from_numpy(ids), c=c, text=text, sums=None, _scatters={})
     return sample.with_shots(images, FOLDS, len(ids)).with_classes(images, len(ids))
-
-
-def _choose(folds: Folds, forms: Sequence[Form]) -> tuple[Form, list[FormTrial]]:
-    """Return the first form, or the best form that is significantly better, and all trials."""
-    stands = folds.judge(forms[0])
-    best, trials = (forms[0], stands.loss), []
-    for form in forms:
-        tried = stands if form is forms[0] else folds.judge(form)
-        loss, more = tried.loss, stands.weights * (stands.losses - tried.losses)
-        trials.append(FormTrial(form, loss, tried.accuracy))
-        sure = float(more.mean()) > 2 * float(more.std()) / len(more) ** 0.5
-        if sure and tried.accuracy >= stands.accuracy and loss < best[1]:
-            best = form, loss
-    return best[0], trials

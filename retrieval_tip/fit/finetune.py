@@ -368,24 +368,19 @@ class _Run:
         row["val_loss"], row["val_accuracy"] = self._validate() if self.collapsed is None else (math.nan, math.nan)
         row["seconds"] = time.monotonic() - self.began
         self.curve.append(row)
-        if self.epoch and self.material.queries is not None and not math.isfinite(row["val_loss"]):
+        queries = self.material.queries
+        if self.epoch and queries is not None and not math.isfinite(row["val_loss"]):
             self.collapsed = self.collapsed or f"the validation loss is not finite after epoch {self.epoch}"
         trained = self.curve[1:]
         if self.collapsed is None and len(trained) > 1:
             most = max(earlier["accuracy"] for earlier in trained[:-1])
             if accuracy < COLLAPSE * most and loss > trained[0]["loss"]:
                 self.collapsed = f"in epoch {self.epoch} accuracy on the shots fell from {most:.3f} to {accuracy:.3f}"
-        if self.collapsed is None and self._is_kept():
+        best = max(row["val_accuracy"] for row in self.curve)
+        error = 0.0 if queries is None else math.sqrt(best * (1 - best) / len(queries.ids))  # a standard error
+        if self.collapsed is None and (queries is None or row["val_accuracy"] >= best - error):
             self.kept_epoch, self.kept = self.epoch, self.trainer.trained()
         self.on_epoch(dict(row))
-
-    def _is_kept(self) -> bool:
-        """Return whether the latest validation accuracy is within one standard error of the best."""
-        if self.material.queries is None:
-            return True
-        best = max(row["val_accuracy"] for row in self.curve)
-        error = math.sqrt(best * (1 - best) / len(self.material.queries.ids))
-        return bool(self.curve[-1]["val_accuracy"] >= best - error)
 
     def _validate(self) -> tuple[float, float]:
         queries = self.material.queries
