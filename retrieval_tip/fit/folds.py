@@ -445,11 +445,11 @@ class Folds:
         """
         if form not in self._terms:
             answers = (self._answers(form, held, fold) for fold, held in enumerate(self.held))
-            cache, third = (torch.cat(parts) for parts in zip(*answers, strict=True))
+            photos, more = (torch.cat(parts) for parts in zip(*answers, strict=True))
             features, words = torch.cat([held.features for held in self.held]), self.words
             text = None if words is None else tip.affinity(features, words)
             fits_bonus = form.values is not None and bool(self.held_of("classes").any())
-            self._terms[form] = text, cache, third if self.covered == 1 or fits_bonus else None
+            self._terms[form] = text, photos, more if self.covered == 1 or fits_bonus else None
         text, cache, third = self._terms[form]
         return text, cache.clone(), third
 
