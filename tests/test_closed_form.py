@@ -24,7 +24,6 @@ from retrieval_tip.backbones.base import Identity
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.evaluation.held_out import held_out_probabilities
 from retrieval_tip.fit import closed_form
-from retrieval_tip.fit import folds as folds_module
 from retrieval_tip.fit.closed_form import Fit
 from retrieval_tip.fit.folds import Folds, Queries, blend, robust_blend
 from retrieval_tip.fit.forms import DEFAULT_FORM, FORMS, ONE_SHOT, FittedMetric, Form, Scatter, Solved, Within
@@ -169,11 +168,12 @@ def test_each_fold_is_judged_by_a_fit_without_it():
 def test_views_of_one_photo_stay_together():
     images = np.array([0, 0, 1, 1, 2, 2, 3, 3, 4])
     ids = np.array([0, 0, 0, 0, 1, 1, 1, 1, 2])
-    folds, first = folds_module._folds(images, ids, 4)
-    assert folds[8] == -1  # the only photo of its class is used but never judged
-    assert all(folds[i] == folds[i + 1] >= 0 for i in range(0, 8, 2))
-    assert {folds[0], folds[2]} == {folds[4], folds[6]} == {0, 1}
-    assert first.tolist() == [0, 2, 4, 6, 8]
+    folds = Folds(np.eye(9, dtype=np.float32), torch.from_numpy(ids), 3, None).with_shots(images, 4, 10**6)
+    assert [held.ids.tolist() for held in folds.held] == [[0, 1]] * 2
+    assert sorted(torch.cat([held.own for held in folds.held]).tolist()) == [0, 2, 4, 6]  # a class with one photo stays
+    for held in folds.held:
+        hidden = set(range(9)) - set(held.rows.tolist())
+        assert hidden == {row + view for row in held.own.tolist() for view in (0, 1)}
 
 
 @settings(max_examples=examples(25), deadline=None)
