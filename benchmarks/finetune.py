@@ -26,8 +26,7 @@ from torch.nn import functional
 
 from retrieval_tip import Index, Reader, open_source
 from retrieval_tip.data.sources import Source
-from retrieval_tip.fit.finetune import finetune
-from retrieval_tip.fit.trainer import Trainer
+from retrieval_tip.fit.finetune import Trainer, finetune
 from retrieval_tip.settings import Recipe, Settings
 
 ALPHA, BETA, SCALE = 1.0, 5.5, 100.0

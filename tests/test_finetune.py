@@ -24,8 +24,7 @@ from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import finetune
 from retrieval_tip.fit.finetune import CURVE, _Material, _Run, own_shots
-from retrieval_tip.fit.trainer import Recipe
-from retrieval_tip.settings import Settings
+from retrieval_tip.settings import Recipe, Settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
