@@ -37,10 +37,9 @@ from retrieval_tip.fit.closed_form import FormChoice
 from retrieval_tip.fit.folds import Queries
 from retrieval_tip.fit.search_hp import on_validation, validation_shots
 from retrieval_tip.html import markup, table
-from retrieval_tip.index import changes, hub, places
+from retrieval_tip.index import changes, export, places
 from retrieval_tip.index.build import build_index
 from retrieval_tip.index.changes import Added, Changed, Renamed
-from retrieval_tip.index.fit import fit_index
 from retrieval_tip.index.items import Plan
 from retrieval_tip.index.places import Place
 from retrieval_tip.labelling import groups
@@ -278,11 +277,11 @@ class OpenIndex:
         """Fit the index to its shots again, in closed form.
 
         ``val`` can be validation photos as for ``evaluate``, which are used instead of held-out shots to select the
-        fit. For the other arguments and the errors, see :func:`fit.fit_index`.
+        fit. For the other arguments and the errors, see :func:`changes.fit_index`.
         """
         source, reader = (None, None) if val is None else self._labelled(val, "val")
         return self._after(
-            fit_index(
+            changes.fit_index(
                 self._written(), metric=metric, values=values, class_prior=class_prior, prior=prior,
                 validation=source, reader=reader,
             )
@@ -436,7 +435,7 @@ class Classifier(OpenIndex):
         ``folder``, which defaults to ``indexes/NAME``. The other arguments are the same as for ``load``.
         Raises InputError if the download fails.
         """
-        return cls.load(hub.download(repository, folder), model, device=device, precision=precision)
+        return cls.load(export.download(repository, folder), model, device=device, precision=precision)
 
     @overload
     def predict(self, what: Picture, **options: Unpack[PredictOptions]) -> Prediction: ...  # type: ignore[overload-overlap] # a path is also an iterable of letters
@@ -657,7 +656,7 @@ class Classifier(OpenIndex):
         accuracy on it. Raises InputError if the upload fails.
         """
         figures = None if test is None else self.evaluate(test).to_dict()
-        return hub.upload(self._written(), repository, hub.card(self.index, repository, figures), private, token)
+        return export.upload(self._written(), repository, export.card(self.index, repository, figures), private, token)
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,7 @@ def encodings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make a writer fail at once if another one holds the lock."""
-    monkeypatch.setattr("retrieval_tip.store.lock.LOCK_WAIT", 0.0)
+    monkeypatch.setattr("retrieval_tip.store.files.LOCK_WAIT", 0.0)
 
 
 @pytest.fixture(autouse=True)

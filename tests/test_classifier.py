@@ -45,7 +45,7 @@ from retrieval_tip.evaluation import evaluate as evaluation
 from retrieval_tip.evaluation.audit import audit
 from retrieval_tip.fit.finetune import finetune_into
 from retrieval_tip.index import changes
-from retrieval_tip.index.fit import fit_index
+from retrieval_tip.index.changes import fit_index
 from retrieval_tip.labelling.sort import sort_photos
 from retrieval_tip.report.report import write_report
 

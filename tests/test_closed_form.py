@@ -796,7 +796,7 @@ def test_added_and_removed_shots_follow_the_fitted_form(form, most, tmp_path, mo
 
 
 def test_fitting_twice_gives_the_same_bytes(tmp_path):
-    from retrieval_tip.index.fit import fit_index
+    from retrieval_tip.index.changes import fit_index
 
     cache = model(shots=6)
     cache.save(tmp_path / "index")

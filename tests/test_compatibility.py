@@ -25,7 +25,7 @@ from retrieval_tip.backbones.base import Backbone
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.errors import StoreError
 from retrieval_tip.index import changes
-from retrieval_tip.index.fit import fit_index
+from retrieval_tip.index.changes import fit_index
 from retrieval_tip.index.places import at
 from retrieval_tip.model import Index, verify
 from retrieval_tip.store.manifest import Manifest

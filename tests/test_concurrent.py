@@ -36,7 +36,7 @@ from retrieval_tip.errors import StoreError
 from retrieval_tip.index import changes
 from retrieval_tip.index.build import build_index
 from retrieval_tip.retrieval import vector_index
-from retrieval_tip.store import lock
+from retrieval_tip.store import files as store_files
 from retrieval_tip.store import versions as store_versions
 from retrieval_tip.store.versions import Versions
 
@@ -163,7 +163,7 @@ def _work(job: killing.Job, steps: killing.Steps) -> None:
 
 
 if __name__ == "__main__":
-    lock.LOCK_WAIT = 120.0
+    store_files.LOCK_WAIT = 120.0
     killing.serve(_work)
     raise SystemExit
 

@@ -29,7 +29,7 @@ from retrieval_tip.fit import closed_form
 from retrieval_tip.index import changes
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import build_index
-from retrieval_tip.index.fit import fit_index
+from retrieval_tip.index.changes import fit_index
 from retrieval_tip.lance import keys as lance_keys
 from retrieval_tip.lance import lance_store
 from retrieval_tip.lance import rows as lance_rows

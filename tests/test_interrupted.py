@@ -36,10 +36,10 @@ from retrieval_tip.errors import RetrievalTipError, StoreError
 from retrieval_tip.index import changes, manage
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import build_index
-from retrieval_tip.index.fit import fit_index
+from retrieval_tip.index.changes import fit_index
 from retrieval_tip.lance import lance_store
 from retrieval_tip.lance.key_table import KeyTable
-from retrieval_tip.store import lock
+from retrieval_tip.store import files as store_files
 from retrieval_tip.store import versions as store_versions
 from retrieval_tip.store.address import Address, storage_options
 from retrieval_tip.store.bucket import BucketFiles
@@ -174,7 +174,7 @@ def shrink_limits(patch):
         (store_versions, "KEPT_VERSIONS", KEPT),
         (lance_store, "PRUNED_EVERY", PRUNED_EVERY),
         (store_versions, "UNFINISHED", datetime.timedelta()),
-        (lock, "LOCK_WAIT", 60.0),
+        (store_files, "LOCK_WAIT", 60.0),
     ):
         patch.setattr(owner, name, value)
 

@@ -37,7 +37,7 @@ from retrieval_tip.evaluation.audit import audit
 from retrieval_tip.evaluation.projection import Method, Projection, projected
 from retrieval_tip.index import changes
 from retrieval_tip.index import photos as photos_module
-from retrieval_tip.index.fit import fit_index
+from retrieval_tip.index.changes import fit_index
 from retrieval_tip.labelling.groups import group, threshold_of
 from retrieval_tip.server import routes as routes_module
 from retrieval_tip.server import served as served_module
@@ -399,7 +399,7 @@ def test_gc_deletes_photos_that_no_kept_version_uses(
 
     assert run("index", "gc", own, "--keep", 2).exit_code == 0  # the previous version still uses it
     assert unused.exists()
-    monkeypatch.setattr("retrieval_tip.store.lock.LOCK_WAIT", 0.0)
+    monkeypatch.setattr("retrieval_tip.store.files.LOCK_WAIT", 0.0)
     with photos_module.adding(shots):  # as the server does before it saves a version
         assert changes.gc(own, 1).photos == 0
     assert changes.gc(own, 1) == changes.Collected([], 1, sent[0].stat().st_size)

@@ -21,7 +21,7 @@ from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.forms import Form
 from retrieval_tip.index import changes
 from retrieval_tip.index.build import build_index
-from retrieval_tip.index.fit import fit_index
+from retrieval_tip.index.changes import fit_index
 from retrieval_tip.index.places import at
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.sets import Scores

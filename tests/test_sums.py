@@ -21,7 +21,7 @@ from retrieval_tip.errors import StoreError
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.forms import FORMS, Form, Within
 from retrieval_tip.index import changes
-from retrieval_tip.index.fit import fit_index
+from retrieval_tip.index.changes import fit_index
 from retrieval_tip.model import verify
 from retrieval_tip.retrieval.rows import ArrayRows
 from retrieval_tip.store import sums as module

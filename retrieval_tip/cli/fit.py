@@ -41,7 +41,7 @@ def fit_command(
             and the probabilities become softmax(logits / temperature). Do this for a fine-tuned index. Do it again
             whenever its keys, alpha, beta, k or tail change.
     """
-    from retrieval_tip.index.fit import fit_index
+    from retrieval_tip.index.changes import fit_index
 
     if only_calibrate:
         _calibrate(folder, val, form, encoding)

@@ -36,7 +36,7 @@ from retrieval_tip.fit.forms import like
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.rows import ArrayRows
 from retrieval_tip.settings import Recipe
-from retrieval_tip.store.folder import check_name
+from retrieval_tip.store.files import check_name
 from retrieval_tip.store.labels import images_of
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 import torch
 
-from retrieval_tip.backbones.base import Part, parts_of, resolve_device
+from retrieval_tip.backbones.base import Identity, Part, parts_of, resolve_device, same_backbone
 from retrieval_tip.backbones.prompts import DEFAULT_TEMPLATES, check_templates
 from retrieval_tip.bounds import check_memory
 from retrieval_tip.data.reader import FeatureBlock, Reader
@@ -26,8 +26,8 @@ from retrieval_tip.data.tables import parts_in, read_groups
 from retrieval_tip.errors import SHOWN, UsageError, counted, few
 from retrieval_tip.evaluation.audit import ALL_PAIRS, suspicious
 from retrieval_tip.fit.closed_form import Fit
+from retrieval_tip.fit.scatter import FloatArray, pooled
 from retrieval_tip.index import places
-from retrieval_tip.index.fit import prior_of
 from retrieval_tip.index.items import Material, Plan, Words, draw_shots, identity_of, ids_in, read_text_table
 from retrieval_tip.index.places import Place
 from retrieval_tip.model import Index
@@ -35,6 +35,7 @@ from retrieval_tip.retrieval.keys import index_over
 from retrieval_tip.retrieval.rows import ArrayRows
 from retrieval_tip.retrieval.vector_index import BY_CLASS
 from retrieval_tip.settings import BuildOptions
+from retrieval_tip.store.sums import Sums
 
 log = logging.getLogger(__name__)
 
@@ -177,3 +178,18 @@ def warn_of_spelling(place: Place, class_names: Sequence[str], new: Sequence[str
     if len(alike) > SHOWN:
         log.warning("%d more new classes are spelled almost like others", len(alike) - SHOWN)
     return alike
+
+
+def prior_of(indexes: Place | Sequence[Place], backbone: Identity | None) -> FloatArray | None:
+    """Return the scatter of the photos of other indexes, or ``None`` if there are no indexes.
+
+    Raises BackboneError if an index has another ``backbone``. Raises InputError if no class has two photos.
+    """
+    found = []
+    for place in [indexes] if isinstance(indexes, str | os.PathLike) else indexes:
+        other = places.at(place).load(device="cpu")
+        if backbone is not None and other.backbone is not None:
+            same_backbone(other.backbone, backbone, f"prior {place}")
+        blocks = ((keys, labels["class_id"].to_numpy().astype(np.int64)) for labels, keys in other.rows.blocks())
+        found.append(Sums.of(blocks, len(other.class_names), other.d))
+    return pooled(found) if found else None

@@ -6,6 +6,7 @@ Slow work such as encoding is done before the index is locked, so that other wri
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -27,14 +28,14 @@ from retrieval_tip.data.tables import check_backbone, read_columns, read_groups,
 from retrieval_tip.errors import InputError, StoreError, UsageError, counted, few, show
 from retrieval_tip.fit.closed_form import Fit, FormChoice
 from retrieval_tip.index import places
-from retrieval_tip.index.build import warn_of_spelling
+from retrieval_tip.index.build import prior_of, warn_of_spelling
 from retrieval_tip.index.items import ItemColumns, draw_shots, ids_in, precision_of, provenance_of, read_text_table
 from retrieval_tip.index.photos import remove_unused
 from retrieval_tip.index.places import Change, Place
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.defaults import plain_settings
 from retrieval_tip.retrieval.duplicates import Duplicates
-from retrieval_tip.settings import Dtype, Normalize, check_choice
+from retrieval_tip.settings import ClassPrior, Dtype, MetricName, Normalize, ValuesName, check_choice
 from retrieval_tip.store.labels import PICKED, WITHDRAWN, Edits, in_words
 from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.query import rows_where
@@ -60,7 +61,7 @@ class Changed:
     If the number of keys has grown by an eighth since the last fit, or if other classes than before have no photos, the
     index is fitted again, and ``fit`` is the result. Some indexes are not fitted by a change, because they are too
     large, or because a fit to their shots did not choose their settings. If such an index has doubled, or if other
-    classes have no photos, ``fit_due`` is true, and :func:`fit.fit_index` would make the index more accurate.
+    classes have no photos, ``fit_due`` is true, and :func:`fit_index` would make the index more accurate.
 
     ``edits`` are the labels that :func:`label` has changed since the version before.
     """
@@ -526,6 +527,44 @@ def keep_encoders(folder: Place, names: Sequence[str]) -> Configured:
             summary = str(change.fit(Fit(class_prior=fitted.class_prior)))
         change.what = f"keep {counted(len(index.parts) or 1, 'encoder')}: {', '.join(names)}"
     return Configured(_version(change.index), [], summary)
+
+
+def fit_index(
+    folder: Place,
+    *,
+    metric: MetricName | None = None,
+    values: ValuesName | None = None,
+    class_prior: ClassPrior | None = None,
+    prior: Sequence[Place] = (),
+    validation: Source | None = None,
+    reader: Reader | None = None,
+) -> FormChoice:
+    """Fit the metric, values and settings of an index with :func:`closed_form.fit`, and write a new version.
+
+    Args:
+        folder: the index.
+        metric: ``none`` or ``within``. If ``None``, the fit selects the metric.
+        values: ``one-hot`` or ``solved``. If ``None``, the fit selects the values.
+        class_prior: ``even`` if future photos are about equally often from each class, or ``shots`` if the classes
+            are as frequent as in the shots. Defaults to the choice of the previous fit.
+        prior: other indexes of the same encoder. The scatter of their photos around their class means helps if there
+            are few shots (see :func:`scatter.pooled`). It is kept for later fits.
+        validation: labelled images or features to use for the selection instead of the held-out shots. They require an
+            ``reader``.
+        reader: sets the backbone (the same as for the index) and the cache.
+
+    Raises the errors of :func:`closed_form.fit`. If an error occurs, the index stays unchanged.
+    """
+    queries = None
+    if validation is not None and reader is not None:
+        from retrieval_tip.fit.search_hp import on_validation  # other changes do not need it
+
+        queries = functools.partial(on_validation, source=validation, reader=reader)
+    store = places.at(folder)
+    manifest = store.manifest()
+    before = "even" if manifest.fitted is None else manifest.fitted.class_prior
+    asked = Fit(metric, values, class_prior or before, prior_of(prior, manifest.identity))
+    return store.fit(asked, queries)
 
 
 def rebuild(folder: Place, *, index: str | None = None, dtype: Dtype | None = None) -> Changed:

@@ -10,7 +10,7 @@ from retrieval_tip.errors import InputError, StoreError, show
 from retrieval_tip.files import remove_leftovers, sync, temporary
 from retrieval_tip.index import changes, places
 from retrieval_tip.index.photos import holds_photos, remove_unused
-from retrieval_tip.store.lock import locked
+from retrieval_tip.store.files import locked
 
 
 def rename(folder: places.Place, name: str) -> Path:

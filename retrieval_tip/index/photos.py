@@ -23,7 +23,7 @@ from retrieval_tip.errors import StoreError, show
 from retrieval_tip.files import locked_folder, make_folders, real, remove_leftovers, sha256_of
 from retrieval_tip.index import places
 from retrieval_tip.index.places import Store
-from retrieval_tip.store import lock
+from retrieval_tip.store import files
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def file_of(folder: Path, label: str, data: bytes) -> Path:
 def adding(folder: Path) -> Iterator[None]:
     """Block :func:`remove_unused` inside the context, because new photos are not yet part of a version."""
     make_folders(folder)
-    with locked_folder(folder, alone=False, wait=lock.LOCK_WAIT):
+    with locked_folder(folder, alone=False, wait=files.LOCK_WAIT):
         yield
 
 
@@ -82,7 +82,7 @@ def remove_unused(store: Store) -> tuple[int, int]:
     folder = folder_of(store)
     if folder is None or folder.is_symlink() or not folder.is_dir():
         return 0, 0
-    with locked_folder(folder, alone=True, wait=lock.LOCK_WAIT) as held:
+    with locked_folder(folder, alone=True, wait=files.LOCK_WAIT) as held:
         if not held:
             log.warning("%s: photos are being added, so no photo was removed; run index gc again", show(folder))
             return 0, 0

@@ -81,9 +81,9 @@ class Store(Versions):
 
     def create(self, material: Material) -> Index:
         """Build the first or the next version, and return the opened index."""
-        from retrieval_tip.index import folders
+        from retrieval_tip.index.items import create
 
-        return folders.create(self, material)
+        return create(self, material)
 
     def copy_from(self, index: Index, what: str) -> int:
         """Write an opened index as the next version, and return the version number.

@@ -19,7 +19,6 @@ from retrieval_tip.data.sources import spelled_alike
 from retrieval_tip.errors import InputError, counted, few, json_line, show
 from retrieval_tip.index import changes as index_changes
 from retrieval_tip.index import manage
-from retrieval_tip.index.fit import fit_index
 from retrieval_tip.labelling.placing import Action
 from retrieval_tip.labelling.sidecars import undo_sidecars, write_planned
 from retrieval_tip.labelling.sort import check_files, sort_photos, undo_sort
@@ -176,7 +175,7 @@ async def create(
 @changes.post("/indexes/{name}/fit")
 async def fit(service: TheService, one: Named) -> schemas.FittedIndex:
     """Fit an index to its shots again, and estimate its accuracy."""
-    await service.changed(one, fit_index, one.folder)
+    await service.changed(one, index_changes.fit_index, one.folder)
     return schemas.FittedIndex(**_fitted(one))
 
 

@@ -15,7 +15,8 @@ import torch
 
 from retrieval_tip import tip
 from retrieval_tip.errors import StoreError
-from retrieval_tip.store.folder import read_array, read_curve, read_labels
+from retrieval_tip.store.files import read_array
+from retrieval_tip.store.labels import read_curve, read_labels
 from retrieval_tip.store.manifest import DataFile, Manifest
 from retrieval_tip.store.sums import Sums
 from retrieval_tip.store.versions import Check, Origin, Versions, Writer

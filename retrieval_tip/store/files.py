@@ -1,4 +1,4 @@
-"""The files of an index in a folder on this machine. See :mod:`store.bucket` for those in a bucket."""
+"""The files of an index in a folder on this machine, and its lock. See :mod:`store.bucket` for those in a bucket."""
 
 from __future__ import annotations
 
@@ -6,17 +6,28 @@ import datetime
 import errno
 import os
 import re
+import socket
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from retrieval_tip.errors import StoreError
-from retrieval_tip.files import NotAFileError, open_regular, sha256_of, sync
+import filelock
+import numpy as np
+import numpy.typing as npt
+
+from retrieval_tip.errors import StoreError, first_line, one_line
+from retrieval_tip.files import NotAFileError, make_folders, open_regular, sha256_of, sync
 from retrieval_tip.store.manifest import SUFFIXES, DataFile
 
 FAST_BYTES = 1 << 22
 """Maximum size in bytes of the files that a fast check hashes."""
+LOCK_WAIT = 30.0
+"""Number of seconds to wait for another writer by default."""
+POLL = 0.02
+"""Number of seconds between two attempts to acquire the lock."""
+TRIES = 16
+"""Number of attempts to acquire the lock if another writer keeps removing the folder."""
 
 _KIND = "|".join(SUFFIXES)
 FILE_NAME = re.compile(rf"({_KIND})-[0-9a-f]{{16}}\.({'|'.join(sorted({s[1:] for s in SUFFIXES.values()}))})")
@@ -147,3 +158,70 @@ def lies_in(folder: Path, path: Path) -> bool:
         return path.resolve().is_relative_to(folder.resolve())
     except (OSError, RuntimeError):  # a link that points to itself
         return False
+
+
+def read_array(
+    folder: Path, file: DataFile, shape: tuple[int, int], dtypes: Sequence[npt.DTypeLike] = (np.float32, np.float16)
+) -> npt.NDArray[np.floating]:
+    """Memory-map a ``.npy`` file in copy-on-write mode, so that torch can share the memory.
+
+    Raises StoreError if the file cannot be read or if its shape or dtype is wrong.
+    """
+    path = folder / file.name
+    try:
+        array: npt.NDArray[np.floating] = np.lib.format.open_memmap(path, mode="c")  # never unpickles
+    except Exception as error:  # a damaged header can make numpy raise any error
+        raise StoreError(f"{path}: cannot be read ({first_line(error)})") from None
+    if array.shape != shape or array.dtype not in dtypes:
+        raise StoreError(f"{path}: an array of {array.dtype} {array.shape} does not match {shape} in the manifest")
+    return array
+
+
+def check_name(folder: Path) -> None:
+    """Raise StoreError if the name of a folder is not valid UTF-8."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        shown = str(folder).encode("utf-8", "backslashreplace").decode()
+        raise StoreError(f"{shown}: the folder's name is not UTF-8, which FAISS needs; use another name") from None
+
+
+@contextmanager
+def locked(folder: Path, place: object, wait: float | None = None) -> Iterator[None]:
+    """Lock ``folder`` for writing inside the context, so that only one process can write to it at a time.
+
+    The operating system locks a file in the folder, which contains the name of the owner, and releases the lock when
+    the process ends.
+
+    Waits up to ``wait`` seconds for another writer. ``wait`` defaults to :data:`LOCK_WAIT`. The folder and its ``data``
+    folder are created first. Raises StoreError naming ``place`` if the lock is still held or cannot be acquired.
+    """
+    path, data = folder / "lock", folder / "data"
+    lock = filelock.FileLock(path)
+    for left in reversed(range(TRIES)):
+        try:
+            make_folders(data)
+            lock.acquire(timeout=LOCK_WAIT if wait is None else wait, poll_interval=POLL)
+            break
+        except filelock.Timeout:
+            owner = _owner(path) or "another process"
+            raise StoreError(one_line(f"{place}: is being written by {owner}; try later")) from None
+        except OSError as error:
+            if not left or not isinstance(error, FileNotFoundError | FileExistsError):  # else it was just removed
+                reason = error.strerror or type(error).__name__
+                raise StoreError(one_line(f"{place}: cannot be written: {reason}; nothing was changed")) from None
+    try:
+        data.mkdir(exist_ok=True)
+        with suppress(OSError):  # if the disk is full, the owner cannot write its name
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}", "utf-8")
+        yield
+    finally:
+        with suppress(OSError):  # the file stays empty until the next owner writes its name
+            os.truncate(path, 0)
+        lock.release()
+
+
+def _owner(path: Path) -> str:
+    with suppress(OSError):
+        return ascii(path.read_text("utf-8", "replace")[:200].strip()).strip("'")
+    return ""

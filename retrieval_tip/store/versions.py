@@ -43,10 +43,8 @@ from retrieval_tip.errors import InputError, StoreError, UsageError, first_line
 from retrieval_tip.files import real, sha256_of
 from retrieval_tip.settings import Verify, check_choice
 from retrieval_tip.store.bucket import BucketFiles
-from retrieval_tip.store.files import FILE_NAME, TEMPORARY, LocalFiles, lies_in
-from retrieval_tip.store.folder import check_name, read_array, read_curve, read_labels
-from retrieval_tip.store.labels import noun_of, versions_table
-from retrieval_tip.store.lock import locked
+from retrieval_tip.store.files import FILE_NAME, TEMPORARY, LocalFiles, check_name, lies_in, locked, read_array
+from retrieval_tip.store.labels import noun_of, read_curve, read_labels, versions_table
 from retrieval_tip.store.manifest import SUFFIXES, DataFile, Manifest, named_in
 from retrieval_tip.store.query import TIMEOUT, ask
 
@@ -455,7 +453,7 @@ class Versions:
     def write(self, wait: float | None = None) -> Iterator[Any]:
         """Yield a writer of the next version. A store on this machine is locked in the meantime.
 
-        Waits up to ``wait`` seconds for other writers; ``wait`` defaults to :data:`lock.LOCK_WAIT`. If an exception is
+        Waits up to ``wait`` seconds for other writers; ``wait`` defaults to :data:`files.LOCK_WAIT`. If an exception is
         raised or the process is killed, the current version stays in place. Raises StoreError if the folder contains
         other files, stays locked or cannot be written, or if the disk is full.
         """
