@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self, cast
@@ -20,11 +20,11 @@ from retrieval_tip.retrieval.arrays import KeyArray
 from retrieval_tip.retrieval.inputs import Features, Labels
 from retrieval_tip.retrieval.keys import KEY_BLOCK, Keys, auto_for, points_of
 from retrieval_tip.retrieval.logits import slices
-from retrieval_tip.retrieval.rows import ArrayRows
+from retrieval_tip.retrieval.rows import ArrayRows, Rows
 from retrieval_tip.retrieval.sets import Scores
 from retrieval_tip.retrieval.vector_index import FLAT_FACTORY, VectorIndex, faiss
 from retrieval_tip.settings import Precision, Settings, Verify
-from retrieval_tip.store.contents import Contents, Stored
+from retrieval_tip.store.contents import Contents, Stored, read, write
 from retrieval_tip.store.labels import label_table
 from retrieval_tip.store.manifest import SUFFIXES, DataFile, Manifest, Table
 from retrieval_tip.store.versions import Check, Origin, Versions, Writer, created
@@ -244,18 +244,31 @@ class Index(Editing):
     def _opened(cls, store: Versions, check: Check, device: str, precision: Precision) -> Self:
         check.wait()
         place, manifest = store.folder, check.manifest
-        contents = Contents.read(place, manifest)
-        values = None if contents.values is None else torch.from_numpy(contents.values)
-        points = points_of(contents.metric, contents.keys, device) if contents.points is None else contents.points
-        rows = ArrayRows(contents.keys, contents.labels, values, points, contents.sums)
-        index = cls(
-            rows, text_weights=torch.from_numpy(contents.text), index=_read_index(place, manifest, rows, device),
-            curve=contents.curve, precision=precision, metric=contents.metric, factory=manifest.index,
-            **described_by(manifest, device),
+        held = read(place, manifest)
+        keys, values, metric = held["keys"], held.get("values"), held.get("metric")
+        points = held["points"] if "points" in held else points_of(metric, keys, device)
+        rows = ArrayRows(
+            keys, held["labels"], None if values is None else torch.from_numpy(values), points, held.get("sums")
+        )
+        index = cls.of_version(
+            rows, manifest, device, held, index=_read_index(place, manifest, rows, device), curve=held.get("curve"),
+            precision=precision, factory=manifest.index,
         )  # fmt: skip
-        index.prior = contents.prior
-        index.scores = None if contents.scores is None else Scores(contents.scores, index.settings)
         index.stored = Stored.of(store, check, index._contents())
+        return index
+
+    @classmethod
+    def of_version(cls, rows: Rows, manifest: Manifest, device: str, held: Mapping[str, Any], **more: Any) -> Self:
+        """Return the index of a version with these rows. The other arrays and ``text`` are ``held`` by kind."""
+        index = cls(
+            rows, text_weights=torch.from_numpy(held["text"]), metric=held.get("metric"), device=device,
+            class_names=manifest.class_names, settings=manifest.settings, templates=manifest.templates,
+            backbone=manifest.identity, parts=tuple(manifest.parts), provenance=manifest.provenance,
+            next_key_id=manifest.next_key_id, fitted=manifest.fitted, built=manifest.built, groups=manifest.groups,
+            **more,
+        )  # fmt: skip
+        index.prior = held.get("prior")
+        index.scores = Scores(held["scores"], index.settings) if held.get("scores") is not None else None
         return index
 
     def reload(self) -> Index:
@@ -301,12 +314,13 @@ class Index(Editing):
             self._check_current(writer)
             assert isinstance(self.stored, Stored)
             self.fitted = None if self.fitted is None else replace(self.fitted, automatic=False)
-            self.commit(writer, change, replace(self.stored.contents, scores=None))
+            contents = {kind: held for kind, held in self.stored.contents.items() if kind != "scores"}
+            self.commit(writer, change, contents)
 
     def commit(self, writer: Writer, change: str, contents: Contents | None = None) -> None:
         """Write the files that have changed, and make this index the current version."""
-        contents = contents or self._contents()
-        contents.write(writer, self.stored if isinstance(self.stored, Stored) else None)
+        contents = self._contents() if contents is None else contents
+        write(contents, writer, self.stored if isinstance(self.stored, Stored) else None)
         self.check_answers()
         files = {kind: writer.files[kind] for kind in SUFFIXES if kind in writer.files}
         manifest = self.manifest_of(writer.number, writer.before, change, files)
@@ -321,22 +335,25 @@ class Index(Editing):
                 f"{writer.store}: changed from version {self.version} to {current} since it was opened; try again"
             )
 
-    def _contents(self) -> Contents:
+    def _contents(self) -> dict[str, Any]:
         rows = self.rows.in_memory()
         sums, derived = rows.sums, self.metric is not None and self.metric.factor is not None
-        return Contents(
-            keys=rows.keys,
-            labels=rows.labels,
-            text=self.text_weights,
-            values=rows.values,
-            curve=self.curve,
-            index=None if self.exact_search else self.index,
-            metric=self.metric,
-            points=None if derived else rows.points,
-            sums=sums if sums is not None and sums.nbytes * SUMS_FROM <= rows.keys.nbytes else None,
-            prior=self.prior,
-            scores=None if self.current_scores is None else self.current_scores.rows,
-        )
+        contents = self.fit_contents() | {
+            "keys": rows.keys,
+            "labels": rows.labels,
+            "text": self.text_weights,
+            "values": rows.values,
+            "curve": self.curve,
+            "index": None if self.exact_search else self.index,
+            "points": None if derived else rows.points,
+            "sums": sums if sums is not None and sums.nbytes * SUMS_FROM <= rows.keys.nbytes else None,
+        }
+        return {kind: held for kind, held in contents.items() if held is not None}
+
+    def fit_contents(self) -> dict[str, Any]:
+        """Return what a fit found, by kind of file, apart from the values. It is ``None`` if it does not exist."""
+        scores = self.current_scores
+        return {"metric": self.metric, "prior": self.prior, "scores": None if scores is None else scores.rows}
 
     def manifest_of(
         self,
@@ -359,16 +376,6 @@ class Index(Editing):
             fitted=self.fitted, built=self.built, parts=list(self.parts), digests=digests or {},
             groups=self.groups,
         )  # fmt: skip
-
-
-def described_by(manifest: Manifest, device: str) -> dict[str, Any]:
-    """Return the arguments of :class:`Index` that a manifest states."""
-    return {
-        "class_names": manifest.class_names, "settings": manifest.settings, "templates": manifest.templates,
-        "backbone": manifest.identity, "parts": tuple(manifest.parts), "device": device,
-        "provenance": manifest.provenance, "next_key_id": manifest.next_key_id, "fitted": manifest.fitted,
-        "built": manifest.built, "groups": manifest.groups,
-    }  # fmt: skip
 
 
 def _not_mapped(array: Any) -> Any:

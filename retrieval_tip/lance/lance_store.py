@@ -26,7 +26,7 @@ import hashlib
 import io
 import os
 import time
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -68,10 +68,7 @@ PRUNED_EVERY = 16
 
 
 class TableWriter(Writer):
-    """The writer of the next version, with the ``table`` of its parent.
-
-    If ``prunes`` is set, table versions are pruned after the commit, for example if a build wrote the table twice.
-    """
+    """The writer of the next version, with the ``table`` of its parent."""
 
     store: LanceStore
 
@@ -156,24 +153,14 @@ class LanceStore(Store):
             self.files.delete([name])  # another process has deleted the version meanwhile, and maybe also its rows
             raise changed_meanwhile(self.address)
 
-    def forget_old(self, writer: TableWriter, current: Manifest) -> None:
-        if writer.prunes:
-            self.forget(versions.KEPT_VERSIONS, current)
-        elif self.surplus(current, versions.KEPT_VERSIONS):
-            super().forget(versions.KEPT_VERSIONS, current)
-
-    def forget(self, keep: int, current: Manifest) -> list[int]:
+    def forget(self, keep: int, current: Manifest, prune: bool = True) -> list[int]:
         gone = super().forget(keep, current)
+        if not prune:
+            return gone
         current = self.current()  # in a bucket, another writer may have restored a version before it was deleted
         tables = [manifest.table for manifest in (*self.earlier(current), current) if manifest.table is not None]
         KeyTable.at(self.address, tables[-1].name).prune(sorted({table.version for table in tables}))
         return gone
-
-    def manifest_names(self) -> list[str]:
-        return list(map(manifest_name, self.numbers()))
-
-    def tidy(self, current: Manifest | None) -> None:
-        self.remove_unnamed()
 
     def check_files(self, manifest: Manifest, known: Collection[DataFile] = ()) -> None:
         super().check_files(manifest, known)
@@ -187,14 +174,18 @@ class LanceStore(Store):
         file = manifest.files["classes"]
         return pq.read_table(io.BytesIO(self._checked(file.name, file.sha256)))
 
-    def array(self, manifest: Manifest, kind: str) -> npt.NDArray[Any] | None:
-        """Return an array of a version, or ``None`` if the version does not have it.
+    def arrays(self, manifest: Manifest, *kinds: str) -> dict[str, Any]:
+        """Return arrays of a version by kind, if it has them, with the metric as a :class:`tip.Metric`.
 
-        ``kind`` is ``second``, ``prior``, ``scores``, ``metric`` or ``values``. The arrays have the shapes ``[d, d]``,
-        ``[d, d]``, ``[m, 3]``, ``[1 + d, d]`` and ``[n, c]``. Raises StoreError if the file is missing or damaged.
+        ``kinds`` are ``second``, ``prior``, ``scores``, ``metric`` and ``values``. The arrays have the shapes
+        ``[d, d]``, ``[d, d]``, ``[m, 3]``, ``[1 + d, d]`` and ``[n, c]``. Raises StoreError if a file is missing or
+        damaged.
         """
-        file = manifest.files.get(kind)
-        return None if file is None else np.load(io.BytesIO(self._checked(file.name, file.sha256)))
+        from retrieval_tip.store.contents import metric_of
+
+        files = ((kind, manifest.files[kind]) for kind in kinds if kind in manifest.files)
+        found = {kind: np.load(io.BytesIO(self._checked(file.name, file.sha256))) for kind, file in files}
+        return found | ({"metric": metric_of(found["metric"])} if "metric" in found else {})
 
     def _checked(self, name: str, sha256: str) -> bytes:
         try:
@@ -312,25 +303,19 @@ class LanceStore(Store):
         """Open a version, and return it together with the rows of its table, which a ``writer`` may edit."""
         import torch
 
-        from retrieval_tip.model import Index, described_by
-        from retrieval_tip.retrieval.sets import Scores
-        from retrieval_tip.store.contents import metric_of
+        from retrieval_tip.model import Index
 
-        classes, metric = self.classes(manifest), self.array(manifest, "metric")
+        classes, held = self.classes(manifest), self.arrays(manifest, "metric", "values", "prior", "scores")
         rows = self._rows(manifest, classes, writer)
-        index = Index(
-            rows, text_weights=torch.from_numpy(_matrix(classes["text"])),
-            metric=None if metric is None else metric_of(metric), **described_by(manifest, device),
-        )  # fmt: skip
-        values = self.array(manifest, "values")
-        if values is not None:  # a query uses all keys
+        index = Index.of_version(rows, manifest, device, held | {"text": _matrix(classes["text"])})
+        if "values" in held:  # a query uses all keys
             arrays = rows.arrays()
             places = np.argsort(np.argsort(arrays.key_ids))
-            kind = CLASSES if rows.kind == CLASSES else FLAT
-            index = replace(index, rows=replace(arrays, values=torch.from_numpy(values[places])), factory=kind)
-        index.prior, index.stored = self.array(manifest, "prior"), Origin(self, manifest)
-        scores = self.array(manifest, "scores")
-        index.scores = None if scores is None else Scores(scores, index.settings)
+            values, kind = torch.from_numpy(held["values"][places]), CLASSES if rows.kind == CLASSES else FLAT
+            scores, prior = index.scores, index.prior
+            index = replace(index, rows=replace(arrays, values=values), factory=kind)
+            index.scores, index.prior = scores, prior
+        index.stored = Origin(self, manifest)
         return index, rows
 
     def _rows(self, manifest: Manifest, classes: pa.Table, writer: TableWriter | None = None) -> TableRows:
@@ -340,7 +325,7 @@ class LanceStore(Store):
         points = _matrix(classes["point_sum"]) if "point_sum" in classes.column_names else None
         return TableRows(
             table=table or self.table(manifest), counts=classes["keys"].to_numpy(), totals=_matrix(classes["sum"]),
-            points=points, second=self.array(manifest, "second"), kind=manifest.index,
+            points=points, second=self.arrays(manifest, "second").get("second"), kind=manifest.index,
             automatic=manifest.built.auto_index, writer=writer,
         )  # fmt: skip
 
@@ -354,6 +339,8 @@ class LanceStore(Store):
         ``what`` is a short description for the history. Raises the errors of :meth:`editing.Editing.check_answers` and
         :meth:`Writer.commit`.
         """
+        from retrieval_tip.store.contents import array_of
+
         index.check_answers()
         kind, rows = rows.kind, rows.kept_up(writer.prunes)
         if rows.kind != kind:
@@ -365,8 +352,9 @@ class LanceStore(Store):
         classes |= {"text": vectors(text), "sum": vectors(rows.totals)}
         classes |= {} if rows.points is None else {"point_sum": vectors(rows.points)}
         writer.put_table("classes", pa.table(classes))
-        for kind, array in _arrays(index, rows):
-            writer.put_array(kind, array)
+        for kind, held in _contents(index, rows).items():
+            if held is not None:
+                writer.put_array(kind, array_of(held))
         table = Table(rows.table.name, rows.table.version, rows.n)
         digests = writer.digests(table)
         stored = copy.copy(index)
@@ -404,11 +392,8 @@ class LanceStore(Store):
 
     def check(self, manifest: Manifest) -> None:
         """Every row is checked, too, and that all parts are consistent."""
-        from retrieval_tip.store.contents import metric_of
-
         super().check(manifest)
-        metric, rows = self.array(manifest, "metric"), self._rows(manifest, self.classes(manifest))
-        rows.check(None if metric is None else metric_of(metric))
+        self._rows(manifest, self.classes(manifest)).check(self.arrays(manifest, "metric").get("metric"))
 
 
 class TableChange(Change):
@@ -471,21 +456,15 @@ class TableChange(Change):
         self.store.commit(self.writer, index, table, self.what)
 
 
-def _arrays(index: Index, rows: TableRows) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+def _contents(index: Index, rows: TableRows) -> dict[str, Any]:
+    """Return the arrays of an index that are not in its table, by kind. An array is ``None`` if it does not exist."""
     from retrieval_tip.model import SUMS_FROM
-    from retrieval_tip.store.contents import array_of
 
-    size = rows.n * rows.d * np.dtype(rows.dtype).itemsize
-    if rows.second is not None and rows.second.nbytes * SUMS_FROM <= size:
-        yield "second", rows.second
-    if index.prior is not None:
-        yield "prior", index.prior
-    if index.current_scores is not None:
-        yield "scores", index.current_scores.rows
-    if index.metric is not None:
-        yield "metric", array_of(index.metric)
-    if index.values is not None:
-        yield "values", index.values.cpu().numpy()[np.argsort(index.labels["key_id"].to_numpy())]
+    size, second, values = rows.n * rows.d * np.dtype(rows.dtype).itemsize, rows.second, index.values
+    return index.fit_contents() | {
+        "second": second if second is not None and second.nbytes * SUMS_FROM <= size else None,
+        "values": None if values is None else values[np.argsort(index.labels["key_id"].to_numpy())],
+    }
 
 
 def _matrix(column: pa.ChunkedArray) -> npt.NDArray[Any]:

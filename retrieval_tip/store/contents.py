@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,94 +17,79 @@ from retrieval_tip import tip
 from retrieval_tip.errors import StoreError
 from retrieval_tip.store.files import read_array
 from retrieval_tip.store.labels import read_curve, read_labels
-from retrieval_tip.store.manifest import DataFile, Manifest
+from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.sums import Sums
 from retrieval_tip.store.versions import Check, Origin, Versions, Writer
 
-HELD = ("keys", "labels", "index", "text", "values", "curve", "metric", "points", "sums", "prior", "scores")
-"""Kinds of data that have one file each. The file is rewritten only if the data changes."""
 SEALED_AT_ONCE = 4
 """Number of files that are written and hashed at the same time."""
+_HALF = (np.float32, np.float16)
+_DTYPES = {"text": _HALF, "points": _HALF, "sums": (np.float64,), "scores": (np.float64,)}
+"""The types of an array, by kind. The others are in float32."""
+
+Contents = Mapping[str, Any]
+"""The contents of a version's data files, by kind. Each kind has one file, which is rewritten only if the data changes.
+
+``keys`` is a float32 or float16 array of shape ``[n, d]``, and ``labels`` has one row per key. ``text`` has shape
+``[c, d]`` and ``values`` has shape ``[n, c]``; both are float32 arrays or tensors. A fitted index also has a
+``metric``, the ``points`` of the keys under that metric, and the :class:`sums.Sums` of the keys. ``prior`` is the
+scatter of other photos, of shape ``[d, d]``, and ``scores`` has a row for each held-out photo. A fine-tuned index also
+has the loss ``curve``. ``index`` is a :class:`vector_index.VectorIndex`, unless the type is ``Flat``.
+"""
 
 
-@dataclass(frozen=True)
-class Contents:
-    """The contents of a version's data files, as arrays or tensors.
+def read(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """Read the data files of a version, except the FAISS index. The arrays are memory-mapped.
 
-    ``keys`` is a float32 or float16 array of shape ``[n, d]``, and ``labels`` has one row per key. ``text`` has shape
-    ``[c, d]`` and ``values`` has shape ``[n, c]``; both are float32. A fitted index also has a ``metric``, the
-    ``points`` of the keys under that metric, and the ``sums`` of the keys. ``prior`` is the scatter of other photos, of
-    shape ``[d, d]``, and ``scores`` has a row for each held-out photo. A fine-tuned index also has the loss ``curve``.
-    ``index`` is ``None`` for the type ``Flat``.
-    :meth:`read` does not set it, because the caller opens the index with FAISS.
+    Raises StoreError naming the file that cannot be read or does not match the manifest.
     """
+    files, n, c, d = manifest.files, manifest.n, len(manifest.class_names), manifest.d
+    keys, labels = _keys(folder, manifest)
+    rows = {kind: file.rows for kind, file in files.items()}
+    shapes = {"text": (c, d), "values": (n, c), "metric": (rows.get("metric", 0), d), "points": (n, d),
+              "sums": (c + d, 1 + d), "prior": (d, d), "scores": (rows.get("scores", 0), 3)}  # fmt: skip
+    contents: dict[str, Any] = {"keys": keys, "labels": labels}
+    for kind in shapes.keys() & files.keys() - ({"points"} if manifest.later else set()):
+        contents[kind] = read_array(folder, files[kind], shapes[kind], _DTYPES.get(kind, (np.float32,)))
+    if "metric" in contents:
+        contents["metric"] = metric_of(contents["metric"])
+    if "sums" in contents:
+        contents["sums"] = Sums.of_array(contents["sums"], c)
+        if not np.array_equal(contents["sums"].counts, np.bincount(labels["class_id"].to_numpy(), minlength=c)):
+            name = folder / files["sums"].name
+            raise StoreError(f"{name}: does not match the keys; restore an earlier version or build again")
+    if "curve" in files:
+        contents["curve"] = read_curve(folder, files["curve"])
+    return contents
 
-    keys: npt.NDArray[np.floating]
-    labels: pa.Table
-    text: npt.NDArray[np.floating] | torch.Tensor
-    values: npt.NDArray[np.floating] | torch.Tensor | None = None
-    curve: pa.Table | None = None
-    index: Any = None  # a :class:`vector_index.VectorIndex`, whose module is in a layer above
-    metric: tip.Metric | None = None
-    points: npt.NDArray[np.floating] | None = None
-    sums: Sums | None = None
-    prior: npt.NDArray[np.floating] | None = None
-    scores: npt.NDArray[np.float64] | None = None
 
-    @classmethod
-    def read(cls, folder: Path, manifest: Manifest) -> Contents:
-        """Read the data files of a version. The arrays are memory-mapped.
+def write(contents: Contents, writer: Writer, stored: Stored | None) -> None:
+    """Seal the files that are not shared with the parent version of the writer.
 
-        Raises StoreError naming the file that cannot be read or does not match the manifest.
-        """
-        files, c, square = manifest.files, len(manifest.class_names), (manifest.d, manifest.d)
-        keys, labels = _keys(folder, manifest)
-        metric, points = None, None
-        if "metric" in files:
-            metric = metric_of(read_array(folder, files["metric"], (files["metric"].rows, manifest.d), (np.float32,)))
-        if "points" in files and not manifest.later:
-            points = read_array(folder, files["points"], (manifest.n, manifest.d))
-        return cls(
-            keys=keys,
-            metric=metric,
-            points=points,
-            sums=_sums(folder, manifest, labels) if "sums" in files else None,
-            prior=read_array(folder, files["prior"], square, (np.float32,)) if "prior" in files else None,
-            scores=_scores(folder, files["scores"]) if "scores" in files else None,
-            labels=labels,
-            text=read_array(folder, files["text"], (c, manifest.d)),
-            values=read_array(folder, files["values"], (manifest.n, c), (np.float32,)) if "values" in files else None,
-            curve=read_curve(folder, files["curve"]) if "curve" in files else None,
-        )
+    ``stored`` is the version from which these contents were read. Raises StoreError if a file is damaged or cannot be
+    written.
+    """
+    same = set[str]() if stored is None else stored.same(contents, writer)
+    writer.keep(*same)
+    check = None
+    if stored is not None and stored.check.verify == "fast":  # copied damage must not get a valid digest
+        known = {stored.manifest.files[kind] for kind in same}
+        check = Check(stored.store.files, stored.manifest, known=known)
+    with ThreadPoolExecutor(SEALED_AT_ONCE, thread_name_prefix="seal") as pool:
+        list(pool.map(lambda kind: _seal(writer, kind, contents[kind]), contents.keys() - writer.files.keys()))
+    if check is not None:
+        check.wait()
 
-    def write(self, writer: Writer, stored: Stored | None) -> None:
-        """Seal the files that are not shared with the parent version of the writer.
 
-        ``stored`` is the version from which these contents were read. Raises StoreError if a file is damaged or cannot
-        be written.
-        """
-        same = set[str]() if stored is None else stored.same(self, writer)
-        writer.keep(*same)
-        new = [kind for kind in HELD if kind not in writer.files and getattr(self, kind) is not None]
-        check = None
-        if stored is not None and stored.check.verify == "fast":  # copied damage must not get a valid digest
-            known = {stored.manifest.files[kind] for kind in same}
-            check = Check(stored.store.files, stored.manifest, known=known)
-        with ThreadPoolExecutor(SEALED_AT_ONCE, thread_name_prefix="seal") as pool:
-            list(pool.map(functools.partial(self._seal, writer), new))
-        if check is not None:
-            check.wait()
-
-    def _seal(self, writer: Writer, kind: str) -> None:
-        held = getattr(self, kind)
-        if isinstance(held, pa.Table):
-            writer.put_table(kind, held)
-        elif kind == "index":
-            staged = writer.stage(kind)
-            held.save(staged)
-            writer.seal(kind, staged, held.trained)
-        else:
-            writer.put_array(kind, array_of(held))
+def _seal(writer: Writer, kind: str, held: Any) -> None:
+    if isinstance(held, pa.Table):
+        writer.put_table(kind, held)
+    elif kind == "index":
+        staged = writer.stage(kind)
+        held.save(staged)
+        writer.seal(kind, staged, held.trained)
+    else:
+        writer.put_array(kind, array_of(held))
 
 
 def array_of(held: npt.NDArray[np.floating] | torch.Tensor | tip.Metric | Sums) -> npt.NDArray[np.floating]:
@@ -114,19 +99,6 @@ def array_of(held: npt.NDArray[np.floating] | torch.Tensor | tip.Metric | Sums) 
     if isinstance(held, tip.Metric):
         held = torch.cat([held.mean[None], held.transform if held.factor is None else held.factor])
     return np.asarray(held.cpu() if isinstance(held, torch.Tensor) else held)
-
-
-def _scores(folder: Path, file: DataFile) -> npt.NDArray[np.float64]:
-    return read_array(folder, file, (file.rows, 3), (np.float64,)).astype(np.float64, copy=False)
-
-
-def _sums(folder: Path, manifest: Manifest, labels: pa.Table) -> Sums:
-    """Read the sums of a version's keys, and check them against the labels."""
-    file, c = manifest.files["sums"], len(manifest.class_names)
-    array = read_array(folder, file, (c + manifest.d, 1 + manifest.d), (np.float64,))
-    if not np.array_equal(array[:c, 0], np.bincount(labels["class_id"].to_numpy(), minlength=c)):
-        raise StoreError(f"{folder / file.name}: does not match the keys; restore an earlier version or build again")
-    return Sums.of_array(array.astype(np.float64, copy=False), c)
 
 
 def metric_of(array: npt.NDArray[np.floating]) -> tip.Metric:
@@ -147,8 +119,8 @@ class Stored(Origin):
     @classmethod
     def of(cls, store: Versions, check: Check, contents: Contents) -> Stored:
         """Record that the version checked by ``check`` has ``contents``, and set the path of the index."""
-        if contents.index is not None:
-            contents.index.path = store.folder / check.manifest.files["index"].name
+        if "index" in contents:
+            contents["index"].path = store.folder / check.manifest.files["index"].name
         return cls(store, check.manifest, check, contents)
 
     def same(self, contents: Contents, writer: Writer) -> set[str]:
@@ -156,14 +128,10 @@ class Stored(Origin):
         parent, files = writer.parent, self.manifest.files
         if parent is None or parent.version != self.manifest.version or self.store.resolved != writer.store.resolved:
             return set()
-        kinds = {kind for kind in HELD if kind in files and getattr(contents, kind) is not None}
-        kinds = {kind for kind in kinds if getattr(contents, kind) is getattr(self.contents, kind)}
-        index = contents.index
-        if "index" in kinds and index is not None and index.path != self.store.folder / files["index"].name:
+        kinds = {kind for kind in contents.keys() & files.keys() if contents[kind] is self.contents.get(kind)}
+        if "index" in kinds and contents["index"].path != self.store.folder / files["index"].name:
             kinds.discard("index")
-        if self.manifest.later:
-            kinds -= {"keys", "labels", "points", "index"}
-        return kinds
+        return kinds - ({"keys", "labels", "points", "index"} if self.manifest.later else set())
 
 
 def _keys(folder: Path, manifest: Manifest) -> tuple[npt.NDArray[np.floating], pa.Table]:

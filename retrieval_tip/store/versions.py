@@ -20,7 +20,6 @@ import datetime
 import errno
 import hashlib
 import json
-import math
 import os
 import re
 import stat
@@ -31,7 +30,7 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import version as version_of
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -75,10 +74,11 @@ class Writer:
 
     ``parent`` is the manifest of the version before it, and ``files`` are the data files written or kept so far.
     ``restored`` is the earlier version that a rollback copies. If ``replaces`` is set, the parent is deleted after the
-    commit. Readers that have opened it can finish, because rows of a table are kept until later.
+    commit. Readers that have opened it can finish, because rows of a table are kept until later. If ``prunes`` is set,
+    earlier versions of the table are pruned after the commit.
     """
 
-    replaces = False
+    replaces = prunes = False
 
     def __init__(self, store: Versions, parent: Manifest | None) -> None:
         self.store, self.parent = store, parent
@@ -114,9 +114,9 @@ class Writer:
 
     def put_array(self, kind: str, array: npt.NDArray[np.floating]) -> None:
         """Write a two-dimensional array as the data file of this kind."""
-        header = BytesIO()
-        write_header(header, array.shape, array.dtype)
-        self.put(kind, len(array), header.getvalue(), np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        array, header = np.ascontiguousarray(array), BytesIO()
+        np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+        self.put(kind, len(array), header.getvalue(), array.reshape(-1).view(np.uint8).data)
 
     def put_table(self, kind: str, table: pa.Table) -> None:
         """Write a table as the data file of this kind. Raises InputError if Parquet cannot store a column."""
@@ -137,17 +137,15 @@ class Writer:
         The disk space is reserved in advance, because a full disk would otherwise cause a SIGBUS.
         """
         path = self.stage(kind)
-        with path.open("wb") as file:
-            write_header(file, shape, dtype)
-            start = file.tell()
-            size = math.prod(shape) * np.dtype(dtype).itemsize
-            file.flush()
+        array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+        with path.open("rb+") as file:
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), start, size)
+                os.posix_fallocate(file.fileno(), array.offset, array.nbytes)
             else:  # on macOS, space is only reserved by writing
-                for at in range(0, size, len(_ZEROS)):
-                    file.write(_ZEROS[: size - at])
-        return np.lib.format.open_memmap(path, mode="r+")
+                file.seek(array.offset)
+                for at in range(0, array.nbytes, len(_ZEROS)):
+                    file.write(_ZEROS[: array.nbytes - at])
+        return array
 
     def seal(self, kind: str, staged: Path, rows: int) -> Path:
         """Flush a staged file to disk, rename it by its digest, and return the new path."""
@@ -190,7 +188,8 @@ class Writer:
             if self.replaces and self.parent is not None:
                 self.store.files.delete([manifest_name(self.parent.version)])
                 self.store.tidy(manifest)
-            self.store.forget_old(self, manifest)
+            if self.prunes or self.store.surplus(manifest, KEPT_VERSIONS):
+                self.store.forget(KEPT_VERSIONS, manifest, self.prunes)
 
 
 class Versions:
@@ -543,48 +542,36 @@ class Versions:
     def _bytes(self) -> int:
         return sum(size for folder in ("data", "manifests") for size in self.files.sizes(folder).values())
 
-    def forget_old(self, writer: Any, current: Manifest) -> None:
-        """Delete all but the last :data:`KEPT_VERSIONS` versions after a commit."""
-        if self.surplus(current, KEPT_VERSIONS):
-            self.forget(KEPT_VERSIONS, current)
-
     def surplus(self, current: Manifest, keep: int) -> list[int]:
         """Return the numbers of all but the last ``keep`` versions, oldest first."""
         earlier = [number for number in self.numbers() if number < current.version]
         return earlier[: max(0, len(earlier) + 1 - keep)]
 
-    def forget(self, keep: int, current: Manifest) -> list[int]:
-        """Delete all but the last ``keep`` versions, and return their numbers."""
+    def forget(self, keep: int, current: Manifest, prune: bool = True) -> list[int]:
+        """Delete all but the last ``keep`` versions, with their rows if ``prune`` is set, and return their numbers."""
         gone = self.surplus(current, keep)
         self.files.delete(map(manifest_name, gone))
         self.tidy(current)
         return gone
 
-    def manifest_names(self) -> list[str]:
-        """Return the names of all manifests."""
-        return [*map(manifest_name, self.numbers()), *([CURRENT] if self.exists() else [])]
-
     def tidy(self, current: Manifest | None) -> None:
         """Remove data files to which no manifest refers, if all manifests can be read."""
         with suppress(OSError):
-            if current is not None:  # this copy was made for a version that was never written
+            if current is not None and not self.in_table:  # this copy was made for a version that was never written
                 self.files.delete([manifest_name(current.version)])
-        self.remove_unnamed()
-        with suppress(OSError):  # fails unless the folder is empty
-            (self.folder / "manifests").rmdir()
-
-    def remove_unnamed(self) -> None:
-        """Remove data files to which no manifest refers, if all manifests can be read."""
         age = UNFINISHED if self.local is None else datetime.timedelta()
         with suppress(OSError, StoreError):
-            named = set[str]()
-            for name in self.manifest_names():
+            named, manifests = set[str](), [*map(manifest_name, self.numbers())]
+            for name in [*manifests, *([] if self.in_table or not self.exists() else [CURRENT])]:
                 found = named_in(self.files.get(name, MANIFEST_BYTES))
                 if found is None:
                     return  # a damaged manifest may refer to any of the files
                 named |= found
             files = [name for name in self.files.sizes("data", age) if FILE_NAME.fullmatch(name.partition("/")[2])]
             self.files.delete(name for name in files if name not in named)
+        if not self.in_table:
+            with suppress(OSError):  # fails unless the folder is empty
+                (self.folder / "manifests").rmdir()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -640,12 +627,6 @@ def manifest_name(version: int) -> str:
 def sizes_of(manifest: Manifest) -> dict[str, int]:
     """Return the sizes of the data files of a version in bytes, by name."""
     return {file.name: file.bytes for file in manifest.data_files}
-
-
-def write_header(file: BinaryIO, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
-    """Write the header of a ``.npy`` file."""
-    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, header)
 
 
 def _remove_unfinished(folder: Path) -> None:
