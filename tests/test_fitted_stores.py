@@ -282,7 +282,7 @@ def test_a_key_far_from_norm_1_is_refused_unless_a_metric_scales_it(built, name,
 def test_a_new_beta_refits_the_index(built, name, tmp_path):
     places = [copied(tmp_path, kind, built[name, kind], kind) for kind in KINDS]
     before = stores.at(places[0]).load(device="cpu").settings
-    summaries = [changes.configure(place, beta=6.0, temperature=2.0).summary for place in places]
+    summaries = [str(changes.configure(place, beta=6.0, temperature=2.0).fit) for place in places]
     assert summaries[0] == summaries[1]
     assert summaries[0].startswith("Estimated accuracy")
     one, other = opened(*places)

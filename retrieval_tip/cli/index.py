@@ -359,8 +359,8 @@ def set_command(
         changed = changes.configure(
             folder, **settings, **more, temperature=temperature, normalize=normalize, backbone=loaded
         )
-    if changed.summary is not None:
-        say(changed.summary)
+    if changed.fit is not None:
+        say(str(changed.fit))
     _say_version(folder, changed.version, "settings changed")
 
 

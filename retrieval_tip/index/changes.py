@@ -81,13 +81,6 @@ class Renamed(Changed):
 
 
 @dataclass(frozen=True)
-class Configured(Changed):
-    """The result of a change of settings, with a ``summary`` of the fit if the index was refitted."""
-
-    summary: str | None
-
-
-@dataclass(frozen=True)
 class Collected:
     """The result of :func:`gc`: the deleted ``versions``, the number of deleted ``photos``, and the ``freed`` bytes."""
 
@@ -444,7 +437,7 @@ def configure(
     templates: Sequence[str] = (),
     groups: Folder | None = None,
     backbone: Backbone | None = None,
-) -> Configured:
+) -> Changed:
     """Change settings of an index. ``None`` keeps the current value of a setting.
 
     If you give ``templates`` and a ``backbone``, the text weights are recomputed. ``groups`` is a table of groups of
@@ -475,13 +468,13 @@ def configure(
         names = manifest.class_names
         weights = dict(zip(names, text_weights(backbone, names, prompts), strict=True))
     with store.change() as change:
-        index, summary = change.index, None
+        index, fit = change.index, None
         given: dict[str, Any]
         own_alpha, own_beta = alpha, beta
         if normalize is not None:
             own_alpha, own_beta = plain_settings(alpha, beta, normalize, index.rows.statistics())
         if index.fitted is not None and own_beta is not None and own_beta != index.settings.beta:
-            summary = str(change.refit(own_beta))
+            fit = change.refit(own_beta)
         given = {"alpha": own_alpha, "beta": own_beta, "k": k, "tail": tail, "temperature": temperature}
         given = {name: value for name, value in given.items() if value is not None}
         index.settings = index.settings.override(**given)
@@ -501,16 +494,16 @@ def configure(
             index.groups = read_groups(groups, index.class_names)
             what.append(f"groups by {', '.join(index.groups.levels[1:])}")
         change.what = f"set {', '.join(what)}"
-    return Configured(_version(index), [], summary)
+    return Changed(_version(index), [], fit=fit)
 
 
-def keep_encoders(folder: Place, names: Sequence[str]) -> Configured:
+def keep_encoders(folder: Place, names: Sequence[str]) -> Changed:
     """Drop all encoders of an index except the named ones, and fit it again.
 
     A name is that of an encoder, with or without its weights, as in ``ViT-B-32@openai``, or else the name of its column
     in a feature table. Raises UsageError if an encoder is unknown, or if the index is not in a folder.
     """
-    store, summary = places.at(folder), None
+    store, fit = places.at(folder), None
     if store.in_table:
         raise UsageError(f"{folder}: encoders can only be dropped in a folder; copy it with index clone")
     with store.change() as change:
@@ -524,9 +517,9 @@ def keep_encoders(folder: Place, names: Sequence[str]) -> Configured:
         fitted = index.fitted
         index.keep_parts(sorted({by_name[name] for name in names}))
         if fitted is not None:
-            summary = str(change.fit(Fit(class_prior=fitted.class_prior)))
+            fit = change.fit(Fit(class_prior=fitted.class_prior))
         change.what = f"keep {counted(len(index.parts) or 1, 'encoder')}: {', '.join(names)}"
-    return Configured(_version(change.index), [], summary)
+    return Changed(_version(change.index), [], fit=fit)
 
 
 def fit_index(

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from retrieval_tip.errors import InputError, StoreError, show
-from retrieval_tip.files import remove_leftovers, sync, temporary
+from retrieval_tip.files import real, remove_leftovers, sync, temporary
 from retrieval_tip.index import changes, places
 from retrieval_tip.index.photos import holds_photos, remove_unused
 from retrieval_tip.store.files import locked
@@ -16,7 +16,7 @@ from retrieval_tip.store.files import locked
 def rename(folder: places.Place, name: str) -> Path:
     """Rename an index folder, and return its new path.
 
-    Raises the errors of :meth:`Store.movable`. Raises InputError if the folder also holds photos of another index.
+    Raises InputError unless the index has a folder of its own, which is no link and holds no photos of another index.
     Raises StoreError if the name is in use, or if the folder is locked or cannot be renamed.
     """
     place = _own(folder)
@@ -31,7 +31,7 @@ def duplicate(folder: places.Place, name: str) -> Path:
 
     Raises the same errors as :func:`rename` and :func:`changes.clone`.
     """
-    place = places.at(folder).movable()
+    place = _movable(folder)
     target = _free(place.with_name(name))
     with _writing(place), temporary(target, folder=True) as copy:
         try:
@@ -53,8 +53,18 @@ def delete(folder: places.Place) -> None:
     remove_unused(places.at(place))
 
 
+def _movable(folder: places.Place) -> Path:
+    store = places.at(folder)
+    if store.in_table:
+        raise InputError(f"{store}: only index folders can be renamed, duplicated or deleted; use index clone")
+    store.check_there()
+    if store.folder.is_symlink():
+        raise InputError(f"{show(store.folder)}: is a link; rename, duplicate or delete the folder it points to")
+    return real(store.folder)
+
+
 def _own(folder: places.Place) -> Path:
-    place = places.at(folder).movable()
+    place = _movable(folder)
     if holds_photos(place):
         raise InputError(f"{show(place)}: also contains photos of another index; duplicate it under another name")
     return place

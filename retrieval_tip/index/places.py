@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from retrieval_tip.errors import InputError, StoreError, show
-from retrieval_tip.files import real
 from retrieval_tip.settings import Dtype, Precision, Verify
 from retrieval_tip.store.address import parse
 from retrieval_tip.store.manifest import Manifest
@@ -68,16 +67,6 @@ class Store(Versions):
     """
 
     look_every = 0.0
-
-    def movable(self) -> Path:
-        """Return the real folder of an index that can be renamed, duplicated and deleted as a whole.
-
-        Raises InputError for stores that are not index folders, and for links.
-        """
-        self.check_there()
-        if self.folder.is_symlink():
-            raise InputError(f"{show(self.folder)}: is a link; rename, duplicate or delete the folder it points to")
-        return real(self.folder)
 
     def create(self, material: Material) -> Index:
         """Build the first or the next version, and return the opened index."""

@@ -234,9 +234,6 @@ class LanceStore(Store):
     def facts(self, manifest: Manifest, earlier: list[Manifest]) -> tuple[npt.NDArray[np.int64], dict[str, object]]:
         return self.classes(manifest)["keys"].to_numpy(), {"not_indexed": self.table(manifest).unindexed()}
 
-    def movable(self) -> Path:
-        raise InputError(f"{self}: only index folders can be renamed, duplicated or deleted; use index clone")
-
     def create(self, material: Material) -> Index:
         """Stream the keys into a table. If the index is fitted, the table may be rewritten with the points."""
         from retrieval_tip.index.items import warn, warn_of

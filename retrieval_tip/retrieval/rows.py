@@ -288,7 +288,7 @@ class ArrayRows(Rows):
         return ArrayRows(inserted(self.keys, new.keys), labels.take(pa.array(rows)), values, points, sums)
 
     def without(self, gone: ArrayRows) -> ArrayRows:
-        sums = None if self.sums is None else self.sums.removed(gone.keys, gone.class_ids)
+        sums = None if self.sums is None else self.sums.added(gone.keys, gone.class_ids, -1)
         if sums is not None and self.sums is not None and not sums.outweighs(self.sums):
             sums = None  # rounding errors have become too large, so the next fit recomputes the sums
         left = np.delete(np.arange(self.n), self.rows_of(gone.key_ids))

@@ -86,17 +86,13 @@ class Sums:
         other.sums[other.counts == 0] = 0  # clears rounding errors
         return other
 
-    def removed(self, keys: npt.NDArray[np.floating], ids: IntArray) -> Sums:
-        """Return the sums after removing keys of shape ``[m, d]``."""
-        return self.added(keys, ids, -1)
-
     def outweighs(self, before: Sums) -> bool:
         """Return whether these sums are still accurate after keys were removed from ``before``."""
         return bool(self.second.trace() >= LEFT * before.second.trace())
 
     def moved(self, keys: npt.NDArray[np.floating], ids: IntArray, new_ids: IntArray) -> Sums:
         """Return the sums after moving keys of shape ``[m, d]`` from the classes ``ids`` to ``new_ids``."""
-        moved = self.removed(keys, ids).added(keys, new_ids)
+        moved = self.added(keys, ids, -1).added(keys, new_ids)
         return Sums(moved.counts, moved.sums, self.second)
 
     def widened(self, c: int) -> Sums:
