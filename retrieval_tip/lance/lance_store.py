@@ -228,9 +228,6 @@ class LanceStore(Store):
         table = self.table(manifest)
         return table.read(table.label_columns if columns is None else columns)
 
-    def tables(self, manifest: Manifest) -> dict[str, pa.Table]:
-        return {"labels": self.read_labels(manifest)}
-
     def facts(self, manifest: Manifest, earlier: list[Manifest]) -> tuple[npt.NDArray[np.int64], dict[str, object]]:
         return self.classes(manifest)["keys"].to_numpy(), {"not_indexed": self.table(manifest).unindexed()}
 

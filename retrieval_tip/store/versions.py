@@ -273,7 +273,8 @@ class Versions:
 
     def tables(self, manifest: Manifest) -> dict[str, pa.Table]:
         """Return the tables of a version that :meth:`query` can read, by name."""
-        self.check_files(manifest)
+        if not self.in_table:
+            self.check_files(manifest)
         curve = {"curve": read_curve(self.folder, manifest.files["curve"])} if "curve" in manifest.files else {}
         return {"labels": self.read_labels(manifest)} | curve
 
