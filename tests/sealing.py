@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from retrieval_tip.errors import RetrievalTipError
+from retrieval_tip.errors import RetrievalTipError, StoreError
 
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:
@@ -21,11 +21,20 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
 
 
-def one_line(error: pytest.ExceptionInfo[RetrievalTipError] | RetrievalTipError, *parts: object) -> None:
-    text = str(error.value if isinstance(error, pytest.ExceptionInfo) else error)
+def one_line(error: RetrievalTipError, *parts: object) -> str:
+    """Check that an error has one line that contains the parts, and return the line."""
+    text = str(error)
     assert "\n" not in text
     for part in parts:
-        assert str(part) in text
+        assert str(part) in text, text
+    return text
+
+
+def refused(call: Callable[[], object], *parts: object, error: type[RetrievalTipError] = StoreError) -> str:
+    """Check that a call is refused with one line that contains the parts, and return the line."""
+    with pytest.raises(error) as caught:
+        call()
+    return one_line(caught.value, *parts)
 
 
 def sealed(body: Mapping[str, Any]) -> bytes:

@@ -7,11 +7,9 @@ from pathlib import Path
 
 import buckets
 import obstore
-import pytest
 from tables import write_table
 
 from retrieval_tip.data.sources import open_source
-from retrieval_tip.errors import StoreError
 from retrieval_tip.index import places as stores
 from retrieval_tip.store.address import Address
 from retrieval_tip.store.bucket import BucketFiles
@@ -72,16 +70,6 @@ def rows_of(table):
 
 def source(path, features, labels, ids=None, **more):
     return open_source(write_table(path, features, labels, ids, **more))
-
-
-def refused(call, *words, error=StoreError):
-    """Check that a call is refused with one line that contains the words, and return the line."""
-    with pytest.raises(error) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    for word in words:
-        assert word in str(caught.value), str(caught.value)
-    return str(caught.value)
 
 
 def done(result):

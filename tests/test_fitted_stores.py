@@ -17,7 +17,8 @@ from dense import solved
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from stored import copied, done, everything, labels_of, made, put, refused
+from sealing import refused
+from stored import copied, done, everything, labels_of, made, put
 from tables import unit_rows, write_table
 
 from retrieval_tip import model as index_model

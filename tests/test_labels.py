@@ -5,8 +5,8 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sealing import one_line
+from sealing import refused
 
 from retrieval_tip import predictions
 from retrieval_tip.cli.output import write_tables
@@ -136,9 +136,8 @@ GOOD = b'{"input": "a", "label": "b"}\n'
 def test_a_file_that_is_no_predictions_is_refused(tmp_path: Path, content: bytes, reason: str) -> None:
     path = tmp_path / "p"
     path.write_bytes(content)
-    with pytest.raises(InputError, match=re.escape(reason)) as error:
-        print(read_predictions(path))
-    one_line(error, f"{path}: cannot be read as predictions (", "retrieval-tip classify --format")
+    said = (f"{path}: cannot be read as predictions (", reason, "retrieval-tip classify --format")
+    refused(lambda: print(read_predictions(path)), *said, error=InputError)
 
 
 def test_deeply_nested_json_beside_the_columns_is_skipped(tmp_path: Path) -> None:
@@ -167,9 +166,7 @@ def test_parquet_that_is_no_predictions_is_refused(tmp_path: Path) -> None:
         if reason is None:
             assert read_predictions(path).num_rows == 1
             continue
-        with pytest.raises(InputError, match=re.escape(reason)) as error:
-            read_predictions(path)
-        one_line(error, path)
+        refused(lambda: read_predictions(path), path, reason, error=InputError)
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -188,9 +185,7 @@ def test_other_kinds_of_file_are_refused(tmp_path: Path) -> None:
         (tmp_path / "x\ny", "no such file"),
         (Path(os.devnull), "not a file"),
     ]:
-        with pytest.raises(InputError, match=reason) as error:
-            read_predictions(path)
-        one_line(error, "retrieval-tip classify --format")
+        refused(partial(read_predictions, path), reason, "retrieval-tip classify --format", error=InputError)
 
 
 # --- versions
@@ -222,9 +217,7 @@ def test_an_invalid_time_is_null(text: object, hour: int | None) -> None:
 
 @pytest.mark.parametrize("row", [{"version": 1 << 64}, {"version": "x"}, {"change": "\ud800"}, {"current": "yes"}])
 def test_a_value_that_no_version_has_is_refused(row: dict[str, object]) -> None:
-    with pytest.raises(InputError) as error:
-        versions_table([row])
-    one_line(error, "versions: cannot store a value (")
+    refused(lambda: versions_table([row]), "versions: cannot store a value (", error=InputError)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ import torch
 from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
-from stored import made, refused, source
+from sealing import refused
+from stored import made, source
 from tables import unit, write_table
 
 from retrieval_tip import tip

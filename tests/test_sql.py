@@ -16,7 +16,7 @@ import pytest
 from conftest import few
 from hypothesis import given
 from hypothesis import strategies as st
-from sealing import one_line, snapshot
+from sealing import refused, snapshot
 
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.store import query as module
@@ -51,9 +51,12 @@ def test_ask_queries_every_table_and_class_counts() -> None:
     assert shown == ["class_counts", "curve", "labels"]
     assert [row["column_name"] for row in ask(tables, "DESCRIBE labels").to_pylist()] == LABELS.column_names
     assert ask({}, "SELECT 1 AS a WHERE false").num_rows == 0
-    with pytest.raises(UsageError) as error:
-        ask({"curve": tables["curve"]}, "FROM class_counts")
-    one_line(error, "query: Catalog Error", "class_counts")
+    refused(
+        lambda: ask({"curve": tables["curve"]}, "FROM class_counts"),
+        "query: Catalog Error",
+        "class_counts",
+        error=UsageError,
+    )
 
 
 def test_ask_keeps_columns_of_every_type() -> None:
@@ -81,12 +84,12 @@ def test_ask_reports_a_table_that_duckdb_cannot_read() -> None:
     offsets = pa.py_buffer(np.array([0, 1], np.int32).tobytes())
     damaged = pa.table({"a": pa.StringArray.from_buffers(1, offsets, pa.py_buffer(b"\xff"))})
     for table in (damaged, pa.table({})):
-        with pytest.raises(InputError) as error:
-            ask({"curve": table}, "SELECT 1")
-        one_line(error, "curve: duckdb cannot hold this table (")
-    with pytest.raises(InputError) as error:
-        ask({"labels": pa.table({"a": [1]})}, "SELECT 1")
-    one_line(error, "labels: ", "class_id")
+        refused(
+            lambda table=table: ask({"curve": table}, "SELECT 1"),
+            "curve: duckdb cannot hold this table (",
+            error=InputError,
+        )
+    refused(lambda: ask({"labels": pa.table({"a": [1]})}, "SELECT 1"), "labels: ", "class_id", error=InputError)
 
 
 @pytest.mark.parametrize(
@@ -101,10 +104,8 @@ def test_ask_reports_a_table_that_duckdb_cannot_read() -> None:
     ],
 )  # fmt: skip
 def test_ask_accepts_only_one_select(sql: str) -> None:
-    with pytest.raises(UsageError) as error:
-        ask({"labels": LABELS}, sql)
-    one_line(error, "query: ")
-    assert len(str(error.value)) > len("query: ")
+    text = refused(lambda: ask({"labels": LABELS}, sql), "query: ", error=UsageError)
+    assert len(text) > len("query: ")
 
 
 FORBIDDEN = [
@@ -143,10 +144,8 @@ def test_sql_cannot_access_files_the_network_or_settings(secrets: Path, sql: str
     before = snapshot(secrets)
     for what, call in (("query: ", lambda: ask({"labels": LABELS}, sql)),
                        ("where: ", lambda: rows_where(LABELS, f"EXISTS ({sql})"))):  # fmt: skip
-        with pytest.raises(UsageError) as error:
-            print(call())
-        one_line(error, what)
-        assert "secret\n" not in str(error.value)
+        text = refused(call, what, error=UsageError)
+        assert "secret\n" not in text
     assert snapshot(secrets) == before
 
 
@@ -155,9 +154,11 @@ def test_a_query_beyond_the_memory_limit_fails_and_writes_no_file(
 ) -> None:
     monkeypatch.setattr(module, "MEMORY", 64 << 20)
     before = snapshot(secrets)
-    with pytest.raises(UsageError, match="Out of Memory") as error:
-        ask({}, "SELECT count(*) FROM (SELECT DISTINCT i, i::VARCHAR FROM range(3000000) t(i))")
-    one_line(error)
+    refused(
+        lambda: ask({}, "SELECT count(*) FROM (SELECT DISTINCT i, i::VARCHAR FROM range(3000000) t(i))"),
+        "Out of Memory",
+        error=UsageError,
+    )
     assert snapshot(secrets) == before
 
 
@@ -202,11 +203,9 @@ def test_rows_where_returns_the_rows_of_a_condition(condition: str, rows: list[i
     ],
 )  # fmt: skip
 def test_rows_where_accepts_only_one_boolean_expression(condition: str) -> None:
-    with pytest.raises(UsageError) as error:
-        print(rows_where(LABELS, condition))
-    one_line(error, "where: ")
-    explained = "not UTF-8" in str(error.value) or "open parentheses" in str(error.value)
-    assert explained or "over the columns key_id, cl" in str(error.value)
+    text = refused(lambda: rows_where(LABELS, condition), "where: ", error=UsageError)
+    explained = "not UTF-8" in text or "open parentheses" in text
+    assert explained or "over the columns key_id, cl" in text
 
 
 @pytest.mark.parametrize("names", [["position"], ["POSITION", "position_"], ["rowid", "Position", "position__"]])
@@ -266,9 +265,7 @@ LONG = "SELECT count(*) FROM range(100000000000) t(i), range(1000000)"
 
 def test_a_query_beyond_its_timeout_is_cancelled() -> None:
     begun, threads = time.monotonic(), threading.active_count()
-    with pytest.raises(UsageError, match="--timeout") as error:
-        ask({}, LONG, timeout=0.5)
-    one_line(error, "query: ", "0.5 s")
+    refused(lambda: ask({}, LONG, timeout=0.5), "query: ", "0.5 s", "--timeout", error=UsageError)
     assert time.monotonic() - begun < 30  # generous for a busy machine; without a limit, the query takes years
     assert threading.active_count() == threads
 
@@ -331,6 +328,4 @@ def test_a_predictions_file_can_be_queried(tmp_path: Path) -> None:
     pq.write_table(pa.table({"input": ["a"], "label": ["b"]}), path)
     assert ask({}, "SELECT count(*) AS n FROM predictions", path).to_pylist() == [{"n": 1}]
     path.write_bytes(b"PAR1")
-    with pytest.raises(InputError) as error:
-        ask({}, "SELECT 1", path)
-    one_line(error, path)
+    refused(lambda: ask({}, "SELECT 1", path), path, error=InputError)

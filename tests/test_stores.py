@@ -29,7 +29,8 @@ import torch
 from conftest import SOAK, few, nearest_keys
 from dense import affinity, cache_logits, nearest
 from fastapi.testclient import TestClient
-from stored import copied, done, everything, labels_of, made, path_of, put, refused, rows_of, source
+from sealing import refused
+from stored import copied, done, everything, labels_of, made, path_of, put, rows_of, source
 from tables import unit_rows, write_table
 
 from retrieval_tip.data.reader import Reader
