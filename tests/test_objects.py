@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import buckets
@@ -23,7 +24,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from retrieval_tip.errors import StoreError, UsageError
-from retrieval_tip.store.address import Address, Patience, parse, storage_options
+from retrieval_tip.store import address as addresses
+from retrieval_tip.store.address import Address, parse, storage_options
 from retrieval_tip.store.bucket import BucketFiles
 from retrieval_tip.store.files import LocalFiles
 from retrieval_tip.store.manifest import DataFile
@@ -43,7 +45,8 @@ parsed = Address.parse
 def at(text: str, **patience: float) -> Files:
     address = parsed(text)
     if address.local is None:
-        return BucketFiles(address, Patience(**patience))
+        with mock.patch.dict(vars(addresses), patience):
+            return BucketFiles(address)
     address.local.mkdir(parents=True, exist_ok=True)
     return LocalFiles(address.local, text)
 
@@ -253,7 +256,7 @@ def test_a_missing_bucket_is_reported(bucket: str):
 
 def test_an_unreachable_server_is_reported(monkeypatch: pytest.MonkeyPatch):
     buckets.use(monkeypatch, CLOSED)
-    store = at("s3://bucket/x", retries=1)
+    store = at("s3://bucket/x", RETRIES=1)
     for ask in (lambda: store.get("a/x", 10), lambda: store.create("a/x", b""), lambda: store.sizes("a")):
         check_error(ask, "s3://bucket/x/a", "cannot connect to 127.0.0.1:9", "AWS_ENDPOINT_URL", within=5)
 
@@ -262,7 +265,7 @@ def test_a_server_that_does_not_answer_is_reported(monkeypatch: pytest.MonkeyPat
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         buckets.use(monkeypatch, f"http://127.0.0.1:{port}")
-        store = at("s3://bucket/x", answer=0.4, retry=0.4)
+        store = at("s3://bucket/x", ANSWER=0.4, RETRY=1)
         check_error(lambda: store.create("a", b""), f"no answer from 127.0.0.1:{port}", within=4)
         check_error(lambda: store.get("a", 10), f"no answer from 127.0.0.1:{port}", within=4)
 
@@ -293,7 +296,7 @@ def test_refusals_of_the_service_are_reported(status: int, code: str, expected: 
     body = f"<?xml version='1.0'?>\n<Error><Code>{code}</Code><AWSAccessKeyId>{echo}</AWSAccessKeyId></Error>".encode()
     with running_server(lambda *_: (status, body if code else b"\x1b[2J")) as server:
         buckets.use(monkeypatch, server)
-        store = at("s3://bucket/x", retries=1)
+        store = at("s3://bucket/x", RETRIES=1)
         check_error(lambda: store.get("a", 10), "s3://bucket/x/a: ", expected, within=5)
         check_error(lambda: store.create("a", b""), "s3://bucket/x/a: ", expected, within=5)
         check_error(lambda: store.sizes("a"), "s3://bucket/x/a: ", expected, within=5)
@@ -435,7 +438,7 @@ def test_missing_gcs_credentials_are_reported(tmp_path: Path, monkeypatch: pytes
         monkeypatch.setenv(name, "127.0.0.1:9")
     monkeypatch.setenv("HOME", str(tmp_path))  # gcloud keeps credentials there
     check_error(
-        lambda: at("gs://bucket/x", retries=1).get("a", 10),
+        lambda: at("gs://bucket/x", RETRIES=1).get("a", 10),
         "gs://bucket/x/a: no credentials",
         "GOOGLE_APPLICATION_CREDENTIALS",
     )

@@ -23,27 +23,16 @@ KIND, FORMS = "LanceDB store", "lance://PATH, s3://BUCKET/PATH, gs://BUCKET/PATH
 METAVAR, EXAMPLE = "DIR|ADDRESS", "lance://indexes/things.lance"
 """Placeholder for a place in the help, and an example of an address."""
 
+CONNECT, ANSWER, RETRY, RETRIES = 4, 8, 10, 4
+"""Timeouts of requests to a server in seconds, and number of retries.
+
+A request to an unreachable server fails after ``RETRY + ANSWER`` seconds.
+"""
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 _REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION")
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,221}")
 _UNLIKE = re.compile(r'[\\%#*\[\]{}^"<>|`]')
 """Characters in a name that obstore and LanceDB interpret differently."""
-
-
-@dataclass(frozen=True)
-class Patience:
-    """The timeouts in seconds and the number of retries for requests to a server.
-
-    A request to an unreachable server fails after ``retry + answer`` seconds.
-    """
-
-    connect: float = 4
-    answer: float = 8
-    retry: float = 10
-    retries: int = 4
-
-
-PATIENCE = Patience()
 
 
 @dataclass(frozen=True)
@@ -116,7 +105,7 @@ def parse(text: str) -> Address | None:
     return Address.parse(text) if separator and scheme.lower() in SCHEMES else None
 
 
-def storage_options(address: Address, patience: Patience = PATIENCE) -> dict[str, str]:
+def storage_options(address: Address) -> dict[str, str]:
     """Return the options for ``lancedb.connect``, which :class:`bucket.BucketFiles` also uses.
 
     The options contain no credentials, because the clients read credentials from the environment. Raises StoreError if
@@ -125,10 +114,10 @@ def storage_options(address: Address, patience: Patience = PATIENCE) -> dict[str
     if address.local is not None:
         return {}
     options = {
-        "connect_timeout": f"{patience.connect}s",
-        "read_timeout": f"{patience.answer}s",
-        "client_max_retries": str(patience.retries),
-        "client_retry_timeout": f"{patience.retry:.0f}",
+        "connect_timeout": f"{CONNECT}s",
+        "read_timeout": f"{ANSWER}s",
+        "client_max_retries": str(RETRIES),
+        "client_retry_timeout": str(RETRY),
         "allow_http": str(_allow_http()).lower(),
     }
     if address.scheme == "s3":  # obstore and LanceDB prefer different variables

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Literal, cast
 from urllib.parse import urlsplit
 
 from retrieval_tip.errors import StoreError, UsageError, install, one_line
-from retrieval_tip.store.address import PATIENCE, Address, Patience, set_credentials, storage_options
+from retrieval_tip.store.address import Address, set_credentials, storage_options
 from retrieval_tip.store.manifest import DataFile
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, ObjectStore, RetryConfig, S3Config
 
-PATIENT_BYTES, PATIENT_SECONDS = 1 << 20, 120
-"""Size in bytes above which an upload has a longer timeout, and this timeout in seconds."""
+PATIENT_BYTES, PATIENT = 1 << 20, "120s"
+"""Size in bytes above which an upload has a longer timeout, and this timeout."""
 OBJECT_BYTES = 1 << 34
 """Maximum size of an object in bytes. A million classes with 1024 values each take less."""
 
@@ -35,13 +35,13 @@ class BucketFiles:
     if the service rejects the request or cannot be reached.
     """
 
-    def __init__(self, place: Address, patience: Patience = PATIENCE) -> None:
-        self.address, self._patience = place, patience
+    def __init__(self, place: Address) -> None:
+        self.address = place
         try:
             import obstore  # noqa: F401 - only checks that obstore is installed
         except ImportError:
             raise UsageError(f"{one_line(str(place))}: obstore is not installed; run {install('lance')}") from None
-        self._client = self._connected(patience.answer)
+        self._client = self._connected()
 
     def get(self, name: str, most: int = OBJECT_BYTES) -> bytes:
         import obstore
@@ -68,7 +68,7 @@ class BucketFiles:
     def _put(self, name: str, data: bytes, mode: Literal["create", "overwrite"], *expected: type[Exception]) -> None:
         import obstore
 
-        client = self._client if len(data) <= PATIENT_BYTES else self._connected(PATIENT_SECONDS)
+        client = self._client if len(data) <= PATIENT_BYTES else self._connected(PATIENT)
         with self._asking(name, *expected):
             obstore.put(client, name, data, mode=mode)
 
@@ -103,20 +103,20 @@ class BucketFiles:
             return f"{shown}: missing" if file.bytes else None
         return None
 
-    def _connected(self, seconds: float) -> ObjectStore:
+    def _connected(self, timeout: str | None = None) -> ObjectStore:
         from obstore.exceptions import BaseError
         from obstore.store import from_url
 
-        options, patience = storage_options(self.address, self._patience), self._patience
+        options = storage_options(self.address)
         client: ClientConfig = {
             "connect_timeout": options["connect_timeout"],
-            "read_timeout": f"{seconds}s",
+            "read_timeout": timeout or options["read_timeout"],
             "timeout": "600s",
             "allow_http": options["allow_http"] == "true",  # set here, because options override the environment
         }
         retry: RetryConfig = {
-            "max_retries": patience.retries,
-            "retry_timeout": timedelta(seconds=patience.retry),
+            "max_retries": int(options["client_max_retries"]),
+            "retry_timeout": timedelta(seconds=int(options["client_retry_timeout"])),
         }
         config = cast("S3Config", {name: value for name, value in options.items() if name.startswith("aws_")})
         try:
