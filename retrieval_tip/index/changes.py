@@ -534,17 +534,10 @@ def fit_index(
 ) -> FormChoice:
     """Fit the metric, values and settings of an index with :func:`closed_form.fit`, and write a new version.
 
-    Args:
-        folder: the index.
-        metric: ``none`` or ``within``. If ``None``, the fit selects the metric.
-        values: ``one-hot`` or ``solved``. If ``None``, the fit selects the values.
-        class_prior: ``even`` if future photos are about equally often from each class, or ``shots`` if the classes
-            are as frequent as in the shots. Defaults to the choice of the previous fit.
-        prior: other indexes of the same encoder. The scatter of their photos around their class means helps if there
-            are few shots (see :func:`scatter.pooled`). It is kept for later fits.
-        validation: labelled images or features to use for the selection instead of the held-out shots. They require an
-            ``reader``.
-        reader: sets the backbone (the same as for the index) and the cache.
+    For ``metric``, ``values``, ``class_prior`` and ``prior``, see :class:`settings.BuildOptions`. ``class_prior``
+    defaults to the choice of the previous fit, and the scatter of a ``prior`` is kept for later fits. ``validation``
+    are labelled images or features to use for the selection instead of the held-out shots. They require a ``reader``,
+    which sets the backbone (the same as for the index) and the cache.
 
     Raises the errors of :func:`closed_form.fit`. If an error occurs, the index stays unchanged.
     """
