@@ -413,7 +413,7 @@ def verify(folder: str | os.PathLike[str]) -> Index:
     rows, vectors = index.rows.in_memory(), index.index
     assert vectors is not None
     assert index.manifest is not None
-    place.check_earlier(index.manifest, index.manifest.data_files)
+    place.check_earlier(index.manifest)
     if not torch.isfinite(index.text_weights).all():
         raise StoreError(f"{place}: text weights are not finite; build the index again")
     if rows.values is not None and not torch.isfinite(rows.values).all():

@@ -401,7 +401,9 @@ def test_a_read_only_folder_can_be_read_and_refuses_every_change(index: Path, tm
 # --- the owner of the lock
 
 
-def test_the_error_names_the_process_that_holds_the_lock(server: killing.Server, index: Path, tmp_path: Path) -> None:
+def test_the_error_names_the_process_that_holds_the_lock(
+    server: killing.Server, index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = {"work": "configure", "folder": str(index)}
     assert server.run(job) == server.run(job) == 0  # only the first creates the folder of earlier manifests
     locked, *_, released = [number for number, step in enumerate(server.steps) if step == "fcntl.flock"]
@@ -412,8 +414,10 @@ def test_the_error_names_the_process_that_holds_the_lock(server: killing.Server,
         stopped = server.stopped()
         try:
             if locked < step <= released:
-                with pytest.raises(StoreError) as error, Versions(index).write(wait=0.05):
-                    pass
+                with monkeypatch.context() as patch:
+                    patch.setattr(store_files, "LOCK_WAIT", 0.05)
+                    with pytest.raises(StoreError) as error, Versions(index).write():
+                        pass
                 owner = f"process {stopped} on {socket.gethostname()}"
                 # A new owner is unnamed for a moment, but no other process is ever named.
                 assert str(error.value) in [

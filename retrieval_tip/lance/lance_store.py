@@ -381,7 +381,7 @@ class LanceStore(Store):
         """In a bucket, only the objects of earlier versions are checked, not their rows."""
         index = self.load(device="cpu", verify="full")
         assert index.manifest is not None
-        self.check_earlier(index.manifest, index.manifest.digested)
+        self.check_earlier(index.manifest)
         return index
 
     def check(self, manifest: Manifest) -> None:

@@ -23,7 +23,7 @@ from retrieval_tip.store.manifest import SUFFIXES, DataFile
 FAST_BYTES = 1 << 22
 """Maximum size in bytes of the files that a fast check hashes."""
 LOCK_WAIT = 30.0
-"""Number of seconds to wait for another writer by default."""
+"""Number of seconds to wait for another writer."""
 POLL = 0.02
 """Number of seconds between two attempts to acquire the lock."""
 TRIES = 16
@@ -187,21 +187,21 @@ def check_name(folder: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path, place: object, wait: float | None = None) -> Iterator[None]:
+def locked(folder: Path, place: object) -> Iterator[None]:
     """Lock ``folder`` for writing inside the context, so that only one process can write to it at a time.
 
     The operating system locks a file in the folder, which contains the name of the owner, and releases the lock when
     the process ends.
 
-    Waits up to ``wait`` seconds for another writer. ``wait`` defaults to :data:`LOCK_WAIT`. The folder and its ``data``
-    folder are created first. Raises StoreError naming ``place`` if the lock is still held or cannot be acquired.
+    Waits up to :data:`LOCK_WAIT` seconds for another writer. The folder and its ``data`` folder are created first.
+    Raises StoreError naming ``place`` if the lock is still held or cannot be acquired.
     """
     path, data = folder / "lock", folder / "data"
     lock = filelock.FileLock(path)
     for left in reversed(range(TRIES)):
         try:
             make_folders(data)
-            lock.acquire(timeout=LOCK_WAIT if wait is None else wait, poll_interval=POLL)
+            lock.acquire(timeout=LOCK_WAIT, poll_interval=POLL)
             break
         except filelock.Timeout:
             owner = _owner(path) or "another process"

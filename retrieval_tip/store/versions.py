@@ -358,18 +358,19 @@ class Versions:
                 return [self.read(number) for number in self.numbers() if number < current.version]
         raise self.too_fast()
 
-    def check_earlier(self, current: Manifest, known: Collection[DataFile] = ()) -> None:
-        """Verify the files of earlier versions, except files that are ``known`` to be intact.
+    def check_earlier(self, current: Manifest) -> None:
+        """Verify the files of earlier versions, except those of the current version, which are known to be intact.
 
         Raises StoreError if a file is missing or damaged.
         """
+        known = set(current.digested)
         for manifest in self.earlier(current):
             try:
                 self.check_files(manifest, known)
             except StoreError:
                 if self.keeps(manifest):
                     raise
-            known = {*known, *manifest.digested}
+            known.update(manifest.digested)
 
     def check(self, manifest: Manifest) -> None:
         """Raise StoreError if a version is damaged and therefore cannot be restored."""
@@ -450,12 +451,12 @@ class Versions:
         self.files.put(CURRENT, raw)
 
     @contextmanager
-    def write(self, wait: float | None = None) -> Iterator[Any]:
+    def write(self) -> Iterator[Any]:
         """Yield a writer of the next version. A store on this machine is locked in the meantime.
 
-        Waits up to ``wait`` seconds for other writers; ``wait`` defaults to :data:`files.LOCK_WAIT`. If an exception is
-        raised or the process is killed, the current version stays in place. Raises StoreError if the folder contains
-        other files, stays locked or cannot be written, or if the disk is full.
+        Waits up to :data:`files.LOCK_WAIT` seconds for other writers. If an exception is raised or the process is
+        killed, the current version stays in place. Raises StoreError if the folder contains other files, stays locked
+        or cannot be written, or if the disk is full.
         """
         folder, made = self.local, list[Path]()
         if folder is None:
@@ -473,7 +474,7 @@ class Versions:
             others = {path.name for path in paths_in(folder)} - set(self.own)
             if not all(map(TEMPORARY.fullmatch, others)) and not self.exists():
                 raise StoreError(f"{self}: is not an index and not empty; give an empty or new folder")
-            with locked(folder, self, wait):
+            with locked(folder, self):
                 yield from self._exclusively(folder)
         except OSError as error:
             raise StoreError(
