@@ -273,9 +273,9 @@ def test_the_program_runs_in_a_new_process(small, queries):
     assert shutil.which("retrieval-tip", path=str(Path(sys.executable).parent))
 
 
-def test_a_reader_that_stops_early_causes_no_error(small, tmp_path):
+def test_a_reader_that_stops_early_causes_no_error(small, tmp_path, warm_path):
     many = write_table(tmp_path / "many.parquet", unit_rows(20000, 8, 3))
-    command = [sys.executable, "-m", "retrieval_tip", "classify", str(small), str(many), "--format", "json"]
+    command = [shutil.which("retrieval-tip", path=warm_path), "classify", str(small), str(many), "--format", "json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
         child.stdout.readline()
         child.stdout.close()
@@ -321,8 +321,8 @@ def test_answers_appear_before_all_images_are_read(style, run, tmp_path, warm_pa
 @pytest.mark.parametrize(
     ("arguments", "unbuffered"),
     few([(command.split(), unbuffered) for unbuffered in ("", "1") for command in (
-        "--version", "--help", "index --help", f"index list {INDEXES}", "index build --help", "models --format json",
-        "models --format csv", "models --format table", "models --format parquet")], 3),
+        "--version", "--help", "index --help", "index build --help",
+        *(f"index list {INDEXES} --format {style}" for style in ("json", "csv", "table", "parquet")))], 3),
     ids=str,
 )  # fmt: skip
 def test_a_full_standard_output_gives_one_line(arguments, unbuffered):
@@ -336,7 +336,7 @@ def test_a_full_standard_output_gives_one_line(arguments, unbuffered):
     assert b"No space left" in done.stderr
 
 
-@pytest.mark.parametrize("arguments", few([["--version"], ["--help"], ["index", "list", INDEXES], ["models"]], 2))
+@pytest.mark.parametrize("arguments", few([["--version"], ["--help"], ["index", "list", INDEXES]], 2))
 def test_a_closed_pipe_causes_no_error(arguments):
     reader, writer = os.pipe()
     os.close(reader)

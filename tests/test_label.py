@@ -10,19 +10,21 @@ import signal
 import socket
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import few
-from fake import Fake
+from fake import IDENTITY, Fake
 from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from serving import caltech_photos, server
 
+from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import of_images, open_inputs
 from retrieval_tip.errors import StoreError
@@ -94,7 +96,8 @@ class Client:
         self.pool, backbones = pool, Backbones("cpu", "float32", None, backbone)
         self.sources = list(open_inputs([str(Path(next(iter(pool))).parent)]))
         self.names = [name for source in self.sources for name in source.sources]
-        labelling = Labelling(place, self.sources, Reader(backbone), classes)
+        self.cache = EncodingCache.at(None)
+        labelling = Labelling(place, self.sources, Reader(backbone, cache=self.cache), classes)
         served = [Served(place, backbones)] if places.at(place).exists() else []
         maker = Maker(folder.parent, lambda: backbone, backbones)
         self.app = create_app({one.name: one for one in served}, token=TOKEN, maker=maker, labelling=labelling)
@@ -106,6 +109,7 @@ class Client:
 
     def __exit__(self, *error):
         self.http.__exit__(*error)
+        self.cache.close()
 
     def status(self):
         return self.http.get("/v1/label").json()
@@ -359,7 +363,7 @@ def test_85_labels_with_ten_versions_take_at_most_10_megabytes(kind, tmp_path, m
         Image.new("RGB", (8, 8), (number % 17, 100 + number, 0)).save(path)
         pool[str(path)] = f"class {number % 17}"
     place = f"{kind}{tmp_path / 'idx'}"
-    with Client(pool, tmp_path / "idx", Wide(dim=1280), place=place) as client:
+    with Client(pool, tmp_path / "idx", Wide(replace(IDENTITY, weights="wide"), dim=1280), place=place) as client:
         client.until(lambda state: state["encoded"] == 85)
         names = [pool[name] for name in client.names]
         for start in range(0, 85, 5):

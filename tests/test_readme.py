@@ -14,7 +14,7 @@ import subprocess
 
 import demo
 import pytest
-from conftest import PROGRAMS, ROOT, demo_folder, needs_real
+from conftest import ROOT, demo_folder, needs_real
 
 WRITES = bool(os.environ.get("RETRIEVAL_TIP_WRITE_DOCS"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -114,9 +114,8 @@ def test_examples_print_the_documented_output(page, demo_clone, things, warm_pat
             makes = bool(options) and "index build" in typed
             if "indexes/things" in typed and not makes:
                 lay_out_index(place, things)
-            path = PROGRAMS if options or "serve" in typed else warm_path  # the others need not show program starts
             asked = f"{typed} {options}" if makes else typed
-            printed = things[1] if typed == BUILD else typed_and_printed(asked, place, path, bool(options))
+            printed = things[1] if typed == BUILD else typed_and_printed(asked, place, warm_path, bool(options))
             written += f"$ {typed}\n{printed}"
             assert WRITES or same(said, printed), f"$ {typed}\n{printed}\n--- the page says\n{said}"
         text = text.replace(f"```console\n{body}```", f"```console\n{written}```")
