@@ -47,6 +47,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background
 if "PYTEST_XDIST_WORKER" in os.environ:
     atexit.register(os._exit, 0)  # runs last; a regular shutdown takes seconds
 os.environ["HF_HUB_OFFLINE"] = "1"  # read on import; otherwise a test would retry for a minute before it fails
+sys.modules["openvino_telemetry"] = None  # it forks this large process dozens of times for each encoder
 
 T = TypeVar("T")
 Compiled = tuple[Path, Identity, torch.Tensor, np.ndarray]
