@@ -86,9 +86,9 @@ NO_GPU = "SKIPPED: torch finds no CUDA GPU; run make gpu on a machine with one"
 SLOWEST = [
     f"test_{name}.py"
     for name in (
-        "page", "ray", "stores", "interrupted", "readme", "server", "report", "startup", "classifier", "serve",
-        "label", "concurrent", "backbone", "hostile", "precision", "fitted_stores", "label_sessions", "tower",
-        "finetune", "changes", "closed_form", "cli", "tars", "living",
+        "page", "ray", "readme", "stores", "interrupted", "startup", "server", "label", "classifier", "fitted_stores",
+        "cli", "closed_form", "precision", "serve", "report", "changes", "hostile", "compare", "encoders", "estimator",
+        "sort", "catalogue", "demo", "plots", "onnx", "living", "compatibility", "store", "sql",
     )
 ]  # fmt: skip
 """The slowest test files, slowest first."""
