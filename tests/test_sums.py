@@ -226,19 +226,19 @@ def test_replaced_keys_have_no_sums_until_they_are_fitted(tmp_path):
     close(found.sums, fresh(found))
 
 
-@pytest.mark.parametrize("what", ["counts", "products", "damage"])
+@pytest.mark.parametrize("what", ["counts", "fraction", "products", "damage"])
 def test_sums_of_other_keys_are_detected(tmp_path, what):
     folder = tmp_path / "index"
     cache = fitted(folder)
     name = Versions(folder).current().files["sums"].name
     other = np.array(np.load(folder / name))
-    other[(0, 0) if what == "counts" else (C + 1, 3)] += 1
+    other[(0, 0) if what in ("counts", "fraction") else (C + 1, 3)] += 0.5 if what == "fraction" else 1
     if what == "damage":
         np.save(folder / name, other)
     else:  # as if a program that does not know the sums had written the manifest
         resealed(folder, "sums", npy(other))
     with pytest.raises(StoreError, match="sums"):
-        verify(folder)
+        (Index.load if what == "fraction" else verify)(folder)
     if what == "products":
         changes.rebuild(folder)
         assert verify(folder).sums is None

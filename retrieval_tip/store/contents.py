@@ -49,15 +49,16 @@ def read(folder: Path, manifest: Manifest) -> dict[str, Any]:
     shapes = {"text": (c, d), "values": (n, c), "metric": (rows.get("metric", 0), d), "points": (n, d),
               "sums": (c + d, 1 + d), "prior": (d, d), "scores": (rows.get("scores", 0), 3)}  # fmt: skip
     contents: dict[str, Any] = {"keys": keys, "labels": labels}
-    for kind in shapes.keys() & files.keys() - ({"points"} if manifest.later else set()):
-        contents[kind] = read_array(folder, files[kind], shapes[kind], _DTYPES.get(kind, (np.float32,)))
+    for kind, shape in shapes.items():
+        if kind in files and not (kind == "points" and manifest.later):
+            contents[kind] = read_array(folder, files[kind], shape, _DTYPES.get(kind, (np.float32,)))
     if "metric" in contents:
         contents["metric"] = metric_of(contents["metric"])
     if "sums" in contents:
-        contents["sums"] = Sums.of_array(contents["sums"], c)
-        if not np.array_equal(contents["sums"].counts, np.bincount(labels["class_id"].to_numpy(), minlength=c)):
+        if not np.array_equal(contents["sums"][:c, 0], np.bincount(labels["class_id"].to_numpy(), minlength=c)):
             name = folder / files["sums"].name
             raise StoreError(f"{name}: does not match the keys; restore an earlier version or build again")
+        contents["sums"] = Sums.of_array(contents["sums"], c)
     if "curve" in files:
         contents["curve"] = read_curve(folder, files["curve"])
     return contents
@@ -76,7 +77,8 @@ def write(contents: Contents, writer: Writer, stored: Stored | None) -> None:
         known = {stored.manifest.files[kind] for kind in same}
         check = Check(stored.store.files, stored.manifest, known=known)
     with ThreadPoolExecutor(SEALED_AT_ONCE, thread_name_prefix="seal") as pool:
-        list(pool.map(lambda kind: _seal(writer, kind, contents[kind]), contents.keys() - writer.files.keys()))
+        new = [kind for kind in contents if kind not in writer.files]
+        list(pool.map(lambda kind: _seal(writer, kind, contents[kind]), new))
     if check is not None:
         check.wait()
 
