@@ -56,6 +56,7 @@ if TYPE_CHECKING:  # importing torch takes a second, and manifests do not need i
     from retrieval_tip.index.items import Material
     from retrieval_tip.lance.rows import TableRows
     from retrieval_tip.model import Index
+    from retrieval_tip.retrieval.rows import Rows
 
 FEW_KEYS = 8192
 """Maximum number of keys in a new store for which all keys are compared to find images in two classes."""
@@ -301,14 +302,13 @@ class LanceStore(Store):
 
         classes, held = self.classes(manifest), self.arrays(manifest, "metric", "values", "prior", "scores")
         rows = self._rows(manifest, classes, writer)
-        index = Index.of_version(rows, manifest, device, held | {"text": _matrix(classes["text"])})
+        used: Rows = rows
         if "values" in held:  # a query uses all keys
             arrays = rows.arrays()
             places = np.argsort(np.argsort(arrays.key_ids))
-            values, kind = torch.from_numpy(held["values"][places]), CLASSES if rows.kind == CLASSES else FLAT
-            scores, prior = index.scores, index.prior
-            index = replace(index, rows=replace(arrays, values=values), factory=kind)
-            index.scores, index.prior = scores, prior
+            used = replace(arrays, values=torch.from_numpy(held["values"][places]))
+        kind = CLASSES if rows.kind == CLASSES else FLAT
+        index = Index.of_version(used, manifest, device, held | {"text": _matrix(classes["text"])}, factory=kind)
         index.stored = Origin(self, manifest)
         return index, rows
 
