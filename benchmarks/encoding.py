@@ -186,15 +186,14 @@ def recommended(paths: list[str], precisions: Sequence[Precision], rounds: int) 
     for one in catalogue.search():
         row: dict[str, object] = {"encoder": one.model, "size": catalogue.megabytes(one.bytes or 0)}
         with tempfile.TemporaryDirectory() as folder:
-            file, timms = f"{folder}/weights.pt", one.model.removeprefix("timm:").partition(".")[0]
-            if timms == one.model:
-                name = catalogue.architecture(one.model)
-                network, names = (
-                    open_clip.create_model(name, load_weights=False),
-                    (name, f"{catalogue.recommended(name)}={file}"),
-                )
+            file = f"{folder}/weights.pt"
+            if one.model.startswith("timm:"):
+                network = timm.create_model(one.model.removeprefix("timm:").partition(".")[0])
+                names = one.model, file
             else:
-                network, names = timm.create_model(timms), (one.model, file)
+                name = catalogue.architecture(one.model)
+                network = open_clip.create_model(name, load_weights=False)
+                names = name, f"{catalogue.recommended(name)}={file}"
             torch.save(network.state_dict(), file)
             for precision in precisions:
                 encode = ours(load_backbone(*names, device="cpu", precision=precision))

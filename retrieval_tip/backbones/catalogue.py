@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from retrieval_tip.errors import BackboneError, UsageError, first_line
@@ -170,15 +171,11 @@ def _tags(model: str) -> list[str]:
 
 
 def _described(name: str, *, sized: bool = True) -> Named:
-    import timm
-
-    timms = name.removeprefix("timm:") if name.startswith("timm:") else None
-    tags, licence = _tags(name), _LICENCES.get(name)
-    if timms:
-        config = timm.get_pretrained_cfg(timms)
-        tags, licence = [timms.partition(".")[2]], getattr(config, "license", None)
+    words = not name.startswith("timm:")
+    tags = _tags(name) if words else [name.partition(".")[2]]
+    licence = _LICENCES.get(name) if words else getattr(_timm_config(name), "license", None)
     size = _bytes(architecture(name)) if sized else None
-    return Named(name, tags, size, licence, not timms, has_weights(_repository(name, None)))
+    return Named(name, tags, size, licence, words, has_weights(_repository(name, None)))
 
 
 def _bytes(name: str) -> int | None:
@@ -325,15 +322,20 @@ def cached() -> Iterator[tuple[str, str | None]]:
 def _repository(name: str, tag: str | None) -> str:
     """Return the repository of the weights, or an empty string if they have none."""
     import open_clip
-    import timm
 
     if name.startswith("timm:"):
-        config = timm.get_pretrained_cfg(name.removeprefix("timm:"))
-        return str(config.hf_hub_id or "") if config is not None else ""
+        return str(getattr(_timm_config(name), "hf_hub_id", None) or "")
     if name.startswith("hf-hub:"):
         return name.removeprefix("hf-hub:")
     found = open_clip.get_pretrained_cfg(name, tag or _tags(name)[0]).get("hf_hub", "")
     return str(found).rpartition("/")[0]
+
+
+def _timm_config(name: str) -> Any:
+    """Return timm's description of weights, or ``None`` if it does not know them."""
+    import timm
+
+    return timm.get_pretrained_cfg(name.removeprefix("timm:"))
 
 
 def megabytes(size: int) -> str:
