@@ -284,8 +284,13 @@ def read_groups(path: str | os.PathLike[str], class_names: Sequence[str]) -> Lev
     if len(others) == len(rows):
         raise InputError(f"{name}: has no class of this index ({few(class_names)})")
     if others:
-        warn_once(f"{name}: {counted(len(others), 'class', 'is', 'are')} not in the index: {few(others)}")
+        warn_once(f"{name}: {not_in_index(others)}")
     return groups
+
+
+def not_in_index(class_names: Sequence[str]) -> str:
+    """Return the warning for classes of a table of groups that an index does not have."""
+    return f"{counted(len(class_names), 'class', 'is', 'are')} not in the index: {few(class_names)}"
 
 
 def check_texts(items: pa.Table, name: str) -> None:

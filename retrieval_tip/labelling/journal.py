@@ -150,7 +150,7 @@ def _read(path: Path, file: int) -> dict[str, Entry]:
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise InputError(f"{show(path)}: line {number} is not a label; remove the line") from None
         photo = values["digest"] or values["path"]
-        entries.pop(photo, None)  # in the order of the last labels
+        entries.pop(photo, None)  # the last label decides the place
         if "label" in entry:
             entries[photo] = values
     return entries

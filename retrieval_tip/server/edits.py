@@ -16,7 +16,8 @@ from urllib.parse import quote
 from fastapi import APIRouter, Body, Depends, Query, Request
 
 from retrieval_tip.data.sources import spelled_alike
-from retrieval_tip.errors import InputError, counted, few, json_line, show
+from retrieval_tip.data.tables import not_in_index
+from retrieval_tip.errors import InputError, json_line, show
 from retrieval_tip.index import changes as index_changes
 from retrieval_tip.index import manage
 from retrieval_tip.labelling.placing import Action
@@ -200,8 +201,7 @@ async def set_groups(
     await service.changed(one, call)
     index, version = one.now.index, one.now.manifest.version
     others = [] if index.groups is None else index.groups.others(index.class_names)
-    warnings = [f"{counted(len(others), 'class', 'is', 'are')} not in the index: {few(others)}"] if others else []
-    return schemas.GroupedIndex(index=one.name, version=version, warnings=warnings)
+    return schemas.GroupedIndex(index=one.name, version=version, warnings=[not_in_index(others)] if others else [])
 
 
 @changes.patch("/indexes/{name}", responses=USED)
