@@ -70,8 +70,8 @@ def main(python: str, fetched: Path, root: Path, uv: str) -> None:
                 for name in ("photos", "new"):
                     (stranger / "clone" / name).symlink_to(given / name)
             start = time.perf_counter()
-            entered = ["chroot", root, "bash", "-c", step]
-            done = subprocess.run(entered, env=env, capture_output=True, text=True)
+            enter = [] if root == Path("/") else ["chroot", root]  # chroot needs root
+            done = subprocess.run([*enter, "bash", "-c", step], env=env, capture_output=True, text=True)
             took = time.perf_counter() - start
             if done.returncode:
                 raise click.ClickException(f"{step}: {done.stderr}")
