@@ -455,7 +455,7 @@ def test_right_guesses_are_counted_until_they_are_undone(pool, place, lit_mini):
             one = state["queue"][0]
             guess = one["guesses"][0]["label"]
             expected.append(number % 3 > 0)
-            client.set({one["photo"]: guess if expected[-1] else "another"}, step=str(number))
+            client.set({one["photo"]: guess if expected[-1] else f"not {guess}"}, step=str(number))
             assert client.status()["guessed"] == {"right": sum(expected), "n": len(expected)}
             state = client.settled()
         assert client.set({}, undo="5")["guessed"] == {"right": sum(expected) - 1, "n": 5}
