@@ -23,6 +23,7 @@ from retrieval_tip.index import changes, places
 from retrieval_tip.index.changes import PhotoLabel
 from retrieval_tip.labelling.journal import Entry, Journal
 from retrieval_tip.labelling.labels import (
+    ASK,
     NONE,
     Label,
     LabelledPhoto,
@@ -510,7 +511,8 @@ def _facts_of(
     places = {photo: place for place, photo in enumerate(rows)}
     shown = [photo for photo in shown if photo in places]
     near = alike(photos.rows(rows), [places[photo] for photo in shown])
-    found = [] if index is None else guesses(index, photos.rows(shown), none=False)
+    answers = None if index is None else index.classify(photos.rows(shown), "keep", **vars(ASK))
+    found = [] if answers is None else guesses(answers, none=False)
     probable = [one["guesses"] for one in found] or [None] * len(shown)
     similar = ([rows[place] for place in own] for own in near)
     return dict(zip(shown, zip(probable, similar, strict=True), strict=True))
