@@ -37,10 +37,9 @@ import numpy.typing as npt
 from accuracy import DATASETS, Tables
 from common import SHARED, machine
 
-from retrieval_tip import Index, tip
+from retrieval_tip import Index
 from retrieval_tip.backbones.base import unit
 from retrieval_tip.data.reader import FeatureBlock
-from retrieval_tip.evaluation.calibration import expected_calibration_error
 from retrieval_tip.fit import closed_form
 from retrieval_tip.labelling.photos import Pool, suggest_features
 from retrieval_tip.labelling.smoothing import smooth
@@ -152,12 +151,14 @@ DEVELOPED = {
 ALL_POOLS = POOLS | DEVELOPED
 
 
-def curve(pool: Index, test: tuple[npt.NDArray[np.float32], IntArray], choose: Strategy, draw: int) -> Run:
+def curve(
+    pool: Index, test: tuple[npt.NDArray[np.float32], IntArray], choose: Strategy, draw: int, *, smoothing: bool = False
+) -> Run:
     """Label a random part of the pool in rounds, and return the accuracies in % after each round."""
     rows = np.sort(np.random.default_rng(draw).permutation(pool.n)[: int(SHARE * pool.n)])
     features, ids = np.asarray(pool.keys[rows], dtype=np.float32), pool.class_ids.numpy()[rows]
     labelled, index, seconds = np.empty(0, dtype=np.int64), None, 0.0
-    accuracies: dict[str, list[float]] = {part: [] for part in (*PARTS, "classes")}
+    accuracies: dict[str, list[float]] = {part: [] for part in (*PARTS, "classes", "smoothed")}
     for labels in LABELS:
         rest = np.setdiff1d(np.arange(len(ids)), labelled)
         n = min(labels * len(pool.class_names) - len(labelled), len(rest))
@@ -169,47 +170,25 @@ def curve(pool: Index, test: tuple[npt.NDArray[np.float32], IntArray], choose: S
         for part, (queries, truth) in zip(PARTS, (test, (features[rest], ids[rest])), strict=True):
             right = known[index.logits(queries).argmax(1).numpy()] == truth
             accuracies[part].append(100 * float(right.mean()) if len(right) else float("nan"))
+        if smoothing and len(rest):
+            best = smooth(index, [FeatureBlock.of(features)]).blocks[0].mixed[rest].argmax(1).numpy()
+            accuracies["smoothed"].append(100 * float((known[best] == ids[rest]).mean()))
         accuracies["classes"].append(100 * len(np.unique(ids[labelled])) / len(pool.class_names))
     return {**accuracies, "seconds": seconds, "alike": alike(features, ids)}
 
 
-def smoothed(pool: Index, draw: int) -> Run:
-    """Label suggested photos of a random part of the pool, and compare the answers to the others in %."""
-    rows = np.sort(np.random.default_rng(draw).permutation(pool.n)[: int(SHARE * pool.n)])
-    features, ids = np.asarray(pool.keys[rows], dtype=np.float32), pool.class_ids.numpy()[rows]
-    labelled, index, run = np.empty(0, dtype=np.int64), None, {"alone": [], "gain": [], "ece": [], "ece_gain": []}
-    for labels in LABELS[:3]:
-        rest = np.setdiff1d(np.arange(len(ids)), labelled)
-        n = labels * len(pool.class_names) - len(labelled)
-        labelled = np.concatenate([labelled, suggested(Round(features, ids, labelled, rest, n, index, draw))])
-        rest = np.setdiff1d(rest, labelled)
-        index, known = fitted(pool, features[labelled], ids[labelled])
-        mixed = smooth(index, [FeatureBlock.of(features)]).blocks[0].mixed
-        alone = tip.probabilities(index.logits(features), index.settings.temperature)
-        figures = []
-        for confidence, best in (one[rest].max(1) for one in (alone, mixed)):
-            right = known[best.numpy()] == ids[rest]
-            figures.append((right.mean(), expected_calibration_error(confidence.numpy(), right)))
-        (right, error), after = figures
-        for name, value in zip(run, (right, after[0] - right, error, after[1] - error), strict=True):
-            run[name].append(100 * float(value))
-    return run
-
-
 def show_smoothed(runs: Sequence[Run], pools: Sequence[str]) -> None:
-    """Print a table of the gains, their mean, and the smallest one."""
-    click.echo(
-        "| pool | labels per class | alone | gain | worst draw | ECE alone | change | draws |\n|---" + 7 * "|--:" + "|"
-    )
+    """Print how many points smoothing gains on the unlabelled photos."""
+    click.echo("| pool | labels per class | alone | gain | worst draw | draws |\n|---" + 5 * "|--:" + "|")
     gains = []
     for name in pools:
         own = [run for run in runs if (run["pool"], run["strategy"]) == (name, "smooth")]
-        columns = zip(*(summary(own, part) for part in ("alone", "gain", "ece", "ece_gain")), strict=True)
-        for labels, ((alone, _), (gain, error), (ece, _), (change, _)) in zip(LABELS, columns, strict=False):
+        for place, labels in enumerate(LABELS[:3]):
+            alone, smoothed = (np.array([run[part][place] for run in own]) for part in ("unlabelled", "smoothed"))
+            [(gain, error)] = summary([{"gain": [one]} for one in smoothed - alone], "gain")
             gains.append(gain)
-            worst = min(run["gain"][LABELS.index(labels)] for run in own)
-            cells = f"{alone:.1f} | {gain:+.2f} ± {error:.2f} | {worst:+.2f} | {ece:.1f} | {change:+.1f}"
-            click.echo(f"| {name} | {labels} | {cells} | {len(own)} |")
+            cells = f"{alone.mean():.1f} | {gain:+.2f} ± {error:.2f} | {(smoothed - alone).min():+.2f} | {len(own)}"
+            click.echo(f"| {name} | {labels} | {cells} |")
     click.echo(f"\nMean gain {statistics.mean(gains):+.2f}, smallest gain of a cell {min(gains):+.2f}")
 
 
@@ -315,8 +294,8 @@ def main(
             pool, _ = ALL_POOLS[name].pool_of(0, shared)
             items = ALL_POOLS[name].items(pool, shared)
         for _, way, draw in missing:
-            test = items.features, items.ids
-            run = smoothed(pool, draw) if smoothing else curve(pool, test, STRATEGIES[way], draw)
+            choose = STRATEGIES.get(way, suggested)
+            run = curve(pool, (items.features, items.ids), choose, draw, smoothing=smoothing)
             with results.open("a") as file:
                 file.write(json.dumps({"pool": name, "strategy": way, "draw": draw} | run) + "\n")
         if not smoothing:

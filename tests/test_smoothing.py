@@ -95,55 +95,51 @@ def test_similar_photos_of_food_help(shared):
     one = food_index(shared, 1)
     index = Index.from_features(np.array(one.keys), one.labels["label"].to_pylist(), one.class_names, device="cpu")
     closed_form.fit(index)
-    right = np.array(index.class_names)[smoothed(index, features).argmax(1)] == labels
-    plain = np.array(index.class_names)[index.logits(features).argmax(1).numpy()] == labels
-    assert right.mean() > plain.mean() + 0.02
+    names = np.array(index.class_names)
+    alone, mixed = (
+        (names[p.argmax(1)] == labels).mean() for p in (chances(index, features), smoothed(index, features))
+    )
+    assert mixed > alone + 0.02
 
 
-def test_commands_explain_smoothed_answers(index, tmp_path, run):
+@pytest.fixture
+def asked(index, tmp_path):
+    """The beginning of a command that classifies photos."""
     index.save(tmp_path / "own")
-    folder, _ = photos(60, 1)
     names = [str(tmp_path / f"{i}.jpg") for i in range(60)]
     for name in names:
         Path(name).write_text(name)
-    table = write_table(tmp_path / "new.parquet", folder, ids=names)
-    asked = ("classify", tmp_path / "own", table, "--format", "json", "--top", 5)
-    plain, done = json_rows(run(*asked)), run(*asked, "--smooth", "--explain")
-    found = smooth(index, [FeatureBlock.of(folder)])
+    table = write_table(tmp_path / "new.parquet", photos(60, 1)[0], ids=names)
+    return "classify", tmp_path / "own", table, "--format", "json"
+
+
+def test_commands_explain_smoothed_answers(index, asked, tmp_path, run):
+    folder, _ = photos(60, 1)
+    plain, done = json_rows(run(*asked)), run(*asked, "--top", 5, "--smooth", "--explain")
+    found, rows, alone = smooth(index, [FeatureBlock.of(folder)]), json_rows(done), {row["input"]: row for row in plain}
     assert found.words.capitalize() in done.stderr
-    changed, rows, alone = 0, json_rows(done), {row["input"]: row for row in plain}
     for row, mixed in zip(rows, smoothed(index, folder), strict=True):
-        itself, *others = row["similar"]
-        assert (itself["input"], itself["label"]) == (row["input"], alone[row["input"]]["label"])
-        assert [one["label"] for one in others] == [alone[one["input"]]["label"] for one in others]
+        assert row["similar"][0]["input"] == row["input"]
+        assert [one["label"] for one in row["similar"]] == [alone[one["input"]]["label"] for one in row["similar"]]
         assert sum(one["gives"] for one in row["similar"]) == pytest.approx(row["probability"], abs=1e-5)
-        assert dict(zip(row["labels"], row["probabilities"], strict=True)) == pytest.approx(
-            dict(zip(NAMES, mixed, strict=True)), abs=1e-5
-        )
-        assert row["label"] == NAMES[mixed.argmax()]
-        assert row["no_match"] == alone[row["input"]]["no_match"]
-        changed += row["label"] != alone[row["input"]]["label"]
-    assert changed
-    assert "given by this photo and by similar photos" in run(*asked[:3], "--smooth", "--explain").stdout
+        assert [mixed[NAMES.index(label)] for label in row["labels"]] == pytest.approx(row["probabilities"], abs=1e-5)
+        assert (row["label"], row["no_match"]) == (NAMES[mixed.argmax()], alone[row["input"]]["no_match"])
+    assert [row["label"] for row in rows] != [row["label"] for row in plain]
     held_back = json_rows(run(*asked, "--smooth", "--abstain", 0.6))
     assert [row["label"] is None for row in held_back] == [row["probability"] < 0.6 for row in rows]
-    out = ("--into", tmp_path / "out", "--dry-run", "--smooth")
-    sorted_ = run("sort", tmp_path / "own", table, *out, "--at-most-wrong", "40%")
-    assert str(threshold_of(found.held, 0.4)).capitalize() in sorted_.stderr
-    planned = list(csv.DictReader(sorted_.stdout.splitlines()))
-    assert [(one["input"], one["label"]) for one in planned] == [(row["input"], row["label"]) for row in rows]
+    out = ("--into", tmp_path / "out", "--dry-run", "--smooth", "--at-most-wrong", "40%")
+    planned = run("sort", *asked[1:3], *out)
+    assert str(threshold_of(found.held, 0.4)).capitalize() in planned.stderr
+    assert [row["label"] for row in csv.DictReader(planned.stdout.splitlines())] == [row["label"] for row in rows]
     for more in (["--logits"], ["--coverage", "0.9"], ["--group-no-match"], ["--group-by", "burst"]):
-        assert run(*asked[:3], "--smooth", *more).exit_code == 2
+        assert run(*asked, "--smooth", *more).exit_code == 2
 
 
-def test_the_narrowest_group_has_its_smoothed_probability(index, tmp_path, run):
+def test_the_narrowest_group_has_its_smoothed_probability(index, asked, tmp_path, run):
     (tmp_path / "groups.csv").write_text("species,family\nant,insect\nbee,insect\ncat,mammal\ndog,mammal\neel,fish\n")
-    index.save(tmp_path / "own")
-    assert run("index", "set", tmp_path / "own", "--groups", tmp_path / "groups.csv").exit_code == 0
-    folder, _ = photos(60, 1)
-    table = write_table(tmp_path / "new.parquet", folder)
-    rows = json_rows(run("classify", tmp_path / "own", table, "--smooth", "--at-least", 0.8, "--format", "json"))
-    for row, p in zip(rows, smoothed(index, folder), strict=True):
+    assert run("index", "set", asked[1], "--groups", tmp_path / "groups.csv").exit_code == 0
+    rows = json_rows(run(*asked, "--smooth", "--at-least", 0.8))
+    for row, p in zip(rows, smoothed(index, photos(60, 1)[0]), strict=True):
         families = {"insect": p[0] + p[1], "mammal": p[2] + p[3], "fish": p[4]}
         best = max(families, key=families.get)
         expected = (best, "family", families[best]) if families[best] >= 0.8 else (None, None, p.max())

@@ -112,8 +112,8 @@ class Pool:
         """Classify the photos, smooth the answers (see :func:`smoothing.smooth`), and say what smoothing changed."""
         found = smooth(index, [FeatureBlock.of(self.features)], ask, self.names)
         answers = Predictions.joined(block.predictions() for block in index.answers(found.blocks, ask))
-        table = answers.named(pa.array(self.names, pa.string())).to_arrow()
-        return Predictions(table.append_column("similar", found.similar)), found.words
+        named = answers.named(pa.array(self.names, pa.string())).to_arrow()
+        return Predictions(named.append_column("similar", found.similar)), found.words
 
     def without(self, index: Index) -> Pool:
         """Return the photos that are not in the index, which is decided by their digest, or else by their id."""

@@ -38,7 +38,7 @@ from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.settings import Ask
 
 NEAR, POWER, EXPECTED, SPREAD, TEXT = 5, 4, 0.6, 0.1, 3
-"""The constants of the formulas, which were chosen on the pools ``DEVELOPED`` of benchmarks/label_less.py."""
+"""The constants of the formulas. They were chosen on other photos than those of benchmarks/accuracy.md."""
 WEIGHTS, LEAST = torch.arange(15) / 20, 1e-3
 """The weights to choose from, and what is added to each probability, so that one wrong label does not decide."""
 MOST_HELD, MOST_NEAR = 2048, 4096
@@ -58,12 +58,9 @@ class Smoothing(NamedTuple):
 
 
 def smooth(index: Index, blocks: Sequence[FeatureBlock], ask: Ask = Ask(), names: Sequence[str] = ()) -> Smoothing:
-    """Smooth the answers to the photos of a folder. Their ``names`` default to their numbers.
-
-    Raises UsageError if the probabilities do not fit in memory.
-    """
-    features, c = np.concatenate([block.features for block in blocks]), len(index.class_names)
-    m = len(features)
+    """Smooth the answers to the photos of a folder. Raises UsageError if the probabilities do not fit in memory."""
+    features = np.concatenate([block.features for block in blocks])
+    m, c = len(features), len(index.class_names)
     check_memory(12 * m * (c + index.d), f"probabilities of {m:,} photos", "classify fewer photos at a time")
     index, some = index.in_memory().with_settings(ask.settings(index.settings)), spread(m, MOST_NEAR)
     alone = torch.cat([own.probabilities.cpu() for own in index.answers(blocks, Ask(neighbours=0))])
@@ -76,11 +73,8 @@ def smooth(index: Index, blocks: Sequence[FeatureBlock], ask: Ask = Ask(), names
     chosen = f"similar photos count {100 * weight:.0f} %, chosen on {counted(len(held.labels), 'held-out photo')}"
     words = f"{chosen}; they changed {int((after != before).sum()):,} of {counted(m, 'answer')}"
     labels, gives = np.array(index.class_names)[before.numpy()], shares * alone[near, after[:, None]]
-    named = pa.array(names or map(str, range(m)), pa.string()), pa.array(labels, pa.string())
-    columns = [
-        *(one.take(pa.array(near.flatten().numpy())) for one in named),
-        pa.array(gives.double().flatten().numpy()),
-    ]
+    at, named = pa.array(near.flatten().numpy()), (names or [str(row) for row in range(m)], labels)
+    columns = [pa.array(one, pa.string()).take(at) for one in named] + [pa.array(gives.double().flatten().numpy())]
     similar = lists(pa.StructArray.from_arrays(columns, fields=list(SIMILAR)), near.shape[1])
     parts = mixed.split([len(block.positions) for block in blocks])
     mixed_blocks = [replace(block, mixed=part) for block, part in zip(blocks, parts, strict=True)]
@@ -88,10 +82,7 @@ def smooth(index: Index, blocks: Sequence[FeatureBlock], ask: Ask = Ask(), names
 
 
 def _near(points: Tensor, folder: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rows of the points of a folder that are most similar to each point, and their shares ``a``.
-
-    The shares sum to 1, or to 0 if no point is similar.
-    """
+    """Return the most similar points of a folder and their shares, which sum to 1, or to 0 if no point is similar."""
     found = []
     for part in slices(len(points), BLOCK):
         cosines = points[part] @ folder.T

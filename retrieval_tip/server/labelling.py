@@ -511,8 +511,7 @@ def _facts_of(
     places = {photo: place for place, photo in enumerate(rows)}
     shown = [photo for photo in shown if photo in places]
     near = alike(photos.rows(rows), [places[photo] for photo in shown])
-    answers = None if index is None else index.classify(photos.rows(shown), "keep", **vars(ASK))
-    found = [] if answers is None else guesses(answers, none=False)
+    found = [] if index is None else guesses(index.classify(photos.rows(shown), "keep", **vars(ASK)), none=False)
     probable = [one["guesses"] for one in found] or [None] * len(shown)
     similar = ([rows[place] for place in own] for own in near)
     return dict(zip(shown, zip(probable, similar, strict=True), strict=True))

@@ -319,7 +319,10 @@ async def label_answers(service: TheService, labelling: TheLabelling) -> Respons
     elif rows:
         index, features, read = version.index, photos.rows(rows), [one for one in shown if one in photos.encoded]
         pool = Pool([photos.names[one] for one in read], photos.rows(read), [])
-        answers, _ = await service.once(version, ("smoothed", len(read)), partial(pool.smoothed, index, ASK))
+        if index.n <= service.limits.estimated:
+            answers, _ = await service.once(version, ("smoothed", len(read)), partial(pool.smoothed, index, ASK))
+        else:  # holding out photos would take too long
+            answers = await service.find(partial(index.classify, pool.features, "keep", **vars(ASK)))
         found = dict(zip(read, guesses(answers), strict=True))
         no_match = [row for row, photo in enumerate(rows) if found[photo]["no_match"]][:MOST_GROUPED]
         if len(no_match) > 1:
