@@ -59,11 +59,11 @@ class Smoothing(NamedTuple):
 
 def smooth(index: Index, blocks: Sequence[FeatureBlock], ask: Ask = Ask(), names: Sequence[str] = ()) -> Smoothing:
     """Smooth the answers to the photos of a folder. Raises UsageError if the probabilities do not fit in memory."""
-    features = np.concatenate([block.features for block in blocks])
-    m, c = len(features), len(index.class_names)
+    m, c = sum(len(block.positions) for block in blocks), len(index.class_names)
     check_memory(12 * m * (c + index.d), f"probabilities of {m:,} photos", "classify fewer photos at a time")
     index, some = index.in_memory().with_settings(ask.settings(index.settings)), spread(m, MOST_NEAR)
     alone = torch.cat([own.probabilities.cpu() for own in index.answers(blocks, Ask(neighbours=0))])
+    features = np.concatenate([block.features for block in blocks])
     weight, held = _chosen(index, features[some])
     near, shares = _near(points_of(features, index.metric), points_of(features[some], index.metric))
     near = torch.cat([torch.arange(m)[:, None], torch.from_numpy(some)[near]], dim=1)
