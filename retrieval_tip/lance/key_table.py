@@ -28,7 +28,7 @@ import pyarrow as pa
 from retrieval_tip.data.tables import vectors
 from retrieval_tip.errors import RetrievalTipError, StoreError, UsageError, first_line, install
 from retrieval_tip.store.address import Address, storage_options
-from retrieval_tip.store.bucket import check_process
+from retrieval_tip.store.files import check_process
 from retrieval_tip.store.labels import LABEL_SCHEMA
 
 FloatArray = npt.NDArray[np.float32]

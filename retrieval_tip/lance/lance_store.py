@@ -45,8 +45,7 @@ from retrieval_tip.lance.key_table import CLASSES, FLAT, RESTORE, TABLE, VALUES,
 from retrieval_tip.settings import Dtype, Precision, Verify
 from retrieval_tip.store import versions
 from retrieval_tip.store.address import Address
-from retrieval_tip.store.bucket import OBJECT_BYTES, BucketFiles
-from retrieval_tip.store.files import LocalFiles
+from retrieval_tip.store.files import OBJECT_BYTES, BucketFiles, LocalFiles
 from retrieval_tip.store.manifest import DataFile, Manifest, Table
 from retrieval_tip.store.versions import MANIFEST_BYTES, VERSIONS_TRIED, Origin, Writer, manifest_name
 

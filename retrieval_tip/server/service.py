@@ -6,6 +6,7 @@ It batches images and queries, makes changes one at a time, and computes each sl
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import os
 import weakref
@@ -31,7 +32,6 @@ from retrieval_tip.server.limits import ROWS_PER_IMAGE, Limits
 from retrieval_tip.server.problems import NAMED, Problem
 from retrieval_tip.server.schemas import Row, Unread
 from retrieval_tip.server.served import NEIGHBOUR_CELLS, SIMILAR, Backbones, Maker, Served, Version
-from retrieval_tip.server.thumbnails import Thumbnails
 from retrieval_tip.server.uploads import Sent
 from retrieval_tip.settings import Ask
 
@@ -47,6 +47,10 @@ SLOW_AT_ONCE, SLOW_KEPT = 8, 32
 
 Slow results are maps, audits and accuracies.
 """
+KEPT_BYTES, OVERHEAD = 64 << 20, 1 << 10
+"""Memory for thumbnails, and the overhead of each thumbnail, in bytes."""
+AT_ONCE = 256
+"""Maximum number of thumbnails in progress."""
 T = TypeVar("T")
 
 
@@ -265,6 +269,51 @@ class Service:
                 return answer
         except TimeoutError:
             raise Problem(202, "the result is still being computed; try again in 5 s", {"Retry-After": "5"}) from None
+
+
+class Thumbnails:
+    """Thumbnails of images that have at most ``pixels`` pixels. Relative paths are resolved against ``root``."""
+
+    def __init__(self, root: Path | None, pixels: int, threads: int) -> None:
+        self._root, self._pixels = root or Path(), pixels
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="draw")
+        self._kept: Kept[Hashable, bytes] = Kept(
+            self._threads, most=KEPT_BYTES, room=AT_ONCE, size=lambda data: len(data) + OVERHEAD
+        )
+
+    def path(self, source: str) -> Path | None:
+        """Return the path of the image file that ``source`` names, if it exists."""
+        path = self._root / source
+        try:
+            return path if path.suffix.lower() in images.extensions() and path.is_file() else None
+        except (OSError, ValueError):  # the source is not a valid file name
+            return None
+
+    async def of_file(self, path: Path, size: int, digest: str | None) -> bytes:
+        """Return a thumbnail of a file as JPEG data.
+
+        Raises OSError or InputError if the image cannot be read, or if its bytes have another ``digest``.
+        """
+        seen = path.stat()
+
+        def read() -> bytes:
+            data = images.read(path)
+            if digest and hashlib.sha256(data).hexdigest() != digest:
+                raise InputError("the file now contains another photo")
+            return data
+
+        return await self.of((path, seen.st_mtime_ns, seen.st_size, digest), read, size)
+
+    async def of(self, name: Hashable, read: Callable[[], bytes], size: int) -> bytes:
+        """Return a thumbnail of the image that ``read`` returns as JPEG data. It is kept under its ``name``.
+
+        Raises InputError if the image cannot be read.
+        """
+        return await self._kept((name, size), lambda: images.thumbnail(read(), size, most=self._pixels))
+
+    def close(self) -> None:
+        """Finish the thumbnails in progress."""
+        self._threads.shutdown()
 
 
 def backbone_of(version: Version) -> Backbone:

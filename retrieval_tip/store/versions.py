@@ -41,8 +41,16 @@ from retrieval_tip.backbones.base import equal_shares
 from retrieval_tip.errors import InputError, StoreError, UsageError, first_line
 from retrieval_tip.files import real, sha256_of
 from retrieval_tip.settings import Verify, check_choice
-from retrieval_tip.store.bucket import BucketFiles
-from retrieval_tip.store.files import FILE_NAME, TEMPORARY, LocalFiles, check_name, lies_in, locked, read_array
+from retrieval_tip.store.files import (
+    FILE_NAME,
+    TEMPORARY,
+    BucketFiles,
+    LocalFiles,
+    check_name,
+    lies_in,
+    locked,
+    read_array,
+)
 from retrieval_tip.store.labels import noun_of, read_curve, read_labels, versions_table
 from retrieval_tip.store.manifest import SUFFIXES, DataFile, Manifest, named_in
 from retrieval_tip.store.query import TIMEOUT, ask
