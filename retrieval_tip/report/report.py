@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache as remembered
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
@@ -127,7 +127,7 @@ def check(out: Path) -> None:
         raise InputError(f"{show(out)}: there is no folder {show(out.parent)}; create it first")
 
 
-def _page(results: Results, curve: Curve | None) -> str:
+def _page(results: Results, curve: dict[str, object] | None) -> str:
     index, evaluation = results.index, results.evaluation
     name = "an index" if results.place is None else f'"{show(Path(results.place).name)}"'
     drawn = {
@@ -223,15 +223,11 @@ def described(value: object, none: str = "-") -> str:
     return none if value is None else f"{value:.4g}" if isinstance(value, float) else portable(str(value))
 
 
-class Curve(NamedTuple):
-    """The accuracy by number of shots: a diagram, and rows (shots, draws, mean accuracy, range)."""
+def measure_curve(results: Results, numbers: Sequence[int], seeds: int) -> dict[str, object] | None:
+    """Measure the accuracy for each number of shots, or return ``None`` if there is nothing to draw.
 
-    svg: Markup
-    rows: list[tuple[int, int, str, str]]
-
-
-def measure_curve(results: Results, numbers: Sequence[int], seeds: int) -> Curve | None:
-    """Measure the accuracy for each number of shots, or return ``None`` if there is nothing to draw."""
+    Return a diagram (``svg``) and ``rows`` of the shots, draws, mean accuracy and range.
+    """
     if not numbers or results.is_tuned or not len(results.new):
         return None
     pool, runs = closed_form.unfitted(results.index), dict[int, list[float]]()
@@ -244,7 +240,7 @@ def measure_curve(results: Results, numbers: Sequence[int], seeds: int) -> Curve
         rows.append((number, len(own), percent(float(np.mean(own))), ends))
     label = "; ".join(f"{shots}: {mean}" for shots, _, mean, _ in rows)
     figure = partial(plots.draw_shots, runs, list(map(half_width, runs.values())), results.evaluation.zero_shot_top1)
-    return Curve(plots.svg(figure, f"Accuracy by number of examples per class. {label}"), rows)
+    return {"svg": plots.svg(figure, f"Accuracy by number of examples per class. {label}"), "rows": rows}
 
 
 def draw(pool: Index, shots: int, seed: int) -> Index:

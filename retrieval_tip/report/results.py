@@ -184,55 +184,27 @@ class Picture(NamedTuple):
     alt: str
 
 
-class Mistake(NamedTuple):
-    """A wrong answer for an ``item``, with the most probable classes and the shots that caused the answer."""
+def mistakes(results: Results) -> Iterator[dict[str, object]]:
+    """Explain the wrong answers whose true class has the lowest probability, except for shots.
 
-    item: str
-    truth: str
-    answer: str
-    probabilities: dict[str, float]
-    picture: Picture
-    keys: list[tuple[Neighbour, Picture]]
-
-
-class Pair(NamedTuple):
-    """Two classes that were confused.
-
-    ``times`` of the ``total`` items of class ``truth`` were classified as ``answer``. ``items`` are examples of these
-    mistakes, and ``keys`` are nearby keys.
+    Each has the most probable classes, and the shots that caused the answer. A shot would explain itself.
     """
-
-    truth: str
-    answer: str
-    times: int
-    total: int
-    items: list[Picture]
-    keys: list[tuple[Neighbour, Picture]]
-
-
-def worst(log_truth: npt.NDArray[np.float64], right: npt.NDArray[np.bool_]) -> list[int]:
-    """Return the positions of the wrong answers whose true class has the lowest probability, lowest first."""
-    wrong = np.flatnonzero(~right)
-    order: list[int] = wrong[np.argsort(log_truth[wrong], kind="stable")][:MISTAKES].tolist()
-    return order
-
-
-def mistakes(results: Results) -> Iterator[Mistake]:
-    """Explain the worst mistakes (see :func:`worst`), except for shots, which would explain themselves."""
     answers, names = results.answers, results.index.class_names
-    places = results.new[worst(answers.log_truth[results.new], answers.right[results.new])].tolist()
+    wrong = results.new[~answers.right[results.new]]
+    places = wrong[np.argsort(answers.log_truth[wrong], kind="stable")][:MISTAKES].tolist()
     predictions = results.index.classify(results.block.features[places], "keep", top=3, neighbours=NEIGHBOURS)
     for place, prediction in zip(places, predictions, strict=True):
         truth, answer = names[answers.truth[place]], names[answers.predicted[place]]
         likely = dict(zip(prediction.labels, prediction.probabilities, strict=True))
         likely |= {truth: math.exp(answers.log_truth[place]), answer: float(answers.confidence[place])}
         ranked = dict(sorted(likely.items(), key=lambda pair: -pair[1]))
-        keys = [*prediction.neighbours, *([prediction.opposing] if prediction.opposing else [])]
+        keys = _with_pictures(results, [*prediction.neighbours, *filter(None, [prediction.opposing])])
         item = results.test.sources[int(answers.positions[place])]
-        yield Mistake(item, truth, answer, ranked, _of_item(results, place), _with_pictures(results, keys))
+        own = {"item": item, "picture": _of_item(results, place), "probabilities": ranked, "near": keys}
+        yield own | {"truth": truth, "answer": answer}
 
 
-def confusions(results: Results) -> Iterator[Pair]:
+def confusions(results: Results) -> Iterator[dict[str, object]]:
     """Yield the pairs of classes that are confused most often, with mistakes and nearby keys.
 
     A mistake that occurred once says little about two classes, so it is left out.
@@ -247,8 +219,9 @@ def confusions(results: Results) -> Iterator[Pair]:
             predictions = results.index.classify(asking, "keep", neighbours=NEIGHBOURS)
             near = {key.key_id: key for one in predictions for key in one.neighbours if key.label == answer}
             keys = _with_pictures(results, list(near.values())[:EXAMPLES])
-            items = [_of_item(results, place) for place in own.tolist()]
-            yield Pair(truth, answer, times, int(asked.sum()), items, keys)
+            pictures = [_of_item(results, place) for place in own.tolist()]
+            yield {"truth": truth, "answer": answer, "times": times, "total": int(asked.sum()),
+                   "pictures": pictures, "near": keys}  # fmt: skip
 
 
 def _of_item(results: Results, place: int) -> Picture:
