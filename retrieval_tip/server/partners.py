@@ -21,13 +21,12 @@ from retrieval_tip.errors import InputError, counted, few, show, warn_once
 from retrieval_tip.index import changes
 from retrieval_tip.server import shots
 from retrieval_tip.server.access import CHANGES, READS, TheService, accept_basic, lift_deadline
-from retrieval_tip.server.addresses import of_data_url
 from retrieval_tip.server.guard import DEADLINE
 from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.routes import json_of
 from retrieval_tip.server.served import Served
 from retrieval_tip.server.service import Service, backbone_of
-from retrieval_tip.server.uploads import Sent, class_name, client_of
+from retrieval_tip.server.uploads import Sent, class_name, client_of, of_data_url
 from retrieval_tip.settings import Ask
 
 log = logging.getLogger(__name__)

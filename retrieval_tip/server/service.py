@@ -26,13 +26,12 @@ from retrieval_tip.data.reader import FloatArray, pixels_of
 from retrieval_tip.errors import InputError
 from retrieval_tip.index.places import Place
 from retrieval_tip.server import metrics, schemas
-from retrieval_tip.server.addresses import Photos
 from retrieval_tip.server.batching import Kept, Lane, Turn, admit
 from retrieval_tip.server.limits import ROWS_PER_IMAGE, Limits
 from retrieval_tip.server.problems import NAMED, Problem
 from retrieval_tip.server.schemas import Row, Unread
 from retrieval_tip.server.served import NEIGHBOUR_CELLS, SIMILAR, Backbones, Maker, Served, Version
-from retrieval_tip.server.uploads import Sent
+from retrieval_tip.server.uploads import Photos, Sent
 from retrieval_tip.settings import Ask
 
 log = logging.getLogger(__name__)
