@@ -197,10 +197,7 @@ def _stream(
 
 @contextmanager
 def connected(address: str | None) -> Iterator[None]:
-    """Connect to the cluster at ``address``, or start a cluster on this machine, until the context ends.
-
-    Raises UsageError if Ray is not installed or if the cluster does not answer.
-    """
+    """Connect to the cluster at ``address``, or start a cluster on this machine, until the context ends."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # otherwise, messages bypass the Python loggers
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning of old Ray releases

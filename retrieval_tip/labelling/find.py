@@ -32,10 +32,7 @@ PAIRED = pa.schema({"input": pa.string(), "other": pa.string(), "similarity": pa
 
 
 def example_of(query: str) -> Source | None:
-    """Return the source of a query that is an image file, or ``None`` if the query is a text.
-
-    Raises InputError if the query looks like an image file that does not exist.
-    """
+    """Return the source of a query that is an image file, or ``None`` if the query is a text."""
     if os.path.isfile(query):  # noqa: PTH113 - a long text is not an error
         return of_images([query])
     if Path(query).suffix.lower() in images.extensions():

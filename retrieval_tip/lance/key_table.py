@@ -143,10 +143,7 @@ class KeyTable:
 
     @classmethod
     def at(cls, address: Address, name: str, version: int | None = None) -> KeyTable:
-        """Open a version of the table, by default the newest one, even if no manifest refers to it.
-
-        Raises StoreError if the version no longer exists.
-        """
+        """Open a version of the table, by default the newest one, even if no manifest refers to it."""
         with _store_errors(address, f"opening {'' if version is None else f'version {version} of '}its table"):
             table = _connected(address).open_table(name)
             if version is not None:

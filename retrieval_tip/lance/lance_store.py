@@ -167,10 +167,7 @@ class LanceStore(Store):
         self.table(manifest)
 
     def classes(self, manifest: Manifest) -> pa.Table:
-        """Return the label, the text weight and the key statistics of each class of a version.
-
-        Raises StoreError if the file is missing or damaged.
-        """
+        """Return the label, the text weight and the key statistics of each class of a version."""
         file = manifest.files["classes"]
         return pq.read_table(io.BytesIO(self._checked(file.name, file.sha256)))
 

@@ -162,10 +162,7 @@ async def webhook(request: Request, service: TheService, sent: Json) -> Response
 async def _learn(
     service: Service, one: Served, annotation: shots.Annotation, event: Json | None, client: str
 ) -> list[int]:
-    """Make the shots of an annotation equal to what an event says, and return the ids of the changed keys.
-
-    Raises InputError or Problem 422 if the annotation makes no shot.
-    """
+    """Make the shots of an annotation equal to what an event says, and return the ids of the changed keys."""
     index, backbone = one.now.index, backbone_of(one.now)
     label, reason, address = (None, "", None) if event is None else _said(event)
     rows = await service.find(shots.annotated, index, annotation)

@@ -213,10 +213,7 @@ class Service:
         )  # fmt: skip
 
     async def labelled(self, sent: Sent, backbone: Backbone) -> tuple[list[tuple[str, bytes]], list[Unread]]:
-        """Return the labels and bytes of the uploaded images that can be decoded, and the unreadable images.
-
-        Raises Problem 422 if no image can be read, and the same errors as :func:`batching.admit`.
-        """
+        """Return the labels and bytes of the uploaded images that can be decoded, and the unreadable images."""
 
         async def nothing(_: torch.Tensor) -> None: ...
 
@@ -289,10 +286,7 @@ class Thumbnails:
             return None
 
     async def of_file(self, path: Path, size: int, digest: str | None) -> bytes:
-        """Return a thumbnail of a file as JPEG data.
-
-        Raises OSError or InputError if the image cannot be read, or if its bytes have another ``digest``.
-        """
+        """Return a thumbnail of a file as JPEG data."""
         seen = path.stat()
 
         def read() -> bytes:
@@ -304,10 +298,7 @@ class Thumbnails:
         return await self.of((path, seen.st_mtime_ns, seen.st_size, digest), read, size)
 
     async def of(self, name: Hashable, read: Callable[[], bytes], size: int) -> bytes:
-        """Return a thumbnail of the image that ``read`` returns as JPEG data. It is kept under its ``name``.
-
-        Raises InputError if the image cannot be read.
-        """
+        """Return a thumbnail of the image that ``read`` returns as JPEG data. It is kept under its ``name``."""
         return await self._kept((name, size), lambda: images.thumbnail(read(), size, most=self._pixels))
 
     def close(self) -> None:

@@ -337,10 +337,7 @@ def lies_in(folder: Path, path: Path) -> bool:
 def read_array(
     folder: Path, file: DataFile, shape: tuple[int, int], dtypes: Sequence[npt.DTypeLike] = (np.float32, np.float16)
 ) -> npt.NDArray[np.floating]:
-    """Memory-map a ``.npy`` file in copy-on-write mode, so that torch can share the memory.
-
-    Raises StoreError if the file cannot be read or if its shape or dtype is wrong.
-    """
+    """Memory-map a ``.npy`` file in copy-on-write mode, so that torch can share the memory."""
     path = folder / file.name
     try:
         array: npt.NDArray[np.floating] = np.lib.format.open_memmap(path, mode="c")  # never unpickles

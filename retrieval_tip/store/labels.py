@@ -223,10 +223,7 @@ def _time(text: object) -> datetime.datetime | None:
 
 
 def read_labels(folder: Path, manifest: Manifest) -> pa.Table:
-    """Read the label store. Format 7 may have several segments. If one of them lacks a column, its values are null.
-
-    Raises StoreError if the labels do not match the manifest.
-    """
+    """Read the label store. Format 7 may have several segments. If one of them lacks a column, its values are null."""
     tables = [_read_labels(folder / part.labels.name, part.labels.rows, manifest) for part in manifest.segments]
     try:
         table = pa.concat_tables(tables, promote_options="default")
@@ -256,10 +253,7 @@ def _read_labels(path: Path, rows: int, manifest: Manifest) -> pa.Table:
 
 
 def read_curve(folder: Path, file: DataFile) -> pa.Table:
-    """Read the loss curve of a fine-tuned index, which has one row per epoch.
-
-    Raises StoreError if it does not match the manifest.
-    """
+    """Read the loss curve of a fine-tuned index, which has one row per epoch."""
     table = _read_table(folder / file.name)
     if len(table) != file.rows:
         raise StoreError(f"{folder / file.name}: has {len(table)} rows instead of {file.rows}")

@@ -367,10 +367,7 @@ class Versions:
         raise self.too_fast()
 
     def check_earlier(self, current: Manifest) -> None:
-        """Verify the files of earlier versions, except those of the current version, which are known to be intact.
-
-        Raises StoreError if a file is missing or damaged.
-        """
+        """Verify the files of earlier versions, except those of the current version, which are known to be intact."""
         known = set(current.digested)
         for manifest in self.earlier(current):
             try:
