@@ -57,7 +57,7 @@ class Service:
     """Service that queries, changes and follows indexes while it is ``running`` in the event loop of its callers.
 
     Added images are saved in ``uploads``, with one folder per class. The default is ``NAME-shots`` next to the index.
-    Relative paths of shots are resolved against ``root``.
+    Relative paths of shots are resolved against ``root``, to show thumbnails.
     """
 
     def __init__(
@@ -84,7 +84,10 @@ class Service:
             lambda key, rows: key[0].answer(key[1], np.stack(rows)),
             most=lambda key: min(ROWS_AT_A_TIME, key[0].at_once(key[1])),
         )
-        self.thumbnails = Thumbnails(root, limits.pixels, threads)
+        self._root, self._drawing = root or Path(), ThreadPoolExecutor(threads, thread_name_prefix="draw")
+        self._drawn: Kept[Hashable, bytes] = Kept(
+            self._drawing, most=KEPT_BYTES, room=AT_ONCE, size=lambda data: len(data) + OVERHEAD
+        )
         self.photos = Photos(root, limits.bytes, os.environ)
         self._weighing, self._finding, self._following, self._changing, self._slow, self._slower = (
             ThreadPoolExecutor(1, thread_name_prefix=name)
@@ -103,8 +106,7 @@ class Service:
             await follower
         for lane in (self._decoding, self._encode, self._answer):
             lane.close()
-        self.thumbnails.close()
-        for pool in (self._weighing, self._finding, self._following, self._changing):
+        for pool in (self._drawing, self._weighing, self._finding, self._following, self._changing):
             pool.shutdown()
         for pool in (self._slow, self._slower):
             pool.shutdown(cancel_futures=True)
@@ -266,27 +268,16 @@ class Service:
         except TimeoutError:
             raise Problem(202, "the result is still being computed; try again in 5 s", {"Retry-After": "5"}) from None
 
-
-class Thumbnails:
-    """Thumbnails of images that have at most ``pixels`` pixels. Relative paths are resolved against ``root``."""
-
-    def __init__(self, root: Path | None, pixels: int, threads: int) -> None:
-        self._root, self._pixels = root or Path(), pixels
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="draw")
-        self._kept: Kept[Hashable, bytes] = Kept(
-            self._threads, most=KEPT_BYTES, room=AT_ONCE, size=lambda data: len(data) + OVERHEAD
-        )
-
-    def path(self, source: str) -> Path | None:
-        """Return the path of the image file that ``source`` names, if it exists."""
+    def image_of(self, source: str) -> Path | None:
+        """Return the path of the image file that the source of a shot names, if it exists."""
         path = self._root / source
         try:
             return path if path.suffix.lower() in images.extensions() and path.is_file() else None
         except (OSError, ValueError):  # the source is not a valid file name
             return None
 
-    async def of_file(self, path: Path, size: int, digest: str | None) -> bytes:
-        """Return a thumbnail of a file as JPEG data."""
+    async def thumbnail_of_file(self, path: Path, size: int, digest: str | None) -> bytes:
+        """Return a thumbnail of a file as JPEG data. Raises OSError or InputError if its ``digest`` is another one."""
         seen = path.stat()
 
         def read() -> bytes:
@@ -295,15 +286,11 @@ class Thumbnails:
                 raise InputError("the file now contains another photo")
             return data
 
-        return await self.of((path, seen.st_mtime_ns, seen.st_size, digest), read, size)
+        return await self.thumbnail((path, seen.st_mtime_ns, seen.st_size, digest), read, size)
 
-    async def of(self, name: Hashable, read: Callable[[], bytes], size: int) -> bytes:
+    async def thumbnail(self, name: Hashable, read: Callable[[], bytes], size: int) -> bytes:
         """Return a thumbnail of the image that ``read`` returns as JPEG data. It is kept under its ``name``."""
-        return await self._kept((name, size), lambda: images.thumbnail(read(), size, most=self._pixels))
-
-    def close(self) -> None:
-        """Finish the thumbnails in progress."""
-        self._threads.shutdown()
+        return await self._drawn((name, size), lambda: images.thumbnail(read(), size, most=self.limits.pixels))
 
 
 def backbone_of(version: Version) -> Backbone:

@@ -44,6 +44,7 @@ PATIENT_BYTES, PATIENT = 1 << 20, "120s"
 OBJECT_BYTES = 1 << 34
 """Maximum size of an object in bytes. A million classes with 1024 values each take less."""
 
+_first_process = functools.cache(os.getpid)  # runs the threads of obstore, which a forked process does not have
 _KIND = "|".join(SUFFIXES)
 FILE_NAME = re.compile(rf"({_KIND})-[0-9a-f]{{16}}\.({'|'.join(sorted({s[1:] for s in SUFFIXES.values()}))})")
 TEMPORARY = re.compile(rf"\.(({_KIND})-[0-9a-f]{{32}}\.\w+|[\w-]+\.\w+\.[0-9a-f]{{32}})\.tmp")
@@ -303,12 +304,6 @@ class BucketFiles:
             line = text.partition("\n")[0].partition("<")[0].strip() or type(error).__name__
             why = re.sub(r"//[^/\s]*@", "//", line)[:200]
         return StoreError(one_line(f"{self.address}{'/' if name else ''}{name}: {why}"))
-
-
-@functools.cache
-def _first_process() -> int:
-    """Return the id of the process that runs obstore's threads, which a forked process does not have."""
-    return os.getpid()
 
 
 def check_process(address: Address) -> None:
