@@ -109,10 +109,7 @@ def write_document(make: Callable[[], object], path: Path | None) -> None:
 
 
 def write_folder(make: Callable[[], Mapping[str, Any]], folder: Path) -> None:
-    """Write the tables and the JSON objects that ``make`` returns as CSV and JSON files into a new folder.
-
-    The folder appears only once it is complete. Raises InputError if it exists already, or cannot be written.
-    """
+    """Write the tables and JSON objects that ``make`` returns as CSV and JSON files into a new folder, all at once."""
     if os.path.lexists(folder):
         raise InputError(f"{show(folder)}: exists already; choose another --out")
     try:

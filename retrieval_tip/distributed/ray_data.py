@@ -224,8 +224,7 @@ def connected(address: str | None) -> Iterator[None]:
 def room(nodes: Iterable[Mapping[str, Any]], device: str) -> tuple[int, int, int]:
     """Return the number of actors that ``nodes`` can run, and the number of CPUs and GPUs per actor.
 
-    ``nodes`` is the result of ``ray.nodes()``. One actor runs on each GPU. Raises UsageError if no node has a whole
-    CPU.
+    ``nodes`` is the result of ``ray.nodes()``. One actor runs on each GPU.
     """
     found = [node["Resources"] for node in nodes if node["Alive"]]
     cpus = [int(node.get("CPU", 0)) for node in found]

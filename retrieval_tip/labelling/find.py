@@ -49,9 +49,6 @@ def find_photos(
     an index, and copies of the image are left out. Otherwise, the query is a text. It is inserted into the prompt
     templates of the index, if there is one, and the similarity is the cosine. The table has the columns of ``FOUND``.
     The memory needed does not depend on the number of photos.
-
-    Raises UsageError if the query is a text and the encoder has no text, and the errors of
-    :meth:`reader.Reader.blocks`.
     """
     check_count("n", n)
     example, metric, known = example_of(query), None, None
@@ -83,8 +80,6 @@ def find_duplicates(sources: Sequence[Source], reader: Reader, n: int = 20) -> t
     The table has the columns ``input``, ``other``, ``similarity`` (the cosine of the features) and ``kind`` (see
     :class:`duplicates.Duplicate`). If there are more than ``MOST_PHOTOS``, only identical photos and identical features
     are found.
-
-    Raises the errors of :meth:`reader.Reader.blocks`.
     """
     check_count("n", n)
     pool = Pool.of(sources, reader)

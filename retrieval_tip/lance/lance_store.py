@@ -174,9 +174,8 @@ class LanceStore(Store):
     def arrays(self, manifest: Manifest, *kinds: str) -> dict[str, Any]:
         """Return arrays of a version by kind, if it has them, with the metric as a :class:`tip.Metric`.
 
-        ``kinds`` are ``second``, ``prior``, ``scores``, ``metric`` and ``values``. The arrays have the shapes
-        ``[d, d]``, ``[d, d]``, ``[m, 3]``, ``[1 + d, d]`` and ``[n, c]``. Raises StoreError if a file is missing or
-        damaged.
+        ``kinds`` are ``second``, ``prior``, ``scores``, ``metric`` and ``values``, of the shapes ``[d, d]``,
+        ``[d, d]``, ``[m, 3]``, ``[1 + d, d]`` and ``[n, c]``.
         """
         from retrieval_tip.store.contents import metric_of
 

@@ -270,9 +270,6 @@ class TableRows(Rows):
         ``stored`` if the labels come from another table and already contain the version that added each row. If you
         give a ``metric``, the table also contains the points of the keys. If you give the sums of the keys as
         ``known``, they are not recomputed.
-
-        Raises UsageError if the store does not support the index type. Raises InputError if the table cannot store a
-        column.
         """
         index_kind(index)
         ahead = iter(blocks)
@@ -551,9 +548,7 @@ class TableRows(Rows):
         """Rewrite every row and the index, so that the files of this version do not contain removed rows.
 
         You can change the index type with ``factory`` and the dtype of the keys with ``dtype``. With a ``metric``, the
-        table also contains the points. If you give the sums of the keys as ``known``, they are not recomputed. Raises
-        UsageError if the store does not support the index type. Raises InputError if a key overflows the dtype. Raises
-        StoreError if rows are damaged.
+        table also contains the points. If you give the sums of the keys as ``known``, they are not recomputed.
         """
         writer, table = self._writer, self.table
         if writer.parent is not None:  # damaged rows must not get valid sums and digests

@@ -173,11 +173,7 @@ class Service:
         return self.served[name]
 
     async def classify(self, version: Version, ask: Ask, sent: Sent, *, features: bool) -> schemas.Classified:
-        """Classify uploaded inputs. If ``features`` is true, return their features and the most similar shots as well.
-
-        Raises Problem 422 if no input can be read or the answers are too large, and the same errors as
-        :func:`batching.admit`.
-        """
+        """Classify uploaded inputs. With ``features``, return their features and the most similar shots as well."""
         cells = version.cells(ask) + (version.index.d + 2 * min(SIMILAR, version.index.n) if features else 0)
         rows = len(sent.names)
         if rows > 1 and rows * cells > self.limits.cells:

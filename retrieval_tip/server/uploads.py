@@ -70,10 +70,8 @@ class Sent:
 async def read(request: Request, limits: Limits, norms: Norms, d: int, *, labelled: bool = False) -> Sent:
     """Read the images or features in a request to an index whose features have ``d`` values.
 
-    Raises:
-        Problem: with status 400 if the body is malformed, 413 if it is too large, 415 if its content type is not
-            supported, or 422 if a field is missing or unknown.
-        InputError: if the features are invalid.
+    The problems have status 400 if the body is malformed, 413 if it is too large, 415 if its content type is not
+    supported, or 422 if a field is missing, unknown or invalid.
     """
     kind = _kind(request)
     if kind == JSON:

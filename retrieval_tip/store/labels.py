@@ -99,10 +99,7 @@ def label_table(
     digests: Sequence[str | None] | None = None,
     extra: pa.Table | None = None,
 ) -> pa.Table:
-    """Build the label store for keys with the given class ids. ``shot`` numbers the keys of each class from 0.
-
-    Raises InputError if a column does not have one value per key, or if a column of ``extra`` has a reserved name.
-    """
+    """Build the label store for keys with the given class ids. ``shot`` numbers the keys of each class from 0."""
     n = len(class_ids)
     extra = extra if extra is not None and extra.num_columns else None
     for what, given in (("sources", sources), ("digests", digests), ("extra", extra)):

@@ -436,12 +436,7 @@ class Versions:
         )
 
     def query(self, sql: str, predictions: Path | None = None, timeout: float = TIMEOUT) -> pa.Table:
-        """Run a SELECT query over the label store. See :func:`query.ask` for details and errors.
-
-        You can query the table ``labels``, its view ``class_counts`` and the table ``versions`` (see :meth:`history`).
-        A fine-tuned index also has the table ``curve``, which contains the loss of each epoch. If you give a file of
-        predictions, it becomes the table ``predictions``.
-        """
+        """Run a SELECT query over the :meth:`tables` of the current version and its :meth:`history` as ``versions``."""
         tables = self.opened(lambda manifest: self.tables(manifest) | {"versions": self.history()})
         return ask(tables, sql, predictions, timeout)
 
