@@ -28,6 +28,7 @@ from retrieval_tip.cli.opening import (
     source_of,
     store_of,
 )
+from retrieval_tip.cli.options import EngineOptions, OutputOptions
 from retrieval_tip.errors import InputError, Skipped, UsageError, counted, show
 from retrieval_tip.settings import Ask
 
@@ -79,7 +80,7 @@ class RowOptions:
     exif: bool = flag(**options.ANSWERS)
     ask: Ask = Ask()
 
-    def check(self, index: Index, engine: options.EngineOptions, style: str | None) -> None:
+    def check(self, index: Index, engine: EngineOptions, style: str | None) -> None:
         """Raise UsageError if options exclude each other, or if the index cannot group photos."""
         of_one = {"--explain": self.explain, "--logits": self.ask.logits, "--coverage": self.ask.coverage is not None}
         of_one |= {"--group-no-match": self.group_no_match, "--engine ray": engine.is_ray}
@@ -212,7 +213,7 @@ class TrapOptions:
     timezone: ZoneInfo | None = option(metavar="ZONE", callback=kinds.zone, **options.OUTPUTS)
     deployments: Path | None = option(kinds.FILE, **options.OUTPUTS)
 
-    def rows(self, rows: RowOptions, printing: options.OutputOptions) -> RowOptions:
+    def rows(self, rows: RowOptions, printing: OutputOptions) -> RowOptions:
         """Return the options of the rows that the format needs. Raises UsageError if an option does not fit it."""
         detections, package = (printing.named == one for one in (MEGADETECTOR, CAMTRAP_DP))
         if self.overwrite and not (detections and rows.boxes):
@@ -244,7 +245,7 @@ class SidecarOptions:
     uncertain: str | None = option(metavar="KEYWORD", **options.OUTPUTS)
     undo: bool = flag(**options.OUTPUTS)
 
-    def check(self, engine: options.EngineOptions) -> None:
+    def check(self, engine: EngineOptions) -> None:
         """Raise UsageError if options exclude each other."""
         if not self.xmp and (self.undo or self.uncertain is not None):
             raise UsageError(f"--{'undo' if self.undo else 'uncertain'}: only applies to --xmp; add --xmp")
@@ -292,7 +293,7 @@ class SidecarOptions:
 def encode(
     source: Place = argument(kinds.SOURCE),
     out: Place = option(kinds.OUTPUT, "--out", "-o", required=True, help="Feature table to write (.parquet)."),
-    engine: options.EngineOptions = options.ENGINE,
+    engine: EngineOptions = options.ENGINE,
     views: options.ViewOptions = options.VIEWS,
     encoding: options.SourceOptions = options.SOURCES,
 ) -> None:
@@ -339,8 +340,8 @@ def classify(
     ask: Ask = grouped(Ask, options.ASKING | options.LEVELS | _ASK),
     opening: options.OpeningOptions = options.OPENING,
     rows: RowOptions = grouped(RowOptions),
-    engine: options.EngineOptions = options.ENGINE,
-    printing: options.OutputOptions = grouped(options.OutputOptions, _PRINTING),
+    engine: EngineOptions = options.ENGINE,
+    printing: OutputOptions = grouped(OutputOptions, _PRINTING),
     trap: TrapOptions = grouped(TrapOptions),
     sidecars: SidecarOptions = grouped(SidecarOptions),
     encoding: options.EncodingOptions = options.ENCODING,
@@ -411,8 +412,8 @@ def _classify_on_ray(
     loaded: Index,
     opening: options.OpeningOptions,
     rows: RowOptions,
-    engine: options.EngineOptions,
-    printing: options.OutputOptions,
+    engine: EngineOptions,
+    printing: OutputOptions,
     encoding: options.EncodingOptions,
 ) -> None:
     from retrieval_tip.distributed.ray_data import Question, cut_inputs
@@ -430,7 +431,7 @@ def _classify_on_ray(
 def _on_ray(
     pieces: Sequence[Piece],
     out: Place,
-    engine: options.EngineOptions,
+    engine: EngineOptions,
     encoding: options.EncodingOptions,
     *,
     views: options.ViewOptions | None = None,
