@@ -328,6 +328,7 @@ class LanceStore(Store):
         ``what`` is a short description for the history. Raises the errors of :meth:`editing.Editing.check_answers` and
         :meth:`Writer.commit`.
         """
+        from retrieval_tip.model import SUMS_FROM
         from retrieval_tip.store.contents import array_of
 
         index.check_answers()
@@ -341,9 +342,14 @@ class LanceStore(Store):
         classes |= {"text": vectors(text), "sum": vectors(rows.totals)}
         classes |= {} if rows.points is None else {"point_sum": vectors(rows.points)}
         writer.put_table("classes", pa.table(classes))
-        for kind, held in _contents(index, rows).items():
-            if held is not None:
-                writer.put_array(kind, array_of(held))
+        size, second, values = rows.n * rows.d * np.dtype(rows.dtype).itemsize, rows.second, index.values
+        held = index.fit_contents() | {
+            "second": second if second is not None and second.nbytes * SUMS_FROM <= size else None,
+            "values": None if values is None else values[np.argsort(index.labels["key_id"].to_numpy())],
+        }
+        for kind, own in held.items():
+            if own is not None:
+                writer.put_array(kind, array_of(own))
         table = Table(rows.table.name, rows.table.version, rows.n)
         digests = writer.digests(table)
         stored = copy.copy(index)
@@ -443,17 +449,6 @@ class TableChange(Change):
             table = table.following(index.rows, len(index.class_names))
             table = table.fitted(index.metric, index.values, self._factory, "cpu")
         self.store.commit(self.writer, index, table, self.what)
-
-
-def _contents(index: Index, rows: TableRows) -> dict[str, Any]:
-    """Return the arrays of an index that are not in its table, by kind. An array is ``None`` if it does not exist."""
-    from retrieval_tip.model import SUMS_FROM
-
-    size, second, values = rows.n * rows.d * np.dtype(rows.dtype).itemsize, rows.second, index.values
-    return index.fit_contents() | {
-        "second": second if second is not None and second.nbytes * SUMS_FROM <= size else None,
-        "values": None if values is None else values[np.argsort(index.labels["key_id"].to_numpy())],
-    }
 
 
 def _matrix(column: pa.ChunkedArray) -> npt.NDArray[Any]:
