@@ -122,8 +122,8 @@ class Results:
         else:
             yield f"The classifier is never {100 * SURE:.0f} % certain."
 
-    def actions(self) -> Iterator[Action]:
-        """Yield recommendations, weakest class first."""
+    def actions(self) -> Iterator[tuple[str, str, str]]:
+        """Yield recommendations, weakest class first: what to do, why, and the command, if there is one."""
         index, top1, wrong = self.index, self.evaluation.top1, int((~self.answers.right).sum())
 
         def command(name: str, rest: str = "") -> str:
@@ -136,28 +136,20 @@ class Results:
             what = f"{one.name}: {100 * one.right / one.n:.0f} %, {mistakes} {wrong:,} mistakes"
             often = f" ({one.times} times classified as {one.answer})" if one.times > 1 else ""
             why = f"add photos to its {counted(one.shots, 'example')}{often}"
-            yield Action(what, why, "" if place else command("index add", " FOLDER"))
+            yield what, why, "" if place else command("index add", " FOLDER")
         if index.fitted is None and not self.is_tuned:
-            yield Action("Fit the index", "it is not fitted to its examples yet", command("fit"))
+            yield "Fit the index", "it is not fitted to its examples yet", command("fit")
         elif index.fitted is not None and index.fitted.keys != index.n:
             why = f"it was fitted to {index.fitted.keys:,} examples and now has {index.n:,}"
-            yield Action("Fit the index again", why, command("fit"))
+            yield "Fit the index again", why, command("fit")
         if self.where is None and index.n <= AUDITED and (doubtful := len(audit(index))):
             why = "the other examples contradict " + ("it" if doubtful == 1 else "them")
-            yield Action(f"Check {counted(doubtful, 'label')}", why, command("index audit"))
+            yield f"Check {counted(doubtful, 'label')}", why, command("index audit")
         confidence = self.answers.confidence
         gap, noise = confidence.mean() - top1, (confidence * (1 - confidence)).sum() ** 0.5 / len(confidence)
         if abs(gap) > max(MISCALIBRATED, 2 * noise):
             why = f"they are {100 * abs(gap):.0f} points too {'high' if gap > 0 else 'low'} on average"
-            yield Action("Calibrate the probabilities", why, command("fit", " --calibrate --val SOURCE"))
-
-
-class Action(NamedTuple):
-    """A recommendation, the reason for it, and a ``command`` that carries it out, if there is one."""
-
-    what: str
-    why: str
-    command: str = ""
+            yield "Calibrate the probabilities", why, command("fit", " --calibrate --val SOURCE")
 
 
 def portable(text: str | os.PathLike[str]) -> str:
