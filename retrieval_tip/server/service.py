@@ -1,6 +1,6 @@
 """The service behind the routes.
 
-It batches images and queries, makes changes one at a time, and computes each slow result only once.
+It batches images and queries, makes changes one at a time, and computes each slow result and thumbnail only once.
 """
 
 from __future__ import annotations
