@@ -155,22 +155,18 @@ class Writer:
                     file.write(_ZEROS[: array.nbytes - at])
         return array
 
-    def seal(self, kind: str, staged: Path, rows: int) -> Path:
-        """Flush a staged file to disk, rename it by its digest, and return the new path."""
+    def seal(self, kind: str, staged: Path, rows: int) -> None:
+        """Flush a staged file to disk, and rename it by its digest."""
         with staged.open("rb+") as file:
             os.fsync(file.fileno())
         own = self.files[kind] = entry(kind, rows, staged.stat().st_size, sha256_of(staged))
-        path = self.store.folder / own.name
-        staged.replace(path)
-        return path
+        staged.replace(self.store.folder / own.name)
 
     def seal_array(self, kind: str, array: np.memmap[Any, Any]) -> npt.NDArray[np.floating]:
         """Seal a staged array, and map its file again."""
         array.flush()
-        sealed: npt.NDArray[np.floating] = np.load(
-            self.seal(kind, Path(str(array.filename)), len(array)), mmap_mode="c"
-        )
-        return sealed
+        self.seal(kind, Path(str(array.filename)), len(array))
+        return read_array(self.store.folder, self.files[kind], array.shape)
 
     def keep(self, *kinds: str) -> None:
         """Share the data files of these kinds with the parent version."""
