@@ -199,6 +199,7 @@ def things(page: Page) -> dict[str, Any]:
 
 def undo(page: Page) -> None:
     """Undo a change from its notice."""
+    expect(page.locator("#notice")).to_be_in_viewport(ratio=1)
     page.locator("#notice").get_by_role("button", name="Undo").press("Enter")
     expect(page.locator("#notice")).to_contain_text("Undone")
 
