@@ -21,9 +21,6 @@ ARGUMENTS = [
 PATIENCE = 30_000  # ms, for busy machines with two cores
 
 
-CAMERA = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
-
-
 def _executable() -> str | None:
     return next(filter(None, map(shutil.which, CHROMIUM)), None)
 
@@ -39,14 +36,6 @@ def chromium() -> Iterator[Browser]:
         browser = playwright.chromium.launch(executable_path=found, args=ARGUMENTS)
         yield browser
         browser.close()
-
-
-@contextmanager
-def another(browser: Browser, *arguments: str) -> Iterator[Browser]:
-    """A second browser with further arguments."""
-    started = browser.browser_type.launch(executable_path=_executable(), args=[*ARGUMENTS, *arguments])
-    yield started
-    started.close()
 
 
 def drop(page: Page, *images: Path, names: list[str] | None = None) -> None:

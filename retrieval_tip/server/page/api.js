@@ -92,7 +92,7 @@ export function query(parameters) {
   for (const [name, value] of Object.entries(parameters)) {
     for (const one of [value].flat()) if (one !== undefined && one !== "") given.append(name, one);
   }
-  return `?${given}`;
+  return given.size ? `?${given}` : "";
 }
 
 export const json = (body, method = "POST") => ({ method, headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
@@ -112,18 +112,6 @@ export function floats(features) {
   return { method: "POST", headers: { "Content-Type": "application/octet-stream" }, body };
 }
 
-export const indexes = () => request("/v1/indexes");
-export const index = (name) => request(at(name));
-export const keys = (name, parameters, options) => request(at(name, `/keys${query(parameters)}`), options);
-export const map = (name, method, limit, options) => request(at(name, `/map${query({ method, limit })}`), options);
-export const audit = (name, parameters, options) => request(at(name, `/audit${query(parameters)}`), options);
-export const accuracy = (name) => request(at(name, "/accuracy"));
-export const exemplars = (name) => request(at(name, "/exemplars"));
-export const history = (name) => request(at(name, "/history"));
-export const past = (name, version, since) => request(at(name, `/history/${version}${query({ since })}`));
-export const groups = (name, features) => request(at(name, "/groups"), floats(features));
-export const labelling = () => request("/v1/label");
-export const labelAnswers = () => request("/v1/label/answers");
 export const labelPhoto = (photo, what = "image") => `/v1/label/photos/${photo}/${what}`;
 export const pictureOf = (name, keyId) => at(name, `/keys/${keyId}/image`);
 

@@ -22,17 +22,12 @@ const DROPPED = {
   "#teach": "Each folder becomes a class. Single photos are added to the marked class.",
   "#settings": "Drop your photos or a table of groups here",
 };
-const tabs = [...document.querySelectorAll("[role=tab]")];
 
 function route() {
   $("overlay").firstElementChild.textContent = DROPPED[location.hash] ?? "Drop your photos here";
   const view = location.hash.slice(1) in TITLES ? location.hash.slice(1) : "classify";
   for (const name of Object.keys(TITLES)) $(`${name}-view`).hidden = name !== view;
-  const selected = tabs.find(({ hash }) => hash === `#${view}`);
-  for (const tab of tabs) {
-    tab.ariaSelected = String(tab === selected);
-    tab.tabIndex = tab === (selected ?? tabs[0]) ? 0 : -1;
-  }
+  for (const link of document.querySelectorAll("nav a")) link.ariaCurrent = link.hash === `#${view}` ? "page" : null;
   placeSettings();
   document.title = `${TITLES[view]} · ${state.info?.name ?? "retrieval-tip"}`;
   if (view === "label") showLabelView();
@@ -53,7 +48,7 @@ const choose = (name) =>
 /** Return the list of classifiers. A private server asks for the token first. */
 async function listed() {
   try {
-    return await api.indexes();
+    return await api.request("/v1/indexes");
   } catch (error) {
     if (error.status !== 401 || !(await askToken())) throw error;
     return listed();
@@ -117,17 +112,6 @@ addEventListener("paste", (event) => {
   receive(event.clipboardData);
 });
 
-document.querySelector("[role=tablist]").addEventListener("keydown", (event) => {
-  const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: 1, ArrowUp: -1 }[event.key];
-  if (event.key === " ") (event.preventDefault(), document.activeElement.click());
-  const shown = tabs.filter(({ hidden }) => !hidden);
-  const at = shown.indexOf(document.activeElement);
-  if (!step || at < 0) return;
-  event.preventDefault();
-  const next = shown.at((at + step) % shown.length);
-  location.hash = next.hash;
-  next.focus();
-});
 document.querySelector(".skip").addEventListener("click", (event) => {
   event.preventDefault(); // #main is not a view
   $("main").focus();

@@ -4,7 +4,7 @@ import { gained } from "./accuracy.js";
 import * as api from "./api.js";
 import { looked, pagePhotos } from "./classify.js";
 import { confirmed } from "./dialogs.js";
-import { $, attempt, button, classField, count, cut, debounced, el, failure, isFor, named, nameOf, percent, picture, plural, refill } from "./dom.js";
+import { $, attempt, button, classField, count, cut, debounced, el, failure, isFor, named, nameOf, percent, picks, picture, plural, refill } from "./dom.js";
 import { Grid } from "./grid.js";
 import { fetchHistory, showHistory } from "./history.js";
 import { KeyMap, placeOf } from "./map.js";
@@ -126,8 +126,7 @@ function showAbout() {
 
 /** Set the groups of the classes from a table. */
 export const setGroups = (table) => changed("Set the groups of the classes", () => state.setGroups(table), $("groups-title"));
-$("groups-choose").addEventListener("click", () => $("groups-file").click());
-$("groups-file").addEventListener("change", () => (setGroups($("groups-file").files[0]), ($("groups-file").value = "")));
+picks($("groups-file"), ([table]) => setGroups(table), $("groups-choose"));
 
 const rounded = (value) => Number(value.toPrecision(5)).toLocaleString("en");
 
@@ -157,14 +156,10 @@ const classes = new Part(
     $("classes-add").hidden = !info.changes || !info.images;
     for (const id of ["classes-hint", "classes-edit"]) $(id).hidden = !info.changes;
     const card = (one) => classCard(one, images.get(one.class_id), weakest.get(one.label), doubted.get(one.label)?.length);
-    const naming = $("classes-list").querySelector(".naming");
-    const edited = naming?.parentNode.dataset.label;
     const shown = allCards ? found : found.slice(0, CARDS);
     refill($("classes-list"), shown.map(card));
     $("classes-all").hidden = shown.length === found.length;
     $("classes-all").textContent = `Show all ${count(found.length)}`;
-    const renamed = naming && [...$("classes-list").children].find(({ dataset }) => dataset.label === edited);
-    if (renamed) openName(renamed, naming); // the name is being edited
     return found.length ? "" : "No classes match this filter.";
   },
 );
@@ -187,7 +182,7 @@ function classCard({ label, keys }, image, weak, doubted) {
   const whole = button(parts, show, { title: `Example photos of ${label}`, data: { label, keys } });
   if (!state.info.changes) return el("li", {}, whole);
   const act = (text, said, onclick) => button(text, onclick, { class: "quiet", aria: { label: said } });
-  const other = act("Rename", `Rename ${label}`, () => rename(card, label));
+  const other = act("Rename", `Rename ${label}`, ({ target }) => rename(label, target));
   const wanted = () => {
     location.hash = "#teach";
     state.dispatchEvent(new CustomEvent("wanted", { detail: label }));
@@ -230,43 +225,30 @@ $("classes-list").addEventListener("dragend", () => (mark(null), (dragged = null
 
 const merge = (label, into) => changed(`Merged ${label} into ${into}`, () => state.rename(label, into), $("classes-title"));
 
-/** Edit the name of a class on its card. If another class already has the new name, the two classes are merged. */
-function rename(card, label) {
-  const input = classField({ value: label, required: true, maxLength: 1024, aria: { label: "New name" } });
-  const [ok, hint] = [el("button", { class: "primary" }), el("span", { class: "hint", role: "status" })];
-  const isTaken = (name) => name !== label && state.labels.includes(name);
-  input.oninput = () => {
-    const taken = isTaken(input.value.trim());
-    ok.textContent = taken ? "Merge" : "Rename";
-    hint.textContent = taken ? `${input.value.trim()} already exists. The two classes will be merged.` : "";
-  };
-  const form = named(el("form", { class: "naming" }, input, hint, ok), (name) => {
-    closeName(form).focus();
-    if (isTaken(name)) merge(label, name);
-    else if (name !== label) changed(`Renamed ${label} to ${name}`, () => state.rename(label, name), $("classes-title"));
-  });
-  form.addEventListener("keydown", ({ key }) => key === "Escape" && closeName(form).focus());
-  form.addEventListener("focusout", ({ relatedTarget: to }) => to && !form.contains(to) && closeName(form));
-  const open = $("classes-list").querySelector(".naming");
-  if (open) closeName(open);
-  openName(card, form);
-  input.oninput();
-  input.select();
+let renamed = ""; // the class whose name is edited
+const isTaken = (name) => name !== renamed && state.labels.includes(name);
+
+/** Edit the name of a class beside its button. If another class already has the new name, the two are merged. */
+function rename(label, source) {
+  renamed = label;
+  $("naming-label").value = label;
+  tellName();
+  $("naming").showPopover({ source });
+  $("naming-label").select();
 }
 
-function openName(card, form) {
-  card.draggable = false; // otherwise text in the field cannot be selected
-  card.append(form);
-  form.querySelector("input").focus();
+function tellName() {
+  const name = $("naming-label").value.trim();
+  $("naming-go").textContent = isTaken(name) ? "Merge" : "Rename";
+  $("naming-hint").textContent = isTaken(name) ? `${name} already exists. The two classes will be merged.` : "";
 }
 
-/** Close the form on a card, and return the card's button for renaming. */
-function closeName(form) {
-  const card = form.parentNode;
-  form.remove();
-  card.draggable = true;
-  return card.querySelector(".acts").lastChild;
-}
+$("naming-label").addEventListener("input", tellName);
+named($("naming"), (name) => {
+  $("naming").hidePopover();
+  if (isTaken(name)) merge(renamed, name);
+  else if (name !== renamed) changed(`Renamed ${renamed} to ${name}`, () => state.rename(renamed, name), $("classes-title"));
+});
 
 // --- example photos ---
 
@@ -298,7 +280,7 @@ async function keysOf(ids, wanted, options) {
   const keys = [];
   for (let at = 0; at < ids.length; at += ASKED) {
     const some = { ...wanted, key_id: ids.slice(at, at + ASKED), limit: PAGE };
-    keys.push(...(await api.keys(state.info.name, some, options)).keys);
+    keys.push(...(await state.get("/keys", some, options)).keys);
   }
   return keys;
 }
@@ -313,7 +295,7 @@ const shots = new Part(
     }
     const keys = [];
     for (;;) {
-      const found = await api.keys(state.info.name, { ...wanted, offset: keys.length }, options);
+      const found = await state.get("/keys", { ...wanted, offset: keys.length }, options);
       keys.push(...found.keys);
       if (!found.keys.length || keys.length >= Math.min(found.total, MOST)) return { keys, total: found.total };
     }
@@ -351,17 +333,14 @@ $("shots-all").addEventListener("click", () => listOnly(null));
 
 // --- map ---
 
-const METHODS = { tsne: "t-SNE (keeps similar photos together)", pca: "PCA (two principal axes)" };
 const shotsByKey = new Map(); // examples by key id, which the map shows; cleared with every new version
 let drawn = null; // the current map
-let wished = ""; // the method that the user selected
 let pointed = null; // the key id of the example that is shown beside the map
 
 const map = new Part(
   "map",
   async (options) => {
-    const made = (method, more) => api.map(state.info.name, method, MAPPED, { ...options, ...more });
-    if (wished) return made(wished, { patience: MINUTES });
+    const made = (method, more) => state.get("/map", { method, limit: MAPPED }, { ...options, ...more });
     const axes = await made("pca"); // fast, so it is shown until t-SNE is ready
     if (!axes.methods.includes("tsne")) return axes;
     showMap(axes);
@@ -375,11 +354,6 @@ const keyMap = new KeyMap($("map-canvas"), { chosen: pointAt, taken: listOnly, s
 
 function showMap(found) {
   drawn = found;
-  $("map-methods").hidden = found.methods.length < 2;
-  if ($("map-method").children.length !== found.methods.length) {
-    $("map-method").replaceChildren(...found.methods.map((method) => el("option", { value: method }, METHODS[method])));
-  }
-  $("map-method").value = found.method;
   const part = found.key_ids.length < found.total ? `${count(found.key_ids.length)} of ${count(found.total)} photos` : "";
   const explained = found.explained?.map(percent).join(" and ");
   $("map-facts").textContent = [part, explained && `the axes show ${explained} of the variance`].filter(Boolean).join("; ");
@@ -397,12 +371,11 @@ function showStar() {
   const others = pagePhotos().slice(0, RINGS).filter((one) => one !== photo);
   const answer = (one) => (one.no_match ? -1 : state.labels.indexOf(one.taught ?? one.winner?.label));
   keyMap.star(place, others.map((one) => [at(one), answer(one)]).filter(([where]) => where));
-  const how = drawn?.axes ? "is at the star." : "is not on this map. The star marks the examples that it resembles most.";
-  $("map-star").textContent = place ? `★ ${cut(photo.name, 40)} ${how}` : "";
+  $("map-star").textContent = place ? `★ ${cut(photo.name, 40)} is not on this map. The star marks the examples that it resembles most.` : "";
 }
 
 async function shotsOf(ids) {
-  const { keys } = await api.keys(state.info.name, { key_id: ids, limit: ids.length });
+  const { keys } = await state.get("/keys", { key_id: ids, limit: ids.length });
   for (const shot of keys) shotsByKey.set(shot.key_id, shot);
   return keys;
 }
@@ -431,8 +404,7 @@ let listed = []; // the suspects that the user has not chosen to keep
 const audit = new Part(
   "audit",
   async (options) => {
-    const { name } = state.info;
-    const found = await api.audit(name, { borderline: $("audit-all").checked, limit: SUSPECTS }, options);
+    const found = await state.get("/audit", { borderline: $("audit-all").checked, limit: SUSPECTS }, options);
     const both = found.shots.flatMap((shot) => [shot.key_id, shot.nearest_key_id]);
     const keys = await keysOf([...new Set(both.filter((id) => id !== null))], {}, options);
     return { ...found, images: new Map(keys.map((shot) => [shot.key_id, shot.image])) };
@@ -545,7 +517,6 @@ $("classes-all").addEventListener("click", () => ((allCards = true), classes.loa
 $("classes-edit").addEventListener("click", ({ target }) => {
   target.ariaPressed = String($("classes-list").classList.toggle("edited"));
 });
-$("map-method").addEventListener("change", () => ((wished = $("map-method").value), map.load()));
 for (const [id, by] of [["map-closer", 1.5], ["map-farther", 1 / 1.5], ["map-whole", 0]])
   $(id).addEventListener("click", () => keyMap.zoom(by));
 
@@ -557,11 +528,9 @@ state.addEventListener("index", () => {
   allCards = false;
   $("audit-next").hidden = true;
   shotsByKey.clear();
-  wished = "";
   grid.show([]); // each index has its own key ids
   $("shots-mapped").hidden = true;
   $("classes-list").parentNode.hidden = false;
-  $("map-method").replaceChildren();
   $("tab-check-count").textContent = "";
 });
 state.addEventListener("version", () => {

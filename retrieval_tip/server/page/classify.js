@@ -4,7 +4,7 @@ import * as api from "./api.js";
 import { classMeant } from "./dialogs.js";
 import * as download from "./download.js";
 import * as drawer from "./drawer.js";
-import { $, button, chips, count, cross, debounced, el, framed, isBare, named, percent, plural, say } from "./dom.js";
+import { $, button, chips, count, cross, debounced, el, framed, isBare, named, percent, picks, plural, say } from "./dom.js";
 import { Grid } from "./grid.js";
 import { matching } from "./names.js";
 import { notice, reported, undoable } from "./notice.js";
@@ -106,7 +106,7 @@ async function showFolder() {
   const at = [now.version, read, session.labelled].join();
   if (at === told) return;
   told = at;
-  const answer = await reported(api.labelAnswers);
+  const answer = await reported(() => api.request("/v1/label/answers"));
   if (!answer) told = "";
   if (!answer || at !== told || session.waiting) return;
   const known = new Map(folder().map((photo) => [photo.number, photo]));
@@ -533,12 +533,8 @@ state.addEventListener("version", () => {
   showFolder();
 });
 
-$("choose").addEventListener("click", () => $("files").click());
-$("more").addEventListener("click", () => $("files").click());
-$("files").addEventListener("change", () => {
-  addFiles([...$("files").files]);
-  $("files").value = ""; // allows the same file to be selected again
-});
+picks($("files"), addFiles, $("choose"), $("more"));
+picks($("camera-file"), addFiles, $("camera"));
 $("clear").addEventListener("click", () => putAway([...photos]));
 arrange();
 

@@ -37,6 +37,15 @@ export function named(form, call) {
   return form;
 }
 
+/** Let buttons open a file input, and call `take(files)` with the selected files. */
+export function picks(input, take, ...buttons) {
+  for (const one of buttons) one.addEventListener("click", () => input.click());
+  input.addEventListener("change", () => {
+    take([...input.files]);
+    input.value = ""; // allows the same file to be selected again
+  });
+}
+
 /** Return a button for each of a few classes, which can be chosen by its number. */
 export const chips = (labels, choose) =>
   labels.map((label, i) => button([el("kbd", {}, `${i + 1}`), ` ${cut(label)}`], () => choose(label), { class: "chip", title: label }));

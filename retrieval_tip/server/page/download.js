@@ -8,17 +8,7 @@ import { classFolder, safe, zip } from "./zip.js";
 let photos = () => []; // returns the photos that are shown, in order
 export const setUp = (shown) => (photos = shown);
 
-const rows = () =>
-  photos().filter(answered).map((photo) => ({
-    input: photo.path ?? photo.name,
-    label: photo.winner?.label ?? photo.taught,
-    probability: photo.winner?.probability ?? null,
-    no_match: photo.no_match,
-    taught: photo.taught,
-    labels: (photo.shown?.rows ?? []).map(({ label }) => label),
-    probabilities: (photo.shown?.rows ?? []).map(({ probability }) => probability),
-  }));
-const answered = ({ shown, taught }) => shown || taught !== null;
+const answered = () => photos().filter(({ shown, taught }) => shown || taught !== null);
 
 /** Return a CSV cell. A leading quote prevents spreadsheets from evaluating text as a formula. */
 function cell(value) {
@@ -34,13 +24,10 @@ function download(name, type, ...parts) {
 }
 
 $("download-csv").addEventListener("click", () => {
-  const columns = ["input", "label", "probability", "no_match", "taught"];
-  const lines = [columns, ...rows().map((row) => columns.map((name) => row[name]))];
+  const row = ({ path, name, winner, taught, no_match }) => [path ?? name, winner?.label ?? taught, winner?.probability ?? null, no_match, taught];
+  const lines = [["input", "label", "probability", "no_match", "taught"], ...answered().map(row)];
   download(`${state.info.name}.csv`, "text/csv", `${lines.map((line) => line.map(cell).join(",")).join("\n")}\n`);
 });
-$("download-json").addEventListener("click", () =>
-  download(`${state.info.name}.json`, "application/json", `${JSON.stringify(rows(), null, 1)}\n`),
-);
 
 const SURE = 0.5; // below this probability, an answer is more likely wrong than right
 function folderOf({ taught, no_match, winner }) {
@@ -64,7 +51,7 @@ function sortedPaths(some) {
 }
 
 $("download-zip").addEventListener("click", async () => {
-  const some = photos().filter(answered);
+  const some = answered();
   $("download-zip").disabled = true;
   await reported(async () => {
     const pairs = [];

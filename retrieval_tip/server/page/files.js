@@ -25,8 +25,8 @@ export async function gather(transfer) {
   return parts.flat();
 }
 
-/** Return the files of a folder input. */
-export const chosen = (input) =>
-  [...input.files]
+/** Return the files of a selected folder. */
+export const inFolders = (files) =>
+  files
     .filter((file) => !file.name.startsWith("."))
     .map((file) => ({ file, folder: file.webkitRelativePath.split("/").at(-2) ?? null }));

@@ -7,7 +7,7 @@ const DRAWN = 6; // minimum length of a drag in px; a shorter drag is a click
 const NAMED = 60; // maximum number of classes whose names are drawn
 const SIDE = 44; // side of an image and its cell, in px
 const BESIDE = [0, -34, 34, -52, 52]; // distances of a name from the middle of its class, best first, in px
-const NEAREST = 8; // number of keys that determine the place of a photo on a map that has no axes
+const NEAREST = 8; // number of keys that determine the place of a photo
 const ARROWS = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
@@ -16,14 +16,9 @@ const colour = (classId) => `oklch(${dark.matches ? 0.76 : 0.58} 0.15 ${(classId
 
 const flat = new OffscreenCanvas(1, 1).getContext("2d"); // tells which points are inside a path
 
-/** Return the place of a photo on a map, or null. If the map has axes, it is the projection onto these axes. Otherwise,
- *  it is the mean of the most similar keys, weighted by exp(-beta (1 - affinity)). */
-export function placeOf({ axes, key_ids: ids, x, y }, { feature, similar, without }, beta) {
-  if (axes) {
-    const [offset, ...rows] = axes;
-    const place = offset.map((value, axis) => rows.reduce((sum, row, j) => sum + feature[j] * row[axis], value));
-    return place.map((value) => Math.min(1, Math.max(-1, value)));
-  }
+/** Return the place of a photo on a map, or null. It is the mean of the places of the most similar keys, weighted by
+ *  exp(-beta (1 - affinity)). */
+export function placeOf({ key_ids: ids, x, y }, { similar, without }, beta) {
   const at = new Map(ids.map((id, i) => [id, i]));
   const near = similar.filter(({ key_id: id }) => at.has(id) && !without.includes(id)).slice(0, NEAREST);
   if (!near.length) return null;
@@ -86,6 +81,7 @@ export class KeyMap {
     this.#images.clear();
     this.zoom(0);
     this.#on.chosen(map.key_ids[this.#chosen]);
+    this.#canvas.dataset.method = map.method;
     this.#canvas.setAttribute("aria-label", `Map of ${plural(map.key_ids.length, "photo")}, coloured by class`);
     this.#draw();
   }

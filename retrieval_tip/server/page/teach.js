@@ -1,10 +1,9 @@
 // The Teach view, which creates a classifier from photos in named classes, or adds them to the open classifier.
 
 import { judged } from "./accuracy.js";
-import * as camera from "./camera.js";
-import { $, button, classField, cross, el, failure, plural, preview } from "./dom.js";
-import { chosen } from "./files.js";
-import { notice, reported, undoable } from "./notice.js";
+import { $, button, classField, cross, el, failure, picks, plural, preview } from "./dom.js";
+import { inFolders } from "./files.js";
+import { notice, undoable } from "./notice.js";
 import { state } from "./state.js";
 
 const FIRST = 48; // number of photos in the request that creates an index
@@ -22,10 +21,9 @@ class Card {
 
   constructor(name = "") {
     this.name = name;
-    const { accept } = $("files");
-    const taken = ({ target }) => (this.give([...target.files]), (target.value = ""));
-    const pick = el("input", { type: "file", accept, multiple: true, hidden: true, aria: { label: "Photos" }, onchange: taken });
-    const shot = () => reported(() => camera.open((file) => this.give([file]), this.name || "this class"));
+    const inputs = ["files", "camera-file"].map((id) => $(id).cloneNode());
+    const buttons = [button("Choose"), button("Camera", null, { class: "touch" })];
+    inputs.forEach((input, i) => (input.removeAttribute("id"), picks(input, (files) => this.give(files), buttons[i])));
     const remove = () => {
       this.remove();
       if (!cards.length) new Card();
@@ -37,7 +35,7 @@ class Card {
       { class: "class-card" },
       el("p", { class: "buttons" }, this.#input, cross("Remove this class", remove)),
       this.#pictures,
-      el("p", { class: "buttons" }, this.#count, button("Choose", () => pick.click()), button("Camera", shot, { hidden: !camera.hasCamera }), pick),
+      el("p", { class: "buttons" }, this.#count, ...buttons, ...inputs),
     );
     cards.push(this);
     $("teach-classes").append(this.element);
@@ -263,8 +261,7 @@ $("teach-cancel").addEventListener("click", () => {
   running?.abort(new DOMException("cancelled", "AbortError"));
   $("teach-said").textContent = "Stopping after the current upload…";
 });
-$("teach-folders").addEventListener("click", () => $("teach-folder").click());
-$("teach-folder").addEventListener("change", () => (receive(chosen($("teach-folder"))), ($("teach-folder").value = "")));
+picks($("teach-folder"), (files) => receive(inFolders(files)), $("teach-folders"));
 $("teach-name").addEventListener("input", show);
 for (const id of ["teach-new", "teach-old"]) $(id).addEventListener("change", show);
 addEventListener("hashchange", () => location.hash === "#teach" || showCards());
