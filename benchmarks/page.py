@@ -38,14 +38,14 @@ WAIT = 600_000
 """Maximum time to wait, in milliseconds."""
 
 MOVE = """async () => {
-    const { pagePhotos } = await import("/page/classify.js");
+    const { photos } = await import("/page/classify.js");
     const { settings } = await import("/page/settings.js");
     const times = [];
     for (let round = 0; round < 5; round++) {
         const start = performance.now();
         document.getElementById("beta").stepUp(10);
         document.getElementById("beta").dispatchEvent(new Event("input"));
-        while (!pagePhotos().every(({ shown }) => shown.name === settings.name))
+        while (!photos.every(({ shown }) => shown.name === settings.name))
             await new Promise((resolve) => setTimeout(resolve, 1));
         times.push((performance.now() - start) / 1000);
     }

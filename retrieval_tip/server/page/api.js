@@ -29,7 +29,7 @@ async function problemOf(response) {
   return new Problem(typeof detail === "string" ? detail : `HTTP ${response.status} ${response.statusText}`, response.status);
 }
 
-async function reached(path, options) {
+export async function reached(path, options) {
   try {
     return await fetch(path, options);
   } catch (error) {
@@ -57,22 +57,6 @@ export async function request(path, { waiting, signal, patience = PATIENCE, ...o
   }
 }
 
-/** Return a function that runs at most `number` calls at once. Further calls wait in a queue. */
-function limited(number) {
-  let running = 0;
-  const line = [];
-  return async (work) => {
-    if (running < number) running++;
-    else await new Promise((resolve) => line.push(resolve)); // a finished call passes its place on
-    try {
-      return await work();
-    } finally {
-      if (line.length) line.shift()();
-      else running--;
-    }
-  };
-}
-
 /** Return whether the same request may succeed later, because the server did not answer or was busy. */
 export const passing = ({ status }) => [UNREACHED, COMPUTING, 429, 503].includes(status);
 
@@ -81,8 +65,6 @@ export function retrying({ message }) {
   const [reason] = message.split("; try again");
   return `${reason.charAt(0).toUpperCase()}${reason.slice(1)}. Trying again…`;
 }
-
-const asking = limited(4);
 
 /** Return the path of an index, or of something in it. */
 export const at = (name, what = "") => `/v1/indexes/${encodeURIComponent(name)}${what}`;
@@ -122,9 +104,15 @@ export async function bytes(path) {
   return response;
 }
 
+const lines = Array(4).fill(Promise.resolve()); // photos wait in these, so that other requests have connections
+let turn = 0;
+
 /** Classify an image in a form, or the features of earlier answers. */
-export const classify = (sent, parameters, options) =>
-  asking(() => {
+export function classify(sent, parameters, options) {
+  const work = () => {
     options.signal.throwIfAborted();
     return request(`/v1/classify${query(parameters)}`, { ...options, ...sent });
-  });
+  };
+  turn = (turn + 1) % lines.length;
+  return (lines[turn] = lines[turn].then(work, work));
+}

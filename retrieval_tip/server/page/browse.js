@@ -2,9 +2,9 @@
 
 import { gained } from "./accuracy.js";
 import * as api from "./api.js";
-import { looked, pagePhotos } from "./classify.js";
+import { looked, photos } from "./classify.js";
 import { confirmed } from "./dialogs.js";
-import { $, attempt, button, classField, count, cut, debounced, el, failure, isFor, named, nameOf, percent, picks, picture, plural, refill } from "./dom.js";
+import { $, attempt, button, classField, count, cut, debounced, el, failure, isFor, named, nameOf, picks, picture, plural, refill, short } from "./dom.js";
 import { Grid } from "./grid.js";
 import { fetchHistory, showHistory } from "./history.js";
 import { KeyMap, placeOf } from "./map.js";
@@ -12,7 +12,6 @@ import { undoable } from "./notice.js";
 import { settings } from "./settings.js";
 import { state } from "./state.js";
 
-const PAGE = 1000; // examples per request
 const MOST = 10_000; // examples to list; the others can be found with the filters
 const SUSPECTS = 1000; // suspicious labels to fetch
 const ASKED = 500; // key ids per request
@@ -89,7 +88,7 @@ async function remove(some, heading) {
   await changed(`Removed ${examples(some.length)}`, () => state.remove(idsOf(some)), heading);
 }
 
-const described = ({ key_id: id, label, source }) => [
+const described = ({ key_id: id, label, source = "" }) => [
   el("strong", { class: "name", title: label }, cut(label)),
   el("span", { class: "source", title: source }, cut(nameOf(source))),
   el("span", { class: "hint" }, `photo ${id}`),
@@ -111,24 +110,17 @@ function showAbout() {
   const { alpha, beta, temperature, source } = info.provenance;
   fill($("provenance"), {
     source,
-    dimensions: info.d,
-    alpha: `${rounded(info.alpha)} (${alpha})`,
-    beta: `${rounded(info.beta)} (${beta})`,
+    alpha: `${short(info.alpha)} (${alpha})`,
+    beta: `${short(info.beta)} (${beta})`,
     k: info.k === "all" ? "all" : `${info.k}, ${info.tail ? "with" : "without"} tail`,
-    temperature: `${rounded(info.temperature)} (${temperature})`,
-    "logit scale": rounded(info.logit_scale),
-    "FAISS index": info.exact_search ? info.index : `${info.index}, approximate`,
+    temperature: `${short(info.temperature)} (${temperature})`,
     prompts: info.text ? info.templates.join(" · ") || "none (text features were given)" : "none (class names are not used)",
-    metric: info.metric === "none" ? null : "within-class",
-    values: info.values === "one-hot" ? null : info.values,
   });
 }
 
 /** Set the groups of the classes from a table. */
 export const setGroups = (table) => changed("Set the groups of the classes", () => state.setGroups(table), $("groups-title"));
 picks($("groups-file"), ([table]) => setGroups(table), $("groups-choose"));
-
-const rounded = (value) => Number(value.toPrecision(5)).toLocaleString("en");
 
 function fill(list, facts) {
   const shown = Object.entries(facts).filter(([, value]) => value);
@@ -260,7 +252,7 @@ const grid = new Grid($("shots"), {
     text.textContent = shot.label;
     note.textContent = nameOf(shot.source);
   },
-  opened: (shot) => grid.select(grid.selected.has(shot) ? [...grid.selected].filter((one) => one !== shot) : [...grid.selected, shot]),
+  opened: (shot) => grid.toggle(shot),
   chosen() {
     const number = grid.selected.size;
     $("shots-selection").hidden = !number || !state.info.changes;
@@ -276,36 +268,22 @@ named($("shots-form"), (label) => move([...grid.selected], label, $("shots-title
 $("shots-remove").addEventListener("click", () => remove([...grid.selected], $("shots-title")));
 $("shots-none").addEventListener("click", () => (grid.select([]), $("shots").focus()));
 
-async function keysOf(ids, wanted, options) {
-  const keys = [];
-  for (let at = 0; at < ids.length; at += ASKED) {
-    const some = { ...wanted, key_id: ids.slice(at, at + ASKED), limit: PAGE };
-    keys.push(...(await state.get("/keys", some, options)).keys);
-  }
-  return keys;
-}
-
 const shots = new Part(
   "shots",
   async (options) => {
-    const wanted = { label: $("shots-class").value, source: $("shots-source").value, limit: PAGE };
-    if (mapped) {
-      const keys = await keysOf(mapped, wanted, options);
-      return { keys, total: keys.length };
-    }
+    const wanted = { label: $("shots-class").value, source: $("shots-source").value, limit: MOST };
+    if (!mapped) return state.get("/keys", wanted, options);
     const keys = [];
-    for (;;) {
-      const found = await state.get("/keys", { ...wanted, offset: keys.length }, options);
-      keys.push(...found.keys);
-      if (!found.keys.length || keys.length >= Math.min(found.total, MOST)) return { keys, total: found.total };
-    }
+    for (let at = 0; at < mapped.length; at += ASKED)
+      keys.push(...(await state.get("/keys", { ...wanted, key_id: mapped.slice(at, at + ASKED) }, options)).keys);
+    return { keys, total: keys.length };
   },
   ({ total, keys }) => {
     $("shots-count").textContent = count(total);
     const before = new Map(grid.items.map((shot) => [shot.key_id, shot])); // keeping the same objects keeps the selection
     const all = keys.map((shot) => Object.assign(before.get(shot.key_id) ?? { id: `shot-${shot.key_id}` }, shot));
-    const groups = [...Map.groupBy(all, ({ label }) => label)].map(([label, items]) => ({ label, items }));
-    grid.show(groups.length > 1 ? groups : [{ label: null, items: all }]);
+    const groupOf = ({ label }) => label;
+    grid.show(all, new Set(all.map(groupOf)).size > 1 ? groupOf : null);
     if (!total) return "No example photos match this filter.";
     if (keys.length < total) return `These are the first ${count(keys.length)}. Use the filters to find the others.`;
     return state.info.changes ? "" : "This server is read-only, so you cannot move or remove examples.";
@@ -333,14 +311,14 @@ $("shots-all").addEventListener("click", () => listOnly(null));
 
 // --- map ---
 
-const shotsByKey = new Map(); // examples by key id, which the map shows; cleared with every new version
 let drawn = null; // the current map
-let pointed = null; // the key id of the example that is shown beside the map
+let pictured = false; // whether the server has images of the examples
 
 const map = new Part(
   "map",
   async (options) => {
     const made = (method, more) => state.get("/map", { method, limit: MAPPED }, { ...options, ...more });
+    pictured = await state.pictured();
     const axes = await made("pca"); // fast, so it is shown until t-SNE is ready
     if (!axes.methods.includes("tsne")) return axes;
     showMap(axes);
@@ -350,13 +328,12 @@ const map = new Part(
   },
   showMap,
 );
-const keyMap = new KeyMap($("map-canvas"), { chosen: pointAt, taken: listOnly, shots: shotsOf, name: (classId) => state.labels[classId] });
+const keyMap = new KeyMap($("map-canvas"), { chosen: pointAt, taken: listOnly, image: imageOf, name: (classId) => state.labels[classId] });
 
 function showMap(found) {
   drawn = found;
-  const part = found.key_ids.length < found.total ? `${count(found.key_ids.length)} of ${count(found.total)} photos` : "";
-  const explained = found.explained?.map(percent).join(" and ");
-  $("map-facts").textContent = [part, explained && `the axes show ${explained} of the variance`].filter(Boolean).join("; ");
+  const all = found.key_ids.length === found.total;
+  $("map-facts").textContent = all ? "" : `${count(found.key_ids.length)} of ${count(found.total)} photos`;
   $("map").hidden = !found.key_ids.length;
   keyMap.show(found);
   showStar();
@@ -368,29 +345,19 @@ function showStar() {
   const photo = looked();
   const at = (one) => (drawn && one?.current ? placeOf(drawn, one, settings.values.beta) : null);
   const place = at(photo);
-  const others = pagePhotos().slice(0, RINGS).filter((one) => one !== photo);
+  const others = photos.slice(0, RINGS).filter((one) => one !== photo);
   const answer = (one) => (one.no_match ? -1 : state.labels.indexOf(one.taught ?? one.winner?.label));
   keyMap.star(place, others.map((one) => [at(one), answer(one)]).filter(([where]) => where));
   $("map-star").textContent = place ? `★ ${cut(photo.name, 40)} is not on this map. The star marks the examples that it resembles most.` : "";
 }
 
-async function shotsOf(ids) {
-  const { keys } = await state.get("/keys", { key_id: ids, limit: ids.length });
-  for (const shot of keys) shotsByKey.set(shot.key_id, shot);
-  return keys;
+function imageOf(keyId) {
+  return pictured && keyId !== null ? api.pictureOf(state.info.name, keyId) : null;
 }
 
-async function pointAt(keyId) {
-  pointed = keyId;
-  if (keyId === undefined) return $("map-shot").replaceChildren();
-  try {
-    if (!shotsByKey.has(keyId)) await shotsOf([keyId]);
-    const shot = shotsByKey.get(keyId);
-    if (pointed === keyId && shot)
-      $("map-shot").replaceChildren(picture(shot.image, 320, nameOf(shot.source)), el("p", {}, ...described(shot)));
-  } catch (error) {
-    if (pointed === keyId) $("map-shot").replaceChildren(failure(error));
-  }
+function pointAt(keyId, classId) {
+  const told = () => [picture(imageOf(keyId), 320, ""), el("p", {}, ...described({ key_id: keyId, label: state.labels[classId] }))];
+  $("map-shot").replaceChildren(...(keyId === undefined ? [] : told()));
 }
 
 // --- labels to check ---
@@ -404,24 +371,22 @@ let listed = []; // the suspects that the user has not chosen to keep
 const audit = new Part(
   "audit",
   async (options) => {
-    const found = await state.get("/audit", { borderline: $("audit-all").checked, limit: SUSPECTS }, options);
-    const both = found.shots.flatMap((shot) => [shot.key_id, shot.nearest_key_id]);
-    const keys = await keysOf([...new Set(both.filter((id) => id !== null))], {}, options);
-    return { ...found, images: new Map(keys.map((shot) => [shot.key_id, shot.image])) };
+    pictured = await state.pictured();
+    return state.get("/audit", { borderline: $("audit-all").checked, limit: SUSPECTS }, options);
   },
-  ({ shots: all, images }) => {
+  ({ shots: all }) => {
     suspects = all.map((shot) => ({
       ...shot,
       suggested: shot.suggested === shot.label ? null : shot.suggested, // the same image is also in another class
-      image: images.get(shot.key_id),
-      nearest: images.get(shot.nearest_key_id),
+      image: imageOf(shot.key_id),
+      nearest: imageOf(shot.nearest_key_id),
     }));
     return showSuspects();
   },
 );
 
-function keep(some) {
-  localStorage.setItem(KEPT, JSON.stringify([...kept(), ...some.map(sourceAndLabel)]));
+function keep(shot) {
+  localStorage.setItem(KEPT, JSON.stringify([...kept(), sourceAndLabel(shot)]));
   $("audit-state").textContent = showSuspects();
   $("audit-title").focus();
 }
@@ -434,9 +399,8 @@ function showSuspects() {
   listed = suspects.filter((shot) => !known.has(sourceAndLabel(shot)));
   $("audit-count").textContent = $("tab-check-count").textContent = count(listed.length);
   refill($("audit"), listed.map((shot, i) => suspicious(shot, i ? 480 : 1024)));
-  $("audit-bulk").hidden = listed.length < 2 || !state.info.changes;
+  $("audit-move-all").hidden = listed.length < 2 || !movable().length || !state.info.changes;
   $("audit-move-all").textContent = `Accept all ${movable().length}`;
-  $("audit-move-all").hidden = !movable().length;
   classes.load();
   if (listed.length) return "";
   return $("audit-all").checked ? "No suspicious labels were found." : "No clear mistakes were found.";
@@ -449,8 +413,6 @@ function moveAll() {
 }
 $("audit-all").addEventListener("change", () => audit.load());
 $("audit-move-all").addEventListener("click", moveAll);
-$("audit-keep-all").addEventListener("click", () => keep(listed));
-$("audit-remove-all").addEventListener("click", () => remove(listed, $("audit-title")));
 
 function suspicious(shot, size) {
   const figure = (url, source, label, caption) => {
@@ -466,7 +428,7 @@ function suspicious(shot, size) {
   const { changes } = state.info;
   const acts = [
     changes && suggested !== null ? act(`Change to ${cut(suggested)}`, "Enter", () => move([shot], suggested, heading)) : null,
-    act(`Keep ${cut(shot.label)}`, "K", () => keep([shot])),
+    act(`Keep ${cut(shot.label)}`, "K", () => keep(shot)),
     changes ? act("Remove", "X", () => remove([shot], heading)) : null,
   ];
   const text = [
@@ -527,13 +489,9 @@ state.addEventListener("index", () => {
   keyMap.clear();
   allCards = false;
   $("audit-next").hidden = true;
-  shotsByKey.clear();
   grid.show([]); // each index has its own key ids
   $("shots-mapped").hidden = true;
   $("classes-list").parentNode.hidden = false;
   $("tab-check-count").textContent = "";
 });
-state.addEventListener("version", () => {
-  shotsByKey.clear();
-  showScreen(location.hash.slice(1));
-});
+state.addEventListener("version", () => showScreen(location.hash.slice(1)));

@@ -1,6 +1,7 @@
 // A readable view of /openapi.json.
 
-import { $, el } from "./dom.js";
+import { reached } from "./api.js";
+import { $, attempt, el } from "./dom.js";
 
 const quoted = (text) => `'${String(text).replaceAll("'", `'\\''`)}'`;
 
@@ -26,16 +27,10 @@ function operation(path, method, what, schemas) {
     const whole = schema.$ref ? schemas[schema.$ref.split("/").at(-1)] : schema;
     return Object.entries(whole.properties ?? {}).map(([name, one]) => ({ name, in: kind, schema: one, description: one.description, required: whole.required?.includes(name) }));
   });
-  const rows = [...given, ...body].map((one) =>
-    el(
-      "tr",
-      {},
-      el("th", { scope: "row" }, el("code", {}, one.name), one.required ? " *" : ""),
-      el("td", {}, one.in),
-      el("td", {}, kindOf(one.schema)),
-      el("td", {}, one.description ?? one.schema?.description ?? ""),
-    ),
-  );
+  const rows = [...given, ...body].map(({ name, required, in: place, schema, description }) => {
+    const cells = [place, kindOf(schema), description ?? schema?.description ?? ""].map((text) => el("td", {}, text));
+    return el("tr", {}, el("th", { scope: "row" }, el("code", {}, name), required ? " *" : ""), ...cells);
+  });
   return el(
     "section",
     { class: "operation" },
@@ -47,14 +42,12 @@ function operation(path, method, what, schemas) {
   );
 }
 
-try {
-  const { info, paths, components } = await (await fetch("/openapi.json")).json();
+attempt($("problem"), async () => {
+  const { info, paths, components } = await (await reached("/openapi.json")).json();
   $("api-about").textContent = `${info.description} Version ${info.version}. Fields marked * are required.`;
   $("operations").replaceChildren(
     ...Object.entries(paths).flatMap(([path, methods]) =>
       Object.entries(methods).map(([method, what]) => operation(path, method, what, components.schemas)),
     ),
   );
-} catch {
-  $("problem").textContent = "The server cannot be reached. Is it still running?";
-}
+});

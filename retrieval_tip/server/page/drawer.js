@@ -11,8 +11,8 @@ let wrong = null; // the photo whose answer is wrong
 
 export const openPhoto = () => photo;
 
-/** `given.teach(photos, label)` adds photos as examples, `given.like(photo)` sorts the photos, `given.close()` closes the
- *  drawer, and `given.step(by)` opens another photo. */
+/** `given.teach(photos, label)` adds photos as examples, `given.close()` closes the drawer, and `given.step(by)` opens
+ *  another photo. */
 export const setUp = (given) => (on = given);
 
 const clicks = {
@@ -21,7 +21,6 @@ const clicks = {
   "drawer-next": () => on.step(1),
   "drawer-right": confirm,
   "drawer-wrong": correct,
-  "drawer-like": () => on.like(photo),
   "decided-more": () => showMore(!$("decided").classList.contains("all")),
 };
 for (const [id, onclick] of Object.entries(clicks)) $(id).addEventListener("click", onclick);
@@ -113,7 +112,6 @@ export function show() {
   $("drawer-file").title = photo.name;
   $("drawer-state").textContent = photo.problem?.message ?? (photo.busy ? "Classifying…" : "");
   $("drawer-answer").hidden = !shown;
-  $("drawer-like").hidden = photo.inFolder; // only the server has the features of the others
   if (!shown) {
     $("drawer-title").textContent = cut(photo.name, 40);
     $("drawer-probability").textContent = "";
@@ -172,14 +170,11 @@ function decidedRow(key, most) {
   moved.style.setProperty("--p", strength(key) / most);
   const label = cut(contribution ? photo.winner.label : key.label);
   const points = contribution ? `${short(Math.abs(contribution))} points` : "speaks";
-  return el(
-    "li",
-    { data: { keyId, affinity, weight: key.weight }, title: `${key.source}, similarity ${affinity.toFixed(2)}` },
-    picture(api.pictureOf(state.info.name, keyId), 240, nameOf(key.source)),
-    el("span", { class: "name", title: key.label }, cut(key.label)),
-    moved,
-    el("span", { class: "gives", data: { value: contribution } }, `${points} ${contribution < 0 ? "against" : "for"} ${label}`),
-  );
+  const image = picture(api.pictureOf(state.info.name, keyId), 240, nameOf(key.source));
+  const name = el("span", { class: "name", title: key.label }, cut(key.label));
+  const gives = el("span", { class: "gives", data: { value: contribution } }, `${points} ${contribution < 0 ? "against" : "for"} ${label}`);
+  const title = `${key.source}, similarity ${affinity.toFixed(2)}`;
+  return el("li", { data: { keyId, affinity, weight: key.weight }, title }, image, name, moved, gives);
 }
 
 function showLogits() {
@@ -187,18 +182,12 @@ function showLogits() {
   const sum = `Σ exp(−β (1 − similarity))${values === "one-hot" ? "" : " V"}`;
   const cache = offset ? `α log(1 + ${sum} / ${short(offset)})` : `α ${sum}`;
   $("formula").textContent = gamma ? `${cache} + α γ B` : cache;
-  $("logits").replaceChildren(
-    ...photo.shown.rows.map(({ label, probability, text, cache }) =>
-      el(
-        "tr",
-        { data: { label } },
-        el("th", { scope: "row" }, label),
-        el("td", { class: "p", data: { value: probability } }, percent(probability)),
-        el("td", { class: "text-part", data: { value: text } }, short(text)),
-        el("td", { class: "cache-part", data: { value: cache } }, short(cache)),
-      ),
-    ),
-  );
+  const cell = (name, value, text) => el("td", { class: name, data: { value } }, text);
+  const row = ({ label, probability: p, text, cache }) => {
+    const cells = [cell("p", p, percent(p)), cell("text-part", text, short(text)), cell("cache-part", cache, short(cache))];
+    return el("tr", { data: { label } }, el("th", { scope: "row" }, label), ...cells);
+  };
+  $("logits").replaceChildren(...photo.shown.rows.map(row));
 }
 
 settings.addEventListener("change", show);

@@ -37,19 +37,13 @@ function line({ version, change, at, keys, classes, current, changes }, changed)
   const call = () => state.rollback(version, state.info.version);
   const restore = async () => (await previewed(version)) && changed(`Restored version ${version}`, call, $("history-title"));
   const facts = `${plural(keys, "photo")}, ${plural(classes, "class", "classes")}`;
-  return el(
-    "li",
-    {},
-    el("span", { class: "hint" }, hour.format(at)),
-    el(
-      "div",
-      {},
-      el("p", { class: "name" }, change === "build" ? "created" : change),
-      photos.length ? pictures(photos) : null,
-      el("p", { class: "hint", title: `version ${version}` }, facts),
-    ),
-    current || !state.info.changes ? el("span", { class: "hint" }, current ? "current" : "") : button("Restore", restore, { class: "quiet" }),
-  );
+  const what = [
+    el("p", { class: "name" }, change === "build" ? "created" : change),
+    photos.length ? pictures(photos) : null,
+    el("p", { class: "hint", title: `version ${version}` }, facts),
+  ];
+  const action = current ? el("span", { class: "hint" }, "current") : state.info.changes ? button("Restore", restore, { class: "quiet" }) : "";
+  return el("li", {}, el("span", { class: "hint" }, hour.format(at)), el("div", {}, ...what), action);
 }
 
 const pictures = (photos) =>

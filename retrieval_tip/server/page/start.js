@@ -46,5 +46,4 @@ function samples(shown) {
   );
 }
 
-state.addEventListener("index", show);
-state.addEventListener("version", show);
+for (const event of ["index", "version"]) state.addEventListener(event, show);

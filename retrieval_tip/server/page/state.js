@@ -51,6 +51,9 @@ class State extends EventTarget {
   /** Return typical shots of the classes, which are fetched once per version. If this fails, there are none. */
   exemplars = () => (this.#exemplars ??= this.get("/exemplars").then(({ exemplars }) => exemplars, () => []));
 
+  /** Return whether the server has images of the shots. */
+  pictured = async () => (await this.exemplars()).some(({ image }) => image);
+
   /** Return the estimated accuracy, or null if the server cannot estimate it. It is fetched once per version. */
   accuracy = () => (this.#accuracy ??= this.get("/accuracy").catch(() => null));
 

@@ -149,12 +149,9 @@ function show() {
 /** Return the photos for the first request as [label, file] pairs, which include some of every class, and the remaining
  *  photos by class. */
 function begun() {
-  const most = Math.max(...full().map(({ files }) => files.length));
-  const pairs = [];
-  for (let i = 0; i < most; i++) for (const { name, files } of full()) if (i < files.length) pairs.push([name, files[i]]);
-  const first = Math.max(FIRST, full().length);
-  const left = Map.groupBy(pairs.slice(first), ([name]) => name);
-  return [pairs.slice(0, first), new Map([...left].map(([name, own]) => [name, own.map(([, file]) => file)]))];
+  const each = Math.max(1, Math.floor(FIRST / full().length));
+  const first = full().flatMap(({ name, files }) => files.slice(0, each).map((file) => [name, file]));
+  return [first, full().map(({ name, files }) => [name, files.slice(each)]).filter(([, files]) => files.length)];
 }
 
 async function go() {
@@ -176,7 +173,7 @@ async function go() {
   show();
   try {
     report(`Uploading ${plural(total, "photo")}…`);
-    let rest = new Map(full().map(({ name, files }) => [name, files]));
+    let rest = full().map(({ name, files }) => [name, files]);
     let result;
     if (isNew()) {
       const [first, left] = begun();
@@ -196,7 +193,7 @@ async function go() {
       if (!added) return;
       skipped.push(...added.skipped);
     }
-    if (rest.size) {
+    if (rest.length) {
       report("Training…");
       result = await state.fit();
       if (!result) return;
