@@ -108,7 +108,8 @@ class Opened:
     def close(self) -> None:
         """Close the page, and check that it recorded nothing unexpected."""
         self.context.close()
-        assert [text for text in self.wrong if not text.startswith(tuple(self.expected))] == []
+        unexpected = [text for text in self.wrong if not text.startswith(tuple(self.expected))]
+        assert not unexpected, unexpected
 
 
 def violations(page: Page) -> list[str]:

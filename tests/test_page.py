@@ -620,6 +620,24 @@ def test_an_empty_server_classifies_a_photo_after_five_actions(
         assert violations(page) == []
 
 
+def test_a_classifier_can_have_more_photos_than_fit_into_a_request(browser: Browser, tmp_path: Path) -> None:
+    """A request has at most 64 photos and 32 MiB. Here, there are 66 classes, and three photos of 12 MB."""
+    colours = np.random.default_rng(0).integers(0, 256, (66, 3), np.uint8)
+    for number, colour in enumerate(colours):
+        (tmp_path / "photos" / f"class {number:02}").mkdir(parents=True)
+        path = tmp_path / "photos" / f"class {number:02}" / "0.png"
+        Image.fromarray(np.full((32, 32, 3), colour)).save(path)
+        if number < 3:
+            with path.open("ab") as file:  # decoders ignore what follows the image
+                file.write(bytes(12 << 20))
+    with serving(browser, *MODEL, "--out", tmp_path / "made") as (page, _):
+        page.set_input_files("#teach-folder", tmp_path / "photos")
+        expect(page.locator("#teach-go")).to_have_text("Create classifier from 66 photos in 66 classes")
+        page.click("#teach-go")
+        expect(page.locator("#teach-result")).to_contain_text("“my photos” is ready.", timeout=4 * PATIENCE)
+        expect(page.locator("#index-facts")).to_contain_text("66 photos, 66 classes")
+
+
 def test_dropped_folders_become_classes_and_adding_can_be_cancelled(opened: Open, tmp_path: Path) -> None:
     page = opened(at=f"/#token={TOKEN}", expected=[f"{REFUSED}4"]).page
     place = class_folders(tmp_path / "photos", "butterfly", "crab", each=16)

@@ -12,6 +12,7 @@ export const TOKEN = "retrieval-tip token"; // name of the token in the storage 
 const COMPUTING = 202; // status while the result is being computed
 const UNREACHED = -1; // status of a problem if the server does not answer
 
+const BYTES = 30_000_000; // size of the photos in a request, of which servers accept 32 MiB by default
 const PATIENCE = 120_000; // ms during which a request to a busy server is repeated
 
 /** Wait for some milliseconds, or until the signal aborts. */
@@ -29,7 +30,7 @@ async function problemOf(response) {
   return new Problem(typeof detail === "string" ? detail : `HTTP ${response.status} ${response.statusText}`, response.status);
 }
 
-export async function reached(path, options) {
+async function reached(path, options) {
   try {
     return await fetch(path, options);
   } catch (error) {
@@ -84,6 +85,21 @@ export function form(pairs) {
   const body = new FormData();
   for (const pair of pairs) body.append(...pair);
   return { method: "POST", body };
+}
+
+/** Split [name, file] pairs into parts that fit into one request each. */
+export function parts(pairs, most) {
+  const found = [];
+  let room = -1;
+  for (const pair of pairs) {
+    room -= pair[1].size;
+    if (room < 0 || found.at(-1).length === most) {
+      found.push([]);
+      room = BYTES - pair[1].size;
+    }
+    found.at(-1).push(pair);
+  }
+  return found;
 }
 
 /** Return a request with features as binary numbers, because there may be thousands. */

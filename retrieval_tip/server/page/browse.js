@@ -4,7 +4,7 @@ import { gained } from "./accuracy.js";
 import * as api from "./api.js";
 import { looked, photos } from "./classify.js";
 import { confirmed } from "./dialogs.js";
-import { $, attempt, button, classField, count, cut, debounced, el, failure, isFor, named, nameOf, picks, picture, plural, refill, short } from "./dom.js";
+import { $, attempt, button, count, cut, debounced, el, failure, isFor, named, nameOf, picks, picture, plural, refill, short } from "./dom.js";
 import { Grid } from "./grid.js";
 import { fetchHistory, showHistory } from "./history.js";
 import { KeyMap, placeOf } from "./map.js";

@@ -198,16 +198,6 @@ const showSoon = framed(() => (grid.draw(), progress()));
 
 const busy = () => photos.filter((photo) => photo.busy).length;
 let wasBusy = false;
-let work = { begun: 0, most: 0 }; // when photos began to wait for answers, and how many there were
-
-/** Return how long the photos that have no answer yet will take, or "" at the beginning. */
-function remaining(left) {
-  if (left > work.most || !wasBusy) work = { begun: performance.now(), most: left };
-  const done = work.most - left;
-  const seconds = (performance.now() - work.begun) / 1000;
-  if (done < 5 || seconds < 3) return "";
-  return ` · about ${Math.ceil((seconds * left) / done)} s left`;
-}
 
 function progress() {
   const left = busy();
@@ -218,7 +208,7 @@ function progress() {
   const rest = own.filter(({ taught }) => taught === null).length;
   const no_match = photos.filter((photo) => photo.no_match && photo.taught === null).length;
   $("progress").textContent =
-    (left ? `${count(photos.length - left)} of ${plural(photos.length, "photo")} done${remaining(left)}`
+    (left ? `${count(photos.length - left)} of ${plural(photos.length, "photo")} done`
       : own.length === photos.length && own.length ? `${plural(rest, "photo")} without a label${expected(rest)}` : plural(photos.length, "photo")) +
     (no_match ? ` · ${no_match} with no match` : "");
   $("screen-right").hidden = $("finish-open").hidden = !own.length;

@@ -19,7 +19,7 @@ const clicks = {
   "drawer-close": () => on.close(),
   "drawer-previous": () => on.step(-1),
   "drawer-next": () => on.step(1),
-  "drawer-right": confirm,
+  "drawer-right": () => give(photo.winner.label),
   "drawer-wrong": correct,
   "decided-more": () => showMore(!$("decided").classList.contains("all")),
 };
@@ -28,14 +28,14 @@ $("drawer").addEventListener("keydown", (event) => {
   if (event.key === "Escape") on.close();
   else if (event.target.closest("input, select, summary") || !isBare(event)) return;
   else if (event.key === "ArrowLeft" || event.key === "ArrowRight") on.step(event.key === "ArrowLeft" ? -1 : 1);
-  else if (/^[123]$/.test(event.key)) teachChoice(photo?.choices[Number(event.key) - 1]);
+  else if (/^[123]$/.test(event.key)) give(photo?.choices[Number(event.key) - 1]);
   else if (event.key === "w") correct();
-  else if (event.key === "Enter" && !event.target.closest("button") && !$("drawer-right").hidden) confirm();
+  else if (event.key === "Enter" && !event.target.closest("button") && !$("drawer-right").hidden) give(photo.winner.label);
   else return;
   event.preventDefault();
 });
 for (const type of ["touchstart", "touchend"]) $("drawer").addEventListener(type, swipe, { passive: true });
-named($("drawer-form"), (label) => on.teach([photo], label));
+named($("drawer-form"), give);
 $("drawer-label").addEventListener("input", newClass);
 
 const SWIPED = 64; // px that a finger moves to the side to confirm or refuse the answer
@@ -51,10 +51,6 @@ function swipe(event) {
   if (button.checkVisibility()) button.click();
 }
 
-function confirm() {
-  on.teach([photo], photo.winner.label);
-}
-
 function correct() {
   if (!photo?.shown || !state.info.changes) return;
   wrong = photo;
@@ -62,7 +58,8 @@ function correct() {
   $("drawer-label").focus();
 }
 
-function teachChoice(label) {
+/** Add the photo as an example of a class. */
+function give(label) {
   if (label && state.info.changes) on.teach([photo], label);
 }
 
@@ -148,7 +145,7 @@ function showCorrection() {
   $("drawer-correction").hidden = !can || (wrong !== photo && !photo.no_match);
   $("drawer-which").textContent = photo.no_match ? "What is it?" : "Which class is right?";
   $("drawer-refused").hidden = can;
-  $("drawer-chips").replaceChildren(...chips(can ? photo.choices : [], teachChoice));
+  $("drawer-chips").replaceChildren(...chips(can ? photo.choices : [], give));
 }
 
 function showDecided() {

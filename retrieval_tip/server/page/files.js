@@ -5,12 +5,9 @@ async function filesIn(entry, folder) {
   if (entry.name.startsWith(".")) return [];
   if (entry.isFile) return [{ file: await new Promise((resolve, reject) => entry.file(resolve, reject)), folder }];
   const reader = entry.createReader();
+  const hundred = () => new Promise((resolve, reject) => reader.readEntries(resolve, reject));
   const found = [];
-  for (;;) {
-    const some = await new Promise((resolve, reject) => reader.readEntries(resolve, reject)); // returns a hundred at a time
-    if (!some.length) break;
-    found.push(...some);
-  }
+  for (let some = await hundred(); some.length; some = await hundred()) found.push(...some);
   const parts = await Promise.all(found.map((one) => filesIn(one, entry.name)));
   return parts.flat();
 }

@@ -62,14 +62,14 @@ class State extends EventTarget {
   async add(label, files, progress = () => {}) {
     const lists = { key_ids: [], classes: [], duplicates: [], warnings: [], skipped: [] };
     const all = { ...lists, known: 0, since: this.info.version };
-    for (let at = 0; at < files.length; at += BATCH) {
-      const part = files.slice(at, at + BATCH).map((file) => ["images", file]);
+    let done = 0;
+    for (const part of api.parts(files.map((file) => ["images", file]), BATCH)) {
       const added = await this.#change(this.#at("/keys"), api.form([["label", label], ...part]), false);
       if (!added) return null;
       for (const name of Object.keys(lists)) all[name].push(...added[name]);
       all.known += added.known;
       all.version = added.version;
-      progress(Math.min(files.length, at + BATCH));
+      progress((done += part.length));
     }
     await this.refresh();
     return all;

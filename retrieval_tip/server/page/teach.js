@@ -1,6 +1,7 @@
 // The Teach view, which creates a classifier from photos in named classes, or adds them to the open classifier.
 
 import { judged } from "./accuracy.js";
+import { parts } from "./api.js";
 import { $, button, classField, cross, el, failure, picks, plural, preview } from "./dom.js";
 import { inFolders } from "./files.js";
 import { notice, undoable } from "./notice.js";
@@ -146,12 +147,15 @@ function show() {
   $("teach-go").textContent = isNew() ? `Create classifier${of && ` from${of}`}` : `Add${of || " photos"}`;
 }
 
-/** Return the photos for the first request as [label, file] pairs, which include some of every class, and the remaining
- *  photos by class. */
+/** Return the photos for the first request as [label, file] pairs, with photos of as many classes as possible, and the
+ *  remaining photos by class. */
 function begun() {
-  const each = Math.max(1, Math.floor(FIRST / full().length));
-  const first = full().flatMap(({ name, files }) => files.slice(0, each).map((file) => [name, file]));
-  return [first, full().map(({ name, files }) => [name, files.slice(each)]).filter(([, files]) => files.length)];
+  const most = Math.max(...full().map(({ files }) => files.length));
+  const pairs = [];
+  for (let i = 0; i < most; i++) for (const { name, files } of full()) if (i < files.length) pairs.push([name, files[i]]);
+  const [first] = parts(pairs, FIRST);
+  const left = Map.groupBy(pairs.slice(first.length), ([name]) => name);
+  return [first, [...left].map(([name, own]) => [name, own.map(([, file]) => file)])];
 }
 
 async function go() {
