@@ -128,7 +128,7 @@ async def keys(
     key_id: Annotated[list[schemas.KeyId], Query(default_factory=list, description="Key to list. Can be repeated.")],
     source: Annotated[str | None, Query(description="Text in the sources to list, in any case.")] = None,
     offset: Annotated[int, Query(ge=0, le=10**9)] = 0,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 50,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 50,
 ) -> Response:
     """List one page of the keys, with their labels and sources."""
 
