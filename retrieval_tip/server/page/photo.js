@@ -1,7 +1,7 @@
 // A photo on the page, with its file, its feature, and the answer of the server.
 
 import * as api from "./api.js";
-import { nameOf, noPreview, picture, preview } from "./dom.js";
+import { nameOf, picture, preview } from "./dom.js";
 import { settings } from "./settings.js";
 import { state } from "./state.js";
 
@@ -36,7 +36,7 @@ export class Photo {
 
   /** Return an image of the photo, for a place of this size in pixels. */
   image(size, alt) {
-    return preview(this.file, alt, noPreview());
+    return preview(this.file, alt);
   }
 
   /** Return the file of the photo. */
