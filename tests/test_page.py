@@ -1670,7 +1670,9 @@ def test_the_answers_of_the_folder_are_reviewed(browser: Browser, pool: dict[str
 
         page.locator(f"#grid {tiles}").first.click()
         expect(page.locator("#decided li img").first).to_be_visible()  # the drawer explains the answer
-        label = answer(page)["label"]
+        expect(page.locator("#drawer-notes")).to_contain_text("of the probability. Similar photos give the rest: ")
+        label = page.locator("#drawer-title").get_attribute("title")
+        assert page.locator("#grid .tile.active").get_attribute("data-label") == label
         page.press("#drawer", "Enter")
         expect(page.locator("#notice")).to_contain_text(f"Labelled 1 photo as {label}.")
         page.click("#drawer-close")

@@ -127,6 +127,13 @@ function notes() {
   const lines = [];
   if (photo.no_match) lines.push(`This photo does not resemble any example photo. The closest guess is ${photo.winner.label}.`);
   if (photo.group) lines.push(`The ${photo.group.level} is ${photo.group.label}, ${percent(photo.group.probability)}.`);
+  const others = photo.given?.slice(1).filter(({ gives }) => gives > 0) ?? [];
+  if (others.length && photo.winner === photo.best) {
+    const [itself] = photo.given;
+    const changed = itself.label === photo.winner.label ? "" : `, which alone would be ${itself.label}`;
+    const names = others.map(({ input, label }) => `${nameOf(input)} (${label})`).join(", ");
+    lines.push(`This photo${changed}, gives ${percent(itself.gives)} of the probability. Similar photos give the rest: ${names}.`);
+  }
   if (photo.taught) lines.push(`You added this photo as an example of ${photo.taught}.`);
   if (photo.judgedByOthers) lines.push("This photo is one of the examples, so only the other examples count here.");
   const { before, shown } = photo;
@@ -165,7 +172,7 @@ function decidedRow(key, most) {
   const { key_id: keyId, affinity, gives: [contribution] } = key;
   const moved = el("i", { class: contribution > 0 ? "for" : "against", aria: { hidden: "true" } });
   moved.style.setProperty("--p", strength(key) / most);
-  const label = cut(contribution ? photo.winner.label : key.label);
+  const label = cut(contribution ? photo.shown.rows[0].label : key.label);
   const points = contribution ? `${short(Math.abs(contribution))} points` : "speaks";
   const image = picture(api.pictureOf(state.info.name, keyId), 240, nameOf(key.source));
   const name = el("span", { class: "name", title: key.label }, cut(key.label));
