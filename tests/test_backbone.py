@@ -1,7 +1,5 @@
 """Backbones: loading, identity, errors and views."""
 
-from __future__ import annotations
-
 import copy
 import io
 import json
@@ -273,9 +271,6 @@ def test_unit_names_the_row_that_cannot_be_normalised():
             unit(np.array([[1.0, 0.0], [bad, 0.0]], dtype=np.float32))
 
 
-# -- training --
-
-
 @pytest.fixture(scope="module")
 def tiny_folder(tmp_path_factory):
     return tiny(tmp_path_factory.mktemp("models") / "tiny")
@@ -291,9 +286,6 @@ def test_the_identity_is_always_that_of_the_current_weights(tiny_model):
     seen = {tiny_model.identity.fingerprint, *(changed(tiny_model).identity.fingerprint for _ in range(2))}
     assert len(seen) == 3
     assert tiny_model.identity is tiny_model.identity  # the digest is cached
-
-
-# -- encoders without text, and models in memory --
 
 
 @pytest.fixture(scope="module")
@@ -355,9 +347,6 @@ def test_a_model_in_memory_gives_the_same_backbone(tmp_path):
     assert (given.dim, given.logit_scale, given.identity.model) == (named.dim, named.logit_scale, "mine")
     assert given.identity.weights == named.identity.weights
     assert not any(parameter.requires_grad for parameter in model.parameters())
-
-
-# -- pickles --
 
 
 def carried(model):

@@ -1,7 +1,5 @@
 """Building an index: shots, views, text weights, key types, versions and errors."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 

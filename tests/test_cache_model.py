@@ -1,7 +1,5 @@
 """Index compared with Tip-Adapter's definition in dense float64."""
 
-from __future__ import annotations
-
 import copy
 import math
 import pickle

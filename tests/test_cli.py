@@ -1,7 +1,5 @@
 """The command line: formats, settings, explanations, exit statuses, and a whole session in real processes."""
 
-from __future__ import annotations
-
 import inspect
 import io
 import json

@@ -1,7 +1,5 @@
 """The command finetune: output, messages and errors."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Time and place of photos, and one answer for all photos of a burst."""
 
-from __future__ import annotations
-
 import csv
 import io
 import math

@@ -1,7 +1,5 @@
 """After any sequence of changes, an index folder answers like a fresh build."""
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 from dataclasses import dataclass, field, replace
@@ -53,7 +51,7 @@ class State:
     factory: str
     dtype: str
 
-    def fresh(self) -> Index:
+    def fresh(self):
         """Return a classifier that is built from these contents at once."""
         labels = [label for label, _ in self.keys.values()]
         vectors = np.stack([vector for _, vector in self.keys.values()])
@@ -71,7 +69,7 @@ class OpenVersion:
     state: State
     logits: torch.Tensor = field(init=False)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         self.logits = self.state.fresh().logits(QUERIES)
 
 
@@ -81,7 +79,7 @@ class Living(RuleBasedStateMachine):
     factory: str
     dtype: str
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.place = Path(tempfile.mkdtemp(prefix="retrieval-tip-living-"))
         self.folder = self.place / "index"
@@ -89,20 +87,20 @@ class Living(RuleBasedStateMachine):
         self.patch.start()
         self.drawn = self.named = 0
 
-    def teardown(self) -> None:
+    def teardown(self):
         self.patch.stop()
         shutil.rmtree(self.place)
 
-    def vectors(self, n: int) -> Array:
+    def vectors(self, n):
         self.drawn += 1
         return unit_rows(n, D, self.drawn)
 
-    def new_names(self, n: int) -> list[str]:
+    def new_names(self, n):
         self.named += n
         return [f"class {i:02}" for i in range(self.named - n, self.named)]
 
     @initialize(n=st.integers(LEAST, 30), c=st.integers(1, 3))
-    def build(self, n: int, c: int) -> None:
+    def build(self, n, c):
         names, vectors, text = self.new_names(c), self.vectors(n).astype(self.dtype), self.vectors(c)
         cache = Index.from_features(
             vectors, np.arange(n) % c, names, text, settings=SETTINGS, index=self.factory, device="cpu"
@@ -114,7 +112,7 @@ class Living(RuleBasedStateMachine):
         self.reader = OpenVersion(Index.load(self.folder, device="cpu"), self.state)
         self.program = Index.load(self.folder, device="cpu")
 
-    def commit(self, state: State) -> None:
+    def commit(self, state):
         """Record a new version."""
         self.state, self.version = state, self.version + 1
         self.kept[self.version] = state
@@ -122,15 +120,15 @@ class Living(RuleBasedStateMachine):
 
     @precondition(lambda self: len(self.state.keys) < MOST)
     @rule(n=st.integers(1, 4), new=st.integers(0, 2), data=st.data())
-    def add_by_command(self, n: int, new: int, data: st.DataObject) -> None:
+    def add_by_command(self, n, new, data):
         self.add(n, new, data, by_command=True)
 
     @precondition(lambda self: len(self.state.keys) < MOST)
     @rule(n=st.integers(1, 6), new=st.integers(0, 2), data=st.data())
-    def add_in_a_program(self, n: int, new: int, data: st.DataObject) -> None:
+    def add_in_a_program(self, n, new, data):
         self.add(n, new, data, by_command=False)
 
-    def add(self, n: int, new: int, data: st.DataObject, by_command: bool) -> None:
+    def add(self, n, new, data, by_command):
         new = min(new, n, CLASSES - len(self.state.text))
         names = self.new_names(new)
         drawn = data.draw(st.lists(st.sampled_from([*self.state.text, *names]), min_size=n - new, max_size=n - new))
@@ -156,14 +154,14 @@ class Living(RuleBasedStateMachine):
         if not by_command:
             self.check_answers_match_a_fresh_index(self.program)
 
-    def draw_key_ids(self, data: st.DataObject, most: int) -> list[int]:
+    def draw_key_ids(self, data, most):
         """Draw key ids, more often from the end."""
         ids = list(self.state.keys)
         from_end = data.draw(st.sampled_from([True, True, True, False]))
         return data.draw(st.lists(st.sampled_from(ids[-6:] if from_end else ids), max_size=most, unique=True))
 
     @rule(data=st.data())
-    def remove(self, data: st.DataObject) -> None:
+    def remove(self, data):
         gone = self.draw_key_ids(data, min(5, len(self.state.keys) - LEAST))
         if gone:
             assert changes.remove(self.folder, key_ids=gone).key_ids == gone
@@ -171,7 +169,7 @@ class Living(RuleBasedStateMachine):
             self.commit(replace(self.state, keys=keys))
 
     @rule(data=st.data())
-    def change_in_a_program(self, data: st.DataObject) -> None:
+    def change_in_a_program(self, data):
         """Make several changes in memory and save them as one version."""
         gone = self.draw_key_ids(data, min(5, len(self.state.keys) - LEAST))
         left = [key_id for key_id in self.state.keys if key_id not in gone]
@@ -187,7 +185,7 @@ class Living(RuleBasedStateMachine):
         self.check_answers_match_a_fresh_index(cache)
 
     @rule(data=st.data())
-    def relabel(self, data: st.DataObject) -> None:
+    def relabel(self, data):
         chosen, label = self.draw_key_ids(data, 4), data.draw(st.sampled_from(list(self.state.text)))
         if not chosen:
             return
@@ -198,7 +196,7 @@ class Living(RuleBasedStateMachine):
             self.commit(replace(self.state, keys=keys))
 
     @rule(data=st.data())
-    def rename(self, data: st.DataObject) -> None:
+    def rename(self, data):
         """Give a class a new name, or merge it into another class."""
         old = data.draw(st.sampled_from(list(self.state.text)))
         others = [name for name in self.state.text if name != old]
@@ -215,39 +213,39 @@ class Living(RuleBasedStateMachine):
         self.commit(replace(self.state, keys=keys, text=text))
 
     @rule(factory=st.none() | st.sampled_from(FACTORIES), dtype=st.sampled_from([None, "float16", "float32"]))
-    def rebuild(self, factory: str | None, dtype: str | None) -> None:
+    def rebuild(self, factory, dtype):
         changes.rebuild(self.folder, index=factory, dtype=dtype)
         dtype = dtype or self.state.dtype
         keys = {key_id: (label, vector.astype(dtype)) for key_id, (label, vector) in self.state.keys.items()}
         self.commit(State(keys, self.state.text, factory or self.state.factory, dtype))
 
     @rule(data=st.data())
-    def rollback(self, data: st.DataObject) -> None:
+    def rollback(self, data):
         wanted = data.draw(st.sampled_from(list(self.kept)))
         changes.rollback(self.folder, wanted)
         if wanted != self.version:
             self.commit(self.kept[wanted])
 
     @rule(keep=st.integers(1, KEPT))
-    def collect(self, keep: int) -> None:
+    def collect(self, keep):
         gone, freed = Versions(self.folder).collect(keep)
         assert gone == list(self.kept)[: max(0, len(self.kept) - keep)]
         assert freed > 0 or not gone
         self.kept = dict(list(self.kept.items())[-keep:])
 
     @rule()
-    def reload(self) -> None:
+    def reload(self):
         found = self.reader.index.reload()
         assert (found is self.reader.index) == (self.reader.index.version == self.version)
         self.reader = OpenVersion(found, self.state)
 
     @invariant()
-    def the_folder_is_intact_and_answers_correctly(self) -> None:
+    def the_folder_is_intact_and_answers_correctly(self):
         cache = verify(self.folder)
         self.check_keys_and_labels(cache)
         self.check_answers_match_a_fresh_index(cache)
 
-    def check_keys_and_labels(self, cache: Index) -> None:
+    def check_keys_and_labels(self, cache):
         assert cache.version == self.version
         assert cache.class_names == list(self.state.text)
         assert (cache.index.factory, str(cache.keys.dtype)) == (self.state.factory, self.state.dtype)
@@ -261,7 +259,7 @@ class Living(RuleBasedStateMachine):
         pairs = list(zip(cache.labels["class_id"].to_pylist(), cache.labels["shot"].to_pylist(), strict=True))
         assert len(set(pairs)) == len(pairs)
 
-    def check_answers_match_a_fresh_index(self, cache: Index) -> None:
+    def check_answers_match_a_fresh_index(self, cache):
         fresh = self.state.fresh()
         np.testing.assert_allclose(cache.logits(QUERIES), fresh.logits(QUERIES), atol=1e-4)
         near = [[int(key.source) for key in found.neighbours] for found in fresh.classify(QUERIES, neighbours=K)]
@@ -276,7 +274,7 @@ class Living(RuleBasedStateMachine):
             else:
                 self.check_each_class_counts_exactly_or_at_its_mean(cache, tail)
 
-    def check_each_class_counts_exactly_or_at_its_mean(self, cache: Index, tail: bool) -> None:
+    def check_each_class_counts_exactly_or_at_its_mean(self, cache, tail):
         """A sample of the keys determines which classes count exactly, so the test accepts either sum."""
         vectors, names = np.stack([vector for _, vector in self.state.keys.values()]), list(self.state.text)
         ids = np.array([names.index(label) for label, _ in self.state.keys.values()])
@@ -288,7 +286,7 @@ class Living(RuleBasedStateMachine):
         assert is_whole.any()
 
     @invariant()
-    def versions_form_one_line_and_name_every_file(self) -> None:
+    def versions_form_one_line_and_name_every_file(self):
         rows = Versions(self.folder).history().to_pylist()
         assert [row["version"] for row in rows] == list(self.kept)
         assert [row["keys"] for row in rows] == [len(state.keys) for state in self.kept.values()]
@@ -302,7 +300,7 @@ class Living(RuleBasedStateMachine):
         assert named == {f"data/{path.name}" for path in (self.folder / "data").iterdir()}
 
     @invariant()
-    def the_reader_still_answers(self) -> None:
+    def the_reader_still_answers(self):
         cache = self.reader.index
         np.testing.assert_allclose(cache.logits(QUERIES), self.reader.logits, atol=1e-4)
         assert sorted(cache.labels["key_id"].to_pylist()) == sorted(self.reader.state.keys)
@@ -322,7 +320,7 @@ class Living(RuleBasedStateMachine):
         3,
     ),
 )
-def test_a_changed_index_answers_like_a_fresh_build(factory: str, dtype: str) -> None:
+def test_a_changed_index_answers_like_a_fresh_build(factory, dtype):
     kind = type("LivingIndex", (Living,), {"factory": factory, "dtype": dtype})
     quick = settings(
         max_examples=6 if SOAK else 2, stateful_step_count=16, deadline=None, suppress_health_check=list(HealthCheck)

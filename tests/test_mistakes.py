@@ -1,7 +1,5 @@
 """Each common mistake on the command line prints one line that explains what to do."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

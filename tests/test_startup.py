@@ -1,7 +1,5 @@
 """Start-up: imports of each command, checks before answers, and loading of models on demand."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -97,9 +95,6 @@ def photo_index(run, photos, tmp_path):
     return tmp_path / "of-photos"
 
 
-# imports
-
-
 def test_help_of_each_command_imports_nothing_heavy():
     groups = {command[:depth] for command in COMMANDS for depth in range(len(command))}
     found, shown = imported(*[[*command, "--help"] for command in (*sorted(groups), *COMMANDS)], ["--version"])
@@ -165,9 +160,6 @@ def test_building_from_cached_encodings_imports_no_model(run, photo_index, photo
     assert not torch.equal(changed.text_weights, first.text_weights)
 
 
-# checks before answers
-
-
 @pytest.mark.parametrize(("kind", "damage"), [("keys", "a byte"), ("labels", "shorter"), ("text", "gone")])
 def test_a_damaged_file_is_refused_before_any_answer(run, index, row, kind, damage):
     path = index / Versions(index).current().files[kind].name
@@ -194,9 +186,6 @@ def test_classify_waits_for_the_check_before_it_answers(index, row, run, monkeyp
     monkeypatch.setattr(LocalFiles, "problem", slow)
     refused = run("classify", index, row)
     assert (refused.exit_code, refused.stdout) == (1, "")
-
-
-# models that are loaded on demand
 
 
 @pytest.fixture
@@ -308,9 +297,6 @@ def test_a_model_is_remembered_until_one_of_its_files_changes(loaded, tmp_path):
     for damage in (b"", b"{}", b"[1]", record.read_bytes().replace(b'"dim": ', b'"dim": "a", "": ')):
         record.write_bytes(damage)
         assert known.recall(*names) is None
-
-
-# work that loading a model avoids
 
 
 TEXT = TINY["text_cfg"]

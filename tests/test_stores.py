@@ -3,8 +3,6 @@
 Expected answers are computed in float64 from the keys and labels of the index.
 """
 
-from __future__ import annotations
-
 import datetime
 import hashlib
 import itertools
@@ -65,9 +63,6 @@ QUERIES = unit_rows(12, D, 99)
 FORMS = ((None, True), (64, True), (8, True), (8, False))
 """Combinations of k and tail."""
 EXACT = 1e-4
-
-
-# --- expected answers
 
 
 @dataclass
@@ -194,9 +189,6 @@ def local_pets(base, tmp_path):
     return pets_of("lance", base, tmp_path)
 
 
-# --- builds
-
-
 def test_a_build_contains_the_keys_labels_and_columns_of_its_source(pets):
     model = pets.check()
     manifest = pets.store.manifest()
@@ -286,9 +278,6 @@ def test_the_smallest_indexes_answer(kind, tmp_path):
         assert len(built.classify(asked, k=64)[0].neighbours) == n
         stores.at(place).verify()
         refused(lambda place=place, n=n: changes.remove(place, key_ids=range(n)), "at least one key", error=InputError)
-
-
-# --- changes
 
 
 def test_keys_of_known_and_new_classes_can_be_added(pets, tmp_path):
@@ -709,9 +698,6 @@ def test_labels_and_versions_can_be_queried_in_sql(pets):
     ]
 
 
-# --- concurrent readers and writers
-
-
 def test_a_reader_keeps_its_version(pets):
     reader = pets.open()
     before, labels = reader.logits(QUERIES, 8), reader.find(labels=["cat"])["key_id"].to_pylist()
@@ -893,9 +879,6 @@ def test_changes_to_the_table_by_other_programs_are_ignored(local_pets):
     local_pets.check()  # the manifest names its version of the table
     local_pets.add(unit_rows(1, D, 41), ["cat"])
     local_pets.check(forms=FORMS)
-
-
-# --- damage, and places that are not stores
 
 
 def test_a_place_with_other_files_is_refused_and_unchanged(tmp_path, base):
@@ -1093,9 +1076,6 @@ def test_damaged_rows_are_not_written_again(lance_pets):
     lance_pets.check()
 
 
-# --- columns and credentials
-
-
 @pytest.mark.parametrize("column", ["version", "vector", "a.b", "_rowid", "`tick`"])
 def test_columns_that_lancedb_cannot_store_are_refused(lance_pets, column, tmp_path):
     def table():
@@ -1149,9 +1129,6 @@ def test_no_credentials_are_written_to_a_store(base, tmp_path):
             assert secret.encode() not in data
 
 
-# --- processes
-
-
 def test_an_index_opened_before_a_fork_is_refused(local_pets):
     opened = local_pets.open()  # no row is read yet
     context = multiprocessing.get_context("fork")
@@ -1190,9 +1167,6 @@ def test_threads_can_share_an_open_index(local_pets):
     for thread in threads:
         thread.join()
     assert not failed
-
-
-# --- vector indexes
 
 
 def clustered(n, seed, classes=20, d=32):
@@ -1298,9 +1272,6 @@ def test_affinities_are_inner_products_with_the_stored_keys(tmp_path, kind, n, d
     assert [one["key_id"] for [one] in nearest_keys(model, -rows[:40])] == list(range(n, n + 40))
 
 
-# --- commands
-
-
 @pytest.mark.parametrize(
     "command",
     [
@@ -1348,9 +1319,6 @@ def test_commands_work_on_a_store_in_a_bucket(run, bucket_pets):
     refused = run("classify", own, asked, "--precision", "float16")
     assert (refused.exit_code, "precision" in refused.stderr) == (2, True)
     done(run("classify", own, asked, "--verify", "full"))
-
-
-# --- server
 
 
 def test_the_server_answers_from_a_store_and_reloads_changes(local_pets, monkeypatch):

@@ -1,7 +1,5 @@
 """tip.py against the dense method in float64 with one-hot products, and against the formula in the docs."""
 
-from __future__ import annotations
-
 import json
 import re
 from itertools import pairwise
@@ -126,9 +124,6 @@ def test_the_weight_of_a_key_is_exponential_in_its_affinity(beta):
     weights = tip.weight(torch.tensor([1.0, 0.5, 1.2], dtype=torch.float64), beta)
     np.testing.assert_allclose(weights, [1, np.exp(-beta / 2), np.exp(beta * 0.2)])
     assert (tip.weight(torch.rand(5), 0) == 1).all()
-
-
-# ---------------------------------------------------------------------------------------------------- the whole method
 
 
 @settings(max_examples=examples(50), deadline=None)
