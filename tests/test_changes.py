@@ -281,16 +281,6 @@ def test_add_warns_about_another_spelling_of_a_class(run, index, tmp_path):
     assert changes.merge(index, tmp_path / "other").alike == {"The_Owl": "the owl"}
 
 
-def test_add_does_not_rewrite_unchanged_files(index, tmp_path):
-    first, base = Versions(index).current().files, data_files(index)
-    more = write_table(tmp_path / "more.parquet", unit_rows(1, D, 4), ["cat"])
-    changes.add(index, open_source(more), Reader())
-    files, now = Versions(index).current().files, data_files(index)
-    assert {kind for kind in files if files[kind] != first[kind]} == {"keys", "labels"}
-    assert {name: now[name] for name in base} == base
-    assert len(now) == len(base) + 2
-
-
 @pytest.fixture
 def other(tmp_path):
     """An index of three keys, two of them in a class that ``index`` lacks."""

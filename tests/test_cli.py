@@ -263,14 +263,6 @@ def process(*arguments, **options):
     return subprocess.run(command, capture_output=True, check=False, **options)
 
 
-def test_the_program_runs_in_a_new_process(small, queries):
-    done = process("classify", small, queries, "--format", "json")
-    assert done.returncode == 0
-    assert done.stderr == b""
-    assert len(done.stdout.splitlines()) == 5
-    assert shutil.which("retrieval-tip", path=str(Path(sys.executable).parent))
-
-
 def test_a_reader_that_stops_early_causes_no_error(small, tmp_path, warm_path):
     many = write_table(tmp_path / "many.parquet", unit_rows(20000, 8, 3))
     command = [shutil.which("retrieval-tip", path=warm_path), "classify", str(small), str(many), "--format", "json"]

@@ -109,16 +109,6 @@ def test_a_source_without_any_known_class_is_refused_by_name(tmp_path):
     assert message.endswith("class 0, class 1, class 2, class 3, class 4 and 3 more")
 
 
-def test_a_source_without_items_is_refused(source):
-    with pytest.raises(InputError, match="has no items"):
-        evaluate(model(), source.take([]), Reader())
-
-
-def test_features_of_another_length_are_refused(tmp_path):
-    with pytest.raises(InputError, match="expected"):
-        evaluate(model(), labelled(tmp_path, [NAMES[0]] * 3, unit(np.ones((3, D + 1)))), Reader())
-
-
 @pytest.fixture
 def mixed(tmp_path, run):
     """A fitted index of five classes and a name without shots, and photos of all eight classes."""

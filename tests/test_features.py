@@ -709,12 +709,6 @@ def by_hand(backbone, path, name):
     return backbone.preprocess(decoded) if name == "centre" else backbone.view(decoded, f"{digest}/{name}")
 
 
-def test_views_are_named_by_seed_and_number():
-    assert view_names(3, 1) == ["centre"]
-    assert view_names(3, 2) == ["crop/3/0", "crop/3/1"]
-    assert view_names(3, 4)[:2] == view_names(3, 2)
-
-
 def test_each_view_of_a_photo_is_encoded(shared, lit_mini):
     source = open_source(shared / "data/caltech101/split_zhou_Caltech101.json").take([0, 40, 20])
     names = ["centre", *view_names(5, 2)]

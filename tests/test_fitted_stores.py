@@ -180,7 +180,7 @@ def step(place, tables, what, m, seed, number):
 
 @settings(max_examples=6 if SOAK else 1, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(steps=STEPS)
-@pytest.mark.parametrize("name", [*FORMS, "plain"])
+@pytest.mark.parametrize("name", FORMS)
 def test_the_same_changes_give_the_same_folder_and_store(steps, name, built, tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("ways")
     places = [copied(tmp_path, kind, built[name, kind], kind) for kind in KINDS]

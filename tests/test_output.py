@@ -44,7 +44,7 @@ class Terminal(io.TextIOWrapper):
 
 
 @pytest.mark.parametrize("style", ["table", "json", "csv"])
-def test_no_escape_sequence_reaches_a_terminal(style, monkeypatch):
+def test_no_escape_sequence_reaches_a_terminal_or_a_table_in_a_file(style, monkeypatch, tmp_path):
     terminal = Terminal(is_terminal=True)
     monkeypatch.setattr(sys, "stdout", terminal)
     write_table(HOSTILE, style, None)
@@ -52,9 +52,6 @@ def test_no_escape_sequence_reaches_a_terminal(style, monkeypatch):
     assert len(lines) == (1 if style == "json" else 2)
     assert all(line.isprintable() for line in lines)
     assert "u202e" in terminal.text
-
-
-def test_a_table_in_a_file_is_printable(tmp_path):
     write_table(HOSTILE, "table", tmp_path / "out")
     assert all(line.isprintable() for line in (tmp_path / "out").read_text().splitlines())
 

@@ -174,14 +174,6 @@ def test_two_folders_with_the_same_printed_name_are_refused(tmp_path):
     refused(tmp_path, "caf\\xe9", "two")
 
 
-def test_any_name_can_be_a_class(tmp_path):
-    names = ["with space", 'quo"te', "apo'strophe", "new\nline", "日本語", "a,b", "*[x]?", "-dash", "é"]
-    touch(tmp_path, *(f"{name}/{name}.png" for name in names))
-    source = open_source(tmp_path)
-    assert source.class_names == tuple(sorted(names))
-    assert relative(source, tmp_path) == [f"{name}/{name}.png" for name in sorted(names)]
-
-
 def test_paths_in_a_table_are_relative_to_its_folder(tmp_path):
     table = write(tmp_path / "caf\udce9.csv", "path,label\nb/2.png,dog\n/abs/1.png,cat\nc.png,dog\n")
     source = open_source(table)

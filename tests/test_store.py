@@ -227,23 +227,6 @@ def test_malformed_segments_are_refused():
     rejected(body | {"files": trained}, "files.values")
 
 
-def test_a_manifest_edited_by_hand_is_refused(index):
-    raw = (index / "manifest.json").read_bytes()
-    for old, new in [
-        (b'"alpha": 1.0', b'"alpha": 2.0'),
-        (b'"cat"', b'"cow"'),
-        (b'"tail": true', b'"tail": false'),
-        (b'"alpha": 1.0', b'"alpha": 1'),
-        (b"{\n", b"{ \n"),  # the same JSON in other bytes
-        (b'"cat"', b'"c\\u0061t"'),
-        (b'"format"', b'"format": "x",\n "format"'),
-    ]:
-        assert raw.count(old) >= 1
-        (index / "manifest.json").write_bytes(raw.replace(old, new, 1))
-        with pytest.raises(StoreError, match="checksum"):
-            Index.load(index)
-
-
 def test_a_newer_format_is_refused_with_the_required_version(index):
     body = body_of(index) | {
         "format_version": FORMAT_VERSION + 1,
@@ -298,14 +281,6 @@ def test_a_bad_manifest_is_refused(index, raw):
     (index / "manifest.json").write_bytes(raw)
     for opened in (Index.load, verify, describe):
         refused(partial(opened, index), index / "manifest.json")
-
-
-@pytest.mark.parametrize("wrong", [{"class_names": ["\ud800", *CLASSES[1:]]}, {"provenance": {"\udfff": 1}}])
-def test_lone_surrogates_are_refused_in_manifests(index, wrong):
-    body = body_of(index) | wrong
-    rejected(body)
-    with pytest.raises(StoreError):
-        Manifest.from_bytes(json.dumps(body, indent=1).encode(), "m.json")  # escaped
 
 
 @pytest.mark.parametrize(("setting", "value"), [("templates", ["\ud800"]), ("provenance", {"x": {1, 2}})], ids=str)
