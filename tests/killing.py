@@ -7,6 +7,7 @@ run as a script that calls :func:`serve`; the tests of that module talk to it th
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import signal
@@ -103,6 +104,7 @@ def serve(work: Callable[[Job, Steps], None]) -> None:
     import torch
 
     warm.import_now(images=False)
+    gc.freeze()
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
     for line in sys.stdin:

@@ -11,6 +11,7 @@ import array
 import ast
 import atexit
 import contextlib
+import gc
 import importlib
 import os
 import select
@@ -77,21 +78,32 @@ def import_now(*, images: bool) -> None:
 
 
 def _serve(place: str, starter: int) -> None:
-    """Run each command in a grandchild that reports its end, until the last connection closes."""
+    """Run each command in a child and report its end, until the last connection closes."""
     import_now(images=True)
     from retrieval_tip.cli.program import main, start_lightly
 
     start_lightly()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the intermediate children are reaped automatically
-    keepers = [socket.socket(fileno=starter)]
+    gc.freeze()  # a collection in a child would copy the pages of all these objects, which takes half a second
+    keepers, running = [socket.socket(fileno=starter)], {}
     with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as kept:
         for listening, name in ((server, place), (kept, f"{place}.kept")):
             Path(name).unlink(missing_ok=True)
             listening.bind(name)
             listening.listen(16)
         keepers[0].send(READY)
-        while keepers:
-            ready, _, _ = select.select([server, kept, *keepers], [], [])
+        while keepers or running:
+            links = [link for _, link in running.values()]  # readable only when the program was killed, too
+            ready, _, _ = select.select([server, kept, *keepers, *running, *links], [], [])
+            for ended, (child, link) in [*running.items()]:
+                if link in ready:
+                    os.kill(child, signal.SIGKILL)
+                if {link, ended} & {*ready}:
+                    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+                    with contextlib.suppress(OSError):
+                        link.sendall(status.to_bytes(8, "big", signed=True))
+                    del running[ended]
+                    os.close(ended)
+                    link.close()
             for keeper in {*keepers} & {*ready}:  # readable only when it closes
                 keepers.remove(keeper)
                 keeper.close()
@@ -102,29 +114,27 @@ def _serve(place: str, starter: int) -> None:
             if server not in ready:
                 continue
             link, _ = server.accept()
+            size, rights, *_ = link.recvmsg(8, socket.CMSG_SPACE(3 * array.array("i").itemsize))
+            request = link.makefile("rb").read(int.from_bytes(size, "big"))
+            if not request:  # the program was killed before it asked
+                link.close()
+                continue
+            files = array.array("i", rights[0][2])
             assert len([*Path("/proc/self/task").iterdir()]) == 1, "a thread has been started"
-            if os.fork() == 0:
+            if (child := os.fork()) == 0:
                 break
-            link.close()
+            for file in files:
+                os.close(file)
+            running[os.pidfd_open(child)] = child, link
+            with contextlib.suppress(OSError):
+                link.sendall(child.to_bytes(8, "big"))
         else:
             os._exit(0)  # a regular shutdown takes half a second
-    for keeper in keepers:
-        keeper.close()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    size, rights, *_ = link.recvmsg(8, socket.CMSG_SPACE(3 * array.array("i").itemsize))
-    request = link.makefile("rb").read(int.from_bytes(size, "big"))
-    child = os.fork()
-    if child:
-        link.sendall(child.to_bytes(8, "big"))
-        ended = os.pidfd_open(child)
-        if ended not in select.select([ended, link], [], [])[0]:
-            os.kill(child, signal.SIGKILL)  # the program was killed too
-            os._exit(0)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        link.sendall(status.to_bytes(8, "big", signed=True))
-        os._exit(0)
-    link.close()
-    for number, file in enumerate(array.array("i", rights[0][2])):
+    for other in (*keepers, link, *(link for _, link in running.values())):
+        other.close()
+    for ended in running:
+        os.close(ended)
+    for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
     name, arguments, folder, environment = ast.literal_eval(request.decode("utf-8", "surrogateescape"))
