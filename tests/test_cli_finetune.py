@@ -51,23 +51,6 @@ def tune(run, place, *more, out="tuned"):
     return run("finetune", place / "index", "--out", place / out, "--source", place / "views.parquet", *more)
 
 
-def test_finetune_writes_a_new_index_with_its_provenance(run, place):
-    before = (place / "index/manifest.json").read_bytes()
-    result = tune(run, place, "--val", place / "val.parquet", "--epochs", 3, "--json")
-    assert result.exit_code == 0, result.stderr
-    printed = json.loads(result.stdout)
-    cache = verify(place / "tuned")
-    assert (place / "index/manifest.json").read_bytes() == before
-    record = cache.provenance["finetune"]
-    assert record["parent"] == str(place / "index")
-    assert (record["parent_version"], record["epochs"], record["seed"], record["train"]) == (1, 3, 1, ["keys"])
-    assert (printed["alpha"], printed["beta"], printed["version"]) == (cache.settings.alpha, cache.settings.beta, 1)
-    curve = run("index", "query", place / "tuned", "SELECT epoch FROM curve ORDER BY epoch", "--format", "json")
-    assert [json.loads(line)["epoch"] for line in curve.stdout.splitlines()] == [0, 1, 2, 3]
-    evaluated = run("evaluate", place / "tuned", place / "test.parquet", "--json")
-    assert 0 <= json.loads(evaluated.stdout)["top1"] <= 1
-
-
 def test_python_gives_the_result_of_the_command(run, place):
     result = tune(run, place, "--val", place / "val.parquet", "--epochs", 2, "--batch", 16, "--json")
     cache = Index.load(place / "index", device="cpu", precision="float32")

@@ -15,7 +15,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from tables import unit
 
-from retrieval_tip import Index, TipAdapterClassifier
+from retrieval_tip import TipAdapterClassifier
 from retrieval_tip.backbones.base import Part
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_source
@@ -242,15 +242,6 @@ def test_kneighbors_are_sorted_rows_of_the_training_data(index):
     for wrong in (0, -1, 1.5, None):
         with pytest.raises(UsageError, match="n_neighbors"):
             made.kneighbors(QUERIES, wrong)
-
-
-def test_the_cache_model_can_be_saved(tmp_path):
-    made = classifier(alpha=2.0, k=6).fit(X, Y)
-    made.index_.save(tmp_path / "index")
-    opened = Index.load(tmp_path / "index", device="cpu")
-    assert (opened.class_names, opened.settings.alpha, opened.settings.k) == (NAMES.tolist(), 2.0, 6)
-    logits = opened.logits(QUERIES, opened.settings.k, opened.settings.tail)
-    np.testing.assert_array_equal(logits[:, SORTING], made.decision_function(QUERIES))
 
 
 @pytest.mark.parametrize(

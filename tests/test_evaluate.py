@@ -94,12 +94,6 @@ def test_confusions_are_the_most_frequent_mistakes(source):
     assert [times for _, _, times in found] == [times for _, times in wrong.most_common(CONFUSIONS)]
 
 
-def test_without_text_zero_shot_is_missing(source):
-    found = evaluate(model(text_weights=None), source, Reader())
-    assert found.zero_shot_top1 is None
-    assert found.top1 == found.cache_top1 == pytest.approx((expected()[2].argmax(1) == TRUTH).mean())
-
-
 def test_a_source_without_any_known_class_is_refused_by_name(tmp_path):
     labels = [f"odd {i}" for i in range(7)]
     with pytest.raises(InputError) as caught:

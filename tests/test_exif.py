@@ -158,8 +158,3 @@ def test_bursts_refuse_options_for_single_photos(options, message, run, things):
     done = run("classify", things, "a.jpg", "--group-by", "burst", *options)
     assert done.exit_code == 2
     assert f"leave out {message}" in done.stderr
-
-
-@pytest.mark.parametrize("given", ["bursts", "burst:x", "burst:-1", "burst:nan", "folder"])
-def test_unknown_groups_are_wrong_usage(given, run, things):
-    assert run("classify", things, "a.jpg", "--group-by", given).exit_code == 2

@@ -426,7 +426,6 @@ def test_a_local_server_creates_and_prints_a_token(random_things, warm_path):
 
     def started(*options):
         process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
-        assert process.stderr is not None
         return next(line for line in process.stderr if "http://" in line), process
 
     line, process = started()

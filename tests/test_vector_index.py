@@ -101,18 +101,6 @@ def test_a_saved_and_loaded_index_gives_the_same_answers(factory, tmp_path):
     assert again.read_bytes() == (tmp_path / "index.faiss").read_bytes()
 
 
-@pytest.mark.parametrize("factory", ["Flat", "IVF16,Flat", "HNSW32", "SQfp16", "SQ8"])
-def test_keys_are_never_normalised(factory):
-    """A long key has a larger affinity than a short key of the same direction."""
-    keys = KEYS.copy()
-    keys[5], keys[6] = 2 * keys[5] / np.linalg.norm(keys[5]), 0.5 * keys[5] / np.linalg.norm(keys[5])
-    query = keys[5:6] / 2
-    affinity, rows = VectorIndex.build(keys, factory, "cpu").search(query, 3)
-    assert rows[0, 0] == 5
-    np.testing.assert_allclose(affinity[0, 0], 2, atol=0.1)
-    assert affinity[0, 1] < 1.6
-
-
 BAD = [
     "nonsense", "", "flat", "IVF16", "IVF16,nonsense", "IMI2x4,Flat", "LSH", "IDMap,Flat", "Flat\n", "HNSW３２",
     "L2norm,Flat", "L2Norm,IVF16,Flat", "PCA32,L2norm,Flat",  # would normalise

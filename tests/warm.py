@@ -5,8 +5,6 @@ forks, so forking is safe. Test processes share one server: the first that needs
 connection closes. Run as a script, this file is the server.
 """
 
-from __future__ import annotations
-
 import array
 import ast
 import atexit
@@ -21,9 +19,7 @@ import socket
 import sys
 import threading
 import types
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import filelock
 
@@ -67,7 +63,7 @@ sys.exit(status)
 """Shell program that has the server run the command, passes signals on, and exits with its status."""
 
 
-def import_now(*, images: bool) -> None:
+def import_now(*, images):
     """Import everything that commands import later, for features only or also for images.
 
     Missing packages are skipped. The list has pandas because pyarrow imports it, which takes a third of a second.
@@ -77,7 +73,7 @@ def import_now(*, images: bool) -> None:
             importlib.import_module(name)
 
 
-def _serve(place: str, starter: int) -> None:
+def _serve(place, starter):
     """Run each command in a child and report its end, until the last connection closes."""
     import_now(images=True)
     from retrieval_tip.cli.program import main, start_lightly
@@ -155,7 +151,7 @@ def _serve(place: str, starter: int) -> None:
         os._exit(end.code or 0)  # a regular shutdown takes half a second
 
 
-def _run_python(arguments: list[str]) -> NoReturn:
+def _run_python(arguments):
     """Run a script or ``-c`` code as the interpreter does."""
     own = sys.modules["__main__"] = types.ModuleType("__main__")
     if arguments[0] == "-c":
@@ -169,12 +165,12 @@ def _run_python(arguments: list[str]) -> NoReturn:
     raise SystemExit
 
 
-def python(path: str) -> str:
+def python(path):
     """Return the interpreter of a warm server on this ``PATH``, else the interpreter of this process."""
     return shutil.which(PYTHON, path=path) or sys.executable
 
 
-def _connect(place: str) -> socket.socket:
+def _connect(place):
     """Connect to the running server, or start one. It ends when its last connection closes."""
     mine = socket.socket(socket.AF_UNIX)
     with contextlib.suppress(OSError):
@@ -193,7 +189,7 @@ def _connect(place: str) -> socket.socket:
 
 
 @contextlib.contextmanager
-def server(folder: Path) -> Iterator[Path]:
+def server(folder):
     """Yield a folder for the front of ``PATH``, whose programs have a server run the command."""
     place, programs = folder / "socket", folder / "bin"
     with filelock.FileLock(folder / "lock"):
