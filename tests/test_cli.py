@@ -392,10 +392,12 @@ def test_running_out_of_memory_prints_one_line(run, small, queries, monkeypatch,
     assert failed.stderr.startswith(f"Error: {message}")
 
 
-def test_a_closed_standard_error_changes_nothing(small, queries, tmp_path):
-    command = f"{shlex.quote(sys.executable)} -m retrieval_tip encode {queries} --out {tmp_path / 'o.parquet'} 2>&-"
+def test_a_closed_standard_error_changes_nothing(small, tmp_path):
+    command = (
+        f"{shlex.quote(sys.executable)} -m retrieval_tip index history {small} --out {tmp_path / 'o.parquet'} 2>&-"
+    )
     subprocess.run(["sh", "-c", command], check=True)
-    assert pq.read_table(tmp_path / "o.parquet").num_rows == 5
+    assert pq.read_table(tmp_path / "o.parquet").num_rows == 1
 
 
 NUMBERS = [

@@ -257,3 +257,8 @@ def test_the_only_photo_of_an_index_is_refused(tmp_path):
     cache = Index.from_features(KEYS[:1], [0], NAMES, TEXT, sources=["q0"], device="cpu")
     with pytest.raises(InputError, match="the only photo of the index"):
         evaluate(cache, labelled(tmp_path, NAMES[:1], KEYS[:1]), Reader())
+
+
+def test_a_source_without_items_is_refused(source):
+    with pytest.raises(InputError, match="has no items"):
+        evaluate(model(), source.take([]), Reader())

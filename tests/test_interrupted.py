@@ -102,6 +102,7 @@ def label_again(place):
 
 def grow(place, tables):
     """Add keys several times. In a bucket, repeat an addition if another process was faster."""
+    store_versions.UNFINISHED = datetime.timedelta(minutes=1)  # the other process is writing a version, too
     left = GROWTH
     while left:
         try:

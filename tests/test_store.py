@@ -95,6 +95,7 @@ def test_a_manifest_preserves_unicode_names_and_exact_settings(tmp_path):
     found = Index.load(tmp_path / "x", device="cpu")
     for name in ("class_names", "backbone", "settings", "templates", "provenance"):
         assert getattr(found, name) == getattr(cache, name)
+    assert repr(found) == "Index(40 keys of 8, 4 classes, index='Flat', alpha=0.3, beta=1e-300, k=7, device='cpu')"
 
 
 HUGE = 10**400  # too large for a float

@@ -351,6 +351,15 @@ def test_keys_can_be_relabelled(pets):
     pets.refused(lambda: changes.relabel(pets.place, {1: BARE}, key_ids=[1]), "key_ids", error=UsageError)
 
 
+def test_renaming_a_class_to_an_existing_name_merges_them(pets):
+    first, *_, last = pets.truth.names
+    ids = [i for i, label in pets.truth.labels.items() if label == first]
+    assert changes.rename(pets.place, first, last) == changes.Renamed(2, ids, merged=True)
+    pets.truth.names, pets.truth.text = pets.truth.names[1:], pets.truth.text[1:]
+    pets.truth.labels |= dict.fromkeys(ids, last)
+    pets.check()
+
+
 def test_settings_can_be_changed(pets):
     changes.configure(pets.place, alpha=0.5, beta=2.0, k=8, tail=False, temperature=3.0)
     pets.truth.alpha, pets.truth.beta = 0.5, 2.0
@@ -429,6 +438,7 @@ def test_a_rebuild_preserves_rows_and_their_versions(lance_pets):
     np.testing.assert_array_equal(model.rows.of(ids).keys, keys.astype(np.float16))
     changes.rebuild(lance_pets.place)
     assert lance_pets.open().dtype == "float16"
+    lance_pets.refused(lambda: changes.rebuild(lance_pets.place, index="Nonsense"), "Nonsense", error=UsageError)
 
 
 def test_a_labelling_session_keeps_one_version_per_minute_and_its_readers_can_finish(pets, monkeypatch):
