@@ -351,13 +351,22 @@ def test_keys_can_be_relabelled(pets):
     pets.refused(lambda: changes.relabel(pets.place, {1: BARE}, key_ids=[1]), "key_ids", error=UsageError)
 
 
-def test_renaming_a_class_to_an_existing_name_merges_them(pets):
-    first, *_, last = pets.truth.names
+def test_a_class_can_be_renamed_and_merged_into_another(pets):
+    before, (first, *_, last) = labels_of(pets.place), pets.truth.names
     ids = [i for i, label in pets.truth.labels.items() if label == first]
-    assert changes.rename(pets.place, first, last) == changes.Renamed(2, ids, merged=True)
-    pets.truth.names, pets.truth.text = pets.truth.names[1:], pets.truth.text[1:]
-    pets.truth.labels |= dict.fromkeys(ids, last)
+    assert changes.rename(pets.place, first, "it's a lion") == changes.Renamed(2, ids, merged=False)
+    pets.truth.names[0] = "it's a lion"
+    pets.truth.labels |= dict.fromkeys(ids, "it's a lion")
     pets.check()
+    rows, same = labels_of(pets.place), ("class_id", "shot", "source", "views", "digest", "camera")
+    assert all(rows[i][name] == before[i][name] for i in rows for name in same)
+    assert changes.rename(pets.place, BARE, "nobody").key_ids == []
+    pets.truth.names[pets.truth.names.index(BARE)] = "nobody"
+    merged = "nobody" if last == BARE else last
+    assert changes.rename(pets.place, "it's a lion", merged) == changes.Renamed(4, ids, merged=True)
+    pets.truth.names, pets.truth.text = pets.truth.names[1:], pets.truth.text[1:]
+    pets.truth.labels |= dict.fromkeys(ids, merged)
+    pets.check(forms=FORMS)
 
 
 def test_settings_can_be_changed(pets):
