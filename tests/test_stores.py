@@ -503,8 +503,10 @@ def test_earlier_versions_can_be_opened_until_gc_deletes_them(pets):
     changes.remove(pets.place, key_ids=[0])
     assert pets.store.load(device="cpu", version=2).n == N + 2
     pets.refused(lambda: changes.rollback(pets.place, 77), "77")
-    assert pets.store.collect(1)[0] == [1, 2]
-    for version in (1, 2):
+    assert changes.rollback(pets.place, 1).version == 4
+    assert pets.add(unit_rows(1, D, 40), ["cat"]).key_ids == [N + 2]  # key ids are not used again
+    assert pets.store.collect(1)[0] == [1, 2, 3, 4]
+    for version in (1, 4):
         refused(lambda version=version: pets.open(version=version), f"version {version}")
     refused(lambda: changes.rollback(pets.place), "version")
     refused(lambda: pets.store.collect(0), "at least 1", error=UsageError)
