@@ -328,6 +328,7 @@ def test_a_changed_index_answers_like_a_fresh_build(kind, factory, dtype, reques
     if kind == "s3":
         request.getfixturevalue("bucket")
     machine = type("LivingIndex", (Living,), {"kind": kind, "factory": factory, "dtype": dtype})
-    examples = 6 if SOAK else 2 if kind == "folder" else 4
-    quick = settings(max_examples=examples, stateful_step_count=16, deadline=None, suppress_health_check=[*HealthCheck])
+    quick = settings(
+        max_examples=6 if SOAK else 2, stateful_step_count=16, deadline=None, suppress_health_check=list(HealthCheck)
+    )
     run_state_machine_as_test(machine, settings=quick)
