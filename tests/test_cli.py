@@ -258,11 +258,6 @@ def test_doctor_reports_versions_and_finds_two_faiss_packages(run, monkeypatch):
     assert "pip uninstall -y faiss-gpu faiss-cpu" in both.stdout
 
 
-def process(*arguments, **options):
-    command = [sys.executable, "-m", "retrieval_tip", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, check=False, **options)
-
-
 def test_a_reader_that_stops_early_causes_no_error(small, tmp_path, warm_path):
     many = write_table(tmp_path / "many.parquet", unit_rows(20000, 8, 3))
     command = [shutil.which("retrieval-tip", path=warm_path), "classify", str(small), str(many), "--format", "json"]

@@ -50,7 +50,6 @@ from conftest import SHARED, with_code  # isort: skip
 TOKEN = "open sesame"
 pytestmark = pytest.mark.usefixtures("one_encoder")
 AUTHORISED = {"Authorization": f"Bearer {TOKEN}"}
-Client = TestClient
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ from retrieval_tip import tip
 from retrieval_tip.model import Index
 from retrieval_tip.settings import Settings
 
-BETAS = (0.1, 1.0, 5.5, 20.0, 50.0)
 some_cases = cases(off_sphere=st.booleans(), shuffled=st.just(True))
 
 
