@@ -136,6 +136,7 @@ def pictures(page: Page, new: Path) -> None:
     page.click("#tab-check")
     page.check("#audit-all")
     page.wait_for_selector("#audit li")
+    expect(page.locator("#check-view")).not_to_contain_text("Loading", timeout=WAIT)
     picture("page-check")
     beside(page, "check")
     page.click("#tab-map")

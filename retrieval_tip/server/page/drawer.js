@@ -173,7 +173,7 @@ function decidedRow(key, most) {
   const moved = el("i", { class: contribution > 0 ? "for" : "against", aria: { hidden: "true" } });
   moved.style.setProperty("--p", strength(key) / most);
   const label = cut(contribution ? photo.shown.rows[0].label : key.label);
-  const points = contribution ? `${short(Math.abs(contribution))} points` : "speaks";
+  const points = contribution ? `${Number(Math.abs(contribution).toPrecision(2))} points` : "speaks";
   const image = picture(api.pictureOf(state.info.name, keyId), 240, nameOf(key.source));
   const name = el("span", { class: "name", title: key.label }, cut(key.label));
   const gives = el("span", { class: "gives", data: { value: contribution } }, `${points} ${contribution < 0 ? "against" : "for"} ${label}`);
