@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from clusters import C, D, clusters, text_of, unit
@@ -25,7 +26,7 @@ from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.evaluation.held_out import held_out_probabilities
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.closed_form import Fit
-from retrieval_tip.fit.folds import Folds, Queries, blend, robust_blend
+from retrieval_tip.fit.folds import Folds, Queries, blend, ranks_within, robust_blend
 from retrieval_tip.fit.forms import DEFAULT_FORM, FORMS, ONE_SHOT, FittedMetric, Form, Scatter, Solved, Within
 from retrieval_tip.fit.scatter import FewScatter, known_prior, pooled
 from retrieval_tip.index import places as stores
@@ -917,13 +918,41 @@ def test_answers_are_as_sure_as_the_index_is_accurate(accuracy, most, expected):
     logits = torch.from_numpy(np.random.default_rng(0).normal(size=(200, 5)))
     weights = torch.from_numpy(np.random.default_rng(1).uniform(0.5, 1.5, 200))
     weights /= weights.mean()
-    found = closed_form._as_sure(Settings(temperature=2.0), 3 * logits, weights, 200 * accuracy, 200, most).temperature
+    found = closed_form._as_sure(Settings(temperature=2.0), 3 * logits, weights, accuracy, most).temperature
     if expected == "equal":
         assert 1.0 < found < 2.0 * most
         sure = float((weights * (3 * logits / found).softmax(1).amax(1)).mean())
-        assert sure == pytest.approx((200 * accuracy + 1) / 202, abs=1e-3)
+        assert sure == pytest.approx(accuracy, abs=1e-3)
     else:
         assert found == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(("shots", "text", "of"), [(2, False, "small"), (6, False, "shots"), (6, True, "shots")])
+def test_the_temperature_of_a_fit_comes_from_photos_that_meet_almost_all_shots(shots, text, of):
+    index = model(shots, text)
+    choice = closed_form.fit(index)
+    folds, _ = closed_form._folds_of(index, None, np.arange(index.n))
+    assert folds.halves == (shots == 2)
+    words, cache, third = folds.terms(Form.of(index.fitted, 1.0))
+    linked = tip.log_cache(cache, index.settings.log_offset)
+    logits = tip.Terms(torch.zeros_like(cache) if words is None else words, linked, third).logits(index.settings)
+    sure = float((logits / index.settings.temperature).softmax(1).amax(1)[folds.held_of(of)].mean())
+    assert sure == pytest.approx((choice.both * index.n + 0.5) / (index.n + 1), abs=2e-3)
+
+
+@needs_real
+def test_two_photos_per_class_are_about_as_sure_as_they_are_right(shared):
+    table = pq.read_table(shared / "data/two-encoders/photos_16.parquet")
+    features = np.stack(table["feature_lit"].to_numpy()).astype(np.float32)
+    names, ids = np.unique(table["label"].to_pylist(), return_inverse=True)
+    gaps = []
+    for seed in range(3):
+        ranks = ranks_within(ids, np.random.default_rng(seed))
+        index = Index.from_features(features[ranks < 2], ids[ranks < 2], names.tolist(), device="cpu")
+        closed_form.fit(index)
+        p = tip.probabilities(index.logits(features[ranks >= 2]), index.settings.temperature)
+        gaps.append(float(p.amax(1).mean()) - (p.argmax(1).numpy() == ids[ranks >= 2]).mean())
+    assert abs(np.mean(gaps)) < 0.05  # 0.08 with the temperature of folds that have half of the shots
 
 
 def test_only_photos_drawn_at_random_say_how_sure_an_index_of_chosen_photos_may_be():

@@ -500,11 +500,13 @@ def _settings_of(index: Index, form: Form, folds: Folds) -> tuple[Form, Settings
     if drawn is not None and all(held.own is not None for held in folds.held):
         own = torch.cat([held.own for held in folds.held if held.own is not None])
         counting = torch.from_numpy(drawn)[own] & shown
-        right, number = int(blended.right[counting].sum()), int(drawn.sum())
-        settings = _as_sure(settings, logits[counting], w[counting], right, number, LESS_SURE)
-    elif text is None and not folds.halves:
-        both = accuracies["both"] or 0
-        settings = _as_sure(settings, settings.alpha * photos, w, both * len(ids), len(ids), 1.0)
+        share = (int(blended.right[counting].sum()) + 1) / (int(drawn.sum()) + 2)
+        settings = _as_sure(settings, logits[counting], w[counting], share, LESS_SURE)
+    elif folds.covered == 1 and not (folds.halves and folds.prior is not None):
+        small = folds.held_of("small")
+        counting = small if text is None and folds.halves else shown
+        share = ((accuracies["both"] or 0) * folds.n + 0.5) / (folds.n + 1)
+        settings = _as_sure(settings, logits[counting], w[counting], share, LESS_SURE if counting is small else 1.0)
     left = folds.growth ** (-LEARNING if text is None else 0)
     own_chance = tip.probabilities(logits, settings.temperature).double().gather(1, ids[:, None])[:, 0]
     rows = torch.stack([own_chance, w * left / w[counting].sum(), ids.double()], 1)[counting]
@@ -518,13 +520,14 @@ def _drawn(index: Index) -> npt.NDArray[np.bool_] | None:
     return np.asarray(pc.equal(index.rows.labels[PICKED], RANDOM).fill_null(False))
 
 
-def _as_sure(settings: Settings, logits: Tensor, weights: Tensor, right: float, number: int, most: float) -> Settings:
-    """Change the temperature until the mean confidence on held-out photos is ``(right + 1) / (number + 2)``.
+def _as_sure(settings: Settings, logits: Tensor, weights: Tensor, right: float, most: float) -> Settings:
+    """Change the temperature until the mean confidence on held-out photos is the share ``right``.
 
-    A blend is only as sure as a fold is accurate, which has fewer shots than the whole index. With text, they hardly
-    differ. The photos of ``label`` were chosen where classes meet, so only those that were drawn at random count; one
-    whose class has no other photo counts as wrong, because more such classes will follow. The temperature becomes at
-    most :data:`SURER` times as low, and ``most`` times as high.
+    A blend is only as sure as a fold is accurate, which has fewer shots than the whole index. If folds have only half
+    of the shots, the logits of small folds count, because they are as large as those of the whole index. The photos of
+    ``label`` were chosen where classes meet, so only those that were drawn at random count; one whose class has no
+    other photo counts as wrong, because more such classes will follow. The temperature becomes at most :data:`SURER`
+    times as low, and ``most`` times as high.
     """
     if not len(logits):
         return replace(settings, temperature=EARLY * settings.temperature)
@@ -532,7 +535,7 @@ def _as_sure(settings: Settings, logits: Tensor, weights: Tensor, right: float, 
     for _ in range(BISECTIONS):
         middle = (low * high) ** 0.5
         sure = float((weights * (logits / middle).softmax(1).amax(1)).mean() / weights.mean())
-        low, high = (middle, high) if sure > (right + 1) / (number + 2) else (low, middle)
+        low, high = (middle, high) if sure > right else (low, middle)
     return replace(settings, temperature=high)
 
 
