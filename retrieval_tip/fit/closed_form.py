@@ -508,10 +508,10 @@ def _settings_of(index: Index, form: Form, folds: Folds) -> tuple[Form, Settings
         share = (int(blended.right[counting].sum()) + 1) / (int(drawn.sum()) + 2)
         settings = _as_sure(settings, logits[counting], w[counting], share, LESS_SURE)
     elif folds.covered == 1:
-        small = folds.held_of("small")
-        counting = small if text is None and folds.halves else shown
+        few = text is None and folds.halves
+        like_new = folds.held_of("small") if few else shown
         share = ((accuracies["both"] or 0) * folds.n + 0.5) / (folds.n + 1)
-        settings = _as_sure(settings, logits[counting], w[counting], share, LESS_SURE if counting is small else 1.0)
+        settings = _as_sure(settings, logits[like_new], w[like_new], share, LESS_SURE if few else 1.0)
     left = folds.growth ** (-LEARNING if text is None else 0)
     own_chance = tip.probabilities(logits, settings.temperature).double().gather(1, ids[:, None])[:, 0]
     rows = torch.stack([own_chance, w * left / w[counting].sum(), ids.double()], 1)[counting]
@@ -595,7 +595,7 @@ def _settings_without_folds(index: Index, forms: Sequence[Form], folds: Folds) -
     The text weights do not depend on the shots, so their temperature T can still be fitted to the shots. If the text is
     overconfident (T > 1), the cache gets T^2 times as much weight: ``softmax(text / T + 13 T^2 cache)``. This weight is
     multiplied by the fraction of classes that have shots. If there is a prior, the metric is fitted to the prior, and
-    the discriminant is used as well (see :data:`PRIOR_ALPHA`).
+    the discriminant is used as well (see :data:`PRIOR_ALPHA` and :data:`PRIOR_ALONE`).
     """
     covered = folds.covered
     if all(form.values is None for form in forms):
