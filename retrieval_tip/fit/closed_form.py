@@ -282,10 +282,9 @@ def fit(
         raise InputError("fit: the keys of this index were fine-tuned; fit the index before fine-tuning")
     images = _images(index)
     if asked.prior is not None:
-        if len(asked.prior) != index.keys.shape[1]:
-            raise InputError(
-                f"prior: features have {len(asked.prior)} values instead of {index.keys.shape[1]}; use one encoder"
-            )
+        d, own = index.keys.shape[1], len(asked.prior)
+        if own != d:
+            raise InputError(f"prior: features have {own} values instead of {d}; use the same encoders")
         index.prior = asked.prior.astype(np.float32)
     folds, judged_on = _folds_of(index, validation, images, asked.class_prior, equal_shares(index.parts))
     shares: tuple[float, ...] = ()

@@ -147,7 +147,7 @@ def pooled(sums: Sequence[Sums]) -> FloatArray:
     InputError if no class has two keys, or if the keys have different lengths.
     """
     if len({part.second.shape for part in sums}) > 1:
-        raise InputError("prior: features of different lengths; give indexes of one encoder")
+        raise InputError("prior: features of different lengths; give indexes of the same encoders")
     free = sum(part.n - int((part.counts > 0).sum()) for part in sums)
     if not free:
         raise InputError("prior: no class has two photos, so their spread is unknown; give another index")
