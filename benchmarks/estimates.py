@@ -3,7 +3,8 @@
 Each build has another shape: a dataset, some of its classes, 2 to 16 shots per class, even or uneven, with or without
 text. The estimate comes from the shots alone. The truth is the mean accuracy over the classes of all test images of
 these classes. Shapes are drawn from the datasets of ``accuracy.py`` with the given seed. The exponent of the learning
-curve and the width of the interval were chosen with seeds 100 and above.
+curve and the width of the interval were chosen with seeds 100 and above. The floor is the ECE that probabilities have
+on as many test images if they are exactly right.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from retrieval_tip.fit import closed_form
 TABLES = ("dtd", "cars", "caltech", "caltech-text", "flowers", "food")
 SHOTS = (2, 3, 4, 5, 8, 16)
 FEWEST = 5
+DRAWS = 100
+"""Number of draws of right and wrong answers to measure the floor of an ECE."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Build:
     high: float
     truth: float
     ece: float
+    floor: float
 
     @property
     def covered(self) -> bool:
@@ -85,6 +89,13 @@ def drawn(name: str, shared: Path, draw: np.random.Generator) -> Drawn:
     return Drawn(shape + (", text" if text else ""), few, index, items.features[asked], truth)
 
 
+def ece_floor(confidence: np.ndarray) -> float:
+    """Return the mean ECE of answers that are right as often as their ``confidence`` says."""
+    chance = np.random.default_rng(0)
+    answers = (chance.random(len(confidence)) < confidence for _ in range(DRAWS))
+    return statistics.mean(expected_calibration_error(confidence, right) for right in answers)
+
+
 def build(made: Drawn) -> Build | None:
     """Compare the estimate of a build with its test images."""
     index, choice = made.index, closed_form.fit(made.index)
@@ -93,7 +104,8 @@ def build(made: Drawn) -> Build | None:
     confidence, found = tip.probabilities(index.logits(made.features), index.settings.temperature).max(1)
     right = found.numpy() == made.truth
     ece = expected_calibration_error(confidence.numpy(), right)
-    return Build(made.shape, made.few, choice.both, *choice.interval, made.balanced(right), ece)
+    floor = ece_floor(confidence.numpy())
+    return Build(made.shape, made.few, choice.both, *choice.interval, made.balanced(right), ece, floor)
 
 
 @click.command(help=__doc__)
@@ -111,14 +123,17 @@ def main(shared: Path, builds: int, seed: int, each: bool) -> None:
     for one in done if each else ():
         click.echo("  ".join(str(part) for part in dataclasses.astuple(one)))
     rows: list[tuple[str, list[Any]]] = [("all", done), ("at most 5 shots, no text", [one for one in done if one.few])]
-    click.echo("\n| builds | number | truth in the interval | bias | mean error | mean width | ECE | ECE above 0.06 |")
-    click.echo("|---|--:|--:|--:|--:|--:|--:|--:|")
+    click.echo(
+        "\n| builds | number | in the interval | bias | mean error | mean width | ECE | its floor | ECE above 0.06 |"
+    )
+    click.echo("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
     for name, own in rows:
         gaps = [100 * (one.estimate - one.truth) for one in own]
         width = 100 * statistics.mean(one.high - one.low for one in own)
         cells = [str(len(own)), str(sum(one.covered for one in own)), f"{statistics.mean(gaps):+.1f}"]
         cells += [f"{statistics.mean(map(abs, gaps)):.1f}", f"{width:.1f}"]
-        cells += [f"{statistics.mean(one.ece for one in own):.3f}", str(sum(one.ece > 0.06 for one in own))]
+        cells += [f"{statistics.mean(one.ece for one in own):.3f}", f"{statistics.mean(one.floor for one in own):.3f}"]
+        cells += [str(sum(one.ece > 0.06 for one in own))]
         click.echo(f"| {name} | {' | '.join(cells)} |")
 
 

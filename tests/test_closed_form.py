@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from clusters import C, D, clusters, text_of, unit
@@ -25,9 +26,9 @@ from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.evaluation.held_out import held_out_probabilities
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.closed_form import Fit
-from retrieval_tip.fit.folds import Folds, Queries, blend, robust_blend
+from retrieval_tip.fit.folds import Folds, Queries, blend, ranks_within, robust_blend
 from retrieval_tip.fit.forms import DEFAULT_FORM, FORMS, ONE_SHOT, FittedMetric, Form, Scatter, Solved, Within
-from retrieval_tip.fit.scatter import FewScatter, known_prior, pooled
+from retrieval_tip.fit.scatter import FewScatter, dimensions, known_prior, pooled
 from retrieval_tip.index import places as stores
 from retrieval_tip.retrieval import ridge
 from retrieval_tip.settings import Settings
@@ -399,6 +400,36 @@ def test_a_prior_from_other_photos_improves_few_shot_accuracy(shots, text):
             closed_form.fit(cache, Fit(prior=spread))
             right.setdefault(spread is None, []).append((cache.logits(queries).argmax(1).numpy() == truth).mean())
     assert np.mean(right[False]) > np.mean(right[True]) + 0.01
+
+
+@pytest.mark.parametrize("widths", [(), (6, 10)])
+def test_dimensions_count_the_directions_in_which_photos_of_a_class_vary_in_the_metric(widths):
+    root = np.random.default_rng(0).normal(size=(D, D)) * np.linspace(0.1, 2, D)
+    scatter = Scatter(torch.zeros(D), torch.from_numpy(root @ root.T), widths)
+    transform = scatter.whitening(0.4).transform.double()
+    inside = torch.linalg.eigvalsh(transform.T @ scatter.matrix @ transform)
+    assert dimensions(scatter, 0.4) == pytest.approx(float(inside.sum() ** 2 / (inside**2).sum()), rel=1e-4)
+    assert dimensions(replace(scatter, matrix=torch.eye(D).double()), 0.4) == pytest.approx(D)
+    assert dimensions(replace(scatter, matrix=torch.diag(torch.arange(D) == 0).double()), 0.4) == pytest.approx(1)
+    assert dimensions(replace(scatter, matrix=torch.zeros(D, D).double()), 0.4) == 0
+
+
+@pytest.mark.parametrize(("d", "scale"), [(16, 1.0), (16, 0.0), (512, 1.0)])
+def test_with_a_prior_one_photo_per_class_is_as_sure_as_the_metric_has_dimensions(d, scale):
+    prior = scale * pooled([Sums.of([clusters(60, 77, c=20, d=d)], 20, d)])
+    keys, ids = clusters(1, d=d)
+    cache = Index.from_features(keys, ids, NAMES, device="cpu")
+    closed_form.fit(cache, Fit(prior=prior))
+    inside = np.zeros((1, 1))
+    if scale:
+        transform = cache.metric.transform.double().numpy()
+        inside = transform.T @ prior @ transform
+    expected = 0.065 * np.trace(inside) ** 2 / max(np.trace(inside @ inside), 1e-9)
+    assert (expected > 20) == (d > 16)  # few dimensions say little
+    assert cache.settings.alpha == pytest.approx(max(20, expected), rel=1e-3)
+    named = Index.from_features(keys, ids, NAMES, text_of(d=d), device="cpu")
+    closed_form.fit(named, Fit(prior=prior))
+    assert named.settings.alpha != pytest.approx(cache.settings.alpha)  # text decides how much the cache counts
 
 
 def test_the_known_prior_of_a_backbone_is_used_for_its_features():
@@ -917,13 +948,44 @@ def test_answers_are_as_sure_as_the_index_is_accurate(accuracy, most, expected):
     logits = torch.from_numpy(np.random.default_rng(0).normal(size=(200, 5)))
     weights = torch.from_numpy(np.random.default_rng(1).uniform(0.5, 1.5, 200))
     weights /= weights.mean()
-    found = closed_form._as_sure(Settings(temperature=2.0), 3 * logits, weights, 200 * accuracy, 200, most).temperature
+    found = closed_form._as_sure(Settings(temperature=2.0), 3 * logits, weights, accuracy, most).temperature
     if expected == "equal":
         assert 1.0 < found < 2.0 * most
         sure = float((weights * (3 * logits / found).softmax(1).amax(1)).mean())
-        assert sure == pytest.approx((200 * accuracy + 1) / 202, abs=1e-3)
+        assert sure == pytest.approx(accuracy, abs=1e-3)
     else:
         assert found == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("shots", "text", "of", "prior"),
+    [(2, False, "small", False), (2, False, "small", True), (6, False, "shots", False), (6, True, "shots", False)],
+)
+def test_the_temperature_of_a_fit_comes_from_photos_that_meet_almost_all_shots(shots, text, of, prior):
+    index = model(shots, text)
+    choice = closed_form.fit(index, Fit(prior=pooled([Sums.of([clusters(40, 77, c=20)], 20, D)]) if prior else None))
+    folds, _ = closed_form._folds_of(index, None, np.arange(index.n))
+    assert folds.halves == (shots == 2)
+    words, cache, third = folds.terms(Form.of(index.fitted, 1.0))
+    linked = tip.log_cache(cache, index.settings.log_offset)
+    logits = tip.Terms(torch.zeros_like(cache) if words is None else words, linked, third).logits(index.settings)
+    sure = float((logits / index.settings.temperature).softmax(1).amax(1)[folds.held_of(of)].mean())
+    assert sure == pytest.approx((choice.both * index.n + 0.5) / (index.n + 1), abs=2e-3)
+
+
+@needs_real
+def test_two_photos_per_class_are_about_as_sure_as_they_are_right(shared):
+    table = pq.read_table(shared / "data/two-encoders/photos_16.parquet")
+    features = np.stack(table["feature_lit"].to_numpy()).astype(np.float32)
+    names, ids = np.unique(table["label"].to_pylist(), return_inverse=True)
+    gaps = []
+    for seed in range(3):
+        ranks = ranks_within(ids, np.random.default_rng(seed))
+        index = Index.from_features(features[ranks < 2], ids[ranks < 2], names.tolist(), device="cpu")
+        closed_form.fit(index)
+        p = tip.probabilities(index.logits(features[ranks >= 2]), index.settings.temperature)
+        gaps.append(float(p.amax(1).mean()) - (p.argmax(1).numpy() == ids[ranks >= 2]).mean())
+    assert abs(np.mean(gaps)) < 0.05  # 0.08 with the temperature of folds that have half of the shots
 
 
 def test_only_photos_drawn_at_random_say_how_sure_an_index_of_chosen_photos_may_be():

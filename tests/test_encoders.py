@@ -135,6 +135,27 @@ def test_with_one_shot_an_encoder_to_which_all_photos_look_alike_gets_more():
     assert fitted([squeezed, other], ids).shares[0] > fitted([flat, other], ids).shares[0]
 
 
+@pytest.mark.parametrize("each", [1, 3])
+def test_the_prior_of_joined_encoders_is_scaled_by_their_shares(each):
+    ids, features = two(each)
+    root = np.random.default_rng(1).normal(size=(sum(WIDTHS), 40)) / 10
+    prior = root @ root.T
+    index = Index.from_features(features, ids, NAMES, device="cpu")
+    form = closed_form.fit(index, closed_form.Fit(prior=prior)).form
+    assert all(share > 0 for share in index.shares)
+    assert form.metric is not None
+    assert index.metric is not None
+    scale = np.repeat(np.sqrt(2 * np.array(index.shares)), WIDTHS)
+    keys = np.asarray(index.keys, dtype=np.float64)
+    apart = keys - np.repeat([keys[ids == i].mean(0) for i in range(len(NAMES))], each, 0)
+    scatter = (apart.T @ apart + 1000 * prior) / (len(NAMES) * (each - 1) + 1000) * np.outer(scale, scale)
+    variance = sum(part.mean() for part in np.split(scatter.diagonal(), [WIDTHS[0]]))
+    s = form.metric.shrinkage
+    inverse = np.linalg.inv((1 - s) * scatter / variance + s * np.eye(len(scale))) * np.outer(scale, scale)
+    transform = index.metric.transform.double().numpy()
+    np.testing.assert_allclose(transform @ transform.T, inverse, rtol=1e-3, atol=1e-4)
+
+
 def table_of(folder, name, ids, columns):
     table = {"id": [f"{name}{i}" for i in range(len(ids))], "label": [NAMES[i] for i in ids]}
     table |= {

@@ -58,16 +58,15 @@ def logit(p):
     return scipy.special.logit(np.clip(p, progress.LEAST, 1 - progress.LEAST))
 
 
-def drawn_wrong(held, right, rest, size=50_000):
-    """Draw which answers to the rest are wrong: weigh draws from the prior by their likelihood."""
+def chances_of_wrong(held, right, rest, size=50_000):
+    """Draw how probably each answer to the rest is wrong: weigh draws from the prior by their likelihood."""
     chance = np.random.default_rng(3)
     a = chance.normal(*progress.OFFSET, size)
     b = np.exp(chance.normal(*progress.SLOPE, size))
     chances = scipy.special.expit(a[:, None] - progress.EASIER + b[:, None] * logit(held))
     weights = np.prod(np.where(right, chances, 1 - chances) ** progress.BELIEF, axis=1)
     drawn = chance.choice(size, 4000, p=weights / weights.sum())
-    wrong = 1 - scipy.special.expit(a[drawn, None] + b[drawn, None] * logit(rest))
-    return chance.random(wrong.shape) < wrong
+    return 1 - scipy.special.expit(a[drawn, None] + b[drawn, None] * logit(rest))
 
 
 @pytest.mark.parametrize("text", [True, False])
@@ -82,13 +81,15 @@ def test_labelled_photos_tell_how_often_an_answer_is_right(text):
     found = estimate_rest(index, [*random, 0, 999], rest, chosen)  # 0 has the same source as 1; 999 is unknown
     assert (found.right, found.n) == (right[:4].sum(), 4)
     held, answers = (probabilities(one, temperature).max(axis=1) for one in (logits, before))
-    drawn = drawn_wrong(held, right, answers)
-    numbers = drawn.sum(axis=1)
-    assert found.first_wrong == pytest.approx(
-        drawn[:, np.argsort(answers)[: progress.SCREEN]].sum(axis=1).mean(), rel=0.05
-    )
-    assert found.wrong == pytest.approx(numbers.mean(), rel=0.05)
+    wrong, chance = chances_of_wrong(held, right, answers), np.random.default_rng(4)
+    least_sure = np.argsort(answers)[: progress.SCREEN]
+    assert found.first_wrong == pytest.approx(wrong[:, least_sure].sum(axis=1).mean(), rel=0.05)
+    assert found.wrong == pytest.approx(wrong.sum(axis=1).mean(), rel=0.05)
+    numbers = chance.poisson(wrong.sum(axis=1))  # vary a little more than independent answers
     assert (found.least_wrong, found.most_wrong) == pytest.approx(np.quantile(numbers, (0.025, 0.975)), abs=2)
+    low, high = np.quantile((chance.random(wrong.shape) < wrong).sum(axis=1), (0.025, 0.975))
+    assert found.least_wrong <= low + 1
+    assert found.most_wrong >= high - 1
     shares = np.array([found.wrong, found.most_wrong, found.least_wrong]) / 60
     assert (found.accuracy, found.low, found.high) == pytest.approx(tuple(1 - shares))
     assert (index.logits(rest).numpy() == before).all()

@@ -273,7 +273,7 @@ class Folds:
         to these folds would be overconfident. In a small fold, almost only the class of the query has fewer shots, so
         the blend would not be confident enough. The small folds have the weight :data:`SMALL_SHARE`.
         """
-        if not self.halves or self.prior is not None:  # with a prior, both kinds of folds have the same metric
+        if not self.halves or (self.prior is not None and self.text is not None):  # the text would count less
             return self
         ids = self.ids.numpy()
         _, first = np.unique(images, return_index=True)

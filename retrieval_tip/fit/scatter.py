@@ -114,6 +114,18 @@ class FewScatter:
         return tip.Metric.of_factor(self.mean.float(), factor)
 
 
+def dimensions(scatter: Scatter | FewScatter, shrinkage: float) -> float:
+    """Return the effective number of dimensions in which photos of a class vary in the metric, or 0 if S is 0.
+
+    It is ``(sum m)^2 / sum m^2``, with the eigenvalues ``m`` of ``T^T S T``. Two photos of different classes then have
+    an affinity whose variance is about the inverse of this number.
+    """
+    scale = _mean_variance(scatter.matrix.diagonal(), scatter.widths)
+    values = torch.linalg.eigvalsh(scatter.matrix / (scale or 1)).clamp_min(0)
+    inside = values / ((1 - shrinkage) * values + shrinkage)
+    return float(inside.sum() ** 2 / inside.square().sum()) if scale > 0 else 0.0
+
+
 def _mean_variance(variances: Tensor, widths: Sequence[int]) -> float:
     return sum(float(part.mean()) for part in variances.split(list(widths) or len(variances)))
 
@@ -135,7 +147,7 @@ def pooled(sums: Sequence[Sums]) -> FloatArray:
     InputError if no class has two keys, or if the keys have different lengths.
     """
     if len({part.second.shape for part in sums}) > 1:
-        raise InputError("prior: features of different lengths; give indexes of one encoder")
+        raise InputError("prior: features of different lengths; give indexes of the same encoders")
     free = sum(part.n - int((part.counts > 0).sum()) for part in sums)
     if not free:
         raise InputError("prior: no class has two photos, so their spread is unknown; give another index")
