@@ -25,7 +25,7 @@ from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.arrays import KeyArray, KeysInPlace
 from retrieval_tip.retrieval.evidence import Nearest
 from retrieval_tip.retrieval.inputs import Features
-from retrieval_tip.retrieval.keys import Keys, index_over, points_of
+from retrieval_tip.retrieval.keys import Keys, points_of
 from retrieval_tip.retrieval.logits import LOGITS, AnswerTerms, Retrieval, finite_logits, first_two, slices
 from retrieval_tip.retrieval.rows import ArrayRows, Rows
 from retrieval_tip.retrieval.sets import Scores, Sets
@@ -45,7 +45,6 @@ class Answering:
     rows: Rows
     class_names: list[str]
     text_weights: Tensor
-    index: VectorIndex | None = None
     settings: Settings = field(default_factory=Settings)
     templates: list[str] = field(default_factory=list)
     backbone: Identity | None = None
@@ -68,7 +67,8 @@ class Answering:
         self.metric = None if self.metric is None else self.metric.to(self.device)
         if isinstance(self.rows, ArrayRows):
             self.rows = self._on_device(self.rows)
-            self.index = self.index or self._index_over(self.rows, factory)
+            if self.rows.index is None:
+                self.rows = self.rows.indexed(len(self.class_names), factory, self.device)
         if self.next_key_id is None:
             self.next_key_id = int(self.rows.columns("key_id")["key_id"].to_numpy().max()) + 1
         self._follow()
@@ -86,20 +86,16 @@ class Answering:
             values = values.detach().to(self.device, torch.float32)
         return replace(rows, points=points, values=values)
 
-    def _index_over(self, rows: ArrayRows, factory: str | None = None) -> VectorIndex:
-        """Build a FAISS index over other keys, with the current type and search effort by default."""
-        before = self.index
-        wanted = factory or (FLAT_FACTORY if before is None else before.factory)
-        index = index_over(rows.vectors, rows.class_ids, len(self.class_names), wanted, self.device)
-        if before is not None and wanted == before.factory:
-            index.effort = before.effort
-        return index
-
     def _follow(self) -> None:
-        c = len(self.class_names)
-        if isinstance(self.rows, ArrayRows) and self.index is not None and self.index.by_class and self.index.n != c:
-            self.index = self._index_over(self.rows)
-        self._keys = self.rows.stream(c, self.device, self.precision, self.index)
+        rows, c = self.rows, len(self.class_names)
+        if isinstance(rows, ArrayRows) and rows.index is not None and rows.index.by_class and rows.index.n != c:
+            self.rows = rows.indexed(c, device=self.device)
+        self._keys = self.rows.stream(c, self.device, self.precision, self.metric)
+
+    @property
+    def index(self) -> VectorIndex | None:
+        """The FAISS index over the keys or, if there is a metric, over the points. A table has an index of its own."""
+        return self._keys.index if isinstance(self._keys, Keys) else None
 
     @property
     def keys(self) -> KeyArray | KeysInPlace:
@@ -163,12 +159,12 @@ class Answering:
     @property
     def index_type(self) -> str:
         """The type of the index, which is a FAISS factory string or the type of a table's index."""
-        return self._keys.index_type if self.index is None else self.index.factory
+        return self._keys.index_type
 
     @property
     def exact_search(self) -> bool:
         """Whether a search is guaranteed to find the nearest keys."""
-        return self._keys.exact_search if self.index is None else self.index.exact_search
+        return self._keys.exact_search
 
     @property
     def has_text(self) -> bool:
@@ -184,19 +180,14 @@ class Answering:
     @property
     def text(self) -> Tensor:
         """The text weights as queries meet them, in which each encoder has its share."""
-        scale = inputs.scale_of(self.parts, self.shares) if self.parts else None
+        scale = inputs.scale_of(self.parts, self.shares)
         return self.text_weights if scale is None else self.text_weights * scale.square().to(self.text_weights)
 
     @property
     def retrieval(self) -> Retrieval:
         """The object that retrieves keys, using the current settings."""
-        return Retrieval(
-            keys=self._keys,
-            text_weights=self.text,
-            values=self.rows.values,
-            settings=self.settings,
-            metric=self.metric,
-        )
+        text = self.text if self.parts else self.text_weights
+        return Retrieval(keys=self._keys, text_weights=text, settings=self.settings)
 
     def find(self, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()) -> pa.Table:
         """Return the rows of the label store that match all of the given filters.
@@ -236,15 +227,15 @@ class Answering:
         return other
 
     def _queries(self, features: Features) -> Tensor:
-        features = inputs.joined(features, self.parts, "features") if inputs.are_several(features) else features
-        return inputs.queries(features, self.d).to(self.device)
+        return inputs.queries(features, self.text_weights.shape[1], self.parts).to(self.device)
 
     def terms(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> AnswerTerms:
         """Return the terms of the logits: the text term ``logit_scale * f W^T``, the cache ``C`` and the discriminant.
 
         They are not multiplied by alpha and gamma. The arguments are the same as for :meth:`logits`.
         """
-        terms = self.with_settings(self.settings.override(k=k, tail=tail)).retrieval.terms(self._queries(features))
+        retrieval = replace(self.retrieval, settings=self.settings.override(k=k, tail=tail))
+        terms = retrieval.terms(self._queries(features))
         finite_logits(terms, self.settings)
         return terms
 
@@ -264,7 +255,9 @@ class Answering:
             InputError: if the features are not finite or do not have the shape ``[q, d]``, or if the logits overflow.
             UsageError: if ``k`` is less than 1.
         """
-        retrieval = self.with_settings(self.settings.override(k=k, tail=tail)).retrieval
+        retrieval = self.retrieval
+        if k is not None or tail is not None:
+            retrieval = replace(retrieval, settings=self.settings.override(k=k, tail=tail))
         return finite_logits(retrieval.terms(self._queries(features)), self.settings)
 
     def exact_logits(self, features: Features) -> Tensor:
@@ -272,7 +265,7 @@ class Answering:
 
         The contributions of such values partly cancel, so in float32 the rounding error depends on the batch.
         """
-        return finite_logits(self.retrieval.double().terms(self._queries(features).double()), self.settings)
+        return finite_logits(self.retrieval.terms(self._queries(features).double()), self.settings)
 
     def answers(self, blocks: Iterable[FeatureBlock], ask: Ask = Ask()) -> Iterator[AnswerBlock]:
         """Classify blocks of features, and yield their answers in order. Everything that classifies uses this loop.
@@ -348,8 +341,12 @@ class Answering:
             yield answers.predictions().named(column.take(pa.array(answers.block.positions)))
 
     def nearest(self, features: Tensor, k: int) -> tuple[Tensor, npt.NDArray[np.int64]]:
-        """See :meth:`logits.Retrieval.nearest`."""
-        return self.retrieval.nearest(features, k)
+        """Return the affinities and rows of the ``k`` nearest keys of each query, both of shape ``[q, k]``.
+
+        The affinities are exact even if the index is compressed. Empty slots have row -1.
+        """
+        near = self._keys.nearest(self._keys.points(features), k)
+        return near.affinity, near.rows.cpu().numpy()
 
     def similar(self, features: Features, n: int = 5, *, norms: Norms = "check") -> list[list[SimilarShot]]:
         """Return the ``n`` shots that are nearest to each query in the metric of the index, nearest first.
@@ -436,7 +433,7 @@ class AnswerBlock:
             columns["set"] = self.sets.column(self.probabilities, self.index.class_names)
         shots, retrieval = terms.shots, self.retrieval
         if shots is None and self.ask.neighbours:
-            points = retrieval.points(self.features)
+            points = retrieval.keys.points(self.features)
             shots = retrieval.contributors(points, *first_two(logits), self.ask.neighbours)
         if shots is not None:
             there = shots.supporting.rows >= 0
@@ -459,7 +456,7 @@ class AnswerBlock:
         return Predictions(pa.table([columns[column] for column in known], schema=schema))
 
     def _described(self, near: Nearest, classes: Tensor) -> pa.StructArray:
-        there, every = near.rows >= 0, self.retrieval.values
+        there, every = near.rows >= 0, self.retrieval.keys.values
         weight = tip.weight(near.affinity, self.index.settings.beta)
         if every is None:
             values = (near.class_ids[:, :, None] == classes[:, None]).float()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Self
 
@@ -42,7 +43,7 @@ class Editing(Answering):
         keys, labels = self.rows.some(ASKED)
         order = np.argsort(labels["class_id"].to_numpy(), kind="stable")  # a table is not grouped by class
         values = None if self.values is None else self.values[spread(self.n, ASKED)]
-        few = replace(self, rows=ArrayRows(keys[order], labels.take(pa.array(order)), values), index=None)
+        few = replace(self, rows=ArrayRows(keys[order], labels.take(pa.array(order)), values))
         few.logits(functional.normalize(torch.from_numpy(keys.astype(np.float32))), "all")
 
     def _check_lengths(self, keys: npt.NDArray[Any]) -> None:
@@ -125,7 +126,7 @@ class Editing(Answering):
         if self._ridge is None:
             return functional.one_hot(torch.from_numpy(new.class_ids), len(self.class_names)).to(self.values)
         assert isinstance(self._keys, Keys)
-        return self._ridge.added(self._keys, self.values, new.vectors, new.class_ids)
+        return self._ridge.added(self._keys, new.vectors, new.class_ids)
 
     def remove(self, key_ids: Sequence[int]) -> None:
         """Remove keys by id. Classes that become empty are kept.
@@ -180,6 +181,7 @@ class Editing(Answering):
             with_keys = [own for own in (class_id, place) if counts[own]]
             values[:, place] = values[:, with_keys or [place]].sum(1)
             self.rows = replace(self.rows, values=values)
+            self._follow()
         self.relabel(self.find([self.class_names[class_id]])["key_id"].to_pylist(), into)
         self._drop(np.array([class_id]))
 
@@ -212,6 +214,7 @@ class Editing(Answering):
         points = np.asarray(self.rows.vectors, dtype=np.float32)
         values = self._ridge.values(torch.from_numpy(points).to(self.device), self.class_ids)
         self.rows = replace(self.rows, values=values)
+        self._follow()
 
     def rebuild(self, factory: str | None = None, dtype: Dtype | None = None) -> None:
         """Sort the keys, and recompute the points, the solved values and the FAISS index. The keys must be in memory.
@@ -234,9 +237,8 @@ class Editing(Answering):
             keys = ordered.keys.astype(dtype or self.dtype)
         if not np.isfinite(keys).all():
             raise InputError(f"keys: values too large for {keys.dtype}; use float32")
-        ordered = replace(ordered, keys=keys, points=points_of(self.metric, keys, self.device))
-        self.index = self._index_over(ordered, factory)
-        self.rows, self.settings = ordered, settings
+        ordered = replace(ordered, keys=keys, points=points_of(self.metric, keys, self.device), index=rows.index)
+        self.rows, self.settings = ordered.indexed(len(self.class_names), factory, self.device), settings
         self._follow()
         if self.n <= MOST_SOLVED:
             self.solve()
@@ -252,7 +254,7 @@ class Editing(Answering):
         self.metric, self.fitted, self.scores = metric, fitted, None
         self.rows = self.rows.fitted(metric, values, factory, self.device)
         if isinstance(self.rows, ArrayRows) and (changed or factory not in (None, self.index_type)):
-            self.index = self._index_over(self.rows, factory)
+            self.rows = self.rows.indexed(len(self.class_names), factory, self.device)
         self._follow()
 
     def keep_parts(self, kept: Sequence[int]) -> None:
@@ -275,16 +277,10 @@ class Editing(Answering):
         self.set_rows(ArrayRows(left, rows.labels))
 
     def _hold(self, rows: Rows) -> None:
-        """Replace the rows, solve the values again, and fill the FAISS index with the new keys.
-
-        The index is only trained again once the number of keys has doubled.
-        """
-        if isinstance(rows, ArrayRows) and self.index is not None:
+        """Replace the rows, solve the values again, and fill the FAISS index with the new keys."""
+        if isinstance(rows, ArrayRows):
             rows = rows if self._ridge is None else self._ridge.solved(rows)
-            if self.index.by_class or rows.n >= 2 * self.index.trained:
-                self.index = self._index_over(rows)
-            else:
-                self.index = self.index.refilled(rows.vectors)
+            rows = rows.refilled(self.rows.index, len(self.class_names), self.device)
         self.rows, self.scores = rows, None
         self._follow()
 
@@ -297,11 +293,9 @@ class Editing(Answering):
         class_ids = self.rows.class_ids[rows]
         part = self._on_device(self.rows.take(np.asarray(rows)[np.argsort(class_ids, kind="stable")]))
         part = part if self._ridge is None else self._ridge.solved(part)
-        try:
-            index = self._index_over(part)
-        except UsageError:
-            index = self._index_over(part, FLAT_FACTORY)
-        return replace(self, rows=part, index=index)
+        with suppress(UsageError):
+            part = replace(part, index=self.rows.index).indexed(len(self.class_names), device=self.device)
+        return replace(self, rows=part)
 
     def in_memory(self) -> Self:
         """Return this index with all keys in memory. Raises UsageError if there are too many."""
@@ -313,5 +307,5 @@ class Editing(Answering):
 
     def set_rows(self, rows: Rows) -> None:
         """Replace the rows by rows with the same keys, in memory or in a table."""
-        self.rows, self.index = rows, None
+        self.rows = rows
         self.__post_init__(FLAT_FACTORY)

@@ -22,7 +22,7 @@ from retrieval_tip.retrieval.keys import KEY_BLOCK, Keys, auto_for, points_of
 from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.retrieval.rows import ArrayRows, Rows
 from retrieval_tip.retrieval.sets import Scores
-from retrieval_tip.retrieval.vector_index import FLAT_FACTORY, VectorIndex, faiss
+from retrieval_tip.retrieval.vector_index import FLAT_FACTORY, VectorIndex
 from retrieval_tip.settings import Precision, Settings, Verify
 from retrieval_tip.store.contents import Contents, Stored, read, write
 from retrieval_tip.store.labels import label_table
@@ -44,11 +44,10 @@ class Index(Editing):
     ``dataclasses.replace``. Do not modify the arrays in place. If an edit raises an error, the index does not change.
 
     Attributes:
-        rows: the keys and their labels, grouped by class. They are in memory or in a table.
+        rows: the keys and their labels, grouped by class, and the FAISS index over the keys. They are in memory or in a
+            table. If the rows have no FAISS index, one of the type ``factory`` is built.
         class_names: the names of the ``c`` classes, in order.
         text_weights: the text weights as a float32 tensor of shape ``[c, d]``. If the index has no text, they are zero.
-        index: the FAISS index over the keys or, if there is a metric, over the points. By default, it is built and has
-            the type ``factory``. It is ``None`` if the keys are in a table, which has its own index.
         settings: the defaults for every call.
         curve: the loss curve of the training, which has one row per epoch.
         precision: the dtype that is used to multiply queries with all keys (see :class:`keys.Keys`).
@@ -73,26 +72,18 @@ class Index(Editing):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the arrays without the folder, and without the sums, which the next fit computes again."""
-        rows, index = self.rows.in_memory(), None
-        if self.index is not None and not self.index.exact_search:  # an exact index is quick to build
-            index = self.index.factory, self.index.to_array()
+        rows = self.rows.in_memory()
         values = None if rows.values is None else rows.values.cpu()
         rows = replace(rows, keys=_not_mapped(rows.keys), points=_not_mapped(rows.points), values=values, sums=None)
         return {own.name: getattr(self, own.name) for own in fields(self) if own.init} | {
-            "rows": rows, "text_weights": self.text_weights.cpu(), "index": index, "prior": _not_mapped(self.prior),
+            "rows": rows, "text_weights": self.text_weights.cpu(), "prior": _not_mapped(self.prior),
             "metric": None if self.metric is None else self.metric.to("cpu"), "scores": self.scores,
         }  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        stored, prior, scores = state.pop("index"), state.pop("prior"), state.pop("scores")
-        device = present(state.pop("device"))
-        rows = state.pop("rows")
+        prior, scores, rows = state.pop("prior"), state.pop("scores"), state.pop("rows")
         rows = replace(rows, keys=_writable(rows.keys), points=None if rows.points is None else _writable(rows.points))
-        index = None
-        if stored is not None:
-            half = rows.vectors.dtype == np.float16
-            index = VectorIndex(faiss().deserialize_index(stored[1]), stored[0], device, half)
-        self.__init__(rows=rows, index=index, device=device, **state)  # type: ignore[misc]
+        self.__init__(rows=rows, device=present(state.pop("device")), **state)  # type: ignore[misc]
         self.prior, self.scores = prior, scores
 
     @classmethod
@@ -247,13 +238,12 @@ class Index(Editing):
         held = read(place, manifest)
         keys, values, metric = held["keys"], held.get("values"), held.get("metric")
         points = held["points"] if "points" in held else points_of(metric, keys, device)
-        rows = ArrayRows(
-            keys, held["labels"], None if values is None else torch.from_numpy(values), points, held.get("sums")
-        )
+        values = None if values is None else torch.from_numpy(values)
+        rows = ArrayRows(keys, held["labels"], values, points, held.get("sums"))
+        rows = replace(rows, index=_read_index(place, manifest, rows, device))
         index = cls.of_version(
-            rows, manifest, device, held, index=_read_index(place, manifest, rows, device), curve=held.get("curve"),
-            precision=precision, factory=manifest.index,
-        )  # fmt: skip
+            rows, manifest, device, held, curve=held.get("curve"), precision=precision, factory=manifest.index
+        )
         index.stored = Stored.of(store, check, index._contents())
         return index
 
@@ -344,7 +334,7 @@ class Index(Editing):
             "text": self.text_weights,
             "values": rows.values,
             "curve": self.curve,
-            "index": None if self.exact_search else self.index,
+            "index": rows.index,
             "points": None if derived else rows.points,
             "sums": sums if sums is not None and sums.nbytes * SUMS_FROM <= rows.keys.nbytes else None,
         }
@@ -410,8 +400,7 @@ def verify(folder: str | os.PathLike[str]) -> Index:
     """
     place = Versions(folder)
     index = Index.load(place.folder, device="cpu")
-    rows, vectors = index.rows.in_memory(), index.index
-    assert vectors is not None
+    rows = index.rows.in_memory()
     assert index.manifest is not None
     place.check_earlier(index.manifest)
     if not torch.isfinite(index.text_weights).all():
@@ -423,15 +412,17 @@ def verify(folder: str | os.PathLike[str]) -> Index:
     if rows.sums is not None and not rows.sums.are_of(blocks):
         raise StoreError(f"{place}: sums do not match the keys; run index set --index auto, then fit")
     own = rows.vectors
-    if vectors.by_class:  # the means are recomputed, because those in the index may be damaged
+    vectors = rows.index
+    if vectors is not None and vectors.by_class:  # the means are recomputed, because those in the index may be damaged
         own = Keys(rows.vectors, class_ids, len(index.class_names)).means.numpy()
     sample = np.unique(np.linspace(0, len(own) - 1, min(len(own), 256)).astype(int))
     queries = np.ascontiguousarray(own[sample], dtype=np.float32)
     if not np.isfinite(queries).all():
         raise StoreError(f"{place}: keys are not finite; build the index again")
-    if not vectors.exact_search:
-        affinity, found = vectors.search(queries, 1)
-    if not vectors.exact_search and vectors.exact_affinity:
+    if vectors is None:
+        return index
+    affinity, found = vectors.search(queries, 1)
+    if vectors.exact_affinity:
         expected = np.einsum("qd,qd->q", queries, own[np.maximum(found[:, 0], 0)], dtype=np.float64)
         if not np.allclose(affinity[:, 0], expected, rtol=1e-3, atol=1e-3):
             raise StoreError(f"{place}: the FAISS index does not match the keys; build the index again")

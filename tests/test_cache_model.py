@@ -533,7 +533,7 @@ def test_every_setting_survives_saving(tmp_path):
     identity = Identity("RN50", "openai", "w" * 64, "c" * 64, {"size": 224})
     made = model(text_weights=None)
     cache = Index(
-        rows=made.rows, class_names=NAMES, text_weights=torch.from_numpy(TEXT), index=made.index,
+        rows=made.rows, class_names=NAMES, text_weights=torch.from_numpy(TEXT),
         settings=Settings(alpha=0.25, beta=7.5, logit_scale=42.5, k=9, tail=False, temperature=2.5),
         templates=["a {}."],
         backbone=identity,

@@ -485,7 +485,6 @@ class _Run:
         index = replace(
             self.index,
             rows=ArrayRows(keys, self.index.labels, self.trainer.values),
-            index=None,
             factory=self.index.index_type,
             settings=replace(self.index.settings, temperature=1.0),
             provenance=kept | {"alpha": "finetune", "beta": "finetune", "finetune": record},

@@ -571,7 +571,7 @@ class Queries:
         for part in slices(len(self.ids), max(1, min(QUERY_BLOCK, VALUES // most))):
             features = torch.from_numpy(np.asarray(self.features[part], dtype=np.float32)).to(index.device)
             retrieval = index.retrieval
-            points, counts = retrieval.points(features), retrieval.keys.counts.expand(len(features), -1)
+            points, counts = retrieval.keys.points(features), retrieval.keys.counts.expand(len(features), -1)
             if k is None:
                 rows = torch.arange(index.n, device=index.device)
                 affinity = torch.cat([tip.affinity(keys, points) for keys, *_ in retrieval.keys.blocks()]).T
@@ -619,7 +619,7 @@ class Visible:
         for these terms suit the whole index. The discriminant has the offsets of all keys.
         """
         retrieval, ids, c = self.index.retrieval, self.ids, len(self.index.class_names)
-        settings, values, own = retrieval.settings, retrieval.values, retrieval.keys.discriminant
+        settings, values, own = retrieval.settings, retrieval.keys.values, retrieval.keys.discriminant
         text = tip.text_logits(self.features, retrieval.text_weights, settings.logit_scale)
         factor = torch.where(self.counts > 0, retrieval.keys.counts / self.counts.clamp_min(1), 0)
         discriminant = None
@@ -682,7 +682,7 @@ def without_parts(index: Index, rows: IntArray, kept: IntArray | None = None) ->
         if fitted is not None:
             metric, values = folds.fitted(Form.of(fitted, index.settings.beta), torch.from_numpy(others), fold)
         left = ArrayRows(np.asarray(index.keys[others]), index.labels.take(pa.array(others)), values)
-        yield part, replace(index, rows=left, metric=metric, index=None, factory=factory)
+        yield part, replace(index, rows=left, metric=metric, factory=factory)
 
 
 def _blocks(keys: Keys, rows: IntArray) -> Iterator[tuple[npt.NDArray[Any], IntArray]]:

@@ -31,7 +31,6 @@ from retrieval_tip.index import places
 from retrieval_tip.index.items import Material, Plan, Words, draw_shots, identity_of, ids_in, read_text_table
 from retrieval_tip.index.places import Place
 from retrieval_tip.model import Index
-from retrieval_tip.retrieval.keys import index_over
 from retrieval_tip.retrieval.rows import ArrayRows
 from retrieval_tip.retrieval.vector_index import BY_CLASS
 from retrieval_tip.settings import BuildOptions
@@ -119,9 +118,8 @@ def _without_suspicious(material: Material) -> Material:
     order = np.argsort(ids[positions], kind="stable")  # as in a folder
     keys, own = features[order].astype(material.plan.dtype), positions[order]
     labels = material.labels(own, [digests[row] for row in order])
-    index = index_over(keys, ids[own], c, BY_CLASS, device="cpu")
     text = torch.zeros(c, keys.shape[1])
-    shots = suspicious(Index(ArrayRows(keys, labels), list(material.words.class_names), text, index))
+    shots = suspicious(Index(ArrayRows(keys, labels), list(material.words.class_names), text, factory=BY_CLASS))
     left = np.flatnonzero(~np.isin(positions, shots["key_id"].to_numpy()))
     block = FeatureBlock(positions[left], features[left], [digests[row] for row in left])
     sources = shots["source"].slice(0, LISTED).to_pylist()

@@ -29,9 +29,9 @@ from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.arrays import KeyArray
 from retrieval_tip.retrieval.defaults import Statistics, plain_settings
 from retrieval_tip.retrieval.duplicates import Duplicates, describe_duplicates, duplicates
-from retrieval_tip.retrieval.keys import KEY_BLOCK, auto_for, index_over
+from retrieval_tip.retrieval.keys import KEY_BLOCK, auto_for
 from retrieval_tip.retrieval.rows import ArrayRows, Rows
-from retrieval_tip.retrieval.vector_index import BY_CLASS, VectorIndex
+from retrieval_tip.retrieval.vector_index import BY_CLASS
 from retrieval_tip.settings import (
     Built,
     ClassPrior,
@@ -223,9 +223,7 @@ class Material:
             "skipped": [str(skipped) for skipped in self.reader.skipped],
         } | ({} if self.dropped is None else {"dropped": self.dropped})
 
-    def index(
-        self, rows: Rows, statistics: Statistics | None, k: int | None, vectors: VectorIndex | None = None
-    ) -> Index:
+    def index(self, rows: Rows, statistics: Statistics | None, k: int | None) -> Index:
         """Return the index of all items, before it is fitted, and warn about classes without keys.
 
         ``k`` is used as k if no k was given. Raises InputError if the text weights do not match the keys.
@@ -236,7 +234,7 @@ class Material:
                 f"{self.source.name}: features have {rows.d} values, text weights {weights.shape[1]}; use one backbone"
             )
         index = Index(
-            rows, list(names), inputs.text_weights(weights, len(names), rows.d), vectors,
+            rows, list(names), inputs.text_weights(weights, len(names), rows.d),
             settings=self.settings(statistics, k), templates=templates, backbone=self.backbone,
             provenance=self.described(statistics), built=self.built, parts=self.reader.parts, groups=self.groups,
         )  # fmt: skip
@@ -341,11 +339,10 @@ def create(folder: Versions, made: Material) -> Index:
     with folder.write() as writer:
         keys, kept, digests = _write_keys(writer, made, order)
         order = order[kept]
-        ids, c = made.ids[order], len(made.words.class_names)
+        c = len(made.words.class_names)
         factory, k = (asked, None) if asked != "auto" else auto_for(keys.shape, made.plan.dtype, c, made.device)
-        vectors = index_over(keys, ids, c, factory if made.fit is None else BY_CLASS, device="cpu")
-        rows = ArrayRows(keys, made.labels(order, digests))
-        index = made.index(rows, rows.statistics(), k, vectors)
+        rows = ArrayRows(keys, made.labels(order, digests)).indexed(c, factory if made.fit is None else BY_CLASS)
+        index = made.index(rows, rows.statistics(), k)
         warn_of(duplicates(keys, rows.labels))
         if made.fit is not None:
             fitted = closed_form.fit(index, made.fit, factory=factory)

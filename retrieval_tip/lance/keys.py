@@ -36,10 +36,11 @@ class LanceKeys(KeyStream):
     """
 
     def __init__(
-        self, table: KeyTable, counts: IntArray, sums: npt.NDArray[np.float64], kind: str, device: str
-    ) -> None:
+        self, table: KeyTable, counts: IntArray, sums: npt.NDArray[np.float64], kind: str, device: str,
+        metric: tip.Metric | None,
+    ) -> None:  # fmt: skip
         total = torch.from_numpy(counts.astype(np.float32)).to(device)
-        super().__init__((int(counts.sum()), sums.shape[1]), total, device)
+        super().__init__((int(counts.sum()), sums.shape[1]), total, device, metric)
         self.table, self._column, self._sums, self._counts = table, table.vector_column, sums, counts
         self.index_type = kind
         self.by_class, self.exact_search = kind == CLASSES, kind == FLAT

@@ -48,7 +48,7 @@ TINY = 1e-12
 KINDS = ("identical image", "identical feature", "near-identical")
 
 Bools = npt.NDArray[np.bool_]
-Search = Callable[[Tensor, int], tuple[Tensor, Tensor | IntArray]]
+Search = Callable[[Tensor, int], Sequence[Tensor | IntArray]]
 Remain = Callable[[IntArray, IntArray], Bools]
 Near = tuple[IntArray, IntArray, FloatArray]
 """Pairs of keys as two arrays of row numbers, and an array of their cosines."""

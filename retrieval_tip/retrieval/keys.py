@@ -102,10 +102,11 @@ def points_of(metric: tip.Metric | None, keys: KeyArray, device: str) -> KeyArra
 
 
 class KeyStream(ABC):
-    """Base class for keys in any store, which are read in blocks.
+    """Base class for the keys of an index as queries meet them, read in blocks from any store.
 
-    ``counts`` is the number of keys per class, as a float32 tensor. ``means`` is a function that returns the class
-    means. If ``by_class`` is true, a search visits all keys of some classes.
+    ``counts`` is the number of keys per class, as a float32 tensor. If there is a ``metric``, the keys are ``phi(K)``,
+    and queries are compared as ``phi(f)``. ``values``, of shape ``[n, c]``, replace the one-hot values. ``means`` is a
+    function that returns the class means. If ``by_class`` is true, a search visits all keys of some classes.
     """
 
     index_type = "Flat"
@@ -116,11 +117,17 @@ class KeyStream(ABC):
     """Dtype in which queries are multiplied with all keys."""
 
     def __init__(
-        self, shape: tuple[int, int], counts: Tensor, device: str = "cpu", means: Callable[[], FloatArray] | None = None
+        self,
+        shape: tuple[int, int],
+        counts: Tensor,
+        device: str,
+        metric: tip.Metric | None = None,
+        values: Tensor | None = None,
+        means: Callable[[], FloatArray] | None = None,
     ) -> None:
         self.n, self.d = shape
         self.counts, self.n_classes, self.device = counts, len(counts), device
-        self._known_means = means
+        self.metric, self.values, self._known_means = metric, values, means
         self._slack: dict[float, float] = {}
         times = 1 if device == "cpu" else GPU_BLOCKS
         self.queries, self.block = QUERY_BLOCK * times, min(self.n, KEY_BLOCK * times)
@@ -132,6 +139,10 @@ class KeyStream(ABC):
         Each block is grouped by class and has at most :data:`KEY_BLOCK` keys, or :data:`GPU_BLOCKS` times as many on a
         GPU. Blocks may share memory, so do not keep them.
         """
+
+    def points(self, features: Tensor) -> Tensor:
+        """Map queries to the space of the keys. If there is no metric, the queries are returned unchanged."""
+        return features if self.metric is None else self.metric(features)
 
     @cached_property
     def mean_count(self) -> float:
@@ -220,8 +231,9 @@ class KeyStream(ABC):
                 best.put(query, both.at(both.affinity.topk(k, dim=1).indices))
         return best._replace(affinity=best.affinity.masked_fill(best.rows < 0, 0))
 
-    def value_sums(self, values: Tensor) -> Tensor:
-        """Return the per-class sums of the values, of shape ``[c, c]``. They are needed to compute the tail."""
+    @property
+    def value_sums(self) -> Tensor:
+        """Per-class sums of the values, of shape ``[c, c]``. They are needed to compute the tail."""
         raise NotImplementedError
 
     def described(self, affinity: Tensor, rows: Tensor) -> Nearest:
@@ -283,36 +295,46 @@ class KeyStream(ABC):
         """Return the affinities of each query to a sample of keys of each of its ``classes``."""
         raise NotImplementedError
 
-    def cache_logits(
-        self, features: Tensor, beta: float, values: Tensor | None = None, products: torch.dtype | None = None
-    ) -> Tensor:
-        """Compute cache logits over all keys, ``C[:, c] = sum over i of class c of exp(-beta (1 - A[:, i]))``.
+    def cache_logits(self, points: Tensor, beta: float, products: torch.dtype | None = None) -> Tensor:
+        """Compute cache logits over all keys, ``C[:, c] = sum over i of exp(-beta (1 - A[:, i])) V_ic``.
 
-        ``features`` must be float32 and on the device. ``products`` replaces the dtype :attr:`products`. With
-        ``values``, it is always float32. The result has the shape ``[q, c]``.
+        ``points`` must be on the device, and their dtype is the dtype of the sums. ``products`` replaces the dtype
+        :attr:`products`, which is not used with :attr:`values`. The result has the shape ``[q, c]``.
         """
+        values, size = self._values_in_order, self.block * min(self.queries, len(points))
         half = values is None and (products or self.products) != torch.float32
-        memory, parts = features.new_empty(self.block * min(self.queries, len(features))), []
-        for own in features.split(self.queries):
-            sums, row = features.new_zeros(self.n_classes, len(own)), 0  # transposed, to read contiguous memory
-            for affinity, ids in self._affinities(own, memory, half=half):
+        memory, rounded, parts = points.new_empty(size), points.new_empty(size * half, dtype=self.products), []
+        for own in points.split(self.queries):
+            sums, row = points.new_zeros(self.n_classes, len(own)), 0  # transposed, to read contiguous memory
+            common = own @ self._centre if half else 0
+            for keys, ids, *_ in self._halved() if half else self.blocks():
+                affinity = memory[: len(keys) * len(own)].view(len(keys), len(own))
+                if half:
+                    product = rounded[: affinity.numel()].view_as(affinity)
+                    torch.add(tip.affinity(keys, own.to(keys.dtype), out=product), common, out=affinity)
+                else:
+                    tip.affinity(keys.to(own.dtype), own, out=affinity)
                 weights = tip.weight(affinity, beta, out=affinity)
                 if values is None:
                     tip.add_rows(sums, ids, weights)
                 else:
-                    sums.T.addmm_(weights.T, values[row : row + len(ids)])
+                    sums.T.addmm_(weights.T, values[row : row + len(ids)].to(own.dtype))
                 row += len(ids)
             parts.append(sums.T)
         return torch.cat(parts)
 
-    def _affinities(self, features: Tensor, memory: Tensor, *, half: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the affinities of each block of keys, ``[b, q]``, and the class ids of the keys.
+    @cached_property
+    def _centre(self) -> Tensor:
+        return self.sums.sum(0) / self.n
 
-        If ``half`` is true, the products are in half precision, which only :class:`Keys` can be.
-        """
-        for keys, ids, _ in self.blocks():
-            affinity = memory[: len(keys) * len(features)].view(len(keys), len(features))
-            yield tip.affinity(keys.to(features.dtype), features, out=affinity), ids
+    def _halved(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """Return blocks of keys ``K - m`` in half precision, where ``m`` is their mean, and their class ids."""
+        return (((keys - self._centre).to(self.products), ids) for keys, ids, _ in self.blocks())
+
+    @cached_property
+    def _values_in_order(self) -> Tensor | None:
+        """The values in the order of :meth:`blocks`."""
+        return self.values
 
 
 class Keys(KeyStream):
@@ -335,60 +357,59 @@ class Keys(KeyStream):
         device: str = "cpu",
         precision: Precision = "float32",
         index: VectorIndex | None = None,
+        metric: tip.Metric | None = None,
+        values: Tensor | None = None,
     ) -> None:
         if len(class_ids) != len(array) or (class_ids[1:] < class_ids[:-1]).any():
             raise InputError("labels: keys are not grouped by class; build the index again")
         check_choice("precision", precision, Precision)
-        self.array, self.index = array, index or VectorIndex.build(array, device=device)
-        self.index_type = self.index.factory
-        self.by_class, self.exact_search = self.index.by_class, self.index.exact_search
-        means = self.index.vectors if self.by_class and self.index.exact_affinity else None
-        if self.index.n != (n_classes if self.by_class else len(array)):
-            raise InputError(f"index: has {self.index.n} vectors for {len(array)} keys of {n_classes} classes")
+        self.array, means = array, None
+        if index is not None:
+            self.index, self.index_type = index, index.factory
+            self.by_class, self.exact_search = index.by_class, index.exact_search
+            means = index.vectors if index.by_class and index.exact_affinity else None
+            if index.n != (n_classes if index.by_class else len(array)):
+                raise InputError(f"index: has {index.n} vectors for {len(array)} keys of {n_classes} classes")
         self.products = torch.float32 if precision in ("auto", "int8") else getattr(torch, precision)
         counts = np.bincount(class_ids, minlength=n_classes)
         self.starts = np.concatenate([[0], np.cumsum(counts)])
         self.class_ids = torch.from_numpy(np.require(class_ids, np.int64, ["W"])).to(device)  # Arrow's is read-only
         total = torch.from_numpy(counts.astype(np.float32)).to(device)
-        super().__init__((int(array.shape[0]), int(array.shape[1])), total, device, means)
+        super().__init__((int(array.shape[0]), int(array.shape[1])), total, device, metric, values, means)
         self._runs = [slice(start, min(start + self.block, self.n)) for start in range(0, self.n, self.block)]
-        self._on_device: Tensor | None = None
-        self._fits: bool | None = None
         self._starts, self._numbers = torch.from_numpy(self.starts).to(device), torch.arange(self.n, device=device)
-        self._value_sums: tuple[Tensor, Tensor] | None = None
+
+    @cached_property
+    def index(self) -> VectorIndex:
+        """The FAISS index over the keys or the class means. An exact one is created when it is needed."""
+        return VectorIndex.build(self.array, device=self.device)
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """See :meth:`KeyStream.blocks`."""
         converted = torch.empty(self.block, self.d, device=self.device)
         for part in self._runs:
-            rows = self._rows(part)
+            rows = self.held[part].to(self.device)
             if rows.dtype != torch.float32:
                 rows = converted[: len(rows)].copy_(rows)
             yield rows, self.class_ids[part], self._numbers[part]
 
-    @property
-    def resident(self) -> Tensor | None:
-        """All keys on the GPU, or ``None`` if they do not fit in half of its free memory."""
-        if self.device != "cpu" and self._fits is None:
-            with _COPYING:
-                if self._fits is None:
-                    fits = self.array.nbytes < room_on(self.device) // 2
-                    if fits:
-                        self._on_device = torch.from_numpy(np.asarray(self.array)).to(self.device)
-                    else:
-                        warn_once(f"{self.device}: keys exceed half of its free memory, so each call copies them")
-                    self._fits = fits
-        return self._on_device
-
-    def _rows(self, part: slice) -> Tensor:
-        if self.device == "cpu":
-            return torch.from_numpy(self.array[part])
-        return torch.from_numpy(self.array[part]).to(self.device) if self.resident is None else self.resident[part]
+    @cached_property
+    def held(self) -> Tensor:
+        """All keys as one tensor, which is on a GPU if it fits in half of its free memory."""
+        with _COPYING:
+            if "held" in self.__dict__:  # another thread was faster
+                return self.held
+            held = torch.from_numpy(np.asarray(self.array))
+            if self.device != "cpu" and held.nbytes < room_on(self.device) // 2:
+                return held.to(self.device)
+            if self.device != "cpu":
+                warn_once(f"{self.device}: keys exceed half of its free memory, so each call copies them")
+            return held
 
     def nearest(self, points: Tensor, k: int) -> Nearest:
         """See :meth:`KeyStream.nearest`. On a GPU, all keys are compared, unless the index is approximate."""
-        if (self.exact_search or self.by_class) and (resident := self.resident) is not None:
-            return self.described(*Product(resident).search(points, min(k, self.n)))
+        if (self.exact_search or self.by_class) and self.device != "cpu" and not self.held.is_cpu:
+            return self.described(*Product(self.held).search(points, min(k, self.n)))
         if self.by_class:
             return self.nearest_by_class(points, k)
         affinity, rows = self.index.search_tensor(points, k)
@@ -403,35 +424,21 @@ class Keys(KeyStream):
         ids = self.class_ids[rows.clamp_min(0)].masked_fill_(empty, self.n_classes)
         return Nearest(affinity.masked_fill(empty, 0), rows, ids)
 
-    def value_sums(self, values: Tensor) -> Tensor:
+    @cached_property
+    def value_sums(self) -> Tensor:
         """See :meth:`KeyStream.value_sums`."""
-        if self._value_sums is None or self._value_sums[0] is not values:
-            parts = [slice(start, start + KEY_BLOCK) for start in range(0, self.n, KEY_BLOCK)]
-            blocks = ((values[part], self.class_ids[part]) for part in parts)
-            self._value_sums = values, self.class_sums(blocks, self.n_classes)
-        return self._value_sums[1]
+        assert self.values is not None
+        blocks = zip(self.values.split(KEY_BLOCK), self.class_ids.split(KEY_BLOCK), strict=True)
+        return self.class_sums(blocks, self.n_classes)
 
-    def _affinities(self, features: Tensor, memory: Tensor, *, half: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        if not half:
-            yield from super()._affinities(features, memory, half=False)
-            return
-        q, rounded, common = len(features), features.to(self.products), features @ self._centre
-        product = torch.empty(self.block, q, dtype=self.products, device=self.device)
+    def _halved(self) -> Iterable[tuple[Tensor, Tensor]]:
         if isinstance(self.array, np.memmap) and self.array.nbytes > HALVED:
-            blocks = (((keys - self._centre).to(self.products), ids) for keys, ids, _ in self.blocks())
-        else:
-            blocks = ((self._kept_halved[part], self.class_ids[part]) for part in self._runs)
-        for keys, ids in blocks:
-            tip.affinity(keys, rounded, out=product[: len(keys)])
-            yield torch.add(product[: len(keys)], common, out=memory[: len(keys) * q].view(len(keys), q)), ids
+            return super()._halved()
+        return zip(self._kept_halved.split(self.block), self.class_ids.split(self.block), strict=True)
 
     @cached_property
     def _kept_halved(self) -> Tensor:
-        return torch.cat([(keys - self._centre).to(self.products) for keys, *_ in self.blocks()])
-
-    @cached_property
-    def _centre(self) -> Tensor:
-        return self.sums.sum(0) / self.n
+        return torch.cat([keys for keys, _ in super()._halved()])
 
     def of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor, Tensor]]:
         """See :meth:`KeyStream.of_classes`."""
@@ -439,7 +446,7 @@ class Keys(KeyStream):
             first, last = self.starts[class_id : class_id + 2].tolist()
             for start in range(first, last, self.block):
                 part = slice(start, min(start + self.block, last))
-                yield place, self._rows(part).float(), self._numbers[part]
+                yield place, self.held[part].to(self.device).float(), self._numbers[part]
 
     def every_of_classes(self, points: Tensor, classes: Tensor) -> Nearest:
         """See :meth:`KeyStream.every_of_classes`."""
@@ -459,10 +466,7 @@ class Keys(KeyStream):
         return own_affinity(features, rows, self._gathered)
 
     def _gathered(self, rows: Tensor) -> Tensor:
-        resident = self.resident
-        if resident is not None:
-            return resident[rows]
-        return torch.from_numpy(self.array[rows.cpu().numpy()]).to(self.device)
+        return self.held[rows.to(self.held.device)].to(self.device)
 
     def _sample(self) -> tuple[Tensor, Tensor]:
         rows = torch.linspace(
@@ -486,7 +490,7 @@ class KeysWithout(KeyStream):
         self.every, self.rows, self._class_ids = every, rows, class_ids
         self.exact_search = every.exact_search
         counts = every.counts - torch.bincount(class_ids, minlength=every.n_classes)
-        super().__init__((every.n - len(rows), every.d), counts, every.device)
+        super().__init__((every.n - len(rows), every.d), counts, every.device, every.metric, every.values)
 
     @cached_property
     def sums(self) -> Tensor:
@@ -518,16 +522,16 @@ class KeysWithout(KeyStream):
         """See :meth:`KeyStream.described`."""
         return self.every.described(affinity, rows)
 
-    def value_sums(self, values: Tensor) -> Tensor:
+    @property
+    def value_sums(self) -> Tensor:
         """See :meth:`KeyStream.value_sums`."""
-        return self.every.value_sums(values).index_add(0, self._class_ids, values[self.rows], alpha=-1)
+        assert self.values is not None
+        return self.every.value_sums.index_add(0, self._class_ids, self.values[self.rows], alpha=-1)
 
-    def cache_logits(
-        self, features: Tensor, beta: float, values: Tensor | None = None, products: torch.dtype | None = None
-    ) -> Tensor:
-        """See :meth:`KeyStream.cache_logits`."""
-        if values is not None:
-            left = torch.ones(len(values), dtype=torch.bool, device=self.device)
-            left[self.rows] = False
-            values = values[left]
-        return super().cache_logits(features, beta, values)
+    @cached_property
+    def _values_in_order(self) -> Tensor | None:
+        if self.values is None:
+            return None
+        left = torch.ones(len(self.values), dtype=torch.bool, device=self.device)
+        left[self.rows] = False
+        return self.values[left]

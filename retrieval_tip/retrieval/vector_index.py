@@ -134,6 +134,9 @@ class VectorIndex:
         self._gpu = GpuCopy(lambda: self._cpu, device, half)
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (self.to_array(), self.factory, self._device, self._half, self.trained)
+
     @property
     def _cpu(self) -> FaissIndex:
         with self._lock:
@@ -424,6 +427,10 @@ def resources() -> object:
     made.setTempMemory(512 << 20)
     made.setPinnedMemory(32 << 20)
     return made
+
+
+def _restored(array: npt.NDArray[np.uint8], factory: str, device: str, half: bool, trained: int) -> VectorIndex:
+    return VectorIndex(faiss().deserialize_index(array), factory, device, half, trained=trained)
 
 
 def _filled(index: FaissIndex, keys: KeyArray) -> FaissIndex:
