@@ -16,15 +16,13 @@ from torch import Tensor
 
 from retrieval_tip import tip
 from retrieval_tip.backbones.base import Identity, Part, equal_shares
-from retrieval_tip.bounds import check_count
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
-from retrieval_tip.errors import InputError, UsageError, warn_once
+from retrieval_tip.errors import InputError, UsageError, check_count, warn_once
 from retrieval_tip.predictions import PREDICTIONS, SCHEMA, Predictions, SimilarShot, lists
 from retrieval_tip.retrieval import inputs
-from retrieval_tip.retrieval.arrays import KeyArray, KeysInPlace
 from retrieval_tip.retrieval.evidence import Nearest
-from retrieval_tip.retrieval.inputs import Features
+from retrieval_tip.retrieval.inputs import Features, KeyArray, KeysInPlace
 from retrieval_tip.retrieval.keys import Keys, points_of
 from retrieval_tip.retrieval.logits import LOGITS, AnswerTerms, Retrieval, finite_logits, first_two, slices
 from retrieval_tip.retrieval.rows import ArrayRows, Rows

@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self, TypedDict, get_args
 
-from retrieval_tip.bounds import check_count
-from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.errors import InputError, UsageError, check_count
 
 KeysMet = int | Literal["all"] | None
 """Number of nearest keys to use in a call. ``None`` uses the setting of the index, and ``"all"`` uses every key."""

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 from click.shell_completion import CompletionItem
 
-from retrieval_tip.bounds import MANY, MOST
 from retrieval_tip.data.remote import is_remote
-from retrieval_tip.errors import InputError
+from retrieval_tip.errors import MANY, MOST, InputError
 from retrieval_tip.files import read_regular
 from retrieval_tip.store.address import KIND, METAVAR, parse
 

@@ -8,7 +8,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from retrieval_tip.bounds import check_count, check_memory
+from retrieval_tip.errors import check_count, check_memory
 
 VAL_SHOTS = 4  # largest number of validation images per class
 ITEM_BYTES = 256  # estimated bytes per drawn item, for its position, path, label and digest

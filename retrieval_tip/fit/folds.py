@@ -17,13 +17,11 @@ from torch import Tensor
 
 from retrieval_tip import tip
 from retrieval_tip.backbones.base import Part
-from retrieval_tip.bounds import check_count
-from retrieval_tip.errors import UsageError
+from retrieval_tip.errors import UsageError, check_count
 from retrieval_tip.fit.forms import Form
 from retrieval_tip.fit.scatter import FewScatter, FloatArray, Scatter, known_prior
 from retrieval_tip.model import Index
-from retrieval_tip.retrieval.arrays import Keys, KeysInPlace
-from retrieval_tip.retrieval.inputs import scale_of
+from retrieval_tip.retrieval.inputs import KeysInPlace, StoredKeys, scale_of
 from retrieval_tip.retrieval.keys import KEY_BLOCK, QUERY_BLOCK
 from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.retrieval.ridge import class_weights
@@ -225,7 +223,7 @@ class Folds:
     encoders, ``parts`` are their parts of a feature, and ``shares`` say how much each counts.
     """
 
-    keys: Keys
+    keys: StoredKeys
     ids: Tensor
     c: int
     text: Tensor | None
@@ -300,7 +298,7 @@ class Folds:
         held = [*self.held, *(replace(one, of="classes") for one in whole)]
         return replace(self, held=held, _terms={})
 
-    def among(self, keys: Keys, ids: Tensor, images: IntArray, rows: IntArray) -> Folds:
+    def among(self, keys: StoredKeys, ids: Tensor, images: IntArray, rows: IntArray) -> Folds:
         """Hold out the same photos of an index with more keys, in which the present keys have these ``rows``.
 
         Copies of a held-out photo among the other keys are held out as well.
@@ -644,7 +642,9 @@ def ranks_within(ids: IntArray, draw: np.random.Generator) -> IntArray:
     return ranks
 
 
-def _held(keys: Keys, ids: IntArray, folds: IntArray, first: IntArray, groups: IntArray, most: int) -> Iterator[Held]:
+def _held(
+    keys: StoredKeys, ids: IntArray, folds: IntArray, first: IntArray, groups: IntArray, most: int
+) -> Iterator[Held]:
     """Yield about ``most`` held-out queries, one fold at a time. The index excludes all ``groups`` of a fold."""
     begun = False
     for fold in range(folds.max(initial=-1) + 1):
@@ -685,7 +685,7 @@ def without_parts(index: Index, rows: IntArray, kept: IntArray | None = None) ->
         yield part, replace(index, rows=left, metric=metric, factory=factory)
 
 
-def _blocks(keys: Keys, rows: IntArray) -> Iterator[tuple[npt.NDArray[Any], IntArray]]:
+def _blocks(keys: StoredKeys, rows: IntArray) -> Iterator[tuple[npt.NDArray[Any], IntArray]]:
     """Yield some of the keys and their rows in blocks, in order unless the keys are read in place."""
     if isinstance(keys, KeysInPlace):
         return keys.blocks(rows)
@@ -693,6 +693,6 @@ def _blocks(keys: Keys, rows: IntArray) -> Iterator[tuple[npt.NDArray[Any], IntA
     return ((np.asarray(keys[part]), part) for part in parts)
 
 
-def taken_keys(keys: Keys, rows: Tensor) -> Tensor:
+def taken_keys(keys: StoredKeys, rows: Tensor) -> Tensor:
     """Return some of the keys as float32."""
     return torch.from_numpy(np.asarray(keys[rows.numpy()], dtype=np.float32))

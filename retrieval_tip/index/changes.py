@@ -21,15 +21,22 @@ import pyarrow as pa
 
 from retrieval_tip.backbones.base import Backbone, same_backbone
 from retrieval_tip.backbones.prompts import check_templates, text_weights
-from retrieval_tip.bounds import check_count
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source, spelled_alike
 from retrieval_tip.data.tables import check_backbone, read_columns, read_groups, reading, texts
-from retrieval_tip.errors import InputError, StoreError, UsageError, counted, few, show
+from retrieval_tip.errors import InputError, StoreError, UsageError, check_count, counted, few, show
 from retrieval_tip.fit.closed_form import Fit, FormChoice
 from retrieval_tip.index import places
-from retrieval_tip.index.build import prior_of, warn_of_spelling
-from retrieval_tip.index.items import ItemColumns, draw_shots, ids_in, precision_of, provenance_of, read_text_table
+from retrieval_tip.index.build import prior_of
+from retrieval_tip.index.items import (
+    ItemColumns,
+    draw_shots,
+    ids_in,
+    precision_of,
+    provenance_of,
+    read_text_table,
+    warn_of_spelling,
+)
 from retrieval_tip.index.photos import remove_unused
 from retrieval_tip.index.places import Change, Place
 from retrieval_tip.model import Index
@@ -324,7 +331,7 @@ def remove(folder: Place, *, where: str | None = None, key_ids: Sequence[int] | 
     Classes are kept even if they become empty. The data of the keys is deleted from the folder together with the last
     version that contains them (see :meth:`Versions.collect`). Other stores only mark rows as removed, so call
     :func:`rebuild` first if the data must be deleted there. Raises UsageError unless exactly one valid argument is
-    given. Raises InputError if no key matches or if a key cannot be removed (see :meth:`editing.Editing.remove`).
+    given. Raises InputError if no key matches or if a key cannot be removed (see :meth:`model.Index.remove`).
     """
     with places.at(folder).change() as change:
         chosen = _chosen(change.index, where, key_ids)

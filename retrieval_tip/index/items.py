@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,16 +20,16 @@ from retrieval_tip.backbones.base import Backbone, Identity, Part, same_backbone
 from retrieval_tip.backbones.prompts import mean_by_class
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.shots import few_shot
-from retrieval_tip.data.sources import Source, open_source
+from retrieval_tip.data.sources import Source, open_source, spelled_alike
 from retrieval_tip.data.tables import has_part, read_rows, table_dim, table_identity
-from retrieval_tip.errors import InputError, UsageError, counted, few
+from retrieval_tip.errors import SHOWN, InputError, UsageError, counted, few
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.closed_form import Fit
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval import inputs
-from retrieval_tip.retrieval.arrays import KeyArray
 from retrieval_tip.retrieval.defaults import Statistics, plain_settings
 from retrieval_tip.retrieval.duplicates import Duplicates, describe_duplicates, duplicates
+from retrieval_tip.retrieval.inputs import KeyArray
 from retrieval_tip.retrieval.keys import KEY_BLOCK, auto_for
 from retrieval_tip.retrieval.rows import ArrayRows, Rows
 from retrieval_tip.retrieval.vector_index import BY_CLASS
@@ -324,6 +325,18 @@ def provenance_of(given: float | None, form: str) -> str:
 def warn_of(duplicates: Duplicates) -> None:
     """Warn about images that are in two classes, because at least one of their labels is wrong."""
     warn(f"in two classes: {line}" for line in describe_duplicates(duplicates))
+
+
+def warn_of_spelling(place: str | os.PathLike[str], class_names: Sequence[str], new: Sequence[str]) -> dict[str, str]:
+    """Warn about ``new`` classes whose name is almost the name of an earlier class, and return these pairs."""
+    pairs = spelled_alike(class_names)
+    alike = {name: pairs[name] for name in new if name in pairs}
+    for name, known in itertools.islice(alike.items(), SHOWN):
+        rename = shlex.join(["retrieval-tip", "index", "rename", str(place), name, known])
+        log.warning("%r is a new class, spelled almost like %r; to merge them: %s", name, known, rename)
+    if len(alike) > SHOWN:
+        log.warning("%d more new classes are spelled almost like others", len(alike) - SHOWN)
+    return alike
 
 
 def warn(lines: Iterable[str]) -> None:

@@ -15,8 +15,7 @@ import pyarrow as pa
 import torch
 
 from retrieval_tip import tip
-from retrieval_tip.bounds import check_memory
-from retrieval_tip.errors import UsageError
+from retrieval_tip.errors import UsageError, check_memory
 from retrieval_tip.labelling.photos import MOST_KEYS, Pool
 from retrieval_tip.labelling.suggest import points_of
 from retrieval_tip.model import Index

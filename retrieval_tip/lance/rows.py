@@ -40,8 +40,8 @@ from retrieval_tip.lance.key_table import (
     rows_of,
 )
 from retrieval_tip.lance.keys import LanceKeys
-from retrieval_tip.retrieval.arrays import KeysInPlace
 from retrieval_tip.retrieval.duplicates import Duplicates, duplicates
+from retrieval_tip.retrieval.inputs import KeysInPlace
 from retrieval_tip.retrieval.keys import KeyStream, points_of
 from retrieval_tip.retrieval.rows import FRESH_PAIRS, ArrayRows, Rows
 from retrieval_tip.retrieval.vector_index import auto_factory, inner_factory

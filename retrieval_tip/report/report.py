@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from retrieval_tip import doctor
-from retrieval_tip.bounds import check_count
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
-from retrieval_tip.errors import InputError, UsageError, counted, few, one_line, percent, show
+from retrieval_tip.errors import InputError, UsageError, check_count, counted, few, one_line, percent, show
 from retrieval_tip.evaluation.evaluate import Evaluation, answered, judge, some_known
 from retrieval_tip.evaluation.held_out import without_themselves
 from retrieval_tip.files import replacing

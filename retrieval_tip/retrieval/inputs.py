@@ -1,8 +1,9 @@
-"""Validate arguments and convert them to arrays."""
+"""The types of arrays of keys, and the validation of arguments that become arrays."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -13,14 +14,38 @@ from torch import Tensor
 from retrieval_tip.backbones.base import Part, side_by_side
 from retrieval_tip.data.tables import NORM_TOLERANCE
 from retrieval_tip.errors import InputError, few
-from retrieval_tip.retrieval.arrays import KeyArray
 
 LONGEST_NAME = 1024
 """Maximum length of a new class name in characters."""
 
+FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int64]
+KeyArray = npt.NDArray[np.floating]
+"""A float32 or float16 array of keys, of shape ``[n, d]``."""
 Labels = Sequence[str] | Sequence[int] | npt.NDArray[np.integer]
 Features = npt.NDArray[np.floating] | Tensor
 Join = Callable[[Sequence[npt.NDArray[np.float32]]], npt.NDArray[np.float32]]
+
+
+class KeysInPlace(ABC):
+    """Keys that do not fit in memory. You can read a few keys by row, or many keys in storage order."""
+
+    shape: tuple[int, int]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @abstractmethod
+    def __getitem__(self, rows: IntArray) -> KeyArray:
+        """Return the keys at a few rows, in their stored dtype."""
+
+    @abstractmethod
+    def blocks(self, rows: IntArray) -> Iterator[tuple[KeyArray, IntArray]]:
+        """Yield the keys at ``rows`` in blocks, and the row numbers of each block."""
+
+
+StoredKeys = KeyArray | KeysInPlace
+"""Keys that are in memory, memory-mapped, or read from their store."""
 
 
 def matrix(features: Features, what: str) -> KeyArray:

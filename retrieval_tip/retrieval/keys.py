@@ -19,8 +19,8 @@ from torch import Tensor
 
 from retrieval_tip import tip
 from retrieval_tip.errors import InputError, warn_once
-from retrieval_tip.retrieval.arrays import FloatArray, IntArray, KeyArray
 from retrieval_tip.retrieval.evidence import Nearest
+from retrieval_tip.retrieval.inputs import FloatArray, IntArray, KeyArray
 from retrieval_tip.retrieval.vector_index import Product, VectorIndex, auto_factory, inner_factory
 from retrieval_tip.settings import Precision, check_choice
 
@@ -240,10 +240,6 @@ class KeyStream(ABC):
         """Look up the class ids of keys by row. Empty slots get the class id ``c`` and affinity 0."""
         raise NotImplementedError
 
-    def every_of_classes(self, points: Tensor, classes: Tensor) -> Nearest:
-        """Return all keys of each query's own ``classes``, of shape ``[q, p]``, in the order of the classes."""
-        raise NotImplementedError
-
     def class_logits(self, features: Tensor, classes: Tensor, candidates: Tensor, beta: float) -> Tensor:
         """Compute the exact cache logits of each query for its own ``classes``, all of shape ``[q, p]``.
 
@@ -385,7 +381,6 @@ class Keys(KeyStream):
         return VectorIndex.build(self.array, device=self.device)
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """See :meth:`KeyStream.blocks`."""
         converted = torch.empty(self.block, self.d, device=self.device)
         for part in self._runs:
             rows = self.held[part].to(self.device)
@@ -396,18 +391,19 @@ class Keys(KeyStream):
     @cached_property
     def held(self) -> Tensor:
         """All keys as one tensor, which is on a GPU if it fits in half of its free memory."""
-        with _COPYING:
-            if "held" in self.__dict__:  # another thread was faster
-                return self.held
-            held = torch.from_numpy(np.asarray(self.array))
-            if self.device != "cpu" and held.nbytes < room_on(self.device) // 2:
-                return held.to(self.device)
-            if self.device != "cpu":
-                warn_once(f"{self.device}: keys exceed half of its free memory, so each call copies them")
-            return held
+        with _COPYING:  # another thread may be faster
+            if "held" not in self.__dict__:
+                held = torch.from_numpy(np.asarray(self.array))
+                if self.device != "cpu" and held.nbytes < room_on(self.device) // 2:
+                    held = held.to(self.device)
+                elif self.device != "cpu":
+                    warn_once(f"{self.device}: keys exceed half of its free memory, so each call copies them")
+                self.__dict__["held"] = held
+        kept: Tensor = self.__dict__["held"]
+        return kept
 
     def nearest(self, points: Tensor, k: int) -> Nearest:
-        """See :meth:`KeyStream.nearest`. On a GPU, all keys are compared, unless the index is approximate."""
+        """On a GPU, all keys are compared, unless the index is approximate."""
         if (self.exact_search or self.by_class) and self.device != "cpu" and not self.held.is_cpu:
             return self.described(*Product(self.held).search(points, min(k, self.n)))
         if self.by_class:
@@ -419,14 +415,12 @@ class Keys(KeyStream):
         return self.index.search_tensor(points, number)[1]
 
     def described(self, affinity: Tensor, rows: Tensor) -> Nearest:
-        """See :meth:`KeyStream.described`."""
         empty = rows < 0
         ids = self.class_ids[rows.clamp_min(0)].masked_fill_(empty, self.n_classes)
         return Nearest(affinity.masked_fill(empty, 0), rows, ids)
 
     @cached_property
     def value_sums(self) -> Tensor:
-        """See :meth:`KeyStream.value_sums`."""
         assert self.values is not None
         blocks = zip(self.values.split(KEY_BLOCK), self.class_ids.split(KEY_BLOCK), strict=True)
         return self.class_sums(blocks, self.n_classes)
@@ -441,25 +435,11 @@ class Keys(KeyStream):
         return torch.cat([keys for keys, _ in super()._halved()])
 
     def of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """See :meth:`KeyStream.of_classes`."""
         for place, class_id in enumerate(class_ids.tolist()):
             first, last = self.starts[class_id : class_id + 2].tolist()
             for start in range(first, last, self.block):
                 part = slice(start, min(start + self.block, last))
                 yield place, self.held[part].to(self.device).float(), self._numbers[part]
-
-    def every_of_classes(self, points: Tensor, classes: Tensor) -> Nearest:
-        """See :meth:`KeyStream.every_of_classes`."""
-        firsts, lengths = self._starts[classes], self._starts[classes + 1] - self._starts[classes]
-        ends = lengths.cumsum(1)
-        query = torch.arange(len(classes), device=self.device).repeat_interleave(ends[:, -1])
-        flat = lengths.reshape(-1)
-        within = torch.arange(int(flat.sum()), device=self.device) - (flat.cumsum(0) - flat).repeat_interleave(flat)
-        before = (ends - lengths).reshape(-1).repeat_interleave(flat)
-        longest = int(ends.max()) if len(ends) else 0
-        rows = torch.full((len(classes), longest), -1, device=self.device)
-        rows[query, before + within] = firsts.reshape(-1).repeat_interleave(flat) + within
-        return self.described(self.affinity(points, rows), rows)
 
     def affinity(self, features: Tensor, rows: Tensor) -> Tensor:
         """Return the affinities between each query and the keys at its own ``rows``. The affinity of row -1 is 0."""
@@ -501,30 +481,25 @@ class KeysWithout(KeyStream):
         return sums
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """See :meth:`KeyStream.blocks`."""
         for block in self.every.blocks():
             gone = torch.isin(block[2], self.rows)
             yield tuple(column[~gone] for column in block) if gone.any() else block  # type: ignore[misc]
 
     def of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """See :meth:`KeyStream.of_classes`."""
         for place, keys, rows in self.every.of_classes(class_ids):
             left = ~torch.isin(rows, self.rows)
             yield place, keys[left], rows[left]
 
     def nearest(self, points: Tensor, k: int) -> Nearest:
-        """See :meth:`KeyStream.nearest`."""
         found = self.every.nearest(points, k + len(self.rows))
         found = found.without(torch.isin(found.rows, self.rows), self.n_classes)
         return found.ordered(found.affinity).first(min(k, self.n))
 
     def described(self, affinity: Tensor, rows: Tensor) -> Nearest:
-        """See :meth:`KeyStream.described`."""
         return self.every.described(affinity, rows)
 
     @property
     def value_sums(self) -> Tensor:
-        """See :meth:`KeyStream.value_sums`."""
         assert self.values is not None
         return self.every.value_sums.index_add(0, self._class_ids, self.values[self.rows], alpha=-1)
 

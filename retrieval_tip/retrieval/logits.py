@@ -161,7 +161,8 @@ class Retrieval:
             classes[part], candidates[part] = promising(own, settings, slack, most)
         if keys.values is not None:
             for part in slices(len(points), QUERY_BLOCK):
-                near = keys.every_of_classes(points[part], classes[part])  # other values have no bounds
+                every = int(keys.counts[classes[part]].sum(1).max())  # other values have no bounds
+                near = keys.nearest_of_classes(points[part], classes[part], every)
                 terms.cache[part] = self._logits_over(near, points[part])
             return
         exact = keys.class_logits(points, classes, candidates, settings.beta)

@@ -17,9 +17,9 @@ from torch.nn import functional
 from retrieval_tip import tip
 from retrieval_tip.data.shots import spread
 from retrieval_tip.errors import InputError, first_line
-from retrieval_tip.retrieval.arrays import IntArray, KeyArray, KeysInPlace
 from retrieval_tip.retrieval.defaults import Statistics, measure
 from retrieval_tip.retrieval.duplicates import Duplicates, duplicates
+from retrieval_tip.retrieval.inputs import IntArray, KeyArray, KeysInPlace
 from retrieval_tip.retrieval.keys import KEY_BLOCK, Keys, KeyStream, index_over, points_of
 from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.retrieval.vector_index import FLAT_FACTORY, VectorIndex

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from retrieval_tip import tip
 from retrieval_tip.errors import StoreError, UsageError, warn_once
-from retrieval_tip.retrieval.arrays import FloatArray, IntArray, KeyArray
+from retrieval_tip.retrieval.inputs import FloatArray, IntArray, KeyArray
 
 FaissIndex = Any
 """A FAISS index. FAISS does not provide types."""
