@@ -13,7 +13,7 @@ The code uses the notation of the paper:
 
 :func:`answer` is the whole method. The rest of the package computes the same numbers faster, from fewer keys, or from
 more keys than fit in memory. If you are new to the code, start here. Then read ``retrieval/logits.py`` to see which
-keys a query uses, ``answering.py`` for the questions to an index, and ``model.py`` for the index that you save.
+keys a query uses, and ``model.py`` for the index that answers and that you save.
 """
 
 from __future__ import annotations

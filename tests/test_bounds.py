@@ -13,7 +13,7 @@ import pytest
 
 from retrieval_tip import errors
 from retrieval_tip.data.reader import Reader
-from retrieval_tip.data.shots import few_shot
+from retrieval_tip.data.source import few_shot
 from retrieval_tip.errors import MANY, MOST, UsageError, check_count, check_memory, memory
 from retrieval_tip.settings import Recipe
 

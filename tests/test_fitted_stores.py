@@ -31,7 +31,6 @@ from retrieval_tip.index import changes
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import build_index
 from retrieval_tip.index.changes import fit_index
-from retrieval_tip.lance import keys as lance_keys
 from retrieval_tip.lance import lance_store
 from retrieval_tip.lance import rows as lance_rows
 from retrieval_tip.retrieval import ridge
@@ -111,7 +110,7 @@ PIECES = [*itertools.product(("metric", "plain"), (1000, 20, 5)), ("solved", 20)
 @pytest.mark.parametrize(("name", "held"), few(PIECES, 4))
 def test_whole_classes_are_searched_as_in_a_folder(built, name, held, tmp_path, monkeypatch):
     """``held`` keys are all keys, some classes, or a part of a class. With solved values, all keys are in memory."""
-    monkeypatch.setattr(lance_keys, "PIECE", held * 4 * QUERIES.shape[1])
+    monkeypatch.setattr(lance_rows, "PIECE", held * 4 * QUERIES.shape[1])
     places = [copied(tmp_path, kind, built[name, kind], kind) for kind in KINDS]
     more = open_source(table(tmp_path / "more.parquet", 1, 9, "more"))
     for place in places:

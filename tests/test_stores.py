@@ -40,7 +40,6 @@ from retrieval_tip.index import changes
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import build_index
 from retrieval_tip.lance import key_table, lance_store
-from retrieval_tip.lance import keys as lance_keys
 from retrieval_tip.lance import rows as lance_rows
 from retrieval_tip.server.app import create_app
 from retrieval_tip.server.served import open_all
@@ -1240,7 +1239,7 @@ def test_many_keys_get_a_vector_index_that_later_changes_update(tmp_path, monkey
     # More keys are added to the vector index.
     if kind == "Classes":
         slack = at.load(device="cpu").retrieval.keys.slack(5.5)
-        monkeypatch.setattr(lance_keys, "SPREAD_BYTES", 1)  # as with too many keys
+        monkeypatch.setattr(lance_rows, "SPREAD_BYTES", 1)  # as with too many keys
         few = at.load(device="cpu").retrieval.keys.slack(5.5)
         assert few == pytest.approx(slack, rel=0.5)
     later, later_labels = drawn(450, 5)

@@ -19,7 +19,7 @@ import pyarrow as pa
 from retrieval_tip.backbones.base import Backbone, Identity, Part, same_backbone, text_side_by_side
 from retrieval_tip.backbones.prompts import mean_by_class
 from retrieval_tip.data.reader import FeatureBlock, Reader
-from retrieval_tip.data.shots import few_shot
+from retrieval_tip.data.source import few_shot
 from retrieval_tip.data.sources import Source, open_source, spelled_alike
 from retrieval_tip.data.tables import has_part, read_rows, table_dim, table_identity
 from retrieval_tip.errors import SHOWN, InputError, UsageError, counted, few
@@ -245,7 +245,7 @@ class Material:
 
 
 def draw_shots(ids: npt.NDArray[np.int64], class_names: Sequence[str], shots: int, seed: int) -> npt.NDArray[np.int64]:
-    """Draw shots for each class with :func:`shots.few_shot`, and return their positions in source order."""
+    """Draw shots for each class with :func:`source.few_shot`, and return their positions in source order."""
     rare = [class_names[i] for i, times in Counter(ids.tolist()).items() if times < shots]
     if rare:
         have = counted(len(rare), "class", "has", "have")

@@ -14,12 +14,11 @@ import pyarrow as pa
 import torch
 
 from retrieval_tip import tip
-from retrieval_tip.answering import narrowest
 from retrieval_tip.data.exif import UNKNOWN, Noting
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import check_memory
-from retrieval_tip.model import Index
+from retrieval_tip.model import Index, narrowest
 from retrieval_tip.predictions import PREDICTIONS, Predictions, lists
 from retrieval_tip.settings import Ask
 

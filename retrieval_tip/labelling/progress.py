@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 
 from retrieval_tip import tip
-from retrieval_tip.data.shots import spread
+from retrieval_tip.data.source import spread
 from retrieval_tip.errors import check_count
 from retrieval_tip.evaluation.held_out import held_out_probabilities, photo_rows
 from retrieval_tip.fit.folds import without_parts

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from retrieval_tip.data.shots import few_shot
+from retrieval_tip.data.source import few_shot
 from retrieval_tip.errors import percent
 from retrieval_tip.fit import closed_form, search_hp
 from retrieval_tip.fit.folds import Queries

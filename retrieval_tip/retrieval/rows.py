@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from retrieval_tip import tip
-from retrieval_tip.data.shots import spread
+from retrieval_tip.data.source import spread
 from retrieval_tip.errors import InputError, first_line
 from retrieval_tip.retrieval.defaults import Statistics, measure
 from retrieval_tip.retrieval.duplicates import Duplicates, duplicates
