@@ -153,7 +153,7 @@ class Count(Number):
 
 
 def count(kind: str = "", least: int = 1) -> Count:
-    """Return a type for whole numbers from ``least`` to the upper bound that :data:`bounds.MOST` gives for ``kind``."""
+    """Return a type for whole numbers from ``least`` to the upper bound that :data:`errors.MOST` gives for ``kind``."""
     return Count(least, MOST.get(kind, MANY))
 
 

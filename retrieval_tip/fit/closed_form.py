@@ -317,7 +317,7 @@ def refit(index: Index, beta: float) -> FormChoice:
     """Set beta and refit all other fitted settings, without changing the form.
 
     If there are too few shots, only beta changes. The values are not solved again, so call
-    :meth:`model.Index.solve` next.
+    :meth:`model.Editing.solve` next.
     """
     start, settings, form = time.perf_counter(), replace(index.settings, beta=beta), Form.of(index.fitted, beta)
     folds, judged_on = _folds_of(index, None, _images(index))

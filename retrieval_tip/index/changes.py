@@ -331,7 +331,7 @@ def remove(folder: Place, *, where: str | None = None, key_ids: Sequence[int] | 
     Classes are kept even if they become empty. The data of the keys is deleted from the folder together with the last
     version that contains them (see :meth:`Versions.collect`). Other stores only mark rows as removed, so call
     :func:`rebuild` first if the data must be deleted there. Raises UsageError unless exactly one valid argument is
-    given. Raises InputError if no key matches or if a key cannot be removed (see :meth:`model.Index.remove`).
+    given. Raises InputError if no key matches or if a key cannot be removed (see :meth:`model.Editing.remove`).
     """
     with places.at(folder).change() as change:
         chosen = _chosen(change.index, where, key_ids)

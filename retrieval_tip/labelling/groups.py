@@ -139,6 +139,6 @@ def check_fitted(index: Index, name: str = "group_no_match") -> None:
 
 
 def classify_in_groups(index: Index, pool: Pool, ask: Ask) -> Predictions:
-    """Classify photos as :meth:`model.Index.classify` does, and group the photos without a match."""
+    """Classify photos as :meth:`model.Answering.classify` does, and group the photos without a match."""
     answers = index.classify(pool.features, "keep", **vars(ask))
     return group_no_match(index, pool.features, answers.named(pa.array(pool.names, pa.string())))

@@ -295,7 +295,7 @@ class KeyStream(ABC):
         """Compute cache logits over all keys, ``C[:, c] = sum over i of exp(-beta (1 - A[:, i])) V_ic``.
 
         ``points`` must be on the device, and their dtype is the dtype of the sums. ``products`` replaces the dtype
-        :attr:`products`, which is not used with :attr:`values`. The result has the shape ``[q, c]``.
+        :attr:`products`, which is not used with ``values``. The result has the shape ``[q, c]``.
         """
         values, size = self._values_in_order, self.block * min(self.queries, len(points))
         half = values is None and (products or self.products) != torch.float32

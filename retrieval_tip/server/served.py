@@ -74,7 +74,7 @@ class Version:
     def answer(self, ask: Ask, features: FloatArray) -> list[Row]:
         """Return one result per query, given the queries as an array of shape ``[q, d]``.
 
-        Raises the same errors as :meth:`model.Index.classify`.
+        Raises the same errors as :meth:`model.Answering.classify`.
         """
         results: list[Row] = []
         every = FeatureBlock.of(features)
