@@ -264,8 +264,11 @@ class Answering:
         other.settings = settings
         return other
 
-    def _queries(self, features: Features) -> Tensor:
-        return inputs.queries(features, self.text_weights.shape[1], self.parts).to(self.device)
+    def _queries(self, features: Features, norms: Norms = "keep") -> Tensor:
+        f = inputs.queries(features, self.text_weights.shape[1], self.parts).to(self.device)
+        if norms == "check":
+            inputs.check_unit(f)
+        return f
 
     def terms(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> AnswerTerms:
         """Return the terms of the logits: the text term ``logit_scale * f W^T``, the cache ``C`` and the discriminant.
@@ -363,9 +366,7 @@ class Answering:
 
         Raises InputError if the norm of a feature is not 1, and the errors of :meth:`logits`.
         """
-        f = self._queries(features)
-        if norms == "check":
-            inputs.check_unit(f)
+        f = self._queries(features, norms)
         blocks = self.answers([FeatureBlock.of(f.cpu().numpy())], Ask(**asked))
         return Predictions.joined(block.predictions() for block in blocks)
 
@@ -394,9 +395,7 @@ class Answering:
         valid.
         """
         check_count("n", n)
-        f = self._queries(features)
-        if norms == "check":
-            inputs.check_unit(f)
+        f = self._queries(features, norms)
         affinity, rows = self.nearest(f, min(n, self.n))
         used, places = np.unique(rows.clip(min=0), return_inverse=True)
         described = self.rows.described(used, ["key_id", "source", "label"]).to_pylist()

@@ -23,7 +23,6 @@ from tables import read_features, unit
 
 import retrieval_tip
 from retrieval_tip import Index
-from retrieval_tip import model as index_module
 from retrieval_tip.backbones.base import Identity
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import closed_form
@@ -165,7 +164,7 @@ def test_real_features_give_the_published_accuracy(shared):
 def test_classify_does_not_depend_on_batches(monkeypatch):
     cache = model()
     whole = cache.classify(QUERIES, top=3, k=16)
-    monkeypatch.setattr(index_module, "PREDICTED", 3)  # more queries are classified three at a time
+    monkeypatch.setattr("retrieval_tip.model.PREDICTED", 3)  # more queries are classified three at a time
     assert [p.labels for p in cache.classify(QUERIES, top=3, k=16)] == [p.labels for p in whole]
     single = [cache.classify(QUERIES[i : i + 1], top=3, k=16)[0] for i in range(Q)]
     assert [p.labels for p in single] == [p.labels for p in whole]

@@ -141,11 +141,13 @@ def test_half_precision_is_accurate_for_any_shape_and_blocks(case, sizes, to):
     np.testing.assert_allclose(found, expected, rtol=beta * 8 * torch.finfo(getattr(torch, to)).eps, atol=1e-6)
 
 
-def test_values_are_always_summed_in_float32():
+def test_values_and_float64_queries_do_not_use_half_precision():
     case = Case(5, [30, 20], q=20, d=8)
     values = torch.from_numpy(case.V)
     found = keys_of(case, precision="bfloat16", values=values).cache_logits(case.queries, 5.5)
     assert torch.equal(found, keys_of(case, values=values).cache_logits(case.queries, 5.5))
+    doubles = keys_of(case, precision="bfloat16").cache_logits(case.queries.double(), 5.5)
+    np.testing.assert_allclose(doubles, case.logits(5.5), rtol=1e-6)
 
 
 def test_auto_and_int8_use_float32_for_products():

@@ -295,19 +295,19 @@ class KeyStream(ABC):
         """Compute cache logits over all keys, ``C[:, c] = sum over i of exp(-beta (1 - A[:, i])) V_ic``.
 
         ``points`` must be on the device, and their dtype is the dtype of the sums. ``products`` replaces the dtype
-        :attr:`products`, which is not used with ``values``. The result has the shape ``[q, c]``.
+        :attr:`products`, which is not used with ``values`` or in float64. The result has the shape ``[q, c]``.
         """
         values, size = self._values_in_order, self.block * min(self.queries, len(points))
-        half = values is None and (products or self.products) != torch.float32
+        half = values is None and points.dtype == torch.float32 and (products or self.products) != torch.float32
         memory, rounded, parts = points.new_empty(size), points.new_empty(size * half, dtype=self.products), []
         for own in points.split(self.queries):
             sums, row = points.new_zeros(self.n_classes, len(own)), 0  # transposed, to read contiguous memory
-            common = own @ self._centre if half else 0
+            narrow, common = (own.to(self.products), own @ self._centre) if half else (own, 0)
             for keys, ids, *_ in self._halved() if half else self.blocks():
                 affinity = memory[: len(keys) * len(own)].view(len(keys), len(own))
                 if half:
                     product = rounded[: affinity.numel()].view_as(affinity)
-                    torch.add(tip.affinity(keys, own.to(keys.dtype), out=product), common, out=affinity)
+                    torch.add(tip.affinity(keys, narrow, out=product), common, out=affinity)
                 else:
                     tip.affinity(keys.to(own.dtype), own, out=affinity)
                 weights = tip.weight(affinity, beta, out=affinity)

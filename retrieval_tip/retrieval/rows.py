@@ -224,7 +224,9 @@ class ArrayRows(Rows):
 
     def refilled(self, index: VectorIndex | None, n_classes: int, device: str) -> ArrayRows:
         """Fill a FAISS index with these vectors. It is only trained again once the number of keys has doubled."""
-        if index is None or index.by_class or self.n >= 2 * index.trained:
+        if index is None:
+            return self
+        if index.by_class or self.n >= 2 * index.trained:
             return replace(self, index=index).indexed(n_classes, device=device)
         return replace(self, index=index.refilled(self.vectors))
 
