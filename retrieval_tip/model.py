@@ -160,10 +160,6 @@ class Answering:
         """The sums that are needed to fit a metric, if known."""
         return self.rows.sums
 
-    @sums.setter
-    def sums(self, sums: Sums | None) -> None:
-        self.rows = self.rows.with_sums(sums)
-
     @property
     def class_ids(self) -> Tensor:
         """The class ids as an int64 tensor of shape ``[n]`` on the device."""
@@ -912,7 +908,8 @@ class Index(Editing):
         if index == "auto":
             index, k = auto_for(matrix.shape, matrix.dtype, len(names), device)
             settings = replace(settings, k=k)
-        trained = None if values is None else inputs.values_of(values, len(ids), len(names))[order]
+        shape = len(ids), len(names)
+        trained = None if values is None else inputs.shaped(values, "values", shape, "one row per key")[order]
         return cls(
             ArrayRows(ordered, table, trained),
             names,

@@ -307,7 +307,7 @@ def fit(
     choice = FormChoice.of(form, trials, judged_on, folds, start, accuracies, longest)
     provenance = dict.fromkeys(("alpha", "beta", "temperature"), where) | {"fit": choice.provenance()}
     index.set_fitted(fitted_metric, fitted_values, fitted, factory)
-    index.sums = folds.sums
+    index.rows = index.rows.with_sums(folds.sums)
     index.settings, index.provenance = settings, index.provenance | provenance
     index.scores = Scores(rows, settings)
     return choice

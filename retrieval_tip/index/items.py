@@ -170,23 +170,6 @@ class Material:
         alpha, beta = plain_settings(plan.alpha, plan.beta, plan.units, statistics)
         return own.override(alpha=alpha, beta=beta, k=k if plan.k is None else None)
 
-    @property
-    def built(self) -> Built:
-        """The build parameters that are stored in the manifest."""
-        shots = self.plan.shots
-        drawn = shots is not None or self.reader.views > 1
-        return Built(self.source.name, shots, self.reader.seed if drawn else 1, self.reader.views)
-
-    @property
-    def views(self) -> int:
-        """Number of views that are averaged into each key."""
-        return self.reader.views if self.source.table is None else 1
-
-    @property
-    def backbone(self) -> Identity | None:
-        """The backbone that computed the features."""
-        return identity_of(self.source, self.reader)
-
     def blocks(self) -> Iterator[FeatureBlock]:
         """Yield the items in blocks of features. Raises InputError if a feature overflows the dtype."""
         for block in self.reader.blocks(self.source) if self.left is None else (self.left,):
@@ -205,7 +188,8 @@ class Material:
     def labels(self, rows: npt.NDArray[np.int64], digests: Sequence[str | None]) -> pa.Table:
         """Return the label store of the items at ``rows``, in that order."""
         columns = ItemColumns.of(self.source.items.take(pa.array(rows)), digests)
-        return label_table(self.words.class_names, self.ids[rows], key_ids=rows, views=self.views, **vars(columns))
+        views = self.reader.views if self.source.table is None else 1
+        return label_table(self.words.class_names, self.ids[rows], key_ids=rows, views=views, **vars(columns))
 
     def described(self, statistics: Statistics | None) -> dict[str, object]:
         """Return the provenance. Call this only after all items have been read."""
@@ -234,10 +218,13 @@ class Material:
             raise InputError(
                 f"{self.source.name}: features have {rows.d} values, text weights {weights.shape[1]}; use one backbone"
             )
+        reader, shots = self.reader, self.plan.shots
+        drawn = shots is not None or reader.views > 1
+        built = Built(self.source.name, shots, reader.seed if drawn else 1, reader.views)
         index = Index(
             rows, list(names), inputs.text_weights(weights, len(names), rows.d),
-            settings=self.settings(statistics, k), templates=templates, backbone=self.backbone,
-            provenance=self.described(statistics), built=self.built, parts=self.reader.parts, groups=self.groups,
+            settings=self.settings(statistics, k), templates=templates, backbone=identity_of(self.source, reader),
+            provenance=self.described(statistics), built=built, parts=self.reader.parts, groups=self.groups,
         )  # fmt: skip
         if bare := index.bare:
             log.warning("%s no key: %s", counted(len(bare), "class", "has", "have"), few(bare))

@@ -208,7 +208,7 @@ def text_weights(weights: Features | None, c: int, d: int) -> Tensor:
 
     Raises InputError if the shape is wrong.
     """
-    return torch.zeros(c, d) if weights is None else _shaped(weights, "text_weights", (c, d), "one per class")
+    return torch.zeros(c, d) if weights is None else shaped(weights, "text_weights", (c, d), "one per class")
 
 
 def renamed(class_names: Sequence[str], old: str, new: str) -> tuple[int, list[str]]:
@@ -232,12 +232,8 @@ def renamed(class_names: Sequence[str], old: str, new: str) -> tuple[int, list[s
     return at, [*class_names[:at], *([] if merged else [new]), *class_names[at + 1 :]]
 
 
-def values_of(values: Features, n: int, c: int) -> Tensor:
-    """Convert trained values to a float32 tensor of shape ``[n, c]``. Raises InputError if the shape is wrong."""
-    return _shaped(values, "values", (n, c), "one row per key")
-
-
-def _shaped(features: Features, what: str, shape: tuple[int, int], meaning: str) -> Tensor:
+def shaped(features: Features, what: str, shape: tuple[int, int], meaning: str) -> Tensor:
+    """Convert features to a float32 tensor of this shape. Raises InputError if they do not have it."""
     array = matrix(features, what)
     check_shape(what, array.shape, shape, meaning)
     return torch.from_numpy(np.array(array, dtype=np.float32))
