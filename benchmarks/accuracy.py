@@ -44,7 +44,7 @@ from retrieval_tip.evaluation.calibration import expected_calibration_error
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.scatter import FloatArray, pooled
 from retrieval_tip.index import changes
-from retrieval_tip.report.curve import draw as draw_shots
+from retrieval_tip.report.report import draw as draw_shots
 
 SHOTS = (1, 2, 4, 8, 16)
 TEMPLATE = "a photo of a {}."

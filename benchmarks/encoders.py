@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from retrieval_tip import EncodingCache, Index, Reader, load_backbone, open_source
 from retrieval_tip.backbones.base import unit
 from retrieval_tip.fit import closed_form
-from retrieval_tip.report.curve import draw as draw_shots
+from retrieval_tip.report.report import draw as draw_shots
 
 CLIP, RN50, LIT, LITE0 = "CLIP ViT-B/32", "CLIP RN50", "lit-mini", "EfficientNet-Lite0"
 COLUMNS = {CLIP: "feature", RN50: "feature_rn50", LIT: "feature_lit", LITE0: "feature_lite0"}

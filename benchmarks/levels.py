@@ -19,7 +19,7 @@ from accuracy import DATASETS
 from common import SHARED, machine
 
 from retrieval_tip.fit import closed_form
-from retrieval_tip.report.curve import draw
+from retrieval_tip.report.report import draw
 from retrieval_tip.settings import Levels
 
 TWO_WORDS = ("AM General", "Aston Martin", "Land Rover")

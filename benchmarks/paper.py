@@ -29,7 +29,7 @@ from retrieval_tip import EncodingCache, Reader, build_index, load_backbone, ope
 from retrieval_tip.data import datasets
 from retrieval_tip.data.source import few_shot_split
 from retrieval_tip.errors import RetrievalTipError
-from retrieval_tip.report.curve import draw, half_width
+from retrieval_tip.report.report import draw, half_width
 from retrieval_tip.store.versions import Versions
 
 HERE = Path(__file__).resolve().parent

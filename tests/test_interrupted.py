@@ -42,8 +42,7 @@ from retrieval_tip.lance.key_table import KeyTable
 from retrieval_tip.store import files as store_files
 from retrieval_tip.store import versions as store_versions
 from retrieval_tip.store.address import Address, storage_options
-from retrieval_tip.store.bucket import BucketFiles
-from retrieval_tip.store.files import FILE_NAME, TEMPORARY, LocalFiles
+from retrieval_tip.store.files import FILE_NAME, TEMPORARY, BucketFiles, LocalFiles
 from retrieval_tip.store.manifest import Manifest
 
 pytestmark = [killing.needs_fork, pytest.mark.timeout(180)]

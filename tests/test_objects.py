@@ -26,8 +26,7 @@ from hypothesis import strategies as st
 from retrieval_tip.errors import StoreError, UsageError
 from retrieval_tip.store import address as addresses
 from retrieval_tip.store.address import Address, parse, storage_options
-from retrieval_tip.store.bucket import BucketFiles
-from retrieval_tip.store.files import LocalFiles
+from retrieval_tip.store.files import BucketFiles, LocalFiles
 from retrieval_tip.store.manifest import DataFile
 from retrieval_tip.store.versions import Files
 

@@ -30,8 +30,7 @@ from retrieval_tip.data import remote
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import of_images, open_items
 from retrieval_tip.data.tables import open_parquet, table_files
-from retrieval_tip.distributed.cluster import room
-from retrieval_tip.distributed.ray_data import PartsFolder, Work, Worker, cut, cut_inputs
+from retrieval_tip.distributed.ray_data import PartsFolder, Work, Worker, cut, cut_inputs, room
 from retrieval_tip.errors import InputError, UsageError
 
 

@@ -30,9 +30,9 @@ from retrieval_tip.fit.closed_form import wilson
 from retrieval_tip.fit.folds import Queries
 from retrieval_tip.fit.search_hp import search
 from retrieval_tip.model import Index
-from retrieval_tip.report import curve, plots, report
-from retrieval_tip.report.mistakes import MISTAKES
+from retrieval_tip.report import plots, report
 from retrieval_tip.report.report import write_report
+from retrieval_tip.report.results import MISTAKES
 
 pytest.importorskip("matplotlib")
 
@@ -221,7 +221,7 @@ def test_the_curve_is_measured_on_drawn_shots(food, tmp_path):
     for number, draws, mean, ends in shown:
         own = []
         for seed in range(1, int(draws) + 1):
-            drawn = curve.draw(pool, int(number), seed)
+            drawn = report.draw(pool, int(number), seed)
             assert sorted(drawn.labels["key_id"].to_pylist()) == sorted(
                 few_shot(pool.class_ids.tolist(), int(number), seed)
             )
@@ -238,10 +238,10 @@ def test_the_curve_is_measured_on_drawn_shots(food, tmp_path):
 
 
 def test_intervals_use_students_t_distribution():
-    assert curve.half_width([0.5, 0.6, 0.7]) == pytest.approx(4.303 * 0.1 / np.sqrt(3))
-    assert curve.half_width([0.5]) is None
+    assert report.half_width([0.5, 0.6, 0.7]) == pytest.approx(4.303 * 0.1 / np.sqrt(3))
+    assert report.half_width([0.5]) is None
     many = np.arange(20) / 100
-    assert curve.half_width(many.tolist()) == pytest.approx(1.96 * np.std(many, ddof=1) / np.sqrt(20))
+    assert report.half_width(many.tolist()) == pytest.approx(1.96 * np.std(many, ddof=1) / np.sqrt(20))
 
 
 # ---------------------------------------------------------------------------------------------------- pictures, names

@@ -45,8 +45,7 @@ from retrieval_tip.server.app import create_app
 from retrieval_tip.server.served import open_all
 from retrieval_tip.settings import Settings
 from retrieval_tip.store import versions as store_versions
-from retrieval_tip.store.bucket import BucketFiles
-from retrieval_tip.store.files import LocalFiles
+from retrieval_tip.store.files import BucketFiles, LocalFiles
 from retrieval_tip.store.manifest import Table
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("bucket", "one_thread")]

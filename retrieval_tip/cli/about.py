@@ -13,7 +13,7 @@ import click
 from retrieval_tip.cli import kinds, options
 from retrieval_tip.cli.group import argument, command, flag, option
 from retrieval_tip.cli.kinds import Place
-from retrieval_tip.cli.messages import FAILED, finish, print_facts, print_result, say
+from retrieval_tip.cli.messages import FAILED, finish, print_result, say
 from retrieval_tip.cli.opening import reader_for, source_of
 from retrieval_tip.cli.options import ComparedOptions, OutputOptions
 from retrieval_tip.errors import UsageError, counted, show
@@ -182,7 +182,7 @@ def doctor(as_json: bool = options.JSON) -> None:
     if as_json:
         click.echo(json.dumps({"facts": report.facts, "problems": report.problems}))
     else:
-        print_facts(report.facts)
+        print_result(report.facts)
         for problem in report.problems:
             click.echo(f"problem: {problem}")
         if not report.problems:

@@ -1,11 +1,12 @@
-"""The commands ``encode`` and ``classify``."""
+"""The commands ``encode`` and ``classify``, with the rows and files that ``classify`` writes."""
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -27,29 +28,266 @@ from retrieval_tip.cli.opening import (
     source_of,
     store_of,
 )
-from retrieval_tip.cli.options import (
-    EncodingOptions,
-    EngineOptions,
-    OpeningOptions,
-    OutputOptions,
-    SourceOptions,
-    ViewOptions,
-)
-from retrieval_tip.cli.rows import (
-    CAMTRAP_DP,
-    DOCUMENTS,
-    MEGADETECTOR,
-    RowOptions,
-    SidecarOptions,
-    TrapOptions,
-    count_rows,
-)
-from retrieval_tip.errors import Skipped, UsageError, counted, show
+from retrieval_tip.cli.options import EngineOptions, OutputOptions
+from retrieval_tip.errors import InputError, Skipped, UsageError, counted, show
 from retrieval_tip.settings import Ask
 
 if TYPE_CHECKING:
+    from zoneinfo import ZoneInfo
+
+    import pyarrow as pa
+
+    from retrieval_tip.data.boxes import Cut
+    from retrieval_tip.data.exif import Noting
+    from retrieval_tip.data.reader import Reader
+    from retrieval_tip.data.sources import Source
     from retrieval_tip.distributed.ray_data import Piece, Question
     from retrieval_tip.model import Index
+    from retrieval_tip.predictions import Abstain
+
+DOCUMENTS = ("coco", "fiftyone", "label-studio")
+"""Formats for other programs that list whole photos (see :data:`exchange.FORMATS`)."""
+MEGADETECTOR, CAMTRAP_DP = "megadetector", "camtrap-dp"
+"""Formats for programs that manage photos of camera traps (see :mod:`camera_traps`)."""
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """The columns of answers, and the rules for withholding a label and for grouping photos.
+
+    ``group_by`` is the number of seconds between the photos of a burst.
+
+    Options:
+        explain: Show the shots that contributed most to an answer, and its text and cache logits.
+        abstain: Withhold the label if its probability is below P. With auto, the label is withheld if the probability
+            is below 0.5 or the image has no match.
+        group_no_match: Group similar images that have no match. The column group numbers the groups, largest first.
+        group_by: Give all photos of a burst the mean of their probabilities. A burst consists of photos in the same
+            folder, each taken at most SECONDS after the one before. The default is 10 seconds.
+        boxes: Boxes of a detector, in MegaDetector's JSON format. Each box is cropped and classified, as photo.jpg#1.
+            The column detected contains its category, or "empty" if a photo has no box.
+        categories: Categories of boxes to classify, separated by commas. [default: all; animal in the formats
+            megadetector and camtrap-dp]
+        exif: Add the columns taken_at, latitude and longitude from the EXIF metadata of photos.
+    """
+
+    explain: bool = flag(**options.ANSWERS)
+    abstain: Abstain = option(kinds.abstaining, metavar="P|AUTO", **options.ANSWERS)
+    group_no_match: bool = flag(**options.ANSWERS)
+    group_by: float | None = option(kinds.bursts, metavar="BURST[:SECONDS]", **options.ANSWERS)
+    boxes: Path | None = option(kinds.FILE, **options.INPUT)
+    categories: list[str] = option(multiple=True, metavar="NAME,...", callback=kinds.names, **options.INPUT)
+    exif: bool = flag(**options.ANSWERS)
+    ask: Ask = Ask()
+
+    def check(self, index: Index, engine: EngineOptions, style: str | None) -> None:
+        """Raise UsageError if options exclude each other, or if the index cannot group photos."""
+        of_one = {"--explain": self.explain, "--logits": self.ask.logits, "--coverage": self.ask.coverage is not None}
+        of_one |= {"--group-no-match": self.group_no_match, "--engine ray": engine.is_ray}
+        if self.abstain is not None and (self.ask.at_least is not None or self.ask.coverage is not None):
+            raise UsageError("--abstain, --at-least and --coverage: give only one")
+        if (sets := index.sets(self.ask)) is not None:
+            warn(sets.cautions(index.class_names))
+        if self.group_by is not None and (given := [name for name, value in of_one.items() if value]):
+            raise UsageError(f"--group-by burst: all photos of a burst get one answer; leave out {given[0]}")
+        if self.boxes is not None and engine.is_ray:
+            raise UsageError("--boxes: --engine ray cannot crop photos; leave one of them out")
+        if self.boxes is None and self.categories:
+            raise UsageError("--categories: selects boxes; add --boxes FILE, or leave it out")
+        if self.boxes is not None and style in DOCUMENTS:
+            raise UsageError(f"--format {style}: lists whole photos; leave out --boxes")
+        if self.group_no_match:
+            from retrieval_tip.labelling.groups import check_fitted
+
+            check_fitted(index, "--group-no-match")
+        if self.group_no_match and engine.is_ray:
+            raise UsageError("--group-no-match: compares all images, which --engine ray cannot; leave one of them out")
+
+    def labels(self, index: Index) -> list[str]:
+        """Return the labels that answers can have."""
+        own = index.class_names
+        return own if self.ask.at_least is None or index.groups is None else index.groups.labels(own)
+
+    def schema(self, index: Index) -> pa.Schema:
+        """Return the columns and their types."""
+        import pyarrow as pa
+
+        from retrieval_tip.data.exif import EXIF
+        from retrieval_tip.predictions import PREDICTIONS
+
+        types = {**PREDICTIONS, **EXIF, "burst": pa.int64(), "detected": pa.string()}
+        columns = ["input", "label", *(["level"] if self.ask.at_least is not None else []), "probability"]
+        columns += ["no_match"] if index.settings.least_cache is not None else []
+        columns += ["detected"] if self.boxes is not None else []
+        columns += ["group"] if self.group_no_match else []
+        columns += ["burst"] if self.group_by is not None else []
+        columns += list(EXIF) if self.exif else []
+        columns += ["set"] if self.ask.coverage is not None else []
+        columns += ["labels", "probabilities"] if self.ask.top > 1 else []
+        columns += ["logits"] if self.ask.logits else []
+        if self.explain:
+            columns += ["text_logit", "cache_logit", *(["discriminant_logit"] if index.settings.gamma else [])]
+            columns += ["neighbours", "opposing"]
+        return pa.schema([(column, types[column]) for column in columns])
+
+    def tables(
+        self, index: Index, sources: Sequence[Source], reader: Reader, cut: Cut | None = None
+    ) -> Iterator[pa.Table]:
+        """Classify the sources, and yield tables of the :meth:`schema`.
+
+        The boxes of ``cut`` that are not classified and its empty photos come last.
+        """
+        import pyarrow as pa
+
+        from retrieval_tip.data.boxes import EMPTY, Cut
+        from retrieval_tip.data.exif import Noting
+
+        cut, schema = cut or Cut(), self.schema(index)
+        detected = cut.detected | dict.fromkeys(map(show, cut.empty), EMPTY)
+        noting = Noting(reader.read, cut.boxes)
+        if self.exif or self.group_by is not None or self.boxes is not None:
+            reader = replace(reader, read=noting)
+        for table in chain(self._answers(index, sources, reader, noting), self._others(cut, noting)):
+            names = table["input"].to_pylist()
+            known = dict(zip(table.column_names, table.columns, strict=True))
+            known |= {"detected": pa.array(map(detected.get, names), pa.string())}
+            known |= noting.columns(names) if self.exif else {}
+            yield pa.table([known.get(one.name, pa.nulls(len(names), one.type)) for one in schema], schema=schema)
+
+    def _answers(self, index: Index, sources: Sequence[Source], reader: Reader, noting: Noting) -> Iterator[pa.Table]:
+        from retrieval_tip.predictions import PREDICTIONS
+
+        columns = [name for name in self.schema(index).names if name in PREDICTIONS]
+        ask = replace(self.ask, neighbours=self.ask.neighbours if self.explain else 0)
+        some = any(map(len, sources))  # all photos may be empty
+        if some and self.group_no_match:
+            from retrieval_tip.labelling.groups import MOST, classify_in_groups
+            from retrieval_tip.labelling.photos import Pool
+
+            table = classify_in_groups(index, Pool.of(sources, reader), ask).written(columns, self.abstain)
+            if (no_match := table["no_match"].to_pylist().count(True)) > MOST:
+                drawn = f"Grouped {MOST:,} of {no_match:,} images without a match, drawn at random"
+                say(f"{drawn}; the others joined these groups")
+            yield table
+        elif some and self.group_by is not None:
+            from retrieval_tip.labelling.bursts import classify_in_bursts
+
+            answers, bursts = classify_in_bursts(index, sources, reader, noting, self.group_by, ask)
+            yield answers.written(columns, self.abstain).append_column("burst", bursts)
+        else:
+            for source in sources:
+                for answers in index.classify_source(source, reader, ask):
+                    yield answers.written(columns, self.abstain)
+
+    def _others(self, cut: Cut, noting: Noting) -> Iterator[pa.Table]:
+        """Yield the names of unclassified inputs, after noting when and where the photos were taken."""
+        import pyarrow as pa
+
+        if names := [*cut.others, *cut.empty]:
+            for name in names if self.exif else ():
+                with suppress(InputError):
+                    noting.note(name)
+            yield pa.table({"input": list(map(show, names))})
+
+
+def count_rows(tables: Iterable[pa.Table], counts: Counter[str]) -> Iterator[pa.Table]:
+    """Count the ``rows`` of tables, and those without a match, while passing the tables on."""
+    for table in tables:
+        counts["rows"] += len(table)
+        if "no_match" in table.column_names:
+            counts["no_match"] += table["no_match"].to_pylist().count(True)
+        yield table
+
+
+@dataclass(frozen=True)
+class TrapOptions:
+    """Options of the formats for camera traps.
+
+    Options:
+        overwrite: Replace earlier classifications of the boxes (format megadetector).
+        timezone: Time zone of the cameras, such as Europe/Berlin (format camtrap-dp).
+        deployments: Table of the deployments, which are named like folders of photos (format camtrap-dp). [default:
+            each folder is a deployment]
+    """
+
+    overwrite: bool = flag(**options.OUTPUTS)
+    timezone: ZoneInfo | None = option(metavar="ZONE", callback=kinds.zone, **options.OUTPUTS)
+    deployments: Path | None = option(kinds.FILE, **options.OUTPUTS)
+
+    def rows(self, rows: RowOptions, printing: OutputOptions) -> RowOptions:
+        """Return the options of the rows that the format needs. Raises UsageError if an option does not fit it."""
+        detections, package = (printing.named == one for one in (MEGADETECTOR, CAMTRAP_DP))
+        if self.overwrite and not (detections and rows.boxes):
+            raise UsageError(f"--overwrite: only applies to --boxes with --format {MEGADETECTOR}; leave it out")
+        if package and (self.timezone is None or printing.output is None):
+            raise UsageError(f"--format {CAMTRAP_DP}: needs --out FOLDER and --timezone ZONE, such as Europe/Berlin")
+        if not package and (self.timezone or self.deployments):
+            raise UsageError(f"--timezone and --deployments: only apply to --format {CAMTRAP_DP}; leave them out")
+        if not detections and not package:
+            return rows
+        from retrieval_tip.data.camera_traps import ANIMAL, TOP
+
+        categories = rows.categories or [ANIMAL] * (rows.boxes is not None)
+        ask = replace(rows.ask, top=TOP) if detections else rows.ask
+        return replace(rows, categories=categories, exif=rows.exif or package, ask=ask)
+
+
+@dataclass(frozen=True)
+class SidecarOptions:
+    """What to do with the XMP sidecars of the photos.
+
+    Options:
+        xmp: Also write the label of each photo as a keyword into its XMP sidecar.
+        uncertain: Keyword for photos without a label or a match, for --xmp. [default: none]
+        undo: With --xmp, only restore the previous sidecars.
+    """
+
+    xmp: bool = flag(**options.OUTPUTS)
+    uncertain: str | None = option(metavar="KEYWORD", **options.OUTPUTS)
+    undo: bool = flag(**options.OUTPUTS)
+
+    def check(self, engine: EngineOptions) -> None:
+        """Raise UsageError if options exclude each other."""
+        if not self.xmp and (self.undo or self.uncertain is not None):
+            raise UsageError(f"--{'undo' if self.undo else 'uncertain'}: only applies to --xmp; add --xmp")
+        if self.xmp and engine.is_ray:
+            raise UsageError("--xmp: --engine ray cannot write sidecars; leave one out")
+
+    def restore(self, inputs: Sequence[str]) -> None:
+        """Restore the sidecars."""
+        from retrieval_tip.labelling.sidecars import undo_sidecars
+
+        undone = undo_sidecars(path for source in inputs_of(inputs) for path in source.paths or ())
+        click.echo(str(undone).capitalize())
+        finish(undone.skipped, "restored")
+
+    def noted(
+        self, tables: Iterable[pa.Table], sources: Sequence[Source], cut: Cut, keywords: dict[str, list[str]]
+    ) -> Iterator[pa.Table]:
+        """Note the ``keywords`` of each photo while passing tables on. A photo has the keywords of all its boxes."""
+        from retrieval_tip.labelling.labels import NONE
+        from retrieval_tip.labelling.sort import check_files
+
+        check_files(sources, "--xmp", "they have no sidecars")
+        photos = {show(path): path for source in sources for path in source.paths or ()}
+        photos |= {show(name): path for name, (path, _) in cut.boxes.items()} | {show(path): path for path in cut.empty}
+        for table in tables:
+            names = {"input", "label", "probability", "no_match"}.intersection(table.column_names)
+            for row in table.select([*names]).to_pylist():
+                own = keywords.setdefault(photos[row["input"]], [])
+                unlabelled = row["label"] in (None, NONE) or row.get("no_match")
+                keyword = self.uncertain if unlabelled else row["label"]
+                if keyword and row["probability"] is not None and keyword not in own:
+                    own.append(keyword)
+            yield table
+
+    def write(self, keywords: Mapping[str, Sequence[str]], index: Index) -> list[Skipped]:
+        """Write the keywords, and return the sidecars that were skipped."""
+        from retrieval_tip.labelling.sidecars import in_groups, write_sidecars
+
+        written = write_sidecars({path: in_groups(own, index.groups) for path, own in keywords.items()})
+        say(f"{str(written).capitalize()}; --undo restores them")
+        return written.skipped
 
 
 @command()
@@ -57,8 +295,8 @@ def encode(
     source: Place = argument(kinds.SOURCE),
     out: Place = option(kinds.OUTPUT, "--out", "-o", required=True, help="Feature table to write (.parquet)."),
     engine: EngineOptions = options.ENGINE,
-    views: ViewOptions = options.VIEWS,
-    encoding: SourceOptions = options.SOURCES,
+    views: options.ViewOptions = options.VIEWS,
+    encoding: options.SourceOptions = options.SOURCES,
 ) -> None:
     """Encode images into a feature table.
 
@@ -101,13 +339,13 @@ def classify(
     folder: Place = options.INDEX_ARGUMENT,
     inputs: tuple[str, ...] = argument(nargs=-1, required=True),
     ask: Ask = grouped(Ask, options.ASKING | options.LEVELS | _ASK),
-    opening: OpeningOptions = options.OPENING,
+    opening: options.OpeningOptions = options.OPENING,
     rows: RowOptions = grouped(RowOptions),
     engine: EngineOptions = options.ENGINE,
     printing: OutputOptions = grouped(OutputOptions, _PRINTING),
     trap: TrapOptions = grouped(TrapOptions),
     sidecars: SidecarOptions = grouped(SidecarOptions),
-    encoding: EncodingOptions = options.ENCODING,
+    encoding: options.EncodingOptions = options.ENCODING,
 ) -> None:
     """Classify images or features with an index.
 
@@ -173,11 +411,11 @@ def _classify_on_ray(
     folder: Place,
     inputs: tuple[str, ...],
     loaded: Index,
-    opening: OpeningOptions,
+    opening: options.OpeningOptions,
     rows: RowOptions,
     engine: EngineOptions,
     printing: OutputOptions,
-    encoding: EncodingOptions,
+    encoding: options.EncodingOptions,
 ) -> None:
     from retrieval_tip.distributed.ray_data import Question, cut_inputs
 
@@ -195,9 +433,9 @@ def _on_ray(
     pieces: Sequence[Piece],
     out: Place,
     engine: EngineOptions,
-    encoding: EncodingOptions,
+    encoding: options.EncodingOptions,
     *,
-    views: ViewOptions | None = None,
+    views: options.ViewOptions | None = None,
     index: Index | None = None,
     question: Question | None = None,
 ) -> tuple[str, list[Skipped]]:

@@ -14,7 +14,7 @@ import click
 from retrieval_tip.cli import kinds, options
 from retrieval_tip.cli.group import argument, command, flag, grouped, option
 from retrieval_tip.cli.kinds import Place
-from retrieval_tip.cli.messages import command_line, finish, note, print_facts, say
+from retrieval_tip.cli.messages import command_line, finish, note, print_result, say
 from retrieval_tip.cli.opening import index_with, reader_for, source_of
 from retrieval_tip.cli.options import ComparedOptions, OpeningOptions, SourceOptions
 from retrieval_tip.errors import UsageError, counted, few, json_line, percent, show
@@ -145,7 +145,7 @@ def _print_evaluation(evaluation: Evaluation) -> None:
     facts |= {name: result[name] for name in asked if name in result}
     if logging.getLogger("retrieval_tip").isEnabledFor(logging.INFO):
         facts |= {name: value for name, value in result.items() if name not in facts}
-    print_facts(facts, 15)
+    print_result(facts, width=15)
 
 
 @command()

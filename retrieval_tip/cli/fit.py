@@ -11,7 +11,7 @@ import click
 from retrieval_tip.cli import kinds, options
 from retrieval_tip.cli.group import command, flag, grouped, option
 from retrieval_tip.cli.kinds import Place
-from retrieval_tip.cli.messages import finish, print_facts, print_result, say_fit, warn
+from retrieval_tip.cli.messages import finish, print_result, say_fit, warn
 from retrieval_tip.cli.opening import reader_for, source_of, store_of, validation
 from retrieval_tip.cli.options import SourceOptions
 from retrieval_tip.errors import UsageError, show
@@ -63,7 +63,7 @@ def _calibrate(folder: Place, val: Place | None, form: dict[str, Any], encoding:
     source = source_of(val, encoding, "val")
     with reader_for(index, [source], encoding) as reader:
         result = calibrate(index, source, reader)
-    print_facts(vars(result) | {"version": index.version}, 15)
+    print_result(vars(result) | {"version": index.version}, width=15)
     finish(reader.skipped)
 
 

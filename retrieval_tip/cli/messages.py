@@ -65,19 +65,14 @@ def shown(value: object) -> str:
     return "-" if value is None else one_line(str(value))
 
 
-def print_facts(facts: Mapping[str, object], width: int = 0) -> None:
-    """Print each name and value on a line of standard output, with the values aligned."""
+def print_result(facts: Mapping[str, object], as_json: bool = False, width: int = 0) -> None:
+    """Print names and values as one JSON object, or on a line each, with the values aligned."""
+    if as_json:
+        click.echo(json_line(facts))
+        return
     width = max(width, *map(len, facts))
     for name, value in facts.items():
         click.echo(f"{name:<{width}}  {shown(value)}")
-
-
-def print_result(facts: Mapping[str, object], as_json: bool, width: int = 0) -> None:
-    """Print names and values as one JSON object, or on a line each."""
-    if as_json:
-        click.echo(json_line(facts))
-    else:
-        print_facts(facts, width)
 
 
 def command_line(*words: object) -> str:

@@ -109,10 +109,7 @@ def write_document(make: Callable[[], object], path: Path | None) -> None:
 
 
 def write_folder(make: Callable[[], Mapping[str, Any]], folder: Path) -> None:
-    """Write the tables and the JSON objects that ``make`` returns as CSV and JSON files into a new folder.
-
-    The folder appears only once it is complete. Raises InputError if it exists already, or cannot be written.
-    """
+    """Write the tables and JSON objects that ``make`` returns as CSV and JSON files into a new folder, all at once."""
     if os.path.lexists(folder):
         raise InputError(f"{show(folder)}: exists already; choose another --out")
     try:
@@ -129,10 +126,7 @@ def write_folder(make: Callable[[], Mapping[str, Any]], folder: Path) -> None:
 
 
 def write_table(table: pa.Table, style: str, path: Path | None) -> None:
-    """Write a table in the same way as :func:`write_tables`, but round its times to microseconds.
-
-    Raises UsageError if the format does not support a value, such as a year above 9999.
-    """
+    """Write a table in the same way as :func:`write_tables`, but round its times to microseconds."""
     for place, field in enumerate(table.schema):
         if pa.types.is_timestamp(field.type) and field.type.unit == "ns":
             rounded = table.column(place).cast(pa.timestamp("us", field.type.tz), safe=False)

@@ -19,12 +19,14 @@ import json
 import logging
 import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, groupby
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from fsspec import AbstractFileSystem
@@ -38,8 +40,16 @@ from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.reader import Reader, encoded
 from retrieval_tip.data.sources import Source, of_tars, open_inputs
 from retrieval_tip.data.tables import COMPLETE, RUN, check_backbone, open_parquet, part_files
-from retrieval_tip.distributed.cluster import connected, room
-from retrieval_tip.errors import InputError, RetrievalTipError, Skipped, StoreError, UsageError, first_line, show
+from retrieval_tip.errors import (
+    InputError,
+    RetrievalTipError,
+    Skipped,
+    StoreError,
+    UsageError,
+    first_line,
+    install,
+    show,
+)
 from retrieval_tip.index import places
 from retrieval_tip.model import Index
 from retrieval_tip.settings import Precision, Settings
@@ -50,6 +60,10 @@ IMAGES, ROWS = 256, 16_384
 PIECES = 64
 """Number of pieces for a small source, unless a piece would be smaller than a sixteenth of the maximum size."""
 FAILED = "_failed"
+ACTORS_A_NODE = 8
+"""Maximum number of actors on a node that has no GPU. Each actor uses a share of the CPUs."""
+PATIENCE = 5.0
+"""Number of seconds to wait for a connection to the head of a cluster. Ray itself would wait for minutes."""
 
 Piece = Source | str
 """A part of a source, or the path or URL of a tar file that the actor opens."""
@@ -179,6 +193,47 @@ def _stream(
         if isinstance(cause, RetrievalTipError):
             raise type(cause)(first_line(cause)) from None  # omits the lines that Ray adds
         raise InputError(f"Ray failed ({first_line(cause)}); run the command again for the missing parts") from error
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[None]:
+    """Connect to the cluster at ``address``, or start a cluster on this machine, until the context ends."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # otherwise, messages bypass the Python loggers
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning of old Ray releases
+    try:
+        import ray
+    except ImportError:
+        raise UsageError(f"Ray is not installed; run {install('ray')}") from None
+    try:
+        if address not in (None, "auto"):
+            host, _, port = str(address).rpartition(":")
+            socket.create_connection((host.strip("[]"), int(port)), PATIENCE).close()
+        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.CRITICAL)
+    except (RuntimeError, ValueError, OverflowError, OSError) as error:
+        where = (
+            f"--ray-address {address}: give HOST:PORT of the head of a Ray cluster" if address else "cannot start Ray"
+        )
+        raise UsageError(f"{where} ({first_line(error)})") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def room(nodes: Iterable[Mapping[str, Any]], device: str) -> tuple[int, int, int]:
+    """Return the number of actors that ``nodes`` can run, and the number of CPUs and GPUs per actor.
+
+    ``nodes`` is the result of ``ray.nodes()``. One actor runs on each GPU.
+    """
+    found = [node["Resources"] for node in nodes if node["Alive"]]
+    cpus = [int(node.get("CPU", 0)) for node in found]
+    gpus = 0 if device == "cpu" else sum(int(node.get("GPU", 0)) for node in found)
+    each = 1 if gpus else max(1, max(cpus) // ACTORS_A_NODE)
+    actors = min(gpus, sum(cpus)) or sum(number // each for number in cpus)
+    if not actors:
+        raise UsageError("the Ray cluster has no CPU for actors; start its nodes with --num-cpus")
+    return actors, each, min(gpus, 1)
 
 
 class Worker:

@@ -31,10 +31,7 @@ PAIRED = pa.schema({"input": pa.string(), "other": pa.string(), "similarity": pa
 
 
 def example_of(query: str) -> Source | None:
-    """Return the source of a query that is an image file, or ``None`` if the query is a text.
-
-    Raises InputError if the query looks like an image file that does not exist.
-    """
+    """Return the source of a query that is an image file, or ``None`` if the query is a text."""
     if os.path.isfile(query):  # noqa: PTH113 - a long text is not an error
         return of_images([query])
     if Path(query).suffix.lower() in images.extensions():
@@ -51,9 +48,6 @@ def find_photos(
     an index, and copies of the image are left out. Otherwise, the query is a text. It is inserted into the prompt
     templates of the index, if there is one, and the similarity is the cosine. The table has the columns of ``FOUND``.
     The memory needed does not depend on the number of photos.
-
-    Raises UsageError if the query is a text and the encoder has no text, and the errors of
-    :meth:`reader.Reader.blocks`.
     """
     check_count("n", n)
     example, metric, known = example_of(query), None, None
@@ -85,8 +79,6 @@ def find_duplicates(sources: Sequence[Source], reader: Reader, n: int = 20) -> t
     The table has the columns ``input``, ``other``, ``similarity`` (the cosine of the features) and ``kind`` (see
     :class:`duplicates.Duplicate`). If there are more than ``MOST_PHOTOS``, only identical photos and identical features
     are found.
-
-    Raises the errors of :meth:`reader.Reader.blocks`.
     """
     check_count("n", n)
     pool = Pool.of(sources, reader)

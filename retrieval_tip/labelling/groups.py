@@ -43,8 +43,6 @@ def group(features: Features, threshold: float, metric: tip.Metric | None = None
 
     ``features`` have the shape ``[m, d]``. Two groups are merged if their average similarity is at least ``threshold``
     (see :func:`threshold_of`). Without a ``metric``, the similarity is the cosine.
-
-    Raises InputError if ``features`` is not a finite array of this shape, and UsageError if there is too little memory.
     """
     raw = inputs.matrix(features, "features")
     m, d = raw.shape

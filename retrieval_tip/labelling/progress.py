@@ -77,8 +77,6 @@ def estimate_rest(index: Index, random_ids: Sequence[int], rest: Features, chose
     held out in parts (see :func:`held_out.held_out_probabilities`). For 500 keys of 1,280 values, this takes about 1 s.
     ``rest`` holds the features of the unlabelled photos, of shape ``[m, d]``. At most :data:`MOST_REST` of them
     are used. Without labelled photos, any number can be wrong.
-
-    Raises InputError if ``rest`` is not finite or has the wrong shape.
     """
     m, rows = len(rest), photo_rows(index, [*random_ids, *chosen_ids])
     if not len(rows) or not m:

@@ -89,8 +89,6 @@ def suggest(
     ``features`` and ``labelled``, the features of the labelled photos, have the shapes ``[m, d]`` and ``[k, d]``. The
     uncertainties, of shape ``[m]`` and from 0 to 1, default to 1. Without a ``metric``, the similarity is the cosine
     after subtracting the mean of ``features``.
-
-    Raises InputError if ``features`` are not finite or have the wrong shape, and UsageError if ``n`` is less than 1.
     """
     check_count("n", n)
     raw = inputs.matrix(features, "features")

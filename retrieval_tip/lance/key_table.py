@@ -28,7 +28,7 @@ import pyarrow as pa
 from retrieval_tip.data.tables import vectors
 from retrieval_tip.errors import RetrievalTipError, StoreError, UsageError, first_line, install
 from retrieval_tip.store.address import Address, storage_options
-from retrieval_tip.store.bucket import check_process
+from retrieval_tip.store.files import check_process
 from retrieval_tip.store.labels import LABEL_SCHEMA
 
 FloatArray = npt.NDArray[np.float32]
@@ -143,10 +143,7 @@ class KeyTable:
 
     @classmethod
     def at(cls, address: Address, name: str, version: int | None = None) -> KeyTable:
-        """Open a version of the table, by default the newest one, even if no manifest refers to it.
-
-        Raises StoreError if the version no longer exists.
-        """
+        """Open a version of the table, by default the newest one, even if no manifest refers to it."""
         with _store_errors(address, f"opening {'' if version is None else f'version {version} of '}its table"):
             table = _connected(address).open_table(name)
             if version is not None:
@@ -339,18 +336,14 @@ class KeyTable:
             raise changed_meanwhile(self.address)
 
     def append(self, rows: pa.Table) -> None:
-        """Add rows to the table. Columns that are missing in the table are added first."""
+        """Add rows to the table, after columns that it lacks. Columns that the rows lack are null."""
         there = self.schema
-        new = [rows.schema.field(name) for name in rows.column_names if name not in there.names]
-        if new:
+        if new := [field for field in rows.schema if field.name not in there.names]:
             with self._writing("adding columns"):
                 self.table.add_columns(pa.schema(new))
             there = self.schema
-        lacking = [name for name in there.names if name not in rows.column_names]
-        for name in lacking:
-            rows = rows.append_column(name, pa.nulls(len(rows), there.field(name).type))
         with self._writing("adding rows"):
-            self.table.add(rows.select(there.names).cast(there))
+            self.table.add(rows.cast(pa.schema([there.field(name) for name in rows.column_names])))
 
     def delete(self, key_ids: Sequence[int]) -> None:
         """Delete the rows of the given keys."""
@@ -366,8 +359,7 @@ class KeyTable:
     def restore(self, version: int) -> None:
         """Restore an earlier version as the newest version. This drops the rows of interrupted writers."""
         with _store_errors(self.address, f"going back to version {version} of its table"):
-            self.table.checkout(version)
-            self.table.restore()
+            self.table.restore(version)
 
     def build_index(self, kind: str) -> None:
         """Rebuild the index of the table.

@@ -45,8 +45,7 @@ from retrieval_tip.lance.key_table import CLASSES, FLAT, RESTORE, TABLE, VALUES,
 from retrieval_tip.settings import Dtype, Precision, Verify
 from retrieval_tip.store import versions
 from retrieval_tip.store.address import Address
-from retrieval_tip.store.bucket import OBJECT_BYTES, BucketFiles
-from retrieval_tip.store.files import LocalFiles
+from retrieval_tip.store.files import OBJECT_BYTES, BucketFiles, LocalFiles
 from retrieval_tip.store.manifest import DataFile, Manifest, Table
 from retrieval_tip.store.versions import MANIFEST_BYTES, VERSIONS_TRIED, Origin, Writer, manifest_name
 
@@ -168,19 +167,15 @@ class LanceStore(Store):
         self.table(manifest)
 
     def classes(self, manifest: Manifest) -> pa.Table:
-        """Return the label, the text weight and the key statistics of each class of a version.
-
-        Raises StoreError if the file is missing or damaged.
-        """
+        """Return the label, the text weight and the key statistics of each class of a version."""
         file = manifest.files["classes"]
         return pq.read_table(io.BytesIO(self._checked(file.name, file.sha256)))
 
     def arrays(self, manifest: Manifest, *kinds: str) -> dict[str, Any]:
         """Return arrays of a version by kind, if it has them, with the metric as a :class:`tip.Metric`.
 
-        ``kinds`` are ``second``, ``prior``, ``scores``, ``metric`` and ``values``. The arrays have the shapes
-        ``[d, d]``, ``[d, d]``, ``[m, 3]``, ``[1 + d, d]`` and ``[n, c]``. Raises StoreError if a file is missing or
-        damaged.
+        ``kinds`` are ``second``, ``prior``, ``scores``, ``metric`` and ``values``, of the shapes ``[d, d]``,
+        ``[d, d]``, ``[m, 3]``, ``[1 + d, d]`` and ``[n, c]``.
         """
         from retrieval_tip.store.contents import metric_of
 
@@ -333,6 +328,7 @@ class LanceStore(Store):
         ``what`` is a short description for the history. Raises the errors of :meth:`model.Editing.check_answers` and
         :meth:`Writer.commit`.
         """
+        from retrieval_tip.model import SUMS_FROM
         from retrieval_tip.store.contents import array_of
 
         index.check_answers()
@@ -346,9 +342,14 @@ class LanceStore(Store):
         classes |= {"text": vectors(text), "sum": vectors(rows.totals)}
         classes |= {} if rows.points is None else {"point_sum": vectors(rows.points)}
         writer.put_table("classes", pa.table(classes))
-        for kind, held in _contents(index, rows).items():
-            if held is not None:
-                writer.put_array(kind, array_of(held))
+        size, second, values = rows.n * rows.d * np.dtype(rows.dtype).itemsize, rows.second, index.values
+        held = index.fit_contents() | {
+            "second": second if second is not None and second.nbytes * SUMS_FROM <= size else None,
+            "values": None if values is None else values[np.argsort(index.labels["key_id"].to_numpy())],
+        }
+        for kind, own in held.items():
+            if own is not None:
+                writer.put_array(kind, array_of(own))
         table = Table(rows.table.name, rows.table.version, rows.n)
         digests = writer.digests(table)
         stored = copy.copy(index)
@@ -448,17 +449,6 @@ class TableChange(Change):
             table = table.following(index.rows, len(index.class_names))
             table = table.fitted(index.metric, index.values, self._factory, "cpu")
         self.store.commit(self.writer, index, table, self.what)
-
-
-def _contents(index: Index, rows: TableRows) -> dict[str, Any]:
-    """Return the arrays of an index that are not in its table, by kind. An array is ``None`` if it does not exist."""
-    from retrieval_tip.model import SUMS_FROM
-
-    size, second, values = rows.n * rows.d * np.dtype(rows.dtype).itemsize, rows.second, index.values
-    return index.fit_contents() | {
-        "second": second if second is not None and second.nbytes * SUMS_FROM <= size else None,
-        "values": None if values is None else values[np.argsort(index.labels["key_id"].to_numpy())],
-    }
 
 
 def _matrix(column: pa.ChunkedArray) -> npt.NDArray[Any]:

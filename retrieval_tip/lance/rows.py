@@ -61,7 +61,6 @@ INDEX_FROM = 50_000
 """Minimum number of keys for which an index is faster than a comparison with every key."""
 ASSIGNED = ("key_id", "class_id", "label", "shot")
 """The columns of a key that an edit can change, after its id."""
-
 HELD_BYTES = 1 << 29
 """Maximum size in bytes of keys that stay in memory after the first read."""
 PIECE = 1 << 26
@@ -70,6 +69,32 @@ SPREAD_BYTES, SPREAD_LEAST = 1 << 28, 8
 """Maximum size in bytes of the sample for :meth:`KeyStream.slack`, and its minimum number of queries."""
 
 FloatArray = npt.NDArray[np.float64]
+
+
+class OrderedKeys(KeysInPlace):
+    """A column of keys or points in the same order as in a folder, sorted by class and then by key id.
+
+    ``offsets`` are their positions in the table.
+    """
+
+    def __init__(self, table: KeyTable, column: str, d: int, offsets: IntArray) -> None:
+        self.table, self.column, self.shape = table, column, (len(offsets), d)
+        self._offsets, self._places = offsets, np.argsort(offsets)
+
+    def __getitem__(self, places: IntArray) -> KeyArray:
+        offsets, where = np.unique(self._offsets[places], return_inverse=True)
+        keys: KeyArray = self.table.matrix(self.table.offsets(offsets, [self.column])[self.column])[where]
+        return keys
+
+    def blocks(self, places: IntArray) -> Iterator[tuple[KeyArray, IntArray]]:
+        """The table is read once."""
+        wanted, start = np.zeros(len(self), dtype=bool), 0
+        wanted[self._offsets[places]] = True
+        for batch in self.table.scan([self.column]):
+            own = np.flatnonzero(wanted[start : start + len(batch)])
+            if len(own):
+                yield self.table.matrix(batch[self.column])[own], self._places[start + own]
+            start += len(batch)
 
 
 class LanceKeys(KeyStream):
@@ -117,7 +142,7 @@ class LanceKeys(KeyStream):
         return iter(self._held) if self.n * self.d * 4 <= HELD_BYTES else self._read()
 
     def of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """See :meth:`KeyStream.of_classes`.
+        """See :meth:`keys.KeyStream.of_classes`.
 
         Small classes are read together, up to :data:`PIECE` bytes. The blocks of a larger class share a buffer.
         """
@@ -209,32 +234,6 @@ class LanceKeys(KeyStream):
         return Product(self.means).search(points, number)[1]
 
 
-class OrderedKeys(KeysInPlace):
-    """A column of keys or points in the same order as in a folder, sorted by class and then by key id.
-
-    ``offsets`` are their positions in the table.
-    """
-
-    def __init__(self, table: KeyTable, column: str, d: int, offsets: IntArray) -> None:
-        self.table, self.column, self.shape = table, column, (len(offsets), d)
-        self._offsets, self._places = offsets, np.argsort(offsets)
-
-    def __getitem__(self, places: IntArray) -> KeyArray:
-        offsets, where = np.unique(self._offsets[places], return_inverse=True)
-        keys: KeyArray = self.table.matrix(self.table.offsets(offsets, [self.column])[self.column])[where]
-        return keys
-
-    def blocks(self, places: IntArray) -> Iterator[tuple[KeyArray, IntArray]]:
-        """The table is read once."""
-        wanted, start = np.zeros(len(self), dtype=bool), 0
-        wanted[self._offsets[places]] = True
-        for batch in self.table.scan([self.column]):
-            own = np.flatnonzero(wanted[start : start + len(batch)])
-            if len(own):
-                yield self.table.matrix(batch[self.column])[own], self._places[start + own]
-            start += len(batch)
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TableRows(Rows):
     """The rows of a table, with statistics of their classes. Edits write to the table, so keep only their result.
@@ -271,9 +270,6 @@ class TableRows(Rows):
         ``stored`` if the labels come from another table and already contain the version that added each row. If you
         give a ``metric``, the table also contains the points of the keys. If you give the sums of the keys as
         ``known``, they are not recomputed.
-
-        Raises UsageError if the store does not support the index type. Raises InputError if the table cannot store a
-        column.
         """
         index_kind(index)
         ahead = iter(blocks)
@@ -552,9 +548,7 @@ class TableRows(Rows):
         """Rewrite every row and the index, so that the files of this version do not contain removed rows.
 
         You can change the index type with ``factory`` and the dtype of the keys with ``dtype``. With a ``metric``, the
-        table also contains the points. If you give the sums of the keys as ``known``, they are not recomputed. Raises
-        UsageError if the store does not support the index type. Raises InputError if a key overflows the dtype. Raises
-        StoreError if rows are damaged.
+        table also contains the points. If you give the sums of the keys as ``known``, they are not recomputed.
         """
         writer, table = self._writer, self.table
         if writer.parent is not None:  # damaged rows must not get valid sums and digests

@@ -1,12 +1,15 @@
-"""The data of a report, its summary, and recommendations."""
+"""The data of a report, its summary, recommendations, and the mistakes with their photos and nearby keys."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import math
 import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,13 +18,15 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from retrieval_tip.data import images
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
-from retrieval_tip.errors import counted, percent, show
+from retrieval_tip.errors import InputError, UsageError, counted, percent, show
 from retrieval_tip.evaluation.audit import AUDITED, audit
 from retrieval_tip.evaluation.evaluate import Answers, Evaluation
 from retrieval_tip.fit.closed_form import wilson
 from retrieval_tip.model import Index
+from retrieval_tip.predictions import Neighbour
 
 SURE = 0.9
 """Minimum probability of a confident prediction."""
@@ -29,6 +34,8 @@ WEAK, NAMED = 0.5, 3
 """Accuracy below which a class always counts as weak, and the maximum number of weak classes to list."""
 MISCALIBRATED = 0.05
 """Smallest difference between the mean probability and the accuracy at which a calibration is recommended."""
+MISTAKES, PAIRS, EXAMPLES, NEIGHBOURS = 12, 8, 3, 5
+"""Maximum numbers of mistakes in a list, of confused pairs, of photos per pair, and of keys per mistake."""
 
 
 class ClassScore(NamedTuple):
@@ -115,8 +122,8 @@ class Results:
         else:
             yield f"The classifier is never {100 * SURE:.0f} % certain."
 
-    def actions(self) -> Iterator[Action]:
-        """Yield recommendations, weakest class first."""
+    def actions(self) -> Iterator[tuple[str, str, str]]:
+        """Yield recommendations, weakest class first: what to do, why, and the command, if there is one."""
         index, top1, wrong = self.index, self.evaluation.top1, int((~self.answers.right).sum())
 
         def command(name: str, rest: str = "") -> str:
@@ -129,28 +136,20 @@ class Results:
             what = f"{one.name}: {100 * one.right / one.n:.0f} %, {mistakes} {wrong:,} mistakes"
             often = f" ({one.times} times classified as {one.answer})" if one.times > 1 else ""
             why = f"add photos to its {counted(one.shots, 'example')}{often}"
-            yield Action(what, why, "" if place else command("index add", " FOLDER"))
+            yield what, why, "" if place else command("index add", " FOLDER")
         if index.fitted is None and not self.is_tuned:
-            yield Action("Fit the index", "it is not fitted to its examples yet", command("fit"))
+            yield "Fit the index", "it is not fitted to its examples yet", command("fit")
         elif index.fitted is not None and index.fitted.keys != index.n:
             why = f"it was fitted to {index.fitted.keys:,} examples and now has {index.n:,}"
-            yield Action("Fit the index again", why, command("fit"))
+            yield "Fit the index again", why, command("fit")
         if self.where is None and index.n <= AUDITED and (doubtful := len(audit(index))):
             why = "the other examples contradict " + ("it" if doubtful == 1 else "them")
-            yield Action(f"Check {counted(doubtful, 'label')}", why, command("index audit"))
+            yield f"Check {counted(doubtful, 'label')}", why, command("index audit")
         confidence = self.answers.confidence
         gap, noise = confidence.mean() - top1, (confidence * (1 - confidence)).sum() ** 0.5 / len(confidence)
         if abs(gap) > max(MISCALIBRATED, 2 * noise):
             why = f"they are {100 * abs(gap):.0f} points too {'high' if gap > 0 else 'low'} on average"
-            yield Action("Calibrate the probabilities", why, command("fit", " --calibrate --val SOURCE"))
-
-
-class Action(NamedTuple):
-    """A recommendation, the reason for it, and a ``command`` that carries it out, if there is one."""
-
-    what: str
-    why: str
-    command: str = ""
+            yield "Calibrate the probabilities", why, command("fit", " --calibrate --val SOURCE")
 
 
 def portable(text: str | os.PathLike[str]) -> str:
@@ -167,3 +166,78 @@ def portable(text: str | os.PathLike[str]) -> str:
         return str(Path(*(full.relative_to(home) if full.is_relative_to(home) else full).parts[-2:]))
 
     return re.sub(r"(?:^|(?<=[\s:=(',\"])|(?<=://))/(?=[^/\s])[^:,'\"]*", shortened, show(text))
+
+
+class Picture(NamedTuple):
+    """The path of an image, the ``digest`` of its bytes if known, and its ``alt`` text."""
+
+    path: str
+    digest: str | None
+    alt: str
+
+
+def mistakes(results: Results) -> Iterator[dict[str, object]]:
+    """Explain the wrong answers whose true class has the lowest probability, except for shots.
+
+    Each has the most probable classes, and the shots that caused the answer. A shot would explain itself.
+    """
+    answers, names = results.answers, results.index.class_names
+    wrong = results.new[~answers.right[results.new]]
+    places = wrong[np.argsort(answers.log_truth[wrong], kind="stable")][:MISTAKES].tolist()
+    predictions = results.index.classify(results.block.features[places], "keep", top=3, neighbours=NEIGHBOURS)
+    for place, prediction in zip(places, predictions, strict=True):
+        truth, answer = names[answers.truth[place]], names[answers.predicted[place]]
+        likely = dict(zip(prediction.labels, prediction.probabilities, strict=True))
+        likely |= {truth: math.exp(answers.log_truth[place]), answer: float(answers.confidence[place])}
+        ranked = dict(sorted(likely.items(), key=lambda pair: -pair[1]))
+        keys = _with_pictures(results, [*prediction.neighbours, *filter(None, [prediction.opposing])])
+        item = results.test.sources[int(answers.positions[place])]
+        own = {"item": item, "picture": _of_item(results, place), "probabilities": ranked, "near": keys}
+        yield own | {"truth": truth, "answer": answer}
+
+
+def confusions(results: Results) -> Iterator[dict[str, object]]:
+    """Yield the pairs of classes that are confused most often, with mistakes and nearby keys.
+
+    A mistake that occurred once says little about two classes, so it is left out.
+    """
+    answers, names = results.answers, results.answers.class_names
+    for truth, answer, times in results.evaluation.confusions[:PAIRS]:
+        if times > 1:
+            asked = answers.truth == names.index(truth)
+            own = np.flatnonzero(asked & (answers.predicted == names.index(answer)))
+            own = own[np.argsort(-answers.confidence[own], kind="stable")][:EXAMPLES]
+            asking = results.block.features[own[~answers.held_out[own]]]
+            predictions = results.index.classify(asking, "keep", neighbours=NEIGHBOURS)
+            near = {key.key_id: key for one in predictions for key in one.neighbours if key.label == answer}
+            keys = _with_pictures(results, list(near.values())[:EXAMPLES])
+            pictures = [_of_item(results, place) for place in own.tolist()]
+            yield {"truth": truth, "answer": answer, "times": times, "total": int(asked.sum()),
+                   "pictures": pictures, "near": keys}  # fmt: skip
+
+
+def _of_item(results: Results, place: int) -> Picture:
+    test, position = results.test, int(results.answers.positions[place])
+    path = test.paths[position] if test.paths is not None else test.sources[position]
+    label = results.answers.class_names[int(results.answers.truth[place])]
+    return Picture(path, results.block.digests[place], f"test photo of {label}")
+
+
+def _with_pictures(results: Results, keys: Sequence[Neighbour]) -> list[tuple[Neighbour, Picture]]:
+    rows = results.index.rows.where("key_id", [key.key_id for key in keys])
+    digests = dict(zip(rows["key_id"].to_pylist(), rows["digest"].to_pylist(), strict=True))
+    return [(key, Picture(key.source, digests.get(key.key_id), f"example of {key.label}")) for key in keys]
+
+
+def thumbnail(read: Callable[[str], bytes], path: str, digest: str | None, side: int) -> str | None:
+    """Return an image as a base64 JPEG whose sides have at most ``side`` pixels.
+
+    ``read`` returns the bytes of a path. Return ``None`` if the image cannot be read or does not have this digest.
+    """
+    try:
+        data = read(path)
+        if digest is not None and hashlib.sha256(data).hexdigest() != digest:
+            return None
+        return base64.b64encode(images.thumbnail(data, side)).decode()
+    except (InputError, UsageError):
+        return None

@@ -184,8 +184,7 @@ class Kept(Generic[K, R]):
     async def __call__(self, key: K, make: Callable[[], R]) -> R:
         """Return the result of ``make``, from the cache if possible.
 
-        Errors are not cached. If a call is cancelled, ``make`` continues to run. Raises Problem 503 if too many results
-        are in progress.
+        Errors are not cached. If a call is cancelled, ``make`` continues to run.
         """
         if key in self._results:
             self._results.move_to_end(key)

@@ -21,13 +21,12 @@ from retrieval_tip.errors import InputError, counted, few, show, warn_once
 from retrieval_tip.index import changes
 from retrieval_tip.server import shots
 from retrieval_tip.server.access import CHANGES, READS, TheService, accept_basic, lift_deadline
-from retrieval_tip.server.addresses import of_data_url
 from retrieval_tip.server.guard import DEADLINE
 from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.routes import json_of
 from retrieval_tip.server.served import Served
 from retrieval_tip.server.service import Service, backbone_of
-from retrieval_tip.server.uploads import Sent, class_name, client_of
+from retrieval_tip.server.uploads import Sent, class_name, client_of, of_data_url
 from retrieval_tip.settings import Ask
 
 log = logging.getLogger(__name__)
@@ -163,10 +162,7 @@ async def webhook(request: Request, service: TheService, sent: Json) -> Response
 async def _learn(
     service: Service, one: Served, annotation: shots.Annotation, event: Json | None, client: str
 ) -> list[int]:
-    """Make the shots of an annotation equal to what an event says, and return the ids of the changed keys.
-
-    Raises InputError or Problem 422 if the annotation makes no shot.
-    """
+    """Make the shots of an annotation equal to what an event says, and return the ids of the changed keys."""
     index, backbone = one.now.index, backbone_of(one.now)
     label, reason, address = (None, "", None) if event is None else _said(event)
     rows = await service.find(shots.annotated, index, annotation)

@@ -143,7 +143,7 @@ async def keys(
 def _pictured(service: Service, one: Version | Served, keys: pa.Table, past: str = "") -> Iterator[dict[str, Any]]:
     address = f"/v1/indexes/{quote(one.name, safe='')}/keys"
     for row in keys.to_pylist():
-        has_image = service.thumbnails.path(row["source"]) is not None
+        has_image = service.image_of(row["source"]) is not None
         yield row | {"image": f"{address}/{row['key_id']}/image{past}" if has_image else None}
 
 
@@ -163,11 +163,11 @@ async def image(
         found = await service.find(lambda: rows_with(_labels_at(one, version), key_ids=[key_id]))
     if not len(found):
         raise Problem(404, f"index {one.name!r} has no key {key_id}")
-    path = service.thumbnails.path(found["source"][0].as_py())
+    path = service.image_of(found["source"][0].as_py())
     if path is None:
         raise Problem(404, f"key {key_id}: its source is not an image on this machine")
     try:
-        data = await service.thumbnails.of_file(path, size, found["digest"][0].as_py())
+        data = await service.thumbnail_of_file(path, size, found["digest"][0].as_py())
     except (OSError, InputError) as error:
         raise Problem(404, f"key {key_id}: its image cannot be read ({error})") from None
     tag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
@@ -353,7 +353,7 @@ async def label_image(
     """Return a photo of the labelling session as a JPEG image of a reduced size."""
     path = labelling.path(photo)
     try:
-        data = await service.thumbnails.of(path, lambda: labelling.photos.reader.read(path), size)
+        data = await service.thumbnail(path, lambda: labelling.photos.reader.read(path), size)
     except InputError as error:
         raise Problem(404, f"photo {photo}: cannot be read ({error})") from None
     return Response(data, headers={"cache-control": "private, max-age=3600"}, media_type="image/jpeg")

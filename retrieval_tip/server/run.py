@@ -135,16 +135,12 @@ def configured(app: FastAPI, seconds: float, proxies: Sequence[str] = (), idle: 
     )  # fmt: skip
 
 
-def _is_no_protocol_error(record: logging.LogRecord) -> bool:
-    """Drop the error of uvicorn's second rejection of a malformed request, which ends the connection anyway."""
-    return record.exc_info is None or record.exc_info[0] is not LocalProtocolError
-
-
 def serve(app: FastAPI, listening: socket.socket, seconds: float, proxies: Sequence[str] = ()) -> None:
     """Serve requests until SIGINT or SIGTERM is received. See :func:`configured`."""
     for name in ("uvicorn", "python_multipart"):  # malformed requests are reported to the client, not logged
         logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("asyncio").addFilter(_is_no_protocol_error)
+    # uvicorn rejects a malformed request twice. The second time raises an error, which ends the connection anyway.
+    logging.getLogger("asyncio").addFilter(lambda record: LocalProtocolError not in (record.exc_info or ()))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (FILES if soft == resource.RLIM_INFINITY else min(soft, FILES), hard))
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}

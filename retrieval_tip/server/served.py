@@ -72,10 +72,7 @@ class Version:
         return max(1, min(VALUES // max(self.cells(ask), number), LOGITS // len(self.index.class_names)))
 
     def answer(self, ask: Ask, features: FloatArray) -> list[Row]:
-        """Return one result per query, given the queries as an array of shape ``[q, d]``.
-
-        Raises the same errors as :meth:`model.Answering.classify`.
-        """
+        """Return one result per query, given the queries as an array of shape ``[q, d]``."""
         results: list[Row] = []
         every = FeatureBlock.of(features)
         for answers in self.index.answers(map(every.take, slices(len(features), self.at_once(ask))), ask):
@@ -222,10 +219,7 @@ class Maker:
 def open_all(
     folders: Sequence[places.Place], device: str, precision: Precision, verify: Verify | None
 ) -> dict[str, Served]:
-    """Open several indexes, and return them by name.
-
-    Raises UsageError if two indexes have the same name. Raises StoreError if an index cannot be opened.
-    """
+    """Open several indexes, and return them by name."""
     backbones = Backbones(device, precision, verify)
     served: dict[str, Served] = {}
     for folder in folders:

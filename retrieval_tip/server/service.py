@@ -1,11 +1,12 @@
 """The service behind the routes.
 
-It batches images and queries, makes changes one at a time, and computes each slow result only once.
+It batches images and queries, makes changes one at a time, and computes each slow result and thumbnail only once.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import os
 import weakref
@@ -25,14 +26,12 @@ from retrieval_tip.data.reader import FloatArray, pixels_of
 from retrieval_tip.errors import InputError
 from retrieval_tip.index.places import Place
 from retrieval_tip.server import metrics, schemas
-from retrieval_tip.server.addresses import Photos
 from retrieval_tip.server.batching import Kept, Lane, Turn, admit
 from retrieval_tip.server.limits import ROWS_PER_IMAGE, Limits
 from retrieval_tip.server.problems import NAMED, Problem
 from retrieval_tip.server.schemas import Row, Unread
 from retrieval_tip.server.served import NEIGHBOUR_CELLS, SIMILAR, Backbones, Maker, Served, Version
-from retrieval_tip.server.thumbnails import Thumbnails
-from retrieval_tip.server.uploads import Sent
+from retrieval_tip.server.uploads import Photos, Sent
 from retrieval_tip.settings import Ask
 
 log = logging.getLogger(__name__)
@@ -47,6 +46,10 @@ SLOW_AT_ONCE, SLOW_KEPT = 8, 32
 
 Slow results are maps, audits and accuracies.
 """
+KEPT_BYTES, OVERHEAD = 64 << 20, 1 << 10
+"""Memory for thumbnails, and the overhead of each thumbnail, in bytes."""
+AT_ONCE = 256
+"""Maximum number of thumbnails in progress."""
 T = TypeVar("T")
 
 
@@ -54,7 +57,7 @@ class Service:
     """Service that queries, changes and follows indexes while it is ``running`` in the event loop of its callers.
 
     Added images are saved in ``uploads``, with one folder per class. The default is ``NAME-shots`` next to the index.
-    Relative paths of shots are resolved against ``root``.
+    Relative paths of shots are resolved against ``root``, to show thumbnails.
     """
 
     def __init__(
@@ -81,7 +84,10 @@ class Service:
             lambda key, rows: key[0].answer(key[1], np.stack(rows)),
             most=lambda key: min(ROWS_AT_A_TIME, key[0].at_once(key[1])),
         )
-        self.thumbnails = Thumbnails(root, limits.pixels, threads)
+        self._root, self._drawing = root or Path(), ThreadPoolExecutor(threads, thread_name_prefix="draw")
+        self._drawn: Kept[Hashable, bytes] = Kept(
+            self._drawing, most=KEPT_BYTES, room=AT_ONCE, size=lambda data: len(data) + OVERHEAD
+        )
         self.photos = Photos(root, limits.bytes, os.environ)
         self._weighing, self._finding, self._following, self._changing, self._slow, self._slower = (
             ThreadPoolExecutor(1, thread_name_prefix=name)
@@ -100,8 +106,7 @@ class Service:
             await follower
         for lane in (self._decoding, self._encode, self._answer):
             lane.close()
-        self.thumbnails.close()
-        for pool in (self._weighing, self._finding, self._following, self._changing):
+        for pool in (self._drawing, self._weighing, self._finding, self._following, self._changing):
             pool.shutdown()
         for pool in (self._slow, self._slower):
             pool.shutdown(cancel_futures=True)
@@ -168,11 +173,7 @@ class Service:
         return self.served[name]
 
     async def classify(self, version: Version, ask: Ask, sent: Sent, *, features: bool) -> schemas.Classified:
-        """Classify uploaded inputs. If ``features`` is true, return their features and the most similar shots as well.
-
-        Raises Problem 422 if no input can be read or the answers are too large, and the same errors as
-        :func:`batching.admit`.
-        """
+        """Classify uploaded inputs. With ``features``, return their features and the most similar shots as well."""
         cells = version.cells(ask) + (version.index.d + 2 * min(SIMILAR, version.index.n) if features else 0)
         rows = len(sent.names)
         if rows > 1 and rows * cells > self.limits.cells:
@@ -210,10 +211,7 @@ class Service:
         )  # fmt: skip
 
     async def labelled(self, sent: Sent, backbone: Backbone) -> tuple[list[tuple[str, bytes]], list[Unread]]:
-        """Return the labels and bytes of the uploaded images that can be decoded, and the unreadable images.
-
-        Raises Problem 422 if no image can be read, and the same errors as :func:`batching.admit`.
-        """
+        """Return the labels and bytes of the uploaded images that can be decoded, and the unreadable images."""
 
         async def nothing(_: torch.Tensor) -> None: ...
 
@@ -265,6 +263,30 @@ class Service:
                 return answer
         except TimeoutError:
             raise Problem(202, "the result is still being computed; try again in 5 s", {"Retry-After": "5"}) from None
+
+    def image_of(self, source: str) -> Path | None:
+        """Return the path of the image file that the source of a shot names, if it exists."""
+        path = self._root / source
+        try:
+            return path if path.suffix.lower() in images.extensions() and path.is_file() else None
+        except (OSError, ValueError):  # the source is not a valid file name
+            return None
+
+    async def thumbnail_of_file(self, path: Path, size: int, digest: str | None) -> bytes:
+        """Return a thumbnail of a file as JPEG data. Raises OSError or InputError if its ``digest`` is another one."""
+        seen = path.stat()
+
+        def read() -> bytes:
+            data = images.read(path)
+            if digest and hashlib.sha256(data).hexdigest() != digest:
+                raise InputError("the file now contains another photo")
+            return data
+
+        return await self.thumbnail((path, seen.st_mtime_ns, seen.st_size, digest), read, size)
+
+    async def thumbnail(self, name: Hashable, read: Callable[[], bytes], size: int) -> bytes:
+        """Return a thumbnail of the image that ``read`` returns as JPEG data. It is kept under its ``name``."""
+        return await self._drawn((name, size), lambda: images.thumbnail(read(), size, most=self.limits.pixels))
 
 
 def backbone_of(version: Version) -> Backbone:

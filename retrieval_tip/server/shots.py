@@ -36,10 +36,7 @@ def add_images(
     one: Served, backbone: Backbone, labelled: Sequence[tuple[str, bytes]], uploads: Path | None,
     annotation: Annotation | None = None,
 ) -> changes.Added:  # fmt: skip
-    """Save images of one class, and add them as shots, which belong to an ``annotation`` if it is given.
-
-    Raises Problem 422 if the index is in a bucket and ``uploads`` is ``None``.
-    """
+    """Save images of one class, and add them as shots, which belong to an ``annotation`` if it is given."""
     folder = uploads or photos.folder_of(one.place)
     if folder is None:
         raise Problem(422, f"index {one.name!r} is in a bucket; to add images, start the server with --uploads FOLDER")

@@ -106,7 +106,7 @@ def parse(text: str) -> Address | None:
 
 
 def storage_options(address: Address) -> dict[str, str]:
-    """Return the options for ``lancedb.connect``, which :class:`bucket.BucketFiles` also uses.
+    """Return the options for ``lancedb.connect``, which :class:`files.BucketFiles` also uses.
 
     The options contain no credentials, because the clients read credentials from the environment. Raises StoreError if
     the endpoint is invalid.

@@ -39,10 +39,7 @@ has the loss ``curve``. ``index`` is a :class:`vector_index.VectorIndex`, unless
 
 
 def read(folder: Path, manifest: Manifest) -> dict[str, Any]:
-    """Read the data files of a version, except the FAISS index. The arrays are memory-mapped.
-
-    Raises StoreError naming the file that cannot be read or does not match the manifest.
-    """
+    """Read the data files of a version, except the FAISS index. The arrays are memory-mapped."""
     files, n, c, d = manifest.files, manifest.n, len(manifest.class_names), manifest.d
     keys, labels = _keys(folder, manifest)
     rows = {kind: file.rows for kind, file in files.items()}

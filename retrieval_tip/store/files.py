@@ -1,24 +1,35 @@
-"""The files of an index in a folder on this machine, and its lock. See :mod:`store.bucket` for those in a bucket."""
+"""The files of an index in a folder or in a bucket (S3 or GCS, with obstore), and the lock of a folder.
+
+If several processes *create* the same object in a bucket, exactly one process succeeds.
+"""
 
 from __future__ import annotations
 
-import datetime
 import errno
+import functools
+import hashlib
 import os
 import re
 import socket
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal, cast
+from urllib.parse import urlsplit
 
 import filelock
 import numpy as np
 import numpy.typing as npt
 
-from retrieval_tip.errors import StoreError, first_line, one_line
+from retrieval_tip.errors import StoreError, UsageError, first_line, install, one_line
 from retrieval_tip.files import NotAFileError, make_folders, open_regular, sha256_of, sync
+from retrieval_tip.store.address import Address, set_credentials, storage_options
 from retrieval_tip.store.manifest import SUFFIXES, DataFile
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig, ObjectStore, RetryConfig, S3Config
 
 FAST_BYTES = 1 << 22
 """Maximum size in bytes of the files that a fast check hashes."""
@@ -28,14 +39,19 @@ POLL = 0.02
 """Number of seconds between two attempts to acquire the lock."""
 TRIES = 16
 """Number of attempts to acquire the lock if another writer keeps removing the folder."""
+PATIENT_BYTES, PATIENT = 1 << 20, "120s"
+"""Size in bytes above which an upload has a longer timeout, and this timeout."""
+OBJECT_BYTES = 1 << 34
+"""Maximum size of an object in bytes. A million classes with 1024 values each take less."""
 
+_first_process = functools.cache(os.getpid)  # runs the threads of obstore, which a forked process does not have
 _KIND = "|".join(SUFFIXES)
 FILE_NAME = re.compile(rf"({_KIND})-[0-9a-f]{{16}}\.({'|'.join(sorted({s[1:] for s in SUFFIXES.values()}))})")
 TEMPORARY = re.compile(rf"\.(({_KIND})-[0-9a-f]{{32}}\.\w+|[\w-]+\.\w+\.[0-9a-f]{{32}})\.tmp")
 
 
 class LocalFiles:
-    """Files in a folder, which messages call ``place``. :class:`bucket.BucketFiles` has the same methods.
+    """Files in a folder, which messages call ``place``. :class:`BucketFiles` has the same methods.
 
     Names are relative to the folder. A file is always read and written as a whole. Methods raise OSError if the disk
     refuses a request.
@@ -106,7 +122,7 @@ class LocalFiles:
             with suppress(OSError):
                 staged.unlink(missing_ok=True)
 
-    def sizes(self, folder: str, age: datetime.timedelta = datetime.timedelta()) -> dict[str, int]:
+    def sizes(self, folder: str, age: timedelta = timedelta()) -> dict[str, int]:
         """Return the names and sizes of the files in a folder, sorted by name.
 
         In a bucket, files that were written less than ``age`` ago, by the clock of this machine, are left out.
@@ -152,6 +168,159 @@ class LocalFiles:
         return None
 
 
+class BucketFiles:
+    """Objects in a bucket. See :class:`LocalFiles` for the methods.
+
+    No request is sent until a method is called. Raises UsageError if obstore is not installed. Methods raise StoreError
+    if the service rejects the request or cannot be reached.
+    """
+
+    def __init__(self, place: Address) -> None:
+        self.address = place
+        try:
+            import obstore  # noqa: F401 - only checks that obstore is installed
+        except ImportError:
+            raise UsageError(f"{one_line(str(place))}: obstore is not installed; run {install('lance')}") from None
+        self._client = self._connected()
+
+    def get(self, name: str, most: int = OBJECT_BYTES) -> bytes:
+        import obstore
+
+        with self._asking(name, FileNotFoundError):
+            result = obstore.get(self._client, name)
+            if result.meta["size"] > most:
+                shown, size = one_line(f"{self.address}/{name}"), result.meta["size"]
+                raise StoreError(f"{shown}: has {size:,} bytes, but at most {most:,} are expected; is it another file?")
+            return bytes(result.bytes())
+
+    def put(self, name: str, *parts: bytes | memoryview) -> None:
+        self._put(name, b"".join(parts), "overwrite")
+
+    def create(self, name: str, data: bytes) -> bool:
+        from obstore.exceptions import AlreadyExistsError, PreconditionError
+
+        try:
+            self._put(name, data, "create", AlreadyExistsError, PreconditionError)
+        except (AlreadyExistsError, PreconditionError):
+            return False
+        return True
+
+    def _put(self, name: str, data: bytes, mode: Literal["create", "overwrite"], *expected: type[Exception]) -> None:
+        import obstore
+
+        client = self._client if len(data) <= PATIENT_BYTES else self._connected(PATIENT)
+        with self._asking(name, *expected):
+            obstore.put(client, name, data, mode=mode)
+
+    def sizes(self, folder: str, age: timedelta = timedelta()) -> dict[str, int]:
+        import obstore
+
+        with self._asking(folder):
+            listed = obstore.list_with_delimiter(self._client, folder)["objects"]
+        last = datetime.now(UTC) - age
+        found = {entry["path"]: entry["size"] for entry in listed if not age or entry["last_modified"] <= last}
+        return {name: found[name] for name in sorted(found)}
+
+    def delete(self, names: Iterable[str]) -> None:
+        import obstore
+
+        names = list(names)
+        # In GCS, deletion stops at the first missing object. S3 ignores missing objects.
+        for part in [names] if names and self.address.scheme == "s3" else [[name] for name in names]:
+            with suppress(FileNotFoundError), self._asking(part[0], FileNotFoundError):
+                obstore.delete(self._client, part)
+
+    def flush(self, *folders: str) -> None:
+        """Do nothing, because a service keeps what it has acknowledged."""
+
+    def problem(self, file: DataFile, whole: bool = True) -> str | None:
+        """The object is read."""
+        shown = f"{self.address}/{file.name}"
+        try:
+            if hashlib.sha256(self.get(file.name)).hexdigest() != file.sha256:
+                return f"{shown}: damaged (its SHA-256 does not match the manifest)"
+        except FileNotFoundError:
+            return f"{shown}: missing" if file.bytes else None
+        return None
+
+    def _connected(self, timeout: str | None = None) -> ObjectStore:
+        from obstore.exceptions import BaseError
+        from obstore.store import from_url
+
+        options = storage_options(self.address)
+        client: ClientConfig = {
+            "connect_timeout": options["connect_timeout"],
+            "read_timeout": timeout or options["read_timeout"],
+            "timeout": "600s",
+            "allow_http": options["allow_http"] == "true",  # set here, because options override the environment
+        }
+        retry: RetryConfig = {
+            "max_retries": int(options["client_max_retries"]),
+            "retry_timeout": timedelta(seconds=int(options["client_retry_timeout"])),
+        }
+        config = cast("S3Config", {name: value for name, value in options.items() if name.startswith("aws_")})
+        try:
+            return from_url(str(self.address), config=config, client_options=client, retry_config=retry)
+        except (BaseError, ValueError, OSError) as error:  # for example, a damaged credentials file
+            raise self._explained("", error) from None
+
+    @contextmanager
+    def _asking(self, name: str, *expected: type[Exception]) -> Iterator[None]:
+        """Convert errors of the client to StoreError, except ``expected`` ones about the object."""
+        from obstore.exceptions import BaseError
+
+        check_process(self.address)
+        try:
+            yield
+        except (BaseError, ValueError, OSError) as error:
+            if isinstance(error, expected) and _code(error) != "NoSuchBucket":
+                raise
+            raise self._explained(name, error) from None
+
+    def _explained(self, name: str, error: Exception) -> StoreError:
+        """Convert an error to a one-line StoreError that cannot contain an access key, unlike the original text."""
+        text, scheme, code = str(error), self.address.scheme, _code(error)
+        status, url = _found(r"status code: (\d{3})", text), _found(r"Error performing [A-Z]+ (\S+)", text)
+        said, account = code or f"status {status}", set_credentials(scheme)
+        if code == "NoSuchBucket":
+            why = f"no such bucket; create {self.address.bucket}, or give another address"
+        elif re.search(r"^https?://[^/]+/(latest/(api/token|meta-data)|computeMetadata)\b", url) or (
+            not url and re.search(r"Missing ?(AccessKeyId|SecretAccessKey)|service account|credential", text, re.I)
+        ):
+            why = f"no credentials; {account}"
+        elif "Redirect" in code or code == "AuthorizationHeaderMalformed" or "redirect without LOCATION" in text:
+            why = "the bucket is in another region; set AWS_REGION to its own"
+        elif status in ("401", "403"):  # the client has an exception for this, but does not raise it when it lists
+            why = f"access denied ({said}); {account}, for an account with access"
+        elif status:
+            why = f"the service answered {said}; try later, or ask its operator"
+        elif url:
+            silent = "kind: Timeout" in text or "TimedOut" in text
+            why = "no answer from" if silent else "cannot connect to"
+            why += (
+                f" {urlsplit(url).netloc.rpartition('@')[2]}; is it the right server (AWS_ENDPOINT_URL), and running?"
+            )
+        else:
+            line = text.partition("\n")[0].partition("<")[0].strip() or type(error).__name__
+            why = re.sub(r"//[^/\s]*@", "//", line)[:200]
+        return StoreError(one_line(f"{self.address}{'/' if name else ''}{name}: {why}"))
+
+
+def check_process(address: Address) -> None:
+    """Raise StoreError in a forked process."""
+    if os.getpid() != _first_process():
+        raise StoreError(f"{one_line(str(address))}: this process was forked after using a store; use spawn")
+
+
+def _found(pattern: str, text: str) -> str:
+    return (re.search(pattern, text) or ("", ""))[1]
+
+
+def _code(error: Exception) -> str:
+    """Return the code in the answer of a service, which says more than the type of the exception."""
+    return _found(r"<Code>(\w{1,64})</Code>", str(error))
+
+
 def lies_in(folder: Path, path: Path) -> bool:
     """Return whether a path is inside the folder after all links are resolved."""
     try:
@@ -163,10 +332,7 @@ def lies_in(folder: Path, path: Path) -> bool:
 def read_array(
     folder: Path, file: DataFile, shape: tuple[int, int], dtypes: Sequence[npt.DTypeLike] = (np.float32, np.float16)
 ) -> npt.NDArray[np.floating]:
-    """Memory-map a ``.npy`` file in copy-on-write mode, so that torch can share the memory.
-
-    Raises StoreError if the file cannot be read or if its shape or dtype is wrong.
-    """
+    """Memory-map a ``.npy`` file in copy-on-write mode, so that torch can share the memory."""
     path = folder / file.name
     try:
         array: npt.NDArray[np.floating] = np.lib.format.open_memmap(path, mode="c")  # never unpickles

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import itertools
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -100,10 +99,7 @@ def label_table(
     digests: Sequence[str | None] | None = None,
     extra: pa.Table | None = None,
 ) -> pa.Table:
-    """Build the label store for keys with the given class ids. ``shot`` numbers the keys of each class from 0.
-
-    Raises InputError if a column does not have one value per key, or if a column of ``extra`` has a reserved name.
-    """
+    """Build the label store for keys with the given class ids. ``shot`` numbers the keys of each class from 0."""
     n = len(class_ids)
     extra = extra if extra is not None and extra.num_columns else None
     for what, given in (("sources", sources), ("digests", digests), ("extra", extra)):
@@ -223,22 +219,16 @@ def _time(text: object) -> datetime.datetime | None:
 
 
 def read_labels(folder: Path, manifest: Manifest) -> pa.Table:
-    """Read the label store. Format 7 may have several segments. If one of them lacks a column, its values are null.
-
-    Raises StoreError if the labels do not match the manifest.
-    """
+    """Read the label store. Format 7 may have several segments. If one of them lacks a column, its values are null."""
     tables = [_read_labels(folder / part.labels.name, part.labels.rows, manifest) for part in manifest.segments]
     try:
         table = pa.concat_tables(tables, promote_options="default")
     except pa.ArrowException as error:
         raise StoreError(f"{folder}: label columns of its segments differ ({first_line(error)})") from None
-    ranges = [pc.min_max(part["key_id"]).as_py() for part in tables]
-    if ranges[-1]["max"] >= manifest.next_key_id:
+    if pc.max(table["key_id"]).as_py() >= manifest.next_key_id:
         raise StoreError(
             f"{folder / 'manifest.json'}: its next_key_id is already in use; restore it, or build the index again"
         )
-    if any(one["max"] >= next_one["min"] for one, next_one in itertools.pairwise(ranges)):
-        raise StoreError(f"{folder}: key ids of its segments do not ascend; restore it, or build the index again")
     return table
 
 
@@ -256,10 +246,7 @@ def _read_labels(path: Path, rows: int, manifest: Manifest) -> pa.Table:
 
 
 def read_curve(folder: Path, file: DataFile) -> pa.Table:
-    """Read the loss curve of a fine-tuned index, which has one row per epoch.
-
-    Raises StoreError if it does not match the manifest.
-    """
+    """Read the loss curve of a fine-tuned index, which has one row per epoch."""
     table = _read_table(folder / file.name)
     if len(table) != file.rows:
         raise StoreError(f"{folder / file.name}: has {len(table)} rows instead of {file.rows}")

@@ -174,10 +174,7 @@ class Manifest:
         remedy: str = "restore it, or delete the folder and build the index again",
         outdated: str = "build it again",
     ) -> Manifest:
-        """Invert :meth:`to_bytes`.
-
-        Raises StoreError if the manifest is damaged, has an old format, or names a trained encoder.
-        """
+        """Invert :meth:`to_bytes`. Raises StoreError if the manifest is damaged or too old."""
         damaged = f"{name}: damaged"
         try:
             body = json.loads(raw.decode("utf-8"))

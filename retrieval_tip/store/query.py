@@ -6,12 +6,10 @@ mistakes but not against attacks. For example, long strings can exceed the memor
 
 from __future__ import annotations
 
-import itertools
 import os
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,8 +50,7 @@ def ask(
     if predictions is not None:
         tables = {**tables, "predictions": read_predictions(predictions)}
     refusal = "query: expected a single SELECT; a query cannot change the label store"
-    answer = _run("query", tables, sql, lambda database: _one_select(database, sql, refusal), timeout)
-    return answer.rename_columns(_distinct(answer.column_names))
+    return _run("query", tables, sql, lambda database: _one_select(database, sql, refusal), timeout)
 
 
 def rows_where(labels: pa.Table, condition: str) -> npt.NDArray[np.int64]:
@@ -80,16 +77,6 @@ def rows_where(labels: pa.Table, condition: str) -> npt.NDArray[np.int64]:
 
     answer = _run("where", {"labels": numbered}, condition, select, TIMEOUT, hint=f"; {expected}")
     return np.sort(answer[0].to_numpy())  # duckdb's threads can return rows in any order
-
-
-def _distinct(names: Sequence[str]) -> list[str]:
-    """Append ``_1``, ``_2`` and so on to repeated column names."""
-    taken, columns, numbers = set(names), dict[str, None](), defaultdict[str, Iterator[int]](lambda: itertools.count(1))
-    for name in names:
-        others = (f"{name}_{number}" for number in numbers[name])
-        free = name if name not in columns else next(new for new in others if new not in taken and new not in columns)
-        columns[free] = None
-    return list(columns)
 
 
 def _run(
@@ -143,7 +130,7 @@ def _fetch(
 
     size, batches = 0, []
     try:
-        answer = pa.RecordBatchReader.from_stream(database.sql(select(database)))
+        answer = pa.RecordBatchReader.from_stream(database.sql(select(database)).select("*"))  # renames repeats
         for batch in answer:
             size += max(batch.nbytes, 8 * batch.num_rows)  # rows without columns take time but no memory
             if size > most:

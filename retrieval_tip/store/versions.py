@@ -41,8 +41,16 @@ from retrieval_tip.backbones.base import equal_shares
 from retrieval_tip.errors import InputError, StoreError, UsageError, first_line
 from retrieval_tip.files import real, sha256_of
 from retrieval_tip.settings import Verify, check_choice
-from retrieval_tip.store.bucket import BucketFiles
-from retrieval_tip.store.files import FILE_NAME, TEMPORARY, LocalFiles, check_name, lies_in, locked, read_array
+from retrieval_tip.store.files import (
+    FILE_NAME,
+    TEMPORARY,
+    BucketFiles,
+    LocalFiles,
+    check_name,
+    lies_in,
+    locked,
+    read_array,
+)
 from retrieval_tip.store.labels import noun_of, read_curve, read_labels, versions_table
 from retrieval_tip.store.manifest import SUFFIXES, DataFile, Manifest, named_in
 from retrieval_tip.store.query import TIMEOUT, ask
@@ -147,22 +155,18 @@ class Writer:
                     file.write(_ZEROS[: array.nbytes - at])
         return array
 
-    def seal(self, kind: str, staged: Path, rows: int) -> Path:
-        """Flush a staged file to disk, rename it by its digest, and return the new path."""
+    def seal(self, kind: str, staged: Path, rows: int) -> None:
+        """Flush a staged file to disk, and rename it by its digest."""
         with staged.open("rb+") as file:
             os.fsync(file.fileno())
         own = self.files[kind] = entry(kind, rows, staged.stat().st_size, sha256_of(staged))
-        path = self.store.folder / own.name
-        staged.replace(path)
-        return path
+        staged.replace(self.store.folder / own.name)
 
     def seal_array(self, kind: str, array: np.memmap[Any, Any]) -> npt.NDArray[np.floating]:
         """Seal a staged array, and map its file again."""
         array.flush()
-        sealed: npt.NDArray[np.floating] = np.load(
-            self.seal(kind, Path(str(array.filename)), len(array)), mmap_mode="c"
-        )
-        return sealed
+        self.seal(kind, Path(str(array.filename)), len(array))
+        return read_array(self.store.folder, self.files[kind], array.shape)
 
     def keep(self, *kinds: str) -> None:
         """Share the data files of these kinds with the parent version."""
@@ -359,10 +363,7 @@ class Versions:
         raise self.too_fast()
 
     def check_earlier(self, current: Manifest) -> None:
-        """Verify the files of earlier versions, except those of the current version, which are known to be intact.
-
-        Raises StoreError if a file is missing or damaged.
-        """
+        """Verify the files of earlier versions, except those of the current version, which are known to be intact."""
         known = set(current.digested)
         for manifest in self.earlier(current):
             try:
@@ -431,12 +432,7 @@ class Versions:
         )
 
     def query(self, sql: str, predictions: Path | None = None, timeout: float = TIMEOUT) -> pa.Table:
-        """Run a SELECT query over the label store. See :func:`query.ask` for details and errors.
-
-        You can query the table ``labels``, its view ``class_counts`` and the table ``versions`` (see :meth:`history`).
-        A fine-tuned index also has the table ``curve``, which contains the loss of each epoch. If you give a file of
-        predictions, it becomes the table ``predictions``.
-        """
+        """Run a SELECT query over the :meth:`tables` of the current version and its :meth:`history` as ``versions``."""
         tables = self.opened(lambda manifest: self.tables(manifest) | {"versions": self.history()})
         return ask(tables, sql, predictions, timeout)
 
