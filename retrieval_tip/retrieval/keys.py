@@ -372,7 +372,6 @@ class Keys(KeyStream):
         self.class_ids = torch.from_numpy(np.require(class_ids, np.int64, ["W"])).to(device)  # Arrow's is read-only
         total = torch.from_numpy(counts.astype(np.float32)).to(device)
         super().__init__((int(array.shape[0]), int(array.shape[1])), total, device, metric, values, means)
-        self._runs = [slice(start, min(start + self.block, self.n)) for start in range(0, self.n, self.block)]
         self._starts, self._numbers = torch.from_numpy(self.starts).to(device), torch.arange(self.n, device=device)
 
     @cached_property
@@ -381,12 +380,15 @@ class Keys(KeyStream):
         return VectorIndex.build(self.array, device=self.device)
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        converted = torch.empty(self.block, self.d, device=self.device)
-        for part in self._runs:
-            rows = self.held[part].to(self.device)
-            if rows.dtype != torch.float32:
-                rows = converted[: len(rows)].copy_(rows)
-            yield rows, self.class_ids[part], self._numbers[part]
+        ready = self.held.dtype == torch.float32 and self.held.is_cpu == (self.device == "cpu")
+        converted = torch.empty(0 if ready else self.block, self.d, device=self.device)
+        for keys, ids, numbers in self._parts:
+            yield keys if ready else converted[: len(keys)].copy_(keys), ids, numbers
+
+    @cached_property
+    def _parts(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        parts = (column.split(self.block) for column in (self.held, self.class_ids, self._numbers))
+        return list(zip(*parts, strict=True))
 
     @cached_property
     def held(self) -> Tensor:
