@@ -11,6 +11,9 @@ classifier, for which logistic regression is used.
 The tables also show the share of the classes that have a label, and the share of the photos whose most similar photo
 has the same class. Where the latter is small, a label says little about similar photos.
 
+With ``--smooth``, suggested photos are labelled, and the answers to the other photos of the pool are compared with the
+smoothed ones. The constants of ``labelling/smoothing.py`` were chosen on the pools ``DEVELOPED``.
+
 Each run is added to the file ``--results``, and runs that it already contains are not repeated. The tables, and the
 diagram ``--plot``, show all runs in this file. ``label_actions.py`` counts a person's actions on the same pools.
 """
@@ -36,8 +39,10 @@ from common import SHARED, machine
 
 from retrieval_tip import Index
 from retrieval_tip.backbones.base import unit
+from retrieval_tip.data.reader import FeatureBlock
 from retrieval_tip.fit import closed_form
 from retrieval_tip.labelling.photos import Pool, suggest_features
+from retrieval_tip.labelling.smoothing import smooth
 from retrieval_tip.report import plots
 
 if TYPE_CHECKING:
@@ -133,14 +138,27 @@ POOLS = {
     "cars": Tables("Stanford Cars, 16 shots, test on val", f"{CLIP}/stanford_cars", "val", None, (), "shots_16"),
     "photos": DATASETS["photos"],
 }
+DEVELOPED = {
+    "cars-text": Tables("Stanford Cars, 16 shots with text", f"{CLIP}/stanford_cars", "val", "text", (), "shots_16"),
+    "cars-val": Tables("Stanford Cars val", f"{CLIP}/stanford_cars", "val", None, (), "val"),
+    "food": Tables("9 classes of Food-101", "clip-food9", "test", None, (), "train"),
+    "food-small": Tables("9 classes of Food-101, test photos", "clip-food9", "test", None, (), "test"),
+    "dtd-test": Tables("DTD test", f"{CLIP}/dtd", "test", None, (), "test"),
+    "dtd-test-text": Tables("DTD test with text", f"{CLIP}/dtd", "test", "text", (), "test"),
+    "flowers-test": Tables("Flowers102 test", f"{CLIP}/oxford_flowers", "test", None, (), "test"),
+    "caltech-text": Tables("Caltech101 test with text", f"{CLIP}/caltech101", "test", "text_part", (), "test"),
+}
+ALL_POOLS = POOLS | DEVELOPED
 
 
-def curve(pool: Index, test: tuple[npt.NDArray[np.float32], IntArray], choose: Strategy, draw: int) -> Run:
+def curve(
+    pool: Index, test: tuple[npt.NDArray[np.float32], IntArray], choose: Strategy, draw: int, *, smoothing: bool = False
+) -> Run:
     """Label a random part of the pool in rounds, and return the accuracies in % after each round."""
     rows = np.sort(np.random.default_rng(draw).permutation(pool.n)[: int(SHARE * pool.n)])
     features, ids = np.asarray(pool.keys[rows], dtype=np.float32), pool.class_ids.numpy()[rows]
     labelled, index, seconds = np.empty(0, dtype=np.int64), None, 0.0
-    accuracies: dict[str, list[float]] = {part: [] for part in (*PARTS, "classes")}
+    accuracies: dict[str, list[float]] = {part: [] for part in (*PARTS, "classes", "smoothed")}
     for labels in LABELS:
         rest = np.setdiff1d(np.arange(len(ids)), labelled)
         n = min(labels * len(pool.class_names) - len(labelled), len(rest))
@@ -152,8 +170,26 @@ def curve(pool: Index, test: tuple[npt.NDArray[np.float32], IntArray], choose: S
         for part, (queries, truth) in zip(PARTS, (test, (features[rest], ids[rest])), strict=True):
             right = known[index.logits(queries).argmax(1).numpy()] == truth
             accuracies[part].append(100 * float(right.mean()) if len(right) else float("nan"))
+        if smoothing and len(rest):
+            best = smooth(index, [FeatureBlock.of(features)]).blocks[0].mixed[rest].argmax(1).numpy()
+            accuracies["smoothed"].append(100 * float((known[best] == ids[rest]).mean()))
         accuracies["classes"].append(100 * len(np.unique(ids[labelled])) / len(pool.class_names))
     return {**accuracies, "seconds": seconds, "alike": alike(features, ids)}
+
+
+def show_smoothed(runs: Sequence[Run], pools: Sequence[str]) -> None:
+    """Print how many points smoothing gains on the unlabelled photos."""
+    click.echo("| pool | labels per class | alone | gain | worst draw | draws |\n|---" + 5 * "|--:" + "|")
+    gains = []
+    for name in pools:
+        own = [run for run in runs if (run["pool"], run["strategy"]) == (name, "smooth")]
+        for place, labels in enumerate(LABELS[:3]):
+            alone, smoothed = (np.array([run[part][place] for run in own]) for part in ("unlabelled", "smoothed"))
+            [(gain, error)] = summary([{"gain": [one]} for one in smoothed - alone], "gain")
+            gains.append(gain)
+            cells = f"{alone.mean():.1f} | {gain:+.2f} ± {error:.2f} | {(smoothed - alone).min():+.2f} | {len(own)}"
+            click.echo(f"| {name} | {labels} | {cells} |")
+    click.echo(f"\nMean gain {statistics.mean(gains):+.2f}, smallest gain of a cell {min(gains):+.2f}")
 
 
 def alike(features: npt.NDArray[np.float32], ids: IntArray) -> float:
@@ -194,7 +230,7 @@ def show(runs: Sequence[Run], pool: str) -> None:
     heads = [*(f"{part}, {labels}" for part in PARTS for labels in LABELS), "classes", "s", "draws"]
     own_runs = by_strategy(runs, pool)
     share = statistics.mean(run["alike"] for own in own_runs.values() for run in own)
-    title = f"\n**{POOLS[pool].title}**: {share:.0f} % of the photos are most similar to a photo of their class\n\n"
+    title = f"\n**{ALL_POOLS[pool].title}**: {share:.0f} % of the photos are most similar to a photo of their class\n\n"
     click.echo(f"{title}| | {' | '.join(heads)} |\n|---{'|--:' * len(heads)}|")
     for name, own in own_runs.items():
         cells = [f"{mean:.1f} ± {error:.1f}" for part in PARTS for mean, error in summary(own, part)]
@@ -233,27 +269,39 @@ def draw_curves(runs: Sequence[Run], pools: Sequence[str]) -> Figure:
 
 @click.command(help=__doc__)
 @click.option("--shared", type=click.Path(path_type=Path, exists=True), default=SHARED, show_default=True)
-@click.option("--pool", "pools", type=click.Choice(list(POOLS)), multiple=True, default=list(POOLS))
+@click.option("--pool", "pools", type=click.Choice(list(ALL_POOLS)), multiple=True, default=list(POOLS))
 @click.option("--strategy", "strategies", type=click.Choice(list(STRATEGIES)), multiple=True, default=list(STRATEGIES))
+@click.option("--smooth", "smoothing", is_flag=True, help="Compare answers with smoothed answers.")
 @click.option("--draws", default=5, show_default=True)
 @click.option("--results", type=click.Path(path_type=Path), required=True, help="File of runs, one per line.")
 @click.option("--plot", type=click.Path(path_type=Path), help="PNG or SVG file with the accuracy on the test sets.")
 def main(
-    shared: Path, pools: tuple[str, ...], strategies: tuple[str, ...], draws: int, results: Path, plot: Path | None
+    shared: Path,
+    pools: tuple[str, ...],
+    strategies: tuple[str, ...],
+    smoothing: bool,
+    draws: int,
+    results: Path,
+    plot: Path | None,
 ) -> None:
     """Label the pools in rounds, and print the accuracies."""
     click.echo(f"{machine('scikit-activeml')}. Top-1 in %, mean ± standard error over draws.")
+    strategies = ("smooth",) if smoothing else strategies
     for name in pools:
         done = {(run["pool"], run["strategy"], run["draw"]) for run in read_runs(results)}
         missing = [(name, way, draw) for draw in range(draws) for way in strategies if (name, way, draw) not in done]
         if missing:
-            pool, _ = POOLS[name].pool_of(0, shared)
-            items = POOLS[name].items(pool, shared)
+            pool, _ = ALL_POOLS[name].pool_of(0, shared)
+            items = ALL_POOLS[name].items(pool, shared)
         for _, way, draw in missing:
-            run = curve(pool, (items.features, items.ids), STRATEGIES[way], draw)
+            choose = STRATEGIES.get(way, suggested)
+            run = curve(pool, (items.features, items.ids), choose, draw, smoothing=smoothing)
             with results.open("a") as file:
                 file.write(json.dumps({"pool": name, "strategy": way, "draw": draw} | run) + "\n")
-        show(read_runs(results), name)
+        if not smoothing:
+            show(read_runs(results), name)
+    if smoothing:
+        show_smoothed(read_runs(results), pools)
     if plot is not None:
         plots.write(lambda: draw_curves(read_runs(results), pools), plot, "mean and standard error over draws")
 

@@ -139,7 +139,7 @@ def pictures(page: Page, new: Path) -> None:
     picture("page-check")
     beside(page, "check")
     page.click("#tab-map")
-    expect(page.locator("#map-method")).to_have_value("tsne", timeout=WAIT)
+    expect(page.locator("#map-canvas")).to_have_attribute("data-method", "tsne", timeout=WAIT)
     expect(page.locator("#map-canvas")).to_have_attribute("data-pictures", re.compile("[1-9]"))
     page.wait_for_load_state("networkidle")
     page.focus("#map-canvas")

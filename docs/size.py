@@ -46,7 +46,7 @@ def sizes(root: Path) -> dict[str, int]:
     """
     package = root / "retrieval_tip"
     wings = sorted(folder for folder in package.iterdir() if (folder / "__init__.py").exists())
-    page = [path for path in (package / "server" / "page").rglob("*") if path.suffix in (".js", ".css", ".html")]
+    page = [path for path in (package / "server").rglob("*") if path.suffix in (".js", ".css", ".html", ".j2")]
     return {
         "top": lines(list(package.glob("*.py"))),
         **{wing.name: lines(sources(wing)) for wing in wings},

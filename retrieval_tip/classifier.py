@@ -558,6 +558,7 @@ class Classifier(OpenIndex):
         action: Action = "copy",
         min_probability: float | None = None,
         at_most_wrong: float | None = None,
+        smooth: bool = False,
         dry_run: bool = False,
     ) -> Sorted:
         """Sort photos into ``folder/CLASS``. To undo it, call ``undo_sort``.
@@ -572,7 +573,7 @@ class Classifier(OpenIndex):
         sources, reader = [*open_inputs(names)], replace(self.reader, skipped=[])
         return sort_photos(
             self.index, sources, reader, folder, action=action, min_probability=min_probability,
-            at_most_wrong=at_most_wrong, dry_run=dry_run,
+            at_most_wrong=at_most_wrong, smooth=smooth, dry_run=dry_run,
         )  # fmt: skip
 
     def evaluate(self, test: Any, *, abstain: float | None = None, **asked: Unpack[AskOptions]) -> Evaluation:

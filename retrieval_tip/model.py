@@ -435,12 +435,18 @@ class AnswerBlock:
     @cached_property
     def ranked(self) -> Tensor:
         """The class ids of the most probable classes, of shape ``[q, m]``, most probable first."""
-        return self.logits.topk(min(self.ask.top, self.logits.shape[1]), dim=1).indices
+        return self._scores.topk(min(self.ask.top, self.logits.shape[1]), dim=1).indices
 
     @cached_property
     def probabilities(self) -> Tensor:
         """The probabilities of all classes, of shape ``[q, c]``."""
+        if self.block.mixed is not None:
+            return self.block.mixed.to(self.logits.device)
         return tip.probabilities(self.logits, self.index.settings.temperature)
+
+    @property
+    def _scores(self) -> Tensor:
+        return self.logits if self.block.mixed is None else self.probabilities
 
     def predictions(self) -> Predictions:
         """Return one prediction per query. The queries are named by their positions."""
@@ -467,7 +473,7 @@ class AnswerBlock:
         shots, retrieval = terms.shots, self.retrieval
         if shots is None and self.ask.neighbours:
             points = retrieval.keys.points(self.features)
-            shots = retrieval.contributors(points, *first_two(logits), self.ask.neighbours)
+            shots = retrieval.contributors(points, *first_two(self._scores), self.ask.neighbours)
         if shots is not None:
             there = shots.supporting.rows >= 0
             ends = np.concatenate([[0], there.sum(dim=1).cumsum(dim=0).cpu().numpy()]).astype(np.int32)

@@ -21,6 +21,7 @@ from retrieval_tip.html import table
 
 _NEIGHBOUR = {"key_id": pa.int64(), "source": pa.string(), "label": pa.string()}
 _NEIGHBOUR |= {"affinity": pa.float64(), "weight": pa.float64(), "gives": pa.list_(pa.float64())}
+SIMILAR = pa.struct([("input", pa.string()), ("label", pa.string()), ("gives", pa.float64())])
 PREDICTIONS = {
     "input": pa.string(),
     "label": pa.string(),
@@ -37,6 +38,7 @@ PREDICTIONS = {
     "opposing": pa.struct(list(_NEIGHBOUR.items())),
     "no_match": pa.bool_(),
     "group": pa.int64(),
+    "similar": pa.list_(SIMILAR),
 }
 """The columns that ``classify`` can write, and their types."""
 SCHEMA = pa.schema(list(PREDICTIONS.items()))
@@ -120,6 +122,8 @@ class Prediction:
         level: the level of ``label`` if the question had ``at_least``. The label is then a class or a group of classes,
             whose ``probability`` is the sum of theirs, or ``None``.
         set: the classes in the set if the question had ``coverage``, most probable first. It can be empty.
+        similar: if the answer was smoothed (see :mod:`labelling.smoothing`), what the photo itself and then similar
+            photos give to the probability of the first of ``labels``, and the label that each of them has alone.
     """
 
     label: str
@@ -136,6 +140,7 @@ class Prediction:
     group: int | None = None
     level: str | None = None
     set: list[str] | None = None
+    similar: list[dict[str, Any]] | None = None
 
     def __repr__(self) -> str:
         chances = list(zip(self.labels, map(shown_probability, self.probabilities), strict=True))[:SHOWN_LABELS]

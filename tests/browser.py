@@ -21,9 +21,6 @@ ARGUMENTS = [
 PATIENCE = 30_000  # ms, for busy machines with two cores
 
 
-CAMERA = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
-
-
 def _executable() -> str | None:
     return next(filter(None, map(shutil.which, CHROMIUM)), None)
 
@@ -39,14 +36,6 @@ def chromium() -> Iterator[Browser]:
         browser = playwright.chromium.launch(executable_path=found, args=ARGUMENTS)
         yield browser
         browser.close()
-
-
-@contextmanager
-def another(browser: Browser, *arguments: str) -> Iterator[Browser]:
-    """A second browser with further arguments."""
-    started = browser.browser_type.launch(executable_path=_executable(), args=[*ARGUMENTS, *arguments])
-    yield started
-    started.close()
 
 
 def drop(page: Page, *images: Path, names: list[str] | None = None) -> None:
@@ -119,7 +108,8 @@ class Opened:
     def close(self) -> None:
         """Close the page, and check that it recorded nothing unexpected."""
         self.context.close()
-        assert [text for text in self.wrong if not text.startswith(tuple(self.expected))] == []
+        unexpected = [text for text in self.wrong if not text.startswith(tuple(self.expected))]
+        assert not unexpected, unexpected
 
 
 def violations(page: Page) -> list[str]:

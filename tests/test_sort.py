@@ -103,19 +103,19 @@ def test_at_most_wrong_chooses_the_lowest_probability_that_holds_on_held_out_pho
     held = held_out_probabilities(noisy)
     sure = held.pred_probs.max(1)
     for most in (0.0, 0.03, 0.1, 0.9):
-        found = threshold_of(noisy, most)
+        found = threshold_of(held_out_probabilities(noisy), most)
         shares = {p: (~held.right[sure >= p]).mean() for p in sure}
         assert found.probability == min(p for p, share in shares.items() if share <= most)
         assert (found.kept, found.n) == ((sure >= found.probability).sum(), 90)
         assert found.wrong == shares[found.probability] <= found.highest
     worst = replace(noisy, settings=noisy.settings.override(alpha=0.0))  # all answers are the first class
     with pytest.raises(InputError, match="label more"):
-        threshold_of(worst, 0.1)
+        threshold_of(held_out_probabilities(worst), 0.1)
     write_table(tmp_path / "new.parquet", unit_rows(20, 16, 5), ids=[f"{i}.jpg" for i in range(20)])
     noisy.save(tmp_path / "own")
     out = ("--into", tmp_path / "out", "--dry-run")
     chosen = run("sort", tmp_path / "own", tmp_path / "new.parquet", *out, "--at-most-wrong", "3%")
-    least = threshold_of(noisy, 0.03)
+    least = threshold_of(held_out_probabilities(noisy), 0.03)
     assert str(least).capitalize() in chosen.stderr
     with pytest.raises(UsageError, match="no min_probability"):
         sort_photos(noisy, [], Reader(), tmp_path, min_probability=0.5, at_most_wrong=0.1)

@@ -68,6 +68,7 @@ class RowOptions:
             The column detected contains its category, or "empty" if a photo has no box.
         categories: Categories of boxes to classify, separated by commas. [default: all; animal in the formats
             megadetector and camtrap-dp]
+        smooth: Mix in the answers to similar photos of INPUTS, if this helps with held-out shots.
         exif: Add the columns taken_at, latitude and longitude from the EXIF metadata of photos.
     """
 
@@ -77,13 +78,17 @@ class RowOptions:
     group_by: float | None = option(kinds.bursts, metavar="BURST[:SECONDS]", **options.ANSWERS)
     boxes: Path | None = option(kinds.FILE, **options.INPUT)
     categories: list[str] = option(multiple=True, metavar="NAME,...", callback=kinds.names, **options.INPUT)
+    smooth: bool = flag(**options.ANSWERS)
     exif: bool = flag(**options.ANSWERS)
     ask: Ask = Ask()
 
     def check(self, index: Index, engine: EngineOptions, style: str | None) -> None:
         """Raise UsageError if options exclude each other, or if the index cannot group photos."""
-        of_one = {"--explain": self.explain, "--logits": self.ask.logits, "--coverage": self.ask.coverage is not None}
+        of_one = {"--logits": self.ask.logits, "--coverage": self.ask.coverage is not None}
         of_one |= {"--group-no-match": self.group_no_match, "--engine ray": engine.is_ray}
+        if self.smooth and (given := [name for name, value in of_one.items() if value]):
+            raise UsageError(f"--smooth: mixes the probabilities of similar photos; leave out {given[0]}")
+        of_one |= {"--explain": self.explain, "--smooth": self.smooth}
         if self.abstain is not None and (self.ask.at_least is not None or self.ask.coverage is not None):
             raise UsageError("--abstain, --at-least and --coverage: give only one")
         if (sets := index.sets(self.ask)) is not None:
@@ -127,7 +132,7 @@ class RowOptions:
         columns += ["logits"] if self.ask.logits else []
         if self.explain:
             columns += ["text_logit", "cache_logit", *(["discriminant_logit"] if index.settings.gamma else [])]
-            columns += ["neighbours", "opposing"]
+            columns += ["neighbours", "opposing", *(["similar"] if self.smooth else [])]
         return pa.schema([(column, types[column]) for column in columns])
 
     def tables(
@@ -169,6 +174,12 @@ class RowOptions:
                 drawn = f"Grouped {MOST:,} of {no_match:,} images without a match, drawn at random"
                 say(f"{drawn}; the others joined these groups")
             yield table
+        elif some and self.smooth:
+            from retrieval_tip.labelling.photos import Pool
+
+            answers, words = Pool.of(sources, reader).smoothed(index, ask)
+            say(words.capitalize())
+            yield answers.written(columns, self.abstain)
         elif some and self.group_by is not None:
             from retrieval_tip.labelling.bursts import classify_in_bursts
 

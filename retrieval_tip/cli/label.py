@@ -103,6 +103,7 @@ def sort_command(
         metavar="P%",
         help="Choose this probability so that at most this share of the other photos is wrong, as in 2%.",
     ),
+    smooth: bool = flag(help="Mix in the answers to similar photos of PHOTOS."),
     dry_run: bool = flag(help="Print the rows of the manifest, and change nothing."),
     undo: bool = flag(help="Delete the copies and links, and move photos back."),
     anywhere: bool = flag(help="With --undo, also move images to folders that you have not sorted."),
@@ -119,7 +120,7 @@ def sort_command(
     from retrieval_tip.labelling.sort import sort_photos, undo_sort
 
     if undo:
-        if folder is not None or link or move:
+        if folder is not None or link or move or smooth:
             raise UsageError("--undo: takes only --into FOLDER, --anywhere and --dry-run; leave out the rest")
         result = undo_sort(into, anywhere=anywhere, dry_run=dry_run)
     else:
@@ -133,10 +134,10 @@ def sort_command(
             action: Action = "link" if link else "move" if move else "copy"
             result = sort_photos(
                 index, sources, reader, into, action=action, min_probability=min_probability,
-                at_most_wrong=at_most_wrong, dry_run=dry_run,
+                at_most_wrong=at_most_wrong, smooth=smooth, dry_run=dry_run,
             )  # fmt: skip
-        if result.threshold is not None:
-            say(str(result.threshold).capitalize())
+        for told in filter(None, (result.smoothing, result.threshold)):
+            say(str(told).capitalize())
     if dry_run:
         rows = ([show(str(getattr(row, name))) for name in COLUMNS] for row in result.rows)
         OutputOptions("csv", None).write_rows(rows, dict.fromkeys(COLUMNS, str))

@@ -80,6 +80,9 @@ def prediction_details(row: Row) -> Iterator[str]:
         if row.get("opposing"):
             lines.insert(-1, "strongest against it:")
         yield from (f"    {line}" for line in lines)
+    if row.get("similar"):
+        yield "    given by this photo and by similar photos, with the label of each alone:"
+        yield from (f"    {line}" for line in table_lines(row["similar"], ["gives", "label", "input"]))
     if row.get("set") is not None:
         yield "    set: " + (", ".join(map(one_line, row["set"])) or "no class")
     others = list(zip(row.get("labels", ()), row.get("probabilities", ()), strict=True))

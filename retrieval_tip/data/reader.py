@@ -56,6 +56,7 @@ class FeatureBlock:
     positions: IntArray  # [b], ascending positions in the source
     features: FloatArray  # [b, d] float32; [b, v, d] if a view has its own features
     digests: list[str | None]  # digests of the image bytes; for a feature table, its column ``digest``, or None
+    mixed: torch.Tensor | None = None  # [b, c], probabilities to answer with, if other photos contribute to them
 
     @classmethod
     def of(cls, features: FloatArray) -> FeatureBlock:
@@ -65,7 +66,8 @@ class FeatureBlock:
     def take(self, places: IntArray | slice) -> FeatureBlock:
         """Return some of the items."""
         digests = self.digests[places] if isinstance(places, slice) else [self.digests[i] for i in places]
-        return FeatureBlock(self.positions[places], self.features[places], digests)
+        mixed = None if self.mixed is None else self.mixed[places]
+        return FeatureBlock(self.positions[places], self.features[places], digests, mixed)
 
     @classmethod
     def joined(cls, blocks: Sequence[FeatureBlock]) -> FeatureBlock:

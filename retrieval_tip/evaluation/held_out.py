@@ -18,6 +18,7 @@ from retrieval_tip.errors import InputError, UsageError, counted
 from retrieval_tip.fit.closed_form import wilson
 from retrieval_tip.fit.folds import without_parts
 from retrieval_tip.model import Index
+from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.store.labels import images_of
 
 log = logging.getLogger(__name__)
@@ -70,12 +71,17 @@ def held_out_probabilities(index: Index, rows: IntArray | None = None, kept: Int
             raise UsageError("held-out probabilities: the index has one photo; add more")
     probabilities = torch.zeros(len(rows), len(index.class_names))
     for part, others in without_parts(index, rows, kept):
-        logits = others.logits(index.keys[rows[part]]).cpu()
-        if not index.has_text:  # a class without keys would be unknown
-            logits[:, np.array(others.counts) == 0] = -torch.inf
-        probabilities[part] = tip.probabilities(logits, index.settings.temperature)
+        probabilities[part] = probabilities_of(others, index.keys[rows[part]])
     labels = index.class_ids.cpu().numpy()[rows].astype(np.int64)
     return HeldOut(probabilities.numpy(), labels, index.labels["key_id"].to_numpy()[rows])
+
+
+def probabilities_of(index: Index, features: Features) -> torch.Tensor:
+    """Return probabilities of shape ``[q, c]``. Without text, a class that has no key cannot win."""
+    logits = index.logits(features).cpu()
+    if not index.has_text:  # the class would be unknown
+        logits[:, np.array(index.counts) == 0] = -torch.inf
+    return tip.probabilities(logits, index.settings.temperature)
 
 
 class Threshold(NamedTuple):
@@ -99,12 +105,11 @@ class Threshold(NamedTuple):
         )
 
 
-def threshold_of(index: Index, most: float) -> Threshold:
+def threshold_of(held: HeldOut, most: float) -> Threshold:
     """Return the lowest probability at which at most the share ``most`` of held-out photos is classified wrongly.
 
     Raises InputError if not even the most probable answers are good enough.
     """
-    held = held_out_probabilities(index)
     probability = held.pred_probs.max(1)
     order = np.argsort(-probability, kind="stable")
     wrong, number = np.cumsum(~held.right[order]), np.arange(1, len(order) + 1)

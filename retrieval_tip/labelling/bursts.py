@@ -13,13 +13,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from retrieval_tip import tip
 from retrieval_tip.data.exif import UNKNOWN, Noting
-from retrieval_tip.data.reader import Reader
+from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import check_memory
-from retrieval_tip.model import Index, narrowest
-from retrieval_tip.predictions import PREDICTIONS, Predictions, lists
+from retrieval_tip.labelling.photos import Pool
+from retrieval_tip.model import Index
+from retrieval_tip.predictions import Predictions
 from retrieval_tip.settings import Ask
 
 
@@ -48,37 +48,19 @@ def classify_in_bursts(
     :func:`bursts`). A burst has no match if none of its photos has one. Raises UsageError if the probabilities do
     not fit in memory.
     """
-    total, c = sum(map(len, sources)), len(index.class_names)
-    check_memory(12 * total * c, f"probabilities of {total:,} photos", "classify fewer photos at a time")
-    names: list[str] = []
-    no_match: list[bool] = []
-    blocks: list[torch.Tensor] = []
-    for source in sources:
-        for answers in index.classify_source(source, reader, replace(ask, top=1, neighbours=0, logits=True)):
-            table = answers.written(["input", "logits", "no_match"])
-            logits = torch.tensor(table["logits"].combine_chunks().flatten().to_numpy()).reshape(-1, c)
-            blocks.append(tip.probabilities(logits, index.settings.temperature))
-            names += table["input"].to_pylist()
-            no_match += table["no_match"].to_pylist()
-    numbers = bursts(names, [noting.taken.get(name, UNKNOWN).taken_at for name in names], gap)
-    rows = torch.from_numpy(numbers - 1)
+    pool = Pool.of(sources, reader)
+    total, c = len(pool.names), len(index.class_names)
+    check_memory(16 * total * c, f"probabilities of {total:,} photos", "classify fewer photos at a time")
+    numbers = bursts(pool.names, [noting.taken.get(name, UNKNOWN).taken_at for name in pool.names], gap)
+    rows, block = torch.from_numpy(numbers - 1), FeatureBlock.of(pool.features)
     sums = torch.zeros(int(numbers.max()), c, dtype=torch.float64)
-    for block, own in zip(blocks, rows.split([len(block) for block in blocks]), strict=True):
-        sums.index_add_(0, own, block.double())
-    means = sums / torch.bincount(rows)[:, None]
-    chances, ranked = means.topk(min(ask.top, c), dim=1)
-    classes = pa.array(index.class_names, pa.string())
-    columns = {
-        "label": classes.take(pa.array(ranked[:, 0].numpy())),
-        "probability": pa.array(chances[:, 0].numpy()),
-        "labels": lists(classes.take(pa.array(ranked.flatten().numpy())), ranked.shape[1]),
-        "probabilities": lists(chances.numpy(), ranked.shape[1]),
-    }
-    if ask.at_least is not None and index.groups is not None:
-        columns |= narrowest(means, index.class_names, index.groups, ask.at_least)
+    ask = replace(ask, neighbours=0)
+    for own in index.answers([block], ask):
+        sums.index_add_(0, rows[own.block.positions], own.probabilities.cpu().double())
+    block = replace(block, mixed=(sums / torch.bincount(rows)[:, None])[rows])
+    answers = Predictions.joined(own.predictions() for own in index.answers([block], ask))
+    table = answers.named(pa.array(pool.names, pa.string())).to_arrow()
     if index.settings.least_cache is not None:
-        known = torch.bincount(rows, 1 - torch.tensor(no_match, dtype=torch.float64))
-        columns["no_match"] = pa.array((known == 0).numpy())
-    shared = pa.table(columns, schema=pa.schema([(name, PREDICTIONS[name]) for name in PREDICTIONS if name in columns]))
-    named = shared.take(pa.array(rows.numpy())).add_column(0, "input", pa.array(names, pa.string()))
-    return Predictions(named), pa.array(numbers)
+        known = np.bincount(rows, ~table["no_match"].to_numpy())
+        table = table.drop_columns("no_match").append_column("no_match", pa.array((known == 0)[rows]))
+    return Predictions(table), pa.array(numbers)

@@ -26,6 +26,8 @@ from retrieval_tip.index import places
 from retrieval_tip.index.build import build_index
 from retrieval_tip.labelling.queue import Picked
 from retrieval_tip.model import Index
+from retrieval_tip.predictions import Predictions
+from retrieval_tip.settings import Ask
 from retrieval_tip.store.labels import PICKED, WITHDRAWN
 
 NONE = "none of these"
@@ -34,6 +36,8 @@ ALIKE, MOST_ALIKE = 0.8, 12
 """Lowest cosine of near-identical photos after subtracting the mean of all photos, and their maximum number."""
 GUESSES = 3
 """Maximum number of guesses per photo."""
+ASK = Ask(top=GUESSES + 1, neighbours=0, logits=False)
+"""The question whose answers are guesses."""
 
 FloatArray = npt.NDArray[np.float32]
 Read = Mapping[int, tuple[str, FloatArray]]
@@ -218,15 +222,14 @@ def alike(features: FloatArray, rows: Sequence[int]) -> list[list[int]]:
     return [near[own >= ALIKE].tolist() for near, own in zip(found.indices, found.values, strict=True)]
 
 
-def guesses(index: Index, features: FloatArray, *, none: bool = True) -> list[dict[str, Any]]:
-    """Return the ``guesses`` for each photo, most probable first, and ``no_match``.
+def guesses(answers: Predictions, *, none: bool = True) -> list[dict[str, Any]]:
+    """Return the ``guesses`` for each photo, most probable first, ``no_match`` and ``similar``.
 
     If ``none`` is false, the class ``NONE`` is left out, which has a key of its own while single photos are labelled.
     """
-    answers = index.classify(features, "keep", top=GUESSES + 1, neighbours=0, logits=False)
     found = []
-    for row in answers.written(["labels", "probabilities", "no_match"]).to_pylist():
+    for row in answers.written(["labels", "probabilities", "no_match", "similar"]).to_pylist():
         pairs = [pair for pair in zip(row["labels"], row["probabilities"], strict=True) if none or pair[0] != NONE]
         named = [{"label": label, "probability": probability} for label, probability in pairs[:GUESSES]]
-        found.append({"guesses": named, "no_match": bool(row["no_match"])})
+        found.append({"guesses": named, "no_match": bool(row["no_match"]), "similar": row["similar"] or []})
     return found

@@ -15,15 +15,17 @@ import torch
 from retrieval_tip import tip
 from retrieval_tip.backbones.base import Identity, same_backbone
 from retrieval_tip.backbones.prompts import DEFAULT_TEMPLATES
-from retrieval_tip.data.reader import Reader
+from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, UsageError, check_count, check_memory, counted, few, show
 from retrieval_tip.index.items import identity_of, read_text_table
+from retrieval_tip.labelling.smoothing import smooth
 from retrieval_tip.labelling.suggest import TRUST, suggest, uncertainty_of
 from retrieval_tip.model import Index
+from retrieval_tip.predictions import Predictions
 from retrieval_tip.retrieval.inputs import check_shape
 from retrieval_tip.retrieval.logits import LOGITS, slices
-from retrieval_tip.settings import Settings
+from retrieval_tip.settings import Ask, Settings
 
 MOST_PHOTOS = 100_000
 """Number of photos that are considered. If there are more, a random sample is drawn."""
@@ -104,6 +106,13 @@ class Pool:
                 digests += block.digests
                 features.append(block.features)
         return cls(names, np.concatenate(features), digests)
+
+    def smoothed(self, index: Index, ask: Ask = Ask()) -> tuple[Predictions, str]:
+        """Classify the photos, smooth the answers (see :func:`smoothing.smooth`), and say what smoothing changed."""
+        found = smooth(index, [FeatureBlock.of(self.features)], ask, self.names)
+        answers = Predictions.joined(block.predictions() for block in index.answers(found.blocks, ask))
+        named = answers.named(pa.array(self.names, pa.string())).to_arrow()
+        return Predictions(named.append_column("similar", found.similar)), found.words
 
     def without(self, index: Index) -> Pool:
         """Return the photos that are not in the index, which is decided by their digest, or else by their id."""

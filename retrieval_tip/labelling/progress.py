@@ -18,12 +18,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from retrieval_tip import tip
 from retrieval_tip.data.source import spread
 from retrieval_tip.errors import check_count
-from retrieval_tip.evaluation.held_out import held_out_probabilities, photo_rows
+from retrieval_tip.evaluation.held_out import held_out_probabilities, photo_rows, probabilities_of
 from retrieval_tip.fit.folds import without_parts
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.inputs import Features
@@ -127,11 +126,9 @@ def gain_of(index: Index, rest: Features, found: Estimate, more: int) -> float |
     half = next(without_parts(index, order[-1:], order[: n // 2]), None) if m and n >= 4 else None
     if half is None:
         return None
-    before, features = half[1], rest[spread(m, MOST_REST)]
-    logits = before.logits(features).cpu()
-    if not index.has_text:  # a class without keys would be unknown
-        logits[:, np.array(before.counts) == 0] = -torch.inf
+    features = rest[spread(m, MOST_REST)]
+    before = probabilities_of(half[1], features).argmax(1, keepdim=True)
     p = tip.probabilities(index.logits(features).cpu(), index.settings.temperature)
-    lost = float((p.amax(1) - p.gather(1, logits.argmax(1, keepdim=True))[:, 0]).double().mean())
+    lost = float((p.amax(1) - p.gather(1, before)[:, 0]).double().mean())
     wrong, doublings = found.wrong / m, math.log((n + more) / n) / math.log(n / (n // 2))
     return wrong - wrong * math.pow(wrong / (wrong + lost), doublings)

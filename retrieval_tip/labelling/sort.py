@@ -17,13 +17,14 @@ from typing import Any
 import pyarrow as pa
 
 from retrieval_tip.data import images, remote, tars
-from retrieval_tip.data.reader import Reader
+from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source, read_item
 from retrieval_tip.errors import InputError, Skipped, UsageError, counted, few, one_line, show
-from retrieval_tip.evaluation.held_out import Threshold, threshold_of
+from retrieval_tip.evaluation.held_out import Threshold, held_out_probabilities, threshold_of
 from retrieval_tip.files import locked_folder, make_folders, real
 from retrieval_tip.labelling import placing
 from retrieval_tip.labelling.placing import EMPTY, MANIFEST, Action, Placed, digest_at, digest_of, safe_name
+from retrieval_tip.labelling.smoothing import smooth as smoothed
 from retrieval_tip.model import Index
 from retrieval_tip.predictions import MORE_LIKELY_WRONG
 from retrieval_tip.settings import Ask, check_choice
@@ -41,11 +42,12 @@ class Sorted:
     """The rows of the manifest for the photos of a call, in order, and the photos that were ``skipped``.
 
     ``done`` is the number of photos that were copied, linked, moved or restored. The others were already there.
-    ``threshold`` is set if it was chosen on held-out photos.
+    ``threshold`` is set if it was chosen on held-out photos, and ``smoothing`` says what similar photos changed.
     """
 
     verb: str
     threshold: Threshold | None = None
+    smoothing: str | None = None
     rows: list[Placed] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     done: int = 0
@@ -67,14 +69,16 @@ def sort_photos(
     action: Action = "copy",
     min_probability: float | None = None,
     at_most_wrong: float | None = None,
+    smooth: bool = False,
     dry_run: bool = False,
 ) -> Sorted:
     """Sort photos into ``folder/CLASS``, and return the rows of the manifest ``sorted.csv``.
 
     Photos without a match go to ``no match``, and photos whose probability is below ``min_probability``, by default
     0.5, to ``not sure``. With ``at_most_wrong``, this probability is chosen on held-out photos of the index, so that at
-    most this share of the other answers is wrong (see :func:`held_out.threshold_of`). Photos that the index contains
-    keep their label. No file is overwritten: if a name is taken, a number is added. If the folder already contains a
+    most this share of the other answers is wrong (see :func:`held_out.threshold_of`). With ``smooth``, each
+    answer is mixed with those of similar photos (see :mod:`labelling.smoothing`). Photos that the index contains keep
+    their label. No file is overwritten: if a name is taken, a number is added. If the folder already contains a
     photo with the same name and the same bytes, it is not written again. An interrupted call can be repeated.
 
     ``action`` is ``copy``, ``link`` (a symbolic link) or ``move``. Only files can be linked or moved. The ids of a
@@ -89,10 +93,20 @@ def sort_photos(
         raise UsageError(f"at_most_wrong {at_most_wrong}: give a share from 0 to 1, and no min_probability")
     if action != "copy":
         check_files(sources, action, "copy them instead")
-    threshold = None if at_most_wrong is None else threshold_of(index.in_memory(), at_most_wrong)
+    reader = reader.for_queries(index.parts, index.shares)
+    blocks: Iterable[tuple[Source, FeatureBlock]] = ((own, block) for own in sources for block in reader.blocks(own))
+    smoothing, threshold = None, None
+    if smooth:
+        own_sources, read = zip(*blocks, strict=True)
+        smoothing = smoothed(index, read)
+        blocks = zip(own_sources, smoothing.blocks, strict=True)
+    if at_most_wrong is not None:
+        held = smoothing.held if smoothing else held_out_probabilities(index.in_memory())
+        threshold = threshold_of(held, at_most_wrong)
     least = MORE_LIKELY_WRONG if min_probability is None else min_probability
     least = least if threshold is None else threshold.probability
-    root, result = Path(folder), Sorted(_VERBS[action], threshold, skipped=reader.skipped)
+    said = smoothing and smoothing.words
+    root, result = Path(folder), Sorted(_VERBS[action], threshold, said, skipped=reader.skipped)
     with locked(root, dry_run):
         before = placing.read_manifest(root)
         if not dry_run:
@@ -100,7 +114,7 @@ def sort_photos(
             placing.remove_scratch([root, *((root / row.output).parent for row in before)])
         plan = _Outputs(root, action, least, {row.input: row for row in before})
         listed = set(before)
-        for photos in _classified(index, sources, reader):
+        for photos in _classified(index, blocks, reader.skipped):
             rows = [plan.row(item, digest, **answer) for item, digest, answer in photos]
             if not dry_run:
                 placing.record(root, placing.touched(root, rows))
@@ -138,14 +152,12 @@ def locked(folder: Path, dry_run: bool) -> Iterator[None]:
 
 
 def _classified(
-    index: Index, sources: Sequence[Source], reader: Reader
+    index: Index, blocks: Iterable[tuple[Source, FeatureBlock]], skipped: list[Skipped]
 ) -> Iterator[list[tuple[str, str, dict[str, Any]]]]:
     """Yield blocks of photos: their paths, their digests, and their label, its probability and ``no_match``."""
-    for source in sources:
+    for source, block in blocks:
         paths = source.paths
-        for answers in index.answers(
-            reader.for_queries(index.parts, index.shares).blocks(source), Ask(neighbours=0, logits=False)
-        ):
+        for answers in index.answers([block], Ask(neighbours=0, logits=False)):
             positions, digests = answers.block.positions, answers.block.digests
             own = source.items["source"].take(pa.array(positions)).to_pylist()
             names = own if paths is None else [paths[i] for i in positions]
@@ -160,7 +172,7 @@ def _classified(
                     own = digest or hashlib.sha256(read_item(item)).hexdigest()
                     photos.append((item, own, answer))
                 except InputError as error:
-                    _skip(reader.skipped, name, str(error))
+                    _skip(skipped, name, str(error))
             yield photos
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 
-from fastapi import FastAPI
-from fastapi.responses import FileResponse, Response
+from fastapi import FastAPI, Request
+from fastapi.responses import FileResponse, HTMLResponse, Response
 from fastapi.staticfiles import StaticFiles
 
 from retrieval_tip import __version__
+from retrieval_tip.html import render
 from retrieval_tip.server import edits, metrics, partners, routes
 from retrieval_tip.server.guard import Guard
 from retrieval_tip.server.labelling import Labelling
@@ -68,10 +68,15 @@ def create_app(
     for prefix in ("/label-studio/{name}", ""):  # without a name, the only index answers
         app.include_router(partners.label_studio, prefix=prefix, max_body_size=limits.json_bytes)
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
-    for path, name in {"/": "index.html", "/docs": "docs.html"}.items():
-        app.get(path, include_in_schema=False)(partial(_file, name))
+    app.get("/", include_in_schema=False)(_page)
+    app.get("/docs", include_in_schema=False)(_docs)
     return app
 
 
-async def _file(name: str) -> Response:
-    return FileResponse(PAGE / name, headers={"cache-control": "no-cache"})
+async def _page() -> Response:
+    return FileResponse(PAGE / "index.html", headers={"cache-control": "no-cache"})
+
+
+async def _docs(request: Request) -> Response:
+    origin = str(request.base_url).rstrip("/")
+    return HTMLResponse(render("server/docs.html.j2", api=request.app.openapi(), origin=origin))

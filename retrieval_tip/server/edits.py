@@ -286,7 +286,8 @@ async def label_sort(service: TheService, labelling: TheLabelling, change: schem
         some = sorted(labelling.labels()) if change.labelled else range(len(labelling.photos))
         photos = source.take([photo for photo in some if photo < len(labelling.photos)])
         action: Action = "copy" if change.action == "xmp" else change.action
-        call = partial(sort_photos, action=action, at_most_wrong=change.at_most_wrong, dry_run=xmp)
+        most, smooth = change.at_most_wrong, not change.labelled and version.index.n <= service.limits.estimated
+        call = partial(sort_photos, action=action, at_most_wrong=most, smooth=smooth, dry_run=xmp)
         done = await run(call, version.index, [photos], reader, folder)
         if xmp:
             done = await run(write_planned, done, version.index.groups)

@@ -23,6 +23,7 @@ from retrieval_tip.index import changes, places
 from retrieval_tip.index.changes import PhotoLabel
 from retrieval_tip.labelling.journal import Entry, Journal
 from retrieval_tip.labelling.labels import (
+    ASK,
     NONE,
     Label,
     LabelledPhoto,
@@ -510,7 +511,7 @@ def _facts_of(
     places = {photo: place for place, photo in enumerate(rows)}
     shown = [photo for photo in shown if photo in places]
     near = alike(photos.rows(rows), [places[photo] for photo in shown])
-    found = [] if index is None else guesses(index, photos.rows(shown), none=False)
+    found = [] if index is None else guesses(index.classify(photos.rows(shown), "keep", **vars(ASK)), none=False)
     probable = [one["guesses"] for one in found] or [None] * len(shown)
     similar = ([rows[place] for place in own] for own in near)
     return dict(zip(shown, zip(probable, similar, strict=True), strict=True))

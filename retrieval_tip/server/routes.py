@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any
 from urllib.parse import quote
 
@@ -22,7 +23,8 @@ from retrieval_tip.evaluation.projection import Method, Projection, methods, pro
 from retrieval_tip.evaluation.projection import exemplars as typical_keys
 from retrieval_tip.fit.closed_form import ShotEstimate, estimate
 from retrieval_tip.labelling.groups import group, threshold_of
-from retrieval_tip.labelling.labels import guesses
+from retrieval_tip.labelling.labels import ASK, guesses
+from retrieval_tip.labelling.photos import Pool
 from retrieval_tip.server import schemas
 from retrieval_tip.server.access import READS, Named, Now, TheLabelling, TheService, cookie, may_read
 from retrieval_tip.server.problems import Problem
@@ -128,7 +130,7 @@ async def keys(
     key_id: Annotated[list[schemas.KeyId], Query(default_factory=list, description="Key to list. Can be repeated.")],
     source: Annotated[str | None, Query(description="Text in the sources to list, in any case.")] = None,
     offset: Annotated[int, Query(ge=0, le=10**9)] = 0,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 50,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 50,
 ) -> Response:
     """List one page of the keys, with their labels and sources."""
 
@@ -305,7 +307,7 @@ async def label_status(labelling: TheLabelling) -> schemas.LabellingStatus:
     return labelling.status()
 
 
-@reads.get("/label/answers", response_model=schemas.FolderAnswers)
+@reads.get("/label/answers", response_model=schemas.FolderAnswers, responses=SLOW)
 async def label_answers(service: TheService, labelling: TheLabelling) -> Response:
     """Return the labels and answers of all photos that have been read. Until there are labels, there are none."""
     version, labels, photos = labelling.version(), labelling.labels(), labelling.photos
@@ -315,8 +317,13 @@ async def label_answers(service: TheService, labelling: TheLabelling) -> Respons
     if version is None or labelling.is_empty(version):
         shown = []
     elif rows:
-        index, features = version.index, photos.rows(rows)
-        found = dict(zip(rows, await service.find(guesses, index, features), strict=True))
+        index, features, read = version.index, photos.rows(rows), [one for one in shown if one in photos.encoded]
+        pool = Pool([photos.names[one] for one in read], photos.rows(read), [])
+        if index.n <= service.limits.estimated:
+            answers, _ = await service.once(version, ("smoothed", len(read)), partial(pool.smoothed, index, ASK))
+        else:  # holding out photos would take too long
+            answers = await service.find(partial(index.classify, pool.features, "keep", **vars(ASK)))
+        found = dict(zip(read, guesses(answers), strict=True))
         no_match = [row for row, photo in enumerate(rows) if found[photo]["no_match"]][:MOST_GROUPED]
         if len(no_match) > 1:
             alike = await service.find(lambda: group(features[no_match], threshold_of(index), index.metric))

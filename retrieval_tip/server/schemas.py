@@ -523,7 +523,8 @@ class RightGuesses(BaseModel):
 class FolderPhoto(BaseModel):
     """A photo of the labelled folder: its label or, without one, its most probable classes.
 
-    ``no_match`` tells whether it resembles no example.
+    ``no_match`` tells whether it resembles no example. ``similar`` lists what this photo and similar photos give to
+    the probability of its first class (``input``, ``gives``), and their classes alone (``label``).
     """
 
     photo: int
@@ -531,6 +532,7 @@ class FolderPhoto(BaseModel):
     label: str | None
     guesses: list[Guess]
     no_match: bool
+    similar: list[Row] = []
 
 
 class FolderAnswers(BaseModel):

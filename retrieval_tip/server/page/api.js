@@ -12,6 +12,7 @@ export const TOKEN = "retrieval-tip token"; // name of the token in the storage 
 const COMPUTING = 202; // status while the result is being computed
 const UNREACHED = -1; // status of a problem if the server does not answer
 
+const BYTES = 30_000_000; // size of the photos in a request, of which servers accept 32 MiB by default
 const PATIENCE = 120_000; // ms during which a request to a busy server is repeated
 
 /** Wait for some milliseconds, or until the signal aborts. */
@@ -57,22 +58,6 @@ export async function request(path, { waiting, signal, patience = PATIENCE, ...o
   }
 }
 
-/** Return a function that runs at most `number` calls at once. Further calls wait in a queue. */
-function limited(number) {
-  let running = 0;
-  const line = [];
-  return async (work) => {
-    if (running < number) running++;
-    else await new Promise((resolve) => line.push(resolve)); // a finished call passes its place on
-    try {
-      return await work();
-    } finally {
-      if (line.length) line.shift()();
-      else running--;
-    }
-  };
-}
-
 /** Return whether the same request may succeed later, because the server did not answer or was busy. */
 export const passing = ({ status }) => [UNREACHED, COMPUTING, 429, 503].includes(status);
 
@@ -82,8 +67,6 @@ export function retrying({ message }) {
   return `${reason.charAt(0).toUpperCase()}${reason.slice(1)}. Trying again…`;
 }
 
-const asking = limited(4);
-
 /** Return the path of an index, or of something in it. */
 export const at = (name, what = "") => `/v1/indexes/${encodeURIComponent(name)}${what}`;
 
@@ -92,7 +75,7 @@ export function query(parameters) {
   for (const [name, value] of Object.entries(parameters)) {
     for (const one of [value].flat()) if (one !== undefined && one !== "") given.append(name, one);
   }
-  return `?${given}`;
+  return given.size ? `?${given}` : "";
 }
 
 export const json = (body, method = "POST") => ({ method, headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
@@ -104,6 +87,21 @@ export function form(pairs) {
   return { method: "POST", body };
 }
 
+/** Split [name, file] pairs into parts that fit into one request each. */
+export function parts(pairs, most) {
+  const found = [];
+  let room = -1;
+  for (const pair of pairs) {
+    room -= pair[1].size;
+    if (room < 0 || found.at(-1).length === most) {
+      found.push([]);
+      room = BYTES - pair[1].size;
+    }
+    found.at(-1).push(pair);
+  }
+  return found;
+}
+
 /** Return a request with features as binary numbers, because there may be thousands. */
 export function floats(features) {
   const [{ length }] = features;
@@ -112,18 +110,6 @@ export function floats(features) {
   return { method: "POST", headers: { "Content-Type": "application/octet-stream" }, body };
 }
 
-export const indexes = () => request("/v1/indexes");
-export const index = (name) => request(at(name));
-export const keys = (name, parameters, options) => request(at(name, `/keys${query(parameters)}`), options);
-export const map = (name, method, limit, options) => request(at(name, `/map${query({ method, limit })}`), options);
-export const audit = (name, parameters, options) => request(at(name, `/audit${query(parameters)}`), options);
-export const accuracy = (name) => request(at(name, "/accuracy"));
-export const exemplars = (name) => request(at(name, "/exemplars"));
-export const history = (name) => request(at(name, "/history"));
-export const past = (name, version, since) => request(at(name, `/history/${version}${query({ since })}`));
-export const groups = (name, features) => request(at(name, "/groups"), floats(features));
-export const labelling = () => request("/v1/label");
-export const labelAnswers = () => request("/v1/label/answers");
 export const labelPhoto = (photo, what = "image") => `/v1/label/photos/${photo}/${what}`;
 export const pictureOf = (name, keyId) => at(name, `/keys/${keyId}/image`);
 
@@ -134,9 +120,15 @@ export async function bytes(path) {
   return response;
 }
 
+const lines = Array(4).fill(Promise.resolve()); // photos wait in these, so that other requests have connections
+let turn = 0;
+
 /** Classify an image in a form, or the features of earlier answers. */
-export const classify = (sent, parameters, options) =>
-  asking(() => {
+export function classify(sent, parameters, options) {
+  const work = () => {
     options.signal.throwIfAborted();
     return request(`/v1/classify${query(parameters)}`, { ...options, ...sent });
-  });
+  };
+  turn = (turn + 1) % lines.length;
+  return (lines[turn] = lines[turn].then(work, work));
+}

@@ -1,14 +1,14 @@
-// The entry point of the page. It handles the views, opens a classifier, and handles dropped or pasted files.
+// The entry point of the page: the views, the menu of the classifier, and dropped or pasted files.
 
 import * as api from "./api.js";
 import { setGroups, showScreen } from "./browse.js";
 import { addFiles } from "./classify.js";
-import { $, attempt } from "./dom.js";
+import { askName, confirmed } from "./dialogs.js";
+import { $, attempt, button, cut, el, plural } from "./dom.js";
 import { placeSettings } from "./drawer.js";
-import "./finish.js";
 import { gather } from "./files.js";
 import { showLabelView } from "./label.js";
-import { showMenu } from "./menu.js";
+import { notice, reported } from "./notice.js";
 import { session } from "./session.js";
 import "./start.js";
 import { askToken, state } from "./state.js";
@@ -22,17 +22,14 @@ const DROPPED = {
   "#teach": "Each folder becomes a class. Single photos are added to the marked class.",
   "#settings": "Drop your photos or a table of groups here",
 };
-const tabs = [...document.querySelectorAll("[role=tab]")];
+
+let names = []; // of all classifiers
 
 function route() {
   $("overlay").firstElementChild.textContent = DROPPED[location.hash] ?? "Drop your photos here";
   const view = location.hash.slice(1) in TITLES ? location.hash.slice(1) : "classify";
   for (const name of Object.keys(TITLES)) $(`${name}-view`).hidden = name !== view;
-  const selected = tabs.find(({ hash }) => hash === `#${view}`);
-  for (const tab of tabs) {
-    tab.ariaSelected = String(tab === selected);
-    tab.tabIndex = tab === (selected ?? tabs[0]) ? 0 : -1;
-  }
+  for (const link of document.querySelectorAll("nav a")) link.ariaCurrent = link.hash === `#${view}` ? "page" : null;
   placeSettings();
   document.title = `${TITLES[view]} · ${state.info?.name ?? "retrieval-tip"}`;
   if (view === "label") showLabelView();
@@ -53,7 +50,7 @@ const choose = (name) =>
 /** Return the list of classifiers. A private server asks for the token first. */
 async function listed() {
   try {
-    return await api.indexes();
+    return await api.request("/v1/indexes");
   } catch (error) {
     if (error.status !== 401 || !(await askToken())) throw error;
     return listed();
@@ -63,7 +60,7 @@ async function listed() {
 const start = (prefer = null) =>
   attempt($("problem"), async () => {
     const { indexes: served, makes, labels } = await listed();
-    const names = served.map(({ name }) => name);
+    names = served.map(({ name }) => name);
     state.mayChange = makes || served.some(({ changes }) => changes);
     state.dispatchEvent(new Event("indexes"));
     $("tab-label").hidden = !labels;
@@ -71,7 +68,8 @@ const start = (prefer = null) =>
     if (labels && !session.now) await session.fetch();
     if (labels && !location.hash) location.hash = "#label";
     if (!names.length && state.info) return location.reload(); // the last one was deleted
-    showMenu(names, choose);
+    $("index-list").replaceChildren(...names.map((name) => el("li", {}, button(name, () => choose(name)))));
+    showOpen();
     $("to-teach").hidden = !state.mayChange;
     if (!names.length && !makes) throw new api.Problem("This server has no classifier yet and cannot create one.");
     if (names.length) {
@@ -81,6 +79,46 @@ const start = (prefer = null) =>
     $("index-facts").textContent = "no classifier yet";
     if (!labels) location.hash = "#teach";
   });
+
+// --- the menu of the classifier ---
+
+function showOpen() {
+  const { info } = state;
+  $("index-name").textContent = cut(info?.name ?? "No classifier yet");
+  $("index-name").title = info?.name ?? "";
+  $("index-changes").hidden = !info?.changes;
+  for (const { firstChild: one } of $("index-list").children) one.setAttribute("aria-current", String(one.textContent === info?.name));
+  if (!info) return;
+  $("index-facts").textContent = `${plural(info.n_keys, "photo")}, ${plural(info.n_classes, "class", "classes")}`;
+  $("index-facts").title = `version ${info.version}`;
+  $("index-facts").dataset.version = info.version;
+}
+
+const change = async (what, call) => (await reported(call)) && notice(what);
+
+const taken = (name) => (names.includes(name) && name !== state.info.name ? `“${name}” already exists.` : "");
+
+$("index-rename").addEventListener("click", async () => {
+  const { name } = state.info;
+  const other = await askName(`Rename “${name}”`, name, "Rename", taken);
+  if (other && other !== name) await change(`Renamed “${name}” to “${other}”.`, () => state.renameIndex(other));
+});
+$("index-duplicate").addEventListener("click", async () => {
+  const { name } = state.info;
+  let free = `${name} copy`;
+  for (let number = 2; names.includes(free); number++) free = `${name} copy ${number}`;
+  const other = await askName(`Duplicate “${name}”`, free, "Duplicate", taken);
+  if (other) await change(`Duplicated “${name}” as “${other}”.`, () => state.duplicateIndex(other));
+});
+$("index-delete").addEventListener("click", async () => {
+  const { name, n_keys: n, n_classes: c } = state.info;
+  const text = `Its ${plural(n, "example photo")} in ${plural(c, "class", "classes")} and all its versions are deleted. You cannot undo this.`;
+  if (await confirmed(`Delete “${name}”?`, text, "Delete", { kind: "danger" })) await change(`Deleted “${name}”.`, state.deleteIndex);
+});
+for (const menu of document.querySelectorAll(".menu")) menu.addEventListener("click", (event) => event.target.closest("button, a") && menu.hidePopover());
+for (const event of ["index", "version"]) state.addEventListener(event, showOpen);
+
+// --- dropped and pasted files ---
 
 /** Handle files and folders that were pasted, or dropped on an element. They are examples on the Teach screen, and are
  *  classified on other screens, except a table of groups on the Settings screen. */
@@ -117,17 +155,6 @@ addEventListener("paste", (event) => {
   receive(event.clipboardData);
 });
 
-document.querySelector("[role=tablist]").addEventListener("keydown", (event) => {
-  const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: 1, ArrowUp: -1 }[event.key];
-  if (event.key === " ") (event.preventDefault(), document.activeElement.click());
-  const shown = tabs.filter(({ hidden }) => !hidden);
-  const at = shown.indexOf(document.activeElement);
-  if (!step || at < 0) return;
-  event.preventDefault();
-  const next = shown.at((at + step) % shown.length);
-  location.hash = next.hash;
-  next.focus();
-});
 document.querySelector(".skip").addEventListener("click", (event) => {
   event.preventDefault(); // #main is not a view
   $("main").focus();

@@ -2,9 +2,9 @@
 
 import { gained } from "./accuracy.js";
 import * as api from "./api.js";
-import { looked, pagePhotos } from "./classify.js";
+import { looked, photos } from "./classify.js";
 import { confirmed } from "./dialogs.js";
-import { $, attempt, button, classField, count, cut, debounced, el, failure, isFor, named, nameOf, percent, picture, plural, refill } from "./dom.js";
+import { $, attempt, button, count, cut, debounced, el, failure, isFor, named, nameOf, picks, picture, plural, refill, short } from "./dom.js";
 import { Grid } from "./grid.js";
 import { fetchHistory, showHistory } from "./history.js";
 import { KeyMap, placeOf } from "./map.js";
@@ -12,7 +12,6 @@ import { undoable } from "./notice.js";
 import { settings } from "./settings.js";
 import { state } from "./state.js";
 
-const PAGE = 1000; // examples per request
 const MOST = 10_000; // examples to list; the others can be found with the filters
 const SUSPECTS = 1000; // suspicious labels to fetch
 const ASKED = 500; // key ids per request
@@ -89,7 +88,7 @@ async function remove(some, heading) {
   await changed(`Removed ${examples(some.length)}`, () => state.remove(idsOf(some)), heading);
 }
 
-const described = ({ key_id: id, label, source }) => [
+const described = ({ key_id: id, label, source = "" }) => [
   el("strong", { class: "name", title: label }, cut(label)),
   el("span", { class: "source", title: source }, cut(nameOf(source))),
   el("span", { class: "hint" }, `photo ${id}`),
@@ -111,25 +110,17 @@ function showAbout() {
   const { alpha, beta, temperature, source } = info.provenance;
   fill($("provenance"), {
     source,
-    dimensions: info.d,
-    alpha: `${rounded(info.alpha)} (${alpha})`,
-    beta: `${rounded(info.beta)} (${beta})`,
+    alpha: `${short(info.alpha)} (${alpha})`,
+    beta: `${short(info.beta)} (${beta})`,
     k: info.k === "all" ? "all" : `${info.k}, ${info.tail ? "with" : "without"} tail`,
-    temperature: `${rounded(info.temperature)} (${temperature})`,
-    "logit scale": rounded(info.logit_scale),
-    "FAISS index": info.exact_search ? info.index : `${info.index}, approximate`,
+    temperature: `${short(info.temperature)} (${temperature})`,
     prompts: info.text ? info.templates.join(" · ") || "none (text features were given)" : "none (class names are not used)",
-    metric: info.metric === "none" ? null : "within-class",
-    values: info.values === "one-hot" ? null : info.values,
   });
 }
 
 /** Set the groups of the classes from a table. */
 export const setGroups = (table) => changed("Set the groups of the classes", () => state.setGroups(table), $("groups-title"));
-$("groups-choose").addEventListener("click", () => $("groups-file").click());
-$("groups-file").addEventListener("change", () => (setGroups($("groups-file").files[0]), ($("groups-file").value = "")));
-
-const rounded = (value) => Number(value.toPrecision(5)).toLocaleString("en");
+picks($("groups-file"), ([table]) => setGroups(table), $("groups-choose"));
 
 function fill(list, facts) {
   const shown = Object.entries(facts).filter(([, value]) => value);
@@ -157,14 +148,10 @@ const classes = new Part(
     $("classes-add").hidden = !info.changes || !info.images;
     for (const id of ["classes-hint", "classes-edit"]) $(id).hidden = !info.changes;
     const card = (one) => classCard(one, images.get(one.class_id), weakest.get(one.label), doubted.get(one.label)?.length);
-    const naming = $("classes-list").querySelector(".naming");
-    const edited = naming?.parentNode.dataset.label;
     const shown = allCards ? found : found.slice(0, CARDS);
     refill($("classes-list"), shown.map(card));
     $("classes-all").hidden = shown.length === found.length;
     $("classes-all").textContent = `Show all ${count(found.length)}`;
-    const renamed = naming && [...$("classes-list").children].find(({ dataset }) => dataset.label === edited);
-    if (renamed) openName(renamed, naming); // the name is being edited
     return found.length ? "" : "No classes match this filter.";
   },
 );
@@ -187,7 +174,7 @@ function classCard({ label, keys }, image, weak, doubted) {
   const whole = button(parts, show, { title: `Example photos of ${label}`, data: { label, keys } });
   if (!state.info.changes) return el("li", {}, whole);
   const act = (text, said, onclick) => button(text, onclick, { class: "quiet", aria: { label: said } });
-  const other = act("Rename", `Rename ${label}`, () => rename(card, label));
+  const other = act("Rename", `Rename ${label}`, ({ target }) => rename(label, target));
   const wanted = () => {
     location.hash = "#teach";
     state.dispatchEvent(new CustomEvent("wanted", { detail: label }));
@@ -230,43 +217,30 @@ $("classes-list").addEventListener("dragend", () => (mark(null), (dragged = null
 
 const merge = (label, into) => changed(`Merged ${label} into ${into}`, () => state.rename(label, into), $("classes-title"));
 
-/** Edit the name of a class on its card. If another class already has the new name, the two classes are merged. */
-function rename(card, label) {
-  const input = classField({ value: label, required: true, maxLength: 1024, aria: { label: "New name" } });
-  const [ok, hint] = [el("button", { class: "primary" }), el("span", { class: "hint", role: "status" })];
-  const isTaken = (name) => name !== label && state.labels.includes(name);
-  input.oninput = () => {
-    const taken = isTaken(input.value.trim());
-    ok.textContent = taken ? "Merge" : "Rename";
-    hint.textContent = taken ? `${input.value.trim()} already exists. The two classes will be merged.` : "";
-  };
-  const form = named(el("form", { class: "naming" }, input, hint, ok), (name) => {
-    closeName(form).focus();
-    if (isTaken(name)) merge(label, name);
-    else if (name !== label) changed(`Renamed ${label} to ${name}`, () => state.rename(label, name), $("classes-title"));
-  });
-  form.addEventListener("keydown", ({ key }) => key === "Escape" && closeName(form).focus());
-  form.addEventListener("focusout", ({ relatedTarget: to }) => to && !form.contains(to) && closeName(form));
-  const open = $("classes-list").querySelector(".naming");
-  if (open) closeName(open);
-  openName(card, form);
-  input.oninput();
-  input.select();
+let renamed = ""; // the class whose name is edited
+const isTaken = (name) => name !== renamed && state.labels.includes(name);
+
+/** Edit the name of a class beside its button. If another class already has the new name, the two are merged. */
+function rename(label, source) {
+  renamed = label;
+  $("naming-label").value = label;
+  tellName();
+  $("naming").showPopover({ source });
+  $("naming-label").select();
 }
 
-function openName(card, form) {
-  card.draggable = false; // otherwise text in the field cannot be selected
-  card.append(form);
-  form.querySelector("input").focus();
+function tellName() {
+  const name = $("naming-label").value.trim();
+  $("naming-go").textContent = isTaken(name) ? "Merge" : "Rename";
+  $("naming-hint").textContent = isTaken(name) ? `${name} already exists. The two classes will be merged.` : "";
 }
 
-/** Close the form on a card, and return the card's button for renaming. */
-function closeName(form) {
-  const card = form.parentNode;
-  form.remove();
-  card.draggable = true;
-  return card.querySelector(".acts").lastChild;
-}
+$("naming-label").addEventListener("input", tellName);
+named($("naming"), (name) => {
+  $("naming").hidePopover();
+  if (isTaken(name)) merge(renamed, name);
+  else if (name !== renamed) changed(`Renamed ${renamed} to ${name}`, () => state.rename(renamed, name), $("classes-title"));
+});
 
 // --- example photos ---
 
@@ -278,7 +252,7 @@ const grid = new Grid($("shots"), {
     text.textContent = shot.label;
     note.textContent = nameOf(shot.source);
   },
-  opened: (shot) => grid.select(grid.selected.has(shot) ? [...grid.selected].filter((one) => one !== shot) : [...grid.selected, shot]),
+  opened: (shot) => grid.toggle(shot),
   chosen() {
     const number = grid.selected.size;
     $("shots-selection").hidden = !number || !state.info.changes;
@@ -294,36 +268,22 @@ named($("shots-form"), (label) => move([...grid.selected], label, $("shots-title
 $("shots-remove").addEventListener("click", () => remove([...grid.selected], $("shots-title")));
 $("shots-none").addEventListener("click", () => (grid.select([]), $("shots").focus()));
 
-async function keysOf(ids, wanted, options) {
-  const keys = [];
-  for (let at = 0; at < ids.length; at += ASKED) {
-    const some = { ...wanted, key_id: ids.slice(at, at + ASKED), limit: PAGE };
-    keys.push(...(await api.keys(state.info.name, some, options)).keys);
-  }
-  return keys;
-}
-
 const shots = new Part(
   "shots",
   async (options) => {
-    const wanted = { label: $("shots-class").value, source: $("shots-source").value, limit: PAGE };
-    if (mapped) {
-      const keys = await keysOf(mapped, wanted, options);
-      return { keys, total: keys.length };
-    }
+    const wanted = { label: $("shots-class").value, source: $("shots-source").value, limit: MOST };
+    if (!mapped) return state.get("/keys", wanted, options);
     const keys = [];
-    for (;;) {
-      const found = await api.keys(state.info.name, { ...wanted, offset: keys.length }, options);
-      keys.push(...found.keys);
-      if (!found.keys.length || keys.length >= Math.min(found.total, MOST)) return { keys, total: found.total };
-    }
+    for (let at = 0; at < mapped.length; at += ASKED)
+      keys.push(...(await state.get("/keys", { ...wanted, key_id: mapped.slice(at, at + ASKED) }, options)).keys);
+    return { keys, total: keys.length };
   },
   ({ total, keys }) => {
     $("shots-count").textContent = count(total);
     const before = new Map(grid.items.map((shot) => [shot.key_id, shot])); // keeping the same objects keeps the selection
     const all = keys.map((shot) => Object.assign(before.get(shot.key_id) ?? { id: `shot-${shot.key_id}` }, shot));
-    const groups = [...Map.groupBy(all, ({ label }) => label)].map(([label, items]) => ({ label, items }));
-    grid.show(groups.length > 1 ? groups : [{ label: null, items: all }]);
+    const groupOf = ({ label }) => label;
+    grid.show(all, new Set(all.map(groupOf)).size > 1 ? groupOf : null);
     if (!total) return "No example photos match this filter.";
     if (keys.length < total) return `These are the first ${count(keys.length)}. Use the filters to find the others.`;
     return state.info.changes ? "" : "This server is read-only, so you cannot move or remove examples.";
@@ -351,17 +311,14 @@ $("shots-all").addEventListener("click", () => listOnly(null));
 
 // --- map ---
 
-const METHODS = { tsne: "t-SNE (keeps similar photos together)", pca: "PCA (two principal axes)" };
-const shotsByKey = new Map(); // examples by key id, which the map shows; cleared with every new version
 let drawn = null; // the current map
-let wished = ""; // the method that the user selected
-let pointed = null; // the key id of the example that is shown beside the map
+let pictured = false; // whether the server has images of the examples
 
 const map = new Part(
   "map",
   async (options) => {
-    const made = (method, more) => api.map(state.info.name, method, MAPPED, { ...options, ...more });
-    if (wished) return made(wished, { patience: MINUTES });
+    const made = (method, more) => state.get("/map", { method, limit: MAPPED }, { ...options, ...more });
+    pictured = await state.pictured();
     const axes = await made("pca"); // fast, so it is shown until t-SNE is ready
     if (!axes.methods.includes("tsne")) return axes;
     showMap(axes);
@@ -371,18 +328,12 @@ const map = new Part(
   },
   showMap,
 );
-const keyMap = new KeyMap($("map-canvas"), { chosen: pointAt, taken: listOnly, shots: shotsOf, name: (classId) => state.labels[classId] });
+const keyMap = new KeyMap($("map-canvas"), { chosen: pointAt, taken: listOnly, image: imageOf, name: (classId) => state.labels[classId] });
 
 function showMap(found) {
   drawn = found;
-  $("map-methods").hidden = found.methods.length < 2;
-  if ($("map-method").children.length !== found.methods.length) {
-    $("map-method").replaceChildren(...found.methods.map((method) => el("option", { value: method }, METHODS[method])));
-  }
-  $("map-method").value = found.method;
-  const part = found.key_ids.length < found.total ? `${count(found.key_ids.length)} of ${count(found.total)} photos` : "";
-  const explained = found.explained?.map(percent).join(" and ");
-  $("map-facts").textContent = [part, explained && `the axes show ${explained} of the variance`].filter(Boolean).join("; ");
+  const all = found.key_ids.length === found.total;
+  $("map-facts").textContent = all ? "" : `${count(found.key_ids.length)} of ${count(found.total)} photos`;
   $("map").hidden = !found.key_ids.length;
   keyMap.show(found);
   showStar();
@@ -394,30 +345,19 @@ function showStar() {
   const photo = looked();
   const at = (one) => (drawn && one?.current ? placeOf(drawn, one, settings.values.beta) : null);
   const place = at(photo);
-  const others = pagePhotos().slice(0, RINGS).filter((one) => one !== photo);
+  const others = photos.slice(0, RINGS).filter((one) => one !== photo);
   const answer = (one) => (one.no_match ? -1 : state.labels.indexOf(one.taught ?? one.winner?.label));
   keyMap.star(place, others.map((one) => [at(one), answer(one)]).filter(([where]) => where));
-  const how = drawn?.axes ? "is at the star." : "is not on this map. The star marks the examples that it resembles most.";
-  $("map-star").textContent = place ? `★ ${cut(photo.name, 40)} ${how}` : "";
+  $("map-star").textContent = place ? `★ ${cut(photo.name, 40)} is not on this map. The star marks the examples that it resembles most.` : "";
 }
 
-async function shotsOf(ids) {
-  const { keys } = await api.keys(state.info.name, { key_id: ids, limit: ids.length });
-  for (const shot of keys) shotsByKey.set(shot.key_id, shot);
-  return keys;
+function imageOf(keyId) {
+  return pictured && keyId !== null ? api.pictureOf(state.info.name, keyId) : null;
 }
 
-async function pointAt(keyId) {
-  pointed = keyId;
-  if (keyId === undefined) return $("map-shot").replaceChildren();
-  try {
-    if (!shotsByKey.has(keyId)) await shotsOf([keyId]);
-    const shot = shotsByKey.get(keyId);
-    if (pointed === keyId && shot)
-      $("map-shot").replaceChildren(picture(shot.image, 320, nameOf(shot.source)), el("p", {}, ...described(shot)));
-  } catch (error) {
-    if (pointed === keyId) $("map-shot").replaceChildren(failure(error));
-  }
+function pointAt(keyId, classId) {
+  const told = () => [picture(imageOf(keyId), 320, ""), el("p", {}, ...described({ key_id: keyId, label: state.labels[classId] }))];
+  $("map-shot").replaceChildren(...(keyId === undefined ? [] : told()));
 }
 
 // --- labels to check ---
@@ -431,25 +371,22 @@ let listed = []; // the suspects that the user has not chosen to keep
 const audit = new Part(
   "audit",
   async (options) => {
-    const { name } = state.info;
-    const found = await api.audit(name, { borderline: $("audit-all").checked, limit: SUSPECTS }, options);
-    const both = found.shots.flatMap((shot) => [shot.key_id, shot.nearest_key_id]);
-    const keys = await keysOf([...new Set(both.filter((id) => id !== null))], {}, options);
-    return { ...found, images: new Map(keys.map((shot) => [shot.key_id, shot.image])) };
+    pictured = await state.pictured();
+    return state.get("/audit", { borderline: $("audit-all").checked, limit: SUSPECTS }, options);
   },
-  ({ shots: all, images }) => {
+  ({ shots: all }) => {
     suspects = all.map((shot) => ({
       ...shot,
       suggested: shot.suggested === shot.label ? null : shot.suggested, // the same image is also in another class
-      image: images.get(shot.key_id),
-      nearest: images.get(shot.nearest_key_id),
+      image: imageOf(shot.key_id),
+      nearest: imageOf(shot.nearest_key_id),
     }));
     return showSuspects();
   },
 );
 
-function keep(some) {
-  localStorage.setItem(KEPT, JSON.stringify([...kept(), ...some.map(sourceAndLabel)]));
+function keep(shot) {
+  localStorage.setItem(KEPT, JSON.stringify([...kept(), sourceAndLabel(shot)]));
   $("audit-state").textContent = showSuspects();
   $("audit-title").focus();
 }
@@ -462,9 +399,8 @@ function showSuspects() {
   listed = suspects.filter((shot) => !known.has(sourceAndLabel(shot)));
   $("audit-count").textContent = $("tab-check-count").textContent = count(listed.length);
   refill($("audit"), listed.map((shot, i) => suspicious(shot, i ? 480 : 1024)));
-  $("audit-bulk").hidden = listed.length < 2 || !state.info.changes;
+  $("audit-move-all").hidden = listed.length < 2 || !movable().length || !state.info.changes;
   $("audit-move-all").textContent = `Accept all ${movable().length}`;
-  $("audit-move-all").hidden = !movable().length;
   classes.load();
   if (listed.length) return "";
   return $("audit-all").checked ? "No suspicious labels were found." : "No clear mistakes were found.";
@@ -477,8 +413,6 @@ function moveAll() {
 }
 $("audit-all").addEventListener("change", () => audit.load());
 $("audit-move-all").addEventListener("click", moveAll);
-$("audit-keep-all").addEventListener("click", () => keep(listed));
-$("audit-remove-all").addEventListener("click", () => remove(listed, $("audit-title")));
 
 function suspicious(shot, size) {
   const figure = (url, source, label, caption) => {
@@ -494,7 +428,7 @@ function suspicious(shot, size) {
   const { changes } = state.info;
   const acts = [
     changes && suggested !== null ? act(`Change to ${cut(suggested)}`, "Enter", () => move([shot], suggested, heading)) : null,
-    act(`Keep ${cut(shot.label)}`, "K", () => keep([shot])),
+    act(`Keep ${cut(shot.label)}`, "K", () => keep(shot)),
     changes ? act("Remove", "X", () => remove([shot], heading)) : null,
   ];
   const text = [
@@ -545,7 +479,6 @@ $("classes-all").addEventListener("click", () => ((allCards = true), classes.loa
 $("classes-edit").addEventListener("click", ({ target }) => {
   target.ariaPressed = String($("classes-list").classList.toggle("edited"));
 });
-$("map-method").addEventListener("change", () => ((wished = $("map-method").value), map.load()));
 for (const [id, by] of [["map-closer", 1.5], ["map-farther", 1 / 1.5], ["map-whole", 0]])
   $(id).addEventListener("click", () => keyMap.zoom(by));
 
@@ -556,15 +489,9 @@ state.addEventListener("index", () => {
   keyMap.clear();
   allCards = false;
   $("audit-next").hidden = true;
-  shotsByKey.clear();
-  wished = "";
   grid.show([]); // each index has its own key ids
   $("shots-mapped").hidden = true;
   $("classes-list").parentNode.hidden = false;
-  $("map-method").replaceChildren();
   $("tab-check-count").textContent = "";
 });
-state.addEventListener("version", () => {
-  shotsByKey.clear();
-  showScreen(location.hash.slice(1));
-});
+state.addEventListener("version", () => showScreen(location.hash.slice(1)));

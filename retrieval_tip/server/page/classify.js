@@ -2,9 +2,8 @@
 
 import * as api from "./api.js";
 import { classMeant } from "./dialogs.js";
-import * as download from "./download.js";
 import * as drawer from "./drawer.js";
-import { $, button, chips, count, cross, debounced, el, framed, isBare, named, percent, plural, say } from "./dom.js";
+import { $, button, chips, count, cross, debounced, el, framed, isBare, named, percent, picks, plural, say } from "./dom.js";
 import { Grid } from "./grid.js";
 import { matching } from "./names.js";
 import { notice, reported, undoable } from "./notice.js";
@@ -12,21 +11,20 @@ import { FolderPhoto, Photo, parameters } from "./photo.js";
 import { session } from "./session.js";
 import { settings } from "./settings.js";
 import { state } from "./state.js";
+import * as take from "./take.js";
 import { showUnknown } from "./unknown.js";
 
 const BLOCK = 64; // features per request
 const STILL = 60; // ms between requests while a slider moves
 const DOUBTFUL = 0.95; // below this probability, a tile has a bar
 
-const photos = [];
+export const photos = [];
 const refused = new Map(); // names of skipped files by reason
 let leaving = new AbortController(); // aborts requests to an index that is no longer open
 let moving = new AbortController(); // aborts requests for other settings or for another version
 
 /** Return the open photo, or else the active photo, or else the first photo, or null if there are no photos. */
 export const looked = () => drawer.openPhoto() ?? grid.active ?? photos[0] ?? null;
-
-export const pagePhotos = () => photos;
 
 const grid = new Grid($("grid"), {
   image: (photo) => photo.image(240, ""),
@@ -106,7 +104,7 @@ async function showFolder() {
   const at = [now.version, read, session.labelled].join();
   if (at === told) return;
   told = at;
-  const answer = await reported(api.labelAnswers);
+  const answer = await reported(() => api.request("/v1/label/answers"));
   if (!answer) told = "";
   if (!answer || at !== told || session.waiting) return;
   const known = new Map(folder().map((photo) => [photo.number, photo]));
@@ -153,9 +151,8 @@ function expected(rest) {
  *  line. */
 function reasonOf({ name }, { message }) {
   const reason = message.startsWith(`${name}: `) ? message.slice(name.length + 2) : message;
-  if (!/not a readable image/.test(reason)) return reason;
-  if (/\.hei[cf]$/i.test(name)) return "the server cannot open HEIC files; save as JPEG, or install the extra heic on the server";
-  return "the file is damaged, or is not a JPEG, PNG or WebP image";
+  if (!/not a readable image/.test(reason) || !/\.hei[cf]$/i.test(name)) return reason;
+  return "the server cannot open HEIC files; save as JPEG, or install the extra heic on the server";
 }
 
 /** Classify photos again by their features. If a photo is one of the examples, it is classified without itself. */
@@ -201,16 +198,6 @@ const showSoon = framed(() => (grid.draw(), progress()));
 
 const busy = () => photos.filter((photo) => photo.busy).length;
 let wasBusy = false;
-let work = { begun: 0, most: 0 }; // when photos began to wait for answers, and how many there were
-
-/** Return how long the photos that have no answer yet will take, or "" at the beginning. */
-function remaining(left) {
-  if (left > work.most || !wasBusy) work = { begun: performance.now(), most: left };
-  const done = work.most - left;
-  const seconds = (performance.now() - work.begun) / 1000;
-  if (done < 5 || seconds < 3) return "";
-  return ` · about ${Math.ceil((seconds * left) / done)} s left`;
-}
 
 function progress() {
   const left = busy();
@@ -221,7 +208,7 @@ function progress() {
   const rest = own.filter(({ taught }) => taught === null).length;
   const no_match = photos.filter((photo) => photo.no_match && photo.taught === null).length;
   $("progress").textContent =
-    (left ? `${count(photos.length - left)} of ${plural(photos.length, "photo")} done${remaining(left)}`
+    (left ? `${count(photos.length - left)} of ${plural(photos.length, "photo")} done`
       : own.length === photos.length && own.length ? `${plural(rest, "photo")} without a label${expected(rest)}` : plural(photos.length, "photo")) +
     (no_match ? ` · ${no_match} with no match` : "");
   $("screen-right").hidden = $("finish-open").hidden = !own.length;
@@ -304,19 +291,7 @@ const SORTS = {
   sure: (a, b) => a.rank - b.rank,
   name: (a, b) => a.name.localeCompare(b.name, undefined, { numeric: true }),
   new: () => 0,
-  like: (a, b) => likeness(b) - likeness(a),
 };
-let example = null; // the other photos are compared to this photo
-const likeness = (photo) => (example?.feature && photo.feature ? photo.feature.reduce((sum, x, i) => sum + x * example.feature[i], 0) : -1);
-
-function moreLike(photo) {
-  example = photo;
-  $("sort-like").hidden = false;
-  $("sort-like").textContent = `Similar to ${photo.name}`;
-  $("sort").value = "like";
-  arrange();
-  scrollTo({ top: 0 });
-}
 
 const classOf = (photo) => photo.taught ?? (photo.no_match ? "" : (photo.winner?.label ?? ""));
 
@@ -333,13 +308,8 @@ function arrange() {
     (photo) => is(photo) && (!wanted || `${classOf(photo)}\n${photo.name}`.toLowerCase().includes(wanted)),
   );
   const found = busy() ? kept : kept.sort(SORTS[$("sort").value]); // photos keep their places while answers arrive
-  let groups = [{ label: null, items: found }];
-  if ($("group").checked) {
-    const byClass = Map.groupBy(found, classOf);
-    const names = [...byClass.keys()].sort((a, b) => (b === "") - (a === "") || a.localeCompare(b));
-    groups = names.map((name) => ({ label: name || "No match", items: byClass.get(name) }));
-  }
-  grid.show(groups);
+  if ($("group").checked) grid.show(found.toSorted((a, b) => classOf(a).localeCompare(classOf(b))), (photo) => classOf(photo) || "No match");
+  else grid.show(found);
   $("nothing").hidden = found.length > 0 || !photos.length;
   progress();
 }
@@ -364,10 +334,9 @@ function close() {
   $("grid").focus();
 }
 
-download.setUp(() => grid.items);
+take.setUp(() => grid.items);
 drawer.setUp({
   teach,
-  like: moreLike,
   close,
   step(by) {
     const next = grid.items[grid.items.indexOf(drawer.openPhoto()) + by];
@@ -533,12 +502,8 @@ state.addEventListener("version", () => {
   showFolder();
 });
 
-$("choose").addEventListener("click", () => $("files").click());
-$("more").addEventListener("click", () => $("files").click());
-$("files").addEventListener("change", () => {
-  addFiles([...$("files").files]);
-  $("files").value = ""; // allows the same file to be selected again
-});
+picks($("files"), addFiles, $("choose"), $("more"));
+picks($("camera-file"), addFiles, $("camera"));
 $("clear").addEventListener("click", () => putAway([...photos]));
 arrange();
 

@@ -37,6 +37,15 @@ export function named(form, call) {
   return form;
 }
 
+/** Let buttons open a file input, and call `take(files)` with the selected files. */
+export function picks(input, take, ...buttons) {
+  for (const one of buttons) one.addEventListener("click", () => input.click());
+  input.addEventListener("change", () => {
+    take([...input.files]);
+    input.value = ""; // allows the same file to be selected again
+  });
+}
+
 /** Return a button for each of a few classes, which can be chosen by its number. */
 export const chips = (labels, choose) =>
   labels.map((label, i) => button([el("kbd", {}, `${i + 1}`), ` ${cut(label)}`], () => choose(label), { class: "chip", title: label }));
@@ -92,14 +101,10 @@ export const percent = (share) => `${share < 0.01 ? "<1" : share > 0.99 ? ">99" 
 /** Format a whole number with narrow spaces. */
 export const count = (number) => number.toLocaleString("en").replaceAll(",", "\u202f");
 
+const digits = new Intl.NumberFormat("en", { maximumSignificantDigits: 4, useGrouping: false });
+
 /** Format a number with few digits. */
-export function short(value) {
-  if (!Number.isFinite(value)) return "–";
-  const size = Math.abs(value);
-  const digits = size >= 1000 ? 0 : size >= 10 ? 2 : 3;
-  const text = size !== 0 && (size < 0.001 || size >= 1e6) ? value.toExponential(1) : value.toFixed(digits);
-  return text.replaceAll("-", "−");
-}
+export const short = (value) => (Number.isFinite(value) ? digits.format(value).replace("-", "−") : "–");
 
 export const plural = (number, one, many = `${one}s`) => `${count(number)} ${number === 1 ? one : many}`;
 
@@ -121,14 +126,13 @@ export function picture(url, size, label) {
   return el("img", { class: "picture", loading: "lazy", decoding: "async", alt: label, src: `${url}${url.includes("?") ? "&" : "?"}size=${size}`, onerror });
 }
 
-/** Return an image of a file of the user. If it cannot be shown, it is replaced by `none`, or else removed. */
-export function preview(file, alt, ...none) {
+/** Return an image of a file of the user, or a placeholder if the browser cannot show it. */
+export function preview(file, alt) {
   const src = URL.createObjectURL(file);
   const done = () => URL.revokeObjectURL(src); // the element keeps the image
-  return el("img", { alt, src, decoding: "async", onload: done, onerror: ({ target }) => (done(), target.replaceWith(...none)) });
+  const none = () => el("span", { class: "none" }, "no preview");
+  return el("img", { alt, src, decoding: "async", onload: done, onerror: ({ target }) => (done(), target.replaceWith(none())) });
 }
-
-export const noPreview = () => el("span", { class: "none" }, "no preview");
 
 /** Do some work. If it fails without being aborted, show the reason in an element, and offer to try again. */
 export async function attempt(place, work) {

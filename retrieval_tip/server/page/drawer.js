@@ -11,17 +11,16 @@ let wrong = null; // the photo whose answer is wrong
 
 export const openPhoto = () => photo;
 
-/** `given.teach(photos, label)` adds photos as examples, `given.like(photo)` sorts the photos, `given.close()` closes the
- *  drawer, and `given.step(by)` opens another photo. */
+/** `given.teach(photos, label)` adds photos as examples, `given.close()` closes the drawer, and `given.step(by)` opens
+ *  another photo. */
 export const setUp = (given) => (on = given);
 
 const clicks = {
   "drawer-close": () => on.close(),
   "drawer-previous": () => on.step(-1),
   "drawer-next": () => on.step(1),
-  "drawer-right": confirm,
+  "drawer-right": () => give(photo.winner.label),
   "drawer-wrong": correct,
-  "drawer-like": () => on.like(photo),
   "decided-more": () => showMore(!$("decided").classList.contains("all")),
 };
 for (const [id, onclick] of Object.entries(clicks)) $(id).addEventListener("click", onclick);
@@ -29,14 +28,14 @@ $("drawer").addEventListener("keydown", (event) => {
   if (event.key === "Escape") on.close();
   else if (event.target.closest("input, select, summary") || !isBare(event)) return;
   else if (event.key === "ArrowLeft" || event.key === "ArrowRight") on.step(event.key === "ArrowLeft" ? -1 : 1);
-  else if (/^[123]$/.test(event.key)) teachChoice(photo?.choices[Number(event.key) - 1]);
+  else if (/^[123]$/.test(event.key)) give(photo?.choices[Number(event.key) - 1]);
   else if (event.key === "w") correct();
-  else if (event.key === "Enter" && !event.target.closest("button") && !$("drawer-right").hidden) confirm();
+  else if (event.key === "Enter" && !event.target.closest("button") && !$("drawer-right").hidden) give(photo.winner.label);
   else return;
   event.preventDefault();
 });
 for (const type of ["touchstart", "touchend"]) $("drawer").addEventListener(type, swipe, { passive: true });
-named($("drawer-form"), (label) => on.teach([photo], label));
+named($("drawer-form"), give);
 $("drawer-label").addEventListener("input", newClass);
 
 const SWIPED = 64; // px that a finger moves to the side to confirm or refuse the answer
@@ -52,10 +51,6 @@ function swipe(event) {
   if (button.checkVisibility()) button.click();
 }
 
-function confirm() {
-  on.teach([photo], photo.winner.label);
-}
-
 function correct() {
   if (!photo?.shown || !state.info.changes) return;
   wrong = photo;
@@ -63,7 +58,8 @@ function correct() {
   $("drawer-label").focus();
 }
 
-function teachChoice(label) {
+/** Add the photo as an example of a class. */
+function give(label) {
   if (label && state.info.changes) on.teach([photo], label);
 }
 
@@ -113,7 +109,6 @@ export function show() {
   $("drawer-file").title = photo.name;
   $("drawer-state").textContent = photo.problem?.message ?? (photo.busy ? "Classifying…" : "");
   $("drawer-answer").hidden = !shown;
-  $("drawer-like").hidden = photo.inFolder; // only the server has the features of the others
   if (!shown) {
     $("drawer-title").textContent = cut(photo.name, 40);
     $("drawer-probability").textContent = "";
@@ -132,6 +127,13 @@ function notes() {
   const lines = [];
   if (photo.no_match) lines.push(`This photo does not resemble any example photo. The closest guess is ${photo.winner.label}.`);
   if (photo.group) lines.push(`The ${photo.group.level} is ${photo.group.label}, ${percent(photo.group.probability)}.`);
+  const others = photo.given?.slice(1).filter(({ gives }) => gives > 0) ?? [];
+  if (others.length && photo.winner === photo.best) {
+    const [itself] = photo.given;
+    const changed = itself.label === photo.winner.label ? "" : `, which alone would be ${itself.label}`;
+    const names = others.map(({ input, label }) => `${nameOf(input)} (${label})`).join(", ");
+    lines.push(`This photo${changed}, gives ${percent(itself.gives)} of the probability. Similar photos give the rest: ${names}.`);
+  }
   if (photo.taught) lines.push(`You added this photo as an example of ${photo.taught}.`);
   if (photo.judgedByOthers) lines.push("This photo is one of the examples, so only the other examples count here.");
   const { before, shown } = photo;
@@ -150,7 +152,7 @@ function showCorrection() {
   $("drawer-correction").hidden = !can || (wrong !== photo && !photo.no_match);
   $("drawer-which").textContent = photo.no_match ? "What is it?" : "Which class is right?";
   $("drawer-refused").hidden = can;
-  $("drawer-chips").replaceChildren(...chips(can ? photo.choices : [], teachChoice));
+  $("drawer-chips").replaceChildren(...chips(can ? photo.choices : [], give));
 }
 
 function showDecided() {
@@ -170,16 +172,13 @@ function decidedRow(key, most) {
   const { key_id: keyId, affinity, gives: [contribution] } = key;
   const moved = el("i", { class: contribution > 0 ? "for" : "against", aria: { hidden: "true" } });
   moved.style.setProperty("--p", strength(key) / most);
-  const label = cut(contribution ? photo.winner.label : key.label);
+  const label = cut(contribution ? photo.shown.rows[0].label : key.label);
   const points = contribution ? `${short(Math.abs(contribution))} points` : "speaks";
-  return el(
-    "li",
-    { data: { keyId, affinity, weight: key.weight }, title: `${key.source}, similarity ${affinity.toFixed(2)}` },
-    picture(api.pictureOf(state.info.name, keyId), 240, nameOf(key.source)),
-    el("span", { class: "name", title: key.label }, cut(key.label)),
-    moved,
-    el("span", { class: "gives", data: { value: contribution } }, `${points} ${contribution < 0 ? "against" : "for"} ${label}`),
-  );
+  const image = picture(api.pictureOf(state.info.name, keyId), 240, nameOf(key.source));
+  const name = el("span", { class: "name", title: key.label }, cut(key.label));
+  const gives = el("span", { class: "gives", data: { value: contribution } }, `${points} ${contribution < 0 ? "against" : "for"} ${label}`);
+  const title = `${key.source}, similarity ${affinity.toFixed(2)}`;
+  return el("li", { data: { keyId, affinity, weight: key.weight }, title }, image, name, moved, gives);
 }
 
 function showLogits() {
@@ -187,18 +186,12 @@ function showLogits() {
   const sum = `Σ exp(−β (1 − similarity))${values === "one-hot" ? "" : " V"}`;
   const cache = offset ? `α log(1 + ${sum} / ${short(offset)})` : `α ${sum}`;
   $("formula").textContent = gamma ? `${cache} + α γ B` : cache;
-  $("logits").replaceChildren(
-    ...photo.shown.rows.map(({ label, probability, text, cache }) =>
-      el(
-        "tr",
-        { data: { label } },
-        el("th", { scope: "row" }, label),
-        el("td", { class: "p", data: { value: probability } }, percent(probability)),
-        el("td", { class: "text-part", data: { value: text } }, short(text)),
-        el("td", { class: "cache-part", data: { value: cache } }, short(cache)),
-      ),
-    ),
-  );
+  const cell = (name, value, text) => el("td", { class: name, data: { value } }, text);
+  const row = ({ label, probability: p, text, cache }) => {
+    const cells = [cell("p", p, percent(p)), cell("text-part", text, short(text)), cell("cache-part", cache, short(cache))];
+    return el("tr", { data: { label } }, el("th", { scope: "row" }, label), ...cells);
+  };
+  $("logits").replaceChildren(...photo.shown.rows.map(row));
 }
 
 settings.addEventListener("change", show);

@@ -5,12 +5,9 @@ async function filesIn(entry, folder) {
   if (entry.name.startsWith(".")) return [];
   if (entry.isFile) return [{ file: await new Promise((resolve, reject) => entry.file(resolve, reject)), folder }];
   const reader = entry.createReader();
+  const hundred = () => new Promise((resolve, reject) => reader.readEntries(resolve, reject));
   const found = [];
-  for (;;) {
-    const some = await new Promise((resolve, reject) => reader.readEntries(resolve, reject)); // returns a hundred at a time
-    if (!some.length) break;
-    found.push(...some);
-  }
+  for (let some = await hundred(); some.length; some = await hundred()) found.push(...some);
   const parts = await Promise.all(found.map((one) => filesIn(one, entry.name)));
   return parts.flat();
 }
@@ -25,8 +22,8 @@ export async function gather(transfer) {
   return parts.flat();
 }
 
-/** Return the files of a folder input. */
-export const chosen = (input) =>
-  [...input.files]
+/** Return the files of a selected folder. */
+export const inFolders = (files) =>
+  files
     .filter((file) => !file.name.startsWith("."))
     .map((file) => ({ file, folder: file.webkitRelativePath.split("/").at(-2) ?? null }));

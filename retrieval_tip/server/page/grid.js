@@ -32,7 +32,7 @@ export class Grid {
     Object.assign(this, { element, image, tile, opened, chosen, pressed, accepted });
     addEventListener("scroll", () => this.#soon(), { passive: true, capture: true });
     // A grid on a hidden screen has no width, so its tiles keep their places.
-    new ResizeObserver(() => element.clientWidth && element.clientWidth !== this.#width && this.show(this.groups)).observe(element);
+    new ResizeObserver(() => element.clientWidth && element.clientWidth !== this.#width && this.show(this.items, this.groupOf)).observe(element);
     element.addEventListener("click", (event) => this.#click(event));
     element.addEventListener("pointerdown", (event) => this.#lasso(event));
     element.addEventListener("dragstart", (event) => event.preventDefault());
@@ -40,28 +40,28 @@ export class Grid {
     element.addEventListener("focus", () => this.active ?? this.go(this.items[0]));
   }
 
-  /** Show groups, given as [{ label, items }]. A group whose label is null has no heading. */
-  show(groups) {
-    this.groups = groups ?? [];
+  /** Show items, with a heading for each group if `groupOf(item)` returns the name of its group. */
+  show(items, groupOf = null) {
+    Object.assign(this, { items, groupOf });
     this.#width = this.element.clientWidth;
     const columns = Math.max(FEWEST, Math.floor((this.#width + GAP) / (LEAST + GAP)));
     const wide = (this.#wide = (this.#width + GAP) / columns - GAP);
     const high = (this.#high = wide + BELOW + GAP);
     let [y, row, at] = [0, 0, 0];
     this.#places.clear();
-    for (const { label, items } of this.groups) {
+    for (const [label, own] of groupOf ? Map.groupBy(items, groupOf) : [[null, items]]) {
       if (label !== null) {
-        this.#places.set({ label: `${label} · ${items.length}` }, { x: 0, y });
+        this.#places.set({ label: `${label} · ${own.length}` }, { x: 0, y });
         y += HEAD;
       }
-      items.forEach((item, i) => {
+      own.forEach((item, i) => {
         const [down, column] = [Math.floor(i / columns), i % columns];
         this.#places.set(item, { x: column * (wide + GAP), y: y + down * high, row: row + down, column, at: at++ });
       });
-      row += Math.ceil(items.length / columns);
-      y += Math.ceil(items.length / columns) * high;
+      row += Math.ceil(own.length / columns);
+      y += Math.ceil(own.length / columns) * high;
     }
-    this.items = this.groups.flatMap(({ items }) => items);
+    this.items = [...this.#places.keys()].filter(({ id }) => id); // in the order of the groups
     this.element.style.height = `${Math.max(0, y - GAP)}px`;
     this.element.style.setProperty("--tile", `${wide}px`);
     if (this.active && !this.#places.has(this.active)) this.active = null;
@@ -134,7 +134,7 @@ export class Grid {
     this.chosen();
   }
 
-  #toggle(item) {
+  toggle(item) {
     if (!this.selected.delete(item)) this.selected.add(item);
     this.#anchor = item;
     this.#changed();
@@ -181,7 +181,7 @@ export class Grid {
     if (this.#drawn) return (this.#drawn = false);
     if (!item) return;
     if (event.shiftKey) this.#stretch(item);
-    else if (event.ctrlKey || event.metaKey || event.target.closest(".tick")) this.#toggle(item);
+    else if (event.ctrlKey || event.metaKey || event.target.closest(".tick")) this.toggle(item);
     else this.opened(item);
     this.go(item);
   }
@@ -204,7 +204,7 @@ export class Grid {
         this.#stretch(to);
       } else this.#anchor = to;
       this.go(to);
-    } else if (event.key === " " && this.active) this.#toggle(this.active);
+    } else if (event.key === " " && this.active) this.toggle(this.active);
     else if (event.key === "Enter" && this.accepted && (event.shiftKey || this.selected.size)) this.accepted(event.shiftKey);
     else if (event.key === "Enter" && this.active) this.opened(this.active);
     else if (event.key === "a" && (event.ctrlKey || event.metaKey)) this.select(this.items);

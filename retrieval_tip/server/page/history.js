@@ -1,6 +1,5 @@
 // The versions of a classifier: grouped by sitting, with photos that changed, and a preview before one is restored.
 
-import * as api from "./api.js";
 import { agreed } from "./dialogs.js";
 import { $, button, el, nameOf, picture, plural } from "./dom.js";
 import { state } from "./state.js";
@@ -13,8 +12,8 @@ const day = new Intl.DateTimeFormat("en", { dateStyle: "medium", timeStyle: "sho
 
 /** Return the versions of the index, oldest first, with their `changes`. */
 export async function fetchHistory() {
-  const { versions } = await api.history(state.info.name);
-  const changesOf = async (one) => ({ ...one, changes: await api.past(state.info.name, one.version, one.parent ?? undefined).catch(() => []) });
+  const { versions } = await state.get("/history");
+  const changesOf = async (one) => ({ ...one, changes: await state.get(`/history/${one.version}`, { since: one.parent ?? undefined }).catch(() => []) });
   return Promise.all(versions.map(changesOf));
 }
 
@@ -38,19 +37,13 @@ function line({ version, change, at, keys, classes, current, changes }, changed)
   const call = () => state.rollback(version, state.info.version);
   const restore = async () => (await previewed(version)) && changed(`Restored version ${version}`, call, $("history-title"));
   const facts = `${plural(keys, "photo")}, ${plural(classes, "class", "classes")}`;
-  return el(
-    "li",
-    {},
-    el("span", { class: "hint" }, hour.format(at)),
-    el(
-      "div",
-      {},
-      el("p", { class: "name" }, change === "build" ? "created" : change),
-      photos.length ? pictures(photos) : null,
-      el("p", { class: "hint", title: `version ${version}` }, facts),
-    ),
-    current || !state.info.changes ? el("span", { class: "hint" }, current ? "current" : "") : button("Restore", restore, { class: "quiet" }),
-  );
+  const what = [
+    el("p", { class: "name" }, change === "build" ? "created" : change),
+    photos.length ? pictures(photos) : null,
+    el("p", { class: "hint", title: `version ${version}` }, facts),
+  ];
+  const action = current ? el("span", { class: "hint" }, "current") : state.info.changes ? button("Restore", restore, { class: "quiet" }) : "";
+  return el("li", {}, el("span", { class: "hint" }, hour.format(at)), el("div", {}, ...what), action);
 }
 
 const pictures = (photos) =>
@@ -58,7 +51,7 @@ const pictures = (photos) =>
 
 /** Show how the photos change if a version is restored. Return whether the user agrees. */
 async function previewed(version) {
-  const found = await api.past(state.info.name, version, state.info.version).catch((error) => error.message);
+  const found = await state.get(`/history/${version}`, { since: state.info.version }).catch((error) => error.message);
   const kept = "The current version stays in the history, so you can undo this.";
   const part = ({ what, change, photos }) => [el("p", {}, el("strong", {}, WHAT[what]), ` ${change}`), pictures(photos)];
   const parts = typeof found === "string" ? [el("p", {}, found)] : found.flatMap(part);

@@ -269,7 +269,7 @@ addEventListener("keydown", (event) => {
   const { key, target } = event;
   const field = $("label-class");
   if (!isFor("label-view", event) || event.isComposing) return;
-  if (target !== field && target.closest("[role=tab], summary, select, textarea, dialog, input:not([type=checkbox])")) return;
+  if (target !== field && target.closest("nav a, summary, select, textarea, dialog, input:not([type=checkbox])")) return;
   const typed = field.value !== "";
   if (typed && key === "Escape") (field.value = ""), classes();
   else if (typed && key === "Enter" && event.shiftKey) choose(field.value); // a new class of exactly this name

@@ -1,13 +1,13 @@
 // A two-dimensional map of the keys on a canvas, which can be used with a mouse or a keyboard.
 
-import { cut, framed, plural } from "./dom.js";
+import { cut, el, framed, plural } from "./dom.js";
 
 const NEAR = 14; // maximum distance of the pointer from a key, in px
 const DRAWN = 6; // minimum length of a drag in px; a shorter drag is a click
 const NAMED = 60; // maximum number of classes whose names are drawn
 const SIDE = 44; // side of an image and its cell, in px
 const BESIDE = [0, -34, 34, -52, 52]; // distances of a name from the middle of its class, best first, in px
-const NEAREST = 8; // number of keys that determine the place of a photo on a map that has no axes
+const NEAREST = 8; // number of keys that determine the place of a photo
 const ARROWS = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
@@ -16,30 +16,15 @@ const colour = (classId) => `oklch(${dark.matches ? 0.76 : 0.58} 0.15 ${(classId
 
 const flat = new OffscreenCanvas(1, 1).getContext("2d"); // tells which points are inside a path
 
-/** Return the place of a photo on a map, or null. If the map has axes, it is the projection onto these axes. Otherwise,
- *  it is the mean of the most similar keys, weighted by exp(-beta (1 - affinity)). */
-export function placeOf({ axes, key_ids: ids, x, y }, { feature, similar, without }, beta) {
-  if (axes) {
-    const [offset, ...rows] = axes;
-    const place = offset.map((value, axis) => rows.reduce((sum, row, j) => sum + feature[j] * row[axis], value));
-    return place.map((value) => Math.min(1, Math.max(-1, value)));
-  }
+/** Return the place of a photo on a map, or null. It is the mean of the places of the most similar keys, weighted by
+ *  exp(-beta (1 - affinity)). */
+export function placeOf({ key_ids: ids, x, y }, { similar, without }, beta) {
   const at = new Map(ids.map((id, i) => [id, i]));
   const near = similar.filter(({ key_id: id }) => at.has(id) && !without.includes(id)).slice(0, NEAREST);
   if (!near.length) return null;
   const weights = near.map(({ affinity }) => Math.exp(beta * (affinity - near[0].affinity)));
   const whole = weights.reduce((sum, weight) => sum + weight, 0);
   return [x, y].map((places) => near.reduce((sum, { key_id: id }, j) => sum + (weights[j] * places[at.get(id)]) / whole, 0));
-}
-
-function starAt([x, y]) {
-  const path = new Path2D();
-  for (let i = 0; i < 10; i++) {
-    const [r, turn] = [i % 2 ? 5 : 12, (i * Math.PI) / 5 - Math.PI / 2];
-    path.lineTo(x + r * Math.cos(turn), y + r * Math.sin(turn));
-  }
-  path.closePath();
-  return path;
 }
 
 export class KeyMap {
@@ -53,13 +38,13 @@ export class KeyMap {
   #scale = 1;
   #centre = [0, 0]; // centre of the view, in map coordinates
   #drag = null; // { path, far, at, centre } while a button is pressed; `path` is null while the map is moved
-  #images = new Map(); // image or null by key id
+  #images = new Map(); // by key id
   #asking = 0;
   #soon = framed(() => this.#draw());
 
-  /** `on.chosen(keyId)` is called for the selected key, or with undefined if there is none, and `on.taken(keyIds)` for
-   *  the keys that are inside a shape or marked with Space. `on.shots(keyIds)` returns [{ key_id, image }], and
-   *  `on.name(classId)` a class name. */
+  /** `on.chosen(keyId, classId)` is called for the selected key, or with undefined if there is none, and
+   *  `on.taken(keyIds)` for the keys that are inside a shape or marked with Space. `on.image(keyId)` returns the address
+   *  of an image or null, and `on.name(classId)` a class name. */
   constructor(canvas, on) {
     this.#canvas = canvas;
     this.#on = on;
@@ -67,7 +52,6 @@ export class KeyMap {
     canvas.addEventListener("pointerdown", (event) => this.#down(event));
     canvas.addEventListener("pointerup", () => this.#up());
     canvas.addEventListener("pointercancel", () => ((this.#drag = null), this.#soon()));
-    canvas.addEventListener("dblclick", () => this.zoom(0));
     canvas.addEventListener("wheel", (event) => this.#wheel(event), { passive: false });
     canvas.addEventListener("keydown", (event) => this.#key(event));
     canvas.addEventListener("focus", () => canvas.matches(":focus-visible") && this.#chosen < 0 && this.#choose(0));
@@ -85,7 +69,8 @@ export class KeyMap {
     this.#map = map;
     this.#images.clear();
     this.zoom(0);
-    this.#on.chosen(map.key_ids[this.#chosen]);
+    this.#on.chosen(map.key_ids[this.#chosen], map.class_ids[this.#chosen]);
+    this.#canvas.dataset.method = map.method;
     this.#canvas.setAttribute("aria-label", `Map of ${plural(map.key_ids.length, "photo")}, coloured by class`);
     this.#draw();
   }
@@ -198,11 +183,10 @@ export class KeyMap {
     }
     this.#names(context, seen, pictured, ink, paper);
     for (const i of this.#taken) ring(this.#place(i), radius + 2);
-    context.fillStyle = ink;
     if (this.#star) {
-      const star = starAt(this.#placed(this.#star));
-      context.fill(star);
-      line(star, paper, 2);
+      Object.assign(context, { font: "28px system-ui", textAlign: "center", textBaseline: "middle", lineWidth: 4, strokeStyle: paper, fillStyle: ink });
+      context.strokeText("★", ...this.#placed(this.#star));
+      context.fillText("★", ...this.#placed(this.#star));
     }
     if (this.#chosen >= 0) {
       dots([this.#chosen], radius + 1);
@@ -252,7 +236,7 @@ export class KeyMap {
       if (cells.some((cell) => taken.has(cell))) continue;
       const id = this.#map.key_ids[i];
       const image = this.#images.get(id);
-      if (image === undefined) wanted.push(id);
+      if (!image && this.#on.image(id)) wanted.push(id);
       taken.add(cells[4]); // the cell of this key
       if (!image?.complete || !image.naturalWidth) continue;
       const side = Math.min(image.naturalWidth, image.naturalHeight);
@@ -268,19 +252,9 @@ export class KeyMap {
     return drawn;
   }
 
-  async #ask(ids) {
-    const map = this.#map;
-    const shots = await this.#on.shots(ids).catch(() => []);
-    if (map !== this.#map) return;
-    for (const id of ids) this.#images.set(id, null);
-    for (const { key_id: id, image: url } of shots) {
-      if (!url) continue;
-      const image = new Image();
-      image.addEventListener("load", () => this.#soon(), { once: true });
-      image.src = `${url}?size=96`;
-      this.#images.set(id, image);
-    }
-    this.#canvas.dataset.pictures = [...this.#images.values()].filter(Boolean).length;
+  #ask(ids) {
+    for (const id of ids) this.#images.set(id, el("img", { onload: this.#soon, src: `${this.#on.image(id)}?size=96` }));
+    this.#canvas.dataset.pictures = this.#images.size;
   }
 
   #choose(i) {
@@ -289,7 +263,7 @@ export class KeyMap {
     const [[x, y], [width, height]] = [this.#place(i), this.#size];
     if (x < 0 || y < 0 || x > width || y > height) this.#look(this.#at(i));
     this.#soon();
-    this.#on.chosen(this.#map.key_ids[i]);
+    this.#on.chosen(this.#map.key_ids[i], this.#map.class_ids[i]);
   }
 
   #down(event) {

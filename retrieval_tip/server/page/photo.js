@@ -1,7 +1,7 @@
 // A photo on the page, with its file, its feature, and the answer of the server.
 
 import * as api from "./api.js";
-import { nameOf, noPreview, picture, preview } from "./dom.js";
+import { nameOf, picture, preview } from "./dom.js";
 import { settings } from "./settings.js";
 import { state } from "./state.js";
 
@@ -36,7 +36,7 @@ export class Photo {
 
   /** Return an image of the photo, for a place of this size in pixels. */
   image(size, alt) {
-    return preview(this.file, alt, noPreview());
+    return preview(this.file, alt);
   }
 
   /** Return the file of the photo. */
@@ -98,7 +98,8 @@ export class Photo {
   get choices() {
     if (!this.shown) return [];
     const { rows } = this.shown;
-    return (this.no_match ? rows : rows.slice(1)).slice(0, 3).map(({ label }) => label);
+    const others = rows.map(({ label }) => label).filter((label) => this.no_match || label !== this.winner.label);
+    return others.slice(0, 3);
   }
 }
 
@@ -118,9 +119,15 @@ export class FolderPhoto extends Photo {
     return new File([await response.blob()], this.name);
   }
 
-  /** Store the label or the answer that the session has for all photos. A photo with a feature has its own answer. */
-  tell({ label, guesses, no_match }) {
-    this.taught = label;
+  /** The answer of the session, to which similar photos contribute, unless the settings have changed on this page. */
+  get winner() {
+    return (!settings.changed && this.shown && this.best) || super.winner;
+  }
+
+  /** Store the label or the answer that the session has for all photos, and what the photo itself and similar photos give
+   *  to it, as [{ input, label, gives }]. A photo with a feature also has an answer of its own. */
+  tell({ label, guesses, no_match, similar = [] }) {
+    Object.assign(this, { taught: label, best: guesses[0], given: similar });
     if (this.feature || !guesses.length) return;
     const rows = guesses.map((guess) => ({ ...guess, text: NaN, cache: NaN }));
     this.shown = { name: settings.name, no_match, rows, supporting: [], opposing: null };

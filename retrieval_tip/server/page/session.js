@@ -26,7 +26,7 @@ class Session extends EventTarget {
   /** Fetch the state. It is outdated if the server has answered a change in the meantime. */
   async fetch() {
     const before = this.#answered;
-    const answer = await api.labelling();
+    const answer = await api.request("/v1/label");
     if (before === this.#answered) this.#take(answer);
     else this.#later();
   }

@@ -1,7 +1,6 @@
 // The first screen, which shows the classes of the classifier, its accuracy, and some example photos to try.
 
 import * as api from "./api.js";
-import * as camera from "./camera.js";
 import { addFiles } from "./classify.js";
 import { $, button, count, cut, el, picture, plural } from "./dom.js";
 import { state } from "./state.js";
@@ -47,11 +46,4 @@ function samples(shown) {
   );
 }
 
-$("camera").hidden = !camera.hasCamera;
-$("camera").addEventListener("click", async () => {
-  $("camera-said").textContent = "";
-  await camera.open((file) => addFiles([file])).catch((error) => ($("camera-said").textContent = error.message));
-});
-
-state.addEventListener("index", show);
-state.addEventListener("version", show);
+for (const event of ["index", "version"]) state.addEventListener(event, show);

@@ -24,18 +24,21 @@ class State extends EventTarget {
   #accuracy = null;
 
   async open(name) {
-    this.#take(await api.index(name));
+    this.#take(await api.request(api.at(name)));
     this.dispatchEvent(new Event("index"));
   }
 
   /** Fetch the index again, and fire "version" if it has changed. */
   async refresh() {
     const { name, version } = this.info;
-    const info = await api.index(name);
+    const info = await this.get();
     if (this.info.name !== name || info.version === this.info.version || info.version === version) return;
     this.#take(info);
     this.dispatchEvent(new Event("version"));
   }
+
+  /** Fetch the description of the index, or something in it. */
+  get = (what = "", parameters = {}, options = {}) => api.request(`${this.#at(what)}${api.query(parameters)}`, options);
 
   #take(info) {
     this.info = info;
@@ -46,24 +49,27 @@ class State extends EventTarget {
   }
 
   /** Return typical shots of the classes, which are fetched once per version. If this fails, there are none. */
-  exemplars = () => (this.#exemplars ??= api.exemplars(this.info.name).then(({ exemplars }) => exemplars, () => []));
+  exemplars = () => (this.#exemplars ??= this.get("/exemplars").then(({ exemplars }) => exemplars, () => []));
+
+  /** Return whether the server has images of the shots. */
+  pictured = async () => (await this.exemplars()).some(({ image }) => image);
 
   /** Return the estimated accuracy, or null if the server cannot estimate it. It is fetched once per version. */
-  accuracy = () => (this.#accuracy ??= api.accuracy(this.info.name).catch(() => null));
+  accuracy = () => (this.#accuracy ??= this.get("/accuracy").catch(() => null));
 
   /** Add photos as examples of a class, in batches. Return the merged answers of the server, or null if there is no
    *  token. */
   async add(label, files, progress = () => {}) {
     const lists = { key_ids: [], classes: [], duplicates: [], warnings: [], skipped: [] };
     const all = { ...lists, known: 0, since: this.info.version };
-    for (let at = 0; at < files.length; at += BATCH) {
-      const part = files.slice(at, at + BATCH).map((file) => ["images", file]);
+    let done = 0;
+    for (const part of api.parts(files.map((file) => ["images", file]), BATCH)) {
       const added = await this.#change(this.#at("/keys"), api.form([["label", label], ...part]), false);
       if (!added) return null;
       for (const name of Object.keys(lists)) all[name].push(...added[name]);
       all.known += added.known;
       all.version = added.version;
-      progress(Math.min(files.length, at + BATCH));
+      progress((done += part.length));
     }
     await this.refresh();
     return all;

@@ -1,10 +1,10 @@
 // The Teach view, which creates a classifier from photos in named classes, or adds them to the open classifier.
 
 import { judged } from "./accuracy.js";
-import * as camera from "./camera.js";
-import { $, button, classField, cross, el, failure, plural, preview } from "./dom.js";
-import { chosen } from "./files.js";
-import { notice, reported, undoable } from "./notice.js";
+import { parts } from "./api.js";
+import { $, button, classField, cross, el, failure, picks, plural, preview } from "./dom.js";
+import { inFolders } from "./files.js";
+import { notice, undoable } from "./notice.js";
 import { state } from "./state.js";
 
 const FIRST = 48; // number of photos in the request that creates an index
@@ -22,10 +22,9 @@ class Card {
 
   constructor(name = "") {
     this.name = name;
-    const { accept } = $("files");
-    const taken = ({ target }) => (this.give([...target.files]), (target.value = ""));
-    const pick = el("input", { type: "file", accept, multiple: true, hidden: true, aria: { label: "Photos" }, onchange: taken });
-    const shot = () => reported(() => camera.open((file) => this.give([file]), this.name || "this class"));
+    const inputs = ["files", "camera-file"].map((id) => $(id).cloneNode());
+    const buttons = [button("Choose"), button("Camera", null, { class: "touch" })];
+    inputs.forEach((input, i) => (input.removeAttribute("id"), picks(input, (files) => this.give(files), buttons[i])));
     const remove = () => {
       this.remove();
       if (!cards.length) new Card();
@@ -37,7 +36,7 @@ class Card {
       { class: "class-card" },
       el("p", { class: "buttons" }, this.#input, cross("Remove this class", remove)),
       this.#pictures,
-      el("p", { class: "buttons" }, this.#count, button("Choose", () => pick.click()), button("Camera", shot, { hidden: !camera.hasCamera }), pick),
+      el("p", { class: "buttons" }, this.#count, ...buttons, ...inputs),
     );
     cards.push(this);
     $("teach-classes").append(this.element);
@@ -148,15 +147,15 @@ function show() {
   $("teach-go").textContent = isNew() ? `Create classifier${of && ` from${of}`}` : `Add${of || " photos"}`;
 }
 
-/** Return the photos for the first request as [label, file] pairs, which include some of every class, and the remaining
- *  photos by class. */
+/** Return the photos for the first request as [label, file] pairs, with photos of as many classes as possible, and the
+ *  remaining photos by class. */
 function begun() {
   const most = Math.max(...full().map(({ files }) => files.length));
   const pairs = [];
   for (let i = 0; i < most; i++) for (const { name, files } of full()) if (i < files.length) pairs.push([name, files[i]]);
-  const first = Math.max(FIRST, full().length);
-  const left = Map.groupBy(pairs.slice(first), ([name]) => name);
-  return [pairs.slice(0, first), new Map([...left].map(([name, own]) => [name, own.map(([, file]) => file)]))];
+  const [first] = parts(pairs, FIRST);
+  const left = Map.groupBy(pairs.slice(first.length), ([name]) => name);
+  return [first, [...left].map(([name, own]) => [name, own.map(([, file]) => file)])];
 }
 
 async function go() {
@@ -178,7 +177,7 @@ async function go() {
   show();
   try {
     report(`Uploading ${plural(total, "photo")}…`);
-    let rest = new Map(full().map(({ name, files }) => [name, files]));
+    let rest = full().map(({ name, files }) => [name, files]);
     let result;
     if (isNew()) {
       const [first, left] = begun();
@@ -198,7 +197,7 @@ async function go() {
       if (!added) return;
       skipped.push(...added.skipped);
     }
-    if (rest.size) {
+    if (rest.length) {
       report("Training…");
       result = await state.fit();
       if (!result) return;
@@ -263,8 +262,7 @@ $("teach-cancel").addEventListener("click", () => {
   running?.abort(new DOMException("cancelled", "AbortError"));
   $("teach-said").textContent = "Stopping after the current upload…";
 });
-$("teach-folders").addEventListener("click", () => $("teach-folder").click());
-$("teach-folder").addEventListener("change", () => (receive(chosen($("teach-folder"))), ($("teach-folder").value = "")));
+picks($("teach-folder"), (files) => receive(inFolders(files)), $("teach-folders"));
 $("teach-name").addEventListener("input", show);
 for (const id of ["teach-new", "teach-old"]) $(id).addEventListener("change", show);
 addEventListener("hashchange", () => location.hash === "#teach" || showCards());

@@ -1,24 +1,16 @@
-// Downloads of the photos on the page: a table, or a zip file with folders by class.
+// What a person takes away: a table or a zip file of the photos on the page, and folders by class or keywords at the end
+// of a labelling session.
 
 import { $, el, plural } from "./dom.js";
 import { notice, reported } from "./notice.js";
+import { session } from "./session.js";
 import { state } from "./state.js";
 import { classFolder, safe, zip } from "./zip.js";
 
 let photos = () => []; // returns the photos that are shown, in order
 export const setUp = (shown) => (photos = shown);
 
-const rows = () =>
-  photos().filter(answered).map((photo) => ({
-    input: photo.path ?? photo.name,
-    label: photo.winner?.label ?? photo.taught,
-    probability: photo.winner?.probability ?? null,
-    no_match: photo.no_match,
-    taught: photo.taught,
-    labels: (photo.shown?.rows ?? []).map(({ label }) => label),
-    probabilities: (photo.shown?.rows ?? []).map(({ probability }) => probability),
-  }));
-const answered = ({ shown, taught }) => shown || taught !== null;
+const answered = () => photos().filter(({ shown, taught }) => shown || taught !== null);
 
 /** Return a CSV cell. A leading quote prevents spreadsheets from evaluating text as a formula. */
 function cell(value) {
@@ -34,13 +26,10 @@ function download(name, type, ...parts) {
 }
 
 $("download-csv").addEventListener("click", () => {
-  const columns = ["input", "label", "probability", "no_match", "taught"];
-  const lines = [columns, ...rows().map((row) => columns.map((name) => row[name]))];
+  const row = ({ path, name, winner, taught, no_match }) => [path ?? name, winner?.label ?? taught, winner?.probability ?? null, no_match, taught];
+  const lines = [["input", "label", "probability", "no_match", "taught"], ...answered().map(row)];
   download(`${state.info.name}.csv`, "text/csv", `${lines.map((line) => line.map(cell).join(",")).join("\n")}\n`);
 });
-$("download-json").addEventListener("click", () =>
-  download(`${state.info.name}.json`, "application/json", `${JSON.stringify(rows(), null, 1)}\n`),
-);
 
 const SURE = 0.5; // below this probability, an answer is more likely wrong than right
 function folderOf({ taught, no_match, winner }) {
@@ -64,7 +53,7 @@ function sortedPaths(some) {
 }
 
 $("download-zip").addEventListener("click", async () => {
-  const some = photos().filter(answered);
+  const some = answered();
   $("download-zip").disabled = true;
   await reported(async () => {
     const pairs = [];
@@ -75,3 +64,48 @@ $("download-zip").addEventListener("click", async () => {
   });
   $("download-zip").disabled = false;
 });
+
+// --- the end of a labelling session ---
+
+let action = "copy"; // what Undo undoes
+
+async function sort(options) {
+  const into = $("finish-into").value.trim();
+  $("finish-said").textContent = options.undo ? "Undoing…" : "Working…";
+  try {
+    const done = await state.sortPhotos({ into, action, ...options });
+    const skipped = done?.skipped.map(({ input, reason }) => ` ${input}: ${reason}.`) ?? [];
+    $("finish-said").textContent = done ? `${done.summary}.${skipped.join("")}${options.undo ? "" : ` To undo this later, run: ${done.undo}`}` : "";
+    $("finish-undo").hidden = !done || options.undo;
+  } catch (error) {
+    $("finish-said").textContent = error.message;
+  }
+}
+
+$("finish-open").addEventListener("click", () => {
+  $("finish-into").value ||= `${session.now.index}-sorted`;
+  $("finish-said").textContent = "";
+  $("finish-undo").hidden = true;
+  $("finish").showModal();
+});
+$("finish-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const what = new FormData(event.target).get("finish");
+  const wrong = $("finish-wrong").value;
+  const labelled = what === "labelled";
+  action = labelled ? "copy" : what;
+  sort({ labelled, at_most_wrong: wrong ? Number(wrong) / 100 : null });
+});
+$("finish-form").addEventListener("change", () => {
+  const into = $("finish-into");
+  into.disabled = into.parentElement.hidden = $("finish-xmp").checked;
+});
+$("finish-undo").addEventListener("click", () => sort({ undo: true }));
+$("finish-close").addEventListener("click", () => $("finish").close());
+for (const kind of ["zip", "csv"])
+  $(`finish-${kind}`).addEventListener("click", () => {
+    $("finish").close();
+    $("filter-state").value = "all"; // the download contains the photos that are shown
+    $("filter-state").dispatchEvent(new Event("change"));
+    $(`download-${kind}`).click();
+  });
