@@ -4,8 +4,6 @@ A test file takes the fixtures by ``bucket = buckets.bucket``. ``bucket`` is an 
 the address of a store, on a disk and in a bucket in turn.
 """
 
-from __future__ import annotations
-
 import atexit
 import functools
 import io
@@ -13,9 +11,6 @@ import itertools
 import os
 import threading
 import urllib.request
-from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -24,11 +19,11 @@ KEY, SECRET, REGION = "testing-key", "testing-secret", "us-east-1"
 _numbers = itertools.count()
 
 
-def _one_at_a_time(app: Callable[..., Iterable[bytes]]) -> Callable[..., list[bytes]]:
+def _one_at_a_time(app):
     """Check and write an object in one step, as a real service does; moto uses two."""
     lock = threading.Lock()
 
-    def call(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+    def call(environ, start_response):
         if length := environ.get("CONTENT_LENGTH"):  # read first, so that a stopped client blocks no other
             environ["wsgi.input"] = io.BytesIO(environ["wsgi.input"].read(int(length)))
         with lock:
@@ -38,13 +33,13 @@ def _one_at_a_time(app: Callable[..., Iterable[bytes]]) -> Callable[..., list[by
 
 
 @functools.cache
-def endpoint() -> str:
+def endpoint():
     """Return the address of this process's server, and start it on first use. It ends with the process."""
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
     from werkzeug.serving import make_server
 
     class Quiet(MotoRequestHandler):
-        def log(self, *_: object) -> None:
+        def log(self, *_):
             pass
 
     app = _one_at_a_time(DomainDispatcherApplication(create_backend_app))
@@ -52,7 +47,7 @@ def endpoint() -> str:
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
 
-    def stop() -> None:
+    def stop():
         server.shutdown()
         thread.join(5)
         server.server_close()
@@ -61,7 +56,7 @@ def endpoint() -> str:
     return f"http://127.0.0.1:{server.server_port}"
 
 
-def use(monkeypatch: pytest.MonkeyPatch, address: str, **more: str) -> None:
+def use(monkeypatch, address, **more):
     """Set the environment to find a server; child processes inherit it."""
     for name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_"))]:
         monkeypatch.delenv(name)
@@ -81,7 +76,7 @@ def use(monkeypatch: pytest.MonkeyPatch, address: str, **more: str) -> None:
         monkeypatch.setenv(name, value)
 
 
-def fresh_bucket() -> str:
+def fresh_bucket():
     """Create a bucket and return its name."""
     name = f"bucket-{os.getpid()}-{next(_numbers)}"
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -91,14 +86,14 @@ def fresh_bucket() -> str:
 
 
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> str:
+def bucket(monkeypatch):
     """The address of an empty store in a fresh bucket."""
     use(monkeypatch, endpoint())
     return f"s3://{fresh_bucket()}/indexes/pets"
 
 
 @pytest.fixture(params=["disk", "bucket"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+def place(request, tmp_path):
     """The address of an empty store, on a disk and in a bucket."""
     if request.param == "disk":
         return f"lance://{(tmp_path / 'indexes' / 'pets').as_posix()}"

@@ -1,12 +1,6 @@
 """The answer by definition, in float64 with one-hot products, and random cases to compare with it."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 import pyarrow.parquet as pq
 import torch
 from hypothesis import strategies as st
@@ -16,23 +10,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from retrieval_tip import tip
 
-Array = npt.NDArray[Any]
 betas = st.floats(0.1, 50)
 
 
-def affinity(f: Array, K: Array) -> Array:
-    product: Array = np.asarray(f).astype(np.float64) @ np.asarray(K).astype(np.float64).T
-    return product
+def affinity(f, K):
+    return np.asarray(f).astype(np.float64) @ np.asarray(K).astype(np.float64).T
 
 
-def nearest(A: Array, k: int | None) -> Array:
+def nearest(A, k):
     """Return a mask of the ``k`` keys with the largest affinity to each query."""
     return np.argsort(np.argsort(-A, axis=1, kind="stable"), axis=1) < (A.shape[1] if k is None else k)
 
 
-def cache_logits(
-    A: Array, y: Array, c: int, beta: float, V: Array | None = None, met: Array | None = None, *, tail: bool = False
-) -> Array:
+def cache_logits(A, y, c, beta, V=None, met=None, *, tail=False):
     """Return ``exp(-beta (1 - A)) V`` over the keys in the mask ``met``, or over all keys.
 
     With a tail, every other key counts at the mean affinity of the other keys of its class.
@@ -44,18 +34,16 @@ def cache_logits(
             mean = (A * rest).sum(1) / np.maximum(rest.sum(1), 1)
             A = np.where(rest, mean[:, None], A)
     weights = np.exp(-beta * (1 - A)) * (met | tail)
-    logits: Array = weights @ (np.eye(c)[y] if V is None else V.astype(np.float64))
-    return logits
+    return weights @ (np.eye(c)[y] if V is None else V.astype(np.float64))
 
 
-def solved(K: Array, y: Array, c: int, beta: float, ridge: float | Array) -> Array:
+def solved(K, y, c, beta, ridge):
     """Return the values that answer the keys' own classes, up to the ridge of each key."""
     gram = np.exp(-beta * (1 - affinity(K, K))) + np.diag(np.broadcast_to(ridge, len(K)))
-    values: Array = np.linalg.solve(gram, np.eye(c)[y])
-    return values
+    return np.linalg.solve(gram, np.eye(c)[y])
 
 
-def discriminant(f: Array, K: Array, y: Array, c: int) -> Array:
+def discriminant(f, K, y, c):
     """Return ``f M^T + b``, from the means of the classes. Classes without keys get the mean of the others."""
     f, K, counts = f.astype(np.float64), K.astype(np.float64), np.bincount(y, minlength=c)
     some = counts > 0
@@ -75,9 +63,9 @@ class Case:
     """
 
     def __init__(
-        self, seed: int, counts: list[int], q: int = 7, d: int = 12, *, half: bool = False, off_sphere: bool = False,
-        shuffled: bool = False, spread: float = 0.7,
-    ) -> None:  # fmt: skip
+        self, seed, counts, q = 7, d = 12, *, half = False, off_sphere = False,
+        shuffled = False, spread = 0.7
+    ):  # fmt: skip
         self.rng = rng = np.random.default_rng(seed)
         self.c, self.y = len(counts), np.repeat(np.arange(len(counts)), counts)
         if shuffled:
@@ -93,48 +81,48 @@ class Case:
         self.V = rng.standard_normal((len(self.y), self.c)).astype(np.float32)
 
     @property
-    def A(self) -> Array:
+    def A(self):
         return affinity(self.f, self.K)
 
     @property
-    def queries(self) -> torch.Tensor:
+    def queries(self):
         return torch.from_numpy(self.f)
 
-    def tensors(self, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def tensors(self, dtype=torch.float64):
         return torch.from_numpy(self.f).to(dtype), torch.from_numpy(self.K).to(dtype), torch.from_numpy(self.y)
 
-    def totals(self, dtype: torch.dtype = torch.float64) -> tip.Totals:
+    def totals(self, dtype=torch.float64):
         f, K, y = self.tensors(dtype)
         sums = torch.from_numpy(np.eye(self.c)[self.y].T).to(dtype) @ K
         return tip.Totals.of(f, sums, torch.bincount(y, minlength=self.c))
 
-    def retrieved(self, k: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def retrieved(self, k, dtype=torch.float64):
         """Return affinities, class ids and rows of the ``k`` nearest keys of each query."""
         f, K, y = self.tensors(dtype)
         near, rows = tip.affinity(f, K).topk(min(k, len(y)), dim=1)
         return near, y[rows], rows
 
-    def logits(self, beta: float, V: Array | None = None, met: Array | None = None, *, tail: bool = False) -> Array:
+    def logits(self, beta, V=None, met=None, *, tail=False):
         return cache_logits(self.A, self.y, self.c, beta, V, met, tail=tail)
 
 
-def cases(*, least_d: int = 2, least_q: int = 1, **options: st.SearchStrategy[bool]) -> st.SearchStrategy[Case]:
+def cases(*, least_d=2, least_q=1, **options):
     """Draw small cases, in which some classes have no keys."""
     counts = st.lists(st.integers(0, 12), min_size=1, max_size=6).filter(any)
     q, d = st.integers(least_q, 8), st.integers(least_d, 10)
     return st.builds(Case, st.integers(0, 2**32 - 1), counts, q, d, **options)
 
 
-def case_of(f: Array, K: Array, y: Array, W: Array) -> Case:
+def case_of(f, K, y, W):
     case = Case(0, [1])
     case.f, case.K, case.y, case.W, case.c = f, K, y, W, len(W)
     return case
 
 
-def food(shared: Path, shots: int) -> Case:
+def food(shared, shots):
     """Return a case of CLIP features, in which classes have different numbers of shots."""
 
-    def features(part: str) -> tuple[Array, list[str]]:
+    def features(part):
         table = pq.read_table(shared / "data" / "clip-food9" / f"{part}.parquet")
         return np.stack(table["feature"].to_numpy()).astype(np.float32), table["label"].to_pylist()
 
@@ -144,7 +132,7 @@ def food(shared: Path, shots: int) -> Case:
     return case_of(features("test")[0][::5], K[chosen], y[chosen], W)
 
 
-def shots_like_clip(c: int, shots: int, d: int, queries: int) -> tuple[Array, Array, Array, Array]:
+def shots_like_clip(c, shots, d, queries):
     """Return keys, their class ids, text weights and queries, with cosines like CLIP's."""
     maker = Made(c=c, d=d)
     ids = np.repeat(np.arange(c), shots)
@@ -154,11 +142,11 @@ def shots_like_clip(c: int, shots: int, d: int, queries: int) -> tuple[Array, Ar
 class Largest(TorchDispatchMode):
     """Largest number of values in any tensor that torch returned inside the context."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.most = 0
 
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
         result = function(*arguments, **(named or {}))
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, torch.Tensor):

@@ -4,9 +4,8 @@ The server starts no thread before it forks, so forking is safe, and a job costs
 run as a script that calls :func:`serve`; the tests of that module talk to it through a :class:`Server`.
 """
 
-from __future__ import annotations
-
 import errno
+import gc
 import json
 import os
 import signal
@@ -15,15 +14,11 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import warm
-
-Job = dict[str, Any]
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="SKIPPED: needs fork and SIGKILL")
 
@@ -34,11 +29,11 @@ class FullDisk:
     Flushes of folders do not count, because their errors are ignored.
     """
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch):
         self.stop, self.calls, self._real = 0, 0, os.fsync
         monkeypatch.setattr(os, "fsync", self._fsync)
 
-    def _fsync(self, handle: int) -> None:
+    def _fsync(self, handle):
         is_file = stat.S_ISREG(os.fstat(handle).st_mode)
         self.calls += is_file
         if is_file and self.calls == self.stop:
@@ -49,43 +44,43 @@ class FullDisk:
 class Steps:
     """Counter of a job's steps by name, which kills or stops the process before step number ``at``, or fails there."""
 
-    def __init__(self, at: int | None, how: str) -> None:
+    def __init__(self, at, how):
         self.at, self.how, self.names = at, how, list[str]()
 
-    def step(self, name: str) -> None:
+    def step(self, name):
         self.names.append(name)
         if len(self.names) - 1 == self.at:
             if self.how == "EIO":
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             os.kill(os.getpid(), getattr(signal, self.how))
 
-    def before(self, owner: Any, name: str) -> None:
+    def before(self, owner, name):
         """Count a step before each call of a function or a method."""
         call = getattr(owner, name)
 
-        def counted(*arguments: Any, **more: Any) -> Any:
+        def counted(*arguments, **more):
             self.step(name)
             return call(*arguments, **more)
 
         setattr(owner, name, counted)
 
-    def events(self, *events: str) -> None:
+    def events(self, *events):
         """Count a step before each of these events of :func:`sys.audit`."""
 
-        def audit(event: str, _: tuple[Any, ...]) -> None:
+        def audit(event, _):
             if event in events:
                 self.step(event)
 
         sys.addaudithook(audit)
 
-    def writes(self) -> None:
+    def writes(self):
         """Count a step before every change on disk.
 
         Reading changes nothing, so a kill before a read equals a kill before the next step.
         """
         import faiss
 
-        def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        def audit(event, arguments):
             if event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR):
                 self.step("open to write")
 
@@ -97,12 +92,13 @@ class Steps:
         self.events("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "fcntl.flock")
 
 
-def serve(work: Callable[[Job, Steps], None]) -> None:
+def serve(work):
     """Run the jobs on each line of standard input at once, each in its own child."""
     import faiss
     import torch
 
     warm.import_now(images=False)
+    gc.freeze()
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
     for line in sys.stdin:
@@ -121,7 +117,7 @@ def serve(work: Callable[[Job, Steps], None]) -> None:
         print(json.dumps({"status": status, "seconds": time.perf_counter() - begun}), flush=True)
 
 
-def _child(work: Callable[[Job, Steps], None], job: Job) -> int:
+def _child(work, job):
     child = os.fork()
     if child:
         return child
@@ -142,7 +138,7 @@ def _child(work: Callable[[Job, Steps], None], job: Job) -> int:
 class Server:
     """A process, started with the interpreter on ``path``, that runs jobs in children and kills them."""
 
-    def __init__(self, script: str, folder: Path, path: str) -> None:
+    def __init__(self, script, folder, path):
         self.counted = folder / "steps"
         self.seconds = 0.0
         pipe = subprocess.PIPE
@@ -151,45 +147,42 @@ class Server:
             [warm.python(path), script], stdin=pipe, stdout=pipe, text=True, env=environment
         )
 
-    def start(self, *jobs: Job, step: int | None = None, after: float | None = None, how: str = "SIGKILL") -> None:
+    def start(self, *jobs, step=None, after=None, how="SIGKILL"):
         """Start jobs; kill them (or stop them, by ``how``) before step number ``step``, or ``after`` seconds."""
         common = {"step": step, "how": how, "steps": str(self.counted)}
-        assert self.process.stdin is not None
         self.process.stdin.write(json.dumps({"jobs": [job | common for job in jobs], "after": after}) + "\n")
         self.process.stdin.flush()
 
-    def _reply(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
+    def _reply(self):
         line = self.process.stdout.readline()
         assert line, "the server died"
-        reply: dict[str, Any] = json.loads(line)
-        return reply
+        return json.loads(line)
 
-    def stopped(self) -> int:
+    def stopped(self):
         """Wait until a job has stopped itself, and return its process id."""
         return int(self._reply()["stopped"])
 
-    def wait(self) -> list[int]:
+    def wait(self):
         """Return the exit statuses of the jobs, and set ``seconds`` to their duration."""
         reply = self._reply()
         self.seconds = reply["seconds"]
         return list(reply["status"])
 
-    def run(self, job: Job, **when: Any) -> int:
+    def run(self, job, **when):
         self.start(job, **when)
         return self.wait()[0]
 
     @property
-    def steps(self) -> list[str]:
+    def steps(self):
         """Steps of the last job that was not killed."""
         return list(json.loads(self.counted.read_text()))
 
-    def close(self) -> None:
+    def close(self):
         self.process.communicate()
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
+def one_thread():
     """Use one thread for tiny computations, where threads would mostly wait for each other."""
     import torch
 

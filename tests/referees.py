@@ -1,18 +1,15 @@
 """Programs of others that check what we write, each in an environment of its own in ``build/referees``."""
 
-from __future__ import annotations
-
 import hashlib
 import shutil
 import subprocess
-from pathlib import Path
 
 import filelock
 import pytest
 from conftest import ROOT
 
 
-def referee(*installs: tuple[str, ...], python: str = "python3.11") -> Path:
+def referee(*installs, python="python3.11"):
     """Return the Python of an environment in which ``pip install`` ran with these arguments. Skip if it fails."""
     made = ROOT / "build/referees" / hashlib.sha256(repr((python, installs)).encode()).hexdigest()[:12]
     made.mkdir(parents=True, exist_ok=True)

@@ -1,27 +1,23 @@
 """Helpers for tests of index folders: their bytes, and forged manifests with valid digests."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from retrieval_tip.errors import RetrievalTipError, StoreError
+from retrieval_tip.errors import StoreError
 
 
-def snapshot(folder: Path) -> dict[str, bytes | None]:
+def snapshot(folder):
     """Return all files below a folder with their bytes, except the lock, which names the last writer."""
     paths = [path for path in sorted(folder.rglob("*")) if path.name != "lock"]
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
 
 
-def one_line(error: RetrievalTipError, *parts: object) -> str:
+def one_line(error, *parts):
     """Check that an error has one line that contains the parts, and return the line."""
     text = str(error)
     assert "\n" not in text
@@ -30,14 +26,14 @@ def one_line(error: RetrievalTipError, *parts: object) -> str:
     return text
 
 
-def refused(call: Callable[[], object], *parts: object, error: type[RetrievalTipError] = StoreError) -> str:
+def refused(call, *parts, error=StoreError):
     """Check that a call is refused with one line that contains the parts, and return the line."""
     with pytest.raises(error) as caught:
         call()
     return one_line(caught.value, *parts)
 
 
-def sealed(body: Mapping[str, Any]) -> bytes:
+def sealed(body):
     """Return a forged manifest whose digest is valid."""
     body = {key: value for key, value in body.items() if key != "sha256"}
     text = json.dumps(body, indent=1, ensure_ascii=False).encode("utf-8", "surrogatepass")
@@ -45,12 +41,11 @@ def sealed(body: Mapping[str, Any]) -> bytes:
     return json.dumps(body | entry, indent=1, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
-def body_of(folder: Path) -> dict[str, Any]:
-    body: dict[str, Any] = json.loads((folder / "manifest.json").read_bytes())
-    return body
+def body_of(folder):
+    return json.loads((folder / "manifest.json").read_bytes())
 
 
-def resealed(index: Path, kind: str, data: bytes, **entry: Any) -> Path:
+def resealed(index, kind, data, **entry):
     """Replace a data file of the first segment, adapt name and manifest, and return the new file."""
     body, digest = body_of(index), hashlib.sha256(data).hexdigest()
     file = body["files"][kind]
@@ -62,7 +57,7 @@ def resealed(index: Path, kind: str, data: bytes, **entry: Any) -> Path:
     return index / name
 
 
-def npy(array: np.ndarray) -> bytes:
+def npy(array):
     """Return the bytes of an array in a ``.npy`` file."""
     buffer = io.BytesIO()
     np.save(buffer, array)

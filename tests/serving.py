@@ -1,7 +1,5 @@
 """Helpers that start the real server in its own process and build a small index of real photos."""
 
-from __future__ import annotations
-
 import csv
 import json
 import os
@@ -11,28 +9,23 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
 import uvicorn
 from click.testing import CliRunner
-from fastapi import FastAPI
 
 from retrieval_tip import Index
 from retrieval_tip.cli import main
 from retrieval_tip.server import run
 from retrieval_tip.server.app import create_app
-from retrieval_tip.server.limits import Limits
 from retrieval_tip.server.served import open_all
 
 START_SECONDS = 120
 
 
-def caltech_photos(shared: Path, part: str, classes: int, each: int) -> list[tuple[Path, str]]:
+def caltech_photos(shared, part, classes, each):
     """Return photos of the first classes of Caltech101, with their labels."""
     data = shared / "data" / "caltech101"
     items = json.loads((data / "split_zhou_Caltech101.json").read_text())[part]
@@ -43,7 +36,7 @@ def caltech_photos(shared: Path, part: str, classes: int, each: int) -> list[tup
     return found
 
 
-def build(shared: Path, out: Path, items: list[tuple[Path, str]], *options: str) -> Path:
+def build(shared, out, items, *options):
     """Build an index of labelled photos with the command line."""
     table = out.with_suffix(".csv")
     with table.open("w", newline="") as file:
@@ -56,14 +49,7 @@ def build(shared: Path, out: Path, items: list[tuple[Path, str]], *options: str)
 
 
 @contextmanager
-def server(
-    *arguments: object,
-    token: str | None = None,
-    path: str | None = None,
-    command: str = "serve",
-    printed: list[str] | None = None,
-    port: int | None = 0,
-) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def server(*arguments, token=None, path=None, command="serve", printed=None, port=0):
     """Run a server, by default on a free port, yield its address and process, then stop it.
 
     The server runs in a new interpreter, or as the program found on ``path``. Its exit status is checked unless the
@@ -73,11 +59,10 @@ def server(
     program = [str(shutil.which("retrieval-tip", path=path))] if path else [sys.executable, "-m", "retrieval_tip"]
     program += [command, *map(str, arguments), *([] if port is None else ["--port", str(port)])]
     process = subprocess.Popen(program, stderr=subprocess.PIPE, text=True, env=environment)
-    lines: queue.Queue[str | None] = queue.Queue()
+    lines = queue.Queue()
     printed = [] if printed is None else printed
 
-    def read() -> None:
-        assert process.stderr is not None
+    def read():
         for line in process.stderr:
             printed.append(line)
             lines.put(line)
@@ -96,19 +81,18 @@ def server(
         process.kill()
         process.wait()
         reader.join(5)
-        assert process.stderr is not None
         process.stderr.close()
     assert "Traceback" not in "".join(printed), "".join(printed)
 
 
-def listens(address: str) -> psutil.Process:
+def listens(address):
     """Return the process that listens at an address, not its parent."""
     port = int(address.rpartition(":")[2])
     listening = (one for one in psutil.net_connections("tcp4") if one.status == psutil.CONN_LISTEN)
     return next(psutil.Process(one.pid) for one in listening if one.laddr.port == port)
 
 
-def random_index(folder: Path, n: int, d: int, classes: int) -> Path:
+def random_index(folder, n, d, classes):
     """Write an index of random features."""
     keys = np.random.default_rng(0).normal(size=(n, d)).astype(np.float32)
     keys /= np.linalg.norm(keys, axis=1, keepdims=True)
@@ -116,13 +100,13 @@ def random_index(folder: Path, n: int, d: int, classes: int) -> Path:
     return folder
 
 
-def app_of(*folders: Path, limits: Limits | None = None, **options: Any) -> FastAPI:
+def app_of(*folders, limits=None, **options):
     """Return an application that serves indexes on the CPU."""
     return create_app(open_all(folders, "cpu", "float32", "fast"), limits, **options)
 
 
 @contextmanager
-def running(app: FastAPI, **options: Any) -> Iterator[tuple[str, int]]:
+def running(app, **options):
     """Run an application in a thread, as ``serve`` does, and yield its address. See :func:`run.configured`."""
     with run.listen("127.0.0.1", 0) as listening:
         server = uvicorn.Server(run.configured(app, 20, **options))
@@ -136,7 +120,7 @@ def running(app: FastAPI, **options: Any) -> Iterator[tuple[str, int]]:
         assert not thread.is_alive()
 
 
-def told(place: tuple[str, int], *said: bytes) -> bytes:
+def told(place, *said):
     """Send bytes over a new connection, and return everything the server sends back."""
     with socket.create_connection(place, timeout=30) as asking:
         try:
@@ -147,7 +131,7 @@ def told(place: tuple[str, int], *said: bytes) -> bytes:
         return rest(asking)
 
 
-def rest(asking: socket.socket) -> bytes:
+def rest(asking):
     """Read from a connection until it closes."""
     answer = b""
     try:

@@ -5,8 +5,6 @@
 - ``data/clip-food9``: random features around a mean for each class; tests of real CLIP features are ``needs_real``
 """
 
-from __future__ import annotations
-
 import json
 import random
 import shutil
@@ -39,7 +37,7 @@ DISHES = [
 D = 512
 
 
-def create(place: Path) -> Path | None:
+def create(place):
     """Return the folder ``place``, created if needed, or ``None`` if its parts cannot be downloaded."""
     if place.is_dir():
         return place
@@ -58,11 +56,11 @@ def create(place: Path) -> Path | None:
     return place
 
 
-def write_photos(stamps: Path, out: Path) -> None:
+def write_photos(stamps, out):
     """Write one folder of JPEG files per class, and the split into training, validation and test."""
     from PIL import Image, ImageOps
 
-    parts: dict[str, list[tuple[str, int, str]]] = {"train": [], "val": [], "test": []}
+    parts = {"train": [], "val": [], "test": []}
     for label, (name, folders) in enumerate(SIMILAR.items()):
         files = [file for folder in folders for file in sorted(stamps.glob(f"{folder}/*.png"))]
         files = [file for file in files if not file.with_suffix(".svg").exists()]
@@ -81,7 +79,7 @@ def write_photos(stamps: Path, out: Path) -> None:
     (out / "split_zhou_Caltech101.json").write_text(json.dumps(parts))
 
 
-def write_features(out: Path) -> None:
+def write_features(out):
     """Write tables of unit vectors around a common mean and a class mean, with outliers, and one text per class."""
     import numpy as np
     import pyarrow as pa
@@ -100,7 +98,7 @@ def write_features(out: Path) -> None:
         pq.write_table(pa.table({"id": numbered, "label": names, "feature": feature}), out / f"{part}.parquet")
 
 
-def write_encoder(weights: Path, out: Path) -> None:
+def write_encoder(weights, out):
     """Write a dual encoder in open_clip's folder format."""
     import open_clip
     import torch

@@ -1,40 +1,28 @@
 """Tables, features, images, PNG files and models for tests."""
 
-from __future__ import annotations
-
 import json
 import struct
 import zlib
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-TINY: dict[str, Any] = {
+TINY = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
 }
 
 
-def read_features(path: Path) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.str_]]:
+def read_features(path):
     """Return the features and the labels of a feature table."""
     table = pq.read_table(path)
     return np.stack(table["feature"].to_numpy()).astype(np.float32), np.array(table["label"].to_pylist())
 
 
-def write_table(
-    path: Path,
-    features: npt.ArrayLike,
-    labels: Sequence[str] | None = None,
-    ids: Sequence[str] | None = None,
-    **extra: object,
-) -> Path:
+def write_table(path, features, labels=None, ids=None, **extra):
     """Write a feature table."""
     rows = np.asarray(features, dtype=np.float32)
     column = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), rows.shape[1])
@@ -44,25 +32,25 @@ def write_table(
     return path
 
 
-def unit_rows(n: int, d: int, seed: int = 0) -> npt.NDArray[np.float32]:
+def unit_rows(n, d, seed=0):
     """Return random features of norm 1."""
     rows = np.random.default_rng(seed).normal(size=(n, d)).astype(np.float32)
     return unit(rows)
 
 
-def unit(rows: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+def unit(rows):
     """Scale the rows to norm 1."""
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
-def touch(folder: Path, *paths: str) -> None:
+def touch(folder, *paths):
     """Create empty files and their folders."""
     for path in paths:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).touch()
 
 
-def tiny(folder: Path, seed: int = 0, **config: Any) -> Path:
+def tiny(folder, seed=0, **config):
     """Create a model folder with random weights."""
     import open_clip
     import torch
@@ -77,19 +65,19 @@ def tiny(folder: Path, seed: int = 0, **config: Any) -> Path:
     return folder
 
 
-def picture(size: tuple[int, int] = (50, 40)) -> Image.Image:
+def picture(size=(50, 40)):
     """Return an image of random pixels."""
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
 
 
-def some_pixels(model: Any, number: int = 2) -> Any:
+def some_pixels(model, number=2):
     """Return the pixels of several views of one image."""
     import torch
 
     return torch.stack([model.view(picture(), str(seed)) for seed in range(number)])
 
 
-def changed(model: Any) -> Any:
+def changed(model):
     """Change the weights of both towers, as a training step of a user would."""
     import torch
 
@@ -99,12 +87,12 @@ def changed(model: Any) -> Any:
     return model
 
 
-def png_chunk(kind: bytes, body: bytes) -> bytes:
+def png_chunk(kind, body):
     """Return a chunk of a PNG file with its checksum."""
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
-def png(width: int, height: int, data: bytes, depth: int = 8, colour: int = 2) -> bytes:
+def png(width, height, data, depth=8, colour=2):
     """Return a PNG file whose header declares this size; its compressed rows may differ."""
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", data) + png_chunk(b"IEND", b"")

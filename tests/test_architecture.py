@@ -1,7 +1,5 @@
 """Import contracts, docstring references, code size and public names."""
 
-from __future__ import annotations
-
 import ast
 import subprocess
 import sys

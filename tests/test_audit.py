@@ -1,7 +1,5 @@
 """Suspicious shots: compared with a dense reference, planted in features and real photos, left out of builds."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from dataclasses import replace
@@ -229,7 +227,7 @@ def test_an_audit_ignores_trained_values():
     assert set(audit(plain)["key_id"].to_pylist()) == {0, 1, 2}
 
 
-def test_an_audit_of_a_fitted_index_finds_a_wrong_label() -> None:
+def test_an_audit_of_a_fitted_index_finds_a_wrong_label():
     """The metric was fitted with the wrong label, and moved the shot towards that class."""
     random = np.random.default_rng(0)
     keys = random.normal(size=(60, 300)) + 16 * np.eye(300)[np.arange(60) % 6]
@@ -242,9 +240,6 @@ def test_an_audit_of_a_fitted_index_finds_a_wrong_label() -> None:
     wrong = cache.labels["key_id"].to_pylist()[np.abs(np.asarray(cache.keys) - keys[7]).sum(1).argmin()]
     assert (worst["key_id"], worst["label"], worst["suggested"]) == (wrong, "e", "b")
     assert cache.fitted is not None
-
-
-# --- leaving suspicious shots out of a build
 
 
 def mislabelled(ids, share, seed):

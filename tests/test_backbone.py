@@ -1,7 +1,5 @@
 """Backbones: loading, identity, errors and views."""
 
-from __future__ import annotations
-
 import copy
 import io
 import json
@@ -50,13 +48,6 @@ def test_features_match_plain_open_clip(lit_mini, shared):
     np.testing.assert_allclose(lit_mini.encode_texts(["a photo of a panda."]), text, rtol=1e-4, atol=1e-5)
     assert lit_mini.dim == 1280
     assert lit_mini.logit_scale == pytest.approx(100, rel=1e-3)
-
-
-def test_a_local_model_works_from_any_folder(shared, tmp_path, monkeypatch, lit_mini):
-    # its configuration names the text tower relative to the project's root
-    monkeypatch.chdir(tmp_path)
-    again = load_backbone(f"local-dir:{shared / 'models/lit-mini'}", device="cpu")
-    assert again.identity == lit_mini.identity
 
 
 def test_the_identity_depends_on_weights_architecture_and_preprocessing(tmp_path):
@@ -273,9 +264,6 @@ def test_unit_names_the_row_that_cannot_be_normalised():
             unit(np.array([[1.0, 0.0], [bad, 0.0]], dtype=np.float32))
 
 
-# -- training --
-
-
 @pytest.fixture(scope="module")
 def tiny_folder(tmp_path_factory):
     return tiny(tmp_path_factory.mktemp("models") / "tiny")
@@ -291,9 +279,6 @@ def test_the_identity_is_always_that_of_the_current_weights(tiny_model):
     seen = {tiny_model.identity.fingerprint, *(changed(tiny_model).identity.fingerprint for _ in range(2))}
     assert len(seen) == 3
     assert tiny_model.identity is tiny_model.identity  # the digest is cached
-
-
-# -- encoders without text, and models in memory --
 
 
 @pytest.fixture(scope="module")
@@ -355,9 +340,6 @@ def test_a_model_in_memory_gives_the_same_backbone(tmp_path):
     assert (given.dim, given.logit_scale, given.identity.model) == (named.dim, named.logit_scale, "mine")
     assert given.identity.weights == named.identity.weights
     assert not any(parameter.requires_grad for parameter in model.parameters())
-
-
-# -- pickles --
 
 
 def carried(model):

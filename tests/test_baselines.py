@@ -1,7 +1,5 @@
 """Baselines follow their equations, and choose settings on the shots only."""
 
-from __future__ import annotations
-
 import sys
 
 import numpy as np

@@ -1,15 +1,11 @@
 """Waiting requests are processed together and in turn by client, within limits."""
 
-from __future__ import annotations
-
 import asyncio
 import functools
 import threading
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
-from typing import Any
+from contextlib import ExitStack, asynccontextmanager
 
 import pytest
 from conftest import examples
@@ -17,43 +13,40 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retrieval_tip.errors import InputError
-from retrieval_tip.server.batching import Kept, Lane, Turn, admit
+from retrieval_tip.server.batching import Kept, Lane, admit
 from retrieval_tip.server.problems import Problem
 
 
 class Gate:
     """A batch function that waits until the gate opens, and records its batches."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.open = threading.Event()
-        self.batches: list[tuple[str, list[int]]] = []
+        self.batches = []
 
-    def __call__(self, key: str, items: list[int]) -> list[str]:
+    def __call__(self, key, items):
         assert self.open.wait(30)
         self.batches.append((key, items))
         return [f"{key}{item}" for item in items]
 
 
-def in_a_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
+def in_a_loop(test):
     @functools.wraps(test)
-    def run() -> None:
+    def run():
         asyncio.run(test())
 
     return run
 
 
-Busy = tuple[Lane[str, int, str], asyncio.Task[list[str]]]
-
-
 @asynccontextmanager
-async def occupied(gate: Gate, most: int) -> AsyncIterator[Busy]:
+async def occupied(gate, most):
     """Yield a lane that is busy with a first request until the gate opens."""
-    lane: Lane[str, int, str] = Lane("test", gate, most=lambda _: most)
+    lane = Lane("test", gate, most=lambda _: most)
     yield lane, await asked(lane, "a", [0])
     lane.close()
 
 
-async def asked(lane: Lane[str, int, str], key: str, items: list[int], client: str = "") -> asyncio.Task[list[str]]:
+async def asked(lane, key, items, client=""):
     """Send a request to a lane, and return the task that waits for its answer."""
     task = asyncio.create_task(lane(client, key, items))
     await asyncio.sleep(0)
@@ -61,7 +54,7 @@ async def asked(lane: Lane[str, int, str], key: str, items: list[int], client: s
 
 
 @in_a_loop
-async def test_waiting_requests_become_one_batch() -> None:
+async def test_waiting_requests_become_one_batch():
     gate = Gate()
     async with occupied(gate, 100) as (lane, first):
         others = [await asked(lane, "a", [i, -i], f"client {i}") for i in range(1, 11)]
@@ -76,14 +69,14 @@ async def test_waiting_requests_become_one_batch() -> None:
     most=st.integers(1, 8),
 )
 @settings(max_examples=examples(50), deadline=None)
-def test_each_request_gets_its_own_answer(calls: list[tuple[str, list[int]]], most: int) -> None:
-    seen: list[tuple[str, int]] = []
+def test_each_request_gets_its_own_answer(calls, most):
+    seen = []
 
-    def run(key: str, items: list[int]) -> list[str]:
+    def run(key, items):
         seen.append((key, len(items)))
         return [f"{key}{item}" for item in items]
 
-    async def ask() -> list[list[str]]:
+    async def ask():
         lane = Lane("test", run, most=lambda _: most)
         answers = await asyncio.gather(
             *(lane(f"client {i % 3}", key, items, len(items)) for i, (key, items) in enumerate(calls))
@@ -97,8 +90,8 @@ def test_each_request_gets_its_own_answer(calls: list[tuple[str, list[int]]], mo
 
 
 @in_a_loop
-async def test_an_error_only_reaches_requests_with_the_same_key() -> None:
-    def run(key: str, items: list[int]) -> list[int]:
+async def test_an_error_only_reaches_requests_with_the_same_key():
+    def run(key, items):
         if key == "bad":
             raise InputError("no such thing")
         return items
@@ -113,8 +106,8 @@ async def test_an_error_only_reaches_requests_with_the_same_key() -> None:
 
 
 @in_a_loop
-async def test_an_invalid_item_only_fails_its_own_request() -> None:
-    def run(_: str, items: list[int]) -> list[int]:
+async def test_an_invalid_item_only_fails_its_own_request():
+    def run(_, items):
         if 13 in items:
             raise InputError("no such thing")
         return items
@@ -127,7 +120,7 @@ async def test_an_invalid_item_only_fails_its_own_request() -> None:
 
 
 @in_a_loop
-async def test_a_cancelled_request_is_not_processed() -> None:
+async def test_a_cancelled_request_is_not_processed():
     gate = Gate()
     async with occupied(gate, 10) as (lane, first):
         gone, stays = await asked(lane, "a", [1]), await asked(lane, "a", [2])
@@ -143,30 +136,28 @@ async def test_a_cancelled_request_is_not_processed() -> None:
 class Calls:
     """Calls that record the order in which they start, and wait until they may finish."""
 
-    def __init__(self) -> None:
-        self.began: list[str] = []
-        self.gates: defaultdict[str, threading.Event] = defaultdict(threading.Event)
+    def __init__(self):
+        self.began = []
+        self.gates = defaultdict(threading.Event)
 
-    def __call__(self, _: str, names: list[str]) -> list[str]:
+    def __call__(self, _, names):
         self.began += names
         for name in names:
             assert self.gates[name].wait(30)
         return names
 
-    def finish(self, names: str) -> None:
+    def finish(self, names):
         for name in names:
             self.gates[name].set()
 
 
-def turns(
-    lane: Lane[str, str, str], client: str, names: str, *costs: float
-) -> AbstractContextManager[list[Turn[str, str, str]]]:
+def turns(lane, client, names, *costs):
     """Queue turns of one item each, named by one letter."""
     return lane.turns(client, "", [[name] for name in names], costs)
 
 
 @in_a_loop
-async def test_a_small_turn_does_not_wait_for_large_ones() -> None:
+async def test_a_small_turn_does_not_wait_for_large_ones():
     calls = Calls()
     lane = Lane("test", calls, threads=2)
     with turns(lane, "one", "abc", 9, 9, 9) as large, turns(lane, "two", "d", 1) as small:
@@ -179,12 +170,12 @@ async def test_a_small_turn_does_not_wait_for_large_ones() -> None:
 
 
 @in_a_loop
-async def test_turns_start_in_the_order_of_their_clients_total_cost() -> None:
+async def test_turns_start_in_the_order_of_their_clients_total_cost():
     """A second request of a client comes after its first one, however small it is."""
     calls = Calls()
     lane = Lane("test", calls)
     with ExitStack() as stack:
-        own: list[Turn[str, str, str]] = []
+        own = []
         for client, names, *costs in (
             ("zero", "z", 1.0),  # starts first, and all other costs are counted from its place
             ("one", "abc", 1.5, 1.5, 1.5),
@@ -200,12 +191,12 @@ async def test_turns_start_in_the_order_of_their_clients_total_cost() -> None:
 
 
 @in_a_loop
-async def test_a_client_is_refused_only_if_it_fills_more_than_a_quarter_of_the_queue() -> None:
+async def test_a_client_is_refused_only_if_it_fills_more_than_a_quarter_of_the_queue():
     calls = Calls()
     lanes = [Lane("test", calls) for _ in range(2)]
     with ExitStack() as stack:
 
-        def wait(client: str, names: str, *costs: float) -> None:
+        def wait(client, names, *costs):
             admit(client, 40, *lanes)
             stack.enter_context(turns(lanes[len(names) % 2], client, names, *costs))
 
@@ -225,7 +216,7 @@ async def test_a_client_is_refused_only_if_it_fills_more_than_a_quarter_of_the_q
 
 
 @in_a_loop
-async def test_results_are_held_until_released_and_the_rest_is_cancelled() -> None:
+async def test_results_are_held_until_released_and_the_rest_is_cancelled():
     calls = Calls()
     lane = Lane("test", calls, threads=4, held=2)
     with turns(lane, "", "abcd", 1, 1, 1, 1) as own:
@@ -245,11 +236,11 @@ async def test_results_are_held_until_released_and_the_rest_is_cancelled() -> No
 class Maker:
     """A maker of values that waits until it is opened, and records what it made."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.open, self.made = threading.Event(), []
 
-    def making(self, value: str) -> Callable[[], str]:
-        def make() -> str:
+    def making(self, value):
+        def make():
             assert self.open.wait(30)
             self.made.append(value)
             if value == "bad":
@@ -260,10 +251,10 @@ class Maker:
 
 
 @in_a_loop
-async def test_a_kept_value_is_made_once() -> None:
+async def test_a_kept_value_is_made_once():
     maker = Maker()
     with ThreadPoolExecutor(4) as pool:
-        kept: Kept[str, str] = Kept(pool, most=8, room=10, size=len)
+        kept = Kept(pool, most=8, room=10, size=len)
         calls = [asyncio.create_task(kept(key, maker.making(key))) for key in ["aaaa"] * 50 + ["bbbb"] * 50]
         await asyncio.sleep(0)
         gone = calls.pop(0)
@@ -282,11 +273,11 @@ async def test_a_kept_value_is_made_once() -> None:
 
 
 @in_a_loop
-async def test_a_failure_is_not_kept() -> None:
+async def test_a_failure_is_not_kept():
     maker = Maker()
     maker.open.set()
     with ThreadPoolExecutor(1) as pool:
-        kept: Kept[str, str] = Kept(pool, most=8, room=1)
+        kept = Kept(pool, most=8, room=1)
         for number in (1, 2):
             with pytest.raises(InputError):
                 await kept("a", maker.making("bad"))
@@ -294,10 +285,10 @@ async def test_a_failure_is_not_kept() -> None:
 
 
 @in_a_loop
-async def test_requests_beyond_the_room_are_refused() -> None:
+async def test_requests_beyond_the_room_are_refused():
     maker = Maker()
     with ThreadPoolExecutor(1) as pool:
-        kept: Kept[str, str] = Kept(pool, most=8, room=2)
+        kept = Kept(pool, most=8, room=2)
         calls = [asyncio.create_task(kept(key, maker.making(key))) for key in "abab"]
         await asyncio.sleep(0)
         with pytest.raises(Problem) as refused:

@@ -1,12 +1,7 @@
 """Arguments have bounds, and memory is estimated before it is allocated."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +14,7 @@ from retrieval_tip.settings import Recipe
 
 
 @pytest.mark.parametrize("name", [*MOST, "anything"])
-def test_a_count_is_a_whole_number_within_its_bounds(name: str) -> None:
+def test_a_count_is_a_whole_number_within_its_bounds(name):
     most = MOST.get(name, MANY)
     for good in (1, most, np.int32(1)):
         check_count(name, good)
@@ -39,13 +34,13 @@ def test_a_count_is_a_whole_number_within_its_bounds(name: str) -> None:
         ("shots", lambda value: few_shot(["a"], value)),
     ],
 )
-def test_counts_that_use_memory_are_bounded_in_python(name: str, make: Callable[[Any], object]) -> None:
+def test_counts_that_use_memory_are_bounded_in_python(name, make):
     for value in (2**31, 2**63) if name != "seed" else (2**63, 2**64):
         with pytest.raises(UsageError, match=f"^{name} is "):
             make(value)
 
 
-def test_an_allocation_beyond_the_memory_is_refused_with_both_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_allocation_beyond_the_memory_is_refused_with_both_sizes(monkeypatch):
     monkeypatch.setattr(errors, "memory", lambda: 24 << 30)
     check_memory(24 << 30, "this", "ask for less")
     with pytest.raises(UsageError, match=r"^this: needs 9\.09 TiB .* 24 GiB .*; ask for less$"):
@@ -56,7 +51,7 @@ def test_an_allocation_beyond_the_memory_is_refused_with_both_sizes(monkeypatch:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="SKIPPED: needs Linux")
-def test_the_smallest_memory_limit_applies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_smallest_memory_limit_applies(monkeypatch, tmp_path):
     whole = memory()
     assert whole > 1 << 26
     code = "import resource as r; r.setrlimit(r.RLIMIT_AS, (1 << 40, 1 << 41)); r.setrlimit(r.RLIMIT_AS, (1 << 29, 1 << 40))"  # fmt: skip  # noqa: E501
@@ -71,7 +66,7 @@ def test_the_smallest_memory_limit_applies(monkeypatch: pytest.MonkeyPatch, tmp_
     assert memory() == 1 << 25
 
 
-def test_shots_beyond_the_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shots_beyond_the_memory_are_refused(monkeypatch):
     monkeypatch.setattr(errors, "memory", lambda: 1 << 20)
     assert len(few_shot(["a", "b"], 1000)) == 2000
     with pytest.raises(UsageError, match=r"^1000000 shots of 2 classes: "):

@@ -1,7 +1,5 @@
 """Photos cropped to the boxes of a detector."""
 
-from __future__ import annotations
-
 import io
 import json
 import math

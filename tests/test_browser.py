@@ -1,7 +1,5 @@
 """The page of docs/browser in Chromium, with onnxruntime-web from npm, gives the logits of the package."""
 
-from __future__ import annotations
-
 import functools
 import http.server
 import json

@@ -1,7 +1,5 @@
 """Building an index: shots, views, text weights, key types, versions and errors."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 
@@ -19,8 +17,6 @@ from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.index.build import build_index
 from retrieval_tip.index.items import read_text_table
-from retrieval_tip.model import Index
-from retrieval_tip.settings import Settings
 
 NAMES = ["ant", "bee", "cat"]
 
@@ -52,18 +48,6 @@ def test_keys_are_the_rows_grouped_by_class_in_file_order(table, tmp_path):
     assert store["camera"] == [f"c{i % 4}" for i in order]
     assert store["shot"] == [*range(10)] * 3
     assert cache.class_names == NAMES
-
-
-def test_a_build_equals_a_model_from_arrays(table, tmp_path):
-    text = unit_rows(3, 8, 9)
-    weights = write_table(tmp_path / "text.parquet", text, NAMES)
-    built = build(table, tmp_path / "i", text=weights, alpha=2.0, beta=3.0)
-    made = Index.from_features(
-        features(table), open_source(table).labels, NAMES, text, settings=Settings(alpha=2.0, beta=3.0)
-    )
-    queries = unit_rows(20, 8, 4)
-    for k in (None, 5):
-        np.testing.assert_allclose(built.logits(queries, k), made.logits(queries, k), rtol=1e-5, atol=1e-5)
 
 
 def test_shots_are_drawn_by_the_published_rule(table, tmp_path):

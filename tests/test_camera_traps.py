@@ -1,7 +1,5 @@
 """Results in the formats of programs for camera traps, as their own validators read them."""
 
-from __future__ import annotations
-
 import copy
 import csv
 import json

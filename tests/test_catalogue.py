@@ -1,7 +1,5 @@
 """Names of backbones: spellings, recommendations and the list."""
 
-from __future__ import annotations
-
 import http.server
 import json
 import logging

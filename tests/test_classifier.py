@@ -1,7 +1,5 @@
 """The Python API: predict, explain, add, save, share, and its errors."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import inspect

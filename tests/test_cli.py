@@ -1,7 +1,5 @@
 """The command line: formats, settings, explanations, exit statuses, and a whole session in real processes."""
 
-from __future__ import annotations
-
 import inspect
 import io
 import json
@@ -260,19 +258,6 @@ def test_doctor_reports_versions_and_finds_two_faiss_packages(run, monkeypatch):
     assert "pip uninstall -y faiss-gpu faiss-cpu" in both.stdout
 
 
-def process(*arguments, **options):
-    command = [sys.executable, "-m", "retrieval_tip", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, check=False, **options)
-
-
-def test_the_program_runs_in_a_new_process(small, queries):
-    done = process("classify", small, queries, "--format", "json")
-    assert done.returncode == 0
-    assert done.stderr == b""
-    assert len(done.stdout.splitlines()) == 5
-    assert shutil.which("retrieval-tip", path=str(Path(sys.executable).parent))
-
-
 def test_a_reader_that_stops_early_causes_no_error(small, tmp_path, warm_path):
     many = write_table(tmp_path / "many.parquet", unit_rows(20000, 8, 3))
     command = [shutil.which("retrieval-tip", path=warm_path), "classify", str(small), str(many), "--format", "json"]
@@ -402,10 +387,12 @@ def test_running_out_of_memory_prints_one_line(run, small, queries, monkeypatch,
     assert failed.stderr.startswith(f"Error: {message}")
 
 
-def test_a_closed_standard_error_changes_nothing(small, queries, tmp_path):
-    command = f"{shlex.quote(sys.executable)} -m retrieval_tip encode {queries} --out {tmp_path / 'o.parquet'} 2>&-"
+def test_a_closed_standard_error_changes_nothing(small, tmp_path):
+    command = (
+        f"{shlex.quote(sys.executable)} -m retrieval_tip index history {small} --out {tmp_path / 'o.parquet'} 2>&-"
+    )
     subprocess.run(["sh", "-c", command], check=True)
-    assert pq.read_table(tmp_path / "o.parquet").num_rows == 5
+    assert pq.read_table(tmp_path / "o.parquet").num_rows == 1
 
 
 NUMBERS = [

@@ -1,7 +1,5 @@
 """The command finetune: output, messages and errors."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np
@@ -51,23 +49,6 @@ def place(tmp_path, run):
 
 def tune(run, place, *more, out="tuned"):
     return run("finetune", place / "index", "--out", place / out, "--source", place / "views.parquet", *more)
-
-
-def test_finetune_writes_a_new_index_with_its_provenance(run, place):
-    before = (place / "index/manifest.json").read_bytes()
-    result = tune(run, place, "--val", place / "val.parquet", "--epochs", 3, "--json")
-    assert result.exit_code == 0, result.stderr
-    printed = json.loads(result.stdout)
-    cache = verify(place / "tuned")
-    assert (place / "index/manifest.json").read_bytes() == before
-    record = cache.provenance["finetune"]
-    assert record["parent"] == str(place / "index")
-    assert (record["parent_version"], record["epochs"], record["seed"], record["train"]) == (1, 3, 1, ["keys"])
-    assert (printed["alpha"], printed["beta"], printed["version"]) == (cache.settings.alpha, cache.settings.beta, 1)
-    curve = run("index", "query", place / "tuned", "SELECT epoch FROM curve ORDER BY epoch", "--format", "json")
-    assert [json.loads(line)["epoch"] for line in curve.stdout.splitlines()] == [0, 1, 2, 3]
-    evaluated = run("evaluate", place / "tuned", place / "test.parquet", "--json")
-    assert 0 <= json.loads(evaluated.stdout)["top1"] <= 1
 
 
 def test_python_gives_the_result_of_the_command(run, place):

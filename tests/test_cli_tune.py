@@ -1,7 +1,5 @@
 """The commands index tune, index build --index auto and --precision."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import numpy as np
@@ -46,9 +44,6 @@ def tune(run, place, *more, val="queries.parquet"):
 
 def labels(cache, features, k):
     return cache.logits(features["queries"], k, cache.settings.tail).argmax(1).tolist()
-
-
-# -------------------------------------------------------------------------------------------------------------- tune
 
 
 @pytest.mark.parametrize("more", [(), ("--agreement", 0.8, "--index", "IVF8,Flat", "--index", "HNSW8")])
@@ -112,9 +107,6 @@ def test_wrong_usage_is_one_line_and_changes_nothing(run, place, features, more,
     assert message in result.stderr
     assert result.stderr.strip().splitlines()[-1].startswith("Error: ")
     assert (place / "index" / "manifest.json").read_bytes() == before
-
-
-# -------------------------------------------------------------------------------------------------- build, precision
 
 
 @pytest.mark.parametrize(

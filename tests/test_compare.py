@@ -1,7 +1,5 @@
 """Comparisons of two indexes or encoders on the same photos, checked against NumPy and SciPy."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

@@ -5,23 +5,17 @@ keys and over the 4 nearest, and the labels. Format 7 had segments of keys (``pl
 and ``metric`` have two), FAISS files for the type ``Flat``, and digests of the rows of a LanceDB table.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import Result
 from conftest import needs_shared
 from PIL import Image
 from sealing import sealed
 
-from retrieval_tip.backbones.base import Backbone
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.errors import StoreError
 from retrieval_tip.index import changes
@@ -37,12 +31,11 @@ SEGMENTED = ["plain", "classes", "lists", "graph", "metric"]
 STORES = ["lance-plain", "lance-metric", "lance-solved"]
 
 
-def expected() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((INDEXES / "v7" / "expected.json").read_text())
-    return found
+def expected():
+    return json.loads((INDEXES / "v7" / "expected.json").read_text())
 
 
-def check_answers(index: Index, name: str) -> None:
+def check_answers(index, name):
     known = expected()
     features, answers = np.array(known["features"], dtype=np.float32), known["answers"][name]
     np.testing.assert_allclose(index.logits(features, k="all"), answers["all"], rtol=1e-5, atol=1e-5)
@@ -52,27 +45,26 @@ def check_answers(index: Index, name: str) -> None:
     assert sorted(index.labels["key_id"].to_pylist()) == sorted(answers["key_ids"])
 
 
-def manifest_of(folder: Path) -> dict[str, Any]:
+def manifest_of(folder):
     """Return the manifest of the current version as JSON, without the checks of the program."""
     path = folder / "manifest.json"
     path = path if path.exists() else sorted((folder / "manifests").iterdir())[-1]
-    body: dict[str, Any] = json.loads(path.read_text())
-    return body
+    return json.loads(path.read_text())
 
 
-def copied(name: str, to: Path) -> str:
+def copied(name, to):
     """Copy an index of format 7, and return its address."""
     shutil.copytree(INDEXES / "v7" / name, to / name)
     return f"lance://{to / name}" if name in STORES else str(to / name)
 
 
-def opened(version: str, name: str, to: Path) -> tuple[str, Callable[[], None]]:
+def opened(version, name, to):
     """Copy an index of format 8, 9 or 10. Return its address, and a check that it gives its old answers."""
     known = json.loads((INDEXES / version / "expected.json").read_text())
     shutil.copytree(INDEXES / version / name, to / name)
     place = f"lance://{to / name}" if name.startswith("lance-") else str(to / name)
 
-    def check() -> None:
+    def check():
         found = at(place).load(device="cpu").logits(np.array(known["features"], dtype=np.float32), k="all")
         np.testing.assert_allclose(found, known["answers"][name]["all"], rtol=1e-4, atol=1e-4)
 
@@ -80,7 +72,7 @@ def opened(version: str, name: str, to: Path) -> tuple[str, Callable[[], None]]:
 
 
 @pytest.mark.parametrize("name", ["fitted", "lance-fitted"])
-def test_an_index_of_format_8_had_one_encoder(name: str, tmp_path: Path) -> None:
+def test_an_index_of_format_8_had_one_encoder(name, tmp_path):
     place, check = opened("v8", name, tmp_path)
     index = at(place).load(device="cpu")
     assert index.fitted is not None
@@ -93,7 +85,7 @@ def test_an_index_of_format_8_had_one_encoder(name: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["fitted", "lance-fitted", "joined"])
-def test_an_index_of_format_9_had_whole_metrics_of_few_keys(name: str, tmp_path: Path) -> None:
+def test_an_index_of_format_9_had_whole_metrics_of_few_keys(name, tmp_path):
     place, check = opened("v9", name, tmp_path)
     before = at(place).manifest()
     assert (before.n, before.files["metric"].rows, "points" in before.files) == (15, 21, name != "lance-fitted")
@@ -114,7 +106,7 @@ def test_an_index_of_format_9_had_whole_metrics_of_few_keys(name: str, tmp_path:
 
 
 @pytest.mark.parametrize("name", ["fitted", "lance-fitted"])
-def test_an_index_of_format_10_had_no_groups(name: str, tmp_path: Path) -> None:
+def test_an_index_of_format_10_had_no_groups(name, tmp_path):
     place, check = opened("v10", name, tmp_path)
     index = at(place).load(device="cpu")
     assert index.groups is None
@@ -129,7 +121,7 @@ def test_an_index_of_format_10_had_no_groups(name: str, tmp_path: Path) -> None:
     assert groups.path("owl") == ("Strigiformes", "owl")
 
 
-def test_the_indexes_have_everything_that_format_7_could_write() -> None:
+def test_the_indexes_have_everything_that_format_7_could_write():
     assert sorted(path.name for path in INDEXES.iterdir()) == ["v10", "v7", "v8", "v9"]
     manifests = {name: manifest_of(INDEXES / "v7" / name) for name in [*FOLDERS, *STORES]}
     assert {body["format_version"] for body in manifests.values()} == {7}
@@ -143,7 +135,7 @@ def test_the_indexes_have_everything_that_format_7_could_write() -> None:
 
 
 @pytest.mark.parametrize("name", [*FOLDERS, *STORES])
-def test_an_index_of_format_7_gives_its_old_answers_and_is_rewritten_by_a_change(name: str, tmp_path: Path) -> None:
+def test_an_index_of_format_7_gives_its_old_answers_and_is_rewritten_by_a_change(name, tmp_path):
     place, folder = copied(name, tmp_path), tmp_path / name
     before, old = at(place).manifest(), manifest_of(folder)
     check_answers(at(place).verify(), name)
@@ -160,7 +152,7 @@ def test_an_index_of_format_7_gives_its_old_answers_and_is_rewritten_by_a_change
 
 
 @pytest.mark.parametrize("name", [*FOLDERS, *STORES])
-def test_the_keys_of_an_index_of_format_7_can_be_changed(name: str, tmp_path: Path) -> None:
+def test_the_keys_of_an_index_of_format_7_can_be_changed(name, tmp_path):
     place, key_ids = copied(name, tmp_path), expected()["answers"][name]["key_ids"]
     model = at(place).load(device="cpu")
     dog, largest = model.find(["dog"])["key_id"].to_pylist()[0], at(place).manifest().next_key_id
@@ -174,7 +166,7 @@ def test_the_keys_of_an_index_of_format_7_can_be_changed(name: str, tmp_path: Pa
     assert {largest, dog} <= set(now.find(["cat"])["key_id"].to_pylist())
 
 
-def test_an_index_with_trained_encoder_weights_is_refused(run: Callable[..., Result]) -> None:
+def test_an_index_with_trained_encoder_weights_is_refused(run):
     folder = INDEXES / "v7" / "trained-encoder"
     refused = run("classify", folder, "photo.jpg")
     assert refused.exit_code == 1
@@ -183,7 +175,7 @@ def test_an_index_with_trained_encoder_weights_is_refused(run: Callable[..., Res
 
 
 @pytest.mark.parametrize("name", SEGMENTED)
-def test_settings_alone_also_rewrite_the_segments(name: str, tmp_path: Path) -> None:
+def test_settings_alone_also_rewrite_the_segments(name, tmp_path):
     place = copied(name, tmp_path)
     cache = Index.load(place, device="cpu")
     cache.settings = cache.settings.override(temperature=3.0)
@@ -192,7 +184,7 @@ def test_settings_alone_also_rewrite_the_segments(name: str, tmp_path: Path) -> 
     check_answers(verify(place), name)
 
 
-def test_the_versions_of_format_7_are_kept(tmp_path: Path) -> None:
+def test_the_versions_of_format_7_are_kept(tmp_path):
     place = copied("plain", tmp_path)
     assert Versions(Path(place)).history()["change"].to_pylist() == [
         "build",
@@ -209,7 +201,7 @@ def test_the_versions_of_format_7_are_kept(tmp_path: Path) -> None:
     assert {f"data/{path.name}" for path in (Path(place) / "data").iterdir()} == named
 
 
-def test_an_index_of_an_earlier_format_is_refused_in_one_line(tmp_path: Path, run: Callable[..., Result]) -> None:
+def test_an_index_of_an_earlier_format_is_refused_in_one_line(tmp_path, run):
     place = Path(copied("plain", tmp_path))
     (place / "manifest.json").write_bytes(sealed(manifest_of(place) | {"format_version": 6}))
     failed = run("index", "info", place)
@@ -218,7 +210,7 @@ def test_an_index_of_an_earlier_format_is_refused_in_one_line(tmp_path: Path, ru
 
 
 @pytest.mark.parametrize("old", ["format", "encoder"])
-def test_an_earlier_version_that_is_no_longer_read_can_be_deleted(old: str, tmp_path: Path) -> None:
+def test_an_earlier_version_that_is_no_longer_read_can_be_deleted(old, tmp_path):
     place = Path(copied("plain", tmp_path))
     first = place / "manifests/000001.json"
     body = json.loads(first.read_text())
@@ -231,15 +223,13 @@ def test_an_earlier_version_that_is_no_longer_read_can_be_deleted(old: str, tmp_
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_an_older_manifest_survives_a_round_trip(name: str) -> None:
+def test_an_older_manifest_survives_a_round_trip(name):
     manifest = Versions(INDEXES / "v7" / name).current()
     assert Manifest.from_bytes(manifest.to_bytes(), "m") == manifest
 
 
 @needs_shared
-def test_an_index_of_a_removed_decoder_still_classifies_features(
-    run: Callable[..., Result], lit_mini: Backbone, tmp_path: Path
-) -> None:
+def test_an_index_of_a_removed_decoder_still_classifies_features(run, lit_mini, tmp_path):
     identity = replace(lit_mini.identity, preprocess={**lit_mini.identity.preprocess, "decoder": "nvjpeg"})
     keys = np.eye(lit_mini.dim, dtype=np.float32)[:2]
     cache = Index.from_features(keys, [0, 1], ["cat", "dog"], device="cpu")

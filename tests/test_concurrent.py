@@ -3,8 +3,6 @@
 Run as a script, this file is the writers and readers. RETRIEVAL_TIP_SECONDS sets their duration.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import os
@@ -15,15 +13,12 @@ import socket
 import subprocess
 import time
 import zlib
-from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
 
 import filelock
 import killing
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pytest
 from conftest import AS_ROOT, SOAK, mount, nearest_keys, sampled
@@ -49,20 +44,17 @@ QUERIES = unit_rows(4, D, 99)
 pytestmark = [killing.needs_fork, pytest.mark.usefixtures("one_thread")]
 
 
-def vector(source: str) -> npt.NDArray[np.float32]:
+def vector(source):
     """Return the feature of a source, derived from its name, so that readers can check it."""
     return unit_rows(1, D, zlib.crc32(source.encode()))[0]
 
 
-def table(path: Path, sources: list[str], labels: list[str] | None = None) -> Path:
+def table(path, sources, labels=None):
     labels = labels or [NAMES[zlib.crc32(source.encode()) % CLASSES] for source in sources]
     return write_table(path, np.stack([vector(source) for source in sources]), labels, sources)
 
 
-# --- child processes
-
-
-def _write(job: killing.Job) -> dict[str, Any]:
+def _write(job):
     """Add, remove and reorganise keys until the time is up, and return a record of the changes."""
     folder, number = Path(job["folder"]), job["number"]
     rng, own, path = random.Random(number), dict[str, int](), Path(f"{job['out']}.parquet")
@@ -93,7 +85,7 @@ def _write(job: killing.Job) -> dict[str, Any]:
     return {"versions": versions, "key_ids": key_ids, "own": own, "removed": removed, "done": done}
 
 
-def check_whole(cache: Index, rng: random.Random) -> None:
+def check_whole(cache, rng):
     """Check that an open index is one version: each key has its label, and is found by a search."""
     sources, labels = cache.labels["source"].to_pylist(), cache.labels["label"].to_pylist()
     assert len(set(sources)) == len(sources) == cache.n
@@ -106,7 +98,7 @@ def check_whole(cache: Index, rng: random.Random) -> None:
         assert near["affinity"] > 0.999
 
 
-def _read(job: killing.Job) -> dict[str, Any]:
+def _read(job):
     """Load and query until the time is up. The first reader keeps its index open, and uses :meth:`reload`."""
     folder, number = Path(job["folder"]), job["number"]
     rng, versions, reads = random.Random(number), [0], 0
@@ -139,22 +131,22 @@ def _read(job: killing.Job) -> dict[str, Any]:
     return {"reads": reads, "versions": len(set(versions[1:]))}
 
 
-def _build(job: killing.Job) -> None:
+def _build(job):
     build_index(
         open_source(job["table"]), job["folder"], Reader(norms=job.get("norms", "check")), device="cpu", fit="none"
     )
 
 
-def _configure(job: killing.Job) -> None:
+def _configure(job):
     changes.configure(job["folder"], k=7)
 
 
-WORK: dict[str, Callable[[killing.Job], Any]] = {
+WORK = {
     "write": _write, "read": _read, "build": _build, "configure": _configure
 }  # fmt: skip
 
 
-def _work(job: killing.Job, steps: killing.Steps) -> None:
+def _work(job, steps):
     if job["work"] == "configure":
         steps.writes()
     result = WORK[job["work"]](job)
@@ -169,7 +161,7 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, warm_path: str) -> Iterator[killing.Server]:
+def server(tmp_path_factory, warm_path):
     server = killing.Server(__file__, tmp_path_factory.mktemp("server"), warm_path)
     yield server
     server.close()
@@ -179,18 +171,15 @@ BASE = [f"base/{i}" for i in range(40)]
 
 
 @pytest.fixture
-def index(tmp_path: Path) -> Path:
+def index(tmp_path):
     build_index(
         open_source(table(tmp_path / "base.parquet", BASE)), tmp_path / "index", Reader(), device="cpu", fit="none"
     )
     return tmp_path / "index"
 
 
-# --- writers and readers at the same time
-
-
 @pytest.mark.timeout(300 + 4 * SECONDS)
-def test_writers_lose_nothing_and_readers_never_fail(server: killing.Server, index: Path, tmp_path: Path) -> None:
+def test_writers_lose_nothing_and_readers_never_fail(server, index, tmp_path):
     jobs = [
         {"work": work, "number": number, "folder": str(index), "seconds": SECONDS, "out": f"{tmp_path}/{work} {number}"}
         for work, count in (("write", WRITERS), ("read", READERS))
@@ -226,22 +215,19 @@ def test_writers_lose_nothing_and_readers_never_fail(server: killing.Server, ind
     assert any(one["versions"] > 1 for one in read)
 
 
-# --- readers of deleted versions
-
-
-def delete_at_every_access(monkeypatch: pytest.MonkeyPatch, index: Path, read: Callable[[], object]) -> int:
+def delete_at_every_access(monkeypatch, index, read):
     """Repeat ``read`` while a writer deletes its version before file access 0, 1, 2 ...; return the last number."""
     state = {"at": -1, "count": 0}
 
-    def between() -> None:
+    def between():
         state["count"] += 1
         if state["count"] - 1 == state["at"]:
             state["at"] = -1
             changes.relabel(index, NAMES[state["turn"] % 2], key_ids=[0])
             Versions(index).collect(1)
 
-    def watched(call: Callable[..., Any]) -> Callable[..., Any]:
-        def access(*arguments: Any, **named: Any) -> Any:
+    def watched(call):
+        def access(*arguments, **named):
             between()
             return call(*arguments, **named)
 
@@ -264,19 +250,19 @@ def delete_at_every_access(monkeypatch: pytest.MonkeyPatch, index: Path, read: C
 class Inline:
     """A thread pool that runs each call at once."""
 
-    def __init__(self, *_: Any, **__: Any) -> None:
+    def __init__(self, *_, **__):
         pass
 
-    def submit(self, call: Callable[..., Any], *arguments: Any) -> Any:
-        done: Future[Any] = Future()
+    def submit(self, call, *arguments):
+        done = Future()
         done.set_result(call(*arguments))
         return done
 
-    def shutdown(self, wait: bool) -> None:
+    def shutdown(self, wait):
         pass
 
 
-READ: dict[str, Callable[[Path, Index], object]] = {
+READ = {
     "load": lambda index, _: check_whole(Index.load(index, device="cpu"), random.Random(0)),
     "reload": lambda _, staying: check_whole(staying.reload(), random.Random(0)),
     "describe": lambda index, _: Versions(index).describe(),
@@ -286,15 +272,13 @@ READ: dict[str, Callable[[Path, Index], object]] = {
 }
 
 
-def check_history(index: Path) -> None:
+def check_history(index):
     numbers = Versions(index).history()["version"].to_pylist()
     assert numbers == list(range(numbers[0], numbers[-1] + 1))
 
 
 @pytest.mark.parametrize("name", READ)
-def test_a_reader_survives_deletion_of_its_version_at_any_access(
-    index: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_a_reader_survives_deletion_of_its_version_at_any_access(index, monkeypatch, name):
     staying = Index.load(index, device="cpu")
     before = staying.logits(QUERIES)
     accesses = delete_at_every_access(monkeypatch, index, lambda: READ[name](index, staying))
@@ -302,10 +286,7 @@ def test_a_reader_survives_deletion_of_its_version_at_any_access(
     assert np.array_equal(staying.logits(QUERIES), before)
 
 
-# --- a new folder
-
-
-def test_two_builds_into_one_new_folder_make_two_versions(server: killing.Server, tmp_path: Path) -> None:
+def test_two_builds_into_one_new_folder_make_two_versions(server, tmp_path):
     tables = [table(tmp_path / f"{name}.parquet", [f"{name}/{i}" for i in range(12)]) for name in "ab"]
     for number in range(12 if SOAK else 2):
         folder = tmp_path / str(number) / "index"
@@ -317,7 +298,7 @@ def test_two_builds_into_one_new_folder_make_two_versions(server: killing.Server
         assert names == {"a", "b"}
 
 
-def test_a_failed_build_does_not_remove_the_new_folder_of_another(server: killing.Server, tmp_path: Path) -> None:
+def test_a_failed_build_does_not_remove_the_new_folder_of_another(server, tmp_path):
     good = table(tmp_path / "good.parquet", BASE)
     bad = write_table(tmp_path / "bad.parquet", 2 * unit_rows(4, D), NAMES)  # the build checks norms under the lock
     for number in range(12 if SOAK else 2):
@@ -330,13 +311,11 @@ def test_a_failed_build_does_not_remove_the_new_folder_of_another(server: killin
 
 
 @pytest.mark.parametrize("name", ["lock", "data", "folder"])
-def test_a_writer_recreates_what_a_failed_build_removed(
-    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_a_writer_recreates_what_a_failed_build_removed(index, tmp_path, monkeypatch, name):
     """Another writer fails, and removes its files just before this writer gets the lock."""
     folder, acquire, tried = tmp_path / "new", filelock.FileLock.acquire, []
 
-    def late(self: Any, *arguments: Any, **named: Any) -> Any:
+    def late(self, *arguments, **named):
         if not tried:
             tried.append(name)
             (folder / "lock").unlink(missing_ok=True)
@@ -352,10 +331,7 @@ def test_a_writer_recreates_what_a_failed_build_removed(
     assert verify(folder).version == 1
 
 
-# --- a read-only folder
-
-
-def test_a_read_only_folder_can_be_read_and_refuses_every_change(index: Path, tmp_path: Path) -> None:
+def test_a_read_only_folder_can_be_read_and_refuses_every_change(index, tmp_path):
     changes.add(index, open_source(table(tmp_path / "more.parquet", ["more"])), Reader())
     place, more = tmp_path / "mounted", open_source(table(tmp_path / "last.parquet", ["last"]))
     place.mkdir()
@@ -368,7 +344,7 @@ def test_a_read_only_folder_can_be_read_and_refuses_every_change(index: Path, tm
         else:
             for path in [folder, *folder.rglob("*")]:
                 path.chmod(0o555 if path.is_dir() else 0o444)
-        writers: list[Callable[[], object]] = [
+        writers = [
             lambda: changes.add(folder, more, Reader()),
             lambda: changes.remove(folder, key_ids=[1]),
             lambda: changes.relabel(folder, NAMES[0], key_ids=[0, 1, 2]),
@@ -398,12 +374,7 @@ def test_a_read_only_folder_can_be_read_and_refuses_every_change(index: Path, tm
             path.chmod(0o755)
 
 
-# --- the owner of the lock
-
-
-def test_the_error_names_the_process_that_holds_the_lock(
-    server: killing.Server, index: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_error_names_the_process_that_holds_the_lock(server, index, monkeypatch):
     job = {"work": "configure", "folder": str(index)}
     assert server.run(job) == server.run(job) == 0  # only the first creates the folder of earlier manifests
     locked, *_, released = [number for number, step in enumerate(server.steps) if step == "fcntl.flock"]

@@ -1,7 +1,5 @@
 """Files named in the Dockerfile exist, checked without building a container."""
 
-from __future__ import annotations
-
 import fnmatch
 import json
 import re

@@ -1,11 +1,8 @@
 """Datasets by name: the table of facts, layouts on disk, missing files, and the command line."""
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -265,7 +262,7 @@ def test_each_missing_part_is_named(tmp_path, picture):
     assert len(open_dataset("fgvc", tmp_path, "train")) == 100  # other parts are complete
 
 
-LAID: dict[str, Callable[[Path, Path], Path]] = {
+LAID = {
     "dtd": lambda root, picture: lay_split(root, picture, "dtd"),
     "fgvc": lay_aircraft,
     "imagenet-r": lambda root, picture: lay_imagenet(root, picture, "ImageNet-R"),

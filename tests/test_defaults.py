@@ -1,7 +1,5 @@
 """Default settings compared with explicit normalised formulas."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The demo uses the best photos and encoder it can download, reports which, and works without a network."""
 
-from __future__ import annotations
-
 import http.server
 import re
 import shlex

@@ -1,7 +1,5 @@
 """Duplicates across classes: compared with all pairs, planted in synthetic keys, and in large numbers."""
 
-from __future__ import annotations
-
 import numpy as np
 import pyarrow as pa
 import pytest

@@ -1,13 +1,9 @@
 """Several encoders in one index: their features are side by side, and the shots choose how much each counts."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -21,7 +17,7 @@ from serving import app_of
 from tables import tiny, unit, unit_rows, write_table
 
 from retrieval_tip import Classifier, Index, Reader, build_index, load_backbone, open_source, tip
-from retrieval_tip.backbones.base import Backbone, Identity, Part, side_by_side
+from retrieval_tip.backbones.base import Identity, Part, side_by_side
 from retrieval_tip.backbones.joined import Joined
 from retrieval_tip.backbones.loading import split_names
 from retrieval_tip.data.encoding_cache import EncodingCache
@@ -32,27 +28,24 @@ from retrieval_tip.fit import closed_form
 from retrieval_tip.index import changes, places
 from retrieval_tip.retrieval.inputs import scale_of
 
-Array = npt.NDArray[np.float32]
 NAMES = ["crab", "newt", "owl", "yak"]
 WIDTHS = (6, 10)
 OTHER = replace(IDENTITY, model="other", weights="sha256:02", preprocess={"size": 4})
 
 
-def of_class(ids: npt.NDArray[np.int64], d: int, noise: float, seed: int) -> Array:
+def of_class(ids, d, noise, seed):
     """Return unit features around a mean of each class."""
     draw = np.random.default_rng(seed)
     means = np.random.default_rng(d).normal(size=(len(NAMES), d))
     return unit((means[ids] + noise * draw.normal(size=(len(ids), d))).astype(np.float32))
 
 
-def two(
-    each: int, noises: tuple[float, float] = (0.6, 0.6), seed: int = 0
-) -> tuple[npt.NDArray[np.int64], list[Array]]:
+def two(each, noises=(0.6, 0.6), seed=0):
     ids = np.repeat(np.arange(len(NAMES)), each)
     return ids, [of_class(ids, d, noise, seed + d) for d, noise in zip(WIDTHS, noises, strict=True)]
 
 
-def fitted(features: list[Array], ids: npt.NDArray[np.int64], text: Array | None = None) -> Index:
+def fitted(features, ids, text=None):
     index = Index.from_features(features, ids, NAMES, text, device="cpu")
     closed_form.fit(index)
     return index
@@ -65,19 +58,19 @@ class Other(Fake):
     identity: Identity = OTHER
     has_text = False
 
-    def encode_images(self, pixels: torch.Tensor) -> Array:
+    def encode_images(self, pixels):
         return np.sqrt(super().encode_images(pixels))
 
 
 @given(st.integers(1, 5), st.lists(st.integers(1, 5), min_size=2, max_size=3))
-def test_joined_features_have_unit_norm_and_mean_affinities(n: int, widths: list[int]) -> None:
+def test_joined_features_have_unit_norm_and_mean_affinities(n, widths):
     parts = [unit_rows(n, d, seed) for seed, d in enumerate(widths)]
     joined = side_by_side(parts)
     np.testing.assert_allclose(np.linalg.norm(joined, axis=1), 1, rtol=1e-5)
     np.testing.assert_allclose(joined @ joined.T, np.mean([part @ part.T for part in parts], axis=0), atol=1e-5)
 
 
-def test_the_affinity_is_the_mean_of_the_encoders_weighted_by_shares() -> None:
+def test_the_affinity_is_the_mean_of_the_encoders_weighted_by_shares():
     parts = [unit_rows(3, d, d) for d in WIDTHS]
     scale = scale_of([Part(d, "feature") for d in WIDTHS], (0.25, 0.75))
     assert scale is not None
@@ -87,7 +80,7 @@ def test_the_affinity_is_the_mean_of_the_encoders_weighted_by_shares() -> None:
     )
 
 
-def test_without_a_fit_all_encoders_count_equally() -> None:
+def test_without_a_fit_all_encoders_count_equally():
     ids, features = two(3)
     text = [unit_rows(len(NAMES), d, d) for d in WIDTHS]
     index = Index.from_features(features, ids, NAMES, text, device="cpu")
@@ -101,7 +94,7 @@ def test_without_a_fit_all_encoders_count_equally() -> None:
 
 
 @pytest.mark.parametrize("with_text", [False, True])
-def test_an_encoder_without_a_share_changes_no_answer(with_text: bool) -> None:
+def test_an_encoder_without_a_share_changes_no_answer(with_text):
     ids, features = two(8, (0.5, 50.0))
     text = [of_class(np.arange(len(NAMES)), d, 0.1, 7) for d in WIDTHS] if with_text else None
     alone = fitted(features[:1], ids, None if text is None else text[0])
@@ -116,7 +109,7 @@ def test_an_encoder_without_a_share_changes_no_answer(with_text: bool) -> None:
 
 
 @pytest.mark.parametrize("each", [1, 2, 8])
-def test_shares_do_not_depend_on_the_order(each: int) -> None:
+def test_shares_do_not_depend_on_the_order(each):
     ids, features = two(each, (0.8, 0.5))
     queries = two(5, (0.8, 0.5), seed=9)[1]
     index, mirrored = fitted(features, ids), fitted(features[::-1], ids)
@@ -125,7 +118,7 @@ def test_shares_do_not_depend_on_the_order(each: int) -> None:
     torch.testing.assert_close(index.logits(queries), mirrored.logits(queries[::-1]), rtol=1e-3, atol=1e-3)
 
 
-def test_two_encoders_that_err_independently_are_more_accurate_than_one() -> None:
+def test_two_encoders_that_err_independently_are_more_accurate_than_one():
     ids, features = two(12, (1.1, 1.1))
     truth, queries = two(100, (1.1, 1.1), seed=60)
     right = [
@@ -135,14 +128,14 @@ def test_two_encoders_that_err_independently_are_more_accurate_than_one() -> Non
     assert right[0] > max(right[1:]) + 0.02
 
 
-def test_with_one_shot_an_encoder_to_which_all_photos_look_alike_gets_more() -> None:
+def test_with_one_shot_an_encoder_to_which_all_photos_look_alike_gets_more():
     """Its affinities are squeezed into a smaller range, as those of CLIP are. The contrast is then the same."""
     ids, (flat, other) = two(1)
     squeezed = unit(np.concatenate([flat, np.full((len(ids), 1), 2.0, np.float32)], axis=1))
     assert fitted([squeezed, other], ids).shares[0] > fitted([flat, other], ids).shares[0]
 
 
-def table_of(folder: Path, name: str, ids: npt.NDArray[np.int64], columns: dict[str, Array]) -> Path:
+def table_of(folder, name, ids, columns):
     table = {"id": [f"{name}{i}" for i in range(len(ids))], "label": [NAMES[i] for i in ids]}
     table |= {
         column: pa.FixedSizeListArray.from_arrays(rows.ravel(), rows.shape[1]) for column, rows in columns.items()
@@ -151,7 +144,7 @@ def table_of(folder: Path, name: str, ids: npt.NDArray[np.int64], columns: dict[
     return folder / f"{name}.parquet"
 
 
-def test_columns_of_a_table_are_encoders(tmp_path: Path, run) -> None:
+def test_columns_of_a_table_are_encoders(tmp_path, run):
     ids, (clip, cnn) = two(6)
     box = unit_rows(len(ids), 4, 3)
     shots = table_of(tmp_path, "shots", ids, {"clip": clip, "box": box, "cnn": cnn})
@@ -174,7 +167,7 @@ def test_columns_of_a_table_are_encoders(tmp_path: Path, run) -> None:
     assert run("index", "build", shots, "--features", "clip,dog", "--out", tmp_path / "no").exit_code == 1
 
 
-def test_a_missing_feature_is_refused_with_its_row_and_column(tmp_path: Path) -> None:
+def test_a_missing_feature_is_refused_with_its_row_and_column(tmp_path):
     rows = [unit_rows(4, 3).tolist(), unit_rows(4, 2).tolist()]
     rows[1][2] = None
     table = pa.table({"id": list("abcd"), "label": list("xxyy"), "feature": rows[0], "cnn": rows[1]})
@@ -184,7 +177,7 @@ def test_a_missing_feature_is_refused_with_its_row_and_column(tmp_path: Path) ->
 
 
 @pytest.fixture
-def photos(tmp_path: Path) -> Path:
+def photos(tmp_path):
     draw = np.random.default_rng(0)
     for number, name in enumerate(("red", "green", "blue")):
         (tmp_path / "photos" / name).mkdir(parents=True)
@@ -194,10 +187,10 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-def test_each_photo_is_read_once_and_each_encoder_has_its_own_cache(photos: Path, tmp_path: Path) -> None:
+def test_each_photo_is_read_once_and_each_encoder_has_its_own_cache(photos, tmp_path):
     first, second, cache, reads = Fake(), Other(), EncodingCache(tmp_path / "cache"), []
 
-    def read(path: str) -> bytes:
+    def read(path):
         reads.append(path)
         return read_item(path)
 
@@ -209,7 +202,7 @@ def test_each_photo_is_read_once_and_each_encoder_has_its_own_cache(photos: Path
     np.testing.assert_allclose(joined, side_by_side([alone, Reader(second).encode(source).features]), atol=1e-6)
 
 
-def test_an_encoder_without_a_share_is_not_run_for_queries(photos: Path) -> None:
+def test_an_encoder_without_a_share_is_not_run_for_queries(photos):
     first, second = Fake(), Other()
     second.batches.clear()
     backbone = Joined.of([first, second])
@@ -225,14 +218,14 @@ def test_an_encoder_without_a_share_is_not_run_for_queries(photos: Path) -> None
     assert (sum(map(len, answers)), len(second.batches)) == (15, done)
 
 
-def test_the_identity_of_joined_encoders_survives_metadata() -> None:
+def test_the_identity_of_joined_encoders_survives_metadata():
     joined = Joined.of([Fake(), Other()]).identity
     again = Identity.from_dict(json.loads(json.dumps(joined.to_dict())))
     assert (again, again.fingerprint) == (joined, joined.fingerprint)
     assert joined.fingerprint != Joined.of([Other(), Fake()]).identity.fingerprint
 
 
-def test_names_join_encoders_and_their_weights(tmp_path: Path) -> None:
+def test_names_join_encoders_and_their_weights(tmp_path):
     assert split_names("ViT-B-32@openai+timm:resnet18") == ["ViT-B-32@openai", "timm:resnet18"]
     plus = tiny(tmp_path / "a+b")
     assert split_names(f"local-dir:{plus}") == [f"local-dir:{plus}"]
@@ -244,12 +237,12 @@ def test_names_join_encoders_and_their_weights(tmp_path: Path) -> None:
         load_backbone(f"local-dir:{other}+local-dir:{other}", "openai")
 
 
-def test_everything_that_takes_an_encoder_takes_two(photos: Path, tmp_path: Path, run, monkeypatch) -> None:
+def test_everything_that_takes_an_encoder_takes_two(photos, tmp_path, run, monkeypatch):
     monkeypatch.setenv("RETRIEVAL_TIP_CACHE", str(tmp_path / "cache"))
     a, b = (f"local-dir:{tiny(tmp_path / name, seed)}" for seed, name in enumerate("ab"))
     own, table = tmp_path / "own", tmp_path / "table.parquet"
 
-    def done(*arguments: object) -> str:
+    def done(*arguments):
         result = run(*arguments)
         assert result.exit_code == 0, result.output + result.stderr
         return str(result.output)
@@ -288,7 +281,7 @@ def test_everything_that_takes_an_encoder_takes_two(photos: Path, tmp_path: Path
     assert done("classify", own, photos).splitlines()[1:]
 
 
-def test_features_of_another_encoder_are_refused(photos: Path, tmp_path: Path) -> None:
+def test_features_of_another_encoder_are_refused(photos, tmp_path):
     first, second = Fake(), Other()
     source = open_source(photos)
     own = tmp_path / "own"
@@ -300,13 +293,13 @@ def test_features_of_another_encoder_are_refused(photos: Path, tmp_path: Path) -
     assert (added.key_ids, added.known) == ([], 15)
 
 
-def text_of(folder: Path, names: tuple[str, ...]) -> Path:
+def text_of(folder, names):
     """Write text features of the first encoder. The other has no text."""
     return write_table(folder / "text.parquet", unit_rows(len(names), 6, 5), list(names), ids=list(names))
 
 
-def test_text_of_one_encoder_is_enough(photos: Path, tmp_path: Path) -> None:
-    backbone: Backbone = Joined.of([Fake(), Other()])
+def test_text_of_one_encoder_is_enough(photos, tmp_path):
+    backbone = Joined.of([Fake(), Other()])
     source = open_source(photos)
     index = build_index(
         source, tmp_path / "own", Reader(backbone), text=text_of(tmp_path, source.class_names), fit="none"
@@ -319,7 +312,7 @@ def test_text_of_one_encoder_is_enough(photos: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(own, alone.terms(Reader(Fake()).encode(source).features).text, rtol=1e-3, atol=1e-2)
 
 
-def test_the_estimator_takes_blocks() -> None:
+def test_the_estimator_takes_blocks():
     ids, features = two(6, (0.5, 50.0))
     X = np.concatenate([10 * features[0], features[1]], axis=1)
     model = TipAdapterClassifier(blocks=WIDTHS).fit(X, ids)

@@ -1,11 +1,8 @@
 """Exported tables, and the recipe for caches of Tip-Adapter's code: complete rows, or one clear error and no file."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,12 +26,12 @@ from retrieval_tip.settings import Settings
 IDENTITY = Identity("fake", "tag", "sha256:00", "sha256:01", {"size": 4})
 
 
-def rows_of(table: Path) -> np.ndarray:
+def rows_of(table):
     column = pq.read_table(table)["feature"].combine_chunks()
     return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
 
 
-def cache_of(n: int = 40, d: int = 8, dtype: str = "float32", **options: Any) -> Index:
+def cache_of(n=40, d=8, dtype="float32", **options):
     names = ["owl", "cat", "é dog"]  # not in alphabetical order
     keys = unit_rows(n, d).astype(dtype)
     labels = [names[i % 3] for i in range(n)]
@@ -44,7 +41,7 @@ def cache_of(n: int = 40, d: int = 8, dtype: str = "float32", **options: Any) ->
     return replace(cache, backbone=IDENTITY)
 
 
-def rebuilt(cache: Index, tmp_path: Path, **options: Any) -> Index:
+def rebuilt(cache, tmp_path, **options):
     assert export_table(cache, tmp_path / "keys.parquet") == cache.n
     assert export_text(cache, tmp_path / "text.parquet") == len(cache.class_names)
     return build_index(
@@ -145,7 +142,7 @@ def test_a_full_disk_leaves_the_old_table_and_nothing_else(tmp_path, monkeypatch
     export_table(cache_of(), out)
     before = out.read_bytes()
 
-    def full(*_: object) -> None:
+    def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(pq.ParquetWriter, "write_table", full)

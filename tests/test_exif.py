@@ -1,7 +1,5 @@
 """Time and place of photos, and one answer for all photos of a burst."""
 
-from __future__ import annotations
-
 import csv
 import io
 import math
@@ -160,8 +158,3 @@ def test_bursts_refuse_options_for_single_photos(options, message, run, things):
     done = run("classify", things, "a.jpg", "--group-by", "burst", *options)
     assert done.exit_code == 2
     assert f"leave out {message}" in done.stderr
-
-
-@pytest.mark.parametrize("given", ["bursts", "burst:x", "burst:-1", "burst:nan", "folder"])
-def test_unknown_groups_are_wrong_usage(given, run, things):
-    assert run("classify", things, "a.jpg", "--group-by", given).exit_code == 2

@@ -1,17 +1,13 @@
 """Images are read and encoded once. Feature tables are read exactly, and errors name the row. Views belong to shots."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import multiprocessing
 import os
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,27 +22,24 @@ from retrieval_tip.backbones.base import unit
 from retrieval_tip.data import images
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.reader import Reader, encode_table, view_names
-from retrieval_tip.data.sources import Source, of_images, open_items, open_source
+from retrieval_tip.data.sources import of_images, open_items, open_source
 from retrieval_tip.data.tables import TABLE_ROWS, check_backbone, read_rows, table_dim, table_identity
 from retrieval_tip.errors import BackboneError, InputError, RetrievalTipError, UsageError
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     return pictures(tmp_path / "images")
 
 
-def all_of(reader: Reader, source: Source) -> tuple[np.ndarray, np.ndarray]:
+def all_of(reader, source):
     """Return the positions and features of all blocks."""
     blocks = list(reader.blocks(source))
     return np.concatenate([b.positions for b in blocks]), np.concatenate([b.features for b in blocks])
 
 
-# -- encoding --
-
-
 @pytest.mark.parametrize("views", [1, 3])
-def test_each_image_is_read_and_encoded_once(folder: Path, tmp_path: Path, views: int) -> None:
+def test_each_image_is_read_and_encoded_once(folder, tmp_path, views):
     reads, backbone = Reads(), Fake()
     reader = Reader(backbone, views=views, read=reads)
     with_cache(tmp_path, lambda cache: all_of(replace(reader, cache=cache), source_of(folder)))
@@ -55,9 +48,7 @@ def test_each_image_is_read_and_encoded_once(folder: Path, tmp_path: Path, views
     assert backbone.prepared == sum(backbone.batches) == 12 * views
 
 
-def test_too_large_requests_are_refused_before_memory_is_allocated(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_large_requests_are_refused_before_memory_is_allocated(folder, monkeypatch):
     fake = Fake(identity=replace(IDENTITY, preprocess={"size": (100, 200)}))  # a view has 240 kB
     source = source_of(folder)
     monkeypatch.setattr(errors, "memory", lambda: 10_000_000)
@@ -74,7 +65,7 @@ def test_too_large_requests_are_refused_before_memory_is_allocated(
     assert not fake.prepared
 
 
-def with_cache(folder: Path, use: Callable[[EncodingCache], Any]) -> Any:
+def with_cache(folder, use):
     cache = EncodingCache(folder)
     try:
         return use(cache)
@@ -82,7 +73,7 @@ def with_cache(folder: Path, use: Callable[[EncodingCache], Any]) -> Any:
         cache.close()
 
 
-def test_features_equal_those_of_the_backbone_at_unit_norm(folder: Path) -> None:
+def test_features_equal_those_of_the_backbone_at_unit_norm(folder):
     backbone = Fake()
     positions, found = all_of(Reader(backbone), source_of(folder))
     assert positions.tolist() == list(range(12))
@@ -93,7 +84,7 @@ def test_features_equal_those_of_the_backbone_at_unit_norm(folder: Path) -> None
 
 
 @pytest.mark.parametrize("views", [1, 2, 5])
-def test_batch_size_and_workers_do_not_change_features(folder: Path, views: int) -> None:
+def test_batch_size_and_workers_do_not_change_features(folder, views):
     source = source_of(folder)
     expected = all_of(Reader(Fake(), views=views), source)
     for batch_size, workers in ((1, 1), (5, 3), (12, 2), (64, 8)):
@@ -105,10 +96,10 @@ def test_batch_size_and_workers_do_not_change_features(folder: Path, views: int)
         assert sum(backbone.batches) == 12 * views
 
 
-def test_blocks_stay_in_order_if_an_image_is_slow(folder: Path) -> None:
+def test_blocks_stay_in_order_if_an_image_is_slow(folder):
     opened = []
 
-    def late(path: str) -> bytes:
+    def late(path):
         data = images.read(path)
         opened.append(path)
         if path.endswith("00.png"):
@@ -120,7 +111,7 @@ def test_blocks_stay_in_order_if_an_image_is_slow(folder: Path) -> None:
     assert [block.positions.tolist() for block in blocks] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
 
 
-def test_the_cache_identifies_images_by_content(folder: Path, tmp_path: Path) -> None:
+def test_the_cache_identifies_images_by_content(folder, tmp_path):
     backbone = Fake()
     with_cache(tmp_path / "c", lambda cache: all_of(Reader(backbone, cache=cache), source_of(folder)))
     (folder / "00.png").rename(folder / "renamed.png")
@@ -143,9 +134,7 @@ def test_the_cache_identifies_images_by_content(folder: Path, tmp_path: Path) ->
         ({"precision": "bfloat16"}, 12),
     ],
 )
-def test_another_backbone_or_precision_encodes_again(
-    folder: Path, tmp_path: Path, change: dict[str, Any], fresh: int
-) -> None:
+def test_another_backbone_or_precision_encodes_again(folder, tmp_path, change, fresh):
     source, backbone = source_of(folder), Fake(**change)
     right = fill(tmp_path / "c", source)
     found = with_cache(tmp_path / "c", lambda cache: all_of(Reader(backbone, cache=cache), source))
@@ -154,9 +143,7 @@ def test_another_backbone_or_precision_encodes_again(
 
 
 @pytest.mark.parametrize(("views", "seed", "fresh"), [(3, 1, 0), (2, 1, 0), (4, 1, 12), (3, 2, 36), (1, 1, 12)])
-def test_other_views_or_another_seed_encode_only_new_views(
-    folder: Path, tmp_path: Path, views: int, seed: int, fresh: int
-) -> None:
+def test_other_views_or_another_seed_encode_only_new_views(folder, tmp_path, views, seed, fresh):
     source = source_of(folder)
     with_cache(tmp_path / "c", lambda cache: all_of(Reader(Fake(), views=3, seed=1, cache=cache), source))
     backbone = Fake()
@@ -169,7 +156,7 @@ def test_other_views_or_another_seed_encode_only_new_views(
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
-def test_a_repeated_path_is_read_once(folder: Path, batch_size: int) -> None:
+def test_a_repeated_path_is_read_once(folder, batch_size):
     order, reads, backbone = [3, 0, 3, 11, 5, 3, 0, 7, 11], Reads(), Fake()
     source = source_of(folder).take(order)
     positions, found = all_of(Reader(backbone, batch_size=batch_size, read=reads), source)
@@ -179,7 +166,7 @@ def test_a_repeated_path_is_read_once(folder: Path, batch_size: int) -> None:
         assert np.allclose(feature, Fake().expected(picture(number)), atol=1e-6)
 
 
-def test_equal_images_are_encoded_once_per_batch(folder: Path) -> None:
+def test_equal_images_are_encoded_once_per_batch(folder):
     (folder / "copy.png").write_bytes((folder / "00.png").read_bytes())
     backbone = Fake()
     (block,) = Reader(backbone, batch_size=64).blocks(source_of(folder))
@@ -188,7 +175,7 @@ def test_equal_images_are_encoded_once_per_batch(folder: Path) -> None:
     assert block.digests[4] == hashlib.sha256((folder / "04.png").read_bytes()).hexdigest()
 
 
-def test_an_unreadable_image_is_named_and_skipped(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unreadable_image_is_named_and_skipped(folder, caplog):
     (folder / "05.png").write_bytes(b"garbage")
     (folder / "07.png").unlink()
     (folder / "gone.png").symlink_to("nowhere")
@@ -203,20 +190,20 @@ def test_an_unreadable_image_is_named_and_skipped(folder: Path, caplog: pytest.L
     assert np.allclose(found[5], Fake().expected(picture(6)), atol=1e-6)
 
 
-def test_strict_stops_at_the_first_unreadable_image(folder: Path) -> None:
+def test_strict_stops_at_the_first_unreadable_image(folder):
     (folder / "05.png").write_bytes(b"")
     with pytest.raises(InputError, match=r"05\.png: empty file$"):
         all_of(Reader(Fake(), strict=True, batch_size=2), source_of(folder))
 
 
-def test_a_source_without_readable_images_is_refused(tmp_path: Path) -> None:
+def test_a_source_without_readable_images_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"none of 2 images could be read .*no such file"):
         all_of(Reader(Fake()), of_images([str(tmp_path / "a.png"), str(tmp_path / "b.png")]))
 
 
-def test_an_image_without_a_usable_feature_is_skipped(folder: Path) -> None:
+def test_an_image_without_a_usable_feature_is_skipped(folder):
     class Broken(Fake):
-        def encode_images(self, pixels: torch.Tensor) -> np.ndarray:
+        def encode_images(self, pixels):
             raw = super().encode_images(pixels)
             raw[0] = np.nan
             return raw
@@ -230,33 +217,30 @@ def test_an_image_without_a_usable_feature_is_skipped(folder: Path) -> None:
 @pytest.mark.parametrize(
     "wrong", [{"views": 0}, {"batch_size": 0}, {"workers": 0}, {"batch_size": -1}, {"norms": "sometimes"}]
 )
-def test_bad_settings_are_refused(wrong: dict[str, Any]) -> None:
+def test_bad_settings_are_refused(wrong):
     with pytest.raises(UsageError, match=next(iter(wrong))):
         Reader(Fake(), **wrong)
 
 
-def test_images_without_a_backbone_are_refused(folder: Path) -> None:
+def test_images_without_a_backbone_are_refused(folder):
     with pytest.raises(UsageError, match="--model"):
         all_of(Reader(), source_of(folder))
 
 
-# -- the encoding cache --
-
-
-def fill(folder: Path, source: Source) -> np.ndarray:
+def fill(folder, source):
     return with_cache(folder, lambda cache: all_of(Reader(Fake(), cache=cache), source))[1]
 
 
-def updated(change: str) -> Callable[[Path], Any]:
-    def damage(file: Path) -> None:
+def updated(change):
+    def damage(file):
         with closing(sqlite3.connect(file, isolation_level=None)) as db:
             db.execute(f"UPDATE encodings SET {change}")
 
     return damage
 
 
-def flipped(seed: int) -> Callable[[Path], Any]:
-    def damage(file: Path) -> None:
+def flipped(seed):
+    def damage(file):
         generator, damaged = np.random.default_rng(seed), bytearray(file.read_bytes())
         for place in generator.integers(0, len(damaged) if seed % 2 else 4096, 40):
             damaged[place] ^= 1 << generator.integers(0, 8)
@@ -266,7 +250,7 @@ def flipped(seed: int) -> Callable[[Path], Any]:
 
 
 OTHER = "(SELECT e.feature, e.crc FROM encodings e WHERE e.digest <> encodings.digest LIMIT 1)"
-DAMAGES: list[tuple[Callable[[Path], Any], int, bool]] = [
+DAMAGES = [
     # what damages the file, at least how many images are encoded again, and whether the file is moved aside
     *((updated(f"{column} = {value}"), 11, False) for column, value in (
         ("feature", "zeroblob(24)"), ("crc", "crc + 1"), ("feature", "'text'"), ("crc", "'x'"),
@@ -281,9 +265,9 @@ DAMAGES: list[tuple[Callable[[Path], Any], int, bool]] = [
 
 @pytest.mark.parametrize(("damage", "fresh", "moved"), DAMAGES, ids=range(len(DAMAGES)))
 def test_a_damaged_cache_never_gives_wrong_features(
-    folder: Path, tmp_path: Path, damage: Callable[[Path], Any], fresh: int, moved: bool,
-    caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+    folder, tmp_path, damage, fresh, moved,
+    caplog
+):  # fmt: skip
     source, file = source_of(folder), tmp_path / "c/encodings-2.sqlite"
     right = fill(tmp_path / "c", source)
     damage(file)
@@ -309,7 +293,7 @@ def test_a_damaged_cache_never_gives_wrong_features(
         assert again.batches == []
 
 
-def test_an_unusable_cache_is_refused_with_a_remedy(tmp_path: Path) -> None:
+def test_an_unusable_cache_is_refused_with_a_remedy(tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "d/encodings-2.sqlite").mkdir(parents=True)
     (tmp_path / "p").mkdir()
@@ -319,9 +303,7 @@ def test_an_unusable_cache_is_refused_with_a_remedy(tmp_path: Path) -> None:
             EncodingCache(place)
 
 
-def test_an_unusable_default_cache_gives_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_unusable_default_cache_gives_a_warning(tmp_path, monkeypatch, caplog):
     (tmp_path / "file").write_text("x")
     for place in (tmp_path / "file", tmp_path / "file/below", Path("/dev/null/x")):
         monkeypatch.setenv("RETRIEVAL_TIP_CACHE", str(place))
@@ -333,11 +315,11 @@ def test_an_unusable_default_cache_gives_a_warning(
             EncodingCache.at(place)
 
 
-def homeless() -> Path:
+def homeless():
     raise RuntimeError("Could not determine home directory.")
 
 
-def test_a_missing_home_folder_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_home_folder_is_reported(monkeypatch):
     for name in ("RETRIEVAL_TIP_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(Path, "home", homeless)
@@ -346,9 +328,7 @@ def test_a_missing_home_folder_is_reported(monkeypatch: pytest.MonkeyPatch) -> N
         EncodingCache.default_folder()
 
 
-def test_a_read_only_cache_is_used_with_one_warning(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_read_only_cache_is_used_with_one_warning(folder, tmp_path, caplog):
     source = source_of(folder)
     fill(tmp_path / "c", source.take(range(3)))
     right = all_of(Reader(Fake()), source)[1]
@@ -362,7 +342,7 @@ def test_a_read_only_cache_is_used_with_one_warning(
     assert str(tmp_path / "c") in caplog.text
 
 
-def test_environment_variables_set_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variables_set_the_cache_folder(monkeypatch):
     monkeypatch.setenv("RETRIEVAL_TIP_CACHE", "/a")
     monkeypatch.setenv("XDG_CACHE_HOME", "/b")
     assert EncodingCache.default_folder() == Path("/a")
@@ -376,16 +356,16 @@ def test_environment_variables_set_the_cache_folder(monkeypatch: pytest.MonkeyPa
 MEGABYTE = 1_000_000
 
 
-def keep(cache: EncodingCache, name: str, number: int) -> None:
+def keep(cache, name, number):
     for start in range(0, number, 10):
         cache.put("s", {(f"{name}{i}", "centre"): np.full(512, i, np.float32) for i in range(start, start + 10)})
 
 
-def kept(cache: EncodingCache, name: str, number: int) -> int:
+def kept(cache, name, number):
     return sum(cache.get("s", f"{name}{i}", "centre") is not None for i in range(number))
 
 
-def test_a_full_cache_drops_its_least_recently_used_entries(tmp_path: Path) -> None:
+def test_a_full_cache_drops_its_least_recently_used_entries(tmp_path):
     with_cache(tmp_path, lambda cache: cache.limit(MEGABYTE))
     for name in "abc":
         with_cache(tmp_path, lambda cache, name=name: keep(cache, name, 60))
@@ -398,10 +378,10 @@ def test_a_full_cache_drops_its_least_recently_used_entries(tmp_path: Path) -> N
     assert (tmp_path / "encodings-2.sqlite").stat().st_size <= MEGABYTE
 
 
-def test_a_source_larger_than_the_cache_can_be_encoded(tmp_path: Path) -> None:
+def test_a_source_larger_than_the_cache_can_be_encoded(tmp_path):
     file = tmp_path / "encodings-2.sqlite"
 
-    def run(cache: EncodingCache) -> None:
+    def run(cache):
         cache.limit(MEGABYTE)
         for i in range(40):
             keep(cache, f"{i}/", 40)
@@ -412,7 +392,7 @@ def test_a_source_larger_than_the_cache_can_be_encoded(tmp_path: Path) -> None:
     assert file.stat().st_size <= MEGABYTE
 
 
-def _fills(folder: str, number: int) -> None:
+def _fills(folder, number):
     cache = EncodingCache(folder)
     for turn in range(10):
         keep(cache, f"{number}/{turn}/", 60)
@@ -422,7 +402,7 @@ def _fills(folder: str, number: int) -> None:
     cache.close()
 
 
-def test_two_processes_share_a_small_cache(tmp_path: Path) -> None:
+def test_two_processes_share_a_small_cache(tmp_path):
     with_cache(tmp_path, lambda cache: cache.limit(MEGABYTE))
     workers = [multiprocessing.get_context().Process(target=_fills, args=(str(tmp_path), number)) for number in (0, 1)]
     for worker in workers:
@@ -434,15 +414,12 @@ def test_two_processes_share_a_small_cache(tmp_path: Path) -> None:
     assert with_cache(tmp_path, len) > 100
 
 
-# -- feature tables --
-
-
-def table_of(path: Path, column: pa.Array | list[Any], **more: Any) -> Path:
+def table_of(path, column, **more):
     pq.write_table(pa.table({"feature": column} | more), path)
     return path
 
 
-def read_all(path: Path, norms: str = "check") -> np.ndarray:
+def read_all(path, norms="check"):
     return np.concatenate([rows for _, rows in read_rows(path, norms)])
 
 
@@ -452,7 +429,7 @@ LISTS = {"fixed": lambda t: pa.list_(t, 4), "list": pa.list_, "large": pa.large_
 
 @pytest.mark.parametrize("kind", FLOATS)
 @pytest.mark.parametrize("shape", LISTS)
-def test_features_of_every_float_and_list_type_are_read(tmp_path: Path, kind: str, shape: str) -> None:
+def test_features_of_every_float_and_list_type_are_read(tmp_path, kind, shape):
     rows = unit_rows(5, 4).astype(kind)
     path = table_of(tmp_path / "t.parquet", pa.array(list(rows), LISTS[shape](FLOATS[kind])))
     found = read_all(path)
@@ -479,7 +456,7 @@ GOOD = [1.0, 0.0, 0.0, 0.0]
     ],
 )
 @pytest.mark.filterwarnings("error")
-def test_an_invalid_row_is_named(tmp_path: Path, rows: list[Any], words: str) -> None:
+def test_an_invalid_row_is_named(tmp_path, rows, words):
     path = table_of(tmp_path / "my table.parquet", pa.array(rows, pa.list_(pa.float64())))
     with pytest.raises(InputError) as caught:
         read_all(path)
@@ -487,8 +464,8 @@ def test_an_invalid_row_is_named(tmp_path: Path, rows: list[Any], words: str) ->
     assert words in str(caught.value)
 
 
-def test_rows_are_counted_over_the_whole_table(tmp_path: Path) -> None:
-    rows: list[Any] = list(unit_rows(10_000, 4))
+def test_rows_are_counted_over_the_whole_table(tmp_path):
+    rows = list(unit_rows(10_000, 4))
     cases = {
         "row 9013 with 3": [1.0, 0.0, 0.0],
         "row 9013: the feature contains": [np.nan] * 4,
@@ -511,13 +488,13 @@ def test_rows_are_counted_over_the_whole_table(tmp_path: Path) -> None:
         pa.array([[None], [None]]),
     ],
 )
-def test_a_feature_of_another_type_is_refused(tmp_path: Path, column: pa.Array) -> None:
+def test_a_feature_of_another_type_is_refused(tmp_path, column):
     path = table_of(tmp_path / "t.parquet", column)
     with pytest.raises(InputError, match=r"t\.parquet: column 'feature' has type .*expected lists of float"):
         read_all(path)
 
 
-def test_an_empty_table_and_one_without_features_are_refused(tmp_path: Path) -> None:
+def test_an_empty_table_and_one_without_features_are_refused(tmp_path):
     empty = table_of(tmp_path / "e.parquet", pa.array([], pa.list_(pa.float32(), 4)))
     assert list(read_rows(empty, "check")) == []
     with pytest.raises(InputError, match=r"e\.parquet: has no rows"):
@@ -527,7 +504,7 @@ def test_an_empty_table_and_one_without_features_are_refused(tmp_path: Path) -> 
         read_all(tmp_path / "n.parquet")
 
 
-def test_norms_can_be_scaled_or_kept(tmp_path: Path) -> None:
+def test_norms_can_be_scaled_or_kept(tmp_path):
     rows = unit_rows(6, 4) * np.arange(1, 7, dtype=np.float32)[:, None]
     path = table_of(tmp_path / "t.parquet", list(rows))
     assert np.allclose(read_all(path, "unit"), unit_rows(6, 4), atol=1e-6)
@@ -546,7 +523,7 @@ def test_norms_can_be_scaled_or_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "order", [[0, 1, 2], [19_000, 3, 11], [5, 5, 5], [19_999, 0, 19_999, 7, 0], [12], range(20_000)[::-1]]
 )
-def test_rows_can_be_taken_in_any_order_and_repeatedly(tmp_path: Path, order: Sequence[int]) -> None:
+def test_rows_can_be_taken_in_any_order_and_repeatedly(tmp_path, order):
     rows = unit_rows(20_000, 4)
     source = open_items(table_of(tmp_path / "t.parquet", list(rows))).take(order)
     positions, found = all_of(Reader(), source)
@@ -554,19 +531,19 @@ def test_rows_can_be_taken_in_any_order_and_repeatedly(tmp_path: Path, order: Se
     assert np.array_equal(found, rows[order])
 
 
-def test_a_table_stores_its_backbone(tmp_path: Path) -> None:
+def test_a_table_stores_its_backbone(tmp_path):
     path = with_identity(tmp_path / "t.parquet", json.dumps(IDENTITY.to_dict()).encode())
     assert table_identity(path) == IDENTITY
     assert table_identity(with_identity(tmp_path / "u.parquet", None)) is None
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"null", b"{}", b"\xff", b'{"model": 1}', b"[" * 100_000])
-def test_unreadable_backbone_metadata_is_refused(tmp_path: Path, raw: bytes) -> None:
+def test_unreadable_backbone_metadata_is_refused(tmp_path, raw):
     with pytest.raises(InputError, match=r"t\.parquet: its metadata cannot be read"):
         table_identity(with_identity(tmp_path / "t.parquet", raw))
 
 
-def test_a_table_of_another_backbone_is_refused(tmp_path: Path) -> None:
+def test_a_table_of_another_backbone_is_refused(tmp_path):
     other = replace(IDENTITY, model="other", weights="sha256:09")
     source = open_items(with_identity(tmp_path / "t.parquet", json.dumps(other.to_dict()).encode()))
     with pytest.raises(BackboneError, match=r"other/tag .*fake/tag"):
@@ -582,10 +559,7 @@ def test_a_table_of_another_backbone_is_refused(tmp_path: Path) -> None:
         check_backbone(None, 5, Fake(), [])
 
 
-# -- encode --
-
-
-def test_an_encoded_table_contains_the_features(folder: Path, tmp_path: Path) -> None:
+def test_an_encoded_table_contains_the_features(folder, tmp_path):
     lines = "".join(f"images/{n:02}.png,{'even' if n % 2 == 0 else 'odd'},note {n}\n" for n in range(12))
     (tmp_path / "list.csv").write_text(f"path,label,note\n{lines}")
     out = tmp_path / "caf\udce9.parquet"  # not UTF-8
@@ -603,7 +577,7 @@ def test_an_encoded_table_contains_the_features(folder: Path, tmp_path: Path) ->
     assert open_source(out).class_names == source.class_names
 
 
-def test_encoding_a_feature_table_copies_it(folder: Path, tmp_path: Path) -> None:
+def test_encoding_a_feature_table_copies_it(folder, tmp_path):
     first, second = tmp_path / "1.parquet", tmp_path / "2.parquet"
     encode_table(source_of(folder), first, Reader(Fake()))
     encode_table(open_items(first), second, Reader())
@@ -611,7 +585,7 @@ def test_encoding_a_feature_table_copies_it(folder: Path, tmp_path: Path) -> Non
     assert one.equals(two, check_metadata=True)
 
 
-def test_unreadable_images_have_no_row(folder: Path, tmp_path: Path) -> None:
+def test_unreadable_images_have_no_row(folder, tmp_path):
     (folder / "03.png").write_bytes(b"")
     reader = Reader(Fake())
     assert encode_table(source_of(folder), tmp_path / "o.parquet", reader) == 11
@@ -621,7 +595,7 @@ def test_unreadable_images_have_no_row(folder: Path, tmp_path: Path) -> None:
     assert len(reader.skipped) == 1
 
 
-def test_further_columns_of_any_type_are_kept(tmp_path: Path) -> None:
+def test_further_columns_of_any_type_are_kept(tmp_path):
     more = {
         "tags": pa.array([["a"], []]),
         "box": pa.array([{"x": 1, "y": None}, None]),
@@ -640,7 +614,7 @@ def test_further_columns_of_any_type_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("existed", [False, True])
-def test_a_failure_leaves_the_folder_as_it_was(folder: Path, tmp_path: Path, existed: bool) -> None:
+def test_a_failure_leaves_the_folder_as_it_was(folder, tmp_path, existed):
     place = tmp_path / "out"
     place.mkdir()
     out = place / "o.parquet"
@@ -648,7 +622,7 @@ def test_a_failure_leaves_the_folder_as_it_was(folder: Path, tmp_path: Path, exi
         out.write_bytes(b"what was there")
     before = {path: path.read_bytes() for path in place.iterdir()}
     (folder / "11.png").write_bytes(b"")
-    failing: list[tuple[Source, Reader]] = [
+    failing = [
         (source_of(folder), Reader(Fake(), strict=True, batch_size=2)),
         (of_images([str(tmp_path / "gone.png")]), Reader(Fake())),
         (source_of(folder), Reader()),
@@ -660,7 +634,7 @@ def test_a_failure_leaves_the_folder_as_it_was(folder: Path, tmp_path: Path, exi
         assert {path: path.read_bytes() for path in place.iterdir()} == before
 
 
-def test_an_unwritable_output_is_named(folder: Path, tmp_path: Path) -> None:
+def test_an_unwritable_output_is_named(folder, tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder.parquet").mkdir()
     os.mkfifo(tmp_path / "pipe.parquet")
@@ -675,7 +649,7 @@ def test_an_unwritable_output_is_named(folder: Path, tmp_path: Path) -> None:
         encode_table(source_of(folder), "", Reader(Fake()))
 
 
-def test_writing_to_a_link_replaces_its_target(folder: Path, tmp_path: Path) -> None:
+def test_writing_to_a_link_replaces_its_target(folder, tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link.parquet").symlink_to("real/o.parquet")
     encode_table(source_of(folder), tmp_path / "link.parquet", Reader(Fake()))
@@ -683,11 +657,8 @@ def test_writing_to_a_link_replaces_its_target(folder: Path, tmp_path: Path) -> 
     assert pq.read_metadata(tmp_path / "real/o.parquet").num_rows == 12
 
 
-# -- JPEGs at a reduced size --
-
-
 @pytest.fixture
-def jpegs(tmp_path: Path) -> Source:
+def jpegs(tmp_path):
     """A JPEG that can be reduced for views of 4 x 4, a JPEG that is too small for this, and a PNG."""
     place = tmp_path / "jpegs"
     place.mkdir()
@@ -696,7 +667,7 @@ def jpegs(tmp_path: Path) -> Source:
     return of_images([str(place / name) for name in ("large.jpg", "small.jpg", "large.png")])
 
 
-def test_reduction_only_changes_features_of_large_jpegs(jpegs: Source) -> None:
+def test_reduction_only_changes_features_of_large_jpegs(jpegs):
     whole = Reader(Fake(), reduce=False).encode(jpegs).features
     reduced = Reader(Fake()).encode(jpegs).features
     assert [np.array_equal(*pair) for pair in zip(whole, reduced, strict=True)] == [False, True, True]
@@ -707,7 +678,7 @@ def test_reduction_only_changes_features_of_large_jpegs(jpegs: Source) -> None:
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_the_cache_separates_reduced_and_whole_images(jpegs: Source, tmp_path: Path, first: bool) -> None:
+def test_the_cache_separates_reduced_and_whole_images(jpegs, tmp_path, first):
     alone = {reduce: Reader(Fake(), reduce=reduce).encode(jpegs).features for reduce in (True, False)}
     for reduce, fresh in ((first, 3), (not first, 3), (first, 0), (not first, 0)):
         backbone = Fake()
@@ -717,40 +688,28 @@ def test_the_cache_separates_reduced_and_whole_images(jpegs: Source, tmp_path: P
         assert np.array_equal(found.features, alone[reduce])
 
 
-def test_augmented_views_use_the_whole_image(jpegs: Source) -> None:
+def test_augmented_views_use_the_whole_image(jpegs):
     for names in (["crop/1/0", "crop/1/1"], ["crop/1/0", "centre"]):
         whole, reduced = (Reader(Fake(), reduce=reduce).encode_views(jpegs, names) for reduce in (False, True))
         same = (whole.features == reduced.features).all(axis=1)
         assert same.tolist() == [True, "centre" not in names, True, True, True, True]
 
 
-# --- views of shots
-
-
 @pytest.fixture
-def cache(tmp_path: Path) -> Iterator[EncodingCache]:
+def cache(tmp_path):
     cache = EncodingCache(tmp_path / "cache")
     yield cache
     cache.close()
 
 
-def by_hand(backbone: Any, path: str, name: str) -> torch.Tensor:
+def by_hand(backbone, path, name):
     data = images.read(path)
     digest = hashlib.sha256(data).hexdigest()
     decoded = images.decode(data)
     return backbone.preprocess(decoded) if name == "centre" else backbone.view(decoded, f"{digest}/{name}")
 
 
-def test_views_are_named_by_seed_and_number() -> None:
-    assert view_names(3, 1) == ["centre"]
-    assert view_names(3, 2) == ["crop/3/0", "crop/3/1"]
-    assert view_names(3, 4)[:2] == view_names(3, 2)
-
-
-# -- images --
-
-
-def test_each_view_of_a_photo_is_encoded(shared: Path, lit_mini: Any) -> None:
+def test_each_view_of_a_photo_is_encoded(shared, lit_mini):
     source = open_source(shared / "data/caltech101/split_zhou_Caltech101.json").take([0, 40, 20])
     names = ["centre", *view_names(5, 2)]
     found = Reader(lit_mini).encode_views(source, names)
@@ -764,7 +723,7 @@ def test_each_view_of_a_photo_is_encoded(shared: Path, lit_mini: Any) -> None:
 
 
 @pytest.mark.parametrize("views", [1, 3])
-def test_raw_views_average_to_the_feature_of_a_shot(folder: Path, cache: EncodingCache, views: int) -> None:
+def test_raw_views_average_to_the_feature_of_a_shot(folder, cache, views):
     backbone = Fake()
     source = source_of(folder)
     reader = Reader(backbone, views=views, seed=4, cache=cache)
@@ -780,7 +739,7 @@ def test_raw_views_average_to_the_feature_of_a_shot(folder: Path, cache: Encodin
         np.testing.assert_allclose(block.features[shot], unit(raw.mean(axis=0, keepdims=True))[0], atol=1e-6)
 
 
-def test_a_repeated_path_is_one_shot(folder: Path) -> None:
+def test_a_repeated_path_is_one_shot(folder):
     source, reads = source_of(folder).take([3, 0, 3, 11, 0, 5]), Reads()
     found = Reader(Fake(), batch_size=2, read=reads).encode_views(source, ["centre"])
     assert found.positions.tolist() == [0, 1, 3, 5]
@@ -790,7 +749,7 @@ def test_a_repeated_path_is_one_shot(folder: Path) -> None:
         np.testing.assert_allclose(feature, Fake().expected(picture(number)), atol=1e-6)
 
 
-def test_an_unreadable_image_has_no_views(folder: Path) -> None:
+def test_an_unreadable_image_has_no_views(folder):
     source = source_of(folder).take([2, 5, 5, 4])
     (folder / "05.png").write_bytes(b"garbage")
     reader = Reader(Fake())
@@ -806,15 +765,12 @@ def test_an_unreadable_image_has_no_views(folder: Path) -> None:
         reader.encode_views(source.take([1]), ["centre"])
 
 
-# -- feature tables --
-
-
-def table(path: Path, ids: list[str], rows: np.ndarray) -> Source:
+def table(path, ids, rows):
     pq.write_table(pa.table({"id": ids, "label": ["x"] * len(ids), "feature": list(rows)}), path)
     return open_items(path)
 
 
-def test_rows_that_share_an_id_are_the_views_of_a_shot(tmp_path: Path) -> None:
+def test_rows_that_share_an_id_are_the_views_of_a_shot(tmp_path):
     rows = unit_rows(7, 4)
     source = table(tmp_path / "t.parquet", ["b", "a", "b", "c", "a", "b", "z"], rows)
     found = Reader().encode_views(source, [])
@@ -831,7 +787,7 @@ def test_rows_that_share_an_id_are_the_views_of_a_shot(tmp_path: Path) -> None:
     assert np.array_equal(found.features, rows[[6, 4, 1, 0, 5]])
 
 
-def test_one_row_per_shot_returns_the_table_itself(tmp_path: Path) -> None:
+def test_one_row_per_shot_returns_the_table_itself(tmp_path):
     rows = unit_rows(5, 4)
     found = Reader().encode_views(table(tmp_path / "t.parquet", list("edcba"), rows), view_names(1, 4))
     assert found.positions.tolist() == [0, 1, 2, 3, 4]
@@ -839,7 +795,7 @@ def test_one_row_per_shot_returns_the_table_itself(tmp_path: Path) -> None:
     assert np.array_equal(found.features, rows)
 
 
-def test_views_of_tables_raise_the_errors_of_blocks(tmp_path: Path) -> None:
+def test_views_of_tables_raise_the_errors_of_blocks(tmp_path):
     rows = unit_rows(3, 4)
     rows[1] *= 2
     source = table(tmp_path / "t.parquet", ["a", "a", "b"], rows)

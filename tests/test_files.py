@@ -1,13 +1,10 @@
 """Regular files are opened and read; any other kind is reported without waiting for it."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,12 +13,12 @@ from retrieval_tip.errors import InputError
 from retrieval_tip.files import NotAFileError, check_regular, make_folders, open_regular, read_regular, real, replacing
 
 
-def _socket(path: Path) -> None:
+def _socket(path):
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(path))
 
 
-MAKERS: dict[str, tuple[Callable[[Path], object], str]] = {
+MAKERS = {
     "folder": (lambda path: path.mkdir(), "folder"),
     "pipe": (os.mkfifo, "pipe"),
     "socket": (_socket, "socket"),
@@ -31,7 +28,7 @@ MAKERS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("what", MAKERS)
-def test_other_kinds_of_file_are_refused_without_waiting(tmp_path: Path, what: str) -> None:
+def test_other_kinds_of_file_are_refused_without_waiting(tmp_path, what):
     make, word = MAKERS[what]
     path = tmp_path / "x\n.png"
     make(path)
@@ -42,13 +39,13 @@ def test_other_kinds_of_file_are_refused_without_waiting(tmp_path: Path, what: s
         assert word in caught.value.kind
 
 
-def test_a_file_that_is_replaced_by_a_pipe_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_replaced_by_a_pipe_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "x"
     path.touch()
-    opened: list[int] = []
+    opened = []
     real = os.open
 
-    def swap(name: Path, flags: int) -> int:
+    def swap(name, flags):
         path.unlink()
         os.mkfifo(path)
         opened.append(real(name, flags))
@@ -61,7 +58,7 @@ def test_a_file_that_is_replaced_by_a_pipe_is_refused(tmp_path: Path, monkeypatc
         os.fstat(opened[0])  # it was closed
 
 
-def test_system_errors_are_passed_on(tmp_path: Path) -> None:
+def test_system_errors_are_passed_on(tmp_path):
     with pytest.raises(FileNotFoundError):
         open_regular(tmp_path / "none")
     with pytest.raises(ValueError, match="null"):
@@ -72,7 +69,7 @@ def test_system_errors_are_passed_on(tmp_path: Path) -> None:
         open_regular(loop)
 
 
-def test_files_and_links_to_files_are_read(tmp_path: Path) -> None:
+def test_files_and_links_to_files_are_read(tmp_path):
     path, link = tmp_path / "x", tmp_path / "link"
     path.write_bytes(b"anything")
     link.symlink_to("x")
@@ -88,7 +85,7 @@ def test_files_and_links_to_files_are_read(tmp_path: Path) -> None:
         check_regular(link)
 
 
-def test_folders_of_any_depth_are_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_of_any_depth_are_created(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_folders("a/b/c")
     make_folders(Path("a/b/c"))
@@ -105,7 +102,7 @@ def test_folders_of_any_depth_are_created(tmp_path: Path, monkeypatch: pytest.Mo
     subprocess.run(["rm", "-rf", "d"], check=True)  # unlike shutil.rmtree, not limited by recursion
 
 
-def test_circular_links_are_resolved(tmp_path: Path) -> None:
+def test_circular_links_are_resolved(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to("file")
@@ -114,7 +111,7 @@ def test_circular_links_are_resolved(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["/proc/kmsg", "/proc/self/pagemap", "/proc/kcore", "/sys/kernel/mm/ksm/run"])
-def test_files_of_the_kernel_are_refused(path: str, tmp_path: Path) -> None:
+def test_files_of_the_kernel_are_refused(path, tmp_path):
     """They look regular, but may be endless or never answer."""
     if not Path(path).exists():
         pytest.skip(f"SKIPPED: this machine has no {path}")
@@ -127,7 +124,7 @@ def test_files_of_the_kernel_are_refused(path: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SKIPPED: needs locks on files")
-def test_the_next_writer_removes_the_files_of_a_killed_one(tmp_path: Path) -> None:
+def test_the_next_writer_removes_the_files_of_a_killed_one(tmp_path):
     out, others = tmp_path / "x.csv", [".y.csv.0123abcd.tmp", ".x.csv.old.tmp", ".x.csv.tmp", "x.csv.0123abcd.tmp"]
     for name in others:
         (tmp_path / name).touch()

@@ -1,7 +1,5 @@
 """Photos found by text or by example, and near-identical photos, compared with their definitions."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

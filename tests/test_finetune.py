@@ -1,7 +1,5 @@
 """Fine-tuning: the loop compared with plain torch, the kept epoch, errors, and views of images."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math
@@ -90,9 +88,6 @@ def facts(tuned):
     return tuned.index.provenance["finetune"]
 
 
-# --- the loop
-
-
 def plain(cache, shots, recipe):
     """Train Tip-Adapter-F in plain torch over the same batches. Return keys, values and the mean loss of each epoch."""
     views = Reader().encode_views(shots, [])
@@ -155,9 +150,6 @@ def test_only_the_same_seed_gives_the_same_bits(shots, val):
     assert torch.equal(one.index.values, same.index.values)
     assert without_seconds(one.curve) == without_seconds(same.curve)
     assert not np.array_equal(one.index.keys, other.index.keys)
-
-
-# --- the result
 
 
 @pytest.mark.parametrize("train", [("keys",), ("keys", "values")])
@@ -262,9 +254,6 @@ def test_training_in_bfloat16_is_close_to_float32(shots):
     assert facts(near)["precision"] == "bfloat16"
 
 
-# --- the kept epoch
-
-
 def kept_by_definition(curve, n):
     """Return the latest epoch within a standard error of the best, or 0 if no epoch beats no training."""
     if not any(a > curve[0][0] or (a == curve[0][0] and loss < curve[0][1]) for a, loss in curve[1:]):
@@ -282,8 +271,8 @@ def train_with_curve(run, curve):
             run.trainer.keys += 1
         return 1.0, len(ids)
 
-    run.trainer.step = step  # type: ignore[method-assign]
-    run._validate = lambda: next(made)[::-1]  # type: ignore[method-assign]
+    run.trainer.step = step
+    run._validate = lambda: next(made)[::-1]
     run.train()
 
 
@@ -327,9 +316,6 @@ def test_validation_labels_choose_the_epoch_but_train_nothing(shots, val, tmp_pa
     assert np.array_equal(right.index.keys, without.index.keys)
 
 
-# --- collapse
-
-
 @pytest.mark.parametrize("train", [("keys",), ("values",)])
 @pytest.mark.parametrize("with_val", [False, True])
 @pytest.mark.parametrize(("lr", "epochs", "batch"), [(1e4, 4, 16), (1e37, 4, 16), (1e37, 1, 1024)])
@@ -354,9 +340,6 @@ def test_a_collapse_is_reported_and_discarded(shots, val, tmp_path, caplog, trai
         assert np.array_equal(found.keys, cache.keys)
 
 
-# --- shots
-
-
 def test_own_shots_are_the_sources_of_the_keys(shots, tmp_path):
     rows = unit_rows(3, D)
     extra = open_source(write_table(tmp_path / "more.parquet", rows, NAMES[:3], ["shot 3", "other", "shot 0"]))
@@ -377,9 +360,6 @@ def test_shots_and_validation_images_must_match_the_index(shots, tmp_path):
             assert "\n" not in str(error.value)
 
 
-# --- recipes
-
-
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -398,9 +378,6 @@ def test_invalid_recipes_are_refused_in_one_line(changes, named):
     assert "\n" not in str(error.value)
     Recipe(weight_decay=0.0, epochs=1, batch=1, views=1, seed=0)
     Recipe(train=("keys", "values"), views=None)
-
-
-# --- views of images
 
 
 def test_holding_out_shots_does_not_change_the_training(shots, tmp_path):
@@ -453,9 +430,6 @@ def test_training_uses_the_requested_views_of_images(lit_mini, photos, views):
     assert seen == possible
 
 
-# --- real features
-
-
 @needs_real
 def test_fine_tuning_does_not_lower_accuracy_on_real_features(shared, tmp_path):
     from retrieval_tip.data.source import few_shot
@@ -476,9 +450,6 @@ def test_fine_tuning_does_not_lower_accuracy_on_real_features(shared, tmp_path):
             results.append(float((found.logits(queries).argmax(1).numpy() == ids).mean()))
         assert not np.array_equal(tuned.keys, cache.keys)
     assert np.mean(after) >= np.mean(before) > 0.97
-
-
-# --- GPU
 
 
 @pytest.mark.gpu

@@ -1,7 +1,5 @@
 """A fitted LanceDB store has the metric and values of a folder with the same keys."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -47,7 +45,7 @@ QUERIES = clusters(4, seed=5)[0]
 KINDS = ("folder", "lance")
 
 
-def table(path: Path, shots=8, seed=0, prefix="it's"):
+def table(path, shots=8, seed=0, prefix="it's"):
     keys, ids = clusters(shots, seed)
     order = np.random.default_rng(1).permutation(len(ids))  # a source has random order
     return write_table(path, keys[order], [NAMES[i] for i in ids[order]], [f"{prefix} {i}" for i in order])
@@ -181,7 +179,7 @@ def step(place, tables, what, m, seed, number):
 
 @settings(max_examples=6 if SOAK else 1, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(steps=STEPS)
-@pytest.mark.parametrize("name", [*FORMS, "plain"])
+@pytest.mark.parametrize("name", FORMS)
 def test_the_same_changes_give_the_same_folder_and_store(steps, name, built, tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("ways")
     places = [copied(tmp_path, kind, built[name, kind], kind) for kind in KINDS]
@@ -324,9 +322,6 @@ def test_derived_arrays_are_recomputed_for_another_dtype(built, name, tmp_path):
         check_same(*opened(place, there))
 
 
-# --- more keys than memory
-
-
 @pytest.fixture
 def small_limits(monkeypatch):
     """Set limits below forty keys for reading keys, choosing a form and estimating accuracy."""
@@ -378,9 +373,6 @@ def test_the_vector_index_covers_the_points(tmp_path, monkeypatch):
     assert sorted(late) == list(range(1000, 1005))
 
 
-# --- errors and damage
-
-
 def test_solved_values_of_too_many_keys_are_refused(run, built, tmp_path, monkeypatch):
     place = copied(tmp_path, "lance", built["solved", "lance"])
     before = everything(place)
@@ -418,12 +410,6 @@ def test_points_that_do_not_match_their_keys_are_refused(built, tmp_path):
     wrong = model.metric
     model.metric = type(wrong)(wrong.mean, wrong.transform.flip(0))
     refused(lambda: model.rows.check(model.metric), "points", "index set --index auto")
-
-
-# --- served
-
-
-# --- indexes that change a lot
 
 
 @pytest.mark.parametrize("kind", KINDS)

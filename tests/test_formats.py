@@ -1,7 +1,5 @@
 """Labels and predictions in the formats of other programs, checked by these programs if they are installed."""
 
-from __future__ import annotations
-
 import io
 import json
 from contextlib import suppress

@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -28,11 +27,8 @@ from retrieval_tip.retrieval.keys import Keys
 from retrieval_tip.retrieval.vector_index import GPU_MAX_K, Product, VectorIndex, auto_factory
 
 
-def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+def warnings_of(caplog):
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-
-
-# --- drivers and builds
 
 
 @pytest.fixture
@@ -42,7 +38,7 @@ def machine(monkeypatch):
 
     glob = Path.glob
 
-    def make(nodes: int, torch_sees: int, faiss_sees: int) -> None:
+    def make(nodes, torch_sees, faiss_sees):
         found = [Path(f"/dev/nvidia{i}") for i in range(nodes)]
         monkeypatch.setattr(Path, "glob", lambda p, s: iter(found) if str(p) == "/dev" else glob(p, s))
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -53,7 +49,7 @@ def machine(monkeypatch):
     return make
 
 
-def test_a_driver_too_old_for_torch_is_explained(machine, caplog) -> None:
+def test_a_driver_too_old_for_torch_is_explained(machine, caplog):
     machine(nodes=1, torch_sees=0, faiss_sees=1)
     [problem] = [line for line in doctor.examine().problems if "FAISS finds a GPU" in line]
     assert "--index-url https://download.pytorch.org/whl/cu126" in problem
@@ -64,7 +60,7 @@ def test_a_driver_too_old_for_torch_is_explained(machine, caplog) -> None:
     assert "doctor" in warning
 
 
-def test_a_missing_or_hidden_gpu_causes_no_warning(machine, monkeypatch, caplog) -> None:
+def test_a_missing_or_hidden_gpu_causes_no_warning(machine, monkeypatch, caplog):
     machine(nodes=0, torch_sees=0, faiss_sees=0)
     assert resolve_device("auto") == "cpu"
     machine(nodes=2, torch_sees=0, faiss_sees=0)
@@ -86,14 +82,11 @@ def test_a_missing_or_hidden_gpu_causes_no_warning(machine, monkeypatch, caplog)
         ((9, 0), ("gfx90a",), True),  # of another vendor
     ],
 )
-def test_torch_builds_are_matched_with_gpu_generations(capability, arches, runs) -> None:
+def test_torch_builds_are_matched_with_gpu_generations(capability, arches, runs):
     assert runs_on(capability, arches) == runs
 
 
-# --- answers over all keys
-
-
-def random_keys(n: int, q: int, d: int, c: int) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
+def random_keys(n, q, d, c):
     """Return unit keys ``[n, d]`` around a common mean, class ids (every second class has keys), and queries."""
     rng = np.random.default_rng(n)
     common = rng.standard_normal(d)
@@ -105,7 +98,7 @@ def random_keys(n: int, q: int, d: int, c: int) -> tuple[np.ndarray, np.ndarray,
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["float32", "float16", "auto"])
 @pytest.mark.parametrize("stored", [np.float32, np.float16])
-def test_gpu_answers_over_all_keys_match_the_cpu(precision: str, stored: type) -> None:
+def test_gpu_answers_over_all_keys_match_the_cpu(precision, stored):
     keys, ids, queries = random_keys(20000, 3000, 512, 1000)
     keys = keys.astype(stored)
     on_cpu = Keys(keys, ids, 1000).cache_logits(queries, 7.5)
@@ -120,7 +113,7 @@ def test_gpu_answers_over_all_keys_match_the_cpu(precision: str, stored: type) -
 
 
 @pytest.mark.gpu
-def test_a_gpu_holds_one_block_of_affinities_at_a_time() -> None:
+def test_a_gpu_holds_one_block_of_affinities_at_a_time():
     keys, ids, queries = random_keys(200_000, 20_000, 64, 200)
     over, f = Keys(keys, ids, 200, "cuda"), queries.cuda()
     over.cache_logits(f[:10], 7.5)
@@ -130,13 +123,7 @@ def test_a_gpu_holds_one_block_of_affinities_at_a_time() -> None:
     assert torch.cuda.max_memory_allocated() - before < 200_000 * 20_000 * 4 / 10
 
 
-# --- determinism
-
-
-# --- precision
-
-
-def test_float32_convolutions_are_not_rounded_to_tf32(lit_mini) -> None:
+def test_float32_convolutions_are_not_rounded_to_tf32(lit_mini):
     conv = torch.backends.cudnn.conv if hasattr(torch.backends.cudnn, "conv") else None
     if conv is None:
         pytest.skip(f"SKIPPED: torch {torch.__version__} has only the older setting, which needs a GPU")
@@ -150,7 +137,7 @@ def test_float32_convolutions_are_not_rounded_to_tf32(lit_mini) -> None:
     assert within[-1] == before
 
 
-def test_weights_with_channels_last_are_the_same_backbone(lit_mini) -> None:
+def test_weights_with_channels_last_are_the_same_backbone(lit_mini):
     pixels, model = torch.rand(3, 3, *lit_mini.size), deepcopy(lit_mini)
     model._model.visual.to(memory_format=torch.channels_last)
     assert weights_digest(model._model) == lit_mini.identity.weights
@@ -158,10 +145,7 @@ def test_weights_with_channels_last_are_the_same_backbone(lit_mini) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
-# --- memory
-
-
-def test_auto_uses_all_keys_on_a_gpu_if_they_fit(monkeypatch) -> None:
+def test_auto_uses_all_keys_on_a_gpu_if_they_fit(monkeypatch):
     monkeypatch.setattr(keys_module, "room_on", lambda _: 10_000_000 * 512 * 4 * 3)
     for n, c in ((100, 10), (160_000, 1000), (1_000_000, 1000), (10_000_000, 100_000)):
         assert keys_module.auto_for((n, 512), np.dtype("float32"), c, "cuda") == ("Flat", None)
@@ -170,10 +154,7 @@ def test_auto_uses_all_keys_on_a_gpu_if_they_fit(monkeypatch) -> None:
     assert keys_module.auto_for((20_000_000, 512), np.dtype("float16"), 1000, "cuda") == ("Flat", None)
 
 
-# --- on a GPU
-
-
-def labelled(n: int, d: int, c: int) -> tuple[torch.Tensor, np.ndarray, list[str]]:
+def labelled(n, d, c):
     """Return unit keys ``[n, d]``, their class ids and the class names."""
     rng = np.random.default_rng(0)
     rows = functional.normalize(torch.from_numpy(rng.standard_normal((n, d)).astype(np.float32)), dim=1)
@@ -181,7 +162,7 @@ def labelled(n: int, d: int, c: int) -> tuple[torch.Tensor, np.ndarray, list[str
 
 
 @pytest.mark.gpu
-def test_answers_on_a_gpu_repeat_bit_for_bit() -> None:
+def test_answers_on_a_gpu_repeat_bit_for_bit():
     keys, *classes = labelled(9000, 64, 40)
     for index in ("Flat", "Classes", "IVF16,Flat"):
         cache = Index.from_features(keys, *classes, index=index, device="cuda")
@@ -192,7 +173,7 @@ def test_answers_on_a_gpu_repeat_bit_for_bit() -> None:
 
 
 @pytest.mark.gpu
-def test_search_hp_holds_few_affinities_on_a_gpu() -> None:
+def test_search_hp_holds_few_affinities_on_a_gpu():
     rows, ids, names = labelled(400_000, 16, 20)
     cache, some = Index.from_features(rows, ids, names, device="cuda"), slice(0, 2000)
     queries = Queries(rows[some].numpy(), ids[some], "made")
@@ -203,14 +184,14 @@ def test_search_hp_holds_few_affinities_on_a_gpu() -> None:
 
 
 @pytest.mark.gpu
-def test_a_gpu_encodes_in_large_batches(shared: Path) -> None:
+def test_a_gpu_encodes_in_large_batches(shared):
     model = load_backbone(f"local-dir:{shared / 'models' / 'lit-mini'}", device="cuda")
     assert model.batch_size == 256
     assert model.encode_images(torch.rand(5, 3, *model.size)).shape == (5, model.dim)
 
 
 @pytest.mark.gpu
-def test_threads_can_search_several_indexes_on_a_gpu_at_once() -> None:
+def test_threads_can_search_several_indexes_on_a_gpu_at_once():
     rows, *classes = labelled(4000, 32, 20)
     caches = [Index.from_features(rows, *classes, index="IVF16,Flat", device="cuda") for _ in range(4)]
     expected = [cache.logits(rows[:50], 64) for cache in caches]
@@ -220,14 +201,11 @@ def test_threads_can_search_several_indexes_on_a_gpu_at_once() -> None:
 
 
 @pytest.mark.gpu
-def test_float32_features_on_a_gpu_match_the_cpu(shared: Path) -> None:
+def test_float32_features_on_a_gpu_match_the_cpu(shared):
     place = f"local-dir:{shared / 'models' / 'lit-mini'}"
     on_cpu, on_gpu_ = (load_backbone(place, device=device, precision="float32") for device in ("cpu", "cuda"))
     pixels = torch.rand(5, 3, *on_cpu.size)
     np.testing.assert_allclose(on_gpu_.encode_images(pixels), on_cpu.encode_images(pixels), rtol=1e-3, atol=1e-4)
-
-
-# --- indexes on GPUs
 
 
 RNG = np.random.default_rng(0)
@@ -239,37 +217,37 @@ SIZE = 300 * (16 * 4 + 8)
 class Faiss:
     """FAISS with simulated GPUs. It records each copy, and returns the given index as its copy."""
 
-    def __init__(self, real: Any, gpus: int) -> None:
+    def __init__(self, real, gpus):
         self._real, self.gpus = real, gpus
-        self.copies: list[tuple[str, int | None, SimpleNamespace, int]] = []
-        self.probes: list[int] = []
+        self.copies = []
+        self.probes = []
         self.fails = ""
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name):
         return getattr(self._real, name)
 
-    def get_num_gpus(self) -> int:
+    def get_num_gpus(self):
         return self.gpus
 
-    def get_compile_options(self) -> str:
+    def get_compile_options(self):
         return "OPTIMIZE GPU NVIDIA_CUVS "
 
-    def GpuMultipleClonerOptions(self) -> SimpleNamespace:
+    def GpuMultipleClonerOptions(self):
         return SimpleNamespace(useFloat16=False, use_cuvs=False, shard=False)
 
-    def index_cpu_to_gpu(self, _resources: object, number: int, index: Any, options: SimpleNamespace) -> Any:
+    def index_cpu_to_gpu(self, _resources, number, index, options):
         return self._copy("one", number, index, options)
 
-    def index_cpu_to_all_gpus(self, index: Any, options: SimpleNamespace) -> Any:
+    def index_cpu_to_all_gpus(self, index, options):
         return self._copy("all", None, index, options)
 
-    def _copy(self, where: str, number: int | None, index: Any, options: SimpleNamespace) -> Any:
+    def _copy(self, where, number, index, options):
         if self.fails:
             raise RuntimeError(f"Error in somewhere: {self.fails}")
         self.copies.append((where, number, options, getattr(index, "nprobe", 0)))
         return index
 
-    def GpuParameterSpace(self) -> SimpleNamespace:
+    def GpuParameterSpace(self):
         return SimpleNamespace(set_index_parameter=lambda _index, name, value: self.probes.append(value))
 
 
@@ -278,10 +256,10 @@ def gpus():
     """A function that simulates GPUs with a number of free bytes each. Copies of flat indexes stay on the CPU."""
     with ExitStack() as stack:
 
-        def make(number: int = 1, free: int = 1 << 30, current: int = 0, torch_sees: bool = True) -> Faiss:
+        def make(number=1, free=1 << 30, current=0, torch_sees=True):
             fake, made = Faiss(vector_index.faiss(), number), Product.of
 
-            def of(index: Any, device: str, half: bool) -> Product:
+            def of(index, device, half):
                 fake.copies.append((device, half))
                 return made(index, "cpu", half)
 
@@ -294,11 +272,8 @@ def gpus():
         yield make
 
 
-# --- placement
-
-
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_flat_on_a_gpu_is_exact_for_any_k(gpus, dtype: type) -> None:
+def test_flat_on_a_gpu_is_exact_for_any_k(gpus, dtype):
     fake, keys = gpus(), np.resize(KEYS, (2500, 16)) + RNG.standard_normal((2500, 16)) / 9
     keys = keys.astype(dtype)
     index = VectorIndex.build(keys, "Flat", "cuda")
@@ -312,7 +287,7 @@ def test_flat_on_a_gpu_is_exact_for_any_k(gpus, dtype: type) -> None:
     assert index.exact_affinity
 
 
-def test_a_product_in_parts_equals_the_whole() -> None:
+def test_a_product_in_parts_equals_the_whole():
     whole = Product(torch.from_numpy(KEYS)).search(torch.from_numpy(QUERIES), 40)
     with mock.patch.multiple(vector_index, PRODUCTS=16 * 37, QUERIES=2):
         parts = Product(torch.from_numpy(KEYS)).search(torch.from_numpy(QUERIES), 40)
@@ -334,7 +309,7 @@ def test_a_product_in_parts_equals_the_whole() -> None:
         ({"current": 1}, "auto", "IVF4,Flat", np.float32, ("one", 1, False)),
     ],
 )
-def test_an_index_is_placed_on_the_right_gpus(gpus, machine, device, factory, dtype, expected) -> None:
+def test_an_index_is_placed_on_the_right_gpus(gpus, machine, device, factory, dtype, expected):
     fake = gpus(2, **machine)
     VectorIndex.build(KEYS.astype(dtype), factory, device).search(QUERIES, 1)
     [(where, number, options, _)] = fake.copies
@@ -343,7 +318,7 @@ def test_an_index_is_placed_on_the_right_gpus(gpus, machine, device, factory, dt
     assert options.use_cuvs or factory != "IVF4,Flat" or where == "all" or dtype == np.float16
 
 
-def test_flat_is_copied_to_the_named_or_the_current_gpu_or_to_none(gpus) -> None:
+def test_flat_is_copied_to_the_named_or_the_current_gpu_or_to_none(gpus):
     fake = gpus(4, current=2)
     for device, number in (("cuda:3", 3), ("cuda", 2), ("auto", 2)):
         VectorIndex.build(KEYS, "Flat", device).search(QUERIES, 1)
@@ -355,7 +330,7 @@ def test_flat_is_copied_to_the_named_or_the_current_gpu_or_to_none(gpus) -> None
 
 
 @mock.patch.object(vector_index, "GPU_MAX_K", 3)
-def test_too_many_probes_are_reduced_on_the_gpu_only(gpus, caplog) -> None:
+def test_too_many_probes_are_reduced_on_the_gpu_only(gpus, caplog):
     fake, index = gpus(), VectorIndex.build(KEYS, "IVF8,Flat", "cuda")
     index.effort = 7
     index.search(QUERIES, 1)
@@ -367,9 +342,6 @@ def test_too_many_probes_are_reduced_on_the_gpu_only(gpus, caplog) -> None:
     assert fake.probes == [3, 2]
 
 
-# --- fallbacks to the CPU
-
-
 @pytest.mark.parametrize(
     ("free", "number", "device", "fails", "message"),
     [
@@ -379,9 +351,7 @@ def test_too_many_probes_are_reduced_on_the_gpu_only(gpus, caplog) -> None:
         (1 << 30, 0, "cuda", "", "FAISS finds no GPU"),
     ],
 )
-def test_a_fallback_to_the_cpu_warns_once(
-    gpus, caplog, free: int, number: int, device: str, fails: str, message: str
-) -> None:
+def test_a_fallback_to_the_cpu_warns_once(gpus, caplog, free, number, device, fails, message):
     gpus(number, free).fails = fails
     expected = VectorIndex.build(KEYS, "IVF4,Flat", "cpu").search(QUERIES, 4)
     for _ in range(2):
@@ -393,11 +363,11 @@ def test_a_fallback_to_the_cpu_warns_once(
     assert message in warnings_of(caplog)[0]
 
 
-def test_missing_gpu_memory_is_reported(gpus) -> None:
+def test_missing_gpu_memory_is_reported(gpus):
     gpus()
     index = VectorIndex.build(KEYS, "IVF4,Flat", "cuda")
 
-    def search(*_: Any) -> None:
+    def search(*_):
         raise RuntimeError("Error in allocMemory: StandardGpuResources: alloc fail type TemporaryMemory dev 0")
 
     index._gpu.get()
@@ -409,15 +379,12 @@ def test_missing_gpu_memory_is_reported(gpus) -> None:
         index.search(QUERIES, 1)
 
 
-# --- tensors
-
-
-def test_one_thread_at_a_time_searches_on_gpus(gpus) -> None:
+def test_one_thread_at_a_time_searches_on_gpus(gpus):
     gpus()
     indexes = [VectorIndex.build(KEYS, "IVF4,Flat", "cuda") for _ in range(4)]
     inside, most, together = [], [], threading.Barrier(4)
 
-    def search(features: Any, k: int) -> Any:
+    def search(features, k):
         inside.append(1)
         most.append(len(inside))
         threading.Event().wait(0.01)
@@ -428,7 +395,7 @@ def test_one_thread_at_a_time_searches_on_gpus(gpus) -> None:
         index._gpu.get()
         index._gpu._held = SimpleNamespace(search=search)
 
-    def ask(index: VectorIndex) -> None:
+    def ask(index):
         together.wait()
         index.search(QUERIES, 2)
 
@@ -440,16 +407,10 @@ def test_one_thread_at_a_time_searches_on_gpus(gpus) -> None:
     assert most == [1, 1, 1, 1]
 
 
-# --- keys on a GPU
-
-
-# --- on a real GPU
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat", "PCA8,IVF4,Flat", "IVF4,SQ8"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_results_stay_on_the_gpu_of_the_queries(factory: str, dtype: type) -> None:
+def test_results_stay_on_the_gpu_of_the_queries(factory, dtype):
     keys = np.random.default_rng(0).standard_normal((500, 32)).astype(dtype)
     for number in range(torch.cuda.device_count()):
         index = VectorIndex.build(keys, factory, f"cuda:{number}")

@@ -1,7 +1,5 @@
 """Groups of photos without a match: average linkage, the threshold, and the command."""
 
-from __future__ import annotations
-
 import csv
 import json
 

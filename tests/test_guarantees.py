@@ -1,7 +1,5 @@
 """The table of guarantees (``tests/README.md``) names existing tests and every test file."""
 
-from __future__ import annotations
-
 import re
 
 from conftest import ROOT
@@ -9,7 +7,7 @@ from conftest import ROOT
 TESTS = ROOT / "tests"
 
 
-def test_the_table_lists_existing_tests_and_every_file() -> None:
+def test_the_table_lists_existing_tests_and_every_file():
     lines = (TESTS / "README.md").read_text(encoding="utf-8").splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
     named = [(file, test) for _, file, test, _ in cells if file.startswith("test_")]

@@ -1,7 +1,5 @@
 """Accuracy of the whole command line on real photos."""
 
-from __future__ import annotations
-
 import json
 
 import pytest
@@ -36,7 +34,7 @@ def test_caltech_photos_reach_the_expected_accuracy(run, shared, tmp_path, monke
     from retrieval_tip.backbones import open_clip as backbone
     from retrieval_tip.data import images
 
-    reads: list[str] = []
+    reads = []
     read = images.read
     monkeypatch.setattr(images, "read", lambda path: reads.append(str(path)) or read(path))
     monkeypatch.setattr(backbone.OpenClipBackbone, "encode_images", lambda *_: pytest.fail("encoded again"))

@@ -4,8 +4,6 @@ The program answers, or fails with a one-line error: no traceback, no half-writt
 ``make test`` tries the same few examples in each run, ``make attack`` many different ones.
 """
 
-from __future__ import annotations
-
 import functools
 import io
 import json
@@ -18,10 +16,8 @@ import socket
 import struct
 import time
 import zlib
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 import click
 import httpx
@@ -29,7 +25,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from click.testing import Result
 from conftest import ATTACK, SOAK
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -50,14 +45,13 @@ from retrieval_tip.index.build import build_index
 from retrieval_tip.predictions import read_predictions
 from retrieval_tip.store.versions import Versions
 
-T = TypeVar("T")
 D, CLASSES = 8, ["cat", "dog", "owl"]
 pytestmark = pytest.mark.timeout(1800 if ATTACK else 300)
 SECONDS, MEMORY = 60, 1 << 30
 """Maximum seconds of one example on a busy machine, and maximum additional memory of a test."""
 
 
-def tried(number: int) -> settings:
+def tried(number):
     """Return settings that try ``number`` examples in an attack, a few in a soak, fewer otherwise."""
     few = max(8, number // (60 if SOAK else 120))  # the same in each run
     return settings(
@@ -67,24 +61,24 @@ def tried(number: int) -> settings:
 
 
 @pytest.fixture(autouse=True)
-def bounded() -> Iterator[None]:
+def bounded():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10 < MEMORY
 
 
 @contextmanager
-def in_time() -> Iterator[None]:
+def in_time():
     begun = time.monotonic()
     yield
     assert time.monotonic() - begun < SECONDS
 
 
-def check_line(text: str) -> None:
+def check_line(text):
     assert text.isprintable(), ascii(text)
 
 
-def refused(call: Callable[[], T]) -> T | None:
+def refused(call):
     """Return the result of a call, or ``None`` if it fails with a one-line error of ours."""
     with in_time():
         try:
@@ -95,7 +89,7 @@ def refused(call: Callable[[], T]) -> T | None:
 
 
 @st.composite
-def mutated(draw: st.DrawFn, raws: st.SearchStrategy[bytes]) -> bytes:
+def mutated(draw, raws):
     """Draw bytes with a bit flipped, a run overwritten or cut out, an end missing, or a part repeated."""
     raw = draw(raws)
     at, size = draw(st.integers(0, len(raw) - 1)), draw(st.integers(1, 64))
@@ -110,10 +104,7 @@ def mutated(draw: st.DrawFn, raws: st.SearchStrategy[bytes]) -> bytes:
     return {"head": raw[:at], "tail": raw[at:], "twice": raw[:at] + raw + raw[at:]}[how]
 
 
-# --- images
-
-
-def picture(style: str, mode: str = "RGB", side: int = 48, **options: object) -> bytes:
+def picture(style, mode="RGB", side=48, **options):
     buffer = io.BytesIO()
     image = Image.effect_noise((side, side - 7), 80) if side < 100 else Image.new("L", (side, side - 7))  # few bytes
     image.convert(mode).save(buffer, style, **options)
@@ -128,7 +119,7 @@ PICTURES = [
 
 
 @functools.cache
-def bombs() -> list[bytes]:
+def bombs():
     """Return small files that claim or need much memory, and files that are not photos. They take a second to make."""
     return [
         png(30_000, 30_000, b""), png(2**31 - 1, 1, b""),
@@ -145,14 +136,12 @@ A_PICTURE = st.one_of(DAMAGED, DAMAGED, DAMAGED, st.deferred(lambda: st.sampled_
 
 @tried(2000)
 @given(A_PICTURE, st.none() | st.integers(1, 64))
-def test_any_bytes_are_decoded_or_refused(raw: bytes, least: int | None) -> None:
+def test_any_bytes_are_decoded_or_refused(raw, least):
     found = refused(lambda: images.decode(raw, least))
     if found is not None:
         assert found.mode == "RGB"
         assert found.width * found.height <= images.MAX_PIXELS
 
-
-# --- tables
 
 NUMBER = st.one_of(st.floats(width=32), st.sampled_from([0.0, 1e19, 1e300, -1e300, math.nan, math.inf, None]))
 TEXT = st.one_of(st.text(max_size=9), st.sampled_from(["cat", "", " ", "\x1b[31m", "\u202e", "é", "x" * 5000, None]))
@@ -163,7 +152,7 @@ NAME = st.sampled_from(["id", "label", "feature", "path", "Feature", "", "x\n", 
 
 
 @st.composite
-def feature_tables(draw: st.DrawFn) -> pa.Table:
+def feature_tables(draw):
     """Draw tables of six rows with mostly valid columns; some names, types or values are wrong."""
     width, kind = draw(st.integers(1, 9)), draw(st.sampled_from([pa.float16(), pa.float32(), pa.float64()]))
     rows = [[*row] for row in unit_rows(6, width, draw(st.integers(0, 9))).tolist()]
@@ -189,9 +178,7 @@ def feature_tables(draw: st.DrawFn) -> pa.Table:
 
 @tried(3000)
 @given(feature_tables(), st.sampled_from(["check", "unit", "keep"]), st.data())
-def test_any_feature_table_is_refused_or_read_exactly(
-    tmp_path_factory: pytest.TempPathFactory, table: pa.Table, norms: str, data: st.DataObject
-) -> None:
+def test_any_feature_table_is_refused_or_read_exactly(tmp_path_factory, table, norms, data):
     path = tmp_path_factory.getbasetemp() / "any.parquet"
     pq.write_table(table, path)
     if damaged := data.draw(st.integers(0, 3)) == 0:  # a flip may pass for data: Parquet has few checksums
@@ -218,9 +205,9 @@ def test_any_feature_table_is_refused_or_read_exactly(
     st.sampled_from([".csv", ".tsv", ".jsonl", ".json", ".parquet", ".npy", ".tar", ".toml"]), st.data(),
 )  # fmt: skip
 def test_any_text_table_is_refused_or_read(
-    tmp_path_factory: pytest.TempPathFactory, rows: list[list[str]], separator: str, encoding: str, head: str,
-    suffix: str, data: st.DataObject,
-) -> None:  # fmt: skip
+    tmp_path_factory, rows, separator, encoding, head,
+    suffix, data
+):  # fmt: skip
     lines = [head.split(","), *rows]
     if suffix == ".jsonl":
         text = "\n".join(json.dumps(dict(zip(lines[0], row, strict=False))) for row in rows)
@@ -237,11 +224,8 @@ def test_any_text_table_is_refused_or_read(
             assert all(label.strip() for label in found.labels)
 
 
-# --- index folders
-
-
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def world(tmp_path_factory):
     """A working folder: an index of three versions with an added segment, and tables. Nothing may change here."""
     place = tmp_path_factory.mktemp("hostile")
     write_table(place / "train.parquet", unit_rows(18, D), CLASSES * 6)
@@ -256,12 +240,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def answer(folder: Path) -> bytes:
+def answer(folder):
     return Index.load(folder, device="cpu").logits(unit_rows(5, D, 9)).numpy().tobytes()
 
 
 @contextmanager
-def copied(world: Path, name: str = "copy") -> Iterator[Path]:
+def copied(world, name="copy"):
     copy = world.parent / name
     shutil.copytree(world, copy, symlinks=True)
     try:
@@ -270,7 +254,7 @@ def copied(world: Path, name: str = "copy") -> Iterator[Path]:
         shutil.rmtree(copy)
 
 
-SPECIAL: dict[str, Callable[[Path], object]] = {
+SPECIAL = {
     "missing": lambda _: None,
     "empty": lambda path: path.write_bytes(b""),
     "folder": Path.mkdir,
@@ -288,7 +272,7 @@ SPECIAL: dict[str, Callable[[Path], object]] = {
 
 @tried(1500)
 @given(st.data())
-def test_a_damaged_index_is_refused_or_answers_correctly(world: Path, data: st.DataObject) -> None:
+def test_a_damaged_index_is_refused_or_answers_correctly(world, data):
     """Damage any file of any version. No change may build on damage."""
     expected = answer(world / "index")
     files = sorted(path for path in (world / "index").rglob("*") if path.is_file() and path.name != "lock")
@@ -322,7 +306,7 @@ VALUES = st.recursive(
 
 @tried(3000)
 @given(st.data())
-def test_any_manifest_is_refused_or_answers(world: Path, data: st.DataObject) -> None:
+def test_any_manifest_is_refused_or_answers(world, data):
     """The manifest has a valid checksum, as an attacker could give it."""
     with copied(world / "index") as index:
         body = node = {key: value for key, value in body_of(index).items() if key != "sha256"}
@@ -348,8 +332,6 @@ def test_any_manifest_is_refused_or_answers(world: Path, data: st.DataObject) ->
         refused(lambda: Versions(index).history())
 
 
-# --- commands
-
 GOOD = """
 classify index queries.parquet | fit index --calibrate --val queries.parquet
 encode train.parquet --out new.parquet | evaluate index queries.parquet | fit index | index add index queries.parquet
@@ -371,7 +353,7 @@ SLOW = {"epochs", "seeds", "folds", "shots", "engine", "plot", "help", "workers"
 """Options that take long, start other programs, or draw. ``test_cli.py`` tests their bounds."""
 
 
-def command_of(line: list[str]) -> tuple[click.Command, list[str]]:
+def command_of(line):
     command, words = main, list(line)
     while isinstance(command, click.Group):
         command = command.commands[words.pop(0)]
@@ -380,9 +362,7 @@ def command_of(line: list[str]) -> tuple[click.Command, list[str]]:
 
 @tried(1500)
 @given(st.data())
-def test_any_command_answers_or_fails_in_one_line(
-    run: Callable[..., Result], world: Path, monkeypatch: pytest.MonkeyPatch, data: st.DataObject
-) -> None:
+def test_any_command_answers_or_fails_in_one_line(run, world, monkeypatch, data):
     line = data.draw(st.sampled_from(LINES))
     command, needs = command_of(line)
     names = line[: len(line) - len(needs)]
@@ -414,8 +394,6 @@ def test_any_command_answers_or_fails_in_one_line(
         monkeypatch.chdir(world)
 
 
-# --- requests (test_openapi.py holds each route to its description)
-
 HOSTS = ["", "evil.example", "127.0.0.1:99999", "[::1", "a@127.0.0.1", "127.0.0.1\r\nHost: localhost", "h" * 20_000]
 HEADERS = [
     "Content-Length: -1", "Content-Length: 99999999999999999999", "Content-Length: 1e3", "Transfer-Encoding: gzip",
@@ -433,7 +411,7 @@ BODIES = [
 
 
 @pytest.fixture(scope="module")
-def served(things: Path, tmp_path_factory: pytest.TempPathFactory, warm_path: str) -> Iterator[str]:
+def served(things, tmp_path_factory, warm_path):
     """The real server with an index of photos that it may change; its memory stays bounded."""
     place = tmp_path_factory.mktemp("served") / "things"
     shutil.copytree(things, place)
@@ -448,7 +426,7 @@ def served(things: Path, tmp_path_factory: pytest.TempPathFactory, warm_path: st
 
 @tried(1500)
 @given(st.data())
-def test_any_request_gets_no_server_error(served: str, data: st.DataObject) -> None:
+def test_any_request_gets_no_server_error(served, data):
     host, port = served.removeprefix("http://").split(":")
     method, target = (
         data.draw(st.sampled_from(["GET", "POST", "DELETE", "PRI", "get"])),
@@ -476,9 +454,7 @@ def test_any_request_gets_no_server_error(served: str, data: st.DataObject) -> N
 @tried(600)
 @given(st.lists(A_PICTURE, min_size=1, max_size=3), st.sampled_from(["a.png", "../../a", "", "\x1b", "x" * 5000]),
        st.sampled_from(["evil.example", None]), st.booleans())  # fmt: skip
-def test_a_hostile_upload_is_refused_or_answered(
-    served: str, pictures: list[bytes], name: str, host: str | None, add: bool
-) -> None:
+def test_a_hostile_upload_is_refused_or_answered(served, pictures, name, host, add):
     headers = {"Authorization": "Bearer sesame"} | ({"Host": host} if host else {})
     files = [("images", (name, raw)) for raw in pictures]
     where = f"{served}/v1/indexes/things/keys" if add else f"{served}/v1/classify"

@@ -1,7 +1,5 @@
 """Tables in notebooks: contents and escaped names."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from html_tree import Tree
@@ -48,9 +46,6 @@ def test_any_text_is_escaped(one, other):
     page = Tree(table([one], [[other, one]], other)).root
     assert {node.name for node in page.all()} <= {"table", "caption", "thead", "tbody", "tr", "th", "td"}
     assert "\n" not in table([one], [[other]])
-
-
-# --------------------------------------------------------------------------------------------------------- notebooks
 
 
 @pytest.fixture

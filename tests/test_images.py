@@ -1,7 +1,5 @@
 """Any bytes are decoded to an upright RGB image, or refused with a one-line error."""
 
-from __future__ import annotations
-
 import io
 import os
 import struct
@@ -9,9 +7,7 @@ import subprocess
 import sys
 import tracemalloc
 import zlib
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +26,7 @@ OTHERS = ["TGA", "PCX", "SGI", "IM", "DDS", "QOI", "ICO", "ICNS", "DIB", "XBM", 
 OPTIONAL = {"AVIF": "avif", "JPEG2000": "jpg_2000"}
 
 
-def quarters(width: int = 32, height: int = 32) -> Image.Image:
+def quarters(width=32, height=32):
     """Return red and green above blue and yellow, so that each rotation and each flip looks different."""
     image = Image.new("RGB", (width, height))
     w, h = width // 2, height // 2
@@ -39,7 +35,7 @@ def quarters(width: int = 32, height: int = 32) -> Image.Image:
     return image
 
 
-def encoded(image: Image.Image, style: str, **options: object) -> bytes:
+def encoded(image, style, **options):
     if style in OPTIONAL and not features.check(OPTIONAL[style]):
         pytest.skip(f"this Pillow cannot write {style}")
     buffer = io.BytesIO()
@@ -47,18 +43,18 @@ def encoded(image: Image.Image, style: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def pixels(data: bytes) -> np.ndarray:
+def pixels(data):
     picture = decode(data)
     assert picture.mode == "RGB"
     return np.asarray(picture)
 
 
-def assert_close(one: np.ndarray, other: Image.Image, most: float = 12) -> None:
+def assert_close(one, other, most=12):
     assert one.shape == np.asarray(other).shape
     assert np.abs(one.astype(int) - np.asarray(other).astype(int)).mean() < most
 
 
-def error_of(data: bytes) -> str:
+def error_of(data):
     with pytest.raises(InputError) as caught:
         decode(data)
     message = str(caught.value)
@@ -67,13 +63,13 @@ def error_of(data: bytes) -> str:
     return message
 
 
-def png_claiming(width: int, height: int, depth: int = 8, colour: int = 2) -> bytes:
+def png_claiming(width, height, depth=8, colour=2):
     """Return a PNG of a few bytes whose header claims this size."""
     return png(width, height, zlib.compress(b"\0" * 1000), depth, colour)
 
 
 @pytest.mark.parametrize("style", [*EXACT, *LOSSY])
-def test_pixels_and_extension_of_each_format(style: str) -> None:
+def test_pixels_and_extension_of_each_format(style):
     data = encoded(quarters(), style)
     assert_close(pixels(data), quarters(), 12 if style in LOSSY else 1e-9)
     expected = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}.get(style, f".{style.lower()}")
@@ -84,7 +80,7 @@ def test_pixels_and_extension_of_each_format(style: str) -> None:
 
 
 @pytest.mark.parametrize("style", ["GIF", "TIFF", "WEBP", "PNG", "MPO"])
-def test_the_first_of_several_frames_is_decoded(style: str) -> None:
+def test_the_first_of_several_frames_is_decoded(style):
     others = [Image.new("RGB", (32, 32), BLUE), Image.new("RGB", (32, 32), GREEN)]
     assert_close(pixels(encoded(quarters(), style, save_all=True, append_images=others)), quarters())
 
@@ -95,7 +91,7 @@ TURNED = [None, *(Image.Transpose(number) for number in (0, 3, 1, 5, 4, 6, 2))]
 
 @pytest.mark.parametrize("style", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied_once(style: str, orientation: int) -> None:
+def test_exif_orientation_is_applied_once(style, orientation):
     stored, turn, exif = quarters(48, 32), TURNED[orientation - 1], Image.Exif()
     exif[0x0112] = orientation
     assert_close(pixels(encoded(stored, style, exif=exif)), stored if turn is None else stored.transpose(turn))
@@ -114,11 +110,11 @@ def test_exif_orientation_is_applied_once(style: str, orientation: int) -> None:
     ],
 )
 @pytest.mark.parametrize("style", ["JPEG", "PNG", "WEBP"])
-def test_damaged_exif_data_does_not_change_the_pixels(style: str, exif: bytes) -> None:
+def test_damaged_exif_data_does_not_change_the_pixels(style, exif):
     assert_close(pixels(encoded(quarters(), style, exif=exif)), quarters())
 
 
-def test_orientation_is_applied_even_if_other_exif_entries_are_damaged() -> None:
+def test_orientation_is_applied_even_if_other_exif_entries_are_damaged():
     entries = [
         struct.pack("<HHII", 0x0112, 3, 1, 6),
         struct.pack("<HHII", 0x0131, 2, 500, 0x7FFFFFFF),  # a text beyond the end
@@ -129,7 +125,7 @@ def test_orientation_is_applied_even_if_other_exif_entries_are_damaged() -> None
     assert_close(pixels(encoded(stored, "JPEG", exif=exif)), stored.transpose(Image.Transpose.ROTATE_270))
 
 
-def few_pixels(mode: str, *values: object) -> Image.Image:
+def few_pixels(mode, *values):
     image = Image.new(mode, (len(values), 1))
     if mode == "P":
         image.putpalette([255, 0, 0, 0, 255, 0])
@@ -139,7 +135,7 @@ def few_pixels(mode: str, *values: object) -> Image.Image:
 
 WHITE, LOSSLESS = [255] * 3, {"lossless": True, "exact": True}
 PALETTE, ALPHA = few_pixels("P", 0, 1), few_pixels("RGBA", (0, 0, 0, 255), (0, 0, 0, 0), (0, 0, 0, 128))
-FEW_PIXELS: list[tuple[Image.Image, str, dict[str, Any], list[object]]] = [
+FEW_PIXELS = [
     (PALETTE, "PNG", {"transparency": 0}, [WHITE, [0, 255, 0]]),
     (PALETTE, "PNG", {"transparency": b"\x00\xff\x80"}, [WHITE, [0, 255, 0]]),
     (PALETTE, "GIF", {"transparency": 0}, [WHITE, [0, 255, 0]]),
@@ -153,14 +149,12 @@ FEW_PIXELS: list[tuple[Image.Image, str, dict[str, Any], list[object]]] = [
 
 
 @pytest.mark.parametrize(("image", "style", "options", "expected"), FEW_PIXELS)
-def test_colours_are_exact_and_transparent_pixels_become_white(
-    image: Image.Image, style: str, options: dict[str, Any], expected: list[object]
-) -> None:
+def test_colours_are_exact_and_transparent_pixels_become_white(image, style, options, expected):
     assert pixels(encoded(image, style, **options))[0].tolist() == expected
 
 
 @pytest.mark.parametrize("style", ["PNG", "TIFF", "PPM", "other byte order"])
-def test_sixteen_bit_greys_are_scaled_to_eight_bits(style: str) -> None:
+def test_sixteen_bit_greys_are_scaled_to_eight_bits(style):
     ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
     image = Image.fromarray(ramp)
     if style == "other byte order":
@@ -186,12 +180,12 @@ def test_sixteen_bit_greys_are_scaled_to_eight_bits(style: str) -> None:
         (np.float32, [0.0, 1.5e38, 3e38], [0, 128, 255]),
     ],
 )
-def test_32_bit_greys_are_scaled_by_their_range(kind: type, values: list[float], expected: list[int]) -> None:
+def test_32_bit_greys_are_scaled_by_their_range(kind, values, expected):
     assert pixels(encoded(Image.fromarray(np.array([values], dtype=kind)), "TIFF"))[0, :, 0].tolist() == expected
 
 
 @pytest.mark.parametrize(("mode", "style"), [("CMYK", "JPEG"), ("CMYK", "TIFF"), ("LAB", "TIFF"), ("YCbCr", "TIFF")])
-def test_other_colour_spaces_are_converted_to_rgb(mode: str, style: str) -> None:
+def test_other_colour_spaces_are_converted_to_rgb(mode, style):
     image = quarters()
     if mode == "LAB":
         pytest.importorskip("PIL._imagingcms")
@@ -201,7 +195,7 @@ def test_other_colour_spaces_are_converted_to_rgb(mode: str, style: str) -> None
 
 
 @pytest.mark.parametrize("size", [(1, 50000), (50000, 1), (2, 40001)])
-def test_an_extremely_long_image_is_cropped_to_its_middle(size: tuple[int, int]) -> None:
+def test_an_extremely_long_image_is_cropped_to_its_middle(size):
     image = Image.new("RGB", size, BLUE)
     width, height = size
     image.paste(RED, (width // 3, height // 3, width - width // 3, height - height // 3))
@@ -212,7 +206,7 @@ def test_an_extremely_long_image_is_cropped_to_its_middle(size: tuple[int, int])
 
 
 @pytest.mark.parametrize("size", [(30000, 30000), (178956971, 1), (2**31 - 1, 2**31 - 1), (0, 5), (5, 0)])
-def test_a_decompression_bomb_is_refused_before_it_is_decoded(size: tuple[int, int]) -> None:
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(size):
     tracemalloc.start()
     message = error_of(png_claiming(*size))
     peak = tracemalloc.get_traced_memory()[1]
@@ -223,7 +217,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(size: tuple[int, i
 
 
 @pytest.mark.parametrize("style", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM"])
-def test_a_file_truncated_at_any_length_is_refused(style: str) -> None:
+def test_a_file_truncated_at_any_length_is_refused(style):
     generator = np.random.default_rng(0)
     noise = Image.fromarray(generator.integers(0, 256, (64, 64, 3), dtype=np.uint8))
     data = encoded(noise, style)
@@ -248,12 +242,12 @@ def test_a_file_truncated_at_any_length_is_refused(style: str) -> None:
         b"\x89HDF\r\n\x1a\n" + b"\0" * 100,
     ],
 )
-def test_files_that_are_not_images_are_refused(data: bytes) -> None:
+def test_files_that_are_not_images_are_refused(data):
     error_of(data)
 
 
 @pytest.mark.parametrize("style", [*OTHERS, *OPTIONAL])
-def test_unlisted_formats_are_refused(style: str) -> None:
+def test_unlisted_formats_are_refused(style):
     buffer = io.BytesIO()
     if style in OPTIONAL and not features.check(OPTIONAL[style]):
         pytest.skip(f"this Pillow cannot write {style}")
@@ -263,15 +257,15 @@ def test_unlisted_formats_are_refused(style: str) -> None:
     assert {".avif", ".jp2", ".ico", ".icns", ".tga", ".qoi", ".eps", ".pdf"}.isdisjoint(images.extensions())
 
 
-def test_running_out_of_memory_refuses_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> None:
+def test_running_out_of_memory_refuses_the_image(monkeypatch):
+    def full(*_, **__):
         raise MemoryError
 
     monkeypatch.setattr(images, "_rgb", full)
     assert "memory" in error_of(encoded(quarters(), "PNG"))
 
 
-NOT_FILES: dict[str, Callable[[Path], object]] = {
+NOT_FILES = {
     "a folder": lambda path: path.mkdir(),
     "a pipe, not a file": os.mkfifo,  # has no writer, so opening it would block
     "a device, not a file": lambda path: path.symlink_to("/dev/zero"),
@@ -283,7 +277,7 @@ NOT_FILES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("what", NOT_FILES)
-def test_read_reports_why_a_path_is_not_a_file(tmp_path: Path, what: str) -> None:
+def test_read_reports_why_a_path_is_not_a_file(tmp_path, what):
     NOT_FILES[what](tmp_path / "x.png")
     with pytest.raises(InputError, match=what):
         read_item(str(tmp_path / "x.png"))
@@ -292,13 +286,13 @@ def test_read_reports_why_a_path_is_not_a_file(tmp_path: Path, what: str) -> Non
 
 
 @pytest.mark.parametrize("path", ["a\0b.png", "x" * 5000 + ".png", "/".join(["d"] * 3000), "\ud800.png", ""])
-def test_read_refuses_impossible_paths(path: str) -> None:
+def test_read_refuses_impossible_paths(path):
     with pytest.raises(InputError) as caught:
         read_item(str(path))
     assert str(caught.value)
 
 
-def test_read_refuses_a_huge_file_without_reading_it(tmp_path: Path) -> None:
+def test_read_refuses_a_huge_file_without_reading_it(tmp_path):
     path = tmp_path / "huge.png"
     with path.open("wb") as file:
         file.truncate(images.MAX_BYTES + 1)  # sparse
@@ -309,17 +303,17 @@ def test_read_refuses_a_huge_file_without_reading_it(tmp_path: Path) -> None:
     tracemalloc.stop()
 
 
-def names_found(folder: Path) -> list[str]:
+def names_found(folder):
     return [str(path.relative_to(folder)) for path in find(folder)]
 
 
-def test_find_yields_images_depth_first_in_name_order(tmp_path: Path) -> None:
+def test_find_yields_images_depth_first_in_name_order(tmp_path):
     touch(tmp_path, "b.png", "a/2.jpg", "a/10.jpg", "a/z/1.webp", "c/1.gif", "B.PNG", "a.jpeg")
     touch(tmp_path, ".hidden.png", ".git/x.png", "a/.DS_Store", "a/notes.txt", "a/x.eps", "png", "a/Thumbs.db")
     assert names_found(tmp_path) == ["B.PNG", "a/10.jpg", "a/2.jpg", "a/z/1.webp", "a.jpeg", "b.png", "c/1.gif"]
 
 
-def test_find_follows_links_to_files_only(tmp_path: Path) -> None:
+def test_find_follows_links_to_files_only(tmp_path):
     touch(tmp_path, "a/x.png")
     (tmp_path / "b").symlink_to("a")
     links = {"a/up": "..", "linked.png": "a/x.png", "loop": "loop", "loop.png": "loop.png"}
@@ -328,7 +322,7 @@ def test_find_follows_links_to_files_only(tmp_path: Path) -> None:
     assert names_found(tmp_path) == ["a/x.png", "linked.png", "loop.png"]  # reading the loop reports it
 
 
-def test_find_descends_1500_folders(tmp_path: Path) -> None:
+def test_find_descends_1500_folders(tmp_path):
     deep = str(tmp_path)
     for _ in range(1500):
         deep += "/d"
@@ -340,10 +334,7 @@ def test_find_descends_1500_folders(tmp_path: Path) -> None:
         subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)  # too deep for pytest to remove
 
 
-# -- JPEGs at a reduced size --
-
-
-def smooth(width: int, height: int, mode: str = "RGB") -> Image.Image:
+def smooth(width, height, mode="RGB"):
     return quarters().resize((width, height), Image.Resampling.BICUBIC).convert(mode)
 
 
@@ -360,9 +351,7 @@ def smooth(width: int, height: int, mode: str = "RGB") -> Image.Image:
         ((600, 4000), 300, (300, 2000)),
     ],
 )
-def test_a_jpeg_is_halved_while_its_shorter_side_is_long_enough(
-    size: tuple[int, int], least: int, expected: tuple[int, int]
-) -> None:
+def test_a_jpeg_is_halved_while_its_shorter_side_is_long_enough(size, least, expected):
     data = encoded(smooth(*size), "JPEG", quality=95)
     found = decode(data, least)
     assert found.size == expected
@@ -372,7 +361,7 @@ def test_a_jpeg_is_halved_while_its_shorter_side_is_long_enough(
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize("progressive", [False, True])
 @pytest.mark.parametrize("orientation", [1, 3, 6])
-def test_a_reduced_jpeg_is_an_upright_rgb_image(mode: str, progressive: bool, orientation: int) -> None:
+def test_a_reduced_jpeg_is_an_upright_rgb_image(mode, progressive, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(smooth(320, 240, mode), "JPEG", quality=95, progressive=progressive, exif=exif)
@@ -383,44 +372,41 @@ def test_a_reduced_jpeg_is_an_upright_rgb_image(mode: str, progressive: bool, or
 
 
 @pytest.mark.parametrize("style", ["PNG", "MPO", "WEBP", "TIFF"])
-def test_other_formats_are_never_reduced(style: str) -> None:
+def test_other_formats_are_never_reduced(style):
     more = {"save_all": True, "append_images": [smooth(320, 240)]} if style == "MPO" else {}
     data = encoded(smooth(320, 240), style, **more)
     assert np.array_equal(np.asarray(decode(data, 20)), pixels(data))
 
 
-def test_a_damaged_jpeg_is_refused_at_a_reduced_size() -> None:
+def test_a_damaged_jpeg_is_refused_at_a_reduced_size():
     data = encoded(smooth(320, 240), "JPEG")
     for wrong in (b"", b"\xff\xd8", b"\xff\xd8\xff" + b"garbage" * 100, data[:20], data[: len(data) // 2]):
         with pytest.raises(InputError, match="damaged"):
             decode(wrong, 20)
 
 
-# ------------------------------------------------------------------------------------------------------ bounded work
-
-
-def segment(marker: int, body: bytes) -> bytes:
+def segment(marker, body):
     return bytes([255, marker]) + struct.pack(">H", len(body) + 2) + body
 
 
-def png_with(*chunks: bytes) -> bytes:
+def png_with(*chunks):
     data = encoded(quarters(), "PNG")
     return data[:33] + b"".join(chunks) + data[33:]
 
 
-def jpeg_with(*segments: bytes, **options: object) -> bytes:
+def jpeg_with(*segments, **options):
     data = encoded(quarters(), "JPEG", **options)
     return data[:2] + b"".join(segments) + data[2:]
 
 
-def jpeg_with_scans(number: int) -> bytes:
+def jpeg_with_scans(number):
     """Return a black JPEG of 1024 x 1024 pixels whose last scan, of a few bytes, is repeated ``number`` more times."""
     data = encoded(Image.new("RGB", (1024, 1024)), "JPEG", progressive=True)[:-2]
     return data + data[data.rindex(b"\xff\xda") :] * number + b"\xff\xd9"
 
 
 TEXT = png_chunk(b"iTXt", b"k\0\1\0\0\0" + zlib.compress(bytes(1_000_000)))
-SLOW_TO_PARSE: dict[str, Callable[[], bytes]] = {
+SLOW_TO_PARSE = {
     "segments of a JPEG": lambda: jpeg_with(segment(0xE5, b"") * 140_000),
     "fill bytes of a JPEG": lambda: jpeg_with(b"\xff" * 100_000),
     "scans of a JPEG": lambda: jpeg_with_scans(2100),
@@ -432,11 +418,11 @@ SLOW_TO_PARSE: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("what", SLOW_TO_PARSE)
-def test_an_image_that_takes_long_to_parse_is_refused(what: str) -> None:
+def test_an_image_that_takes_long_to_parse_is_refused(what):
     error_of(SLOW_TO_PARSE[what]())
 
 
-def test_a_huge_exif_block_is_ignored() -> None:
+def test_a_huge_exif_block_is_ignored():
     exif = b"II*\0\x08\0\0\0" + struct.pack("<HHHII", 1, 0x0112, 3, 1_000_000, 26) + bytes(4) + b"\6\0" * 1_000_000
     assert_close(pixels(encoded(quarters(), "WEBP", exif=exif)), quarters())
     assert_close(pixels(encoded(quarters(), "PNG", exif=exif)), quarters())
@@ -464,7 +450,7 @@ for path in sys.argv[1:]:
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory is known only on Linux")
 @pytest.mark.parametrize(("style", "options"), [("PNG", {}), ("JPEG", {"progressive": True}), ("WEBP", {"method": 0})])
-def test_large_images_are_decoded_one_at_a_time(tmp_path: Path, style: str, options: dict[str, Any]) -> None:
+def test_large_images_are_decoded_one_at_a_time(tmp_path, style, options):
     size = (4200, 4000)
     assert size[0] * size[1] > images.LARGE_PIXELS
     path = tmp_path / "large"
@@ -473,7 +459,7 @@ def test_large_images_are_decoded_one_at_a_time(tmp_path: Path, style: str, opti
     assert int(done.stdout) < 1.5 * 16 * size[0] * size[1]  # a decoder uses at most 16 bytes per pixel
 
 
-def test_a_large_image_can_be_decoded_after_another_one_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_image_can_be_decoded_after_another_one_failed(monkeypatch):
     monkeypatch.setattr(images, "LARGE_PIXELS", 10)
     data = encoded(quarters(), "PNG")
     for _ in range(2):
@@ -482,7 +468,7 @@ def test_a_large_image_can_be_decoded_after_another_one_failed(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "I", "F"])
-def test_converting_in_parts_gives_the_same_pixels(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+def test_converting_in_parts_gives_the_same_pixels(monkeypatch, mode):
     generator = np.random.default_rng(0)
     noise = Image.fromarray(generator.integers(0, 256, (17, 23, 4), dtype=np.uint8))
     if mode in ("I;16", "I", "F"):
@@ -501,9 +487,7 @@ def test_converting_in_parts_gives_the_same_pixels(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("style", ["PNG", "TIFF", "GIF", "WEBP", "MPO", "JPEG"])
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_an_image_above_the_pixel_limit_is_halved(
-    monkeypatch: pytest.MonkeyPatch, style: str, orientation: int
-) -> None:
+def test_an_image_above_the_pixel_limit_is_halved(monkeypatch, style, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {} if style == "GIF" else {"exif": exif}
@@ -515,11 +499,8 @@ def test_an_image_above_the_pixel_limit_is_halved(
     assert_close(np.asarray(found), whole.resize(found.size, Image.Resampling.BOX), 3)
 
 
-# ------------------------------------------------------------------------------- limits of the caller, and thumbnails
-
-
 @pytest.mark.parametrize("style", ["PNG", "JPEG"])
-def test_a_caller_can_limit_pixels_and_formats(style: str) -> None:
+def test_a_caller_can_limit_pixels_and_formats(style):
     data = encoded(quarters(40, 20), style)
     assert decode(data, most=800, only=(style,)).size == (40, 20)
     assert images.area(data, most=800, only=(style,)) == 800
@@ -532,7 +513,7 @@ def test_a_caller_can_limit_pixels_and_formats(style: str) -> None:
 
 
 @pytest.mark.parametrize("style", ["PNG", "JPEG", "GIF", "WEBP"])
-def test_a_thumbnail_is_a_small_jpeg(style: str) -> None:
+def test_a_thumbnail_is_a_small_jpeg(style):
     found = thumbnail(encoded(quarters(300, 200), style), 60)
     with Image.open(io.BytesIO(found)) as image:
         assert (image.format, image.size, image.mode) == ("JPEG", (60, 40), "RGB")
@@ -540,7 +521,7 @@ def test_a_thumbnail_is_a_small_jpeg(style: str) -> None:
     assert len(found) < 2000
 
 
-def test_a_thumbnail_is_upright_not_enlarged_and_without_metadata() -> None:
+def test_a_thumbnail_is_upright_not_enlarged_and_without_metadata():
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "secret"  # turned by 90 degrees
     data = encoded(quarters(80, 40), "JPEG", exif=exif, comment=b"secret", icc_profile=b"secret" * 9)

@@ -1,7 +1,5 @@
 """Resolving and installing the requirements from the registry; only ``make soak`` runs it."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import json
@@ -41,7 +39,7 @@ LARGEST = 1.5e9
 """Largest environment with the CPU builds of torch and FAISS, in bytes."""
 
 
-def uv(*arguments: object) -> subprocess.CompletedProcess[str]:
+def uv(*arguments):
     """Run uv, or skip the test if the registry does not answer."""
     command = [sys.executable, "-m", "uv", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
@@ -52,7 +50,7 @@ def uv(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="SKIPPED: only Python 3.11 has a CPU build of torch here")
-def test_the_command_of_the_image_installs_label_and_serve_without_cuda() -> None:
+def test_the_command_of_the_image_installs_label_and_serve_without_cuda():
     """The Dockerfile runs this command. PyTorch's own index, which it adds, may not be reachable here."""
     image = (ROOT / "Dockerfile").read_text(encoding="utf-8")
     (install,) = re.findall(
@@ -85,7 +83,7 @@ def test_the_command_of_the_image_installs_label_and_serve_without_cuda() -> Non
 
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="SKIPPED: only Python 3.11 has a CPU build of torch here")
-def test_uvx_and_pipx_run_a_built_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uvx_and_pipx_run_a_built_wheel(monkeypatch):
     with tempfile.TemporaryDirectory() as place:
         for name, value in (("RETRIEVAL_TIP_FAISS", "cpu"), ("UV_CACHE_DIR", f"{place}/cache"), ("PIPX_HOME", place),
                             ("UV_FIND_LINKS", os.environ.get("PIP_FIND_LINKS", ""))):  # fmt: skip
@@ -103,7 +101,7 @@ def test_uvx_and_pipx_run_a_built_wheel(monkeypatch: pytest.MonkeyPatch) -> None
             assert done.stdout.startswith("retrieval-tip, version")
 
 
-def answers(url: str) -> bool:
+def answers(url):
     """Return whether a server answers within two minutes."""
     for _ in range(240):
         with contextlib.suppress(OSError), urllib.request.urlopen(url) as answer:
@@ -112,7 +110,7 @@ def answers(url: str) -> bool:
     return False
 
 
-def resolved(place: Path, python: str, *constraints: str, lowest: bool = False) -> dict[str, str] | None:
+def resolved(place, python, *constraints, lowest=False):
     """Return the version of each package that uv would install on Linux x86-64, or None if no set is compatible."""
     bounds = place / "constraints.txt"
     bounds.write_text("\n".join(constraints))
@@ -126,12 +124,12 @@ def resolved(place: Path, python: str, *constraints: str, lowest: bool = False) 
     return dict(line.split("==") for line in done.stdout.splitlines() if "==" in line)
 
 
-def minor(version: str) -> tuple[int, int]:
-    return tuple(map(int, version.split(".")[:2]))  # type: ignore[return-value]
+def minor(version):
+    return tuple(map(int, version.split(".")[:2]))
 
 
 @pytest.mark.parametrize("python", PYTHONS)
-def test_every_allowed_torch_is_compatible_with_faiss_gpu(python: str, tmp_path: Path) -> None:
+def test_every_allowed_torch_is_compatible_with_faiss_gpu(python, tmp_path):
     newest = resolved(tmp_path, python)
     assert newest is not None
     found = []
@@ -145,7 +143,7 @@ def test_every_allowed_torch_is_compatible_with_faiss_gpu(python: str, tmp_path:
     assert found[-1] == minor(newest["torch"])
 
 
-def test_every_requirement_has_a_lower_bound() -> None:
+def test_every_requirement_has_a_lower_bound():
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     extras = pyproject["project"]["optional-dependencies"]
     always = pyproject["tool"]["hatch"]["metadata"]["hooks"]["custom"]
@@ -155,13 +153,13 @@ def test_every_requirement_has_a_lower_bound() -> None:
 
 
 @pytest.mark.parametrize("python", PYTHONS)
-def test_all_lower_bounds_can_be_installed_together(python: str, tmp_path: Path) -> None:
+def test_all_lower_bounds_can_be_installed_together(python, tmp_path):
     assert resolved(tmp_path, python, lowest=True) is not None
 
 
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif(sys.version_info >= (3, 13), reason="SKIPPED: the lowest versions have no wheels for this Python")
-def test_the_main_tests_pass_with_the_lowest_versions() -> None:
+def test_the_main_tests_pass_with_the_lowest_versions():
     """Install every direct requirement at its lower bound in a temporary environment of 5 GB."""
     with tempfile.TemporaryDirectory() as place:
         python, overrides = Path(place, "venv/bin/python"), Path(place, "overrides.txt")

@@ -1,7 +1,5 @@
 """Keys in blocks, by class and by row, against dense float64; accuracy of half precision."""
 
-from __future__ import annotations
-
 from contextlib import contextmanager
 from unittest import mock
 
@@ -37,9 +35,6 @@ block_sizes = st.tuples(st.integers(1, 5), st.integers(1, 12), st.integers(1, 60
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("keys")
-
-
-# ---------------------------------------------------------------------------------------------------------- all keys
 
 
 @settings(max_examples=examples(60), deadline=None)
@@ -106,9 +101,6 @@ def test_keys_not_grouped_by_class_are_refused():
             Keys(rows, np.array(ids), 2)
 
 
-# ---------------------------------------------------------------------------------------------------- half precision
-
-
 @pytest.fixture(scope="module")
 def synthetic():
     """2000 keys, their class ids, text weights and 4096 queries."""
@@ -163,9 +155,6 @@ def test_an_unknown_precision_is_refused():
             keys_of(Case(0, [2], q=1, d=2), precision=name)
 
 
-# ------------------------------------------------------------------------------------------------ classes and rows
-
-
 @st.composite
 def some_classes(draw):
     """Draw a case, some classes for each query, and which of them are requested."""
@@ -194,9 +183,6 @@ def test_affinities_to_chosen_keys_match_numpy_and_are_0_in_empty_slots(case, k,
         found = keys_of(case).affinity(case.queries, torch.from_numpy(rows))
     expected = np.where(rows < 0, 0, np.take_along_axis(case.A, np.maximum(rows, 0), axis=1))
     np.testing.assert_allclose(found, expected, atol=1e-6)
-
-
-# -------------------------------------------------------------------------------------------------------------- slack
 
 
 def excess_of(array, ids, c, f, own, beta):

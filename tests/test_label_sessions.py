@@ -64,7 +64,7 @@ class Session:
     A killed session may or may not have done what it was last asked for.
     """
 
-    def __init__(self, job: killing.Job) -> None:
+    def __init__(self, job):
         self.job, self.draw = job, random.Random(f"{job['seed']} {job['round']}")
         self.place, self.folder = job["place"], Path(job["folder"])
         self.state = self.folder / "state.json"
@@ -204,7 +204,7 @@ def digest_of(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def _work(job: killing.Job, _: killing.Steps) -> None:
+def _work(job, _):
     module.WAIT, module.RETRY, module.POLL = 0.02, 0.05, 0.05
     Session(job).run()
 

@@ -1,7 +1,5 @@
 """Groups of classes: the table, where they are stored, and answers at the narrowest level that is probable enough."""
 
-from __future__ import annotations
-
 import json
 import pickle
 

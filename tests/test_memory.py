@@ -1,9 +1,6 @@
 """Peak memory of a build from a large table: FAISS's copy of the keys and a mapped file. A fit adds the points."""
 
-from __future__ import annotations
-
 import sys
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -22,7 +19,7 @@ FEATURES = ROWS * DIM * 4 / 2**30
 pytestmark = pytest.mark.soak
 
 
-def peak(folder: Path, rows: int, dim: int, *options: str, compressed: bool = False) -> float:
+def peak(folder, rows, dim, *options, compressed=False):
     """Return the peak resident memory in GiB of a build from a table of ``rows`` rows."""
     folder.mkdir()
     write_tables(folder, Made(1000, dim, 1), rows)
@@ -34,7 +31,7 @@ def peak(folder: Path, rows: int, dim: int, *options: str, compressed: bool = Fa
 
 
 @pytest.mark.parametrize(("compressed", "fit", "most"), [(False, "none", 3), (True, "none", 3), (False, "auto", 4.5)])
-def test_a_build_holds_few_copies_of_the_features(tmp_path: Path, compressed: bool, fit: str, most: float) -> None:
+def test_a_build_holds_few_copies_of_the_features(tmp_path, compressed, fit, most):
     """A fit also holds the keys transformed by the metric, which the index contains instead of the raw keys."""
     base = peak(tmp_path / "small", 1000, DIM, "--fit", fit)
     found = peak(tmp_path / "large", ROWS, DIM, "--fit", fit, compressed=compressed)
@@ -42,7 +39,7 @@ def test_a_build_holds_few_copies_of_the_features(tmp_path: Path, compressed: bo
     assert FEATURES < found - base < most * FEATURES
 
 
-def test_peak_memory_excludes_the_parent_process(tmp_path: Path) -> None:
+def test_peak_memory_excludes_the_parent_process(tmp_path):
     """Linux includes the parent's memory at the fork, here 1 GiB, in a child's peak."""
     held = bytearray(b"x") * (1 << 30)
     assert 0.05 < peak(tmp_path / "small", 1000, 8) < len(held) / 2**30

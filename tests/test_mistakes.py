@@ -1,7 +1,5 @@
 """Each common mistake on the command line prints one line that explains what to do."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json
@@ -101,6 +99,12 @@ MISTAKES = {
     "fit {w}/i/x --calibrate": (2, "--val"),
     "models nosuchmodel": (2, "no encoder has this in its name"),
     "index list {w}/nowhere": (1, "no such folder"),
+    "search-hp lance://x/y --val x.csv": (2, "retrieval-tip index clone lance://x/y DIR"),
+    "finetune lance://x/y --out out": (2, "retrieval-tip index clone lance://x/y DIR"),
+    "index audit lance://x/y": (2, "retrieval-tip index clone lance://x/y DIR"),
+    "index export lance://x/y --out x.parquet": (2, "retrieval-tip index clone lance://x/y DIR"),
+    "index tune lance://x/y --val x.csv": (2, "retrieval-tip index clone lance://x/y DIR"),
+    "fit lance://x/y --calibrate --val x.csv": (2, "retrieval-tip index clone lance://x/y DIR"),
 }
 
 

@@ -1,7 +1,5 @@
 """The notebooks run from top to bottom on the demo's photos and reach their results: ``make soak``."""
 
-from __future__ import annotations
-
 import json
 
 import demo

@@ -1,7 +1,5 @@
 """Objects at an address, on a disk and in a bucket, and errors when it cannot be reached."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import http.server
@@ -10,10 +8,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from unittest import mock
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -28,7 +24,6 @@ from retrieval_tip.store import address as addresses
 from retrieval_tip.store.address import Address, parse, storage_options
 from retrieval_tip.store.files import BucketFiles, LocalFiles
 from retrieval_tip.store.manifest import DataFile
-from retrieval_tip.store.versions import Files
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -41,16 +36,13 @@ CLOSED = "http://127.0.0.1:9"
 parsed = Address.parse
 
 
-def at(text: str, **patience: float) -> Files:
+def at(text, **patience):
     address = parsed(text)
     if address.local is None:
         with mock.patch.dict(vars(addresses), patience):
             return BucketFiles(address)
     address.local.mkdir(parents=True, exist_ok=True)
     return LocalFiles(address.local, text)
-
-
-# ---------------------------------------------------------------------------------------------------------- address
 
 
 @pytest.mark.parametrize(
@@ -68,7 +60,7 @@ def at(text: str, **patience: float) -> Files:
         ("gs://my_bucket.de/a/ü b", "gs://my_bucket.de/a/ü b"),
     ],
 )
-def test_equal_addresses_have_one_canonical_form(text: str, canonical: str):
+def test_equal_addresses_have_one_canonical_form(text, canonical):
     address = parsed(text)
     assert str(address) == canonical
     assert parsed(canonical) == address
@@ -97,7 +89,7 @@ def test_equal_addresses_have_one_canonical_form(text: str, canonical: str):
         ("s3://bucket/x?secret=hunter2", "remove the query"),
     ],
 )
-def test_a_bad_address_is_refused_in_one_line_without_secrets(text: str, expected: str):
+def test_a_bad_address_is_refused_in_one_line_without_secrets(text, expected):
     with pytest.raises(UsageError) as caught:
         Address.parse(text)
     message = str(caught.value)
@@ -111,7 +103,7 @@ def test_a_bad_address_is_refused_in_one_line_without_secrets(text: str, expecte
 @given(st.sampled_from(["s3://", "gs://", "lance://", ""]), st.text() | st.text(":@/?.ab%\n"))
 @example("s3://", "a:b@c/d")
 @example("lance://", "a:b/c@d")
-def test_any_text_is_an_address_a_folder_or_refused(scheme: str, text: str):
+def test_any_text_is_an_address_a_folder_or_refused(scheme, text):
     try:
         address = parse(scheme + text)
     except UsageError as error:
@@ -126,16 +118,13 @@ def test_any_text_is_an_address_a_folder_or_refused(scheme: str, text: str):
         assert not scheme
 
 
-def test_a_local_address_for_lancedb_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_local_address_for_lancedb_is_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert parsed("lance://a:b/x").uri == str(tmp_path / "a:b" / "x")
     assert parsed("lance://a/../x").uri == str(tmp_path / "x")
 
 
-# -------------------------------------------------------------------------------------------------------- the contract
-
-
-def test_written_objects_are_read_back(place: str):
+def test_written_objects_are_read_back(place):
     store = at(place)
     assert store.sizes("a") == {}
     store.put("a/x", b"one")
@@ -150,7 +139,7 @@ def test_written_objects_are_read_back(place: str):
         store.get("b/z", (1 << 21) - 1)
 
 
-def test_a_missing_object_is_reported(place: str):
+def test_a_missing_object_is_reported(place):
     store = at(place)
     file = DataFile("a/x", 1, 1, hashlib.sha256(b"1").hexdigest())
     with pytest.raises(FileNotFoundError):
@@ -163,7 +152,7 @@ def test_a_missing_object_is_reported(place: str):
     assert "a/x: damaged" in str(store.problem(file))
 
 
-def test_deleting_missing_objects_is_no_error(place: str):
+def test_deleting_missing_objects_is_no_error(place):
     store = at(place)
     store.put("a/x", b"1")
     store.put("b/y", b"1")
@@ -173,7 +162,7 @@ def test_deleting_missing_objects_is_no_error(place: str):
     store.delete([])
 
 
-def test_only_the_first_create_succeeds(place: str):
+def test_only_the_first_create_succeeds(place):
     store = at(place)
     assert store.create("v/1", b"first")
     assert not store.create("v/1", b"second")
@@ -183,24 +172,21 @@ def test_only_the_first_create_succeeds(place: str):
     assert store.sizes("v") == {"v/1": 6}
 
 
-# ---------------------------------------------------------------------------------------------------------------- disk
-
-
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="SKIPPED: needs named pipes")
-def test_a_pipe_is_not_an_object(tmp_path: Path):
+def test_a_pipe_is_not_an_object(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(StoreError, match="pipe: is not a file"):
         at(f"lance://{tmp_path}").get("pipe", 10)
 
 
-def test_disk_errors_leave_no_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_disk_errors_leave_no_temporary_files(tmp_path, monkeypatch):
     store = at(f"lance://{tmp_path}")
     (tmp_path / "a" / "x").mkdir(parents=True)
     with pytest.raises(IsADirectoryError):
         store.put("a/x", b"")
     assert not store.create("a/x", b"")
 
-    def link(*_: object) -> None:
+    def link(*_):
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
     monkeypatch.setattr(os, "link", link)
@@ -209,7 +195,7 @@ def test_disk_errors_leave_no_temporary_files(tmp_path: Path, monkeypatch: pytes
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["x"]
 
 
-def test_without_obstore_the_error_explains_how_to_install_it(monkeypatch: pytest.MonkeyPatch):
+def test_without_obstore_the_error_explains_how_to_install_it(monkeypatch):
     uninstall("obstore", monkeypatch)
     for text in ("s3://bucket/x", "gs://bucket/x"):
         with pytest.raises(UsageError) as caught:
@@ -218,10 +204,7 @@ def test_without_obstore_the_error_explains_how_to_install_it(monkeypatch: pytes
         assert "'obstore>=" in str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------------ errors of the service
-
-
-def operations(store: Files, name: str) -> list[Callable[[], object]]:
+def operations(store, name):
     """Return a call of each operation on an object."""
     return [
         lambda: store.get(name, 10),
@@ -231,7 +214,7 @@ def operations(store: Files, name: str) -> list[Callable[[], object]]:
     ]
 
 
-def check_error(ask: Callable[[], object], *expected: str, within: float = 20.0) -> None:
+def check_error(ask, *expected, within=20.0):
     began = time.monotonic()
     with pytest.raises(StoreError) as caught:
         ask()
@@ -247,20 +230,20 @@ def check_error(ask: Callable[[], object], *expected: str, within: float = 20.0)
     assert caught.value.__context__ is None or caught.value.__suppress_context__
 
 
-def test_a_missing_bucket_is_reported(bucket: str):
+def test_a_missing_bucket_is_reported(bucket):
     store = at("s3://no-such-bucket/indexes/x")
     for ask in [*operations(store, "a/x"), lambda: store.sizes("a")]:
         check_error(ask, "s3://no-such-bucket/indexes/x/a", "no such bucket")
 
 
-def test_an_unreachable_server_is_reported(monkeypatch: pytest.MonkeyPatch):
+def test_an_unreachable_server_is_reported(monkeypatch):
     buckets.use(monkeypatch, CLOSED)
     store = at("s3://bucket/x", RETRIES=1)
     for ask in (lambda: store.get("a/x", 10), lambda: store.create("a/x", b""), lambda: store.sizes("a")):
         check_error(ask, "s3://bucket/x/a", "cannot connect to 127.0.0.1:9", "AWS_ENDPOINT_URL", within=5)
 
 
-def test_a_server_that_does_not_answer_is_reported(monkeypatch: pytest.MonkeyPatch):
+def test_a_server_that_does_not_answer_is_reported(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         buckets.use(monkeypatch, f"http://127.0.0.1:{port}")
@@ -270,7 +253,7 @@ def test_a_server_that_does_not_answer_is_reported(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("without", [["AWS_ACCESS_KEY_ID"], ["AWS_SECRET_ACCESS_KEY"], ["both"]])
-def test_missing_credentials_are_reported(without: list[str], bucket: str, monkeypatch: pytest.MonkeyPatch):
+def test_missing_credentials_are_reported(without, bucket, monkeypatch):
     for name in without if without != ["both"] else ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"]:
         monkeypatch.delenv(name)
     check_error(lambda: at(bucket).get("x", 10), "no credentials", "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
@@ -290,7 +273,7 @@ def test_missing_credentials_are_reported(without: list[str], bucket: str, monke
         (404, "NoSuchBucket", "no such bucket"),
     ],
 )
-def test_refusals_of_the_service_are_reported(status: int, code: str, expected: str, monkeypatch: pytest.MonkeyPatch):
+def test_refusals_of_the_service_are_reported(status, code, expected, monkeypatch):
     echo = f"{buckets.KEY} {buckets.SECRET}"
     body = f"<?xml version='1.0'?>\n<Error><Code>{code}</Code><AWSAccessKeyId>{echo}</AWSAccessKeyId></Error>".encode()
     with running_server(lambda *_: (status, body if code else b"\x1b[2J")) as server:
@@ -310,7 +293,7 @@ def test_refusals_of_the_service_are_reported(status: int, code: str, expected: 
         ("AWS_ENDPOINT_URL_S3", f"http://u:{buckets.SECRET}@h", "AWS_ENDPOINT_URL_S3 is not a server address"),
     ],
 )
-def test_bad_environment_variables_are_reported(name: str, value: str, expected: str, monkeypatch: pytest.MonkeyPatch):
+def test_bad_environment_variables_are_reported(name, value, expected, monkeypatch):
     buckets.use(monkeypatch, CLOSED)
     monkeypatch.setenv(name, value)
     address = parsed("s3://bucket/x")
@@ -318,15 +301,10 @@ def test_bad_environment_variables_are_reported(name: str, value: str, expected:
     check_error(lambda: storage_options(address), "s3://bucket/x: ", expected)
 
 
-# -------------------------------------------------------------------------------------------------- LanceDB's settings
-
-
 @pytest.mark.parametrize(
     ("variable", "region"), [("AWS_ENDPOINT_URL_S3", True), ("AWS_ENDPOINT_URL", False), ("AWS_ENDPOINT", True)]
 )
-def test_obstore_and_lancedb_use_the_same_server(
-    variable: str, region: bool, bucket: str, monkeypatch: pytest.MonkeyPatch
-):
+def test_obstore_and_lancedb_use_the_same_server(variable, region, bucket, monkeypatch):
     lancedb, pa = pytest.importorskip("lancedb"), pytest.importorskip("pyarrow")
     order = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
     monkeypatch.delenv("AWS_ENDPOINT_URL")
@@ -346,19 +324,14 @@ def test_obstore_and_lancedb_use_the_same_server(
     assert database.open_table("t").count_rows() == 3
 
 
-# ----------------------------------------------------------------------------------------------------------------- GCS
-
-Answer = tuple[int, bytes] | tuple[int, bytes, str]
-
-
 @contextmanager
-def running_server(answer: Callable[[str, str, dict[str, str], bytes], Answer]) -> Iterator[str]:
+def running_server(answer):
     """Run a server whose answers ``answer(method, path with query, headers, body)`` returns."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
-        def handle_any(self) -> None:
+        def handle_any(self):
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             headers = {name.lower(): value for name, value in self.headers.items()}
             status, data, *generation = answer(self.command, self.path, headers, body)
@@ -373,7 +346,7 @@ def running_server(answer: Callable[[str, str, dict[str, str], bytes], Answer]) 
 
         do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_any
 
-        def log_message(self, *_: object) -> None:
+        def log_message(self, *_):
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -388,11 +361,11 @@ def running_server(answer: Callable[[str, str, dict[str, str], bytes], Answer]) 
         server.server_close()
 
 
-def test_objects_behave_in_the_same_way_on_gcs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    kept: dict[str, bytes] = {}
-    versions: dict[str, str] = {}
+def test_objects_behave_in_the_same_way_on_gcs(tmp_path, monkeypatch):
+    kept = {}
+    versions = {}
 
-    def answer(method: str, path: str, headers: dict[str, str], body: bytes) -> Answer:
+    def answer(method, path, headers, body):
         parts = urlsplit(path)
         name = unquote(parts.path)
         if name.strip("/") == "bucket":
@@ -431,7 +404,7 @@ def test_objects_behave_in_the_same_way_on_gcs(tmp_path: Path, monkeypatch: pyte
             store.get("v/1", 10)
 
 
-def test_missing_gcs_credentials_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_missing_gcs_credentials_are_reported(tmp_path, monkeypatch):
     buckets.use(monkeypatch, CLOSED)
     for name in ("GCE_METADATA_HOST", "GCE_METADATA_ROOT", "GCE_METADATA_IP"):
         monkeypatch.setenv(name, "127.0.0.1:9")

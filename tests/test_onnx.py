@@ -1,7 +1,5 @@
 """An index as an ONNX graph gives the package's logits in another runtime."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

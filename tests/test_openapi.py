@@ -1,10 +1,6 @@
 """The API schema, and the server tested against it by schemathesis."""
 
-from __future__ import annotations
-
 import shutil
-from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import numpy as np
@@ -23,7 +19,7 @@ TOKEN = "open sesame"
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny(tmp_path_factory):
     """A tiny index of features with two values, as in the examples of the schema."""
     folder = tmp_path_factory.mktemp("tiny") / "tiny"
     keys = [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [0.8, -0.6]]
@@ -32,14 +28,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def address(tiny: Path, warm_path: str) -> Iterator[str]:
+def address(tiny, warm_path):
     spare = shutil.copytree(tiny, tiny.with_name("spare"))
     with server(tiny, spare, token=TOKEN, path=warm_path) as (address, _):
         yield address
 
 
 @pytest.fixture(scope="module")
-def api(address: str) -> schemathesis.BaseSchema:
+def api(address):
     return schemathesis.openapi.from_url(f"{address}/openapi.json")
 
 
@@ -48,12 +44,12 @@ OPERATIONS = [(path, method) for path, methods in SCHEMA["paths"].items() for me
 
 
 @pytest.mark.parametrize(("path", "method"), OPERATIONS)
-def test_no_request_leads_to_an_internal_server_error(api: schemathesis.BaseSchema, path: str, method: str) -> None:
+def test_no_request_leads_to_an_internal_server_error(api, path, method):
     """Statuses, content types and bodies also match the schema."""
 
     @given(case=api[path][method].as_strategy(), here=st.booleans(), authorised=st.booleans())
     @settings(max_examples=examples(60), deadline=None, suppress_health_check=list(HealthCheck), database=None)
-    def ask(case: schemathesis.Case, here: bool, authorised: bool) -> None:
+    def ask(case, here, authorised):
         if here and "name" in case.path_parameters:
             taken_away = path == "/v1/indexes/{name}" and method in ("patch", "delete")
             case.path_parameters["name"] = "spare" if taken_away else "tiny"
@@ -64,7 +60,7 @@ def test_no_request_leads_to_an_internal_server_error(api: schemathesis.BaseSche
     ask()
 
 
-def test_the_schema_describes_every_operation_body_and_result() -> None:
+def test_the_schema_describes_every_operation_body_and_result():
     assert {path for path, _ in OPERATIONS} >= {"/v1/classify", "/v1/indexes/{name}/keys", "/healthz", "/metrics"}
     for path, method in OPERATIONS:
         operation = SCHEMA["paths"][path][method]
@@ -85,7 +81,7 @@ def test_the_schema_describes_every_operation_body_and_result() -> None:
     assert result["properties"].keys() >= fields
 
 
-def test_examples_in_the_schema_can_be_sent(address: str) -> None:
+def test_examples_in_the_schema_can_be_sent(address):
     content = SCHEMA["paths"]["/v1/classify"]["post"]["requestBody"]["content"]
     answer = httpx.post(f"{address}/v1/classify?index=tiny", json=content["application/json"]["example"])
     assert (answer.status_code, answer.json()["results"][0]["input"]) == (200, "camera-3/0001")

@@ -1,15 +1,11 @@
 """Printed tables and data, without escape sequences for a terminal."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -34,21 +30,21 @@ HOSTILE = pa.table(
 class Terminal(io.TextIOWrapper):
     """Standard output that is a terminal or not."""
 
-    def __init__(self, is_terminal: bool) -> None:
+    def __init__(self, is_terminal):
         super().__init__(io.BytesIO())
         self.is_terminal = is_terminal
 
-    def isatty(self) -> bool:
+    def isatty(self):
         return self.is_terminal
 
     @property
-    def text(self) -> str:
+    def text(self):
         assert isinstance(self.buffer, io.BytesIO)
         return self.buffer.getvalue().decode()
 
 
 @pytest.mark.parametrize("style", ["table", "json", "csv"])
-def test_no_escape_sequence_reaches_a_terminal(style: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_escape_sequence_reaches_a_terminal_or_a_table_in_a_file(style, monkeypatch, tmp_path):
     terminal = Terminal(is_terminal=True)
     monkeypatch.setattr(sys, "stdout", terminal)
     write_table(HOSTILE, style, None)
@@ -56,15 +52,12 @@ def test_no_escape_sequence_reaches_a_terminal(style: str, monkeypatch: pytest.M
     assert len(lines) == (1 if style == "json" else 2)
     assert all(line.isprintable() for line in lines)
     assert "u202e" in terminal.text
-
-
-def test_a_table_in_a_file_is_printable(tmp_path: Path) -> None:
     write_table(HOSTILE, "table", tmp_path / "out")
     assert all(line.isprintable() for line in (tmp_path / "out").read_text().splitlines())
 
 
 @pytest.mark.parametrize("to_file", [True, False])
-def test_data_outside_a_terminal_is_unchanged(tmp_path: Path, to_file: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_outside_a_terminal_is_unchanged(tmp_path, to_file, monkeypatch):
     """Data is written to a file or to standard output."""
     for style in ("json", "csv"):
         out = Terminal(is_terminal=False)
@@ -81,7 +74,7 @@ def test_data_outside_a_terminal_is_unchanged(tmp_path: Path, to_file: bool, mon
     assert pq.read_table(tmp_path / "parquet").equals(HOSTILE)
 
 
-def test_escaping_preserves_json_and_printable_text() -> None:
+def test_escaping_preserves_json_and_printable_text():
     every = (
         "".join(chr(code) for code in range(0x11000) if not 0xD800 <= code < 0xE000) + "\U0001f600\U000e0001\U0010ffff"
     )
@@ -93,7 +86,7 @@ def test_escaping_preserves_json_and_printable_text() -> None:
     assert json_line({"a": [1, None, True]}) == '{"a": [1, null, true]}'
 
 
-def test_parquet_uses_dictionaries_only_for_text(tmp_path: Path) -> None:
+def test_parquet_uses_dictionaries_only_for_text(tmp_path):
     """For numbers, dictionaries cost time and space."""
     near = [[{"source": f"s{i % 3}", "affinity": i / 7, "gives": [i / 3], "labels": ["a"]}] for i in range(2000)]
     table = pa.table({"input": [f"q{i}" for i in range(2000)], "probability": np.arange(2000) / 11, "neighbours": near})
@@ -112,7 +105,7 @@ PREDICTED = ("labels", "probabilities", "neighbours", "opposing", "logits")
 
 @pytest.mark.parametrize("name", PREDICTED)
 @pytest.mark.parametrize("value", ["text", 1, None, [1], ["a"], [{"a": 1}], [[None]], {"a": 1}, []], ids=repr)
-def test_column_names_have_no_special_meaning(name: str, value: object, tmp_path: Path) -> None:
+def test_column_names_have_no_special_meaning(name, value, tmp_path):
     table = pa.table({name: [value], "after": ["x"]})
     for style in FORMATS:
         write_table(table, style, tmp_path / style)
@@ -122,7 +115,7 @@ def test_column_names_have_no_special_meaning(name: str, value: object, tmp_path
     assert row.endswith("  x")
 
 
-def test_predictions_are_followed_by_details(tmp_path: Path) -> None:
+def test_predictions_are_followed_by_details(tmp_path):
     near = {"key_id": 3, "source": f"s{ESCAPES}", "label": "cat", "affinity": 0.5, "weight": 0.25, "gives": [-0.5]}
     row = {"input": "a", "label": "cat", "labels": ["cat", f"d{ESCAPES}"], "probabilities": [0.75, 0.25]}
     row |= {"logits": [1.0, 2.0], "neighbours": [near], "opposing": near}
@@ -139,14 +132,14 @@ def test_predictions_are_followed_by_details(tmp_path: Path) -> None:
     ("value", "shown"),
     [(1.0, ">0.9999"), (0.99996, ">0.9999"), (0.99994, "0.9999"), (0.5, "0.5000"), (1e-7, "1.0e-07")],
 )
-def test_a_probability_is_never_rounded_to_1(value, shown, tmp_path: Path) -> None:
+def test_a_probability_is_never_rounded_to_1(value, shown, tmp_path):
     row = {"probability": value, "labels": ["cat"], "probabilities": [value], "neighbours": []}
     table = pa.Table.from_pylist([row])
     write_tables([table], table.schema, "table", tmp_path / "out", prediction_details)
     assert (tmp_path / "out").read_text().split() == ["probability", shown, "cat", shown]
 
 
-def test_one_long_cell_does_not_lengthen_other_lines(tmp_path: Path) -> None:
+def test_one_long_cell_does_not_lengthen_other_lines(tmp_path):
     long = "x" * (WIDE + 1)
     table = pa.table({"a": [long, *["y"] * 1000], "b": ["z"] * 1001})
     write_table(table, "table", tmp_path / "out")
@@ -154,7 +147,7 @@ def test_one_long_cell_does_not_lengthen_other_lines(tmp_path: Path) -> None:
     assert lines[:3] == ["a  b", f"{long}  z", "y  z"]
 
 
-def test_an_output_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+def test_an_output_pipe_is_written_to_and_not_replaced(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     with subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE, text=True) as reader:
@@ -165,8 +158,8 @@ def test_an_output_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("style", FORMATS)
-def test_a_failed_write_leaves_the_old_output(tmp_path: Path, style: str) -> None:
-    def tables() -> Iterator[pa.Table]:
+def test_a_failed_write_leaves_the_old_output(tmp_path, style):
+    def tables():
         yield pa.table({"a": [1, 2]})
         raise InputError("the rest cannot be read")
 

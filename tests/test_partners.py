@@ -1,7 +1,5 @@
 """The routes for other programs: Label Studio's ML backend, and PhotoPrism's labels."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json
@@ -11,12 +9,10 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import httpx
@@ -43,34 +39,34 @@ PATH = "/label-studio/own"
 
 
 @pytest.fixture(scope="module")
-def photos() -> list[tuple[Path, str]]:
+def photos():
     """A photo of each class that is not in the index, with its label."""
     return caltech_photos(SHARED, "test", 10, 1)
 
 
-def client(*folders: Path, **more: Any) -> TestClient:
+def client(*folders, **more):
     """Return a client that sends the token as Label Studio does."""
     asking = TestClient(app_of(*folders, **({"token": TOKEN} | more)))
     asking.auth = ("label-studio", TOKEN)
     return asking
 
 
-def config(names: list[str]) -> str:
+def config(names):
     choices = "".join(f'<Choice value="{escape(name)}"/>' for name in names)
     return f'<View><Image name="img" value="$photo"/><Choices name="kind" toName="img">{choices}</Choices></View>'
 
 
-def data_url(data: bytes) -> str:
+def data_url(data):
     return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
 
 
-def noise() -> bytes:
+def noise():
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(file, "png")
     return file.getvalue()
 
 
-def event(action: str, photo: str, choices: list[str], names: list[str], **more: object) -> dict[str, Any]:
+def event(action, photo, choices, names, **more):
     """An event as Label Studio sends it, reduced to what the server reads."""
     result = [{"from_name": "kind", "to_name": "img", "type": "choices", "value": {"choices": choices}}]
     result += [{"from_name": "other", "to_name": "img", "type": "choices", "value": {"choices": ["blurred"]}}]
@@ -81,11 +77,11 @@ def event(action: str, photo: str, choices: list[str], names: list[str], **more:
     }  # fmt: skip
 
 
-def deleted(number: int = 42) -> dict[str, Any]:
+def deleted(number=42):
     return {"action": "ANNOTATIONS_DELETED", "project": {"id": 3}, "annotations": [{"id": number}]}
 
 
-def test_tasks_get_predictions_in_order(things: Path, photos: list[tuple[Path, str]], tmp_path: Path) -> None:
+def test_tasks_get_predictions_in_order(things, photos, tmp_path):
     """Data URLs and files below ``--root`` are read; other tasks, and classes without a choice, get an empty result."""
     root, outside = tmp_path / "root", tmp_path / "outside.jpg"
     (root / "a b").mkdir(parents=True)
@@ -104,7 +100,7 @@ def test_tasks_get_predictions_in_order(things: Path, photos: list[tuple[Path, s
         local = "/data/local-files/?d="
         good = [data_url(photo.read_bytes()) for photo, _ in photos]
         good += [local + quote("a b/é.jpg"), local + quote(str(root / "a b" / "é.jpg").lstrip("/"))]
-        bad: list[object] = [local + quote(str(outside).lstrip("/")), f"{local}../outside.jpg", f"{local}link.jpg"]
+        bad = [local + quote(str(outside).lstrip("/")), f"{local}../outside.jpg", f"{local}link.jpg"]
         bad += [f"{local}%00", local, "data:image/jpeg;base64,!", data_url(b"no image"), "http://127.0.0.1:1/a.jpg", 7]
         tasks = [{"id": i, "data": {"photo": address}} for i, address in enumerate([*bad, *good])]
         sent = {"tasks": [*tasks, {"id": 99}], "label_config": config(names[1:])}
@@ -126,17 +122,17 @@ def test_tasks_get_predictions_in_order(things: Path, photos: list[tuple[Path, s
     assert "secret" not in json.dumps(whole)
 
 
-def test_annotations_become_shots_and_follow_their_changes(own: Path, photos: list[tuple[Path, str]]) -> None:
+def test_annotations_become_shots_and_follow_their_changes(own, photos):
     names, (path, name) = [label for _, label in photos], photos[0]
     photo, n = data_url(path.read_bytes()), Index.load(own).n
 
-    def shots() -> dict[str, str]:
+    def shots():
         rows = Index.load(own).labels.to_pylist()
         return {row["label_studio"]: row["label"] for row in rows if row.get("label_studio")}
 
     with client(own) as asking:
 
-        def send(body: dict[str, Any]) -> dict[str, Any]:
+        def send(body):
             before = Index.load(own).manifest.version
             answer = asking.post(f"{PATH}/webhook", json=body)
             assert answer.status_code == 200, answer.text
@@ -176,7 +172,7 @@ def test_annotations_become_shots_and_follow_their_changes(own: Path, photos: li
         assert Index.load(own).n == n
 
 
-def test_an_event_counts_even_if_label_studio_stops_waiting(own: Path, photos: list[tuple[Path, str]]) -> None:
+def test_an_event_counts_even_if_label_studio_stops_waiting(own, photos):
     """By default, it waits for one second."""
     names, n = [label for _, label in photos], Index.load(own).n
     body = event("ANNOTATION_CREATED", data_url(photos[0][0].read_bytes()), names[:1], names)
@@ -189,11 +185,11 @@ def test_an_event_counts_even_if_label_studio_stops_waiting(own: Path, photos: l
         assert Index.load(own).n == n + 1
 
 
-def test_the_token_is_accepted_as_a_password_on_these_routes_only(own: Path, things: Path) -> None:
+def test_the_token_is_accepted_as_a_password_on_these_routes_only(own, things):
     sent, plain = {"schema": config(Index.load(own).class_names)}, base64.b64encode(TOKEN.encode()).decode()
     with client(own, things) as asking:
 
-        def status(**more: Any) -> int:
+        def status(**more):
             return asking.post(f"{PATH}/setup", json=sent, **more).status_code
 
         assert status() == 200
@@ -229,7 +225,7 @@ def test_the_token_is_accepted_as_a_password_on_these_routes_only(own: Path, thi
     ],
     ids=lambda value: value[:20] if isinstance(value, str) else "",  # a set has another order in each process
 )  # fmt: skip
-def test_the_first_choices_of_an_image_count(text: str | None, found: tuple[Any, ...] | str) -> None:
+def test_the_first_choices_of_an_image_count(text, found):
     if isinstance(found, tuple):
         assert tuple(interface_of(text)) == found
     else:
@@ -238,29 +234,29 @@ def test_the_first_choices_of_an_image_count(text: str | None, found: tuple[Any,
 
 
 @contextmanager
-def studio(uploads: dict[str, bytes]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+def studio(uploads):
     """Run a server that behaves like Label Studio, and yield its address and the list of its requests."""
-    asked: list[tuple[str, str]] = []
+    asked = []
 
     class Handler(BaseHTTPRequestHandler):
-        def answer(self, status: int, data: bytes) -> None:
+        def answer(self, status, data):
             self.send_response(status)
             self.send_header("location", next(iter(uploads)))
             self.end_headers()
             self.wfile.write(data)
 
-        def do_GET(self) -> None:
+        def do_GET(self):
             asked.append((self.path, self.headers["authorization"]))
             found = (
                 uploads.get(self.path) if self.headers["authorization"] in ("Bearer short", "Token legacy") else None
             )
             self.answer(307 if "moved" in self.path else 404 if found is None else 200, found or b"")
 
-        def do_POST(self) -> None:
+        def do_POST(self):
             key = json.loads(self.rfile.read(int(self.headers["content-length"])))["refresh"]
             self.answer(200, json.dumps({"access": "short"} if key == "a.b.c" else {}).encode())
 
-        def log_message(self, *_: object) -> None: ...
+        def log_message(self, *_): ...
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
@@ -268,9 +264,7 @@ def studio(uploads: dict[str, bytes]) -> Iterator[tuple[str, list[tuple[str, str
         server.shutdown()
 
 
-def test_only_uploads_of_the_configured_label_studio_are_fetched(
-    things: Path, photos: list[tuple[Path, str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_uploads_of_the_configured_label_studio_are_fetched(things, photos, monkeypatch):
     data, interface = photos[0][0].read_bytes(), config([name for _, name in photos])
     uploads = {"/sub/data/upload/a.jpg": data, "/sub/data/upload/big.jpg": bytes(2 << 20), "/sub/api/a.jpg": data}
     with studio(uploads) as (url, asked), studio({"/sub/data/upload/a.jpg": data}) as (other, elsewhere):
@@ -302,13 +296,13 @@ def test_only_uploads_of_the_configured_label_studio_are_fetched(
 
 
 @needs_real
-def test_photoprism_gets_the_labels_of_photos_that_match(own: Path, photos: list[tuple[Path, str]]) -> None:
+def test_photoprism_gets_the_labels_of_photos_that_match(own, photos):
     """The request and the answer are those of PhotoPrism's ``ApiRequest`` and ``ApiResponse``."""
     fit_index(own)
     (path, name), no_match = photos[0], data_url(noise())
     photo = path.read_bytes()
 
-    def ask(asking: TestClient, *images: str, **more: Any) -> httpx.Response:
+    def ask(asking, *images, **more):
         body = {"id": "b0db2187", "model": "own", "version": "latest", "suffix": "", "stream": False, "images": images}
         return asking.post("/api/v1/vision/labels", json=body, auth=None, **more)
 
@@ -331,7 +325,7 @@ def test_photoprism_gets_the_labels_of_photos_that_match(own: Path, photos: list
         assert ask(asking, no_match, headers={"authorization": f"Bearer {TOKEN}"}).status_code == 200
 
 
-def test_any_json_is_answered_or_refused(things: Path) -> None:
+def test_any_json_is_answered_or_refused(things):
     scalars = (
         st.none()
         | st.booleans()
@@ -366,7 +360,7 @@ def test_any_json_is_answered_or_refused(things: Path) -> None:
 
         @given(path=st.sampled_from(["setup", "predict", "webhook", "api/v1/vision/labels"]), body=bodies)
         @settings(max_examples=examples(400), deadline=None)
-        def ask(path: str, body: dict[str, object]) -> None:
+        def ask(path, body):
             answer = asking.post(f"/{path}", content=json.dumps(body), headers={"content-type": "application/json"})
             assert answer.status_code in (200, 422)
 
@@ -374,7 +368,7 @@ def test_any_json_is_answered_or_refused(things: Path) -> None:
 
 
 @contextmanager
-def real_studio(data: Path, root: Path) -> Iterator[httpx.Client]:
+def real_studio(data, root):
     """Run a real Label Studio, and yield a client of a user who is signed in."""
     program = referee(("label-studio==1.23.2",)).with_name("label-studio")
     with socket.socket() as free:
@@ -411,9 +405,7 @@ def real_studio(data: Path, root: Path) -> Iterator[httpx.Client]:
 
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
-def test_a_real_label_studio_gets_predictions_that_follow_annotations(
-    own: Path, photos: list[tuple[Path, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm_path: str
-) -> None:
+def test_a_real_label_studio_gets_predictions_that_follow_annotations(own, photos, tmp_path, monkeypatch, warm_path):
     """Label Studio reads local files and uploads, is told of the token by the address only, and deletes a shot."""
     root = tmp_path / "root" / "set"
     root.mkdir(parents=True)
@@ -424,12 +416,12 @@ def test_a_real_label_studio_gets_predictions_that_follow_annotations(
     interface = config([*Index.load(own).class_names, label])
     with real_studio(tmp_path / "data", root.parent) as asking:
 
-        def post(path: str, /, **body: Any) -> Any:
+        def post(path, /, **body):
             answer = asking.post(f"/api/{path}", **({"json": body} if "files" not in body else body))
             assert answer.is_success, answer.text
             return answer.json()
 
-        def predicted(task: int) -> tuple[str, str]:
+        def predicted(task):
             """Ask for predictions of all tasks, and return the newest one of a task."""
             every = {"all": True, "excluded": []}
             post(f"dm/actions?id=retrieve_tasks_predictions&project={project}", selectedItems=every)

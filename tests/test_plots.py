@@ -1,7 +1,5 @@
 """Diagrams show the counts that plain Python computes, and files contain images."""
 
-from __future__ import annotations
-
 import base64
 import json
 from collections import Counter
@@ -53,9 +51,6 @@ def check_png(path, least=3):
     assert all(edge.all() for edge in (white[0], white[-1], white[:, 0], white[:, -1])), "something is cut off"
 
 
-# ------------------------------------------------------------------------------------------------------------- contents
-
-
 def test_confusion_counts_every_pair():
     rng = np.random.default_rng(0)
     names = [f"class {i}" for i in range(7)]
@@ -104,9 +99,6 @@ def test_class_accuracies_are_sorted_and_limited_to_the_worst():
     names, values = plots.class_accuracies({str(i): i / 200 for i in range(200)})
     assert names == [str(i) for i in range(plots.FEWER_CLASSES - 1, -1, -1)]
     assert (np.diff(values) <= 0).all()
-
-
-# -------------------------------------------------------------------------------------------------------------- drawing
 
 
 def test_evaluate_writes_plots_and_prints_the_same(run, shared, tmp_path):

@@ -1,7 +1,5 @@
 """Encoders in int8: calibration on photos, the stored encoder, and its use."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

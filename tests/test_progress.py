@@ -1,7 +1,5 @@
 """Estimated numbers of wrong answers, checked against classifiers that are fitted without labels, and the truth."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

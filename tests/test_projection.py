@@ -1,21 +1,19 @@
 """Projection of keys to two dimensions, against the full decomposition."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 
 from retrieval_tip import Index
-from retrieval_tip.evaluation.projection import Projection, methods, projected
+from retrieval_tip.evaluation.projection import methods, projected
 
 
-def cache_of(keys: np.ndarray) -> Index:
+def cache_of(keys):
     labels = [f"class {i % 3}" for i in range(len(keys))]
     return Index.from_features(keys.astype(np.float32), labels, [f"class {i}" for i in range(3)], device="cpu")
 
 
 @pytest.mark.parametrize(("n", "d"), [(300, 40), (20, 500), (7, 3), (3, 2)])
-def test_principal_components_match_the_full_decomposition(n: int, d: int) -> None:
+def test_principal_components_match_the_full_decomposition(n, d):
     rng = np.random.default_rng(0)
     scales = np.geomspace(1, 1e-2, d)
     cache = cache_of(rng.normal(size=(n, d)) * scales)
@@ -35,7 +33,7 @@ def test_principal_components_match_the_full_decomposition(n: int, d: int) -> No
     np.testing.assert_allclose(found.axes[0] + keys @ found.axes[1:], found.places, atol=1e-5)
 
 
-def test_a_projection_is_reproducible_and_keeps_the_random_state() -> None:
+def test_a_projection_is_reproducible_and_keeps_the_random_state():
     import torch
 
     cache = cache_of(np.random.default_rng(1).normal(size=(50, 20)))
@@ -47,7 +45,7 @@ def test_a_projection_is_reproducible_and_keeps_the_random_state() -> None:
     np.testing.assert_array_equal(one.places, two.places)
 
 
-def test_a_sample_is_spread_over_the_keys() -> None:
+def test_a_sample_is_spread_over_the_keys():
     cache = cache_of(np.random.default_rng(2).normal(size=(100, 4)))
     found = projected(cache, limit=10)
     assert len(found.key_ids) == len(found.places) == 10
@@ -57,7 +55,7 @@ def test_a_sample_is_spread_over_the_keys() -> None:
 
 
 @pytest.mark.parametrize("keys", [np.ones((1, 4)), np.ones((5, 4)), np.eye(3)[:, :1], np.eye(2)])
-def test_few_or_equal_keys_can_be_projected(keys: np.ndarray) -> None:
+def test_few_or_equal_keys_can_be_projected(keys):
     found = projected(cache_of(keys))
     assert found.places.shape == (len(keys), 2)
     assert np.isfinite(found.places).all()
@@ -65,7 +63,7 @@ def test_few_or_equal_keys_can_be_projected(keys: np.ndarray) -> None:
     assert all(0 <= share <= 1.0001 for share in found.explained)
 
 
-def test_unavailable_methods_and_bad_limits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unavailable_methods_and_bad_limits_are_refused(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     cache = cache_of(np.eye(3))
     assert methods() == ["pca"]
@@ -75,7 +73,7 @@ def test_unavailable_methods_and_bad_limits_are_refused(monkeypatch: pytest.Monk
         projected(cache, limit=0)
 
 
-def test_tsne_keeps_neighbours_together_that_pca_cannot_separate() -> None:
+def test_tsne_keeps_neighbours_together_that_pca_cannot_separate():
     pytest.importorskip("sklearn")
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(12, 64))
@@ -84,7 +82,7 @@ def test_tsne_keeps_neighbours_together_that_pca_cannot_separate() -> None:
         keys.astype(np.float32), np.repeat(np.arange(12), 10), [f"class {i}" for i in range(12)]
     )
 
-    def same(found: Projection) -> float:
+    def same(found):
         far = np.linalg.norm(found.places[:, None] - found.places[None], axis=2) + 9 * np.eye(120)
         return float((found.class_ids[far.argmin(axis=1)] == found.class_ids).mean())
 

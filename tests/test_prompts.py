@@ -1,7 +1,5 @@
 """Class names, templates and text weights."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

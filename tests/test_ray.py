@@ -1,7 +1,5 @@
 """Ray: pieces, actors and folders of parts in this process, and two nodes against one process (soak)."""
 
-from __future__ import annotations
-
 import pickle
 import shutil
 import socket

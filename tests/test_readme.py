@@ -3,8 +3,6 @@
 ``RETRIEVAL_TIP_WRITE_DOCS=1`` writes the output into the pages.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

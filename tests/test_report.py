@@ -1,7 +1,5 @@
 """Reports: figures against evaluate and plain NumPy, hostile names, and display in a browser."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json
@@ -154,9 +152,6 @@ def _light(request, monkeypatch):
         monkeypatch.setattr(plots, "svg", made_only)
 
 
-# ------------------------------------------------------------------------------------------------------------ figures
-
-
 def test_the_figures_equal_those_of_evaluate(written, caltech):
     out, result = written
     page = read(out)
@@ -244,9 +239,6 @@ def test_intervals_use_students_t_distribution():
     assert report.half_width(many.tolist()) == pytest.approx(1.96 * np.std(many, ddof=1) / np.sqrt(20))
 
 
-# ---------------------------------------------------------------------------------------------------- pictures, names
-
-
 def test_pictures_are_thumbnails_of_the_photos_and_their_keys(written, caltech):
     page = read(written[0])
     cards = list(page.first("ol", class_="cards").all("li", class_="card"))
@@ -297,9 +289,6 @@ def test_hostile_names_are_shown_as_text(tmp_path):
     shown = {row[0] for row in section(page, "classes").first("table").rows()[1:]}
     assert shown == {one_line(label) for label in labels}
     assert not list(page.all("b", onerror="a()"))
-
-
-# ------------------------------------------------------------------------------------------------------- other indexes
 
 
 def test_a_fine_tuned_index_has_no_curve_and_is_not_to_be_fitted(caltech, tmp_path):
@@ -391,9 +380,6 @@ def test_shots_and_photos_of_unknown_classes_count_as_in_evaluate(caltech, tmp_p
     assert not [name for name in explained if "unicorn" in name or "/x" in name]
 
 
-# ------------------------------------------------------------------------------------------------------------- errors
-
-
 def test_unreadable_photos_are_listed(caltech, tmp_path):
     shutil.copytree(caltech / "test", tmp_path / "test")
     bad = tmp_path / "test" / ALIKE[0] / "<b>ad.jpg"
@@ -479,9 +465,6 @@ def test_a_report_contains_no_local_path(caltech, tmp_path, monkeypatch):
     assert str(SHARED) not in page
     assert "jane" not in page
     assert "clone version 1 of things" in page
-
-
-# ------------------------------------------------------------------------------------------------------------ a browser
 
 
 @pytest.mark.skipif(not Path("/usr/bin/chromium").exists(), reason="SKIPPED: no Chromium here")

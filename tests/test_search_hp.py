@@ -1,7 +1,5 @@
 """The search for alpha and beta: against brute force, without test labels, and on the command line."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 
@@ -187,9 +185,6 @@ def test_bad_queries_are_refused():
             search(cache, wrong)
 
 
-# -- on the command line --
-
-
 @pytest.fixture
 def split(tmp_path, shared):
     """A split file of photos of four classes of Caltech101."""
@@ -308,7 +303,7 @@ def test_a_cautious_search_changes_the_settings_only_on_significant_evidence():
 
 
 @pytest.mark.parametrize("kind", ["Classes", "Flat"])
-def test_an_index_keeps_its_k(kind: str) -> None:
+def test_an_index_keeps_its_k(kind):
     keys, ids = clusters(60, 6, 16, seed=1)
     text, _ = clusters(6, 6, 16, seed=2)
     cache = Index.from_features(keys, ids, [f"c{i}" for i in range(6)], text, index=kind)

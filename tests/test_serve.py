@@ -1,7 +1,5 @@
 """The process ``retrieval-tip serve``: access, refusals, reloading and shutdown."""
 
-from __future__ import annotations
-
 import gc
 import http.client
 import io
@@ -16,7 +14,6 @@ import threading
 import time
 import weakref
 import zlib
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -25,7 +22,6 @@ import httpx
 import numpy as np
 import psutil
 import pytest
-from click.testing import Result
 from fastapi import FastAPI, Request
 from PIL import Image
 from serving import app_of, caltech_photos, listens, random_index, rest, running, server, told
@@ -36,7 +32,6 @@ from retrieval_tip.server import run as run_module
 from retrieval_tip.server.app import create_app
 from retrieval_tip.server.limits import Limits
 from retrieval_tip.server.served import Version, open_all
-from retrieval_tip.settings import Ask
 
 from conftest import SHARED, SOAK  # isort: skip
 
@@ -47,33 +42,33 @@ CHANGES = 4 if SOAK else 2
 
 
 @pytest.fixture(scope="module")
-def served(things: Path, warm_path: str) -> Iterator[tuple[str, psutil.Process]]:
+def served(things, warm_path):
     with server(things, path=warm_path) as (address, _):
         yield address, listens(address)
 
 
 @pytest.fixture(scope="module")
-def photo() -> tuple[Path, str]:
+def photo():
     return caltech_photos(SHARED, "test", 10, 1)[0]
 
 
 @pytest.fixture(scope="module")
-def random_things(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def random_things(tmp_path_factory):
     return random_index(tmp_path_factory.mktemp("random") / "random", 4000, 64, 10)
 
 
 @pytest.fixture(scope="module")
-def local(random_things: Path) -> Iterator[tuple[str, int]]:
+def local(random_things):
     """An application in this process that answers only to local host names, with a short timeout."""
     with running(app_of(random_things, limits=Limits(hosts=run_module.LOOPBACK, seconds=2))) as place:
         yield place
 
 
-def connection(address: str, timeout: float = 60) -> http.client.HTTPConnection:
+def connection(address, timeout=60):
     return http.client.HTTPConnection(address.removeprefix("http://"), timeout=timeout)
 
 
-def feature(folder: Path) -> dict[str, object]:
+def feature(folder):
     return {"features": np.asarray(Index.load(folder, device="cpu").keys[:1], dtype=np.float64).tolist()}
 
 
@@ -81,7 +76,7 @@ ROWS = zlib.compress(bytes(10_000_000), 9)
 """Compressed black rows of a PNG file, usually fewer than its header claims."""
 
 
-def bad_uploads(photo: bytes) -> dict[str, bytes]:
+def bad_uploads(photo):
     ico = io.BytesIO()
     Image.new("RGB", (64, 64)).save(ico, "ICO")
     return {
@@ -97,9 +92,7 @@ def bad_uploads(photo: bytes) -> dict[str, bytes]:
     }
 
 
-def test_bad_uploads_are_refused_and_memory_stays_bounded(
-    served: tuple[str, psutil.Process], photo: tuple[Path, str]
-) -> None:
+def test_bad_uploads_are_refused_and_memory_stays_bounded(served, photo):
     """Uploads are sent one by one, then many at once."""
     address, process = served
     before, most = process.memory_info().rss, 0
@@ -122,7 +115,7 @@ def test_bad_uploads_are_refused_and_memory_stays_bounded(
 
 
 @pytest.mark.parametrize("announced", [True, False], ids=["announced", "chunked"])
-def test_a_body_of_200_mb_is_refused_before_it_is_read(served: tuple[str, psutil.Process], announced: bool) -> None:
+def test_a_body_of_200_mb_is_refused_before_it_is_read(served, announced):
     address, process = served
     before, sent = process.memory_info().rss, 0
     client = connection(address)
@@ -145,7 +138,7 @@ def test_a_body_of_200_mb_is_refused_before_it_is_read(served: tuple[str, psutil
     assert httpx.get(f"{address}/healthz").status_code == 200
 
 
-def test_a_local_server_answers_only_to_local_host_names(served: tuple[str, psutil.Process]) -> None:
+def test_a_local_server_answers_only_to_local_host_names(served):
     """This prevents DNS rebinding: another website cannot point its own name at this machine."""
     address, _ = served
     port = address.rpartition(":")[2]
@@ -159,7 +152,7 @@ def test_a_local_server_answers_only_to_local_host_names(served: tuple[str, psut
     assert "--allow-host evil.example" in httpx.get(address, headers={"Host": others[0]}).json()["detail"]
 
 
-def test_slow_requests_are_dropped(random_things: Path, warm_path: str) -> None:
+def test_slow_requests_are_dropped(random_things, warm_path):
     with server(random_things, "--timeout", 1, path=warm_path) as (address, _):
         client = connection(address)
         client.putrequest("POST", "/v1/classify")
@@ -175,7 +168,7 @@ def test_slow_requests_are_dropped(random_things: Path, warm_path: str) -> None:
         assert httpx.post(f"{address}/v1/classify", json=feature(random_things)).status_code == 200
 
 
-def test_connections_without_a_whole_request_head_are_closed(random_things: Path) -> None:
+def test_connections_without_a_whole_request_head_are_closed(random_things):
     """They are silent, send half a head or single bytes, or are open after an answer."""
     with running(app_of(random_things), idle=1) as place, ExitStack() as stack:
         answered, half, bytewise, silent = (
@@ -209,7 +202,7 @@ FIELD = b"x: " + bytes(1000).replace(b"\0", b"a") + b"\r\n"
     }.items(),
     ids=lambda item: item[0],
 )
-def test_oversized_headers_are_refused(local: tuple[str, int], data: tuple[str, list[bytes]]) -> None:
+def test_oversized_headers_are_refused(local, data):
     assert told(local, *data[1]).startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 408 "))
     assert told(local, HEAD + FIELD * 60 + CLOSE).startswith(b"HTTP/1.1 200 ")
 
@@ -229,29 +222,25 @@ def test_oversized_headers_are_refused(local: tuple[str, int], data: tuple[str, 
               b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"),
     ],
 )  # fmt: skip
-def test_requests_for_other_hosts_and_ambiguous_requests_are_refused(
-    local: tuple[str, int], status: int, data: bytes
-) -> None:
+def test_requests_for_other_hosts_and_ambiguous_requests_are_refused(local, status, data):
     answer = told(local, data)
     assert answer.startswith(b"HTTP/1.1 %d " % status)
     assert answer.count(b"HTTP/1.1 ") == 1
 
 
-def with_close(request: bytes) -> bytes:
+def with_close(request):
     """Return the request with a header that closes the connection."""
     return request.replace(b"Host", b"Connection: close\r\nHost", 1)
 
 
-def classify_request(rows: int, query: str = "") -> bytes:
+def classify_request(rows, query=""):
     """Return a request to classify features."""
     body = json.dumps({"features": [[0.125] * 64] * rows}).encode()
     return POST.replace(b"classify", b"classify" + query.encode()) + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
 
 
 @pytest.mark.parametrize("host", [b"localhost", b"evil.example"])  # the latter gets an error response
-def test_a_malformed_chunked_body_causes_no_server_error(
-    random_things: Path, local: tuple[str, int], caplog: pytest.LogCaptureFixture, host: bytes
-) -> None:
+def test_a_malformed_chunked_body_causes_no_server_error(random_things, local, caplog, host):
     raw = b"GET /healthz HTTP/1.1\r\nHost: %s\r\nTransfer-Encoding: chunked\r\n\r\nnone\r\n\r\n" % host
     for _ in range(20):
         with socket.create_connection(local, timeout=30) as link:
@@ -260,7 +249,7 @@ def test_a_malformed_chunked_body_causes_no_server_error(
     assert "Exception in ASGI" not in caplog.text
 
 
-def test_only_received_bytes_count_towards_the_memory_limit(random_things: Path) -> None:
+def test_only_received_bytes_count_towards_the_memory_limit(random_things):
     """An announced size takes no memory. Received bytes do until the timeout."""
     length = b"Connection: close\r\nContent-Length: %d\r\n\r\n"
     with running(app_of(random_things, limits=Limits(held=200_000, seconds=2))) as place, ExitStack() as ends:
@@ -278,7 +267,7 @@ def test_only_received_bytes_count_towards_the_memory_limit(random_things: Path)
         assert told(place, POST + length % 50_000 + b" " * 50_000).split()[1] == b"400"
 
 
-def test_an_unread_response_is_dropped(random_things: Path) -> None:
+def test_an_unread_response_is_dropped(random_things):
     """Until then, it counts towards the memory limit."""
     large = classify_request(64, "?neighbours=500")  # about 5 MB
     with running(app_of(random_things, limits=Limits(held=15_000_000, seconds=3))) as place, ExitStack() as ends:
@@ -303,8 +292,8 @@ def test_an_unread_response_is_dropped(random_things: Path) -> None:
         (["127.0.0.0/8", "192.0.2.0/24"], "198.51.100.1"),
     ],
 )
-def test_only_trusted_proxies_name_the_client(proxies: list[str], client: str) -> None:
-    async def name(request: Request) -> str:
+def test_only_trusted_proxies_name_the_client(proxies, client):
+    async def name(request: Request):
         return request.client.host if request.client else ""
 
     app = FastAPI()
@@ -314,12 +303,10 @@ def test_only_trusted_proxies_name_the_client(proxies: list[str], client: str) -
     assert answer.json() == client
 
 
-def test_no_single_request_is_refused_while_ten_clients_send_1024_features_each(
-    random_things: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_single_request_is_refused_while_ten_clients_send_1024_features_each(random_things, monkeypatch):
     go, real = threading.Event(), Version.answer
 
-    def answer(version: Version, ask: Ask, features: np.ndarray) -> list[dict[str, object]]:
+    def answer(version, ask, features):
         assert len(features) == 1 or go.wait(30)
         (first,) = real(version, ask, features[:1])
         return [dict(first) for _ in features]  # which is quicker
@@ -332,7 +319,7 @@ def test_no_single_request_is_refused_while_ten_clients_send_1024_features_each(
     ):
         one, many = (json.dumps({"features": [[0.125] * 64] * rows}).encode() for rows in (1, 1024))
 
-        def asked(client: str, body: bytes) -> int:
+        def asked(client, body):
             headers = {"Content-Type": "application/json", "X-Forwarded-For": client}
             return http.post("/v1/classify?top=1&neighbours=0", content=body, headers=headers).status_code
 
@@ -345,7 +332,7 @@ def test_no_single_request_is_refused_while_ten_clients_send_1024_features_each(
         assert [request.result() for request in large] == [200] * 10
 
 
-def test_a_client_that_disconnects_early_causes_no_error(random_things: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_client_that_disconnects_early_causes_no_error(random_things, caplog):
     with running(app_of(random_things)) as place:
         for _ in range(20):
             with socket.create_connection(place, timeout=30) as client:
@@ -354,15 +341,13 @@ def test_a_client_that_disconnects_early_causes_no_error(random_things: Path, ca
     assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
 
 
-def test_the_server_reloads_a_changed_index_and_finishes_requests_on_shutdown(
-    things: Path, photo: tuple[Path, str], tmp_path: Path, run: Callable[..., Result], warm_path: str
-) -> None:
+def test_the_server_reloads_a_changed_index_and_finishes_requests_on_shutdown(things, photo, tmp_path, run, warm_path):
     own = shutil.copytree(things, tmp_path / "own")
     path, truth = photo
     (tmp_path / "more.csv").write_text(f"path,label\n{path},another\n")
     with server(own, path=warm_path) as (address, process), httpx.Client(base_url=address, timeout=60) as client:
 
-        def answer() -> tuple[int, str]:
+        def answer():
             body = client.post("/v1/classify", files={"images": path.read_bytes()}).json()
             return body["version"], body["results"][0]["label"]
 
@@ -385,14 +370,14 @@ def test_the_server_reloads_a_changed_index_and_finishes_requests_on_shutdown(
             httpx.get(address)
 
 
-def test_clients_see_no_error_while_the_index_changes(random_things: Path, tmp_path: Path, warm_path: str) -> None:
+def test_clients_see_no_error_while_the_index_changes(random_things, tmp_path, warm_path):
     """A short version of ``benchmarks/serve.py --soak``."""
     from retrieval_tip.index import changes
 
     own = Path(shutil.copytree(random_things, tmp_path / "own"))
     sent, stop, failures, versions = feature(random_things), threading.Event(), [], set()
 
-    def ask(address: str) -> None:
+    def ask(address):
         with httpx.Client(base_url=address, timeout=60) as client:
             while not stop.is_set():
                 answer = client.post("/v1/classify", json=sent)
@@ -417,7 +402,7 @@ def test_clients_see_no_error_while_the_index_changes(random_things: Path, tmp_p
     assert versions >= {number + 2 for number in range(CHANGES)}
 
 
-def test_bad_indexes_ports_and_options_are_refused(things: Path, tmp_path: Path, run: Callable[..., Result]) -> None:
+def test_bad_indexes_ports_and_options_are_refused(things, tmp_path, run):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         result = run("serve", things, "--port", taken.getsockname()[1])
         assert result.exit_code == 2
@@ -435,18 +420,17 @@ def test_bad_indexes_ports_and_options_are_refused(things: Path, tmp_path: Path,
     assert "no such folder" in missing.stderr
 
 
-def test_a_local_server_creates_and_prints_a_token(random_things: Path, warm_path: str) -> None:
+def test_a_local_server_creates_and_prints_a_token(random_things, warm_path):
     key = {"features": feature(random_things)["features"], "labels": ["class 0"]}
     command = [str(shutil.which("retrieval-tip", path=warm_path)), "serve", str(random_things), "--port", "0"]
 
-    def started(*options: str) -> tuple[str, subprocess.Popen[str]]:
+    def started(*options):
         process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
-        assert process.stderr is not None
         return next(line for line in process.stderr if "http://" in line), process
 
     line, process = started()
     with process:
-        address, token = re.search(r"(http://127\.0\.0\.1:\d+)/#token=([\w-]{20,}) ", line).groups()  # type: ignore[union-attr]
+        address, token = re.search(r"(http://127\.0\.0\.1:\d+)/#token=([\w-]{20,}) ", line).groups()
         keys = f"{address}/v1/indexes/{random_things.name}/keys"
         assert httpx.post(keys, json=key).status_code == 401
         wrong = httpx.post(keys, json=key, headers={"Authorization": f"Bearer {token[:-1]}"})
@@ -479,7 +463,7 @@ def test_a_local_server_creates_and_prints_a_token(random_things: Path, warm_pat
         process.terminate()
 
 
-def test_an_old_version_is_freed_when_the_next_one_answers(random_things: Path, tmp_path: Path) -> None:
+def test_an_old_version_is_freed_when_the_next_one_answers(random_things, tmp_path):
     """Its mapped files are freed too, without a garbage collection, which would delay every answer."""
     folder = shutil.copytree(random_things, tmp_path / "index")
     served = open_all([folder], "cpu", "float32", "fast")
@@ -503,7 +487,7 @@ def test_an_old_version_is_freed_when_the_next_one_answers(random_things: Path, 
             gc.enable()
 
 
-def test_a_stopped_server_frees_its_indexes(random_things: Path) -> None:
+def test_a_stopped_server_frees_its_indexes(random_things):
     app = app_of(random_things)
     with running(app) as place:
         assert told(place, with_close(classify_request(1))).startswith(b"HTTP/1.1 200")

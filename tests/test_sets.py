@@ -1,7 +1,5 @@
 """Sets of classes: the quantile, the held-out photos of a fit, and what makes them out of date."""
 
-from __future__ import annotations
-
 import json
 import math
 import pickle

@@ -1,13 +1,10 @@
 """SQL queries and conditions on rows: results, access, and limits of time and memory."""
 
-from __future__ import annotations
-
 import signal
 import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -35,10 +32,7 @@ LABELS = pa.table(
 )
 
 
-# --- queries
-
-
-def test_ask_queries_every_table_and_class_counts() -> None:
+def test_ask_queries_every_table_and_class_counts():
     tables = {"labels": LABELS, "curve": pa.table({"epoch": [0, 1], "loss": [2.0, 1.0]})}
     assert ask(tables, "FROM labels ORDER BY class_id, shot").to_pylist() == LABELS.to_pylist()
     assert ask(tables, "FROM labels").column_names == LABELS.column_names
@@ -59,7 +53,7 @@ def test_ask_queries_every_table_and_class_counts() -> None:
     )
 
 
-def test_ask_keeps_columns_of_every_type() -> None:
+def test_ask_keeps_columns_of_every_type():
     half = np.arange(2, dtype=np.float16)
     further = {
         "half": pa.array(half),
@@ -80,7 +74,7 @@ def test_ask_keeps_columns_of_every_type() -> None:
     assert ask({"t": pa.table(further)}, 'SELECT sum("order") AS s FROM t').to_pylist() == [{"s": 3}]
 
 
-def test_ask_reports_a_table_that_duckdb_cannot_read() -> None:
+def test_ask_reports_a_table_that_duckdb_cannot_read():
     offsets = pa.py_buffer(np.array([0, 1], np.int32).tobytes())
     damaged = pa.table({"a": pa.StringArray.from_buffers(1, offsets, pa.py_buffer(b"\xff"))})
     for table in (damaged, pa.table({})):
@@ -103,7 +97,7 @@ def test_ask_reports_a_table_that_duckdb_cannot_read() -> None:
         "SELECT \ud800", "SELECT " + "(" * 100_000, "SELECT " + "NOT " * 100_000 + "true",
     ],
 )  # fmt: skip
-def test_ask_accepts_only_one_select(sql: str) -> None:
+def test_ask_accepts_only_one_select(sql):
     text = refused(lambda: ask({"labels": LABELS}, sql), "query: ", error=UsageError)
     assert len(text) > len("query: ")
 
@@ -125,7 +119,7 @@ LABELS_OF_THE_TEST = LABELS  # SQL cannot access variables of Python
 
 
 @pytest.fixture
-def secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def secrets(tmp_path, monkeypatch):
     """A working folder with files of every kind that duckdb reads."""
     import duckdb
 
@@ -140,7 +134,7 @@ def secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("sql", FORBIDDEN)
-def test_sql_cannot_access_files_the_network_or_settings(secrets: Path, sql: str) -> None:
+def test_sql_cannot_access_files_the_network_or_settings(secrets, sql):
     before = snapshot(secrets)
     for what, call in (("query: ", lambda: ask({"labels": LABELS}, sql)),
                        ("where: ", lambda: rows_where(LABELS, f"EXISTS ({sql})"))):  # fmt: skip
@@ -149,9 +143,7 @@ def test_sql_cannot_access_files_the_network_or_settings(secrets: Path, sql: str
     assert snapshot(secrets) == before
 
 
-def test_a_query_beyond_the_memory_limit_fails_and_writes_no_file(
-    secrets: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_query_beyond_the_memory_limit_fails_and_writes_no_file(secrets, monkeypatch):
     monkeypatch.setattr(module, "MEMORY", 64 << 20)
     before = snapshot(secrets)
     refused(
@@ -160,9 +152,6 @@ def test_a_query_beyond_the_memory_limit_fails_and_writes_no_file(
         error=UsageError,
     )
     assert snapshot(secrets) == before
-
-
-# --- conditions
 
 
 @pytest.mark.parametrize(
@@ -185,7 +174,7 @@ def test_a_query_beyond_the_memory_limit_fails_and_writes_no_file(
         ("\n shot = -- one\n 2\n", [4]),
     ],
 )
-def test_rows_where_returns_the_rows_of_a_condition(condition: str, rows: list[int]) -> None:
+def test_rows_where_returns_the_rows_of_a_condition(condition, rows):
     found = rows_where(LABELS, condition)
     assert found.dtype == np.int64
     assert found.tolist() == rows
@@ -202,14 +191,14 @@ def test_rows_where_returns_the_rows_of_a_condition(condition: str, rows: list[i
         "label = '\ud800'", "true\x00", "(" * 5000 + "true" + ")" * 5000, "(" * 60_000,
     ],
 )  # fmt: skip
-def test_rows_where_accepts_only_one_boolean_expression(condition: str) -> None:
+def test_rows_where_accepts_only_one_boolean_expression(condition):
     text = refused(lambda: rows_where(LABELS, condition), "where: ", error=UsageError)
     explained = "not UTF-8" in text or "open parentheses" in text
     assert explained or "over the columns key_id, cl" in text
 
 
 @pytest.mark.parametrize("names", [["position"], ["POSITION", "position_"], ["rowid", "Position", "position__"]])
-def test_rows_where_works_with_any_column_names(names: list[str]) -> None:
+def test_rows_where_works_with_any_column_names(names):
     table = LABELS
     for name in names:
         table = table.append_column(name, pa.array([4, 3, 2, 1, 0]))
@@ -217,7 +206,7 @@ def test_rows_where_works_with_any_column_names(names: list[str]) -> None:
         assert rows_where(table, f'"{name}" < 2').tolist() == [3, 4]
 
 
-def test_rows_where_is_exact_over_many_rows() -> None:
+def test_rows_where_is_exact_over_many_rows():
     n = 150_000
     rng = np.random.default_rng(0)
     ids, shots = np.sort(rng.integers(0, 1000, n)), rng.integers(0, 50, n)
@@ -232,7 +221,7 @@ def test_rows_where_is_exact_over_many_rows() -> None:
     text=TEXT,
     number=st.integers(-5, 5),
 )
-def test_rows_where_matches_python(rows: list[tuple[str | None, int | None]], text: str, number: int) -> None:
+def test_rows_where_matches_python(rows, text, number):
     table = pa.table(
         {
             "class_id": pa.array([0] * len(rows), pa.int32()),
@@ -248,7 +237,7 @@ def test_rows_where_matches_python(rows: list[tuple[str | None, int | None]], te
 @given(condition=st.lists(st.sampled_from(["true", "shot", "(", ")", "--", "/*", "*/", ";", "'", '"', ",", "\n", " ",
                                            "SELECT", "UNION", "FROM labels", "WHERE", "=", "1", "OR", "NOT", "$$"]),
                           max_size=8).map(" ".join))  # fmt: skip
-def test_an_accepted_condition_cannot_change_the_surrounding_query(condition: str) -> None:
+def test_an_accepted_condition_cannot_change_the_surrounding_query(condition):
     """The condition gives the same rows inside other conditions, so it closes no parenthesis and opens no comment."""
     try:
         rows = rows_where(LABELS, condition).tolist()
@@ -258,12 +247,10 @@ def test_an_accepted_condition_cannot_change_the_surrounding_query(condition: st
     assert rows_where(LABELS, f"NOT ({condition}\n) AND false").tolist() == []
 
 
-# --- limits
-
 LONG = "SELECT count(*) FROM range(100000000000) t(i), range(1000000)"
 
 
-def test_a_query_beyond_its_timeout_is_cancelled() -> None:
+def test_a_query_beyond_its_timeout_is_cancelled():
     begun, threads = time.monotonic(), threading.active_count()
     refused(lambda: ask({}, LONG, timeout=0.5), "query: ", "0.5 s", "--timeout", error=UsageError)
     assert time.monotonic() - begun < 30  # generous for a busy machine; without a limit, the query takes years
@@ -271,7 +258,7 @@ def test_a_query_beyond_its_timeout_is_cancelled() -> None:
 
 
 @pytest.mark.parametrize("long", few([LONG, "SELECT i FROM range(100000000000) t(i) WHERE sqrt(i) = 0.5"], 1))
-def test_ctrl_c_interrupts_a_query(long: str) -> None:
+def test_ctrl_c_interrupts_a_query(long):
     program = "import sys, duckdb; from retrieval_tip.store.query import ask; print(flush=True); ask({}, sys.argv[1])"
     with subprocess.Popen([sys.executable, "-c", program, long], stdout=-1, stderr=-1, text=True) as process:
         process.stdout.readline()
@@ -282,12 +269,12 @@ def test_ctrl_c_interrupts_a_query(long: str) -> None:
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), 1e9])
-def test_a_bad_timeout_is_refused(timeout: float) -> None:
+def test_a_bad_timeout_is_refused(timeout):
     with pytest.raises(UsageError, match="timeout"):
         ask({}, "SELECT 1", timeout=timeout)
 
 
-def test_the_length_and_nesting_of_a_query_are_limited() -> None:
+def test_the_length_and_nesting_of_a_query_are_limited():
     padded = "SELECT 1".ljust(module.MAX_TEXT)
     assert ask({}, padded).num_rows == 1
     for call in (lambda: ask({}, padded + " "), lambda: rows_where(LABELS, "true".ljust(module.MAX_TEXT) + " "),
@@ -296,7 +283,7 @@ def test_the_length_and_nesting_of_a_query_are_limited() -> None:
             call()
 
 
-def test_the_size_of_an_answer_is_limited() -> None:
+def test_the_size_of_an_answer_is_limited():
     for many in ("FROM range(30000000)", "SELECT NULL FROM range(1000000000000)"):
         with pytest.raises(UsageError, match="LIMIT"):
             ask({}, many)
@@ -305,7 +292,7 @@ def test_the_size_of_an_answer_is_limited() -> None:
 
 
 @pytest.mark.soak
-def test_a_query_with_too_large_an_answer_ends_with_its_error() -> None:
+def test_a_query_with_too_large_an_answer_ends_with_its_error():
     """Otherwise, DuckDB would go on, and the process would not end."""
     script = (
         "import time\n"
@@ -318,12 +305,12 @@ def test_a_query_with_too_large_an_answer_ends_with_its_error() -> None:
     assert done.stdout.startswith("query: the answer exceeds 128 MiB")
 
 
-def test_an_error_in_a_later_row_is_reported_as_a_query_error() -> None:
+def test_an_error_in_a_later_row_is_reported_as_a_query_error():
     with pytest.raises(UsageError, match=r"^query: Invalid Input Error: mine"):
         ask({}, "SELECT CASE WHEN i > 1900000 THEN error('mine') END FROM range(2000000) t(i)")
 
 
-def test_a_predictions_file_can_be_queried(tmp_path: Path) -> None:
+def test_a_predictions_file_can_be_queried(tmp_path):
     path = tmp_path / "p.parquet"
     pq.write_table(pa.table({"input": ["a"], "label": ["b"]}), path)
     assert ask({}, "SELECT count(*) AS n FROM predictions", path).to_pylist() == [{"n": 1}]

@@ -1,7 +1,5 @@
 """Start-up: imports of each command, checks before answers, and loading of models on demand."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -13,14 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 import huggingface_hub
 import numpy as np
 import open_clip
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
 from conftest import COMMANDS
 from PIL import Image
-from tables import TINY, picture, tiny
+from tables import TINY, picture, tiny, unit_rows, write_table
 
 from retrieval_tip import Index
 from retrieval_tip import model as index_model
@@ -56,24 +52,17 @@ def imported(*calls, **environment):
     return set(json.loads(done.stderr.splitlines()[-1])) & set(HEAVY), done.stdout
 
 
-def features(n, d=16, seed=0):
-    rows = np.random.default_rng(seed).standard_normal((n, d), dtype=np.float32)
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
-
-
 @pytest.fixture
 def index(tmp_path):
     """Six keys of two classes, without a backbone."""
-    cache = Index.from_features(features(6), ["cat", "dog"] * 3, ["cat", "dog"], features(2, seed=1), device="cpu")
+    cache = Index.from_features(unit_rows(6, 16), ["cat", "dog"] * 3, ["cat", "dog"], unit_rows(2, 16, 1), device="cpu")
     cache.save(tmp_path / "index")
     return tmp_path / "index"
 
 
 @pytest.fixture
 def row(tmp_path):
-    column = pa.FixedSizeListArray.from_arrays(pa.array(features(1, seed=2)[0]), 16)
-    pq.write_table(pa.table({"id": ["q"], "label": ["cat"], "feature": column}), tmp_path / "row.parquet")
-    return tmp_path / "row.parquet"
+    return write_table(tmp_path / "row.parquet", unit_rows(1, 16, 2), ["cat"])
 
 
 @pytest.fixture
@@ -95,9 +84,6 @@ def photo_index(run, photos, tmp_path):
     built = run("index", "build", photos, "--model", f"local-dir:{tmp_path / 'model'}", "--out", tmp_path / "of-photos")
     assert built.exit_code == 0, built.output
     return tmp_path / "of-photos"
-
-
-# imports
 
 
 def test_help_of_each_command_imports_nothing_heavy():
@@ -165,22 +151,6 @@ def test_building_from_cached_encodings_imports_no_model(run, photo_index, photo
     assert not torch.equal(changed.text_weights, first.text_weights)
 
 
-# checks before answers
-
-
-@pytest.mark.parametrize(("kind", "damage"), [("keys", "a byte"), ("labels", "shorter"), ("text", "gone")])
-def test_a_damaged_file_is_refused_before_any_answer(run, index, row, kind, damage):
-    path = index / Versions(index).current().files[kind].name
-    data = path.read_bytes()
-    if damage == "gone":
-        path.unlink()
-    else:
-        path.write_bytes(data[:-1] + (bytes([data[-1] ^ 1]) if damage == "a byte" else b""))
-    refused = run("classify", index, row, "--format", "json")
-    assert (refused.exit_code, refused.stdout) == (1, "")
-    assert str(path) in refused.stderr
-
-
 def test_classify_waits_for_the_check_before_it_answers(index, row, run, monkeypatch):
     """The answer waits even if the hashing is slow."""
     path = index / Versions(index).current().files["keys"].name
@@ -194,9 +164,6 @@ def test_classify_waits_for_the_check_before_it_answers(index, row, run, monkeyp
     monkeypatch.setattr(LocalFiles, "problem", slow)
     refused = run("classify", index, row)
     assert (refused.exit_code, refused.stdout) == (1, "")
-
-
-# models that are loaded on demand
 
 
 @pytest.fixture
@@ -308,9 +275,6 @@ def test_a_model_is_remembered_until_one_of_its_files_changes(loaded, tmp_path):
     for damage in (b"", b"{}", b"[1]", record.read_bytes().replace(b'"dim": ', b'"dim": "a", "": ')):
         record.write_bytes(damage)
         assert known.recall(*names) is None
-
-
-# work that loading a model avoids
 
 
 TEXT = TINY["text_cfg"]

@@ -1,7 +1,5 @@
 """The index folder: manifests, versions, lock, damage, failing disks and folder names."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import io
@@ -11,11 +9,9 @@ import pickle
 import random
 import shutil
 import stat
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -39,7 +35,7 @@ N, D = 40, 8
 POSITIONS = 24
 
 
-def model(seed: int = 0, n: int = N, d: int = D, index: str = "Flat") -> Index:
+def model(seed=0, n=N, d=D, index="Flat"):
     rng = np.random.default_rng(seed)
     keys = rng.standard_normal((n, d), dtype=np.float32)
     keys /= np.linalg.norm(keys, axis=1, keepdims=True)
@@ -47,11 +43,11 @@ def model(seed: int = 0, n: int = N, d: int = D, index: str = "Flat") -> Index:
     return Index.from_features(keys, np.arange(n) % len(CLASSES), CLASSES, text, device="cpu", index=index)
 
 
-def answer(cache: Index) -> bytes:
+def answer(cache):
     return cache.logits(np.eye(D, dtype=np.float32), k=10).numpy().tobytes()
 
 
-def error_of(call: Callable[[Path], object], folder: Path, what: str) -> StoreError:
+def error_of(call, folder, what):
     try:
         call(folder)
     except StoreError as error:
@@ -59,30 +55,27 @@ def error_of(call: Callable[[Path], object], folder: Path, what: str) -> StoreEr
     pytest.fail(f"{call.__name__} accepted {what}")
 
 
-def describe(folder: Path) -> dict[str, Any]:
+def describe(folder):
     return Versions(folder).describe()
 
 
-def history(folder: Path) -> pa.Table:
+def history(folder):
     return Versions(folder).history()
 
 
-def checking(folder: Path) -> Check:
+def checking(folder):
     """Start a check of the current version."""
     return Check(Versions(folder).files, Versions(folder).current())
 
 
 @pytest.fixture
-def index(tmp_path: Path) -> Path:
+def index(tmp_path):
     folder = tmp_path / "index"
     model().save(folder)
     return folder
 
 
-# --- manifests
-
-
-def test_a_manifest_is_read_as_it_was_written(index: Path) -> None:
+def test_a_manifest_is_read_as_it_was_written(index):
     manifest = Versions(index).current()
     assert Manifest.from_bytes(manifest.to_bytes(), "x") == manifest
     assert sealed(body_of(index)) == (index / "manifest.json").read_bytes() == manifest.to_bytes()
@@ -90,7 +83,7 @@ def test_a_manifest_is_read_as_it_was_written(index: Path) -> None:
     assert manifest.class_names == CLASSES
 
 
-def test_a_manifest_preserves_unicode_names_and_exact_settings(tmp_path: Path) -> None:
+def test_a_manifest_preserves_unicode_names_and_exact_settings(tmp_path):
     cache = model()
     cache.class_names = ["Käse", "猫", "a\nb", '"\\\u2028\x00']
     cache.rows = replace(cache.rows, labels=label_table(cache.class_names, cache.labels["class_id"].to_numpy()))
@@ -102,14 +95,15 @@ def test_a_manifest_preserves_unicode_names_and_exact_settings(tmp_path: Path) -
     found = Index.load(tmp_path / "x", device="cpu")
     for name in ("class_names", "backbone", "settings", "templates", "provenance"):
         assert getattr(found, name) == getattr(cache, name)
+    assert repr(found) == "Index(40 keys of 8, 4 classes, index='Flat', alpha=0.3, beta=1e-300, k=7, device='cpu')"
 
 
 HUGE = 10**400  # too large for a float
-NOT_TEXT: list[Any] = [None, 5, ["x"], {}]
-NOT_POSITIVE: list[Any] = [0, -1, 1.5, "1", None, True, [], HUGE]
-NOT_REAL: list[Any] = [-1, -0.5, float("nan"), float("inf"), float("-inf"), "1", None, True, [], HUGE]
+NOT_TEXT = [None, 5, ["x"], {}]
+NOT_POSITIVE = [0, -1, 1.5, "1", None, True, [], HUGE]
+NOT_REAL = [-1, -0.5, float("nan"), float("inf"), float("-inf"), "1", None, True, [], HUGE]
 BACKBONE = {"model": "RN50", "pretrained": None, "weights": "ab", "config": "cd", "preprocess": {"mean": [0.5]}}
-WRONG: dict[str, list[Any]] = {
+WRONG = {
     "format": [None, "", "retrieval-tip", 5],
     "format_version": [0, -1, "1", 1.0, None, True, []],
     "version": [v for v in NOT_POSITIVE if v != HUGE],
@@ -165,7 +159,7 @@ NAMES = [
     "data/./keys-{}.npy", "data//keys-{}.npy", "data\\keys-{}.npy", "data/keys-{}.npy\n", "data/keys-{}.npy\x00",
     "data/keys-{}.npz", "data/text-{}.npy", "data/index-{}.faiss", "data/keys-0123456789abcdef.npy", "", None, 5,
 ]  # fmt: skip
-WRONG_FILE: dict[str, list[Any]] = {
+WRONG_FILE = {
     "rows": [*NOT_POSITIVE, N + 1],
     "bytes": [v for v in NOT_POSITIVE if v != HUGE],
     "sha256": ["", "0" * 64, "0" * 63, None, 5, [], "Z" * 64],
@@ -173,7 +167,7 @@ WRONG_FILE: dict[str, list[Any]] = {
 }
 
 
-def wrong_manifests(body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def wrong_manifests(body):
     """Yield manifests in which a value is wrong, missing or unknown."""
     files, keys = body["files"], body["files"]["keys"]
     assert WRONG.keys() <= body.keys()
@@ -188,11 +182,11 @@ def wrong_manifests(body: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield from (body | {"files": files | {"keys": part}} for part in [*without_one(keys), keys | {"extra": 1}])
 
 
-def without_one(entries: dict[str, Any]) -> list[dict[str, Any]]:
+def without_one(entries):
     return [{k: v for k, v in entries.items() if k != left_out} for left_out in entries]
 
 
-def test_a_manifest_with_a_wrong_missing_or_unknown_value_is_refused(index: Path) -> None:
+def test_a_manifest_with_a_wrong_missing_or_unknown_value_is_refused(index):
     body = body_of(index)
     assert len(without_one(body)) == 33
     for manifest in wrong_manifests(body):
@@ -200,12 +194,12 @@ def test_a_manifest_with_a_wrong_missing_or_unknown_value_is_refused(index: Path
         one_line(error_of(Index.load, index, str(manifest)), index)
 
 
-def rejected(manifest: dict[str, Any], *parts: str) -> str:
+def rejected(manifest, *parts):
     """Check that a manifest with a valid checksum is refused, and return the message."""
     return refused(lambda: Manifest.from_bytes(sealed(manifest), "m.json"), "m.json", *parts)
 
 
-def test_malformed_table_digests_are_refused(index: Path) -> None:
+def test_malformed_table_digests_are_refused(index):
     table = Path(__file__).parent / "indexes/v7/lance-solved/manifests/000001.json"
     older = {key: value for key, value in json.loads(table.read_text()).items() if key != "sha256"}
     name, digest = "keys.lance/_versions/1.manifest", "0" * 64
@@ -214,19 +208,19 @@ def test_malformed_table_digests_are_refused(index: Path) -> None:
     assert Manifest.from_bytes(sealed(body), "m.json").digests == right
     rows = {"rows": digest, "files": right}
     assert Manifest.from_bytes(sealed(older | {"digests": rows}), "m.json").digests == right
-    wrong: list[Any] = [[], "x", None, 5, {name: 5}, {name: "x"}, {name: "Z" * 64}, rows]
+    wrong = [[], "x", None, 5, {name: 5}, {name: "x"}, {name: "Z" * 64}, rows]
     wrong += [{path: digest} for path in ("x", "../x/y", "/etc/passwd", "a/.b", "a//b", "a/b\n", "")]
     folder = {key: value for key, value in body_of(index).items() if key != "sha256"}
     for manifest in [*(body | {"digests": digests} for digests in wrong), folder | {"digests": right}]:
         rejected(manifest)
 
 
-def test_malformed_segments_are_refused() -> None:
+def test_malformed_segments_are_refused():
     body = body_of(Path(__file__).parent / "indexes/v7/plain")
     assert len(Manifest.from_bytes(sealed(body), "m.json").later) == 1
     [part] = body["later"]
     keys, labels = part["keys"], part["labels"]
-    wrong: list[Any] = [None, 5, "x", [], [None], [{"keys": keys}], [part | {"text": keys}], [part, part]]
+    wrong = [None, 5, "x", [], [None], [{"keys": keys}], [part | {"text": keys}], [part, part]]
     wrong += [[{"keys": keys | {"rows": 1}, "labels": labels}], [{"keys": keys, "labels": keys}]]
     for later in wrong:
         rejected(body | {"later": later})
@@ -234,24 +228,7 @@ def test_malformed_segments_are_refused() -> None:
     rejected(body | {"files": trained}, "files.values")
 
 
-def test_a_manifest_edited_by_hand_is_refused(index: Path) -> None:
-    raw = (index / "manifest.json").read_bytes()
-    for old, new in [
-        (b'"alpha": 1.0', b'"alpha": 2.0'),
-        (b'"cat"', b'"cow"'),
-        (b'"tail": true', b'"tail": false'),
-        (b'"alpha": 1.0', b'"alpha": 1'),
-        (b"{\n", b"{ \n"),  # the same JSON in other bytes
-        (b'"cat"', b'"c\\u0061t"'),
-        (b'"format"', b'"format": "x",\n "format"'),
-    ]:
-        assert raw.count(old) >= 1
-        (index / "manifest.json").write_bytes(raw.replace(old, new, 1))
-        with pytest.raises(StoreError, match="checksum"):
-            Index.load(index)
-
-
-def test_a_newer_format_is_refused_with_the_required_version(index: Path) -> None:
+def test_a_newer_format_is_refused_with_the_required_version(index):
     body = body_of(index) | {
         "format_version": FORMAT_VERSION + 1,
         "created_by": "retrieval-tip 9.9",
@@ -274,7 +251,7 @@ def test_a_newer_format_is_refused_with_the_required_version(index: Path) -> Non
     assert "\x1b" not in rejected(body | {"created_by": "a\n\x1b[31mb"})
 
 
-def test_an_unknown_manifest_entry_is_refused(index: Path) -> None:
+def test_an_unknown_manifest_entry_is_refused(index):
     body = body_of(index) | {"metric": "whitened", "created_by": "retrieval-tip 9.9"}
     (index / "manifest.json").write_bytes(sealed(body))
     before = snapshot(index)
@@ -285,7 +262,7 @@ def test_an_unknown_manifest_entry_is_refused(index: Path) -> None:
     assert len(rejected(body | {"created_by": ["x" * 9999]})) < 400
 
 
-def nested(depth: int) -> bytes:
+def nested(depth):
     return b"[" * depth + b"]" * depth
 
 
@@ -301,32 +278,21 @@ def nested(depth: int) -> bytes:
     ],
     ids=lambda raw: f"{raw[:44]!r}",
 )  # fmt: skip
-def test_a_bad_manifest_is_refused(index: Path, raw: bytes) -> None:
+def test_a_bad_manifest_is_refused(index, raw):
     (index / "manifest.json").write_bytes(raw)
     for opened in (Index.load, verify, describe):
         refused(partial(opened, index), index / "manifest.json")
 
 
-@pytest.mark.parametrize("wrong", [{"class_names": ["\ud800", *CLASSES[1:]]}, {"provenance": {"\udfff": 1}}])
-def test_lone_surrogates_are_refused_in_manifests(index: Path, wrong: dict[str, Any]) -> None:
-    body = body_of(index) | wrong
-    rejected(body)
-    with pytest.raises(StoreError):
-        Manifest.from_bytes(json.dumps(body, indent=1).encode(), "m.json")  # escaped
-
-
 @pytest.mark.parametrize(("setting", "value"), [("templates", ["\ud800"]), ("provenance", {"x": {1, 2}})], ids=str)
-def test_settings_that_cannot_be_serialised_are_not_written(index: Path, setting: str, value: Any) -> None:
+def test_settings_that_cannot_be_serialised_are_not_written(index, setting, value):
     before, cache = snapshot(index), model(1)
     setattr(cache, setting, value)
     refused(lambda: cache.save(index), error=RetrievalTipError)
     assert snapshot(index) == before
 
 
-# --- versions
-
-
-def test_a_mapped_index_can_be_saved_over_itself(index: Path) -> None:
+def test_a_mapped_index_can_be_saved_over_itself(index):
     before = answer(Index.load(index, device="cpu"))
     for _ in range(3):
         Index.load(index, device="cpu").save(index)
@@ -348,7 +314,7 @@ LEFTOVERS = [
 ]  # fmt: skip
 
 
-def test_the_next_writer_removes_only_leftovers_of_an_interrupted_writer(index: Path) -> None:
+def test_the_next_writer_removes_only_leftovers_of_an_interrupted_writer(index):
     foreign = ["data/notes.txt", ".notes.tmp", "data/.notes.tmp", "notes.tmp", "data/keys.npy", "README"]
     (index / "manifests").mkdir()
     for name in [*LEFTOVERS, *foreign]:
@@ -360,7 +326,7 @@ def test_the_next_writer_removes_only_leftovers_of_an_interrupted_writer(index: 
     assert verify(index).version == 2
 
 
-def test_leftovers_of_an_interrupted_first_writer_do_not_block_the_next(tmp_path: Path) -> None:
+def test_leftovers_of_an_interrupted_first_writer_do_not_block_the_next(tmp_path):
     folder = tmp_path / "x"
     (folder / "data").mkdir(parents=True)
     (folder / "manifests").mkdir()
@@ -373,9 +339,7 @@ def test_leftovers_of_an_interrupted_first_writer_do_not_block_the_next(tmp_path
     assert len(list((folder / "data").iterdir())) == 3
 
 
-def test_no_file_is_deleted_while_an_earlier_manifest_is_damaged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_file_is_deleted_while_an_earlier_manifest_is_damaged(tmp_path, monkeypatch):
     monkeypatch.setattr("retrieval_tip.store.versions.KEPT_VERSIONS", 2)
     folder = tmp_path / "x"
     model(1).save(folder)
@@ -393,12 +357,10 @@ def test_no_file_is_deleted_while_an_earlier_manifest_is_damaged(
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES])
-def test_an_unreadable_manifest_is_not_overwritten_by_a_first_version(
-    index: Path, monkeypatch: pytest.MonkeyPatch, code: int
-) -> None:
+def test_an_unreadable_manifest_is_not_overwritten_by_a_first_version(index, monkeypatch, code):
     before, real = snapshot(index), os.stat
 
-    def stat(path: Any, *rest: Any, **more: Any) -> os.stat_result:
+    def stat(path, *rest, **more):
         if str(path) == str(index / "manifest.json"):
             raise OSError(code, os.strerror(code), str(path))
         return real(path, *rest, **more)
@@ -410,14 +372,9 @@ def test_an_unreadable_manifest_is_not_overwritten_by_a_first_version(
     assert snapshot(index) == before
 
 
-# --- writers
-
-
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, InputError])
-def test_an_exception_during_a_write_leaves_the_folder_unchanged(
-    index: Path, tmp_path: Path, kind: type[BaseException]
-) -> None:
-    def interrupted(folder: Path) -> None:
+def test_an_exception_during_a_write_leaves_the_folder_unchanged(index, tmp_path, kind):
+    def interrupted(folder):
         with Versions(folder).write() as writer:
             array = writer.stage_array("keys", (N, D), "float32")
             array[:] = 1
@@ -434,7 +391,7 @@ def test_an_exception_during_a_write_leaves_the_folder_unchanged(
     assert not (tmp_path / "empty" / "lock").exists()
 
 
-def test_a_process_cannot_write_an_index_twice_at_once(index: Path, tmp_path: Path) -> None:
+def test_a_process_cannot_write_an_index_twice_at_once(index, tmp_path):
     for folder in (index, tmp_path / "new"):
         with Versions(folder).write() as writer:
             staged = writer.stage("keys")
@@ -448,7 +405,7 @@ def test_a_process_cannot_write_an_index_twice_at_once(index: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("text", [b"", b"\xff\xfe\x00", b"a\nb\x1b[31m" * 1000])
-def test_a_lock_with_unprintable_text_gives_a_printable_error(index: Path, text: bytes) -> None:
+def test_a_lock_with_unprintable_text_gives_a_printable_error(index, text):
     with Versions(index).write():
         (index / "lock").write_bytes(text)
         shown = refused(lambda: model().save(index), "is being written by")
@@ -456,7 +413,7 @@ def test_a_lock_with_unprintable_text_gives_a_printable_error(index: Path, text:
         assert "\x1b" not in shown
 
 
-def test_file_permissions_follow_the_umask(tmp_path: Path) -> None:
+def test_file_permissions_follow_the_umask(tmp_path):
     for mask in (0o022, 0o027):
         previous = os.umask(mask)
         try:
@@ -470,10 +427,7 @@ def test_file_permissions_follow_the_umask(tmp_path: Path) -> None:
                 assert stat.S_IMODE(path.stat().st_mode) == (0o777 if path.is_dir() else 0o666) & ~mask, path
 
 
-# --- unsuitable folders
-
-
-def test_a_place_that_cannot_contain_an_index_is_left_unchanged(tmp_path: Path) -> None:
+def test_a_place_that_cannot_contain_an_index_is_left_unchanged(tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "photo.jpg").write_text("x")
@@ -486,7 +440,7 @@ def test_a_place_that_cannot_contain_an_index_is_left_unchanged(tmp_path: Path) 
         assert snapshot(tmp_path) == before
 
 
-def test_a_folder_without_an_index_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_an_index_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("x")
     (tmp_path / "strange" / "manifest.json").mkdir(parents=True)
@@ -497,7 +451,7 @@ def test_a_folder_without_an_index_is_refused(tmp_path: Path) -> None:
         Index.load(tmp_path / "nowhere")
 
 
-def test_an_array_allocated_without_fallocate_is_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_array_allocated_without_fallocate_is_identical(tmp_path, monkeypatch):
     """Some systems have no ``posix_fallocate``."""
     model().save(tmp_path / "a")
     monkeypatch.delattr(os, "posix_fallocate", raising=False)
@@ -507,10 +461,7 @@ def test_an_array_allocated_without_fallocate_is_identical(tmp_path: Path, monke
     verify(tmp_path / "b")
 
 
-# --- damage
-
-
-def damages(path: Path, seed: int) -> Iterator[str]:
+def damages(path, seed):
     """Damage a file in one way after the other, yield a description of each, and restore the file."""
     raw = path.read_bytes()
     places = random.Random(seed)
@@ -532,7 +483,7 @@ def damages(path: Path, seed: int) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("kind", ["manifest", "keys", "labels", "text", "index"])
-def test_load_and_verify_find_damage_of_any_byte(index: Path, kind: str) -> None:
+def test_load_and_verify_find_damage_of_any_byte(index, kind):
     model(index="HNSW8").save(index)
     path = index / ("manifest.json" if kind == "manifest" else Versions(index).current().files[kind].name)
     for damage in damages(path, 1):
@@ -542,7 +493,7 @@ def test_load_and_verify_find_damage_of_any_byte(index: Path, kind: str) -> None
     assert verify(index).n == N
 
 
-def test_verify_finds_damage_of_an_earlier_version(index: Path) -> None:
+def test_verify_finds_damage_of_an_earlier_version(index):
     model(1).save(index)
     earlier, current = (
         Versions(index).earlier(Versions(index).current())[0],
@@ -564,7 +515,7 @@ def test_verify_finds_damage_of_an_earlier_version(index: Path) -> None:
     assert verify(index).version == 2
 
 
-def test_saving_again_repairs_damaged_files(index: Path) -> None:
+def test_saving_again_repairs_damaged_files(index):
     name = Versions(index).current().files["text"].name
     (index / name).write_bytes(b"x")
     with pytest.raises(StoreError, match="build the index again"):
@@ -573,14 +524,14 @@ def test_saving_again_repairs_damaged_files(index: Path) -> None:
     assert verify(index).version == 2
 
 
-def relabelled(index: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+def relabelled(index, change):
     """Replace the label store of an index, with valid digests."""
     name, buffer = body_of(index)["files"]["labels"]["name"], io.BytesIO()
     pq.write_table(change(pq.ParquetFile(index / name).read()), buffer)
     resealed(index, "labels", buffer.getvalue())
 
 
-def with_column(name: str, values: list[Any], kind: pa.DataType | None = None) -> Callable[[pa.Table], pa.Table]:
+def with_column(name, values, kind=None):
     return lambda t: t.set_column(t.column_names.index(name), name, pa.array(values, kind or t.schema.field(name).type))
 
 
@@ -603,21 +554,16 @@ def with_column(name: str, values: list[Any], kind: pa.DataType | None = None) -
     ],
     ids=range(13),
 )
-def test_a_label_store_that_does_not_match_the_keys_is_refused(
-    index: Path, change: Callable[[pa.Table], pa.Table]
-) -> None:
+def test_a_label_store_that_does_not_match_the_keys_is_refused(index, change):
     relabelled(index, change)
     for opened in (Index.load, verify, describe):
         refused(partial(opened, index), index / "data" / "labels-")
 
 
-# --- folder names, digests and background checks
-
-
 @pytest.mark.parametrize(
     "name", ["it's", "a b", 'q"q', "a[1]", "[ab]", "a*", "**", "wh?", "x=1", "ünï", "{a,b}", "a;b", "file:x"]
 )
-def test_query_and_load_work_with_any_folder_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_query_and_load_work_with_any_folder_name(tmp_path, monkeypatch, name):
     # Another index, which the name would match as a pattern.
     model(9).save(tmp_path / "a1")
     cache = model(1, N + 4)
@@ -632,9 +578,7 @@ def test_query_and_load_work_with_any_folder_name(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("at_a_time", [1, 7, 1 << 24])
-def test_a_file_digest_covers_every_block(
-    index: Path, tmp_path: Path, at_a_time: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_digest_covers_every_block(index, tmp_path, at_a_time, monkeypatch):
     monkeypatch.setattr("retrieval_tip.files.HASHED_AT_A_TIME", at_a_time)
     for content in (b"", b"x", bytes(range(256)) * 3):
         (tmp_path / "file").write_bytes(content)
@@ -642,7 +586,7 @@ def test_a_file_digest_covers_every_block(
     checking(index).wait()
 
 
-def test_a_background_check_reports_the_first_bad_file(index: Path) -> None:
+def test_a_background_check_reports_the_first_bad_file(index):
     manifest = Versions(index).current()
     for kind in ("labels", "keys"):
         path = index / manifest.files[kind].name
@@ -653,7 +597,7 @@ def test_a_background_check_reports_the_first_bad_file(index: Path) -> None:
         refused(check.wait, index / manifest.files["keys"].name)
 
 
-def test_a_background_check_fixes_the_version_that_is_opened(index: Path) -> None:
+def test_a_background_check_fixes_the_version_that_is_opened(index):
     """A version that is committed during the check is not opened."""
     check = checking(index)
     model(7).save(index)
@@ -664,7 +608,7 @@ def test_a_background_check_fixes_the_version_that_is_opened(index: Path) -> Non
         checking(index / "none")
 
 
-def test_file_names_are_extracted_only_from_an_intact_manifest(index: Path) -> None:
+def test_file_names_are_extracted_only_from_an_intact_manifest(index):
     raw = (index / "manifest.json").read_bytes()
     assert named_in(raw) == {file.name for file in Versions(index).current().data_files}
     for at in range(len(raw)):
@@ -672,16 +616,13 @@ def test_file_names_are_extracted_only_from_an_intact_manifest(index: Path) -> N
         assert named_in(raw[:at]) is None
 
 
-# --- hostile folders
-
-
 class Evil:
     """An object that creates a folder when its pickle is loaded."""
 
-    def __init__(self, mark: Path) -> None:
+    def __init__(self, mark):
         self.mark = str(mark)
 
-    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+    def __reduce__(self):
         return os.mkdir, (self.mark,)
 
 
@@ -692,9 +633,7 @@ class Evil:
     lambda file, evil: torch.save(evil, file),
 ], ids=["pickle", "npy", "npz", "torch"])  # fmt: skip
 @pytest.mark.parametrize("kind", ["keys", "text", "labels", "index"])
-def test_a_pickle_is_never_loaded(
-    index: Path, tmp_path: Path, kind: str, wrap: Callable[[io.BytesIO, Evil], object]
-) -> None:
+def test_a_pickle_is_never_loaded(index, tmp_path, kind, wrap):
     file = io.BytesIO()
     wrap(file, Evil(tmp_path / "mark"))
     model(index="HNSW8").save(index)
@@ -704,7 +643,7 @@ def test_a_pickle_is_never_loaded(
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "data", "lock"])
-def test_nothing_is_written_through_links_out_of_the_folder(index: Path, tmp_path: Path, name: str) -> None:
+def test_nothing_is_written_through_links_out_of_the_folder(index, tmp_path, name):
     outside = tmp_path / "outside"
     (index / name).rename(outside) if (index / name).exists() else outside.touch()
     (index / name).symlink_to(outside)

@@ -1,7 +1,5 @@
 """Suggestions of photos to label: against their definition, and the command on features and photos."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -1,11 +1,8 @@
 """Counts, class sums and outer products of keys, by definition and in a fitted, changing index."""
 
-from __future__ import annotations
-
 import copy
 import shutil
 from dataclasses import replace
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -41,19 +38,19 @@ C, D = 4, 8
 NAMES = [f"class {i}" for i in range(C)]
 
 
-def defined(keys: np.ndarray, ids: np.ndarray, c: int) -> Sums:
+def defined(keys, ids, c):
     """Compute the sums by definition, with a one-hot matrix."""
     wide, one_hot = keys.astype(np.float64), np.eye(c)[ids]
     return Sums(one_hot.sum(0).astype(np.int64), one_hot.T @ wide, wide.T @ wide)
 
 
-def close(ours: Sums, theirs: Sums, tolerance: float = 1e-12) -> None:
+def close(ours, theirs, tolerance=1e-12):
     np.testing.assert_array_equal(ours.counts, theirs.counts)
     np.testing.assert_allclose(ours.sums, theirs.sums, atol=tolerance)
     np.testing.assert_allclose(ours.second, theirs.second, atol=tolerance)
 
 
-def drawn(n: int, c: int, d: int, seed: int, dtype: str = "float32") -> tuple[np.ndarray, np.ndarray]:
+def drawn(n, c, d, seed, dtype="float32"):
     rng = np.random.default_rng(seed)
     keys = rng.standard_normal((n, d))
     return (keys / np.linalg.norm(keys, axis=1, keepdims=True)).astype(dtype), rng.integers(0, c, n)
@@ -125,7 +122,7 @@ def test_sums_of_other_keys_do_not_fit(what):
     assert not sums.are_of([(keys, ids)])
 
 
-def shots(n: int, seed: int) -> tuple[np.ndarray, list[str]]:
+def shots(n, seed):
     """Return unit features around the mean of each class, and labels."""
     rng = np.random.default_rng(seed)
     ids = np.arange(n) % C
@@ -133,7 +130,7 @@ def shots(n: int, seed: int) -> tuple[np.ndarray, list[str]]:
     return unit(means[ids] + 0.7 * rng.standard_normal((n, D))).astype(np.float32), [NAMES[i] for i in ids]
 
 
-def fitted(folder: Path, n: int = 600, dtype: str = "float32") -> Index:
+def fitted(folder, n=600, dtype="float32"):
     keys, labels = shots(n, 1)
     cache = Index.from_features(keys.astype(dtype), labels, NAMES, device="cpu")
     closed_form.fit(cache)
@@ -141,7 +138,7 @@ def fitted(folder: Path, n: int = 600, dtype: str = "float32") -> Index:
     return Index.load(folder, device="cpu")
 
 
-def fresh(cache: Index) -> Sums:
+def fresh(cache):
     return defined(np.asarray(cache.keys), cache.class_ids.numpy(), len(cache.class_names))
 
 

@@ -1,7 +1,5 @@
 """Tars and object stores as sources give the same results as folders of the same images."""
 
-from __future__ import annotations
-
 import gc
 import gzip
 import json

@@ -1,10 +1,7 @@
 """tip.py against the dense method in float64 with one-hot products, and against the formula in the docs."""
 
-from __future__ import annotations
-
 import json
 import re
-from itertools import pairwise
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -21,7 +18,6 @@ from retrieval_tip import tip
 from retrieval_tip.model import Index
 from retrieval_tip.settings import Settings
 
-BETAS = (0.1, 1.0, 5.5, 20.0, 50.0)
 some_cases = cases(off_sphere=st.booleans(), shuffled=st.just(True))
 
 
@@ -80,19 +76,6 @@ def test_the_tail_reduces_the_error_of_top_k_on_real_features(shared):
     assert tail < plain / 10
 
 
-@settings(max_examples=examples(100), deadline=None)
-@given(some_cases, betas, st.lists(st.integers(0, 36), max_size=4))
-def test_blocks_of_keys_add_up(case, beta, cuts):
-    f, K, y = case.tensors()
-    whole = tip.cache_logits(tip.affinity(f, K), y, case.c, beta)
-    edges = [0, *sorted(min(cut, len(y)) for cut in cuts), len(y)]
-    parts = [
-        tip.cache_logits(tip.affinity(f, K[a:b]), y[a:b], case.c, beta)
-        for a, b in pairwise(edges)  # some blocks are empty
-    ]
-    torch.testing.assert_close(torch.stack(parts).sum(0), whole, rtol=1e-12, atol=0)
-
-
 @pytest.mark.parametrize("tail", [False, True])
 def test_no_tensor_of_queries_by_keys_by_classes_is_allocated(tail):
     case = Case(2, [20] * 10, q=30)
@@ -119,16 +102,6 @@ def test_class_sums_keep_the_dtype_and_ignore_empty_slots(dtype):
     assert one.dtype == each.dtype == dtype
     assert one.tolist() == [[0, 5, 0], [0, 40, 0]]
     assert each.tolist() == [[0, 5, 0], [24, 0, 32]]
-
-
-@pytest.mark.parametrize("beta", BETAS)
-def test_the_weight_of_a_key_is_exponential_in_its_affinity(beta):
-    weights = tip.weight(torch.tensor([1.0, 0.5, 1.2], dtype=torch.float64), beta)
-    np.testing.assert_allclose(weights, [1, np.exp(-beta / 2), np.exp(beta * 0.2)])
-    assert (tip.weight(torch.rand(5), 0) == 1).all()
-
-
-# ---------------------------------------------------------------------------------------------------- the whole method
 
 
 @settings(max_examples=examples(50), deadline=None)

@@ -1,7 +1,5 @@
 """The image tower alone: torch's features, the model's own views, and the file kept between processes."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Small random CLIP and SigLIP models in transformers' format, against the features of transformers."""
 
-from __future__ import annotations
-
 import json
 import logging
 import pickle

@@ -1,12 +1,8 @@
 """Tuning: the frontier, the cheapest trial that agrees, the trials themselves, and errors."""
 
-from __future__ import annotations
-
 from dataclasses import replace
-from typing import Any
 from unittest import mock
 
-import numpy.typing as npt
 import pytest
 import torch
 from conftest import cache_of, examples
@@ -14,40 +10,35 @@ from dense import shots_like_clip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrieval_tip import Index
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.index import tune as tuning
-from retrieval_tip.index.tune import LEAST_QUERIES, Trial, Tuning, tune
+from retrieval_tip.index.tune import LEAST_QUERIES, Trial, tune
 
-Array = npt.NDArray[Any]
 C, SHOTS = 20, 16
 QUERIES = 120
 
 
 @pytest.fixture(scope="module")
-def material() -> tuple[Array, Array, Array, Array]:
+def material():
     return shots_like_clip(C, SHOTS, 32, QUERIES)
 
 
-def model(material: tuple[Array, Array, Array, Array], **changes: Any) -> Index:
+def model(material, **changes):
     array, ids, text, _ = material
     names = [f"class {i}" for i in range(C)]
     return cache_of(array, ids, names, text, device="cpu", **changes)
 
 
-def trial(microseconds: float, agreement: float, best: bool = False) -> Trial:
+def trial(microseconds, agreement, best=False):
     return Trial("Flat", None, 1, agreement, microseconds, best)
 
 
-def winners(cache: Index, features: Array, k: int | None) -> Array:
+def winners(cache, features, k):
     return cache.logits(features, k).argmax(1).numpy()
 
 
-# ------------------------------------------------------------------------------------------------------- the frontier
-
-
 @given(st.lists(st.tuples(st.sampled_from([1.0, 2.0, 3.0, 4.0, 5.0]), st.sampled_from([0.0, 0.25, 0.5, 1.0]))))
-def test_the_frontier_matches_its_definition(pairs: list[tuple[float, float]]) -> None:
+def test_the_frontier_matches_its_definition(pairs):
     found = tuning._frontier([trial(*pair) for pair in pairs])
     assert sorted((t.microseconds, t.agreement) for t in found) == sorted(pairs)
     assert [t.microseconds for t in found] == sorted(t.microseconds for t in found)
@@ -61,20 +52,17 @@ def test_the_frontier_matches_its_definition(pairs: list[tuple[float, float]]) -
         assert ((cost, agreement) in best) == (not beaten)
 
 
-# --------------------------------------------------------------------------------------------------------- the choice
-
-
-def by_cost(costs: dict[str, float]) -> Any:
+def by_cost(costs):
     """Replace the clock by fixed costs per index type that grow with the number of keys and the effort."""
 
-    def timed(cache: Index, f: torch.Tensor, k: int | None) -> tuple[torch.Tensor, float]:
+    def timed(cache, f, k):
         effort = (cache.index.effort or 0) / 100
         return tuning._winners(cache, f, k), costs.get(cache.index.factory, 50.0) + (k or 5000) / 100 + effort
 
     return mock.patch.object(tuning, "_timed", timed)
 
 
-def check_choice(found: Tuning, agreement: float) -> None:
+def check_choice(found, agreement):
     assert found.chosen.agreement >= agreement
     assert all(t.agreement < agreement for t in found.trials if t.microseconds < found.chosen.microseconds)
     assert any(t is found.chosen for t in found.trials)
@@ -84,7 +72,7 @@ def check_choice(found: Tuning, agreement: float) -> None:
 
 @settings(max_examples=examples(30), deadline=None)
 @given(st.sampled_from(["Flat", "Classes", "IVF4,Flat"]), st.sampled_from([0.3, 0.999, 1.0]) | st.floats(0.01, 1))
-def test_the_cheapest_trial_that_agrees_often_enough_is_chosen(material, own: str, agreement: float) -> None:
+def test_the_cheapest_trial_that_agrees_often_enough_is_chosen(material, own, agreement):
     cache, queries = model(material, index=own), material[3]
     with by_cost({"Classes": 1.0, "IVF8,Flat": 5.0}):
         found = tune(cache, queries, agreement=agreement, factories=["Classes", "IVF8,Flat", "HNSW8"])
@@ -98,7 +86,7 @@ def test_the_cheapest_trial_that_agrees_often_enough_is_chosen(material, own: st
     assert same == pytest.approx(found.chosen.agreement)
 
 
-def test_each_trial_reports_the_agreement_of_its_setting(material: tuple[Array, Array, Array, Array]) -> None:
+def test_each_trial_reports_the_agreement_of_its_setting(material):
     cache, queries = model(material), material[3]
     found = tune(cache, queries, factories=["Classes", "IVF8,Flat"])
     check_choice(found, 0.999)  # with the real clock
@@ -121,7 +109,7 @@ def test_each_trial_reports_the_agreement_of_its_setting(material: tuple[Array, 
     assert len({t.agreement for t in found.trials}) > 2  # agreements differ
 
 
-def test_all_keys_are_chosen_if_no_other_setting_agrees(material: tuple[Array, Array, Array, Array]) -> None:
+def test_all_keys_are_chosen_if_no_other_setting_agrees(material):
     cache, queries = model(material), material[3]
     with (
         by_cost({"IVF64,Flat": 1.0}),
@@ -134,7 +122,7 @@ def test_all_keys_are_chosen_if_no_other_setting_agrees(material: tuple[Array, A
     assert (found.chosen.k, found.index) == (None, cache.index)
 
 
-def test_tuning_does_not_change_the_classifier(material: tuple[Array, Array, Array, Array]) -> None:
+def test_tuning_does_not_change_the_classifier(material):
     cache, queries = model(material, index="IVF4,Flat"), material[3]
     before = (cache.index, cache.index.effort, cache.settings.k, cache.settings.alpha, cache.settings.beta)
     answers = cache.logits(queries, 64)
@@ -143,10 +131,7 @@ def test_tuning_does_not_change_the_classifier(material: tuple[Array, Array, Arr
     assert torch.equal(cache.logits(queries, 64), answers)
 
 
-# -------------------------------------------------------------------------------------------------------------- errors
-
-
-def test_too_few_queries_are_refused(material: tuple[Array, Array, Array, Array]) -> None:
+def test_too_few_queries_are_refused(material):
     cache, queries = model(material), material[3]
     for n in (0, 1, LEAST_QUERIES - 1):
         with pytest.raises(InputError, match=rf"^{n} queries .*at least 100$"):
@@ -155,8 +140,6 @@ def test_too_few_queries_are_refused(material: tuple[Array, Array, Array, Array]
 
 
 @pytest.mark.parametrize("agreement", [0.0, -0.1, 1.0001, 99.9, float("nan"), float("inf")])
-def test_an_agreement_that_is_not_a_fraction_is_refused(
-    agreement: float, material: tuple[Array, Array, Array, Array]
-) -> None:
+def test_an_agreement_that_is_not_a_fraction_is_refused(agreement, material):
     with pytest.raises(UsageError, match=r"^agreement is .*: expected a fraction above 0"):
         tune(model(material), material[3], agreement=agreement)

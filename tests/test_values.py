@@ -1,16 +1,10 @@
 """Trained values in each kind of index, against dense float64, and the files of a fine-tuned index."""
 
-from __future__ import annotations
-
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pytest
 import torch
@@ -25,7 +19,6 @@ from retrieval_tip.fit.folds import Queries
 from retrieval_tip.fit.search_hp import search
 from retrieval_tip.store.versions import Manifest, Versions
 
-Array = npt.NDArray[Any]
 C, D, Q = 5, 16, 23
 NAMES = [f"class {i}" for i in range(C)]
 COUNTS = [12, 1, 0, 30, 21]
@@ -43,15 +36,12 @@ VALUES = _rng.standard_normal((N, C)).astype(np.float32)
 ONE_HOT = np.eye(C, dtype=np.float32)[Y]
 
 
-def model(**changes: Any) -> Index:
-    arguments: dict[str, Any] = {
+def model(**changes):
+    arguments = {
         "keys": KEYS, "labels": Y, "class_names": NAMES, "text_weights": TEXT, "alpha": 1.5, "beta": BETA,
         "logit_scale": SCALE, "device": "cpu", "values": VALUES,
     } | changes  # fmt: skip
     return cache_of(**arguments)
-
-
-# --- the model
 
 
 @pytest.mark.parametrize(
@@ -62,19 +52,19 @@ def model(**changes: Any) -> Index:
     ],
     ids=["rows", "columns", "one dimension", "NaN", "infinity", "integers", "text"],
 )  # fmt: skip
-def test_bad_values_are_refused(values: Any) -> None:
+def test_bad_values_are_refused(values):
     with pytest.raises(InputError, match=r"^values: "):
         model(values=values)
 
 
-def test_values_that_overflow_are_refused() -> None:
+def test_values_that_overflow_are_refused():
     for sign in (1, -1):
         with pytest.raises(InputError, match="overflow"):
             model(values=np.full((N, C), sign * 3e38), beta=0.0).logits(QUERIES)
 
 
 @pytest.mark.gpu
-def test_a_gpu_gives_the_same_answers_with_values(tmp_path: Path) -> None:
+def test_a_gpu_gives_the_same_answers_with_values(tmp_path):
     model().save(tmp_path / "x")
     gpu, cpu = (Index.load(tmp_path / "x", device=device) for device in ("cuda", "cpu"))
     for cache in (gpu, cpu):
@@ -91,10 +81,7 @@ def test_a_gpu_gives_the_same_answers_with_values(tmp_path: Path) -> None:
     assert choice[0] == pytest.approx(choice[1], abs=1.5 / Q)
 
 
-# --- the search
-
-
-def keys_with_two_images_per_class() -> dict[str, Any]:
+def keys_with_two_images_per_class():
     """Return keys of at least two images per class, some with two views."""
     enough = np.flatnonzero(~np.isin(Y, [1, 2]))
     sources = [f"image {i // 2 if i < 20 else i}" for i in range(len(enough))]
@@ -102,7 +89,7 @@ def keys_with_two_images_per_class() -> dict[str, Any]:
     return {"keys": KEYS[enough], "labels": y, "values": VALUES[enough], "sources": sources}
 
 
-def validation(cache: Index) -> Queries:
+def validation(cache):
     return Queries(QUERIES, TRUTH, "x")
 
 
@@ -113,7 +100,7 @@ ASK = {
 }
 
 
-def all_caches(cache: Index, queries: Queries, betas: list[float]) -> Array:
+def all_caches(cache, queries, betas):
     """Return cache logits of shape ``[betas, q, c]``."""
     found = np.full((len(betas), len(queries.ids), C), np.nan)
     for part, visible in queries.blocks(cache):
@@ -123,7 +110,7 @@ def all_caches(cache: Index, queries: Queries, betas: list[float]) -> Array:
 
 
 @pytest.mark.parametrize("ask", ASK.values(), ids=ASK.keys())
-def test_the_search_with_values_matches_the_definition(ask: Callable[[Index], Queries]) -> None:
+def test_the_search_with_values_matches_the_definition(ask):
     """Visible keys count more, to make up for hidden keys of their class. One-hot values equal no values."""
     arguments = keys_with_two_images_per_class()
     cache, plain = model(**arguments), model(**arguments | {"values": None})
@@ -144,7 +131,7 @@ def test_the_search_with_values_matches_the_definition(ask: Callable[[Index], Qu
         np.testing.assert_allclose(found[q], expected[0], rtol=1e-3, atol=1e-4)
 
 
-def test_a_cautious_search_keeps_the_given_settings_unless_significantly_worse() -> None:
+def test_a_cautious_search_keeps_the_given_settings_unless_significantly_worse():
     cache = model(values=ONE_HOT + 0.2 * VALUES)
     rng = np.random.default_rng(3)
     hard = unit(_means[TRUTH] + 0.6 * rng.standard_normal((Q, D)))
@@ -170,23 +157,20 @@ def test_a_cautious_search_keeps_the_given_settings_unless_significantly_worse()
         search(cache, queries, cautious=True, kept=(-1.0, 2.0))
 
 
-# --- on disk
-
-
 CURVE = pa.table({"epoch": [1, 2, 3], "loss": [0.9, 0.5, 0.4]})
 
 
 @pytest.fixture
-def index(tmp_path: Path) -> Path:
+def index(tmp_path):
     replace(model(), curve=CURVE).save(tmp_path / "index")
     return tmp_path / "index"
 
 
-def names(folder: Path) -> dict[str, str]:
+def names(folder):
     return {kind: file.name for kind, file in Versions(folder).current().files.items()}
 
 
-def test_a_fine_tuned_index_is_loaded_as_it_was_saved(index: Path) -> None:
+def test_a_fine_tuned_index_is_loaded_as_it_was_saved(index):
     cache, loaded = model(), Index.load(index, device="cpu")
     for k, tail in ((None, True), (9, True), (9, False)):
         assert torch.equal(loaded.logits(QUERIES, k, tail), cache.logits(QUERIES, k, tail))
@@ -202,7 +186,7 @@ def test_a_fine_tuned_index_is_loaded_as_it_was_saved(index: Path) -> None:
     assert verify(index).n == N
 
 
-def test_optional_files_are_copied_to_the_next_version(index: Path, tmp_path: Path) -> None:
+def test_optional_files_are_copied_to_the_next_version(index, tmp_path):
     first = names(index)
     cache = Index.load(index, device="cpu")
     cache.settings = cache.settings.override(alpha=9.0)
@@ -233,21 +217,19 @@ def test_optional_files_are_copied_to_the_next_version(index: Path, tmp_path: Pa
     ],
     ids=["rows", "columns", "dtype", "more rows", "damage", "rows of the curve"],
 )
-def test_a_file_that_contradicts_the_manifest_is_refused(
-    index: Path, kind: str, data: bytes | None, entry: dict[str, Any]
-) -> None:
+def test_a_file_that_contradicts_the_manifest_is_refused(index, kind, data, entry):
     path = resealed(index, kind, (index / names(index)[kind]).read_bytes() if data is None else data, **entry)
     for opened in (Index.load, verify):
         refused(partial(opened, index), index / "manifest.json" if entry == {"rows": N + 1} else path)
 
 
-def test_verify_finds_values_that_are_not_finite(index: Path) -> None:
+def test_verify_finds_values_that_are_not_finite(index):
     resealed(index, "values", npy(np.where(np.arange(C) == 1, np.nan, VALUES).astype(np.float32)))
     with pytest.raises(StoreError, match="values are not finite"):
         verify(index)
 
 
-def test_a_bad_curve_is_refused_and_changes_nothing(index: Path) -> None:
+def test_a_bad_curve_is_refused_and_changes_nothing(index):
     before = snapshot(index)
     odd = pa.table({"loss": pa.UnionArray.from_sparse(pa.array([0], pa.int8()), [pa.array([1])])})
     with pytest.raises(InputError, match=r"^curve: cannot store a column"):

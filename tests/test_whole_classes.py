@@ -1,7 +1,5 @@
 """Indexes that search whole classes, and products in half precision, compared with dense float64."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from unittest import mock
@@ -26,9 +24,6 @@ from retrieval_tip.settings import Settings
 C, SHOTS, D = 40, 16, 64
 BETA, SCALE = 5.5, 100.0
 alphas, betas = st.sampled_from([0.0, 0.1, 1.0, 20.0]), st.just(0.0) | some_betas
-
-
-# ------------------------------------------------------------------------------------------------ from class means
 
 
 @st.composite
@@ -144,9 +139,6 @@ def test_no_queries_give_no_answers():
         assert cache.nearest(torch.from_numpy(none), 2)[1].shape == (0, 2)
 
 
-# -------------------------------------------------------------------------------------------------------- whole classes
-
-
 def test_whole_classes_give_nearly_all_answers_of_all_keys(material):
     array, ids, text, queries = material
     cache = model(array, ids, C, text)
@@ -230,9 +222,6 @@ def test_no_class_is_searched_if_only_one_without_keys_can_win():
         assert {p.label for p in cache.classify(f, k=5)} == {"class 1"}
 
 
-# -------------------------------------------------------------------------------------------------- the nearest keys
-
-
 @settings(max_examples=examples(30), deadline=None)
 @given(cases(), st.integers(1, 120))
 def test_nearest_keys_have_exact_affinities_in_order(case, k):
@@ -256,9 +245,6 @@ def test_classes_with_few_or_no_keys_near_a_query_leave_no_slot_empty():
     ids = np.r_[np.arange(10), np.repeat([10, 11], 100)]
     cache = model(unit(np.concatenate([near, far])), ids, 12)
     assert (cache.nearest(torch.from_numpy(np.eye(8, dtype=np.float32)[:1]), 20)[1] >= 0).all()
-
-
-# ------------------------------------------------------------------------------------------------------ saving
 
 
 def fresh(cache, **changes):

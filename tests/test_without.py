@@ -1,13 +1,8 @@
 """Answers without some of the keys, compared with the definition in dense float64."""
 
-from __future__ import annotations
-
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from conftest import cache_of
@@ -16,13 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tables import unit
 
-from retrieval_tip import Index, tip
+from retrieval_tip import tip
 from retrieval_tip.data.reader import FeatureBlock
 from retrieval_tip.errors import InputError
 from retrieval_tip.index import places
 from retrieval_tip.settings import Ask, Fitted
 
-Array = npt.NDArray[Any]
 N, D, C, Q = 90, 12, 6, 9
 ALPHA, BETA, OFFSET = 1.7, 6.0, 0.05
 RANDOM = np.random.default_rng(0)
@@ -38,7 +32,7 @@ HIDDEN = (0, 1, 5, 31, 32, 33, 60, 89)
 """The only key of class 0, all keys of class 2, and some keys of the other classes."""
 
 
-def index_of(kind: str = "Flat", *, solved: bool = False, metric: bool = False, gamma: float = 0.0) -> Index:
+def index_of(kind="Flat", *, solved=False, metric=False, gamma=0.0):
     made = cache_of(
         KEYS, IDS, NAMES, TEXT, alpha=ALPHA, beta=BETA, gamma=gamma, log_offset=OFFSET if solved else None, index="Flat"
     )
@@ -47,7 +41,7 @@ def index_of(kind: str = "Flat", *, solved: bool = False, metric: bool = False, 
     return made
 
 
-def dense(index: Index, without: tuple[int, ...], k: int | None, tail: bool) -> tuple[Array, Array]:
+def dense(index, without, k, tail):
     """Return the logits, and the contributions of the keys that are used to each class, by the definition."""
     own, seen = index.settings, ~np.isin(np.arange(N), without)
     phi = (lambda x: x) if index.metric is None else lambda x: index.metric(torch.from_numpy(x)).numpy()
@@ -65,7 +59,7 @@ def dense(index: Index, without: tuple[int, ...], k: int | None, tail: bool) -> 
     return own.logit_scale * affinity(QUERIES, TEXT) + own.alpha * cache, given_
 
 
-def answered(index: Any, ask: Ask) -> list[Any]:
+def answered(index, ask):
     return [one for block in index.answers([FeatureBlock.of(QUERIES)], ask) for one in block.predictions()]
 
 
@@ -73,7 +67,7 @@ def answered(index: Any, ask: Ask) -> list[Any]:
 @pytest.mark.parametrize("solved", [False, True], ids=["one-hot", "solved"])
 @pytest.mark.parametrize(("gamma", "metric"), [(0.0, False), (3.0, True)], ids=["plain", "metric"])
 @pytest.mark.parametrize("k", [None, 7, 88])
-def test_hidden_keys_count_nowhere(kind: str, solved: bool, gamma: float, k: int | None, metric: bool) -> None:
+def test_hidden_keys_count_nowhere(kind, solved, gamma, k, metric):
     index = index_of(kind, solved=solved, metric=metric, gamma=gamma)
     used = None if kind == "Classes" else k  # an index over classes then uses all keys
     for tail in (False, True):
@@ -97,14 +91,14 @@ def test_hidden_keys_count_nowhere(kind: str, solved: bool, gamma: float, k: int
 
 @settings(max_examples=30, deadline=None)
 @given(st.sets(st.integers(0, N - 1), max_size=N - 1), st.floats(0, 60), st.booleans())
-def test_any_keys_may_be_hidden_at_any_beta(hidden: set[int], beta: float, solved: bool) -> None:
+def test_any_keys_may_be_hidden_at_any_beta(hidden, beta, solved):
     index = index_of(solved=solved, gamma=2.0).with_settings(replace(index_of().settings, beta=beta, gamma=2.0))
     expected, _ = dense(index, tuple(hidden), None, tail=True)
     found = answered(index, Ask(without=tuple(hidden)))
     np.testing.assert_allclose([one.logits for one in found], expected, rtol=1e-4, atol=2e-3)
 
 
-def test_hidden_keys_do_not_make_a_query_similar() -> None:
+def test_hidden_keys_do_not_make_a_query_similar():
     index = index_of()
     index.settings = replace(index.settings, beta=200, least_cache=0.5)
     (alone,) = np.flatnonzero(IDS == 0)
@@ -113,7 +107,7 @@ def test_hidden_keys_do_not_make_a_query_similar() -> None:
     assert found[0].no_match is True
 
 
-def test_unknown_keys_are_ignored_but_one_key_has_to_stay() -> None:
+def test_unknown_keys_are_ignored_but_one_key_has_to_stay():
     index = index_of()
     assert answered(index, Ask(without=(N, 10**12))) == answered(index, Ask())
     with pytest.raises(InputError, match="leave at least one key"):
@@ -121,7 +115,7 @@ def test_unknown_keys_are_ignored_but_one_key_has_to_stay() -> None:
 
 
 @pytest.mark.parametrize("solved", [False, True], ids=["one-hot", "solved"])
-def test_an_index_in_lancedb_hides_the_same_keys(tmp_path: Path, solved: bool) -> None:
+def test_an_index_in_lancedb_hides_the_same_keys(tmp_path, solved):
     place = places.at(f"lance://{tmp_path / 'index'}")
     place.copy_from(index_of(solved=solved, gamma=1.0), "test")
     index = place.load(device="cpu")

@@ -1,7 +1,5 @@
 """Keywords in XMP sidecars: other metadata survives, nothing is lost, and undo restores the bytes. Also a script."""
 
-from __future__ import annotations
-
 import csv
 import json
 import os

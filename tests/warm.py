@@ -5,12 +5,11 @@ forks, so forking is safe. Test processes share one server: the first that needs
 connection closes. Run as a script, this file is the server.
 """
 
-from __future__ import annotations
-
 import array
 import ast
 import atexit
 import contextlib
+import gc
 import importlib
 import os
 import select
@@ -20,9 +19,7 @@ import socket
 import sys
 import threading
 import types
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import filelock
 
@@ -66,7 +63,7 @@ sys.exit(status)
 """Shell program that has the server run the command, passes signals on, and exits with its status."""
 
 
-def import_now(*, images: bool) -> None:
+def import_now(*, images):
     """Import everything that commands import later, for features only or also for images.
 
     Missing packages are skipped. The list has pandas because pyarrow imports it, which takes a third of a second.
@@ -76,22 +73,33 @@ def import_now(*, images: bool) -> None:
             importlib.import_module(name)
 
 
-def _serve(place: str, starter: int) -> None:
-    """Run each command in a grandchild that reports its end, until the last connection closes."""
+def _serve(place, starter):
+    """Run each command in a child and report its end, until the last connection closes."""
     import_now(images=True)
     from retrieval_tip.cli.program import main, start_lightly
 
     start_lightly()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the intermediate children are reaped automatically
-    keepers = [socket.socket(fileno=starter)]
+    gc.freeze()  # a collection in a child would copy the pages of all these objects, which takes half a second
+    keepers, running = [socket.socket(fileno=starter)], {}
     with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as kept:
         for listening, name in ((server, place), (kept, f"{place}.kept")):
             Path(name).unlink(missing_ok=True)
             listening.bind(name)
             listening.listen(16)
         keepers[0].send(READY)
-        while keepers:
-            ready, _, _ = select.select([server, kept, *keepers], [], [])
+        while keepers or running:
+            links = [link for _, link in running.values()]  # readable only when the program was killed, too
+            ready, _, _ = select.select([server, kept, *keepers, *running, *links], [], [])
+            for ended, (child, link) in [*running.items()]:
+                if link in ready:
+                    os.kill(child, signal.SIGKILL)
+                if {link, ended} & {*ready}:
+                    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+                    with contextlib.suppress(OSError):
+                        link.sendall(status.to_bytes(8, "big", signed=True))
+                    del running[ended]
+                    os.close(ended)
+                    link.close()
             for keeper in {*keepers} & {*ready}:  # readable only when it closes
                 keepers.remove(keeper)
                 keeper.close()
@@ -102,29 +110,27 @@ def _serve(place: str, starter: int) -> None:
             if server not in ready:
                 continue
             link, _ = server.accept()
+            size, rights, *_ = link.recvmsg(8, socket.CMSG_SPACE(3 * array.array("i").itemsize))
+            request = link.makefile("rb").read(int.from_bytes(size, "big"))
+            if not request:  # the program was killed before it asked
+                link.close()
+                continue
+            files = array.array("i", rights[0][2])
             assert len([*Path("/proc/self/task").iterdir()]) == 1, "a thread has been started"
-            if os.fork() == 0:
+            if (child := os.fork()) == 0:
                 break
-            link.close()
+            for file in files:
+                os.close(file)
+            running[os.pidfd_open(child)] = child, link
+            with contextlib.suppress(OSError):
+                link.sendall(child.to_bytes(8, "big"))
         else:
             os._exit(0)  # a regular shutdown takes half a second
-    for keeper in keepers:
-        keeper.close()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    size, rights, *_ = link.recvmsg(8, socket.CMSG_SPACE(3 * array.array("i").itemsize))
-    request = link.makefile("rb").read(int.from_bytes(size, "big"))
-    child = os.fork()
-    if child:
-        link.sendall(child.to_bytes(8, "big"))
-        ended = os.pidfd_open(child)
-        if ended not in select.select([ended, link], [], [])[0]:
-            os.kill(child, signal.SIGKILL)  # the program was killed too
-            os._exit(0)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        link.sendall(status.to_bytes(8, "big", signed=True))
-        os._exit(0)
-    link.close()
-    for number, file in enumerate(array.array("i", rights[0][2])):
+    for other in (*keepers, link, *(link for _, link in running.values())):
+        other.close()
+    for ended in running:
+        os.close(ended)
+    for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
     name, arguments, folder, environment = ast.literal_eval(request.decode("utf-8", "surrogateescape"))
@@ -145,7 +151,7 @@ def _serve(place: str, starter: int) -> None:
         os._exit(end.code or 0)  # a regular shutdown takes half a second
 
 
-def _run_python(arguments: list[str]) -> NoReturn:
+def _run_python(arguments):
     """Run a script or ``-c`` code as the interpreter does."""
     own = sys.modules["__main__"] = types.ModuleType("__main__")
     if arguments[0] == "-c":
@@ -159,12 +165,12 @@ def _run_python(arguments: list[str]) -> NoReturn:
     raise SystemExit
 
 
-def python(path: str) -> str:
+def python(path):
     """Return the interpreter of a warm server on this ``PATH``, else the interpreter of this process."""
     return shutil.which(PYTHON, path=path) or sys.executable
 
 
-def _connect(place: str) -> socket.socket:
+def _connect(place):
     """Connect to the running server, or start one. It ends when its last connection closes."""
     mine = socket.socket(socket.AF_UNIX)
     with contextlib.suppress(OSError):
@@ -183,7 +189,7 @@ def _connect(place: str) -> socket.socket:
 
 
 @contextlib.contextmanager
-def server(folder: Path) -> Iterator[Path]:
+def server(folder):
     """Yield a folder for the front of ``PATH``, whose programs have a server run the command."""
     place, programs = folder / "socket", folder / "bin"
     with filelock.FileLock(folder / "lock"):
