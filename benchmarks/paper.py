@@ -27,7 +27,7 @@ from methods import Items, Method, Shots, cache_alone, closed, fine_tuned, paper
 
 from retrieval_tip import EncodingCache, Reader, build_index, load_backbone, open_source
 from retrieval_tip.data import datasets
-from retrieval_tip.data.shots import few_shot_split
+from retrieval_tip.data.source import few_shot_split
 from retrieval_tip.errors import RetrievalTipError
 from retrieval_tip.report.report import draw, half_width
 from retrieval_tip.store.versions import Versions

@@ -90,7 +90,6 @@ def main() -> None:
         "files at the top of the package": len(list((root / "retrieval_tip").glob("*.py"))),
         "modules outside lance/ that name it": sum(1 for p in outside if words([p], r"(?i)lance")),
         "modules outside lance/ that import it": sum(1 for p in outside if words([p], r"(from|import) \S*\blance")),
-        "calls of tip.blend": calls(package),
         "uses of Any": words(package, r"\bAny\b"),
         "names of other libraries that begin with _": words(package, FOREIGN),
         "largest class": max(spans(package, ast.ClassDef)),
@@ -102,19 +101,6 @@ def main() -> None:
     }
     for name, figure in figures.items():
         print(f"{name:46} {figure}")
-
-
-def calls(paths: list[Path]) -> int:
-    """Return the number of calls to ``tip.blend``."""
-    return sum(
-        isinstance(node, ast.Call)
-        and (
-            (isinstance(node.func, ast.Attribute) and ast.unparse(node.func) == "tip.blend")
-            or (path.stem == "tip" and ast.unparse(node.func) == "blend")
-        )
-        for path in paths
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-    )
 
 
 if __name__ == "__main__":

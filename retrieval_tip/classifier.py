@@ -529,7 +529,7 @@ class Classifier(OpenIndex):
         return Explanation(prediction, own, [_file(neighbour.source) for neighbour in prediction.neighbours])
 
     def similar(self, photo: Picture | Features, n: int = 5, *, norms: Checked = "check") -> list[SimilarShot]:
-        """Return the ``n`` shots most similar to a photo or a feature (see :meth:`answering.Answering.similar`)."""
+        """Return the ``n`` shots most similar to a photo or a feature (see :meth:`model.Answering.similar`)."""
         if (features := features_of(photo)) is None and is_one(photo):
             given = pictures(photo)
             features, norms = self._strict(given).encode(given.source).features, "keep"

@@ -7,9 +7,8 @@ import os
 import platform
 import sys
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
-from retrieval_tip.errors import install, pip
+from retrieval_tip.errors import install, pip, version_of
 
 FAISS_DISTRIBUTIONS = ("faiss-gpu", "faiss-cpu", "faiss-gpu-cuvs", "faiss-gpu-cu11", "faiss-gpu-cu12", "faiss")
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "numpy", "pillow", "pyarrow", "duckdb", "click", "transformers")
@@ -92,11 +91,3 @@ def _faiss(facts: dict[str, str], problems: list[str]) -> None:
             f"FAISS finds a GPU, but torch (built for {facts['torch build']}) does not, so nothing runs on it; "
             f"{OLD_DRIVER} {pip('install --force-reinstall torch torchvision --index-url ' + OLDER_TORCH)}"
         )
-
-
-def version_of(name: str) -> str | None:
-    """Return the version of an installed distribution, or ``None`` if it is not installed."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

@@ -14,11 +14,10 @@ import torch
 from retrieval_tip import tip
 from retrieval_tip.backbones.base import side_by_side, unit
 from retrieval_tip.backbones.loading import Model, given_backbone
-from retrieval_tip.bounds import check_count
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.pictures import Picture, pictures
 from retrieval_tip.data.reader import Reader
-from retrieval_tip.errors import InputError, UsageError, install
+from retrieval_tip.errors import InputError, UsageError, check_count, install
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.closed_form import Fit
 from retrieval_tip.model import Index

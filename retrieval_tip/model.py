@@ -2,31 +2,64 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import InitVar, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Literal, Self, Unpack, cast
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 import torch
+from torch import Tensor
+from torch.nn import functional
 
-from retrieval_tip.backbones.base import present, resolve_device, text_side_by_side
-from retrieval_tip.editing import Editing
-from retrieval_tip.errors import InputError, StoreError, UsageError
+from retrieval_tip import tip
+from retrieval_tip.backbones.base import (
+    Identity,
+    Part,
+    equal_shares,
+    present,
+    resolve_device,
+    side_by_side,
+    text_side_by_side,
+)
+from retrieval_tip.data.reader import FeatureBlock, Reader
+from retrieval_tip.data.source import spread
+from retrieval_tip.data.sources import Source
+from retrieval_tip.errors import InputError, StoreError, UsageError, check_count, warn_once
 from retrieval_tip.html import markup, table
+from retrieval_tip.predictions import PREDICTIONS, SCHEMA, Predictions, SimilarShot, lists
 from retrieval_tip.retrieval import inputs
-from retrieval_tip.retrieval.arrays import KeyArray
-from retrieval_tip.retrieval.inputs import Features, Labels
+from retrieval_tip.retrieval.evidence import Nearest
+from retrieval_tip.retrieval.inputs import Features, KeyArray, KeysInPlace, Labels
 from retrieval_tip.retrieval.keys import KEY_BLOCK, Keys, auto_for, points_of
-from retrieval_tip.retrieval.logits import slices
+from retrieval_tip.retrieval.logits import LOGITS, AnswerTerms, Retrieval, finite_logits, first_two, slices
+from retrieval_tip.retrieval.ridge import MOST_SOLVED, Ridge
 from retrieval_tip.retrieval.rows import ArrayRows, Rows
-from retrieval_tip.retrieval.sets import Scores
-from retrieval_tip.retrieval.vector_index import FLAT_FACTORY, VectorIndex, faiss
-from retrieval_tip.settings import Precision, Settings, Verify
+from retrieval_tip.retrieval.sets import Scores, Sets
+from retrieval_tip.retrieval.vector_index import FLAT_FACTORY, VectorIndex
+from retrieval_tip.settings import (
+    Ask,
+    AskOptions,
+    Built,
+    Dtype,
+    Fitted,
+    KeysMet,
+    Levels,
+    Norms,
+    Precision,
+    Settings,
+    Verify,
+)
 from retrieval_tip.store.contents import Contents, Stored, read, write
-from retrieval_tip.store.labels import label_table
+from retrieval_tip.store.labels import label_table, rows_with
 from retrieval_tip.store.manifest import SUFFIXES, DataFile, Manifest, Table
+from retrieval_tip.store.sums import Sums
 from retrieval_tip.store.versions import Check, Origin, Versions, Writer, created
 
 SHOWN_CLASSES = 8
@@ -34,6 +67,748 @@ SHOWN_CLASSES = 8
 
 SUMS_FROM = 8
 """The sums are only saved if they are at most an eighth of the size of the keys. Otherwise, a fit recomputes them."""
+ASKED = 16
+"""Number of keys that are used as queries to check the logits before a version is written."""
+
+MOST_EXPONENT = 80.0
+"""Maximum exponent in the weight of a key. In float32, the exponential overflows just above 88."""
+PREDICTED = 1 << 16
+"""Maximum number of queries that are classified at a time."""
+
+
+@dataclass(repr=False)
+class Answering:
+    """Labelled keys, and what was fitted to them. See :class:`Index` for the attributes."""
+
+    rows: Rows
+    class_names: list[str]
+    text_weights: Tensor
+    settings: Settings = field(default_factory=Settings)
+    templates: list[str] = field(default_factory=list)
+    backbone: Identity | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
+    curve: pa.Table | None = None
+    precision: Precision = "float32"
+    next_key_id: int | None = None
+    metric: tip.Metric | None = None
+    fitted: Fitted | None = None
+    built: Built = field(default_factory=Built)
+    parts: tuple[Part, ...] = ()
+    groups: Levels | None = None
+    factory: InitVar[str] = FLAT_FACTORY
+    prior: npt.NDArray[np.float32] | None = field(default=None, init=False)
+    scores: Scores | None = field(default=None, init=False)
+
+    def __post_init__(self, factory: str) -> None:
+        self.text_weights = self.text_weights.to(self.device)
+        self.metric = None if self.metric is None else self.metric.to(self.device)
+        if isinstance(self.rows, ArrayRows):
+            self.rows = self._on_device(self.rows)
+            if self.rows.index is None:
+                self.rows = self.rows.indexed(len(self.class_names), factory, self.device)
+        if self.next_key_id is None:
+            self.next_key_id = int(self.rows.columns("key_id")["key_id"].to_numpy().max()) + 1
+        self._follow()
+        if self.curve is not None and not len(self.curve):
+            raise InputError("curve: has no rows; pass one row per epoch, or None")
+
+    def _on_device(self, rows: ArrayRows) -> ArrayRows:
+        points, values = rows.points, rows.values
+        if self.metric is None:
+            points = None
+        elif points is None:
+            points = points_of(self.metric, rows.keys, self.device)
+        if values is not None:
+            inputs.check_shape("values", values.shape, (rows.n, len(self.class_names)), "one row per key")
+            values = values.detach().to(self.device, torch.float32)
+        return replace(rows, points=points, values=values)
+
+    def _follow(self) -> None:
+        rows, c = self.rows, len(self.class_names)
+        if isinstance(rows, ArrayRows) and rows.index is not None and rows.index.by_class and rows.index.n != c:
+            self.rows = rows.indexed(c, device=self.device)
+        self._keys = self.rows.stream(c, self.device, self.precision, self.metric)
+
+    @property
+    def index(self) -> VectorIndex | None:
+        """The FAISS index over the keys or, if there is a metric, over the points. A table has an index of its own."""
+        return self._keys.index if isinstance(self._keys, Keys) else None
+
+    @property
+    def keys(self) -> KeyArray | KeysInPlace:
+        """The keys as a float32 or float16 array of shape ``[n, d]``, grouped by class."""
+        return self.rows.keys
+
+    @property
+    def labels(self) -> pa.Table:
+        """The label store, which has one row per key."""
+        return self.rows.labels
+
+    @property
+    def values(self) -> Tensor | None:
+        """The solved or trained values (see :class:`tip.Values`), or ``None`` if values are one-hot."""
+        return self.rows.values
+
+    @property
+    def vectors(self) -> KeyArray | KeysInPlace:
+        """The transformed keys if there is a metric, or the keys themselves."""
+        return self.rows.vectors
+
+    @property
+    def sums(self) -> Sums | None:
+        """The sums that are needed to fit a metric, if known."""
+        return self.rows.sums
+
+    @property
+    def class_ids(self) -> Tensor:
+        """The class ids as an int64 tensor of shape ``[n]`` on the device."""
+        return self._keys.class_ids if isinstance(self._keys, Keys) else torch.from_numpy(self.rows.class_ids)
+
+    @property
+    def n(self) -> int:
+        """Number of keys."""
+        return self.rows.n
+
+    @property
+    def d(self) -> int:
+        """Length of a feature."""
+        return self.rows.d
+
+    @property
+    def dtype(self) -> Dtype:
+        """Type of the stored keys: float32 or float16."""
+        return self.rows.dtype
+
+    @property
+    def counts(self) -> list[int]:
+        """Number of keys in each class."""
+        return list(self._keys.counts.long().tolist())
+
+    @property
+    def bare(self) -> list[str]:
+        """The classes that have no keys."""
+        return [name for name, number in zip(self.class_names, self.counts, strict=True) if not number]
+
+    @property
+    def index_type(self) -> str:
+        """The type of the index, which is a FAISS factory string or the type of a table's index."""
+        return self._keys.index_type
+
+    @property
+    def exact_search(self) -> bool:
+        """Whether a search is guaranteed to find the nearest keys."""
+        return self._keys.exact_search
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the index has text weights. If not, zero-shot logits are 0 and only the cache is used."""
+        return bool(self.text_weights.any())
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """How much each encoder counts, if there are several. The shares sum to 1."""
+        own = () if self.fitted is None else self.fitted.shares
+        return own or equal_shares(self.parts)
+
+    @property
+    def text(self) -> Tensor:
+        """The text weights as queries meet them, in which each encoder has its share."""
+        scale = inputs.scale_of(self.parts, self.shares)
+        return self.text_weights if scale is None else self.text_weights * scale.square().to(self.text_weights)
+
+    @property
+    def retrieval(self) -> Retrieval:
+        """The object that retrieves keys, using the current settings."""
+        text = self.text if self.parts else self.text_weights
+        return Retrieval(keys=self._keys, text_weights=text, settings=self.settings)
+
+    def find(self, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()) -> pa.Table:
+        """Return the rows of the label store that match all of the given filters.
+
+        By default, all classes and key ids match. ``source`` matches any source that contains it, ignoring case.
+        """
+        if key_ids:
+            return rows_with(self.rows.where("key_id", list(dict.fromkeys(key_ids))), labels, source)
+        return rows_with(self.rows.where("label", list(dict.fromkeys(labels))) if labels else self.labels, (), source)
+
+    def having(self, column: Literal["digest", "source"], values: Iterable[str | None]) -> pa.Table:
+        """Return the rows of the label store that have one of the given digests or sources."""
+        return self.rows.where(column, list(dict.fromkeys(value for value in values if value is not None)))
+
+    def known(self, digests: Sequence[str | None]) -> set[tuple[str, str]]:
+        """Return the digest and the label of every key that has one of the given digests."""
+        same = self.having("digest", digests)
+        return set(zip(same["digest"].to_pylist(), same["label"].to_pylist(), strict=True))
+
+    def caution(self, settings: Settings) -> str | None:
+        """Return a warning if the beta in ``settings`` differs from the beta of the fit."""
+        if self.fitted is None or settings.beta == self.settings.beta:
+            return None
+        return (
+            f"beta: the index was fitted for {self.settings.beta:g}; any other beta makes answers and probabilities "
+            "worse; refit with index set --beta"
+        )
+
+    def with_settings(self, settings: Settings) -> Self:
+        """Return an index that has other settings and shares the keys. Warns once if beta differs from the fit."""
+        if settings == self.settings:
+            return self
+        if (caution := self.caution(settings)) is not None:
+            warn_once(caution)
+        other = copy.copy(self)
+        other.settings = settings
+        return other
+
+    def _queries(self, features: Features, norms: Norms = "keep") -> Tensor:
+        f = inputs.queries(features, self.text_weights.shape[1], self.parts).to(self.device)
+        if norms == "check":
+            inputs.check_unit(f)
+        return f
+
+    def terms(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> AnswerTerms:
+        """Return the terms of the logits: the text term ``logit_scale * f W^T``, the cache ``C`` and the discriminant.
+
+        They are not multiplied by alpha and gamma. The arguments are the same as for :meth:`logits`.
+        """
+        retrieval = replace(self.retrieval, settings=self.settings.override(k=k, tail=tail))
+        terms = retrieval.terms(self._queries(features))
+        finite_logits(terms, self.settings)
+        return terms
+
+    def logits(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> Tensor:
+        """Return the logits ``logit_scale * f W^T + alpha * (C + gamma * B)``, in the order of the classes.
+
+        Args:
+            features: the features, which should have unit norm, as an array or tensor of shape ``[q, d]``.
+            k: the number of nearest keys to use per query, or ``"all"`` for exact Tip-Adapter. Defaults to the setting
+                of the index.
+            tail: whether to estimate the contribution of keys that are not retrieved, if ``k`` is a number (see
+                :func:`tip.cache_logits`). Defaults to the setting of the index.
+
+        Returns a float32 tensor of shape ``[q, c]``.
+
+        Raises:
+            InputError: if the features are not finite or do not have the shape ``[q, d]``, or if the logits overflow.
+            UsageError: if ``k`` is less than 1.
+        """
+        retrieval = self.retrieval
+        if k is not None or tail is not None:
+            retrieval = replace(retrieval, settings=self.settings.override(k=k, tail=tail))
+        return finite_logits(retrieval.terms(self._queries(features)), self.settings)
+
+    def exact_logits(self, features: Features) -> Tensor:
+        """Return logits over all keys, computed in float64. This is useful for solved or trained values.
+
+        The contributions of such values partly cancel, so in float32 the rounding error depends on the batch.
+        """
+        return finite_logits(self.retrieval.terms(self._queries(features).double()), self.settings)
+
+    def answers(self, blocks: Iterable[FeatureBlock], ask: Ask = Ask()) -> Iterator[AnswerBlock]:
+        """Classify blocks of features, and yield their answers in order. Everything that classifies uses this loop.
+
+        Large blocks are split, so that the answers do not take much memory. The norms of the features are not checked.
+        Raises the same errors as :meth:`logits`.
+        """
+        sets = self.sets(ask)
+        index = self.with_settings(ask.settings(self.settings))
+        retrieval = index._without(ask.without) if ask.without else index.retrieval
+        shown = min(ask.neighbours, index.settings.k or ask.neighbours)
+        ask = replace(ask, neighbours=shown)
+        for block in blocks:
+            f = index._queries(block.features)
+            for part in slices(len(f), max(1, min(PREDICTED, LOGITS // len(index.class_names)))):
+                own = f[part]
+                terms = retrieval.terms(own, neighbours=shown)
+                logits = finite_logits(terms, index.settings)
+                yield AnswerBlock(index, retrieval, ask, sets, block.take(part), own, terms, logits)
+
+    @property
+    def current_scores(self) -> Scores | None:
+        """The scores of the last fit, or ``None`` if keys, labels, text or settings have changed since."""
+        return self.scores if self.scores is not None and self.scores.settings == self.settings else None
+
+    def sets(self, ask: Ask) -> Sets | None:
+        """Return the rule for the sets of classes that a question asks for.
+
+        Raises UsageError if the index has no groups for ``at_least``, or if ``coverage`` was measured for other keys or
+        settings.
+        """
+        if ask.at_least is not None and self.groups is None:
+            raise UsageError("at_least: the index has no groups; set them first (index set --groups TABLE)")
+        if ask.coverage is None:
+            return None
+        scores = self.current_scores
+        if scores is None or ask.without or ask.settings(self.settings) != self.settings:
+            raise UsageError(
+                "coverage: needs a fit to exactly these keys and settings; leave out options that change them, or fit "
+                "again (retrieval-tip fit INDEX)"
+            )
+        return scores.sets(ask.coverage, self.text_weights.any(1).cpu().numpy())
+
+    def _without(self, key_ids: Sequence[int]) -> Retrieval:
+        rows, class_ids = (torch.from_numpy(found).to(self.device) for found in self.rows.numbered(key_ids))
+        if len(rows) == self.n:
+            raise InputError("without: these are all keys; leave at least one key for the answer")
+        return self.retrieval.without(rows, class_ids) if len(rows) else self.retrieval
+
+    def classify(self, features: Features, norms: Norms = "check", **asked: Unpack[AskOptions]) -> Predictions:
+        """Classify features, and return labels, probabilities and the shots that contributed most to each answer.
+
+        Args:
+            features: the features, which should have unit norm, as an array or tensor of shape ``[q, d]``.
+            norms: ``"check"`` to check that all features have norm 1, or ``"keep"`` to accept any norm.
+            asked: see :class:`settings.Ask`.
+
+        Raises InputError if the norm of a feature is not 1, and the errors of :meth:`logits`.
+        """
+        f = self._queries(features, norms)
+        blocks = self.answers([FeatureBlock.of(f.cpu().numpy())], Ask(**asked))
+        return Predictions.joined(block.predictions() for block in blocks)
+
+    def classify_source(self, source: Source, reader: Reader, ask: Ask = Ask()) -> Iterator[Predictions]:
+        """Classify images or a feature table while reading them, and yield the predictions in order.
+
+        To classify images, pass a ``reader``. Unreadable items are skipped and listed in ``reader.skipped``.
+        """
+        column, reader = source.items["source"], reader.for_queries(self.parts, self.shares) if self.parts else reader
+        for answers in self.answers(reader.blocks(source), ask):
+            yield answers.predictions().named(column.take(pa.array(answers.block.positions)))
+
+    def nearest(self, features: Tensor, k: int) -> tuple[Tensor, npt.NDArray[np.int64]]:
+        """Return the affinities and rows of the ``k`` nearest keys of each query, both of shape ``[q, k]``.
+
+        The affinities are exact even if the index is compressed. Empty slots have row -1.
+        """
+        near = self._keys.nearest(self._keys.points(features), k)
+        return near.affinity, near.rows.cpu().numpy()
+
+    def similar(self, features: Features, n: int = 5, *, norms: Norms = "check") -> list[list[SimilarShot]]:
+        """Return the ``n`` shots that are nearest to each query in the metric of the index, nearest first.
+
+        ``features`` has the shape ``[q, d]``. If the index searches approximately, a shot may be missed. See
+        :meth:`classify` for ``norms``. Raises UsageError if ``n`` is below 1, and InputError if the features are not
+        valid.
+        """
+        check_count("n", n)
+        f = self._queries(features, norms)
+        affinity, rows = self.nearest(f, min(n, self.n))
+        used, places = np.unique(rows.clip(min=0), return_inverse=True)
+        described = self.rows.described(used, ["key_id", "source", "label"]).to_pylist()
+        return [
+            [SimilarShot(**described[i], affinity=float(x)) for row, i, x in zip(*one, strict=True) if row >= 0]
+            for one in zip(rows, places.reshape(rows.shape), affinity.double().cpu().numpy(), strict=True)
+        ]
+
+    def ids_of(self, source: Source) -> npt.NDArray[np.int64]:
+        """Return the class id of each item in a labelled source. Raises InputError if a label is not a class."""
+        ids, names = source.truth(self.class_names)
+        if unknown := names[len(self.class_names) :]:
+            raise source.unknown(unknown, self.class_names)
+        return ids
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerBlock:
+    """The answers to a block of queries.
+
+    Attributes:
+        index: the index, with the settings of the question.
+        retrieval: the retrieval that gave the answers.
+        ask: the question.
+        sets: the rule for sets of classes, if the question has a coverage.
+        block: the queries.
+        features: the features of the queries, of shape ``[q, d]``, as a float32 tensor on the device.
+        terms: the terms of the logits.
+        logits: the logits of all classes, of shape ``[q, c]``.
+    """
+
+    index: Answering
+    retrieval: Retrieval
+    ask: Ask
+    sets: Sets | None
+    block: FeatureBlock
+    features: Tensor
+    terms: AnswerTerms
+    logits: Tensor
+
+    @cached_property
+    def ranked(self) -> Tensor:
+        """The class ids of the most probable classes, of shape ``[q, m]``, most probable first."""
+        return self._scores.topk(min(self.ask.top, self.logits.shape[1]), dim=1).indices
+
+    @cached_property
+    def probabilities(self) -> Tensor:
+        """The probabilities of all classes, of shape ``[q, c]``."""
+        if self.block.mixed is not None:
+            return self.block.mixed.to(self.logits.device)
+        return tip.probabilities(self.logits, self.index.settings.temperature)
+
+    @property
+    def _scores(self) -> Tensor:
+        return self.logits if self.block.mixed is None else self.probabilities
+
+    def predictions(self) -> Predictions:
+        """Return one prediction per query. The queries are named by their positions."""
+        settings, terms, logits = self.index.settings, self.terms, self.logits
+        ranked = self.ranked  # at any temperature
+        chances = _doubles(self.probabilities.gather(1, ranked))
+        winner, m, names = ranked[:, :1], ranked.shape[1], pa.array(self.index.class_names, pa.string())
+        labels = names.take(pa.array(ranked.cpu().numpy().reshape(-1)))
+        columns = {
+            "input": pa.array(self.block.positions).cast(pa.string()),
+            "label": labels if m == 1 else names.take(pa.array(ranked[:, 0].cpu().numpy())),
+            "probability": chances[:, 0],
+            "labels": lists(labels, m),
+            "probabilities": lists(chances, m),
+            "text_logit": _doubles(terms.text.gather(1, winner))[:, 0],
+            "cache_logit": settings.alpha * _doubles(terms.cache.gather(1, winner))[:, 0],
+            "neighbours": pa.array([[]] * len(ranked), PREDICTIONS["neighbours"]),
+            "opposing": pa.nulls(len(ranked), PREDICTIONS["opposing"]),
+        }
+        if self.ask.at_least is not None and self.index.groups is not None:
+            columns |= narrowest(self.probabilities, self.index.class_names, self.index.groups, self.ask.at_least)
+        if self.sets is not None:
+            columns["set"] = self.sets.column(self.probabilities, self.index.class_names)
+        shots, retrieval = terms.shots, self.retrieval
+        if shots is None and self.ask.neighbours:
+            points = retrieval.keys.points(self.features)
+            shots = retrieval.contributors(points, *first_two(self._scores), self.ask.neighbours)
+        if shots is not None:
+            there = shots.supporting.rows >= 0
+            ends = np.concatenate([[0], there.sum(dim=1).cumsum(dim=0).cpu().numpy()]).astype(np.int32)
+            supporting = self._described(shots.supporting, ranked)
+            columns["neighbours"] = pa.ListArray.from_arrays(pa.array(ends), supporting)
+            against = (shots.opposing.rows[:, 0] >= 0).cpu().numpy()
+            places = pa.array(against.cumsum() - 1, mask=~against)
+            columns["opposing"] = self._described(shots.opposing, ranked).take(places)
+        if self.ask.logits:
+            columns["logits"] = lists(logits.cpu().numpy(), logits.shape[1])
+        if terms.discriminant is not None:
+            factor = settings.alpha * settings.gamma
+            columns["discriminant_logit"] = factor * _doubles(terms.discriminant.gather(1, winner))[:, 0]
+        if settings.least_cache is not None:
+            strongest = terms.strongest(retrieval.keys.counts)
+            columns["no_match"] = (strongest < settings.least_cache).cpu().numpy()
+        known = [column for column in PREDICTIONS if column in columns]
+        schema = pa.schema([SCHEMA.field(column) for column in known])
+        return Predictions(pa.table([columns[column] for column in known], schema=schema))
+
+    def _described(self, near: Nearest, classes: Tensor) -> pa.StructArray:
+        there, every = near.rows >= 0, self.retrieval.keys.values
+        weight = tip.weight(near.affinity, self.index.settings.beta)
+        if every is None:
+            values = (near.class_ids[:, :, None] == classes[:, None]).float()
+        else:
+            values = every[near.rows.clamp_min(0)[:, :, None], classes[:, None]]
+        used, places = np.unique(near.rows[there].cpu().numpy(), return_inverse=True)
+        described = self.index.rows.described(used, ["key_id", "source", "label"]).take(pa.array(places))
+        named = [column.combine_chunks() for column in described.columns]
+        figures = [pa.array(_doubles(figure[there])) for figure in (near.affinity, weight)]
+        gives = lists(_doubles((weight[:, :, None] * values)[there]), classes.shape[1])
+        return pa.StructArray.from_arrays([*named, *figures, gives], fields=list(PREDICTIONS["opposing"]))
+
+
+def narrowest(probabilities: Tensor, class_names: Sequence[str], groups: Levels, least: float) -> dict[str, pa.Array]:
+    """Return the columns of answers that name the class, or else the narrowest group, whose probability is ``least``.
+
+    The probability of a group is the sum over its classes (``[q, c]``). If no level reaches ``least``, the label is
+    null, and the most probable class gives the probability.
+    """
+    every = probabilities.double()
+    found = np.full((2, len(every)), None, dtype=object)
+    chances, open_ = _doubles(every.amax(1)), np.ones(len(every), dtype=bool)
+    for level, own in groups.of(class_names).items():
+        if names := list(dict.fromkeys(filter(None, own))):
+            position = {name: place for place, name in enumerate(names)}
+            at = torch.tensor([position.get(name or "", len(names)) for name in own]).to(every.device)
+            sums = every.new_zeros(len(every), len(names) + 1).index_add_(1, at, every)[:, :-1]
+            best, places = (part.cpu().numpy() for part in sums.max(1))
+            now = open_ & (best >= least)
+            found[0, now], found[1, now] = np.array(names, dtype=object)[places[now]], level
+            chances[now], open_ = best[now].clip(max=1), open_ & ~now
+    label, level_ = (pa.array(part, pa.string()) for part in found)
+    return {"label": label, "level": level_, "probability": pa.array(chances)}
+
+
+def _doubles(values: Tensor) -> npt.NDArray[np.float64]:
+    return np.asarray(values.double().cpu())
+
+
+class Editing(Answering):
+    """The edits of an index. If an edit raises an error, the index does not change."""
+
+    def check_answers(self) -> None:
+        """Classify a few keys as if they were queries, and raise InputError if their logits overflow."""
+        keys, labels = self.rows.some(ASKED)
+        order = np.argsort(labels["class_id"].to_numpy(), kind="stable")  # a table is not grouped by class
+        values = None if self.values is None else self.values[spread(self.n, ASKED)]
+        few = replace(self, rows=ArrayRows(keys[order], labels.take(pa.array(order)), values))
+        few.logits(functional.normalize(torch.from_numpy(keys.astype(np.float32))), "all")
+
+    def _check_lengths(self, keys: npt.NDArray[Any]) -> None:
+        """Raise InputError if the weight of one of these keys or points could overflow for a query of unit norm."""
+        longest = float(np.sqrt(np.einsum("ij,ij->i", keys, keys, dtype=np.float64).max()))
+        if self.settings.beta * (longest - 1) > MOST_EXPONENT:
+            raise InputError(
+                f"beta {self.settings.beta:g}: exp(beta (affinity - 1)) overflows for a key of norm {longest:.4g}; "
+                "scale the keys to norm 1 (norms unit)"
+            )
+
+    @property
+    def _ridge(self) -> Ridge | None:
+        """The solver of the values, or ``None`` if they were not solved."""
+        fitted = self.fitted
+        if fitted is None or fitted.ridge is None:
+            return None
+        c, beta, bonus = len(self.class_names), self.settings.beta, fitted.bonus
+        return Ridge(c, beta, fitted.ridge, self.device, fitted.class_prior, bonus)
+
+    def add_classes(self, names: Sequence[str], text_weights: Features | None = None) -> None:
+        """Append classes that have no keys yet.
+
+        If the index has text weights, pass ``text_weights`` of shape ``[m, d]`` for the new classes. Raises InputError
+        if a class already exists, or if the weights are missing or have the wrong shape.
+        """
+        names = inputs.names(names)
+        if again := sorted(set(names) & set(self.class_names)):
+            raise InputError(f"classes: {again[0]!r} already exists in the index")
+        if text_weights is None and self.has_text:
+            raise InputError(f"classes: {names[0]!r} has no text weight; pass one, because the index has text")
+        weights = inputs.text_weights(text_weights, len(names), self.d)
+        self.class_names = [*self.class_names, *names]
+        self.text_weights = torch.cat([self.text_weights, weights.to(self.text_weights)])
+        self.rows, self.scores = self.rows.widened(len(self.class_names)), None
+        self._follow()
+
+    def set_text(self, weights: npt.NDArray[np.float32], templates: Sequence[str]) -> None:
+        """Replace the text weights of all classes, and the templates that the weights were made from."""
+        self.templates, self.text_weights = list(templates), torch.from_numpy(weights).to(self.device)
+        self.scores = None
+
+    def add(
+        self,
+        keys: Features,
+        labels: Labels,
+        sources: Sequence[str] | pa.ChunkedArray | None = None,
+        *,
+        views: int | npt.NDArray[np.integer] = 1,
+        digests: Sequence[str | None] | None = None,
+        extra: pa.Table | None = None,
+    ) -> list[int]:
+        """Add keys to existing classes, and return their key ids.
+
+        If the values were solved, they are solved again. In a large index, only the values of the new keys are solved
+        (see :class:`ridge.Ridge`). If the values were trained, the new keys get one-hot rows.
+
+        ``keys`` has the shape ``[m, d]``. ``views``, the SHA-256 ``digests`` of the images and the columns of ``extra``
+        are written to the label store. Raises InputError if the keys have the wrong shape or a label is unknown.
+        """
+        matrix = inputs.matrix(keys, "keys")
+        if matrix.shape[1] != self.d:
+            raise InputError(f"keys: each key has {matrix.shape[1]} values; the index requires {self.d}")
+        if np.abs(matrix).max() > np.finfo(self.dtype).max:
+            raise InputError(f"keys: values are too large for the index's {self.dtype}")
+        ids = inputs.ids_of(labels, self.class_names, len(matrix))
+        assert self.next_key_id is not None
+        key_ids = np.arange(self.next_key_id, self.next_key_id + len(matrix))
+        added = label_table(self.class_names, ids, sources, key_ids=key_ids, views=views, digests=digests, extra=extra)
+        matrix = np.asarray(matrix).astype(self.dtype)
+        new = ArrayRows(matrix, added, points=points_of(self.metric, matrix, self.device))
+        self._check_lengths(new.vectors)
+        self._hold(self.rows.added(replace(new, values=self._values_of(new)), len(self.class_names)))
+        self.next_key_id += len(matrix)
+        return key_ids.tolist()
+
+    def _values_of(self, new: ArrayRows) -> Tensor | None:
+        if self.values is None:
+            return None
+        if self._ridge is None:
+            return functional.one_hot(torch.from_numpy(new.class_ids), len(self.class_names)).to(self.values)
+        assert isinstance(self._keys, Keys)
+        return self._ridge.added(self._keys, new.vectors, new.class_ids)
+
+    def remove(self, key_ids: Sequence[int]) -> None:
+        """Remove keys by id. Classes that become empty are kept.
+
+        Raises InputError if an id is unknown, or if no key would remain.
+        """
+        gone = self.rows.of(key_ids)
+        if gone.n == self.n:
+            raise InputError("remove: an index needs at least one key; delete the index instead")
+        if gone.n:
+            self._hold(self.rows.without(gone))
+
+    def relabel(self, key_ids: Sequence[int], labels: str | Sequence[str]) -> None:
+        """Move keys to other classes, given one label for all keys or one label per key.
+
+        The keys become the last shots of their new class. Raises InputError if an id or a label is unknown, or if an id
+        is repeated.
+        """
+        wanted = inputs.new_ids(key_ids, labels, self.class_names)
+        part = self.rows.of(list(wanted))
+        class_ids = np.array([wanted[key_id] for key_id in part.key_ids.tolist()], dtype=np.int64)
+        changed = np.flatnonzero(part.class_ids != class_ids)
+        part, class_ids, rows = part.take(changed), class_ids[changed], self.rows
+        if not part.n:
+            return
+        if self._ridge is not None:
+            assert isinstance(rows, ArrayRows)
+            assert isinstance(self._keys, Keys)
+            rows = self._ridge.relabelled(self._keys, rows, rows.rows_of(part.key_ids), class_ids)
+        self._hold(rows.moved(part, class_ids, self.class_names))
+
+    def rename(self, old: str, new: str) -> None:
+        """Rename a class. The class keeps its keys and its text weight.
+
+        If ``new`` already exists, the keys are merged into ``new``, which keeps its own text weight. The ids of all
+        classes after ``old`` then decrease by one. Raises InputError if ``old`` does not exist, or if ``new`` is not a
+        valid name.
+        """
+        class_id, names = inputs.renamed(self.class_names, old, new)
+        if len(names) < len(self.class_names):
+            self._merge(class_id, new)
+            return
+        self.class_names, self.rows = names, self.rows.renamed(class_id, new)
+        self.groups = None if self.groups is None else self.groups.renamed(old, new)
+        self._follow()
+
+    def _merge(self, class_id: int, into: str) -> None:
+        """Move the keys of a class to the class ``into``, and drop the class."""
+        if isinstance(self.rows, ArrayRows) and self.values is not None:
+            # The columns can be added, because solved values are linear in their targets.
+            place, counts, values = self.class_names.index(into), self.counts, self.values.clone()
+            with_keys = [own for own in (class_id, place) if counts[own]]
+            values[:, place] = values[:, with_keys or [place]].sum(1)
+            self.rows = replace(self.rows, values=values)
+            self._follow()
+        self.relabel(self.find([self.class_names[class_id]])["key_id"].to_pylist(), into)
+        self._drop(np.array([class_id]))
+
+    def drop_unanswerable(self) -> None:
+        """Drop the classes that have neither keys nor text, because no query resembles them."""
+        if not self.has_text:
+            self._drop(np.flatnonzero(np.equal(self.counts, 0)))
+
+    def _drop(self, class_ids: npt.NDArray[np.int64]) -> None:
+        """Drop classes that have no keys."""
+        if not len(class_ids):
+            return
+        left = np.delete(np.arange(len(self.class_names)), class_ids)
+        self.rows, self.scores = self.rows.narrowed(class_ids, len(self.class_names)), None
+        self.class_names, self.text_weights = [self.class_names[i] for i in left], self.text_weights[left]
+        self._follow()
+
+    def solve(self) -> None:
+        """Recompute solved values for the current keys and beta. Does nothing if the values were not solved.
+
+        If there are more than :data:`MOST_SOLVED` keys, raises InputError and leaves the index unchanged.
+        """
+        if self._ridge is None or not isinstance(self.rows, ArrayRows):
+            return
+        if self.n > MOST_SOLVED:
+            raise InputError(
+                f"values: cannot be solved for {self.n:,} keys, because the limit is {MOST_SOLVED:,}; "
+                "fit the index instead (retrieval-tip fit)"
+            )
+        points = np.asarray(self.rows.vectors, dtype=np.float32)
+        values = self._ridge.values(torch.from_numpy(points).to(self.device), self.class_ids)
+        self.rows = replace(self.rows, values=values)
+        self._follow()
+
+    def rebuild(self, factory: str | None = None, dtype: Dtype | None = None) -> None:
+        """Sort the keys, and recompute the points, the solved values and the FAISS index. The keys must be in memory.
+
+        Args:
+            factory: the new type of the index. If it is ``auto``, :func:`keys.auto_for` selects the type and ``k``.
+                Defaults to the current type.
+            dtype: the new type of the keys, float32 or float16. Defaults to the current type.
+
+        Raises:
+            UsageError: if the factory is invalid.
+            InputError: if the keys are too large for the dtype.
+        """
+        rows, settings = self.rows.in_memory(), self.settings
+        if factory == "auto":
+            factory, k = auto_for(rows.keys.shape, dtype or self.dtype, len(self.class_names), self.device)
+            settings = replace(settings, k=k)
+        ordered = rows.take(rows.order())
+        with np.errstate(over="ignore"):  # overflow becomes infinity, which raises an error below
+            keys = ordered.keys.astype(dtype or self.dtype)
+        if not np.isfinite(keys).all():
+            raise InputError(f"keys: values too large for {keys.dtype}; use float32")
+        ordered = replace(ordered, keys=keys, points=points_of(self.metric, keys, self.device), index=rows.index)
+        self.rows, self.settings = ordered.indexed(len(self.class_names), factory, self.device), settings
+        self._follow()
+        if self.n <= MOST_SOLVED:
+            self.solve()
+
+    def set_fitted(
+        self, metric: tip.Metric | None, values: Tensor | None, fitted: Fitted | None, factory: str | None = None
+    ) -> None:
+        """Set the metric and the values, and rebuild the FAISS index over the transformed keys.
+
+        ``factory`` defaults to the current type. Raises UsageError if the factory is invalid.
+        """
+        changed = self.metric is not None or metric is not None
+        self.metric, self.fitted, self.scores = metric, fitted, None
+        self.rows = self.rows.fitted(metric, values, factory, self.device)
+        if isinstance(self.rows, ArrayRows) and (changed or factory not in (None, self.index_type)):
+            self.rows = self.rows.indexed(len(self.class_names), factory, self.device)
+        self._follow()
+
+    def keep_parts(self, kept: Sequence[int]) -> None:
+        """Drop all encoders except those at the given positions. The metric and the values are dropped as well.
+
+        The keys must be in memory. Raises InputError if they were fine-tuned.
+        """
+        if self.curve is not None:
+            raise InputError("encoders: the keys of this index were fine-tuned; keep all encoders")
+        rows, ends = self.rows.in_memory(), np.cumsum([part.width for part in self.parts])[:-1]
+        keys, text = (np.split(np.asarray(part), ends, axis=1) for part in (rows.keys, self.text_weights.cpu()))
+        unit = functional.normalize
+        self.text_weights = torch.from_numpy(text_side_by_side([unit(torch.from_numpy(text[i])).numpy() for i in kept]))
+        left = side_by_side([keys[i] * len(self.parts) ** 0.5 for i in kept]).astype(self.dtype)
+        self.metric = self.fitted = self.prior = self.scores = None
+        self.parts = tuple(self.parts[i] for i in kept)
+        if [part.column for part in self.parts] == ["feature"]:
+            self.backbone, self.parts = self.parts[0].identity, ()
+        self.settings = self.settings.unfitted()
+        self.set_rows(ArrayRows(left, rows.labels))
+
+    def _hold(self, rows: Rows) -> None:
+        """Replace the rows, solve the values again, and fill the FAISS index with the new keys."""
+        if isinstance(rows, ArrayRows):
+            rows = rows if self._ridge is None else self._ridge.solved(rows)
+            rows = rows.refilled(self.rows.index, len(self.class_names), self.device)
+        self.rows, self.scores = rows, None
+        self._follow()
+
+    def take(self, rows: npt.NDArray[np.int64]) -> Self:
+        """Return an index in memory that consists of the keys at the given rows of the labels. Rows may repeat.
+
+        If there are too few keys for the type of the index, the new index is ``Flat``. Raises UsageError if there are
+        too many keys.
+        """
+        class_ids = self.rows.class_ids[rows]
+        part = self._on_device(self.rows.take(np.asarray(rows)[np.argsort(class_ids, kind="stable")]))
+        part = part if self._ridge is None else self._ridge.solved(part)
+        with suppress(UsageError):
+            part = replace(part, index=self.rows.index).indexed(len(self.class_names), device=self.device)
+        return replace(self, rows=part)
+
+    def in_memory(self) -> Self:
+        """Return this index with all keys in memory. Raises UsageError if there are too many."""
+        if isinstance(self.rows, ArrayRows):
+            return self
+        same = replace(self, rows=self.rows.in_memory())
+        same.scores = self.scores
+        return same
+
+    def set_rows(self, rows: Rows) -> None:
+        """Replace the rows by rows with the same keys, in memory or in a table."""
+        self.rows = rows
+        self.__post_init__(FLAT_FACTORY)
 
 
 @dataclass(repr=False)
@@ -44,11 +819,10 @@ class Index(Editing):
     ``dataclasses.replace``. Do not modify the arrays in place. If an edit raises an error, the index does not change.
 
     Attributes:
-        rows: the keys and their labels, grouped by class. They are in memory or in a table.
+        rows: the keys and their labels, grouped by class, and the FAISS index over the keys. They are in memory or in a
+            table. If the rows have no FAISS index, one of the type ``factory`` is built.
         class_names: the names of the ``c`` classes, in order.
         text_weights: the text weights as a float32 tensor of shape ``[c, d]``. If the index has no text, they are zero.
-        index: the FAISS index over the keys or, if there is a metric, over the points. By default, it is built and has
-            the type ``factory``. It is ``None`` if the keys are in a table, which has its own index.
         settings: the defaults for every call.
         curve: the loss curve of the training, which has one row per epoch.
         precision: the dtype that is used to multiply queries with all keys (see :class:`keys.Keys`).
@@ -73,26 +847,18 @@ class Index(Editing):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the arrays without the folder, and without the sums, which the next fit computes again."""
-        rows, index = self.rows.in_memory(), None
-        if self.index is not None and not self.index.exact_search:  # an exact index is quick to build
-            index = self.index.factory, self.index.to_array()
+        rows = self.rows.in_memory()
         values = None if rows.values is None else rows.values.cpu()
         rows = replace(rows, keys=_not_mapped(rows.keys), points=_not_mapped(rows.points), values=values, sums=None)
         return {own.name: getattr(self, own.name) for own in fields(self) if own.init} | {
-            "rows": rows, "text_weights": self.text_weights.cpu(), "index": index, "prior": _not_mapped(self.prior),
+            "rows": rows, "text_weights": self.text_weights.cpu(), "prior": _not_mapped(self.prior),
             "metric": None if self.metric is None else self.metric.to("cpu"), "scores": self.scores,
         }  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        stored, prior, scores = state.pop("index"), state.pop("prior"), state.pop("scores")
-        device = present(state.pop("device"))
-        rows = state.pop("rows")
+        prior, scores, rows = state.pop("prior"), state.pop("scores"), state.pop("rows")
         rows = replace(rows, keys=_writable(rows.keys), points=None if rows.points is None else _writable(rows.points))
-        index = None
-        if stored is not None:
-            half = rows.vectors.dtype == np.float16
-            index = VectorIndex(faiss().deserialize_index(stored[1]), stored[0], device, half)
-        self.__init__(rows=rows, index=index, device=device, **state)  # type: ignore[misc]
+        self.__init__(rows=rows, device=present(state.pop("device")), **state)  # type: ignore[misc]
         self.prior, self.scores = prior, scores
 
     @classmethod
@@ -148,7 +914,8 @@ class Index(Editing):
         if index == "auto":
             index, k = auto_for(matrix.shape, matrix.dtype, len(names), device)
             settings = replace(settings, k=k)
-        trained = None if values is None else inputs.values_of(values, len(ids), len(names))[order]
+        shape = len(ids), len(names)
+        trained = None if values is None else inputs.shaped(values, "values", shape, "one row per key")[order]
         return cls(
             ArrayRows(ordered, table, trained),
             names,
@@ -247,13 +1014,12 @@ class Index(Editing):
         held = read(place, manifest)
         keys, values, metric = held["keys"], held.get("values"), held.get("metric")
         points = held["points"] if "points" in held else points_of(metric, keys, device)
-        rows = ArrayRows(
-            keys, held["labels"], None if values is None else torch.from_numpy(values), points, held.get("sums")
-        )
+        values = None if values is None else torch.from_numpy(values)
+        rows = ArrayRows(keys, held["labels"], values, points, held.get("sums"))
+        rows = replace(rows, index=_read_index(place, manifest, rows, device))
         index = cls.of_version(
-            rows, manifest, device, held, index=_read_index(place, manifest, rows, device), curve=held.get("curve"),
-            precision=precision, factory=manifest.index,
-        )  # fmt: skip
+            rows, manifest, device, held, curve=held.get("curve"), precision=precision, factory=manifest.index
+        )
         index.stored = Stored.of(store, check, index._contents())
         return index
 
@@ -344,7 +1110,7 @@ class Index(Editing):
             "text": self.text_weights,
             "values": rows.values,
             "curve": self.curve,
-            "index": None if self.exact_search else self.index,
+            "index": rows.index,
             "points": None if derived else rows.points,
             "sums": sums if sums is not None and sums.nbytes * SUMS_FROM <= rows.keys.nbytes else None,
         }
@@ -410,8 +1176,7 @@ def verify(folder: str | os.PathLike[str]) -> Index:
     """
     place = Versions(folder)
     index = Index.load(place.folder, device="cpu")
-    rows, vectors = index.rows.in_memory(), index.index
-    assert vectors is not None
+    rows = index.rows.in_memory()
     assert index.manifest is not None
     place.check_earlier(index.manifest)
     if not torch.isfinite(index.text_weights).all():
@@ -423,15 +1188,17 @@ def verify(folder: str | os.PathLike[str]) -> Index:
     if rows.sums is not None and not rows.sums.are_of(blocks):
         raise StoreError(f"{place}: sums do not match the keys; run index set --index auto, then fit")
     own = rows.vectors
-    if vectors.by_class:  # the means are recomputed, because those in the index may be damaged
+    vectors = rows.index
+    if vectors is not None and vectors.by_class:  # the means are recomputed, because those in the index may be damaged
         own = Keys(rows.vectors, class_ids, len(index.class_names)).means.numpy()
     sample = np.unique(np.linspace(0, len(own) - 1, min(len(own), 256)).astype(int))
     queries = np.ascontiguousarray(own[sample], dtype=np.float32)
     if not np.isfinite(queries).all():
         raise StoreError(f"{place}: keys are not finite; build the index again")
-    if not vectors.exact_search:
-        affinity, found = vectors.search(queries, 1)
-    if not vectors.exact_search and vectors.exact_affinity:
+    if vectors is None:
+        return index
+    affinity, found = vectors.search(queries, 1)
+    if vectors.exact_affinity:
         expected = np.einsum("qd,qd->q", queries, own[np.maximum(found[:, 0], 0)], dtype=np.float64)
         if not np.allclose(affinity[:, 0], expected, rtol=1e-3, atol=1e-3):
             raise StoreError(f"{place}: the FAISS index does not match the keys; build the index again")

@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self, TypedDict, get_args
 
-from retrieval_tip.bounds import check_count
-from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.errors import InputError, UsageError, check_count
 
 KeysMet = int | Literal["all"] | None
 """Number of nearest keys to use in a call. ``None`` uses the setting of the index, and ``"all"`` uses every key."""
@@ -143,7 +142,7 @@ class AskOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Ask:
-    """What to find out about queries. It is passed unchanged from every caller to :meth:`answering.Answering.answers`.
+    """What to find out about queries. It is passed unchanged from every caller to :meth:`model.Answering.answers`.
 
     Raises UsageError if ``top`` is below 1 or ``neighbours`` below 0, if ``at_least`` or ``coverage`` is not between 0
     and 1, or if both are given.
@@ -196,8 +195,8 @@ class BuildOptions(TypedDict, total=False):
     """The options of a build. Python functions take them as keyword arguments, and ``index build`` as options.
 
     Attributes:
-        shots: The number of shots to draw per class, by CoOp's sampling rule (see :mod:`data.shots`). By default, all
-            photos are used.
+        shots: The number of shots to draw per class, by CoOp's sampling rule (see :func:`source.few_shot`). By default,
+            all photos are used.
         templates: Prompt templates for the text weights, in which {} stands for the class name. They require an
             encoder with text.
         text: A feature table of text features labelled by class, with one or more prompts per class, which is used

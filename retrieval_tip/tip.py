@@ -13,7 +13,7 @@ The code uses the notation of the paper:
 
 :func:`answer` is the whole method. The rest of the package computes the same numbers faster, from fewer keys, or from
 more keys than fit in memory. If you are new to the code, start here. Then read ``retrieval/logits.py`` to see which
-keys a query uses, ``answering.py`` for the questions to an index, and ``model.py`` for the index that you save.
+keys a query uses, and ``model.py`` for the index that answers and that you save.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def answer(
         C = torch.log(1 + C.clamp(min=0) / offset)  # link
     if M is not None and b is not None:
         C = C + gamma * (phi(f) @ M.T + b)  # discriminant
-    return blend(logit_scale * f @ W.T, C, alpha)
+    return logit_scale * f @ W.T + alpha * C
 
 
 @dataclass(frozen=True)
@@ -86,16 +86,12 @@ class Metric:
 
     def __call__(self, features: Tensor) -> Tensor:
         """Apply the metric to features of shape ``[q, d]``. A feature that equals the mean is mapped to 0."""
-        return torch.nn.functional.normalize((features - self.mean) @ self.transform)
+        return torch.nn.functional.normalize((features - self.mean) @ self.transform.to(features.dtype))
 
     def to(self, device: str) -> Metric:
         """Return a copy of this metric on another device."""
         factor = None if self.factor is None else self.factor.to(device)
         return Metric(self.mean.to(device), self.transform.to(device), factor)
-
-    def double(self) -> Metric:
-        """Return a copy of this metric in float64."""
-        return Metric(self.mean.double(), self.transform.double())
 
 
 @dataclass(frozen=True)
@@ -132,15 +128,15 @@ class Discriminant:
 
     def __call__(self, points: Tensor) -> Tensor:
         """Return ``B``, of shape ``[q, c]``, for transformed queries ``phi(f)`` of shape ``[q, d]``."""
-        return affinity(points, self.means.to(points.dtype)).add_(self.offsets)
+        return affinity(points, self.means).add_(self.offsets)
 
 
 def affinity(features: Tensor, keys: Tensor, out: Tensor | None = None) -> Tensor:
     """Return the inner products ``A = f K^T`` of the features and the keys, of shape ``[q, n]`` (equation 4).
 
-    If the index has a metric, pass ``phi(f)`` and ``phi(K)``.
+    If the index has a metric, pass ``phi(f)`` and ``phi(K)``. The products have the dtype of the features.
     """
-    return torch.mm(features, keys.T, out=out)
+    return torch.mm(features, keys.T.to(features.dtype), out=out)
 
 
 def weight(affinity: Tensor, beta: float, out: Tensor | None = None) -> Tensor:
@@ -308,11 +304,6 @@ def text_logits(features: Tensor, text_weights: Tensor, logit_scale: float) -> T
     return affinity(features, text_weights).mul_(logit_scale)
 
 
-def blend(text_logits: Tensor, cache_logits: Tensor, alpha: float) -> Tensor:
-    """Return the text logits plus ``alpha`` times the cache logits (equation 6). ``alpha`` is the residual ratio."""
-    return torch.add(text_logits, cache_logits, alpha=min(alpha, LARGEST))
-
-
 @dataclass(frozen=True)
 class Terms:
     """The terms of the logits, each of shape ``[q, c]``.
@@ -326,17 +317,18 @@ class Terms:
     discriminant: Tensor | None = None
 
     def logits(self, settings: Settings, slack: float = 0.0) -> Tensor:
-        """Return the logits ``text + alpha * (cache + gamma * discriminant)``, of shape ``[q, c]``.
+        """Return the logits ``text + alpha * (cache + gamma * discriminant)``, of shape ``[q, c]`` (equation 6).
 
         If ``slack`` is given, return an upper bound, assuming that the cache logits may be larger by this fraction.
         """
-        photos = self.cache if self.discriminant is None and not slack else self.photos(settings, slack)
-        return blend(self.text, photos, settings.alpha)
-
-    def photos(self, settings: Settings, slack: float = 0.0) -> Tensor:
-        """Return what the shots contribute, ``cache + gamma * discriminant``. See :meth:`logits` for ``slack``."""
         cache = self.cache * (1 + slack) if slack else self.cache
-        return cache if self.discriminant is None else torch.add(cache, self.discriminant, alpha=settings.gamma)
+        alpha, gamma = min(settings.alpha, LARGEST), settings.gamma
+        photos = cache if self.discriminant is None else torch.add(cache, self.discriminant, alpha=gamma)
+        return torch.add(self.text, photos, alpha=alpha)
+
+    def photos(self, settings: Settings) -> Tensor:
+        """Return what the shots contribute, ``cache + gamma * discriminant``."""
+        return self.cache if self.discriminant is None else self.cache + settings.gamma * self.discriminant
 
     def strongest(self, counts: Tensor) -> Tensor:
         """Return the largest cache logit, of shape ``[q]``, of the classes whose number of keys is above 0."""

@@ -6,11 +6,10 @@ import sys
 import numpy as np
 import pytest
 
-from retrieval_tip import bounds
-from retrieval_tip.bounds import MANY, MOST, check_count, check_memory, memory
+from retrieval_tip import errors
 from retrieval_tip.data.reader import Reader
-from retrieval_tip.data.shots import few_shot
-from retrieval_tip.errors import UsageError
+from retrieval_tip.data.source import few_shot
+from retrieval_tip.errors import MANY, MOST, UsageError, check_count, check_memory, memory
 from retrieval_tip.settings import Recipe
 
 
@@ -42,12 +41,12 @@ def test_counts_that_use_memory_are_bounded_in_python(name, make):
 
 
 def test_an_allocation_beyond_the_memory_is_refused_with_both_sizes(monkeypatch):
-    monkeypatch.setattr(bounds, "memory", lambda: 24 << 30)
+    monkeypatch.setattr(errors, "memory", lambda: 24 << 30)
     check_memory(24 << 30, "this", "ask for less")
     with pytest.raises(UsageError, match=r"^this: needs 9\.09 TiB .* 24 GiB .*; ask for less$"):
         check_memory(10**13, "this", "ask for less")
     check_memory(0, "this", "ask for less")
-    monkeypatch.setattr(bounds, "memory", lambda: None)
+    monkeypatch.setattr(errors, "memory", lambda: None)
     check_memory(10**30, "this", "ask for less")  # the size of the memory is unknown
 
 
@@ -56,19 +55,19 @@ def test_the_smallest_memory_limit_applies(monkeypatch, tmp_path):
     whole = memory()
     assert whole > 1 << 26
     code = "import resource as r; r.setrlimit(r.RLIMIT_AS, (1 << 40, 1 << 41)); r.setrlimit(r.RLIMIT_AS, (1 << 29, 1 << 40))"  # fmt: skip  # noqa: E501
-    code += "; from retrieval_tip.bounds import memory; print(memory())"
+    code += "; from retrieval_tip.errors import memory; print(memory())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert int(done.stdout) == 1 << 29
     (tmp_path / "memory.max").write_text(f"{1 << 25}\n")
     (tmp_path / "no limit").write_text("max\n")
-    monkeypatch.setattr(bounds, "_LIMITS", (str(tmp_path / "gone"), str(tmp_path / "no limit")))
+    monkeypatch.setattr(errors, "_LIMITS", (str(tmp_path / "gone"), str(tmp_path / "no limit")))
     assert memory() == whole or memory() > whole
-    monkeypatch.setattr(bounds, "_LIMITS", (str(tmp_path / "memory.max"),))
+    monkeypatch.setattr(errors, "_LIMITS", (str(tmp_path / "memory.max"),))
     assert memory() == 1 << 25
 
 
 def test_shots_beyond_the_memory_are_refused(monkeypatch):
-    monkeypatch.setattr(bounds, "memory", lambda: 1 << 20)
+    monkeypatch.setattr(errors, "memory", lambda: 1 << 20)
     assert len(few_shot(["a", "b"], 1000)) == 2000
     with pytest.raises(UsageError, match=r"^1000000 shots of 2 classes: "):
         few_shot(["a", "b"], 1_000_000)

@@ -12,7 +12,7 @@ from tables import unit_rows, write_table
 
 from retrieval_tip.data import images
 from retrieval_tip.data.reader import Reader
-from retrieval_tip.data.shots import few_shot
+from retrieval_tip.data.source import few_shot
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.index.build import build_index

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tables import read_features, unit
 
 import retrieval_tip
-from retrieval_tip import Index, answering
+from retrieval_tip import Index
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import closed_form
 from retrieval_tip.index.places import at
@@ -155,7 +155,7 @@ def test_real_features_give_the_published_accuracy(shared):
 def test_classify_does_not_depend_on_batches(monkeypatch):
     cache = model()
     whole = cache.classify(QUERIES, top=3, k=16)
-    monkeypatch.setattr(answering, "PREDICTED", 3)  # more queries are classified three at a time
+    monkeypatch.setattr("retrieval_tip.model.PREDICTED", 3)  # more queries are classified three at a time
     assert [p.labels for p in cache.classify(QUERIES, top=3, k=16)] == [p.labels for p in whole]
     single = [cache.classify(QUERIES[i : i + 1], top=3, k=16)[0] for i in range(Q)]
     assert [p.labels for p in single] == [p.labels for p in whole]

@@ -92,7 +92,7 @@ def test_the_exported_table_has_the_columns_of_the_label_store(tmp_path):
 def test_fine_tuned_keys_are_exported_unchanged_and_need_their_norms(tmp_path, caplog):
     cache = cache_of()
     keys = np.asarray(cache.keys) * 3
-    tuned = replace(cache, rows=replace(cache.rows, keys=keys), index=None)
+    tuned = replace(cache, rows=replace(cache.rows, keys=keys))
     built = rebuilt(tuned, tmp_path, norms="keep")
     np.testing.assert_array_equal(built.keys, keys)
     queries = unit_rows(9, 8, 4)

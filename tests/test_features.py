@@ -17,7 +17,7 @@ import torch
 from fake import IDENTITY, Fake, Reads, picture, pictures, source_of, with_identity
 from tables import unit_rows
 
-from retrieval_tip import bounds
+from retrieval_tip import errors
 from retrieval_tip.backbones.base import unit
 from retrieval_tip.data import images
 from retrieval_tip.data.encoding_cache import EncodingCache
@@ -51,7 +51,7 @@ def test_each_image_is_read_and_encoded_once(folder, tmp_path, views):
 def test_too_large_requests_are_refused_before_memory_is_allocated(folder, monkeypatch):
     fake = Fake(identity=replace(IDENTITY, preprocess={"size": (100, 200)}))  # a view has 240 kB
     source = source_of(folder)
-    monkeypatch.setattr(bounds, "memory", lambda: 10_000_000)
+    monkeypatch.setattr(errors, "memory", lambda: 10_000_000)
     reader = Reader(fake, read=lambda _: pytest.fail("an image was read"))
     for views, batch_size, words in (
         (40, None, "40 views of 12 images"),

@@ -432,7 +432,7 @@ def test_training_uses_the_requested_views_of_images(lit_mini, photos, views):
 
 @needs_real
 def test_fine_tuning_does_not_lower_accuracy_on_real_features(shared, tmp_path):
-    from retrieval_tip.data.shots import few_shot
+    from retrieval_tip.data.source import few_shot
 
     train, test = (open_source(shared / f"data/clip-food9/{part}.parquet") for part in ("train", "test"))
     text = Reader().encode(words := open_source(shared / "data/clip-food9/text.parquet")).features

@@ -46,7 +46,8 @@ def test_all_keys_give_the_dense_sum_for_any_shape_and_blocks(folder, case, beta
     values = case.V if valued else None
     expected = case.logits(beta, values)
     with blocks(*sizes):
-        found = keys_of(case).cache_logits(case.queries, beta, None if values is None else torch.from_numpy(values))
+        own = None if values is None else torch.from_numpy(values)
+        found = keys_of(case, values=own).cache_logits(case.queries, beta)
     assert (found.dtype, tuple(found.shape)) == (torch.float32, expected.shape)
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
 
@@ -85,10 +86,10 @@ def test_no_tensor_exceeds_a_block_the_outputs_or_the_keys(form, half):
     precision = "bfloat16" if form == "bfloat16" else "float32"
     values = torch.from_numpy(case.V) if form == "values" else None
     with blocks(16, 24):
-        keys = keys_of(case, precision=precision)
+        keys = keys_of(case, precision=precision, values=values)
         keys.cache_logits(case.queries, 3.0)  # caches the sums, and the keys in half precision
         with Largest() as largest:
-            keys.cache_logits(case.queries, 3.0, values)
+            keys.cache_logits(case.queries, 3.0)
     outputs, all_keys = 96 * 4, 300 * 5  # far fewer than all affinities, 300 * 96
     assert largest.most <= max(outputs, 16 * 24, all_keys)
 
@@ -132,11 +133,13 @@ def test_half_precision_is_accurate_for_any_shape_and_blocks(case, sizes, to):
     np.testing.assert_allclose(found, expected, rtol=beta * 8 * torch.finfo(getattr(torch, to)).eps, atol=1e-6)
 
 
-def test_values_are_always_summed_in_float32():
+def test_values_and_float64_queries_do_not_use_half_precision():
     case = Case(5, [30, 20], q=20, d=8)
     values = torch.from_numpy(case.V)
-    found = keys_of(case, precision="bfloat16").cache_logits(case.queries, 5.5, values)
-    assert torch.equal(found, keys_of(case).cache_logits(case.queries, 5.5, values))
+    found = keys_of(case, precision="bfloat16", values=values).cache_logits(case.queries, 5.5)
+    assert torch.equal(found, keys_of(case, values=values).cache_logits(case.queries, 5.5))
+    doubles = keys_of(case, precision="bfloat16").cache_logits(case.queries.double(), 5.5)
+    np.testing.assert_allclose(doubles, case.logits(5.5), rtol=1e-6)
 
 
 def test_auto_and_int8_use_float32_for_products():

@@ -16,13 +16,12 @@ from stored import made, source
 from tables import unit, write_table
 
 from retrieval_tip import tip
-from retrieval_tip.answering import narrowest
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.index import changes
 from retrieval_tip.index.build import build_index
 from retrieval_tip.index.places import at
-from retrieval_tip.model import Index
+from retrieval_tip.model import Index, narrowest
 from retrieval_tip.server.app import create_app
 from retrieval_tip.server.limits import Limits
 from retrieval_tip.server.served import open_all

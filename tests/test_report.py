@@ -21,7 +21,7 @@ from tables import unit_rows, write_table
 
 from retrieval_tip.cli import main
 from retrieval_tip.data.reader import Reader
-from retrieval_tip.data.shots import few_shot
+from retrieval_tip.data.source import few_shot
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, UsageError, one_line, percent
 from retrieval_tip.fit.closed_form import wilson

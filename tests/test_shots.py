@@ -10,7 +10,7 @@ from conftest import examples, needs_real
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrieval_tip.data.shots import few_shot, few_shot_split
+from retrieval_tip.data.source import few_shot, few_shot_split
 from retrieval_tip.errors import UsageError
 
 DATASETS = {

@@ -79,7 +79,7 @@ def test_the_cheapest_trial_that_agrees_often_enough_is_chosen(material, own, ag
     check_choice(found, agreement)
     assert found.n == QUERIES
     over_all = winners(cache, queries, None)
-    chosen = replace(cache, index=found.index)
+    chosen = replace(cache, rows=replace(cache.rows, index=found.index))
     assert found.index.factory == found.chosen.index
     assert found.index.effort == found.chosen.effort
     same = (winners(chosen, queries, found.chosen.k) == over_all).mean()

@@ -53,7 +53,7 @@ def at_the_means(draw):
 def test_every_class_that_could_win_is_promising(given_, most):
     text, cache, true, alpha, slack = given_
     classes, met = promising(tip.Terms(text, cache), Settings(alpha=alpha), slack, most)
-    lower, exact = tip.blend(text, cache, alpha), tip.blend(text, true, alpha)
+    lower, exact = text + alpha * cache, text + alpha * true
     assert classes.shape == met.shape == (len(text), min(most, text.shape[1]))
     ranked = lower.gather(1, classes)
     assert (ranked[:, 0] == lower.amax(1)).all()
@@ -93,7 +93,7 @@ def test_an_error_only_changes_uncertain_winners(c, alpha, error, seed):
     rng = np.random.default_rng(seed)
     text, cache = torch.from_numpy(rng.normal(size=(20, c))), torch.from_numpy(rng.gamma(1, size=(20, c)))
     other = cache * (1 + error * torch.from_numpy(rng.choice([-1.0, 1.0], (20, c))))
-    changed = tip.blend(text, cache, alpha).argmax(1) != tip.blend(text, other, alpha).argmax(1)
+    changed = (text + alpha * cache).argmax(1) != (text + alpha * other).argmax(1)
     close = uncertain(tip.Terms(text, cache), Settings(alpha=alpha), error)
     assert (close | ~changed).all()
     assert c > 1 or not close.any()
@@ -273,7 +273,7 @@ def test_other_keys_give_the_answers_of_a_new_build(index, change, material):
     else:
         keys = unit(array + 0.05 * np.random.default_rng(3).standard_normal(array.shape))
         rows = replace(cache.rows, keys=keys)
-        cache = replace(cache, rows=rows, index=fresh(replace(cache, rows=rows)).index)
+        cache = replace(cache, rows=replace(rows, index=fresh(replace(cache, rows=rows)).rows.index))
     check_same(cache, fresh(cache), queries[:50])
     text_, exact = exact_parts(cache, queries[:50])
     np.testing.assert_allclose(cache.logits(queries[:50]), text_ + exact, atol=1e-3)
@@ -295,12 +295,13 @@ def test_the_tuned_effort_survives_changes_of_keys(material):
 def test_an_index_of_other_keys_or_another_type_is_refused(tmp_path, material):
     array, ids, text, _ = material
     other = model(np.ascontiguousarray(array[::-1]), ids, C, text)
-    replace(model(array, ids, C, text), index=other.index).save(tmp_path / "means")
+    cache = model(array, ids, C, text)
+    replace(cache, rows=replace(cache.rows, index=other.rows.index)).save(tmp_path / "means")
     with pytest.raises(StoreError, match="the FAISS index does not match"):
         verify(tmp_path / "means")
     cache = model(array, ids, C, text, index="Flat")
     cache.index.factory = "Classes"  # written to the manifest
-    cache.save(tmp_path / "type")
+    replace(cache, rows=replace(cache.rows, index=cache.index)).save(tmp_path / "type")
     with pytest.raises(StoreError, match="does not match the manifest"):
         Index.load(tmp_path / "type", device="cpu")
 

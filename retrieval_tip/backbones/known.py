@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from retrieval_tip.backbones.base import Identity
-from retrieval_tip.doctor import version_of
-from retrieval_tip.errors import RetrievalTipError, first_line, show
+from retrieval_tip.errors import RetrievalTipError, first_line, show, version_of
 from retrieval_tip.files import cache_folder, make_folders, open_regular, read_regular, replacing, sha256_of
 
 log = logging.getLogger(__name__)

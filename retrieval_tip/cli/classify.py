@@ -154,8 +154,9 @@ class RowOptions:
             reader = replace(reader, read=noting)
         for table in chain(self._answers(index, sources, reader, noting), self._others(cut, noting)):
             names = table["input"].to_pylist()
-            noted = noting.columns(names) | {"detected": pa.array(map(detected.get, names), pa.string())}
-            known = dict(zip(table.column_names, table.columns, strict=True)) | noted
+            known = dict(zip(table.column_names, table.columns, strict=True))
+            known |= {"detected": pa.array(map(detected.get, names), pa.string())}
+            known |= noting.columns(names) if self.exif else {}
             yield pa.table([known.get(one.name, pa.nulls(len(names), one.type)) for one in schema], schema=schema)
 
     def _answers(self, index: Index, sources: Sequence[Source], reader: Reader, noting: Noting) -> Iterator[pa.Table]:

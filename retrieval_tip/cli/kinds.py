@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 from click.shell_completion import CompletionItem
 
-from retrieval_tip.bounds import MANY, MOST
 from retrieval_tip.data.remote import is_remote
-from retrieval_tip.errors import InputError
+from retrieval_tip.errors import MANY, MOST, InputError
 from retrieval_tip.files import read_regular
 from retrieval_tip.store.address import KIND, METAVAR, parse
 
@@ -154,7 +153,7 @@ class Count(Number):
 
 
 def count(kind: str = "", least: int = 1) -> Count:
-    """Return a type for whole numbers from ``least`` to the upper bound that :data:`bounds.MOST` gives for ``kind``."""
+    """Return a type for whole numbers from ``least`` to the upper bound that :data:`errors.MOST` gives for ``kind``."""
     return Count(least, MOST.get(kind, MANY))
 
 

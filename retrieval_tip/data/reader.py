@@ -23,12 +23,11 @@ from tqdm import tqdm
 from retrieval_tip.backbones.base import encoders_of, parts_of, same_backbone, unit_of, view_size, without_unused
 from retrieval_tip.backbones.prompts import each_text, prompts_of, text_weights
 from retrieval_tip.backbones.torch_backbone import TorchBackbone
-from retrieval_tip.bounds import check_count, check_memory
 from retrieval_tip.data import images, tables
 from retrieval_tip.data.encoding_cache import EncodingCache
-from retrieval_tip.data.shots import spread
+from retrieval_tip.data.source import spread
 from retrieval_tip.data.sources import Source, read_item
-from retrieval_tip.errors import InputError, Skipped, UsageError, counted, show
+from retrieval_tip.errors import InputError, Skipped, UsageError, check_count, check_memory, counted, show
 from retrieval_tip.settings import Norms, check_choice
 
 if TYPE_CHECKING:

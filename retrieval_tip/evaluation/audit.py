@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
-from retrieval_tip.bounds import check_count
+from retrieval_tip.errors import check_count
 from retrieval_tip.fit.closed_form import FOLDS, unfitted
 from retrieval_tip.fit.folds import Folds, Queries, Visible
 from retrieval_tip.fit.forms import Form

@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from retrieval_tip.bounds import check_count
-from retrieval_tip.errors import UsageError
+from retrieval_tip.errors import UsageError, check_count
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.keys import points_of
 

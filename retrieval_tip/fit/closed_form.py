@@ -312,7 +312,7 @@ def fit(
     choice = FormChoice.of(form, trials, judged_on, folds, start, accuracies, longest)
     provenance = dict.fromkeys(("alpha", "beta", "temperature"), where) | {"fit": choice.provenance()}
     index.set_fitted(fitted_metric, fitted_values, fitted, factory)
-    index.sums = folds.sums
+    index.rows = index.rows.with_sums(folds.sums)
     index.settings, index.provenance = settings, index.provenance | provenance
     index.scores = Scores(rows, settings)
     return choice
@@ -322,7 +322,7 @@ def refit(index: Index, beta: float) -> FormChoice:
     """Set beta and refit all other fitted settings, without changing the form.
 
     If there are too few shots, only beta changes. The values are not solved again, so call
-    :meth:`editing.Editing.solve` next.
+    :meth:`model.Editing.solve` next.
     """
     start, settings, form = time.perf_counter(), replace(index.settings, beta=beta), Form.of(index.fitted, beta)
     folds, judged_on = _folds_of(index, None, _images(index))

@@ -25,10 +25,9 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from retrieval_tip import tip
-from retrieval_tip.bounds import check_memory
 from retrieval_tip.data.reader import Reader, Views, view_names
 from retrieval_tip.data.sources import Source, is_there, open_source
-from retrieval_tip.errors import InputError, show
+from retrieval_tip.errors import InputError, check_memory, show
 from retrieval_tip.files import make_folders
 from retrieval_tip.fit import closed_form, search_hp
 from retrieval_tip.fit.folds import Folds, Queries
@@ -485,7 +484,6 @@ class _Run:
         index = replace(
             self.index,
             rows=ArrayRows(keys, self.index.labels, self.trainer.values),
-            index=None,
             factory=self.index.index_type,
             settings=replace(self.index.settings, temperature=1.0),
             provenance=kept | {"alpha": "finetune", "beta": "finetune", "finetune": record},

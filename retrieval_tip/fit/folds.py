@@ -17,13 +17,11 @@ from torch import Tensor
 
 from retrieval_tip import tip
 from retrieval_tip.backbones.base import Part
-from retrieval_tip.bounds import check_count
-from retrieval_tip.errors import UsageError
+from retrieval_tip.errors import UsageError, check_count
 from retrieval_tip.fit.forms import Form
 from retrieval_tip.fit.scatter import FewScatter, FloatArray, Scatter, known_prior
 from retrieval_tip.model import Index
-from retrieval_tip.retrieval.arrays import Keys, KeysInPlace
-from retrieval_tip.retrieval.inputs import scale_of
+from retrieval_tip.retrieval.inputs import KeysInPlace, StoredKeys, scale_of
 from retrieval_tip.retrieval.keys import KEY_BLOCK, QUERY_BLOCK
 from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.retrieval.ridge import class_weights
@@ -225,7 +223,7 @@ class Folds:
     encoders, ``parts`` are their parts of a feature, and ``shares`` say how much each counts.
     """
 
-    keys: Keys
+    keys: StoredKeys
     ids: Tensor
     c: int
     text: Tensor | None
@@ -300,7 +298,7 @@ class Folds:
         held = [*self.held, *(replace(one, of="classes") for one in whole)]
         return replace(self, held=held, _terms={})
 
-    def among(self, keys: Keys, ids: Tensor, images: IntArray, rows: IntArray) -> Folds:
+    def among(self, keys: StoredKeys, ids: Tensor, images: IntArray, rows: IntArray) -> Folds:
         """Hold out the same photos of an index with more keys, in which the present keys have these ``rows``.
 
         Copies of a held-out photo among the other keys are held out as well.
@@ -571,7 +569,7 @@ class Queries:
         for part in slices(len(self.ids), max(1, min(QUERY_BLOCK, VALUES // most))):
             features = torch.from_numpy(np.asarray(self.features[part], dtype=np.float32)).to(index.device)
             retrieval = index.retrieval
-            points, counts = retrieval.points(features), retrieval.keys.counts.expand(len(features), -1)
+            points, counts = retrieval.keys.points(features), retrieval.keys.counts.expand(len(features), -1)
             if k is None:
                 rows = torch.arange(index.n, device=index.device)
                 affinity = torch.cat([tip.affinity(keys, points) for keys, *_ in retrieval.keys.blocks()]).T
@@ -619,7 +617,7 @@ class Visible:
         for these terms suit the whole index. The discriminant has the offsets of all keys.
         """
         retrieval, ids, c = self.index.retrieval, self.ids, len(self.index.class_names)
-        settings, values, own = retrieval.settings, retrieval.values, retrieval.keys.discriminant
+        settings, values, own = retrieval.settings, retrieval.keys.values, retrieval.keys.discriminant
         text = tip.text_logits(self.features, retrieval.text_weights, settings.logit_scale)
         factor = torch.where(self.counts > 0, retrieval.keys.counts / self.counts.clamp_min(1), 0)
         discriminant = None
@@ -644,7 +642,9 @@ def ranks_within(ids: IntArray, draw: np.random.Generator) -> IntArray:
     return ranks
 
 
-def _held(keys: Keys, ids: IntArray, folds: IntArray, first: IntArray, groups: IntArray, most: int) -> Iterator[Held]:
+def _held(
+    keys: StoredKeys, ids: IntArray, folds: IntArray, first: IntArray, groups: IntArray, most: int
+) -> Iterator[Held]:
     """Yield about ``most`` held-out queries, one fold at a time. The index excludes all ``groups`` of a fold."""
     begun = False
     for fold in range(folds.max(initial=-1) + 1):
@@ -682,10 +682,10 @@ def without_parts(index: Index, rows: IntArray, kept: IntArray | None = None) ->
         if fitted is not None:
             metric, values = folds.fitted(Form.of(fitted, index.settings.beta), torch.from_numpy(others), fold)
         left = ArrayRows(np.asarray(index.keys[others]), index.labels.take(pa.array(others)), values)
-        yield part, replace(index, rows=left, metric=metric, index=None, factory=factory)
+        yield part, replace(index, rows=left, metric=metric, factory=factory)
 
 
-def _blocks(keys: Keys, rows: IntArray) -> Iterator[tuple[npt.NDArray[Any], IntArray]]:
+def _blocks(keys: StoredKeys, rows: IntArray) -> Iterator[tuple[npt.NDArray[Any], IntArray]]:
     """Yield some of the keys and their rows in blocks, in order unless the keys are read in place."""
     if isinstance(keys, KeysInPlace):
         return keys.blocks(rows)
@@ -693,6 +693,6 @@ def _blocks(keys: Keys, rows: IntArray) -> Iterator[tuple[npt.NDArray[Any], IntA
     return ((np.asarray(keys[part]), part) for part in parts)
 
 
-def taken_keys(keys: Keys, rows: Tensor) -> Tensor:
+def taken_keys(keys: StoredKeys, rows: Tensor) -> Tensor:
     """Return some of the keys as float32."""
     return torch.from_numpy(np.asarray(keys[rows.numpy()], dtype=np.float32))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from retrieval_tip.data.reader import Reader
-from retrieval_tip.data.shots import VAL_SHOTS, few_shot, few_shot_split
+from retrieval_tip.data.source import VAL_SHOTS, few_shot, few_shot_split
 from retrieval_tip.data.sources import Source, open_source
 from retrieval_tip.errors import InputError
 from retrieval_tip.files import replacing

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import torch
 
-from retrieval_tip.data.shots import spread
+from retrieval_tip.data.source import spread
 from retrieval_tip.fit.folds import Folds, taken_keys
 from retrieval_tip.fit.forms import Form
 

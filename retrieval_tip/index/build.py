@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import os
-import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,19 +17,26 @@ import torch
 
 from retrieval_tip.backbones.base import Identity, Part, parts_of, resolve_device, same_backbone
 from retrieval_tip.backbones.prompts import DEFAULT_TEMPLATES, check_templates
-from retrieval_tip.bounds import check_memory
 from retrieval_tip.data.reader import FeatureBlock, Reader
-from retrieval_tip.data.sources import Source, open_source, spelled_alike
+from retrieval_tip.data.sources import Source, open_source
 from retrieval_tip.data.tables import parts_in, read_groups
-from retrieval_tip.errors import SHOWN, UsageError, counted, few
+from retrieval_tip.errors import SHOWN, UsageError, check_memory, counted, few
 from retrieval_tip.evaluation.audit import ALL_PAIRS, suspicious
 from retrieval_tip.fit.closed_form import Fit
 from retrieval_tip.fit.scatter import FloatArray, pooled
 from retrieval_tip.index import places
-from retrieval_tip.index.items import Material, Plan, Words, draw_shots, identity_of, ids_in, read_text_table
+from retrieval_tip.index.items import (
+    Material,
+    Plan,
+    Words,
+    draw_shots,
+    identity_of,
+    ids_in,
+    read_text_table,
+    warn_of_spelling,
+)
 from retrieval_tip.index.places import Place
 from retrieval_tip.model import Index
-from retrieval_tip.retrieval.keys import index_over
 from retrieval_tip.retrieval.rows import ArrayRows
 from retrieval_tip.retrieval.vector_index import BY_CLASS
 from retrieval_tip.settings import BuildOptions
@@ -119,9 +124,8 @@ def _without_suspicious(material: Material) -> Material:
     order = np.argsort(ids[positions], kind="stable")  # as in a folder
     keys, own = features[order].astype(material.plan.dtype), positions[order]
     labels = material.labels(own, [digests[row] for row in order])
-    index = index_over(keys, ids[own], c, BY_CLASS, device="cpu")
     text = torch.zeros(c, keys.shape[1])
-    shots = suspicious(Index(ArrayRows(keys, labels), list(material.words.class_names), text, index))
+    shots = suspicious(Index(ArrayRows(keys, labels), list(material.words.class_names), text, factory=BY_CLASS))
     left = np.flatnonzero(~np.isin(positions, shots["key_id"].to_numpy()))
     block = FeatureBlock(positions[left], features[left], [digests[row] for row in left])
     sources = shots["source"].slice(0, LISTED).to_pylist()
@@ -166,18 +170,6 @@ def _text(source: Source, reader: Reader, plan: Plan) -> Words:
     if backbone is None:
         log.warning("no text weights (neither --text nor --model is given): answers depend on the shots only")
     return Words(source.class_names, None, [], None)
-
-
-def warn_of_spelling(place: Place, class_names: Sequence[str], new: Sequence[str]) -> dict[str, str]:
-    """Warn about ``new`` classes whose name is almost the name of an earlier class, and return these pairs."""
-    pairs = spelled_alike(class_names)
-    alike = {name: pairs[name] for name in new if name in pairs}
-    for name, known in itertools.islice(alike.items(), SHOWN):
-        rename = shlex.join(["retrieval-tip", "index", "rename", str(place), name, known])
-        log.warning("%r is a new class, spelled almost like %r; to merge them: %s", name, known, rename)
-    if len(alike) > SHOWN:
-        log.warning("%d more new classes are spelled almost like others", len(alike) - SHOWN)
-    return alike
 
 
 def prior_of(indexes: Place | Sequence[Place], backbone: Identity | None) -> FloatArray | None:

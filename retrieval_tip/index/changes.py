@@ -21,15 +21,22 @@ import pyarrow as pa
 
 from retrieval_tip.backbones.base import Backbone, same_backbone
 from retrieval_tip.backbones.prompts import check_templates, text_weights
-from retrieval_tip.bounds import check_count
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source, spelled_alike
 from retrieval_tip.data.tables import check_backbone, read_columns, read_groups, reading, texts
-from retrieval_tip.errors import InputError, StoreError, UsageError, counted, few, show
+from retrieval_tip.errors import InputError, StoreError, UsageError, check_count, counted, few, show
 from retrieval_tip.fit.closed_form import Fit, FormChoice
 from retrieval_tip.index import places
-from retrieval_tip.index.build import prior_of, warn_of_spelling
-from retrieval_tip.index.items import ItemColumns, draw_shots, ids_in, precision_of, provenance_of, read_text_table
+from retrieval_tip.index.build import prior_of
+from retrieval_tip.index.items import (
+    ItemColumns,
+    draw_shots,
+    ids_in,
+    precision_of,
+    provenance_of,
+    read_text_table,
+    warn_of_spelling,
+)
 from retrieval_tip.index.photos import remove_unused
 from retrieval_tip.index.places import Change, Place
 from retrieval_tip.model import Index
@@ -156,7 +163,9 @@ def add(
         if len(rows):
             views = reader.views if source.table is None else 1
             key_ids = index.add(block.features[rows], labels[rows].tolist(), views=views, **vars(columns.take(rows)))
-            found = index.rows.duplicates_of(key_ids, index.retrieval)  # if anything fails up to here, nothing changes
+            found = index.rows.duplicates_of(
+                key_ids, index.retrieval.keys
+            )  # if anything fails up to here, nothing changes
             _note_precision(index, precision_of(source, reader))
         words = in_words(((None, label) for label in labels[rows]), index.backbone)
         change.what = words or (counted(len(classes), "new class") if classes else "")
@@ -287,7 +296,7 @@ def merge(folder: Place, other: Place) -> Added:
         classes = _add_classes(index, theirs.class_names, weights)
         labels, views = theirs.labels["label"].to_pylist(), theirs.labels["views"].to_numpy()
         key_ids = index.add(np.asarray(theirs.keys), labels, views=views, **vars(columns))
-        found = index.rows.duplicates_of(key_ids, index.retrieval)  # if anything fails up to here, nothing changes
+        found = index.rows.duplicates_of(key_ids, index.retrieval.keys)  # if anything fails up to here, nothing changes
         words = in_words(((None, label) for label in labels), index.backbone)
         change.what = f"merged {show(str(source))}: {words}"
         fitted = _keep_fitted(change)
@@ -322,7 +331,7 @@ def remove(folder: Place, *, where: str | None = None, key_ids: Sequence[int] | 
     Classes are kept even if they become empty. The data of the keys is deleted from the folder together with the last
     version that contains them (see :meth:`Versions.collect`). Other stores only mark rows as removed, so call
     :func:`rebuild` first if the data must be deleted there. Raises UsageError unless exactly one valid argument is
-    given. Raises InputError if no key matches or if a key cannot be removed (see :meth:`editing.Editing.remove`).
+    given. Raises InputError if no key matches or if a key cannot be removed (see :meth:`model.Editing.remove`).
     """
     with places.at(folder).change() as change:
         chosen = _chosen(change.index, where, key_ids)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,20 +19,20 @@ import pyarrow as pa
 from retrieval_tip.backbones.base import Backbone, Identity, Part, same_backbone, text_side_by_side
 from retrieval_tip.backbones.prompts import mean_by_class
 from retrieval_tip.data.reader import FeatureBlock, Reader
-from retrieval_tip.data.shots import few_shot
-from retrieval_tip.data.sources import Source, open_source
+from retrieval_tip.data.source import few_shot
+from retrieval_tip.data.sources import Source, open_source, spelled_alike
 from retrieval_tip.data.tables import has_part, read_rows, table_dim, table_identity
-from retrieval_tip.errors import InputError, UsageError, counted, few
+from retrieval_tip.errors import SHOWN, InputError, UsageError, counted, few
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.closed_form import Fit
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval import inputs
-from retrieval_tip.retrieval.arrays import KeyArray
 from retrieval_tip.retrieval.defaults import Statistics, plain_settings
 from retrieval_tip.retrieval.duplicates import Duplicates, describe_duplicates, duplicates
-from retrieval_tip.retrieval.keys import KEY_BLOCK, auto_for, index_over
+from retrieval_tip.retrieval.inputs import KeyArray
+from retrieval_tip.retrieval.keys import KEY_BLOCK, auto_for
 from retrieval_tip.retrieval.rows import ArrayRows, Rows
-from retrieval_tip.retrieval.vector_index import BY_CLASS, VectorIndex
+from retrieval_tip.retrieval.vector_index import BY_CLASS
 from retrieval_tip.settings import (
     Built,
     ClassPrior,
@@ -169,23 +170,6 @@ class Material:
         alpha, beta = plain_settings(plan.alpha, plan.beta, plan.units, statistics)
         return own.override(alpha=alpha, beta=beta, k=k if plan.k is None else None)
 
-    @property
-    def built(self) -> Built:
-        """The build parameters that are stored in the manifest."""
-        shots = self.plan.shots
-        drawn = shots is not None or self.reader.views > 1
-        return Built(self.source.name, shots, self.reader.seed if drawn else 1, self.reader.views)
-
-    @property
-    def views(self) -> int:
-        """Number of views that are averaged into each key."""
-        return self.reader.views if self.source.table is None else 1
-
-    @property
-    def backbone(self) -> Identity | None:
-        """The backbone that computed the features."""
-        return identity_of(self.source, self.reader)
-
     def blocks(self) -> Iterator[FeatureBlock]:
         """Yield the items in blocks of features. Raises InputError if a feature overflows the dtype."""
         for block in self.reader.blocks(self.source) if self.left is None else (self.left,):
@@ -204,7 +188,8 @@ class Material:
     def labels(self, rows: npt.NDArray[np.int64], digests: Sequence[str | None]) -> pa.Table:
         """Return the label store of the items at ``rows``, in that order."""
         columns = ItemColumns.of(self.source.items.take(pa.array(rows)), digests)
-        return label_table(self.words.class_names, self.ids[rows], key_ids=rows, views=self.views, **vars(columns))
+        views = self.reader.views if self.source.table is None else 1
+        return label_table(self.words.class_names, self.ids[rows], key_ids=rows, views=views, **vars(columns))
 
     def described(self, statistics: Statistics | None) -> dict[str, object]:
         """Return the provenance. Call this only after all items have been read."""
@@ -223,9 +208,7 @@ class Material:
             "skipped": [str(skipped) for skipped in self.reader.skipped],
         } | ({} if self.dropped is None else {"dropped": self.dropped})
 
-    def index(
-        self, rows: Rows, statistics: Statistics | None, k: int | None, vectors: VectorIndex | None = None
-    ) -> Index:
+    def index(self, rows: Rows, statistics: Statistics | None, k: int | None) -> Index:
         """Return the index of all items, before it is fitted, and warn about classes without keys.
 
         ``k`` is used as k if no k was given. Raises InputError if the text weights do not match the keys.
@@ -235,10 +218,13 @@ class Material:
             raise InputError(
                 f"{self.source.name}: features have {rows.d} values, text weights {weights.shape[1]}; use one backbone"
             )
+        reader, shots = self.reader, self.plan.shots
+        drawn = shots is not None or reader.views > 1
+        built = Built(self.source.name, shots, reader.seed if drawn else 1, reader.views)
         index = Index(
-            rows, list(names), inputs.text_weights(weights, len(names), rows.d), vectors,
-            settings=self.settings(statistics, k), templates=templates, backbone=self.backbone,
-            provenance=self.described(statistics), built=self.built, parts=self.reader.parts, groups=self.groups,
+            rows, list(names), inputs.text_weights(weights, len(names), rows.d),
+            settings=self.settings(statistics, k), templates=templates, backbone=identity_of(self.source, reader),
+            provenance=self.described(statistics), built=built, parts=self.reader.parts, groups=self.groups,
         )  # fmt: skip
         if bare := index.bare:
             log.warning("%s no key: %s", counted(len(bare), "class", "has", "have"), few(bare))
@@ -246,7 +232,7 @@ class Material:
 
 
 def draw_shots(ids: npt.NDArray[np.int64], class_names: Sequence[str], shots: int, seed: int) -> npt.NDArray[np.int64]:
-    """Draw shots for each class with :func:`shots.few_shot`, and return their positions in source order."""
+    """Draw shots for each class with :func:`source.few_shot`, and return their positions in source order."""
     rare = [class_names[i] for i, times in Counter(ids.tolist()).items() if times < shots]
     if rare:
         have = counted(len(rare), "class", "has", "have")
@@ -328,6 +314,18 @@ def warn_of(duplicates: Duplicates) -> None:
     warn(f"in two classes: {line}" for line in describe_duplicates(duplicates))
 
 
+def warn_of_spelling(place: str | os.PathLike[str], class_names: Sequence[str], new: Sequence[str]) -> dict[str, str]:
+    """Warn about ``new`` classes whose name is almost the name of an earlier class, and return these pairs."""
+    pairs = spelled_alike(class_names)
+    alike = {name: pairs[name] for name in new if name in pairs}
+    for name, known in itertools.islice(alike.items(), SHOWN):
+        rename = shlex.join(["retrieval-tip", "index", "rename", str(place), name, known])
+        log.warning("%r is a new class, spelled almost like %r; to merge them: %s", name, known, rename)
+    if len(alike) > SHOWN:
+        log.warning("%d more new classes are spelled almost like others", len(alike) - SHOWN)
+    return alike
+
+
 def warn(lines: Iterable[str]) -> None:
     """Log each line as a warning."""
     for line in lines:
@@ -341,11 +339,10 @@ def create(folder: Versions, made: Material) -> Index:
     with folder.write() as writer:
         keys, kept, digests = _write_keys(writer, made, order)
         order = order[kept]
-        ids, c = made.ids[order], len(made.words.class_names)
+        c = len(made.words.class_names)
         factory, k = (asked, None) if asked != "auto" else auto_for(keys.shape, made.plan.dtype, c, made.device)
-        vectors = index_over(keys, ids, c, factory if made.fit is None else BY_CLASS, device="cpu")
-        rows = ArrayRows(keys, made.labels(order, digests))
-        index = made.index(rows, rows.statistics(), k, vectors)
+        rows = ArrayRows(keys, made.labels(order, digests)).indexed(c, factory if made.fit is None else BY_CLASS)
+        index = made.index(rows, rows.statistics(), k)
         warn_of(duplicates(keys, rows.labels))
         if made.fit is not None:
             fitted = closed_form.fit(index, made.fit, factory=factory)

@@ -25,7 +25,7 @@ from retrieval_tip.backbones.base import Preprocess, encoders_of, unit_of, view_
 from retrieval_tip.backbones.joined import Joined
 from retrieval_tip.backbones.tower import FEATURES, OPSET, PIXELS, runtime, shorter_side, stored_onnx, to_onnx
 from retrieval_tip.data.reader import pixels_of
-from retrieval_tip.data.shots import spread
+from retrieval_tip.data.source import spread
 from retrieval_tip.data.sources import read_item
 from retrieval_tip.errors import InputError, UsageError, first_line, install, show
 from retrieval_tip.files import replacing

@@ -66,7 +66,8 @@ class Tuning:
         If you give a ``folder``, a new version is written there with :meth:`Index.save`.
         """
         where = f"tuned on {self.source}, n={self.n}, agreement {self.chosen.agreement:.4g}"
-        index.index, index.settings = self.index, index.settings.override(k=self.chosen.k or "all", tail=True)
+        index.set_rows(replace(index.rows.in_memory(), index=None if self.index.exact_search else self.index))
+        index.settings = index.settings.override(k=self.chosen.k or "all", tail=True)
         index.provenance = index.provenance | {"index": where, "k": where}
         if folder is not None:
             index.save(folder, "tune")
@@ -102,7 +103,7 @@ def tune(
     trials, rows = {Trial(search.factory, search.effort, None, 1.0, cost): search}, index.rows.in_memory()
     for factory in factories or _usual(index):
         search = index_over(rows.vectors, rows.class_ids, len(index.class_names), factory, index.device)
-        other = replace(index, index=search)
+        other = replace(index, rows=replace(rows, index=search))
         for effort, k in _settings(other, search):
             search.effort = effort
             own_winners, taken = _timed(other, f, k)

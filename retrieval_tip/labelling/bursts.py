@@ -13,10 +13,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from retrieval_tip.bounds import check_memory
 from retrieval_tip.data.exif import UNKNOWN, Noting
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
+from retrieval_tip.errors import check_memory
 from retrieval_tip.labelling.photos import Pool
 from retrieval_tip.model import Index
 from retrieval_tip.predictions import Predictions

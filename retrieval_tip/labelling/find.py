@@ -14,11 +14,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from retrieval_tip.backbones.prompts import DEFAULT_TEMPLATES
-from retrieval_tip.bounds import check_count
 from retrieval_tip.data import images
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source, of_images
-from retrieval_tip.errors import InputError, show
+from retrieval_tip.errors import InputError, check_count, show
 from retrieval_tip.labelling.photos import MOST_PHOTOS, Pool, text_of
 from retrieval_tip.labelling.suggest import points_of
 from retrieval_tip.model import Index

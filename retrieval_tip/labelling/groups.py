@@ -15,8 +15,7 @@ import pyarrow as pa
 import torch
 
 from retrieval_tip import tip
-from retrieval_tip.bounds import check_memory
-from retrieval_tip.errors import UsageError
+from retrieval_tip.errors import UsageError, check_memory
 from retrieval_tip.labelling.photos import MOST_KEYS, Pool
 from retrieval_tip.labelling.suggest import points_of
 from retrieval_tip.model import Index
@@ -138,6 +137,6 @@ def check_fitted(index: Index, name: str = "group_no_match") -> None:
 
 
 def classify_in_groups(index: Index, pool: Pool, ask: Ask) -> Predictions:
-    """Classify photos as :meth:`answering.Answering.classify` does, and group the photos without a match."""
+    """Classify photos as :meth:`model.Answering.classify` does, and group the photos without a match."""
     answers = index.classify(pool.features, "keep", **vars(ask))
     return group_no_match(index, pool.features, answers.named(pa.array(pool.names, pa.string())))

@@ -15,10 +15,9 @@ import torch
 from retrieval_tip import tip
 from retrieval_tip.backbones.base import Identity, same_backbone
 from retrieval_tip.backbones.prompts import DEFAULT_TEMPLATES
-from retrieval_tip.bounds import check_count, check_memory
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
-from retrieval_tip.errors import InputError, UsageError, counted, few, show
+from retrieval_tip.errors import InputError, UsageError, check_count, check_memory, counted, few, show
 from retrieval_tip.index.items import identity_of, read_text_table
 from retrieval_tip.labelling.smoothing import smooth
 from retrieval_tip.labelling.suggest import TRUST, suggest, uncertainty_of

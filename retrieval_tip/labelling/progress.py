@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from retrieval_tip import tip
-from retrieval_tip.bounds import check_count
-from retrieval_tip.data.shots import spread
+from retrieval_tip.data.source import spread
+from retrieval_tip.errors import check_count
 from retrieval_tip.evaluation.held_out import held_out_probabilities, photo_rows, probabilities_of
 from retrieval_tip.fit.folds import without_parts
 from retrieval_tip.model import Index

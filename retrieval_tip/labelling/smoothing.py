@@ -25,10 +25,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from retrieval_tip.bounds import check_memory
 from retrieval_tip.data.reader import FeatureBlock, FloatArray
-from retrieval_tip.data.shots import spread
-from retrieval_tip.errors import counted
+from retrieval_tip.data.source import spread
+from retrieval_tip.errors import check_memory, counted
 from retrieval_tip.evaluation.held_out import SAME, HeldOut, photo_rows, probabilities_of
 from retrieval_tip.fit.folds import without_parts
 from retrieval_tip.labelling.suggest import BLOCK, points_of

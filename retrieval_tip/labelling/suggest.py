@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from retrieval_tip import tip
-from retrieval_tip.bounds import check_count, check_memory
+from retrieval_tip.errors import check_count, check_memory
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.retrieval.logits import slices

@@ -33,7 +33,7 @@ from retrieval_tip.store.labels import LABEL_SCHEMA
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
-KeyArray = npt.NDArray[np.floating]  # as in :mod:`retrieval.arrays`, which imports torch
+KeyArray = npt.NDArray[np.floating]  # as in :mod:`retrieval.inputs`, which imports torch
 
 TABLE = "keys"
 VECTOR, POINT, VERSION, ROW = "vector", "_point", "version", "_rowid"

@@ -325,7 +325,7 @@ class LanceStore(Store):
     def commit(self, writer: TableWriter, index: Index, rows: TableRows, what: str) -> int:
         """Make ``index``, whose table has the given ``rows``, the current version, and return its number.
 
-        ``what`` is a short description for the history. Raises the errors of :meth:`editing.Editing.check_answers` and
+        ``what`` is a short description for the history. Raises the errors of :meth:`model.Editing.check_answers` and
         :meth:`Writer.commit`.
         """
         from retrieval_tip.model import SUMS_FROM

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
-from retrieval_tip.data.shots import spread
+from retrieval_tip.data.source import spread
 from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.lance.key_table import (
     CLASSES,
@@ -39,13 +39,12 @@ from retrieval_tip.lance.key_table import (
     literal,
     rows_of,
 )
-from retrieval_tip.retrieval.arrays import KeysInPlace
 from retrieval_tip.retrieval.duplicates import Duplicates, duplicates
 from retrieval_tip.retrieval.evidence import Nearest
+from retrieval_tip.retrieval.inputs import KeysInPlace
 from retrieval_tip.retrieval.keys import SPREAD_CLASSES, SPREAD_KEYS, SPREAD_QUERIES, KeyStream, points_of
-from retrieval_tip.retrieval.logits import Retrieval
 from retrieval_tip.retrieval.rows import FRESH_PAIRS, ArrayRows, Rows
-from retrieval_tip.retrieval.vector_index import Product, VectorIndex, auto_factory, inner_factory
+from retrieval_tip.retrieval.vector_index import Product, auto_factory, inner_factory
 from retrieval_tip.settings import Dtype, Precision
 from retrieval_tip.store.address import Address
 from retrieval_tip.store.labels import LABEL_SCHEMA, shots_after, shots_of, with_column
@@ -105,10 +104,11 @@ class LanceKeys(KeyStream):
     """
 
     def __init__(
-        self, table: KeyTable, counts: IntArray, sums: npt.NDArray[np.float64], kind: str, device: str
-    ) -> None:
+        self, table: KeyTable, counts: IntArray, sums: npt.NDArray[np.float64], kind: str, device: str,
+        metric: tip.Metric | None,
+    ) -> None:  # fmt: skip
         total = torch.from_numpy(counts.astype(np.float32)).to(device)
-        super().__init__((int(counts.sum()), sums.shape[1]), total, device)
+        super().__init__((int(counts.sum()), sums.shape[1]), total, device, metric)
         self.table, self._column, self._sums, self._counts = table, table.vector_column, sums, counts
         self.index_type = kind
         self.by_class, self.exact_search = kind == CLASSES, kind == FLAT
@@ -350,9 +350,9 @@ class TableRows(Rows):
     def with_sums(self, sums: Sums | None) -> TableRows:
         return replace(self, second=None if sums is None else sums.second)
 
-    def stream(self, n_classes: int, device: str, precision: Precision, index: VectorIndex | None) -> LanceKeys:
+    def stream(self, n_classes: int, device: str, precision: Precision, metric: tip.Metric | None) -> LanceKeys:
         sums = self.totals if self.points is None else self.points
-        return LanceKeys(self.table, self.counts, sums, self.kind, device)
+        return LanceKeys(self.table, self.counts, sums, self.kind, device, metric)
 
     def columns(self, *names: str) -> pa.Table:
         return self.table.read(names).take(pa.array(self._order[0]))
@@ -423,10 +423,10 @@ class TableRows(Rows):
             start += len(keys)
         return ArrayRows(writer.seal_array("keys", array), self.labels.drop_columns([VERSION]))
 
-    def duplicates_of(self, key_ids: Sequence[int], retrieval: Retrieval) -> Duplicates:
+    def duplicates_of(self, key_ids: Sequence[int], keys: KeyStream) -> Duplicates:
         """Only neighbours of the keys and keys with the same digests are read."""
         asked = self.of(key_ids[:MOST_ASKED])
-        near = retrieval.keys.nearest(retrieval.points(torch.from_numpy(asked.keys.astype(np.float32))), NEIGHBOURS)
+        near = keys.nearest(keys.points(torch.from_numpy(asked.keys.astype(np.float32))), NEIGHBOURS)
         rows = np.unique(near.rows[near.rows >= 0].numpy())
         digests = self.where("key_id", key_ids)["digest"].drop_null().unique().to_pylist()
         same = self.table.read(["key_id"], "digest", digests)["key_id"].to_numpy()

@@ -19,11 +19,10 @@ import numpy as np
 from tqdm import tqdm
 
 from retrieval_tip import doctor
-from retrieval_tip.bounds import check_count
 from retrieval_tip.data.reader import FeatureBlock, Reader
-from retrieval_tip.data.shots import few_shot
+from retrieval_tip.data.source import few_shot
 from retrieval_tip.data.sources import Source
-from retrieval_tip.errors import InputError, UsageError, counted, few, one_line, percent, show
+from retrieval_tip.errors import InputError, UsageError, check_count, counted, few, one_line, percent, show
 from retrieval_tip.evaluation.evaluate import Evaluation, answered, judge, some_known
 from retrieval_tip.evaluation.held_out import without_themselves
 from retrieval_tip.files import replacing

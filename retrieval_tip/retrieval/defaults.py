@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrieval_tip.errors import UsageError
-from retrieval_tip.retrieval.arrays import Keys
+from retrieval_tip.retrieval.inputs import StoredKeys
 from retrieval_tip.settings import Normalize, check_choice
 
 UNTOUCHED = {"both": (0.7, 1.0), "shots": (20.0, 5.5), "affinity": (0.035, 1.0), "none": (1.0, 5.5)}
@@ -39,7 +39,7 @@ class Statistics:
     shots: float
 
 
-def measure(keys: Keys, class_ids: npt.NDArray[np.int64]) -> Statistics | None:
+def measure(keys: StoredKeys, class_ids: npt.NDArray[np.int64]) -> Statistics | None:
     """Measure the affinities between keys of different classes.
 
     Returns ``None`` if there is only one class, or if all affinities are equal.
@@ -55,7 +55,7 @@ def measure(keys: Keys, class_ids: npt.NDArray[np.int64]) -> Statistics | None:
     return Statistics(float(other.mean(dtype=np.float64)), float(other.std(dtype=np.float64)), shots)
 
 
-def untouched_settings(keys: Keys, class_ids: npt.NDArray[np.int64]) -> tuple[float, float]:
+def untouched_settings(keys: StoredKeys, class_ids: npt.NDArray[np.int64]) -> tuple[float, float]:
     """Return the default alpha and beta for the given keys and their class ids."""
     return plain_settings(None, None, "both", measure(keys, class_ids))
 

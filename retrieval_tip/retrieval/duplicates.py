@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from retrieval_tip.errors import InputError, one_line
-from retrieval_tip.retrieval.arrays import FloatArray, IntArray, KeyArray, Keys, KeysInPlace
+from retrieval_tip.retrieval.inputs import FloatArray, IntArray, KeyArray, KeysInPlace, StoredKeys
 from retrieval_tip.retrieval.keys import KEY_BLOCK, QUERY_BLOCK, own_affinity
 from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.store.labels import digest_codes
@@ -48,7 +48,7 @@ TINY = 1e-12
 KINDS = ("identical image", "identical feature", "near-identical")
 
 Bools = npt.NDArray[np.bool_]
-Search = Callable[[Tensor, int], tuple[Tensor, Tensor | IntArray]]
+Search = Callable[[Tensor, int], Sequence[Tensor | IntArray]]
 Remain = Callable[[IntArray, IntArray], Bools]
 Near = tuple[IntArray, IntArray, FloatArray]
 """Pairs of keys as two arrays of row numbers, and an array of their cosines."""
@@ -90,7 +90,7 @@ class Duplicates:
 
 
 def duplicates(
-    keys: Keys,
+    keys: StoredKeys,
     labels: pa.Table,
     fresh: Sequence[int] | IntArray | None = None,
     *,
@@ -199,12 +199,12 @@ def _codes_of_equal(keys: KeyArray) -> IntArray:
     return exact
 
 
-def _unit(keys: Keys, rows: IntArray) -> Tensor:
+def _unit(keys: StoredKeys, rows: IntArray) -> Tensor:
     """Return the keys at ``rows`` as float32, scaled to norm 1."""
     return normalize(torch.from_numpy(np.asarray(keys[rows], dtype=np.float32)), dim=-1)
 
 
-def _near(keys: Keys, asked: IntArray, new: Bools, least: float, remain: Remain) -> Iterator[Near]:
+def _near(keys: StoredKeys, asked: IntArray, new: Bools, least: float, remain: Remain) -> Iterator[Near]:
     """Compare ``asked`` rows with all rows, and yield blocks of pairs whose cosine is at least ``least``."""
     fresh, n = _unit(keys, asked).T, int(keys.shape[0])
     number = np.where(new, np.cumsum(new) - 1, len(asked))  # the place of each row in ``asked``
@@ -218,7 +218,7 @@ def _near(keys: Keys, asked: IntArray, new: Bools, least: float, remain: Remain)
         yield asked[x[kept]], y[kept], near[kept]
 
 
-def _nearest(keys: Keys, asked: IntArray, search: Search, least: float, remain: Remain) -> Near:
+def _nearest(keys: StoredKeys, asked: IntArray, search: Search, least: float, remain: Remain) -> Near:
     """Compare ``asked`` rows with their nearest keys, and return pairs whose cosine is at least ``least``."""
     pairs, cosines = [np.empty((0, 2), dtype=np.int64)], [np.empty(0, dtype=np.float32)]
     for part in slices(len(asked), QUERY_BLOCK):
@@ -246,7 +246,7 @@ def _closest(blocks: Iterable[Near], most: int) -> tuple[IntArray, IntArray, int
     return a, b, total
 
 
-def _describe(keys: Keys, labels: pa.Table, a: IntArray, b: IntArray, kinds: IntArray) -> list[Duplicate]:
+def _describe(keys: StoredKeys, labels: pa.Table, a: IntArray, b: IntArray, kinds: IntArray) -> list[Duplicate]:
     cosine = torch.einsum("nd,nd->n", _unit(keys, a).double(), _unit(keys, b).double()).numpy()
     kinds = np.where((kinds == 2) & (np.asarray(keys[a]) == np.asarray(keys[b])).all(axis=1), 1, kinds)
     key_ids = labels["key_id"].to_numpy()

@@ -1,8 +1,9 @@
-"""Validate arguments and convert them to arrays."""
+"""The types of arrays of keys, and the validation of arguments that become arrays."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -13,14 +14,38 @@ from torch import Tensor
 from retrieval_tip.backbones.base import Part, side_by_side
 from retrieval_tip.data.tables import NORM_TOLERANCE
 from retrieval_tip.errors import InputError, few
-from retrieval_tip.retrieval.arrays import KeyArray
 
 LONGEST_NAME = 1024
 """Maximum length of a new class name in characters."""
 
+FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int64]
+KeyArray = npt.NDArray[np.floating]
+"""A float32 or float16 array of keys, of shape ``[n, d]``."""
 Labels = Sequence[str] | Sequence[int] | npt.NDArray[np.integer]
 Features = npt.NDArray[np.floating] | Tensor
 Join = Callable[[Sequence[npt.NDArray[np.float32]]], npt.NDArray[np.float32]]
+
+
+class KeysInPlace(ABC):
+    """Keys that do not fit in memory. You can read a few keys by row, or many keys in storage order."""
+
+    shape: tuple[int, int]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @abstractmethod
+    def __getitem__(self, rows: IntArray) -> KeyArray:
+        """Return the keys at a few rows, in their stored dtype."""
+
+    @abstractmethod
+    def blocks(self, rows: IntArray) -> Iterator[tuple[KeyArray, IntArray]]:
+        """Yield the keys at ``rows`` in blocks, and the row numbers of each block."""
+
+
+StoredKeys = KeyArray | KeysInPlace
+"""Keys that are in memory, memory-mapped, or read from their store."""
 
 
 def matrix(features: Features, what: str) -> KeyArray:
@@ -92,13 +117,23 @@ def _array(values: object, what: str) -> npt.NDArray[Any]:
     return array
 
 
-def queries(features: Features, d: int) -> Tensor:
-    """Convert queries to a finite float32 tensor on the same device. Raises InputError if they are not valid."""
+def queries(features: Features | Sequence[Features], d: int, parts: Sequence[Part] = ()) -> Tensor:
+    """Convert queries to a finite float32 tensor on the same device. Raises InputError if they are not valid.
+
+    If features have several ``parts``, they can be a list of arrays (see :func:`joined`).
+    """
+    if isinstance(features, list | tuple) and are_several(features):
+        features = joined(features, parts, "features")
     if isinstance(features, Tensor):
         f = features.detach().float()
     else:
+        array = (
+            features
+            if isinstance(features, np.ndarray) and features.dtype.kind == "f"
+            else _array(features, "features")
+        )
         with np.errstate(over="ignore"):  # overflow becomes infinity, which raises an error below
-            f = torch.from_numpy(np.require(_array(features, "features"), np.float32, ["C", "W"]))
+            f = torch.from_numpy(np.require(array, np.float32, ["C", "W"]))
     if f.ndim != 2 or f.shape[1] != d:
         raise InputError(f"features: shape {tuple(f.shape)}; expected [q, {d}]")
     # The sum is much faster to check, and finite only if all features are. It may also overflow.
@@ -173,7 +208,7 @@ def text_weights(weights: Features | None, c: int, d: int) -> Tensor:
 
     Raises InputError if the shape is wrong.
     """
-    return torch.zeros(c, d) if weights is None else _shaped(weights, "text_weights", (c, d), "one per class")
+    return torch.zeros(c, d) if weights is None else shaped(weights, "text_weights", (c, d), "one per class")
 
 
 def renamed(class_names: Sequence[str], old: str, new: str) -> tuple[int, list[str]]:
@@ -197,12 +232,8 @@ def renamed(class_names: Sequence[str], old: str, new: str) -> tuple[int, list[s
     return at, [*class_names[:at], *([] if merged else [new]), *class_names[at + 1 :]]
 
 
-def values_of(values: Features, n: int, c: int) -> Tensor:
-    """Convert trained values to a float32 tensor of shape ``[n, c]``. Raises InputError if the shape is wrong."""
-    return _shaped(values, "values", (n, c), "one row per key")
-
-
-def _shaped(features: Features, what: str, shape: tuple[int, int], meaning: str) -> Tensor:
+def shaped(features: Features, what: str, shape: tuple[int, int], meaning: str) -> Tensor:
+    """Convert features to a float32 tensor of this shape. Raises InputError if they do not have it."""
     array = matrix(features, what)
     check_shape(what, array.shape, shape, meaning)
     return torch.from_numpy(np.array(array, dtype=np.float32))

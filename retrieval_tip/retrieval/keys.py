@@ -19,8 +19,8 @@ from torch import Tensor
 
 from retrieval_tip import tip
 from retrieval_tip.errors import InputError, warn_once
-from retrieval_tip.retrieval.arrays import FloatArray, IntArray, KeyArray
 from retrieval_tip.retrieval.evidence import Nearest
+from retrieval_tip.retrieval.inputs import FloatArray, IntArray, KeyArray
 from retrieval_tip.retrieval.vector_index import Product, VectorIndex, auto_factory, inner_factory
 from retrieval_tip.settings import Precision, check_choice
 
@@ -102,10 +102,11 @@ def points_of(metric: tip.Metric | None, keys: KeyArray, device: str) -> KeyArra
 
 
 class KeyStream(ABC):
-    """Base class for keys in any store, which are read in blocks.
+    """Base class for the keys of an index as queries meet them, read in blocks from any store.
 
-    ``counts`` is the number of keys per class, as a float32 tensor. ``means`` is a function that returns the class
-    means. If ``by_class`` is true, a search visits all keys of some classes.
+    ``counts`` is the number of keys per class, as a float32 tensor. If there is a ``metric``, the keys are ``phi(K)``,
+    and queries are compared as ``phi(f)``. ``values``, of shape ``[n, c]``, replace the one-hot values. ``means`` is a
+    function that returns the class means. If ``by_class`` is true, a search visits all keys of some classes.
     """
 
     index_type = "Flat"
@@ -116,11 +117,17 @@ class KeyStream(ABC):
     """Dtype in which queries are multiplied with all keys."""
 
     def __init__(
-        self, shape: tuple[int, int], counts: Tensor, device: str = "cpu", means: Callable[[], FloatArray] | None = None
+        self,
+        shape: tuple[int, int],
+        counts: Tensor,
+        device: str,
+        metric: tip.Metric | None = None,
+        values: Tensor | None = None,
+        means: Callable[[], FloatArray] | None = None,
     ) -> None:
         self.n, self.d = shape
         self.counts, self.n_classes, self.device = counts, len(counts), device
-        self._known_means = means
+        self.metric, self.values, self._known_means = metric, values, means
         self._slack: dict[float, float] = {}
         times = 1 if device == "cpu" else GPU_BLOCKS
         self.queries, self.block = QUERY_BLOCK * times, min(self.n, KEY_BLOCK * times)
@@ -132,6 +139,10 @@ class KeyStream(ABC):
         Each block is grouped by class and has at most :data:`KEY_BLOCK` keys, or :data:`GPU_BLOCKS` times as many on a
         GPU. Blocks may share memory, so do not keep them.
         """
+
+    def points(self, features: Tensor) -> Tensor:
+        """Map queries to the space of the keys. If there is no metric, the queries are returned unchanged."""
+        return features if self.metric is None else self.metric(features)
 
     @cached_property
     def mean_count(self) -> float:
@@ -220,16 +231,13 @@ class KeyStream(ABC):
                 best.put(query, both.at(both.affinity.topk(k, dim=1).indices))
         return best._replace(affinity=best.affinity.masked_fill(best.rows < 0, 0))
 
-    def value_sums(self, values: Tensor) -> Tensor:
-        """Return the per-class sums of the values, of shape ``[c, c]``. They are needed to compute the tail."""
+    @property
+    def value_sums(self) -> Tensor:
+        """Per-class sums of the values, of shape ``[c, c]``. They are needed to compute the tail."""
         raise NotImplementedError
 
     def described(self, affinity: Tensor, rows: Tensor) -> Nearest:
         """Look up the class ids of keys by row. Empty slots get the class id ``c`` and affinity 0."""
-        raise NotImplementedError
-
-    def every_of_classes(self, points: Tensor, classes: Tensor) -> Nearest:
-        """Return all keys of each query's own ``classes``, of shape ``[q, p]``, in the order of the classes."""
         raise NotImplementedError
 
     def class_logits(self, features: Tensor, classes: Tensor, candidates: Tensor, beta: float) -> Tensor:
@@ -283,36 +291,46 @@ class KeyStream(ABC):
         """Return the affinities of each query to a sample of keys of each of its ``classes``."""
         raise NotImplementedError
 
-    def cache_logits(
-        self, features: Tensor, beta: float, values: Tensor | None = None, products: torch.dtype | None = None
-    ) -> Tensor:
-        """Compute cache logits over all keys, ``C[:, c] = sum over i of class c of exp(-beta (1 - A[:, i]))``.
+    def cache_logits(self, points: Tensor, beta: float, products: torch.dtype | None = None) -> Tensor:
+        """Compute cache logits over all keys, ``C[:, c] = sum over i of exp(-beta (1 - A[:, i])) V_ic``.
 
-        ``features`` must be float32 and on the device. ``products`` replaces the dtype :attr:`products`. With
-        ``values``, it is always float32. The result has the shape ``[q, c]``.
+        ``points`` must be on the device, and their dtype is the dtype of the sums. ``products`` replaces the dtype
+        :attr:`products`, which is not used with ``values`` or in float64. The result has the shape ``[q, c]``.
         """
-        half = values is None and (products or self.products) != torch.float32
-        memory, parts = features.new_empty(self.block * min(self.queries, len(features))), []
-        for own in features.split(self.queries):
-            sums, row = features.new_zeros(self.n_classes, len(own)), 0  # transposed, to read contiguous memory
-            for affinity, ids in self._affinities(own, memory, half=half):
+        values, size = self._values_in_order, self.block * min(self.queries, len(points))
+        half = values is None and points.dtype == torch.float32 and (products or self.products) != torch.float32
+        memory, rounded, parts = points.new_empty(size), points.new_empty(size * half, dtype=self.products), []
+        for own in points.split(self.queries):
+            sums, row = points.new_zeros(self.n_classes, len(own)), 0  # transposed, to read contiguous memory
+            narrow, common = (own.to(self.products), own @ self._centre) if half else (own, 0)
+            for keys, ids, *_ in self._halved() if half else self.blocks():
+                affinity = memory[: len(keys) * len(own)].view(len(keys), len(own))
+                if half:
+                    product = rounded[: affinity.numel()].view_as(affinity)
+                    torch.add(tip.affinity(keys, narrow, out=product), common, out=affinity)
+                else:
+                    tip.affinity(keys.to(own.dtype), own, out=affinity)
                 weights = tip.weight(affinity, beta, out=affinity)
                 if values is None:
                     tip.add_rows(sums, ids, weights)
                 else:
-                    sums.T.addmm_(weights.T, values[row : row + len(ids)])
+                    sums.T.addmm_(weights.T, values[row : row + len(ids)].to(own.dtype))
                 row += len(ids)
             parts.append(sums.T)
         return torch.cat(parts)
 
-    def _affinities(self, features: Tensor, memory: Tensor, *, half: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the affinities of each block of keys, ``[b, q]``, and the class ids of the keys.
+    @cached_property
+    def _centre(self) -> Tensor:
+        return self.sums.sum(0) / self.n
 
-        If ``half`` is true, the products are in half precision, which only :class:`Keys` can be.
-        """
-        for keys, ids, _ in self.blocks():
-            affinity = memory[: len(keys) * len(features)].view(len(keys), len(features))
-            yield tip.affinity(keys.to(features.dtype), features, out=affinity), ids
+    def _halved(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """Return blocks of keys ``K - m`` in half precision, where ``m`` is their mean, and their class ids."""
+        return (((keys - self._centre).to(self.products), ids) for keys, ids, _ in self.blocks())
+
+    @cached_property
+    def _values_in_order(self) -> Tensor | None:
+        """The values in the order of :meth:`blocks`."""
+        return self.values
 
 
 class Keys(KeyStream):
@@ -335,60 +353,61 @@ class Keys(KeyStream):
         device: str = "cpu",
         precision: Precision = "float32",
         index: VectorIndex | None = None,
+        metric: tip.Metric | None = None,
+        values: Tensor | None = None,
     ) -> None:
         if len(class_ids) != len(array) or (class_ids[1:] < class_ids[:-1]).any():
             raise InputError("labels: keys are not grouped by class; build the index again")
         check_choice("precision", precision, Precision)
-        self.array, self.index = array, index or VectorIndex.build(array, device=device)
-        self.index_type = self.index.factory
-        self.by_class, self.exact_search = self.index.by_class, self.index.exact_search
-        means = self.index.vectors if self.by_class and self.index.exact_affinity else None
-        if self.index.n != (n_classes if self.by_class else len(array)):
-            raise InputError(f"index: has {self.index.n} vectors for {len(array)} keys of {n_classes} classes")
+        self.array, means = array, None
+        if index is not None:
+            self.index, self.index_type = index, index.factory
+            self.by_class, self.exact_search = index.by_class, index.exact_search
+            means = index.vectors if index.by_class and index.exact_affinity else None
+            if index.n != (n_classes if index.by_class else len(array)):
+                raise InputError(f"index: has {index.n} vectors for {len(array)} keys of {n_classes} classes")
         self.products = torch.float32 if precision in ("auto", "int8") else getattr(torch, precision)
         counts = np.bincount(class_ids, minlength=n_classes)
         self.starts = np.concatenate([[0], np.cumsum(counts)])
         self.class_ids = torch.from_numpy(np.require(class_ids, np.int64, ["W"])).to(device)  # Arrow's is read-only
         total = torch.from_numpy(counts.astype(np.float32)).to(device)
-        super().__init__((int(array.shape[0]), int(array.shape[1])), total, device, means)
-        self._runs = [slice(start, min(start + self.block, self.n)) for start in range(0, self.n, self.block)]
-        self._on_device: Tensor | None = None
-        self._fits: bool | None = None
+        super().__init__((int(array.shape[0]), int(array.shape[1])), total, device, metric, values, means)
         self._starts, self._numbers = torch.from_numpy(self.starts).to(device), torch.arange(self.n, device=device)
-        self._value_sums: tuple[Tensor, Tensor] | None = None
+
+    @cached_property
+    def index(self) -> VectorIndex:
+        """The FAISS index over the keys or the class means. An exact one is created when it is needed."""
+        return VectorIndex.build(self.array, device=self.device)
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """See :meth:`KeyStream.blocks`."""
-        converted = torch.empty(self.block, self.d, device=self.device)
-        for part in self._runs:
-            rows = self._rows(part)
-            if rows.dtype != torch.float32:
-                rows = converted[: len(rows)].copy_(rows)
-            yield rows, self.class_ids[part], self._numbers[part]
+        ready = self.held.dtype == torch.float32 and self.held.is_cpu == (self.device == "cpu")
+        converted = torch.empty(0 if ready else self.block, self.d, device=self.device)
+        for keys, ids, numbers in self._parts:
+            yield keys if ready else converted[: len(keys)].copy_(keys), ids, numbers
 
-    @property
-    def resident(self) -> Tensor | None:
-        """All keys on the GPU, or ``None`` if they do not fit in half of its free memory."""
-        if self.device != "cpu" and self._fits is None:
-            with _COPYING:
-                if self._fits is None:
-                    fits = self.array.nbytes < room_on(self.device) // 2
-                    if fits:
-                        self._on_device = torch.from_numpy(np.asarray(self.array)).to(self.device)
-                    else:
-                        warn_once(f"{self.device}: keys exceed half of its free memory, so each call copies them")
-                    self._fits = fits
-        return self._on_device
+    @cached_property
+    def _parts(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        parts = (column.split(self.block) for column in (self.held, self.class_ids, self._numbers))
+        return list(zip(*parts, strict=True))
 
-    def _rows(self, part: slice) -> Tensor:
-        if self.device == "cpu":
-            return torch.from_numpy(self.array[part])
-        return torch.from_numpy(self.array[part]).to(self.device) if self.resident is None else self.resident[part]
+    @cached_property
+    def held(self) -> Tensor:
+        """All keys as one tensor, which is on a GPU if it fits in half of its free memory."""
+        with _COPYING:  # another thread may be faster
+            if "held" not in self.__dict__:
+                held = torch.from_numpy(np.asarray(self.array))
+                if self.device != "cpu" and held.nbytes < room_on(self.device) // 2:
+                    held = held.to(self.device)
+                elif self.device != "cpu":
+                    warn_once(f"{self.device}: keys exceed half of its free memory, so each call copies them")
+                self.__dict__["held"] = held
+        kept: Tensor = self.__dict__["held"]
+        return kept
 
     def nearest(self, points: Tensor, k: int) -> Nearest:
-        """See :meth:`KeyStream.nearest`. On a GPU, all keys are compared, unless the index is approximate."""
-        if (self.exact_search or self.by_class) and (resident := self.resident) is not None:
-            return self.described(*Product(resident).search(points, min(k, self.n)))
+        """On a GPU, all keys are compared, unless the index is approximate."""
+        if (self.exact_search or self.by_class) and self.device != "cpu" and not self.held.is_cpu:
+            return self.described(*Product(self.held).search(points, min(k, self.n)))
         if self.by_class:
             return self.nearest_by_class(points, k)
         affinity, rows = self.index.search_tensor(points, k)
@@ -398,71 +417,38 @@ class Keys(KeyStream):
         return self.index.search_tensor(points, number)[1]
 
     def described(self, affinity: Tensor, rows: Tensor) -> Nearest:
-        """See :meth:`KeyStream.described`."""
         empty = rows < 0
         ids = self.class_ids[rows.clamp_min(0)].masked_fill_(empty, self.n_classes)
         return Nearest(affinity.masked_fill(empty, 0), rows, ids)
 
-    def value_sums(self, values: Tensor) -> Tensor:
-        """See :meth:`KeyStream.value_sums`."""
-        if self._value_sums is None or self._value_sums[0] is not values:
-            parts = [slice(start, start + KEY_BLOCK) for start in range(0, self.n, KEY_BLOCK)]
-            blocks = ((values[part], self.class_ids[part]) for part in parts)
-            self._value_sums = values, self.class_sums(blocks, self.n_classes)
-        return self._value_sums[1]
+    @cached_property
+    def value_sums(self) -> Tensor:
+        assert self.values is not None
+        blocks = zip(self.values.split(KEY_BLOCK), self.class_ids.split(KEY_BLOCK), strict=True)
+        return self.class_sums(blocks, self.n_classes)
 
-    def _affinities(self, features: Tensor, memory: Tensor, *, half: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        if not half:
-            yield from super()._affinities(features, memory, half=False)
-            return
-        q, rounded, common = len(features), features.to(self.products), features @ self._centre
-        product = torch.empty(self.block, q, dtype=self.products, device=self.device)
+    def _halved(self) -> Iterable[tuple[Tensor, Tensor]]:
         if isinstance(self.array, np.memmap) and self.array.nbytes > HALVED:
-            blocks = (((keys - self._centre).to(self.products), ids) for keys, ids, _ in self.blocks())
-        else:
-            blocks = ((self._kept_halved[part], self.class_ids[part]) for part in self._runs)
-        for keys, ids in blocks:
-            tip.affinity(keys, rounded, out=product[: len(keys)])
-            yield torch.add(product[: len(keys)], common, out=memory[: len(keys) * q].view(len(keys), q)), ids
+            return super()._halved()
+        return zip(self._kept_halved.split(self.block), self.class_ids.split(self.block), strict=True)
 
     @cached_property
     def _kept_halved(self) -> Tensor:
-        return torch.cat([(keys - self._centre).to(self.products) for keys, *_ in self.blocks()])
-
-    @cached_property
-    def _centre(self) -> Tensor:
-        return self.sums.sum(0) / self.n
+        return torch.cat([keys for keys, _ in super()._halved()])
 
     def of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """See :meth:`KeyStream.of_classes`."""
         for place, class_id in enumerate(class_ids.tolist()):
             first, last = self.starts[class_id : class_id + 2].tolist()
             for start in range(first, last, self.block):
                 part = slice(start, min(start + self.block, last))
-                yield place, self._rows(part).float(), self._numbers[part]
-
-    def every_of_classes(self, points: Tensor, classes: Tensor) -> Nearest:
-        """See :meth:`KeyStream.every_of_classes`."""
-        firsts, lengths = self._starts[classes], self._starts[classes + 1] - self._starts[classes]
-        ends = lengths.cumsum(1)
-        query = torch.arange(len(classes), device=self.device).repeat_interleave(ends[:, -1])
-        flat = lengths.reshape(-1)
-        within = torch.arange(int(flat.sum()), device=self.device) - (flat.cumsum(0) - flat).repeat_interleave(flat)
-        before = (ends - lengths).reshape(-1).repeat_interleave(flat)
-        longest = int(ends.max()) if len(ends) else 0
-        rows = torch.full((len(classes), longest), -1, device=self.device)
-        rows[query, before + within] = firsts.reshape(-1).repeat_interleave(flat) + within
-        return self.described(self.affinity(points, rows), rows)
+                yield place, self.held[part].to(self.device).float(), self._numbers[part]
 
     def affinity(self, features: Tensor, rows: Tensor) -> Tensor:
         """Return the affinities between each query and the keys at its own ``rows``. The affinity of row -1 is 0."""
         return own_affinity(features, rows, self._gathered)
 
     def _gathered(self, rows: Tensor) -> Tensor:
-        resident = self.resident
-        if resident is not None:
-            return resident[rows]
-        return torch.from_numpy(self.array[rows.cpu().numpy()]).to(self.device)
+        return self.held[rows.to(self.held.device)].to(self.device)
 
     def _sample(self) -> tuple[Tensor, Tensor]:
         rows = torch.linspace(
@@ -486,7 +472,7 @@ class KeysWithout(KeyStream):
         self.every, self.rows, self._class_ids = every, rows, class_ids
         self.exact_search = every.exact_search
         counts = every.counts - torch.bincount(class_ids, minlength=every.n_classes)
-        super().__init__((every.n - len(rows), every.d), counts, every.device)
+        super().__init__((every.n - len(rows), every.d), counts, every.device, every.metric, every.values)
 
     @cached_property
     def sums(self) -> Tensor:
@@ -497,37 +483,32 @@ class KeysWithout(KeyStream):
         return sums
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """See :meth:`KeyStream.blocks`."""
         for block in self.every.blocks():
             gone = torch.isin(block[2], self.rows)
             yield tuple(column[~gone] for column in block) if gone.any() else block  # type: ignore[misc]
 
     def of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """See :meth:`KeyStream.of_classes`."""
         for place, keys, rows in self.every.of_classes(class_ids):
             left = ~torch.isin(rows, self.rows)
             yield place, keys[left], rows[left]
 
     def nearest(self, points: Tensor, k: int) -> Nearest:
-        """See :meth:`KeyStream.nearest`."""
         found = self.every.nearest(points, k + len(self.rows))
         found = found.without(torch.isin(found.rows, self.rows), self.n_classes)
         return found.ordered(found.affinity).first(min(k, self.n))
 
     def described(self, affinity: Tensor, rows: Tensor) -> Nearest:
-        """See :meth:`KeyStream.described`."""
         return self.every.described(affinity, rows)
 
-    def value_sums(self, values: Tensor) -> Tensor:
-        """See :meth:`KeyStream.value_sums`."""
-        return self.every.value_sums(values).index_add(0, self._class_ids, values[self.rows], alpha=-1)
+    @property
+    def value_sums(self) -> Tensor:
+        assert self.values is not None
+        return self.every.value_sums.index_add(0, self._class_ids, self.values[self.rows], alpha=-1)
 
-    def cache_logits(
-        self, features: Tensor, beta: float, values: Tensor | None = None, products: torch.dtype | None = None
-    ) -> Tensor:
-        """See :meth:`KeyStream.cache_logits`."""
-        if values is not None:
-            left = torch.ones(len(values), dtype=torch.bool, device=self.device)
-            left[self.rows] = False
-            values = values[left]
-        return super().cache_logits(features, beta, values)
+    @cached_property
+    def _values_in_order(self) -> Tensor | None:
+        if self.values is None:
+            return None
+        left = torch.ones(len(self.values), dtype=torch.bool, device=self.device)
+        left[self.rows] = False
+        return self.values[left]

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from operator import itemgetter
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -47,26 +45,12 @@ class AnswerTerms(tip.Terms):
 class Retrieval:
     """Keys of any kind, and the settings of the method.
 
-    Features must be float32 and on the device of the keys. If there is a ``metric``, the keys are ``phi(K)`` and the
-    points are ``phi(f)``. Otherwise the points are the features. If ``values`` are given, they replace the one-hot
-    values. They are solved or trained, have the shape ``[n, c]``, and need keys in an array.
+    Features must be on the device of the keys. In float64, the logits are computed in float64.
     """
 
     keys: KeyStream
     text_weights: Tensor
     settings: Settings
-    metric: tip.Metric | None = None
-    values: Tensor | None = None
-
-    def points(self, features: Tensor) -> Tensor:
-        """Map queries to the space of the keys. If there is no metric, the queries are returned unchanged."""
-        return features if self.metric is None else self.metric(features)
-
-    def double(self) -> Retrieval:
-        """Return a copy that computes logits in float64. The keys keep their dtype."""
-        values = None if self.values is None else self.values.double()
-        metric = None if self.metric is None else self.metric.double()
-        return replace(self, text_weights=self.text_weights.double(), values=values, metric=metric)
 
     def without(self, rows: Tensor, class_ids: Tensor) -> Retrieval:
         """Leave out the keys at ``rows``, whose classes are ``class_ids``.
@@ -76,14 +60,6 @@ class Retrieval:
         settings = self.settings.override(k="all") if self.keys.by_class else self.settings
         return replace(self, keys=KeysWithout(self.keys, rows, class_ids), settings=settings)
 
-    def nearest(self, features: Tensor, k: int) -> tuple[Tensor, npt.NDArray[np.int64]]:
-        """Return the affinities and rows of the ``k`` nearest keys of each query, both of shape ``[q, k]``.
-
-        The affinities are exact even if the index is compressed. Empty slots have row -1.
-        """
-        near = self.keys.nearest(self.points(features), k)
-        return near.affinity, near.rows.cpu().numpy()
-
     def terms(self, features: Tensor, *, neighbours: int = 0) -> AnswerTerms:
         """Compute the terms of the logits.
 
@@ -91,7 +67,8 @@ class Retrieval:
         their mean affinity. If each query retrieves its own keys, the result also includes ``neighbours`` shots for
         each answer. Otherwise, :meth:`contributors` finds them.
         """
-        settings, keys, points = self.settings, self.keys, self.points(features)
+        settings, keys = self.settings, self.keys
+        points = features if keys.metric is None else keys.metric(features)
         text = tip.text_logits(features, self.text_weights, settings.logit_scale)
         discriminant = keys.discriminant(points) if settings.gamma else None
         if settings.k is not None and settings.k < keys.n:
@@ -100,8 +77,8 @@ class Retrieval:
                 return self._over_nearest(points, settings.k, neighbours, terms)
             self._over_classes(points, settings.k, terms)
         else:
-            terms = AnswerTerms(text, keys.cache_logits(points, settings.beta, self.values), discriminant)
-            if self.values is None and keys.products != torch.float32 and len(points):  # could change close answers
+            terms = AnswerTerms(text, keys.cache_logits(points, settings.beta), discriminant)
+            if keys.values is None and keys.products != torch.float32 and len(points):  # could change close answers
                 error, parts = min(1.0, CLOSE * settings.beta), self._parts(len(points))
                 close = torch.cat([uncertain(terms.each(itemgetter(part)), settings, error) for part in parts])
                 terms.cache[close] = keys.cache_logits(points[close], settings.beta, products=torch.float32)
@@ -126,10 +103,12 @@ class Retrieval:
 
     def _contributions(self, near: Nearest, classes: Tensor) -> Tensor:
         """Return each key's contribution to one class per query. A class id of -1 stands for no class."""
-        if self.values is None:
+        if self.keys.values is None:
             own = near.class_ids == classes[:, None]
         else:
-            own = self.values[near.rows.clamp_min(0), classes.clamp_min(0)[:, None]].where(classes[:, None] >= 0, 0)
+            own = self.keys.values[near.rows.clamp_min(0), classes.clamp_min(0)[:, None]].where(
+                classes[:, None] >= 0, 0
+            )
         return tip.weight(near.affinity, self.settings.beta) * own
 
     def contributors(self, points: Tensor, winner: Tensor, rival: Tensor, number: int) -> Contributors:
@@ -140,11 +119,11 @@ class Retrieval:
         class.
         """
         number, c, keys = min(number, self.keys.n), self.keys.n_classes, self.keys
-        if self.values is not None:
-            supporting, opposing = self._extremes(self.values, points, winner, number)
+        if keys.values is not None:
+            supporting, opposing = self._extremes(keys.values, points, winner, number)
             none = self._contributions(opposing, winner)[:, 0] >= 0
             if none.any():
-                most, _ = self._extremes(self.values, points[none], rival[none].clamp_min(0), 1)
+                most, _ = self._extremes(keys.values, points[none], rival[none].clamp_min(0), 1)
                 opposing.put(none, most.without(self._contributions(most, rival[none]) <= 0, c))
             return Contributors(supporting, opposing)
         own, opposing = (keys.nearest_of_classes(points, ids[:, None], m) for ids, m in ((winner, number), (rival, 1)))
@@ -180,9 +159,10 @@ class Retrieval:
             tip.affinity(points[part], keys.means, out=own.cache)
             tip.at_mean(keys.counts, own.cache, settings.beta, out=own.cache)
             classes[part], candidates[part] = promising(own, settings, slack, most)
-        if self.values is not None:
+        if keys.values is not None:
             for part in slices(len(points), QUERY_BLOCK):
-                near = keys.every_of_classes(points[part], classes[part])  # other values have no bounds
+                every = int(keys.counts[classes[part]].sum(1).max())  # other values have no bounds
+                near = keys.nearest_of_classes(points[part], classes[part], every)
                 terms.cache[part] = self._logits_over(near, points[part])
             return
         exact = keys.class_logits(points, classes, candidates, settings.beta)
@@ -194,12 +174,12 @@ class Retrieval:
 
     def _logits_over(self, near: Nearest, points: Tensor) -> Tensor:
         """Compute the cache logits from the retrieved keys of each query, and from the tail if it counts."""
-        tail = tip.Totals.of(points, self.keys.sums, self.keys.counts) if self.settings.tail else None
+        keys, beta = self.keys, self.settings.beta
+        tail = tip.Totals.of(points, keys.sums, keys.counts) if self.settings.tail else None
         values = None
-        if self.values is not None:
-            value_sums = self.keys.value_sums(self.values) if tail else None
-            values = tip.Values(self.values, near.rows.clamp_min(0), value_sums)
-        return tip.cache_logits(near.affinity, near.class_ids, self.keys.n_classes, self.settings.beta, tail, values)
+        if keys.values is not None:
+            values = tip.Values(keys.values, near.rows.clamp_min(0), keys.value_sums if tail else None)
+        return tip.cache_logits(near.affinity, near.class_ids, keys.n_classes, beta, tail, values)
 
 
 def uncertain(terms: tip.Terms, settings: Settings, error: float) -> Tensor:

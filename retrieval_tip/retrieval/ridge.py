@@ -13,7 +13,7 @@ from torch.nn.functional import one_hot
 
 from retrieval_tip import tip
 from retrieval_tip.errors import InputError
-from retrieval_tip.retrieval.arrays import IntArray
+from retrieval_tip.retrieval.inputs import IntArray
 from retrieval_tip.retrieval.keys import KEY_BLOCK, Keys
 from retrieval_tip.retrieval.rows import ArrayRows
 from retrieval_tip.settings import ClassPrior
@@ -105,8 +105,8 @@ class Ridge:
             return replace(labelled, values=self._neutral(labelled.values, ids))
         return replace(labelled, values=self.values(self._on_device(np.asarray(labelled.vectors)), ids))
 
-    def added(self, keys: Keys, values: Tensor, points: npt.NDArray[np.floating], ids: IntArray) -> Tensor:
-        """Return values of shape ``[m, c]`` for new keys at ``points``, given the ``values`` of the other keys.
+    def added(self, keys: Keys, points: npt.NDArray[np.floating], ids: IntArray) -> Tensor:
+        """Return values of shape ``[m, c]`` for new keys at ``points``, given the other keys and their values.
 
         The new values fit the residual of the other keys, ``V_b = (G_bb + lambda I)^-1 (Y_b - G_ba V_a)``, which is one
         step of block Gauss-Seidel for each block of new keys. If :meth:`solved` will solve all keys, the targets are
@@ -116,11 +116,11 @@ class Ridge:
         wanted = one_hot(own_ids, self.n_classes).float()
         if keys.n + len(ids) <= SOLVED_AGAIN:
             return wanted
-        own, parts = self._on_device(points), [values[:0]]
+        own, parts = self._on_device(points), [wanted[:0]]
         ridges = self._ridges(own_ids, torch.cat([keys.class_ids, own_ids]))
         for start in range(0, len(own), KEY_BLOCK):
             block = own[start : start + KEY_BLOCK]
-            left = wanted[start : start + KEY_BLOCK] - keys.cache_logits(block, self.beta, values)
+            left = wanted[start : start + KEY_BLOCK] - keys.cache_logits(block, self.beta)
             left -= tip.weight(tip.affinity(block, own[:start]), self.beta) @ torch.cat(parts)
             parts.append(self._solve(block, self._gram(block), left, ridges[start : start + KEY_BLOCK]))
         return torch.cat(parts)
@@ -133,7 +133,7 @@ class Ridge:
         own = self._on_device(np.asarray(labelled.vectors[rows]))
         gram, values = self._gram(own), labelled.values.clone()
         weights = tip.weight(tip.affinity(own, own), self.beta)
-        others = keys.cache_logits(own, self.beta, values) - weights @ values[rows]
+        others = keys.cache_logits(own, self.beta) - weights @ values[rows]
         own_ids, every = torch.from_numpy(class_ids).to(self.device), keys.class_ids.clone()
         every[rows] = own_ids
         wanted = one_hot(own_ids, self.n_classes).float()

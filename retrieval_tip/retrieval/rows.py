@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from retrieval_tip import tip
-from retrieval_tip.data.shots import spread
+from retrieval_tip.data.source import spread
 from retrieval_tip.errors import InputError, first_line
-from retrieval_tip.retrieval.arrays import IntArray, KeyArray, KeysInPlace
 from retrieval_tip.retrieval.defaults import Statistics, measure
 from retrieval_tip.retrieval.duplicates import Duplicates, duplicates
-from retrieval_tip.retrieval.keys import KEY_BLOCK, Keys, KeyStream, points_of
-from retrieval_tip.retrieval.logits import Retrieval, slices
-from retrieval_tip.retrieval.vector_index import VectorIndex
+from retrieval_tip.retrieval.inputs import IntArray, KeyArray, KeysInPlace
+from retrieval_tip.retrieval.keys import KEY_BLOCK, Keys, KeyStream, index_over, points_of
+from retrieval_tip.retrieval.logits import slices
+from retrieval_tip.retrieval.vector_index import FLAT_FACTORY, VectorIndex
 from retrieval_tip.settings import Dtype, Precision
 from retrieval_tip.store.labels import LABEL_SCHEMA, shots_after, shots_of, with_column
 from retrieval_tip.store.sums import Sums
@@ -42,12 +42,15 @@ class Rows(ABC):
         labels: the label store, which has one row per key.
         values: the solved or trained values, of shape ``[n, c]``, or ``None`` if values are one-hot.
         sums: the sums that are needed to fit a metric, or ``None`` if they are not known. Edits keep them up to date.
+        index: the FAISS index over the vectors. It is ``None`` if a search compares all keys, or in a table, which has
+            its own index.
     """
 
     keys: KeyArray | KeysInPlace
     labels: pa.Table
     values: Tensor | None = None
     sums: Sums | None
+    index: VectorIndex | None = None
 
     @property
     def n(self) -> int:
@@ -79,8 +82,8 @@ class Rows(ABC):
         """Return the same rows, whose sums are known."""
 
     @abstractmethod
-    def stream(self, n_classes: int, device: str, precision: Precision, index: VectorIndex | None) -> KeyStream:
-        """Return the keys as a query meets them."""
+    def stream(self, n_classes: int, device: str, precision: Precision, metric: tip.Metric | None) -> KeyStream:
+        """Return the keys as a query meets them. The points of the ``metric`` are known already."""
 
     @abstractmethod
     def columns(self, *names: str) -> pa.Table:
@@ -130,7 +133,7 @@ class Rows(ABC):
         return self.in_memory()
 
     @abstractmethod
-    def duplicates_of(self, key_ids: Sequence[int], retrieval: Retrieval) -> Duplicates:
+    def duplicates_of(self, key_ids: Sequence[int], keys: KeyStream) -> Duplicates:
         """Return the keys among ``key_ids`` whose image is also in another class."""
 
     @abstractmethod
@@ -181,6 +184,7 @@ class ArrayRows(Rows):
     values: Tensor | None = None
     points: KeyArray | None = None
     sums: Sums | None = None
+    index: VectorIndex | None = None
 
     @property
     def dtype(self) -> Dtype:
@@ -202,8 +206,29 @@ class ArrayRows(Rows):
     def with_sums(self, sums: Sums | None) -> ArrayRows:
         return replace(self, sums=sums)
 
-    def stream(self, n_classes: int, device: str, precision: Precision, index: VectorIndex | None) -> Keys:
-        return Keys(self.vectors, self.class_ids, n_classes, device, precision, index)
+    def stream(self, n_classes: int, device: str, precision: Precision, metric: tip.Metric | None) -> Keys:
+        return Keys(self.vectors, self.class_ids, n_classes, device, precision, self.index, metric, self.values)
+
+    def indexed(self, n_classes: int, factory: str | None = None, device: str = "cpu") -> ArrayRows:
+        """Build the FAISS index over these vectors, by default of the same type. Search effort is kept with the type.
+
+        Raises UsageError if the factory is invalid.
+        """
+        before, index = self.index, None
+        factory = factory or (FLAT_FACTORY if before is None else before.factory)
+        if factory != FLAT_FACTORY:
+            index = index_over(self.vectors, self.class_ids, n_classes, factory, device)
+            if before is not None and factory == before.factory:
+                index.effort = before.effort
+        return replace(self, index=index)
+
+    def refilled(self, index: VectorIndex | None, n_classes: int, device: str) -> ArrayRows:
+        """Fill a FAISS index with these vectors. It is only trained again once the number of keys has doubled."""
+        if index is None:
+            return self
+        if index.by_class or self.n >= 2 * index.trained:
+            return replace(self, index=index).indexed(n_classes, device=device)
+        return replace(self, index=index.refilled(self.vectors))
 
     def columns(self, *names: str) -> pa.Table:
         return self.labels.select(names)
@@ -248,14 +273,13 @@ class ArrayRows(Rows):
     def in_memory(self) -> ArrayRows:
         return self
 
-    def duplicates_of(self, key_ids: Sequence[int], retrieval: Retrieval) -> Duplicates:
-        assert isinstance(retrieval.keys, Keys)
-        index, fresh = retrieval.keys.index, np.flatnonzero(np.isin(self.key_ids, key_ids))
-        # An exact or class-wise index would compare each new key with too many keys.
-        cheap = not (retrieval.metric or index.by_class or index.exact_search)
-        with index.limited(EFFORT):
-            search = retrieval.nearest if cheap else None
-            return duplicates(self.keys, self.labels, fresh, budget=FRESH_PAIRS, search=search)
+    def duplicates_of(self, key_ids: Sequence[int], keys: KeyStream) -> Duplicates:
+        fresh = np.flatnonzero(np.isin(self.key_ids, key_ids))
+        if self.points is not None or self.index is None or self.index.by_class:
+            # an exact or class-wise index would compare each new key with too many keys
+            return duplicates(self.keys, self.labels, fresh, budget=FRESH_PAIRS)
+        with self.index.limited(EFFORT):
+            return duplicates(self.keys, self.labels, fresh, budget=FRESH_PAIRS, search=keys.nearest)
 
     def order(self) -> IntArray:
         """Return the row numbers sorted by class and key id. This is the order of a newly built index."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from retrieval_tip import tip
 from retrieval_tip.errors import StoreError, UsageError, warn_once
-from retrieval_tip.retrieval.arrays import FloatArray, IntArray, KeyArray
+from retrieval_tip.retrieval.inputs import FloatArray, IntArray, KeyArray
 
 FaissIndex = Any
 """A FAISS index. FAISS does not provide types."""
@@ -133,6 +133,9 @@ class VectorIndex:
         self._device, self._half = device, half
         self._gpu = GpuCopy(lambda: self._cpu, device, half)
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (self.to_array(), self.factory, self._device, self._half, self.trained)
 
     @property
     def _cpu(self) -> FaissIndex:
@@ -424,6 +427,10 @@ def resources() -> object:
     made.setTempMemory(512 << 20)
     made.setPinnedMemory(32 << 20)
     return made
+
+
+def _restored(array: npt.NDArray[np.uint8], factory: str, device: str, half: bool, trained: int) -> VectorIndex:
+    return VectorIndex(faiss().deserialize_index(array), factory, device, half, trained=trained)
 
 
 def _filled(index: FaissIndex, keys: KeyArray) -> FaissIndex:
