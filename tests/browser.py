@@ -66,6 +66,7 @@ def drag_files(
     page: Page, *files: Path, at: tuple[float, float], kinds: tuple[str, ...] = ("dragEnter", "dragOver")
 ) -> None:
     """Drag folders or files over the page as the browser itself does."""
+    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
     session = page.context.new_cdp_session(page)
     data = {"items": [], "files": [str(file.resolve()) for file in files], "dragOperationsMask": 1}
     for kind in kinds:
