@@ -214,14 +214,13 @@ class Answering:
     @property
     def text(self) -> Tensor:
         """The text weights as queries meet them, in which each encoder has its share."""
-        scale = inputs.scale_of(self.parts, self.shares)
+        scale = inputs.scale_of(self.parts, self.shares) if self.parts else None
         return self.text_weights if scale is None else self.text_weights * scale.square().to(self.text_weights)
 
     @property
     def retrieval(self) -> Retrieval:
         """The object that retrieves keys, using the current settings."""
-        text = self.text if self.parts else self.text_weights
-        return Retrieval(keys=self._keys, text_weights=text, settings=self.settings)
+        return Retrieval(keys=self._keys, text_weights=self.text, settings=self.settings)
 
     def find(self, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()) -> pa.Table:
         """Return the rows of the label store that match all of the given filters.
@@ -292,9 +291,7 @@ class Answering:
             InputError: if the features are not finite or do not have the shape ``[q, d]``, or if the logits overflow.
             UsageError: if ``k`` is less than 1.
         """
-        retrieval = self.retrieval
-        if k is not None or tail is not None:
-            retrieval = replace(retrieval, settings=self.settings.override(k=k, tail=tail))
+        retrieval = replace(self.retrieval, settings=self.settings.override(k=k, tail=tail))
         return finite_logits(retrieval.terms(self._queries(features)), self.settings)
 
     def exact_logits(self, features: Features) -> Tensor:

@@ -321,14 +321,12 @@ class Terms:
 
         If ``slack`` is given, return an upper bound, assuming that the cache logits may be larger by this fraction.
         """
-        cache = self.cache * (1 + slack) if slack else self.cache
-        alpha, gamma = min(settings.alpha, LARGEST), settings.gamma
-        photos = cache if self.discriminant is None else torch.add(cache, self.discriminant, alpha=gamma)
-        return torch.add(self.text, photos, alpha=alpha)
+        return torch.add(self.text, self.photos(settings, slack), alpha=min(settings.alpha, LARGEST))
 
-    def photos(self, settings: Settings) -> Tensor:
-        """Return what the shots contribute, ``cache + gamma * discriminant``."""
-        return self.cache if self.discriminant is None else self.cache + settings.gamma * self.discriminant
+    def photos(self, settings: Settings, slack: float = 0.0) -> Tensor:
+        """Return what the shots contribute, ``cache + gamma * discriminant``. See :meth:`logits` for ``slack``."""
+        cache = self.cache * (1 + slack) if slack else self.cache
+        return cache if self.discriminant is None else torch.add(cache, self.discriminant, alpha=settings.gamma)
 
     def strongest(self, counts: Tensor) -> Tensor:
         """Return the largest cache logit, of shape ``[q]``, of the classes whose number of keys is above 0."""

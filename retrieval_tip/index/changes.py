@@ -163,9 +163,7 @@ def add(
         if len(rows):
             views = reader.views if source.table is None else 1
             key_ids = index.add(block.features[rows], labels[rows].tolist(), views=views, **vars(columns.take(rows)))
-            found = index.rows.duplicates_of(
-                key_ids, index.retrieval.keys
-            )  # if anything fails up to here, nothing changes
+            found = index.rows.duplicates_of(key_ids, index.retrieval.keys)  # up to here, a failure changes nothing
             _note_precision(index, precision_of(source, reader))
         words = in_words(((None, label) for label in labels[rows]), index.backbone)
         change.what = words or (counted(len(classes), "new class") if classes else "")
@@ -296,7 +294,7 @@ def merge(folder: Place, other: Place) -> Added:
         classes = _add_classes(index, theirs.class_names, weights)
         labels, views = theirs.labels["label"].to_pylist(), theirs.labels["views"].to_numpy()
         key_ids = index.add(np.asarray(theirs.keys), labels, views=views, **vars(columns))
-        found = index.rows.duplicates_of(key_ids, index.retrieval.keys)  # if anything fails up to here, nothing changes
+        found = index.rows.duplicates_of(key_ids, index.retrieval.keys)  # up to here, a failure changes nothing
         words = in_words(((None, label) for label in labels), index.backbone)
         change.what = f"merged {show(str(source))}: {words}"
         fitted = _keep_fitted(change)

@@ -127,13 +127,8 @@ def queries(features: Features | Sequence[Features], d: int, parts: Sequence[Par
     if isinstance(features, Tensor):
         f = features.detach().float()
     else:
-        array = (
-            features
-            if isinstance(features, np.ndarray) and features.dtype.kind == "f"
-            else _array(features, "features")
-        )
         with np.errstate(over="ignore"):  # overflow becomes infinity, which raises an error below
-            f = torch.from_numpy(np.require(array, np.float32, ["C", "W"]))
+            f = torch.from_numpy(np.require(_array(features, "features"), np.float32, ["C", "W"]))
     if f.ndim != 2 or f.shape[1] != d:
         raise InputError(f"features: shape {tuple(f.shape)}; expected [q, {d}]")
     # The sum is much faster to check, and finite only if all features are. It may also overflow.

@@ -394,15 +394,17 @@ class Keys(KeyStream):
     def held(self) -> Tensor:
         """All keys as one tensor, which is on a GPU if it fits in half of its free memory."""
         with _COPYING:  # another thread may be faster
-            if "held" not in self.__dict__:
-                held = torch.from_numpy(np.asarray(self.array))
-                if self.device != "cpu" and held.nbytes < room_on(self.device) // 2:
-                    held = held.to(self.device)
-                elif self.device != "cpu":
-                    warn_once(f"{self.device}: keys exceed half of its free memory, so each call copies them")
-                self.__dict__["held"] = held
-        kept: Tensor = self.__dict__["held"]
-        return kept
+            return self._held
+
+    @cached_property
+    def _held(self) -> Tensor:
+        held = torch.from_numpy(np.asarray(self.array))
+        if self.device == "cpu":
+            return held
+        if held.nbytes < room_on(self.device) // 2:
+            return held.to(self.device)
+        warn_once(f"{self.device}: keys exceed half of its free memory, so each call copies them")
+        return held
 
     def nearest(self, points: Tensor, k: int) -> Nearest:
         """On a GPU, all keys are compared, unless the index is approximate."""

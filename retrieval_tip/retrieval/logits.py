@@ -67,8 +67,7 @@ class Retrieval:
         their mean affinity. If each query retrieves its own keys, the result also includes ``neighbours`` shots for
         each answer. Otherwise, :meth:`contributors` finds them.
         """
-        settings, keys = self.settings, self.keys
-        points = features if keys.metric is None else keys.metric(features)
+        settings, keys, points = self.settings, self.keys, self.keys.points(features)
         text = tip.text_logits(features, self.text_weights, settings.logit_scale)
         discriminant = keys.discriminant(points) if settings.gamma else None
         if settings.k is not None and settings.k < keys.n:
