@@ -15,10 +15,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
 
 import click
 import filelock
@@ -28,12 +26,12 @@ import pytest
 import standin
 import torch  # before FAISS, whose CUDA libraries may be older
 import warm
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
 from hypothesis import settings
 from tables import read_features, some_pixels, tiny
 
 from retrieval_tip import Index, errors
-from retrieval_tip.backbones.base import Backbone, Identity
+from retrieval_tip.backbones.base import Identity
 from retrieval_tip.cli import main
 from retrieval_tip.cli.group import commands_of
 from retrieval_tip.settings import Settings
@@ -49,14 +47,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ["HF_HUB_OFFLINE"] = "1"  # read on import; otherwise a test would retry for a minute before it fails
 sys.modules["openvino_telemetry"] = None  # it forks this large process dozens of times for each encoder
 
-T = TypeVar("T")
 Compiled = tuple[Path, Identity, torch.Tensor, np.ndarray]
 ROOT = Path(__file__).resolve().parent.parent
 AS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 PROGRAMS = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ``PATH`` including this environment
 
 
-def _shared() -> Path:
+def _shared():
     """Return the test data or its stand-in, and pass the path on to child processes."""
     beside = Path(os.environ.get("RETRIEVAL_TIP_SHARED", ROOT.parent / "shared"))
     # a stranger's folder of the same name lacks the encoder
@@ -94,25 +91,25 @@ SLOWEST = [
 """The slowest test files, slowest first."""
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_configure(config):
     """Hide the GPU except in ``make gpu``. Other tests compare digits or fork, and ``auto`` would choose the GPU."""
     if config.getoption("markexpr") != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def sampled(number: int, most: int = 4) -> list[int]:
+def sampled(number, most=4):
     """Return the steps to try, of ``number``: all in a soak, else at most ``most``, including first and last."""
     few = min(most, number)
     return [*range(number)] if SOAK else [i * (number - 1) // max(1, few - 1) for i in range(few)]
 
 
-def few(cases: Iterable[T], number: int = 4) -> list[T]:
+def few(cases, number=4):
     """Return the cases to try, of several similar ones: all in a soak, else ``number``, evenly spread."""
     cases = [*cases]
     return [cases[i] for i in sampled(len(cases), number)]
 
 
-def examples(number: int) -> int:
+def examples(number):
     """Return the number of examples of a property: ``number`` in a soak, else a sixth, but at least eight."""
     return number if SOAK or ATTACK else min(number, max(8, number // 6))
 
@@ -121,7 +118,7 @@ settings.register_profile("sized", max_examples=examples(100), deadline=None)
 settings.load_profile("sized")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items):
     """Run the slowest files first, so that two processes finish at the same time. Skip tests that cannot run here."""
     long = pytest.mark.skip(reason="a long test; make soak runs it")
     for item in items:
@@ -134,7 +131,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: SLOWEST.index(item.path.name) if item.path.name in SLOWEST else len(SLOWEST))
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_terminal_summary(terminalreporter):
     """Print how many tests were skipped because ``../shared`` is missing."""
     skipped = [report.longrepr[2] for report in terminalreporter.stats.get("skipped", [])]
     if number := sum(reason.endswith((NO_SHARED, NO_REAL)) for reason in skipped):
@@ -144,7 +141,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.line(f"There is no ../shared, and {used}, so {missing} skipped.", yellow=True)
 
 
-def pytest_make_parametrize_id(val: object) -> str | None:
+def pytest_make_parametrize_id(val):
     """Name cases after short lists, tuples and dicts, which pytest would only number."""
     with contextlib.suppress(TypeError):
         shown = json.dumps(val).replace('"', "") if isinstance(val, list | tuple | dict) else ""
@@ -152,13 +149,13 @@ def pytest_make_parametrize_id(val: object) -> str | None:
     return None
 
 
-def shared_folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
+def shared_folder(tmp_path_factory, name):
     """Return a folder shared by all processes of a run."""
     in_worker = "PYTEST_XDIST_WORKER" in os.environ  # the folders of all workers have one parent
     return tmp_path_factory.getbasetemp().parent / name if in_worker else tmp_path_factory.mktemp(name)
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish():
     """Keep imported objects out of garbage collection, which took a sixth of the time."""
     gc.freeze()
     gc.enable()
@@ -166,7 +163,7 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def encodings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def encodings(tmp_path_factory):
     """One encoding cache for the whole run, so that no photo is encoded twice."""
     folder = shared_folder(tmp_path_factory, "encodings")
     os.environ["RETRIEVAL_TIP_CACHE"] = str(folder)
@@ -174,19 +171,19 @@ def encodings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def impatient(monkeypatch):
     """Make a writer fail at once if another one holds the lock."""
     monkeypatch.setattr("retrieval_tip.store.files.LOCK_WAIT", 0.0)
 
 
 @pytest.fixture(autouse=True)
-def fresh_warnings() -> None:
+def fresh_warnings():
     """Repeat once-per-process warnings in every test."""
     errors.warn_once.cache_clear()
 
 
 @pytest.fixture(autouse=True)
-def fresh_log() -> None:
+def fresh_log():
     """Reset the logger that the command line configures."""
     logger = logging.getLogger("retrieval_tip")
     logger.handlers[:], logger.propagate = [], True
@@ -194,7 +191,7 @@ def fresh_log() -> None:
 
 
 @pytest.fixture(scope="session")
-def shared() -> Path:
+def shared():
     """The test data."""
     if not SHARED.is_dir():
         pytest.skip(NO_SHARED)
@@ -202,7 +199,7 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def lit_mini(shared: Path) -> Backbone:
+def lit_mini(shared):
     """A small real dual encoder."""
     from retrieval_tip.backbones.loading import load_backbone
 
@@ -210,7 +207,7 @@ def lit_mini(shared: Path) -> Backbone:
 
 
 @pytest.fixture(scope="session")
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+def compiled_once(tmp_path_factory):
     """A model folder, the cache that holds its compiled tower, and the features of three images."""
     from retrieval_tip.backbones.loading import load_backbone
 
@@ -223,7 +220,7 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
 
 
 @pytest.fixture
-def compiled(compiled_once: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compiled:
+def compiled(compiled_once, tmp_path, monkeypatch):
     """A copy of ``compiled_once``, which a test may change: the folder, the identity, the images and their features."""
     place, identity, *encoded = compiled_once
     shutil.copytree(place, tmp_path / "compiled")
@@ -232,7 +229,7 @@ def compiled(compiled_once: Compiled, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.fixture(scope="session")
-def things(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def things(shared, tmp_path_factory):
     """An index of real photos, eight for each of ten classes. Change only a copy."""
     from serving import build, caltech_photos
 
@@ -245,13 +242,13 @@ def things(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def own(things: Path, tmp_path: Path) -> Path:
+def own(things, tmp_path):
     """A copy of the photo index that a test may change."""
     return Path(shutil.copytree(things, tmp_path / "own"))
 
 
 @pytest.fixture(scope="session")
-def demo_photos() -> Path:
+def demo_photos():
     """The photos and the encoder of the demo, which stay in the clone."""
     import demo
 
@@ -266,13 +263,13 @@ def demo_photos() -> Path:
 
 
 @pytest.fixture
-def demo_clone(demo_photos: Path, tmp_path: Path) -> Path:
+def demo_clone(demo_photos, tmp_path):
     """A folder in which an example of the docs runs: photos, an encoder, and lit-mini beside it."""
     (tmp_path / "shared").symlink_to(SHARED)
     return demo_folder(tmp_path / "clone", demo_photos)
 
 
-def demo_folder(folder: Path, photos: Path) -> Path:
+def demo_folder(folder, photos):
     """Create a folder with links to the demo's photos and encoder."""
     folder.mkdir()
     for name in ("photos", "new", "efficientnet-lite0.pth"):
@@ -281,7 +278,7 @@ def demo_folder(folder: Path, photos: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def warm_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def warm_path(tmp_path_factory):
     """A ``PATH`` whose ``retrieval-tip`` forks from a process that has imported everything."""
     if not sys.platform.startswith("linux"):
         yield PROGRAMS  # forking is unsafe or impossible elsewhere
@@ -292,11 +289,11 @@ def warm_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield f"{folder}{os.pathsep}{PROGRAMS}"
 
 
-def uninstall(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def uninstall(package, monkeypatch):
     """Make a package look uninstalled."""
     real = builtins.__import__
 
-    def without(name: str, *rest: object) -> object:
+    def without(name, *rest):
         if name.startswith(package):
             raise ImportError(name)
         return real(name, *rest)
@@ -305,25 +302,26 @@ def uninstall(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def no_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_matplotlib(monkeypatch):
     """Make matplotlib look uninstalled."""
     uninstall("matplotlib", monkeypatch)
 
 
 @pytest.fixture
-def run() -> Callable[..., Result]:
-    """The command line, run in this process. An exception that would print a traceback fails the test."""
-
-    def invoke(*arguments: object, stdin: str | bytes | None = None) -> Result:
-        result = CliRunner().invoke(main, [str(argument) for argument in arguments], input=stdin)
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result
-
-    return invoke
+def run():
+    """The command line, run in this process."""
+    return command_line
 
 
-def json_rows(done: Result, *statuses: int) -> list[dict[str, Any]]:
+def command_line(*arguments, stdin=None):
+    """Run a command in this process. An exception that would print a traceback fails the test."""
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments], input=stdin)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def json_rows(done, *statuses):
     """Return the rows that a command has printed with ``--format json``."""
     assert done.exit_code in (statuses or (0, 3)), done.output
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -333,7 +331,7 @@ COMMANDS = {tuple(path.split()): command for path, command in commands_of(main) 
 """The commands, by their words."""
 
 
-def nearest_keys(model: Index, queries: Any, k: int = 1) -> list[list[dict[str, Any]]]:
+def nearest_keys(model, queries, k=1):
     """Return key_id, source, label and affinity of the ``k`` nearest keys of each query, nearest first."""
     retrieval = model.retrieval
     near = retrieval.keys.nearest(retrieval.keys.points(torch.from_numpy(np.asarray(queries))), k)
@@ -343,19 +341,19 @@ def nearest_keys(model: Index, queries: Any, k: int = 1) -> list[list[dict[str, 
     return [rows[start : start + k] for start in range(0, len(rows), k)]
 
 
-def parts_of(model: Index, *asked: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def parts_of(model, *asked):
     """Return the text and cache logits of :meth:`Index.terms`."""
     terms = model.terms(*asked)
     return terms.text, terms.cache
 
 
-def cache_of(*features: Any, **options: Any) -> Index:
+def cache_of(*features, **options):
     """Call :meth:`Index.from_features` with settings among the options."""
     own = {field.name: options.pop(field.name) for field in fields(Settings) if field.name in options}
     return Index.from_features(*features, settings=Settings(**own), **options)
 
 
-def food_index(shared: Path, per_class: int = 8, **changes: Any) -> Index:
+def food_index(shared, per_class=8, **changes):
     """Return an index of some shots of each of nine foods."""
     (K, labels), (W, names) = (read_features(shared / f"data/clip-food9/{part}.parquet") for part in ("train", "text"))
     shots = np.concatenate([np.flatnonzero(labels == name)[:per_class] for name in names])
@@ -363,16 +361,16 @@ def food_index(shared: Path, per_class: int = 8, **changes: Any) -> Index:
     return cache_of(K[shots], labels[shots].tolist(), names.tolist(), W, **own)
 
 
-def with_code(folder: Path, file: str = "config.json") -> Path:
+def with_code(folder, file="config.json"):
     """Create a model folder whose config names Python code, which creates a file ``ran`` if it is run."""
     folder.mkdir(exist_ok=True)
-    parts: dict[str, Any] = {"AutoConfig": "evil.T", "AutoModel": "evil.T", "AutoTokenizer": ["evil.T", "evil.T"]}
+    parts = {"AutoConfig": "evil.T", "AutoModel": "evil.T", "AutoTokenizer": ["evil.T", "evil.T"]}
     (folder / file).write_text(json.dumps({"model_type": "x", "auto_map": parts}))
     (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass T: pass\n")
     return folder
 
 
-def mount(place: Path, options: str) -> None:
+def mount(place, options):
     """Mount a file system in memory, or skip the test."""
     result = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True, text=True)
     if result.returncode:
@@ -380,7 +378,7 @@ def mount(place: Path, options: str) -> None:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+def small_disk(tmp_path):
     """A function that mounts an empty file system of a size in KiB, instead of the previous one."""
     if not AS_ROOT or not sys.platform.startswith("linux"):
         pytest.skip("SKIPPED: only root on Linux can mount a small file system; the simulated full disk is tested")
@@ -388,7 +386,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
     place.mkdir()
     mounted = []
 
-    def make(kibibytes: int) -> Path:
+    def make(kibibytes):
         while mounted:
             subprocess.run(["umount", "-l", mounted.pop()], check=True)
         mount(place, f"size={kibibytes}k")
@@ -401,7 +399,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 
 
 @pytest.fixture(scope="module")
-def one_encoder() -> Iterator[None]:
+def one_encoder():
     """Load each encoder that is served once for all tests, because loading and compiling are slow."""
     from retrieval_tip.server import served
 
@@ -411,7 +409,7 @@ def one_encoder() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def bucket() -> Iterator[None]:
+def bucket():
     """An object store on loopback, in which unfinished versions may be deleted at once."""
     import buckets
 
@@ -424,7 +422,7 @@ def bucket() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
+def one_thread():
     """Limit torch and FAISS to one thread each."""
     import killing
 

@@ -1,6 +1,5 @@
 """The command line: formats, settings, explanations, exit statuses, and a whole session in real processes."""
 
-import inspect
 import io
 import json
 import os
@@ -9,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,14 +17,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.types import FloatParamType, IntParamType
-from conftest import COMMANDS, few
+from conftest import COMMANDS, few, json_rows
 from PIL import Image
 from serving import caltech_photos
 from tables import picture, tiny, unit_rows, write_table
 
 from retrieval_tip.cli import opening
-from retrieval_tip.cli.group import OptionGroup
 from retrieval_tip.cli.kinds import K, Number
+from retrieval_tip.cli.output import FORMATS
 from retrieval_tip.errors import InputError
 from retrieval_tip.model import Index
 
@@ -57,33 +55,6 @@ def test_every_command_and_option_has_help(run, command):
     found = COMMANDS[command]
     assert found.help
     assert all(option.help for option in found.params if isinstance(option, click.Option))
-
-
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_the_types_of_a_command_match_its_options(command):
-    function = COMMANDS[command].callback
-    taken = {name: one.annotation for name, one in inspect.signature(function).parameters.items()}
-    for group in (one.default for one in inspect.signature(function).parameters.values()):
-        if isinstance(group, OptionGroup):
-            taken |= {one.name: fields_of(group.kind)[one.name] for one in group.params}
-    values = {option.name: option for option in COMMANDS[command].params if option.expose_value}
-    assert values.keys() <= taken.keys()
-    for name, option in values.items():
-        if option.callback is not None:  # a callback may change the type
-            continue
-        is_option = isinstance(option, click.Option)
-        default = option.to_info_dict()["default"] if is_option or not (option.required or option.nargs != 1) else ""
-        may_lack = default is None and not (option.required or option.multiple)
-        assert ("None" in taken[name] or taken[name] in ("KeysMet", "Abstain")) == may_lack, name
-        repeated = getattr(option, "multiple", False) or option.nargs != 1
-        assert taken[name].startswith(("tuple", "Sequence")) == repeated, name
-
-
-def fields_of(kind):
-    """Return the types of the fields of a dataclass or a TypedDict."""
-    if is_dataclass(kind):
-        return {field.name: field.type for field in fields(kind)}
-    return {name: annotation.__forward_arg__ for name, annotation in kind.__annotations__.items()}
 
 
 def test_classify_prints_the_logits_of_python(run, small, queries):
@@ -162,85 +133,51 @@ def copy_photos(shared, folder):
     return folder
 
 
-def test_classify_and_evaluate_refuse_another_backbone(run, shared, tmp_path):
+def test_a_photo_is_only_encoded_by_the_backbone_of_the_index(run, shared, tmp_path):
     one, other = tiny(tmp_path / "one"), tiny(tmp_path / "other", seed=1)
-    copy_photos(shared, tmp_path / "photos")
-    built = run(
-        "index", "build", "--fit", "none", tmp_path / "photos", "--model", f"local-dir:{one}", "--out", tmp_path / "i"
-    )
-    assert built.exit_code == 0, built.output
-    image = next((tmp_path / "photos" / "panda").iterdir())
+    photos = copy_photos(shared, tmp_path / "photos")
+    build = ("index", "build", "--fit", "none", photos, "--model", f"local-dir:{one}", "--out", tmp_path / "i")
+    assert run(*build).exit_code == 0
+    image = next((photos / "panda").iterdir())
     assert run("classify", tmp_path / "i", image).exit_code == 0
-    refused = run("classify", tmp_path / "i", image, "--model", f"local-dir:{other}")
-    assert refused.exit_code == 1
-    assert str(one) in refused.stderr
-    assert str(other) in refused.stderr
-    # also for a table that names its encoder
-    table = tmp_path / "t.parquet"
-    assert run("encode", tmp_path / "photos", "--model", f"local-dir:{other}", "--out", table).exit_code == 0
-    for command in (("classify", tmp_path / "i", table), ("evaluate", tmp_path / "i", table)):
+    assert run("encode", photos, "--model", f"local-dir:{other}", "--out", tmp_path / "t.parquet").exit_code == 0
+    for command in (
+        ("classify", tmp_path / "i", image, "--model", f"local-dir:{other}"),
+        ("evaluate", tmp_path / "i", tmp_path / "t.parquet"),  # the table names its encoder
+    ):
         refused = run(*command)
-        assert refused.exit_code == 1
-        assert str(one) in refused.stderr
-        assert str(other) in refused.stderr
+        assert (refused.exit_code, str(one) in refused.stderr, str(other) in refused.stderr) == (1, True, True)
     # the same weights in another folder are the same backbone
     shutil.move(one, tmp_path / "moved")
     gone = run("classify", tmp_path / "i", image, "--runtime", "torch")  # otherwise the stored tower answers
-    assert gone.exit_code == 1
-    assert "local-dir" in gone.stderr
+    assert (gone.exit_code, "local-dir" in gone.stderr) == (1, True)
     assert run("classify", tmp_path / "i", image, "--model", f"local-dir:{tmp_path / 'moved'}").exit_code == 0
 
 
-def test_an_encoded_table_gives_the_same_index_as_its_images(run, shared, tmp_path):
-    model = ("--model", f"local-dir:{tiny(tmp_path / 'model')}")
-    photos = copy_photos(shared, tmp_path / "photos")
-    assert run("encode", photos, *model, "--out", tmp_path / "t.parquet").exit_code == 0
-    assert run("index", "build", "--fit", "none", photos, *model, "--out", tmp_path / "a").exit_code == 0
-    assert (
-        run("index", "build", "--fit", "none", tmp_path / "t.parquet", "--out", tmp_path / "b").exit_code == 0
-    )  # its metadata name the model
-    a, b = Index.load(tmp_path / "a"), Index.load(tmp_path / "b")
-    np.testing.assert_array_equal(a.keys, b.keys)
-    np.testing.assert_array_equal(a.text_weights, b.text_weights)
-    assert a.backbone == b.backbone
-    columns = ["key_id", "class_id", "label", "source", "digest"]
-    assert a.labels.select(columns).equals(b.labels.select(columns))
-    # classifying images needs no --model, because the manifest names it
-    image = next((photos / "pizza").iterdir())
-    assert run("classify", tmp_path / "b", image).stdout == run("classify", tmp_path / "a", image).stdout
-
-
 def test_unreadable_images_are_named_and_give_exit_status_3(run, shared, tmp_path):
-    model = ("--model", f"local-dir:{tiny(tmp_path / 'model')}")
     photos = copy_photos(shared, tmp_path / "photos")
-    broken = sorted((photos / "panda").iterdir())[1]
+    whole, broken = next((photos / "pizza").iterdir()), next((photos / "panda").iterdir())
     broken.chmod(0o644)
     broken.write_bytes(broken.read_bytes()[:1000])
-    strict = run("index", "build", "--fit", "none", photos, *model, "--strict", "--out", tmp_path / "i")
-    assert strict.exit_code == 1
-    assert str(broken) in strict.stderr
-    assert not (tmp_path / "i").exists()
-    built = run("index", "build", "--fit", "none", photos, *model, "--out", tmp_path / "i")
-    assert built.exit_code == 3
-    assert f"skipped {broken}: damaged" in built.stderr
-    number = sum(1 for _ in photos.glob("*/*.jpg"))
-    cache = Index.load(tmp_path / "i")
-    assert cache.n == number - 1
-    assert str(broken) not in cache.labels["source"].to_pylist()
-    whole = next((photos / "pizza").iterdir())
+    build = ("index", "build", "--fit", "none", photos, "--model", f"local-dir:{tiny(tmp_path / 'model')}")
+    strict = run(*build, "--strict", "--out", tmp_path / "i")
+    assert (strict.exit_code, str(broken) in strict.stderr, (tmp_path / "i").exists()) == (1, True, False)
+    built = run(*build, "--out", tmp_path / "i")
+    assert (built.exit_code, f"skipped {broken}: damaged" in built.stderr) == (3, True)
+    sources = {str(path) for path in photos.glob("*/*.jpg")} - {str(broken)}
+    assert {*Index.load(tmp_path / "i").labels["source"].to_pylist()} == sources
     some = run("classify", tmp_path / "i", whole, broken, tmp_path / "missing.jpg", "--format", "json")
-    assert some.exit_code == 3
-    assert [json.loads(line)["input"] for line in some.stdout.splitlines()] == [str(whole)]
+    assert [row["input"] for row in json_rows(some, 3)] == [str(whole)]
     assert "missing.jpg: no such file" in some.stderr
-    none = run("classify", tmp_path / "i", broken)
-    assert none.exit_code == 1
-    # paths on standard input
-    piped = run("classify", tmp_path / "i", "-", "--format", "csv", stdin=f"{whole}\n")
-    assert piped.stdout.splitlines()[1].startswith(str(whole))
-    odd = tmp_path / "two\nlines.jpg"
+    assert run("classify", tmp_path / "i", broken).exit_code == 1
+
+
+def test_paths_are_read_from_standard_input(run, things, shared, tmp_path):
+    [(whole, _)], odd = caltech_photos(shared, "test", 1, 1), tmp_path / "two\nlines.jpg"
     shutil.copy(whole, odd)
-    piped = run("classify", tmp_path / "i", "-", "--format", "json", stdin=f"{odd}\0{whole}\0")  # find -print0
-    assert [json.loads(line)["input"] for line in piped.stdout.splitlines()] == [str(odd), str(whole)]
+    for given, paths in ((f"{whole}\n", [whole]), (f"{odd}\0{whole}\0", [odd, whole])):  # as find -print0 does
+        rows = json_rows(run("classify", things, "-", "--format", "json", stdin=given))
+        assert [row["input"] for row in rows] == list(map(str, paths))
 
 
 def test_doctor_reports_versions_and_finds_two_faiss_packages(run, monkeypatch):
@@ -303,22 +240,30 @@ def test_answers_appear_before_all_images_are_read(style, run, tmp_path, warm_pa
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="SKIPPED: no /dev/full here")
+@pytest.mark.parametrize("unbuffered", few(["", "1"], 1))
 @pytest.mark.parametrize(
-    ("arguments", "unbuffered"),
-    few([(command.split(), unbuffered) for unbuffered in ("", "1") for command in (
-        "--version", "--help", "index --help", "index build --help",
-        *(f"index list {INDEXES} --format {style}" for style in ("json", "csv", "table", "parquet")))], 3),
-    ids=str,
+    ("arguments", "what"),
+    [
+        *few([(f"{command} > /dev/full", "") for command in (
+            "--version", "--help", "index --help", "index build --help",
+            *(f"index list {INDEXES} --format {style}" for style in FORMATS))], 3),
+        ("--version >&-", "standard output: "), ("models <&- >&-", "standard output: "), ("classify . - <&-", ".: "),
+    ],
 )  # fmt: skip
-def test_a_full_standard_output_gives_one_line(arguments, unbuffered):
-    with Path("/dev/full").open("w") as full:
-        command = [sys.executable, "-m", "retrieval_tip", *arguments]
-        environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environment, check=False)
-    assert done.returncode == 1
-    assert done.stderr.decode().splitlines() == [done.stderr.decode().rstrip()]
-    assert done.stderr.startswith(b"Error: ")
-    assert b"No space left" in done.stderr
+def test_a_full_or_closed_standard_stream_gives_one_line(arguments, what, unbuffered):
+    command = f"{shlex.quote(sys.executable)} -m retrieval_tip {arguments}"
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(["sh", "-c", command], capture_output=True, env=environment, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"Error: {what}")
+    assert what or "No space left" in line
+
+
+def test_a_closed_standard_error_changes_nothing(small, tmp_path):
+    command = f"{shlex.quote(sys.executable)} -m retrieval_tip index history {small} --out {tmp_path}/o.parquet 2>&-"
+    subprocess.run(["sh", "-c", command], check=True)
+    assert pq.read_table(tmp_path / "o.parquet").num_rows == 1
 
 
 @pytest.mark.parametrize("arguments", few([["--version"], ["--help"], ["index", "list", INDEXES]], 2))
@@ -330,18 +275,6 @@ def test_a_closed_pipe_causes_no_error(arguments):
     os.close(writer)
     assert done.returncode in (0, 1)
     assert done.stderr == b""
-
-
-@pytest.mark.parametrize(
-    ("arguments", "what"),
-    [("--version >&-", "standard output"), ("models <&- >&-", "standard output"), ("classify . - <&-", ".")],
-)
-def test_a_closed_standard_stream_that_is_needed_is_an_error(arguments, what):
-    command = f"{shlex.quote(sys.executable)} -m retrieval_tip {arguments}"
-    done = subprocess.run(["sh", "-c", command], capture_output=True, check=False)
-    assert (done.returncode, done.stdout) == (1, b"")
-    (line,) = done.stderr.decode().splitlines()
-    assert line.startswith(f"Error: {what}: ")
 
 
 def on_stdin(monkeypatch, data):
@@ -385,14 +318,6 @@ def test_running_out_of_memory_prints_one_line(run, small, queries, monkeypatch,
     failed = run("classify", small, queries)
     assert (failed.exit_code, failed.stderr.count("\n")) == (1, 1)
     assert failed.stderr.startswith(f"Error: {message}")
-
-
-def test_a_closed_standard_error_changes_nothing(small, tmp_path):
-    command = (
-        f"{shlex.quote(sys.executable)} -m retrieval_tip index history {small} --out {tmp_path / 'o.parquet'} 2>&-"
-    )
-    subprocess.run(["sh", "-c", command], check=True)
-    assert pq.read_table(tmp_path / "o.parquet").num_rows == 1
 
 
 NUMBERS = [
