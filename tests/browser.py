@@ -5,13 +5,11 @@ from __future__ import annotations
 import base64
 import os
 import shutil
-from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
+from playwright.sync_api import expect, sync_playwright
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 ARGUMENTS = [
@@ -21,12 +19,12 @@ ARGUMENTS = [
 PATIENCE = 30_000  # ms, for busy machines with two cores
 
 
-def _executable() -> str | None:
+def _executable():
     return next(filter(None, map(shutil.which, CHROMIUM)), None)
 
 
 @contextmanager
-def chromium() -> Iterator[Browser]:
+def chromium():
     """Headless Chromium. Without it, the tests are skipped, but fail in CI."""
     found = _executable()
     if found is None:
@@ -38,7 +36,7 @@ def chromium() -> Iterator[Browser]:
         browser.close()
 
 
-def drop(page: Page, *images: Path, names: list[str] | None = None) -> None:
+def drop(page, *images, names=None):
     """Drop files on the page through its drop handler."""
     names = names or [image.name for image in images]
     files = [[name, base64.b64encode(image.read_bytes()).decode()] for name, image in zip(names, images, strict=True)]
@@ -57,14 +55,12 @@ def drop(page: Page, *images: Path, names: list[str] | None = None) -> None:
         page.dispatch_event("body", event, {"dataTransfer": transfer})
 
 
-def drop_folders(page: Page, *folders: Path, at: tuple[float, float] = (600, 400)) -> None:
+def drop_folders(page, *folders, at=(600, 400)):
     """Drop folders or files on the page as the browser itself does."""
     drag_files(page, *folders, at=at, kinds=("dragEnter", "dragOver", "drop"))
 
 
-def drag_files(
-    page: Page, *files: Path, at: tuple[float, float], kinds: tuple[str, ...] = ("dragEnter", "dragOver")
-) -> None:
+def drag_files(page, *files, at, kinds=("dragEnter", "dragOver")):
     """Drag folders or files over the page as the browser itself does."""
     page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
     session = page.context.new_cdp_session(page)
@@ -80,20 +76,12 @@ class Opened:
     ``expected`` holds the beginnings of allowed messages.
     """
 
-    def __init__(
-        self,
-        browser: Browser,
-        address: str,
-        at: str = "",
-        ready: str = "#index-facts",
-        expected: Sequence[str] = (),
-        **options: Any,
-    ) -> None:
+    def __init__(self, browser, address, at="", ready="#index-facts", expected=(), **options):
         options = {"viewport": {"width": 1200, "height": 900}, "reduced_motion": "reduce"} | options
         self.context = browser.new_context(**options)
         self.page = self.context.new_page()
         self.expected = [*expected]
-        self.wrong: list[str] = []
+        self.wrong = []
         self.page.set_default_timeout(PATIENCE)
         self.page.on("console", lambda message: self.wrong.append(message.text))
         self.page.on("pageerror", lambda error: self.wrong.append(f"uncaught: {error}"))
@@ -106,14 +94,14 @@ class Opened:
         self.page.goto(f"{address}{at}")
         expect(self.page.locator(ready).first).not_to_be_empty()
 
-    def close(self) -> None:
+    def close(self):
         """Close the page, and check that it recorded nothing unexpected."""
         self.context.close()
         unexpected = [text for text in self.wrong if not text.startswith(tuple(self.expected))]
         assert not unexpected, unexpected
 
 
-def violations(page: Page) -> list[str]:
+def violations(page):
     """Return the accessibility violations that axe finds on the page."""
     axe = pytest.importorskip("axe_playwright_python", reason="SKIPPED: no axe; pip install -e '.[dev]'")
     page.evaluate((Path(axe.__file__).parent / "axe.min.js").read_text())
@@ -121,27 +109,27 @@ def violations(page: Page) -> list[str]:
     return [f"{one['id']}: {node['html']}" for one in found for node in one["nodes"]]
 
 
-def refuse(route: Route, status: int, detail: str, **headers: str) -> None:
+def refuse(route, status, detail, **headers):
     """Answer a request with a problem."""
     problem = {"type": "about:blank", "title": "Refused", "status": status, "detail": detail}
     route.fulfill(status=status, headers=headers, json=problem)
 
 
-def hold(page: Page, pattern: str) -> list[Route]:
+def hold(page, pattern):
     """Return the list of the requests that the page sends from now on. They wait until they are continued."""
-    held: list[Route] = []
+    held = []
     page.route(pattern, lambda route: held.append(route))
     return held
 
 
-def wait_for(page: Page, held: Sequence[Route], number: int) -> Route:
+def wait_for(page, held, number):
     """Wait for the given number of held requests, and return the last one."""
     while len(held) < number:
         page.wait_for_timeout(50)
     return held[number - 1]
 
 
-def tab_to(page: Page, wanted: Locator) -> None:
+def tab_to(page, wanted):
     """Press Tab until ``wanted`` has the focus."""
     for _ in range(60):
         if wanted.evaluate("element => element === document.activeElement"):
@@ -150,12 +138,12 @@ def tab_to(page: Page, wanted: Locator) -> None:
     pytest.fail(f"{wanted} is not reached")
 
 
-def get(page: Page, path: str) -> Any:
+def get(page, path):
     """Return an answer of the server."""
     return page.request.get(f"{page.evaluate('location.origin')}{path}").json()
 
 
-def submit(page: Page, field: str, text: str) -> None:
+def submit(page, field, text):
     """Fill in a field, and press Enter."""
     page.fill(field, text)
     page.keyboard.press("Enter")

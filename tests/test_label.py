@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import datetime
 import json
-import re
 import shutil
 import signal
 import socket
 import time
 import urllib.request
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ from serving import caltech_photos, server
 
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.reader import Reader
-from retrieval_tip.data.sources import of_images, open_inputs
+from retrieval_tip.data.sources import open_inputs
 from retrieval_tip.errors import StoreError
 from retrieval_tip.index import changes, places
 from retrieval_tip.labelling.photos import Pool
@@ -164,27 +164,21 @@ def labels_of(place):
     return {row["source"]: row["label"] for row in rows}
 
 
-def add_photo(place, photo, label, backbone):
-    """Add a photo as another process does."""
-    changes.add(place, of_images([str(photo)], "photos", [label], [label]), Reader(backbone))
-
-
 def test_labels_build_an_index_that_guesses_and_sessions_can_be_resumed(pool, place, lit_mini):
     with Client(pool, place, lit_mini) as client:
         first = client.label(1)
-        assert first[0]["picked"] == "random"
-        assert first[0]["guesses"] == []
+        assert (first[0]["picked"], first[0]["guesses"]) == ("random", [])
         state = client.settled()
         assert (state["photos"], state["labelled"], state["unsaved"]) == (25, 1, 0)  # without the damaged file
         done = first + client.label(9)
         state = client.settled()
         assert state["labelled"] == 10
-        assert {one["label"]: one["photos"] for one in state["classes"]} == _counts(pool[one["name"]] for one in done)
+        counts = Counter(pool[one["name"]] for one in done)
+        assert {one["label"]: one["photos"] for one in state["classes"]} == counts
         assert not {one["photo"] for one in state["queue"]} & {one["photo"] for one in done}
     index = opened(place)
-    labels = {row["source"]: row for row in index.labels.to_pylist()}
-    assert {name: row["label"] for name, row in labels.items()} == {one["name"]: pool[one["name"]] for one in done}
-    assert {name: row["picked"] for name, row in labels.items()} == {one["name"]: one["picked"] for one in done}
+    saved = {(row["source"], row["label"], row["picked"]) for row in index.labels.to_pylist()}
+    assert saved == {(one["name"], pool[one["name"]], one["picked"]) for one in done}
     assert {one["picked"] for one in done} == {"random", "suggested"}
     with Client(pool, place, lit_mini) as client:
         state = client.settled()
@@ -199,66 +193,24 @@ def test_labels_build_an_index_that_guesses_and_sessions_can_be_resumed(pool, pl
     assert opened(place).n == 25
 
 
-def _counts(names):
-    listed = [*names]
-    return {name: listed.count(name) for name in listed}
-
-
-def test_near_identical_photos_can_be_labelled_together(pool, place, lit_mini):
+def test_a_step_is_one_version_done_once_and_undo_restores_labels_and_skipped_photos(pool, place, lit_mini):
+    """``test_label_sessions.py`` repeats this at random, with other writers."""
     with Client(pool, place, lit_mini) as client:
-        client.settled()
-        pairs = {}
-        while len(pairs) < 2:
-            state = client.settled()
-            pairs |= {Path(one["name"]).stem: one for one in state["queue"] if Path(one["name"]).stem in ("0", "copy")}
-            if not pairs:
-                client.set({}, *(one["photo"] for one in state["queue"]))
-                client.label(1)
-                continue
-            break
-        one = next(iter(pairs.values()))
-        other = one["similar"][0]
-        state = client.set({one["photo"]: "pair", other: "pair"})
-        assert state["labelled"] >= 2
-        client.settled()
-    rows = opened(place).labels.to_pylist()
-    assert {Path(row["source"]).stem for row in rows if row["label"] == "pair"} >= {"0", "copy"}
-
-
-def test_undo_and_relabel_change_one_version_and_keep_what_others_added(pool, place, lit_mini, tmp_path):
-    with Client(pool, place, lit_mini) as client:
-        first, second, third = client.label(3)
-        client.settled()
-        other = tmp_path / "other.png"
-        Image.new("RGB", (64, 64), "red").save(other)
-        add_photo(place, other, "red", lit_mini)
-        client.until(lambda state: state["version"] == opened(place).version)
-        version = client.settled()["version"]
-        client.set({second["photo"]: "x", third["photo"]: "y"})
-        assert client.settled()["version"] == version + 1
-        typo = client.status()["queue"][0]
-        client.set({typo["photo"]: "tpyo"}, step="typo")
-        client.settled()
-        assert "tpyo" in opened(place).class_names
-        state = client.set({}, undo="typo")
-        assert (state["labelled"], state["steps"], state["queue"][0]["photo"]) == (3, [], typo["photo"])
-        assert client.settled()["version"] == version + 3
-    assert labels_of(place) == {
-        first["name"]: pool[first["name"]], second["name"]: "x", third["name"]: "y", str(other): "red",
-    }  # fmt: skip
-    assert "tpyo" not in opened(place).class_names
-
-
-def test_a_step_is_done_once_and_undo_restores_labels_and_skipped_photos(pool, place, lit_mini):
-    with Client(pool, place, lit_mini) as client:
-        one, other, *_ = client.settled()["queue"]
+        one, other, third, *_ = client.settled()["queue"]
         client.set({one["photo"]: "a"}, step="1")
         client.set({one["photo"]: "b"}, step="2")
         steps = client.set({one["photo"]: "a"}, step="1")["steps"]  # the request was repeated
         assert steps == [
             {"step": n, "photos": [one["photo"]], "labels": [label]} for n, label in (("1", "a"), ("2", "b"))
         ]
-        assert client.settled()["queue"][0]["photo"] == other["photo"]
+        state = client.settled()
+        assert state["queue"][0]["photo"] == other["photo"]
+        version = state["version"]
+        client.set({other["photo"]: "x", third["photo"]: "tpyo"}, step="typo")
+        assert client.settled()["version"] == version + 1
+        client.set({}, undo="typo")
+        assert client.settled()["version"] == version + 2
+        assert "tpyo" not in opened(place).class_names
         state = client.set({}, other["photo"], step="3")
         assert state["steps"] == [*steps, {"step": "3", "photos": [other["photo"]], "labels": []}]
         assert other["photo"] != state["queue"][0]["photo"]
@@ -279,44 +231,42 @@ def test_a_bad_label_is_named_and_kept_while_the_others_are_saved(pool, place, l
         bad = client.number("damaged")
         good = [client.number(name) for name in ("1", "2", "3", "4")]
         client.set(dict.fromkeys([good[0], bad, *good[1:]], "x"))
-        state = client.until(lambda state: state["unsaved"] == 1)
-        (refused,) = state["refused"]
+        (refused,) = client.until(lambda state: state["unsaved"] == 1)["refused"]
         assert (refused["photo"], Path(refused["name"]).name, refused["label"]) == (bad, "damaged.jpg", "x")
         assert "image" in refused["reason"]
-        known = {row["source"]: row["key_id"] for row in opened(place).labels.to_pylist()}
-        changes.remove(place, key_ids=[known[client.names[good[0]]]])  # by another process
-        client.set(dict.fromkeys(good, "y"))
-        client.until(lambda state: state["unsaved"] == 1)
-        assert labels_of(place) == dict.fromkeys([client.names[number] for number in good], "y")
+        assert labels_of(place) == dict.fromkeys([client.names[number] for number in good], "x")
         assert client.set({bad: None})["refused"] == []
         assert client.settled()["unsaved"] == 0
 
 
 def test_photos_are_recognised_by_their_bytes_from_any_folder(shared, place, lit_mini, tmp_path, monkeypatch):
     photos = [path for path, _ in caltech_photos(shared, "train", 2, 2)]
-    for day, own in (("day1", photos[:2]), ("day2", photos[2:])):
-        (tmp_path / day / "new").mkdir(parents=True)
-        for number, path in enumerate(own):
-            shutil.copy(path, tmp_path / day / "new" / f"IMG_{number}.jpg")
-    for day in ("day1", "day2"):
+
+    def client_in(folder):
+        return Client({f"{folder}/IMG_0.jpg": "x", f"{folder}/IMG_1.jpg": "x"}, place, lit_mini)
+
+    for number, path in enumerate(photos):
+        folder = tmp_path / f"day{number // 2}" / "new"
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder / f"IMG_{number % 2}.jpg")
+    for day in ("day0", "day1"):  # photos of other folders have the same relative names
         monkeypatch.chdir(tmp_path / day)
-        with Client({"new/IMG_0.jpg": day, "new/IMG_1.jpg": day}, place, lit_mini) as client:
+        with client_in("new") as client:
             assert client.settled()["labelled"] == 0
             client.label(2)
             client.settled()
-    wanted = {str(tmp_path / day / f"new/IMG_{n}.jpg"): day for day in ("day1", "day2") for n in (0, 1)}
+    wanted = {str(tmp_path / f"day{day}/new/IMG_{n}.jpg"): "x" for day in (0, 1) for n in (0, 1)}
     assert labels_of(place) == wanted
-    moved = place.rename(tmp_path / "moved")
+    place = place.rename(tmp_path / "moved")
     monkeypatch.chdir(tmp_path)
-    for folder in ("day1/new", str(tmp_path / "day2" / "new"), "day1/../day2/new"):
-        with Client({f"{folder}/IMG_0.jpg": "", f"{folder}/IMG_1.jpg": ""}, moved, lit_mini) as client:
+    shutil.copytree(tmp_path / "day0", tmp_path / "copy")
+    for folder in ("day0/new", str(tmp_path / "day1" / "new"), "day0/../day1/new", "copy/new"):
+        with client_in(folder) as client:
             assert client.settled()["labelled"] == 2
-    shutil.copytree(tmp_path / "day1", tmp_path / "copy")
-    with Client({"copy/new/IMG_0.jpg": "", "copy/new/IMG_1.jpg": ""}, moved, lit_mini) as client:
-        assert client.settled()["labelled"] == 2
-        client.set({0: "changed"})
-        client.settled()
-    assert labels_of(moved) == wanted | {str(tmp_path / "day1/new/IMG_0.jpg"): "changed"}
+            if folder == "copy/new":
+                client.set({0: "changed"})
+                client.settled()
+    assert labels_of(place) == wanted | {str(tmp_path / "day0/new/IMG_0.jpg"): "changed"}
 
 
 def test_labels_are_saved_later_if_saving_fails(pool, place, lit_mini, monkeypatch):
@@ -331,10 +281,7 @@ def test_labels_are_saved_later_if_saving_fails(pool, place, lit_mini, monkeypat
     monkeypatch.setattr(module, "RETRY", 0.05)
     with Client(pool, place, lit_mini) as client:
         client.label(2)
-        for _ in range(100):
-            if (state := client.status())["problem"]:
-                break
-            time.sleep(0.05)
+        state = client.until(lambda state: state["problem"])
         assert state["problem"] == "idx: no space left on device"
         assert (state["labelled"], state["unsaved"], state["version"]) == (2, 2, None)
         full = False
@@ -382,22 +329,25 @@ def test_85_labels_with_ten_versions_take_at_most_10_megabytes(kind, tmp_path, m
     assert store.verify().fitted.metric == "within"
 
 
-def test_keys_of_photos_that_are_gone_can_be_relabelled_and_removed(shared, place, lit_mini, tmp_path):
-    (tmp_path / "pool").mkdir()
-    images = [Path(shutil.copy(path, tmp_path / "pool")) for path, _ in caltech_photos(shared, "train", 2, 2)]
-    pool = dict.fromkeys(map(str, images), "x")
-    with Client(pool, place, lit_mini) as client:
+def test_near_copies_name_each_other_and_photos_that_are_gone_can_be_relabelled(pool, place, lit_mini, tmp_path):
+    folder = shutil.copytree(Path(next(iter(pool))).parent, tmp_path / "pool")
+    images = {name: folder / f"{name}.jpg" for name in ("0", "copy", "1", "2")}
+    for path in {*folder.iterdir()} - {*images.values()}:
+        path.unlink()
+    with Client({str(path): "x" for path in images.values()}, place, lit_mini) as client:
+        numbers = {name: client.number(name) for name in images}
+        similar = {one["photo"]: one["similar"] for one in client.settled()["queue"] if one["similar"]}
+        pair = numbers["0"], numbers["copy"]
+        assert similar == {pair[0]: [pair[1]], pair[1]: [pair[0]]}
+        for name in ("0", "1"):
+            images[name].unlink()
+        client.set(dict.fromkeys(numbers.values(), "x"), step="all")
         client.settled()
-        for image in images[:2]:
-            image.unlink()
-        numbers = [client.names.index(str(image)) for image in images]
-        client.set(dict.fromkeys(numbers, "x"), step="all")
+        assert labels_of(place) == {str(path): "x" for path in images.values()}
+        client.set({numbers["0"]: "y"})
+        client.set({numbers["1"]: None, numbers["2"]: None})
         client.settled()
-        assert labels_of(place) == pool
-        client.set({numbers[0]: "y"})
-        client.set({numbers[1]: None, numbers[2]: None})
-        client.settled()
-    assert labels_of(place) == {str(images[0]): "y", str(images[3]): "x"}
+    assert labels_of(place) == {str(images["0"]): "y", str(images["copy"]): "x"}
 
 
 def test_the_answers_for_the_rest_are_reviewed_together(pool, place, lit_mini):
@@ -471,8 +421,6 @@ def test_a_session_is_finished_with_copies_links_moved_photos_or_the_labelled_on
     folder = shutil.copytree(Path(next(iter(pool))).parent, tmp_path / "photos")
     moved = {str(folder / Path(name).name): label for name, label in pool.items()}
     with Client(moved, place, lit_mini) as client:
-        labelled = client.label(6)
-        client.settled()
 
         def sort(into, status=200, **options):
             sent = {"into": str(tmp_path / into), **options}
@@ -480,21 +428,25 @@ def test_a_session_is_finished_with_copies_links_moved_photos_or_the_labelled_on
             assert answer.status_code == status, answer.text
             return [path for path in (tmp_path / into).glob("*/*") if path.exists()], answer.json()
 
+        sort("none", status=404)  # no labels yet
+        labels = {Path(one["name"]).name: moved[one["name"]] for one in client.label(6)}
+        client.settled()
         fixed, _ = sort("fixed", labelled=True)
-        expected = {(moved[one["name"]], Path(one["name"]).name) for one in labelled}
-        assert {(path.parent.name, path.name) for path in fixed} == expected
+        assert {path.name: path.parent.name for path in fixed} == labels
         _, answer = sort("none", action="xmp", labelled=True)
         assert answer["summary"].startswith("changed the keywords of 6 photos")
-        expected = {f"{Path(one['name']).name}.xmp": moved[one["name"]] for one in labelled}
-        assert {
-            path.name: re.findall("<rdf:li>(.*)</rdf:li>", path.read_text())[0] for path in folder.glob("*.xmp")
-        } == expected
+        written = {path.stem: path.read_text().split("<rdf:li>")[1] for path in folder.glob("*.xmp")}
+        assert {name: text.partition("<")[0] for name, text in written.items()} == labels
         assert answer["undo"] == f"retrieval-tip classify {place} {folder} --xmp --undo"
         _, answer = sort("none", action="xmp", undo=True)
         assert (answer["summary"], [*folder.glob("*.xmp")]) == ("restored the keywords of 6 photos", [])
+        copies, answer = sort("copies")  # by label or answer
+        assert answer["summary"].startswith("copied 25 photos")
+        assert answer["undo"] == f"retrieval-tip sort --undo --into {tmp_path / 'copies'}"
+        assert labels.items() <= {path.name: path.parent.name for path in copies}.items()
+        assert "held-out photos" in sort("sure", at_most_wrong=0.9)[1]["summary"]
         links, _ = sort("links", action="link")
-        assert len(links) == 25
-        assert all(path.is_symlink() for path in links)
+        assert [path.is_symlink() for path in links] == [True] * 25
         assert len(sort("moved", action="move")[0]) == 25
         assert [path.name for path in folder.iterdir()] == ["damaged.jpg"]
         left, answer = sort("moved", undo=True)
@@ -504,25 +456,7 @@ def test_a_session_is_finished_with_copies_links_moved_photos_or_the_labelled_on
         sort("never", status=422, undo=True)
 
 
-def test_photos_are_sorted_by_label_or_answer(pool, place, lit_mini, tmp_path):
-    with Client(pool, place, lit_mini) as client:
-        sort = {"url": "/v1/label/sort", "json": {"into": str(tmp_path / "sorted")}, "headers": AUTHORISED}
-        assert client.http.post(**sort).status_code == 404  # no labels yet
-        labelled = client.label(7)
-        client.set({labelled[0]["photo"]: "a class of its own"})
-        client.settled()
-        answer = client.http.post(**sort).json()
-        assert answer["summary"].startswith("copied 25 photos")
-        assert answer["undo"] == f"retrieval-tip sort --undo --into {tmp_path / 'sorted'}"
-        sort["json"] = {"into": str(tmp_path / "sure"), "at_most_wrong": 0.9}
-        assert "held-out photos" in client.http.post(**sort).json()["summary"]
-    for one in labelled:
-        label = "a class of its own" if one is labelled[0] else pool[one["name"]]
-        assert (tmp_path / "sorted" / label / Path(one["name"]).name).is_file()
-    assert len([*(tmp_path / "sorted").glob("*/*.jpg")]) == 25
-
-
-def test_invalid_requests_are_refused(pool, place, lit_mini):
+def test_invalid_requests_are_refused(pool, place, lit_mini, shared, run):
     with Client(pool, place, lit_mini, "owl") as client:
         post = client.http.post
         for body, status in (
@@ -535,9 +469,11 @@ def test_invalid_requests_are_refused(pool, place, lit_mini):
         assert (state["labelled"], state["classes"]) == (0, [{"label": "owl", "photos": 0}])
         image = client.http.get(f"/v1/label/photos/{state['queue'][0]['photo']}/image?size=64")
         assert image.headers["content-type"] == "image/jpeg"
-        assert client.http.get("/v1/label/photos/99/image").status_code == 404
-        damaged = client.sources[0].sources.index(next(n for n in client.sources[0].sources if "damaged" in n))
-        assert client.http.get(f"/v1/label/photos/{damaged}/image").status_code == 404
+        for photo in (99, client.number("damaged")):
+            assert client.http.get(f"/v1/label/photos/{photo}/image").status_code == 404
+    table = shared / "data" / "clip-food9" / "test.parquet"
+    told = run("label", table, "--out", place, "--model", f"local-dir:{shared / 'models' / 'lit-mini'}")
+    assert (told.exit_code, "labelling needs photos" in told.stderr) == (1, True)
     assert not place.exists()
 
 
@@ -578,9 +514,7 @@ def test_a_killed_session_keeps_its_labels_and_a_stopped_one_names_the_file_of_t
     ):
         assert not url.startswith(address)
         assert not url.endswith(token)
-        until = time.monotonic() + 60
         while not (refused := asked(url)["refused"]):
-            assert time.monotonic() < until
             time.sleep(0.05)
         asked(url, {"labels": [{"photo": refused[0]["photo"], "label": None}]})
     assert len(labels_of(index)) == 6
@@ -594,10 +528,3 @@ def asked(url, body=None):
     data = None if body is None else json.dumps(body).encode()
     with urllib.request.urlopen(urllib.request.Request(f"{address}/v1/label", data, headers)) as answer:
         return json.load(answer)
-
-
-def test_features_cannot_be_labelled(shared, tmp_path, run):
-    table = shared / "data" / "clip-food9" / "test.parquet"
-    told = run("label", table, "--out", tmp_path / "idx", "--model", f"local-dir:{shared / 'models' / 'lit-mini'}")
-    assert told.exit_code == 1
-    assert "labelling needs photos" in told.stderr

@@ -13,9 +13,7 @@ import random
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import killing
 import numpy as np
@@ -43,13 +41,11 @@ PHOTOS, OTHERS, STEPS = 14, 6, 25 if SOAK else 15
 LABELS = ("ant", "bee", "cat", "dog")
 AUTHORISED = {"Authorization": "Bearer t"}
 
-Labels = dict[str, str]  # by digest
-
 
 class Words(Fake):
     """A backbone with text, so that new classes need text weights."""
 
-    def encode_texts(self, texts: Any) -> np.ndarray:
+    def encode_texts(self, texts):
         seeds = (int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") for text in texts)
         return np.stack([np.random.default_rng(seed).normal(size=self.dim) for seed in seeds]).astype(np.float32)
 
@@ -69,12 +65,12 @@ class Session:
         self.place, self.folder = job["place"], Path(job["folder"])
         self.state = self.folder / "state.json"
         known = json.loads(self.state.read_text()) if self.state.exists() else {}
-        self.wanted: Labels = known.get("wanted", {})
-        self.maybe: Labels = known.get("maybe", self.wanted)
-        self.undo: list[tuple[str, dict[str, str | None]]] = []
+        self.wanted = known.get("wanted", {})
+        self.maybe = known.get("maybe", self.wanted)
+        self.undo = []
         self.full = self.folder / "disk" / "full"
 
-    def run(self) -> None:
+    def run(self):
         self.full.unlink(missing_ok=True)
         self.backbone = (Words if self.job["seed"] % 2 else Wordless)()
         photos = self.folder / ("moved" if self.job["round"] % 2 else "photos")
@@ -103,14 +99,14 @@ class Session:
         if not self.full.exists():
             assert self.found() == self.wanted, (self.found(), self.wanted)
 
-    def review(self, step: str) -> None:
+    def review(self, step):
         """Label many photos at once. The page then shows the acknowledged labels."""
         self.label(step, most=len(self.paths), reviewed=True)
         shown = self.http.get("/v1/label/answers").json()["photos"]
         labels = {self.digests[one["photo"]]: one["label"] for one in shown}
         assert labels == {digest: self.wanted.get(digest) for digest in labels}
 
-    def label(self, step: str, most: int = 3, **more: bool) -> None:
+    def label(self, step, most=3, **more):
         chosen = self.draw.sample(range(len(self.paths)), self.draw.randint(1, most))
         labels = {photo: self.draw.choice((*LABELS, f"new {step}")) for photo in chosen}
         new = self.wanted | {self.digests[photo]: label for photo, label in labels.items()}
@@ -119,11 +115,11 @@ class Session:
         if self.ask({"labels": body, "step": step, **more}, new):
             self.undo.append((step, before))
 
-    def skip(self, step: str) -> None:
+    def skip(self, step):
         if self.ask({"skip": [self.draw.randrange(len(self.paths))], "step": step}, self.wanted):
             self.undo.append((step, {}))
 
-    def back(self, _: str) -> None:
+    def back(self, _):
         if not self.undo:
             return
         step, before = self.undo.pop()
@@ -131,7 +127,7 @@ class Session:
         if not self.ask({"undo": step}, new):
             self.undo.append((step, before))
 
-    def others(self, _: str) -> None:
+    def others(self, _):
         """Add and remove photos as another process does, when the session has saved everything."""
         if self.full.exists() or not places.at(self.place).exists():
             return
@@ -153,7 +149,7 @@ class Session:
         version = places.at(self.place).manifest().version
         self.until(lambda state: state["version"] >= version)
 
-    def fill(self, _: str) -> None:
+    def fill(self, _):
         """Fill the disk, or make room again."""
         if not self.job["disk"]:
             return
@@ -168,7 +164,7 @@ class Session:
                 except OSError:
                     pass
 
-    def ask(self, body: dict[str, Any], new: Labels) -> bool:
+    def ask(self, body, new):
         self.keep(self.wanted, new)
         answer = self.http.post("/v1/label", json=body, headers=AUTHORISED)
         assert answer.status_code in ((200, 503) if self.full.exists() else (200,)), answer.text
@@ -176,31 +172,31 @@ class Session:
         self.keep(new if done else self.wanted, new if done else self.wanted)
         return done
 
-    def keep(self, wanted: Labels, maybe: Labels) -> None:
+    def keep(self, wanted, maybe):
         self.wanted, self.maybe = wanted, maybe
         new = self.state.with_suffix(".tmp")
         new.write_text(json.dumps({"wanted": wanted, "maybe": maybe}))
         new.replace(self.state)
 
-    def until(self, done: Callable[[dict[str, Any]], bool]) -> None:
+    def until(self, done):
         for _ in range(4000):
             if done(state := self.http.get("/v1/label").json()):
                 return
             time.sleep(0.01)
         raise AssertionError(state)
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self):
         there = places.at(self.place)
         return there.load(device="cpu").labels.to_pylist() if there.exists() else []
 
-    def found(self) -> Labels:
+    def found(self):
         rows = [row for row in self.rows() if row.get(PICKED) != WITHDRAWN]
         labels = {row["digest"]: row["label"] for row in rows}
         assert len(labels) == len(rows)
         return labels
 
 
-def digest_of(path: str | Path) -> str:
+def digest_of(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
@@ -216,13 +212,13 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, warm_path: str) -> Iterator[killing.Server]:
+def server(tmp_path_factory, warm_path):
     server = killing.Server(__file__, tmp_path_factory.mktemp("server"), warm_path)
     yield server
     server.close()
 
 
-def make_photos(folder: Path, number: int, first: int = 0) -> None:
+def make_photos(folder, number, first=0):
     """Write small photos. The last is a copy of the first."""
     folder.mkdir()
     for n in range(number):
@@ -232,9 +228,7 @@ def make_photos(folder: Path, number: int, first: int = 0) -> None:
 
 
 @pytest.mark.parametrize(("kind", "disk"), few([*itertools.product(("", "lance://"), (False, True))], 2))
-def test_no_acknowledged_label_is_lost(
-    server: killing.Server, tmp_path: Path, small_disk: Callable[[int], Path], kind: str, disk: bool
-) -> None:
+def test_no_acknowledged_label_is_lost(server, tmp_path, small_disk, kind, disk):
     draw = random.Random(f"{kind} {disk}")
     killed = 0
     number = 1 if disk else AT_ONCE

@@ -11,9 +11,8 @@ import re
 import shutil
 import time
 import zipfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -35,16 +34,10 @@ from browser import (
 from click.testing import CliRunner
 from conftest import NO_SHARED, SHARED, SOAK, needs_real
 from PIL import Image
-from playwright.sync_api import Browser, Error, Locator, Page, Route, expect
-from serving import running, server
+from playwright.sync_api import Error, expect
+from serving import server
 
-from retrieval_tip import Index
 from retrieval_tip.cli import main
-from retrieval_tip.data.reader import FeatureBlock
-from retrieval_tip.server.app import create_app
-from retrieval_tip.server.limits import Limits
-from retrieval_tip.server.served import open_all
-from retrieval_tip.settings import Ask
 
 pytestmark = [pytest.mark.soak, *([needs_real] if SOAK else [])]
 
@@ -54,7 +47,7 @@ TOKEN = "a token"
 REFUSED = "Failed to load resource: the server responded with a status of "
 IMAGES = SHARED / "data" / "caltech101" / "101_ObjectCategories"
 MODEL = ("--model", f"local-dir:{SHARED / 'models' / 'lit-mini'}")
-PHONE: dict[str, Any] = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
 
 if not SHARED.is_dir():
     pytest.skip(NO_SHARED, allow_module_level=True)
@@ -63,11 +56,11 @@ expect.set_options(PATIENCE)
 SPLIT = json.loads((IMAGES.parent / "split_zhou_Caltech101.json").read_text())
 
 
-def caltech_photos(part: str, label: str, number: int) -> list[Path]:
+def caltech_photos(part, label, number):
     return [IMAGES / path for path, _, name in SPLIT[part] if name == label][:number]
 
 
-def class_folders(place: Path, *labels: str, each: int) -> Path:
+def class_folders(place, *labels, each):
     """Create a folder of photos for each class."""
     for label in labels:
         (place / label).mkdir(parents=True)
@@ -76,14 +69,14 @@ def class_folders(place: Path, *labels: str, each: int) -> Path:
     return place
 
 
-def table(path: Path, rows: list[tuple[Path, str]]) -> Path:
+def table(path, rows):
     """Write a table of photos and their labels."""
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([("path", "label"), *rows])
     return path
 
 
-def build(*arguments: object) -> None:
+def build(*arguments):
     built = CliRunner().invoke(main, ["index", "build", *map(str, arguments)])
     assert built.exit_code == 0, built.output
 
@@ -94,7 +87,7 @@ class Served(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory, encodings: Path) -> Iterator[Served]:
+def served(tmp_path_factory, encodings):
     """Serve an index of photos and an index of features.
 
     The photos are ten classes of eight shots, with one wrong label, and a class whose name is markup.
@@ -115,13 +108,13 @@ def served(tmp_path_factory: pytest.TempPathFactory, encodings: Path) -> Iterato
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
+def browser():
     with chromium() as started:
         yield started
 
 
 @contextlib.contextmanager
-def serving(browser: Browser, *arguments: object, **options: Any) -> Iterator[tuple[Page, Any]]:
+def serving(browser, *arguments, **options):
     """Serve with these arguments. Yield a page that may change indexes, and the server process."""
     with server(*arguments, "--device", "cpu", token=TOKEN) as (address, process):
         one = Opened(browser, address, f"/#token={TOKEN}", **options)
@@ -129,16 +122,12 @@ def serving(browser: Browser, *arguments: object, **options: Any) -> Iterator[tu
         one.close()
 
 
-Open = Callable[..., Opened]
-Run = Callable[..., Any]
-
-
 @pytest.fixture
-def opened(browser: Browser, served: Served) -> Iterator[Open]:
+def opened(browser, served):
     """Return a function that opens pages. They are closed after the test."""
     pages = []
 
-    def start(**options: Any) -> Opened:
+    def start(**options):
         pages.append(Opened(browser, served.address, **options))
         return pages[-1]
 
@@ -148,25 +137,25 @@ def opened(browser: Browser, served: Served) -> Iterator[Open]:
 
 
 @pytest.fixture
-def page(opened: Open) -> Page:
+def page(opened):
     """Return a page that may change indexes."""
     return opened(at=f"/#token={TOKEN}").page
 
 
-def classified(page: Page, number: int = 1) -> None:
+def classified(page, number=1):
     """Wait until the page shows ``number`` photos and has classified all of them."""
     expect(page.locator("#grid .tile")).to_have_count(number)
     expect(page.locator("#grid .tile.busy")).to_have_count(0)
     expect(page.locator("#grid .tile[data-label]")).to_have_count(number)
 
 
-def ask(page: Page, *images: Path, names: list[str] | None = None, number: int | None = None) -> None:
+def ask(page, *images, names=None, number=None):
     """Drop photos on the page, and wait for ``number`` answers, by default one per photo."""
     drop(page, *images, names=names)
     classified(page, len(images) if number is None else number)
 
 
-def answer(page: Page) -> dict[str, Any]:
+def answer(page):
     """Return the answer that the page shows for the open photo."""
     return page.locator("#drawer").evaluate(
         """async drawer => {
@@ -190,26 +179,34 @@ def answer(page: Page) -> dict[str, Any]:
     )
 
 
-def things(page: Page) -> dict[str, Any]:
+def things(page):
     """Return the description of the index of photos."""
     return dict(get(page, "/v1/indexes/things"))
 
 
-def undo(page: Page) -> None:
+def undo(page):
     """Undo a change from its notice."""
     expect(page.locator("#notice")).to_be_in_viewport(ratio=1)
     page.locator("#notice").get_by_role("button", name="Undo").press("Enter")
     expect(page.locator("#notice")).to_contain_text("Undone")
 
 
-def choose(page: Page, name: str) -> None:
+def undone(page, *said, facts="82 photos, 11 classes"):
+    """Wait for a notice that contains the texts, undo the change, and wait until the index is as described."""
+    for text in said:
+        expect(page.locator("#notice")).to_contain_text(text)
+    undo(page)
+    expect(page.locator("#index-facts")).to_contain_text(facts)
+
+
+def choose(page, name):
     """Switch to another classifier."""
     page.click("#index-name")
     page.locator("#index-list").get_by_role("button", name=name, exact=True).click()
     expect(page.locator("#index-name")).to_have_text(name)
 
 
-def show_settings(page: Page) -> None:
+def show_settings(page):
     """Show the settings, in the open photo's calculation or on their own screen."""
     if page.locator("#drawer").is_visible():
         page.get_by_text("How this was calculated").click()
@@ -218,25 +215,25 @@ def show_settings(page: Page) -> None:
     page.get_by_text("As numbers").click()
 
 
-def go(page: Page, screen: str) -> None:
+def go(page, screen):
     """Open a screen from the classifier's menu."""
     page.click("#index-name")
     page.click(f"#to-{screen}")
     expect(page.locator(f"#{screen}-view")).to_be_visible()
 
 
-def more(page: Page, what: str) -> None:
+def more(page, what):
     """Run an action from the toolbar's menu."""
     if not page.locator("#bar-menu").is_visible():
         page.click("#bar-more")
     page.click(f"#{what}")
 
 
-def setting(page: Page, name: str) -> str:
+def setting(page, name):
     return page.locator(f"#{name}").get_attribute("data-value") or ""
 
 
-def assert_same(page: Page, run: Run, folder: Path, image: Path, *options: object) -> None:
+def assert_same(page, run, folder, image, *options):
     """Compare the answer for the open photo with the command line's answer for ``image``."""
     told = run("classify", folder, image, *options, "--top", 8, "--explain", "--logits", "--format", "json")
     assert told.exit_code == 0, told.output
@@ -255,7 +252,7 @@ def assert_same(page: Page, run: Run, folder: Path, image: Path, *options: objec
         assert [mine["affinity"], mine["weight"]] == pytest.approx([other["affinity"], other["weight"]], rel=1e-3)
 
 
-def test_answers_and_settings_agree_with_the_command_line(page: Page, served: Served, run: Run) -> None:
+def test_answers_and_settings_agree_with_the_command_line(page, served, run):
     [image] = caltech_photos("test", "crayfish", 1)
     ask(page, image)
     assert answer(page)["label"] == "crayfish"
@@ -288,49 +285,39 @@ def test_answers_and_settings_agree_with_the_command_line(page: Page, served: Se
     assert_same(page, run, served.folder, image, "-k", "all")
 
 
-def test_correcting_an_answer_adds_a_shot_and_can_be_undone(opened: Open, served: Served, run: Run) -> None:
+def test_correcting_an_answer_adds_a_shot_and_can_be_undone(opened, served, run):
     page = opened(expected=[f"{REFUSED}401"]).page
     crabs = caltech_photos("test", "crab", 10)
     told = run("classify", served.folder, *crabs, "--format", "json").stdout.splitlines()
     image = next((Path(row["input"]) for row in map(json.loads, told) if row["label"] != "crab"), None)
     assert image is not None, "all are right"
     ask(page, image)
-    before = answer(page)
+    before, version = answer(page), things(page)["version"]
     assert before["label"] != "crab"
-    version = things(page)["version"]
 
     page.click("#drawer-wrong")
     submit(page, "#drawer-label", "crab")
     submit(page, "#token", "not the token €")
     expect(page.locator("#token-refused")).to_contain_text("not the server’s token")
     submit(page, "#token", TOKEN)
-    expect(page.locator("#notice")).to_contain_text("Added 1 example photo to crab.")
     expect(page.locator("#grid .tile.taught .said")).to_have_text("crab")
-    expect(page.locator("#drawer-notes")).to_contain_text("an example of crab")
     expect(page.locator("#drawer-notes")).to_contain_text("one of the examples")
     expect(page.locator("#index-facts")).to_have_attribute("data-version", str(version + 1))
     classified(page)
-    found = get(page, "/v1/indexes/things/keys?label=crab&limit=50")["keys"]
-    own = found[-1]["key_id"]
+    own = get(page, "/v1/indexes/things/keys?label=crab&limit=50")["keys"][-1]["key_id"]
     assert own not in [key["key_id"] for key in answer(page)["neighbours"]]
-
-    undo(page)
+    undone(page, "Added 1 example photo to crab.")
     expect(page.locator("#drawer-title")).to_have_text(before["label"])
     classified(page)
     assert answer(page)["probability"] == pytest.approx(before["probability"], rel=1e-3)
-    assert "restored version" in run("index", "history", served.folder, "--format", "csv").stdout
 
     page.fill("#drawer-label", "sea spider")  # a new class; the page already has the token
     expect(page.locator("#drawer-new")).to_contain_text("the new class sea spider")
     page.keyboard.press("Enter")
-    expect(page.locator("#notice")).to_contain_text("to the new class sea spider.")
-    expect(page.locator("#grid .tile.taught .said")).to_have_text("sea spider")
-    undo(page)
-    expect(page.locator("#drawer-title")).to_have_text(before["label"])
-    expect(page.locator("#index-facts")).to_contain_text("11 classes")
+    undone(page, "to the new class sea spider.")
 
 
-def test_answers_are_confirmed_or_corrected_one_by_one_or_together(opened: Open) -> None:
+def test_answers_are_confirmed_or_corrected_one_by_one_or_together(opened):
     """The printed address allows changes without asking for the token."""
     page = opened(at=f"/#token={TOKEN.replace(' ', '%20')}").page
     assert "token" not in page.url
@@ -339,10 +326,9 @@ def test_answers_are_confirmed_or_corrected_one_by_one_or_together(opened: Open)
     matched.first.click()
     label = answer(page)["label"]
     page.press("#drawer", "Enter")
-    expect(page.locator("#notice")).to_contain_text(f"Added 1 example photo to {label}.")
-    expect(page.locator("#drawer-right")).to_be_hidden()  # already confirmed
     expect(taught).to_have_count(1)
-    undo(page)
+    expect(page.locator("#drawer-right")).to_be_hidden()  # already confirmed
+    undone(page, f"Added 1 example photo to {label}.")
     expect(taught).to_have_count(0)
     classified(page, 3)
     page.press("#drawer", "w")
@@ -351,41 +337,33 @@ def test_answers_are_confirmed_or_corrected_one_by_one_or_together(opened: Open)
     number = matched.count()
     page.press("#grid", "Control+a")
     page.keyboard.press("Enter")
-    expect(page.locator("#notice")).to_contain_text(f"Added {number} example photo")
     expect(taught).to_have_count(number)
-    undo(page)
-    expect(page.locator("#index-facts")).to_contain_text("82 photos")
+    undone(page, f"Added {number} example photo")
 
     classified(page, 3)
     page.press("#grid", "Home")
     page.keyboard.press("Space")
     page.keyboard.press("Shift+ArrowRight")
     expect(page.locator("#selection-count")).to_have_text("2 selected")
-    chip = page.locator("#selection-chips button").nth(1)
-    label = (chip.text_content() or "")[2:]
+    label = (page.locator("#selection-chips button").nth(1).text_content() or "")[2:]
     page.keyboard.press("2")
-    expect(page.locator("#notice")).to_contain_text(f"Added 2 example photos to {label}.")
     expect(taught).to_have_count(2)
     assert taught.locator(".said").all_text_contents() == [label, label]
-    undo(page)
-    expect(page.locator("#index-facts")).to_contain_text("82 photos")
+    undone(page, f"Added 2 example photos to {label}.")
     classified(page, 3)
     page.locator("#grid .tile .tick").first.click()
-    expect(page.locator("#selection-count")).to_have_text("1 selected")
     page.click("#selection-away")
     classified(page, 2)
 
 
-def test_markup_in_names_is_shown_as_text(page: Page) -> None:
+def test_markup_in_names_is_shown_as_text(page):
     [anchor] = caltech_photos("train", "anchor", 1)  # one of the two shots whose class name is markup
     ask(page, anchor, names=[f"{HOSTILE}.jpg"])
     assert HOSTILE in answer(page)["labels"]
     expect(page.locator("#drawer-file")).to_have_attribute("title", f"{HOSTILE}.jpg")
-    expect(page.locator("#drawer-notes")).to_contain_text("one of the examples")
     page.fill("#drawer-label", HOSTILE)
     expect(page.locator("#drawer-new")).to_have_text("")
     page.keyboard.press("Escape")
-    expect(page.locator("#drawer")).to_be_hidden()
     page.fill("#filter", HOSTILE)
     expect(page.locator("#grid .tile")).to_have_count(1)
     page.click("#tab-classes")
@@ -393,16 +371,14 @@ def test_markup_in_names_is_shown_as_text(page: Page) -> None:
     expect(page.locator("#shots .tile")).to_have_count(2)
     expect(page.locator("#shots .said").first).to_have_attribute("title", HOSTILE)
     expect(page.locator("#shots .said").first).to_have_text(f"{HOSTILE[:10]}…{HOSTILE[-9:]}")
-    expect(page.locator("#shots .chip-of").first).to_have_attribute("title", re.compile(re.escape(HOSTILE)))
     page.locator("#shots .tile").first.click()
     page.click("#shots-remove")
     expect(page.locator("#confirm-shot .name")).to_have_attribute("title", HOSTILE)
     page.click("#confirm-cancel")
-    assert page.locator("img[src=x]").count() == 0
-    assert page.title() != "1"
+    assert (page.locator("img[src=x]").count(), page.title() == "1") == (0, False)
 
 
-def test_photos_can_be_classified_with_the_keyboard_alone(page: Page) -> None:
+def test_photos_can_be_classified_with_the_keyboard_alone(page):
     focused = page.locator(":focus")
     page.on("filechooser", lambda _: None)  # register early: the browser is told asynchronously
     page.keyboard.press("Tab")
@@ -442,52 +418,32 @@ def test_photos_can_be_classified_with_the_keyboard_alone(page: Page) -> None:
     expect(focused).to_have_id("choose")
 
 
-def test_classes_can_be_added_with_the_keyboard_alone(opened: Open) -> None:
-    page = opened(at=f"/#token={TOKEN}").page
+def test_classes_can_be_added_with_the_keyboard_alone(page):
     page.on("filechooser", lambda _: None)
-    tab_to(page, page.locator("#index-name"))
-    page.keyboard.press("Enter")
-    tab_to(page, page.locator("#to-teach"))
-    page.keyboard.press("Enter")
-    expect(page.locator("#teach-view")).to_be_visible()
-    tab_to(page, page.locator("#teach-new"))
-    page.keyboard.press("ArrowDown")
-    expect(page.locator("#teach-old")).to_be_checked()
     card = page.locator(".class-card").first
+
+    def at(place, key):
+        tab_to(page, place)
+        page.keyboard.press(key)
+
+    at(page.locator("#index-name"), "Enter")
+    at(page.locator("#to-teach"), "Enter")
+    at(page.locator("#teach-new"), "ArrowDown")
+    expect(page.locator("#teach-old")).to_be_checked()
     tab_to(page, card.get_by_placeholder("class name"))
     page.keyboard.type("anchor")
-    tab_to(page, card.get_by_role("button", name="Choose"))
     with page.expect_file_chooser() as chooser:
-        page.keyboard.press("Enter")
+        at(card.get_by_role("button", name="Choose"), "Enter")
     chooser.value.set_files(caltech_photos("train", "anchor", 3))
     expect(page.locator("#teach-go")).to_have_text("Add 3 photos in 1 class")
-    tab_to(page, page.locator("#teach-go"))
-    page.keyboard.press("Enter")
+    at(page.locator("#teach-go"), "Enter")
     expect(page.locator("#teach-ask")).to_be_focused()
     expect(page.locator("#index-facts")).to_contain_text("12 classes")
-    tab_to(page, page.locator("#notice").get_by_role("button", name="Undo"))
-    page.keyboard.press("Enter")
+    at(page.locator("#notice").get_by_role("button", name="Undo"), "Enter")
     expect(page.locator("#index-facts")).to_contain_text("82 photos, 11 classes")
 
 
-def test_a_pasted_image_is_classified(page: Page) -> None:
-    page.click("#tab-classes")
-    [image] = caltech_photos("test", "accordion", 1)
-    page.evaluate(
-        """bytes => {
-            const clipboardData = new DataTransfer();
-            const paste = { clipboardData, bubbles: true, cancelable: true };
-            clipboardData.items.add(new File([Uint8Array.from(bytes)], "pasted.jpg", { type: "image/jpeg" }));
-            document.body.dispatchEvent(new ClipboardEvent("paste", paste));
-        }""",
-        list(image.read_bytes()),
-    )
-    classified(page)
-    assert answer(page)["label"] == "accordion"
-    expect(page.locator("#classify-view")).to_be_visible()
-
-
-def test_many_images_are_classified_sorted_and_downloaded(page: Page) -> None:
+def test_many_images_are_classified_sorted_and_downloaded(page):
     page.evaluate(
         """() => {
             const [make, revoke] = [URL.createObjectURL, URL.revokeObjectURL];
@@ -496,22 +452,22 @@ def test_many_images_are_classified_sorted_and_downloaded(page: Page) -> None:
             URL.revokeObjectURL = (url) => (window.urls--, revoke(url));
         }"""
     )
-    uploads = {"now": 0, "most": 0}
+    now, most = set(), []
 
-    def count(by: int) -> Callable[[Any], None]:
-        def counted(request: Any) -> None:
-            if "/v1/classify" in request.url:
-                uploads["now"] += by
-                uploads["most"] = max(uploads["most"], uploads["now"])
+    def started(request):
+        if "/v1/classify" in request.url:
+            now.add(request)
+            most.append(len(now))
 
-        return counted
+    def finished(request):
+        now.discard(request)
 
-    page.on("request", count(1))
-    page.on("requestfinished", count(-1))
+    page.on("request", started)
+    page.on("requestfinished", finished)
     images = [path for label in CLASSES for path in caltech_photos("test", label, 2)]
     names = ["a/../..jpg", "same.jpg", "same.jpg", "größe.jpg", *(f"{number}.jpg" for number in range(16))]
     ask(page, *images, names=names)
-    assert 1 <= uploads["most"] <= 4
+    assert 1 <= max(most) <= 4
     page.select_option("#sort", "new")
     right = page.locator("#grid .tile").evaluate_all("tiles => tiles.map((tile) => tile.dataset.label)")
     assert sum(a == b for a, b in zip(right, np.repeat(CLASSES, 2), strict=True)) >= 16  # in order of arrival
@@ -527,31 +483,26 @@ def test_many_images_are_classified_sorted_and_downloaded(page: Page) -> None:
     page.fill("#filter", "")
     more(page, "group")
     expect(page.locator("#grid .tile")).to_have_count(20)
-    expect(page.locator("#progress")).to_contain_text("20 photos")
     page.wait_for_load_state("networkidle")
     assert page.evaluate("() => window.urls") == 0  # every object URL was revoked
     with page.expect_download() as file:
         more(page, "download-csv")
     rows = list(csv.DictReader(file.value.path().read_text().splitlines()))
-    assert len(rows) == 20
-    assert {row["input"] for row in rows} == {*names}
+    assert sorted(row["input"] for row in rows) == sorted(names)
     with page.expect_download() as file:
         more(page, "download-zip")
     packed = zipfile.ZipFile(file.value.path())
     assert packed.testzip() is None
     paths = [Path(name) for name in packed.namelist()]
     assert len({*paths}) == 20
-    assert {path.parts[0] for path in paths} <= {*right, "no match", "not sure"}
     assert all(len(path.parts) == 2 and ".." not in path.parts for path in paths)
-    assert {path.name for path in paths} >= {"größe.jpg", "same.jpg"}
     assert sorted(packed.read(name) for name in packed.namelist()) == sorted(image.read_bytes() for image in images)
-    tiles = page.locator("#grid .tile")
     more(page, "clear")
-    expect(tiles).to_have_count(0)
+    expect(page.locator("#grid .tile")).to_have_count(0)
     expect(page.locator("#start")).to_be_visible()
 
 
-def test_only_photos_near_the_viewport_are_in_the_document(page: Page) -> None:
+def test_only_photos_near_the_viewport_are_in_the_document(page):
     """Add 5,000 photos, and repeat the answers for 20 of them. ``benchmarks/page.py`` measures frame times."""
     page.evaluate(
         """async bytes => {
@@ -590,9 +541,7 @@ def test_only_photos_near_the_viewport_are_in_the_document(page: Page) -> None:
     assert shown == sorted(shown)  # screen readers read them in this order
 
 
-def test_an_empty_server_classifies_a_photo_after_five_actions(
-    browser: Browser, tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_empty_server_classifies_a_photo_after_five_actions(browser, tmp_path, run, capsys):
     """The answer arrives within 20 s of the first click."""
     class_folders(tmp_path / "photos", "crab", "panda", "pizza", each=5)
     with serving(browser, *MODEL, "--out", tmp_path / "made") as (page, _):  # 1
@@ -620,7 +569,7 @@ def test_an_empty_server_classifies_a_photo_after_five_actions(
         assert violations(page) == []
 
 
-def test_a_classifier_can_have_more_photos_than_fit_into_a_request(browser: Browser, tmp_path: Path) -> None:
+def test_a_classifier_can_have_more_photos_than_fit_into_a_request(browser, tmp_path):
     """A request has at most 64 photos and 32 MiB. Here, there are 66 classes, and three photos of 12 MB."""
     colours = np.random.default_rng(0).integers(0, 256, (66, 3), np.uint8)
     for number, colour in enumerate(colours):
@@ -638,7 +587,8 @@ def test_a_classifier_can_have_more_photos_than_fit_into_a_request(browser: Brow
         expect(page.locator("#index-facts")).to_contain_text("66 photos, 66 classes")
 
 
-def test_dropped_folders_become_classes_and_adding_can_be_cancelled(opened: Open, tmp_path: Path) -> None:
+def test_dropped_folders_become_classes_and_adding_can_be_cancelled(opened, tmp_path):
+    """Loose photos go to the highlighted card. One undo reverts all changes."""
     page = opened(at=f"/#token={TOKEN}", expected=[f"{REFUSED}4"]).page
     place = class_folders(tmp_path / "photos", "butterfly", "crab", each=16)
     (place / "crab" / "notes.txt").write_text("not a photo")
@@ -649,14 +599,34 @@ def test_dropped_folders_become_classes_and_adding_can_be_cancelled(opened: Open
     more(page, "clear")
 
     go(page, "teach")
+    loose = caltech_photos("train", "starfish", 2)
+    cards, names = page.locator(".class-card"), page.locator(".class-card input[type=text]")
+    marked = page.locator(".class-card.target")
+
+    def middle(card):
+        box = card.bounding_box()
+        return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+
+    drag_files(page, *loose, at=middle(cards.last))
+    expect(cards.last).to_have_class(re.compile("target"))
+    drag_files(page, *loose, at=(600, 20))  # not on a card: the first card without photos is the target
+    expect(cards.first).to_have_class(re.compile("target"))
+    drag_files(page, place / "crab", at=middle(cards.last))
+    expect(marked).to_have_count(0)
+    names.last.fill("starfish")
+    drop_folders(page, place / "crab", place / "butterfly", *loose, at=middle(cards.last))
+    expect(page.locator("#notice")).to_contain_text("Added 34 photos to 3 classes.")
+    expect(page.locator("#teach-go")).to_have_text("Create classifier from 34 photos in 3 classes")
+    assert sorted(name.input_value() for name in names.all()) == ["butterfly", "crab", "starfish"]
+    assert violations(page) == []
+    undo(page)
+    expect(cards).to_have_count(2)
+    assert sorted(name.input_value() for name in names.all()) == ["", "starfish"]
+    expect(page.locator(".class-card img")).to_have_count(0)
+
     page.check("#teach-old")
+    names.last.fill("")
     drop_folders(page, place / "crab", place / "butterfly")
-    names = page.locator(".class-card input[type=text]")
-    expect(names).to_have_count(2)
-    page.wait_for_function(
-        "() => Array.from(document.querySelectorAll('.class-card input[type=text]'), name => name.value).sort().join()"
-        " === 'butterfly,crab'"
-    )
     expect(page.locator("#notice")).to_contain_text("Skipped 1 file")
     expect(page.locator("#teach-go")).to_have_text("Add 32 photos in 2 classes")
     held = hold(page, "**/v1/indexes/things/keys")
@@ -665,75 +635,50 @@ def test_dropped_folders_become_classes_and_adding_can_be_cancelled(opened: Open
     wait_for(page, held, 1).continue_()
     wait_for(page, held, 2)
     expect(page.locator("#teach-progress")).to_have_js_property("value", 0.5)
-    assert violations(page) == []
     page.click("#teach-cancel")
     expect(page.locator("#teach-said")).to_contain_text("Stopping")
     held[1].continue_()
     expect(page.locator("#teach-result")).to_contain_text("Cancelled. 32 photos were already added")
     expect(page.locator("#teach-go")).to_be_enabled()
-    undo(page)
-    expect(page.locator("#index-facts")).to_contain_text("82 photos, 11 classes")
+    undone(page)
 
 
-def test_dropped_folders_become_classes_anywhere_on_the_screen(page: Page, tmp_path: Path) -> None:
-    """This includes drops on a card. Loose photos go to the highlighted card, and one undo reverts all changes."""
-    go(page, "teach")
-    place = class_folders(tmp_path / "photos", "crab", "panda", "pizza", each=2)
-    loose = caltech_photos("train", "starfish", 2)
-    cards, names = page.locator(".class-card"), page.locator(".class-card input[type=text]")
-
-    def middle(card: Locator) -> tuple[float, float]:
-        box = card.bounding_box()
-        assert box is not None
-        return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-
-    names.last.fill("starfish")
-    drop_folders(page, place / "crab", place / "panda", place / "pizza", *loose, at=middle(cards.last))
-    expect(page.locator("#notice")).to_contain_text("Added 8 photos to 4 classes.")
-    expect(page.locator("#teach-go")).to_have_text("Create classifier from 8 photos in 4 classes")
-    assert sorted(name.input_value() for name in names.all()) == ["crab", "panda", "pizza", "starfish"]
-    undo(page)
-    expect(cards).to_have_count(2)
-    assert sorted(name.input_value() for name in names.all()) == ["", "starfish"]
-    expect(page.locator(".class-card img")).to_have_count(0)
-
-    marked = page.locator(".class-card.target")
-    drag_files(page, *loose, at=middle(cards.last))
-    expect(marked).to_have_count(1)
-    expect(cards.last).to_have_class(re.compile("target"))
-    drag_files(page, *loose, at=(600, 20))  # not on a card: the first card without photos is the target
-    expect(cards.first).to_have_class(re.compile("target"))
-    drag_files(page, place / "crab", at=middle(cards.last))
-    expect(marked).to_have_count(0)
-    drop_folders(page, *loose, at=middle(cards.last))
-    expect(marked).to_have_count(0)
-    expect(cards.last.locator("img")).to_have_count(2)
-    assert violations(page) == []
-
-
-def test_camera_photos_are_classified_or_added_to_a_class(opened: Open) -> None:
+def test_photos_are_pasted_or_taken_with_a_camera(opened):
     """On a phone, the browser opens its camera for a file input with the attribute ``capture``."""
-    page = opened(at=f"/#token={TOKEN}").page
+    page, [image] = opened(at=f"/#token={TOKEN}").page, caltech_photos("test", "accordion", 1)
     expect(page.locator("#camera")).to_be_hidden()
+    page.click("#tab-classes")
+    page.evaluate(
+        """bytes => {
+            const clipboardData = new DataTransfer();
+            const paste = { clipboardData, bubbles: true, cancelable: true };
+            clipboardData.items.add(new File([Uint8Array.from(bytes)], "pasted.jpg", { type: "image/jpeg" }));
+            document.body.dispatchEvent(new ClipboardEvent("paste", paste));
+        }""",
+        list(image.read_bytes()),
+    )
+    classified(page)
+    assert answer(page)["label"] == "accordion"
+
     page = opened(at=f"/#token={TOKEN}", **PHONE).page
-    [crab] = caltech_photos("test", "crab", 1)
-    with page.expect_file_chooser() as chooser:
-        page.tap("#camera")
-    assert chooser.value.element.get_attribute("capture") == "environment"
-    chooser.value.set_files(crab)
+
+    def take(button):
+        with page.expect_file_chooser() as chooser:
+            button.tap()
+        assert chooser.value.element.get_attribute("capture") == "environment"
+        chooser.value.set_files(image)
+
+    take(page.locator("#camera"))
     classified(page)
     page.click("#drawer-close")
     go(page, "teach")
     card = page.locator(".class-card").first
     for number in ("1 photo", "2 photos"):
-        with page.expect_file_chooser() as chooser:
-            card.get_by_role("button", name="Camera").tap()
-        assert chooser.value.element.get_attribute("capture") == "environment"
-        chooser.value.set_files(crab)
+        take(card.get_by_role("button", name="Camera"))
         expect(card).to_contain_text(number)
 
 
-def test_unreadable_files_are_reported_once_per_reason(opened: Open, tmp_path: Path) -> None:
+def test_unreadable_files_are_reported_once_per_reason(opened, tmp_path):
     page = opened(expected=[f"{REFUSED}4"]).page
     wrong = [tmp_path / name for name in ("notes.jpg", "more.jpg", "IMG_1.HEIC")]
     for path in wrong:
@@ -747,23 +692,15 @@ def test_unreadable_files_are_reported_once_per_reason(opened: Open, tmp_path: P
     expect(lines).to_have_count(1)
 
 
-def test_an_unreachable_busy_or_slow_server_shows_one_message(opened: Open) -> None:
+def test_an_unreachable_or_slow_server_shows_one_message(opened):
     page = opened(expected=["Failed to load resource"]).page
     page.route("**/v1/classify**", lambda route: route.abort())
-    drop(page, *caltech_photos("test", "panda", 3))
-    expect(page.locator("#troubles p")).to_have_count(1)
-    expect(page.locator("#troubles")).to_contain_text("cannot be reached. Is it still running? 3 photos have")
-    page.unroute("**/v1/classify**")
-    full = "9 images are waiting; try again in 1 s"
-    page.route("**/v1/classify**", lambda route: refuse(route, 429, full, **{"Retry-After": "1"}), times=1)
-    page.click("#again")
-    expect(page.locator("#troubles")).to_contain_text("9 images are waiting. Trying again…")
-    classified(page, 3)
-    expect(page.locator("#troubles p")).to_have_count(0)
-
-    more(page, "clear")  # a slow server: waiting photos are marked, can be opened, and can be removed
-    held = hold(page, "**/v1/classify**")
     drop(page, *caltech_photos("test", "panda", 6))
+    expect(page.locator("#troubles p")).to_have_count(1)
+    expect(page.locator("#troubles")).to_contain_text("cannot be reached. Is it still running? 6 photos have")
+    page.unroute("**/v1/classify**")
+    held = hold(page, "**/v1/classify**")
+    page.click("#again")  # waiting photos are marked, can be opened, and can be removed
     expect(page.locator("#progress")).to_contain_text("0 of 6 photos done")
     expect(page.locator("#grid .tile.busy .chip-of").first).to_have_text("classifying…")
     assert violations(page) == []
@@ -773,25 +710,30 @@ def test_an_unreachable_busy_or_slow_server_shows_one_message(opened: Open) -> N
     page.locator("#grid .tile .tick").first.click()
     page.click("#selection-away")
     expect(page.locator("#progress")).to_contain_text("0 of 5 photos done")
-    page.unroute("**/v1/classify**")
-    for route in held:
-        with contextlib.suppress(Error):  # the page cancelled this request, or it has already continued
-            route.continue_()
+    release(page, held)
     classified(page, 5)
     expect(page.locator("#troubles p")).to_have_count(0)
 
 
-def test_every_request_is_repeated_while_the_server_refuses_it_as_busy(opened: Open) -> None:
+def release(page, held, **answer):
+    """Continue the held requests, or answer them, except those that the page has cancelled."""
+    page.unroute_all()
+    for route in held:
+        with contextlib.suppress(Error):
+            route.fulfill(**answer) if answer else route.continue_()
+
+
+def test_every_request_is_repeated_while_the_server_refuses_it_as_busy(opened):
     """The first refusal has no Retry-After, as that of a proxy."""
     page = opened(at=f"/#token={TOKEN}", expected=[f"{REFUSED}429"]).page
-    refused: list[str] = []
+    refused = []
 
-    def busy(route: Route) -> None:
+    def busy(route):
         what = f"{route.request.method} {route.request.url.partition('/v1/')[2].partition('?')[0]}"
         if what in refused or what.endswith("/image"):
             route.continue_()
             return
-        refuse(route, 429, "busy", **({"Retry-After": "0"} if refused else {}))
+        refuse(route, 429, "9 images are waiting; try again", **({"Retry-After": "0"} if refused else {}))
         refused.append(what)
 
     page.route("**/v1/**", busy)
@@ -799,13 +741,13 @@ def test_every_request_is_repeated_while_the_server_refuses_it_as_busy(opened: O
     expect(page.locator("#index-facts")).not_to_be_empty()
     ask(page, *caltech_photos("train", "yin_yang", 5), *caltech_photos("train", "stop_sign", 4))
     groups = page.locator("#unknown-list > li")
-    expect(groups.first).to_be_visible()
+    expect(groups.first).to_contain_text("4 similar photos without a match")
     assert violations(page) == []
-    number = groups.first.locator("img").count()
+    groups.first.get_by_role("button").first.click()  # one of them does not belong to the others
+    expect(groups.first).to_contain_text("3 similar photos without a match")
     groups.first.get_by_label("Class name").fill("signs")
     groups.first.get_by_role("button", name="Name this class").click()
-    expect(page.locator("#notice")).to_contain_text(f"Added {number} example photos to the new class signs")
-    undo(page)
+    undone(page, "Added 3 example photos to the new class signs")
     for screen, shown in (("classes", "#shots .tile"), ("check", "#audit li"), ("history", "#history li")):
         page.click(f"#tab-{screen}")
         expect(page.locator(shown).first).to_be_visible()
@@ -813,7 +755,7 @@ def test_every_request_is_repeated_while_the_server_refuses_it_as_busy(opened: O
     assert {what.rpartition("/")[2].rpartition(" ")[2] for what in refused} >= whole
 
 
-def test_a_private_server_asks_for_the_token_first(browser: Browser, served: Served) -> None:
+def test_a_private_server_asks_for_the_token_first(browser, served):
     """The address that it prints does so for the person."""
     [image] = caltech_photos("test", "lobster", 1)
     with server(served.folder, "--private", "--device", "cpu", token=TOKEN) as (address, _):
@@ -833,7 +775,7 @@ def test_a_private_server_asks_for_the_token_first(browser: Browser, served: Ser
             one.close()
 
 
-def test_each_screen_reports_a_stopped_server(browser: Browser, served: Served, tmp_path: Path) -> None:
+def test_each_screen_reports_a_stopped_server(browser, served, tmp_path):
     folder = shutil.copytree(served.folder, tmp_path / "things")
     with serving(browser, folder, expected=["Failed to load resource: net::ERR_"]) as (page, process):
         ask(page, *caltech_photos("test", "panda", 2))
@@ -841,54 +783,56 @@ def test_each_screen_reports_a_stopped_server(browser: Browser, served: Served, 
         expect(page.locator("#shots .tile").first).to_be_visible()
         process.terminate()
         process.wait(30)
-        gone = "The server cannot be reached. Is it still running?"
-        page.click("#tab-classes")
+
+        def gone(where):
+            said = "The server cannot be reached. Is it still running?"
+            expect(page.locator(where)).to_contain_text(said)
+
         page.fill("#shots-source", "image")
-        expect(page.locator("#shots-state")).to_contain_text(gone)
+        gone("#shots-state")
         expect(page.locator("#shots-state button")).to_have_text("Try again")
         page.click("#tab-map")
-        expect(page.locator("#map-state")).to_contain_text(gone)
+        gone("#map-state")
         page.click("#tab-classes")
         page.locator("#classes-list").get_by_role("button", name="Rename").first.press("Enter")
         page.keyboard.type("another name")
         page.keyboard.press("Enter")
-        expect(page.locator("#problem")).to_contain_text(gone)
+        gone("#problem")
         assert violations(page) == []
         page.click("#tab-classify")
         page.locator("#grid .tile .tick").first.click()
         submit(page, "#selection-label", "crab")
-        expect(page.locator("#notice")).to_contain_text(gone)
+        gone("#notice")
         show_settings(page)
         page.press("#beta", "PageUp")
-        expect(page.locator("#troubles")).to_contain_text(gone)
+        gone("#troubles")
         expect(page.locator("#grid .tile[data-label]")).to_have_count(2)  # the answers remain
         go(page, "teach")
         page.set_input_files("#teach-folder", class_folders(tmp_path / "photos", "crab", "panda", each=2))
         page.click("#teach-go")
-        expect(page.locator("#teach-result")).to_contain_text(gone)
-        expect(page.locator("#teach-go")).to_be_enabled()
+        gone("#teach-result")
 
 
-def test_a_moving_slider_sends_few_requests_and_shows_the_last_answer(page: Page, served: Served, run: Run) -> None:
+def test_a_moving_slider_sends_few_requests_and_shows_the_last_answer(page, served, run):
     [image] = caltech_photos("test", "lobster", 1)
     ask(page, image)
     answer(page)
     show_settings(page)
+
+    def shows_the_last():
+        assert_same(page, run, served.folder, image, "--beta", setting(page, "beta"))
+
     held = hold(page, "**/v1/classify**")
     with page.expect_request("**/v1/classify**"):
         page.press("#beta", "PageUp")
     page.unroute("**/v1/classify**")
     page.press("#beta", "PageUp")
-    assert_same(page, run, served.folder, image, "--beta", setting(page, "beta"))
-    for route in held:
-        with contextlib.suppress(Error):  # the page may have given up the request
-            route.fulfill(json={"version": 1, "results": [{}]})
+    shows_the_last()
+    release(page, held, json={"version": 1, "results": [{}]})
     page.wait_for_timeout(200)
-    assert_same(
-        page, run, served.folder, image, "--beta", setting(page, "beta")
-    )  # the older reply did not replace the newer one
+    shows_the_last()  # the older reply did not replace the newer one
 
-    asked: list[str] = []
+    asked = []
     page.on("request", lambda request: asked.append(request.url) if "classify" in request.url else None)
     for moves, wait, requests in ((50, 0, 1), (5, 200, 5)):
         page.evaluate(
@@ -902,104 +846,71 @@ def test_a_moving_slider_sends_few_requests_and_shows_the_last_answer(page: Page
             }""",
             [moves, wait],
         )
-        assert_same(page, run, served.folder, image, "--beta", setting(page, "beta"))
+        shows_the_last()
         assert len(asked) == requests
         asked.clear()
 
 
-def test_an_example_is_classified_by_the_other_examples(page: Page, served: Served) -> None:
-    def check(itself: int, beta: float | None) -> None:
-        index, shown = Index.load(served.folder, device="cpu"), answer(page)
-        row = index.labels["key_id"].to_pylist().index(itself)
-        asked = Ask(beta=beta, without=(itself,), top=8)
-        (block,) = index.answers([FeatureBlock.of(index.keys[[row]])], asked)
-        (right,) = block.predictions()
-        assert shown["labels"][0] == right.labels[0]
-        expected = dict(zip(right.labels, right.probabilities, strict=True))
-        for label, chance in zip(shown["labels"], shown["probabilities"], strict=True):
-            assert chance == pytest.approx(expected.get(label, 0.0), abs=0.1)  # the page sends a smaller photo
-        assert itself not in [shot["key_id"] for shot in shown["neighbours"]]
-
+def test_an_example_is_classified_by_the_other_examples(page):
+    """``test_without.py`` tests the answers."""
     with page.expect_request("**/v1/classify**without=*") as asked:
         page.locator("#samples-list button").first.click()
     expect(page.locator("#drawer-notes")).to_contain_text("only the other examples count")
     itself = int(re.findall(r"without=(\d+)", asked.value.url)[0])
-    check(itself, None)
+    assert itself not in [shot["key_id"] for shot in answer(page)["neighbours"]]
     show_settings(page)
     with page.expect_request(f"**/v1/classify**without={itself}**"):
         page.press("#beta", "PageUp")
-    check(itself, float(setting(page, "beta")))
+    assert itself not in [shot["key_id"] for shot in answer(page)["neighbours"]]
 
 
-def test_classes_and_example_photos_are_listed_and_filtered(opened: Open) -> None:
+def test_classes_and_example_photos_are_listed_and_filtered(opened):
     page = opened().page
     computing = "still being computed; try again in 1 s"  # as a large audit is
     page.route("**/audit*", lambda route: refuse(route, 202, computing, **{"Retry-After": "1"}), times=1)
     page.click("#tab-check")
     expect(page.locator("#audit-state")).to_contain_text("Still being computed. Trying again…")
-    known = things(page)["classes"]
-    page.click("#tab-classes")
-    expect(page.locator("#classes-list li")).to_have_count(len(known))
     go(page, "settings")
     expect(page.locator("#about")).to_contain_text("lit-mini")
     page.click("#tab-classes")
-    expect(page.locator("#index-judged")).to_contain_text("Photos alone")
+    cards, number = page.locator("#classes-list li"), page.locator("#shots-count")
+    expect(cards).to_have_count(len(things(page)["classes"]))
     page.fill("#classes-filter", "cra")
-    expect(page.locator("#classes-list li")).to_have_count(2)
+    expect(cards).to_have_count(2)
 
-    expect(page.locator("#shots-count")).to_have_text("82")
-    first = page.locator("#shots .tile").first
-    expect(first.locator("img")).to_have_js_property("complete", True)
-    assert first.locator("img").evaluate("image => image.naturalWidth") > 0
+    expect(number).to_have_text("82")
+    page.wait_for_function("() => document.querySelector('#shots .tile img').naturalWidth")
     page.locator("#classes-list button[data-label=crab]").click()
-    expect(page.locator("#shots-count")).to_have_text("8")
+    expect(number).to_have_text("8")
     expect(page.locator("#shots .said").first).to_have_text("crab")
     page.fill("#shots-source", "no such file")
     expect(page.locator("#shots-state")).to_have_text("No example photos match this filter.")
     page.fill("#shots-source", "")
     page.fill("#shots-class", "")
-    page.fill("#classes-filter", "")
-    expect(page.locator("#shots-count")).to_have_text("82")
+    expect(number).to_have_text("82")
 
 
-def test_wrong_labels_are_listed_first_and_corrected(opened: Open, served: Served, run: Run) -> None:
+def test_wrong_labels_are_listed_first_and_corrected(opened, served, run):
     page = opened(at=f"/#token={TOKEN}").page
-    page.click("#tab-classes")
-    worst = page.locator("#audit li")
+    worst, title = page.locator("#audit li"), page.locator("#audit-title")
     page.click("#tab-check")
     expect(worst).to_have_count(1)  # the only clear mistake
     expect(worst.get_by_role("button").last).to_be_in_viewport(ratio=1)
     for image in worst.locator("img").all():
         box = image.bounding_box()
-        assert box is not None
         assert min(box["width"], box["height"]) > 400  # of 900 px
     expect(worst).to_contain_text("This photo is labelled panda")
     expect(worst).to_contain_text("All other examples together suggest pizza.")
     key_id = worst.get_attribute("data-key-id")
+    listed = run("index", "audit", served.folder, "--format", "json").stdout.splitlines()
+    assert [json.loads(line)["key_id"] for line in listed] == [int(key_id)]  # the command line lists the same
     page.click("#tab-classes")
     expect(page.locator('#classes-list button[data-label="panda"]')).to_contain_text("1 to check")
-    listed = run("index", "audit", served.folder, "--format", "json").stdout.splitlines()
-    assert [json.loads(line)["key_id"] for line in listed] == [int(key_id or "")]  # the command line lists the same
-    page.click("#tab-check")
-    page.check("#audit-all")
-    expect(worst.nth(1)).to_be_visible()
+    worst, number = open_audit(page)
     listed = run("index", "audit", served.folder, "--all", "--format", "json").stdout.splitlines()
-    expect(worst).to_have_count(len(listed))
+    assert number == len(listed)
     margins = worst.evaluate_all("all => all.map((one) => +one.dataset.margin)")
     assert margins == sorted(margins, reverse=True)
-    number = worst.count()
-    title, first = page.locator("#audit-title"), worst.first.get_attribute("data-key-id")
-    title.press("x")
-    expect(page.locator("#confirm-title")).to_have_text("Remove 1 example photo?")
-    page.keyboard.press("Escape")
-    title.press("k")
-    expect(worst).to_have_count(number - 1)
-    expect(worst.first).not_to_have_attribute("data-key-id", first or "")
-    page.evaluate("() => localStorage.clear()")
-    page.reload()
-    page.click("#tab-check")
-    page.check("#audit-all")
-    expect(worst).to_have_count(number)  # else the last one may still be the clear mistake
     worst.last.get_by_role("button", name="Keep").click()
     expect(worst).to_have_count(number - 1)
     page.reload()
@@ -1010,58 +921,54 @@ def test_wrong_labels_are_listed_first_and_corrected(opened: Open, served: Serve
     page.uncheck("#audit-all")
     expect(page.locator("#audit-next")).to_be_hidden()
     title.press("Enter")
-    expect(page.locator("#notice")).to_contain_text("Moved 1 example photo to pizza.")
     expect(page.locator("#audit-next code")).to_have_text("retrieval-tip sort things photos --into fixed")
-    undo(page)
+    undone(page, "Moved 1 example photo to pizza.")
     worst.get_by_role("button", name="Change to pizza").press("Enter")
-    expect(page.locator("#notice")).to_contain_text("Moved 1 example photo to pizza.")
     expect(page.locator("#audit-state")).to_contain_text("No clear mistakes")
-    found = get(page, f"/v1/indexes/things/keys?key_id={key_id}")["keys"]
-    assert found[0]["label"] == "pizza"
+    assert get(page, f"/v1/indexes/things/keys?key_id={key_id}")["keys"][0]["label"] == "pizza"
+
     page.click("#tab-history")
     rows, restore = page.locator("#history li"), page.get_by_role("button", name="Restore")
     expect(rows.first).to_contain_text("1 photo: panda became pizza")
     expect(page.locator("#history h3")).to_have_count(1)  # one sitting
     page.wait_for_function("() => document.querySelector('#history img').naturalWidth")
-
     version = things(page)["version"] - 1
     restore.first.click()
-    dialog = page.locator("#restore-dialog")
-    expect(dialog).to_contain_text("Change: 1 photo: pizza became panda")
+    expect(page.locator("#restore-dialog")).to_contain_text("Change: 1 photo: pizza became panda")
     page.wait_for_function("() => document.querySelector('#restore-dialog img').naturalWidth")
     assert violations(page) == []
     page.click("#restore-cancel")
     expect(rows.first).to_contain_text("current")
-    assert things(page)["version"] == version + 1
-    restore.first.click()
-    page.click("#restore-ok")
-    expect(rows.first).to_contain_text(f"restored version {version}")
-    undo(page)
-    expect(rows.first).to_contain_text(f"restored version {version + 1}")
-    restore.first.click()
-    page.click("#restore-ok")
-    expect(rows.first).to_contain_text(f"restored version {version + 2}")
+    for restored in (version, version + 2):
+        restore.first.click()
+        page.click("#restore-ok")
+        expect(rows.first).to_contain_text(f"restored version {restored}")
+        if restored == version:
+            undo(page)
+            expect(rows.first).to_contain_text(f"restored version {version + 1}")
     page.click("#tab-check")
     expect(worst).to_have_count(1)
 
 
-def test_classes_are_renamed_and_merged(page: Page) -> None:
+def test_classes_are_renamed_and_merged(page):
     """This also works with the keyboard.
 
     Renaming a class to an existing name merges the two, as does dragging its card. The changes can be undone.
     """
     page.click("#tab-classes")
-    entry = page.locator("#classes-list li").filter(has_text="crayfish")
+
+    def card(label):
+        return page.locator(f'#classes-list li[data-label="{label}"]')
+
+    entry, field = card("crayfish"), page.locator("#naming-label")
     entry.hover()
     entry.get_by_role("button", name="Rename crayfish").click()
-    field, button = page.locator("#naming-label"), page.locator("#naming-go")
     expect(field).to_have_value("crayfish")
     page.keyboard.press("Escape")
     expect(field).to_be_hidden()
     expect(entry.get_by_role("button", name="Rename crayfish")).to_be_focused()
     page.keyboard.press("Enter")
     expect(field).to_be_focused()
-    assert violations(page) == []
     page.keyboard.type("<i>yabby")
     page.keyboard.press("Enter")
     expect(page.locator("#notice")).to_contain_text("Renamed crayfish to <i>yabby.")
@@ -1070,38 +977,39 @@ def test_classes_are_renamed_and_merged(page: Page) -> None:
     expect(page.locator("#history li").first).to_contain_text("renamed crayfish to <i>yabby")
     expect(page.locator("#notice")).to_be_hidden()
     page.click("#tab-classes")
-    expect(page.locator("#classes-list li").filter(has_text="<i>yabby")).to_contain_text("8 photos")
-    undo(page)
-    expect(entry).to_contain_text("8 photos")
+    expect(card("<i>yabby")).to_contain_text("8 photos")
+    undone(page)
 
     entry.get_by_role("button", name="Rename").press("Enter")
     page.keyboard.type("lobster")
     expect(page.locator("#naming-hint")).to_contain_text("will be merged")
-    expect(button).to_have_text("Merge")
+    expect(page.locator("#naming-go")).to_have_text("Merge")
     page.keyboard.press("Enter")
-    expect(page.locator("#notice")).to_contain_text("Merged crayfish into lobster.")
-    expect(page.locator("#classes-list li").filter(has_text="lobster")).to_contain_text("16 photos")
-    undo(page)
-    expect(entry).to_contain_text("8 photos")
+    expect(card("lobster")).to_contain_text("16 photos")
+    undone(page, "Merged crayfish into lobster.")
 
-    card = lambda label: page.locator(f'#classes-list li[data-label="{label}"]')  # noqa: E731
     expect(card("crab").locator("img")).to_have_js_property("complete", True)
     card("crab").drag_to(card("crab"))  # dropped on itself, it does not change
     card("crab").drag_to(card("lobster"))
-    expect(page.locator("#notice")).to_contain_text("Merged crab into lobster.")
     expect(card("lobster")).to_contain_text("16 photos")
     expect(page.locator("#classes-list .target")).to_have_count(0)
-    undo(page)
+    undone(page, "Merged crab into lobster.")
     expect(card("crab")).to_contain_text("8 photos")
 
 
-def test_suspicious_labels_are_corrected_removed_or_kept_together(opened: Open) -> None:
+def test_suspicious_labels_are_corrected_removed_or_kept_together(opened):
     """All corrections form one version, and the message shows their effect on accuracy. Changes can be undone."""
     page = opened(at=f"/#token={TOKEN}", expected=["Failed to load resource: net::ERR_FAILED"]).page
-    accuracy = lambda: get(page, "/v1/indexes/things/accuracy")["both"]  # noqa: E731
-    page.click("#tab-classes")
-    before = f"{int(100 * accuracy() + 0.5)} %"
-    expect(page.locator("#index-judged")).to_contain_text(f"accuracy: {before}")
+
+    def accuracy():
+        """Return the accuracy, which the screen of the classes shows."""
+        shown = f"{int(100 * get(page, '/v1/indexes/things/accuracy')['both'] + 0.5)} %"
+        page.click("#tab-classes")
+        expect(page.locator("#index-judged")).to_contain_text(f"accuracy: {shown}")
+        page.click("#tab-check")
+        return shown
+
+    before = accuracy()
     listed, number = open_audit(page)
     wanted = listed.evaluate_all(
         "all => all.map((one) => [one.dataset.keyId, one.querySelector('strong.name')?.textContent])"
@@ -1112,32 +1020,21 @@ def test_suspicious_labels_are_corrected_removed_or_kept_together(opened: Open) 
     page.click("#audit-move-all")
     expect(page.locator("#notice")).to_contain_text(f"Corrected {len(movable)} labels.")
     assert things(page)["version"] == version + 1
-    after = f"{int(100 * accuracy() + 0.5)} %"
-    gain = f"from {before} to {after}." if after != before else f"still {after}."
-    expect(page.locator("#notice")).to_contain_text(gain)
-    page.click("#tab-classes")
-    expect(page.locator("#index-judged")).to_contain_text(f"accuracy: {after}")
+    after = accuracy()
     query = "&".join(f"key_id={key_id}" for key_id in movable)
     keys = get(page, f"/v1/indexes/things/keys?{query}&limit=1000")["keys"]
     assert {row["key_id"]: row["label"] for row in keys} == movable
-    page.click("#tab-check")
-    undo(page)
+    undone(page, f"from {before} to {after}." if after != before else f"still {after}.")
     expect(listed).to_have_count(number)
-    page.click("#tab-classes")
-    expect(page.locator("#index-judged")).to_contain_text(f"accuracy: {before}")
+    assert accuracy() == before
     page.route("**/accuracy", lambda route: route.abort())  # the old accuracy stays, and the message omits it
-    page.click("#tab-check")
     page.press("#audit-title", "x")
+    expect(page.locator("#confirm-title")).to_have_text("Remove 1 example photo?")
     assert violations(page) == []
     page.click("#confirm-ok")
     expect(page.locator("#index-facts")).to_contain_text("81 photos")
     expect(page.locator("#notice")).not_to_contain_text("accuracy")
-    page.click("#tab-classes")
-    expect(page.locator("#index-judged")).to_contain_text("accuracy")
-    page.click("#tab-check")
-    undo(page)
-    expect(page.locator("#index-facts")).to_contain_text("82 photos")
-    expect(listed).to_have_count(number)
+    undone(page)
     for left in range(number, 0, -1):
         expect(listed).to_have_count(left)
         page.press("#audit-title", "k")
@@ -1145,7 +1042,7 @@ def test_suspicious_labels_are_corrected_removed_or_kept_together(opened: Open) 
     page.evaluate("() => localStorage.clear()")
 
 
-def open_audit(page: Page) -> tuple[Locator, int]:
+def open_audit(page):
     """Show all suspicious labels. Return their entries and the number of entries."""
     page.click("#tab-check")
     page.check("#audit-all")
@@ -1154,12 +1051,12 @@ def open_audit(page: Page) -> tuple[Locator, int]:
     return listed, listed.count()
 
 
-def open_map(page: Page) -> None:
+def open_map(page):
     page.click("#tab-map")
     expect(page.locator("#map-canvas")).to_have_attribute("data-method", "tsne")
 
 
-def show_pca_map(page: Page) -> Locator:
+def show_pca_map(page):
     """Show the map of a server without scikit-learn, which is the same each time, and return its canvas."""
     page.route("**/map?*", lambda route: route.fulfill(json=route.fetch().json() | {"methods": ["pca"]}))
     page.click("#tab-map")
@@ -1167,7 +1064,7 @@ def show_pca_map(page: Page) -> Locator:
     return page.locator("#map-canvas")
 
 
-def test_photos_are_found_and_selected_on_the_map(page: Page) -> None:
+def test_photos_are_found_and_selected_on_the_map(page):
     """Photos inside a drawn shape are listed and can be moved together. Space and Enter select photos, too."""
     canvas = show_pca_map(page)
     canvas.scroll_into_view_if_needed()
@@ -1188,18 +1085,14 @@ def test_photos_are_found_and_selected_on_the_map(page: Page) -> None:
     expect(page.locator("#map-shot")).not_to_have_text(first or "")
     expect(page.locator("#map-shot img")).to_have_js_property("complete", True)
 
-    found = get(page, "/v1/indexes/things/map")
-    box = canvas.bounding_box()
-    assert box is not None
+    found, box = get(page, "/v1/indexes/things/map"), canvas.bounding_box()
 
-    def at(x: float, y: float) -> tuple[float, float]:
-        return (
-            box["x"] + 25 + (x + 1) / 2 * (box["width"] - 50),
-            box["y"] + 25 + (1 - y) / 2 * (box["height"] - 50),
-        )
+    def move(x, y, steps=1):
+        across, down = (x + 1) / 2 * (box["width"] - 50), (1 - y) / 2 * (box["height"] - 50)
+        page.mouse.move(box["x"] + 25 + across, box["y"] + 25 + down, steps=steps)
 
     lonely = int(np.argmax(found["x"]))
-    page.mouse.move(*at(found["x"][lonely], found["y"][lonely]))
+    move(found["x"][lonely], found["y"][lonely])
     expect(page.locator("#map-shot .hint")).to_have_text(f"photo {found['key_ids'][lonely]}")
     page.mouse.wheel(0, -100)
     expect(canvas).to_have_attribute("data-scale", "1.25")
@@ -1210,10 +1103,10 @@ def test_photos_are_found_and_selected_on_the_map(page: Page) -> None:
 
     inside = {id_ for id_, x, y in zip(found["key_ids"], found["x"], found["y"], strict=True) if x > 0.1 and y > 0}
     assert 3 < len(inside) < 60
-    page.mouse.move(*at(0.1, 0))
+    move(0.1, 0)
     page.mouse.down()
     for x, y in ((1.02, 0), (1.02, 1.02), (0.1, 1.02), (0.1, 0)):
-        page.mouse.move(*at(x, y), steps=4)
+        move(x, y, steps=4)
     page.mouse.up()
     expect(page.locator("#shots-mapped strong")).to_have_text(f"{len(inside)} photos from the map")
     expect(page.locator("#shots-count")).to_have_text(str(len(inside)))
@@ -1222,9 +1115,8 @@ def test_photos_are_found_and_selected_on_the_map(page: Page) -> None:
     ids = page.locator("#shots .tile").evaluate_all("tiles => tiles.map((tile) => +tile.dataset.keyId)")
     assert set(ids) <= inside
     submit(page, "#shots-label", "starfish")
-    expect(page.locator("#notice")).to_contain_text("to starfish.")
     expect(page.locator("#shots .tile .said").first).to_have_text("starfish")
-    undo(page)
+    undone(page, "to starfish.")
     page.click("#shots-all")
     expect(page.locator("#shots-count")).to_have_text("82")
     expect(page.locator("#classes-list")).to_be_visible()
@@ -1250,15 +1142,13 @@ def test_photos_are_found_and_selected_on_the_map(page: Page) -> None:
     canvas.hover()
     page.keyboard.down("Shift")
     page.mouse.down()
-    page.mouse.move(box["x"] + 300, box["y"] + 60, steps=3)
+    move(-0.5, 0.9, steps=3)
     page.mouse.up()
     page.keyboard.up("Shift")
     assert canvas.screenshot() != before  # the map has moved
-    page.click("#tab-classes")
-    expect(page.locator("#shots-mapped")).to_be_hidden()
 
 
-def test_the_map_marks_the_open_photo_with_a_star(page: Page, served: Served) -> None:
+def test_the_map_marks_the_open_photo_with_a_star(page, served):
     [image] = caltech_photos("test", "panda", 1)
     ask(page, image)
     open_map(page)
@@ -1269,7 +1159,7 @@ def test_the_map_marks_the_open_photo_with_a_star(page: Page, served: Served) ->
     ).json()
     found = answer["results"][0]
 
-    def star() -> list[float]:
+    def star():
         return [float(value) for value in (page.locator("#map-canvas").get_attribute("data-star") or "").split(",")]
 
     tsne = get(page, "/v1/indexes/things/map?method=tsne&limit=10000")
@@ -1279,29 +1169,30 @@ def test_the_map_marks_the_open_photo_with_a_star(page: Page, served: Served) ->
     assert star() == pytest.approx(weights @ places / weights.sum(), abs=2e-4)
 
 
-def test_removing_a_shot_requires_confirmation(page: Page, served: Served, run: Run) -> None:
+def test_removing_a_shot_requires_confirmation(page, served):
     """A selection survives changes by another user, and shows the new labels."""
+
+    def change(route, **sent):
+        """Change the index as another user does."""
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        address = f"{served.address}/v1/indexes/things/{route}"
+        assert page.request.post(address, headers=headers, **sent).ok
+
     page.click("#tab-classes")
     page.fill("#shots-class", "starfish")
     expect(page.locator("#shots-count")).to_have_text("8")
     page.locator("#shots .tile").first.click()
-    button = page.locator("#shots-remove")
-    button.click()
+    page.click("#shots-remove")
     page.click("#confirm-cancel")
-    expect(button).to_be_focused()
+    expect(page.locator("#shots-remove")).to_be_focused()
     page.press("#shots", "Delete")
     page.click("#confirm-ok")
     expect(page.locator("#shots-count")).to_have_text("7")
     expect(page.locator("#shots-title")).to_be_focused()
     expect(page.locator("#index-facts")).to_contain_text("81 photos")
-    history = run("index", "history", served.folder, "--format", "csv").stdout
-    assert "removed 1 photo: 1 " in history
-    assert run("index", "rollback", served.folder).exit_code == 0
-    while things(page)["n_keys"] != 82:
-        page.wait_for_timeout(100)  # until the server has loaded the version
+    change("rollback", data={"to": things(page)["version"] - 1})
     page.click("#tab-classify")
-    drop(page, *caltech_photos("test", "starfish", 1))  # the answer is from a newer version than the page's
-    classified(page)
+    ask(page, *caltech_photos("test", "starfish", 1))  # the answer is from a newer version than the page's
     expect(page.locator("#index-facts")).to_contain_text("82 photos")
 
     page.click("#tab-classes")
@@ -1309,23 +1200,19 @@ def test_removing_a_shot_requires_confirmation(page: Page, served: Served, run: 
     page.fill("#shots-source", ".jpg")
     expect(page.locator("#shots-count")).to_have_text("82")
     page.press("#shots", "Control+a")
-    expect(page.locator("#shots-selected")).to_have_text("82 selected")
     first = page.locator("#shots .tile .said").first
     before = first.get_attribute("title") or ""
     for of, label in ((before, "squeeze box"), ("squeeze box", before)):
-        page.request.post(
-            f"{served.address}/v1/indexes/things/rename",
-            data={"of": of, "label": label},
-            headers={"Authorization": f"Bearer {TOKEN}"},
-        )
+        expect(page.locator("#shots-selected")).to_have_text("82 selected")
+        change("rename", data={"of": of, "label": label})
         page.evaluate("() => document.dispatchEvent(new Event('visibilitychange'))")
         expect(first).to_have_attribute("title", label)
-        expect(page.locator("#shots-selected")).to_have_text("82 selected")
+    expect(page.locator("#shots-selected")).to_have_text("82 selected")
 
 
-def test_the_page_offers_no_changes_on_a_read_only_server(page: Page) -> None:
+def test_the_page_offers_no_changes_on_a_read_only_server(page):
 
-    def closed(route: Route) -> None:
+    def closed(route):
         response = route.fetch()
         route.fulfill(response=response, json=response.json() | {"changes": False})
 
@@ -1347,7 +1234,7 @@ def test_the_page_offers_no_changes_on_a_read_only_server(page: Page) -> None:
     page.unroute_all(behavior="wait")  # no request may outlive the page
 
 
-def test_an_index_of_features_opens_and_refuses_photos(page: Page) -> None:
+def test_an_index_of_features_opens_and_refuses_photos(page):
     ask(page, *caltech_photos("test", "panda", 1))
     choose(page, "food <b>1")
     expect(page.locator("#index-facts")).to_contain_text("36 photos, 9 classes")
@@ -1357,32 +1244,39 @@ def test_an_index_of_features_opens_and_refuses_photos(page: Page) -> None:
     more(page, "clear")
     expect(page.locator("#known li")).to_have_count(9)
     page.click("#tab-classes")
-    expect(page.locator("#shots .none").first).to_be_visible()  # there are no pictures
     expect(page.locator("#shots-count")).to_have_text("36")
+    expect(page.locator("#shots .none").first).to_be_visible()  # there are no pictures
     open_map(page)
     page.click("#tab-check")
     expect(page.locator("#audit-state")).not_to_contain_text("Loading")
     page.reload()
     expect(page.locator("#index-name")).to_have_text("food <b>1")  # the page remembers the classifier
     choose(page, "things")
-    expect(page.locator("#index-facts")).to_contain_text("82 photos")
     page.click("#tab-classes")
     expect(page.locator("#shots-count")).to_have_text("82")
     expect(page.locator("#shots .none")).to_have_count(0)
 
 
+WRAPS = """bar => {
+    const middles = [...bar.children].filter((one) => one.checkVisibility() && !one.matches(".menu"))
+        .map((one) => one.getBoundingClientRect()).map(({ top, height }) => top + height / 2);
+    return Math.max(...middles) - Math.min(...middles);
+}"""
+
+
 @pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (2560, "light")])
-def test_every_screen_fits_and_is_accessible(opened: Open, tmp_path: Path, width: int, scheme: str) -> None:
+def test_every_screen_fits_and_is_accessible(opened, tmp_path, width, scheme):
     """On a phone and a large monitor, no screen scrolls sideways, and axe finds no violations."""
     size = {"width": width, "height": 844 if width < 500 else 1440}
     page = opened(viewport=size, has_touch=width < 500, color_scheme=scheme).page
 
-    def fits(name: str) -> None:
+    def fits(name):
         for place in ("html", "#drawer"):
             assert page.locator(place).evaluate("one => one.scrollWidth <= one.clientWidth"), (name, place)
         assert violations(page) == [], name
 
     expect(page.locator("#samples-list img").first).to_be_visible()
+    assert page.evaluate("async () => (await document.fonts.ready, document.fonts.check('600 14px Inter'))")
     fits("start")
     page.click("#help")
     expect(page.locator("#glossary")).to_contain_text("No match")
@@ -1390,12 +1284,18 @@ def test_every_screen_fits_and_is_accessible(opened: Open, tmp_path: Path, width
     page.keyboard.press("Escape")
     page.locator("#samples-list button").nth(1).click()
     classified(page)
-    expect(page.locator("#drawer-notes")).to_contain_text("one of the examples")
     page.click("#drawer-close")
     some = [*caltech_photos("test", "crab", 3), *caltech_photos("test", "car_side", 2)]
     ask(page, *some, names=[f"{number}{'a-very-long-name' * 10}.jpg" for number in range(5)], number=6)
     if width < 500:
         page.click("#filters")  # the filters are collapsed on phones
+    else:
+        page.set_viewport_size({"width": 1280, "height": 840})
+        page.press("#grid", "Control+a")
+        for bar in ("header", "#bar", "#selection"):
+            assert page.locator(bar).evaluate(WRAPS) < 12, bar
+        page.click("#selection-none")
+        page.set_viewport_size(size)
     more(page, "group")
     page.locator("#grid .tile .tick").first.click()
     more(page, "download-zip")
@@ -1443,14 +1343,15 @@ def test_every_screen_fits_and_is_accessible(opened: Open, tmp_path: Path, width
     expect(page.locator("#map-shot img")).to_be_visible()
     page.locator("#map-title").scroll_into_view_if_needed()
     fits("map")
+    sizes = "() => [...document.querySelectorAll('body *')].map((one) => getComputedStyle(one).fontSize)"
+    assert {*page.evaluate(sizes)} <= {"12px", "14px", "16px", "20px", "28px"}
     go(page, "teach")
     page.set_input_files("#teach-folder", class_folders(tmp_path / "photos", "crab", "panda", each=3))
-    expect(page.locator("#teach-go")).to_have_text("Create classifier from 6 photos in 2 classes")
     page.locator(".class-card input[type=text]").last.fill("a-very-long-name" * 8)
     fits("teach")
 
 
-def test_the_docs_page_lists_every_operation(opened: Open, served: Served) -> None:
+def test_the_docs_page_lists_every_operation(opened, served):
     """The page loads no files from other hosts."""
     page = opened(at="/docs", ready="#operations section").page
     described = get(page, "/openapi.json")
@@ -1462,7 +1363,7 @@ def test_the_docs_page_lists_every_operation(opened: Open, served: Served) -> No
     assert violations(page) == []
 
 
-def test_chromium_is_required_only_in_ci(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chromium_is_required_only_in_ci(monkeypatch):
     monkeypatch.setenv("PATH", os.devnull)
     monkeypatch.delenv("CI", raising=False)
     with pytest.raises(pytest.skip.Exception, match="SKIPPED: no Chromium"), chromium():
@@ -1476,7 +1377,7 @@ LABELS = CLASSES[:6]
 
 
 @pytest.fixture(scope="module")
-def pool(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def pool(tmp_path_factory):
     """Return the true labels of unlabelled photos by file name. The empty name stands for their folder."""
     folder = tmp_path_factory.mktemp("pool")
     found = {}
@@ -1494,9 +1395,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def labelling(
-    browser: Browser, pool: dict[str, str], into: Path, *arguments: object, **options: Any
-) -> Iterator[tuple[Page, Any]]:
+def labelling(browser, pool, into, *arguments, **options):
     """Serve a labelling session that saves to ``into``. Yield its page and the server process."""
     with server(pool[""], "--out", into, *MODEL, "--device", "cpu", *arguments, command="label") as (url, process):
         address, _, token = url.partition("/#")
@@ -1507,11 +1406,11 @@ def labelling(
             one.close()
 
 
-def shown_photo(page: Page) -> str:
+def shown_photo(page):
     return page.locator("#label-photo img").get_attribute("alt") or ""
 
 
-def label_by_key(page: Page, label: str) -> str:
+def label_by_key(page, label):
     """Label the photo with the keyboard as a person would. Return the key used, or "typed"."""
     name, choices = shown_photo(page), page.locator("#label-choices .name").all_text_contents()
     if label in choices:
@@ -1524,7 +1423,7 @@ def label_by_key(page: Page, label: str) -> str:
     return how
 
 
-def label_photos(page: Page, pool: dict[str, str], number: int) -> tuple[list[str], list[float]]:
+def label_photos(page, pool, number):
     """Label photos at the pace of a fast person. Return the keys used, and the ms until each next photo was shown."""
     hows, waited = [], []
     for _ in range(number):
@@ -1542,10 +1441,8 @@ WAITED = """async () => {
 }"""
 
 
-def test_sixty_photos_are_labelled_by_keyboard_in_two_sessions(
-    browser: Browser, pool: dict[str, str], tmp_path: Path, run: Run
-) -> None:
-    folder = tmp_path / "things"
+def test_sixty_photos_are_labelled_by_keyboard_in_two_sessions(browser, pool, tmp_path, run):
+    folder, sorted_ = tmp_path / "things", tmp_path / "sorted"
     with labelling(browser, pool, folder) as (page, _):
         assert violations(page) == []
         expect(page.locator("#label-class")).to_be_focused()
@@ -1566,39 +1463,39 @@ def test_sixty_photos_are_labelled_by_keyboard_in_two_sessions(
         expect(page.locator("#progress")).to_contain_text("30 photos without a label")
         page.click("#finish-open")
         assert violations(page) == []
-        page.fill("#finish-into", str(tmp_path / "sorted"))
+
+        def finish(said):
+            page.locator("#finish").get_by_role("button", name="Finish").click()
+            expect(page.locator("#finish-said")).to_contain_text(said)
+
+        def undo_finish(said, left):
+            page.click("#finish-undo")
+            expect(page.locator("#finish-said")).to_contain_text(said)
+            assert not [*left]
+
+        page.fill("#finish-into", str(sorted_))
         page.fill("#finish-wrong", "50")
-        page.locator("#finish").get_by_role("button", name="Finish").click()
-        expect(page.locator("#finish-said")).to_contain_text("copied 90 photos")
+        finish("copied 90 photos")
         expect(page.locator("#finish-said")).to_contain_text("held-out photos")
-        page.click("#finish-undo")
-        expect(page.locator("#finish-said")).to_contain_text("undid the sorting of 90 photos")
-        assert not [*(tmp_path / "sorted").glob("*/*.jpg")]
+        undo_finish("undid the sorting of 90 photos", sorted_.glob("*/*.jpg"))
         page.check("#finish-xmp")
         expect(page.locator("#finish-into")).to_be_hidden()
-        page.locator("#finish").get_by_role("button", name="Finish").click()
-        expect(page.locator("#finish-said")).to_contain_text("changed the keywords of")
+        finish("changed the keywords of")
         assert len([*Path(pool[""]).glob("*.jpg.xmp")]) > 60
-        page.click("#finish-undo")
-        expect(page.locator("#finish-said")).to_contain_text("restored the keywords of")
-        assert not [*Path(pool[""]).glob("*.xmp")]
+        undo_finish("restored the keywords of", Path(pool[""]).glob("*.xmp"))
         page.locator("#finish [value=copy]").check()
-        page.locator("#finish").get_by_role("button", name="Finish").click()
-        expect(page.locator("#finish-said")).to_contain_text("copied 90 photos")
+        finish("copied 90 photos")
         with page.expect_download() as packed:
             page.click("#finish-zip")
-        packed.value.save_as(tmp_path / "all.zip")
+        with zipfile.ZipFile(packed.value.path()) as file:
+            assert {Path(name).name: file.read(name) for name in file.namelist()} == {
+                name: (Path(pool[""]) / name).read_bytes() for name in pool if name
+            }
         expect(page.locator("#index-accuracy")).to_be_hidden()  # this page has its own estimate
         page.click("#tab-classes")
         expect(page.locator("#index-accuracy")).to_contain_text("accurate")
-        page.click("#tab-label")
-        assert violations(page) == []
-    placed = [*(tmp_path / "sorted").glob("*/*.jpg")]
+    placed = [*sorted_.glob("*/*.jpg")]
     assert len(placed) == 90
-    with zipfile.ZipFile(tmp_path / "all.zip") as file:
-        assert {Path(name).name: file.read(name) for name in file.namelist()} == {
-            name: (Path(pool[""]) / name).read_bytes() for name in pool if name
-        }
     assert sum(path.parent.name == pool[path.name] for path in placed) > 80
     told = run("index", "query", folder, "SELECT source, label FROM labels", "--format", "json").stdout
     labels = [json.loads(line) for line in told.splitlines()]
@@ -1606,20 +1503,27 @@ def test_sixty_photos_are_labelled_by_keyboard_in_two_sessions(
     assert all(pool[Path(row["source"]).name] == row["label"] for row in labels)
 
 
-def give(page: Page, labels: dict[int, str]) -> None:
-    """Label photos of the session as the page does, and wait until the labels are saved."""
+def give(page, labels, until="!state.busy"):
+    """Label photos of the session as the page does, and wait for a state, by default until the labels are saved."""
     sent = {"labels": [{"photo": photo, "label": label} for photo, label in labels.items()]}
     token = page.evaluate("sessionStorage.getItem('retrieval-tip token')")
     address = f"{page.evaluate('location.origin')}/v1/label"
     assert page.request.post(address, data=sent, headers={"Authorization": f"Bearer {token}"}).ok
-    page.wait_for_function("async () => !(await (await fetch('/v1/label')).json()).busy")
+    wait_until(page, until)
 
 
-def test_the_answers_of_the_folder_are_reviewed(browser: Browser, pool: dict[str, str], tmp_path: Path) -> None:
+def wait_until(page, condition):
+    """Wait for a state of the session on the server."""
+    page.wait_for_function(
+        f"async () => {{ const state = await (await fetch('/v1/label')).json(); return {condition} }}"
+    )
+
+
+def test_the_answers_of_the_folder_are_reviewed(browser, pool, tmp_path):
     tiles, counted = ".tile:not(.taught)", "#progress"
     names = sorted(name for name in pool if name)
     with labelling(browser, pool, tmp_path / "things") as (page, _):
-        page.wait_for_function("async () => (await (await fetch('/v1/label')).json()).encoded === 90")
+        wait_until(page, "state.encoded === 90")
         page.click("#tab-classify")
         expect(page.locator("#start-label")).to_be_visible()  # there are no answers yet
         give(page, {number: pool[names[number]] for number in range(0, 90, 4)})
@@ -1641,12 +1545,9 @@ def test_the_answers_of_the_folder_are_reviewed(browser: Browser, pool: dict[str
         expect(page.locator(counted)).to_contain_text("67 photos without a label")
 
         first, last = (page.locator(f"#grid {tiles}").nth(at).bounding_box() for at in (0, 2))
-        assert first is not None
-        assert last is not None
         page.mouse.move(first["x"] + 10, first["y"] + 20)
         page.mouse.down()
         page.mouse.move(last["x"] + 20, last["y"] + 30, steps=4)
-        expect(page.locator("#selection-count")).to_have_text("3 selected")
         page.mouse.up()
         expect(page.locator("#selection-count")).to_have_text("3 selected")
         assert violations(page) == []
@@ -1654,11 +1555,6 @@ def test_the_answers_of_the_folder_are_reviewed(browser: Browser, pool: dict[str
         assert known[1:] == sorted({*LABELS})
         page.select_option("#selection-class", "crab")
         expect(page.locator(counted)).to_contain_text("64 photos without a label")
-        page.press("#grid", "Home")
-        page.keyboard.press("Space")
-        page.keyboard.press("Shift+ArrowRight")
-        page.keyboard.press("Enter")  # both answers are right
-        expect(page.locator(counted)).to_contain_text("62 photos without a label")
         visible = page.locator(f"#grid {tiles}:not(.no_match)").evaluate_all(
             """all => all.map((one) => one.getBoundingClientRect())
                 .filter(({ top, bottom }) => top >= document.getElementById("bar").getBoundingClientRect().bottom
@@ -1666,7 +1562,7 @@ def test_the_answers_of_the_folder_are_reviewed(browser: Browser, pool: dict[str
         )
         page.press("#grid", "Shift+Enter")
         expect(page.locator("#notice")).to_contain_text(f"Labelled {visible} photos as")
-        expect(page.locator(counted)).to_contain_text(f"{62 - visible} photos without a label")
+        expect(page.locator(counted)).to_contain_text(f"{64 - visible} photos without a label")
 
         page.locator(f"#grid {tiles}").first.click()
         expect(page.locator("#decided li img").first).to_be_visible()  # the drawer explains the answer
@@ -1678,8 +1574,8 @@ def test_the_answers_of_the_folder_are_reviewed(browser: Browser, pool: dict[str
         page.click("#drawer-close")
         page.select_option("#filter-state", "taught")
         expect(page.locator("#grid .tile.taught").first).to_be_visible()
-        number = 61 - visible
-        page.wait_for_function("async () => !(await (await fetch('/v1/label')).json()).busy")
+        number = 63 - visible
+        wait_until(page, "!state.busy")
         page.reload()
         expect(page.locator(counted)).to_contain_text(f"{number} photos without a label")
     with labelling(browser, pool, tmp_path / "things") as (page, _):
@@ -1691,7 +1587,7 @@ def test_the_answers_of_the_folder_are_reviewed(browser: Browser, pool: dict[str
     assert rows[corrected] != "acorn"
 
 
-def test_photos_are_labelled_with_their_copies(browser: Browser, pool: dict[str, str], tmp_path: Path) -> None:
+def test_photos_are_labelled_with_their_copies(browser, pool, tmp_path):
     """They are also undone together."""
     with labelling(browser, pool, tmp_path / "things") as (page, _):
         page.click("#label-none")
@@ -1714,7 +1610,7 @@ def test_photos_are_labelled_with_their_copies(browser: Browser, pool: dict[str,
 
 
 @pytest.fixture(scope="module")
-def few(pool: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def few(pool, tmp_path_factory):
     """Return some photos of ``pool``, which are read quickly."""
     folder = tmp_path_factory.mktemp("few")
     names = sorted(name for name in pool if name)[1::6]
@@ -1723,35 +1619,35 @@ def few(pool: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[
     return {name: pool[name] for name in names} | {"": str(folder)}
 
 
-def status(page: Page) -> dict[str, Any]:
+def status(page):
     """Return the state of the labelling session."""
     return dict(get(page, "/v1/label"))
 
 
-def all_saved(page: Page) -> None:
+def all_saved(page):
     """Wait until all labels are saved."""
     expect(page.locator("#label-saved")).to_have_text("All labels are saved in “things”.")
 
 
-def test_letters_of_a_class_name_are_not_shortcuts(browser: Browser, few: dict[str, str], tmp_path: Path) -> None:
+def test_letters_of_a_class_name_are_not_shortcuts(browser, few, tmp_path):
     with labelling(browser, few, tmp_path / "things") as (page, process):
         expect(page.locator("#label-saved")).to_have_text("")  # all photos are read, as on a second start
         unlabelled, sent = status(page), []
 
-        def keep(route: Route) -> None:
+        def keep(route):
             if route.request.method == "POST":
                 sent.append(route.request.post_data_json)
             route.fulfill(json=unlabelled)
 
         page.route("**/v1/label", keep)
-        for name in ("newt", "snake", "zebra", "ant"):
+        names = ["newt", "snake", "zebra", "ant"]
+        for name in names:
             page.reload()
             expect(page.locator("#label-photo img")).to_be_visible()
             page.keyboard.type(name)
             with page.expect_response(lambda answer: answer.request.method == "POST"):
                 page.keyboard.press("Enter")
-        labels = [one["label"] for change in sent for one in change["labels"]]
-        assert (len(sent), labels) == (4, ["newt", "snake", "zebra", "ant"])
+        assert [[one["label"] for one in change["labels"]] for change in sent] == [[name] for name in names]
         sent.clear()
         many = """async () => {
             const { session } = await import("/page/session.js");
@@ -1759,10 +1655,7 @@ def test_letters_of_a_class_name_are_not_shortcuts(browser: Browser, few: dict[s
             for (const step of steps) session.undo(step);
         }"""
         page.evaluate(many)  # more photos than one request may label
-        for _ in range(200):
-            if len(sent) == 4:
-                break
-            page.wait_for_timeout(50)
+        wait_for(page, sent, 4)
         assert [len(change.get("labels", [])) for change in sent] == [1000, 1, 0, 0]
         assert [change.get("undo") for change in sent[2:]] == [change["step"] for change in sent[:2]]
         page.unroute("**/v1/label")
@@ -1791,13 +1684,11 @@ def test_letters_of_a_class_name_are_not_shortcuts(browser: Browser, few: dict[s
         process.wait()
 
 
-def test_typed_text_means_an_existing_class_or_is_asked_about(
-    browser: Browser, few: dict[str, str], tmp_path: Path
-) -> None:
+def test_typed_text_means_an_existing_class_or_is_asked_about(browser, few, tmp_path):
     classes = "--classes", "crab,caterpillar,Sea_Horse,Panda,type 1"
     with labelling(browser, few, tmp_path / "things", *classes) as (page, process):
 
-        def enter(text: str, *keys: str, number: int | None = None) -> None:
+        def enter(text, *keys, number=None):
             """Type a text and press keys. Wait until ``number`` photos are labelled."""
             page.fill("#label-class", text)
             for key in keys:
@@ -1832,10 +1723,10 @@ def test_typed_text_means_an_existing_class_or_is_asked_about(
         process.wait()
 
 
-def test_steps_are_undone_in_order_and_after_a_reload(browser: Browser, few: dict[str, str], tmp_path: Path) -> None:
+def test_steps_are_undone_in_order_and_after_a_reload(browser, few, tmp_path):
     with labelling(browser, few, tmp_path / "things") as (page, _):
 
-        def shown(*, not_: str | None = None, name: str = "", labelled: int) -> str:
+        def shown(*, not_=None, name="", labelled):
             photo = expect(page.locator("#label-photo img"))
             photo.to_have_attribute("alt", name) if name else photo.not_to_have_attribute("alt", not_ or "")
             expect(page.locator("#label-progress")).to_contain_text(f"{labelled} of 15")
@@ -1860,7 +1751,7 @@ def test_steps_are_undone_in_order_and_after_a_reload(browser: Browser, few: dic
         assert (status(page)["labelled"], status(page)["steps"]) == (0, [])
         submit(page, "#label-class", "crab")
         shown(not_=first, labelled=1)
-        page.wait_for_function("async () => (await (await fetch('/v1/label')).json()).labelled === 1")
+        wait_until(page, "state.labelled === 1")
         page.reload()
         shown(not_=first, labelled=1)
         page.get_by_role("button", name="Undo crab").click()  # not only the last answer can be undone
@@ -1868,19 +1759,12 @@ def test_steps_are_undone_in_order_and_after_a_reload(browser: Browser, few: dic
         assert status(page)["queue"][0]["name"].endswith(first)
 
 
-def test_refused_labels_are_named_and_can_be_corrected(browser: Browser, few: dict[str, str], tmp_path: Path) -> None:
+def test_refused_labels_are_named_and_can_be_corrected(browser, few, tmp_path):
     folder = shutil.copytree(few[""], tmp_path / "photos")
     (folder / "damaged.jpg").write_bytes(b"no image")
     with labelling(browser, {"": str(folder)}, tmp_path / "things", expected=[REFUSED]) as (page, _):
         damaged = sorted(path.name for path in folder.iterdir()).index("damaged.jpg")
-        token = page.evaluate("sessionStorage.getItem('retrieval-tip token')")
-        answer = page.request.post(
-            f"{page.evaluate('location.origin')}/v1/label",
-            data={"labels": [{"photo": damaged, "label": "crab"}]},
-            headers={"Authorization": f"Bearer {token}"},
-        )
-        assert answer.ok, answer.text()
-        page.wait_for_function("async () => (await (await fetch('/v1/label')).json()).refused.length")
+        give(page, {damaged: "crab"}, until="state.refused.length")
         page.reload()
         refused = page.locator("#label-refused")
         expect(refused).to_contain_text("damaged.jpg: The label “crab” could not be saved: ")
@@ -1888,7 +1772,7 @@ def test_refused_labels_are_named_and_can_be_corrected(browser: Browser, few: di
         assert violations(page) == []
         refused.get_by_role("button", name="Drop the label").click()
         expect(refused).to_be_empty()
-        page.wait_for_function("async () => !(await (await fetch('/v1/label')).json()).unsaved")
+        wait_until(page, "!state.unsaved")
         state = status(page)
         photo, name = state["queue"][2]["photo"], Path(state["queue"][2]["name"]).name
         state["refused"] = [{"photo": photo, "name": name, "label": "crab", "reason": "full disk"}]
@@ -1903,9 +1787,7 @@ def test_refused_labels_are_named_and_can_be_corrected(browser: Browser, few: di
         expect(page.locator("#label-problem")).to_contain_text("not a label")
 
 
-def test_labels_are_kept_until_the_server_can_be_reached(
-    browser: Browser, pool: dict[str, str], tmp_path: Path
-) -> None:
+def test_labels_are_kept_until_the_server_can_be_reached(browser, pool, tmp_path):
     with labelling(browser, pool, tmp_path / "things", expected=["Failed to load resource"]) as (page, _):
         page.route("**/v1/label", lambda route: route.abort() if route.request.method == "POST" else route.continue_())
         for _ in range(3):
@@ -1935,12 +1817,8 @@ def test_labels_are_kept_until_the_server_can_be_reached(
         one.close()
 
 
-def test_photos_can_be_labelled_on_a_phone(browser: Browser, pool: dict[str, str], tmp_path: Path) -> None:
+def test_photos_can_be_labelled_on_a_phone(browser, pool, tmp_path):
     with labelling(browser, pool, tmp_path / "things", **PHONE, reduced_motion="no-preference") as (page, _):
-        origin = page.evaluate("location.origin")
-        stranger = Opened(browser, origin, ready="#token-title", expected=[f"{REFUSED}401"])
-        expect(stranger.page.locator("#token-dialog")).to_contain_text("the address that retrieval-tip label printed")
-        stranger.close()
         page.evaluate(
             """() => new MutationObserver((all) => {
                 const added = all.flatMap(({ addedNodes }) => [...addedNodes]);
@@ -1957,27 +1835,18 @@ def test_photos_can_be_labelled_on_a_phone(browser: Browser, pool: dict[str, str
         assert violations(page) == []
 
 
-def test_many_photos_without_a_match_are_grouped_or_the_reason_is_shown(browser: Browser, served: Served) -> None:
-    app = create_app(open_all([served.folder], "cpu", "float32", "full"), Limits(json_bytes=1000), token=TOKEN)
-    photos = [*caltech_photos("train", "yin_yang", 5), *caltech_photos("train", "stop_sign", 4)]
-    with running(app) as (host, port):
-        one = Opened(browser, f"http://{host}:{port}", f"/#token={TOKEN}", expected=[REFUSED])
-        one.page.route("**/groups", lambda route: route.fulfill(status=413, json={"detail": "too large"}))
-        ask(one.page, *photos)
-        groups = one.page.locator("#unknown-list > li")
-        expect(groups).to_have_text("Photos without a match could not be grouped: too large Try again")
-        one.page.unroute("**/groups")
-        groups.get_by_role("button", name="Try again").click()
-        expect(groups.first).to_contain_text("4 similar photos without a match")
-        groups.first.get_by_role("button").first.click()
-        expect(groups.first).to_contain_text("3 similar photos without a match")
-        submit(one.page, "#unknown-list input >> nth=0", "yin yang")
-        expect(one.page.locator("#notice")).to_contain_text("Added 3 example photos to the new class yin yang.")
-        undo(one.page)
-        one.close()
+def test_photos_that_cannot_be_grouped_show_the_reason(opened):
+    page = opened(expected=[REFUSED]).page
+    page.route("**/groups", lambda route: route.fulfill(status=413, json={"detail": "too large"}))
+    ask(page, *caltech_photos("train", "yin_yang", 5), *caltech_photos("train", "stop_sign", 4))
+    groups = page.locator("#unknown-list > li")
+    expect(groups).to_have_text("Photos without a match could not be grouped: too large Try again")
+    page.unroute("**/groups")
+    groups.get_by_role("button", name="Try again").click()
+    expect(groups.first).to_contain_text("4 similar photos without a match")
 
 
-def test_the_zip_has_the_folders_of_sort(browser: Browser, run: Run, tmp_path: Path) -> None:
+def test_the_zip_has_the_folders_of_sort(browser, run, tmp_path):
     classes, names = {"pizza": "a/b", "panda": "a:b", "crab": "No match"}, ["con.jpg", "a?.jpg", "100%41 .jpg"]
     rows = [(path, label) for name, label in classes.items() for path in caltech_photos("train", name, 8)]
     build(table(tmp_path / "shots.csv", rows), *MODEL, "--out", tmp_path / "index")
@@ -1997,14 +1866,12 @@ def test_the_zip_has_the_folders_of_sort(browser: Browser, run: Run, tmp_path: P
         assert {*zipfile.ZipFile(waiting.value.path()).namelist()} == expected
 
 
-def test_the_accuracy_links_to_the_weakest_class(page: Page) -> None:
+def test_the_accuracy_links_to_the_weakest_class(page):
     found = get(page, "/v1/indexes/things/accuracy")
     shown = f"{100 * found['both']:.0f} % accurate ({100 * found['low']:.0f}–{100 * found['high']:.0f})"
     expect(page.locator("#index-accuracy")).to_have_text(shown)
     page.click("#index-accuracy")
-    expect(page.locator("#classes-view")).to_be_visible()
-    weakest = page.locator("#classes-list li").first
-    worst = found["weakest"][0]
+    weakest, worst = page.locator("#classes-list li").first, found["weakest"][0]
     expect(weakest).to_contain_text(f"{worst['right']} of {worst['photos']} right")
     weakest.hover()
     weakest.get_by_role("button", name=f"Add photos of {worst['label']}").click()
@@ -2014,37 +1881,32 @@ def test_the_accuracy_links_to_the_weakest_class(page: Page) -> None:
     expect(page.locator("#classes-view")).to_be_visible()
     page.route("**/accuracy", lambda route: route.fulfill(json=found | {"tested": 3, "classes": 10}))
     page.reload()
-    expect(page.locator("#classes-view")).to_be_visible()
     said = re.compile(r"^Only 3 of 10 classes could be tested\. Estimated accuracy: ")
     expect(page.locator("#index-judged")).to_have_text(said)
     page.unroute_all(behavior="wait")
 
 
-def test_classifiers_are_renamed_duplicated_and_deleted(browser: Browser, served: Served, tmp_path: Path) -> None:
+def test_classifiers_are_renamed_duplicated_and_deleted(browser, served, tmp_path):
     """This works in the classifier's menu, with mouse and keyboard. Refused names are reported in one message."""
     folder = shutil.copytree(served.folder, tmp_path / "things")
     with serving(browser, folder, expected=[f"{REFUSED}409", f"{REFUSED}422"]) as (page, _):
         name, notice = page.locator("#index-name"), page.locator("#notice")
+
+        def rename(to, said):
+            name.click()
+            page.click("#index-rename")
+            page.fill("#rename-label", to)
+            if to == "animals":
+                assert violations(page) == []
+            page.keyboard.press("Enter")
+            expect(notice).to_contain_text(said)
+
         suspects, number = open_audit(page)
         suspects.last.get_by_role("button", name="Keep").click()
         expect(suspects).to_have_count(number - 1)
-        name.click()
-        expect(page.locator("#index-menu")).to_contain_text("11 classes")
-        assert violations(page) == []
-        page.click("#index-rename")
-        submit(page, "#rename-label", "<b>animals")
-        expect(notice).to_contain_text("is not valid")
-        name.click()
-        page.click("#index-rename")
-        submit(page, "#rename-label", "things-shots")
-        expect(notice).to_contain_text("ends with -shots")
-        name.click()
-        page.click("#index-rename")
-        assert violations(page) == []
-        page.fill("#rename-label", "animals")
-        page.click("#rename-ok")
-        expect(notice).to_contain_text("Renamed “things” to “animals”.")
-        expect(name).to_have_text("animals")
+        rename("<b>animals", "is not valid")
+        rename("things-shots", "ends with -shots")
+        rename("animals", "Renamed “things” to “animals”.")
         page.reload()
         expect(name).to_have_text("animals")
         page.click("#tab-check")
@@ -2053,6 +1915,8 @@ def test_classifiers_are_renamed_duplicated_and_deleted(browser: Browser, served
 
         tab_to(page, name)
         page.keyboard.press("Enter")
+        expect(page.locator("#index-menu")).to_contain_text("11 classes")
+        assert violations(page) == []
         tab_to(page, page.locator("#index-duplicate"))
         page.keyboard.press("Enter")
         expect(page.locator("#rename-label")).to_have_value("animals copy")
@@ -2060,12 +1924,7 @@ def test_classifiers_are_renamed_duplicated_and_deleted(browser: Browser, served
         expect(notice).to_contain_text("Duplicated “animals” as “animals copy”.")
         expect(name).to_have_text("animals copy")
         assert {path.name for path in tmp_path.iterdir()} == {"animals", "animals copy"}
-        name.click()
-        page.click("#index-rename")
-        page.fill("#rename-label", "animals")
-        expect(page.locator("#rename-merge")).to_have_text("“animals” already exists.")
-        page.keyboard.press("Enter")
-        expect(notice).to_contain_text("already exists")
+        rename("animals", "already exists")
         choose(page, "animals")
 
         name.click()
@@ -2073,19 +1932,17 @@ def test_classifiers_are_renamed_duplicated_and_deleted(browser: Browser, served
         expect(page.locator("#confirm-dialog")).to_contain_text("You cannot undo this.")
         assert violations(page) == []
         page.click("#confirm-cancel")
-        expect(name).to_have_text("animals")
-        for left in ("animals copy", "things"):
+        for left in ("animals", "animals copy"):
+            expect(name).to_have_text(left)
             name.press("Enter")
             page.locator("#index-delete").press("Enter")
             tab_to(page, page.locator("#confirm-ok"))
             page.keyboard.press("Enter")
-            if left != "things":
-                expect(name).to_have_text(left)
         expect(page.locator("#problem")).to_contain_text("no classifier")  # nor an encoder to create one
         assert list(tmp_path.iterdir()) == []
 
 
-def test_a_swipe_confirms_or_corrects_an_answer_on_a_phone(opened: Open) -> None:
+def test_a_swipe_confirms_or_corrects_an_answer_on_a_phone(opened):
     """The buttons are at the bottom of the window."""
     page = opened(at=f"/#token={TOKEN}", **PHONE).page
     ask(page, *caltech_photos("test", "pizza", 1))
@@ -2094,7 +1951,7 @@ def test_a_swipe_confirms_or_corrects_an_answer_on_a_phone(opened: Open) -> None
     assert box["y"] + box["height"] > 844 - 32
     session = page.context.new_cdp_session(page)
 
-    def swipe(across: int, down: int = 0) -> None:
+    def swipe(across, down=0):
         points = [{"x": 195 + share * across, "y": 300 + share * down} for share in (0, 0.5, 1)]
         for kind, at in zip(("touchStart", "touchMove", "touchMove"), points, strict=True):
             session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [at]})
@@ -2113,12 +1970,12 @@ def test_a_swipe_confirms_or_corrects_an_answer_on_a_phone(opened: Open) -> None
     assert page.locator("#grid").evaluate("grid => Math.round(grid.clientWidth / grid.firstChild.clientWidth)") == 3
 
 
-def test_the_accuracy_counts_up_unless_motion_is_reduced(opened: Open) -> None:
+def test_the_accuracy_counts_up_unless_motion_is_reduced(opened):
     for motion, steps in (("no-preference", [94, 95, 96]), ("reduce", [])):
         page = opened(at=f"/#token={TOKEN}", reduced_motion=motion).page
         version = int(page.locator("#index-facts").get_attribute("data-version") or 0)
 
-        def estimate(before: int, route: Route) -> None:
+        def estimate(before, route):
             now = route.fetch().json()
             both = 0.93 if now["version"] == before else 0.97
             route.fulfill(json=now | {"both": both, "low": both - 0.02, "high": both + 0.02})
@@ -2142,25 +1999,7 @@ def test_the_accuracy_counts_up_unless_motion_is_reduced(opened: Open) -> None:
         page.unroute_all(behavior="wait")
 
 
-def test_the_page_uses_its_own_font_and_no_toolbar_wraps(opened: Open) -> None:
-    page = opened(at=f"/#token={TOKEN}", viewport={"width": 1280, "height": 840}).page
-    assert page.evaluate("async () => (await document.fonts.ready, document.fonts.check('600 14px Inter'))")
-    ask(page, *caltech_photos("test", "pizza", 3))
-    page.press("#grid", "Control+a")
-    for bar in ("header", "#bar", "#selection"):
-        expect(page.locator(bar)).to_be_in_viewport(ratio=1)
-        tops = page.locator(bar).evaluate(
-            """bar => [...bar.children].filter((one) => one.checkVisibility() && !one.matches(".menu"))
-                .map((one) => one.getBoundingClientRect()).map(({ top, height }) => top + height / 2)"""
-        )
-        assert max(tops) - min(tops) < 12, bar
-    sizes = page.evaluate(
-        "() => [...new Set([...document.querySelectorAll('body *')].map((one) => getComputedStyle(one).fontSize))]"
-    )
-    assert {*sizes} <= {"12px", "14px", "16px", "20px", "28px"}
-
-
-def test_thousands_of_classes_are_listed(page: Page) -> None:
+def test_thousands_of_classes_are_listed(page):
     """Every class is in the document, but only cards near the viewport are drawn."""
     whole = page.evaluate("async () => (await fetch('/v1/indexes/things')).json()")
     whole["classes"] += [{"class_id": 11 + i, "label": f"class {i}", "keys": 4} for i in range(3000)]
@@ -2188,7 +2027,7 @@ def test_thousands_of_classes_are_listed(page: Page) -> None:
     page.unroute_all(behavior="wait")
 
 
-def test_an_uncertain_photo_shows_the_group_that_is_sure(browser: Browser, served: Served, tmp_path: Path) -> None:
+def test_an_uncertain_photo_shows_the_group_that_is_sure(browser, served, tmp_path):
     """The groups come from a table that is chosen or dropped on the screen of the settings."""
     folder, groups = shutil.copytree(served.folder, tmp_path / "things"), tmp_path / "groups.csv"
     with serving(browser, folder, expected=["Failed to load resource"]) as (page, _):
