@@ -1,7 +1,6 @@
 """Waiting requests are processed together and in turn by client, within limits."""
 
 import asyncio
-import functools
 import threading
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,13 @@ from retrieval_tip.errors import InputError
 from retrieval_tip.server.batching import Kept, Lane, admit
 from retrieval_tip.server.problems import Problem
 
+pytestmark = pytest.mark.anyio  # the plugin of anyio runs coroutines
+
+
+@pytest.fixture
+def anyio_backend():
+    return "asyncio"
+
 
 class Gate:
     """A batch function that waits until the gate opens, and records its batches."""
@@ -28,14 +34,6 @@ class Gate:
         assert self.open.wait(30)
         self.batches.append((key, items))
         return [f"{key}{item}" for item in items]
-
-
-def in_a_loop(test):
-    @functools.wraps(test)
-    def run():
-        asyncio.run(test())
-
-    return run
 
 
 @asynccontextmanager
@@ -53,7 +51,6 @@ async def asked(lane, key, items, client=""):
     return task
 
 
-@in_a_loop
 async def test_waiting_requests_become_one_batch():
     gate = Gate()
     async with occupied(gate, 100) as (lane, first):
@@ -89,37 +86,20 @@ def test_each_request_gets_its_own_answer(calls, most):
     assert all(size <= max(most, 4) for _, size in seen)
 
 
-@in_a_loop
-async def test_an_error_only_reaches_requests_with_the_same_key():
-    def run(key, items):
-        if key == "bad":
-            raise InputError("no such thing")
-        return items
-
-    lane = Lane("test", run, most=lambda _: 10)
-    calls = [lane("", "bad", [1]), lane("", "good", [2]), lane("", "bad", [3])]
-    one, two, three = await asyncio.gather(*calls, return_exceptions=True)
-    assert isinstance(one, InputError)
-    assert two == [2]
-    assert isinstance(three, InputError)
-    lane.close()
-
-
-@in_a_loop
-async def test_an_invalid_item_only_fails_its_own_request():
+async def test_an_error_only_reaches_its_own_request():
     def run(_, items):
         if 13 in items:
             raise InputError("no such thing")
         return items
 
     lane = Lane("test", run, most=lambda _: 100)
-    found = await asyncio.gather(*(lane("", "a", [i, i]) for i in range(20)), return_exceptions=True)
-    assert isinstance(found.pop(13), InputError)
-    assert found == [[i, i] for i in range(20) if i != 13]
+    calls = [lane("", key, [i, i]) for i in range(20) for key in "ab" if (i, key) != (13, "b")]
+    found = await asyncio.gather(*calls, return_exceptions=True)
+    assert isinstance(found.pop(26), InputError)
+    assert found == [[i, i] for i in range(20) if i != 13 for _ in "ab"]
     lane.close()
 
 
-@in_a_loop
 async def test_a_cancelled_request_is_not_processed():
     gate = Gate()
     async with occupied(gate, 10) as (lane, first):
@@ -156,7 +136,6 @@ def turns(lane, client, names, *costs):
     return lane.turns(client, "", [[name] for name in names], costs)
 
 
-@in_a_loop
 async def test_a_small_turn_does_not_wait_for_large_ones():
     calls = Calls()
     lane = Lane("test", calls, threads=2)
@@ -169,7 +148,6 @@ async def test_a_small_turn_does_not_wait_for_large_ones():
     lane.close()
 
 
-@in_a_loop
 async def test_turns_start_in_the_order_of_their_clients_total_cost():
     """A second request of a client comes after its first one, however small it is."""
     calls = Calls()
@@ -190,7 +168,6 @@ async def test_turns_start_in_the_order_of_their_clients_total_cost():
     assert "".join(calls.began) == "zdfaegbc"
 
 
-@in_a_loop
 async def test_a_client_is_refused_only_if_it_fills_more_than_a_quarter_of_the_queue():
     calls = Calls()
     lanes = [Lane("test", calls) for _ in range(2)]
@@ -215,7 +192,6 @@ async def test_a_client_is_refused_only_if_it_fills_more_than_a_quarter_of_the_q
         lane.close()
 
 
-@in_a_loop
 async def test_results_are_held_until_released_and_the_rest_is_cancelled():
     calls = Calls()
     lane = Lane("test", calls, threads=4, held=2)
@@ -250,7 +226,6 @@ class Maker:
         return make
 
 
-@in_a_loop
 async def test_a_kept_value_is_made_once():
     maker = Maker()
     with ThreadPoolExecutor(4) as pool:
@@ -272,20 +247,7 @@ async def test_a_kept_value_is_made_once():
         assert (kept._size, kept._results) == (0, {})
 
 
-@in_a_loop
-async def test_a_failure_is_not_kept():
-    maker = Maker()
-    maker.open.set()
-    with ThreadPoolExecutor(1) as pool:
-        kept = Kept(pool, most=8, room=1)
-        for number in (1, 2):
-            with pytest.raises(InputError):
-                await kept("a", maker.making("bad"))
-            assert len(maker.made) == number
-
-
-@in_a_loop
-async def test_requests_beyond_the_room_are_refused():
+async def test_requests_beyond_the_room_are_refused_and_failures_are_not_kept():
     maker = Maker()
     with ThreadPoolExecutor(1) as pool:
         kept = Kept(pool, most=8, room=2)
@@ -298,3 +260,7 @@ async def test_requests_beyond_the_room_are_refused():
         maker.open.set()
         assert await asyncio.gather(*calls) == list("abab")
         assert await kept("c", maker.making("c")) == "c"
+        for _ in range(2):
+            with pytest.raises(InputError):
+                await kept("d", maker.making("bad"))
+        assert maker.made[-2:] == ["bad", "bad"]

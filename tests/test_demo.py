@@ -104,12 +104,8 @@ def test_the_demo_and_its_next_commands_run_on_your_own_photos(run, tmp_path, mo
     assert len((tmp_path / "work/answers.json").read_text().splitlines()) == 6
     shown = [line.strip() for line in done.stdout.partition("Next:\n")[2].splitlines() if line.startswith("    ")]
     program = Path(sys.executable).with_name("retrieval-tip")
-    assert shown == [
-        f"{program} serve indexes/demo-2",
-        f"{program} index audit indexes/demo-2",
-        f"{program} models",
-        "make demo PHOTOS=FOLDER",
-    ]
+    own = ("serve indexes/demo-2", "index audit indexes/demo-2", "models")
+    assert shown == [*(f"{program} {command}" for command in own), "make demo PHOTOS=FOLDER"]
     for command in (f"{shown[0]} --help", shown[1]):
         assert run(*shlex.split(command)[1:]).exit_code == 0
 
@@ -121,15 +117,8 @@ def test_the_installer_prints_progress_and_failures(tmp_path):
     with zipfile.ZipFile(wheel, "w") as archive:
         for name, text in facts.items():
             archive.writestr(f"nothing-1.0.dist-info/{name}", text)
-    command = [
-        sys.executable,
-        ROOT / ".ci/install.py",
-        "--no-index",
-        "--find-links",
-        tmp_path,
-        "--target",
-        tmp_path / "t",
-    ]
+    command = [sys.executable, ROOT / ".ci/install.py", "--no-index", "--find-links", tmp_path]
+    command += ["--target", tmp_path / "t"]
     done = subprocess.run([*command, "nothing"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"pip: 1 installed in \d+ s", done.stdout.splitlines()[-1])
@@ -140,11 +129,8 @@ def test_the_installer_prints_progress_and_failures(tmp_path):
 
 @pytest.mark.soak
 def test_the_toy_demo_runs(tmp_path):
-    command = [
-        sys.executable, "benchmarks/demo.py", "--source", "toy", "--work", tmp_path / "w", "--out", tmp_path / "i",
-    ]  # fmt: skip
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(demo.main, ["--source", "toy", "--work", f"{tmp_path}/w", "--out", f"{tmp_path}/i"])
+    assert done.exit_code == 0, done.output
     assert "A toy" in done.stdout
     accuracy = next(line for line in done.stdout.splitlines() if line.startswith("accuracy"))
     assert float(accuracy.split()[1]) > 50  # one in eight by chance
