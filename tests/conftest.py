@@ -237,7 +237,7 @@ def things(shared, tmp_path_factory):
     folder.mkdir(exist_ok=True)
     with filelock.FileLock(folder / "lock"):
         if not (folder / "things").is_dir():
-            build(shared, folder / "things", caltech_photos(shared, "train", 10, 8))
+            build(shared, folder / "things", caltech_photos(shared, "train", 10, 8), "--fit", "none")
     return folder / "things"
 
 

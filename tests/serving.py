@@ -10,17 +10,19 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import psutil
 import uvicorn
-from click.testing import CliRunner
+from conftest import command_line
 
 from retrieval_tip import Index
-from retrieval_tip.cli import main
+from retrieval_tip.index import places
 from retrieval_tip.server import run
 from retrieval_tip.server.app import create_app
-from retrieval_tip.server.served import open_all
+from retrieval_tip.server.labelling import Labelling
+from retrieval_tip.server.served import Backbones, Maker, Served, open_all
 
 START_SECONDS = 120
 
@@ -40,10 +42,9 @@ def build(shared, out, items, *options):
     """Build an index of labelled photos with the command line."""
     table = out.with_suffix(".csv")
     with table.open("w", newline="") as file:
-        csv.writer(file).writerows([("path", "label"), *((str(path), name) for path, name in items)])
+        csv.writer(file).writerows([("path", "label"), *items])
     model = f"local-dir:{shared / 'models' / 'lit-mini'}"
-    command = ["index", "build", "--fit", "none", str(table), "--out", str(out), "--model", model, *options]
-    result = CliRunner().invoke(main, command)
+    result = command_line("index", "build", table, "--out", out, "--model", model, *options)
     assert result.exit_code == 0, result.output
     return out
 
@@ -98,6 +99,15 @@ def random_index(folder, n, d, classes):
     keys /= np.linalg.norm(keys, axis=1, keepdims=True)
     Index.from_features(keys, np.arange(n) % classes, [f"class {i}" for i in range(classes)]).save(folder)
     return folder
+
+
+def labelling_app(place, sources, reader, classes=(), limits=None, token="t"):
+    """Return an application for a labelling session that saves to ``place``."""
+    backbones = Backbones("cpu", "float32", None, reader.backbone)
+    served = [Served(place, backbones)] if places.at(place).exists() else []
+    maker = Maker(Path(place).parent, lambda: reader.backbone, backbones)
+    session = Labelling(place, sources, reader, classes)
+    return create_app({one.name: one for one in served}, limits, token=token, maker=maker, labelling=session)
 
 
 def app_of(*folders, limits=None, **options):

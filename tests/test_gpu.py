@@ -49,18 +49,7 @@ def machine(monkeypatch):
     return make
 
 
-def test_a_driver_too_old_for_torch_is_explained(machine, caplog):
-    machine(nodes=1, torch_sees=0, faiss_sees=1)
-    [problem] = [line for line in doctor.examine().problems if "FAISS finds a GPU" in line]
-    assert "--index-url https://download.pytorch.org/whl/cu126" in problem
-    for _ in range(2):
-        assert resolve_device("auto") == "cpu"
-    [warning] = warnings_of(caplog)
-    assert "driver" in warning
-    assert "doctor" in warning
-
-
-def test_a_missing_or_hidden_gpu_causes_no_warning(machine, monkeypatch, caplog):
+def test_a_driver_too_old_for_torch_is_explained_once_and_a_missing_or_hidden_gpu_is_not(machine, monkeypatch, caplog):
     machine(nodes=0, torch_sees=0, faiss_sees=0)
     assert resolve_device("auto") == "cpu"
     machine(nodes=2, torch_sees=0, faiss_sees=0)
@@ -69,6 +58,13 @@ def test_a_missing_or_hidden_gpu_causes_no_warning(machine, monkeypatch, caplog)
     machine(nodes=2, torch_sees=2, faiss_sees=2)
     assert resolve_device("auto") == "cuda"
     assert not warnings_of(caplog)
+    machine(nodes=1, torch_sees=0, faiss_sees=1)
+    [problem] = [line for line in doctor.examine().problems if "FAISS finds a GPU" in line]
+    assert "--index-url https://download.pytorch.org/whl/cu126" in problem
+    assert [resolve_device("auto") for _ in range(2)] == ["cpu"] * 2
+    [warning] = warnings_of(caplog)
+    assert "driver" in warning
+    assert "doctor" in warning
 
 
 @pytest.mark.parametrize(
@@ -214,55 +210,37 @@ QUERIES = RNG.standard_normal((5, 16)).astype(np.float32)
 SIZE = 300 * (16 * 4 + 8)
 
 
-class Faiss:
-    """FAISS with simulated GPUs. It records each copy, and returns the given index as its copy."""
-
-    def __init__(self, real, gpus):
-        self._real, self.gpus = real, gpus
-        self.copies = []
-        self.probes = []
-        self.fails = ""
-
-    def __getattr__(self, name):
-        return getattr(self._real, name)
-
-    def get_num_gpus(self):
-        return self.gpus
-
-    def get_compile_options(self):
-        return "OPTIMIZE GPU NVIDIA_CUVS "
-
-    def GpuMultipleClonerOptions(self):
-        return SimpleNamespace(useFloat16=False, use_cuvs=False, shard=False)
-
-    def index_cpu_to_gpu(self, _resources, number, index, options):
-        return self._copy("one", number, index, options)
-
-    def index_cpu_to_all_gpus(self, index, options):
-        return self._copy("all", None, index, options)
-
-    def _copy(self, where, number, index, options):
-        if self.fails:
-            raise RuntimeError(f"Error in somewhere: {self.fails}")
-        self.copies.append((where, number, options, getattr(index, "nprobe", 0)))
-        return index
-
-    def GpuParameterSpace(self):
-        return SimpleNamespace(set_index_parameter=lambda _index, name, value: self.probes.append(value))
-
-
 @pytest.fixture
 def gpus():
-    """A function that simulates GPUs with a number of free bytes each. Copies of flat indexes stay on the CPU."""
+    """A function that simulates GPUs with a number of free bytes each, and returns FAISS with a record of its copies.
+
+    Copies of indexes stay on the CPU.
+    """
     with ExitStack() as stack:
 
-        def make(number=1, free=1 << 30, current=0, torch_sees=True):
-            fake, made = Faiss(vector_index.faiss(), number), Product.of
+        def make(number=1, free=1 << 30, current=0, torch_sees=True, fails=""):
+            real, made = vector_index.faiss(), Product.of
+            copies, probes = [], []
+
+            def copy(where, number, index, options):
+                if fails:
+                    raise RuntimeError(f"Error in somewhere: {fails}")
+                copies.append((where, number, options, getattr(index, "nprobe", 0)))
+                return index
 
             def of(index, device, half):
-                fake.copies.append((device, half))
+                copies.append((device, half))
                 return made(index, "cpu", half)
 
+            space = SimpleNamespace(set_index_parameter=lambda _index, name, value: probes.append(value))
+            own = {
+                "get_num_gpus": lambda: number, "get_compile_options": lambda: "OPTIMIZE GPU NVIDIA_CUVS ",
+                "GpuMultipleClonerOptions": lambda: SimpleNamespace(useFloat16=False, use_cuvs=False, shard=False),
+                "index_cpu_to_gpu": lambda _, number, index, options: copy("one", number, index, options),
+                "index_cpu_to_all_gpus": lambda index, options: copy("all", None, index, options),
+                "GpuParameterSpace": lambda: space, "copies": copies, "probes": probes,
+            }  # fmt: skip
+            fake = SimpleNamespace(**vars(real) | own)
             seen = {"is_available": lambda: torch_sees, "current_device": lambda: current}
             stack.enter_context(mock.patch.multiple(vector_index, faiss=lambda: fake, resources=object))
             stack.enter_context(mock.patch.multiple(torch.cuda, **seen, mem_get_info=lambda *_: (free, 1 << 40)))
@@ -318,15 +296,15 @@ def test_an_index_is_placed_on_the_right_gpus(gpus, machine, device, factory, dt
     assert options.use_cuvs or factory != "IVF4,Flat" or where == "all" or dtype == np.float16
 
 
-def test_flat_is_copied_to_the_named_or_the_current_gpu_or_to_none(gpus):
+@pytest.mark.parametrize(("device", "number"), [("cuda:3", 3), ("cuda", 2), ("auto", 2), ("cpu", None)])
+def test_flat_is_copied_to_the_named_or_the_current_gpu_or_to_none(gpus, device, number):
     fake = gpus(4, current=2)
-    for device, number in (("cuda:3", 3), ("cuda", 2), ("auto", 2)):
-        VectorIndex.build(KEYS, "Flat", device).search(QUERIES, 1)
-        assert fake.copies.pop()[0] == f"cuda:{number}"
-    VectorIndex.build(KEYS, "Flat", "cpu").search(QUERIES, 1)
-    gpus(0, torch_sees=False)
-    VectorIndex.build(KEYS, "Flat", "auto").search(QUERIES, 1)
-    assert not fake.copies
+    VectorIndex.build(KEYS, "Flat", device).search(QUERIES, 1)
+    assert [copy[0] for copy in fake.copies] == ([] if number is None else [f"cuda:{number}"])
+    if number is None:
+        none = gpus(0, torch_sees=False)
+        VectorIndex.build(KEYS, "Flat", "auto").search(QUERIES, 1)
+        assert not none.copies
 
 
 @mock.patch.object(vector_index, "GPU_MAX_K", 3)
@@ -352,7 +330,7 @@ def test_too_many_probes_are_reduced_on_the_gpu_only(gpus, caplog):
     ],
 )
 def test_a_fallback_to_the_cpu_warns_once(gpus, caplog, free, number, device, fails, message):
-    gpus(number, free).fails = fails
+    gpus(number, free, fails=fails)
     expected = VectorIndex.build(KEYS, "IVF4,Flat", "cpu").search(QUERIES, 4)
     for _ in range(2):
         index = VectorIndex.build(KEYS, "IVF4,Flat", device)
@@ -363,25 +341,30 @@ def test_a_fallback_to_the_cpu_warns_once(gpus, caplog, free, number, device, fa
     assert message in warnings_of(caplog)[0]
 
 
-def test_missing_gpu_memory_is_reported(gpus):
-    gpus()
+def on_gpu(search):
+    """Return an index whose searches on a GPU are those of a function."""
     index = VectorIndex.build(KEYS, "IVF4,Flat", "cuda")
-
-    def search(*_):
-        raise RuntimeError("Error in allocMemory: StandardGpuResources: alloc fail type TemporaryMemory dev 0")
-
     index._gpu.get()
     index._gpu._held = SimpleNamespace(search=search)
-    with pytest.raises(torch.OutOfMemoryError, match="alloc fail"):
-        index.search(QUERIES, 1)
-    index._gpu._held = SimpleNamespace(search=lambda *_: (_ for _ in ()).throw(RuntimeError("damaged")))
-    with pytest.raises(StoreError, match="rebuild the index"):
-        index.search(QUERIES, 1)
+    return index
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        ("Error in allocMemory: StandardGpuResources: alloc fail type TemporaryMemory dev 0",
+         pytest.raises(torch.OutOfMemoryError, match="alloc fail")),
+        ("damaged", pytest.raises(StoreError, match="rebuild the index")),
+    ],
+)  # fmt: skip
+def test_missing_gpu_memory_is_reported(gpus, error, shown):
+    gpus()
+    with shown:
+        on_gpu(mock.Mock(side_effect=RuntimeError(error))).search(QUERIES, 1)
 
 
 def test_one_thread_at_a_time_searches_on_gpus(gpus):
     gpus()
-    indexes = [VectorIndex.build(KEYS, "IVF4,Flat", "cuda") for _ in range(4)]
     inside, most, together = [], [], threading.Barrier(4)
 
     def search(features, k):
@@ -391,19 +374,12 @@ def test_one_thread_at_a_time_searches_on_gpus(gpus):
         inside.pop()
         return np.zeros((5, k), np.float32), np.zeros((5, k), np.int64)
 
-    for index in indexes:
-        index._gpu.get()
-        index._gpu._held = SimpleNamespace(search=search)
-
     def ask(index):
         together.wait()
         index.search(QUERIES, 2)
 
-    threads = [threading.Thread(target=ask, args=(index,)) for index in indexes]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(ask, [on_gpu(search) for _ in range(4)]))
     assert most == [1, 1, 1, 1]
 
 

@@ -1,7 +1,6 @@
 """Resolving and installing the requirements from the registry; only ``make soak`` runs it."""
 
 import contextlib
-import importlib.util
 import json
 import os
 import re
@@ -18,13 +17,8 @@ import pytest
 from conftest import ROOT
 from tables import tiny
 
-pytestmark = [
-    pytest.mark.soak,
-    pytest.mark.skipif(
-        importlib.util.find_spec("uv") is None,
-        reason="SKIPPED: uv is not installed; run pip install uv",
-    ),
-]
+pytestmark = pytest.mark.soak
+pytest.importorskip("uv", reason="SKIPPED: uv is not installed; run pip install uv")
 
 PYTHONS = {"3.11": 7, "3.12": 7, "3.13": 7, "3.14": 9}
 """Lowest torch 2 that has wheels, by Python."""
@@ -90,12 +84,9 @@ def test_uvx_and_pipx_run_a_built_wheel(monkeypatch):
             monkeypatch.setenv(name, value)
         assert uv("build", "-q", "--wheel", "-o", place, ROOT).returncode == 0
         (wheel,) = Path(place).glob("*.whl")
-        torch = [
-            part
-            for name in ("torch", "torchvision")
-            for part in ("--with", f"{name}<={version(name).partition('+')[0]}")
-        ]
-        for command in (("--from", wheel, *torch), ("pipx", "run", "--python", sys.executable, "--spec", wheel)):
+        torch, vision = (f"{name}<={version(name).partition('+')[0]}" for name in ("torch", "torchvision"))
+        uvx = ("--from", wheel, "--with", torch, "--with", vision)
+        for command in (uvx, ("pipx", "run", "--python", sys.executable, "--spec", wheel)):
             done = uv("tool", "run", "-q", "--python", sys.executable, *command, "retrieval-tip", "--version")
             assert done.returncode == 0, done.stderr
             assert done.stdout.startswith("retrieval-tip, version")

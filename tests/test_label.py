@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import shutil
 import signal
@@ -10,33 +9,25 @@ import socket
 import time
 import urllib.request
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import few
-from fake import IDENTITY, Fake
 from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from serving import caltech_photos, server
+from serving import caltech_photos, labelling_app, server
 
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_inputs
 from retrieval_tip.errors import StoreError
-from retrieval_tip.index import changes, places
+from retrieval_tip.index import places
 from retrieval_tip.labelling.photos import Pool
 from retrieval_tip.labelling.queue import FIXED, QUEUED, RANDOM_EVERY, Queue, Queued
 from retrieval_tip.server import labelling as module
-from retrieval_tip.server.app import create_app
-from retrieval_tip.server.labelling import Labelling
-from retrieval_tip.server.served import Backbones, Maker, Served
 from retrieval_tip.settings import Ask
-from retrieval_tip.store import versions
 
 TOKEN = "a token"
 AUTHORISED = {"Authorization": f"Bearer {TOKEN}"}
@@ -93,16 +84,13 @@ def pool(shared, tmp_path_factory):
 class Client:
     """An HTTP client of a labelling session that knows the right labels."""
 
-    def __init__(self, pool, folder, backbone, *classes, place=None):
-        place = place or folder
-        self.pool, backbones = pool, Backbones("cpu", "float32", None, backbone)
+    def __init__(self, pool, place, backbone, *classes):
+        self.pool = pool
         self.sources = list(open_inputs([str(Path(next(iter(pool))).parent)]))
         self.names = [name for source in self.sources for name in source.sources]
         self.cache = EncodingCache.at(None)
-        labelling = Labelling(place, self.sources, Reader(backbone, cache=self.cache), classes)
-        served = [Served(place, backbones)] if places.at(place).exists() else []
-        maker = Maker(folder.parent, lambda: backbone, backbones)
-        self.app = create_app({one.name: one for one in served}, token=TOKEN, maker=maker, labelling=labelling)
+        reader = Reader(backbone, cache=self.cache)
+        self.app = labelling_app(place, self.sources, reader, classes, token=TOKEN)
 
     def __enter__(self):
         self.http = TestClient(self.app)
@@ -287,46 +275,6 @@ def test_labels_are_saved_later_if_saving_fails(pool, place, lit_mini, monkeypat
         full = False
         assert client.settled()["problem"] is None
     assert opened(place).n == 2
-
-
-class Wide(Fake):
-    """A backbone whose features have 1,280 values, and depend on the class in the red channel of a photo."""
-
-    has_text = False
-
-    def encode_images(self, pixels):
-        draws = [[np.random.default_rng(int(n)).normal(size=1280) for n in one[:2, 0, 0]] for one in pixels]
-        return np.float32([about + apart for about, apart in draws])
-
-
-@pytest.mark.parametrize("kind", few(["", "lance://"], 1))
-def test_85_labels_with_ten_versions_take_at_most_10_megabytes(kind, tmp_path, monkeypatch):
-    clock = {"now": lambda *_: datetime.datetime(2026, 11, 30, 12, 0, 10, tzinfo=datetime.UTC) + elapsed}
-    own = SimpleNamespace(**vars(datetime) | {"datetime": type("Clock", (datetime.datetime,), clock)})
-    monkeypatch.setattr(versions, "datetime", own)
-    monkeypatch.setattr(module, "WAIT", 0.0)
-    pool = {}
-    for number in range(85):
-        path = tmp_path / "photos" / f"{number}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.new("RGB", (8, 8), (number % 17, 100 + number, 0)).save(path)
-        pool[str(path)] = f"class {number % 17}"
-    place = f"{kind}{tmp_path / 'idx'}"
-    with Client(pool, tmp_path / "idx", Wide(replace(IDENTITY, weights="wide"), dim=1280), place=place) as client:
-        client.until(lambda state: state["encoded"] == 85)
-        names = [pool[name] for name in client.names]
-        for start in range(0, 85, 5):
-            elapsed = datetime.timedelta(seconds=7 * start)  # seven seconds for each label
-            client.set({photo: names[photo] for photo in range(start, start + 5)})
-            client.until(lambda state: not state["unsaved"])
-    store = places.at(place)
-    minutes = [time.strftime("%H:%M") for time in store.history()["created_at"].to_pylist()]
-    size = sum(path.stat().st_size for path in (tmp_path / "idx").rglob("*") if path.is_file())
-    print(f"\n{store}: {store.manifest().n} labels, {len(minutes)} versions, {size:,} bytes")
-    assert len(set(minutes)) == len(minutes) - 1 == 10  # and the first save, which builds the index
-    assert changes.gc(place).versions == [1]
-    assert size <= 10_000_000
-    assert store.verify().fitted.metric == "within"
 
 
 def test_near_copies_name_each_other_and_photos_that_are_gone_can_be_relabelled(pool, place, lit_mini, tmp_path):

@@ -22,15 +22,13 @@ from conftest import SOAK, few
 from fake import Fake
 from fastapi.testclient import TestClient
 from PIL import Image
+from serving import labelling_app
 
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import of_images, open_inputs
 from retrieval_tip.index import changes, places
 from retrieval_tip.server import labelling as module
-from retrieval_tip.server.app import create_app
-from retrieval_tip.server.labelling import Labelling
 from retrieval_tip.server.limits import Limits
-from retrieval_tip.server.served import Backbones, Maker, Served
 from retrieval_tip.store.labels import PICKED, WITHDRAWN
 
 pytestmark = [killing.needs_fork, pytest.mark.timeout(3600 if SOAK else 300)]
@@ -78,13 +76,8 @@ class Session:
             (self.folder / ("photos" if self.job["round"] % 2 else "moved")).rename(photos)
         self.paths = [str(path) for path in sorted(photos.iterdir())]
         self.digests = [digest_of(path) for path in self.paths]
-        labelling = Labelling(self.place, list(open_inputs([str(photos)])), Reader(self.backbone))
-        backbones = Backbones("cpu", "float32", None, self.backbone)
-        served = [Served(self.place, backbones)] if places.at(self.place).exists() else []
-        maker = Maker(self.folder, lambda: self.backbone, backbones)
-        app = create_app(
-            {one.name: one for one in served}, Limits(poll=0.05), token="t", maker=maker, labelling=labelling
-        )
+        sources = list(open_inputs([str(photos)]))
+        app = labelling_app(self.place, sources, Reader(self.backbone), limits=Limits(poll=0.05))
         with TestClient(app) as self.http:
             self.until(lambda state: state["encoded"] == len(self.paths) and not state["unsaved"])
             found = self.found()

@@ -30,7 +30,7 @@ from retrieval_tip.index import changes
 from retrieval_tip.server import run as run_module
 from retrieval_tip.server.app import create_app
 from retrieval_tip.server.limits import Limits
-from retrieval_tip.server.served import Version, open_all
+from retrieval_tip.server.served import open_all
 
 from conftest import SHARED, SOAK  # isort: skip
 
@@ -283,35 +283,6 @@ def test_only_trusted_proxies_name_the_client(proxies, client):
     with running(app, proxies=proxies) as (host, port):
         answer = httpx.get(f"http://{host}:{port}/", headers={"X-Forwarded-For": "198.51.100.1, 192.0.2.7"})
     assert answer.json() == client
-
-
-def test_no_single_request_is_refused_while_ten_clients_send_1024_features_each(random_things, monkeypatch):
-    go, real = threading.Event(), Version.answer
-
-    def answer(version, ask, features):
-        assert len(features) == 1 or go.wait(30)
-        (first,) = real(version, ask, features[:1])
-        return [dict(first) for _ in features]  # which is quicker
-
-    monkeypatch.setattr(Version, "answer", answer)
-    with (
-        running(app_of(random_things), proxies=["127.0.0.1"]) as place,
-        httpx.Client(base_url="http://{}:{}".format(*place), timeout=60) as http,
-        ThreadPoolExecutor(10) as pool,
-    ):
-        one, many = (json.dumps({"features": [[0.125] * 64] * rows}).encode() for rows in (1, 1024))
-
-        def asked(client, body):
-            headers = {"Content-Type": "application/json", "X-Forwarded-For": client}
-            return http.post("/v1/classify?top=1&neighbours=0", content=body, headers=headers).status_code
-
-        large = [pool.submit(asked, f"10.0.0.{number}", many) for number in range(10)]
-        while 'retrieval_tip_waiting{lane="features"} 9216.0' not in http.get("/metrics").text:
-            assert not any(request.done() for request in large)
-            time.sleep(0.05)
-        assert {asked(f"10.0.1.{number}", one) for number in range(100)} == {200}
-        go.set()
-        assert [request.result() for request in large] == [200] * 10
 
 
 @pytest.mark.parametrize("waits", [False, True], ids=["before", "after"])
