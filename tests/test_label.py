@@ -21,9 +21,9 @@ from serving import caltech_photos, labelling_app, server
 
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.reader import Reader
-from retrieval_tip.data.sources import open_inputs
+from retrieval_tip.data.sources import of_images, open_inputs
 from retrieval_tip.errors import StoreError
-from retrieval_tip.index import places
+from retrieval_tip.index import changes, places
 from retrieval_tip.labelling.photos import Pool
 from retrieval_tip.labelling.queue import FIXED, QUEUED, RANDOM_EVERY, Queue, Queued
 from retrieval_tip.server import labelling as module
@@ -191,9 +191,12 @@ def test_a_step_is_one_version_done_once_and_undo_restores_labels_and_skipped_ph
         assert steps == [
             {"step": n, "photos": [one["photo"]], "labels": [label]} for n, label in (("1", "a"), ("2", "b"))
         ]
-        state = client.settled()
-        assert state["queue"][0]["photo"] == other["photo"]
-        version = state["version"]
+        assert client.settled()["queue"][0]["photo"] == other["photo"]
+        red = str(place.parent / "red.png")
+        Image.new("RGB", (64, 64), "red").save(red)
+        changes.add(place, of_images([red], "photos", ["red"], ["red"]), Reader(lit_mini))  # by another process
+        client.until(lambda state: state["version"] == opened(place).version)
+        version = client.settled()["version"]
         client.set({other["photo"]: "x", third["photo"]: "tpyo"}, step="typo")
         assert client.settled()["version"] == version + 1
         client.set({}, undo="typo")
@@ -206,10 +209,10 @@ def test_a_step_is_one_version_done_once_and_undo_restores_labels_and_skipped_ph
             state = client.set({}, undo="3")
             assert (state["queue"][0]["photo"], state["steps"]) == (other["photo"], steps)
         client.settled()
-        assert labels_of(place) == {one["name"]: "b"}
+        assert labels_of(place) == {one["name"]: "b", red: "red"}
         client.set({}, undo="2")
         client.settled()
-        assert labels_of(place) == {one["name"]: "a"}
+        assert labels_of(place) == {one["name"]: "a", red: "red"}
         assert client.set({}, undo="1")["queue"][0] | {"guesses": []} == one | {"guesses": []}
 
 
@@ -222,7 +225,11 @@ def test_a_bad_label_is_named_and_kept_while_the_others_are_saved(pool, place, l
         (refused,) = client.until(lambda state: state["unsaved"] == 1)["refused"]
         assert (refused["photo"], Path(refused["name"]).name, refused["label"]) == (bad, "damaged.jpg", "x")
         assert "image" in refused["reason"]
-        assert labels_of(place) == dict.fromkeys([client.names[number] for number in good], "x")
+        known = {row["source"]: row["key_id"] for row in opened(place).labels.to_pylist()}
+        changes.remove(place, key_ids=[known[client.names[good[0]]]])  # by another process
+        client.set(dict.fromkeys(good, "y"))
+        client.until(lambda state: state["unsaved"] == 1)
+        assert labels_of(place) == dict.fromkeys([client.names[number] for number in good], "y")
         assert client.set({bad: None})["refused"] == []
         assert client.settled()["unsaved"] == 0
 
