@@ -282,18 +282,10 @@ def on_stdin(monkeypatch, data):
     return list(opening.paths_on_stdin())
 
 
-def test_paths_on_standard_input_end_with_newlines_or_nuls(monkeypatch):
-    for data, paths in (
-        (b"", []),
-        (b"a", ["a"]),
-        (b"a\n\n\nb c\nlast", ["a", "b c", "last"]),
-        (b"a\nb\0\xff\0", ["a\nb", "\udcff"]),
-        (b"\n" * 20, []),
-    ):
+def test_paths_on_standard_input_end_with_newlines_or_nuls_and_are_limited(monkeypatch):
+    given = {b"": [], b"a": ["a"], b"a\n\n\nb c\nlast": ["a", "b c", "last"], b"a\nb\0\xff\0": ["a\nb", "\udcff"]}
+    for data, paths in (given | {b"\n" * 20: []}).items():
         assert on_stdin(monkeypatch, data) == paths
-
-
-def test_endless_standard_input_is_refused(monkeypatch):
     monkeypatch.setattr(opening, "MAX_PATHS", 20)
     monkeypatch.setattr(opening, "MAX_PATHS_BYTES", 100)
     for data in (b"x" * 101, b"a\n" * 30, b"\0" * 200, b"abcdefgh\n" * 20):

@@ -362,25 +362,27 @@ def test_a_local_server_creates_and_prints_a_token(random_things, warm_path):
         process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
         return next(line for line in process.stderr if "http://" in line), process
 
-    def index(address, **headers):
-        return httpx.get(f"{address}/v1/indexes", headers=headers).json()["indexes"][0]
-
     line, process = started()
     with process:
         address, token = re.search(r"(http://127\.0\.0\.1:\d+)/#token=([\w-]{20,}) ", line).groups()
-        keys, right = f"{address}/v1/indexes/{random_things.name}/keys", {"Authorization": f"Bearer {token}"}
+        keys = f"{address}/v1/indexes/{random_things.name}/keys"
         assert httpx.post(keys, json=key).status_code == 401
         wrong = httpx.post(keys, json=key, headers={"Authorization": f"Bearer {token[:-1]}"})
         assert "token that serve printed" in wrong.json()["detail"]
-        assert httpx.post(keys, json=key, headers=right).status_code == 201
-        back = httpx.post(keys.replace("/keys", "/rollback"), json={"to": 1}, headers=right)
+        right = httpx.post(keys, json=key, headers={"Authorization": f"Bearer {token}"})
+        assert right.status_code == 201
+        back = httpx.post(
+            keys.replace("/keys", "/rollback"), json={"to": 1}, headers={"Authorization": f"Bearer {token}"}
+        )
         assert back.json()["version"] == 3
         process.send_signal(signal.SIGINT)  # as Ctrl+C does
         assert process.wait(30) == 0
     line, process = started("--read-only")
     with process:
         assert "token" not in line
-        assert not index(line.rpartition(" at ")[2].partition(";")[0])["changes"]
+        assert not httpx.get(f"{line.rpartition(' at ')[2].partition(';')[0]}/v1/indexes").json()["indexes"][0][
+            "changes"
+        ]
         process.terminate()
     line, process = started("--read-only", "--private", "--port", address.rpartition(":")[2])
     with process:
@@ -389,16 +391,20 @@ def test_a_local_server_creates_and_prints_a_token(random_things, warm_path):
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
         file.chmod(0o640)
         assert run_module.LastServer("serve", [random_things]).token == ""  # it is no secret any more
+        right = {"Authorization": f"Bearer {token}"}
         assert httpx.get(f"{address}/v1/indexes").status_code == 401
-        assert not index(address, **right)["changes"]
+        assert not httpx.get(f"{address}/v1/indexes", headers=right).json()["indexes"][0]["changes"]
         process.terminate()
 
 
-def test_an_old_version_is_freed_when_the_next_one_answers(random_things, tmp_path):
-    """Its mapped files are freed too, without a garbage collection, which would delay every answer."""
+def test_an_old_version_is_freed_when_the_next_one_answers_and_every_index_when_the_server_stops(
+    random_things, tmp_path
+):
+    """Their mapped files are freed too, without a garbage collection, which would delay every answer."""
     folder = shutil.copytree(random_things, tmp_path / "index")
     served = open_all([folder], "cpu", "float32", "fast")
-    with running(create_app(served, Limits(poll=0.1))) as place:
+    app = create_app(served, Limits(poll=0.1))
+    with running(app) as place:
         url = "http://{}:{}/v1/classify?explain=true".format(*place)
         before, first = weakref.ref(served["index"].now.index), served["index"].now.manifest.version
         gc.disable()
@@ -416,13 +422,7 @@ def test_an_old_version_is_freed_when_the_next_one_answers(random_things, tmp_pa
             assert before() is None
         finally:
             gc.enable()
-
-
-def test_a_stopped_server_frees_its_indexes(random_things):
-    app = app_of(random_things)
-    with running(app) as place:
-        assert told(place, with_close(classify_request(1))).startswith(b"HTTP/1.1 200")
     service = weakref.ref(app.state.service)
-    del app
+    del app, served
     gc.collect()
     assert service() is None

@@ -92,19 +92,15 @@ def test_help_of_each_command_imports_nothing_heavy():
     assert shown.count("Usage:") == len(groups) + len(COMMANDS)
 
 
-def test_index_info_imports_no_torch(index, tmp_path):
+def test_commands_without_photos_import_no_model_no_database_and_no_plots(index, row, tmp_path):
     store = f"lance://{tmp_path}/store"
     changes.clone(index, store)
     found, shown = imported(["index", "info", index], ["index", "info", store])
-    assert shown.count("keys_per_class") == 2
-    assert found == {"numpy", "pyarrow"}
-
-
-def test_answering_features_imports_no_model_no_database_and_no_plots(index, row):
+    assert (found, shown.count("keys_per_class")) == ({"numpy", "pyarrow"}, 2)
     found, shown = imported(["classify", index, row], ["evaluate", index, row])
+    assert found == {"numpy", "pyarrow", "torch", "PIL"}
     assert "label" in shown
     assert "accuracy " in shown
-    assert found == {"numpy", "pyarrow", "torch", "PIL"}
 
 
 def test_classifying_a_cached_image_imports_no_model(photo_index, photos):
