@@ -143,8 +143,7 @@ def pictures(page: Page, new: Path) -> None:
     expect(page.locator("#map-canvas")).to_have_attribute("data-method", "tsne", timeout=WAIT)
     expect(page.locator("#map-canvas")).to_have_attribute("data-pictures", re.compile("[1-9]"))
     page.wait_for_load_state("networkidle")
-    page.focus("#map-canvas")
-    page.keyboard.press("Home")
+    page.locator("#map-canvas").hover()
     beside(page, "map")
     box = page.locator("#map-canvas").bounding_box()
     assert box is not None

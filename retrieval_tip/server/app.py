@@ -17,6 +17,7 @@ from retrieval_tip.server.guard import Guard
 from retrieval_tip.server.labelling import Labelling
 from retrieval_tip.server.limits import Limits
 from retrieval_tip.server.problems import HANDLED, handle
+from retrieval_tip.server.schemas import PROBLEM
 from retrieval_tip.server.served import Maker, Served
 from retrieval_tip.server.service import Service
 
@@ -52,6 +53,7 @@ def create_app(
 
     app = FastAPI(
         title="retrieval-tip", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
+        responses={"default": PROBLEM},
         description="Few-shot image classification by retrieval. Errors are returned as application/problem+json "
                     "(RFC 9457).",
     )  # fmt: skip

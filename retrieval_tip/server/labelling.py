@@ -40,7 +40,6 @@ from retrieval_tip.labelling.queue import QUEUED, Picked, Queue, Queued
 from retrieval_tip.model import Index
 from retrieval_tip.server import schemas
 from retrieval_tip.server.problems import Problem
-from retrieval_tip.server.schemas import Row
 from retrieval_tip.server.served import Version
 from retrieval_tip.server.service import Service
 from retrieval_tip.store.labels import WITHDRAWN
@@ -118,7 +117,7 @@ class Labelling:
         self._steps: dict[str, _Step] = {}
         self._made: set[str] = set()  # classes that this session has created
         self._last: changes.Changed | None = None
-        self._facts: dict[int, tuple[list[Row] | None, list[int]]] = {}
+        self._facts: dict[int, tuple[list[schemas.Guess] | None, list[int]]] = {}
         self._chosen: tuple[Version | None, int] = (None, 0)
         self._measured: tuple[Version | None, int] = self._chosen
         self._progress: schemas.LabelProgress | None = None
@@ -171,8 +170,9 @@ class Labelling:
         for one in self._queue.show(taken):
             guessed, others = self._facts.get(one.photo, (None, []))
             similar = [photo for photo in others if photo not in taken]
-            more = {"name": names[one.photo], "guesses": guessed or [], "similar": similar}
-            shown.append(schemas.QueuedPhoto(**vars(one) | more))
+            shown.append(
+                schemas.QueuedPhoto(**vars(one), name=names[one.photo], guesses=guessed or [], similar=similar)
+            )
         unmeasured = version is not None and self._measured != self._chosen
         busy = self._choice_due() or unmeasured or self._unsaved.keys() > self._refused.keys()
         refused = [
@@ -190,7 +190,7 @@ class Labelling:
             photos=len(self.photos) - self.photos.number(self.photos.unreadable),
             encoded=self.photos.number(self.photos.encoded), labelled=self.photos.number(self.labels()),
             unsaved=len(self._unsaved), classes=self._class_counts(), queue=shown, steps=steps,
-            guessed=schemas.RightGuesses(right=sum(right), n=len(right)), refused=refused, progress=self._progress,
+            guessed=right, refused=refused, progress=self._progress,
             busy=busy and self._problem is None, problem=self._problem or self._trouble,
         )  # fmt: skip
 
@@ -282,7 +282,7 @@ class Labelling:
         self._known, self._withdrawn = known_photos(self._seen.index, self.photos.unread, self.photos.same)
         self._wake.set()
 
-    def _class_counts(self) -> list[schemas.LabelClass]:
+    def _class_counts(self) -> dict[str, int]:
         """Return the classes to choose from, with their numbers of photos. Unsaved changes are included."""
         index = None if self._seen is None else self._seen.index
         names = [] if index is None else index.class_names
@@ -294,7 +294,7 @@ class Labelling:
         counts.subtract(self._known[photo].label for photo in self._unsaved if photo in self._known)
         counts.update(label.label for label in self._unsaved.values() if label.label is not None)
         del counts[NONE]
-        return [schemas.LabelClass(label=name, photos=n) for name, n in counts.items() if n > 0 or name in shown]
+        return {name: n for name, n in counts.items() if n > 0 or name in shown}
 
     def is_empty(self, version: Version) -> bool:
         """Return whether a version only has photos whose label was withdrawn."""
@@ -506,7 +506,7 @@ def _suggested(photos: SessionPhotos, rows: Sequence[int], index: Index | None) 
 
 def _facts_of(
     photos: SessionPhotos, shown: Sequence[int], rows: Sequence[int], index: Index | None
-) -> dict[int, tuple[list[Row] | None, list[int]]]:
+) -> dict[int, tuple[list[schemas.Guess] | None, list[int]]]:
     """Return the guesses for each photo that is shown, and the photos among ``rows`` that resemble it."""
     places = {photo: place for place, photo in enumerate(rows)}
     shown = [photo for photo in shown if photo in places]
@@ -525,6 +525,6 @@ def _measured_on(
     more = min(MORE, len(rest))
     gain = gain_of(index, rest, found, more)
     return schemas.LabelProgress(
-        **vars(found), drawn=len(drawn), needed=DRAWN, more=more, gain=gain, review=found.first_wrong < REVIEWED,
+        estimate=found, drawn=len(drawn), needed=DRAWN, more=more, gain=gain, review=found.first_wrong < REVIEWED,
         done=found.most_wrong < DONE * photos,
     )  # fmt: skip

@@ -11,13 +11,13 @@ const SAMPLES = 6;
 async function show() {
   const { info } = state;
   const examples = plural(info.n_keys, "example photo");
-  $("knows").textContent = `“${info.name}” recognises ${plural(info.n_classes, "class", "classes")}, learned from ${examples}`;
-  const more = info.classes.length - CLASSES;
+  $("knows").textContent = `“${info.name}” recognises ${plural(info.counts.length, "class", "classes")}, learned from ${examples}`;
+  const more = info.counts.length - CLASSES;
   $("known-more").textContent = more > 0 ? `and ${count(more)} more` : "";
   const list = (shown) => {
     const images = new Map(shown.map(({ class_id: id, image }) => [id, image]));
-    const items = info.classes.slice(0, CLASSES).map(({ class_id: id, label, keys }) =>
-      el("li", {}, picture(images.get(id), 160, ""), el("span", { class: "name", title: label }, cut(label)), el("span", { class: "hint" }, plural(keys, "photo"))),
+    const items = state.labels.slice(0, CLASSES).map((label, id) =>
+      el("li", {}, picture(images.get(id), 160, ""), el("span", { class: "name", title: label }, cut(label)), el("span", { class: "hint" }, plural(info.counts[id], "photo"))),
     );
     $("known").replaceChildren(...items);
   };
