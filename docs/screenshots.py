@@ -104,7 +104,7 @@ def pictures(page: Page, new: Path) -> None:
     def picture(name: str) -> None:
         take(page, name)
 
-    page.wait_for_selector("#samples-list img")
+    page.wait_for_selector("#known button img")
     picture("page-start")
     beside(page, "start")
     files = sorted(path for path in new.rglob("*") if path.is_file() and not path.name.startswith("."))

@@ -921,7 +921,7 @@ def test_an_example_is_classified_by_the_other_examples(page: Page, served: Serv
         assert itself not in [shot["key_id"] for shot in shown["neighbours"]]
 
     with page.expect_request("**/v1/classify**without=*") as asked:
-        page.locator("#samples-list button").first.click()
+        page.locator("#known button").first.click()
     expect(page.locator("#drawer-notes")).to_contain_text("only the other examples count")
     itself = int(re.findall(r"without=(\d+)", asked.value.url)[0])
     check(itself, None)
@@ -1363,13 +1363,13 @@ def test_every_screen_fits_and_is_accessible(opened: Open, tmp_path: Path, width
             assert page.locator(place).evaluate("one => one.scrollWidth <= one.clientWidth"), (name, place)
         assert violations(page) == [], name
 
-    expect(page.locator("#samples-list img").first).to_be_visible()
+    expect(page.locator("#known button img").first).to_be_visible()
     fits("start")
     page.click("#help")
     expect(page.locator("#glossary")).to_contain_text("No match")
     fits("glossary")
     page.keyboard.press("Escape")
-    page.locator("#samples-list button").nth(1).click()
+    page.locator("#known button").nth(1).click()
     classified(page)
     expect(page.locator("#drawer-notes")).to_contain_text("one of the examples")
     page.click("#drawer-close")
@@ -1428,18 +1428,6 @@ def test_every_screen_fits_and_is_accessible(opened: Open, tmp_path: Path, width
     expect(page.locator("#teach-go")).to_have_text("Create classifier from 6 photos in 2 classes")
     page.locator(".class-card input[type=text]").last.fill("a-very-long-name" * 8)
     fits("teach")
-
-
-def test_the_docs_page_lists_every_operation(opened: Open, served: Served) -> None:
-    """The page loads no files from other hosts."""
-    page = opened(at="/docs", ready="#operations section").page
-    described = get(page, "/openapi.json")
-    number = sum(len(methods) for methods in described["paths"].values())
-    expect(page.locator("#operations section")).to_have_count(number)
-    classify = page.locator("#operations section").filter(has_text="/v1/classify")
-    expect(classify.locator("pre")).to_contain_text(f"-F images=@photo.jpg '{served.address}/v1/classify'")
-    expect(classify).to_contain_text("Number of nearest keys")
-    assert violations(page) == []
 
 
 def test_chromium_is_required_only_in_ci(monkeypatch: pytest.MonkeyPatch) -> None:

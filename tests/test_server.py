@@ -1064,7 +1064,7 @@ def test_a_private_server_answers_only_with_the_token(own, photo, truth):
                 for headers in ({}, {"Authorization": "Bearer wrong"}):
                     refused = client.request(method, path.replace("{name}", "own"), headers=headers)
                     assert (path, method, refused.status_code) == (path, method, 401)
-        for path in ("/", "/docs", "/page/app.js", "/healthz"):
+        for path in ("/", "/openapi.json", "/page/app.js", "/healthz"):
             assert client.get(path).status_code == 200
         assert client.get("/metrics", headers=AUTHORISED).status_code == 200
         assert not client.cookies
