@@ -40,6 +40,7 @@ from retrieval_tip.labelling.queue import QUEUED, Picked, Queue, Queued
 from retrieval_tip.model import Index
 from retrieval_tip.server import schemas
 from retrieval_tip.server.problems import Problem
+from retrieval_tip.server.schemas import Row
 from retrieval_tip.server.served import Version
 from retrieval_tip.server.service import Service
 from retrieval_tip.store.labels import WITHDRAWN
@@ -117,7 +118,7 @@ class Labelling:
         self._steps: dict[str, _Step] = {}
         self._made: set[str] = set()  # classes that this session has created
         self._last: changes.Changed | None = None
-        self._facts: dict[int, tuple[list[schemas.Guess] | None, list[int]]] = {}
+        self._facts: dict[int, tuple[list[Row] | None, list[int]]] = {}
         self._chosen: tuple[Version | None, int] = (None, 0)
         self._measured: tuple[Version | None, int] = self._chosen
         self._progress: schemas.LabelProgress | None = None
@@ -170,20 +171,18 @@ class Labelling:
         for one in self._queue.show(taken):
             guessed, others = self._facts.get(one.photo, (None, []))
             similar = [photo for photo in others if photo not in taken]
-            shown.append(
-                schemas.QueuedPhoto(**vars(one), name=names[one.photo], guesses=guessed or [], similar=similar)
-            )
+            more = {"name": names[one.photo], "guesses": guessed or [], "similar": similar}
+            shown.append(vars(one) | more)
         unmeasured = version is not None and self._measured != self._chosen
         busy = self._choice_due() or unmeasured or self._unsaved.keys() > self._refused.keys()
-        refused = [
-            schemas.RefusedLabel(photo=photo, name=names[photo], label=self._unsaved[photo].label, reason=reason)
+        refused: list[Row] = [
+            {"photo": photo, "name": names[photo], "label": self._unsaved[photo].label, "reason": reason}
             for photo, reason in self._refused.items()
         ]
-        steps = [
-            schemas.LabelStep(step=name, photos=[*(one.after or (queued.photo for queued in one.queued))],
-                              labels=[*one.after.values()])
+        steps: list[Row] = [
+            {"step": name, "photos": [*one.after] or [x.photo for x in one.queued], "labels": [*one.after.values()]}
             for name, one in self._steps.items()
-        ]  # fmt: skip
+        ]
         right = [one.right for one in self._steps.values() if one.right is not None][-LAST:]
         return schemas.LabellingStatus(
             index=self.name, version=None if version is None else version.manifest.version,
@@ -506,7 +505,7 @@ def _suggested(photos: SessionPhotos, rows: Sequence[int], index: Index | None) 
 
 def _facts_of(
     photos: SessionPhotos, shown: Sequence[int], rows: Sequence[int], index: Index | None
-) -> dict[int, tuple[list[schemas.Guess] | None, list[int]]]:
+) -> dict[int, tuple[list[Row] | None, list[int]]]:
     """Return the guesses for each photo that is shown, and the photos among ``rows`` that resemble it."""
     places = {photo: place for place, photo in enumerate(rows)}
     shown = [photo for photo in shown if photo in places]

@@ -274,7 +274,7 @@ async def exemplars(service: TheService, version: Now) -> Response:
     """Return a typical shot of each class, which is the one that is closest to the mean of its class."""
 
     def call() -> list[Row]:
-        return list(_pictured(service, version, version.index.find(key_ids=typical_keys(version.index).key_ids)))
+        return list(_pictured(service, version, version.index.find(key_ids=typical_keys(version.index))))
 
     return json_of(await service.once(version, "exemplars", call))
 

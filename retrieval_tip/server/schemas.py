@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import pyarrow as pa
 from pydantic import AfterValidator, BaseModel, Field, WithJsonSchema
-from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from retrieval_tip.errors import Skipped
 from retrieval_tip.labelling.placing import Action
 from retrieval_tip.labelling.progress import Estimate
-from retrieval_tip.labelling.queue import Queued
 from retrieval_tip.predictions import SCHEMA
 from retrieval_tip.server.problems import MEDIA
 from retrieval_tip.server.uploads import class_name, index_name
@@ -333,61 +330,13 @@ class Classified(UsedSettings):
     skipped: list[Skipped]
 
 
-class Guess(TypedDict):
-    """A class and its probability."""
-
-    label: str
-    probability: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class QueuedPhoto(Queued):
-    """A photo to label, with probable classes, most probable first, and near-identical photos."""
-
-    name: str
-    guesses: Sequence[Guess]
-    similar: list[int]
-
-
-class RefusedLabel(BaseModel):
-    """A label that could not be saved, and the reason. A null label is a label that could not be removed."""
-
-    photo: int
-    name: str
-    label: str | None
-    reason: str
-
-
-class LabelStep(BaseModel):
-    """A step that can be undone: the photos that it labelled or skipped, and their labels.
-
-    A null label was removed. ``labels`` is empty if the photos were skipped.
-    """
-
-    step: str
-    photos: list[int]
-    labels: list[str | None]
-
-
-class FolderPhoto(BaseModel):
-    """A photo of the labelled folder: its label or, without one, its most probable classes.
-
-    ``no_match`` tells whether it resembles no example. ``similar`` lists what this photo and similar photos give to
-    the probability of its first class (``input``, ``gives``), and their classes alone (``label``).
-    """
-
-    photo: int
-    name: str
-    label: str | None
-    guesses: list[Guess]
-    no_match: bool
-    similar: list[Row] = []
-
-
 class FolderAnswers(BaseModel):
-    """The labels and answers of all photos that have been read, and groups of similar photos without a match."""
+    """The answers to all photos that have been read, as :func:`labels.guesses` returns them, and groups of photos.
 
-    photos: list[FolderPhoto]
+    Each photo has its number (``photo``), ``name`` and ``label``. The photos of a group are similar, and have no match.
+    """
+
+    photos: list[Row]
     groups: list[list[int]]
 
 
@@ -414,10 +363,12 @@ class LabellingStatus(BaseModel):
 
     ``version`` is null until the first label is saved. ``photos`` is the number of readable photos. ``encoded``,
     ``labelled`` and ``unsaved`` count the encoded photos, the labelled photos, and the labels that are not saved yet.
-    ``classes`` are the classes with their numbers of labelled photos. ``steps`` lists the last 100 steps, which can be
-    undone, oldest first. ``guessed`` tells whether the guesses for the photos of the last 20 of these steps were right.
-    ``refused`` lists the unsaved labels that the index did not accept. ``busy`` tells whether the state will change
-    soon. ``problem`` is an error in the background.
+    ``classes`` are the classes with their numbers of labelled photos. ``queue`` lists the next photos as
+    :class:`queue.Queued`, with their names, guesses and near-identical photos (``similar``). ``steps`` lists the last
+    100 steps, which can be undone, oldest first, with the numbers of their ``photos`` and, unless they were skipped,
+    their ``labels``. ``guessed`` tells whether the guesses for the photos of the last 20 of these steps were right.
+    ``refused`` lists the unsaved labels that the index did not accept, and why. ``busy`` tells whether the state will
+    change soon. ``problem`` is an error in the background.
     """
 
     index: str
@@ -427,10 +378,10 @@ class LabellingStatus(BaseModel):
     labelled: int
     unsaved: int
     classes: dict[str, int]
-    queue: list[QueuedPhoto]
-    steps: list[LabelStep]
+    queue: list[Row]
+    steps: list[Row]
     guessed: list[bool]
-    refused: list[RefusedLabel]
+    refused: list[Row]
     progress: LabelProgress | None
     busy: bool
     problem: str | None
