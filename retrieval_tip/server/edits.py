@@ -40,7 +40,7 @@ changes = APIRouter(prefix="/v1", dependencies=[*CHANGES, Depends(lift_deadline)
 
 
 @uploads.post("/indexes/{name}/keys", status_code=201, openapi_extra=schemas.ADD)
-async def add(request: Request, service: TheService, one: Named, norms: Norms = "check") -> schemas.Change:
+async def add(request: Request, service: TheService, one: Named, norms: Norms = "check") -> schemas.ChangedIndex:
     """Add labelled images or features as shots, in a new version of the index.
 
     If a label is new, a new class is added for it.
@@ -54,7 +54,7 @@ async def add(request: Request, service: TheService, one: Named, norms: Norms = 
         backbone = backbone_of(one.now)
         labelled, skipped = await service.labelled(sent, backbone)
         added = await service.changed(one, shots.add_images, one, backbone, labelled, service.uploads)
-    return _change(
+    return _answer(
         one, key_ids=added.key_ids, classes=added.classes, known=added.known,
         duplicates=[] if added.duplicates is None else describe_duplicates(added.duplicates),
         warnings=_of_spelling(one.name, added.alike), skipped=skipped,
@@ -64,19 +64,19 @@ async def add(request: Request, service: TheService, one: Named, norms: Norms = 
 @changes.delete("/indexes/{name}/keys")
 async def remove(
     service: TheService, one: Named, key_id: Annotated[list[schemas.KeyId], Query(min_length=1, max_length=1000)]
-) -> schemas.Change:
+) -> schemas.ChangedIndex:
     """Remove shots, in a new version of the index."""
     return await _changed(service, one, partial(index_changes.remove, key_ids=key_id), one.folder)
 
 
 @changes.post("/indexes/{name}/relabel")
-async def relabel(service: TheService, one: Named, change: schemas.Relabel) -> schemas.Change:
+async def relabel(service: TheService, one: Named, change: schemas.Relabel) -> schemas.ChangedIndex:
     """Move shots to other classes, in one new version of the index."""
     return await _changed(service, one, index_changes.relabel, one.folder, change.labels)
 
 
 @changes.post("/indexes/{name}/rename")
-async def rename(service: TheService, one: Named, change: schemas.Rename) -> schemas.Change:
+async def rename(service: TheService, one: Named, change: schemas.Rename) -> schemas.ChangedIndex:
     """Rename a class, in a new version of the index.
 
     If a class with the new name already exists, the two classes are merged. Otherwise, the new name is encoded if the
@@ -89,7 +89,7 @@ async def rename(service: TheService, one: Named, change: schemas.Rename) -> sch
 
 
 @changes.post("/indexes/{name}/rollback")
-async def rollback(service: TheService, one: Named, change: schemas.Rollback) -> schemas.Change:
+async def rollback(service: TheService, one: Named, change: schemas.Rollback) -> schemas.ChangedIndex:
     """Restore an earlier version, as a new version. The current version is kept."""
 
     def call() -> index_changes.Changed:
@@ -107,13 +107,13 @@ async def rollback(service: TheService, one: Named, change: schemas.Rollback) ->
 
 async def _changed(
     service: Service, one: Served, call: Callable[..., index_changes.Changed], *arguments: object
-) -> schemas.Change:
-    return _change(one, key_ids=(await service.changed(one, call, *arguments)).key_ids)
+) -> schemas.ChangedIndex:
+    return _answer(one, key_ids=(await service.changed(one, call, *arguments)).key_ids)
 
 
-def _change(one: Served, **more: Any) -> schemas.Change:
+def _answer(one: Served, **more: Any) -> schemas.ChangedIndex:
     fit = one.now.index.provenance.get("fit", {})
-    return schemas.Change(index=one.name, version=one.now.manifest.version, fit=fit, **more)
+    return schemas.ChangedIndex(index=one.name, version=one.now.manifest.version, fit=fit, **more)
 
 
 # --- indexes
@@ -124,7 +124,7 @@ async def create(
     request: Request,
     service: TheService,
     like: Annotated[str | None, Query(description="Index whose encoder and parent folder are used.")] = None,
-) -> schemas.Change:
+) -> schemas.ChangedIndex:
     """Create an index from labelled images, fit it and serve it.
 
     By default, it gets the encoder and the folder that the server was started with, or else those of the first index.
@@ -143,20 +143,20 @@ async def create(
         make = partial(shots.build, maker.into / name, used, labelled, service.uploads)
         one = await service.open(make, maker.backbones)
     warnings = _of_spelling(name, spelled_alike(one.now.index.class_names))
-    return _change(one, warnings=warnings, skipped=skipped)
+    return _answer(one, warnings=warnings, skipped=skipped)
 
 
 @changes.post("/indexes/{name}/fit")
-async def fit(service: TheService, one: Named) -> schemas.Change:
+async def fit(service: TheService, one: Named) -> schemas.ChangedIndex:
     """Fit an index to its shots again, and estimate its accuracy."""
     await service.changed(one, index_changes.fit_index, one.folder)
-    return _change(one)
+    return _answer(one)
 
 
 @changes.post("/indexes/{name}/set")
 async def set_groups(
     service: TheService, one: Named, table: Annotated[bytes, Body(media_type="text/csv")]
-) -> schemas.Change:
+) -> schemas.ChangedIndex:
     """Set the groups of the classes, given as a table in CSV.
 
     The first column has the classes, and each further column their groups, narrowest first.
@@ -174,31 +174,31 @@ async def set_groups(
     await service.changed(one, call)
     groups = one.now.index.groups
     others = [] if groups is None else groups.others(one.now.index.class_names)
-    return _change(one, warnings=[not_in_index(others)] if others else [])
+    return _answer(one, warnings=[not_in_index(others)] if others else [])
 
 
 @changes.patch("/indexes/{name}")
-async def rename_index(service: TheService, one: NotLabelled, new: schemas.IndexName) -> schemas.Change:
+async def rename_index(service: TheService, one: NotLabelled, new: schemas.IndexName) -> schemas.ChangedIndex:
     """Rename an index and its folder."""
     _check_free(service, new.name, one.beside)
     made = await service.open(lambda: manage.rename(one.folder, new.name), one.backbones, one)
-    return _change(made)
+    return _answer(made)
 
 
 @changes.post("/indexes/{name}/duplicate", status_code=201)
-async def duplicate_index(service: TheService, one: Named, new: schemas.IndexName) -> schemas.Change:
+async def duplicate_index(service: TheService, one: Named, new: schemas.IndexName) -> schemas.ChangedIndex:
     """Copy the current version of an index to a new index next to it."""
     with _room(service, new.name, one.beside):
         made = await service.open(lambda: manage.duplicate(one.folder, new.name), one.backbones)
-    return _change(made)
+    return _answer(made)
 
 
 @changes.delete("/indexes/{name}")
-async def delete_index(service: TheService, one: NotLabelled) -> schemas.Change:
+async def delete_index(service: TheService, one: NotLabelled) -> schemas.ChangedIndex:
     """Delete an index, its versions, and the images that were added to it here. This cannot be undone."""
     await service.change(manage.delete, one.folder)
     service.replace(one)
-    return _change(one)
+    return _answer(one)
 
 
 @contextmanager

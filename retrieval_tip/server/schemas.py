@@ -292,7 +292,7 @@ class Accuracy(BaseModel):
     summary: str | None = None
 
 
-class Change(BaseModel):
+class ChangedIndex(BaseModel):
     """The index and the version that a change has made, and the fields of :class:`changes.Added` that it has.
 
     ``fit`` is the accuracy of the last fit. ``skipped`` lists the images that could not be read.
