@@ -1158,6 +1158,14 @@ def open_map(page: Page) -> None:
     expect(page.locator("#map-canvas")).to_have_attribute("data-method", "tsne")
 
 
+def on_map(canvas: Locator, place: tuple[float, float]) -> tuple[float, float]:
+    """Return where a place of the map is in the window."""
+    box = canvas.bounding_box()
+    assert box is not None
+    across, down = (place[0] + 1) / 2, (1 - place[1]) / 2
+    return box["x"] + 25 + across * (box["width"] - 50), box["y"] + 25 + down * (box["height"] - 50)
+
+
 def show_pca_map(page: Page) -> Locator:
     """Show the map of a server without scikit-learn, which is the same each time, and return its canvas."""
     page.route("**/map?*", lambda route: route.fulfill(json=route.fetch().json() | {"methods": ["pca"]}))
@@ -1180,17 +1188,8 @@ def test_photos_are_found_and_selected_on_the_map(page: Page) -> None:
     )
     assert painted >= len(CLASSES)
     found = get(page, "/v1/indexes/things/map")
-    box = canvas.bounding_box()
-    assert box is not None
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        return (
-            box["x"] + 25 + (x + 1) / 2 * (box["width"] - 50),
-            box["y"] + 25 + (1 - y) / 2 * (box["height"] - 50),
-        )
-
     lonely = int(np.argmax(found["places"], axis=0)[0])
-    page.mouse.move(*at(*found["places"][lonely]))
+    page.mouse.move(*on_map(canvas, found["places"][lonely]))
     expect(page.locator("#map-shot .hint")).to_have_text(f"photo {found['key_ids'][lonely]}")
     expect(page.locator("#map-shot .name")).not_to_be_empty()
     expect(page.locator("#map-shot img")).to_have_js_property("complete", True)
@@ -1203,10 +1202,10 @@ def test_photos_are_found_and_selected_on_the_map(page: Page) -> None:
 
     inside = {id_ for id_, (x, y) in zip(found["key_ids"], found["places"], strict=True) if x > 0.1 and y > 0}
     assert 3 < len(inside) < 60
-    page.mouse.move(*at(0.1, 0))
+    page.mouse.move(*on_map(canvas, (0.1, 0)))
     page.mouse.down()
     for x, y in ((1.02, 0), (1.02, 1.02), (0.1, 1.02), (0.1, 0)):
-        page.mouse.move(*at(x, y), steps=4)
+        page.mouse.move(*on_map(canvas, (x, y)), steps=4)
     page.mouse.up()
     expect(page.locator("#shots-mapped strong")).to_have_text(f"{len(inside)} photos from the map")
     expect(page.locator("#shots-count")).to_have_text(str(len(inside)))
@@ -1231,7 +1230,7 @@ def test_photos_are_found_and_selected_on_the_map(page: Page) -> None:
     canvas.hover()
     page.keyboard.down("Shift")
     page.mouse.down()
-    page.mouse.move(box["x"] + 300, box["y"] + 60, steps=3)
+    page.mouse.move(*on_map(canvas, (0, 0.9)), steps=3)
     page.mouse.up()
     page.keyboard.up("Shift")
     assert canvas.screenshot() != before  # the map has moved
@@ -1417,9 +1416,11 @@ def test_every_screen_fits_and_is_accessible(opened: Open, tmp_path: Path, width
     rename.first.press("Enter")
     fits("rename")
     page.keyboard.press("Escape")
-    page.click("#tab-map")
-    expect(page.locator("#map-canvas")).to_be_visible()
-    page.locator("#map-canvas").press("Home")
+    open_map(page)
+    canvas = page.locator("#map-canvas")
+    canvas.scroll_into_view_if_needed()
+    found = get(page, "/v1/indexes/things/map?method=tsne&limit=10000")
+    page.mouse.move(*on_map(canvas, found["places"][0]))
     expect(page.locator("#map-shot img")).to_be_visible()
     page.locator("#map-title").scroll_into_view_if_needed()
     fits("map")
