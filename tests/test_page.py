@@ -1968,16 +1968,17 @@ def test_the_zip_has_the_folders_of_sort(browser: Browser, run: Run, tmp_path: P
 
 def test_the_accuracy_links_to_the_weakest_class(page: Page) -> None:
     found = get(page, "/v1/indexes/things/accuracy")
-    shown = f"{100 * found['both']:.0f} % accurate ({100 * found['low']:.0f}–{100 * found['high']:.0f})"
+    low, high = found["interval"]
+    shown = f"{100 * found['both']:.0f} % accurate ({100 * low:.0f}–{100 * high:.0f})"
     expect(page.locator("#index-accuracy")).to_have_text(shown)
     page.click("#index-accuracy")
     expect(page.locator("#classes-view")).to_be_visible()
     weakest = page.locator("#classes-list li").first
-    worst = found["weakest"][0]
-    expect(weakest).to_contain_text(f"{worst['right']} of {worst['photos']} right")
+    label, right, photos = found["weakest"][0]
+    expect(weakest).to_contain_text(f"{right} of {photos} right")
     weakest.hover()
-    weakest.get_by_role("button", name=f"Add photos of {worst['label']}").click()
-    expect(page.locator(".class-card input[type=text]").first).to_have_value(worst["label"])
+    weakest.get_by_role("button", name=f"Add photos of {label}").click()
+    expect(page.locator(".class-card input[type=text]").first).to_have_value(label)
     expect(page.locator("#teach-old")).to_be_checked()
     page.go_back()
     expect(page.locator("#classes-view")).to_be_visible()
@@ -2090,7 +2091,7 @@ def test_the_accuracy_counts_up_unless_motion_is_reduced(opened: Open) -> None:
         def estimate(before: int, route: Route) -> None:
             now = route.fetch().json()
             both = 0.93 if now["version"] == before else 0.97
-            route.fulfill(json=now | {"both": both, "low": both - 0.02, "high": both + 0.02})
+            route.fulfill(json=now | {"both": both, "interval": [both - 0.02, both + 0.02]})
 
         page.route("**/accuracy", functools.partial(estimate, version))
         page.reload()
