@@ -65,8 +65,8 @@ const start = (prefer = null) =>
     state.dispatchEvent(new Event("indexes"));
     $("tab-label").hidden = !labels;
     document.body.classList.toggle("labelling", labels);
-    if (labels && !session.now) await session.fetch();
-    if (labels && !location.hash) location.hash = "#label";
+    if (labels && !location.hash) location.hash = "#label"; // this screen fetches the session itself
+    if (labels && !session.now && location.hash !== "#label") await session.fetch();
     if (!names.length && state.info) return location.reload(); // the last one was deleted
     $("index-list").replaceChildren(...names.map((name) => el("li", {}, button(name, () => choose(name)))));
     showOpen();
