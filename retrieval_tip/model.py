@@ -52,7 +52,6 @@ from retrieval_tip.settings import (
     KeysMet,
     Levels,
     Norms,
-    Precision,
     Settings,
     Verify,
 )
@@ -89,7 +88,6 @@ class Answering:
     provenance: dict[str, Any] = field(default_factory=dict)
     device: str = "cpu"
     curve: pa.Table | None = None
-    precision: Precision = "float32"
     next_key_id: int | None = None
     metric: tip.Metric | None = None
     fitted: Fitted | None = None
@@ -128,7 +126,7 @@ class Answering:
         rows, c = self.rows, len(self.class_names)
         if isinstance(rows, ArrayRows) and rows.index is not None and rows.index.by_class and rows.index.n != c:
             self.rows = rows.indexed(c, device=self.device)
-        self._keys = self.rows.stream(c, self.device, self.precision, self.metric)
+        self._keys = self.rows.stream(c, self.device, self.metric)
 
     @property
     def index(self) -> VectorIndex | None:
@@ -822,7 +820,6 @@ class Index(Editing):
         text_weights: the text weights as a float32 tensor of shape ``[c, d]``. If the index has no text, they are zero.
         settings: the defaults for every call.
         curve: the loss curve of the training, which has one row per epoch.
-        precision: the dtype that is used to multiply queries with all keys (see :class:`keys.Keys`).
         next_key_id: the smallest key id that has never been used.
         metric: the fitted metric (see :mod:`tip`), or ``None``.
         fitted: a description of how the metric and the values were fitted (see :mod:`fit.closed_form`), or ``None``.
@@ -871,7 +868,6 @@ class Index(Editing):
         device: str = "auto",
         sources: Sequence[str] | None = None,
         values: Features | None = None,
-        precision: Precision = "float32",
         blocks: Sequence[int] = (),
     ) -> Self:
         """Create an index from precomputed features.
@@ -889,13 +885,12 @@ class Index(Editing):
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             sources: the path or id of each key, which is shown with predictions.
             values: the trained values, of shape ``[n, c]``. Defaults to one-hot labels.
-            precision: the dtype that is used to multiply queries with all keys (see :class:`keys.Keys`).
             blocks: the number of values of each encoder, if ``keys`` has the features of several side by side. Queries
                 and text weights have the same layout, and each part is scaled to the same length.
 
         Raises:
             InputError: if shapes do not match, if values are not finite, or if a label is not a class.
-            UsageError: if alpha, beta, the device, the index or the precision is invalid.
+            UsageError: if alpha, beta, the device or the index is invalid.
         """
         parts = inputs.parts_of(keys, blocks)
         matrix, names = inputs.matrix(inputs.joined(keys, parts, "keys"), "keys"), inputs.names(class_names)
@@ -919,7 +914,6 @@ class Index(Editing):
             inputs.text_weights(text_weights, len(names), matrix.shape[1]),
             settings=settings,
             device=device,
-            precision=precision,
             parts=parts,
             factory=index,
         )
@@ -975,7 +969,6 @@ class Index(Editing):
         folder: str | os.PathLike[str],
         *,
         device: str = "auto",
-        precision: Precision = "auto",
         verify: Verify = "full",
         check: Check | None = None,
         version: int | None = None,
@@ -987,7 +980,6 @@ class Index(Editing):
         Args:
             folder: the index folder.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-            precision: the dtype that is used to multiply queries with all keys (see :class:`keys.Keys`).
             verify: ``full`` to compare every file with its digest, or ``fast`` to compare only the size of large files.
             check: a check that has already been started. If it is given, the version under check is opened.
             version: the version number to open. Defaults to the current version.
@@ -1002,10 +994,10 @@ class Index(Editing):
             return Check(store.files, manifest, verify)
 
         first = None if check is None else check.manifest
-        return store.opened(lambda manifest: cls._opened(store, checked(manifest), device, precision), version, first)
+        return store.opened(lambda manifest: cls._opened(store, checked(manifest), device), version, first)
 
     @classmethod
-    def _opened(cls, store: Versions, check: Check, device: str, precision: Precision) -> Self:
+    def _opened(cls, store: Versions, check: Check, device: str) -> Self:
         check.wait()
         place, manifest = store.folder, check.manifest
         held = read(place, manifest)
@@ -1014,9 +1006,7 @@ class Index(Editing):
         values = None if values is None else torch.from_numpy(values)
         rows = ArrayRows(keys, held["labels"], values, points, held.get("sums"))
         rows = replace(rows, index=_read_index(place, manifest, rows, device))
-        index = cls.of_version(
-            rows, manifest, device, held, curve=held.get("curve"), precision=precision, factory=manifest.index
-        )
+        index = cls.of_version(rows, manifest, device, held, curve=held.get("curve"), factory=manifest.index)
         index.stored = Stored.of(store, check, index._contents())
         return index
 
@@ -1048,7 +1038,7 @@ class Index(Editing):
             return cast("Index", store.load(device=self.device))
         before = self.stored.check
         check = Check(store.files, manifest, before.verify, set(before.manifest.data_files))
-        return type(self).load(store.folder, device=self.device, precision=self.precision, check=check)
+        return type(self).load(store.folder, device=self.device, check=check)
 
     def save(self, folder: str | os.PathLike[str], change: str = "save") -> None:
         """Write the next version of an index folder, or the first version of a new folder (see :meth:`Versions.write`).

@@ -434,7 +434,7 @@ def _classify_on_ray(
         raise UsageError("--engine ray: can only write Parquet parts; give --format parquet and --out FOLDER")
     pieces = cut_inputs(inputs, paths_on_stdin())
     manifest, schema = store_of(folder).manifest().to_bytes(), rows.schema(loaded)
-    question = Question(str(folder), manifest, encoding.precision, loaded.settings, opening.where, schema, rows.tables)
+    question = Question(str(folder), manifest, loaded.settings, opening.where, schema, rows.tables)
     what, skipped = _on_ray(pieces, printing.output, engine, encoding, index=loaded, question=question)
     say(f"{show(printing.output)}: {what}")
     finish(skipped)

@@ -188,7 +188,7 @@ def tune_command(
     """
     from retrieval_tip.index.tune import tune_on
 
-    loaded = store_of(folder).load(device=encoding.device, precision=encoding.precision)
+    loaded = store_of(folder).load(device=encoding.device)
     source = source_of(val, encoding, "val", labelled=False)
     with reader_for(loaded, [source], encoding) as reader:
         tuning = tune_on(loaded, source, reader, agreement=agreement, factories=factories)

@@ -96,7 +96,7 @@ def index_with(
     folder: Place, backbone: BackboneOptions, opening: OpeningOptions = OpeningOptions(), ask: Ask = Ask()
 ) -> Index:
     """Load an index with the settings and keys selected on the command line."""
-    index = store_of(folder).load(device=backbone.device, precision=backbone.precision, verify=opening.verify)
+    index = store_of(folder).load(device=backbone.device, verify=opening.verify)
     index = index.with_settings(index.settings.override(alpha=ask.alpha, beta=ask.beta))
     if opening.where is not None:
         index = _restricted(index, opening.where, fits=ask.alpha is None and ask.beta is None)

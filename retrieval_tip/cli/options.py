@@ -45,9 +45,8 @@ class BackboneOptions:
             ViT-B-32@openai+timm:resnet18. [default: ViT-B-32]
         pretrained: Weights to load: a tag, a checkpoint file, or TAG=FILE for a local copy. [default: the recommended
             tag]
-        precision: Precision of the encoder and of the products with all keys. With auto, both use float32, and an
-            encoder on a GPU uses float16 autocast. With int8, the encoder is the one that models --int8 stored, and the
-            products use float32.
+        precision: Precision of the encoder. With auto, it is float32, and float16 autocast on a GPU. With int8, the
+            encoder is the one that models --int8 stored.
         runtime: Runtime for encoding images on a CPU. With auto, OpenVINO is used if it gives the same features as
             torch.
         device: Device to use: auto, cpu, cuda or cuda:N.

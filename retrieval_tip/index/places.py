@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from retrieval_tip.errors import InputError, StoreError, show
-from retrieval_tip.settings import Dtype, Precision, Verify
+from retrieval_tip.settings import Dtype, Verify
 from retrieval_tip.store.address import parse
 from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.versions import Check, Versions, Writer
@@ -83,25 +83,17 @@ class Store(Versions):
         index.save(self.folder, what)
         return self.current().version
 
-    def load(
-        self,
-        *,
-        device: str = "auto",
-        precision: Precision = "auto",
-        verify: Verify | None = None,
-        version: int | None = None,
-    ) -> Index:
+    def load(self, *, device: str = "auto", verify: Verify | None = None, version: int | None = None) -> Index:
         """Open the current version, or an earlier version.
 
-        ``precision`` is the precision of the matrix products with all keys. With ``verify="full"``, every byte is
-        checked first. With ``"fast"``, small files are checked completely and larger files only by their size. The
-        default depends on the kind of store. Raises UsageError if the store does not support the precision.
+        With ``verify="full"``, every byte is checked first. With ``"fast"``, small files are checked completely and
+        larger files only by their size. The default depends on the kind of store.
         """
         verify = verify or "full"
         check = None if version is not None else Check(self.files, self.current(), verify)
         from retrieval_tip.model import Index  # the files are hashed in the background during this import
 
-        return Index.load(self.folder, device=device, precision=precision, verify=verify, check=check, version=version)
+        return Index.load(self.folder, device=device, verify=verify, check=check, version=version)
 
     @contextmanager
     def change(self) -> Iterator[Change]:

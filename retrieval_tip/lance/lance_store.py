@@ -38,11 +38,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from retrieval_tip.data.tables import vectors
-from retrieval_tip.errors import InputError, StoreError, UsageError
+from retrieval_tip.errors import InputError, StoreError
 from retrieval_tip.files import sha256_of, sync
 from retrieval_tip.index.places import Change, Store
 from retrieval_tip.lance.key_table import CLASSES, FLAT, RESTORE, TABLE, VALUES, KeyTable, changed_meanwhile
-from retrieval_tip.settings import Dtype, Precision, Verify
+from retrieval_tip.settings import Dtype, Verify
 from retrieval_tip.store import versions
 from retrieval_tip.store.address import Address
 from retrieval_tip.store.files import OBJECT_BYTES, BucketFiles, LocalFiles
@@ -264,22 +264,13 @@ class LanceStore(Store):
             rows = TableRows.create(self.address, writer, blocks, c, index.dtype, metric=metric)
             return self.commit(writer, copy.copy(index), rows, what)
 
-    def load(
-        self,
-        *,
-        device: str = "auto",
-        precision: Precision = "auto",
-        verify: Verify | None = None,
-        version: int | None = None,
-    ) -> Index:
-        """Products use float32. ``verify="full"`` checks every row, like :meth:`verify`.
+    def load(self, *, device: str = "auto", verify: Verify | None = None, version: int | None = None) -> Index:
+        """Open the current version, or an earlier version. ``verify="full"`` checks every row, like :meth:`verify`.
 
         If the values were solved, all keys are read into memory. Otherwise, they are read block by block.
         """
         from retrieval_tip.backbones.base import resolve_device
 
-        if precision in ("float16", "bfloat16"):
-            raise UsageError(f"precision {precision}: a LanceDB store only supports float32; remove the option")
         device = resolve_device(device)
 
         def opened(manifest: Manifest) -> Index:

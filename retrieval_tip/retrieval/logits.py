@@ -21,13 +21,6 @@ LOGITS = 1 << 25
 LEAST_CLASSES = 2
 """Minimum number of classes that a query visits. With a single class, the logit of the runner-up would not be exact."""
 
-CLOSE = 1e-3
-"""Bound on the relative error of cache logits in half precision, per unit of beta.
-
-If the error could change an answer, the answer is recomputed in float32. The bound is six times the root mean square
-error on CLIP-like features.
-"""
-
 
 def slices(q: int, size: int) -> Iterator[slice]:
     """Yield slices that split ``q`` queries into blocks of at most ``size``."""
@@ -77,10 +70,6 @@ class Retrieval:
             self._over_classes(points, settings.k, terms)
         else:
             terms = AnswerTerms(text, keys.cache_logits(points, settings.beta), discriminant)
-            if keys.values is None and keys.products != torch.float32 and len(points):  # could change close answers
-                error, parts = min(1.0, CLOSE * settings.beta), self._parts(len(points))
-                close = torch.cat([uncertain(terms.each(itemgetter(part)), settings, error) for part in parts])
-                terms.cache[close] = keys.cache_logits(points[close], settings.beta, products=torch.float32)
         tip.log_cache(terms.cache, settings.log_offset)
         return terms
 
@@ -179,16 +168,6 @@ class Retrieval:
         if keys.values is not None:
             values = tip.Values(keys.values, near.rows.clamp_min(0), keys.value_sums if tail else None)
         return tip.cache_logits(near.affinity, near.class_ids, keys.n_classes, beta, tail, values)
-
-
-def uncertain(terms: tip.Terms, settings: Settings, error: float) -> Tensor:
-    """Return, for each query, whether relative errors of up to ``error`` in the cache logits could change the winner.
-
-    Values must be one-hot, so that no cache logit is negative.
-    """
-    winner = terms.logits(settings).argmax(dim=1, keepdim=True)
-    highest_other = terms.logits(settings, error).scatter_(1, winner, -torch.inf).amax(dim=1)
-    return highest_other >= terms.each(lambda term: term.gather(1, winner)).logits(settings, -error)[:, 0]
 
 
 def promising(terms: tip.Terms, settings: Settings, slack: float, most: int) -> tuple[Tensor, Tensor]:
