@@ -48,7 +48,7 @@ from retrieval_tip.labelling.placing import Action
 from retrieval_tip.labelling.sort import Sorted, sort_photos
 from retrieval_tip.model import Index
 from retrieval_tip.predictions import Prediction, Predictions, SimilarShot
-from retrieval_tip.retrieval.inputs import Features, check_unit, queries
+from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.settings import Ask, AskOptions, BuildOptions, ClassPrior, KeysMet, MetricName, Precision, ValuesName
 from retrieval_tip.store.address import parse
 
@@ -546,7 +546,7 @@ class Classifier(OpenIndex):
         if (features := features_of(photos)) is None:
             sources, reader = self._photos(photos)
             return suggest_photos(sources, n, reader, self.index)
-        check_unit(queries(features, self.index.d))
+        self.index.queries(features, "check")
         names = [str(row) for row in range(len(features))]
         return suggest_features(Pool(names, features.astype(np.float32), [None] * len(features)), n, self.index)
 

@@ -366,7 +366,7 @@ def test_the_vector_index_covers_the_points(tmp_path, monkeypatch):
     )  # no data of an earlier version
     points = model.metric(torch.from_numpy(model.rows.in_memory().keys)).numpy()
     wanted = model.metric(torch.from_numpy(QUERIES)).numpy() @ points.T
-    near = model.retrieval.keys.nearest(model.retrieval.keys.points(torch.from_numpy(QUERIES)), 10).affinity.numpy()
+    near = model.retrieval.keys.nearest(model.retrieval.keys.phi(torch.from_numpy(QUERIES)), 10).affinity.numpy()
     assert np.isclose(near, -np.sort(-wanted, axis=1)[:, :10], atol=1e-5).mean() > 0.9
     changes.add(place, open_source(table(tmp_path / "more.parquet", 1, 9, "more")), Reader())
     late = [one["key_id"] for [one] in nearest_keys(stores.at(place).verify(), clusters(1, 9)[0])]

@@ -426,7 +426,7 @@ class TableRows(Rows):
     def duplicates_of(self, key_ids: Sequence[int], keys: KeyStream) -> Duplicates:
         """Only neighbours of the keys and keys with the same digests are read."""
         asked = self.of(key_ids[:MOST_ASKED])
-        near = keys.nearest(keys.points(torch.from_numpy(asked.keys.astype(np.float32))), NEIGHBOURS)
+        near = keys.nearest(keys.phi(torch.from_numpy(asked.keys.astype(np.float32))), NEIGHBOURS)
         rows = np.unique(near.rows[near.rows >= 0].numpy())
         digests = self.where("key_id", key_ids)["digest"].drop_null().unique().to_pylist()
         same = self.table.read(["key_id"], "digest", digests)["key_id"].to_numpy()

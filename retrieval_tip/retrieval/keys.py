@@ -101,8 +101,9 @@ class KeyStream(ABC):
     """Base class for the keys of an index as queries meet them, read in blocks from any store.
 
     ``counts`` is the number of keys per class, as a float32 tensor. If there is a ``metric``, the keys are ``phi(K)``,
-    and queries are compared as ``phi(f)``. ``values``, of shape ``[n, c]``, replace the one-hot values. ``means`` is a
-    function that returns the class means. If ``by_class`` is true, a search visits all keys of some classes.
+    and queries are compared as ``phi(f)``. Without a metric, ``phi`` returns its argument. ``values``, of shape
+    ``[n, c]``, replace the one-hot values. ``means`` is a function that returns the class means. If ``by_class`` is
+    true, a search visits all keys of some classes.
     """
 
     index_type = "Flat"
@@ -121,6 +122,7 @@ class KeyStream(ABC):
         self.n, self.d = shape
         self.counts, self.n_classes, self.device = counts, len(counts), device
         self.metric, self.values, self._known_means = metric, values, means
+        self.phi: Callable[[Tensor], Tensor] = metric or (lambda features: features)
         self._slack: dict[float, float] = {}
         times = 1 if device == "cpu" else GPU_BLOCKS
         self.queries, self.block = QUERY_BLOCK * times, min(self.n, KEY_BLOCK * times)
@@ -132,10 +134,6 @@ class KeyStream(ABC):
         Each block is grouped by class and has at most :data:`KEY_BLOCK` keys, or :data:`GPU_BLOCKS` times as many on a
         GPU. Blocks may share memory, so do not keep them.
         """
-
-    def points(self, features: Tensor) -> Tensor:
-        """Map queries to the space of the keys. If there is no metric, the queries are returned unchanged."""
-        return features if self.metric is None else self.metric(features)
 
     @cached_property
     def mean_count(self) -> float:
