@@ -146,9 +146,6 @@ def query(
     folder: Place = options.INDEX_ARGUMENT,
     sql: str = argument(),
     printing: OutputOptions = options.FORMAT,
-    predictions: Path | None = option(
-        kinds.FILE, help="Output of classify (.parquet, .csv or .json), to be used as the table predictions."
-    ),
     timeout: int = option(click.IntRange(1, 86_400), default=60, help="Time limit for the query, in seconds."),
 ) -> None:
     """Query the label store with SQL.
@@ -158,9 +155,9 @@ def query(
     The table labels has the columns key_id, class_id, label, source, shot, views, digest and added_at, and any further
     columns of the table that the index was built from. The view class_counts has the columns class_id, label and keys.
     The table versions contains the output of index history. If the index is fine-tuned, the table curve contains its
-    loss curve. If you give --predictions, the table predictions contains the rows of that file.
+    loss curve.
     """
-    printing.write_table(store_of(folder).query(sql, predictions, timeout))
+    printing.write_table(store_of(folder).query(sql, timeout))
 
 
 @index.command()

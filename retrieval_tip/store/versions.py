@@ -431,10 +431,10 @@ class Versions:
             }
         )
 
-    def query(self, sql: str, predictions: Path | None = None, timeout: float = TIMEOUT) -> pa.Table:
+    def query(self, sql: str, timeout: float = TIMEOUT) -> pa.Table:
         """Run a SELECT query over the :meth:`tables` of the current version and its :meth:`history` as ``versions``."""
         tables = self.opened(lambda manifest: self.tables(manifest) | {"versions": self.history()})
-        return ask(tables, sql, predictions, timeout)
+        return ask(tables, sql, timeout)
 
     # Writing
 
