@@ -26,7 +26,7 @@ import hashlib
 import io
 import os
 import time
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -358,17 +358,6 @@ class LanceStore(Store):
                 f"LanceDB store; fit one-hot values first (retrieval-tip fit {self} --values one-hot)"
             )
 
-    def fit(self, asked: Fit, queries: Callable[[Index], Queries] | None) -> FormChoice:
-        judged_by, version = None, None
-        if queries is not None:
-            index = self.load(device="cpu")
-            judged_by, version = queries(index), index.version
-        with self.change() as change:
-            if version not in (None, change.index.version):
-                raise changed_meanwhile(self.address)
-            change.what = "fit"
-            return change.fit(asked, judged_by)
-
     def verify(self) -> Index:
         """In a bucket, only the objects of earlier versions are checked, not their rows."""
         index = self.load(device="cpu", verify="full")
@@ -423,13 +412,14 @@ class TableChange(Change):
         from retrieval_tip.retrieval.ridge import MOST_SOLVED
 
         rows = self._rows = self._table
-        if rows.n > MOST_SOLVED:
-            return closed_form.fit(self.index, asked, validation=validation, factory=factory)
-        self._factory = factory
-        if self.index.rows is rows:
-            self.index.set_rows(rows.arrays())
-        by_class = CLASSES if (factory or rows.kind) == CLASSES else None  # this type does not support solved values
-        return closed_form.fit(self.index, asked, validation=validation, factory=by_class)
+        if rows.n <= MOST_SOLVED:
+            self._factory = factory
+            if self.index.rows is rows:
+                self.index.set_rows(rows.arrays())
+            # other types of a table's index do not support solved values
+            factory = CLASSES if (factory or rows.kind) == CLASSES else None
+        self.choice = closed_form.fit(self.index, asked, validation=validation, factory=factory)
+        return self.choice
 
     def commit(self) -> None:
         from retrieval_tip.retrieval.rows import ArrayRows
