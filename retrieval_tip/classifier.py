@@ -40,7 +40,7 @@ from retrieval_tip.html import markup, table
 from retrieval_tip.index import changes, places
 from retrieval_tip.index.build import build_index
 from retrieval_tip.index.changes import Added, Changed, Renamed
-from retrieval_tip.index.items import Plan
+from retrieval_tip.index.items import planned
 from retrieval_tip.index.places import Place
 from retrieval_tip.labelling import groups
 from retrieval_tip.labelling.photos import Pool, Suggestions, suggest_features, suggest_photos
@@ -387,7 +387,7 @@ class Classifier(OpenIndex):
 
         See :func:`build.build_index` for the errors.
         """
-        Plan(**options)  # raises an error before anything is loaded
+        planned(options)  # raises an error before anything is loaded
         source = photos.source if isinstance(photos, Pictures) else photos
         if not isinstance(source, Source):
             source = open_source(_place("photos", source))

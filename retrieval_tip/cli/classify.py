@@ -25,6 +25,7 @@ from retrieval_tip.cli.opening import (
     loader,
     paths_on_stdin,
     reader_for,
+    reader_of,
     source_of,
     store_of,
 )
@@ -461,7 +462,7 @@ def _on_ray(
             raise UsageError(UNNAMED)
         backbone = loader(encoding, identity)
     cache = None if encoding.no_cache else str(encoding.cache or EncodingCache.default_folder())
-    work = Work(encoding.reader(views), backbone, cache, question)
+    work = Work(reader_of(encoding, views), backbone, cache, question)
     progress = sys.stderr.isatty() and not quiet()
     cluster: dict[str, Any] = {"address": engine.ray_address, "actors": engine.actors}
     rows, kept, skipped = write_parts(work, pieces, out, **cluster, device=encoding.device, progress=progress)

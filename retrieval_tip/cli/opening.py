@@ -186,6 +186,14 @@ def backbone_for(
     return loaded
 
 
+def reader_of(encoding: EncodingOptions, views: ViewOptions | None = None) -> Reader:
+    """Return a reader that has no backbone and no cache. By default, it uses the centre view."""
+    from retrieval_tip.data.reader import Reader
+
+    own = {name: getattr(encoding, name) for name in ("norms", "batch_size", "workers", "reduce", "strict")}
+    return Reader(**own, **vars(views or ViewOptions()))
+
+
 @contextmanager
 def reader_for(
     index: Index | Manifest | None,
@@ -201,8 +209,9 @@ def reader_for(
     backbone, parts = backbone_for(index, sources, encoding, needed=needed), () if index is None else index.parts
     cache = None if backbone is None or encoding.no_cache else EncodingCache.at(encoding.cache)
     began = time.monotonic()
-    reader = encoding.reader(views)
-    reader = replace(reader, backbone=backbone, cache=cache, parts=tuple(parts), progress=not quiet())
+    reader = replace(
+        reader_of(encoding, views), backbone=backbone, cache=cache, parts=tuple(parts), progress=not quiet()
+    )
     try:
         yield reader
         seconds = time.monotonic() - began

@@ -19,8 +19,6 @@ from retrieval_tip.errors import UsageError, counted, show
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from retrieval_tip.data.reader import Reader
-
 
 def choice(alias: object) -> click.Choice[str]:
     """Return an option type that accepts the values of a ``Literal``."""
@@ -99,13 +97,6 @@ class EncodingOptions(BackboneOptions):
     no_cache: bool = flag(**INPUT)
     reduce: bool = option(None, "--reduce/--no-reduce", default=True, **INPUT)
     strict: bool = flag(**INPUT)
-
-    def reader(self, views: ViewOptions | None = None) -> Reader:
-        """Return an encoder that has no backbone and no cache. By default, it uses the centre view."""
-        from retrieval_tip.data.reader import Reader
-
-        own = {name: getattr(self, name) for name in ("norms", "batch_size", "workers", "reduce", "strict")}
-        return Reader(**own, **vars(views or ViewOptions()))
 
 
 @dataclass(frozen=True, kw_only=True)

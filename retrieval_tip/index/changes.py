@@ -652,17 +652,14 @@ def _known(
     classes = np.unique(ids[bare])
     if not len(bare) or (most is not None and sum(np.array(index.counts)[classes].tolist()) > most):
         return known
+    zero = np.zeros((), index.dtype)  # converts -0 to 0
     with np.errstate(over="ignore"):  # an overflow is rejected when the keys are added
-        rows = features[bare].astype(index.dtype) + np.zeros((), index.dtype)  # converts -0 to 0
-    wanted = {(class_id, row.tobytes()): False for class_id, row in zip(ids[bare].tolist(), rows, strict=True)}
-    first = np.unique(rows[:, 0])
+        rows = features[bare].astype(index.dtype) + zero
+    asked, found = list(zip(ids[bare].tolist(), map(bytes, rows), strict=True)), set[tuple[int, bytes]]()
     for class_ids, keys in index.rows.of_classes(classes):
-        near = np.searchsorted(first, keys[:, 0]).clip(max=len(first) - 1)
-        alike = np.flatnonzero(first[near] == keys[:, 0])  # only a few keys remain to be compared one by one
-        for class_id, key in zip(class_ids[alike].tolist(), keys[alike] + np.zeros((), index.dtype), strict=True):
-            if (class_id, key.tobytes()) in wanted:
-                wanted[class_id, key.tobytes()] = True
-    known[bare] = list(map(wanted.__getitem__, zip(ids[bare].tolist(), (row.tobytes() for row in rows), strict=True)))
+        alike = np.flatnonzero(np.isin(keys[:, 0], rows[:, 0]))  # only a few keys remain to be compared one by one
+        found |= set(zip(class_ids[alike].tolist(), map(bytes, keys[alike] + zero), strict=True)).intersection(asked)
+    known[bare] = [pair in found for pair in asked]
     return known
 
 

@@ -133,7 +133,7 @@ class Store(Versions):
     @contextmanager
     def change(self) -> Iterator[Change]:
         """Open the current version for exclusive editing, and write the next version when the context ends."""
-        self.check_there()
+        self.current()  # before a writer creates a folder
         with self.write() as writer:
             change = self.changed_by(writer)
             yield change

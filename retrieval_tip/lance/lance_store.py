@@ -233,13 +233,13 @@ class LanceStore(Store):
         from retrieval_tip.lance.rows import TableRows, index_kind
         from retrieval_tip.retrieval.duplicates import duplicates
 
-        asked = material.plan.index or "auto"
+        asked = material.plan["index"] or "auto"
         index_kind(asked)
         with self.write() as writer:
             writer.prunes |= writer.parent is None and material.fit is not None
             kind, c = asked if material.fit is None else FLAT, len(material.words.class_names)
             blocks = material.labelled_blocks()
-            rows = TableRows.create(self.address, writer, blocks, c, material.plan.dtype, kind)
+            rows = TableRows.create(self.address, writer, blocks, c, material.plan["dtype"], kind)
             index = material.index(rows, rows.statistics(), index_kind(asked, rows.n, c)[1])
             if rows.n <= FEW_KEYS:
                 few = rows.in_memory()

@@ -192,8 +192,7 @@ class Writer:
             if self.replaces and self.parent is not None:
                 self.store.files.delete([manifest_name(self.parent.version)])
                 self.store.tidy(manifest)
-            if self.prunes or self.store.surplus(manifest, KEPT_VERSIONS):
-                self.store.forget(KEPT_VERSIONS, manifest, self.prunes)
+            self.store.forget(KEPT_VERSIONS, manifest, self.prunes)
 
 
 class Versions:
@@ -322,11 +321,6 @@ class Versions:
         if (manifest.table is not None) != self.in_table:
             raise StoreError(f"{self}/{name}: is the manifest of another kind of store; restore the right one")
         return manifest
-
-    def check_there(self) -> None:
-        """Raise StoreError if there is no index, before a writer creates a folder for it."""
-        if not self.exists():
-            self.current()
 
     def opened(self, read: Callable[[Manifest], T], version: int | None = None, first: Manifest | None = None) -> T:
         """Call ``read`` with the manifest of the current or an earlier version, and return the result.
@@ -486,7 +480,6 @@ class Versions:
         """Yield a writer to the owner of the lock, and remove what killed and failed writers leave."""
         try:
             parent = self.current() if self.exists() else None
-            _remove_unfinished(folder)
             self.tidy(parent)
             yield self.writer(self, parent)
         except BaseException:
@@ -494,14 +487,12 @@ class Versions:
                 self.tidy(self.current() if self.exists() else None)  # an interrupted commit may still have succeeded
             raise
         finally:
-            with suppress(OSError):
-                _remove_unfinished(folder)
             if not self.exists():
                 _remove_own(folder)
 
     def rollback(self, version: int | None = None) -> int:
         """Copy an earlier version, by default the parent, into a new version, and return the new number."""
-        self.check_there()
+        self.current()  # before a writer creates a folder
         with self.write() as writer:
             current = writer.parent or self.current()
             wanted = version if version is not None else current.parent
@@ -531,7 +522,7 @@ class Versions:
         """
         if keep < 1:
             raise UsageError(f"keep is {keep}: give at least 1, because the current version is always kept")
-        self.check_there()
+        self.current()  # before a writer creates a folder
         with self.write() as writer:
             before = self._bytes()
             gone = self.forget(keep, writer.parent or self.current())
@@ -540,20 +531,24 @@ class Versions:
     def _bytes(self) -> int:
         return sum(size for folder in ("data", "manifests") for size in self.files.sizes(folder).values())
 
-    def surplus(self, current: Manifest, keep: int) -> list[int]:
-        """Return the numbers of all but the last ``keep`` versions, oldest first."""
-        earlier = [number for number in self.numbers() if number < current.version]
-        return earlier[: max(0, len(earlier) + 1 - keep)]
-
     def forget(self, keep: int, current: Manifest, prune: bool = True) -> list[int]:
         """Delete all but the last ``keep`` versions, with their rows if ``prune`` is set, and return their numbers."""
-        gone = self.surplus(current, keep)
-        self.files.delete(map(manifest_name, gone))
-        self.tidy(current)
+        earlier = [number for number in self.numbers() if number < current.version]
+        gone = earlier[: max(0, len(earlier) + 1 - keep)]
+        if gone:
+            self.files.delete(map(manifest_name, gone))
+            self.tidy(current)
         return gone
 
     def tidy(self, current: Manifest | None) -> None:
-        """Remove data files to which no manifest refers, if all manifests can be read."""
+        """Remove unfinished files, and data files to which no manifest refers, if all manifests can be read.
+
+        In a folder, only call this while you hold the lock.
+        """
+        for name in () if self.local is None else ("", "data", "manifests"):
+            for path in filter(lambda path: TEMPORARY.fullmatch(path.name), paths_in(self.folder / name)):
+                with suppress(OSError):
+                    path.unlink()
         with suppress(OSError):
             if current is not None and not self.in_table:  # this copy was made for a version that was never written
                 self.files.delete([manifest_name(current.version)])
@@ -625,14 +620,6 @@ def manifest_name(version: int) -> str:
 def sizes_of(manifest: Manifest) -> dict[str, int]:
     """Return the sizes of the data files of a version in bytes, by name."""
     return {file.name: file.bytes for file in manifest.data_files}
-
-
-def _remove_unfinished(folder: Path) -> None:
-    """Remove unfinished files. Only call this while you hold the lock."""
-    for path in (path for name in ("", "data", "manifests") for path in paths_in(folder / name)):
-        if TEMPORARY.fullmatch(path.name):
-            with suppress(OSError):
-                path.unlink()
 
 
 def paths_in(folder: Path) -> list[Path]:
