@@ -121,18 +121,15 @@ def _without_suspicious(material: Material) -> Material:
     for block in material.blocks():
         check_memory(12 * n * block.features.shape[1], f"{name}: drop_suspicious", "build the index without it")
         blocks.append(block)
-    positions = np.concatenate([block.positions for block in blocks])
-    features = np.concatenate([block.features for block in blocks])
-    digests = [digest for block in blocks for digest in block.digests]
-    order = np.argsort(ids[positions], kind="stable")  # as in a folder
-    keys, own = features[order].astype(material.plan["dtype"]), positions[order]
-    labels = material.labels(own, [digests[row] for row in order])
+    every = FeatureBlock.joined(blocks)
+    ordered = every.take(np.argsort(ids[every.positions], kind="stable"))  # as in a folder
+    keys = ordered.features.astype(material.plan["dtype"])
+    labels = material.labels(ordered.positions, ordered.digests)
     text = torch.zeros(c, keys.shape[1])
     shots = suspicious(Index(ArrayRows(keys, labels), list(material.words.class_names), text, factory=BY_CLASS))
-    left = np.flatnonzero(~np.isin(positions, shots["key_id"].to_numpy()))
-    block = FeatureBlock(positions[left], features[left], [digests[row] for row in left])
-    sources = shots["source"].slice(0, LISTED).to_pylist()
-    return replace(material, left=block, dropped={"shots": len(shots), "of": len(positions), "sources": sources})
+    left = np.flatnonzero(~np.isin(every.positions, shots["key_id"].to_numpy()))
+    dropped = {"shots": len(shots), "of": len(every.positions), "sources": shots["source"].slice(0, LISTED).to_pylist()}
+    return replace(material, left=every.take(left), dropped=dropped)
 
 
 def _warn_of_layout(source: Source, class_names: Sequence[str], text: str | os.PathLike[str] | None) -> None:

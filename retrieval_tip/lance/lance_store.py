@@ -154,7 +154,7 @@ class LanceStore(Store):
             raise changed_meanwhile(self.address)
 
     def forget(self, keep: int, current: Manifest, prune: bool = True) -> list[int]:
-        gone = super().forget(keep, current)
+        gone = super().forget(keep, current, prune)
         if not prune:
             return gone
         current = self.current()  # in a bucket, another writer may have restored a version before it was deleted

@@ -480,6 +480,7 @@ class Versions:
         """Yield a writer to the owner of the lock, and remove what killed and failed writers leave."""
         try:
             parent = self.current() if self.exists() else None
+            _remove_unfinished(folder)
             self.tidy(parent)
             yield self.writer(self, parent)
         except BaseException:
@@ -487,6 +488,8 @@ class Versions:
                 self.tidy(self.current() if self.exists() else None)  # an interrupted commit may still have succeeded
             raise
         finally:
+            with suppress(OSError):
+                _remove_unfinished(folder)
             if not self.exists():
                 _remove_own(folder)
 
@@ -535,20 +538,13 @@ class Versions:
         """Delete all but the last ``keep`` versions, with their rows if ``prune`` is set, and return their numbers."""
         earlier = [number for number in self.numbers() if number < current.version]
         gone = earlier[: max(0, len(earlier) + 1 - keep)]
-        if gone:
+        if gone or prune:
             self.files.delete(map(manifest_name, gone))
             self.tidy(current)
         return gone
 
     def tidy(self, current: Manifest | None) -> None:
-        """Remove unfinished files, and data files to which no manifest refers, if all manifests can be read.
-
-        In a folder, only call this while you hold the lock.
-        """
-        for name in () if self.local is None else ("", "data", "manifests"):
-            for path in filter(lambda path: TEMPORARY.fullmatch(path.name), paths_in(self.folder / name)):
-                with suppress(OSError):
-                    path.unlink()
+        """Remove data files to which no manifest refers, if all manifests can be read."""
         with suppress(OSError):
             if current is not None and not self.in_table:  # this copy was made for a version that was never written
                 self.files.delete([manifest_name(current.version)])
@@ -620,6 +616,14 @@ def manifest_name(version: int) -> str:
 def sizes_of(manifest: Manifest) -> dict[str, int]:
     """Return the sizes of the data files of a version in bytes, by name."""
     return {file.name: file.bytes for file in manifest.data_files}
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove unfinished files. Only call this while you hold the lock."""
+    for path in (path for name in ("", "data", "manifests") for path in paths_in(folder / name)):
+        if TEMPORARY.fullmatch(path.name):
+            with suppress(OSError):
+                path.unlink()
 
 
 def paths_in(folder: Path) -> list[Path]:
