@@ -374,7 +374,7 @@ class Classifier(OpenIndex):
         """Build a classifier from a folder that has one folder of photos per class, or from another labelled source.
 
         Args:
-            photos: an open source, or the path of a folder, a table, a tar file or a split file (see
+            photos: an open source, or the path of a folder, a table or a split file (see
                 :func:`sources.open_source`).
             model: the encoder (see :data:`loading.Model`).
             pretrained: the tag or the file of the weights, if ``model`` is a name.
@@ -545,7 +545,7 @@ class Classifier(OpenIndex):
     ) -> Sorted:
         """Sort photos into ``folder/CLASS``. To undo it, call ``undo_sort``.
 
-        ``photos`` are one or several paths of photos, folders, tables or tars. For the other arguments and the errors,
+        ``photos`` are one or several paths of photos, folders or tables. For the other arguments and the errors,
         see :func:`sort.sort_photos`.
         """
         paths = list(photos) if isinstance(photos, Iterable) and not isinstance(photos, str | os.PathLike) else [photos]

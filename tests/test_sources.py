@@ -5,12 +5,16 @@ import os
 from collections import Counter
 from pathlib import Path
 
+import buckets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tables import touch
+from conftest import needs_real
+from serving import caltech_photos
+from tables import tiny, touch
 
+from retrieval_tip.data import remote
 from retrieval_tip.data.folders import kinds
 from retrieval_tip.data.sources import (
     Source,
@@ -20,6 +24,7 @@ from retrieval_tip.data.sources import (
 )
 from retrieval_tip.data.tables import read_rows
 from retrieval_tip.errors import InputError, show
+from retrieval_tip.model import Index
 
 
 def write(path, text):
@@ -371,6 +376,18 @@ def test_classes_of_a_split_are_ordered_by_label_number(tmp_path):
     assert source.name == f"{file} (train)"
 
 
+@needs_real
+def test_published_split_files_are_read(shared):
+    for file in (shared / "data/splits").glob("split_zhou_*.json"):
+        for part, entries in json.loads(file.read_text()).items():
+            source = open_source(file, split=part, root="/images")
+            assert source.paths == tuple(f"/images/{path}" for path, _, _ in entries)
+            assert source.labels == [name for _, _, name in entries]
+            assert list(source.class_names) == [name for _, name in sorted({(n, name) for _, n, name in entries})]
+    photos = open_source(shared / "data/caltech101/split_zhou_Caltech101.json", split="test")
+    assert (len(photos), all(map(os.path.isfile, photos.paths))) == (999, True)
+
+
 def test_each_part_of_a_split_can_be_opened(tmp_path):
     touch(tmp_path, "a.png")
     file = split(tmp_path / "s.json", [["a.png", 0, "ant"]], "test")
@@ -561,3 +578,31 @@ def test_a_missing_image_is_reported_only_when_it_is_read(name):
     (source,) = open_all([name])
     assert source.paths == (name,)
     assert source.sources == [show(name)]
+
+
+def test_photos_in_a_bucket_are_read_as_those_in_a_folder(run, shared, tmp_path, monkeypatch):
+    buckets.use(monkeypatch, buckets.endpoint())
+    bucket, photos = f"s3://{buckets.fresh_bucket()}", caltech_photos(shared, "train", 3, 4)
+    for path, label in photos:
+        (tmp_path / "photos" / label).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / label / path.name).write_bytes(path.read_bytes())
+        remote.system_of(bucket).pipe_file(f"{bucket}/photos/{label}/{path.name}", path.read_bytes())
+    model = ("--model", f"local-dir:{tiny(tmp_path / 'model')}")
+    for name, place in (("here", tmp_path), ("there", bucket)):
+        done = run("index", "build", f"{place}/photos", "--out", tmp_path / name, *model, "--fit", "none")
+        assert done.exit_code == 0, done.output
+    here, there = (Index.load(tmp_path / name, device="cpu") for name in ("here", "there"))
+    assert there.class_names == here.class_names
+    np.testing.assert_allclose(there.keys, here.keys, atol=1e-6)
+    one = f"photos/{photos[0][1]}/{photos[0][0].name}"
+    answers = [
+        run("classify", tmp_path / "there", f"{place}/{one}", "--format", "json") for place in (tmp_path, bucket)
+    ]
+    same, found = (json.loads(done.stdout) for done in answers)
+    assert found | {"input": None} == same | {"input": None}
+    assert found["input"] == f"{bucket}/{one}"
+    for wrong in (f"{bucket}/nothing", f"{bucket}/none.parquet"):
+        done = run("index", "build", wrong, "--out", tmp_path / "x", *model)
+        assert (done.exit_code, wrong in done.stderr) == (1, True), done.output
+    done = run("encode", tmp_path / "photos", *model, "--out", f"{bucket}/t.parquet")
+    assert (done.exit_code, "--engine ray" in done.stderr) == (2, True)

@@ -49,21 +49,15 @@ def build(
 
     SOURCE can be a folder of class folders; a .csv, .tsv, .jsonl or .parquet table with the columns path and label; a
     feature table (.parquet with the columns id, label and feature); a split .json, whose train part is used; a
-    .json in COCO's format or from Label Studio; or webdataset tars ("shards/{000..099}.tar"). Folders, tables and tars
-    can also be on s3://, gs:// or az://. With --dataset, SOURCE is the folder that contains the datasets, and the
-    prompts of the dataset are used.
+    .json in COCO's format or from Label Studio. Folders and tables can also be on s3://, gs:// or az://.
 
     Options:
         recipe: TOML file that sets any of these options. Options on the command line override it.
     """
-    from retrieval_tip.data.datasets import facts
     from retrieval_tip.index.build import build_index
 
     items = source_of(source, encoding, "train")
     with reader_for(None, [items], encoding, views, needed=build["text"] is None) as reader:
-        has_text = reader.backbone is not None and reader.backbone.has_text
-        if items.dataset and has_text and not (build["text"] or build["templates"]):
-            build["templates"] = facts(items.dataset).templates
         loaded = build_index(items, out, reader, device=encoding.device, **build)
     version = loaded.version or 1
     about(out, f"version {version}, {_held(loaded)}")

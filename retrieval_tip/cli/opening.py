@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from retrieval_tip.cli.kinds import Place
@@ -38,19 +37,10 @@ MAX_PATHS, MAX_PATHS_BYTES = 1 << 24, 1 << 30
 
 
 def source_of(path: Place, reading: SourceOptions, split: str, *, labelled: bool = True) -> Source:
-    """Open the source or dataset of a command. ``split`` is the part that is used by default."""
+    """Open the source of a command. ``split`` is the part that is used by default."""
     from retrieval_tip.data.sources import open_items, open_source
 
-    part = reading.split or split
-    if reading.dataset is None:
-        return (open_source if labelled else open_items)(path, split=part, root=reading.root)
-    from retrieval_tip.data.datasets import open_dataset
-
-    if reading.root is not None:
-        raise UsageError(
-            "--root and --dataset: give only one; with --dataset, SOURCE is the folder that holds the dataset's folder"
-        )
-    return open_dataset(reading.dataset, Path(path), part)
+    return (open_source if labelled else open_items)(path, split=reading.split or split, root=reading.root)
 
 
 def inputs_of(names: Sequence[str]) -> list[Source]:
@@ -88,7 +78,7 @@ def validation(index: Index, path: Place, reading: SourceOptions, number: KeysMe
     """Open ``number`` validation images per class, all images, or by default the published number."""
     from retrieval_tip.fit.search_hp import validation_shots
 
-    val = source_of(path, replace(reading, dataset=None, split=None), "val")
+    val = source_of(path, replace(reading, split=None), "val")
     return val if number == "all" else val.take(validation_shots(index, val, path, number))
 
 

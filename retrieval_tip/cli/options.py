@@ -101,16 +101,13 @@ class EncodingOptions(BackboneOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class SourceOptions(EncodingOptions):
-    """Dataset and part to read from a source, the folder for relative paths, and the options for encoding images.
+    """Part to read from a source, the folder for relative paths, and the options for encoding images.
 
     Options:
-        dataset: Name of a common dataset in CoOp's layout, such as Caltech101. SOURCE is then the folder that contains
-            the folder of the dataset.
-        split: Part of a split .json or dataset to use: train, val or test.
+        split: Part of a folder or a split .json to use: train, val or test.
         root: Folder or bucket for the relative paths in a table or .json.
     """
 
-    dataset: str | None = option(metavar="NAME", **INPUT)
     split: str | None = option(**INPUT)
     root: Place | None = option(kinds.SOURCE, **INPUT)
 
@@ -236,7 +233,7 @@ FOLDER_ARGUMENT = argument(kinds.FOLDER, metavar="INDEX")
 """Argument of a command that requires an index in a folder."""
 BACKBONE, ENCODING, SOURCES = map(grouped, (BackboneOptions, EncodingOptions, SourceOptions))
 COMPARED = grouped(ComparedOptions, without=("model", "pretrained", "precision", "runtime"))
-ROOTED = grouped(SourceOptions, without=("dataset", "split"))
+ROOTED = grouped(SourceOptions, without=("split",))
 VIEWS, OPENING, ENGINE, FORMAT = map(grouped, (ViewOptions, OpeningOptions, EngineOptions, OutputOptions))
 JSON = flag("--json", help="Print the result as one JSON object.", **OUTPUTS)
 ASKING = {

@@ -1,11 +1,10 @@
-"""Open folders, tables, split files and tars of labelled images or features, on disk or on an object store."""
+"""Open folders, tables and split files of labelled images or features, on disk or on an object store."""
 
 from __future__ import annotations
 
 import glob
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -13,25 +12,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from retrieval_tip.data import exchange, folders, images, remote, tables, tars
+from retrieval_tip.data import exchange, folders, images, remote, tables
 from retrieval_tip.data.source import Source as Source
 from retrieval_tip.data.source import of_images as of_images
 from retrieval_tip.data.source import spelled_alike as spelled_alike
 from retrieval_tip.data.tables import FEATURE, NAMES, SUFFIXES, check_texts, few_names, items_of, renamed, texts
-from retrieval_tip.data.tars import of_tars as of_tars
-from retrieval_tip.errors import InputError, counted, show
+from retrieval_tip.errors import InputError, show
 from retrieval_tip.files import read_json
 
-Kind = Literal["image", "table", "tars", "bucket", "folder", "split file", "pattern", "web address"]
+Kind = Literal["image", "table", "bucket", "folder", "split file", "pattern", "web address"]
 """Kinds of paths. ``image`` is any other path, even a missing one."""
 MAX_SPLIT = 1 << 27  # largest JSON file of labels, in bytes; about the size of the split file of ImageNet
 
 
 def read_item(path: str) -> bytes:
-    """Return the bytes of a file, an object, or a member of a tar, or raise InputError without its path."""
-    if (tar := tars.tar_of(path)) is not None:
-        data = tars.opened(tar).read(path)
-    elif remote.is_remote(path):
+    """Return the bytes of a file or an object, or raise InputError without its path."""
+    if remote.is_remote(path):
         with remote.reaching():
             images.check_size(remote.system_of(path).size(path))
             data = bytes(remote.system_of(path).cat_file(path))
@@ -49,11 +45,7 @@ def is_web(where: str) -> bool:
 
 def is_there(path: str) -> bool:
     """Return whether an image exists. Images on an object store are assumed to exist."""
-    if (tar := tars.tar_of(path)) is None:
-        return remote.is_remote(path) or os.path.isfile(path)
-    with suppress(InputError):
-        return path in tars.opened(tar).places
-    return False
+    return remote.is_remote(path) or os.path.isfile(path)
 
 
 def kind_of(path: str | os.PathLike[str]) -> Kind:
@@ -87,8 +79,7 @@ def open_source(
       :data:`NAMES` for other column names. Paths are relative to ``root``, which defaults to the folder of the table.
     - A feature table, which is a ``.parquet`` file with the columns ``id``, ``label`` and ``feature``, or a folder of
       parts written by ``encode --engine ray``.
-    - Webdataset tars (see :mod:`tars`), given as one tar, a folder of tars, or a pattern.
-    - A folder of class folders, a Parquet table or tars on an object store (``s3://``, ``gs://``, ``az://``).
+    - A folder of class folders or a Parquet table on an object store (``s3://``, ``gs://``, ``az://``).
 
     Raises InputError if the source cannot be read.
     """
@@ -103,7 +94,7 @@ def open_items(
 
 
 def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator[Source]:
-    """Open the inputs to classify, which can be images, folders, glob patterns, tables, tars or object store URLs.
+    """Open the inputs to classify, which can be images, folders, glob patterns, tables or object store URLs.
 
     Folders are searched recursively. ``-`` stands for the paths in ``stdin``. Consecutive images are combined into one
     source. A path that does not exist is treated as an image.
@@ -116,7 +107,7 @@ def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator
             paths += [line for line in (line.rstrip("\r\n\0") for line in stdin) if line]
             continue
         kind = kind_of(argument)
-        if kind in ("table", "tars", "bucket"):
+        if kind in ("table", "bucket"):
             if paths:
                 yield of_images(paths)
                 paths = []
@@ -162,7 +153,7 @@ def refusal(where: str) -> InputError:
         why = "not a file"  # a pipe would block
     elif suffix in images.extensions():
         why = "a single image; expected a folder with one folder of images per class"
-    elif suffix in (".zip", ".gz", ".tgz", ".7z", ".rar"):
+    elif suffix in (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar"):
         why = "an archive; unpack it first"
     else:
         why = f"unknown file type; expected class folders, a table ({', '.join(SUFFIXES)}) or a split file (.json)"
@@ -193,7 +184,7 @@ def _open_bucket(where: str, wanted: _Wanted) -> Source:
     known = images.extensions()
     paths = [url for url in remote.find(where) if Path(url).suffix.lower() in known and url.startswith(base)]
     if not paths:
-        raise InputError(f"{show(where)}: no images, tars or Parquet file found")
+        raise InputError(f"{show(where)}: no images or Parquet file found")
     labels = [path.removeprefix(base).rpartition("/")[0].partition("/")[0] or None for path in paths]
     if wanted.labelled and None in labels:
         raise InputError(f"{show(paths[labels.index(None)])}: not in a class folder of {show(where)}")
@@ -205,15 +196,6 @@ def _open_json(where: str, wanted: _Wanted) -> Source:
     data = read_json(file, MAX_SPLIT)
     source = exchange.read(file, data, wanted.split or "train", wanted.root, labelled=wanted.labelled)
     check_texts(source.items, source.name)
-    return source
-
-
-def _open_tars(where: str, wanted: _Wanted) -> Source:
-    places = tars.find(where)
-    source = of_tars(show(where), places, labelled=wanted.labelled)
-    if not len(source):
-        why = f" ({source.failed[0]})" if source.failed else ""
-        raise InputError(f"{source.name}: no images in {counted(len(places), 'tar')}{why}")
     return source
 
 
@@ -246,7 +228,6 @@ def _open_table(where: str, wanted: _Wanted) -> Source:
 
 _READERS: Mapping[Kind, tuple[Callable[[str], object], Callable[[str, _Wanted], Source]]] = {
     "table": (tables.is_table, _open_table),
-    "tars": (tars.find, _open_tars),
     "bucket": (remote.is_remote, _open_bucket),
     "folder": (os.path.isdir, _open_folder),
     "split file": (lambda where: where.lower().endswith(".json") and os.path.isfile(where), _open_json),

@@ -184,7 +184,6 @@ class Material:
         views, plan = self.reader.views, self.plan
         return {
             "source": self.source.name,
-            "dataset": self.source.dataset,
             "shots": plan["shots"],
             "seed": self.reader.seed if plan["shots"] is not None or views > 1 else None,
             "views": views,

@@ -49,7 +49,7 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """97.5 % quantiles of Student's t for 1 to 9 degrees of freedom. Beyond that, it is 1.96."""
 LISTED = 50
 """Maximum number of items of a value to list."""
-KEPT = {"source": "source", "dataset": "dataset", "shots": "examples per class", "seed": "seed", "views": "views",
+KEPT = {"source": "source", "shots": "examples per class", "seed": "seed", "views": "views",
         "text": "class names from", "skipped": "skipped at build"}  # fmt: skip
 """Names of build records in the report."""
 
