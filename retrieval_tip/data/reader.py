@@ -251,6 +251,10 @@ class Reader:
 
     def _blocks(self, source: Source, names: Sequence[str], *, mean: bool) -> Iterator[FeatureBlock]:
         """Yield features of shape ``[b, v, d]``: of each view, of the ``mean`` view, or of a row of a table."""
+        if source.load is not None:
+            reader = replace(self, read=source.load, strict=True)
+            yield from reader._blocks(replace(source, load=None), names, mean=mean)
+            return
         done = 0
         for skipped in source.failed:
             self._skip(skipped.source, skipped.reason)
