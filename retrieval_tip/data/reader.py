@@ -202,7 +202,9 @@ class Reader:
         paths = source.take(spread(len(source), CALIBRATED)).paths
         if paths is None:
             raise UsageError(f"{source.name}: a feature table has no pixels; give the images")
-        load = partial(replace(self, cache=None)._load, [_Encoding(0, backbone, "")], [CENTRE])
+        load = partial(
+            replace(self, cache=None, read=source.load or self.read)._load, [_Encoding(0, backbone, "")], [CENTRE]
+        )
         for item in chain.from_iterable(self._ahead(_chunks(paths, 1), load, depth=self.workers)):
             photos += [view.half() for view in item.pixels.values()]
             if item.problem is not None:
