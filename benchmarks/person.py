@@ -85,9 +85,10 @@ class Person:
     def said(self) -> dict[str, Any]:
         """Return what the page says: how many answers are wrong, and whether to review or to stop."""
         state = self.page.evaluate("async () => (await fetch('/v1/label')).json()")
-        progress, guessed = state["progress"] or {}, state["guessed"]
+        progress = state["progress"] or {}
+        wrong = (progress.get("estimate") or {}).get("wrong")
         advised = self.page.evaluate("document.getElementById('label-review').classList.contains('primary')")
-        return {"wrong": progress.get("wrong"), "done": progress.get("done"), "ready": advised and guessed["n"] > 0}
+        return {"wrong": wrong, "done": progress.get("done"), "ready": advised and bool(state["guessed"])}
 
     def label(self) -> None:
         """Label the photo that is shown."""

@@ -104,7 +104,7 @@ def pictures(page: Page, new: Path) -> None:
     def picture(name: str) -> None:
         take(page, name)
 
-    page.wait_for_selector("#samples-list img")
+    page.wait_for_selector("#known button img")
     picture("page-start")
     beside(page, "start")
     files = sorted(path for path in new.rglob("*") if path.is_file() and not path.name.startswith("."))
@@ -143,8 +143,7 @@ def pictures(page: Page, new: Path) -> None:
     expect(page.locator("#map-canvas")).to_have_attribute("data-method", "tsne", timeout=WAIT)
     expect(page.locator("#map-canvas")).to_have_attribute("data-pictures", re.compile("[1-9]"))
     page.wait_for_load_state("networkidle")
-    page.focus("#map-canvas")
-    page.keyboard.press("Home")
+    page.locator("#map-canvas").hover()
     beside(page, "map")
     box = page.locator("#map-canvas").bounding_box()
     assert box is not None

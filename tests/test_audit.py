@@ -200,7 +200,7 @@ def test_every_interface_lists_the_same_shots(run, tmp_path):
     with TestClient(create_app(open_all([index], "cpu", "float32", "full"))) as client:
         for asked, flags, listed in (("", (), clear), ("?borderline=true", ("--all",), everything)):
             found = client.get(f"/v1/indexes/index/audit{asked}").json()
-            assert (found["total"], [shot["key_id"] for shot in found["shots"]]) == (len(listed), listed)
+            assert [shot["key_id"] for shot in found] == listed
             printed = run("index", "audit", index, *flags, "--format", "json").stdout.splitlines()
             assert [json.loads(line)["key_id"] for line in printed] == listed
 

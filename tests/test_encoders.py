@@ -287,7 +287,9 @@ def test_everything_that_takes_an_encoder_takes_two(photos, tmp_path, run, monke
     photo = next(photos.rglob("*.png"))
     with TestClient(app_of(own)) as client:
         answer = client.post("/v1/classify", files={"images": (photo.name, photo.read_bytes())}).json()["results"][0]
-        assert f"{a}+{b}" in client.get("/v1/indexes").json()["indexes"][0]["backbone"]
+        assert (
+            f"{a}+{b}" in client.get(f"/v1/indexes/{client.get('/v1/indexes').json()['indexes'][0]}").json()["backbone"]
+        )
     [line] = [line for line in answers.splitlines() if line.startswith(str(photo))]
     assert [answer["label"], f"{answer['probability']:.3f}"] == [line.split(",")[1], f"{float(line.split(',')[2]):.3f}"]
     address = f"lance://{tmp_path / 'store' / 'own'}"

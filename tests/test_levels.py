@@ -191,7 +191,7 @@ def test_groups_are_set_over_http(index, table):
             return client.post("/v1/indexes/index/set", content=text, headers={"Content-Type": "text/csv"})
 
         answer = sent("kind,sort\nlion,beast\nwolf,beast\nyak,beast\n")
-        assert answer.json() == {"index": "index", "version": 2, "warnings": ["1 class is not in the index: yak"]}
+        assert (answer.json()["version"], answer.json()["warnings"]) == (2, ["1 class is not in the index: yak"])
         assert client.get("/v1/indexes/index").json()["levels"] == ["kind", "sort"]
         assert Index.load(index).groups.path("lion") == ("beast", "lion")
         table.write_text(TABLE)

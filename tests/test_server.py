@@ -96,6 +96,11 @@ def changed(client, what, **body):
     return answer.status_code, answer.json()
 
 
+def named(answer):
+    """Return the index and the version that an answer names."""
+    return answer.json()["index"], answer.json()["version"]
+
+
 def added(client, data, label):
     """Add an image as a shot, and return the body of the answer."""
     answer = client.post("/v1/indexes/own/keys", files={"images": ("photo", data)}, data={"label": label})
@@ -165,18 +170,16 @@ def test_shots_can_be_left_out(both, things):
 
 
 def test_indexes_are_described(both, things, food):
-    listed = both.get("/v1/indexes").json()["indexes"]
-    assert [one["name"] for one in listed] == ["things", "food"]
-    assert [one["images"] for one in listed] == [True, False]
+    allowed = {"changes": False, "makes": False, "labels": False}
+    assert both.get("/v1/indexes").json() == {"indexes": ["things", "food"], **allowed}
     cache = Index.load(things, device="cpu")
     whole = both.get("/v1/indexes/things").json()
-    assert {name: whole[name] for name in listed[0]} == listed[0]
-    assert (whole["n_keys"], whole["n_classes"], whole["d"]) == (cache.n, len(cache.class_names), cache.d)
+    assert (whole["name"], whole["version"], whole["n_keys"], whole["d"]) == ("things", 1, cache.n, cache.d)
+    assert (whole["images"], both.get("/v1/indexes/food").json()["images"]) == (True, False)
     assert (whole["alpha"], whole["beta"], whole["k"]) == (cache.settings.alpha, cache.settings.beta, "all")
     assert whole["exact_search"]
     assert not whole["changes"]
-    assert [one["label"] for one in whole["classes"]] == cache.class_names
-    assert [one["keys"] for one in whole["classes"]] == [8] * 10
+    assert (whole["class_names"], whole["counts"]) == (cache.class_names, [8] * 10)
     assert whole["provenance"] == cache.provenance
 
 
@@ -198,14 +201,12 @@ def test_keys_come_in_pages_and_can_be_filtered(both, things):
     assert all(key["image"] is None for key in both.get("/v1/indexes/food/keys").json()["keys"])
 
 
-def test_images_of_shots_are_resized_and_cached(both, things, tmp_path):
+def test_images_of_shots_are_resized(both, things, tmp_path):
     answer = both.get("/v1/indexes/things/keys/7/image?size=48")
     assert (answer.status_code, answer.headers["content-type"]) == (200, "image/jpeg")
     (tmp_path / "small.jpg").write_bytes(answer.content)
     with Image.open(tmp_path / "small.jpg") as image:
         assert max(image.size) == 48
-    again = both.get("/v1/indexes/things/keys/7/image?size=48", headers={"If-None-Match": answer.headers["etag"]})
-    assert (again.status_code, again.content) == (304, b"")
     for name, key in (("things", 999), ("food", 3), ("nothing", 3)):
         missing = both.get(f"/v1/indexes/{name}/keys/{key}/image")
         assert (missing.status_code, missing.headers["content-type"]) == (404, "application/problem+json")
@@ -217,8 +218,8 @@ def test_similar_features_are_grouped(food):
     expected = group(np.array(rows, np.float32), threshold_of(index), index.metric)
     with serving(food) as client:
         answer = client.post("/v1/indexes/food/groups", json={"features": rows})
-        assert answer.json() == {"version": 1, "groups": [own.tolist() for own in expected]}
-        assert len(answer.json()["groups"]) > 1
+        assert answer.json() == [own.tolist() for own in expected]
+        assert len(answer.json()) > 1
         refused = client.post("/v1/indexes/food/groups", files={"images": b"x"})
         assert refused.status_code == 422
     floats = {"Content-Type": "application/octet-stream"}
@@ -226,7 +227,7 @@ def test_similar_features_are_grouped(food):
     with serving(food, limits=Limits(json_bytes=2000, grouped=len(rows))) as client:
         assert client.post("/v1/indexes/food/groups", json={"features": rows}).status_code == 413
         answer = client.post("/v1/indexes/food/groups", content=sent.tobytes(), headers=floats)
-        assert answer.json() == {"version": 1, "groups": [own.tolist() for own in expected]}
+        assert answer.json() == [own.tolist() for own in expected]
         for content, status, reason in (
             (b"", 422, "0 bytes"),
             (sent.tobytes()[:-1], 422, "float32"),
@@ -255,15 +256,15 @@ def test_relative_image_paths_start_at_the_root(own, tmp_path):
 def test_map_and_audit_equal_those_of_the_library(both, things):
     found, cache = both.get("/v1/indexes/things/map").json(), Index.load(things, device="cpu")
     expected = projected(cache)
-    np.testing.assert_allclose([found["x"], found["y"]], expected.places.T, atol=1e-4)
+    np.testing.assert_allclose(found["places"], expected.places, atol=1e-4)
+    np.testing.assert_allclose(found["axes"], expected.axes, atol=1e-4)
     assert found["explained"] == pytest.approx(expected.explained, rel=1e-3)
     assert (found["key_ids"], found["class_ids"]) == (expected.key_ids.tolist(), expected.class_ids.tolist())
-    assert len(both.get("/v1/indexes/things/map?limit=7").json()["x"]) == 7
+    assert len(both.get("/v1/indexes/things/map?limit=7").json()["places"]) == 7
     assert both.get("/v1/indexes/things/map?method=umap").status_code == 422
     shots, doubted = both.get("/v1/indexes/things/audit").json(), audit(cache)
-    assert shots["total"] == len(doubted)
-    assert [shot["key_id"] for shot in shots["shots"]] == doubted["key_id"].to_pylist()[:100]
-    assert len(both.get("/v1/indexes/things/audit?limit=1").json()["shots"]) == min(1, len(doubted))
+    assert [shot["key_id"] for shot in shots] == doubted["key_id"].to_pylist()[:100]
+    assert len(both.get("/v1/indexes/things/audit?limit=1").json()) == min(1, len(doubted))
 
 
 @pytest.fixture
@@ -285,7 +286,7 @@ def test_a_map_limit_above_the_number_of_keys_shows_all_keys(own, map_limits):
             assert client.get(f"/v1/indexes/own/map?limit={limit}").status_code == 200
     assert map_limits == [80]
     with serving(own, limits=Limits(mapped=1280 * 50)) as client:  # each feature has 1280 values
-        assert len(client.get("/v1/indexes/own/map").json()["x"]) == 50
+        assert len(client.get("/v1/indexes/own/map").json()["places"]) == 50
 
 
 def test_the_number_of_waiting_maps_and_audits_is_limited(own, map_limits, monkeypatch):
@@ -325,10 +326,10 @@ def test_changes_need_the_token(own, both):
             for method in methods.keys() - {"get"} if path.rpartition("/")[2] not in ("classify", "groups") else ():
                 refused = client.request(method, path.replace("{name}", "own"))
                 assert (path, method, refused.status_code) == (path, method, 401)
-        assert client.get("/v1/indexes").json()["indexes"][0]["version"] == 1
+        assert client.get("/v1/indexes/own").json()["version"] == 1
         for right in (bearer, bearer.lower().replace(TOKEN.lower(), TOKEN), f"Bearer  {TOKEN}"):
             missing = client.delete("/v1/indexes/own/keys?key_id=999", headers={"Authorization": right})
-            assert missing.status_code == 404
+            assert missing.status_code == 422
     refused = both.delete("/v1/indexes/things/keys?key_id=1", headers=AUTHORISED)
     assert refused.status_code == 403
     assert "--token" in refused.json()["detail"]
@@ -362,7 +363,7 @@ def test_adding_a_shot_changes_the_answer_and_removing_it_undoes_that(own, photo
         assert (gone.status_code, gone.json()["version"]) == (200, 4)
         end = asked()
         assert (end["version"], end["results"][0]["label"]) == (4, truth)
-        assert client.delete("/v1/indexes/own/keys?key_id=80").status_code == 404
+        assert client.delete("/v1/indexes/own/keys?key_id=80").status_code == 422
     assert Index.load(own, device="cpu").n == 80
 
 
@@ -400,10 +401,10 @@ def test_indexes_are_renamed_duplicated_and_deleted(own, photo):
         key = added(client, photo, "new")["key_ids"][0]
         (picture,) = (own.parent / "own-shots" / "new").iterdir()
         stays = client.post("/v1/indexes/own/duplicate", json={"name": "copy"})
-        assert (stays.status_code, stays.json()) == (201, {"index": "copy", "version": 1})
+        assert (stays.status_code, named(stays)) == (201, ("copy", 1))
         moved = client.patch("/v1/indexes/own", json={"name": "tiere 2"})
-        assert (moved.status_code, moved.json()) == (200, {"index": "tiere 2", "version": 2})
-        assert [one["name"] for one in client.get("/v1/indexes").json()["indexes"]] == ["tiere 2", "copy"]
+        assert (moved.status_code, named(moved)) == (200, ("tiere 2", 2))
+        assert client.get("/v1/indexes").json()["indexes"] == ["tiere 2", "copy"]
         assert {path.name for path in own.parent.iterdir()} == {"tiere 2", "copy", "own-shots"}
         for name in ("tiere 2", "copy"):
             asked = client.post(f"/v1/classify?index={name}", files={"images": photo}).json()
@@ -412,8 +413,8 @@ def test_indexes_are_renamed_duplicated_and_deleted(own, photo):
         assert 'retrieval_tip_index_keys{index="own"}' not in client.get("/metrics").text
 
         back = client.patch("/v1/indexes/tiere 2", json={"name": "own"})
-        assert back.json() == {"index": "own", "version": 2}
-        assert client.delete("/v1/indexes/own").json() == {"index": "own", "version": 2}
+        assert named(back) == ("own", 2)
+        assert named(client.delete("/v1/indexes/own")) == ("own", 2)
         assert picture.exists()  # the copy still uses it
         assert client.get("/v1/indexes/own").status_code == 404
         for name, undo in (("copy", "own"), ("own", None)):
@@ -448,7 +449,7 @@ def test_names_and_numbers_of_indexes_are_checked(own, food, tmp_path, photo):
             assert status(method, "food", "new") == 422  # a link
         app.state.labelling = SimpleNamespace(name="own")
         assert (status("PATCH", "own", "new"), status("DELETE", "own")) == (409, 409)
-        assert [one["name"] for one in client.get("/v1/indexes").json()["indexes"]] == ["own", "food"]
+        assert client.get("/v1/indexes").json()["indexes"] == ["own", "food"]
     assert {path.name for path in tmp_path.iterdir()} == {"own", "link", "taken"}
 
 
@@ -479,9 +480,9 @@ def test_two_versions_are_compared_in_words_and_with_photos_that_are_gone(own, p
                     for one in answer.json()]  # fmt: skip
 
         image = f"/v1/indexes/own/keys/{(key := added(client, photo, 'new')['key_ids'][0])}/image"
-        changed(client, "relabel", key_ids=[key], label=truth)
+        changed(client, "relabel", labels={key: truth})
         assert client.delete(f"/v1/indexes/own/keys?key_id={key}").status_code == 200
-        build, *rest = client.get("/v1/indexes/own/history").json()["versions"]
+        build, *rest = client.get("/v1/indexes/own/history").json()
         said = ["1 photo: 1 new", f"1 photo: new became {truth}", f"removed 1 photo: 1 {truth}"]
         assert [one["change"] for one in rest] == said
         assert compared(2, 1) == [f"added {said[0]} {image}?version=2"]
@@ -505,47 +506,42 @@ def test_shots_are_relabelled_classes_renamed_and_versions_rolled_back(own):
         def keys(label):
             return [row["key_id"] for row in client.get(f"/v1/indexes/own/keys?label={label}").json()["keys"]]
 
-        first, other, third = (one["label"] for one in client.get("/v1/indexes/own").json()["classes"][:3])
+        def relabelled(key_ids, label):
+            status, answer = change("relabel", labels=dict.fromkeys(key_ids, label))
+            return status, answer["index"], answer["version"], answer["key_ids"]
+
+        first, other, third = client.get("/v1/indexes/own").json()["class_names"][:3]
         shots, others = keys(first), keys(other)
-        assert change("relabel", key_ids=shots[:2], label=other) == (
-            200, {"index": "own", "version": 2, "key_ids": shots[:2]},
-        )  # fmt: skip
+        assert relabelled(shots[:2], other) == (200, "own", 2, shots[:2])
         assert keys(first) == shots[2:]
-        status, merged = change("relabel", of=first, label=other)
-        assert (status, merged["key_ids"]) == (200, shots[2:])
+        assert relabelled(shots[2:], other) == (200, "own", 3, shots[2:])
         assert sorted(keys(other)) == sorted(shots + others)
         assert change("rollback", to=1, since=2)[0] == 409
         assert "version 3, not 2" in change("rollback", to=1, since=2)[1]["detail"]
         assert change("rollback", to=1, since=3)[1]["version"] == 4
         assert (keys(first), keys(other)) == (shots, others)
         history = client.get("/v1/indexes/own/history").json()
-        assert [one["version"] for one in history["versions"]] == [1, 2, 3, 4]
-        assert history["versions"][-1]["change"] == "restored version 1"
-        assert history["versions"][-1]["current"]
-        moves = [{"key_ids": shots[:2], "label": other}, {"key_ids": others[:1], "label": first}]
-        assert change("relabel", moves=moves) == (
-            200, {"index": "own", "version": 5, "key_ids": [*shots[:2], others[0]]},
-        )  # fmt: skip
+        assert [one["version"] for one in history] == [1, 2, 3, 4]
+        assert history[-1]["change"] == "restored version 1"
+        assert history[-1]["current"]
+        moves = dict.fromkeys(shots[:2], other) | {others[0]: first}
+        status, answer = change("relabel", labels=moves)
+        assert (status, answer["version"], answer["key_ids"]) == (200, 5, [*moves])
         assert sorted(keys(first)) == sorted([*shots[2:], others[0]])
         assert sorted(keys(other)) == sorted([*shots[:2], *others[1:]])
         ids = keys(third)
-        assert change("rename", of=third, label="squeeze <box>") == (
-            200, {"index": "own", "version": 6, "key_ids": ids},
-        )  # fmt: skip
+        status, answer = change("rename", of=third, label="squeeze <box>")
+        assert (status, answer["version"], answer["key_ids"]) == (200, 6, ids)
         assert keys("squeeze <box>") == ids
         wrong = [
             ("relabel", {"label": other}, 422),
-            ("relabel", {"label": other, "key_ids": [1], "of": first}, 422),
-            ("relabel", {"label": "no such class", "key_ids": shots}, 422),
-            ("relabel", {"label": other, "of": "no such class"}, 422),
-            ("relabel", {"label": other, "key_ids": []}, 422),
-            ("relabel", {"label": other, "key_ids": [999]}, 404),
-            ("relabel", {"moves": []}, 422),
-            ("relabel", {"moves": moves, "label": other}, 422),
-            ("relabel", {"moves": [*moves, {"key_ids": shots[:1], "label": "squeeze <box>"}]}, 422),
-            ("relabel", {"moves": [*moves, {"key_ids": shots[5:6], "label": "no such class"}]}, 422),
-            ("relabel", {"moves": [*moves, {"key_ids": [999], "label": other}]}, 404),
-            ("rename", {"of": "no such class", "label": "x"}, 404),
+            ("relabel", {"labels": {}}, 422),
+            ("relabel", {"labels": {"a": other}}, 422),
+            ("relabel", {"labels": {-1: other}}, 422),
+            ("relabel", {"labels": {2**63: other}}, 422),
+            ("relabel", {"labels": moves | {shots[5]: "no such class"}}, 422),
+            ("relabel", {"labels": moves | {999: other}}, 422),
+            ("rename", {"of": "no such class", "label": "x"}, 422),
             ("rename", {"of": other, "label": "a\nb"}, 422),
             ("rename", {"of": other, "label": ""}, 422),
             ("rollback", {"to": 99}, 404),
@@ -559,23 +555,19 @@ def test_the_accuracy_follows_label_changes(own):
     with serving(own, token=TOKEN) as client:
         before = client.get("/v1/indexes/own/accuracy").json()
         assert fitted.interval is not None
-        low, high = fitted.interval
-        expected = {"photos": fitted.photos, "words": fitted.words, "both": fitted.both, "low": low, "high": high}
+        expected = {"photos": fitted.photos, "words": fitted.words, "both": fitted.both}
         assert {name: before[name] for name in expected} == pytest.approx(expected)
-        weakest = [(one["label"], one["right"], one["photos"]) for one in before["weakest"]]
-        assert (before["version"], weakest) == (2, [tuple(one) for one in fitted.weakest])
+        assert before["interval"] == pytest.approx(fitted.interval)
+        assert (before["version"], before["weakest"]) == (2, [[*one] for one in fitted.weakest])
         assert (before["tested"], before["classes"]) == (10, 10)
-        wrong = {"key_ids": list(range(0, 80, 4)), "label": names[0]}
+        wrong = {"labels": dict.fromkeys(range(0, 80, 4), names[0])}
         client.post("/v1/indexes/own/relabel", json=wrong)
         after = client.get("/v1/indexes/own/accuracy").json()
         assert (after["version"], after["both"] < before["both"] - 0.1) == (3, True)
         client.post("/v1/indexes/own/rollback", json={"to": 2})
         assert client.get("/v1/indexes/own/accuracy").json() == before | {"version": 4}
     with serving(own, limits=Limits(estimated=79)) as client:
-        unknown = dict.fromkeys(("photos", "words", "both", "low", "high", "tested", "classes")) | {
-            "version": 4,
-            "weakest": [],
-        }
+        unknown = dict.fromkeys(before) | {"version": 4, "weakest": []}
         assert client.get("/v1/indexes/own/accuracy").json() == unknown
 
 
@@ -583,15 +575,11 @@ def test_exemplars_are_the_shots_nearest_to_their_class_mean(both, things):
     cache = Index.load(things)
     keys, ids = np.asarray(cache.keys, dtype=np.float64), cache.class_ids.numpy()
     found = both.get("/v1/indexes/things/exemplars").json()
-    assert {one["class_id"] for one in found["exemplars"]} == set(ids.tolist())
-    for one in found["exemplars"]:
+    assert {one["class_id"] for one in found} == set(ids.tolist())
+    for one in found:
         nearness = np.where(ids == one["class_id"], keys @ keys[ids == one["class_id"]].mean(0), -np.inf)
         assert one["key_id"] == cache.labels["key_id"].to_pylist()[nearness.argmax()]
-    assert both.get(f"{found['exemplars'][0]['image']}?size=32").status_code == 200
-    same = (ids[:, None] == ids[None]) & ~np.eye(len(ids), dtype=bool)
-    affinities = keys @ keys.T
-    assert found["own"] == pytest.approx(affinities[same].mean(), abs=1e-4)
-    assert found["other"] == pytest.approx(affinities[ids[:, None] != ids[None]].mean(), abs=1e-4)
+    assert both.get(f"{found[0]['image']}?size=32").status_code == 200
 
 
 def test_uploaded_photos_become_a_new_index(own, tmp_path, lit_mini):
@@ -608,11 +596,11 @@ def test_uploaded_photos_become_a_new_index(own, tmp_path, lit_mini):
         assert made.status_code == 201
         body = made.json()
         assert (body["index"], body["version"]) == ("my things", 1)
-        assert [one["input"] for one in body["skipped"]] == ["a.txt"]
-        assert body["judged"]["both"] > 0.4
+        assert [one["source"] for one in body["skipped"]] == ["a.txt"]
+        assert body["fit"]["both"] > 0.4
         alone = Index.load(tmp_path / "my things")
         assert sorted(set(alone.labels["label"].to_pylist())) == sorted({label for _, label in some})
-        assert body["judged"]["both"] == alone.provenance["fit"]["both"]
+        assert body["fit"]["both"] == alone.provenance["fit"]["both"]
         for path, label in some[::5]:
             asked = client.post("/v1/classify?index=my things", files={"images": path.read_bytes()}).json()
             assert asked["results"][0]["label"] == label
@@ -620,7 +608,7 @@ def test_uploaded_photos_become_a_new_index(own, tmp_path, lit_mini):
         added = client.post("/v1/indexes/my things/keys", **more)
         assert added.json()["version"] == 2
         fitted = client.post("/v1/indexes/my things/fit").json()
-        assert (fitted["version"], fitted["judged"]["summary"][:9]) == (3, "Estimated")
+        assert (fitted["version"], fitted["fit"]["summary"][:9]) == (3, "Estimated")
         assert client.post("/v1/indexes", **sent("my things")).status_code == 409
         for name in ("own-shots/..", "own-shots"):
             assert client.post("/v1/indexes", **sent(name)).status_code == 422
@@ -637,7 +625,9 @@ def test_uploaded_photos_become_a_new_index(own, tmp_path, lit_mini):
 
     maker = Maker(tmp_path / "shelf", load, Backbones("cpu", "float32", "full", lit_mini))
     with TestClient(create_app({}, token=TOKEN, maker=maker), headers=AUTHORISED) as client:
-        assert client.get("/v1/indexes").json() == {"indexes": [], "makes": True, "labels": False}
+        assert client.get("/v1/indexes").json() == {
+            "indexes": [], "changes": True, "makes": True, "labels": False,
+        }  # fmt: skip
         assert client.post("/v1/classify", files={"images": b"x"}).status_code == 404
         assert not loads  # an encoder may have to be downloaded
         assert client.post("/v1/indexes", **sent("first")).status_code == 201
@@ -656,7 +646,7 @@ def test_another_spelling_makes_a_new_class_and_a_warning(own):
         route, _, change = warning.rpartition("POST ")[2].partition(" ")
         merged = client.post(route, json=json.loads(change))
         assert (merged.status_code, merged.json()["key_ids"]) == (200, body["key_ids"])
-        assert [one["label"] for one in client.get("/v1/indexes/own").json()["classes"]] == cache.class_names
+        assert client.get("/v1/indexes/own").json()["class_names"] == cache.class_names
 
 
 def test_added_features_get_sources_that_are_not_files(own, truth):
@@ -991,7 +981,7 @@ def test_readable_images_are_classified_and_the_others_are_reported(both, photo,
     body = answer.json()
     assert answer.status_code == 200
     assert [(one["input"], one["label"]) for one in body["results"]] == [("b.jpg", truth)]
-    assert [one["input"] for one in body["skipped"]] == ["a.txt", "c.jpg"]
+    assert [one["source"] for one in body["skipped"]] == ["a.txt", "c.jpg"]
 
 
 @pytest.fixture
@@ -1074,12 +1064,12 @@ def test_a_private_server_answers_only_with_the_token(own, photo, truth):
                 for headers in ({}, {"Authorization": "Bearer wrong"}):
                     refused = client.request(method, path.replace("{name}", "own"), headers=headers)
                     assert (path, method, refused.status_code) == (path, method, 401)
-        for path in ("/", "/docs", "/page/app.js", "/healthz"):
+        for path in ("/", "/openapi.json", "/page/app.js", "/healthz"):
             assert client.get(path).status_code == 200
         assert client.get("/metrics", headers=AUTHORISED).status_code == 200
         assert not client.cookies
         listed = client.get("/v1/indexes", headers=AUTHORISED)
-        assert listed.json()["indexes"][0]["name"] == "own"
+        assert listed.json()["indexes"] == ["own"]
         cookie = listed.headers["set-cookie"]
         assert {"HttpOnly", "Path=/v1", "SameSite=strict"} <= set(cookie.split("; "))
         assert TOKEN not in cookie
@@ -1144,7 +1134,7 @@ def test_an_index_without_its_backbone_only_accepts_features(own, tmp_path, capl
     cache.backbone = replace(cache.backbone, model=model)
     cache.save(own)
     with serving(own) as client:
-        assert not client.get("/v1/indexes").json()["indexes"][0]["images"]
+        assert not client.get("/v1/indexes/own").json()["images"]
         answer = client.post("/v1/classify", files={"images": b"x"})
         assert (answer.status_code, "only accepts features" in answer.json()["detail"]) == (422, True)
     assert "only features are accepted" in caplog.text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -98,19 +98,8 @@ def _tsne(keys: FloatArray) -> FloatArray:
     return places
 
 
-class TypicalKeys(NamedTuple):
-    """The ids of the exemplars, and the mean affinities within a class (``own``) and between classes (``other``).
-
-    A mean is ``None`` if there are no such pairs of keys.
-    """
-
-    key_ids: list[int]
-    own: float | None
-    other: float | None
-
-
-def exemplars(index: Index) -> TypicalKeys:
-    """Return the key of each class that is nearest to the class mean in the metric of the index.
+def exemplars(index: Index) -> list[int]:
+    """Return the id of the key of each class that is nearest to the class mean in the metric of the index.
 
     If there are more than :data:`EXEMPLARS` keys, a sample is used.
     """
@@ -118,11 +107,8 @@ def exemplars(index: Index) -> TypicalKeys:
     points = points_of(index.metric, keys, index.device)
     x = torch.from_numpy(np.asarray(keys if points is None else points).astype(np.float32))
     ids, c = torch.from_numpy(described["class_id"].to_numpy().astype(np.int64)), len(index.class_names)
-    sums, counts = torch.zeros(c, x.shape[1]).index_add_(0, ids, x), torch.bincount(ids, minlength=c)
+    sums = torch.zeros(c, x.shape[1]).index_add_(0, ids, x)
     order = np.lexsort(((x * sums[ids]).sum(1).numpy(), ids.numpy()))  # sorted by class, with the nearest key last
     best = order[np.flatnonzero(np.diff(ids.numpy()[order], append=c))]
-    within, every = float(sums.double().square().sum()), float(sums.sum(0).double().square().sum())
-    pairs = int(counts.square().sum()) - len(x), len(x) ** 2 - int(counts.square().sum())
-    totals = within - float(x.double().square().sum()), every - within
-    own, other = (total / number if number else None for total, number in zip(totals, pairs, strict=True))
-    return TypicalKeys(described["key_id"].take(best).to_pylist(), own, other)
+    key_ids: list[int] = described["key_id"].take(best).to_pylist()
+    return key_ids

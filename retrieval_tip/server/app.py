@@ -6,17 +6,17 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 
-from fastapi import FastAPI, Request
-from fastapi.responses import FileResponse, HTMLResponse, Response
+from fastapi import FastAPI
+from fastapi.responses import FileResponse, Response
 from fastapi.staticfiles import StaticFiles
 
 from retrieval_tip import __version__
-from retrieval_tip.html import render
 from retrieval_tip.server import edits, metrics, partners, routes
 from retrieval_tip.server.guard import Guard
 from retrieval_tip.server.labelling import Labelling
 from retrieval_tip.server.limits import Limits
 from retrieval_tip.server.problems import HANDLED, handle
+from retrieval_tip.server.schemas import PROBLEM
 from retrieval_tip.server.served import Maker, Served
 from retrieval_tip.server.service import Service
 
@@ -52,6 +52,7 @@ def create_app(
 
     app = FastAPI(
         title="retrieval-tip", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
+        responses={"default": PROBLEM},
         description="Few-shot image classification by retrieval. Errors are returned as application/problem+json "
                     "(RFC 9457).",
     )  # fmt: skip
@@ -69,14 +70,8 @@ def create_app(
         app.include_router(partners.label_studio, prefix=prefix, max_body_size=limits.json_bytes)
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
     app.get("/", include_in_schema=False)(_page)
-    app.get("/docs", include_in_schema=False)(_docs)
     return app
 
 
 async def _page() -> Response:
     return FileResponse(PAGE / "index.html", headers={"cache-control": "no-cache"})
-
-
-async def _docs(request: Request) -> Response:
-    origin = str(request.base_url).rstrip("/")
-    return HTMLResponse(render("server/docs.html.j2", api=request.app.openapi(), origin=origin))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -17,7 +17,7 @@ from fastapi import APIRouter, Body, Depends, Query, Request
 
 from retrieval_tip.data.sources import spelled_alike
 from retrieval_tip.data.tables import not_in_index
-from retrieval_tip.errors import InputError, json_line, show
+from retrieval_tip.errors import InputError, Skipped, json_line, show
 from retrieval_tip.index import changes as index_changes
 from retrieval_tip.index import manage
 from retrieval_tip.labelling.placing import Action
@@ -27,37 +27,35 @@ from retrieval_tip.retrieval.duplicates import describe_duplicates
 from retrieval_tip.server import schemas, shots
 from retrieval_tip.server.access import CHANGES, Named, NotLabelled, TheLabelling, TheService, lift_deadline
 from retrieval_tip.server.problems import Problem
-from retrieval_tip.server.routes import REFUSED, SENT, Norms
+from retrieval_tip.server.routes import Norms
 from retrieval_tip.server.served import Maker, Served
 from retrieval_tip.server.service import Service, backbone_of
 from retrieval_tip.server.uploads import read, read_index
 
-uploads = APIRouter(prefix="/v1", dependencies=CHANGES, responses=REFUSED | SENT)
-changes = APIRouter(prefix="/v1", dependencies=[*CHANGES, Depends(lift_deadline)], responses=REFUSED)
-USED = schemas.problems(409)
-"""Response of routes that refuse a change because a name or a version is not as expected."""
+uploads = APIRouter(prefix="/v1", dependencies=CHANGES)
+changes = APIRouter(prefix="/v1", dependencies=[*CHANGES, Depends(lift_deadline)])
 
 
 # --- shots
 
 
 @uploads.post("/indexes/{name}/keys", status_code=201, openapi_extra=schemas.ADD)
-async def add(request: Request, service: TheService, one: Named, norms: Norms = "check") -> schemas.AddedShots:
+async def add(request: Request, service: TheService, one: Named, norms: Norms = "check") -> schemas.ChangedIndex:
     """Add labelled images or features as shots, in a new version of the index.
 
     If a label is new, a new class is added for it.
     """
     sent = await read(request, service.limits, norms, one.now.index.d, labelled=True)
     await lift_deadline(request)
-    skipped: list[schemas.Unread] = []
+    skipped: list[Skipped] = []
     if sent.features is not None:
         added = await service.changed(one, shots.add_features, one, sent.names, sent.labels, sent.features)
     else:
         backbone = backbone_of(one.now)
         labelled, skipped = await service.labelled(sent, backbone)
         added = await service.changed(one, shots.add_images, one, backbone, labelled, service.uploads)
-    return schemas.AddedShots(
-        index=one.name, version=added.version, key_ids=added.key_ids, classes=added.classes, known=added.known,
+    return _answer(
+        one, key_ids=added.key_ids, classes=added.classes, known=added.known,
         duplicates=[] if added.duplicates is None else describe_duplicates(added.duplicates),
         warnings=_of_spelling(one.name, added.alike), skipped=skipped,
     )  # fmt: skip
@@ -66,55 +64,32 @@ async def add(request: Request, service: TheService, one: Named, norms: Norms = 
 @changes.delete("/indexes/{name}/keys")
 async def remove(
     service: TheService, one: Named, key_id: Annotated[list[schemas.KeyId], Query(min_length=1, max_length=1000)]
-) -> schemas.ChangedShots:
+) -> schemas.ChangedIndex:
     """Remove shots, in a new version of the index."""
-    await _check_known(service, one, key_id)
-    return await _changed(service, one, lambda: index_changes.remove(one.folder, key_ids=key_id))
+    return await _changed(service, one, partial(index_changes.remove, key_ids=key_id), one.folder)
 
 
 @changes.post("/indexes/{name}/relabel")
-async def relabel(service: TheService, one: Named, change: schemas.Relabel) -> schemas.ChangedShots:
-    """Move shots or a whole class to other classes, in one new version of the index."""
-    chosen = sum(field is not None for field in (change.key_ids, change.of, change.moves))
-    if chosen != 1 or (change.label is None) != (change.moves is not None):
-        raise Problem(422, "relabel: give either label and key_ids, or label and of, or only moves")
-    if change.of is not None:
-        keys = await service.find(one.now.index.find, (change.of,))
-        if not len(keys):
-            raise Problem(422, f"of: class {change.of!r} has no shots")
-        moves = [(keys["key_id"].to_pylist(), str(change.label))]
-    elif change.moves is not None:
-        moves = [(move.key_ids, move.label) for move in change.moves]
-    else:
-        moves = [(change.key_ids or [], str(change.label))]
-    labels: dict[int, str] = {}
-    for key_ids, label in moves:
-        for key_id in key_ids:
-            if labels.setdefault(key_id, label) != label:
-                raise Problem(422, f"key_ids: key {key_id} has two labels; give only one label")
-    if not labels:
-        raise Problem(422, "key_ids: the list is empty; give at least one key id")
-    await _check_known(service, one, list(labels))
-    return await _changed(service, one, index_changes.relabel, one.folder, labels)
+async def relabel(service: TheService, one: Named, change: schemas.Relabel) -> schemas.ChangedIndex:
+    """Move shots to other classes, in one new version of the index."""
+    return await _changed(service, one, index_changes.relabel, one.folder, change.labels)
 
 
 @changes.post("/indexes/{name}/rename")
-async def rename(service: TheService, one: Named, change: schemas.Rename) -> schemas.ChangedShots:
+async def rename(service: TheService, one: Named, change: schemas.Rename) -> schemas.ChangedIndex:
     """Rename a class, in a new version of the index.
 
     If a class with the new name already exists, the two classes are merged. Otherwise, the new name is encoded if the
     server has the text encoder.
     """
     index, backbone = one.now.index, one.now.backbone
-    if change.of not in index.class_names:
-        raise Problem(404, f"index {one.name!r} has no class {change.of!r}")
     if backbone is None or not backbone.has_text or not index.templates or change.label in index.class_names:
         backbone = None
     return await _changed(service, one, index_changes.rename, one.folder, change.of, change.label, backbone)
 
 
-@changes.post("/indexes/{name}/rollback", responses=USED)
-async def rollback(service: TheService, one: Named, change: schemas.Rollback) -> schemas.ChangedShots:
+@changes.post("/indexes/{name}/rollback")
+async def rollback(service: TheService, one: Named, change: schemas.Rollback) -> schemas.ChangedIndex:
     """Restore an earlier version, as a new version. The current version is kept."""
 
     def call() -> index_changes.Changed:
@@ -130,28 +105,26 @@ async def rollback(service: TheService, one: Named, change: schemas.Rollback) ->
     return await _changed(service, one, call)
 
 
-async def _check_known(service: Service, one: Served, key_ids: Sequence[int]) -> None:
-    keys = await service.find(one.now.index.find, (), None, key_ids)
-    if missing := set(key_ids) - set(keys["key_id"].to_pylist()):
-        raise Problem(404, f"index {one.name!r} has no key {min(missing)}")
-
-
 async def _changed(
     service: Service, one: Served, call: Callable[..., index_changes.Changed], *arguments: object
-) -> schemas.ChangedShots:
-    changed = await service.changed(one, call, *arguments)
-    return schemas.ChangedShots(index=one.name, version=changed.version, key_ids=changed.key_ids)
+) -> schemas.ChangedIndex:
+    return _answer(one, key_ids=(await service.changed(one, call, *arguments)).key_ids)
+
+
+def _answer(one: Served, **more: Any) -> schemas.ChangedIndex:
+    fit = one.now.index.provenance.get("fit", {})
+    return schemas.ChangedIndex(index=one.name, version=one.now.manifest.version, fit=fit, **more)
 
 
 # --- indexes
 
 
-@uploads.post("/indexes", status_code=201, openapi_extra=schemas.MAKE, responses=USED)
+@uploads.post("/indexes", status_code=201, openapi_extra=schemas.MAKE)
 async def create(
     request: Request,
     service: TheService,
     like: Annotated[str | None, Query(description="Index whose encoder and parent folder are used.")] = None,
-) -> schemas.MadeIndex:
+) -> schemas.ChangedIndex:
     """Create an index from labelled images, fit it and serve it.
 
     By default, it gets the encoder and the folder that the server was started with, or else those of the first index.
@@ -170,20 +143,20 @@ async def create(
         make = partial(shots.build, maker.into / name, used, labelled, service.uploads)
         one = await service.open(make, maker.backbones)
     warnings = _of_spelling(name, spelled_alike(one.now.index.class_names))
-    return schemas.MadeIndex(**_fitted(one), warnings=warnings, skipped=skipped)
+    return _answer(one, warnings=warnings, skipped=skipped)
 
 
 @changes.post("/indexes/{name}/fit")
-async def fit(service: TheService, one: Named) -> schemas.FittedIndex:
+async def fit(service: TheService, one: Named) -> schemas.ChangedIndex:
     """Fit an index to its shots again, and estimate its accuracy."""
     await service.changed(one, index_changes.fit_index, one.folder)
-    return schemas.FittedIndex(**_fitted(one))
+    return _answer(one)
 
 
 @changes.post("/indexes/{name}/set")
 async def set_groups(
     service: TheService, one: Named, table: Annotated[bytes, Body(media_type="text/csv")]
-) -> schemas.GroupedIndex:
+) -> schemas.ChangedIndex:
     """Set the groups of the classes, given as a table in CSV.
 
     The first column has the classes, and each further column their groups, narrowest first.
@@ -199,33 +172,33 @@ async def set_groups(
                 raise InputError(str(error).removeprefix(f"{folder}/")) from None
 
     await service.changed(one, call)
-    index, version = one.now.index, one.now.manifest.version
-    others = [] if index.groups is None else index.groups.others(index.class_names)
-    return schemas.GroupedIndex(index=one.name, version=version, warnings=[not_in_index(others)] if others else [])
+    groups = one.now.index.groups
+    others = [] if groups is None else groups.others(one.now.index.class_names)
+    return _answer(one, warnings=[not_in_index(others)] if others else [])
 
 
-@changes.patch("/indexes/{name}", responses=USED)
-async def rename_index(service: TheService, one: NotLabelled, new: schemas.IndexName) -> schemas.NamedIndex:
+@changes.patch("/indexes/{name}")
+async def rename_index(service: TheService, one: NotLabelled, new: schemas.IndexName) -> schemas.ChangedIndex:
     """Rename an index and its folder."""
     _check_free(service, new.name, one.beside)
     made = await service.open(lambda: manage.rename(one.folder, new.name), one.backbones, one)
-    return schemas.NamedIndex(index=made.name, version=made.now.manifest.version)
+    return _answer(made)
 
 
-@changes.post("/indexes/{name}/duplicate", status_code=201, responses=USED)
-async def duplicate_index(service: TheService, one: Named, new: schemas.IndexName) -> schemas.NamedIndex:
+@changes.post("/indexes/{name}/duplicate", status_code=201)
+async def duplicate_index(service: TheService, one: Named, new: schemas.IndexName) -> schemas.ChangedIndex:
     """Copy the current version of an index to a new index next to it."""
     with _room(service, new.name, one.beside):
         made = await service.open(lambda: manage.duplicate(one.folder, new.name), one.backbones)
-    return schemas.NamedIndex(index=made.name, version=made.now.manifest.version)
+    return _answer(made)
 
 
-@changes.delete("/indexes/{name}", responses=USED)
-async def delete_index(service: TheService, one: NotLabelled) -> schemas.NamedIndex:
+@changes.delete("/indexes/{name}")
+async def delete_index(service: TheService, one: NotLabelled) -> schemas.ChangedIndex:
     """Delete an index, its versions, and the images that were added to it here. This cannot be undone."""
     await service.change(manage.delete, one.folder)
     service.replace(one)
-    return schemas.NamedIndex(index=one.name, version=one.now.manifest.version)
+    return _answer(one)
 
 
 @contextmanager
@@ -245,11 +218,6 @@ def _check_free(service: Service, name: str, into: Path | None) -> None:
     if name in service.served or (into is not None and (into / name).exists()):
         where = f" in {show(into)}" if into else ""
         raise Problem(409, f"index {name!r} already exists{where}; choose another name")
-
-
-def _fitted(one: Served) -> dict[str, Any]:
-    judged = dict.fromkeys(schemas.Judgement.model_fields) | one.now.index.provenance.get("fit", {})
-    return {"index": one.name, "version": one.now.manifest.version, "judged": judged}
 
 
 def _of_spelling(name: str, alike: Mapping[str, str]) -> list[str]:
@@ -295,6 +263,5 @@ async def label_sort(service: TheService, labelling: TheLabelling, change: schem
     if xmp:
         words = ["classify", str(labelling.place), os.path.commonpath(paths), "--xmp", "--undo"]
     undo = shlex.join(["retrieval-tip", *words])
-    skipped = [schemas.Unread(input=one.source, reason=one.reason) for one in done.skipped]
     summary = str(done) if done.threshold is None else f"{done}; {done.threshold}"
-    return schemas.SortedPhotos(summary=summary, undo=undo, skipped=skipped)
+    return schemas.SortedPhotos(summary=summary, undo=undo, skipped=done.skipped)

@@ -172,25 +172,24 @@ class Labelling:
             guessed, others = self._facts.get(one.photo, (None, []))
             similar = [photo for photo in others if photo not in taken]
             more = {"name": names[one.photo], "guesses": guessed or [], "similar": similar}
-            shown.append(schemas.QueuedPhoto(**vars(one) | more))
+            shown.append(vars(one) | more)
         unmeasured = version is not None and self._measured != self._chosen
         busy = self._choice_due() or unmeasured or self._unsaved.keys() > self._refused.keys()
-        refused = [
-            schemas.RefusedLabel(photo=photo, name=names[photo], label=self._unsaved[photo].label, reason=reason)
+        refused: list[Row] = [
+            {"photo": photo, "name": names[photo], "label": self._unsaved[photo].label, "reason": reason}
             for photo, reason in self._refused.items()
         ]
-        steps = [
-            schemas.LabelStep(step=name, photos=[*(one.after or (queued.photo for queued in one.queued))],
-                              labels=[*one.after.values()])
+        steps: list[Row] = [
+            {"step": name, "photos": [*one.after] or [x.photo for x in one.queued], "labels": [*one.after.values()]}
             for name, one in self._steps.items()
-        ]  # fmt: skip
+        ]
         right = [one.right for one in self._steps.values() if one.right is not None][-LAST:]
         return schemas.LabellingStatus(
             index=self.name, version=None if version is None else version.manifest.version,
             photos=len(self.photos) - self.photos.number(self.photos.unreadable),
             encoded=self.photos.number(self.photos.encoded), labelled=self.photos.number(self.labels()),
             unsaved=len(self._unsaved), classes=self._class_counts(), queue=shown, steps=steps,
-            guessed=schemas.RightGuesses(right=sum(right), n=len(right)), refused=refused, progress=self._progress,
+            guessed=right, refused=refused, progress=self._progress,
             busy=busy and self._problem is None, problem=self._problem or self._trouble,
         )  # fmt: skip
 
@@ -282,7 +281,7 @@ class Labelling:
         self._known, self._withdrawn = known_photos(self._seen.index, self.photos.unread, self.photos.same)
         self._wake.set()
 
-    def _class_counts(self) -> list[schemas.LabelClass]:
+    def _class_counts(self) -> dict[str, int]:
         """Return the classes to choose from, with their numbers of photos. Unsaved changes are included."""
         index = None if self._seen is None else self._seen.index
         names = [] if index is None else index.class_names
@@ -294,7 +293,7 @@ class Labelling:
         counts.subtract(self._known[photo].label for photo in self._unsaved if photo in self._known)
         counts.update(label.label for label in self._unsaved.values() if label.label is not None)
         del counts[NONE]
-        return [schemas.LabelClass(label=name, photos=n) for name, n in counts.items() if n > 0 or name in shown]
+        return {name: n for name, n in counts.items() if n > 0 or name in shown}
 
     def is_empty(self, version: Version) -> bool:
         """Return whether a version only has photos whose label was withdrawn."""
@@ -525,6 +524,6 @@ def _measured_on(
     more = min(MORE, len(rest))
     gain = gain_of(index, rest, found, more)
     return schemas.LabelProgress(
-        **vars(found), drawn=len(drawn), needed=DRAWN, more=more, gain=gain, review=found.first_wrong < REVIEWED,
+        estimate=found, drawn=len(drawn), needed=DRAWN, more=more, gain=gain, review=found.first_wrong < REVIEWED,
         done=found.most_wrong < DONE * photos,
     )  # fmt: skip

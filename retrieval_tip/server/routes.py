@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -11,7 +10,7 @@ from urllib.parse import quote
 
 import orjson
 import pyarrow as pa
-from fastapi import APIRouter, Depends, Header, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response
 from prometheus_client import generate_latest
 
@@ -44,18 +43,12 @@ MOST_GROUPED = 4096
 """Maximum number of photos without a match that are grouped."""
 PICTURE: dict[int | str, dict[str, object]] = {200: {"content": {"image/jpeg": {}}}}
 BYTES: dict[int | str, dict[str, object]] = {200: {"content": {"application/octet-stream": {}}}}
-SLOW = schemas.problems(202)
-"""Response of routes whose result is still being computed."""
-SENT = schemas.problems(400, 408, 413, 415, 429)
-"""Problem responses of routes that accept images or features."""
-REFUSED = schemas.problems(401, 403, 404, 413, 422, 503)
 
 Norms = Annotated[settings.Norms, Query(description=schemas.NORMS)]
 Size = Annotated[int, Query(ge=16, le=1024, description="Length of the longer side, in pixels.")]
 
 about = APIRouter()
-uploads = APIRouter(prefix="/v1", dependencies=READS, responses=REFUSED | SENT)
-reads = APIRouter(prefix="/v1", dependencies=READS, responses=REFUSED)
+uploads, reads = (APIRouter(prefix="/v1", dependencies=READS) for _ in range(2))
 
 
 # Routes are matched in order, so the most frequent one comes first.
@@ -74,27 +67,30 @@ async def classify(
 
 
 @uploads.post("/indexes/{name}/groups", openapi_extra=schemas.GROUP)
-async def groups(request: Request, service: TheService, version: Now, norms: Norms = "check") -> schemas.Groups:
-    """Group similar features, for example of images without a match, so that each group can be named at once."""
+async def groups(request: Request, service: TheService, version: Now, norms: Norms = "check") -> list[list[int]]:
+    """Group similar features, for example of images without a match, so that each group can be named at once.
+
+    Each group lists the positions of its features in the request. The largest group comes first.
+    """
     index, limits = version.index, service.limits
     features = (await read(request, replace(limits, rows=limits.grouped), norms, index.d)).features
     if features is None:
         raise Problem(422, "images: are not accepted here; send features, as /v1/classify?features=true returns them")
     found = await service.find(lambda: group(features, threshold_of(index), index.metric))
-    return schemas.Groups(version=version.manifest.version, groups=[rows.tolist() for rows in found])
+    return [rows.tolist() for rows in found]
 
 
 @about.get("/healthz")
-async def health(service: TheService) -> schemas.Health:
-    """Check that the server is running."""
-    return schemas.Health(status="ok", version=__version__, indexes=len(service.served))
+async def health(service: TheService) -> dict[str, str | int]:
+    """Check that the server is running, and return its version and its number of indexes."""
+    return {"status": "ok", "version": __version__, "indexes": len(service.served)}
 
 
 @about.get(
     "/metrics",
     response_class=Response,
     dependencies=[Depends(may_read)],
-    responses={200: {"content": {"text/plain": {}}}, **schemas.problems(401)},
+    responses={200: {"content": {"text/plain": {}}}},
 )
 async def prometheus() -> Response:
     """Return metrics in the Prometheus text format."""
@@ -108,18 +104,26 @@ async def indexes(request: Request, response: Response, service: TheService) -> 
     if token := request.app.state.private:
         secure = request.url.scheme == "https"
         response.set_cookie(*cookie(token), path="/v1", secure=secure, httponly=True, samesite="strict")
-    described = [one.now.describe(changes=changes) for one in service.served.values()]
-    makes = changes and (service.maker is not None or any(one.images for one in described))
-    return schemas.Indexes(indexes=described, makes=makes, labels=request.app.state.labelling is not None)
+    makes = changes and (service.maker is not None or any(one.now.backbone for one in service.served.values()))
+    labels = request.app.state.labelling is not None
+    return schemas.Indexes(indexes=list(service.served), changes=changes, makes=makes, labels=labels)
 
 
 @reads.get("/indexes/{name}")
-async def index(request: Request, version: Now) -> schemas.WholeIndex:
+async def index(request: Request, version: Now) -> schemas.IndexFacts:
     """Describe an index, its classes and the source of its settings."""
-    index, facts = version.index, dict(version.describe(changes=request.app.state.token is not None))
-    pairs = enumerate(zip(index.class_names, index.counts, strict=True))
-    classes = [schemas.IndexClass(class_id=class_id, label=label, keys=keys) for class_id, (label, keys) in pairs]
-    return schemas.WholeIndex(**facts, classes=classes, templates=index.templates, provenance=index.provenance)
+    index, fitted, manifest = version.index, version.index.fitted, version.manifest
+    return schemas.IndexFacts(
+        **vars(index.settings) | index.settings.shown(), name=version.name, version=manifest.version,
+        created_at=manifest.created_at, change=manifest.change, changes=request.app.state.token is not None,
+        n_keys=index.n, class_names=index.class_names, counts=list(index.counts), d=index.d,
+        index=index.index_type, exact_search=index.exact_search,
+        backbone=str(index.backbone) if index.backbone else None,
+        images=version.backbone is not None, text=index.has_text, templates=index.templates,
+        metric=fitted.metric if fitted else "none",
+        values=fitted.values if fitted else "one-hot" if index.values is None else "trained",
+        levels=list(index.groups.levels) if index.groups else [], provenance=index.provenance,
+    )  # fmt: skip
 
 
 @reads.get("/indexes/{name}/keys", response_model=schemas.KeyPage)
@@ -133,13 +137,9 @@ async def keys(
     limit: Annotated[int, Query(ge=1, le=10_000)] = 50,
 ) -> Response:
     """List one page of the keys, with their labels and sources."""
-
-    def call() -> Row:
-        found = version.index.find(label, source, key_id)
-        page, now = list(_pictured(service, version, found.slice(offset, limit))), version.manifest.version
-        return {"version": now, "total": len(found), "offset": offset, "limit": limit, "keys": page}
-
-    return json_of(await service.find(call))
+    found = await service.find(version.index.find, label, source, key_id)
+    page = await service.find(lambda: list(_pictured(service, version, found.slice(offset, limit))))
+    return json_of({"total": len(found), "keys": page})
 
 
 def _pictured(service: Service, one: Version | Served, keys: pa.Table, past: str = "") -> Iterator[dict[str, Any]]:
@@ -156,7 +156,6 @@ async def image(
     key_id: schemas.KeyId,
     size: Size = 160,
     version: Annotated[schemas.VersionNumber | None, Query(description="Version that has the key.")] = None,
-    if_none_match: Annotated[str | None, Header(include_in_schema=False)] = None,
 ) -> Response:
     """Return a thumbnail of a shot as a JPEG image."""
     if version is None:
@@ -172,14 +171,10 @@ async def image(
         data = await service.thumbnail_of_file(path, size, found["digest"][0].as_py())
     except (OSError, InputError) as error:
         raise Problem(404, f"key {key_id}: its image cannot be read ({error})") from None
-    tag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
-    headers = {"etag": tag, "cache-control": "private, max-age=60"}
-    if if_none_match == tag:
-        return Response(status_code=304, headers=headers)
-    return Response(data, headers=headers, media_type="image/jpeg")
+    return jpeg(data, seconds=60)
 
 
-@reads.get("/indexes/{name}/map", response_model=schemas.Map, responses=SLOW)
+@reads.get("/indexes/{name}/map", response_model=schemas.Map)
 async def map_of(
     service: TheService,
     version: Now,
@@ -196,36 +191,27 @@ async def map_of(
         return projected(index, method, limit)
 
     found = await service.once(version, ("map", method, limit), call, slowest=method != "pca")
-    x, y = found.places.T.copy()
-    return json_of({
-        "version": version.manifest.version, "method": method, "methods": methods(), "total": index.n,
-        "key_ids": found.key_ids, "class_ids": found.class_ids, "x": x, "y": y, "explained": found.explained,
-        "axes": None if found.axes is None else list(found.axes),
-    })  # fmt: skip
+    return json_of({"methods": methods(), "total": index.n} | vars(found))
 
 
-@reads.get("/indexes/{name}/audit", response_model=schemas.Audit, responses=SLOW)
+@reads.get("/indexes/{name}/audit", response_model=list[Row])
 async def audit(
     service: TheService,
     version: Now,
     limit: Annotated[int, Query(ge=1, le=SUSPICIOUS)] = 100,
     borderline: Annotated[bool, Query(description="Whether to include borderline cases.")] = False,
 ) -> Response:
-    """List shots that look mislabelled, starting with the most suspicious ones."""
+    """List shots that look mislabelled, as `index audit` does, starting with the most suspicious ones."""
     index = version.index
     if index.n > AUDITED:
         many = f"the index has {index.n:,} keys, but at most {AUDITED:,} can be audited here"
         raise Problem(422, f"{many}; run retrieval-tip index audit {version.name}")
 
-    def call() -> tuple[int, list[Row]]:
-        table = audited(index.in_memory(), borderline=borderline)
-        return len(table), table.slice(0, SUSPICIOUS).to_pylist()
-
-    total, suspicious = await service.once(version, ("audit", borderline), call)
-    return json_of({"version": version.manifest.version, "total": total, "shots": suspicious[:limit]})
+    call = partial(audited, index.in_memory(), borderline=borderline)
+    return json_of((await service.once(version, ("audit", borderline), call)).slice(0, limit).to_pylist())
 
 
-@reads.get("/indexes/{name}/accuracy", responses=SLOW)
+@reads.get("/indexes/{name}/accuracy")
 async def accuracy(service: TheService, version: Now) -> schemas.Accuracy:
     """Estimate the accuracy by cross-validation on the shots.
 
@@ -235,18 +221,13 @@ async def accuracy(service: TheService, version: Now) -> schemas.Accuracy:
     found: ShotEstimate = {}
     if version.index.n <= service.limits.estimated:
         found = await service.once(version, "accuracy", lambda: estimate(version.index.in_memory()))
-    low, high = found.get("interval", (None, None))
-    weakest = [schemas.WeakClass(label=name, right=right, photos=n) for name, right, n in found.get("weakest", ())]
-    known: dict[str, Any] = {**dict.fromkeys(schemas.Accuracy.model_fields), **found}
-    known |= {"version": version.manifest.version, "low": low, "high": high, "weakest": weakest}
-    return schemas.Accuracy(**known)
+    return schemas.Accuracy(version=version.manifest.version, **found)
 
 
-@reads.get("/indexes/{name}/history", response_model=schemas.History)
+@reads.get("/indexes/{name}/history", response_model=list[schemas.PastVersion])
 async def history(service: TheService, one: Named) -> Response:
     """List all versions that are kept, starting with the oldest."""
-    versions = (await service.find(one.place.history)).select(schemas.HISTORY)
-    return json_of({"version": one.now.manifest.version, "versions": versions.to_pylist()})
+    return json_of((await service.find(one.place.history)).select(schemas.HISTORY).to_pylist())
 
 
 @reads.get("/indexes/{name}/history/{version}")
@@ -288,17 +269,14 @@ def _labels_at(one: Served, version: int) -> pa.Table:
         raise Problem(404, str(error)) from None
 
 
-@reads.get("/indexes/{name}/exemplars", responses=SLOW)
-async def exemplars(service: TheService, version: Now) -> schemas.Exemplars:
-    """Return a typical shot of each class, and the mean similarity of shots."""
+@reads.get("/indexes/{name}/exemplars", response_model=list[schemas.Key])
+async def exemplars(service: TheService, version: Now) -> Response:
+    """Return a typical shot of each class, which is the one that is closest to the mean of its class."""
 
-    def call() -> schemas.Exemplars:
-        found = typical_keys(version.index)
-        keys = version.index.find(key_ids=found.key_ids).select(["class_id", "key_id", "source"])
-        shown = [schemas.Exemplar(**row) for row in _pictured(service, version, keys)]
-        return schemas.Exemplars(version=version.manifest.version, exemplars=shown, own=found.own, other=found.other)
+    def call() -> list[Row]:
+        return list(_pictured(service, version, version.index.find(key_ids=typical_keys(version.index))))
 
-    return await service.once(version, "exemplars", call)
+    return json_of(await service.once(version, "exemplars", call))
 
 
 @reads.get("/label")
@@ -307,7 +285,7 @@ async def label_status(labelling: TheLabelling) -> schemas.LabellingStatus:
     return labelling.status()
 
 
-@reads.get("/label/answers", response_model=schemas.FolderAnswers, responses=SLOW)
+@reads.get("/label/answers", response_model=schemas.FolderAnswers)
 async def label_answers(service: TheService, labelling: TheLabelling) -> Response:
     """Return the labels and answers of all photos that have been read. Until there are labels, there are none."""
     version, labels, photos = labelling.version(), labelling.labels(), labelling.photos
@@ -330,7 +308,7 @@ async def label_answers(service: TheService, labelling: TheLabelling) -> Respons
             groups = [[rows[no_match[row]] for row in own] for own in alike]
     found |= {photo: {"label": label.label, "guesses": [], "no_match": False} for photo, label in labels.items()}
     listed = [{"photo": photo, "name": photos.names[photo], "label": None} | found[photo] for photo in shown]
-    return json_of({"version": version and version.manifest.version, "photos": listed, "groups": groups})
+    return json_of({"photos": listed, "groups": groups})
 
 
 @reads.get("/label/photos/{photo}/feature", response_class=Response, responses=BYTES)
@@ -363,7 +341,12 @@ async def label_image(
         data = await service.thumbnail(path, lambda: labelling.photos.reader.read(path), size)
     except InputError as error:
         raise Problem(404, f"photo {photo}: cannot be read ({error})") from None
-    return Response(data, headers={"cache-control": "private, max-age=3600"}, media_type="image/jpeg")
+    return jpeg(data, seconds=3600)
+
+
+def jpeg(data: bytes, seconds: int) -> Response:
+    """Return an image, which the browser may keep for some seconds."""
+    return Response(data, headers={"cache-control": f"private, max-age={seconds}"}, media_type="image/jpeg")
 
 
 def json_of(answer: object) -> Response:

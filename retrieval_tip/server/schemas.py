@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal
 
 import pyarrow as pa
 from pydantic import AfterValidator, BaseModel, Field, WithJsonSchema
 
+from retrieval_tip.errors import Skipped
 from retrieval_tip.labelling.placing import Action
-from retrieval_tip.labelling.queue import Picked
+from retrieval_tip.labelling.progress import Estimate
 from retrieval_tip.predictions import SCHEMA
 from retrieval_tip.server.problems import MEDIA
 from retrieval_tip.server.uploads import class_name, index_name
@@ -46,20 +47,10 @@ class ClassifyOptions(BaseModel):
     norms: Norms = Field("check", description=NORMS)
 
 
-class Move(BaseModel, extra="forbid"):
-    """The key ids of shots and their new label, which must be a class of the index."""
-
-    key_ids: Annotated[list[KeyId], Field(max_length=100_000)]
-    label: Label
-
-
 class Relabel(BaseModel, extra="forbid"):
-    """The new label of the shots ``key_ids``, or of all shots of the class ``of``, or several ``moves`` instead."""
+    """The new labels of shots, by key id. Each label must be a class of the index."""
 
-    label: Label | None = None
-    key_ids: Annotated[list[KeyId], Field(max_length=100_000)] | None = None
-    of: Label | None = None
-    moves: Annotated[list[Move], Field(max_length=10_000)] | None = None
+    labels: Annotated[dict[KeyId, Label], Field(min_length=1, max_length=100_000)]
 
 
 class Rename(BaseModel, extra="forbid"):
@@ -171,10 +162,8 @@ class ProblemAnswer(BaseModel):
     detail: str
 
 
-def problems(*statuses: int) -> dict[int | str, dict[str, object]]:
-    """Describe the error responses of a route, given their statuses."""
-    content = {MEDIA: {"schema": ProblemAnswer.model_json_schema()}}
-    return {status: {"description": "Problem (RFC 9457)", "content": content} for status in statuses}
+PROBLEM = {"description": "Problem (RFC 9457)", "content": {MEDIA: {"schema": ProblemAnswer.model_json_schema()}}}
+"""Description of every response that is not described otherwise."""
 
 
 def _schema_of(kind: pa.DataType) -> Row:
@@ -212,19 +201,17 @@ Result = Annotated[
 ]
 
 
-class Unread(BaseModel):
-    """An input that cannot be read, and the reason."""
+class Indexes(BaseModel):
+    """The names of the served indexes, and what this server allows.
 
-    input: str
-    reason: str
+    ``changes`` tells whether it accepts changes, ``makes`` whether it can create indexes, and ``labels`` whether photos
+    can be labelled here.
+    """
 
-
-class Health(BaseModel):
-    """The server status, the package version and the number of served indexes."""
-
-    status: Literal["ok"]
-    version: str
-    indexes: int
+    indexes: list[str]
+    changes: bool
+    makes: bool
+    labels: bool
 
 
 class UsedSettings(BaseModel):
@@ -238,14 +225,19 @@ class UsedSettings(BaseModel):
 
 
 class IndexFacts(UsedSettings):
-    """A description of the current version of an index."""
+    """A description of the current version of an index.
+
+    ``counts`` are the numbers of keys of the classes. ``provenance`` is the source of the settings.
+    """
 
     name: str
     version: int
     created_at: str
     change: str
+    changes: bool
     n_keys: int
-    n_classes: int
+    class_names: list[str]
+    counts: list[int]
     d: int
     logit_scale: float
     index: str
@@ -253,166 +245,68 @@ class IndexFacts(UsedSettings):
     backbone: str | None
     images: bool
     text: bool
+    templates: list[str]
     least_cache: float | None
     log_offset: float | None
     gamma: float
     metric: str
     values: str
     levels: list[str]
-    changes: bool
-
-
-class Indexes(BaseModel):
-    """The served indexes, whether this server can create new indexes, and whether photos can be labelled here."""
-
-    indexes: list[IndexFacts]
-    makes: bool
-    labels: bool
-
-
-class IndexClass(BaseModel):
-    """A class and the number of its keys."""
-
-    class_id: int
-    label: str
-    keys: int
-
-
-class WholeIndex(IndexFacts):
-    """A description of an index that includes its classes, prompt templates and the source of its settings."""
-
-    classes: list[IndexClass]
-    templates: list[str]
     provenance: Row
 
 
 class KeyPage(BaseModel):
     """One page of the matching keys, and the total number of matching keys."""
 
-    version: int
     total: int
-    offset: int
-    limit: int
     keys: list[Key]
 
 
 class Map(BaseModel):
-    """Coordinates of keys in two dimensions, from -1 to 1.
+    """The fields of a :class:`projection.Projection`, the available ``methods``, and the ``total`` number of keys."""
 
-    ``explained`` is the share of the variance that each axis explains. If the method is PCA, the coordinates of a
-    feature f are ``axes[0] + f @ axes[1:]``.
-    """
-
-    version: int
-    method: str
     methods: list[str]
     total: int
     key_ids: list[int]
     class_ids: list[int]
-    x: list[float]
-    y: list[float]
+    places: list[list[float]]
     explained: list[float] | None
     axes: list[list[float]] | None
 
 
-class Audit(BaseModel):
-    """Shots that look mislabelled, in the order and format of ``retrieval-tip index audit``."""
+class Accuracy(BaseModel):
+    """The accuracy that a fit estimates on held-out shots, as fields of :class:`closed_form.FormChoice`.
 
-    version: int
-    total: int
-    shots: list[Row]
-
-
-class Shares(BaseModel):
-    """Accuracy on held-out shots with photos alone, with class names alone (``words``) and with both.
-
-    An unknown accuracy is null.
+    An unknown accuracy is null. ``weakest`` lists classes with their numbers of right answers and of held-out shots.
     """
 
-    photos: float | None
-    words: float | None
-    both: float | None
+    version: int | None = None
+    photos: float | None = None
+    words: float | None = None
+    both: float | None = None
+    interval: Sequence[float] | None = None
+    names_hurt: bool | None = None
+    weakest: Sequence[Sequence[str | int]] = ()
+    tested: int | None = None
+    classes: int | None = None
+    summary: str | None = None
 
 
-class WeakClass(BaseModel):
-    """A class with mistakes, and the number of its held-out photos that are classified correctly."""
+class ChangedIndex(BaseModel):
+    """The index and the version that a change has made, and the fields of :class:`changes.Added` that it has.
 
-    label: str
-    right: int
-    photos: int
-
-
-class Accuracy(Shares):
-    """The estimated accuracy of a version of an index, with a 95 % confidence interval and the weakest classes.
-
-    It was measured on ``tested`` of all ``classes`` with photos.
+    ``fit`` is the accuracy of the last fit. ``skipped`` lists the images that could not be read.
     """
-
-    version: int
-    low: float | None
-    high: float | None
-    tested: int | None
-    classes: int | None
-    weakest: list[WeakClass]
-
-
-class NamedIndex(BaseModel):
-    """The name and the version of an index."""
 
     index: str
     version: int
-
-
-class ChangedShots(NamedIndex):
-    """The new version of the index, and the ids of the keys that were added, removed or relabelled."""
-
-    key_ids: list[int]
-
-
-class AddedShots(ChangedShots):
-    """The keys and ``classes`` that were added.
-
-    ``known`` is the number of images that were already in the class. ``warnings`` lists new classes that are spelled
-    almost like an existing class.
-    """
-
-    classes: list[str]
-    known: int
-    duplicates: list[str]
-    warnings: list[str]
-    skipped: list[Unread]
-
-
-class GroupedIndex(NamedIndex):
-    """An index whose classes have new groups. ``warnings`` counts classes of the table that the index does not have."""
-
-    warnings: list[str]
-
-
-class Judgement(Shares):
-    """The accuracy estimated by a fit, and a sentence that summarises it."""
-
-    summary: str | None
-
-
-class FittedIndex(NamedIndex):
-    """An index that has been fitted, and its estimated accuracy."""
-
-    judged: Judgement
-
-
-class MadeIndex(FittedIndex):
-    """A new index. See :class:`AddedShots` for ``warnings``."""
-
-    warnings: list[str]
-    skipped: list[Unread]
-
-
-class History(BaseModel):
-    """All versions that are kept, starting with the oldest."""
-
-    version: int
-    versions: list[PastVersion]
+    key_ids: list[int] = []
+    classes: list[str] = []
+    known: int = 0
+    duplicates: list[str] = []
+    warnings: list[str] = []
+    skipped: list[Skipped] = []
+    fit: Accuracy
 
 
 class PhotoChange(BaseModel):
@@ -421,27 +315,6 @@ class PhotoChange(BaseModel):
     what: str
     change: str
     photos: list[Key]
-
-
-class Exemplar(BaseModel):
-    """The key that is closest to the mean of its class."""
-
-    class_id: int
-    key_id: int
-    image: str | None
-
-
-class Exemplars(BaseModel):
-    """One exemplar per class, and mean affinities.
-
-    ``own`` is the mean affinity of keys of the same class, and ``other`` is the mean affinity of keys of different
-    classes.
-    """
-
-    version: int
-    exemplars: list[Exemplar]
-    own: float | None
-    other: float | None
 
 
 class Classified(UsedSettings):
@@ -454,112 +327,31 @@ class Classified(UsedSettings):
     version: int
     results: list[Result]
     warnings: list[str]
-    skipped: list[Unread]
-
-
-class Groups(BaseModel):
-    """Groups of similar inputs, largest first. Each group lists the positions of its inputs in the request."""
-
-    version: int
-    groups: list[list[int]]
-
-
-class Guess(BaseModel):
-    """A class and its probability."""
-
-    label: str
-    probability: float
-
-
-class QueuedPhoto(BaseModel):
-    """A photo to label.
-
-    ``picked`` tells how it was chosen, and ``why`` why it was suggested. ``guesses`` lists probable classes, most
-    probable first. ``similar`` lists near-identical photos.
-    """
-
-    photo: int
-    name: str
-    picked: Picked
-    why: str | None
-    guesses: list[Guess]
-    similar: list[int]
-
-
-class RefusedLabel(BaseModel):
-    """A label that could not be saved, and the reason. A null label is a label that could not be removed."""
-
-    photo: int
-    name: str
-    label: str | None
-    reason: str
-
-
-class LabelClass(BaseModel):
-    """A class and its number of labelled photos."""
-
-    label: str
-    photos: int
-
-
-class LabelStep(BaseModel):
-    """A step that can be undone: the photos that it labelled or skipped, and their labels.
-
-    A null label was removed. ``labels`` is empty if the photos were skipped.
-    """
-
-    step: str
-    photos: list[int]
-    labels: list[str | None]
-
-
-class RightGuesses(BaseModel):
-    """The number of right guesses among the last photos that were labelled from the queue, of which there are ``n``."""
-
-    right: int
-    n: int
-
-
-class FolderPhoto(BaseModel):
-    """A photo of the labelled folder: its label or, without one, its most probable classes.
-
-    ``no_match`` tells whether it resembles no example. ``similar`` lists what this photo and similar photos give to
-    the probability of its first class (``input``, ``gives``), and their classes alone (``label``).
-    """
-
-    photo: int
-    name: str
-    label: str | None
-    guesses: list[Guess]
-    no_match: bool
-    similar: list[Row] = []
+    skipped: list[Skipped]
 
 
 class FolderAnswers(BaseModel):
-    """The labels and answers of all photos that have been read, and groups of similar photos without a match."""
+    """The answers to all photos that have been read, as :func:`labels.guesses` returns them, and groups of photos.
 
-    version: int | None
-    photos: list[FolderPhoto]
+    Each photo has its number (``photo``), ``name`` and ``label``. The photos of a group are similar, and have no match.
+    """
+
+    photos: list[Row]
     groups: list[list[int]]
 
 
 class LabelProgress(BaseModel):
-    """The estimated accuracy on unlabelled photos and number of wrong answers to them, with 95 % confidence intervals.
+    """The :class:`progress.Estimate` for the unlabelled photos.
 
     ``drawn`` is the number of random photos that are labelled. If it is below ``needed``, or if the index is very
-    large, the accuracy is null. ``gain`` is the expected gain from ``more`` labels. ``review`` tells whether reviewing
+    large, there is no estimate. ``gain`` is the expected gain from ``more`` labels. ``review`` tells whether reviewing
     the least certain answers takes less work than labelling these photos, and ``done`` whether less than 2 % of all
     photos are wrong, at the upper end of the interval.
     """
 
     drawn: int
     needed: int
-    accuracy: float | None = None
-    low: float | None = None
-    high: float | None = None
-    wrong: float | None = None
-    least_wrong: int | None = None
-    most_wrong: int | None = None
+    estimate: Estimate | None = None
     more: int | None = None
     gain: float | None = None
     review: bool = False
@@ -571,9 +363,12 @@ class LabellingStatus(BaseModel):
 
     ``version`` is null until the first label is saved. ``photos`` is the number of readable photos. ``encoded``,
     ``labelled`` and ``unsaved`` count the encoded photos, the labelled photos, and the labels that are not saved yet.
-    ``steps`` lists the last 100 steps, which can be undone, oldest first. ``guessed`` counts the right guesses for the
-    photos of the last 20 of these steps. ``refused`` lists the unsaved labels that the index did not accept. ``busy``
-    tells whether the state will change soon. ``problem`` is an error in the background.
+    ``classes`` are the classes with their numbers of labelled photos. ``queue`` lists the next photos as
+    :class:`queue.Queued`, with their names, guesses and near-identical photos (``similar``). ``steps`` lists the last
+    100 steps, which can be undone, oldest first, with the numbers of their ``photos`` and, unless they were skipped,
+    their ``labels``. ``guessed`` tells whether the guesses for the photos of the last 20 of these steps were right.
+    ``refused`` lists the unsaved labels that the index did not accept, and why. ``busy`` tells whether the state will
+    change soon. ``problem`` is an error in the background.
     """
 
     index: str
@@ -582,11 +377,11 @@ class LabellingStatus(BaseModel):
     encoded: int
     labelled: int
     unsaved: int
-    classes: list[LabelClass]
-    queue: list[QueuedPhoto]
-    steps: list[LabelStep]
-    guessed: RightGuesses
-    refused: list[RefusedLabel]
+    classes: dict[str, int]
+    queue: list[Row]
+    steps: list[Row]
+    guessed: list[bool]
+    refused: list[Row]
     progress: LabelProgress | None
     busy: bool
     problem: str | None
@@ -597,4 +392,4 @@ class SortedPhotos(BaseModel):
 
     summary: str
     undo: str
-    skipped: list[Unread]
+    skipped: list[Skipped]

@@ -25,7 +25,7 @@ from retrieval_tip.files import real
 from retrieval_tip.index import places
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.logits import LOGITS, slices
-from retrieval_tip.server import metrics, schemas
+from retrieval_tip.server import metrics
 from retrieval_tip.server.schemas import Row
 from retrieval_tip.settings import Ask, Precision, Verify
 from retrieval_tip.store.manifest import Manifest
@@ -90,19 +90,6 @@ class Version:
         near = self.index.similar(features, SIMILAR, norms="keep")
         similar = ([{"key_id": shot.key_id, "affinity": shot.affinity} for shot in own] for own in near)
         return [{"feature": feature, "similar": own} for feature, own in zip(features, similar, strict=True)]
-
-    def describe(self, *, changes: bool) -> schemas.IndexFacts:
-        """Return a description of the index. ``changes`` tells whether the server accepts changes."""
-        index, fitted = self.index, self.index.fitted
-        return schemas.IndexFacts(
-            **vars(index.settings) | index.settings.shown(), name=self.name, version=self.manifest.version,
-            created_at=self.manifest.created_at, change=self.manifest.change, changes=changes,
-            n_keys=index.n, n_classes=len(index.class_names), d=index.d, index=index.index_type,
-            exact_search=index.exact_search, backbone=str(index.backbone) if index.backbone else None,
-            images=self.backbone is not None, text=index.has_text, metric=fitted.metric if fitted else "none",
-            values=fitted.values if fitted else "one-hot" if index.values is None else "trained",
-            levels=list(index.groups.levels) if index.groups else [],
-        )  # fmt: skip
 
 
 class Backbones:

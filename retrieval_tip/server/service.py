@@ -23,13 +23,13 @@ import torch
 from retrieval_tip.backbones.base import Backbone, unit_of
 from retrieval_tip.data import images
 from retrieval_tip.data.reader import FloatArray, pixels_of
-from retrieval_tip.errors import InputError
+from retrieval_tip.errors import InputError, Skipped
 from retrieval_tip.index.places import Place
 from retrieval_tip.server import metrics, schemas
 from retrieval_tip.server.batching import Kept, Lane, Turn, admit
 from retrieval_tip.server.limits import ROWS_PER_IMAGE, Limits
 from retrieval_tip.server.problems import NAMED, Problem
-from retrieval_tip.server.schemas import Row, Unread
+from retrieval_tip.server.schemas import Row
 from retrieval_tip.server.served import NEIGHBOUR_CELLS, SIMILAR, Backbones, Maker, Served, Version
 from retrieval_tip.server.uploads import Photos, Sent
 from retrieval_tip.settings import Ask
@@ -180,7 +180,7 @@ class Service:
             size = f"{rows * cells:,} numbers (a neighbour counts as {NEIGHBOUR_CELLS}), above {self.limits.cells:,}"
             most = f"{self.limits.cells // cells or 1} at once, or reduce features, logits, neighbours, top or k"
             raise Problem(422, f"{rows} inputs: the answers would contain {size}; send at most {most}")
-        skipped: list[Unread] = []
+        skipped: list[Skipped] = []
         names, queries = sent.names, list(sent.features) if sent.features is not None else []
         if sent.features is not None:
             admit(sent.client, self.limits.queue, self._decoding, self._answer)
@@ -210,7 +210,7 @@ class Service:
             warnings=[*cautions, *unsure], skipped=skipped,
         )  # fmt: skip
 
-    async def labelled(self, sent: Sent, backbone: Backbone) -> tuple[list[tuple[str, bytes]], list[Unread]]:
+    async def labelled(self, sent: Sent, backbone: Backbone) -> tuple[list[tuple[str, bytes]], list[Skipped]]:
         """Return the labels and bytes of the uploaded images that can be decoded, and the unreadable images."""
 
         async def nothing(_: torch.Tensor) -> None: ...
@@ -220,7 +220,7 @@ class Service:
 
     async def _decoded(
         self, sent: Sent, backbone: Backbone, use: Callable[[torch.Tensor], Awaitable[T | InputError]]
-    ) -> tuple[dict[int, T], list[Unread]]:
+    ) -> tuple[dict[int, T], list[Skipped]]:
         """Decode images and pass each to ``use``. Return the results by position, and the unreadable images."""
 
         async def used(turn: Turn[Backbone, bytes, torch.Tensor | InputError]) -> T | InputError:
@@ -238,9 +238,9 @@ class Service:
         with self._decoding.turns(sent.client, backbone, [[data] for data in sent.images], costs) as turns:
             made = await asyncio.gather(*map(used, turns))
         pairs = zip(sent.names, made, strict=True)
-        skipped = [Unread(input=name, reason=str(one)) for name, one in pairs if isinstance(one, InputError)]
+        skipped = [Skipped(name, str(one)) for name, one in pairs if isinstance(one, InputError)]
         if len(skipped) == len(made):
-            lines = [f"{one.input}: {one.reason}" for one in skipped]
+            lines = list(map(str, skipped))
             raise Problem(422, "; ".join(lines[:NAMED]) + (f"; and {len(lines) - NAMED} more" if lines[NAMED:] else ""))
         return {place: one for place, one in enumerate(made) if not isinstance(one, InputError)}, skipped
 

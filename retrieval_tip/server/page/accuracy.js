@@ -40,7 +40,7 @@ async function show() {
     await pause(STEP);
     from += Math.sign(now.both - from) / 100;
   }
-  if (info === state.info) $("index-accuracy").textContent = `${percent(now.both)} accurate (${whole(now.low)}–${whole(now.high)})`;
+  if (info === state.info) $("index-accuracy").textContent = `${percent(now.both)} accurate (${now.interval.map(whole).join("–")})`;
 }
 for (const event of ["index", "version"]) state.addEventListener(event, show);
 

@@ -59,14 +59,14 @@ async function listed() {
 
 const start = (prefer = null) =>
   attempt($("problem"), async () => {
-    const { indexes: served, makes, labels } = await listed();
-    names = served.map(({ name }) => name);
-    state.mayChange = makes || served.some(({ changes }) => changes);
+    const { indexes, changes, makes, labels } = await listed();
+    names = indexes;
+    state.mayChange = changes;
     state.dispatchEvent(new Event("indexes"));
     $("tab-label").hidden = !labels;
     document.body.classList.toggle("labelling", labels);
-    if (labels && !session.now) await session.fetch();
-    if (labels && !location.hash) location.hash = "#label";
+    if (labels && !location.hash) location.hash = "#label"; // this screen fetches the session itself
+    if (labels && !session.now && location.hash !== "#label") await session.fetch();
     if (!names.length && state.info) return location.reload(); // the last one was deleted
     $("index-list").replaceChildren(...names.map((name) => el("li", {}, button(name, () => choose(name)))));
     showOpen();
@@ -89,7 +89,7 @@ function showOpen() {
   $("index-changes").hidden = !info?.changes;
   for (const { firstChild: one } of $("index-list").children) one.setAttribute("aria-current", String(one.textContent === info?.name));
   if (!info) return;
-  $("index-facts").textContent = `${plural(info.n_keys, "photo")}, ${plural(info.n_classes, "class", "classes")}`;
+  $("index-facts").textContent = `${plural(info.n_keys, "photo")}, ${plural(info.counts.length, "class", "classes")}`;
   $("index-facts").title = `version ${info.version}`;
   $("index-facts").dataset.version = info.version;
 }
@@ -111,8 +111,8 @@ $("index-duplicate").addEventListener("click", async () => {
   if (other) await change(`Duplicated “${name}” as “${other}”.`, () => state.duplicateIndex(other));
 });
 $("index-delete").addEventListener("click", async () => {
-  const { name, n_keys: n, n_classes: c } = state.info;
-  const text = `Its ${plural(n, "example photo")} in ${plural(c, "class", "classes")} and all its versions are deleted. You cannot undo this.`;
+  const { name, n_keys: n, counts } = state.info;
+  const text = `Its ${plural(n, "example photo")} in ${plural(counts.length, "class", "classes")} and all its versions are deleted. You cannot undo this.`;
   if (await confirmed(`Delete “${name}”?`, text, "Delete", { kind: "danger" })) await change(`Deleted “${name}”.`, state.deleteIndex);
 });
 for (const menu of document.querySelectorAll(".menu")) menu.addEventListener("click", (event) => event.target.closest("button, a") && menu.hidePopover());

@@ -3,7 +3,7 @@
 import { gained } from "./accuracy.js";
 import * as api from "./api.js";
 import { looked, photos } from "./classify.js";
-import { confirmed } from "./dialogs.js";
+import { askName, confirmed } from "./dialogs.js";
 import { $, attempt, button, count, cut, debounced, el, failure, isFor, named, nameOf, picks, picture, plural, refill, short } from "./dom.js";
 import { Grid } from "./grid.js";
 import { fetchHistory, showHistory } from "./history.js";
@@ -63,7 +63,6 @@ async function changed(what, change, heading) {
     const done = await change();
     if (!done) return;
     grid.select([]);
-    keyMap.unmark();
     $("audit-next").hidden = false;
     $("audit-next").lastElementChild.textContent = `retrieval-tip sort ${quoted(state.info.name)} photos --into fixed`;
     const told = [what, ...(done.warnings ?? [])].join(". ");
@@ -80,7 +79,7 @@ const quoted = (word) => (/^[\w.-]+$/.test(word) ? word : `'${word.replaceAll("'
 const examples = (number) => plural(number, "example photo");
 const idsOf = (some) => some.map(({ key_id: id }) => id);
 const move = (some, label, heading) =>
-  changed(`Moved ${examples(some.length)} to ${label}`, () => state.relabel([{ label, key_ids: idsOf(some) }]), heading);
+  changed(`Moved ${examples(some.length)} to ${label}`, () => state.relabel(some.map((shot) => [shot.key_id, label])), heading);
 
 async function remove(some, heading) {
   const shown = [picture(some[0].image, 160, nameOf(some[0].source)), el("p", {}, ...described(some[0]))];
@@ -103,7 +102,7 @@ function showAbout() {
     name: info.name,
     version: `${info.version} (${info.change}), ${new Date(info.created_at).toLocaleString()}`,
     "example photos": count(info.n_keys),
-    classes: count(info.n_classes),
+    classes: count(info.counts.length),
     groups: info.levels.slice(1).join(", "),
     encoder: info.backbone ?? "none (only features are accepted)",
   });
@@ -137,17 +136,18 @@ const classes = new Part(
   ([exemplars, accuracy]) => {
     const { info } = state;
     const images = new Map(exemplars.map((one) => [one.class_id, one.image]));
-    const weakest = new Map((accuracy?.weakest ?? []).map((one) => [one.label, one]));
+    const weakest = new Map((accuracy?.weakest ?? []).map(([label, right, photos]) => [label, `${right} of ${photos} right`]));
     const place = new Map([...weakest.keys()].map((label, i) => [label, i]));
     const doubted = Map.groupBy(listed, ({ label }) => label);
     const wanted = $("classes-filter").value.trim().toLowerCase();
-    const found = info.classes
+    const found = state.labels
+      .map((label, id) => ({ label, keys: info.counts[id], image: images.get(id) }))
       .filter(({ label }) => label.toLowerCase().includes(wanted))
       .sort((a, b) => (place.get(a.label) ?? Infinity) - (place.get(b.label) ?? Infinity) || 0); // weakest classes first
-    $("classes-count").textContent = found.length < info.n_classes ? `${count(found.length)} of ${count(info.n_classes)}` : count(found.length);
+    $("classes-count").textContent = found.length < info.counts.length ? `${count(found.length)} of ${count(info.counts.length)}` : count(found.length);
     $("classes-add").hidden = !info.changes || !info.images;
     for (const id of ["classes-hint", "classes-edit"]) $(id).hidden = !info.changes;
-    const card = (one) => classCard(one, images.get(one.class_id), weakest.get(one.label), doubted.get(one.label)?.length);
+    const card = (one) => classCard(one, weakest.get(one.label), doubted.get(one.label)?.length);
     const shown = allCards ? found : found.slice(0, CARDS);
     refill($("classes-list"), shown.map(card));
     $("classes-all").hidden = shown.length === found.length;
@@ -156,9 +156,8 @@ const classes = new Part(
   },
 );
 
-function classCard({ label, keys }, image, weak, doubted) {
-  const judged = weak ? `${weak.right} of ${weak.photos} right` : "";
-  const needs = [judged, keys < FEW ? "needs more photos" : doubted ? `${doubted} to check` : ""].filter(Boolean).join(", ");
+function classCard({ label, keys, image }, weak, doubted) {
+  const needs = [weak, keys < FEW ? "needs more photos" : doubted ? `${doubted} to check` : ""].filter(Boolean).join(", ");
   const show = () => {
     $("shots-class").value = label;
     shots.load();
@@ -174,7 +173,7 @@ function classCard({ label, keys }, image, weak, doubted) {
   const whole = button(parts, show, { title: `Example photos of ${label}`, data: { label, keys } });
   if (!state.info.changes) return el("li", {}, whole);
   const act = (text, said, onclick) => button(text, onclick, { class: "quiet", aria: { label: said } });
-  const other = act("Rename", `Rename ${label}`, ({ target }) => rename(label, target));
+  const other = act("Rename", `Rename ${label}`, () => rename(label));
   const wanted = () => {
     location.hash = "#teach";
     state.dispatchEvent(new CustomEvent("wanted", { detail: label }));
@@ -217,30 +216,15 @@ $("classes-list").addEventListener("dragend", () => (mark(null), (dragged = null
 
 const merge = (label, into) => changed(`Merged ${label} into ${into}`, () => state.rename(label, into), $("classes-title"));
 
-let renamed = ""; // the class whose name is edited
-const isTaken = (name) => name !== renamed && state.labels.includes(name);
-
-/** Edit the name of a class beside its button. If another class already has the new name, the two are merged. */
-function rename(label, source) {
-  renamed = label;
-  $("naming-label").value = label;
-  tellName();
-  $("naming").showPopover({ source });
-  $("naming-label").select();
+/** Ask for the new name of a class. If another class already has it, the two are merged. */
+async function rename(label) {
+  const isTaken = (name) => name !== label && state.labels.includes(name);
+  const hint = (name) => (isTaken(name) ? `“${name}” already exists. The two classes will be merged.` : "");
+  const name = await askName(`Rename “${label}”`, label, "Rename", hint);
+  if (!name || name === label) return;
+  if (isTaken(name)) merge(label, name);
+  else changed(`Renamed ${label} to ${name}`, () => state.rename(label, name), $("classes-title"));
 }
-
-function tellName() {
-  const name = $("naming-label").value.trim();
-  $("naming-go").textContent = isTaken(name) ? "Merge" : "Rename";
-  $("naming-hint").textContent = isTaken(name) ? `${name} already exists. The two classes will be merged.` : "";
-}
-
-$("naming-label").addEventListener("input", tellName);
-named($("naming"), (name) => {
-  $("naming").hidePopover();
-  if (isTaken(name)) merge(renamed, name);
-  else if (name !== renamed) changed(`Renamed ${renamed} to ${name}`, () => state.rename(renamed, name), $("classes-title"));
-});
 
 // --- example photos ---
 
@@ -282,8 +266,7 @@ const shots = new Part(
     $("shots-count").textContent = count(total);
     const before = new Map(grid.items.map((shot) => [shot.key_id, shot])); // keeping the same objects keeps the selection
     const all = keys.map((shot) => Object.assign(before.get(shot.key_id) ?? { id: `shot-${shot.key_id}` }, shot));
-    const groupOf = ({ label }) => label;
-    grid.show(all, new Set(all.map(groupOf)).size > 1 ? groupOf : null);
+    grid.show([...Map.groupBy(all, ({ label }) => label).values()].flat());
     if (!total) return "No example photos match this filter.";
     if (keys.length < total) return `These are the first ${count(keys.length)}. Use the filters to find the others.`;
     return state.info.changes ? "" : "This server is read-only, so you cannot move or remove examples.";
@@ -374,7 +357,7 @@ const audit = new Part(
     pictured = await state.pictured();
     return state.get("/audit", { borderline: $("audit-all").checked, limit: SUSPECTS }, options);
   },
-  ({ shots: all }) => {
+  (all) => {
     suspects = all.map((shot) => ({
       ...shot,
       suggested: shot.suggested === shot.label ? null : shot.suggested, // the same image is also in another class
@@ -407,9 +390,8 @@ function showSuspects() {
 }
 
 function moveAll() {
-  const byClass = Map.groupBy(movable(), (shot) => shot.suggested);
-  const moves = [...byClass].map(([label, some]) => ({ label, key_ids: idsOf(some) }));
-  return changed(`Corrected ${plural(movable().length, "label")}`, () => state.relabel(moves), $("audit-title"));
+  const moves = movable().map((shot) => [shot.key_id, shot.suggested]);
+  return changed(`Corrected ${plural(moves.length, "label")}`, () => state.relabel(moves), $("audit-title"));
 }
 $("audit-all").addEventListener("change", () => audit.load());
 $("audit-move-all").addEventListener("click", moveAll);

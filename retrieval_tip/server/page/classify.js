@@ -143,7 +143,7 @@ function relabel(pairs) {
 
 /** Return how many of the photos without a label are expected to be wrong, or "" if this is not known. */
 function expected(rest) {
-  const { wrong, least_wrong: least, most_wrong: most } = session.now?.progress ?? {};
+  const { wrong, least_wrong: least, most_wrong: most } = session.now?.progress?.estimate ?? {};
   return !rest || wrong == null ? "" : `, about ${count(Math.round(wrong))} of them wrong (${count(least)}–${count(most)})`;
 }
 
@@ -277,7 +277,7 @@ function tile(photo, element, text, note) {
   element.style.setProperty("--p", doubtful ? winner.probability : 0);
 }
 
-// --- sorting, grouping, filtering ---
+// --- sorting, filtering ---
 
 const STATES = {
   all: () => true,
@@ -289,6 +289,7 @@ const STATES = {
 const SORTS = {
   doubt: (a, b) => (a.taught !== null) - (b.taught !== null) || b.rank - a.rank,
   sure: (a, b) => a.rank - b.rank,
+  class: (a, b) => classOf(a).localeCompare(classOf(b)),
   name: (a, b) => a.name.localeCompare(b.name, undefined, { numeric: true }),
   new: () => 0,
 };
@@ -308,8 +309,7 @@ function arrange() {
     (photo) => is(photo) && (!wanted || `${classOf(photo)}\n${photo.name}`.toLowerCase().includes(wanted)),
   );
   const found = busy() ? kept : kept.sort(SORTS[$("sort").value]); // photos keep their places while answers arrive
-  if ($("group").checked) grid.show(found.toSorted((a, b) => classOf(a).localeCompare(classOf(b))), (photo) => classOf(photo) || "No match");
-  else grid.show(found);
+  grid.show(found);
   $("nothing").hidden = found.length > 0 || !photos.length;
   progress();
 }
@@ -318,7 +318,7 @@ $("filters").addEventListener("click", () => {
   const open = $("bar").classList.toggle("open");
   $("filters").setAttribute("aria-expanded", String(open));
 });
-for (const id of ["sort", "group", "filter-state"]) $(id).addEventListener("change", () => resort());
+for (const id of ["sort", "filter-state"]) $(id).addEventListener("change", () => resort());
 $("filter").addEventListener("input", debounced(120, arrange));
 
 // --- one photo ---
@@ -347,7 +347,7 @@ drawer.setUp({
 // --- several photos ---
 
 /** Return the names of all classes, including those whose labels are not saved yet. */
-const classNames = () => [...new Set([...state.labels, ...(session.now?.classes ?? []).map(({ label }) => label)])];
+const classNames = () => [...new Set([...state.labels, ...Object.keys(session.now?.classes ?? {})])];
 
 const acting = () => (grid.selected.size ? grid.items.filter((photo) => grid.selected.has(photo)) : grid.active ? [grid.active] : []);
 

@@ -6,7 +6,6 @@ const GAP = 8;
 const LEAST = 152; // minimum width of a tile, in px
 const FEWEST = 3; // minimum number of columns, on phones
 const BELOW = 32; // height of the text below the image, in px
-const HEAD = 40;
 const DRAWN = 8; // a shorter movement of the mouse is a click, in px
 const LETTERS = 20; // maximum length of a text below the image
 const AHEAD = 700; // tiles are drawn up to this many px outside the window
@@ -19,9 +18,10 @@ export class Grid {
   selected = new Set();
   active = null;
   items = []; // in the order in which they are shown
-  #places = new Map(); // { x, y, row, column, at } by item, and { x, y } by heading, from top to bottom
-  #mounted = new Map(); // elements by item or heading
+  #at = new Map(); // positions by item
+  #mounted = new Map(); // elements by item
   #width = 0;
+  #columns = FEWEST;
   #wide = 0; // of a tile
   #high = 0; // of a row
   #drawn = false; // whether a rectangle has just been drawn
@@ -32,7 +32,7 @@ export class Grid {
     Object.assign(this, { element, image, tile, opened, chosen, pressed, accepted });
     addEventListener("scroll", () => this.#soon(), { passive: true, capture: true });
     // A grid on a hidden screen has no width, so its tiles keep their places.
-    new ResizeObserver(() => element.clientWidth && element.clientWidth !== this.#width && this.show(this.items, this.groupOf)).observe(element);
+    new ResizeObserver(() => element.clientWidth && element.clientWidth !== this.#width && this.show(this.items)).observe(element);
     element.addEventListener("click", (event) => this.#click(event));
     element.addEventListener("pointerdown", (event) => this.#lasso(event));
     element.addEventListener("dragstart", (event) => event.preventDefault());
@@ -40,50 +40,42 @@ export class Grid {
     element.addEventListener("focus", () => this.active ?? this.go(this.items[0]));
   }
 
-  /** Show items, with a heading for each group if `groupOf(item)` returns the name of its group. */
-  show(items, groupOf = null) {
-    Object.assign(this, { items, groupOf });
+  /** Show items. */
+  show(items) {
+    this.items = items;
     this.#width = this.element.clientWidth;
-    const columns = Math.max(FEWEST, Math.floor((this.#width + GAP) / (LEAST + GAP)));
-    const wide = (this.#wide = (this.#width + GAP) / columns - GAP);
-    const high = (this.#high = wide + BELOW + GAP);
-    let [y, row, at] = [0, 0, 0];
-    this.#places.clear();
-    for (const [label, own] of groupOf ? Map.groupBy(items, groupOf) : [[null, items]]) {
-      if (label !== null) {
-        this.#places.set({ label: `${label} · ${own.length}` }, { x: 0, y });
-        y += HEAD;
-      }
-      own.forEach((item, i) => {
-        const [down, column] = [Math.floor(i / columns), i % columns];
-        this.#places.set(item, { x: column * (wide + GAP), y: y + down * high, row: row + down, column, at: at++ });
-      });
-      row += Math.ceil(own.length / columns);
-      y += Math.ceil(own.length / columns) * high;
-    }
-    this.items = [...this.#places.keys()].filter(({ id }) => id); // in the order of the groups
-    this.element.style.height = `${Math.max(0, y - GAP)}px`;
-    this.element.style.setProperty("--tile", `${wide}px`);
-    if (this.active && !this.#places.has(this.active)) this.active = null;
-    for (const item of this.selected) if (!this.#places.has(item)) this.selected.delete(item);
+    this.#columns = Math.max(FEWEST, Math.floor((this.#width + GAP) / (LEAST + GAP)));
+    this.#wide = (this.#width + GAP) / this.#columns - GAP;
+    this.#high = this.#wide + BELOW + GAP;
+    this.#at = new Map(items.map((item, at) => [item, at]));
+    this.element.style.height = `${Math.max(0, Math.ceil(items.length / this.#columns) * this.#high - GAP)}px`;
+    this.element.style.setProperty("--tile", `${this.#wide}px`);
+    if (!this.#at.has(this.active)) this.active = null;
+    for (const item of this.selected) if (!this.#at.has(item)) this.selected.delete(item);
     this.draw();
     this.chosen();
+  }
+
+  /** Return the place of a tile in the grid. */
+  #place(item) {
+    const at = this.#at.get(item);
+    return { x: (at % this.#columns) * (this.#wide + GAP), y: Math.floor(at / this.#columns) * this.#high };
   }
 
   /** Return the items that are completely visible below a line of the window. */
   onScreen(line) {
     const { top } = this.element.getBoundingClientRect();
     const isVisible = ({ y }) => top + y >= line && top + y + this.#high - GAP <= innerHeight;
-    return this.items.filter((item) => isVisible(this.#places.get(item)));
+    return this.items.filter((item) => isVisible(this.#place(item)));
   }
 
   /** Draw the tiles near the window. If `again` is true, also update tiles that have already been drawn. */
   draw(again = true) {
     const top = -this.element.getBoundingClientRect().top - AHEAD;
     const bottom = top + innerHeight + 2 * AHEAD;
-    const wanted = new Set();
-    for (const [item, { y }] of this.#places)
-      if ((y > top && y < bottom) || item === this.active) wanted.add(item); // aria-activedescendant needs the active item
+    const [first, last] = [top, bottom].map((y) => Math.max(0, Math.floor(y / this.#high) + 1) * this.#columns);
+    const isWanted = (item, at) => (at >= first && at < last) || item === this.active; // aria-activedescendant needs it
+    const wanted = new Set(this.items.filter(isWanted));
     for (const [item, element] of this.#mounted) {
       if (wanted.has(item)) continue;
       element.remove();
@@ -101,20 +93,18 @@ export class Grid {
   }
 
   #made(item) {
-    if (!item.id) return el("div", { class: "group", aria: { hidden: "true" } }, item.label); // each tile contains its class
     const image = el("span", { class: "frame" }, this.image(item), el("span", { class: "tick", aria: { hidden: "true" } }, "✓"));
     const [text, note] = [el("span", { class: "said" }), el("span", { class: "chip-of" })];
     return el("div", { id: item.id, class: "tile", role: "option", item }, image, text, note);
   }
 
   #update(item, element) {
-    const place = this.#places.get(item);
-    element.style.transform = `translate(${place.x}px, ${place.y}px)`;
-    if (!item.id) return;
+    const { x, y } = this.#place(item);
+    element.style.transform = `translate(${x}px, ${y}px)`;
     const texts = [...element.children].slice(1);
     this.tile(item, element, ...texts);
     for (const text of texts) [text.title, text.textContent] = [text.textContent, cut(text.textContent, LETTERS)];
-    element.setAttribute("aria-posinset", place.at + 1);
+    element.setAttribute("aria-posinset", this.#at.get(item) + 1);
     element.setAttribute("aria-setsize", this.items.length);
     this.#mark(item, element);
   }
@@ -130,7 +120,7 @@ export class Grid {
   }
 
   #changed() {
-    for (const [item, element] of this.#mounted) if (item.id) this.#mark(item, element);
+    for (const [item, element] of this.#mounted) this.#mark(item, element);
     this.chosen();
   }
 
@@ -142,8 +132,8 @@ export class Grid {
 
   /** Select all items between the last selected item and this one. */
   #stretch(item) {
-    const from = this.#places.get(this.#anchor ?? this.active ?? item)?.at ?? 0;
-    const to = this.#places.get(item).at;
+    const from = this.#at.get(this.#anchor ?? this.active ?? item) ?? 0;
+    const to = this.#at.get(item);
     for (const one of this.items.slice(Math.min(from, to), Math.max(from, to) + 1)) this.selected.add(one);
     this.#changed();
   }
@@ -165,7 +155,7 @@ export class Grid {
       this.element.append(box);
       Object.assign(box.style, { left: `${left}px`, top: `${top}px`, width: `${right - left}px`, height: `${bottom - top}px` });
       const isTouched = ({ x, y }) => x < right && x + this.#wide > left && y < bottom && y + this.#wide > top;
-      this.select([...before, ...this.items.filter((item) => isTouched(this.#places.get(item)))]);
+      this.select([...before, ...this.items.filter((item) => isTouched(this.#place(item)))]);
     };
     const end = () => {
       removeEventListener("pointermove", move);
@@ -188,7 +178,7 @@ export class Grid {
 
   /** Activate an item, and scroll to it. */
   go(item) {
-    if (!item || !this.#places.has(item)) return;
+    if (!this.#at.has(item)) return;
     this.active = item;
     this.draw();
     this.#mounted.get(item).scrollIntoView({ block: "nearest" });
@@ -196,7 +186,7 @@ export class Grid {
 
   #key(event) {
     if (event.target !== this.element) return;
-    const at = this.active ? this.#places.get(this.active).at : -1;
+    const at = this.#at.get(this.active) ?? -1;
     const to = this.#target(event.key, at);
     if (to) {
       if (event.shiftKey) {
@@ -220,9 +210,9 @@ export class Grid {
     if (key === "ArrowLeft") return this.items[at - 1];
     const by = { ArrowDown: 1, ArrowUp: -1, PageDown: 4, PageUp: -4 }[key];
     if (!by || at < 0) return by ? this.items[0] : undefined;
-    const { row, column } = this.#places.get(this.items[at]);
-    const wanted = Math.min(Math.max(0, row + by), this.#places.get(this.items.at(-1)).row);
-    const isThere = (place) => place.row === wanted && place.column <= column;
-    return wanted === row ? undefined : this.items.findLast((item) => isThere(this.#places.get(item)));
+    const columns = this.#columns;
+    const [row, most] = [Math.floor(at / columns), this.items.length - 1];
+    const wanted = Math.min(Math.max(0, row + by), Math.floor(most / columns));
+    return wanted === row ? undefined : this.items[Math.min(at + (wanted - row) * columns, most)];
   }
 }

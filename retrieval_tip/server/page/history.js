@@ -12,7 +12,7 @@ const day = new Intl.DateTimeFormat("en", { dateStyle: "medium", timeStyle: "sho
 
 /** Return the versions of the index, oldest first, with their `changes`. */
 export async function fetchHistory() {
-  const { versions } = await state.get("/history");
+  const versions = await state.get("/history");
   const changesOf = async (one) => ({ ...one, changes: await state.get(`/history/${one.version}`, { since: one.parent ?? undefined }).catch(() => []) });
   return Promise.all(versions.map(changesOf));
 }

@@ -91,7 +91,7 @@ function guesses() {
 /** Show the classes that match the typed text, and what Enter does with it. Classes keep their order. */
 function classes() {
   const text = $("label-class").value.trim();
-  const names = session.now.classes.map(({ label }) => label);
+  const names = Object.keys(session.now.classes);
   const { label, near } = text ? meant(text, names) : {};
   const shown = matching(text, names).slice(0, CLASSES);
   refill($("label-classes"), shown.map((name) => el("li", {}, button(name, () => choose(name), { class: name === label ? "chip primary" : "chip", data: { label: name } }))));
@@ -170,16 +170,17 @@ function drop(one, next) {
 
 function progress() {
   const { now, labelled } = session;
-  const { photos, encoded, unsaved, guessed, progress: estimate } = now;
+  const { photos, encoded, unsaved, guessed } = now;
+  const { estimate, gain = null, more, review } = now.progress ?? {};
+  const right = guessed.filter(Boolean).length;
   const rest = photos - labelled;
   const parts = [`${count(labelled)} of ${plural(photos, "photo")} labelled.`];
-  if (guessed.n) parts.push(`The guess was right in ${guessed.right} of the last ${guessed.n}.`);
-  const known = rest > 0 && estimate?.accuracy != null;
+  if (guessed.length) parts.push(`The guess was right in ${right} of the last ${guessed.length}.`);
+  const known = rest > 0 && Boolean(estimate);
   if (known) parts.push(`About ${percent(estimate.accuracy)} of the other ${count(rest)} are right (${whole(estimate.low)}–${whole(estimate.high)} %).`);
   $("label-progress").textContent = parts.join(" ");
-  const { gain = null, more, review } = estimate ?? {};
   const stop = known && gain !== null && gain < WORTH;
-  const ready = known && review && 2 * guessed.right >= guessed.n; // as benchmarks/label_actions.py has found
+  const ready = known && review && 2 * right >= guessed.length; // as benchmarks/label_actions.py has found
   $("label-stop").textContent = !known || gain === null ? "" : stop ? `You can stop here: ${more} more labels would bring less than 1 %.`
     : ready ? `Reviewing now takes less work than ${more} more labels, which would bring about ${whole(gain)} %.`
     : `${more} more labels: about +${whole(gain)} %.`;
@@ -225,7 +226,7 @@ function done(change) {
 async function enter(text) {
   if (!current) return;
   const { photo } = current;
-  const names = session.now.classes.map(({ label }) => label);
+  const names = Object.keys(session.now.classes);
   const label = await classMeant(text, names);
   if (!label || photo !== current?.photo) return; // it was dismissed, or somebody else has labelled the photo
   const name = choose(label);

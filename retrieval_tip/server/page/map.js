@@ -1,4 +1,4 @@
-// A two-dimensional map of the keys on a canvas, which can be used with a mouse or a keyboard.
+// A two-dimensional map of the keys on a canvas. Its photos can also be found in the list of examples, by keyboard.
 
 import { cut, el, framed, plural } from "./dom.js";
 
@@ -8,7 +8,6 @@ const NAMED = 60; // maximum number of classes whose names are drawn
 const SIDE = 44; // side of an image and its cell, in px
 const BESIDE = [0, -34, 34, -52, 52]; // distances of a name from the middle of its class, best first, in px
 const NEAREST = 8; // number of keys that determine the place of a photo
-const ARROWS = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
 /** Return the colour of a class. Consecutive ids get very different hues. */
@@ -18,13 +17,13 @@ const flat = new OffscreenCanvas(1, 1).getContext("2d"); // tells which points a
 
 /** Return the place of a photo on a map, or null. It is the mean of the places of the most similar keys, weighted by
  *  exp(-beta (1 - affinity)). */
-export function placeOf({ key_ids: ids, x, y }, { similar, without }, beta) {
+export function placeOf({ key_ids: ids, places }, { similar, without }, beta) {
   const at = new Map(ids.map((id, i) => [id, i]));
   const near = similar.filter(({ key_id: id }) => at.has(id) && !without.includes(id)).slice(0, NEAREST);
   if (!near.length) return null;
   const weights = near.map(({ affinity }) => Math.exp(beta * (affinity - near[0].affinity)));
   const whole = weights.reduce((sum, weight) => sum + weight, 0);
-  return [x, y].map((places) => near.reduce((sum, { key_id: id }, j) => sum + (weights[j] * places[at.get(id)]) / whole, 0));
+  return [0, 1].map((axis) => near.reduce((sum, { key_id: id }, j) => sum + (weights[j] * places[at.get(id)][axis]) / whole, 0));
 }
 
 export class KeyMap {
@@ -32,7 +31,6 @@ export class KeyMap {
   #on;
   #map = null;
   #chosen = -1;
-  #taken = new Set(); // positions of the marked keys
   #star = null;
   #rings = []; // places of other new photos, and the class of their answers, or -1
   #scale = 1;
@@ -42,9 +40,9 @@ export class KeyMap {
   #asking = 0;
   #soon = framed(() => this.#draw());
 
-  /** `on.chosen(keyId, classId)` is called for the selected key, or with undefined if there is none, and
-   *  `on.taken(keyIds)` for the keys that are inside a shape or marked with Space. `on.image(keyId)` returns the address
-   *  of an image or null, and `on.name(classId)` a class name. */
+  /** `on.chosen(keyId, classId)` is called for the key at the pointer, or with undefined if there is none, and
+   *  `on.taken(keyIds)` for the keys that are inside a shape. `on.image(keyId)` returns the address of an image or null,
+   *  and `on.name(classId)` a class name. */
   constructor(canvas, on) {
     this.#canvas = canvas;
     this.#on = on;
@@ -53,24 +51,18 @@ export class KeyMap {
     canvas.addEventListener("pointerup", () => this.#up());
     canvas.addEventListener("pointercancel", () => ((this.#drag = null), this.#soon()));
     canvas.addEventListener("wheel", (event) => this.#wheel(event), { passive: false });
-    canvas.addEventListener("keydown", (event) => this.#key(event));
-    canvas.addEventListener("focus", () => canvas.matches(":focus-visible") && this.#chosen < 0 && this.#choose(0));
     dark.addEventListener("change", () => this.#soon());
     new ResizeObserver(() => this.#draw()).observe(canvas);
   }
 
-  /** Show another map of the same index. Keys that are selected or marked stay so, because a new version may arrive while
-   *  photos are being marked. */
+  /** Show another map of the same index. The key that was shown last stays so. */
   show(map) {
-    const places = new Map(map.key_ids.map((id, i) => [id, i]));
-    const moved = (i) => places.get(this.#map?.key_ids[i]) ?? -1;
-    this.#chosen = moved(this.#chosen);
-    this.#taken = new Set([...this.#taken].map(moved).filter((i) => i >= 0));
+    this.#chosen = map.key_ids.indexOf(this.#map?.key_ids[this.#chosen]);
     this.#map = map;
     this.#images.clear();
     this.zoom(0);
     this.#on.chosen(map.key_ids[this.#chosen], map.class_ids[this.#chosen]);
-    this.#canvas.dataset.method = map.method;
+    this.#canvas.dataset.method = map.explained ? "pca" : "tsne";
     this.#canvas.setAttribute("aria-label", `Map of ${plural(map.key_ids.length, "photo")}, coloured by class`);
     this.#draw();
   }
@@ -78,11 +70,6 @@ export class KeyMap {
   /** Forget the map, because another index is opened. */
   clear() {
     this.#map = null;
-  }
-
-  unmark() {
-    this.#taken.clear();
-    this.#soon();
   }
 
   /** Draw a star at [x, y], or no star if `place` is null, and rings given as [place, class id]. */
@@ -93,12 +80,11 @@ export class KeyMap {
     this.#soon();
   }
 
-  /** Zoom by a factor around a place, which defaults to the selected key. A factor of 0 fits the map to the canvas. */
-  zoom(by, about = null) {
+  /** Zoom by a factor around a place. A factor of 0 fits the map to the canvas. */
+  zoom(by, [x, y] = this.#centre) {
     if (!this.#map) return;
-    const [x, y] = about ?? (this.#chosen < 0 ? this.#centre : this.#at(this.#chosen));
     const scale = by ? Math.min(64, Math.max(1, this.#scale * by)) : 1;
-    const keep = about ? this.#scale / scale : 0; // the place stays under the pointer
+    const keep = this.#scale / scale; // the place stays under the pointer
     this.#scale = scale;
     this.#look([x + (this.#centre[0] - x) * keep, y + (this.#centre[1] - y) * keep]);
     this.#canvas.dataset.scale = scale;
@@ -124,7 +110,7 @@ export class KeyMap {
     return [this.#canvas.clientWidth, this.#canvas.clientHeight];
   }
 
-  #at = (i) => [this.#map.x[i], this.#map.y[i]];
+  #at = (i) => this.#map.places[i];
 
   #place = (i) => this.#placed(this.#at(i));
 
@@ -182,7 +168,6 @@ export class KeyMap {
       if (classId >= 0) dot(colour(classId), radius, [this.#placed(at)]);
     }
     this.#names(context, seen, pictured, ink, paper);
-    for (const i of this.#taken) ring(this.#place(i), radius + 2);
     if (this.#star) {
       Object.assign(context, { font: "28px system-ui", textAlign: "center", textBaseline: "middle", lineWidth: 4, strokeStyle: paper, fillStyle: ink });
       context.strokeText("★", ...this.#placed(this.#star));
@@ -258,10 +243,8 @@ export class KeyMap {
   }
 
   #choose(i) {
-    if (!this.#map?.key_ids.length || i === this.#chosen) return;
+    if (i === this.#chosen) return;
     this.#chosen = i;
-    const [[x, y], [width, height]] = [this.#place(i), this.#size];
-    if (x < 0 || y < 0 || x > width || y > height) this.#look(this.#at(i));
     this.#soon();
     this.#on.chosen(this.#map.key_ids[i], this.#map.class_ids[i]);
   }
@@ -295,53 +278,18 @@ export class KeyMap {
     this.#soon();
     if (!this.#map || !path || !far) return;
     const inside = [...this.#map.key_ids.keys()].filter((i) => flat.isPointInPath(path, ...this.#place(i), "evenodd"));
-    this.#taken = new Set(inside);
-    if (inside.length) this.#take();
+    if (inside.length) this.#on.taken(inside.map((i) => this.#map.key_ids[i]));
   }
 
-  #take() {
-    this.#on.taken([...this.#taken].map((i) => this.#map.key_ids[i]));
-  }
-
-  /** Select the key with the least `cost(x, y)`, if this is less than `least`. */
-  #nearest(cost, least) {
-    let best = -1;
+  /** Select the key that is nearest to the pointer. */
+  #point(event) {
+    if (!this.#map) return;
+    let [best, least] = [-1, NEAR];
     for (const i of this.#map.key_ids.keys()) {
-      const found = cost(...this.#place(i));
-      if (found < least) [best, least] = [i, found];
+      const [x, y] = this.#place(i);
+      const far = Math.hypot(x - event.offsetX, y - event.offsetY);
+      if (far < least) [best, least] = [i, far];
     }
     if (best >= 0) this.#choose(best);
-  }
-
-  #point(event) {
-    if (this.#map) this.#nearest((x, y) => Math.hypot(x - event.offsetX, y - event.offsetY), NEAR);
-  }
-
-  #key(event) {
-    const closer = { "+": 1.5, "=": 1.5, "-": 1 / 1.5, 0: 0 }[event.key];
-    if (closer !== undefined && !event.ctrlKey && !event.metaKey) return this.zoom(closer);
-    const direction = ARROWS[event.key];
-    if (!this.#map?.key_ids.length || !(direction || ["Home", " ", "Enter"].includes(event.key))) return;
-    event.preventDefault();
-    if (this.#chosen < 0 || event.key === "Home") this.#choose(0);
-    else if (direction) this.#step(...direction);
-    else if (event.key === "Enter") {
-      if (!this.#taken.size) this.#taken.add(this.#chosen);
-      this.#take();
-    } else {
-      if (!this.#taken.delete(this.#chosen)) this.#taken.add(this.#chosen);
-      this.#soon();
-    }
-  }
-
-  /** Move to the nearest key in a direction. The sideways distance counts twice. */
-  #step(right, down) {
-    const [x, y] = this.#place(this.#chosen);
-    const cost = (px, py) => {
-      const along = (px - x) * right + (py - y) * down;
-      const aside = Math.abs((px - x) * down) + Math.abs((py - y) * right);
-      return along > 0 ? along + 2 * aside : Infinity;
-    };
-    this.#nearest(cost, Infinity);
   }
 }

@@ -145,8 +145,7 @@ class Session extends EventTarget {
     const { now } = this;
     now.queue = now.queue.filter(({ photo }) => !photos.includes(photo));
     for (const one of now.queue) one.similar = one.similar.filter((photo) => !photos.includes(photo));
-    for (const label of labels)
-      if (label && label !== NONE && !now.classes.some((one) => one.label === label)) now.classes.push({ label, photos: 0 });
+    for (const label of labels) if (label && label !== NONE) now.classes[label] ??= 0;
   }
 
   /** Send all changes in order. While the server cannot be reached or cannot store them, try again. */

@@ -1,49 +1,39 @@
-// The first screen, which shows the classes of the classifier, its accuracy, and some example photos to try.
+// The first screen, which shows the accuracy of the classifier, and its classes, with example photos to try.
 
-import * as api from "./api.js";
 import { addFiles } from "./classify.js";
 import { $, button, count, cut, el, picture, plural } from "./dom.js";
 import { state } from "./state.js";
 
 const CLASSES = 60; // number of classes to show
-const SAMPLES = 6;
 
 async function show() {
-  const { info } = state;
+  const { info, labels } = state;
   const examples = plural(info.n_keys, "example photo");
-  $("knows").textContent = `“${info.name}” recognises ${plural(info.n_classes, "class", "classes")}, learned from ${examples}`;
-  const more = info.classes.length - CLASSES;
+  $("knows").textContent = `“${info.name}” recognises ${plural(labels.length, "class", "classes")}, learned from ${examples}`;
+  const more = labels.length - CLASSES;
   $("known-more").textContent = more > 0 ? `and ${count(more)} more` : "";
-  const list = (shown) => {
-    const images = new Map(shown.map(({ class_id: id, image }) => [id, image]));
-    const items = info.classes.slice(0, CLASSES).map(({ class_id: id, label, keys }) =>
-      el("li", {}, picture(images.get(id), 160, ""), el("span", { class: "name", title: label }, cut(label)), el("span", { class: "hint" }, plural(keys, "photo"))),
-    );
-    $("known").replaceChildren(...items);
-  };
   list([]);
-  $("samples").hidden = true;
   const exemplars = await state.exemplars();
-  if (info !== state.info) return;
-  list(exemplars);
-  const pictured = exemplars.filter(({ image }) => image);
-  const step = Math.max(1, Math.floor(pictured.length / SAMPLES));
-  samples(info.images ? pictured.filter((_, i) => i % step === 0).slice(0, SAMPLES) : []);
+  if (info === state.info) list(exemplars);
 }
 
-/** Show example photos that the user can click. Each is classified with all other examples. */
-function samples(shown) {
-  $("samples").hidden = !shown.length;
-  $("samples-list").replaceChildren(
-    ...shown.map(({ key_id: id, class_id: classId, image }) => {
-      const label = `Try a photo of ${state.labels[classId]}`;
-      const onclick = async () => {
-        const response = await fetch(`${api.pictureOf(state.info.name, id)}?size=1024`);
-        if (response.ok) addFiles([new File([await response.blob()], `${state.labels[classId]} ${id}.jpg`, { type: "image/jpeg" })], [id]);
-      };
-      return el("li", {}, button([picture(image, 240, "")], onclick, { aria: { label } }));
-    }),
-  );
+/** List the classes, with example photos that the user can click. Each is classified with all other examples. */
+function list(exemplars) {
+  const { info, labels } = state;
+  const shown = new Map(exemplars.map((one) => [one.class_id, one]));
+  $("known-hint").hidden = !info.images || !exemplars.some(({ image }) => image);
+  const items = labels.slice(0, CLASSES).map((label, id) => {
+    const { key_id: keyId, image } = shown.get(id) ?? {};
+    const onclick = async () => {
+      const response = await fetch(`${image}?size=1024`);
+      if (response.ok) addFiles([new File([await response.blob()], `${label} ${keyId}.jpg`, { type: "image/jpeg" })], [keyId]);
+    };
+    const one = picture(image, 160, "");
+    const shot = image && info.images ? button([one], onclick, { aria: { label: `Try a photo of ${label}` } }) : one;
+    const texts = [el("span", { class: "name", title: label }, cut(label)), el("span", { class: "hint" }, plural(info.counts[id], "photo"))];
+    return el("li", {}, shot, ...texts);
+  });
+  $("known").replaceChildren(...items);
 }
 
 for (const event of ["index", "version"]) state.addEventListener(event, show);

@@ -42,14 +42,13 @@ class State extends EventTarget {
 
   #take(info) {
     this.info = info;
-    this.labels = [];
+    this.labels = info.class_names;
     this.#exemplars = this.#accuracy = null;
-    for (const { class_id: id, label } of info.classes) this.labels[id] = label;
-    $("class-names").replaceChildren(...info.classes.map(({ label }) => el("option", { value: label })));
+    $("class-names").replaceChildren(...this.labels.map((value) => el("option", { value })));
   }
 
   /** Return typical shots of the classes, which are fetched once per version. If this fails, there are none. */
-  exemplars = () => (this.#exemplars ??= this.get("/exemplars").then(({ exemplars }) => exemplars, () => []));
+  exemplars = () => (this.#exemplars ??= this.get("/exemplars").catch(() => []));
 
   /** Return whether the server has images of the shots. */
   pictured = async () => (await this.exemplars()).some(({ image }) => image);
@@ -95,8 +94,8 @@ class State extends EventTarget {
 
   fit = () => this.#change(this.#at("/fit"), { method: "POST" });
   remove = (keyIds) => this.#change(this.#at(`/keys${api.query({ key_id: keyIds })}`), { method: "DELETE" });
-  /** Relabel groups of shots, given as [{ key_ids, label }], in one new version. */
-  relabel = (moves) => this.#change(this.#at("/relabel"), api.json({ moves }));
+  /** Relabel shots, given as [key id, label] pairs, in one new version. */
+  relabel = (moves) => this.#change(this.#at("/relabel"), api.json({ labels: Object.fromEntries(moves) }));
   /** Rename a class. If another class already has the new name, the two classes are merged. */
   rename = (of, label) => this.#change(this.#at("/rename"), api.json({ of, label }));
   /** Restore version `to`, provided that the index is still at version `since`. */

@@ -74,7 +74,7 @@ async function sort(options) {
   $("finish-said").textContent = options.undo ? "Undoing…" : "Working…";
   try {
     const done = await state.sortPhotos({ into, action, ...options });
-    const skipped = done?.skipped.map(({ input, reason }) => ` ${input}: ${reason}.`) ?? [];
+    const skipped = done?.skipped.map(({ source, reason }) => ` ${source}: ${reason}.`) ?? [];
     $("finish-said").textContent = done ? `${done.summary}.${skipped.join("")}${options.undo ? "" : ` To undo this later, run: ${done.undo}`}` : "";
     $("finish-undo").hidden = !done || options.undo;
   } catch (error) {

@@ -228,7 +228,7 @@ function showCards() {
 }
 
 function finished(result, skipped, since, seconds) {
-  const names = skipped.slice(0, 3).map(({ input }) => input).join(", ") + (skipped.length > 3 ? ` and ${skipped.length - 3} more` : "");
+  const names = skipped.slice(0, 3).map(({ source }) => source).join(", ") + (skipped.length > 3 ? ` and ${skipped.length - 3} more` : "");
   const out = skipped.length ? ` Skipped ${plural(skipped.length, "file")}: ${names}.` : "";
   const ask = button("Try it on a photo", () => (location.hash = "#classify"), { class: "primary", id: "teach-ask" });
   const again = button("Add more photos", () => (showCards(), $("teach-more").focus()));
@@ -236,7 +236,7 @@ function finished(result, skipped, since, seconds) {
   $("teach-result").hidden = false;
   $("teach-result").replaceChildren(
     el("strong", {}, `Done in ${seconds.toFixed(1)} s. “${result.index}” is ready.`),
-    el("p", {}, `${judged(result.judged) || "To estimate its accuracy, add a second photo to each class."}${out}`),
+    el("p", {}, `${judged(result.fit) || "To estimate its accuracy, add a second photo to each class."}${out}`),
     el("p", { class: "buttons" }, ask, again),
   );
   offerUndo(since);

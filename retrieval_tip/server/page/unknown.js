@@ -34,7 +34,7 @@ async function grouped(no_match, teach, again) {
   const some = no_match.slice(0, Math.min(MOST, Math.floor(BYTES / (4 * no_match[0].feature.length))));
   const others = `The first ${count(some.length)} of ${count(no_match.length)} photos without a match were grouped.`;
   try {
-    const { groups } = await state.get("/groups", {}, api.floats(some.map(({ feature }) => feature)));
+    const groups = await state.get("/groups", {}, api.floats(some.map(({ feature }) => feature)));
     const rows = groups.slice(0, GROUPS).map((places) => row(places.map((place) => some[place]), teach));
     return some.length < no_match.length ? [...rows, el("li", { class: "hint" }, others)] : rows;
   } catch (error) {
