@@ -14,7 +14,7 @@ import csv
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,27 @@ from common import SHARED, machine
 from methods import Items, Method, Shots, cache_alone, closed, fine_tuned, paper, searched, zero_shot
 
 from retrieval_tip import EncodingCache, Reader, build_index, load_backbone, open_source
-from retrieval_tip.data import datasets
-from retrieval_tip.data.source import few_shot_split
+from retrieval_tip.data.source import Source, few_shot_split, of_images
 from retrieval_tip.errors import RetrievalTipError
 from retrieval_tip.report.report import draw, half_width
 from retrieval_tip.store.versions import Versions
 
+IMAGENET = ("itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",
+            "a {} in a video game.", "art of the {}.", "a photo of the small {}.")  # fmt: skip
+DATASETS: dict[str, tuple[str, Sequence[str]]] = {
+    "ImageNet": ("imagenet", IMAGENET),
+    "Caltech101": ("caltech-101", ["a photo of a {}."]),
+    "OxfordPets": ("oxford_pets", ["a photo of a {}, a type of pet."]),
+    "StanfordCars": ("stanford_cars", ["a photo of a {}."]),
+    "Flowers102": ("oxford_flowers", ["a photo of a {}, a type of flower."]),
+    "Food101": ("food-101", ["a photo of {}, a type of food."]),
+    "FGVCAircraft": ("fgvc_aircraft", ["a photo of a {}, a type of aircraft."]),
+    "SUN397": ("sun397", ["a photo of a {}."]),
+    "DTD": ("dtd", ["{} texture."]),
+    "EuroSAT": ("eurosat", ["a centered satellite photo of {}."]),
+    "UCF101": ("ucf101", ["a photo of a person doing {}."]),
+}
+"""The folder in CoOp's layout and the published prompts of each dataset."""
 HERE = Path(__file__).resolve().parent
 SHOTS = (1, 2, 4, 8, 16)
 RUN = ("protocol", "method", "shots", "seed")
@@ -64,24 +79,29 @@ def published() -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def place(name: str, root: Path) -> Path:
-    """Return the folder of a dataset, which is its usual folder in root, a folder with its name, or root itself."""
-    facts = datasets.facts(name)
-    found = (root / folder for folder in (facts.folder, name.lower()) if (root / folder).is_dir())
-    return next(found, root)
+def opened(name: str, root: Path, part: str) -> Source:
+    """Open a part of a dataset, which is in its usual folder in root, or in a folder with its name."""
+    folder = next((root / one for one in (DATASETS[name][0], name.lower()) if (root / one).is_dir()), None)
+    if folder is None:
+        raise click.UsageError(f"no folder {DATASETS[name][0]} in {root}")
+    if name == "ImageNet":  # results are reported on images/val
+        names = dict(line.split(maxsplit=1) for line in (folder / "classnames.txt").read_text().splitlines())
+        photos = open_source(folder / "images" / {"train": "train", "test": "val"}[part])
+        return of_images(photos.sources, photos.name, [names[label] for label in photos.labels])
+    if name == "FGVCAircraft":
+        lines = (folder / f"images_variant_{part}.txt").read_text().splitlines()
+        numbers, labels = zip(*(line.split(maxsplit=1) for line in lines), strict=True)
+        return of_images([f"{folder}/images/{number}.jpg" for number in numbers], f"{name} ({part})", labels)
+    return open_source(next(folder.glob("split_zhou_*.json")), split=part)
 
 
 def dataset_rows(name: str, root: Path, work: Path, backbone: Any, options: dict[str, Any]) -> list[dict[str, Any]]:
     """Measure a dataset that consists of photos."""
-    folder = place(name, root)
-    train, test = (datasets.open_dataset(name, folder, part) for part in ("train", "test"))
+    train, test = (opened(name, root, part) for part in ("train", "test"))
     reader = Reader(backbone, cache=EncodingCache(EncodingCache.default_folder()), progress=True)
     out = work / f"{name}-{backbone.identity.fingerprint}"
-    pool = build_index(train, out, reader, templates=datasets.facts(name).templates, fit="none")
-    try:
-        val = Items.of(pool, datasets.open_dataset(name, folder, "val"), reader)
-    except RetrievalTipError:  # ImageNet has no validation part
-        val = None
+    pool = build_index(train, out, reader, templates=DATASETS[name][1], fit="none")
+    val = None if name == "ImageNet" else Items.of(pool, opened(name, root, "val"), reader)
     whole = Shots(pool, train, reader, 0, val=val)
     if options["protocol"] == "paper":
         if val is None:
@@ -162,9 +182,7 @@ def print_published(table: str, title: str, why: str, facts: list[dict[str, str]
 @click.option("--work", type=click.Path(path_type=Path), default=Path("indexes/paper"), show_default=True)
 @click.option("--model", default=f"local-dir:{SHARED}/models/lit-mini", show_default=True)
 @click.option("--pretrained")
-@click.option(
-    "--dataset", "chosen", multiple=True, help="Dataset to measure. Can be repeated.  [default: all available]"
-)
+@click.option("--dataset", "chosen", type=click.Choice(list(DATASETS)), multiple=True, help="[default: all available]")
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--shots", type=int, multiple=True, default=SHOTS, show_default=True)
 @click.option("--method", "methods", type=click.Choice(list(METHODS)), multiple=True, default=list(METHODS))
@@ -180,12 +198,12 @@ def main(root: Path, work: Path, model: str, pretrained: str | None, chosen: tup
     measured: dict[str, list[dict[str, Any]]] = {}
     missing: list[str] = []
     backbone = None
-    for name in chosen or datasets.names():
+    for name in chosen or DATASETS:
         try:
             backbone = backbone or load_backbone(model, pretrained)
             measured[name] = dataset_rows(name, root, work, backbone, options)
             print_rows(name, str(backbone.identity), measured[name], [r for r in facts if r["dataset"] == name])
-        except (RetrievalTipError, click.UsageError) as error:
+        except (OSError, RetrievalTipError, click.UsageError) as error:
             missing.append(f"{name}: {error}")
     food = root / "clip-food9"
     if food.is_dir() and not chosen and given["protocol"] == "honest":

@@ -6,6 +6,7 @@ from .backbones.loading import load_backbone as load_backbone
 from .classifier import Classifier as Classifier
 from .classifier import Explanation as Explanation
 from .data.encoding_cache import EncodingCache as EncodingCache
+from .data.pictures import open_images as open_images
 from .data.reader import Reader as Reader
 from .data.sources import Source as Source
 from .data.sources import open_inputs as open_inputs

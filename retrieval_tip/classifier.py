@@ -24,7 +24,7 @@ from retrieval_tip.backbones.base import Backbone
 from retrieval_tip.backbones.loading import Model, given_backbone, load_when_needed
 from retrieval_tip.data import images
 from retrieval_tip.data.encoding_cache import EncodingCache
-from retrieval_tip.data.pictures import Picture, Pictures, features_of, is_one, labelled_pictures, pictures
+from retrieval_tip.data.pictures import Picture, features_of, is_one, open_images
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source, kind_of, open_inputs, open_items, open_source, read_item
 from retrieval_tip.data.tables import check_backbone
@@ -34,13 +34,12 @@ from retrieval_tip.evaluation.calibration import Calibration, calibrate
 from retrieval_tip.evaluation.compare import Compared, Side, compare
 from retrieval_tip.evaluation.evaluate import Evaluation, evaluate
 from retrieval_tip.fit.closed_form import FormChoice
-from retrieval_tip.fit.folds import Queries
-from retrieval_tip.fit.search_hp import on_validation, validation_shots
+from retrieval_tip.fit.search_hp import validation_shots
 from retrieval_tip.html import markup, table
-from retrieval_tip.index import changes, export, places
+from retrieval_tip.index import changes, places
 from retrieval_tip.index.build import build_index
 from retrieval_tip.index.changes import Added, Changed, Renamed
-from retrieval_tip.index.items import Plan
+from retrieval_tip.index.items import planned
 from retrieval_tip.index.places import Place
 from retrieval_tip.labelling import groups
 from retrieval_tip.labelling.photos import Pool, Suggestions, suggest_features, suggest_photos
@@ -48,7 +47,7 @@ from retrieval_tip.labelling.placing import Action
 from retrieval_tip.labelling.sort import Sorted, sort_photos
 from retrieval_tip.model import Index
 from retrieval_tip.predictions import Prediction, Predictions, SimilarShot
-from retrieval_tip.retrieval.inputs import Features, check_unit, queries
+from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.settings import Ask, AskOptions, BuildOptions, ClassPrior, KeysMet, MetricName, Precision, ValuesName
 from retrieval_tip.store.address import parse
 
@@ -181,24 +180,6 @@ class OpenIndex:
         self._use(self.index.reload())
         return result
 
-    def _labelled(
-        self, given: Any, part: str, *, strict: bool = False, opened: Callable[..., Source] = open_source
-    ) -> tuple[Source, Reader]:
-        """Return labelled photos of any kind, and a reader for them.
-
-        If a source has several parts, ``part`` is used. With ``strict``, photos in memory must all be readable.
-        """
-        if isinstance(given, Source):
-            return given, self.reader
-        if isinstance(given, str | os.PathLike):
-            return opened(given, split=part), self.reader
-        own = labelled_pictures(given)
-        return own.source, replace(self.reader, read=own.read, strict=strict)
-
-    def _strict(self, given: Pictures) -> Reader:
-        """Return a reader for photos in memory, which must all be readable."""
-        return replace(self.reader, read=given.read, strict=True)
-
     def save(self, folder: Place) -> Self:
         """Copy the index to a new folder or LanceDB store, which this classifier uses from now on."""
         changes.clone(self._written(), _place("folder", folder))
@@ -209,7 +190,7 @@ class OpenIndex:
     def add(
         self,
         what: Any,
-        label: str | Sequence[str] | None = None,
+        label: str | Iterable[str] | None = None,
         *,
         text: Place | None = None,
         shots: int | None = None,
@@ -217,20 +198,19 @@ class OpenIndex:
     ) -> Added:
         """Add labelled photos, and return the ids of their keys and further facts.
 
-        ``what`` can be photos as for ``predict``, with one ``label`` for all or a list of labels, or a labelled source
-        or dataset. A label may name a new class. For the other arguments, see :func:`changes.add`.
+        ``what`` can be photos as for ``predict``, with one ``label`` for all or a list of labels, or a labelled source.
+        A label may name a new class. For the other arguments, see :func:`changes.add`.
 
         Raises UsageError if photos have no label.
         """
         if label is not None:
             several = isinstance(what, str | os.PathLike) and Path(what).is_dir()
-            given = pictures([str(path) for path in images.find(Path(what))] if several else what).labelled(label)
-            source, reader = given.source, self._strict(given)
-        elif isinstance(what, str | os.PathLike) and not _is_source(what):
-            raise UsageError(f"label: missing; give the class of {os.fspath(what)}")
+            source = open_images(images.find(Path(what)) if several else what, label)
+        elif isinstance(what, Source) or _is_source(what):
+            source = _opened(what, "train")
         else:
-            source, reader = self._labelled(what, "train", strict=True)
-        reader = replace(reader, views=self.index.built.views, seed=self.index.built.seed)
+            raise UsageError("label: missing; give one for all photos, or one per photo")
+        reader = replace(self.reader, views=self.index.built.views, seed=self.index.built.seed)
         return self._after(changes.add(self._written(), source, reader, text=text, shots=shots, skip_known=skip_known))
 
     def merge(self, other: Place | OpenIndex) -> Added:
@@ -279,11 +259,11 @@ class OpenIndex:
         ``val`` can be validation photos as for ``evaluate``, which are used instead of held-out shots to select the
         fit. For the other arguments and the errors, see :func:`changes.fit_index`.
         """
-        source, reader = (None, None) if val is None else self._labelled(val, "val")
+        source = None if val is None else _opened(val, "val")
         return self._after(
             changes.fit_index(
                 self._written(), metric=metric, values=values, class_prior=class_prior, prior=prior,
-                validation=source, reader=reader,
+                validation=source, reader=self.reader,
             )
         )  # fmt: skip
 
@@ -292,7 +272,7 @@ class OpenIndex:
 
         ``val`` can be the same as for ``evaluate``. Do not use shots or test photos.
         """
-        return self._after(calibrate(self._in_folder(), *self._labelled(val, "val")))
+        return self._after(calibrate(self._in_folder(), _opened(val, "val"), self.reader))
 
     def finetune(
         self,
@@ -320,22 +300,15 @@ class OpenIndex:
 
         if not isinstance(recipe, settings.Recipe | None):
             raise UsageError(f"recipe: got an object of type {type(recipe).__name__}; give a Recipe")
-        index, reader = self._in_folder(), self.reader
-        unseen: Source | Queries | None = None
-        if val is not None:
-            held_out, own = self._labelled(val, "val")
-            if val_shots != "all":
-                path = val if isinstance(val, str | os.PathLike) else None
-                held_out = held_out.take(validation_shots(index, held_out, path, val_shots))
-            unseen = held_out if own is self.reader else on_validation(index, held_out, own)
-        if source is None:
-            shots = shots_of(index)
-        else:
-            given, reader = self._labelled(source, "train")
-            shots = own_shots(index, given)
+        index = self._in_folder()
+        held_out = None if val is None else _opened(val, "val")
+        if held_out is not None and val_shots != "all":
+            path = val if isinstance(val, str | os.PathLike) else None
+            held_out = held_out.take(validation_shots(index, held_out, path, val_shots))
+        shots = shots_of(index) if source is None else own_shots(index, _opened(source, "train"))
         temporary, place = _new_place(out)
         tuned = finetune_into(
-            place, index, shots, reader, recipe, val=unseen, parent=self._written(), keep_last=keep_last
+            place, index, shots, self.reader, recipe, val=held_out, parent=self._written(), keep_last=keep_last
         )
         self._use(places.at(place).load(device=self.index.device))
         if Path(place) != index.folder:
@@ -360,7 +333,7 @@ class Classifier(OpenIndex):
     @classmethod
     def from_folder(
         cls,
-        photos: Place | Source | Pictures,
+        photos: Place | Source,
         model: Model = None,
         *,
         pretrained: str | None = None,
@@ -374,7 +347,7 @@ class Classifier(OpenIndex):
         """Build a classifier from a folder that has one folder of photos per class, or from another labelled source.
 
         Args:
-            photos: an open source, or the path of a folder, a table, a tar file or a split file (see
+            photos: an open source, or the path of a folder, a table or a split file (see
                 :func:`sources.open_source`).
             model: the encoder (see :data:`loading.Model`).
             pretrained: the tag or the file of the weights, if ``model`` is a name.
@@ -387,55 +360,28 @@ class Classifier(OpenIndex):
 
         See :func:`build.build_index` for the errors.
         """
-        Plan(**options)  # raises an error before anything is loaded
-        source = photos.source if isinstance(photos, Pictures) else photos
-        if not isinstance(source, Source):
-            source = open_source(_place("photos", source))
+        planned(options)  # raises an error before anything is loaded
+        source = photos if isinstance(photos, Source) else open_source(_place("photos", photos))
         backbone = given_backbone(model, pretrained, device, precision)
         reader = Reader(backbone, seed=seed, cache=EncodingCache.at(None))
-        reading = replace(reader, views=views)
-        if isinstance(photos, Pictures):
-            reading = replace(reading, read=photos.read, strict=True)
         temporary, place = _new_place(out)
-        made = cls(build_index(source, place, reading, device=device, **options), reader)
+        made = cls(build_index(source, place, replace(reader, views=views), device=device, **options), reader)
         made._temporary = temporary
         return made
 
     @classmethod
     def from_images(
-        cls, images: Any, labels: Iterable[Any] | None = None, model: Model = None, **options: Unpack[ClassifierOptions]
-    ) -> Self:
-        """Build a classifier from labelled photos in memory or in a dataset.
-
-        You can pass ``images`` in three forms:
-
-        - photos as for ``predict``, and the class name of each photo in ``labels``
-        - pairs ``(photo, label)``, for example a torch dataset of PIL images, or of tensors of RGB values from 0 to 1
-        - a Hugging Face dataset that has a column of images and a column of labels
-
-        The other arguments are the same as for :meth:`from_folder`.
-        """
-        if isinstance(images, str | os.PathLike) and labels is None:
-            raise UsageError(f"{os.fspath(images)}: a path has no labels; call from_folder, or give labels")
-        return cls.from_folder(labelled_pictures(images, labels), model, **options)
-
-    @classmethod
-    def from_hub(
         cls,
-        repository: str,
-        folder: Place | None = None,
+        images: Iterable[Picture],
+        labels: str | Iterable[str],
         model: Model = None,
-        *,
-        device: str = "auto",
-        precision: Precision = "auto",
+        **options: Unpack[ClassifierOptions],
     ) -> Self:
-        """Download an index from the Hugging Face hub, and open it.
+        """Build a classifier from photos in memory, such as PIL images, and the class name of each photo.
 
-        ``repository`` is the name ``ORG/NAME`` that was passed to :meth:`push_to_hub`. The index is written to
-        ``folder``, which defaults to ``indexes/NAME``. The other arguments are the same as for ``load``.
-        Raises InputError if the download fails.
+        The other arguments are the same as for :meth:`from_folder`. See :func:`pictures.open_images` for the errors.
         """
-        return cls.load(export.download(repository, folder), model, device=device, precision=precision)
+        return cls.from_folder(open_images(images, labels), model, **options)
 
     @overload
     def predict(self, what: Picture, **options: Unpack[PredictOptions]) -> Prediction: ...  # type: ignore[overload-overlap] # a path is also an iterable of letters
@@ -448,11 +394,11 @@ class Classifier(OpenIndex):
 
         Args:
             what: a photo, which can be a path, a PIL image, an array or tensor of shape ``[h, w, 3]`` or ``[3, h, w]``,
-                encoded bytes, an open file, or a row of a Hugging Face dataset. For several photos, pass a list of
-                these, a batch of shape ``[b, h, w, 3]`` or ``[b, 3, h, w]``, a torch dataset, a Hugging Face dataset or
-                its image column, or any input of ``retrieval-tip classify``, such as a folder or a table. Pixels are
-                uint8 or floats from 0 to 1 (see :mod:`pictures`). You can also pass features of shape ``[q, d]`` or
-                ``[d]``. Unreadable photos in a folder or table are skipped and listed in ``reader.skipped``.
+                encoded bytes, or an open file. For several photos, pass an iterable of these, a batch of shape
+                ``[b, h, w, 3]`` or ``[b, 3, h, w]``, an open source, or any input of ``retrieval-tip classify``, such
+                as a folder or a table. Pixels are uint8 or floats from 0 to 1 (see :mod:`pictures`). You can also pass
+                features of shape ``[q, d]`` or ``[d]``. Unreadable photos in a folder or table are skipped, and
+                ``reader.skipped`` lists them.
             group_no_match: whether to group similar photos without a match (see :func:`groups.group_no_match`).
             norms: ``"check"`` to check that all features have norm 1, or ``"keep"`` to accept any norm.
             asked: the fields of :class:`settings.Ask`.
@@ -465,8 +411,7 @@ class Classifier(OpenIndex):
             answers = index.classify(features, norms, **vars(ask))
             answers = groups.group_no_match(index, features, answers) if group_no_match else answers
             return answers[0] if what.ndim == 1 else answers
-        sources, reader = self._photos(what)
-        reader = replace(reader, norms=norms)
+        sources, reader = _photos(what), replace(self.reader, norms=norms)
         if group_no_match:
             groups.check_fitted(index)
             answers = groups.classify_in_groups(index, Pool.of(sources, reader), ask)
@@ -476,13 +421,6 @@ class Classifier(OpenIndex):
         return answers[0] if is_one(what) and not _is_source(what) else answers
 
     __call__ = predict
-
-    def _photos(self, what: Any) -> tuple[list[Source], Reader]:
-        """Open unlabelled photos, and return them with a reader for them."""
-        if _is_source(what):
-            return [*open_inputs([os.fspath(what)])], self.reader
-        given = pictures(what)
-        return [given.source], self._strict(given)
 
     def predict_proba(
         self, what: Query, *, norms: Checked = "check", **asked: Unpack[AskOptions]
@@ -523,16 +461,15 @@ class Classifier(OpenIndex):
         if not is_one(what):
             raise UsageError("what: expected a single photo; call explain for each of them")
         asked.setdefault("top", 3)
-        given = pictures(what)
-        (prediction,) = next(self.index.classify_source(given.source, self._strict(given), Ask(**asked)))
-        own = given.read(given.source.paths[0]) if given.source.paths else b""
-        return Explanation(prediction, own, [_file(neighbour.source) for neighbour in prediction.neighbours])
+        given = open_images(what)
+        (prediction,) = next(self.index.classify_source(given, self.reader, Ask(**asked)))
+        read, (path,) = given.load or read_item, given.paths or ()
+        return Explanation(prediction, read(path), [_file(neighbour.source) for neighbour in prediction.neighbours])
 
     def similar(self, photo: Picture | Features, n: int = 5, *, norms: Checked = "check") -> list[SimilarShot]:
         """Return the ``n`` shots most similar to a photo or a feature (see :meth:`model.Answering.similar`)."""
         if (features := features_of(photo)) is None and is_one(photo):
-            given = pictures(photo)
-            features, norms = self._strict(given).encode(given.source).features, "keep"
+            features, norms = self.reader.encode(open_images(photo)).features, "keep"
         if features is None or len(features) != 1:
             raise UsageError("photo: expected a single photo or feature; call similar for each of them")
         return self.index.similar(features, n, norms=norms)[0]
@@ -544,9 +481,8 @@ class Classifier(OpenIndex):
         :func:`photos.suggest_photos` for the errors.
         """
         if (features := features_of(photos)) is None:
-            sources, reader = self._photos(photos)
-            return suggest_photos(sources, n, reader, self.index)
-        check_unit(queries(features, self.index.d))
+            return suggest_photos(_photos(photos), n, self.reader, self.index)
+        self.index.queries(features, "check")
         names = [str(row) for row in range(len(features))]
         return suggest_features(Pool(names, features.astype(np.float32), [None] * len(features)), n, self.index)
 
@@ -563,7 +499,7 @@ class Classifier(OpenIndex):
     ) -> Sorted:
         """Sort photos into ``folder/CLASS``. To undo it, call ``undo_sort``.
 
-        ``photos`` are one or several paths of photos, folders, tables or tars. For the other arguments and the errors,
+        ``photos`` are one or several paths of photos, folders or tables. For the other arguments and the errors,
         see :func:`sort.sort_photos`.
         """
         paths = list(photos) if isinstance(photos, Iterable) and not isinstance(photos, str | os.PathLike) else [photos]
@@ -579,11 +515,10 @@ class Classifier(OpenIndex):
     def evaluate(self, test: Any, *, abstain: float | None = None, **asked: Unpack[AskOptions]) -> Evaluation:
         """Classify labelled test photos, and return the accuracy and other metrics.
 
-        ``test`` is a labelled source, or a dataset as for ``from_images``. If a source has a test split, only this
-        split is used. For the other arguments, see :func:`evaluate.evaluate`.
+        ``test`` is a labelled source: a path, or photos in memory opened by :func:`pictures.open_images`. If it has a
+        test split, only this split is used. For the other arguments, see :func:`evaluate.evaluate`.
         """
-        source, reader = self._labelled(test, "test")
-        return evaluate(self.index, source, replace(reader, skipped=[]), abstain=abstain, **asked)
+        return evaluate(self.index, _opened(test, "test"), replace(self.reader, skipped=[]), abstain=abstain, **asked)
 
     def compare(self, other: Place | Classifier, test: Any) -> Compared:
         """Compare this classifier (A) with another classifier or index (B) on the same photos.
@@ -592,12 +527,11 @@ class Classifier(OpenIndex):
         """
         if not isinstance(other, Classifier):
             other = Classifier.load(_place("other", other), device=self.index.device)
-        source, reader = self._labelled(test, "test", opened=open_items)
         a, b = (
-            Side(one._saved_at() or name, one.index, replace(one.reader, read=reader.read, skipped=[]))
+            Side(one._saved_at() or name, one.index, replace(one.reader, skipped=[]))
             for name, one in (("this classifier", self), ("the other classifier", other))
         )
-        return compare(a, b, source)
+        return compare(a, b, _opened(test, "test", open_items))
 
     def audit(self, *, k: KeysMet = None, borderline: bool = False) -> pa.Table:
         """List shots that look mislabelled, most suspicious first (see :func:`audit.audit`).
@@ -615,9 +549,8 @@ class Classifier(OpenIndex):
         """
         from retrieval_tip.report.report import write_report
 
-        source, reader = self._labelled(test, "test")
-        reader = replace(reader, skipped=[])
-        return write_report(self.index.in_memory(), source, reader, out, shots=shots, seeds=seeds, curves=curves)
+        index, reader = self.index.in_memory(), replace(self.reader, skipped=[])
+        return write_report(index, _opened(test, "test"), reader, out, shots=shots, seeds=seeds, curves=curves)
 
     def as_module(self) -> torch.nn.Module:
         """Return a copy of the classifier as a torch module, which maps pixels to logits.
@@ -646,18 +579,6 @@ class Classifier(OpenIndex):
         index = self.index.in_memory()
         backbone = None if features else cast("TorchBackbone | Joined | None", self.reader.backbone)
         return export_onnx(index.with_settings(index.settings.override(k=k)), _place("out", out), backbone)
-
-    def push_to_hub(
-        self, repository: str, *, test: Place | Source | None = None, private: bool = False, token: str | None = None
-    ) -> str:
-        """Upload the index and a model card to the Hugging Face hub, and return the URL.
-
-        ``repository`` is the name ``ORG/NAME``. The upload includes the features, the labels and the paths of the
-        shots, but no photos and no earlier versions. If you pass a labelled source as ``test``, the card also shows the
-        accuracy on it. Raises InputError if the upload fails.
-        """
-        figures = None if test is None else self.evaluate(test).to_dict()
-        return export.upload(self._written(), repository, export.card(self.index, repository, figures), private, token)
 
 
 @dataclass(frozen=True)
@@ -697,6 +618,18 @@ def _file(path: str) -> bytes | None:
         return read_item(path)
     except InputError:
         return None
+
+
+def _opened(given: Place | Source, part: str, opened: Callable[..., Source] = open_source) -> Source:
+    """Return a labelled source. If it has several parts, ``part`` is used."""
+    return given if isinstance(given, Source) else opened(_place("photos", given), split=part)
+
+
+def _photos(what: Any) -> list[Source]:
+    """Open photos that need no labels."""
+    if isinstance(what, Source):
+        return [what]
+    return [*open_inputs([os.fspath(what)])] if _is_source(what) else [open_images(what)]
 
 
 def _is_source(what: object) -> TypeGuard[Place]:

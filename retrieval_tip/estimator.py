@@ -15,7 +15,7 @@ from retrieval_tip import tip
 from retrieval_tip.backbones.base import side_by_side, unit
 from retrieval_tip.backbones.loading import Model, given_backbone
 from retrieval_tip.data.encoding_cache import EncodingCache
-from retrieval_tip.data.pictures import Picture, pictures
+from retrieval_tip.data.pictures import Picture, open_images
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.errors import InputError, UsageError, check_count, install
 from retrieval_tip.fit import closed_form
@@ -300,9 +300,8 @@ class ImageEncoder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # sc
         """
         if not hasattr(self, "backbone_"):
             self.fit(X)
-        given = pictures(X)
-        reader = Reader(self.backbone_, cache=EncodingCache.at(None), read=given.read, strict=True)
-        return unit(reader.encode(given.source).features)
+        reader = Reader(self.backbone_, cache=EncodingCache.at(None))
+        return unit(reader.encode(open_images(X)).features)
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()

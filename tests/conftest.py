@@ -334,7 +334,7 @@ COMMANDS = {tuple(path.split()): command for path, command in commands_of(main) 
 def nearest_keys(model, queries, k=1):
     """Return key_id, source, label and affinity of the ``k`` nearest keys of each query, nearest first."""
     retrieval = model.retrieval
-    near = retrieval.keys.nearest(retrieval.keys.points(torch.from_numpy(np.asarray(queries))), k)
+    near = retrieval.keys.nearest(retrieval.keys.phi(torch.from_numpy(np.asarray(queries))), k)
     used, places = np.unique(near.rows.reshape(-1).numpy(), return_inverse=True)
     described = model.rows.described(used, ["key_id", "source", "label"]).take(places).to_pylist()
     rows = [row | {"affinity": a} for row, a in zip(described, near.affinity.reshape(-1).tolist(), strict=True)]

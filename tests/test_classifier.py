@@ -9,7 +9,6 @@ import pickle
 import re
 import shutil
 import subprocess
-import tarfile
 import typing
 from dataclasses import replace
 from functools import partial
@@ -32,6 +31,7 @@ from retrieval_tip import (
     Recipe,
     build_index,
     load_backbone,
+    open_images,
     open_source,
     settings,
 )
@@ -97,8 +97,7 @@ def test_a_photo_gets_the_same_answer_in_every_format(place, clf):
     picture = Image.open(path)
     one = clf.predict(path)
     assert isinstance(one, Prediction)
-    held = [str(path), picture, np.asarray(picture), path.read_bytes(), {"bytes": path.read_bytes(), "path": None}]
-    held.append({"bytes": None, "path": str(path)})
+    held = [str(path), picture, np.asarray(picture), path.read_bytes()]
     pixels = np.array(picture)
     tensor = torch.from_numpy(pixels).permute(2, 0, 1)
     held += [pixels / 255, pixels.astype(np.float32), tensor, tensor.numpy(), tensor / 255, (tensor / 255).numpy()]
@@ -258,144 +257,38 @@ def test_shots_are_added_to_known_and_new_classes(place, clf):
         clf.add([yellow[0], yellow[1]], ["yellow"])
 
 
-class Dataset(torch.utils.data.Dataset):
-    """A torch dataset with two photos of each class."""
-
-    classes = ("red", "green", "blue")
-
-    def __len__(self):
-        return 6
-
-    def __getitem__(self, i):
-        return noisy_photo(10 * (i // 3) + i % 3, i % 3), i % 3
+def held(numbers=range(6), names=("red", "green", "blue")):
+    """Open photos in memory, of each class in turn, with their labels."""
+    photos = [noisy_photo(10 * (i // 3) + i % 3, i % 3) for i in numbers]
+    return open_images(photos, [names[i % 3] for i in numbers])
 
 
-def test_photos_in_memory_become_shots(place):
-    from torchvision.datasets import ImageFolder
-
-    model = f"local-dir:{place / 'model'}"
-    folder = Classifier.from_folder(place / "photos", model, device="cpu")
-    dataset = ImageFolder(place / "photos")
-    pairs = [(picture, dataset.classes[number]) for picture, number in dataset]
-    ways = [(dataset,), (pairs,), (iter(pairs),), ([picture for picture, _ in pairs], [label for _, label in pairs])]
-    for way in ways:
-        clf = Classifier.from_images(*way, model=model, device="cpu")
-        np.testing.assert_allclose(np.asarray(clf.index.keys), np.asarray(folder.index.keys), atol=1e-5)
-        assert clf.classes == folder.classes
-        assert clf.predict(place / "new/red/6.png").label == folder.predict(place / "new/red/6.png").label
-    new, answers = ImageFolder(place / "new"), folder.predict(place / "new")
-    assert clf.evaluate(new).top1 == folder.evaluate(place / "new").top1
-    transforms = [None, lambda picture: picture.convert("RGB"), lambda picture: torch.zeros(3, 8, 8)]
-    for given in (*(ImageFolder(place / "new", one) for one in transforms), torch.utils.data.Subset(new, range(6))):
-        assert [one.label for one in clf.predict(given)] == [one.label for one in answers]
-        assert (clf.evaluate(given).n, len(clf.suggest(given, 6))) == (6, 6)
-    grey = ImageFolder(place / "new", lambda picture: picture.convert("L"))
-    plain = [picture.convert("L") for picture, _ in new]
-    np.testing.assert_allclose(clf.predict_proba(grey), clf.predict_proba(plain), atol=1e-6)
-    assert len(clf.predict(Dataset())) == 6  # its indexing never raises IndexError
-    backwards = torch.utils.data.Subset(Dataset(), range(5, -1, -1))
-    held = Classifier.from_images(backwards, model=model, device="cpu")
-    assert held.classes == ["red", "green", "blue"]
-    part = torch.utils.data.Subset(Dataset(), [1, 4])
-    ids = held.add(part).key_ids
-    labels = {row["key_id"]: row["label"] for row in held.index.labels.to_pylist()}
+def test_photos_in_memory_become_shots(place, clf):
+    model, files = f"local-dir:{place / 'model'}", open_source(place / "photos")
+    pictures = [Image.open(path) for path in files.paths]
+    for photos in (pictures, iter(pictures), files.paths, [Path(path).read_bytes() for path in files.paths]):
+        made = Classifier.from_images(photos, iter(files.labels), model=model, device="cpu")
+        np.testing.assert_allclose(np.asarray(made.index.keys), np.asarray(clf.index.keys), atol=1e-5)
+        assert made.classes == clf.classes
+    new = open_source(place / "new")
+    images = open_images([np.asarray(Image.open(path)) for path in new.paths], new.labels)
+    assert made.evaluate(images).top1 == clf.evaluate(place / "new").top1
+    ids = made.add(held([1, 4])).key_ids
+    labels = {row["key_id"]: row["label"] for row in made.index.labels.to_pylist()}
     assert [labels[key] for key in ids] == ["green", "green"]
-    for wrong, words in (([noisy_photo(1, 1)], "label: missing"), (place / "new/red/6.png", "label: missing")):
-        with pytest.raises(UsageError, match=words):
-            held.add(wrong)
-    both = torch.utils.data.ConcatDataset([part, Dataset()])
-    assert held.evaluate(both).n == len(held.predict(both)) == 8
-    with pytest.raises(UsageError, match="different classes"):
-        held.evaluate(torch.utils.data.ConcatDataset([part, new]))
+    for wrong in ([noisy_photo(1, 1)], place / "new/red/6.png"):
+        with pytest.raises(UsageError, match="label: missing"):
+            made.add(wrong)
+    for call in (made.predict, made.evaluate):
+        with pytest.raises(InputError, match=r"gone\.png: no such file"):  # and not a warning
+            call(open_images([new.paths[0], "gone.png"], "red"))
 
 
-class Tensors(Dataset):
-    """The same photos as tensors of torchvision's ``ToTensor``."""
-
-    def __getitem__(self, i):
-        from torchvision.transforms.functional import to_tensor
-
-        picture, label = super().__getitem__(i)
-        return to_tensor(picture), label
-
-
-def test_datasets_of_tensors_are_accepted_as_photos(clf):
-    np.testing.assert_allclose(clf.predict_proba(Tensors()), clf.predict_proba(Dataset()), atol=1e-6)
-    assert clf.evaluate(Tensors()) == clf.evaluate(Dataset())
-    photos = torch.stack([photo for photo, _ in map(Tensors().__getitem__, range(6))])
-    numbered = torch.utils.data.TensorDataset(photos, torch.tensor([0, 1, 2] * 2))
-    assert clf.add(numbered).classes == ["0", "1", "2"]
-
-
-def test_tars_and_globs_are_accepted_as_in_the_commands(place, clf, tmp_path):
-    tar = tmp_path / "new.tar"
-    with tarfile.open(tar, "w") as archive:
-        for file in sorted((place / "new").glob("*/*.png")):
-            archive.add(file, f"{file.parent.name}-{file.name}")
-            label = tarfile.TarInfo(f"{file.parent.name}-{file.stem}.txt")
-            label.size = len(file.parent.name)
-            archive.addfile(label, io.BytesIO(file.parent.name.encode()))
-    folder = [answer.probability for answer in clf.predict(place / "new")]
-    for given in (tar, str(tmp_path / "*.tar"), place / "new/*/*.png"):
-        answers = clf.predict(given)
-        assert [answer.probability for answer in answers] == pytest.approx(folder), given
-    assert answers.inputs == clf.predict(place / "new").inputs
-    assert clf.predict(f"{tar}/red-6.png").label == clf.predict(place / "new/red/6.png").label
-    assert clf.evaluate(tar).top1 == clf.evaluate(place / "new").top1
-    assert len(clf.add(tar).key_ids) == 6
+def test_globs_are_accepted_as_in_the_commands(place, clf, tmp_path):
+    assert clf.predict(place / "new/*/*.png").to_arrow() == clf.predict(place / "new").to_arrow()
     for wrong in ("https://example.org/a.png", str(tmp_path / "*.gif")):
         with pytest.raises(InputError, match=re.escape(wrong)):
             clf.predict(wrong)
-
-
-@pytest.fixture
-def datasets(monkeypatch):
-    """Hugging Face's library, offline because tests must not use the network."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    return pytest.importorskip("datasets")
-
-
-def test_hugging_face_datasets_are_accepted_as_labelled_photos(place, clf, datasets, tmp_path):
-    def dataset(part, how):
-        files, names = sorted((place / part).glob("*/*.png")), ["blue", "green", "red"]
-        columns = {"id": list(range(len(files))), "label": [names.index(file.parent.name) for file in files]}
-        columns["image"] = [how(file) for file in files]
-        kinds = {"id": datasets.Value("int64"), "label": datasets.ClassLabel(names=names), "image": datasets.Image()}
-        return datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
-
-    folder, model = clf.predict(place / "new"), f"local-dir:{place / 'model'}"
-    for how in (str, lambda file: {"bytes": file.read_bytes(), "path": file.name}):
-        photos, new = dataset("photos", how), dataset("new", how)
-        made = Classifier.from_images(photos, model=model, device="cpu")
-        np.testing.assert_allclose(np.asarray(made.index.keys), np.asarray(clf.index.keys), atol=1e-5)
-        assert made.classes == clf.classes
-        for given in (new, new.to_iterable_dataset(), list(new), new["image"]):
-            answers = made.predict(given)
-            assert [answer.label for answer in answers] == [answer.label for answer in folder]
-            assert [answer.probability for answer in answers] == pytest.approx(
-                [a.probability for a in folder], abs=1e-5
-            )
-        assert made.predict(new[0]).label == folder[0].label
-        for given in (new, new.to_iterable_dataset(), torch.utils.data.Subset(new, range(6))):
-            assert made.evaluate(given).top1 == clf.evaluate(place / "new").top1
-        assert made.suggest(new).photos == 6
-        assert len(made.add(new).key_ids) == 6
-    files = dataset("new", str)
-    assert made.predict(files).inputs == folder.inputs  # explain() can show these paths
-    loaded = datasets.load_dataset("imagefolder", data_dir=str(place / "new"), split="train", cache_dir=str(tmp_path))
-    assert clf.evaluate(loaded).top1 == clf.evaluate(place / "new").top1
-    assert clf.predict(loaded).inputs == folder.inputs
-    unknown = files.remove_columns("label").add_column("label", [0, 1, 2, -1, 0, 0])
-    unknown = unknown.cast_column("label", datasets.ClassLabel(names=["blue", "green", "red"]))
-    with pytest.raises(InputError, match="photo 3: label -1"):
-        made.evaluate(unknown)
-    two = files.rename_column("label", "coarse")
-    two = two.add_column("fine", two["coarse"], feature=two.features["coarse"])
-    for wrong, named in ((files.remove_columns("image"), "'label'"), (datasets.DatasetDict(train=files), "'train'"),
-                         (files.remove_columns("label"), "label: missing"),
-                         (two, "label: missing; give a dataset")):  # fmt: skip
-        with pytest.raises(UsageError, match=re.escape(named)):
-            Classifier.from_images(wrong, model=model, device="cpu")
 
 
 def test_after_each_change_the_new_version_is_used(place, tmp_path):
@@ -419,7 +312,7 @@ def test_after_each_change_the_new_version_is_used(place, tmp_path):
     choice = clf.fit(place / "new", values="one-hot")
     assert (choice.judged_on, clf.index.values, clf.index.version) == (f"6 photos of {place / 'new'}", None, 9)
     before = clf.predict_proba(place / "new")
-    result = clf.calibrate(torch.utils.data.Subset(Dataset(), range(6)))
+    result = clf.calibrate(held())
     assert clf.index.settings.temperature == result.temperature != 1
     assert (clf.predict_proba(place / "new").argmax(1) == before.argmax(1)).all()
     assert clf.audit(borderline=True).equals(audit(Index.load(clf.index.place), borderline=True))
@@ -451,10 +344,10 @@ def test_finetune_writes_a_new_index(place, kept, tmp_path):
     assert copied.predict(photo) == expected
     copied.save(tmp_path / "copied")
     assert Classifier.load(tmp_path / "copied", device="cpu").predict(photo).probabilities == expected.probabilities
-    held = Classifier.from_images(Dataset(), model=f"local-dir:{place / 'model'}", device="cpu")
-    with pytest.raises(InputError, match="photo 0: no such file"):
-        held.finetune(None, recipe)
-    assert held.finetune(None, recipe, source=Dataset(), val=Dataset(), val_shots="all").compared.n == 6
+    made = Classifier.from_folder(held(), f"local-dir:{place / 'model'}", device="cpu")
+    with pytest.raises(InputError, match=r"photo \d: no such file"):
+        made.finetune(None, recipe)
+    assert made.finetune(None, recipe, source=held(), val=held(), val_shots="all").compared.n == 6
 
 
 def test_probabilities_and_similar_shots_match_the_definition(place, clf):
@@ -486,13 +379,13 @@ def test_photos_are_sorted_and_two_classifiers_compared(place, kept, clf, tmp_pa
         assert [score.accuracy for score in both.scores] == [
             one.evaluate(place / "new").top1 for one in (clf, Classifier.load(kept, device="cpu"))
         ]
-    held = clf.compare(kept, torch.utils.data.Subset(Dataset(), range(6)))
-    assert (held.n, held.skipped) == (6, [])
+    in_memory = clf.compare(kept, held())
+    assert (in_memory.n, in_memory.skipped) == (6, [])
     assert clf.compare(kept, place / "new/red").scores is None  # without labels
 
 
 def test_photos_in_memory_are_suggested_even_if_shots_have_the_same_names(place):
-    clf = Classifier.from_images(Dataset(), model=f"local-dir:{place / 'model'}", device="cpu")
+    clf = Classifier.from_folder(held(), f"local-dir:{place / 'model'}", device="cpu")
     others = [noisy_photo(100 + seed, 0) for seed in range(3)]
     found = clf.suggest([*others, noisy_photo(0, 0)], 4)
     assert (sorted(found.inputs), found.known) == (["photo 0", "photo 1", "photo 2"], 1)
@@ -599,11 +492,15 @@ PHOTO = Image.new("RGB", (8, 8))
 MISUSE = {
     "photos: got an object of type int; give a path, a PIL image, an array, bytes, or a list": [
         lambda clf: clf.predict(5), lambda clf: clf.predict_proba(5), lambda clf: clf.suggest(5),
-        lambda clf: clf.add(5, "red"), lambda clf: clf.evaluate(5), lambda clf: clf.compare(clf, 5),
-        lambda clf: clf.fit(5), lambda clf: clf.calibrate(5), lambda clf: clf.finetune(val=5),
-        lambda clf: clf.from_images(5),
+        lambda clf: clf.add(5, "red"), lambda clf: clf.from_images(5, "red"),
+    ],
+    "photos: got an object of type int; give a path": [
+        lambda clf: clf.evaluate(5), lambda clf: clf.compare(clf, 5), lambda clf: clf.fit(5),
+        lambda clf: clf.calibrate(5), lambda clf: clf.finetune(val=5), lambda clf: clf.from_folder(5),
     ],
     "photos: got an object of type NoneType; give": [lambda clf: clf.predict(None), lambda clf: clf.evaluate(None)],
+    "photos: got an object of type dict; give": [lambda clf: clf.predict({"image": PHOTO})],
+    "photo 0: got a tuple; expected a path, a PIL image": [lambda clf: clf.predict([(PHOTO, "red")])],
     "photo: expected a single photo or feature; call similar for each": [
         lambda clf: clf.similar(5), lambda clf: clf.similar([PHOTO]), lambda clf: clf.similar(clf.index.keys[:2]),
     ],
@@ -620,13 +517,11 @@ MISUSE = {
     "photos: only files can be sorted; give the path": [
         lambda clf: clf.sort(5, "out"), lambda clf: clf.sort(PHOTO, "out"), lambda clf: clf.sort([PHOTO], "out"),
     ],
-    "label: got 5; give the name of a class": [
-        lambda clf: clf.add(PHOTO, 5), lambda clf: clf.add([PHOTO], [5]), lambda clf: clf.relabel(5, key_ids=[0]),
+    "label: got 5; give the name of a class": [lambda clf: clf.relabel(5, key_ids=[0])],
+    "labels: got 5; give the name of a class, or one name per photo": [
+        lambda clf: clf.add(PHOTO, 5), lambda clf: clf.add([PHOTO], [5]), lambda clf: clf.from_images([PHOTO], [5]),
     ],
     "images: has no items; give at least one": [lambda clf: clf.add([], "red")],
-    "labels: got 'red'; give a list": [lambda clf: clf.from_images([PHOTO], "red")],
-    "photos: a path has no labels; call from_folder": [lambda clf: clf.from_images("photos")],
-    "photo 0: has no image": [lambda clf: clf.predict({"picture": PHOTO}), lambda clf: clf.predict([{"image": None}])],
     "where, key_ids: give exactly one": [
         lambda clf: clf.remove(), lambda clf: clf.relabel("red"), lambda clf: clf.remove(where="true", key_ids=[0]),
     ],
@@ -714,7 +609,6 @@ def test_every_option_is_a_named_argument():
         assert name[0] == "_" or parameters(method) is not None
     for own, done_by, apart in (
         (parameters(Classifier.from_folder), build_index, {"source", "out", "reader"}),
-        (parameters(Classifier.from_hub), Classifier.load, {"place"}),
         (parameters(Classifier.predict), Index.classify, {"self", "features"}),
         (parameters(Classifier.explain), Classifier.predict, {"norms", "group_no_match"}),
         (parameters(Classifier.add), changes.add, {"folder", "source", "reader", "manifest"}),
@@ -779,54 +673,24 @@ def test_evaluate_and_report_match_the_commands(place, clf, tmp_path, run):
 
     said = json.loads(run("evaluate", clf.index.folder, place / "new", "--json", "--device", "cpu").stdout)
     assert (found.n, found.top1, found.skipped) == (said["n"], said["top1"], 0)
-    wrong = [(picture, (label + 1) % 3) for picture, label in map(Dataset().__getitem__, range(6))]
-    clf.report(tmp_path / "r.html", [(picture, Dataset.classes[label]) for picture, label in wrong], curves=False)
+    clf.report(tmp_path / "r.html", held(names=["green", "blue", "red"]), curves=False)
     assert 'alt="test photo of ' in (tmp_path / "r.html").read_text()  # photos in memory are shown
     report = clf.report(tmp_path / "r.html", place / "new", curves=False)
     assert report.evaluation.top1 == found.top1
     assert (tmp_path / "r.html").stat().st_size == report.bytes
 
 
-class Hub:
-    """A folder that replaces the Hugging Face hub."""
-
-    folder: Path
-
-    def __init__(self, token=None):
-        self.token = token
-
-    def create_repo(self, repository, *, private, exist_ok):
-        (self.folder / repository).mkdir(parents=True, exist_ok=exist_ok)
-
-    def upload_file(self, *, path_or_fileobj, path_in_repo, repo_id):
-        (self.folder / repo_id / path_in_repo).write_bytes(path_or_fileobj)
-
-    def upload_folder(self, *, repo_id, folder_path, ignore_patterns):
-        skipped = shutil.ignore_patterns(*ignore_patterns)
-        shutil.copytree(folder_path, self.folder / repo_id, dirs_exist_ok=True, ignore=skipped)
-        return f"https://huggingface.co/{repo_id}"
-
-
-def test_an_index_can_be_pushed_to_the_hub_and_loaded_from_it(place, clf, tmp_path, monkeypatch):
-    import huggingface_hub
-
-    Hub.folder = tmp_path / "hub"
-
-    def download(repository, *, local_dir):
-        if not (Hub.folder / repository).is_dir():
-            raise OSError("404: no such repository")
-        shutil.copytree(Hub.folder / repository, local_dir, dirs_exist_ok=True)
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert clf.push_to_hub("me/colours", test=place / "new").endswith("me/colours")
-    card = (Hub.folder / "me/colours/README.md").read_text()
-    assert "18 photos in 3 classes" in card
-    assert f"| top1 | {clf.evaluate(place / 'new').top1:.4g} |" in card
-    again = Classifier.from_hub("me/colours", tmp_path / "fetched", device="cpu")
+def test_an_index_that_was_downloaded_from_the_hub_can_be_read_and_changed(place, clf, tmp_path):
+    """``hf download --local-dir`` leaves files of its own in the folder."""
+    own = tmp_path / "fetched"
+    clf.save(own)
+    (own / ".cache/huggingface/download").mkdir(parents=True)
+    (own / ".cache/huggingface/.gitignore").write_text("*")
+    (own / ".gitattributes").write_text("*.parquet filter=lfs")
+    again = Classifier.load(own, device="cpu")
     assert again.predict(place / "new/red/6.png") == clf.predict(place / "new/red/6.png")
-    with pytest.raises(InputError, match=r"me/nothing: .*404"):
-        Classifier.from_hub("me/nothing", tmp_path / "none")
+    assert again.remove(key_ids=[0]).version == 2
+    assert (own / ".cache/huggingface/.gitignore").exists()
 
 
 def test_a_scikit_learn_pipeline_can_start_with_paths(place):

@@ -126,33 +126,6 @@ def test_an_index_without_text_cannot_export_text(tmp_path):
     np.testing.assert_allclose(weights, cache.text_weights.numpy(), atol=1e-7)
 
 
-@pytest.mark.parametrize("where", ["no/such/folder/t.parquet", "folder", "file/t.parquet", "y" * 300])
-def test_an_unwritable_output_is_refused_in_one_line(tmp_path, where):
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "file").touch()
-    before = sorted(map(str, tmp_path.rglob("*")))
-    with pytest.raises(InputError) as caught:
-        export_table(cache_of(), tmp_path / where)
-    assert "\n" not in str(caught.value)
-    assert sorted(map(str, tmp_path.rglob("*"))) == before
-
-
-def test_a_full_disk_leaves_the_old_table_and_nothing_else(tmp_path, monkeypatch):
-    out = tmp_path / "t.parquet"
-    export_table(cache_of(), out)
-    before = out.read_bytes()
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
-    for write in (lambda: export_table(cache_of(), out), lambda: export_text(cache_of(), out)):
-        with pytest.raises(InputError, match=r"t\.parquet: cannot be written: No space left on device"):
-            write()
-    assert [p.name for p in tmp_path.iterdir()] == ["t.parquet"]
-    assert out.read_bytes() == before
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
 def test_an_index_from_the_recipe_answers_like_the_research_code(tmp_path, monkeypatch, dtype):
     monkeypatch.chdir(tmp_path)

@@ -303,25 +303,6 @@ def test_read_refuses_a_huge_file_without_reading_it(tmp_path):
     tracemalloc.stop()
 
 
-def names_found(folder):
-    return [str(path.relative_to(folder)) for path in find(folder)]
-
-
-def test_find_yields_images_depth_first_in_name_order(tmp_path):
-    touch(tmp_path, "b.png", "a/2.jpg", "a/10.jpg", "a/z/1.webp", "c/1.gif", "B.PNG", "a.jpeg")
-    touch(tmp_path, ".hidden.png", ".git/x.png", "a/.DS_Store", "a/notes.txt", "a/x.eps", "png", "a/Thumbs.db")
-    assert names_found(tmp_path) == ["B.PNG", "a/10.jpg", "a/2.jpg", "a/z/1.webp", "a.jpeg", "b.png", "c/1.gif"]
-
-
-def test_find_follows_links_to_files_only(tmp_path):
-    touch(tmp_path, "a/x.png")
-    (tmp_path / "b").symlink_to("a")
-    links = {"a/up": "..", "linked.png": "a/x.png", "loop": "loop", "loop.png": "loop.png"}
-    for name, target in links.items():
-        (tmp_path / name).symlink_to(target)
-    assert names_found(tmp_path) == ["a/x.png", "linked.png", "loop.png"]  # reading the loop reports it
-
-
 def test_find_descends_1500_folders(tmp_path):
     deep = str(tmp_path)
     for _ in range(1500):
@@ -329,7 +310,7 @@ def test_find_descends_1500_folders(tmp_path):
         os.mkdir(deep)  # noqa: PTH102 - pathlib fails on paths this long
     touch(Path(deep), "x.png")
     try:
-        assert names_found(tmp_path) == ["d/" * 1500 + "x.png"]
+        assert list(find(tmp_path)) == [tmp_path / ("d/" * 1500 + "x.png")]
     finally:
         subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)  # too deep for pytest to remove
 

@@ -21,8 +21,9 @@ from retrieval_tip.backbones.base import unit
 from retrieval_tip.backbones.loading import load_backbone, load_when_needed
 from retrieval_tip.classifier import Classifier
 from retrieval_tip.data.encoding_cache import EncodingCache
+from retrieval_tip.data.pictures import open_images
 from retrieval_tip.data.reader import FEWEST, Reader
-from retrieval_tip.data.sources import open_items
+from retrieval_tip.data.sources import open_items, read_item
 from retrieval_tip.errors import BackboneError, InputError, UsageError
 from retrieval_tip.index.places import at
 from retrieval_tip.server.served import Backbones
@@ -246,8 +247,9 @@ def test_the_model_is_not_loaded_to_encode_in_int8(name, calibrated, monkeypatch
 
 def test_too_few_photos_are_refused(run, name, place, photos, caplog):
     few = open_items(photos).take(range(FEWEST - 1))
-    with pytest.raises(InputError, match=f"{FEWEST - 1} photos could be read; int8 needs {FEWEST}"):
-        Reader(load_backbone(name, device="cpu")).store_int8(few)
+    for source in (few, open_images(map(read_item, few.paths))):
+        with pytest.raises(InputError, match=f"{FEWEST - 1} photos could be read; int8 needs {FEWEST}"):
+            Reader(load_backbone(name, device="cpu")).store_int8(source)
     reader = Reader(load_backbone(name, device="cpu"), read=lambda _: b"")
     with pytest.raises(InputError, match=" 0 photos could be read"):
         reader.store_int8(few)

@@ -21,14 +21,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving import caltech_photos
 from tables import tiny, unit_rows, write_table
-from tarring import tar
 
 from retrieval_tip.backbones.loading import load_backbone
 from retrieval_tip.data import remote
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import of_images, open_items
 from retrieval_tip.data.tables import open_parquet, table_files
-from retrieval_tip.distributed.ray_data import PartsFolder, Work, Worker, cut, cut_inputs, room
+from retrieval_tip.distributed.ray_data import PartsFolder, Work, Worker, cut, room
 from retrieval_tip.errors import InputError, UsageError
 
 
@@ -42,14 +41,6 @@ def test_pieces_of_a_table_contain_each_row_once_and_in_order(tmp_path_factory, 
     found = [pickle.loads(pickle.dumps(piece)) for piece in cut(open_items(path))]
     assert [name for piece in found for name in piece.sources] == [f"q{i}" for i in range(n)]
     assert np.array_equal(np.concatenate([Reader().encode(piece).features for piece in found]), rows)
-
-
-def test_each_tar_is_a_separate_piece(tmp_path):
-    for name in "ab":
-        tar(tmp_path / f"{name}.tar", [])
-    pieces = cut_inputs(["x.jpg", "y.jpg", str(tmp_path / "*.tar"), "-"], ["z.jpg"])
-    assert pieces[1:3] == [str(tmp_path / "a.tar"), str(tmp_path / "b.tar")]
-    assert (pieces[0].paths, pieces[3].paths) == (("x.jpg", "y.jpg"), ("z.jpg",))
 
 
 @pytest.mark.parametrize(
@@ -114,13 +105,14 @@ def test_an_actor_encodes_a_piece_and_reports_unreadable_photos(tmp_path, shared
     worker = Worker(work, f"{tmp_path}/out", "cpu", Path.cwd())
     paths = [str(path) for path, _ in caltech_photos(shared, "test", 2, 1)]
     (tmp_path / "bad.jpg").write_bytes(b"no image")
-    pieces = {"000000": of_images([paths[0], str(tmp_path / "bad.jpg"), paths[1]]), "000001": f"{tmp_path}/no.tar"}
+    gone = str(tmp_path / "gone.jpg")
+    pieces = {"000000": of_images([paths[0], str(tmp_path / "bad.jpg"), paths[1]]), "000001": of_images([gone])}
     found = [worker(pa.table({"part": [part], "piece": [pickle.dumps(piece)]})) for part, piece in pieces.items()]
     assert [(rows["id"].to_pylist(), rows["part"].to_pylist()) for rows in found] == [(paths, ["000000"] * 2), ([], [])]
     failed = {
         part: [skipped.source for skipped in some] for part, some in PartsFolder(tmp_path / "out").failed().items()
     }
-    assert failed == {"000000": [str(tmp_path / "bad.jpg")], "000001": [f"{tmp_path}/no.tar"]}
+    assert failed == {"000000": [str(tmp_path / "bad.jpg")], "000001": [gone]}
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +151,7 @@ def rows_and_numbers(place):
 
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("kind", ["folder", "tars", "bucket"])
+@pytest.mark.parametrize("kind", ["folder", "bucket"])
 def test_two_nodes_give_the_same_results_as_one_process(run, cluster, shared, tmp_path, kind):
     for number, (path, label) in enumerate(caltech_photos(shared, "test", 6, 8)):
         place = tmp_path / "photos" / label / f"{number:02}.jpg"
@@ -169,11 +161,7 @@ def test_two_nodes_give_the_same_results_as_one_process(run, cluster, shared, tm
     assert run("index", "build", tmp_path / "photos", *model, "--fit", "none", "--out", tmp_path / "i").exit_code == 0
     place.write_bytes(b"no image")
     files, source, out = sorted((tmp_path / "photos").rglob("*.jpg")), tmp_path / "photos", str(tmp_path)
-    if kind == "tars":
-        for some in range(3):
-            tar(tmp_path / f"{some}.tar", [(file.name, file.read_bytes()) for file in files[some::3]])
-        source = tmp_path / "*.tar"
-    elif kind == "bucket":
+    if kind == "bucket":
         out = f"s3://{buckets.fresh_bucket()}"
         source = f"{out}/photos"
         for file in files:

@@ -2,8 +2,8 @@
 
 import json
 import random
-from collections import Counter
 from functools import cache
+from itertools import chain
 
 import pytest
 from conftest import examples, needs_real
@@ -44,65 +44,26 @@ def test_published_draws_are_reproduced(shared, shots):
         assert (len(train), len(val)) == (shots * classes, min(shots, 4) * classes)
 
 
-def test_small_classes_are_drawn_with_replacement():
-    labels = ["cat"] * 2 + ["dog"] * 5 + ["cat"] + ["owl"]
-    generator = random.Random(7)
-    expected = generator.choices([0, 1, 7], k=4) + generator.sample([2, 3, 4, 5, 6], 4) + generator.choices([8], k=4)
-    assert few_shot(labels, 4, seed=7) == expected
+def by_rule(labels, shots, generator):
+    """Draw from each class in order of first appearance, with replacement if the class has too few items."""
+    groups = [[i for i, own in enumerate(labels) if own == label] for label in dict.fromkeys(labels)]
+    draws = (generator.sample(g, shots) if len(g) >= shots else generator.choices(g, k=shots) for g in groups)
+    return list(chain.from_iterable(draws))
 
 
-def test_classes_are_drawn_in_order_of_first_appearance():
-    drawn = few_shot([3, 1, 3, 2, 1, 2], 2, seed=1)
-    assert [set(drawn[i : i + 2]) for i in (0, 2, 4)] == [{0, 2}, {1, 4}, {3, 5}]
-
-
-def test_validation_continues_with_the_generator_of_training():
-    train, val = ["a"] * 9 + ["b"] * 2, ["a"] * 3 + ["b"] * 8
-    generator = random.Random(5)
-    drawn = generator.sample(range(9), 6) + generator.choices([9, 10], k=6)
-    # at most 4 per class, with replacement if a class has fewer
-    held = generator.choices(range(3), k=4) + generator.sample(range(3, 11), 4)
-    assert few_shot_split(train, val, 6, seed=5) == (drawn, held)
-
-
-labels_ = st.lists(st.integers(0, 5), max_size=40)
+LABELS = st.lists(st.integers(0, 5), max_size=40)
 
 
 @settings(max_examples=examples(200), deadline=None)
-@given(labels_, st.integers(1, 8), st.integers(0, 2**32))
-def test_k_items_of_each_class_are_drawn(labels, shots, seed):
-    drawn = few_shot(labels, shots, seed)
-    sizes = Counter(labels)
-    assert Counter(labels[i] for i in drawn) == dict.fromkeys(sizes, shots)
-    for label, size in sizes.items():
-        own = [i for i in drawn if labels[i] == label]
-        assert size < shots or len(set(own)) == shots  # repeats only in small classes
-    assert drawn == few_shot(labels, shots, seed)
-    assert drawn == few_shot([f"name {label}" for label in labels], shots, seed)  # names do not matter
-
-
-@settings(max_examples=examples(100), deadline=None)
-@given(labels_, labels_, st.integers(1, 8), st.integers(0, 2**32))
-def test_a_split_draws_training_first_and_at_most_four_validation_items(train, val, shots, seed):
-    drawn, held = few_shot_split(train, val, shots, seed)
-    assert drawn == few_shot(train, shots, seed)
-    assert Counter(val[i] for i in held) == dict.fromkeys(set(val), min(shots, 4))
-
-
-def test_seeds_give_different_draws_and_the_default_seed_is_1():
-    labels = [i % 3 for i in range(90)]
-    assert few_shot(labels, 4) == few_shot(labels, 4, seed=1)
-    assert len({tuple(few_shot(labels, 4, seed)) for seed in range(10)}) == 10
-
-
-def test_the_global_random_state_is_not_used():
-    labels = [i % 3 for i in range(30)]
-    random.seed(123)
-    before = random.getstate()
-    first = few_shot(labels, 4), few_shot_split(labels, labels, 4)
-    assert random.getstate() == before
-    random.seed(456)
-    assert (few_shot(labels, 4), few_shot_split(labels, labels, 4)) == first
+@given(LABELS, LABELS, st.integers(1, 8), st.integers(0, 2**32))
+def test_any_draw_follows_the_rule(train, val, shots, seed):
+    generator, state = random.Random(seed), random.getstate()
+    drawn = by_rule(train, shots, generator)
+    held = by_rule(val, min(shots, 4), generator)  # continues with the generator
+    assert few_shot_split(train, val, shots, seed) == (drawn, held)
+    assert few_shot([f"name {label}" for label in train], shots, seed) == drawn
+    assert few_shot(train, shots) == by_rule(train, shots, random.Random(1))
+    assert random.getstate() == state
 
 
 @pytest.mark.parametrize("shots", [0, -3])

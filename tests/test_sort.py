@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import buckets
 import killing
 import numpy as np
 import pytest
@@ -23,9 +24,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from serving import caltech_photos
 from tables import unit, unit_rows, write_table
-from tarring import tar
 
 from retrieval_tip import Index
+from retrieval_tip.data import remote
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import open_inputs, read_item
 from retrieval_tip.errors import InputError, UsageError
@@ -529,9 +530,11 @@ def test_undo_refuses_a_class_folder_that_was_replaced_by_a_link(index, inbox, t
     assert (files(other), [*out.iterdir()]) == ({}, [out / "c"])
 
 
-def test_photos_from_archives_and_tables_can_only_be_copied(shared, things, run, tmp_path):
+def test_photos_from_buckets_and_tables_can_only_be_copied(shared, things, run, tmp_path, monkeypatch):
     path = caltech_photos(shared, "test", 1, 1)[0][0]
-    photos = tar(tmp_path / "photos.tar", [("a.jpg", path.read_bytes())])
+    buckets.use(monkeypatch, buckets.endpoint())
+    photos = f"s3://{buckets.fresh_bucket()}/a.jpg"
+    remote.system_of(photos).pipe_file(photos, path.read_bytes())
     cache = Index.load(things, device="cpu")
     table = write_table(tmp_path / "t.parquet", unit(np.asarray(cache.keys[:2])), ids=[str(path), "gone"])
     for place, (source, status) in enumerate(((photos, 0), (table, 3))):

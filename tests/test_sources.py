@@ -5,21 +5,26 @@ import os
 from collections import Counter
 from pathlib import Path
 
+import buckets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tables import touch
+from conftest import needs_real
+from serving import caltech_photos
+from tables import tiny, touch
 
-from retrieval_tip.data.folders import kinds
+from retrieval_tip.data import remote
 from retrieval_tip.data.sources import (
     Source,
+    kinds,
     open_inputs,
     open_items,
     open_source,
 )
 from retrieval_tip.data.tables import read_rows
 from retrieval_tip.errors import InputError, show
+from retrieval_tip.model import Index
 
 
 def write(path, text):
@@ -50,14 +55,15 @@ def refused(path, *words, **options):
 
 
 def test_class_folders_are_read_in_name_order(tmp_path):
-    touch(tmp_path, "dog/2.png", "dog/1.png", "cat/deep/x.jpg", "cat/a.png", "Bird/b.webp", "cat/notes.txt")
-    touch(tmp_path, ".git/x.png", "cat/.thumbs/x.png")
+    cats = ["cat/B.PNG", "cat/a/10.jpg", "cat/a/2.jpg", "cat/a/z/1.webp", "cat/a.jpeg", "cat/b.png", "cat/c/1.gif"]
+    touch(tmp_path, "dog/2.png", "dog/1.png", *cats[::-1], "Bird/b.webp", "cat/notes.txt", "cat/a/x.eps", "cat/png")
+    touch(tmp_path, ".git/x.png", "cat/.thumbs/x.png", "cat/.hidden.png")
     source = open_source(tmp_path)
     assert source.class_names == ("Bird", "cat", "dog")
-    assert relative(source, tmp_path) == ["Bird/b.webp", "cat/a.png", "cat/deep/x.jpg", "dog/1.png", "dog/2.png"]
-    assert source.labels == ["Bird", "cat", "cat", "dog", "dog"]
+    assert relative(source, tmp_path) == ["Bird/b.webp", *cats, "dog/1.png", "dog/2.png"]
+    assert source.labels == ["Bird", *["cat"] * 7, "dog", "dog"]
     assert source.sources == list(source.paths or ())
-    assert len(source) == 5
+    assert len(source) == 10
 
 
 def test_skipped_files_of_a_folder_are_reported(tmp_path, caplog):
@@ -116,11 +122,6 @@ def test_heic_photos_are_read_with_an_extra_that_errors_mention(tmp_path):
     assert abs(picture.getpixel((30, 20))[0] - 200) < 6
 
 
-def test_a_class_folder_given_as_a_source_is_refused(tmp_path):
-    touch(tmp_path, "star fish/a.png", "star fish/b.png")
-    refused(tmp_path / "star fish", "2 images directly", str(tmp_path))
-
-
 @pytest.mark.parametrize("read", [open_source, open_items, lambda where: list(open_inputs([where]))])
 def test_web_addresses_are_not_read(read):
     with pytest.raises(InputError, match=r"https://x\.org/a\.jpg"):
@@ -144,16 +145,21 @@ def test_broken_and_circular_links_in_a_folder_are_skipped(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "gone").symlink_to("nowhere")
     (tmp_path / "cat" / "up").symlink_to("..")
+    (tmp_path / "cat" / "b.png").symlink_to("a.png")
+    (tmp_path / "cat" / "loop.png").symlink_to("loop.png")  # reading it reports the loop
     (tmp_path / "linked").symlink_to("cat")
     source = open_source(tmp_path)
-    assert relative(source, tmp_path) == ["cat/a.png", "linked/a.png"]
+    names = ("a.png", "b.png", "loop.png")
+    assert relative(source, tmp_path) == [f"{folder}/{name}" for folder in ("cat", "linked") for name in names]
     assert source.class_names == ("cat", "linked")
 
 
 @pytest.mark.parametrize("make", [[], ["a.png"], ["cat/notes.txt"], [".hidden/a.png"]])
 def test_a_folder_without_class_folders_is_refused(tmp_path, make):
-    touch(tmp_path, *make)
-    refused(tmp_path, "one folder of images per class")
+    touch(tmp_path, *(f"star fish/{name}" for name in make))
+    (tmp_path / "star fish").mkdir(exist_ok=True)
+    words = ["1 image directly", str(tmp_path)] if make == ["a.png"] else []
+    refused(tmp_path / "star fish", "one folder of images per class", *words)
 
 
 def test_files_with_names_that_are_not_utf8_can_be_read(tmp_path):
@@ -371,6 +377,18 @@ def test_classes_of_a_split_are_ordered_by_label_number(tmp_path):
     assert source.name == f"{file} (train)"
 
 
+@needs_real
+def test_published_split_files_are_read(shared):
+    for file in (shared / "data/splits").glob("split_zhou_*.json"):
+        for part, entries in json.loads(file.read_text()).items():
+            source = open_source(file, split=part, root="/images")
+            assert source.paths == tuple(f"/images/{path}" for path, _, _ in entries)
+            assert source.labels == [name for _, _, name in entries]
+            assert list(source.class_names) == [name for _, name in sorted({(n, name) for _, n, name in entries})]
+    photos = open_source(shared / "data/caltech101/split_zhou_Caltech101.json", split="test")
+    assert (len(photos), all(map(os.path.isfile, photos.paths))) == (999, True)
+
+
 def test_each_part_of_a_split_can_be_opened(tmp_path):
     touch(tmp_path, "a.png")
     file = split(tmp_path / "s.json", [["a.png", 0, "ant"]], "test")
@@ -398,23 +416,6 @@ def test_lone_surrogates_in_names_are_escaped(tmp_path):
     source = open_source(write(tmp_path / "s.json", raw), root="/images")
     assert source.class_names == ("c\\udfff",)
     assert source.sources == ["/images/x\\ud800.png", "/images/\\xff.png"]
-
-
-def test_a_split_with_impossible_paths_is_refused(tmp_path):
-    for path in ("a\0b.png", "\ud800.png", "x" * 300, "d/" * 3000, ""):
-        refused(split(tmp_path / "s.json", [[path, 0, "cat"]]), "s.json")
-
-
-@pytest.mark.parametrize(
-    "entry",
-    [
-        None, [], ["a.png", 0], ["a.png", 0, "cat", 1], ["a.png", "0", "cat"], ["a.png", 0.0, "cat"],
-        ["a.png", True, "cat"], [1, 0, "cat"], ["a.png", 0, None], {"path": "a.png"}, "a.png",
-    ],
-)  # fmt: skip
-def test_a_malformed_split_entry_is_refused(tmp_path, entry):
-    touch(tmp_path, "a.png")
-    refused(split(tmp_path / "s.json", [["a.png", 0, "cat"], entry]), "entry 1", "[path, label, class name]")
 
 
 BAD = {
@@ -456,7 +457,11 @@ BAD = {
         ('{"train": []}', ["empty"]),
         ('{"train": [["a.png", 0, "x"], ["a.png", 0, "y"]]}', ["entry 1", "'x'", "'y'"]),
         ('{"train": [["a.png", 0, "x"], ["a.png", 1, "x"]]}', ["'x'", "several"]),
-        ('{"train": [["a.png", 0, ""]]}', ["entry 0"]),
+        *((json.dumps({"train": [["a.png", 0, "cat"], entry]}), ["entry 1", "[path, label, class name]"])
+          for entry in (None, [], ["a.png", 0], ["a.png", 0, "cat", 1], ["a.png", "0", "cat"], ["a.png", 0.0, "cat"],
+                        ["a.png", True, "cat"], [1, 0, "cat"], ["a.png", 0, None], ["a.png", 0, ""], "a.png", {})),
+        *((json.dumps({"train": [[path, 0, "cat"]]}), [])
+          for path in ("a\0b.png", "\ud800.png", "x" * 300, "d/" * 3000, "")),
         ('{"train": [["a.png", 0, "%s"]]}' % ("x" * 5000), ["row 0", "longer"]),
         ('{"train": [["a.png", %s, "x"]]}' % ("9" * 5000), ["not JSON"]),
     ],
@@ -561,3 +566,31 @@ def test_a_missing_image_is_reported_only_when_it_is_read(name):
     (source,) = open_all([name])
     assert source.paths == (name,)
     assert source.sources == [show(name)]
+
+
+def test_photos_in_a_bucket_are_read_as_those_in_a_folder(run, shared, tmp_path, monkeypatch):
+    buckets.use(monkeypatch, buckets.endpoint())
+    bucket, photos = f"s3://{buckets.fresh_bucket()}", caltech_photos(shared, "train", 3, 4)
+    for path, label in photos:
+        (tmp_path / "photos" / label).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / label / path.name).write_bytes(path.read_bytes())
+        remote.system_of(bucket).pipe_file(f"{bucket}/photos/{label}/{path.name}", path.read_bytes())
+    model = ("--model", f"local-dir:{tiny(tmp_path / 'model')}")
+    for name, place in (("here", tmp_path), ("there", bucket)):
+        done = run("index", "build", f"{place}/photos", "--out", tmp_path / name, *model, "--fit", "none")
+        assert done.exit_code == 0, done.output
+    here, there = (Index.load(tmp_path / name, device="cpu") for name in ("here", "there"))
+    assert there.class_names == here.class_names
+    np.testing.assert_allclose(there.keys, here.keys, atol=1e-6)
+    one = f"photos/{photos[0][1]}/{photos[0][0].name}"
+    answers = [
+        run("classify", tmp_path / "there", f"{place}/{one}", "--format", "json") for place in (tmp_path, bucket)
+    ]
+    same, found = (json.loads(done.stdout) for done in answers)
+    assert found | {"input": None} == same | {"input": None}
+    assert found["input"] == f"{bucket}/{one}"
+    for wrong in (f"{bucket}/nothing", f"{bucket}/none.parquet"):
+        done = run("index", "build", wrong, "--out", tmp_path / "x", *model)
+        assert (done.exit_code, wrong in done.stderr) == (1, True), done.output
+    done = run("encode", tmp_path / "photos", *model, "--out", f"{bucket}/t.parquet")
+    assert (done.exit_code, "--engine ray" in done.stderr) == (2, True)

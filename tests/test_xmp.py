@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from referees import referee
 from serving import caltech_photos
-from tarring import tar
 
 from retrieval_tip.data import xmp
 from retrieval_tip.data.xmp import Keywords, merged
@@ -314,9 +313,9 @@ def test_the_command_writes_keywords_corrects_them_and_restores_the_bytes(shared
     answers = [row["label"] for row in csv.DictReader(done.stdout.splitlines()) if row["no_match"] == "False"]
     assert {*found["anchor.xmp"]} >= {"bird", "B&W", *filter(None, answers)}
     assert found.keys() == {"anchor.xmp", "broken.jpg.xmp"}
-    photos = tar(tmp_path / "photos.tar", [("a.jpg", (inbox / "anchor.jpg").read_bytes())])
     for wrong in (
-        [photos, "--xmp"], [inbox, "--undo"], [inbox, "--uncertain", "x"], [inbox, "--xmp", "--engine", "ray"],
+        ["s3://bucket/a.jpg", "--xmp"], [inbox, "--undo"], [inbox, "--uncertain", "x"],
+        [inbox, "--xmp", "--engine", "ray"],
     ):  # fmt: skip
         assert run("classify", index, *wrong).exit_code == 2
 

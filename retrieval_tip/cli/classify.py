@@ -23,8 +23,8 @@ from retrieval_tip.cli.opening import (
     index_with,
     inputs_of,
     loader,
-    paths_on_stdin,
     reader_for,
+    reader_of,
     source_of,
     store_of,
 )
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from retrieval_tip.data.exif import Noting
     from retrieval_tip.data.reader import Reader
     from retrieval_tip.data.sources import Source
-    from retrieval_tip.distributed.ray_data import Piece, Question
+    from retrieval_tip.distributed.ray_data import Question
     from retrieval_tip.model import Index
     from retrieval_tip.predictions import Abstain
 
@@ -316,15 +316,10 @@ def encode(
     """
     from retrieval_tip.data.reader import encode_table
 
+    items = source_of(source, encoding, "train", labelled=False)
     if engine.is_ray:
-        from retrieval_tip.data import tars
-        from retrieval_tip.distributed.ray_data import cut
-
-        found = None if encoding.dataset else tars.find(str(source))
-        pieces = found or cut(source_of(source, encoding, "train", labelled=False))
-        what, skipped = _on_ray(pieces, out, engine, encoding, views=views)
+        what, skipped = _on_ray([items], out, engine, encoding, views=views)
     else:
-        items = source_of(source, encoding, "train", labelled=False)
         with reader_for(None, [items], encoding, views) as reader:
             what = f"{encode_table(items, out, reader)} rows"
         skipped = reader.skipped
@@ -428,20 +423,19 @@ def _classify_on_ray(
     printing: OutputOptions,
     encoding: options.EncodingOptions,
 ) -> None:
-    from retrieval_tip.distributed.ray_data import Question, cut_inputs
+    from retrieval_tip.distributed.ray_data import Question
 
     if printing.style != "parquet" or printing.output is None:
         raise UsageError("--engine ray: can only write Parquet parts; give --format parquet and --out FOLDER")
-    pieces = cut_inputs(inputs, paths_on_stdin())
     manifest, schema = store_of(folder).manifest().to_bytes(), rows.schema(loaded)
-    question = Question(str(folder), manifest, encoding.precision, loaded.settings, opening.where, schema, rows.tables)
-    what, skipped = _on_ray(pieces, printing.output, engine, encoding, index=loaded, question=question)
+    question = Question(str(folder), manifest, loaded.settings, opening.where, schema, rows.tables)
+    what, skipped = _on_ray(inputs_of(inputs), printing.output, engine, encoding, index=loaded, question=question)
     say(f"{show(printing.output)}: {what}")
     finish(skipped)
 
 
 def _on_ray(
-    pieces: Sequence[Piece],
+    sources: Sequence[Source],
     out: Place,
     engine: EngineOptions,
     encoding: options.EncodingOptions,
@@ -450,19 +444,20 @@ def _on_ray(
     index: Index | None = None,
     question: Question | None = None,
 ) -> tuple[str, list[Skipped]]:
-    """Encode the pieces on Ray, or classify them if ``index`` is given. Return a summary and the skipped inputs."""
+    """Encode the sources on Ray, or classify them if ``index`` is given. Return a summary and the skipped inputs."""
     from retrieval_tip.data.encoding_cache import EncodingCache
-    from retrieval_tip.distributed.ray_data import Work, write_parts
+    from retrieval_tip.distributed.ray_data import Work, cut, write_parts
 
     identity = None if index is None else index.backbone
     backbone = None
-    if encoding.model or any(isinstance(piece, str) or piece.table is None for piece in pieces):
+    if encoding.model or any(source.table is None for source in sources):
         if index is not None and identity is None and not encoding.model:
             raise UsageError(UNNAMED)
         backbone = loader(encoding, identity)
     cache = None if encoding.no_cache else str(encoding.cache or EncodingCache.default_folder())
-    work = Work(encoding.reader(views), backbone, cache, question)
+    work = Work(reader_of(encoding, views), backbone, cache, question)
     progress = sys.stderr.isatty() and not quiet()
+    pieces = [*chain.from_iterable(map(cut, sources))]
     cluster: dict[str, Any] = {"address": engine.ray_address, "actors": engine.actors}
     rows, kept, skipped = write_parts(work, pieces, out, **cluster, device=encoding.device, progress=progress)
     warn(f"skipped {one}" for one in skipped)

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from retrieval_tip.cli.kinds import Place
@@ -38,19 +37,10 @@ MAX_PATHS, MAX_PATHS_BYTES = 1 << 24, 1 << 30
 
 
 def source_of(path: Place, reading: SourceOptions, split: str, *, labelled: bool = True) -> Source:
-    """Open the source or dataset of a command. ``split`` is the part that is used by default."""
+    """Open the source of a command. ``split`` is the part that is used by default."""
     from retrieval_tip.data.sources import open_items, open_source
 
-    part = reading.split or split
-    if reading.dataset is None:
-        return (open_source if labelled else open_items)(path, split=part, root=reading.root)
-    from retrieval_tip.data.datasets import open_dataset
-
-    if reading.root is not None:
-        raise UsageError(
-            "--root and --dataset: give only one; with --dataset, SOURCE is the folder that holds the dataset's folder"
-        )
-    return open_dataset(reading.dataset, Path(path), part)
+    return (open_source if labelled else open_items)(path, split=reading.split or split, root=reading.root)
 
 
 def inputs_of(names: Sequence[str]) -> list[Source]:
@@ -88,7 +78,7 @@ def validation(index: Index, path: Place, reading: SourceOptions, number: KeysMe
     """Open ``number`` validation images per class, all images, or by default the published number."""
     from retrieval_tip.fit.search_hp import validation_shots
 
-    val = source_of(path, replace(reading, dataset=None, split=None), "val")
+    val = source_of(path, replace(reading, split=None), "val")
     return val if number == "all" else val.take(validation_shots(index, val, path, number))
 
 
@@ -96,7 +86,7 @@ def index_with(
     folder: Place, backbone: BackboneOptions, opening: OpeningOptions = OpeningOptions(), ask: Ask = Ask()
 ) -> Index:
     """Load an index with the settings and keys selected on the command line."""
-    index = store_of(folder).load(device=backbone.device, precision=backbone.precision, verify=opening.verify)
+    index = store_of(folder).load(device=backbone.device, verify=opening.verify)
     index = index.with_settings(index.settings.override(alpha=ask.alpha, beta=ask.beta))
     if opening.where is not None:
         index = _restricted(index, opening.where, fits=ask.alpha is None and ask.beta is None)
@@ -186,6 +176,14 @@ def backbone_for(
     return loaded
 
 
+def reader_of(encoding: EncodingOptions, views: ViewOptions | None = None) -> Reader:
+    """Return a reader that has no backbone and no cache. By default, it uses the centre view."""
+    from retrieval_tip.data.reader import Reader
+
+    own = {name: getattr(encoding, name) for name in ("norms", "batch_size", "workers", "reduce", "strict")}
+    return Reader(**own, **vars(views or ViewOptions()))
+
+
 @contextmanager
 def reader_for(
     index: Index | Manifest | None,
@@ -201,8 +199,9 @@ def reader_for(
     backbone, parts = backbone_for(index, sources, encoding, needed=needed), () if index is None else index.parts
     cache = None if backbone is None or encoding.no_cache else EncodingCache.at(encoding.cache)
     began = time.monotonic()
-    reader = encoding.reader(views)
-    reader = replace(reader, backbone=backbone, cache=cache, parts=tuple(parts), progress=not quiet())
+    reader = replace(
+        reader_of(encoding, views), backbone=backbone, cache=cache, parts=tuple(parts), progress=not quiet()
+    )
     try:
         yield reader
         seconds = time.monotonic() - began

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from retrieval_tip.data import folders, remote
+from retrieval_tip.data import images, remote
 from retrieval_tip.data.source import Source, of_images
 from retrieval_tip.errors import InputError, Skipped, counted, few, show
+from retrieval_tip.files import read_json
 
 log = logging.getLogger(__name__)
 
 _answer = itemgetter("input", "label", "probability")
+MAX_SPLIT = 1 << 27  # largest JSON file of labels, in bytes; about the size of the split file of ImageNet
 LOCAL = "/data/local-files/?d="  # how Label Studio addresses files below its document root
 
 
@@ -74,7 +76,7 @@ FORMATS: Mapping[str, Callable[[Iterable[Row], Sequence[str]], object]] = {
 """Functions that convert the answers of an index, by the name of their format."""
 
 
-def read(file: Path, data: object, split: str, root: str | os.PathLike[str] | None, *, labelled: bool) -> Source:
+def read(file: Path, split: str, root: str | os.PathLike[str] | None, *, labelled: bool) -> Source:
     """Read the labels in a COCO file, in Label Studio's JSON export, or in the part ``split`` of a CoOp split file.
 
     Paths are relative to ``root``, which defaults to the folder of the file, or to ``/`` for files that Label Studio
@@ -82,6 +84,7 @@ def read(file: Path, data: object, split: str, root: str | os.PathLike[str] | No
     are left out. Photos on an object store must lie below ``root``, because reading them uses the credentials of the
     user. Raises InputError if an entry is invalid, or if no photo is left.
     """
+    data = read_json(file, MAX_SPLIT)
     if isinstance(data, dict) and isinstance(data.get("images"), list):
         photos = _of_coco(file, data)
     elif isinstance(data, list) and any(isinstance(task, dict) and "data" in task for task in data):
@@ -222,7 +225,7 @@ def _image_root(file: Path, paths: list[str]) -> Path:
     def held(folder: Path) -> int:
         return sum(os.path.isfile(folder / path) for path in sample)
 
-    best = max([file.parent, *(Path(entry.path) for entry in folders.subfolders(file.parent))], key=held)
+    best = max([file.parent, *(Path(entry.path) for entry in images.subfolders(file.parent))], key=held)
     if not held(best):
         raise InputError(f"{show(file)}: cannot find its images (such as {show(sample[0])[:200]}); give --root FOLDER")
     return best

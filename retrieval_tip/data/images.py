@@ -100,6 +100,11 @@ def entries(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
     return sorted(seen, key=lambda entry: entry.name)
 
 
+def subfolders(folder: Path) -> list[os.DirEntry[str]]:
+    """List the visible folders in a folder, sorted by name."""
+    return [entry for entry in entries(folder) if is_folder(entry)]
+
+
 def is_folder(entry: os.DirEntry[str]) -> bool:
     """Return whether an entry is a folder or a link to a folder. A link to itself is neither."""
     try:

@@ -202,7 +202,9 @@ class Reader:
         paths = source.take(spread(len(source), CALIBRATED)).paths
         if paths is None:
             raise UsageError(f"{source.name}: a feature table has no pixels; give the images")
-        load = partial(replace(self, cache=None)._load, [_Encoding(0, backbone, "")], [CENTRE])
+        load = partial(
+            replace(self, cache=None, read=source.load or self.read)._load, [_Encoding(0, backbone, "")], [CENTRE]
+        )
         for item in chain.from_iterable(self._ahead(_chunks(paths, 1), load, depth=self.workers)):
             photos += [view.half() for view in item.pixels.values()]
             if item.problem is not None:
@@ -251,6 +253,10 @@ class Reader:
 
     def _blocks(self, source: Source, names: Sequence[str], *, mean: bool) -> Iterator[FeatureBlock]:
         """Yield features of shape ``[b, v, d]``: of each view, of the ``mean`` view, or of a row of a table."""
+        if source.load is not None:
+            reader = replace(self, read=source.load, strict=True)
+            yield from reader._blocks(replace(source, load=None), names, mean=mean)
+            return
         done = 0
         for skipped in source.failed:
             self._skip(skipped.source, skipped.reason)

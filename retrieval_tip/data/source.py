@@ -29,7 +29,8 @@ class Source:
     ``items`` is a table with the column ``source`` (a printable path or id), the column ``label`` if the labels are
     known, and all other columns if the source is a table. Each item is either the image ``paths[i]``, or row
     ``rows[i]`` of the feature table ``table``, which is a file or a folder of parts. ``class_names`` lists the labels
-    in order. ``dataset`` is the name of a known dataset. ``failed`` lists the inputs that could not be read.
+    in order. ``failed`` lists the inputs that could not be read. ``load`` returns the bytes of an image
+    if it is not a file (see :func:`pictures.open_images`); all images must then be readable.
     """
 
     name: str
@@ -38,8 +39,8 @@ class Source:
     paths: tuple[str, ...] | None = None
     table: Path | str | None = None
     rows: npt.NDArray[np.int64] | None = None
-    dataset: str | None = None
     failed: tuple[Skipped, ...] = ()
+    load: Callable[[str], bytes] | None = None
 
     def __len__(self) -> int:
         return int(self.items.num_rows)

@@ -1,37 +1,42 @@
-"""Open folders, tables, split files and tars of labelled images or features, on disk or on an object store."""
+"""Open folders, tables and split files of labelled images or features, on disk or on an object store."""
 
 from __future__ import annotations
 
 import glob
+import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from retrieval_tip.data import exchange, folders, images, remote, tables, tars
+from retrieval_tip.data import exchange, images, remote, tables
 from retrieval_tip.data.source import Source as Source
 from retrieval_tip.data.source import of_images as of_images
 from retrieval_tip.data.source import spelled_alike as spelled_alike
 from retrieval_tip.data.tables import FEATURE, NAMES, SUFFIXES, check_texts, few_names, items_of, renamed, texts
-from retrieval_tip.data.tars import of_tars as of_tars
-from retrieval_tip.errors import InputError, counted, show
-from retrieval_tip.files import read_json
+from retrieval_tip.errors import InputError, counted, few, install, show
 
-Kind = Literal["image", "table", "tars", "bucket", "folder", "split file", "pattern", "web address"]
+log = logging.getLogger(__name__)
+
+Kind = Literal["image", "table", "bucket", "folder", "split file", "pattern", "web address"]
 """Kinds of paths. ``image`` is any other path, even a missing one."""
-MAX_SPLIT = 1 << 27  # largest JSON file of labels, in bytes; about the size of the split file of ImageNet
+PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
+"""Folder names for each part of a dataset."""
+
+TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # label tables in Hugging Face image folders
+
+HEIC = frozenset({".heic", ".heif", ".hif"})  # suffixes of phone photos that require the extra ``heic``
 
 
 def read_item(path: str) -> bytes:
-    """Return the bytes of a file, an object, or a member of a tar, or raise InputError without its path."""
-    if (tar := tars.tar_of(path)) is not None:
-        data = tars.opened(tar).read(path)
-    elif remote.is_remote(path):
+    """Return the bytes of a file or an object, or raise InputError without its path."""
+    if remote.is_remote(path):
         with remote.reaching():
             images.check_size(remote.system_of(path).size(path))
             data = bytes(remote.system_of(path).cat_file(path))
@@ -49,25 +54,25 @@ def is_web(where: str) -> bool:
 
 def is_there(path: str) -> bool:
     """Return whether an image exists. Images on an object store are assumed to exist."""
-    if (tar := tars.tar_of(path)) is None:
-        return remote.is_remote(path) or os.path.isfile(path)
-    with suppress(InputError):
-        return path in tars.opened(tar).places
-    return False
+    return remote.is_remote(path) or os.path.isfile(path)
 
 
 def kind_of(path: str | os.PathLike[str]) -> Kind:
     """Return the kind of a path, pattern or URL. Raises InputError if an object store cannot be reached."""
     where = os.fspath(path)
-    if not (remote.is_remote(where) and Path(where).suffix.lower() in images.extensions()):
-        for kind, (is_kind, _) in _READERS.items():
-            if is_kind(where):
-                return kind
-        if is_web(where):
-            return "web address"
-        if glob.has_magic(where) and not os.path.exists(where):
-            return "pattern"
-    return "image"
+    if remote.is_remote(where) and Path(where).suffix.lower() in images.extensions():
+        return "image"
+    if tables.is_table(where):
+        return "table"
+    if remote.is_remote(where):
+        return "bucket"
+    if os.path.isdir(where):
+        return "folder"
+    if where.lower().endswith(".json") and os.path.isfile(where):
+        return "split file"
+    if is_web(where):
+        return "web address"
+    return "pattern" if glob.has_magic(where) and not os.path.exists(where) else "image"
 
 
 def open_source(
@@ -87,23 +92,22 @@ def open_source(
       :data:`NAMES` for other column names. Paths are relative to ``root``, which defaults to the folder of the table.
     - A feature table, which is a ``.parquet`` file with the columns ``id``, ``label`` and ``feature``, or a folder of
       parts written by ``encode --engine ray``.
-    - Webdataset tars (see :mod:`tars`), given as one tar, a folder of tars, or a pattern.
-    - A folder of class folders, a Parquet table or tars on an object store (``s3://``, ``gs://``, ``az://``).
+    - A folder of class folders or a Parquet table on an object store (``s3://``, ``gs://``, ``az://``).
 
     Raises InputError if the source cannot be read.
     """
-    return _open(os.fspath(path), _Wanted(split, root, labelled=True))
+    return _open(os.fspath(path), split, root, labelled=True)
 
 
 def open_items(
     path: str | os.PathLike[str], *, split: str | None = None, root: str | os.PathLike[str] | None = None
 ) -> Source:
     """Open a source that :func:`open_source` accepts, or a folder of images. Labels are optional."""
-    return _open(os.fspath(path), _Wanted(split, root, labelled=False))
+    return _open(os.fspath(path), split, root, labelled=False)
 
 
 def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator[Source]:
-    """Open the inputs to classify, which can be images, folders, glob patterns, tables, tars or object store URLs.
+    """Open the inputs to classify, which can be images, folders, glob patterns, tables or object store URLs.
 
     Folders are searched recursively. ``-`` stands for the paths in ``stdin``. Consecutive images are combined into one
     source. A path that does not exist is treated as an image.
@@ -116,11 +120,11 @@ def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator
             paths += [line for line in (line.rstrip("\r\n\0") for line in stdin) if line]
             continue
         kind = kind_of(argument)
-        if kind in ("table", "tars", "bucket"):
+        if kind in ("table", "bucket"):
             if paths:
                 yield of_images(paths)
                 paths = []
-            yield _READERS[kind][1](argument, _Wanted())
+            yield open_items(argument)
         elif kind == "folder":
             paths += _images_in(Path(argument))
         elif kind == "pattern":
@@ -136,19 +140,20 @@ def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator
         yield of_images(paths)
 
 
-class _Wanted(NamedTuple):
-    """Options of :func:`open_source`. If ``labelled`` is true, every item must have a label."""
-
-    split: str | None = None
-    root: str | os.PathLike[str] | None = None
-    labelled: bool = False
-
-
-def _open(where: str, wanted: _Wanted) -> Source:
-    kind = kind_of(where)
-    if kind not in _READERS:
-        raise refusal(where)
-    return _READERS[kind][1](where, wanted)
+def _open(where: str, split: str | None, root: str | os.PathLike[str] | None, *, labelled: bool) -> Source:
+    """Open a source. If ``labelled`` is true, every item must have a label."""
+    match kind_of(where):
+        case "table":
+            return _open_table(where, root, labelled=labelled)
+        case "bucket":
+            return _open_bucket(where, labelled=labelled)
+        case "folder":
+            return _open_folder(Path(where), split, labelled=labelled)
+        case "split file":
+            source = exchange.read(Path(where), split or "train", root, labelled=labelled)
+            check_texts(source.items, source.name)
+            return source
+    raise refusal(where)
 
 
 def refusal(where: str) -> InputError:
@@ -162,21 +167,85 @@ def refusal(where: str) -> InputError:
         why = "not a file"  # a pipe would block
     elif suffix in images.extensions():
         why = "a single image; expected a folder with one folder of images per class"
-    elif suffix in (".zip", ".gz", ".tgz", ".7z", ".rar"):
+    elif suffix in (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar"):
         why = "an archive; unpack it first"
     else:
         why = f"unknown file type; expected class folders, a table ({', '.join(SUFFIXES)}) or a split file (.json)"
     return InputError(f"{show(where)}: {why}")
 
 
-def _open_folder(where: str, wanted: _Wanted) -> Source:
-    folder = Path(where)
-    if not wanted.labelled and not any(next(images.find(Path(i.path)), None) for i in folders.subfolders(folder)):
+def _open_folder(folder: Path, split: str | None, *, labelled: bool) -> Source:
+    if not labelled and not any(next(images.find(Path(i.path)), None) for i in images.subfolders(folder)):
         return of_images(_images_in(folder), show(folder))
-    folder = folders.part_of(folder, wanted.split)
-    if (table := folders.table_in(folder)) is not None:
-        return _open_table(os.fspath(table), _Wanted(labelled=True))
-    return folders.read(folder)
+    folder = _part_of(folder, split)
+    if (table := _table_in(folder)) is not None:
+        return _open_table(os.fspath(table), labelled=True)
+    return _read_folder(folder)
+
+
+def _table_in(folder: Path) -> Path | None:
+    """Return the first of ``TABLES`` that exists in a folder, or ``None``."""
+    return next((folder / name for name in TABLES if (folder / name).is_file()), None)
+
+
+def _part_of(folder: Path, part: str | None) -> Path:
+    """Return the folder of a part, which defaults to ``train``, or ``folder`` itself if it has no parts.
+
+    A folder has parts if each folder in it is named like a part, and one of them contains folders or a label table.
+    Raises InputError if the part is missing.
+    """
+    called = {name: part for part, names in PARTS.items() for name in names}
+    there = {called.get(entry.name.lower()): Path(entry.path) for entry in images.subfolders(folder)}
+    if not there or None in there or not any(images.subfolders(path) or _table_in(path) for path in there.values()):
+        return folder
+    wanted = called.get((part or "train").lower(), part or "train")
+    names = [path.name for path in there.values()]
+    if wanted not in there:
+        raise InputError(f"{show(folder)}: there is no part {wanted!r}; choose one with --split: {', '.join(names)}")
+    used = there[wanted]
+    if others := [name for name in names if name != used.name]:
+        log.warning("%s: using its part %s, ignoring %s", show(folder), show(used.name), ", ".join(map(show, others)))
+    return used
+
+
+def _read_folder(folder: Path) -> Source:
+    """Open the photos in class folders, and warn about other files. Raises InputError if there are no photos."""
+    others: Counter[str] = Counter()
+    photos: dict[str, list[str]] = {}
+    for entry in images.subfolders(folder):
+        if (name := show(entry.name)) in photos:
+            raise InputError(f"{show(folder)}: two class folders are called {name}; rename the one that is not UTF-8")
+        photos[name] = [str(path) for path in images.find(Path(entry.path), others)]
+    empty = [name for name, paths in photos.items() if not paths]
+    stray = [entry.name for entry in images.entries(folder) if os.path.isfile(entry.path)]
+    if len(empty) == len(photos):
+        raise _none_found(folder, stray, others)
+    if empty:
+        log.warning("%s: ignored folders without images: %s", show(folder), few(empty))
+    if stray:
+        log.warning("%s: ignored %s outside the class folders", show(folder), counted(len(stray), "file"))
+    if others:
+        log.warning("%s: ignored files that are not images: %s", show(folder), kinds(others))
+    labels = [name for name, paths in photos.items() for _ in paths]
+    return of_images(list(chain.from_iterable(photos.values())), show(folder), labels, tuple(dict.fromkeys(labels)))
+
+
+def kinds(others: Counter[str]) -> str:
+    """Describe the numbers of files by suffix, starting with the most frequent suffix."""
+    text = few([f"{number:,} {suffix or 'without a suffix'}" for suffix, number in others.most_common()])
+    return text + (f"; to read HEIC, run {install('heic')}" if HEIC & others.keys() else "")
+
+
+def _none_found(folder: Path, stray: list[str], others: Counter[str]) -> InputError:
+    direct = sum(Path(name).suffix.lower() in images.extensions() for name in stray)
+    if direct:
+        return InputError(
+            f"{show(folder)}: there are no class folders, but {counted(direct, 'image')} directly in it; give the "
+            f"folder that contains one folder of images per class (perhaps {show(folder.absolute().parent)})"
+        )
+    others = others + Counter(Path(name).suffix.lower() for name in stray)
+    here = f" (found {kinds(others)})" if others else ""
+    return InputError(f"{show(folder)}: no images; expected one folder of images per class{here}")
 
 
 def _images_in(folder: Path) -> list[str]:
@@ -186,39 +255,22 @@ def _images_in(folder: Path) -> list[str]:
     return paths
 
 
-def _open_bucket(where: str, wanted: _Wanted) -> Source:
+def _open_bucket(where: str, *, labelled: bool) -> Source:
     """Open the images below a folder on an object store, labelled by their class folders."""
     scheme, _, name = where.partition("://")
     base = f"{scheme}://{name.strip('/')}/"
     known = images.extensions()
     paths = [url for url in remote.find(where) if Path(url).suffix.lower() in known and url.startswith(base)]
     if not paths:
-        raise InputError(f"{show(where)}: no images, tars or Parquet file found")
+        raise InputError(f"{show(where)}: no images or Parquet file found")
     labels = [path.removeprefix(base).rpartition("/")[0].partition("/")[0] or None for path in paths]
-    if wanted.labelled and None in labels:
+    if labelled and None in labels:
         raise InputError(f"{show(paths[labels.index(None)])}: not in a class folder of {show(where)}")
     return of_images(paths, show(where), labels)
 
 
-def _open_json(where: str, wanted: _Wanted) -> Source:
-    file = Path(where)
-    data = read_json(file, MAX_SPLIT)
-    source = exchange.read(file, data, wanted.split or "train", wanted.root, labelled=wanted.labelled)
-    check_texts(source.items, source.name)
-    return source
-
-
-def _open_tars(where: str, wanted: _Wanted) -> Source:
-    places = tars.find(where)
-    source = of_tars(show(where), places, labelled=wanted.labelled)
-    if not len(source):
-        why = f" ({source.failed[0]})" if source.failed else ""
-        raise InputError(f"{source.name}: no images in {counted(len(places), 'tar')}{why}")
-    return source
-
-
-def _open_table(where: str, wanted: _Wanted) -> Source:
-    file, labelled = where if remote.is_remote(where) else Path(where), wanted.labelled
+def _open_table(where: str, root: str | os.PathLike[str] | None = None, *, labelled: bool) -> Source:
+    file = where if remote.is_remote(where) else Path(where)
     name = show(file)
     items, has_features = items_of(file)
     if not len(items):
@@ -238,17 +290,7 @@ def _open_table(where: str, wanted: _Wanted) -> Source:
     names = tuple(sorted(pc.unique(items["label"]).drop_null().to_pylist())) if "label" in front else ()
     if has_features:
         return Source(name, items, names, table=file, rows=np.arange(len(items), dtype=np.int64))
-    folder = wanted.root or (file.rpartition("/")[0] if isinstance(file, str) else file.parent)
+    folder = root or (file.rpartition("/")[0] if isinstance(file, str) else file.parent)
     paths = [path if remote.is_remote(path) else os.path.join(folder, path) for path in items["source"].to_pylist()]
     items = items.set_column(0, "source", pa.array([show(path) for path in paths], pa.string()))
     return Source(name, items, names, tuple(paths))
-
-
-_READERS: Mapping[Kind, tuple[Callable[[str], object], Callable[[str, _Wanted], Source]]] = {
-    "table": (tables.is_table, _open_table),
-    "tars": (tars.find, _open_tars),
-    "bucket": (remote.is_remote, _open_bucket),
-    "folder": (os.path.isdir, _open_folder),
-    "split file": (lambda where: where.lower().endswith(".json") and os.path.isfile(where), _open_json),
-}
-"""For each kind, a function that recognises a path and one that reads it. The first that recognises a path reads it."""

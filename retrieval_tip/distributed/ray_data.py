@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain, groupby
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,10 @@ from fsspec.implementations.local import LocalFileSystem
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from retrieval_tip.backbones.base import Backbone
-from retrieval_tip.data import remote, tars
+from retrieval_tip.data import remote
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.reader import Reader, encoded
-from retrieval_tip.data.sources import Source, of_tars, open_inputs
+from retrieval_tip.data.sources import Source
 from retrieval_tip.data.tables import COMPLETE, RUN, check_backbone, open_parquet, part_files
 from retrieval_tip.errors import (
     InputError,
@@ -52,7 +52,7 @@ from retrieval_tip.errors import (
 )
 from retrieval_tip.index import places
 from retrieval_tip.model import Index
-from retrieval_tip.settings import Precision, Settings
+from retrieval_tip.settings import Settings
 from retrieval_tip.store.query import rows_where
 
 IMAGES, ROWS = 256, 16_384
@@ -65,9 +65,6 @@ ACTORS_A_NODE = 8
 PATIENCE = 5.0
 """Number of seconds to wait for a connection to the head of a cluster. Ray itself would wait for minutes."""
 
-Piece = Source | str
-"""A part of a source, or the path or URL of a tar file that the actor opens."""
-
 
 @dataclass(frozen=True)
 class Question:
@@ -78,7 +75,6 @@ class Question:
 
     folder: str
     manifest: bytes
-    precision: Precision
     settings: Settings
     where: str | None
     schema: pa.Schema
@@ -98,7 +94,7 @@ class Work:
     question: Question | None = None
 
 
-def cut(source: Source) -> list[Piece]:
+def cut(source: Source) -> list[Source]:
     """Split a source into pieces of similar size."""
     most = ROWS if source.paths is None else IMAGES
     size = max(most // 16, min(most, len(source) // PIECES))
@@ -106,20 +102,9 @@ def cut(source: Source) -> list[Piece]:
     return [unnamed.take(range(start, min(start + size, len(source)))) for start in range(0, len(source), size)]
 
 
-def cut_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> list[Piece]:
-    """Split the inputs of ``classify`` into pieces. Each tar file is a piece. :func:`open_inputs` opens the others."""
-    pieces: list[Piece] = []
-    for of_tar, some in groupby(arguments, lambda one: one != "-" and bool(tars.find(one))):
-        if of_tar:
-            pieces += chain.from_iterable(map(tars.find, some))
-        else:
-            pieces += chain.from_iterable(map(cut, open_inputs(some, stdin)))
-    return pieces
-
-
 def write_parts(
     work: Work,
-    pieces: Sequence[Piece],
+    pieces: Sequence[Source],
     out: str | os.PathLike[str],
     *,
     address: str | None = None,
@@ -246,8 +231,7 @@ class Worker:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Compute the rows of a piece, and add a column with its part number."""
-        part, piece = batch["part"][0].as_py(), pickle.loads(batch["piece"][0].as_py())  # noqa: S301 - our own data
-        source = of_tars(show(piece), [piece], labelled=False) if isinstance(piece, str) else piece
+        part, source = batch["part"][0].as_py(), pickle.loads(batch["piece"][0].as_py())  # noqa: S301 - our own data
         reader = replace(self._reader, skipped=[])
         if question := self._work.question:
             index = self._index
@@ -273,7 +257,7 @@ class Worker:
     def _index(self) -> Index:
         asked = self._work.question
         assert asked is not None
-        index = places.at(asked.folder).load(device=self._device, precision=asked.precision, verify="fast")
+        index = places.at(asked.folder).load(device=self._device, verify="fast")
         if places.at(asked.folder).manifest().to_bytes() != asked.manifest:
             raise StoreError(f"{asked.folder}: changed since this run began; start it again")
         index.settings = asked.settings

@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from retrieval_tip.data import images, remote, tars
+from retrieval_tip.data import images, remote
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source, read_item
 from retrieval_tip.errors import InputError, Skipped, UsageError, counted, few, one_line, show
@@ -128,7 +128,7 @@ def sort_photos(
 def check_files(sources: Sequence[Source], what: str, advice: str) -> None:
     """Raise UsageError if some photos are not files."""
     for source in sources:
-        if source.table is not None or any(remote.is_remote(x) or tars.tar_of(x) for x in source.paths or ()):
+        if source.table is not None or any(map(remote.is_remote, source.paths or ())):
             raise UsageError(f"{what}: {source.name} has photos that are not files; {advice}")
 
 

@@ -49,7 +49,7 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """97.5 % quantiles of Student's t for 1 to 9 degrees of freedom. Beyond that, it is 1.96."""
 LISTED = 50
 """Maximum number of items of a value to list."""
-KEPT = {"source": "source", "dataset": "dataset", "shots": "examples per class", "seed": "seed", "views": "views",
+KEPT = {"source": "source", "shots": "examples per class", "seed": "seed", "views": "views",
         "text": "class names from", "skipped": "skipped at build"}  # fmt: skip
 """Names of build records in the report."""
 
@@ -119,7 +119,7 @@ def write_report(
 
 def check(out: Path) -> None:
     """Raise UsageError if matplotlib is not installed, and InputError if the file cannot be written."""
-    plots.needs_matplotlib("a report")
+    plots.needs_matplotlib()
     if out.is_dir():
         raise InputError(f"{show(out)}: is a folder; give a file name")
     if not out.parent.is_dir():
@@ -140,7 +140,7 @@ def _page(results: Results, curve: dict[str, object] | None) -> str:
         pairs=list(confusions(results)), mistakes=list(mistakes(results)), curve=curve,
         plots={name: plots.svg(partial(draw, evaluation), label) for name, (draw, label) in drawn.items()},
         provenance=provenance(results), counted=counted, few=few, percent=percent, portable=portable, nobreak=_nobreak,
-        thumbnail=remembered(partial(thumbnail, results.reader.read)),
+        thumbnail=remembered(partial(thumbnail, results.test.load or results.reader.read)),
     )  # fmt: skip
 
 
