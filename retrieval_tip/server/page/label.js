@@ -179,7 +179,7 @@ function progress() {
   $("label-progress").textContent = parts.join(" ");
   const { gain = null, more, review } = estimate ?? {};
   const stop = known && gain !== null && gain < WORTH;
-  const ready = known && review && 2 * guessed.right >= guessed.n; // as benchmarks/label_actions.py has found
+  const ready = known && review && 2 * guessed.right >= guessed.n;
   $("label-stop").textContent = !known || gain === null ? "" : stop ? `You can stop here: ${more} more labels would bring less than 1 %.`
     : ready ? `Reviewing now takes less work than ${more} more labels, which would bring about ${whole(gain)} %.`
     : `${more} more labels: about +${whole(gain)} %.`;
