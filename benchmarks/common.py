@@ -19,6 +19,7 @@ import functools
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -191,36 +192,25 @@ class Finished:
     anonymous: float
 
 
-LAUNCH = """
-import os, sys, time
-pid, anonymous = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ), 0
-while True:
-    found, status, usage = os.wait4(pid, os.WNOHANG)
-    if found:
-        break
-    try:
-        with open(f"/proc/{pid}/status") as file:
-            lines = [line.split() for line in file if line.startswith("RssAnon:")]
-        anonymous = max([anonymous, *(int(line[1]) for line in lines)])
-    except OSError:
-        pass
-    time.sleep(0.02)
-print(os.waitstatus_to_exitcode(status), usage.ru_maxrss, anonymous)
-"""
-"""Code of a small launcher process. It is used because, on Linux, the peak of a child includes its parent's memory."""
-
-
 def launch(*command: object) -> Finished:
-    """Run a command and measure its memory. Raises ClickException if the command fails."""
-    start = time.perf_counter()
-    launched = [sys.executable, "-S", "-c", LAUNCH, *map(str, command)]
-    output = subprocess.run(launched, check=True, stdout=subprocess.PIPE, text=True).stdout
-    seconds = time.perf_counter() - start
-    *printed, last = output.splitlines()
-    status, peak, anonymous = map(int, last.split())
-    if status:
-        raise click.ClickException(f"{' '.join(map(str, command))}: exit status {status}")
-    return Finished("\n".join(printed), seconds, peak * 1024 / GIB, anonymous * 1024 / GIB)
+    """Run a command and sample its memory. Raises ClickException if the command fails.
+
+    The peak is the one that Linux keeps for the program, which excludes the memory of the parent.
+    """
+    start, peaks = time.perf_counter(), {"VmHWM": 0, "RssAnon": 0}
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
+        process = subprocess.Popen(list(map(str, command)), stdout=output)
+        while process.poll() is None:
+            status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
+            for name, kilobytes in re.findall(r"(VmHWM|RssAnon):\s+(\d+)", status):
+                peaks[name] = max(peaks[name], int(kilobytes))
+            time.sleep(0.02)
+        seconds = time.perf_counter() - start
+        output.seek(0)
+        printed = output.read()
+    if process.returncode:
+        raise click.ClickException(f"{' '.join(map(str, command))}: exit status {process.returncode}")
+    return Finished(printed, seconds, *(peak * 1024 / GIB for peak in peaks.values()))
 
 
 def run(*command: object) -> str:
@@ -278,7 +268,7 @@ def _hand_over() -> None:
         os.read(int(TURNS[0]), 1)
 
 
-def _compare(other: Path, name: str) -> None:
+def _compare(other: Path, commit: str) -> None:
     """Run this script on both trees, and print their times side by side."""
     at = next(i for i, word in enumerate(sys.argv) if word.startswith("--against"))
     arguments = [*sys.argv[:at], *sys.argv[at + (1 if "=" in sys.argv[at] else 2) :]]
@@ -305,6 +295,6 @@ def _compare(other: Path, name: str) -> None:
         row = {"side": name, "this": statistics.median(mine), "other": statistics.median(others)}
         row |= {"this / other": statistics.median(ratios), "least": ratios[0], "most": ratios[-1]}
         tables.setdefault(title, []).append(row)
-    click.echo(f"\nThis tree against {name}, in seconds; ratios compare the same turns; load {load()}")
+    click.echo(f"\nThis tree against {commit}; ratios compare the same turns; load {load()}")
     for title, rows in tables.items():
         show(title, rows)

@@ -125,14 +125,16 @@ def encodings(model: str, folder: Path, number: int, rounds: int, device: str) -
     for precision in precisions:
         backbone = load_backbone(model, device=device, precision=precision)
         runs[precision] = partial(encoding.ours(backbone), paths)
-        runs[f"tower alone, {precision}"] = partial(tower, backbone, number)
+        pixels = torch.rand(min(backbone.batch_size, number), 3, *backbone.size)
+        runs[f"tower alone, {precision}"] = partial(tower, backbone, pixels, number)
     products = {precision: f"tower alone, {precision}" for precision in precisions}
     yield from measured(f"encoding {number} photos", runs, products, device, rounds)
 
 
-def tower(backbone: encoding.Backbone, number: int) -> None:
-    for start in range(0, number, backbone.batch_size):
-        backbone.encode_images(torch.rand(min(backbone.batch_size, number - start), 3, *backbone.size))
+def tower(backbone: encoding.Backbone, pixels: Tensor, number: int) -> None:
+    """Encode ``number`` photos, a batch at a time. All batches have the same pixels."""
+    for start in range(0, number, len(pixels)):
+        backbone.encode_images(pixels[: number - start])
 
 
 @dataclass(frozen=True)
