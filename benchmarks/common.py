@@ -60,11 +60,8 @@ results_option = click.option(
     help="File with one JSON line per finished run. These runs are not repeated, and the tables show all of them.",
 )  # fmt: skip
 
-Side = Callable[[int], float | None]
-"""Type of a measured function, which gets the number of the turn.
-
-If its result is not ``None``, the result replaces the measured seconds.
-"""
+Side = Callable[[int], float]
+"""Type of a measured function, which gets the number of the turn and returns seconds."""
 
 
 def clocked(call: Callable[[], object]) -> float:
@@ -79,12 +76,9 @@ def take_turns(title: str, sides: Mapping[str, Side], rounds: int, warm: int = 1
     taken: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds + warm):
         for name, side in sides.items():
-            start = time.perf_counter()
-            given = side(turn)
-            seconds = time.perf_counter() - start if given is None else given
-            if turn >= warm:
-                taken[name].append(seconds)
+            taken[name].append(side(turn))
         _hand_over()
+    taken = {name: values[warm:] for name, values in taken.items()}
     for name, values in taken.items():
         record(title, name, values)
     return taken
