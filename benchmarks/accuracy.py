@@ -72,7 +72,7 @@ def grown(shots: Shots) -> Answering:
         for rank in range(STARTED, ranks.max() + 1):
             more = table(f"more-{rank}", keys[ranks == rank], names[ids[ranks == rank]])
             changes.add(index, open_source(more), Reader())
-        return Index.load(index, device="cpu", precision="float32").in_memory()
+        return Index.load(index, device="cpu").in_memory()
 
 
 DEFAULT, ZERO, PAPER, SEARCHED, PROBE = (
@@ -160,7 +160,7 @@ class Photos:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "index"
             build_index(train, out, self.reader(shared), templates=[TEMPLATE], fit="none", device="cpu")
-            pool = Index.load(out, device="cpu", precision="float32")
+            pool = Index.load(out, device="cpu")
             return pool.take(np.arange(pool.n))  # copied to memory, because the folder is deleted
 
     def pool_of(self, number: int, shared: Path) -> tuple[Index, Source]:

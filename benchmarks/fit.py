@@ -37,7 +37,7 @@ def main(keys: int, classes: int, dim: int) -> None:
     click.echo(machine())
     made, ids, test = Made(classes, dim, SEED), np.sort(np.arange(keys) % classes), np.arange(QUERIES) % classes
     names = made.names
-    cache = Index.from_features(made.draw(ids, 1), ids, names, made.text, precision="float32", device="cpu")
+    cache = Index.from_features(made.draw(ids, 1), ids, names, made.text, device="cpu")
     before, queries = peak(), made.draw(test, 2)
 
     def right() -> float:

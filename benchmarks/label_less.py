@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 import common
@@ -35,6 +35,8 @@ import numpy as np
 import numpy.typing as npt
 from accuracy import DATASETS, Tables
 from common import Run, add_runs, machine, markdown, read_runs, summary
+from matplotlib import style
+from matplotlib.figure import Figure
 
 from retrieval_tip import Index
 from retrieval_tip.backbones.base import unit
@@ -43,9 +45,6 @@ from retrieval_tip.fit import closed_form
 from retrieval_tip.labelling.photos import Pool, suggest_features
 from retrieval_tip.labelling.smoothing import smooth
 from retrieval_tip.report import plots
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 LABELS, SHARE = (1, 2, 4, 8), 0.9
 PARTS = ("test", "unlabelled")
@@ -234,8 +233,6 @@ def show(runs: Sequence[Run], pool: str) -> None:
 
 def draw_curves(runs: Sequence[Run], pools: Sequence[str]) -> Figure:
     """Plot the accuracy on the test set against the number of labels, with a panel for each pool."""
-    from matplotlib.figure import Figure
-
     across = min(3, len(pools))
     down = -(-len(pools) // across)
     figure = Figure(figsize=(4 * across, 3.4 * down + 0.8))
@@ -256,6 +253,7 @@ def draw_curves(runs: Sequence[Run], pools: Sequence[str]) -> Figure:
         axes.set(xlabel="labels per class on average", ylabel="test accuracy, %")
     for axes in drawn[len(pools) :]:
         axes.set_visible(False)
+    figure.supxlabel("mean and standard error over draws", x=0.98, ha="right", fontsize=6.5, color=plots.GREY)
     figure.legend(*drawn[0].get_legend_handles_labels(), loc="outside upper center", ncols=9)
     return figure
 
@@ -290,7 +288,8 @@ def main(
     if smoothing:
         show_smoothed(read_runs(results), pools)
     if plot is not None:
-        plots.write(lambda: draw_curves(read_runs(results), pools), plot, "mean and standard error over draws")
+        with style.context(plots.LOOKS, after_reset=True):
+            draw_curves(read_runs(results), pools).savefig(plot)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def answer(folder: Path, store: str, exact_queries: int) -> list[Measure]:
     """Open the index in a folder, and classify its queries. This function runs in a new process."""
     queries, ids, opened = np.load(folder / "queries.npy"), np.load(folder / "ids.npy"), []
     load = places.at(place_of(folder, store)).load
-    opening = clocked(lambda: opened.append(load(device="cpu", precision="float32")))
+    opening = clocked(lambda: opened.append(load(device="cpu")))
     (cache,) = opened
     position = {name: i for i, name in enumerate(cache.class_names)}
     answers: list[int] = []

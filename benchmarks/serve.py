@@ -75,7 +75,7 @@ LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 
 def plain(folder: Path, what: str, device: str, port: int) -> None:
     """Run the plain server. This function runs in a separate process."""
-    cache = Index.load(folder, device=device, precision="float32")
+    cache = Index.load(folder, device=device)
     fields = ("label", "probability", "labels", "probabilities", "text_logit", "cache_logit", "neighbours", "opposing",
               "no_match")  # fmt: skip
     app = FastAPI()

@@ -126,13 +126,13 @@ class Material:
         asked = made.classes(queries, 2)
         return cls(cache, torch.from_numpy(made.draw(asked, 3)).to(device), torch.from_numpy(asked))
 
-    def other(self, index: str = "Flat", precision: str = "float32") -> Index:
-        """Return an index of the same keys that has another index type or precision."""
+    def other(self, index: str) -> Index:
+        """Return an index of the same keys that has another index type."""
         cache = self.index
         settings = replace(cache.settings, k=None)
         return Index.from_features(
             cache.keys, cache.class_ids.cpu().numpy(), cache.class_names, cache.text_weights.cpu().numpy(),
-            settings=settings, index=index, device=cache.device, precision=precision,
+            settings=settings, index=index, device=cache.device,
         )  # fmt: skip
 
     @property
@@ -161,13 +161,10 @@ def exact(size: Size, queries: int, rounds: int, device: str) -> None:
     """Measure answers that use all keys."""
     material = Material.make(size, queries, "Flat", device)
     cache, f = material.index, material.features
-    half = material.other(precision="bfloat16")
     ways = {
         "plain dense form": dense(cache),
         "product alone": bare_product(cache, queries),
         "k all, float32": lambda f: cache.logits(f, "all"),
-        "k all, bfloat16": lambda f: half.logits(f, "all"),
-        "product alone, bfloat16": bare_product(cache, queries, torch.bfloat16),
     }
     expected = cache.logits(f, "all").argmax(dim=1).cpu()
     material.compare("exact", {name: Way(call, f, queries) for name, call in ways.items()}, rounds, expected)

@@ -37,10 +37,10 @@ from retrieval_tip.fit.closed_form import FormChoice
 from retrieval_tip.fit.folds import Queries
 from retrieval_tip.fit.search_hp import on_validation, validation_shots
 from retrieval_tip.html import markup, table
-from retrieval_tip.index import changes, export, places
+from retrieval_tip.index import changes, places
 from retrieval_tip.index.build import build_index
 from retrieval_tip.index.changes import Added, Changed, Renamed
-from retrieval_tip.index.items import Plan
+from retrieval_tip.index.items import planned
 from retrieval_tip.index.places import Place
 from retrieval_tip.labelling import groups
 from retrieval_tip.labelling.photos import Pool, Suggestions, suggest_features, suggest_photos
@@ -48,7 +48,7 @@ from retrieval_tip.labelling.placing import Action
 from retrieval_tip.labelling.sort import Sorted, sort_photos
 from retrieval_tip.model import Index
 from retrieval_tip.predictions import Prediction, Predictions, SimilarShot
-from retrieval_tip.retrieval.inputs import Features, check_unit, queries
+from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.settings import Ask, AskOptions, BuildOptions, ClassPrior, KeysMet, MetricName, Precision, ValuesName
 from retrieval_tip.store.address import parse
 
@@ -387,7 +387,7 @@ class Classifier(OpenIndex):
 
         See :func:`build.build_index` for the errors.
         """
-        Plan(**options)  # raises an error before anything is loaded
+        planned(options)  # raises an error before anything is loaded
         source = photos.source if isinstance(photos, Pictures) else photos
         if not isinstance(source, Source):
             source = open_source(_place("photos", source))
@@ -418,24 +418,6 @@ class Classifier(OpenIndex):
         if isinstance(images, str | os.PathLike) and labels is None:
             raise UsageError(f"{os.fspath(images)}: a path has no labels; call from_folder, or give labels")
         return cls.from_folder(labelled_pictures(images, labels), model, **options)
-
-    @classmethod
-    def from_hub(
-        cls,
-        repository: str,
-        folder: Place | None = None,
-        model: Model = None,
-        *,
-        device: str = "auto",
-        precision: Precision = "auto",
-    ) -> Self:
-        """Download an index from the Hugging Face hub, and open it.
-
-        ``repository`` is the name ``ORG/NAME`` that was passed to :meth:`push_to_hub`. The index is written to
-        ``folder``, which defaults to ``indexes/NAME``. The other arguments are the same as for ``load``.
-        Raises InputError if the download fails.
-        """
-        return cls.load(export.download(repository, folder), model, device=device, precision=precision)
 
     @overload
     def predict(self, what: Picture, **options: Unpack[PredictOptions]) -> Prediction: ...  # type: ignore[overload-overlap] # a path is also an iterable of letters
@@ -546,7 +528,7 @@ class Classifier(OpenIndex):
         if (features := features_of(photos)) is None:
             sources, reader = self._photos(photos)
             return suggest_photos(sources, n, reader, self.index)
-        check_unit(queries(features, self.index.d))
+        self.index.queries(features, "check")
         names = [str(row) for row in range(len(features))]
         return suggest_features(Pool(names, features.astype(np.float32), [None] * len(features)), n, self.index)
 
@@ -646,18 +628,6 @@ class Classifier(OpenIndex):
         index = self.index.in_memory()
         backbone = None if features else cast("TorchBackbone | Joined | None", self.reader.backbone)
         return export_onnx(index.with_settings(index.settings.override(k=k)), _place("out", out), backbone)
-
-    def push_to_hub(
-        self, repository: str, *, test: Place | Source | None = None, private: bool = False, token: str | None = None
-    ) -> str:
-        """Upload the index and a model card to the Hugging Face hub, and return the URL.
-
-        ``repository`` is the name ``ORG/NAME``. The upload includes the features, the labels and the paths of the
-        shots, but no photos and no earlier versions. If you pass a labelled source as ``test``, the card also shows the
-        accuracy on it. Raises InputError if the upload fails.
-        """
-        figures = None if test is None else self.evaluate(test).to_dict()
-        return export.upload(self._written(), repository, export.card(self.index, repository, figures), private, token)
 
 
 @dataclass(frozen=True)

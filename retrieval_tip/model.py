@@ -38,7 +38,7 @@ from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.evidence import Nearest
 from retrieval_tip.retrieval.inputs import Features, KeyArray, KeysInPlace, Labels
 from retrieval_tip.retrieval.keys import KEY_BLOCK, Keys, auto_for, points_of
-from retrieval_tip.retrieval.logits import LOGITS, AnswerTerms, Retrieval, finite_logits, first_two, slices
+from retrieval_tip.retrieval.logits import LOGITS, AnswerTerms, Retrieval, first_two, slices
 from retrieval_tip.retrieval.ridge import MOST_SOLVED, Ridge
 from retrieval_tip.retrieval.rows import ArrayRows, Rows
 from retrieval_tip.retrieval.sets import Scores, Sets
@@ -52,7 +52,6 @@ from retrieval_tip.settings import (
     KeysMet,
     Levels,
     Norms,
-    Precision,
     Settings,
     Verify,
 )
@@ -89,7 +88,6 @@ class Answering:
     provenance: dict[str, Any] = field(default_factory=dict)
     device: str = "cpu"
     curve: pa.Table | None = None
-    precision: Precision = "float32"
     next_key_id: int | None = None
     metric: tip.Metric | None = None
     fitted: Fitted | None = None
@@ -128,12 +126,14 @@ class Answering:
         rows, c = self.rows, len(self.class_names)
         if isinstance(rows, ArrayRows) and rows.index is not None and rows.index.by_class and rows.index.n != c:
             self.rows = rows.indexed(c, device=self.device)
-        self._keys = self.rows.stream(c, self.device, self.precision, self.metric)
+        scale = inputs.scale_of(self.parts, self.shares) if self.parts else None
+        text = self.text_weights if scale is None else self.text_weights * scale.square().to(self.text_weights)
+        self.retrieval = Retrieval(self.rows.stream(c, self.device, self.metric), text)
 
     @property
     def index(self) -> VectorIndex | None:
         """The FAISS index over the keys or, if there is a metric, over the points. A table has an index of its own."""
-        return self._keys.index if isinstance(self._keys, Keys) else None
+        return self.retrieval.keys.index if isinstance(self.retrieval.keys, Keys) else None
 
     @property
     def keys(self) -> KeyArray | KeysInPlace:
@@ -163,7 +163,8 @@ class Answering:
     @property
     def class_ids(self) -> Tensor:
         """The class ids as an int64 tensor of shape ``[n]`` on the device."""
-        return self._keys.class_ids if isinstance(self._keys, Keys) else torch.from_numpy(self.rows.class_ids)
+        keys = self.retrieval.keys
+        return keys.class_ids if isinstance(keys, Keys) else torch.from_numpy(self.rows.class_ids)
 
     @property
     def n(self) -> int:
@@ -183,7 +184,7 @@ class Answering:
     @property
     def counts(self) -> list[int]:
         """Number of keys in each class."""
-        return list(self._keys.counts.long().tolist())
+        return list(self.retrieval.keys.counts.long().tolist())
 
     @property
     def bare(self) -> list[str]:
@@ -193,12 +194,12 @@ class Answering:
     @property
     def index_type(self) -> str:
         """The type of the index, which is a FAISS factory string or the type of a table's index."""
-        return self._keys.index_type
+        return self.retrieval.keys.index_type
 
     @property
     def exact_search(self) -> bool:
         """Whether a search is guaranteed to find the nearest keys."""
-        return self._keys.exact_search
+        return self.retrieval.keys.exact_search
 
     @property
     def has_text(self) -> bool:
@@ -210,17 +211,6 @@ class Answering:
         """How much each encoder counts, if there are several. The shares sum to 1."""
         own = () if self.fitted is None else self.fitted.shares
         return own or equal_shares(self.parts)
-
-    @property
-    def text(self) -> Tensor:
-        """The text weights as queries meet them, in which each encoder has its share."""
-        scale = inputs.scale_of(self.parts, self.shares) if self.parts else None
-        return self.text_weights if scale is None else self.text_weights * scale.square().to(self.text_weights)
-
-    @property
-    def retrieval(self) -> Retrieval:
-        """The object that retrieves keys, using the current settings."""
-        return Retrieval(keys=self._keys, text_weights=self.text, settings=self.settings)
 
     def find(self, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()) -> pa.Table:
         """Return the rows of the label store that match all of the given filters.
@@ -259,21 +249,36 @@ class Answering:
         other.settings = settings
         return other
 
-    def _queries(self, features: Features, norms: Norms = "keep") -> Tensor:
-        f = inputs.queries(features, self.text_weights.shape[1], self.parts).to(self.device)
+    def queries(self, features: Features | Sequence[Features], norms: Norms = "keep") -> Tensor:
+        """Convert features to a finite float32 tensor of shape ``[q, d]`` on the device.
+
+        Raises InputError if they are not valid, or if ``norms`` is ``"check"`` and the norm of a feature is not 1.
+        """
+        if isinstance(features, list | tuple) and inputs.are_several(features):
+            features = inputs.joined(features, self.parts, "features")
+        if isinstance(features, Tensor):
+            f = features.detach().float()
+        else:
+            with np.errstate(over="ignore"):  # overflow becomes infinity, which raises an error below
+                array = np.require(inputs.numbers(features, "features"), np.float32, ["C", "W"])
+            f = torch.from_numpy(array)
+        d = self.text_weights.shape[1]
+        if f.ndim != 2 or f.shape[1] != d:
+            raise InputError(f"features: shape {tuple(f.shape)}; expected [q, {d}]")
+        # The sum is much faster to check, and finite only if all features are. It may also overflow.
+        if not torch.isfinite(f.sum()) and not torch.isfinite(f).all():
+            row = int((~torch.isfinite(f).all(dim=1)).nonzero()[0])
+            raise InputError(f"features: row {row} contains NaN or infinity")
         if norms == "check":
             inputs.check_unit(f)
-        return f
+        return f.to(self.device)
 
     def terms(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> AnswerTerms:
         """Return the terms of the logits: the text term ``logit_scale * f W^T``, the cache ``C`` and the discriminant.
 
         They are not multiplied by alpha and gamma. The arguments are the same as for :meth:`logits`.
         """
-        retrieval = replace(self.retrieval, settings=self.settings.override(k=k, tail=tail))
-        terms = retrieval.terms(self._queries(features))
-        finite_logits(terms, self.settings)
-        return terms
+        return self.retrieval.answer(self.queries(features), self.settings.override(k=k, tail=tail))[0]
 
     def logits(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> Tensor:
         """Return the logits ``logit_scale * f W^T + alpha * (C + gamma * B)``, in the order of the classes.
@@ -291,15 +296,14 @@ class Answering:
             InputError: if the features are not finite or do not have the shape ``[q, d]``, or if the logits overflow.
             UsageError: if ``k`` is less than 1.
         """
-        retrieval = replace(self.retrieval, settings=self.settings.override(k=k, tail=tail))
-        return finite_logits(retrieval.terms(self._queries(features)), self.settings)
+        return self.retrieval.answer(self.queries(features), self.settings.override(k=k, tail=tail))[1]
 
     def exact_logits(self, features: Features) -> Tensor:
         """Return logits over all keys, computed in float64. This is useful for solved or trained values.
 
         The contributions of such values partly cancel, so in float32 the rounding error depends on the batch.
         """
-        return finite_logits(self.retrieval.terms(self._queries(features).double()), self.settings)
+        return self.retrieval.answer(self.queries(features).double(), self.settings)[1]
 
     def answers(self, blocks: Iterable[FeatureBlock], ask: Ask = Ask()) -> Iterator[AnswerBlock]:
         """Classify blocks of features, and yield their answers in order. Everything that classifies uses this loop.
@@ -313,11 +317,10 @@ class Answering:
         shown = min(ask.neighbours, index.settings.k or ask.neighbours)
         ask = replace(ask, neighbours=shown)
         for block in blocks:
-            f = index._queries(block.features)
+            f = index.queries(block.features)
             for part in slices(len(f), max(1, min(PREDICTED, LOGITS // len(index.class_names)))):
                 own = f[part]
-                terms = retrieval.terms(own, neighbours=shown)
-                logits = finite_logits(terms, index.settings)
+                terms, logits = retrieval.answer(own, index.settings, shown)
                 yield AnswerBlock(index, retrieval, ask, sets, block.take(part), own, terms, logits)
 
     @property
@@ -359,7 +362,7 @@ class Answering:
 
         Raises InputError if the norm of a feature is not 1, and the errors of :meth:`logits`.
         """
-        f = self._queries(features, norms)
+        f = self.queries(features, norms)
         blocks = self.answers([FeatureBlock.of(f.cpu().numpy())], Ask(**asked))
         return Predictions.joined(block.predictions() for block in blocks)
 
@@ -377,7 +380,7 @@ class Answering:
 
         The affinities are exact even if the index is compressed. Empty slots have row -1.
         """
-        near = self._keys.nearest(self._keys.points(features), k)
+        near = self.retrieval.keys.nearest(self.retrieval.keys.phi(features), k)
         return near.affinity, near.rows.cpu().numpy()
 
     def similar(self, features: Features, n: int = 5, *, norms: Norms = "check") -> list[list[SimilarShot]]:
@@ -388,7 +391,7 @@ class Answering:
         valid.
         """
         check_count("n", n)
-        f = self._queries(features, norms)
+        f = self.queries(features, norms)
         affinity, rows = self.nearest(f, min(n, self.n))
         used, places = np.unique(rows.clip(min=0), return_inverse=True)
         described = self.rows.described(used, ["key_id", "source", "label"]).to_pylist()
@@ -469,8 +472,8 @@ class AnswerBlock:
             columns["set"] = self.sets.column(self.probabilities, self.index.class_names)
         shots, retrieval = terms.shots, self.retrieval
         if shots is None and self.ask.neighbours:
-            points = retrieval.keys.points(self.features)
-            shots = retrieval.contributors(points, *first_two(self._scores), self.ask.neighbours)
+            points = retrieval.keys.phi(self.features)
+            shots = retrieval.contributors(points, *first_two(self._scores), self.ask.neighbours, settings.beta)
         if shots is not None:
             there = shots.supporting.rows >= 0
             ends = np.concatenate([[0], there.sum(dim=1).cumsum(dim=0).cpu().numpy()]).astype(np.int32)
@@ -582,6 +585,7 @@ class Editing(Answering):
         """Replace the text weights of all classes, and the templates that the weights were made from."""
         self.templates, self.text_weights = list(templates), torch.from_numpy(weights).to(self.device)
         self.scores = None
+        self._follow()
 
     def add(
         self,
@@ -622,8 +626,8 @@ class Editing(Answering):
             return None
         if self._ridge is None:
             return functional.one_hot(torch.from_numpy(new.class_ids), len(self.class_names)).to(self.values)
-        assert isinstance(self._keys, Keys)
-        return self._ridge.added(self._keys, new.vectors, new.class_ids)
+        assert isinstance(self.retrieval.keys, Keys)
+        return self._ridge.added(self.retrieval.keys, new.vectors, new.class_ids)
 
     def remove(self, key_ids: Sequence[int]) -> None:
         """Remove keys by id. Classes that become empty are kept.
@@ -651,8 +655,8 @@ class Editing(Answering):
             return
         if self._ridge is not None:
             assert isinstance(rows, ArrayRows)
-            assert isinstance(self._keys, Keys)
-            rows = self._ridge.relabelled(self._keys, rows, rows.rows_of(part.key_ids), class_ids)
+            assert isinstance(self.retrieval.keys, Keys)
+            rows = self._ridge.relabelled(self.retrieval.keys, rows, rows.rows_of(part.key_ids), class_ids)
         self._hold(rows.moved(part, class_ids, self.class_names))
 
     def rename(self, old: str, new: str) -> None:
@@ -822,7 +826,6 @@ class Index(Editing):
         text_weights: the text weights as a float32 tensor of shape ``[c, d]``. If the index has no text, they are zero.
         settings: the defaults for every call.
         curve: the loss curve of the training, which has one row per epoch.
-        precision: the dtype that is used to multiply queries with all keys (see :class:`keys.Keys`).
         next_key_id: the smallest key id that has never been used.
         metric: the fitted metric (see :mod:`tip`), or ``None``.
         fitted: a description of how the metric and the values were fitted (see :mod:`fit.closed_form`), or ``None``.
@@ -871,7 +874,6 @@ class Index(Editing):
         device: str = "auto",
         sources: Sequence[str] | None = None,
         values: Features | None = None,
-        precision: Precision = "float32",
         blocks: Sequence[int] = (),
     ) -> Self:
         """Create an index from precomputed features.
@@ -889,13 +891,12 @@ class Index(Editing):
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             sources: the path or id of each key, which is shown with predictions.
             values: the trained values, of shape ``[n, c]``. Defaults to one-hot labels.
-            precision: the dtype that is used to multiply queries with all keys (see :class:`keys.Keys`).
             blocks: the number of values of each encoder, if ``keys`` has the features of several side by side. Queries
                 and text weights have the same layout, and each part is scaled to the same length.
 
         Raises:
             InputError: if shapes do not match, if values are not finite, or if a label is not a class.
-            UsageError: if alpha, beta, the device, the index or the precision is invalid.
+            UsageError: if alpha, beta, the device or the index is invalid.
         """
         parts = inputs.parts_of(keys, blocks)
         matrix, names = inputs.matrix(inputs.joined(keys, parts, "keys"), "keys"), inputs.names(class_names)
@@ -919,7 +920,6 @@ class Index(Editing):
             inputs.text_weights(text_weights, len(names), matrix.shape[1]),
             settings=settings,
             device=device,
-            precision=precision,
             parts=parts,
             factory=index,
         )
@@ -975,7 +975,6 @@ class Index(Editing):
         folder: str | os.PathLike[str],
         *,
         device: str = "auto",
-        precision: Precision = "auto",
         verify: Verify = "full",
         check: Check | None = None,
         version: int | None = None,
@@ -987,7 +986,6 @@ class Index(Editing):
         Args:
             folder: the index folder.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-            precision: the dtype that is used to multiply queries with all keys (see :class:`keys.Keys`).
             verify: ``full`` to compare every file with its digest, or ``fast`` to compare only the size of large files.
             check: a check that has already been started. If it is given, the version under check is opened.
             version: the version number to open. Defaults to the current version.
@@ -1002,10 +1000,10 @@ class Index(Editing):
             return Check(store.files, manifest, verify)
 
         first = None if check is None else check.manifest
-        return store.opened(lambda manifest: cls._opened(store, checked(manifest), device, precision), version, first)
+        return store.opened(lambda manifest: cls._opened(store, checked(manifest), device), version, first)
 
     @classmethod
-    def _opened(cls, store: Versions, check: Check, device: str, precision: Precision) -> Self:
+    def _opened(cls, store: Versions, check: Check, device: str) -> Self:
         check.wait()
         place, manifest = store.folder, check.manifest
         held = read(place, manifest)
@@ -1014,9 +1012,7 @@ class Index(Editing):
         values = None if values is None else torch.from_numpy(values)
         rows = ArrayRows(keys, held["labels"], values, points, held.get("sums"))
         rows = replace(rows, index=_read_index(place, manifest, rows, device))
-        index = cls.of_version(
-            rows, manifest, device, held, curve=held.get("curve"), precision=precision, factory=manifest.index
-        )
+        index = cls.of_version(rows, manifest, device, held, curve=held.get("curve"), factory=manifest.index)
         index.stored = Stored.of(store, check, index._contents())
         return index
 
@@ -1048,7 +1044,7 @@ class Index(Editing):
             return cast("Index", store.load(device=self.device))
         before = self.stored.check
         check = Check(store.files, manifest, before.verify, set(before.manifest.data_files))
-        return type(self).load(store.folder, device=self.device, precision=self.precision, check=check)
+        return type(self).load(store.folder, device=self.device, check=check)
 
     def save(self, folder: str | os.PathLike[str], change: str = "save") -> None:
         """Write the next version of an index folder, or the first version of a new folder (see :meth:`Versions.write`).

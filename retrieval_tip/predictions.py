@@ -1,13 +1,9 @@
-"""Predictions as objects, as Arrow columns, and in the files that ``classify`` writes."""
+"""Predictions as objects, and as Arrow columns."""
 
 from __future__ import annotations
 
-import io
-import json
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
@@ -15,8 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from retrieval_tip.errors import InputError, counted, first_line, one_line
-from retrieval_tip.files import NotAFileError, open_regular
+from retrieval_tip.errors import counted, one_line
 from retrieval_tip.html import table
 
 _NEIGHBOUR = {"key_id": pa.int64(), "source": pa.string(), "label": pa.string()}
@@ -44,13 +39,6 @@ PREDICTIONS = {
 SCHEMA = pa.schema(list(PREDICTIONS.items()))
 ROWS = 1024
 """Number of rows that are converted to objects at a time."""
-
-MAX_ROWS = 100_000_000
-"""Maximum number of predictions in a file."""
-MAX_LINE = 1 << 26
-"""Maximum length of a line in a text file of predictions, in bytes. The logits of 1,000 classes take 20,000 bytes."""
-_SCALARS = {bool: pa.bool_(), int: pa.float64(), float: pa.float64(), str: pa.string()}
-_REMEDY = "pass a file from retrieval-tip classify --format parquet, csv or json --out FILE"
 
 SHOWN_PREDICTIONS = 50
 """Number of predictions shown in a notebook."""
@@ -281,94 +269,3 @@ def lists(values: npt.NDArray[Any] | pa.Array, m: int) -> pa.ListArray:
     """Convert values to an Arrow column of lists that have ``m`` items each. An array is not copied."""
     flat = values if isinstance(values, pa.Array) else pa.array(values.reshape(-1))
     return pa.ListArray.from_arrays(pa.array(np.arange(0, len(flat) + 1, m, dtype=np.int32)), flat)
-
-
-def read_predictions(path: Path) -> pa.Table:
-    """Read predictions that ``classify`` wrote as Parquet, CSV or JSON lines.
-
-    The columns have the types in ``PREDICTIONS``. The columns ``input`` and ``label`` are always present, and ``label``
-    may be null. Additional columns are kept, but in JSON lines only if their first value is text, a number or a
-    boolean.
-
-    Raises InputError if the file is not valid, or if it has more than ``MAX_ROWS`` rows.
-    """
-    name = one_line(str(path))
-    try:
-        with open_regular(path) as file:
-            head = file.readline(MAX_LINE).removeprefix(b"\xef\xbb\xbf").lstrip()
-            read = _parquet if head.startswith(b"PAR1") else _json if head.startswith(b"{") else _csv
-            file.seek(0)
-            table = read(pa.PythonFile(file), head)
-        _check_columns(table.column_names, len(table))
-        for column in ("input", "label"):
-            if table.schema.field(column).type not in (pa.string(), pa.large_string(), pa.string_view()):
-                raise ValueError(f"column {column!r} is {table.schema.field(column).type}, not text")
-        table.validate(full=True)  # this also checks that text is valid UTF-8
-        if table["input"].null_count:
-            raise ValueError(f"row {np.flatnonzero(table['input'].is_null().to_numpy())[0]} has no input")
-    except NotAFileError as error:
-        raise InputError(f"{error}; {_REMEDY}") from None
-    except FileNotFoundError:
-        raise InputError(f"{name}: no such file; {_REMEDY}") from None
-    except (OSError, ValueError, RecursionError, MemoryError, pa.ArrowException) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
-        raise InputError(f"{name}: cannot be read as predictions ({reason}); {_REMEDY}") from None
-    return table
-
-
-def _check_columns(columns: Sequence[str], rows: int) -> None:
-    if twice := [column for column, times in Counter(columns).items() if times > 1]:
-        raise ValueError(f"column {twice[0]!r} occurs twice")
-    if missing := [column for column in ("input", "label") if column not in columns]:
-        raise ValueError(f"it has no column {missing[0]!r}")
-    if not 1 <= rows <= MAX_ROWS:
-        raise ValueError(f"it has {rows:,} rows, more than {MAX_ROWS:,}" if rows else "it has no rows")
-
-
-def _parquet(raw: pa.NativeFile, _: bytes) -> pa.Table:
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(raw) as file:
-        _check_columns(file.schema_arrow.names, file.metadata.num_rows)  # before the rows are read into memory
-        return file.read()
-
-
-def _json(raw: pa.NativeFile, head: bytes) -> pa.Table:
-    first: dict[str, Any] = json.loads(head)
-    kinds = {key: PREDICTIONS.get(key, _SCALARS.get(type(value))) for key, value in first.items()}
-    return _read_json(raw, {key: kind for key, kind in kinds.items() if kind is not None})
-
-
-def _read_json(raw: pa.NativeFile | io.BytesIO, kinds: Mapping[str, pa.DataType]) -> pa.Table:
-    """Read only the given columns, because deeply nested types overflow Arrow's stack."""
-    import pyarrow.json
-
-    schema = pa.schema(list(kinds.items()))
-    return pyarrow.json.read_json(
-        raw,
-        pyarrow.json.ReadOptions(block_size=MAX_LINE),
-        pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
-    )
-
-
-def _csv(raw: pa.NativeFile, _: bytes) -> pa.Table:
-    import pyarrow.csv
-
-    nested = {column: kind for column, kind in PREDICTIONS.items() if pa.types.is_nested(kind)}
-    table = pyarrow.csv.read_csv(
-        raw,
-        pyarrow.csv.ReadOptions(block_size=MAX_LINE),
-        pyarrow.csv.ParseOptions(newlines_in_values=True),
-        pyarrow.csv.ConvertOptions(
-            column_types=PREDICTIONS | dict.fromkeys(nested, pa.string()), strings_can_be_null=True, null_values=[""]
-        ),
-    )
-    _check_columns(table.column_names, len(table))
-    for column in nested.keys() & set(table.column_names):
-        cells = table[column].to_pylist()
-        lines = "".join(f'{{"cell": {"null" if cell is None else cell}}}\n' for cell in cells)
-        parsed = _read_json(io.BytesIO(lines.encode()), {"cell": nested[column]})
-        if len(parsed) != len(table):  # a cell has closed its JSON line and started another one
-            raise ValueError(f"column {column!r} is not JSON")
-        table = table.set_column(table.column_names.index(column), column, parsed["cell"])
-    return table

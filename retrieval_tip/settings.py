@@ -21,7 +21,7 @@ Verify = Literal["full", "fast"]
 Norms = Literal["check", "unit", "keep"]
 """How the norms of features are treated: check that they are 1, scale features to norm 1, or keep any norm."""
 Precision = Literal["auto", "float32", "float16", "bfloat16", "int8"]
-"""Precision of an encoder and of the products with all keys.
+"""Precision of an encoder.
 
 ``auto`` is float32, except that an encoder on a GPU uses float16. ``int8`` only affects encoding images on a CPU.
 """

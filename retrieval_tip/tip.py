@@ -316,17 +316,15 @@ class Terms:
     cache: Tensor
     discriminant: Tensor | None = None
 
-    def logits(self, settings: Settings, slack: float = 0.0) -> Tensor:
-        """Return the logits ``text + alpha * (cache + gamma * discriminant)``, of shape ``[q, c]`` (equation 6).
+    def logits(self, settings: Settings) -> Tensor:
+        """Return the logits ``text + alpha * (cache + gamma * discriminant)``, of shape ``[q, c]`` (equation 6)."""
+        return torch.add(self.text, self.photos(settings), alpha=min(settings.alpha, LARGEST))
 
-        If ``slack`` is given, return an upper bound, assuming that the cache logits may be larger by this fraction.
-        """
-        return torch.add(self.text, self.photos(settings, slack), alpha=min(settings.alpha, LARGEST))
-
-    def photos(self, settings: Settings, slack: float = 0.0) -> Tensor:
-        """Return what the shots contribute, ``cache + gamma * discriminant``. See :meth:`logits` for ``slack``."""
-        cache = self.cache * (1 + slack) if slack else self.cache
-        return cache if self.discriminant is None else torch.add(cache, self.discriminant, alpha=settings.gamma)
+    def photos(self, settings: Settings) -> Tensor:
+        """Return what the shots contribute, ``cache + gamma * discriminant``."""
+        if self.discriminant is None:
+            return self.cache
+        return torch.add(self.cache, self.discriminant, alpha=settings.gamma)
 
     def strongest(self, counts: Tensor) -> Tensor:
         """Return the largest cache logit, of shape ``[q]``, of the classes whose number of keys is above 0."""

@@ -336,7 +336,7 @@ COMMANDS = {tuple(path.split()): command for path, command in commands_of(main) 
 def nearest_keys(model: Index, queries: Any, k: int = 1) -> list[list[dict[str, Any]]]:
     """Return key_id, source, label and affinity of the ``k`` nearest keys of each query, nearest first."""
     retrieval = model.retrieval
-    near = retrieval.keys.nearest(retrieval.keys.points(torch.from_numpy(np.asarray(queries))), k)
+    near = retrieval.keys.nearest(retrieval.keys.phi(torch.from_numpy(np.asarray(queries))), k)
     used, places = np.unique(near.rows.reshape(-1).numpy(), return_inverse=True)
     described = model.rows.described(used, ["key_id", "source", "label"]).take(places).to_pylist()
     rows = [row | {"affinity": a} for row, a in zip(described, near.affinity.reshape(-1).tolist(), strict=True)]

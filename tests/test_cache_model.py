@@ -23,7 +23,6 @@ from retrieval_tip import Index
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import closed_form
 from retrieval_tip.index.places import at
-from retrieval_tip.retrieval import inputs
 from retrieval_tip.settings import Settings
 
 Q, D, C = 70, 32, 12
@@ -386,7 +385,7 @@ def test_invalid_call_arguments_are_refused_in_one_line(arguments, settings_, er
 
 def test_features_whose_sum_overflows_are_accepted():
     features = np.full((2, 32), 3e38, dtype=np.float32)
-    assert torch.equal(inputs.queries(features, 32), torch.from_numpy(features))
+    assert torch.equal(model().queries(features), torch.from_numpy(features))
 
 
 def test_top_0_is_refused():

@@ -714,7 +714,6 @@ def test_every_option_is_a_named_argument():
         assert name[0] == "_" or parameters(method) is not None
     for own, done_by, apart in (
         (parameters(Classifier.from_folder), build_index, {"source", "out", "reader"}),
-        (parameters(Classifier.from_hub), Classifier.load, {"place"}),
         (parameters(Classifier.predict), Index.classify, {"self", "features"}),
         (parameters(Classifier.explain), Classifier.predict, {"norms", "group_no_match"}),
         (parameters(Classifier.add), changes.add, {"folder", "source", "reader", "manifest"}),
@@ -787,46 +786,17 @@ def test_evaluate_and_report_match_the_commands(place, clf, tmp_path, run):
     assert (tmp_path / "r.html").stat().st_size == report.bytes
 
 
-class Hub:
-    """A folder that replaces the Hugging Face hub."""
-
-    folder: Path
-
-    def __init__(self, token=None):
-        self.token = token
-
-    def create_repo(self, repository, *, private, exist_ok):
-        (self.folder / repository).mkdir(parents=True, exist_ok=exist_ok)
-
-    def upload_file(self, *, path_or_fileobj, path_in_repo, repo_id):
-        (self.folder / repo_id / path_in_repo).write_bytes(path_or_fileobj)
-
-    def upload_folder(self, *, repo_id, folder_path, ignore_patterns):
-        skipped = shutil.ignore_patterns(*ignore_patterns)
-        shutil.copytree(folder_path, self.folder / repo_id, dirs_exist_ok=True, ignore=skipped)
-        return f"https://huggingface.co/{repo_id}"
-
-
-def test_an_index_can_be_pushed_to_the_hub_and_loaded_from_it(place, clf, tmp_path, monkeypatch):
-    import huggingface_hub
-
-    Hub.folder = tmp_path / "hub"
-
-    def download(repository, *, local_dir):
-        if not (Hub.folder / repository).is_dir():
-            raise OSError("404: no such repository")
-        shutil.copytree(Hub.folder / repository, local_dir, dirs_exist_ok=True)
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert clf.push_to_hub("me/colours", test=place / "new").endswith("me/colours")
-    card = (Hub.folder / "me/colours/README.md").read_text()
-    assert "18 photos in 3 classes" in card
-    assert f"| top1 | {clf.evaluate(place / 'new').top1:.4g} |" in card
-    again = Classifier.from_hub("me/colours", tmp_path / "fetched", device="cpu")
+def test_an_index_that_was_downloaded_from_the_hub_can_be_read_and_changed(place, clf, tmp_path):
+    """``hf download --local-dir`` leaves files of its own in the folder."""
+    own = tmp_path / "fetched"
+    clf.save(own)
+    (own / ".cache/huggingface/download").mkdir(parents=True)
+    (own / ".cache/huggingface/.gitignore").write_text("*")
+    (own / ".gitattributes").write_text("*.parquet filter=lfs")
+    again = Classifier.load(own, device="cpu")
     assert again.predict(place / "new/red/6.png") == clf.predict(place / "new/red/6.png")
-    with pytest.raises(InputError, match=r"me/nothing: .*404"):
-        Classifier.from_hub("me/nothing", tmp_path / "none")
+    assert again.remove(key_ids=[0]).version == 2
+    assert (own / ".cache/huggingface/.gitignore").exists()
 
 
 def test_a_scikit_learn_pipeline_can_start_with_paths(place):

@@ -53,7 +53,7 @@ def tune(run, place, *more, out="tuned"):
 
 def test_python_gives_the_result_of_the_command(run, place):
     result = tune(run, place, "--val", place / "val.parquet", "--epochs", 2, "--batch", 16, "--json")
-    cache = Index.load(place / "index", device="cpu", precision="float32")
+    cache = Index.load(place / "index", device="cpu")
     shots, val = (open_source(place / f"{name}.parquet") for name in ("views", "val"))
     val = val.take(validation_shots(cache, val))
     recipe = Recipe(epochs=2, batch=16)

@@ -73,7 +73,7 @@ def test_the_new_version_has_the_printed_settings(run, place, features, more):
     )
     added = set((place / "index" / "data").iterdir()) - data
     assert {path.name.partition("-")[0] for path in added} <= {"index"}  # no other file is rewritten
-    cache = Index.load(place / "index", device="cpu", precision="float32")
+    cache = Index.load(place / "index", device="cpu")
     same = np.mean(np.equal(labels(cache, features, cache.settings.k), labels(cache, features, "all")))
     assert same == pytest.approx(chosen[0]["agreement"], abs=0.5 / Q)
     asked = json_rows(run("classify", place / "index", place / "queries.parquet", "--format", "json"))

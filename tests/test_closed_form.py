@@ -102,7 +102,7 @@ def test_logits_match_the_definition(form, where, tmp_path):
 
 
 def unit_points(cache, queries):
-    return cache.retrieval.keys.points(torch.from_numpy(queries)).numpy()
+    return cache.retrieval.keys.phi(torch.from_numpy(queries)).numpy()
 
 
 @pytest.mark.parametrize(("shots", "norm"), [(6, 1e-3), (6, 1.2), (1, 17.0), (6, 1e4), (1, 1e8)])

@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import lancedb
@@ -23,7 +24,7 @@ from retrieval_tip import model as index_model
 from retrieval_tip.cli import main
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_source
-from retrieval_tip.errors import InputError, warn_once
+from retrieval_tip.errors import InputError, StoreError, warn_once
 from retrieval_tip.fit import closed_form
 from retrieval_tip.index import changes
 from retrieval_tip.index import places as stores
@@ -332,6 +333,22 @@ def small_limits(monkeypatch):
     monkeypatch.setattr(index_model, "SUMS_FROM", 0)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fit_is_refused_if_its_index_changed_while_photos_were_encoded(built, kind, tmp_path, monkeypatch):
+    place = copied(tmp_path, kind, built["metric", kind], kind)
+    path = write_table(tmp_path / "val.parquet", QUERIES, [NAMES[i] for i in clusters(4, seed=5)[1]])
+    encode = Reader.encode
+
+    def changing(reader, source):
+        changes.remove(place, key_ids=[4])
+        return encode(reader, source)
+
+    monkeypatch.setattr(Reader, "encode", changing)
+    fitting = partial(fit_index, place, validation=open_source(path), reader=Reader())
+    refused(fitting, "changed meanwhile; run again", error=StoreError)
+    assert stores.at(place).manifest().change.startswith("removed")
+
+
 @pytest.mark.usefixtures("small_limits")
 @pytest.mark.parametrize("form", [{}, {"metric": "within"}, {"metric": "none"}], ids=str)
 @pytest.mark.parametrize("source", ["shots", "val"])
@@ -366,7 +383,7 @@ def test_the_vector_index_covers_the_points(tmp_path, monkeypatch):
     )  # no data of an earlier version
     points = model.metric(torch.from_numpy(model.rows.in_memory().keys)).numpy()
     wanted = model.metric(torch.from_numpy(QUERIES)).numpy() @ points.T
-    near = model.retrieval.keys.nearest(model.retrieval.keys.points(torch.from_numpy(QUERIES)), 10).affinity.numpy()
+    near = model.retrieval.keys.nearest(model.retrieval.keys.phi(torch.from_numpy(QUERIES)), 10).affinity.numpy()
     assert np.isclose(near, -np.sort(-wanted, axis=1)[:, :10], atol=1e-5).mean() > 0.9
     changes.add(place, open_source(table(tmp_path / "more.parquet", 1, 9, "more")), Reader())
     late = [one["key_id"] for [one] in nearest_keys(stores.at(place).verify(), clusters(1, 9)[0])]

@@ -42,7 +42,6 @@ from retrieval_tip.data.tables import read_rows
 from retrieval_tip.errors import MAX_LINE, RetrievalTipError
 from retrieval_tip.index import changes
 from retrieval_tip.index.build import build_index
-from retrieval_tip.predictions import read_predictions
 from retrieval_tip.store.versions import Versions
 
 D, CLASSES = 8, ["cat", "dog", "owl"]
@@ -218,7 +217,7 @@ def test_any_text_table_is_refused_or_read(
     raw = text.encode(encoding, "replace")
     path = tmp_path_factory.getbasetemp() / f"any{suffix}"
     path.write_bytes(data.draw(mutated(st.just(raw))) if raw and data.draw(st.booleans()) else raw)
-    for read in (open_source, open_items, read_predictions):
+    for read in (open_source, open_items):
         found = refused(lambda read=read: read(path))
         if found is not None and read is open_source:
             assert all(label.strip() for label in found.labels)
@@ -349,7 +348,7 @@ WORDS = [
     "local-dir:/dev", "cuda:99", "IVF0,Flat", "HNSW2147483648", "PQ8x64", "IVF4(", "Classes", "true) --", "index",
     "key_id < 2", "train.parquet",
 ]  # fmt: skip
-SLOW = {"epochs", "seeds", "folds", "shots", "engine", "plot", "help", "workers"}
+SLOW = {"epochs", "seeds", "folds", "shots", "engine", "help", "workers"}
 """Options that take long, start other programs, or draw. ``test_cli.py`` tests their bounds."""
 
 

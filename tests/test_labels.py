@@ -1,16 +1,15 @@
-"""Tables of the label store: files of predictions, and the history of versions."""
+"""Files of predictions, and the history of versions as a table."""
 
 from __future__ import annotations
 
+import csv
 import datetime
+import io
 import json
-import os
-import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,10 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sealing import refused
 
-from retrieval_tip import predictions
 from retrieval_tip.cli.output import write_tables
 from retrieval_tip.errors import InputError
-from retrieval_tip.predictions import PREDICTIONS, read_predictions
+from retrieval_tip.predictions import PREDICTIONS
 from retrieval_tip.store.labels import VERSIONS_SCHEMA, in_words, versions_table
 from retrieval_tip.store.query import ask
 
@@ -56,22 +54,41 @@ def written(path: Path, rows: list[dict[str, Any]], style: str, columns: list[st
     return path
 
 
+def read_back(path: Path, style: str, columns: list[str]) -> list[dict[str, Any]]:
+    """Read predictions without this package."""
+    if style == "parquet":
+        return pq.read_table(path).to_pylist()
+    text = path.read_bytes().decode()
+    if style == "json":
+        return [json.loads(line) for line in text.removesuffix("\n").split("\n")]
+    heading, *rows = csv.reader(io.StringIO(text, newline=""))
+    assert heading == columns
+    return [dict(zip(columns, map(cell_value, columns, row), strict=True)) for row in rows]
+
+
+def cell_value(column: str, cell: str) -> Any:
+    kind = PREDICTIONS[column]
+    if not cell:
+        return None
+    return cell if pa.types.is_string(kind) else cell == "True" if pa.types.is_boolean(kind) else json.loads(cell)
+
+
 @pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("name", ["p.parquet", "p.csv", "p", "ü x=1/[a]*.json"])
-def test_predictions_come_back_from_every_format(tmp_path: Path, style: str, name: str) -> None:
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    table = read_predictions(written(tmp_path / name, ROWS, style))
-    assert table.schema.types == list(PREDICTIONS.values())
-    assert table.to_pylist() == ROWS
-    joined = ask(
-        {"keys": KEYS, "predictions": table},
-        "SELECT p.input, l.label, n.affinity FROM predictions p, UNNEST(p.neighbours) AS u(n) "
-        "JOIN keys l ON l.key_id = n.key_id ORDER BY l.key_id",
+def test_predictions_come_back_from_every_format(tmp_path: Path, style: str) -> None:
+    path = written(tmp_path / f"p.{style}", ROWS, style)
+    assert read_back(path, style, list(PREDICTIONS)) == ROWS
+    found = duckdb.sql(f"SELECT input, label, probability, no_match FROM '{path}'").fetchall()
+    assert found == [(row["input"], row["label"], row["probability"], row["no_match"]) for row in ROWS]
+
+
+def test_duckdb_joins_predictions_with_keys(tmp_path: Path) -> None:
+    pq.write_table(KEYS, tmp_path / "keys.parquet")
+    path = written(tmp_path / "p.parquet", ROWS, "parquet")
+    joined = duckdb.sql(
+        f"SELECT p.input, l.label, n.affinity FROM '{path}' p, UNNEST(p.neighbours) AS u(n) "
+        f"JOIN '{tmp_path / 'keys.parquet'}' l ON l.key_id = n.key_id ORDER BY l.key_id"
     )
-    assert joined.to_pylist() == [
-        {"input": "a.jpg", "label": "dog", "affinity": 0.5},
-        {"input": "a.jpg", "label": "dog", "affinity": 0.5},
-    ]
+    assert joined.fetchall() == [("a.jpg", "dog", 0.5), ("a.jpg", "dog", 0.5)]
 
 
 @given(
@@ -94,100 +111,8 @@ def test_any_predictions_come_back(
     tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]], style: str
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "any-predictions"
-    assert read_predictions(written(path, rows, style, list(rows[0]))).to_pylist() == rows
-
-
-def test_further_columns_of_predictions_stay(tmp_path: Path) -> None:
-    rows = [
-        {"input": "a", "label": "b", "truth": "c", "fold": 1.0},
-        {"input": "d", "label": "b", "truth": "b", "fold": 2.5},
-    ]
-    (tmp_path / "p.json").write_text("".join(json.dumps(row | {"list": [1]}) + "\n" for row in rows))
-    (tmp_path / "p.csv").write_text("input,label,truth,fold\na,b,c,1\nd,b,b,2.5\n")
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "p.parquet")
-    for name in ("p.json", "p.csv", "p.parquet"):
-        assert read_predictions(tmp_path / name).to_pylist() == rows
-
-
-DEEP = 1_000_000
-TOO_DEEP = "recursion" if sys.version_info < (3, 14) else "Stack overflow"
-GOOD = b'{"input": "a", "label": "b"}\n'
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (b"", "Empty CSV file"),
-        (b"input,label\n", "no rows"),
-        (b"input,probability\na,0.5\n", "no column 'label'"),
-        (b"input,label,input\na,b,c\n", "column 'input' occurs twice"),
-        (b"input,label\na\n", "Expected 2 columns"),
-        (b"input,label\na,\xff\n", "UTF8"),
-        (b"input,label,probability\na,b,x\n", "double"),
-        (b"input,label\n,b\n", "row 0 has no input"),
-        (GOOD + b"null\n", "row 1 has no input"),
-        (GOOD + b'{"input": "a", "label": 3}\n', "JSON parse error"),
-        (b'{"input": "a", "label": "\\ud800"}\n', "surrogate"),
-        (b'{"input": "a", "label": "b", "z": ' + b"[" * DEEP + b"]" * DEEP + b"}\n", TOO_DEEP),
-        (b'input,label,neighbours\na,b,"[{""key_id"": ' + b"[" * DEEP + b"]" * DEEP + b'}]"\n', "JSON parse error"),
-        (b'input,label,labels\na,b,"null} {""cell"": null"\n', "column 'labels' is not JSON"),
-        (b"PAR1 and nothing", "Parquet"),
-    ],
-    ids=range(15),
-)  # fmt: skip
-def test_a_file_that_is_no_predictions_is_refused(tmp_path: Path, content: bytes, reason: str) -> None:
-    path = tmp_path / "p"
-    path.write_bytes(content)
-    said = (f"{path}: cannot be read as predictions (", reason, "retrieval-tip classify --format")
-    refused(lambda: print(read_predictions(path)), *said, error=InputError)
-
-
-def test_deeply_nested_json_beside_the_columns_is_skipped(tmp_path: Path) -> None:
-    path = tmp_path / "p.json"
-    nested = b"[" * DEEP + b"]" * DEEP
-    first = b'{"input": "a", "label": "b", "neighbours": []}\n'
-    path.write_bytes(first + b'{"input": "a", "label": "b", "neighbours": [{"key_id": 3, "z": ' + nested + b"}]}\n")
-    assert [row["key_id"] for row in read_predictions(path)["neighbours"][1].as_py()] == [3]
-
-
-def test_parquet_that_is_no_predictions_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "p"
-    offsets = pa.py_buffer(np.array([0, 1], np.int32).tobytes())
-    bad = pa.StringArray.from_buffers(1, offsets, pa.py_buffer(b"\xff"))
-    good = pa.array(["a"])
-    for table, reason in [
-        (pa.table({"input": good, "label": [1]}), "column 'label' is int64, not text"),
-        (pa.table({"input": [1], "label": good}), "column 'input' is int64, not text"),
-        (pa.table({"input": good}), "no column 'label'"),
-        (pa.table({"input": good, "label": bad}), "UTF8"),
-        (pa.table({"input": good, "label": good, "labels": pa.array([[None]]).cast(pa.list_(pa.string()))}), None),
-        (pa.table({"input": good, "label": good}).slice(0, 0), "no rows"),
-        (pa.Table.from_arrays([good, good, good], ["input", "label", "label"]), "column 'label' occurs twice"),
-    ]:
-        pq.write_table(table, path)
-        if reason is None:
-            assert read_predictions(path).num_rows == 1
-            continue
-        refused(lambda: read_predictions(path), path, reason, error=InputError)
-
-
-@pytest.mark.parametrize("style", STYLES)
-def test_a_file_of_too_many_predictions_is_refused(tmp_path: Path, style: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = written(tmp_path / "p", ROWS, style)
-    monkeypatch.setattr(predictions, "MAX_ROWS", 2)
-    assert read_predictions(path).num_rows == 2
-    monkeypatch.setattr(predictions, "MAX_ROWS", 1)
-    with pytest.raises(InputError, match="2 rows, more than 1"):
-        read_predictions(path)
-
-
-def test_other_kinds_of_file_are_refused(tmp_path: Path) -> None:
-    for path, reason in [
-        (tmp_path, "not a file"),
-        (tmp_path / "x\ny", "no such file"),
-        (Path(os.devnull), "not a file"),
-    ]:
-        refused(partial(read_predictions, path), reason, "retrieval-tip classify --format", error=InputError)
+    columns = list(rows[0])
+    assert read_back(written(path, rows, style, columns), style, columns) == rows
 
 
 # --- versions

@@ -273,8 +273,7 @@ def test_validation_shots_match_the_published_draw(shared, tmp_path):
 def test_a_cautious_search_changes_the_settings_only_on_significant_evidence():
     from retrieval_tip.retrieval.defaults import measure, plain_settings
 
-    cache = small_cache()
-    cache.text_weights = torch.from_numpy(centres_of(400, 7))
+    cache = replace(small_cache(), text_weights=torch.from_numpy(centres_of(400, 7)))
     alpha, beta = plain_settings(None, None, "both", measure(cache.keys, cache.labels["class_id"].to_numpy()))
     cache.settings = cache.settings.override(alpha=alpha, beta=beta)
     kept = 0

@@ -49,7 +49,7 @@ def smoothed(index, features):
 def alone_and_given(index, features, folder):
     """Return the probabilities of photos alone, and those that similar photos of a folder give, photo by photo."""
     answers = chances(index, folder)
-    points, others = (index.retrieval.keys.points(torch.from_numpy(one)).double().numpy() for one in (features, folder))
+    points, others = (index.retrieval.keys.phi(torch.from_numpy(one)).double().numpy() for one in (features, folder))
     given = []
     for point in points:
         cosines = others @ point

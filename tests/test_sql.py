@@ -308,11 +308,3 @@ def test_a_query_with_too_large_an_answer_ends_with_its_error():
 def test_an_error_in_a_later_row_is_reported_as_a_query_error():
     with pytest.raises(UsageError, match=r"^query: Invalid Input Error: mine"):
         ask({}, "SELECT CASE WHEN i > 1900000 THEN error('mine') END FROM range(2000000) t(i)")
-
-
-def test_a_predictions_file_can_be_queried(tmp_path):
-    path = tmp_path / "p.parquet"
-    pq.write_table(pa.table({"input": ["a"], "label": ["b"]}), path)
-    assert ask({}, "SELECT count(*) AS n FROM predictions", path).to_pylist() == [{"n": 1}]
-    path.write_bytes(b"PAR1")
-    refused(lambda: ask({}, "SELECT 1", path), path, error=InputError)

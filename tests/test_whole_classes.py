@@ -1,6 +1,5 @@
-"""Indexes that search whole classes, and products in half precision, compared with dense float64."""
+"""Indexes that search whole classes, compared with dense float64."""
 
-import json
 from dataclasses import replace
 from unittest import mock
 
@@ -17,7 +16,7 @@ from tables import unit
 from retrieval_tip import Index, tip, verify
 from retrieval_tip.errors import StoreError
 from retrieval_tip.retrieval import logits as retrieval
-from retrieval_tip.retrieval.logits import promising, uncertain
+from retrieval_tip.retrieval.logits import promising
 from retrieval_tip.retrieval.vector_index import auto_factory
 from retrieval_tip.settings import Settings
 
@@ -86,23 +85,6 @@ def test_only_classes_that_could_win_are_promising(text, cache, alpha, slack, me
     classes, found = promising(terms, own, slack, len(text))
     assert sorted(classes[found].tolist()) == met or alpha > 1e38
     assert found[0, 0]
-
-
-@given(st.integers(1, 6), st.floats(0, 10), st.floats(0, 0.5), st.integers(0, 2**32 - 1))
-def test_an_error_only_changes_uncertain_winners(c, alpha, error, seed):
-    rng = np.random.default_rng(seed)
-    text, cache = torch.from_numpy(rng.normal(size=(20, c))), torch.from_numpy(rng.gamma(1, size=(20, c)))
-    other = cache * (1 + error * torch.from_numpy(rng.choice([-1.0, 1.0], (20, c))))
-    changed = (text + alpha * cache).argmax(1) != (text + alpha * other).argmax(1)
-    close = uncertain(tip.Terms(text, cache), Settings(alpha=alpha), error)
-    assert (close | ~changed).all()
-    assert c > 1 or not close.any()
-
-
-def test_distant_logits_are_not_uncertain():
-    terms, own = tip.Terms(torch.tensor([[5.0, 1.0, 0.0]]), torch.tensor([[1.0, 2.0, 0.5]])), Settings(alpha=1.0)
-    assert not uncertain(terms, own, 0.1).any()  # 6 or 5.9, against 3 or 3.2
-    assert uncertain(terms, own, 1.0).all()  # 5 against 5
 
 
 @pytest.fixture(scope="module")
@@ -304,31 +286,3 @@ def test_an_index_of_other_keys_or_another_type_is_refused(tmp_path, material):
     replace(cache, rows=replace(cache.rows, index=cache.index)).save(tmp_path / "type")
     with pytest.raises(StoreError, match="does not match the manifest"):
         Index.load(tmp_path / "type", device="cpu")
-
-
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "auto"])
-def test_precision_only_affects_all_keys_and_is_not_saved(precision, tmp_path, material):
-    array, ids, text, queries = material
-    cache = model(array, ids, C, text, precision=precision)
-    exact = model(array, ids, C, text)
-    assert torch.equal(cache.logits(queries, 64), exact.logits(queries, 64))  # retrieved keys use float32
-    assert torch.equal(cache.logits(queries), exact.logits(queries)) == (precision != "bfloat16")
-    cache.save(tmp_path / "index")
-    assert "precision" not in json.loads((tmp_path / "index" / "manifest.json").read_bytes())
-    assert Index.load(tmp_path / "index", device="cpu").precision == "auto"
-    assert Index.load(tmp_path / "index", device="cpu", precision="float32").precision == "float32"
-
-
-def test_close_answers_of_half_precision_are_recomputed_in_float32():
-    """Random queries have many close answers; half precision alone would change some of them."""
-    rng = np.random.default_rng(5)
-    common = 5 * rng.normal(size=48)
-    keys, queries = (unit(common + 5 * rng.normal(size=(m, 48))) for m in (1000, 4000))
-    ids, names = np.arange(1000) % 20, [f"class {i}" for i in range(20)]
-    cache = Index.from_features(keys, ids, names, settings=Settings(beta=8.0), device="cpu", precision="bfloat16")
-    exact = replace(cache, precision="float32").logits(queries)
-    assert (cache._keys.cache_logits(torch.from_numpy(queries), 8.0).argmax(1) != exact.argmax(1)).any()
-    found = cache.logits(queries)
-    assert torch.equal(found.argmax(1), exact.argmax(1))
-    assert not torch.equal(found, exact)
-    assert cache.logits(queries[:0]).shape == (0, 20)

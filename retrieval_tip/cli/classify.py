@@ -25,6 +25,7 @@ from retrieval_tip.cli.opening import (
     loader,
     paths_on_stdin,
     reader_for,
+    reader_of,
     source_of,
     store_of,
 )
@@ -434,7 +435,7 @@ def _classify_on_ray(
         raise UsageError("--engine ray: can only write Parquet parts; give --format parquet and --out FOLDER")
     pieces = cut_inputs(inputs, paths_on_stdin())
     manifest, schema = store_of(folder).manifest().to_bytes(), rows.schema(loaded)
-    question = Question(str(folder), manifest, encoding.precision, loaded.settings, opening.where, schema, rows.tables)
+    question = Question(str(folder), manifest, loaded.settings, opening.where, schema, rows.tables)
     what, skipped = _on_ray(pieces, printing.output, engine, encoding, index=loaded, question=question)
     say(f"{show(printing.output)}: {what}")
     finish(skipped)
@@ -461,7 +462,7 @@ def _on_ray(
             raise UsageError(UNNAMED)
         backbone = loader(encoding, identity)
     cache = None if encoding.no_cache else str(encoding.cache or EncodingCache.default_folder())
-    work = Work(encoding.reader(views), backbone, cache, question)
+    work = Work(reader_of(encoding, views), backbone, cache, question)
     progress = sys.stderr.isatty() and not quiet()
     cluster: dict[str, Any] = {"address": engine.ray_address, "actors": engine.actors}
     rows, kept, skipped = write_parts(work, pieces, out, **cluster, device=encoding.device, progress=progress)

@@ -14,7 +14,7 @@ import click
 from retrieval_tip.cli import kinds, options
 from retrieval_tip.cli.group import argument, command, flag, grouped, option
 from retrieval_tip.cli.kinds import Place
-from retrieval_tip.cli.messages import command_line, finish, note, print_result, say
+from retrieval_tip.cli.messages import command_line, finish, note, print_result
 from retrieval_tip.cli.opening import index_with, reader_for, source_of
 from retrieval_tip.cli.options import ComparedOptions, OpeningOptions, SourceOptions
 from retrieval_tip.errors import UsageError, counted, few, json_line, percent, show
@@ -26,10 +26,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """The files that show an evaluation, and the accuracy curve of a report.
+    """The report of an evaluation, and its accuracy curve.
 
     Options:
-        plot: Folder for PNG diagrams of confusions, classes and calibration (requires matplotlib).
         report: HTML file for a report that opens offline in any browser (requires matplotlib). It also shows the worst
             mistakes and what to do next.
         shots: Number of shots per class in the accuracy curve of the report. [default: 1, 2, 4 ...]
@@ -37,7 +36,6 @@ class ReportOptions:
         no_curves: Leave out the accuracy curve, which takes the longest to compute.
     """
 
-    plot: Path | None = option(kinds.FOLDER, **options.OUTPUTS)
     report: Path | None = option(kinds.FILE, **options.OUTPUTS)
     shots: tuple[int, ...] = option(kinds.SHOTS, multiple=True, **options.OUTPUTS)
     seeds: int | None = option(kinds.SEEDS, help="[default: 3]", **options.OUTPUTS)
@@ -51,10 +49,6 @@ class ReportOptions:
             raise UsageError(f"{given[0]}: needs --report FILE")
         if self.no_curves and len(given) > 1:
             raise UsageError(f"{given[0]} and --no-curves: give only one")
-        if self.plot is not None:
-            from retrieval_tip.report import plots
-
-            plots.check(self.plot)
         if self.report is not None:
             from retrieval_tip.report import report
 
@@ -104,12 +98,6 @@ def evaluate_command(
                 seeds=report.seeds or SEEDS, curves=not report.no_curves, place=folder, where=opening.where,
                 command=command_line(*map(portable, sys.argv[1:])),
             ).evaluation  # fmt: skip
-    if report.plot is not None:
-        from retrieval_tip.report.plots import write_plots
-
-        title = f"{show(Path(str(folder)).name)} on {show(Path(str(source)).name)}"
-        files = write_plots(evaluation, report.plot, title)
-        say(f"{show(report.plot)}: {', '.join(file.name for file in files)}")
     if as_json:
         click.echo(json_line(evaluation.to_dict()))
     else:

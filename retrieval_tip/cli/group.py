@@ -57,15 +57,12 @@ SYNONYMS = {
 """Command names used by other programs, and the commands to suggest for them."""
 
 
-def _quiet(ctx: click.Context, _: click.Parameter, quiet: bool) -> None:
-    if quiet:
-        ctx.obj = True
-        logging.getLogger("retrieval_tip").setLevel(logging.ERROR)
-
-
-def _verbose(_: click.Context, __: click.Parameter, times: int) -> None:
+def _set_level(ctx: click.Context, option: click.Parameter, times: int) -> None:
     if times:
-        logging.getLogger("retrieval_tip").setLevel(logging.INFO if times == 1 else logging.DEBUG)
+        quiet = option is QUIET
+        ctx.obj = ctx.obj or quiet
+        level = logging.ERROR if quiet else logging.INFO if times == 1 else logging.DEBUG
+        logging.getLogger("retrieval_tip").setLevel(level)
 
 
 def _all_help(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
@@ -143,8 +140,10 @@ def _parameter(name: str, declared: Any, told: Mapping[str, str]) -> click.Param
 
 
 _early = partial(Option, heading="General", is_eager=True, expose_value=False)
-QUIET = _early(["-q", "--quiet"], is_flag=True, callback=_quiet, help="Hide warnings and progress.")
-VERBOSE = _early(["-v", "--verbose"], count=True, callback=_verbose, help="Show more messages; -vv shows all of them.")
+QUIET = _early(["-q", "--quiet"], is_flag=True, callback=_set_level, help="Hide warnings and progress.")
+VERBOSE = _early(
+    ["-v", "--verbose"], count=True, callback=_set_level, help="Show more messages; -vv shows all of them."
+)
 _ALL = _early(["--help-all", "all_help"], is_flag=True, callback=_all_help, help="Show every option in full and exit.")
 
 

@@ -66,7 +66,7 @@ def build(
             build["templates"] = facts(items.dataset).templates
         loaded = build_index(items, out, reader, device=encoding.device, **build)
     version = loaded.version or 1
-    _say_version(out, version, _held(loaded))
+    about(out, f"version {version}, {_held(loaded)}")
     if not quiet():
         if dropped := loaded.provenance.get("dropped"):
             named = f": {few(dropped['sources'], dropped['shots'])}" if dropped["shots"] else ""
@@ -146,9 +146,6 @@ def query(
     folder: Place = options.INDEX_ARGUMENT,
     sql: str = argument(),
     printing: OutputOptions = options.FORMAT,
-    predictions: Path | None = option(
-        kinds.FILE, help="Output of classify (.parquet, .csv or .json), to be used as the table predictions."
-    ),
     timeout: int = option(click.IntRange(1, 86_400), default=60, help="Time limit for the query, in seconds."),
 ) -> None:
     """Query the label store with SQL.
@@ -158,9 +155,9 @@ def query(
     The table labels has the columns key_id, class_id, label, source, shot, views, digest and added_at, and any further
     columns of the table that the index was built from. The view class_counts has the columns class_id, label and keys.
     The table versions contains the output of index history. If the index is fine-tuned, the table curve contains its
-    loss curve. If you give --predictions, the table predictions contains the rows of that file.
+    loss curve.
     """
-    printing.write_table(store_of(folder).query(sql, predictions, timeout))
+    printing.write_table(store_of(folder).query(sql, timeout))
 
 
 @index.command()
@@ -188,7 +185,7 @@ def tune_command(
     """
     from retrieval_tip.index.tune import tune_on
 
-    loaded = store_of(folder).load(device=encoding.device, precision=encoding.precision)
+    loaded = store_of(folder).load(device=encoding.device)
     source = source_of(val, encoding, "val", labelled=False)
     with reader_for(loaded, [source], encoding) as reader:
         tuning = tune_on(loaded, source, reader, agreement=agreement, factories=factories)
@@ -351,7 +348,7 @@ def set_command(
     if sum(any(value not in (None, (), []) for value in each) for each in (encoders, new.values(), given)) > 1:
         raise UsageError("index set: change the encoders, the index type and other settings one after the other")
     if any(new.values()):
-        _say_version(folder, changes.rebuild(folder, **new).version, "rebuilt")
+        _say_changed(folder, changes.rebuild(folder, **new), "rebuilt")
         return
     if encoders:
         changed = changes.keep_encoders(folder, encoders)
@@ -361,7 +358,7 @@ def set_command(
         )
     if changed.fit is not None:
         say(str(changed.fit))
-    _say_version(folder, changed.version, "settings changed")
+    about(folder, f"version {changed.version}, settings changed")
 
 
 @index.command()
@@ -380,7 +377,7 @@ def rollback_command(
     """
     from retrieval_tip.index import changes
 
-    _say_version(folder, changes.rollback(folder, version).version, "rolled back")
+    _say_changed(folder, changes.rollback(folder, version), "rolled back")
 
 
 @index.command()
@@ -408,7 +405,7 @@ def clone_command(
     """Copy an index to OUT and verify the copied files."""
     from retrieval_tip.index import changes
 
-    _say_version(out, changes.clone(folder, out, version).version, f"copied from {folder}")
+    _say_changed(out, changes.clone(folder, out, version), f"copied from {folder}")
 
 
 @index.command()
@@ -500,10 +497,6 @@ def audit_command(
     printing.write_table(audit(loaded, k=k, borderline=borderline))
 
 
-def _say_version(folder: Place, version: int, what: str) -> None:
-    about(folder, f"version {version}, {what}")
-
-
 def _held(index: Index) -> str:
     return f"{counted(index.n, 'shot')}, {counted(len(index.class_names), 'class')}"
 
@@ -516,7 +509,7 @@ def _say_added(folder: Place, added: Added, skipped: bool = False) -> None:
         what += f", {counted(len(added.classes), 'new class')}: {few(added.classes)}"
     if added.known and skipped:
         what += f", skipped {counted(added.known, 'known image')}"
-    _say_version(folder, added.version, what)
+    _say_changed(folder, added, what)
     if added.known and not skipped:
         known = counted(added.known, "image", "was", "were")
         warn([f"{known} already in the index under the same label; use --skip-known to skip such images"])
@@ -524,12 +517,17 @@ def _say_added(folder: Place, added: Added, skipped: bool = False) -> None:
         warn_of(added.duplicates)
         if added.duplicates.compared == "digests":
             warn(["the index is too large to search for near-identical images now; use index audit"])
-    _say_fitted(folder, added)
 
 
 def _say_changed(folder: Place, changed: Changed, what: str) -> None:
-    _say_version(folder, changed.version, what)
-    _say_fitted(folder, changed)
+    """Print the result of a change. If the index was fitted again, also print its estimated accuracy."""
+    about(folder, f"version {changed.version}, {what}")
+    if changed.fit is not None:
+        warn(changed.fit.warnings)
+        say("Fitted again, because the index has changed a lot.")
+        say_fit(changed.fit.provenance())
+    elif changed.fit_due:
+        warn([f"the index has changed a lot since it was fitted; fit it again: {command_line('fit', folder)}"])
 
 
 def _say_relabelled(folder: Place, changed: Changed, to: str = "") -> None:
@@ -537,12 +535,3 @@ def _say_relabelled(folder: Place, changed: Changed, to: str = "") -> None:
     if changed.key_ids:
         copy = command_line("sort", folder, "photos", "--into", "fixed")
         note(f"Next: copy the photos into corrected folders ({copy})")
-
-
-def _say_fitted(folder: Place, changed: Changed) -> None:
-    if changed.fit is not None:
-        warn(changed.fit.warnings)
-        say("Fitted again, because the index has changed a lot.")
-        say_fit(changed.fit.provenance())
-    elif changed.fit_due:
-        warn([f"the index has changed a lot since it was fitted; fit it again: {command_line('fit', folder)}"])

@@ -96,7 +96,7 @@ def index_with(
     folder: Place, backbone: BackboneOptions, opening: OpeningOptions = OpeningOptions(), ask: Ask = Ask()
 ) -> Index:
     """Load an index with the settings and keys selected on the command line."""
-    index = store_of(folder).load(device=backbone.device, precision=backbone.precision, verify=opening.verify)
+    index = store_of(folder).load(device=backbone.device, verify=opening.verify)
     index = index.with_settings(index.settings.override(alpha=ask.alpha, beta=ask.beta))
     if opening.where is not None:
         index = _restricted(index, opening.where, fits=ask.alpha is None and ask.beta is None)
@@ -186,6 +186,14 @@ def backbone_for(
     return loaded
 
 
+def reader_of(encoding: EncodingOptions, views: ViewOptions | None = None) -> Reader:
+    """Return a reader that has no backbone and no cache. By default, it uses the centre view."""
+    from retrieval_tip.data.reader import Reader
+
+    own = {name: getattr(encoding, name) for name in ("norms", "batch_size", "workers", "reduce", "strict")}
+    return Reader(**own, **vars(views or ViewOptions()))
+
+
 @contextmanager
 def reader_for(
     index: Index | Manifest | None,
@@ -201,8 +209,9 @@ def reader_for(
     backbone, parts = backbone_for(index, sources, encoding, needed=needed), () if index is None else index.parts
     cache = None if backbone is None or encoding.no_cache else EncodingCache.at(encoding.cache)
     began = time.monotonic()
-    reader = encoding.reader(views)
-    reader = replace(reader, backbone=backbone, cache=cache, parts=tuple(parts), progress=not quiet())
+    reader = replace(
+        reader_of(encoding, views), backbone=backbone, cache=cache, parts=tuple(parts), progress=not quiet()
+    )
     try:
         yield reader
         seconds = time.monotonic() - began

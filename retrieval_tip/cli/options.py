@@ -19,8 +19,6 @@ from retrieval_tip.errors import UsageError, counted, show
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from retrieval_tip.data.reader import Reader
-
 
 def choice(alias: object) -> click.Choice[str]:
     """Return an option type that accepts the values of a ``Literal``."""
@@ -45,9 +43,8 @@ class BackboneOptions:
             ViT-B-32@openai+timm:resnet18. [default: ViT-B-32]
         pretrained: Weights to load: a tag, a checkpoint file, or TAG=FILE for a local copy. [default: the recommended
             tag]
-        precision: Precision of the encoder and of the products with all keys. With auto, both use float32, and an
-            encoder on a GPU uses float16 autocast. With int8, the encoder is the one that models --int8 stored, and the
-            products use float32.
+        precision: Precision of the encoder. With auto, it is float32, and float16 autocast on a GPU. With int8, the
+            encoder is the one that models --int8 stored.
         runtime: Runtime for encoding images on a CPU. With auto, OpenVINO is used if it gives the same features as
             torch.
         device: Device to use: auto, cpu, cuda or cuda:N.
@@ -100,13 +97,6 @@ class EncodingOptions(BackboneOptions):
     no_cache: bool = flag(**INPUT)
     reduce: bool = option(None, "--reduce/--no-reduce", default=True, **INPUT)
     strict: bool = flag(**INPUT)
-
-    def reader(self, views: ViewOptions | None = None) -> Reader:
-        """Return an encoder that has no backbone and no cache. By default, it uses the centre view."""
-        from retrieval_tip.data.reader import Reader
-
-        own = {name: getattr(self, name) for name in ("norms", "batch_size", "workers", "reduce", "strict")}
-        return Reader(**own, **vars(views or ViewOptions()))
 
 
 @dataclass(frozen=True, kw_only=True)

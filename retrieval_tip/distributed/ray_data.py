@@ -52,7 +52,7 @@ from retrieval_tip.errors import (
 )
 from retrieval_tip.index import places
 from retrieval_tip.model import Index
-from retrieval_tip.settings import Precision, Settings
+from retrieval_tip.settings import Settings
 from retrieval_tip.store.query import rows_where
 
 IMAGES, ROWS = 256, 16_384
@@ -78,7 +78,6 @@ class Question:
 
     folder: str
     manifest: bytes
-    precision: Precision
     settings: Settings
     where: str | None
     schema: pa.Schema
@@ -273,7 +272,7 @@ class Worker:
     def _index(self) -> Index:
         asked = self._work.question
         assert asked is not None
-        index = places.at(asked.folder).load(device=self._device, precision=asked.precision, verify="fast")
+        index = places.at(asked.folder).load(device=self._device, verify="fast")
         if places.at(asked.folder).manifest().to_bytes() != asked.manifest:
             raise StoreError(f"{asked.folder}: changed since this run began; start it again")
         index.settings = asked.settings

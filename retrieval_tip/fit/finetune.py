@@ -115,7 +115,7 @@ class Trainer:
         for keys, own, part in zip(self.keys.split(self._block), ids, values, strict=True):
             affinity = tip.affinity(keys.to(self.products), queries).to(features.dtype).T  # one row per key is faster
             cache = cache + tip.cache_logits(affinity, own, c, settings.beta, values=part)
-        text = tip.text_logits(features, self.index.text, settings.logit_scale)
+        text = tip.text_logits(features, self.index.retrieval.text, settings.logit_scale)
         return tip.Terms(text, cache).logits(settings)
 
     def trained(self) -> dict[str, Tensor]:

@@ -569,7 +569,7 @@ class Queries:
         for part in slices(len(self.ids), max(1, min(QUERY_BLOCK, VALUES // most))):
             features = torch.from_numpy(np.asarray(self.features[part], dtype=np.float32)).to(index.device)
             retrieval = index.retrieval
-            points, counts = retrieval.keys.points(features), retrieval.keys.counts.expand(len(features), -1)
+            points, counts = retrieval.keys.phi(features), retrieval.keys.counts.expand(len(features), -1)
             if k is None:
                 rows = torch.arange(index.n, device=index.device)
                 affinity = torch.cat([tip.affinity(keys, points) for keys, *_ in retrieval.keys.blocks()]).T
@@ -617,8 +617,8 @@ class Visible:
         for these terms suit the whole index. The discriminant has the offsets of all keys.
         """
         retrieval, ids, c = self.index.retrieval, self.ids, len(self.index.class_names)
-        settings, values, own = retrieval.settings, retrieval.keys.values, retrieval.keys.discriminant
-        text = tip.text_logits(self.features, retrieval.text_weights, settings.logit_scale)
+        settings, values, own = self.index.settings, retrieval.keys.values, retrieval.keys.discriminant
+        text = tip.text_logits(self.features, retrieval.text, settings.logit_scale)
         factor = torch.where(self.counts > 0, retrieval.keys.counts / self.counts.clamp_min(1), 0)
         discriminant = None
         if settings.gamma:

@@ -27,11 +27,12 @@ from retrieval_tip.fit.scatter import FloatArray, pooled
 from retrieval_tip.index import places
 from retrieval_tip.index.items import (
     Material,
-    Plan,
     Words,
     draw_shots,
+    fits,
     identity_of,
     ids_in,
+    planned,
     read_text_table,
     warn_of_spelling,
 )
@@ -65,41 +66,43 @@ def build_index(
     Raises InputError, UsageError or BackboneError if the input is invalid. Raises StoreError if ``out`` is not writable
     or if another process is writing to it. If an error occurs, ``out`` stays unchanged.
     """
-    plan = Plan(**options)
+    plan = planned(options)
     reader = replace(reader, parts=_parts(source, reader, plan))
     source = source.without([part.column for part in reader.parts])
     words = _text(source, reader, plan)
     source, ids = _shots(source.known_as(words.class_names), words.class_names, plan, reader.seed)
     backbone = identity_of(source, reader)
-    fit = Fit(plan.metric, plan.values, plan.class_prior or "even", prior_of(plan.prior, backbone))
-    groups = None if plan.groups is None else read_groups(plan.groups, words.class_names)
-    material = Material(source, reader, ids, words, plan, fit if plan.fits else None, resolve_device(device), groups)
-    made = places.at(out).create(_without_suspicious(material) if plan.drop_suspicious else material)
+    fit = Fit(plan["metric"], plan["values"], plan["class_prior"] or "even", prior_of(plan["prior"], backbone))
+    groups = None if plan["groups"] is None else read_groups(plan["groups"], words.class_names)
+    material = Material(source, reader, ids, words, plan, fit if fits(plan) else None, resolve_device(device), groups)
+    made = places.at(out).create(_without_suspicious(material) if plan["drop_suspicious"] else material)
     warn_of_spelling(out, words.class_names, words.class_names)
     return made
 
 
-def _parts(source: Source, reader: Reader, plan: Plan) -> tuple[Part, ...]:
+def _parts(source: Source, reader: Reader, plan: BuildOptions) -> tuple[Part, ...]:
     """Return the parts of a feature, if there are several encoders, or if a column of features has its own name."""
     if source.table is None:
-        if plan.features:
+        if plan["features"]:
             raise UsageError(f"features: {source.name} is no feature table; name the encoders with model")
         return parts if reader.backbone is not None and len(parts := parts_of(reader.backbone)) > 1 else ()
-    if len(set(plan.features)) < len(plan.features):
-        raise UsageError(f"features: {','.join(plan.features)} names a column twice")
-    asked = [Part(0, column) for column in plan.features]
+    if len(set(plan["features"])) < len(plan["features"]):
+        raise UsageError(f"features: {','.join(plan['features'])} names a column twice")
+    asked = [Part(0, column) for column in plan["features"]]
     known = () if reader.backbone is None else parts_of(reader.backbone)
     parts = parts_in(source.table, asked or (known if len(known) > 1 else ()))
     return parts if asked or len(parts) > 1 else ()
 
 
-def _shots(source: Source, class_names: Sequence[str], plan: Plan, seed: int) -> tuple[Source, npt.NDArray[np.int64]]:
+def _shots(
+    source: Source, class_names: Sequence[str], plan: BuildOptions, seed: int
+) -> tuple[Source, npt.NDArray[np.int64]]:
     """Return the items of a source that become keys, and their class ids."""
     ids = ids_in(source, class_names)
-    _warn_of_layout(source, class_names, plan.text)
-    if plan.shots is None:
+    _warn_of_layout(source, class_names, plan["text"])
+    if plan["shots"] is None:
         return source, ids
-    drawn = draw_shots(ids, class_names, plan.shots, seed)
+    drawn = draw_shots(ids, class_names, plan["shots"], seed)
     return source.take(drawn), ids[drawn]
 
 
@@ -118,18 +121,15 @@ def _without_suspicious(material: Material) -> Material:
     for block in material.blocks():
         check_memory(12 * n * block.features.shape[1], f"{name}: drop_suspicious", "build the index without it")
         blocks.append(block)
-    positions = np.concatenate([block.positions for block in blocks])
-    features = np.concatenate([block.features for block in blocks])
-    digests = [digest for block in blocks for digest in block.digests]
-    order = np.argsort(ids[positions], kind="stable")  # as in a folder
-    keys, own = features[order].astype(material.plan.dtype), positions[order]
-    labels = material.labels(own, [digests[row] for row in order])
+    every = FeatureBlock.joined(blocks)
+    ordered = every.take(np.argsort(ids[every.positions], kind="stable"))  # as in a folder
+    keys = ordered.features.astype(material.plan["dtype"])
+    labels = material.labels(ordered.positions, ordered.digests)
     text = torch.zeros(c, keys.shape[1])
     shots = suspicious(Index(ArrayRows(keys, labels), list(material.words.class_names), text, factory=BY_CLASS))
-    left = np.flatnonzero(~np.isin(positions, shots["key_id"].to_numpy()))
-    block = FeatureBlock(positions[left], features[left], [digests[row] for row in left])
-    sources = shots["source"].slice(0, LISTED).to_pylist()
-    return replace(material, left=block, dropped={"shots": len(shots), "of": len(positions), "sources": sources})
+    left = np.flatnonzero(~np.isin(every.positions, shots["key_id"].to_numpy()))
+    dropped = {"shots": len(shots), "of": len(every.positions), "sources": shots["source"].slice(0, LISTED).to_pylist()}
+    return replace(material, left=every.take(left), dropped=dropped)
 
 
 def _warn_of_layout(source: Source, class_names: Sequence[str], text: str | os.PathLike[str] | None) -> None:
@@ -154,13 +154,13 @@ def _warn_of_layout(source: Source, class_names: Sequence[str], text: str | os.P
             )
 
 
-def _text(source: Source, reader: Reader, plan: Plan) -> Words:
-    templates, backbone = plan.templates, reader.backbone
-    if plan.text is not None:
+def _text(source: Source, reader: Reader, plan: BuildOptions) -> Words:
+    templates, backbone = plan["templates"], reader.backbone
+    if plan["text"] is not None:
         if templates:
             raise UsageError("text and templates: give only one; a text table already contains features of prompts")
-        class_names, weights = read_text_table(plan.text, reader.norms, identity_of(source, reader), reader.parts)
-        return Words(class_names, weights, [], str(plan.text))
+        class_names, weights = read_text_table(plan["text"], reader.norms, identity_of(source, reader), reader.parts)
+        return Words(class_names, weights, [], str(plan["text"]))
     if backbone is not None and (templates or backbone.has_text):
         prompts = list(check_templates(templates or DEFAULT_TEMPLATES))
         weights = reader.text_weights(source.class_names, prompts)

@@ -6,14 +6,13 @@ Slow work such as encoding is done before the index is locked, so that other wri
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -51,14 +50,6 @@ Folder = str | os.PathLike[str]
 
 COMPARED = 1 << 18
 """Maximum number of keys to compare with new features when known features are counted but not skipped."""
-
-
-GROWN, REFITTED, DUE = 1.125, 4096, 2.0
-"""Factor of growth after which a change fits the index again, and maximum number of keys for this.
-
-A fit of that many keys takes a few seconds. The last constant is the factor of growth after which a fit is suggested,
-if it is not automatic.
-"""
 
 
 @dataclass(frozen=True)
@@ -167,9 +158,11 @@ def add(
             _note_precision(index, precision_of(source, reader))
         words = in_words(((None, label) for label in labels[rows]), index.backbone)
         change.what = words or (counted(len(classes), "new class") if classes else "")
-        fitted = _keep_fitted(change)
+        change.keep_fitted()
     alike = warn_of_spelling(folder, index.class_names, classes)
-    return Added(_version(index), key_ids, classes, int(known.sum()), found, alike, **fitted)
+    return Added(
+        key_ids=key_ids, classes=classes, known=int(known.sum()), duplicates=found, alike=alike, **change.outcome
+    )
 
 
 def _note_precision(index: Any, precision: str | None) -> None:
@@ -229,7 +222,7 @@ def label(
         moves = {row["key_id"]: wanted[row["digest"]].label for row in rows if row["key_id"] not in gone}
         if not fresh and len(gone) == index.n:
             if gone == withdrawn:
-                return Changed(_version(index), [])
+                return Changed(key_ids=[], **change.outcome)
             fresh = [_withdrawn(index, rows[0])]
         new = _add_classes(index, names, weights)
         added = _add_photos(index, fresh, reader) if fresh else []
@@ -247,8 +240,8 @@ def label(
             edits = {**before, **{key_id: (before.get(key_id, pair)[0], pair[1]) for key_id, pair in edits.items()}}
         if added or moved or gone or new:
             change.what = in_words(edits.values(), index.backbone) or "no change"
-        fitted = _keep_fitted(change)
-    return Changed(_version(index), [*added, *moved], edits=edits if change.what else {}, **fitted)
+        change.keep_fitted()
+    return Changed(key_ids=[*added, *moved], edits=edits if change.what else {}, **change.outcome)
 
 
 def _add_photos(index: Index, photos: Sequence[PhotoLabel], reader: Reader) -> list[int]:
@@ -297,30 +290,9 @@ def merge(folder: Place, other: Place) -> Added:
         found = index.rows.duplicates_of(key_ids, index.retrieval.keys)  # up to here, a failure changes nothing
         words = in_words(((None, label) for label in labels), index.backbone)
         change.what = f"merged {show(str(source))}: {words}"
-        fitted = _keep_fitted(change)
+        change.keep_fitted()
     alike = warn_of_spelling(folder, index.class_names, classes)
-    return Added(_version(index), key_ids, classes, 0, found, alike, **fitted)
-
-
-class _Fitted(TypedDict, total=False):
-    fit: FormChoice | None
-    fit_due: bool
-
-
-def _keep_fitted(change: Change) -> _Fitted:
-    """Fit an index again if the change has outdated its fit (see :class:`Changed`)."""
-    index = change.index
-    if index.fitted is None or not change.what:
-        return {}
-    automatic = index.n <= REFITTED and index.fitted.automatic
-    grown = index.n >= (GROWN if automatic else DUE) * index.fitted.keys
-    bare_before = [name for name in change.bare_before if name in index.class_names]
-    if not grown and (not index.has_text or index.bare == bare_before):
-        return {}
-    if not automatic:
-        return {"fit_due": True}
-    fit = change.fit(Fit(class_prior=index.fitted.class_prior)) if grown else change.refit(index.settings.beta)
-    return {"fit": fit}
+    return Added(key_ids=key_ids, classes=classes, known=0, duplicates=found, alike=alike, **change.outcome)
 
 
 def remove(folder: Place, *, where: str | None = None, key_ids: Sequence[int] | None = None) -> Changed:
@@ -336,8 +308,8 @@ def remove(folder: Place, *, where: str | None = None, key_ids: Sequence[int] | 
         labels = _labels_of(change.index, chosen)
         change.index.remove(chosen)
         change.what = in_words(((label, None) for label in labels.values()), change.index.backbone)
-        fitted = _keep_fitted(change)
-    return Changed(_version(change.index), chosen, **fitted)
+        change.keep_fitted()
+    return Changed(key_ids=chosen, **change.outcome)
 
 
 def relabel(
@@ -362,8 +334,8 @@ def relabel(
         else:
             wanted = {key_id: label[key_id] for key_id in _chosen(index, None, list(label))}
         moved = _relabel(change, wanted, _labels_of(index, list(wanted)))
-        fitted = _keep_fitted(change)
-    return Changed(_version(change.index), moved, **fitted)
+        change.keep_fitted()
+    return Changed(key_ids=moved, **change.outcome)
 
 
 def apply_audit(folder: Place, file: Folder) -> Changed:
@@ -395,8 +367,8 @@ def apply_audit(folder: Place, file: Folder) -> Changed:
         for label in dict.fromkeys(wanted.values()):
             _check_class(change.index, label, f"{name}: ")
         moved = _relabel(change, wanted, now)
-        fitted = _keep_fitted(change)
-    return Changed(_version(change.index), moved, **fitted)
+        change.keep_fitted()
+    return Changed(key_ids=moved, **change.outcome)
 
 
 def rename(folder: Place, old: str, new: str, backbone: Backbone | None = None) -> Renamed:
@@ -418,7 +390,7 @@ def rename(folder: Place, old: str, new: str, backbone: Backbone | None = None) 
     with places.at(folder).change() as change:
         index = change.index
         if old == new and new in index.class_names:
-            return Renamed(_version(index), [], merged=False)
+            return Renamed(key_ids=[], merged=False, **change.outcome)
         key_ids = index.find([old])["key_id"].to_pylist() if old in index.class_names else []
         merged = new in index.class_names
         index.rename(old, new)
@@ -428,8 +400,9 @@ def rename(folder: Place, old: str, new: str, backbone: Backbone | None = None) 
             index.set_text(text, index.templates)
         change.what = f"merged {old} into {new}" if merged else f"renamed {old} to {new}"
         change.what += ", with a new text weight" if weights is not None else ""
-        fitted = _keep_fitted(change) if merged else {}
-    return Renamed(_version(index), sorted(key_ids), merged, **fitted)
+        if merged:
+            change.keep_fitted()
+    return Renamed(key_ids=sorted(key_ids), merged=merged, **change.outcome)
 
 
 def configure(
@@ -475,13 +448,13 @@ def configure(
         names = manifest.class_names
         weights = dict(zip(names, text_weights(backbone, names, prompts), strict=True))
     with store.change() as change:
-        index, fit = change.index, None
+        index = change.index
         given: dict[str, Any]
         own_alpha, own_beta = alpha, beta
         if normalize is not None:
             own_alpha, own_beta = plain_settings(alpha, beta, normalize, index.rows.statistics())
         if index.fitted is not None and own_beta is not None and own_beta != index.settings.beta:
-            fit = change.refit(own_beta)
+            change.refit(own_beta)
         given = {"alpha": own_alpha, "beta": own_beta, "k": k, "tail": tail, "temperature": temperature}
         given = {name: value for name, value in given.items() if value is not None}
         index.settings = index.settings.override(**given)
@@ -501,7 +474,7 @@ def configure(
             index.groups = read_groups(groups, index.class_names)
             what.append(f"groups by {', '.join(index.groups.levels[1:])}")
         change.what = f"set {', '.join(what)}"
-    return Changed(_version(index), [], fit=fit)
+    return Changed(key_ids=[], **change.outcome)
 
 
 def keep_encoders(folder: Place, names: Sequence[str]) -> Changed:
@@ -510,7 +483,7 @@ def keep_encoders(folder: Place, names: Sequence[str]) -> Changed:
     A name is that of an encoder, with or without its weights, as in ``ViT-B-32@openai``, or else the name of its column
     in a feature table. Raises UsageError if an encoder is unknown, or if the index is not in a folder.
     """
-    store, fit = places.at(folder), None
+    store = places.at(folder)
     if store.in_table:
         raise UsageError(f"{folder}: encoders can only be dropped in a folder; copy it with index clone")
     with store.change() as change:
@@ -524,9 +497,9 @@ def keep_encoders(folder: Place, names: Sequence[str]) -> Changed:
         fitted = index.fitted
         index.keep_parts(sorted({by_name[name] for name in names}))
         if fitted is not None:
-            fit = change.fit(Fit(class_prior=fitted.class_prior))
+            change.fit(Fit(class_prior=fitted.class_prior))
         change.what = f"keep {counted(len(index.parts) or 1, 'encoder')}: {', '.join(names)}"
-    return Changed(_version(change.index), [], fit=fit)
+    return Changed(key_ids=[], **change.outcome)
 
 
 def fit_index(
@@ -548,16 +521,20 @@ def fit_index(
 
     Raises the errors of :func:`closed_form.fit`. If an error occurs, the index stays unchanged.
     """
-    queries = None
-    if validation is not None and reader is not None:
-        from retrieval_tip.fit.search_hp import on_validation  # other changes do not need it
-
-        queries = functools.partial(on_validation, source=validation, reader=reader)
-    store = places.at(folder)
+    store, queries, version = places.at(folder), None, None
     manifest = store.manifest()
     before = "even" if manifest.fitted is None else manifest.fitted.class_prior
     asked = Fit(metric, values, class_prior or before, prior_of(prior, manifest.identity))
-    return store.fit(asked, queries)
+    if validation is not None and reader is not None:
+        from retrieval_tip.fit.search_hp import on_validation  # other changes do not need it
+
+        index = store.load(device="cpu")
+        queries, version = on_validation(index, validation, reader), index.version
+    with store.change() as change:
+        if version not in (None, change.index.version):
+            raise StoreError(f"{store}: changed meanwhile; run again")
+        change.what = "fit"
+        return change.fit(asked, queries)
 
 
 def rebuild(folder: Place, *, index: str | None = None, dtype: Dtype | None = None) -> Changed:
@@ -571,7 +548,7 @@ def rebuild(folder: Place, *, index: str | None = None, dtype: Dtype | None = No
     with places.at(folder).change() as change:
         change.rebuild(index, dtype)
         change.what = f"rebuild as {change.index.index_type} of {change.index.dtype}"
-    return Changed(_version(change.index), [])
+    return Changed(key_ids=[], **change.outcome)
 
 
 def rollback(folder: Place, version: int | None = None) -> Changed:
@@ -675,17 +652,14 @@ def _known(
     classes = np.unique(ids[bare])
     if not len(bare) or (most is not None and sum(np.array(index.counts)[classes].tolist()) > most):
         return known
+    zero = np.zeros((), index.dtype)  # converts -0 to 0
     with np.errstate(over="ignore"):  # an overflow is rejected when the keys are added
-        rows = features[bare].astype(index.dtype) + np.zeros((), index.dtype)  # converts -0 to 0
-    wanted = {(class_id, row.tobytes()): False for class_id, row in zip(ids[bare].tolist(), rows, strict=True)}
-    first = np.unique(rows[:, 0])
+        rows = features[bare].astype(index.dtype) + zero
+    asked, found = list(zip(ids[bare].tolist(), map(bytes, rows), strict=True)), set[tuple[int, bytes]]()
     for class_ids, keys in index.rows.of_classes(classes):
-        near = np.searchsorted(first, keys[:, 0]).clip(max=len(first) - 1)
-        alike = np.flatnonzero(first[near] == keys[:, 0])  # only a few keys remain to be compared one by one
-        for class_id, key in zip(class_ids[alike].tolist(), keys[alike] + np.zeros((), index.dtype), strict=True):
-            if (class_id, key.tobytes()) in wanted:
-                wanted[class_id, key.tobytes()] = True
-    known[bare] = list(map(wanted.__getitem__, zip(ids[bare].tolist(), (row.tobytes() for row in rows), strict=True)))
+        alike = np.flatnonzero(np.isin(keys[:, 0], rows[:, 0]))  # only a few keys remain to be compared one by one
+        found |= set(zip(class_ids[alike].tolist(), map(bytes, keys[alike] + zero), strict=True)).intersection(asked)
+    known[bare] = [pair in found for pair in asked]
     return known
 
 
@@ -731,8 +705,3 @@ def _relabel(change: Change, wanted: Mapping[int, str], now: Mapping[int, str]) 
 
 def _shown(name: str, value: object) -> str:
     return f"{name} {value:g}" if isinstance(value, float) else f"{name} {'all' if value is None else value}"
-
-
-def _version(index: Index) -> int:
-    assert index.version is not None
-    return index.version

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -34,17 +34,14 @@ from retrieval_tip.retrieval.keys import KEY_BLOCK, auto_for
 from retrieval_tip.retrieval.rows import ArrayRows, Rows
 from retrieval_tip.retrieval.vector_index import BY_CLASS
 from retrieval_tip.settings import (
+    BuildOptions,
     Built,
-    ClassPrior,
     Dtype,
     FitName,
-    KeysMet,
     Levels,
-    MetricName,
     Normalize,
     Norms,
     Settings,
-    ValuesName,
     check_choice,
 )
 from retrieval_tip.store.labels import LABEL_SCHEMA, label_table, shots_after
@@ -84,65 +81,55 @@ class Words(NamedTuple):
     origin: str | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """The options of a build with their defaults (see :class:`settings.BuildOptions`).
+def planned(options: BuildOptions) -> BuildOptions:
+    """Return all options of a build, with their defaults.
 
-    Raises UsageError if an option is invalid, or if options exclude each other.
+    Raises UsageError if an option is invalid, or if options exclude each other, and TypeError if one is unknown.
     """
+    if unknown := sorted(options.keys() - BuildOptions.__annotations__.keys()):
+        raise TypeError(f"{unknown[0]!r} is not an option of a build")
+    plan: BuildOptions = {**_DEFAULTS, **options}
+    check_choice("dtype", plan["dtype"], Dtype)
+    check_choice("normalize", units_of(plan), Normalize)
+    fit = plan["fit"]
+    if fit is not None:
+        check_choice("fit", fit, FitName)
+    wanted = any(letter is not None for letter in (plan["metric"], plan["values"], plan["class_prior"]))
+    wanted = wanted or bool(plan["prior"]) or plan["drop_suspicious"]
+    if _is_plain(plan) and (fit == "auto" or wanted):
+        raise UsageError("fit: sets alpha and beta itself; remove alpha, beta and normalize, or give fit none")
+    if fit == "none" and wanted:
+        raise UsageError(
+            "fit none: uses neither metric, values, a prior nor drop_suspicious; remove them, or give fit auto"
+        )
+    settings_of(plan, None)
+    return plan
 
-    shots: int | None = None
-    templates: Sequence[str] = ()
-    text: str | os.PathLike[str] | None = None
-    index: str | None = None
-    dtype: Dtype = "float32"
-    alpha: float | None = None
-    beta: float | None = None
-    normalize: Normalize | None = None
-    fit: FitName | None = None
-    metric: MetricName | None = None
-    values: ValuesName | None = None
-    class_prior: ClassPrior | None = None
-    prior: Sequence[str | os.PathLike[str]] = ()
-    k: KeysMet = None
-    logit_scale: float | None = None
-    drop_suspicious: bool = False
-    features: Sequence[str] = ()
-    groups: str | os.PathLike[str] | None = None
 
-    def __post_init__(self) -> None:
-        check_choice("dtype", self.dtype, Dtype)
-        check_choice("normalize", self.units, Normalize)
-        if self.fit is not None:
-            check_choice("fit", self.fit, FitName)
-        wanted = any(letter is not None for letter in (self.metric, self.values, self.class_prior))
-        wanted = wanted or bool(self.prior) or self.drop_suspicious
-        if self._given and (self.fit == "auto" or wanted):
-            raise UsageError("fit: sets alpha and beta itself; remove alpha, beta and normalize, or give fit none")
-        if self.fit == "none" and wanted:
-            raise UsageError(
-                "fit none: uses neither metric, values, a prior nor drop_suspicious; remove them, or give fit auto"
-            )
-        self.settings(None)
+_DEFAULTS = cast("BuildOptions", dict.fromkeys(BuildOptions.__annotations__))
+_DEFAULTS |= {"templates": (), "dtype": "float32", "prior": (), "drop_suspicious": False, "features": ()}
 
-    @property
-    def units(self) -> Normalize:
-        """The units of alpha and beta."""
-        return self.normalize or ("both" if self.alpha is None and self.beta is None else "none")
 
-    @property
-    def fits(self) -> bool:
-        """Whether the index is fitted to its shots."""
-        return not self._given and self.fit != "none"
+def units_of(plan: BuildOptions) -> Normalize:
+    """Return the units of alpha and beta."""
+    return plan["normalize"] or ("both" if plan["alpha"] is None and plan["beta"] is None else "none")
 
-    @property
-    def _given(self) -> bool:
-        return any(setting is not None for setting in (self.alpha, self.beta, self.normalize))
 
-    def settings(self, backbone: Backbone | None) -> Settings:
-        """Return the settings before a fit. The logit scale defaults to the one of the backbone."""
-        scale = self.logit_scale if self.logit_scale is not None or backbone is None else backbone.logit_scale
-        return Settings().override(alpha=self.alpha, beta=self.beta, logit_scale=scale, k=self.k)
+def _is_plain(plan: BuildOptions) -> bool:
+    """Return whether a setting is given that a fit would choose."""
+    return any(setting is not None for setting in (plan["alpha"], plan["beta"], plan["normalize"]))
+
+
+def fits(plan: BuildOptions) -> bool:
+    """Return whether the index is fitted to its shots."""
+    return not _is_plain(plan) and plan["fit"] != "none"
+
+
+def settings_of(plan: BuildOptions, backbone: Backbone | None) -> Settings:
+    """Return the settings before a fit. The logit scale defaults to the one of the backbone."""
+    scale = plan["logit_scale"]
+    scale = scale if scale is not None or backbone is None else backbone.logit_scale
+    return Settings().override(alpha=plan["alpha"], beta=plan["beta"], logit_scale=scale, k=plan["k"])
 
 
 @dataclass(frozen=True)
@@ -157,7 +144,7 @@ class Material:
     reader: Reader
     ids: npt.NDArray[np.int64]
     words: Words
-    plan: Plan
+    plan: BuildOptions
     fit: Fit | None
     device: str
     groups: Levels | None = None
@@ -166,15 +153,16 @@ class Material:
 
     def settings(self, statistics: Statistics | None, k: int | None) -> Settings:
         """Convert alpha and beta to plain units, and return the settings. ``k`` is used as k if no k was given."""
-        plan, own = self.plan, self.plan.settings(self.reader.backbone)
-        alpha, beta = plain_settings(plan.alpha, plan.beta, plan.units, statistics)
-        return own.override(alpha=alpha, beta=beta, k=k if plan.k is None else None)
+        plan, own = self.plan, settings_of(self.plan, self.reader.backbone)
+        alpha, beta = plain_settings(plan["alpha"], plan["beta"], units_of(plan), statistics)
+        return own.override(alpha=alpha, beta=beta, k=k if plan["k"] is None else None)
 
     def blocks(self) -> Iterator[FeatureBlock]:
         """Yield the items in blocks of features. Raises InputError if a feature overflows the dtype."""
         for block in self.reader.blocks(self.source) if self.left is None else (self.left,):
-            if np.abs(block.features).max() > np.finfo(self.plan.dtype).max:
-                raise InputError(f"{self.source.name}: feature values overflow {self.plan.dtype}; use --dtype float32")
+            if np.abs(block.features).max() > np.finfo(self.plan["dtype"]).max:
+                dtype = self.plan["dtype"]
+                raise InputError(f"{self.source.name}: feature values overflow {dtype}; use --dtype float32")
             yield block
 
     def labelled_blocks(self) -> Iterator[tuple[pa.Table, npt.NDArray[np.float32]]]:
@@ -197,13 +185,13 @@ class Material:
         return {
             "source": self.source.name,
             "dataset": self.source.dataset,
-            "shots": plan.shots,
-            "seed": self.reader.seed if plan.shots is not None or views > 1 else None,
+            "shots": plan["shots"],
+            "seed": self.reader.seed if plan["shots"] is not None or views > 1 else None,
             "views": views,
             "precision": {"keys": precision_of(self.source, self.reader)},
             "text": self.words.origin,
-            "alpha": provenance_of(plan.alpha, plan.units),
-            "beta": provenance_of(plan.beta, plan.units),
+            "alpha": provenance_of(plan["alpha"], units_of(plan)),
+            "beta": provenance_of(plan["beta"], units_of(plan)),
             "affinity_other_classes": None if statistics is None else [statistics.mean, statistics.std],
             "skipped": [str(skipped) for skipped in self.reader.skipped],
         } | ({} if self.dropped is None else {"dropped": self.dropped})
@@ -218,7 +206,7 @@ class Material:
             raise InputError(
                 f"{self.source.name}: features have {rows.d} values, text weights {weights.shape[1]}; use one backbone"
             )
-        reader, shots = self.reader, self.plan.shots
+        reader, shots = self.reader, self.plan["shots"]
         drawn = shots is not None or reader.views > 1
         built = Built(self.source.name, shots, reader.seed if drawn else 1, reader.views)
         index = Index(
@@ -334,13 +322,13 @@ def warn(lines: Iterable[str]) -> None:
 
 def create(folder: Versions, made: Material) -> Index:
     """Build the next version of a folder. The keys are sorted by class."""
-    asked = made.plan.index or "Flat"
+    asked = made.plan["index"] or "Flat"
     order = np.argsort(made.ids, kind="stable")  # group the keys by class, so that row r of the index is item order[r]
     with folder.write() as writer:
         keys, kept, digests = _write_keys(writer, made, order)
         order = order[kept]
         c = len(made.words.class_names)
-        factory, k = (asked, None) if asked != "auto" else auto_for(keys.shape, made.plan.dtype, c, made.device)
+        factory, k = (asked, None) if asked != "auto" else auto_for(keys.shape, made.plan["dtype"], c, made.device)
         rows = ArrayRows(keys, made.labels(order, digests)).indexed(c, factory if made.fit is None else BY_CLASS)
         index = made.index(rows, rows.statistics(), k)
         warn_of(duplicates(keys, rows.labels))
@@ -360,7 +348,7 @@ def _write_keys(
     blocks = made.blocks()
     first = next(blocks)
     shape = (len(order), first.features.shape[1])
-    array = writer.stage_array("keys", shape, made.plan.dtype)
+    array = writer.stage_array("keys", shape, made.plan["dtype"])
     present = np.zeros(len(order), dtype=bool)
     digests: list[str | None] = [None] * len(order)
     for block in itertools.chain([first], blocks):
@@ -371,7 +359,7 @@ def _write_keys(
             digests[row] = digest
     kept = np.flatnonzero(present)
     if len(kept) < len(order):  # close the gaps that unreadable images left
-        whole = writer.stage_array("keys", (len(kept), shape[1]), made.plan.dtype)
+        whole = writer.stage_array("keys", (len(kept), shape[1]), made.plan["dtype"])
         for start in range(0, len(kept), KEY_BLOCK):
             whole[start : start + KEY_BLOCK] = array[kept[start : start + KEY_BLOCK]]
         Path(str(array.filename)).unlink()

@@ -82,7 +82,7 @@ class Answer(torch.nn.Module):
         super().__init__()
         settings, metric = index.settings, index.metric
         self.settings, self.n_classes, self.raw = settings, len(index.class_names), raw
-        self.register_buffer("text", index.text.float().cpu())
+        self.register_buffer("text", index.retrieval.text.float().cpu())
         self.register_buffer("keys", torch.from_numpy(np.asarray(index.rows.in_memory().vectors, dtype=np.float32)))
         self.register_buffer("ids", index.class_ids.cpu())
         self.register_buffer("counts", torch.bincount(self.ids, minlength=self.n_classes))

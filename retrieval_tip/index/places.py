@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from retrieval_tip.errors import InputError, StoreError, show
-from retrieval_tip.settings import Dtype, Precision, Verify
+from retrieval_tip.settings import Dtype, Verify
 from retrieval_tip.store.address import parse
 from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.versions import Check, Versions, Writer
@@ -25,17 +25,52 @@ Place = str | os.PathLike[str]
 """A folder, or the address of another kind of store (see :mod:`store.address`)."""
 
 
+GROWN, REFITTED, DUE = 1.125, 4096, 2.0
+"""Factor of growth after which a change fits the index again, and maximum number of keys for this.
+
+A fit of that many keys takes a few seconds. The last constant is the factor of growth after which a fit is suggested,
+if it is not automatic.
+"""
+
+
 class Change:
     """A change of an index. Edit ``index``, and set ``what`` to a description for the history.
 
     If ``what`` is empty, no version is written. ``bare_before`` lists the classes that had no keys before the change.
+    ``choice`` is the fit that the change has made, and ``fit_due`` whether one is due (see :class:`changes.Changed`).
     """
 
     what = ""
+    choice: FormChoice | None = None
+    fit_due = False
 
     def __init__(self, index: Index, writer: Writer) -> None:
         self.index, self.writer = index, writer
         self.bare_before = index.bare
+
+    @property
+    def outcome(self) -> dict[str, Any]:
+        """The current version and the fit, as fields of :class:`changes.Changed`."""
+        return {"version": self.index.version, "fit": self.choice, "fit_due": self.fit_due}
+
+    def keep_fitted(self) -> None:
+        """Fit the index again if the change has outdated its fit."""
+        index = self.index
+        if index.fitted is None or not self.what:
+            return
+        automatic = index.n <= REFITTED and index.fitted.automatic
+        grown = index.n >= (GROWN if automatic else DUE) * index.fitted.keys
+        bare_before = [name for name in self.bare_before if name in index.class_names]
+        if not grown and (not index.has_text or index.bare == bare_before):
+            return
+        if not automatic:
+            self.fit_due = True
+        elif grown:
+            from retrieval_tip.fit.closed_form import Fit
+
+            self.fit(Fit(class_prior=index.fitted.class_prior))
+        else:
+            self.refit(index.settings.beta)
 
     def commit(self) -> None:
         """Write the next version."""
@@ -45,19 +80,19 @@ class Change:
         """Rebuild the index from its keys. ``None`` keeps the current index type or dtype."""
         self.index.rebuild(index, dtype)
 
-    def refit(self, beta: float) -> FormChoice:
+    def refit(self, beta: float) -> None:
         """Refit a fitted index for a new beta with :func:`closed_form.refit`, including its solved values."""
         from retrieval_tip.fit import closed_form
 
-        choice = closed_form.refit(self.index, beta)
+        self.choice = closed_form.refit(self.index, beta)
         self.index.solve()
-        return choice
 
     def fit(self, asked: Fit, validation: Queries | None = None) -> FormChoice:
         """Fit the index with :func:`closed_form.fit`."""
         from retrieval_tip.fit import closed_form
 
-        return closed_form.fit(self.index, asked, validation=validation)
+        self.choice = closed_form.fit(self.index, asked, validation=validation)
+        return self.choice
 
 
 class Store(Versions):
@@ -83,30 +118,22 @@ class Store(Versions):
         index.save(self.folder, what)
         return self.current().version
 
-    def load(
-        self,
-        *,
-        device: str = "auto",
-        precision: Precision = "auto",
-        verify: Verify | None = None,
-        version: int | None = None,
-    ) -> Index:
+    def load(self, *, device: str = "auto", verify: Verify | None = None, version: int | None = None) -> Index:
         """Open the current version, or an earlier version.
 
-        ``precision`` is the precision of the matrix products with all keys. With ``verify="full"``, every byte is
-        checked first. With ``"fast"``, small files are checked completely and larger files only by their size. The
-        default depends on the kind of store. Raises UsageError if the store does not support the precision.
+        With ``verify="full"``, every byte is checked first. With ``"fast"``, small files are checked completely and
+        larger files only by their size. The default depends on the kind of store.
         """
         verify = verify or "full"
         check = None if version is not None else Check(self.files, self.current(), verify)
         from retrieval_tip.model import Index  # the files are hashed in the background during this import
 
-        return Index.load(self.folder, device=device, precision=precision, verify=verify, check=check, version=version)
+        return Index.load(self.folder, device=device, verify=verify, check=check, version=version)
 
     @contextmanager
     def change(self) -> Iterator[Change]:
         """Open the current version for exclusive editing, and write the next version when the context ends."""
-        self.check_there()
+        self.current()  # before a writer creates a folder
         with self.write() as writer:
             change = self.changed_by(writer)
             yield change
@@ -119,18 +146,6 @@ class Store(Versions):
 
         check = Check(self.files, writer.parent, "fast")  # copied files are hashed anyway
         return Change(Index.load(self.folder, device="cpu", check=check), writer)
-
-    def fit(self, asked: Fit, queries: Callable[[Index], Queries] | None) -> FormChoice:
-        """Fit the current version with :func:`closed_form.fit`, and write the next version.
-
-        ``queries`` returns validation queries for the opened index.
-        """
-        from retrieval_tip.fit import closed_form
-
-        index = self.load(device="cpu")
-        choice = closed_form.fit(index, asked, validation=None if queries is None else queries(index))
-        index.save(self.folder, "fit")
-        return choice
 
     def verify(self) -> Index:
         """Check every byte or row of the current version, check that its parts are consistent, and return it."""

@@ -26,7 +26,7 @@ import hashlib
 import io
 import os
 import time
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -38,11 +38,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from retrieval_tip.data.tables import vectors
-from retrieval_tip.errors import InputError, StoreError, UsageError
+from retrieval_tip.errors import InputError, StoreError
 from retrieval_tip.files import sha256_of, sync
 from retrieval_tip.index.places import Change, Store
 from retrieval_tip.lance.key_table import CLASSES, FLAT, RESTORE, TABLE, VALUES, KeyTable, changed_meanwhile
-from retrieval_tip.settings import Dtype, Precision, Verify
+from retrieval_tip.settings import Dtype, Verify
 from retrieval_tip.store import versions
 from retrieval_tip.store.address import Address
 from retrieval_tip.store.files import OBJECT_BYTES, BucketFiles, LocalFiles
@@ -154,7 +154,7 @@ class LanceStore(Store):
             raise changed_meanwhile(self.address)
 
     def forget(self, keep: int, current: Manifest, prune: bool = True) -> list[int]:
-        gone = super().forget(keep, current)
+        gone = super().forget(keep, current, prune)
         if not prune:
             return gone
         current = self.current()  # in a bucket, another writer may have restored a version before it was deleted
@@ -233,13 +233,13 @@ class LanceStore(Store):
         from retrieval_tip.lance.rows import TableRows, index_kind
         from retrieval_tip.retrieval.duplicates import duplicates
 
-        asked = material.plan.index or "auto"
+        asked = material.plan["index"] or "auto"
         index_kind(asked)
         with self.write() as writer:
             writer.prunes |= writer.parent is None and material.fit is not None
             kind, c = asked if material.fit is None else FLAT, len(material.words.class_names)
             blocks = material.labelled_blocks()
-            rows = TableRows.create(self.address, writer, blocks, c, material.plan.dtype, kind)
+            rows = TableRows.create(self.address, writer, blocks, c, material.plan["dtype"], kind)
             index = material.index(rows, rows.statistics(), index_kind(asked, rows.n, c)[1])
             if rows.n <= FEW_KEYS:
                 few = rows.in_memory()
@@ -264,22 +264,13 @@ class LanceStore(Store):
             rows = TableRows.create(self.address, writer, blocks, c, index.dtype, metric=metric)
             return self.commit(writer, copy.copy(index), rows, what)
 
-    def load(
-        self,
-        *,
-        device: str = "auto",
-        precision: Precision = "auto",
-        verify: Verify | None = None,
-        version: int | None = None,
-    ) -> Index:
-        """Products use float32. ``verify="full"`` checks every row, like :meth:`verify`.
+    def load(self, *, device: str = "auto", verify: Verify | None = None, version: int | None = None) -> Index:
+        """Open the current version, or an earlier version. ``verify="full"`` checks every row, like :meth:`verify`.
 
         If the values were solved, all keys are read into memory. Otherwise, they are read block by block.
         """
         from retrieval_tip.backbones.base import resolve_device
 
-        if precision in ("float16", "bfloat16"):
-            raise UsageError(f"precision {precision}: a LanceDB store only supports float32; remove the option")
         device = resolve_device(device)
 
         def opened(manifest: Manifest) -> Index:
@@ -367,17 +358,6 @@ class LanceStore(Store):
                 f"LanceDB store; fit one-hot values first (retrieval-tip fit {self} --values one-hot)"
             )
 
-    def fit(self, asked: Fit, queries: Callable[[Index], Queries] | None) -> FormChoice:
-        judged_by, version = None, None
-        if queries is not None:
-            index = self.load(device="cpu")
-            judged_by, version = queries(index), index.version
-        with self.change() as change:
-            if version not in (None, change.index.version):
-                raise changed_meanwhile(self.address)
-            change.what = "fit"
-            return change.fit(asked, judged_by)
-
     def verify(self) -> Index:
         """In a bucket, only the objects of earlier versions are checked, not their rows."""
         index = self.load(device="cpu", verify="full")
@@ -432,13 +412,14 @@ class TableChange(Change):
         from retrieval_tip.retrieval.ridge import MOST_SOLVED
 
         rows = self._rows = self._table
-        if rows.n > MOST_SOLVED:
-            return closed_form.fit(self.index, asked, validation=validation, factory=factory)
-        self._factory = factory
-        if self.index.rows is rows:
-            self.index.set_rows(rows.arrays())
-        by_class = CLASSES if (factory or rows.kind) == CLASSES else None  # this type does not support solved values
-        return closed_form.fit(self.index, asked, validation=validation, factory=by_class)
+        if rows.n <= MOST_SOLVED:
+            self._factory = factory
+            if self.index.rows is rows:
+                self.index.set_rows(rows.arrays())
+            # other types of a table's index do not support solved values
+            factory = CLASSES if (factory or rows.kind) == CLASSES else None
+        self.choice = closed_form.fit(self.index, asked, validation=validation, factory=factory)
+        return self.choice
 
     def commit(self) -> None:
         from retrieval_tip.retrieval.rows import ArrayRows

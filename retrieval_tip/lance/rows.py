@@ -45,7 +45,7 @@ from retrieval_tip.retrieval.inputs import KeysInPlace
 from retrieval_tip.retrieval.keys import SPREAD_CLASSES, SPREAD_KEYS, SPREAD_QUERIES, KeyStream, points_of
 from retrieval_tip.retrieval.rows import FRESH_PAIRS, ArrayRows, Rows
 from retrieval_tip.retrieval.vector_index import Product, auto_factory, inner_factory
-from retrieval_tip.settings import Dtype, Precision
+from retrieval_tip.settings import Dtype
 from retrieval_tip.store.address import Address
 from retrieval_tip.store.labels import LABEL_SCHEMA, shots_after, shots_of, with_column
 from retrieval_tip.store.sums import LEAST, Along, Sums
@@ -350,7 +350,7 @@ class TableRows(Rows):
     def with_sums(self, sums: Sums | None) -> TableRows:
         return replace(self, second=None if sums is None else sums.second)
 
-    def stream(self, n_classes: int, device: str, precision: Precision, metric: tip.Metric | None) -> LanceKeys:
+    def stream(self, n_classes: int, device: str, metric: tip.Metric | None) -> LanceKeys:
         sums = self.totals if self.points is None else self.points
         return LanceKeys(self.table, self.counts, sums, self.kind, device, metric)
 
@@ -426,7 +426,7 @@ class TableRows(Rows):
     def duplicates_of(self, key_ids: Sequence[int], keys: KeyStream) -> Duplicates:
         """Only neighbours of the keys and keys with the same digests are read."""
         asked = self.of(key_ids[:MOST_ASKED])
-        near = keys.nearest(keys.points(torch.from_numpy(asked.keys.astype(np.float32))), NEIGHBOURS)
+        near = keys.nearest(keys.phi(torch.from_numpy(asked.keys.astype(np.float32))), NEIGHBOURS)
         rows = np.unique(near.rows[near.rows >= 0].numpy())
         digests = self.where("key_id", key_ids)["digest"].drop_null().unique().to_pylist()
         same = self.table.read(["key_id"], "digest", digests)["key_id"].to_numpy()

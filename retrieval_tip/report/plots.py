@@ -1,4 +1,4 @@
-"""Plot diagrams as PNG or SVG files, or as SVG elements for a report.
+"""Plot diagrams as SVG elements for a report.
 
 Plotting requires matplotlib (the extra ``plot``). The Okabe-Ito palette and the colour map cividis
 are suitable for colour-blind readers.
@@ -7,24 +7,21 @@ are suitable for colour-blind readers.
 from __future__ import annotations
 
 import base64
-import datetime
 import io
 import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from retrieval_tip.errors import UsageError, counted, install, one_line, percent, show
+from retrieval_tip.errors import UsageError, counted, install, one_line, percent
 from retrieval_tip.evaluation.calibration import accuracy_coverage, reliability
 from retrieval_tip.evaluation.evaluate import Answers, Evaluation
-from retrieval_tip.files import make_folders, replacing
 from retrieval_tip.html import markup
 
 if TYPE_CHECKING:
@@ -40,7 +37,7 @@ WRITTEN = 20
 """Maximum size of a confusion matrix with numbers in its cells."""
 ENOUGH = 20
 """Bars that stand for fewer answers than this have a lighter colour."""
-LONGEST_NAME, LONGEST_ABOUT = 26, 60
+LONGEST_NAME = 26
 LOOKS = Path(__file__).with_name("plots.mplstyle")
 MARKS = (0.5, 0.9, 0.99)
 """Thresholds that are marked on the accuracy-coverage curve."""
@@ -76,54 +73,12 @@ def confusion(answers: Answers) -> Confusion:
     return Confusion([answers.class_names[i] for i in chosen], counts, totals[chosen], len(occurring))
 
 
-def class_accuracies(per_class: dict[str, float]) -> tuple[list[str], Floats]:
-    """Return the classes and their accuracies, starting with the best class.
-
-    If there are more than ``MOST_CLASSES`` classes, only the ``FEWER_CLASSES`` worst classes are returned.
-    """
-    ordered = sorted(per_class.items(), key=lambda pair: -pair[1])
-    ordered = ordered[-FEWER_CLASSES:] if len(ordered) > MOST_CLASSES else ordered
-    return [name for name, _ in ordered], np.array([value for _, value in ordered])
-
-
-def check(folder: Path) -> None:
-    """Raise UsageError if matplotlib is not installed, or if the folder is a file."""
-    needs_matplotlib()
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{show(folder)}: is a file; give --plot the path of a folder")
-
-
-def needs_matplotlib(what: str = "--plot") -> None:
-    """Raise UsageError if matplotlib, which ``what`` requires, is not installed."""
+def needs_matplotlib() -> None:
+    """Raise UsageError if matplotlib is not installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise UsageError(f"{what} needs matplotlib; run {install('plot')}") from None
-
-
-def write_plots(evaluation: Evaluation, folder: Path, about: str = "") -> list[Path]:
-    """Write the diagrams of an evaluation into a folder, and return their paths.
-
-    The files are confusion.png, per_class.png, reliability.png and coverage.png. Each diagram shows ``about`` and the
-    date. Raises InputError if the folder cannot be written.
-    """
-    check(folder)
-    make_folders(folder)
-    files = []
-    for draw in (draw_confusion, draw_per_class, draw_reliability, draw_coverage):
-        files.append(folder / f"{draw.__name__.removeprefix('draw_')}.png")
-        write(partial(draw, evaluation), files[-1], about)
-    return files
-
-
-def write(draw: Callable[[], Figure], path: Path, about: str) -> None:
-    """Write a diagram in the format of the suffix of ``path``."""
-    needs_matplotlib()
-    with _style(), replacing(path) as temporary:
-        figure = draw()
-        said = ", ".join(filter(None, (about[-LONGEST_ABOUT:], datetime.date.today().isoformat())))
-        figure.supxlabel(said, x=0.98, ha="right", fontsize=6.5, color=GREY)
-        figure.savefig(temporary, format=path.suffix[1:])
+        raise UsageError(f"a report needs matplotlib; run {install('plot')}") from None
 
 
 def draw_confusion(evaluation: Evaluation) -> Figure:
@@ -150,21 +105,6 @@ def draw_confusion(evaluation: Evaluation) -> Figure:
     figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, ticks=[0, 1, 5, 10, 25, 50, 100], label=label)
     some = f"the {m} of {matrix.of} classes with most errors" if m < matrix.of else counted(m, "class")
     _title(axes, "Confusion matrix", f"{some}; {counted(evaluation.n, 'photo')}, top-1 {percent(evaluation.top1)}")
-    return figure
-
-
-def draw_per_class(evaluation: Evaluation) -> Figure:
-    """Plot the accuracy of each class as a bar, with the worst class at the bottom."""
-    names, accuracies = class_accuracies(evaluation.per_class)
-    m, of = len(names), len(evaluation.per_class)
-    (figure, axes), y = _figure(7, max(2.8, 0.17 * m + 1.5)), np.arange(m)[::-1]
-    bars = axes.barh(y, 100 * accuracies, color=BLUE, height=0.75)
-    axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=7, color=BLACK)
-    axes.axvline(100 * evaluation.mean_per_class, color=ORANGE, linestyle="--", linewidth=1.2)
-    axes.set_yticks(y, list(map(_name, names)), fontsize=8 if m <= FEWER_CLASSES else 7)
-    axes.set(xlim=(0, 106), ylim=(-0.7, m - 0.3), xticks=range(0, 101, 20), xlabel="top-1 accuracy, %")
-    some = f"the worst {m} of {of} classes" if m < of else counted(m, "class")
-    _title(axes, "Accuracy by class", f"{some}; dashed: mean over classes {percent(evaluation.mean_per_class)}")
     return figure
 
 

@@ -119,7 +119,7 @@ def write_report(
 
 def check(out: Path) -> None:
     """Raise UsageError if matplotlib is not installed, and InputError if the file cannot be written."""
-    plots.needs_matplotlib("a report")
+    plots.needs_matplotlib()
     if out.is_dir():
         raise InputError(f"{show(out)}: is a folder; give a file name")
     if not out.parent.is_dir():

@@ -53,7 +53,7 @@ def matrix(features: Features, what: str) -> KeyArray:
 
     If the features are not valid, raises InputError with a message that refers to them as ``what``.
     """
-    array = features.detach().cpu().float().numpy() if isinstance(features, Tensor) else _array(features, what)
+    array = features.detach().cpu().float().numpy() if isinstance(features, Tensor) else numbers(features, what)
     if array.ndim != 2 or 0 in array.shape:
         raise InputError(f"{what}: shape {array.shape}; expected a non-empty array of shape [n, d]")
     if not np.issubdtype(array.dtype, np.floating):
@@ -107,7 +107,8 @@ def scale_of(parts: Sequence[Part], shares: Sequence[float]) -> Tensor | None:
     return factors.sqrt().repeat_interleave(torch.tensor([part.width for part in parts]))
 
 
-def _array(values: object, what: str) -> npt.NDArray[Any]:
+def numbers(values: object, what: str) -> npt.NDArray[Any]:
+    """Convert values to an array of numbers, or labels to an array. If that is impossible, raises InputError."""
     try:
         array = np.asarray(values)
     except ValueError:
@@ -115,27 +116,6 @@ def _array(values: object, what: str) -> npt.NDArray[Any]:
     if what != "labels" and array.dtype.kind not in "fiu":
         raise InputError(f"{what}: {array.dtype}; expected floating-point numbers")
     return array
-
-
-def queries(features: Features | Sequence[Features], d: int, parts: Sequence[Part] = ()) -> Tensor:
-    """Convert queries to a finite float32 tensor on the same device. Raises InputError if they are not valid.
-
-    If features have several ``parts``, they can be a list of arrays (see :func:`joined`).
-    """
-    if isinstance(features, list | tuple) and are_several(features):
-        features = joined(features, parts, "features")
-    if isinstance(features, Tensor):
-        f = features.detach().float()
-    else:
-        with np.errstate(over="ignore"):  # overflow becomes infinity, which raises an error below
-            f = torch.from_numpy(np.require(_array(features, "features"), np.float32, ["C", "W"]))
-    if f.ndim != 2 or f.shape[1] != d:
-        raise InputError(f"features: shape {tuple(f.shape)}; expected [q, {d}]")
-    # The sum is much faster to check, and finite only if all features are. It may also overflow.
-    if not torch.isfinite(f.sum()) and not torch.isfinite(f).all():
-        row = int((~torch.isfinite(f).all(dim=1)).nonzero()[0])
-        raise InputError(f"features: row {row} contains NaN or infinity")
-    return f
 
 
 def check_unit(f: Tensor) -> None:
@@ -168,7 +148,7 @@ def ids_of(labels: Labels, class_names: Sequence[str], n: int) -> npt.NDArray[np
 
     If a label is not a class, raises InputError with a message that names the first invalid row.
     """
-    array = _array(labels, "labels")
+    array = numbers(labels, "labels")
     if array.shape != (n,):
         raise InputError(f"labels: shape {array.shape} does not match {n} keys; pass one label per key")
     if np.issubdtype(array.dtype, np.integer):

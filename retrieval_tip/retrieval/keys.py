@@ -22,7 +22,6 @@ from retrieval_tip.errors import InputError, warn_once
 from retrieval_tip.retrieval.evidence import Nearest
 from retrieval_tip.retrieval.inputs import FloatArray, IntArray, KeyArray
 from retrieval_tip.retrieval.vector_index import Product, VectorIndex, auto_factory, inner_factory
-from retrieval_tip.settings import Precision, check_choice
 
 QUERY_BLOCK, KEY_BLOCK = 512, 2048
 """Maximum number of queries and keys in a block of affinities. A block takes 4 MiB, which fits in the CPU cache."""
@@ -42,9 +41,6 @@ SPREAD_QUERIES, SPREAD_CLASSES, SPREAD_KEYS = 256, 8, 64
 SPREAD_QUANTILE = 0.999
 MOST_SLACK = 1e9
 """Upper limit for the slack. At this value, every class can win."""
-
-HALVED = 1 << 31
-"""Maximum size in bytes of memory-mapped keys that are kept in half precision."""
 
 _COPYING = threading.Lock()
 
@@ -105,16 +101,14 @@ class KeyStream(ABC):
     """Base class for the keys of an index as queries meet them, read in blocks from any store.
 
     ``counts`` is the number of keys per class, as a float32 tensor. If there is a ``metric``, the keys are ``phi(K)``,
-    and queries are compared as ``phi(f)``. ``values``, of shape ``[n, c]``, replace the one-hot values. ``means`` is a
-    function that returns the class means. If ``by_class`` is true, a search visits all keys of some classes.
+    and queries are compared as ``phi(f)``. Without a metric, ``phi`` returns its argument. ``values``, of shape
+    ``[n, c]``, replace the one-hot values. ``means`` is a function that returns the class means. If ``by_class`` is
+    true, a search visits all keys of some classes.
     """
 
     index_type = "Flat"
     by_class = False
     exact_search = True
-
-    products = torch.float32
-    """Dtype in which queries are multiplied with all keys."""
 
     def __init__(
         self,
@@ -128,6 +122,7 @@ class KeyStream(ABC):
         self.n, self.d = shape
         self.counts, self.n_classes, self.device = counts, len(counts), device
         self.metric, self.values, self._known_means = metric, values, means
+        self.phi: Callable[[Tensor], Tensor] = metric or (lambda features: features)
         self._slack: dict[float, float] = {}
         times = 1 if device == "cpu" else GPU_BLOCKS
         self.queries, self.block = QUERY_BLOCK * times, min(self.n, KEY_BLOCK * times)
@@ -139,10 +134,6 @@ class KeyStream(ABC):
         Each block is grouped by class and has at most :data:`KEY_BLOCK` keys, or :data:`GPU_BLOCKS` times as many on a
         GPU. Blocks may share memory, so do not keep them.
         """
-
-    def points(self, features: Tensor) -> Tensor:
-        """Map queries to the space of the keys. If there is no metric, the queries are returned unchanged."""
-        return features if self.metric is None else self.metric(features)
 
     @cached_property
     def mean_count(self) -> float:
@@ -291,25 +282,18 @@ class KeyStream(ABC):
         """Return the affinities of each query to a sample of keys of each of its ``classes``."""
         raise NotImplementedError
 
-    def cache_logits(self, points: Tensor, beta: float, products: torch.dtype | None = None) -> Tensor:
+    def cache_logits(self, points: Tensor, beta: float) -> Tensor:
         """Compute cache logits over all keys, ``C[:, c] = sum over i of exp(-beta (1 - A[:, i])) V_ic``.
 
-        ``points`` must be on the device, and their dtype is the dtype of the sums. ``products`` replaces the dtype
-        :attr:`products`, which is not used with ``values`` or in float64. The result has the shape ``[q, c]``.
+        ``points`` must be on the device, and their dtype is the dtype of the sums. The result has the shape ``[q, c]``.
         """
-        values, size = self._values_in_order, self.block * min(self.queries, len(points))
-        half = values is None and points.dtype == torch.float32 and (products or self.products) != torch.float32
-        memory, rounded, parts = points.new_empty(size), points.new_empty(size * half, dtype=self.products), []
+        values, parts = self._values_in_order, []
+        memory = points.new_empty(self.block * min(self.queries, len(points)))
         for own in points.split(self.queries):
             sums, row = points.new_zeros(self.n_classes, len(own)), 0  # transposed, to read contiguous memory
-            narrow, common = (own.to(self.products), own @ self._centre) if half else (own, 0)
-            for keys, ids, *_ in self._halved() if half else self.blocks():
+            for keys, ids, *_ in self.blocks():
                 affinity = memory[: len(keys) * len(own)].view(len(keys), len(own))
-                if half:
-                    product = rounded[: affinity.numel()].view_as(affinity)
-                    torch.add(tip.affinity(keys, narrow, out=product), common, out=affinity)
-                else:
-                    tip.affinity(keys.to(own.dtype), own, out=affinity)
+                tip.affinity(keys.to(own.dtype), own, out=affinity)
                 weights = tip.weight(affinity, beta, out=affinity)
                 if values is None:
                     tip.add_rows(sums, ids, weights)
@@ -320,14 +304,6 @@ class KeyStream(ABC):
         return torch.cat(parts)
 
     @cached_property
-    def _centre(self) -> Tensor:
-        return self.sums.sum(0) / self.n
-
-    def _halved(self) -> Iterable[tuple[Tensor, Tensor]]:
-        """Return blocks of keys ``K - m`` in half precision, where ``m`` is their mean, and their class ids."""
-        return (((keys - self._centre).to(self.products), ids) for keys, ids, _ in self.blocks())
-
-    @cached_property
     def _values_in_order(self) -> Tensor | None:
         """The values in the order of :meth:`blocks`."""
         return self.values
@@ -336,13 +312,7 @@ class KeyStream(ABC):
 class Keys(KeyStream):
     """Keys that are in memory or memory-mapped, in float32 or float16, and grouped by class.
 
-    ``precision`` is the dtype of products with all keys: ``float32``, ``bfloat16`` or ``float16``. ``auto``
-    and ``int8`` use float32. In half precision, the affinity is computed as ``A = f m + f (K - m)``, where ``m`` is the
-    mean of the keys. Only the second term, which is about a quarter of the affinity, is rounded.
-
-    Raises:
-        InputError: if the class ids are not in ascending order.
-        UsageError: if the precision is unknown.
+    Raises InputError if the class ids are not in ascending order.
     """
 
     def __init__(
@@ -351,14 +321,12 @@ class Keys(KeyStream):
         class_ids: IntArray,
         n_classes: int,
         device: str = "cpu",
-        precision: Precision = "float32",
         index: VectorIndex | None = None,
         metric: tip.Metric | None = None,
         values: Tensor | None = None,
     ) -> None:
         if len(class_ids) != len(array) or (class_ids[1:] < class_ids[:-1]).any():
             raise InputError("labels: keys are not grouped by class; build the index again")
-        check_choice("precision", precision, Precision)
         self.array, means = array, None
         if index is not None:
             self.index, self.index_type = index, index.factory
@@ -366,7 +334,6 @@ class Keys(KeyStream):
             means = index.vectors if index.by_class and index.exact_affinity else None
             if index.n != (n_classes if index.by_class else len(array)):
                 raise InputError(f"index: has {index.n} vectors for {len(array)} keys of {n_classes} classes")
-        self.products = torch.float32 if precision in ("auto", "int8") else getattr(torch, precision)
         counts = np.bincount(class_ids, minlength=n_classes)
         self.starts = np.concatenate([[0], np.cumsum(counts)])
         self.class_ids = torch.from_numpy(np.require(class_ids, np.int64, ["W"])).to(device)  # Arrow's is read-only
@@ -428,15 +395,6 @@ class Keys(KeyStream):
         assert self.values is not None
         blocks = zip(self.values.split(KEY_BLOCK), self.class_ids.split(KEY_BLOCK), strict=True)
         return self.class_sums(blocks, self.n_classes)
-
-    def _halved(self) -> Iterable[tuple[Tensor, Tensor]]:
-        if isinstance(self.array, np.memmap) and self.array.nbytes > HALVED:
-            return super()._halved()
-        return zip(self._kept_halved.split(self.block), self.class_ids.split(self.block), strict=True)
-
-    @cached_property
-    def _kept_halved(self) -> Tensor:
-        return torch.cat([keys for keys, _ in super()._halved()])
 
     def of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor, Tensor]]:
         for place, class_id in enumerate(class_ids.tolist()):

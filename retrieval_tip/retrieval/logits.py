@@ -21,13 +21,6 @@ LOGITS = 1 << 25
 LEAST_CLASSES = 2
 """Minimum number of classes that a query visits. With a single class, the logit of the runner-up would not be exact."""
 
-CLOSE = 1e-3
-"""Bound on the relative error of cache logits in half precision, per unit of beta.
-
-If the error could change an answer, the answer is recomputed in float32. The bound is six times the root mean square
-error on CLIP-like features.
-"""
-
 
 def slices(q: int, size: int) -> Iterator[slice]:
     """Yield slices that split ``q`` queries into blocks of at most ``size``."""
@@ -41,66 +34,69 @@ class AnswerTerms(tip.Terms):
     shots: Contributors | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Retrieval:
-    """Keys of any kind, and the settings of the method.
+    """Keys of any kind and text weights, as queries meet them. If ``every`` is true, all keys are used for any ``k``.
 
     Features must be on the device of the keys. In float64, the logits are computed in float64.
     """
 
     keys: KeyStream
-    text_weights: Tensor
-    settings: Settings
+    text: Tensor
+    every: bool = False
 
     def without(self, rows: Tensor, class_ids: Tensor) -> Retrieval:
         """Leave out the keys at ``rows``, whose classes are ``class_ids``.
 
         If the index searches for whole classes, all of the other keys are used.
         """
-        settings = self.settings.override(k="all") if self.keys.by_class else self.settings
-        return replace(self, keys=KeysWithout(self.keys, rows, class_ids), settings=settings)
+        return Retrieval(KeysWithout(self.keys, rows, class_ids), self.text, self.keys.by_class)
 
-    def terms(self, features: Tensor, *, neighbours: int = 0) -> AnswerTerms:
-        """Compute the terms of the logits.
+    def answer(self, features: Tensor, settings: Settings, neighbours: int = 0) -> tuple[AnswerTerms, Tensor]:
+        """Return the terms of the logits, and the logits.
 
         By default, all keys are used. If ``k`` is set, about ``k`` keys are used, and the tail counts the other keys at
         their mean affinity. If each query retrieves its own keys, the result also includes ``neighbours`` shots for
-        each answer. Otherwise, :meth:`contributors` finds them.
+        each answer. Otherwise, :meth:`contributors` finds them. Raises InputError if the logits overflow.
         """
-        settings, keys, points = self.settings, self.keys, self.keys.points(features)
-        text = tip.text_logits(features, self.text_weights, settings.logit_scale)
+        keys, points = self.keys, self.keys.phi(features)
+        text = tip.text_logits(features, self.text, settings.logit_scale)
         discriminant = keys.discriminant(points) if settings.gamma else None
-        if settings.k is not None and settings.k < keys.n:
-            terms = AnswerTerms(text, torch.empty_like(text), discriminant)
-            if not keys.by_class:
-                return self._over_nearest(points, settings.k, neighbours, terms)
-            self._over_classes(points, settings.k, terms)
-        else:
+        if settings.k is None or settings.k >= keys.n or self.every:
             terms = AnswerTerms(text, keys.cache_logits(points, settings.beta), discriminant)
-            if keys.values is None and keys.products != torch.float32 and len(points):  # could change close answers
-                error, parts = min(1.0, CLOSE * settings.beta), self._parts(len(points))
-                close = torch.cat([uncertain(terms.each(itemgetter(part)), settings, error) for part in parts])
-                terms.cache[close] = keys.cache_logits(points[close], settings.beta, products=torch.float32)
-        tip.log_cache(terms.cache, settings.log_offset)
-        return terms
+            tip.log_cache(terms.cache, settings.log_offset)
+        elif keys.by_class:
+            terms = AnswerTerms(text, torch.empty_like(text), discriminant)
+            self._over_classes(points, settings, settings.k, terms)
+            tip.log_cache(terms.cache, settings.log_offset)
+        else:
+            terms = AnswerTerms(text, torch.empty_like(text), discriminant)
+            terms = self._over_nearest(points, settings, settings.k, neighbours, terms)
+        logits = terms.logits(settings)
+        if not torch.isfinite(logits).all():
+            raise overflow(terms, settings)
+        return terms, logits
 
     def _parts(self, q: int) -> Iterator[slice]:
         """Split ``q`` queries into blocks whose logits fit in the CPU cache."""
         return slices(q, QUERY_BLOCK if self.keys.device == "cpu" else max(QUERY_BLOCK, LOGITS // self.keys.n_classes))
 
-    def _over_nearest(self, points: Tensor, k: int, neighbours: int, terms: AnswerTerms) -> AnswerTerms:
+    def _over_nearest(
+        self, points: Tensor, settings: Settings, k: int, neighbours: int, terms: AnswerTerms
+    ) -> AnswerTerms:
         """Fill ``terms`` with cache logits from the ``k`` nearest keys of each query, and find ``neighbours`` shots."""
         kept = []
         for part in slices(len(points), max(QUERY_BLOCK, LOGITS // max(k, self.keys.n_classes))):
             own, near = terms.each(itemgetter(part)), self.keys.nearest(points[part], k)
-            own.cache.copy_(self._logits_over(near, points[part]))
-            tip.log_cache(own.cache, self.settings.log_offset)
+            own.cache.copy_(self._logits_over(near, points[part], settings))
+            tip.log_cache(own.cache, settings.log_offset)
             if neighbours:
-                winner, rival = (self._contributions(near, ids) for ids in first_two(own.logits(self.settings)))
+                two = first_two(own.logits(settings))
+                winner, rival = (self._contributions(near, ids, settings.beta) for ids in two)
                 kept.append(Contributors.among(near, winner, rival, self.keys.n_classes, neighbours))
         return replace(terms, shots=Contributors.joined(kept) if kept else None)
 
-    def _contributions(self, near: Nearest, classes: Tensor) -> Tensor:
+    def _contributions(self, near: Nearest, classes: Tensor, beta: float) -> Tensor:
         """Return each key's contribution to one class per query. A class id of -1 stands for no class."""
         if self.keys.values is None:
             own = near.class_ids == classes[:, None]
@@ -108,9 +104,9 @@ class Retrieval:
             own = self.keys.values[near.rows.clamp_min(0), classes.clamp_min(0)[:, None]].where(
                 classes[:, None] >= 0, 0
             )
-        return tip.weight(near.affinity, self.settings.beta) * own
+        return tip.weight(near.affinity, beta) * own
 
-    def contributors(self, points: Tensor, winner: Tensor, rival: Tensor, number: int) -> Contributors:
+    def contributors(self, points: Tensor, winner: Tensor, rival: Tensor, number: int, beta: float) -> Contributors:
         """Find ``number`` shots that contributed most to each answer, if all keys or whole classes were used.
 
         ``winner`` and ``rival`` are the class ids of the answer and the runner-up. If there is no runner-up, its id is
@@ -119,11 +115,11 @@ class Retrieval:
         """
         number, c, keys = min(number, self.keys.n), self.keys.n_classes, self.keys
         if keys.values is not None:
-            supporting, opposing = self._extremes(keys.values, points, winner, number)
-            none = self._contributions(opposing, winner)[:, 0] >= 0
+            supporting, opposing = self._extremes(keys.values, points, winner, number, beta)
+            none = self._contributions(opposing, winner, beta)[:, 0] >= 0
             if none.any():
-                most, _ = self._extremes(keys.values, points[none], rival[none].clamp_min(0), 1)
-                opposing.put(none, most.without(self._contributions(most, rival[none]) <= 0, c))
+                most, _ = self._extremes(keys.values, points[none], rival[none].clamp_min(0), 1, beta)
+                opposing.put(none, most.without(self._contributions(most, rival[none], beta) <= 0, c))
             return Contributors(supporting, opposing)
         own, opposing = (keys.nearest_of_classes(points, ids[:, None], m) for ids, m in ((winner, number), (rival, 1)))
         few = own.rows[:, -1] < 0
@@ -134,7 +130,9 @@ class Retrieval:
             own.put(few, filled.ordered(torch.zeros_like(filled.affinity)).first(number))
         return Contributors(own, opposing)
 
-    def _extremes(self, values: Tensor, points: Tensor, classes: Tensor, number: int) -> tuple[Nearest, Nearest]:
+    def _extremes(
+        self, values: Tensor, points: Tensor, classes: Tensor, number: int, beta: float
+    ) -> tuple[Nearest, Nearest]:
         """Return, for one class per query, the keys that contribute most and the key that contributes least."""
         asked, own = classes.unique(return_inverse=True)
         most, least = (Largest.none(len(points), m, self.keys.device) for m in (number, 1))
@@ -142,14 +140,14 @@ class Retrieval:
             given = values[rows[:, None], asked].T.contiguous()  # one row per class
             for part in slices(len(points), QUERY_BLOCK):
                 affinity = tip.affinity(points[part], keys)
-                shares = tip.weight(affinity, self.settings.beta).mul_(given[own[part]])
+                shares = tip.weight(affinity, beta).mul_(given[own[part]])
                 most.add(part, shares, affinity, rows)
                 least.add(part, shares.neg_(), affinity, rows)
         return self.keys.described(most.affinity, most.rows), self.keys.described(least.affinity, least.rows)
 
-    def _over_classes(self, points: Tensor, k: int, terms: AnswerTerms) -> None:
+    def _over_classes(self, points: Tensor, settings: Settings, k: int, terms: AnswerTerms) -> None:
         """Fill ``terms`` with cache logits from the classes that can win, using about ``k`` keys per query."""
-        settings, keys = self.settings, self.keys
+        keys = self.keys
         slack, most = keys.slack(settings.beta), min(max(LEAST_CLASSES, round(k / keys.mean_count)), keys.n_classes)
         classes = torch.empty(len(points), most, dtype=torch.int64, device=keys.device)
         candidates = torch.empty(classes.shape, dtype=torch.bool, device=keys.device)
@@ -162,7 +160,7 @@ class Retrieval:
             for part in slices(len(points), QUERY_BLOCK):
                 every = int(keys.counts[classes[part]].sum(1).max())  # other values have no bounds
                 near = keys.nearest_of_classes(points[part], classes[part], every)
-                terms.cache[part] = self._logits_over(near, points[part])
+                terms.cache[part] = self._logits_over(near, points[part], settings)
             return
         exact = keys.class_logits(points, classes, candidates, settings.beta)
         if settings.tail:
@@ -171,24 +169,14 @@ class Retrieval:
             terms.cache.zero_()
         terms.cache.scatter_(1, classes, exact)
 
-    def _logits_over(self, near: Nearest, points: Tensor) -> Tensor:
+    def _logits_over(self, near: Nearest, points: Tensor, settings: Settings) -> Tensor:
         """Compute the cache logits from the retrieved keys of each query, and from the tail if it counts."""
-        keys, beta = self.keys, self.settings.beta
-        tail = tip.Totals.of(points, keys.sums, keys.counts) if self.settings.tail else None
+        keys = self.keys
+        tail = tip.Totals.of(points, keys.sums, keys.counts) if settings.tail else None
         values = None
         if keys.values is not None:
             values = tip.Values(keys.values, near.rows.clamp_min(0), keys.value_sums if tail else None)
-        return tip.cache_logits(near.affinity, near.class_ids, keys.n_classes, beta, tail, values)
-
-
-def uncertain(terms: tip.Terms, settings: Settings, error: float) -> Tensor:
-    """Return, for each query, whether relative errors of up to ``error`` in the cache logits could change the winner.
-
-    Values must be one-hot, so that no cache logit is negative.
-    """
-    winner = terms.logits(settings).argmax(dim=1, keepdim=True)
-    highest_other = terms.logits(settings, error).scatter_(1, winner, -torch.inf).amax(dim=1)
-    return highest_other >= terms.each(lambda term: term.gather(1, winner)).logits(settings, -error)[:, 0]
+        return tip.cache_logits(near.affinity, near.class_ids, keys.n_classes, settings.beta, tail, values)
 
 
 def promising(terms: tip.Terms, settings: Settings, slack: float, most: int) -> tuple[Tensor, Tensor]:
@@ -215,15 +203,12 @@ def first_two(logits: Tensor) -> tuple[Tensor, Tensor]:
     return classes[:, 0], classes[:, 1] if classes.shape[1] > 1 else torch.full_like(classes[:, 0], -1)
 
 
-def finite_logits(terms: tip.Terms, settings: Settings) -> Tensor:
-    """Return the logits. Raises InputError if they overflow."""
-    logits = terms.logits(settings)
-    if not torch.isfinite(logits).all():
-        if not torch.isfinite(terms.cache).all():
-            raise InputError(
-                f"beta {settings.beta:g}: exp(beta (affinity - 1)) overflows for these keys; use a smaller beta"
-            )
-        raise InputError(
-            f"alpha {settings.alpha:g}, logit_scale {settings.logit_scale:g}: logits overflow; use smaller values"
+def overflow(terms: tip.Terms, settings: Settings) -> InputError:
+    """Return the error that says why logits are not finite."""
+    if not torch.isfinite(terms.cache).all():
+        return InputError(
+            f"beta {settings.beta:g}: exp(beta (affinity - 1)) overflows for these keys; use a smaller beta"
         )
-    return logits
+    return InputError(
+        f"alpha {settings.alpha:g}, logit_scale {settings.logit_scale:g}: logits overflow; use smaller values"
+    )

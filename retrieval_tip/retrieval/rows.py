@@ -23,7 +23,7 @@ from retrieval_tip.retrieval.inputs import IntArray, KeyArray, KeysInPlace
 from retrieval_tip.retrieval.keys import KEY_BLOCK, Keys, KeyStream, index_over, points_of
 from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.retrieval.vector_index import FLAT_FACTORY, VectorIndex
-from retrieval_tip.settings import Dtype, Precision
+from retrieval_tip.settings import Dtype
 from retrieval_tip.store.labels import LABEL_SCHEMA, shots_after, shots_of, with_column
 from retrieval_tip.store.sums import Sums
 from retrieval_tip.store.versions import Writer
@@ -82,7 +82,7 @@ class Rows(ABC):
         """Return the same rows, whose sums are known."""
 
     @abstractmethod
-    def stream(self, n_classes: int, device: str, precision: Precision, metric: tip.Metric | None) -> KeyStream:
+    def stream(self, n_classes: int, device: str, metric: tip.Metric | None) -> KeyStream:
         """Return the keys as a query meets them. The points of the ``metric`` are known already."""
 
     @abstractmethod
@@ -206,8 +206,8 @@ class ArrayRows(Rows):
     def with_sums(self, sums: Sums | None) -> ArrayRows:
         return replace(self, sums=sums)
 
-    def stream(self, n_classes: int, device: str, precision: Precision, metric: tip.Metric | None) -> Keys:
-        return Keys(self.vectors, self.class_ids, n_classes, device, precision, self.index, metric, self.values)
+    def stream(self, n_classes: int, device: str, metric: tip.Metric | None) -> Keys:
+        return Keys(self.vectors, self.class_ids, n_classes, device, self.index, metric, self.values)
 
     def indexed(self, n_classes: int, factory: str | None = None, device: str = "cpu") -> ArrayRows:
         """Build the FAISS index over these vectors, by default of the same type. Search effort is kept with the type.

@@ -154,7 +154,7 @@ class Served:
         self._changing = threading.Lock()
         self._seen = self.place.stamp()
         self._failed_at, self._looked_at = -math.inf, time.monotonic()
-        index = self.place.load(device=backbones.device, precision=backbones.precision, verify=backbones.verify)
+        index = self.place.load(device=backbones.device, verify=backbones.verify)
         self.now = self._opened(index)
 
     @property

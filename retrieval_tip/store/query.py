@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +18,6 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from retrieval_tip.errors import InputError, UsageError, first_line, one_line
-from retrieval_tip.predictions import read_predictions
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection, Statement
@@ -32,23 +30,18 @@ MEMORY, ANSWER = 512 << 20, 128 << 20
 """Memory limits of duckdb and of an answer, in bytes. Twice the size of the tables is added to each limit."""
 
 
-def ask(
-    tables: Mapping[str, pa.Table], sql: str, predictions: Path | None = None, timeout: float = TIMEOUT
-) -> pa.Table:
+def ask(tables: Mapping[str, pa.Table], sql: str, timeout: float = TIMEOUT) -> pa.Table:
     """Run a SELECT query over the named ``tables`` and the view ``class_counts`` of the table ``labels``.
 
-    The view has the columns ``class_id``, ``label`` and ``keys``, and one row for each class that has keys. A file of
-    ``predictions`` becomes the table ``predictions`` (see :func:`read_predictions`). Half-precision columns are
-    converted to float32. If a column name is repeated, a number is appended to the name, for example ``label_1``.
+    The view has the columns ``class_id``, ``label`` and ``keys``, and one row for each class that has keys.
+    Half-precision columns are converted to float32. If a column name is repeated, a number is appended to the name, for
+    example ``label_1``.
 
     Raises UsageError if ``sql`` is not a single SELECT, if duckdb rejects it, if it runs for more than ``timeout``
-    seconds or if it needs too much memory. Raises InputError if duckdb cannot store a table or if the predictions
-    cannot be read.
+    seconds or if it needs too much memory. Raises InputError if duckdb cannot store a table.
     """
     if not 0 < timeout <= LONGEST:
         raise UsageError(f"timeout is {timeout}: expected more than 0 and at most {LONGEST} seconds")
-    if predictions is not None:
-        tables = {**tables, "predictions": read_predictions(predictions)}
     refusal = "query: expected a single SELECT; a query cannot change the label store"
     return _run("query", tables, sql, lambda database: _one_select(database, sql, refusal), timeout)
 

@@ -192,8 +192,7 @@ class Writer:
             if self.replaces and self.parent is not None:
                 self.store.files.delete([manifest_name(self.parent.version)])
                 self.store.tidy(manifest)
-            if self.prunes or self.store.surplus(manifest, KEPT_VERSIONS):
-                self.store.forget(KEPT_VERSIONS, manifest, self.prunes)
+            self.store.forget(KEPT_VERSIONS, manifest, self.prunes)
 
 
 class Versions:
@@ -323,11 +322,6 @@ class Versions:
             raise StoreError(f"{self}/{name}: is the manifest of another kind of store; restore the right one")
         return manifest
 
-    def check_there(self) -> None:
-        """Raise StoreError if there is no index, before a writer creates a folder for it."""
-        if not self.exists():
-            self.current()
-
     def opened(self, read: Callable[[Manifest], T], version: int | None = None, first: Manifest | None = None) -> T:
         """Call ``read`` with the manifest of the current or an earlier version, and return the result.
 
@@ -431,10 +425,10 @@ class Versions:
             }
         )
 
-    def query(self, sql: str, predictions: Path | None = None, timeout: float = TIMEOUT) -> pa.Table:
+    def query(self, sql: str, timeout: float = TIMEOUT) -> pa.Table:
         """Run a SELECT query over the :meth:`tables` of the current version and its :meth:`history` as ``versions``."""
         tables = self.opened(lambda manifest: self.tables(manifest) | {"versions": self.history()})
-        return ask(tables, sql, predictions, timeout)
+        return ask(tables, sql, timeout)
 
     # Writing
 
@@ -501,7 +495,7 @@ class Versions:
 
     def rollback(self, version: int | None = None) -> int:
         """Copy an earlier version, by default the parent, into a new version, and return the new number."""
-        self.check_there()
+        self.current()  # before a writer creates a folder
         with self.write() as writer:
             current = writer.parent or self.current()
             wanted = version if version is not None else current.parent
@@ -531,7 +525,7 @@ class Versions:
         """
         if keep < 1:
             raise UsageError(f"keep is {keep}: give at least 1, because the current version is always kept")
-        self.check_there()
+        self.current()  # before a writer creates a folder
         with self.write() as writer:
             before = self._bytes()
             gone = self.forget(keep, writer.parent or self.current())
@@ -540,16 +534,13 @@ class Versions:
     def _bytes(self) -> int:
         return sum(size for folder in ("data", "manifests") for size in self.files.sizes(folder).values())
 
-    def surplus(self, current: Manifest, keep: int) -> list[int]:
-        """Return the numbers of all but the last ``keep`` versions, oldest first."""
-        earlier = [number for number in self.numbers() if number < current.version]
-        return earlier[: max(0, len(earlier) + 1 - keep)]
-
     def forget(self, keep: int, current: Manifest, prune: bool = True) -> list[int]:
         """Delete all but the last ``keep`` versions, with their rows if ``prune`` is set, and return their numbers."""
-        gone = self.surplus(current, keep)
-        self.files.delete(map(manifest_name, gone))
-        self.tidy(current)
+        earlier = [number for number in self.numbers() if number < current.version]
+        gone = earlier[: max(0, len(earlier) + 1 - keep)]
+        if gone or prune:
+            self.files.delete(map(manifest_name, gone))
+            self.tidy(current)
         return gone
 
     def tidy(self, current: Manifest | None) -> None:
