@@ -57,13 +57,11 @@ soak: setup ## run every test at full size: all kills, Ray, the browser
 check: lint test ## lint and test, before each commit
 
 bench: setup ## smoke-test every benchmark; the docs say how to measure
-	$(BENCH)/throughput.py --exact-size 512x64x32 --sizes 2560x64x64 --files-size 640x64x64 --rows 500 --queries 64 --large-batch 128 --rounds 1
-	$(BENCH)/finetune.py --classes 40 --shots 4 --dim 32 --batch 32 --queries 40 --rounds 1 --epochs 1
-	$(BENCH)/fit.py --keys 200 --classes 20 --dimensions 32
+	$(BENCH)/throughput.py --exact-size 512 64 32 --size 2560 64 64 --queries 64 --large-batch 128 --rounds 1
+	$(BENCH)/fit.py --keys 200 --classes 20 --dim 32
 	$(BENCH)/serve.py --only features --keys 400 --classes 20 --dim 32 --clients 1 --clients 4 --seconds 0.5 --rounds 1 --soak 3 --every 0.5
 	$(BENCH)/scale.py --keys 3000 --dim 64 --classes 50 --queries 40 --exact-queries 20
 	$(BENCH)/scale.py --keys 3000 --dim 64 --classes 50 --queries 40 --exact-queries 20 --store lance
-	$(BENCH)/scale.py --memory --keys 3000 --dim 64 --classes 50 --queries 40
 	$(BENCH)/living.py --keys 6000 --added 20 --dim 32 --classes 40 --times 1
 ifneq ($(wildcard ../shared/models),) # needs the photos and features of public datasets
 	$(BENCH)/distributed.py --queries 100 --dim 16 --classes 5 --images $(abspath ../shared/data/caltech101/101_ObjectCategories/panda)
@@ -73,7 +71,6 @@ ifneq ($(wildcard ../shared/models),) # needs the photos and features of public 
 	$(BENCH)/accuracy.py --dataset food --shots 2 --seeds 1 --finetune
 	$(BENCH)/accuracy.py --encoders --shots 1 --seeds 1
 	$(BENCH)/accuracy.py --dataset food --shots 5 --seeds 1 --shape growth
-	$(BENCH)/headline.py --seeds 1
 	$(BENCH)/paper.py --dataset Caltech101 --seeds 1 --shots 1 --method untouched --method zero-shot
 endif
 

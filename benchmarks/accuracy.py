@@ -15,7 +15,6 @@ With ``wrong-10``, 10 % of the labels are wrong. With ``prior``, the scatter of 
 from __future__ import annotations
 
 import functools
-import json
 import statistics
 import tempfile
 import time
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import common
 import encoders
 import numpy as np
 import pyarrow as pa
@@ -32,12 +32,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from baselines import class_means, discriminant, linear_probe
-from common import SHARED, machine
+from common import Run, add_runs, features_of, machine, markdown, read_runs, summary
 from methods import Answering, Items, Method, Shots, closed, fine_tuned, paper, searched, zero_shot
 from prior import TABLES, sums_of
 
 from retrieval_tip import EncodingCache, Index, Reader, build_index, load_backbone, open_source, tip
-from retrieval_tip.backbones.base import unit
 from retrieval_tip.data.sources import Source
 from retrieval_tip.data.tables import vectors
 from retrieval_tip.evaluation.calibration import expected_calibration_error
@@ -125,8 +124,7 @@ class Tables:
         table = pq.read_table(self.file(shared, name))
         if classes is not None:
             table = table.filter(pc.is_in(table["label"], pa.array(classes)))
-        features = np.stack(table["feature"].to_numpy()).astype(np.float32)
-        return unit(features), table["label"].to_pylist(), table["id"].to_pylist()
+        return features_of(table), table["label"].to_pylist(), table["id"].to_pylist()
 
     def pool_of(self, number: int, shared: Path) -> tuple[Index, Source]:
         """Return the keys from which ``number`` shots are drawn, and their table."""
@@ -181,7 +179,6 @@ DATASETS: dict[str, Tables | Photos] = {
     "food": Tables("9 classes of Food-101", "clip-food9", "test", "text", (), "train"),
     "photos": Photos("Caltech101 photos, lit-mini", "data/caltech101/split_zhou_Caltech101.json"),
 }
-ORDER = {name: i for i, name in enumerate(DATASETS)}
 
 
 @dataclass(frozen=True)
@@ -279,7 +276,7 @@ RUN = ("shape", "dataset", "shots", "seed", "method")
 
 def runs(
     shape: str, name: str, shared: Path, shots: Sequence[int], seeds: int, methods: Sequence[str], done: set[Any]
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Run]:
     """Yield a row for each number of shots, seed and method of a dataset, unless the row is already in ``done``."""
     dataset, drawing, items, prior = DATASETS[name], SHAPES[shape], None, None
     if drawing.method == WITH_PRIOR:
@@ -325,80 +322,71 @@ def scores(answering: Answering, items: Items, uneven: Index | None) -> dict[str
     return found | {"top1": float(np.mean(per_class)), "uneven": float(np.average(per_class, weights=shots))}
 
 
-def cell(rows: Sequence[dict[str, Any]], column: str) -> str:
+def cell(rows: Sequence[Run], column: str) -> str:
     """Return the mean of a column over all draws, with the standard error of an accuracy if draws differ."""
     values, form = [row[column] for row in rows if column in row], {"ece": ".3f", "seconds": ".1f"}.get(column)
     if not values or form is not None:
         return format(statistics.mean(values), form) if values and form else "-"
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0
-    return f"{100 * statistics.mean(values):.1f}" + (f" ± {100 * error:.1f}" if error else "")
+    mean, error = summary(values)
+    return f"{100 * mean:.1f}" + (f" ± {100 * error:.1f}" if error else "")
 
 
-def print_table(title: str, rows: Sequence[dict[str, Any]], columns: Sequence[tuple[str, str, str]]) -> None:
+def print_table(title: str, rows: Sequence[Run], columns: Sequence[tuple[str, str, str]]) -> None:
     """Print a row for each dataset and number of shots. A column is a head, a method and a column of the results."""
-    click.echo(
-        f"\n{title}\n\n| | shots | {' | '.join(head for head, *_ in columns)} |\n|---{'|--:' * (len(columns) + 1)}|"
-    )
-    for name, number in sorted(
-        {(row["dataset"], row["shots"]) for row in rows}, key=lambda pair: (ORDER[pair[0]], pair[1])
-    ):
-        own = [row for row in rows if (row["dataset"], row["shots"]) == (name, number)]
+    lines = []
+    for (name, number), own in cells_of(rows).items():
         cells = [cell([row for row in own if row["method"] == method], column) for _, method, column in columns]
-        click.echo(f"| {DATASETS[name].title} | {number} | {' | '.join(cells)} |")
+        lines.append([DATASETS[name].title, number, *cells])
+    click.echo(f"\n{title}\n\n{markdown(['', 'shots', *(head for head, *_ in columns)], lines)}")
 
 
-def print_losses(rows: Sequence[dict[str, Any]]) -> None:
+def cells_of(rows: Sequence[Run]) -> dict[tuple[str, int], list[Run]]:
+    """Return the rows of each dataset and number of shots, in the order of the datasets."""
+    found: dict[tuple[str, int], list[Run]] = {}
+    for row in sorted(rows, key=lambda row: (list(DATASETS).index(row["dataset"]), row["shots"])):
+        found.setdefault((row["dataset"], row["shots"]), []).append(row)
+    return found
+
+
+def print_losses(rows: Sequence[Run]) -> None:
     """Print the cases in which another method is more accurate than the default, with the largest gap first."""
     found = []
-    for name, number in {(row["dataset"], row["shots"]) for row in rows}:
-        of: dict[str, dict[int, float]] = {}
-        for row in rows:
-            if (row["dataset"], row["shots"]) == (name, number):
-                of.setdefault(row["method"], {})[row["seed"]] = 100 * row["top1"]
-        own = of.get(DEFAULT, {})
-        for method in of.keys() - {DEFAULT}:
-            gaps = [of[method][seed] - own[seed] for seed in own.keys() & of[method].keys()]
+    for (name, number), some in cells_of(rows).items():
+        of = {method: {row["seed"]: 100 * row["top1"] for row in some if row["method"] == method} for method in
+              {row["method"] for row in some} | {DEFAULT}}  # fmt: skip
+        for method, own in of.items():
+            gaps = [own[seed] - of[DEFAULT][seed] for seed in of[DEFAULT].keys() & own.keys()]
             if gaps and statistics.mean(gaps) > SHOWN:
-                error = f" ± {statistics.stdev(gaps) / len(gaps) ** 0.5:.1f}" if len(gaps) > 1 else ""
-                found.append((statistics.mean(gaps), f"{error} | {DATASETS[name].title}, {number} shots | {method}"))
+                gap, error = summary(gaps)
+                points = f"{gap:.1f}" + (f" ± {error:.1f}" if len(gaps) > 1 else "")
+                found.append((gap, points, f"{DATASETS[name].title}, {number} shots", method))
     click.echo(
         f"\nMethods that are more than {SHOWN} points above {DEFAULT}:\n\n| points | where | method |\n|--:|---|---|"
     )
-    for points, where in sorted(found, reverse=True):
-        click.echo(f"| {points:.1f}{where} |")
+    for _, *cells in sorted(found, reverse=True):
+        click.echo(f"| {' | '.join(cells)} |")
 
 
 @click.command(help=__doc__)
-@click.option("--shared", type=click.Path(path_type=Path, exists=True), default=SHARED, show_default=True)
+@common.shared_option
 @click.option("--shape", type=click.Choice(list(SHAPES)), default="even", show_default=True)
 @click.option("--dataset", "chosen", type=click.Choice(list(DATASETS)), multiple=True, help="[default: all]")
 @click.option("--shots", type=int, multiple=True, default=SHOTS, show_default=True)
-@click.option(
-    "--method", "methods", type=click.Choice(list(METHODS)), multiple=True, help="[default: depends on the shape]"
-)
+@click.option("--method", "methods", type=click.Choice(list(METHODS)), multiple=True,
+              help="[default: depends on the shape]")  # fmt: skip
 @click.option("--seeds", default=3, show_default=True, help="Number of random draws, if shots are drawn.")
 @click.option(
     "--finetune", "tuning", is_flag=True, help=f"Include {FINE_TUNED}: seconds for tables, minutes for photos."
 )
-@click.option(
-    "--results",
-    type=click.Path(path_type=Path),
-    help="File with one JSON line per finished run. These runs are skipped. Runs of other methods are also printed.",
-)
+@click.option("--results", type=click.Path(path_type=Path),
+              help="File with one JSON line per finished run. These runs are skipped. Runs of other methods are also "
+              "printed.")  # fmt: skip
 @click.option("--encoders", "joined", is_flag=True, help="Compare one encoder with several (see encoders.py).")
 @click.option("--weights", type=click.Path(path_type=Path, exists=True), help="With --encoders, of EfficientNet-Lite0.")
 def main(
-    shared: Path,
-    shape: str,
-    chosen: tuple[str, ...],
-    shots: tuple[int, ...],
-    methods: tuple[str, ...],
-    seeds: int,
-    tuning: bool,
-    results: Path | None,
-    joined: bool,
-    weights: Path | None,
-) -> None:
+    shared: Path, shape: str, chosen: tuple[str, ...], shots: tuple[int, ...], methods: tuple[str, ...], seeds: int,
+    tuning: bool, results: Path | None, joined: bool, weights: Path | None,
+) -> None:  # fmt: skip
     """Fit the indexes, classify the test items, and print the results."""
     click.echo(
         f"{machine()}; seeds 1 to {seeds}.\nAll settings are chosen on the shots alone. Top-1 in %, mean over draws ± "
@@ -411,21 +399,13 @@ def main(
     if not methods:
         asked = [method for method in METHODS if method not in (GROWN, WITH_PRIOR) and (tuning or method != FINE_TUNED)]
         methods = tuple(asked if shape == "even" else COMPARED) + ((further,) if further else ())
-    rows: list[dict[str, Any]] = []
-    if results is not None and results.exists():
-        rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+    rows, names = read_runs(results), chosen or tuple(DATASETS)
     done = {tuple(row[name] for name in RUN) for row in rows}
-    for name in chosen or DATASETS:
+    for name in names:
         for row in runs(shape, name, shared, shots, seeds, methods, done):
             rows.append(row)
-            if results is not None:
-                with results.open("a", encoding="utf-8") as file:
-                    file.write(f"{json.dumps(row)}\n")
-    rows = [
-        row
-        for row in rows
-        if row["shape"] == shape and row["dataset"] in (chosen or DATASETS) and row["shots"] in shots
-    ]
+            add_runs(results, [row])
+    rows = [row for row in rows if row["shape"] == shape and row["dataset"] in names and row["shots"] in shots]
     others = {row["method"]: None for row in rows if row["method"] not in METHODS}
     named = [method for method in METHODS if any(row["method"] == method for row in rows)] + list(others)
     fitted = [method for method in named if method in (DEFAULT, further)]
@@ -434,11 +414,8 @@ def main(
         print_table("Top-1 in %:", rows, top1)
         print_table("ECE:", rows, [(method, method, "ece") for method in named])
         print_table("No match, in %:", rows, [(method, method, "no_match") for method in fitted])
-        print_table(
-            "Seconds:",
-            [row for row in rows if row["shots"] == max(shots)],
-            [(method, method, "seconds") for method in named],
-        )
+        largest = [row for row in rows if row["shots"] == max(shots)]
+        print_table("Seconds:", largest, [(method, method, "seconds") for method in named])
     else:
         weighted = [(f"uneven test: {method}", method, "uneven") for method in named if SHAPES[shape].uneven]
         eces = [(f"ECE: {method}", method, "ece") for method in fitted]

@@ -1,10 +1,10 @@
 """Code shared by the benchmarks.
 
-It measures several sides in turn, prints tables, describes the machine, runs processes and compares two checkouts. With
-``--against CHECKOUT``, a script measures this tree and another tree in the same run::
+It measures several sides in turn, prints tables, describes the machine, keeps finished runs in a file, runs processes
+and compares two versions of the package. With ``--against``, a script measures this tree and another commit or checkout
+in the same run::
 
-    git worktree add /tmp/base 17a8cd6
-    python benchmarks/throughput.py --only exact --against /tmp/base
+    python benchmarks/throughput.py --only exact --against 17a8cd6
 
 Both processes run the same script, but each of them uses its own package. They pass a token back and forth, so that one
 process measures a turn while the other waits. The tables at the end show both medians, and the ratio of this tree's
@@ -19,17 +19,25 @@ import functools
 import json
 import os
 import platform
+import re
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import click
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from retrieval_tip.backbones.base import unit
 
 SEED = 0
 GIB = 2**30
@@ -37,11 +45,23 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 PROGRAM = (sys.executable, "-P", "-m", "retrieval_tip")
 """The real command, from the package on PYTHONPATH. The option ``-P`` excludes the current folder."""
 
-Side = Callable[[int], float | None]
-"""Type of a measured function, which gets the number of the turn.
+shared_option = click.option(
+    "--shared", type=click.Path(path_type=Path), default=SHARED, show_default=True, help="Folder of the datasets."
+)
+folder_option = click.option(
+    "--folder", type=click.Path(path_type=Path, exists=True), default=tempfile.gettempdir(),
+    help="Folder for temporary files.",
+)  # fmt: skip
+device_option = click.option(
+    "--device", default="auto", show_default=True, help="Device to use: auto, cpu, cuda or cuda:N."
+)
+results_option = click.option(
+    "--results", type=click.Path(path_type=Path), required=True,
+    help="File with one JSON line per finished run. These runs are not repeated, and the tables show all of them.",
+)  # fmt: skip
 
-If its result is not ``None``, the result replaces the measured seconds.
-"""
+Side = Callable[[int], float]
+"""Type of a measured function, which gets the number of the turn and returns seconds."""
 
 
 def clocked(call: Callable[[], object]) -> float:
@@ -56,12 +76,9 @@ def take_turns(title: str, sides: Mapping[str, Side], rounds: int, warm: int = 1
     taken: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds + warm):
         for name, side in sides.items():
-            start = time.perf_counter()
-            given = side(turn)
-            seconds = time.perf_counter() - start if given is None else given
-            if turn >= warm:
-                taken[name].append(seconds)
+            taken[name].append(side(turn))
         _hand_over()
+    taken = {name: values[warm:] for name, values in taken.items()}
     for name, values in taken.items():
         record(title, name, values)
     return taken
@@ -83,6 +100,16 @@ def show(title: str, rows: Sequence[Mapping[str, object]]) -> None:
         click.echo("  ".join(cell.rjust(width) if r else cell.ljust(width) for cell, width, r in cells).rstrip())
 
 
+def markdown(heads: Sequence[str], rows: Iterable[Iterable[object]], left: int = 1) -> str:
+    """Return a table in Markdown, whose first ``left`` columns are aligned to the left and the others to the right."""
+    rule = "|" + left * "---|" + (len(heads) - left) * "--:|"
+    return "\n".join([_line(heads), rule, *map(_line, rows)])
+
+
+def _line(cells: Iterable[object]) -> str:
+    return "".join(f"| {cell} " if cell != "" else "| " for cell in cells) + "|"
+
+
 def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
@@ -93,9 +120,8 @@ def machine(*packages: str) -> str:
     """Return a line that describes the machine and the versions of relevant packages."""
     import torch
 
-    known = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in known.read_text().splitlines() if line.startswith("model name")]
-    cpu = names[0] if names else platform.machine()
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     found = []
@@ -106,9 +132,45 @@ def machine(*packages: str) -> str:
             continue
     return (
         f"{datetime.date.today()}, {cpu}{gpu}, {os.cpu_count()} cores, {memory:.0f} GiB, {torch.get_num_threads()} "
-        f"threads, load before {os.getloadavg()[0]:.1f}, Python {platform.python_version()}, {', '.join(found)}, "
+        f"threads, load before {load()}, Python {platform.python_version()}, {', '.join(found)}, "
         f"seed {SEED}"
     )
+
+
+def load() -> str:
+    """Return the load of the last minute."""
+    return f"{os.getloadavg()[0]:.1f}"
+
+
+def features_of(table: pa.Table, column: str = "feature") -> npt.NDArray[np.float32]:
+    """Return the features in a table, scaled to norm 1, as an array of shape ``[n, d]``."""
+    return unit(np.stack(table[column].to_numpy()).astype(np.float32))
+
+
+# Runs that take long, and are resumed
+
+Run = dict[str, Any]
+"""The key of a run, for example its dataset and its draw, and the figures."""
+
+
+def read_runs(results: Path | None) -> list[Run]:
+    """Return the runs in a file."""
+    if results is None or not results.exists():
+        return []
+    return [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+
+
+def add_runs(results: Path | None, runs: Iterable[Run]) -> None:
+    """Append runs to a file."""
+    if results is not None:
+        with results.open("a", encoding="utf-8") as file:
+            file.writelines(f"{json.dumps(run)}\n" for run in runs)
+
+
+def summary(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean of values and its standard error."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return statistics.mean(values), error
 
 
 # Processes
@@ -124,36 +186,25 @@ class Finished:
     anonymous: float
 
 
-LAUNCH = """
-import os, sys, time
-pid, anonymous = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ), 0
-while True:
-    found, status, usage = os.wait4(pid, os.WNOHANG)
-    if found:
-        break
-    try:
-        with open(f"/proc/{pid}/status") as file:
-            lines = [line.split() for line in file if line.startswith("RssAnon:")]
-        anonymous = max([anonymous, *(int(line[1]) for line in lines)])
-    except OSError:
-        pass
-    time.sleep(0.02)
-print(os.waitstatus_to_exitcode(status), usage.ru_maxrss, anonymous)
-"""
-"""Code of a small launcher process. It is used because, on Linux, the peak of a child includes its parent's memory."""
-
-
 def launch(*command: object) -> Finished:
-    """Run a command and measure its memory. Raises ClickException if the command fails."""
-    start = time.perf_counter()
-    launched = [sys.executable, "-S", "-c", LAUNCH, *map(str, command)]
-    output = subprocess.run(launched, check=True, stdout=subprocess.PIPE, text=True).stdout
-    seconds = time.perf_counter() - start
-    *printed, last = output.splitlines()
-    status, peak, anonymous = map(int, last.split())
-    if status:
-        raise click.ClickException(f"{' '.join(map(str, command))}: exit status {status}")
-    return Finished("\n".join(printed), seconds, peak * 1024 / GIB, anonymous * 1024 / GIB)
+    """Run a command and sample its memory. Raises ClickException if the command fails.
+
+    The peak is the one that Linux keeps for the program, which excludes the memory of the parent.
+    """
+    start, peaks = time.perf_counter(), {"VmHWM": 0, "RssAnon": 0}
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
+        process = subprocess.Popen(list(map(str, command)), stdout=output)
+        while process.poll() is None:
+            status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
+            for name, kilobytes in re.findall(r"(VmHWM|RssAnon):\s+(\d+)", status):
+                peaks[name] = max(peaks[name], int(kilobytes))
+            time.sleep(0.02)
+        seconds = time.perf_counter() - start
+        output.seek(0)
+        printed = output.read()
+    if process.returncode:
+        raise click.ClickException(f"{' '.join(map(str, command))}: exit status {process.returncode}")
+    return Finished(printed, seconds, *(peak * 1024 / GIB for peak in peaks.values()))
 
 
 def run(*command: object) -> str:
@@ -164,10 +215,10 @@ def run(*command: object) -> str:
     return done.stdout
 
 
-# Two checkouts
+# Two versions
 
-TURNS = "BENCHMARK_TURNS"
-"""Environment variable that gives a process the pipe to wait on, the pipe to write to, and the file for records."""
+TURNS = os.environ.pop("BENCHMARK_TURNS", "").split()
+"""The pipe to wait on, the pipe to write to, and the file for records, if another version is measured in turn."""
 
 
 def against(command: click.Command) -> click.Command:
@@ -176,38 +227,42 @@ def against(command: click.Command) -> click.Command:
     assert own is not None
 
     @functools.wraps(own)
-    def callback(against: Path | None, **given: object) -> object:
+    def callback(against: str | None, **given: object) -> object:
         if against is None:
-            if TURNS in os.environ:
-                os.read(int(os.environ[TURNS].split()[0]), 1)
+            if TURNS:
+                os.read(int(TURNS[0]), 1)
             return own(**given)
-        return _compare(against.resolve())
+        if Path(against).is_dir():
+            return _compare(Path(against).resolve(), against)
+        with tempfile.TemporaryDirectory() as folder:
+            root = Path(__file__).resolve().parents[1]
+            run("git", "-C", root, "archive", "--output", f"{folder}/package.tar", against, "retrieval_tip")
+            shutil.unpack_archive(f"{folder}/package.tar", folder)
+            return _compare(Path(folder), against)
 
     command.callback = callback
-    folder = click.Path(path_type=Path, exists=True, file_okay=False)
-    command.params.append(click.Option(["--against"], type=folder, help="Another checkout to measure in turn."))
+    command.params.append(click.Option(["--against"], help="Another checkout or commit to measure in turn."))
     return command
 
 
 def record(title: str, name: str, values: Sequence[float]) -> None:
-    """Record one value per turn for a side, so that two checkouts can be compared. Lower values are better."""
-    if TURNS in os.environ:
-        with Path(os.environ[TURNS].split()[2]).open("a", encoding="utf-8") as file:
+    """Record one value per turn for a side, so that two versions can be compared. Lower values are better."""
+    if TURNS:
+        with Path(TURNS[2]).open("a", encoding="utf-8") as file:
             file.write(json.dumps([title, name, list(values)]) + "\n")
 
 
 def _hand_over() -> None:
-    """Let the other checkout measure its turn. If the other process has ended and closed its pipe, do not wait."""
-    if TURNS in os.environ:
-        own, other, _ = os.environ[TURNS].split()
+    """Let the other version measure its turn. If the other process has ended and closed its pipe, do not wait."""
+    if TURNS:
         try:
-            os.write(int(other), b".")
+            os.write(int(TURNS[1]), b".")
         except BrokenPipeError:
             return
-        os.read(int(own), 1)
+        os.read(int(TURNS[0]), 1)
 
 
-def _compare(other: Path) -> None:
+def _compare(other: Path, commit: str) -> None:
     """Run this script on both trees, and print their times side by side."""
     at = next(i for i, word in enumerate(sys.argv) if word.startswith("--against"))
     arguments = [*sys.argv[:at], *sys.argv[at + (1 if "=" in sys.argv[at] else 2) :]]
@@ -218,14 +273,15 @@ def _compare(other: Path) -> None:
         files, processes = [Path(folder) / name for name in ("this", "other")], []
         for i, tree in enumerate(trees):
             ends = (pipes[i][0], pipes[1 - i][1])
-            known = {"PYTHONPATH": str(tree), TURNS: f"{ends[0]} {ends[1]} {files[i]}"}
+            turns = f"{ends[0]} {ends[1]} {files[i]}"
+            known = {"PYTHONPATH": str(tree), "OMP_WAIT_POLICY": "PASSIVE", "BENCHMARK_TURNS": turns}
             shown = None if i == 0 else subprocess.DEVNULL
             command = [sys.executable, *arguments]
             processes.append(subprocess.Popen(command, env=os.environ | known, pass_fds=ends, stdout=shown))
         for end in (end for pipe in pipes for end in pipe):
             os.close(end)
         if sum(process.wait() for process in processes):
-            raise click.ClickException("a checkout failed: see above")
+            raise click.ClickException("a version failed: see above")
         ours, theirs = ([json.loads(line) for line in file.read_text("utf-8").splitlines()] for file in files)
     tables: dict[str, list[dict[str, object]]] = {}
     for (title, name, mine), (_, _, others) in zip(ours, theirs, strict=True):
@@ -233,6 +289,6 @@ def _compare(other: Path) -> None:
         row = {"side": name, "this": statistics.median(mine), "other": statistics.median(others)}
         row |= {"this / other": statistics.median(ratios), "least": ratios[0], "most": ratios[-1]}
         tables.setdefault(title, []).append(row)
-    click.echo(f"\nThis tree against {other}, in seconds; ratios compare the same turns")
+    click.echo(f"\nThis tree against {commit}; ratios compare the same turns; load {load()}")
     for title, rows in tables.items():
         show(title, rows)

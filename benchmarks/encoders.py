@@ -14,6 +14,7 @@ from pathlib import Path
 import click
 import numpy as np
 import pyarrow.parquet as pq
+from common import features_of, markdown
 
 from retrieval_tip import EncodingCache, Index, Reader, load_backbone, open_source
 from retrieval_tip.backbones.base import unit
@@ -40,7 +41,7 @@ class Part:
 def of_table(file: Path) -> Part:
     table = pq.read_table(file)
     there = {name: column for name, column in COLUMNS.items() if column in table.column_names}
-    features = {name: unit(np.stack(table[column].to_numpy()).astype(np.float32)) for name, column in there.items()}
+    features = {name: features_of(table, column) for name, column in there.items()}
     return Part(np.array(table["label"].to_pylist()), features)
 
 
@@ -87,7 +88,6 @@ def compare(shared: Path, shots: Sequence[int], seeds: int, weights: Path | None
         own = of_photos(shared, "train", weights), of_photos(shared, "test", weights)
         parts.append((("photos encoded here", ""), (LIT, LITE0), *own))
     for (name, _), names, own_shots, test in parts:
-        heads = [*names, "joined", "gain", "shares", "gain, other order"]
-        click.echo(f"\n{name}:\n\n| shots | {' | '.join(heads)} |\n|--:{'|--:' * len(heads)}|")
-        for number in sorted(shots, reverse=True):
-            click.echo(f"| {number} | {' | '.join(rows(own_shots, test, names, number, seeds))} |")
+        heads = ["shots", *names, "joined", "gain", "shares", "gain, other order"]
+        lines = ([number, *rows(own_shots, test, names, number, seeds)] for number in sorted(shots, reverse=True))
+        click.echo(f"\n{name}:\n\n{markdown(heads, lines, left=0)}")

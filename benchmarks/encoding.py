@@ -4,9 +4,7 @@ The plain loop opens all files in one thread, applies the transform from open_cl
 64 under no_grad, with the default number of torch threads. A second plain loop uses small batches, which shows the
 effect of the batch size. Our side uses Encoder without a cache. All sides are measured in turn, and the ratios compare
 their medians. The printed cosine is the smallest cosine between our feature and the first side's feature of the same
-photo. The first table only encodes pixels in memory. int8 is calibrated on up to 300 photos of the folder. The last
-table shows the peak memory of ``retrieval-tip encode`` in new processes. The first run converts the encoder, or, for
-int8, is the run of ``models --int8`` that stores it.
+photo. The first table only encodes pixels in memory. int8 is calibrated on up to 300 photos of the folder.
 
 Large photos are synthetic. They are enlarged real photos, and mosaics of real photos at full size, which have finer
 detail than any camera can record. They show the gain and the error of decoding JPEGs at a reduced size.
@@ -29,13 +27,14 @@ from functools import partial
 from pathlib import Path
 
 import click
+import common
 import numpy as np
 import numpy.typing as npt
 import open_clip
 import pyarrow as pa
 import timm
 import torch
-from common import PROGRAM, SHARED, Side, against, clocked, launch, machine, medians, show, take_turns
+from common import SHARED, Side, against, clocked, machine, medians, show, take_turns
 from PIL import Image
 
 from retrieval_tip import EncodingCache, Reader, build_index, load_backbone, open_source
@@ -141,25 +140,6 @@ def store_int8(model: str, pretrained: str | None, photos: Source) -> None:
     click.echo(f"int8: stored in {seconds:.1f} s, lowest cosine {found[0]:.4f}")
 
 
-def memory(options: Sequence[object], precisions: Sequence[Precision], paths: Sequence[str]) -> None:
-    """Print the peak memory of the first and of a later process that encodes photos, by precision."""
-    rows = []
-    with tempfile.TemporaryDirectory() as scratch:
-        photos = Path(scratch) / "photos"
-        photos.mkdir()
-        for number, path in enumerate(paths):
-            (photos / f"{number}{Path(path).suffix}").symlink_to(path)
-        for name in precisions:
-            os.environ["RETRIEVAL_TIP_CACHE"] = f"{scratch}/{name}"
-            encode = (*PROGRAM, "-q", "encode", photos, "--out", f"{scratch}/features.parquet", "--no-cache", *options)
-            store = (*PROGRAM, "-q", "models", "--int8", photos, *options)
-            first, later = (launch(*run).peak for run in (
-                store if name == "int8" else (*encode, "--precision", name), (*encode, "--precision", name)
-            ))  # fmt: skip
-            rows.append({"precision": name, "first run": first, "later run": later})
-    show(f"Peak memory in GiB, {len(paths)} photos", rows)
-
-
 def accuracy(model: str, pretrained: str | None, split: Path, draws: int) -> None:
     """Print the accuracy on the test photos by the precisions of the keys and of the queries."""
     train, val, test = (open_source(split, split=part) for part in ("train", "val", "test"))
@@ -208,7 +188,7 @@ def recommended(paths: list[str], precisions: Sequence[Precision], rounds: int) 
 @click.command(help=__doc__)
 @click.option("--model", default=f"local-dir:{SHARED}/models/lit-mini", show_default=True)
 @click.option("--pretrained")
-@click.option("--device", default="auto", show_default=True)
+@common.device_option
 @click.option("--folder", type=click.Path(path_type=Path), default=SHARED / "data/caltech101", show_default=True)
 @click.option("--number", default=64, show_default=True, help="Number of photos from the folder.")
 @click.option("--large", default=32, show_default=True, help="Number of large synthetic photos. Use 0 for no photos.")
@@ -249,8 +229,6 @@ def main(
             sides = {"plain loop": looped, "ours, --no-reduce": ours(whole, reduce=False)}
             sides |= {f"ours, {name}": ours(backbone) for name, backbone in backbones.items()}
             compare(f"photos of {size[0]} x {size[1]}", made, sides, rounds)
-    options = ["--model", model, "--device", device, *(["--pretrained", pretrained] if pretrained else [])]
-    memory(options, precisions, chosen(folder, CALIBRATED))
 
 
 if __name__ == "__main__":

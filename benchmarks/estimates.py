@@ -13,13 +13,13 @@ import dataclasses
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
+import common
 import numpy as np
 import torch
 from accuracy import DATASETS
-from common import SHARED, machine
+from common import machine, markdown
 
 from retrieval_tip import Index, tip
 from retrieval_tip.evaluation.calibration import expected_calibration_error
@@ -30,6 +30,9 @@ SHOTS = (2, 3, 4, 5, 8, 16)
 FEWEST = 5
 DRAWS = 100
 """Number of draws of right and wrong answers to measure the floor of an ECE."""
+HEADS = (
+    "builds", "number", "in the interval", "bias", "mean error", "mean width", "ECE", "its floor", "ECE above 0.06",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ def build(made: Drawn) -> Build | None:
 
 
 @click.command(help=__doc__)
-@click.option("--shared", type=click.Path(path_type=Path, exists=True), default=SHARED, show_default=True)
+@common.shared_option
 @click.option("--builds", default=80, show_default=True, help="Number of shapes.")
 @click.option("--seed", default=1, show_default=True)
 @click.option("--each", is_flag=True, help="Print every build.")
@@ -122,19 +125,15 @@ def main(shared: Path, builds: int, seed: int, each: bool) -> None:
     click.echo(f"{machine()}; seed {seed}")
     for one in done if each else ():
         click.echo("  ".join(str(part) for part in dataclasses.astuple(one)))
-    rows: list[tuple[str, list[Any]]] = [("all", done), ("at most 5 shots, no text", [one for one in done if one.few])]
-    click.echo(
-        "\n| builds | number | in the interval | bias | mean error | mean width | ECE | its floor | ECE above 0.06 |"
-    )
-    click.echo("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
-    for name, own in rows:
+    lines = []
+    for name, own in (("all", done), ("at most 5 shots, no text", [one for one in done if one.few])):
         gaps = [100 * (one.estimate - one.truth) for one in own]
         width = 100 * statistics.mean(one.high - one.low for one in own)
-        cells = [str(len(own)), str(sum(one.covered for one in own)), f"{statistics.mean(gaps):+.1f}"]
-        cells += [f"{statistics.mean(map(abs, gaps)):.1f}", f"{width:.1f}"]
-        cells += [f"{statistics.mean(one.ece for one in own):.3f}", f"{statistics.mean(one.floor for one in own):.3f}"]
-        cells += [str(sum(one.ece > 0.06 for one in own))]
-        click.echo(f"| {name} | {' | '.join(cells)} |")
+        eces = (f"{statistics.mean(values):.3f}" for values in zip(*((one.ece, one.floor) for one in own), strict=True))
+        errors = f"{statistics.mean(gaps):+.1f}", f"{statistics.mean(map(abs, gaps)):.1f}", f"{width:.1f}"
+        covered, above = sum(one.covered for one in own), sum(one.ece > 0.06 for one in own)
+        lines.append((name, len(own), covered, *errors, *eces, above))
+    click.echo(f"\n{markdown(HEADS, lines)}")
 
 
 if __name__ == "__main__":

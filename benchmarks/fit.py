@@ -31,11 +31,11 @@ def peak() -> float:
 @click.command(help=__doc__)
 @click.option("--keys", default=16_000, show_default=True)
 @click.option("--classes", default=1000, show_default=True)
-@click.option("--dimensions", default=1024, show_default=True)
-def main(keys: int, classes: int, dimensions: int) -> None:
+@click.option("--dim", default=1024, show_default=True)
+def main(keys: int, classes: int, dim: int) -> None:
     """Fit an index, classify the queries, and print the results."""
     click.echo(machine())
-    made, ids, test = Made(classes, dimensions, SEED), np.sort(np.arange(keys) % classes), np.arange(QUERIES) % classes
+    made, ids, test = Made(classes, dim, SEED), np.sort(np.arange(keys) % classes), np.arange(QUERIES) % classes
     names = made.names
     cache = Index.from_features(made.draw(ids, 1), ids, names, made.text, device="cpu")
     before, queries = peak(), made.draw(test, 2)
@@ -57,7 +57,7 @@ def main(keys: int, classes: int, dimensions: int) -> None:
                  "two products": lambda _: clocked(lambda: (points @ met.T, weights @ values))}  # fmt: skip
         taken = medians(take_turns("answers over all keys", sides, ROUNDS))
         row["answers, x the two products"] = taken["answers"] / taken["two products"]
-    show(f"{keys} keys x {dimensions}, {classes} classes, {QUERIES} queries", [row])
+    show(f"{keys} keys x {dim}, {classes} classes, {QUERIES} queries", [row])
 
 
 if __name__ == "__main__":

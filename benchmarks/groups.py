@@ -8,24 +8,23 @@ bound.
 
 from __future__ import annotations
 
-import statistics
 from pathlib import Path
 
 import click
+import common
 import numpy as np
 import numpy.typing as npt
-from accuracy import Tables
-from common import SHARED, machine
-from label_less import POOLS
+from common import machine, markdown, summary
+from label_less import DEVELOPED, POOLS, IntArray
 
 from retrieval_tip import Index
 from retrieval_tip.fit import closed_form
 from retrieval_tip.labelling.groups import group_no_match
 
 UNKNOWN, KNOWN, EACH, FAMILIAR, SHOTS = 7, 30, 8, 210, 16
-IntArray = npt.NDArray[np.int64]
+HEADS = ("", "groups", "unknown classes found", "upper bound", "known photos without a match", "draws with 6 or more")
 DATASETS = {name: POOLS[name] for name in ("photos", "flowers", "caltech", "dtd", "cars")}
-DATASETS["food"] = Tables("9 classes of Food-101", "clip-food9", "test", None, (), "train")
+DATASETS["food"] = DEVELOPED["food"]
 
 
 def drawn(draw: np.random.Generator, ids: IntArray, classes: IntArray, each: int) -> IntArray:
@@ -56,20 +55,20 @@ def trial(pool: Index, features: npt.NDArray[np.float32], ids: IntArray, seed: i
 
 
 @click.command(help=__doc__)
-@click.option("--shared", type=click.Path(path_type=Path, exists=True), default=SHARED, show_default=True)
+@common.shared_option
 @click.option("--pool", "pools", type=click.Choice(list(DATASETS)), multiple=True, default=list(DATASETS))
 @click.option("--draws", default=20, show_default=True)
 def main(shared: Path, pools: tuple[str, ...], draws: int) -> None:
     """Print the numbers of groups and of unknown classes."""
     click.echo(f"{machine()}; {draws} draws of {UNKNOWN} unknown classes, mean ± standard error.\n")
-    heads = ("groups", "unknown classes found", "upper bound", "known photos without a match", "draws with 6 or more")
-    click.echo(f"| | {' | '.join(heads)} |\n|---{'|--:' * len(heads)}|")
+    rows = []
     for name in pools:
         pool, _ = DATASETS[name].pool_of(0, shared)
         items = DATASETS[name].items(pool, shared)
         runs = list(zip(*(trial(pool, items.features, items.ids, seed) for seed in range(draws)), strict=True))
-        cells = [f"{statistics.mean(part):.1f} ± {statistics.stdev(part) / draws**0.5:.1f}" for part in runs]
-        click.echo(f"| {DATASETS[name].title} | {' | '.join(cells)} | {sum(n >= UNKNOWN - 1 for n in runs[1])} |")
+        cells = ["{:.1f} ± {:.1f}".format(*summary(part)) for part in runs]
+        rows.append((DATASETS[name].title, *cells, sum(n >= UNKNOWN - 1 for n in runs[1])))
+    click.echo(markdown(HEADS, rows))
 
 
 if __name__ == "__main__":

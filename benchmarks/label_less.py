@@ -14,13 +14,11 @@ has the same class. Where the latter is small, a label says little about similar
 With ``--smooth``, suggested photos are labelled, and the answers to the other photos of the pool are compared with the
 smoothed ones. The constants of ``labelling/smoothing.py`` were chosen on the pools ``DEVELOPED``.
 
-Each run is added to the file ``--results``, and runs that it already contains are not repeated. The tables, and the
-diagram ``--plot``, show all runs in this file. ``label_actions.py`` counts a person's actions on the same pools.
+``person.py`` counts the actions of a person instead of labels.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 import warnings
@@ -31,11 +29,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+import common
 import faiss
 import numpy as np
 import numpy.typing as npt
 from accuracy import DATASETS, Tables
-from common import SHARED, machine
+from common import Run, add_runs, machine, markdown, read_runs, summary
 from matplotlib import style
 from matplotlib.figure import Figure
 
@@ -70,8 +69,6 @@ class Round:
 
 
 Strategy = Callable[[Round], Sequence[int] | IntArray]
-Run = dict[str, Any]
-"""The accuracies and the seconds of a run. In the file, also its pool, strategy and draw."""
 
 
 def at_random(now: Round) -> IntArray:
@@ -178,16 +175,16 @@ def curve(
 
 def show_smoothed(runs: Sequence[Run], pools: Sequence[str]) -> None:
     """Print how many points smoothing gains on the unlabelled photos."""
-    click.echo("| pool | labels per class | alone | gain | worst draw | draws |\n|---" + 5 * "|--:" + "|")
-    gains = []
+    rows, gains = [], []
     for name in pools:
         own = [run for run in runs if (run["pool"], run["strategy"]) == (name, "smooth")]
         for place, labels in enumerate(LABELS[:3]):
             alone, smoothed = (np.array([run[part][place] for run in own]) for part in ("unlabelled", "smoothed"))
-            [(gain, error)] = summary([{"gain": [one]} for one in smoothed - alone], "gain")
+            gain, error = summary((smoothed - alone).tolist())
             gains.append(gain)
-            cells = f"{alone.mean():.1f} | {gain:+.2f} ± {error:.2f} | {(smoothed - alone).min():+.2f} | {len(own)}"
-            click.echo(f"| {name} | {labels} | {cells} |")
+            worst = f"{(smoothed - alone).min():+.2f}"
+            rows.append((name, labels, f"{alone.mean():.1f}", f"{gain:+.2f} ± {error:.2f}", worst, len(own)))
+    click.echo(markdown(("pool", "labels per class", "alone", "gain", "worst draw", "draws"), rows))
     click.echo(f"\nMean gain {statistics.mean(gains):+.2f}, smallest gain of a cell {min(gains):+.2f}")
 
 
@@ -209,14 +206,9 @@ def fitted(pool: Index, features: npt.NDArray[np.float32], ids: IntArray) -> tup
     return index, known
 
 
-def read_runs(results: Path) -> list[Run]:
-    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-
-
-def summary(runs: Sequence[Run], part: str) -> list[tuple[float, float]]:
+def over_labels(runs: Sequence[Run], part: str) -> list[tuple[float, float]]:
     """Return the mean accuracy and its standard error for each number of labels."""
-    columns = zip(*(run[part] for run in runs), strict=True)
-    return [(statistics.mean(own), statistics.stdev(own) / len(own) ** 0.5 if len(own) > 1 else 0.0) for own in columns]
+    return [summary(own) for own in zip(*(run[part] for run in runs), strict=True)]
 
 
 def by_strategy(runs: Sequence[Run], pool: str) -> dict[str, list[Run]]:
@@ -226,16 +218,17 @@ def by_strategy(runs: Sequence[Run], pool: str) -> dict[str, list[Run]]:
 
 def show(runs: Sequence[Run], pool: str) -> None:
     """Print the table of a pool."""
-    heads = [*(f"{part}, {labels}" for part in PARTS for labels in LABELS), "classes", "s", "draws"]
-    own_runs = by_strategy(runs, pool)
-    share = statistics.mean(run["alike"] for own in own_runs.values() for run in own)
-    title = f"\n**{ALL_POOLS[pool].title}**: {share:.0f} % of the photos are most similar to a photo of their class\n\n"
-    click.echo(f"{title}| | {' | '.join(heads)} |\n|---{'|--:' * len(heads)}|")
+    heads = ["", *(f"{part}, {labels}" for part in PARTS for labels in LABELS), "classes", "s", "draws"]
+    own_runs, rows = by_strategy(runs, pool), []
     for name, own in own_runs.items():
-        cells = [f"{mean:.1f} ± {error:.1f}" for part in PARTS for mean, error in summary(own, part)]
-        cells.append(" / ".join(f"{mean:.0f}" for mean, _ in summary(own, "classes")))
-        seconds = statistics.mean(run["seconds"] for run in own)
-        click.echo(f"| {name} | {' | '.join(cells)} | {seconds:.1f} | {len(own)} |")
+        cells = [f"{mean:.1f} ± {error:.1f}" for part in PARTS for mean, error in over_labels(own, part)]
+        cells.append(" / ".join(f"{mean:.0f}" for mean, _ in over_labels(own, "classes")))
+        rows.append([name, *cells, f"{statistics.mean(run['seconds'] for run in own):.1f}", len(own)])
+    share = statistics.mean(run["alike"] for own in own_runs.values() for run in own)
+    click.echo(
+        f"\n**{ALL_POOLS[pool].title}**: {share:.0f} % of the photos are most similar to a photo of their class\n"
+    )
+    click.echo(markdown(heads, rows))
 
 
 def draw_curves(runs: Sequence[Run], pools: Sequence[str]) -> Figure:
@@ -247,7 +240,7 @@ def draw_curves(runs: Sequence[Run], pools: Sequence[str]) -> Figure:
     for axes, pool in zip(drawn, pools, strict=False):
         for name, own in by_strategy(runs, pool).items():
             place = list(STRATEGIES).index(name)  # the same colour in every panel
-            means, errors = zip(*summary(own, "test"), strict=True)
+            means, errors = zip(*over_labels(own, "test"), strict=True)
             look: dict[str, Any] = {"color": f"C{(place - 1) + (place > 1)}", "linewidth": 1.2}  # C1 resembles ORANGE
             if name == "suggest":
                 look = {"color": plots.ORANGE, "linewidth": 2.4, "zorder": 5}
@@ -266,22 +259,17 @@ def draw_curves(runs: Sequence[Run], pools: Sequence[str]) -> Figure:
 
 
 @click.command(help=__doc__)
-@click.option("--shared", type=click.Path(path_type=Path, exists=True), default=SHARED, show_default=True)
+@common.shared_option
 @click.option("--pool", "pools", type=click.Choice(list(ALL_POOLS)), multiple=True, default=list(POOLS))
 @click.option("--strategy", "strategies", type=click.Choice(list(STRATEGIES)), multiple=True, default=list(STRATEGIES))
 @click.option("--smooth", "smoothing", is_flag=True, help="Compare answers with smoothed answers.")
 @click.option("--draws", default=5, show_default=True)
-@click.option("--results", type=click.Path(path_type=Path), required=True, help="File of runs, one per line.")
+@common.results_option
 @click.option("--plot", type=click.Path(path_type=Path), help="PNG or SVG file with the accuracy on the test sets.")
 def main(
-    shared: Path,
-    pools: tuple[str, ...],
-    strategies: tuple[str, ...],
-    smoothing: bool,
-    draws: int,
-    results: Path,
+    shared: Path, pools: tuple[str, ...], strategies: tuple[str, ...], smoothing: bool, draws: int, results: Path,
     plot: Path | None,
-) -> None:
+) -> None:  # fmt: skip
     """Label the pools in rounds, and print the accuracies."""
     click.echo(f"{machine('scikit-activeml')}. Top-1 in %, mean ± standard error over draws.")
     strategies = ("smooth",) if smoothing else strategies
@@ -294,8 +282,7 @@ def main(
         for _, way, draw in missing:
             choose = STRATEGIES.get(way, suggested)
             run = curve(pool, (items.features, items.ids), choose, draw, smoothing=smoothing)
-            with results.open("a") as file:
-                file.write(json.dumps({"pool": name, "strategy": way, "draw": draw} | run) + "\n")
+            add_runs(results, [{"pool": name, "strategy": way, "draw": draw} | run])
         if not smoothing:
             show(read_runs(results), name)
     if smoothing:

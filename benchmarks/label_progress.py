@@ -1,6 +1,6 @@
 """Simulate sessions of ``label``, and measure whether the number of wrong answers lies inside its interval.
 
-A session labels up to 500 photos of 17 classes, or all photos of a pool with ``--whole``. Single photos come from the
+A session labels up to 500 photos of 17 classes. Single photos come from the
 queue of ``label``, in batches of 5. After 65 single photos, the session is also continued by reviewing 24 photos at a
 time, least certain first. The classifier is fitted after each batch. At each stage, the number of wrong answers among
 the other photos is estimated and compared with the truth. A photo of a class that has no label counts as wrong.
@@ -13,30 +13,27 @@ afterwards.
 from __future__ import annotations
 
 import copy
-import json
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import click
+import common
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from common import SHARED, machine
-from label_less import IntArray, read_runs
+from common import Run, add_runs, features_of, machine, markdown, read_runs
+from label_less import CLIP, IntArray
 
 from retrieval_tip import Index
-from retrieval_tip.backbones.base import unit
 from retrieval_tip.fit import closed_form
 from retrieval_tip.labelling import queue
 from retrieval_tip.labelling.photos import Pool, suggest_features
 from retrieval_tip.labelling.progress import Estimate, estimate_rest, gain_of
 from retrieval_tip.store.labels import PICKED, RANDOM
 
-CLIP = "clip-vitb32"
 POOLS = {
     "dtd": (f"{CLIP}/dtd", ("val", "test"), "feature"),
     "flowers": (f"{CLIP}/oxford_flowers", ("val", "test"), "feature"),
@@ -49,15 +46,15 @@ SINGLE, MORE, SWITCH, REVIEWED, PAGE = (25, 45, 65, 85, 105), 20, 65, 240, 24
 DONE, STOP, NUMBERS = 0.02, 0.01, ("wrong", "truth", "least_wrong", "most_wrong")
 
 
-def folder_of(name: str, shared: Path, draw: int, whole: bool) -> tuple[npt.NDArray[np.float32], IntArray]:
+def folder_of(name: str, shared: Path, draw: int) -> tuple[npt.NDArray[np.float32], IntArray]:
     """Return the features and the class ids of the photos of a session."""
     folder, names, column = POOLS[name]
     table = pa.concat_tables([pq.read_table(shared / f"data/{folder}/{one}.parquet") for one in names])
-    features, chance = unit(np.stack(table[column].to_numpy()).astype(np.float32)), np.random.default_rng(draw)
     classes, ids = np.unique(table["label"].to_pylist(), return_inverse=True)
-    own = np.arange(len(classes)) if whole else chance.choice(len(classes), CLASSES, replace=False)
-    rows = chance.permutation(np.flatnonzero(np.isin(ids, own)))[: None if whole else MOST]
-    return features[rows], ids[rows]
+    chance = np.random.default_rng(draw)
+    own = chance.choice(len(classes), CLASSES, replace=False)
+    rows = chance.permutation(np.flatnonzero(np.isin(ids, own)))[:MOST]
+    return features_of(table, column)[rows], ids[rows]
 
 
 @dataclass
@@ -116,7 +113,7 @@ class Session:
         return found, gain_of(self.index, self.features[self.rest], found, MORE)
 
 
-def stages(features: npt.NDArray[np.float32], ids: IntArray) -> Iterator[dict[str, Any]]:
+def stages(features: npt.NDArray[np.float32], ids: IntArray) -> Iterator[Run]:
     """Yield the estimate and the truth at each stage of a session."""
     session, before, gain = Session(features, ids, queue.Queue(len(ids))), np.empty(0), None
     for number in SINGLE:
@@ -135,38 +132,35 @@ def stages(features: npt.NDArray[np.float32], ids: IntArray) -> Iterator[dict[st
                 yield stage("reviewed", number, reviewed, other, other.estimate()[0])
 
 
-def stage(name: str, single: int, reviewed: int, session: Session, found: Estimate) -> dict[str, Any]:
+def stage(name: str, single: int, reviewed: int, session: Session, found: Estimate) -> Run:
     right = session.right()[session.rest]
     numbers = {"single": single, "reviewed": reviewed, "photos": len(session.ids), "rest": len(right)}
     return {"stage": name} | numbers | {"truth": int((~right).sum())} | vars(found)
 
 
 @click.command(help=__doc__)
-@click.option("--shared", type=click.Path(path_type=Path, exists=True), default=SHARED, show_default=True)
+@common.shared_option
 @click.option("--pool", "pools", type=click.Choice(list(POOLS)), multiple=True, default=list(POOLS))
 @click.option("--draws", default=5, show_default=True)
 @click.option("--first", default=9, show_default=True, help="First draw. Draws 0 to 8 were used to choose settings.")
-@click.option("--whole", is_flag=True, help="Label all photos of a pool.")
-@click.option("--results", type=click.Path(path_type=Path), required=True, help="File of runs, one per line.")
-def main(shared: Path, pools: tuple[str, ...], draws: int, first: int, whole: bool, results: Path) -> None:
+@common.results_option
+def main(shared: Path, pools: tuple[str, ...], draws: int, first: int, results: Path) -> None:
     """Simulate labelling sessions, and print how often the interval contains the truth."""
     click.echo(f"{machine()}.\n")
     for name in pools:
         for draw in range(first, first + draws):
-            key = {"pool": name, "draw": draw, "whole": whole}
+            key = {"pool": name, "draw": draw}
             if not any(key.items() <= run.items() for run in read_runs(results)):
-                rows = [json.dumps(key | row) + "\n" for row in stages(*folder_of(name, shared, draw, whole))]
-                with results.open("a") as file:
-                    file.writelines(rows)
-    runs = [run for run in read_runs(results) if run["whole"] == whole]
+                add_runs(results, [key | row for row in stages(*folder_of(name, shared, draw))])
+    runs = read_runs(results)
     for name in (*pools, "all"):
         show(name, [run for run in runs if name in (run["pool"], "all") and run["pool"] in pools])
 
 
-def show(name: str, runs: Sequence[dict[str, Any]]) -> None:
+def show(name: str, runs: Sequence[Run]) -> None:
     """Print the tables of a pool."""
     heads = ("single", "reviewed", "random", "truth inside", "wrong, estimated", "wrong", "interval", "accuracy in %")
-    click.echo(f"\n**{name}**\n\n| {' | '.join(heads)} |\n|{'--:|' * len(heads)}")
+    rows = []
     places = sorted({(run["single"], run["reviewed"]) for run in runs if run["stage"] != "gain"})
     counted = [run for run in runs if run["stage"] != "gain"]
     for own in [*([run for run in counted if (run["single"], run["reviewed"]) == at] for at in places), counted]:
@@ -175,7 +169,8 @@ def show(name: str, runs: Sequence[dict[str, Any]]) -> None:
         accuracy = 100 * statistics.mean(1 - run["truth"] / run["rest"] for run in own)
         at = (own[0]["single"], own[0]["reviewed"], own[0]["n"]) if own is not counted else ("all", "", "")
         cells = (*at, f"{inside} of {len(own)}", f"{wrong:.1f}", f"{truth:.1f}", f"{least:.0f} to {most:.0f}")
-        click.echo(f"| {' | '.join(map(str, cells))} | {accuracy:.1f} |")
+        rows.append((*cells, f"{accuracy:.1f}"))
+    click.echo(f"\n**{name}**\n\n{markdown(heads, rows, left=0)}")
     sessions = {(run["pool"], run["draw"]) for run in counted}
     ends = [run for run in counted if run["single"] <= SWITCH and run["most_wrong"] < DONE * run["photos"]]
     done = list({(run["pool"], run["draw"]): run for run in reversed(ends)}.values())  # the first of each session

@@ -8,15 +8,16 @@ classifies all test images with both options.
 from __future__ import annotations
 
 import csv
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
+import common
 import numpy as np
-import pyarrow as pa
 import torch
 from accuracy import DATASETS
-from common import SHARED, machine
+from common import machine, markdown
 
 from retrieval_tip.fit import closed_form
 from retrieval_tip.report.report import draw
@@ -24,15 +25,14 @@ from retrieval_tip.settings import Levels
 
 TWO_WORDS = ("AM General", "Aston Martin", "Land Rover")
 """Makes whose name has a space."""
+HEADS = ("", "top-1", "class", "first group", "second group", "answers right", "no answer", "no answer, --abstain")
 
 
 def groups_of(name: str, class_names: Sequence[str]) -> Levels:
     """Return the groups of the classes of a dataset."""
     if name == "cars":
-        models = {car: car[5:] for car in class_names}
-        makes = {
-            car: " ".join(model.split()[: 2 if model.startswith(TWO_WORDS) else 1]) for car, model in models.items()
-        }
+        words = {car: car.split()[1:] for car in class_names}  # the first word is the year
+        makes = {car: " ".join(own[: 2 if " ".join(own[:2]) in TWO_WORDS else 1]) for car, own in words.items()}
         return Levels(("model", "make"), {car: (make,) for car, make in makes.items()})
     with (Path(__file__).parent / "caltech_groups.csv").open(newline="") as file:
         head, *rows = csv.reader(file)
@@ -40,7 +40,7 @@ def groups_of(name: str, class_names: Sequence[str]) -> Levels:
 
 
 @click.command(help=__doc__)
-@click.option("--shared", type=click.Path(path_type=Path, exists=True), default=SHARED, show_default=True)
+@common.shared_option
 @click.option("--data", type=click.Choice(list(DATASETS)), multiple=True, default=["caltech", "photos", "cars"])
 @click.option("--shots", type=int, multiple=True, default=[1, 2, 4, 16], show_default=True)
 @click.option("--at-least", "least", default=0.9, show_default=True)
@@ -48,32 +48,29 @@ def main(shared: Path, data: tuple[str, ...], shots: tuple[int, ...], least: flo
     """Print the share and the accuracy of the answers at each level, and of those that are not withheld."""
     torch.set_num_threads(1)
     click.echo(f"{machine()}; at least {least:g}; share of the photos (share of right answers) in %\n")
-    click.echo("| | top-1 | class | first group | second group | answers right | no answer | no answer, --abstain |")
-    click.echo("|---|--:|--:|--:|--:|--:|--:|--:|")
-    for name in data:
-        for number in shots:
-            pool, _ = DATASETS[name].pool_of(number, shared)
-            index, items = draw(pool, number, 1), DATASETS[name].items(pool, shared)
-            closed_form.fit(index)
-            index.groups = groups = groups_of(name, index.class_names)
-            table = index.classify(items.features, neighbours=0, logits=False, at_least=least).to_arrow()
-            truth = pa.array(index.class_names).take(pa.array(items.ids)).to_pylist()
-            labels, levels = table["label"].to_pylist(), np.array(table["level"].to_pylist(), dtype=object)
-            best = np.array([own[0] for own in table["labels"].to_pylist()]) == np.array(truth)
-            names = [*groups.levels, *[""] * (3 - len(groups.levels))]
-            right = np.array(
-                [
-                    label is not None and groups.at(groups.levels.index(level), own) == label
-                    for label, level, own in zip(labels, levels, truth, strict=True)
-                ]
-            )
-            given, cells = levels != np.array(None), [f"{100 * best.mean():.1f}"]
-            for level in names:
-                at = levels == level
-                cells.append(f"{100 * at.mean():.1f} ({100 * right[at].mean():.1f})" if at.any() else "-")
-            cells += [f"{100 * right[given].mean():.1f}", f"{100 * (~given).mean():.1f}"]
-            cells.append(f"{100 * (levels != names[0]).mean():.1f}")
-            click.echo(f"| {DATASETS[name].title}, {number} shots | {' | '.join(cells)} |")
+    rows = []
+    for name, number in itertools.product(data, shots):
+        pool, _ = DATASETS[name].pool_of(number, shared)
+        index, items = draw(pool, number, 1), DATASETS[name].items(pool, shared)
+        closed_form.fit(index)
+        index.groups = groups = groups_of(name, index.class_names)
+        table = index.classify(items.features, neighbours=0, logits=False, at_least=least).to_arrow()
+        truth = np.array(index.class_names)[items.ids].tolist()
+        labels, levels = table["label"].to_pylist(), np.array(table["level"].to_pylist(), dtype=object)
+        best = [own[0] == true for own, true in zip(table["labels"].to_pylist(), truth, strict=True)]
+        right = np.array(
+            [
+                label is not None and groups.at(groups.levels.index(level), own) == label
+                for label, level, own in zip(labels, levels, truth, strict=True)
+            ]
+        )
+        given, cells = levels != np.array(None), [f"{100 * np.mean(best):.1f}"]
+        for level in (*groups.levels, "", "")[:3]:
+            at = levels == level
+            cells.append(f"{100 * at.mean():.1f} ({100 * right[at].mean():.1f})" if at.any() else "-")
+        shares = right[given].mean(), (~given).mean(), (levels != groups.levels[0]).mean()
+        rows.append([f"{DATASETS[name].title}, {number} shots", *cells, *(f"{100 * share:.1f}" for share in shares)])
+    click.echo(markdown(HEADS, rows))
 
 
 if __name__ == "__main__":

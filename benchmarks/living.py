@@ -7,27 +7,28 @@
 
 Each addition opens the index, searches for duplicates in other classes, and commits a new version to disk. No images
 are encoded, because the features are read from a table for both the build and the additions, which run in one process.
-If there are several additions, their median is printed. Afterwards, removals are measured, and opening the index is
-measured with and without verifying every byte.
+Afterwards, removals are measured, and opening the index with and without verifying every byte. Figures are medians.
 """
 
 from __future__ import annotations
 
 import shutil
-import statistics
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import click
+import common
 import numpy as np
 import pyarrow.parquet as pq
-from common import GIB, SEED, clocked, machine, show
+from common import GIB, SEED, against, clocked, machine, medians, show, take_turns
 from made import Made, rows, write_tables
 
 from retrieval_tip import Index, Reader, build_index, open_source
 from retrieval_tip.index import changes
 
 
+@against
 @click.command(help=__doc__)
 @click.option("--keys", type=click.IntRange(min=1), default=1_000_000, show_default=True)
 @click.option("--added", type=click.IntRange(min=1), default=1000, show_default=True)
@@ -35,39 +36,48 @@ from retrieval_tip.index import changes
 @click.option("--classes", type=click.IntRange(min=1), default=1000, show_default=True)
 @click.option("--index", default="auto", show_default=True)
 @click.option("--metric", is_flag=True, help="Fit a metric, with one-hot values.")
-@click.option("--times", type=click.IntRange(min=1), default=5, show_default=True, help="Number of additions.")
-@click.option("--folder", type=click.Path(path_type=Path, exists=True), default=tempfile.gettempdir,
-              help="Folder for temporary files.")  # fmt: skip
+@click.option("--times", type=click.IntRange(min=1), default=5, show_default=True, help="Number of turns.")
+@common.folder_option
 def main(keys: int, added: int, dim: int, classes: int, index: str, metric: bool, times: int, folder: Path) -> None:
     """Measure the build and the changes, and print the results."""
     if shutil.disk_usage(folder).free < 16 * keys * dim:  # the table, the keys, an index that holds them, a new version
         raise click.ClickException(f"{folder}: needs {16 * keys * dim / GIB:.1f} GiB of free space")
     click.echo(machine())
-    found: dict[str, float] = {}
+    title, made = f"{keys:,} keys x {dim}, {classes:,} classes", Made(classes, dim, SEED)
     with tempfile.TemporaryDirectory(prefix="retrieval-tip-living-", dir=folder) as name:
-        place, made = Path(name), Made(classes, dim, SEED)
-        target, late = place / "index", place / "late.parquet"
-        write_tables(place, made, keys)
-        source, text = open_source(place / "table.parquet"), place / "text.parquet"
+        target, late, text = (Path(name) / own for own in ("index", "late.parquet", "text.parquet"))
+        write_tables(Path(name), made, keys)
+        source = open_source(Path(name) / "table.parquet")
         fit = {"metric": "within", "values": "one-hot"} if metric else {"fit": "none"}
         built = {"text": text, "index": index, "device": "cpu"} | fit
-        found["build"] = clocked(lambda: build_index(source, target, Reader(), **built))
-        factory = Index.load(target, device="cpu", verify="fast").index.factory
-        taken = []
-        for number in range(times):
-            ids = np.random.default_rng([SEED, number]).integers(classes, size=added)
-            table = rows(made.draw(ids, 1000 + number), [made.names[i] for i in ids], f"late {number} ")
+
+        def build(_: int) -> float:
+            return clocked(lambda: build_index(source, target, Reader(), **built))
+
+        def add(turn: int) -> float:
+            ids = np.random.default_rng([SEED, turn]).integers(classes, size=added)
+            table = rows(made.draw(ids, 1000 + turn), [made.names[i] for i in ids], f"late {turn} ")
             pq.write_table(table, late)
-            taken.append(clocked(lambda: changes.add(target, open_source(late), Reader())))
-        found[f"add {added:,}"] = statistics.median(taken)
-        for what, first in (("remove 10 added keys", keys), ("remove 10 original keys", 0)):
-            found[what] = clocked(lambda at=first: changes.remove(target, key_ids=range(at, at + 10)))
-        for verify in ("full", "fast"):
-            found[f"open, {verify}"] = clocked(lambda how=verify: Index.load(target, device="cpu", verify=how))
-    lines = [
-        {"what": what, "seconds": value, "times in a build": found["build"] / value} for what, value in found.items()
-    ]
-    show(f"{keys:,} keys x {dim}, {classes:,} classes, index {factory}", lines)
+            return clocked(lambda: changes.add(target, open_source(late), Reader()))
+
+        def remove(turn: int, first: int) -> float:
+            return clocked(lambda: changes.remove(target, key_ids=range(first + 10 * turn, first + 10 * turn + 10)))
+
+        def load(_: int, verify: str) -> float:
+            return clocked(lambda: Index.load(target, device="cpu", verify=verify))
+
+        sides = {
+            "remove 10 added keys": partial(remove, first=keys),
+            "remove 10 original keys": partial(remove, first=0),
+            **{f"open, {verify}": partial(load, verify=verify) for verify in ("full", "fast")},
+        }
+        taken = take_turns(title, {"build": build}, 1, warm=0)
+        taken |= take_turns(title, {f"add {added:,}": add}, times, warm=0)
+        taken |= take_turns(title, sides, times, warm=0)
+        factory = Index.load(target, device="cpu", verify="fast").index.factory
+    found = medians(taken)
+    show(f"{title}, index {factory}", [{"what": what, "seconds": value, "times in a build": found["build"] / value}
+                 for what, value in found.items()])  # fmt: skip
 
 
 if __name__ == "__main__":

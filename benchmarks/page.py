@@ -1,22 +1,16 @@
 """Measure how long a user has to wait for the page of ``retrieval-tip serve`` in Chromium.
 
 Run ``make setup browser && make demo``, and then ``python benchmarks/page.py demo/things demo/new``. The arguments are
-an index, and a folder of new photos in class folders. After 48 photos are dropped, the times until the first answer and
-until the last answer are measured. Next, the time until the page shows the server's answers after a slider has moved is
-measured. Then 2,000 photos are dropped, which are those in NEW again and again, and the times until the first answer,
-until the last one and until groups of photos without a match are shown are measured. Chromium's trace tells how many
-frames per second are shown while 10,000 photos are scrolled; their answers are copies of the server's answers to the
-photos in NEW. Finally, the time to open a map of 10,000 synthetic keys with 512
-values each (benchmarks/made.py) is measured for the layout by axes, for the layout by neighbours, and when the map is
-reopened.
+an index, and a folder of new photos in class folders. The waiting times are those from dropped photos to their answers,
+and from a moved slider to the server's new answers. Chromium's trace tells how many frames per second are shown while
+10,000 photos are scrolled; their answers are copies of the server's answers to the photos in NEW. Finally, a map of
+10,000 synthetic keys with 512 values each (benchmarks/made.py) is opened: by axes, by neighbours, and again.
 """
 
 from __future__ import annotations
 
 import re
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,12 +20,16 @@ import click
 import numpy as np
 from common import clocked, machine, show
 from made import Made
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
 from retrieval_tip import Index
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from browser import chromium
+from serving import server
+
 KEYS, D, CLASSES = 10_000, 512, 100
-ANSWERS, DROPPED, MANY, ROUNDS = 10_000, 2000, 48, 5
+ANSWERS, MANY, ROUNDS = 10_000, 48, 5
 SCROLLED, SPEEDS = 4, (1500, 4000, 10_000)
 """Seconds of scrolling, and speeds in px/s. At 1,500 px/s, a row of photos passes about eight times a second."""
 WAIT = 600_000
@@ -111,39 +109,30 @@ def measured(page: Page, address: str, index: str, new: list[Path]) -> dict[str,
         page.locator("#index-list").get_by_role("button", name=name, exact=True).click()
         page.wait_for_selector("#known li")
 
-    def answered(number: int) -> None:
-        page.set_input_files("#files", new[:number])
+    def answered(photos: list[Path]) -> None:
+        page.set_input_files("#files", photos)
         expect(page.locator("#progress")).to_have_text(re.compile(r"^\d+ photos?( ·.*)?$"))
         expect(page.locator("#grid .tile[data-label]").first).to_be_visible()
+
+    def clear() -> None:
+        if page.locator("#drawer-close").is_visible():  # a single photo opens it
+            page.click("#drawer-close")
+        page.click("#bar-more")
+        page.click("#clear")
 
     opened(index)
     times = []
     for path in new[: ROUNDS + 1]:  # the first photo warms up the encoder
-        times.append(clocked(lambda path=path: (page.set_input_files("#files", path),
-                                              page.wait_for_selector("#grid .tile[data-label]"))))  # fmt: skip
-        page.click("#drawer-close")
-        page.click("#bar-more")
-        page.click("#clear")
+        times.append(clocked(lambda path=path: answered([path])))
+        clear()
     found["first answer after a drop"] = statistics.median(times[1:])
-    answered(1)
+    answered(new[:1])
     found["answer to a photo after a slider moved"] = statistics.median(page.evaluate(MOVE))
-    page.click("#drawer-close")
-    page.click("#bar-more")
-    page.click("#clear")
-    found[f"answers to {min(MANY, len(new))} photos"] = clocked(lambda: answered(MANY))
-    found[f"answers to {min(MANY, len(new))} photos after a slider moved"] = statistics.median(page.evaluate(MOVE))
-    page.click("#bar-more")
-    page.click("#clear")
-    began = time.perf_counter()
-    page.set_input_files("#files", (new * (DROPPED // len(new) + 1))[:DROPPED])
-    page.wait_for_selector("#grid .tile[data-label]")
-    found[f"first answer of {DROPPED:,} photos"] = time.perf_counter() - began
-    expect(page.locator("#progress")).not_to_contain_text("done")
-    found[f"answers to {DROPPED:,} photos"] = time.perf_counter() - began
-    page.wait_for_selector("#unknown-list strong")
-    found[f"answers to {DROPPED:,} photos and groups of those without a match"] = time.perf_counter() - began
-    page.click("#bar-more")
-    page.click("#clear")
+    clear()
+    photos = f"answers to {min(MANY, len(new))} photos"
+    found[photos] = clocked(lambda: answered(new[:MANY]))
+    found[f"{photos} after a slider moved"] = statistics.median(page.evaluate(MOVE))
+    clear()
     page.evaluate(FILL, [ANSWERS, [[path.name, list(path.read_bytes())] for path in new[:20]]])
 
     for speed in SPEEDS:
@@ -165,34 +154,22 @@ def measured(page: Page, address: str, index: str, new: list[Path]) -> dict[str,
     return found
 
 
-@click.command()
+@click.command(help=__doc__)
 @click.argument("index", type=click.Path(exists=True, path_type=Path))
 @click.argument("new", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def main(index: Path, new: Path) -> None:
     """Serve INDEX, and drop photos from NEW, a folder of class folders, on its page."""
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     files = sorted(path.resolve() for path in new.rglob("*") if path.is_file() and not path.name.startswith("."))
     with tempfile.TemporaryDirectory() as folder:
         made, ids = Made(CLASSES, D), np.arange(KEYS) % CLASSES
-        names = [f"class {i}" for i in range(CLASSES)]
-        keys = Index.from_features(made.draw(ids, 1), ids, names, text_weights=made.text, device="cpu")
+        keys = Index.from_features(made.draw(ids, 1), ids, made.names, text_weights=made.text, device="cpu")
         keys.save(Path(folder) / "made")
-        served = [str(index), f"{folder}/made", "--port", "0", "--device", "cpu"]
-        command = [sys.executable, "-m", "retrieval_tip", "serve", *served]
-        serving = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        with serving, sync_playwright() as playwright:
-            try:
-                assert serving.stderr is not None
-                address = next(filter(None, (re.search(r"http://\S+#token=\S+", line) for line in serving.stderr)))[0]
-                browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-                page = browser.new_page(viewport={"width": 1280, "height": 840}, reduced_motion="reduce")
-                page.set_default_timeout(WAIT)
-                expect.set_options(WAIT)
-                found = measured(page, address, index.name, files)
-                click.echo(f"Chromium {browser.version}, {machine()}")
-                browser.close()
-            finally:
-                serving.terminate()
+        with server(index, f"{folder}/made", "--device", "cpu") as (address, _), chromium() as browser:
+            page = browser.new_page(viewport={"width": 1280, "height": 840}, reduced_motion="reduce")
+            page.set_default_timeout(WAIT)
+            expect.set_options(WAIT)
+            found = measured(page, address, index.name, files)
+            click.echo(f"Chromium {browser.version}, {machine()}")
     show("", [{"waited for": what, "seconds": seconds} for what, seconds in found.items()])
 
 

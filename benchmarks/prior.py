@@ -9,11 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+import common
 import numpy as np
 import pyarrow.parquet as pq
-from common import SHARED
+from common import features_of
 
-from retrieval_tip.backbones.base import unit
 from retrieval_tip.fit.scatter import PRIOR_SCALE, PRIORS, pooled
 from retrieval_tip.store.sums import Sums
 
@@ -24,12 +24,12 @@ def sums_of(table: Path) -> Sums:
     """Return the sums of the keys in a feature table."""
     rows = pq.read_table(table)
     names, ids = np.unique(rows["label"].to_pylist(), return_inverse=True)
-    keys = unit(np.stack(rows["feature"].to_numpy()).astype(np.float32))
+    keys = features_of(rows)
     return Sums.of([(keys, ids)], len(names), keys.shape[1])
 
 
 @click.command(help=__doc__)
-@click.option("--shared", type=click.Path(path_type=Path, exists=True), default=SHARED, show_default=True)
+@common.shared_option
 @click.option("--out", type=click.Path(path_type=Path), default=PRIORS / "ViT-B-32-openai.npy", show_default=True)
 def main(shared: Path, out: Path) -> None:
     found = [sums_of(shared / "data/clip-vitb32" / f"{name}.parquet") for name in TABLES]

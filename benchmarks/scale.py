@@ -1,17 +1,15 @@
-"""Measure large indexes with the real command, and the memory of exact classification.
+"""Measure large indexes with the real command.
 
 \b
     python benchmarks/scale.py                                       # 1,000,000 x 512 of 10,000 classes, float16
     python benchmarks/scale.py --keys 10000000 --classes 100000 --folder /tmp     # 40 GB of disk
     python benchmarks/scale.py --keys 5000000 --store lance --folder /tmp         # the same in a LanceDB store
     python benchmarks/scale.py --fit auto --dtype float32 --classes 1000          # memory of a build with a fit
-    python benchmarks/scale.py --memory                              # 50,000 queries against 16,000 keys, exact
 
-By default, a feature table is made in blocks (benchmarks/made.py), and an index is built from it with `index build`.
+A feature table is made in blocks (benchmarks/made.py), and an index is built from it with `index build`.
 The index is then opened in a new process, which classifies with the k of the index. Peak memory is the largest resident
 set of each process, including memory-mapped pages. The anonymous part of this memory, which excludes file pages that
-the system can reclaim, is measured by sampling. With --memory, the peak memory in addition to the keys, queries and
-text weights is printed. It includes the interpreter and the libraries.
+the system can reclaim, is measured by sampling.
 """
 
 from __future__ import annotations
@@ -26,20 +24,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
+import common
 import numpy as np
-from common import GIB, PROGRAM, SEED, clocked, launch, machine, show
+from common import GIB, PROGRAM, SEED, against, clocked, launch, machine, record, show
 from made import Made, write_tables
 
-from retrieval_tip import Index
 from retrieval_tip.index import places
-from retrieval_tip.retrieval.defaults import untouched_settings
-from retrieval_tip.settings import Settings
 
 LOGITS = 1 << 26
 """Maximum number of logits per call (256 MiB). Larger batches are divided into several calls."""
 SINGLES = 16
 
-Measure = tuple[str, float | None, str]
+Measure = tuple[str, float, str]
 
 
 def place_of(folder: Path, store: str) -> str:
@@ -47,7 +43,7 @@ def place_of(folder: Path, store: str) -> str:
     return f"lance://{folder / 'index'}" if store == "lance" else str(folder / "index")
 
 
-def answer(folder: Path, store: str, exact_queries: int) -> dict[str, object]:
+def answer(folder: Path, store: str, exact_queries: int) -> list[Measure]:
     """Open the index in a folder, and classify its queries. This function runs in a new process."""
     queries, ids, opened = np.load(folder / "queries.npy"), np.load(folder / "ids.npy"), []
     load = places.at(place_of(folder, store)).load
@@ -68,8 +64,8 @@ def answer(folder: Path, store: str, exact_queries: int) -> dict[str, object]:
     singles = [clocked(lambda i=i: classify(queries[i : i + 1])) for i in range(min(SINGLES, len(queries)))]
     exact = clocked(lambda: logits.append(cache.logits(queries[:few], "all")))
     expected = logits[0].argmax(dim=1).numpy()
-    measures: list[Measure] = [
-        ("opening, every byte checked", opening, "s"),
+    return [
+        (f"opening {cache.index_type}, k {cache.settings.k or 'all'}, every byte checked", opening, "s"),
         ("first query after opening", 1e3 * first, "ms"),
         (f"one query in a batch of {len(queries)} ({batch} per call)", 1e6 * sum(taken) / len(queries), "us"),
         ("a single query", 1e3 * statistics.median(singles), "ms"),
@@ -78,7 +74,6 @@ def answer(folder: Path, store: str, exact_queries: int) -> dict[str, object]:
         (f"accuracy with all keys, {few} queries", 100 * float((expected == ids[:few]).mean()), "%"),
         ("agreement with all keys, same queries", 100 * float((found[:few] == expected).mean()), "%"),
     ]
-    return {"index": f"{cache.index_type}, k {cache.settings.k or 'all'}", "measures": measures}
 
 
 def large(
@@ -104,11 +99,9 @@ def large(
     for part, bytes_ in sizes_of(folder / "index").items():
         yield part, bytes_ / GIB, "GiB"
     process = launch(sys.executable, __file__, "--answer", folder, "--store", store, "--exact-queries", exact)
-    found = json.loads(process.output)
-    yield from map(tuple, found["measures"])
+    yield from map(tuple, json.loads(process.output))
     yield "answering, peak resident", process.peak, "GiB"
     yield "answering, peak anonymous", process.anonymous, "GiB"
-    yield f"index {found['index']}", None, ""
 
 
 def sizes_of(index: Path) -> dict[str, int]:
@@ -123,79 +116,38 @@ def sizes_of(index: Path) -> dict[str, int]:
     return sizes
 
 
-def classify_exactly(n: int, d: int, c: int, queries: int) -> Measure:
-    """Classify queries in a new process, so that its memory can be measured. Return the size of the inputs."""
-    made, ids = Made(c, d, SEED), np.arange(n) % c
-    keys, features, text, names = made.draw(ids, 1), made.draw(made.classes(queries, 2), 3), made.text, made.names
-    alpha, beta = untouched_settings(keys, ids)
-    del made
-    gc.collect()
-    settings = Settings(alpha=alpha, beta=beta)
-    cache = Index.from_features(keys, ids, names, text, settings=settings, device="cpu")
-    cache.logits(features).argmax(dim=1)
-    return "inputs: keys, queries, text weights", (keys.nbytes + features.nbytes + text.nbytes) / GIB, "GiB"
-
-
-def exact_memory(size: tuple[int, int, int], queries: int) -> Iterator[Measure]:
-    """Measure exact classification, and a tiny case that shows the memory of the interpreter and the libraries."""
-
-    def own(*sizes: int) -> list[object]:
-        names = ("keys", "dim", "classes", "queries")
-        return [
-            sys.executable,
-            __file__,
-            "--classify-exactly",
-            *(f"--{n}={s}" for n, s in zip(names, sizes, strict=True)),
-        ]
-
-    process, few = launch(*own(*size, queries)), launch(*own(64, 64, 8, 8))
-    inputs = json.loads(process.output)
-    yield tuple(inputs)
-    yield "interpreter and libraries: peak of 8 queries", few.peak, "GiB"
-    yield "peak resident", process.peak, "GiB"
-    yield "peak resident beyond the inputs", process.peak - inputs[1], "GiB"
-
-
+@against
 @click.command(help=__doc__)
-@click.option("--memory", is_flag=True, help="Measure the memory of exact classification in float32.")
-@click.option("--keys", type=int, help="[default: 1,000,000; with --memory 16,000]")
-@click.option("--dim", type=int, help="[default: 512; with --memory 1024]")
-@click.option("--classes", type=int, help="[default: 10,000; with --memory 1000]")
-@click.option("--queries", type=int, help="[default: 4096; with --memory 50,000]")
+@click.option("--keys", default=1_000_000, show_default=True)
+@click.option("--dim", default=512, show_default=True)
+@click.option("--classes", default=10_000, show_default=True)
+@click.option("--queries", default=4096, show_default=True)
 @click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", show_default=True)
 @click.option("--index", default="auto", show_default=True)
 @click.option("--store", type=click.Choice(["folder", "lance"]), default="folder", show_default=True)
 @click.option("--fit", type=click.Choice(["none", "auto"]), default="none", show_default=True)
 @click.option("-k", type=int, help="Number of nearest keys to use per query.  [default: the setting of the index]")
-@click.option("--exact-queries", type=int, default=64, show_default=True)
-@click.option("--folder", type=click.Path(path_type=Path, exists=True), default=tempfile.gettempdir,
-              help="Folder for temporary files.")  # fmt: skip
+@click.option("--exact-queries", default=64, show_default=True, help="Number of queries against all keys.")
+@common.folder_option
 @click.option("--answer", "to_answer", type=click.Path(path_type=Path), hidden=True)
-@click.option("--classify-exactly", "to_classify", is_flag=True, hidden=True)
 def main(
-    memory: bool, keys: int | None, dim: int | None, classes: int | None, queries: int | None, dtype: str, index: str,
-    store: str, fit: str, k: int | None, exact_queries: int, folder: Path, to_answer: Path | None, to_classify: bool,
+    keys: int, dim: int, classes: int, queries: int, dtype: str, index: str, store: str, fit: str, k: int | None,
+    exact_queries: int, folder: Path, to_answer: Path | None,
 ) -> None:  # fmt: skip
-    """Run the measurements, and print the results. Hidden options run the measured processes."""
+    """Run the measurements, and print the results. The hidden option runs the measured process."""
     if to_answer is not None:
         click.echo(json.dumps(answer(to_answer, store, exact_queries)))
         return
-    usual = (16_000, 1024, 1000, 50_000) if memory or to_classify else (1_000_000, 512, 10_000, 4096)
-    n, d, c, q = (given or other for given, other in zip((keys, dim, classes, queries), usual, strict=True))
-    if to_classify:
-        click.echo(json.dumps(classify_exactly(n, d, c, q)))
-        return
     click.echo(machine("lancedb"))
+    need = keys * dim * (2 * np.dtype(dtype).itemsize + 4)  # the table, the keys, and an index that holds them
+    if shutil.disk_usage(folder).free < need:
+        raise click.ClickException(f"{folder}: needs {need / GIB:.1f} GiB of free space")
+    options = ["--index", index, "--fit", fit, *(() if k is None else ("-k", k))]
     with tempfile.TemporaryDirectory(prefix="retrieval-tip-scale-", dir=folder) as name:
-        if memory:
-            found = list(exact_memory((n, d, c), q))
-        else:
-            need = n * d * (2 * np.dtype(dtype).itemsize + 4)  # the table, the keys, and an index that holds them
-            if shutil.disk_usage(folder).free < need:
-                raise click.ClickException(f"{folder}: needs {need / GIB:.1f} GiB of free space")
-            options = ["--index", index, "--fit", fit, *(() if k is None else ("-k", k))]
-            found = list(large(Path(name), store, (n, d, c), q, dtype, exact_queries, options))
-    title = f"{n:,} keys x {d} {'float32' if memory else dtype}, {c:,} classes, {q:,} queries"
+        found = list(large(Path(name), store, (keys, dim, classes), queries, dtype, exact_queries, options))
+    title = f"{keys:,} keys x {dim} {dtype}, {classes:,} classes, {queries:,} queries"
+    for what, value, _ in found:
+        record(title, what, [value])
     show(title, [{"measure": what, "value": value, "unit": unit} for what, value, unit in found])
 
 

@@ -1,7 +1,8 @@
 """Compare the throughput and latency of ``retrieval-tip serve`` with those of a plain FastAPI handler.
 
 \b
-    python benchmarks/serve.py                        # features and images with 1, 8 and 64 clients, seven minutes
+    python benchmarks/serve.py                        # features and images with 1, 8 and 64 clients
+    python benchmarks/serve.py --against 2e1614f      # our servers of two versions, without the plain server
     python benchmarks/serve.py --rounds 0 --soak 600  # ten minutes of load; the index is replaced every 5 s
 
 Our server is the real command. The plain server is what most people would write first. It does not use batches. It runs
@@ -36,26 +37,28 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from typing import Any
 
 import click
+import common
 import numpy as np
 import psutil
-import pyarrow.parquet as pq
 import uvicorn
-from common import PROGRAM, SEED, SHARED, Side, against, machine, record, show, take_turns
+from common import PROGRAM, SEED, TURNS, Side, against, machine, record, show, take_turns
 from fastapi import Body, FastAPI, UploadFile
-from made import Made, rows, write_tables
+from made import Made, write_tables
 
 from retrieval_tip import EncodingCache, Index, Reader, build_index, load_backbone, open_source
 from retrieval_tip.backbones.base import unit
 from retrieval_tip.data.reader import pixels_of
 from retrieval_tip.index import changes
 
-WHATS = ("features", "images")
+WHATS, KINDS = ("features", "images"), ("ours", "plain")
 TOP = NEIGHBOURS = 5
 DIFFERENCE = 1e-4
 """Maximum accepted difference between probabilities."""
@@ -119,22 +122,18 @@ class Server:
         found = self.process.cpu_times()
         return found.user + found.system
 
-    def memory(self) -> tuple[float, float]:
-        """Return the resident memory in MiB, and its anonymous part, which the system cannot reclaim."""
-        found = self.process.memory_info()
-        return found.rss / MIB, (found.rss - found.shared) / MIB
-
 
 @contextmanager
-def serving(kind: str, folders: list[Path], what: str, device: str) -> Iterator[Server]:
+def serving(kind: str, material: Material, device: str) -> Iterator[Server]:
     """Run the server ``ours`` or ``plain`` inside the context."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     if kind == "ours":
-        options = ("--port", port, "--device", device, "--precision", "float32")
-        process = subprocess.Popen([*PROGRAM, "-q", "serve", *map(str, (*folders, *options))])
+        options = ("--port", str(port), "--device", device, "--precision", "float32")
+        process = subprocess.Popen([*PROGRAM, "-q", "serve", str(material.index), *options])
     else:
-        process = multiprocessing.get_context("spawn").Process(target=plain, args=(folders[0], what, device, port))
+        given = material.index, material.what, device, port
+        process = multiprocessing.get_context("spawn").Process(target=plain, args=given)
         process.start()
     try:
         limit = time.monotonic() + START_SECONDS
@@ -216,10 +215,9 @@ class Load:
         if writer is not None:
             writer.close()
 
-    def wait(self, share: float) -> float:
-        """Return a quantile of the waiting times in milliseconds."""
-        taken = sorted(self.taken) or [0.0]
-        return 1000 * taken[min(len(taken) - 1, int(share * len(taken)))]
+    def wait(self, percent: float) -> float:
+        """Return a percentile of the waiting times in milliseconds."""
+        return 1000 * float(np.percentile(self.taken or [0.0], percent, method="higher"))
 
     def check(self, what: str) -> None:
         """Raise ClickException if a request failed."""
@@ -245,22 +243,20 @@ class Material:
         made, folder = Made(classes, dim, SEED), place / "made"
         write_tables(place, made, keys)
         source = open_source(place / "table.parquet")
-        build_index(source, folder, Reader(), text=place / "text.parquet", device="cpu", index=index, k=k)
+        options = {"text": place / "text.parquet", "index": index, "k": k, "fit": "none"}
+        build_index(source, folder, Reader(), device="cpu", **options)
         asked = made.draw(made.classes(REQUESTS["features"], 2), 3)
         bodies = [json.dumps({"features": [row.tolist()]}).encode() for row in asked]
         return cls("features", folder, [_request("application/json", body, folder.name) for body in bodies])
 
     @classmethod
-    def images(cls, place: Path, shared: Path, shots: int) -> Material | None:
-        """Make an index of Caltech101 with lit-mini, or return ``None`` if one of the two is not available."""
+    def images(cls, place: Path, shared: Path) -> Material:
+        """Make an index of Caltech101 with lit-mini."""
         split, folder = shared / "data/caltech101/split_zhou_Caltech101.json", place / "caltech"
-        if not split.exists():
-            click.echo(f"images: skipped; no such file {split}")
-            return None
         backbone = load_backbone(f"local-dir:{shared / 'models/lit-mini'}")
         reader = Reader(backbone, cache=EncodingCache(EncodingCache.default_folder()), seed=1)
         template = ["a photo of a {}."]
-        build_index(open_source(split), folder, reader, shots=shots, templates=template, device="cpu")
+        build_index(open_source(split), folder, reader, templates=template, device="cpu")
         paths = open_source(split, split="test").paths or ()
         chosen = [paths[at] for at in np.linspace(0, len(paths) - 1, REQUESTS["images"]).astype(int)]
         part = b'--image\r\nContent-Disposition: form-data; name="images"; filename="photo.jpg"\r\n'
@@ -288,50 +284,54 @@ def _request(content_type: str, body: bytes, index: str) -> bytes:
 
 
 def compare(material: Material, clients: tuple[int, ...], seconds: float, rounds: int, device: str) -> None:
-    """Measure both servers on the same requests, for each number of clients."""
-    what, folders = material.what, [material.index]
-    with serving("ours", folders, what, device) as ours, serving("plain", folders, what, device) as other:
-        servers = {"ours": ours, "plain": other}
-        click.echo(f"\n{material.title}\n{agreement(material, servers, max(clients))}")
+    """Measure our server, and the plain one unless versions are compared, for each number of clients."""
+    what, kinds = material.what, KINDS[:1] if TURNS else KINDS
+    with ExitStack() as running:
+        servers = {kind: running.enter_context(serving(kind, material, device)) for kind in kinds}
+        click.echo(f"\n{material.title}")
+        if len(servers) > 1:
+            click.echo(agreement(material, servers, max(clients)))
         lines: list[dict[str, object]] = []
         for number in clients:
-            figures: dict[str, list[dict[str, float]]] = {name: [] for name in servers}
-
-            def turn(name: str, number: int = number, figures: dict[str, list[dict[str, float]]] = figures) -> float:
-                before = servers[name].processor()
-                seen = Load(servers[name].port, material.requests, number, seconds).run()
-                seen.check(f"{what}, {name}, {number} clients")
-                processor = 1000 * (servers[name].processor() - before) / len(seen.taken)
-                waits = {"p50, ms": seen.wait(0.5), "p99, ms": seen.wait(0.99)}
-                figures[name].append(waits | {"processor, ms": processor})
-                return seen.lasted / len(seen.taken)
-
-            title = f"{what}, {number} clients"
-            sides: dict[str, Side] = {name: lambda _, name=name, turn=turn: turn(name) for name in servers}
+            title, figures = f"{what}, {number} clients", {kind: list[dict[str, float]]() for kind in kinds}
+            sides: dict[str, Side] = {
+                kind: partial(turn, server, material, number, seconds, figures[kind])
+                for kind, server in servers.items()
+            }
             taken = take_turns(title, sides, rounds)
-            ratio = statistics.median(a / b for a, b in zip(taken["plain"], taken["ours"], strict=True))
-            for name, turns in figures.items():
-                line = {"clients": number, "server": name, "requests/s": 1 / statistics.median(taken[name])}
-                line["ratio"] = ratio if name == "ours" else 1.0
+            for kind, turns in figures.items():
+                line = {"clients": number, "server": kind, "requests/s": 1 / statistics.median(taken[kind])}
+                line["ratio"] = statistics.median(a / b for a, b in zip(taken[kinds[-1]], taken[kind], strict=True))
                 for figure in turns[0]:
                     values = [own[figure] for own in turns[1:]]  # the first turn was a warm-up
                     line[figure] = statistics.median(values)
-                    record(title, f"{name}, {figure}", values)
+                    record(title, f"{kind}, {figure}", values)
                 lines.append(line)
         show(f"{what}, medians of {rounds} turns", lines)
 
 
+def turn(
+    server: Server, material: Material, clients: int, seconds: float, figures: list[dict[str, float]], _: int
+) -> float:
+    """Send requests to a server, add its figures, and return the seconds per request."""
+    before, sent = server.processor(), Load(server.port, material.requests, clients, seconds).run()
+    sent.check(f"{material.what}, {clients} clients")
+    processor = 1000 * (server.processor() - before) / len(sent.taken)
+    figures.append({"p50, ms": sent.wait(50), "p99, ms": sent.wait(99), "processor, ms": processor})
+    return sent.lasted / len(sent.taken)
+
+
 def agreement(material: Material, servers: dict[str, Server], clients: int) -> str:
-    """Send every request to both servers, and describe how well their answers agree.
+    """Send every request to each server, and describe how well their answers agree.
 
     Raises ClickException if the answers differ.
     """
-    found: list[dict[int, dict[str, object]]] = []
-    for name, server in servers.items():
-        seen = Load(server.port, material.requests, clients, None).run()
-        seen.check(f"{material.what}, {name}")
-        found.append(seen.answers)
-    pairs = [(found[0][number], found[1][number]) for number in range(len(material.requests))]
+    found: list[dict[int, dict[str, Any]]] = []
+    for server in servers.values():
+        sent = Load(server.port, material.requests, clients, None).run()
+        sent.check(material.what)
+        found.append(sent.answers)
+    pairs = [(found[0][number], found[-1][number]) for number in range(len(material.requests))]
     difference = max(np.abs(np.subtract(a["probabilities"], b["probabilities"])).max() for a, b in pairs)
     differ = sum(a["label"] != b["label"] for a, b in pairs)
     line = f"{len(pairs)} requests: {differ} labels differ, probabilities differ by at most {difference:.1e}"
@@ -345,30 +345,25 @@ def soak(material: Material, seconds: float, every: float, device: str) -> bool:
     apart = multiprocessing.get_context("spawn")
     ready = apart.Barrier(2)
     replacing = apart.Process(target=replace, args=(material.index, seconds, every, ready))
-    with serving("ours", [material.index], material.what, device) as server:
-        watching = threading.Thread(target=watch, args=(server, seconds))
+    with serving("ours", material, device) as server:
+        sizes: list[float] = []
+        watching = threading.Thread(target=watch, args=(server, seconds, sizes))
         replacing.start()
         ready.wait(START_SECONDS)
         watching.start()
-        seen = Load(server.port, material.requests, 8, seconds).run()
+        sent = Load(server.port, material.requests, 8, seconds).run()
         watching.join()
         replacing.join()
-    versions = sorted(seen.versions)
-    click.echo(f"{len(seen.taken):,} requests, {len(seen.failures)} failures, {len(versions)} versions seen")
-    click.echo(f"p50 {seen.wait(0.5):.1f} ms, p99 {seen.wait(0.99):.1f} ms")
-    for reason in seen.failures[:5]:
+    click.echo(f"{len(sent.taken):,} requests, {len(sent.failures)} failures, {len(sent.versions)} versions seen")
+    click.echo(f"p50 {sent.wait(50):.1f} ms, p99 {sent.wait(99):.1f} ms, {min(sizes):.0f} to {max(sizes):.0f} MiB")
+    for reason in sent.failures[:5]:
         click.echo(f"  {reason}")
-    return not seen.failures and len(versions) > 1 and replacing.exitcode == 0
+    return not sent.failures and len(sent.versions) > 1 and replacing.exitcode == 0
 
 
 def replace(folder: Path, seconds: float, every: float, ready: Barrier) -> None:
     """Repeatedly add, relabel and remove shots, rebuild the index and build it again. Runs in a separate process."""
-    cache, added = Index.load(folder, device="cpu"), [0]
-    table = folder.parent / "again.parquet"
-    names = [cache.class_names[i] for i in cache.class_ids.tolist()]
-    pq.write_table(rows(np.asarray(cache.keys), names, "again "), table)
-    text, reader = folder.parent / "again-text.parquet", Reader(norms="keep")
-    pq.write_table(rows(cache.text_weights.numpy(), list(cache.class_names)), text)
+    table, text, reader, added = folder.parent / "table.parquet", folder.parent / "text.parquet", Reader(), [0]
     source = open_source(table)
     ready.wait()
     begun = time.monotonic()
@@ -380,79 +375,57 @@ def replace(folder: Path, seconds: float, every: float, ready: Barrier) -> None:
             case 0:
                 added = list(changes.add(folder, source, reader, shots=1).key_ids)
             case 1:
-                changes.relabel(folder, cache.class_names[-1], key_ids=added[:10])
+                changes.relabel(folder, source.class_names[-1], key_ids=added[:10])
             case 2:
                 changes.remove(folder, key_ids=added)
             case 3:
                 changes.rebuild(folder, index="Classes" if number % 2 else "Flat")
             case 4:
                 build_index(source, folder, reader, fit="none", text=text, device="cpu")
-    print(f"replaced {number} times")
+    click.echo(f"replaced {number} times")
 
 
-def watch(server: Server, seconds: float) -> None:
-    """Sample the memory of the server twenty times, and print the samples."""
-    begun, samples = time.monotonic(), []
-    for number in range(1, 21):
-        time.sleep(max(0.0, begun + number * seconds / 20 - time.monotonic()))
-        resident, anonymous = server.memory()
-        samples.append({"seconds": round(time.monotonic() - begun), "memory, MiB": resident, "anonymous": anonymous})
-    show("memory", samples)
+def watch(server: Server, seconds: float, sizes: list[float]) -> None:
+    """Sample the resident memory of the server in MiB twenty times."""
+    for _ in range(20):
+        time.sleep(seconds / 20)
+        sizes.append(server.process.memory_info().rss / MIB)
 
 
 @against
 @click.command(help=__doc__)
-@click.option(
-    "--only",
-    type=click.Choice(WHATS),
-    multiple=True,
-    help="Kind of requests to send. Can be repeated.  [default: both]",
-)
+@click.option("--only", type=click.Choice(WHATS), multiple=True, help="Kind of requests.  [default: both]")
 @click.option("--keys", type=click.IntRange(min=1), default=16_000, show_default=True)
-@click.option("--d", "--dim", "dim", type=click.IntRange(min=1), default=512, show_default=True)
+@click.option("--dim", type=click.IntRange(min=1), default=512, show_default=True)
 @click.option("--classes", type=click.IntRange(min=2), default=1000, show_default=True)
 @click.option("--index", default="Flat", show_default=True)
 @click.option("-k", type=click.IntRange(min=1), help="Number of nearest keys to use per query.  [default: all]")
-@click.option("--shared", type=click.Path(path_type=Path), default=SHARED, show_default=True)
-@click.option(
-    "--shots", type=click.IntRange(min=1), default=16, show_default=True, help="Number of shots per class, for images."
-)
+@common.shared_option
 @click.option("--clients", type=int, multiple=True, default=(1, 8, 64), show_default=True, help="Clients; repeatable.")
-@click.option("--seconds", type=float, default=5.0, show_default=True, help="Length of a turn, in seconds.")
+@click.option("--seconds", type=float, default=1.0, show_default=True, help="Length of a turn, in seconds.")
 @click.option("--rounds", default=5, show_default=True, help="Number of timed turns. Use 0 for no turns.")
-@click.option(
-    "--soak",
-    "soaked",
-    type=float,
-    metavar="SECONDS",
-    help="Length of a load test during which the index is replaced, in seconds.",
-)
+@click.option("--soak", "soaked", type=float, metavar="SECONDS", help="Length of a test with replaced indexes.")
 @click.option("--every", type=float, default=5.0, show_default=True, help="Number of seconds between index versions.")
-@click.option("--device", default="auto", show_default=True, help="Device to use: auto, cpu, cuda or cuda:N.")
-@click.option("--folder", type=click.Path(path_type=Path, exists=True), default=tempfile.gettempdir,
-              help="Folder for temporary files.")  # fmt: skip
+@common.device_option
+@common.folder_option
 def main(
-    only: tuple[str, ...], keys: int, dim: int, classes: int, index: str, k: int | None, shared: Path, shots: int,
+    only: tuple[str, ...], keys: int, dim: int, classes: int, index: str, k: int | None, shared: Path,
     clients: tuple[int, ...], seconds: float, rounds: int, soaked: float | None, every: float, device: str,
     folder: Path,
 ) -> None:  # fmt: skip
-    """Measure both servers, and print the results."""
+    """Measure the servers, and print the results."""
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     click.echo(machine("fastapi", "uvicorn"))
-    good, chosen = True, only or WHATS
     with tempfile.TemporaryDirectory(prefix="retrieval-tip-serve-", dir=folder) as name:
-        place = Path(name)
-        materials = [
-            Material.features(place, keys, dim, classes, index, k) if "features" in chosen else None,
-            Material.images(place, shared, shots) if "images" in chosen else None,
-        ]
-        for material in filter(None, materials):
+        for what in only or WHATS:
+            features = (keys, dim, classes, index, k)
+            made = (
+                Material.features(Path(name), *features) if what == "features" else Material.images(Path(name), shared)
+            )
             if rounds:
-                compare(material, clients, seconds, rounds, device)
-            if soaked is not None and material.what == "features":
-                good &= soak(material, soaked, every, device)
-    if not good:
-        raise SystemExit(1)
+                compare(made, clients, seconds, rounds, device)
+            if soaked is not None and what == "features" and not soak(made, soaked, every, device):
+                raise SystemExit(1)
 
 
 if __name__ == "__main__":

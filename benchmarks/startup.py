@@ -14,10 +14,11 @@ import tempfile
 from pathlib import Path
 
 import click
+import common
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from common import PROGRAM, SEED, SHARED, Side, against, clocked, machine, medians, run, show, take_turns
+from common import PROGRAM, SEED, Side, against, clocked, machine, medians, run, show, take_turns
 from made import Made, rows
 
 from retrieval_tip import Index
@@ -52,21 +53,16 @@ def sides(folder: Path, image: Path, build: tuple[object, ...], keys: int, dim: 
 
 @against
 @click.command(help=__doc__)
-@click.option("--data", type=click.Path(path_type=Path, exists=True), default=SHARED, show_default=True)
-@click.option("--model", help="Encoder to use, named as on the command line.  [default: models/lit-mini in --data]")
-@click.option(
-    "--images",
-    default=CLASSES,
-    show_default=True,
-    help="Number of keys in the index of images, with one key per class.",
-)
+@common.shared_option
+@click.option("--model", help="Encoder to use, named as on the command line.  [default: models/lit-mini in --shared]")
+@click.option("--images", default=CLASSES, show_default=True, help="Number of photos in the index of one per class.")
 @click.option("--keys", default=200_000, show_default=True, help="Number of keys in the index of features.")
 @click.option("--dim", default=512, show_default=True)
 @click.option("--runs", default=5, show_default=True)
-def main(data: Path, model: str | None, images: int, keys: int, dim: int, runs: int) -> None:
+def main(shared: Path, model: str | None, images: int, keys: int, dim: int, runs: int) -> None:
     """Make the indexes, time the commands in turn, and print the table."""
-    caltech = (data / "data/caltech101").resolve()
-    model = model or f"local-dir:{(data / 'models/lit-mini').resolve()}"
+    caltech = (shared / "data/caltech101").resolve()
+    model = model or f"local-dir:{(shared / 'models/lit-mini').resolve()}"
     split = json.loads((caltech / "split_zhou_Caltech101.json").read_text(encoding="utf-8"))
     photos = caltech / "101_ObjectCategories"
     first = {name: str(photos / file) for file, _, name in reversed(split["train"])}

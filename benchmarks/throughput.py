@@ -10,39 +10,31 @@ plain dense form: affinity = f @ keys.T; cache = ((-1) * (beta - beta * affinity
     queries per call.
 product alone: f @ keys.T into preallocated memory, which every exact answer requires.
 
-Agreement is the share of answers that are equal to the answers over all keys in float32. The section `real` uses CLIP
-features of Food-101 and lit-mini features of Caltech101, with one centre view per shot. The section `files` runs
-`retrieval-tip classify` on feature tables, from Parquet to Parquet. The time for a few rows is subtracted, so that the
-startup time is not included.
+Agreement is the share of answers that are equal to the answers over all keys in float32.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import click
+import common
 import numpy as np
-import pyarrow.parquet as pq
 import torch
-from common import PROGRAM, SEED, SHARED, Side, against, clocked, machine, medians, run, show, take_turns
-from made import Made, rows
+from common import SEED, against, clocked, machine, medians, show, take_turns
+from made import Made
 from torch import Tensor
 
-from retrieval_tip import EncodingCache, Index, Reader, build_index, load_backbone, open_source
+from retrieval_tip import Index
 from retrieval_tip.backbones.base import resolve_device
-from retrieval_tip.data.sources import Source
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.settings import Settings
 
-SECTIONS = ("exact", "retrieval", "real", "files")
+SECTIONS = ("exact", "retrieval")
 DENSE_BLOCK = 16_384
 SINGLES = 8
 """Number of calls per turn when each call has a single query."""
-FEW = 32
-"""Number of rows in the run whose time is subtracted."""
 
 Size = tuple[int, int, int]
 Run = Callable[[Tensor], Tensor]
@@ -198,108 +190,25 @@ def retrieval(size: Size, queries: int, large: int, rounds: int, device: str, ot
     material.compare(f"retrieval, {cache.index.factory}, k {cache.settings.k or 'all'}", ways, rounds, expected)
 
 
-def real(data: Path, rounds: int, device: str) -> None:
-    """Measure real features with all keys, with the 64 nearest keys and the tail, and with `Classes` and k = 256."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name, material in _real(data, Path(folder), device):
-            own, q = material.index, len(material.ids)
-            ways = {"plain dense form": dense(own), "k all": lambda f, own=own: own.logits(f, "all")}
-            for factory, k in (("Flat", 64), ("Classes", 256)):
-                if k < own.n:
-                    other = material.other(factory)
-                    ways[f"{factory}, k {k}"] = lambda f, other=other, k=k: other.logits(f, k)
-            expected = own.logits(material.features, "all").argmax(dim=1).cpu()
-            named = {way: Way(call, material.features, q) for way, call in ways.items()}
-            material.compare(f"real, {name}", named, rounds, expected)
-
-
-def _real(data: Path, folder: Path, device: str) -> Iterator[tuple[str, Material]]:
-    """Yield an index and queries for each available dataset."""
-    food, caltech = data / "data/clip-food9", data / "data/caltech101/split_zhou_Caltech101.json"
-    reader, built = Reader(seed=1), {"fit": "none", "device": device}
-    if food.is_dir():
-        train, test = (open_source(food / f"{part}.parquet") for part in ("train", "test"))
-        for name, shots in (("16 shots", 16), ("all keys", None)):
-            pool = build_index(train, folder / name, reader, shots=shots, text=food / "text.parquet", **built)
-            yield f"9 classes of Food-101, {name}", _asked(pool, test, reader)
-    if caltech.is_file():
-        backbone = load_backbone(f"local-dir:{data / 'models/lit-mini'}")
-        reader = Reader(backbone, cache=EncodingCache(EncodingCache.default_folder()))
-        pool = build_index(open_source(caltech), folder / "caltech", reader, templates=["a photo of a {}."], **built)
-        yield "Caltech101, lit-mini", _asked(pool, open_source(caltech, split="test"), reader)
-
-
-def _asked(pool: Index, test: Source, reader: Reader) -> Material:
-    names, encoded = list(pool.class_names), reader.encode(test)
-    ids = torch.tensor([names.index(label) for label in test.labels])
-    return Material(pool, torch.from_numpy(encoded.features).to(pool.device), ids)
-
-
-def files(size: Size, queries: int, rounds: int, device: str, place: Path) -> None:
-    """Measure the command on feature tables."""
-    material = Material.make(size, queries, "auto", device)
-    material.index.save(place / "index")
-    features = material.features.cpu().numpy()
-    for name, number in (("few", FEW), ("many", queries)):
-        pq.write_table(rows(features[:number], ["?"] * number), place / f"{name}.parquet", compression="none")
-
-    def seconds(name: str, how: tuple[str, ...]) -> float:
-        table, out = place / f"{name}.parquet", place / "answers"
-        command = (*PROGRAM, "-q", "classify", place / "index", table, "--out", out, "--device", device, *how)
-        return clocked(lambda: run(*command))
-
-    parquet = ("--format", "parquet")
-    hows = {"classify": parquet, "classify --explain": (*parquet, "--explain"), "classify, JSON": ("--format", "json")}
-    sides: dict[str, Side] = {
-        name: lambda _, how=how: (seconds("many", how) - seconds("few", how)) / (queries - FEW)
-        for name, how in hows.items()
-    }
-    title = f"files: {queries:,} rows, {material.title}, medians of {rounds} turns"
-    found = medians(take_turns(title, sides, rounds, warm=0))
-    show(title, [{"command": name, "rows a second": 1 / value} for name, value in found.items()])
-
-
-class SizeType(click.ParamType):
-    """Size of an index, as the number of keys x values x classes."""
-
-    name = "NxDxC"
-
-    def convert(self, value: str | Size, param: click.Parameter | None, ctx: click.Context | None) -> Size:
-        if isinstance(value, tuple):
-            return value
-        try:
-            n, d, c = map(int, value.split("x"))
-        except ValueError:
-            self.fail(f"{value!r} is not keys x values x classes, such as 16000x512x1000", param, ctx)
-        return n, d, c
-
-
-SIZES = ("16000x1024x1000", "16000x512x1000", "160000x512x1000", "1000000x512x1000")
+SIZES = ((16_000, 1024, 1000), (16_000, 512, 1000), (160_000, 512, 1000), (1_000_000, 512, 1000))
+"""Numbers of keys, dimensions and classes."""
+SIZE = (int, int, int)
 
 
 @against
 @click.command(help=__doc__)
-@click.option(
-    "--only", type=click.Choice(SECTIONS), multiple=True, help="Section to run. Can be repeated.  [default: all]"
-)
-@click.option("--exact-size", type=SizeType(), default="16000x1024x1000", show_default=True)
-@click.option(
-    "--sizes", type=SizeType(), multiple=True, default=SIZES, help="Size for the section retrieval. Can be repeated."
-)
-@click.option("--index", "others", type=(str, int), multiple=True,
-              help="FAISS factory string and k to compare in the section retrieval. Can be repeated.")  # fmt: skip
-@click.option(
-    "--rounds", default=3, show_default=True, help="Number of timed turns. The section exact uses twice this number."
-)
+@click.option("--only", type=click.Choice(SECTIONS), multiple=True, help="Section to run; repeatable.  [default: all]")
+@click.option("--exact-size", type=SIZE, default=SIZES[0], show_default=True)
+@click.option("--size", "sizes", type=SIZE, multiple=True, default=SIZES, help="Size for `retrieval`; repeatable.")
+@click.option("--index", "others", type=(str, int), multiple=True, metavar="FACTORY K",
+              help="FAISS factory string and k to compare in `retrieval`. Can be repeated.")  # fmt: skip
+@click.option("--rounds", default=3, show_default=True, help="Number of timed turns. `exact` uses twice this number.")
 @click.option("--queries", type=int, help="[default: 1000 for exact, 8192, and 4096 above 200,000 keys]")
 @click.option("--large-batch", default=32768, show_default=True, help="Batch size of the large batch.")
-@click.option("--files-size", type=SizeType(), default="1600x64x100", show_default=True)
-@click.option("--rows", default=100_000, show_default=True, help="Number of rows for the section files.")
-@click.option("--data", type=click.Path(path_type=Path), default=SHARED, show_default=True)
-@click.option("--device", default="auto", show_default=True, help="Device to use: auto, cpu, cuda or cuda:N.")
+@common.device_option
 def main(
     only: tuple[str, ...], exact_size: Size, sizes: tuple[Size, ...], others: tuple[tuple[str, int], ...], rounds: int,
-    queries: int | None, large_batch: int, files_size: Size, rows: int, data: Path, device: str,
+    queries: int | None, large_batch: int, device: str,
 ) -> None:  # fmt: skip
     """Run the sections, and print the results."""
     torch.manual_seed(SEED)
@@ -310,11 +219,6 @@ def main(
     for size in sizes if "retrieval" in chosen else ():
         asked = queries or (8192 if size[0] <= 200_000 else 4096)
         retrieval(size, asked, large_batch, rounds, device, list(others))
-    if "real" in chosen:
-        real(data, rounds, device)
-    if "files" in chosen:
-        with tempfile.TemporaryDirectory() as folder:
-            files(files_size, rows, rounds, device, Path(folder))
 
 
 if __name__ == "__main__":

@@ -101,7 +101,6 @@ def test_the_demo_and_its_next_commands_run_on_your_own_photos(run, tmp_path, mo
     assert "version 2, added 6 shots" in done.stdout
     assert done.stdout.count("affinity") >= 4
     assert taught.exists()
-    assert len((tmp_path / "work/answers.json").read_text().splitlines()) == 6
     shown = [line.strip() for line in done.stdout.partition("Next:\n")[2].splitlines() if line.startswith("    ")]
     program = Path(sys.executable).with_name("retrieval-tip")
     own = ("serve indexes/demo-2", "index audit indexes/demo-2", "models")
@@ -125,15 +124,3 @@ def test_the_installer_prints_progress_and_failures(tmp_path):
     wrong = subprocess.run([*command, "never-heard-of"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 1
     assert "No matching distribution found for never-heard-of" in wrong.stderr
-
-
-@pytest.mark.soak
-def test_the_toy_demo_runs(tmp_path):
-    command = [
-        sys.executable, "benchmarks/demo.py", "--source", "toy", "--work", tmp_path / "w", "--out", tmp_path / "i",
-    ]  # fmt: skip
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "A toy" in done.stdout
-    accuracy = next(line for line in done.stdout.splitlines() if line.startswith("accuracy"))
-    assert float(accuracy.split()[1]) > 50  # one in eight by chance

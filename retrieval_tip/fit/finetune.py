@@ -41,7 +41,7 @@ from retrieval_tip.store.labels import images_of
 log = logging.getLogger(__name__)
 
 BLOCK, GPU_BLOCK = 2048, 65536
-"""Keys per block on a CPU, where a block should fit in the cache (benchmarks/finetune.py), and on a GPU."""
+"""Keys per block on a CPU, where a block should fit in the cache (benchmarks/gpu.py), and on a GPU."""
 QUERIES = 256
 """Number of queries per batch in an evaluation."""
 COLLAPSE = 0.5

@@ -56,7 +56,7 @@ DONE = 0.02
 REVIEWED = 11.5
 """Number of wrong answers on a screen below which reviewing takes fewer actions than labelling each of its 24 photos.
 
-Correcting ``w`` answers and accepting the others takes ``1 + 2 w`` actions (see benchmarks/label_actions.py).
+Correcting ``w`` answers and accepting the others takes ``1 + 2 w`` actions (benchmarks/person.py counts them).
 """
 CHUNK = 32
 """Number of photos to encode at a time."""

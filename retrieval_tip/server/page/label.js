@@ -180,7 +180,7 @@ function progress() {
   if (known) parts.push(`About ${percent(estimate.accuracy)} of the other ${count(rest)} are right (${whole(estimate.low)}–${whole(estimate.high)} %).`);
   $("label-progress").textContent = parts.join(" ");
   const stop = known && gain !== null && gain < WORTH;
-  const ready = known && review && 2 * right >= guessed.length; // as benchmarks/label_actions.py has found
+  const ready = known && review && 2 * right >= guessed.length;
   $("label-stop").textContent = !known || gain === null ? "" : stop ? `You can stop here: ${more} more labels would bring less than 1 %.`
     : ready ? `Reviewing now takes less work than ${more} more labels, which would bring about ${whole(gain)} %.`
     : `${more} more labels: about +${whole(gain)} %.`;
