@@ -84,27 +84,61 @@ def built(tmp_path_factory):
 
 
 def dense(model_, k=None, tail=True):
-    """Return text and cache logits by definition. An approximate search decides which keys count."""
+    """Return text and cache logits by definition, and the weights, values and keys that count.
+
+    An approximate search decides which keys count.
+    """
     whole, own = model_.in_memory(), model_.settings
     A, y = affinity(QUERIES, whole.keys), whole.class_ids.numpy()
-    if k is None or k >= model_.n or model_.exact_search:
+    if model_.index_type.startswith("Classes") or k is None or k >= model_.n:
+        met = nearest(A, None)
+    elif model_.exact_search:
         met = nearest(A, k)
     else:
         rows = model_.nearest(torch.from_numpy(QUERIES), k)[1]
         met = np.stack([np.isin(np.arange(model_.n), row) for row in rows])
-    V = None if model_.values is None else model_.values.numpy()
+    V = np.eye(C)[y] if model_.values is None else model_.values.numpy().astype(np.float64)
     text = own.logit_scale * affinity(QUERIES, model_.text_weights)
-    return text, cache_logits(A, y, C, own.beta, V, met, tail=tail)
+    return text, cache_logits(A, y, C, own.beta, V, met, tail=tail), A, V, met
 
 
 def check_logits(model_, k=None, tail=True):
-    text, alone = dense(model_, k, tail)
+    text, alone, *_ = dense(model_, k, tail)
     terms, scale = model_.terms(QUERIES, k, tail), abs(alone).max()
     np.testing.assert_allclose(terms.text, text, atol=1e-4)
     np.testing.assert_allclose(terms.cache, alone, rtol=5e-4, atol=1e-4 * scale)
     logits, alpha = model_.logits(QUERIES, k, tail), model_.settings.alpha
     assert logits.dtype == torch.float32
     np.testing.assert_allclose(logits, text + alpha * alone, rtol=5e-4, atol=2e-4 * (1 + alpha * scale))
+
+
+def check_evidence(model_, k=None, tail=True, shown=7):
+    """Check that answers follow from the logits, and that the shots with the largest contributions are named."""
+    *_, A, V, met = dense(model_, k, tail)
+    logits, labels = model_.logits(QUERIES, k, tail).numpy(), model_.in_memory().labels.to_pylist()
+    row_of, beta = {row["key_id"]: i for i, row in enumerate(labels)}, model_.settings.beta
+    for q, answer in enumerate(model_.classify(QUERIES, top=3, k=k or "all", tail=tail, neighbours=shown)[:9]):
+        best = [NAMES.index(label) for label in answer.labels]
+        np.testing.assert_array_equal(answer.logits, logits[q])
+        np.testing.assert_array_equal(logits[q, best], -np.sort(-logits[q])[:3])
+        chances = np.exp(logits[q].astype(np.float64) - logits[q].max())
+        np.testing.assert_allclose(answer.probabilities, (chances / chances.sum())[best], atol=1e-6)
+        assert (answer.label, answer.probability) == (answer.labels[0], answer.probabilities[0])
+        total = answer.text_logit + answer.cache_logit
+        assert total == pytest.approx(logits[q, best[0]], rel=1e-5, abs=1e-4)
+        weights = np.exp(-beta * (1 - A[q]))
+        given, tolerance = weights[:, None] * V[:, best], {"rtol": 1e-3, "atol": 1e-6 * weights[met[q]].max()}
+        rows = [row_of[one.key_id] for one in answer.neighbours]
+        assert len(set(rows)) == len(rows) == min(shown, met[q].sum())
+        np.testing.assert_allclose(given[rows, 0], -np.sort(-given[met[q], 0])[:shown], **tolerance)
+        for one, row in zip(answer.neighbours, rows, strict=True):
+            assert met[q, row]
+            assert (one.source, one.label) == (labels[row]["source"], labels[row]["label"])
+            assert one.affinity == pytest.approx(A[q, row], abs=1e-5)
+            np.testing.assert_allclose([one.weight, *one.gives], [weights[row], *given[row]], **tolerance)
+        lowest, against = given[met[q], 0].min(), answer.opposing.gives if answer.opposing else [0, 0]
+        expected = lowest if lowest < 0 else given[met[q], 1].max()
+        np.testing.assert_allclose(against[0 if lowest < 0 else 1], expected, **tolerance)
 
 
 STORED = [("Flat", ""), ("Flat", "lance://")]
@@ -130,7 +164,18 @@ def test_logits_match_the_dense_definition_for_any_settings(
         own = replace(own, rows=replace(own.rows, values=torch.from_numpy(VALUES) if valued else None))
     keys = mock.patch.multiple("retrieval_tip.retrieval.keys", QUERY_BLOCK=sizes[0], KEY_BLOCK=sizes[1])
     with keys, mock.patch("retrieval_tip.retrieval.logits.QUERY_BLOCK", sizes[0]):  # the sums of keys use blocks, too
-        check_logits(own.with_settings(own.settings.override(alpha=alpha, beta=beta)), k, tail)
+        own = own.with_settings(own.settings.override(alpha=alpha, beta=beta))
+        check_logits(own, k, tail)
+        check_evidence(own, k, tail)
+
+
+@pytest.mark.parametrize("values", [None, VALUES], ids=["one-hot", "valued"])
+@pytest.mark.parametrize("index", CLASSES)
+def test_evidence_of_whole_classes_comes_from_all_keys(index, values):
+    """``test_whole_classes.py`` tests the logits."""
+    own = model(index=index)
+    own = replace(own, rows=replace(own.rows, values=None if values is None else torch.from_numpy(values)))
+    check_evidence(own, 40)
 
 
 @pytest.mark.parametrize("index", ["IVF16,Flat", "HNSW32", *COMPRESSED])
@@ -213,11 +258,10 @@ def test_changing_the_arrays_later_has_no_effect(make):
     assert (np.asarray(queries) == QUERIES).all()
 
 
-def test_a_class_without_keys_can_still_win_by_its_text():
-    cache = model()
-    assert (cache.terms(QUERIES).cache[:, BARE] == 0).all()
-    assert (cache.terms(QUERIES, 16).cache[:, BARE] == 0).all()
-    won = cache.classify(TEXT[BARE : BARE + 1])[0]
+@pytest.mark.parametrize("k", [None, 16])
+def test_a_class_without_keys_can_still_win_by_its_text(k):
+    assert (model().terms(QUERIES, k).cache[:, BARE] == 0).all()
+    won = model().classify(TEXT[BARE : BARE + 1], k=k)[0]
     assert (won.label, won.cache_logit) == (NAMES[BARE], 0)
 
 
@@ -226,92 +270,17 @@ def test_without_text_the_cache_alone_decides():
     assert (cache.has_text, model().has_text) == (False, True)
     text, alone = parts_of(cache, QUERIES)
     assert (text == 0).all()
-    answer = cache.classify(QUERIES)
-    assert [p.label for p in answer] == [NAMES[i] for i in alone.argmax(1)]
-    assert all(p.text_logit == 0 for p in answer)
+    torch.testing.assert_close(cache.logits(QUERIES), ALPHA * alone)
 
 
-@pytest.mark.parametrize("k", [None, 16])
-def test_an_explanation_adds_up(k):
-    cache = model()
-    logits = cache.logits(QUERIES, k)
-    answers = cache.classify(QUERIES, top=3, k=k, neighbours=N)
-    for row, answer in enumerate(answers):
-        winner = NAMES.index(answer.label)
-        assert winner == int(logits[row].argmax())
-        np.testing.assert_array_equal(answer.logits, logits[row].numpy())
-        assert answer.text_logit + answer.cache_logit == pytest.approx(answer.logits[winner], abs=1e-4)
-        assert len(answer.neighbours) == (k or N)
-        own = [n.weight for n in answer.neighbours if n.label == answer.label]
-        plain = ALPHA * sum(own)
-        if k is None:
-            assert plain == pytest.approx(answer.cache_logit, abs=1e-4)
-        else:
-            assert plain <= answer.cache_logit + 1e-4  # the rest is the tail
-        probabilities = np.exp(np.array(answer.logits) - max(answer.logits))
-        probabilities /= probabilities.sum()
-        best = np.argsort(-probabilities)[:3]
-        assert answer.labels == [NAMES[i] for i in best]
-        np.testing.assert_allclose(answer.probabilities, probabilities[best], atol=1e-6)
-        assert (answer.label, answer.probability) == (answer.labels[0], answer.probabilities[0])
-
-
-@pytest.mark.parametrize("index", EXACT_TYPES + COMPRESSED + CLASSES)
-def test_neighbours_have_their_exact_affinity(index):
-    sources = [f"photo {i}.jpg" for i in range(N)]
-    for row, answer in enumerate(model(index=index, sources=sources).classify(QUERIES, k=16, neighbours=10)):
-        assert len({n.key_id for n in answer.neighbours}) == 10
-        for n in answer.neighbours:
-            assert (n.source, n.label) == (sources[n.key_id], NAMES[Y[n.key_id]])  # ids are positions in the input
-            assert n.affinity == pytest.approx(
-                float(QUERIES[row].astype(float) @ KEYS[n.key_id].astype(float)), abs=1e-5
-            )
-            assert n.weight == pytest.approx(math.exp(-BETA * (1 - n.affinity)), rel=1e-5)
-
-
-@pytest.mark.parametrize("values", [None, VALUES, abs(VALUES)], ids=["one-hot", "signed", "positive"])
-@pytest.mark.parametrize(("index", "k"), [("Flat", None), ("Classes", 40), ("Flat", 16)])
-def test_neighbours_are_the_shots_with_the_largest_contributions(index, k, values):
-    """Contributions are ``w V`` by definition, over all keys or over the ``k`` nearest."""
-    cache = model(index=index)
-    cache = (
-        cache
-        if values is None
-        else replace(cache, rows=replace(cache.rows, values=torch.from_numpy(values[cache.labels["key_id"]])))
-    )
-    V = np.eye(C)[Y] if values is None else values.astype(np.float64)
-    A = QUERIES.astype(np.float64) @ KEYS.astype(np.float64).T
-    for row, answer in enumerate(cache.classify(QUERIES, top=2, k=k, neighbours=10)):
-        given = np.exp(-BETA * (1 - A[row]))[:, None] * V[:, [NAMES.index(label) for label in answer.labels]]
-        met = np.argsort(-A[row])[: k if index == "Flat" else None]
-        strongest = met[np.lexsort((-A[row, met], -given[met, 0]))][:10]
-        assert [n.key_id for n in answer.neighbours] == strongest.tolist()
-        np.testing.assert_allclose([n.contribution for n in answer.neighbours], given[strongest, 0], rtol=1e-4)
-        np.testing.assert_allclose([n.affinity for n in answer.neighbours], A[row, strongest], atol=1e-5)
-        lowest, other = met[given[met, 0].argmin()], met[given[met, 1].argmax()]
-        against = lowest if given[lowest, 0] < 0 else other if given[other, 1] > 0 else None
-        assert (answer.opposing.key_id if answer.opposing else None) == against
-        if answer.opposing:
-            np.testing.assert_allclose(answer.opposing.gives, given[against], rtol=1e-4)
-
-
-def test_no_shot_opposes_the_only_class():
-    answer = Index.from_features(KEYS[:9], ["only"] * 9, ["only"], device="cpu").classify(QUERIES[:1])[0]
-    assert (len(answer.neighbours), answer.opposing) == (5, None)
-
-
-def test_k_and_neighbours_limit_the_number_of_neighbours():
-    cache = model()
-    assert [len(p.neighbours) for p in cache.classify(QUERIES[:2])] == [5, 5]
-    assert [len(p.neighbours) for p in cache.classify(QUERIES[:2], k=3)] == [3, 3]
-    assert [len(p.neighbours) for p in cache.classify(QUERIES[:2], neighbours=10 * N)] == [N, N]
-    assert [p.neighbours for p in cache.classify(QUERIES[:2], neighbours=0)] == [[], []]
-
-
-def test_top_is_limited_to_the_number_of_classes():
-    answer = model().classify(QUERIES[:1], top=99)[0]
-    assert sorted(answer.labels) == sorted(NAMES)
-    assert sum(answer.probabilities) == pytest.approx(1)
+def test_the_number_of_neighbours_and_labels_is_limited():
+    cache, some = model(), QUERIES[:2]
+    asked = ({}, 5), ({"k": 3}, 3), ({"neighbours": 10 * N}, N), ({"neighbours": 0}, 0)
+    for options, number in asked:
+        assert [len(one.neighbours) for one in cache.classify(some, **options)] == [number] * 2
+    assert sorted(cache.classify(some, top=99)[0].labels) == sorted(NAMES)
+    only = Index.from_features(KEYS[:9], ["only"] * 9, ["only"], device="cpu").classify(some)[0]
+    assert (len(only.neighbours), only.opposing) == (5, None)
 
 
 def nan(x, row=3):

@@ -3,6 +3,7 @@
 Run as a script, this file is the writers and readers. RETRIEVAL_TIP_SECONDS sets their duration.
 """
 
+import fcntl
 import io
 import json
 import os
@@ -13,7 +14,7 @@ import socket
 import subprocess
 import time
 import zlib
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import filelock
@@ -22,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from conftest import AS_ROOT, SOAK, mount, nearest_keys, sampled
+from sealing import refused
 from tables import unit_rows, write_table
 
 from retrieval_tip import Index, verify
@@ -286,28 +288,21 @@ def test_a_reader_survives_deletion_of_its_version_at_any_access(index, monkeypa
     assert np.array_equal(staying.logits(QUERIES), before)
 
 
-def test_two_builds_into_one_new_folder_make_two_versions(server, tmp_path):
+@pytest.mark.parametrize("other", ["good", "failing"])
+def test_two_builds_into_one_new_folder_do_not_disturb_each_other(server, tmp_path, other):
     tables = [table(tmp_path / f"{name}.parquet", [f"{name}/{i}" for i in range(12)]) for name in "ab"]
+    if other == "failing":  # the build checks norms under the lock, and then removes its folder
+        write_table(tables[1], 2 * unit_rows(4, D), NAMES)
     for number in range(12 if SOAK else 2):
         folder = tmp_path / str(number) / "index"
-        server.start(*({"work": "build", "table": str(path), "folder": str(folder)} for path in tables))
-        assert server.wait() == [0, 0]
-        first, second = Versions(folder).history().to_pylist()
-        assert [(row["version"], row["parent"]) for row in (first, second)] == [(1, None), (2, 1)]
-        names = {Index.load(folder, version=version).labels["source"][0].as_py()[0] for version in (1, 2)}
-        assert names == {"a", "b"}
-
-
-def test_a_failed_build_does_not_remove_the_new_folder_of_another(server, tmp_path):
-    good = table(tmp_path / "good.parquet", BASE)
-    bad = write_table(tmp_path / "bad.parquet", 2 * unit_rows(4, D), NAMES)  # the build checks norms under the lock
-    for number in range(12 if SOAK else 2):
-        folder = tmp_path / str(number) / "index"
-        jobs = [{"work": "build", "table": str(path), "folder": str(folder)} for path in (bad, good)]
+        jobs = [{"work": "build", "table": str(path), "folder": str(folder)} for path in tables]
         server.start(*(jobs if number % 2 else jobs[::-1]))
         status = server.wait()
-        assert (status if number % 2 else status[::-1]) == [1, 0]
-        assert verify(folder).version == 1
+        assert (status if number % 2 else status[::-1]) == [0, int(other == "failing")]
+        history = Versions(folder).history().to_pylist()
+        assert [(row["version"], row["parent"]) for row in history] == [(1, None), (2, 1)][: len(history)]
+        names = [Index.load(folder, version=row["version"]).labels["source"][0].as_py()[0] for row in history]
+        assert sorted(names) == (["a", "b"] if other == "good" else ["a"])
 
 
 @pytest.mark.parametrize("name", ["lock", "data", "folder"])
@@ -374,35 +369,35 @@ def test_a_read_only_folder_can_be_read_and_refuses_every_change(index, tmp_path
             path.chmod(0o755)
 
 
-def test_the_error_names_the_process_that_holds_the_lock(server, index, monkeypatch):
-    job = {"work": "configure", "folder": str(index)}
+@pytest.mark.parametrize("end", ["SIGCONT", "SIGKILL"])
+def test_a_writer_waits_until_a_stopped_writer_continues_or_dies(server, index, monkeypatch, end):
+    """Meanwhile, an impatient writer gets an error that names the process, and readers do not wait."""
+    job, looks, flock, named = {"work": "configure", "folder": str(index)}, [], fcntl.flock, 0
     assert server.run(job) == server.run(job) == 0  # only the first creates the folder of earlier manifests
     locked, *_, released = [number for number, step in enumerate(server.steps) if step == "fcntl.flock"]
-    named = 0
-    for step in sampled(len(server.steps), 8):
+    monkeypatch.setattr(fcntl, "flock", lambda *arguments: (looks.append(1), flock(*arguments)))
+    for step in sampled(len(server.steps), 7):
         first = Versions(index).current().version
         server.start(job, step=step, how="SIGSTOP")
         stopped = server.stopped()
-        try:
-            if locked < step <= released:
-                with monkeypatch.context() as patch:
-                    patch.setattr(store_files, "LOCK_WAIT", 0.05)
-                    with pytest.raises(StoreError) as error, Versions(index).write():
-                        pass
+        with ThreadPoolExecutor(1) as pool:
+            if is_locked := locked < step <= released:
+                monkeypatch.setattr(store_files, "LOCK_WAIT", 0.05)
                 owner = f"process {stopped} on {socket.gethostname()}"
+                text = refused(lambda: changes.configure(index, k=9), f"{index}: is being written by ")
                 # A new owner is unnamed for a moment, but no other process is ever named.
-                assert str(error.value) in [
-                    f"{index}: is being written by {who}; try later" for who in (owner, "another process")
-                ]
-                named += owner in str(error.value)
-                assert Index.load(index, device="cpu").version in (first, first + 1)  # readers need no lock
-            else:
-                with Versions(index).write():
-                    pass
-        finally:
-            os.kill(stopped, signal.SIGCONT)
-            status = server.wait()
-        assert status == [0]
-        assert verify(index).version == first + 1  # the stopped process has continued
-        assert changes.configure(index, k=8).version == first + 2
-    assert named > (10 if SOAK else 3)
+                assert text in [f"{index}: is being written by {who}; try later" for who in (owner, "another process")]
+                named += owner in text
+                assert Index.load(index, device="cpu").version in (first, first + 1)
+            monkeypatch.setattr(store_files, "LOCK_WAIT", 60.0)
+            looks.clear()
+            waiting = pool.submit(changes.configure, index, k=8)
+            while is_locked and len(looks) < 3:  # it has found the lock taken at least twice
+                time.sleep(0.001)
+            assert not (is_locked and waiting.done())
+            os.kill(stopped, getattr(signal, end))
+            version = waiting.result().version
+        assert server.wait() == [0 if end == "SIGCONT" else -signal.SIGKILL]
+        assert version in (first + 1, first + 2)
+        assert verify(index).version == (first + 2 if end == "SIGCONT" else version)
+    assert named > 1
