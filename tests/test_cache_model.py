@@ -1,11 +1,11 @@
-"""Index compared with Tip-Adapter's definition in dense float64."""
+"""Index compared with Tip-Adapter's definition in dense float64, its edits and its files."""
 
 import copy
 import math
 import pickle
 import shutil
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from unittest import mock
 
 import numpy as np
@@ -16,15 +16,16 @@ from conftest import cache_of, examples, needs_real, parts_of
 from dense import affinity, cache_logits, nearest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sealing import npy, refused, resealed, snapshot
 from tables import read_features, unit
 
-import retrieval_tip
-from retrieval_tip import Index
-from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip import Index, verify
+from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.fit import closed_form
 from retrieval_tip.index.places import at
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.settings import Settings
+from retrieval_tip.store.versions import Manifest, Versions
 
 Q, D, C = 70, 32, 12
 NAMES = [f"class {i}" for i in range(C)]
@@ -163,7 +164,12 @@ def test_logits_match_the_dense_definition_for_any_settings(
     if store != "lance://":
         own = replace(own, rows=replace(own.rows, values=torch.from_numpy(VALUES) if valued else None))
     keys = mock.patch.multiple("retrieval_tip.retrieval.keys", QUERY_BLOCK=sizes[0], KEY_BLOCK=sizes[1])
-    with keys, mock.patch("retrieval_tip.retrieval.logits.QUERY_BLOCK", sizes[0]):  # the sums of keys use blocks, too
+    at_a_time = mock.patch("retrieval_tip.model.PREDICTED", max(3, sizes[0]))  # more queries are classified in parts
+    with (
+        keys,
+        at_a_time,
+        mock.patch("retrieval_tip.retrieval.logits.QUERY_BLOCK", sizes[0]),
+    ):  # the sums use blocks, too
         own = own.with_settings(own.settings.override(alpha=alpha, beta=beta))
         check_logits(own, k, tail)
         check_evidence(own, k, tail)
@@ -195,16 +201,6 @@ def test_real_features_give_the_published_accuracy(shared):
     cache = Index.from_features(K, labels.tolist(), names.tolist(), W, settings=own, device="cpu")
     assert (names[cache.logits(f).argmax(1).numpy()] == truth).mean() > 0.97
     assert round((names[cache.terms(f).text.argmax(1).numpy()] == truth).mean(), 3) == 0.973
-
-
-def test_classify_does_not_depend_on_batches(monkeypatch):
-    cache = model()
-    whole = cache.classify(QUERIES, top=3, k=16)
-    monkeypatch.setattr("retrieval_tip.model.PREDICTED", 3)  # more queries are classified three at a time
-    assert [p.labels for p in cache.classify(QUERIES, top=3, k=16)] == [p.labels for p in whole]
-    single = [cache.classify(QUERIES[i : i + 1], top=3, k=16)[0] for i in range(Q)]
-    assert [p.labels for p in single] == [p.labels for p in whole]
-    assert [[n.key_id for n in p.neighbours] for p in single] == [[n.key_id for n in p.neighbours] for p in whole]
 
 
 @pytest.mark.parametrize(
@@ -310,6 +306,12 @@ BAD_MODELS = {
     "text of other classes": ({"text_weights": TEXT[:-1]}, InputError, r"^text_weights: shape \(11, 32\); .*\[12"),
     "text of another length": ({"text_weights": TEXT[:, :-1]}, InputError, r"^text_weights: shape \(12, 31\)"),
     "text with NaN": ({"text_weights": nan(TEXT)}, InputError, "^text_weights: row 3 contains"),
+    "values of too few keys": ({"values": VALUES[:-1]}, InputError, "^values: "),
+    "values of too few classes": ({"values": VALUES[:, :-1]}, InputError, "^values: "),
+    "values of one dimension": ({"values": VALUES[0]}, InputError, "^values: "),
+    "values with NaN": ({"values": nan(VALUES)}, InputError, "^values: "),
+    "values of integers": ({"values": np.ones((N, C), int)}, InputError, "^values: "),
+    "values of text": ({"values": [["x"] * C] * N}, InputError, "^values: "),
     "a source too few": ({"sources": ["x"] * (N - 1)}, InputError, f"^sources: .*{N - 1} sources for {N} keys"),
     "a source too many": ({"sources": ["x"] * (N + 1)}, InputError, f"^sources: .*{N + 1} sources for {N} keys"),
     "negative beta": ({"beta": -1}, UsageError, "^beta is -1"),
@@ -371,6 +373,9 @@ def test_overflow_is_an_error(k):
         model(alpha=1e39).classify(QUERIES, k=k)
     with pytest.raises(InputError, match=r"logit_scale 1e\+39: .*overflow"):
         model(logit_scale=1e39).terms(QUERIES, k)
+    for sign in (1, -1):
+        with pytest.raises(InputError, match="overflow"):
+            model(values=np.full((N, C), sign * 3e38), beta=0.0).logits(QUERIES, k)
     assert torch.isfinite(model(beta=1000.0).logits(QUERIES, k)).all()  # underflow is not an error
 
 
@@ -442,42 +447,42 @@ def test_a_refused_change_changes_nothing(act, error, message):
     assert torch.equal(cache.logits(QUERIES, 16), before)
 
 
-@pytest.mark.parametrize(
-    ("index", "dtype"),
-    [(index, np.float32) for index in EXACT_TYPES + COMPRESSED + CLASSES] + [("Flat", np.float16), ("SQ8", np.float16)],
-)
-def test_a_loaded_index_gives_the_same_answers_bit_for_bit(index, dtype, tmp_path):
-    cache = model(keys=KEYS.astype(dtype), index=index, sources=[f"ü{i}" for i in range(N)])
-    cache.save(tmp_path / "x")
-    loaded = Index.load(str(tmp_path / "x"), device="cpu")
-    for k, tail in ((None, True), (16, True), (16, False)):
-        assert torch.equal(loaded.logits(QUERIES, k, tail), cache.logits(QUERIES, k, tail))
-    assert loaded.classify(QUERIES, top=3, k=16) == cache.classify(QUERIES, top=3, k=16)
-    assert loaded.keys.dtype == dtype
-    assert loaded.labels.equals(cache.labels)
-    assert retrieval_tip.verify(tmp_path / "x").n == N
+def reopened(cache, place):
+    cache.save(place)
+    assert verify(place).n == cache.n
+    return Index.load(str(place), device="cpu")
 
 
-@pytest.mark.parametrize("carry", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
-@pytest.mark.parametrize("index", ["Flat", "IVF16,Flat", "HNSW32", "SQ8", "Classes"])
-def test_a_pickled_index_gives_the_same_answers_without_its_folder(index, carry, tmp_path):
-    cache = model(index=index, k=None if index == "Flat" else 9, keys=KEYS.astype(np.float16))
-    if index == "Flat":
+CARRY = {
+    "saved": reopened,
+    "copied": lambda cache, _: copy.deepcopy(cache),
+    "pickled": lambda cache, _: pickle.loads(pickle.dumps(cache)),
+}
+CARRIED = [("saved", index, np.float32) for index in EXACT_TYPES + COMPRESSED + CLASSES]
+CARRIED += [(how, index, np.float16) for how in CARRY for index in ("Flat", "IVF16,Flat", "HNSW32", "SQ8", "Classes")]
+
+
+@pytest.mark.parametrize(("how", "index", "dtype"), CARRIED)
+def test_a_saved_or_pickled_index_gives_the_same_answers_bit_for_bit(how, index, dtype, tmp_path):
+    cache = model(index=index, keys=KEYS.astype(dtype), sources=[f"ü{i}" for i in range(N)])
+    if index == "Flat" and how != "saved":
         closed_form.fit(cache, closed_form.Fit("within", "solved"))
     cache.index.effort = 3
-    cache.save(tmp_path / "index")
-    cache = Index.load(tmp_path / "index", device="cpu")
-    cache.add(unit(KEYS[:5] + 0.1), Y[:5])  # the second segment
-    there = carry(cache)
+    cache = reopened(cache, tmp_path / "index")
+    cache.add(unit(KEYS[:5] + 0.1), Y[:5])
+    there = CARRY[how](cache, tmp_path / "there")
     shutil.rmtree(tmp_path / "index")
-    assert (there.folder, there.version, there.index.effort) == (None, None, cache.index.effort)
-    np.testing.assert_array_equal(there.logits(QUERIES), cache.logits(QUERIES))
-    assert there.classify(QUERIES) == cache.classify(QUERIES)
+    assert there.index.effort == cache.index.effort
+    assert how == "saved" or (there.folder, there.version) == (None, None)
+    for k, tail in ((None, True), (16, True), (16, False)):
+        assert torch.equal(there.logits(QUERIES, k, tail), cache.logits(QUERIES, k, tail))
+    assert there.classify(QUERIES, top=3, k=16) == cache.classify(QUERIES, top=3, k=16)
+    assert there.keys.dtype == dtype
+    assert there.labels.equals(cache.labels)
     added = there.add(QUERIES[:2], [0, 1])
     assert (added, there.n, cache.n) == ([N + 5, N + 6], N + 7, N + 5)
-    there.save(tmp_path / "again")
-    opened = Index.load(tmp_path / "again", device="cpu")
-    np.testing.assert_array_equal(opened.logits(QUERIES), there.logits(QUERIES))
+    opened = reopened(there, tmp_path / "again")
+    assert torch.equal(opened.logits(QUERIES), there.logits(QUERIES))
 
 
 def test_a_pickle_from_a_gpu_is_loaded_on_the_cpu_of_another_machine(monkeypatch):
@@ -489,21 +494,97 @@ def test_a_pickle_from_a_gpu_is_loaded_on_the_cpu_of_another_machine(monkeypatch
     np.testing.assert_array_equal(there.logits(QUERIES), model().logits(QUERIES))
 
 
+CURVE = pa.table({"epoch": [1, 2, 3], "loss": [0.9, 0.5, 0.4]})
+
+
+@pytest.fixture
+def index(tmp_path):
+    """A fine-tuned index."""
+    replace(model(values=VALUES), curve=CURVE).save(tmp_path / "index")
+    return tmp_path / "index"
+
+
+def names(folder):
+    return {kind: file.name for kind, file in Versions(folder).current().files.items()}
+
+
+def test_a_fine_tuned_index_is_loaded_as_it_was_saved_and_its_files_are_copied_to_later_versions(index, tmp_path):
+    cache, loaded, first = model(values=VALUES), Index.load(index, device="cpu"), names(index)
+    for k, tail in ((None, True), (9, True), (9, False)):
+        assert torch.equal(loaded.logits(QUERIES, k, tail), cache.logits(QUERIES, k, tail))
+    manifest, described = Versions(index).current(), Versions(index).describe()
+    rows = {"keys": N, "labels": N, "text": C, "values": N, "curve": 3}
+    assert {kind: file.rows for kind, file in manifest.files.items()} == rows
+    assert Manifest.from_bytes(manifest.to_bytes(), "x") == manifest
+    assert described["files"] == first
+    assert described["bytes"] == sum(path.stat().st_size for path in (index / "data").iterdir())
+    loaded.settings = loaded.settings.override(alpha=9.0)
+    loaded.save_settings(index)
+    assert names(index) == first
+    loaded.add(QUERIES[:2], [0, 1])
+    loaded.save(index)
+    second = names(index)
+    assert {kind for kind in first if first[kind] != second[kind]} == {"keys", "labels", "values"}
+    loaded.save(tmp_path / "elsewhere")
+    shutil.rmtree(index)
+    for folder in (tmp_path / "elsewhere", tmp_path / "again"):
+        loaded.save(folder)
+        found = verify(folder)
+        assert found.curve.equals(CURVE)
+        assert torch.equal(found.logits(QUERIES, 9), loaded.logits(QUERIES, 9))
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "entry"),
+    [
+        ("values", npy(VALUES[:-1]), {}),
+        ("values", npy(VALUES[:, :-1]), {}),
+        ("values", npy(VALUES.astype(np.float16)), {}),
+        ("values", npy(VALUES), {"rows": N + 1}),
+        ("curve", b"x", {}),
+        ("curve", None, {"rows": 4}),
+    ],
+    ids=["rows", "columns", "dtype", "more rows", "damage", "rows of the curve"],
+)
+def test_a_file_that_contradicts_the_manifest_is_refused(index, kind, data, entry):
+    path = resealed(index, kind, (index / names(index)[kind]).read_bytes() if data is None else data, **entry)
+    for opened in (Index.load, verify):
+        refused(partial(opened, index), index / "manifest.json" if entry == {"rows": N + 1} else path)
+
+
+def test_verify_finds_values_that_are_not_finite(index):
+    resealed(index, "values", npy(np.where(np.arange(C) == 1, np.nan, VALUES).astype(np.float32)))
+    with pytest.raises(StoreError, match="values are not finite"):
+        verify(index)
+
+
+def test_a_bad_curve_is_refused_and_changes_nothing(index):
+    before = snapshot(index)
+    odd = pa.table({"loss": pa.UnionArray.from_sparse(pa.array([0], pa.int8()), [pa.array([1])])})
+    with pytest.raises(InputError, match=r"^curve: cannot store a column"):
+        replace(model(values=VALUES), curve=odd).save(index)
+    assert snapshot(index) == before
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("index", EXACT_TYPES + COMPRESSED)
-def test_gpu_answers_match_the_cpu(index, tmp_path):
-    cpu = model(index=index)
-    cpu.save(tmp_path / "x")
-    gpu = Index.load(tmp_path / "x", device="cuda")  # the same saved index
+@pytest.mark.parametrize(
+    ("index", "values"), [*((index, None) for index in EXACT_TYPES + COMPRESSED), ("Flat", VALUES)]
+)
+def test_gpu_answers_match_the_cpu(index, values, tmp_path):
+    model(index=index, values=values).save(tmp_path / "x")
+    cpu, gpu = (Index.load(tmp_path / "x", device=device) for device in ("cpu", "cuda"))
     for k, tail in ((None, True), (16, True), (16, False)):
         one, other = cpu.logits(QUERIES, k, tail), gpu.logits(torch.from_numpy(QUERIES).cuda(), k, tail)
         assert other.device.type == "cuda"
         torch.testing.assert_close(other.cpu(), one, rtol=0, atol=2e-3 if k is None or index == "Flat" else 0.05)
     answers = [m.classify(QUERIES, k=16) for m in (cpu, gpu)]
     assert [a.label for a in answers[0]] == [a.label for a in answers[1]]
-    gpu.add(QUERIES[:2], [0, 1])
+    for own in (gpu, cpu):
+        own.add(QUERIES[:2], [0, 1])
+        own.remove([4])
+    taken = [own.take(np.array([3, 1, 30])).logits(QUERIES).cpu() for own in (gpu, cpu)]
+    torch.testing.assert_close(*taken, rtol=0, atol=2e-3)
     gpu.save(tmp_path / "x")
-    cpu.add(QUERIES[:2], [0, 1])
-    torch.testing.assert_close(
-        Index.load(tmp_path / "x", device="cpu").logits(QUERIES), cpu.logits(QUERIES), rtol=0, atol=1e-4
-    )
+    found = Index.load(tmp_path / "x", device="cpu")
+    torch.testing.assert_close(found.logits(QUERIES), cpu.logits(QUERIES), rtol=0, atol=1e-4)
+    assert values is None or torch.equal(found.values, cpu.values)

@@ -62,22 +62,15 @@ class Other(Fake):
         return np.sqrt(super().encode_images(pixels))
 
 
-@given(st.integers(1, 5), st.lists(st.integers(1, 5), min_size=2, max_size=3))
-def test_joined_features_have_unit_norm_and_mean_affinities(n, widths):
+@given(st.integers(1, 5), st.lists(st.integers(1, 5), min_size=2, max_size=3), st.integers(0, 99))
+def test_joined_features_have_unit_norm_and_the_mean_affinity_weighted_by_shares(n, widths, seed):
     parts = [unit_rows(n, d, seed) for seed, d in enumerate(widths)]
-    joined = side_by_side(parts)
+    joined, shares = side_by_side(parts), np.random.default_rng(seed).dirichlet(np.ones(len(widths)))
+    scaled = joined * scale_of([Part(d, "feature") for d in widths], tuple(shares)).numpy()
+    expected = sum(share * part @ part.T for share, part in zip(shares, parts, strict=True))
+    np.testing.assert_allclose(scaled @ scaled.T, expected, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(joined, axis=1), 1, rtol=1e-5)
     np.testing.assert_allclose(joined @ joined.T, np.mean([part @ part.T for part in parts], axis=0), atol=1e-5)
-
-
-def test_the_affinity_is_the_mean_of_the_encoders_weighted_by_shares():
-    parts = [unit_rows(3, d, d) for d in WIDTHS]
-    scale = scale_of([Part(d, "feature") for d in WIDTHS], (0.25, 0.75))
-    assert scale is not None
-    scaled = side_by_side(parts) * scale.numpy()
-    np.testing.assert_allclose(
-        scaled @ scaled.T, 0.25 * parts[0] @ parts[0].T + 0.75 * parts[1] @ parts[1].T, atol=1e-5
-    )
 
 
 def test_without_a_fit_all_encoders_count_equally():

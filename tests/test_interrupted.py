@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from conftest import SOAK, few, sampled
 from sealing import one_line, snapshot
-from stored import copied, made
+from stored import copied, everything, made
 from tables import unit_rows, write_table
 
 from retrieval_tip.cli import main
@@ -38,8 +38,7 @@ from retrieval_tip.lance.key_table import KeyTable
 from retrieval_tip.store import files as store_files
 from retrieval_tip.store import versions as store_versions
 from retrieval_tip.store.address import storage_options
-from retrieval_tip.store.files import FILE_NAME, TEMPORARY, BucketFiles, LocalFiles
-from retrieval_tip.store.manifest import Manifest
+from retrieval_tip.store.files import BucketFiles, LocalFiles
 
 pytestmark = [killing.needs_fork, pytest.mark.timeout(180)]
 
@@ -269,35 +268,25 @@ def test_the_indexes_have_several_versions(worlds):
         assert worlds["Flat"].expected(name)[1] != worlds["Flat"].before
 
 
-def check_folder(folder, *, tidy):
-    """Check that the folder contains only files that kept manifests name or that the next writer will remove."""
-    manifests = [folder / "manifest.json", *(folder / "manifests").glob("[0-9]*.json")]
-    read = [Manifest.from_bytes(path.read_bytes(), str(path)) for path in manifests]
-    named = {folder / file.name for manifest in read for file in manifest.data_files}
-    left = {path for path in folder.rglob("*") if path.is_file()} - {*manifests, *named, folder / "lock"}
-    if tidy:
-        assert not left
-        assert len({manifest.version for manifest in read}) == len(read) <= KEPT
-    for path in left:
-        assert TEMPORARY.fullmatch(path.name) or (path.parent.name == "data" and FILE_NAME.fullmatch(path.name)), path
-
-
 def check_tidy(place, behind=False):
     """Check that the next writer has removed all rows, files, objects and tags of the killed writer."""
     at = stores.at(place)
-    if "://" not in place:
-        check_folder(Path(place), tidy=True)
-        return
-    if behind:  # the table has a version that no manifest names, which the next change removes
-        changes.configure(place, temperature=2.0)
-    manifest, options = at.manifest(), storage_options(at.address) or None
-    own = lancedb.connect(at.address.uri, storage_options=options).open_table("keys")
-    assert (own.version, own.count_rows()) == (manifest.table.version, manifest.n)
-    at.collect(1)
-    assert list(at.files.sizes("manifests")) == [f"manifests/{manifest.version:06d}.json"]
-    assert set(at.files.sizes("data")) == {file.name for file in at.manifest().data_files}
-    assert not own.tags.list()
-    assert at.address.local is None or not list(at.address.local.rglob("*.tmp"))
+    if "://" in place:
+        if behind:  # the table has a version that no manifest names, which the next change removes
+            changes.configure(place, temperature=2.0)
+        manifest, options = at.manifest(), storage_options(at.address) or None
+        own = lancedb.connect(at.address.uri, storage_options=options).open_table("keys")
+        assert (own.version, own.count_rows()) == (manifest.table.version, manifest.n)
+        at.collect(1)
+        assert not own.tags.list()
+    versions = at.history()["version"].to_pylist()
+    named = {file.name for version in versions for file in at.manifest(version).data_files}
+    numbered = [f"manifests/{version:06d}.json" for version in versions]
+    named |= {*numbered[:-1], "manifest.json"} if "://" not in place else set(numbered)
+    assert len(versions) <= KEPT
+    found = [name for name in everything(place) if name != "lock"]
+    assert {name for name in found if not name.startswith("keys.lance")} == named
+    assert not [name for name in found if name.endswith(".tmp")]
     at.verify()
 
 
@@ -307,8 +296,6 @@ def check_killed(place, world, operation):
     if operation == "first" and not at.exists():
         state = "before"
     else:
-        if "://" not in place:
-            check_folder(Path(place), tidy=False)
         version, found, kept = at.manifest().version, answer(place), at.history()["version"].to_pylist()
         assert kept[-1] == version
         if operation == "gc":
