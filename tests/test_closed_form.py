@@ -15,7 +15,7 @@ import pytest
 import torch
 from clusters import C, D, clusters, text_of, unit
 from conftest import examples, few, nearest_keys, needs_real, parts_of
-from dense import affinity, cache_logits, discriminant, solved
+from dense import affinity, cache_logits, discriminant, scatter, solved
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tables import read_features, write_table
@@ -58,9 +58,7 @@ def dense(cache, queries, form):
     means = np.stack([keys[ids == i].mean(0) for i in range(c)])
     if form.metric is not None:
         shrinkage = form.metric.shrinkage
-        s = np.zeros((keys.shape[1],) * 2)
-        for key, i in zip(keys, ids, strict=True):
-            s += np.outer(key - means[i], key - means[i]) / len(keys)
+        s = scatter(keys, ids)
         s = (1 - shrinkage) * s + shrinkage * np.trace(s) / len(s) * np.eye(len(s))
         transform = np.linalg.inv(np.linalg.cholesky(s)).T
         keys, q = unit((keys - means.mean(0)) @ transform), unit((q - means.mean(0)) @ transform)
@@ -135,13 +133,10 @@ def test_the_scatter_matches_the_definition(seed, c, shots, shrinkage, d):
     ids = np.sort(draw.integers(0, c, c * shots))
     keys = unit(draw.normal(size=(len(ids), d))).astype(np.float32)
     found = Folds(keys, torch.from_numpy(ids), c, None, []).scatter(torch.arange(len(ids)))
-    present = np.unique(ids)
-    means = {i: keys[ids == i].astype(np.float64).mean(0) for i in present}
-    several = np.bincount(ids).max() > 1
-    centred = keys - np.stack([means[i] for i in ids]) if several else keys - keys.astype(np.float64).mean(0)
-    expected = centred.T @ centred / len(ids)
+    expected = scatter(keys, ids if np.bincount(ids).max() > 1 else 0 * ids)
     np.testing.assert_allclose(found.matrix, expected, atol=1e-6)
-    np.testing.assert_allclose(found.mean, np.mean([means[i] for i in present], axis=0), atol=1e-6)
+    means = [keys[ids == i].astype(np.float64).mean(0) for i in np.unique(ids)]
+    np.testing.assert_allclose(found.mean, np.mean(means, axis=0), atol=1e-6)
     metric = Within(shrinkage).fit(found)
     if metric is not None:
         shrunk = (1 - shrinkage) * expected + shrinkage * np.trace(expected) / d * np.eye(d)
@@ -380,11 +375,9 @@ def test_on_dtd_photos_of_some_classes_do_not_crowd_out_the_others(shared, cover
 def test_a_prior_is_the_scatter_of_other_keys_around_their_class_means():
     parts = [clusters(9, seed) for seed in (1, 2)]
     prior = pooled([Sums.of([part], C, D) for part in parts])
-    apart = np.concatenate([keys - np.repeat([keys[ids == i].mean(0) for i in range(C)], 9, 0) for keys, ids in parts])
-    np.testing.assert_allclose(prior, apart.T @ apart / (2 * 8 * C), rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(prior, np.mean([scatter(*part) for part in parts], 0) * 9 / 8, rtol=1e-4, atol=1e-7)
     keys, ids = clusters(3)
-    own = keys - np.repeat([keys[ids == i].mean(0) for i in range(C)], 3, 0)
-    expected = (own.T @ own + 1000 * prior) / (2 * C + 1000)
+    expected = (3 * C * scatter(keys, ids) + 1000 * prior) / (2 * C + 1000)
     found = Folds(keys, torch.from_numpy(ids), C, None, [], prior=prior).scatter(torch.arange(len(ids)))
     np.testing.assert_allclose(found.matrix, expected, rtol=1e-4, atol=1e-7)
     with pytest.raises(InputError, match="no class has two"):
@@ -405,13 +398,12 @@ def test_a_prior_from_other_photos_improves_few_shot_accuracy(shots, text):
 @pytest.mark.parametrize("widths", [(), (6, 10)])
 def test_dimensions_count_the_directions_in_which_photos_of_a_class_vary_in_the_metric(widths):
     root = np.random.default_rng(0).normal(size=(D, D)) * np.linspace(0.1, 2, D)
-    scatter = Scatter(torch.zeros(D), torch.from_numpy(root @ root.T), widths)
-    transform = scatter.whitening(0.4).transform.double()
-    inside = torch.linalg.eigvalsh(transform.T @ scatter.matrix @ transform)
-    assert dimensions(scatter, 0.4) == pytest.approx(float(inside.sum() ** 2 / (inside**2).sum()), rel=1e-4)
-    assert dimensions(replace(scatter, matrix=torch.eye(D).double()), 0.4) == pytest.approx(D)
-    assert dimensions(replace(scatter, matrix=torch.diag(torch.arange(D) == 0).double()), 0.4) == pytest.approx(1)
-    assert dimensions(replace(scatter, matrix=torch.zeros(D, D).double()), 0.4) == 0
+    whole = Scatter(torch.zeros(D), torch.from_numpy(root @ root.T), widths)
+    transform = whole.whitening(0.4).transform.double()
+    inside = torch.linalg.eigvalsh(transform.T @ whole.matrix @ transform)
+    assert dimensions(whole, 0.4) == pytest.approx(float(inside.sum() ** 2 / (inside**2).sum()), rel=1e-4)
+    for matrix, number in ((torch.eye(D), D), (torch.diag(torch.arange(D) == 0), 1), (torch.zeros(D, D), 0)):
+        assert dimensions(replace(whole, matrix=matrix.double()), 0.4) == pytest.approx(number)
 
 
 @pytest.mark.parametrize(("d", "scale"), [(16, 1.0), (16, 0.0), (512, 1.0)])
@@ -484,13 +476,11 @@ def test_class_prior_shots_gives_all_shots_equal_weight(run, tables):
     assert run("index", "build", tables / "tail.parquet", "--class-prior", "shots", "--out", index).exit_code == 0
     cache = Index.load(index, device="cpu")
     assert cache.fitted.class_prior == "shots"
-
-    def expected():
-        return solved(np.asarray(cache.vectors), cache.class_ids, C, cache.settings.beta, cache.fitted.ridge)
-
-    np.testing.assert_allclose(cache.values, expected(), atol=1e-4)
-    cache.add(clusters(1, seed=8)[0], NAMES)
-    np.testing.assert_allclose(cache.values, expected(), atol=1e-4)
+    for more in (0, 5):
+        if more:
+            cache.add(clusters(1, seed=8)[0], NAMES)
+        expected = solved(cache.vectors, cache.class_ids, C, cache.settings.beta, cache.fitted.ridge)
+        np.testing.assert_allclose(cache.values, expected, atol=1e-4)
     assert run("fit", index).exit_code == 0
     assert Index.load(index).fitted.class_prior == "shots"
     assert run("fit", index, "--class-prior", "even").exit_code == 0
@@ -586,31 +576,6 @@ def test_a_new_form_takes_one_class_and_one_entry(tmp_path):
     assert after > before + 0.05
     with pytest.raises(InputError, match="diagonal"):
         closed_form.estimate(found)
-
-
-def test_the_metric_is_chosen_if_it_helps():
-    cache = model(12, text=False, spread=1.0)
-    queries, truth = clusters(40, seed=7, spread=1.0)
-    before = (cache.logits(queries).argmax(1).numpy() == truth).mean()
-    choice = closed_form.fit(cache)
-    after = (cache.logits(queries).argmax(1).numpy() == truth).mean()
-    assert after > before + 0.05
-    assert abs(choice.both - after) < 0.2
-    assert cache.fitted.metric == "within"
-    assert cache.fitted.keys == cache.n
-    assert [trial.form for trial in choice.trials] == [form for form in FORMS if form.values is not None]
-
-
-def test_unhelpful_text_does_not_reduce_the_accuracy():
-    keys, ids = clusters(12)
-    noise = unit(np.random.default_rng(8).normal(size=(C, D))).astype(np.float32)
-    cache = Index.from_features(keys, ids, [str(i) for i in range(C)], noise)
-    choice = closed_form.fit(cache)
-    queries, truth = clusters(20, seed=7)
-    text, alone = parts_of(cache, queries)
-    both = (cache.logits(queries).argmax(1).numpy() == truth).mean()
-    assert choice.words < 0.5 < choice.photos
-    assert both >= (alone.argmax(1).numpy() == truth).mean() - 0.03 > (text.argmax(1).numpy() == truth).mean()
 
 
 def test_one_photo_per_class_uses_the_documented_settings():
@@ -976,10 +941,8 @@ def test_the_metric_of_few_keys_is_stored_in_the_directions_in_which_they_vary(k
     keys, ids = clusters(4, d=d)
     cache = Index.from_features(keys, ids, NAMES, device="cpu")
     closed_form.fit(cache, forms=[Form(Within(shrinkage), Solved(0.1), 1.0)])
-    wide, means = keys.astype(np.float64), np.stack([keys[ids == i].mean(0) for i in range(C)])
-    apart = wide - means[ids]
-    scatter = apart.T @ apart / len(keys)
-    found, directions = np.linalg.eigh((1 - shrinkage) / (np.trace(scatter) / d) * scatter + shrinkage * np.eye(d))
+    s = scatter(keys, ids)
+    found, directions = np.linalg.eigh((1 - shrinkage) / (np.trace(s) / d) * s + shrinkage * np.eye(d))
     exact = torch.from_numpy((directions * found**-0.5) @ directions.T).float()
     np.testing.assert_allclose(cache.metric.transform, exact, atol=1e-5)
     place = f"{kind}{tmp_path / 'index'}"
@@ -998,6 +961,5 @@ def test_the_metric_of_few_keys_is_stored_in_the_directions_in_which_they_vary(k
 def test_the_scatter_of_keys_that_are_nearly_equal_is_finite():
     draw = np.random.default_rng(0)
     keys = torch.from_numpy(unit(np.eye(64)[np.arange(60) % 3] + 1e-7 * draw.normal(size=(60, 64)))).float()
-    scatter = FewScatter.of(keys, torch.arange(60) % 3, 3)
-    metric = scatter.whitening(0.8)
+    metric = FewScatter.of(keys, torch.arange(60) % 3, 3).whitening(0.8)
     assert metric is None or bool(torch.isfinite(metric.transform).all())

@@ -152,14 +152,6 @@ def test_the_keys_of_an_index_of_format_7_can_be_changed(name, tmp_path):
     assert {largest, dog} <= set(now.find(["cat"])["key_id"].to_pylist())
 
 
-def test_an_index_with_trained_encoder_weights_is_refused(run):
-    folder = INDEXES / "v7" / "trained-encoder"
-    refused = run("classify", folder, "photo.jpg")
-    assert refused.exit_code == 1
-    expected = "has trained encoder weights, which are no longer read; build it again"
-    assert refused.stderr == f"Error: {folder}/manifest.json: {expected}\n"
-
-
 @pytest.mark.parametrize("name", SEGMENTED)
 def test_settings_alone_also_rewrite_the_segments(name, tmp_path):
     place = copied(name, tmp_path)
@@ -187,12 +179,15 @@ def test_the_versions_of_format_7_are_kept(tmp_path):
     assert {f"data/{path.name}" for path in (Path(place) / "data").iterdir()} == named
 
 
-def test_an_index_of_an_earlier_format_is_refused_in_one_line(tmp_path, run):
-    place = Path(copied("plain", tmp_path))
+def test_an_index_of_an_earlier_format_or_with_trained_encoder_weights_is_refused_in_one_line(tmp_path, run):
+    place, trained = Path(copied("plain", tmp_path)), INDEXES / "v7" / "trained-encoder"
     (place / "manifest.json").write_bytes(sealed(manifest_of(place) | {"format_version": 6}))
-    failed = run("index", "info", place)
-    assert failed.exit_code == 1
-    assert failed.stderr == f"Error: {place}: built by an earlier version; build it again\n"
+    for folder, words in (
+        (place, f"{place}: built by an earlier version; build it again"),
+        (trained, f"{trained}/manifest.json: has trained encoder weights, which are no longer read; build it again"),
+    ):
+        failed = run("classify", folder, "photo.jpg")
+        assert (failed.exit_code, failed.stderr) == (1, f"Error: {words}\n")
 
 
 @pytest.mark.parametrize("old", ["format", "encoder"])

@@ -87,50 +87,65 @@ def _write(job):
     return {"versions": versions, "key_ids": key_ids, "own": own, "removed": removed, "done": done}
 
 
-def check_whole(cache, rng):
-    """Check that an open index is one version: each key has its label, and is found by a search."""
+def check_whole(cache):
+    """Check that an open index is one version: each key has its label, and is found by a search. Return the version."""
     sources, labels = cache.labels["source"].to_pylist(), cache.labels["label"].to_pylist()
     assert len(set(sources)) == len(sources) == cache.n
     assert len(set(cache.labels["key_id"].to_pylist())) == cache.n
-    rows = sorted(rng.sample(range(cache.n), 4))
+    rows = sorted(random.sample(range(cache.n), 4))
     expected = np.stack([vector(sources[row]) for row in rows])
     assert np.array_equal(cache.keys[np.asarray(rows)], expected)
     for row, [near] in zip(rows, nearest_keys(cache, expected), strict=True):
         assert (near["source"], near["label"]) == (sources[row], labels[row])
         assert near["affinity"] > 0.999
+    return cache.version
+
+
+def check_history(index):
+    rows = Versions(index).history().to_pylist()
+    numbers = [row["version"] for row in rows]
+    assert numbers == list(range(numbers[0], numbers[-1] + 1))
+    assert [row["parent"] for row in rows] == [version - 1 or None for version in numbers]
+    assert [row["current"] for row in rows] == [False] * (len(rows) - 1) + [True]
+    return numbers[-1]
+
+
+def check_query(index):
+    [found] = Versions(index).query("SELECT count(*) AS n, count(DISTINCT source) AS m FROM labels").to_pylist()
+    assert found["n"] == found["m"]
+    return Versions(index).query("SELECT max(version) AS v FROM versions").to_pylist()[0]["v"]
+
+
+def check_description(index):
+    facts = Versions(index).describe()
+    assert all(version < facts["version"] for version in facts["earlier_versions"])
+    return facts["version"]
+
+
+READ = {
+    "load": lambda index, _: check_whole(Index.load(index, device="cpu")),
+    "fast": lambda index, _: check_whole(Index.load(index, device="cpu", verify="fast")),
+    "reload": lambda _, staying: check_whole(staying.reload()),
+    "describe": lambda index, _: check_description(index),
+    "history": lambda index, _: check_history(index),
+    "query": lambda index, _: check_query(index),
+    "verify": lambda index, _: check_whole(verify(index)),
+}
+"""Ways to read an index, given its folder and an open index. Each checks that it sees one version, and returns it."""
 
 
 def _read(job):
-    """Load and query until the time is up. The first reader keeps its index open, and uses :meth:`reload`."""
-    folder, number = Path(job["folder"]), job["number"]
-    rng, versions, reads = random.Random(number), [0], 0
-    staying = Index.load(folder, device="cpu")
+    """Read in every way until the time is up. An open index does not change, and no version is older than another."""
+    folder, ways = Path(job["folder"]), random.Random(job["number"])
+    versions, staying = [0], Index.load(folder, device="cpu")
     end = time.monotonic() + job["seconds"]
-    while time.monotonic() < end or reads < 2:  # even if a busy machine gives the reader no time
-        if number == 0:
-            before, then = staying, staying.logits(QUERIES)
-            staying = cache = staying.reload()
-            assert np.array_equal(before.logits(QUERIES), then)  # an open index does not change
-        else:
-            cache = Index.load(folder, device="cpu", verify=rng.choice(["full", "fast"]))
-        assert cache.version is not None
-        assert cache.version >= versions[-1]
-        versions.append(cache.version)
-        check_whole(cache, rng)
-        reads += 1
-        if number == 2:
-            numbers = Versions(folder).history()["version"].to_pylist()
-            assert numbers == list(range(numbers[0], numbers[-1] + 1))
-            assert numbers[-1] >= versions[-1]
-        elif number == 3:
-            counted = (
-                Versions(folder).query("SELECT count(*) AS n, count(DISTINCT source) AS m FROM labels").to_pylist()[0]
-            )
-            assert counted["n"] == counted["m"]
-            facts = Versions(folder).describe()
-            assert facts["version"] >= versions[-1]
-            assert all(version < facts["version"] for version in facts["earlier_versions"])
-    return {"reads": reads, "versions": len(set(versions[1:]))}
+    while time.monotonic() < end or len(versions) < 3:  # even if a busy machine gives the reader no time
+        expected, before = staying.logits(QUERIES), staying
+        versions.append(READ[ways.choice([*READ])](folder, staying))
+        assert versions[-1] >= versions[-2]
+        staying = staying.reload()
+        assert np.array_equal(before.logits(QUERIES), expected)
+    return {"reads": len(versions) - 1, "versions": len(set(versions[1:]))}
 
 
 def _build(job):
@@ -195,11 +210,7 @@ def test_writers_lose_nothing_and_readers_never_fail(server, index, tmp_path):
     made = sorted(version for one in written for version in one["versions"])
     last = Versions(index).current().version
     assert sorted(set(made)) == list(range(2, last + 1))
-    history = Versions(index).history().to_pylist()
-    numbers = [row["version"] for row in history]
-    assert numbers == list(range(numbers[0], last + 1))
-    assert [row["parent"] for row in history] == [version - 1 or None for version in numbers]
-    assert [row["current"] for row in history] == [False] * (len(history) - 1) + [True]
+    assert check_history(index) == last
     # No key was lost, and no key id was given twice.
     given = [key_id for one in written for key_id in one["key_ids"]]
     assert sorted(given) == list(range(len(BASE), len(BASE) + len(given)))
@@ -210,7 +221,7 @@ def test_writers_lose_nothing_and_readers_never_fail(server, index, tmp_path):
     assert found == expected | {source: i for i, source in enumerate(BASE)}
     assert not {source for one in written for source in one["removed"]} & found.keys()
     assert cache.next_key_id == len(BASE) + len(given)
-    check_whole(cache, random.Random(0))
+    check_whole(cache)
     # All writers and readers made progress.
     assert all(one["done"] for one in written)
     assert all(one["reads"] > 1 for one in read)
@@ -262,21 +273,6 @@ class Inline:
 
     def shutdown(self, wait):
         pass
-
-
-READ = {
-    "load": lambda index, _: check_whole(Index.load(index, device="cpu"), random.Random(0)),
-    "reload": lambda _, staying: check_whole(staying.reload(), random.Random(0)),
-    "describe": lambda index, _: Versions(index).describe(),
-    "history": lambda index, _: check_history(index),
-    "query": lambda index, _: Versions(index).query("SELECT count(*) FROM labels, versions"),
-    "verify": lambda index, _: check_whole(verify(index), random.Random(0)),
-}
-
-
-def check_history(index):
-    numbers = Versions(index).history()["version"].to_pylist()
-    assert numbers == list(range(numbers[0], numbers[-1] + 1))
 
 
 @pytest.mark.parametrize("name", READ)

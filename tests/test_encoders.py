@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from dense import scatter
 from fake import IDENTITY, Fake
 from fastapi.testclient import TestClient
 from hypothesis import given
@@ -139,12 +140,11 @@ def test_the_prior_of_joined_encoders_is_scaled_by_their_shares(each):
     assert form.metric is not None
     assert index.metric is not None
     scale = np.repeat(np.sqrt(2 * np.array(index.shares)), WIDTHS)
-    keys = np.asarray(index.keys, dtype=np.float64)
-    apart = keys - np.repeat([keys[ids == i].mean(0) for i in range(len(NAMES))], each, 0)
-    scatter = (apart.T @ apart + 1000 * prior) / (len(NAMES) * (each - 1) + 1000) * np.outer(scale, scale)
-    variance = sum(part.mean() for part in np.split(scatter.diagonal(), [WIDTHS[0]]))
+    own = len(ids) * scatter(index.keys, ids)
+    whole = (own + 1000 * prior) / (len(NAMES) * (each - 1) + 1000) * np.outer(scale, scale)
+    variance = sum(part.mean() for part in np.split(whole.diagonal(), [WIDTHS[0]]))
     s = form.metric.shrinkage
-    inverse = np.linalg.inv((1 - s) * scatter / variance + s * np.eye(len(scale))) * np.outer(scale, scale)
+    inverse = np.linalg.inv((1 - s) * whole / variance + s * np.eye(len(scale))) * np.outer(scale, scale)
     transform = index.metric.transform.double().numpy()
     np.testing.assert_allclose(transform @ transform.T, inverse, rtol=1e-3, atol=1e-4)
 

@@ -639,14 +639,6 @@ def test_rows_that_share_an_id_are_the_views_of_a_shot(tmp_path):
     assert np.array_equal(found.features, rows[[6, 4, 1, 0, 5]])
 
 
-def test_one_row_per_shot_returns_the_table_itself(tmp_path):
-    rows = unit_rows(5, 4)
-    found = Reader().encode_views(table(tmp_path / "t.parquet", list("edcba"), rows), view_names(1, 4))
-    assert found.positions.tolist() == [0, 1, 2, 3, 4]
-    assert found.starts.tolist() == [0, 1, 2, 3, 4, 5]
-    assert np.array_equal(found.features, rows)
-
-
 def test_views_of_tables_raise_the_errors_of_blocks(tmp_path):
     rows = unit_rows(3, 4)
     rows[1] *= 2

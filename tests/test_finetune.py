@@ -222,17 +222,6 @@ def test_the_curve_matches_the_answers_for_validation_images(shots, val):
     assert tuned.epoch > 0
 
 
-def test_a_float16_index_stays_float16(shots, tmp_path):
-    cache = index(dtype=np.float16)
-    tuned = finetune.finetune(cache, shots, Reader(), OWN)
-    tuned.save(tmp_path / "tuned")
-    found = verify(tmp_path / "tuned")
-    assert found.keys.dtype == np.float16
-    assert not np.array_equal(found.keys, cache.keys)
-    exact = finetune.finetune(index(), shots, Reader(), OWN)
-    np.testing.assert_allclose(found.keys.astype(np.float32), exact.index.keys, atol=2e-3)
-
-
 def test_a_fine_tuned_index_can_be_fine_tuned_again(shots, val):
     first = finetune.finetune(index(), shots, Reader(), replace(OWN, train=("keys", "values")), val=val)
     again = finetune.finetune(first.index, shots, Reader(), replace(OWN, seed=2, epochs=8))
@@ -241,17 +230,20 @@ def test_a_fine_tuned_index_can_be_fine_tuned_again(shots, val):
     assert losses(again)[-1] < losses(first)[0]
 
 
-def test_training_in_bfloat16_is_close_to_float32(shots):
+@pytest.mark.parametrize(("dtype", "precision"), [("float16", "float32"), ("float32", "bfloat16")])
+def test_an_index_or_a_training_in_half_precision_is_close_to_float32(shots, tmp_path, dtype, precision):
     recipe = replace(OWN, epochs=20)
-    exact, near = (
-        finetune.finetune(index(), shots, Reader(), replace(recipe, precision=precision))
-        for precision in ("float32", "bfloat16")
-    )
-    assert not np.array_equal(exact.index.keys, near.index.keys)
-    assert near.index.keys.dtype == np.float32
-    assert abs(accuracy(exact.index) - accuracy(near.index)) <= 0.01
+    exact = finetune.finetune(index(), shots, Reader(), recipe)
+    near = finetune.finetune(index(dtype=np.dtype(dtype)), shots, Reader(), replace(recipe, precision=precision))
+    near.save(tmp_path / "tuned")
+    found = verify(tmp_path / "tuned")
+    assert found.keys.dtype == dtype
+    assert not np.array_equal(exact.index.keys, found.keys)
+    if dtype == "float16":
+        np.testing.assert_allclose(found.keys.astype(np.float32), exact.index.keys, atol=2e-3)
+    assert abs(accuracy(exact.index) - accuracy(found)) <= 0.01
     assert losses(near)[-1] == pytest.approx(losses(exact)[-1], rel=0.01)
-    assert facts(near)["precision"] == "bfloat16"
+    assert facts(near)["precision"] == precision
 
 
 def kept_by_definition(curve, n):

@@ -4,13 +4,12 @@ import itertools
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import lancedb
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from clusters import clusters, text_of
-from conftest import SOAK, few, nearest_keys
+from conftest import SOAK, few
 from dense import solved
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
@@ -282,27 +281,6 @@ def test_keys_that_are_read_in_parts_give_the_same_fit(built, form, source, tmp_
     assert (other.values, other.fitted) == (None, one.fitted)
     assert other.fitted.keys == 38
     check_same(one, other)
-
-
-@pytest.mark.usefixtures("small_limits")
-def test_the_vector_index_covers_the_points(tmp_path, monkeypatch):
-    monkeypatch.setattr(lance_rows, "INDEX_FROM", 500)
-    place, source = made(tmp_path, "lance"), table(tmp_path / "many.parquet", 200)
-    build_index(open_source(source), place, Reader(), metric="within", k=16, device="cpu")
-    model = stores.at(place).verify()
-    assert (model.index_type, model.fitted.metric, model.rows.table.vector_column) == ("IvfFlat", "within", "_point")
-    own = lancedb.connect(model.rows.table.address.uri).open_table("keys")
-    assert [list(entry.columns) for entry in own.list_indices()] == [["_point"]]
-    assert (
-        len([name for name in everything(place) if name.startswith("keys.lance/data/")]) == 1
-    )  # no data of an earlier version
-    points = model.metric(torch.from_numpy(model.rows.in_memory().keys)).numpy()
-    wanted = model.metric(torch.from_numpy(QUERIES)).numpy() @ points.T
-    near = model.retrieval.keys.nearest(model.retrieval.keys.points(torch.from_numpy(QUERIES)), 10).affinity.numpy()
-    assert np.isclose(near, -np.sort(-wanted, axis=1)[:, :10], atol=1e-5).mean() > 0.9
-    changes.add(place, open_source(table(tmp_path / "more.parquet", 1, 9, "more")), Reader())
-    late = [one["key_id"] for [one] in nearest_keys(stores.at(place).verify(), clusters(1, 9)[0])]
-    assert sorted(late) == list(range(1000, 1005))
 
 
 def test_solved_values_of_too_many_keys_are_refused(run, built, tmp_path, monkeypatch):

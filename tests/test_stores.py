@@ -206,6 +206,10 @@ def test_a_build_contains_the_keys_labels_and_columns_of_its_source(pets):
         assert [row["shot"] for _, row in sorted(rows.items()) if row["label"] == name] == list(
             range(list(pets.truth.labels.values()).count(name))
         )
+    counted = pets.store.query("SELECT label, keys FROM class_counts ORDER BY class_id").to_pylist()
+    assert {row["label"]: row["keys"] for row in counted if row["keys"]} == Counter(pets.truth.labels.values())
+    versions = pets.store.query("SELECT version, change, keys FROM versions").to_pylist()
+    assert versions == [{"version": 1, "change": "build", "keys": N}]
     facts = pets.store.describe()
     assert (facts["folder"], facts["n"], facts["classes"], facts["k"]) == (pets.place, N, 4, "all")
     assert facts["keys_per_class"]["least"] == 0
@@ -382,25 +386,16 @@ def test_rows_are_grouped_by_class_in_blocks(sizes, monkeypatch):
         assert set(part["key_id"].to_pylist()) == set(range(start, start + len(part)))
 
 
-def versions_of(pets):
-    labels = pets.open().labels
-    return dict(zip(labels["key_id"].to_pylist(), labels["version"].to_pylist(), strict=True))
-
-
 def test_a_rebuild_preserves_rows_and_their_versions(lance_pets):
+    """``test_living.py`` tests the keys and the answers."""
     lance_pets.add(unit_rows(3, D, 30), ["cat"] * 3)
     changes.remove(lance_pets.place, key_ids=[0])
-    lance_pets.truth.remove(0)
-    before, brought = labels_of(lance_pets.place), versions_of(lance_pets)
-    assert set(brought.values()) == {1, 2}
-    changes.rebuild(lance_pets.place, dtype="float16")
-    assert (labels_of(lance_pets.place), versions_of(lance_pets)) == (before, brought)
-    model = lance_pets.store.verify()
-    ids, keys, _ = lance_pets.truth.arrays()
-    assert model.dtype == "float16"
-    np.testing.assert_array_equal(model.rows.of(ids).keys, keys.astype(np.float16))
-    changes.rebuild(lance_pets.place)
-    assert lance_pets.open().dtype == "float16"
+    before = lance_pets.open().labels.sort_by("key_id")
+    assert set(before["version"].to_pylist()) == {1, 2}
+    for dtype in ("float16", None):
+        changes.rebuild(lance_pets.place, dtype=dtype)
+        assert lance_pets.open().labels.sort_by("key_id").select(before.column_names).equals(before)
+        assert lance_pets.open().dtype == "float16"
     lance_pets.refused(lambda: changes.rebuild(lance_pets.place, index="Nonsense"), "Nonsense", error=UsageError)
 
 
@@ -542,20 +537,6 @@ def test_keys_of_another_index_can_be_merged(pets, other, base):
     same = ("source", "camera", "views", "digest")
     assert all(rows[new][name] == rows[i][name] for new, i in enumerate(order, N) for name in same)
     refused(lambda: changes.merge(pets.place, pets.place), "itself", error=UsageError)
-
-
-def test_labels_and_versions_can_be_queried_in_sql(pets):
-    changes.configure(pets.place, k=3)
-    ask = pets.store.query
-    assert ask("SELECT count(*) AS n FROM labels").to_pylist() == [{"n": N}]
-    counted = ask("SELECT label, keys FROM class_counts ORDER BY class_id").to_pylist()
-    assert [row["label"] for row in counted][: len(NAMES)] == NAMES
-    assert sum(row["keys"] for row in counted) == N
-    versions = ask("SELECT version, change, keys FROM versions ORDER BY version").to_pylist()
-    assert versions == [
-        {"version": 1, "change": "build", "keys": N},
-        {"version": 2, "change": "set k 3", "keys": N},
-    ]
 
 
 def test_a_second_writer_is_refused(pets):
@@ -990,6 +971,9 @@ def test_threads_can_share_an_open_index(local_pets):
     assert not failed
 
 
+PLAIN = {"fit": "none"}
+
+
 def clustered(n, seed, classes=20, d=32):
     """Return keys around one centre per class, like those of a backbone, and their labels."""
     labels = np.arange(n) % classes
@@ -1060,34 +1044,46 @@ def test_many_keys_get_a_vector_index_that_later_changes_update(tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    ("kind", "n", "dtype"),
-    few(
-        [
-            ("IvfSq", 3000, "float32"), ("IvfFlat", 3000, "float32"), ("IvfFlat", 3000, "float16"),
-            ("HnswSq", 1500, "float32"), ("IvfSq", 3000, "float16"), ("HnswSq", 1500, "float16"),
-        ],
-        2,
-    ),
+    ("kind", "n", "dtype", "fit"),
+    [
+        *few(
+            [
+                ("IvfSq", 3000, "float32", PLAIN), ("IvfFlat", 3000, "float32", PLAIN),
+                ("IvfFlat", 3000, "float16", PLAIN), ("HnswSq", 1500, "float32", PLAIN),
+                ("IvfSq", 3000, "float16", PLAIN), ("HnswSq", 1500, "float16", PLAIN),
+            ],
+            2,
+        ),
+        ("IvfFlat", 1000, "float32", {"metric": "within", "values": "one-hot"}),
+    ],
 )  # fmt: skip
-def test_affinities_are_inner_products_with_the_stored_keys(tmp_path, kind, n, dtype):
-    """This also holds for compressed indexes."""
+def test_affinities_are_inner_products_with_the_stored_keys_or_points(tmp_path, kind, n, dtype, fit):
+    """This also holds for compressed indexes. With a metric, the vector index covers the points."""
     place = made(tmp_path, "lance")
     rows, labels = clustered(n, 1)
     table = source(tmp_path / "t.parquet", rows, labels)
-    build_index(table, place, Reader(), index=kind, dtype=dtype, fit="none", device="cpu")
+    build_index(table, place, Reader(), index=kind, dtype=dtype, device="cpu", **fit)
     model = stores.at(place).verify()
     assert (model.index_type, model.exact_search, model.manifest.built.auto_index) == (kind, False, False)
-    stored = model.rows.of(range(n)).keys
+    stored, column = model.rows.of(range(n)).keys, "vector" if fit == PLAIN else "_point"
     assert stored.dtype == dtype
     assert np.array_equal(stored, rows.astype(dtype))
-    queries, _ = clustered(60, 3)
+    pets = Pets(place, None, tmp_path, "lance")
+    assert model.rows.table.vector_column == column
+    assert [list(entry.columns) for entry in raw_table(pets).list_indices()] == [[column]]
+    assert (
+        len([name for name in everything(place) if name.startswith("keys.lance/data/")]) == 1
+    )  # none of an earlier version
+    points = (lambda x: x) if fit == PLAIN else (lambda x: model.metric(torch.from_numpy(x)).numpy())
+    queries, stored = clustered(60, 3)[0], points(stored.astype(np.float32))
+    exact = points(queries) @ stored.T
     for q, one in enumerate(model.classify(queries, k=20, neighbours=10)):
-        own = stored[[near.key_id for near in one.neighbours]].astype(np.float32) @ queries[q]
-        np.testing.assert_allclose([near.affinity for near in one.neighbours], own, atol=1e-6)
-        assert len({near.key_id for near in one.neighbours}) == 10
-    found = model.retrieval.keys.nearest(torch.from_numpy(queries), 10).affinity.numpy()
-    exact = np.sort(queries @ stored.astype(np.float32).T, axis=1)[:, ::-1][:, :10]
-    assert np.isclose(found, exact, atol=1e-5).mean() > 0.9
+        ids = [near.key_id for near in one.neighbours]
+        np.testing.assert_allclose([near.affinity for near in one.neighbours], exact[q, ids], atol=1e-6)
+        assert len(set(ids)) == 10
+    keys = model.retrieval.keys
+    found = keys.nearest(keys.points(torch.from_numpy(queries)), 10).affinity.numpy()
+    assert np.isclose(found, -np.sort(-exact, axis=1)[:, :10], atol=1e-5).mean() > 0.9
     changes.add(place, source(tmp_path / "u.parquet", -rows[:40], labels[:40]), Reader())
     model = stores.at(place).verify()
     assert [one["key_id"] for [one] in nearest_keys(model, -rows[:40])] == list(range(n, n + 40))
