@@ -29,8 +29,6 @@ TYPES = {
     "Classes,HNSW8": (False, True, 1e-5),
     "Classes,IVF2,Flat": (False, True, 1e-5),
 }
-EFFORTS = {"IVF16,Flat": 16, "HNSW32": 640, "IVF16,SQfp16": 16, "Classes,IVF2,Flat": 2}
-"""Largest effort of index types that have one."""
 every_type = pytest.mark.parametrize("factory", TYPES)
 
 
@@ -57,12 +55,18 @@ def built(factory):
 
 
 @every_type
-def test_search_returns_near_keys_with_their_affinities(factory):
+def test_search_returns_near_keys_with_their_affinities(factory, tmp_path):
+    """A file of the index gives the same answers and the same bytes."""
     exact_search, exact_affinity, tolerance = TYPES[factory]
     index = built(factory)
-    assert (index.exact_search, index.exact_affinity) == (exact_search, exact_affinity)
-    assert index.by_class == factory.startswith("Classes")
-    assert (index.n, index.d, index.device, index.factory) == (640, D, "cpu", factory)
+    index.save(tmp_path / "index.faiss")
+    loaded = VectorIndex.load(tmp_path / "index.faiss", factory, "cpu")
+    for one in (index, loaded):
+        assert (one.exact_search, one.exact_affinity) == (exact_search, exact_affinity)
+        assert (one.by_class, one.effort) == (factory.startswith("Classes"), index.effort)
+        assert (one.n, one.d, one.device, one.factory) == (640, D, "cpu", factory)
+    loaded.save(tmp_path / "again.faiss")
+    assert (tmp_path / "again.faiss").read_bytes() == (tmp_path / "index.faiss").read_bytes()
     affinity, rows = index.search(QUERIES, np.int64(10))
     assert affinity.shape == rows.shape == (9, 10)
     assert (affinity.dtype, rows.dtype) == (np.float32, np.int64)
@@ -74,6 +78,8 @@ def test_search_returns_near_keys_with_their_affinities(factory):
     assert recall > (0.3 if factory in ("PQ8", "PCA32,Flat") else 0.85)
     np.testing.assert_allclose(affinity, np.take_along_axis(EXACT, rows, axis=1), atol=tolerance)
     affinity, rows = index.search(QUERIES, 10_000)
+    for found, expected in zip(loaded.search(QUERIES, 10_000), (affinity, rows), strict=True):
+        np.testing.assert_array_equal(found, expected)
     assert affinity.shape == rows.shape == (9, 640)
     for row in rows:
         found = row[row >= 0]
@@ -85,24 +91,6 @@ def test_search_returns_near_keys_with_their_affinities(factory):
     if exact_affinity:
         own = np.take_along_axis(EXACT, np.maximum(rows, 0), axis=1)
         np.testing.assert_allclose(affinity[filled], own[filled], atol=tolerance)
-
-
-@every_type
-def test_a_saved_and_loaded_index_gives_the_same_answers(factory, tmp_path):
-    index = built(factory) if factory not in EFFORTS else VectorIndex.build(KEYS, factory, "cpu")
-    if factory in EFFORTS:
-        assert index.effort not in (None, 3)
-        index.effort = 3
-    index.save(tmp_path / "index.faiss")
-    loaded = VectorIndex.load(tmp_path / "index.faiss", factory, "cpu")
-    assert factory not in EFFORTS or (loaded.effort, loaded.effort_limit) == (3, EFFORTS[factory])
-    assert (loaded.n, loaded.d, loaded.exact_search, loaded.exact_affinity) == (640, D, *TYPES[factory][:2])
-    assert (loaded.by_class, loaded.effort) == (index.by_class, index.effort)
-    for one, other in zip(index.search(QUERIES, 20), loaded.search(QUERIES, 20), strict=True):
-        np.testing.assert_array_equal(one, other)
-    again = tmp_path / "again.faiss"
-    loaded.save(again)
-    assert again.read_bytes() == (tmp_path / "index.faiss").read_bytes()
 
 
 BAD = [
@@ -237,3 +225,15 @@ def test_probing_all_lists_is_exact_and_probing_one_list_is_not():
     assert max(found) < 100
     index.effort = None  # has no effect
     assert index.effort == 1
+
+
+@pytest.mark.parametrize("factory", ["IVF16,Flat", "HNSW32", "PCA32,IVF16,Flat", "Classes,IVF16,Flat", "IVF16,SQfp16"])
+def test_effort_is_saved_with_the_index(factory, tmp_path):
+    index = VectorIndex.build(KEYS, factory, "cpu")
+    assert index.effort not in (None, 3)
+    index.effort = 3
+    index.save(tmp_path / "index.faiss")
+    loaded = VectorIndex.load(tmp_path / "index.faiss", factory, "cpu")
+    assert loaded.effort == 3
+    np.testing.assert_array_equal(loaded.search(QUERIES, 50)[1], index.search(QUERIES, 50)[1])
+    assert loaded.effort_limit == (640 if factory == "HNSW32" else 16)
