@@ -203,40 +203,28 @@ def test_real_features_give_the_published_accuracy(shared):
     assert round((names[cache.terms(f).text.argmax(1).numpy()] == truth).mean(), 3) == 0.973
 
 
-@pytest.mark.parametrize(
-    "labels",
-    [
-        Y.astype(np.int32),
-        Y.astype(np.uint8),
-        Y.tolist(),
-        tuple(Y.tolist()),
-        torch.from_numpy(Y),
-        [NAMES[i] for i in Y],
-        np.array([NAMES[i] for i in Y]),
-        np.array([NAMES[i] for i in Y], dtype=object),
-    ],
-    ids=["int32", "uint8", "list of ids", "tuple", "tensor", "list of names", "array of names", "objects"],
-)
-def test_labels_may_be_names_or_ids(labels):
-    assert torch.equal(model(labels=labels).logits(QUERIES), model().logits(QUERIES))
+LABELS = {
+    "int32": Y.astype(np.int32), "uint8": Y.astype(np.uint8), "list of ids": Y.tolist(), "tuple": tuple(Y.tolist()),
+    "tensor": torch.from_numpy(Y), "names": [NAMES[i] for i in Y], "array of names": np.array([NAMES[i] for i in Y]),
+    "objects": np.array([NAMES[i] for i in Y], dtype=object),
+}  # fmt: skip
+FEATURES = {
+    "tensor": torch.from_numpy,
+    "with gradient": lambda x: torch.from_numpy(x).requires_grad_(),
+    "double tensor": lambda x: torch.from_numpy(x).double(),
+    "float64": lambda x: x.astype(np.float64),
+    "by column": np.asfortranarray,
+    "list": np.ndarray.tolist,
+    "read-only": lambda x: np.broadcast_to(x, x.shape),
+    "array": np.asarray,
+}
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        torch.from_numpy,
-        lambda x: torch.from_numpy(x).requires_grad_(),
-        lambda x: torch.from_numpy(x).double(),
-        lambda x: x.astype(np.float64),
-        np.asfortranarray,
-        lambda x: x.tolist(),
-        lambda x: np.broadcast_to(x, x.shape),  # read-only
-    ],
-    ids=["tensor", "with gradient", "double tensor", "float64", "by column", "list", "read-only"],
-)
+@pytest.mark.parametrize(("labels", "features"), zip(LABELS, FEATURES, strict=True))
 @pytest.mark.filterwarnings("error")
-def test_features_may_be_tensors_or_arrays(make):
-    cache = model(keys=make(KEYS), text_weights=make(TEXT))
+def test_labels_may_be_names_or_ids_and_features_tensors_or_arrays(labels, features):
+    make = FEATURES[features]
+    cache = model(keys=make(KEYS), text_weights=make(TEXT), labels=LABELS[labels])
     logits = cache.logits(make(QUERIES))
     assert not logits.requires_grad
     assert torch.equal(logits, model().logits(QUERIES))

@@ -368,7 +368,9 @@ def test_rename_encodes_the_new_name_if_asked(run, pictures, lit_mini):
     assert "new text weight" in Versions(pictures).history()["change"].to_pylist()[-1]
 
 
-def test_new_templates_give_new_text_weights(run, pictures, lit_mini):
+def test_new_templates_give_new_text_weights(run, pictures, lit_mini, tmp_path):
+    other = f"local-dir:{tiny(tmp_path / 'other')}"
+    refused(run("index", "set", pictures, "--template", "a {}", "--model", other), 1, MODEL, other)
     done = run(
         "index", "set", pictures, "--template", "the {}", "--template", "one {}", "--alpha", 2, "--device", "cpu"
     )
@@ -574,3 +576,10 @@ def test_a_clone_into_the_index_itself_is_refused(index):
     with pytest.raises(StoreError, match="inside the index"):
         changes.clone(index, index / "copy")
     assert not (index / "copy").exists()
+
+
+def test_gc_keeps_the_last_ten_versions(run, flipped):
+    for k in range(1, 12):
+        changes.configure(flipped, k=k)
+    assert run("index", "gc", flipped).stdout.startswith(f"{flipped}: deleted 2 versions, ")
+    assert Versions(flipped).history()["version"].to_pylist() == list(range(3, 13))

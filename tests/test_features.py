@@ -28,7 +28,7 @@ from retrieval_tip.data import images
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.reader import Reader, encode_table, view_names
 from retrieval_tip.data.sources import of_images, open_items, open_source
-from retrieval_tip.data.tables import TABLE_ROWS, check_backbone, read_rows, table_dim, table_identity
+from retrieval_tip.data.tables import check_backbone, read_rows, table_dim, table_identity
 from retrieval_tip.errors import BackboneError, InputError, RetrievalTipError, UsageError
 
 
@@ -45,25 +45,26 @@ def all_of(reader, source):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Twelve pictures, a copy of the first one, a file without an image, and a missing file. The last two fail."""
+    """Twelve pictures, a copy of the first, two JPEGs of which one is large enough to be reduced, and two faults."""
     place = pictures(tmp_path_factory.mktemp("photos") / "images")
     (place / "12.png").write_bytes((place / "00.png").read_bytes())
-    (place / "13.png").write_bytes(b"garbage")
-    return [str(place / f"{number:02}.png") for number in range(15)]
+    for name, size in (("13.jpg", (90, 70)), ("14.jpg", (23, 90))):
+        picture(13).resize(size).save(place / name)
+    (place / "15.png").write_bytes(b"garbage")
+    return [*map(str, sorted(place.iterdir())), str(place / "missing.png")]
 
 
-def by_hand(path, names):
-    """Return the digest of an image and the raw features of its views."""
+def by_hand(path, names, reduce):
+    """Return the digest of an image and the raw features of its views. Only the centre may be of a reduced image."""
     data, backbone = images.read(path), Fake()
     digest, image = hashlib.sha256(data).hexdigest(), images.decode(data)
-    views = [
-        backbone.preprocess(image) if name == "centre" else backbone.view(image, f"{digest}/{name}") for name in names
-    ]
+    centre = backbone.preprocess(images.decode(data, 12) if reduce else image)
+    views = [centre if name == "centre" else backbone.view(image, f"{digest}/{name}") for name in names]
     return digest, backbone.encode_images(torch.stack(views))
 
 
-numbers = st.lists(st.integers(0, 14), min_size=1, max_size=20).filter(lambda order: min(order) < 12)
-drawn_views = st.tuples(st.integers(1, 4), st.integers(1, 2))
+numbers = st.lists(st.integers(0, 16), min_size=1, max_size=20).filter(lambda order: min(order) < 15)
+drawn_views = st.tuples(st.integers(1, 4), st.integers(1, 2), st.booleans())
 
 
 @settings(max_examples=examples(60), deadline=None)
@@ -72,40 +73,48 @@ def test_each_image_is_read_and_encoded_once(
     tmp_path_factory, photos, order, views, before, batch_size, workers, cached
 ):
     """Photos may repeat, or be the same under two names; the cache may know some views of all photos."""
-    source, names = of_images([photos[number] for number in order]), view_names(views[1], views[0])
-    found = {path: by_hand(path, names) for path in source.paths if path not in photos[13:]}
-    cache = EncodingCache(tmp_path_factory.mktemp("cache")) if cached else None
+    source, (number, seed, reduce) = of_images([photos[number] for number in order]), views
+    names = view_names(seed, number)
+    each = [*names, "centre"] if number > 1 else names
+    found = {path: by_hand(path, each, reduce) for path in source.paths if path not in photos[15:]}
+    cache, known = EncodingCache(tmp_path_factory.mktemp("cache")) if cached else None, set()
+
+    def kept(names, reduce):
+        return {name if name != "centre" else f"centre {reduce}" for name in names}
+
     if cached:  # under other names, since images are identified by their content
         moved = shutil.copytree(Path(photos[0]).parent, tmp_path_factory.mktemp("moved") / "moved")
-        reader = Reader(Fake(), views=before[0], seed=before[1], cache=cache)
-        reader.encode_views(of_images(sorted(map(str, moved.iterdir()))), view_names(before[1], before[0]))
-    fresh = set(names) - set(view_names(before[1], before[0]) if cached else [])
-    digests = [digest for digest, _ in found.values()]
-    for mean in (True, False):
-        backbone, reads = Fake(), Reads()
-        reader = Reader(
-            backbone, views[0], views[1], batch_size=batch_size, workers=workers, cache=cache, read=reads, reduce=False
-        )
-        result = reader.encode(source) if mean else reader.encode_views(source, names)
+        first, known = view_names(before[1], before[0]), kept(view_names(before[1], before[0]), before[2])
+        Reader(Fake(), cache=cache, reduce=before[2]).encode_views(of_images(sorted(map(str, moved.iterdir()))), first)
+    for mean, own in ((True, names), (False, each)):
+        backbone, reads, fresh = Fake(), Reads(), kept(own, reduce) - known
+        reader = Reader(backbone, number, seed, "check", batch_size, workers, cache, reduce, read=reads)
+        result = reader.encode(source) if mean else reader.encode_views(source, own)
+        digests, known = [digest for digest, _ in found.values()], known | (kept(own, reduce) if cached else set())
         assert reads == dict.fromkeys([Path(path).name for path in source.paths], 1)
         assert max(backbone.batches, default=0) <= batch_size
         assert len(set(digests)) * len(fresh) <= sum(backbone.batches) <= len(digests) * len(fresh)
         assert result.features.dtype == np.float32
         paths = [path for path in (source.paths if mean else dict.fromkeys(source.paths)) if path in found]
+        raw = [found[path][1][: len(own)] for path in paths]
         if mean:
             assert result.positions.tolist() == [at for at, path in enumerate(source.paths) if path in found]
             assert result.digests == [found[path][0] for path in paths]
-            expected = [unit(found[path][1].mean(axis=0, keepdims=True)) for path in paths]
+            raw = [views.mean(axis=0, keepdims=True) for views in raw]
         else:
             assert result.positions.tolist() == [source.paths.index(path) for path in paths]
-            assert result.starts.tolist() == list(range(0, len(paths) * len(names) + 1, len(names)))
-            expected = [unit(found[path][1]) for path in paths]
-        np.testing.assert_allclose(result.features, np.concatenate(expected), atol=1e-6)
+            assert result.starts.tolist() == list(range(0, len(paths) * len(own) + 1, len(own)))
+        np.testing.assert_allclose(result.features, unit(np.concatenate(raw)), atol=1e-6)
         failed = [path for path in dict.fromkeys(source.paths) if path not in found]
         assert [skipped.source for skipped in reader.skipped] == failed
-        fresh = set() if cached else fresh
     if cached:
         cache.close()
+
+
+def test_reduction_only_changes_large_jpegs_and_those_little(photos):
+    pairs = [[unit(by_hand(path, ["centre"], reduce)[1]) for reduce in (True, False)] for path in photos[11:15]]
+    assert [np.array_equal(*pair) for pair in pairs] == [True, True, False, True]
+    assert min((one * other).sum() for one, other in pairs) > 0.98
 
 
 def test_an_unreadable_image_is_named(photos, caplog):
@@ -113,14 +122,14 @@ def test_an_unreadable_image_is_named(photos, caplog):
     for _ in range(2):
         reader.encode_views(of_images(photos), views)
     assert [skipped.reason.partition(":")[0] for skipped in reader.skipped] == ["not a readable image", "no such file"]
-    assert caplog.text.count(photos[13]) == caplog.text.count(photos[14]) == 1
+    assert caplog.text.count(photos[15]) == caplog.text.count(photos[16]) == 1
     for read in (Reader.encode, lambda reader, source: reader.encode_views(source, views)):
-        with pytest.raises(InputError, match=r"13\.png: not a readable image"):
+        with pytest.raises(InputError, match=r"15\.png: not a readable image"):
             read(Reader(Fake(), strict=True, batch_size=2), of_images(photos))
         with pytest.raises(InputError, match=r"none of 2 images could be read .*not a readable image"):
-            read(Reader(Fake()), of_images(photos[13:]))
-        with pytest.raises(InputError, match=r"^[^(]*14\.png"):
-            read(Reader(Fake()), of_images(photos[14:]))
+            read(Reader(Fake()), of_images(photos[15:]))
+        with pytest.raises(InputError, match=r"^[^(]*missing\.png"):
+            read(Reader(Fake()), of_images(photos[16:]))
 
 
 def test_too_large_requests_are_refused_before_memory_is_allocated(folder, monkeypatch):
@@ -461,17 +470,6 @@ def test_norms_can_be_scaled_or_kept(tmp_path):
     assert np.array_equal(read_all(table_of(tmp_path / "h.parquet", list(half))), half.astype(np.float32))
 
 
-@pytest.mark.parametrize(
-    "order", [[0, 1, 2], [19_000, 3, 11], [5, 5, 5], [19_999, 0, 19_999, 7, 0], [12], range(20_000)[::-1]]
-)
-def test_rows_can_be_taken_in_any_order_and_repeatedly(tmp_path, order):
-    rows = unit_rows(20_000, 4)
-    source = open_items(table_of(tmp_path / "t.parquet", list(rows))).take(order)
-    positions, found = all_of(Reader(), source)
-    assert positions.tolist() == list(range(len(order)))
-    assert np.array_equal(found, rows[order])
-
-
 def test_a_table_stores_its_backbone(tmp_path):
     path = with_identity(tmp_path / "t.parquet", json.dumps(IDENTITY.to_dict()).encode())
     assert table_identity(path) == IDENTITY
@@ -579,70 +577,33 @@ def test_writing_to_a_link_replaces_its_target(folder, tmp_path):
     assert pq.read_metadata(tmp_path / "real/o.parquet").num_rows == 12
 
 
-@pytest.fixture
-def jpegs(tmp_path):
-    """A JPEG that can be reduced for views of 4 x 4, a JPEG that is too small for this, and a PNG."""
-    place = tmp_path / "jpegs"
-    place.mkdir()
-    for name, size in (("large.jpg", (90, 70)), ("small.jpg", (23, 90)), ("large.png", (90, 70))):
-        picture(len(name)).resize(size).save(place / name)
-    return of_images([str(place / name) for name in ("large.jpg", "small.jpg", "large.png")])
+@pytest.fixture(scope="module")
+def large_table(tmp_path_factory):
+    """A table whose rows are read in several blocks, and in which three rows share an id."""
+    path, rows = tmp_path_factory.mktemp("table") / "t.parquet", unit_rows(20_000, 4)
+    return open_items(table_of(path, list(rows), id=[str(i % 6_667) for i in range(20_000)])), rows
 
 
-def test_reduction_only_changes_features_of_large_jpegs(jpegs):
-    whole = Reader(Fake(), reduce=False).encode(jpegs).features
-    reduced = Reader(Fake()).encode(jpegs).features
-    assert [np.array_equal(*pair) for pair in zip(whole, reduced, strict=True)] == [False, True, True]
-    assert (whole * reduced).sum(axis=1).min() > 0.98
-    for path, feature in zip(jpegs.paths, reduced, strict=True):
-        expected = Fake().expected(images.decode(Path(path).read_bytes(), 12))
-        assert np.allclose(feature, expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("first", [True, False])
-def test_the_cache_separates_reduced_and_whole_images(jpegs, tmp_path, first):
-    alone = {reduce: Reader(Fake(), reduce=reduce).encode(jpegs).features for reduce in (True, False)}
-    for reduce, fresh in ((first, 3), (not first, 3), (first, 0), (not first, 0)):
-        backbone = Fake()
-        reader = Reader(backbone, reduce=reduce)
-        found = with_cache(tmp_path / "c", lambda cache: replace(reader, cache=cache).encode(jpegs))  # noqa: B023
-        assert sum(backbone.batches) == fresh
-        assert np.array_equal(found.features, alone[reduce])
-
-
-def test_augmented_views_use_the_whole_image(jpegs):
-    for names in (["crop/1/0", "crop/1/1"], ["crop/1/0", "centre"]):
-        whole, reduced = (Reader(Fake(), reduce=reduce).encode_views(jpegs, names) for reduce in (False, True))
-        same = (whole.features == reduced.features).all(axis=1)
-        assert same.tolist() == [True, "centre" not in names, True, True, True, True]
-
-
-def table(path, ids, rows):
-    pq.write_table(pa.table({"id": ids, "label": ["x"] * len(ids), "feature": list(rows)}), path)
-    return open_items(path)
-
-
-def test_rows_that_share_an_id_are_the_views_of_a_shot(tmp_path):
-    rows = unit_rows(7, 4)
-    source = table(tmp_path / "t.parquet", ["b", "a", "b", "c", "a", "b", "z"], rows)
-    found = Reader().encode_views(source, [])
-    assert found.positions.tolist() == [0, 1, 3, 6]
-    assert found.starts.tolist() == [0, 3, 5, 6, 7]
-    assert np.array_equal(found.features, rows[[0, 2, 5, 1, 4, 3, 6]])
-    far = Reader().encode_views(source.take([0, 1] * TABLE_ROWS), [])  # in several blocks
-    assert far.starts.tolist() == [0, TABLE_ROWS, 2 * TABLE_ROWS]
-    assert np.array_equal(far.features[::TABLE_ROWS], rows[[0, 1]])
-    turned = source.take([6, 4, 0, 5, 1])
-    found = Reader().encode_views(turned, [])
-    assert found.positions.tolist() == [0, 1, 2]
-    assert found.starts.tolist() == [0, 1, 3, 5]
-    assert np.array_equal(found.features, rows[[6, 4, 1, 0, 5]])
+@settings(max_examples=examples(60), deadline=None)
+@given(st.lists(st.integers(0, 12) | st.sampled_from([6667, 6670, 13_334, 13_340, 19_999]), min_size=1, max_size=20))
+def test_rows_can_be_taken_in_any_order_and_those_that_share_an_id_are_the_views_of_a_shot(large_table, order):
+    whole, rows = large_table
+    source = whole.take(order)
+    positions, found = all_of(Reader(), source)
+    assert positions.tolist() == list(range(len(order)))
+    assert np.array_equal(found, rows[order])
+    views, shots = Reader().encode_views(source, []), {}
+    for place, row in enumerate(order):
+        shots.setdefault(row % 6_667, []).append(place)
+    assert views.positions.tolist() == [places[0] for places in shots.values()]
+    assert views.starts.tolist() == [0, *np.cumsum([len(places) for places in shots.values()])]
+    assert np.array_equal(views.features, rows[order][np.concatenate([*shots.values()])])
 
 
 def test_views_of_tables_raise_the_errors_of_blocks(tmp_path):
     rows = unit_rows(3, 4)
     rows[1] *= 2
-    source = table(tmp_path / "t.parquet", ["a", "a", "b"], rows)
+    source = open_items(table_of(tmp_path / "t.parquet", list(rows), id=["a", "a", "b"]))
     with pytest.raises(InputError, match="row 1: norm 2"):
         Reader().encode_views(source, [])
     assert np.allclose(Reader(norms="unit").encode_views(source, []).features, unit_rows(3, 4), atol=1e-6)

@@ -290,17 +290,6 @@ def test_the_kept_epoch_follows_the_rule(material):
     assert kept == {0, 1, 2}
 
 
-def test_validation_labels_choose_the_epoch_but_train_nothing(shots, val, tmp_path):
-    """With the settings of the index, training is the same for any validation labels, and without them."""
-    rows, ids = clusters(60, C, D, 2)
-    wrong = open_source(write_table(tmp_path / "wrong.parquet", rows, [NAMES[(i + 1) % C] for i in ids]))
-    right, misled, without = (finetune.finetune(index(), shots, Reader(), OWN, val=v) for v in (val, wrong, None))
-    assert losses(right) == losses(misled) == losses(without)
-    assert right.epoch == 4
-    assert misled.epoch < 4
-    assert np.array_equal(right.index.keys, without.index.keys)
-
-
 @pytest.mark.parametrize("train", [("keys",), ("values",)])
 @pytest.mark.parametrize("with_val", [False, True])
 @pytest.mark.parametrize(("lr", "epochs", "batch"), [(1e4, 4, 16), (1e37, 4, 16), (1e37, 1, 1024)])
