@@ -289,6 +289,17 @@ def test_only_a_certain_gain_is_reported(monkeypatch):
     assert gain(again) is None
 
 
+@pytest.mark.parametrize(("wrong", "found"), [(2, 2), (3, 0)])
+def test_a_class_that_mostly_looks_mislabelled_keeps_its_shots(wrong, found):
+    """Two shots of class ``a`` are right, and each of the others comes from a different class."""
+    keys, ids = planted(40, 4, spread=0.3)
+    ids[1 : 1 + wrong] = 0
+    kept = np.flatnonzero((ids > 0) | (np.arange(40) < 5))
+    cache = Index.from_features(keys[kept], ids[kept], list("abcd"), device="cpu")
+    assert len(audit(cache)) == wrong
+    assert len(suspicious(cache)) == found
+
+
 def test_drop_suspicious_refuses_too_many_shots(run, tmp_path, monkeypatch):
     rows = write_table(tmp_path / "rows.parquet", planted(40, 4)[0], ["a", "b", "c", "d"] * 10)
     monkeypatch.setattr(build, "ALL_PAIRS", 39**2)

@@ -120,13 +120,14 @@ def check_evidence(model_, k=None, tail=True, shown=7):
     row_of, beta = {row["key_id"]: i for i, row in enumerate(labels)}, model_.settings.beta
     for q, answer in enumerate(model_.classify(QUERIES, top=3, k=k or "all", tail=tail, neighbours=shown)[:9]):
         best = [NAMES.index(label) for label in answer.labels]
-        np.testing.assert_array_equal(answer.logits, logits[q])
-        np.testing.assert_array_equal(logits[q, best], -np.sort(-logits[q])[:3])
-        chances = np.exp(logits[q].astype(np.float64) - logits[q].max())
+        own = answer.logits  # in another batch, the last digits may differ
+        np.testing.assert_allclose(own, logits[q], rtol=1e-4, atol=1e-5 * abs(logits).max())
+        np.testing.assert_array_equal(own[best], -np.sort(-own)[:3])
+        chances = np.exp(own.astype(np.float64) - own.max())
         np.testing.assert_allclose(answer.probabilities, (chances / chances.sum())[best], atol=1e-6)
         assert (answer.label, answer.probability) == (answer.labels[0], answer.probabilities[0])
         total = answer.text_logit + answer.cache_logit
-        assert total == pytest.approx(logits[q, best[0]], rel=1e-5, abs=1e-4)
+        assert total == pytest.approx(own[best[0]], rel=1e-5, abs=1e-4)
         weights = np.exp(-beta * (1 - A[q]))
         given, tolerance = weights[:, None] * V[:, best], {"rtol": 1e-3, "atol": 1e-6 * weights[met[q]].max()}
         rows = [row_of[one.key_id] for one in answer.neighbours]
@@ -138,7 +139,7 @@ def check_evidence(model_, k=None, tail=True, shown=7):
             assert one.affinity == pytest.approx(A[q, row], abs=1e-5)
             np.testing.assert_allclose([one.weight, *one.gives], [weights[row], *given[row]], **tolerance)
         lowest, against = given[met[q], 0].min(), answer.opposing.gives if answer.opposing else [0, 0]
-        expected = lowest if lowest < 0 else given[met[q], 1].max()
+        expected = lowest if lowest < 0 else max(0, given[met[q], 1].max())
         np.testing.assert_allclose(against[0 if lowest < 0 else 1], expected, **tolerance)
 
 

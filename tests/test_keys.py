@@ -26,7 +26,9 @@ def blocks(queries, of_keys, gathered=1 << 23):
 def keys_of(case, **options):
     ids = case.y.astype(np.int32)
     ids.flags.writeable = False  # like the arrays of Arrow
-    return Keys(case.K, ids, case.c, **options)
+    keys = Keys(case.K, ids, case.c, **options)
+    assert keys.class_ids.dtype == torch.int64
+    return keys
 
 
 small_cases = cases(least_d=1, least_q=0, half=st.booleans())
