@@ -43,6 +43,13 @@ def solved(K, y, c, beta, ridge):
     return np.linalg.solve(gram, np.eye(c)[y])
 
 
+def scatter(K, y):
+    """Return the mean outer product of the keys around the means of their classes."""
+    K = np.asarray(K).astype(np.float64)
+    apart = K - np.stack([K[y == i].mean(0) for i in y])
+    return apart.T @ apart / len(K)
+
+
 def discriminant(f, K, y, c):
     """Return ``f M^T + b``, from the means of the classes. Classes without keys get the mean of the others."""
     f, K, counts = f.astype(np.float64), K.astype(np.float64), np.bincount(y, minlength=c)

@@ -325,21 +325,23 @@ def test_weights_of_another_model_are_refused(image_weights, tmp_path):
         load_backbone("timm:resnet18", str(tmp_path / "text.pth"), device="cpu")
 
 
-def test_a_model_in_memory_gives_the_same_backbone(tmp_path):
+def test_a_model_in_memory_gives_the_same_backbone_and_is_pickled_with_its_weights(tmp_path):
     from retrieval_tip.backbones.open_clip import OpenClipBackbone
 
     name = f"local-dir:{tiny(tmp_path / 'model')}"
     model, _, preprocess = open_clip.create_model_and_transforms(name)
-    tokenizer = open_clip.get_tokenizer(name)
-    given = OpenClipBackbone.of(model, preprocess, tokenizer, name="mine")
+    given = OpenClipBackbone.of(model, preprocess, open_clip.get_tokenizer(name), name="mine")
     named = load_backbone(name, device="cpu")
-    pixels = named.preprocess(picture())[None]
-    torch.testing.assert_close(given.preprocess(picture())[None], pixels)
-    np.testing.assert_allclose(given.encode_images(pixels), named.encode_images(pixels), rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(given.encode_texts(["a cat"]), named.encode_texts(["a cat"]))
-    assert (given.dim, given.logit_scale, given.identity.model) == (named.dim, named.logit_scale, "mine")
-    assert given.identity.weights == named.identity.weights
+    pixels, text = named.preprocess(picture())[None], named.encode_texts(["a cat"])
+    expected = named.encode_images(pixels)
+    assert (given.identity.model, given.identity.weights) == ("mine", named.identity.weights)
     assert not any(parameter.requires_grad for parameter in model.parameters())
+    shutil.rmtree(tmp_path / "model")
+    for there in (given, carried(given), copy.deepcopy(given)):
+        torch.testing.assert_close(there.preprocess(picture())[None], pixels)
+        np.testing.assert_allclose(there.encode_images(pixels), expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(there.encode_texts(["a cat"]), text)
+        assert (there.dim, there.logit_scale, there.identity) == (named.dim, named.logit_scale, given.identity)
 
 
 def carried(model):

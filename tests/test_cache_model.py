@@ -1,11 +1,11 @@
-"""Index compared with Tip-Adapter's definition in dense float64."""
+"""Index compared with Tip-Adapter's definition in dense float64, its edits and its files."""
 
 import copy
 import math
 import pickle
 import shutil
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from unittest import mock
 
 import numpy as np
@@ -16,14 +16,15 @@ from conftest import cache_of, examples, needs_real, parts_of
 from dense import affinity, cache_logits, nearest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sealing import npy, refused, resealed, snapshot
 from tables import read_features, unit
 
-import retrieval_tip
-from retrieval_tip import Index
-from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip import Index, verify
+from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.fit import closed_form
 from retrieval_tip.index.places import at
 from retrieval_tip.settings import Settings
+from retrieval_tip.store.versions import Manifest, Versions
 
 Q, D, C = 70, 32, 12
 NAMES = [f"class {i}" for i in range(C)]
@@ -83,27 +84,62 @@ def built(tmp_path_factory):
 
 
 def dense(model_, k=None, tail=True):
-    """Return text and cache logits by definition. An approximate search decides which keys count."""
+    """Return text and cache logits by definition, and the weights, values and keys that count.
+
+    An approximate search decides which keys count.
+    """
     whole, own = model_.in_memory(), model_.settings
     A, y = affinity(QUERIES, whole.keys), whole.class_ids.numpy()
-    if k is None or k >= model_.n or model_.exact_search:
+    if model_.index_type.startswith("Classes") or k is None or k >= model_.n:
+        met = nearest(A, None)
+    elif model_.exact_search:
         met = nearest(A, k)
     else:
         rows = model_.nearest(torch.from_numpy(QUERIES), k)[1]
         met = np.stack([np.isin(np.arange(model_.n), row) for row in rows])
-    V = None if model_.values is None else model_.values.numpy()
+    V = np.eye(C)[y] if model_.values is None else model_.values.numpy().astype(np.float64)
     text = own.logit_scale * affinity(QUERIES, model_.text_weights)
-    return text, cache_logits(A, y, C, own.beta, V, met, tail=tail)
+    return text, cache_logits(A, y, C, own.beta, V, met, tail=tail), A, V, met
 
 
 def check_logits(model_, k=None, tail=True):
-    text, alone = dense(model_, k, tail)
+    text, alone, *_ = dense(model_, k, tail)
     terms, scale = model_.terms(QUERIES, k, tail), abs(alone).max()
     np.testing.assert_allclose(terms.text, text, atol=1e-4)
     np.testing.assert_allclose(terms.cache, alone, rtol=5e-4, atol=1e-4 * scale)
     logits, alpha = model_.logits(QUERIES, k, tail), model_.settings.alpha
     assert logits.dtype == torch.float32
     np.testing.assert_allclose(logits, text + alpha * alone, rtol=5e-4, atol=2e-4 * (1 + alpha * scale))
+
+
+def check_evidence(model_, k=None, tail=True, shown=7):
+    """Check that answers follow from the logits, and that the shots with the largest contributions are named."""
+    *_, A, V, met = dense(model_, k, tail)
+    logits, labels = model_.logits(QUERIES, k, tail).numpy(), model_.in_memory().labels.to_pylist()
+    row_of, beta = {row["key_id"]: i for i, row in enumerate(labels)}, model_.settings.beta
+    for q, answer in enumerate(model_.classify(QUERIES, top=3, k=k or "all", tail=tail, neighbours=shown)[:4]):
+        best = [NAMES.index(label) for label in answer.labels]
+        own = answer.logits  # in another batch, the last digits may differ
+        np.testing.assert_allclose(own, logits[q], rtol=1e-4, atol=1e-5 * abs(logits).max())
+        np.testing.assert_array_equal(own[best], -np.sort(-own)[:3])
+        chances = np.exp(own.astype(np.float64) - own.max())
+        np.testing.assert_allclose(answer.probabilities, (chances / chances.sum())[best], atol=1e-6)
+        assert (answer.label, answer.probability) == (answer.labels[0], answer.probabilities[0])
+        total = answer.text_logit + answer.cache_logit
+        assert total == pytest.approx(own[best[0]], rel=1e-5, abs=1e-4)
+        weights = np.exp(-beta * (1 - A[q]))
+        given, tolerance = weights[:, None] * V[:, best], {"rtol": 1e-3, "atol": 1e-6 * weights[met[q]].max()}
+        rows = [row_of[one.key_id] for one in answer.neighbours]
+        assert len(set(rows)) == len(rows) == min(shown, met[q].sum())
+        np.testing.assert_allclose(given[rows, 0], -np.sort(-given[met[q], 0])[:shown], **tolerance)
+        for one, row in zip(answer.neighbours, rows, strict=True):
+            assert met[q, row]
+            assert (one.source, one.label) == (labels[row]["source"], labels[row]["label"])
+            assert one.affinity == pytest.approx(A[q, row], abs=1e-5)
+            np.testing.assert_allclose([one.weight, *one.gives], [weights[row], *given[row]], **tolerance)
+        lowest, against = given[met[q], 0].min(), answer.opposing.gives if answer.opposing else [0, 0]
+        expected = lowest if lowest < 0 else max(0, given[met[q], 1].max())
+        np.testing.assert_allclose(against[0 if lowest < 0 else 1], expected, **tolerance)
 
 
 STORED = [("Flat", ""), ("Flat", "lance://")]
@@ -128,8 +164,24 @@ def test_logits_match_the_dense_definition_for_any_settings(
     if store != "lance://":
         own = replace(own, rows=replace(own.rows, values=torch.from_numpy(VALUES) if valued else None))
     keys = mock.patch.multiple("retrieval_tip.retrieval.keys", QUERY_BLOCK=sizes[0], KEY_BLOCK=sizes[1])
-    with keys, mock.patch("retrieval_tip.retrieval.logits.QUERY_BLOCK", sizes[0]):  # the sums of keys use blocks, too
-        check_logits(own.with_settings(own.settings.override(alpha=alpha, beta=beta)), k, tail)
+    at_a_time = mock.patch("retrieval_tip.model.PREDICTED", max(3, sizes[0]))  # more queries are classified in parts
+    with (
+        keys,
+        at_a_time,
+        mock.patch("retrieval_tip.retrieval.logits.QUERY_BLOCK", sizes[0]),
+    ):  # the sums use blocks, too
+        own = own.with_settings(own.settings.override(alpha=alpha, beta=beta))
+        check_logits(own, k, tail)
+        check_evidence(own, k, tail)
+
+
+@pytest.mark.parametrize("values", [None, VALUES], ids=["one-hot", "valued"])
+@pytest.mark.parametrize("index", CLASSES)
+def test_evidence_of_whole_classes_comes_from_all_keys(index, values):
+    """``test_whole_classes.py`` tests the logits."""
+    own = model(index=index)
+    own = replace(own, rows=replace(own.rows, values=None if values is None else torch.from_numpy(values)))
+    check_evidence(own, 40)
 
 
 @pytest.mark.parametrize("index", ["IVF16,Flat", "HNSW32", *COMPRESSED])
@@ -151,50 +203,28 @@ def test_real_features_give_the_published_accuracy(shared):
     assert round((names[cache.terms(f).text.argmax(1).numpy()] == truth).mean(), 3) == 0.973
 
 
-def test_classify_does_not_depend_on_batches(monkeypatch):
-    cache = model()
-    whole = cache.classify(QUERIES, top=3, k=16)
-    monkeypatch.setattr("retrieval_tip.model.PREDICTED", 3)  # more queries are classified three at a time
-    assert [p.labels for p in cache.classify(QUERIES, top=3, k=16)] == [p.labels for p in whole]
-    single = [cache.classify(QUERIES[i : i + 1], top=3, k=16)[0] for i in range(Q)]
-    assert [p.labels for p in single] == [p.labels for p in whole]
-    assert [[n.key_id for n in p.neighbours] for p in single] == [[n.key_id for n in p.neighbours] for p in whole]
+LABELS = {
+    "int32": Y.astype(np.int32), "uint8": Y.astype(np.uint8), "list of ids": Y.tolist(), "tuple": tuple(Y.tolist()),
+    "tensor": torch.from_numpy(Y), "names": [NAMES[i] for i in Y], "array of names": np.array([NAMES[i] for i in Y]),
+    "objects": np.array([NAMES[i] for i in Y], dtype=object),
+}  # fmt: skip
+FEATURES = {
+    "tensor": torch.from_numpy,
+    "with gradient": lambda x: torch.from_numpy(x).requires_grad_(),
+    "double tensor": lambda x: torch.from_numpy(x).double(),
+    "float64": lambda x: x.astype(np.float64),
+    "by column": np.asfortranarray,
+    "list": np.ndarray.tolist,
+    "read-only": lambda x: np.broadcast_to(x, x.shape),
+    "array": np.asarray,
+}
 
 
-@pytest.mark.parametrize(
-    "labels",
-    [
-        Y.astype(np.int32),
-        Y.astype(np.uint8),
-        Y.tolist(),
-        tuple(Y.tolist()),
-        torch.from_numpy(Y),
-        [NAMES[i] for i in Y],
-        np.array([NAMES[i] for i in Y]),
-        np.array([NAMES[i] for i in Y], dtype=object),
-    ],
-    ids=["int32", "uint8", "list of ids", "tuple", "tensor", "list of names", "array of names", "objects"],
-)
-def test_labels_may_be_names_or_ids(labels):
-    assert torch.equal(model(labels=labels).logits(QUERIES), model().logits(QUERIES))
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        torch.from_numpy,
-        lambda x: torch.from_numpy(x).requires_grad_(),
-        lambda x: torch.from_numpy(x).double(),
-        lambda x: x.astype(np.float64),
-        np.asfortranarray,
-        lambda x: x.tolist(),
-        lambda x: np.broadcast_to(x, x.shape),  # read-only
-    ],
-    ids=["tensor", "with gradient", "double tensor", "float64", "by column", "list", "read-only"],
-)
+@pytest.mark.parametrize(("labels", "features"), zip(LABELS, FEATURES, strict=True))
 @pytest.mark.filterwarnings("error")
-def test_features_may_be_tensors_or_arrays(make):
-    cache = model(keys=make(KEYS), text_weights=make(TEXT))
+def test_labels_may_be_names_or_ids_and_features_tensors_or_arrays(labels, features):
+    make = FEATURES[features]
+    cache = model(keys=make(KEYS), text_weights=make(TEXT), labels=LABELS[labels])
     logits = cache.logits(make(QUERIES))
     assert not logits.requires_grad
     assert torch.equal(logits, model().logits(QUERIES))
@@ -212,11 +242,10 @@ def test_changing_the_arrays_later_has_no_effect(make):
     assert (np.asarray(queries) == QUERIES).all()
 
 
-def test_a_class_without_keys_can_still_win_by_its_text():
-    cache = model()
-    assert (cache.terms(QUERIES).cache[:, BARE] == 0).all()
-    assert (cache.terms(QUERIES, 16).cache[:, BARE] == 0).all()
-    won = cache.classify(TEXT[BARE : BARE + 1])[0]
+@pytest.mark.parametrize("k", [None, 16])
+def test_a_class_without_keys_can_still_win_by_its_text(k):
+    assert (model().terms(QUERIES, k).cache[:, BARE] == 0).all()
+    won = model().classify(TEXT[BARE : BARE + 1], k=k)[0]
     assert (won.label, won.cache_logit) == (NAMES[BARE], 0)
 
 
@@ -225,92 +254,17 @@ def test_without_text_the_cache_alone_decides():
     assert (cache.has_text, model().has_text) == (False, True)
     text, alone = parts_of(cache, QUERIES)
     assert (text == 0).all()
-    answer = cache.classify(QUERIES)
-    assert [p.label for p in answer] == [NAMES[i] for i in alone.argmax(1)]
-    assert all(p.text_logit == 0 for p in answer)
+    torch.testing.assert_close(cache.logits(QUERIES), ALPHA * alone)
 
 
-@pytest.mark.parametrize("k", [None, 16])
-def test_an_explanation_adds_up(k):
-    cache = model()
-    logits = cache.logits(QUERIES, k)
-    answers = cache.classify(QUERIES, top=3, k=k, neighbours=N)
-    for row, answer in enumerate(answers):
-        winner = NAMES.index(answer.label)
-        assert winner == int(logits[row].argmax())
-        np.testing.assert_array_equal(answer.logits, logits[row].numpy())
-        assert answer.text_logit + answer.cache_logit == pytest.approx(answer.logits[winner], abs=1e-4)
-        assert len(answer.neighbours) == (k or N)
-        own = [n.weight for n in answer.neighbours if n.label == answer.label]
-        plain = ALPHA * sum(own)
-        if k is None:
-            assert plain == pytest.approx(answer.cache_logit, abs=1e-4)
-        else:
-            assert plain <= answer.cache_logit + 1e-4  # the rest is the tail
-        probabilities = np.exp(np.array(answer.logits) - max(answer.logits))
-        probabilities /= probabilities.sum()
-        best = np.argsort(-probabilities)[:3]
-        assert answer.labels == [NAMES[i] for i in best]
-        np.testing.assert_allclose(answer.probabilities, probabilities[best], atol=1e-6)
-        assert (answer.label, answer.probability) == (answer.labels[0], answer.probabilities[0])
-
-
-@pytest.mark.parametrize("index", EXACT_TYPES + COMPRESSED + CLASSES)
-def test_neighbours_have_their_exact_affinity(index):
-    sources = [f"photo {i}.jpg" for i in range(N)]
-    for row, answer in enumerate(model(index=index, sources=sources).classify(QUERIES, k=16, neighbours=10)):
-        assert len({n.key_id for n in answer.neighbours}) == 10
-        for n in answer.neighbours:
-            assert (n.source, n.label) == (sources[n.key_id], NAMES[Y[n.key_id]])  # ids are positions in the input
-            assert n.affinity == pytest.approx(
-                float(QUERIES[row].astype(float) @ KEYS[n.key_id].astype(float)), abs=1e-5
-            )
-            assert n.weight == pytest.approx(math.exp(-BETA * (1 - n.affinity)), rel=1e-5)
-
-
-@pytest.mark.parametrize("values", [None, VALUES, abs(VALUES)], ids=["one-hot", "signed", "positive"])
-@pytest.mark.parametrize(("index", "k"), [("Flat", None), ("Classes", 40), ("Flat", 16)])
-def test_neighbours_are_the_shots_with_the_largest_contributions(index, k, values):
-    """Contributions are ``w V`` by definition, over all keys or over the ``k`` nearest."""
-    cache = model(index=index)
-    cache = (
-        cache
-        if values is None
-        else replace(cache, rows=replace(cache.rows, values=torch.from_numpy(values[cache.labels["key_id"]])))
-    )
-    V = np.eye(C)[Y] if values is None else values.astype(np.float64)
-    A = QUERIES.astype(np.float64) @ KEYS.astype(np.float64).T
-    for row, answer in enumerate(cache.classify(QUERIES, top=2, k=k, neighbours=10)):
-        given = np.exp(-BETA * (1 - A[row]))[:, None] * V[:, [NAMES.index(label) for label in answer.labels]]
-        met = np.argsort(-A[row])[: k if index == "Flat" else None]
-        strongest = met[np.lexsort((-A[row, met], -given[met, 0]))][:10]
-        assert [n.key_id for n in answer.neighbours] == strongest.tolist()
-        np.testing.assert_allclose([n.contribution for n in answer.neighbours], given[strongest, 0], rtol=1e-4)
-        np.testing.assert_allclose([n.affinity for n in answer.neighbours], A[row, strongest], atol=1e-5)
-        lowest, other = met[given[met, 0].argmin()], met[given[met, 1].argmax()]
-        against = lowest if given[lowest, 0] < 0 else other if given[other, 1] > 0 else None
-        assert (answer.opposing.key_id if answer.opposing else None) == against
-        if answer.opposing:
-            np.testing.assert_allclose(answer.opposing.gives, given[against], rtol=1e-4)
-
-
-def test_no_shot_opposes_the_only_class():
-    answer = Index.from_features(KEYS[:9], ["only"] * 9, ["only"], device="cpu").classify(QUERIES[:1])[0]
-    assert (len(answer.neighbours), answer.opposing) == (5, None)
-
-
-def test_k_and_neighbours_limit_the_number_of_neighbours():
-    cache = model()
-    assert [len(p.neighbours) for p in cache.classify(QUERIES[:2])] == [5, 5]
-    assert [len(p.neighbours) for p in cache.classify(QUERIES[:2], k=3)] == [3, 3]
-    assert [len(p.neighbours) for p in cache.classify(QUERIES[:2], neighbours=10 * N)] == [N, N]
-    assert [p.neighbours for p in cache.classify(QUERIES[:2], neighbours=0)] == [[], []]
-
-
-def test_top_is_limited_to_the_number_of_classes():
-    answer = model().classify(QUERIES[:1], top=99)[0]
-    assert sorted(answer.labels) == sorted(NAMES)
-    assert sum(answer.probabilities) == pytest.approx(1)
+def test_the_number_of_neighbours_and_labels_is_limited():
+    cache, some = model(), QUERIES[:2]
+    asked = ({}, 5), ({"k": 3}, 3), ({"neighbours": 10 * N}, N), ({"neighbours": 0}, 0)
+    for options, number in asked:
+        assert [len(one.neighbours) for one in cache.classify(some, **options)] == [number] * 2
+    assert sorted(cache.classify(some, top=99)[0].labels) == sorted(NAMES)
+    only = Index.from_features(KEYS[:9], ["only"] * 9, ["only"], device="cpu").classify(some)[0]
+    assert (len(only.neighbours), only.opposing) == (5, None)
 
 
 def nan(x, row=3):
@@ -323,10 +277,7 @@ BAD_MODELS = {
     "keys of one dimension": ({"keys": KEYS[0]}, InputError, r"^keys: shape \(32,\); expected .*\[n, d\]"),
     "no keys": ({"keys": KEYS[:0], "labels": []}, InputError, r"^keys: shape \(0, 32\)"),
     "keys of integers": ({"keys": np.ones((N, D), int)}, InputError, "^keys: int64; expected floating-point"),
-    "keys of text": ({"keys": np.full((N, D), "x")}, InputError, "^keys: <U1; expected floating-point"),
-    "keys of unequal length": ({"keys": [[1.0], [1.0, 2.0]]}, InputError, "^keys: rows have different"),
     "a key with NaN": ({"keys": nan(KEYS)}, InputError, "^keys: row 3 contains"),
-    "a key too large": ({"keys": KEYS.astype(float) * 1e300}, InputError, "^keys: row 0 contains"),
     "a label too few": ({"labels": Y[:-1]}, InputError, rf"^labels: shape \({N - 1},\) .* {N} keys"),
     "an unknown name": ({"labels": ["zebra"] * N}, InputError, "^labels: row 0 is 'zebra'.* 12 classes"),
     "an unknown id": ({"labels": [0] * (N - 1) + [C]}, InputError, f"^labels: row {N - 1} is 12;"),
@@ -340,6 +291,12 @@ BAD_MODELS = {
     "text of other classes": ({"text_weights": TEXT[:-1]}, InputError, r"^text_weights: shape \(11, 32\); .*\[12"),
     "text of another length": ({"text_weights": TEXT[:, :-1]}, InputError, r"^text_weights: shape \(12, 31\)"),
     "text with NaN": ({"text_weights": nan(TEXT)}, InputError, "^text_weights: row 3 contains"),
+    "values of too few keys": ({"values": VALUES[:-1]}, InputError, "^values: "),
+    "values of too few classes": ({"values": VALUES[:, :-1]}, InputError, "^values: "),
+    "values of one dimension": ({"values": VALUES[0]}, InputError, "^values: "),
+    "values with NaN": ({"values": nan(VALUES)}, InputError, "^values: "),
+    "values of integers": ({"values": np.ones((N, C), int)}, InputError, "^values: "),
+    "values of text": ({"values": [["x"] * C] * N}, InputError, "^values: "),
     "a source too few": ({"sources": ["x"] * (N - 1)}, InputError, f"^sources: .*{N - 1} sources for {N} keys"),
     "a source too many": ({"sources": ["x"] * (N + 1)}, InputError, f"^sources: .*{N + 1} sources for {N} keys"),
     "negative beta": ({"beta": -1}, UsageError, "^beta is -1"),
@@ -401,6 +358,9 @@ def test_overflow_is_an_error(k):
         model(alpha=1e39).classify(QUERIES, k=k)
     with pytest.raises(InputError, match=r"logit_scale 1e\+39: .*overflow"):
         model(logit_scale=1e39).terms(QUERIES, k)
+    for sign in (1, -1):
+        with pytest.raises(InputError, match="overflow"):
+            model(values=np.full((N, C), sign * 3e38), beta=0.0).logits(QUERIES, k)
     assert torch.isfinite(model(beta=1000.0).logits(QUERIES, k)).all()  # underflow is not an error
 
 
@@ -472,42 +432,42 @@ def test_a_refused_change_changes_nothing(act, error, message):
     assert torch.equal(cache.logits(QUERIES, 16), before)
 
 
-@pytest.mark.parametrize(
-    ("index", "dtype"),
-    [(index, np.float32) for index in EXACT_TYPES + COMPRESSED + CLASSES] + [("Flat", np.float16), ("SQ8", np.float16)],
-)
-def test_a_loaded_index_gives_the_same_answers_bit_for_bit(index, dtype, tmp_path):
-    cache = model(keys=KEYS.astype(dtype), index=index, sources=[f"ü{i}" for i in range(N)])
-    cache.save(tmp_path / "x")
-    loaded = Index.load(str(tmp_path / "x"), device="cpu")
-    for k, tail in ((None, True), (16, True), (16, False)):
-        assert torch.equal(loaded.logits(QUERIES, k, tail), cache.logits(QUERIES, k, tail))
-    assert loaded.classify(QUERIES, top=3, k=16) == cache.classify(QUERIES, top=3, k=16)
-    assert loaded.keys.dtype == dtype
-    assert loaded.labels.equals(cache.labels)
-    assert retrieval_tip.verify(tmp_path / "x").n == N
+def reopened(cache, place):
+    cache.save(place)
+    assert verify(place).n == cache.n
+    return Index.load(str(place), device="cpu")
 
 
-@pytest.mark.parametrize("carry", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
-@pytest.mark.parametrize("index", ["Flat", "IVF16,Flat", "HNSW32", "SQ8", "Classes"])
-def test_a_pickled_index_gives_the_same_answers_without_its_folder(index, carry, tmp_path):
-    cache = model(index=index, k=None if index == "Flat" else 9, keys=KEYS.astype(np.float16))
-    if index == "Flat":
+CARRY = {
+    "saved": reopened,
+    "copied": lambda cache, _: copy.deepcopy(cache),
+    "pickled": lambda cache, _: pickle.loads(pickle.dumps(cache)),
+}
+CARRIED = [("saved", index, np.float32) for index in EXACT_TYPES + COMPRESSED + CLASSES]
+CARRIED += [(how, index, np.float16) for how in CARRY for index in ("Flat", "IVF16,Flat", "HNSW32", "SQ8", "Classes")]
+
+
+@pytest.mark.parametrize(("how", "index", "dtype"), CARRIED)
+def test_a_saved_or_pickled_index_gives_the_same_answers_bit_for_bit(how, index, dtype, tmp_path):
+    cache = model(index=index, keys=KEYS.astype(dtype), sources=[f"ü{i}" for i in range(N)])
+    if index == "Flat" and how != "saved":
         closed_form.fit(cache, closed_form.Fit("within", "solved"))
     cache.index.effort = 3
-    cache.save(tmp_path / "index")
-    cache = Index.load(tmp_path / "index", device="cpu")
-    cache.add(unit(KEYS[:5] + 0.1), Y[:5])  # the second segment
-    there = carry(cache)
+    cache = reopened(cache, tmp_path / "index")
+    cache.add(unit(KEYS[:5] + 0.1), Y[:5])
+    there = CARRY[how](cache, tmp_path / "there")
     shutil.rmtree(tmp_path / "index")
-    assert (there.folder, there.version, there.index.effort) == (None, None, cache.index.effort)
-    np.testing.assert_array_equal(there.logits(QUERIES), cache.logits(QUERIES))
-    assert there.classify(QUERIES) == cache.classify(QUERIES)
+    assert there.index.effort == cache.index.effort
+    assert how == "saved" or (there.folder, there.version) == (None, None)
+    for k, tail in ((None, True), (16, True), (16, False)):
+        assert torch.equal(there.logits(QUERIES, k, tail), cache.logits(QUERIES, k, tail))
+    assert there.classify(QUERIES, top=3, k=16) == cache.classify(QUERIES, top=3, k=16)
+    assert there.keys.dtype == dtype
+    assert there.labels.equals(cache.labels)
     added = there.add(QUERIES[:2], [0, 1])
     assert (added, there.n, cache.n) == ([N + 5, N + 6], N + 7, N + 5)
-    there.save(tmp_path / "again")
-    opened = Index.load(tmp_path / "again", device="cpu")
-    np.testing.assert_array_equal(opened.logits(QUERIES), there.logits(QUERIES))
+    opened = reopened(there, tmp_path / "again")
+    assert torch.equal(opened.logits(QUERIES), there.logits(QUERIES))
 
 
 def test_a_pickle_from_a_gpu_is_loaded_on_the_cpu_of_another_machine(monkeypatch):
@@ -519,21 +479,97 @@ def test_a_pickle_from_a_gpu_is_loaded_on_the_cpu_of_another_machine(monkeypatch
     np.testing.assert_array_equal(there.logits(QUERIES), model().logits(QUERIES))
 
 
+CURVE = pa.table({"epoch": [1, 2, 3], "loss": [0.9, 0.5, 0.4]})
+
+
+@pytest.fixture
+def index(tmp_path):
+    """A fine-tuned index."""
+    replace(model(values=VALUES), curve=CURVE).save(tmp_path / "index")
+    return tmp_path / "index"
+
+
+def names(folder):
+    return {kind: file.name for kind, file in Versions(folder).current().files.items()}
+
+
+def test_a_fine_tuned_index_is_loaded_as_it_was_saved_and_its_files_are_copied_to_later_versions(index, tmp_path):
+    cache, loaded, first = model(values=VALUES), Index.load(index, device="cpu"), names(index)
+    for k, tail in ((None, True), (9, True), (9, False)):
+        assert torch.equal(loaded.logits(QUERIES, k, tail), cache.logits(QUERIES, k, tail))
+    manifest, described = Versions(index).current(), Versions(index).describe()
+    rows = {"keys": N, "labels": N, "text": C, "values": N, "curve": 3}
+    assert {kind: file.rows for kind, file in manifest.files.items()} == rows
+    assert Manifest.from_bytes(manifest.to_bytes(), "x") == manifest
+    assert described["files"] == first
+    assert described["bytes"] == sum(path.stat().st_size for path in (index / "data").iterdir())
+    loaded.settings = loaded.settings.override(alpha=9.0)
+    loaded.save_settings(index)
+    assert names(index) == first
+    loaded.add(QUERIES[:2], [0, 1])
+    loaded.save(index)
+    second = names(index)
+    assert {kind for kind in first if first[kind] != second[kind]} == {"keys", "labels", "values"}
+    loaded.save(tmp_path / "elsewhere")
+    shutil.rmtree(index)
+    for folder in (tmp_path / "elsewhere", tmp_path / "again"):
+        loaded.save(folder)
+        found = verify(folder)
+        assert found.curve.equals(CURVE)
+        assert torch.equal(found.logits(QUERIES, 9), loaded.logits(QUERIES, 9))
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "entry"),
+    [
+        ("values", npy(VALUES[:-1]), {}),
+        ("values", npy(VALUES[:, :-1]), {}),
+        ("values", npy(VALUES.astype(np.float16)), {}),
+        ("values", npy(VALUES), {"rows": N + 1}),
+        ("curve", b"x", {}),
+        ("curve", None, {"rows": 4}),
+    ],
+    ids=["rows", "columns", "dtype", "more rows", "damage", "rows of the curve"],
+)
+def test_a_file_that_contradicts_the_manifest_is_refused(index, kind, data, entry):
+    path = resealed(index, kind, (index / names(index)[kind]).read_bytes() if data is None else data, **entry)
+    for opened in (Index.load, verify):
+        refused(partial(opened, index), index / "manifest.json" if entry == {"rows": N + 1} else path)
+
+
+def test_verify_finds_values_that_are_not_finite(index):
+    resealed(index, "values", npy(np.where(np.arange(C) == 1, np.nan, VALUES).astype(np.float32)))
+    with pytest.raises(StoreError, match="values are not finite"):
+        verify(index)
+
+
+def test_a_bad_curve_is_refused_and_changes_nothing(index):
+    before = snapshot(index)
+    odd = pa.table({"loss": pa.UnionArray.from_sparse(pa.array([0], pa.int8()), [pa.array([1])])})
+    with pytest.raises(InputError, match=r"^curve: cannot store a column"):
+        replace(model(values=VALUES), curve=odd).save(index)
+    assert snapshot(index) == before
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("index", EXACT_TYPES + COMPRESSED)
-def test_gpu_answers_match_the_cpu(index, tmp_path):
-    cpu = model(index=index)
-    cpu.save(tmp_path / "x")
-    gpu = Index.load(tmp_path / "x", device="cuda")  # the same saved index
+@pytest.mark.parametrize(
+    ("index", "values"), [*((index, None) for index in EXACT_TYPES + COMPRESSED), ("Flat", VALUES)]
+)
+def test_gpu_answers_match_the_cpu(index, values, tmp_path):
+    model(index=index, values=values).save(tmp_path / "x")
+    cpu, gpu = (Index.load(tmp_path / "x", device=device) for device in ("cpu", "cuda"))
     for k, tail in ((None, True), (16, True), (16, False)):
         one, other = cpu.logits(QUERIES, k, tail), gpu.logits(torch.from_numpy(QUERIES).cuda(), k, tail)
         assert other.device.type == "cuda"
         torch.testing.assert_close(other.cpu(), one, rtol=0, atol=2e-3 if k is None or index == "Flat" else 0.05)
     answers = [m.classify(QUERIES, k=16) for m in (cpu, gpu)]
     assert [a.label for a in answers[0]] == [a.label for a in answers[1]]
-    gpu.add(QUERIES[:2], [0, 1])
+    for own in (gpu, cpu):
+        own.add(QUERIES[:2], [0, 1])
+        own.remove([4])
+    taken = [own.take(np.array([3, 1, 30])).logits(QUERIES).cpu() for own in (gpu, cpu)]
+    torch.testing.assert_close(*taken, rtol=0, atol=2e-3)
     gpu.save(tmp_path / "x")
-    cpu.add(QUERIES[:2], [0, 1])
-    torch.testing.assert_close(
-        Index.load(tmp_path / "x", device="cpu").logits(QUERIES), cpu.logits(QUERIES), rtol=0, atol=1e-4
-    )
+    found = Index.load(tmp_path / "x", device="cpu")
+    torch.testing.assert_close(found.logits(QUERIES), cpu.logits(QUERIES), rtol=0, atol=1e-4)
+    assert values is None or torch.equal(found.values, cpu.values)

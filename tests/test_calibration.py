@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,7 +11,7 @@ import pytest
 from conftest import examples, food_index
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tables import read_features, tiny, unit_rows, write_table
+from tables import read_features, unit_rows, write_table
 
 from retrieval_tip import Index
 from retrieval_tip.data.reader import Reader
@@ -82,17 +81,6 @@ def test_the_error_and_the_bins_match_a_loop(items, bins):
     error = expected_calibration_error(confidence, right, bins)
     assert error == pytest.approx(total, abs=1e-12)
     assert 0 <= error <= 1
-
-
-def test_known_calibration_errors():
-    assert expected_calibration_error([1.0, 1.0], [True, True]) == 0
-    assert expected_calibration_error([1.0], [False]) == 1
-    assert expected_calibration_error([0.5] * 4, [True, False] * 2) == 0
-    assert expected_calibration_error([0.9, 0.9, 0.6, 0.6], [1, 1, 1, 0]) == pytest.approx(0.5 * 0.1 + 0.5 * 0.1)
-    # one bin: only the means count
-    assert expected_calibration_error([0.2, 0.8], [True, False], bins=1) == pytest.approx(0)
-    # a border belongs to the bin below it
-    assert reliability([0.5, 0.0, 1.0], [1, 1, 1], 2).counts.tolist() == [2, 1]
 
 
 @sized
@@ -217,33 +205,6 @@ def test_a_failed_calibration_changes_nothing(run, food, tmp_path):
     assert run("fit", "--calibrate", folder, "--val", tmp_path / "nowhere.parquet").exit_code == 1
     assert run("fit", "--calibrate", folder).exit_code == 2
     assert (folder / "manifest.json").read_bytes() == manifest
-
-
-def test_calibrate_never_reads_the_test_part(run, shared, tmp_path):
-    """The test part of the split has wrong labels and missing images."""
-    data = shared / "data/caltech101"
-    split = json.loads((data / "split_zhou_Caltech101.json").read_text())
-    names = ("panda", "pizza", "camera")
-    small = {part: [item for item in split[part] if item[2] in names] for part in ("train", "val", "test")}
-    for part in ("train", "val"):
-        for file, *_ in small[part]:
-            to = tmp_path / "101_ObjectCategories" / file
-            to.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(data / "101_ObjectCategories" / file, to)
-    temperatures = []
-    for number, test in enumerate((small["test"], [["gone.jpg", 77, "poison"]])):
-        path = tmp_path / f"split{number}.json"
-        path.write_text(json.dumps(small | {"test": test}))
-        model = ("--model", f"local-dir:{tiny(tmp_path / 'model')}") if not number else ()
-        if model:
-            assert run("index", "build", "--fit", "none", path, *model, "--out", tmp_path / "i").exit_code == 0
-        done = run("fit", "--calibrate", tmp_path / "i", "--val", path)
-        assert done.exit_code == 0, done.output
-        cache = Index.load(tmp_path / "i", device="cpu")
-        assert cache.provenance["temperature"] == f"fitted on {path} (val), n={len(small['val'])}"
-        temperatures.append(cache.settings.temperature)
-    assert temperatures[0] == temperatures[1]
-    assert run("fit", "--calibrate", tmp_path / "i", "--val", path, "--split", "test").exit_code == 2
 
 
 def test_calibrate_warns_about_unusable_validation_photos(run, shared, food, tmp_path):

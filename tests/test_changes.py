@@ -167,19 +167,6 @@ def test_add_uses_the_views_and_seed_of_the_index_unless_given(run, lit_mini, tm
         np.testing.assert_allclose(cache.keys[[row]], features_of(lit_mini, new, views=views, seed=seed), atol=1e-5)
 
 
-def test_add_skips_known_images_if_asked(run, pictures, tmp_path):
-    new = copy_photos(tmp_path / "new", panda=range(2, 6))
-    done = run("index", "add", pictures, new, "--skip-known", "--device", "cpu")
-    assert done.stdout == f"{pictures}: version 2, added 2 shots, skipped 2 known images\n"
-    again = run("index", "add", pictures, new, "--skip-known", "--device", "cpu")
-    assert again.stdout == f"{pictures}: version 2, added 0 shots, skipped 4 known images\n"
-    assert opened(pictures).n == 10
-    twice = run("index", "add", pictures, new, "--device", "cpu")
-    assert twice.stdout == f"{pictures}: version 3, added 4 shots\n"
-    (warning,) = twice.stderr.splitlines()  # a repeated image in one class is harmless
-    assert "4 images were already in the index" in warning
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("kind", ["", "lance://"])
 def test_add_skips_known_features_if_asked(run, tmp_path, kind, dtype, monkeypatch):
@@ -228,17 +215,6 @@ def test_build_and_add_warn_about_a_photo_in_two_classes(run, pictures, tmp_path
     assert "identical image" in built.stderr
     quiet = run("--quiet", "index", "add", pictures, wrong, "--device", "cpu")
     assert quiet.stderr == ""
-
-
-def test_another_backbone_is_refused_and_both_are_named(run, pictures, tmp_path):
-    other = tiny(tmp_path / "other")
-    new, before = copy_photos(tmp_path / "new", panda=range(4, 5)), snapshot(pictures)
-    refused(run("index", "add", pictures, new, "--model", f"local-dir:{other}"), 1, MODEL, other)
-    encoded = run("encode", new, "--model", f"local-dir:{other}", "--out", tmp_path / "t.parquet")
-    assert encoded.exit_code == 0, encoded.output
-    refused(run("index", "add", pictures, tmp_path / "t.parquet"), 1, MODEL, other)
-    refused(run("index", "set", pictures, "--template", "a {}", "--model", f"local-dir:{other}"), 1, MODEL, other)
-    assert snapshot(pictures) == before
 
 
 def test_new_classes_of_a_feature_table_need_a_text_table(run, index, tmp_path):
@@ -327,18 +303,6 @@ def test_key_ids_takes_several_ids_and_excludes_a_condition(run, index):
     assert sorted(labels_of(index)) == [1, 2, 5]
 
 
-def test_a_change_without_effect_makes_no_version(run, index):
-    before = snapshot(index)
-    for command, message in (
-        (("relabel", index, "cat", "--where", "label = 'cat'"), "relabelled 0 shots as cat"),
-        (("relabel", index, "cat", "--key-ids", 0, "--key-ids", 2), "relabelled 0 shots as cat"),
-    ):
-        done = run("index", *command)
-        assert (done.exit_code, done.stdout) == (0, f"{index}: version 1, {message}\n")
-    assert changes.rollback(index, 1) == changes.Changed(1, [])
-    assert snapshot(index) == before
-
-
 def test_an_error_in_the_search_for_duplicates_changes_nothing(run, index, table, monkeypatch):
     def fails(*_, **__):
         raise MemoryError
@@ -373,24 +337,6 @@ def test_lists_are_trained_again_if_the_keys_double(lists):
         assert cache.index.trained == verify(lists).index.trained == trained
 
 
-def test_renaming_a_class_to_another_merges_their_solved_values(tmp_path):
-    """The result answers like an index that was built with the merged labels."""
-    keys, labels, place = unit_rows(40, D), [f"{'abcd'[i % 4]}" for i in range(40)], tmp_path / "index"
-    text = write_table(tmp_path / "text.parquet", unit_rows(4, D, 1), ["a", "b", "c", "d"])
-    source = open_source(write_table(tmp_path / "train.parquet", keys, labels))
-    build_index(source, place, Reader(), text=text, device="cpu", values="solved")
-    changes.rename(place, "b", "d")
-    cache = verify(place)
-    merged = [{"b": "d"}.get(label, label) for label in labels]
-    fresh = Index.from_features(
-        keys, merged, cache.class_names, cache.text_weights, settings=cache.settings, device="cpu"
-    )
-    fresh.set_fitted(cache.metric, fresh.values, cache.fitted)
-    fresh.add(keys[:1], ["a"])  # solves the values
-    fresh.remove([40])
-    np.testing.assert_allclose(cache.logits(QUERIES, "all"), fresh.logits(QUERIES, "all"), atol=1e-3)
-
-
 def test_trained_values_of_merged_classes_add_up(tmp_path):
     keys, values = unit_rows(6, D), np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)
     cache = Index.from_features(keys, list("aabbcc"), list("abc"), values=values, device="cpu")
@@ -422,7 +368,9 @@ def test_rename_encodes_the_new_name_if_asked(run, pictures, lit_mini):
     assert "new text weight" in Versions(pictures).history()["change"].to_pylist()[-1]
 
 
-def test_new_templates_give_new_text_weights(run, pictures, lit_mini):
+def test_new_templates_give_new_text_weights(run, pictures, lit_mini, tmp_path):
+    other = f"local-dir:{tiny(tmp_path / 'other')}"
+    refused(run("index", "set", pictures, "--template", "a {}", "--model", other), 1, MODEL, other)
     done = run(
         "index", "set", pictures, "--template", "the {}", "--template", "one {}", "--alpha", 2, "--device", "cpu"
     )
@@ -450,25 +398,6 @@ def test_a_failed_rebuild_changes_nothing(run, index):
     large.save(index.with_name("large"))
     refused(run("index", "set", index.with_name("large"), "--dtype", "float16"), 1, "too large for float16")
     assert snapshot(index) == before
-
-
-def test_damage_is_found_by_rollback_clone_and_reload(index, tmp_path):
-    reader = opened(index)
-    changes.remove(index, key_ids=[0])
-    first, current = (Versions(index).manifest(version).files["keys"].name for version in (1, None))
-    for name, change in (
-        (first, lambda: changes.rollback(index)),
-        (current, lambda: changes.clone(index, tmp_path / "copy")),
-        (current, reader.reload),
-    ):
-        flip(index / name)
-        with pytest.raises(StoreError, match=name):
-            change()
-        flip(index / name)
-    assert (version(index), reader.n, (tmp_path / "copy").exists()) == (2, 6, False)
-    (index / current).write_bytes(b"damaged")
-    assert changes.rollback(index).version == 3
-    assert opened(index).n == 6
 
 
 @pytest.fixture
@@ -595,28 +524,20 @@ def test_a_fast_check_hashes_small_files_and_compares_sizes_of_large_ones(run, t
         opened(tmp_path / "i", verify="never")
 
 
-def test_reload_only_reads_changed_files_and_keeps_the_old_reader_valid(grown):
-    reader = opened(grown)
-    old = set(data_files(grown))
-    answers = reader.logits(QUERIES)
-    near = [key.key_id for key in reader.classify(QUERIES[:1])[0].neighbours]
-    assert reader.reload() is reader
+def test_reload_only_reads_changed_files(grown):
+    """``test_living.py`` tests what a reader answers before and after."""
+    reader, old = opened(grown), set(data_files(grown))
     changes.remove(grown, key_ids=[0, 7])
     Versions(grown).collect(1)
-    assert torch.equal(reader.logits(QUERIES), answers)
-    assert [key.key_id for key in reader.classify(QUERIES[:1])[0].neighbours] == near
     unread = set(data_files(grown)) & old
     assert unread
     for name in unread:
         flip(grown / "data" / name)  # not noticed, because the file is not read again
     now = reader.reload()
-    assert now is not reader
     for name in unread:
         flip(grown / "data" / name)
     assert (now.version, now.n, reader.version, reader.n) == (3, 6, 2, 8)
     assert torch.equal(now.logits(QUERIES), opened(grown).logits(QUERIES))
-    assert now.reload() is now
-    assert torch.equal(reader.logits(QUERIES), answers)
     with pytest.raises(UsageError, match="reload:"):
         Index.from_features(unit_rows(2, D), ["a", "b"], ["a", "b"], device="cpu").reload()
 

@@ -3,6 +3,7 @@
 Run as a script, this file is the writers and readers. RETRIEVAL_TIP_SECONDS sets their duration.
 """
 
+import fcntl
 import io
 import json
 import os
@@ -13,7 +14,7 @@ import socket
 import subprocess
 import time
 import zlib
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import filelock
@@ -22,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from conftest import AS_ROOT, SOAK, mount, nearest_keys, sampled
+from sealing import refused
 from tables import unit_rows, write_table
 
 from retrieval_tip import Index, verify
@@ -85,50 +87,65 @@ def _write(job):
     return {"versions": versions, "key_ids": key_ids, "own": own, "removed": removed, "done": done}
 
 
-def check_whole(cache, rng):
-    """Check that an open index is one version: each key has its label, and is found by a search."""
+def check_whole(cache):
+    """Check that an open index is one version: each key has its label, and is found by a search. Return the version."""
     sources, labels = cache.labels["source"].to_pylist(), cache.labels["label"].to_pylist()
     assert len(set(sources)) == len(sources) == cache.n
     assert len(set(cache.labels["key_id"].to_pylist())) == cache.n
-    rows = sorted(rng.sample(range(cache.n), 4))
+    rows = sorted(random.sample(range(cache.n), 4))
     expected = np.stack([vector(sources[row]) for row in rows])
     assert np.array_equal(cache.keys[np.asarray(rows)], expected)
     for row, [near] in zip(rows, nearest_keys(cache, expected), strict=True):
         assert (near["source"], near["label"]) == (sources[row], labels[row])
         assert near["affinity"] > 0.999
+    return cache.version
+
+
+def check_history(index):
+    rows = Versions(index).history().to_pylist()
+    numbers = [row["version"] for row in rows]
+    assert numbers == list(range(numbers[0], numbers[-1] + 1))
+    assert [row["parent"] for row in rows] == [version - 1 or None for version in numbers]
+    assert [row["current"] for row in rows] == [False] * (len(rows) - 1) + [True]
+    return numbers[-1]
+
+
+def check_query(index):
+    [found] = Versions(index).query("SELECT count(*) AS n, count(DISTINCT source) AS m FROM labels").to_pylist()
+    assert found["n"] == found["m"]
+    return Versions(index).query("SELECT max(version) AS v FROM versions").to_pylist()[0]["v"]
+
+
+def check_description(index):
+    facts = Versions(index).describe()
+    assert all(version < facts["version"] for version in facts["earlier_versions"])
+    return facts["version"]
+
+
+READ = {
+    "load": lambda index, _: check_whole(Index.load(index, device="cpu")),
+    "fast": lambda index, _: check_whole(Index.load(index, device="cpu", verify="fast")),
+    "reload": lambda _, staying: check_whole(staying.reload()),
+    "describe": lambda index, _: check_description(index),
+    "history": lambda index, _: check_history(index),
+    "query": lambda index, _: check_query(index),
+    "verify": lambda index, _: check_whole(verify(index)),
+}
+"""Ways to read an index, given its folder and an open index. Each checks that it sees one version, and returns it."""
 
 
 def _read(job):
-    """Load and query until the time is up. The first reader keeps its index open, and uses :meth:`reload`."""
-    folder, number = Path(job["folder"]), job["number"]
-    rng, versions, reads = random.Random(number), [0], 0
-    staying = Index.load(folder, device="cpu")
+    """Read in every way until the time is up. An open index does not change, and no version is older than another."""
+    folder, ways = Path(job["folder"]), random.Random(job["number"])
+    versions, staying = [0], Index.load(folder, device="cpu")
     end = time.monotonic() + job["seconds"]
-    while time.monotonic() < end or reads < 2:  # even if a busy machine gives the reader no time
-        if number == 0:
-            before, then = staying, staying.logits(QUERIES)
-            staying = cache = staying.reload()
-            assert np.array_equal(before.logits(QUERIES), then)  # an open index does not change
-        else:
-            cache = Index.load(folder, device="cpu", verify=rng.choice(["full", "fast"]))
-        assert cache.version is not None
-        assert cache.version >= versions[-1]
-        versions.append(cache.version)
-        check_whole(cache, rng)
-        reads += 1
-        if number == 2:
-            numbers = Versions(folder).history()["version"].to_pylist()
-            assert numbers == list(range(numbers[0], numbers[-1] + 1))
-            assert numbers[-1] >= versions[-1]
-        elif number == 3:
-            counted = (
-                Versions(folder).query("SELECT count(*) AS n, count(DISTINCT source) AS m FROM labels").to_pylist()[0]
-            )
-            assert counted["n"] == counted["m"]
-            facts = Versions(folder).describe()
-            assert facts["version"] >= versions[-1]
-            assert all(version < facts["version"] for version in facts["earlier_versions"])
-    return {"reads": reads, "versions": len(set(versions[1:]))}
+    while time.monotonic() < end or len(versions) < 3:  # even if a busy machine gives the reader no time
+        expected, before = staying.logits(QUERIES), staying
+        versions.append(READ[ways.choice([*READ])](folder, staying))
+        assert versions[-1] >= versions[-2]
+        staying = staying.reload()
+        assert np.array_equal(before.logits(QUERIES), expected)
+    return {"reads": len(versions) - 1, "versions": len(set(versions[1:]))}
 
 
 def _build(job):
@@ -193,11 +210,7 @@ def test_writers_lose_nothing_and_readers_never_fail(server, index, tmp_path):
     made = sorted(version for one in written for version in one["versions"])
     last = Versions(index).current().version
     assert sorted(set(made)) == list(range(2, last + 1))
-    history = Versions(index).history().to_pylist()
-    numbers = [row["version"] for row in history]
-    assert numbers == list(range(numbers[0], last + 1))
-    assert [row["parent"] for row in history] == [version - 1 or None for version in numbers]
-    assert [row["current"] for row in history] == [False] * (len(history) - 1) + [True]
+    assert check_history(index) == last
     # No key was lost, and no key id was given twice.
     given = [key_id for one in written for key_id in one["key_ids"]]
     assert sorted(given) == list(range(len(BASE), len(BASE) + len(given)))
@@ -208,7 +221,7 @@ def test_writers_lose_nothing_and_readers_never_fail(server, index, tmp_path):
     assert found == expected | {source: i for i, source in enumerate(BASE)}
     assert not {source for one in written for source in one["removed"]} & found.keys()
     assert cache.next_key_id == len(BASE) + len(given)
-    check_whole(cache, random.Random(0))
+    check_whole(cache)
     # All writers and readers made progress.
     assert all(one["done"] for one in written)
     assert all(one["reads"] > 1 for one in read)
@@ -262,21 +275,6 @@ class Inline:
         pass
 
 
-READ = {
-    "load": lambda index, _: check_whole(Index.load(index, device="cpu"), random.Random(0)),
-    "reload": lambda _, staying: check_whole(staying.reload(), random.Random(0)),
-    "describe": lambda index, _: Versions(index).describe(),
-    "history": lambda index, _: check_history(index),
-    "query": lambda index, _: Versions(index).query("SELECT count(*) FROM labels, versions"),
-    "verify": lambda index, _: check_whole(verify(index), random.Random(0)),
-}
-
-
-def check_history(index):
-    numbers = Versions(index).history()["version"].to_pylist()
-    assert numbers == list(range(numbers[0], numbers[-1] + 1))
-
-
 @pytest.mark.parametrize("name", READ)
 def test_a_reader_survives_deletion_of_its_version_at_any_access(index, monkeypatch, name):
     staying = Index.load(index, device="cpu")
@@ -286,28 +284,21 @@ def test_a_reader_survives_deletion_of_its_version_at_any_access(index, monkeypa
     assert np.array_equal(staying.logits(QUERIES), before)
 
 
-def test_two_builds_into_one_new_folder_make_two_versions(server, tmp_path):
+@pytest.mark.parametrize("other", ["good", "failing"])
+def test_two_builds_into_one_new_folder_do_not_disturb_each_other(server, tmp_path, other):
     tables = [table(tmp_path / f"{name}.parquet", [f"{name}/{i}" for i in range(12)]) for name in "ab"]
+    if other == "failing":  # the build checks norms under the lock, and then removes its folder
+        write_table(tables[1], 2 * unit_rows(4, D), NAMES)
     for number in range(12 if SOAK else 2):
         folder = tmp_path / str(number) / "index"
-        server.start(*({"work": "build", "table": str(path), "folder": str(folder)} for path in tables))
-        assert server.wait() == [0, 0]
-        first, second = Versions(folder).history().to_pylist()
-        assert [(row["version"], row["parent"]) for row in (first, second)] == [(1, None), (2, 1)]
-        names = {Index.load(folder, version=version).labels["source"][0].as_py()[0] for version in (1, 2)}
-        assert names == {"a", "b"}
-
-
-def test_a_failed_build_does_not_remove_the_new_folder_of_another(server, tmp_path):
-    good = table(tmp_path / "good.parquet", BASE)
-    bad = write_table(tmp_path / "bad.parquet", 2 * unit_rows(4, D), NAMES)  # the build checks norms under the lock
-    for number in range(12 if SOAK else 2):
-        folder = tmp_path / str(number) / "index"
-        jobs = [{"work": "build", "table": str(path), "folder": str(folder)} for path in (bad, good)]
+        jobs = [{"work": "build", "table": str(path), "folder": str(folder)} for path in tables]
         server.start(*(jobs if number % 2 else jobs[::-1]))
         status = server.wait()
-        assert (status if number % 2 else status[::-1]) == [1, 0]
-        assert verify(folder).version == 1
+        assert (status if number % 2 else status[::-1]) == [0, int(other == "failing")]
+        history = Versions(folder).history().to_pylist()
+        assert [(row["version"], row["parent"]) for row in history] == [(1, None), (2, 1)][: len(history)]
+        names = [Index.load(folder, version=row["version"]).labels["source"][0].as_py()[0] for row in history]
+        assert sorted(names) == (["a", "b"] if other == "good" else ["a"])
 
 
 @pytest.mark.parametrize("name", ["lock", "data", "folder"])
@@ -374,35 +365,35 @@ def test_a_read_only_folder_can_be_read_and_refuses_every_change(index, tmp_path
             path.chmod(0o755)
 
 
-def test_the_error_names_the_process_that_holds_the_lock(server, index, monkeypatch):
-    job = {"work": "configure", "folder": str(index)}
+@pytest.mark.parametrize("end", ["SIGCONT", "SIGKILL"])
+def test_a_writer_waits_until_a_stopped_writer_continues_or_dies(server, index, monkeypatch, end):
+    """Meanwhile, an impatient writer gets an error that names the process, and readers do not wait."""
+    job, looks, flock, named = {"work": "configure", "folder": str(index)}, [], fcntl.flock, 0
     assert server.run(job) == server.run(job) == 0  # only the first creates the folder of earlier manifests
     locked, *_, released = [number for number, step in enumerate(server.steps) if step == "fcntl.flock"]
-    named = 0
-    for step in sampled(len(server.steps), 8):
+    monkeypatch.setattr(fcntl, "flock", lambda *arguments: (looks.append(1), flock(*arguments)))
+    for step in sampled(len(server.steps), 7):
         first = Versions(index).current().version
         server.start(job, step=step, how="SIGSTOP")
         stopped = server.stopped()
-        try:
-            if locked < step <= released:
-                with monkeypatch.context() as patch:
-                    patch.setattr(store_files, "LOCK_WAIT", 0.05)
-                    with pytest.raises(StoreError) as error, Versions(index).write():
-                        pass
+        with ThreadPoolExecutor(1) as pool:
+            if is_locked := locked < step <= released:
+                monkeypatch.setattr(store_files, "LOCK_WAIT", 0.05)
                 owner = f"process {stopped} on {socket.gethostname()}"
+                text = refused(lambda: changes.configure(index, k=9), f"{index}: is being written by ")
                 # A new owner is unnamed for a moment, but no other process is ever named.
-                assert str(error.value) in [
-                    f"{index}: is being written by {who}; try later" for who in (owner, "another process")
-                ]
-                named += owner in str(error.value)
-                assert Index.load(index, device="cpu").version in (first, first + 1)  # readers need no lock
-            else:
-                with Versions(index).write():
-                    pass
-        finally:
-            os.kill(stopped, signal.SIGCONT)
-            status = server.wait()
-        assert status == [0]
-        assert verify(index).version == first + 1  # the stopped process has continued
-        assert changes.configure(index, k=8).version == first + 2
-    assert named > (10 if SOAK else 3)
+                assert text in [f"{index}: is being written by {who}; try later" for who in (owner, "another process")]
+                named += owner in text
+                assert Index.load(index, device="cpu").version in (first, first + 1)
+            monkeypatch.setattr(store_files, "LOCK_WAIT", 60.0)
+            looks.clear()
+            waiting = pool.submit(changes.configure, index, k=8)
+            while is_locked and len(looks) < 3:  # it has found the lock taken at least twice
+                time.sleep(0.001)
+            assert not (is_locked and waiting.done())
+            os.kill(stopped, getattr(signal, end))
+            version = waiting.result().version
+        assert server.wait() == [0 if end == "SIGCONT" else -signal.SIGKILL]
+        assert version in (first + 1, first + 2)
+        assert verify(index).version == (first + 2 if end == "SIGCONT" else version)
+    assert named > 1

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from dense import scatter
 from fake import IDENTITY, Fake
 from fastapi.testclient import TestClient
 from hypothesis import given
@@ -62,22 +63,15 @@ class Other(Fake):
         return np.sqrt(super().encode_images(pixels))
 
 
-@given(st.integers(1, 5), st.lists(st.integers(1, 5), min_size=2, max_size=3))
-def test_joined_features_have_unit_norm_and_mean_affinities(n, widths):
+@given(st.integers(1, 5), st.lists(st.integers(1, 5), min_size=2, max_size=3), st.integers(0, 99))
+def test_joined_features_have_unit_norm_and_the_mean_affinity_weighted_by_shares(n, widths, seed):
     parts = [unit_rows(n, d, seed) for seed, d in enumerate(widths)]
-    joined = side_by_side(parts)
+    joined, shares = side_by_side(parts), np.random.default_rng(seed).dirichlet(np.ones(len(widths)))
+    scaled = joined * scale_of([Part(d, "feature") for d in widths], tuple(shares)).numpy()
+    expected = sum(share * part @ part.T for share, part in zip(shares, parts, strict=True))
+    np.testing.assert_allclose(scaled @ scaled.T, expected, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(joined, axis=1), 1, rtol=1e-5)
     np.testing.assert_allclose(joined @ joined.T, np.mean([part @ part.T for part in parts], axis=0), atol=1e-5)
-
-
-def test_the_affinity_is_the_mean_of_the_encoders_weighted_by_shares():
-    parts = [unit_rows(3, d, d) for d in WIDTHS]
-    scale = scale_of([Part(d, "feature") for d in WIDTHS], (0.25, 0.75))
-    assert scale is not None
-    scaled = side_by_side(parts) * scale.numpy()
-    np.testing.assert_allclose(
-        scaled @ scaled.T, 0.25 * parts[0] @ parts[0].T + 0.75 * parts[1] @ parts[1].T, atol=1e-5
-    )
 
 
 def test_without_a_fit_all_encoders_count_equally():
@@ -146,12 +140,11 @@ def test_the_prior_of_joined_encoders_is_scaled_by_their_shares(each):
     assert form.metric is not None
     assert index.metric is not None
     scale = np.repeat(np.sqrt(2 * np.array(index.shares)), WIDTHS)
-    keys = np.asarray(index.keys, dtype=np.float64)
-    apart = keys - np.repeat([keys[ids == i].mean(0) for i in range(len(NAMES))], each, 0)
-    scatter = (apart.T @ apart + 1000 * prior) / (len(NAMES) * (each - 1) + 1000) * np.outer(scale, scale)
-    variance = sum(part.mean() for part in np.split(scatter.diagonal(), [WIDTHS[0]]))
+    own = len(ids) * scatter(index.keys, ids)
+    whole = (own + 1000 * prior) / (len(NAMES) * (each - 1) + 1000) * np.outer(scale, scale)
+    variance = sum(part.mean() for part in np.split(whole.diagonal(), [WIDTHS[0]]))
     s = form.metric.shrinkage
-    inverse = np.linalg.inv((1 - s) * scatter / variance + s * np.eye(len(scale))) * np.outer(scale, scale)
+    inverse = np.linalg.inv((1 - s) * whole / variance + s * np.eye(len(scale))) * np.outer(scale, scale)
     transform = index.metric.transform.double().numpy()
     np.testing.assert_allclose(transform @ transform.T, inverse, rtol=1e-3, atol=1e-4)
 

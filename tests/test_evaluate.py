@@ -210,17 +210,6 @@ def test_shots_are_classified_as_by_an_index_without_them(tmp_path, run, kind, s
     assert (facts["held_out"], facts["top1"]) == (7, pytest.approx(found.top1))
 
 
-def test_all_shots_get_the_accuracy_of_new_photos(tmp_path, run):
-    ids = np.arange(240) % 6
-    features = unit(_means[ids] + 0.35 * np.random.default_rng(3).standard_normal((240, D)))
-    shots, new = (labelled_table(tmp_path / f"{name}.parquet", ids[part], features[part], name)
-                  for name, part in (("shots", slice(0, 120)), ("new", slice(120, 240))))  # fmt: skip
-    assert run("-q", "index", "build", shots, "--out", tmp_path / "index").exit_code == 0
-    own, other = (json.loads(run("evaluate", tmp_path / "index", one, "--json").stdout) for one in (shots, new))
-    assert (own["held_out"], other["held_out"]) == (120, 0)
-    assert abs(own["top1"] - other["top1"]) < 0.1
-
-
 def test_rows_without_a_digest_are_shots_if_id_and_feature_are_equal(tmp_path, run):
     shots = labelled_table(tmp_path / "shots.parquet", Y, KEYS)
     assert run("-q", "index", "build", shots, "--fit", "none", "--out", tmp_path / "index").exit_code == 0

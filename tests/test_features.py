@@ -4,17 +4,22 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import sqlite3
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import examples
 from fake import IDENTITY, Fake, Reads, picture, pictures, source_of, with_identity
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tables import unit_rows
 
 from retrieval_tip import errors
@@ -23,7 +28,7 @@ from retrieval_tip.data import images
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.reader import Reader, encode_table, view_names
 from retrieval_tip.data.sources import of_images, open_items, open_source
-from retrieval_tip.data.tables import TABLE_ROWS, check_backbone, read_rows, table_dim, table_identity
+from retrieval_tip.data.tables import check_backbone, read_rows, table_dim, table_identity
 from retrieval_tip.errors import BackboneError, InputError, RetrievalTipError, UsageError
 
 
@@ -38,14 +43,93 @@ def all_of(reader, source):
     return np.concatenate([b.positions for b in blocks]), np.concatenate([b.features for b in blocks])
 
 
-@pytest.mark.parametrize("views", [1, 3])
-def test_each_image_is_read_and_encoded_once(folder, tmp_path, views):
-    reads, backbone = Reads(), Fake()
-    reader = Reader(backbone, views=views, read=reads)
-    with_cache(tmp_path, lambda cache: all_of(replace(reader, cache=cache), source_of(folder)))
-    assert len(reads) == 12
-    assert set(reads.values()) == {1}
-    assert backbone.prepared == sum(backbone.batches) == 12 * views
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Twelve pictures, a copy of the first, two JPEGs of which one is large enough to be reduced, and two faults."""
+    place = pictures(tmp_path_factory.mktemp("photos") / "images")
+    (place / "12.png").write_bytes((place / "00.png").read_bytes())
+    for name, size in (("13.jpg", (90, 70)), ("14.jpg", (23, 90))):
+        picture(13).resize(size).save(place / name)
+    (place / "15.png").write_bytes(b"garbage")
+    return [*map(str, sorted(place.iterdir())), str(place / "missing.png")]
+
+
+def by_hand(path, names, reduce):
+    """Return the digest of an image and the raw features of its views. Only the centre may be of a reduced image."""
+    data, backbone = images.read(path), Fake()
+    digest, image = hashlib.sha256(data).hexdigest(), images.decode(data)
+    centre = backbone.preprocess(images.decode(data, 12) if reduce else image)
+    views = [centre if name == "centre" else backbone.view(image, f"{digest}/{name}") for name in names]
+    return digest, backbone.encode_images(torch.stack(views))
+
+
+numbers = st.lists(st.integers(0, 16), min_size=1, max_size=20).filter(lambda order: min(order) < 15)
+drawn_views = st.tuples(st.integers(1, 4), st.integers(1, 2), st.booleans())
+
+
+@settings(max_examples=examples(60), deadline=None)
+@given(numbers, drawn_views, drawn_views, st.integers(1, 9), st.integers(1, 4), st.booleans())
+def test_each_image_is_read_and_encoded_once(
+    tmp_path_factory, photos, order, views, before, batch_size, workers, cached
+):
+    """Photos may repeat, or be the same under two names; the cache may know some views of all photos."""
+    source, (number, seed, reduce) = of_images([photos[number] for number in order]), views
+    names = view_names(seed, number)
+    each = [*names, "centre"] if number > 1 else names
+    found = {path: by_hand(path, each, reduce) for path in source.paths if path not in photos[15:]}
+    cache, known = EncodingCache(tmp_path_factory.mktemp("cache")) if cached else None, set()
+
+    def kept(names, reduce):
+        return {name if name != "centre" else f"centre {reduce}" for name in names}
+
+    if cached:  # under other names, since images are identified by their content
+        moved = shutil.copytree(Path(photos[0]).parent, tmp_path_factory.mktemp("moved") / "moved")
+        first, known = view_names(before[1], before[0]), kept(view_names(before[1], before[0]), before[2])
+        Reader(Fake(), cache=cache, reduce=before[2]).encode_views(of_images(sorted(map(str, moved.iterdir()))), first)
+    for mean, own in ((True, names), (False, each)):
+        backbone, reads, fresh = Fake(), Reads(), kept(own, reduce) - known
+        reader = Reader(backbone, number, seed, "check", batch_size, workers, cache, reduce, read=reads)
+        result = reader.encode(source) if mean else reader.encode_views(source, own)
+        digests, known = [digest for digest, _ in found.values()], known | (kept(own, reduce) if cached else set())
+        assert reads == dict.fromkeys([Path(path).name for path in source.paths], 1)
+        assert max(backbone.batches, default=0) <= batch_size
+        assert len(set(digests)) * len(fresh) <= sum(backbone.batches) <= len(digests) * len(fresh)
+        assert result.features.dtype == np.float32
+        paths = [path for path in (source.paths if mean else dict.fromkeys(source.paths)) if path in found]
+        raw = [found[path][1][: len(own)] for path in paths]
+        if mean:
+            assert result.positions.tolist() == [at for at, path in enumerate(source.paths) if path in found]
+            assert result.digests == [found[path][0] for path in paths]
+            raw = [views.mean(axis=0, keepdims=True) for views in raw]
+        else:
+            assert result.positions.tolist() == [source.paths.index(path) for path in paths]
+            assert result.starts.tolist() == list(range(0, len(paths) * len(own) + 1, len(own)))
+        np.testing.assert_allclose(result.features, unit(np.concatenate(raw)), atol=1e-6)
+        failed = [path for path in dict.fromkeys(source.paths) if path not in found]
+        assert [skipped.source for skipped in reader.skipped] == failed
+    if cached:
+        cache.close()
+
+
+def test_reduction_only_changes_large_jpegs_and_those_little(photos):
+    pairs = [[unit(by_hand(path, ["centre"], reduce)[1]) for reduce in (True, False)] for path in photos[11:15]]
+    assert [np.array_equal(*pair) for pair in pairs] == [True, True, False, True]
+    assert min((one * other).sum() for one, other in pairs) > 0.98
+
+
+def test_an_unreadable_image_is_named(photos, caplog):
+    reader, views = Reader(Fake()), view_names(1, 2)
+    for _ in range(2):
+        reader.encode_views(of_images(photos), views)
+    assert [skipped.reason.partition(":")[0] for skipped in reader.skipped] == ["not a readable image", "no such file"]
+    assert caplog.text.count(photos[15]) == caplog.text.count(photos[16]) == 1
+    for read in (Reader.encode, lambda reader, source: reader.encode_views(source, views)):
+        with pytest.raises(InputError, match=r"15\.png: not a readable image"):
+            read(Reader(Fake(), strict=True, batch_size=2), of_images(photos))
+        with pytest.raises(InputError, match=r"none of 2 images could be read .*not a readable image"):
+            read(Reader(Fake()), of_images(photos[15:]))
+        with pytest.raises(InputError, match=r"^[^(]*missing\.png"):
+            read(Reader(Fake()), of_images(photos[16:]))
 
 
 def test_too_large_requests_are_refused_before_memory_is_allocated(folder, monkeypatch):
@@ -73,29 +157,6 @@ def with_cache(folder, use):
         cache.close()
 
 
-def test_features_equal_those_of_the_backbone_at_unit_norm(folder):
-    backbone = Fake()
-    positions, found = all_of(Reader(backbone), source_of(folder))
-    assert positions.tolist() == list(range(12))
-    for number, feature in enumerate(found):
-        assert np.allclose(feature, backbone.expected(picture(number)), atol=1e-6)
-    assert np.allclose(np.linalg.norm(found, axis=1), 1)
-    assert found.dtype == np.float32
-
-
-@pytest.mark.parametrize("views", [1, 2, 5])
-def test_batch_size_and_workers_do_not_change_features(folder, views):
-    source = source_of(folder)
-    expected = all_of(Reader(Fake(), views=views), source)
-    for batch_size, workers in ((1, 1), (5, 3), (12, 2), (64, 8)):
-        backbone = Fake()
-        found = all_of(Reader(backbone, views=views, batch_size=batch_size, workers=workers), source)
-        assert np.array_equal(found[0], expected[0])
-        assert np.array_equal(found[1], expected[1])
-        assert max(backbone.batches) <= batch_size
-        assert sum(backbone.batches) == 12 * views
-
-
 def test_blocks_stay_in_order_if_an_image_is_slow(folder):
     opened = []
 
@@ -109,18 +170,6 @@ def test_blocks_stay_in_order_if_an_image_is_slow(folder):
 
     blocks = list(Reader(Fake(), batch_size=4, workers=4, read=late).blocks(source_of(folder)))
     assert [block.positions.tolist() for block in blocks] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
-
-
-def test_the_cache_identifies_images_by_content(folder, tmp_path):
-    backbone = Fake()
-    with_cache(tmp_path / "c", lambda cache: all_of(Reader(backbone, cache=cache), source_of(folder)))
-    (folder / "00.png").rename(folder / "renamed.png")
-    picture(99).save(folder / "01.png")
-    backbone.batches.clear()
-    _, found = with_cache(tmp_path / "c", lambda cache: all_of(Reader(backbone, cache=cache), source_of(folder)))
-    assert sum(backbone.batches) == 1
-    assert np.allclose(found[0], backbone.expected(picture(99)))
-    assert np.allclose(found[11], backbone.expected(picture(0)))
 
 
 @pytest.mark.parametrize(
@@ -140,65 +189,6 @@ def test_another_backbone_or_precision_encodes_again(folder, tmp_path, change, f
     found = with_cache(tmp_path / "c", lambda cache: all_of(Reader(backbone, cache=cache), source))
     assert np.array_equal(found[1], right)
     assert sum(backbone.batches) == backbone.prepared == fresh
-
-
-@pytest.mark.parametrize(("views", "seed", "fresh"), [(3, 1, 0), (2, 1, 0), (4, 1, 12), (3, 2, 36), (1, 1, 12)])
-def test_other_views_or_another_seed_encode_only_new_views(folder, tmp_path, views, seed, fresh):
-    source = source_of(folder)
-    with_cache(tmp_path / "c", lambda cache: all_of(Reader(Fake(), views=3, seed=1, cache=cache), source))
-    backbone = Fake()
-    reader = Reader(backbone, views=views, seed=seed)
-    alone = all_of(reader, source)
-    backbone.batches.clear()
-    found = with_cache(tmp_path / "c", lambda cache: all_of(replace(reader, cache=cache), source))
-    assert sum(backbone.batches) == fresh
-    assert np.array_equal(found[1], alone[1])
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 64])
-def test_a_repeated_path_is_read_once(folder, batch_size):
-    order, reads, backbone = [3, 0, 3, 11, 5, 3, 0, 7, 11], Reads(), Fake()
-    source = source_of(folder).take(order)
-    positions, found = all_of(Reader(backbone, batch_size=batch_size, read=reads), source)
-    assert positions.tolist() == list(range(len(order)))
-    assert sum(reads.values()) == sum(backbone.batches) == 5
-    for number, feature in zip(order, found, strict=True):
-        assert np.allclose(feature, Fake().expected(picture(number)), atol=1e-6)
-
-
-def test_equal_images_are_encoded_once_per_batch(folder):
-    (folder / "copy.png").write_bytes((folder / "00.png").read_bytes())
-    backbone = Fake()
-    (block,) = Reader(backbone, batch_size=64).blocks(source_of(folder))
-    assert sum(backbone.batches) == 12
-    assert np.array_equal(block.features[0], block.features[12])
-    assert block.digests[4] == hashlib.sha256((folder / "04.png").read_bytes()).hexdigest()
-
-
-def test_an_unreadable_image_is_named_and_skipped(folder, caplog):
-    (folder / "05.png").write_bytes(b"garbage")
-    (folder / "07.png").unlink()
-    (folder / "gone.png").symlink_to("nowhere")
-    reader = Reader(Fake(), batch_size=4)
-    source = of_images([str(folder / f"{n:02}.png") for n in range(12)] + [str(folder / "gone.png")])
-    positions, found = all_of(reader, source)
-    assert positions.tolist() == [0, 1, 2, 3, 4, 6, 8, 9, 10, 11]
-    assert [Path(skipped.source).name for skipped in reader.skipped] == ["05.png", "07.png", "gone.png"]
-    assert [skipped.reason for skipped in reader.skipped][1:] == ["no such file"] * 2
-    for name in ("05.png", "07.png", "gone.png"):
-        assert f"{folder / name}" in caplog.text
-    assert np.allclose(found[5], Fake().expected(picture(6)), atol=1e-6)
-
-
-def test_strict_stops_at_the_first_unreadable_image(folder):
-    (folder / "05.png").write_bytes(b"")
-    with pytest.raises(InputError, match=r"05\.png: empty file$"):
-        all_of(Reader(Fake(), strict=True, batch_size=2), source_of(folder))
-
-
-def test_a_source_without_readable_images_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"none of 2 images could be read .*no such file"):
-        all_of(Reader(Fake()), of_images([str(tmp_path / "a.png"), str(tmp_path / "b.png")]))
 
 
 def test_an_image_without_a_usable_feature_is_skipped(folder):
@@ -293,19 +283,13 @@ def test_a_damaged_cache_never_gives_wrong_features(
         assert again.batches == []
 
 
-def test_an_unusable_cache_is_refused_with_a_remedy(tmp_path):
+def test_a_cache_that_cannot_be_used_is_refused_or_replaced_by_a_warning(tmp_path, monkeypatch, caplog):
+    """It is refused if the user names it. The default is left out, with a warning."""
     (tmp_path / "file").write_text("x")
     (tmp_path / "d/encodings-2.sqlite").mkdir(parents=True)
     (tmp_path / "p").mkdir()
     os.mkfifo(tmp_path / "p/encodings-2.sqlite")
-    for place in (tmp_path / "file", tmp_path / "file/below", tmp_path / "d", tmp_path / "p"):
-        with pytest.raises(InputError, match="--no-cache"):
-            EncodingCache(place)
-
-
-def test_an_unusable_default_cache_gives_a_warning(tmp_path, monkeypatch, caplog):
-    (tmp_path / "file").write_text("x")
-    for place in (tmp_path / "file", tmp_path / "file/below", Path("/dev/null/x")):
+    for place in (*(tmp_path / name for name in ("file", "file/below", "d", "p")), Path("/dev/null/x")):
         monkeypatch.setenv("RETRIEVAL_TIP_CACHE", str(place))
         caplog.clear()
         assert EncodingCache.at(None) is None
@@ -315,14 +299,14 @@ def test_an_unusable_default_cache_gives_a_warning(tmp_path, monkeypatch, caplog
             EncodingCache.at(place)
 
 
-def homeless():
-    raise RuntimeError("Could not determine home directory.")
-
-
-def test_a_missing_home_folder_is_reported(monkeypatch):
-    for name in ("RETRIEVAL_TIP_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(Path, "home", homeless)
+def test_environment_variables_set_the_cache_folder(monkeypatch):
+    places = {"RETRIEVAL_TIP_CACHE": "", "XDG_CACHE_HOME": "/retrieval-tip", "HOME": "/.cache/retrieval-tip"}
+    for number, name in enumerate(places):
+        monkeypatch.setenv(name, f"/{number}")
+    for number, (name, below) in enumerate(places.items()):
+        assert EncodingCache.default_folder() == Path(f"/{number}{below}")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(Path, "home", mock.Mock(side_effect=RuntimeError("Could not determine home directory.")))
     assert EncodingCache.at(None) is None
     with pytest.raises(UsageError, match="--cache"):
         EncodingCache.default_folder()
@@ -340,17 +324,6 @@ def test_a_read_only_cache_is_used_with_one_warning(folder, tmp_path, caplog):
     assert sum(backbone.batches) == 9  # cached encodings are used
     assert len(caplog.messages) == 1
     assert str(tmp_path / "c") in caplog.text
-
-
-def test_environment_variables_set_the_cache_folder(monkeypatch):
-    monkeypatch.setenv("RETRIEVAL_TIP_CACHE", "/a")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/b")
-    assert EncodingCache.default_folder() == Path("/a")
-    monkeypatch.delenv("RETRIEVAL_TIP_CACHE")
-    assert EncodingCache.default_folder() == Path("/b/retrieval-tip")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", "/home/me")
-    assert EncodingCache.default_folder() == Path("/home/me/.cache/retrieval-tip")
 
 
 MEGABYTE = 1_000_000
@@ -423,78 +396,52 @@ def read_all(path, norms="check"):
     return np.concatenate([rows for _, rows in read_rows(path, norms)])
 
 
-FLOATS = {"float16": pa.float16(), "float32": pa.float32(), "float64": pa.float64()}
-LISTS = {"fixed": lambda t: pa.list_(t, 4), "list": pa.list_, "large": pa.large_list}
-
-
-@pytest.mark.parametrize("kind", FLOATS)
-@pytest.mark.parametrize("shape", LISTS)
-def test_features_of_every_float_and_list_type_are_read(tmp_path, kind, shape):
-    rows = unit_rows(5, 4).astype(kind)
-    path = table_of(tmp_path / "t.parquet", pa.array(list(rows), LISTS[shape](FLOATS[kind])))
-    found = read_all(path)
-    assert found.dtype == np.float32
-    assert np.array_equal(found, rows.astype(np.float32))
+@pytest.mark.parametrize("kind", [pa.float16(), pa.float32(), pa.float64()], ids=str)
+@pytest.mark.parametrize("lists", [lambda kind: pa.list_(kind, 4), pa.list_, pa.large_list])
+def test_features_of_every_float_and_list_type_are_read(tmp_path, kind, lists):
+    rows = unit_rows(5, 4).astype(kind.to_pandas_dtype())
+    path = table_of(tmp_path / "t.parquet", pa.array(list(rows), lists(kind)))
+    assert read_all(path).dtype == np.float32
+    assert np.array_equal(read_all(path), rows.astype(np.float32))
     assert table_dim(path) == 4
 
 
 GOOD = [1.0, 0.0, 0.0, 0.0]
+MANY = list(unit_rows(10_000, 4))
+IN_MANY = {" with 3": [1.0, 0.0, 0.0], ": the feature contains": [np.nan] * 4, " without": None}
+NOT_LISTS = [[1.0, 2.0], [[1, 0], [0, 1]], [[[1.0]], [[1.0]]], [{"x": 1.0}] * 2, [None, None], [[None], [None]]]
+BAD_ROWS = [
+    ([GOOD, None, GOOD, None], "rows 1, 3 without a feature"),
+    ([GOOD, GOOD, [1.0, 0.0]], "row 2 with 2 values; earlier rows have 4"),
+    ([[], []], "row 0 has no values"),
+    ([GOOD, [1.0, None, 0.0, 0.0]], "row 1 with a missing value"),
+    ([[np.inf, 0, 0, 0], GOOD, [0, -np.inf, 0, 0]], "rows 0, 2: the feature contains NaN or infinity"),
+    ([GOOD, [1e300, 0, 0, 0]], "row 1: the feature contains NaN or infinity"),
+    ([GOOD, [0.0, 0, 0, 0]], "row 1: the feature is zero"),
+    ([GOOD, [2.0, 0, 0, 0]], "row 1: norm 2 instead of 1; use norms=unit"),
+    ([[0.5, 0, 0, 0], GOOD], "row 0: norm 0.5 instead of 1"),
+    *(([*MANY[:9013], row, *MANY[9014:]], f"row 9013{words}") for words, row in IN_MANY.items()),
+]
 
 
 @pytest.mark.parametrize(
-    ("rows", "words"),
+    ("column", "words"),
     [
-        ([GOOD, None, GOOD, None], "rows 1, 3 without a feature"),
-        ([GOOD, GOOD, [1.0, 0.0]], "row 2 with 2 values; earlier rows have 4"),
-        ([[], []], "row 0 has no values"),
-        ([GOOD, [1.0, None, 0.0, 0.0]], "row 1 with a missing value"),
-        ([[np.inf, 0, 0, 0], GOOD, [0, -np.inf, 0, 0]], "rows 0, 2: the feature contains NaN or infinity"),
-        ([GOOD, [1e300, 0, 0, 0]], "row 1: the feature contains NaN or infinity"),
-        ([GOOD, [0.0, 0, 0, 0]], "row 1: the feature is zero"),
-        ([GOOD, [2.0, 0, 0, 0]], "row 1: norm 2 instead of 1; use norms=unit"),
-        ([[0.5, 0, 0, 0], GOOD], "row 0: norm 0.5 instead of 1"),
+        *((pa.array(rows, pa.list_(pa.float64())), words) for rows, words in BAD_ROWS),
+        *((pa.array(column), "column 'feature' has type ") for column in NOT_LISTS),
     ],
+    ids=str,
 )
 @pytest.mark.filterwarnings("error")
-def test_an_invalid_row_is_named(tmp_path, rows, words):
-    path = table_of(tmp_path / "my table.parquet", pa.array(rows, pa.list_(pa.float64())))
+def test_an_invalid_row_or_column_is_named(tmp_path, column, words):
+    path = table_of(tmp_path / "my table.parquet", column)
     with pytest.raises(InputError) as caught:
         read_all(path)
     assert str(path) in str(caught.value)
     assert words in str(caught.value)
 
 
-def test_rows_are_counted_over_the_whole_table(tmp_path):
-    rows = list(unit_rows(10_000, 4))
-    cases = {
-        "row 9013 with 3": [1.0, 0.0, 0.0],
-        "row 9013: the feature contains": [np.nan] * 4,
-        "row 9013 without": None,
-    }
-    for words, wrong in cases.items():
-        path = table_of(tmp_path / "t.parquet", pa.array([*rows[:9013], wrong, *rows[9014:]], pa.list_(pa.float32())))
-        with pytest.raises(InputError, match=words):
-            read_all(path)
-
-
-@pytest.mark.parametrize(
-    "column",
-    [
-        pa.array([1.0, 2.0]),
-        pa.array([[1, 0], [0, 1]]),
-        pa.array([[[1.0]], [[1.0]]]),
-        pa.array([{"x": 1.0}, {"x": 1.0}]),
-        pa.nulls(2),
-        pa.array([[None], [None]]),
-    ],
-)
-def test_a_feature_of_another_type_is_refused(tmp_path, column):
-    path = table_of(tmp_path / "t.parquet", column)
-    with pytest.raises(InputError, match=r"t\.parquet: column 'feature' has type .*expected lists of float"):
-        read_all(path)
-
-
-def test_an_empty_table_and_one_without_features_are_refused(tmp_path):
+def test_a_table_without_rows_features_or_readable_metadata_is_refused(tmp_path):
     empty = table_of(tmp_path / "e.parquet", pa.array([], pa.list_(pa.float32(), 4)))
     assert list(read_rows(empty, "check")) == []
     with pytest.raises(InputError, match=r"e\.parquet: has no rows"):
@@ -502,6 +449,9 @@ def test_an_empty_table_and_one_without_features_are_refused(tmp_path):
     pq.write_table(pa.table({"id": ["a"], "vector": ["b"]}), tmp_path / "n.parquet")
     with pytest.raises(InputError, match="one column 'feature'; its columns are id, vector"):
         read_all(tmp_path / "n.parquet")
+    for raw in (b"", b"{", b"[]", b"null", b"{}", b"\xff", b'{"model": 1}', b"[" * 100_000):
+        with pytest.raises(InputError, match=r"t\.parquet: its metadata cannot be read"):
+            table_identity(with_identity(tmp_path / "t.parquet", raw))
 
 
 def test_norms_can_be_scaled_or_kept(tmp_path):
@@ -520,27 +470,10 @@ def test_norms_can_be_scaled_or_kept(tmp_path):
     assert np.array_equal(read_all(table_of(tmp_path / "h.parquet", list(half))), half.astype(np.float32))
 
 
-@pytest.mark.parametrize(
-    "order", [[0, 1, 2], [19_000, 3, 11], [5, 5, 5], [19_999, 0, 19_999, 7, 0], [12], range(20_000)[::-1]]
-)
-def test_rows_can_be_taken_in_any_order_and_repeatedly(tmp_path, order):
-    rows = unit_rows(20_000, 4)
-    source = open_items(table_of(tmp_path / "t.parquet", list(rows))).take(order)
-    positions, found = all_of(Reader(), source)
-    assert positions.tolist() == list(range(len(order)))
-    assert np.array_equal(found, rows[order])
-
-
 def test_a_table_stores_its_backbone(tmp_path):
     path = with_identity(tmp_path / "t.parquet", json.dumps(IDENTITY.to_dict()).encode())
     assert table_identity(path) == IDENTITY
     assert table_identity(with_identity(tmp_path / "u.parquet", None)) is None
-
-
-@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"null", b"{}", b"\xff", b'{"model": 1}', b"[" * 100_000])
-def test_unreadable_backbone_metadata_is_refused(tmp_path, raw):
-    with pytest.raises(InputError, match=r"t\.parquet: its metadata cannot be read"):
-        table_identity(with_identity(tmp_path / "t.parquet", raw))
 
 
 def test_a_table_of_another_backbone_is_refused(tmp_path):
@@ -559,43 +492,27 @@ def test_a_table_of_another_backbone_is_refused(tmp_path):
         check_backbone(None, 5, Fake(), [])
 
 
-def test_an_encoded_table_contains_the_features(folder, tmp_path):
+def test_an_encoded_table_contains_the_features_of_readable_images(folder, tmp_path):
     lines = "".join(f"images/{n:02}.png,{'even' if n % 2 == 0 else 'odd'},note {n}\n" for n in range(12))
     (tmp_path / "list.csv").write_text(f"path,label,note\n{lines}")
+    (folder / "03.png").write_bytes(b"")
     out = tmp_path / "caf\udce9.parquet"  # not UTF-8
-    source = open_source(tmp_path / "list.csv")
-    assert encode_table(source, out, Reader(Fake(), batch_size=5)) == 12
+    source, reader, read = open_source(tmp_path / "list.csv"), Reader(Fake(), batch_size=5), [0, 1, 2, *range(4, 12)]
+    assert encode_table(source, out, reader) == 11
+    assert len(reader.skipped) == 1
     table = pq.read_table(pa.BufferReader(out.read_bytes()))
     assert table.column_names == ["id", "label", "feature", "digest", "note"]
     assert table["feature"].type == pa.list_(pa.float32(), 6)
-    assert table["id"].to_pylist() == source.sources
-    assert table["label"].to_pylist() == source.labels
-    assert table["note"].to_pylist() == [f"note {n}" for n in range(12)]
+    assert table["id"].to_pylist() == [source.sources[n] for n in read]
+    assert table["label"].to_pylist() == [source.labels[n] for n in read]
+    assert table["note"].to_pylist() == [f"note {n}" for n in read]
     assert all(len(digest) == 64 for digest in table["digest"].to_pylist())
     assert table_identity(out) == IDENTITY
     assert np.array_equal(read_all(out), all_of(Reader(Fake()), source)[1])
     assert open_source(out).class_names == source.class_names
 
 
-def test_encoding_a_feature_table_copies_it(folder, tmp_path):
-    first, second = tmp_path / "1.parquet", tmp_path / "2.parquet"
-    encode_table(source_of(folder), first, Reader(Fake()))
-    encode_table(open_items(first), second, Reader())
-    one, two = pq.read_table(first), pq.read_table(second)
-    assert one.equals(two, check_metadata=True)
-
-
-def test_unreadable_images_have_no_row(folder, tmp_path):
-    (folder / "03.png").write_bytes(b"")
-    reader = Reader(Fake())
-    assert encode_table(source_of(folder), tmp_path / "o.parquet", reader) == 11
-    table = pq.read_table(tmp_path / "o.parquet")
-    assert "03.png" not in "".join(table["id"].to_pylist())
-    assert table["label"].to_pylist() == [None] * 11
-    assert len(reader.skipped) == 1
-
-
-def test_further_columns_of_any_type_are_kept(tmp_path):
+def test_encoding_a_feature_table_copies_columns_of_any_type(tmp_path):
     more = {
         "tags": pa.array([["a"], []]),
         "box": pa.array([{"x": 1, "y": None}, None]),
@@ -605,11 +522,14 @@ def test_further_columns_of_any_type_are_kept(tmp_path):
         "dotted.name": pa.array([1, 2]),
         "feature.note": pa.array(["n", "m"]),
     }
-    path = table_of(tmp_path / "t.parquet", list(unit_rows(2, 4)), id=["a", "b"], **more)
-    encode_table(open_items(path), tmp_path / "o.parquet", Reader())
-    found = pq.read_table(tmp_path / "o.parquet")
+    first, second, third = (tmp_path / f"{number}.parquet" for number in range(3))
+    table_of(first, list(unit_rows(2, 4)), id=["a", "b"], **more)
+    encode_table(open_items(first), second, Reader())
+    encode_table(open_items(second), third, Reader())
+    found = pq.read_table(second)
+    assert found.equals(pq.read_table(third), check_metadata=True)
     for name, column in more.items():
-        assert open_items(path).items[name].type == column.type
+        assert open_items(first).items[name].type == column.type
         assert found[name].to_pylist() == column.to_pylist()
 
 
@@ -657,148 +577,33 @@ def test_writing_to_a_link_replaces_its_target(folder, tmp_path):
     assert pq.read_metadata(tmp_path / "real/o.parquet").num_rows == 12
 
 
-@pytest.fixture
-def jpegs(tmp_path):
-    """A JPEG that can be reduced for views of 4 x 4, a JPEG that is too small for this, and a PNG."""
-    place = tmp_path / "jpegs"
-    place.mkdir()
-    for name, size in (("large.jpg", (90, 70)), ("small.jpg", (23, 90)), ("large.png", (90, 70))):
-        picture(len(name)).resize(size).save(place / name)
-    return of_images([str(place / name) for name in ("large.jpg", "small.jpg", "large.png")])
+@pytest.fixture(scope="module")
+def large_table(tmp_path_factory):
+    """A table whose rows are read in several blocks, and in which three rows share an id."""
+    path, rows = tmp_path_factory.mktemp("table") / "t.parquet", unit_rows(20_000, 4)
+    return open_items(table_of(path, list(rows), id=[str(i % 6_667) for i in range(20_000)])), rows
 
 
-def test_reduction_only_changes_features_of_large_jpegs(jpegs):
-    whole = Reader(Fake(), reduce=False).encode(jpegs).features
-    reduced = Reader(Fake()).encode(jpegs).features
-    assert [np.array_equal(*pair) for pair in zip(whole, reduced, strict=True)] == [False, True, True]
-    assert (whole * reduced).sum(axis=1).min() > 0.98
-    for path, feature in zip(jpegs.paths, reduced, strict=True):
-        expected = Fake().expected(images.decode(Path(path).read_bytes(), 12))
-        assert np.allclose(feature, expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("first", [True, False])
-def test_the_cache_separates_reduced_and_whole_images(jpegs, tmp_path, first):
-    alone = {reduce: Reader(Fake(), reduce=reduce).encode(jpegs).features for reduce in (True, False)}
-    for reduce, fresh in ((first, 3), (not first, 3), (first, 0), (not first, 0)):
-        backbone = Fake()
-        reader = Reader(backbone, reduce=reduce)
-        found = with_cache(tmp_path / "c", lambda cache: replace(reader, cache=cache).encode(jpegs))  # noqa: B023
-        assert sum(backbone.batches) == fresh
-        assert np.array_equal(found.features, alone[reduce])
-
-
-def test_augmented_views_use_the_whole_image(jpegs):
-    for names in (["crop/1/0", "crop/1/1"], ["crop/1/0", "centre"]):
-        whole, reduced = (Reader(Fake(), reduce=reduce).encode_views(jpegs, names) for reduce in (False, True))
-        same = (whole.features == reduced.features).all(axis=1)
-        assert same.tolist() == [True, "centre" not in names, True, True, True, True]
-
-
-@pytest.fixture
-def cache(tmp_path):
-    cache = EncodingCache(tmp_path / "cache")
-    yield cache
-    cache.close()
-
-
-def by_hand(backbone, path, name):
-    data = images.read(path)
-    digest = hashlib.sha256(data).hexdigest()
-    decoded = images.decode(data)
-    return backbone.preprocess(decoded) if name == "centre" else backbone.view(decoded, f"{digest}/{name}")
-
-
-def test_each_view_of_a_photo_is_encoded(shared, lit_mini):
-    source = open_source(shared / "data/caltech101/split_zhou_Caltech101.json").take([0, 40, 20])
-    names = ["centre", *view_names(5, 2)]
-    found = Reader(lit_mini).encode_views(source, names)
-    assert found.positions.tolist() == [0, 1, 2]
-    assert found.starts.tolist() == [0, 3, 6, 9]
-    assert (found.positions.dtype, found.features.dtype, found.starts.dtype) == (np.int64, np.float32, np.int64)
-    for shot, path in enumerate(source.paths):
-        for view, name in enumerate(names):
-            expected = unit(lit_mini.encode_images(by_hand(lit_mini, path, name)[None]))[0]
-            np.testing.assert_allclose(found.features[found.starts[shot] + view], expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("views", [1, 3])
-def test_raw_views_average_to_the_feature_of_a_shot(folder, cache, views):
-    backbone = Fake()
-    source = source_of(folder)
-    reader = Reader(backbone, views=views, seed=4, cache=cache)
-    each = reader.encode_views(source, view_names(4, views))
-    encoded = sum(backbone.batches)
-    assert encoded == 12 * views
-    block = reader.encode(source)
-    assert sum(backbone.batches) == encoded  # blocks found every view in the cache
-    for shot, path in enumerate(source.paths):
-        pixels = torch.stack([by_hand(backbone, path, name) for name in view_names(4, views)])
-        raw = backbone.encode_images(pixels)
-        np.testing.assert_allclose(each.features[each.starts[shot] : each.starts[shot + 1]], unit(raw), atol=1e-6)
-        np.testing.assert_allclose(block.features[shot], unit(raw.mean(axis=0, keepdims=True))[0], atol=1e-6)
-
-
-def test_a_repeated_path_is_one_shot(folder):
-    source, reads = source_of(folder).take([3, 0, 3, 11, 0, 5]), Reads()
-    found = Reader(Fake(), batch_size=2, read=reads).encode_views(source, ["centre"])
-    assert found.positions.tolist() == [0, 1, 3, 5]
-    assert found.starts.tolist() == [0, 1, 2, 3, 4]
-    assert sum(reads.values()) == 4
-    for feature, number in zip(found.features, [3, 0, 11, 5], strict=True):
-        np.testing.assert_allclose(feature, Fake().expected(picture(number)), atol=1e-6)
-
-
-def test_an_unreadable_image_has_no_views(folder):
-    source = source_of(folder).take([2, 5, 5, 4])
-    (folder / "05.png").write_bytes(b"garbage")
-    reader = Reader(Fake())
-    found = reader.encode_views(source, view_names(1, 2))
-    assert found.positions.tolist() == [0, 3]
-    assert found.starts.tolist() == [0, 2, 4]
-    assert [Path(skipped.source).name for skipped in reader.skipped] == ["05.png"]
-    reader.encode_views(source, view_names(2, 2))
-    assert len(reader.skipped) == 1
-    with pytest.raises(InputError, match=r"05\.png: not a readable image"):
-        Reader(Fake(), strict=True).encode_views(source, ["centre"])
-    with pytest.raises(InputError, match=r"^[^(]*05\.png"):
-        reader.encode_views(source.take([1]), ["centre"])
-
-
-def table(path, ids, rows):
-    pq.write_table(pa.table({"id": ids, "label": ["x"] * len(ids), "feature": list(rows)}), path)
-    return open_items(path)
-
-
-def test_rows_that_share_an_id_are_the_views_of_a_shot(tmp_path):
-    rows = unit_rows(7, 4)
-    source = table(tmp_path / "t.parquet", ["b", "a", "b", "c", "a", "b", "z"], rows)
-    found = Reader().encode_views(source, [])
-    assert found.positions.tolist() == [0, 1, 3, 6]
-    assert found.starts.tolist() == [0, 3, 5, 6, 7]
-    assert np.array_equal(found.features, rows[[0, 2, 5, 1, 4, 3, 6]])
-    far = Reader().encode_views(source.take([0, 1] * TABLE_ROWS), [])  # in several blocks
-    assert far.starts.tolist() == [0, TABLE_ROWS, 2 * TABLE_ROWS]
-    assert np.array_equal(far.features[::TABLE_ROWS], rows[[0, 1]])
-    turned = source.take([6, 4, 0, 5, 1])
-    found = Reader().encode_views(turned, [])
-    assert found.positions.tolist() == [0, 1, 2]
-    assert found.starts.tolist() == [0, 1, 3, 5]
-    assert np.array_equal(found.features, rows[[6, 4, 1, 0, 5]])
-
-
-def test_one_row_per_shot_returns_the_table_itself(tmp_path):
-    rows = unit_rows(5, 4)
-    found = Reader().encode_views(table(tmp_path / "t.parquet", list("edcba"), rows), view_names(1, 4))
-    assert found.positions.tolist() == [0, 1, 2, 3, 4]
-    assert found.starts.tolist() == [0, 1, 2, 3, 4, 5]
-    assert np.array_equal(found.features, rows)
+@settings(max_examples=examples(60), deadline=None)
+@given(st.lists(st.integers(0, 12) | st.sampled_from([6667, 6670, 13_334, 13_340, 19_999]), min_size=1, max_size=20))
+def test_rows_can_be_taken_in_any_order_and_those_that_share_an_id_are_the_views_of_a_shot(large_table, order):
+    whole, rows = large_table
+    source = whole.take(order)
+    positions, found = all_of(Reader(), source)
+    assert positions.tolist() == list(range(len(order)))
+    assert np.array_equal(found, rows[order])
+    views, shots = Reader().encode_views(source, []), {}
+    for place, row in enumerate(order):
+        shots.setdefault(row % 6_667, []).append(place)
+    assert views.positions.tolist() == [places[0] for places in shots.values()]
+    assert views.starts.tolist() == [0, *np.cumsum([len(places) for places in shots.values()])]
+    assert np.array_equal(views.features, rows[order][np.concatenate([*shots.values()])])
 
 
 def test_views_of_tables_raise_the_errors_of_blocks(tmp_path):
     rows = unit_rows(3, 4)
     rows[1] *= 2
-    source = table(tmp_path / "t.parquet", ["a", "a", "b"], rows)
+    source = open_items(table_of(tmp_path / "t.parquet", list(rows), id=["a", "a", "b"]))
     with pytest.raises(InputError, match="row 1: norm 2"):
         Reader().encode_views(source, [])
     assert np.allclose(Reader(norms="unit").encode_views(source, []).features, unit_rows(3, 4), atol=1e-6)

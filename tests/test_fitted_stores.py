@@ -5,20 +5,19 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-import lancedb
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from clusters import clusters, text_of
-from conftest import SOAK, few, nearest_keys
+from conftest import SOAK, few
 from dense import solved
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sealing import refused
-from stored import copied, done, everything, labels_of, made, put
-from tables import unit_rows, write_table
+from stored import copied, done, everything, made, rows_of, source
+from tables import write_table
 
 from retrieval_tip import model as index_model
 from retrieval_tip.cli import main
@@ -134,114 +133,82 @@ def test_whole_classes_are_searched_as_in_a_folder(built, name, held, tmp_path, 
     check_same(*opened(*places))  # one-hot values, because values cannot be solved for whole classes
 
 
-STEPS = st.lists(
-    st.one_of(
-        st.tuples(st.just("add"), st.integers(1, 4), st.integers(0, 999)),
-        st.tuples(st.just("remove"), st.integers(1, 3), st.integers(0, 999)),
-        st.tuples(st.just("relabel"), st.integers(1, 3), st.integers(0, 999)),
-        st.tuples(st.just("set"), st.integers(1, 9), st.just(0)),
-        st.tuples(st.just("rollback"), st.just(0), st.integers(0, 999)),
-        st.tuples(st.just("rebuild"), st.just(0), st.just(0)),
-        st.tuples(st.just("gc"), st.integers(1, 3), st.just(0)),
-    ),
-    min_size=5,
-    max_size=7,
-)
+def check_derived(model):
+    """Check that points belong to the keys, that solved values solve their system, and that the sums are right."""
+    keys, ids, c = np.asarray(model.rows.in_memory().keys), model.class_ids.numpy(), len(model.class_names)
+    if model.metric is not None and isinstance(model.rows, ArrayRows):
+        points = model.metric(torch.from_numpy(keys.astype(np.float32))).numpy().astype(keys.dtype)
+        np.testing.assert_allclose(np.asarray(model.rows.points), points, rtol=0, atol=4 * np.finfo(keys.dtype).eps)
+    if model.values is not None:
+        points, counts, own = np.asarray(model.vectors), np.array(model.counts), model.fitted
+        ridges = (own.ridge * counts / counts[counts > 0].mean())[ids]
+        expected = solved(points, ids, c, model.settings.beta, ridges)[:, counts > 0]
+        np.testing.assert_allclose(model.values.numpy()[:, counts > 0], expected, atol=1e-4)
+    if model.sums is not None:
+        wide, one_hot = keys.astype(np.float64), np.eye(c)[ids]
+        np.testing.assert_array_equal(model.sums.counts, one_hot.sum(0))
+        np.testing.assert_allclose(model.sums.sums, one_hot.T @ wide, atol=1e-9)
+        np.testing.assert_allclose(model.sums.second, wide.T @ wide, atol=1e-9)
 
 
-def step(place, tables, what, m, seed, number):
-    """Make one change, which depends only on the key ids, class names and versions of the index."""
-    ids = sorted(labels_of(place))
-    random = np.random.default_rng(seed)
-    if what == "add":
-        names = stores.at(place).manifest().class_names
-        labels = [names[i] for i in random.integers(0, len(names), m)]
-        table = write_table(
-            tables / "step.parquet",
-            unit_rows(m, QUERIES.shape[1], 1000 + number),
-            labels,
-            [f"s{number} {i}" for i in range(m)],
-        )
-        return changes.add(place, open_source(table), Reader())
-    if what == "remove":
-        return changes.remove(place, key_ids=random.choice(ids, min(m, len(ids) - 1), replace=False).tolist())
-    if what == "relabel":
-        chosen = random.choice(ids, min(m, len(ids)), replace=False).tolist()
-        return changes.relabel(place, stores.at(place).manifest().class_names[seed % 3], key_ids=chosen)
-    if what == "set":
-        return changes.configure(place, k=m, alpha=0.5 * m)
-    if what == "rollback":
-        there = stores.at(place).history()["version"].to_pylist()
-        return changes.rollback(place, there[seed % len(there)])
-    if what == "gc":
-        return stores.at(place).collect(m)
-    return changes.rebuild(place)
+FITS = [{"values": "one-hot"}, {"metric": "none"}, {"metric": "none", "values": "one-hot"}, {}]
+EVERY = ["add", "class", "remove", "relabel", "rename", "merge", "beta", "dtype", "set", "rollback", "gc", "rebuild"]
+EVERY += [f"fit {number}" for number in range(len(FITS))]
+
+
+def step(place, model, tables, what, seed):
+    """Make one change, which depends only on the key ids, class names and versions. Return the summary of its fit."""
+    ids, names, random = sorted(model.labels["key_id"].to_pylist()), model.class_names, np.random.default_rng(seed)
+    some, (first, second) = random.choice(ids, 3, replace=False).tolist(), random.permutation(names)[:2].tolist()
+    there = stores.at(place).history()["version"].to_pylist()
+    if what in ("add", "class"):
+        labels, text = [first, second, first], None
+        if what == "class":
+            labels[0] = f"new {seed}"
+            text = write_table(tables / "words.parquet", text_of()[seed % 5 :][:1], labels[:1])
+        rows = clusters(1, 1000 + seed)[0][:3]
+        more = source(tables / "step.parquet", rows, labels, [f"{seed} {i}" for i in range(3)])
+        return changes.add(place, more, Reader(), text=text).fit
+    calls = {
+        "remove": lambda: changes.remove(place, key_ids=some),
+        "relabel": lambda: changes.relabel(place, first, key_ids=some),
+        "rename": lambda: changes.rename(place, first, f"renamed {seed}"),
+        "merge": lambda: changes.rename(place, first, second) if len(names) > 3 else None,
+        "beta": lambda: changes.configure(place, beta=1.0 + seed % 7),
+        "dtype": lambda: changes.rebuild(place, dtype=["float16", "float32"][seed % 2]),
+        "set": lambda: changes.configure(place, k=1 + seed % 9, alpha=0.5 * (1 + seed % 5)),
+        "rollback": lambda: changes.rollback(place, there[seed % len(there)]),
+        "gc": lambda: stores.at(place).collect(1 + seed % 3),
+        "rebuild": lambda: changes.rebuild(place),
+    }
+    return fit_index(place, **FITS[int(what[4:])]) if what.startswith("fit") else getattr(calls[what](), "fit", None)
 
 
 @settings(max_examples=6 if SOAK else 1, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(steps=STEPS)
+@given(st.permutations(EVERY), st.integers(0, 999))
 @pytest.mark.parametrize("name", FORMS)
-def test_the_same_changes_give_the_same_folder_and_store(steps, name, built, tmp_path_factory):
+def test_the_same_changes_give_the_same_folder_and_store(name, built, tmp_path_factory, steps, seed):
+    """Each fit, answer, point, value and sum is the same, and copies have them, too."""
     tmp_path = tmp_path_factory.mktemp("ways")
     places = [copied(tmp_path, kind, built[name, kind], kind) for kind in KINDS]
-    for number, (what, m, seed) in enumerate(steps):
-        for place in places:
-            step(place, tmp_path, what, m, seed, number)
-    assert labels_of(places[0]) == labels_of(places[1])
-    one, other = opened(*places)
-    check_same(one, other)
-    assert one.counts == other.counts
-
-
-@pytest.mark.parametrize("name", FORMS)
-def test_classes_are_added_with_their_text_and_renamed(name, built, tmp_path):
-    write_table(tmp_path / "words.parquet", text_of()[:1], ["new"])
-    more = open_source(write_table(tmp_path / "new.parquet", clusters(1, 3)[0][:2], ["new", NAMES[0]]))
-    places = [copied(tmp_path, kind, built[name, kind], kind) for kind in KINDS]
-    for place in places:
-        changes.add(place, more, Reader(), text=tmp_path / "words.parquet")
-        changes.rename(place, NAMES[1], "renamed")
-    one, other = opened(*places)
-    assert other.class_names == [NAMES[0], "renamed", *NAMES[2:], "new"]
-    check_same(one, other)
-    with stores.at(places[1]).change() as change:
-        change.index.rename("renamed", "again")
-        same_names = [near.label for one in change.index.classify(QUERIES, neighbours=40) for near in one.neighbours]
-        assert "again" in same_names
-        assert "renamed" not in same_names
-
-
-COPIES = [*itertools.product(FORMS, KINDS), ("solved", "s3"), ("metric", "s3")]
-
-
-@pytest.mark.parametrize(("name", "to"), few(COPIES, 4))
-def test_a_copy_keeps_the_fit(run, built, name, to, tmp_path):
-    for kind in KINDS:
-        out = made(tmp_path, to, f"{kind}-copy")
-        done(run("index", "clone", built[name, kind], out))
-        check_same(*opened(built[name, kind], out))
-        changes.remove(out, key_ids=[5])
-        assert stores.at(out).verify().n == 39
-
-
-def test_a_store_can_be_fitted_again(run, built, tmp_path):
-    """Fit other forms and the first one again, as in a folder. Columns of the previous form are removed."""
-    places = [copied(tmp_path, kind, built["solved", kind], kind) for kind in KINDS]
-    asked = write_table(tmp_path / "val.parquet", QUERIES, [NAMES[i] for i in clusters(4, seed=5)[1]])
-    ways = (["--values", "one-hot"], ["--metric", "none", "--values", "one-hot"], ["--val", asked], [])
-    for version, words in enumerate((*ways, ["--values", "one-hot", "--metric", "within"]), 2):
-        said_by = [run("fit", place, *words) for place in places]
-        assert [result.exit_code for result in said_by] == [0, 0], said_by[1].output
-        judged = [result.stderr.splitlines()[-1].rpartition(" (")[0] for result in said_by]
-        assert judged[0] == judged[1]
-        one, other = opened(*places)
-        check_same(one, other)
-        assert other.version == version
-        assert has_points(places[1]) == (other.metric is not None and other.values is None)
-    assert done(run("index", "rollback", places[1], 1)).endswith("rolled back\n")
-    check_same(*opened(built["solved", "folder"], places[1]))
-    wrong = run("fit", places[1], "--values", "solved", "--metric", "none", "--val", "nothing.parquet")
-    assert (wrong.exit_code, wrong.stderr.count("\n")) == (1, 1)
+    models, left_out = opened(*places), None if SOAK else [*FORMS].index(name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index_model, "SUMS_FROM", 0)
+        for number, what in enumerate(steps):
+            if number % 3 == left_out:
+                continue
+            one, other = (str(step(*both, tmp_path, what, seed + number)) for both in zip(places, models, strict=True))
+            assert one.rpartition(" (")[0] == other.rpartition(" (")[0]
+            models = one, other = opened(*places)
+            assert rows_of(one.labels) == rows_of(other.labels)
+            check_same(one, other)
+            assert (one.counts, one.version) == (other.counts, other.version)
+            assert has_points(places[1]) == (other.metric is not None and other.values is None)
+            for model in models:
+                check_derived(model)
+    for kind, place in zip(("lance", "folder", "s3"), (*places, places[1]), strict=True):
+        changes.clone(place, out := made(tmp_path, kind, f"{kind}-copy"))
+        check_same(*opened(place, out))
 
 
 def has_points(place):
@@ -249,50 +216,28 @@ def has_points(place):
     return store.table(store.manifest()).has_points
 
 
-def check_derived(model, dtype):
-    """Check that points belong to the keys, and that solved values solve their system."""
-    if model.metric is not None and isinstance(model.rows, ArrayRows):
-        points = model.metric(torch.from_numpy(np.asarray(model.keys, dtype=np.float32))).numpy().astype(dtype)
-        np.testing.assert_allclose(np.asarray(model.rows.points), points, rtol=0, atol=4 * np.finfo(dtype).eps)
-    if model.values is not None:
-        points, ids = np.asarray(model.vectors), model.class_ids.numpy()
-        expected = solved(points, ids, len(model.class_names), model.settings.beta, model.fitted.ridge)
-        np.testing.assert_allclose(model.values, expected, atol=1e-4)
-
-
 @pytest.mark.parametrize("name", FORMS)
-def test_a_key_far_from_norm_1_is_refused_unless_a_metric_scales_it(built, name, tmp_path):
-    """Over HTTP, the refusal is an error of the client."""
-    for kind in KINDS:
-        place = copied(tmp_path, kind, built[name, kind], kind)
-        folder = place if kind == "lance" else Path(place)
-        sent = {"features": (1000 * QUERIES[:1]).tolist(), "labels": [NAMES[0]]}
-        app = create_app(open_all([folder], "cpu", "float32", None), token="open sesame")
-        with TestClient(app) as client:
-            route = f"/v1/indexes/{stores.at(place).name}/keys"
-            headers = {"authorization": "Bearer open sesame"}
-            answer = client.post(route, json=sent, params={"norms": "keep"}, headers=headers)
-        assert answer.status_code == (422 if name == "values" else 201), answer.text
-        (model,) = opened(place)
-        assert model.n == 40 + (name != "values")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_key_far_from_norm_1_is_refused_unless_a_metric_scales_it(built, name, kind, tmp_path):
+    place = copied(tmp_path, kind, built[name, kind], kind)
+    far = source(tmp_path / "far.parquet", 1000 * QUERIES[:1], NAMES[:1], ["far"])
+    if name == "values":
+        refused(lambda: changes.add(place, far, Reader(norms="keep")), "norm", error=InputError)
+    else:
+        changes.add(place, far, Reader(norms="keep"))
+    (model,) = opened(place)
+    assert model.n == 40 + (name != "values")
 
 
-@pytest.mark.parametrize("name", FORMS)
-def test_a_new_beta_refits_the_index(built, name, tmp_path):
-    places = [copied(tmp_path, kind, built[name, kind], kind) for kind in KINDS]
-    before = stores.at(places[0]).load(device="cpu").settings
-    summaries = [str(changes.configure(place, beta=6.0, temperature=2.0).fit) for place in places]
-    assert summaries[0] == summaries[1]
-    assert summaries[0].startswith("Estimated accuracy")
-    one, other = opened(*places)
-    check_same(one, other)
-    assert (one.settings.beta, one.settings.temperature) == (6.0, 2.0)
-    for what in ("alpha", "least_cache"):
-        assert getattr(one.settings, what) != getattr(before, what)
-    for model in (one, other):
-        check_derived(model, np.float32)
-    changes.configure(places[0], beta=6.0, alpha=3.0)  # the beta is the same, so nothing is fitted
-    assert stores.at(places[0]).load(device="cpu").settings == replace(one.settings, alpha=3.0)
+def test_a_new_beta_fits_the_index_again_only_if_it_differs(built, tmp_path):
+    place = copied(tmp_path, "folder", built["solved", "folder"])
+    before = stores.at(place).load(device="cpu").settings
+    assert str(changes.configure(place, beta=6.0, temperature=2.0).fit).startswith("Estimated accuracy")
+    found = stores.at(place).load(device="cpu").settings
+    assert (found.beta, found.temperature) == (6.0, 2.0)
+    assert (found.alpha, found.least_cache) != (before.alpha, before.least_cache)
+    changes.configure(place, beta=6.0, alpha=3.0)
+    assert stores.at(place).load(device="cpu").settings == replace(found, alpha=3.0)
 
 
 def test_a_different_beta_for_one_call_warns_once(run, built, tmp_path):
@@ -307,20 +252,6 @@ def test_a_different_beta_for_one_call_warns_once(run, built, tmp_path):
                 "/v1/classify", json={"features": QUERIES.tolist()}, params={"beta": beta} if beta else {}
             )
             assert len(found.json()["warnings"]) == warnings
-
-
-@pytest.mark.parametrize("name", FORMS)
-def test_derived_arrays_are_recomputed_for_another_dtype(built, name, tmp_path):
-    for kind in KINDS:
-        place = copied(tmp_path, kind, built[name, kind], kind)
-        for dtype in (np.float16, np.float32):
-            changes.rebuild(place, dtype=np.dtype(dtype).name)
-            (model,) = opened(place)
-            assert model.dtype == np.dtype(dtype).name
-            check_derived(model, dtype)
-        there = made(tmp_path, "lance" if kind == "folder" else "folder", f"there-{kind}")
-        changes.clone(place, there)
-        check_same(*opened(place, there))
 
 
 @pytest.fixture
@@ -369,27 +300,6 @@ def test_keys_that_are_read_in_parts_give_the_same_fit(built, form, source, tmp_
     check_same(one, other)
 
 
-@pytest.mark.usefixtures("small_limits")
-def test_the_vector_index_covers_the_points(tmp_path, monkeypatch):
-    monkeypatch.setattr(lance_rows, "INDEX_FROM", 500)
-    place, source = made(tmp_path, "lance"), table(tmp_path / "many.parquet", 200)
-    build_index(open_source(source), place, Reader(), metric="within", k=16, device="cpu")
-    model = stores.at(place).verify()
-    assert (model.index_type, model.fitted.metric, model.rows.table.vector_column) == ("IvfFlat", "within", "_point")
-    own = lancedb.connect(model.rows.table.address.uri).open_table("keys")
-    assert [list(entry.columns) for entry in own.list_indices()] == [["_point"]]
-    assert (
-        len([name for name in everything(place) if name.startswith("keys.lance/data/")]) == 1
-    )  # no data of an earlier version
-    points = model.metric(torch.from_numpy(model.rows.in_memory().keys)).numpy()
-    wanted = model.metric(torch.from_numpy(QUERIES)).numpy() @ points.T
-    near = model.retrieval.keys.nearest(model.retrieval.keys.phi(torch.from_numpy(QUERIES)), 10).affinity.numpy()
-    assert np.isclose(near, -np.sort(-wanted, axis=1)[:, :10], atol=1e-5).mean() > 0.9
-    changes.add(place, open_source(table(tmp_path / "more.parquet", 1, 9, "more")), Reader())
-    late = [one["key_id"] for [one] in nearest_keys(stores.at(place).verify(), clusters(1, 9)[0])]
-    assert sorted(late) == list(range(1000, 1005))
-
-
 def test_solved_values_of_too_many_keys_are_refused(run, built, tmp_path, monkeypatch):
     place = copied(tmp_path, "lance", built["solved", "lance"])
     before = everything(place)
@@ -406,18 +316,6 @@ def test_solved_values_of_too_many_keys_are_refused(run, built, tmp_path, monkey
     assert not stores.at(out).exists()
     refused(lambda: fit_index(place, values="solved"), "one-hot", error=InputError)
     assert stores.at(place).verify().fitted.values == "one-hot"
-
-
-@pytest.mark.parametrize("kind", ["metric", "values"])
-@pytest.mark.parametrize("damage", ["changed", "missing", "of another index"])
-def test_a_damaged_object_is_named(built, kind, damage, tmp_path):
-    place = copied(tmp_path, "lance", built["solved", "lance"])
-    entry = stores.at(place).manifest().files[kind]
-    raw = everything(place)[entry.name]
-    other = {"changed": raw[:-1] + bytes([raw[-1] ^ 1]), "missing": None, "of another index": raw[: len(raw) // 2]}
-    put(place, entry.name, other[damage])
-    for call in (lambda: stores.at(place).load(device="cpu"), stores.at(place).verify):
-        refused(call, entry.name)
 
 
 def test_points_that_do_not_match_their_keys_are_refused(built, tmp_path):

@@ -10,21 +10,19 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import buckets
 import killing
 import lancedb
 import numpy as np
-import obstore
-import pyarrow.parquet as pq
 import pytest
 from conftest import SOAK, few, sampled
 from sealing import one_line, snapshot
+from stored import copied, everything, made
 from tables import unit_rows, write_table
 
 from retrieval_tip.cli import main
@@ -39,9 +37,8 @@ from retrieval_tip.lance import lance_store
 from retrieval_tip.lance.key_table import KeyTable
 from retrieval_tip.store import files as store_files
 from retrieval_tip.store import versions as store_versions
-from retrieval_tip.store.address import Address, storage_options
-from retrieval_tip.store.files import FILE_NAME, TEMPORARY, BucketFiles, LocalFiles
-from retrieval_tip.store.manifest import Manifest
+from retrieval_tip.store.address import storage_options
+from retrieval_tip.store.files import BucketFiles, LocalFiles
 
 pytestmark = [killing.needs_fork, pytest.mark.timeout(180)]
 
@@ -217,36 +214,20 @@ def answer(place):
 class World:
     """An index, its tables, and its answers before and after each uninterrupted operation.
 
-    ``kind`` is ``lance``, ``s3``, or the FAISS index type of a folder.
+    ``kind`` is ``lance``, ``s3`` or ``folder``; ``index`` is the type of index of a folder.
     """
 
     kind: str
+    index: str | None
     tables: Path
     old: str = ""
     before: object = None
     after: dict = field(default_factory=dict)
     steps: dict = field(default_factory=dict)
 
-    @property
-    def index(self):
-        return None if self.kind in ("lance", "s3") else self.kind
-
-    def place(self, folder, name):
-        """Return the address of a place that does not exist yet."""
-        if self.kind == "s3":
-            return f"s3://{buckets.fresh_bucket()}/{name}"
-        return f"{'lance://' if self.kind == 'lance' else ''}{(folder / name).as_posix()}"
-
     def copy(self, folder, name, operation):
         """Copy the index byte for byte, except before the first version, and return the address."""
-        place = self.place(folder, name)
-        if operation != "first" and self.kind == "s3":
-            source, target = (BucketFiles(Address.parse(p))._client for p in (self.old, place))
-            for entry in (entry for batch in obstore.list(source) for entry in batch):
-                obstore.put(target, entry["path"], bytes(obstore.get(source, entry["path"]).bytes()))
-        elif operation != "first":
-            shutil.copytree(self.old.removeprefix("lance://"), place.removeprefix("lance://"))
-        return place
+        return (made if operation == "first" else partial(copied, place=self.old))(folder, self.kind, name=name)
 
     def job(self, operation, place, counted=True):
         tables = str(self.tables)
@@ -268,9 +249,10 @@ class World:
 def worlds(tmp_path_factory, _environment_of_the_server):
     found = {}
     for kind in ("Flat", "Classes", "lance", "s3"):
-        world = found[kind] = World(kind, tmp_path_factory.mktemp(kind))
+        store, index = (kind, None) if kind in ("lance", "s3") else ("folder", kind)
+        world = found[kind] = World(store, index, tmp_path_factory.mktemp(kind))
         make_tables(world.tables)
-        world.old = world.place(world.tables, "old")
+        world.old = made(world.tables, store, "old")
         with pytest.MonkeyPatch.context() as patch:
             shrink_limits(patch)
             make_index(world.old, world.tables, world.index)
@@ -286,35 +268,25 @@ def test_the_indexes_have_several_versions(worlds):
         assert worlds["Flat"].expected(name)[1] != worlds["Flat"].before
 
 
-def check_folder(folder, *, tidy):
-    """Check that the folder contains only files that kept manifests name or that the next writer will remove."""
-    manifests = [folder / "manifest.json", *(folder / "manifests").glob("[0-9]*.json")]
-    read = [Manifest.from_bytes(path.read_bytes(), str(path)) for path in manifests]
-    named = {folder / file.name for manifest in read for file in manifest.data_files}
-    left = {path for path in folder.rglob("*") if path.is_file()} - {*manifests, *named, folder / "lock"}
-    if tidy:
-        assert not left
-        assert len({manifest.version for manifest in read}) == len(read) <= KEPT
-    for path in left:
-        assert TEMPORARY.fullmatch(path.name) or (path.parent.name == "data" and FILE_NAME.fullmatch(path.name)), path
-
-
 def check_tidy(place, behind=False):
     """Check that the next writer has removed all rows, files, objects and tags of the killed writer."""
     at = stores.at(place)
-    if "://" not in place:
-        check_folder(Path(place), tidy=True)
-        return
-    if behind:  # the table has a version that no manifest names, which the next change removes
-        changes.configure(place, temperature=2.0)
-    manifest, options = at.manifest(), storage_options(at.address) or None
-    own = lancedb.connect(at.address.uri, storage_options=options).open_table("keys")
-    assert (own.version, own.count_rows()) == (manifest.table.version, manifest.n)
-    at.collect(1)
-    assert list(at.files.sizes("manifests")) == [f"manifests/{manifest.version:06d}.json"]
-    assert set(at.files.sizes("data")) == {file.name for file in at.manifest().data_files}
-    assert not own.tags.list()
-    assert at.address.local is None or not list(at.address.local.rglob("*.tmp"))
+    if "://" in place:
+        if behind:  # the table has a version that no manifest names, which the next change removes
+            changes.configure(place, temperature=2.0)
+        manifest, options = at.manifest(), storage_options(at.address) or None
+        own = lancedb.connect(at.address.uri, storage_options=options).open_table("keys")
+        assert (own.version, own.count_rows()) == (manifest.table.version, manifest.n)
+        at.collect(1)
+        assert not own.tags.list()
+    versions = at.history()["version"].to_pylist()
+    named = {file.name for version in versions for file in at.manifest(version).data_files}
+    numbered = [f"manifests/{version:06d}.json" for version in versions]
+    named |= {*numbered[:-1], "manifest.json"} if "://" not in place else set(numbered)
+    assert len(versions) <= KEPT
+    found = [name for name in everything(place) if name != "lock"]
+    assert {name for name in found if not name.startswith("keys.lance")} == named
+    assert not [name for name in found if name.endswith(".tmp")]
     at.verify()
 
 
@@ -324,8 +296,6 @@ def check_killed(place, world, operation):
     if operation == "first" and not at.exists():
         state = "before"
     else:
-        if "://" not in place:
-            check_folder(Path(place), tidy=False)
         version, found, kept = at.manifest().version, answer(place), at.history()["version"].to_pylist()
         assert kept[-1] == version
         if operation == "gc":
@@ -344,23 +314,16 @@ def check_killed(place, world, operation):
     return state
 
 
-def states(server, world, operation, folder, moments):
-    """Return whether each kill left the old or the new version. Check one index while killing the next writer."""
-    found, last = [], None
-    world.expected(operation)
+def stopped(server, world, operation, folder, moments):
+    """Stop a change at each moment. Return the exit statuses, and whether each stop left the old or the new version."""
+    statuses, states = [], []
     for number, moment in enumerate(moments):
         place = world.copy(folder, str(number), operation)
-        server.start(world.job(operation, place, moment.get("step") is not None), **moment)
-        try:
-            if last is not None:
-                found.append(check_killed(last, world, operation))
-        finally:
-            status = server.wait()
-        assert status in ([-signal.SIGKILL], [0])
-        last = place if status != [0] else None
-    if last is not None:
-        found.append(check_killed(last, world, operation))
-    return found
+        statuses.append(server.run(world.job(operation, place, "step" in moment), **moment))
+        if statuses[-1] > 128:  # a signal that the command handles
+            assert not list(Path(place).rglob(".*"))
+        states.append(check_killed(place, world, operation))
+    return statuses, states
 
 
 NEEDED = {
@@ -390,62 +353,41 @@ def steps_of(server, world, operation, folder):
     return world.steps[operation]
 
 
-FOLDERS = [("Flat", name) for name in CHANGES]
-FOLDERS += [*(("Classes", name) for name in ("add", "relabel", "rebuild")), ("Flat", "first")]
-TABLES = [("lance", name) for name in ("first", *CHANGES)]
+FOLDERS = [*(("Flat", name) for name in CHANGES), *(("Classes", name) for name in ("add", "relabel", "rebuild"))]
+FAILING = ["build", "add", "first", "label", "gc", "rebuild", "rollback"]
+STOPPED = [
+    *((*case, "SIGKILL", 4) for case in few([*FOLDERS, ("Flat", "first")], 4)),
+    *(("lance", name, "SIGKILL", 4) for name in few(["first", *CHANGES], 2)),
+    *(("s3", name, "SIGKILL", 2) for name in few(["add", "first", "label", "gc"], 1)),
+    *(("Flat", name, "EIO", 8) for name in few(FAILING, 3)),
+    ("Flat", "command", "SIGINT SIGTERM SIGHUP", 6),
+]
+"""Kind of index, change, the signals or the error of the disk that stop it, and the number of steps to try."""
 
 
-@pytest.mark.parametrize(("kind", "operation"), [*few(FOLDERS, 4), *few(TABLES, 2)])
-def test_a_change_killed_at_any_step_leaves_the_old_or_the_new_version(server, worlds, kind, operation, tmp_path):
-    chosen = sampled(len(steps_of(server, worlds[kind], operation, tmp_path)))
-    found = states(server, worlds[kind], operation, tmp_path, ({"step": step} for step in chosen))
+@pytest.mark.parametrize(("kind", "operation", "how", "most"), STOPPED)
+def test_a_change_stopped_at_any_step_leaves_the_old_or_the_new_version(
+    server, worlds, kind, operation, how, most, tmp_path
+):
+    """A killed process, an interrupted command, which also removes its files, or a failed system call."""
+    world = worlds[kind]
+    steps = enumerate(steps_of(server, world, operation, tmp_path))
+    steps = [at for at, name in steps if how != "EIO" or name != "fcntl.flock"]
+    steps = [steps[i] for i in (sampled(len(steps), most) if kind != "s3" else [0, len(steps) // 2])]
+    hows = [how.split()[at % len(how.split())] for at in steps]
+    moments = ({"step": at, "how": one} for at, one in zip(steps, hows, strict=True))
+    statuses, found = stopped(server, world, operation, tmp_path, moments)
+    if how == "EIO":
+        assert REFUSED in statuses
+        assert set(statuses) <= {0, REFUSED}
+        if operation != "gc":  # which deletes one version after another
+            assert [state == "before" for state in found] == [status == REFUSED for status in statuses]
+        return
+    assert statuses == [-signal.SIGKILL if one == "SIGKILL" else 128 + getattr(signal, one) for one in hows]
     # The new version takes over at one moment, with steps before and after it.
     assert found == sorted(found, key=["before", "after"].index)
-    assert len(found) == len(chosen)
-    assert set(found) == {"before", "after"}
-
-
-@pytest.mark.parametrize("operation", few(["build", "add", "first", "label", "gc", "rebuild", "rollback"], 3))
-def test_a_failed_system_call_leaves_the_old_or_the_new_version(server, worlds, operation, tmp_path):
-    """The disk reports an error of input or output."""
-    world, failed = worlds["Flat"], 0
-    steps = [at for at, name in enumerate(steps_of(server, world, operation, tmp_path)) if name != "fcntl.flock"]
-    for step in (steps[i] for i in sampled(len(steps), 8)):
-        place = world.copy(tmp_path, str(step), operation)
-        status = server.run(world.job(operation, place), step=step, how="EIO")
-        assert status in (0, REFUSED)
-        state = check_killed(place, world, operation)
-        if operation != "gc":  # which deletes one version after another
-            assert (state == "before") == (status == REFUSED)
-        failed += status == REFUSED
-    assert failed
-
-
-def test_an_interrupted_command_leaves_no_partial_files_and_exits_with_128_plus_signal(server, worlds, tmp_path):
-    world, found = worlds["Flat"], []
-    for step in sampled(len(steps_of(server, world, "command", tmp_path)), 6):
-        place, how = world.copy(tmp_path, str(step), "command"), ("SIGINT", "SIGTERM", "SIGHUP")[step % 3]
-        assert server.run(world.job("command", place), step=step, how=how) == 128 + getattr(signal, how)
-        assert not list(Path(place).rglob(".*"))
-        found.append(check_killed(place, world, "command"))
-    assert found == sorted(found, key=["before", "after"].index)
-    assert set(found) == {"before", "after"}
-
-
-def test_killing_the_console_script_while_it_writes_keys_changes_nothing(worlds, tmp_path):
-    """Use the console script with all its threads, and a table that takes long to write."""
-    world, table = worlds["Flat"], tmp_path / "large.parquet"
-    place = world.copy(tmp_path, "index", "build")
-    rows = pq.read_table(world.tables / "other.parquet")
-    pq.write_table(rows.take(np.resize(np.arange(len(rows)), 960_000)), table)
-    command = [str(Path(sys.executable).with_name("retrieval-tip")), "-q", "index", "build", str(table)]
-    process = subprocess.Popen([*command, "--out", place], stdout=subprocess.DEVNULL)
-    while not list((Path(place) / "data").glob(".keys-*.tmp")):
-        assert process.poll() is None
-        time.sleep(0.001)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    assert check_killed(place, world, "build") == "before"
+    assert set(found) == {"before", "after"} or kind == "s3"
+    assert "before" in found
 
 
 @pytest.mark.parametrize("operation", WHOLE)
@@ -468,15 +410,6 @@ def test_a_killed_rename_copy_or_removal_leaves_whole_folders(server, worlds, op
     assert 0 in found
 
 
-@pytest.mark.parametrize("operation", few(["add", "first", "label", "gc"], 1))
-def test_a_change_killed_in_a_bucket_leaves_the_old_or_the_new_version(server, worlds, operation, tmp_path):
-    n = len(steps_of(server, worlds["s3"], operation, tmp_path))
-    chosen = [0, n // 4, n // 2, n - 1][not SOAK :: 2 - SOAK]
-    found = states(server, worlds["s3"], operation, tmp_path, ({"step": step} for step in chosen))
-    assert found == sorted(found, key=["before", "after"].index)
-    assert "before" in found
-
-
 ANY = [("Flat", "add"), ("lance", "rebuild"), ("Classes", "rebuild"), ("lance", "build"), ("Flat", "remove"),
        ("lance", "add"), ("Classes", "build")]  # fmt: skip
 
@@ -493,44 +426,11 @@ def test_a_change_killed_at_a_random_moment_leaves_the_old_or_the_new_version(
     killed, latest = 0, min(seconds)
     for attempt in range(8):
         after = ({"after": moments.uniform(0.1, 1) * latest} for _ in range(KILLS - killed))
-        killed += len(states(server, world, operation, tmp_path / str(attempt), after))
+        killed += sum(map(bool, stopped(server, world, operation, tmp_path / str(attempt), after)[0]))
         latest *= 0.7  # in case the machine was busy during the timing
         if killed >= KILLS:
             return
     pytest.fail("no kill happened during the change")
-
-
-@pytest.mark.parametrize("name", few(["add", "rebuild", "gc"], 2))
-def test_a_waiting_writer_continues_after_the_current_writer_is_killed(server, worlds, name, tmp_path, monkeypatch):
-    import fcntl
-
-    world, looks, flock = worlds["Flat"], [0], fcntl.flock
-
-    def look(*arguments):
-        looks[0] += 1
-        flock(*arguments)
-
-    monkeypatch.setattr(fcntl, "flock", look)
-    locked, *_, released = [i for i, step in enumerate(steps_of(server, world, name, tmp_path)) if "flock" in step]
-    found = []
-    for step in range(locked + 1, released + 1, 4):
-        place = world.copy(tmp_path, str(step), name)
-        server.start(world.job(name, place), step=step, how="SIGSTOP")
-        stopped = server.stopped()
-        with ThreadPoolExecutor(1) as pool:
-            looks[0] = 0
-            waiting = pool.submit(changes.configure, place, k=7)
-            while looks[0] < 3:  # it has found the lock taken at least twice
-                time.sleep(0.001)
-            assert not waiting.done()
-            os.kill(stopped, signal.SIGKILL)
-            version = waiting.result().version
-        assert server.wait() == [-signal.SIGKILL]
-        assert (version, answer(place)) in [(5, world.before), (6, world.expected(name)[1])]
-        check_tidy(place)
-        found.append(version)
-    assert found == sorted(found)
-    assert set(found) == ({5} if name == "gc" else {5, 6})
 
 
 @pytest.mark.parametrize("kind", ["lance", "s3"])

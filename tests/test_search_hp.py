@@ -1,14 +1,13 @@
 """The search for alpha and beta: against brute force, without test labels, and on the command line."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from clusters import round_clusters as clusters
-from conftest import examples, needs_real, parts_of
+from conftest import examples, needs_real
 from dense import affinity, cache_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,6 +21,7 @@ from retrieval_tip.model import Index
 from retrieval_tip.settings import Built, Settings
 
 C, D = 5, 12
+NAMES = [f"class {i}" for i in range(C)]
 
 
 def centres_of(n, seed):
@@ -31,11 +31,17 @@ def centres_of(n, seed):
     return (means / np.linalg.norm(means, axis=1, keepdims=True)).astype(np.float32)
 
 
-def small_cache(shots=6, text=True, spread=0.6):
+ONE_HOT = np.repeat(np.eye(C, dtype=np.float32), 6, 0)
+
+
+def small_cache(shots=6, text=True, spread=0.6, values=None, sources=None):
+    """Return an index of keys in the order of their classes."""
     keys, ids = clusters(shots * C, C, D, 1, spread)
-    weights = unit_rows(C, D, 5) if text else None
-    names = [f"class {i}" for i in range(C)]
-    return Index.from_features(keys, ids, names, weights, settings=Settings(logit_scale=10.0), device="cpu")
+    order = np.argsort(ids, kind="stable")
+    weights, own = unit_rows(C, D, 5) if text else None, Settings(logit_scale=10.0)
+    return Index.from_features(
+        keys[order], ids[order], NAMES, weights, values=values, sources=sources, settings=own, device="cpu"
+    )
 
 
 def queries_of(cache, n=60, seed=2):
@@ -91,37 +97,46 @@ def test_a_query_is_right_inside_its_interval_and_wrong_outside(seed, c, coarse)
         assert (((low < alpha) & (alpha < high)) == (own > rivals))[clear].all()
 
 
-@pytest.mark.parametrize("gamma", [0.0, 20.0])
-def test_leave_one_out_predicts_the_answers_without_the_shot(gamma):
-    cache = small_cache(shots=4)
-    cache.settings = replace(cache.settings, gamma=gamma)
-    offsets = cache.retrieval.keys.discriminant.offsets
-    queries = Queries.leave_one_out(cache)
-    tried = search_hp._Tried.of(cache, queries, [4.0])
-    for row in (0, 7, 19):
-        without = small_cache(shots=4)
-        without.remove([int(cache.labels["key_id"][row].as_py())])
-        scale = torch.ones(C)
-        scale[queries.ids[row]] = 4 / 3  # three of four keys of its class remain
-        without.settings = without.settings.override(beta=4.0)
-        text, alone = parts_of(without, queries.features[row : row + 1])
-        average = torch.from_numpy(queries.features[row : row + 1]) @ without.retrieval.keys.means.T
-        average = average + offsets  # one shot hardly changes the offsets
-        for alpha in (0.3, 3.0, 30.0):
-            right = int((text + alpha * (scale * alone + gamma * average)).argmax()) == queries.ids[row]
-            assert tried.hits(0, alpha)[row] == right
+ASK = {
+    "validation": lambda cache: queries_of(cache),
+    "leave-one-out": Queries.leave_one_out,
+    "folds": lambda cache: Queries.in_folds(cache, 3),
+}
 
 
-def test_keys_of_the_same_image_are_held_out_together():
-    keys, ids = clusters(20, C, D, 3)
-    sources = [f"image {i // 2 if i < 10 else i}" for i in range(20)]
-    order = np.argsort(np.array([0, 0, 1, 1, 2, 2, 3, 3, 4, 4, *ids[10:]]), kind="stable")
-    labels = np.array([0, 0, 1, 1, 2, 2, 3, 3, 4, 4, *ids[10:]])
-    cache = Index.from_features(keys, labels, list("abcde"), sources=sources, device="cpu")
-    queries = Queries.leave_one_out(cache)
-    assert len(queries.ids) == 15  # five images have two keys each
-    assert np.bincount(queries.groups).max() == 2
-    assert [sources[i] for i in order] == cache.labels["source"].to_pylist()
+def all_caches(cache, queries, betas):
+    """Return cache logits of shape ``[betas, q, c]``."""
+    found = np.full((len(betas), len(queries.ids), C), np.nan)
+    for part, visible in queries.blocks(cache):
+        for b, terms in enumerate(visible.terms(betas)):
+            found[b, part] = terms.cache
+    return found
+
+
+@pytest.mark.parametrize("ask", ASK)
+def test_the_search_with_values_matches_the_definition(ask):
+    """Visible keys count more, to make up for hidden keys of their class. Keys of one image are hidden together."""
+    sources = [f"image {i // 2 if i < 10 else i}" for i in range(30)]  # five images have two keys each
+    noise = np.random.default_rng(0).standard_normal(ONE_HOT.shape).astype(np.float32)
+    cache, one_hot, plain = (small_cache(values=values, sources=sources) for values in (noise, ONE_HOT, None))
+    queries = ASK[ask](cache)
+    both = [all_caches(one, queries, [0.5, 6.0]) for one in (one_hot, plain)]
+    np.testing.assert_allclose(*both, rtol=1e-4, atol=1e-5)
+    if ask == "leave-one-out":
+        assert len(queries.ids) == 25
+    y, values = cache.class_ids.numpy(), cache.values.numpy().astype(np.float64)
+    images = np.unique(cache.labels["source"].to_pylist(), return_inverse=True)[1]
+    A = affinity(queries.features, cache.keys)
+    found = all_caches(cache, queries, [3.0])[0]
+    for q in range(len(queries.ids)):
+        seen = np.arange(cache.n)
+        if queries.groups is not None and queries.hidden is not None:
+            seen = np.flatnonzero(queries.groups != queries.hidden[q])
+            assert not set(images[seen]) & set(images[np.setdiff1d(np.arange(cache.n), seen)])
+        factor = np.bincount(y, minlength=C) / np.maximum(np.bincount(y[seen], minlength=C), 1)
+        own = values[seen] * factor[y[seen]][:, None]
+        expected = cache_logits(A[q : q + 1, seen], y[seen], C, 3.0, own)
+        np.testing.assert_allclose(found[q], expected[0], rtol=1e-3, atol=1e-4)
 
 
 def test_leave_one_out_needs_two_images_per_class():
@@ -161,8 +176,10 @@ def test_the_search_may_choose_text_alone_or_cache_alone():
     assert alone.accuracy == 1.0
 
 
-def test_the_surface_contains_the_accuracy_of_each_setting():
+@pytest.mark.parametrize("gamma", [0.0, 20.0])
+def test_the_surface_contains_the_accuracy_of_each_setting(gamma):
     cache = small_cache()
+    cache.settings = cache.settings.override(gamma=gamma)
     queries = queries_of(cache)
     choice = search(cache, queries, betas=[1.0, 6.0])
     for row in choice.surface.to_pylist():
@@ -196,23 +213,25 @@ def split(tmp_path, shared):
 
 
 def test_test_labels_cannot_reach_the_search(run, split, tmp_path):
-    model = ("--model", f"local-dir:{tiny(tmp_path / 'model')}")
-    chosen = []
-    for poisoned in (False, True):
-        if poisoned:
-            data = json.loads(split.read_text())
-            labels = [entry[1:] for entry in data["test"]]
-            data["test"] = [[e[0], *labels[-1 - i]] for i, e in enumerate(data["test"])]
-            split.write_text(json.dumps(data))
-        out = tmp_path / f"i{poisoned}"
-        assert run("index", "build", "--fit", "none", split, *model, "--shots", 4, "--out", out).exit_code == 0
-        done = run("search-hp", out, "--val", split, "--json")
+    """Nor the temperature, nor the build. In the other split, test labels are wrong, and a test photo is missing."""
+    data, model = json.loads(split.read_text()), ("--model", f"local-dir:{tiny(tmp_path / 'model')}")
+    wrong = [[entry[0], *data["test"][-1 - i][1:]] for i, entry in enumerate(data["test"])]
+    poisoned, chosen = tmp_path / "poisoned.json", []
+    poisoned.write_text(json.dumps(data | {"test": [*wrong, ["gone.jpg", 77, "poison"]]}))
+    for number, part in enumerate((split, poisoned)):
+        out = tmp_path / f"i{number}"
+        assert run("index", "build", "--fit", "none", part, *model, "--shots", 4, "--out", out).exit_code == 0
+        done = run("search-hp", out, "--val", part, "--json")
         assert done.exit_code == 0, done.output
         facts = json.loads(done.stdout)
-        assert facts["source"].endswith("split.json (val)")
-        chosen.append({name: facts[name] for name in ("alpha", "beta", "accuracy", "n")})
+        assert facts["source"].endswith(f"{part.name} (val)")
+        assert run("fit", "--calibrate", out, "--val", part).exit_code == 0
+        cache = Index.load(out, device="cpu")
+        assert cache.provenance["temperature"] == f"fitted on {part} (val), n={len(data['val'])}"
+        chosen.append([*(facts[name] for name in ("alpha", "beta", "accuracy", "n")), cache.settings.temperature])
     assert chosen[0] == chosen[1]
-    assert chosen[0]["n"] == 16  # four per class
+    assert chosen[0][3] == 16  # four per class
+    assert run("fit", "--calibrate", out, "--val", split, "--split", "test").exit_code == 2
 
 
 def test_the_choice_becomes_a_version_with_its_provenance(run, shared, tmp_path):
@@ -270,35 +289,40 @@ def test_validation_shots_match_the_published_draw(shared, tmp_path):
     assert len(search_hp.validation_shots(cache, val, number=2)) == 2 * 37
 
 
-def test_a_cautious_search_changes_the_settings_only_on_significant_evidence():
+@pytest.mark.parametrize("kept", [None, (0.02, 4.321)])
+def test_a_cautious_search_changes_the_settings_only_on_significant_evidence(kept):
+    """It starts from the settings without a search, or after fine-tuning from given ones."""
     from retrieval_tip.retrieval.defaults import measure, plain_settings
 
-    cache = replace(small_cache(), text_weights=torch.from_numpy(centres_of(400, 7)))
-    alpha, beta = plain_settings(None, None, "both", measure(cache.keys, cache.labels["class_id"].to_numpy()))
+    noise = np.random.default_rng(0).standard_normal(ONE_HOT.shape).astype(np.float32)
+    cache = small_cache(values=None if kept is None else ONE_HOT + 0.2 * noise)
+    cache = replace(cache, text_weights=torch.from_numpy(centres_of(400, 7)))
+    plain = plain_settings(None, None, "both", measure(cache.keys, cache.labels["class_id"].to_numpy()))
+    alpha, beta = kept or plain
     cache.settings = cache.settings.override(alpha=alpha, beta=beta)
-    kept = 0
+    said, number = "kept the settings (" if kept else "kept the untouched settings", 0
     for seed in range(8):
         queries = queries_of(cache, 12, seed)
-        careful, greedy = search(cache, queries, cautious=True), search(cache, queries)
+        careful, greedy = (search(cache, queries, cautious=cautious, kept=kept) for cautious in (True, False))
         assert careful.accuracy <= careful.best == greedy.accuracy == greedy.best
+        assert kept is None or beta in {*careful.surface["beta"].to_pylist()} & {*greedy.surface["beta"].to_pylist()}
         right = cache.logits(queries.features).argmax(1).numpy() == queries.ids
         if (careful.alpha, careful.beta) == (alpha, beta):
             assert careful.accuracy == right.mean()
             if careful.best > careful.accuracy:
-                assert any("kept the untouched settings" in warning for warning in careful.warnings)
-                kept += 1
+                assert any(warning.startswith(said) and "--greedy" in warning for warning in careful.warnings)
+                number += 1
         else:  # the chosen settings are better on almost every query with different answers
             assert careful.accuracy > right.mean()
-    assert kept
-    # with right text and wrong labels of all keys, the evidence is significant
+    assert number
+    # with right text and wrong keys, the evidence is significant
     features, ids = clusters(200, C, D, 2, spread=0.2)
-    centres = np.stack([features[ids == i].mean(axis=0) for i in range(C)]).astype(np.float32)
-    keys, key_ids = clusters(30, C, D, 1, spread=0.2)
-    wrong = Index.from_features(
-        keys, (key_ids + 1) % C, list("abcde"), centres, settings=Settings(logit_scale=1.0), device="cpu"
-    )
-    moved = search(wrong, Queries(features, ids, "x"), cautious=True)
+    wrong = small_cache(spread=0.2, values=-20 * ONE_HOT)
+    wrong.text_weights = torch.from_numpy(centres_of(200, 2))
+    moved = search(wrong, Queries(features, ids, "x"), cautious=True, kept=kept and (50.0, 4.0))
     assert moved.accuracy == moved.best == 1.0
+    with pytest.raises(UsageError, match=r"^alpha is -1"):
+        search(cache, queries, cautious=True, kept=(-1.0, 2.0))
 
 
 @pytest.mark.parametrize("kind", ["Classes", "Flat"])
