@@ -385,7 +385,7 @@ def test_a_prior_is_the_scatter_of_other_keys_around_their_class_means():
     keys, ids = clusters(3)
     own = keys - np.repeat([keys[ids == i].mean(0) for i in range(C)], 3, 0)
     expected = (own.T @ own + 1000 * prior) / (2 * C + 1000)
-    found = Folds(keys, torch.from_numpy(ids), C, None, [], prior=prior).scatter(torch.arange(len(ids)))
+    found = Folds(keys, torch.from_numpy(ids), C, None, [], given=prior).scatter(torch.arange(len(ids)))
     np.testing.assert_allclose(found.matrix, expected, rtol=1e-4, atol=1e-7)
     with pytest.raises(InputError, match="no class has two"):
         pooled([Sums.of([clusters(1)], C, D)])

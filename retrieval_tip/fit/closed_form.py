@@ -291,7 +291,9 @@ def fit(
     shares: tuple[float, ...] = ()
     if len(index.parts) > 1:
         few = folds if validation is not None or not folds.can_judge else _sample(folds, images, SHARED_ON)
-        shares = shares_of(few if few.can_judge else folds, forms[0])
+        few = few if few.can_judge else folds
+        # The known prior of one encoder helps folds more than the whole index, so it does not count here.
+        shares = shares_of(replace(few, parts=[replace(part, identity=None) for part in few.parts]), forms[0])
         folds = folds.shared(shares)
     if folds.prior is not None and forms[0] == DEFAULT_FORM:
         forms = [WITH_PRIOR, *forms]
@@ -619,7 +621,7 @@ def _settings_without_folds(index: Index, forms: Sequence[Form], folds: Folds) -
     if form is ONE_SHOT_WITH_PRIOR:
         alpha, gamma = PRIOR_ALPHA * alpha, PRIOR_GAMMA if covered == 1 else 0.0
         if not index.has_text and form.metric is not None:
-            varying = dimensions(folds.scatter(torch.arange(index.n)), form.metric.shrinkage)
+            varying = dimensions(folds.of_known().scatter(torch.arange(index.n)), form.metric.shrinkage)
             alpha = max(PRIOR_LEAST, PRIOR_ALONE * varying)
     settings = replace(index.settings.unfitted(), alpha=alpha, beta=form.beta, gamma=gamma, temperature=temperature)
     return form, settings
