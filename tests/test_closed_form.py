@@ -27,7 +27,7 @@ from retrieval_tip.evaluation.held_out import held_out_probabilities
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.closed_form import Fit
 from retrieval_tip.fit.folds import Folds, Queries, blend, ranks_within, robust_blend
-from retrieval_tip.fit.forms import DEFAULT_FORM, FORMS, ONE_SHOT, FittedMetric, Form, Scatter, Solved, Within
+from retrieval_tip.fit.forms import DEFAULT_FORM, FORMS, ONE_SHOT, Form, Scatter, Solved, Within
 from retrieval_tip.fit.scatter import FewScatter, dimensions, known_prior, pooled
 from retrieval_tip.index import places as stores
 from retrieval_tip.retrieval import ridge
@@ -531,7 +531,7 @@ def test_one_hot_values_are_not_chosen_for_uneven_shots():
     cache = Index.from_features(*uneven_clusters((3, 4, 5, 8, 16)), NAMES, text_of())
     choice = closed_form.fit(cache)
     assert choice.trials
-    assert all(trial.form.values is not None for trial in choice.trials)
+    assert all(form.values is not None for form, _ in choice.trials)
     assert closed_form.fit(cache, Fit(values="one-hot")).form.values is None
 
 
@@ -560,7 +560,7 @@ def test_a_blend_of_perfect_logits_stays_finite():
     assert bool(found.right.all())
 
 
-class Diagonal(FittedMetric):
+class Diagonal(Within):
     """Scale each direction by its spread within classes."""
 
     name = "diagonal"
@@ -580,7 +580,7 @@ def test_a_new_form_takes_one_class_and_one_entry(tmp_path):
     try:
         choice = closed_form.fit(cache)
         assert choice.form in FORMS
-        assert str(choice.trials[0].form) == "diagonal metric (shrinkage 0.1), solved values (ridge 0.1), beta 1"
+        assert str(choice.trials[0][0]) == "diagonal-class metric (shrinkage 0.1), solved values (ridge 0.1), beta 1"
         choice = closed_form.fit(cache, forms=[form])
         assert closed_form.estimate(cache)["both"] == pytest.approx(choice.both)
     finally:
@@ -606,7 +606,7 @@ def test_the_metric_is_chosen_if_it_helps():
     assert abs(choice.both - after) < 0.2
     assert cache.fitted.metric == "within"
     assert cache.fitted.keys == cache.n
-    assert [trial.form for trial in choice.trials] == [form for form in FORMS if form.values is not None]
+    assert [form for form, _ in choice.trials] == [form for form in FORMS if form.values is not None]
 
 
 def test_unhelpful_text_does_not_reduce_the_accuracy():

@@ -330,8 +330,8 @@ class Folds:
         return torch.cat([torch.full((len(held.ids),), held.of == what) for held in self.held])
 
     @property
-    def weights(self) -> Tensor | None:
-        """Query weights of mean 1, or ``None`` if all queries have equal weight.
+    def weights(self) -> Tensor:
+        """Query weights of mean 1.
 
         By default, all classes have equal weight, regardless of their number of shots. Queries of held-out classes are
         weighted by the fraction of classes that have no shots.
@@ -346,7 +346,7 @@ class Folds:
         if whole.any():
             shares = torch.where(whole, 1 - self.covered, self.covered)
             weights *= shares / torch.where(whole, weights[whole].sum(), weights[~whole].sum())
-        return None if (weights == 1).all() else weights / weights.mean()
+        return weights / weights.mean()
 
     @property
     def n(self) -> int:
@@ -379,10 +379,9 @@ class Folds:
 
     @property
     def prior(self) -> FloatArray | None:
-        """The scatter of other photos: given, or known for all encoders that count. Otherwise ``None``.
+        """The given prior, or the known priors of all encoders that count. Otherwise ``None``.
 
-        If no class has two keys, the prior of one encoder is enough, because little else is known. Features of the
-        others are then assumed to vary evenly, as ``I / d``, like random features of norm 1.
+        If no class has two keys, one known prior is enough. The other features then vary evenly, as ``I / d``.
         """
         if self.given is not None:
             return self._scaled_square(self.given)
@@ -391,8 +390,7 @@ class Folds:
         if not known or not needed(prior is not None for *_, prior in known):
             return None
         blocks = [share * (np.eye(width) / width if prior is None else prior) for share, width, prior in known]
-        joined: FloatArray = torch.block_diag(*map(torch.from_numpy, blocks)).numpy()
-        return joined
+        return np.asarray(torch.block_diag(*map(torch.from_numpy, blocks)))
 
     @property
     def _used(self) -> list[tuple[Part, float]]:
