@@ -178,9 +178,8 @@ def _described(name: str, *, sized: bool = True) -> Named:
     tags = [file] if file else _tags(name) if words else [name.partition(".")[2]]
     licence = _LICENCES.get(name) if words else getattr(_timm_config(name), "license", None)
     size = _bytes(architecture(name)) if sized else None
-    return Named(
-        name, tags, size, licence, words, Path(file).is_file() if file else has_weights(_repository(name, None))
-    )
+    here = Path(file).is_file() if file else has_weights(_repository(name, None))
+    return Named(name, tags, size, licence, words, here)
 
 
 def _bytes(name: str) -> int | None:
@@ -312,9 +311,8 @@ def cached() -> Iterator[tuple[str, str | None]]:
     import timm
 
     seen = set()  # several architectures can share one repository
-    names = [named(short) for short in SHORT]
-    names += open_clip.list_pretrained()
-    names += [(f"timm:{name}", None) for name in timm.list_pretrained()]
+    others = ((f"timm:{name}", None) for name in timm.list_pretrained())
+    names = [*map(named, SHORT), *open_clip.list_pretrained(), *others]
     for name, tag in names:
         repository = _repository(name, tag)
         if repository not in seen and has_weights(repository):
