@@ -39,6 +39,7 @@ def online(monkeypatch, tmp_path):
         ("ViT-L/14@336px", "ViT-L-14-336", None),
         ("openai/clip-vit-base-patch32", "ViT-B-32", "openai"),
         ("clip", "ViT-B-32", None),
+        ("RemoteCLIP", "ViT-B-32", "RemoteCLIP-ViT-B-32.pt"),
         ("dinov2_vits14", "timm:vit_small_patch14_dinov2.lvd142m", None),
         ("timm/vit_small_patch14_dinov2.lvd142m", "timm:vit_small_patch14_dinov2.lvd142m", None),
         ("local-dir:Some/Folder", "local-dir:Some/Folder", None),

@@ -27,7 +27,7 @@ from retrieval_tip.evaluation.held_out import held_out_probabilities
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.closed_form import Fit
 from retrieval_tip.fit.folds import Folds, Queries, blend, ranks_within, robust_blend
-from retrieval_tip.fit.forms import DEFAULT_FORM, FORMS, ONE_SHOT, FittedMetric, Form, Scatter, Solved, Within
+from retrieval_tip.fit.forms import DEFAULT_FORM, FORMS, ONE_SHOT, Form, Scatter, Solved, Within
 from retrieval_tip.fit.scatter import FewScatter, dimensions, known_prior, pooled
 from retrieval_tip.index import places as stores
 from retrieval_tip.retrieval import ridge
@@ -383,7 +383,7 @@ def test_a_prior_is_the_scatter_of_other_keys_around_their_class_means():
     np.testing.assert_allclose(prior, np.mean([scatter(*part) for part in parts], 0) * 9 / 8, rtol=1e-4, atol=1e-7)
     keys, ids = clusters(3)
     expected = (3 * C * scatter(keys, ids) + 1000 * prior) / (2 * C + 1000)
-    found = Folds(keys, torch.from_numpy(ids), C, None, [], prior=prior).scatter(torch.arange(len(ids)))
+    found = Folds(keys, torch.from_numpy(ids), C, None, [], given=prior).scatter(torch.arange(len(ids)))
     np.testing.assert_allclose(found.matrix, expected, rtol=1e-4, atol=1e-7)
     with pytest.raises(InputError, match="no class has two"):
         pooled([Sums.of([clusters(1)], C, D)])
@@ -511,7 +511,7 @@ def test_one_hot_values_are_not_chosen_for_uneven_shots():
     cache = Index.from_features(*uneven_clusters((3, 4, 5, 8, 16)), NAMES, text_of())
     choice = closed_form.fit(cache)
     assert choice.trials
-    assert all(trial.form.values is not None for trial in choice.trials)
+    assert all(form.values is not None for form, _ in choice.trials)
     assert closed_form.fit(cache, Fit(values="one-hot")).form.values is None
 
 
@@ -540,7 +540,7 @@ def test_a_blend_of_perfect_logits_stays_finite():
     assert bool(found.right.all())
 
 
-class Diagonal(FittedMetric):
+class Diagonal(Within):
     """Scale each direction by its spread within classes."""
 
     name = "diagonal"
@@ -560,7 +560,7 @@ def test_a_new_form_takes_one_class_and_one_entry(tmp_path):
     try:
         choice = closed_form.fit(cache)
         assert choice.form in FORMS
-        assert str(choice.trials[0].form) == "diagonal metric (shrinkage 0.1), solved values (ridge 0.1), beta 1"
+        assert str(choice.trials[0][0]) == "diagonal-class metric (shrinkage 0.1), solved values (ridge 0.1), beta 1"
         choice = closed_form.fit(cache, forms=[form])
         assert closed_form.estimate(cache)["both"] == pytest.approx(choice.both)
     finally:
@@ -574,6 +574,31 @@ def test_a_new_form_takes_one_class_and_one_entry(tmp_path):
     assert after > before + 0.05
     with pytest.raises(InputError, match="diagonal"):
         closed_form.estimate(found)
+
+
+def test_the_metric_is_chosen_if_it_helps():
+    cache = model(12, text=False, spread=1.0)
+    queries, truth = clusters(40, seed=7, spread=1.0)
+    before = (cache.logits(queries).argmax(1).numpy() == truth).mean()
+    choice = closed_form.fit(cache)
+    after = (cache.logits(queries).argmax(1).numpy() == truth).mean()
+    assert after > before + 0.05
+    assert abs(choice.both - after) < 0.2
+    assert cache.fitted.metric == "within"
+    assert cache.fitted.keys == cache.n
+    assert [form for form, _ in choice.trials] == [form for form in FORMS if form.values is not None]
+
+
+def test_unhelpful_text_does_not_reduce_the_accuracy():
+    keys, ids = clusters(12)
+    noise = unit(np.random.default_rng(8).normal(size=(C, D))).astype(np.float32)
+    cache = Index.from_features(keys, ids, [str(i) for i in range(C)], noise)
+    choice = closed_form.fit(cache)
+    queries, truth = clusters(20, seed=7)
+    text, alone = parts_of(cache, queries)
+    both = (cache.logits(queries).argmax(1).numpy() == truth).mean()
+    assert choice.words < 0.5 < choice.photos
+    assert both >= (alone.argmax(1).numpy() == truth).mean() - 0.03 > (text.argmax(1).numpy() == truth).mean()
 
 
 def test_one_photo_per_class_uses_the_documented_settings():

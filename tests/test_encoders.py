@@ -25,7 +25,7 @@ from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.sources import read_item
 from retrieval_tip.errors import BackboneError, InputError, UsageError
 from retrieval_tip.estimator import TipAdapterClassifier
-from retrieval_tip.fit import closed_form
+from retrieval_tip.fit import closed_form, folds
 from retrieval_tip.index import changes, places
 from retrieval_tip.retrieval.inputs import scale_of
 
@@ -147,6 +147,37 @@ def test_the_prior_of_joined_encoders_is_scaled_by_their_shares(each):
     inverse = np.linalg.inv((1 - s) * whole / variance + s * np.eye(len(scale))) * np.outer(scale, scale)
     transform = index.metric.transform.double().numpy()
     np.testing.assert_allclose(transform @ transform.T, inverse, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("each", "shares"), [(1, (0.75, 0.25)), (1, (1.0, 0.0)), (3, (0.75, 0.25)), (3, (1.0, 0.0))])
+def test_the_known_prior_of_one_of_the_encoders_is_used(each, shares, monkeypatch):
+    """With several photos per class, it is used if no other encoder counts. Otherwise, it is used with one photo, too.
+
+    Joining another encoder must not lose what the prior adds to the accuracy of the first one.
+    """
+    ids, features = two(each)
+    root = np.random.default_rng(1).normal(size=(WIDTHS[0], 40)) / 10
+    known = root @ root.T
+    monkeypatch.setattr(folds, "known_prior", lambda identity, _: known if identity == IDENTITY else None)
+    monkeypatch.setattr(closed_form, "shares_of", lambda *_: shares)
+    prior = np.zeros((sum(WIDTHS), sum(WIDTHS)))
+    prior[: WIDTHS[0], : WIDTHS[0]], prior[WIDTHS[0] :, WIDTHS[0] :] = known / 2, np.eye(WIDTHS[1]) / WIDTHS[1] / 2
+    index, given, plain = (Index.from_features(features, ids, NAMES, device="cpu") for _ in "abc")
+    index.parts = tuple(replace(part, identity=one) for part, one in zip(index.parts, (IDENTITY, OTHER), strict=True))
+    forms = [
+        closed_form.fit(one, asked).form
+        for one, asked in ((index, None), (given, closed_form.Fit(prior=prior)), (plain, None))
+    ]
+    same = plain if each > 1 and shares[1] else given
+    assert forms[0] == forms[1 if same is given else 2]
+    queries = two(5, seed=9)[1]
+    if same.metric is not None:
+        torch.testing.assert_close(index.metric.transform, same.metric.transform, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(index.logits(queries).argmax(1), same.logits(queries).argmax(1))
+    if each == 1:  # alpha does not grow with the number of values of the other encoder
+        alone = Index.from_features(features[0], ids, NAMES, device="cpu")
+        closed_form.fit(alone, closed_form.Fit(prior=known))
+        assert index.settings.alpha == pytest.approx(alone.settings.alpha)
 
 
 def table_of(folder, name, ids, columns):

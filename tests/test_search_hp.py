@@ -1,6 +1,7 @@
 """The search for alpha and beta: against brute force, without test labels, and on the command line."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -317,8 +318,8 @@ def test_a_cautious_search_changes_the_settings_only_on_significant_evidence(kep
     assert number
     # with right text and wrong keys, the evidence is significant
     features, ids = clusters(200, C, D, 2, spread=0.2)
-    wrong = small_cache(spread=0.2, values=-20 * ONE_HOT)
-    wrong.text_weights = torch.from_numpy(centres_of(200, 2))
+    centres = torch.from_numpy(centres_of(200, 2))
+    wrong = replace(small_cache(spread=0.2, values=-20 * ONE_HOT), text_weights=centres)
     moved = search(wrong, Queries(features, ids, "x"), cautious=True, kept=kept and (50.0, 4.0))
     assert moved.accuracy == moved.best == 1.0
     with pytest.raises(UsageError, match=r"^alpha is -1"):

@@ -1082,7 +1082,7 @@ def test_affinities_are_inner_products_with_the_stored_keys_or_points(tmp_path, 
         np.testing.assert_allclose([near.affinity for near in one.neighbours], exact[q, ids], atol=1e-6)
         assert len(set(ids)) == 10
     keys = model.retrieval.keys
-    found = keys.nearest(keys.points(torch.from_numpy(queries)), 10).affinity.numpy()
+    found = keys.nearest(keys.phi(torch.from_numpy(queries)), 10).affinity.numpy()
     assert np.isclose(found, -np.sort(-exact, axis=1)[:, :10], atol=1e-5).mean() > 0.9
     changes.add(place, source(tmp_path / "u.parquet", -rows[:40], labels[:40]), Reader())
     model = stores.at(place).verify()

@@ -32,8 +32,9 @@ SHORT = {
     "dinov3": "timm:vit_small_patch16_dinov3.lvd1689m",
     "efficientnet": "timm:tf_efficientnet_lite0.in1k",
     "bioclip2": "hf-hub:imageomics/bioclip-2",
+    "remoteclip": "ViT-B-32@RemoteCLIP-ViT-B-32.pt",
 }
-"""Short names of recommended backbones."""
+"""Short names of recommended backbones. A weight file after ``@`` must be downloaded to the current folder."""
 
 _LICENCES = {
     "ViT-B-32": "MIT",
@@ -41,6 +42,7 @@ _LICENCES = {
     "ViT-B-16-SigLIP2": "Apache-2.0",
     "MobileCLIP2-S0": "research only (apple-amlr)",
     "hf-hub:imageomics/bioclip-2": "MIT",
+    "ViT-B-32@RemoteCLIP-ViT-B-32.pt": "Apache-2.0",
 }
 """Licences of recommended weights, if timm does not state them."""
 
@@ -81,7 +83,8 @@ def named(model: str | None, pretrained: str | None = None) -> tuple[str, str | 
     change.
     """
     model = model or DEFAULT
-    name, tag = _ELSEWHERE.get(model.lower()) or (SHORT.get(model.lower(), model), None)
+    name, _, file = SHORT.get(model.lower(), "").partition("@")
+    name, tag = _ELSEWHERE.get(model.lower(), (name or model, file or None))
     name = re.sub("^timm/", "timm:", name)
     if ":" not in name and not has(name):
         name = {_plain(known): known for known in _architectures()}.get(_plain(name), name)
@@ -126,8 +129,8 @@ def similar(model: str, names: Sequence[str], prefix: str = "") -> str:
 
 
 def architecture(model: str) -> str:
-    """Return the architecture of a recommended repository, or the name itself."""
-    return _HOSTED.get(model, model)
+    """Return the architecture of a recommended repository or file, or the name itself."""
+    return _HOSTED.get(model, model.partition("@")[0])
 
 
 def recommended(model: str) -> str | None:
@@ -171,11 +174,12 @@ def _tags(model: str) -> list[str]:
 
 
 def _described(name: str, *, sized: bool = True) -> Named:
-    words = not name.startswith("timm:")
-    tags = _tags(name) if words else [name.partition(".")[2]]
+    words, file = not name.startswith("timm:"), name.partition("@")[2]
+    tags = [file] if file else _tags(name) if words else [name.partition(".")[2]]
     licence = _LICENCES.get(name) if words else getattr(_timm_config(name), "license", None)
     size = _bytes(architecture(name)) if sized else None
-    return Named(name, tags, size, licence, words, has_weights(_repository(name, None)))
+    here = Path(file).is_file() if file else has_weights(_repository(name, None))
+    return Named(name, tags, size, licence, words, here)
 
 
 def _bytes(name: str) -> int | None:
@@ -307,9 +311,8 @@ def cached() -> Iterator[tuple[str, str | None]]:
     import timm
 
     seen = set()  # several architectures can share one repository
-    names: list[tuple[str, str | None]] = [(name, None) for name in SHORT.values()]
-    names += open_clip.list_pretrained()
-    names += [(f"timm:{name}", None) for name in timm.list_pretrained()]
+    others = ((f"timm:{name}", None) for name in timm.list_pretrained())
+    names = [*map(named, SHORT), *open_clip.list_pretrained(), *others]
     for name, tag in names:
         repository = _repository(name, tag)
         if repository not in seen and has_weights(repository):

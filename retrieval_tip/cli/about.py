@@ -71,6 +71,7 @@ def _list_encoders(word: str, printing: OutputOptions) -> None:
     printing.write_rows(rows, types)
     if not word:
         say("To search all encoders: retrieval-tip models WORD")
+        say("For aerial photos: hf download chendelong/RemoteCLIP RemoteCLIP-ViT-B-32.pt --local-dir .")
 
 
 def _try_encoders(word: str, photos: Source, printing: OutputOptions, encoding: ComparedOptions) -> None:

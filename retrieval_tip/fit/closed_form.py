@@ -143,17 +143,8 @@ class ShotEstimate(Accuracies, total=False):
 
 
 @dataclass(frozen=True)
-class FormTrial:
-    """A form that was tried, its mean cross-entropy in nats, and its accuracy."""
-
-    form: Form
-    loss: float
-    accuracy: float
-
-
-@dataclass(frozen=True)
 class FormChoice:
-    """The selected form, and its accuracy on ``n`` held-out photos.
+    """The selected form, and its accuracy on ``n`` held-out photos. ``trials`` are the forms that were tried.
 
     - ``photos``, ``words`` and ``both`` are the accuracies of the shots, the text and the blend. ``words`` is ``None``
       if there is no text. All three are ``None`` if no photo could be held out.
@@ -169,7 +160,7 @@ class FormChoice:
     """
 
     form: Form
-    trials: Sequence[FormTrial]
+    trials: Sequence[tuple[Form, Blend]]
     judged_on: str
     n: int
     folds: int
@@ -189,7 +180,7 @@ class FormChoice:
 
     @classmethod
     def of(
-        cls, form: Form, trials: Sequence[FormTrial], judged_on: str, folds: Folds, start: float,
+        cls, form: Form, trials: Sequence[tuple[Form, Blend]], judged_on: str, folds: Folds, start: float,
         accuracies: Accuracies, longest: float | None = None,
     ) -> FormChoice:  # fmt: skip
         """Return the choice of a form on ``folds``, which began at the time ``start``."""
@@ -246,7 +237,7 @@ class FormChoice:
             **{name: None if part is None else round(part, 6) for name, part in parts.items()},
             "interval_95": None if self.interval is None else [round(end, 6) for end in self.interval],
             "weakest": [list(one) for one in self.weakest],
-            "trials": [[str(trial.form), round(trial.loss, 6), round(trial.accuracy, 6)] for trial in self.trials],
+            "trials": [[str(form), round(one.loss, 6), round(one.accuracy, 6)] for form, one in self.trials],
         }
 
 
@@ -291,7 +282,9 @@ def fit(
     shares: tuple[float, ...] = ()
     if len(index.parts) > 1:
         few = folds if validation is not None or not folds.can_judge else _sample(folds, images, SHARED_ON)
-        shares = shares_of(few if few.can_judge else folds, forms[0])
+        few = few if few.can_judge else folds
+        # The known prior of one encoder helps folds more than the whole index, so it does not count here.
+        shares = shares_of(replace(few, parts=[replace(part, identity=None) for part in few.parts]), forms[0])
         folds = folds.shared(shares)
     if folds.prior is not None and forms[0] == DEFAULT_FORM:
         forms = [WITH_PRIOR, *forms]
@@ -370,8 +363,8 @@ def _accuracies(photos: Tensor, words: Tensor | None, right: Tensor, folds: Fold
     The whole index has ``r`` times as many shots of a class as a fold has. Without text, an error in this class counts
     as ``r^-0.4`` (see :data:`LEARNING`).
     """
-    ids, weights, left = folds.ids_held, folds.weights, folds.growth ** (-LEARNING if words is None else 0)
-    by_photos, w = photos.argmax(1) == ids, torch.ones(len(ids)).double() if weights is None else weights
+    ids, w, left = folds.ids_held, folds.weights, folds.growth ** (-LEARNING if words is None else 0)
+    by_photos = photos.argmax(1) == ids
     both, lost = 1 - float((w * left * ~right).mean()), w * (by_photos.double() - right.double())
     return {
         "photos": 1 - float((w * left * ~by_photos).mean()),
@@ -452,7 +445,7 @@ def _folds_of(
     return folds, f"{folds.n:,} photos, each held out in turn"
 
 
-def _chosen(forms: Sequence[Form], folds: Folds, images: IntArray | None) -> tuple[Form, list[FormTrial]]:
+def _chosen(forms: Sequence[Form], folds: Folds, images: IntArray | None) -> tuple[Form, list[tuple[Form, Blend]]]:
     """Return the first form, or the best form that is significantly better, and all trials.
 
     If there are too few shots to select a form, no form is tried.
@@ -461,16 +454,14 @@ def _chosen(forms: Sequence[Form], folds: Folds, images: IntArray | None) -> tup
         return forms[0], []
     if images is not None:
         folds = _sample(folds, images)
-    stands = folds.judge(forms[0])
-    best, trials = (forms[0], stands.loss), []
-    for form in forms:
-        tried = stands if form is forms[0] else folds.judge(form)
-        loss, more = tried.loss, stands.weights * (stands.losses - tried.losses)
-        trials.append(FormTrial(form, loss, tried.accuracy))
+    trials = [(form, folds.judge(form)) for form in forms]
+    (chosen, best), stands = trials[0], trials[0][1]
+    for form, tried in trials:
+        more = stands.weights * (stands.losses - tried.losses)
         sure = float(more.mean()) > 2 * float(more.std()) / len(more) ** 0.5
-        if sure and tried.accuracy >= stands.accuracy and loss < best[1]:
-            best = form, loss
-    return best[0], trials
+        if sure and tried.accuracy >= stands.accuracy and tried.loss < best.loss:
+            chosen, best = form, tried
+    return chosen, trials
 
 
 def _settings_of(index: Index, form: Form, folds: Folds) -> tuple[Form, Settings, Accuracies, FloatArray]:
@@ -480,17 +471,18 @@ def _settings_of(index: Index, form: Form, folds: Folds) -> tuple[Form, Settings
     """
     settings, class_names = index.settings, index.class_names
     form = form.with_bonus(0.0)
-    (text, cache, third), ids, weights = folds.terms(form), folds.ids_held, folds.weights
+    (text, cache, third), ids, w = folds.terms(form), folds.ids_held, folds.weights
     offsets = OFFSETS if form.values is not None and not folds.held_of("classes").any() else (None,)
     offsets = [offset for offset in offsets if offset is not None or not folds.halves] or offsets
-    blended, offset = _linked(text, cache, third, ids, offsets, weights)
+    blends = [(blend(text, tip.log_cache(cache.clone(), offset), third, ids, w), offset) for offset in offsets]
+    blended, offset = min(blends, key=lambda pair: pair[0].loss)
     blended = robust_blend(blended, text, tip.log_cache(cache.clone(), offset), third, ids)
     if third is not None and folds.covered < 1:
         form = form.with_bonus(blended.g / blended.b)
         cache, third, blended = cache + form.bonus * third, None, replace(blended, g=0.0)
     least: float | None = None
     if not folds.halves:
-        least = _quantile(tip.log_cache(_strongest(cache, folds, form), offset), UNLIKE, weights)
+        least = _quantile(tip.log_cache(_strongest(cache, folds, form), offset), UNLIKE, w)
     cache = tip.log_cache(cache, offset)
     if not folds.held_of("classes").any() and folds.covered < 1:  # too few classes to hold some out
         blended = replace(blended, a=1.0, b=blended.b / max(blended.a, 1.0) * folds.covered)
@@ -499,7 +491,6 @@ def _settings_of(index: Index, form: Form, folds: Folds) -> tuple[Form, Settings
     accuracies: Accuracies = {"weakest": _weakest(class_names, blended.right[shown], ids[shown])}
     photos = tip.Terms(cache, cache, third).photos(settings)
     accuracies |= _accuracies(photos, text, blended.right, folds)
-    w = torch.ones(len(ids)).double() if weights is None else weights
     drawn, counting = _drawn(index), shown
     logits = tip.Terms(torch.zeros_like(cache) if text is None else text, cache, third).logits(settings)
     if drawn is not None and all(held.own is not None for held in folds.held):
@@ -544,17 +535,6 @@ def _as_sure(settings: Settings, logits: Tensor, weights: Tensor, right: float, 
     return replace(settings, temperature=high)
 
 
-def _linked(
-    text: Tensor | None, cache: Tensor, discriminant: Tensor | None, ids: Tensor, offsets: Sequence[float | None],
-    weights: Tensor | None = None,
-) -> tuple[Blend, float | None]:  # fmt: skip
-    """Return the best blend with the cache or its logarithm, and the offset of the logarithm."""
-    blends = [
-        (blend(text, tip.log_cache(cache.clone(), offset), discriminant, ids, weights), offset) for offset in offsets
-    ]
-    return min(blends, key=lambda pair: pair[0].loss)
-
-
 def _strongest(cache: Tensor, folds: Folds, form: Form) -> Tensor:
     """Return the largest cache logits ``[q]`` that the held-out photos would have if no shot were held out.
 
@@ -574,8 +554,8 @@ def _strongest(cache: Tensor, folds: Folds, form: Form) -> Tensor:
     return torch.where(fewer > 0, torch.maximum(most, own), most)
 
 
-def _quantile(values: Tensor, share: float, weights: Tensor | None) -> float:
-    if weights is None:
+def _quantile(values: Tensor, share: float, weights: Tensor) -> float:
+    if (weights == 1).all():
         return float(values.quantile(share))
     values, order = values.sort()
     return float(values[torch.searchsorted(weights[order].cumsum(0), share * len(values)).clamp_max(len(values) - 1)])
@@ -619,7 +599,7 @@ def _settings_without_folds(index: Index, forms: Sequence[Form], folds: Folds) -
     if form is ONE_SHOT_WITH_PRIOR:
         alpha, gamma = PRIOR_ALPHA * alpha, PRIOR_GAMMA if covered == 1 else 0.0
         if not index.has_text and form.metric is not None:
-            varying = dimensions(folds.scatter(torch.arange(index.n)), form.metric.shrinkage)
+            varying = dimensions(folds.of_known().scatter(torch.arange(index.n)), form.metric.shrinkage)
             alpha = max(PRIOR_LEAST, PRIOR_ALONE * varying)
     settings = replace(index.settings.unfitted(), alpha=alpha, beta=form.beta, gamma=gamma, temperature=temperature)
     return form, settings

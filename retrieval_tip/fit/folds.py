@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
-from retrieval_tip.backbones.base import Part
+from retrieval_tip.backbones.base import Part, equal_shares
 from retrieval_tip.errors import UsageError, check_count
 from retrieval_tip.fit.forms import Form
 from retrieval_tip.fit.scatter import FewScatter, FloatArray, Scatter, known_prior
@@ -52,6 +52,8 @@ PARTS, MANY_KEYS = 8, 4096
 """Number of parts of the photos in :func:`without_parts`, and number of keys above which it is halved. The fit is
 repeated for each part.
 """
+WIDEST = 4096
+"""Maximum number of values of joined features if only some of the encoders have a known prior."""
 VALUES = 1 << 23
 """Number of affinities of :class:`Queries` in memory at a time. They take 32 MiB in float32."""
 
@@ -218,9 +220,9 @@ class Held:
 class Folds:
     """Keys and their class ``ids``, scaled ``text`` weights of shape ``[c, d]``, and held-out queries.
 
-    If ``weighted`` is false or ``class_prior`` is ``shots``, all queries have equal weight. ``prior`` is the scatter of
-    other photos. ``single`` classes have one photo, which is never held out. If there are several
-    encoders, ``parts`` are their parts of a feature, and ``shares`` say how much each counts.
+    If ``weighted`` is false or ``class_prior`` is ``shots``, all queries have equal weight. ``given`` is a prior
+    from the user. ``single`` classes have one photo, which is never held out. ``parts`` are the parts of a feature by
+    encoder, and ``shares`` say how much each encoder counts.
     """
 
     keys: StoredKeys
@@ -231,7 +233,7 @@ class Folds:
     sums: Sums | None = None
     class_prior: ClassPrior = "even"
     weighted: bool = True
-    prior: FloatArray | None = None
+    given: FloatArray | None = None
     single: int = 0
     parts: Sequence[Part] = ()
     shares: Sequence[float] = ()
@@ -243,10 +245,11 @@ class Folds:
         """Return the keys of an index without held-out queries, by default with its own class prior and shares."""
         own = "even" if index.fitted is None else index.fitted.class_prior
         text = index.text_weights.cpu() * index.settings.logit_scale if index.has_text else None
-        prior = known_prior(index.backbone, index.d) if index.prior is None else index.prior.astype(np.float64)
+        parts = index.parts or (Part(index.d, "feature", index.backbone),)
         return cls(
             index.keys, index.class_ids.cpu(), len(index.class_names), text, sums=index.sums,
-            class_prior=class_prior or own, prior=prior, parts=index.parts, shares=shares or index.shares,
+            class_prior=class_prior or own, given=None if index.prior is None else index.prior.astype(np.float64),
+            parts=parts, shares=shares or index.shares or equal_shares(parts),
         )  # fmt: skip
 
     def with_shots(self, images: IntArray, number: int, most: int) -> Folds:
@@ -327,8 +330,8 @@ class Folds:
         return torch.cat([torch.full((len(held.ids),), held.of == what) for held in self.held])
 
     @property
-    def weights(self) -> Tensor | None:
-        """Query weights of mean 1, or ``None`` if all queries have equal weight.
+    def weights(self) -> Tensor:
+        """Query weights of mean 1.
 
         By default, all classes have equal weight, regardless of their number of shots. Queries of held-out classes are
         weighted by the fraction of classes that have no shots.
@@ -343,7 +346,7 @@ class Folds:
         if whole.any():
             shares = torch.where(whole, 1 - self.covered, self.covered)
             weights *= shares / torch.where(whole, weights[whole].sum(), weights[~whole].sum())
-        return None if (weights == 1).all() else weights / weights.mean()
+        return weights / weights.mean()
 
     @property
     def n(self) -> int:
@@ -363,22 +366,38 @@ class Folds:
 
     def scatter(self, rows: Tensor) -> Scatter | FewScatter:
         """Return the scatter of some of the keys."""
-        scale, prior = self._scale, self.prior
-        widths = [part.width for part, share in zip(self.parts, self.shares, strict=True) if share > 0]
-        if len(rows) < (sum(widths) or self.keys.shape[1]) and prior is None:
+        prior, widths = self.prior, [part.width for part, _ in self._used] or [self.keys.shape[1]]
+        if len(rows) < sum(widths) and prior is None:
             return FewScatter.of(*self.taken(rows), self.c, widths)
         every = np.arange(len(self.ids))
         if self.sums is None:
             self.sums = self._sums_of(every)
         others = np.delete(every, rows.numpy())
         sums = self.sums - self._sums_of(others) if len(others) else self.sums
-        if scale is not None:
-            used = scale.nonzero()[:, 0].numpy()
-            factors = scale[used].double().numpy()
-            square, grid = np.ix_(used, used), np.outer(factors, factors)
-            sums = Sums(sums.counts, sums.sums[:, used] * factors, sums.second[square] * grid)
-            prior = None if prior is None else prior[square] * grid
-        return Scatter.of(sums, prior, widths)
+        means = self.scaled(torch.from_numpy(sums.sums)).numpy()
+        return Scatter.of(Sums(sums.counts, means, self._scaled_square(sums.second)), prior, widths)
+
+    @property
+    def prior(self) -> FloatArray | None:
+        """The given prior, or the known priors of all encoders that count. Otherwise ``None``.
+
+        If no class has two keys, one known prior is enough. The other features then vary evenly, as ``I / d``.
+        """
+        if self.given is not None:
+            return self._scaled_square(self.given)
+        known = [(share, part.width, known_prior(part.identity, part.width)) for part, share in self._used]
+        needed = all if len(self.ids.unique()) < len(self.ids) or sum(width for _, width, _ in known) > WIDEST else any
+        if not known or not needed(prior is not None for *_, prior in known):
+            return None
+        blocks = [share * (np.eye(width) / width if prior is None else prior) for share, width, prior in known]
+        return np.asarray(torch.block_diag(*map(torch.from_numpy, blocks)))
+
+    @property
+    def _used(self) -> list[tuple[Part, float]]:
+        return [(part, share) for part, share in zip(self.parts, self.shares, strict=True) if share > 0]
+
+    def _scaled_square(self, matrix: FloatArray) -> FloatArray:
+        return self.scaled(self.scaled(torch.from_numpy(matrix)).T).T.numpy()
 
     def taken(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return some of the keys as float32, scaled by the shares of their encoders, and their class ids."""
@@ -429,6 +448,11 @@ class Folds:
     def shared(self, shares: Sequence[float]) -> Folds:
         """Return the same folds with other shares of the encoders."""
         return replace(self, shares=shares, _scatters={}, _terms={})
+
+    def of_known(self) -> Folds:
+        """Return the same folds, in which only encoders with a prior count."""
+        known = [self.given is not None or known_prior(part.identity, part.width) is not None for part in self.parts]
+        return self.shared([share * own for share, own in zip(self.shares, known, strict=True)])
 
     def judge(self, form: Form) -> Blend:
         """Fit a form to all shots except each fold in turn, and return the blend on these folds."""

@@ -1,13 +1,12 @@
 """Define the forms: the combinations of metric, values and beta from which a fit selects.
 
-To add a metric, write a class whose ``fit`` method takes the scatter of the shots, and add a form that uses the class
-to :data:`FORMS`. To offer it in ``--metric``, add its name to ``MetricName`` in settings.py. Other values than
-:class:`Solved` must also support adding and removing keys (see :mod:`retrieval.ridge`).
+To add a metric, write a subclass of :class:`Within` with another ``fit``, and add a form that uses it to :data:`FORMS`.
+To offer it in ``--metric``, add its name to ``MetricName`` in settings.py. Other values than :class:`Solved` must also
+support adding and removing keys (see :mod:`retrieval.ridge`).
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -21,30 +20,21 @@ from retrieval_tip.settings import ClassPrior, Fitted
 
 
 @dataclass(frozen=True)
-class FittedMetric(ABC):
-    """A metric that is fitted to the scatter of the shots, with a ``shrinkage`` from 0 (none) to 1 (a sphere)."""
+class Within:
+    """Whitening of the within-class scatter, ``T T^T = ((1 - s) S + s tr(S) / d I)^-1``.
+
+    The ``shrinkage`` ``s`` is from 0 (none) to 1 (a sphere). Another metric is a subclass with another ``fit``.
+    """
 
     shrinkage: float
-    name: ClassVar[str]
+    name: ClassVar[str] = "within"
 
-    @abstractmethod
     def fit(self, scatter: Scatter | FewScatter) -> tip.Metric | None:
         """Return the metric in float32, or ``None`` if the scatter is 0."""
-
-    def __str__(self) -> str:
-        return f"{self.name} metric (shrinkage {self.shrinkage:g})"
-
-
-class Within(FittedMetric):
-    """Whitening of the within-class scatter, ``T T^T = ((1 - s) S + s tr(S) / d I)^-1``."""
-
-    name = "within"
-
-    def fit(self, scatter: Scatter | FewScatter) -> tip.Metric | None:  # noqa: D102
         return scatter.whitening(max(self.shrinkage, SMALLEST_EIGENVALUE))
 
     def __str__(self) -> str:
-        return f"within-class metric (shrinkage {self.shrinkage:g})"
+        return f"{self.name}-class metric (shrinkage {self.shrinkage:g})"
 
 
 @dataclass(frozen=True)
@@ -70,7 +60,7 @@ class Solved:
 class Form:
     """A metric, values and beta to fit. ``None`` stands for no metric and for one-hot values."""
 
-    metric: FittedMetric | None
+    metric: Within | None
     values: Solved | None
     beta: float
 
