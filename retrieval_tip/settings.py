@@ -125,6 +125,10 @@ class Settings:
         return {name: getattr(self, name) for name in names} | {"k": self.k or "all"}
 
 
+OVERRIDES = ("alpha", "beta", "k", "tail")
+"""The settings that a question can replace, and a build can choose, by name."""
+
+
 class AskOptions(TypedDict, total=False):
     """The fields of :class:`Ask` as keyword arguments."""
 
@@ -188,7 +192,7 @@ class Ask:
 
     def settings(self, own: Settings) -> Settings:
         """Return the settings of an index, as changed by this question."""
-        return own.override(alpha=self.alpha, beta=self.beta, k=self.k, tail=self.tail)
+        return own.override(**{name: getattr(self, name) for name in OVERRIDES})
 
 
 class BuildOptions(TypedDict, total=False):

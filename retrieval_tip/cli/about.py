@@ -131,7 +131,7 @@ def cache_command(
     twice. When the cache is full, the least recently used encodings are removed. Encoder weights are stored in the
     Hugging Face cache instead; run hf cache ls to list them.
     """
-    from retrieval_tip.data.encoding_cache import EncodingCache
+    from retrieval_tip.data.encoding_cache import EncodingCache, size_of
 
     kept = EncodingCache(cache or EncodingCache.default_folder())
     try:
@@ -139,12 +139,11 @@ def cache_command(
         if max_size is not None:
             kept.limit(max_size)
         facts = {"file": str(kept.path), "encodings": len(kept), "bytes": kept.path.stat().st_size}
-        facts["max_bytes"] = kept.most
     finally:
         kept.close()
     if prune:
         say(f"Removed {counted(removed, 'encoding')}")
-    print_result(facts, as_json)
+    print_result(facts | {"max_bytes": size_of(kept.path.parent)[2]}, as_json)
 
 
 @command()

@@ -168,7 +168,8 @@ def _table(
 ) -> Iterator[str]:
     """Yield blocks of a table as text. A column becomes wider if a later block has wider cells."""
     fields = [field for field in schema if details is None or not pa.types.is_nested(field.type)]
-    columns, right = [field.name for field in fields], [_is_number(field.type) for field in fields]
+    columns = [field.name for field in fields]
+    right = [pa.types.is_primitive(field.type) and not pa.types.is_temporal(field.type) for field in fields]
     heading = list(map(one_line, columns))
     widths = [_width([name, *(_cell(text, column) for text in known.get(column, ()))])
               for name, column in zip(heading, columns, strict=True)]  # fmt: skip
@@ -183,10 +184,6 @@ def _table(
             text.writelines(f"{below}\n" for below in (() if details is None else details(row)))
         head = []
         yield text.getvalue()
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
 
 
 def _csv(blocks: Iterable[Iterable[Row]], columns: Sequence[str], safe: bool) -> Iterator[str]:

@@ -37,7 +37,7 @@ _DAMAGE = (sqlite3.DatabaseError, UnicodeDecodeError)
 
 
 class EncodingCache:
-    """A store of raw features by backbone, image content and view, in one SQLite file of at most :attr:`most` bytes.
+    """A store of raw features by backbone, image content and view, in one SQLite file of limited size.
 
     If the file exceeds this limit, the least recently used encodings are removed. Threads and processes can share the
     file. Damaged entries count as missing, and a damaged file is moved aside. If the file cannot be written, new
@@ -163,11 +163,6 @@ class EncodingCache:
             with suppress(sqlite3.Error):
                 self._write("UPDATE encodings SET used = julianday('now') WHERE rowid = ?", used)
 
-    @property
-    def most(self) -> int:
-        """The size limit of the file, in bytes."""
-        return _most(self._db)
-
     def limit(self, most: int) -> None:
         """Set the size limit for this run and later runs, rounded down to megabytes, but not below one."""
         with self._lock:
@@ -178,7 +173,7 @@ class EncodingCache:
                 raise self._unusable(error) from None
 
     def _shrink(self) -> None:
-        db, most = self._db, self.most
+        db, most = self._db, _most(self._db)
         page = _pragma(db, "page_size")
         if _pragma(db, "page_count") * page <= most:
             return

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,7 @@ from retrieval_tip.retrieval.keys import KEY_BLOCK, auto_for
 from retrieval_tip.retrieval.rows import ArrayRows, Rows
 from retrieval_tip.retrieval.vector_index import BY_CLASS
 from retrieval_tip.settings import (
+    OVERRIDES,
     BuildOptions,
     Built,
     Dtype,
@@ -127,9 +128,10 @@ def fits(plan: BuildOptions) -> bool:
 
 def settings_of(plan: BuildOptions, backbone: Backbone | None) -> Settings:
     """Return the settings before a fit. The logit scale defaults to the one of the backbone."""
-    scale = plan["logit_scale"]
-    scale = scale if scale is not None or backbone is None else backbone.logit_scale
-    return Settings().override(alpha=plan["alpha"], beta=plan["beta"], logit_scale=scale, k=plan["k"])
+    given: dict[str, Any] = {name: value for name, value in plan.items() if name in (*OVERRIDES, "logit_scale")}
+    if given["logit_scale"] is None and backbone is not None:
+        given["logit_scale"] = backbone.logit_scale
+    return Settings().override(**given)
 
 
 @dataclass(frozen=True)
