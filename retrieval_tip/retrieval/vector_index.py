@@ -49,7 +49,7 @@ ADDED = 65536
 """Number of vectors that are added to a FAISS index at a time."""
 
 FLAT_FACTORY = "Flat"
-"""Factory of an exact index, which has no file. It is built in memory from the keys when it is first searched."""
+"""Factory of an exact index, which has no file, since it searches the keys themselves."""
 
 FLAT = ("IndexFlat", "IndexFlatIP")
 UNCOMPRESSED = (*FLAT, "IndexIVFFlat", "IndexHNSWFlat", "IndexNSGFlat")
@@ -110,9 +110,9 @@ class VectorIndex:
     """A maximum inner product search over vectors. The vectors are not normalised, and the id of row i is i.
 
     The vectors are the keys. If the factory is ``Classes``, they are the class means, and ``by_class`` is true. An
-    index of the type ``Flat`` only holds the array of keys until it is searched for the first time. ``trained`` is the
-    number of vectors that the index was built from. ``path`` is the file that the index was read from, or ``None`` if
-    the index has changed since then.
+    index of the type ``Flat`` searches the array of keys, and copies it only for float16 keys or a GPU. ``trained`` is
+    the number of vectors that the index was built from. ``path`` is the file that the index was read from, or ``None``
+    if the index has changed since then.
     """
 
     def __init__(
@@ -285,7 +285,7 @@ class VectorIndex:
         k = int(min(k, self.n))
         try:
             found = self._gpu.search(features, k)
-            affinity, rows = _search_arrays(self._cpu, features, k) if found is None else found
+            affinity, rows = self._search_on_cpu(features, k) if found is None else found
         except torch.OutOfMemoryError:
             raise
         except (AssertionError, IndexError, RuntimeError) as error:
@@ -295,6 +295,13 @@ class VectorIndex:
         if rows.is_cpu and rows.numel() and not -1 <= rows.min() <= rows.max() < self.n:
             raise StoreError(f"{self._name}: damaged (a search returned invalid rows); rebuild the index")
         return affinity.to(features.device), rows.to(features.device)
+
+    def _search_on_cpu(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        if self._keys is None or self._keys.dtype != np.float32:
+            return _search_arrays(self._cpu, features, k)
+        queries = np.ascontiguousarray(features.cpu().numpy(), dtype=np.float32)
+        affinity, rows = faiss().knn(queries, self._keys, k, faiss().METRIC_INNER_PRODUCT)  # does not copy the keys
+        return torch.from_numpy(affinity), torch.from_numpy(rows)
 
     @property
     def _name(self) -> str:
