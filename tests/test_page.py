@@ -1966,7 +1966,7 @@ def test_thousands_of_classes_are_listed(page):
     page.fill("#classes-filter", "class 2999")
     expect(cards).to_have_count(1)
     go(page, "settings")
-    expect(page.locator("#trust")).to_be_hidden()  # there are no class names to trust
+    expect(page.locator("#alpha")).to_be_hidden()  # there are no class names to trust
     page.get_by_text("How its answers are calculated").click()
     expect(page.locator("#provenance")).to_contain_text("(fitted on")
     expect(page.locator("#settings-view")).not_to_contain_text(re.compile(r'[\[{]["\[\]{]'))  # no JSON

@@ -1,6 +1,6 @@
 // The settings alpha, beta and k, with a slider for each. A "change" event is fired for each new value.
 
-import { $, plural } from "./dom.js";
+import { $, el, plural } from "./dom.js";
 import { state } from "./state.js";
 
 const STEPS = 60; // number of steps per decade
@@ -19,15 +19,25 @@ function stopsUpTo(n) {
   return [...stops, "all"];
 }
 
+const SLIDERS = { // the label, what its ends mean, and its stops, given the setting of the index and the number of examples
+  alpha: ["What counts more", ["class names", "photos"], (own) => stopsAround(own, 3)],
+  beta: ["Which examples count", ["all examples", "only very similar ones"], (own) => stopsAround(own, 2)],
+  k: ["How many examples count", ["only one", "all"], (_, n) => stopsUpTo(n)],
+};
+
 class Settings extends EventTarget {
-  values = {}; // alpha, beta, k and tail
+  values = {}; // of each slider, and of tail
   #own = {}; // the values of the index
   #stops = {}; // of each slider
 
   constructor() {
     super();
-    for (const name of ["alpha", "beta", "k"])
-      $(name).addEventListener("input", () => this.#set({ [name]: this.#stops[name][$(name).value] }));
+    for (const [name, [text, ends]] of Object.entries(SLIDERS).reverse()) {
+      const slider = el("input", { id: name, type: "range" });
+      slider.addEventListener("input", () => this.#set({ [name]: this.#stops[name][slider.value] }));
+      const meant = el("p", { class: "ends" }, ...ends.map((end) => el("span", {}, end)));
+      $("settings").prepend(el("div", { class: "setting" }, el("label", { htmlFor: name }, text), slider, meant));
+    }
     $("reset").addEventListener("click", () => this.#set(this.#own));
     state.addEventListener("index", () => this.#follow(true));
     state.addEventListener("version", () => this.#follow(false));
@@ -35,8 +45,7 @@ class Settings extends EventTarget {
 
   /** A string that identifies the settings. */
   get name() {
-    const { alpha, beta, k, tail } = this.values;
-    return [alpha, beta, k, k === "all" || tail].join(" ");
+    return Object.values({ ...this.values, tail: this.values.k === "all" || this.values.tail }).join(" ");
   }
 
   /** Whether the user has changed a setting of the index. */
@@ -46,11 +55,14 @@ class Settings extends EventTarget {
 
   /** Switch to another index or version. If the user has not changed any setting, use those of the index. */
   #follow(another) {
-    const { alpha, beta, k, tail, n_keys: n, text } = state.info;
-    $("trust").hidden = !text; // without class names, there are only photos
+    const { n_keys: n, text, tail } = state.info;
+    $("alpha").parentElement.hidden = !text; // without class names, there are only photos
     const untouched = another || !this.changed;
-    this.#own = { alpha, beta, k, tail };
-    this.#stops = { alpha: stopsAround(alpha, 3), beta: stopsAround(beta, 2), k: stopsUpTo(n) };
+    this.#own = { tail };
+    for (const [name, [, , stops]] of Object.entries(SLIDERS)) {
+      this.#own[name] = state.info[name];
+      this.#stops[name] = stops(state.info[name], n);
+    }
     if (untouched) this.values = this.#own;
     this.#show();
   }
@@ -62,7 +74,7 @@ class Settings extends EventTarget {
   }
 
   #show() {
-    const { alpha, beta, k, tail } = this.values;
+    const { k, tail, ...others } = this.values;
     for (const [name, stops] of Object.entries(this.#stops)) {
       const [slider, value] = [$(name), this.values[name]];
       const at = stops.findIndex((stop) => stop === value || stop >= value);
@@ -73,7 +85,8 @@ class Settings extends EventTarget {
     }
     $("reset").disabled = !this.changed;
     $("settings-title").textContent = this.changed ? "Settings (changed)" : "Settings";
-    $("command").textContent = `--alpha ${alpha} --beta ${beta} -k ${k === "all" ? "all" : `${k} ${tail ? "--tail" : "--no-tail"}`}`;
+    const words = [...Object.entries(others).map(([name, value]) => `--${name} ${value}`), `-k ${k}`];
+    $("command").textContent = [...words, ...(k === "all" ? [] : [tail ? "--tail" : "--no-tail"])].join(" ");
   }
 }
 
