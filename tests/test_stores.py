@@ -315,6 +315,27 @@ def test_earlier_versions_can_be_opened_until_gc_deletes_them(pets):
     pets.check()
 
 
+def test_pruning_only_removes_marks_of_processes_that_were_killed(local_pets, monkeypatch):
+    """Another process may be pruning the same table. Without its marks, LanceDB could delete versions that it keeps."""
+    monkeypatch.setattr(store_versions, "UNFINISHED", datetime.timedelta(minutes=1))
+    table = key_table.KeyTable.at(local_pets.store.address, "keys")
+    now = int(time.time())
+    marks = {f"kept-{now - 30}-a": True, f"kept-{now - 90}-b": False, "kept-c": False, "mine": True}
+    for mark in marks:
+        table.table.tags.create(mark, table.version)
+    table.prune([table.version])
+    assert sorted(table.table.tags.list()) == sorted(mark for mark, stays in marks.items() if stays)
+
+
+def test_a_mark_that_another_process_removes_meanwhile_is_a_conflict(local_pets, monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("lance error: Not found: pets/keys.lance/_refs/tags/kept-17-d2.json, refs.rs:956:21")
+
+    table = key_table.KeyTable.at(local_pets.store.address, "keys")
+    monkeypatch.setattr(lancedb.table.LanceTable, "optimize", fails)
+    refused(table.optimize, "changed meanwhile")
+
+
 def test_a_place_with_other_files_is_refused_and_unchanged(tmp_path, base):
     """``test_store.py`` tries more places for a folder."""
     (tmp_path / "holiday").mkdir()

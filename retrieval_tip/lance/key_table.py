@@ -15,6 +15,7 @@ import datetime
 import importlib
 import os
 import re
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -27,6 +28,7 @@ import pyarrow as pa
 
 from retrieval_tip.data.tables import vectors
 from retrieval_tip.errors import RetrievalTipError, StoreError, UsageError, first_line, install
+from retrieval_tip.store import versions
 from retrieval_tip.store.address import Address, storage_options
 from retrieval_tip.store.files import check_process
 from retrieval_tip.store.labels import LABEL_SCHEMA
@@ -64,8 +66,8 @@ ASKED_AT_ONCE = 4096
 LARGEST = (1 << 63) - 1
 """Maximum value of an int64 column."""
 
-_CONFLICT = re.compile("concurrent transaction|commit conflict", re.IGNORECASE)
-"""What LanceDB says if another process has changed the same rows."""
+_CONFLICT = re.compile("concurrent transaction|commit conflict|not found: .*/_refs/tags/", re.IGNORECASE)
+"""What LanceDB says if another process has changed the same rows, or removed its tags."""
 
 
 def lancedb() -> Any:
@@ -407,13 +409,16 @@ class KeyTable:
         """Delete the versions before the first version in ``kept``, and the data that only the deleted versions use.
 
         LanceDB deletes versions by age but never deletes a tagged version, so the kept versions are tagged in the
-        meantime.
+        meantime. Tags of another process stay for :data:`versions.UNFINISHED`, since it may be pruning, too.
         """
-        tags = {f"{TAG}{uuid.uuid4().hex}": version for version in kept}
+        now = time.time()
+        tags = {f"{TAG}{now:.0f}-{uuid.uuid4().hex}": version for version in kept}
         try:
             with _store_errors(self.address, "marking versions"):
                 for tag in self.table.tags.list():  # a killed writer may have left tags
-                    if tag.startswith(TAG):
+                    own = re.match(rf"{TAG}(\d+)-", tag)
+                    age = now - int(own[1]) if own else now
+                    if tag.startswith(TAG) and age >= versions.UNFINISHED.total_seconds():
                         self.table.tags.delete(tag)
                 for tag, version in tags.items():
                     self.table.tags.create(tag, version)
@@ -421,10 +426,10 @@ class KeyTable:
             self.optimize()  # the age is measured in the call below, which must be fast
             oldest = min(made[version] for version in kept)  # clocks can be set back, so not always the first
             for slack in (datetime.timedelta(seconds=0.002 * 2**doubled) for doubled in range(22)):
-                age = max(datetime.datetime.now(oldest.tzinfo) - oldest, datetime.timedelta()) + slack
+                since = max(datetime.datetime.now(oldest.tzinfo) - oldest, datetime.timedelta()) + slack
                 try:
                     with _store_errors(self.address, "deleting versions"):
-                        self.table.optimize(cleanup_older_than=age)
+                        self.table.optimize(cleanup_older_than=since)
                     return
                 except StoreError as error:
                     if "tagged" not in str(error):
