@@ -138,12 +138,13 @@ def cache_command(
         removed = kept.clear() if prune else 0
         if max_size is not None:
             kept.limit(max_size)
-        facts = {"file": str(kept.path), "encodings": len(kept), "bytes": kept.path.stat().st_size}
+        number = len(kept)
     finally:
         kept.close()
     if prune:
         say(f"Removed {counted(removed, 'encoding')}")
-    print_result(facts | {"max_bytes": size_of(kept.path.parent)[2]}, as_json)
+    file, size, most = size_of(kept.path.parent)
+    print_result({"file": str(file), "encodings": number, "bytes": size, "max_bytes": most}, as_json)
 
 
 @command()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -377,7 +378,7 @@ class Folds:
         means = self.scaled(torch.from_numpy(sums.sums)).numpy()
         return Scatter.of(Sums(sums.counts, means, self._scaled_square(sums.second)), prior, widths)
 
-    @property
+    @cached_property
     def prior(self) -> FloatArray | None:
         """The given prior, or the known priors of all encoders that count. Otherwise ``None``.
 

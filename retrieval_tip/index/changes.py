@@ -45,6 +45,7 @@ from retrieval_tip.settings import ClassPrior, Dtype, MetricName, Normalize, Val
 from retrieval_tip.store.labels import PICKED, WITHDRAWN, Edits, in_words
 from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.query import rows_where
+from retrieval_tip.store.versions import changed_meanwhile
 
 Folder = str | os.PathLike[str]
 
@@ -532,7 +533,7 @@ def fit_index(
         queries, version = on_validation(index, validation, reader), index.version
     with store.change() as change:
         if version not in (None, change.index.version):
-            raise StoreError(f"{store}: changed meanwhile; run again")
+            raise changed_meanwhile(store)
         change.what = "fit"
         return change.fit(asked, queries)
 

@@ -32,6 +32,7 @@ from retrieval_tip.store import versions
 from retrieval_tip.store.address import Address, storage_options
 from retrieval_tip.store.files import check_process
 from retrieval_tip.store.labels import LABEL_SCHEMA
+from retrieval_tip.store.versions import changed_meanwhile
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -129,11 +130,6 @@ def _store_errors(address: Address, what: str) -> Iterator[None]:
         if _CONFLICT.search(str(error)):
             raise changed_meanwhile(address) from None
         raise StoreError(f"{address}: {what} failed ({first_line(error)[:300]})") from None
-
-
-def changed_meanwhile(address: Address) -> StoreError:
-    """Return the error for a store that another process has changed since this process has read it."""
-    return StoreError(f"{address}: changed meanwhile; run again")
 
 
 class KeyTable:

@@ -41,13 +41,20 @@ from retrieval_tip.data.tables import vectors
 from retrieval_tip.errors import InputError, StoreError
 from retrieval_tip.files import sha256_of, sync
 from retrieval_tip.index.places import Change, Store
-from retrieval_tip.lance.key_table import CLASSES, FLAT, RESTORE, TABLE, VALUES, KeyTable, changed_meanwhile
+from retrieval_tip.lance.key_table import CLASSES, FLAT, RESTORE, TABLE, VALUES, KeyTable
 from retrieval_tip.settings import Dtype, Verify
 from retrieval_tip.store import versions
 from retrieval_tip.store.address import Address
 from retrieval_tip.store.files import OBJECT_BYTES, BucketFiles, LocalFiles
 from retrieval_tip.store.manifest import DataFile, Manifest, Table
-from retrieval_tip.store.versions import MANIFEST_BYTES, VERSIONS_TRIED, Origin, Writer, manifest_name
+from retrieval_tip.store.versions import (
+    MANIFEST_BYTES,
+    VERSIONS_TRIED,
+    Origin,
+    Writer,
+    changed_meanwhile,
+    manifest_name,
+)
 
 if TYPE_CHECKING:  # importing torch takes a second, and manifests do not need it
     from retrieval_tip.fit.closed_form import Fit, FormChoice

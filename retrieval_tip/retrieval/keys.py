@@ -122,7 +122,6 @@ class KeyStream(ABC):
         self.n, self.d = shape
         self.counts, self.n_classes, self.device = counts, len(counts), device
         self.metric, self.values, self._known_means = metric, values, means
-        self._values_in_order = values  # in the order of the blocks
         self.phi: Callable[[Tensor], Tensor] = metric or (lambda features: features)
         self._slack: dict[float, float] = {}
         times = 1 if device == "cpu" else GPU_BLOCKS
@@ -304,6 +303,11 @@ class KeyStream(ABC):
             parts.append(sums.T)
         return torch.cat(parts)
 
+    @cached_property
+    def _values_in_order(self) -> Tensor | None:
+        """The values in the order of :meth:`blocks`."""
+        return self.values
+
 
 class Keys(KeyStream):
     """Keys that are in memory or memory-mapped, in float32 or float16, and grouped by class.
@@ -429,10 +433,6 @@ class KeysWithout(KeyStream):
         self.exact_search = every.exact_search
         counts = every.counts - torch.bincount(class_ids, minlength=every.n_classes)
         super().__init__((every.n - len(rows), every.d), counts, every.device, every.metric, every.values)
-        if every.values is not None:
-            left = torch.ones(len(every.values), dtype=torch.bool, device=self.device)
-            left[rows] = False
-            self._values_in_order = every.values[left]
 
     @cached_property
     def sums(self) -> Tensor:
@@ -464,3 +464,11 @@ class KeysWithout(KeyStream):
     def value_sums(self) -> Tensor:
         assert self.values is not None
         return self.every.value_sums.index_add(0, self._class_ids, self.values[self.rows], alpha=-1)
+
+    @cached_property
+    def _values_in_order(self) -> Tensor | None:
+        if self.values is None:
+            return None
+        left = torch.ones(len(self.values), dtype=torch.bool, device=self.device)
+        left[self.rows] = False
+        return self.values[left]

@@ -8,7 +8,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -298,10 +298,9 @@ class VectorIndex:
 
     def _search_on_cpu(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
         if self._keys is None or self._keys.dtype != np.float32:
-            return _search_arrays(self._cpu, features, k)
-        queries = np.ascontiguousarray(features.cpu().numpy(), dtype=np.float32)
-        affinity, rows = faiss().knn(queries, self._keys, k, faiss().METRIC_INNER_PRODUCT)  # does not copy the keys
-        return torch.from_numpy(affinity), torch.from_numpy(rows)
+            return _search_arrays(self._cpu.search, features, k)
+        search = partial(faiss().knn, xb=self._keys, metric=faiss().METRIC_INNER_PRODUCT)  # does not copy the keys
+        return _search_arrays(search, features, k)
 
     @property
     def _name(self) -> str:
@@ -351,7 +350,7 @@ class GpuCopy:
         # A copy that has transforms or is spread over several GPUs only accepts arrays. Such a copy has no getDevice.
         if features.is_cpu or getattr(copied, "getDevice", lambda: None)() != features.device.index:
             with _GPU:
-                return _search_arrays(copied, features, k)
+                return _search_arrays(copied.search, features, k)
         importlib.import_module("faiss.contrib.torch_utils")  # after this import, FAISS accepts tensors
         with _GPU, torch.cuda.device(features.device):  # FAISS uses the stream of the current device
             found: tuple[Tensor, Tensor] = copied.search(features.contiguous(), k)
@@ -447,8 +446,10 @@ def _filled(index: FaissIndex, keys: KeyArray) -> FaissIndex:
     return index
 
 
-def _search_arrays(index: FaissIndex, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    affinity, rows = index.search(np.ascontiguousarray(features.cpu().numpy(), dtype=np.float32), k)
+def _search_arrays(
+    search: Callable[..., tuple[FloatArray, IntArray]], features: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    affinity, rows = search(np.ascontiguousarray(features.cpu().numpy(), dtype=np.float32), k=k)
     return torch.from_numpy(affinity), torch.from_numpy(rows)
 
 

@@ -603,6 +603,11 @@ def created() -> dict[str, Any]:
     return {"created_at": now, "created_by": f"retrieval-tip {version_of('retrieval-tip')}"}
 
 
+def changed_meanwhile(place: object) -> StoreError:
+    """Return the error for a store that another process has changed since this process has read it."""
+    return StoreError(f"{place}: changed meanwhile; run again")
+
+
 def entry(kind: str, rows: int, size: int, digest: str) -> DataFile:
     """Return the entry of a data file in a manifest."""
     return DataFile(f"data/{kind}-{digest[:16]}{SUFFIXES[kind]}", rows, size, digest)
