@@ -327,6 +327,16 @@ def test_pruning_only_removes_marks_of_processes_that_were_killed(local_pets, mo
     assert sorted(table.table.tags.list()) == sorted(mark for mark, stays in marks.items() if stays)
 
 
+def test_the_marks_of_a_killed_process_are_never_dated_in_the_future(local_pets, monkeypatch):
+    """Rounded up, the date of a mark would protect it from a process that runs less than a second later."""
+    table, found = key_table.KeyTable.at(local_pets.store.address, "keys"), []
+    monkeypatch.setattr(key_table.time, "time", lambda: 1_700_000_000.9)
+    monkeypatch.setattr(lancedb.table.LanceTable, "optimize", lambda *_, **__: found.extend(table.table.tags.list()))
+    table.prune([table.version])
+    assert found
+    assert all(mark.startswith("kept-1700000000-") for mark in found)
+
+
 def test_a_mark_that_another_process_removes_meanwhile_is_a_conflict(local_pets, monkeypatch):
     def fails(*_, **__):
         raise RuntimeError("lance error: Not found: pets/keys.lance/_refs/tags/kept-17-d2.json, refs.rs:956:21")

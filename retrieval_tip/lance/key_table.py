@@ -408,7 +408,7 @@ class KeyTable:
         meantime. Tags of another process stay for :data:`versions.UNFINISHED`, since it may be pruning, too.
         """
         now = time.time()
-        tags = {f"{TAG}{now:.0f}-{uuid.uuid4().hex}": version for version in kept}
+        tags = {f"{TAG}{int(now)}-{uuid.uuid4().hex}": version for version in kept}
         try:
             with _store_errors(self.address, "marking versions"):
                 for tag in self.table.tags.list():  # a killed writer may have left tags
