@@ -206,8 +206,8 @@ class BuildOptions(TypedDict, total=False):
         text: A feature table of text features labelled by class, with one or more prompts per class, which is used
             instead of templates. The index uses the classes of this table, in the same order.
         index: A FAISS factory string, Classes or auto (see :func:`keys.auto_for`). Classes searches all keys of the
-            likeliest classes, and auto selects an index by the number of keys. At an address, give Flat, Classes,
-            IvfFlat, IvfSq, HnswSq or auto. Defaults to Flat, and to auto at an address.
+            likeliest classes, and auto selects an index by the number of keys. At an address, give Flat, Classes or
+            auto. Defaults to Flat, and to auto at an address.
         dtype: The data type of the stored keys. Defaults to float32.
         alpha: The weight of the cache relative to the text. By default, it is fitted to the shots.
         beta: The sharpness of the affinity. By default, it is fitted to the shots.

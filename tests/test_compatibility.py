@@ -108,7 +108,7 @@ def test_an_index_of_format_8_to_10_gives_its_old_answers_and_is_rewritten_by_a_
 
 
 def test_the_indexes_have_everything_that_format_7_could_write():
-    assert sorted(path.name for path in INDEXES.iterdir()) == ["v10", "v7", "v8", "v9"]
+    assert sorted(path.name for path in INDEXES.iterdir()) == ["v10", "v11", "v7", "v8", "v9"]
     manifests = {name: manifest_of(INDEXES / "v7" / name) for name in [*FOLDERS, *STORES]}
     assert {body["format_version"] for body in manifests.values()} == {7}
     there = {path.name for path in (INDEXES / "v7").iterdir() if path.is_dir()}
@@ -150,6 +150,29 @@ def test_the_keys_of_an_index_of_format_7_can_be_changed(name, tmp_path):
     now = at(place).verify()
     assert now.n == len(key_ids)
     assert {largest, dog} <= set(now.find(["cat"])["key_id"].to_pylist())
+
+
+def test_a_table_with_a_vector_index_compares_all_keys_until_it_is_rebuilt(tmp_path):
+    """Earlier programs offered the vector indexes of LanceDB, here IvfFlat over the points."""
+    place, check = opened("v11", "lance-vectors", tmp_path)
+    known = json.loads((INDEXES / "v11" / "expected.json").read_text())
+    features, expected = np.array(known["features"], dtype=np.float32), known["answers"]["lance-vectors"]["k4"]
+
+    def check_all():
+        check()
+        index = at(place).verify()
+        np.testing.assert_allclose(index.logits(features, 4), expected, rtol=1e-4, atol=1e-4)
+        return index
+
+    assert at(place).manifest().index == "IvfFlat"
+    assert (check_all().index_type, check_all().exact_search) == ("Flat", True)
+    changes.configure(place, temperature=2.0)
+    assert (check_all().index_type, at(place).manifest().index) == ("Flat", "Flat")
+    assert len(check_all().rows.table.table.list_indices()) == 1
+    changes.rebuild(place, index="auto")
+    assert not check_all().rows.table.table.list_indices()
+    fit_index(place, values="solved")  # drops the points
+    at(place).verify()
 
 
 @pytest.mark.parametrize("name", SEGMENTED)
