@@ -23,6 +23,7 @@ from retrieval_tip.index import changes
 from retrieval_tip.index.changes import fit_index
 from retrieval_tip.index.places import at
 from retrieval_tip.model import Index, verify
+from retrieval_tip.settings import Settings
 from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.versions import Versions
 
@@ -105,6 +106,16 @@ def test_an_index_of_format_8_to_10_gives_its_old_answers_and_is_rewritten_by_a_
     changes.rollback(place, before.version)
     check()
     at(place).verify()
+
+
+def test_a_setting_that_an_older_format_lacks_has_its_default(tmp_path):
+    place, body = opened("v10", "fitted", tmp_path)[0], manifest_of(INDEXES / "v10" / "fitted")
+    del body["gamma"]
+    (tmp_path / "fitted" / "manifest.json").write_bytes(sealed(body))
+    assert at(place).manifest().settings.gamma == Settings().gamma
+    (tmp_path / "fitted" / "manifest.json").write_bytes(sealed(body | {"format_version": 11}))
+    with pytest.raises(StoreError, match="gamma"):
+        at(place).manifest()
 
 
 def test_the_indexes_have_everything_that_format_7_could_write():
