@@ -338,7 +338,7 @@ index audit index | index build train.parquet --out new --text text.parquet | in
 index export index --out new.parquet | index gc index | index history index | index info index
 index query index SELECT(1) | index set index --index Flat | index relabel index cat --key-ids 1 | index list . | cache
 index remove index --key-ids 1 | index rename index cat dog | index rollback index | index set index --alpha 1
-index verify index | search-hp index --val queries.parquet | index merge index index | completion bash
+index verify index | search-hp index --val queries.parquet | index merge index index
 """
 LINES = [shlex.split(line) for line in GOOD.replace("\n", "|").split("|") if line.strip()]
 WORDS = [

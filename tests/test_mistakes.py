@@ -173,13 +173,6 @@ def test_the_cache_command_shows_prunes_and_limits_the_cache(run, tmp_path, monk
     assert run("cache", "--max-size", "20").exit_code == 2
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_prints_a_script_for_each_shell(run, shell):
-    script = run("completion", shell).stdout
-    assert "_RETRIEVAL_TIP_COMPLETE" in script
-    assert "retrieval-tip" in script
-
-
 def test_each_command_has_a_short_summary_and_two_valid_examples():
     """An example is valid if its command accepts the options and arguments."""
     for path, found in COMMANDS.items():

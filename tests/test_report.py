@@ -214,7 +214,7 @@ def test_the_curve_is_measured_on_drawn_shots(food, tmp_path):
                 few_shot(pool.class_ids.tolist(), int(number), seed)
             )
             if number != "1":
-                choice = search(drawn, Queries.leave_one_out(drawn), cautious=True)
+                choice = search(drawn, Queries.leave_one_out(drawn))
                 drawn.settings = choice.settings(drawn.settings)
             own.append((drawn.logits(features).argmax(1).numpy() == truth).mean())
         assert (mean, ends) == (percent(np.mean(own)), f"{percent(min(own))} to {percent(max(own))}")
@@ -316,7 +316,7 @@ def test_the_report_names_the_weakest_class_and_the_labels_of_an_audit(tmp_path)
 
 def test_the_report_names_the_source_of_the_settings(tmp_path):
     folder, test = made(tmp_path)
-    done("-q", "search-hp", folder, "--leave-one-out", "--greedy")
+    done("-q", "search-hp", folder, "--leave-one-out")
     provenance = section(reported(tmp_path, folder, test, "--no-curves", "--beta", 7, "--no-tail"), "provenance")
     rows = {row[0]: row[1] for table in provenance.all("table") for row in table.rows()}
     own = Index.load(folder, device="cpu").settings

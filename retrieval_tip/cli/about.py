@@ -1,4 +1,4 @@
-"""Commands about this machine: ``models``, ``cache``, ``completion`` and ``doctor``."""
+"""Commands about this machine: ``models``, ``cache`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -145,22 +145,6 @@ def cache_command(
         say(f"Removed {counted(removed, 'encoding')}")
     file, size, most = size_of(kept.path.parent)
     print_result({"file": str(file), "encodings": number, "bytes": size, "max_bytes": most}, as_json)
-
-
-@command()
-def completion_command(shell: str = argument(click.Choice(["bash", "zsh", "fish"]))) -> None:
-    """Print a shell completion script.
-
-    For bash, add this line to ~/.bashrc: eval "$(retrieval-tip completion bash)". For zsh, add the same line to
-    ~/.zshrc, with zsh in place of bash. For fish, save the script as ~/.config/fish/completions/retrieval-tip.fish.
-    """
-    from click.shell_completion import get_completion_class
-
-    kind = get_completion_class(shell)
-    assert kind is not None
-    click.echo(
-        kind(click.get_current_context().find_root().command, {}, "retrieval-tip", "_RETRIEVAL_TIP_COMPLETE").source()
-    )
 
 
 @command()

@@ -69,7 +69,7 @@ EXAMPLES = {
     "fit": ["fit indexes/things", "fit indexes/things --calibrate --val validation"],
     "search-hp": [
         "search-hp indexes/things --leave-one-out",
-        "search-hp indexes/things --val validation --surface search.parquet",
+        "search-hp indexes/things --val validation --dry-run",
     ],
     "finetune": [
         "finetune indexes/things --out indexes/things-f",
@@ -78,5 +78,4 @@ EXAMPLES = {
     "models": ["models siglip", "models --try photos --model clip --model dinov2"],
     "doctor": ["doctor", "doctor --json"],
     "cache": ["cache --max-size 2GB", "cache --prune"],
-    "completion": ["completion bash", "completion fish > ~/.config/fish/completions/retrieval-tip.fish"],
 }

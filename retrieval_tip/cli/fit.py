@@ -74,8 +74,6 @@ def search_command(
     leave_one_out: bool = flag(),
     folds: int | None = option(kinds.count(least=2)),
     val_shots: KeysMet = option(kinds.K("shots")),
-    surface: Path | None = option(kinds.FILE),
-    greedy: bool = flag(),
     dry_run: bool = flag(),
     as_json: bool = options.JSON,
     encoding: SourceOptions = options.ROOTED,
@@ -92,8 +90,6 @@ def search_command(
         folds: Split the shots into N folds, and score each shot against the keys of the other folds.
         val_shots: Number of validation images to use per class, or all. [default: min(shots, 4), as in the published
             code]
-        surface: Parquet file to write, with the accuracy for each beta and alpha.
-        greedy: Use the best settings found, even if their gain over the default settings may be due to chance.
         dry_run: Print the selected settings, but do not change the index.
     """
     from retrieval_tip.fit import search_hp
@@ -108,13 +104,11 @@ def search_command(
             queries = search_hp.on_validation(index, source, reader)
         else:
             queries = Queries.leave_one_out(index) if folds is None else Queries.in_folds(index, folds)
-    choice = search_hp.search(index, queries, cautious=not greedy)
+    choice = search_hp.search(index, queries)
     warn(choice.warnings)
-    if surface:
-        search_hp.write_surface(choice, surface)
     if not dry_run:
         search_hp.apply(index, choice, folder)
-    facts = {name: value for name, value in vars(choice).items() if name not in ("surface", "warnings")}
+    facts = {name: value for name, value in vars(choice).items() if name != "warnings"}
     facts |= {"version": index.version, "interval": list(choice.interval)}
     if as_json:  # JSON has no infinity
         facts["interval"] = [None if value == float("inf") else value for value in choice.interval]

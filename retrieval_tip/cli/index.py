@@ -40,7 +40,6 @@ def build(
         required=True,
         help=f"Index folder, or {KIND} ({FORMS}). If the index already exists, it gets a new version.",
     ),
-    recipe: Path | None = option(kinds.FILE, is_eager=True, expose_value=False, callback=kinds.recipe),
     build: BuildOptions = options.building(),
     views: ViewOptions = options.VIEWS,
     encoding: SourceOptions = options.SOURCES,
@@ -50,9 +49,6 @@ def build(
     SOURCE can be a folder of class folders; a .csv, .tsv, .jsonl or .parquet table with the columns path and label; a
     feature table (.parquet with the columns id, label and feature); a split .json, whose train part is used; a
     .json in COCO's format or from Label Studio. Folders and tables can also be on s3://, gs:// or az://.
-
-    Options:
-        recipe: TOML file that sets any of these options. Options on the command line override it.
     """
     from retrieval_tip.index.build import build_index
 

@@ -1,8 +1,7 @@
-"""Click types for options and arguments (paths, indexes and bounded numbers), and recipes that set options."""
+"""Click types for options and arguments: paths, indexes and bounded numbers."""
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,8 +10,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from retrieval_tip.data.remote import is_remote
-from retrieval_tip.errors import MANY, MOST, InputError
-from retrieval_tip.files import read_regular
+from retrieval_tip.errors import MANY, MOST
 from retrieval_tip.store.address import KIND, METAVAR, parse
 
 if TYPE_CHECKING:
@@ -23,9 +21,6 @@ LARGEST = 1e30
 
 LARGEST_FILE = 10**15
 """Largest size that an option accepts, in bytes."""
-
-RECIPE_BYTES = 1 << 20
-"""Largest size of a recipe, in bytes."""
 
 BURST_SECONDS = 10
 """Longest time between consecutive photos of a burst by default."""
@@ -188,47 +183,3 @@ def bursts(text: str) -> float:
     if kind != "burst":
         raise click.BadParameter(f"{text}: expected burst or burst:SECONDS")
     return float(NUMBER.convert(seconds or BURST_SECONDS, None, None))
-
-
-def recipe(ctx: click.Context, _: click.Parameter, path: Path | None) -> Path | None:
-    """Check the types of the values in a TOML file, and use the values as defaults for options."""
-    if path is not None:
-        options = (parameter for parameter in ctx.command.params if parameter.expose_value)
-        known = {option.opts[0].lstrip("-").replace("-", "_"): option for option in options}
-        values = _toml(path)
-        for name, value in values.items():
-            if name not in known:
-                raise click.BadParameter(f"{path}: unknown option {name!r}", ctx)
-            several = getattr(known[name], "multiple", False)
-            parts = value if several and isinstance(value, list) else [value]
-            fits = [_fits(part, known[name]) for part in parts]
-            if several != isinstance(value, list) or not all(fit for fit, _ in fits):
-                what = f"an array of {fits[0][1]}" if several else fits[0][1]
-                raise click.BadParameter(f"{path}: {name}: expected {what}", ctx)
-        ctx.default_map = {str(known[name].name): value for name, value in values.items()}
-    return path
-
-
-def _toml(path: Path) -> dict[str, object]:
-    import tomllib
-
-    try:
-        return tomllib.loads(read_regular(path, RECIPE_BYTES).decode())
-    except InputError as error:  # the message already names the file
-        raise click.BadParameter(str(error)) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise click.BadParameter(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-
-
-def _fits(value: object, parameter: click.Parameter) -> tuple[bool, str]:
-    """Return whether a TOML value has the type of an option, and the name of this type."""
-    is_whole = type(value) is int and -(2**63) <= value < 2**63  # range of TOML integers
-    if getattr(parameter, "is_flag", False):
-        return type(value) is bool, "true or false"
-    if isinstance(parameter.type, K):
-        return is_whole or value == "all", "a whole number or 'all'"
-    if isinstance(parameter.type, Count):
-        return is_whole, "a whole number"
-    if isinstance(parameter.type, Number):
-        return is_whole or (type(value) is float and math.isfinite(value)), "a number"
-    return isinstance(value, str) and "\0" not in value, "text"

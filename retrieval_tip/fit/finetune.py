@@ -492,7 +492,7 @@ class _Run:
         choice = None
         if queries is not None:
             settings = (index.settings.alpha, index.settings.beta)
-            choice = search_hp.search(index, queries, cautious=True, kept=settings)
+            choice = search_hp.search(index, queries, kept=settings)
             search_hp.apply(index, choice)
         return Tuned(index, self.kept_epoch, curve, self.collapsed, choice, record)
 

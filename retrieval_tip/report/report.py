@@ -265,7 +265,7 @@ def _accuracy(results: Results, drawn: Index) -> float:
     if results.index.fitted is not None:
         closed_form.fit(drawn)
     elif max(drawn.counts) > 1:
-        choice = search_hp.search(drawn, Queries.leave_one_out(drawn), cautious=True)
+        choice = search_hp.search(drawn, Queries.leave_one_out(drawn))
         drawn = drawn.with_settings(choice.settings(drawn.settings))
     answers = drawn.logits(results.block.features[results.new]).argmax(dim=1).cpu().numpy()
     return float((answers == results.answers.truth[results.new]).mean())
