@@ -228,7 +228,6 @@ class BuildOptions(TypedDict, total=False):
             selected with the index type auto.
         logit_scale: The factor by which text logits are multiplied. Defaults to the logit scale of the encoder, or
             to 100.
-        drop_suspicious: Leave out shots whose labels look wrong (see :func:`audit.suspicious`). This needs more memory.
         features: The columns of a feature table that hold the features of several encoders, such as feature,feature_2.
             By default, they are the columns that name their encoder, or the column feature.
         groups: A table of broader groups, such as genus and family. The first column has the classes, and each further
@@ -250,7 +249,6 @@ class BuildOptions(TypedDict, total=False):
     prior: Sequence[str | os.PathLike[str]]
     k: KeysMet
     logit_scale: float | None
-    drop_suspicious: bool
     features: Sequence[str]
     groups: str | os.PathLike[str] | None
 

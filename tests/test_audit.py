@@ -1,23 +1,19 @@
 """Suspicious shots: compared with a dense reference, planted in features and real photos, left out of builds."""
 
 import json
-from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
 from conftest import examples, few, needs_real
 from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tables import read_features, unit, unit_rows, write_table
 
-from retrieval_tip.evaluation import audit as audits
-from retrieval_tip.evaluation.audit import CLEAR, audit, gain, suspicious
+from retrieval_tip.evaluation.audit import CLEAR, audit
 from retrieval_tip.fit import closed_form
-from retrieval_tip.index import build, places
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.duplicates import NEAR
@@ -97,13 +93,6 @@ def check(cache, k=None):
     clear = [row for row in rows if row["margin"] or row["duplicate_of"] is not None]
     clear.sort(key=lambda row: (-(row["margin"] or 0), row["key_id"]))
     assert audit(cache, k=k).to_pylist() == clear
-    if k is None:
-        wrong = [row for row in clear if row["margin"]]
-        numbers = Counter(row["label"] for row in wrong)
-        left = {name: number - numbers[name] for name, number in zip(cache.class_names, cache.counts, strict=True)}
-        assert suspicious(cache).to_pylist() == [
-            row for row in wrong if left[row["label"]] >= max(2, numbers[row["label"]])
-        ]
     return table
 
 
@@ -236,73 +225,3 @@ def test_an_audit_of_real_photos_lists_most_wrong_and_few_right_labels(shared, f
         assert (listed & ~wrong).sum() <= 0.035 * (~wrong).sum()
         if share:
             assert (listed & wrong).sum() >= max(precise * listed.sum(), 0.5 * wrong.sum())
-
-
-@pytest.mark.parametrize("scheme", ["", "lance://"])
-def test_a_build_leaves_out_suspicious_shots(run, tmp_path, scheme):
-    """The result equals a build of the other shots. A build without the option recommends it."""
-    keys, ids = planted(400, 20, spread=1.2)
-    given, _ = mislabelled(ids, 0.2, 1)
-    names, out = [f"class {i:02}" for i in given], f"{scheme}{tmp_path}/index"
-    rows = write_table(tmp_path / "rows.parquet", keys, names)
-    first = run("index", "build", rows, "--out", out).stderr.splitlines()
-    gone = suspicious(places.at(out).load().in_memory())["key_id"].to_numpy()
-    assert 50 < len(gone) < 90
-    assert f"leave out {len(gone)} shots with suspicious labels (--drop-suspicious)" in first[-1]
-    done = run("index", "build", rows, "--out", out, "--drop-suspicious").stderr
-    named = ", ".join(f"item-{i}" for i in gone[:5])
-    assert f"Left out {len(gone)} of 400 shots with suspicious labels: {named} and {len(gone) - 5} more\n" in done
-    assert "--drop-suspicious" not in done
-    left = np.delete(np.arange(400), gone)
-    write_table(rows, keys[left], [names[i] for i in left], [f"item-{i}" for i in left])
-    assert run("index", "build", rows, "--out", tmp_path / "other").exit_code == 0
-    cache, other = places.at(out).verify().in_memory(), Index.load(tmp_path / "other")
-    assert cache.labels["source"].to_pylist() == other.labels["source"].to_pylist()
-    assert sorted(cache.labels["key_id"].to_pylist()) == left.tolist()
-    torch.testing.assert_close(cache.logits(keys), other.logits(keys).to("cpu"))
-    dropped = places.at(out).manifest().provenance["dropped"]
-    assert dropped == {"shots": len(gone), "of": 400, "sources": [f"item-{i}" for i in gone]}
-
-
-def test_only_a_certain_gain_is_reported(monkeypatch):
-    keys, ids = planted(400, 20, spread=1.2)
-    given, _ = mislabelled(ids, 0.2, 1)
-
-    def fitted(given, keys=keys, sources=None):
-        names = [f"class {i}" for i in range(20)]
-        cache = Index.from_features(keys, given, names, device="cpu", sources=sources)
-        closed_form.fit(cache)
-        return cache
-
-    found = gain(fitted(given))
-    assert found.shots == len(suspicious(fitted(given)))
-    assert 0.5 < found.before < found.after < 1
-    assert gain(fitted(ids)) is None
-    monkeypatch.setattr(audits, "CHEAP", 399)
-    assert gain(fitted(given)) is None
-    keys, ids = planted(100, 20, spread=0.9)
-    copies = np.arange(0, 100, 3)  # held out together with the same photo
-    labels, sources = np.concatenate([ids, (ids[copies] + 1) % 20]), [str(i) for i in [*range(100), *copies]]
-    again = fitted(labels, np.concatenate([keys, keys[copies]]), sources)
-    monkeypatch.undo()
-    assert len(suspicious(again)) > 10
-    assert gain(again) is None
-
-
-@pytest.mark.parametrize(("wrong", "found"), [(2, 2), (3, 0)])
-def test_a_class_that_mostly_looks_mislabelled_keeps_its_shots(wrong, found):
-    """Two shots of class ``a`` are right, and each of the others comes from a different class."""
-    keys, ids = planted(40, 4, spread=0.3)
-    ids[1 : 1 + wrong] = 0
-    kept = np.flatnonzero((ids > 0) | (np.arange(40) < 5))
-    cache = Index.from_features(keys[kept], ids[kept], list("abcd"), device="cpu")
-    assert len(audit(cache)) == wrong
-    assert len(suspicious(cache)) == found
-
-
-def test_drop_suspicious_refuses_too_many_shots(run, tmp_path, monkeypatch):
-    rows = write_table(tmp_path / "rows.parquet", planted(40, 4)[0], ["a", "b", "c", "d"] * 10)
-    monkeypatch.setattr(build, "ALL_PAIRS", 39**2)
-    done = run("index", "build", rows, "--out", tmp_path / "index", "--drop-suspicious")
-    assert (done.exit_code, (tmp_path / "index").exists()) == (2, False)
-    assert "drop_suspicious: compares all pairs of at most 39 shots" in done.stderr

@@ -859,8 +859,6 @@ def test_where_does_not_reduce_the_accuracy_of_excluded_classes(run, tmp_path):
         ("--fit", "auto", "--alpha", "1"),
         ("--metric", "within", "--beta", "2"),
         ("--fit", "none", "--values", "solved"),
-        ("--fit", "none", "--drop-suspicious"),
-        ("--beta", "2", "--drop-suspicious"),
     ],
 )
 def test_conflicting_options_are_refused(run, tables, options):

@@ -58,9 +58,6 @@ def build(
     version = loaded.version or 1
     about(out, f"version {version}, {_held(loaded)}")
     if not quiet():
-        if dropped := loaded.provenance.get("dropped"):
-            named = f": {few(dropped['sources'], dropped['shots'])}" if dropped["shots"] else ""
-            say(f"Left out {dropped['shots']:,} of {counted(dropped['of'], 'shot')} with suspicious labels{named}")
         if "fit" in loaded.provenance:
             say_fit(loaded.provenance["fit"])
         if version > 1:
@@ -77,15 +74,7 @@ If the accuracy on all classes is lower than the last constant, it suggests tryi
 
 
 def _next_step(out: Place, index: Index) -> str:
-    from retrieval_tip.evaluation.audit import CHEAP, gain
-
     add, audit = (command_line("index", command, out) for command in ("add", "audit"))
-    if index.n <= CHEAP and "dropped" not in index.provenance and (gained := gain(index.in_memory())) is not None:
-        return (
-            f"leave out {counted(gained.shots, 'shot')} with suspicious labels (--drop-suspicious), which increases "
-            f"the accuracy on the other photos from {100 * gained.before:.1f} % to {100 * gained.after:.1f} %, or "
-            f"check these labels ({audit})"
-        )
     name, right, held = (index.provenance.get("fit", {}).get("weakest") or [("", 1, 1)])[0]
     both = index.provenance.get("fit", {}).get("both")
     if both is not None and both < LEAST_BOTH and not index.parts and index.backbone is not None:

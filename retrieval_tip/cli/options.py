@@ -264,7 +264,6 @@ _BUILD = {
     "prior": option(kinds.INDEX, multiple=True),
     "k": option(kinds.K(), "-k"),
     "logit_scale": option(kinds.POSITIVE),
-    "drop_suspicious": flag(),
     "features": option(multiple=True, metavar="COLUMN,...", callback=kinds.names),
     "groups": option(kinds.FILE, metavar="TABLE"),
 }

@@ -302,19 +302,6 @@ class Folds:
         held = [*self.held, *(replace(one, of="classes") for one in whole)]
         return replace(self, held=held, _terms={})
 
-    def among(self, keys: StoredKeys, ids: Tensor, images: IntArray, rows: IntArray) -> Folds:
-        """Hold out the same photos of an index with more keys, in which the present keys have these ``rows``.
-
-        Copies of a held-out photo among the other keys are held out as well.
-        """
-        held, others = [], np.setdiff1d(np.arange(len(ids)), rows)
-        for one in self.held:
-            visible = rows[one.rows.numpy()]
-            hidden = np.setdiff1d(images[rows], images[visible])
-            more = np.concatenate([visible, others[~np.isin(images[others], hidden)]])
-            held.append(replace(one, rows=torch.from_numpy(more)))
-        return replace(self, keys=keys, ids=ids, held=held, sums=None, _scatters={}, _terms={})
-
     @property
     def covered(self) -> float:
         """Fraction of the classes that have shots or queries, or 1 if there is no text."""
