@@ -313,10 +313,7 @@ def test_the_command_writes_keywords_corrects_them_and_restores_the_bytes(shared
     answers = [row["label"] for row in csv.DictReader(done.stdout.splitlines()) if row["no_match"] == "False"]
     assert {*found["anchor.xmp"]} >= {"bird", "B&W", *filter(None, answers)}
     assert found.keys() == {"anchor.xmp", "broken.jpg.xmp"}
-    for wrong in (
-        ["s3://bucket/a.jpg", "--xmp"], [inbox, "--undo"], [inbox, "--uncertain", "x"],
-        [inbox, "--xmp", "--engine", "ray"],
-    ):  # fmt: skip
+    for wrong in (["s3://bucket/a.jpg", "--xmp"], [inbox, "--undo"], [inbox, "--uncertain", "x"]):
         assert run("classify", index, *wrong).exit_code == 2
 
 

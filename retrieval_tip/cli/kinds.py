@@ -87,11 +87,10 @@ class Output(click.Path):
     """A file to write. With ``--engine ray``, it is a folder or a folder URL."""
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        engine = ctx.params.get("engine") if ctx is not None else None
-        if engine == "ray":
+        if ctx is not None and ctx.params.get("engine") == "ray":
             return value if is_remote(value) else Path(value)
-        if engine is not None and is_remote(value):
-            self.fail(f"{value}: only --engine ray can write to object stores; give a local file")
+        if is_remote(value):
+            self.fail(f"{value}: only encode --engine ray can write to object stores; give a local file")
         return super().convert(value, param, ctx)
 
 

@@ -29,7 +29,6 @@ ENCODER = {"heading": "Encoder"}
 INPUT = {"heading": "Input", "folded": True}
 ANSWERS = {"heading": "Answers"}
 OUTPUTS = {"heading": "Output"}
-RAY = {"heading": "Distributed with Ray", "folded": True}
 """The headings of options."""
 
 
@@ -151,29 +150,6 @@ class OpeningOptions:
     verify: settings.Verify | None = option(choice(settings.Verify), **ANSWERS)
 
 
-@dataclass(frozen=True)
-class EngineOptions:
-    """Options that run the work in this process or on the actors of a Ray cluster.
-
-    Options:
-        engine: Where to run the command. With ray, actors on this machine or a cluster write a folder of parts, which
-            can be on disk or in a bucket. If the command is interrupted, run it again to complete the folder.
-        actors: Maximum number of Ray actors. [default: one per GPU, or up to 8 per node]
-        ray_address: Address of the head of a Ray cluster, or auto. [default: start Ray on this machine]
-    """
-
-    engine: str = option(click.Choice(["local", "ray"]), default="local", is_eager=True, **RAY)
-    actors: int | None = option(kinds.count("actors"), metavar="N", **RAY)
-    ray_address: str | None = option(metavar="HOST:PORT", **RAY)
-
-    @property
-    def is_ray(self) -> bool:
-        """Whether the work runs on Ray. Raises UsageError if Ray options are given for another engine."""
-        if self.engine != "ray" and (self.actors or self.ray_address):
-            raise UsageError(f"--{'actors' if self.actors else 'ray-address'}: needs --engine ray")
-        return self.engine == "ray"
-
-
 FORMATS = ("table", "json", "jsonl", "csv", "parquet")
 _SUFFIXES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
 _SUFFIXES |= {".txt": "table", "": "table"}
@@ -234,7 +210,7 @@ FOLDER_ARGUMENT = argument(kinds.FOLDER, metavar="INDEX")
 BACKBONE, ENCODING, SOURCES = map(grouped, (BackboneOptions, EncodingOptions, SourceOptions))
 COMPARED = grouped(ComparedOptions, without=("model", "pretrained", "precision", "runtime"))
 ROOTED = grouped(SourceOptions, without=("split",))
-VIEWS, OPENING, ENGINE, FORMAT = map(grouped, (ViewOptions, OpeningOptions, EngineOptions, OutputOptions))
+VIEWS, OPENING, FORMAT = map(grouped, (ViewOptions, OpeningOptions, OutputOptions))
 JSON = flag("--json", help="Print the result as one JSON object.", **OUTPUTS)
 ASKING = {
     "k": option(kinds.K(), "-k", **ANSWERS),
