@@ -34,7 +34,6 @@ from retrieval_tip.evaluation.calibration import Calibration, calibrate
 from retrieval_tip.evaluation.compare import Compared, Side, compare
 from retrieval_tip.evaluation.evaluate import Evaluation, evaluate
 from retrieval_tip.fit.closed_form import FormChoice
-from retrieval_tip.fit.search_hp import validation_shots
 from retrieval_tip.html import markup, table
 from retrieval_tip.index import changes, places
 from retrieval_tip.index.build import build_index
@@ -281,7 +280,6 @@ class OpenIndex:
         *,
         source: Any = None,
         val: Any = None,
-        val_shots: KeysMet = None,
         keep_last: bool = False,
     ) -> Tuned:
         """Fine-tune the index, and use the more accurate of both indexes from now on.
@@ -292,7 +290,6 @@ class OpenIndex:
         - ``source``: the photos of the shots, if they have moved. They can be the same as for
           ``evaluate``.
         - ``val``: validation photos as for ``evaluate``
-        - ``val_shots``: the number of validation photos per class, or ``all``. Defaults to ``min(shots, 4)``.
 
         For the other arguments and the errors, see :func:`finetune.finetune_into`.
         """
@@ -302,9 +299,6 @@ class OpenIndex:
             raise UsageError(f"recipe: got an object of type {type(recipe).__name__}; give a Recipe")
         index = self._in_folder()
         held_out = None if val is None else _opened(val, "val")
-        if held_out is not None and val_shots != "all":
-            path = val if isinstance(val, str | os.PathLike) else None
-            held_out = held_out.take(validation_shots(index, held_out, path, val_shots))
         shots = shots_of(index) if source is None else own_shots(index, _opened(source, "train"))
         temporary, place = _new_place(out)
         tuned = finetune_into(

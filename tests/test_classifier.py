@@ -347,7 +347,7 @@ def test_finetune_writes_a_new_index(place, kept, tmp_path):
     made = Classifier.from_folder(held(), f"local-dir:{place / 'model'}", device="cpu")
     with pytest.raises(InputError, match=r"photo \d: no such file"):
         made.finetune(None, recipe)
-    assert made.finetune(None, recipe, source=held(), val=held(), val_shots="all").compared.n == 6
+    assert made.finetune(None, recipe, source=held(), val=held()).compared.n == 6
 
 
 def test_probabilities_and_similar_shots_match_the_definition(place, clf):

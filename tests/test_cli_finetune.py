@@ -11,7 +11,6 @@ from tables import unit_rows, write_table
 
 from retrieval_tip import Index, Reader, Recipe, open_source, verify
 from retrieval_tip.fit.finetune import finetune_into
-from retrieval_tip.fit.search_hp import validation_shots
 
 C, D = 5, 12
 NAMES = [f"class {i}" for i in range(C)]
@@ -55,7 +54,6 @@ def test_python_gives_the_result_of_the_command(run, place):
     result = tune(run, place, "--val", place / "val.parquet", "--epochs", 2, "--batch", 16, "--json")
     cache = Index.load(place / "index", device="cpu")
     shots, val = (open_source(place / f"{name}.parquet") for name in ("views", "val"))
-    val = val.take(validation_shots(cache, val))
     recipe = Recipe(epochs=2, batch=16)
     tuned = finetune_into(place / "again", cache, shots, Reader(), recipe, val=val, parent=str(place / "index"))
     assert tuned.facts() | {"seconds": 0} == json.loads(result.stdout) | {"seconds": 0}
@@ -149,7 +147,6 @@ def test_the_printed_accuracy_is_of_held_out_photos(run, place):
 
 def test_validation_accuracy_is_printed_before_and_after_training(run, place):
     index, val = fitted_index(run, place), open_source(place / "val.parquet")
-    val = val.take(validation_shots(index, val))
     how = ("--val", place / "val.parquet", "--epochs", 3, "--batch", 16, "--json", "--keep-last")
     printed = json.loads(tune(run, place, *how).stdout)
     assert (printed["before"], printed["n"]) == (pytest.approx(accuracy(index, val)), len(val))

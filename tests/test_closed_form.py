@@ -870,7 +870,7 @@ def test_conflicting_options_are_refused(run, tables, options):
 def test_leave_one_out_refuses_solved_values(run, tables):
     out = tables / "index"
     run("index", "build", tables / "train.parquet", "--text", tables / "text.parquet", "--out", out)
-    result = run("search-hp", out, "--leave-one-out")
+    result = run("search-hp", out)
     assert result.exit_code == 2
     assert "retrieval-tip fit" in result.stderr
 

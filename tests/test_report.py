@@ -316,7 +316,7 @@ def test_the_report_names_the_weakest_class_and_the_labels_of_an_audit(tmp_path)
 
 def test_the_report_names_the_source_of_the_settings(tmp_path):
     folder, test = made(tmp_path)
-    done("-q", "search-hp", folder, "--leave-one-out")
+    done("-q", "search-hp", folder)
     provenance = section(reported(tmp_path, folder, test, "--no-curves", "--beta", 7, "--no-tail"), "provenance")
     rows = {row[0]: row[1] for table in provenance.all("table") for row in table.rows()}
     own = Index.load(folder, device="cpu").settings
@@ -324,7 +324,7 @@ def test_the_report_names_the_source_of_the_settings(tmp_path):
     assert rows["beta"] == f"7 (set for this report; the index has {own.beta:.4g})"
     assert rows["tail"] == "False (set for this report; the index has True)"
     assert "version 2," in provenance.text
-    done("-q", "search-hp", folder, "--val", test, "--val-shots", "all")
+    done("-q", "search-hp", folder, "--val", test)
     page = reported(tmp_path, folder, test, "--no-curves")
     assert "selected on these test photos" in page.first("header").text
 

@@ -67,10 +67,7 @@ EXAMPLES = {
     ],
     "serve": ["serve indexes/things", "serve indexes/things indexes/others --port 0 --token secret"],
     "fit": ["fit indexes/things", "fit indexes/things --calibrate --val validation"],
-    "search-hp": [
-        "search-hp indexes/things --leave-one-out",
-        "search-hp indexes/things --val validation --dry-run",
-    ],
+    "search-hp": ["search-hp indexes/things", "search-hp indexes/things --val validation --dry-run"],
     "finetune": [
         "finetune indexes/things --out indexes/things-f",
         "finetune indexes/things --val validation --views-cache 10 --out indexes/things-f",

@@ -12,13 +12,13 @@ from retrieval_tip.cli import kinds, options
 from retrieval_tip.cli.group import command, flag, grouped, option
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import finish, print_result, say_fit, warn
-from retrieval_tip.cli.opening import reader_for, source_of, store_of, validation
+from retrieval_tip.cli.opening import reader_for, source_of, store_of
 from retrieval_tip.cli.options import SourceOptions
 from retrieval_tip.errors import UsageError, show
 from retrieval_tip.settings import TRAINED, Recipe, TrainingPrecision
 
 if TYPE_CHECKING:
-    from retrieval_tip.settings import KeysMet
+    pass
 
 
 @command()
@@ -71,39 +71,27 @@ def _calibrate(folder: Place, val: Place | None, form: dict[str, Any], encoding:
 def search_command(
     folder: Path = options.FOLDER_ARGUMENT,
     val: Place | None = option(kinds.SOURCE),
-    leave_one_out: bool = flag(),
-    folds: int | None = option(kinds.count(least=2)),
-    val_shots: KeysMet = option(kinds.K("shots")),
     dry_run: bool = flag(),
     as_json: bool = options.JSON,
     encoding: SourceOptions = options.ROOTED,
 ) -> None:
     """Search for the best alpha and beta, as in Tip-Adapter.
 
-    The settings are selected on validation images (--val) or on the shots (--leave-one-out or --folds), and never on
-    test images. If --val is a split .json, its val part is used. The search uses all keys, and it is exact in alpha.
-    The result is saved as a new version of the index. Use index tune to select k.
+    The settings are selected on the shots, each classified without itself, or on --val, and never on test images. The
+    search uses all keys, and it is exact in alpha. The result is saved as a new version of the index. Use index tune to
+    select k.
 
     Options:
-        val: Labelled validation source. The val part of a split .json is used.
-        leave_one_out: Score each shot against the keys of all other images. No additional images are needed.
-        folds: Split the shots into N folds, and score each shot against the keys of the other folds.
-        val_shots: Number of validation images to use per class, or all. [default: min(shots, 4), as in the published
-            code]
+        val: Labelled validation source, used instead of the shots. The val part of a split .json is used.
         dry_run: Print the selected settings, but do not change the index.
     """
     from retrieval_tip.fit import search_hp
     from retrieval_tip.fit.folds import Queries
 
-    if sum((val is not None, leave_one_out, folds is not None)) != 1:
-        raise UsageError("search-hp: give exactly one of --val SOURCE, --leave-one-out and --folds N")
     index = store_of(folder).load(device=encoding.device)
-    source = None if val is None else validation(index, val, encoding, val_shots)
+    source = None if val is None else source_of(val, encoding, "val")
     with reader_for(index, [] if source is None else [source], encoding) as reader:
-        if source is not None:
-            queries = search_hp.on_validation(index, source, reader)
-        else:
-            queries = Queries.leave_one_out(index) if folds is None else Queries.in_folds(index, folds)
+        queries = Queries.leave_one_out(index) if source is None else search_hp.on_validation(index, source, reader)
     choice = search_hp.search(index, queries)
     warn(choice.warnings)
     if not dry_run:
@@ -145,7 +133,6 @@ def finetune_command(
     out: Path = option(kinds.FOLDER, "--out", "-o", required=True),
     source: Place | None = option(kinds.SOURCE),
     val: Place | None = option(kinds.SOURCE),
-    val_shots: KeysMet = option(kinds.K("shots")),
     recipe: Recipe = grouped(Recipe, _RECIPE),
     fresh: str | None = option(click.Choice(["fresh"]), "--views"),
     keep_last: bool = flag(),
@@ -164,7 +151,6 @@ def finetune_command(
             the index was built from]
         val: Labelled validation source on which the epoch and the settings are selected. The val part of a split .json
             is used.
-        val_shots: Number of validation images to use per class, or all. [default: min(shots, 4)]
         fresh: With fresh, a new view of each shot is encoded in every epoch.
         keep_last: Write the trained index even if it is less accurate than the original index.
     """
@@ -175,7 +161,7 @@ def finetune_command(
     recipe = recipe if fresh else replace(recipe, views=recipe.views or Recipe.views)
     index = store_of(folder).load(device=encoding.device)
     shots = shots_of(index) if source is None else own_shots(index, source_of(source, encoding, "train"))
-    unseen = None if val is None else validation(index, val, encoding, val_shots)
+    unseen = None if val is None else source_of(val, replace(encoding, split=None), "val")
     sources = [shots] if unseen is None else [shots, unseen]
     with reader_for(index, sources, encoding) as reader:
         tuned = finetune_into(out, index, shots, reader, recipe, val=unseen, parent=show(folder), keep_last=keep_last)

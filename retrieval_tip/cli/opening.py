@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from retrieval_tip.data.sources import Source
     from retrieval_tip.index.places import Store
     from retrieval_tip.model import Index
-    from retrieval_tip.settings import KeysMet
     from retrieval_tip.store.manifest import Manifest
 
 LONG = 10.0
@@ -72,14 +71,6 @@ def store_of(folder: Place) -> Store:
     from retrieval_tip.index.places import at
 
     return at(folder)
-
-
-def validation(index: Index, path: Place, reading: SourceOptions, number: KeysMet) -> Source:
-    """Open ``number`` validation images per class, all images, or by default the published number."""
-    from retrieval_tip.fit.search_hp import validation_shots
-
-    val = source_of(path, replace(reading, split=None), "val")
-    return val if number == "all" else val.take(validation_shots(index, val, path, number))
 
 
 def index_with(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from retrieval_tip import tip
 from retrieval_tip.backbones.base import Part, equal_shares
-from retrieval_tip.errors import UsageError, check_count
+from retrieval_tip.errors import UsageError
 from retrieval_tip.fit.forms import Form
 from retrieval_tip.fit.scatter import FewScatter, FloatArray, Scatter, known_prior
 from retrieval_tip.model import Index
@@ -560,19 +560,6 @@ class Queries:
             )
         features = np.asarray(index.keys[first], dtype=np.float32)
         return cls(features, ids[first], "its own shots, each held out in turn", groups[first], groups)
-
-    @classmethod
-    def in_folds(cls, index: Index, number: int) -> Self:
-        """Return the shots as queries that do not see the keys of their own fold. Each class has ``number`` folds."""
-        check_count("folds", number, 2)
-        loo, generator = cls.leave_one_out(index), np.random.default_rng(1)
-        assert loo.hidden is not None
-        fold_of = np.zeros(int(loo.hidden.max()) + 1, dtype=np.int64)
-        for class_id in np.unique(loo.ids):
-            images = generator.permutation(loo.hidden[loo.ids == class_id])
-            fold_of[images] = (int(generator.integers(number)) + np.arange(len(images))) % number
-        name = f"its own shots in {number} folds"
-        return replace(loo, name=name, hidden=fold_of[loo.hidden], groups=fold_of[loo.groups])
 
     def blocks(self, index: Index, k: int | None = None) -> Iterator[tuple[slice, Visible]]:
         """Yield the queries in blocks, with the keys that they see: all, or those among the ``k`` nearest."""

@@ -11,7 +11,6 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -20,8 +19,7 @@ import torch
 from torch import Tensor
 
 from retrieval_tip.data.reader import Reader
-from retrieval_tip.data.source import VAL_SHOTS, few_shot, few_shot_split
-from retrieval_tip.data.sources import Source, open_source
+from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError
 from retrieval_tip.fit.folds import Queries
 from retrieval_tip.fit.scatter import FloatArray
@@ -91,22 +89,6 @@ def on_validation(index: Index, source: Source, reader: Reader) -> Queries:
     ids = index.ids_of(source)
     encoded = reader.encode(source)
     return Queries(encoded.features, ids[encoded.positions], source.name)
-
-
-def validation_shots(
-    index: Index, validation: Source, path: str | os.PathLike[str] | None = None, number: int | None = None
-) -> list[int]:
-    """Sample ``number`` validation shots per class, and return their positions.
-
-    ``number`` defaults to ``min(shots, 4)``, or to 4 if the index does not record a number of shots. If ``path`` is the
-    split file that the index's own shots were sampled from, the published validation sample is returned.
-    """
-    drawn, seed = index.built.shots, index.built.seed
-    if number is None and drawn is not None and path is not None and Path(path).suffix.lower() == ".json":
-        train = open_source(path, split="train")
-        if train.name == index.built.source:
-            return few_shot_split(train.labels, validation.labels, drawn, seed)[1]
-    return few_shot(validation.labels, number or min(drawn or VAL_SHOTS, VAL_SHOTS), seed)
 
 
 def apply(index: Index, choice: HyperparameterChoice, folder: str | os.PathLike[str] | None = None) -> None:
