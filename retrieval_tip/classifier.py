@@ -562,17 +562,16 @@ class Classifier(OpenIndex):
         answer = answering(self.index.in_memory(), cast("TorchBackbone | Joined | None", self.reader.backbone))
         return Logits(copy.deepcopy(answer)).eval()
 
-    def export_onnx(self, out: Place, *, features: bool = False, k: KeysMet = None) -> dict[str, Any]:
+    def export_onnx(self, out: Place, *, features: bool = False) -> dict[str, Any]:
         """Write the classifier to an ONNX file, which computes logits from pixels, and return its metadata.
 
-        With ``features``, the graph computes logits from features, and the image encoder is left out. If the index uses
-        the ``k`` nearest keys, set ``k`` to ``"all"``. See :func:`onnx_graph.export_onnx` for the graph and the errors.
+        With ``features``, the graph computes logits from features, and the image encoder is left out. See
+        :func:`onnx_graph.export_onnx` for the graph and the errors.
         """
         from retrieval_tip.index.onnx_graph import export_onnx
 
-        index = self.index.in_memory()
         backbone = None if features else cast("TorchBackbone | Joined | None", self.reader.backbone)
-        return export_onnx(index.with_settings(index.settings.override(k=k)), _place("out", out), backbone)
+        return export_onnx(self.index.in_memory(), _place("out", out), backbone)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from serving import caltech_photos
 from tables import picture, tiny, unit_rows, write_table
 
 from retrieval_tip.cli import opening
-from retrieval_tip.cli.kinds import K, Number
+from retrieval_tip.cli.kinds import Number
 from retrieval_tip.cli.output import FORMATS
 from retrieval_tip.errors import InputError
 from retrieval_tip.model import Index
@@ -275,7 +275,7 @@ NUMBERS = [
     (" ".join(words), one)
     for words, command in COMMANDS.items()
     for one in command.params
-    if isinstance(one.type, IntParamType | FloatParamType | K | Number) and not getattr(one, "count", False)
+    if isinstance(one.type, IntParamType | FloatParamType | Number) and not getattr(one, "count", False)
 ]
 
 

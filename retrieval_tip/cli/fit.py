@@ -63,7 +63,7 @@ def _calibrate(folder: Place, val: Place | None, form: dict[str, Any], encoding:
     source = source_of(val, encoding, "val")
     with reader_for(index, [source], encoding) as reader:
         result = calibrate(index, source, reader)
-    print_result(vars(result) | {"version": index.version}, width=15)
+    print_result(vars(result) | {"version": index.version})
     finish(reader.skipped)
 
 
@@ -101,7 +101,7 @@ def search_command(
     if as_json:  # JSON has no infinity
         facts["interval"] = [None if value == float("inf") else value for value in choice.interval]
         facts["warnings"] = choice.warnings
-    print_result(facts, as_json, 12)
+    print_result(facts, as_json)
     finish(reader.skipped)
 
 
@@ -166,5 +166,5 @@ def finetune_command(
     with reader_for(index, sources, encoding) as reader:
         tuned = finetune_into(out, index, shots, reader, recipe, val=unseen, parent=show(folder), keep_last=keep_last)
     warn(tuned.choice.warnings if tuned.choice else ())
-    print_result(tuned.facts(), as_json, 12)
+    print_result(tuned.facts(), as_json)
     finish(reader.skipped)

@@ -200,30 +200,6 @@ class Command(click.Command):
                 for example in EXAMPLES[path]:
                     formatter.write(f"{'':{formatter.current_indent}}retrieval-tip {example}\n")
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse arguments as click does, but report all missing parameters at once and suggest ``-k`` for ``--k``."""
-        given = list(args)
-        try:
-            return super().parse_args(ctx, args)
-        except click.MissingParameter as error:
-            missing = self._missing(ctx, given)
-            if len(missing) < 2:
-                raise
-            raise click.UsageError(f"Missing {' and '.join(missing)}.", ctx) from error
-        except click.NoSuchOption as error:
-            short = error.option_name[1:]
-            if error.option_name.startswith("--") and any(short in option.opts for option in self.params):
-                raise click.UsageError(f"No such option {error.option_name!r}. Did you mean {short}?", ctx) from None
-            raise
-
-    def _missing(self, ctx: click.Context, args: Sequence[str]) -> list[str]:
-        given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
-        return [
-            f"argument {one.make_metavar(ctx)}" if isinstance(one, click.Argument) else f"option {one.opts[0]}"
-            for one in self.get_params(ctx)
-            if one.required and not (isinstance(value := given.get(one.name or ""), str | Sequence) and len(value))
-        ]
-
     def invoke(self, ctx: click.Context) -> object:
         """Run the command. Errors show its usage."""
         with in_one_line(ctx):

@@ -394,7 +394,6 @@ def export_command(
     text: Path | None = option(kinds.FILE),
     onnx: Path | None = option(kinds.FILE),
     features: bool = flag(),
-    k: KeysMet = option(kinds.K()),
     precision: Precision = option(click.Choice(["float32", "int8"]), default="float32"),
 ) -> None:
     """Export the keys as a feature table, or the index as ONNX.
@@ -406,7 +405,6 @@ def export_command(
         text: Feature table to write for the text weights. You can pass it to index build --text.
         onnx: ONNX file to write. Its graph computes logits from pixels (requires onnx).
         features: With --onnx, compute logits from features, and leave out the image encoder.
-        k: With --onnx, give all if the index uses the k nearest keys, because a graph can only use all keys.
         precision: With --onnx, precision of the image encoder. With int8, the file is smaller. It then contains the
             encoder that models --int8 stored.
     """
@@ -422,8 +420,7 @@ def export_command(
         named, backbone = loaded.backbone, None
         if not features and named is not None:
             backbone = load_backbone(named.model, named.pretrained, device="cpu", precision=precision, lazy=True)
-        asked = loaded.with_settings(loaded.settings.override(k=k))
-        facts = export_onnx(asked, onnx, backbone)
+        facts = export_onnx(loaded, onnx, backbone)
         given = "features" if backbone is None else "pixels"
         size, classes = f"{facts['bytes'] / 1e6:.1f} MB", counted(len(facts["labels"]), "class")
         about(onnx, f"{given} to logits of {classes}, {size}, opset {facts['opset']}")
@@ -443,7 +440,7 @@ def export_command(
 @index.command()
 def audit_command(
     folder: Place = options.INDEX_ARGUMENT,
-    k: KeysMet = option(kinds.K(), "-k"),
+    k: KeysMet = option(kinds.KEYS, "-k"),
     borderline: bool = flag("--all"),
     file: Path | None = option(kinds.FILE, "--apply"),
     printing: OutputOptions = options.FORMAT,

@@ -98,26 +98,6 @@ SOURCE = SourceType(path_type=Path)
 OUTPUT = Output(path_type=Path, dir_okay=False)
 
 
-class K(click.ParamType[int | Literal["all"]]):
-    """A number of keys, which is at least 1, or ``all``."""
-
-    name = "N|all"
-
-    def __init__(self, kind: str = "") -> None:
-        self.most = MOST.get(kind, MANY)
-
-    def convert(self, value: object, param: Any, ctx: Any) -> int | Literal["all"]:
-        if value == "all":
-            return "all"
-        try:
-            number = int(str(value))
-        except ValueError:
-            number = 0
-        if not 1 <= number <= self.most:
-            self.fail(f"{value!r} is neither a whole number from 1 to {self.most:,} nor 'all'")
-        return number
-
-
 class Number(click.ParamType[float]):
     """A finite number from ``least`` to ``most``. If ``above`` is true, ``least`` itself is excluded.
 
@@ -146,13 +126,22 @@ class Count(Number):
     parsed = click.INT
 
 
+class K(Count):
+    """A number of keys, or ``all``."""
+
+    name = "N|all"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        return "all" if value == "all" else super().convert(value, param, ctx)
+
+
 def count(kind: str = "", least: int = 1) -> Count:
     """Return a type for whole numbers from ``least`` to the upper bound that :data:`errors.MOST` gives for ``kind``."""
     return Count(least, MOST.get(kind, MANY))
 
 
 SHOTS, VIEWS_COUNT, SEEDS, SEED = count("shots"), count("views"), count("seeds"), count("seed", 0)
-NUMBER, POSITIVE, SHARE = Number(), Number(above=True), Number(0, 1)
+KEYS, NUMBER, POSITIVE, SHARE = K(1), Number(), Number(above=True), Number(0, 1)
 
 
 def percent(text: str) -> float:

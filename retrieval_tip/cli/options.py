@@ -213,7 +213,7 @@ ROOTED = grouped(SourceOptions, without=("split",))
 VIEWS, OPENING, FORMAT = map(grouped, (ViewOptions, OpeningOptions, OutputOptions))
 JSON = flag("--json", help="Print the result as one JSON object.", **OUTPUTS)
 ASKING = {
-    "k": option(kinds.K(), "-k", **ANSWERS),
+    "k": option(kinds.KEYS, "-k", **ANSWERS),
     "tail": option(None, "--tail/--no-tail", default=None, **ANSWERS),
     "alpha": option(kinds.NUMBER, **ANSWERS),
     "beta": option(kinds.NUMBER, **ANSWERS),
@@ -238,7 +238,7 @@ _BUILD = {
     "values": option(choice(settings.ValuesName)),
     "class_prior": option(choice(settings.ClassPrior)),
     "prior": option(kinds.INDEX, multiple=True),
-    "k": option(kinds.K(), "-k"),
+    "k": option(kinds.KEYS, "-k"),
     "logit_scale": option(kinds.POSITIVE),
     "features": option(multiple=True, metavar="COLUMN,...", callback=kinds.names),
     "groups": option(kinds.FILE, metavar="TABLE"),
