@@ -189,7 +189,7 @@ def test_files_are_relative_to_the_folder_that_contains_all(run, animals, card, 
     [
         ("--boxes boxes.json --categories bear", "no category 'bear'; choose with --categories from: animal, person"),
         ("--categories animal", "--categories: selects boxes; add --boxes"),
-        ("--timezone UTC", "only apply to --format camtrap-dp"),
+        ("--timezone UTC", "only applies to --format camtrap-dp"),
         ("--format camtrap-dp --out x", "needs --out FOLDER and --timezone ZONE, such as Europe/Berlin"),
         ("--format camtrap-dp --timezone UTC", "needs --out FOLDER and --timezone ZONE"),
         ("--format camtrap-dp --out x --timezone Europe/Nowhere", "Europe/Nowhere: unknown; give a name"),

@@ -389,7 +389,7 @@ def test_a_session_is_finished_with_copies_links_moved_photos_or_the_labelled_on
         assert answer["summary"].startswith("changed the keywords of 6 photos")
         written = {path.stem: path.read_text().split("<rdf:li>")[1] for path in folder.glob("*.xmp")}
         assert {name: text.partition("<")[0] for name, text in written.items()} == labels
-        assert answer["undo"] == f"retrieval-tip classify {place} {folder} --xmp --undo"
+        assert answer["undo"] == f"retrieval-tip classify {place} {folder} --format xmp --undo"
         _, answer = sort("none", action="xmp", undo=True)
         assert (answer["summary"], [*folder.glob("*.xmp")]) == ("restored the keywords of 6 photos", [])
         copies, answer = sort("copies")  # by label or answer

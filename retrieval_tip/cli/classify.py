@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -33,11 +33,14 @@ if TYPE_CHECKING:
     from retrieval_tip.data.sources import Source
     from retrieval_tip.model import Index
     from retrieval_tip.predictions import Abstain
+    from retrieval_tip.settings import Levels
 
 DOCUMENTS = ("coco", "fiftyone", "label-studio")
 """Formats for other programs that list whole photos (see :data:`exchange.FORMATS`)."""
 MEGADETECTOR, CAMTRAP_DP = "megadetector", "camtrap-dp"
 """Formats for programs that manage photos of camera traps (see :mod:`camera_traps`)."""
+XMP = "xmp"
+"""Format for programs that manage photos: a sidecar beside each photo."""
 
 
 @dataclass(frozen=True)
@@ -195,88 +198,72 @@ def count_rows(tables: Iterable[pa.Table], counts: Counter[str]) -> Iterator[pa.
 
 
 @dataclass(frozen=True)
-class TrapOptions:
-    """Options of the formats for camera traps.
+class FormatOptions:
+    """Options of single formats.
 
     Options:
         timezone: Time zone of the cameras, such as Europe/Berlin (format camtrap-dp).
         deployments: Table of the deployments, which are named like folders of photos (format camtrap-dp). [default:
             each folder is a deployment]
+        uncertain: Keyword for photos without a label or a match (format xmp). [default: none]
+        undo: Only restore the previous sidecars (format xmp).
     """
 
     timezone: ZoneInfo | None = option(metavar="ZONE", callback=kinds.zone, **options.OUTPUTS)
     deployments: Path | None = option(kinds.FILE, **options.OUTPUTS)
+    uncertain: str | None = option(metavar="KEYWORD", **options.OUTPUTS)
+    undo: bool = flag(**options.OUTPUTS)
 
     def rows(self, rows: RowOptions, printing: OutputOptions) -> RowOptions:
         """Return the options of the rows that the format needs. Raises UsageError if an option does not fit it."""
-        detections, package = (printing.named == one for one in (MEGADETECTOR, CAMTRAP_DP))
-        if package and (self.timezone is None or printing.output is None):
+        style = printing.named
+        for name, own in ((CAMTRAP_DP, ("timezone", "deployments")), (XMP, ("uncertain", "undo"))):
+            if style != name and (given := [one for one in own if getattr(self, one)]):
+                raise UsageError(f"--{given[0]}: only applies to --format {name}; leave it out")
+        if style == CAMTRAP_DP and (self.timezone is None or printing.output is None):
             raise UsageError(f"--format {CAMTRAP_DP}: needs --out FOLDER and --timezone ZONE, such as Europe/Berlin")
-        if not package and (self.timezone or self.deployments):
-            raise UsageError(f"--timezone and --deployments: only apply to --format {CAMTRAP_DP}; leave them out")
-        if not detections and not package:
+        if style == XMP and printing.output is not None:
+            raise UsageError(f"--format {XMP}: writes a sidecar beside each photo; leave out --out")
+        if style not in (MEGADETECTOR, CAMTRAP_DP):
             return rows
         from retrieval_tip.data.camera_traps import ANIMAL, TOP
 
         categories = rows.categories or [ANIMAL] * (rows.boxes is not None)
-        ask = replace(rows.ask, top=TOP) if detections else rows.ask
-        return replace(rows, categories=categories, exif=rows.exif or package, ask=ask)
+        ask = replace(rows.ask, top=TOP) if style == MEGADETECTOR else rows.ask
+        return replace(rows, categories=categories, exif=rows.exif or style == CAMTRAP_DP, ask=ask)
 
 
-@dataclass(frozen=True)
-class SidecarOptions:
-    """What to do with the XMP sidecars of the photos.
+def _restore(inputs: Sequence[str]) -> None:
+    from retrieval_tip.labelling.sidecars import undo_sidecars
 
-    Options:
-        xmp: Also write the label of each photo as a keyword into its XMP sidecar.
-        uncertain: Keyword for photos without a label or a match, for --xmp. [default: none]
-        undo: With --xmp, only restore the previous sidecars.
+    undone = undo_sidecars(path for source in inputs_of(inputs) for path in source.paths or ())
+    click.echo(str(undone).capitalize())
+    finish(undone.skipped, "restored")
+
+
+def _write_sidecars(
+    rows: Iterable[Mapping[str, Any]], photos: Sequence[Source], cut: Cut, uncertain: str | None, groups: Levels | None
+) -> list[Skipped]:
+    """Write the label of each row as a keyword of its photo, and return the sidecars that were skipped.
+
+    A photo has the keywords of all its boxes.
     """
+    from retrieval_tip.labelling.labels import NONE
+    from retrieval_tip.labelling.sidecars import in_groups, write_sidecars
+    from retrieval_tip.labelling.sort import check_files
 
-    xmp: bool = flag(**options.OUTPUTS)
-    uncertain: str | None = option(metavar="KEYWORD", **options.OUTPUTS)
-    undo: bool = flag(**options.OUTPUTS)
-
-    def check(self) -> None:
-        """Raise UsageError if options exclude each other."""
-        if not self.xmp and (self.undo or self.uncertain is not None):
-            raise UsageError(f"--{'undo' if self.undo else 'uncertain'}: only applies to --xmp; add --xmp")
-
-    def restore(self, inputs: Sequence[str]) -> None:
-        """Restore the sidecars."""
-        from retrieval_tip.labelling.sidecars import undo_sidecars
-
-        undone = undo_sidecars(path for source in inputs_of(inputs) for path in source.paths or ())
-        click.echo(str(undone).capitalize())
-        finish(undone.skipped, "restored")
-
-    def noted(
-        self, tables: Iterable[pa.Table], sources: Sequence[Source], cut: Cut, keywords: dict[str, list[str]]
-    ) -> Iterator[pa.Table]:
-        """Note the ``keywords`` of each photo while passing tables on. A photo has the keywords of all its boxes."""
-        from retrieval_tip.labelling.labels import NONE
-        from retrieval_tip.labelling.sort import check_files
-
-        check_files(sources, "--xmp", "they have no sidecars")
-        photos = {show(path): path for source in sources for path in source.paths or ()}
-        photos |= {show(name): path for name, (path, _) in cut.boxes.items()} | {show(path): path for path in cut.empty}
-        for table in tables:
-            names = {"input", "label", "probability", "no_match"}.intersection(table.column_names)
-            for row in table.select([*names]).to_pylist():
-                own = keywords.setdefault(photos[row["input"]], [])
-                unlabelled = row["label"] in (None, NONE) or row.get("no_match")
-                keyword = self.uncertain if unlabelled else row["label"]
-                if keyword and row["probability"] is not None and keyword not in own:
-                    own.append(keyword)
-            yield table
-
-    def write(self, keywords: Mapping[str, Sequence[str]], index: Index) -> list[Skipped]:
-        """Write the keywords, and return the sidecars that were skipped."""
-        from retrieval_tip.labelling.sidecars import in_groups, write_sidecars
-
-        written = write_sidecars({path: in_groups(own, index.groups) for path, own in keywords.items()})
-        say(f"{str(written).capitalize()}; --undo restores them")
-        return written.skipped
+    check_files(photos, f"--format {XMP}", "they have no sidecars")
+    paths = {show(path): path for source in photos for path in source.paths or ()}
+    paths |= {show(name): path for name, (path, _) in cut.boxes.items()}
+    keywords: dict[str, list[str]] = {}
+    for row in rows:
+        own = keywords.setdefault(paths[row["input"]], [])
+        keyword = uncertain if row["label"] in (None, NONE) or row.get("no_match") else row["label"]
+        if keyword and row["probability"] is not None and keyword not in own:
+            own.append(keyword)
+    written = write_sidecars({path: in_groups(own, groups) for path, own in keywords.items()})
+    click.echo(f"{str(written).capitalize()}; --undo restores them")
+    return written.skipped
 
 
 _ASK = {
@@ -286,7 +273,7 @@ _ASK = {
 }
 _PRINTING = {
     "named": option(
-        click.Choice([*options.FORMATS, *DOCUMENTS, MEGADETECTOR, CAMTRAP_DP]), "--format", **options.OUTPUTS
+        click.Choice([*options.FORMATS, *DOCUMENTS, MEGADETECTOR, CAMTRAP_DP, XMP]), "--format", **options.OUTPUTS
     ),
     "output": option(kinds.OUTPUT, "--out", "-o", **options.OUTPUTS),
 }
@@ -300,8 +287,7 @@ def classify(
     opening: options.OpeningOptions = options.OPENING,
     rows: RowOptions = grouped(RowOptions),
     printing: OutputOptions = grouped(OutputOptions, _PRINTING),
-    trap: TrapOptions = grouped(TrapOptions),
-    sidecars: SidecarOptions = grouped(SidecarOptions),
+    special: FormatOptions = grouped(FormatOptions),
     encoding: options.EncodingOptions = options.ENCODING,
 ) -> None:
     """Classify images or features with an index.
@@ -309,8 +295,8 @@ def classify(
     INPUTS are images, folders, globs, tables of paths or feature tables. Use - to read paths from standard input. If
     the index is fitted, the column no_match is true for an image that resembles no shot. With --abstain, an uncertain
     answer has a probability but no label: the label is null, or - in a table. The formats coco, fiftyone,
-    label-studio and megadetector are JSON files for other programs. The format camtrap-dp is a folder of tables. With
-    --xmp, the sidecar of photo.jpg is photo.jpg.xmp, or an existing photo.xmp.
+    label-studio and megadetector are JSON files for other programs, and camtrap-dp is a folder of tables. The format
+    xmp writes the label of each photo as a keyword into its XMP sidecar: photo.jpg.xmp, or an existing photo.xmp.
     """
     from retrieval_tip import __version__
     from retrieval_tip.cli.output import prediction_details, rounded, write_document, write_folder, write_tables
@@ -318,16 +304,16 @@ def classify(
     from retrieval_tip.data.boxes import Cut, cut_boxes
     from retrieval_tip.data.exchange import FORMATS
 
-    sidecars.check()
-    if sidecars.undo:
-        sidecars.restore(inputs)
+    rows = special.rows(replace(rows, ask=ask), printing)
+    if special.undo:
+        _restore(inputs)
         return
-    rows = trap.rows(replace(rows, ask=ask), printing)
-    deployments = camera_traps.read_deployments(trap.deployments, trap.timezone) if trap.deployments else {}
+    zone, table = special.timezone, special.deployments
+    deployments = camera_traps.read_deployments(table, zone) if table else {}
     loaded = index_with(folder, encoding, opening, ask)
     rows.check(loaded, printing.style)
-    photos, cut, counts = inputs_of(inputs), Cut(), Counter[str]()
-    sources, keywords = photos, dict[str, list[str]]()
+    photos, cut, counts, skipped = inputs_of(inputs), Cut(), Counter[str](), list[Skipped]()
+    sources = photos
     if rows.boxes is not None:
         cut = cut_boxes(rows.boxes, photos, rows.categories or None)
         sources = cut.sources
@@ -335,7 +321,6 @@ def classify(
             camera_traps.clear(cut.document, show(rows.boxes))
     with reader_for(loaded, sources, encoding) as reader:
         tables = count_rows(rows.tables(loaded, sources, reader, cut), counts)
-        tables = sidecars.noted(tables, sources, cut, keywords) if sidecars.xmp else tables
         answers = chain.from_iterable(table.to_pylist() for table in tables)
         labels = rows.labels(loaded)
         by = f"{Path(loaded.place or '').name}@{loaded.version} (retrieval-tip {__version__})"
@@ -344,9 +329,11 @@ def classify(
             write_document(partial(FORMATS[printing.style], answers, labels), printing.output)
         elif printing.style == MEGADETECTOR:
             write_document(partial(camera_traps.megadetector, *known, labels, reader.skipped), printing.output)
-        elif printing.style == CAMTRAP_DP and printing.output is not None and trap.timezone is not None:
-            make = partial(camera_traps.camtrap_dp, *known, trap.timezone, deployments, reader.skipped)
+        elif printing.style == CAMTRAP_DP and printing.output is not None and zone is not None:
+            make = partial(camera_traps.camtrap_dp, *known, zone, deployments, reader.skipped)
             write_folder(make, printing.output)
+        elif printing.style == XMP:
+            skipped += _write_sidecars(answers, photos, cut, special.uncertain, loaded.groups)
         else:
             tables = map(rounded, tables) if printing.style == "csv" else tables
             texts = {"input": chain.from_iterable(source.sources for source in sources), "label": labels}
@@ -356,5 +343,4 @@ def classify(
         empty = f", {len(cut.empty):,} empty" if rows.boxes is not None else ""
         answered_inputs = counted(counts["rows"] - len(cut.empty) - len(cut.others), "input")
         note(f"{show(printing.output)}: classified {answered_inputs}{no_match}{empty}")
-    written = sidecars.write(keywords, loaded) if sidecars.xmp else []
-    finish([*reader.skipped, *written], "read or changed" if sidecars.xmp else "read")
+    finish([*reader.skipped, *skipped], "read or changed" if skipped else "read")

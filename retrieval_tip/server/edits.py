@@ -261,7 +261,7 @@ async def label_sort(service: TheService, labelling: TheLabelling, change: schem
             done = await run(write_planned, done, version.index.groups)
     words = ["sort", "--undo", "--into", str(folder.absolute())]
     if xmp:
-        words = ["classify", str(labelling.place), os.path.commonpath(paths), "--xmp", "--undo"]
+        words = ["classify", str(labelling.place), os.path.commonpath(paths), "--format", "xmp", "--undo"]
     undo = shlex.join(["retrieval-tip", *words])
     summary = str(done) if done.threshold is None else f"{done}; {done.threshold}"
     return schemas.SortedPhotos(summary=summary, undo=undo, skipped=done.skipped)
