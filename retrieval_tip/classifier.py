@@ -47,7 +47,7 @@ from retrieval_tip.labelling.sort import Sorted, sort_photos
 from retrieval_tip.model import Index
 from retrieval_tip.predictions import Prediction, Predictions, SimilarShot
 from retrieval_tip.retrieval.inputs import Features
-from retrieval_tip.settings import Ask, AskOptions, BuildOptions, ClassPrior, KeysMet, MetricName, Precision, ValuesName
+from retrieval_tip.settings import Ask, AskOptions, BuildOptions, ClassPrior, MetricName, Precision, ValuesName
 from retrieval_tip.store.address import parse
 
 if TYPE_CHECKING:
@@ -527,12 +527,12 @@ class Classifier(OpenIndex):
         )
         return compare(a, b, _opened(test, "test", open_items))
 
-    def audit(self, *, k: KeysMet = None, borderline: bool = False) -> pa.Table:
+    def audit(self, *, borderline: bool = False) -> pa.Table:
         """List shots that look mislabelled, most suspicious first (see :func:`audit.audit`).
 
         To correct labels, pass a mapping from ``key_id`` to the right label to ``relabel``.
         """
-        return audit(self.index.in_memory(), k=k, borderline=borderline)
+        return audit(self.index.in_memory(), borderline=borderline)
 
     def report(
         self, out: Place, test: Any, *, shots: Sequence[int] | None = None, seeds: int = 3, curves: bool = True

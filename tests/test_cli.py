@@ -24,7 +24,7 @@ from tables import picture, tiny, unit_rows, write_table
 
 from retrieval_tip.cli import opening
 from retrieval_tip.cli.kinds import Number
-from retrieval_tip.cli.output import FORMATS
+from retrieval_tip.cli.options import FORMATS
 from retrieval_tip.errors import InputError
 from retrieval_tip.model import Index
 

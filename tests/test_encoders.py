@@ -202,7 +202,7 @@ def test_columns_of_a_table_are_encoders(tmp_path, run):
     assert "encoders" in run("index", "info", tmp_path / "own").output
     assert json.loads(run("index", "info", tmp_path / "own", "--json").output)["encoders"].keys() == {"clip", "cnn"}
     new = table_of(tmp_path, "new", ids, {"cnn": cnn, "clip": clip})
-    answers = run("classify", tmp_path / "own", new, "--format", "jsonl").output.splitlines()
+    answers = run("classify", tmp_path / "own", new, "--format", "json").output.splitlines()
     expected = index.classify([clip, cnn])
     assert [json.loads(line)["label"] for line in answers] == [one.label for one in expected]
     assert run("index", "add", tmp_path / "own", new).exit_code == 0

@@ -121,7 +121,7 @@ def test_a_mistake_prints_one_line_that_explains_what_to_do(run, world, typed):
 
 def test_the_output_suffix_selects_the_format(run, world, tmp_path):
     classify = ("classify", world / "i/x", world / "new.parquet")
-    labels = [json.loads(line)["label"] for line in run(*classify, "--format", "jsonl").stdout.splitlines()]
+    labels = [json.loads(line)["label"] for line in run(*classify, "--format", "json").stdout.splitlines()]
     for name in ("a.csv", "a.json", "a.jsonl", "a.txt", "a.parquet"):
         assert run(*classify, "--out", tmp_path / name).exit_code == 0
     text = {name: (tmp_path / f"a.{name}").read_text() for name in ("csv", "json", "jsonl", "txt")}

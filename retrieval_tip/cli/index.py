@@ -17,7 +17,7 @@ from retrieval_tip.cli.messages import about, command_line, finish, note, print_
 from retrieval_tip.cli.opening import backbone_for, reader_for, source_of, store_of
 from retrieval_tip.cli.options import BackboneOptions, OutputOptions, SourceOptions, ViewOptions
 from retrieval_tip.errors import UsageError, counted, few, show
-from retrieval_tip.settings import Ask, BuildOptions, Dtype, KeysMet, Normalize, Precision
+from retrieval_tip.settings import Ask, BuildOptions, Dtype, Normalize, Precision
 from retrieval_tip.store.address import FORMS, KIND
 
 if TYPE_CHECKING:
@@ -202,8 +202,6 @@ def add_command(
     source: Place = argument(kinds.SOURCE),
     text: Path | None = option(kinds.FILE),
     drawn: dict[str, Any] = options.building("shots"),
-    views: int | None = option(kinds.VIEWS_COUNT),
-    seed: int | None = option(kinds.SEED),
     skip_known: bool = flag(),
     encoding: SourceOptions = options.SOURCES,
 ) -> None:
@@ -214,18 +212,15 @@ def add_command(
 
     Options:
         text: Feature table of text features for new classes, which are used instead of prompts.
-        views: Number of views to average per key. [default: the same as in the index]
-        seed: Seed for drawing shots and views. [default: the seed of the index, or 1]
         skip_known: Skip images that are already in the index under the same label.
     """
     from retrieval_tip.index import changes
 
     manifest, items = store_of(folder).manifest(), source_of(source, encoding, "train")
-    built = manifest.built
     new = not set(items.class_names) <= set(manifest.class_names)
     needed = new and text is None and bool(manifest.templates)
-    as_built = ViewOptions(built.views if views is None else views, built.seed if seed is None else seed)
-    with reader_for(manifest, [items], encoding, as_built, needed=needed) as reader:
+    views = ViewOptions(manifest.built.views, manifest.built.seed)
+    with reader_for(manifest, [items], encoding, views, needed=needed) as reader:
         added = changes.add(folder, items, reader, text=text, skip_known=skip_known, manifest=manifest, **drawn)
     _say_added(folder, added, skip_known)
     finish(reader.skipped)
@@ -440,7 +435,6 @@ def export_command(
 @index.command()
 def audit_command(
     folder: Place = options.INDEX_ARGUMENT,
-    k: KeysMet = option(kinds.KEYS, "-k"),
     borderline: bool = flag("--all"),
     file: Path | None = option(kinds.FILE, "--apply"),
     printing: OutputOptions = options.FORMAT,
@@ -455,14 +449,13 @@ def audit_command(
     column suggested contains the new label of a shot, and label must still be its current label.
 
     Options:
-        k: Number of nearest keys used to check each shot, or all. [default: all in small indexes]
         borderline: Also list borderline cases.
         file: Table written by audit --out, whose suggestions are applied in one new version.
     """
     if file is not None:
         from retrieval_tip.index.changes import apply_audit
 
-        if k is not None or borderline or printing != OutputOptions(None, None):
+        if borderline or printing != OutputOptions(None, None):
             raise UsageError("--apply: cannot be combined with other options")
         changed = apply_audit(folder, file)
         _say_relabelled(folder, changed)
@@ -470,7 +463,7 @@ def audit_command(
     from retrieval_tip.evaluation.audit import audit
 
     loaded = store_of(kinds.FOLDER.convert(folder, None, None)).load(device="auto")  # rejects an address
-    printing.write_table(audit(loaded, k=k, borderline=borderline))
+    printing.write_table(audit(loaded, borderline=borderline))
 
 
 def _held(index: Index) -> str:

@@ -150,7 +150,7 @@ class OpeningOptions:
     verify: settings.Verify | None = option(choice(settings.Verify), **ANSWERS)
 
 
-FORMATS = ("table", "json", "jsonl", "csv", "parquet")
+FORMATS = ("table", "json", "csv", "parquet")
 _SUFFIXES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
 _SUFFIXES |= {".txt": "table", "": "table"}
 
@@ -160,7 +160,7 @@ class OutputOptions:
     """Output format and output file. ``None`` means the default format and standard output.
 
     Options:
-        named: Output format. With json and jsonl, each line is an object. [default: given by the suffix of --out, or
+        named: Output format. With json, each line is an object. [default: given by the suffix of --out, or
             table]
         output: File to write to instead of standard output.
     """
@@ -176,7 +176,7 @@ class OutputOptions:
         if style is None:
             known = ", ".join(name for name in _SUFFIXES if name)
             raise UsageError(f"--out {show(str(self.output))}: unknown suffix {suffix}; use {known} or give --format")
-        return "json" if style == "jsonl" else style
+        return style
 
     def write_rows(self, rows: Iterable[Sequence[object]], types: Mapping[str, type]) -> None:
         """Write rows whose columns have these types. Lists contain texts, which a table joins with commas."""
