@@ -185,14 +185,6 @@ def test_each_command_has_a_short_summary_and_two_valid_examples():
             assert ctx.args == []
 
 
-def test_help_hides_rare_options(run):
-    short, long = run("classify", "--help").stdout, run("classify", "--help-all").stdout
-    assert "Answers:" in short
-    assert "--workers" in short
-    assert len(long.splitlines()) > len(short.splitlines())
-    assert "1<=x<=" not in long
-
-
 def test_wide_characters_align(run, world, tmp_path):
     write_table(tmp_path / "t.parquet", unit_rows(4, 8), ["猫", "dog"] * 2)
     assert run("index", "build", tmp_path / "t.parquet", "--out", tmp_path / "i", "--fit", "none").exit_code == 0

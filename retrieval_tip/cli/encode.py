@@ -19,7 +19,7 @@ from retrieval_tip.errors import Skipped, UsageError, counted
 if TYPE_CHECKING:
     from retrieval_tip.data.sources import Source
 
-RAY = {"heading": "Distributed with Ray", "folded": True}
+RAY = {"heading": "Distributed with Ray"}
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ def choice(alias: object) -> click.Choice[str]:
 
 
 ENCODER = {"heading": "Encoder"}
-INPUT = {"heading": "Input", "folded": True}
+INPUT = {"heading": "Input"}
 ANSWERS = {"heading": "Answers"}
 OUTPUTS = {"heading": "Output"}
 """The headings of options."""
