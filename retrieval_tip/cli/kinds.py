@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
-from click.shell_completion import CompletionItem
 
 from retrieval_tip.data.remote import is_remote
 from retrieval_tip.errors import MANY, MOST
@@ -39,10 +38,8 @@ class Folder(click.Path):
         return super().convert(value, param, ctx)
 
 
-class IndexType(click.ParamType[Path | str]):
+class IndexType(click.Path):
     """An index, given as a folder or an address."""
-
-    name = METAVAR
 
     def convert(self, value: object, param: Any, ctx: Any) -> Path | str:
         address, path = parse(str(value)), Path(str(value))
@@ -50,11 +47,9 @@ class IndexType(click.ParamType[Path | str]):
             self.fail(f"{value}: is a file, not an index folder; give the index first (index list shows yours)")
         return path if address is None else str(address)
 
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        return [CompletionItem(incomplete, type="dir")]
 
-
-FOLDER, INDEX = Folder(path_type=Path), IndexType()
+FOLDER, INDEX = Folder(path_type=Path), IndexType(file_okay=False)
+INDEX.name = METAVAR
 FILE = click.Path(path_type=Path, dir_okay=False)
 
 
