@@ -56,7 +56,7 @@ def models_command(
         _try_encoders(word, source_of(photos, encoding, "train"), printing, encoding)
     elif calibration is not None:
         _store_int8(source_of(calibration, encoding, "train", labelled=False), encoding)
-    elif encoding.models or encoding.weights:
+    elif encoding.models:
         raise UsageError("--model: give labelled photos to compare encoders (--try), or photos to store them (--int8)")
     else:
         _list_encoders(word, printing)
@@ -79,16 +79,14 @@ def _try_encoders(word: str, photos: Source, printing: OutputOptions, encoding: 
     from retrieval_tip.backbones.catalogue import cached
     from retrieval_tip.index.encoders import try_encoders
 
-    here = [pair for pair in cached() if word.lower() in pair[0].lower()]
-    cached_too = replace(encoding, models=[name for name, _ in here], weights=[tag or "auto" for _, tag in here])
-    asked = dict(encoding.named()) | dict(cached_too.named())
+    here = (spelled(*pair) for pair in cached() if word.lower() in pair[0].lower())
+    asked = dict(replace(encoding, models=list(dict.fromkeys([*encoding.models, *here]))).named())
     more = "to download more, give --model, for example --model clip --model dinov2"
     if not asked:
         raise UsageError(f"models: no encoder{f' named {word}' if word else ''} is on this machine; {more}")
 
     def joined(a: str, b: str) -> tuple[str, Opened]:
-        pair = "+".join(spelled(asked[name].model, asked[name].pretrained) for name in (a, b))
-        return pair, partial(reader_for, None, [], replace(asked[a], model=pair, pretrained=None))
+        return (pair := f"{a}+{b}"), partial(reader_for, None, [], replace(encoding, model=pair))
 
     encoders = {name: partial(reader_for, None, [], own) for name, own in asked.items()}
     tried = try_encoders(photos, encoders, encoding.device, joined)

@@ -41,6 +41,10 @@ class Folder(click.Path):
 class IndexType(click.Path):
     """An index, given as a folder or an address."""
 
+    def __init__(self) -> None:
+        super().__init__(file_okay=False)
+        self.name = METAVAR
+
     def convert(self, value: object, param: Any, ctx: Any) -> Path | str:
         address, path = parse(str(value)), Path(str(value))
         if address is None and path.is_file():
@@ -48,8 +52,7 @@ class IndexType(click.Path):
         return path if address is None else str(address)
 
 
-FOLDER, INDEX = Folder(path_type=Path), IndexType(file_okay=False)
-INDEX.name = METAVAR
+FOLDER, INDEX = Folder(path_type=Path), IndexType()
 FILE = click.Path(path_type=Path, dir_okay=False)
 
 

@@ -14,7 +14,7 @@ from retrieval_tip import settings
 from retrieval_tip.cli import kinds
 from retrieval_tip.cli.group import argument, flag, grouped, option
 from retrieval_tip.cli.kinds import Place
-from retrieval_tip.errors import UsageError, counted, show
+from retrieval_tip.errors import UsageError, show
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -116,24 +116,14 @@ class ComparedOptions(SourceOptions):
     """Backbones to compare, and the options for reading sources and encoding images with each of them.
 
     Options:
-        models: Encoder to compare (see retrieval-tip models).
-        weights: Weights of each --model, in the same order: a tag, a checkpoint file, or auto for the recommended tag.
-            [default: auto]
+        models: Encoder to compare (see retrieval-tip models). Write its weights after @, as in ViT-B-32@openai.
     """
 
     models: Sequence[str] = option(None, "--model", multiple=True, **ENCODER)
-    weights: Sequence[str] = option(None, "--pretrained", multiple=True, **ENCODER)
 
     def named(self) -> list[tuple[str, SourceOptions]]:
-        """Return the name of each encoder, and the options that select it. Raises UsageError if weights are missing."""
-        if self.weights and len(self.weights) != len(self.models):
-            raise UsageError(
-                f"--pretrained: given {len(self.weights)} times for {counted(len(self.models), 'model')}; give it once "
-                "for each --model, or auto for the recommended weights"
-            )
-        tags = [None if tag == "auto" else tag for tag in self.weights or ["auto"] * len(self.models)]
-        chosen = [replace(self, model=model, pretrained=tag) for model, tag in zip(self.models, tags, strict=True)]
-        return [(" ".join(filter(None, (one.model, one.pretrained))), one) for one in chosen]
+        """Return the name of each encoder, and the options that select it."""
+        return [(model, replace(self, model=model)) for model in self.models]
 
 
 @dataclass(frozen=True)
