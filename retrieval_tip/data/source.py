@@ -18,7 +18,6 @@ from retrieval_tip.errors import SHOWN, InputError, Skipped, check_count, check_
 
 log = logging.getLogger(__name__)
 
-VAL_SHOTS = 4  # largest number of validation images per class
 ITEM_BYTES = 256  # estimated bytes per drawn item, for its position, path, label and digest
 
 
@@ -151,28 +150,16 @@ def refuse_rows(wrong: npt.NDArray[np.bool_], name: str, why: str | Callable[[in
         raise InputError(f"{name}: row{'s' if len(rows) > 1 else ''} {shown}{reason}")
 
 
-def few_shot(labels: Sequence[Hashable], shots: int, seed: int = 1) -> list[int]:
+def few_shot(labels: Sequence[Hashable], shots: int, seed: int | random.Random = 1) -> list[int]:
     """Draw ``shots`` items per class by the published rule, and return their positions in the order of the draw.
 
-    Python's random generator is seeded with ``seed``. Items are grouped by label, in order of first appearance, and
-    stay in file order within each group. From each group, items are drawn with ``random.sample(group, shots)``, or with
-    ``random.choices`` (with replacement) if the group has fewer than ``shots`` items.
+    Python's random generator is seeded with ``seed``, or is given. Items are grouped by label, in order of first
+    appearance, and stay in file order within each group. From each group, items are drawn with ``random.sample(group,
+    shots)``, or with ``random.choices`` (with replacement) if the group has fewer than ``shots`` items.
 
     Raises UsageError if ``shots`` is not positive or is too large, or if there is not enough memory.
     """
-    return _draw(labels, shots, random.Random(seed))  # noqa: S311 - a published draw, not a secret
-
-
-def few_shot_split(
-    train: Sequence[Hashable], val: Sequence[Hashable], shots: int, seed: int = 1
-) -> tuple[list[int], list[int]]:
-    """Draw positions of training shots and ``min(shots, 4)`` validation shots per class with one generator."""
-    generator = random.Random(seed)  # noqa: S311
-    drawn = _draw(train, shots, generator)
-    return drawn, _draw(val, min(shots, VAL_SHOTS), generator)
-
-
-def _draw(labels: Sequence[Hashable], shots: int, generator: random.Random) -> list[int]:
+    generator = seed if isinstance(seed, random.Random) else random.Random(seed)  # noqa: S311 - a published draw
     check_count("shots", shots)
     groups: dict[Hashable, list[int]] = {}
     for position, label in enumerate(labels):
