@@ -20,9 +20,8 @@ from typing import Any
 import click
 
 from retrieval_tip import __version__
-from retrieval_tip.cli.about import cache_command, doctor, models_command
+from retrieval_tip.cli.about import cache_command, doctor, encode, models_command
 from retrieval_tip.cli.classify import classify
-from retrieval_tip.cli.encode import encode
 from retrieval_tip.cli.evaluate import compare_command, evaluate_command
 from retrieval_tip.cli.fit import finetune_command, fit_command, search_command
 from retrieval_tip.cli.group import QUIET, VERBOSE, Group, in_one_line
