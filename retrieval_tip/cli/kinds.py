@@ -130,7 +130,11 @@ class K(Count):
     name = "N|all"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        return "all" if value == "all" else super().convert(value, param, ctx)
+        if value == "all":
+            return value
+        if not str(value).removeprefix("-").isdecimal():
+            self.fail(f"{value!r} is neither a whole number nor 'all'")
+        return super().convert(value, param, ctx)
 
 
 def count(kind: str = "", least: int = 1) -> Count:
