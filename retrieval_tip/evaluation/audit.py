@@ -50,8 +50,8 @@ def audit(index: Index, *, borderline: bool = False) -> pa.Table:
     another class fits only slightly better are listed as well. For a shot that is only listed as a duplicate,
     ``suggested`` is its own label.
 
-    Up to :data:`ALL_PAIRS` affinities, all pairs of keys are compared (3 s for 16,000 keys of 512 values on two cores).
-    Beyond this limit, the sums are over the :data:`MET` nearest keys.
+    This computes ``n^2`` affinities (3 s for 16,000 keys of 512 values on two cores). Beyond :data:`ALL_PAIRS`, the
+    sums are limited to the :data:`MET` nearest keys.
 
     Returns a table, sorted by descending margin and then by key id, with these columns:
 
