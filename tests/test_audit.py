@@ -176,9 +176,10 @@ def test_every_interface_lists_the_same_shots(run, tmp_path):
     wrong[:8] = (ids[:8] + 1) % 4
     rows = write_table(tmp_path / "rows.parquet", keys, [names[i] for i in wrong])
     test = write_table(tmp_path / "test.parquet", planted(40, 4, seed=1)[0], [names[i % 4] for i in range(40)])
-    index = tmp_path / "index"
+    index, store = tmp_path / "index", f"lance://{tmp_path}/store"
     for arguments in (
         ("index", "build", rows, "--out", index),
+        ("index", "clone", index, store),
         ("evaluate", index, test, "--report", tmp_path / "r.html", "--no-curves"),
     ):
         assert run("-q", *arguments).exit_code == 0
@@ -191,8 +192,9 @@ def test_every_interface_lists_the_same_shots(run, tmp_path):
         for asked, flags, listed in (("", (), clear), ("?borderline=true", ("--all",), everything)):
             found = client.get(f"/v1/indexes/index/audit{asked}").json()
             assert [shot["key_id"] for shot in found] == listed
-            printed = run("index", "audit", index, *flags, "--format", "json").stdout.splitlines()
-            assert [json.loads(line)["key_id"] for line in printed] == listed
+            for place in (index, store):
+                printed = run("index", "audit", place, *flags, "--format", "json").stdout.splitlines()
+                assert [json.loads(line)["key_id"] for line in printed] == listed
 
 
 def test_an_audit_of_a_fitted_index_finds_a_wrong_label():

@@ -384,7 +384,7 @@ def clone_command(
 
 @index.command()
 def export_command(
-    folder: Path = options.FOLDER_ARGUMENT,
+    folder: Place = options.INDEX_ARGUMENT,
     out: Path | None = option(kinds.FILE, "--out", "-o"),
     text: Path | None = option(kinds.FILE),
     onnx: Path | None = option(kinds.FILE),
@@ -407,7 +407,7 @@ def export_command(
 
     if out is None and text is None and onnx is None:
         raise UsageError("index export: give --out, --text or --onnx FILE")
-    loaded = store_of(folder).load(device="cpu")
+    loaded = store_of(folder).load(device="cpu").in_memory()
     if onnx is not None:
         from retrieval_tip.backbones.loading import load_backbone
         from retrieval_tip.index.onnx_graph import export_onnx
@@ -462,7 +462,7 @@ def audit_command(
         return
     from retrieval_tip.evaluation.audit import audit
 
-    loaded = store_of(kinds.FOLDER.convert(folder, None, None)).load(device="auto")  # rejects an address
+    loaded = store_of(folder).load(device="auto").in_memory()
     printing.write_table(audit(loaded, borderline=borderline))
 
 
