@@ -75,6 +75,14 @@ LARGEST_LIST = 40  # longest list that includes sizes, because computing each si
 _QUIET = threading.RLock()
 
 
+def expanded(model: str | None, pretrained: str | None = None) -> tuple[str, str | None]:
+    """Replace a short name, or a name that another library uses, by the names of a model and its weights."""
+    model = model or DEFAULT
+    name, _, file = SHORT.get(model.lower(), "").partition("@")
+    name, tag = _ELSEWHERE.get(model.lower(), (name or model, file or None))
+    return name, pretrained or tag
+
+
 def named(model: str | None, pretrained: str | None = None) -> tuple[str, str | None]:
     """Return the canonical names of a model and its weights, given any of their spellings.
 
@@ -82,13 +90,11 @@ def named(model: str | None, pretrained: str | None = None) -> tuple[str, str | 
     ``timm:NAME``, and ``openai/clip-vit-base-patch32`` becomes ``ViT-B-32`` with ``openai``. Unknown names do not
     change.
     """
-    model = model or DEFAULT
-    name, _, file = SHORT.get(model.lower(), "").partition("@")
-    name, tag = _ELSEWHERE.get(model.lower(), (name or model, file or None))
+    name, tag = expanded(model, pretrained)
     name = re.sub("^timm/", "timm:", name)
     if ":" not in name and not has(name):
         name = {_plain(known): known for known in _architectures()}.get(_plain(name), name)
-    return name, pretrained or tag
+    return name, tag
 
 
 def _plain(name: str) -> str:
