@@ -23,14 +23,12 @@ log = logging.getLogger(__name__)
 NAME = "encodings-2.sqlite"  # the number changes with the schema
 DEFAULT_BYTES = 8_000_000_000  # default size limit, enough for two million photos with 512 values each
 LEFT = 0.9  # each removal of old encodings frees a tenth of the limit, so that removals are rare
-REMOVED, ROW_BYTES, USED = 1024, 8192, 1024  # encodings removed per transaction, bytes per encoding, uses per update
+REMOVED, ROW_BYTES = 1024, 8192  # most encodings removed per transaction, and typical bytes per encoding
 
 _UNIT = 1_000_000  # SQLite's 32-bit ``user_version`` stores the limit in megabytes; 0 means the default
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS encodings (scope TEXT NOT NULL, digest TEXT NOT NULL, view TEXT NOT NULL,
-    crc INTEGER NOT NULL, used REAL NOT NULL DEFAULT (julianday('now')), feature BLOB NOT NULL,
-    PRIMARY KEY (scope, digest, view));
-CREATE INDEX IF NOT EXISTS encodings_used ON encodings (used);
+    crc INTEGER NOT NULL, feature BLOB NOT NULL, PRIMARY KEY (scope, digest, view));
 """
 _INSERT = "INSERT OR REPLACE INTO encodings (scope, digest, view, feature, crc) VALUES (?, ?, ?, ?, ?)"
 _DAMAGE = (sqlite3.DatabaseError, UnicodeDecodeError)
@@ -39,17 +37,15 @@ _DAMAGE = (sqlite3.DatabaseError, UnicodeDecodeError)
 class EncodingCache:
     """A store of raw features by backbone, image content and view, in one SQLite file of limited size.
 
-    If the file exceeds this limit, the least recently used encodings are removed. Threads and processes can share the
-    file. Damaged entries count as missing, and a damaged file is moved aside. If the file cannot be written, new
-    encodings are not stored. Raises InputError if the file cannot be created in the folder.
+    If the file exceeds this limit, the oldest encodings are removed. Threads and processes can share the file. Damaged
+    entries count as missing, and a damaged file is replaced. If the file cannot be written, new encodings are not
+    stored. Raises InputError if the file cannot be created in the folder.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.path = Path(folder) / NAME
-        self._aside = self.path.with_suffix(".damaged")
         self._lock = threading.Lock()
         self._keeps = True
-        self._used: set[int] = set()
         try:
             make_folders(self.path.parent)
             try:
@@ -95,9 +91,8 @@ class EncodingCache:
         )
 
     def _renew(self) -> None:
-        self._used.clear()
-        self.path.replace(self._aside)
-        log.warning("%s: damaged and moved to %s; encoding the images again", show(self.path), self._aside.name)
+        self.path.unlink()
+        log.warning("%s: was damaged and is replaced; encoding the images again", show(self.path))
         self._db = self._open()
 
     def _open(self) -> sqlite3.Connection:
@@ -116,17 +111,14 @@ class EncodingCache:
 
     def get(self, scope: str, digest: str, view: str) -> FloatArray | None:
         """Return the raw feature of a view (shape ``[d]``), or ``None`` if it is not in the cache."""
-        query = "SELECT feature, crc, rowid FROM encodings WHERE scope = ? AND digest = ? AND view = ?"
+        query = "SELECT feature, crc FROM encodings WHERE scope = ? AND digest = ? AND view = ?"
         with self._lock:
             try:
                 row = self._db.execute(query, (scope, digest, view)).fetchone()
             except _DAMAGE:
                 return None
-            if row is None or not isinstance(row[0], bytes) or _crc(scope, digest, view, row[0]) != row[1]:
-                return None
-            self._used.add(row[2])
-            if len(self._used) >= USED:
-                self._note_uses()
+        if row is None or not isinstance(row[0], bytes) or _crc(scope, digest, view, row[0]) != row[1]:
+            return None
         return np.frombuffer(row[0], dtype="<f4")
 
     def put(self, scope: str, features: dict[tuple[str, str], FloatArray]) -> None:
@@ -156,13 +148,6 @@ class EncodingCache:
         with self._db:  # commits or rolls back
             self._db.executemany(statement, rows)
 
-    def _note_uses(self) -> None:
-        used = [(row,) for row in self._used]
-        self._used.clear()
-        if used and self._keeps:
-            with suppress(sqlite3.Error):
-                self._write("UPDATE encodings SET used = julianday('now') WHERE rowid = ?", used)
-
     def limit(self, most: int) -> None:
         """Set the size limit for this run and later runs, rounded down to megabytes, but not below one."""
         with self._lock:
@@ -177,7 +162,7 @@ class EncodingCache:
         page = _pragma(db, "page_size")
         if _pragma(db, "page_count") * page <= most:
             return
-        oldest = "SELECT rowid FROM encodings ORDER BY used, rowid LIMIT ?"
+        oldest = "SELECT rowid FROM encodings ORDER BY rowid LIMIT ?"
         while beyond := max(0, (_pragma(db, "page_count") - _pragma(db, "freelist_count")) * page - int(LEFT * most)):
             rows = db.execute(oldest, (min(REMOVED, 1 + beyond // ROW_BYTES),)).fetchall()
             if not rows:
@@ -195,13 +180,11 @@ class EncodingCache:
             with self._db:
                 number = self._db.execute("DELETE FROM encodings").rowcount
             self._db.execute("VACUUM")
-            self._aside.unlink(missing_ok=True)
         return number
 
     def close(self) -> None:
-        """Record the times of last use, shrink the file to its limit, and close it."""
+        """Shrink the file to its limit, and close it."""
         with self._lock:
-            self._note_uses()
             with suppress(sqlite3.Error):
                 self._shrink()
             self._db.close()
