@@ -89,7 +89,7 @@ def test_the_command_line_overrides_a_recipe(run, tmp_path):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
         f"source = {str(table)!r}\nout = {str(tmp_path / 'i')!r}\nalpha = 4\nbeta = 3.5\nk = 'all'\nshots = 2\n"
-        "strict = true\nreduce = false\ndtype = 'float16'\ntemplate = []\nseed = 7\n"
+        "strict = true\ndtype = 'float16'\ntemplate = []\nseed = 7\n"
     )
     assert run("index", "build", "--recipe", recipe, "--beta", 9).exit_code == 0
     facts = json.loads(run("index", "info", tmp_path / "i", "--json").stdout)
@@ -149,7 +149,7 @@ def test_a_photo_is_only_encoded_by_the_backbone_of_the_index(run, shared, tmp_p
         assert (refused.exit_code, str(one) in refused.stderr, str(other) in refused.stderr) == (1, True, True)
     # the same weights in another folder are the same backbone
     shutil.move(one, tmp_path / "moved")
-    gone = run("classify", tmp_path / "i", image, "--runtime", "torch")  # otherwise the stored tower answers
+    gone = run("classify", tmp_path / "i", image)
     assert (gone.exit_code, "local-dir" in gone.stderr) == (1, True)
     assert run("classify", tmp_path / "i", image, "--model", f"local-dir:{tmp_path / 'moved'}").exit_code == 0
 

@@ -26,7 +26,7 @@ from retrieval_tip import errors
 from retrieval_tip.backbones.base import unit
 from retrieval_tip.data import images
 from retrieval_tip.data.encoding_cache import EncodingCache
-from retrieval_tip.data.reader import Reader, encode_table, view_names
+from retrieval_tip.data.reader import CENTRE, Reader, encode_table, view_names
 from retrieval_tip.data.sources import of_images, open_items, open_source
 from retrieval_tip.data.tables import check_backbone, read_rows, table_dim, table_identity
 from retrieval_tip.errors import BackboneError, InputError, RetrievalTipError, UsageError
@@ -54,17 +54,17 @@ def photos(tmp_path_factory):
     return [*map(str, sorted(place.iterdir())), str(place / "missing.png")]
 
 
-def by_hand(path, names, reduce):
+def by_hand(path, names, *, reduce=True):
     """Return the digest of an image and the raw features of its views. Only the centre may be of a reduced image."""
     data, backbone = images.read(path), Fake()
     digest, image = hashlib.sha256(data).hexdigest(), images.decode(data)
     centre = backbone.preprocess(images.decode(data, 12) if reduce else image)
-    views = [centre if name == "centre" else backbone.view(image, f"{digest}/{name}") for name in names]
+    views = [centre if name == CENTRE else backbone.view(image, f"{digest}/{name}") for name in names]
     return digest, backbone.encode_images(torch.stack(views))
 
 
 numbers = st.lists(st.integers(0, 16), min_size=1, max_size=20).filter(lambda order: min(order) < 15)
-drawn_views = st.tuples(st.integers(1, 4), st.integers(1, 2), st.booleans())
+drawn_views = st.tuples(st.integers(1, 4), st.integers(1, 2))
 
 
 @settings(max_examples=examples(60), deadline=None)
@@ -73,24 +73,22 @@ def test_each_image_is_read_and_encoded_once(
     tmp_path_factory, photos, order, views, before, batch_size, workers, cached
 ):
     """Photos may repeat, or be the same under two names; the cache may know some views of all photos."""
-    source, (number, seed, reduce) = of_images([photos[number] for number in order]), views
+    source, (number, seed) = of_images([photos[number] for number in order]), views
     names = view_names(seed, number)
-    each = [*names, "centre"] if number > 1 else names
-    found = {path: by_hand(path, each, reduce) for path in source.paths if path not in photos[15:]}
+    each = [*names, CENTRE] if number > 1 else names
+    found = {path: by_hand(path, each) for path in source.paths if path not in photos[15:]}
     cache, known = EncodingCache(tmp_path_factory.mktemp("cache")) if cached else None, set()
-
-    def kept(names, reduce):
-        return {name if name != "centre" else f"centre {reduce}" for name in names}
 
     if cached:  # under other names, since images are identified by their content
         moved = shutil.copytree(Path(photos[0]).parent, tmp_path_factory.mktemp("moved") / "moved")
-        first, known = view_names(before[1], before[0]), kept(view_names(before[1], before[0]), before[2])
-        Reader(Fake(), cache=cache, reduce=before[2]).encode_views(of_images(sorted(map(str, moved.iterdir()))), first)
+        first = view_names(before[1], before[0])
+        known = set(first)
+        Reader(Fake(), cache=cache).encode_views(of_images(sorted(map(str, moved.iterdir()))), first)
     for mean, own in ((True, names), (False, each)):
-        backbone, reads, fresh = Fake(), Reads(), kept(own, reduce) - known
-        reader = Reader(backbone, number, seed, "check", batch_size, workers, cache, reduce, read=reads)
+        backbone, reads, fresh = Fake(), Reads(), set(own) - known
+        reader = Reader(backbone, number, seed, "check", batch_size, workers, cache, read=reads)
         result = reader.encode(source) if mean else reader.encode_views(source, own)
-        digests, known = [digest for digest, _ in found.values()], known | (kept(own, reduce) if cached else set())
+        digests, known = [digest for digest, _ in found.values()], known | (set(own) if cached else set())
         assert reads == dict.fromkeys([Path(path).name for path in source.paths], 1)
         assert max(backbone.batches, default=0) <= batch_size
         assert len(set(digests)) * len(fresh) <= sum(backbone.batches) <= len(digests) * len(fresh)
@@ -112,7 +110,7 @@ def test_each_image_is_read_and_encoded_once(
 
 
 def test_reduction_only_changes_large_jpegs_and_those_little(photos):
-    pairs = [[unit(by_hand(path, ["centre"], reduce)[1]) for reduce in (True, False)] for path in photos[11:15]]
+    pairs = [[unit(by_hand(path, [CENTRE], reduce=reduce)[1]) for reduce in (True, False)] for path in photos[11:15]]
     assert [np.array_equal(*pair) for pair in pairs] == [True, True, False, True]
     assert min((one * other).sum() for one, other in pairs) > 0.98
 

@@ -42,8 +42,7 @@ IntArray = npt.NDArray[np.int64]
 _Encoded = dict[str, tuple[FloatArray, str] | None]  # features [v, d] and digest by path; None if unreadable
 _T = TypeVar("_T")
 
-CENTRE = "centre"
-REDUCED = "centre/reduced"
+CENTRE = "centre/reduced"  # large JPEGs are decoded at a reduced size
 TEXT = "text"
 CALIBRATED, FEWEST = 300, 32  # most and fewest photos that int8 is calibrated on
 REDUCED_SIDES = 3  # a reduced JPEG's sides are at least this many times the view's; 2 gave cosines below 0.999
@@ -106,15 +105,15 @@ class Reader:
         batch_size: The number of images to encode at a time, by default the best one for the backbone.
         workers: The number of threads that read and decode images.
         cache: The encoding cache, or ``None`` to encode all images.
-        reduce: Whether to decode large JPEGs at 1/2, 1/4 or 1/8 of their size for the centre view. Each side of the
-            reduced image is at least ``REDUCED_SIDES`` times as long as that of the view. This is several times faster,
-            but changes the features slightly.
         strict: Whether to raise an error if an image is unreadable, instead of adding it to ``skipped``.
         read: A function that returns the bytes of an image, like :func:`sources.read_item`.
         parts: The columns of a feature table that make up a feature, if there are several.
         empty: Whether to accept a source that has no readable items.
 
     ``done`` counts the encoded images (``images``), and the views that were not in the cache (``fresh``).
+
+    For the centre view, large JPEGs are decoded at 1/2, 1/4 or 1/8 of their size. Each side is then at least
+    ``REDUCED_SIDES`` times as long as that of the view. This is several times faster; the features change little.
     """
 
     backbone: Backbone | None = None
@@ -124,7 +123,6 @@ class Reader:
     batch_size: int | None = None
     workers: int = field(default_factory=lambda: min(16, os.cpu_count() or 1))
     cache: EncodingCache | None = None
-    reduce: bool = True
     strict: bool = False
     read: Callable[[str], bytes] = read_item
     parts: tuple[Part, ...] = ()
@@ -346,12 +344,11 @@ class Reader:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _load(self, encodings: Sequence[_Encoding], names: Sequence[str], path: str) -> _Loaded:
-        """Read an image once. The centre view is called ``REDUCED`` if it may come from a reduced image."""
+        """Read an image once, and decode it for the views that are not in the cache."""
         cache = self.cache
         try:
             data = self.read(path)
             digest = hashlib.sha256(data).hexdigest()
-            names = [REDUCED if self.reduce and view == CENTRE else view for view in names]
             features = {
                 (one, view): None if cache is None else cache.get(one.scope, digest, view)
                 for one in encodings
@@ -359,17 +356,13 @@ class Reader:
             }
             missing = [key for key, feature in features.items() if feature is None]
             pixels: dict[tuple[_Encoding, str], torch.Tensor] = {}
-            if reduced := [one for one, view in missing if view == REDUCED]:
-                least = REDUCED_SIDES * max(max(view_size(one.backbone.identity.preprocess)) for one in reduced)
+            if centred := [one for one, view in missing if view == CENTRE]:
+                least = REDUCED_SIDES * max(max(view_size(one.backbone.identity.preprocess)) for one in centred)
                 picture = images.decode(data, least)
-                pixels = {(one, REDUCED): one.backbone.preprocess(picture) for one in reduced}
-            if len(missing) > len(reduced):
+                pixels = {(one, CENTRE): one.backbone.preprocess(picture) for one in centred}
+            if augmented := [key for key in missing if key[1] != CENTRE]:
                 picture = images.decode(data)
-                for one, view in missing:
-                    if view == CENTRE:
-                        pixels[one, view] = one.backbone.preprocess(picture)
-                    elif view != REDUCED:
-                        pixels[one, view] = one.backbone.view(picture, f"{digest}/{view}")
+                pixels |= {(one, view): one.backbone.view(picture, f"{digest}/{view}") for one, view in augmented}
         except InputError as error:
             return _Loaded(path, problem=str(error))
         return _Loaded(path, digest, features, pixels)
