@@ -463,8 +463,8 @@ class Classifier(OpenIndex):
         asked.setdefault("top", 3)
         given = open_images(what)
         (prediction,) = next(self.index.classify_source(given, self.reader, Ask(**asked)))
-        read, (path,) = given.load or read_item, given.paths or ()
-        return Explanation(prediction, read(path), [_file(neighbour.source) for neighbour in prediction.neighbours])
+        (path,), shots = given.paths or (), [_file(neighbour.source) for neighbour in prediction.neighbours]
+        return Explanation(prediction, given.load(path), shots)
 
     def similar(self, photo: Picture | Features, n: int = 5, *, norms: Checked = "check") -> list[SimilarShot]:
         """Return the ``n`` shots most similar to a photo or a feature (see :meth:`model.Answering.similar`)."""

@@ -73,7 +73,7 @@ def test_each_image_is_read_and_encoded_once(
     tmp_path_factory, photos, order, views, before, batch_size, workers, cached
 ):
     """Photos may repeat, or be the same under two names; the cache may know some views of all photos."""
-    source, (number, seed) = of_images([photos[number] for number in order]), views
+    source, (number, seed), reads = of_images([photos[number] for number in order]), views, Reads()
     names = view_names(seed, number)
     each = [*names, CENTRE] if number > 1 else names
     found = {path: by_hand(path, each) for path in source.paths if path not in photos[15:]}
@@ -85,9 +85,11 @@ def test_each_image_is_read_and_encoded_once(
         known = set(first)
         Reader(Fake(), cache=cache).encode_views(of_images(sorted(map(str, moved.iterdir()))), first)
     for mean, own in ((True, names), (False, each)):
-        backbone, reads, fresh = Fake(), Reads(), set(own) - known
-        reader = Reader(backbone, number, seed, "check", batch_size, workers, cache, read=reads)
-        result = reader.encode(source) if mean else reader.encode_views(source, own)
+        backbone, fresh = Fake(), set(own) - known
+        reads.clear()
+        reader = Reader(backbone, number, seed, "check", batch_size, workers, cache)
+        counted = replace(source, load=reads)
+        result = reader.encode(counted) if mean else reader.encode_views(counted, own)
         digests, known = [digest for digest, _ in found.values()], known | (set(own) if cached else set())
         assert reads == dict.fromkeys([Path(path).name for path in source.paths], 1)
         assert max(backbone.batches, default=0) <= batch_size
@@ -132,9 +134,9 @@ def test_an_unreadable_image_is_named(photos, caplog):
 
 def test_too_large_requests_are_refused_before_memory_is_allocated(folder, monkeypatch):
     fake = Fake(identity=replace(IDENTITY, preprocess={"size": (100, 200)}))  # a view has 240 kB
-    source = source_of(folder)
+    source = replace(source_of(folder), load=lambda _: pytest.fail("an image was read"))
     monkeypatch.setattr(errors, "memory", lambda: 10_000_000)
-    reader = Reader(fake, read=lambda _: pytest.fail("an image was read"))
+    reader = Reader(fake)
     for views, batch_size, words in (
         (40, None, "40 views of 12 images"),
         (4, 64, "4 views of 12 images"),  # a batch has at most all images
@@ -166,7 +168,7 @@ def test_blocks_stay_in_order_if_an_image_is_slow(folder):
                 pass
         return data
 
-    blocks = list(Reader(Fake(), batch_size=4, workers=4, read=late).blocks(source_of(folder)))
+    blocks = list(Reader(Fake(), batch_size=4, workers=4).blocks(replace(source_of(folder), load=late)))
     assert [block.positions.tolist() for block in blocks] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
 
 

@@ -25,8 +25,7 @@ from retrieval_tip.backbones.prompts import each_text, prompts_of, text_weights
 from retrieval_tip.backbones.torch_backbone import TorchBackbone
 from retrieval_tip.data import images, tables
 from retrieval_tip.data.encoding_cache import EncodingCache
-from retrieval_tip.data.source import spread
-from retrieval_tip.data.sources import Source, read_item
+from retrieval_tip.data.source import Source, spread
 from retrieval_tip.errors import InputError, Skipped, UsageError, check_count, check_memory, counted, show
 from retrieval_tip.settings import Norms, check_choice
 
@@ -106,7 +105,6 @@ class Reader:
         workers: The number of threads that read and decode images.
         cache: The encoding cache, or ``None`` to encode all images.
         strict: Whether to raise an error if an image is unreadable, instead of adding it to ``skipped``.
-        read: A function that returns the bytes of an image, like :func:`sources.read_item`.
         parts: The columns of a feature table that make up a feature, if there are several.
         empty: Whether to accept a source that has no readable items.
 
@@ -124,7 +122,6 @@ class Reader:
     workers: int = field(default_factory=lambda: min(16, os.cpu_count() or 1))
     cache: EncodingCache | None = None
     strict: bool = False
-    read: Callable[[str], bytes] = read_item
     parts: tuple[Part, ...] = ()
     empty: bool = False
     progress: bool = False
@@ -200,9 +197,7 @@ class Reader:
         paths = source.take(spread(len(source), CALIBRATED)).paths
         if paths is None:
             raise UsageError(f"{source.name}: a feature table has no pixels; give the images")
-        load = partial(
-            replace(self, cache=None, read=source.load or self.read)._load, [_Encoding(0, backbone, "")], [CENTRE]
-        )
+        load = partial(_load, source.load, None, [_Encoding(0, backbone, "")], [CENTRE])
         for item in chain.from_iterable(self._ahead(_chunks(paths, 1), load, depth=self.workers)):
             photos += [view.half() for view in item.pixels.values()]
             if item.problem is not None:
@@ -251,9 +246,8 @@ class Reader:
 
     def _blocks(self, source: Source, names: Sequence[str], *, mean: bool) -> Iterator[FeatureBlock]:
         """Yield features of shape ``[b, v, d]``: of each view, of the ``mean`` view, or of a row of a table."""
-        if source.load is not None:
-            reader = replace(self, read=source.load, strict=True)
-            yield from reader._blocks(replace(source, load=None), names, mean=mean)
+        if source.strict and not self.strict:
+            yield from replace(self, strict=True)._blocks(source, names, mean=mean)
             return
         done = 0
         for skipped in source.failed:
@@ -317,7 +311,8 @@ class Reader:
         check_memory(12 * pixels, what, "use fewer views or a smaller batch")
         encoded: _Encoded = {}
         start = 0
-        for chunk in self._ahead(_chunks(list(last), size), partial(self._load, encodings, names), depth=2):
+        load = partial(_load, source.load, self.cache, encodings, names)
+        for chunk in self._ahead(_chunks(list(last), size), load, depth=2):
             encoded |= self._encode_chunk(chunk, backbone, encodings, size, mean=mean)
             rows: list[tuple[int, FloatArray, str]] = []
             while start < len(paths) and paths[start] in encoded:
@@ -342,30 +337,6 @@ class Reader:
                     yield [future.result() for future in waiting.popleft()]
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
-
-    def _load(self, encodings: Sequence[_Encoding], names: Sequence[str], path: str) -> _Loaded:
-        """Read an image once, and decode it for the views that are not in the cache."""
-        cache = self.cache
-        try:
-            data = self.read(path)
-            digest = hashlib.sha256(data).hexdigest()
-            features = {
-                (one, view): None if cache is None else cache.get(one.scope, digest, view)
-                for one in encodings
-                for view in names
-            }
-            missing = [key for key, feature in features.items() if feature is None]
-            pixels: dict[tuple[_Encoding, str], torch.Tensor] = {}
-            if centred := [one for one, view in missing if view == CENTRE]:
-                least = REDUCED_SIDES * max(max(view_size(one.backbone.identity.preprocess)) for one in centred)
-                picture = images.decode(data, least)
-                pixels = {(one, CENTRE): one.backbone.preprocess(picture) for one in centred}
-            if augmented := [key for key in missing if key[1] != CENTRE]:
-                picture = images.decode(data)
-                pixels |= {(one, view): one.backbone.view(picture, f"{digest}/{view}") for one, view in augmented}
-        except InputError as error:
-            return _Loaded(path, problem=str(error))
-        return _Loaded(path, digest, features, pixels)
 
     def _encode_chunk(
         self, chunk: Sequence[_Loaded], backbone: Backbone, encodings: Sequence[_Encoding], size: int, *, mean: bool
@@ -427,6 +398,36 @@ class _Loaded:
     features: dict[tuple[_Encoding, str], FloatArray | None] = field(default_factory=dict)
     pixels: dict[tuple[_Encoding, str], torch.Tensor] = field(default_factory=dict)
     problem: str | None = None
+
+
+def _load(
+    read: Callable[[str], bytes],
+    cache: EncodingCache | None,
+    encodings: Sequence[_Encoding],
+    names: Sequence[str],
+    path: str,
+) -> _Loaded:
+    """Read an image once, and decode it for the views that are not in the cache."""
+    try:
+        data = read(path)
+        digest = hashlib.sha256(data).hexdigest()
+        features = {
+            (one, view): None if cache is None else cache.get(one.scope, digest, view)
+            for one in encodings
+            for view in names
+        }
+        missing = [key for key, feature in features.items() if feature is None]
+        pixels: dict[tuple[_Encoding, str], torch.Tensor] = {}
+        if centred := [one for one, view in missing if view == CENTRE]:
+            least = REDUCED_SIDES * max(max(view_size(one.backbone.identity.preprocess)) for one in centred)
+            picture = images.decode(data, least)
+            pixels = {(one, CENTRE): one.backbone.preprocess(picture) for one in centred}
+        if augmented := [key for key in missing if key[1] != CENTRE]:
+            picture = images.decode(data)
+            pixels |= {(one, view): one.backbone.view(picture, f"{digest}/{view}") for one, view in augmented}
+    except InputError as error:
+        return _Loaded(path, problem=str(error))
+    return _Loaded(path, digest, features, pixels)
 
 
 def pixels_of(

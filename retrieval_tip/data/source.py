@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from retrieval_tip.data.remote import read_item
 from retrieval_tip.errors import SHOWN, InputError, Skipped, check_count, check_memory, counted, few, show
 
 log = logging.getLogger(__name__)
@@ -29,8 +30,8 @@ class Source:
     ``items`` is a table with the column ``source`` (a printable path or id), the column ``label`` if the labels are
     known, and all other columns if the source is a table. Each item is either the image ``paths[i]``, or row
     ``rows[i]`` of the feature table ``table``, which is a file or a folder of parts. ``class_names`` lists the labels
-    in order. ``failed`` lists the inputs that could not be read. ``load`` returns the bytes of an image
-    if it is not a file (see :func:`pictures.open_images`); all images must then be readable.
+    in order. ``failed`` lists the inputs that could not be read. ``load`` returns the bytes of an image.
+    If ``strict`` is set, all images must be readable.
     """
 
     name: str
@@ -40,7 +41,8 @@ class Source:
     table: Path | str | None = None
     rows: npt.NDArray[np.int64] | None = None
     failed: tuple[Skipped, ...] = ()
-    load: Callable[[str], bytes] | None = None
+    load: Callable[[str], bytes] = read_item
+    strict: bool = False
 
     def __len__(self) -> int:
         return int(self.items.num_rows)

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrieval_tip.data import exchange, images, remote, tables
+from retrieval_tip.data.remote import read_item as read_item
 from retrieval_tip.data.source import Source as Source
 from retrieval_tip.data.source import of_images as of_images
 from retrieval_tip.data.source import spelled_alike as spelled_alike
@@ -32,19 +33,6 @@ PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "
 TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # label tables in Hugging Face image folders
 
 HEIC = frozenset({".heic", ".heif", ".hif"})  # suffixes of phone photos that require the extra ``heic``
-
-
-def read_item(path: str) -> bytes:
-    """Return the bytes of a file or an object, or raise InputError without its path."""
-    if remote.is_remote(path):
-        with remote.reaching():
-            images.check_size(remote.system_of(path).size(path))
-            data = bytes(remote.system_of(path).cat_file(path))
-    else:
-        data = images.read(path)
-    if not data:
-        raise InputError("empty file")
-    return data
 
 
 def is_web(where: str) -> bool:
