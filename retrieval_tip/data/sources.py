@@ -30,7 +30,7 @@ Kind = Literal["image", "table", "bucket", "folder", "split file", "pattern", "w
 PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
 """Folder names for each part of a dataset."""
 
-TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # label tables in Hugging Face image folders
+TABLES = ("metadata.csv", "metadata.parquet")  # label tables in Hugging Face image folders
 
 HEIC = frozenset({".heic", ".heif", ".hif"})  # suffixes of phone photos that require the extra ``heic``
 
@@ -71,12 +71,12 @@ def open_source(
     The source is one of the following:
 
     - A folder of class folders, which are searched recursively. The classes are sorted by name. If the folder has parts
-      (``train``, ``val``, ``test``), ``split`` selects one of them. If it contains ``metadata.csv`` (or ``.jsonl`` or
-      ``.parquet``), this file is read as a table.
+      (``train``, ``val``, ``test``), ``split`` selects one of them. If it contains ``metadata.csv`` or
+      ``metadata.parquet``, this file is read as a table.
     - A file of labels (``.json``) in COCO's format or Label Studio's export format (see :func:`exchange.read`).
     - A CoOp split file (``.json``). ``split`` selects the part, which defaults to ``train``. ``root`` is the image
       folder. It defaults to the folder of the split file, or to the folder inside it that contains the images.
-    - A table (``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet``) with the columns ``path`` and ``label``. See
+    - A table (``.csv``, ``.tsv`` or ``.parquet``) with the columns ``path`` and ``label``. See
       :data:`NAMES` for other column names. Paths are relative to ``root``, which defaults to the folder of the table.
     - A feature table, which is a ``.parquet`` file with the columns ``id``, ``label`` and ``feature``, or a folder of
       parts written by ``encode --engine ray``.
