@@ -38,8 +38,8 @@ class EncodingCache:
     """A store of raw features by backbone, image content and view, in one SQLite file of limited size.
 
     If the file exceeds this limit, the oldest encodings are removed. Threads and processes can share the file. Damaged
-    entries count as missing, and a damaged file is replaced. If the file cannot be written, new encodings are not
-    stored. Raises InputError if the file cannot be created in the folder.
+    entries count as missing. If the file cannot be written, new encodings are not stored. Raises InputError if the file
+    is damaged, or cannot be created in the folder.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -48,13 +48,8 @@ class EncodingCache:
         self._keeps = True
         try:
             make_folders(self.path.parent)
-            try:
-                self._db = self._open()
-            except sqlite3.OperationalError:
-                raise
-            except _DAMAGE:
-                self._renew()
-        except (OSError, sqlite3.Error) as error:
+            self._db = self._open()
+        except (OSError, *_DAMAGE) as error:
             raise self._unusable(error) from None
 
     @classmethod
@@ -86,14 +81,8 @@ class EncodingCache:
         return type(self).at, (None if folder == cache_folder() else folder,)
 
     def _unusable(self, error: Exception) -> InputError:
-        return InputError(
-            f"{self.path}: the encoding cache cannot be used ({error}); give --cache FOLDER or --no-cache"
-        )
-
-    def _renew(self) -> None:
-        self.path.unlink()
-        log.warning("%s: was damaged and is replaced; encoding the images again", show(self.path))
-        self._db = self._open()
+        remedy = "remove it, or give --cache FOLDER or --no-cache"
+        return InputError(f"{show(self.path)}: the encoding cache cannot be used ({error}); {remedy}")
 
     def _open(self) -> sqlite3.Connection:
         if self.path.exists() and not self.path.is_file():  # SQLite would block on a pipe
@@ -131,16 +120,9 @@ class EncodingCache:
             if not self._keeps:
                 return
             try:
-                try:
-                    self._write(_INSERT, rows)
-                    self._shrink()
-                except sqlite3.OperationalError:
-                    raise
-                except _DAMAGE:
-                    self._db.close()
-                    self._renew()
-                    self._write(_INSERT, rows)
-            except (OSError, sqlite3.Error) as error:
+                self._write(_INSERT, rows)
+                self._shrink()
+            except _DAMAGE as error:
                 self._keeps = False
                 log.warning("%s; continuing without storing new encodings", self._unusable(error))
 
