@@ -294,15 +294,9 @@ def check_backbone(
 
     The sources can be tables with one column for each of the ``parts`` of a feature.
 
-    Raises BackboneError if the backbones differ, or if the decoder of the index is no longer supported. Raises
-    InputError if the features have different lengths.
+    Raises BackboneError if the backbones differ, and InputError if the features have different lengths.
     """
     if backbone is not None and identity is not None:
-        if "decoder" in identity.preprocess:
-            raise BackboneError(
-                f"index: its photos were decoded by {identity.preprocess['decoder']!r}, which retrieval-tip no "
-                "longer supports; build the index again, or classify a feature table"
-            )
         same_backbone(identity, backbone.identity, "index")
     if backbone is not None and backbone.dim != d:
         raise BackboneError(f"encoder {backbone.identity}: its features have {backbone.dim} values; the index has {d}")
