@@ -314,15 +314,15 @@ def test_weights_of_another_model_are_refused(image_weights, tmp_path):
 
 
 def test_a_model_in_memory_gives_the_same_backbone_and_is_pickled_with_its_weights(tmp_path):
-    from retrieval_tip.backbones.open_clip import OpenClipBackbone
+    from retrieval_tip.backbones.open_clip import wrapped
 
     name = f"local-dir:{tiny(tmp_path / 'model')}"
     model, _, preprocess = open_clip.create_model_and_transforms(name)
-    given = OpenClipBackbone.of(model, preprocess, open_clip.get_tokenizer(name), name="mine")
+    given = wrapped(model, preprocess, open_clip.get_tokenizer(name))
     named = load_backbone(name, device="cpu")
     pixels, text = named.preprocess(picture())[None], named.encode_texts(["a cat"])
     expected = named.encode_images(pixels)
-    assert (given.identity.model, given.identity.weights) == ("mine", named.identity.weights)
+    assert (given.identity.model, given.identity.weights) == ("loaded", named.identity.weights)
     assert not any(parameter.requires_grad for parameter in model.parameters())
     shutil.rmtree(tmp_path / "model")
     for there in (given, carried(given), copy.deepcopy(given)):

@@ -112,7 +112,7 @@ def given_backbone(
     if isinstance(model, tuple):
         if len(model) != 3:
             raise UsageError(f"model: got {len(model)} objects; give (model, preprocess, tokenizer), as open_clip does")
-        return open_clip.OpenClipBackbone.of(*model)
+        return open_clip.wrapped(*model)
     if not hasattr(model, "encode_images"):
         kind = type(model).__name__
         raise UsageError(f"model: got an object of type {kind}; give a name, a backbone, or a tuple from open_clip")
@@ -130,7 +130,7 @@ def _of(name: str, tag: str | None, how: Execution, found: Known | None = None) 
             return TorchBackbone(partial(timm.open_model, name.removeprefix("timm:"), tag), how, found)
         if name.startswith("hf:"):
             return TorchBackbone(partial(transformers.open_model, name.removeprefix("hf:")), how, found)
-        return open_clip.OpenClipBackbone(partial(open_clip.open_model, name, tag), how, found)
+        return TorchBackbone(partial(open_clip.open_model, name, tag), how, found)
 
 
 def _from_anywhere(model: str, pretrained: str | None) -> tuple[str, str | None]:

@@ -13,7 +13,7 @@ import pyarrow as pa
 from PIL import ExifTags, Image
 
 from retrieval_tip.data import images
-from retrieval_tip.data.remote import read_item
+from retrieval_tip.data.source import read_item
 from retrieval_tip.errors import show
 
 

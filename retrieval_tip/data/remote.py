@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, BinaryIO, TypeGuard
 
-from retrieval_tip.data import images
 from retrieval_tip.errors import InputError, UsageError, first_line, install
 
 if TYPE_CHECKING:
@@ -78,16 +77,3 @@ def find(folder: str, depth: int | None = None) -> list[str]:
     """
     with reaching(folder):
         return [f"{folder.partition('://')[0]}://{name}" for name in system_of(folder).find(folder, maxdepth=depth)]
-
-
-def read_item(path: str) -> bytes:
-    """Return the bytes of a file or an object, or raise InputError without its path."""
-    if is_remote(path):
-        with reaching():
-            images.check_size(system_of(path).size(path))
-            data = bytes(system_of(path).cat_file(path))
-    else:
-        data = images.read(path)
-    if not data:
-        raise InputError("empty file")
-    return data

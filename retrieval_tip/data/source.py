@@ -14,13 +14,28 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from retrieval_tip.data.remote import read_item
+from retrieval_tip.data import remote
 from retrieval_tip.errors import SHOWN, InputError, Skipped, check_count, check_memory, counted, few, show
 
 log = logging.getLogger(__name__)
 
 VAL_SHOTS = 4  # largest number of validation images per class
 ITEM_BYTES = 256  # estimated bytes per drawn item, for its position, path, label and digest
+
+
+def read_item(path: str) -> bytes:
+    """Return the bytes of a file or an object, or raise InputError without its path."""
+    from retrieval_tip.data import images  # imports Pillow, which tables do not need
+
+    if remote.is_remote(path):
+        with remote.reaching():
+            images.check_size(remote.system_of(path).size(path))
+            data = bytes(remote.system_of(path).cat_file(path))
+    else:
+        data = images.read(path)
+    if not data:
+        raise InputError("empty file")
+    return data
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrieval_tip.data import exchange, images, remote, tables
-from retrieval_tip.data.remote import read_item as read_item
 from retrieval_tip.data.source import Source as Source
 from retrieval_tip.data.source import of_images as of_images
+from retrieval_tip.data.source import read_item as read_item
 from retrieval_tip.data.source import spelled_alike as spelled_alike
 from retrieval_tip.data.tables import FEATURE, NAMES, SUFFIXES, check_texts, few_names, items_of, renamed, texts
 from retrieval_tip.errors import InputError, counted, few, install, show

@@ -19,8 +19,8 @@ import torch
 from torch.nn.functional import normalize
 
 from retrieval_tip.data.reader import Reader
-from retrieval_tip.data.remote import absolute, read_item
-from retrieval_tip.data.sources import Source, of_images
+from retrieval_tip.data.remote import absolute
+from retrieval_tip.data.sources import Source, of_images, read_item
 from retrieval_tip.errors import InputError, check_memory, show
 from retrieval_tip.index import places
 from retrieval_tip.index.build import build_index

@@ -15,7 +15,7 @@ from fastapi.responses import Response
 from prometheus_client import generate_latest
 
 from retrieval_tip import __version__, settings
-from retrieval_tip.data.remote import read_item
+from retrieval_tip.data.sources import read_item
 from retrieval_tip.errors import InputError, StoreError
 from retrieval_tip.evaluation.audit import AUDITED
 from retrieval_tip.evaluation.audit import audit as audited
