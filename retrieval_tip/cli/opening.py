@@ -38,9 +38,9 @@ MAX_PATHS, MAX_PATHS_BYTES = 1 << 24, 1 << 30
 
 def source_of(path: Place, reading: SourceOptions, split: str, *, labelled: bool = True) -> Source:
     """Open the source of a command. ``split`` is the part that is used by default."""
-    from retrieval_tip.data.sources import open_items, open_source
+    from retrieval_tip.data.sources import open_source
 
-    return (open_source if labelled else open_items)(path, split=reading.split or split, root=reading.root)
+    return open_source(path, split=reading.split or split, root=reading.root, labelled=labelled)
 
 
 def inputs_of(names: Sequence[str]) -> list[Source]:

@@ -7,6 +7,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Literal
@@ -64,9 +65,13 @@ def kind_of(path: str | os.PathLike[str]) -> Kind:
 
 
 def open_source(
-    path: str | os.PathLike[str], *, split: str | None = None, root: str | os.PathLike[str] | None = None
+    path: str | os.PathLike[str],
+    *,
+    split: str | None = None,
+    root: str | os.PathLike[str] | None = None,
+    labelled: bool = True,
 ) -> Source:
-    """Open a labelled source of any kind.
+    """Open a source of any kind. If ``labelled`` is true, every item must have a label.
 
     The source is one of the following:
 
@@ -81,17 +86,27 @@ def open_source(
     - A feature table, which is a ``.parquet`` file with the columns ``id``, ``label`` and ``feature``, or a folder of
       parts written by ``encode --engine ray``.
     - A folder of class folders or a Parquet table on an object store (``s3://``, ``gs://``, ``az://``).
+    - Any folder of images, if ``labelled`` is false.
 
     Raises InputError if the source cannot be read.
     """
-    return _open(os.fspath(path), split, root, labelled=True)
+    where = os.fspath(path)
+    match kind_of(where):
+        case "table":
+            return _open_table(where, root, labelled=labelled)
+        case "bucket":
+            return _open_bucket(where, labelled=labelled)
+        case "folder":
+            return _open_folder(Path(where), split, labelled=labelled)
+        case "split file":
+            source = exchange.read(Path(where), split or "train", root, labelled=labelled)
+            check_texts(source.items, source.name)
+            return source
+    raise refusal(where)
 
 
-def open_items(
-    path: str | os.PathLike[str], *, split: str | None = None, root: str | os.PathLike[str] | None = None
-) -> Source:
-    """Open a source that :func:`open_source` accepts, or a folder of images. Labels are optional."""
-    return _open(os.fspath(path), split, root, labelled=False)
+open_items = partial(open_source, labelled=False)
+"""Open a source whose items need no labels."""
 
 
 def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator[Source]:
@@ -126,22 +141,6 @@ def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator
             paths.append(argument)
     if paths:
         yield of_images(paths)
-
-
-def _open(where: str, split: str | None, root: str | os.PathLike[str] | None, *, labelled: bool) -> Source:
-    """Open a source. If ``labelled`` is true, every item must have a label."""
-    match kind_of(where):
-        case "table":
-            return _open_table(where, root, labelled=labelled)
-        case "bucket":
-            return _open_bucket(where, labelled=labelled)
-        case "folder":
-            return _open_folder(Path(where), split, labelled=labelled)
-        case "split file":
-            source = exchange.read(Path(where), split or "train", root, labelled=labelled)
-            check_texts(source.items, source.name)
-            return source
-    raise refusal(where)
 
 
 def refusal(where: str) -> InputError:
