@@ -21,7 +21,7 @@ import torch
 
 from retrieval_tip import settings, tip
 from retrieval_tip.backbones.base import Backbone
-from retrieval_tip.backbones.loading import Model, given_backbone, load_when_needed
+from retrieval_tip.backbones.loading import Model, given_backbone, load_again
 from retrieval_tip.data import images
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.pictures import Picture, features_of, is_one, open_images
@@ -457,8 +457,8 @@ class Classifier(OpenIndex):
         asked.setdefault("top", 3)
         given = open_images(what)
         (prediction,) = next(self.index.classify_source(given, self.reader, Ask(**asked)))
-        read, (path,) = given.load or read_item, given.paths or ()
-        return Explanation(prediction, read(path), [_file(neighbour.source) for neighbour in prediction.neighbours])
+        (path,), shots = given.paths or (), [_file(neighbour.source) for neighbour in prediction.neighbours]
+        return Explanation(prediction, given.load(path), shots)
 
     def similar(self, photo: Picture | Features, n: int = 5, *, norms: Checked = "check") -> list[SimilarShot]:
         """Return the ``n`` shots most similar to a photo or a feature (see :meth:`model.Answering.similar`)."""
@@ -646,5 +646,4 @@ def _new_place(out: Place | None) -> tuple[TemporaryIndex | None, Place]:
 def _own_backbone(index: Index, device: str, precision: Precision = "auto") -> Backbone | None:
     if index.backbone is None:
         return None
-    widths = [part.width for part in index.parts]
-    return load_when_needed(index.backbone, index.d, widths, device=device, precision=precision)
+    return load_again(index.backbone, device=device, precision=precision)

@@ -25,7 +25,6 @@ Precision = Literal["auto", "float32", "float16", "bfloat16", "int8"]
 
 ``auto`` is float32, except that an encoder on a GPU uses float16. ``int8`` only affects encoding images on a CPU.
 """
-Runtime = Literal["auto", "torch"]
 Dtype = Literal["float32", "float16"]
 """Dtype of the stored keys."""
 FitName = Literal["auto", "none"]

@@ -35,7 +35,7 @@ from retrieval_tip import (
     open_source,
     settings,
 )
-from retrieval_tip.backbones.open_clip import OpenClipBackbone
+from retrieval_tip.backbones.open_clip import wrapped
 from retrieval_tip.classifier import ClassifierOptions
 from retrieval_tip.data.sources import open_items
 from retrieval_tip.errors import BackboneError, InputError, RetrievalTipError, UsageError
@@ -661,7 +661,7 @@ def test_an_index_without_a_folder_can_be_saved(place, tmp_path):
     before = clf.predict(place / "new/red/6.png")
     clf.save(tmp_path / "saved")
     assert clf.predict(place / "new/red/6.png").probability == pytest.approx(before.probability)
-    again = Classifier.load(tmp_path / "saved", OpenClipBackbone.of(model, preprocess, tokenizer))
+    again = Classifier.load(tmp_path / "saved", wrapped(model, preprocess, tokenizer))
     assert again.predict(place / "new/red/6.png").label == before.label
     with pytest.raises(BackboneError, match="cannot be compared"):
         Classifier.load(tmp_path / "saved", f"local-dir:{tiny(tmp_path / 'other', seed=1)}", device="cpu")

@@ -108,7 +108,7 @@ def test_a_photo_is_only_encoded_by_the_backbone_of_the_index(run, shared, tmp_p
         assert (refused.exit_code, str(one) in refused.stderr, str(other) in refused.stderr) == (1, True, True)
     # the same weights in another folder are the same backbone
     shutil.move(one, tmp_path / "moved")
-    gone = run("classify", tmp_path / "i", image, "--runtime", "torch")  # otherwise the stored tower answers
+    gone = run("classify", tmp_path / "i", image)
     assert (gone.exit_code, "local-dir" in gone.stderr) == (1, True)
     assert run("classify", tmp_path / "i", image, "--model", f"local-dir:{tmp_path / 'moved'}").exit_code == 0
 

@@ -8,13 +8,10 @@ and ``metric`` have two), FAISS files for the type ``Flat``, and digests of the 
 import itertools
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import needs_shared
-from PIL import Image
 from sealing import sealed
 
 from retrieval_tip.data.reader import Reader
@@ -241,19 +238,3 @@ def test_an_earlier_version_that_is_no_longer_read_can_be_deleted(old, tmp_path)
 def test_an_older_manifest_survives_a_round_trip(name):
     manifest = Versions(INDEXES / "v7" / name).current()
     assert Manifest.from_bytes(manifest.to_bytes(), "m") == manifest
-
-
-@needs_shared
-def test_an_index_of_a_removed_decoder_still_classifies_features(run, lit_mini, tmp_path):
-    identity = replace(lit_mini.identity, preprocess={**lit_mini.identity.preprocess, "decoder": "nvjpeg"})
-    keys = np.eye(lit_mini.dim, dtype=np.float32)[:2]
-    cache = Index.from_features(keys, [0, 1], ["cat", "dog"], device="cpu")
-    cache.backbone = identity
-    cache.save(tmp_path / "index")
-    assert [found.label for found in verify(tmp_path / "index").classify(keys)] == ["cat", "dog"]
-    Image.new("RGB", (32, 32)).save(tmp_path / "photo.jpg")
-    for model in ((), ("--model", lit_mini.identity.model)):
-        failed = run("classify", tmp_path / "index", tmp_path / "photo.jpg", "--device", "cpu", "--no-cache", *model)
-        assert (failed.exit_code, failed.stdout) == (1, "")
-        [line] = failed.stderr.splitlines()
-        assert "nvjpeg" in line

@@ -242,7 +242,7 @@ def test_each_photo_is_read_once_and_each_encoder_has_its_own_cache(photos, tmp_
     source = open_source(photos)
     alone = Reader(first, cache=cache).encode(source).features
     made = first.prepared
-    joined = Reader(Joined.of([first, second]), cache=cache, read=read).encode(source).features
+    joined = Reader(Joined.of([first, second]), cache=cache).encode(replace(source, load=read)).features
     assert (first.prepared, len(reads)) == (made, 15)
     np.testing.assert_allclose(joined, side_by_side([alone, Reader(second).encode(source).features]), atol=1e-6)
 

@@ -105,7 +105,7 @@ def _store_int8(photos: Source, encoding: ComparedOptions) -> None:
     if not encoding.models:
         raise UsageError("--int8: name the encoder with --model")
     skipped = []
-    for name, own in replace(encoding, device="cpu", precision="float32", runtime="auto").named():
+    for name, own in replace(encoding, device="cpu", precision="float32").named():
         with reader_for(None, [], own) as reader:
             lowest = reader.store_int8(photos)
         say(f"{name}: stored in int8 (lowest cosine to the features in float32: {lowest:.3f})")
@@ -192,7 +192,7 @@ def cache_command(
     """Show, limit or clear the encoding cache.
 
     The cache stores the features of each image and the text weights of each class, so that nothing has to be encoded
-    twice. When the cache is full, the least recently used encodings are removed. Encoder weights are stored in the
+    twice. When the cache is full, the oldest encodings are removed. Encoder weights are stored in the
     Hugging Face cache instead; run hf cache ls to list them.
     """
     from retrieval_tip.data.encoding_cache import EncodingCache, size_of

@@ -136,9 +136,9 @@ class RowOptions:
 
         cut, schema = cut or Cut(), self.schema(index)
         detected = cut.detected | dict.fromkeys(map(show, cut.empty), EMPTY)
-        noting = Noting(reader.read, cut.boxes)
+        noting = Noting(cut.boxes)
         if self.exif or self.group_by is not None or self.boxes is not None:
-            reader = replace(reader, read=noting)
+            sources = [replace(source, load=noting) for source in sources]
         for table in chain(self._answers(index, sources, reader, noting), self._others(cut, noting)):
             names = table["input"].to_pylist()
             known = dict(zip(table.column_names, table.columns, strict=True))

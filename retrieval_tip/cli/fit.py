@@ -137,7 +137,7 @@ def finetune_command(
     fresh: str | None = option(click.Choice(["fresh"]), "--views"),
     keep_last: bool = flag(),
     as_json: bool = options.JSON,
-    encoding: SourceOptions = grouped(SourceOptions, without=("precision", "runtime")),
+    encoding: SourceOptions = grouped(SourceOptions, without=("precision",)),
 ) -> None:
     """Fine-tune an index on its shots (Tip-Adapter-F).
 

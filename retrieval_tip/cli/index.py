@@ -46,7 +46,7 @@ def build(
 ) -> None:
     """Build an index from labelled images or features.
 
-    SOURCE can be a folder of class folders; a .csv, .tsv, .jsonl or .parquet table with the columns path and label; a
+    SOURCE can be a folder of class folders; a .csv, .tsv or .parquet table with the columns path and label; a
     feature table (.parquet with the columns id, label and feature); a split .json, whose train part is used; a
     .json in COCO's format or from Label Studio. Folders and tables can also be on s3://, gs:// or az://.
     """
@@ -450,7 +450,7 @@ def audit_command(
 
     Options:
         borderline: Also list borderline cases.
-        file: Table written by audit --out, whose suggestions are applied in one new version.
+        file: CSV or Parquet table written by audit --out, whose suggestions are applied in one new version.
     """
     if file is not None:
         from retrieval_tip.index.changes import apply_audit

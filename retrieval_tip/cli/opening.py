@@ -37,9 +37,9 @@ MAX_PATHS, MAX_PATHS_BYTES = 1 << 24, 1 << 30
 
 def source_of(path: Place, reading: SourceOptions, split: str, *, labelled: bool = True) -> Source:
     """Open the source of a command. ``split`` is the part that is used by default."""
-    from retrieval_tip.data.sources import open_items, open_source
+    from retrieval_tip.data.sources import open_source
 
-    return (open_source if labelled else open_items)(path, split=reading.split or split, root=reading.root)
+    return open_source(path, split=reading.split or split, root=reading.root, labelled=labelled)
 
 
 def inputs_of(names: Sequence[str]) -> list[Source]:
@@ -116,7 +116,7 @@ def loader(backbone: BackboneOptions, identity: Identity | None = None) -> parti
     model, pretrained = backbone.model, backbone.pretrained
     if model is None and identity is not None:
         model, pretrained = identity.model, pretrained or identity.pretrained
-    return partial(load_backbone, model or DEFAULT, pretrained, precision=backbone.precision, runtime=backbone.runtime)
+    return partial(load_backbone, model or DEFAULT, pretrained, precision=backbone.precision)
 
 
 def load(backbone: BackboneOptions, identity: Identity | None = None) -> Backbone:
@@ -136,7 +136,7 @@ def backbone_for(
     it differs from the backbone that the index was built with. Without an index, the backbone is the one that the
     options name. If they name none, feature tables only need a backbone for text, which is then the one they name.
     """
-    from retrieval_tip.backbones.loading import load_when_needed
+    from retrieval_tip.backbones.loading import load_again
     from retrieval_tip.data.tables import check_backbone, table_identity
     from retrieval_tip.model import Index
 
@@ -152,17 +152,10 @@ def backbone_for(
     if needed or photos:
         if identity is None and not backbone.model:
             raise UsageError(UNNAMED)
-        if identity and not (needed or backbone.model or backbone.pretrained):
-            loaded = load_when_needed(
-                identity,
-                index.d,
-                [part.width for part in index.parts],
-                device=backbone.device,
-                precision=backbone.precision,
-                runtime=backbone.runtime,
-            )
-        else:
+        if identity is None or backbone.model or backbone.pretrained:
             loaded = load(backbone, identity)
+        else:
+            loaded = load_again(identity, device=backbone.device, precision=backbone.precision)
     check_backbone(identity, index.d, loaded, list(sources), index.parts)
     return loaded
 
@@ -171,7 +164,7 @@ def reader_of(encoding: EncodingOptions, views: ViewOptions | None = None) -> Re
     """Return a reader that has no backbone and no cache. By default, it uses the centre view."""
     from retrieval_tip.data.reader import Reader
 
-    own = {name: getattr(encoding, name) for name in ("norms", "batch_size", "workers", "reduce", "strict")}
+    own = {name: getattr(encoding, name) for name in ("norms", "batch_size", "workers", "strict")}
     return Reader(**own, **vars(views or ViewOptions()))
 
 

@@ -34,7 +34,7 @@ OUTPUTS = {"heading": "Output"}
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneOptions:
-    """Options that select a backbone, its precision, its runtime and its device.
+    """Options that select a backbone, its precision and its device.
 
     Options:
         model: Encoder to use: an open_clip architecture, timm:NAME, local-dir:PATH, hf-hub:ORG/REPO or hf:ORG/REPO. Run
@@ -44,15 +44,12 @@ class BackboneOptions:
             tag]
         precision: Precision of the encoder. With auto, it is float32, and float16 autocast on a GPU. With int8, the
             encoder is the one that models --int8 stored.
-        runtime: Runtime for encoding images on a CPU. With auto, OpenVINO is used if it gives the same features as
-            torch.
         device: Device to use: auto, cpu, cuda or cuda:N.
     """
 
     model: str | None = option(**ENCODER)
     pretrained: str | None = option(**ENCODER)
     precision: settings.Precision = option(choice(settings.Precision), default="auto", **ENCODER)
-    runtime: settings.Runtime = option(choice(settings.Runtime), default="auto", **ENCODER)
     device: str = option(default="auto", **ENCODER)
 
 
@@ -82,8 +79,6 @@ class EncodingOptions(BackboneOptions):
         workers: Number of threads that read and decode images.
         cache: Folder of the encoding cache. [default: $RETRIEVAL_TIP_CACHE or ~/.cache/retrieval-tip]
         no_cache: Do not use the encoding cache.
-        reduce: Whether to decode large JPEGs at a reduced size for the centre view. This is faster and gives nearly the
-            same features.
         strict: Fail on the first image that cannot be read.
     """
 
@@ -94,7 +89,6 @@ class EncodingOptions(BackboneOptions):
     )
     cache: Path | None = option(kinds.FOLDER, **INPUT)
     no_cache: bool = flag(**INPUT)
-    reduce: bool = option(None, "--reduce/--no-reduce", default=True, **INPUT)
     strict: bool = flag(**INPUT)
 
 
@@ -198,7 +192,7 @@ INDEX_ARGUMENT = argument(kinds.INDEX, metavar="INDEX")
 FOLDER_ARGUMENT = argument(kinds.FOLDER, metavar="INDEX")
 """Argument of a command that requires an index in a folder."""
 BACKBONE, ENCODING, SOURCES = map(grouped, (BackboneOptions, EncodingOptions, SourceOptions))
-COMPARED = grouped(ComparedOptions, without=("model", "pretrained", "precision", "runtime"))
+COMPARED = grouped(ComparedOptions, without=("model", "pretrained", "precision"))
 ROOTED = grouped(SourceOptions, without=("split",))
 VIEWS, OPENING, FORMAT = map(grouped, (ViewOptions, OpeningOptions, OutputOptions))
 JSON = flag("--json", help="Print the result as one JSON object.", **OUTPUTS)

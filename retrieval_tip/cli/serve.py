@@ -47,7 +47,7 @@ def serve_command(
     allow_host: tuple[str, ...] = option(multiple=True, metavar="NAME"),
     trusted_proxy: tuple[str, ...] = option(multiple=True, metavar="ADDRESS"),
     limits: Limits = grouped(Limits, _LIMITS),
-    backbone: BackboneOptions = grouped(BackboneOptions, without=("model", "pretrained", "runtime")),
+    backbone: BackboneOptions = grouped(BackboneOptions, without=("model", "pretrained")),
     opening: OpeningOptions = grouped(OpeningOptions, without=("where",)),
 ) -> None:
     """Serve indexes as a web page and an HTTP API.

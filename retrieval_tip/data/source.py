@@ -14,11 +14,27 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from retrieval_tip.data import remote
 from retrieval_tip.errors import SHOWN, InputError, Skipped, check_count, check_memory, counted, few, show
 
 log = logging.getLogger(__name__)
 
 ITEM_BYTES = 256  # estimated bytes per drawn item, for its position, path, label and digest
+
+
+def read_item(path: str) -> bytes:
+    """Return the bytes of a file or an object, or raise InputError without its path."""
+    from retrieval_tip.data import images  # imports Pillow, which tables do not need
+
+    if remote.is_remote(path):
+        with remote.reaching():
+            images.check_size(remote.system_of(path).size(path))
+            data = bytes(remote.system_of(path).cat_file(path))
+    else:
+        data = images.read(path)
+    if not data:
+        raise InputError("empty file")
+    return data
 
 
 @dataclass(frozen=True)
@@ -28,8 +44,8 @@ class Source:
     ``items`` is a table with the column ``source`` (a printable path or id), the column ``label`` if the labels are
     known, and all other columns if the source is a table. Each item is either the image ``paths[i]``, or row
     ``rows[i]`` of the feature table ``table``, which is a file or a folder of parts. ``class_names`` lists the labels
-    in order. ``failed`` lists the inputs that could not be read. ``load`` returns the bytes of an image
-    if it is not a file (see :func:`pictures.open_images`); all images must then be readable.
+    in order. ``failed`` lists the inputs that could not be read. ``load`` returns the bytes of an image.
+    If ``strict`` is set, all images must be readable.
     """
 
     name: str
@@ -39,7 +55,8 @@ class Source:
     table: Path | str | None = None
     rows: npt.NDArray[np.int64] | None = None
     failed: tuple[Skipped, ...] = ()
-    load: Callable[[str], bytes] | None = None
+    load: Callable[[str], bytes] = read_item
+    strict: bool = False
 
     def __len__(self) -> int:
         return int(self.items.num_rows)

@@ -342,7 +342,7 @@ def relabel(
 def apply_audit(folder: Place, file: Folder) -> Changed:
     """Apply the labels that a table of :func:`audit.audit` suggests. This writes a single new version.
 
-    ``file`` is a CSV, JSON lines or Parquet file that ``index audit --out`` wrote. You can edit it first. It needs
+    ``file`` is a CSV or Parquet file that ``index audit --out`` wrote. You can edit it first. It needs
     the columns ``key_id``, ``label`` and ``suggested``. A row is skipped if its suggestion is empty or equal to the
     label.
 

@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.remote import absolute
-from retrieval_tip.data.sources import Source, of_images
+from retrieval_tip.data.sources import Source, of_images, read_item
 from retrieval_tip.errors import InputError, check_memory, show
 from retrieval_tip.index import places
 from retrieval_tip.index.build import build_index
@@ -128,7 +128,7 @@ class SessionPhotos:
         digests = {}
         for photo in photos:
             with suppress(InputError):
-                digests[photo] = hashlib.sha256(self.reader.read(self.path(photo))).hexdigest()
+                digests[photo] = hashlib.sha256(read_item(self.path(photo))).hexdigest()
         return digests
 
     def read(self, photos: Sequence[int], strict: bool) -> Read:

@@ -140,7 +140,7 @@ def _page(results: Results, curve: dict[str, object] | None) -> str:
         pairs=list(confusions(results)), mistakes=list(mistakes(results)), curve=curve,
         plots={name: plots.svg(partial(draw, evaluation), label) for name, (draw, label) in drawn.items()},
         provenance=provenance(results), counted=counted, few=few, percent=percent, portable=portable, nobreak=_nobreak,
-        thumbnail=remembered(partial(thumbnail, results.test.load or results.reader.read)),
+        thumbnail=remembered(partial(thumbnail, results.test.load)),
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from fastapi.responses import Response
 from prometheus_client import generate_latest
 
 from retrieval_tip import __version__, settings
+from retrieval_tip.data.sources import read_item
 from retrieval_tip.errors import InputError, StoreError
 from retrieval_tip.evaluation.audit import AUDITED
 from retrieval_tip.evaluation.audit import audit as audited
@@ -325,7 +326,7 @@ async def label_feature(labelling: TheLabelling, photo: schemas.PhotoNumber) -> 
 async def label_file(service: TheService, labelling: TheLabelling, photo: schemas.PhotoNumber) -> Response:
     """Return the file of a photo, unchanged."""
     try:
-        data = await service.find(labelling.photos.reader.read, labelling.path(photo))
+        data = await service.find(read_item, labelling.path(photo))
     except InputError as error:
         raise Problem(404, f"photo {photo}: cannot be read ({error})") from None
     return Response(data, media_type="application/octet-stream")
@@ -338,7 +339,7 @@ async def label_image(
     """Return a photo of the labelling session as a JPEG image of a reduced size."""
     path = labelling.path(photo)
     try:
-        data = await service.thumbnail(path, lambda: labelling.photos.reader.read(path), size)
+        data = await service.thumbnail(path, lambda: read_item(path), size)
     except InputError as error:
         raise Problem(404, f"photo {photo}: cannot be read ({error})") from None
     return jpeg(data, seconds=3600)
