@@ -1000,7 +1000,7 @@ def busy(own, monkeypatch):
         app = ProxyHeadersMiddleware(app_of(own, limits=Limits(queue=40)), "*")
         with TestClient(app) as client, ThreadPoolExecutor(1) as pool:
             asked = pool.submit(client.post, "/v1/classify", files=[("images", picture.getvalue())] * number)
-            while not re.search(r'waiting{lane="images"} [1-9]', client.get("/metrics").text):
+            while not re.search(r'waiting{lane="(large )?images"} [1-9]', client.get("/metrics").text):
                 assert not asked.done()
             yield client
             assert not asked.done()

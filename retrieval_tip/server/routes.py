@@ -186,11 +186,11 @@ async def map_of(
     limit = min(limit, index.n, max(1, service.limits.mapped // index.d))
 
     def call() -> Projection:
-        if method != "pca" and service.served[version.name].now is not version:  # while waiting
+        if version not in [one.now for one in list(service.served.values())]:  # while waiting
             raise Problem(202, "the index has changed; try again in 1 s", {"Retry-After": "1"})
         return projected(index, method, limit)
 
-    found = await service.once(version, ("map", method, limit), call, slowest=method != "pca")
+    found = await service.once(version, ("map", method, limit), call)
     return json_of({"methods": methods(), "total": index.n} | vars(found))
 
 
