@@ -248,7 +248,7 @@ async def label_sort(service: TheService, labelling: TheLabelling, change: schem
         check_files([source], "xmp", "they have no sidecars")
     if change.undo:
         done = await (run(undo_sidecars, paths) if xmp else run(undo_sort, folder))
-    elif version is None or labelling.is_empty(version):
+    elif version is None:
         raise Problem(404, "there are no labels yet; label some photos first")
     else:
         some = sorted(labelling.labels()) if change.labelled else range(len(labelling.photos))

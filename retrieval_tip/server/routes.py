@@ -292,7 +292,7 @@ async def label_answers(service: TheService, labelling: TheLabelling) -> Respons
     shown = [photo for photo in sorted(photos.encoded | labels.keys()) if photo < len(photos)]
     rows = [photo for photo in shown if photo not in labels]
     found, groups = dict[int, Row](), list[list[int]]()
-    if version is None or labelling.is_empty(version):
+    if version is None:
         shown = []
     elif rows:
         index, features, read = version.index, photos.rows(rows), [one for one in shown if one in photos.encoded]
