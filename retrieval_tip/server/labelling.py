@@ -50,8 +50,6 @@ BATCH, WAIT = 5, 3.0
 """Number of labels to save at once, and seconds to wait for them. Each batch is a version of the index."""
 DRAWN, MORE = 9, 20
 """Minimum number of random photos for an estimate, and number of further labels whose gain is estimated."""
-DONE = 0.02
-"""Share of all photos below which the largest expected number of wrong answers is good enough."""
 REVIEWED = 11.5
 """Number of wrong answers on a screen below which reviewing takes fewer actions than labelling each of its 24 photos.
 
@@ -458,11 +456,10 @@ class Labelling:
             for picked in (("random",), ("suggested", "reviewed"))
         )
         measured, rest = self._chosen, sorted(self.photos.encoded - self._taken())
-        progress = schemas.LabelProgress(drawn=len(drawn), needed=DRAWN, done=not rest and self._has_read_all())
+        progress = None
         if len(drawn) >= DRAWN and rest and version.index.n <= self.service.limits.estimated:
             features = self.photos.rows(rest)
-            call = partial(_measured_on, features, version.index, drawn, chosen, len(self.photos))
-            progress = await self.service.run(self._thinking, call)
+            progress = await self.service.run(self._thinking, _measured_on, features, version.index, drawn, chosen)
         self._progress, self._measured = progress, measured
 
 
@@ -500,14 +497,8 @@ def _facts_of(
     return dict(zip(shown, zip(probable, similar, strict=True), strict=True))
 
 
-def _measured_on(
-    rest: FloatArray, index: Index, drawn: Sequence[int], chosen: Sequence[int], photos: int
-) -> schemas.LabelProgress:
-    index = index.in_memory()
+def _measured_on(rest: FloatArray, index: Index, drawn: Sequence[int], chosen: Sequence[int]) -> schemas.LabelProgress:
+    index, more = index.in_memory(), min(MORE, len(rest))
     found = estimate_rest(index, drawn, rest, chosen)
-    more = min(MORE, len(rest))
-    gain = gain_of(index, rest, found, more)
-    return schemas.LabelProgress(
-        estimate=found, drawn=len(drawn), needed=DRAWN, more=more, gain=gain, review=found.first_wrong < REVIEWED,
-        done=found.most_wrong < DONE * photos,
-    )  # fmt: skip
+    gain, review = gain_of(index, rest, found, more), found.first_wrong < REVIEWED
+    return schemas.LabelProgress(estimate=found, more=more, gain=gain, review=review)

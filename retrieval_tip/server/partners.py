@@ -20,7 +20,7 @@ from retrieval_tip.data.reader import Reader
 from retrieval_tip.errors import InputError, counted, few, show, warn_once
 from retrieval_tip.index import changes
 from retrieval_tip.server import shots
-from retrieval_tip.server.access import CHANGES, READS, TheService, accept_basic, lift_deadline
+from retrieval_tip.server.access import CHANGES, READS, Named, TheService, accept_basic, lift_deadline
 from retrieval_tip.server.guard import DEADLINE
 from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.routes import json_of
@@ -41,7 +41,7 @@ NOT_LEARNT = "changes no shot; ANNOTATION_CREATED, ANNOTATION_UPDATED and ANNOTA
 BEST = Ask(top=1, neighbours=0)
 """Asks for the best class only."""
 
-label_studio = APIRouter(dependencies=[Depends(accept_basic)], include_in_schema=False)
+label_studio = APIRouter(prefix="/label-studio/{name}", dependencies=[Depends(accept_basic)], include_in_schema=False)
 photoprism = APIRouter(prefix="/api/v1/vision", dependencies=READS, include_in_schema=False)
 Json = dict[str, Any]
 
@@ -76,15 +76,15 @@ def interface_of(config: object) -> Interface:
 
 
 @label_studio.get("/health", dependencies=READS)
-async def health(request: Request, service: TheService) -> Response:
+async def health(one: Named) -> Response:
     """Tell Label Studio that the backend is running."""
-    return json_of({"status": "UP", "model_version": _version_of(_index(request, service))})
+    return json_of({"status": "UP", "model_version": _version_of(one)})
 
 
 @label_studio.post("/setup", dependencies=CHANGES)
-async def setup(request: Request, service: TheService, sent: Json) -> Response:
+async def setup(one: Named, sent: Json) -> Response:
     """Check the labelling interface of a project, and name the classes that are not among its choices."""
-    interface, one = interface_of(sent.get("schema")), _index(request, service)
+    interface = interface_of(sent.get("schema"))
     backbone_of(one.now)
     missing = [name for name in one.now.index.class_names if name not in interface.choices]
     if missing:
@@ -94,13 +94,13 @@ async def setup(request: Request, service: TheService, sent: Json) -> Response:
 
 
 @label_studio.post("/predict", dependencies=CHANGES)
-async def predict(request: Request, service: TheService, sent: Json) -> Response:
+async def predict(request: Request, service: TheService, one: Named, sent: Json) -> Response:
     """Predict the choice of each task, in order.
 
     The result is empty if the photo cannot be read or resembles no shot, or if its class is not among the choices.
     """
     request.scope[DEADLINE].reschedule(asyncio.get_running_loop().time() + PREDICT_SECONDS)
-    interface, one, tasks = interface_of(sent.get("label_config")), _index(request, service), sent.get("tasks")
+    interface, tasks = interface_of(sent.get("label_config")), sent.get("tasks")
     if not isinstance(tasks, list) or len(tasks) > MOST_TASKS or not all(isinstance(task, dict) for task in tasks):
         raise InputError(f"tasks: must be a list of at most {MOST_TASKS:,} objects")
     version, name, client = one.now, _version_of(one), client_of(request)
@@ -128,12 +128,11 @@ async def predict(request: Request, service: TheService, sent: Json) -> Response
 
 
 @label_studio.post("/webhook", dependencies=[*CHANGES, Depends(lift_deadline)])
-async def webhook(request: Request, service: TheService, sent: Json) -> Response:
+async def webhook(request: Request, service: TheService, one: Named, sent: Json) -> Response:
     """Add, relabel or remove the shots of annotations that were created, updated or deleted.
 
     An annotation with exactly one choice makes a shot. Repeating a request changes nothing.
     """
-    one, client = _index(request, service), client_of(request)
     annotations: list[shots.Annotation] = []
     event: Json | None = None
     match sent:
@@ -153,7 +152,7 @@ async def webhook(request: Request, service: TheService, sent: Json) -> Response
     for annotation in annotations:
         try:
             async with service.annotating:  # the next event about an annotation may arrive before this one is done
-                key_ids += await _learn(service, one, annotation, event, client)
+                key_ids += await _learn(service, one, annotation, event, client_of(request))
         except (InputError, Problem) as error:
             skipped.append({"input": f"annotation {annotation[-1]}", "reason": _reason(error)})
     return json_of({"index": one.name, "version": one.now.manifest.version, "key_ids": key_ids, "skipped": skipped})
@@ -203,11 +202,6 @@ def _reason(error: InputError | Problem) -> str:
     if isinstance(error, Problem) and error.status_code != 422:
         raise error
     return error.detail if isinstance(error, Problem) else str(error)
-
-
-def _index(request: Request, service: Service) -> Served:
-    """Return the index that the path names, or else the only index."""
-    return service.index(request.path_params.get("name"))
 
 
 def _version_of(one: Served) -> str:
