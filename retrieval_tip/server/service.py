@@ -67,7 +67,7 @@ class Service:
         maker: Maker | None = None,
     ) -> None:
         self.served, self.limits, self.maker = served, limits, maker
-        self.uploads, self.creating, self.annotating = uploads, 0, asyncio.Lock()
+        self.uploads, self.annotating = uploads, asyncio.Lock()
         threads = min(4, os.cpu_count() or 1)
         self._images, self._large, self._features = self._turns = [
             Turns(name, limits.queue / 8) for name in ("images", "large images", "features")
