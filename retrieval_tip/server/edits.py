@@ -134,7 +134,7 @@ async def create(
         model = service.index(like or next((name for name, one in service.served.items() if one.now.backbone), None))
         backbone, into = backbone_of(model.now), model.beside
         if into is None:
-            raise Problem(422, "the index is in a bucket; to create indexes, restart the server with --out FOLDER")
+            raise InputError("the index is in a bucket; to create indexes, restart the server with --out FOLDER")
         maker = Maker(into, lambda: backbone, model.backbones)
     _check_free(service, name, maker.into, another=True)
     used = await service.change(maker.load)

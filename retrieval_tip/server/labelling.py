@@ -9,7 +9,6 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -126,7 +125,7 @@ class Labelling:
     async def running(self, service: Service) -> AsyncIterator[None]:
         """Encode photos and choose the next ones in the background. On exit, labels are saved if possible."""
         self.service = service
-        self.encoding, self._thinking = (ThreadPoolExecutor(1, thread_name_prefix=f"label-{n}") for n in (0, 1))
+        self.encoding, self._thinking = service.pool("read"), service.pool("think")
         saving = asyncio.create_task(self._save())
         others = [asyncio.create_task(self._work(step)) for step in (self._encode, self._think)]
         self._due.set()
@@ -139,8 +138,6 @@ class Labelling:
             for task in others:
                 task.cancel()
             await asyncio.gather(*others, return_exceptions=True)
-            for pool in (self.encoding, self._thinking):
-                pool.shutdown(cancel_futures=True)
             self._journal.close(_entry(self.photos, photo, label) for photo, label in self._unsaved.items())
 
     def check_saved(self) -> None:

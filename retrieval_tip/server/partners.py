@@ -22,7 +22,6 @@ from retrieval_tip.index import changes
 from retrieval_tip.server import shots
 from retrieval_tip.server.access import CHANGES, READS, Named, TheService, accept_basic, lift_deadline
 from retrieval_tip.server.guard import DEADLINE
-from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.routes import json_of
 from retrieval_tip.server.served import Served
 from retrieval_tip.server.service import Service, backbone_of
@@ -110,8 +109,8 @@ async def predict(request: Request, service: TheService, one: Named, sent: Json)
         try:
             photo = Sent(["its photo"], [], [await service.photos.read(_address(task, interface))], client=client)
             best: Json = (await service.classify(version, BEST, photo, features=False)).results[0]
-        except (InputError, Problem) as error:
-            return found, _reason(error)
+        except InputError as error:
+            return found, str(error)
         if not best.get("no_match") and best["label"] in interface.choices:
             names = {"from_name": interface.from_name, "to_name": interface.to_name, "type": "choices"}
             found |= {"result": [names | {"value": {"choices": [best["label"]]}}], "score": best["probability"]}
@@ -153,8 +152,8 @@ async def webhook(request: Request, service: TheService, one: Named, sent: Json)
         try:
             async with service.annotating:  # the next event about an annotation may arrive before this one is done
                 key_ids += await _learn(service, one, annotation, event, client_of(request))
-        except (InputError, Problem) as error:
-            skipped.append({"input": f"annotation {annotation[-1]}", "reason": _reason(error)})
+        except InputError as error:
+            skipped.append({"input": f"annotation {annotation[-1]}", "reason": str(error)})
     return json_of({"index": one.name, "version": one.now.manifest.version, "key_ids": key_ids, "skipped": skipped})
 
 
@@ -196,12 +195,6 @@ def _said(event: Json) -> tuple[str | None, str, object]:
 def _address(task: Json, interface: Interface) -> object:
     data = task.get("data")
     return data.get(interface.photo) if isinstance(data, dict) else None
-
-
-def _reason(error: InputError | Problem) -> str:
-    if isinstance(error, Problem) and error.status_code != 422:
-        raise error
-    return error.detail if isinstance(error, Problem) else str(error)
 
 
 def _version_of(one: Served) -> str:

@@ -73,31 +73,32 @@ class Service:
             Turns(name, limits.queue / 8) for name in ("images", "large images", "features")
         ]
         self._pools: list[ThreadPoolExecutor] = []
-        self._decoding = {turns: self._pool("decode", threads) for turns in (self._images, self._large)}
+        self._decoding = {turns: self.pool("decode", threads) for turns in (self._images, self._large)}
         self._encode: Batches[Backbone, torch.Tensor, FloatArray] = Batches(
             "encode",
-            self._pool("encode"),
+            self.pool("encode"),
             lambda backbone, pixels: list(unit_of(backbone, backbone.encode_images(torch.stack(pixels)))),
             most=lambda backbone: backbone.batch_size,
         )
         self._answer: Batches[tuple[Version, Ask], FloatArray, Row] = Batches(
             "features",
-            self._pool("answer"),
+            self.pool("answer"),
             lambda key, rows: key[0].answer(key[1], np.stack(rows)),
             most=lambda key: min(ROWS_AT_A_TIME, key[0].at_once(key[1])),
         )
         self._weighing, self._finding, self._following, self._changing = map(
-            self._pool, ("weigh", "find", "follow", "change")
+            self.pool, ("weigh", "find", "follow", "change")
         )
         self._drawn: Kept[Hashable, bytes] = Kept(
-            self._pool("draw", threads), most=KEPT_BYTES, room=AT_ONCE, size=lambda data: len(data) + OVERHEAD
+            self.pool("draw", threads), most=KEPT_BYTES, room=AT_ONCE, size=lambda data: len(data) + OVERHEAD
         )
-        self._slow = self._pool("slow", 2)
+        self._slow = self.pool("slow", 2)
         self._made: Kept[Hashable, Any] = Kept(self._slow, most=SLOW_KEPT, room=SLOW_AT_ONCE)
         self.photos = Photos(root, limits.bytes, os.environ)
         self._root = root or Path()
 
-    def _pool(self, name: str, threads: int = 1) -> ThreadPoolExecutor:
+    def pool(self, name: str, threads: int = 1) -> ThreadPoolExecutor:
+        """Return a new pool of threads, which stop with the service."""
         self._pools.append(ThreadPoolExecutor(threads, thread_name_prefix=name))
         return self._pools[-1]
 
@@ -162,12 +163,15 @@ class Service:
                 gauge.remove(old.name)
 
     def index(self, name: str | None) -> Served:
-        """Return the index with this name, or the only index if ``name`` is ``None``. Raises Problem 404 or 422."""
+        """Return the index with this name, or the only index if ``name`` is ``None``.
+
+        Raises Problem 404 if there is none, and InputError if there are several.
+        """
         if name is None:
             if not self.served:
                 raise Problem(404, "no index is served yet; create one first")
             if len(self.served) > 1:
-                raise Problem(422, f"index: the name is missing; give one of {', '.join(self.served)}")
+                raise InputError(f"index: the name is missing; give one of {', '.join(self.served)}")
             return next(iter(self.served.values()))
         if name not in self.served:
             raise Problem(404, f"index {name!r} not found; the served indexes are {', '.join(self.served) or 'none'}")
@@ -180,7 +184,7 @@ class Service:
         if rows > 1 and rows * cells > self.limits.cells:
             size = f"{rows * cells:,} numbers (a neighbour counts as {NEIGHBOUR_CELLS}), above {self.limits.cells:,}"
             most = f"{self.limits.cells // cells or 1} at once, or reduce features, logits, neighbours, top or k"
-            raise Problem(422, f"{rows} inputs: the answers would contain {size}; send at most {most}")
+            raise InputError(f"{rows} inputs: the answers would contain {size}; send at most {most}")
         skipped: list[Skipped] = []
         names, queries = sent.names, list(sent.features) if sent.features is not None else []
         if sent.features is None:
@@ -229,8 +233,8 @@ class Service:
         good = {place: one for place, one in enumerate(made) if not isinstance(one, InputError)}
         skipped = [Skipped(sent.names[place], str(one)) for place, one in enumerate(made) if place not in good]
         if not good:
-            lines = list(map(str, skipped))
-            raise Problem(422, "; ".join(lines[:NAMED]) + (f"; and {len(lines) - NAMED} more" if lines[NAMED:] else ""))
+            more = f"; and {len(skipped) - NAMED} more" if skipped[NAMED:] else ""
+            raise InputError("; ".join(map(str, skipped[:NAMED])) + more)
         return good, skipped
 
     def _admit(self, client: str) -> None:
@@ -255,33 +259,37 @@ class Service:
         except TimeoutError:
             raise Problem(202, "the result is still being computed; try again in 5 s", {"Retry-After": "5"}) from None
 
-    def image_of(self, source: str) -> Path | None:
-        """Return the path of the image file that the source of a shot names, if it exists."""
+    def image_of(self, source: str) -> tuple[Path, int, int] | None:
+        """Return the path of the image file that the source of a shot names, its time and its size, if it exists."""
         path = self._root / source
         try:
-            return path if path.suffix.lower() in images.extensions() and path.is_file() else None
+            if path.suffix.lower() in images.extensions() and path.is_file():
+                return path, path.stat().st_mtime_ns, path.stat().st_size
         except (OSError, ValueError):  # the source is not a valid file name
-            return None
-
-    async def thumbnail_of_file(self, path: Path, size: int, digest: str | None) -> bytes:
-        """Return a thumbnail of a file as JPEG data. Raises OSError or InputError if its ``digest`` is another one."""
-        seen = path.stat()
-
-        def read() -> bytes:
-            data = images.read(path)
-            if digest and hashlib.sha256(data).hexdigest() != digest:
-                raise InputError("the file now contains another photo")
-            return data
-
-        return await self.thumbnail((path, seen.st_mtime_ns, seen.st_size, digest), read, size)
+            pass
+        return None
 
     async def thumbnail(self, name: Hashable, read: Callable[[], bytes], size: int) -> bytes:
-        """Return a thumbnail of the image that ``read`` returns as JPEG data. It is kept under its ``name``."""
-        return await self._drawn((name, size), lambda: images.thumbnail(read(), size, most=self.limits.pixels))
+        """Return a thumbnail of the image that ``read`` returns as JPEG data. It is kept under its ``name``.
+
+        Raises Problem 404 if the image cannot be read.
+        """
+        try:
+            return await self._drawn((name, size), lambda: images.thumbnail(read(), size, most=self.limits.pixels))
+        except (OSError, InputError) as error:
+            raise Problem(404, f"the photo cannot be read: {error}") from None
+
+
+def read_image(path: Path, digest: str | None) -> bytes:
+    """Read an image file. Raises OSError or InputError, also if the file has another ``digest``."""
+    data = images.read(path)
+    if digest and hashlib.sha256(data).hexdigest() != digest:
+        raise InputError("the file now contains another photo")
+    return data
 
 
 def backbone_of(version: Version) -> Backbone:
-    """Return the encoder of a version. Raises Problem 422 if this server does not have it."""
+    """Return the encoder of a version. Raises InputError if this server does not have it."""
     if version.asked is None:
-        raise Problem(422, f"index {version.name!r} only accepts features: this server does not have its encoder")
+        raise InputError(f"index {version.name!r} only accepts features: this server does not have its encoder")
     return version.asked
