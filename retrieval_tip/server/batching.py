@@ -77,6 +77,7 @@ class _Part(Generic[K, T, R]):
 
     key: K
     items: Sequence[T]
+    most: int
     result: asyncio.Future[list[R]]
 
 
@@ -95,7 +96,7 @@ class Batches(Generic[K, T, R]):
 
     async def __call__(self, key: K, items: Sequence[T]) -> list[R]:
         """Return the results of ``run`` for these items, in the same order."""
-        part: _Part[K, T, R] = _Part(key, items, asyncio.get_running_loop().create_future())
+        part: _Part[K, T, R] = _Part(key, items, self._most(key), asyncio.get_running_loop().create_future())
         self._waiting.append(part)
         if self._working is None or self._working.done():
             self._working = asyncio.create_task(self._work())
@@ -104,7 +105,7 @@ class Batches(Generic[K, T, R]):
     async def _work(self) -> None:
         while waiting := [part for part in self._waiting if not part.result.done()]:  # clients can disconnect
             key, batch = waiting[0].key, waiting[:1]
-            self._waiting, room = [], self._most(key) - len(waiting[0].items)
+            self._waiting, room = [], waiting[0].most - len(waiting[0].items)
             for part in waiting[1:]:
                 joins = part.key == key and len(part.items) <= room
                 room -= len(part.items) if joins else 0
