@@ -11,6 +11,7 @@ from conftest import examples, few, needs_real
 from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from serving import app_of
 from tables import read_features, unit, unit_rows, write_table
 
 from retrieval_tip.evaluation import audit as audits
@@ -19,8 +20,6 @@ from retrieval_tip.fit import closed_form
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.duplicates import NEAR
-from retrieval_tip.server.app import create_app
-from retrieval_tip.server.served import open_all
 from retrieval_tip.settings import Settings
 
 
@@ -188,7 +187,7 @@ def test_every_interface_lists_the_same_shots(run, tmp_path):
     clear, everything = (audit(cache, borderline=more)["key_id"].to_pylist() for more in (False, True))
     assert 5 < len(clear) < len(everything)
     assert f"Check {len(clear)} labels" in (tmp_path / "r.html").read_text()
-    with TestClient(create_app(open_all([index], "cpu", "float32", "full"))) as client:
+    with TestClient(app_of(index)) as client:
         for asked, flags, listed in (("", (), clear), ("?borderline=true", ("--all",), everything)):
             found = client.get(f"/v1/indexes/index/audit{asked}").json()
             assert [shot["key_id"] for shot in found] == listed

@@ -28,6 +28,7 @@ from conftest import SOAK, few, nearest_keys
 from dense import affinity, cache_logits, nearest
 from fastapi.testclient import TestClient
 from sealing import refused, snapshot
+from serving import app_of
 from stored import copied, done, everything, labels_of, made, path_of, put, rows_of, source
 from tables import unit_rows, write_table
 
@@ -39,8 +40,6 @@ from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import build_index
 from retrieval_tip.lance import key_table, lance_store
 from retrieval_tip.lance import rows as lance_rows
-from retrieval_tip.server.app import create_app
-from retrieval_tip.server.served import open_all
 from retrieval_tip.settings import Settings
 from retrieval_tip.store import versions as store_versions
 from retrieval_tip.store.files import BucketFiles, LocalFiles
@@ -1135,7 +1134,7 @@ def test_commands_work_on_a_store_in_a_bucket(run, bucket_pets):
 def test_the_server_answers_from_a_store_and_reloads_changes(local_pets, monkeypatch):
     monkeypatch.setattr(lance_store.LanceStore, "look_every", 0.1)
     expected = local_pets.open().classify(QUERIES, top=3, neighbours=3)
-    with TestClient(create_app(open_all([local_pets.place], "cpu", "float32", None), token="open sesame")) as client:
+    with TestClient(app_of(local_pets.place, token="open sesame")) as client:
 
         def ask():
             sent = {"features": QUERIES.tolist()}
