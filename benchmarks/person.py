@@ -175,7 +175,7 @@ class Person:
             self.act(self.page.select_option, "#selection-class", label)
         else:
             if self.by == "phone":
-                self.page.locator("#selection-label").focus()
+                self.page.locator("#selection-form input").focus()
             self.page.keyboard.type(label)
             self.act(self.page.keyboard.press, "Enter")
             if self.page.locator("#alike-dialog").count():
