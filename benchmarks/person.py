@@ -245,7 +245,7 @@ def run(truth: dict[str, str], photos: Path, index: Path, model: tuple[str, ...]
         person.press(page.locator("#finish-open"))
         page.fill("#finish-into", str(index.parent / "sorted"))
         person.press(page.locator("#finish").get_by_role("button", name="Finish"))
-        expect(page.locator("#finish-said")).to_contain_text("copied")
+        expect(page.locator("#finish-said")).to_contain_text("copied", timeout=PATIENCE)
     placed = [*(index.parent / "sorted").glob("*/*.jpg")]
     right = sum(path.parent.name == truth[path.name] for path in placed) / len(truth)
     rows.append(("sorted", person.actions, right, None, True))

@@ -104,7 +104,6 @@ function showOpen() {
   if (!info) return;
   $("index-facts").textContent = `${plural(info.n_keys, "photo")}, ${plural(info.counts.length, "class", "classes")}`;
   $("index-facts").title = `version ${info.version}`;
-  $("index-facts").dataset.version = info.version;
 }
 
 const change = async (what, call) => (await reported(call)) && notice(what);

@@ -16,7 +16,8 @@ let seen = null; // the photo, with the answer for the values of the sliders
 let wrong = null; // the photo whose answer is wrong
 let due = 0; // the timer of the next request for other settings
 let touched = null; // where a finger was put down
-let trying = null; // aborts the request for other settings, whose answer is not shown yet
+let trying = new AbortController(); // aborts the last request for other settings
+let pending = 0; // number of these requests that have no answer yet
 
 export const openPhoto = () => photo;
 
@@ -93,7 +94,7 @@ export function leave() {
 export function show() {
   if (!photo) return;
   const { shown, winner } = seen;
-  $("drawer").ariaBusy = String(photo.busy || due > 0 || trying !== null);
+  $("drawer").ariaBusy = String(photo.busy || due > 0 || pending > 0);
   $("drawer-file").textContent = cut(photo.name, 40);
   $("drawer-file").title = photo.name;
   $("drawer-state").textContent = photo.problem?.message ?? (photo.busy ? "Classifying…" : "");
@@ -229,8 +230,7 @@ function showValues() {
 
 /** Set the sliders to the settings of the index, and show the photo's own answer. */
 function restore() {
-  trying?.abort();
-  trying = null;
+  trying.abort();
   seen = photo;
   if (!state.info) return;
   $("alpha").parentElement.hidden = !state.info.text; // without class names, there are only photos
@@ -250,16 +250,17 @@ $("reset").addEventListener("click", () => (restore(), show()));
 function tryOut() {
   due = 0;
   if (!photo?.feature) return;
-  trying?.abort();
+  trying.abort();
   trying = new AbortController();
   const { signal } = trying;
   return attempt($("settings-state"), async () => {
     const asked = { ...parameters(), ...values, without: photo.without };
-    const { results } = await api.classify(api.floats([photo.feature]), asked, { signal });
+    pending++;
+    const answer = api.classify(api.floats([photo.feature]), asked, { signal });
+    const { results } = await answer.finally(() => (pending--, show()));
     signal.throwIfAborted();
     const shown = { ...answerOf(results[0]), no_match: photo.no_match }; // the sliders do not change it
     seen = isOwn() ? photo : Object.assign(Object.create(photo), { shown, best: null });
-    trying = null;
     show();
   });
 }
