@@ -1230,6 +1230,9 @@ def test_every_screen_fits_and_is_accessible(opened, tmp_path, width, scheme):
     page.locator("#shots .tile").first.click()
     fits("index")
     rename = page.locator("#classes-list").get_by_role("button", name="Rename")
+    if width < 500:
+        expect(rename).to_have_count(0)  # until a card is tapped
+        page.locator("#classes-list button[data-label]").first.tap()
     rename.first.press("Enter")
     fits("rename")
     page.keyboard.press("Escape")
