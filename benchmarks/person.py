@@ -181,7 +181,7 @@ class Person:
             self.act(self.page.select_option, "#selection-class", label)
         else:
             if self.by == "phone":
-                self.page.locator("#selection-label").focus()
+                self.page.locator("#selection-form input").focus()
             self.page.keyboard.type(label)
             self.act(self.page.keyboard.press, "Enter")
             if self.page.locator("#alike-dialog").count():
@@ -251,7 +251,7 @@ def run(truth: dict[str, str], photos: Path, index: Path, model: tuple[str, ...]
         person.press(page.locator("#finish-open"))
         page.fill("#finish-into", str(index.parent / "sorted"))
         person.press(page.locator("#finish").get_by_role("button", name="Finish"))
-        expect(page.locator("#finish-said")).to_contain_text("copied")
+        expect(page.locator("#finish-said")).to_contain_text("copied", timeout=PATIENCE)
     placed = [*(index.parent / "sorted").glob("*/*.jpg")]
     right = sum(path.parent.name == truth[path.name] for path in placed) / len(truth)
     rows.append(("sorted", person.actions, right, None, True))
