@@ -280,7 +280,6 @@ class OpenIndex:
         *,
         source: Any = None,
         val: Any = None,
-        keep_last: bool = False,
     ) -> Tuned:
         """Fine-tune the index, and use the more accurate of both indexes from now on.
 
@@ -301,9 +300,7 @@ class OpenIndex:
         held_out = None if val is None else _opened(val, "val")
         shots = shots_of(index) if source is None else own_shots(index, _opened(source, "train"))
         temporary, place = _new_place(out)
-        tuned = finetune_into(
-            place, index, shots, self.reader, recipe, val=held_out, parent=self._written(), keep_last=keep_last
-        )
+        tuned = finetune_into(place, index, shots, self.reader, recipe, val=held_out, parent=self._written())
         self._use(places.at(place).load(device=self.index.device))
         if Path(place) != index.folder:
             self._temporary = temporary

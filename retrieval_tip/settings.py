@@ -28,7 +28,7 @@ Precision = Literal["auto", "float32", "float16", "bfloat16", "int8"]
 Dtype = Literal["float32", "float16"]
 """Dtype of the stored keys."""
 FitName = Literal["auto", "none"]
-Normalize = Literal["both", "shots", "affinity", "none"]
+Normalize = Literal["both", "none"]
 """Units of alpha and beta (see :mod:`retrieval.defaults`)."""
 MetricName = Literal["none", "within"]
 ValuesName = Literal["one-hot", "solved"]
@@ -37,7 +37,6 @@ VALUES = get_args(ValuesName)
 TrainedPart = Literal["keys", "values"]
 TRAINED: tuple[TrainedPart, ...] = get_args(TrainedPart)
 """The parts that can be trained: the keys (as in Tip-Adapter-F), and the values."""
-TrainingPrecision = Literal["float32", "bfloat16"]
 ClassPrior = Literal["even", "shots"]
 """The frequencies of the classes among future photos: all equal, or as in the shots."""
 
@@ -261,11 +260,6 @@ class Recipe:
         epochs: Number of passes over the shots.
         batch: Number of queries per step.
         lr: Initial learning rate, which decays along a cosine.
-        eps: AdamW epsilon.
-        weight_decay: AdamW weight decay.
-        views: Number of augmented views of each shot that are encoded once and drawn from in each epoch. With ``None``,
-            a new view is encoded in every epoch, as in the paper's code.
-        precision: Data type of the matrix products.
         alpha: Alpha used for training. [default: as in the unfitted index]
         beta: Beta used for training. [default: as in the unfitted index]
         seed: Seed for drawing batches and views.
@@ -275,10 +269,6 @@ class Recipe:
     epochs: int = 20
     batch: int = 256
     lr: float = 1e-3
-    eps: float = 1e-4
-    weight_decay: float = 0.01
-    views: int | None = 16
-    precision: TrainingPrecision = "float32"
     seed: int = 1
     alpha: float | None = None
     beta: float | None = None
@@ -286,15 +276,10 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.train or len(set(self.train)) < len(self.train) or not set(self.train) <= set(TRAINED):
             raise UsageError(f"train {', '.join(self.train) or '(nothing)'}: expected some of {', '.join(TRAINED)}")
-        for name, fewest in (("epochs", 1), ("batch", 1), ("views", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None:
-                check_count(name, value, fewest)
-        for name, least in (("lr", 0.0), ("eps", 0.0), ("weight_decay", -1e-300)):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > least):
-                raise UsageError(f"{name} is {value}: expected a finite number {'above' if least == 0 else 'from'} 0")
-        check_choice("precision", self.precision, TrainingPrecision)
+        for name, fewest in (("epochs", 1), ("batch", 1), ("seed", 0)):
+            check_count(name, getattr(self, name), fewest)
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise UsageError(f"lr is {self.lr}: expected a finite number above 0")
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,12 @@ from markupsafe import Markup
 from PIL import Image
 from tables import unit_rows, write_table
 
+from retrieval_tip.backbones.loading import load_backbone
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.source import few_shot
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import UsageError, one_line, percent
+from retrieval_tip.fit import finetune
 from retrieval_tip.fit.closed_form import wilson
 from retrieval_tip.fit.folds import Queries
 from retrieval_tip.fit.search_hp import search
@@ -30,6 +32,7 @@ from retrieval_tip.model import Index
 from retrieval_tip.report import plots, report
 from retrieval_tip.report.report import write_report
 from retrieval_tip.report.results import MISTAKES
+from retrieval_tip.settings import Recipe
 
 pytest.importorskip("matplotlib")
 
@@ -287,8 +290,9 @@ def test_recommendations_depend_on_how_the_index_was_fitted(caltech, tmp_path, m
     command = fit.partition(". ")[2]
     assert command == "retrieval-tip fit index"
     done("-q", *command.split()[1:])
-    tuned = tmp_path / "tuned"
-    done("-q", "finetune", caltech / "index", "--out", tuned, "--views-cache", 1, "--epochs", 1, "--keep-last")
+    tuned, own = tmp_path / "tuned", Index.load(caltech / "index", device="cpu")
+    monkeypatch.setattr(finetune, "VIEWS", 1)
+    finetune.finetune(own, finetune.shots_of(own), Reader(load_backbone(MODEL)), Recipe(epochs=1)).save(tuned)
     for index, photos, options in ((folder, test, ("--shots", 4)), (tuned, caltech / "test", ())):
         page = reported(tmp_path, index, photos, *options)
         assert not [said for said in advice(page) if said.startswith("Fit")]

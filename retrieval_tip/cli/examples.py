@@ -70,7 +70,7 @@ EXAMPLES = {
     "search-hp": ["search-hp indexes/things", "search-hp indexes/things --val validation --dry-run"],
     "finetune": [
         "finetune indexes/things --out indexes/things-f",
-        "finetune indexes/things --val validation --views-cache 10 --out indexes/things-f",
+        "finetune indexes/things --val validation --train keys --train values --out indexes/things-f",
     ],
     "models": ["models siglip", "models --try photos --model clip --model dinov2"],
     "doctor": ["doctor", "doctor --json"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -15,10 +15,7 @@ from retrieval_tip.cli.messages import finish, print_result, say_fit, warn
 from retrieval_tip.cli.opening import reader_for, source_of, store_of
 from retrieval_tip.cli.options import SourceOptions
 from retrieval_tip.errors import UsageError, show
-from retrieval_tip.settings import TRAINED, Recipe, TrainingPrecision
-
-if TYPE_CHECKING:
-    pass
+from retrieval_tip.settings import TRAINED, Recipe
 
 
 @command()
@@ -112,15 +109,6 @@ _RECIPE = {
     "epochs": option(kinds.count("epochs"), default=Recipe.epochs),
     "batch": option(kinds.count("batch"), default=Recipe.batch),
     "lr": option(kinds.POSITIVE, default=Recipe.lr),
-    "eps": option(kinds.POSITIVE, default=Recipe.eps),
-    "weight_decay": option(kinds.NUMBER, default=Recipe.weight_decay),
-    "views": option(
-        kinds.VIEWS_COUNT,
-        "--views-cache",
-        metavar="M",
-        help="Number of augmented views of each shot that are encoded once and drawn from in each epoch. [default: 16]",
-    ),
-    "precision": option(options.choice(TrainingPrecision), default=Recipe.precision),
     "alpha": option(kinds.NUMBER),
     "beta": option(kinds.NUMBER),
     "seed": option(kinds.SEED, default=Recipe.seed),
@@ -134,10 +122,8 @@ def finetune_command(
     source: Place | None = option(kinds.SOURCE),
     val: Place | None = option(kinds.SOURCE),
     recipe: Recipe = grouped(Recipe, _RECIPE),
-    fresh: str | None = option(click.Choice(["fresh"]), "--views"),
-    keep_last: bool = flag(),
     as_json: bool = options.JSON,
-    encoding: SourceOptions = grouped(SourceOptions, without=("precision",)),
+    encoding: SourceOptions = options.SOURCES,
 ) -> None:
     """Fine-tune an index on its shots (Tip-Adapter-F).
 
@@ -151,20 +137,15 @@ def finetune_command(
             the index was built from]
         val: Labelled validation source on which the epoch and the settings are selected. The val part of a split .json
             is used.
-        fresh: With fresh, a new view of each shot is encoded in every epoch.
-        keep_last: Write the trained index even if it is less accurate than the original index.
     """
     from retrieval_tip.fit.finetune import finetune_into, own_shots, shots_of
 
-    if fresh and recipe.views:
-        raise UsageError("--views fresh and --views-cache: give only one")
-    recipe = recipe if fresh else replace(recipe, views=recipe.views or Recipe.views)
     index = store_of(folder).load(device=encoding.device)
     shots = shots_of(index) if source is None else own_shots(index, source_of(source, encoding, "train"))
     unseen = None if val is None else source_of(val, replace(encoding, split=None), "val")
     sources = [shots] if unseen is None else [shots, unseen]
     with reader_for(index, sources, encoding) as reader:
-        tuned = finetune_into(out, index, shots, reader, recipe, val=unseen, parent=show(folder), keep_last=keep_last)
+        tuned = finetune_into(out, index, shots, reader, recipe, val=unseen, parent=show(folder))
     warn(tuned.choice.warnings if tuned.choice else ())
     print_result(tuned.facts(), as_json)
     finish(reader.skipped)
