@@ -159,7 +159,8 @@ class Ask:
             :class:`retrieval.evidence.Contributors`). If ``k`` is a number, only retrieved keys are reported.
         logits: Whether to report the logits of all classes.
         without: The ids of keys to leave out, as if the index did not have them. Solved values are not solved again.
-            An index of the type Classes then uses all of the other keys. Unknown ids are ignored.
+            An index of the type Classes then uses all of the other keys. Unknown ids are ignored. The keys are copied,
+            so they may take at most 512 MiB.
         at_least: Answer with the class, or else the narrowest group, whose probability is at least P, or with no label
             (see :class:`Levels`).
         coverage: Add the smallest set of classes that holds the right one for the share C of photos (see

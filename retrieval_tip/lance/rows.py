@@ -355,12 +355,6 @@ class TableRows(Rows):
     def described(self, rows: IntArray, columns: Sequence[str]) -> pa.Table:
         return self.table.take(rows, columns)
 
-    def numbered(self, key_ids: Sequence[int]) -> tuple[IntArray, IntArray]:
-        found = list(self.table.scan(["class_id"], "key_id", key_ids, with_rows=True))
-        none = np.empty(0, dtype=np.int64)
-        rows, ids = (np.concatenate([none, *(batch[name].to_numpy() for batch in found)]) for name in (ROW, "class_id"))
-        return rows.astype(np.int64), ids.astype(np.int64)
-
     def some(self, m: int) -> tuple[KeyArray, pa.Table]:
         some = self.table.offsets(spread(self.n, m), ["key_id", "class_id", VECTOR])
         return self.table.matrix(some[VECTOR]), some.select(["key_id", "class_id"])

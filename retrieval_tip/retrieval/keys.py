@@ -287,7 +287,7 @@ class KeyStream(ABC):
 
         ``points`` must be on the device, and their dtype is the dtype of the sums. The result has the shape ``[q, c]``.
         """
-        values, parts = self._values_in_order, []
+        values, parts = self.values, []
         memory = points.new_empty(self.block * min(self.queries, len(points)))
         for own in points.split(self.queries):
             sums, row = points.new_zeros(self.n_classes, len(own)), 0  # transposed, to read contiguous memory
@@ -302,11 +302,6 @@ class KeyStream(ABC):
                 row += len(ids)
             parts.append(sums.T)
         return torch.cat(parts)
-
-    @cached_property
-    def _values_in_order(self) -> Tensor | None:
-        """The values in the order of :meth:`blocks`."""
-        return self.values
 
 
 class Keys(KeyStream):
@@ -420,55 +415,3 @@ class Keys(KeyStream):
         starts, counts, steps = self._starts[:-1], self._starts.diff(), torch.arange(SPREAD_KEYS, device=self.device)
         rows = (starts[classes, None] + counts[classes, None] * steps // SPREAD_KEYS).clamp_max(self.n - 1)
         return self.affinity(features, rows.reshape(len(features), -1)).view(rows.shape)
-
-
-class KeysWithout(KeyStream):
-    """The keys of another stream, except those at ``rows``, whose classes are ``class_ids``. Row numbers stay the same.
-
-    A search compares keys one by one, since the bounds on whole classes hold for all of their keys.
-    """
-
-    def __init__(self, every: KeyStream, rows: Tensor, class_ids: Tensor) -> None:
-        self.every, self.rows, self._class_ids = every, rows, class_ids
-        self.exact_search = every.exact_search
-        counts = every.counts - torch.bincount(class_ids, minlength=every.n_classes)
-        super().__init__((every.n - len(rows), every.d), counts, every.device, every.metric, every.values)
-
-    @cached_property
-    def sums(self) -> Tensor:
-        """Sum of the keys in each class, of shape ``[c, d]``."""
-        sums, changed = self.every.sums.clone(), self._class_ids.unique()
-        for place, keys, rows in self.every.of_classes(changed.cpu().numpy()):
-            sums[changed[place]] -= keys[torch.isin(rows, self.rows)].sum(0)
-        return sums
-
-    def blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for block in self.every.blocks():
-            gone = torch.isin(block[2], self.rows)
-            yield tuple(column[~gone] for column in block) if gone.any() else block  # type: ignore[misc]
-
-    def of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor, Tensor]]:
-        for place, keys, rows in self.every.of_classes(class_ids):
-            left = ~torch.isin(rows, self.rows)
-            yield place, keys[left], rows[left]
-
-    def nearest(self, points: Tensor, k: int) -> Nearest:
-        found = self.every.nearest(points, k + len(self.rows))
-        found = found.without(torch.isin(found.rows, self.rows), self.n_classes)
-        return found.ordered(found.affinity).first(min(k, self.n))
-
-    def described(self, affinity: Tensor, rows: Tensor) -> Nearest:
-        return self.every.described(affinity, rows)
-
-    @property
-    def value_sums(self) -> Tensor:
-        assert self.values is not None
-        return self.every.value_sums.index_add(0, self._class_ids, self.values[self.rows], alpha=-1)
-
-    @cached_property
-    def _values_in_order(self) -> Tensor | None:
-        if self.values is None:
-            return None
-        left = torch.ones(len(self.values), dtype=torch.bool, device=self.device)
-        left[self.rows] = False
-        return self.values[left]

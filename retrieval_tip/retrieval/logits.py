@@ -12,7 +12,7 @@ from torch import Tensor
 from retrieval_tip import tip
 from retrieval_tip.errors import InputError
 from retrieval_tip.retrieval.evidence import Contributors, Largest, Nearest
-from retrieval_tip.retrieval.keys import QUERY_BLOCK, KeyStream, KeysWithout
+from retrieval_tip.retrieval.keys import QUERY_BLOCK, KeyStream
 from retrieval_tip.settings import Settings
 
 LOGITS = 1 << 25
@@ -36,21 +36,13 @@ class AnswerTerms(tip.Terms):
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Keys of any kind and text weights, as queries meet them. If ``every`` is true, all keys are used for any ``k``.
+    """Keys of any kind and text weights, as queries meet them.
 
     Features must be on the device of the keys. In float64, the logits are computed in float64.
     """
 
     keys: KeyStream
     text: Tensor
-    every: bool = False
-
-    def without(self, rows: Tensor, class_ids: Tensor) -> Retrieval:
-        """Leave out the keys at ``rows``, whose classes are ``class_ids``.
-
-        If the index searches for whole classes, all of the other keys are used.
-        """
-        return Retrieval(KeysWithout(self.keys, rows, class_ids), self.text, self.keys.by_class)
 
     def answer(self, features: Tensor, settings: Settings, neighbours: int = 0) -> tuple[AnswerTerms, Tensor]:
         """Return the terms of the logits, and the logits.
@@ -62,7 +54,7 @@ class Retrieval:
         keys, points = self.keys, self.keys.phi(features)
         text = tip.text_logits(features, self.text, settings.logit_scale)
         discriminant = keys.discriminant(points) if settings.gamma else None
-        if settings.k is None or settings.k >= keys.n or self.every:
+        if settings.k is None or settings.k >= keys.n:
             terms = AnswerTerms(text, keys.cache_logits(points, settings.beta), discriminant)
             tip.log_cache(terms.cache, settings.log_offset)
         elif keys.by_class:

@@ -94,10 +94,6 @@ class Rows(ABC):
         """Return columns of the label store for the row numbers that a search returned."""
 
     @abstractmethod
-    def numbered(self, key_ids: Sequence[int]) -> tuple[IntArray, IntArray]:
-        """Return the row numbers and the class ids of keys. Unknown ids are ignored."""
-
-    @abstractmethod
     def some(self, m: int) -> tuple[KeyArray, pa.Table]:
         """Return at most ``m`` evenly spaced stored keys, and their ``key_id`` and ``class_id``."""
 
@@ -235,10 +231,6 @@ class ArrayRows(Rows):
 
     def described(self, rows: IntArray, columns: Sequence[str]) -> pa.Table:
         return self.labels.select(list(columns)).take(pa.array(rows))
-
-    def numbered(self, key_ids: Sequence[int]) -> tuple[IntArray, IntArray]:
-        rows = np.flatnonzero(np.isin(self.key_ids, key_ids))
-        return rows, self.class_ids[rows]
 
     def some(self, m: int) -> tuple[KeyArray, pa.Table]:
         rows = spread(self.n, m)
