@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ from retrieval_tip import tip
 from retrieval_tip.errors import InputError, warn_once
 from retrieval_tip.retrieval.evidence import Nearest
 from retrieval_tip.retrieval.inputs import FloatArray, IntArray, KeyArray
-from retrieval_tip.retrieval.vector_index import Product, VectorIndex, auto_factory, inner_factory
+from retrieval_tip.retrieval.vector_index import Product, VectorIndex, auto_factory, faiss, inner_factory, search_arrays
 
 QUERY_BLOCK, KEY_BLOCK = 512, 2048
 """Maximum number of queries and keys in a block of affinities. A block takes 4 MiB, which fits in the CPU cache."""
@@ -338,7 +338,7 @@ class Keys(KeyStream):
 
     @cached_property
     def index(self) -> VectorIndex:
-        """The FAISS index over the keys or the class means. An exact one is created when it is needed."""
+        """The FAISS index over the keys or the class means. An exact one copies the keys when it is needed."""
         return VectorIndex.build(self.array, device=self.device)
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -374,6 +374,9 @@ class Keys(KeyStream):
             return self.described(*Product(self.held).search(points, min(k, self.n)))
         if self.by_class:
             return self.nearest_by_class(points, k)
+        if self.exact_search and self.device == "cpu" and self.array.dtype == np.float32:  # without a copy of the keys
+            search = partial(faiss().knn, xb=self.array, metric=faiss().METRIC_INNER_PRODUCT)
+            return self.described(*search_arrays(search, points, int(min(k, self.n))))
         affinity, rows = self.index.search_tensor(points, k)
         return self.described(affinity if self.index.exact_affinity else self.affinity(points, rows), rows)
 

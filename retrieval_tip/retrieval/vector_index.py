@@ -8,7 +8,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -109,41 +109,29 @@ def faiss() -> Any:  # FAISS has no types
 class VectorIndex:
     """A maximum inner product search over vectors. The vectors are not normalised, and the id of row i is i.
 
-    The vectors are the keys. If the factory is ``Classes``, they are the class means, and ``by_class`` is true. An
-    index of the type ``Flat`` searches the array of keys, and copies it only for float16 keys or a GPU. ``trained`` is
-    the number of vectors that the index was built from. ``path`` is the file that the index was read from, or ``None``
-    if the index has changed since then.
+    The vectors are the keys. If the factory is ``Classes``, they are the class means, and ``by_class`` is true.
+    ``trained`` is the number of vectors that the index was built from. ``path`` is the file that the index was read
+    from, or ``None`` if the index has changed since then.
     """
 
     def __init__(
         self,
-        index: FaissIndex | KeyArray,
+        index: FaissIndex,
         factory: str,
         device: str = "auto",
         half: bool = False,
         path: Path | None = None,
         trained: int | None = None,
     ) -> None:
-        self._keys = index if isinstance(index, np.ndarray) else None
-        self._built: FaissIndex | None = None if isinstance(index, np.ndarray) else index
-        self.n, self.d = index.shape if isinstance(index, np.ndarray) else (int(index.ntotal), int(index.d))
+        self._cpu, self.n, self.d = index, int(index.ntotal), int(index.d)
         self.trained = self.n if trained is None else trained
         self.factory, self.path = factory, path
         self.by_class = inner_factory(factory) is not None
         self._device, self._half = device, half
-        self._gpu = GpuCopy(lambda: self._cpu, device, half)
-        self._lock = threading.Lock()
+        self._gpu = GpuCopy(index, device, half)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restored, (self.to_array(), self.factory, self._device, self._half, self.trained)
-
-    @property
-    def _cpu(self) -> FaissIndex:
-        with self._lock:
-            if self._built is None:
-                assert self._keys is not None
-                self._built = _filled(faiss().IndexFlatIP(self.d), self._keys)
-            return self._built
 
     @classmethod
     def build(cls, keys: KeyArray, factory: str = "Flat", device: str = "auto") -> VectorIndex:
@@ -152,8 +140,6 @@ class VectorIndex:
         Raises UsageError if the factory is unknown, is not safe or normalises the keys, or if there are too few keys to
         train the index.
         """
-        if factory == FLAT_FACTORY:
-            return cls(keys, factory, device, keys.dtype == np.float16)
         n, d = keys.shape
         inner = inner_factory(factory) or factory
         if problem := _factory_problem(inner, n, d):
@@ -174,8 +160,6 @@ class VectorIndex:
 
     def refilled(self, keys: KeyArray) -> VectorIndex:
         """Return an index of the same type over other keys. The index is not trained again."""
-        if self.exact_search:
-            return VectorIndex.build(keys, self.factory, self._device)
         index = faiss().deserialize_index(self.to_array())  # a copy that is not memory-mapped
         index.reset()
         return VectorIndex(_filled(index, keys), self.factory, self._device, self._half, trained=self.trained)
@@ -227,7 +211,7 @@ class VectorIndex:
     @property
     def exact_affinity(self) -> bool:
         """Whether a search returns exact affinities. This is the case if the vectors are not compressed."""
-        return self.exact_search or _is_one_of(UNCOMPRESSED, self._cpu)
+        return _is_one_of(UNCOMPRESSED, self._cpu)
 
     @property
     def effort(self) -> int | None:
@@ -235,8 +219,6 @@ class VectorIndex:
 
         A search with a higher effort finds more of the nearest vectors, but takes longer.
         """
-        if self.exact_search:
-            return None
         return next((int(getattr(*place)) for place in _effort_of(self._cpu)), None)
 
     @effort.setter
@@ -285,7 +267,7 @@ class VectorIndex:
         k = int(min(k, self.n))
         try:
             found = self._gpu.search(features, k)
-            affinity, rows = self._search_on_cpu(features, k) if found is None else found
+            affinity, rows = search_arrays(self._cpu.search, features, k) if found is None else found
         except torch.OutOfMemoryError:
             raise
         except (AssertionError, IndexError, RuntimeError) as error:
@@ -295,12 +277,6 @@ class VectorIndex:
         if rows.is_cpu and rows.numel() and not -1 <= rows.min() <= rows.max() < self.n:
             raise StoreError(f"{self._name}: damaged (a search returned invalid rows); rebuild the index")
         return affinity.to(features.device), rows.to(features.device)
-
-    def _search_on_cpu(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        if self._keys is None or self._keys.dtype != np.float32:
-            return _search_arrays(self._cpu.search, features, k)
-        search = partial(faiss().knn, xb=self._keys, metric=faiss().METRIC_INNER_PRODUCT)  # does not copy the keys
-        return _search_arrays(search, features, k)
 
     @property
     def _name(self) -> str:
@@ -315,8 +291,8 @@ class GpuCopy:
     GPUs. If the search has to run on the CPU, a warning is logged once.
     """
 
-    def __init__(self, index: Callable[[], FaissIndex], device: str, half: bool) -> None:
-        self._index_on_cpu, self._half = index, half
+    def __init__(self, index: FaissIndex, device: str, half: bool) -> None:
+        self._index, self._half = index, half
         self._wanted, self._number = device != "cpu" and torch.cuda.is_available(), device.partition(":")[2]
         self._tried, self._held = False, None
 
@@ -350,7 +326,7 @@ class GpuCopy:
         # A copy that has transforms or is spread over several GPUs only accepts arrays. Such a copy has no getDevice.
         if features.is_cpu or getattr(copied, "getDevice", lambda: None)() != features.device.index:
             with _GPU:
-                return _search_arrays(copied.search, features, k)
+                return search_arrays(copied.search, features, k)
         importlib.import_module("faiss.contrib.torch_utils")  # after this import, FAISS accepts tensors
         with _GPU, torch.cuda.device(features.device):  # FAISS uses the stream of the current device
             found: tuple[Tensor, Tensor] = copied.search(features.contiguous(), k)
@@ -358,7 +334,7 @@ class GpuCopy:
 
     def _copy(self) -> FaissIndex:
         """Create the copy. Raises RuntimeError if this is not possible."""
-        number, index = int(self._number or torch.cuda.current_device()), self._index_on_cpu()
+        number, index = int(self._number or torch.cuda.current_device()), self._index
         size, room = _bytes_on_gpu(index, self._half), int(torch.cuda.mem_get_info(number)[0]) // 2
         if _is_one_of(FLAT, index) and size <= room:
             return Product.of(index, f"cuda:{number}", self._half)
@@ -446,9 +422,10 @@ def _filled(index: FaissIndex, keys: KeyArray) -> FaissIndex:
     return index
 
 
-def _search_arrays(
+def search_arrays(
     search: Callable[..., tuple[FloatArray, IntArray]], features: Tensor, k: int
 ) -> tuple[Tensor, Tensor]:
+    """Call a search of FAISS, which takes and returns arrays."""
     affinity, rows = search(np.ascontiguousarray(features.cpu().numpy(), dtype=np.float32), k=k)
     return torch.from_numpy(affinity), torch.from_numpy(rows)
 
