@@ -37,7 +37,6 @@ from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.retrieval.rows import ArrayRows
 from retrieval_tip.settings import Recipe
 from retrieval_tip.store.files import check_name
-from retrieval_tip.store.labels import images_of
 
 log = logging.getLogger(__name__)
 
@@ -294,7 +293,7 @@ def _compared(index: Index, material: _Material, recipe: Recipe) -> tuple[Compar
     A quarter of each class is held out at a time, until :data:`HELD_OUT` shots have been evaluated. Both return values
     are ``None`` if no class has two photos.
     """
-    folds = Folds.of(index).with_shots(images_of(index.labels), FOLDS, HELD_OUT)
+    folds = Folds.of(index).with_shots(FOLDS, HELD_OUT)
     sources = np.array(index.labels["source"].to_pylist(), dtype=object)
     right, n, seconds, tuned = [0, 0], 0, 0.0, None
     for held in folds.held:

@@ -21,7 +21,7 @@ from retrieval_tip.evaluation.audit import AUDITED
 from retrieval_tip.evaluation.audit import audit as audited
 from retrieval_tip.evaluation.projection import Method, Projection, methods, projected
 from retrieval_tip.evaluation.projection import exemplars as typical_keys
-from retrieval_tip.fit.closed_form import ShotEstimate, estimate
+from retrieval_tip.fit.closed_form import estimate
 from retrieval_tip.labelling.groups import group, threshold_of
 from retrieval_tip.labelling.labels import ASK, guesses
 from retrieval_tip.labelling.photos import Pool
@@ -217,10 +217,10 @@ async def accuracy(service: TheService, version: Now) -> schemas.Accuracy:
     Each fold of the shots is classified with the shots of the other folds. If the index is too large, the result is
     null.
     """
-    found: ShotEstimate = {}
-    if version.index.n <= service.limits.estimated:
-        found = await service.once(version, "accuracy", lambda: estimate(version.index.in_memory()))
-    return schemas.Accuracy(version=version.manifest.version, **found)
+    if version.index.n > service.limits.estimated:
+        return schemas.Accuracy(version=version.manifest.version)
+    found = await service.once(version, "accuracy", lambda: estimate(version.index.in_memory()))
+    return schemas.Accuracy(version=version.manifest.version, **vars(found))
 
 
 @reads.get("/indexes/{name}/history", response_model=list[schemas.PastVersion])
