@@ -30,8 +30,6 @@ from retrieval_tip.store.versions import Writer
 
 FRESH_PAIRS = 1 << 26
 """Maximum number of affinities to compute when new keys are checked for duplicates."""
-EFFORT = 16
-"""Number of lists to probe for nearly identical keys."""
 
 
 class Rows(ABC):
@@ -267,11 +265,9 @@ class ArrayRows(Rows):
 
     def duplicates_of(self, key_ids: Sequence[int], keys: KeyStream) -> Duplicates:
         fresh = np.flatnonzero(np.isin(self.key_ids, key_ids))
-        if self.points is not None or self.index is None or self.index.by_class:
-            # an exact or class-wise index would compare each new key with too many keys
-            return duplicates(self.keys, self.labels, fresh, budget=FRESH_PAIRS)
-        with self.index.limited(EFFORT):
-            return duplicates(self.keys, self.labels, fresh, budget=FRESH_PAIRS, search=keys.nearest)
+        exact = self.points is not None or self.index is None or self.index.by_class  # which compares too many keys
+        search = None if exact else keys.nearest
+        return duplicates(self.keys, self.labels, fresh, budget=FRESH_PAIRS, search=search)
 
     def order(self) -> IntArray:
         """Return the row numbers sorted by class and key id. This is the order of a newly built index."""

@@ -230,17 +230,6 @@ class VectorIndex:
             setattr(*place, value)
         self._gpu.probe(value)
 
-    @contextmanager
-    def limited(self, effort: int) -> Iterator[None]:
-        """Limit :attr:`effort` inside the context. The saved index does not change."""
-        before, path = self.effort, self.path
-        self.effort = None if before is None else min(before, effort)
-        try:
-            yield
-        finally:
-            self.effort = before
-            self.path = path
-
     @property
     def effort_limit(self) -> int | None:
         """The largest useful :attr:`effort`, or ``None`` if the index has no such setting."""
