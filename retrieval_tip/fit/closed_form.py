@@ -47,7 +47,7 @@ from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.ridge import MOST_SOLVED
 from retrieval_tip.retrieval.rows import ArrayRows
 from retrieval_tip.retrieval.sets import Scores
-from retrieval_tip.retrieval.vector_index import inner_factory
+from retrieval_tip.retrieval.vector_index import BY_CLASS
 from retrieval_tip.settings import ClassPrior, MetricName, Settings, ValuesName, check_choice
 from retrieval_tip.store.labels import PICKED, RANDOM
 
@@ -253,7 +253,7 @@ def fit(
     """
     asked = asked or Fit()
     longest = _longest(index)
-    by_class = inner_factory(factory or index.index_type) is not None
+    by_class = (factory or index.index_type) == BY_CLASS
     forms = _forms(index, forms, asked.metric, asked.values, longest, by_class=by_class)
     if index.curve is not None:
         raise InputError("fit: the keys of this index were fine-tuned; fit the index before fine-tuning")

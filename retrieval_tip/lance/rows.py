@@ -43,7 +43,6 @@ from retrieval_tip.retrieval.evidence import Nearest
 from retrieval_tip.retrieval.inputs import KeysInPlace
 from retrieval_tip.retrieval.keys import SPREAD_CLASSES, SPREAD_KEYS, SPREAD_QUERIES, KeyStream, points_of
 from retrieval_tip.retrieval.rows import FRESH_PAIRS, ArrayRows, Rows
-from retrieval_tip.retrieval.vector_index import Product
 from retrieval_tip.settings import Dtype
 from retrieval_tip.store.address import Address
 from retrieval_tip.store.labels import LABEL_SCHEMA, shots_after, shots_of, with_column
@@ -224,9 +223,6 @@ class LanceKeys(KeyStream):
             every = Nearest.joined([best, Nearest(affinity, rows[place], ids[place])], dim=1)
             best = every.at(every.affinity.topk(min(k, every.affinity.shape[1]), dim=1).indices)
         return best
-
-    def _nearest_means(self, points: Tensor, number: int) -> Tensor:
-        return Product(self.means).search(points, number)[1]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -21,7 +21,7 @@ from retrieval_tip import tip
 from retrieval_tip.errors import InputError, warn_once
 from retrieval_tip.retrieval.evidence import Nearest
 from retrieval_tip.retrieval.inputs import FloatArray, IntArray, KeyArray
-from retrieval_tip.retrieval.vector_index import Product, VectorIndex, auto_factory, faiss, inner_factory, search_arrays
+from retrieval_tip.retrieval.vector_index import BY_CLASS, Product, VectorIndex, auto_factory, faiss, search_arrays
 
 QUERY_BLOCK, KEY_BLOCK = 512, 2048
 """Maximum number of queries and keys in a block of affinities. A block takes 4 MiB, which fits in the CPU cache."""
@@ -64,15 +64,10 @@ def auto_for(shape: tuple[int, int], dtype: npt.DTypeLike, n_classes: int, devic
 def index_over(keys: KeyArray, class_ids: IntArray, n_classes: int, factory: str, device: str = "auto") -> VectorIndex:
     """Build a FAISS index over keys that are grouped by class. If the factory is ``Classes``, index the class means.
 
-    Class means are searched with four times the usual effort, because if the search misses a class, all its keys are
-    lost. Raises the same errors as :meth:`VectorIndex.build`.
+    Raises the same errors as :meth:`VectorIndex.build`.
     """
-    if inner_factory(factory) is None:
-        return VectorIndex.build(keys, factory, device)
-    index = VectorIndex.build(Keys(keys, class_ids, n_classes).means.numpy(), factory, device)
-    if index.effort is not None and index.effort_limit is not None:
-        index.effort = min(4 * index.effort, index.effort_limit)
-    return index
+    vectors = Keys(keys, class_ids, n_classes).means.numpy() if factory == BY_CLASS else keys
+    return VectorIndex.build(vectors, factory, device)
 
 
 def own_affinity(features: Tensor, rows: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:
@@ -185,10 +180,6 @@ class KeyStream(ABC):
     def nearest(self, points: Tensor, k: int) -> Nearest:
         """Find the ``k`` nearest keys of each query. Affinities are exact, even if the index is compressed."""
 
-    def _nearest_means(self, points: Tensor, number: int) -> Tensor:
-        """Return the ``number`` classes whose means are nearest to each query. The id -1 stands for no class."""
-        raise NotImplementedError
-
     def nearest_by_class(self, points: Tensor, k: int) -> Nearest:
         """Find the ``k`` nearest keys of each query among the classes with the nearest means.
 
@@ -196,10 +187,10 @@ class KeyStream(ABC):
         """
         k = min(k, self.n)
         number = min(self.n_classes, max(8, round(4 * k / self.mean_count)))
-        near = self._nearest_means(points, number)
-        while number < self.n_classes and (self.counts[near.clamp_min(0)].where(near >= 0, 0).sum(1) < k).any():
+        near = Product(self.means).search(points, number)[1]
+        while number < self.n_classes and (self.counts[near].sum(1) < k).any():
             number = min(self.n_classes, 4 * number)
-            near = self._nearest_means(points, number)
+            near = Product(self.means).search(points, number)[1]
         return self.nearest_of_classes(points, near, k)
 
     def nearest_of_classes(self, points: Tensor, classes: Tensor, k: int) -> Nearest:
@@ -326,7 +317,7 @@ class Keys(KeyStream):
         if index is not None:
             self.index, self.index_type = index, index.factory
             self.by_class, self.exact_search = index.by_class, index.exact_search
-            means = index.vectors if index.by_class and index.exact_affinity else None
+            means = index.vectors if index.by_class else None
             if index.n != (n_classes if index.by_class else len(array)):
                 raise InputError(f"index: has {index.n} vectors for {len(array)} keys of {n_classes} classes")
         counts = np.bincount(class_ids, minlength=n_classes)
@@ -379,9 +370,6 @@ class Keys(KeyStream):
             return self.described(*search_arrays(search, points, int(min(k, self.n))))
         affinity, rows = self.index.search_tensor(points, k)
         return self.described(affinity if self.index.exact_affinity else self.affinity(points, rows), rows)
-
-    def _nearest_means(self, points: Tensor, number: int) -> Tensor:
-        return self.index.search_tensor(points, number)[1]
 
     def described(self, affinity: Tensor, rows: Tensor) -> Nearest:
         empty = rows < 0

@@ -40,7 +40,7 @@ TRAINING_PER_LIST = 256
 """Number of training keys per list of a clustered index. FAISS does not use more."""
 
 BY_CLASS = "Classes"
-"""Factory of an index over class means. You can append a comma and a FAISS factory, which is used for the means."""
+"""Factory of an index over class means."""
 
 MOST_LINKS = 1024
 """Maximum number of links per key of a graph index."""
@@ -66,12 +66,6 @@ _FACTORY = re.compile(
 ``Refine(IVF4,Flat)`` crashes the process, ``NSG16`` never finishes if keys are repeated, ``PCA7,OPQ60_300,Flat``
 writes out of bounds, ``RQ2x24`` takes gigabytes, and ``SQ8_direct`` expects vectors of bytes.
 """
-
-
-def inner_factory(factory: str) -> str | None:
-    """Return the FAISS factory for class means, which defaults to ``Flat``. For an index over keys, return ``None``."""
-    name, _, rest = factory.partition(",")
-    return (rest or "Flat") if name == BY_CLASS else None
 
 
 def auto_factory(n: int, c: int) -> tuple[str, int | None]:
@@ -126,7 +120,7 @@ class VectorIndex:
         self._cpu, self.n, self.d = index, int(index.ntotal), int(index.d)
         self.trained = self.n if trained is None else trained
         self.factory, self.path = factory, path
-        self.by_class = inner_factory(factory) is not None
+        self.by_class = factory == BY_CLASS
         self._device, self._half = device, half
         self._gpu = GpuCopy(index, device, half)
 
@@ -141,7 +135,7 @@ class VectorIndex:
         train the index.
         """
         n, d = keys.shape
-        inner = inner_factory(factory) or factory
+        inner = FLAT_FACTORY if factory == BY_CLASS else factory
         if problem := _factory_problem(inner, n, d):
             raise UsageError(f"index {factory if len(factory) <= 80 else factory[:80] + '...'!r}: {problem}")
         with _usage_errors(factory):
