@@ -27,7 +27,7 @@ from retrieval_tip.evaluation.held_out import held_out_probabilities
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.closed_form import Fit, ShotEstimate
 from retrieval_tip.fit.folds import Folds, Queries, blend, ranks_within, robust_blend
-from retrieval_tip.fit.forms import DEFAULT_FORM, FORMS, ONE_SHOT, Form, Scatter, Solved, Within
+from retrieval_tip.fit.forms import DEFAULT_FORM, FORMS, ONE_SHOT, Form, Scatter, Within
 from retrieval_tip.fit.scatter import FewScatter, dimensions, known_prior, pooled
 from retrieval_tip.index import places as stores
 from retrieval_tip.retrieval import ridge
@@ -66,8 +66,8 @@ def dense(cache, queries, form, fitted_to=None, class_prior="even", bonus=0.0):
         transform = np.linalg.inv(np.linalg.cholesky(s)).T
         keys, q = unit((keys - centre) @ transform), unit((q - centre) @ transform)
     values = None
-    if form.values is not None:
-        ridges = form.values.ridge * (counts / counts[some].mean() if class_prior == "even" else counts**0)
+    if form.ridge is not None:
+        ridges = form.ridge * (counts / counts[some].mean() if class_prior == "even" else counts**0)
         values = solved(keys, ids, c, form.beta, ridges[ids])
         values[:, ~some] = values[:, some].mean(1, keepdims=True) + bonus / len(keys)
     text = cache.settings.logit_scale * affinity(queries, cache.text_weights)
@@ -75,9 +75,9 @@ def dense(cache, queries, form, fitted_to=None, class_prior="even", bonus=0.0):
 
 
 SOME = [
-    Form(Within(0.8), Solved(0.1), 1.0),
+    Form(Within(0.8), 0.1, 1.0),
     Form(Within(0.5), None, 4.0),
-    Form(None, Solved(0.3), 2.0),
+    Form(None, 0.3, 2.0),
     Form(None, None, 5.5),
 ]
 
@@ -101,7 +101,7 @@ def test_logits_match_the_definition(form, case, where, tmp_path):
     keys, ids = uneven_clusters(counts, d=d)
     cache = Index.from_features(keys, ids, NAMES, text_of(d=d), device="cpu")
     closed_form.fit(cache, Fit(class_prior=class_prior), forms=[form])
-    assert (cache.fitted.bonus > 0) == (case == "a class without shots" and form.values is not None)
+    assert (cache.fitted.bonus > 0) == (case == "a class without shots" and form.ridge is not None)
     if where is not None:
         place = stores.at(f"{where}{tmp_path / 'index'}")
         place.copy_from(cache, "save")
@@ -120,7 +120,7 @@ def check_definition(cache, form, fitted_to, class_prior, d):
     queries, _ = clusters(4, seed=5, d=d)
     text, alone, points = dense(cache, queries, form, fitted_to, class_prior, cache.fitted.bonus)
     if cache.settings.log_offset is not None:
-        assert form.values is not None
+        assert form.ridge is not None
         alone = np.log1p(np.maximum(alone, 0) / cache.settings.log_offset)
     own_text, own_cache = (part.numpy() for part in parts_of(cache, queries))
     np.testing.assert_allclose(own_text, text, atol=1e-4)
@@ -513,8 +513,8 @@ def test_one_hot_values_are_not_chosen_for_uneven_shots():
     cache = Index.from_features(*uneven_clusters((3, 4, 5, 8, 16)), NAMES, text_of())
     choice = closed_form.fit(cache)
     assert choice.trials
-    assert all(form.values is not None for form, _ in choice.trials)
-    assert closed_form.fit(cache, Fit(values="one-hot")).form.values is None
+    assert all(form.ridge is not None for form, _ in choice.trials)
+    assert closed_form.fit(cache, Fit(values="one-hot")).form.ridge is None
 
 
 @needs_real
@@ -555,7 +555,7 @@ class Diagonal(Within):
 
 def test_a_new_form_takes_one_class_and_one_entry(tmp_path):
     """The form is fitted, judged and stored. A stored index works even without the entry."""
-    cache, form = model(shots=12, text=False), Form(Diagonal(0.1), Solved(0.1), 1.0)
+    cache, form = model(shots=12, text=False), Form(Diagonal(0.1), 0.1, 1.0)
     queries, truth = clusters(40, seed=7)
     before = (cache.logits(queries).argmax(1).numpy() == truth).mean()
     FORMS.insert(0, form)
@@ -588,7 +588,7 @@ def test_the_metric_is_chosen_if_it_helps():
     assert abs(choice.both - after) < 0.2
     assert cache.fitted.metric == "within"
     assert cache.fitted.keys == cache.n
-    assert [form for form, _ in choice.trials] == [form for form in FORMS if form.values is not None]
+    assert [form for form, _ in choice.trials] == [form for form in FORMS if form.ridge is not None]
 
 
 def test_unhelpful_text_does_not_reduce_the_accuracy():

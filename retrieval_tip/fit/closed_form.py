@@ -406,7 +406,7 @@ def _forms(
     grown = longest**2 - 1
     forms = [form for form in forms if form.metric is not None or form.beta * grown <= GROWN]
     if values is None:  # one-hot values are only needed if a query uses some of the keys
-        forms = [form for form in forms if form.values is not None] or forms
+        forms = [form for form in forms if form.ridge is not None] or forms
     if not forms:
         raise InputError(f"metric none: keys have norms up to {longest:.4g} instead of 1; give norms unit")
     return forms
@@ -449,15 +449,15 @@ def _settings_of(index: Index, form: Form, folds: Folds) -> tuple[Form, Settings
 
     Also return accuracies, and the rows of :class:`sets.Scores`.
     """
-    settings, form = index.settings, form.with_bonus(0.0)
+    settings, form = index.settings, replace(form, bonus=0.0)
     (text, cache, third), ids, w = folds.terms(form), folds.ids_held, folds.weights
-    offsets = OFFSETS if form.values is not None and not folds.held_of("classes").any() else (None,)
+    offsets = OFFSETS if form.ridge is not None and not folds.held_of("classes").any() else (None,)
     offsets = [offset for offset in offsets if offset is not None or not folds.halves] or offsets
     blends = [(blend(text, tip.log_cache(cache.clone(), offset), third, ids, w), offset) for offset in offsets]
     blended, offset = min(blends, key=lambda pair: pair[0].loss)
     blended = robust_blend(blended, text, tip.log_cache(cache.clone(), offset), third, ids)
     if third is not None and folds.covered < 1:
-        form = form.with_bonus(blended.g / blended.b)
+        form = replace(form, bonus=blended.g / blended.b)
         cache, third, blended = cache + form.bonus * third, None, replace(blended, g=0.0)
     least: float | None = None
     if not folds.halves:
@@ -525,7 +525,7 @@ def _strongest(cache: Tensor, folds: Folds, form: Form) -> Tensor:
     counts, ratio = folds.counts, folds.growth
     fewer, own = (part.gather(1, folds.ids_held[:, None])[:, 0] for part in (counts, cache))
     most = cache.masked_fill(counts == 0, -torch.inf).amax(1)
-    if form.values is None:
+    if form.ridge is None:
         return most * ratio
     own = own * ratio / (1 + (ratio - 1) * own[fewer > 0].mean().clamp(0, 1))
     return torch.where(fewer > 0, torch.maximum(most, own), most)
@@ -555,7 +555,7 @@ def _settings_without_folds(index: Index, forms: Sequence[Form], folds: Folds) -
     the discriminant is used as well (see :data:`PRIOR_ALPHA` and :data:`PRIOR_ALONE`).
     """
     covered = folds.covered
-    if all(form.values is None for form in forms):
+    if all(form.ridge is None for form in forms):
         alpha, beta = untouched_settings(index.keys, index.class_ids.cpu().numpy())
         alpha *= covered
         return Form(None, None, beta), replace(index.settings.unfitted(), alpha=alpha, beta=beta, temperature=1.0)

@@ -25,7 +25,7 @@ from retrieval_tip.model import Index
 from retrieval_tip.retrieval.inputs import KeysInPlace, StoredKeys, scale_of
 from retrieval_tip.retrieval.keys import KEY_BLOCK, QUERY_BLOCK
 from retrieval_tip.retrieval.logits import slices
-from retrieval_tip.retrieval.ridge import class_weights
+from retrieval_tip.retrieval.ridge import Ridge, class_weights
 from retrieval_tip.retrieval.rows import ArrayRows
 from retrieval_tip.settings import ClassPrior, Settings
 from retrieval_tip.store.labels import images_of
@@ -476,7 +476,7 @@ class Folds:
             photos, more = (torch.cat(parts) for parts in zip(*answers, strict=True))
             features, words = torch.cat([held.features for held in self.held]), self.words
             text = None if words is None else tip.affinity(features, words)
-            fits_bonus = form.values is not None and bool(self.held_of("classes").any())
+            fits_bonus = form.ridge is not None and bool(self.held_of("classes").any())
             self._terms[form] = text, photos, more if self.covered == 1 or fits_bonus else None
         text, cache, third = self._terms[form]
         return text, cache.clone(), third
@@ -516,11 +516,12 @@ class Folds:
             if fold not in self._scatters:
                 self._scatters[fold] = self.scatter(rows)
             metric = form.metric.fit(self._scatters[fold])
-        if form.values is None:
+        if form.ridge is None:
             return metric, None, None
         keys, ids = self.taken(rows)
         points = keys if metric is None else metric(keys)
-        return metric, form.values.fit(points, ids, self.c, form.beta, self.class_prior), points
+        ridge = Ridge(self.c, form.beta, form.ridge, "cpu", self.class_prior, form.bonus)
+        return metric, ridge.values(points, ids), points
 
     def _answers(self, form: Form, held: Held, fold: int) -> tuple[Tensor, Tensor]:
         """Return the cache logits and the third term of held-out photos, from an index over the other keys."""
