@@ -21,7 +21,7 @@ from retrieval_tip import tip
 from retrieval_tip.errors import InputError, warn_once
 from retrieval_tip.retrieval.evidence import Nearest
 from retrieval_tip.retrieval.inputs import FloatArray, IntArray, KeyArray
-from retrieval_tip.retrieval.vector_index import BY_CLASS, Product, VectorIndex, auto_factory, faiss, search_arrays
+from retrieval_tip.retrieval.vector_index import BY_CLASS, VectorIndex, auto_factory, exact_search, faiss, search_arrays
 
 QUERY_BLOCK, KEY_BLOCK = 512, 2048
 """Maximum number of queries and keys in a block of affinities. A block takes 4 MiB, which fits in the CPU cache."""
@@ -187,10 +187,10 @@ class KeyStream(ABC):
         """
         k = min(k, self.n)
         number = min(self.n_classes, max(8, round(4 * k / self.mean_count)))
-        near = Product(self.means).search(points, number)[1]
+        near = exact_search(self.means, points, number)[1]
         while number < self.n_classes and (self.counts[near].sum(1) < k).any():
             number = min(self.n_classes, 4 * number)
-            near = Product(self.means).search(points, number)[1]
+            near = exact_search(self.means, points, number)[1]
         return self.nearest_of_classes(points, near, k)
 
     def nearest_of_classes(self, points: Tensor, classes: Tensor, k: int) -> Nearest:
@@ -362,7 +362,7 @@ class Keys(KeyStream):
     def nearest(self, points: Tensor, k: int) -> Nearest:
         """On a GPU, all keys are compared, unless the index is approximate."""
         if (self.exact_search or self.by_class) and self.device != "cpu" and not self.held.is_cpu:
-            return self.described(*Product(self.held).search(points, min(k, self.n)))
+            return self.described(*exact_search(self.held, points, min(k, self.n)))
         if self.by_class:
             return self.nearest_by_class(points, k)
         if self.exact_search and self.device == "cpu" and self.array.dtype == np.float32:  # without a copy of the keys

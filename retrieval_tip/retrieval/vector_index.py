@@ -51,8 +51,7 @@ ADDED = 65536
 FLAT_FACTORY = "Flat"
 """Factory of an exact index, which has no file, since it searches the keys themselves."""
 
-FLAT = ("IndexFlat", "IndexFlatIP")
-UNCOMPRESSED = (*FLAT, "IndexIVFFlat", "IndexHNSWFlat", "IndexNSGFlat")
+UNCOMPRESSED = ("IndexFlat", "IndexFlatIP", "IndexIVFFlat", "IndexHNSWFlat", "IndexNSGFlat")
 """FAISS classes that store vectors without compression."""
 
 _SCALARS = "SQ(4|6|8|fp16|bf16)"
@@ -205,7 +204,7 @@ class VectorIndex:
     @property
     def exact_affinity(self) -> bool:
         """Whether a search returns exact affinities. This is the case if the vectors are not compressed."""
-        return _is_one_of(UNCOMPRESSED, self._cpu)
+        return _is_uncompressed(self._cpu)
 
     @property
     def effort(self) -> int | None:
@@ -269,9 +268,8 @@ class VectorIndex:
 class GpuCopy:
     """A copy of a FAISS index on a GPU, which is created on the first search.
 
-    If the index is ``Flat``, only its vectors are copied, and torch is used for the search. Other types are cloned by
-    FAISS. If the index is too large for a single GPU and ``device`` does not select one, the index is spread over all
-    GPUs. If the search has to run on the CPU, a warning is logged once.
+    If the index is too large for a single GPU and ``device`` does not select one, the index is spread over all GPUs. If
+    the search has to run on the CPU, a warning is logged once.
     """
 
     def __init__(self, index: FaissIndex, device: str, half: bool) -> None:
@@ -295,14 +293,14 @@ class GpuCopy:
     def probe(self, lists: int) -> None:
         """Set the number of lists to probe, which is limited to :data:`GPU_MAX_K`."""
         with _GPU:
-            if self._held is not None and not isinstance(self._held, Product):
+            if self._held is not None:
                 faiss().GpuParameterSpace().set_index_parameter(self._held, "nprobe", min(lists, GPU_MAX_K))
 
     def search(self, features: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
         """Return the affinities and rows of the nearest vectors, or ``None`` if the search must run on the CPU."""
         copied = self.get()
-        if copied is None or isinstance(copied, Product):
-            return None if copied is None else copied.search(features, k)
+        if copied is None:
+            return None
         if k > GPU_MAX_K:
             warn_once(f"FAISS finds at most {GPU_MAX_K:,} keys on a GPU; larger searches run on the CPU")
             return None
@@ -318,9 +316,7 @@ class GpuCopy:
     def _copy(self) -> FaissIndex:
         """Create the copy. Raises RuntimeError if this is not possible."""
         number, index = int(self._number or torch.cuda.current_device()), self._index
-        size, room = _bytes_on_gpu(index, self._half), int(torch.cuda.mem_get_info(number)[0]) // 2
-        if _is_one_of(FLAT, index) and size <= room:
-            return Product.of(index, f"cuda:{number}", self._half)
+        size, room = _bytes_on_gpu(index), int(torch.cuda.mem_get_info(number)[0]) // 2
         gpus = int(faiss().get_num_gpus())
         if not gpus:
             raise RuntimeError("FAISS finds no GPU, but torch does (see retrieval-tip doctor)")
@@ -333,7 +329,7 @@ class GpuCopy:
     def _clone(self, index: FaissIndex, clone: Callable[[object], FaissIndex], shard: bool = False) -> FaissIndex:
         """Clone the index with FAISS."""
         options = faiss().GpuMultipleClonerOptions()
-        options.useFloat16 = self._half and not _is_one_of(UNCOMPRESSED, index)  # float16 also rounds the queries
+        options.useFloat16 = self._half and not _is_uncompressed(index)  # float16 also rounds the queries
         options.use_cuvs = "CUVS" in faiss().get_compile_options().upper()
         options.shard = shard
         cut = [(part, lists) for part in _inner(index) if (lists := getattr(part, "nprobe", 0)) > GPU_MAX_K]
@@ -347,42 +343,27 @@ class GpuCopy:
                 part.nprobe = lists
 
 
-class Product:
-    """An exact search on a GPU."""
+def exact_search(vectors: Tensor, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the affinities of the ``k`` nearest vectors of each query, largest first, and their rows, by torch.
 
-    def __init__(self, vectors: Tensor) -> None:
-        self.vectors = vectors
+    The vectors are on a GPU, or there are few. The products are computed in float32, even if the vectors are float16.
+    """
+    parts = [_nearest(vectors, part, k) for part in features.split(QUERIES)]
+    affinity, rows = zip(*parts, strict=True)
+    return torch.cat(affinity), torch.cat(rows)
 
-    @classmethod
-    def of(cls, index: FaissIndex, device: str, half: bool) -> Product:
-        """Create a search by copying the vectors of a flat FAISS index to ``device``."""
-        n, d = int(index.ntotal), int(index.d)
-        vectors = torch.empty(n, d, dtype=torch.float16 if half else torch.float32, device=device)
-        for start in range(0, n, 65536):
-            part = vectors[start : start + 65536]
-            part.copy_(torch.as_tensor(index.reconstruct_n(start, len(part))))
-        return cls(vectors)
 
-    def search(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Return the affinities of the ``k`` nearest vectors, largest first, and their rows, as tensors on the GPU.
-
-        The products are computed in float32, even if the vectors are float16.
-        """
-        parts = [self._nearest(part, k) for part in features.to(self.vectors.device).split(QUERIES)]
-        affinity, rows = zip(*parts, strict=True)
-        return torch.cat(affinity), torch.cat(rows)
-
-    def _nearest(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        affinity, rows = features.new_empty(len(features), 0), features.new_empty(len(features), 0, dtype=torch.int64)
-        step = max(1, PRODUCTS // max(features.shape))
-        for start in range(0, len(self.vectors), step):
-            block = self.vectors[start : start + step]
-            near, place = tip.affinity(features, block.float()).topk(min(k, len(block)), dim=1)
-            affinity, rows = torch.cat([affinity, near], dim=1), torch.cat([rows, place + start], dim=1)
-            if affinity.shape[1] > k:
-                affinity, place = affinity.topk(k, dim=1)
-                rows = rows.gather(1, place)
-        return affinity, rows
+def _nearest(vectors: Tensor, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    affinity, rows = features.new_empty(len(features), 0), features.new_empty(len(features), 0, dtype=torch.int64)
+    step = max(1, PRODUCTS // max(features.shape))
+    for start in range(0, len(vectors), step):
+        block = vectors[start : start + step]
+        near, place = tip.affinity(features, block.float()).topk(min(k, len(block)), dim=1)
+        affinity, rows = torch.cat([affinity, near], dim=1), torch.cat([rows, place + start], dim=1)
+        if start:
+            affinity, place = affinity.topk(min(k, affinity.shape[1]), dim=1)
+            rows = rows.gather(1, place)
+    return affinity, rows
 
 
 @cache
@@ -413,13 +394,11 @@ def search_arrays(
     return torch.from_numpy(affinity), torch.from_numpy(rows)
 
 
-def _is_one_of(kinds: tuple[str, ...], index: FaissIndex) -> bool:
-    return type(faiss().downcast_index(index)).__name__ in kinds
+def _is_uncompressed(index: FaissIndex) -> bool:
+    return type(faiss().downcast_index(index)).__name__ in UNCOMPRESSED
 
 
-def _bytes_on_gpu(index: FaissIndex, half: bool) -> int:
-    if _is_one_of(FLAT, index):
-        return int(index.ntotal) * int(index.d) * (2 if half else 4)
+def _bytes_on_gpu(index: FaissIndex) -> int:
     codes = [int(part.code_size) for part in _inner(index) if hasattr(part, "code_size")]
     return int(index.ntotal) * ((codes[-1] if codes else 4 * int(index.d)) + 8)
 
