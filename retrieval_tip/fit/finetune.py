@@ -422,20 +422,18 @@ class _Run:
             bar.update()
             bar.set_postfix(loss=f"{loss / seen:.3f}", accuracy=f"{right / seen:.3f}", epoch=epoch)
             if not math.isfinite(mean):
-                self.collapsed = f"the loss is not finite in epoch {epoch}"
                 break
-        if self.collapsed is None and not math.isfinite(self.trainer.evaluate(queries, ids)[0]):
-            self.collapsed = f"the loss is not finite after epoch {epoch}"
-        self._record(loss / max(seen, 1), right / max(seen, 1))
+        finite = math.isfinite(mean) and math.isfinite(self.trainer.evaluate(queries, ids)[0])
+        self._record(loss / seen, right / seen, finite=finite)
 
-    def _record(self, loss: float, accuracy: float) -> None:
+    def _record(self, loss: float, accuracy: float, *, finite: bool = True) -> None:
         epoch, queries = len(self.curve), self.material.queries
         row: dict[str, float] = {"epoch": epoch, "loss": loss, "accuracy": accuracy}
-        row["val_loss"], row["val_accuracy"] = self._validate() if self.collapsed is None else (math.nan, math.nan)
+        row["val_loss"], row["val_accuracy"] = self._validate() if finite else (math.nan, math.nan)
         row["seconds"] = time.monotonic() - self.began
         self.curve.append(row)
-        if epoch and queries is not None and not math.isfinite(row["val_loss"]):
-            self.collapsed = self.collapsed or f"the validation loss is not finite after epoch {epoch}"
+        if not finite or (epoch and queries is not None and not math.isfinite(row["val_loss"])):
+            self.collapsed = f"the loss is not finite in epoch {epoch}"
         best = max(row["val_accuracy"] for row in self.curve)
         error = 0.0 if queries is None else math.sqrt(best * (1 - best) / len(queries.ids))  # a standard error
         if self.collapsed is None and (queries is None or row["val_accuracy"] >= best - error):
