@@ -300,7 +300,7 @@ class OpenIndex:
         held_out = None if val is None else _opened(val, "val")
         shots = shots_of(index) if source is None else own_shots(index, _opened(source, "train"))
         temporary, place = _new_place(out)
-        tuned = finetune_into(place, index, shots, self.reader, recipe, val=held_out, parent=self._written())
+        tuned = finetune_into(place, index, shots, self.reader, recipe, val=held_out)
         self._use(places.at(place).load(device=self.index.device))
         if Path(place) != index.folder:
             self._temporary = temporary

@@ -619,7 +619,7 @@ def test_every_option_is_a_named_argument():
         (parameters(Classifier.relabel), changes.relabel, {"folder"}),
         (parameters(Classifier.rollback), changes.rollback, {"folder"}),
         (parameters(Classifier.fit), fit_index, {"folder", "validation", "reader"}),
-        (parameters(Classifier.finetune), finetune_into, {"out", "index", "shots", "reader", "parent"}),
+        (parameters(Classifier.finetune), finetune_into, {"out", "index", "shots", "reader"}),
         (parameters(Classifier.predict_proba), Classifier.predict, {"group_no_match"}),
         (parameters(Classifier.similar), Index.similar, {"self", "features"}),
         (parameters(Classifier.sort), sort_photos, {"index", "sources", "reader"}),

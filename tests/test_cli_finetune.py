@@ -60,7 +60,7 @@ def test_python_gives_the_result_of_the_command(run, place):
     cache = Index.load(place / "index", device="cpu")
     shots, val = (open_source(place / f"{name}.parquet") for name in ("views", "val"))
     recipe = Recipe(epochs=2, batch=16)
-    tuned = finetune_into(place / "again", cache, shots, Reader(), recipe, val=val, parent=str(place / "index"))
+    tuned = finetune_into(place / "again", cache, shots, Reader(), recipe, val=val)
     assert tuned.facts() | {"seconds": 0} == json.loads(result.stdout) | {"seconds": 0}
     one, other = (Index.load(place / name, device="cpu") for name in ("tuned", "again"))
     assert np.array_equal(one.keys, other.keys)

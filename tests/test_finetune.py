@@ -182,9 +182,7 @@ def test_the_result_can_be_saved_with_its_provenance(shots, val, tmp_path, train
     cache = Index.load(tmp_path / "parent", device="cpu")
     cache.settings = cache.settings.override(temperature=3.0)
     keys, text, before = np.array(cache.keys), cache.text_weights.clone(), cache.__dict__.copy()
-    tuned = finetune.finetune(
-        cache, shots, Reader(), Recipe(batch=16, train=train), val=val, parent=str(tmp_path / "parent")
-    )
+    tuned = finetune.finetune(cache, shots, Reader(), Recipe(batch=16, train=train), val=val)
     assert before.keys() <= cache.__dict__.keys()
     assert {name for name in before if before[name] is not cache.__dict__[name]} == set()
     assert np.array_equal(cache.keys, keys)

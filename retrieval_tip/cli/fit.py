@@ -14,7 +14,7 @@ from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import finish, print_result, say_fit, warn
 from retrieval_tip.cli.opening import reader_for, source_of, store_of
 from retrieval_tip.cli.options import SourceOptions
-from retrieval_tip.errors import UsageError, show
+from retrieval_tip.errors import UsageError
 from retrieval_tip.settings import TRAINED, Recipe
 
 
@@ -145,7 +145,7 @@ def finetune_command(
     unseen = None if val is None else source_of(val, replace(encoding, split=None), "val")
     sources = [shots] if unseen is None else [shots, unseen]
     with reader_for(index, sources, encoding) as reader:
-        tuned = finetune_into(out, index, shots, reader, recipe, val=unseen, parent=show(folder))
+        tuned = finetune_into(out, index, shots, reader, recipe, val=unseen)
     warn(tuned.choice.warnings if tuned.choice else ())
     print_result(tuned.facts(), as_json)
     finish(reader.skipped)

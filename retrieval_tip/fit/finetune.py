@@ -201,7 +201,7 @@ class Tuned:
 
 def finetune_into(
     out: str | os.PathLike[str], index: Index, shots: Source, reader: Reader, recipe: Recipe | None = None, *,
-    val: Source | Queries | None = None, parent: str = "",
+    val: Source | Queries | None = None,
 ) -> Tuned:  # fmt: skip
     """Fine-tune an index, and write the result into the folder ``out``, or a copy of the index if it is more accurate.
 
@@ -216,7 +216,7 @@ def finetune_into(
     if queries is None:
         compared, tuned = _compared(index, material, recipe)
     if tuned is None or compared is None or compared.helps:
-        tuned = _trained(index, material, recipe, parent)
+        tuned = _trained(index, material, recipe)
     if queries is not None and tuned.choice is not None:
         before = _right(index, queries.features, queries.ids) / len(queries.ids)
         compared = Comparison(before, tuned.choice.accuracy, len(queries.ids), queries.name)
@@ -236,7 +236,7 @@ def finetune_into(
 
 def finetune(
     index: Index, shots: Source, reader: Reader, recipe: Recipe | None = None, *,
-    val: Source | Queries | None = None, parent: str = "",
+    val: Source | Queries | None = None,
     on_epoch: Callable[[Mapping[str, float]], None] = lambda _: None,
 ) -> Tuned:  # fmt: skip
     """Train an index by minimising the cross-entropy of ``logit_scale f W^T + alpha C`` (paper, equation 6).
@@ -252,7 +252,6 @@ def finetune(
             of the best is kept. If no epoch is better than the untrained index, the untrained index is kept. A cautious
             search then selects alpha and beta. If ``val`` is not given, the last epoch is kept and the settings do not
             change.
-        parent: The name of the index, which is written to the record.
         on_epoch: A function that is called with each row of the curve, and once before training.
 
     Raises:
@@ -260,13 +259,13 @@ def finetune(
         InputError: if the shots or the validation images do not fit the index.
     """
     recipe = recipe or Recipe()
-    tuned = _trained(index, _Material.of(index, shots, reader, recipe, val), recipe, parent, on_epoch)
+    tuned = _trained(index, _Material.of(index, shots, reader, recipe, val), recipe, on_epoch)
     _warn(tuned)
     return tuned
 
 
 def _trained(
-    index: Index, material: _Material, recipe: Recipe, parent: str = "",
+    index: Index, material: _Material, recipe: Recipe,
     on_epoch: Callable[[Mapping[str, float]], None] = lambda _: None,
 ) -> Tuned:  # fmt: skip
     """Train Tip-Adapter over the keys of an index, with the recipe's alpha and beta."""
@@ -277,7 +276,7 @@ def _trained(
         check_memory(4 * queries * plain.n, f"batch {queries} x {plain.n} keys", "use a smaller batch")
     run = _Run(plain, material, recipe, on_epoch)
     run.train()
-    return run.result(parent)
+    return run.result()
 
 
 def _warn(tuned: Tuned) -> None:
@@ -447,13 +446,13 @@ class _Run:
         features, ids = (torch.from_numpy(part).to(self.index.device) for part in (queries.features, queries.ids))
         return self.trainer.evaluate(features, ids)
 
-    def result(self, parent: str) -> Tuned:
+    def result(self) -> Tuned:
         self.trainer.restore(self.kept)
         keys = self.trainer.keys.detach().cpu().numpy().astype(self.index.dtype)
         kept = {name: value for name, value in self.index.provenance.items() if name != "temperature"}
         queries, curve = self.material.queries, pa.Table.from_pylist(self.curve, schema=CURVE)
         record: dict[str, object] = {
-            "parent": parent, "parent_version": self.index.version, **asdict(self.recipe),
+            "parent": self.index.place, "parent_version": self.index.version, **asdict(self.recipe),
             "train": list(self.recipe.train), "alpha": self.index.settings.alpha, "beta": self.index.settings.beta,
             "epoch": self.kept_epoch, "collapsed": self.collapsed, "seconds": round(self.curve[-1]["seconds"], 3),
             "shots": self.material.source, "val": None if queries is None else queries.name,
