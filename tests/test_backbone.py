@@ -132,7 +132,7 @@ def test_a_loading_error_names_the_model_and_a_remedy(model, pretrained, kind, w
 
 
 def test_damaged_model_folders_are_named(tmp_path):
-    with pytest.raises(BackboneError, match=r"open_clip_config\.json: missing"):
+    with pytest.raises(BackboneError, match=r"open_clip_config\.json"):
         load_backbone(f"local-dir:{tmp_path}", device="cpu")
     folder = tiny(tmp_path / "model")
     (folder / "open_clip_model.safetensors").write_bytes(b"garbage")
@@ -359,7 +359,7 @@ def test_a_pickled_backbone_opens_its_model_again_on_first_use(image_weights, ti
 def test_a_pickled_backbone_names_a_model_that_is_gone_or_replaced(tmp_path, replaced):
     data = pickle.dumps(load_backbone(f"local-dir:{tiny(tmp_path / 'model', seed=7)}", device="cpu"))
     shutil.rmtree(tmp_path / "model")
-    words = "model: no such model folder"
+    words = r"model/open_clip_config\.json: "
     if replaced:
         tiny(tmp_path / "model", seed=8)
         words = "made with encoder local-dir:.*model .* but .* is in use"
