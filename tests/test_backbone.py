@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from tables import TINY, picture, some_pixels, tiny
 
 from retrieval_tip.backbones import catalogue, torch_backbone
-from retrieval_tip.backbones.base import Execution, Identity, unit
+from retrieval_tip.backbones.base import Identity, unit
 from retrieval_tip.backbones.loading import load_backbone
 from retrieval_tip.errors import BackboneError, InputError, UsageError
 
@@ -374,7 +374,7 @@ def test_a_backbone_pickled_on_a_gpu_runs_on_the_cpu_of_another_machine(tiny_fol
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     model = load_backbone(f"local-dir:{tiny_folder}", device="cpu")
     expected = model.encode_texts(["a cat"])
-    model._how = Execution("cuda", "float16")
+    model._device, model.precision = torch.device("cuda"), "float16"
     there = carried(model)
     assert (there._device.type, there.precision) == ("cpu", "float32")
     np.testing.assert_array_equal(there.encode_texts(["a cat"]), expected)

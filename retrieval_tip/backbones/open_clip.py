@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from retrieval_tip.backbones import catalogue
-from retrieval_tip.backbones.base import Execution, Identity, Preprocess
+from retrieval_tip.backbones.base import Identity, Preprocess, resolve_execution
 from retrieval_tip.backbones.known import Files
 from retrieval_tip.backbones.torch_backbone import Opened, TorchBackbone
 from retrieval_tip.errors import BackboneError, UsageError, install
@@ -164,7 +164,7 @@ def wrapped(model: Model, preprocess: Callable[[Image.Image], torch.Tensor], tok
     config = f"sha256:{hashlib.sha256(repr(model).encode()).hexdigest()}"
     identity = Identity("loaded", None, "", config, _preprocess_of(model))
     opened = Opened(model, preprocess, identity, None, partial(_same, tokenizer))
-    return TorchBackbone(opened, Execution(str(next(model.parameters()).device)).resolved())
+    return TorchBackbone(opened, *resolve_execution(str(next(model.parameters()).device)))
 
 
 def _same(tokenizer: Tokenizer) -> Tokenizer:
