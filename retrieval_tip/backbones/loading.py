@@ -72,9 +72,9 @@ def load_backbone(
         return _of(*recalled[0], *how, recalled[1])
     names = _from_anywhere(*named(*given))
     backbone = _of(*names, *how)
-    if lazy and backbone.files is not None:
+    if lazy:
         for own in {given, (backbone.identity.model, backbone.identity.pretrained)}:  # an index has these names
-            known.remember(*own, names, backbone.known, backbone.files)
+            known.remember(*own, names, backbone.known)
     return backbone
 
 

@@ -133,7 +133,7 @@ def _files(plan: _Plan) -> Files | None:
     own = catalogue.downloaded(plan.repository) if plan.repository else [Path(place)] if place else []
     names = [name for name in (text.get("hf_model_name"), folder or text.get("hf_tokenizer_name")) if name]
     others = itertools.chain(*([name] if Path(name).is_dir() else catalogue.downloaded(name) for name in names))
-    return Files(*own, *others) if own else None
+    return Files.of(*own, *others) if own else None
 
 
 def _preprocess_of(model: Model) -> Preprocess:

@@ -90,7 +90,7 @@ class TorchBackbone:
         opened = self._open_model()
         scale = 100.0 if opened.tokenizer is None else float(opened.model.logit_scale.exp())
         dim = opened.dim or int(self.encode_texts(["a"]).shape[1])
-        return Known(opened.identity, dim, scale, None if opened.files is None else opened.files.digest())
+        return Known(opened.identity, dim, scale, opened.files)
 
     def _open_model(self) -> Opened:
         with _OPENING:  # several decoding threads may need the model at the same time
@@ -149,12 +149,7 @@ class TorchBackbone:
     @property
     def text_key(self) -> str | None:
         """A digest of the files of the tokenizer and the model, or ``None`` if they are unknown."""
-        return self.known.digest
-
-    @property
-    def files(self) -> Files | None:
-        """The files that the model was loaded from, or ``None`` if they are unknown or the model is not loaded."""
-        return None if self._opened is None else self._opened.files
+        return None if self.known.files is None else self.known.files.digest
 
     @property
     def scope(self) -> str:
