@@ -389,14 +389,6 @@ def test_each_part_of_a_split_can_be_opened(tmp_path):
     refused(file, "no part 'validation'", "'train', 'val', 'test'", split="validation")
 
 
-def test_photos_to_classify_can_be_listed_in_a_file_of_labels(tmp_path):
-    """An input of any kind that is neither an image, a folder nor a pattern is opened as a source."""
-    file = split(tmp_path / "s.json", [["a.png", 0, "ant"]])
-    (tmp_path / "a.png").touch()
-    first, listed, last = open_inputs(["x.png", str(file), "y.png"])
-    assert (first.paths, listed.items, last.paths) == (("x.png",), open_items(file).items, ("y.png",))
-
-
 def test_the_image_folder_beside_a_split_is_found(tmp_path):
     touch(tmp_path, "wrong/readme.txt", "images/cat/1.png", "images/cat/2.png", ".hidden/x")
     file = split(tmp_path / "s.json", [["cat/1.png", 0, "cat"], ["cat/2.png", 0, "cat"]])

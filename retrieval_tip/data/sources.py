@@ -113,7 +113,7 @@ def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator
     """Open the inputs to classify, which can be images, folders, glob patterns, tables or object store URLs.
 
     Folders are searched recursively. ``-`` stands for the paths in ``stdin``. Consecutive images are combined into one
-    source. A path that does not exist is treated as an image. Inputs of any other kind are opened as a source.
+    source. A path that does not exist is treated as an image.
     """
     paths: list[str] = []
     waiting = list(arguments)[::-1]
@@ -123,8 +123,11 @@ def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator
             paths += [line for line in (line.rstrip("\r\n\0") for line in stdin) if line]
             continue
         kind = kind_of(argument)
-        if kind == "image":
-            paths.append(argument)
+        if kind in ("table", "bucket"):
+            if paths:
+                yield of_images(paths)
+                paths = []
+            yield open_items(argument)
         elif kind == "folder":
             paths += _images_in(Path(argument))
         elif kind == "pattern":
@@ -132,11 +135,10 @@ def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator
             if not files:
                 raise InputError(f"{show(argument)}: no file matches")
             waiting += files[::-1]
+        elif kind == "web address":
+            raise refusal(argument)
         else:
-            if paths:
-                yield of_images(paths)
-                paths = []
-            yield open_items(argument)
+            paths.append(argument)
     if paths:
         yield of_images(paths)
 

@@ -128,8 +128,7 @@ def sort_photos(
 def check_files(sources: Sequence[Source], what: str, advice: str) -> None:
     """Raise UsageError if some photos are not files."""
     for source in sources:
-        own = source.table is None and source.load is read_item
-        if not own or any(map(remote.is_remote, source.paths or ())):
+        if source.table is not None or any(map(remote.is_remote, source.paths or ())):
             raise UsageError(f"{what}: {source.name} has photos that are not files; {advice}")
 
 
