@@ -1069,18 +1069,10 @@ class Index(Editing):
             index = self if isinstance(self.rows, ArrayRows) else replace(self, rows=self.rows.written(writer))
             index.commit(writer, change)
 
-    def save_settings(self, folder: str | os.PathLike[str], change: str = "change settings") -> None:
-        """Write only the settings and the provenance, as a new version that shares all data files.
-
-        Later changes of the keys keep these settings (see :class:`settings.Fitted`). Raises StoreError if the folder
-        has changed since it was loaded.
-        """
-        with Versions(folder).write() as writer:
-            self._check_current(writer)
-            assert isinstance(self.stored, Stored)
-            self.fitted = None if self.fitted is None else replace(self.fitted, automatic=False)
-            contents = {kind: held for kind, held in self.stored.contents.items() if kind != "scores"}
-            self.commit(writer, change, contents)
+    def choose(self, settings: Settings) -> None:
+        """Replace the settings. Later changes of the keys keep them (see :class:`settings.Fitted`)."""
+        self.settings = settings
+        self.fitted = None if self.fitted is None else replace(self.fitted, automatic=False)
 
     def commit(self, writer: Writer, change: str, contents: Contents | None = None) -> None:
         """Write the files that have changed, and make this index the current version."""
