@@ -1069,10 +1069,14 @@ class Index(Editing):
             index = self if isinstance(self.rows, ArrayRows) else replace(self, rows=self.rows.written(writer))
             index.commit(writer, change)
 
-    def choose(self, settings: Settings) -> None:
-        """Replace the settings. Later changes of the keys keep them (see :class:`settings.Fitted`)."""
+    def choose(self, settings: Settings, *, as_fitted: bool = False) -> None:
+        """Replace the settings. Unless they are ``as_fitted``, later changes of the keys keep them.
+
+        See :class:`settings.Fitted`.
+        """
         self.settings = settings
-        self.fitted = None if self.fitted is None else replace(self.fitted, automatic=False)
+        if self.fitted is not None and not as_fitted:
+            self.fitted = replace(self.fitted, automatic=False)
 
     def commit(self, writer: Writer, change: str, contents: Contents | None = None) -> None:
         """Write the files that have changed, and make this index the current version."""

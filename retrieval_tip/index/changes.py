@@ -447,11 +447,7 @@ def configure(
             change.refit(own_beta)
         given = {"alpha": own_alpha, "beta": own_beta, "k": k, "tail": tail, "temperature": temperature}
         given = {name: value for name, value in given.items() if value is not None}
-        new = index.settings.override(**given)
-        if given.keys() <= {"k", "tail"}:
-            index.settings = new
-        else:
-            index.choose(new)
+        index.choose(index.settings.override(**given), as_fitted=given.keys() <= {"k", "tail"})
         if prompts:
             if weights.keys() != set(index.class_names):
                 raise StoreError(f"{folder}: its classes have changed in the meantime; try again")
