@@ -150,7 +150,7 @@ def test_added_photos_become_the_keys_of_a_build(run, pictures, lit_mini, tmp_pa
     assert answer[0]["label"] == "okapi"
 
 
-def test_add_uses_the_views_and_seed_of_the_index_unless_given(run, lit_mini, tmp_path):
+def test_add_uses_the_views_and_seed_of_the_index(run, lit_mini, tmp_path):
     photos = copy_photos(tmp_path / "photos", panda=range(2), pizza=range(2))
     built = run(
         "index", "build", "--fit", "none", photos, "--model", MODEL, "--views", 2, "--seed", 7, "--device", "cpu",
@@ -158,12 +158,11 @@ def test_add_uses_the_views_and_seed_of_the_index_unless_given(run, lit_mini, tm
     )  # fmt: skip
     assert built.exit_code == 0, built.output
     new = copy_photos(tmp_path / "new", panda=range(2, 3))
-    for options, views, seed in (((), 2, 7), (("--views", 3, "--seed", 5), 3, 5)):
-        assert run("index", "add", tmp_path / "i", new, "--device", "cpu", *options).exit_code == 0
-        cache = opened(tmp_path / "i")
-        row = int(np.argmax(cache.labels["key_id"].to_numpy()))
-        assert cache.labels["views"][row].as_py() == views
-        np.testing.assert_allclose(cache.keys[[row]], features_of(lit_mini, new, views=views, seed=seed), atol=1e-5)
+    assert run("index", "add", tmp_path / "i", new, "--device", "cpu").exit_code == 0
+    cache = opened(tmp_path / "i")
+    row = int(np.argmax(cache.labels["key_id"].to_numpy()))
+    assert cache.labels["views"][row].as_py() == 2
+    np.testing.assert_allclose(cache.keys[[row]], features_of(lit_mini, new, views=2, seed=7), atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -535,9 +534,6 @@ def test_saving_over_a_newer_version_is_refused(index):
     before = snapshot(index)
     with pytest.raises(StoreError, match="from version 1 to 2"):
         stale.save(index)
-    stale.settings = stale.settings.override(alpha=3.0)
-    with pytest.raises(StoreError, match="from version 1 to 2"):
-        stale.save_settings(index)
     assert snapshot(index) == before
     fresh = stale.reload()
     assert fresh.add(unit_rows(1, D, 9), ["cat"]) == [6]
@@ -545,17 +541,6 @@ def test_saving_over_a_newer_version_is_refused(index):
     assert version(index) == 3
     with pytest.raises(StoreError, match="from version 1 to 3"):
         opened(index, version=1).save(index)
-
-
-def test_save_after_save_settings_saves_the_other_changes(index):
-    cache = opened(index)
-    cache.relabel([0], "dog")
-    cache.settings = cache.settings.override(alpha=3.0)
-    cache.save_settings(index)
-    assert (opened(index).settings.alpha, labels_of(index)[0]) == (3.0, "cat")
-    cache.save(index)
-    assert labels_of(index)[0] == "dog"
-    assert torch.equal(verify(index).logits(QUERIES), cache.logits(QUERIES))
 
 
 def test_a_clone_into_an_index_is_refused(index, other):

@@ -157,7 +157,7 @@ def test_settings_alone_also_rewrite_the_segments(name, tmp_path):
     place = copied("v7", name, tmp_path)
     cache = Index.load(place, device="cpu")
     cache.settings = cache.settings.override(temperature=3.0)
-    cache.save_settings(place)
+    cache.save(place)
     assert not Versions(Path(place)).current().later
     check_answers(verify(place), "v7", name)
 

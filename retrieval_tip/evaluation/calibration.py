@@ -185,9 +185,9 @@ def calibrate(index: Index, source: Source, reader: Reader) -> Calibration:
     if shots:
         known = f"{shots} of {len(y)} photos are in the index"
         log.warning("%s: %s, so its probabilities will be too high; use other photos", source.name, known)
-    index.settings = replace(index.settings, temperature=fitted)
+    index.choose(replace(index.settings, temperature=fitted))
     index.provenance = index.provenance | {"temperature": f"fitted on {source.name}, n={len(y)}"}
-    index.save_settings(index.folder, "calibrate")
+    index.save(index.folder, "calibrate")
     (ece_before, nll_before), (ece_after, nll_after) = errors(before), errors(fitted)
     top1 = float(right.double().mean())
     return Calibration(fitted, len(y), top1, ece_before, ece_after, nll_before, nll_after, at_bound)

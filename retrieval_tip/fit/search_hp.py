@@ -96,11 +96,11 @@ def apply(index: Index, choice: HyperparameterChoice, folder: str | os.PathLike[
 
     If ``folder`` is given, the settings are saved as a new version of the index.
     """
-    index.settings = choice.settings(index.settings)
+    index.choose(choice.settings(index.settings))
     kept = {name: value for name, value in index.provenance.items() if name != "temperature"}
     index.provenance = kept | {"alpha": "search-hp", "beta": "search-hp", "search": choice.provenance()}
     if folder is not None:
-        index.save_settings(folder, "search-hp")
+        index.save(folder, "search-hp")
 
 
 def search(
