@@ -131,7 +131,7 @@ def main(ctx: click.Context) -> None:
 
     The exit status is 0: done; 1: failed, nothing changed; 2: wrong usage; 3: done, but some inputs could not be read;
     130 (128 plus the signal number): interrupted.
-    """
+    """  # noqa: D301 - click needs the character
     handler = _Handler()
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     logger = logging.getLogger("retrieval_tip")
