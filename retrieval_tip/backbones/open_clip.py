@@ -52,8 +52,9 @@ def _plan(model: str, pretrained: str | None) -> _Plan:
         try:
             config: Config = dict(open_clip.get_model_config(model))
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            file = folder / "open_clip_config.json"
-            raise BackboneError(f"{file}: not a configuration of open_clip ({error}); give its folder") from None
+            reason = getattr(error, "strerror", None) or error
+            remedy = "give a folder with this file and weights"
+            raise BackboneError(f"{model}: open_clip_config.json cannot be read ({reason}); {remedy}") from None
         if not any(file.suffix in (".safetensors", ".bin", ".pth") for file in folder.iterdir()):
             raise BackboneError(f"{folder}: no weights in this folder; add *.safetensors, *.bin or *.pth")
         arguments = {}
