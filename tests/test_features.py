@@ -331,20 +331,33 @@ def kept(cache, name, number):
     return sum(cache.get("s", f"{name}{i}", "centre") is not None for i in range(number))
 
 
-def test_a_full_cache_drops_its_oldest_entries(tmp_path):
+def test_a_cache_stays_within_its_size_while_it_grows(tmp_path):
     file = tmp_path / "encodings-2.sqlite"
 
     def run(cache):
         cache.limit(MEGABYTE)
         for i in range(40):
             keep(cache, f"{i}/", 40)
-            assert file.stat().st_size <= 1.1 * MEGABYTE  # also during the run
+            assert file.stat().st_size <= 1.1 * MEGABYTE
         left = [kept(cache, f"{i}/", 40) for i in range(40)]
         assert left == sorted(left)
         assert (left[0], left[-1]) == (0, 40)
 
     with_cache(tmp_path, run)
     assert file.stat().st_size <= MEGABYTE
+
+
+def test_a_full_cache_drops_its_least_recently_used_entries(tmp_path):
+    with_cache(tmp_path, lambda cache: cache.limit(MEGABYTE))
+    for name in "abc":
+        with_cache(tmp_path, lambda cache, name=name: keep(cache, name, 60))
+    assert with_cache(tmp_path, lambda cache: kept(cache, "a", 60)) == 60  # this counts as a use
+    with_cache(tmp_path, lambda cache: keep(cache, "d", 90))
+    left = {name: with_cache(tmp_path, lambda cache, name=name: kept(cache, name, 60)) for name in "abcd"}
+    assert (left["a"], left["d"]) == (60, 60)
+    assert left["b"] < 60
+    assert left["c"] == 60 or left["b"] == 0
+    assert (tmp_path / "encodings-2.sqlite").stat().st_size <= MEGABYTE
 
 
 def _fills(folder, number):

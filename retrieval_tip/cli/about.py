@@ -192,7 +192,7 @@ def cache_command(
     """Show, limit or clear the encoding cache.
 
     The cache stores the features of each image and the text weights of each class, so that nothing has to be encoded
-    twice. When the cache is full, the oldest encodings are removed. Encoder weights are stored in the
+    twice. When the cache is full, the least recently used encodings are removed. Encoder weights are stored in the
     Hugging Face cache instead; run hf cache ls to list them.
     """
     from retrieval_tip.data.encoding_cache import EncodingCache, size_of
