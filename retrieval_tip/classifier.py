@@ -540,17 +540,14 @@ class Classifier(OpenIndex):
         """
         return audit(self.index.in_memory(), k=k, borderline=borderline)
 
-    def report(
-        self, out: Place, test: Any, *, shots: Sequence[int] | None = None, seeds: int = 3, curves: bool = True
-    ) -> WrittenReport:
+    def report(self, out: Place, test: Any) -> WrittenReport:
         """Write an accuracy report as a single HTML file to ``out``.
 
-        ``test`` can be the same as for :meth:`evaluate`. For the other arguments, see :func:`report.write_report`.
+        ``test`` can be the same as for :meth:`evaluate`. See :func:`report.write_report`.
         """
         from retrieval_tip.report.report import write_report
 
-        index, reader = self.index.in_memory(), replace(self.reader, skipped=[])
-        return write_report(index, _opened(test, "test"), reader, out, shots=shots, seeds=seeds, curves=curves)
+        return write_report(self.index.in_memory(), _opened(test, "test"), replace(self.reader, skipped=[]), out)
 
     def as_module(self) -> torch.nn.Module:
         """Return a copy of the classifier as a torch module, which maps pixels to logits.

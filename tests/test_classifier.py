@@ -45,7 +45,6 @@ from retrieval_tip.fit.finetune import finetune_into
 from retrieval_tip.index import changes
 from retrieval_tip.index.changes import fit_index
 from retrieval_tip.labelling.sort import sort_photos
-from retrieval_tip.report.report import write_report
 
 
 def noisy_photo(seed, colour):
@@ -376,12 +375,12 @@ def test_photos_are_sorted_and_two_classifiers_compared(place, kept, clf, tmp_pa
     for other in (kept, Classifier.load(kept, device="cpu")):
         both = clf.compare(other, place / "new")
         assert both.names == (clf.index.place, str(kept))
-        assert [score.accuracy for score in both.scores] == [
+        assert [own.top1 for own in both.evaluations] == [
             one.evaluate(place / "new").top1 for one in (clf, Classifier.load(kept, device="cpu"))
         ]
     in_memory = clf.compare(kept, held())
     assert (in_memory.n, in_memory.skipped) == (6, [])
-    assert clf.compare(kept, place / "new/red").scores is None  # without labels
+    assert clf.compare(kept, place / "new/red").evaluations is None  # without labels
 
 
 def test_photos_in_memory_are_suggested_even_if_shots_have_the_same_names(place):
@@ -621,12 +620,7 @@ def test_every_option_is_a_named_argument():
         (parameters(Classifier.similar), Index.similar, {"self", "features"}),
         (parameters(Classifier.sort), sort_photos, {"index", "sources", "reader"}),
         (parameters(Classifier.audit), audit, {"index"}),
-        (parameters(Classifier.evaluate), evaluation.evaluate, {"index", "source", "reader"}),
-        (
-            parameters(Classifier.report),
-            write_report,
-            {"index", "test", "reader", "out", "abstain", "ask", "place", "where", "command"},
-        ),
+        (parameters(Classifier.evaluate), evaluation.evaluate, {"index", "source", "reader", "blocks"}),
     ):
         for name, default in parameters(done_by).items():
             assert name in apart or own[name] == default, (done_by, name)
@@ -673,9 +667,9 @@ def test_evaluate_and_report_match_the_commands(place, clf, tmp_path, run):
 
     said = json.loads(run("evaluate", clf.index.folder, place / "new", "--json", "--device", "cpu").stdout)
     assert (found.n, found.top1, found.skipped) == (said["n"], said["top1"], 0)
-    clf.report(tmp_path / "r.html", held(names=["green", "blue", "red"]), curves=False)
+    clf.report(tmp_path / "r.html", held(names=["green", "blue", "red"]))
     assert 'alt="test photo of ' in (tmp_path / "r.html").read_text()  # photos in memory are shown
-    report = clf.report(tmp_path / "r.html", place / "new", curves=False)
+    report = clf.report(tmp_path / "r.html", place / "new")
     assert report.evaluation.top1 == found.top1
     assert (tmp_path / "r.html").stat().st_size == report.bytes
 

@@ -20,16 +20,12 @@ from PIL import Image
 from tables import unit_rows, write_table
 
 from retrieval_tip.data.reader import Reader
-from retrieval_tip.data.source import few_shot
 from retrieval_tip.data.sources import open_source
-from retrieval_tip.errors import UsageError, one_line, percent
+from retrieval_tip.errors import one_line, percent
 from retrieval_tip.fit.closed_form import wilson
-from retrieval_tip.fit.folds import Queries
-from retrieval_tip.fit.search_hp import search
 from retrieval_tip.model import Index
 from retrieval_tip.report import plots, report
-from retrieval_tip.report.report import write_report
-from retrieval_tip.report.results import MISTAKES
+from retrieval_tip.report.report import MISTAKES, write_report
 
 pytest.importorskip("matplotlib")
 
@@ -103,17 +99,8 @@ def caltech(shared, tmp_path_factory):
 def written(caltech):
     """A report on the index of ``caltech``, and the output of the command."""
     out = caltech / "report.html"
-    result = done("evaluate", caltech / "index", caltech / "test", "--report", out, "--seeds", 2)
+    result = done("evaluate", caltech / "index", caltech / "test", "--report", out)
     return out, result
-
-
-@pytest.fixture(scope="module")
-def food(shared, tmp_path_factory):
-    """An index of food features with 4 shots per class, and the test table. There are no pictures."""
-    data, out = shared / "data/clip-food9", tmp_path_factory.mktemp("food") / "food"
-    options = ("--text", data / "text.parquet", "--shots", 4, "--out", out)
-    done("-q", "index", "build", "--fit", "none", data / "train.parquet", *options)
-    return out, data / "test.parquet"
 
 
 def made(tmp_path, labels=("cat", "dog", "owl"), text=True, n=24, test_labels=None, noise=0.7, **table):
@@ -176,7 +163,7 @@ def test_the_figures_equal_those_of_evaluate(written, caltech):
 
 def test_the_worst_mistakes_are_explained(tmp_path):
     folder, test = made(tmp_path, n=120, noise=2.5)
-    page = reported(tmp_path, folder, test, "--no-curves", "--alpha", 2, "--beta", 3)
+    page = reported(tmp_path, folder, test, "--alpha", 2, "--beta", 3)
     cache, table = Index.load(folder, device="cpu"), pq.read_table(test)
     f, own = np.stack(table["feature"].to_numpy()).astype(np.float64), cache.class_ids.numpy()
     truth = np.array([cache.class_names.index(label) for label in table["label"].to_pylist()])
@@ -196,40 +183,6 @@ def test_the_worst_mistakes_are_explained(tmp_path):
     most = np.sort(A[i][own == logits[i].argmax()])[::-1]  # the contribution of other classes is 0
     assert shown[:4] == pytest.approx(np.exp(-3 * (1 - most)), rel=0.06)
     assert shown[4] == 0
-
-
-def test_the_curve_is_measured_on_drawn_shots(food, tmp_path):
-    folder, test = food
-    page = reported(tmp_path, folder, test, "--seeds", 2)
-    pool, table = Index.load(folder, device="cpu"), open_source(test)
-    features = np.stack(pq.read_table(test)["feature"].to_numpy())
-    truth = table.truth(pool.class_names)[0]
-    shown = section(page, "shots").first("table").rows()[1:]
-    assert [(row[0], row[1]) for row in shown] == [("1", "2"), ("2", "2"), ("4", "1")]  # all shots are drawn once
-    for number, draws, mean, ends in shown:
-        own = []
-        for seed in range(1, int(draws) + 1):
-            drawn = report.draw(pool, int(number), seed)
-            assert sorted(drawn.labels["key_id"].to_pylist()) == sorted(
-                few_shot(pool.class_ids.tolist(), int(number), seed)
-            )
-            if number != "1":
-                choice = search(drawn, Queries.leave_one_out(drawn), cautious=True)
-                drawn.settings = choice.settings(drawn.settings)
-            own.append((drawn.logits(features).argmax(1).numpy() == truth).mean())
-        assert (mean, ends) == (percent(np.mean(own)), f"{percent(min(own))} to {percent(max(own))}")
-    holders = list(page.all("span", role="img"))  # features have no pictures
-    assert holders
-    sources = pool.labels["source"]
-    assert {holder.text for holder in holders} <= {*pq.read_table(test)["id"].to_pylist(), *sources.to_pylist()}
-    assert all(", no preview: " in holder.attributes["aria-label"] for holder in holders)
-
-
-def test_intervals_use_students_t_distribution():
-    assert report.half_width([0.5, 0.6, 0.7]) == pytest.approx(4.303 * 0.1 / np.sqrt(3))
-    assert report.half_width([0.5]) is None
-    many = np.arange(20) / 100
-    assert report.half_width(many.tolist()) == pytest.approx(1.96 * np.std(many, ddof=1) / np.sqrt(20))
 
 
 def test_pictures_are_thumbnails_of_the_photos_and_their_keys(written, caltech):
@@ -257,7 +210,7 @@ def test_a_picture_that_moved_or_changed_is_not_shown(caltech, tmp_path):
     for name in ALIKE[3:]:
         for file in (tmp_path / "shots" / name).iterdir():
             Image.new("RGB", (40, 40), "red").save(file)
-    page = reported(tmp_path, tmp_path / "i", caltech / "test", "--no-curves")
+    page = reported(tmp_path, tmp_path / "i", caltech / "test")
     assert {node.attributes["class"].split()[-1] for node in page.all("span", role="img")} == {"key", "small"}
     assert not list(page.all("img", class_="key"))
     assert list(page.all("img", class_="query"))
@@ -283,18 +236,16 @@ def test_hostile_names_are_shown_as_text(tmp_path, monkeypatch):
 def test_recommendations_depend_on_how_the_index_was_fitted(caltech, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder, test = made(tmp_path)
-    (fit,) = [said for said in advice(reported(tmp_path, folder, test, "--no-curves")) if said.startswith("Fit")]
+    (fit,) = [said for said in advice(reported(tmp_path, folder, test)) if said.startswith("Fit")]
     command = fit.partition(". ")[2]
     assert command == "retrieval-tip fit index"
     done("-q", *command.split()[1:])
     tuned = tmp_path / "tuned"
     done("-q", "finetune", caltech / "index", "--out", tuned, "--views-cache", 1, "--epochs", 1, "--keep-last")
-    for index, photos, options in ((folder, test, ("--shots", 4)), (tuned, caltech / "test", ())):
-        page = reported(tmp_path, index, photos, *options)
+    for index, photos in ((folder, test), (tuned, caltech / "test")):
+        page = reported(tmp_path, index, photos)
         assert not [said for said in advice(page) if said.startswith("Fit")]
         assert tiles(page)["correct"] == evaluated(index, photos)["top1"]
-        curves = [section(page, "shots").first("table").rows()[1][2]] if index == folder else []
-        assert curves == [percent(tiles(page)["correct"])] * len(list(page.all("section", id="shots")))
 
 
 def test_the_report_names_the_weakest_class_and_the_labels_of_an_audit(tmp_path):
@@ -306,7 +257,7 @@ def test_the_report_names_the_weakest_class_and_the_labels_of_an_audit(tmp_path)
     done("-q", "index", "relabel", folder, "dog", "--key-ids", ",".join(map(str, moved)))
     twice = write_table(tmp_path / "t.parquet", np.asarray(Index.load(folder, device="cpu").keys)[-1:], ["cat"])
     done("-q", "index", "add", folder, twice)  # a copy of an example of another class
-    said, right = advice(reported(tmp_path, folder, test, "--no-curves")), evaluated(folder, test)["per_class"]["cat"]
+    said, right = advice(reported(tmp_path, folder, test)), evaluated(folder, test)["per_class"]["cat"]
     assert said[0].startswith(f"cat: {100 * right:.0f} %, ")
     assert f"add photos to its 2 examples ({round((1 - right) * 6)} times" in said[0]
     listed = done("-q", "index", "audit", folder, "--format", "json").stdout.splitlines()
@@ -317,15 +268,15 @@ def test_the_report_names_the_weakest_class_and_the_labels_of_an_audit(tmp_path)
 def test_the_report_names_the_source_of_the_settings(tmp_path):
     folder, test = made(tmp_path)
     done("-q", "search-hp", folder, "--leave-one-out", "--greedy")
-    provenance = section(reported(tmp_path, folder, test, "--no-curves", "--beta", 7, "--no-tail"), "provenance")
-    rows = {row[0]: row[1] for table in provenance.all("table") for row in table.rows()}
+    provenance = section(reported(tmp_path, folder, test, "--beta", 7, "--no-tail"), "provenance")
+    _, used, _, made_by, _ = (dict(table.rows()) for table in provenance.all("table"))
     own = Index.load(folder, device="cpu").settings
-    assert rows["alpha"] == f"{own.alpha:.4g} (search-hp)"
-    assert rows["beta"] == f"7 (set for this report; the index has {own.beta:.4g})"
-    assert rows["tail"] == "False (set for this report; the index has True)"
+    assert (used["alpha"], made_by["alpha"]) == (f"{own.alpha:.4g}", "search-hp")
+    assert used["beta"] == f"7 (set for this report; the index has {own.beta:.4g})"
+    assert used["tail"] == "False (set for this report; the index has True)"
     assert "version 2," in provenance.text
     done("-q", "search-hp", folder, "--val", test, "--val-shots", "all")
-    page = reported(tmp_path, folder, test, "--no-curves")
+    page = reported(tmp_path, folder, test)
     assert "selected on these test photos" in page.first("header").text
 
 
@@ -337,7 +288,7 @@ def test_shots_unreadable_photos_and_unknown_classes_count_as_in_evaluate(caltec
     (tmp_path / "test" / ALIKE[0] / "<b>ad.jpg").write_bytes(b"\xff\xd8\xff nothing")
     done("fit", shutil.copytree(caltech / "index", tmp_path / "index"))
     out, given = tmp_path / "r.html", ("evaluate", tmp_path / "index", tmp_path / "test")
-    done(*given, "--report", out, "--no-curves", status=3)
+    done(*given, "--report", out, status=3)
     page, facts = read(out), json.loads(done("-q", *given, "--json", status=3).stdout)
     assert (facts["n"], facts["held_out"], facts["unknown"]) == (56, 2, {"unicorn": 9})
     said = page.first("header").text
@@ -364,9 +315,6 @@ def test_a_failure_writes_no_file(tmp_path, monkeypatch, request):
         ((unknown, "--report", out), 1, "unicorn"),
         ((test, "--report", tmp_path / "no" / "r.html"), 1, f"there is no folder {tmp_path / 'no'}"),
         ((test, "--report", folder), 2, "is a directory"),
-        ((test, "--report", out, "--shots", 5), 2, "shots 5: class 'cat' has 4 shots"),
-        ((test, "--report", out, "--shots", 1, "--no-curves"), 2, "--shots and --no-curves"),
-        ((test, "--seeds", 2), 2, "--seeds: needs --report FILE"),
     ):
         refused = done("evaluate", folder, *arguments, status=status)
         assert said in refused.stderr
@@ -383,15 +331,13 @@ def test_a_failure_writes_no_file(tmp_path, monkeypatch, request):
 def test_reports_are_written_from_python(tmp_path):
     folder, test = made(tmp_path)
     index, source = Index.load(folder, device="cpu"), open_source(test)
-    found = write_report(index, source, Reader(), tmp_path / "r.html", seeds=1, shots=[1])
+    found = write_report(index, source, Reader(), tmp_path / "r.html")
     assert found.path.stat().st_size == found.bytes
     page = read(found.path)
     assert tiles(page)["correct"] == found.evaluation.top1
     assert page.first("h1").text == 'Accuracy of "index" on "test.parquet"'
-    found = write_report(index.take(np.arange(index.n)), source, Reader(), tmp_path / "r.html", curves=False)
+    found = write_report(index.take(np.arange(index.n)), source, Reader(), tmp_path / "r.html")
     assert "Accuracy of an index on" in read(found.path).first("h1").text
-    with pytest.raises(UsageError, match="seeds is 0"):
-        write_report(index, source, Reader(), tmp_path / "r.html", seeds=0)
 
 
 def test_a_report_contains_no_local_path(caltech, tmp_path, monkeypatch):
@@ -401,7 +347,7 @@ def test_a_report_contains_no_local_path(caltech, tmp_path, monkeypatch):
     shutil.copytree(caltech / "index", home / "things")
     done("-q", "index", "clone", home / "things", home / "copy")  # its last change names the folder
     out, where = home / "r.html", f"source LIKE '{caltech}/%' AND label <> '{tmp_path}/x'"
-    arguments = (home / "copy", home / "test", "--report", out, "--no-curves", "--where", where)
+    arguments = (home / "copy", home / "test", "--report", out, "--where", where)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setattr("sys.argv", ["", "evaluate", *map(str, arguments)])
     done("-q", "evaluate", *arguments, status=3)

@@ -15,7 +15,7 @@ from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.source import spread
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, Skipped, UsageError
-from retrieval_tip.evaluation.compare import SIGNIFICANT, Compared, Side, compare, mcnemar
+from retrieval_tip.evaluation.compare import SIGNIFICANT, mcnemar
 from retrieval_tip.evaluation.held_out import held_out_probabilities, photo_rows
 from retrieval_tip.index.build import build_index
 from retrieval_tip.model import Index
@@ -76,18 +76,6 @@ def trial(shots: Source, reader: Reader, device: str = "auto") -> Iterator[Index
         raise UsageError(f"{shots.name}: has the features of one encoder; give photos to compare encoders")
     with tempfile.TemporaryDirectory(prefix="retrieval-tip-") as folder:
         yield build_index(shots, Path(folder) / "index", reader, device=device)
-
-
-def compare_encoders(
-    a: tuple[str, Reader], b: tuple[str, Reader], shots: Source, source: Source, device: str = "auto"
-) -> Compared:
-    """Fit an index of each encoder to the same shots, and compare their answers to a source.
-
-    ``a`` and ``b`` are the names and the encoders. See :func:`compare.compare` for the comparison and its errors.
-    """
-    (name_a, encoder_a), (name_b, encoder_b) = a, b
-    with trial(shots, encoder_a, device) as first, trial(shots, encoder_b, device) as second:
-        return compare(Side(name_a, first, encoder_a), Side(name_b, second, encoder_b), source)
 
 
 def try_encoders(

@@ -11,7 +11,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -158,29 +158,6 @@ def draw_coverage(evaluation: Evaluation) -> Figure:
     if share is not None and accuracy is not None:
         said += f"; P ≥ {evaluation.abstain:g}: {percent(accuracy)} at {percent(share)} coverage"
     _title(axes, "Accuracy against coverage", f"{said}; {counted(evaluation.n, 'photo')}")
-    return figure
-
-
-def draw_shots(runs: Mapping[int, list[float]], halves: Sequence[float | None], zero_shot: float | None) -> Figure:
-    """Plot the accuracy of draws as a function of the number of shots, and the accuracy of the class names alone.
-
-    Bars show 95 % confidence intervals, which are ``halves`` wide on either side, and dots show individual draws.
-    """
-    figure, axes = _figure(6.8, 4.2)
-    shots, means = list(runs), [100 * np.mean(own) for own in runs.values()]
-    bars, seen = [100 * (half or 0.0) for half in halves], [100 * top1 for own in runs.values() for top1 in own]
-    ends = [*seen, *np.subtract(means, bars), *np.add(means, bars)]
-    axes.errorbar(shots, means, yerr=bars, color=BLUE, linewidth=1.8, capsize=3, label="examples and class names")
-    axes.plot(np.repeat(shots, list(map(len, runs.values()))), seen, "o", color=BLUE, alpha=0.45, markersize=4)
-    if zero_shot is not None:
-        axes.axhline(100 * zero_shot, color=GREY, linestyle="--", linewidth=1.8, label="class names only")
-        axes.legend(fontsize=9)
-        ends.append(100 * zero_shot)
-    axes.set_ylim(max(0.0, min(ends) - 2), min(101.0, max(ends) + 2))
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(shots, list(map(str, shots)))
-    axes.minorticks_off()
-    axes.set(xlabel="examples per class", ylabel="test accuracy, %")
     return figure
 
 
