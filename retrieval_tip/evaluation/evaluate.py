@@ -332,8 +332,6 @@ def answers_of(
         for model, block in without_themselves(index, source, blocks)
         for answer in model.answers([block], ask)
     ]
-    if not parts:
-        raise InputError("photos: all are shots of this index; use other photos")
     names = [name for name, x in vars(parts[0]).items() if isinstance(x, np.ndarray)]
     arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
     return replace(parts[0], **arrays).take(np.argsort(arrays["positions"]))
