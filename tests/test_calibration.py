@@ -19,7 +19,6 @@ from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import UsageError
 from retrieval_tip.evaluation.calibration import (
-    accuracy_coverage,
     expected_calibration_error,
     fit_temperature,
     reliability,
@@ -78,19 +77,6 @@ def test_the_error_and_the_bins_match_a_loop(items, bins):
     error = expected_calibration_error(confidence, right, bins)
     assert error == pytest.approx(total, abs=1e-12)
     assert 0 <= error <= 1
-
-
-@sized
-@given(answers)
-def test_accuracy_coverage_matches_every_threshold(items):
-    confidence, right = (np.array(column) for column in zip(*items, strict=True))
-    curve = accuracy_coverage(confidence, right)
-    assert curve.threshold.tolist() == sorted(set(confidence.tolist()), reverse=True)
-    for threshold, coverage, accuracy in zip(*curve, strict=True):
-        given_ = confidence >= threshold
-        assert coverage == pytest.approx(given_.mean())
-        assert accuracy == pytest.approx(right[given_].mean())
-    assert (curve.coverage[-1], curve.accuracy[-1]) == (1, pytest.approx(right.mean()))
 
 
 @pytest.mark.parametrize("temperature", [0.05, 0.5, 1.0, 3.0, 40.0])

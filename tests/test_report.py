@@ -3,38 +3,39 @@
 import base64
 import io
 import json
-import re
 import shutil
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from browser import chromium
-from conftest import SHARED, command_line
+from conftest import SHARED, command_line, json_rows
 from dense import affinity, cache_logits
 from html_tree import Tree
-from markupsafe import Markup
 from PIL import Image
 from tables import unit_rows, write_table
 
+from retrieval_tip.backbones.base import Identity
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import one_line, percent
+from retrieval_tip.evaluation.evaluate import Answers, Evaluation
 from retrieval_tip.fit.closed_form import wilson
 from retrieval_tip.model import Index
-from retrieval_tip.report import plots, report
+from retrieval_tip.report import report
 from retrieval_tip.report.report import MISTAKES, write_report
-
-pytest.importorskip("matplotlib")
+from retrieval_tip.settings import Settings
 
 IMAGES = SHARED / "data/caltech101/101_ObjectCategories"
 ALIKE = ["chair", "crayfish", "crocodile", "crocodile_head", "lobster", "windsor_chair"]
 if IMAGES.is_dir() and not (IMAGES / ALIKE[0]).is_dir():  # use other classes instead
     ALIKE = sorted(folder.name for folder in IMAGES.iterdir())[:6]
 MODEL = f"local-dir:{SHARED}/models/lit-mini"
-SVG = plots.svg
 HOSTILE = ["<script>alert(1)<", "\"><img src=x onerror='a()'>", "a\nb\x1b[31m", "\u202egnp.exe", "&lt;b&gt; $x^{"]
 
 
@@ -126,17 +127,6 @@ def reported(place, folder, test, *options):
     return read(place / "r.html")
 
 
-@pytest.fixture(autouse=True)
-def _light(monkeypatch):
-    """Create diagrams, but do not write them into the report, which saves a second per report."""
-
-    def made_only(draw, label):
-        draw()
-        return Markup('<img src="data:," alt="{}">').format(one_line(label))
-
-    monkeypatch.setattr(plots, "svg", made_only)
-
-
 def test_the_figures_equal_those_of_evaluate(written, caltech):
     out, result = written
     page = read(out)
@@ -161,6 +151,62 @@ def test_the_figures_equal_those_of_evaluate(written, caltech):
         assert f"{times} of 9 photos" in pair.text
 
 
+def made_up(truth, predicted, names, confidence=None, **changes):
+    """Return an evaluation with these answers."""
+    truth, predicted = np.asarray(truth), np.asarray(predicted)
+    right = truth == predicted
+    confidence = np.linspace(0.05, 1, len(truth)) if confidence is None else np.asarray(confidence)
+    facts = {
+        "top1": float(right.mean()), "top5": 1.0, "zero_shot_top1": None, "cache_top1": 0.5,
+        "mean_per_class": 0.5, "ece": 0.1, "n": len(truth), "skipped": 0, "settings": Settings(),
+        "confusions": [], "by_class": [],
+        "answers": Answers(
+            truth, predicted[:, None], confidence, np.arange(len(truth)), np.log(confidence), names, len(names), ~right
+        ),
+    }  # fmt: skip
+    return Evaluation(**(facts | changes))
+
+
+def test_confusion_counts_every_pair():
+    rng = np.random.default_rng(0)
+    names = [f"class {i}" for i in range(7)]
+    truth, predicted = rng.integers(0, 6, 300), rng.integers(0, 6, 300)  # the last class does not occur
+    found = report.confusion(made_up(truth, predicted, names).answers)
+    pairs = Counter(zip(truth.tolist(), predicted.tolist(), strict=True))
+    assert (found.names, found.of) == (names[:6], 6)
+    assert found.counts.tolist() == [[pairs[i, j] for j in range(6)] for i in range(6)]
+    assert found.totals.tolist() == found.counts.sum(axis=1).tolist()
+
+
+def test_unknown_photos_without_a_match_are_no_confusion():
+    truth, predicted = np.array([0, 1, 2, 2, 2]), np.array([0, 0, 1, 1, 0])
+    no_match = np.array([False, True, True, False, False])
+    answers = made_up(truth, predicted, ["a", "b", "new"]).answers
+    answers = replace(answers, known=2, no_match=no_match)
+    assert answers.right.tolist() == [True, False, True, False, False]
+    found = report.confusion(answers)
+    assert (found.counts.tolist(), found.totals.tolist()) == ([[1, 0, 0], [1, 0, 0], [1, 1, 0]], [1, 1, 3])
+
+
+def test_only_the_most_confused_of_many_classes_are_shown():
+    c = report.MATRIX + 60
+    names = [f"class {i}" for i in range(c)]
+    truth = np.repeat(np.arange(c), 3)
+    predicted = truth.copy()
+    confused = np.arange(5, 5 + 3 * 30, 3)  # thirty pairs of neighbours, each confused twice
+    for i in confused:
+        predicted[3 * i : 3 * i + 2] = i + 1
+    found = report.confusion(made_up(truth, predicted, names).answers)
+    assert found.of == c
+    assert len(found.names) == report.MATRIX
+    errors = Counter(np.concatenate([truth[truth != predicted], predicted[truth != predicted]]).tolist())
+    assert min(errors[names.index(n)] for n in found.names) == 2
+    assert found.names == sorted(found.names, key=names.index)
+    i = found.names.index("class 5")
+    assert found.counts[i, found.names.index("class 6")] == 2
+    assert (found.totals == 3).all()
+
+
 def test_the_worst_mistakes_are_explained(tmp_path):
     folder, test = made(tmp_path, n=120, noise=2.5)
     page = reported(tmp_path, folder, test, "--alpha", 2, "--beta", 3)
@@ -183,6 +229,27 @@ def test_the_worst_mistakes_are_explained(tmp_path):
     most = np.sort(A[i][own == logits[i].argmax()])[::-1]  # the contribution of other classes is 0
     assert shown[:4] == pytest.approx(np.exp(-3 * (1 - most)), rel=0.06)
     assert shown[4] == 0
+
+
+def test_probabilities_are_compared_with_the_accuracy(tmp_path):
+    folder, test = made(tmp_path, n=200, noise=2)
+    page = reported(tmp_path, folder, test, "--abstain", 0.7)
+    facts = evaluated(folder, test, "--abstain", 0.7)
+    answers = pa.Table.from_pylist(json_rows(command_line("classify", folder, test, "--format", "json")))
+    p = answers["probability"].to_numpy()
+    right = np.array(answers["label"].to_pylist()) == pq.read_table(test)["label"].to_numpy()
+    bins, thresholds = (table.rows()[1:] for table in section(page, "probabilities").all("table"))
+    assert sum(int(row[1]) for row in bins) == 200
+    for name, *row in bins:
+        low, _, high, _ = name.split()
+        own = (p > float(low) / 100) & (p <= float(high) / 100)
+        assert row[:3] == [str(own.sum()), percent(p[own].mean()), percent(right[own].mean())]
+    for (name, *row), least in zip(thresholds, (0, 0.5, 0.7, 0.9, 0.99), strict=False):
+        own = p >= least
+        assert name == f"at least {100 * least:g} %"
+        assert row[:3] == [str(own.sum()), percent(own.mean()), percent(right[own].mean())]
+    assert thresholds[2][2:4] == [percent(facts["coverage"]), percent(facts["selective_top1"])]
+    assert f"calibration error is {facts['ece']:.3f}" in section(page, "probabilities").text
 
 
 def test_pictures_are_thumbnails_of_the_photos_and_their_keys(written, caltech):
@@ -216,10 +283,9 @@ def test_a_picture_that_moved_or_changed_is_not_shown(caltech, tmp_path):
     assert list(page.all("img", class_="query"))
 
 
-def test_hostile_names_are_shown_as_text(tmp_path, monkeypatch):
+def test_hostile_names_are_shown_as_text(tmp_path):
     labels = [f"{name}{i}" for i, name in enumerate(HOSTILE)]
     ids = np.random.default_rng(0).integers(0, 5, 60)
-    monkeypatch.setattr(plots, "svg", SVG)
     folder, test = made(tmp_path, labels, test_labels=ids, noise=2.5, ids=[f"{HOSTILE[i % 5]}/{i}" for i in range(60)])
     place = tmp_path / HOSTILE[0]
     place.mkdir()
@@ -305,7 +371,7 @@ def test_shots_unreadable_photos_and_unknown_classes_count_as_in_evaluate(caltec
     assert out.read_bytes() == before
 
 
-def test_a_failure_writes_no_file(tmp_path, monkeypatch, request):
+def test_a_failure_writes_no_file(tmp_path, monkeypatch):
     folder, test = made(tmp_path)
     out = tmp_path / "r.html"
     unknown = write_table(tmp_path / "u.parquet", unit_rows(2, 16), ["unicorn", "yeti"])
@@ -322,9 +388,6 @@ def test_a_failure_writes_no_file(tmp_path, monkeypatch, request):
     monkeypatch.setattr(report, "render", lambda *_, **__: "\ud800")
     with pytest.raises(UnicodeEncodeError):
         done("evaluate", folder, test, "--report", kept)
-    request.getfixturevalue("no_matplotlib")  # it is needed before any work
-    refused = done("evaluate", tmp_path / "none", tmp_path / "none", "--report", out, status=2)
-    assert re.search("a report needs matplotlib; run .*pip install 'matplotlib>=", refused.stderr)
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -338,6 +401,9 @@ def test_reports_are_written_from_python(tmp_path):
     assert page.first("h1").text == 'Accuracy of "index" on "test.parquet"'
     found = write_report(index.take(np.arange(index.n)), source, Reader(), tmp_path / "r.html")
     assert "Accuracy of an index on" in read(found.path).first("h1").text
+    for encoder in (("timm:x", f"{tmp_path}/x.pth"), (f"timm:x@{tmp_path}/x.pth+y", None)):
+        write_report(replace(index, backbone=Identity(*encoder, "w", "c", {})), source, Reader(), found.path)
+        assert str(tmp_path) not in found.path.read_text()
 
 
 def test_a_report_contains_no_local_path(caltech, tmp_path, monkeypatch):

@@ -33,8 +33,8 @@ def evaluate_command(
     ),
     report: Path | None = option(
         kinds.FILE,
-        help="HTML file for a report that opens offline in any browser (requires matplotlib). It also shows the worst "
-        "mistakes and what to do next.",
+        help="HTML file for a report that opens offline in any browser. It also shows the worst mistakes and what to "
+        "do next.",
         **options.OUTPUTS,
     ),
     as_json: bool = options.JSON,

@@ -1,4 +1,4 @@
-"""Calibrate probabilities with a temperature, and measure calibration error and accuracy against coverage.
+"""Calibrate probabilities with a temperature, and measure the calibration error.
 
 ``confidence`` holds the probability of each answer, and ``right`` tells whether the answer is correct. "Guo et al."
 refers to C. Guo, G. Pleiss, Y. Sun and K. Weinberger, "On Calibration of Modern Neural Networks", ICML 2017.
@@ -49,17 +49,6 @@ class Bins(NamedTuple):
     accuracy: Floats
 
 
-class Coverage(NamedTuple):
-    """Coverage and accuracy at the ``m`` distinct thresholds, in descending order. All arrays have shape ``[m]``.
-
-    ``coverage`` is the fraction of answers with ``confidence >= threshold``, and ``accuracy`` is their accuracy.
-    """
-
-    threshold: Floats
-    coverage: Floats
-    accuracy: Floats
-
-
 def reliability(confidence: npt.ArrayLike, right: npt.ArrayLike, bins: int = BINS) -> Bins:
     """Return the confidence and accuracy in equal bins ``(m / bins, (m + 1) / bins]`` (Guo et al., eq. 2).
 
@@ -82,16 +71,6 @@ def expected_calibration_error(confidence: npt.ArrayLike, right: npt.ArrayLike, 
     curve = reliability(confidence, right, bins)
     gaps = curve.counts * np.abs(curve.accuracy - curve.confidence)
     return float(np.nansum(gaps) / curve.counts.sum())
-
-
-def accuracy_coverage(confidence: npt.ArrayLike, right: npt.ArrayLike) -> Coverage:
-    """Return the accuracy and coverage at each distinct confidence. The last entry covers all answers."""
-    p, hit = np.asarray(confidence, dtype=np.float64), np.asarray(right, dtype=np.float64)
-    order = np.argsort(-p, kind="stable")
-    p, hit = p[order], hit[order]
-    last = np.flatnonzero(np.append(p[1:] < p[:-1], True))
-    answered = last + 1.0
-    return Coverage(p[last], answered / len(p), np.cumsum(hit)[last] / answered)
 
 
 def fit_temperature(logits: npt.ArrayLike | Tensor, labels: npt.ArrayLike | Tensor) -> float:

@@ -28,20 +28,25 @@ from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, UsageError, counted, few, one_line, percent, show
 from retrieval_tip.evaluation.audit import AUDITED, audit
+from retrieval_tip.evaluation.calibration import reliability
 from retrieval_tip.evaluation.evaluate import Answers, Evaluation, evaluate
 from retrieval_tip.files import replacing
+from retrieval_tip.fit.closed_form import wilson
 from retrieval_tip.html import markup, render
 from retrieval_tip.index import places
 from retrieval_tip.index.places import Place
 from retrieval_tip.model import Index
 from retrieval_tip.predictions import Neighbour
-from retrieval_tip.report import plots
 from retrieval_tip.settings import Ask
 from retrieval_tip.store.manifest import Manifest
 
 if TYPE_CHECKING:
     from markupsafe import Markup
 
+MATRIX = 40
+"""Maximum number of classes in the confusion matrix. If there are more, those with the most errors are shown."""
+MARKS = (0.0, 0.5, 0.9, 0.99)
+"""Probabilities from which the accuracy is shown."""
 LISTED = 50
 """Maximum number of items of a value to list."""
 SURE = 0.9
@@ -83,8 +88,7 @@ def write_report(
         where: The condition that selected the keys, to show in the report.
         command: The command line to show in the report.
 
-    Raises UsageError if matplotlib is not installed. Raises InputError as :func:`evaluate.evaluate` does, or if ``out``
-    cannot be written.
+    Raises InputError as :func:`evaluate.evaluate` does, or if ``out`` cannot be written.
     """
     path = Path(out)
     check(path)
@@ -101,8 +105,7 @@ def write_report(
 
 
 def check(out: Path) -> None:
-    """Raise UsageError if matplotlib is not installed, and InputError if the file cannot be written."""
-    plots.needs_matplotlib()
+    """Raise InputError if the file cannot be written."""
     if out.is_dir():
         raise InputError(f"{show(out)}: is a folder; give a file name")
     if not out.parent.is_dir():
@@ -112,16 +115,12 @@ def check(out: Path) -> None:
 def _page(results: Results) -> str:
     index, evaluation = results.index, results.evaluation
     name = "an index" if results.place is None else f'"{show(Path(results.place).name)}"'
-    drawn = {
-        "matrix": (plots.draw_confusion, "Confusion matrix, as shares of the true class"),
-        "reliability": (plots.draw_reliability, "Accuracy by probability"),
-        "coverage": (plots.draw_coverage, "Accuracy if the least certain answers are withheld"),
-    }
     return render(
         "report/page.html.j2", title=f'Accuracy of {name} on "{Path(results.test.name).name}"', results=results,
         index=index, evaluation=evaluation, sentences=list(results.sentences()), actions=list(results.actions()),
         pairs=list(confusions(results)), mistakes=list(mistakes(results)),
-        plots={name: plots.svg(partial(draw, evaluation), label) for name, (draw, label) in drawn.items()},
+        matrix=confusion(evaluation.answers), reliability=list(by_probability(evaluation)),
+        coverage=list(by_coverage(evaluation)),
         provenance=provenance(results), counted=counted, few=few, percent=percent, portable=portable, nobreak=_nobreak,
         thumbnail=remembered(partial(thumbnail, results.test.load or results.reader.read)),
     )  # fmt: skip
@@ -134,10 +133,74 @@ def _nobreak(text: str) -> Markup:
     return markup(str(escape(one_line(text))).replace(" %", "&nbsp;%"))
 
 
+class Confusion(NamedTuple):
+    """A confusion matrix: ``counts[i, j]`` items of class ``names[i]`` were classified as ``names[j]``.
+
+    ``totals[i]`` is the number of items of class ``i``. ``of`` is the number of classes that occur. If there are many,
+    ``counts`` only contains the classes with the most errors. It omits items of unknown classes that got "no match".
+    """
+
+    names: list[str]
+    counts: npt.NDArray[np.int64]
+    totals: npt.NDArray[np.int64]
+    of: int
+
+
+def confusion(answers: Answers) -> Confusion:
+    """Count the answers by true and predicted class, in the order of the index."""
+    truth, predicted, c, wrong = answers.truth, answers.predicted, len(answers.class_names), ~answers.right
+    totals = np.bincount(truth, minlength=c)
+    chosen = occurring = np.flatnonzero(totals + np.bincount(predicted, minlength=c))
+    if len(occurring) > MATRIX:
+        errors = np.bincount(truth[wrong], minlength=c) + np.bincount(predicted[wrong], minlength=c)
+        chosen = np.sort(np.argsort(-errors, kind="stable")[:MATRIX])
+    both = np.isin(truth, chosen) & np.isin(predicted, chosen) & (answers.of_known | wrong)
+    counts = np.zeros((len(chosen), len(chosen)), dtype=np.int64)
+    np.add.at(counts, tuple(np.searchsorted(chosen, ids[both]) for ids in (truth, predicted)), 1)
+    return Confusion([answers.class_names[i] for i in chosen], counts, totals[chosen], len(occurring))
+
+
+class Share(NamedTuple):
+    """The ``n`` answers of a part of an evaluation, which is named ``of``, and how many of them are right.
+
+    ``share`` is their mean probability, or their share of all answers.
+    """
+
+    of: str
+    n: int
+    share: float
+    accuracy: float
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % confidence interval of the accuracy."""
+        return wilson(self.accuracy, self.n)
+
+
+def by_probability(evaluation: Evaluation) -> Iterator[Share]:
+    """Yield the answers to photos of known classes by their probability, with its mean."""
+    answers = evaluation.answers
+    known = answers.of_known
+    for low, high, n, mean, accuracy in zip(
+        *reliability(answers.confidence[known], answers.right[known], 10), strict=True
+    ):
+        if n:
+            yield Share(f"{100 * low:.0f} to {100 * high:.0f} %", int(n), mean, accuracy)
+
+
+def by_coverage(evaluation: Evaluation) -> Iterator[Share]:
+    """Yield the answers whose probability reaches each threshold, with their share of all answers."""
+    answers, asked = evaluation.answers, evaluation.abstain
+    for least in sorted({*MARKS, *([] if asked is None else [asked])}):
+        right = answers.right[answers.confidence >= least]
+        if len(right):
+            yield Share(f"at least {100 * least:g} %", len(right), len(right) / evaluation.n, float(right.mean()))
+
+
 def provenance(results: Results) -> dict[str, list[tuple[str, str]]]:
     """Return the rows of each part by its title."""
     manifest = None if results.place is None else places.at(results.place).manifest(results.index.version)
-    records, machine = results.index.provenance, doctor.examine().facts
+    records, machine = results.index.provenance | {"fit": results.record("fit").get("form")}, doctor.examine().facts
     return {
         "Test": list(_test(results)),
         "Settings": list(_settings(results, manifest)),
@@ -183,8 +246,8 @@ def _index(results: Results, manifest: Manifest | None) -> Iterator[tuple[str, s
     yield "FAISS index", f"{index.index_type} on {index.device}"
     yield "prompts", " | ".join(index.templates) or "-"
     if index.backbone is not None:
-        yield "encoder", portable(str(index.backbone))
-        yield "digest of its weights", index.backbone.weights
+        yield "encoder", portable(index.backbone.model)
+        yield "weights", f"{portable(index.backbone.pretrained or '-')}, {index.backbone.weights}"
         yield "preprocessing", described(dict(index.backbone.preprocess))
 
 
@@ -225,7 +288,7 @@ class Results:
         return np.flatnonzero(self.answers.of_known & ~self.answers.held_out)
 
     def record(self, name: str) -> dict[str, object]:
-        """Return what the index records about ``search`` or ``finetune``, or an empty dict if it records nothing."""
+        """Return what the index records about ``fit``, ``search`` or ``finetune``, which may be nothing."""
         kept = self.index.provenance.get(name)
         return kept if isinstance(kept, dict) else {}
 
@@ -293,7 +356,7 @@ def portable(text: str | os.PathLike[str]) -> str:
             return str(full.relative_to(here))
         return str(Path(*(full.relative_to(home) if full.is_relative_to(home) else full).parts[-2:]))
 
-    return re.sub(r"(?:^|(?<=[\s:=(',\"])|(?<=://))/(?=[^/\s])[^:,'\"]*", shortened, show(text))
+    return re.sub(r"(?:^|(?<=[\s@:=(',\"])|(?<=://))/(?=[^/\s])[^:,'\"]*", shortened, show(text))
 
 
 class Picture(NamedTuple):
