@@ -402,7 +402,7 @@ class Labelling:
     def _item(self, photo: int, label: Label) -> PhotoLabel:
         copy, digest = self.photos.readable(photo), self.photos.digests.get(photo)
         path, digest = show(self.photos.path(copy)), digest or str(self._known[photo].digest)
-        return PhotoLabel(path, digest, label.label, label.picked, self.photos.feature(copy))
+        return PhotoLabel(path, digest, label.label, label.picked, self.photos.features.get(copy))
 
     def _refuse(self, photo: int, label: Label, reason: str) -> None:
         if self._unsaved.get(photo) is label:
@@ -509,10 +509,11 @@ def _facts_of(
     """Return the guesses for each photo that is shown, and the photos among ``rows`` that resemble it."""
     places = {photo: place for place, photo in enumerate(rows)}
     shown = [photo for photo in shown if photo in places]
-    near = alike(photos.rows(rows), [places[photo] for photo in shown])
-    found = [] if index is None else guesses(index.classify(photos.rows(shown), "keep", **vars(ASK)), none=False)
+    features, own = photos.rows(rows), [places[photo] for photo in shown]
+    near = alike(features, own)
+    found = [] if index is None else guesses(index.classify(features[own], "keep", **vars(ASK)), none=False)
     probable = [one["guesses"] for one in found] or [None] * len(shown)
-    similar = ([rows[place] for place in own] for own in near)
+    similar = ([rows[place] for place in one] for one in near)
     return dict(zip(shown, zip(probable, similar, strict=True), strict=True))
 
 
