@@ -55,7 +55,6 @@ if TYPE_CHECKING:
     from retrieval_tip.backbones.joined import Joined
     from retrieval_tip.backbones.torch_backbone import TorchBackbone
     from retrieval_tip.fit.finetune import Tuned
-    from retrieval_tip.report.report import WrittenReport
 
 THUMBNAIL = 128
 """Length of the longer side of an image in a notebook, in pixels."""
@@ -540,8 +539,8 @@ class Classifier(OpenIndex):
         """
         return audit(self.index.in_memory(), k=k, borderline=borderline)
 
-    def report(self, out: Place, test: Any) -> WrittenReport:
-        """Write an accuracy report as a single HTML file to ``out``.
+    def report(self, out: Place, test: Any) -> Evaluation:
+        """Write an accuracy report as a single HTML file to ``out``, and return the evaluation.
 
         ``test`` can be the same as for :meth:`evaluate`. See :func:`report.write_report`.
         """

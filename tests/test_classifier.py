@@ -669,9 +669,7 @@ def test_evaluate_and_report_match_the_commands(place, clf, tmp_path, run):
     assert (found.n, found.top1, found.skipped) == (said["n"], said["top1"], 0)
     clf.report(tmp_path / "r.html", held(names=["green", "blue", "red"]))
     assert 'alt="test photo of ' in (tmp_path / "r.html").read_text()  # photos in memory are shown
-    report = clf.report(tmp_path / "r.html", place / "new")
-    assert report.evaluation.top1 == found.top1
-    assert (tmp_path / "r.html").stat().st_size == report.bytes
+    assert clf.report(tmp_path / "r.html", place / "new").top1 == found.top1
 
 
 def test_an_index_that_was_downloaded_from_the_hub_can_be_read_and_changed(place, clf, tmp_path):

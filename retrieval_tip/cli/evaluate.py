@@ -70,7 +70,7 @@ def evaluate_command(
             evaluation = write_report(
                 loaded.in_memory(), test, reader, report, abstain=abstain, ask=ask, place=folder, where=opening.where,
                 command=command_line(*map(portable, sys.argv[1:])),
-            ).evaluation  # fmt: skip
+            )  # fmt: skip
     if as_json:
         click.echo(json_line(evaluation.to_dict()))
     else:

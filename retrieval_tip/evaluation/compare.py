@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -13,12 +13,14 @@ import torch
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source, spelled_alike
 from retrieval_tip.errors import InputError, Skipped, counted, few, percent
-from retrieval_tip.evaluation.evaluate import HELD_OUT, Answers, Evaluation, Recognition, answers_of, judge, some_known
+from retrieval_tip.evaluation.evaluate import HELD_OUT, Answers, Evaluation, answers_of, judge, some_known
 from retrieval_tip.model import Index
 
 SIGNIFICANT = 0.05
 """Probability below which a difference is called significant."""
 
+UNUSUAL = ("held_out", "unknown", "known_top1", "known_no_match", "unknown_no_match", "auroc")
+"""The figures of an evaluation about its own shots and unknown classes."""
 DIFFERENCES = pa.schema({name: pa.string() for name in ("input", "label", "answer_a", "answer_b", "right")})
 """The columns of the photos with different answers. ``right`` is A, B or neither, or null without labels."""
 
@@ -64,7 +66,7 @@ class Compared:
         facts: dict[str, object] = {"a": self.names[0], "b": self.names[1], "n": self.n, "skipped": len(self.skipped)}
         for side, own, alone in zip("ab", self.evaluations or (), self.alone, strict=False):
             facts |= {f"top1_{side}": own.top1, f"interval_95_{side}": list(own.interval), f"only_{side}_right": alone}
-            facts |= {f"{field_.name}_{side}": getattr(own, field_.name) for field_ in fields(Recognition)}
+            facts |= {f"{name}_{side}": getattr(own, name) for name in UNUSUAL}
         return facts | {"p_value": self.p_value, "differences": self.differences.to_pylist()}
 
     def __str__(self) -> str:

@@ -105,43 +105,6 @@ class Answers:
             found = {"set_coverage": _mean(held[known]), "set_size": sizes[known].mean()}
         return found
 
-    def recognition(self) -> Recognition:
-        """Return how well items of known and unknown classes are told apart."""
-        known, no_match, strength = self.of_known, self.no_match, self.strength
-        counts = Counter(self.class_names[i] for i in self.truth[~known].tolist())
-        return Recognition(
-            held_out=int(self.held_out.sum()),
-            unknown=dict(sorted(counts.items())),
-            known_top1=_mean(self.right[known]),
-            known_no_match=None if no_match is None else _mean(no_match[known]),
-            unknown_no_match=None if no_match is None else _mean(no_match[~known]),
-            auroc=None if strength is None else _area_under_roc(strength[known], strength[~known]),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recognition:
-    """How an index treats items of classes that it lacks, and items that are its own shots.
-
-    Shares are ``None`` if there are no such items.
-
-    - ``held_out``: the number of items that are shots of the index, each of which was classified without itself
-    - ``unknown``: the number of items of each class that the index lacks
-    - ``known_top1``: the accuracy on items of the other classes
-    - ``known_no_match``, ``unknown_no_match``: the share of items of known and of unknown classes without a match
-    - ``auroc``: the area under the ROC curve of the score behind ``no_match``, which is the probability that an item of
-      a known class has a higher score than one of an unknown class
-
-    The last three are also ``None`` if the index has no threshold for ``no_match``.
-    """
-
-    held_out: int = 0
-    unknown: dict[str, int] = field(default_factory=dict)
-    known_top1: float | None = None
-    known_no_match: float | None = None
-    unknown_no_match: float | None = None
-    auroc: float | None = None
-
 
 class ClassScore(NamedTuple):
     """The answers to the ``n`` items of a class.
@@ -169,7 +132,7 @@ class ClassScore(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Evaluation(Recognition):
+class Evaluation:
     """The accuracy of an index on the ``n`` readable items of a source. All accuracies are fractions.
 
     - ``top1``, ``top5``: the accuracies of the blended logits. An item of a class that the index lacks counts as right
@@ -184,9 +147,15 @@ class Evaluation(Recognition):
     - ``selective_top1``: the accuracy of these answers, or ``None`` if there are none
     - ``figures``: with ``at_least``, the share and the accuracy of answers at each of the ``levels``, and the share
       with ``no_label``; with ``coverage``, the share of sets with the right class, and their mean number of classes
+    - ``held_out``: the number of items that are shots of the index, each of which was classified without itself
+    - ``unknown``: the number of items of each class that the index lacks
+    - ``known_top1``: the accuracy on items of the other classes
+    - ``known_no_match``, ``unknown_no_match``: the share of items of known and of unknown classes without a match
+    - ``auroc``: the area under the ROC curve of the score behind ``no_match``, which is the probability that an item of
+      a known class has a higher score than one of an unknown class
 
     ``zero_shot_top1``, ``cache_top1``, ``by_class``, ``mean_per_class`` and ``ece`` refer to the items of known
-    classes, the others to all items. See :class:`Recognition` for the other fields.
+    classes. A share of no items is ``None``, and so are the last three if the index has no threshold for ``no_match``.
     """
 
     top1: float
@@ -205,6 +174,12 @@ class Evaluation(Recognition):
     coverage: float | None = None
     selective_top1: float | None = None
     figures: dict[str, object] = field(default_factory=dict)
+    held_out: int = 0
+    unknown: dict[str, int] = field(default_factory=dict)
+    known_top1: float | None = None
+    known_no_match: float | None = None
+    unknown_no_match: float | None = None
+    auroc: float | None = None
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -220,10 +195,8 @@ class Evaluation(Recognition):
         """Return the figures that ``evaluate --json`` prints. ``k`` is ``"all"`` if every key is used."""
         left_out = {"answers", "by_class", "figures"}
         left_out |= {"abstain", "coverage", "selective_top1"} if self.abstain is None else set()
-        last = [field_.name for field_ in fields(Recognition)]
-        names = [field_.name for field_ in fields(self) if field_.name not in (*left_out, *last)]
         facts: dict[str, object] = {}
-        for name in (*names, *last):
+        for name in (field_.name for field_ in fields(self) if field_.name not in left_out):
             facts |= self.settings.shown() if name == "settings" else {name: getattr(self, name)}
         return facts | {"per_class": self.per_class} | self.figures
 
@@ -279,6 +252,8 @@ def judge(
     wrong = Counter(zip(truth[~right].tolist(), answers.predicted[~right].tolist(), strict=True))
     confusions = [(class_names[a], class_names[b], n) for (a, b), n in wrong.most_common(CONFUSIONS)]
     confident = None if abstain is None else answers.confidence >= abstain
+    unknown = Counter(class_names[i] for i in truth[~known].tolist())
+    no_match, strength = answers.no_match, answers.strength
     return Evaluation(
         top1=float(right.mean()),
         top5=float((right | hits[:, :-2].any(axis=1)).mean()),
@@ -296,7 +271,12 @@ def judge(
         coverage=None if confident is None else float(confident.mean()),
         selective_top1=None if confident is None else _mean(right[confident]),
         figures=answers.figures(index.groups),
-        **vars(answers.recognition()),
+        held_out=int(answers.held_out.sum()),
+        unknown=dict(sorted(unknown.items())),
+        known_top1=_mean(right[known]),
+        known_no_match=None if no_match is None else _mean(no_match[known]),
+        unknown_no_match=None if no_match is None else _mean(no_match[~known]),
+        auroc=None if strength is None else _area_under_roc(strength[known], strength[~known]),
     )
 
 

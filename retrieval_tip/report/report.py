@@ -59,23 +59,14 @@ MISTAKES, PAIRS, EXAMPLES, NEIGHBOURS = 12, 8, 3, 5
 """Maximum numbers of mistakes in a list, of confused pairs, of photos per pair, and of keys per mistake."""
 
 
-@dataclass(frozen=True)
-class WrittenReport:
-    """A report that has been written."""
-
-    path: Path
-    bytes: int
-    evaluation: Evaluation
-
-
 def write_report(
     index: Index, test: Source, reader: Reader, out: str | os.PathLike[str], *, abstain: float | None = None,
     ask: Ask = Ask(), place: Place | None = None, where: str | None = None, command: str | None = None,
-) -> WrittenReport:  # fmt: skip
-    """Evaluate an index on a labelled test source and write an accuracy report as one HTML file.
+) -> Evaluation:  # fmt: skip
+    """Evaluate an index on a labelled test source, and write an accuracy report as one HTML file.
 
-    The figures come from :func:`evaluate.evaluate`. An existing file ``out`` is replaced once the report is
-    complete. ``reader.skipped`` lists the unreadable items.
+    Returns the result of :func:`evaluate.evaluate`, whose figures are shown. An existing file ``out`` is replaced once
+    the report is complete. ``reader.skipped`` lists the unreadable items.
 
     Args:
         index: The index. Its ``settings`` are used for the answers.
@@ -101,7 +92,7 @@ def write_report(
     page = _page(Results(index, test, reader, block, evaluation, named, where, command)).encode()
     with replacing(path) as temporary:
         temporary.write_bytes(page)
-    return WrittenReport(path, len(page), evaluation)
+    return evaluation
 
 
 def check(out: Path) -> None:
