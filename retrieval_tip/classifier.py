@@ -532,12 +532,12 @@ class Classifier(OpenIndex):
         )
         return compare(a, b, _opened(test, "test", open_items))
 
-    def audit(self, *, k: KeysMet = None, borderline: bool = False) -> pa.Table:
+    def audit(self, *, borderline: bool = False) -> pa.Table:
         """List shots that look mislabelled, most suspicious first (see :func:`audit.audit`).
 
         To correct labels, pass a mapping from ``key_id`` to the right label to ``relabel``.
         """
-        return audit(self.index.in_memory(), k=k, borderline=borderline)
+        return audit(self.index.in_memory(), borderline=borderline)
 
     def report(self, out: Place, test: Any) -> Evaluation:
         """Write an accuracy report as a single HTML file to ``out``, and return the evaluation.

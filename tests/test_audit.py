@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from dataclasses import replace
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -71,7 +72,7 @@ def reference(cache, k=None):
 
 
 def check(cache, k=None):
-    table = audit(cache, k=k, borderline=True)
+    table = audit(cache, borderline=True)
     expected = reference(cache, k)
     described = {row["key_id"]: row for row in cache.labels.to_pylist()}
     rows = table.to_pylist()
@@ -96,7 +97,7 @@ def check(cache, k=None):
             row |= {"suggested": row["label"], "suggested_score": row["own_score"], "margin": 0}
     clear = [row for row in rows if row["margin"] or row["duplicate_of"] is not None]
     clear.sort(key=lambda row: (-(row["margin"] or 0), row["key_id"]))
-    assert audit(cache, k=k).to_pylist() == clear
+    assert audit(cache).to_pylist() == clear
     if k is None:
         wrong = [row for row in clear if row["margin"]]
         numbers = Counter(row["label"] for row in wrong)
@@ -142,7 +143,8 @@ def test_an_audit_matches_the_dense_reference(seed, n, dtype, valued):
 @settings(max_examples=examples(20), deadline=None)
 @given(st.integers(0, 10**6), st.integers(3, 30))
 def test_an_audit_of_the_nearest_keys_matches_the_dense_reference(seed, k):
-    check(random_index(seed), k)
+    with patch.object(audits, "ALL_PAIRS", 0), patch.object(audits, "MET", k):
+        check(random_index(seed), k)
 
 
 def planted(n, c, d=32, spread=0.5, seed=0):
@@ -153,9 +155,11 @@ def planted(n, c, d=32, spread=0.5, seed=0):
     return (keys / np.linalg.norm(keys, axis=1, keepdims=True)).astype(np.float32), ids
 
 
-@pytest.mark.parametrize("k", [None, 64])
+@pytest.mark.parametrize("most", [400**2, 0])
 @pytest.mark.parametrize("seed", range(3))
-def test_exactly_the_planted_wrong_labels_are_found(seed, k):
+def test_exactly_the_planted_wrong_labels_are_found(seed, most, monkeypatch):
+    monkeypatch.setattr(audits, "ALL_PAIRS", most)
+    monkeypatch.setattr(audits, "MET", 64)
     keys, ids = planted(400, 10, seed=seed)
     ids[ids == 9] = np.where(np.arange(40) < 37, 8, 9)  # a class of three beside one of 77
     keys[ids == 8] = planted(400, 10, seed=seed + 50)[0][8::10][np.arange((ids == 8).sum()) % 40]
@@ -164,7 +168,7 @@ def test_exactly_the_planted_wrong_labels_are_found(seed, k):
     wrong = ids.copy()
     wrong[flipped] = (ids[flipped] + 1 + seed) % 8
     cache = Index.from_features(keys, wrong, [f"class {i}" for i in range(10)], device="cpu")
-    table = audit(cache, k=k)
+    table = audit(cache)
     assert set(table["key_id"].to_pylist()) == set(flipped.tolist())  # precision and recall of 1
     assert table["suggested"].to_pylist() == [f"class {ids[i]}" for i in table["key_id"].to_pylist()]
     assert (table["margin"].to_numpy() > 0).all()

@@ -458,7 +458,6 @@ def export_command(
 @index.command()
 def audit_command(
     folder: Place = options.INDEX_ARGUMENT,
-    k: KeysMet = option(kinds.K(), "-k"),
     borderline: bool = flag("--all"),
     file: Path | None = option(kinds.FILE, "--apply"),
     printing: OutputOptions = options.FORMAT,
@@ -473,14 +472,13 @@ def audit_command(
     column suggested contains the new label of a shot, and label must still be its current label.
 
     Options:
-        k: Number of nearest keys used to check each shot, or all. [default: all in small indexes]
         borderline: Also list borderline cases.
         file: Table written by audit --out, whose suggestions are applied in one new version.
     """
     if file is not None:
         from retrieval_tip.index.changes import apply_audit
 
-        if k is not None or borderline or printing != OutputOptions(None, None):
+        if borderline or printing != OutputOptions(None, None):
             raise UsageError("--apply: cannot be combined with other options")
         changed = apply_audit(folder, file)
         _say_relabelled(folder, changed)
@@ -488,7 +486,7 @@ def audit_command(
     from retrieval_tip.evaluation.audit import audit
 
     loaded = store_of(kinds.FOLDER.convert(folder, None, None)).load(device="auto")  # rejects an address
-    printing.write_table(audit(loaded, k=k, borderline=borderline))
+    printing.write_table(audit(loaded, borderline=borderline))
 
 
 def _held(index: Index) -> str:

@@ -29,14 +29,12 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
-from retrieval_tip.errors import check_count
 from retrieval_tip.fit.closed_form import FOLDS, unfitted
 from retrieval_tip.fit.folds import Folds, Queries, Visible
 from retrieval_tip.fit.forms import Form
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.duplicates import NEAR
-from retrieval_tip.settings import KeysMet
 from retrieval_tip.store.labels import digest_codes, images_of
 
 ALL_PAIRS, MET = 1 << 33, 256
@@ -51,16 +49,15 @@ CHEAP = 2048
 """Maximum number of keys for which :func:`gain` takes at most about a second."""
 
 
-def audit(index: Index, *, k: KeysMet = None, borderline: bool = False) -> pa.Table:
+def audit(index: Index, *, borderline: bool = False) -> pa.Table:
     """List shots that look mislabelled, and duplicates of shots in another class.
 
     A shot looks mislabelled if another class fits clearly better (:data:`CLEAR`). If ``borderline`` is set, shots that
     another class fits only slightly better are listed as well. For a shot that is only listed as a duplicate,
     ``suggested`` is its own label.
 
-    ``k = "all"`` is exact and computes ``n^2`` affinities (3 s for 16,000 keys of 512 values on two cores). A number
-    limits the sums to the ``k`` nearest keys. ``None`` means all keys up to :data:`ALL_PAIRS` affinities, and
-    :data:`MET` nearest keys beyond this limit. Raises UsageError if ``k`` is below 1.
+    This computes ``n^2`` affinities (3 s for 16,000 keys of 512 values on two cores). Beyond :data:`ALL_PAIRS`, the
+    sums are limited to the :data:`MET` nearest keys.
 
     Returns a table, sorted by descending margin and then by key id, with these columns:
 
@@ -70,10 +67,8 @@ def audit(index: Index, *, k: KeysMet = None, borderline: bool = False) -> pa.Ta
     - ``nearest_key_id``, ``nearest_source``, ``nearest_label``, ``nearest_affinity``: the nearest visible key
     - ``duplicate_of``: the closest retrieved key of another class that is a duplicate (see :data:`duplicates.NEAR`)
     """
-    if k not in (None, "all"):
-        check_count("k", k)
     index, parts = unfitted(index), []
-    near = (MET if index.n**2 > ALL_PAIRS else None) if k is None else None if k == "all" else k
+    near = MET if index.n**2 > ALL_PAIRS else None
     images, class_ids = images_of(index.labels), index.class_ids.cpu().numpy()
     _, beta = untouched_settings(index.keys, class_ids)
     digests = torch.from_numpy(digest_codes(index.labels)).to(index.device)
