@@ -469,15 +469,12 @@ class Labelling:
         self._chosen = version, encoded
 
     async def _measure(self, version: Version) -> None:
-        drawn, chosen = (
-            sorted({one.key_id for one in self._known.values() if one.picked in picked})
-            for picked in (("random",), ("suggested", "reviewed"))
-        )
+        picked = {one.key_id: one.picked for one in self._known.values() if one.picked not in (None, "similar")}
+        drawn = sum(how == "random" for how in picked.values())
         measured, rest = self._chosen, sorted(self.photos.encoded - self._taken())
-        progress = schemas.LabelProgress(drawn=len(drawn), needed=DRAWN, done=not rest and self._has_read_all())
-        if len(drawn) >= DRAWN and rest and version.index.n <= self.service.limits.estimated:
-            features = self.photos.rows(rest)
-            call = partial(_measured_on, features, version.index, drawn, chosen, len(self.photos))
+        progress = schemas.LabelProgress(done=not rest and self._has_read_all())
+        if drawn >= DRAWN and rest and version.index.n <= self.service.limits.estimated:
+            call = partial(_measured_on, self.photos.rows(rest), version.index, list(picked), len(self.photos))
             progress = await self.service.run(self._thinking, call)
         self._progress, self._measured = progress, measured
 
@@ -517,14 +514,11 @@ def _facts_of(
     return dict(zip(shown, zip(probable, similar, strict=True), strict=True))
 
 
-def _measured_on(
-    rest: FloatArray, index: Index, drawn: Sequence[int], chosen: Sequence[int], photos: int
-) -> schemas.LabelProgress:
+def _measured_on(rest: FloatArray, index: Index, key_ids: Sequence[int], photos: int) -> schemas.LabelProgress:
     index = index.in_memory()
-    found = estimate_rest(index, drawn, rest, chosen)
+    found = estimate_rest(index, key_ids, rest)
     more = min(MORE, len(rest))
     gain = gain_of(index, rest, found, more)
     return schemas.LabelProgress(
-        estimate=found, drawn=len(drawn), needed=DRAWN, more=more, gain=gain, review=found.first_wrong < REVIEWED,
-        done=found.most_wrong < DONE * photos,
-    )  # fmt: skip
+        estimate=found, more=more, gain=gain, review=found.first_wrong < REVIEWED, done=found.most_wrong < DONE * photos
+    )

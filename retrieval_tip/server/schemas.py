@@ -343,14 +343,12 @@ class FolderAnswers(BaseModel):
 class LabelProgress(BaseModel):
     """The :class:`progress.Estimate` for the unlabelled photos.
 
-    ``drawn`` is the number of random photos that are labelled. If it is below ``needed``, or if the index is very
-    large, there is no estimate. ``gain`` is the expected gain from ``more`` labels. ``review`` tells whether reviewing
-    the least certain answers takes less work than labelling these photos, and ``done`` whether less than 2 % of all
-    photos are wrong, at the upper end of the interval.
+    If few random photos are labelled, or if the index is very large, there is no estimate. ``gain`` is the expected
+    gain from ``more`` labels. ``review`` tells whether reviewing the least certain answers takes less work than
+    labelling these photos, and ``done`` whether less than 2 % of all photos are wrong, at the upper end of the
+    interval.
     """
 
-    drawn: int
-    needed: int
     estimate: Estimate | None = None
     more: int | None = None
     gain: float | None = None
