@@ -169,6 +169,9 @@ def test_models_try_compares_the_encoders_on_this_machine(photos, tmp_path, run,
     none = run("models", "--try", place / "test")
     assert (none.exit_code, none.stdout, "--model" in none.stderr) == (2, "", True)
     assert run("models", "--model", models[0]).exit_code == 2
+    features = write_table(tmp_path / "features.parquet", unit_rows(4, 8), ["a", "a", "b", "b"])
+    refused = run("models", "--try", features, "--model", models[0])
+    assert (refused.exit_code, "features.parquet: has the features of one" in refused.stderr) == (2, True)
     here.append((models[0], None))
     one = run("models", "--try", place / "test", "--format", "json")
     assert (one.exit_code, "only one encoder" in one.stderr) == (3, True)

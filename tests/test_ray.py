@@ -16,6 +16,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from clusters import clusters, text_of
 from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,8 +28,10 @@ from retrieval_tip.data import remote
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import of_images, open_items
 from retrieval_tip.data.tables import open_parquet, table_files
-from retrieval_tip.distributed.ray_data import PartsFolder, Work, Worker, cut, room
+from retrieval_tip.distributed.ray_data import PartsFolder, Question, Work, Worker, cut, room
 from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.index.places import at
+from retrieval_tip.settings import Ask
 
 
 @settings(max_examples=examples(20), deadline=None)
@@ -113,6 +116,26 @@ def test_an_actor_encodes_a_piece_and_reports_unreadable_photos(tmp_path, shared
         part: [skipped.source for skipped in some] for part, some in PartsFolder(tmp_path / "out").failed().items()
     }
     assert failed == {"000000": [str(tmp_path / "bad.jpg")], "000001": [gone]}
+
+
+def test_an_actor_selects_the_keys_that_the_command_line_selects(tmp_path, run):
+    names, (keys, ids) = [f"c{i:02}" for i in range(12)], clusters(12, c=12)
+    shots = write_table(tmp_path / "shots.parquet", keys, [names[i] for i in ids])
+    text = write_table(tmp_path / "text.parquet", text_of(c=12), names)
+    assert run("index", "build", shots, "--text", text, "--out", tmp_path / "i").exit_code == 0
+    where, ask = "label < 'c08'", Ask(logits=True, neighbours=0, k="all")
+    asked = ("classify", tmp_path / "i", shots, "--where", where, "--logits", "--out", tmp_path / "here.parquet")
+    assert run(*asked).exit_code == 0
+    schema, manifest = pa.schema([("logits", pa.list_(pa.float32()))]), at(tmp_path / "i").manifest().to_bytes()
+
+    def rows(index, sources, reader):
+        return (one.written(["logits"]) for one in index.classify_source(sources[0], reader, ask))
+
+    question = Question(str(tmp_path / "i"), manifest, ask, where, schema, rows)
+    worker = Worker(Work(Reader(), None, None, question), f"{tmp_path}/out", "cpu", Path.cwd())
+    found = worker(pa.table({"part": ["000000"], "piece": [pickle.dumps(open_items(shots))]}))
+    expected = np.array(open_parquet(tmp_path / "here.parquet").read()["logits"].to_pylist())
+    np.testing.assert_allclose(np.array(found["logits"].to_pylist()), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

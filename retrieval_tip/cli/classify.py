@@ -428,7 +428,7 @@ def _classify_on_ray(
     if printing.style != "parquet" or printing.output is None:
         raise UsageError("--engine ray: can only write Parquet parts; give --format parquet and --out FOLDER")
     manifest, schema = store_of(folder).manifest().to_bytes(), rows.schema(loaded)
-    question = Question(str(folder), manifest, loaded.settings, opening.where, schema, rows.tables)
+    question = Question(str(folder), manifest, rows.ask, opening.where, schema, rows.tables)
     what, skipped = _on_ray(inputs_of(inputs), printing.output, engine, encoding, index=loaded, question=question)
     say(f"{show(printing.output)}: {what}")
     finish(skipped)

@@ -89,32 +89,16 @@ def index_with(
     index = store_of(folder).load(device=backbone.device, verify=opening.verify)
     index = index.with_settings(index.settings.override(alpha=ask.alpha, beta=ask.beta))
     if opening.where is not None:
-        index = _restricted(index, opening.where, fits=ask.alpha is None and ask.beta is None)
+        from retrieval_tip.index.items import restricted
+
+        rest = restricted(index, opening.where, ask)
+        kept = dict(zip(rest.class_names, rest.counts, strict=True))
+        counts = ((name, kept.get(name, 0), n) for name, n in zip(index.class_names, index.counts, strict=True))
+        parts = [f"{name} {own}/{n}" for name, own, n in counts if own < n]
+        say(f"where: {rest.n} of {index.n} shots match ({few(parts)})")
+        index = rest
     index.settings = ask.settings(index.settings)
     return index
-
-
-def _restricted(index: Index, where: str, *, fits: bool) -> Index:
-    """Return the index with the keys that match a condition, and print the classes that lost keys.
-
-    If a class has lost all its keys, its chance depends on alpha, which is then fitted again if ``fits`` is true.
-    """
-    from retrieval_tip.fit.closed_form import refit
-    from retrieval_tip.store.query import rows_where
-
-    rows = rows_where(index.labels, where)
-    if not len(rows):
-        raise UsageError(f"where: none of the {index.n} shots match; change the condition")
-    rest = index.take(rows)
-    counts = zip(index.class_names, rest.counts, index.counts, strict=True)
-    parts = [f"{name} {a}/{b}" for name, a, b in counts if a < b]
-    automatic = fits and index.fitted is not None and index.fitted.automatic
-    if automatic and index.has_text and rest.counts.count(0) > index.counts.count(0):
-        refit(rest, rest.settings.beta)
-        rest.solve()
-    rest.drop_unanswerable()
-    say(f"where: {rest.n} of {index.n} shots match ({few(parts)})")
-    return rest
 
 
 def loader(backbone: BackboneOptions, identity: Identity | None = None) -> partial[TorchBackbone | Joined]:

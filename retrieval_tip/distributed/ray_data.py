@@ -51,9 +51,9 @@ from retrieval_tip.errors import (
     show,
 )
 from retrieval_tip.index import places
+from retrieval_tip.index.items import restricted
 from retrieval_tip.model import Index
-from retrieval_tip.settings import Settings
-from retrieval_tip.store.query import rows_where
+from retrieval_tip.settings import Ask
 
 IMAGES, ROWS = 256, 16_384
 """Maximum size of a piece, in images or in rows of a feature table."""
@@ -70,12 +70,13 @@ PATIENCE = 5.0
 class Question:
     """A query to the index in ``folder``. The query fails if the index no longer has the given manifest.
 
-    ``rows`` is a function that yields the answers as tables.
+    ``ask`` and ``where`` select the settings and the keys, as on the command line. ``rows`` is a function that yields
+    the answers as tables.
     """
 
     folder: str
     manifest: bytes
-    settings: Settings
+    ask: Ask
     where: str | None
     schema: pa.Schema
     rows: Callable[[Index, Sequence[Source], Reader], Iterator[pa.Table]]
@@ -260,12 +261,9 @@ class Worker:
         index = places.at(asked.folder).load(device=self._device, verify="fast")
         if places.at(asked.folder).manifest().to_bytes() != asked.manifest:
             raise StoreError(f"{asked.folder}: changed since this run began; start it again")
-        index.settings = asked.settings
-        if asked.where is None:
-            return index
-        rest = index.take(rows_where(index.labels, asked.where))
-        rest.drop_unanswerable()
-        return rest
+        index = index.with_settings(index.settings.override(alpha=asked.ask.alpha, beta=asked.ask.beta))
+        index = index if asked.where is None else restricted(index, asked.where, asked.ask)
+        return index.with_settings(asked.ask.settings(index.settings))
 
 
 class PartsFolder:

@@ -35,6 +35,7 @@ from retrieval_tip.retrieval.rows import ArrayRows, Rows
 from retrieval_tip.retrieval.vector_index import BY_CLASS
 from retrieval_tip.settings import (
     OVERRIDES,
+    Ask,
     BuildOptions,
     Built,
     Dtype,
@@ -46,6 +47,7 @@ from retrieval_tip.settings import (
     check_choice,
 )
 from retrieval_tip.store.labels import LABEL_SCHEMA, label_table, shots_after
+from retrieval_tip.store.query import rows_where
 from retrieval_tip.store.versions import Versions, Writer
 
 log = logging.getLogger(__name__)
@@ -237,6 +239,23 @@ def ids_in(source: Source, class_names: Sequence[str]) -> npt.NDArray[np.int64]:
     if unknown:
         raise InputError(f"{source.name}: some labels have no text weights: {few(unknown)}; add them to the text table")
     return np.array([position[label] for label in labels], dtype=np.int64)
+
+
+def restricted(index: Index, where: str, ask: Ask = Ask()) -> Index:
+    """Return an index with the keys that match an SQL condition. Raises UsageError if no key matches.
+
+    If a class has lost all its keys, its chance depends on alpha, which is then fitted again unless ``ask`` sets it.
+    """
+    rows = rows_where(index.labels, where)
+    if not len(rows):
+        raise UsageError(f"where: none of the {index.n} shots match; change the condition")
+    rest = index.take(rows)
+    automatic = ask.alpha is None and ask.beta is None and index.fitted is not None and index.fitted.automatic
+    if automatic and index.has_text and rest.counts.count(0) > index.counts.count(0):
+        closed_form.refit(rest, rest.settings.beta)
+        rest.solve()
+    rest.drop_unanswerable()
+    return rest
 
 
 def identity_of(source: Source, reader: Reader) -> Identity | None:
