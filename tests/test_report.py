@@ -171,7 +171,7 @@ def test_confusion_counts_every_pair():
     rng = np.random.default_rng(0)
     names = [f"class {i}" for i in range(7)]
     truth, predicted = rng.integers(0, 6, 300), rng.integers(0, 6, 300)  # the last class does not occur
-    found = report.confusion(made_up(truth, predicted, names).answers)
+    found = report.confusion_matrix(made_up(truth, predicted, names).answers)
     pairs = Counter(zip(truth.tolist(), predicted.tolist(), strict=True))
     assert (found.names, found.of) == (names[:6], 6)
     assert found.counts.tolist() == [[pairs[i, j] for j in range(6)] for i in range(6)]
@@ -184,7 +184,7 @@ def test_unknown_photos_without_a_match_are_no_confusion():
     answers = made_up(truth, predicted, ["a", "b", "new"]).answers
     answers = replace(answers, known=2, no_match=no_match)
     assert answers.right.tolist() == [True, False, True, False, False]
-    found = report.confusion(answers)
+    found = report.confusion_matrix(answers)
     assert (found.counts.tolist(), found.totals.tolist()) == ([[1, 0, 0], [1, 0, 0], [1, 1, 0]], [1, 1, 3])
 
 
@@ -196,7 +196,7 @@ def test_only_the_most_confused_of_many_classes_are_shown():
     confused = np.arange(5, 5 + 3 * 30, 3)  # thirty pairs of neighbours, each confused twice
     for i in confused:
         predicted[3 * i : 3 * i + 2] = i + 1
-    found = report.confusion(made_up(truth, predicted, names).answers)
+    found = report.confusion_matrix(made_up(truth, predicted, names).answers)
     assert found.of == c
     assert len(found.names) == report.MATRIX
     errors = Counter(np.concatenate([truth[truth != predicted], predicted[truth != predicted]]).tolist())

@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.remote import absolute
 from retrieval_tip.data.sources import Source, of_images
-from retrieval_tip.errors import InputError, show
+from retrieval_tip.errors import InputError, check_memory, show
 from retrieval_tip.index import places
 from retrieval_tip.index.build import build_index
 from retrieval_tip.labelling.queue import Picked
@@ -140,6 +140,8 @@ class SessionPhotos:
         """Note what was read of some photos. A photo of an earlier session must still have the same bytes."""
         known = {n: one for n, one in read.items() if n < len(self) or one[0] == self.digests.get(n)}
         for photo, (_, feature) in known.items():
+            if not self.features:  # the features, and those of the other photos as one array
+                check_memory(16 * len(self.names) * len(feature), f"{len(self.names):,} photos", "label fewer photos")
             self.features[photo] = feature
             self.unreadable.pop(photo, None)
         self.recognise({photo: digest for photo, (digest, _) in known.items()})

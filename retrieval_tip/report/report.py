@@ -110,7 +110,7 @@ def _page(results: Results) -> str:
         "report/page.html.j2", title=f'Accuracy of {name} on "{Path(results.test.name).name}"', results=results,
         index=index, evaluation=evaluation, sentences=list(results.sentences()), actions=list(results.actions()),
         pairs=list(confusions(results)), mistakes=list(mistakes(results)),
-        matrix=confusion(evaluation.answers), reliability=list(by_probability(evaluation)),
+        matrix=confusion_matrix(evaluation.answers), reliability=list(by_probability(evaluation)),
         coverage=list(by_coverage(evaluation)),
         provenance=provenance(results), counted=counted, few=few, percent=percent, portable=portable, nobreak=_nobreak,
         thumbnail=remembered(partial(thumbnail, results.test.load or results.reader.read)),
@@ -137,7 +137,7 @@ class Confusion(NamedTuple):
     of: int
 
 
-def confusion(answers: Answers) -> Confusion:
+def confusion_matrix(answers: Answers) -> Confusion:
     """Count the answers by true and predicted class, in the order of the index."""
     truth, predicted, c, wrong = answers.truth, answers.predicted, len(answers.class_names), ~answers.right
     totals = np.bincount(truth, minlength=c)
