@@ -64,7 +64,7 @@ bench: setup ## smoke-test every benchmark; the docs say how to measure
 	$(BENCH)/scale.py --keys 3000 --dim 64 --classes 50 --queries 40 --exact-queries 20 --store lance
 	$(BENCH)/living.py --keys 6000 --added 20 --dim 32 --classes 40 --times 1
 ifneq ($(wildcard ../shared/models),) # needs the photos and features of public datasets
-	$(BENCH)/distributed.py --queries 100 --dim 16 --classes 5 --images $(abspath ../shared/data/caltech101/101_ObjectCategories/panda)
+	$(BENCH)/distributed.py --images $(abspath ../shared/data/caltech101/101_ObjectCategories/panda)
 	$(BENCH)/startup.py --runs 1 --images 2 --keys 500 --dim 16
 	$(BENCH)/encoding.py --number 5 --large 2 --size 1600 1400 --rounds 1
 	$(BENCH)/gpu.py --device cpu --rounds 1 --size 320 32 16 --queries 20 --training 20 8 32 --epochs 1 --photos 4

@@ -19,7 +19,6 @@ from retrieval_tip.fit.forms import Within
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.retrieval.ridge import class_weights
-from retrieval_tip.store.labels import images_of
 
 SCALE = 100.0
 """Scale of the cosines to class means. It equals the scale that CLIP uses for text."""
@@ -98,7 +97,7 @@ def discriminant(cache: Index) -> Linear:
 
 def _folds(cache: Index) -> Folds:
     keys = np.asarray(cache.keys[np.arange(cache.n)], dtype=np.float32)
-    return replace(Folds.of(cache), keys=keys).with_shots(images_of(cache.labels), FOLDS, cache.n)
+    return replace(Folds.of(cache), keys=keys).with_shots(FOLDS, cache.n)
 
 
 def _weights(folds: Folds, rows: Tensor) -> Tensor:

@@ -71,9 +71,9 @@ def plain(model: str, pretrained: str | None, device: str, batch: int) -> Encode
     return encode
 
 
-def ours(backbone: Backbone, *, reduce: bool = True) -> Encode:
+def ours(backbone: Backbone) -> Encode:
     """Return a function that encodes with a new Encoder."""
-    return lambda paths: Reader(backbone, reduce=reduce).encode(of_images(list(paths))).features
+    return lambda paths: Reader(backbone).encode(of_images(list(paths))).features
 
 
 def chosen(folder: Path, number: int) -> list[str]:
@@ -226,7 +226,7 @@ def main(
     if large:
         with tempfile.TemporaryDirectory() as scratch:
             made = make_large(photos, large, size, Path(scratch))
-            sides = {"plain loop": looped, "ours, --no-reduce": ours(whole, reduce=False)}
+            sides = {"plain loop": looped}
             sides |= {f"ours, {name}": ours(backbone) for name, backbone in backbones.items()}
             compare(f"photos of {size[0]} x {size[1]}", made, sides, rounds)
 

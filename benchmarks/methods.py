@@ -80,7 +80,7 @@ def searched(shots: Shots) -> Answering:
         if min(filter(None, cache.counts)) < 2:  # a single shot cannot be held out
             return cache
         queries = Queries.leave_one_out(cache)
-    return cache.with_settings(search_hp.search(cache, queries, cautious=True).settings(cache.settings))
+    return cache.with_settings(search_hp.search(cache, queries).settings(cache.settings))
 
 
 def search_grid(cache: Index, val: Items, scales: tuple[float, float]) -> Index:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -26,7 +27,7 @@ from common import SHARED, machine
 from methods import Items, Method, Shots, cache_alone, closed, fine_tuned, paper, searched, zero_shot
 
 from retrieval_tip import EncodingCache, Reader, build_index, load_backbone, open_source
-from retrieval_tip.data.source import Source, few_shot_split, of_images
+from retrieval_tip.data.source import Source, few_shot, of_images
 from retrieval_tip.errors import RetrievalTipError
 from retrieval_tip.report.report import draw, half_width
 from retrieval_tip.store.versions import Versions
@@ -144,7 +145,9 @@ def drawn(whole: Shots, number: int, seed: int) -> Shots:
     pool, val = whole.index, whole.val
     if val is not None and whole.scales is None:
         labels = pool.class_ids.cpu().numpy()[np.argsort(pool.labels["key_id"].to_numpy(), kind="stable")]
-        seen = few_shot_split(labels.tolist(), val.ids.tolist(), number, seed)[1]
+        generator = random.Random(seed)
+        few_shot(labels.tolist(), number, generator)
+        seen = few_shot(val.ids.tolist(), min(number, 4), generator)
         val = Items(val.features[seen], val.ids[seen], val.name)
     return replace(whole, index=draw(pool, number, seed), seed=seed, val=val)
 

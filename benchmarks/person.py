@@ -42,6 +42,8 @@ DESKTOP: dict[str, Any] = {"viewport": {"width": 1280, "height": 840}}
 PHONE: dict[str, Any] = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
 CHECKED = 10
 """Number of single labels between two checks."""
+DONE = 0.02
+"""Share of all photos below which the largest expected number of wrong answers is good enough."""
 GOALS = (0.95, 0.98)
 Row = tuple[str, int, float, float | None, bool]
 """A check: after which step, the actions so far, the share of right photos, and what the page said."""
@@ -85,10 +87,14 @@ class Person:
     def said(self) -> dict[str, Any]:
         """Return what the page says: how many answers are wrong, and whether to review or to stop."""
         state = self.page.evaluate("async () => (await fetch('/v1/label')).json()")
-        progress = state["progress"] or {}
-        wrong = (progress.get("estimate") or {}).get("wrong")
+        estimate = (state["progress"] or {}).get("estimate", {})
+        most = estimate["most_wrong"] if estimate else state["photos"] - state["labelled"]
         advised = self.page.evaluate("document.getElementById('label-review').classList.contains('primary')")
-        return {"wrong": wrong, "done": progress.get("done"), "ready": advised and bool(state["guessed"])}
+        return {
+            "wrong": estimate.get("wrong"),
+            "done": most < DONE * state["photos"],
+            "ready": advised and bool(state["guessed"]),
+        }
 
     def label(self) -> None:
         """Label the photo that is shown."""
@@ -175,7 +181,7 @@ class Person:
             self.act(self.page.select_option, "#selection-class", label)
         else:
             if self.by == "phone":
-                self.page.locator("#selection-label").focus()
+                self.page.locator("#selection-form input").focus()
             self.page.keyboard.type(label)
             self.act(self.page.keyboard.press, "Enter")
             if self.page.locator("#alike-dialog").count():
@@ -245,7 +251,7 @@ def run(truth: dict[str, str], photos: Path, index: Path, model: tuple[str, ...]
         person.press(page.locator("#finish-open"))
         page.fill("#finish-into", str(index.parent / "sorted"))
         person.press(page.locator("#finish").get_by_role("button", name="Finish"))
-        expect(page.locator("#finish-said")).to_contain_text("copied")
+        expect(page.locator("#finish-said")).to_contain_text("copied", timeout=PATIENCE)
     placed = [*(index.parent / "sorted").glob("*/*.jpg")]
     right = sum(path.parent.name == truth[path.name] for path in placed) / len(truth)
     rows.append(("sorted", person.actions, right, None, True))

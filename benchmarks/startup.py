@@ -30,13 +30,11 @@ def sides(folder: Path, image: Path, build: tuple[object, ...], keys: int, dim: 
     """Return the commands to time, which use the indexes ``images`` and ``rows`` in a folder."""
     images, features, known = folder / "images", folder / "rows", ("--cache", folder / "cache")
     large, row = f"one row of features, {keys:,} keys x {dim}", folder / "row.parquet"
-    new = ("classify", images, image, "--cache", folder / "empty")
     commands = {
         "--help": ("--help",),
         "index info": ("index", "info", images),
         "classify, an image that was encoded before": ("classify", images, image, *known),
-        "classify, a new image": new,
-        "classify, a new image, --runtime torch": (*new, "--runtime", "torch"),
+        "classify, a new image": ("classify", images, image, "--cache", folder / "empty"),
         "index build, images that were encoded before": (*build, "--out", folder / "again"),
         f"classify, {large}": ("classify", features, row),
         f"classify, {large}, -k 64": ("classify", features, row, "-k", 64),

@@ -21,7 +21,7 @@ WIDTH, COLUMN = 100, 24
 HEAD = """# Commands
 
 Each command lists its own options. Options that several commands share are explained once,
-[at the end](#common-options). `retrieval-tip COMMAND --help-all` prints the same for one command, with two examples.
+[at the end](#common-options). `retrieval-tip COMMAND --help` prints the same for one command, with two examples.
 `make docs` writes this page.
 """
 

@@ -21,7 +21,7 @@ import torch
 
 from retrieval_tip import settings, tip
 from retrieval_tip.backbones.base import Backbone
-from retrieval_tip.backbones.loading import Model, given_backbone, load_when_needed
+from retrieval_tip.backbones.loading import Model, given_backbone, load_again
 from retrieval_tip.data import images
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.pictures import Picture, features_of, is_one, open_images
@@ -34,7 +34,6 @@ from retrieval_tip.evaluation.calibration import Calibration, calibrate
 from retrieval_tip.evaluation.compare import Compared, Side, compare
 from retrieval_tip.evaluation.evaluate import Evaluation, evaluate
 from retrieval_tip.fit.closed_form import FormChoice
-from retrieval_tip.fit.search_hp import validation_shots
 from retrieval_tip.html import markup, table
 from retrieval_tip.index import changes, places
 from retrieval_tip.index.build import build_index
@@ -48,7 +47,7 @@ from retrieval_tip.labelling.sort import Sorted, sort_photos
 from retrieval_tip.model import Index
 from retrieval_tip.predictions import Prediction, Predictions, SimilarShot
 from retrieval_tip.retrieval.inputs import Features
-from retrieval_tip.settings import Ask, AskOptions, BuildOptions, ClassPrior, KeysMet, MetricName, Precision, ValuesName
+from retrieval_tip.settings import Ask, AskOptions, BuildOptions, ClassPrior, MetricName, Precision, ValuesName
 from retrieval_tip.store.address import parse
 
 if TYPE_CHECKING:
@@ -280,8 +279,6 @@ class OpenIndex:
         *,
         source: Any = None,
         val: Any = None,
-        val_shots: KeysMet = None,
-        keep_last: bool = False,
     ) -> Tuned:
         """Fine-tune the index, and use the more accurate of both indexes from now on.
 
@@ -291,7 +288,6 @@ class OpenIndex:
         - ``source``: the photos of the shots, if they have moved. They can be the same as for
           ``evaluate``.
         - ``val``: validation photos as for ``evaluate``
-        - ``val_shots``: the number of validation photos per class, or ``all``. Defaults to ``min(shots, 4)``.
 
         For the other arguments and the errors, see :func:`finetune.finetune_into`.
         """
@@ -301,14 +297,9 @@ class OpenIndex:
             raise UsageError(f"recipe: got an object of type {type(recipe).__name__}; give a Recipe")
         index = self._in_folder()
         held_out = None if val is None else _opened(val, "val")
-        if held_out is not None and val_shots != "all":
-            path = val if isinstance(val, str | os.PathLike) else None
-            held_out = held_out.take(validation_shots(index, held_out, path, val_shots))
         shots = shots_of(index) if source is None else own_shots(index, _opened(source, "train"))
         temporary, place = _new_place(out)
-        tuned = finetune_into(
-            place, index, shots, self.reader, recipe, val=held_out, parent=self._written(), keep_last=keep_last
-        )
+        tuned = finetune_into(place, index, shots, self.reader, recipe, val=held_out)
         self._use(places.at(place).load(device=self.index.device))
         if Path(place) != index.folder:
             self._temporary = temporary
@@ -462,8 +453,8 @@ class Classifier(OpenIndex):
         asked.setdefault("top", 3)
         given = open_images(what)
         (prediction,) = next(self.index.classify_source(given, self.reader, Ask(**asked)))
-        read, (path,) = given.load or read_item, given.paths or ()
-        return Explanation(prediction, read(path), [_file(neighbour.source) for neighbour in prediction.neighbours])
+        (path,), shots = given.paths or (), [_file(neighbour.source) for neighbour in prediction.neighbours]
+        return Explanation(prediction, given.load(path), shots)
 
     def similar(self, photo: Picture | Features, n: int = 5, *, norms: Checked = "check") -> list[SimilarShot]:
         """Return the ``n`` shots most similar to a photo or a feature (see :meth:`model.Answering.similar`)."""
@@ -564,17 +555,16 @@ class Classifier(OpenIndex):
         answer = answering(self.index.in_memory(), cast("TorchBackbone | Joined | None", self.reader.backbone))
         return Logits(copy.deepcopy(answer)).eval()
 
-    def export_onnx(self, out: Place, *, features: bool = False, k: KeysMet = None) -> dict[str, Any]:
+    def export_onnx(self, out: Place, *, features: bool = False) -> dict[str, Any]:
         """Write the classifier to an ONNX file, which computes logits from pixels, and return its metadata.
 
-        With ``features``, the graph computes logits from features, and the image encoder is left out. If the index uses
-        the ``k`` nearest keys, set ``k`` to ``"all"``. See :func:`onnx_graph.export_onnx` for the graph and the errors.
+        With ``features``, the graph computes logits from features, and the image encoder is left out. See
+        :func:`onnx_graph.export_onnx` for the graph and the errors.
         """
         from retrieval_tip.index.onnx_graph import export_onnx
 
-        index = self.index.in_memory()
         backbone = None if features else cast("TorchBackbone | Joined | None", self.reader.backbone)
-        return export_onnx(index.with_settings(index.settings.override(k=k)), _place("out", out), backbone)
+        return export_onnx(self.index.in_memory(), _place("out", out), backbone)
 
 
 @dataclass(frozen=True)
@@ -649,5 +639,4 @@ def _new_place(out: Place | None) -> tuple[TemporaryIndex | None, Place]:
 def _own_backbone(index: Index, device: str, precision: Precision = "auto") -> Backbone | None:
     if index.backbone is None:
         return None
-    widths = [part.width for part in index.parts]
-    return load_when_needed(index.backbone, index.d, widths, device=device, precision=precision)
+    return load_again(index.backbone, device=device, precision=precision)

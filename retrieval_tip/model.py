@@ -42,7 +42,7 @@ from retrieval_tip.retrieval.logits import LOGITS, AnswerTerms, Retrieval, first
 from retrieval_tip.retrieval.ridge import MOST_SOLVED, Ridge
 from retrieval_tip.retrieval.rows import ArrayRows, Rows
 from retrieval_tip.retrieval.sets import Scores, Sets
-from retrieval_tip.retrieval.vector_index import FLAT_FACTORY, VectorIndex
+from retrieval_tip.retrieval.vector_index import BY_CLASS, FLAT_FACTORY, VectorIndex
 from retrieval_tip.settings import (
     Ask,
     AskOptions,
@@ -73,6 +73,8 @@ MOST_EXPONENT = 80.0
 """Maximum exponent in the weight of a key. In float32, the exponential overflows just above 88."""
 PREDICTED = 1 << 16
 """Maximum number of queries that are classified at a time."""
+MOST_COPIED = 1 << 29
+"""Maximum size in bytes of the keys of an index from which a question can leave out keys, because it copies them."""
 
 
 @dataclass(repr=False)
@@ -313,15 +315,15 @@ class Answering:
         """
         sets = self.sets(ask)
         index = self.with_settings(ask.settings(self.settings))
-        retrieval = index._without(ask.without) if ask.without else index.retrieval
+        index = index._without(ask.without) if ask.without else index
         shown = min(ask.neighbours, index.settings.k or ask.neighbours)
         ask = replace(ask, neighbours=shown)
         for block in blocks:
             f = index.queries(block.features)
             for part in slices(len(f), max(1, min(PREDICTED, LOGITS // len(index.class_names)))):
                 own = f[part]
-                terms, logits = retrieval.answer(own, index.settings, shown)
-                yield AnswerBlock(index, retrieval, ask, sets, block.take(part), own, terms, logits)
+                terms, logits = index.retrieval.answer(own, index.settings, shown)
+                yield AnswerBlock(index, ask, sets, block.take(part), own, terms, logits)
 
     @property
     def current_scores(self) -> Scores | None:
@@ -346,11 +348,17 @@ class Answering:
             )
         return scores.sets(ask.coverage, self.text_weights.any(1).cpu().numpy())
 
-    def _without(self, key_ids: Sequence[int]) -> Retrieval:
-        rows, class_ids = (torch.from_numpy(found).to(self.device) for found in self.rows.numbered(key_ids))
-        if len(rows) == self.n:
+    def _without(self, key_ids: Sequence[int]) -> Self:
+        """Return an index that lacks some keys, and searches the others exactly. Their values stay."""
+        gone = np.isin(self.rows.columns("key_id")["key_id"].to_numpy(), key_ids)
+        if gone.all():
             raise InputError("without: these are all keys; leave at least one key for the answer")
-        return self.retrieval.without(rows, class_ids) if len(rows) else self.retrieval
+        if not gone.any():
+            return self
+        if 4 * self.n * self.d > MOST_COPIED:
+            raise UsageError(f"without: {self.n:,} keys are too many to copy; leave it out")
+        k = None if self.retrieval.keys.by_class else self.settings.k
+        return replace(self, rows=self.rows.take(np.flatnonzero(~gone)), settings=replace(self.settings, k=k))
 
     def classify(self, features: Features, norms: Norms = "check", **asked: Unpack[AskOptions]) -> Predictions:
         """Classify features, and return labels, probabilities and the shots that contributed most to each answer.
@@ -414,7 +422,6 @@ class AnswerBlock:
 
     Attributes:
         index: the index, with the settings of the question.
-        retrieval: the retrieval that gave the answers.
         ask: the question.
         sets: the rule for sets of classes, if the question has a coverage.
         block: the queries.
@@ -424,7 +431,6 @@ class AnswerBlock:
     """
 
     index: Answering
-    retrieval: Retrieval
     ask: Ask
     sets: Sets | None
     block: FeatureBlock
@@ -470,7 +476,7 @@ class AnswerBlock:
             columns |= narrowest(self.probabilities, self.index.class_names, self.index.groups, self.ask.at_least)
         if self.sets is not None:
             columns["set"] = self.sets.column(self.probabilities, self.index.class_names)
-        shots, retrieval = terms.shots, self.retrieval
+        shots, retrieval = terms.shots, self.index.retrieval
         if shots is None and self.ask.neighbours:
             points = retrieval.keys.phi(self.features)
             shots = retrieval.contributors(points, *first_two(self._scores), self.ask.neighbours, settings.beta)
@@ -495,7 +501,7 @@ class AnswerBlock:
         return Predictions(pa.table([columns[column] for column in known], schema=schema))
 
     def _described(self, near: Nearest, classes: Tensor) -> pa.StructArray:
-        there, every = near.rows >= 0, self.retrieval.keys.values
+        there, every = near.rows >= 0, self.index.retrieval.keys.values
         weight = tip.weight(near.affinity, self.index.settings.beta)
         if every is None:
             values = (near.class_ids[:, :, None] == classes[:, None]).float()
@@ -1012,7 +1018,7 @@ class Index(Editing):
         values = None if values is None else torch.from_numpy(values)
         rows = ArrayRows(keys, held["labels"], values, points, held.get("sums"))
         rows = replace(rows, index=_read_index(place, manifest, rows, device))
-        index = cls.of_version(rows, manifest, device, held, curve=held.get("curve"), factory=manifest.index)
+        index = cls.of_version(rows, manifest, device, held, curve=held.get("curve"), factory=_factory_of(manifest))
         index.stored = Stored.of(store, check, index._contents())
         return index
 
@@ -1147,9 +1153,14 @@ def _writable(array: KeyArray) -> KeyArray:
     return np.require(array, requirements="W")
 
 
+def _factory_of(manifest: Manifest) -> str:
+    """Return the type of the index. Older indexes over class means may name the FAISS type of the means as well."""
+    return BY_CLASS if manifest.index.startswith(BY_CLASS) else manifest.index
+
+
 def _read_index(place: Path, manifest: Manifest, rows: ArrayRows, device: str) -> VectorIndex | None:
     """Return the stored index, or ``None`` if it has to be built."""
-    if manifest.index == FLAT_FACTORY:
+    if manifest.index == FLAT_FACTORY or manifest.index != _factory_of(manifest):
         return None
     file, c = manifest.files["index"], len(manifest.class_names)
     path, half = place / file.name, manifest.dtype == "float16"

@@ -25,11 +25,10 @@ Precision = Literal["auto", "float32", "float16", "bfloat16", "int8"]
 
 ``auto`` is float32, except that an encoder on a GPU uses float16. ``int8`` only affects encoding images on a CPU.
 """
-Runtime = Literal["auto", "torch"]
 Dtype = Literal["float32", "float16"]
 """Dtype of the stored keys."""
 FitName = Literal["auto", "none"]
-Normalize = Literal["both", "shots", "affinity", "none"]
+Normalize = Literal["both", "none"]
 """Units of alpha and beta (see :mod:`retrieval.defaults`)."""
 MetricName = Literal["none", "within"]
 ValuesName = Literal["one-hot", "solved"]
@@ -38,7 +37,6 @@ VALUES = get_args(ValuesName)
 TrainedPart = Literal["keys", "values"]
 TRAINED: tuple[TrainedPart, ...] = get_args(TrainedPart)
 """The parts that can be trained: the keys (as in Tip-Adapter-F), and the values."""
-TrainingPrecision = Literal["float32", "bfloat16"]
 ClassPrior = Literal["even", "shots"]
 """The frequencies of the classes among future photos: all equal, or as in the shots."""
 
@@ -161,7 +159,8 @@ class Ask:
             :class:`retrieval.evidence.Contributors`). If ``k`` is a number, only retrieved keys are reported.
         logits: Whether to report the logits of all classes.
         without: The ids of keys to leave out, as if the index did not have them. Solved values are not solved again.
-            An index of the type Classes then uses all of the other keys. Unknown ids are ignored.
+            An index of the type Classes then uses all of the other keys. Unknown ids are ignored. The keys are copied,
+            so they may take at most 512 MiB.
         at_least: Answer with the class, or else the narrowest group, whose probability is at least P, or with no label
             (see :class:`Levels`).
         coverage: Add the smallest set of classes that holds the right one for the share C of photos (see
@@ -206,8 +205,8 @@ class BuildOptions(TypedDict, total=False):
         text: A feature table of text features labelled by class, with one or more prompts per class, which is used
             instead of templates. The index uses the classes of this table, in the same order.
         index: A FAISS factory string, Classes or auto (see :func:`keys.auto_for`). Classes searches all keys of the
-            likeliest classes, and auto selects an index by the number of keys. At an address, give Flat, Classes,
-            IvfFlat, IvfSq, HnswSq or auto. Defaults to Flat, and to auto at an address.
+            likeliest classes, and auto selects an index by the number of keys. At an address, give Flat, Classes or
+            auto. Defaults to Flat, and to auto at an address.
         dtype: The data type of the stored keys. Defaults to float32.
         alpha: The weight of the cache relative to the text. By default, it is fitted to the shots.
         beta: The sharpness of the affinity. By default, it is fitted to the shots.
@@ -228,7 +227,6 @@ class BuildOptions(TypedDict, total=False):
             selected with the index type auto.
         logit_scale: The factor by which text logits are multiplied. Defaults to the logit scale of the encoder, or
             to 100.
-        drop_suspicious: Leave out shots whose labels look wrong (see :func:`audit.suspicious`). This needs more memory.
         features: The columns of a feature table that hold the features of several encoders, such as feature,feature_2.
             By default, they are the columns that name their encoder, or the column feature.
         groups: A table of broader groups, such as genus and family. The first column has the classes, and each further
@@ -250,7 +248,6 @@ class BuildOptions(TypedDict, total=False):
     prior: Sequence[str | os.PathLike[str]]
     k: KeysMet
     logit_scale: float | None
-    drop_suspicious: bool
     features: Sequence[str]
     groups: str | os.PathLike[str] | None
 
@@ -264,11 +261,6 @@ class Recipe:
         epochs: Number of passes over the shots.
         batch: Number of queries per step.
         lr: Initial learning rate, which decays along a cosine.
-        eps: AdamW epsilon.
-        weight_decay: AdamW weight decay.
-        views: Number of augmented views of each shot that are encoded once and drawn from in each epoch. With ``None``,
-            a new view is encoded in every epoch, as in the paper's code.
-        precision: Data type of the matrix products.
         alpha: Alpha used for training. [default: as in the unfitted index]
         beta: Beta used for training. [default: as in the unfitted index]
         seed: Seed for drawing batches and views.
@@ -278,10 +270,6 @@ class Recipe:
     epochs: int = 20
     batch: int = 256
     lr: float = 1e-3
-    eps: float = 1e-4
-    weight_decay: float = 0.01
-    views: int | None = 16
-    precision: TrainingPrecision = "float32"
     seed: int = 1
     alpha: float | None = None
     beta: float | None = None
@@ -289,15 +277,10 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.train or len(set(self.train)) < len(self.train) or not set(self.train) <= set(TRAINED):
             raise UsageError(f"train {', '.join(self.train) or '(nothing)'}: expected some of {', '.join(TRAINED)}")
-        for name, fewest in (("epochs", 1), ("batch", 1), ("views", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None:
-                check_count(name, value, fewest)
-        for name, least in (("lr", 0.0), ("eps", 0.0), ("weight_decay", -1e-300)):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > least):
-                raise UsageError(f"{name} is {value}: expected a finite number {'above' if least == 0 else 'from'} 0")
-        check_choice("precision", self.precision, TrainingPrecision)
+        for name, fewest in (("epochs", 1), ("batch", 1), ("seed", 0)):
+            check_count(name, getattr(self, name), fewest)
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise UsageError(f"lr is {self.lr}: expected a finite number above 0")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import os
 import shutil
 from contextlib import contextmanager
@@ -36,28 +35,16 @@ def chromium():
         browser.close()
 
 
-def drop(page, *images, names=None):
-    """Drop files on the page through its drop handler."""
-    names = names or [image.name for image in images]
-    files = [[name, base64.b64encode(image.read_bytes()).decode()] for name, image in zip(names, images, strict=True)]
-    transfer = page.evaluate_handle(
-        """files => {
-            const transfer = new DataTransfer();
-            for (const [name, data] of files) {
-                const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0));
-                transfer.items.add(new File([bytes], name, { type: "image/jpeg" }));
-            }
-            return transfer;
-        }""",
-        files,
-    )
-    for event in ("dragenter", "dragover", "drop"):
-        page.dispatch_event("body", event, {"dataTransfer": transfer})
+def choose_photos(page, *images, names=None):
+    """Choose files on the screen of photos, under their own or other names."""
+    named = zip(names or [image.name for image in images], images, strict=True)
+    files = [{"name": name, "mimeType": "image/jpeg", "buffer": image.read_bytes()} for name, image in named]
+    page.set_input_files("#files", files)
 
 
-def drop_folders(page, *folders, at=(600, 400)):
+def drop(page, *files, at=(600, 400)):
     """Drop folders or files on the page as the browser itself does."""
-    drag_files(page, *folders, at=at, kinds=("dragEnter", "dragOver", "drop"))
+    drag_files(page, *files, at=at, kinds=("dragEnter", "dragOver", "drop"))
 
 
 def drag_files(page, *files, at, kinds=("dragEnter", "dragOver")):

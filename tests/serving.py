@@ -112,7 +112,7 @@ def labelling_app(place, sources, reader, classes=(), limits=None, token="t"):
 
 def app_of(*folders, limits=None, **options):
     """Return an application that serves indexes on the CPU."""
-    return create_app(open_all(folders, "cpu", "float32", "fast"), limits, **options)
+    return create_app(open_all(folders, Backbones("cpu", "float32", "fast")), limits, **options)
 
 
 @contextmanager

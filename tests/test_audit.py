@@ -1,29 +1,25 @@
 """Suspicious shots: compared with a dense reference, planted in features and real photos, left out of builds."""
 
 import json
-from collections import Counter
 from dataclasses import replace
-from unittest.mock import patch
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
 from conftest import examples, few, needs_real
 from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from serving import app_of
 from tables import read_features, unit, unit_rows, write_table
 
 from retrieval_tip.evaluation import audit as audits
-from retrieval_tip.evaluation.audit import CLEAR, audit, gain, suspicious
+from retrieval_tip.evaluation.audit import CLEAR, audit
 from retrieval_tip.fit import closed_form
-from retrieval_tip.index import build, places
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.duplicates import NEAR
-from retrieval_tip.server.app import create_app
-from retrieval_tip.server.served import open_all
 from retrieval_tip.settings import Settings
 
 
@@ -71,8 +67,14 @@ def reference(cache, k=None):
     return found
 
 
+def audited(cache, k, **more):
+    """Audit an index by the ``k`` nearest keys, as if it had too many keys to compare them all."""
+    with mock.patch.multiple(audits, ALL_PAIRS=0 if k else audits.ALL_PAIRS, MET=k):
+        return audit(cache, **more)
+
+
 def check(cache, k=None):
-    table = audit(cache, borderline=True)
+    table = audited(cache, k, borderline=True)
     expected = reference(cache, k)
     described = {row["key_id"]: row for row in cache.labels.to_pylist()}
     rows = table.to_pylist()
@@ -97,14 +99,7 @@ def check(cache, k=None):
             row |= {"suggested": row["label"], "suggested_score": row["own_score"], "margin": 0}
     clear = [row for row in rows if row["margin"] or row["duplicate_of"] is not None]
     clear.sort(key=lambda row: (-(row["margin"] or 0), row["key_id"]))
-    assert audit(cache).to_pylist() == clear
-    if k is None:
-        wrong = [row for row in clear if row["margin"]]
-        numbers = Counter(row["label"] for row in wrong)
-        left = {name: number - numbers[name] for name, number in zip(cache.class_names, cache.counts, strict=True)}
-        assert suspicious(cache).to_pylist() == [
-            row for row in wrong if left[row["label"]] >= max(2, numbers[row["label"]])
-        ]
+    assert audited(cache, k).to_pylist() == clear
     return table
 
 
@@ -143,8 +138,7 @@ def test_an_audit_matches_the_dense_reference(seed, n, dtype, valued):
 @settings(max_examples=examples(20), deadline=None)
 @given(st.integers(0, 10**6), st.integers(3, 30))
 def test_an_audit_of_the_nearest_keys_matches_the_dense_reference(seed, k):
-    with patch.object(audits, "ALL_PAIRS", 0), patch.object(audits, "MET", k):
-        check(random_index(seed), k)
+    check(random_index(seed), k)
 
 
 def planted(n, c, d=32, spread=0.5, seed=0):
@@ -155,11 +149,9 @@ def planted(n, c, d=32, spread=0.5, seed=0):
     return (keys / np.linalg.norm(keys, axis=1, keepdims=True)).astype(np.float32), ids
 
 
-@pytest.mark.parametrize("most", [400**2, 0])
+@pytest.mark.parametrize("k", [None, 64])
 @pytest.mark.parametrize("seed", range(3))
-def test_exactly_the_planted_wrong_labels_are_found(seed, most, monkeypatch):
-    monkeypatch.setattr(audits, "ALL_PAIRS", most)
-    monkeypatch.setattr(audits, "MET", 64)
+def test_exactly_the_planted_wrong_labels_are_found(seed, k):
     keys, ids = planted(400, 10, seed=seed)
     ids[ids == 9] = np.where(np.arange(40) < 37, 8, 9)  # a class of three beside one of 77
     keys[ids == 8] = planted(400, 10, seed=seed + 50)[0][8::10][np.arange((ids == 8).sum()) % 40]
@@ -168,7 +160,7 @@ def test_exactly_the_planted_wrong_labels_are_found(seed, most, monkeypatch):
     wrong = ids.copy()
     wrong[flipped] = (ids[flipped] + 1 + seed) % 8
     cache = Index.from_features(keys, wrong, [f"class {i}" for i in range(10)], device="cpu")
-    table = audit(cache)
+    table = audited(cache, k)
     assert set(table["key_id"].to_pylist()) == set(flipped.tolist())  # precision and recall of 1
     assert table["suggested"].to_pylist() == [f"class {ids[i]}" for i in table["key_id"].to_pylist()]
     assert (table["margin"].to_numpy() > 0).all()
@@ -183,9 +175,10 @@ def test_every_interface_lists_the_same_shots(run, tmp_path):
     wrong[:8] = (ids[:8] + 1) % 4
     rows = write_table(tmp_path / "rows.parquet", keys, [names[i] for i in wrong])
     test = write_table(tmp_path / "test.parquet", planted(40, 4, seed=1)[0], [names[i % 4] for i in range(40)])
-    index = tmp_path / "index"
+    index, store = tmp_path / "index", f"lance://{tmp_path}/store"
     for arguments in (
         ("index", "build", rows, "--out", index),
+        ("index", "clone", index, store),
         ("evaluate", index, test, "--report", tmp_path / "r.html"),
     ):
         assert run("-q", *arguments).exit_code == 0
@@ -194,12 +187,13 @@ def test_every_interface_lists_the_same_shots(run, tmp_path):
     clear, everything = (audit(cache, borderline=more)["key_id"].to_pylist() for more in (False, True))
     assert 5 < len(clear) < len(everything)
     assert f"Check {len(clear)} labels" in (tmp_path / "r.html").read_text()
-    with TestClient(create_app(open_all([index], "cpu", "float32", "full"))) as client:
+    with TestClient(app_of(index)) as client:
         for asked, flags, listed in (("", (), clear), ("?borderline=true", ("--all",), everything)):
             found = client.get(f"/v1/indexes/index/audit{asked}").json()
             assert [shot["key_id"] for shot in found] == listed
-            printed = run("index", "audit", index, *flags, "--format", "json").stdout.splitlines()
-            assert [json.loads(line)["key_id"] for line in printed] == listed
+            for place in (index, store):
+                printed = run("index", "audit", place, *flags, "--format", "json").stdout.splitlines()
+                assert [json.loads(line)["key_id"] for line in printed] == listed
 
 
 def test_an_audit_of_a_fitted_index_finds_a_wrong_label():
@@ -240,73 +234,3 @@ def test_an_audit_of_real_photos_lists_most_wrong_and_few_right_labels(shared, f
         assert (listed & ~wrong).sum() <= 0.035 * (~wrong).sum()
         if share:
             assert (listed & wrong).sum() >= max(precise * listed.sum(), 0.5 * wrong.sum())
-
-
-@pytest.mark.parametrize("scheme", ["", "lance://"])
-def test_a_build_leaves_out_suspicious_shots(run, tmp_path, scheme):
-    """The result equals a build of the other shots. A build without the option recommends it."""
-    keys, ids = planted(400, 20, spread=1.2)
-    given, _ = mislabelled(ids, 0.2, 1)
-    names, out = [f"class {i:02}" for i in given], f"{scheme}{tmp_path}/index"
-    rows = write_table(tmp_path / "rows.parquet", keys, names)
-    first = run("index", "build", rows, "--out", out).stderr.splitlines()
-    gone = suspicious(places.at(out).load().in_memory())["key_id"].to_numpy()
-    assert 50 < len(gone) < 90
-    assert f"leave out {len(gone)} shots with suspicious labels (--drop-suspicious)" in first[-1]
-    done = run("index", "build", rows, "--out", out, "--drop-suspicious").stderr
-    named = ", ".join(f"item-{i}" for i in gone[:5])
-    assert f"Left out {len(gone)} of 400 shots with suspicious labels: {named} and {len(gone) - 5} more\n" in done
-    assert "--drop-suspicious" not in done
-    left = np.delete(np.arange(400), gone)
-    write_table(rows, keys[left], [names[i] for i in left], [f"item-{i}" for i in left])
-    assert run("index", "build", rows, "--out", tmp_path / "other").exit_code == 0
-    cache, other = places.at(out).verify().in_memory(), Index.load(tmp_path / "other")
-    assert cache.labels["source"].to_pylist() == other.labels["source"].to_pylist()
-    assert sorted(cache.labels["key_id"].to_pylist()) == left.tolist()
-    torch.testing.assert_close(cache.logits(keys), other.logits(keys).to("cpu"))
-    dropped = places.at(out).manifest().provenance["dropped"]
-    assert dropped == {"shots": len(gone), "of": 400, "sources": [f"item-{i}" for i in gone]}
-
-
-def test_only_a_certain_gain_is_reported(monkeypatch):
-    keys, ids = planted(400, 20, spread=1.2)
-    given, _ = mislabelled(ids, 0.2, 1)
-
-    def fitted(given, keys=keys, sources=None):
-        names = [f"class {i}" for i in range(20)]
-        cache = Index.from_features(keys, given, names, device="cpu", sources=sources)
-        closed_form.fit(cache)
-        return cache
-
-    found = gain(fitted(given))
-    assert found.shots == len(suspicious(fitted(given)))
-    assert 0.5 < found.before < found.after < 1
-    assert gain(fitted(ids)) is None
-    monkeypatch.setattr(audits, "CHEAP", 399)
-    assert gain(fitted(given)) is None
-    keys, ids = planted(100, 20, spread=0.9)
-    copies = np.arange(0, 100, 3)  # held out together with the same photo
-    labels, sources = np.concatenate([ids, (ids[copies] + 1) % 20]), [str(i) for i in [*range(100), *copies]]
-    again = fitted(labels, np.concatenate([keys, keys[copies]]), sources)
-    monkeypatch.undo()
-    assert len(suspicious(again)) > 10
-    assert gain(again) is None
-
-
-@pytest.mark.parametrize(("wrong", "found"), [(2, 2), (3, 0)])
-def test_a_class_that_mostly_looks_mislabelled_keeps_its_shots(wrong, found):
-    """Two shots of class ``a`` are right, and each of the others comes from a different class."""
-    keys, ids = planted(40, 4, spread=0.3)
-    ids[1 : 1 + wrong] = 0
-    kept = np.flatnonzero((ids > 0) | (np.arange(40) < 5))
-    cache = Index.from_features(keys[kept], ids[kept], list("abcd"), device="cpu")
-    assert len(audit(cache)) == wrong
-    assert len(suspicious(cache)) == found
-
-
-def test_drop_suspicious_refuses_too_many_shots(run, tmp_path, monkeypatch):
-    rows = write_table(tmp_path / "rows.parquet", planted(40, 4)[0], ["a", "b", "c", "d"] * 10)
-    monkeypatch.setattr(build, "ALL_PAIRS", 39**2)
-    done = run("index", "build", rows, "--out", tmp_path / "index", "--drop-suspicious")
-    assert (done.exit_code, (tmp_path / "index").exists()) == (2, False)
-    assert "drop_suspicious: compares all pairs of at most 39 shots" in done.stderr

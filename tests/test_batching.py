@@ -2,9 +2,8 @@
 
 import asyncio
 import threading
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import contextmanager
 
 import pytest
 from conftest import examples
@@ -12,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retrieval_tip.errors import InputError
-from retrieval_tip.server.batching import Kept, Lane, admit
+from retrieval_tip.server.batching import Batches, Kept, Turns
 from retrieval_tip.server.problems import Problem
 
 pytestmark = pytest.mark.anyio  # the plugin of anyio runs coroutines
@@ -23,45 +22,31 @@ def anyio_backend():
     return "asyncio"
 
 
-class Gate:
-    """A batch function that waits until the gate opens, and records its batches."""
-
-    def __init__(self):
-        self.open = threading.Event()
-        self.batches = []
-
-    def __call__(self, key, items):
-        assert self.open.wait(30)
-        self.batches.append((key, items))
-        return [f"{key}{item}" for item in items]
-
-
-@asynccontextmanager
-async def occupied(gate, most):
-    """Yield a lane that is busy with a first request until the gate opens."""
-    lane = Lane("test", gate, most=lambda _: most)
-    yield lane, await asked(lane, "a", [0])
-    lane.close()
-
-
-async def asked(lane, key, items, client=""):
-    """Send a request to a lane, and return the task that waits for its answer."""
-    task = asyncio.create_task(lane(client, key, items))
-    await asyncio.sleep(0)
-    return task
+@contextmanager
+def batches(run, most):
+    with ThreadPoolExecutor(1) as pool:
+        yield Batches("test", pool, run, lambda _: most)
 
 
 async def test_waiting_requests_become_one_batch_unless_they_are_cancelled():
-    gate = Gate()
-    async with occupied(gate, 100) as (lane, first):
-        gone, *others = [await asked(lane, "a", [i, -i], f"client {i}") for i in range(11)]
+    go, seen = threading.Event(), []
+
+    def run(key, items):
+        assert go.wait(30)
+        seen.append((key, items))
+        return [f"{key}{item}" for item in items]
+
+    with batches(run, 100) as asked:
+        first = asyncio.create_task(asked("a", [0]))
+        await asyncio.sleep(0.05)
+        gone, *others = [asyncio.create_task(asked("a", [i, -i])) for i in range(11)]
+        await asyncio.sleep(0)
         gone.cancel()
         await asyncio.sleep(0)
-        gate.open.set()
+        go.set()
         assert await first == ["a0"]
         assert await asyncio.gather(*others) == [[f"a{i}", f"a{-i}"] for i in range(1, 11)]
-        assert not lane.waiting
-    assert gate.batches == [("a", [0]), ("a", [x for i in range(1, 11) for x in (i, -i)])]
+    assert seen == [("a", [0]), ("a", [x for i in range(1, 11) for x in (i, -i)])]
 
 
 @given(
@@ -77,12 +62,8 @@ def test_each_request_gets_its_own_answer(calls, most):
         return [f"{key}{item}" for item in items]
 
     async def ask():
-        lane = Lane("test", run, most=lambda _: most)
-        answers = await asyncio.gather(
-            *(lane(f"client {i % 3}", key, items, len(items)) for i, (key, items) in enumerate(calls))
-        )
-        lane.close()
-        return answers
+        with batches(run, most) as asked:
+            return await asyncio.gather(*(asked(key, items) for key, items in calls))
 
     assert asyncio.run(ask()) == [[f"{key}{item}" for item in items] for key, items in calls]
     assert sum(size for _, size in seen) == sum(len(items) for _, items in calls)
@@ -95,108 +76,63 @@ async def test_an_error_only_reaches_its_own_request():
             raise InputError("no such thing")
         return items
 
-    lane = Lane("test", run, most=lambda _: 100)
-    calls = [lane("", key, [i, i]) for i in range(20) for key in "ab" if (i, key) != (13, "b")]
-    found = await asyncio.gather(*calls, return_exceptions=True)
+    with batches(run, 100) as asked:
+        calls = [asked(key, [i, i]) for i in range(20) for key in "ab" if (i, key) != (13, "b")]
+        found = await asyncio.gather(*calls, return_exceptions=True)
     assert isinstance(found.pop(26), InputError)
     assert found == [[i, i] for i in range(20) if i != 13 for _ in "ab"]
-    lane.close()
 
 
-class Calls:
-    """Calls that record the order in which they start, and wait until they may finish."""
+class Work:
+    """Work that takes turns, records the order in which they begin, and ends when it is told to."""
 
-    def __init__(self):
-        self.began = []
-        self.gates = defaultdict(threading.Event)
+    def __init__(self, room):
+        self.turns, self.begun, self.tasks = Turns("test", room), "", {}
+        self.gates = {name: asyncio.Event() for name in "abcdefghz"}
 
-    def __call__(self, _, names):
-        self.began += names
-        for name in names:
-            assert self.gates[name].wait(30)
-        return names
+    async def start(self, client, names, *costs):
+        for name, cost in zip(names, costs, strict=True):
+            self.tasks[name] = asyncio.create_task(self._turn(client, name, cost))
+            await asyncio.sleep(0)
 
-    def finish(self, names):
+    async def _turn(self, client, name, cost):
+        async with self.turns.turn(client, cost):
+            self.begun += name
+            await self.gates[name].wait()
+
+    async def finish(self, names):
         for name in names:
             self.gates[name].set()
+        await asyncio.gather(*(self.tasks[name] for name in names))
 
 
-def turns(lane, client, names, *costs):
-    """Queue turns of one item each, named by one letter."""
-    return lane.turns(client, "", [[name] for name in names], costs)
-
-
-async def test_a_small_turn_does_not_wait_for_large_ones():
-    calls = Calls()
-    lane = Lane("test", calls, threads=2)
-    with turns(lane, "one", "abc", 9, 9, 9) as large, turns(lane, "two", "d", 1) as small:
-        calls.finish("d")
-        assert await small[0].result == ["d"]
-        assert set(calls.began) == set("abd")
-        calls.finish("abc")
-        assert [await turn.result for turn in large] == [["a"], ["b"], ["c"]]
-    lane.close()
-
-
-async def test_turns_start_in_the_order_of_their_clients_total_cost():
+async def test_turns_begin_in_the_order_of_their_clients_total_cost():
     """A second request of a client comes after its first one, however small it is."""
-    calls = Calls()
-    lane = Lane("test", calls)
-    with ExitStack() as stack:
-        own = []
-        for client, names, *costs in (
-            ("zero", "z", 1.0),  # starts first, and all other costs are counted from its place
-            ("one", "abc", 1.5, 1.5, 1.5),
-            ("two", "de", 1.0, 1.0),
-            ("three", "f", 1.2),
-            ("two", "g", 0.1),
-        ):
-            own += stack.enter_context(turns(lane, client, names, *costs))
-        calls.finish("abcdefgz")
-        await asyncio.gather(*(turn.result for turn in own))
-    lane.close()
-    assert "".join(calls.began) == "zdfaegbc"
+    work = Work(1.0)
+    await work.start("zero", "z", 1.0)  # begins first, and all other costs are counted from its place
+    await work.start("one", "abc", 1.5, 1.5, 1.5)
+    await work.start("two", "de", 1.0, 1.0)
+    await work.start("three", "f", 1.2)
+    await work.start("two", "g", 1.0)
+    assert (work.turns.waiting("one"), work.turns.waiting("two"), work.turns.waiting("zero")) == (4.5, 3.0, 0.0)
+    await work.finish("abcdefgz")
+    assert work.begun == "zdfaebgc"
 
 
-async def test_a_client_is_refused_only_if_it_fills_more_than_a_quarter_of_the_queue():
-    calls = Calls()
-    lanes = [Lane("test", calls) for _ in range(2)]
-    with ExitStack() as stack:
-
-        def wait(client, names, *costs):
-            admit(client, 40, *lanes)
-            stack.enter_context(turns(lanes[len(names) % 2], client, names, *costs))
-
-        wait("first", "a", 50)  # this turn starts, so it does not wait
-        wait("first", "bcd", 2, 3, 5)
-        wait("first", "ef", 90, 90)  # this is more than a quarter, but it began with less
-        with pytest.raises(Problem) as refused:
-            wait("first", "g", 0.1)
-        assert refused.value.status_code == 429
-        assert int(refused.value.headers["Retry-After"]) >= 1
-        for number in range(100):
-            wait(f"client {number}", "hi", 20, 20)
-        calls.finish("abcdefghi")
-    admit("first", 40, *lanes)
-    for lane in lanes:
-        lane.close()
-
-
-async def test_results_are_held_until_released_and_the_rest_is_cancelled():
-    calls = Calls()
-    lane = Lane("test", calls, threads=4, held=2)
-    with turns(lane, "", "abcd", 1, 1, 1, 1) as own:
-        calls.finish("abcde")
-        assert [await turn.result for turn in own[:2]] == [["a"], ["b"]]
-        await asyncio.sleep(0.05)
-        assert sorted(calls.began) == ["a", "b"]  # the lane holds two results
-        lane.release(own[0])
-        assert await own[2].result == ["c"]
-    assert own[3].result.cancelled()
-    with turns(lane, "", "e", 1) as later:
-        assert await later[0].result == ["e"]
-    lane.close()
-    assert "d" not in calls.began
+async def test_turns_begin_while_there_is_room_and_cancelled_ones_make_room():
+    work = Work(5.0)
+    await work.start("one", "abc", 3, 3, 3)
+    await work.start("two", "de", 1, 1)
+    assert work.begun == "ab"
+    work.tasks["d"].cancel()
+    work.tasks["a"].cancel()
+    await asyncio.gather(work.tasks["a"], work.tasks["d"], return_exceptions=True)
+    await asyncio.sleep(0)
+    assert work.begun == "abec"
+    await work.finish("bce")
+    await work.start("two", "fgh", 4, 4, 4)
+    assert work.begun[-2:] == "fg"
+    await work.finish("fgh")
 
 
 class Maker:

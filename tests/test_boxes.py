@@ -169,12 +169,10 @@ def test_a_file_without_a_valid_threshold_uses_the_default(info, tmp_path):
     assert all(name.encode() for name in cut.detected.values())
 
 
-def test_boxes_are_refused_for_features_and_ray(run, things, tmp_path):
+def test_boxes_are_refused_for_features(tmp_path):
     file = write(tmp_path, images=[ONE])
     with pytest.raises(UsageError, match="features cannot be cropped"):
         cut_boxes(file, [replace(of_images(["a.jpg"]), paths=None)])
-    done = run("classify", things, "a.jpg", "--boxes", file, "--engine", "ray")
-    assert (done.exit_code, "cannot crop" in done.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(("options", "more"), [([], ""), (["--group-by", "burst", "--exif"], ",,,,")])

@@ -96,7 +96,7 @@ def test_a_photo_is_classified_in_the_browser(site, fitted, shared, run, tmp_pat
     stranger = tmp_path / "stranger.png"
     Image.effect_noise((300, 300), 200).convert("RGB").save(stranger)
     paths += [turned, clear, stranger]
-    rows = run("classify", fitted, *paths, "--logits", "--format", "json", "--no-cache", "--runtime", "torch").stdout
+    rows = run("classify", fitted, *paths, "--logits", "--format", "json", "--no-cache").stdout
     expected = {row["input"]: row for row in map(json.loads, rows.splitlines())}
     for number, path in enumerate(paths):
         shutil.copy(path, tmp_path / "site" / f"{number}{path.suffix}")

@@ -134,16 +134,15 @@ def test_detections_pass_through_and_animals_get_classes(run, animals, card, box
     assert [list(one) for one in document["images"][:2]] == [list(one) for one in before["images"][:2]]
 
 
-def test_earlier_classifications_are_replaced_only_on_request(run, animals, card, boxes):
+def test_earlier_classifications_are_replaced_with_a_warning(run, animals, card, boxes):
     boxes.write_text(json.dumps(written(run, animals, card, "--boxes", boxes, status=3)))
     earlier = json.loads(boxes.read_text())
     earlier["images"][1]["detections"][0]["classifications"] = [["7", 0.9]]
     earlier["classification_category_descriptions"] = {"7": "x"}
     boxes.write_text(json.dumps(earlier))
-    done = run("classify", animals, card, "--boxes", boxes, "--format", "megadetector")
-    assert (done.exit_code, done.stdout) == (1, "")
-    assert "boxes.json: already has classifications; add --overwrite" in done.stderr
-    people = written(run, animals, card, "--boxes", boxes, "--categories", "PERSON", "--overwrite", status=3)
+    done = run("classify", animals, card, "--boxes", boxes, "--format", "megadetector", "--categories", "PERSON")
+    assert "boxes.json: replaced the earlier classifications of" in done.stderr
+    people = json.loads(done.stdout)
     got = [["classifications" in one for one in image["detections"] or ()] for image in people["images"]]
     assert got == [[False, False], [False], [True, False], [True], [], [], [False]]
     assert "classification_category_descriptions" not in people
@@ -190,8 +189,7 @@ def test_files_are_relative_to_the_folder_that_contains_all(run, animals, card, 
     [
         ("--boxes boxes.json --categories bear", "no category 'bear'; choose with --categories from: animal, person"),
         ("--categories animal", "--categories: selects boxes; add --boxes"),
-        ("--overwrite", "--overwrite: only applies to --boxes with --format megadetector"),
-        ("--timezone UTC", "only apply to --format camtrap-dp"),
+        ("--timezone UTC", "only applies to --format camtrap-dp"),
         ("--format camtrap-dp --out x", "needs --out FOLDER and --timezone ZONE, such as Europe/Berlin"),
         ("--format camtrap-dp --timezone UTC", "needs --out FOLDER and --timezone ZONE"),
         ("--format camtrap-dp --out x --timezone Europe/Nowhere", "Europe/Nowhere: unknown; give a name"),

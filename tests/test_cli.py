@@ -23,8 +23,8 @@ from serving import caltech_photos
 from tables import picture, tiny, unit_rows, write_table
 
 from retrieval_tip.cli import opening
-from retrieval_tip.cli.kinds import K, Number
-from retrieval_tip.cli.output import FORMATS
+from retrieval_tip.cli.kinds import Number
+from retrieval_tip.cli.options import FORMATS
 from retrieval_tip.errors import InputError
 from retrieval_tip.model import Index
 
@@ -84,47 +84,6 @@ def test_settings_of_the_index_apply_unless_given(run, tmp_path, queries):
     assert "zero_shot_top1" in more
 
 
-def test_the_command_line_overrides_a_recipe(run, tmp_path):
-    table = write_table(tmp_path / "t.parquet", unit_rows(6, 8), ["cat", "dog"] * 3)
-    recipe = tmp_path / "recipe.toml"
-    recipe.write_text(
-        f"source = {str(table)!r}\nout = {str(tmp_path / 'i')!r}\nalpha = 4\nbeta = 3.5\nk = 'all'\nshots = 2\n"
-        "strict = true\nreduce = false\ndtype = 'float16'\ntemplate = []\nseed = 7\n"
-    )
-    assert run("index", "build", "--recipe", recipe, "--beta", 9).exit_code == 0
-    facts = json.loads(run("index", "info", tmp_path / "i", "--json").stdout)
-    assert (facts["alpha"], facts["beta"], facts["k"], facts["n"]) == (4, 9, "all", 4)
-    assert (facts["dtype"], facts["provenance"]["seed"]) == ("float16", 7)
-
-
-@pytest.mark.parametrize(
-    ("name", "values"),
-    [
-        ("shots", ["0", "'many'", "[1]", "1e400", "2.0", "nan", "true", "1979-05-27", "{}", "99999999999999999999"]),
-        ("k", ["true", "1.5", "'some'", "-1", "2147483648", "10:00:00"]),
-        ("alpha", ["inf", "nan", "'1'", "false", "1e31", "-1", "0x" + "f" * 5000]),
-        ("strict", ["1", "'yes'", "[true]"]),
-        ("template", ["'a {}'", "[1]", "['a {}', ['b {}']]", "{a = 'b {}'}"]),
-        ("dtype", ["32", "'float8'", "['float16']", "2020-01-01T00:00:00Z"]),
-        ("root", ["1", '"a\\u0000b"', "true"]),
-        ("nonsense", ["1"]),
-        ("recipe", ["'another.toml'"]),
-    ],
-)
-def test_an_invalid_recipe_is_wrong_usage(run, tmp_path, name, values):
-    recipe = tmp_path / "recipe.toml"
-    for value in values:
-        recipe.write_text(f"{name} = {value}")
-        wrong = run("index", "build", tmp_path, "--out", tmp_path / "out", "--recipe", recipe)
-        assert wrong.exit_code == 2, value
-        assert name in wrong.stderr
-    for text in (b"shots", b"shots = 1\nshots = 2", b"\xff\xfe", b"a = " + b"[" * 3000, b"# " + b"x" * (1 << 20), None):
-        recipe.unlink() if text is None else recipe.write_bytes(text)
-        wrong = run("index", "build", tmp_path, "--out", tmp_path / "out", "--recipe", recipe)
-        assert wrong.exit_code == 2
-        assert "recipe.toml" in wrong.stderr
-
-
 def copy_photos(shared, folder):
     for name in ("panda", "pizza"):
         (folder / name).mkdir(parents=True)
@@ -149,7 +108,7 @@ def test_a_photo_is_only_encoded_by_the_backbone_of_the_index(run, shared, tmp_p
         assert (refused.exit_code, str(one) in refused.stderr, str(other) in refused.stderr) == (1, True, True)
     # the same weights in another folder are the same backbone
     shutil.move(one, tmp_path / "moved")
-    gone = run("classify", tmp_path / "i", image, "--runtime", "torch")  # otherwise the stored tower answers
+    gone = run("classify", tmp_path / "i", image)
     assert (gone.exit_code, "local-dir" in gone.stderr) == (1, True)
     assert run("classify", tmp_path / "i", image, "--model", f"local-dir:{tmp_path / 'moved'}").exit_code == 0
 
@@ -316,7 +275,7 @@ NUMBERS = [
     (" ".join(words), one)
     for words, command in COMMANDS.items()
     for one in command.params
-    if isinstance(one.type, IntParamType | FloatParamType | K | Number) and not getattr(one, "count", False)
+    if isinstance(one.type, IntParamType | FloatParamType | Number) and not getattr(one, "count", False)
 ]
 
 

@@ -175,13 +175,11 @@ def test_models_try_compares_the_encoders_on_this_machine(photos, tmp_path, run,
     here.append((models[0], None))
     one = run("models", "--try", place / "test", "--format", "json")
     assert (one.exit_code, "only one encoder" in one.stderr) == (3, True)
-    weights = f"{models[1].removeprefix('local-dir:')}/open_clip_model.safetensors"
-    done = run(
-        "models", "one", "--try", place / "test", "--model", models[1], "--pretrained", weights, "--format", "json"
-    )
+    other = f"{models[1]}@{models[1].removeprefix('local-dir:')}/open_clip_model.safetensors"
+    done = run("models", "one", "--try", place / "test", "--model", other, "--format", "json")
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    pairs = [f"{models[1]}@{weights}+{models[0]}", f"{models[0]}+{models[1]}@{weights}"]
-    assert [row["encoder"] for row in rows] in ([f"{models[1]} {weights}", models[0], pair] for pair in pairs)
+    pairs = [f"{other}+{models[0]}", f"{models[0]}+{other}"]
+    assert [row["encoder"] for row in rows] in ([other, models[0], pair] for pair in pairs)
     alone = json.loads(one.stdout)
     assert alone == rows[1] | {"images_per_second": alone["images_per_second"], "recommended": True}
     assert sum(row["recommended"] for row in rows) == 1

@@ -8,13 +8,10 @@ and ``metric`` have two), FAISS files for the type ``Flat``, and digests of the 
 import itertools
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import needs_shared
-from PIL import Image
 from sealing import sealed
 
 from retrieval_tip.data.reader import Reader
@@ -23,6 +20,7 @@ from retrieval_tip.index import changes
 from retrieval_tip.index.changes import fit_index
 from retrieval_tip.index.places import at
 from retrieval_tip.model import Index, verify
+from retrieval_tip.settings import Settings
 from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.versions import Versions
 
@@ -107,8 +105,18 @@ def test_an_index_of_format_8_to_10_gives_its_old_answers_and_is_rewritten_by_a_
     at(place).verify()
 
 
+def test_a_setting_that_an_older_format_lacks_has_its_default(tmp_path):
+    place, body = opened("v10", "fitted", tmp_path)[0], manifest_of(INDEXES / "v10" / "fitted")
+    del body["gamma"]
+    (tmp_path / "fitted" / "manifest.json").write_bytes(sealed(body))
+    assert at(place).manifest().settings.gamma == Settings().gamma
+    (tmp_path / "fitted" / "manifest.json").write_bytes(sealed(body | {"format_version": 11}))
+    with pytest.raises(StoreError, match="gamma"):
+        at(place).manifest()
+
+
 def test_the_indexes_have_everything_that_format_7_could_write():
-    assert sorted(path.name for path in INDEXES.iterdir()) == ["v10", "v7", "v8", "v9"]
+    assert sorted(path.name for path in INDEXES.iterdir()) == ["v10", "v11", "v7", "v8", "v9"]
     manifests = {name: manifest_of(INDEXES / "v7" / name) for name in [*FOLDERS, *STORES]}
     assert {body["format_version"] for body in manifests.values()} == {7}
     there = {path.name for path in (INDEXES / "v7").iterdir() if path.is_dir()}
@@ -150,6 +158,29 @@ def test_the_keys_of_an_index_of_format_7_can_be_changed(name, tmp_path):
     now = at(place).verify()
     assert now.n == len(key_ids)
     assert {largest, dog} <= set(now.find(["cat"])["key_id"].to_pylist())
+
+
+def test_a_table_with_a_vector_index_compares_all_keys_until_it_is_rebuilt(tmp_path):
+    """Earlier programs offered the vector indexes of LanceDB, here IvfFlat over the points."""
+    place, check = opened("v11", "lance-vectors", tmp_path)
+    known = json.loads((INDEXES / "v11" / "expected.json").read_text())
+    features, expected = np.array(known["features"], dtype=np.float32), known["answers"]["lance-vectors"]["k4"]
+
+    def check_all():
+        check()
+        index = at(place).verify()
+        np.testing.assert_allclose(index.logits(features, 4), expected, rtol=1e-4, atol=1e-4)
+        return index
+
+    assert at(place).manifest().index == "IvfFlat"
+    assert (check_all().index_type, check_all().exact_search) == ("Flat", True)
+    changes.configure(place, temperature=2.0)
+    assert (check_all().index_type, at(place).manifest().index) == ("Flat", "Flat")
+    assert len(check_all().rows.table.table.list_indices()) == 1
+    changes.rebuild(place, index="auto")
+    assert not check_all().rows.table.table.list_indices()
+    fit_index(place, values="solved")  # drops the points
+    at(place).verify()
 
 
 @pytest.mark.parametrize("name", SEGMENTED)
@@ -207,19 +238,3 @@ def test_an_earlier_version_that_is_no_longer_read_can_be_deleted(old, tmp_path)
 def test_an_older_manifest_survives_a_round_trip(name):
     manifest = Versions(INDEXES / "v7" / name).current()
     assert Manifest.from_bytes(manifest.to_bytes(), "m") == manifest
-
-
-@needs_shared
-def test_an_index_of_a_removed_decoder_still_classifies_features(run, lit_mini, tmp_path):
-    identity = replace(lit_mini.identity, preprocess={**lit_mini.identity.preprocess, "decoder": "nvjpeg"})
-    keys = np.eye(lit_mini.dim, dtype=np.float32)[:2]
-    cache = Index.from_features(keys, [0, 1], ["cat", "dog"], device="cpu")
-    cache.backbone = identity
-    cache.save(tmp_path / "index")
-    assert [found.label for found in verify(tmp_path / "index").classify(keys)] == ["cat", "dog"]
-    Image.new("RGB", (32, 32)).save(tmp_path / "photo.jpg")
-    for model in ((), ("--model", lit_mini.identity.model)):
-        failed = run("classify", tmp_path / "index", tmp_path / "photo.jpg", "--device", "cpu", "--no-cache", *model)
-        assert (failed.exit_code, failed.stdout) == (1, "")
-        [line] = failed.stderr.splitlines()
-        assert "nvjpeg" in line

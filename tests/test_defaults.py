@@ -9,7 +9,7 @@ from conftest import SOAK, needs_real
 from serving import caltech_photos
 
 from retrieval_tip.errors import UsageError
-from retrieval_tip.retrieval.defaults import DOUBT, UNTOUCHED, Statistics, measure, plain_settings
+from retrieval_tip.retrieval.defaults import DOUBT, Statistics, measure, plain_settings
 
 
 def test_statistics_only_use_keys_of_different_classes():
@@ -31,16 +31,13 @@ def test_normalised_settings_give_the_formula_of_standardised_affinities():
     standard = (affinity - statistics.mean) / statistics.std
     expected = 0.5 * np.exp(1.25 * standard) @ one_hot / (6 + DOUBT)
     np.testing.assert_allclose(alpha * np.exp(-beta * (1 - affinity)) @ one_hot, expected, rtol=1e-9)
-    alpha, beta = plain_settings(3.0, 2.0, "shots", statistics)
-    assert (alpha, beta) == (3.0 / (6 + DOUBT), 2.0)
     assert plain_settings(3.0, 2.0, "none", None) == (3.0, 2.0)
     assert plain_settings(None, None, "none", statistics) == (1.0, 5.5)  # the paper's
 
 
-@pytest.mark.parametrize("form", UNTOUCHED)
 @pytest.mark.parametrize(("mean", "std"), [(0.7, 1e-3), (0.9999, 1.1e-6), (-1, 1e-5), (0.0, 0.3), (1.0, 1e-4)])
-def test_default_settings_fit_in_float32(form, mean, std):
-    alpha, beta = plain_settings(None, None, form, Statistics(mean, std, 1.0))
+def test_default_settings_fit_in_float32(mean, std):
+    alpha, beta = plain_settings(None, None, "both", Statistics(mean, std, 1.0))
     weights = np.exp(np.float32(beta) * (np.linspace(-1, 1, 9, dtype=np.float32) - 1))
     assert np.isfinite(np.float32(alpha) * weights * np.float32(1e6)).all()  # a million keys per class
 
@@ -52,7 +49,7 @@ def test_settings_that_cannot_be_normalised_are_refused():
     with pytest.raises(UsageError, match="normalize 'x'"):
         plain_settings(None, None, "x", None)
     with pytest.raises(UsageError, match="too large"):
-        plain_settings(None, 1e6, "affinity", Statistics(0.5, 0.01, 4))
+        plain_settings(None, 1e6, "both", Statistics(0.5, 0.01, 4))
 
 
 @needs_real

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tables import unit_rows
 
-from retrieval_tip.errors import InputError
 from retrieval_tip.model import Index, label_table
 from retrieval_tip.retrieval.duplicates import NEAR, Duplicate, Duplicates, describe_duplicates, duplicates
 from retrieval_tip.store.labels import images_of
@@ -165,16 +164,6 @@ def test_beyond_the_budget_fresh_keys_are_compared_with_their_neighbours():
 
     assert duplicates(cache.keys, cache.labels, fresh, budget=0, search=sparse).pairs == every.pairs
     assert duplicates(cache.keys, cache.labels, budget=0, search=cache.nearest).compared == "digests"
-
-
-def test_mismatched_rows_are_refused():
-    keys, labels = unit_rows(4, 8), labels_of([0, 0, 1, 1])
-    with pytest.raises(InputError, match="labels: 4 rows for 3 keys"):
-        duplicates(keys[:3], labels)
-    for row in (-1, 4):
-        with pytest.raises(InputError, match=f"^fresh: row {row} "):
-            duplicates(keys, labels, [0, row])
-    assert duplicates(keys, labels, []) == Duplicates([], 0, "all")
 
 
 def test_duplicates_are_described_one_per_line():

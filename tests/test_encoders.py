@@ -202,7 +202,7 @@ def test_columns_of_a_table_are_encoders(tmp_path, run):
     assert "encoders" in run("index", "info", tmp_path / "own").output
     assert json.loads(run("index", "info", tmp_path / "own", "--json").output)["encoders"].keys() == {"clip", "cnn"}
     new = table_of(tmp_path, "new", ids, {"cnn": cnn, "clip": clip})
-    answers = run("classify", tmp_path / "own", new, "--format", "jsonl").output.splitlines()
+    answers = run("classify", tmp_path / "own", new, "--format", "json").output.splitlines()
     expected = index.classify([clip, cnn])
     assert [json.loads(line)["label"] for line in answers] == [one.label for one in expected]
     assert run("index", "add", tmp_path / "own", new).exit_code == 0
@@ -242,7 +242,7 @@ def test_each_photo_is_read_once_and_each_encoder_has_its_own_cache(photos, tmp_
     source = open_source(photos)
     alone = Reader(first, cache=cache).encode(source).features
     made = first.prepared
-    joined = Reader(Joined.of([first, second]), cache=cache, read=read).encode(source).features
+    joined = Reader(Joined.of([first, second]), cache=cache).encode(replace(source, load=read)).features
     assert (first.prepared, len(reads)) == (made, 15)
     np.testing.assert_allclose(joined, side_by_side([alone, Reader(second).encode(source).features]), atol=1e-6)
 

@@ -151,7 +151,6 @@ def test_a_burst_has_no_match_if_no_photo_of_it_has_one(run, things, traps, tmp_
     [
         (["--explain"], "--explain"),
         (["--logits"], "--logits"),
-        (["--engine", "ray"], "--engine ray"),
     ],
 )
 def test_bursts_refuse_options_for_single_photos(options, message, run, things):

@@ -51,9 +51,10 @@ def test_a_file_that_is_replaced_by_a_pipe_is_refused(tmp_path, monkeypatch):
         opened.append(real(name, flags))
         return opened[0]
 
-    monkeypatch.setattr(os, "open", swap)
-    with pytest.raises(NotAFileError, match="pipe"):
-        open_regular(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", swap)
+        with pytest.raises(NotAFileError, match="pipe"):
+            open_regular(path)
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(opened[0])  # it was closed
 

@@ -182,9 +182,7 @@ def test_the_result_can_be_saved_with_its_provenance(shots, val, tmp_path, train
     cache = Index.load(tmp_path / "parent", device="cpu")
     cache.settings = cache.settings.override(temperature=3.0)
     keys, text, before = np.array(cache.keys), cache.text_weights.clone(), cache.__dict__.copy()
-    tuned = finetune.finetune(
-        cache, shots, Reader(), Recipe(batch=16, train=train), val=val, parent=str(tmp_path / "parent")
-    )
+    tuned = finetune.finetune(cache, shots, Reader(), Recipe(batch=16, train=train), val=val)
     assert before.keys() <= cache.__dict__.keys()
     assert {name for name in before if before[name] is not cache.__dict__[name]} == set()
     assert np.array_equal(cache.keys, keys)
@@ -205,7 +203,7 @@ def test_the_result_can_be_saved_with_its_provenance(shots, val, tmp_path, train
     record = found.provenance["finetune"]
     assert record == json.loads(json.dumps(facts(tuned)))
     expected = {"parent": str(tmp_path / "parent"), "parent_version": 1, "train": list(train), "epochs": 20, "seed": 1}
-    expected |= {"lr": 1e-3, "eps": 1e-4, "weight_decay": 0.01, "precision": "float32", "epoch": tuned.epoch}
+    expected |= {"lr": 1e-3, "epoch": tuned.epoch}
     expected |= {"shots": shots.name, "val": val.name, "collapsed": None}
     assert {name: record[name] for name in expected} == expected
     assert (found.provenance["alpha"], found.provenance["normalize"]) == ("search-hp", "both")
@@ -223,20 +221,16 @@ def test_a_fine_tuned_index_can_be_fine_tuned_again(shots, val):
     assert losses(again)[-1] < losses(first)[0]
 
 
-@pytest.mark.parametrize(("dtype", "precision"), [("float16", "float32"), ("float32", "bfloat16")])
-def test_an_index_or_a_training_in_half_precision_is_close_to_float32(shots, tmp_path, dtype, precision):
+def test_an_index_in_half_precision_is_close_to_float32(shots, tmp_path):
     recipe = replace(OWN, epochs=20)
-    exact = finetune.finetune(index(), shots, Reader(), recipe)
-    near = finetune.finetune(index(dtype=np.dtype(dtype)), shots, Reader(), replace(recipe, precision=precision))
+    exact, near = (finetune.finetune(index(dtype=dtype), shots, Reader(), recipe) for dtype in (np.float32, np.float16))
     near.save(tmp_path / "tuned")
     found = verify(tmp_path / "tuned")
-    assert found.keys.dtype == dtype
+    assert found.keys.dtype == "float16"
     assert not np.array_equal(exact.index.keys, found.keys)
-    if dtype == "float16":
-        np.testing.assert_allclose(found.keys.astype(np.float32), exact.index.keys, atol=2e-3)
+    np.testing.assert_allclose(found.keys.astype(np.float32), exact.index.keys, atol=2e-3)
     assert abs(accuracy(exact.index) - accuracy(found)) <= 0.01
     assert losses(near)[-1] == pytest.approx(losses(exact)[-1], rel=0.01)
-    assert facts(near)["precision"] == precision
 
 
 def kept_by_definition(curve, n):
@@ -338,11 +332,9 @@ def test_shots_and_validation_images_must_match_the_index(shots, tmp_path):
     ("changes", "named"),
     [
         *(({"train": train}, "train") for train in ((), ("keys", "keys"), ("tower",))),
-        *(({name: value}, f"{name} is {value}") for name in ("epochs", "batch", "views") for value in (0, 2.5)),
+        *(({name: value}, f"{name} is {value}") for name in ("epochs", "batch") for value in (0, 2.5)),
         *(({"seed": value}, "seed") for value in (-1, 2.5)),
-        *(({name: value}, f"{name} is") for name in ("lr", "eps") for value in (0.0, math.nan, math.inf)),
-        *(({"weight_decay": value}, "weight_decay is") for value in (-0.1, math.nan)),
-        ({"precision": "float8"}, "precision 'float8'"),
+        *(({"lr": value}, "lr is") for value in (0.0, math.nan, math.inf)),
         ({"train": ("visual",)}, "train visual"),
     ],
 )
@@ -350,19 +342,16 @@ def test_invalid_recipes_are_refused_in_one_line(changes, named):
     with pytest.raises(UsageError, match=f"^{named}") as error:
         Recipe(**changes)
     assert "\n" not in str(error.value)
-    Recipe(weight_decay=0.0, epochs=1, batch=1, views=1, seed=0)
-    Recipe(train=("keys", "values"), views=None)
+    Recipe(epochs=1, batch=1, seed=0, train=("keys", "values"))
 
 
 def test_holding_out_shots_does_not_change_the_training(shots, tmp_path):
-    plain = finetune.finetune(index(), shots, Reader(), OWN)
-    tuned = finetune.finetune_into(tmp_path / "tuned", index(), shots, Reader(), OWN, keep_last=True)
+    cache, recipe = index(alpha=1e-3), replace(OWN, epochs=20, alpha=100)  # so that training helps
+    plain = finetune.finetune(cache, shots, Reader(), recipe)
+    tuned = finetune.finetune_into(tmp_path / "tuned", cache, shots, Reader(), recipe)
     assert np.array_equal(tuned.index.keys, plain.index.keys)
-    compared = tuned.compared
-    assert compared is not None
-    assert compared.n == SHOTS
-    assert 0 <= compared.before <= 1
-    assert 0 <= compared.after <= 1
+    assert tuned.compared.n == SHOTS
+    assert 0 <= tuned.compared.before < tuned.compared.after <= 1
 
 
 @pytest.fixture
@@ -374,7 +363,7 @@ def photos(things):
 def test_validation_images_have_one_view_for_any_encoder_settings(lit_mini, photos):
     cache, source = photos
     shots, val = source.take([0, 1, 8, 9, 16]), source.take([2, 10, 18])
-    recipe = replace(OWN, batch=5, epochs=2, views=2)
+    recipe = replace(OWN, batch=5, epochs=2)
     one, other = (
         finetune.finetune(cache, shots, Reader(lit_mini, views=views, seed=seed), recipe, val=val).curve
         for views, seed in ((1, 1), (4, 7))
@@ -382,17 +371,15 @@ def test_validation_images_have_one_view_for_any_encoder_settings(lit_mini, phot
     assert without_seconds(one) == without_seconds(other)
 
 
-@pytest.mark.parametrize("views", [1, 3, None])
-def test_training_uses_the_requested_views_of_images(lit_mini, photos, views):
+def test_training_draws_one_view_of_each_photo(lit_mini, photos, monkeypatch):
+    monkeypatch.setattr(finetune, "VIEWS", 3)
     cache, source = photos
-    recipe = Recipe(batch=5, views=views)
+    recipe = Recipe(batch=5)
     first = [source.labels.index(name) for name in cache.class_names[:3]]
     chosen = source.take([first[0], first[0], first[0] + 1, first[1], first[1] + 1, first[2], first[0] + 1])
-    material, seen, possible = _Material.of(cache, chosen, Reader(lit_mini), recipe, None), set(), set()
-    for epoch in range(3 if views is None else 40):
-        if epoch == 0 or views is None:
-            names = view_names(recipe.seed, views) if views else [f"fresh/{recipe.seed}/{epoch}"]
-            every = Reader(lit_mini).encode_views(chosen.take([0, 2, 3, 4, 5]), names)
+    material, seen = _Material.of(cache, chosen, Reader(lit_mini), recipe, None), set()
+    every = Reader(lit_mini).encode_views(chosen.take([0, 2, 3, 4, 5]), view_names(recipe.seed, 3))
+    for epoch in range(40):
         ((features, ids),) = material.batches(recipe, epoch)
         assert sorted(ids.tolist()) == [0, 0, 1, 1, 2]
         assert torch.equal(features, next(material.batches(recipe, epoch))[0])
@@ -400,8 +387,7 @@ def test_training_uses_the_requested_views_of_images(lit_mini, photos, views):
         for start, end in pairwise(every.starts):  # one view of each photo
             assert len(rows & {row.tobytes() for row in every.features[start:end]}) == 1
         seen |= rows
-        possible |= {row.tobytes() for row in every.features}
-    assert seen == possible
+    assert seen == {row.tobytes() for row in every.features}
 
 
 @needs_real
@@ -427,16 +413,15 @@ def test_fine_tuning_does_not_lower_accuracy_on_real_features(shared, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("changes", [{}, {"train": ("keys", "values")}, {"precision": "bfloat16"}])
-def test_training_on_a_gpu_matches_the_cpu(shots, val, changes):
-    recipe = replace(OWN, **changes, epochs=20)
+@pytest.mark.parametrize("train", [("keys",), ("keys", "values")])
+def test_training_on_a_gpu_matches_the_cpu(shots, val, train):
+    recipe = replace(OWN, train=train, epochs=20)
     cpu, gpu, again = (
         finetune.finetune(index(device=device), shots, Reader(), recipe, val=val) for device in ("cpu", "cuda", "cuda")
     )
     assert np.array_equal(gpu.index.keys, again.index.keys)
     moved_by = cpu.index.keys - index().keys
-    bound = 0.1 if "precision" in changes else 1e-2
     assert cpu.epoch == gpu.epoch
-    assert np.linalg.norm(gpu.index.keys - cpu.index.keys) < bound * np.linalg.norm(moved_by)
-    np.testing.assert_allclose(losses(gpu), losses(cpu), rtol=2e-2 if "precision" in changes else 1e-3)
+    assert np.linalg.norm(gpu.index.keys - cpu.index.keys) < 1e-2 * np.linalg.norm(moved_by)
+    np.testing.assert_allclose(losses(gpu), losses(cpu), rtol=1e-3)
     assert abs(accuracy(gpu.index) - accuracy(cpu.index)) <= 0.01

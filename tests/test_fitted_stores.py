@@ -16,6 +16,7 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sealing import refused
+from serving import app_of
 from stored import copied, done, everything, made, rows_of, source
 from tables import write_table
 
@@ -33,8 +34,6 @@ from retrieval_tip.lance import lance_store
 from retrieval_tip.lance import rows as lance_rows
 from retrieval_tip.retrieval import ridge
 from retrieval_tip.retrieval.rows import ArrayRows
-from retrieval_tip.server.app import create_app
-from retrieval_tip.server.served import open_all
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("bucket", "one_thread")]
 
@@ -246,7 +245,7 @@ def test_a_different_beta_for_one_call_warns_once(run, built, tmp_path):
     for options, warnings in (((), 0), (("--beta", 6), 1), (("--beta", 7), 0)):
         stderr = run("classify", place, asked, "--format", "json", *options).stderr
         assert stderr.count("\n") == stderr.count("warning: beta") == warnings
-    with TestClient(create_app(open_all([Path(place)], "cpu", "float32", None))) as client:
+    with TestClient(app_of(Path(place))) as client:
         for beta, warnings in ((None, 0), (6, 1)):
             found = client.post(
                 "/v1/classify", json={"features": QUERIES.tolist()}, params={"beta": beta} if beta else {}

@@ -24,7 +24,7 @@ from retrieval_tip.fit.folds import Queries
 from retrieval_tip.retrieval import keys as keys_module
 from retrieval_tip.retrieval import vector_index
 from retrieval_tip.retrieval.keys import Keys
-from retrieval_tip.retrieval.vector_index import GPU_MAX_K, Product, VectorIndex, auto_factory
+from retrieval_tip.retrieval.vector_index import VectorIndex, auto_factory, exact_search
 
 
 def warnings_of(caplog):
@@ -217,18 +217,13 @@ def gpus():
     with ExitStack() as stack:
 
         def make(number=1, free=1 << 30, current=0, torch_sees=True, fails=""):
-            real, made = vector_index.faiss(), Product.of
-            copies, probes = [], []
+            real, copies, probes = vector_index.faiss(), [], []
 
             def copy(where, number, index, options):
                 if fails:
                     raise RuntimeError(f"Error in somewhere: {fails}")
                 copies.append((where, number, options, getattr(index, "nprobe", 0)))
                 return index
-
-            def of(index, device, half):
-                copies.append((device, half))
-                return made(index, "cpu", half)
 
             space = SimpleNamespace(set_index_parameter=lambda _index, name, value: probes.append(value))
             own = {
@@ -242,34 +237,22 @@ def gpus():
             seen = {"is_available": lambda: torch_sees, "current_device": lambda: current}
             stack.enter_context(mock.patch.multiple(vector_index, faiss=lambda: fake, resources=object))
             stack.enter_context(mock.patch.multiple(torch.cuda, **seen, mem_get_info=lambda *_: (free, 1 << 40)))
-            stack.enter_context(mock.patch.object(Product, "of", of))
             return fake
 
         yield make
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_flat_on_a_gpu_is_exact_for_any_k(gpus, dtype):
-    fake, keys = gpus(), np.resize(KEYS, (2500, 16)) + RNG.standard_normal((2500, 16)) / 9
-    keys = keys.astype(dtype)
-    index = VectorIndex.build(keys, "Flat", "cuda")
-    dense = QUERIES.astype(np.float64) @ keys.astype(np.float64).T
-    for k in (1, 7, GPU_MAX_K + 1, 2500):
-        affinity, rows = index.search(QUERIES, k)
-        np.testing.assert_allclose(affinity, -np.sort(-dense, axis=1)[:, :k], rtol=0, atol=1e-5)
-        np.testing.assert_allclose(np.take_along_axis(dense, rows, 1), affinity, rtol=0, atol=1e-5)
-    assert fake.copies == [("cuda:0", dtype == np.float16)]
-    assert index.exact_search
-    assert index.exact_affinity
-
-
-def test_a_product_in_parts_equals_the_whole():
-    whole = Product(torch.from_numpy(KEYS)).search(torch.from_numpy(QUERIES), 40)
-    with mock.patch.multiple(vector_index, PRODUCTS=16 * 37, QUERIES=2):
-        parts = Product(torch.from_numpy(KEYS)).search(torch.from_numpy(QUERIES), 40)
-    torch.testing.assert_close(parts, whole)
-    assert parts[1].dtype == torch.int64
-    assert Product(torch.from_numpy(KEYS)).search(torch.empty(0, 16), 4)[1].shape == (0, 4)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_search_by_torch_is_exact_for_any_k_and_blocks(dtype):
+    keys, queries = torch.from_numpy(KEYS).to(dtype), torch.from_numpy(QUERIES)
+    dense = queries.double() @ keys.double().T
+    for k in (1, 40, 300):
+        with mock.patch.multiple(vector_index, PRODUCTS=16 * 37, QUERIES=2):
+            affinity, rows = exact_search(keys, queries, k)
+        np.testing.assert_allclose(affinity, dense.topk(k).values, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(dense.gather(1, rows), affinity, rtol=0, atol=1e-5)
+        torch.testing.assert_close(exact_search(keys, queries, k)[0], affinity)
+    assert exact_search(keys, queries[:0], 4)[1].shape == (0, 4)
 
 
 @pytest.mark.parametrize(
@@ -283,6 +266,7 @@ def test_a_product_in_parts_equals_the_whole():
         ({"current": 1}, "cuda:0", "IVF4,Flat", np.float32, ("one", 0, False)),
         ({"current": 1}, "cuda", "IVF4,Flat", np.float32, ("one", 1, False)),
         ({"current": 1}, "auto", "IVF4,Flat", np.float32, ("one", 1, False)),
+        ({"current": 1}, "cuda:3", "IVF4,Flat", np.float32, ("one", 3, False)),
     ],
 )
 def test_an_index_is_placed_on_the_right_gpus(gpus, machine, device, factory, dtype, expected):
@@ -292,17 +276,6 @@ def test_an_index_is_placed_on_the_right_gpus(gpus, machine, device, factory, dt
     assert (where, number, options.useFloat16) == expected
     assert options.shard == (where == "all")
     assert options.use_cuvs or factory != "IVF4,Flat" or where == "all" or dtype == np.float16
-
-
-@pytest.mark.parametrize(("device", "number"), [("cuda:3", 3), ("cuda", 2), ("auto", 2), ("cpu", None)])
-def test_flat_is_copied_to_the_named_or_the_current_gpu_or_to_none(gpus, device, number):
-    fake = gpus(4, current=2)
-    VectorIndex.build(KEYS, "Flat", device).search(QUERIES, 1)
-    assert [copy[0] for copy in fake.copies] == ([] if number is None else [f"cuda:{number}"])
-    if number is None:
-        none = gpus(0, torch_sees=False)
-        VectorIndex.build(KEYS, "Flat", "auto").search(QUERIES, 1)
-        assert not none.copies
 
 
 @mock.patch.object(vector_index, "GPU_MAX_K", 3)
@@ -328,8 +301,9 @@ def test_too_many_probes_are_reduced_on_the_gpu_only(gpus, caplog):
     ],
 )
 def test_a_fallback_to_the_cpu_warns_once(gpus, caplog, free, number, device, fails, message):
-    gpus(number, free, fails=fails)
+    fake = gpus(number, free, fails=fails)
     expected = VectorIndex.build(KEYS, "IVF4,Flat", "cpu").search(QUERIES, 4)
+    assert not fake.copies
     for _ in range(2):
         index = VectorIndex.build(KEYS, "IVF4,Flat", device)
         for _ in range(2):

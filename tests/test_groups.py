@@ -145,10 +145,8 @@ def test_photos_with_a_match_get_no_group(folder, run, tmp_path):
     ]
 
 
-def test_groups_need_a_fitted_index_and_one_process(folder, run, tmp_path):
+def test_groups_need_a_fitted_index(folder, run, tmp_path):
     table = write_table(tmp_path / "new.parquet", unit_rows(2, 16))
-    done = run("classify", folder, table, "--group-no-match", "--engine", "ray", "--out", tmp_path / "parts")
-    assert (done.exit_code, "--engine ray" in done.stderr) == (2, True)
     cache_of(unit_rows(4, 16), [0, 0, 1, 1], ["a", "b"], device="cpu").save(tmp_path / "plain")
     done = run("classify", tmp_path / "plain", table, "--group-no-match")
     assert (done.exit_code, "fit" in done.stderr) == (2, True)

@@ -31,13 +31,13 @@ def test_caltech_photos_reach_the_expected_accuracy(run, shared, tmp_path, monke
     assert percent("--beta", 10)["cache_top1"] == pytest.approx(88.3, abs=0.3)
 
     # a second build reads each image once and encodes nothing
-    from retrieval_tip.backbones import open_clip as backbone
+    from retrieval_tip.backbones.torch_backbone import TorchBackbone
     from retrieval_tip.data import images
 
     reads = []
     read = images.read
     monkeypatch.setattr(images, "read", lambda path: reads.append(str(path)) or read(path))
-    monkeypatch.setattr(backbone.OpenClipBackbone, "encode_images", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setattr(TorchBackbone, "encode_images", lambda *_: pytest.fail("encoded again"))
     again = run("index", "build", "--fit", "none", split, "--model", model, "--template", TEMPLATE, "--out", caltech)
     assert again.exit_code == 0, again.output
     assert len(reads) == len(set(reads)) == 1600

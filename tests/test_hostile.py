@@ -201,16 +201,14 @@ def test_any_feature_table_is_refused_or_read_exactly(tmp_path_factory, table, n
     st.lists(st.lists(TEXT.map(lambda text: text or ""), min_size=2, max_size=3), min_size=1, max_size=5),
     st.sampled_from([",", ";", "\t", "|"]), st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "cp1252"]),
     st.sampled_from(["path,label", "input,label", "label,path", "path", "path,path", "a,b", "id,text,label", ""]),
-    st.sampled_from([".csv", ".tsv", ".jsonl", ".json", ".parquet", ".npy", ".tar", ".toml"]), st.data(),
+    st.sampled_from([".csv", ".tsv", ".json", ".parquet", ".npy", ".tar", ".toml"]), st.data(),
 )  # fmt: skip
 def test_any_text_table_is_refused_or_read(
     tmp_path_factory, rows, separator, encoding, head,
     suffix, data
 ):  # fmt: skip
     lines = [head.split(","), *rows]
-    if suffix == ".jsonl":
-        text = "\n".join(json.dumps(dict(zip(lines[0], row, strict=False))) for row in rows)
-    elif suffix == ".json":
+    if suffix == ".json":
         text = json.dumps({"train": rows, "test": [[row[0], 0, row[-1]] for row in rows]})
     else:
         text = "\r\n".join(separator.join(f'"{cell}"' if separator in cell else cell for cell in row) for row in lines)
@@ -338,7 +336,7 @@ index audit index | index build train.parquet --out new --text text.parquet | in
 index export index --out new.parquet | index gc index | index history index | index info index
 index query index SELECT(1) | index set index --index Flat | index relabel index cat --key-ids 1 | index list . | cache
 index remove index --key-ids 1 | index rename index cat dog | index rollback index | index set index --alpha 1
-index verify index | search-hp index --val queries.parquet | index merge index index | completion bash
+index verify index | search-hp index --val queries.parquet | index merge index index
 """
 LINES = [shlex.split(line) for line in GOOD.replace("\n", "|").split("|") if line.strip()]
 WORDS = [

@@ -85,7 +85,7 @@ def make_index(place, tables, index):
 
 
 def rebuild(place):
-    return changes.rebuild(place, **({"index": "IvfFlat"} if "://" in str(place) else {"dtype": "float16"}))
+    return changes.rebuild(place, **({"index": "Classes"} if "://" in str(place) else {"dtype": "float16"}))
 
 
 def label_again(place):

@@ -218,13 +218,28 @@ def test_a_step_is_one_version_done_once_and_undo_restores_labels_and_skipped_ph
         assert client.set({}, undo="1")["queue"][0] | {"guesses": []} == one | {"guesses": []}
 
 
+def test_the_only_label_is_removed_as_soon_as_there_is_another(pool, place, lit_mini):
+    with Client(pool, place, lit_mini) as client:
+        one, other, *_ = client.settled()["queue"]
+        client.set({one["photo"]: "typo"}, step="1")
+        client.settled()
+        client.set({}, undo="1")
+        state = client.until(lambda state: state["refused"])
+        assert ("only label" in state["refused"][0]["reason"], state["labelled"]) == (True, 0)
+    with Client(pool, place, lit_mini) as client:
+        assert client.until(lambda state: state["refused"])["labelled"] == 0
+        client.set({other["photo"]: "x"})
+        assert client.settled()["unsaved"] == 0
+    assert labels_of(place) == {other["name"]: "x"}
+
+
 def test_a_bad_label_is_named_and_kept_while_the_others_are_saved(pool, place, lit_mini):
     with Client(pool, place, lit_mini) as client:
         client.settled()
         bad = client.number("damaged")
         good = [client.number(name) for name in ("1", "2", "3", "4")]
         client.set(dict.fromkeys([good[0], bad, *good[1:]], "x"))
-        (refused,) = client.until(lambda state: state["unsaved"] == 1)["refused"]
+        (refused,) = client.until(lambda state: state["unsaved"] == 1 and state["refused"])["refused"]
         assert (refused["photo"], Path(refused["name"]).name, refused["label"]) == (bad, "damaged.jpg", "x")
         assert "image" in refused["reason"]
         known = {row["source"]: row["key_id"] for row in opened(place).labels.to_pylist()}
@@ -391,7 +406,7 @@ def test_a_session_is_finished_with_copies_links_moved_photos_or_the_labelled_on
         assert answer["summary"].startswith("changed the keywords of 6 photos")
         written = {path.stem: path.read_text().split("<rdf:li>")[1] for path in folder.glob("*.xmp")}
         assert {name: text.partition("<")[0] for name, text in written.items()} == labels
-        assert answer["undo"] == f"retrieval-tip classify {place} {folder} --xmp --undo"
+        assert answer["undo"] == f"retrieval-tip classify {place} {folder} --format xmp --undo"
         _, answer = sort("none", action="xmp", undo=True)
         assert (answer["summary"], [*folder.glob("*.xmp")]) == ("restored the keywords of 6 photos", [])
         copies, answer = sort("copies")  # by label or answer

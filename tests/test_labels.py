@@ -13,7 +13,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from sealing import refused
 
@@ -47,14 +47,13 @@ ROWS: list[dict[str, Any]] = [
 STYLES = ["parquet", "csv", "json"]
 
 
-def written(path: Path, rows: list[dict[str, Any]], style: str, columns: list[str] | None = None) -> Path:
-    columns = columns or list(PREDICTIONS)
-    schema = pa.schema([(column, PREDICTIONS[column]) for column in columns])
+def written(path: Path, rows: list[dict[str, Any]], style: str) -> Path:
+    schema = pa.schema(list(PREDICTIONS.items()))
     write_tables([pa.Table.from_pylist(rows, schema)], schema, style, path)
     return path
 
 
-def read_back(path: Path, style: str, columns: list[str]) -> list[dict[str, Any]]:
+def read_back(path: Path, style: str) -> list[dict[str, Any]]:
     """Read predictions without this package."""
     if style == "parquet":
         return pq.read_table(path).to_pylist()
@@ -62,8 +61,8 @@ def read_back(path: Path, style: str, columns: list[str]) -> list[dict[str, Any]
     if style == "json":
         return [json.loads(line) for line in text.removesuffix("\n").split("\n")]
     heading, *rows = csv.reader(io.StringIO(text, newline=""))
-    assert heading == columns
-    return [dict(zip(columns, map(cell_value, columns, row), strict=True)) for row in rows]
+    assert heading == list(PREDICTIONS)
+    return [dict(zip(heading, map(cell_value, heading, row), strict=True)) for row in rows]
 
 
 def cell_value(column: str, cell: str) -> Any:
@@ -73,17 +72,11 @@ def cell_value(column: str, cell: str) -> Any:
     return cell if pa.types.is_string(kind) else cell == "True" if pa.types.is_boolean(kind) else json.loads(cell)
 
 
-@pytest.mark.parametrize("style", STYLES)
-def test_predictions_come_back_from_every_format(tmp_path: Path, style: str) -> None:
-    path = written(tmp_path / f"p.{style}", ROWS, style)
-    assert read_back(path, style, list(PREDICTIONS)) == ROWS
-    found = duckdb.sql(f"SELECT input, label, probability, no_match FROM '{path}'").fetchall()
-    assert found == [(row["input"], row["label"], row["probability"], row["no_match"]) for row in ROWS]
-
-
 def test_duckdb_joins_predictions_with_keys(tmp_path: Path) -> None:
     pq.write_table(KEYS, tmp_path / "keys.parquet")
     path = written(tmp_path / "p.parquet", ROWS, "parquet")
+    found = duckdb.sql(f"SELECT input, label, probability, no_match FROM '{path}'").fetchall()
+    assert found == [(row["input"], row["label"], row["probability"], row["no_match"]) for row in ROWS]
     joined = duckdb.sql(
         f"SELECT p.input, l.label, n.affinity FROM '{path}' p, UNNEST(p.neighbours) AS u(n) "
         f"JOIN '{tmp_path / 'keys.parquet'}' l ON l.key_id = n.key_id ORDER BY l.key_id"
@@ -91,28 +84,29 @@ def test_duckdb_joins_predictions_with_keys(tmp_path: Path) -> None:
     assert joined.fetchall() == [("a.jpg", "dog", 0.5), ("a.jpg", "dog", 0.5)]
 
 
-@given(
-    rows=st.lists(
-        st.fixed_dictionaries(
-            {
-                "input": TEXT.filter(bool),
-                "label": st.none() | TEXT.filter(bool),
-                "probability": st.floats(0, 1),
-                "labels": st.lists(TEXT, max_size=3),
-                "neighbours": st.lists(st.builds(lambda text: NEIGHBOUR | {"source": text}, TEXT), max_size=2),
-            }
-        ),
-        min_size=1,
-        max_size=5,
+ANY = st.builds(
+    lambda row, text, more: row | text | {"neighbours": [NEIGHBOUR | {"source": source} for source in more]},
+    st.sampled_from(ROWS),
+    st.fixed_dictionaries(
+        {
+            "input": TEXT.filter(bool),
+            "label": st.none() | TEXT.filter(bool),
+            "labels": st.lists(TEXT, max_size=3),
+            "probability": st.floats(0, 1),
+        }
     ),
-    style=st.sampled_from(STYLES),
+    st.lists(TEXT, max_size=2),
 )
-def test_any_predictions_come_back(
+
+
+@pytest.mark.parametrize("style", STYLES)
+@given(rows=st.lists(ANY, min_size=1, max_size=5))
+@example(rows=ROWS)
+def test_predictions_come_back_from_every_format(
     tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]], style: str
 ) -> None:
-    path = tmp_path_factory.getbasetemp() / "any-predictions"
-    columns = list(rows[0])
-    assert read_back(written(path, rows, style, columns), style, columns) == rows
+    path = written(tmp_path_factory.getbasetemp() / "any-predictions", rows, style)
+    assert read_back(path, style) == rows
 
 
 # --- versions

@@ -12,6 +12,7 @@ from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
 from sealing import refused
+from serving import app_of
 from stored import made, source
 from tables import unit, write_table
 
@@ -22,9 +23,7 @@ from retrieval_tip.index import changes
 from retrieval_tip.index.build import build_index
 from retrieval_tip.index.places import at
 from retrieval_tip.model import Index, narrowest
-from retrieval_tip.server.app import create_app
 from retrieval_tip.server.limits import Limits
-from retrieval_tip.server.served import open_all
 from retrieval_tip.settings import Levels
 
 NAMES = ["lion", "leopard", "caracal", "wolf", "empty"]
@@ -98,7 +97,7 @@ def test_every_door_answers_by_level(run, index, queries):
     assert [(one.label, one.level) for one in found] == [answer[:2] for answer in answers]
     assert repr(found)
     assert found._repr_html_()
-    with TestClient(create_app(open_all([index], "cpu", "float32", "full"))) as client:
+    with TestClient(app_of(index)) as client:
         body = {"features": features.tolist()}
         results = client.post("/v1/classify?at_least=0.8", json=body).json()["results"]
         assert [(row["label"], row["level"]) for row in results] == [answer[:2] for answer in answers]
@@ -184,7 +183,7 @@ def test_classes_that_the_index_lacks_are_named_and_have_their_groups_later(run,
 
 
 def test_groups_are_set_over_http(index, table):
-    app = create_app(open_all([index], "cpu", "float32", "full"), Limits(json_bytes=1000), token="open sesame")
+    app = app_of(index, limits=Limits(json_bytes=1000), token="open sesame")
     with TestClient(app, headers={"Authorization": "Bearer open sesame"}) as client:
 
         def sent(text):

@@ -39,9 +39,9 @@ K = 5
 KEPT = 4
 QUERIES = unit_rows(4, D, 99)
 TABLE = ["Flat", "Classes"]
-FACTORIES = {"folder": ["Flat", "Classes", "Classes,HNSW8", "IVF4,Flat"], "lance": TABLE, "s3": TABLE}
+FACTORIES = {"folder": ["Flat", "Classes", "IVF4,Flat"], "lance": TABLE, "s3": TABLE}
 FOLDERS = [("folder", "Flat", "float16"), ("folder", "Flat", "float32"), ("folder", "Classes", "float32"),
-           ("folder", "IVF4,Flat", "float32"), ("folder", "Classes,HNSW8", "float16")]  # fmt: skip
+           ("folder", "IVF4,Flat", "float32"), ("folder", "Classes", "float16")]  # fmt: skip
 TABLES = [("lance", "Flat", "float32"), ("s3", "Flat", "float16")]
 
 

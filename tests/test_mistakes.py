@@ -66,7 +66,6 @@ MISTAKES = {
     "version": (2, "--version"),
     "help": (2, "--help"),
     "classify {w}/i/x {w}/new.parquet --topk 3": (2, "--top"),
-    "classify {w}/i/x {w}/new.parquet --k 5": (2, "Did you mean -k"),
     "classify {w}/i/x {w}/new.parquet --formt csv": (2, "--format"),
     "classify {w}/new.parquet {w}/new.parquet": (2, "index list"),
     "classify {w}/my*photos/cat/1.png": (2, "index list"),
@@ -90,7 +89,7 @@ MISTAKES = {
     "index rollback {w}/i/x": (1, "no version before 1"),
     "index export {w}/i/x": (2, "give --out, --text or --onnx FILE"),
     "serve {w}/i/x --port 99999": (2, "0<=x<=65535"),
-    "index build": (2, "Missing argument SOURCE and option --out"),
+    "index build": (2, "Missing argument 'SOURCE'"),
     "index build {w}/my*photos/cat --out {w}/o --model RN5O": (1, "perhaps {w}/my photos"),
     "index build {w}/nothing --out {w}/o": (1, "no such file or folder"),
     "index build {w}/train.parquet --out {w}/my*photos": (1, "empty or new folder"),
@@ -101,8 +100,6 @@ MISTAKES = {
     "index list {w}/nowhere": (1, "no such folder"),
     "search-hp lance://x/y --val x.csv": (2, "retrieval-tip index clone lance://x/y DIR"),
     "finetune lance://x/y --out out": (2, "retrieval-tip index clone lance://x/y DIR"),
-    "index audit lance://x/y": (2, "retrieval-tip index clone lance://x/y DIR"),
-    "index export lance://x/y --out x.parquet": (2, "retrieval-tip index clone lance://x/y DIR"),
     "index tune lance://x/y --val x.csv": (2, "retrieval-tip index clone lance://x/y DIR"),
     "fit lance://x/y --calibrate --val x.csv": (2, "retrieval-tip index clone lance://x/y DIR"),
 }
@@ -122,7 +119,7 @@ def test_a_mistake_prints_one_line_that_explains_what_to_do(run, world, typed):
 
 def test_the_output_suffix_selects_the_format(run, world, tmp_path):
     classify = ("classify", world / "i/x", world / "new.parquet")
-    labels = [json.loads(line)["label"] for line in run(*classify, "--format", "jsonl").stdout.splitlines()]
+    labels = [json.loads(line)["label"] for line in run(*classify, "--format", "json").stdout.splitlines()]
     for name in ("a.csv", "a.json", "a.jsonl", "a.txt", "a.parquet"):
         assert run(*classify, "--out", tmp_path / name).exit_code == 0
     text = {name: (tmp_path / f"a.{name}").read_text() for name in ("csv", "json", "jsonl", "txt")}
@@ -173,13 +170,6 @@ def test_the_cache_command_shows_prunes_and_limits_the_cache(run, tmp_path, monk
     assert run("cache", "--max-size", "20").exit_code == 2
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_prints_a_script_for_each_shell(run, shell):
-    script = run("completion", shell).stdout
-    assert "_RETRIEVAL_TIP_COMPLETE" in script
-    assert "retrieval-tip" in script
-
-
 def test_each_command_has_a_short_summary_and_two_valid_examples():
     """An example is valid if its command accepts the options and arguments."""
     for path, found in COMMANDS.items():
@@ -191,14 +181,6 @@ def test_each_command_has_a_short_summary_and_two_valid_examples():
             assert words[: len(path)] == list(path)
             ctx = found.make_context(found.name, words[len(path) :], parent=click.Context(cli.main, obj=True))
             assert ctx.args == []
-
-
-def test_help_hides_rare_options(run):
-    short, long = run("classify", "--help").stdout, run("classify", "--help-all").stdout
-    assert "Answers:" in short
-    assert "--workers" in short
-    assert len(long.splitlines()) > len(short.splitlines())
-    assert "1<=x<=" not in long
 
 
 def test_wide_characters_align(run, world, tmp_path):

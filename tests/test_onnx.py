@@ -95,15 +95,11 @@ def prepared(path, side):
     return np.asarray(image.crop((left, top, left + side, top + side)), dtype=np.float32).transpose(2, 0, 1)
 
 
-def test_an_index_with_a_k_is_only_exported_with_all_keys(tmp_path, run):
+def test_an_index_with_a_k_is_exported_with_all_keys(tmp_path, run):
     cache = index()
     cache.settings = cache.settings.override(k=3)
     cache.save(tmp_path / "i")
-    with pytest.raises(UsageError, match="k 3"):
-        export_onnx(cache, tmp_path / "i.onnx")
-    assert not (tmp_path / "i.onnx").exists()
-    assert run("index", "export", tmp_path / "i", "--onnx", tmp_path / "i.onnx").exit_code == 2
-    assert run("index", "export", tmp_path / "i", "--onnx", tmp_path / "i.onnx", "--k", "all").exit_code == 0
+    assert run("index", "export", tmp_path / "i", "--onnx", tmp_path / "i.onnx").exit_code == 0
     queries = clusters(3, seed=7)[0]
     np.testing.assert_allclose(
         run_in(tmp_path / "i.onnx", queries)[1][0], cache.logits(queries, k="all").numpy(), rtol=1e-4, atol=1e-3

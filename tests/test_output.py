@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from retrieval_tip.cli.output import FORMATS, WIDE, prediction_details, write_table, write_tables
+from retrieval_tip.cli.options import FORMATS
+from retrieval_tip.cli.output import WIDE, prediction_details, write_table, write_tables
 from retrieval_tip.errors import InputError, json_line, one_line
 
 ESCAPES = "\x1b[2J\x07\x9b31m\u202e\u2066\u200f\u2028\r\n\t\x7f"

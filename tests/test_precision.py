@@ -18,7 +18,7 @@ from tables import tiny
 
 from retrieval_tip.backbones import tower
 from retrieval_tip.backbones.base import unit
-from retrieval_tip.backbones.loading import load_backbone, load_when_needed
+from retrieval_tip.backbones.loading import load_again, load_backbone
 from retrieval_tip.classifier import Classifier
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.pictures import open_images
@@ -190,7 +190,7 @@ def test_without_nncf_nothing_is_stored(name, monkeypatch):
 def test_an_encoder_that_is_not_stored_names_the_command(name, place, run, photos, tmp_path):
     command = f"retrieval-tip models --int8 PHOTOS --model {name}$"
     identity = load_backbone(name, device="cpu").identity
-    for load in (lambda: int8(name), lambda: load_when_needed(identity, 8, device="cpu", precision="int8")):
+    for load in (lambda: int8(name), lambda: load_again(identity, device="cpu", precision="int8")):
         with pytest.raises(BackboneError, match=command):
             load()
     with pytest.raises(BackboneError, match=command):
@@ -201,15 +201,9 @@ def test_an_encoder_that_is_not_stored_names_the_command(name, place, run, photo
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("how", [{"precision": "bfloat16"}, {"runtime": "torch"}])
-def test_only_an_encoder_in_float32_can_be_stored(name, place, how):
+def test_only_an_encoder_in_float32_can_be_stored(name, place):
     with pytest.raises(UsageError, match="in float32 with OpenVINO on a CPU"):
-        load_backbone(name, device="cpu", **how).store_int8(torch.zeros(40, 3, 32, 32))
-
-
-def test_torch_cannot_use_int8(name):
-    with pytest.raises(UsageError, match="requires OpenVINO on a CPU"):
-        load_backbone(name, device="cpu", precision="int8", runtime="torch")
+        load_backbone(name, device="cpu", precision="bfloat16").store_int8(torch.zeros(40, 3, 32, 32))
 
 
 def test_the_command_stores_an_encoder_that_other_commands_load(run, name, place, photos, tmp_path):
@@ -238,8 +232,8 @@ def test_the_command_stores_an_encoder_that_other_commands_load(run, name, place
 
 
 def test_the_model_is_not_loaded_to_encode_in_int8(name, calibrated, monkeypatch):
-    exact = load_backbone(name, device="cpu")
-    waiting = load_when_needed(exact.identity, exact.dim, device="cpu", precision="int8")
+    exact = load_backbone(name, device="cpu", lazy=True)
+    waiting = load_again(exact.identity, device="cpu", precision="int8")
     monkeypatch.setattr(waiting, "_open", lambda _: pytest.fail("loaded"))
     pixels = torch.randn(2, 3, *exact.size)
     np.testing.assert_array_equal(waiting.encode_images(pixels), int8(name).encode_images(pixels))
@@ -250,9 +244,9 @@ def test_too_few_photos_are_refused(run, name, place, photos, caplog):
     for source in (few, open_images(map(read_item, few.paths))):
         with pytest.raises(InputError, match=f"{FEWEST - 1} photos could be read; int8 needs {FEWEST}"):
             Reader(load_backbone(name, device="cpu")).store_int8(source)
-    reader = Reader(load_backbone(name, device="cpu"), read=lambda _: b"")
+    reader = Reader(load_backbone(name, device="cpu"))
     with pytest.raises(InputError, match=" 0 photos could be read"):
-        reader.store_int8(few)
+        reader.store_int8(replace(few, load=lambda _: b""))
     assert len(reader.skipped) == FEWEST - 1
     with pytest.raises(UsageError, match="a feature table has no pixels"):
         reader.store_int8(replace(few, paths=None))

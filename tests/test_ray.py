@@ -16,8 +16,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from clusters import clusters, text_of
-from conftest import examples
+from conftest import examples, json_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving import caltech_photos
@@ -28,10 +27,8 @@ from retrieval_tip.data import remote
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import of_images, open_items
 from retrieval_tip.data.tables import open_parquet, table_files
-from retrieval_tip.distributed.ray_data import PartsFolder, Question, Work, Worker, cut, room
+from retrieval_tip.distributed.ray_data import PartsFolder, Work, Worker, cut, room
 from retrieval_tip.errors import InputError, UsageError
-from retrieval_tip.index.places import at
-from retrieval_tip.settings import Ask
 
 
 @settings(max_examples=examples(20), deadline=None)
@@ -118,26 +115,6 @@ def test_an_actor_encodes_a_piece_and_reports_unreadable_photos(tmp_path, shared
     assert failed == {"000000": [str(tmp_path / "bad.jpg")], "000001": [gone]}
 
 
-def test_an_actor_selects_the_keys_that_the_command_line_selects(tmp_path, run):
-    names, (keys, ids) = [f"c{i:02}" for i in range(12)], clusters(12, c=12)
-    shots = write_table(tmp_path / "shots.parquet", keys, [names[i] for i in ids])
-    text = write_table(tmp_path / "text.parquet", text_of(c=12), names)
-    assert run("index", "build", shots, "--text", text, "--out", tmp_path / "i").exit_code == 0
-    where, ask = "label < 'c08'", Ask(logits=True, neighbours=0, k="all")
-    asked = ("classify", tmp_path / "i", shots, "--where", where, "--logits", "--out", tmp_path / "here.parquet")
-    assert run(*asked).exit_code == 0
-    schema, manifest = pa.schema([("logits", pa.list_(pa.float32()))]), at(tmp_path / "i").manifest().to_bytes()
-
-    def rows(index, sources, reader):
-        return (one.written(["logits"]) for one in index.classify_source(sources[0], reader, ask))
-
-    question = Question(str(tmp_path / "i"), manifest, ask, where, schema, rows)
-    worker = Worker(Work(Reader(), None, None, question), f"{tmp_path}/out", "cpu", Path.cwd())
-    found = worker(pa.table({"part": ["000000"], "piece": [pickle.dumps(open_items(shots))]}))
-    expected = np.array(open_parquet(tmp_path / "here.parquet").read()["logits"].to_pylist())
-    np.testing.assert_allclose(np.array(found["logits"].to_pylist()), expected, rtol=1e-5, atol=1e-5)
-
-
 @pytest.fixture(scope="module")
 def cluster():
     """The address of a cluster of two nodes with one CPU each, which can reach the object store of the tests."""
@@ -166,10 +143,9 @@ def in_own_process(*words):
 
 
 def rows_and_numbers(place):
-    """Return the rows of a table without its columns of numbers, and these columns."""
+    """Return the rows of a feature table without the features, and the features."""
     rows = pa.concat_tables([open_parquet(file).read() for file in table_files(place)]).replace_schema_metadata(None)
-    figures = [name for name in ("feature", "probability", "logits") if name in rows.column_names]
-    return rows.drop(figures), [np.array(rows[name].to_pylist()) for name in figures]
+    return rows.drop("feature"), np.array(rows["feature"].to_pylist())
 
 
 @pytest.mark.soak
@@ -197,22 +173,22 @@ def test_two_nodes_give_the_same_results_as_one_process(run, cluster, shared, tm
             nodes.update(p.info["ppid"] for p in every if "ray::MapWorker" in " ".join(p.info["cmdline"] or ()))
 
     threading.Thread(target=watch, daemon=True).start()
-    ask = ("classify", tmp_path / "i", source, "--logits", *model[:1], "--format", "parquet", "--out")
-    for command in (("encode", source, *model, "--out"), ask):
-        ray = (*command, f"{out}/{command[0]}.parts", "--engine", "ray", "--ray-address", cluster)
-        here = run(*command, tmp_path / "here.parquet")
-        assert (here.exit_code, place.name in here.stderr) == (3, True), here.output
-        done = in_own_process(*ray)
-        assert (done.returncode, place.name in done.stderr) == (3, True), done.stderr
-        (one, figures), (other, others) = rows_and_numbers(tmp_path / "here.parquet"), rows_and_numbers(ray[-5])
-        assert one.equals(other)
-        for a, b in zip(figures, others, strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    command, places = ("encode", source, *model, "--out"), (tmp_path / "here.parquet", f"{out}/parts")
+    here = run(*command, places[0])
+    assert (here.exit_code, place.name in here.stderr) == (3, True), here.output
+    ray = (*command, places[1], "--engine", "ray", "--ray-address", cluster)
+    done = in_own_process(*ray)
+    assert (done.returncode, place.name in done.stderr) == (3, True), done.stderr
+    (one, figures), (other, others) = map(rows_and_numbers, places)
+    assert one.equals(other)
+    np.testing.assert_allclose(figures, others, rtol=1e-5, atol=1e-5)
+    answers = [json_rows(run("classify", tmp_path / "i", table, "--format", "json"), 0) for table in places]
+    assert [row["label"] for row in answers[0]] == [row["label"] for row in answers[1]]
     ended.set()
     raylets = [" ".join(psutil.Process(node).cmdline()) for node in nodes if psutil.pid_exists(node)]
     assert sum(cluster.partition(":")[2] in raylet for raylet in raylets) == 2
     if kind == "folder":  # if a part is missing, the same command computes only this part
-        parts = tmp_path / "classify.parts"
+        parts = tmp_path / "parts"
         shutil.rmtree(parts / "part=000001")
         (parts / "_complete.json").unlink()
         before = {file: file.stat().st_mtime_ns for file in parts.rglob("*.parquet")}

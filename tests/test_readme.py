@@ -128,21 +128,21 @@ def test_enough_pages_are_run():
     assert set(expected.split()) <= {page.stem for page in RUN}
 
 
-RECIPES = {  # what each is run with, on the demo's photos and encoder
-    "stamps.toml": "--out indexes/things",
-    "tip-adapter.toml": f"photos --model {demo.LITE0} --pretrained efficientnet-lite0.pth --shots 4 --views 2 "
+SCRIPTS = {  # what each is run with, on the demo's photos and encoder
+    "stamps.sh": "--out indexes/things",
+    "tip-adapter.sh": f"photos --model {demo.LITE0} --pretrained efficientnet-lite0.pth --shots 4 --views 2 "
     "--out indexes/things",
 }
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "indexes").glob("*.toml")), ids=lambda recipe: recipe.name)
-def test_recipes_build_the_described_indexes(recipe, demo_photos, demo_clone, warm_path):
+@pytest.mark.parametrize("script", sorted((ROOT / "indexes").glob("*.sh")), ids=lambda script: script.name)
+def test_scripts_build_the_described_indexes(script, demo_photos, demo_clone, warm_path):
     place = demo_clone
     (place / "build").mkdir()
     (place / "build/demo").symlink_to(demo_photos)
-    typed_and_printed(f"retrieval-tip index build --recipe {recipe} {RECIPES[recipe.name]}", place, warm_path)
+    typed_and_printed(f"sh {script} {SCRIPTS[script.name]}", place, warm_path)
     printed = typed_and_printed("retrieval-tip evaluate indexes/things new -v", place, warm_path)
-    said = re.search(r"# Expected from .*: (.*)\.\n", recipe.read_text(encoding="utf-8"))
+    said = re.search(r"# Expected from .*: (.*)\.\n", script.read_text(encoding="utf-8"))
     for name, value in re.findall(r"(\w+) ([\d.]+)", said[1] if said else ""):
         assert float(re.search(rf"^{name} +(\S+)$", printed, re.MULTILINE)[1]) == pytest.approx(float(value), abs=0.02)
 

@@ -21,15 +21,17 @@ from PIL import Image
 from tables import unit_rows, write_table
 
 from retrieval_tip.backbones.base import Identity
+from retrieval_tip.backbones.loading import load_backbone
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import one_line, percent
 from retrieval_tip.evaluation.evaluate import Answers, Evaluation
+from retrieval_tip.fit import finetune
 from retrieval_tip.fit.closed_form import wilson
 from retrieval_tip.model import Index
 from retrieval_tip.report import report
 from retrieval_tip.report.report import MISTAKES, write_report
-from retrieval_tip.settings import Settings
+from retrieval_tip.settings import Recipe, Settings
 
 IMAGES = SHARED / "data/caltech101/101_ObjectCategories"
 ALIKE = ["chair", "crayfish", "crocodile", "crocodile_head", "lobster", "windsor_chair"]
@@ -306,8 +308,9 @@ def test_recommendations_depend_on_how_the_index_was_fitted(caltech, tmp_path, m
     command = fit.partition(". ")[2]
     assert command == "retrieval-tip fit index"
     done("-q", *command.split()[1:])
-    tuned = tmp_path / "tuned"
-    done("-q", "finetune", caltech / "index", "--out", tuned, "--views-cache", 1, "--epochs", 1, "--keep-last")
+    tuned, own = tmp_path / "tuned", Index.load(caltech / "index", device="cpu")
+    monkeypatch.setattr(finetune, "VIEWS", 1)
+    finetune.finetune(own, finetune.shots_of(own), Reader(load_backbone(MODEL)), Recipe(epochs=1)).save(tuned)
     for index, photos in ((folder, test), (tuned, caltech / "test")):
         page = reported(tmp_path, index, photos)
         assert not [said for said in advice(page) if said.startswith("Fit")]
@@ -333,7 +336,7 @@ def test_the_report_names_the_weakest_class_and_the_labels_of_an_audit(tmp_path)
 
 def test_the_report_names_the_source_of_the_settings(tmp_path):
     folder, test = made(tmp_path)
-    done("-q", "search-hp", folder, "--leave-one-out", "--greedy")
+    done("-q", "search-hp", folder)
     provenance = section(reported(tmp_path, folder, test, "--beta", 7, "--no-tail"), "provenance")
     _, used, _, made_by, _ = (dict(table.rows()) for table in provenance.all("table"))
     own = Index.load(folder, device="cpu").settings
@@ -341,7 +344,7 @@ def test_the_report_names_the_source_of_the_settings(tmp_path):
     assert used["beta"] == f"7 (set for this report; the index has {own.beta:.4g})"
     assert used["tail"] == "False (set for this report; the index has True)"
     assert "version 2," in provenance.text
-    done("-q", "search-hp", folder, "--val", test, "--val-shots", "all")
+    done("-q", "search-hp", folder, "--val", test)
     page = reported(tmp_path, folder, test)
     assert "selected on these test photos" in page.first("header").text
 

@@ -30,7 +30,7 @@ from retrieval_tip.index import changes
 from retrieval_tip.server import run as run_module
 from retrieval_tip.server.app import create_app
 from retrieval_tip.server.limits import Limits
-from retrieval_tip.server.served import open_all
+from retrieval_tip.server.served import Backbones, open_all
 
 from conftest import SHARED, SOAK  # isort: skip
 
@@ -400,7 +400,7 @@ def test_an_old_version_is_freed_when_the_next_one_answers_and_every_index_when_
 ):
     """Their mapped files are freed too, without a garbage collection, which would delay every answer."""
     folder = shutil.copytree(random_things, tmp_path / "index")
-    served = open_all([folder], "cpu", "float32", "fast")
+    served = open_all([folder], Backbones("cpu", "float32", "fast"))
     app = create_app(served, Limits(poll=0.1))
     with running(app) as place:
         url = "http://{}:{}/v1/classify?explain=true".format(*place)

@@ -430,7 +430,7 @@ def test_indexes_are_renamed_duplicated_and_deleted(own, photo):
 def test_names_and_numbers_of_indexes_are_checked(own, food, tmp_path, photo):
     """A linked index, or one that is being labelled, cannot be renamed or deleted."""
     (tmp_path / "link").symlink_to(food)
-    served = open_all([own, tmp_path / "link"], "cpu", "float32", "full")
+    served = open_all([own, tmp_path / "link"], Backbones("cpu", "float32", "full"))
     app = create_app(served, Limits(indexes=2), token=TOKEN)
     (tmp_path / "taken").mkdir()
 
@@ -746,7 +746,7 @@ def test_an_image_replaced_by_another_photo_a_pipe_a_link_or_a_folder_is_not_fou
 
 
 def test_the_server_loads_new_versions_but_not_damaged_ones(own, monkeypatch):
-    served = open_all([own], "cpu", "float32", "full")
+    served = open_all([own], Backbones("cpu", "float32", "full"))
     one = served["own"]
     with TestClient(create_app(served)) as client:
         assert not one.changed()
@@ -784,7 +784,7 @@ def test_the_server_loads_new_versions_but_not_damaged_ones(own, monkeypatch):
 
 def test_another_index_can_replace_the_folder(own, food):
     """Its features may have another length. A version that is already open keeps its data."""
-    served = open_all([own], "cpu", "float32", "full")
+    served = open_all([own], Backbones("cpu", "float32", "full"))
     before = served["own"].now
     shutil.rmtree(own)
     shutil.copytree(food, own)
@@ -915,7 +915,7 @@ def test_answers_do_not_depend_on_the_batch_size(random_things, monkeypatch):
         expected = client.post(ask, json={"features": rows}).json()["results"]
         monkeypatch.setattr(served_module, "VALUES", 50_000)
         found = client.post(ask, json={"features": rows}).json()["results"]
-    version = open_all([random_things], "cpu", "float32", "full")["random"].now
+    version = open_all([random_things], Backbones("cpu", "float32", "full"))["random"].now
     assert version.at_once(Ask(top=5, neighbours=1000)) == 3
     assert version.at_once(Ask(k=1500, neighbours=0)) == 32
     for one, other in zip(found, expected, strict=True):
@@ -1000,7 +1000,7 @@ def busy(own, monkeypatch):
         app = ProxyHeadersMiddleware(app_of(own, limits=Limits(queue=40)), "*")
         with TestClient(app) as client, ThreadPoolExecutor(1) as pool:
             asked = pool.submit(client.post, "/v1/classify", files=[("images", picture.getvalue())] * number)
-            while not re.search(r'waiting{lane="images"} [1-9]', client.get("/metrics").text):
+            while not re.search(r'waiting{lane="(large )?images"} [1-9]', client.get("/metrics").text):
                 assert not asked.done()
             yield client
             assert not asked.done()
@@ -1122,7 +1122,7 @@ def test_health_and_metrics(both):
 def test_two_indexes_with_the_same_name_are_refused(own, tmp_path):
     other = shutil.copytree(own, tmp_path / "elsewhere" / "own")
     with pytest.raises(ValueError, match="own"):
-        open_all([own, other], "cpu", "float32", "full")
+        open_all([own, other], Backbones("cpu", "float32", "full"))
 
 
 @pytest.mark.parametrize("code", [False, True], ids=["missing", "needs code"])

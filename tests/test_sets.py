@@ -9,6 +9,7 @@ import pytest
 from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
+from serving import app_of
 from stored import made, source
 from tables import unit, write_table
 
@@ -23,8 +24,6 @@ from retrieval_tip.index.changes import fit_index
 from retrieval_tip.index.places import at
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.sets import Scores
-from retrieval_tip.server.app import create_app
-from retrieval_tip.server.served import open_all
 from retrieval_tip.settings import Ask, Settings
 from retrieval_tip.store.labels import images_of
 
@@ -99,7 +98,7 @@ def test_every_door_gives_the_sets_of_the_definition(run, index, queries, covera
     assert [json.loads(line)["set"] for line in shown.splitlines()] == expected
     assert "    set: " in run("classify", index, queries, "--coverage", coverage).stdout
     assert [one.set for one in opened.classify(features, coverage=coverage)] == expected
-    with TestClient(create_app(open_all([index], "cpu", "float32", "full"))) as client:
+    with TestClient(app_of(index)) as client:
         answer = client.post(f"/v1/classify?coverage={coverage}", json={"features": features.tolist()}).json()
     assert [row["set"] for row in answer["results"]] == expected
     report = json.loads(run("evaluate", index, queries, "--coverage", coverage, "--json").stdout)
@@ -118,7 +117,7 @@ def test_options_that_change_the_answers_exclude_sets(run, index, queries):
     assert run("classify", index, queries, "--coverage", 0.9, "--group-by", "burst").exit_code == 2
     with pytest.raises(UsageError, match="coverage"):
         Index.load(index).classify(photos(1, 1)[0], coverage=0.9, without=[3])
-    with TestClient(create_app(open_all([index], "cpu", "float32", "full"))) as client:
+    with TestClient(app_of(index)) as client:
         for asked in ("coverage=0.9&alpha=3", "coverage=0.9&at_least=0.9", "coverage=2"):
             assert client.post(f"/v1/classify?{asked}", json={"features": [[1.0] + [0.0] * 11]}).status_code == 422
 

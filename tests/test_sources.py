@@ -230,16 +230,6 @@ def test_tables_in_the_encodings_of_spreadsheets_are_read(tmp_path, encoding, ca
     )
 
 
-def test_json_lines_are_read_as_rows(tmp_path):
-    touch(tmp_path, "train/1.png", "train/2.png")
-    lines = ['{"file_name": "1.png", "label": "2020-01-01", "boxes": [1, 2]}', "", '{"label": 7, "file_name": "2.png"}']
-    write(tmp_path / "train/metadata.jsonl", "\n".join(lines))
-    for source in (open_source(tmp_path / "train"), open_source(tmp_path / "train/metadata.jsonl")):
-        assert relative(source, tmp_path) == ["train/1.png", "train/2.png"]
-        assert source.labels == ["2020-01-01", "7"]
-        assert source.items["boxes"].to_pylist() == ["[1, 2]", None]
-
-
 def test_quoted_fields_may_contain_anything(tmp_path):
     table = write(
         tmp_path / "t.csv", 'path,label,note\n"a, b.png","the ""best"" cat","two\nlines"\n"new\nline.png",é,\n'
@@ -436,16 +426,6 @@ BAD = {
         ("path,label\nx.png,cat\n,cat\n", ["row 1 without a path"]),
         *((f"path,label\ny.png,cat\nx.png,{blank}\n", ["row 1 without a label"])
           for blank in ("", '""', '" "', '"\t"', '"\u00a0"')),
-    ],
-    "t.jsonl": [
-        (b"", ["no rows"]),
-        (b'{"path": "a.png", "label": "cat"\n', ["cannot be read as JSON lines"]),
-        (b'["a.png", "cat"]\n', ["a line is not an object"]),
-        (b'{"path": "a.png", "label": "\xff"}\n', ["cannot be read as JSON lines"]),
-        (b'{"path": "a.png", "label": "\\ud800"}\n', ["cannot be read as JSON lines"]),
-        (b"[" * 50_000, ["cannot be read as JSON lines"]),
-        (b'{"path": "a.png"}\n', ["no column 'label'"]),
-        (b'{"path": "a.png", "label": "cat"}\n{"path": "b.png"}\n', ["row 1 without a label"]),
     ],
     "s.json": [
         ("", ["not JSON"]),

@@ -16,12 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
-from tables import changed, picture, some_pixels, tiny
+from tables import by_torch, picture, some_pixels, tiny
 
 from retrieval_tip.backbones import tower
 from retrieval_tip.backbones.base import Identity, unit
-from retrieval_tip.backbones.loading import load_backbone, load_when_needed
-from retrieval_tip.errors import UsageError
+from retrieval_tip.backbones.loading import load_again, load_backbone
 
 
 @pytest.fixture
@@ -36,18 +35,13 @@ def folder(tmp_path):
     return tiny(tmp_path / "model")
 
 
-def both(model, **options):
-    """A backbone as it encodes on a CPU, and as torch does."""
-    return (load_backbone(model, device="cpu", runtime=runtime, **options) for runtime in ("auto", "torch"))
-
-
 def cosines(one, other):
     return (unit(one).astype(np.float64) * unit(other)).sum(1)
 
 
 def test_features_match_torch_for_any_number_of_images(compiled):
     place, identity, *_ = compiled
-    model, plain = both(identity.model)
+    model, plain = load_backbone(identity.model, device="cpu"), by_torch(identity.model)
     for number in (1, 2, 5):
         pixels = some_pixels(plain, number)
         np.testing.assert_allclose(unit(model.encode_images(pixels)), unit(plain.encode_images(pixels)), atol=1e-5)
@@ -66,7 +60,7 @@ def test_threads_that_encode_at_the_same_time_get_their_own_features(compiled):
 
 
 def test_a_real_encoder_matches_torch(lit_mini, shared):
-    plain = load_backbone(lit_mini.identity.model, device="cpu", runtime="torch")
+    plain = by_torch(lit_mini.identity.model)
     files = sorted((shared / "data/caltech101/101_ObjectCategories/panda").iterdir())[:6]
     pixels = torch.stack([plain.preprocess(Image.open(file).convert("RGB")) for file in files])
     expected = plain.encode_images(pixels)
@@ -108,12 +102,12 @@ def identity_of(name):
 
 
 def test_a_stored_tower_needs_no_model(compiled):
-    place, identity, pixels, expected = compiled
-    view = load_backbone(identity.model, device="cpu").preprocess(picture())
-    (place / "model" / "open_clip_model.safetensors").unlink()
-    waiting = load_when_needed(identity, expected.shape[1], device="cpu")
+    _, identity, pixels, expected = compiled
+    view = load_backbone(identity.model, device="cpu", lazy=True).preprocess(picture())
+    waiting = load_again(identity, device="cpu")
     np.testing.assert_allclose(waiting.encode_images(pixels), expected, rtol=1e-6)
     np.testing.assert_array_equal(waiting.preprocess(picture()), view)
+    assert waiting._opened is None
 
 
 @pytest.mark.parametrize("damage", ["bytes", "digests", "missing", "endless"])
@@ -140,7 +134,7 @@ def test_a_damaged_tower_is_compiled_again(compiled, damage):
 
 
 def test_a_tower_that_differs_from_torch_is_not_used(folder, place, caplog, monkeypatch):
-    plain = load_backbone(f"local-dir:{folder}", device="cpu", runtime="torch")
+    plain = by_torch(f"local-dir:{folder}")
     monkeypatch.setitem(tower.LEAST_COSINE, "float32", 1.1)
     assert tower.converted(plain._model, plain.identity, plain.size, "float32") is None
     assert [record.message.count("encoded by torch") for record in caplog.records] == [1]
@@ -150,20 +144,18 @@ def test_a_tower_that_differs_from_torch_is_not_used(folder, place, caplog, monk
 def test_without_a_cache_the_tower_is_compiled_each_time(folder, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("RETRIEVAL_TIP_CACHE", str(tmp_path / "file"))
-    compiled, plain = both(f"local-dir:{folder}")
+    compiled, plain = load_backbone(f"local-dir:{folder}", device="cpu"), by_torch(f"local-dir:{folder}")
     pixels = some_pixels(plain, 3)
     np.testing.assert_allclose(unit(compiled.encode_images(pixels)), unit(plain.encode_images(pixels)), atol=1e-5)
 
 
 def test_other_weights_have_their_own_tower(compiled):
-    place, identity, pixels, before = compiled
-    model, plain = both(identity.model)
-    for backbone in (model, plain):
-        changed(backbone)
-    after = model.encode_images(pixels)
+    place, _, pixels, before = compiled
+    name = f"local-dir:{tiny(place / 'other', seed=1)}"
+    after = load_backbone(name, device="cpu").encode_images(pixels)
     assert not np.allclose(before, after)
     assert len(list((place / "cache" / "towers").iterdir())) == 2
-    np.testing.assert_allclose(unit(after), unit(plain.encode_images(pixels)), atol=1e-5)
+    np.testing.assert_allclose(unit(after), unit(by_torch(name).encode_images(pixels)), atol=1e-5)
 
 
 def test_the_conversion_opens_no_connection(folder, tmp_path, warm_path):
@@ -185,11 +177,6 @@ def test_the_conversion_opens_no_connection(folder, tmp_path, warm_path):
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "cache" / "towers").iterdir())) == 1
     assert not list((tmp_path / "home").iterdir())
-
-
-def test_an_unknown_runtime_is_refused(folder):
-    with pytest.raises(UsageError, match="runtime 'onnx': expected one of auto, torch"):
-        load_backbone(f"local-dir:{folder}", device="cpu", runtime="onnx")
 
 
 SIZES = st.tuples(st.integers(1, 700), st.integers(1, 700))

@@ -80,8 +80,7 @@ def test_the_cheapest_trial_that_agrees_often_enough_is_chosen(material, own, ag
     assert found.n == QUERIES
     over_all = winners(cache, queries, None)
     chosen = replace(cache, rows=replace(cache.rows, index=found.index))
-    assert found.index.factory == found.chosen.index
-    assert found.index.effort == found.chosen.effort
+    assert (chosen.index.factory, chosen.index.effort) == (found.chosen.index, found.chosen.effort)
     same = (winners(chosen, queries, found.chosen.k) == over_all).mean()
     assert same == pytest.approx(found.chosen.agreement)
 
@@ -119,7 +118,7 @@ def test_all_keys_are_chosen_if_no_other_setting_agrees(material):
         found = tune(cache, queries, agreement=1.0, factories=["IVF64,Flat"])
     assert [t.k for t in found.trials] == [1, None]
     assert found.trials[0].agreement < 1
-    assert (found.chosen.k, found.index) == (None, cache.index)
+    assert (found.chosen.k, found.chosen.index, found.index) == (None, "Flat", None)
 
 
 def test_tuning_does_not_change_the_classifier(material):

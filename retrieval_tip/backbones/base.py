@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrieval_tip.errors import BackboneError, InputError, UsageError, counted, warn_once
-from retrieval_tip.settings import Precision, Runtime, check_choice
+from retrieval_tip.settings import Precision, check_choice
 
 if TYPE_CHECKING:
     import torch
@@ -280,18 +280,16 @@ def runs_on(capability: tuple[int, int], arches: Sequence[str]) -> bool:
 
 @dataclass(frozen=True)
 class Execution:
-    """The device and the precision of a backbone, and the ``runtime`` that encodes images on a CPU."""
+    """The device and the precision of a backbone."""
 
     device: str = "auto"
     precision: Precision = "auto"
-    runtime: Runtime = "auto"
 
     def resolved(self) -> Execution:
         """Replace ``auto`` by an actual device and precision. Raises UsageError if a value cannot be used."""
         device = resolve_device(self.device)
         check_choice("precision", self.precision, Precision)
-        check_choice("runtime", self.runtime, Runtime)
+        if self.precision == "int8" and device != "cpu":
+            raise UsageError("precision int8: requires a CPU; use float16 on a GPU")
         automatic: Precision = "float32" if device == "cpu" else "float16"
-        if self.precision == "int8" and (device != "cpu" or self.runtime == "torch"):
-            raise UsageError("precision int8: requires OpenVINO on a CPU; use float16 on a GPU")
-        return replace(self, device=device, precision=automatic if self.precision == "auto" else self.precision)
+        return Execution(device, automatic if self.precision == "auto" else self.precision)

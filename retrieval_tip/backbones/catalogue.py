@@ -49,17 +49,6 @@ _LICENCES = {
 _HOSTED = {"hf-hub:imageomics/bioclip-2": "ViT-L-14"}
 """Architectures of recommended repositories."""
 
-_ELSEWHERE = {
-    "openai/clip-vit-base-patch32": ("ViT-B-32", "openai"),
-    "openai/clip-vit-base-patch16": ("ViT-B-16", "openai"),
-    "openai/clip-vit-large-patch14": ("ViT-L-14", "openai"),
-    "openai/clip-vit-large-patch14-336": ("ViT-L-14-336", "openai"),
-    "dinov2_vits14": ("timm:vit_small_patch14_dinov2.lvd142m", None),
-    "dinov2_vitb14": ("timm:vit_base_patch14_dinov2.lvd142m", None),
-    "dinov2_vitl14": ("timm:vit_large_patch14_dinov2.lvd142m", None),
-}
-"""Names that other libraries use for the same weights."""
-
 _FIRST = ("datacomp_xl", "datacomp_s34b", "laion2b_s34b", "laion2b_s32b", "laion2b", "webli", "openai")
 """Prefixes of tags in order of preference. Long training and openly licensed training data come first."""
 
@@ -75,20 +64,24 @@ LARGEST_LIST = 40  # longest list that includes sizes, because computing each si
 _QUIET = threading.RLock()
 
 
+def expanded(model: str | None, pretrained: str | None = None) -> tuple[str, str | None]:
+    """Replace a short name by the names of a model and its weights."""
+    model = model or DEFAULT
+    short, _, file = SHORT.get(model.lower(), "").partition("@")
+    return short or model, pretrained or file or None
+
+
 def named(model: str | None, pretrained: str | None = None) -> tuple[str, str | None]:
     """Return the canonical names of a model and its weights, given any of their spellings.
 
-    ``ViT-B/32`` and ``vit-b-32`` become ``ViT-B-32``, ``clip`` becomes ``SHORT["clip"]``, ``timm/NAME`` becomes
-    ``timm:NAME``, and ``openai/clip-vit-base-patch32`` becomes ``ViT-B-32`` with ``openai``. Unknown names do not
-    change.
+    ``ViT-B/32`` and ``vit-b-32`` become ``ViT-B-32``, ``clip`` becomes ``SHORT["clip"]``, and ``timm/NAME`` becomes
+    ``timm:NAME``. Unknown names do not change.
     """
-    model = model or DEFAULT
-    name, _, file = SHORT.get(model.lower(), "").partition("@")
-    name, tag = _ELSEWHERE.get(model.lower(), (name or model, file or None))
+    name, tag = expanded(model, pretrained)
     name = re.sub("^timm/", "timm:", name)
     if ":" not in name and not has(name):
         name = {_plain(known): known for known in _architectures()}.get(_plain(name), name)
-    return name, pretrained or tag
+    return name, tag
 
 
 def _plain(name: str) -> str:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from retrieval_tip.backbones import known, open_clip, timm, tower, transformers
+from retrieval_tip.backbones import known, open_clip, timm, transformers
 from retrieval_tip.backbones.base import Backbone, Execution, Identity
-from retrieval_tip.backbones.catalogue import named
+from retrieval_tip.backbones.catalogue import expanded, named
 from retrieval_tip.backbones.joined import Joined
 from retrieval_tip.backbones.known import Known
 from retrieval_tip.backbones.torch_backbone import TorchBackbone
 from retrieval_tip.errors import UsageError
-from retrieval_tip.settings import Precision, Runtime
+from retrieval_tip.settings import Precision
 
 Model: TypeAlias = "str | Backbone | tuple[Any, Any, Any] | list[Model] | None"
 """The name of an encoder, a backbone, or the model, preprocessing and tokenizer that open_clip returns.
@@ -32,7 +30,6 @@ def load_backbone(
     *,
     device: str = "auto",
     precision: Precision = "auto",
-    runtime: Runtime = "auto",
     lazy: bool = False,
 ) -> TorchBackbone | Joined:
     """Load a backbone by its name, in evaluation mode.
@@ -50,13 +47,11 @@ def load_backbone(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         precision: ``float32``, or ``float16`` or ``bfloat16`` for autocast. ``auto`` uses float32 on a CPU and float16
             on a GPU. ``int8`` uses the tower that :meth:`Reader.store_int8` has stored on this machine.
-        runtime: The runtime that encodes images on a CPU. ``auto`` uses OpenVINO if its features agree with those from
-            ``torch`` (see :mod:`tower`).
         lazy: Whether to load the model when it is first used, if it was already loaded with ``lazy`` and its files have
             not changed since (see :mod:`known`).
 
     Raises:
-        UsageError: if the architecture, the tag, the device, the precision or the runtime is unknown.
+        UsageError: if the architecture, the tag, the device or the precision is unknown.
         BackboneError: if the weights are missing, damaged or do not fit, or cannot be downloaded.
         BackboneError: if the model requires custom Python code, which is never executed.
         BackboneError: if the precision is int8, but no int8 tower of this encoder is stored.
@@ -65,21 +60,21 @@ def load_backbone(
     if len(several) > 1:
         if pretrained is not None:
             raise UsageError(f"pretrained {pretrained!r}: write it after @ in the name of its encoder, as in MODEL@TAG")
-        load = partial(load_backbone, device=device, precision=precision, runtime=runtime, lazy=lazy)
+        load = partial(load_backbone, device=device, precision=precision, lazy=lazy)
         return Joined.of([load(name or "") for name in several])
     if model is not None and "@" in model and not _is_there(model):
         if pretrained is not None:
             raise UsageError(f"pretrained {pretrained!r}: {model} already names its weights; remove one of them")
         model, _, pretrained = model.partition("@")
-    with ThreadPoolExecutor(1) as pool:  # hashes the files of the model while torch is being imported
-        recalled = pool.submit(known.recall, model, pretrained) if lazy else None
-        how = Execution(device, precision, runtime).resolved()
-    if recalled is not None and (found := recalled.result()) is not None:
-        return _of(found.names, how, found)
-    backbone = _of(names := named(model, pretrained), how)
+    given = expanded(model, pretrained)
+    how = Execution(device, precision).resolved()
+    if lazy and (recalled := known.recall(*given)) is not None:
+        return _of(*recalled[0], how, recalled[1])
+    names = _from_anywhere(*named(*given))
+    backbone = _of(*names, how)
     if lazy and backbone.files is not None:
-        facts = backbone.identity, backbone.dim, backbone.logit_scale, backbone.text_key
-        known.remember(model, pretrained, Known(names, *facts), backbone.files)
+        for own in {given, (backbone.identity.model, backbone.identity.pretrained)}:  # an index has these names
+            known.remember(*own, names, backbone.known, backbone.files)
     return backbone
 
 
@@ -92,23 +87,15 @@ def _is_there(model: str) -> bool:
     return Path(model.partition(":")[2] or model).exists()
 
 
-def load_when_needed(
-    identity: Identity, dim: int, widths: Sequence[int] = (), *, device: str = "auto", precision: Precision = "auto",
-    runtime: Runtime = "auto",
-) -> TorchBackbone | Joined:  # fmt: skip
-    """Return the backbone with this ``identity``, whose features have ``dim`` values, ``widths`` of each of several.
+def load_again(identity: Identity, *, device: str = "auto", precision: Precision = "auto") -> TorchBackbone | Joined:
+    """Load the backbone with the names of an ``identity``, as by :func:`load_backbone` with ``lazy``.
 
-    If the image tower of the backbone is stored on disk, the model is not loaded until it is first used. Loading then
-    raises BackboneError if the identity differs. Otherwise, the backbone of this name is loaded as by
-    :func:`load_backbone` with ``lazy``, which raises the same errors, and its identity may differ.
+    If its weights were replaced, its identity differs.
     """
+    load = partial(load_again, device=device, precision=precision)
     if identity.parts:
-        load = partial(load_when_needed, device=device, precision=precision, runtime=runtime)
-        return Joined.of([load(part, width) for part, width in zip(identity.parts, widths, strict=True)])
-    how, names = Execution(device, precision, runtime).resolved(), (identity.model, identity.pretrained)
-    if how.runtime == "auto" and how.device == "cpu" and tower.is_kept(identity, how.precision):
-        return _of(names, how, Known(names, identity, dim))
-    return load_backbone(*names, device=device, precision=precision, runtime=runtime, lazy=True)
+        return Joined.of([load(part) for part in identity.parts])
+    return load_backbone(identity.model, identity.pretrained, device=device, precision=precision, lazy=True)
 
 
 def given_backbone(
@@ -125,15 +112,14 @@ def given_backbone(
     if isinstance(model, tuple):
         if len(model) != 3:
             raise UsageError(f"model: got {len(model)} objects; give (model, preprocess, tokenizer), as open_clip does")
-        return open_clip.OpenClipBackbone.of(*model)
+        return open_clip.wrapped(*model)
     if not hasattr(model, "encode_images"):
         kind = type(model).__name__
         raise UsageError(f"model: got an object of type {kind}; give a name, a backbone, or a tuple from open_clip")
     return model
 
 
-def _of(names: tuple[str, str | None], how: Execution, found: Known | None = None) -> TorchBackbone:
-    name, tag = _from_anywhere(*names)
+def _of(name: str, tag: str | None, how: Execution, found: Known | None = None) -> TorchBackbone:
     if name.startswith("hf:") and tag is not None:
         raise UsageError(f"pretrained {tag!r}: {name} has its own weights; omit --pretrained")
     with ExitStack() as restored:
@@ -144,7 +130,7 @@ def _of(names: tuple[str, str | None], how: Execution, found: Known | None = Non
             return TorchBackbone(partial(timm.open_model, name.removeprefix("timm:"), tag), how, found)
         if name.startswith("hf:"):
             return TorchBackbone(partial(transformers.open_model, name.removeprefix("hf:")), how, found)
-        return open_clip.OpenClipBackbone(partial(open_clip.open_model, name, tag), how, found)
+        return TorchBackbone(partial(open_clip.open_model, name, tag), how, found)
 
 
 def _from_anywhere(model: str, pretrained: str | None) -> tuple[str, str | None]:

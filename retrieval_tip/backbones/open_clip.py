@@ -8,17 +8,16 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from retrieval_tip.backbones import catalogue
-from retrieval_tip.backbones.base import Execution, Identity
+from retrieval_tip.backbones.base import Execution, Identity, Preprocess
 from retrieval_tip.backbones.known import Files
 from retrieval_tip.backbones.torch_backbone import Opened, TorchBackbone
 from retrieval_tip.errors import BackboneError, UsageError, install
-from retrieval_tip.settings import Precision
 
 if TYPE_CHECKING:
     import torch
@@ -129,7 +128,8 @@ def open_model(model: str, pretrained: str | None, device: torch.device) -> Open
             config, dim = _config_digest(plan), open_clip.get_model_config(name)["embed_dim"]
     except Exception as error:  # open_clip, the hub, torch and safetensors raise different errors
         raise _load_error(plan, error) from error
-    return replace(_opened(plan, made, preprocess, config), dim=dim, files=files)
+    identity = Identity(plan.model, plan.pretrained, "", config, _preprocess_of(made))
+    return Opened(made, preprocess, identity, dim, partial(_tokenizer, plan), files)
 
 
 def _files(plan: _Plan) -> Files | None:
@@ -145,11 +145,9 @@ def _files(plan: _Plan) -> Files | None:
     return Files(*own, *others) if own else None
 
 
-def _opened(plan: _Plan, model: Model, preprocess: Callable[[Image.Image], torch.Tensor], config: str) -> Opened:
+def _preprocess_of(model: Model) -> Preprocess:
     settings = cast("Mapping[str, object]", model.visual.preprocess_cfg).items()
-    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in settings}
-    identity = Identity(plan.model, plan.pretrained, "", config, plain)
-    return Opened(model, preprocess, identity, None, partial(_tokenizer, plan))
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in settings}
 
 
 def _tokenizer(plan: _Plan) -> Tokenizer:
@@ -166,39 +164,16 @@ def _tokenizer(plan: _Plan) -> Tokenizer:
     return tokenizer
 
 
-class OpenClipBackbone(TorchBackbone):
-    """An open_clip backbone. Create one with :func:`loading.load_backbone` or with :meth:`of`."""
+def wrapped(model: Model, preprocess: Callable[[Image.Image], torch.Tensor], tokenizer: Tokenizer) -> TorchBackbone:
+    """Wrap an open_clip model that is already loaded, with its validation transform and its tokenizer.
 
-    @classmethod
-    def of(
-        cls,
-        model: Model,
-        preprocess: Callable[[Image.Image], torch.Tensor],
-        tokenizer: Tokenizer,
-        *,
-        name: str = "loaded",
-        pretrained: str | None = None,
-        precision: Precision = "auto",
-    ) -> Self:
-        """Wrap an open_clip model that is already loaded.
-
-        You can use the results of ``open_clip.create_model_and_transforms`` and ``get_tokenizer``. The model stays on
-        its device, in evaluation mode and without gradients.
-
-        Args:
-            model: An open_clip model that has ``visual.preprocess_cfg``.
-            preprocess: The validation transform, which turns an image into a tensor of shape ``[3, h, w]``.
-            tokenizer: A function that turns sentences into tokens.
-            name: The name of the architecture. An index can only reload the backbone if open_clip knows this name.
-            pretrained: The tag or the file of the weights.
-            precision: The precision, as in :func:`loading.load_backbone`.
-        """
-        device = str(next(model.parameters()).device)
-        how = Execution(device, precision).resolved()
-        plan = _plan(name, pretrained) if catalogue.has(name) else _Plan(name, pretrained, None, {}, name)
-        architecture = f"sha256:{hashlib.sha256(repr(model).encode()).hexdigest()}"
-        opened = _opened(plan, model, preprocess, _config_digest(plan) if catalogue.has(name) else architecture)
-        return cls(replace(opened, tokenizer=partial(_same, tokenizer)), how)
+    These are the results of ``open_clip.create_model_and_transforms`` and ``get_tokenizer``. The model stays on its
+    device, in evaluation mode and without gradients. An index cannot load it again.
+    """
+    config = f"sha256:{hashlib.sha256(repr(model).encode()).hexdigest()}"
+    identity = Identity("loaded", None, "", config, _preprocess_of(model))
+    opened = Opened(model, preprocess, identity, None, partial(_same, tokenizer))
+    return TorchBackbone(opened, Execution(str(next(model.parameters()).device)).resolved())
 
 
 def _same(tokenizer: Tokenizer) -> Tokenizer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import random
 import shlex
@@ -32,9 +31,6 @@ if TYPE_CHECKING:
 
 VIEW_SCALE = (0.5, 1.0)
 VIEW_RATIO = (3 / 4, 4 / 3)
-SAMPLED = 64  # number of values per parameter that are compared to detect a change of the weights
-
-_SHARED = ("_opened", "_original", "_digested", "_tower")  # attributes that equal backbones can share
 
 _OPENING = threading.Lock()
 _CONVOLUTIONS = threading.Lock()  # the precision of convolutions is a process-wide setting
@@ -60,84 +56,69 @@ class Opened:
 
 
 class TorchBackbone:
-    """A :class:`base.Backbone`. Create one with :func:`loading.load_backbone`.
+    """A :class:`base.Backbone`. Create one with :func:`loading.load_backbone`. Its weights must not change.
 
-    A pickle has the names of the model, which is loaded again on first use. It has no weights, unless they were changed
-    after the model was loaded, or the model was given in memory.
+    A pickle has the names of the model, which is loaded again on first use, or a model that was given in memory.
     """
 
-    # the last backbone that was unpickled shares its model with the next, since joblib unpickles one per task
+    # the last backbone that was unpickled, since joblib unpickles one per task
     _last: ClassVar[TorchBackbone | None] = None
 
     def __init__(self, open_model: Open, how: Execution, known: Known | None = None) -> None:
         """Open the model on its device, or on first use if it is already ``known``."""
         import torch
 
-        self._open, self._device = open_model, torch.device(how.device)
+        self._open, self._how, self._device = open_model, how, torch.device(how.device)
         self.precision: Precision = how.precision
-        self._runtime = how.runtime
-        self._tower: tuple[str, tower.Tower | None] | None = None  # fingerprint of the weights, and their tower
-        self._original = torch.empty(0)  # sample of the weights when the model was opened
-        self._digested: torch.Tensor | None = None  # sample of the weights that were digested
-        self._known = known
-        found = self._open_here() if known is None else known
-        self._opened = found if isinstance(found, Opened) else None
-        self._identity = found.identity
-        self.dim = found.dim or int(self.encode_texts(["a"]).shape[1])
+        self._compiles = how.device == "cpu" and how.precision != "float16"
+        self._tower: tower.Tower | None = None
+        self._opened = None if known is not None else self._open_here()
+        self.known = known or self._described()
         if how.precision == "int8":
             self._compiled(1)
 
     def _open_here(self) -> Opened:
-        import torch
-
         opened = self._open(self._device)
         opened.model.eval().requires_grad_(False)
         if self._device.type == "cuda":
+            import torch
+
             # the pixels have the same format; on a CPU, weights are packed anyway
             opened.model.visual.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._original = torch.cat(_sampled(opened.model))
-        return opened
+        return replace(opened, identity=replace(opened.identity, weights=weights_digest(opened.model)))
+
+    def _described(self) -> Known:
+        opened = self._open_model()
+        scale = 100.0 if opened.tokenizer is None else float(opened.model.logit_scale.exp())
+        dim = opened.dim or int(self.encode_texts(["a"]).shape[1])
+        return Known(opened.identity, dim, scale, None if opened.files is None else opened.files.digest())
 
     def _open_model(self) -> Opened:
-        import torch
-
         with _OPENING:  # several decoding threads may need the model at the same time
             if self._opened is None:
                 opened = self._open_here()
-                identity = replace(opened.identity, weights=weights_digest(opened.model))
-                same_backbone(self._identity, identity, "index")
-                self._opened, self._digested = opened, torch.cat(_sampled(opened.model))
+                same_backbone(self.identity, opened.identity, "index")
+                self._opened = opened
             return self._opened
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        other = memo[id(self)] = object.__new__(type(self))
-        other.__dict__ |= copy.deepcopy(self.__dict__, memo)
-        return other
+    def __deepcopy__(self, _: object) -> Self:
+        return self  # immutable
 
-    def __getstate__(self) -> dict[str, Any]:
-        import torch
+    def __reduce__(self) -> tuple[Any, ...]:
+        if isinstance(self._open, Opened):
+            return type(self), (self._open, self._how)
+        return self._again, (self._open, self._how, self.known)
 
-        derived = (*_SHARED, "_samples", "_tokenizer", "text_key")
-        state = {name: value for name, value in self.__dict__.items() if name not in derived}
-        state |= dict.fromkeys(_SHARED) | {"_identity": self.identity}
-        opened = self._opened
-        if opened is None or opened is self._open:
-            return state | {"_opened": opened}
-        if not torch.cat(self._samples).equal(self._original):
-            return state | {"_opened": opened, "_open": opened}
-        names, key = (self._identity.model, self._identity.pretrained), self.__dict__.get("text_key")
-        return state | {"_known": Known(names, self._identity, self.dim, self.logit_scale, key)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        import torch
-
-        self.__dict__ |= state
-        was, self._device = self._device, torch.device(present(str(self._device)))
-        self.precision = self.precision if was.type == self._device.type else "float32"
-        last, TorchBackbone._last = TorchBackbone._last, self
-        same = ("identity", "_device", "precision", "_runtime")  # equal models that encode in the same way
-        if self._opened is None and last is not None and all(getattr(last, n) == getattr(self, n) for n in same):
-            self.__dict__ |= {name: getattr(last, name) for name in _SHARED}
+    @classmethod
+    def _again(cls, open_model: Open, how: Execution, known: Known) -> TorchBackbone:
+        """Return the backbone of a pickle, on a device that this machine has."""
+        device = present(how.device)
+        is_same = device.partition(":")[0] == how.device.partition(":")[0]
+        how = Execution(device, how.precision if is_same else "float32")
+        last = TorchBackbone._last
+        if last is None or (last._how, last.known) != (how, known):
+            last = TorchBackbone._last = cls(open_model, how, known)
+        return last
 
     @property
     def _model(self) -> Model:
@@ -147,45 +128,30 @@ class TorchBackbone:
     def _tokenizer(self) -> Tokenizer:
         make = self._open_model().tokenizer
         if make is None:
-            raise UsageError(f"{self._identity.model}: it has no text encoder; omit prompts and templates")
+            raise UsageError(f"{self.identity.model}: it has no text encoder; omit prompts and templates")
         return make()
-
-    @cached_property
-    def _samples(self) -> list[torch.Tensor]:
-        return _sampled(self._model)
 
     @property
     def identity(self) -> Identity:
-        """The identity of the backbone, including the digest of its current weights."""
-        if self._opened is None:
-            return self._identity
-        import torch
+        return self.known.identity
 
-        sample = torch.cat(self._samples)
-        if self._digested is None or not sample.equal(self._digested):
-            self._identity = replace(self._identity, weights=weights_digest(self._model))
-            self._digested = sample
-        return self._identity
+    @property
+    def dim(self) -> int:
+        return self.known.dim
 
     @property
     def has_text(self) -> bool:
-        if self._opened is None:
-            return not self._identity.model.startswith("timm:")
-        return self._opened.tokenizer is not None
+        return not self.identity.model.startswith("timm:")
 
     @property
     def logit_scale(self) -> float:
         """The scale of the zero-shot logits, or 100 if the backbone has no text tower."""
-        if self._opened is None and self._known is not None and self._known.logit_scale is not None:
-            return self._known.logit_scale
-        return float(self._model.logit_scale.exp()) if self.has_text else 100.0
+        return self.known.logit_scale
 
-    @cached_property
+    @property
     def text_key(self) -> str | None:
         """A digest of the files of the tokenizer and the model, or ``None`` if they are unknown."""
-        if self._known is not None:
-            return self._known.digest
-        return None if self.files is None else self.files.digest()
+        return self.known.digest
 
     @property
     def files(self) -> Files | None:
@@ -202,7 +168,7 @@ class TorchBackbone:
         """Store the image tower in int8, calibrated on views of shape ``[3, h, w]``. See :func:`tower.store_int8`."""
         exact = self._compiled(2) if self.precision == "float32" else None
         if exact is None:
-            raise UsageError(f"int8: requires {self._identity.model} in float32 with OpenVINO on a CPU")
+            raise UsageError(f"int8: requires {self.identity.model} in float32 with OpenVINO on a CPU")
         return tower.store_int8(self._model, self.identity, photos, exact)
 
     @property
@@ -210,11 +176,11 @@ class TorchBackbone:
         """256 on a GPU, 16 with OpenVINO, 4 with torch on a CPU, where more is slower (benchmarks/encoding.py)."""
         if self._device.type != "cpu":
             return 256
-        return 16 if self._may_compile else 4
+        return 16 if self._compiles else 4
 
     @property
     def size(self) -> tuple[int, int]:
-        return view_size(self._identity.preprocess)
+        return view_size(self.identity.preprocess)
 
     @property
     def image_encoder(self) -> torch.nn.Module:
@@ -222,9 +188,9 @@ class TorchBackbone:
         return tower.image_encoder(self._model)
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
-        given = self._opened is not None and self.files is None  # with a transform of its own
-        if not given and tower.shorter_side(self._identity.preprocess):  # the same view in 0.7 times the time
-            return tower.view(image, self._identity.preprocess)
+        given = isinstance(self._open, Opened)  # with a transform of its own
+        if not given and tower.shorter_side(self.identity.preprocess):  # the same view in 0.7 times the time
+            return tower.view(image, self.identity.preprocess)
         # torch, not numpy: the OpenMP threads of decoding threads keep the model's from spinning on shared cores
         return self._open_model().preprocess(image)
 
@@ -238,7 +204,7 @@ class TorchBackbone:
         crop = vision.resized_crop(image, top, left, height, width, list(self.size), InterpolationMode.BICUBIC)
         if generator.random() < 0.5:
             crop = vision.hflip(crop)
-        config = self._identity.preprocess
+        config = self.identity.preprocess
         tensor: torch.Tensor = vision.normalize(vision.to_tensor(crop), config["mean"], config["std"])
         return tensor
 
@@ -254,28 +220,19 @@ class TorchBackbone:
         channels_last = given.to(memory_format=torch.channels_last)  # faster for convolutions
         return self._forward(self._model.encode_image, channels_last)
 
-    @property
-    def _may_compile(self) -> bool:
-        on_cpu = self._device.type == "cpu" and self.precision != "float16"
-        return on_cpu and self._runtime != "torch"
-
     def _compiled(self, number: int) -> tower.Tower | None:
         """Return the OpenVINO image tower, or ``None`` if torch should encode ``number`` images."""
-        if not self._may_compile:
-            return None
-        identity = self.identity
-        if self._tower is None or self._tower[0] != identity.fingerprint:
-            compiled = tower.kept(identity, self.precision)
-            if compiled is None:
-                if self.precision == "int8":
-                    weights = () if identity.pretrained is None else ("--pretrained", identity.pretrained)
-                    run = "retrieval-tip models --int8 PHOTOS " + shlex.join(("--model", identity.model, *weights))
-                    raise BackboneError(f"precision int8: not stored for this encoder; run {run}")
-                if number < 2:  # for one image, conversion takes longer than it saves
-                    return None
-                compiled = tower.converted(self._model, identity, self.size, self.precision)
-            self._tower = identity.fingerprint, compiled
-        return self._tower[1]
+        if self._compiles and self._tower is None:
+            self._tower = tower.kept(self.identity, self.precision)
+            if self._tower is None and self.precision == "int8":
+                model, weights = self.identity.model, self.identity.pretrained
+                given = shlex.join(("--model", model, *(() if weights is None else ("--pretrained", weights))))
+                run = f"retrieval-tip models --int8 PHOTOS {given}"
+                raise BackboneError(f"precision int8: not stored for this encoder; run {run}")
+            if self._tower is None and number > 1:  # for one image, conversion takes longer than it saves
+                self._tower = tower.converted(self._model, self.identity, self.size, self.precision)
+                self._compiles = self._tower is not None
+        return self._tower
 
     def encode_texts(self, texts: Sequence[str]) -> FloatArray:
         tokens = self._tokenizer(list(texts)).to(self._device)
@@ -320,12 +277,6 @@ def _crop(width: int, height: int, generator: random.Random) -> tuple[int, int, 
     ratio = min(max(width / height, VIEW_RATIO[0]), VIEW_RATIO[1])
     w, h = max(1, min(width, round(height * ratio))), max(1, min(height, round(width / ratio)))
     return (height - h) // 2, (width - w) // 2, h, w
-
-
-def _sampled(model: torch.nn.Module) -> list[torch.Tensor]:
-    """Return views of up to ``SAMPLED`` values of each parameter, which is enough to detect a training step."""
-    parameters = [parameter.detach() for parameter in model.parameters()]
-    return [p.as_strided((min(SAMPLED, p.numel()),), (max(1, p.numel() // SAMPLED),)) for p in parameters]
 
 
 def weights_digest(model: torch.nn.Module) -> str:

@@ -93,13 +93,6 @@ class Tower:
         return self  # immutable
 
 
-def is_kept(identity: Identity, precision: str) -> bool:
-    """Return whether a backbone can encode images with its stored tower and :func:`view`, without loading its model."""
-    folder = folder_of(identity, precision)
-    viewed = shorter_side(identity.preprocess) is not None
-    return viewed and folder is not None and (folder / _FACTS).is_file()
-
-
 def kept(identity: Identity, precision: str) -> Tower | None:
     """Load the stored tower of a backbone, or return ``None`` if it is missing, damaged or from another backbone."""
     import torch

@@ -1,9 +1,10 @@
-"""Commands about this machine: ``models``, ``cache``, ``completion`` and ``doctor``."""
+"""Commands about encoders and this machine: ``models``, ``encode``, ``cache`` and ``doctor``."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import sys
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,12 +12,12 @@ from typing import TYPE_CHECKING
 import click
 
 from retrieval_tip.cli import kinds, options
-from retrieval_tip.cli.group import argument, command, flag, option
+from retrieval_tip.cli.group import argument, command, flag, grouped, option
 from retrieval_tip.cli.kinds import Place
-from retrieval_tip.cli.messages import FAILED, finish, print_result, say
-from retrieval_tip.cli.opening import reader_for, source_of
-from retrieval_tip.cli.options import ComparedOptions, OutputOptions
-from retrieval_tip.errors import UsageError, counted, show
+from retrieval_tip.cli.messages import FAILED, about, finish, print_result, quiet, say, warn
+from retrieval_tip.cli.opening import loader, reader_for, reader_of, source_of
+from retrieval_tip.cli.options import ComparedOptions, OutputOptions, SourceOptions, ViewOptions
+from retrieval_tip.errors import Skipped, UsageError, counted, show
 
 if TYPE_CHECKING:
     from retrieval_tip.data.sources import Source
@@ -56,7 +57,7 @@ def models_command(
         _try_encoders(word, source_of(photos, encoding, "train"), printing, encoding)
     elif calibration is not None:
         _store_int8(source_of(calibration, encoding, "train", labelled=False), encoding)
-    elif encoding.models or encoding.weights:
+    elif encoding.models:
         raise UsageError("--model: give labelled photos to compare encoders (--try), or photos to store them (--int8)")
     else:
         _list_encoders(word, printing)
@@ -79,16 +80,14 @@ def _try_encoders(word: str, photos: Source, printing: OutputOptions, encoding: 
     from retrieval_tip.backbones.catalogue import cached
     from retrieval_tip.index.encoders import try_encoders
 
-    here = [pair for pair in cached() if word.lower() in pair[0].lower()]
-    cached_too = replace(encoding, models=[name for name, _ in here], weights=[tag or "auto" for _, tag in here])
-    asked = dict(encoding.named()) | dict(cached_too.named())
+    here = (spelled(*pair) for pair in cached() if word.lower() in pair[0].lower())
+    asked = dict(replace(encoding, models=list(dict.fromkeys([*encoding.models, *here]))).named())
     more = "to download more, give --model, for example --model clip --model dinov2"
     if not asked:
         raise UsageError(f"models: no encoder{f' named {word}' if word else ''} is on this machine; {more}")
 
     def joined(a: str, b: str) -> tuple[str, Opened]:
-        pair = "+".join(spelled(asked[name].model, asked[name].pretrained) for name in (a, b))
-        return pair, partial(reader_for, None, [], replace(asked[a], model=pair, pretrained=None))
+        return (pair := f"{a}+{b}"), partial(reader_for, None, [], replace(encoding, model=pair))
 
     encoders = {name: partial(reader_for, None, [], own) for name, own in asked.items()}
     tried = try_encoders(photos, encoders, encoding.device, joined)
@@ -106,12 +105,77 @@ def _store_int8(photos: Source, encoding: ComparedOptions) -> None:
     if not encoding.models:
         raise UsageError("--int8: name the encoder with --model")
     skipped = []
-    for name, own in replace(encoding, device="cpu", precision="float32", runtime="auto").named():
+    for name, own in replace(encoding, device="cpu", precision="float32").named():
         with reader_for(None, [], own) as reader:
             lowest = reader.store_int8(photos)
         say(f"{name}: stored in int8 (lowest cosine to the features in float32: {lowest:.3f})")
         skipped += reader.skipped
     finish(skipped)
+
+
+RAY = {"heading": "Distributed with Ray"}
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Options that run the work in this process or on the actors of a Ray cluster.
+
+    Options:
+        engine: Where to run the command. With ray, actors on this machine or a cluster write a folder of parts, which
+            can be on disk or in a bucket. If the command is interrupted, run it again to complete the folder.
+        actors: Maximum number of Ray actors. [default: one per GPU, or up to 8 per node]
+        ray_address: Address of the head of a Ray cluster, or auto. [default: start Ray on this machine]
+    """
+
+    engine: str = option(click.Choice(["local", "ray"]), default="local", is_eager=True, **RAY)
+    actors: int | None = option(kinds.count("actors"), metavar="N", **RAY)
+    ray_address: str | None = option(metavar="HOST:PORT", **RAY)
+
+
+@command()
+def encode(
+    source: Place = argument(kinds.SOURCE),
+    out: Place = option(kinds.OUTPUT, "--out", "-o", required=True, help="Feature table to write (.parquet)."),
+    engine: EngineOptions = grouped(EngineOptions),
+    views: ViewOptions = options.VIEWS,
+    encoding: SourceOptions = options.SOURCES,
+) -> None:
+    """Encode images into a feature table.
+
+    You can give the table to every command that reads images. SOURCE can be anything that index build accepts, or a
+    folder of unlabelled images. With --engine ray, --out is a folder of Parquet parts, which you can use like a table.
+    """
+    from retrieval_tip.data.reader import encode_table
+
+    items = source_of(source, encoding, "train", labelled=False)
+    if engine.engine == "ray":
+        what, skipped = _on_ray(items, out, engine, encoding, views)
+    elif engine.actors or engine.ray_address:
+        raise UsageError(f"--{'actors' if engine.actors else 'ray-address'}: needs --engine ray")
+    else:
+        with reader_for(None, [items], encoding, views) as reader:
+            what = f"{encode_table(items, out, reader)} rows"
+        skipped = reader.skipped
+    about(out, what)
+    finish(skipped)
+
+
+def _on_ray(
+    items: Source, out: Place, engine: EngineOptions, encoding: SourceOptions, views: ViewOptions
+) -> tuple[str, list[Skipped]]:
+    from retrieval_tip.data.encoding_cache import EncodingCache
+    from retrieval_tip.distributed.ray_data import Work, cut, write_parts
+
+    backbone = loader(encoding) if encoding.model or items.table is None else None
+    cache = None if encoding.no_cache else str(encoding.cache or EncodingCache.default_folder())
+    work, pieces = Work(reader_of(encoding, views), backbone, cache), cut(items)
+    progress = sys.stderr.isatty() and not quiet()
+    rows, kept, skipped = write_parts(
+        work, pieces, out, address=engine.ray_address, actors=engine.actors, device=encoding.device, progress=progress
+    )
+    warn(f"skipped {one}" for one in skipped)
+    before = f", {kept} kept from an earlier run" if kept else ""
+    return f"{rows} rows in {counted(len(pieces), 'part')}{before}", skipped
 
 
 @command()
@@ -128,7 +192,7 @@ def cache_command(
     """Show, limit or clear the encoding cache.
 
     The cache stores the features of each image and the text weights of each class, so that nothing has to be encoded
-    twice. When the cache is full, the least recently used encodings are removed. Encoder weights are stored in the
+    twice. When the cache is full, the oldest encodings are removed. Encoder weights are stored in the
     Hugging Face cache instead; run hf cache ls to list them.
     """
     from retrieval_tip.data.encoding_cache import EncodingCache, size_of
@@ -145,22 +209,6 @@ def cache_command(
         say(f"Removed {counted(removed, 'encoding')}")
     file, size, most = size_of(kept.path.parent)
     print_result({"file": str(file), "encodings": number, "bytes": size, "max_bytes": most}, as_json)
-
-
-@command()
-def completion_command(shell: str = argument(click.Choice(["bash", "zsh", "fish"]))) -> None:
-    """Print a shell completion script.
-
-    For bash, add this line to ~/.bashrc: eval "$(retrieval-tip completion bash)". For zsh, add the same line to
-    ~/.zshrc, with zsh in place of bash. For fish, save the script as ~/.config/fish/completions/retrieval-tip.fish.
-    """
-    from click.shell_completion import get_completion_class
-
-    kind = get_completion_class(shell)
-    assert kind is not None
-    click.echo(
-        kind(click.get_current_context().find_root().command, {}, "retrieval-tip", "_RETRIEVAL_TIP_COMPLETE").source()
-    )
 
 
 @command()

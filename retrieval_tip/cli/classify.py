@@ -1,8 +1,7 @@
-"""The commands ``encode`` and ``classify``, with the rows and files that ``classify`` writes."""
+"""The command ``classify``, with the rows and files that it writes."""
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -17,18 +16,9 @@ import click
 from retrieval_tip.cli import kinds, options
 from retrieval_tip.cli.group import argument, command, flag, grouped, option
 from retrieval_tip.cli.kinds import Place
-from retrieval_tip.cli.messages import about, finish, note, quiet, say, warn
-from retrieval_tip.cli.opening import (
-    UNNAMED,
-    index_with,
-    inputs_of,
-    loader,
-    reader_for,
-    reader_of,
-    source_of,
-    store_of,
-)
-from retrieval_tip.cli.options import EngineOptions, OutputOptions
+from retrieval_tip.cli.messages import finish, note, say, warn
+from retrieval_tip.cli.opening import index_with, inputs_of, reader_for
+from retrieval_tip.cli.options import OutputOptions
 from retrieval_tip.errors import InputError, Skipped, UsageError, counted, show
 from retrieval_tip.settings import Ask
 
@@ -41,14 +31,16 @@ if TYPE_CHECKING:
     from retrieval_tip.data.exif import Noting
     from retrieval_tip.data.reader import Reader
     from retrieval_tip.data.sources import Source
-    from retrieval_tip.distributed.ray_data import Question
     from retrieval_tip.model import Index
     from retrieval_tip.predictions import Abstain
+    from retrieval_tip.settings import Levels
 
 DOCUMENTS = ("coco", "fiftyone", "label-studio")
 """Formats for other programs that list whole photos (see :data:`exchange.FORMATS`)."""
 MEGADETECTOR, CAMTRAP_DP = "megadetector", "camtrap-dp"
 """Formats for programs that manage photos of camera traps (see :mod:`camera_traps`)."""
+XMP = "xmp"
+"""Format for programs that manage photos: a sidecar beside each photo."""
 
 
 @dataclass(frozen=True)
@@ -82,21 +74,16 @@ class RowOptions:
     exif: bool = flag(**options.ANSWERS)
     ask: Ask = Ask()
 
-    def check(self, index: Index, engine: EngineOptions, style: str | None) -> None:
+    def check(self, index: Index, style: str) -> None:
         """Raise UsageError if options exclude each other, or if the index cannot group photos."""
-        of_one = {"--logits": self.ask.logits, "--coverage": self.ask.coverage is not None}
-        of_one |= {"--group-no-match": self.group_no_match, "--engine ray": engine.is_ray}
-        if self.smooth and (given := [name for name, value in of_one.items() if value]):
-            raise UsageError(f"--smooth: mixes the probabilities of similar photos; leave out {given[0]}")
-        of_one |= {"--explain": self.explain, "--smooth": self.smooth}
         if self.abstain is not None and (self.ask.at_least is not None or self.ask.coverage is not None):
             raise UsageError("--abstain, --at-least and --coverage: give only one")
-        if (sets := index.sets(self.ask)) is not None:
-            warn(sets.cautions(index.class_names))
-        if self.group_by is not None and (given := [name for name, value in of_one.items() if value]):
-            raise UsageError(f"--group-by burst: all photos of a burst get one answer; leave out {given[0]}")
-        if self.boxes is not None and engine.is_ray:
-            raise UsageError("--boxes: --engine ray cannot crop photos; leave one of them out")
+        alone = {"--logits": self.ask.logits, "--coverage": self.ask.coverage is not None}
+        alone |= {"--group-no-match": self.group_no_match}
+        burst = alone | {"--explain": self.explain, "--smooth": self.smooth}
+        for name, mixes, others in (("smooth", self.smooth, alone), ("group-by", self.group_by is not None, burst)):
+            if mixes and (given := [other for other, value in others.items() if value]):
+                raise UsageError(f"--{name}: mixes the answers to several photos; leave out {given[0]}")
         if self.boxes is None and self.categories:
             raise UsageError("--categories: selects boxes; add --boxes FILE, or leave it out")
         if self.boxes is not None and style in DOCUMENTS:
@@ -105,8 +92,8 @@ class RowOptions:
             from retrieval_tip.labelling.groups import check_fitted
 
             check_fitted(index, "--group-no-match")
-        if self.group_no_match and engine.is_ray:
-            raise UsageError("--group-no-match: compares all images, which --engine ray cannot; leave one of them out")
+        if (sets := index.sets(self.ask)) is not None:
+            warn(sets.cautions(index.class_names))
 
     def labels(self, index: Index) -> list[str]:
         """Return the labels that answers can have."""
@@ -149,9 +136,9 @@ class RowOptions:
 
         cut, schema = cut or Cut(), self.schema(index)
         detected = cut.detected | dict.fromkeys(map(show, cut.empty), EMPTY)
-        noting = Noting(reader.read, cut.boxes)
+        noting = Noting(cut.boxes)
         if self.exif or self.group_by is not None or self.boxes is not None:
-            reader = replace(reader, read=noting)
+            sources = [replace(source, load=noting) for source in sources]
         for table in chain(self._answers(index, sources, reader, noting), self._others(cut, noting)):
             names = table["input"].to_pylist()
             known = dict(zip(table.column_names, table.columns, strict=True))
@@ -211,120 +198,72 @@ def count_rows(tables: Iterable[pa.Table], counts: Counter[str]) -> Iterator[pa.
 
 
 @dataclass(frozen=True)
-class TrapOptions:
-    """Options of the formats for camera traps.
+class FormatOptions:
+    """Options of single formats.
 
     Options:
-        overwrite: Replace earlier classifications of the boxes (format megadetector).
         timezone: Time zone of the cameras, such as Europe/Berlin (format camtrap-dp).
         deployments: Table of the deployments, which are named like folders of photos (format camtrap-dp). [default:
             each folder is a deployment]
+        uncertain: Keyword for photos without a label or a match (format xmp). [default: none]
+        undo: Only restore the previous sidecars (format xmp).
     """
 
-    overwrite: bool = flag(**options.OUTPUTS)
     timezone: ZoneInfo | None = option(metavar="ZONE", callback=kinds.zone, **options.OUTPUTS)
     deployments: Path | None = option(kinds.FILE, **options.OUTPUTS)
+    uncertain: str | None = option(metavar="KEYWORD", **options.OUTPUTS)
+    undo: bool = flag(**options.OUTPUTS)
 
     def rows(self, rows: RowOptions, printing: OutputOptions) -> RowOptions:
         """Return the options of the rows that the format needs. Raises UsageError if an option does not fit it."""
-        detections, package = (printing.named == one for one in (MEGADETECTOR, CAMTRAP_DP))
-        if self.overwrite and not (detections and rows.boxes):
-            raise UsageError(f"--overwrite: only applies to --boxes with --format {MEGADETECTOR}; leave it out")
-        if package and (self.timezone is None or printing.output is None):
+        style = printing.named
+        for name, own in ((CAMTRAP_DP, ("timezone", "deployments")), (XMP, ("uncertain", "undo"))):
+            if style != name and (given := [one for one in own if getattr(self, one)]):
+                raise UsageError(f"--{given[0]}: only applies to --format {name}; leave it out")
+        if style == CAMTRAP_DP and (self.timezone is None or printing.output is None):
             raise UsageError(f"--format {CAMTRAP_DP}: needs --out FOLDER and --timezone ZONE, such as Europe/Berlin")
-        if not package and (self.timezone or self.deployments):
-            raise UsageError(f"--timezone and --deployments: only apply to --format {CAMTRAP_DP}; leave them out")
-        if not detections and not package:
+        if style == XMP and printing.output is not None:
+            raise UsageError(f"--format {XMP}: writes a sidecar beside each photo; leave out --out")
+        if style not in (MEGADETECTOR, CAMTRAP_DP):
             return rows
         from retrieval_tip.data.camera_traps import ANIMAL, TOP
 
         categories = rows.categories or [ANIMAL] * (rows.boxes is not None)
-        ask = replace(rows.ask, top=TOP) if detections else rows.ask
-        return replace(rows, categories=categories, exif=rows.exif or package, ask=ask)
+        ask = replace(rows.ask, top=TOP) if style == MEGADETECTOR else rows.ask
+        return replace(rows, categories=categories, exif=rows.exif or style == CAMTRAP_DP, ask=ask)
 
 
-@dataclass(frozen=True)
-class SidecarOptions:
-    """What to do with the XMP sidecars of the photos.
+def _restore(inputs: Sequence[str]) -> None:
+    from retrieval_tip.labelling.sidecars import undo_sidecars
 
-    Options:
-        xmp: Also write the label of each photo as a keyword into its XMP sidecar.
-        uncertain: Keyword for photos without a label or a match, for --xmp. [default: none]
-        undo: With --xmp, only restore the previous sidecars.
+    undone = undo_sidecars(path for source in inputs_of(inputs) for path in source.paths or ())
+    click.echo(str(undone).capitalize())
+    finish(undone.skipped, "restored")
+
+
+def _write_sidecars(
+    rows: Iterable[Mapping[str, Any]], photos: Sequence[Source], cut: Cut, uncertain: str | None, groups: Levels | None
+) -> list[Skipped]:
+    """Write the label of each row as a keyword of its photo, and return the sidecars that were skipped.
+
+    A photo has the keywords of all its boxes.
     """
+    from retrieval_tip.labelling.labels import NONE
+    from retrieval_tip.labelling.sidecars import in_groups, write_sidecars
+    from retrieval_tip.labelling.sort import check_files
 
-    xmp: bool = flag(**options.OUTPUTS)
-    uncertain: str | None = option(metavar="KEYWORD", **options.OUTPUTS)
-    undo: bool = flag(**options.OUTPUTS)
-
-    def check(self, engine: EngineOptions) -> None:
-        """Raise UsageError if options exclude each other."""
-        if not self.xmp and (self.undo or self.uncertain is not None):
-            raise UsageError(f"--{'undo' if self.undo else 'uncertain'}: only applies to --xmp; add --xmp")
-        if self.xmp and engine.is_ray:
-            raise UsageError("--xmp: --engine ray cannot write sidecars; leave one out")
-
-    def restore(self, inputs: Sequence[str]) -> None:
-        """Restore the sidecars."""
-        from retrieval_tip.labelling.sidecars import undo_sidecars
-
-        undone = undo_sidecars(path for source in inputs_of(inputs) for path in source.paths or ())
-        click.echo(str(undone).capitalize())
-        finish(undone.skipped, "restored")
-
-    def noted(
-        self, tables: Iterable[pa.Table], sources: Sequence[Source], cut: Cut, keywords: dict[str, list[str]]
-    ) -> Iterator[pa.Table]:
-        """Note the ``keywords`` of each photo while passing tables on. A photo has the keywords of all its boxes."""
-        from retrieval_tip.labelling.labels import NONE
-        from retrieval_tip.labelling.sort import check_files
-
-        check_files(sources, "--xmp", "they have no sidecars")
-        photos = {show(path): path for source in sources for path in source.paths or ()}
-        photos |= {show(name): path for name, (path, _) in cut.boxes.items()} | {show(path): path for path in cut.empty}
-        for table in tables:
-            names = {"input", "label", "probability", "no_match"}.intersection(table.column_names)
-            for row in table.select([*names]).to_pylist():
-                own = keywords.setdefault(photos[row["input"]], [])
-                unlabelled = row["label"] in (None, NONE) or row.get("no_match")
-                keyword = self.uncertain if unlabelled else row["label"]
-                if keyword and row["probability"] is not None and keyword not in own:
-                    own.append(keyword)
-            yield table
-
-    def write(self, keywords: Mapping[str, Sequence[str]], index: Index) -> list[Skipped]:
-        """Write the keywords, and return the sidecars that were skipped."""
-        from retrieval_tip.labelling.sidecars import in_groups, write_sidecars
-
-        written = write_sidecars({path: in_groups(own, index.groups) for path, own in keywords.items()})
-        say(f"{str(written).capitalize()}; --undo restores them")
-        return written.skipped
-
-
-@command()
-def encode(
-    source: Place = argument(kinds.SOURCE),
-    out: Place = option(kinds.OUTPUT, "--out", "-o", required=True, help="Feature table to write (.parquet)."),
-    engine: EngineOptions = options.ENGINE,
-    views: options.ViewOptions = options.VIEWS,
-    encoding: options.SourceOptions = options.SOURCES,
-) -> None:
-    """Encode images into a feature table.
-
-    You can give the table to every command that reads images. SOURCE can be anything that index build accepts, or a
-    folder of unlabelled images. With --engine ray, --out is a folder of Parquet parts, which you can use like a table.
-    """
-    from retrieval_tip.data.reader import encode_table
-
-    items = source_of(source, encoding, "train", labelled=False)
-    if engine.is_ray:
-        what, skipped = _on_ray([items], out, engine, encoding, views=views)
-    else:
-        with reader_for(None, [items], encoding, views) as reader:
-            what = f"{encode_table(items, out, reader)} rows"
-        skipped = reader.skipped
-    about(out, what)
-    finish(skipped)
+    check_files(photos, f"--format {XMP}", "they have no sidecars")
+    paths = {show(path): path for source in photos for path in source.paths or ()}
+    paths |= {show(name): path for name, (path, _) in cut.boxes.items()}
+    keywords: dict[str, list[str]] = {}
+    for row in rows:
+        own = keywords.setdefault(paths[row["input"]], [])
+        keyword = uncertain if row["label"] in (None, NONE) or row.get("no_match") else row["label"]
+        if keyword and row["probability"] is not None and keyword not in own:
+            own.append(keyword)
+    written = write_sidecars({path: in_groups(own, groups) for path, own in keywords.items()})
+    click.echo(f"{str(written).capitalize()}; --undo restores them")
+    return written.skipped
 
 
 _ASK = {
@@ -334,7 +273,7 @@ _ASK = {
 }
 _PRINTING = {
     "named": option(
-        click.Choice([*options.FORMATS, *DOCUMENTS, MEGADETECTOR, CAMTRAP_DP]), "--format", **options.OUTPUTS
+        click.Choice([*options.FORMATS, *DOCUMENTS, MEGADETECTOR, CAMTRAP_DP, XMP]), "--format", **options.OUTPUTS
     ),
     "output": option(kinds.OUTPUT, "--out", "-o", **options.OUTPUTS),
 }
@@ -347,20 +286,17 @@ def classify(
     ask: Ask = grouped(Ask, options.ASKING | options.LEVELS | _ASK),
     opening: options.OpeningOptions = options.OPENING,
     rows: RowOptions = grouped(RowOptions),
-    engine: EngineOptions = options.ENGINE,
     printing: OutputOptions = grouped(OutputOptions, _PRINTING),
-    trap: TrapOptions = grouped(TrapOptions),
-    sidecars: SidecarOptions = grouped(SidecarOptions),
+    special: FormatOptions = grouped(FormatOptions),
     encoding: options.EncodingOptions = options.ENCODING,
 ) -> None:
     """Classify images or features with an index.
 
     INPUTS are images, folders, globs, tables of paths or feature tables. Use - to read paths from standard input. If
     the index is fitted, the column no_match is true for an image that resembles no shot. With --abstain, an uncertain
-    answer has a probability but no label: the label is null, or - in a table. With --engine ray, --out is a folder
-    of Parquet parts. The formats coco, fiftyone, label-studio and megadetector are JSON files for other programs. The
-    format camtrap-dp is a folder of tables. With --xmp, the sidecar of photo.jpg is photo.jpg.xmp, or an existing
-    photo.xmp.
+    answer has a probability but no label: the label is null, or - in a table. The formats coco, fiftyone,
+    label-studio and megadetector are JSON files for other programs, and camtrap-dp is a folder of tables. The format
+    xmp writes the label of each photo as a keyword into its XMP sidecar: photo.jpg.xmp, or an existing photo.xmp.
     """
     from retrieval_tip import __version__
     from retrieval_tip.cli.output import prediction_details, rounded, write_document, write_folder, write_tables
@@ -368,98 +304,43 @@ def classify(
     from retrieval_tip.data.boxes import Cut, cut_boxes
     from retrieval_tip.data.exchange import FORMATS
 
-    sidecars.check(engine)
-    if sidecars.undo:
-        sidecars.restore(inputs)
+    rows = special.rows(replace(rows, ask=ask), printing)
+    if special.undo:
+        _restore(inputs)
         return
-    rows = trap.rows(replace(rows, ask=ask), printing)
-    deployments = camera_traps.read_deployments(trap.deployments, trap.timezone) if trap.deployments else {}
+    zone, table = special.timezone, special.deployments
+    deployments = camera_traps.read_deployments(table, zone) if table else {}
     loaded = index_with(folder, encoding, opening, ask)
-    rows.check(loaded, engine, None if engine.is_ray else printing.style)
-    if engine.is_ray:
-        _classify_on_ray(folder, inputs, loaded, opening, rows, engine, printing, encoding)
-        return
-    photos, cut, counts = inputs_of(inputs), Cut(), Counter[str]()
-    sources, keywords = photos, dict[str, list[str]]()
+    rows.check(loaded, printing.style)
+    photos, cut, counts, skipped = inputs_of(inputs), Cut(), Counter[str](), list[Skipped]()
+    sources = photos
     if rows.boxes is not None:
         cut = cut_boxes(rows.boxes, photos, rows.categories or None)
         sources = cut.sources
         if printing.named == MEGADETECTOR:
-            camera_traps.clear(cut.document, show(rows.boxes), overwrite=trap.overwrite)
+            camera_traps.clear(cut.document, show(rows.boxes))
     with reader_for(loaded, sources, encoding) as reader:
         tables = count_rows(rows.tables(loaded, sources, reader, cut), counts)
-        tables = sidecars.noted(tables, sources, cut, keywords) if sidecars.xmp else tables
         answers = chain.from_iterable(table.to_pylist() for table in tables)
         labels = rows.labels(loaded)
         by = f"{Path(loaded.place or '').name}@{loaded.version} (retrieval-tip {__version__})"
+        known = (answers, cut, by, camera_traps.root_of(inputs, photos))
         if printing.style in DOCUMENTS:
             write_document(partial(FORMATS[printing.style], answers, labels), printing.output)
         elif printing.style == MEGADETECTOR:
-            parts = (answers, cut, by, camera_traps.root_of(inputs, photos), labels, reader.skipped)
-            write_document(partial(camera_traps.megadetector, *parts), printing.output)
-        elif printing.style == CAMTRAP_DP and printing.output is not None and trap.timezone is not None:
-            own = (answers, cut, by, camera_traps.root_of(inputs, photos), trap.timezone, deployments, reader.skipped)
-            write_folder(partial(camera_traps.camtrap_dp, *own), printing.output)
+            write_document(partial(camera_traps.megadetector, *known, labels, reader.skipped), printing.output)
+        elif printing.style == CAMTRAP_DP and printing.output is not None and zone is not None:
+            make = partial(camera_traps.camtrap_dp, *known, zone, deployments, reader.skipped)
+            write_folder(make, printing.output)
+        elif printing.style == XMP:
+            skipped += _write_sidecars(answers, photos, cut, special.uncertain, loaded.groups)
         else:
             tables = map(rounded, tables) if printing.style == "csv" else tables
-            known = {"input": chain.from_iterable(source.sources for source in sources), "label": labels}
-            write_tables(tables, rows.schema(loaded), printing.style, printing.output, prediction_details, known)
+            texts = {"input": chain.from_iterable(source.sources for source in sources), "label": labels}
+            write_tables(tables, rows.schema(loaded), printing.style, printing.output, prediction_details, texts)
     if printing.output is not None:
         no_match = f", {counts['no_match']:,} with no match" if loaded.settings.least_cache is not None else ""
         empty = f", {len(cut.empty):,} empty" if rows.boxes is not None else ""
         answered_inputs = counted(counts["rows"] - len(cut.empty) - len(cut.others), "input")
         note(f"{show(printing.output)}: classified {answered_inputs}{no_match}{empty}")
-    written = sidecars.write(keywords, loaded) if sidecars.xmp else []
-    finish([*reader.skipped, *written], "read or changed" if sidecars.xmp else "read")
-
-
-def _classify_on_ray(
-    folder: Place,
-    inputs: tuple[str, ...],
-    loaded: Index,
-    opening: options.OpeningOptions,
-    rows: RowOptions,
-    engine: EngineOptions,
-    printing: OutputOptions,
-    encoding: options.EncodingOptions,
-) -> None:
-    from retrieval_tip.distributed.ray_data import Question
-
-    if printing.style != "parquet" or printing.output is None:
-        raise UsageError("--engine ray: can only write Parquet parts; give --format parquet and --out FOLDER")
-    manifest, schema = store_of(folder).manifest().to_bytes(), rows.schema(loaded)
-    question = Question(str(folder), manifest, rows.ask, opening.where, schema, rows.tables)
-    what, skipped = _on_ray(inputs_of(inputs), printing.output, engine, encoding, index=loaded, question=question)
-    say(f"{show(printing.output)}: {what}")
-    finish(skipped)
-
-
-def _on_ray(
-    sources: Sequence[Source],
-    out: Place,
-    engine: EngineOptions,
-    encoding: options.EncodingOptions,
-    *,
-    views: options.ViewOptions | None = None,
-    index: Index | None = None,
-    question: Question | None = None,
-) -> tuple[str, list[Skipped]]:
-    """Encode the sources on Ray, or classify them if ``index`` is given. Return a summary and the skipped inputs."""
-    from retrieval_tip.data.encoding_cache import EncodingCache
-    from retrieval_tip.distributed.ray_data import Work, cut, write_parts
-
-    identity = None if index is None else index.backbone
-    backbone = None
-    if encoding.model or any(source.table is None for source in sources):
-        if index is not None and identity is None and not encoding.model:
-            raise UsageError(UNNAMED)
-        backbone = loader(encoding, identity)
-    cache = None if encoding.no_cache else str(encoding.cache or EncodingCache.default_folder())
-    work = Work(reader_of(encoding, views), backbone, cache, question)
-    progress = sys.stderr.isatty() and not quiet()
-    pieces = [*chain.from_iterable(map(cut, sources))]
-    cluster: dict[str, Any] = {"address": engine.ray_address, "actors": engine.actors}
-    rows, kept, skipped = write_parts(work, pieces, out, **cluster, device=encoding.device, progress=progress)
-    warn(f"skipped {one}" for one in skipped)
-    before = f", {kept} kept from an earlier run" if kept else ""
-    return f"{rows} rows in {counted(len(pieces), 'part')}{before}", skipped
+    finish([*reader.skipped, *skipped], "read or changed" if skipped else "read")

@@ -105,7 +105,7 @@ def _print_evaluation(evaluation: Evaluation) -> None:
     facts |= {name: result[name] for name in asked if name in result}
     if logging.getLogger("retrieval_tip").isEnabledFor(logging.INFO):
         facts |= {name: value for name, value in result.items() if name not in facts}
-    print_result(facts, width=15)
+    print_result(facts)
 
 
 @command()

@@ -64,16 +64,12 @@ EXAMPLES = {
     "compare": ["compare indexes/things indexes/others new", "compare indexes/things indexes/others new --json"],
     "serve": ["serve indexes/things", "serve indexes/things indexes/others --port 0 --token secret"],
     "fit": ["fit indexes/things", "fit indexes/things --calibrate --val validation"],
-    "search-hp": [
-        "search-hp indexes/things --leave-one-out",
-        "search-hp indexes/things --val validation --surface search.parquet",
-    ],
+    "search-hp": ["search-hp indexes/things", "search-hp indexes/things --val validation --dry-run"],
     "finetune": [
         "finetune indexes/things --out indexes/things-f",
-        "finetune indexes/things --val validation --views-cache 10 --out indexes/things-f",
+        "finetune indexes/things --val validation --train keys --train values --out indexes/things-f",
     ],
     "models": ["models siglip", "models --try photos --model clip --model dinov2"],
     "doctor": ["doctor", "doctor --json"],
     "cache": ["cache --max-size 2GB", "cache --prune"],
-    "completion": ["completion bash", "completion fish > ~/.config/fish/completions/retrieval-tip.fish"],
 }

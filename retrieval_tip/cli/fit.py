@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -12,13 +12,10 @@ from retrieval_tip.cli import kinds, options
 from retrieval_tip.cli.group import command, flag, grouped, option
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import finish, print_result, say_fit, warn
-from retrieval_tip.cli.opening import reader_for, source_of, store_of, validation
+from retrieval_tip.cli.opening import reader_for, source_of, store_of
 from retrieval_tip.cli.options import SourceOptions
-from retrieval_tip.errors import UsageError, show
-from retrieval_tip.settings import TRAINED, Recipe, TrainingPrecision
-
-if TYPE_CHECKING:
-    from retrieval_tip.settings import KeysMet
+from retrieval_tip.errors import UsageError
+from retrieval_tip.settings import TRAINED, Recipe
 
 
 @command()
@@ -63,7 +60,7 @@ def _calibrate(folder: Place, val: Place | None, form: dict[str, Any], encoding:
     source = source_of(val, encoding, "val")
     with reader_for(index, [source], encoding) as reader:
         result = calibrate(index, source, reader)
-    print_result(vars(result) | {"version": index.version}, width=15)
+    print_result(vars(result) | {"version": index.version})
     finish(reader.skipped)
 
 
@@ -71,55 +68,37 @@ def _calibrate(folder: Place, val: Place | None, form: dict[str, Any], encoding:
 def search_command(
     folder: Path = options.FOLDER_ARGUMENT,
     val: Place | None = option(kinds.SOURCE),
-    leave_one_out: bool = flag(),
-    folds: int | None = option(kinds.count(least=2)),
-    val_shots: KeysMet = option(kinds.K("shots")),
-    surface: Path | None = option(kinds.FILE),
-    greedy: bool = flag(),
     dry_run: bool = flag(),
     as_json: bool = options.JSON,
     encoding: SourceOptions = options.ROOTED,
 ) -> None:
     """Search for the best alpha and beta, as in Tip-Adapter.
 
-    The settings are selected on validation images (--val) or on the shots (--leave-one-out or --folds), and never on
-    test images. If --val is a split .json, its val part is used. The search uses all keys, and it is exact in alpha.
-    The result is saved as a new version of the index. Use index tune to select k.
+    The settings are selected on the shots, each classified without itself, or on --val, and never on test images. The
+    search uses all keys, and it is exact in alpha. The result is saved as a new version of the index. Use index tune to
+    select k.
 
     Options:
-        val: Labelled validation source. The val part of a split .json is used.
-        leave_one_out: Score each shot against the keys of all other images. No additional images are needed.
-        folds: Split the shots into N folds, and score each shot against the keys of the other folds.
-        val_shots: Number of validation images to use per class, or all. [default: min(shots, 4), as in the published
-            code]
-        surface: Parquet file to write, with the accuracy for each beta and alpha.
-        greedy: Use the best settings found, even if their gain over the default settings may be due to chance.
+        val: Labelled validation source, used instead of the shots. The val part of a split .json is used.
         dry_run: Print the selected settings, but do not change the index.
     """
     from retrieval_tip.fit import search_hp
     from retrieval_tip.fit.folds import Queries
 
-    if sum((val is not None, leave_one_out, folds is not None)) != 1:
-        raise UsageError("search-hp: give exactly one of --val SOURCE, --leave-one-out and --folds N")
     index = store_of(folder).load(device=encoding.device)
-    source = None if val is None else validation(index, val, encoding, val_shots)
+    source = None if val is None else source_of(val, encoding, "val")
     with reader_for(index, [] if source is None else [source], encoding) as reader:
-        if source is not None:
-            queries = search_hp.on_validation(index, source, reader)
-        else:
-            queries = Queries.leave_one_out(index) if folds is None else Queries.in_folds(index, folds)
-    choice = search_hp.search(index, queries, cautious=not greedy)
+        queries = Queries.leave_one_out(index) if source is None else search_hp.on_validation(index, source, reader)
+    choice = search_hp.search(index, queries)
     warn(choice.warnings)
-    if surface:
-        search_hp.write_surface(choice, surface)
     if not dry_run:
         search_hp.apply(index, choice, folder)
-    facts = {name: value for name, value in vars(choice).items() if name not in ("surface", "warnings")}
+    facts = {name: value for name, value in vars(choice).items() if name != "warnings"}
     facts |= {"version": index.version, "interval": list(choice.interval)}
     if as_json:  # JSON has no infinity
         facts["interval"] = [None if value == float("inf") else value for value in choice.interval]
         facts["warnings"] = choice.warnings
-    print_result(facts, as_json, 12)
+    print_result(facts, as_json)
     finish(reader.skipped)
 
 
@@ -130,15 +109,6 @@ _RECIPE = {
     "epochs": option(kinds.count("epochs"), default=Recipe.epochs),
     "batch": option(kinds.count("batch"), default=Recipe.batch),
     "lr": option(kinds.POSITIVE, default=Recipe.lr),
-    "eps": option(kinds.POSITIVE, default=Recipe.eps),
-    "weight_decay": option(kinds.NUMBER, default=Recipe.weight_decay),
-    "views": option(
-        kinds.VIEWS_COUNT,
-        "--views-cache",
-        metavar="M",
-        help="Number of augmented views of each shot that are encoded once and drawn from in each epoch. [default: 16]",
-    ),
-    "precision": option(options.choice(TrainingPrecision), default=Recipe.precision),
     "alpha": option(kinds.NUMBER),
     "beta": option(kinds.NUMBER),
     "seed": option(kinds.SEED, default=Recipe.seed),
@@ -151,12 +121,9 @@ def finetune_command(
     out: Path = option(kinds.FOLDER, "--out", "-o", required=True),
     source: Place | None = option(kinds.SOURCE),
     val: Place | None = option(kinds.SOURCE),
-    val_shots: KeysMet = option(kinds.K("shots")),
     recipe: Recipe = grouped(Recipe, _RECIPE),
-    fresh: str | None = option(click.Choice(["fresh"]), "--views"),
-    keep_last: bool = flag(),
     as_json: bool = options.JSON,
-    encoding: SourceOptions = grouped(SourceOptions, without=("precision", "runtime")),
+    encoding: SourceOptions = options.SOURCES,
 ) -> None:
     """Fine-tune an index on its shots (Tip-Adapter-F).
 
@@ -170,21 +137,15 @@ def finetune_command(
             the index was built from]
         val: Labelled validation source on which the epoch and the settings are selected. The val part of a split .json
             is used.
-        val_shots: Number of validation images to use per class, or all. [default: min(shots, 4)]
-        fresh: With fresh, a new view of each shot is encoded in every epoch.
-        keep_last: Write the trained index even if it is less accurate than the original index.
     """
     from retrieval_tip.fit.finetune import finetune_into, own_shots, shots_of
 
-    if fresh and recipe.views:
-        raise UsageError("--views fresh and --views-cache: give only one")
-    recipe = recipe if fresh else replace(recipe, views=recipe.views or Recipe.views)
     index = store_of(folder).load(device=encoding.device)
     shots = shots_of(index) if source is None else own_shots(index, source_of(source, encoding, "train"))
-    unseen = None if val is None else validation(index, val, encoding, val_shots)
+    unseen = None if val is None else source_of(val, replace(encoding, split=None), "val")
     sources = [shots] if unseen is None else [shots, unseen]
     with reader_for(index, sources, encoding) as reader:
-        tuned = finetune_into(out, index, shots, reader, recipe, val=unseen, parent=show(folder), keep_last=keep_last)
+        tuned = finetune_into(out, index, shots, reader, recipe, val=unseen)
     warn(tuned.choice.warnings if tuned.choice else ())
-    print_result(tuned.facts(), as_json, 12)
+    print_result(tuned.facts(), as_json)
     finish(reader.skipped)

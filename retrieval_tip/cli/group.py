@@ -65,19 +65,12 @@ def _set_level(ctx: click.Context, option: click.Parameter, times: int) -> None:
         logging.getLogger("retrieval_tip").setLevel(level)
 
 
-def _all_help(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
-    if asked:
-        ctx.meta["folded"] = False
-        click.echo(ctx.get_help(), color=ctx.color)
-        ctx.exit()
-
-
 class Option(click.Option):
-    """An option that the help lists under a heading. A folded heading only lists names, except in --help-all."""
+    """An option that the help lists under a heading."""
 
-    def __init__(self, *arguments: Any, heading: str = "Options", folded: bool = False, **more: Any) -> None:
+    def __init__(self, *arguments: Any, heading: str = "Options", **more: Any) -> None:
         super().__init__(*arguments, **more)
-        self.heading, self.folded = heading, folded
+        self.heading = heading
 
 
 def argument(kind: object = None, **more: Any) -> Any:
@@ -144,7 +137,6 @@ QUIET = _early(["-q", "--quiet"], is_flag=True, callback=_set_level, help="Hide 
 VERBOSE = _early(
     ["-v", "--verbose"], count=True, callback=_set_level, help="Show more messages; -vv shows all of them."
 )
-_ALL = _early(["--help-all", "all_help"], is_flag=True, callback=_all_help, help="Show every option in full and exit.")
 
 
 class Command(click.Command):
@@ -172,25 +164,19 @@ class Command(click.Command):
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Insert the general options before --help."""
         *own, shown = super().get_params(ctx)
-        return [*own, QUIET, VERBOSE, _ALL, shown]
+        return [*own, QUIET, VERBOSE, shown]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options under their headings. The general options come last."""
         records: dict[str, list[tuple[str, str]]] = {"Options": []}
-        folded: set[str] = set()
         for option in self.get_params(ctx):
             if isinstance(option, click.Option) and (record := option.get_help_record(ctx)) is not None:
                 heading = option.heading if isinstance(option, Option) else "General"  # for --help
                 records.setdefault(heading, []).append(record)
-                if isinstance(option, Option) and option.folded and ctx.meta.get("folded", True):
-                    folded.add(heading)
         for heading, own in records.items():
             if own:
-                with formatter.section(f"{heading} (--help-all shows more)" if heading in folded else heading):
-                    if heading in folded:
-                        formatter.write_text(", ".join(names.split(" ")[0].rstrip(",") for names, _ in own))
-                    else:
-                        formatter.write_dl(own, COLUMN)
+                with formatter.section(heading):
+                    formatter.write_dl(own, COLUMN)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the examples for the command."""
@@ -199,30 +185,6 @@ class Command(click.Command):
             with formatter.section("Examples"):
                 for example in EXAMPLES[path]:
                     formatter.write(f"{'':{formatter.current_indent}}retrieval-tip {example}\n")
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse arguments as click does, but report all missing parameters at once and suggest ``-k`` for ``--k``."""
-        given = list(args)
-        try:
-            return super().parse_args(ctx, args)
-        except click.MissingParameter as error:
-            missing = self._missing(ctx, given)
-            if len(missing) < 2:
-                raise
-            raise click.UsageError(f"Missing {' and '.join(missing)}.", ctx) from error
-        except click.NoSuchOption as error:
-            short = error.option_name[1:]
-            if error.option_name.startswith("--") and any(short in option.opts for option in self.params):
-                raise click.UsageError(f"No such option {error.option_name!r}. Did you mean {short}?", ctx) from None
-            raise
-
-    def _missing(self, ctx: click.Context, args: Sequence[str]) -> list[str]:
-        given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
-        return [
-            f"argument {one.make_metavar(ctx)}" if isinstance(one, click.Argument) else f"option {one.opts[0]}"
-            for one in self.get_params(ctx)
-            if one.required and not (isinstance(value := given.get(one.name or ""), str | Sequence) and len(value))
-        ]
 
     def invoke(self, ctx: click.Context) -> object:
         """Run the command. Errors show its usage."""

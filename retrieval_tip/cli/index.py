@@ -17,7 +17,7 @@ from retrieval_tip.cli.messages import about, command_line, finish, note, print_
 from retrieval_tip.cli.opening import backbone_for, reader_for, source_of, store_of
 from retrieval_tip.cli.options import BackboneOptions, OutputOptions, SourceOptions, ViewOptions
 from retrieval_tip.errors import UsageError, counted, few, show
-from retrieval_tip.settings import Ask, BuildOptions, Dtype, KeysMet, Normalize, Precision
+from retrieval_tip.settings import Ask, BuildOptions, Dtype, Normalize, Precision
 from retrieval_tip.store.address import FORMS, KIND
 
 if TYPE_CHECKING:
@@ -40,19 +40,15 @@ def build(
         required=True,
         help=f"Index folder, or {KIND} ({FORMS}). If the index already exists, it gets a new version.",
     ),
-    recipe: Path | None = option(kinds.FILE, is_eager=True, expose_value=False, callback=kinds.recipe),
     build: BuildOptions = options.building(),
     views: ViewOptions = options.VIEWS,
     encoding: SourceOptions = options.SOURCES,
 ) -> None:
     """Build an index from labelled images or features.
 
-    SOURCE can be a folder of class folders; a .csv, .tsv, .jsonl or .parquet table with the columns path and label; a
+    SOURCE can be a folder of class folders; a .csv, .tsv or .parquet table with the columns path and label; a
     feature table (.parquet with the columns id, label and feature); a split .json, whose train part is used; a
     .json in COCO's format or from Label Studio. Folders and tables can also be on s3://, gs:// or az://.
-
-    Options:
-        recipe: TOML file that sets any of these options. Options on the command line override it.
     """
     from retrieval_tip.index.build import build_index
 
@@ -62,9 +58,6 @@ def build(
     version = loaded.version or 1
     about(out, f"version {version}, {_held(loaded)}")
     if not quiet():
-        if dropped := loaded.provenance.get("dropped"):
-            named = f": {few(dropped['sources'], dropped['shots'])}" if dropped["shots"] else ""
-            say(f"Left out {dropped['shots']:,} of {counted(dropped['of'], 'shot')} with suspicious labels{named}")
         if "fit" in loaded.provenance:
             say_fit(loaded.provenance["fit"])
         if version > 1:
@@ -81,15 +74,7 @@ If the accuracy on all classes is lower than the last constant, it suggests tryi
 
 
 def _next_step(out: Place, index: Index) -> str:
-    from retrieval_tip.evaluation.audit import CHEAP, gain
-
     add, audit = (command_line("index", command, out) for command in ("add", "audit"))
-    if index.n <= CHEAP and "dropped" not in index.provenance and (gained := gain(index.in_memory())) is not None:
-        return (
-            f"leave out {counted(gained.shots, 'shot')} with suspicious labels (--drop-suspicious), which increases "
-            f"the accuracy on the other photos from {100 * gained.before:.1f} % to {100 * gained.after:.1f} %, or "
-            f"check these labels ({audit})"
-        )
     name, right, held = (index.provenance.get("fit", {}).get("weakest") or [("", 1, 1)])[0]
     both = index.provenance.get("fit", {}).get("both")
     if both is not None and both < LEAST_BOTH and not index.parts and index.backbone is not None:
@@ -217,8 +202,6 @@ def add_command(
     source: Place = argument(kinds.SOURCE),
     text: Path | None = option(kinds.FILE),
     drawn: dict[str, Any] = options.building("shots"),
-    views: int | None = option(kinds.VIEWS_COUNT),
-    seed: int | None = option(kinds.SEED),
     skip_known: bool = flag(),
     encoding: SourceOptions = options.SOURCES,
 ) -> None:
@@ -229,18 +212,15 @@ def add_command(
 
     Options:
         text: Feature table of text features for new classes, which are used instead of prompts.
-        views: Number of views to average per key. [default: the same as in the index]
-        seed: Seed for drawing shots and views. [default: the seed of the index, or 1]
         skip_known: Skip images that are already in the index under the same label.
     """
     from retrieval_tip.index import changes
 
     manifest, items = store_of(folder).manifest(), source_of(source, encoding, "train")
-    built = manifest.built
     new = not set(items.class_names) <= set(manifest.class_names)
     needed = new and text is None and bool(manifest.templates)
-    as_built = ViewOptions(built.views if views is None else views, built.seed if seed is None else seed)
-    with reader_for(manifest, [items], encoding, as_built, needed=needed) as reader:
+    views = ViewOptions(manifest.built.views, manifest.built.seed)
+    with reader_for(manifest, [items], encoding, views, needed=needed) as reader:
         added = changes.add(folder, items, reader, text=text, skip_known=skip_known, manifest=manifest, **drawn)
     _say_added(folder, added, skip_known)
     finish(reader.skipped)
@@ -404,12 +384,11 @@ def clone_command(
 
 @index.command()
 def export_command(
-    folder: Path = options.FOLDER_ARGUMENT,
+    folder: Place = options.INDEX_ARGUMENT,
     out: Path | None = option(kinds.FILE, "--out", "-o"),
     text: Path | None = option(kinds.FILE),
     onnx: Path | None = option(kinds.FILE),
     features: bool = flag(),
-    k: KeysMet = option(kinds.K()),
     precision: Precision = option(click.Choice(["float32", "int8"]), default="float32"),
 ) -> None:
     """Export the keys as a feature table, or the index as ONNX.
@@ -421,7 +400,6 @@ def export_command(
         text: Feature table to write for the text weights. You can pass it to index build --text.
         onnx: ONNX file to write. Its graph computes logits from pixels (requires onnx).
         features: With --onnx, compute logits from features, and leave out the image encoder.
-        k: With --onnx, give all if the index uses the k nearest keys, because a graph can only use all keys.
         precision: With --onnx, precision of the image encoder. With int8, the file is smaller. It then contains the
             encoder that models --int8 stored.
     """
@@ -429,7 +407,7 @@ def export_command(
 
     if out is None and text is None and onnx is None:
         raise UsageError("index export: give --out, --text or --onnx FILE")
-    loaded = store_of(folder).load(device="cpu")
+    loaded = store_of(folder).load(device="cpu").in_memory()
     if onnx is not None:
         from retrieval_tip.backbones.loading import load_backbone
         from retrieval_tip.index.onnx_graph import export_onnx
@@ -437,8 +415,7 @@ def export_command(
         named, backbone = loaded.backbone, None
         if not features and named is not None:
             backbone = load_backbone(named.model, named.pretrained, device="cpu", precision=precision, lazy=True)
-        asked = loaded.with_settings(loaded.settings.override(k=k))
-        facts = export_onnx(asked, onnx, backbone)
+        facts = export_onnx(loaded, onnx, backbone)
         given = "features" if backbone is None else "pixels"
         size, classes = f"{facts['bytes'] / 1e6:.1f} MB", counted(len(facts["labels"]), "class")
         about(onnx, f"{given} to logits of {classes}, {size}, opset {facts['opset']}")
@@ -473,7 +450,7 @@ def audit_command(
 
     Options:
         borderline: Also list borderline cases.
-        file: Table written by audit --out, whose suggestions are applied in one new version.
+        file: CSV or Parquet table written by audit --out, whose suggestions are applied in one new version.
     """
     if file is not None:
         from retrieval_tip.index.changes import apply_audit
@@ -485,7 +462,7 @@ def audit_command(
         return
     from retrieval_tip.evaluation.audit import audit
 
-    loaded = store_of(kinds.FOLDER.convert(folder, None, None)).load(device="auto")  # rejects an address
+    loaded = store_of(folder).load(device="auto").in_memory()
     printing.write_table(audit(loaded, borderline=borderline))
 
 

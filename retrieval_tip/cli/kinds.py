@@ -1,18 +1,15 @@
-"""Click types for options and arguments (paths, indexes and bounded numbers), and recipes that set options."""
+"""Click types for options and arguments: paths, indexes and bounded numbers."""
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
-from click.shell_completion import CompletionItem
 
 from retrieval_tip.data.remote import is_remote
-from retrieval_tip.errors import MANY, MOST, InputError
-from retrieval_tip.files import read_regular
+from retrieval_tip.errors import MANY, MOST
 from retrieval_tip.store.address import KIND, METAVAR, parse
 
 if TYPE_CHECKING:
@@ -23,9 +20,6 @@ LARGEST = 1e30
 
 LARGEST_FILE = 10**15
 """Largest size that an option accepts, in bytes."""
-
-RECIPE_BYTES = 1 << 20
-"""Largest size of a recipe, in bytes."""
 
 BURST_SECONDS = 10
 """Longest time between consecutive photos of a burst by default."""
@@ -44,19 +38,18 @@ class Folder(click.Path):
         return super().convert(value, param, ctx)
 
 
-class IndexType(click.ParamType[Path | str]):
+class IndexType(click.Path):
     """An index, given as a folder or an address."""
 
-    name = METAVAR
+    def __init__(self) -> None:
+        super().__init__(file_okay=False)
+        self.name = METAVAR
 
     def convert(self, value: object, param: Any, ctx: Any) -> Path | str:
         address, path = parse(str(value)), Path(str(value))
         if address is None and path.is_file():
             self.fail(f"{value}: is a file, not an index folder; give the index first (index list shows yours)")
         return path if address is None else str(address)
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        return [CompletionItem(incomplete, type="dir")]
 
 
 FOLDER, INDEX = Folder(path_type=Path), IndexType()
@@ -92,36 +85,15 @@ class Output(click.Path):
     """A file to write. With ``--engine ray``, it is a folder or a folder URL."""
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        engine = ctx.params.get("engine") if ctx is not None else None
-        if engine == "ray":
+        if ctx is not None and ctx.params.get("engine") == "ray":
             return value if is_remote(value) else Path(value)
-        if engine is not None and is_remote(value):
-            self.fail(f"{value}: only --engine ray can write to object stores; give a local file")
+        if is_remote(value):
+            self.fail(f"{value}: only encode --engine ray can write to object stores; give a local file")
         return super().convert(value, param, ctx)
 
 
 SOURCE = SourceType(path_type=Path)
 OUTPUT = Output(path_type=Path, dir_okay=False)
-
-
-class K(click.ParamType[int | Literal["all"]]):
-    """A number of keys, which is at least 1, or ``all``."""
-
-    name = "N|all"
-
-    def __init__(self, kind: str = "") -> None:
-        self.most = MOST.get(kind, MANY)
-
-    def convert(self, value: object, param: Any, ctx: Any) -> int | Literal["all"]:
-        if value == "all":
-            return "all"
-        try:
-            number = int(str(value))
-        except ValueError:
-            number = 0
-        if not 1 <= number <= self.most:
-            self.fail(f"{value!r} is neither a whole number from 1 to {self.most:,} nor 'all'")
-        return number
 
 
 class Number(click.ParamType[float]):
@@ -152,13 +124,26 @@ class Count(Number):
     parsed = click.INT
 
 
+class K(Count):
+    """A number of keys, or ``all``."""
+
+    name = "N|all"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if value == "all":
+            return value
+        if not str(value).removeprefix("-").isdecimal():
+            self.fail(f"{value!r} is neither a whole number nor 'all'")
+        return super().convert(value, param, ctx)
+
+
 def count(kind: str = "", least: int = 1) -> Count:
     """Return a type for whole numbers from ``least`` to the upper bound that :data:`errors.MOST` gives for ``kind``."""
     return Count(least, MOST.get(kind, MANY))
 
 
 SHOTS, VIEWS_COUNT, SEEDS, SEED = count("shots"), count("views"), count("seeds"), count("seed", 0)
-NUMBER, POSITIVE, SHARE = Number(), Number(above=True), Number(0, 1)
+KEYS, NUMBER, POSITIVE, SHARE = K(1), Number(), Number(above=True), Number(0, 1)
 
 
 def percent(text: str) -> float:
@@ -188,47 +173,3 @@ def bursts(text: str) -> float:
     if kind != "burst":
         raise click.BadParameter(f"{text}: expected burst or burst:SECONDS")
     return float(NUMBER.convert(seconds or BURST_SECONDS, None, None))
-
-
-def recipe(ctx: click.Context, _: click.Parameter, path: Path | None) -> Path | None:
-    """Check the types of the values in a TOML file, and use the values as defaults for options."""
-    if path is not None:
-        options = (parameter for parameter in ctx.command.params if parameter.expose_value)
-        known = {option.opts[0].lstrip("-").replace("-", "_"): option for option in options}
-        values = _toml(path)
-        for name, value in values.items():
-            if name not in known:
-                raise click.BadParameter(f"{path}: unknown option {name!r}", ctx)
-            several = getattr(known[name], "multiple", False)
-            parts = value if several and isinstance(value, list) else [value]
-            fits = [_fits(part, known[name]) for part in parts]
-            if several != isinstance(value, list) or not all(fit for fit, _ in fits):
-                what = f"an array of {fits[0][1]}" if several else fits[0][1]
-                raise click.BadParameter(f"{path}: {name}: expected {what}", ctx)
-        ctx.default_map = {str(known[name].name): value for name, value in values.items()}
-    return path
-
-
-def _toml(path: Path) -> dict[str, object]:
-    import tomllib
-
-    try:
-        return tomllib.loads(read_regular(path, RECIPE_BYTES).decode())
-    except InputError as error:  # the message already names the file
-        raise click.BadParameter(str(error)) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise click.BadParameter(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-
-
-def _fits(value: object, parameter: click.Parameter) -> tuple[bool, str]:
-    """Return whether a TOML value has the type of an option, and the name of this type."""
-    is_whole = type(value) is int and -(2**63) <= value < 2**63  # range of TOML integers
-    if getattr(parameter, "is_flag", False):
-        return type(value) is bool, "true or false"
-    if isinstance(parameter.type, K):
-        return is_whole or value == "all", "a whole number or 'all'"
-    if isinstance(parameter.type, Count):
-        return is_whole, "a whole number"
-    if isinstance(parameter.type, Number):
-        return is_whole or (type(value) is float and math.isfinite(value)), "a number"
-    return isinstance(value, str) and "\0" not in value, "text"

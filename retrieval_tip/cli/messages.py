@@ -65,12 +65,12 @@ def shown(value: object) -> str:
     return "-" if value is None else one_line(str(value))
 
 
-def print_result(facts: Mapping[str, object], as_json: bool = False, width: int = 0) -> None:
+def print_result(facts: Mapping[str, object], as_json: bool = False) -> None:
     """Print names and values as one JSON object, or on a line each, with the values aligned."""
     if as_json:
         click.echo(json_line(facts))
         return
-    width = max(width, *map(len, facts))
+    width = max(map(len, facts))
     for name, value in facts.items():
         click.echo(f"{name:<{width}}  {shown(value)}")
 

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from retrieval_tip.data.sources import Source
     from retrieval_tip.index.places import Store
     from retrieval_tip.model import Index
-    from retrieval_tip.settings import KeysMet
     from retrieval_tip.store.manifest import Manifest
 
 LONG = 10.0
@@ -38,9 +37,9 @@ MAX_PATHS, MAX_PATHS_BYTES = 1 << 24, 1 << 30
 
 def source_of(path: Place, reading: SourceOptions, split: str, *, labelled: bool = True) -> Source:
     """Open the source of a command. ``split`` is the part that is used by default."""
-    from retrieval_tip.data.sources import open_items, open_source
+    from retrieval_tip.data.sources import open_source
 
-    return (open_source if labelled else open_items)(path, split=reading.split or split, root=reading.root)
+    return open_source(path, split=reading.split or split, root=reading.root, labelled=labelled)
 
 
 def inputs_of(names: Sequence[str]) -> list[Source]:
@@ -74,14 +73,6 @@ def store_of(folder: Place) -> Store:
     return at(folder)
 
 
-def validation(index: Index, path: Place, reading: SourceOptions, number: KeysMet) -> Source:
-    """Open ``number`` validation images per class, all images, or by default the published number."""
-    from retrieval_tip.fit.search_hp import validation_shots
-
-    val = source_of(path, replace(reading, split=None), "val")
-    return val if number == "all" else val.take(validation_shots(index, val, path, number))
-
-
 def index_with(
     folder: Place, backbone: BackboneOptions, opening: OpeningOptions = OpeningOptions(), ask: Ask = Ask()
 ) -> Index:
@@ -89,16 +80,32 @@ def index_with(
     index = store_of(folder).load(device=backbone.device, verify=opening.verify)
     index = index.with_settings(index.settings.override(alpha=ask.alpha, beta=ask.beta))
     if opening.where is not None:
-        from retrieval_tip.index.items import restricted
-
-        rest = restricted(index, opening.where, ask)
-        kept = dict(zip(rest.class_names, rest.counts, strict=True))
-        counts = ((name, kept.get(name, 0), n) for name, n in zip(index.class_names, index.counts, strict=True))
-        parts = [f"{name} {own}/{n}" for name, own, n in counts if own < n]
-        say(f"where: {rest.n} of {index.n} shots match ({few(parts)})")
-        index = rest
+        index = _restricted(index, opening.where, fits=ask.alpha is None and ask.beta is None)
     index.settings = ask.settings(index.settings)
     return index
+
+
+def _restricted(index: Index, where: str, *, fits: bool) -> Index:
+    """Return the index with the keys that match a condition, and print the classes that lost keys.
+
+    If a class has lost all its keys, its chance depends on alpha, which is then fitted again if ``fits`` is true.
+    """
+    from retrieval_tip.fit.closed_form import refit
+    from retrieval_tip.store.query import rows_where
+
+    rows = rows_where(index.labels, where)
+    if not len(rows):
+        raise UsageError(f"where: none of the {index.n} shots match; change the condition")
+    rest = index.take(rows)
+    counts = zip(index.class_names, rest.counts, index.counts, strict=True)
+    parts = [f"{name} {a}/{b}" for name, a, b in counts if a < b]
+    automatic = fits and index.fitted is not None and index.fitted.automatic
+    if automatic and index.has_text and rest.counts.count(0) > index.counts.count(0):
+        refit(rest, rest.settings.beta)
+        rest.solve()
+    rest.drop_unanswerable()
+    say(f"where: {rest.n} of {index.n} shots match ({few(parts)})")
+    return rest
 
 
 def loader(backbone: BackboneOptions, identity: Identity | None = None) -> partial[TorchBackbone | Joined]:
@@ -109,7 +116,7 @@ def loader(backbone: BackboneOptions, identity: Identity | None = None) -> parti
     model, pretrained = backbone.model, backbone.pretrained
     if model is None and identity is not None:
         model, pretrained = identity.model, pretrained or identity.pretrained
-    return partial(load_backbone, model or DEFAULT, pretrained, precision=backbone.precision, runtime=backbone.runtime)
+    return partial(load_backbone, model or DEFAULT, pretrained, precision=backbone.precision)
 
 
 def load(backbone: BackboneOptions, identity: Identity | None = None) -> Backbone:
@@ -129,7 +136,7 @@ def backbone_for(
     it differs from the backbone that the index was built with. Without an index, the backbone is the one that the
     options name. If they name none, feature tables only need a backbone for text, which is then the one they name.
     """
-    from retrieval_tip.backbones.loading import load_when_needed
+    from retrieval_tip.backbones.loading import load_again
     from retrieval_tip.data.tables import check_backbone, table_identity
     from retrieval_tip.model import Index
 
@@ -145,17 +152,10 @@ def backbone_for(
     if needed or photos:
         if identity is None and not backbone.model:
             raise UsageError(UNNAMED)
-        if identity and not (needed or backbone.model or backbone.pretrained):
-            loaded = load_when_needed(
-                identity,
-                index.d,
-                [part.width for part in index.parts],
-                device=backbone.device,
-                precision=backbone.precision,
-                runtime=backbone.runtime,
-            )
-        else:
+        if identity is None or backbone.model or backbone.pretrained:
             loaded = load(backbone, identity)
+        else:
+            loaded = load_again(identity, device=backbone.device, precision=backbone.precision)
     check_backbone(identity, index.d, loaded, list(sources), index.parts)
     return loaded
 
@@ -164,7 +164,7 @@ def reader_of(encoding: EncodingOptions, views: ViewOptions | None = None) -> Re
     """Return a reader that has no backbone and no cache. By default, it uses the centre view."""
     from retrieval_tip.data.reader import Reader
 
-    own = {name: getattr(encoding, name) for name in ("norms", "batch_size", "workers", "reduce", "strict")}
+    own = {name: getattr(encoding, name) for name in ("norms", "batch_size", "workers", "strict")}
     return Reader(**own, **vars(views or ViewOptions()))
 
 

@@ -14,7 +14,7 @@ from retrieval_tip import settings
 from retrieval_tip.cli import kinds
 from retrieval_tip.cli.group import argument, flag, grouped, option
 from retrieval_tip.cli.kinds import Place
-from retrieval_tip.errors import UsageError, counted, show
+from retrieval_tip.errors import UsageError, show
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -26,16 +26,15 @@ def choice(alias: object) -> click.Choice[str]:
 
 
 ENCODER = {"heading": "Encoder"}
-INPUT = {"heading": "Input", "folded": True}
+INPUT = {"heading": "Input"}
 ANSWERS = {"heading": "Answers"}
 OUTPUTS = {"heading": "Output"}
-RAY = {"heading": "Distributed with Ray", "folded": True}
 """The headings of options."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneOptions:
-    """Options that select a backbone, its precision, its runtime and its device.
+    """Options that select a backbone, its precision and its device.
 
     Options:
         model: Encoder to use: an open_clip architecture, timm:NAME, local-dir:PATH, hf-hub:ORG/REPO or hf:ORG/REPO. Run
@@ -45,15 +44,12 @@ class BackboneOptions:
             tag]
         precision: Precision of the encoder. With auto, it is float32, and float16 autocast on a GPU. With int8, the
             encoder is the one that models --int8 stored.
-        runtime: Runtime for encoding images on a CPU. With auto, OpenVINO is used if it gives the same features as
-            torch.
         device: Device to use: auto, cpu, cuda or cuda:N.
     """
 
     model: str | None = option(**ENCODER)
     pretrained: str | None = option(**ENCODER)
     precision: settings.Precision = option(choice(settings.Precision), default="auto", **ENCODER)
-    runtime: settings.Runtime = option(choice(settings.Runtime), default="auto", **ENCODER)
     device: str = option(default="auto", **ENCODER)
 
 
@@ -83,8 +79,6 @@ class EncodingOptions(BackboneOptions):
         workers: Number of threads that read and decode images.
         cache: Folder of the encoding cache. [default: $RETRIEVAL_TIP_CACHE or ~/.cache/retrieval-tip]
         no_cache: Do not use the encoding cache.
-        reduce: Whether to decode large JPEGs at a reduced size for the centre view. This is faster and gives nearly the
-            same features.
         strict: Fail on the first image that cannot be read.
     """
 
@@ -95,7 +89,6 @@ class EncodingOptions(BackboneOptions):
     )
     cache: Path | None = option(kinds.FOLDER, **INPUT)
     no_cache: bool = flag(**INPUT)
-    reduce: bool = option(None, "--reduce/--no-reduce", default=True, **INPUT)
     strict: bool = flag(**INPUT)
 
 
@@ -117,24 +110,14 @@ class ComparedOptions(SourceOptions):
     """Backbones to compare, and the options for reading sources and encoding images with each of them.
 
     Options:
-        models: Encoder to compare (see retrieval-tip models).
-        weights: Weights of each --model, in the same order: a tag, a checkpoint file, or auto for the recommended tag.
-            [default: auto]
+        models: Encoder to compare (see retrieval-tip models). Write its weights after @, as in ViT-B-32@openai.
     """
 
     models: Sequence[str] = option(None, "--model", multiple=True, **ENCODER)
-    weights: Sequence[str] = option(None, "--pretrained", multiple=True, **ENCODER)
 
     def named(self) -> list[tuple[str, SourceOptions]]:
-        """Return the name of each encoder, and the options that select it. Raises UsageError if weights are missing."""
-        if self.weights and len(self.weights) != len(self.models):
-            raise UsageError(
-                f"--pretrained: given {len(self.weights)} times for {counted(len(self.models), 'model')}; give it once "
-                "for each --model, or auto for the recommended weights"
-            )
-        tags = [None if tag == "auto" else tag for tag in self.weights or ["auto"] * len(self.models)]
-        chosen = [replace(self, model=model, pretrained=tag) for model, tag in zip(self.models, tags, strict=True)]
-        return [(" ".join(filter(None, (one.model, one.pretrained))), one) for one in chosen]
+        """Return the name of each encoder, and the options that select it."""
+        return [(model, replace(self, model=model)) for model in self.models]
 
 
 @dataclass(frozen=True)
@@ -151,30 +134,7 @@ class OpeningOptions:
     verify: settings.Verify | None = option(choice(settings.Verify), **ANSWERS)
 
 
-@dataclass(frozen=True)
-class EngineOptions:
-    """Options that run the work in this process or on the actors of a Ray cluster.
-
-    Options:
-        engine: Where to run the command. With ray, actors on this machine or a cluster write a folder of parts, which
-            can be on disk or in a bucket. If the command is interrupted, run it again to complete the folder.
-        actors: Maximum number of Ray actors. [default: one per GPU, or up to 8 per node]
-        ray_address: Address of the head of a Ray cluster, or auto. [default: start Ray on this machine]
-    """
-
-    engine: str = option(click.Choice(["local", "ray"]), default="local", is_eager=True, **RAY)
-    actors: int | None = option(kinds.count("actors"), metavar="N", **RAY)
-    ray_address: str | None = option(metavar="HOST:PORT", **RAY)
-
-    @property
-    def is_ray(self) -> bool:
-        """Whether the work runs on Ray. Raises UsageError if Ray options are given for another engine."""
-        if self.engine != "ray" and (self.actors or self.ray_address):
-            raise UsageError(f"--{'actors' if self.actors else 'ray-address'}: needs --engine ray")
-        return self.engine == "ray"
-
-
-FORMATS = ("table", "json", "jsonl", "csv", "parquet")
+FORMATS = ("table", "json", "csv", "parquet")
 _SUFFIXES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
 _SUFFIXES |= {".txt": "table", "": "table"}
 
@@ -184,7 +144,7 @@ class OutputOptions:
     """Output format and output file. ``None`` means the default format and standard output.
 
     Options:
-        named: Output format. With json and jsonl, each line is an object. [default: given by the suffix of --out, or
+        named: Output format. With json, each line is an object. [default: given by the suffix of --out, or
             table]
         output: File to write to instead of standard output.
     """
@@ -200,7 +160,7 @@ class OutputOptions:
         if style is None:
             known = ", ".join(name for name in _SUFFIXES if name)
             raise UsageError(f"--out {show(str(self.output))}: unknown suffix {suffix}; use {known} or give --format")
-        return "json" if style == "jsonl" else style
+        return style
 
     def write_rows(self, rows: Iterable[Sequence[object]], types: Mapping[str, type]) -> None:
         """Write rows whose columns have these types. Lists contain texts, which a table joins with commas."""
@@ -225,12 +185,12 @@ INDEX_ARGUMENT = argument(kinds.INDEX, metavar="INDEX")
 FOLDER_ARGUMENT = argument(kinds.FOLDER, metavar="INDEX")
 """Argument of a command that requires an index in a folder."""
 BACKBONE, ENCODING, SOURCES = map(grouped, (BackboneOptions, EncodingOptions, SourceOptions))
-COMPARED = grouped(ComparedOptions, without=("model", "pretrained", "precision", "runtime"))
+COMPARED = grouped(ComparedOptions, without=("model", "pretrained", "precision"))
 ROOTED = grouped(SourceOptions, without=("split",))
-VIEWS, OPENING, ENGINE, FORMAT = map(grouped, (ViewOptions, OpeningOptions, EngineOptions, OutputOptions))
+VIEWS, OPENING, FORMAT = map(grouped, (ViewOptions, OpeningOptions, OutputOptions))
 JSON = flag("--json", help="Print the result as one JSON object.", **OUTPUTS)
 ASKING = {
-    "k": option(kinds.K(), "-k", **ANSWERS),
+    "k": option(kinds.KEYS, "-k", **ANSWERS),
     "tail": option(None, "--tail/--no-tail", default=None, **ANSWERS),
     "alpha": option(kinds.NUMBER, **ANSWERS),
     "beta": option(kinds.NUMBER, **ANSWERS),
@@ -255,9 +215,8 @@ _BUILD = {
     "values": option(choice(settings.ValuesName)),
     "class_prior": option(choice(settings.ClassPrior)),
     "prior": option(kinds.INDEX, multiple=True),
-    "k": option(kinds.K(), "-k"),
+    "k": option(kinds.KEYS, "-k"),
     "logit_scale": option(kinds.POSITIVE),
-    "drop_suspicious": flag(),
     "features": option(multiple=True, metavar="COLUMN,...", callback=kinds.names),
     "groups": option(kinds.FILE, metavar="TABLE"),
 }

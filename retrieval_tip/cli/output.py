@@ -19,7 +19,6 @@ from retrieval_tip.errors import InputError, RetrievalTipError, UsageError, firs
 from retrieval_tip.files import csv_of, replacing, sync, temporary
 from retrieval_tip.predictions import shown_probability
 
-FORMATS = ("table", "json", "csv", "parquet")
 CHUNK = 1024
 WIDE = 200
 """Maximum number of characters in an aligned cell. A longer cell only shifts its own line."""
@@ -36,7 +35,7 @@ def write_tables(
     details: Details | None = None,
     known: Mapping[str, Iterable[str]] | None = None,
 ) -> None:
-    """Write tables that have the same schema as they arrive, in one of ``FORMATS``.
+    """Write tables that have the same schema as they arrive, in the format ``style``.
 
     An output file appears only once it is complete. In the format ``table``, floats are rounded. ``details`` yields the
     lines to print below a row instead of its nested columns; see :func:`prediction_details`. ``known`` contains the

@@ -20,8 +20,8 @@ from typing import Any
 import click
 
 from retrieval_tip import __version__
-from retrieval_tip.cli.about import cache_command, completion_command, doctor, models_command
-from retrieval_tip.cli.classify import classify, encode
+from retrieval_tip.cli.about import cache_command, doctor, encode, models_command
+from retrieval_tip.cli.classify import classify
 from retrieval_tip.cli.evaluate import compare_command, evaluate_command
 from retrieval_tip.cli.fit import finetune_command, fit_command, search_command
 from retrieval_tip.cli.group import QUIET, VERBOSE, Group, in_one_line
@@ -45,7 +45,7 @@ class _Program(Group):
         "Copy an index": ("index clone", "index export"),
         "Choose": ("suggest", "compare", "models", "encode"),
         "Fit and train": ("fit", "search-hp", "finetune", "index tune"),
-        "This installation": ("cache", "doctor", "completion"),
+        "This installation": ("cache", "doctor"),
     })  # fmt: skip
 
     def make_context(
@@ -169,6 +169,5 @@ class _Handler(logging.Handler):
 for _command in (
     label_command, index, classify, sort_command, find_command, evaluate_command, serve_command, suggest,
     compare_command, models_command, encode, fit_command, search_command, finetune_command, cache_command, doctor,
-    completion_command,
 ):  # fmt: skip
     main.add_command(_command)

@@ -47,7 +47,7 @@ def serve_command(
     allow_host: tuple[str, ...] = option(multiple=True, metavar="NAME"),
     trusted_proxy: tuple[str, ...] = option(multiple=True, metavar="ADDRESS"),
     limits: Limits = grouped(Limits, _LIMITS),
-    backbone: BackboneOptions = grouped(BackboneOptions, without=("model", "pretrained", "runtime")),
+    backbone: BackboneOptions = grouped(BackboneOptions, without=("model", "pretrained")),
     opening: OpeningOptions = grouped(OpeningOptions, without=("where",)),
 ) -> None:
     """Serve indexes as a web page and an HTTP API.
@@ -76,22 +76,21 @@ def serve_command(
     from retrieval_tip.server.served import Backbones, Maker, open_all
 
     _check_access(token, read_only and not private, trusted_proxy)
-    device, precision, verify = backbone.device, backbone.precision, opening.verify
+    backbones = Backbones(backbone.device, backbone.precision, opening.verify)
     with listen(host, port) as listening:
         here = is_local(listening)
         kept = LastServer("serve", folders or [into or Path("indexes")])
         key = kept.token_for(listening) if token is None and (private or (here and not read_only)) else token
         if allow_host or here:
             limits = replace(limits, hosts=LOOPBACK | {name.lower() for name in allow_host})
-        served = open_all(folders, device, precision, verify)
         maker = None
         if model is not None or not folders:
-            backbones = Backbones(device, precision, verify)
             maker = Maker(into or Path("indexes"), cache(partial(backbones.load, model, pretrained)), backbones)
             if model is not None:
                 maker.load()  # fails before the page opens
         elif into is not None:
             raise UsageError("--out: needs --model when an INDEX is given; add --model NAME")
+        served = open_all(folders, backbones)
         named = (f"{name} ({counted(one.now.index.n, 'shot')})" for name, one in served.items())
         what = ", ".join(named) or "no index yet"
         at = address(listening)

@@ -62,12 +62,12 @@ def within(root: str, name: str) -> str:
     return name if remote.is_remote(name) else os.path.relpath(name, root)
 
 
-def clear(document: Row, file: str, *, overwrite: bool) -> None:
-    """Remove earlier classifications from a document. Raises InputError if there are any and ``overwrite`` is false."""
+def clear(document: Row, file: str) -> None:
+    """Remove earlier classifications from a document, with a warning."""
     lists = (image["detections"] for image in document["images"] if isinstance(image.get("detections"), list))
     earlier = [one for found in lists for one in found if one.get("classifications")]
-    if earlier and not overwrite:
-        raise InputError(f"{file}: already has classifications; add --overwrite to replace them in the output")
+    if earlier:
+        log.warning("%s: replaced the earlier classifications of %s", file, counted(len(earlier), "detection"))
     for one in earlier:
         del one["classifications"]
 

@@ -23,14 +23,12 @@ log = logging.getLogger(__name__)
 NAME = "encodings-2.sqlite"  # the number changes with the schema
 DEFAULT_BYTES = 8_000_000_000  # default size limit, enough for two million photos with 512 values each
 LEFT = 0.9  # each removal of old encodings frees a tenth of the limit, so that removals are rare
-REMOVED, ROW_BYTES, USED = 1024, 8192, 1024  # encodings removed per transaction, bytes per encoding, uses per update
+REMOVED, ROW_BYTES = 1024, 8192  # most encodings removed per transaction, and typical bytes per encoding
 
 _UNIT = 1_000_000  # SQLite's 32-bit ``user_version`` stores the limit in megabytes; 0 means the default
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS encodings (scope TEXT NOT NULL, digest TEXT NOT NULL, view TEXT NOT NULL,
-    crc INTEGER NOT NULL, used REAL NOT NULL DEFAULT (julianday('now')), feature BLOB NOT NULL,
-    PRIMARY KEY (scope, digest, view));
-CREATE INDEX IF NOT EXISTS encodings_used ON encodings (used);
+    crc INTEGER NOT NULL, feature BLOB NOT NULL, PRIMARY KEY (scope, digest, view));
 """
 _INSERT = "INSERT OR REPLACE INTO encodings (scope, digest, view, feature, crc) VALUES (?, ?, ?, ?, ?)"
 _DAMAGE = (sqlite3.DatabaseError, UnicodeDecodeError)
@@ -39,26 +37,19 @@ _DAMAGE = (sqlite3.DatabaseError, UnicodeDecodeError)
 class EncodingCache:
     """A store of raw features by backbone, image content and view, in one SQLite file of limited size.
 
-    If the file exceeds this limit, the least recently used encodings are removed. Threads and processes can share the
-    file. Damaged entries count as missing, and a damaged file is moved aside. If the file cannot be written, new
-    encodings are not stored. Raises InputError if the file cannot be created in the folder.
+    If the file exceeds this limit, the oldest encodings are removed. Threads and processes can share the file. Damaged
+    entries count as missing. If the file cannot be written, new encodings are not stored. Raises InputError if the file
+    is damaged, or cannot be created in the folder.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.path = Path(folder) / NAME
-        self._aside = self.path.with_suffix(".damaged")
         self._lock = threading.Lock()
         self._keeps = True
-        self._used: set[int] = set()
         try:
             make_folders(self.path.parent)
-            try:
-                self._db = self._open()
-            except sqlite3.OperationalError:
-                raise
-            except _DAMAGE:
-                self._renew()
-        except (OSError, sqlite3.Error) as error:
+            self._db = self._open()
+        except (OSError, *_DAMAGE) as error:
             raise self._unusable(error) from None
 
     @classmethod
@@ -90,15 +81,8 @@ class EncodingCache:
         return type(self).at, (None if folder == cache_folder() else folder,)
 
     def _unusable(self, error: Exception) -> InputError:
-        return InputError(
-            f"{self.path}: the encoding cache cannot be used ({error}); give --cache FOLDER or --no-cache"
-        )
-
-    def _renew(self) -> None:
-        self._used.clear()
-        self.path.replace(self._aside)
-        log.warning("%s: damaged and moved to %s; encoding the images again", show(self.path), self._aside.name)
-        self._db = self._open()
+        remedy = "remove it, or give --cache FOLDER or --no-cache"
+        return InputError(f"{show(self.path)}: the encoding cache cannot be used ({error}); {remedy}")
 
     def _open(self) -> sqlite3.Connection:
         if self.path.exists() and not self.path.is_file():  # SQLite would block on a pipe
@@ -116,17 +100,14 @@ class EncodingCache:
 
     def get(self, scope: str, digest: str, view: str) -> FloatArray | None:
         """Return the raw feature of a view (shape ``[d]``), or ``None`` if it is not in the cache."""
-        query = "SELECT feature, crc, rowid FROM encodings WHERE scope = ? AND digest = ? AND view = ?"
+        query = "SELECT feature, crc FROM encodings WHERE scope = ? AND digest = ? AND view = ?"
         with self._lock:
             try:
                 row = self._db.execute(query, (scope, digest, view)).fetchone()
             except _DAMAGE:
                 return None
-            if row is None or not isinstance(row[0], bytes) or _crc(scope, digest, view, row[0]) != row[1]:
-                return None
-            self._used.add(row[2])
-            if len(self._used) >= USED:
-                self._note_uses()
+        if row is None or not isinstance(row[0], bytes) or _crc(scope, digest, view, row[0]) != row[1]:
+            return None
         return np.frombuffer(row[0], dtype="<f4")
 
     def put(self, scope: str, features: dict[tuple[str, str], FloatArray]) -> None:
@@ -139,29 +120,15 @@ class EncodingCache:
             if not self._keeps:
                 return
             try:
-                try:
-                    self._write(_INSERT, rows)
-                    self._shrink()
-                except sqlite3.OperationalError:
-                    raise
-                except _DAMAGE:
-                    self._db.close()
-                    self._renew()
-                    self._write(_INSERT, rows)
-            except (OSError, sqlite3.Error) as error:
+                self._write(_INSERT, rows)
+                self._shrink()
+            except _DAMAGE as error:
                 self._keeps = False
                 log.warning("%s; continuing without storing new encodings", self._unusable(error))
 
     def _write(self, statement: str, rows: list[tuple[str, str, str, bytes, int]] | list[tuple[int]]) -> None:
         with self._db:  # commits or rolls back
             self._db.executemany(statement, rows)
-
-    def _note_uses(self) -> None:
-        used = [(row,) for row in self._used]
-        self._used.clear()
-        if used and self._keeps:
-            with suppress(sqlite3.Error):
-                self._write("UPDATE encodings SET used = julianday('now') WHERE rowid = ?", used)
 
     def limit(self, most: int) -> None:
         """Set the size limit for this run and later runs, rounded down to megabytes, but not below one."""
@@ -177,7 +144,7 @@ class EncodingCache:
         page = _pragma(db, "page_size")
         if _pragma(db, "page_count") * page <= most:
             return
-        oldest = "SELECT rowid FROM encodings ORDER BY used, rowid LIMIT ?"
+        oldest = "SELECT rowid FROM encodings ORDER BY rowid LIMIT ?"
         while beyond := max(0, (_pragma(db, "page_count") - _pragma(db, "freelist_count")) * page - int(LEFT * most)):
             rows = db.execute(oldest, (min(REMOVED, 1 + beyond // ROW_BYTES),)).fetchall()
             if not rows:
@@ -195,13 +162,11 @@ class EncodingCache:
             with self._db:
                 number = self._db.execute("DELETE FROM encodings").rowcount
             self._db.execute("VACUUM")
-            self._aside.unlink(missing_ok=True)
         return number
 
     def close(self) -> None:
-        """Record the times of last use, shrink the file to its limit, and close it."""
+        """Shrink the file to its limit, and close it."""
         with self._lock:
-            self._note_uses()
             with suppress(sqlite3.Error):
                 self._shrink()
             self._db.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -13,6 +13,7 @@ import pyarrow as pa
 from PIL import ExifTags, Image
 
 from retrieval_tip.data import images
+from retrieval_tip.data.source import read_item
 from retrieval_tip.errors import show
 
 
@@ -73,13 +74,12 @@ def _degrees(parts: object, side: object, sides: str, most: int) -> float | None
 
 @dataclass
 class Noting:
-    """A function that reads a photo, like ``read``, and notes in ``taken`` when and where it was taken, by its name.
+    """A function that reads a photo, and notes in ``taken`` when and where it was taken, by its name.
 
     If a name is one of ``boxes``, it returns this part of a photo, which is given by its path and by the edges of the
     box (see :func:`images.crop`).
     """
 
-    read: Callable[[str], bytes]
     boxes: Mapping[str, tuple[str, images.Box]] = field(default_factory=dict)
     taken: dict[str, Taken] = field(default_factory=dict)
 
@@ -90,7 +90,7 @@ class Noting:
 
     def note(self, path: str) -> bytes:
         """Return the bytes of the whole photo."""
-        data = self.read(self.boxes.get(path, (path, None))[0])
+        data = read_item(self.boxes.get(path, (path, None))[0])
         self.taken[show(path)] = taken(data)
         return data
 

@@ -39,7 +39,7 @@ HEADER_EFFORT = 16 << 20  # largest number of bytes that a decoder may read befo
 READ_EFFORT = 256  # bytes that are counted for each read in addition to its size
 MAX_SCANNED = 1 << 31  # largest scans x pixels of a progressive JPEG, which take about five seconds to decode
 MAX_EXIF = 1 << 20  # largest EXIF block that is parsed, in bytes; JPEG allows at most 64 KB
-PART_PIXELS = 1 << 18  # number of pixels that are converted to RGB at a time
+PART_PIXELS = 1 << 18  # number of pixels that are converted to RGB at a time; at least one row
 
 Box = tuple[float, float, float, float]
 """The left edge, the top edge, the width and the height of a part, as fractions of the upright image."""
@@ -224,20 +224,17 @@ def _rgb(image: Image.Image) -> Image.Image:
         return image
     white = _white(image) if image.mode in ("I", "F") or image.mode.startswith("I;16") else None
     picture = Image.new("RGB", (math.ceil(image.width / factor), math.ceil(image.height / factor)))
-    for left, top, part in _parts(image, factor):
+    for top, part in _parts(image, factor):
         rgb = _converted(part, white)
-        picture.paste(rgb.reduce(factor) if factor > 1 else rgb, (left // factor, top // factor))
+        picture.paste(rgb.reduce(factor) if factor > 1 else rgb, (0, top // factor))
     return picture
 
 
-def _parts(image: Image.Image, factor: int = 1) -> Iterator[tuple[int, int, Image.Image]]:
-    """Yield the left edge, the top edge and the content of each part. The edges are multiples of ``factor``."""
-    columns = factor * (PART_PIXELS // factor)
-    rows = factor * max(1, PART_PIXELS // (factor * min(columns, image.width)))
+def _parts(image: Image.Image, factor: int = 1) -> Iterator[tuple[int, Image.Image]]:
+    """Yield the top edge, which is a multiple of ``factor``, and the content of each part."""
+    rows = factor * max(1, PART_PIXELS // (factor * image.width))
     for top in range(0, image.height, rows):
-        for left in range(0, image.width, columns):
-            right, bottom = min(left + columns, image.width), min(top + rows, image.height)
-            yield left, top, image.crop((left, top, right, bottom))
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
 def _converted(part: Image.Image, white: float | None) -> Image.Image:
@@ -258,7 +255,7 @@ def _white(image: Image.Image) -> float:
     """Return the value of white in a deep grey image: 1, 255 or 65535, or the largest value if that is larger."""
     if image.mode.startswith("I;16"):
         return 65535.0
-    largest = max(float(_values(part).max()) for _, _, part in _parts(image))
+    largest = max(float(_values(part).max()) for _, part in _parts(image))
     if image.mode == "F" and largest <= 1:
         return 1.0
     return next((limit for limit in (255.0, 65535.0) if largest <= limit), largest)

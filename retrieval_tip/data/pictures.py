@@ -85,7 +85,7 @@ def open_images(images: Picture | Iterable[Picture], labels: str | Iterable[str]
             held[path] = bytes(picture) if isinstance(picture, bytes | bytearray) else _encoded(picture, path)
         paths.append(path)
     source = of_images(paths, labels=None if labels is None else _names(labels, len(paths)))
-    return replace(source, load=lambda path: held[path] if path in held else read_item(path))
+    return replace(source, load=lambda path: held[path] if path in held else read_item(path), strict=True)
 
 
 def _each(given: Any) -> Iterable[Any]:

@@ -25,8 +25,7 @@ from retrieval_tip.backbones.prompts import each_text, prompts_of, text_weights
 from retrieval_tip.backbones.torch_backbone import TorchBackbone
 from retrieval_tip.data import images, tables
 from retrieval_tip.data.encoding_cache import EncodingCache
-from retrieval_tip.data.source import spread
-from retrieval_tip.data.sources import Source, read_item
+from retrieval_tip.data.source import Source, spread
 from retrieval_tip.errors import InputError, Skipped, UsageError, check_count, check_memory, counted, show
 from retrieval_tip.settings import Norms, check_choice
 
@@ -42,8 +41,7 @@ IntArray = npt.NDArray[np.int64]
 _Encoded = dict[str, tuple[FloatArray, str] | None]  # features [v, d] and digest by path; None if unreadable
 _T = TypeVar("_T")
 
-CENTRE = "centre"
-REDUCED = "centre/reduced"
+CENTRE = "centre/reduced"  # large JPEGs are decoded at a reduced size
 TEXT = "text"
 CALIBRATED, FEWEST = 300, 32  # most and fewest photos that int8 is calibrated on
 REDUCED_SIDES = 3  # a reduced JPEG's sides are at least this many times the view's; 2 gave cosines below 0.999
@@ -106,15 +104,14 @@ class Reader:
         batch_size: The number of images to encode at a time, by default the best one for the backbone.
         workers: The number of threads that read and decode images.
         cache: The encoding cache, or ``None`` to encode all images.
-        reduce: Whether to decode large JPEGs at 1/2, 1/4 or 1/8 of their size for the centre view. Each side of the
-            reduced image is at least ``REDUCED_SIDES`` times as long as that of the view. This is several times faster,
-            but changes the features slightly.
         strict: Whether to raise an error if an image is unreadable, instead of adding it to ``skipped``.
-        read: A function that returns the bytes of an image, like :func:`sources.read_item`.
         parts: The columns of a feature table that make up a feature, if there are several.
         empty: Whether to accept a source that has no readable items.
 
     ``done`` counts the encoded images (``images``), and the views that were not in the cache (``fresh``).
+
+    For the centre view, large JPEGs are decoded at 1/2, 1/4 or 1/8 of their size. Each side is then at least
+    ``REDUCED_SIDES`` times as long as that of the view. This is several times faster; the features change little.
     """
 
     backbone: Backbone | None = None
@@ -124,9 +121,7 @@ class Reader:
     batch_size: int | None = None
     workers: int = field(default_factory=lambda: min(16, os.cpu_count() or 1))
     cache: EncodingCache | None = None
-    reduce: bool = True
     strict: bool = False
-    read: Callable[[str], bytes] = read_item
     parts: tuple[Part, ...] = ()
     empty: bool = False
     progress: bool = False
@@ -202,9 +197,7 @@ class Reader:
         paths = source.take(spread(len(source), CALIBRATED)).paths
         if paths is None:
             raise UsageError(f"{source.name}: a feature table has no pixels; give the images")
-        load = partial(
-            replace(self, cache=None, read=source.load or self.read)._load, [_Encoding(0, backbone, "")], [CENTRE]
-        )
+        load = partial(_load, source.load, None, [_Encoding(0, backbone, "")], [CENTRE])
         for item in chain.from_iterable(self._ahead(_chunks(paths, 1), load, depth=self.workers)):
             photos += [view.half() for view in item.pixels.values()]
             if item.problem is not None:
@@ -253,9 +246,8 @@ class Reader:
 
     def _blocks(self, source: Source, names: Sequence[str], *, mean: bool) -> Iterator[FeatureBlock]:
         """Yield features of shape ``[b, v, d]``: of each view, of the ``mean`` view, or of a row of a table."""
-        if source.load is not None:
-            reader = replace(self, read=source.load, strict=True)
-            yield from reader._blocks(replace(source, load=None), names, mean=mean)
+        if source.strict and not self.strict:
+            yield from replace(self, strict=True)._blocks(source, names, mean=mean)
             return
         done = 0
         for skipped in source.failed:
@@ -319,7 +311,8 @@ class Reader:
         check_memory(12 * pixels, what, "use fewer views or a smaller batch")
         encoded: _Encoded = {}
         start = 0
-        for chunk in self._ahead(_chunks(list(last), size), partial(self._load, encodings, names), depth=2):
+        load = partial(_load, source.load, self.cache, encodings, names)
+        for chunk in self._ahead(_chunks(list(last), size), load, depth=2):
             encoded |= self._encode_chunk(chunk, backbone, encodings, size, mean=mean)
             rows: list[tuple[int, FloatArray, str]] = []
             while start < len(paths) and paths[start] in encoded:
@@ -344,35 +337,6 @@ class Reader:
                     yield [future.result() for future in waiting.popleft()]
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
-
-    def _load(self, encodings: Sequence[_Encoding], names: Sequence[str], path: str) -> _Loaded:
-        """Read an image once. The centre view is called ``REDUCED`` if it may come from a reduced image."""
-        cache = self.cache
-        try:
-            data = self.read(path)
-            digest = hashlib.sha256(data).hexdigest()
-            names = [REDUCED if self.reduce and view == CENTRE else view for view in names]
-            features = {
-                (one, view): None if cache is None else cache.get(one.scope, digest, view)
-                for one in encodings
-                for view in names
-            }
-            missing = [key for key, feature in features.items() if feature is None]
-            pixels: dict[tuple[_Encoding, str], torch.Tensor] = {}
-            if reduced := [one for one, view in missing if view == REDUCED]:
-                least = REDUCED_SIDES * max(max(view_size(one.backbone.identity.preprocess)) for one in reduced)
-                picture = images.decode(data, least)
-                pixels = {(one, REDUCED): one.backbone.preprocess(picture) for one in reduced}
-            if len(missing) > len(reduced):
-                picture = images.decode(data)
-                for one, view in missing:
-                    if view == CENTRE:
-                        pixels[one, view] = one.backbone.preprocess(picture)
-                    elif view != REDUCED:
-                        pixels[one, view] = one.backbone.view(picture, f"{digest}/{view}")
-        except InputError as error:
-            return _Loaded(path, problem=str(error))
-        return _Loaded(path, digest, features, pixels)
 
     def _encode_chunk(
         self, chunk: Sequence[_Loaded], backbone: Backbone, encodings: Sequence[_Encoding], size: int, *, mean: bool
@@ -434,6 +398,36 @@ class _Loaded:
     features: dict[tuple[_Encoding, str], FloatArray | None] = field(default_factory=dict)
     pixels: dict[tuple[_Encoding, str], torch.Tensor] = field(default_factory=dict)
     problem: str | None = None
+
+
+def _load(
+    read: Callable[[str], bytes],
+    cache: EncodingCache | None,
+    encodings: Sequence[_Encoding],
+    names: Sequence[str],
+    path: str,
+) -> _Loaded:
+    """Read an image once, and decode it for the views that are not in the cache."""
+    try:
+        data = read(path)
+        digest = hashlib.sha256(data).hexdigest()
+        features = {
+            (one, view): None if cache is None else cache.get(one.scope, digest, view)
+            for one in encodings
+            for view in names
+        }
+        missing = [key for key, feature in features.items() if feature is None]
+        pixels: dict[tuple[_Encoding, str], torch.Tensor] = {}
+        if centred := [one for one, view in missing if view == CENTRE]:
+            least = REDUCED_SIDES * max(max(view_size(one.backbone.identity.preprocess)) for one in centred)
+            picture = images.decode(data, least)
+            pixels = {(one, CENTRE): one.backbone.preprocess(picture) for one in centred}
+        if augmented := [key for key in missing if key[1] != CENTRE]:
+            picture = images.decode(data)
+            pixels |= {(one, view): one.backbone.view(picture, f"{digest}/{view}") for one, view in augmented}
+    except InputError as error:
+        return _Loaded(path, problem=str(error))
+    return _Loaded(path, digest, features, pixels)
 
 
 def pixels_of(

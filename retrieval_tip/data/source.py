@@ -14,12 +14,27 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from retrieval_tip.data import remote
 from retrieval_tip.errors import SHOWN, InputError, Skipped, check_count, check_memory, counted, few, show
 
 log = logging.getLogger(__name__)
 
-VAL_SHOTS = 4  # largest number of validation images per class
 ITEM_BYTES = 256  # estimated bytes per drawn item, for its position, path, label and digest
+
+
+def read_item(path: str) -> bytes:
+    """Return the bytes of a file or an object, or raise InputError without its path."""
+    from retrieval_tip.data import images  # imports Pillow, which tables do not need
+
+    if remote.is_remote(path):
+        with remote.reaching():
+            images.check_size(remote.system_of(path).size(path))
+            data = bytes(remote.system_of(path).cat_file(path))
+    else:
+        data = images.read(path)
+    if not data:
+        raise InputError("empty file")
+    return data
 
 
 @dataclass(frozen=True)
@@ -29,8 +44,8 @@ class Source:
     ``items`` is a table with the column ``source`` (a printable path or id), the column ``label`` if the labels are
     known, and all other columns if the source is a table. Each item is either the image ``paths[i]``, or row
     ``rows[i]`` of the feature table ``table``, which is a file or a folder of parts. ``class_names`` lists the labels
-    in order. ``failed`` lists the inputs that could not be read. ``load`` returns the bytes of an image
-    if it is not a file (see :func:`pictures.open_images`); all images must then be readable.
+    in order. ``failed`` lists the inputs that could not be read. ``load`` returns the bytes of an image.
+    If ``strict`` is set, all images must be readable.
     """
 
     name: str
@@ -40,7 +55,8 @@ class Source:
     table: Path | str | None = None
     rows: npt.NDArray[np.int64] | None = None
     failed: tuple[Skipped, ...] = ()
-    load: Callable[[str], bytes] | None = None
+    load: Callable[[str], bytes] = read_item
+    strict: bool = False
 
     def __len__(self) -> int:
         return int(self.items.num_rows)
@@ -151,28 +167,16 @@ def refuse_rows(wrong: npt.NDArray[np.bool_], name: str, why: str | Callable[[in
         raise InputError(f"{name}: row{'s' if len(rows) > 1 else ''} {shown}{reason}")
 
 
-def few_shot(labels: Sequence[Hashable], shots: int, seed: int = 1) -> list[int]:
+def few_shot(labels: Sequence[Hashable], shots: int, seed: int | random.Random = 1) -> list[int]:
     """Draw ``shots`` items per class by the published rule, and return their positions in the order of the draw.
 
-    Python's random generator is seeded with ``seed``. Items are grouped by label, in order of first appearance, and
-    stay in file order within each group. From each group, items are drawn with ``random.sample(group, shots)``, or with
-    ``random.choices`` (with replacement) if the group has fewer than ``shots`` items.
+    Python's random generator is seeded with ``seed``, or is given. Items are grouped by label, in order of first
+    appearance, and stay in file order within each group. From each group, items are drawn with ``random.sample(group,
+    shots)``, or with ``random.choices`` (with replacement) if the group has fewer than ``shots`` items.
 
     Raises UsageError if ``shots`` is not positive or is too large, or if there is not enough memory.
     """
-    return _draw(labels, shots, random.Random(seed))  # noqa: S311 - a published draw, not a secret
-
-
-def few_shot_split(
-    train: Sequence[Hashable], val: Sequence[Hashable], shots: int, seed: int = 1
-) -> tuple[list[int], list[int]]:
-    """Draw positions of training shots and ``min(shots, 4)`` validation shots per class with one generator."""
-    generator = random.Random(seed)  # noqa: S311
-    drawn = _draw(train, shots, generator)
-    return drawn, _draw(val, min(shots, VAL_SHOTS), generator)
-
-
-def _draw(labels: Sequence[Hashable], shots: int, generator: random.Random) -> list[int]:
+    generator = seed if isinstance(seed, random.Random) else random.Random(seed)  # noqa: S311 - a published draw
     check_count("shots", shots)
     groups: dict[Hashable, list[int]] = {}
     for position, label in enumerate(labels):

@@ -7,6 +7,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Literal
@@ -18,6 +19,7 @@ import pyarrow.compute as pc
 from retrieval_tip.data import exchange, images, remote, tables
 from retrieval_tip.data.source import Source as Source
 from retrieval_tip.data.source import of_images as of_images
+from retrieval_tip.data.source import read_item as read_item
 from retrieval_tip.data.source import spelled_alike as spelled_alike
 from retrieval_tip.data.tables import FEATURE, NAMES, SUFFIXES, check_texts, few_names, items_of, renamed, texts
 from retrieval_tip.errors import InputError, counted, few, install, show
@@ -29,22 +31,9 @@ Kind = Literal["image", "table", "bucket", "folder", "split file", "pattern", "w
 PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
 """Folder names for each part of a dataset."""
 
-TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # label tables in Hugging Face image folders
+TABLES = ("metadata.csv", "metadata.parquet")  # label tables in Hugging Face image folders
 
 HEIC = frozenset({".heic", ".heif", ".hif"})  # suffixes of phone photos that require the extra ``heic``
-
-
-def read_item(path: str) -> bytes:
-    """Return the bytes of a file or an object, or raise InputError without its path."""
-    if remote.is_remote(path):
-        with remote.reaching():
-            images.check_size(remote.system_of(path).size(path))
-            data = bytes(remote.system_of(path).cat_file(path))
-    else:
-        data = images.read(path)
-    if not data:
-        raise InputError("empty file")
-    return data
 
 
 def is_web(where: str) -> bool:
@@ -76,34 +65,48 @@ def kind_of(path: str | os.PathLike[str]) -> Kind:
 
 
 def open_source(
-    path: str | os.PathLike[str], *, split: str | None = None, root: str | os.PathLike[str] | None = None
+    path: str | os.PathLike[str],
+    *,
+    split: str | None = None,
+    root: str | os.PathLike[str] | None = None,
+    labelled: bool = True,
 ) -> Source:
-    """Open a labelled source of any kind.
+    """Open a source of any kind. If ``labelled`` is true, every item must have a label.
 
     The source is one of the following:
 
     - A folder of class folders, which are searched recursively. The classes are sorted by name. If the folder has parts
-      (``train``, ``val``, ``test``), ``split`` selects one of them. If it contains ``metadata.csv`` (or ``.jsonl`` or
-      ``.parquet``), this file is read as a table.
+      (``train``, ``val``, ``test``), ``split`` selects one of them. If it contains ``metadata.csv`` or
+      ``metadata.parquet``, this file is read as a table.
     - A file of labels (``.json``) in COCO's format or Label Studio's export format (see :func:`exchange.read`).
     - A CoOp split file (``.json``). ``split`` selects the part, which defaults to ``train``. ``root`` is the image
       folder. It defaults to the folder of the split file, or to the folder inside it that contains the images.
-    - A table (``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet``) with the columns ``path`` and ``label``. See
+    - A table (``.csv``, ``.tsv`` or ``.parquet``) with the columns ``path`` and ``label``. See
       :data:`NAMES` for other column names. Paths are relative to ``root``, which defaults to the folder of the table.
     - A feature table, which is a ``.parquet`` file with the columns ``id``, ``label`` and ``feature``, or a folder of
       parts written by ``encode --engine ray``.
     - A folder of class folders or a Parquet table on an object store (``s3://``, ``gs://``, ``az://``).
+    - Any folder of images, if ``labelled`` is false.
 
     Raises InputError if the source cannot be read.
     """
-    return _open(os.fspath(path), split, root, labelled=True)
+    where = os.fspath(path)
+    match kind_of(where):
+        case "table":
+            return _open_table(where, root, labelled=labelled)
+        case "bucket":
+            return _open_bucket(where, labelled=labelled)
+        case "folder":
+            return _open_folder(Path(where), split, labelled=labelled)
+        case "split file":
+            source = exchange.read(Path(where), split or "train", root, labelled=labelled)
+            check_texts(source.items, source.name)
+            return source
+    raise refusal(where)
 
 
-def open_items(
-    path: str | os.PathLike[str], *, split: str | None = None, root: str | os.PathLike[str] | None = None
-) -> Source:
-    """Open a source that :func:`open_source` accepts, or a folder of images. Labels are optional."""
-    return _open(os.fspath(path), split, root, labelled=False)
+open_items = partial(open_source, labelled=False)
+"""Open a source whose items need no labels."""
 
 
 def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator[Source]:
@@ -138,22 +141,6 @@ def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator
             paths.append(argument)
     if paths:
         yield of_images(paths)
-
-
-def _open(where: str, split: str | None, root: str | os.PathLike[str] | None, *, labelled: bool) -> Source:
-    """Open a source. If ``labelled`` is true, every item must have a label."""
-    match kind_of(where):
-        case "table":
-            return _open_table(where, root, labelled=labelled)
-        case "bucket":
-            return _open_bucket(where, labelled=labelled)
-        case "folder":
-            return _open_folder(Path(where), split, labelled=labelled)
-        case "split file":
-            source = exchange.read(Path(where), split or "train", root, labelled=labelled)
-            check_texts(source.items, source.name)
-            return source
-    raise refusal(where)
 
 
 def refusal(where: str) -> InputError:

@@ -1,4 +1,4 @@
-"""Read and write tables: CSV, TSV and JSON Lines files, Parquet files, and folders of Parquet parts.
+"""Read and write tables: CSV, TSV and Parquet files, and folders of Parquet parts.
 
 A feature table is a Parquet table with a column of features. Its metadata can name the backbone that made them.
 """
@@ -12,7 +12,7 @@ import mmap
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -29,7 +29,7 @@ from retrieval_tip.backbones.base import Backbone, FloatArray, Identity, Part, i
 from retrieval_tip.data import remote
 from retrieval_tip.data.source import Source, refuse_rows
 from retrieval_tip.errors import BackboneError, InputError, counted, few, first_line, one_line, show, warn_once
-from retrieval_tip.files import check_regular, open_regular, read_regular, replacing
+from retrieval_tip.files import check_regular, open_regular, replacing
 from retrieval_tip.settings import Levels, Norms
 
 FEATURE = "feature"
@@ -39,7 +39,7 @@ NAMES = {
     FEATURE: (FEATURE, "embedding", "vector"),
 }
 """Accepted column names. If a table has several of these columns, the one that comes first in this list is used."""
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+SUFFIXES = (".csv", ".tsv", ".parquet")
 RUN, COMPLETE = "_run.json", "_complete.json"  # the description of a folder of parts, and the mark of a complete one
 IDENTITY_KEY = b"retrieval_tip.backbone"
 NORM_TOLERANCE = 0.01
@@ -47,7 +47,6 @@ MOST_KEPT = 1e9  # largest norm that ``norms="keep"`` accepts; the squared produ
 MAX_TEXT = 4096  # longest label or id, in characters; a longer one suggests a misread table
 MAX_ROWS = 2**31 - 1  # largest number of rows; even a tiny file can declare any number
 MOST_GROUPED, MOST_GROUPS = 100_000, 1 << 24  # classes and bytes of a table of groups, which every manifest has
-MAX_JSON = 1 << 28  # largest JSON Lines file, in bytes; it is read into memory as a whole
 GROUP_ROWS = 1024  # smallest number of rows in a Parquet row group
 TABLE_ROWS = 8192  # largest number of features that are read at a time
 MAX_SHOWN = 64  # largest number of column names in a message, and of characters in each name
@@ -90,8 +89,8 @@ def part_files(folder: str) -> list[Path | str]:
 def items_of(file: Path | str, most: int = MAX_ROWS) -> tuple[pa.Table, bool]:
     """Return all columns of a table except features, and whether it has any. Ids default to row numbers."""
     name, number, has_features = show(file), 0, False
-    if (read := _text_reader(file)) is not None:
-        items = read(Path(file))
+    if _is_text(file):
+        items = _read_csv(Path(file))
         _check(items.column_names, len(items), most, name)
         return items, False
     tables: list[pa.Table] = []
@@ -111,16 +110,15 @@ def items_of(file: Path | str, most: int = MAX_ROWS) -> tuple[pa.Table, bool]:
     return items, has_features
 
 
-def _text_reader(file: Path | str) -> Callable[[Path], pa.Table] | None:
-    """Return the reader for a text table by the suffix of its name, or by its content if the suffix is unknown."""
+def _is_text(file: Path | str) -> bool:
+    """Return whether a table is a text file by the suffix of its name, or by its content if the suffix is unknown."""
     suffix = os.path.splitext(file)[1].lower()
     if remote.is_remote(file) or suffix == ".parquet" or os.path.isdir(file):
-        return None
+        return False
     if suffix in SUFFIXES:
-        return _read_json_lines if suffix == ".jsonl" else _read_csv
+        return True
     with reading(show(file)), open_regular(file) as raw:
-        head = raw.read(64).removeprefix(codecs.BOM_UTF8).lstrip()
-    return None if head.startswith(b"PAR1") else _read_json_lines if head.startswith(b"{") else _read_csv
+        return not raw.read(4).startswith(b"PAR1")
 
 
 def read_columns(file: Path, columns: Sequence[str], most: int) -> pa.Table:
@@ -211,24 +209,6 @@ def _read_csv(file: Path) -> pa.Table:
         return pyarrow.csv.read_csv(pa.OSFile(os.fsencode(file)), read, parse, convert)  # the name may not be UTF-8
 
 
-def _read_json_lines(file: Path) -> pa.Table:
-    """Read a JSON Lines file as text. Other values are converted to JSON."""
-    with reading(show(file)):
-        lines = read_regular(file, MAX_JSON).splitlines()
-    try:
-        rows = [json.loads(line) for line in lines if line.strip()]
-        columns = dict.fromkeys(name for row in rows for name in row)
-        return pa.table({name: pa.array([_text(row.get(name)) for row in rows], pa.string()) for name in columns})
-    except (AttributeError, TypeError):
-        raise InputError(f"{show(file)}: cannot be read as JSON lines: a line is not an object") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{show(file)}: cannot be read as JSON lines: {first_line(error)}") from None
-
-
-def _text(value: object) -> str | None:
-    return value if value is None or isinstance(value, str) else json.dumps(value)
-
-
 def _encoding(file: Path) -> str:
     """Guess the encoding of a CSV file: UTF-16 with a byte-order mark, UTF-8, or Windows-1252, which Excel writes."""
     with open_regular(file) as raw:
@@ -314,15 +294,9 @@ def check_backbone(
 
     The sources can be tables with one column for each of the ``parts`` of a feature.
 
-    Raises BackboneError if the backbones differ, or if the decoder of the index is no longer supported. Raises
-    InputError if the features have different lengths.
+    Raises BackboneError if the backbones differ, and InputError if the features have different lengths.
     """
     if backbone is not None and identity is not None:
-        if "decoder" in identity.preprocess:
-            raise BackboneError(
-                f"index: its photos were decoded by {identity.preprocess['decoder']!r}, which retrieval-tip no "
-                "longer supports; build the index again, or classify a feature table"
-            )
         same_backbone(identity, backbone.identity, "index")
     if backbone is not None and backbone.dim != d:
         raise BackboneError(f"encoder {backbone.identity}: its features have {backbone.dim} values; the index has {d}")

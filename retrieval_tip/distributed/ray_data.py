@@ -1,7 +1,7 @@
-"""Encode or classify the pieces of a source on a Ray cluster, and write the results to a folder of Parquet files.
+"""Encode the pieces of a source on a Ray cluster, and write the features to a folder of Parquet files.
 
-The folder can be stored on disk or in a bucket. Ray Data sends each piece to an actor, which holds the encoder and the
-index, and writes the resulting rows:
+The folder can be stored on disk or in a bucket. Ray Data sends each piece to an actor, which holds the encoder, and
+writes the resulting rows:
 
     _run.json               a digest of the work and its source, which prevents mixing the parts of two runs
     part=000012/            the rows of piece 12, unless none of its items could be read
@@ -39,21 +39,16 @@ from retrieval_tip.data import remote
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.reader import Reader, encoded
 from retrieval_tip.data.sources import Source
-from retrieval_tip.data.tables import COMPLETE, RUN, check_backbone, open_parquet, part_files
+from retrieval_tip.data.tables import COMPLETE, RUN, open_parquet, part_files
 from retrieval_tip.errors import (
     InputError,
     RetrievalTipError,
     Skipped,
-    StoreError,
     UsageError,
     first_line,
     install,
     show,
 )
-from retrieval_tip.index import places
-from retrieval_tip.index.items import restricted
-from retrieval_tip.model import Index
-from retrieval_tip.settings import Ask
 
 IMAGES, ROWS = 256, 16_384
 """Maximum size of a piece, in images or in rows of a feature table."""
@@ -67,24 +62,8 @@ PATIENCE = 5.0
 
 
 @dataclass(frozen=True)
-class Question:
-    """A query to the index in ``folder``. The query fails if the index no longer has the given manifest.
-
-    ``ask`` and ``where`` select the settings and the keys, as on the command line. ``rows`` is a function that yields
-    the answers as tables.
-    """
-
-    folder: str
-    manifest: bytes
-    ask: Ask
-    where: str | None
-    schema: pa.Schema
-    rows: Callable[[Index, Sequence[Source], Reader], Iterator[pa.Table]]
-
-
-@dataclass(frozen=True)
 class Work:
-    """The work of an actor, which encodes each piece or, if a ``question`` is given, answers it for each piece.
+    """The work of an actor, which encodes each piece.
 
     ``backbone`` is a function that loads the backbone onto a device, and ``cache`` is the folder of the encoding cache.
     """
@@ -92,7 +71,6 @@ class Work:
     reader: Reader
     backbone: Callable[..., Backbone] | None
     cache: str | None
-    question: Question | None = None
 
 
 def cut(source: Source) -> list[Source]:
@@ -223,7 +201,7 @@ def room(nodes: Iterable[Mapping[str, Any]], device: str) -> tuple[int, int, int
 
 
 class Worker:
-    """An actor that loads the encoder and the index once, and computes the rows of one piece at a time."""
+    """An actor that loads the encoder once, and computes the rows of one piece at a time."""
 
     def __init__(self, work: Work, out: str, device: str, started_in: Path) -> None:
         with suppress(OSError):  # resolves relative paths if the folder exists on this node
@@ -234,12 +212,7 @@ class Worker:
         """Compute the rows of a piece, and add a column with its part number."""
         part, source = batch["part"][0].as_py(), pickle.loads(batch["piece"][0].as_py())  # noqa: S301 - our own data
         reader = replace(self._reader, skipped=[])
-        if question := self._work.question:
-            index = self._index
-            check_backbone(index.backbone, index.d, reader.backbone, [source], index.parts)
-            schema, tables = question.schema, question.rows(index, [source], reader)
-        else:
-            schema, tables = encoded(source, reader)
+        schema, tables = encoded(source, reader)
         rows = pa.concat_tables([schema.empty_table(), *tables]).combine_chunks()
         if reader.skipped or not len(rows):
             failed = json.dumps([[skipped.source, skipped.reason] for skipped in reader.skipped])
@@ -253,17 +226,6 @@ class Worker:
             return replace(work.reader, empty=True)
         cache = None if work.cache is None else EncodingCache(work.cache)
         return replace(work.reader, backbone=work.backbone(device=self._device), cache=cache, empty=True)
-
-    @cached_property
-    def _index(self) -> Index:
-        asked = self._work.question
-        assert asked is not None
-        index = places.at(asked.folder).load(device=self._device, verify="fast")
-        if places.at(asked.folder).manifest().to_bytes() != asked.manifest:
-            raise StoreError(f"{asked.folder}: changed since this run began; start it again")
-        index = index.with_settings(index.settings.override(alpha=asked.ask.alpha, beta=asked.ask.beta))
-        index = index if asked.where is None else restricted(index, asked.where, asked.ask)
-        return index.with_settings(asked.ask.settings(index.settings))
 
 
 class PartsFolder:

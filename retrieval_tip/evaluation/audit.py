@@ -17,21 +17,17 @@ only if it is a duplicate, in which case its scores are null.
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
 from retrieval_tip import tip
-from retrieval_tip.fit.closed_form import FOLDS, unfitted
-from retrieval_tip.fit.folds import Folds, Queries, Visible
-from retrieval_tip.fit.forms import Form
+from retrieval_tip.fit.closed_form import unfitted
+from retrieval_tip.fit.folds import Queries, Visible
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.duplicates import NEAR
@@ -45,8 +41,6 @@ LEAST = torch.finfo(torch.float32).tiny
 """Smallest score in a margin, relative to the weight of the nearest key. It limits margins to 88."""
 CLEAR = 1.0
 """Margin above which a label looks wrong, because another class fits more than e times as well."""
-CHEAP = 2048
-"""Maximum number of keys for which :func:`gain` takes at most about a second."""
 
 
 def audit(index: Index, *, borderline: bool = False) -> pa.Table:
@@ -136,48 +130,3 @@ def _table(index: Index, shots: dict[str, npt.NDArray[Any]]) -> pa.Table:
     columns = shot | {"suggested": names.take(judgement("suggested", pa.int64()))} | scores
     columns |= {"rank": judgement("rank", pa.int64())} | nearest
     return pa.table(columns | {"nearest_affinity": affinity, "duplicate_of": described("twin", "key_id")})
-
-
-def suspicious(index: Index) -> pa.Table:
-    """Return the rows of :func:`audit` whose shots an index can leave out, because their labels look wrong.
-
-    If more than half of the shots of a class look mislabelled, or if only one would be left, it is not clear which of
-    them are wrong, so none of them is returned. Therefore, every class keeps at least two shots or all its shots.
-    """
-    table = audit(index)
-    table = table.filter(pc.greater(table["margin"], CLEAR))
-    wrong, counts = Counter(table["label"].to_pylist()), dict(zip(index.class_names, index.counts, strict=True))
-    clear = [label for label, number in wrong.items() if number <= min(counts[label] / 2, counts[label] - 2)]
-    return table.filter(pc.is_in(table["label"], pa.array(clear, pa.string())))
-
-
-class Gain(NamedTuple):
-    """The accuracy on held-out photos, ``before`` and ``after`` leaving out a number of suspicious ``shots``."""
-
-    shots: int
-    before: float
-    after: float
-
-
-def gain(index: Index) -> Gain | None:
-    """Estimate how much a fitted index gains if it is built without the :func:`suspicious` shots.
-
-    The other shots are held out in turn. Each is classified with and without the suspicious shots among the keys, and
-    with the form of the index, which is fitted again in both cases. This takes about a second, so ``None`` is returned
-    for more than :data:`CHEAP` keys. ``None`` also means that no shot is suspicious, that too few can be held out, or
-    that the number of correct answers does not increase by more than two standard errors.
-    """
-    if index.n > CHEAP or index.fitted is None or not len(shots := suspicious(index)):
-        return None
-    kept = np.flatnonzero(~np.isin(index.labels["key_id"].to_numpy(), shots["key_id"].to_numpy()))
-    keys, images, ids = np.asarray(index.keys), images_of(index.labels), index.class_ids.cpu()
-    without = replace(Folds.of(index), keys=keys[kept], ids=ids[kept], sums=None)
-    without = without.with_shots(images[kept], FOLDS, len(kept))
-    if not without.can_judge:
-        return None
-    form, whole = Form.of(index.fitted, index.settings.beta), without.among(keys, ids, images, kept)
-    after, before = (folds.judge(form).right.double() for folds in (without, whole))
-    change = after - before
-    if float(change.sum()) <= 2 * float(change.abs().sum()) ** 0.5:
-        return None
-    return Gain(len(shots), float(before.mean()), float(after.mean()))

@@ -341,7 +341,7 @@ def _answers(answer: AnswerBlock, every: Ints, class_names: list[str], held_out:
         answers = replace(answers, set_sizes=members.sum(1), in_set=own)
     if settings.least_cache is None:
         return answers
-    strength = terms.strongest(answer.retrieval.keys.counts).double().cpu().numpy()
+    strength = terms.strongest(answer.index.retrieval.keys.counts).double().cpu().numpy()
     return replace(answers, strength=strength, no_match=strength < settings.least_cache)
 
 

@@ -15,10 +15,9 @@ Cross-validation on the shots selects one of the combinations in :mod:`fit.forms
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +33,6 @@ from retrieval_tip.fit.folds import (
     Blend,
     Folds,
     Held,
-    IntArray,
     Queries,
     blend,
     ranks_within,
@@ -49,9 +47,9 @@ from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.ridge import MOST_SOLVED
 from retrieval_tip.retrieval.rows import ArrayRows
 from retrieval_tip.retrieval.sets import Scores
-from retrieval_tip.retrieval.vector_index import inner_factory
+from retrieval_tip.retrieval.vector_index import BY_CLASS
 from retrieval_tip.settings import ClassPrior, MetricName, Settings, ValuesName, check_choice
-from retrieval_tip.store.labels import PICKED, RANDOM, images_of
+from retrieval_tip.store.labels import PICKED, RANDOM
 
 FOLDS, MOST_FOLDS, FEW_KEYS = 4, 8, 1024
 """Number of folds to select a form, and to evaluate the selected form if there are at most so many keys."""
@@ -124,38 +122,36 @@ class Fit(NamedTuple):
     prior: FloatArray | None = None
 
 
-class Accuracies(TypedDict, total=False):
-    """Accuracies of a form on held-out photos, as fields of :class:`FormChoice`."""
-
-    photos: float | None
-    words: float | None
-    both: float | None
-    interval: tuple[float, float]
-    names_hurt: bool
-    weakest: Sequence[tuple[str, int, int]]
-
-
-class ShotEstimate(Accuracies, total=False):
-    """Accuracies of an index on its own shots, and the number of ``tested`` classes out of all that have shots."""
-
-    tested: int
-    classes: int
-
-
-@dataclass(frozen=True)
-class FormChoice:
-    """The selected form, and its accuracy on ``n`` held-out photos. ``trials`` are the forms that were tried.
+@dataclass(frozen=True, kw_only=True)
+class ShotEstimate:
+    """Accuracies of an index on held-out photos. They are ``None`` if no photo could be held out.
 
     - ``photos``, ``words`` and ``both`` are the accuracies of the shots, the text and the blend. ``words`` is ``None``
-      if there is no text. All three are ``None`` if no photo could be held out.
+      if there is no text.
     - ``interval`` is the 95 % confidence interval of ``both``.
     - ``names_hurt`` is true if the shots alone are significantly more accurate than the blend.
     - ``weakest`` lists classes with mistakes, least accurate first, with their numbers of correct answers and of
       held-out photos.
+    - ``tested`` is the number of classes of the held-out photos, out of all ``classes`` that have photos.
+    """
+
+    photos: float | None = None
+    words: float | None = None
+    both: float | None = None
+    interval: tuple[float, float] | None = None
+    names_hurt: bool = False
+    weakest: Sequence[tuple[str, int, int]] = ()
+    tested: int = 0
+    classes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormChoice(ShotEstimate):
+    """The selected form, and its accuracy on ``n`` held-out photos. ``trials`` are the forms that were tried.
+
     - ``longest`` is the largest norm of a key.
     - ``without_shots`` is the number of classes that have text but no shots.
     - ``single`` is the number of classes that have a single photo, which cannot be held out.
-    - ``tested`` is the number of classes of the held-out photos, out of all ``classes`` that have photos.
     - ``halves`` is true if folds are classified with only about half of the shots.
     """
 
@@ -164,31 +160,21 @@ class FormChoice:
     judged_on: str
     n: int
     folds: int
-    seconds: float
-    photos: float | None = None
-    words: float | None = None
-    both: float | None = None
-    interval: tuple[float, float] | None = None
-    names_hurt: bool = False
-    weakest: Sequence[tuple[str, int, int]] = ()
-    longest: float | None = None
-    without_shots: int = 0
-    single: int = 0
-    tested: int = 0
-    classes: int = 0
-    halves: bool = False
+    longest: float | None
+    without_shots: int
+    single: int
+    halves: bool
 
     @classmethod
     def of(
-        cls, form: Form, trials: Sequence[tuple[Form, Blend]], judged_on: str, folds: Folds, start: float,
-        accuracies: Accuracies, longest: float | None = None,
+        cls, form: Form, trials: Sequence[tuple[Form, Blend]], judged_on: str, folds: Folds, found: ShotEstimate,
+        longest: float | None = None,
     ) -> FormChoice:  # fmt: skip
-        """Return the choice of a form on ``folds``, which began at the time ``start``."""
-        n, classes = folds.n if folds.can_judge else 0, len(folds.ids.unique())
+        """Return the choice of a form on ``folds``."""
         return cls(
-            form, trials, judged_on, n, len(folds.held), time.perf_counter() - start, longest=longest,
-            without_shots=folds.c - classes, single=folds.single, tested=folds.tested, classes=classes,
-            halves=folds.halves, **accuracies,
+            **vars(found), form=form, trials=trials, judged_on=judged_on, n=folds.n if folds.can_judge else 0,
+            folds=len(folds.held), longest=longest, without_shots=folds.c - found.classes, single=folds.single,
+            halves=folds.halves,
         )  # fmt: skip
 
     def __str__(self) -> str:
@@ -266,22 +252,20 @@ def fit(
         InputError: if the index is fine-tuned, or if its keys are too long or too short.
     """
     asked = asked or Fit()
-    start = time.perf_counter()
     longest = _longest(index)
-    by_class = inner_factory(factory or index.index_type) is not None
+    by_class = (factory or index.index_type) == BY_CLASS
     forms = _forms(index, forms, asked.metric, asked.values, longest, by_class=by_class)
     if index.curve is not None:
         raise InputError("fit: the keys of this index were fine-tuned; fit the index before fine-tuning")
-    images = _images(index)
     if asked.prior is not None:
         d, own = index.keys.shape[1], len(asked.prior)
         if own != d:
             raise InputError(f"prior: features have {own} values instead of {d}; use the same encoders")
         index.prior = asked.prior.astype(np.float32)
-    folds, judged_on = _folds_of(index, validation, images, asked.class_prior, equal_shares(index.parts))
+    folds, judged_on = _folds_of(index, validation, asked.class_prior, equal_shares(index.parts))
     shares: tuple[float, ...] = ()
     if len(index.parts) > 1:
-        few = folds if validation is not None or not folds.can_judge else _sample(folds, images, SHARED_ON)
+        few = folds if validation is not None or not folds.can_judge else _sample(folds, SHARED_ON)
         few = few if few.can_judge else folds
         # The known prior of one encoder helps folds more than the whole index, so it does not count here.
         shares = shares_of(replace(few, parts=[replace(part, identity=None) for part in few.parts]), forms[0])
@@ -289,11 +273,12 @@ def fit(
     if folds.prior is not None and forms[0] == DEFAULT_FORM:
         forms = [WITH_PRIOR, *forms]
     if folds.can_judge:
-        form, trials = _chosen(forms, folds, images if validation is None else None)
-        form, settings, accuracies, rows = _settings_of(index, form, folds)
+        form, trials = _chosen(forms, folds, sampled=validation is None)
+        form, settings, found, rows = _settings_of(index, form, folds)
         where = f"fitted on {judged_on}"
     else:
-        (form, settings), trials, accuracies, rows = _settings_without_folds(index, forms, folds), [], {}, NO_SCORES
+        (form, settings), trials, rows = _settings_without_folds(index, forms, folds), [], NO_SCORES
+        found = _estimated(index, folds)
         if _drawn(index) is not None:
             settings = replace(settings, temperature=EARLY * settings.temperature)
         where = "default for shots that cannot be held out"
@@ -302,7 +287,7 @@ def fit(
         index.n, asked.class_prior, automatic=validation is None and asked.metric is None and asked.values is None
     )
     fitted = replace(fitted, shares=shares)
-    choice = FormChoice.of(form, trials, judged_on, folds, start, accuracies, longest)
+    choice = FormChoice.of(form, trials, judged_on, folds, found, longest)
     provenance = dict.fromkeys(("alpha", "beta", "temperature"), where) | {"fit": choice.provenance()}
     index.set_fitted(fitted_metric, fitted_values, fitted, factory)
     index.rows = index.rows.with_sums(folds.sums)
@@ -317,13 +302,13 @@ def refit(index: Index, beta: float) -> FormChoice:
     If there are too few shots, only beta changes. The values are not solved again, so call
     :meth:`model.Editing.solve` next.
     """
-    start, settings, form = time.perf_counter(), replace(index.settings, beta=beta), Form.of(index.fitted, beta)
-    folds, judged_on = _folds_of(index, None, _images(index))
-    accuracies, rows = Accuracies(), NO_SCORES
+    settings, form = replace(index.settings, beta=beta), Form.of(index.fitted, beta)
+    folds, judged_on = _folds_of(index)
+    found, rows = _estimated(index, folds), NO_SCORES
     if folds.can_judge:
-        form, settings, accuracies, rows = _settings_of(index, form, folds)
+        form, settings, found, rows = _settings_of(index, form, folds)
         index.provenance = index.provenance | dict.fromkeys(("alpha", "temperature"), f"fitted on {judged_on}")
-    choice = FormChoice.of(form, [], judged_on, folds, start, accuracies)
+    choice = FormChoice.of(form, [], judged_on, folds, found)
     index.settings, index.scores = settings, Scores(rows, settings)
     index.fitted = None if index.fitted is None else replace(index.fitted, bonus=form.bonus)
     index.provenance = index.provenance | {"fit": choice.provenance()}
@@ -333,46 +318,42 @@ def refit(index: Index, beta: float) -> FormChoice:
 def estimate(index: Index) -> ShotEstimate:
     """Estimate the accuracy of an index on folds of its own shots. The index does not change.
 
-    The metric and the values are refitted for each fold, but alpha, beta and the temperature are not.
-
-    Returns the accuracies of the cache (``photos``), the text (``words``) and the blend (``both``). ``words`` is
-    ``None`` if there is no text. All are ``None`` if the keys were fine-tuned, or if too few shots can be held out, or
-    shots of a single class. Otherwise, the 95 % confidence interval of ``both``, the ``weakest`` classes, and the
-    numbers of ``tested`` classes and of all ``classes`` with shots are also returned.
+    The metric and the values are refitted for each fold, but alpha, beta and the temperature are not. No accuracy is
+    returned if the keys were fine-tuned, or if too few shots can be held out, or shots of a single class.
     """
-    settings = index.settings
-    folds, _ = _folds_of(index, None, _images(index))
+    settings, (folds, _) = index.settings, _folds_of(index)
     if index.curve is not None or not folds.can_judge:
-        return {"photos": None, "words": None, "both": None}
+        return _estimated(index, folds)
     text, photos, discriminant = folds.terms(Form.of(index.fitted, settings.beta))
     linked = tip.log_cache(photos, settings.log_offset)
     terms = tip.Terms(torch.zeros_like(photos) if text is None else text, linked, discriminant)
-    ids = folds.ids_held
-    right = terms.logits(settings).argmax(1) == ids
-    found, weakest = _accuracies(terms.photos(settings), text, right, folds), _weakest(index.class_names, right, ids)
-    return {**found, "weakest": weakest, "tested": folds.tested, "classes": len(folds.ids.unique())}
+    right = terms.logits(settings).argmax(1) == folds.ids_held
+    return _estimated(index, folds, terms.photos(settings), text, right)
 
 
-def _images(index: Index) -> IntArray:
-    return images_of(index.rows.columns("digest", "source"))
-
-
-def _accuracies(photos: Tensor, words: Tensor | None, right: Tensor, folds: Folds) -> Accuracies:
+def _estimated(
+    index: Index, folds: Folds, photos: Tensor | None = None, words: Tensor | None = None, right: Tensor | None = None
+) -> ShotEstimate:
     """Return the accuracies of the whole index, as they follow from those on folds.
 
     The whole index has ``r`` times as many shots of a class as a fold has. Without text, an error in this class counts
     as ``r^-0.4`` (see :data:`LEARNING`).
     """
+    found = ShotEstimate(tested=folds.tested, classes=len(folds.ids.unique()))
+    if photos is None or right is None:
+        return found
     ids, w, left = folds.ids_held, folds.weights, folds.growth ** (-LEARNING if words is None else 0)
-    by_photos = photos.argmax(1) == ids
+    by_photos, shown = photos.argmax(1) == ids, folds.held_of("shots")
     both, lost = 1 - float((w * left * ~right).mean()), w * (by_photos.double() - right.double())
-    return {
-        "photos": 1 - float((w * left * ~by_photos).mean()),
-        "words": None if words is None else float((w * (words.argmax(1) == ids)).mean()),
-        "both": both,
-        "interval": wilson(both, float(w.sum() ** 2 / (w * w).sum()) / DRAWN),
-        "names_hurt": words is not None and float(lost.mean()) > 2 * float(lost.std()) / len(ids) ** 0.5,
-    }
+    return replace(
+        found,
+        photos=1 - float((w * left * ~by_photos).mean()),
+        words=None if words is None else float((w * (words.argmax(1) == ids)).mean()),
+        both=both,
+        interval=wilson(both, float(w.sum() ** 2 / (w * w).sum()) / DRAWN),
+        names_hurt=words is not None and float(lost.mean()) > 2 * float(lost.std()) / len(ids) ** 0.5,
+        weakest=_weakest(index.class_names, right[shown], ids[shown]),
+    )
 
 
 def wilson(share: float, n: float) -> tuple[float, float]:
@@ -425,35 +406,34 @@ def _forms(
     grown = longest**2 - 1
     forms = [form for form in forms if form.metric is not None or form.beta * grown <= GROWN]
     if values is None:  # one-hot values are only needed if a query uses some of the keys
-        forms = [form for form in forms if form.values is not None] or forms
+        forms = [form for form in forms if form.ridge is not None] or forms
     if not forms:
         raise InputError(f"metric none: keys have norms up to {longest:.4g} instead of 1; give norms unit")
     return forms
 
 
 def _folds_of(
-    index: Index, validation: Queries | None, images: IntArray, class_prior: ClassPrior | None = None,
+    index: Index, validation: Queries | None = None, class_prior: ClassPrior | None = None,
     shares: Sequence[float] = (),
 ) -> tuple[Folds, str]:  # fmt: skip
     folds = Folds.of(index, class_prior, shares)
     if validation is not None:
         held = Held(torch.from_numpy(validation.features), torch.from_numpy(validation.ids), torch.arange(index.n))
-        folds = replace(folds, held=[held], weighted=False).with_classes(images, JUDGED)
+        folds = replace(folds, held=[held], weighted=False).with_classes(JUDGED)
         return folds, f"{len(held.ids):,} photos of {validation.name}"
     number, most = MOST_FOLDS if index.n <= FEW_KEYS else FOLDS, int(min(JUDGED, max(256, AFFINITIES / index.n)))
-    folds = folds.with_shots(images, number, most).with_small(images, most).with_classes(images, most)
+    folds = folds.with_shots(number, most).with_small(most).with_classes(most)
     return folds, f"{folds.n:,} photos, each held out in turn"
 
 
-def _chosen(forms: Sequence[Form], folds: Folds, images: IntArray | None) -> tuple[Form, list[tuple[Form, Blend]]]:
+def _chosen(forms: Sequence[Form], folds: Folds, *, sampled: bool) -> tuple[Form, list[tuple[Form, Blend]]]:
     """Return the first form, or the best form that is significantly better, and all trials.
 
-    If there are too few shots to select a form, no form is tried.
+    If the photos are ``sampled`` from the shots, and there are too few of them, no form is tried.
     """
-    if len(forms) == 1 or (images is not None and len(np.unique(images)) < LEAST_SHOTS * len(folds.ids.unique())):
+    if len(forms) == 1 or (sampled and len(np.unique(folds.images)) < LEAST_SHOTS * len(folds.ids.unique())):
         return forms[0], []
-    if images is not None:
-        folds = _sample(folds, images)
+    folds = _sample(folds) if sampled else folds
     trials = [(form, folds.judge(form)) for form in forms]
     (chosen, best), stands = trials[0], trials[0][1]
     for form, tried in trials:
@@ -464,21 +444,20 @@ def _chosen(forms: Sequence[Form], folds: Folds, images: IntArray | None) -> tup
     return chosen, trials
 
 
-def _settings_of(index: Index, form: Form, folds: Folds) -> tuple[Form, Settings, Accuracies, FloatArray]:
+def _settings_of(index: Index, form: Form, folds: Folds) -> tuple[Form, Settings, ShotEstimate, FloatArray]:
     """Return the bonus and the settings that give the held-out photos the highest log-likelihood.
 
     Also return accuracies, and the rows of :class:`sets.Scores`.
     """
-    settings, class_names = index.settings, index.class_names
-    form = form.with_bonus(0.0)
+    settings, form = index.settings, replace(form, bonus=0.0)
     (text, cache, third), ids, w = folds.terms(form), folds.ids_held, folds.weights
-    offsets = OFFSETS if form.values is not None and not folds.held_of("classes").any() else (None,)
+    offsets = OFFSETS if form.ridge is not None and not folds.held_of("classes").any() else (None,)
     offsets = [offset for offset in offsets if offset is not None or not folds.halves] or offsets
     blends = [(blend(text, tip.log_cache(cache.clone(), offset), third, ids, w), offset) for offset in offsets]
     blended, offset = min(blends, key=lambda pair: pair[0].loss)
     blended = robust_blend(blended, text, tip.log_cache(cache.clone(), offset), third, ids)
     if third is not None and folds.covered < 1:
-        form = form.with_bonus(blended.g / blended.b)
+        form = replace(form, bonus=blended.g / blended.b)
         cache, third, blended = cache + form.bonus * third, None, replace(blended, g=0.0)
     least: float | None = None
     if not folds.halves:
@@ -487,12 +466,10 @@ def _settings_of(index: Index, form: Form, folds: Folds) -> tuple[Form, Settings
     if not folds.held_of("classes").any() and folds.covered < 1:  # too few classes to hold some out
         blended = replace(blended, a=1.0, b=blended.b / max(blended.a, 1.0) * folds.covered)
     settings = replace(blended.settings(settings.unfitted(), form.beta), least_cache=least, log_offset=offset)
-    shown = folds.held_of("shots")
-    accuracies: Accuracies = {"weakest": _weakest(class_names, blended.right[shown], ids[shown])}
-    photos = tip.Terms(cache, cache, third).photos(settings)
-    accuracies |= _accuracies(photos, text, blended.right, folds)
-    drawn, counting = _drawn(index), shown
-    logits = tip.Terms(torch.zeros_like(cache) if text is None else text, cache, third).logits(settings)
+    terms = tip.Terms(torch.zeros_like(cache) if text is None else text, cache, third)
+    found, logits = _estimated(index, folds, terms.photos(settings), text, blended.right), terms.logits(settings)
+    shown = counting = folds.held_of("shots")
+    drawn = _drawn(index)
     if drawn is not None and all(held.own is not None for held in folds.held):
         own = torch.cat([held.own for held in folds.held if held.own is not None])
         counting = torch.from_numpy(drawn)[own] & shown
@@ -501,12 +478,12 @@ def _settings_of(index: Index, form: Form, folds: Folds) -> tuple[Form, Settings
     elif folds.covered == 1:
         few = text is None and folds.halves
         like_new = folds.held_of("small") if few else shown
-        share = ((accuracies["both"] or 0) * folds.n + 0.5) / (folds.n + 1)
+        share = ((found.both or 0) * folds.n + 0.5) / (folds.n + 1)
         settings = _as_sure(settings, logits[like_new], w[like_new], share, LESS_SURE if few else 1.0)
     left = folds.growth ** (-LEARNING if text is None else 0)
     own_chance = tip.probabilities(logits, settings.temperature).double().gather(1, ids[:, None])[:, 0]
     rows = torch.stack([own_chance, w * left / w[counting].sum(), ids.double()], 1)[counting]
-    return form, settings, accuracies, rows.numpy()
+    return form, settings, found, rows.numpy()
 
 
 def _drawn(index: Index) -> npt.NDArray[np.bool_] | None:
@@ -548,7 +525,7 @@ def _strongest(cache: Tensor, folds: Folds, form: Form) -> Tensor:
     counts, ratio = folds.counts, folds.growth
     fewer, own = (part.gather(1, folds.ids_held[:, None])[:, 0] for part in (counts, cache))
     most = cache.masked_fill(counts == 0, -torch.inf).amax(1)
-    if form.values is None:
+    if form.ridge is None:
         return most * ratio
     own = own * ratio / (1 + (ratio - 1) * own[fewer > 0].mean().clamp(0, 1))
     return torch.where(fewer > 0, torch.maximum(most, own), most)
@@ -578,7 +555,7 @@ def _settings_without_folds(index: Index, forms: Sequence[Form], folds: Folds) -
     the discriminant is used as well (see :data:`PRIOR_ALPHA` and :data:`PRIOR_ALONE`).
     """
     covered = folds.covered
-    if all(form.values is None for form in forms):
+    if all(form.ridge is None for form in forms):
         alpha, beta = untouched_settings(index.keys, index.class_ids.cpu().numpy())
         alpha *= covered
         return Form(None, None, beta), replace(index.settings.unfitted(), alpha=alpha, beta=beta, temperature=1.0)
@@ -605,11 +582,11 @@ def _settings_without_folds(index: Index, forms: Sequence[Form], folds: Folds) -
     return form, settings
 
 
-def _sample(folds: Folds, images: IntArray, most: int = CHOSEN_ON) -> Folds:
+def _sample(folds: Folds, most: int = CHOSEN_ON) -> Folds:
     """Return folds of a sample of at most ``most`` keys, which may be the same folds."""
     if len(folds.ids) <= most and [held.of for held in folds.held if held.of != "classes"] == ["shots"] * FOLDS:
         return folds
-    keys, ids, c, text = folds.keys, folds.ids.numpy(), folds.c, folds.text
+    keys, ids, c, text, images = folds.keys, folds.ids.numpy(), folds.c, folds.text, folds.images
     if len(ids) > most:
         draw = np.random.default_rng(0)
         few = np.flatnonzero(ranks_within(ids, draw) < CHOSEN_SHOTS)
@@ -619,5 +596,6 @@ def _sample(folds: Folds, images: IntArray, most: int = CHOSEN_ON) -> Folds:
         rows = few[np.isin(ids[few], classes)]
         keys, images, text = np.asarray(keys[rows]), images[rows], None if text is None else text[classes]
         ids, c = np.searchsorted(classes, ids[rows]), len(classes)
-    sample = replace(folds, keys=keys, ids=torch.from_numpy(ids), c=c, text=text, sums=None, _scatters={})
-    return sample.with_shots(images, FOLDS, len(ids)).with_classes(images, len(ids))
+    own = torch.from_numpy(ids)
+    sample = replace(folds, keys=keys, ids=own, c=c, text=text, images=images, sums=None, _scatters={})
+    return sample.with_shots(FOLDS, len(ids)).with_classes(len(ids))

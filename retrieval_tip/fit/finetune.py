@@ -11,13 +11,12 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from retrieval_tip import tip
-from retrieval_tip.data.reader import Reader, Views, view_names
+from retrieval_tip.data.reader import Reader, view_names
 from retrieval_tip.data.sources import Source, is_there, open_source
 from retrieval_tip.errors import InputError, check_memory, show
 from retrieval_tip.files import make_folders
@@ -33,10 +32,11 @@ from retrieval_tip.fit import closed_form, search_hp
 from retrieval_tip.fit.folds import Folds, Queries
 from retrieval_tip.fit.forms import like
 from retrieval_tip.model import Index
+from retrieval_tip.retrieval.inputs import FloatArray, IntArray
+from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.retrieval.rows import ArrayRows
 from retrieval_tip.settings import Recipe
 from retrieval_tip.store.files import check_name
-from retrieval_tip.store.labels import images_of
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +44,10 @@ BLOCK, GPU_BLOCK = 2048, 65536
 """Keys per block on a CPU, where a block should fit in the cache (benchmarks/gpu.py), and on a GPU."""
 QUERIES = 256
 """Number of queries per batch in an evaluation."""
-COLLAPSE = 0.5
-"""Training has collapsed if the accuracy falls below this fraction of the best accuracy so far."""
+VIEWS = 16
+"""Number of augmented views of each photo, which are encoded once. Each epoch draws one of them."""
+EPSILON = 1e-4
+"""Epsilon of AdamW, as in the paper's code."""
 HELD_OUT, FOLDS = 1000, 4
 """Largest number of shots that are held out to evaluate training without validation images, and number of folds."""
 CURVE = pa.schema(
@@ -65,7 +67,7 @@ class Trainer:
     """
 
     def __init__(self, index: Index, recipe: Recipe) -> None:
-        self.index, self.products = index, getattr(torch, recipe.precision)
+        self.index = index
         self.keys = torch.from_numpy(np.array(index.keys, dtype=np.float32)).to(index.device)
         self.values = None if index.values is None else index.values.clone()
         if self.values is None and "values" in recipe.train:
@@ -75,9 +77,7 @@ class Trainer:
             part: matrix.requires_grad_() for part, matrix in matrices if matrix is not None and part in recipe.train
         }
         self._block = BLOCK if index.device == "cpu" else GPU_BLOCK
-        self._optimizer = torch.optim.AdamW(
-            self._trained.values(), eps=recipe.eps, weight_decay=recipe.weight_decay, fused=True
-        )
+        self._optimizer = torch.optim.AdamW(self._trained.values(), eps=EPSILON, fused=True)
 
     def step(self, features: Tensor, ids: Tensor, lr: float) -> tuple[float, int]:
         """Take one training step, and return the mean cross-entropy before the step and the number of right answers.
@@ -109,11 +109,11 @@ class Trainer:
     def _logits(self, features: Tensor) -> Tensor:
         """Compute the logits of queries. The keys are processed in blocks, so that only the weights need ``n q``."""
         features, settings, c = features.to(self.index.device), self.index.settings, len(self.index.class_names)
-        queries, cache = features.to(self.products), features.new_zeros(len(features), c)
+        cache = features.new_zeros(len(features), c)
         ids = self.index.class_ids.split(self._block)
         values = [None] * len(ids) if self.values is None else map(tip.Values, self.values.split(self._block))
         for keys, own, part in zip(self.keys.split(self._block), ids, values, strict=True):
-            affinity = tip.affinity(keys.to(self.products), queries).to(features.dtype).T  # one row per key is faster
+            affinity = tip.affinity(keys, features).T  # one row per key is faster
             cache = cache + tip.cache_logits(affinity, own, c, settings.beta, values=part)
         text = tip.text_logits(features, self.index.retrieval.text, settings.logit_scale)
         return tip.Terms(text, cache).logits(settings)
@@ -157,7 +157,8 @@ class Comparison:
 class Tuned:
     """The result of fine-tuning.
 
-    - ``index``: the new index, which is written to disk by :meth:`save`
+    - ``index``: the new index, which is written to disk by :meth:`save`. It is a copy of the given index if training
+      did not help.
     - ``epoch``: the epoch that was kept, or 0 if no epoch improved on the untrained index
     - ``curve``: a table with the columns of :data:`CURVE`
     - ``collapsed``: a description of how training collapsed, or ``None``
@@ -165,7 +166,6 @@ class Tuned:
       images
     - ``record``: a description of the run
     - ``compared``: the accuracy before and after training, as measured by :func:`finetune_into`, or ``None``
-    - ``as_it_was``: whether ``index`` is a copy of the given index, because training did not help
     """
 
     index: Index
@@ -175,7 +175,11 @@ class Tuned:
     choice: search_hp.HyperparameterChoice | None
     record: dict[str, object]
     compared: Comparison | None = None
-    as_it_was: bool = False
+
+    @property
+    def as_it_was(self) -> bool:
+        """Whether ``index`` is a copy of the given index, because training did not help."""
+        return self.compared is not None and not self.compared.helps
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the index folder."""
@@ -197,43 +201,43 @@ class Tuned:
 
 def finetune_into(
     out: str | os.PathLike[str], index: Index, shots: Source, reader: Reader, recipe: Recipe | None = None, *,
-    val: Source | Queries | None = None, parent: str = "", keep_last: bool = False,
+    val: Source | Queries | None = None,
 ) -> Tuned:  # fmt: skip
-    """Fine-tune an index, and write the result into the folder ``out`` if it is more accurate.
+    """Fine-tune an index, and write the result into the folder ``out``, or a copy of the index if it is more accurate.
 
-    If training does not help, a copy of the original index is written instead, unless ``keep_last`` is set. The
-    accuracy is measured on ``val``, or on held-out shots if ``val`` is not given (see :func:`_compared`).
+    The accuracy is measured on ``val``, or on held-out shots if ``val`` is not given (see :func:`_compared`).
     """
     check_name(Path(out))
     make_folders(Path(out).parent)
     recipe = recipe or Recipe()
     log.warning("the closed-form fit is usually more accurate than fine-tuning; held-out photos decide which is kept")
     material = _Material.of(index, shots, reader, recipe, val)
-    queries, tuned, compared = material.queries, None, None
+    queries, compared, tuned = material.queries, None, None
     if queries is None:
         compared, tuned = _compared(index, material, recipe)
-    if tuned is None or compared is None or compared.helps or keep_last:
-        tuned = _trained(index, material, recipe, parent)
+    if tuned is None or compared is None or compared.helps:
+        tuned = _trained(index, material, recipe)
     if queries is not None and tuned.choice is not None:
         before = _right(index, queries.features, queries.ids) / len(queries.ids)
         compared = Comparison(before, tuned.choice.accuracy, len(queries.ids), queries.name)
     if tuned.collapsed is not None:
         _warn(tuned)
+    tuned = replace(tuned, compared=compared)
     if compared is None:
         log.warning("no photo could be held out to evaluate the training, since no class has two; give --val")
-    elif compared.helps or keep_last:
+    elif compared.helps:
         tuned.record["held_out"] = asdict(compared)
     else:
         log.warning("%s; training does not help, so %s is a copy of the index", compared, show(out))
-        tuned = replace(tuned, index=copy.copy(index), choice=None, as_it_was=True)
+        tuned = replace(tuned, index=copy.copy(index), choice=None)
     tuned.save(out)
-    return replace(tuned, compared=compared)
+    return tuned
 
 
 def finetune(
     index: Index, shots: Source, reader: Reader, recipe: Recipe | None = None, *,
-    val: Source | Queries | None = None, parent: str = "",
-    on_epoch: Callable[[Mapping[str, float]], None] | None = None,
+    val: Source | Queries | None = None,
+    on_epoch: Callable[[Mapping[str, float]], None] = lambda _: None,
 ) -> Tuned:  # fmt: skip
     """Train an index by minimising the cross-entropy of ``logit_scale f W^T + alpha C`` (paper, equation 6).
 
@@ -248,7 +252,6 @@ def finetune(
             of the best is kept. If no epoch is better than the untrained index, the untrained index is kept. A cautious
             search then selects alpha and beta. If ``val`` is not given, the last epoch is kept and the settings do not
             change.
-        parent: The name of the index, which is written to the record.
         on_epoch: A function that is called with each row of the curve, and once before training.
 
     Raises:
@@ -256,24 +259,24 @@ def finetune(
         InputError: if the shots or the validation images do not fit the index.
     """
     recipe = recipe or Recipe()
-    tuned = _trained(index, _Material.of(index, shots, reader, recipe, val), recipe, parent, on_epoch)
+    tuned = _trained(index, _Material.of(index, shots, reader, recipe, val), recipe, on_epoch)
     _warn(tuned)
     return tuned
 
 
 def _trained(
-    index: Index, material: _Material, recipe: Recipe, parent: str = "",
-    on_epoch: Callable[[Mapping[str, float]], None] | None = None,
+    index: Index, material: _Material, recipe: Recipe,
+    on_epoch: Callable[[Mapping[str, float]], None] = lambda _: None,
 ) -> Tuned:  # fmt: skip
     """Train Tip-Adapter over the keys of an index, with the recipe's alpha and beta."""
     plain = closed_form.unfitted(index)
     plain = plain.with_settings(plain.settings.override(alpha=recipe.alpha, beta=recipe.beta))
     if plain.device == "cpu":
-        queries = min(recipe.batch, len(material.shots))
+        queries = min(recipe.batch, len(material.ids))
         check_memory(4 * queries * plain.n, f"batch {queries} x {plain.n} keys", "use a smaller batch")
     run = _Run(plain, material, recipe, on_epoch)
     run.train()
-    return run.result(parent)
+    return run.result()
 
 
 def _warn(tuned: Tuned) -> None:
@@ -289,12 +292,12 @@ def _compared(index: Index, material: _Material, recipe: Recipe) -> tuple[Compar
     A quarter of each class is held out at a time, until :data:`HELD_OUT` shots have been evaluated. Both return values
     are ``None`` if no class has two photos.
     """
-    folds = Folds.of(index).with_shots(images_of(index.labels), FOLDS, HELD_OUT)
+    folds = Folds.of(index).with_shots(FOLDS, HELD_OUT)
     sources = np.array(index.labels["source"].to_pylist(), dtype=object)
     right, n, seconds, tuned = [0, 0], 0, 0.0, None
     for held in folds.held:
         rest, own = index.take(held.rows.numpy()), material.without(set(np.delete(sources, held.rows.numpy())))
-        if not len(own.shots):
+        if not len(own.ids):
             continue
         tuned = _trained(rest, own, recipe)
         if index.fitted is not None and index.curve is None:
@@ -308,7 +311,7 @@ def _compared(index: Index, material: _Material, recipe: Recipe) -> tuple[Compar
     return Comparison(right[0] / n, right[1] / n, n, "its own shots, held out"), tuned
 
 
-def _right(index: Index, features: npt.NDArray[np.float32], ids: npt.NDArray[np.int64]) -> int:
+def _right(index: Index, features: FloatArray, ids: IntArray) -> int:
     return int((index.logits(features).argmax(1).cpu().numpy() == ids).sum())
 
 
@@ -343,124 +346,97 @@ def own_shots(index: Index, source: Source) -> Source:
     return source.take(positions)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Material:
-    """Training and validation data of a run.
+    """The ``views`` of each shot, ``[v, d]``, their ``names`` and class ``ids``, and the validation images.
 
-    ``views`` holds the cached views of the shots, or ``None`` if every epoch encodes fresh views.
+    ``source`` is the name of the shots.
     """
 
-    reader: Reader
-    shots: Source
-    ids: npt.NDArray[np.int64]
-    views: Views | None
+    source: str
+    names: Sequence[str]
+    ids: IntArray
+    views: Sequence[FloatArray]
     queries: Queries | None
+    progress: bool
 
     @classmethod
     def of(cls, index: Index, shots: Source, reader: Reader, recipe: Recipe, val: Source | Queries | None) -> _Material:
-        reader, views = replace(reader, views=1), None
-        if shots.paths is not None:  # use each image once; rows of a feature table are views
-            shots = shots.take(np.sort(np.unique(shots.paths, return_index=True)[1]))
-        if recipe.views or shots.paths is None:
-            views = reader.encode_views(shots, view_names(recipe.seed, recipe.views) if recipe.views else [])
-            _check_length(index, shots.name, views.features.shape[1])
-        elif reader.backbone is not None:
-            _check_length(index, shots.name, reader.backbone.dim)
+        reader, ids = replace(reader, views=1), index.ids_of(shots)
+        encoded = reader.encode_views(shots, view_names(recipe.seed, VIEWS))
         queries = search_hp.on_validation(index, val, reader) if isinstance(val, Source) else val
-        if queries is not None:
-            _check_length(index, queries.name, queries.features.shape[1])
-        return cls(reader, shots, index.ids_of(shots), views, queries)
+        checked = [(shots.name, encoded.features)] + ([] if queries is None else [(queries.name, queries.features)])
+        for name, features in checked:
+            if features.shape[1] != index.d:
+                raise InputError(f"{name}: features have {features.shape[1]} values; the index needs {index.d}")
+        views, names = np.split(encoded.features, encoded.starts[1:-1]), shots.take(encoded.positions).sources
+        return cls(shots.name, names, ids[encoded.positions], views, queries, reader.progress)
 
     def without(self, names: set[str]) -> _Material:
         """Return the material without the shots whose source is in ``names``."""
-        out, views = np.array([name in names for name in self.shots.sources], dtype=bool), self.views
-        if views is not None:
-            left, counts = ~out[views.positions], np.diff(views.starts)
-            features = views.features[np.repeat(left, counts)]
-            starts = np.concatenate([[0], np.cumsum(counts[left])])
-            views = Views((np.cumsum(~out) - 1)[views.positions[left]], features, starts)
-        return replace(self, shots=self.shots.take(np.flatnonzero(~out)), ids=self.ids[~out], views=views)
+        left = [shot for shot, name in enumerate(self.names) if name not in names]
+        own, views = [self.names[shot] for shot in left], [self.views[shot] for shot in left]
+        return replace(self, names=own, ids=self.ids[left], views=views)
 
     def batches(self, recipe: Recipe, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield batches of features and their class ids, with one view of each shot per epoch."""
         random = np.random.default_rng((recipe.seed, epoch))
-        fresh = f"fresh/{recipe.seed}/{epoch}"
-        views = self.views or replace(self.reader, cache=None).encode_views(self.shots, [fresh])
-        rows = views.starts[:-1] + random.integers(0, np.diff(views.starts))
-        order = random.permutation(len(rows))
-        for start in range(0, len(order), recipe.batch):
-            batch = order[start : start + recipe.batch]
-            ids = self.ids[views.positions[batch]]
-            yield torch.from_numpy(views.features[rows[batch]]), torch.from_numpy(ids)
-
-    def steps(self, recipe: Recipe) -> int:
-        return math.ceil(len(self.shots if self.views is None else self.views.positions) / recipe.batch)
+        view = random.integers(0, [len(own) for own in self.views])
+        order = random.permutation(len(self.ids))
+        for part in slices(len(order), recipe.batch):
+            features = np.stack([self.views[shot][view[shot]] for shot in order[part]])
+            yield torch.from_numpy(features), torch.from_numpy(self.ids[order[part]])
 
 
 class _Run:
-    """A training run."""
+    """A training run. ``kept`` are the trained matrices of the epoch that is kept."""
 
     def __init__(
         self, index: Index, material: _Material, recipe: Recipe,
-        on_epoch: Callable[[Mapping[str, float]], None] | None = None,
+        on_epoch: Callable[[Mapping[str, float]], None] = lambda _: None,
     ) -> None:  # fmt: skip
-        self.index, self.material, self.recipe = index, material, recipe
-        self.on_epoch = on_epoch or (lambda _: None)
-        self.trainer = Trainer(index, recipe)
-        self.epoch, self.began = 0, time.monotonic()
+        self.index, self.material, self.recipe, self.on_epoch = index, material, recipe, on_epoch
+        self.trainer, self.began = Trainer(index, recipe), time.monotonic()
         self.curve: list[dict[str, float]] = []
-        self.untrained = self.trainer.trained()
-        self.kept_epoch, self.kept = 0, self.untrained
+        self.kept_epoch, self.kept = 0, self.trainer.trained()
         self.collapsed: str | None = None
 
     def train(self) -> None:
+        untrained, hidden = self.kept, None if self.material.progress else True
+        steps = math.ceil(len(self.material.ids) / self.recipe.batch)
         self._record(math.nan, math.nan)
-        hidden = None if self.material.reader.progress else True
-        with tqdm(total=self.steps, unit="step", disable=hidden, leave=False) as bar:
-            while self.epoch < self.recipe.epochs and self.collapsed is None:
-                self._one_epoch(bar)
+        with tqdm(total=self.recipe.epochs * steps, unit="step", disable=hidden, leave=False) as bar:
+            while len(self.curve) <= self.recipe.epochs and self.collapsed is None:
+                self._one_epoch(steps, bar)
         if self.material.queries is not None:  # keep the untrained state if no epoch was more accurate
             first, *later = [(row["val_accuracy"], -row["val_loss"]) for row in self.curve]
             if all(not other > first for other in later):
-                self.kept_epoch, self.kept = 0, self.untrained
+                self.kept_epoch, self.kept = 0, untrained
 
-    @property
-    def steps(self) -> int:
-        return self.recipe.epochs * self.material.steps(self.recipe)
-
-    def _one_epoch(self, bar: tqdm[NoReturn]) -> None:
-        loss, right, seen = 0.0, 0, 0
-        first = self.epoch * self.material.steps(self.recipe)
-        for step, (queries, ids) in enumerate(self.material.batches(self.recipe, self.epoch), first):
-            mean, hits = self.trainer.step(queries, ids, cosine(step, self.steps, self.recipe.lr))
+    def _one_epoch(self, steps: int, bar: tqdm[NoReturn]) -> None:
+        epoch, loss, right, seen = len(self.curve), 0.0, 0, 0
+        for step, (queries, ids) in enumerate(self.material.batches(self.recipe, epoch - 1), (epoch - 1) * steps):
+            mean, hits = self.trainer.step(queries, ids, cosine(step, self.recipe.epochs * steps, self.recipe.lr))
             loss, right, seen = loss + mean * len(ids), right + hits, seen + len(ids)
             bar.update()
-            bar.set_postfix(loss=f"{loss / seen:.3f}", accuracy=f"{right / seen:.3f}", epoch=self.epoch + 1)
+            bar.set_postfix(loss=f"{loss / seen:.3f}", accuracy=f"{right / seen:.3f}", epoch=epoch)
             if not math.isfinite(mean):
-                self.collapsed = f"the loss is not finite in epoch {self.epoch + 1}"
                 break
-        self.epoch += 1
-        if self.collapsed is None and not math.isfinite(self.trainer.evaluate(queries, ids)[0]):
-            self.collapsed = f"the loss is not finite after epoch {self.epoch}"
-        self._record(loss / max(seen, 1), right / max(seen, 1))
+        finite = math.isfinite(mean) and math.isfinite(self.trainer.evaluate(queries, ids)[0])
+        self._record(loss / seen, right / seen, finite=finite)
 
-    def _record(self, loss: float, accuracy: float) -> None:
-        row: dict[str, float] = {"epoch": self.epoch, "loss": loss, "accuracy": accuracy}
-        row["val_loss"], row["val_accuracy"] = self._validate() if self.collapsed is None else (math.nan, math.nan)
+    def _record(self, loss: float, accuracy: float, *, finite: bool = True) -> None:
+        epoch, queries = len(self.curve), self.material.queries
+        row: dict[str, float] = {"epoch": epoch, "loss": loss, "accuracy": accuracy}
+        row["val_loss"], row["val_accuracy"] = self._validate() if finite else (math.nan, math.nan)
         row["seconds"] = time.monotonic() - self.began
         self.curve.append(row)
-        queries = self.material.queries
-        if self.epoch and queries is not None and not math.isfinite(row["val_loss"]):
-            self.collapsed = self.collapsed or f"the validation loss is not finite after epoch {self.epoch}"
-        trained = self.curve[1:]
-        if self.collapsed is None and len(trained) > 1:
-            most = max(earlier["accuracy"] for earlier in trained[:-1])
-            if accuracy < COLLAPSE * most and loss > trained[0]["loss"]:
-                self.collapsed = f"in epoch {self.epoch} accuracy on the shots fell from {most:.3f} to {accuracy:.3f}"
+        if not finite or (epoch and queries is not None and not math.isfinite(row["val_loss"])):
+            self.collapsed = f"the loss is not finite in epoch {epoch}"
         best = max(row["val_accuracy"] for row in self.curve)
         error = 0.0 if queries is None else math.sqrt(best * (1 - best) / len(queries.ids))  # a standard error
         if self.collapsed is None and (queries is None or row["val_accuracy"] >= best - error):
-            self.kept_epoch, self.kept = self.epoch, self.trainer.trained()
+            self.kept_epoch, self.kept = epoch, self.trainer.trained()
         self.on_epoch(dict(row))
 
     def _validate(self) -> tuple[float, float]:
@@ -470,16 +446,16 @@ class _Run:
         features, ids = (torch.from_numpy(part).to(self.index.device) for part in (queries.features, queries.ids))
         return self.trainer.evaluate(features, ids)
 
-    def result(self, parent: str) -> Tuned:
+    def result(self) -> Tuned:
         self.trainer.restore(self.kept)
         keys = self.trainer.keys.detach().cpu().numpy().astype(self.index.dtype)
         kept = {name: value for name, value in self.index.provenance.items() if name != "temperature"}
         queries, curve = self.material.queries, pa.Table.from_pylist(self.curve, schema=CURVE)
         record: dict[str, object] = {
-            "parent": parent, "parent_version": self.index.version, **asdict(self.recipe),
+            "parent": self.index.place, "parent_version": self.index.version, **asdict(self.recipe),
             "train": list(self.recipe.train), "alpha": self.index.settings.alpha, "beta": self.index.settings.beta,
             "epoch": self.kept_epoch, "collapsed": self.collapsed, "seconds": round(self.curve[-1]["seconds"], 3),
-            "shots": self.material.shots.name, "val": None if queries is None else queries.name,
+            "shots": self.material.source, "val": None if queries is None else queries.name,
         }  # fmt: skip
         index = replace(
             self.index,
@@ -492,11 +468,6 @@ class _Run:
         choice = None
         if queries is not None:
             settings = (index.settings.alpha, index.settings.beta)
-            choice = search_hp.search(index, queries, cautious=True, kept=settings)
+            choice = search_hp.search(index, queries, kept=settings)
             search_hp.apply(index, choice)
         return Tuned(index, self.kept_epoch, curve, self.collapsed, choice, record)
-
-
-def _check_length(index: Index, name: str, d: int) -> None:
-    if d != index.d:
-        raise InputError(f"{name}: features have {d} values; the index needs {index.d}")

@@ -18,20 +18,21 @@ from torch import Tensor
 
 from retrieval_tip import tip
 from retrieval_tip.backbones.base import Part, equal_shares
-from retrieval_tip.errors import UsageError, check_count
+from retrieval_tip.errors import UsageError
 from retrieval_tip.fit.forms import Form
 from retrieval_tip.fit.scatter import FewScatter, FloatArray, Scatter, known_prior
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.inputs import KeysInPlace, StoredKeys, scale_of
 from retrieval_tip.retrieval.keys import KEY_BLOCK, QUERY_BLOCK
 from retrieval_tip.retrieval.logits import slices
-from retrieval_tip.retrieval.ridge import class_weights
+from retrieval_tip.retrieval.ridge import Ridge, class_weights
 from retrieval_tip.retrieval.rows import ArrayRows
 from retrieval_tip.settings import ClassPrior, Settings
 from retrieval_tip.store.labels import images_of
 from retrieval_tip.store.sums import Sums
 
 IntArray = npt.NDArray[np.int64]
+HeldOut = Literal["shots", "small", "classes"]
 
 SMALL_FOLDS, SMALL_SHARE = 8, 0.2
 """Number of the small folds that are added if the other folds contain half of the shots, and their weight."""
@@ -213,23 +214,25 @@ class Held:
     features: Tensor
     ids: Tensor
     rows: Tensor
-    of: Literal["shots", "small", "classes"] = "shots"
+    of: HeldOut = "shots"
     own: Tensor | None = None
 
 
 @dataclass
 class Folds:
-    """Keys and their class ``ids``, scaled ``text`` weights of shape ``[c, d]``, and held-out queries.
+    """Keys, their class ``ids`` and ``images``, scaled ``text`` weights of shape ``[c, d]``, and held-out queries.
 
-    If ``weighted`` is false or ``class_prior`` is ``shots``, all queries have equal weight. ``given`` is a prior
-    from the user. ``single`` classes have one photo, which is never held out. ``parts`` are the parts of a feature by
-    encoder, and ``shares`` say how much each encoder counts.
+    Keys with the same number in ``images`` are views of one photo, which are held out together. If ``weighted`` is
+    false or ``class_prior`` is ``shots``, all queries have equal weight. ``given`` is a prior from the user. ``single``
+    classes have one photo, which is never held out. ``parts`` are the parts of a feature by encoder, and ``shares`` say
+    how much each encoder counts.
     """
 
     keys: StoredKeys
     ids: Tensor
     c: int
     text: Tensor | None
+    images: IntArray
     held: Sequence[Held] = ()
     sums: Sums | None = None
     class_prior: ClassPrior = "even"
@@ -248,27 +251,27 @@ class Folds:
         text = index.text_weights.cpu() * index.settings.logit_scale if index.has_text else None
         parts = index.parts or (Part(index.d, "feature", index.backbone),)
         return cls(
-            index.keys, index.class_ids.cpu(), len(index.class_names), text, sums=index.sums,
+            index.keys, index.class_ids.cpu(), len(index.class_names), text,
+            images_of(index.rows.columns("digest", "source")), sums=index.sums,
             class_prior=class_prior or own, given=None if index.prior is None else index.prior.astype(np.float64),
             parts=parts, shares=shares or index.shares or equal_shares(parts),
         )  # fmt: skip
 
-    def with_shots(self, images: IntArray, number: int, most: int) -> Folds:
-        """Split the images into up to ``number`` folds, and hold out about ``most`` of them.
+    @cached_property
+    def _photos(self) -> IntArray:
+        """The row of the first view of each photo."""
+        return np.unique(self.images, return_index=True)[1]
 
-        All views of a held-out image are held out.
-        """
-        ids = self.ids.numpy()
-        _, first = np.unique(images, return_index=True)
-        own = ids[first]
+    def with_shots(self, number: int, most: int) -> Folds:
+        """Split the photos into up to ``number`` folds, and hold out about ``most`` of them."""
+        own = self.ids.numpy()[self._photos]
         counts, folds = np.bincount(own), np.full(len(own), -1)
         if (several := counts[own] > 1).any():
             ranks = ranks_within(own, np.random.default_rng(0))
             folds = np.where(several, ranks % min(number, int(np.median(counts[counts > 1]))), -1)
-        held = list(_held(self.keys, ids, folds, first, images, most))
-        return replace(self, held=held, single=int((counts == 1).sum()), _terms={})
+        return replace(self, held=list(self._held(folds, most)), single=int((counts == 1).sum()), _terms={})
 
-    def with_small(self, images: IntArray, most: int) -> Folds:
+    def with_small(self, most: int) -> Folds:
         """Also hold out few photos at a time, if the other folds contain half of the shots.
 
         With half of its shots, an index separates the classes less than the whole index does, so a blend that is fitted
@@ -277,15 +280,13 @@ class Folds:
         """
         if not self.halves or (self.prior is not None and self.text is not None):  # the text would count less
             return self
-        ids = self.ids.numpy()
-        _, first = np.unique(images, return_index=True)
-        own, draw = ids[first], np.random.default_rng(0)
+        own, draw = self.ids.numpy()[self._photos], np.random.default_rng(0)
         counts = np.bincount(own, minlength=self.c)[own]
         places = ranks_within(own, draw) * np.maximum(SMALL_FOLDS // counts, 1) + draw.permutation(self.c)[own]
-        small = _held(self.keys, ids, np.where(counts > 1, places % SMALL_FOLDS, -1), first, images, most)
-        return replace(self, held=[*self.held, *(replace(one, of="small") for one in small)], _terms={})
+        small = self._held(np.where(counts > 1, places % SMALL_FOLDS, -1), most, "small")
+        return replace(self, held=[*self.held, *small], _terms={})
 
-    def with_classes(self, images: IntArray, most: int) -> Folds:
+    def with_classes(self, most: int) -> Folds:
         """Also hold out whole classes, if some classes have text but no shots.
 
         A held-out class resembles a class that has no shots, because it can only be recognised by its text. Its photos
@@ -297,23 +298,27 @@ class Folds:
             return self
         fold_of = np.zeros(self.c, dtype=np.int64)
         fold_of[np.random.default_rng(0).permutation(own)] = np.arange(len(own)) % CLASS_FOLDS
-        _, first = np.unique(images, return_index=True)
-        whole = _held(self.keys, ids, fold_of[ids[first]], first, fold_of[ids], most)
-        held = [*self.held, *(replace(one, of="classes") for one in whole)]
-        return replace(self, held=held, _terms={})
+        whole = self._held(fold_of[ids[self._photos]], most, "classes", fold_of[ids])
+        return replace(self, held=[*self.held, *whole], _terms={})
 
-    def among(self, keys: StoredKeys, ids: Tensor, images: IntArray, rows: IntArray) -> Folds:
-        """Hold out the same photos of an index with more keys, in which the present keys have these ``rows``.
+    def _held(
+        self, folds: IntArray, most: int, of: HeldOut = "shots", groups: IntArray | None = None
+    ) -> Iterator[Held]:
+        """Yield about ``most`` held-out photos, one fold at a time, given the fold of each photo, or -1.
 
-        Copies of a held-out photo among the other keys are held out as well.
+        The index lacks all keys that share a number in ``groups``, by default the images, with a photo of the fold.
         """
-        held, others = [], np.setdiff1d(np.arange(len(ids)), rows)
-        for one in self.held:
-            visible = rows[one.rows.numpy()]
-            hidden = np.setdiff1d(images[rows], images[visible])
-            more = np.concatenate([visible, others[~np.isin(images[others], hidden)]])
-            held.append(replace(one, rows=torch.from_numpy(more)))
-        return replace(self, keys=keys, ids=ids, held=held, sums=None, _scatters={}, _terms={})
+        ids, groups, begun = self.ids.numpy(), self.images if groups is None else groups, False
+        for fold in range(folds.max(initial=-1) + 1):
+            asked = self._photos[folds == fold]
+            if most < len(asked) * (LEAST_OF_A_FOLD if begun else 0) or most <= 0:
+                return
+            if len(asked) > most:
+                asked = np.sort(np.random.default_rng(fold).choice(asked, most, replace=False))
+            rows = torch.from_numpy(np.flatnonzero(~np.isin(groups, groups[asked])))
+            own = torch.from_numpy(asked)
+            yield Held(taken_keys(self.keys, own), torch.from_numpy(ids[asked]), rows, of, own)
+            most, begun = most - len(asked), True
 
     @property
     def covered(self) -> float:
@@ -471,7 +476,7 @@ class Folds:
             photos, more = (torch.cat(parts) for parts in zip(*answers, strict=True))
             features, words = torch.cat([held.features for held in self.held]), self.words
             text = None if words is None else tip.affinity(features, words)
-            fits_bonus = form.values is not None and bool(self.held_of("classes").any())
+            fits_bonus = form.ridge is not None and bool(self.held_of("classes").any())
             self._terms[form] = text, photos, more if self.covered == 1 or fits_bonus else None
         text, cache, third = self._terms[form]
         return text, cache.clone(), third
@@ -511,11 +516,12 @@ class Folds:
             if fold not in self._scatters:
                 self._scatters[fold] = self.scatter(rows)
             metric = form.metric.fit(self._scatters[fold])
-        if form.values is None:
+        if form.ridge is None:
             return metric, None, None
         keys, ids = self.taken(rows)
         points = keys if metric is None else metric(keys)
-        return metric, form.values.fit(points, ids, self.c, form.beta, self.class_prior), points
+        ridge = Ridge(self.c, form.beta, form.ridge, "cpu", self.class_prior, form.bonus)
+        return metric, ridge.values(points, ids), points
 
     def _answers(self, form: Form, held: Held, fold: int) -> tuple[Tensor, Tensor]:
         """Return the cache logits and the third term of held-out photos, from an index over the other keys."""
@@ -573,19 +579,6 @@ class Queries:
             )
         features = np.asarray(index.keys[first], dtype=np.float32)
         return cls(features, ids[first], "its own shots, each held out in turn", groups[first], groups)
-
-    @classmethod
-    def in_folds(cls, index: Index, number: int) -> Self:
-        """Return the shots as queries that do not see the keys of their own fold. Each class has ``number`` folds."""
-        check_count("folds", number, 2)
-        loo, generator = cls.leave_one_out(index), np.random.default_rng(1)
-        assert loo.hidden is not None
-        fold_of = np.zeros(int(loo.hidden.max()) + 1, dtype=np.int64)
-        for class_id in np.unique(loo.ids):
-            images = generator.permutation(loo.hidden[loo.ids == class_id])
-            fold_of[images] = (int(generator.integers(number)) + np.arange(len(images))) % number
-        name = f"its own shots in {number} folds"
-        return replace(loo, name=name, hidden=fold_of[loo.hidden], groups=fold_of[loo.groups])
 
     def blocks(self, index: Index, k: int | None = None) -> Iterator[tuple[slice, Visible]]:
         """Yield the queries in blocks, with the keys that they see: all, or those among the ``k`` nearest."""
@@ -667,23 +660,6 @@ def ranks_within(ids: IntArray, draw: np.random.Generator) -> IntArray:
     return ranks
 
 
-def _held(
-    keys: StoredKeys, ids: IntArray, folds: IntArray, first: IntArray, groups: IntArray, most: int
-) -> Iterator[Held]:
-    """Yield about ``most`` held-out queries, one fold at a time. The index excludes all ``groups`` of a fold."""
-    begun = False
-    for fold in range(folds.max(initial=-1) + 1):
-        asked = first[folds == fold]
-        if most < len(asked) * (LEAST_OF_A_FOLD if begun else 0) or most <= 0:
-            return
-        if len(asked) > most:
-            asked = np.sort(np.random.default_rng(fold).choice(asked, most, replace=False))
-        rows = torch.from_numpy(np.flatnonzero(~np.isin(groups, groups[asked])))
-        own = torch.from_numpy(asked)
-        yield Held(taken_keys(keys, own), torch.from_numpy(ids[asked]), rows, own=own)
-        most, begun = most - len(asked), True
-
-
 def without_parts(index: Index, rows: IntArray, kept: IntArray | None = None) -> Iterator[tuple[IntArray, Index]]:
     """Split photos into at most :data:`PARTS` parts, and yield each part with an index that lacks its photos.
 
@@ -692,8 +668,8 @@ def without_parts(index: Index, rows: IntArray, kept: IntArray | None = None) ->
     are refitted to these keys, unless they were trained, and it has the settings of ``index``. It compares a query with
     every key, unless ``index`` is of the type ``Classes``. A part is left out if no key remains.
     """
-    folds, fitted, images = Folds.of(index), index.fitted, images_of(index.labels)
-    ids, kept = folds.ids.numpy(), np.arange(index.n) if kept is None else kept
+    folds, fitted = Folds.of(index), index.fitted
+    ids, images, kept = folds.ids.numpy(), folds.images, np.arange(index.n) if kept is None else kept
     factory = index.index_type if index.retrieval.keys.by_class else "Flat"
     number = min(PARTS if index.n <= MANY_KEYS else PARTS // 2, len(rows))
     order = np.lexsort((np.random.default_rng(0).permutation(len(rows)), ids[rows]))

@@ -11,21 +11,16 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from retrieval_tip.data.reader import Reader
-from retrieval_tip.data.source import VAL_SHOTS, few_shot, few_shot_split
-from retrieval_tip.data.sources import Source, open_source
+from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError
-from retrieval_tip.files import replacing
 from retrieval_tip.fit.folds import Queries
 from retrieval_tip.fit.scatter import FloatArray
 from retrieval_tip.model import Index
@@ -34,10 +29,7 @@ from retrieval_tip.settings import Settings
 
 BETAS = np.geomspace(0.1, 100, 31)
 """Betas to try. Neighbouring values differ by a factor of 1.26. Accuracy changes slowly on this scale."""
-SURFACE_ALPHAS = 41
 BOOTSTRAP = 1000
-FLAT = 0.01
-"""Largest difference from the best accuracy that counts as equal."""
 
 Part = Literal["both", "text", "cache"]
 
@@ -52,9 +44,7 @@ class HyperparameterChoice:
     - ``zero_shot``: the accuracy at alpha 0
     - ``cache_alone``: the best accuracy using only the cache, for any beta
     - ``low``, ``high``: the 95 % confidence interval of the accuracy, from a bootstrap over the queries
-    - ``flat``: the fraction of the surface that is within one point of the best accuracy
     - ``warnings``: reasons why the selected settings may be unreliable
-    - ``surface``: a table with the columns beta, alpha and accuracy
     """
 
     alpha: float
@@ -67,11 +57,9 @@ class HyperparameterChoice:
     cache_alone: float
     low: float
     high: float
-    flat: float
     n: int
     source: str
     warnings: tuple[str, ...]
-    surface: pa.Table
 
     def settings(self, before: Settings) -> Settings:
         """Return ``before`` with the selected alpha and beta, and reset what was fitted to the old ones."""
@@ -103,22 +91,6 @@ def on_validation(index: Index, source: Source, reader: Reader) -> Queries:
     return Queries(encoded.features, ids[encoded.positions], source.name)
 
 
-def validation_shots(
-    index: Index, validation: Source, path: str | os.PathLike[str] | None = None, number: int | None = None
-) -> list[int]:
-    """Sample ``number`` validation shots per class, and return their positions.
-
-    ``number`` defaults to ``min(shots, 4)``, or to 4 if the index does not record a number of shots. If ``path`` is the
-    split file that the index's own shots were sampled from, the published validation sample is returned.
-    """
-    drawn, seed = index.built.shots, index.built.seed
-    if number is None and drawn is not None and path is not None and Path(path).suffix.lower() == ".json":
-        train = open_source(path, split="train")
-        if train.name == index.built.source:
-            return few_shot_split(train.labels, validation.labels, drawn, seed)[1]
-    return few_shot(validation.labels, number or min(drawn or VAL_SHOTS, VAL_SHOTS), seed)
-
-
 def apply(index: Index, choice: HyperparameterChoice, folder: str | os.PathLike[str] | None = None) -> None:
     """Apply the selected settings to the index, and record their provenance.
 
@@ -131,14 +103,8 @@ def apply(index: Index, choice: HyperparameterChoice, folder: str | os.PathLike[
         index.save_settings(folder, "search-hp")
 
 
-def write_surface(choice: HyperparameterChoice, path: str | os.PathLike[str]) -> None:
-    """Write the accuracy surface as Parquet. Raises InputError if the file cannot be written."""
-    with replacing(Path(path)) as temporary, temporary.open("wb") as file:  # names may not be UTF-8
-        pq.write_table(choice.surface, file)
-
-
 def search(
-    index: Index, queries: Queries, *, betas: Sequence[float] | None = None, cautious: bool = False,
+    index: Index, queries: Queries, *, betas: Sequence[float] | None = None, cautious: bool = True,
     kept: tuple[float, float] | None = None,
 ) -> HyperparameterChoice:  # fmt: skip
     """Select the alpha and beta that give the highest accuracy on the queries, which use all keys.
@@ -182,7 +148,7 @@ def search(
     accuracy, most = float(tried.hits(b, alpha).mean()), float(best.mean())
     warnings = [] if most <= accuracy else [
         f"kept the {'untouched ' if kept is None else ''}settings ({100 * accuracy:.1f} %): with {len(best)} queries, "
-        f"the best settings found ({100 * most:.1f} %) may be better by chance; --greedy selects them"
+        f"the best settings found ({100 * most:.1f} %) may be better by chance"
     ]  # fmt: skip
     return tried.choice(b, alpha, interval, most, warnings)
 
@@ -219,41 +185,23 @@ class _Tried:
     def choice(
         self, b: int, alpha: float, interval: tuple[float, float], best: float, warnings: Sequence[str]
     ) -> HyperparameterChoice:
-        hits, surface = self.hits(b, alpha), self.surface()
+        hits = self.hits(b, alpha)
         lower, upper = _bootstrap(hits.astype(np.float64))
         rivals = {"text alone": self.hits(b, 0.0), "cache alone": self.high[b] == np.inf}
-        accuracy = float(hits.mean())
         return HyperparameterChoice(
             alpha=alpha,
             beta=float(self.betas[b]),
             part="cache" if interval[1] == math.inf else "text" if interval[0] <= 0 < interval[1] else "both",
-            accuracy=accuracy,
+            accuracy=float(hits.mean()),
             best=best,
             interval=interval,
             zero_shot=float(rivals["text alone"].mean()),
             cache_alone=float((self.high == np.inf).mean(axis=1).max()),
             low=lower,
             high=upper,
-            flat=float((surface["accuracy"].to_numpy() >= accuracy - FLAT).mean()),
             n=len(hits),
             source=self.queries.name,
             warnings=(*_warnings(hits, rivals, b, self.betas), *warnings),
-            surface=surface,
-        )
-
-    def surface(self) -> pa.Table:
-        """Return the accuracy at alpha 0 and in logarithmic steps over the range in which it changes."""
-        low, high = self.low, self.high
-        ends = np.concatenate([low[(low > 0) & (low < np.inf)], high[(high > 0) & (high < np.inf)], [1.0]])
-        first, last = np.quantile(ends, (0.01, 0.99))
-        alphas = np.append(0.0, np.geomspace(first / 2, last * 2, SURFACE_ALPHAS - 1))
-        right = np.stack([_count(*one, alphas) for one in zip(low, high, strict=True)])
-        return pa.table(
-            {
-                "beta": np.repeat(self.betas, len(alphas)),
-                "alpha": np.tile(alphas, len(self.betas)),
-                "accuracy": right.reshape(-1) / len(self.queries.ids),
-            }
         )
 
 

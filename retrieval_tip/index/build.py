@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -13,15 +12,13 @@ from typing import Unpack
 import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
-import torch
 
 from retrieval_tip.backbones.base import Identity, Part, parts_of, resolve_device, same_backbone
 from retrieval_tip.backbones.prompts import DEFAULT_TEMPLATES, check_templates
-from retrieval_tip.data.reader import FeatureBlock, Reader
+from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source, open_source
 from retrieval_tip.data.tables import parts_in, read_groups
-from retrieval_tip.errors import SHOWN, UsageError, check_memory, counted, few
-from retrieval_tip.evaluation.audit import ALL_PAIRS, suspicious
+from retrieval_tip.errors import SHOWN, UsageError, counted, few
 from retrieval_tip.fit.closed_form import Fit
 from retrieval_tip.fit.scatter import FloatArray, pooled
 from retrieval_tip.index import places
@@ -38,15 +35,10 @@ from retrieval_tip.index.items import (
 )
 from retrieval_tip.index.places import Place
 from retrieval_tip.model import Index
-from retrieval_tip.retrieval.rows import ArrayRows
-from retrieval_tip.retrieval.vector_index import BY_CLASS
 from retrieval_tip.settings import BuildOptions
 from retrieval_tip.store.sums import Sums
 
 log = logging.getLogger(__name__)
-
-LISTED = 100
-"""Maximum number of dropped shots to list in the provenance."""
 
 
 def build_index(
@@ -75,7 +67,7 @@ def build_index(
     fit = Fit(plan["metric"], plan["values"], plan["class_prior"] or "even", prior_of(plan["prior"], backbone))
     groups = None if plan["groups"] is None else read_groups(plan["groups"], words.class_names)
     material = Material(source, reader, ids, words, plan, fit if fits(plan) else None, resolve_device(device), groups)
-    made = places.at(out).create(_without_suspicious(material) if plan["drop_suspicious"] else material)
+    made = places.at(out).create(material)
     warn_of_spelling(out, words.class_names, words.class_names)
     return made
 
@@ -104,32 +96,6 @@ def _shots(
         return source, ids
     drawn = draw_shots(ids, class_names, plan["shots"], seed)
     return source.take(drawn), ids[drawn]
-
-
-def _without_suspicious(material: Material) -> Material:
-    """Read all items into memory, and leave out the suspicious shots, which the provenance lists under ``dropped``.
-
-    Raises UsageError if there are too many items.
-    """
-    name, n, ids, c = material.source.name, len(material.source), material.ids, len(material.words.class_names)
-    if n**2 > ALL_PAIRS:
-        raise UsageError(
-            f"drop_suspicious: compares all pairs of at most {math.isqrt(ALL_PAIRS):,} shots, but {name} has {n:,}; "
-            "build the index without it, and run retrieval-tip index audit"
-        )
-    blocks = []
-    for block in material.blocks():
-        check_memory(12 * n * block.features.shape[1], f"{name}: drop_suspicious", "build the index without it")
-        blocks.append(block)
-    every = FeatureBlock.joined(blocks)
-    ordered = every.take(np.argsort(ids[every.positions], kind="stable"))  # as in a folder
-    keys = ordered.features.astype(material.plan["dtype"])
-    labels = material.labels(ordered.positions, ordered.digests)
-    text = torch.zeros(c, keys.shape[1])
-    shots = suspicious(Index(ArrayRows(keys, labels), list(material.words.class_names), text, factory=BY_CLASS))
-    left = np.flatnonzero(~np.isin(every.positions, shots["key_id"].to_numpy()))
-    dropped = {"shots": len(shots), "of": len(every.positions), "sources": shots["source"].slice(0, LISTED).to_pylist()}
-    return replace(material, left=every.take(left), dropped=dropped)
 
 
 def _warn_of_layout(source: Source, class_names: Sequence[str], text: str | os.PathLike[str] | None) -> None:

@@ -42,7 +42,7 @@ from retrieval_tip.model import Index
 from retrieval_tip.retrieval.defaults import plain_settings
 from retrieval_tip.retrieval.duplicates import Duplicates
 from retrieval_tip.settings import ClassPrior, Dtype, MetricName, Normalize, ValuesName, check_choice
-from retrieval_tip.store.labels import PICKED, WITHDRAWN, Edits, in_words
+from retrieval_tip.store.labels import PICKED, Edits, in_words
 from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.query import rows_where
 from retrieval_tip.store.versions import changed_meanwhile
@@ -194,8 +194,7 @@ def label(
 ) -> Changed:  # fmt: skip
     """Set the labels of photos in one new version: add new photos, relabel known ones, and remove some.
 
-    If several keys have the digest of a photo, all of them change. If no other key remains, the last key is kept, and
-    its column :data:`PICKED` becomes :data:`WITHDRAWN`. The next label replaces it.
+    If several keys have the digest of a photo, all of them change.
 
     Args:
         folder: the index.
@@ -205,8 +204,8 @@ def label(
         last: the last change of the same labelling session. If it made the current version in this minute, the new
             version replaces that version.
 
-    Raises InputError if the index has no key of a photo without a feature, or if a class needs text weights and cannot
-    have them.
+    Raises InputError if the index has no key of a photo without a feature, if a class needs text weights and cannot
+    have them, or if no key would remain.
     """
     store, wanted = places.at(folder), {photo.digest: photo for photo in photos}
     manifest = store.manifest()
@@ -216,15 +215,12 @@ def label(
     with store.change() as change:
         index = change.index
         rows = index.having("digest", wanted).to_pylist()
-        withdrawn = {row["key_id"] for row in rows if row.get(PICKED) == WITHDRAWN}
-        there = {row["digest"]: row for row in rows if row["key_id"] not in withdrawn}
+        there = {row["digest"] for row in rows}
         fresh = [photo for photo in wanted.values() if photo.label is not None and photo.digest not in there]
-        gone = {row["key_id"] for row in rows if wanted[row["digest"]].label is None} | withdrawn
+        gone = {row["key_id"] for row in rows if wanted[row["digest"]].label is None}
         moves = {row["key_id"]: wanted[row["digest"]].label for row in rows if row["key_id"] not in gone}
         if not fresh and len(gone) == index.n:
-            if gone == withdrawn:
-                return Changed(key_ids=[], **change.outcome)
-            fresh = [_withdrawn(index, rows[0])]
+            raise InputError("it is the only label; label another photo first")
         new = _add_classes(index, names, weights)
         added = _add_photos(index, fresh, reader) if fresh else []
         moved = _relabel(change, {key_id: str(name) for key_id, name in moves.items()}, _labels_of(index, list(moves)))
@@ -233,9 +229,8 @@ def label(
         for name in sorted(set(unwanted).intersection(index.class_names).difference(names)):
             if not index.counts[index.class_names.index(name)]:
                 index.rename(name, next(other for other in index.class_names if other != name))  # drops an empty class
-        kept, shown = (row for row in rows if row["key_id"] not in withdrawn), zip(added, fresh, strict=True)
-        edits: Edits = {row["key_id"]: (row["label"], wanted[row["digest"]].label) for row in kept}
-        edits = {**edits, **{key_id: (None, photo.label) for key_id, photo in shown if photo.picked != WITHDRAWN}}
+        edits: Edits = {row["key_id"]: (row["label"], wanted[row["digest"]].label) for row in rows}
+        edits = {**edits, **{key_id: (None, photo.label) for key_id, photo in zip(added, fresh, strict=True)}}
         if last is not None and last.edits and change.writer.replace(last.version):
             before = last.edits
             edits = {**before, **{key_id: (before.get(key_id, pair)[0], pair[1]) for key_id, pair in edits.items()}}
@@ -257,12 +252,6 @@ def _add_photos(index: Index, photos: Sequence[PhotoLabel], reader: Reader) -> l
     )  # fmt: skip
     _note_precision(index, None if reader.backbone is None else reader.backbone.precision)
     return key_ids
-
-
-def _withdrawn(index: Index, row: Mapping[str, Any]) -> PhotoLabel:
-    """Return the key of a row, with its label marked as withdrawn."""
-    feature = index.rows.of([row["key_id"]]).keys[0].astype(np.float32)
-    return PhotoLabel(row["source"], row["digest"], row["label"], WITHDRAWN, feature)
 
 
 def merge(folder: Place, other: Place) -> Added:
@@ -342,7 +331,7 @@ def relabel(
 def apply_audit(folder: Place, file: Folder) -> Changed:
     """Apply the labels that a table of :func:`audit.audit` suggests. This writes a single new version.
 
-    ``file`` is a CSV, JSON lines or Parquet file that ``index audit --out`` wrote. You can edit it first. It needs
+    ``file`` is a CSV or Parquet file that ``index audit --out`` wrote. You can edit it first. It needs
     the columns ``key_id``, ``label`` and ``suggested``. A row is skipped if its suggestion is empty or equal to the
     label.
 

@@ -35,7 +35,6 @@ from retrieval_tip.retrieval.rows import ArrayRows, Rows
 from retrieval_tip.retrieval.vector_index import BY_CLASS
 from retrieval_tip.settings import (
     OVERRIDES,
-    Ask,
     BuildOptions,
     Built,
     Dtype,
@@ -47,7 +46,6 @@ from retrieval_tip.settings import (
     check_choice,
 )
 from retrieval_tip.store.labels import LABEL_SCHEMA, label_table, shots_after
-from retrieval_tip.store.query import rows_where
 from retrieval_tip.store.versions import Versions, Writer
 
 log = logging.getLogger(__name__)
@@ -98,19 +96,17 @@ def planned(options: BuildOptions) -> BuildOptions:
     if fit is not None:
         check_choice("fit", fit, FitName)
     wanted = any(letter is not None for letter in (plan["metric"], plan["values"], plan["class_prior"]))
-    wanted = wanted or bool(plan["prior"]) or plan["drop_suspicious"]
+    wanted = wanted or bool(plan["prior"])
     if _is_plain(plan) and (fit == "auto" or wanted):
         raise UsageError("fit: sets alpha and beta itself; remove alpha, beta and normalize, or give fit none")
     if fit == "none" and wanted:
-        raise UsageError(
-            "fit none: uses neither metric, values, a prior nor drop_suspicious; remove them, or give fit auto"
-        )
+        raise UsageError("fit none: uses neither metric, values nor a prior; remove them, or give fit auto")
     settings_of(plan, None)
     return plan
 
 
 _DEFAULTS = cast("BuildOptions", dict.fromkeys(BuildOptions.__annotations__))
-_DEFAULTS |= {"templates": (), "dtype": "float32", "prior": (), "drop_suspicious": False, "features": ()}
+_DEFAULTS |= {"templates": (), "dtype": "float32", "prior": (), "features": ()}
 
 
 def units_of(plan: BuildOptions) -> Normalize:
@@ -140,8 +136,7 @@ def settings_of(plan: BuildOptions, backbone: Backbone | None) -> Settings:
 class Material:
     """The inputs of a build, which are the same for every kind of store.
 
-    ``ids`` has one class id per item of the source. ``fit`` is ``None`` for plain Tip-Adapter. If suspicious shots are
-    left out, ``left`` holds the features of the other shots, and ``dropped`` is the record for the provenance.
+    ``ids`` has one class id per item of the source. ``fit`` is ``None`` for plain Tip-Adapter.
     """
 
     source: Source
@@ -152,8 +147,6 @@ class Material:
     fit: Fit | None
     device: str
     groups: Levels | None = None
-    left: FeatureBlock | None = None
-    dropped: dict[str, object] | None = None
 
     def settings(self, statistics: Statistics | None, k: int | None) -> Settings:
         """Convert alpha and beta to plain units, and return the settings. ``k`` is used as k if no k was given."""
@@ -163,7 +156,7 @@ class Material:
 
     def blocks(self) -> Iterator[FeatureBlock]:
         """Yield the items in blocks of features. Raises InputError if a feature overflows the dtype."""
-        for block in self.reader.blocks(self.source) if self.left is None else (self.left,):
+        for block in self.reader.blocks(self.source):
             if np.abs(block.features).max() > np.finfo(self.plan["dtype"]).max:
                 dtype = self.plan["dtype"]
                 raise InputError(f"{self.source.name}: feature values overflow {dtype}; use --dtype float32")
@@ -197,7 +190,7 @@ class Material:
             "beta": provenance_of(plan["beta"], units_of(plan)),
             "affinity_other_classes": None if statistics is None else [statistics.mean, statistics.std],
             "skipped": [str(skipped) for skipped in self.reader.skipped],
-        } | ({} if self.dropped is None else {"dropped": self.dropped})
+        }
 
     def index(self, rows: Rows, statistics: Statistics | None, k: int | None) -> Index:
         """Return the index of all items, before it is fitted, and warn about classes without keys.
@@ -239,23 +232,6 @@ def ids_in(source: Source, class_names: Sequence[str]) -> npt.NDArray[np.int64]:
     if unknown:
         raise InputError(f"{source.name}: some labels have no text weights: {few(unknown)}; add them to the text table")
     return np.array([position[label] for label in labels], dtype=np.int64)
-
-
-def restricted(index: Index, where: str, ask: Ask = Ask()) -> Index:
-    """Return an index with the keys that match an SQL condition. Raises UsageError if no key matches.
-
-    If a class has lost all its keys, its chance depends on alpha, which is then fitted again unless ``ask`` sets it.
-    """
-    rows = rows_where(index.labels, where)
-    if not len(rows):
-        raise UsageError(f"where: none of the {index.n} shots match; change the condition")
-    rest = index.take(rows)
-    automatic = ask.alpha is None and ask.beta is None and index.fitted is not None and index.fitted.automatic
-    if automatic and index.has_text and rest.counts.count(0) > index.counts.count(0):
-        closed_form.refit(rest, rest.settings.beta)
-        rest.solve()
-    rest.drop_unanswerable()
-    return rest
 
 
 def identity_of(source: Source, reader: Reader) -> Identity | None:

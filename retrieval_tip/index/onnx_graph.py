@@ -177,20 +177,17 @@ def export_onnx(index: Index, out: str | os.PathLike[str], backbone: Encoder = N
     If the ``backbone`` is in int8, the graph contains its stored tower, which is several times smaller and often
     faster. Everything else stays in float32.
 
+    The graph uses all keys, even if the index only uses ``k`` keys per query, because a graph cannot retrieve keys.
+
     Returns the metadata, the size of the file in ``bytes``, and the ``agreement`` with the package on ten examples (see
-    :func:`_agreement`). Raises UsageError if the package onnx is not installed, if the index only uses ``k`` keys per
-    query (a graph cannot retrieve keys), or if the graph would exceed 2 GiB. Raises InputError if the file cannot be
-    written, or if torch cannot convert the encoder to ONNX.
+    :func:`_agreement`). Raises UsageError if the package onnx is not installed, or if the graph would exceed 2 GiB.
+    Raises InputError if the file cannot be written, or if torch cannot convert the encoder to ONNX.
     """
     try:
         import onnx
     except ImportError:
         raise UsageError(f"the ONNX export needs the package onnx; run {install('onnx')}") from None
-    if index.settings.k is not None and index.settings.k < index.n:
-        raise UsageError(
-            f"k {index.settings.k}: an ONNX graph always uses all keys; "
-            "give --k all, or build the index again with --index Flat"
-        )
+    asked, index = index, index.with_settings(index.settings.override(k="all"))
     int8 = None if backbone is None or backbone.precision != "int8" else backbone
     if isinstance(int8, Joined):
         raise UsageError("precision int8: cannot be exported for several encoders; give float32")
@@ -216,7 +213,7 @@ def export_onnx(index: Index, out: str | os.PathLike[str], backbone: Encoder = N
         graph.producer_name, graph.producer_version = "retrieval-tip", version("retrieval-tip")
         onnx.save_model(graph, temporary)
         facts["bytes"] = temporary.stat().st_size
-        facts["agreement"] = _agreement(index, backbone, outputs, temporary)
+        facts["agreement"] = _agreement(asked, backbone, outputs, temporary)
     return facts
 
 

@@ -51,12 +51,12 @@ class Trial:
 class Tuning:
     """The result of tuning on ``n`` queries of ``source``, with the cheapest trial first.
 
-    ``chosen`` is the selected trial, and ``index`` is the index of this trial.
+    ``chosen`` is the selected trial, and ``index`` is the FAISS index of this trial, or ``None`` if it has none.
     """
 
     trials: list[Trial]
     chosen: Trial
-    index: VectorIndex
+    index: VectorIndex | None
     n: int
     source: str = ""
 
@@ -66,7 +66,7 @@ class Tuning:
         If you give a ``folder``, a new version is written there with :meth:`Index.save`.
         """
         where = f"tuned on {self.source}, n={self.n}, agreement {self.chosen.agreement:.4g}"
-        index.set_rows(replace(index.rows.in_memory(), index=None if self.index.exact_search else self.index))
+        index.set_rows(replace(index.rows.in_memory(), index=self.index))
         index.settings = index.settings.override(k=self.chosen.k or "all", tail=True)
         index.provenance = index.provenance | {"index": where, "k": where}
         if folder is not None:
@@ -97,10 +97,10 @@ def tune(
         raise UsageError(f"agreement is {agreement}: expected a fraction above 0 and at most 1")
     if len(features) < LEAST_QUERIES:
         raise InputError(f"{len(features)} queries are too few to tune on; give at least {LEAST_QUERIES}")
-    f, search = torch.from_numpy(np.ascontiguousarray(features)).to(index.device), index.index
-    assert search is not None
+    f, rows = torch.from_numpy(np.ascontiguousarray(features)).to(index.device), index.rows.in_memory()
     winners, cost = _timed(index, f, None)
-    trials, rows = {Trial(search.factory, search.effort, None, 1.0, cost): search}, index.rows.in_memory()
+    effort = None if rows.index is None else rows.index.effort
+    trials = {Trial(index.index_type, effort, None, 1.0, cost): rows.index}
     for factory in factories or _usual(index):
         search = index_over(rows.vectors, rows.class_ids, len(index.class_names), factory, index.device)
         other = replace(index, rows=replace(rows, index=search))
@@ -111,9 +111,10 @@ def tune(
             trials[Trial(factory, effort, k, same, taken)] = search
     ordered = _frontier(list(trials))
     chosen = next(trial for trial in ordered if trial.agreement >= agreement)
-    search = trials[replace(chosen, best=False)]
-    search.effort = chosen.effort
-    return Tuning(ordered, chosen, search, len(features))
+    best = trials[replace(chosen, best=False)]
+    if best is not None:
+        best.effort = chosen.effort
+    return Tuning(ordered, chosen, best, len(features))
 
 
 def _usual(index: Index) -> list[str]:

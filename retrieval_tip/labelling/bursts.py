@@ -44,7 +44,7 @@ def classify_in_bursts(
 ) -> tuple[Predictions, pa.Array]:
     """Classify photos, and give all photos of a burst the mean of their probabilities.
 
-    The encoder must read photos with ``noting``. Returns one prediction per photo, and the number of its burst (see
+    The sources must load photos with ``noting``. Returns one prediction per photo, and the number of its burst (see
     :func:`bursts`). A burst has no match if none of its photos has one. Raises UsageError if the probabilities do
     not fit in memory.
     """

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, KeysView, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import reduce
 from typing import Any, get_args
 
 import numpy as np
@@ -19,7 +18,7 @@ from torch.nn.functional import normalize
 
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.remote import absolute
-from retrieval_tip.data.sources import Source, of_images
+from retrieval_tip.data.sources import Source, of_images, read_item
 from retrieval_tip.errors import InputError, check_memory, show
 from retrieval_tip.index import places
 from retrieval_tip.index.build import build_index
@@ -27,7 +26,7 @@ from retrieval_tip.labelling.queue import Picked
 from retrieval_tip.model import Index
 from retrieval_tip.predictions import Predictions
 from retrieval_tip.settings import Ask
-from retrieval_tip.store.labels import PICKED, WITHDRAWN
+from retrieval_tip.store.labels import PICKED
 
 NONE = "none of these"
 """Class of photos that belong to no other class."""
@@ -124,7 +123,7 @@ class SessionPhotos:
         digests = {}
         for photo in photos:
             with suppress(InputError):
-                digests[photo] = hashlib.sha256(self.reader.read(self.path(photo))).hexdigest()
+                digests[photo] = hashlib.sha256(read_item(self.path(photo))).hexdigest()
         return digests
 
     def read(self, photos: Sequence[int], strict: bool) -> Read:
@@ -162,8 +161,8 @@ class SessionPhotos:
 
 def known_photos(
     index: Index, numbers: Mapping[str, int], digests: Mapping[str, Sequence[int]]
-) -> tuple[dict[int, LabelledPhoto], list[LabelledPhoto]]:
-    """Return the labelled photos by number, and the keys whose label was withdrawn.
+) -> dict[int, LabelledPhoto]:
+    """Return the labelled photos by number.
 
     A photo that has been read is recognised by its digest, and any other photo by its path until it is read.
     ``digests`` maps the digests of the photos that have been read to their numbers. ``numbers`` maps the absolute paths
@@ -172,18 +171,14 @@ def known_photos(
     labels = index.labels
     picked = labels[PICKED] if PICKED in labels.column_names else pa.nulls(len(labels), pa.string())
     rows = labels.select(["key_id", "label", "digest", "source"]).append_column(PICKED, picked)
-    wanted = {"source": numbers, "digest": digests, PICKED: [WITHDRAWN]}
+    wanted = {"source": numbers, "digest": digests}
     found = (pc.is_in(rows[name], value_set=pa.array(values, pa.string())) for name, values in wanted.items())
     known: dict[int, LabelledPhoto] = {}
-    withdrawn = []
-    for row in rows.filter(reduce(pc.or_, found)).to_pylist():
+    for row in rows.filter(pc.or_(*found)).to_pylist():
         one = LabelledPhoto(row["key_id"], row["label"], row[PICKED], row["digest"])
-        if row[PICKED] == WITHDRAWN:
-            withdrawn.append(one)
-            continue
         for photo in [*digests.get(row["digest"], ()), *([numbers[row["source"]]] if row["source"] in numbers else [])]:
             known.setdefault(photo, one)
-    return known, withdrawn
+    return known
 
 
 def build_from_labels(

@@ -300,8 +300,8 @@ class LanceStore(Store):
             arrays = rows.arrays()
             places = np.argsort(np.argsort(arrays.key_ids))
             used = replace(arrays, values=torch.from_numpy(held["values"][places]))
-        kind = CLASSES if rows.kind == CLASSES else FLAT
-        index = Index.of_version(used, manifest, device, held | {"text": _matrix(classes["text"])}, factory=kind)
+        held |= {"text": _matrix(classes["text"])}
+        index = Index.of_version(used, manifest, device, held, factory=rows.kind)
         index.stored = Origin(self, manifest)
         return index, rows
 
@@ -310,9 +310,10 @@ class LanceStore(Store):
 
         table = writer.table if writer is not None else None
         points = _matrix(classes["point_sum"]) if "point_sum" in classes.column_names else None
+        kind = CLASSES if manifest.index == CLASSES else FLAT  # earlier programs also used vector indexes
         return TableRows(
             table=table or self.table(manifest), counts=classes["keys"].to_numpy(), totals=_matrix(classes["sum"]),
-            points=points, second=self.arrays(manifest, "second").get("second"), kind=manifest.index,
+            points=points, second=self.arrays(manifest, "second").get("second"), kind=kind,
             automatic=manifest.built.auto_index, writer=writer,
         )  # fmt: skip
 
@@ -403,7 +404,7 @@ class TableChange(Change):
         own, solved = self.index, self.index.values is not None
         rows = self._rows = self._table.rewritten(None if solved else own.metric, index, dtype)
         if solved:
-            own.rebuild(CLASSES if rows.kind == CLASSES else FLAT, dtype)
+            own.rebuild(rows.kind, dtype)
         else:
             own.set_rows(rows)
         if index is not None:
@@ -423,7 +424,6 @@ class TableChange(Change):
             self._factory = factory
             if self.index.rows is rows:
                 self.index.set_rows(rows.arrays())
-            # other types of a table's index do not support solved values
             factory = CLASSES if (factory or rows.kind) == CLASSES else None
         self.choice = closed_form.fit(self.index, asked, validation=validation, factory=factory)
         return self.choice

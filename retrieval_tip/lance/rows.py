@@ -1,7 +1,7 @@
 """The keys of an index and their labels as rows of a LanceDB table, which may not fit in memory.
 
-The tail is computed from per-class statistics, and search results already include the keys and class ids. If a query
-uses all keys, they are read block by block. An index in a folder gives the same answers.
+The tail is computed from per-class statistics. If a query uses all keys, they are read block by block. An index in a
+folder gives the same answers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.lance.key_table import (
     CLASSES,
     FLAT,
-    KINDS,
     POINT,
     RESTORE,
     ROW,
@@ -44,7 +43,6 @@ from retrieval_tip.retrieval.evidence import Nearest
 from retrieval_tip.retrieval.inputs import KeysInPlace
 from retrieval_tip.retrieval.keys import SPREAD_CLASSES, SPREAD_KEYS, SPREAD_QUERIES, KeyStream, points_of
 from retrieval_tip.retrieval.rows import FRESH_PAIRS, ArrayRows, Rows
-from retrieval_tip.retrieval.vector_index import Product, auto_factory, inner_factory
 from retrieval_tip.settings import Dtype
 from retrieval_tip.store.address import Address
 from retrieval_tip.store.labels import LABEL_SCHEMA, shots_after, shots_of, with_column
@@ -218,10 +216,6 @@ class LanceKeys(KeyStream):
         k = min(k, self.n)
         if self.by_class:
             return self.nearest_by_class(points, k)
-        if not self.exact_search:
-            hits = self.table.search(points.cpu().numpy(), k, self.index_type)
-            affinity, rows, ids = (torch.from_numpy(part).to(points.device) for part in hits)
-            return Nearest(affinity, rows, ids.masked_fill_(rows < 0, self.n_classes))
         none = torch.empty(len(points), 0, dtype=torch.int64, device=self.device)
         best = Nearest(points.new_empty(len(points), 0), none, none)
         for keys, ids, rows in self.blocks():
@@ -229,9 +223,6 @@ class LanceKeys(KeyStream):
             every = Nearest.joined([best, Nearest(affinity, rows[place], ids[place])], dim=1)
             best = every.at(every.affinity.topk(min(k, every.affinity.shape[1]), dim=1).indices)
         return best
-
-    def _nearest_means(self, points: Tensor, number: int) -> Tensor:
-        return Product(self.means).search(points, number)[1]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -359,12 +350,6 @@ class TableRows(Rows):
 
     def described(self, rows: IntArray, columns: Sequence[str]) -> pa.Table:
         return self.table.take(rows, columns)
-
-    def numbered(self, key_ids: Sequence[int]) -> tuple[IntArray, IntArray]:
-        found = list(self.table.scan(["class_id"], "key_id", key_ids, with_rows=True))
-        none = np.empty(0, dtype=np.int64)
-        rows, ids = (np.concatenate([none, *(batch[name].to_numpy() for batch in found)]) for name in (ROW, "class_id"))
-        return rows.astype(np.int64), ids.astype(np.int64)
 
     def some(self, m: int) -> tuple[KeyArray, pa.Table]:
         some = self.table.offsets(spread(self.n, m), ["key_id", "class_id", VECTOR])
@@ -607,17 +592,13 @@ class TableRows(Rows):
 def index_kind(factory: str, n: int = 0, c: int = 1) -> tuple[str, int | None]:
     """Return the index type for a requested ``factory``, and the number of keys per query to use with it.
 
-    You can request ``auto``, ``Flat``, ``Classes`` or one of :data:`key_table.KINDS`. For ``n`` keys of ``c`` classes,
-    ``auto`` selects ``Classes`` if a folder would use it (see :func:`vector_index.auto_factory`). Raises UsageError for
-    any other type.
+    You can request ``auto``, ``Flat`` or ``Classes``. For ``n`` keys of ``c`` classes, ``auto`` selects ``Classes``
+    and the keys of 8 classes if there are many keys. Raises UsageError for any other type.
     """
     if factory == "auto":
-        if n < INDEX_FROM:
-            return FLAT, None
-        chosen, k = auto_factory(n, c)
-        return (CLASSES, k) if inner_factory(chosen) is not None else ("IvfFlat", None)
-    if factory not in (FLAT, CLASSES, *KINDS):
-        raise UsageError(f"index {factory!r}: give auto, {FLAT}, {CLASSES} or {', '.join(KINDS)} for a LanceDB store")
+        return (FLAT, None) if n < INDEX_FROM else (CLASSES, round(8 * n / c))
+    if factory not in (FLAT, CLASSES):
+        raise UsageError(f"index {factory!r}: give auto, {FLAT} or {CLASSES} for a LanceDB store")
     return factory, None
 
 

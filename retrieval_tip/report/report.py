@@ -113,7 +113,7 @@ def _page(results: Results) -> str:
         matrix=confusion_matrix(evaluation.answers), reliability=list(by_probability(evaluation)),
         coverage=list(by_coverage(evaluation)),
         provenance=provenance(results), counted=counted, few=few, percent=percent, portable=portable, nobreak=_nobreak,
-        thumbnail=remembered(partial(thumbnail, results.test.load or results.reader.read)),
+        thumbnail=remembered(partial(thumbnail, results.test.load)),
     )  # fmt: skip
 
 

@@ -17,8 +17,8 @@ from retrieval_tip.errors import UsageError
 from retrieval_tip.retrieval.inputs import StoredKeys
 from retrieval_tip.settings import Normalize, check_choice
 
-UNTOUCHED = {"both": (0.7, 1.0), "shots": (20.0, 5.5), "affinity": (0.035, 1.0), "none": (1.0, 5.5)}
-"""Default alpha and beta in each unit. For ``none``, they come from the paper. All are equivalent at 16 shots."""
+UNTOUCHED = {"both": (0.7, 1.0), "none": (1.0, 5.5)}
+"""Default alpha and beta in each unit. For ``none``, they come from the paper. Both are equivalent at 16 shots."""
 
 DOUBT = 4
 """Number of pseudo-shots added to each class, so that a few shots have less weight (selected on validation data)."""
@@ -65,9 +65,8 @@ def plain_settings(
 ) -> tuple[float, float]:
     """Convert alpha and beta from the units of ``normalize`` to the units of equation 6 in the paper.
 
-    If ``normalize`` is ``affinity``, affinities are standardised as ``A' = (A - mean) / std``, and the weight of a key
-    is ``exp(beta A')``. If it is ``shots``, the cache is divided by the number of shots per class plus :data:`DOUBT`.
-    If it is ``both``, both are done::
+    With ``both``, affinities are standardised as ``A' = (A - mean) / std``, and a key has the weight
+    ``exp(beta A')``. The cache is divided by the number of shots per class plus :data:`DOUBT`::
 
         beta_plain  = beta / std
         alpha_plain = alpha exp(beta_plain (1 - mean)) / (shots + 4)
@@ -86,14 +85,11 @@ def plain_settings(
     beta = UNTOUCHED[normalize][1] if beta is None else beta
     if statistics is None or normalize == "none":
         return alpha, beta
-    if normalize in ("both", "affinity"):
-        beta /= statistics.std
-        if chosen and beta * (1 - statistics.mean) > STEEPEST:
-            beta = STEEPEST / (1 - statistics.mean)
-        try:
-            alpha *= math.exp(beta * (1 - statistics.mean))
-        except OverflowError:
-            raise UsageError(f"beta {beta * statistics.std:g}: too large for these affinities; lower it") from None
-    if normalize in ("both", "shots"):
-        alpha /= statistics.shots + DOUBT
-    return alpha, beta
+    beta /= statistics.std
+    if chosen and beta * (1 - statistics.mean) > STEEPEST:
+        beta = STEEPEST / (1 - statistics.mean)
+    try:
+        alpha *= math.exp(beta * (1 - statistics.mean))
+    except OverflowError:
+        raise UsageError(f"beta {beta * statistics.std:g}: too large for these affinities; lower it") from None
+    return alpha / (statistics.shots + DOUBT), beta

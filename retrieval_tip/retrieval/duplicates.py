@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from retrieval_tip.errors import InputError, one_line
+from retrieval_tip.errors import one_line
 from retrieval_tip.retrieval.inputs import FloatArray, IntArray, KeyArray, KeysInPlace, StoredKeys
 from retrieval_tip.retrieval.keys import KEY_BLOCK, QUERY_BLOCK, own_affinity
 from retrieval_tip.retrieval.logits import slices
@@ -117,16 +117,10 @@ def duplicates(
             and returns the affinities and rows of the ``k`` nearest keys. Empty slots have row -1. The fresh keys must
             be included in the search.
         most: the maximum number of pairs to return.
-
-    Raises InputError if ``labels`` does not have one row per key, or if ``fresh`` is out of range.
     """
     n = int(keys.shape[0])
-    if len(labels) != n:
-        raise InputError(f"labels: {len(labels)} rows for {n} keys")
     class_ids = labels["class_id"].to_numpy().astype(np.int64)
     asked = np.arange(n) if fresh is None else np.unique(np.asarray(fresh, dtype=np.int64))
-    if asked.size and not 0 <= asked[0] <= asked[-1] < n:
-        raise InputError(f"fresh: row {int(asked[0] if asked[0] < 0 else asked[-1])} is out of range for {n} keys")
     new = np.zeros(n, dtype=bool)
     new[asked] = True
     images = digest_codes(labels, None if fresh is None else asked)

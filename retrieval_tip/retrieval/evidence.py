@@ -64,33 +64,6 @@ class Nearest(NamedTuple):
         return cls(*(torch.cat(column, dim=dim) for column in zip(*parts, strict=True)))
 
 
-class Largest(NamedTuple):
-    """The largest contributions found so far, largest first, and the affinities and rows of their keys."""
-
-    given: Tensor
-    affinity: Tensor
-    rows: Tensor
-
-    @classmethod
-    def none(cls, q: int, number: int, device: str) -> Largest:
-        """Create empty slots, which have contribution -inf, affinity 0 and row -1."""
-        given = torch.full((q, number), -torch.inf, device=device)
-        return cls(given, torch.zeros_like(given), torch.full((q, number), -1, device=device))
-
-    def add(self, part: slice, given: Tensor, affinity: Tensor, rows: Tensor) -> None:
-        """Merge a block of keys for the queries in ``part``. ``rows`` are their row numbers."""
-        number = self.given.shape[1]
-        if number == 1:  # max is several times as fast as topk
-            largest, place = given.max(dim=1, keepdim=True)
-        else:
-            largest, place = given.topk(min(number, given.shape[1]), dim=1)
-        block = largest, affinity.gather(1, place), rows[place]
-        both = [torch.cat([old[part], new], dim=1) for old, new in zip(self, block, strict=True)]
-        kept = both[0].topk(number, dim=1).indices
-        for column, merged in zip(self, both, strict=True):
-            column[part] = merged.gather(1, kept)
-
-
 class Contributors(NamedTuple):
     """The shots that contributed most to the answers, and the shots that counted most against them.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ from retrieval_tip import tip
 from retrieval_tip.errors import InputError, warn_once
 from retrieval_tip.retrieval.evidence import Nearest
 from retrieval_tip.retrieval.inputs import FloatArray, IntArray, KeyArray
-from retrieval_tip.retrieval.vector_index import Product, VectorIndex, auto_factory, inner_factory
+from retrieval_tip.retrieval.vector_index import BY_CLASS, VectorIndex, auto_factory, exact_search, faiss, search_arrays
 
 QUERY_BLOCK, KEY_BLOCK = 512, 2048
 """Maximum number of queries and keys in a block of affinities. A block takes 4 MiB, which fits in the CPU cache."""
@@ -64,15 +64,10 @@ def auto_for(shape: tuple[int, int], dtype: npt.DTypeLike, n_classes: int, devic
 def index_over(keys: KeyArray, class_ids: IntArray, n_classes: int, factory: str, device: str = "auto") -> VectorIndex:
     """Build a FAISS index over keys that are grouped by class. If the factory is ``Classes``, index the class means.
 
-    Class means are searched with four times the usual effort, because if the search misses a class, all its keys are
-    lost. Raises the same errors as :meth:`VectorIndex.build`.
+    Raises the same errors as :meth:`VectorIndex.build`.
     """
-    if inner_factory(factory) is None:
-        return VectorIndex.build(keys, factory, device)
-    index = VectorIndex.build(Keys(keys, class_ids, n_classes).means.numpy(), factory, device)
-    if index.effort is not None and index.effort_limit is not None:
-        index.effort = min(4 * index.effort, index.effort_limit)
-    return index
+    vectors = Keys(keys, class_ids, n_classes).means.numpy() if factory == BY_CLASS else keys
+    return VectorIndex.build(vectors, factory, device)
 
 
 def own_affinity(features: Tensor, rows: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:
@@ -185,10 +180,6 @@ class KeyStream(ABC):
     def nearest(self, points: Tensor, k: int) -> Nearest:
         """Find the ``k`` nearest keys of each query. Affinities are exact, even if the index is compressed."""
 
-    def _nearest_means(self, points: Tensor, number: int) -> Tensor:
-        """Return the ``number`` classes whose means are nearest to each query. The id -1 stands for no class."""
-        raise NotImplementedError
-
     def nearest_by_class(self, points: Tensor, k: int) -> Nearest:
         """Find the ``k`` nearest keys of each query among the classes with the nearest means.
 
@@ -196,10 +187,10 @@ class KeyStream(ABC):
         """
         k = min(k, self.n)
         number = min(self.n_classes, max(8, round(4 * k / self.mean_count)))
-        near = self._nearest_means(points, number)
-        while number < self.n_classes and (self.counts[near.clamp_min(0)].where(near >= 0, 0).sum(1) < k).any():
+        near = exact_search(self.means, points, number)[1]
+        while number < self.n_classes and (self.counts[near].sum(1) < k).any():
             number = min(self.n_classes, 4 * number)
-            near = self._nearest_means(points, number)
+            near = exact_search(self.means, points, number)[1]
         return self.nearest_of_classes(points, near, k)
 
     def nearest_of_classes(self, points: Tensor, classes: Tensor, k: int) -> Nearest:
@@ -287,7 +278,7 @@ class KeyStream(ABC):
 
         ``points`` must be on the device, and their dtype is the dtype of the sums. The result has the shape ``[q, c]``.
         """
-        values, parts = self._values_in_order, []
+        values, parts = self.values, []
         memory = points.new_empty(self.block * min(self.queries, len(points)))
         for own in points.split(self.queries):
             sums, row = points.new_zeros(self.n_classes, len(own)), 0  # transposed, to read contiguous memory
@@ -302,11 +293,6 @@ class KeyStream(ABC):
                 row += len(ids)
             parts.append(sums.T)
         return torch.cat(parts)
-
-    @cached_property
-    def _values_in_order(self) -> Tensor | None:
-        """The values in the order of :meth:`blocks`."""
-        return self.values
 
 
 class Keys(KeyStream):
@@ -331,7 +317,7 @@ class Keys(KeyStream):
         if index is not None:
             self.index, self.index_type = index, index.factory
             self.by_class, self.exact_search = index.by_class, index.exact_search
-            means = index.vectors if index.by_class and index.exact_affinity else None
+            means = index.vectors if index.by_class else None
             if index.n != (n_classes if index.by_class else len(array)):
                 raise InputError(f"index: has {index.n} vectors for {len(array)} keys of {n_classes} classes")
         counts = np.bincount(class_ids, minlength=n_classes)
@@ -343,7 +329,7 @@ class Keys(KeyStream):
 
     @cached_property
     def index(self) -> VectorIndex:
-        """The FAISS index over the keys or the class means. An exact one is created when it is needed."""
+        """The FAISS index over the keys or the class means. An exact one copies the keys when it is needed."""
         return VectorIndex.build(self.array, device=self.device)
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -376,14 +362,14 @@ class Keys(KeyStream):
     def nearest(self, points: Tensor, k: int) -> Nearest:
         """On a GPU, all keys are compared, unless the index is approximate."""
         if (self.exact_search or self.by_class) and self.device != "cpu" and not self.held.is_cpu:
-            return self.described(*Product(self.held).search(points, min(k, self.n)))
+            return self.described(*exact_search(self.held, points, min(k, self.n)))
         if self.by_class:
             return self.nearest_by_class(points, k)
+        if self.exact_search and self.device == "cpu" and self.array.dtype == np.float32:  # without a copy of the keys
+            search = partial(faiss().knn, xb=self.array, metric=faiss().METRIC_INNER_PRODUCT)
+            return self.described(*search_arrays(search, points, int(min(k, self.n))))
         affinity, rows = self.index.search_tensor(points, k)
         return self.described(affinity if self.index.exact_affinity else self.affinity(points, rows), rows)
-
-    def _nearest_means(self, points: Tensor, number: int) -> Tensor:
-        return self.index.search_tensor(points, number)[1]
 
     def described(self, affinity: Tensor, rows: Tensor) -> Nearest:
         empty = rows < 0
@@ -420,55 +406,3 @@ class Keys(KeyStream):
         starts, counts, steps = self._starts[:-1], self._starts.diff(), torch.arange(SPREAD_KEYS, device=self.device)
         rows = (starts[classes, None] + counts[classes, None] * steps // SPREAD_KEYS).clamp_max(self.n - 1)
         return self.affinity(features, rows.reshape(len(features), -1)).view(rows.shape)
-
-
-class KeysWithout(KeyStream):
-    """The keys of another stream, except those at ``rows``, whose classes are ``class_ids``. Row numbers stay the same.
-
-    A search compares keys one by one, since the bounds on whole classes hold for all of their keys.
-    """
-
-    def __init__(self, every: KeyStream, rows: Tensor, class_ids: Tensor) -> None:
-        self.every, self.rows, self._class_ids = every, rows, class_ids
-        self.exact_search = every.exact_search
-        counts = every.counts - torch.bincount(class_ids, minlength=every.n_classes)
-        super().__init__((every.n - len(rows), every.d), counts, every.device, every.metric, every.values)
-
-    @cached_property
-    def sums(self) -> Tensor:
-        """Sum of the keys in each class, of shape ``[c, d]``."""
-        sums, changed = self.every.sums.clone(), self._class_ids.unique()
-        for place, keys, rows in self.every.of_classes(changed.cpu().numpy()):
-            sums[changed[place]] -= keys[torch.isin(rows, self.rows)].sum(0)
-        return sums
-
-    def blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for block in self.every.blocks():
-            gone = torch.isin(block[2], self.rows)
-            yield tuple(column[~gone] for column in block) if gone.any() else block  # type: ignore[misc]
-
-    def of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor, Tensor]]:
-        for place, keys, rows in self.every.of_classes(class_ids):
-            left = ~torch.isin(rows, self.rows)
-            yield place, keys[left], rows[left]
-
-    def nearest(self, points: Tensor, k: int) -> Nearest:
-        found = self.every.nearest(points, k + len(self.rows))
-        found = found.without(torch.isin(found.rows, self.rows), self.n_classes)
-        return found.ordered(found.affinity).first(min(k, self.n))
-
-    def described(self, affinity: Tensor, rows: Tensor) -> Nearest:
-        return self.every.described(affinity, rows)
-
-    @property
-    def value_sums(self) -> Tensor:
-        assert self.values is not None
-        return self.every.value_sums.index_add(0, self._class_ids, self.values[self.rows], alpha=-1)
-
-    @cached_property
-    def _values_in_order(self) -> Tensor | None:
-        if self.values is None:
-            return None
-        left = torch.ones(len(self.values), dtype=torch.bool, device=self.device)
-        left[self.rows] = False
-        return self.values[left]

@@ -11,12 +11,15 @@ from torch import Tensor
 
 from retrieval_tip import tip
 from retrieval_tip.errors import InputError
-from retrieval_tip.retrieval.evidence import Contributors, Largest, Nearest
-from retrieval_tip.retrieval.keys import QUERY_BLOCK, KeyStream, KeysWithout
+from retrieval_tip.retrieval.evidence import Contributors, Nearest
+from retrieval_tip.retrieval.keys import QUERY_BLOCK, KeyStream
 from retrieval_tip.settings import Settings
 
 LOGITS = 1 << 25
 """Maximum number of logits in a block. In float32, they take 128 MiB."""
+
+PRODUCTS = 1 << 23
+"""Maximum number of affinities in memory to find the keys that contribute most. In float32, they take 32 MiB."""
 
 LEAST_CLASSES = 2
 """Minimum number of classes that a query visits. With a single class, the logit of the runner-up would not be exact."""
@@ -36,21 +39,13 @@ class AnswerTerms(tip.Terms):
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Keys of any kind and text weights, as queries meet them. If ``every`` is true, all keys are used for any ``k``.
+    """Keys of any kind and text weights, as queries meet them.
 
     Features must be on the device of the keys. In float64, the logits are computed in float64.
     """
 
     keys: KeyStream
     text: Tensor
-    every: bool = False
-
-    def without(self, rows: Tensor, class_ids: Tensor) -> Retrieval:
-        """Leave out the keys at ``rows``, whose classes are ``class_ids``.
-
-        If the index searches for whole classes, all of the other keys are used.
-        """
-        return Retrieval(KeysWithout(self.keys, rows, class_ids), self.text, self.keys.by_class)
 
     def answer(self, features: Tensor, settings: Settings, neighbours: int = 0) -> tuple[AnswerTerms, Tensor]:
         """Return the terms of the logits, and the logits.
@@ -62,7 +57,7 @@ class Retrieval:
         keys, points = self.keys, self.keys.phi(features)
         text = tip.text_logits(features, self.text, settings.logit_scale)
         discriminant = keys.discriminant(points) if settings.gamma else None
-        if settings.k is None or settings.k >= keys.n or self.every:
+        if settings.k is None or settings.k >= keys.n:
             terms = AnswerTerms(text, keys.cache_logits(points, settings.beta), discriminant)
             tip.log_cache(terms.cache, settings.log_offset)
         elif keys.by_class:
@@ -134,16 +129,14 @@ class Retrieval:
         self, values: Tensor, points: Tensor, classes: Tensor, number: int, beta: float
     ) -> tuple[Nearest, Nearest]:
         """Return, for one class per query, the keys that contribute most and the key that contributes least."""
-        asked, own = classes.unique(return_inverse=True)
-        most, least = (Largest.none(len(points), m, self.keys.device) for m in (number, 1))
-        for keys, _, rows in self.keys.blocks():
-            given = values[rows[:, None], asked].T.contiguous()  # one row per class
-            for part in slices(len(points), QUERY_BLOCK):
-                affinity = tip.affinity(points[part], keys)
-                shares = tip.weight(affinity, beta).mul_(given[own[part]])
-                most.add(part, shares, affinity, rows)
-                least.add(part, shares.neg_(), affinity, rows)
-        return self.keys.described(most.affinity, most.rows), self.keys.described(least.affinity, least.rows)
+        most: list[Nearest] = []
+        least: list[Nearest] = []
+        for part in slices(len(points), max(1, min(QUERY_BLOCK, PRODUCTS // self.keys.n))):
+            affinity = torch.cat([tip.affinity(points[part], keys) for keys, *_ in self.keys.blocks()], dim=1)
+            shares = tip.weight(affinity, beta).mul_(values.index_select(1, classes[part]).T)
+            for kept, places in ((most, shares.topk(number, dim=1).indices), (least, shares.argmin(1, keepdim=True))):
+                kept.append(self.keys.described(affinity.gather(1, places), places))
+        return Nearest.joined(most), Nearest.joined(least)
 
     def _over_classes(self, points: Tensor, settings: Settings, k: int, terms: AnswerTerms) -> None:
         """Fill ``terms`` with cache logits from the classes that can win, using about ``k`` keys per query."""

@@ -30,8 +30,6 @@ from retrieval_tip.store.versions import Writer
 
 FRESH_PAIRS = 1 << 26
 """Maximum number of affinities to compute when new keys are checked for duplicates."""
-EFFORT = 16
-"""Number of lists to probe for nearly identical keys."""
 
 
 class Rows(ABC):
@@ -92,10 +90,6 @@ class Rows(ABC):
     @abstractmethod
     def described(self, rows: IntArray, columns: Sequence[str]) -> pa.Table:
         """Return columns of the label store for the row numbers that a search returned."""
-
-    @abstractmethod
-    def numbered(self, key_ids: Sequence[int]) -> tuple[IntArray, IntArray]:
-        """Return the row numbers and the class ids of keys. Unknown ids are ignored."""
 
     @abstractmethod
     def some(self, m: int) -> tuple[KeyArray, pa.Table]:
@@ -236,10 +230,6 @@ class ArrayRows(Rows):
     def described(self, rows: IntArray, columns: Sequence[str]) -> pa.Table:
         return self.labels.select(list(columns)).take(pa.array(rows))
 
-    def numbered(self, key_ids: Sequence[int]) -> tuple[IntArray, IntArray]:
-        rows = np.flatnonzero(np.isin(self.key_ids, key_ids))
-        return rows, self.class_ids[rows]
-
     def some(self, m: int) -> tuple[KeyArray, pa.Table]:
         rows = spread(self.n, m)
         return np.asarray(self.keys[rows]), self.described(rows, ["key_id", "class_id"])
@@ -275,11 +265,9 @@ class ArrayRows(Rows):
 
     def duplicates_of(self, key_ids: Sequence[int], keys: KeyStream) -> Duplicates:
         fresh = np.flatnonzero(np.isin(self.key_ids, key_ids))
-        if self.points is not None or self.index is None or self.index.by_class:
-            # an exact or class-wise index would compare each new key with too many keys
-            return duplicates(self.keys, self.labels, fresh, budget=FRESH_PAIRS)
-        with self.index.limited(EFFORT):
-            return duplicates(self.keys, self.labels, fresh, budget=FRESH_PAIRS, search=keys.nearest)
+        exact = self.points is not None or self.index is None or self.index.by_class  # which compares too many keys
+        search = None if exact else keys.nearest
+        return duplicates(self.keys, self.labels, fresh, budget=FRESH_PAIRS, search=search)
 
     def order(self) -> IntArray:
         """Return the row numbers sorted by class and key id. This is the order of a newly built index."""

@@ -8,7 +8,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ TRAINING_PER_LIST = 256
 """Number of training keys per list of a clustered index. FAISS does not use more."""
 
 BY_CLASS = "Classes"
-"""Factory of an index over class means. You can append a comma and a FAISS factory, which is used for the means."""
+"""Factory of an index over class means."""
 
 MOST_LINKS = 1024
 """Maximum number of links per key of a graph index."""
@@ -51,8 +51,7 @@ ADDED = 65536
 FLAT_FACTORY = "Flat"
 """Factory of an exact index, which has no file, since it searches the keys themselves."""
 
-FLAT = ("IndexFlat", "IndexFlatIP")
-UNCOMPRESSED = (*FLAT, "IndexIVFFlat", "IndexHNSWFlat", "IndexNSGFlat")
+UNCOMPRESSED = ("IndexFlat", "IndexFlatIP", "IndexIVFFlat", "IndexHNSWFlat", "IndexNSGFlat")
 """FAISS classes that store vectors without compression."""
 
 _SCALARS = "SQ(4|6|8|fp16|bf16)"
@@ -66,12 +65,6 @@ _FACTORY = re.compile(
 ``Refine(IVF4,Flat)`` crashes the process, ``NSG16`` never finishes if keys are repeated, ``PCA7,OPQ60_300,Flat``
 writes out of bounds, ``RQ2x24`` takes gigabytes, and ``SQ8_direct`` expects vectors of bytes.
 """
-
-
-def inner_factory(factory: str) -> str | None:
-    """Return the FAISS factory for class means, which defaults to ``Flat``. For an index over keys, return ``None``."""
-    name, _, rest = factory.partition(",")
-    return (rest or "Flat") if name == BY_CLASS else None
 
 
 def auto_factory(n: int, c: int) -> tuple[str, int | None]:
@@ -109,41 +102,29 @@ def faiss() -> Any:  # FAISS has no types
 class VectorIndex:
     """A maximum inner product search over vectors. The vectors are not normalised, and the id of row i is i.
 
-    The vectors are the keys. If the factory is ``Classes``, they are the class means, and ``by_class`` is true. An
-    index of the type ``Flat`` searches the array of keys, and copies it only for float16 keys or a GPU. ``trained`` is
-    the number of vectors that the index was built from. ``path`` is the file that the index was read from, or ``None``
-    if the index has changed since then.
+    The vectors are the keys. If the factory is ``Classes``, they are the class means, and ``by_class`` is true.
+    ``trained`` is the number of vectors that the index was built from. ``path`` is the file that the index was read
+    from, or ``None`` if the index has changed since then.
     """
 
     def __init__(
         self,
-        index: FaissIndex | KeyArray,
+        index: FaissIndex,
         factory: str,
         device: str = "auto",
         half: bool = False,
         path: Path | None = None,
         trained: int | None = None,
     ) -> None:
-        self._keys = index if isinstance(index, np.ndarray) else None
-        self._built: FaissIndex | None = None if isinstance(index, np.ndarray) else index
-        self.n, self.d = index.shape if isinstance(index, np.ndarray) else (int(index.ntotal), int(index.d))
+        self._cpu, self.n, self.d = index, int(index.ntotal), int(index.d)
         self.trained = self.n if trained is None else trained
         self.factory, self.path = factory, path
-        self.by_class = inner_factory(factory) is not None
+        self.by_class = factory == BY_CLASS
         self._device, self._half = device, half
-        self._gpu = GpuCopy(lambda: self._cpu, device, half)
-        self._lock = threading.Lock()
+        self._gpu = GpuCopy(index, device, half)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restored, (self.to_array(), self.factory, self._device, self._half, self.trained)
-
-    @property
-    def _cpu(self) -> FaissIndex:
-        with self._lock:
-            if self._built is None:
-                assert self._keys is not None
-                self._built = _filled(faiss().IndexFlatIP(self.d), self._keys)
-            return self._built
 
     @classmethod
     def build(cls, keys: KeyArray, factory: str = "Flat", device: str = "auto") -> VectorIndex:
@@ -152,10 +133,8 @@ class VectorIndex:
         Raises UsageError if the factory is unknown, is not safe or normalises the keys, or if there are too few keys to
         train the index.
         """
-        if factory == FLAT_FACTORY:
-            return cls(keys, factory, device, keys.dtype == np.float16)
         n, d = keys.shape
-        inner = inner_factory(factory) or factory
+        inner = FLAT_FACTORY if factory == BY_CLASS else factory
         if problem := _factory_problem(inner, n, d):
             raise UsageError(f"index {factory if len(factory) <= 80 else factory[:80] + '...'!r}: {problem}")
         with _usage_errors(factory):
@@ -174,8 +153,6 @@ class VectorIndex:
 
     def refilled(self, keys: KeyArray) -> VectorIndex:
         """Return an index of the same type over other keys. The index is not trained again."""
-        if self.exact_search:
-            return VectorIndex.build(keys, self.factory, self._device)
         index = faiss().deserialize_index(self.to_array())  # a copy that is not memory-mapped
         index.reset()
         return VectorIndex(_filled(index, keys), self.factory, self._device, self._half, trained=self.trained)
@@ -227,7 +204,7 @@ class VectorIndex:
     @property
     def exact_affinity(self) -> bool:
         """Whether a search returns exact affinities. This is the case if the vectors are not compressed."""
-        return self.exact_search or _is_one_of(UNCOMPRESSED, self._cpu)
+        return _is_uncompressed(self._cpu)
 
     @property
     def effort(self) -> int | None:
@@ -235,8 +212,6 @@ class VectorIndex:
 
         A search with a higher effort finds more of the nearest vectors, but takes longer.
         """
-        if self.exact_search:
-            return None
         return next((int(getattr(*place)) for place in _effort_of(self._cpu)), None)
 
     @effort.setter
@@ -247,17 +222,6 @@ class VectorIndex:
         for place in _effort_of(self._cpu):
             setattr(*place, value)
         self._gpu.probe(value)
-
-    @contextmanager
-    def limited(self, effort: int) -> Iterator[None]:
-        """Limit :attr:`effort` inside the context. The saved index does not change."""
-        before, path = self.effort, self.path
-        self.effort = None if before is None else min(before, effort)
-        try:
-            yield
-        finally:
-            self.effort = before
-            self.path = path
 
     @property
     def effort_limit(self) -> int | None:
@@ -285,7 +249,7 @@ class VectorIndex:
         k = int(min(k, self.n))
         try:
             found = self._gpu.search(features, k)
-            affinity, rows = self._search_on_cpu(features, k) if found is None else found
+            affinity, rows = search_arrays(self._cpu.search, features, k) if found is None else found
         except torch.OutOfMemoryError:
             raise
         except (AssertionError, IndexError, RuntimeError) as error:
@@ -296,12 +260,6 @@ class VectorIndex:
             raise StoreError(f"{self._name}: damaged (a search returned invalid rows); rebuild the index")
         return affinity.to(features.device), rows.to(features.device)
 
-    def _search_on_cpu(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        if self._keys is None or self._keys.dtype != np.float32:
-            return _search_arrays(self._cpu.search, features, k)
-        search = partial(faiss().knn, xb=self._keys, metric=faiss().METRIC_INNER_PRODUCT)  # does not copy the keys
-        return _search_arrays(search, features, k)
-
     @property
     def _name(self) -> str:
         return str(self.path) if self.path else f"index {self.factory!r}"
@@ -310,13 +268,12 @@ class VectorIndex:
 class GpuCopy:
     """A copy of a FAISS index on a GPU, which is created on the first search.
 
-    If the index is ``Flat``, only its vectors are copied, and torch is used for the search. Other types are cloned by
-    FAISS. If the index is too large for a single GPU and ``device`` does not select one, the index is spread over all
-    GPUs. If the search has to run on the CPU, a warning is logged once.
+    If the index is too large for a single GPU and ``device`` does not select one, the index is spread over all GPUs. If
+    the search has to run on the CPU, a warning is logged once.
     """
 
-    def __init__(self, index: Callable[[], FaissIndex], device: str, half: bool) -> None:
-        self._index_on_cpu, self._half = index, half
+    def __init__(self, index: FaissIndex, device: str, half: bool) -> None:
+        self._index, self._half = index, half
         self._wanted, self._number = device != "cpu" and torch.cuda.is_available(), device.partition(":")[2]
         self._tried, self._held = False, None
 
@@ -336,21 +293,21 @@ class GpuCopy:
     def probe(self, lists: int) -> None:
         """Set the number of lists to probe, which is limited to :data:`GPU_MAX_K`."""
         with _GPU:
-            if self._held is not None and not isinstance(self._held, Product):
+            if self._held is not None:
                 faiss().GpuParameterSpace().set_index_parameter(self._held, "nprobe", min(lists, GPU_MAX_K))
 
     def search(self, features: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
         """Return the affinities and rows of the nearest vectors, or ``None`` if the search must run on the CPU."""
         copied = self.get()
-        if copied is None or isinstance(copied, Product):
-            return None if copied is None else copied.search(features, k)
+        if copied is None:
+            return None
         if k > GPU_MAX_K:
             warn_once(f"FAISS finds at most {GPU_MAX_K:,} keys on a GPU; larger searches run on the CPU")
             return None
         # A copy that has transforms or is spread over several GPUs only accepts arrays. Such a copy has no getDevice.
         if features.is_cpu or getattr(copied, "getDevice", lambda: None)() != features.device.index:
             with _GPU:
-                return _search_arrays(copied.search, features, k)
+                return search_arrays(copied.search, features, k)
         importlib.import_module("faiss.contrib.torch_utils")  # after this import, FAISS accepts tensors
         with _GPU, torch.cuda.device(features.device):  # FAISS uses the stream of the current device
             found: tuple[Tensor, Tensor] = copied.search(features.contiguous(), k)
@@ -358,10 +315,8 @@ class GpuCopy:
 
     def _copy(self) -> FaissIndex:
         """Create the copy. Raises RuntimeError if this is not possible."""
-        number, index = int(self._number or torch.cuda.current_device()), self._index_on_cpu()
-        size, room = _bytes_on_gpu(index, self._half), int(torch.cuda.mem_get_info(number)[0]) // 2
-        if _is_one_of(FLAT, index) and size <= room:
-            return Product.of(index, f"cuda:{number}", self._half)
+        number, index = int(self._number or torch.cuda.current_device()), self._index
+        size, room = _bytes_on_gpu(index), int(torch.cuda.mem_get_info(number)[0]) // 2
         gpus = int(faiss().get_num_gpus())
         if not gpus:
             raise RuntimeError("FAISS finds no GPU, but torch does (see retrieval-tip doctor)")
@@ -374,7 +329,7 @@ class GpuCopy:
     def _clone(self, index: FaissIndex, clone: Callable[[object], FaissIndex], shard: bool = False) -> FaissIndex:
         """Clone the index with FAISS."""
         options = faiss().GpuMultipleClonerOptions()
-        options.useFloat16 = self._half and not _is_one_of(UNCOMPRESSED, index)  # float16 also rounds the queries
+        options.useFloat16 = self._half and not _is_uncompressed(index)  # float16 also rounds the queries
         options.use_cuvs = "CUVS" in faiss().get_compile_options().upper()
         options.shard = shard
         cut = [(part, lists) for part in _inner(index) if (lists := getattr(part, "nprobe", 0)) > GPU_MAX_K]
@@ -388,42 +343,27 @@ class GpuCopy:
                 part.nprobe = lists
 
 
-class Product:
-    """An exact search on a GPU."""
+def exact_search(vectors: Tensor, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the affinities of the ``k`` nearest vectors of each query, largest first, and their rows, by torch.
 
-    def __init__(self, vectors: Tensor) -> None:
-        self.vectors = vectors
+    The vectors are on a GPU, or there are few. The products are computed in float32, even if the vectors are float16.
+    """
+    parts = [_nearest(vectors, part, k) for part in features.split(QUERIES)]
+    affinity, rows = zip(*parts, strict=True)
+    return torch.cat(affinity), torch.cat(rows)
 
-    @classmethod
-    def of(cls, index: FaissIndex, device: str, half: bool) -> Product:
-        """Create a search by copying the vectors of a flat FAISS index to ``device``."""
-        n, d = int(index.ntotal), int(index.d)
-        vectors = torch.empty(n, d, dtype=torch.float16 if half else torch.float32, device=device)
-        for start in range(0, n, 65536):
-            part = vectors[start : start + 65536]
-            part.copy_(torch.as_tensor(index.reconstruct_n(start, len(part))))
-        return cls(vectors)
 
-    def search(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Return the affinities of the ``k`` nearest vectors, largest first, and their rows, as tensors on the GPU.
-
-        The products are computed in float32, even if the vectors are float16.
-        """
-        parts = [self._nearest(part, k) for part in features.to(self.vectors.device).split(QUERIES)]
-        affinity, rows = zip(*parts, strict=True)
-        return torch.cat(affinity), torch.cat(rows)
-
-    def _nearest(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        affinity, rows = features.new_empty(len(features), 0), features.new_empty(len(features), 0, dtype=torch.int64)
-        step = max(1, PRODUCTS // max(features.shape))
-        for start in range(0, len(self.vectors), step):
-            block = self.vectors[start : start + step]
-            near, place = tip.affinity(features, block.float()).topk(min(k, len(block)), dim=1)
-            affinity, rows = torch.cat([affinity, near], dim=1), torch.cat([rows, place + start], dim=1)
-            if affinity.shape[1] > k:
-                affinity, place = affinity.topk(k, dim=1)
-                rows = rows.gather(1, place)
-        return affinity, rows
+def _nearest(vectors: Tensor, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    affinity, rows = features.new_empty(len(features), 0), features.new_empty(len(features), 0, dtype=torch.int64)
+    step = max(1, PRODUCTS // max(features.shape))
+    for start in range(0, len(vectors), step):
+        block = vectors[start : start + step]
+        near, place = tip.affinity(features, block.float()).topk(min(k, len(block)), dim=1)
+        affinity, rows = torch.cat([affinity, near], dim=1), torch.cat([rows, place + start], dim=1)
+        if start:
+            affinity, place = affinity.topk(min(k, affinity.shape[1]), dim=1)
+            rows = rows.gather(1, place)
+    return affinity, rows
 
 
 @cache
@@ -446,20 +386,19 @@ def _filled(index: FaissIndex, keys: KeyArray) -> FaissIndex:
     return index
 
 
-def _search_arrays(
+def search_arrays(
     search: Callable[..., tuple[FloatArray, IntArray]], features: Tensor, k: int
 ) -> tuple[Tensor, Tensor]:
+    """Call a search of FAISS, which takes and returns arrays."""
     affinity, rows = search(np.ascontiguousarray(features.cpu().numpy(), dtype=np.float32), k=k)
     return torch.from_numpy(affinity), torch.from_numpy(rows)
 
 
-def _is_one_of(kinds: tuple[str, ...], index: FaissIndex) -> bool:
-    return type(faiss().downcast_index(index)).__name__ in kinds
+def _is_uncompressed(index: FaissIndex) -> bool:
+    return type(faiss().downcast_index(index)).__name__ in UNCOMPRESSED
 
 
-def _bytes_on_gpu(index: FaissIndex, half: bool) -> int:
-    if _is_one_of(FLAT, index):
-        return int(index.ntotal) * int(index.d) * (2 if half else 4)
+def _bytes_on_gpu(index: FaissIndex) -> int:
     codes = [int(part.code_size) for part in _inner(index) if hasattr(part, "code_size")]
     return int(index.ntotal) * ((codes[-1] if codes else 4 * int(index.d)) + 8)
 

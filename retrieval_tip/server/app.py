@@ -64,10 +64,8 @@ def create_app(
         app.add_exception_handler(kind, handle)
     for router in (routes.uploads, edits.uploads):
         app.include_router(router, max_body_size=limits.bytes)
-    for router in (routes.reads, routes.about, edits.changes, partners.photoprism):
+    for router in (routes.reads, routes.about, edits.changes, partners.label_studio, partners.photoprism):
         app.include_router(router, max_body_size=limits.json_bytes)
-    for prefix in ("/label-studio/{name}", ""):  # without a name, the only index answers
-        app.include_router(partners.label_studio, prefix=prefix, max_body_size=limits.json_bytes)
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
     app.get("/", include_in_schema=False)(_page)
     return app

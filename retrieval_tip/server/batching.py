@@ -1,17 +1,16 @@
-"""Classes that share work between requests: a fair queue with its threads, and a cache of slow results."""
+"""Classes that share work between requests: turns of clients, batches, and a cache of slow results."""
 
 from __future__ import annotations
 
 import asyncio
-import math
+from bisect import insort
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Executor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
-from itertools import accumulate, islice
-from typing import Any, Generic, TypeVar
+from itertools import islice
+from typing import Generic, TypeVar
 
 from retrieval_tip.server import metrics
 from retrieval_tip.server.problems import Problem
@@ -20,152 +19,118 @@ T = TypeVar("T")
 R = TypeVar("R")
 K = TypeVar("K")
 
-LARGE = 2.0
-"""Minimum cost of a large turn. A photo of ordinary size costs 1."""
-
 
 @dataclass(eq=False)
-class Turn(Generic[K, T, R]):
-    """Items with one key that wait together in a :class:`Lane`. ``result`` is the future for their results."""
-
+class _Turn:
     client: str
     place: float
     cost: float
+    begun: asyncio.Future[None]
+
+
+class Turns:
+    """Turns of clients at some work. A turn begins as soon as the turns in progress cost less than ``room``.
+
+    The place of a turn is the total cost of the client's turns up to this one, plus the place of the turn that began
+    last. The waiting turn with the lowest place begins next.
+    """
+
+    def __init__(self, name: str, room: float) -> None:
+        self._name, self._room = name, room
+        self._waiting: list[_Turn] = []
+        self._now = 0.0
+
+    def waiting(self, client: str) -> float:
+        """Return the total cost of a client's turns that are waiting."""
+        return sum(turn.cost for turn in self._waiting if turn.client == client)
+
+    @asynccontextmanager
+    async def turn(self, client: str, cost: float) -> AsyncIterator[None]:
+        """Wait for a turn of a client, which ends with the context."""
+        last = max((turn.place for turn in self._waiting if turn.client == client), default=self._now)
+        own = _Turn(client, last + cost, cost, asyncio.get_running_loop().create_future())
+        insort(self._waiting, own, key=lambda turn: turn.place)
+        self._begin()
+        try:
+            await own.begun
+            yield
+        finally:
+            if own in self._waiting:
+                self._waiting.remove(own)
+            else:
+                self._room += cost
+            self._begin()
+
+    def _begin(self) -> None:
+        while self._waiting and self._room > 0:
+            turn = self._waiting.pop(0)
+            self._room -= turn.cost
+            self._now = turn.place
+            if not turn.begun.done():  # otherwise, its client has disconnected
+                turn.begun.set_result(None)
+        metrics.WAITING.labels(self._name).set(len(self._waiting))
+
+
+@dataclass(eq=False)
+class _Part(Generic[K, T, R]):
+    """The items of one request. ``result`` is the future for their results."""
+
     key: K
     items: Sequence[T]
+    most: int
     result: asyncio.Future[list[R]]
 
-    @property
-    def large(self) -> bool:
-        """Whether the turn may use only the threads that are not reserved for others."""
-        return self.cost >= LARGE
 
+class Batches(Generic[K, T, R]):
+    """Batches of the items of waiting requests, which are passed to ``run(key, items)`` in a thread of ``pool``.
 
-class Lane(Generic[K, T, R]):
-    """Threads that take the turns that are waiting, and pass their items to ``run(key, items)``.
-
-    Clients are served in turn. The place of a turn is the total cost of the client's turns up to this one, plus the
-    place of the turn that was started last, and the waiting turn with the lowest place is started next. Waiting turns
-    that have the same key join it, as long as there are at most ``most(key)`` items.
-
-    At most ``threads`` batches run at once. While large turns run, one additional thread serves the others. At most
-    ``held`` results are being computed or in use.
+    Requests with the same key join, as long as there are at most ``most(key)`` items. One batch runs at a time.
     """
 
     def __init__(
-        self,
-        name: str,
-        run: Callable[[K, list[T]], list[R]],
-        *,
-        threads: int = 1,
-        most: Callable[[K], int] = lambda _: 1,
-        held: float = math.inf,
+        self, name: str, pool: Executor, run: Callable[[K, list[T]], list[R]], most: Callable[[K], int]
     ) -> None:
-        self._name, self._run = name, run
-        self._threads, self._most, self._most_held = threads, most, held
-        self._pool = ThreadPoolExecutor(threads + 1, thread_name_prefix=name)
-        self.waiting: list[Turn[K, T, R]] = []
-        self._running: list[list[Turn[K, T, R]]] = []
-        self._held: set[Turn[K, T, R]] = set()
-        self._now = 0.0
+        self._name, self._pool, self._run, self._most = name, pool, run, most
+        self._waiting: list[_Part[K, T, R]] = []
+        self._working: asyncio.Task[None] | None = None
 
-    async def __call__(self, client: str, key: K, items: Sequence[T], cost: float = 1.0) -> list[R]:
+    async def __call__(self, key: K, items: Sequence[T]) -> list[R]:
         """Return the results of ``run`` for these items, in the same order."""
-        with self.turns(client, key, [items], [cost]) as (turn,):
-            return await turn.result
+        part: _Part[K, T, R] = _Part(key, items, self._most(key), asyncio.get_running_loop().create_future())
+        self._waiting.append(part)
+        if self._working is None or self._working.done():
+            self._working = asyncio.create_task(self._work())
+        return await part.result
 
-    @contextmanager
-    def turns(
-        self, client: str, key: K, parts: Sequence[Sequence[T]], costs: Sequence[float]
-    ) -> Iterator[list[Turn[K, T, R]]]:
-        """Queue one turn for each part of a request. On exit, turns that have not been started are cancelled."""
-        last = max((turn.place for turn in self.waiting if turn.client == client), default=0.0)
-        places = [*accumulate(costs, initial=max(last, self._now))][1:]
-        loop = asyncio.get_running_loop()
-        own: list[Turn[K, T, R]] = [
-            Turn(client, place, cost, key, part, loop.create_future())
-            for place, cost, part in zip(places, costs, parts, strict=True)
-        ]
-        self.waiting = sorted([*self.waiting, *own], key=lambda turn: turn.place)
-        self._begin()
-        try:
-            yield own
-        finally:
-            for turn in own:
-                turn.result.cancel()
-            self.release(*own)
+    async def _work(self) -> None:
+        while waiting := [part for part in self._waiting if not part.result.done()]:  # clients can disconnect
+            key, batch = waiting[0].key, waiting[:1]
+            self._waiting, room = [], waiting[0].most - len(waiting[0].items)
+            for part in waiting[1:]:
+                joins = part.key == key and len(part.items) <= room
+                room -= len(part.items) if joins else 0
+                (batch if joins else self._waiting).append(part)
+            await self._compute(batch)
 
-    def release(self, *turns: Turn[K, T, R]) -> None:
-        """Cancel turns that are still waiting, and free the space of their results."""
-        self._take(turns)
-        self._held.difference_update(turns)
-        self._begin()
-
-    def _take(self, turns: Sequence[Turn[K, T, R]]) -> None:
-        taken = set(turns)
-        self.waiting = [turn for turn in self.waiting if turn not in taken]
-
-    def _begin(self) -> None:
-        while len(self._held) < self._most_held and (batch := self._next()):
-            self._take(batch)
-            self._held.update(batch)
-            self._now = max(self._now, batch[0].place)
-            self._start(batch)
-        metrics.WAITING.labels(self._name).set(sum(len(turn.items) for turn in self.waiting))
-
-    def _next(self) -> list[Turn[K, T, R]]:
-        """Return the first turn that can start and the turns that join it, or an empty list."""
-        large = sum(batch[0].large for batch in self._running)
-        able = [turn for turn in self.waiting if not turn.large or large < self._threads]
-        if not able or len(self._running) >= self._threads + bool(large):
-            return []
-        first, *others = able
-        batch, number, most = [first], len(first.items), self._most(first.key)
-        for turn in others:
-            if (turn.key, turn.large) == (first.key, first.large) and number + len(turn.items) <= most:
-                batch.append(turn)
-                number += len(turn.items)
-        return batch
-
-    def _start(self, batch: list[Turn[K, T, R]]) -> None:
-        items = [item for turn in batch for item in turn.items]
+    async def _compute(self, batch: Sequence[_Part[K, T, R]]) -> None:
+        """Compute a batch. If it fails, compute its halves separately, so that no request gets another's error."""
+        items = [item for part in batch for item in part.items]
         metrics.BATCHES.labels(self._name).observe(len(items))
-        self._running.append(batch)
-        made = asyncio.get_running_loop().run_in_executor(self._pool, self._run, batch[0].key, items)
-        made.add_done_callback(partial(self._end, batch))
-
-    def _end(self, batch: list[Turn[K, T, R]], made: asyncio.Future[list[R]]) -> None:
-        """Pass on the results. If a batch fails, run its halves separately, so that no turn gets another's error."""
-        self._running.remove(batch)
-        error = made.exception()
-        if error is not None and len(batch) > 1:
+        try:
+            made = await asyncio.get_running_loop().run_in_executor(self._pool, self._run, batch[0].key, items)
+        except Exception as error:
             half = len(batch) // 2
-            self._start(batch[:half])
-            self._start(batch[half:])
+            if half:
+                await self._compute(batch[:half])
+                await self._compute(batch[half:])
+            elif not batch[0].result.done():
+                batch[0].result.set_exception(error)
             return
-        results = iter(made.result() if error is None else ())
-        for turn in batch:
-            own = list(islice(results, len(turn.items)))
-            if turn.result.done():  # the client has disconnected
-                continue
-            if error is None:
-                turn.result.set_result(own)
-            else:
-                turn.result.set_exception(error)
-        self._begin()
-
-    def close(self) -> None:
-        """Stop each thread once it is idle."""
-        self._pool.shutdown()
-
-
-def admit(client: str, room: float, *lanes: Lane[Any, Any, Any]) -> None:
-    """Raise Problem 429 if a client fills more than a quarter of ``room``, a total cost of turns that wait in lanes."""
-    waiting = (turn for lane in lanes for turn in lane.waiting)
-    if sum(turn.cost for turn in waiting if turn.client == client) > room / 4:
-        metrics.REFUSED.inc()
-        text = "too many of your images or features are waiting; try again in 2 s"
-        raise Problem(429, text, {"Retry-After": "2"})
+        results = iter(made)
+        for part in batch:
+            own = list(islice(results, len(part.items)))
+            if not part.result.done():
+                part.result.set_result(own)
 
 
 class Kept(Generic[K, R]):

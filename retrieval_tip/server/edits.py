@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -135,13 +134,13 @@ async def create(
         model = service.index(like or next((name for name, one in service.served.items() if one.now.backbone), None))
         backbone, into = backbone_of(model.now), model.beside
         if into is None:
-            raise Problem(422, "the index is in a bucket; to create indexes, restart the server with --out FOLDER")
+            raise InputError("the index is in a bucket; to create indexes, restart the server with --out FOLDER")
         maker = Maker(into, lambda: backbone, model.backbones)
-    with _room(service, name, maker.into):
-        used = await service.change(maker.load)
-        labelled, skipped = await service.labelled(sent, used)
-        make = partial(shots.build, maker.into / name, used, labelled, service.uploads)
-        one = await service.open(make, maker.backbones)
+    _check_free(service, name, maker.into, another=True)
+    used = await service.change(maker.load)
+    labelled, skipped = await service.labelled(sent, used)
+    make = partial(shots.build, maker.into / name, used, labelled, service.uploads)
+    one = await service.open(make, maker.backbones)
     warnings = _of_spelling(name, spelled_alike(one.now.index.class_names))
     return _answer(one, warnings=warnings, skipped=skipped)
 
@@ -188,8 +187,8 @@ async def rename_index(service: TheService, one: NotLabelled, new: schemas.Index
 @changes.post("/indexes/{name}/duplicate", status_code=201)
 async def duplicate_index(service: TheService, one: Named, new: schemas.IndexName) -> schemas.ChangedIndex:
     """Copy the current version of an index to a new index next to it."""
-    with _room(service, new.name, one.beside):
-        made = await service.open(lambda: manage.duplicate(one.folder, new.name), one.backbones)
+    _check_free(service, new.name, one.beside, another=True)
+    made = await service.open(lambda: manage.duplicate(one.folder, new.name), one.backbones)
     return _answer(made)
 
 
@@ -201,23 +200,12 @@ async def delete_index(service: TheService, one: NotLabelled) -> schemas.Changed
     return _answer(one)
 
 
-@contextmanager
-def _room(service: Service, name: str, into: Path | None) -> Iterator[None]:
-    """Reserve a place for a new index inside the context. Raises Problem 409 if the name is in use or none is left."""
-    _check_free(service, name, into)
-    if len(service.served) + service.creating >= service.limits.indexes:
-        raise Problem(409, f"the server already has {service.limits.indexes} indexes, which is the limit; delete some")
-    service.creating += 1
-    try:
-        yield
-    finally:
-        service.creating -= 1
-
-
-def _check_free(service: Service, name: str, into: Path | None) -> None:
+def _check_free(service: Service, name: str, into: Path | None, *, another: bool = False) -> None:
     if name in service.served or (into is not None and (into / name).exists()):
         where = f" in {show(into)}" if into else ""
         raise Problem(409, f"index {name!r} already exists{where}; choose another name")
+    if another and len(service.served) >= service.limits.indexes:
+        raise Problem(409, f"the server already has {service.limits.indexes} indexes, which is the limit; delete some")
 
 
 def _of_spelling(name: str, alike: Mapping[str, str]) -> list[str]:
@@ -248,7 +236,7 @@ async def label_sort(service: TheService, labelling: TheLabelling, change: schem
         check_files([source], "xmp", "they have no sidecars")
     if change.undo:
         done = await (run(undo_sidecars, paths) if xmp else run(undo_sort, folder))
-    elif version is None or labelling.is_empty(version):
+    elif version is None:
         raise Problem(404, "there are no labels yet; label some photos first")
     else:
         some = sorted(labelling.labels()) if change.labelled else range(len(labelling.photos))
@@ -261,7 +249,7 @@ async def label_sort(service: TheService, labelling: TheLabelling, change: schem
             done = await run(write_planned, done, version.index.groups)
     words = ["sort", "--undo", "--into", str(folder.absolute())]
     if xmp:
-        words = ["classify", str(labelling.place), os.path.commonpath(paths), "--xmp", "--undo"]
+        words = ["classify", str(labelling.place), os.path.commonpath(paths), "--format", "xmp", "--undo"]
     undo = shlex.join(["retrieval-tip", *words])
     summary = str(done) if done.threshold is None else f"{done}; {done.threshold}"
     return schemas.SortedPhotos(summary=summary, undo=undo, skipped=done.skipped)

@@ -9,7 +9,6 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,7 +42,6 @@ from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.schemas import Row
 from retrieval_tip.server.served import Version
 from retrieval_tip.server.service import Service
-from retrieval_tip.store.labels import WITHDRAWN
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +49,6 @@ BATCH, WAIT = 5, 3.0
 """Number of labels to save at once, and seconds to wait for them. Each batch is a version of the index."""
 DRAWN, MORE = 9, 20
 """Minimum number of random photos for an estimate, and number of further labels whose gain is estimated."""
-DONE = 0.02
-"""Share of all photos below which the largest expected number of wrong answers is good enough."""
 REVIEWED = 11.5
 """Number of wrong answers on a screen below which reviewing takes fewer actions than labelling each of its 24 photos.
 
@@ -111,10 +107,8 @@ class Labelling:
         self._in_turn = asyncio.Lock()
         self._seen: Version | None = None
         self._known: dict[int, LabelledPhoto] = {}
-        self._withdrawn: list[LabelledPhoto] = []
         self._unsaved = {photo: Label(one["label"], picked_of(one["picked"])) for photo, one in unsaved.items()}
         self._refused: dict[int, str] = {}  # reasons by photo, for labels that could not be saved
-        self._again: set[int] = set()  # refused labels to try again
         self._steps: dict[str, _Step] = {}
         self._made: set[str] = set()  # classes that this session has created
         self._last: changes.Changed | None = None
@@ -131,7 +125,7 @@ class Labelling:
     async def running(self, service: Service) -> AsyncIterator[None]:
         """Encode photos and choose the next ones in the background. On exit, labels are saved if possible."""
         self.service = service
-        self.encoding, self._thinking = (ThreadPoolExecutor(1, thread_name_prefix=f"label-{n}") for n in (0, 1))
+        self.encoding, self._thinking = service.pool("read"), service.pool("think")
         saving = asyncio.create_task(self._save())
         others = [asyncio.create_task(self._work(step)) for step in (self._encode, self._think)]
         self._due.set()
@@ -139,14 +133,11 @@ class Labelling:
             yield
         finally:
             self._closing = True
-            self._again |= self._refused.keys()
-            self._due.set()
+            self._try_again()
             await saving
             for task in others:
                 task.cancel()
             await asyncio.gather(*others, return_exceptions=True)
-            for pool in (self.encoding, self._thinking):
-                pool.shutdown(cancel_futures=True)
             self._journal.close(_entry(self.photos, photo, label) for photo, label in self._unsaved.items())
 
     def check_saved(self) -> None:
@@ -174,7 +165,7 @@ class Labelling:
             more = {"name": names[one.photo], "guesses": guessed or [], "similar": similar}
             shown.append(vars(one) | more)
         unmeasured = version is not None and self._measured != self._chosen
-        busy = self._choice_due() or unmeasured or self._unsaved.keys() > self._refused.keys()
+        busy = self._choice_due() or unmeasured or self._waiting()
         refused: list[Row] = [
             {"photo": photo, "name": names[photo], "label": self._unsaved[photo].label, "reason": reason}
             for photo, reason in self._refused.items()
@@ -190,7 +181,7 @@ class Labelling:
             encoded=self.photos.number(self.photos.encoded), labelled=self.photos.number(self.labels()),
             unsaved=len(self._unsaved), classes=self._class_counts(), queue=shown, steps=steps,
             guessed=right, refused=refused, progress=self._progress,
-            busy=busy and self._problem is None, problem=self._problem or self._trouble,
+            busy=bool(busy) and self._problem is None, problem=self._problem or self._trouble,
         )  # fmt: skip
 
     async def label(self, change: schemas.SetLabels) -> None:
@@ -267,37 +258,27 @@ class Labelling:
         if version is not self._seen:
             self._seen = version
             self._look()
-            self._again |= self._refused.keys()  # the new version may accept these labels
-            self._due.set()
+            self._try_again()  # the new version may accept more labels
         return version
 
     def _look(self) -> None:
-        if again := {photo for photo in self._refused if self.photos.readable(photo) in self.photos.encoded}:
-            self._again |= again
-            self._due.set()
-        if self._seen is None:
-            self._known, self._withdrawn = {}, []
-            return
-        self._known, self._withdrawn = known_photos(self._seen.index, self.photos.unread, self.photos.same)
+        if any(self.photos.readable(photo) in self.photos.encoded for photo in self._refused):
+            self._try_again()
+        found = self._seen and known_photos(self._seen.index, self.photos.unread, self.photos.same)
+        self._known = found or {}
         self._wake.set()
 
     def _class_counts(self) -> dict[str, int]:
         """Return the classes to choose from, with their numbers of photos. Unsaved changes are included."""
         index = None if self._seen is None else self._seen.index
         names = [] if index is None else index.class_names
-        withdrawn = [one.label for one in self._withdrawn]
-        shown = {*self._classes, *(names if index is not None and index.has_text else ())} - {*withdrawn}
+        shown = {*self._classes, *(names if index is not None and index.has_text else ())}
         counts = Counter(dict.fromkeys([*self._classes, *names], 0))
         counts.update({} if index is None else dict(zip(names, index.counts, strict=True)))
-        counts.subtract(withdrawn)
         counts.subtract(self._known[photo].label for photo in self._unsaved if photo in self._known)
         counts.update(label.label for label in self._unsaved.values() if label.label is not None)
         del counts[NONE]
         return {name: n for name, n in counts.items() if n > 0 or name in shown}
-
-    def is_empty(self, version: Version) -> bool:
-        """Return whether a version only has photos whose label was withdrawn."""
-        return version.index.n == len(self._withdrawn)
 
     def labels(self) -> dict[int, Label]:
         """Return the labels of photos. Unsaved changes are included."""
@@ -335,8 +316,11 @@ class Labelling:
                 await asyncio.sleep(0 if self._closing else RETRY)
 
     def _waiting(self) -> dict[int, Label]:
-        kept = self._refused.keys() - self._again
-        return {photo: label for photo, label in self._unsaved.items() if photo not in kept}
+        return {photo: label for photo, label in self._unsaved.items() if photo not in self._refused}
+
+    def _try_again(self) -> None:
+        self._refused.clear()
+        self._due.set()
 
     async def _changed(self) -> None:
         await self._due.wait()
@@ -344,7 +328,6 @@ class Labelling:
 
     async def _write(self, labels: Mapping[int, Label]) -> None:
         """Save labels as one new version. If the index refuses a label, save the others and keep this one."""
-        self._again -= labels.keys()
         await self._read(labels, strict=False)
         good, nothing = {}, {}  # labels that can be saved, and removals of photos that no index has
         for photo, label in labels.items():
@@ -375,12 +358,9 @@ class Labelling:
         version, known = self.version(), set[str]()
         if version is not None:
             known = set(version.index.class_names)
-            items = {item.digest: item for item in (self._item(*one) for one in labels.items())}
-            withdrawn = (PhotoLabel("", one.digest, None, WITHDRAWN) for one in self._withdrawn if one.digest)
-            items = {item.digest: item for item in withdrawn} | items
-            unwanted = self._made | {one.label for one in self._withdrawn}
-            unwanted -= {*self._classes, *(label.label for label in self._unsaved.values())}
-            change = partial(changes.label, self.place, items.values(), self.photos.reader, unwanted, self._last)
+            items = [self._item(*one) for one in labels.items()]
+            unwanted = self._made - {*self._classes, *(label.label for label in self._unsaved.values())}
+            change = partial(changes.label, self.place, items, self.photos.reader, unwanted, self._last)
             self._last = await self.service.changed(self.service.served[self.name], change)
         elif first := {photo: label for photo, label in labels.items() if label.label is not None}:
             reader = replace(self.photos.reader, strict=False)
@@ -432,7 +412,6 @@ class Labelling:
         if photos := [photo for photo in photos if photo not in self.photos.encoded]:
             self.photos.note(photos, await self.service.run(self.encoding, self.photos.read, photos, strict))
             self._look()
-            self._wake.set()
 
     async def _think(self) -> None:
         """Choose the next photos, and estimate the accuracy, whenever there is a new version or enough new photos."""
@@ -458,7 +437,7 @@ class Labelling:
         return len(self.photos.encoded) == len(self.photos.names) - len(self.photos.unreadable)
 
     async def _choose(self, version: Version | None) -> None:
-        index, encoded = None if version is None or self.is_empty(version) else version.index, len(self.photos.encoded)
+        index, encoded = None if version is None else version.index, len(self.photos.encoded)
         rows = sorted(self.photos.encoded - self._taken())
         if rows:
             picks = await self.service.run(self._thinking, _suggested, self.photos, rows, index)
@@ -472,10 +451,10 @@ class Labelling:
         picked = {one.key_id: one.picked for one in self._known.values() if one.picked not in (None, "similar")}
         drawn = sum(how == "random" for how in picked.values())
         measured, rest = self._chosen, sorted(self.photos.encoded - self._taken())
-        progress = schemas.LabelProgress(done=not rest and self._has_read_all())
+        progress = None
         if drawn >= DRAWN and rest and version.index.n <= self.service.limits.estimated:
-            call = partial(_measured_on, self.photos.rows(rest), version.index, list(picked), len(self.photos))
-            progress = await self.service.run(self._thinking, call)
+            features = self.photos.rows(rest)
+            progress = await self.service.run(self._thinking, _measured_on, features, version.index, list(picked))
         self._progress, self._measured = progress, measured
 
 
@@ -514,11 +493,8 @@ def _facts_of(
     return dict(zip(shown, zip(probable, similar, strict=True), strict=True))
 
 
-def _measured_on(rest: FloatArray, index: Index, key_ids: Sequence[int], photos: int) -> schemas.LabelProgress:
-    index = index.in_memory()
+def _measured_on(rest: FloatArray, index: Index, key_ids: Sequence[int]) -> schemas.LabelProgress:
+    index, more = index.in_memory(), min(MORE, len(rest))
     found = estimate_rest(index, key_ids, rest)
-    more = min(MORE, len(rest))
-    gain = gain_of(index, rest, found, more)
-    return schemas.LabelProgress(
-        estimate=found, more=more, gain=gain, review=found.first_wrong < REVIEWED, done=found.most_wrong < DONE * photos
-    )
+    gain, review = gain_of(index, rest, found, more), found.first_wrong < REVIEWED
+    return schemas.LabelProgress(estimate=found, more=more, gain=gain, review=review)

@@ -20,9 +20,8 @@ from retrieval_tip.data.reader import Reader
 from retrieval_tip.errors import InputError, counted, few, show, warn_once
 from retrieval_tip.index import changes
 from retrieval_tip.server import shots
-from retrieval_tip.server.access import CHANGES, READS, TheService, accept_basic, lift_deadline
+from retrieval_tip.server.access import CHANGES, READS, Named, TheService, accept_basic, lift_deadline
 from retrieval_tip.server.guard import DEADLINE
-from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.routes import json_of
 from retrieval_tip.server.served import Served
 from retrieval_tip.server.service import Service, backbone_of
@@ -41,7 +40,7 @@ NOT_LEARNT = "changes no shot; ANNOTATION_CREATED, ANNOTATION_UPDATED and ANNOTA
 BEST = Ask(top=1, neighbours=0)
 """Asks for the best class only."""
 
-label_studio = APIRouter(dependencies=[Depends(accept_basic)], include_in_schema=False)
+label_studio = APIRouter(prefix="/label-studio/{name}", dependencies=[Depends(accept_basic)], include_in_schema=False)
 photoprism = APIRouter(prefix="/api/v1/vision", dependencies=READS, include_in_schema=False)
 Json = dict[str, Any]
 
@@ -76,15 +75,15 @@ def interface_of(config: object) -> Interface:
 
 
 @label_studio.get("/health", dependencies=READS)
-async def health(request: Request, service: TheService) -> Response:
+async def health(one: Named) -> Response:
     """Tell Label Studio that the backend is running."""
-    return json_of({"status": "UP", "model_version": _version_of(_index(request, service))})
+    return json_of({"status": "UP", "model_version": _version_of(one)})
 
 
 @label_studio.post("/setup", dependencies=CHANGES)
-async def setup(request: Request, service: TheService, sent: Json) -> Response:
+async def setup(one: Named, sent: Json) -> Response:
     """Check the labelling interface of a project, and name the classes that are not among its choices."""
-    interface, one = interface_of(sent.get("schema")), _index(request, service)
+    interface = interface_of(sent.get("schema"))
     backbone_of(one.now)
     missing = [name for name in one.now.index.class_names if name not in interface.choices]
     if missing:
@@ -94,13 +93,13 @@ async def setup(request: Request, service: TheService, sent: Json) -> Response:
 
 
 @label_studio.post("/predict", dependencies=CHANGES)
-async def predict(request: Request, service: TheService, sent: Json) -> Response:
+async def predict(request: Request, service: TheService, one: Named, sent: Json) -> Response:
     """Predict the choice of each task, in order.
 
     The result is empty if the photo cannot be read or resembles no shot, or if its class is not among the choices.
     """
     request.scope[DEADLINE].reschedule(asyncio.get_running_loop().time() + PREDICT_SECONDS)
-    interface, one, tasks = interface_of(sent.get("label_config")), _index(request, service), sent.get("tasks")
+    interface, tasks = interface_of(sent.get("label_config")), sent.get("tasks")
     if not isinstance(tasks, list) or len(tasks) > MOST_TASKS or not all(isinstance(task, dict) for task in tasks):
         raise InputError(f"tasks: must be a list of at most {MOST_TASKS:,} objects")
     version, name, client = one.now, _version_of(one), client_of(request)
@@ -110,8 +109,8 @@ async def predict(request: Request, service: TheService, sent: Json) -> Response
         try:
             photo = Sent(["its photo"], [], [await service.photos.read(_address(task, interface))], client=client)
             best: Json = (await service.classify(version, BEST, photo, features=False)).results[0]
-        except (InputError, Problem) as error:
-            return found, _reason(error)
+        except InputError as error:
+            return found, str(error)
         if not best.get("no_match") and best["label"] in interface.choices:
             names = {"from_name": interface.from_name, "to_name": interface.to_name, "type": "choices"}
             found |= {"result": [names | {"value": {"choices": [best["label"]]}}], "score": best["probability"]}
@@ -128,12 +127,11 @@ async def predict(request: Request, service: TheService, sent: Json) -> Response
 
 
 @label_studio.post("/webhook", dependencies=[*CHANGES, Depends(lift_deadline)])
-async def webhook(request: Request, service: TheService, sent: Json) -> Response:
+async def webhook(request: Request, service: TheService, one: Named, sent: Json) -> Response:
     """Add, relabel or remove the shots of annotations that were created, updated or deleted.
 
     An annotation with exactly one choice makes a shot. Repeating a request changes nothing.
     """
-    one, client = _index(request, service), client_of(request)
     annotations: list[shots.Annotation] = []
     event: Json | None = None
     match sent:
@@ -153,9 +151,9 @@ async def webhook(request: Request, service: TheService, sent: Json) -> Response
     for annotation in annotations:
         try:
             async with service.annotating:  # the next event about an annotation may arrive before this one is done
-                key_ids += await _learn(service, one, annotation, event, client)
-        except (InputError, Problem) as error:
-            skipped.append({"input": f"annotation {annotation[-1]}", "reason": _reason(error)})
+                key_ids += await _learn(service, one, annotation, event, client_of(request))
+        except InputError as error:
+            skipped.append({"input": f"annotation {annotation[-1]}", "reason": str(error)})
     return json_of({"index": one.name, "version": one.now.manifest.version, "key_ids": key_ids, "skipped": skipped})
 
 
@@ -197,17 +195,6 @@ def _said(event: Json) -> tuple[str | None, str, object]:
 def _address(task: Json, interface: Interface) -> object:
     data = task.get("data")
     return data.get(interface.photo) if isinstance(data, dict) else None
-
-
-def _reason(error: InputError | Problem) -> str:
-    if isinstance(error, Problem) and error.status_code != 422:
-        raise error
-    return error.detail if isinstance(error, Problem) else str(error)
-
-
-def _index(request: Request, service: Service) -> Served:
-    """Return the index that the path names, or else the only index."""
-    return service.index(request.path_params.get("name"))
 
 
 def _version_of(one: Served) -> str:

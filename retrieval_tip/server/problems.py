@@ -23,7 +23,10 @@ NAMED = 3
 
 
 class Problem(HTTPException):
-    """An error response, with an HTTP status and a ``detail`` line that tells the client what to do."""
+    """An error response, with an HTTP status and a ``detail`` line that tells the client what to do.
+
+    InputError and UsageError become responses with the status 422.
+    """
 
 
 def answer(problem: HTTPException) -> Response:
@@ -54,7 +57,7 @@ def _problem(request: Request, error: Exception) -> HTTPException:
 def _line(error: Mapping[str, object]) -> str:
     place = cast(tuple[object, ...], error["loc"])
     parts = [part for part in place if part not in ("query", "path", "body")] or place
-    return f"{'.'.join(map(str, parts))}: {error['msg']}"
+    return f"{'.'.join(map(str, parts))}: {str(error['msg']).removeprefix('Value error, ')}"
 
 
 async def handle(request: Request, error: Exception) -> Response:

@@ -15,12 +15,13 @@ from fastapi.responses import Response
 from prometheus_client import generate_latest
 
 from retrieval_tip import __version__, settings
+from retrieval_tip.data.sources import read_item
 from retrieval_tip.errors import InputError, StoreError
 from retrieval_tip.evaluation.audit import AUDITED
 from retrieval_tip.evaluation.audit import audit as audited
 from retrieval_tip.evaluation.projection import Method, Projection, methods, projected
 from retrieval_tip.evaluation.projection import exemplars as typical_keys
-from retrieval_tip.fit.closed_form import ShotEstimate, estimate
+from retrieval_tip.fit.closed_form import estimate
 from retrieval_tip.labelling.groups import group, threshold_of
 from retrieval_tip.labelling.labels import ASK, guesses
 from retrieval_tip.labelling.photos import Pool
@@ -29,7 +30,7 @@ from retrieval_tip.server.access import READS, Named, Now, TheLabelling, TheServ
 from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.schemas import Row
 from retrieval_tip.server.served import Served, Version
-from retrieval_tip.server.service import Service
+from retrieval_tip.server.service import Service, read_image
 from retrieval_tip.server.uploads import read
 from retrieval_tip.settings import Ask
 from retrieval_tip.store.labels import edits_between, in_words, rows_with
@@ -75,7 +76,7 @@ async def groups(request: Request, service: TheService, version: Now, norms: Nor
     index, limits = version.index, service.limits
     features = (await read(request, replace(limits, rows=limits.grouped), norms, index.d)).features
     if features is None:
-        raise Problem(422, "images: are not accepted here; send features, as /v1/classify?features=true returns them")
+        raise InputError("images: are not accepted here; send features, as /v1/classify?features=true returns them")
     found = await service.find(lambda: group(features, threshold_of(index), index.metric))
     return [rows.tolist() for rows in found]
 
@@ -164,14 +165,12 @@ async def image(
         found = await service.find(lambda: rows_with(_labels_at(one, version), key_ids=[key_id]))
     if not len(found):
         raise Problem(404, f"index {one.name!r} has no key {key_id}")
-    path = service.image_of(found["source"][0].as_py())
-    if path is None:
+    row = found.to_pylist()[0]
+    photo = service.image_of(row["source"])
+    if photo is None:
         raise Problem(404, f"key {key_id}: its source is not an image on this machine")
-    try:
-        data = await service.thumbnail_of_file(path, size, found["digest"][0].as_py())
-    except (OSError, InputError) as error:
-        raise Problem(404, f"key {key_id}: its image cannot be read ({error})") from None
-    return jpeg(data, seconds=60)
+    name = (photo, row["digest"])
+    return jpeg(await service.thumbnail(name, partial(read_image, photo[0], row["digest"]), size), seconds=60)
 
 
 @reads.get("/indexes/{name}/map", response_model=schemas.Map)
@@ -186,11 +185,11 @@ async def map_of(
     limit = min(limit, index.n, max(1, service.limits.mapped // index.d))
 
     def call() -> Projection:
-        if method != "pca" and service.served[version.name].now is not version:  # while waiting
+        if version not in [one.now for one in list(service.served.values())]:  # while waiting
             raise Problem(202, "the index has changed; try again in 1 s", {"Retry-After": "1"})
         return projected(index, method, limit)
 
-    found = await service.once(version, ("map", method, limit), call, slowest=method != "pca")
+    found = await service.once(version, ("map", method, limit), call)
     return json_of({"methods": methods(), "total": index.n} | vars(found))
 
 
@@ -205,7 +204,7 @@ async def audit(
     index = version.index
     if index.n > AUDITED:
         many = f"the index has {index.n:,} keys, but at most {AUDITED:,} can be audited here"
-        raise Problem(422, f"{many}; run retrieval-tip index audit {version.name}")
+        raise InputError(f"{many}; run retrieval-tip index audit {version.name}")
 
     call = partial(audited, index.in_memory(), borderline=borderline)
     return json_of((await service.once(version, ("audit", borderline), call)).slice(0, limit).to_pylist())
@@ -218,10 +217,10 @@ async def accuracy(service: TheService, version: Now) -> schemas.Accuracy:
     Each fold of the shots is classified with the shots of the other folds. If the index is too large, the result is
     null.
     """
-    found: ShotEstimate = {}
-    if version.index.n <= service.limits.estimated:
-        found = await service.once(version, "accuracy", lambda: estimate(version.index.in_memory()))
-    return schemas.Accuracy(version=version.manifest.version, **found)
+    if version.index.n > service.limits.estimated:
+        return schemas.Accuracy(version=version.manifest.version)
+    found = await service.once(version, "accuracy", lambda: estimate(version.index.in_memory()))
+    return schemas.Accuracy(version=version.manifest.version, **vars(found))
 
 
 @reads.get("/indexes/{name}/history", response_model=list[schemas.PastVersion])
@@ -259,11 +258,11 @@ async def past(
 
 
 def _labels_at(one: Served, version: int) -> pa.Table:
-    """Return the label store of a version. Raises Problem 404 if it is not kept, and Problem 422 if it is large."""
+    """Return the label store of a version. Raises Problem 404 if it is not kept, and InputError if it is large."""
     try:
         manifest = one.place.manifest(version)
         if manifest.n > COMPARED:
-            raise Problem(422, f"version {version} has {manifest.n:,} photos, but at most {COMPARED:,} can be compared")
+            raise InputError(f"version {version} has {manifest.n:,} photos, but at most {COMPARED:,} can be compared")
         return one.place.read_labels(manifest)
     except StoreError as error:
         raise Problem(404, str(error)) from None
@@ -292,7 +291,7 @@ async def label_answers(service: TheService, labelling: TheLabelling) -> Respons
     shown = [photo for photo in sorted(photos.encoded | labels.keys()) if photo < len(photos)]
     rows = [photo for photo in shown if photo not in labels]
     found, groups = dict[int, Row](), list[list[int]]()
-    if version is None or labelling.is_empty(version):
+    if version is None:
         shown = []
     elif rows:
         index, features, read = version.index, photos.rows(rows), [one for one in shown if one in photos.encoded]
@@ -324,10 +323,7 @@ async def label_feature(labelling: TheLabelling, photo: schemas.PhotoNumber) -> 
 @reads.get("/label/photos/{photo}/file", response_class=Response, responses=BYTES)
 async def label_file(service: TheService, labelling: TheLabelling, photo: schemas.PhotoNumber) -> Response:
     """Return the file of a photo, unchanged."""
-    try:
-        data = await service.find(labelling.photos.reader.read, labelling.path(photo))
-    except InputError as error:
-        raise Problem(404, f"photo {photo}: cannot be read ({error})") from None
+    data = await service.find(read_item, labelling.path(photo))
     return Response(data, media_type="application/octet-stream")
 
 
@@ -337,11 +333,7 @@ async def label_image(
 ) -> Response:
     """Return a photo of the labelling session as a JPEG image of a reduced size."""
     path = labelling.path(photo)
-    try:
-        data = await service.thumbnail(path, lambda: labelling.photos.reader.read(path), size)
-    except InputError as error:
-        raise Problem(404, f"photo {photo}: cannot be read ({error})") from None
-    return jpeg(data, seconds=3600)
+    return jpeg(await service.thumbnail(path, partial(read_item, path), size), seconds=3600)
 
 
 def jpeg(data: bytes, seconds: int) -> Response:

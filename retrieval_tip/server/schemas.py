@@ -341,19 +341,15 @@ class FolderAnswers(BaseModel):
 
 
 class LabelProgress(BaseModel):
-    """The :class:`progress.Estimate` for the unlabelled photos.
+    """The :class:`progress.Estimate` for the unlabelled photos, and the expected ``gain`` from ``more`` labels.
 
-    If few random photos are labelled, or if the index is very large, there is no estimate. ``gain`` is the expected
-    gain from ``more`` labels. ``review`` tells whether reviewing the least certain answers takes less work than
-    labelling these photos, and ``done`` whether less than 2 % of all photos are wrong, at the upper end of the
-    interval.
+    ``review`` tells whether reviewing the least certain answers takes less work than labelling these photos.
     """
 
-    estimate: Estimate | None = None
-    more: int | None = None
-    gain: float | None = None
-    review: bool = False
-    done: bool = False
+    estimate: Estimate
+    more: int
+    gain: float | None
+    review: bool
 
 
 class LabellingStatus(BaseModel):
@@ -365,8 +361,9 @@ class LabellingStatus(BaseModel):
     :class:`queue.Queued`, with their names, guesses and near-identical photos (``similar``). ``steps`` lists the last
     100 steps, which can be undone, oldest first, with the numbers of their ``photos`` and, unless they were skipped,
     their ``labels``. ``guessed`` tells whether the guesses for the photos of the last 20 of these steps were right.
-    ``refused`` lists the unsaved labels that the index did not accept, and why. ``busy`` tells whether the state will
-    change soon. ``problem`` is an error in the background.
+    ``refused`` lists the unsaved labels that the index did not accept, and why. ``progress`` is null while few photos
+    are labelled, or if the index is large. ``busy`` tells whether the state will change soon. ``problem`` is an error
+    in the background.
     """
 
     index: str

@@ -203,11 +203,8 @@ class Maker:
     backbones: Backbones
 
 
-def open_all(
-    folders: Sequence[places.Place], device: str, precision: Precision, verify: Verify | None
-) -> dict[str, Served]:
+def open_all(folders: Sequence[places.Place], backbones: Backbones) -> dict[str, Served]:
     """Open several indexes, and return them by name."""
-    backbones = Backbones(device, precision, verify)
     served: dict[str, Served] = {}
     for folder in folders:
         one = Served(folder, backbones)

@@ -10,12 +10,12 @@ import hashlib
 import logging
 import os
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from retrieval_tip.data.reader import FloatArray, pixels_of
 from retrieval_tip.errors import InputError, Skipped
 from retrieval_tip.index.places import Place
 from retrieval_tip.server import metrics, schemas
-from retrieval_tip.server.batching import Kept, Lane, Turn, admit
+from retrieval_tip.server.batching import Batches, Kept, Turns
 from retrieval_tip.server.limits import ROWS_PER_IMAGE, Limits
 from retrieval_tip.server.problems import NAMED, Problem
 from retrieval_tip.server.schemas import Row
@@ -38,9 +38,7 @@ log = logging.getLogger(__name__)
 
 ROWS_AT_A_TIME = 256
 PIXELS = 4_000_000
-"""Number of pixels that count as one additional image towards ``--queue``."""
-DECODED = 32
-"""Maximum number of images that have been decoded but not yet encoded."""
+"""Number of pixels that count as one additional image towards ``--queue``. Larger images are decoded by themselves."""
 SLOW_AT_ONCE, SLOW_KEPT = 8, 32
 """Maximum numbers of slow results in progress, and of slow results in the cache.
 
@@ -69,32 +67,40 @@ class Service:
         maker: Maker | None = None,
     ) -> None:
         self.served, self.limits, self.maker = served, limits, maker
-        self.uploads, self.creating, self.annotating = uploads, 0, asyncio.Lock()
+        self.uploads, self.annotating = uploads, asyncio.Lock()
         threads = min(4, os.cpu_count() or 1)
-        self._decoding: Lane[Backbone, bytes, torch.Tensor | InputError] = Lane(
-            "images", self._pixels, threads=threads, held=DECODED
-        )
-        self._encode: Lane[Backbone, torch.Tensor, FloatArray] = Lane(
+        self._images, self._large, self._features = self._turns = [
+            Turns(name, limits.queue / 8) for name in ("images", "large images", "features")
+        ]
+        self._pools: list[ThreadPoolExecutor] = []
+        self._decoding = {turns: self.pool("decode", threads) for turns in (self._images, self._large)}
+        self._encode: Batches[Backbone, torch.Tensor, FloatArray] = Batches(
             "encode",
-            lambda backbone, pixels: list(backbone.encode_images(torch.stack(pixels))),
+            self.pool("encode"),
+            lambda backbone, pixels: list(unit_of(backbone, backbone.encode_images(torch.stack(pixels)))),
             most=lambda backbone: backbone.batch_size,
         )
-        self._answer: Lane[tuple[Version, Ask], FloatArray, Row] = Lane(
+        self._answer: Batches[tuple[Version, Ask], FloatArray, Row] = Batches(
             "features",
+            self.pool("answer"),
             lambda key, rows: key[0].answer(key[1], np.stack(rows)),
             most=lambda key: min(ROWS_AT_A_TIME, key[0].at_once(key[1])),
         )
-        self._root, self._drawing = root or Path(), ThreadPoolExecutor(threads, thread_name_prefix="draw")
+        self._weighing, self._finding, self._following, self._changing = map(
+            self.pool, ("weigh", "find", "follow", "change")
+        )
         self._drawn: Kept[Hashable, bytes] = Kept(
-            self._drawing, most=KEPT_BYTES, room=AT_ONCE, size=lambda data: len(data) + OVERHEAD
+            self.pool("draw", threads), most=KEPT_BYTES, room=AT_ONCE, size=lambda data: len(data) + OVERHEAD
         )
-        self.photos = Photos(root, limits.bytes, os.environ)
-        self._weighing, self._finding, self._following, self._changing, self._slow, self._slower = (
-            ThreadPoolExecutor(1, thread_name_prefix=name)
-            for name in ("weigh", "find", "follow", "change", "slow", "slower")
-        )
+        self._slow = self.pool("slow", 2)
         self._made: Kept[Hashable, Any] = Kept(self._slow, most=SLOW_KEPT, room=SLOW_AT_ONCE)
-        self._mapped: Kept[Hashable, Any] = Kept(self._slower, most=SLOW_KEPT, room=SLOW_AT_ONCE)
+        self.photos = Photos(root, limits.bytes, os.environ)
+        self._root = root or Path()
+
+    def pool(self, name: str, threads: int = 1) -> ThreadPoolExecutor:
+        """Return a new pool of threads, which stop with the service."""
+        self._pools.append(ThreadPoolExecutor(threads, thread_name_prefix=name))
+        return self._pools[-1]
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -104,12 +110,8 @@ class Service:
         follower.cancel()
         with suppress(asyncio.CancelledError):
             await follower
-        for lane in (self._decoding, self._encode, self._answer):
-            lane.close()
-        for pool in (self._drawing, self._weighing, self._finding, self._following, self._changing):
-            pool.shutdown()
-        for pool in (self._slow, self._slower):
-            pool.shutdown(cancel_futures=True)
+        for pool in self._pools:
+            pool.shutdown(cancel_futures=pool is self._slow)
 
     async def _follow(self) -> None:
         while True:
@@ -161,12 +163,15 @@ class Service:
                 gauge.remove(old.name)
 
     def index(self, name: str | None) -> Served:
-        """Return the index with this name, or the only index if ``name`` is ``None``. Raises Problem 404 or 422."""
+        """Return the index with this name, or the only index if ``name`` is ``None``.
+
+        Raises Problem 404 if there is none, and InputError if there are several.
+        """
         if name is None:
             if not self.served:
                 raise Problem(404, "no index is served yet; create one first")
             if len(self.served) > 1:
-                raise Problem(422, f"index: the name is missing; give one of {', '.join(self.served)}")
+                raise InputError(f"index: the name is missing; give one of {', '.join(self.served)}")
             return next(iter(self.served.values()))
         if name not in self.served:
             raise Problem(404, f"index {name!r} not found; the served indexes are {', '.join(self.served) or 'none'}")
@@ -179,25 +184,16 @@ class Service:
         if rows > 1 and rows * cells > self.limits.cells:
             size = f"{rows * cells:,} numbers (a neighbour counts as {NEIGHBOUR_CELLS}), above {self.limits.cells:,}"
             most = f"{self.limits.cells // cells or 1} at once, or reduce features, logits, neighbours, top or k"
-            raise Problem(422, f"{rows} inputs: the answers would contain {size}; send at most {most}")
+            raise InputError(f"{rows} inputs: the answers would contain {size}; send at most {most}")
         skipped: list[Skipped] = []
         names, queries = sent.names, list(sent.features) if sent.features is not None else []
-        if sent.features is not None:
-            admit(sent.client, self.limits.queue, self._decoding, self._answer)
-        else:
-            backbone = backbone_of(version)
-
-            async def feature(pixels: torch.Tensor) -> FloatArray | InputError:
-                raw = await self._encode(sent.client, backbone, [pixels])
-                try:
-                    [row] = unit_of(backbone, np.stack(raw))
-                except InputError as error:
-                    return InputError(str(error))
-                return cast(FloatArray, row)
-
-            encoded, skipped = await self._decoded(sent, backbone, feature)
+        if sent.features is None:
+            encoded, skipped = await self._read(sent, backbone_of(version), encode=True)
             names, queries = [names[place] for place in encoded], list(encoded.values())
-        results = await self._answer(sent.client, (version, ask), queries, len(queries) / ROWS_PER_IMAGE)
+        else:
+            self._admit(sent.client)
+        async with self._features.turn(sent.client, len(queries) / ROWS_PER_IMAGE):
+            results = await self._answer((version, ask), queries)
         located = await self.find(version.located, np.stack(queries)) if features else [{}] * len(queries)
         for name, result, more in zip(names, results, located, strict=True):
             result |= {"input": name} | more
@@ -212,85 +208,88 @@ class Service:
 
     async def labelled(self, sent: Sent, backbone: Backbone) -> tuple[list[tuple[str, bytes]], list[Skipped]]:
         """Return the labels and bytes of the uploaded images that can be decoded, and the unreadable images."""
-
-        async def nothing(_: torch.Tensor) -> None: ...
-
-        good, skipped = await self._decoded(sent, backbone, nothing)
+        good, skipped = await self._read(sent, backbone, encode=False)
         return [(sent.labels[place], sent.images[place]) for place in good], skipped
 
-    async def _decoded(
-        self, sent: Sent, backbone: Backbone, use: Callable[[torch.Tensor], Awaitable[T | InputError]]
-    ) -> tuple[dict[int, T], list[Skipped]]:
-        """Decode images and pass each to ``use``. Return the results by position, and the unreadable images."""
+    async def _read(self, sent: Sent, backbone: Backbone, *, encode: bool) -> tuple[dict[int, Any], list[Skipped]]:
+        """Return the features, or else the pixels, of the readable images by position, and the unreadable images."""
 
-        async def used(turn: Turn[Backbone, bytes, torch.Tensor | InputError]) -> T | InputError:
-            pixels = (await turn.result).pop()  # otherwise the turn would keep it in memory
-            try:
-                return pixels if isinstance(pixels, InputError) else await use(pixels)
-            finally:
-                self._decoding.release(turn)
+        async def found(data: bytes, area: int) -> FloatArray | torch.Tensor | InputError:
+            turns = self._large if area >= PIXELS else self._images
+            async with turns.turn(sent.client, 1 + area / PIXELS):
+                pixels = await self.run(self._decoding[turns], self._pixels, backbone, data)
+                if isinstance(pixels, InputError) or not encode:
+                    return pixels
+                try:
+                    return (await self._encode(backbone, [pixels])).pop()
+                except InputError as error:
+                    return InputError(str(error))
 
         # Read the headers one at a time, so that requests take turns here as well.
         area = partial(images.area, most=self.limits.pixels, only=images.uploads())
         areas = [await self.run(self._weighing, area, data) for data in sent.images]
-        admit(sent.client, self.limits.queue, self._decoding, self._answer)
-        costs = [1 + area / PIXELS for area in areas]
-        with self._decoding.turns(sent.client, backbone, [[data] for data in sent.images], costs) as turns:
-            made = await asyncio.gather(*map(used, turns))
-        pairs = zip(sent.names, made, strict=True)
-        skipped = [Skipped(name, str(one)) for name, one in pairs if isinstance(one, InputError)]
-        if len(skipped) == len(made):
-            lines = list(map(str, skipped))
-            raise Problem(422, "; ".join(lines[:NAMED]) + (f"; and {len(lines) - NAMED} more" if lines[NAMED:] else ""))
-        return {place: one for place, one in enumerate(made) if not isinstance(one, InputError)}, skipped
+        self._admit(sent.client)
+        made = await asyncio.gather(*map(found, sent.images, areas))
+        good = {place: one for place, one in enumerate(made) if not isinstance(one, InputError)}
+        skipped = [Skipped(sent.names[place], str(one)) for place, one in enumerate(made) if place not in good]
+        if not good:
+            more = f"; and {len(skipped) - NAMED} more" if skipped[NAMED:] else ""
+            raise InputError("; ".join(map(str, skipped[:NAMED])) + more)
+        return good, skipped
 
-    def _pixels(self, backbone: Backbone, datas: Sequence[bytes]) -> list[torch.Tensor | InputError]:
-        (data,) = datas
+    def _admit(self, client: str) -> None:
+        """Raise Problem 429 if a client's waiting turns fill more than a quarter of the queue."""
+        if sum(turns.waiting(client) for turns in self._turns) > self.limits.queue / 4:
+            metrics.REFUSED.inc()
+            text = "too many of your images or features are waiting; try again in 2 s"
+            raise Problem(429, text, {"Retry-After": "2"})
+
+    def _pixels(self, backbone: Backbone, data: bytes) -> torch.Tensor | InputError:
         try:
-            return [pixels_of(data, backbone, most=self.limits.pixels, only=images.uploads())]
+            return pixels_of(data, backbone, most=self.limits.pixels, only=images.uploads())
         except InputError as error:
-            return [InputError(str(error))]  # drops the traceback, which keeps the image in memory
+            return InputError(str(error))  # drops the traceback, which keeps the image in memory
 
-    async def once(self, version: Version, what: Hashable, call: Callable[[], T], *, slowest: bool = False) -> T:
-        """Return the result of ``call``, run once per version. Raises Problem 202 after ``limits.patience``.
-
-        The ``slowest`` calls have their own thread, so that they do not delay others.
-        """
+    async def once(self, version: Version, what: Hashable, call: Callable[[], T]) -> T:
+        """Return the result of ``call``, run once per version. Raises Problem 202 after ``limits.patience``."""
         try:
             async with asyncio.timeout(self.limits.patience):
-                key = (weakref.ref(version), what)  # does not keep the version alive
-                answer: T = await (self._mapped if slowest else self._made)(key, call)
+                answer: T = await self._made((weakref.ref(version), what), call)  # does not keep the version alive
                 return answer
         except TimeoutError:
             raise Problem(202, "the result is still being computed; try again in 5 s", {"Retry-After": "5"}) from None
 
-    def image_of(self, source: str) -> Path | None:
-        """Return the path of the image file that the source of a shot names, if it exists."""
+    def image_of(self, source: str) -> tuple[Path, int, int] | None:
+        """Return the path of the image file that the source of a shot names, its time and its size, if it exists."""
         path = self._root / source
         try:
-            return path if path.suffix.lower() in images.extensions() and path.is_file() else None
+            if path.suffix.lower() in images.extensions() and path.is_file():
+                return path, path.stat().st_mtime_ns, path.stat().st_size
         except (OSError, ValueError):  # the source is not a valid file name
-            return None
-
-    async def thumbnail_of_file(self, path: Path, size: int, digest: str | None) -> bytes:
-        """Return a thumbnail of a file as JPEG data. Raises OSError or InputError if its ``digest`` is another one."""
-        seen = path.stat()
-
-        def read() -> bytes:
-            data = images.read(path)
-            if digest and hashlib.sha256(data).hexdigest() != digest:
-                raise InputError("the file now contains another photo")
-            return data
-
-        return await self.thumbnail((path, seen.st_mtime_ns, seen.st_size, digest), read, size)
+            pass
+        return None
 
     async def thumbnail(self, name: Hashable, read: Callable[[], bytes], size: int) -> bytes:
-        """Return a thumbnail of the image that ``read`` returns as JPEG data. It is kept under its ``name``."""
-        return await self._drawn((name, size), lambda: images.thumbnail(read(), size, most=self.limits.pixels))
+        """Return a thumbnail of the image that ``read`` returns as JPEG data. It is kept under its ``name``.
+
+        Raises Problem 404 if the image cannot be read.
+        """
+        try:
+            return await self._drawn((name, size), lambda: images.thumbnail(read(), size, most=self.limits.pixels))
+        except (OSError, InputError) as error:
+            raise Problem(404, f"the photo cannot be read: {error}") from None
+
+
+def read_image(path: Path, digest: str | None) -> bytes:
+    """Read an image file. Raises OSError or InputError, also if the file has another ``digest``."""
+    data = images.read(path)
+    if digest and hashlib.sha256(data).hexdigest() != digest:
+        raise InputError("the file now contains another photo")
+    return data
 
 
 def backbone_of(version: Version) -> Backbone:
-    """Return the encoder of a version. Raises Problem 422 if this server does not have it."""
+    """Return the encoder of a version. Raises InputError if this server does not have it."""
     if version.asked is None:
-        raise Problem(422, f"index {version.name!r} only accepts features: this server does not have its encoder")
+        raise InputError(f"index {version.name!r} only accepts features: this server does not have its encoder")
     return version.asked

@@ -19,12 +19,11 @@ from retrieval_tip.backbones.base import Backbone, Part
 from retrieval_tip.data.reader import FloatArray, Reader
 from retrieval_tip.data.sources import Source, of_images, open_source
 from retrieval_tip.data.tables import FEATURE, schema_of, table_of, write_table
-from retrieval_tip.errors import StoreError, show
+from retrieval_tip.errors import InputError, StoreError, show
 from retrieval_tip.files import replacing
 from retrieval_tip.index import changes, photos
 from retrieval_tip.index.build import build_index
 from retrieval_tip.model import Index
-from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.served import Served
 
 ANNOTATION = "label_studio"
@@ -39,7 +38,7 @@ def add_images(
     """Save images of one class, and add them as shots, which belong to an ``annotation`` if it is given."""
     folder = uploads or photos.folder_of(one.place)
     if folder is None:
-        raise Problem(422, f"index {one.name!r} is in a bucket; to add images, start the server with --uploads FOLDER")
+        raise InputError(f"index {one.name!r} is in a bucket; to add images, start the server with --uploads FOLDER")
     label = labelled[0][0]
     with _removed_on_error(folder, photos.class_folder(folder, label)) as fresh:
         source = _source(f"shots of {label}", folder, labelled, fresh)

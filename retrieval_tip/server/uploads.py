@@ -88,7 +88,7 @@ async def read(request: Request, limits: Limits, norms: Norms, d: int, *, labell
     else:
         sent, _ = await _form(request, limits, ["label"] if labelled else [])
         if labelled and len(sent.labels) != 1:
-            raise Problem(422, f"label: {len(sent.labels)} labels given; send one label for all images")
+            raise InputError(f"label: {len(sent.labels)} labels given; send one label for all images")
         sent = replace(sent, labels=sent.labels * len(sent.images))
     return replace(sent, client=client_of(request))
 
@@ -99,21 +99,21 @@ async def read_index(request: Request, limits: Limits) -> tuple[str, Sent]:
         raise Problem(415, f"content type {kind!r}: send {FORM} with a name, images, and a label for each image")
     sent, names = await _form(request, limits, ["label", "name"])
     if len(names) != 1:
-        raise Problem(422, f"name: {len(names)} names given; send one name for the new index")
+        raise InputError(f"name: {len(names)} names given; send one name for the new index")
     labels, images = len(sent.labels), len(sent.images)
     if labels != images:
-        raise Problem(422, f"label: {labels} labels given for {images} images; send one label for each image, in order")
+        raise InputError(f"label: {labels} labels given for {images} images; send one label for each image, in order")
     return index_name(names[0]), replace(sent, client=client_of(request))
 
 
 def index_name(value: object) -> str:
-    """Return a name for an index and its folder. Raises Problem 422 if the name is not valid."""
+    """Return a name for an index and its folder. Raises InputError if the name is not valid."""
     name = _text("name", value).strip()
     if not NAME.fullmatch(name):
         expected = "1 to 64 letters, digits, spaces, dots, hyphens or underscores, starting with a letter"
-        raise Problem(422, f"name: {name[:64]!r} is not valid; use {expected}")
+        raise InputError(f"name: {name[:64]!r} is not valid; use {expected}")
     if photos.is_reserved(name):  # deleting this index would delete the photos of another
-        raise Problem(422, f"name: {name!r} ends with {photos.SUFFIX}, like a folder of photos; choose another name")
+        raise InputError(f"name: {name!r} ends with {photos.SUFFIX}, like a folder of photos; choose another name")
     return name
 
 
@@ -148,23 +148,23 @@ async def _form(request: Request, limits: Limits, fields: list[str]) -> tuple[Se
     async with Request(request.scope, receive).form(**most) as form:
         for field, value in form.multi_items():
             if field not in ("images", *fields):
-                raise Problem(422, f"field {field!r}: is unknown; the fields are {' and '.join(['images', *fields])}")
+                raise InputError(f"field {field!r}: is unknown; the fields are {' and '.join(['images', *fields])}")
             if isinstance(value, UploadFile) != (field == "images"):
-                raise Problem(422, f"field {field!r}: must be {'files' if field == 'images' else 'text'}")
+                raise InputError(f"field {field!r}: must be {'files' if field == 'images' else 'text'}")
             if isinstance(value, UploadFile):
                 names.append(_text("images", value.filename or f"image {len(names)}"))
                 images.append(await value.read())
             else:
                 texts[field].append(value)
     if not images:
-        raise Problem(422, "images: missing; send at least one file in the field 'images'")
+        raise InputError("images: missing; send at least one file in the field 'images'")
     return Sent(names, [class_name(text) for text in texts["label"]], images), texts["name"]
 
 
 def _floats(body: bytes, limits: Limits, norms: Norms, d: int) -> Sent:
     rows, rest = divmod(len(body), 4 * d)
     if rest or not rows:
-        raise Problem(422, f"features: {len(body):,} bytes given; send {d} float32 numbers for each feature")
+        raise InputError(f"features: {len(body):,} bytes given; send {d} float32 numbers for each feature")
     if rows > limits.rows:
         raise Problem(413, f"features: {rows:,} rows given; send at most {limits.rows:,} rows at once")
     features = matrix(np.frombuffer(body, "<f4").reshape(rows, d).copy(), "features")
@@ -181,9 +181,9 @@ def _json(body: bytes, limits: Limits, norms: Norms, d: int, *, labelled: bool) 
     names_field = "sources" if labelled else "inputs"
     known = ["features", "labels", names_field] if labelled else ["features", names_field]
     if not isinstance(sent, dict) or not isinstance(sent.get("features"), list):
-        raise Problem(422, "features: missing; send an object with 'features', a list of lists of numbers")
+        raise InputError("features: missing; send an object with 'features', a list of lists of numbers")
     if unknown := sorted(sent.keys() - set(known)):
-        raise Problem(422, f"field {unknown[0][:LONGEST_NAME]!r}: is unknown; the fields are {', '.join(known)}")
+        raise InputError(f"field {unknown[0][:LONGEST_NAME]!r}: is unknown; the fields are {', '.join(known)}")
     rows = len(sent["features"])
     if not 1 <= rows <= limits.rows:
         raise Problem(413 if rows else 422, f"features: {rows} rows given; send 1 to {limits.rows} rows at once")
@@ -214,21 +214,21 @@ def _features(sent: list[object], d: int, norms: Norms) -> FloatArray:
 
 def _texts(sent: object, field: str, rows: int) -> list[str]:
     if not isinstance(sent, list) or len(sent) != rows:
-        raise Problem(422, f"{field}: must be a list of length {rows}, with one entry for each row of features")
+        raise InputError(f"{field}: must be a list of length {rows}, with one entry for each row of features")
     return [_text(field, value) for value in sent]
 
 
 def _text(field: str, value: object) -> str:
     if not isinstance(value, str) or not 0 < len(value) <= LONGEST_NAME:
-        raise Problem(422, f"{field}: must be a text of 1 to {LONGEST_NAME} characters")
+        raise InputError(f"{field}: must be a text of 1 to {LONGEST_NAME} characters")
     return value.encode("utf-8", "backslashreplace").decode()
 
 
 def class_name(value: object) -> str:
-    """Return the name of a class. Raises Problem 422 if it is not valid."""
+    """Return the name of a class. Raises InputError if it is not valid."""
     label = _text("label", value).strip()
     if not label or not label.isprintable():
-        raise Problem(422, "label: must be a class name without control characters")
+        raise InputError("label: must be a class name without control characters")
     return label
 
 

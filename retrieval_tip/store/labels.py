@@ -47,11 +47,8 @@ VERSIONS_SCHEMA = pa.schema(
 """Columns of the history, which has one row per version. ``bytes`` is the total file size of the version."""
 
 
-PICKED, RANDOM, WITHDRAWN = "picked", "random", "withdrawn"
-"""Optional column that tells how a photo was chosen for labelling, and its values at random and for a withdrawn label.
-
-An index needs a key, so the last key stays and is marked as withdrawn when its label is removed.
-"""
+PICKED, RANDOM = "picked", "random"
+"""Optional column that tells how a photo was chosen for labelling, and its value for photos chosen at random."""
 
 Edits = Mapping[int, tuple[str | None, str | None]]
 """The labels of changed keys before and after a change, by key id. A key that is not there has the label ``None``."""

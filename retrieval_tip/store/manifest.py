@@ -215,7 +215,9 @@ class Manifest:
         Raises AttributeError, KeyError, TypeError, ValueError or OverflowError if an entry is missing or invalid.
         """
         body = {name: stated[name] for name in _FIELDS - {"settings", "later", "digests", "parts", "groups"}}
-        settings = Settings(**{field.name: stated[field.name] for field in fields(Settings)})
+        newest = stated["format_version"] == FORMAT_VERSION  # an older format may lack a setting, which has its default
+        names = (field.name for field in fields(Settings) if newest or field.name in stated)
+        settings = Settings(**{name: stated[name] for name in names})
         _need(isinstance(stated["tail"], bool), "tail")
         older = stated["format_version"] == OLDEST_VERSION
         digests = (stated.get("digests") or {"files": {}})["files"] if older else stated["digests"]

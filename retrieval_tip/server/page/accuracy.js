@@ -6,7 +6,6 @@ import { $, calm, percent, whole } from "./dom.js";
 import { state } from "./state.js";
 
 const STEP = 150; // ms for which each number is shown while the accuracy counts up or down
-let told = ""; // the index whose accuracy the screens tell
 let shown = null; // the index whose accuracy is in the header, and the accuracy
 
 const known = (accuracy) => typeof accuracy?.photos === "number";
@@ -22,12 +21,11 @@ export function judged(accuracy) {
 
 /** Show the accuracy on two screens, and in the header, with its interval. The last known accuracy is shown until the
  *  server returns a newer one. In the header, the number counts from there. */
-async function show() {
+async function show({ type }) {
   const { info } = state;
   const { fit } = info.provenance;
   const tell = (accuracy) => ["judged", "index-judged"].forEach((id) => ($(id).textContent = judged(accuracy)));
-  if (told !== info.name) tell(fit);
-  told = info.name;
+  if (type === "index") tell(fit);
   const now = await state.accuracy();
   if (info !== state.info) return;
   tell(known(now) ? now : fit);

@@ -1,36 +1,25 @@
-// The entry point of the page: the views, the menu of the classifier, and dropped or pasted files.
+// The entry point of the page: the views, the first screen, the menu of the classifier, and dropped or pasted files.
 
 import * as api from "./api.js";
 import { setGroups, showScreen } from "./browse.js";
 import { addFiles } from "./classify.js";
-import { askName, confirmed } from "./dialogs.js";
-import { $, attempt, button, cut, el, plural } from "./dom.js";
-import { placeSettings } from "./drawer.js";
-import { gather } from "./files.js";
+import { agreed, askName, notice, reported } from "./dialogs.js";
+import { $, attempt, button, cut, el, picture, plural } from "./dom.js";
 import { showLabelView } from "./label.js";
-import { notice, reported } from "./notice.js";
 import { session } from "./session.js";
-import "./start.js";
 import { askToken, state } from "./state.js";
+import "./take.js";
 import * as teach from "./teach.js";
 
 const CHOSEN = "retrieval-tip index";
+const CLASSES = 60; // number of classes on the first screen
 const TITLES = {
   classify: "Photos", label: "Label", classes: "Classes", check: "Check labels", map: "Map", history: "History", teach: "Teach", settings: "Settings",
 };
-const DROPPED = {
-  "#teach": "Each folder becomes a class. Single photos are added to the marked class.",
-  "#settings": "Drop your photos or a table of groups here",
-};
-
-let names = []; // of all classifiers
-
 function route() {
-  $("overlay").firstElementChild.textContent = DROPPED[location.hash] ?? "Drop your photos here";
   const view = location.hash.slice(1) in TITLES ? location.hash.slice(1) : "classify";
   for (const name of Object.keys(TITLES)) $(`${name}-view`).hidden = name !== view;
   for (const link of document.querySelectorAll("nav a")) link.ariaCurrent = link.hash === `#${view}` ? "page" : null;
-  placeSettings();
   document.title = `${TITLES[view]} · ${state.info?.name ?? "retrieval-tip"}`;
   if (view === "label") showLabelView();
   if (view === "classify" && session.now) session.fetch().catch(() => {}); // the last state stays
@@ -59,8 +48,7 @@ async function listed() {
 
 const start = (prefer = null) =>
   attempt($("problem"), async () => {
-    const { indexes, changes, makes, labels } = await listed();
-    names = indexes;
+    const { indexes: names, changes, makes, labels } = await listed();
     state.mayChange = changes;
     state.dispatchEvent(new Event("indexes"));
     $("tab-label").hidden = !labels;
@@ -80,6 +68,31 @@ const start = (prefer = null) =>
     if (!labels) location.hash = "#teach";
   });
 
+// --- the first screen, which shows the classes with example photos to try ---
+
+async function showStart() {
+  const { info, labels } = state;
+  $("knows").textContent = `“${info.name}” recognises ${plural(labels.length, "class", "classes")}, learned from ${plural(info.n_keys, "example photo")}`;
+  const exemplars = await state.exemplars();
+  if (info !== state.info) return;
+  $("known-hint").hidden = !info.images || !exemplars.some(({ image }) => image);
+  $("known").replaceChildren(...exemplars.slice(0, CLASSES).map(known));
+}
+
+/** Return a class with an example photo, which is classified with all other examples if it is clicked. */
+function known({ label, class_id: id, key_id: keyId, image }) {
+  const onclick = async () => {
+    const response = await fetch(`${image}?size=1024`);
+    if (!response.ok) return;
+    const file = new File([await response.blob()], `${label} ${keyId}.jpg`, { type: "image/jpeg" });
+    addFiles([Object.assign(file, { keyId })]);
+  };
+  const one = picture(image, 160, "");
+  const shot = image && state.info.images ? button([one], onclick, { aria: { label: `Try a photo of ${label}` } }) : one;
+  const number = el("span", { class: "hint" }, plural(state.info.counts[id], "photo"));
+  return el("li", {}, shot, el("span", { class: "name", title: label }, cut(label)), number);
+}
+
 // --- the menu of the classifier ---
 
 function showOpen() {
@@ -91,39 +104,34 @@ function showOpen() {
   if (!info) return;
   $("index-facts").textContent = `${plural(info.n_keys, "photo")}, ${plural(info.counts.length, "class", "classes")}`;
   $("index-facts").title = `version ${info.version}`;
-  $("index-facts").dataset.version = info.version;
 }
 
 const change = async (what, call) => (await reported(call)) && notice(what);
 
-const taken = (name) => (names.includes(name) && name !== state.info.name ? `“${name}” already exists.` : "");
-
 $("index-rename").addEventListener("click", async () => {
   const { name } = state.info;
-  const other = await askName(`Rename “${name}”`, name, "Rename", taken);
+  const other = await askName(`Rename “${name}”`, name, "Rename");
   if (other && other !== name) await change(`Renamed “${name}” to “${other}”.`, () => state.renameIndex(other));
 });
 $("index-duplicate").addEventListener("click", async () => {
   const { name } = state.info;
-  let free = `${name} copy`;
-  for (let number = 2; names.includes(free); number++) free = `${name} copy ${number}`;
-  const other = await askName(`Duplicate “${name}”`, free, "Duplicate", taken);
+  const other = await askName(`Duplicate “${name}”`, `${name} copy`, "Duplicate");
   if (other) await change(`Duplicated “${name}” as “${other}”.`, () => state.duplicateIndex(other));
 });
 $("index-delete").addEventListener("click", async () => {
   const { name, n_keys: n, counts } = state.info;
   const text = `Its ${plural(n, "example photo")} in ${plural(counts.length, "class", "classes")} and all its versions are deleted. You cannot undo this.`;
-  if (await confirmed(`Delete “${name}”?`, text, "Delete", { kind: "danger" })) await change(`Deleted “${name}”.`, state.deleteIndex);
+  if (await agreed("confirm", `Delete “${name}”?`, [el("p", {}, text)], "Delete", "danger")) await change(`Deleted “${name}”.`, state.deleteIndex);
 });
 for (const menu of document.querySelectorAll(".menu")) menu.addEventListener("click", (event) => event.target.closest("button, a") && menu.hidePopover());
-for (const event of ["index", "version"]) state.addEventListener(event, showOpen);
+for (const event of ["index", "version"]) state.addEventListener(event, () => (showOpen(), showStart()));
 
 // --- dropped and pasted files ---
 
 /** Handle files and folders that were pasted, or dropped on an element. They are examples on the Teach screen, and are
  *  classified on other screens, except a table of groups on the Settings screen. */
 async function receive(transfer, place) {
-  const found = await gather(transfer);
+  const found = await teach.gather(transfer);
   if (!found.length) return;
   if (location.hash === "#teach") return teach.receive(found, place);
   if (location.hash === "#settings" && state.info?.changes && /\.csv$/i.test(found[0].file.name)) return setGroups(found[0].file);
@@ -131,22 +139,17 @@ async function receive(transfer, place) {
   addFiles(found.map(({ file }) => file));
 }
 
-let depth = 0; // dragenter and dragleave fire for every element that the pointer crosses
-const dropping = (by) => {
-  depth = by ? Math.max(0, depth + by) : 0;
-  document.body.classList.toggle("dropping", depth > 0);
-  if (!depth) teach.aim(null);
-};
+const dropping = (is) => document.body.classList.toggle("dropping", is);
 const onFiles = (type, handle) => addEventListener(type, (event) => event.dataTransfer?.types.includes("Files") && handle(event));
-onFiles("dragenter", () => dropping(1));
-onFiles("dragleave", () => dropping(-1));
+onFiles("dragleave", ({ relatedTarget }) => relatedTarget ?? dropping(false)); // the pointer has left the window
 onFiles("dragover", (event) => {
   event.preventDefault();
-  if (location.hash === "#teach") teach.aim(event);
+  dropping(true);
+  teach.aim(event);
 });
 onFiles("drop", (event) => {
   event.preventDefault();
-  dropping(0);
+  dropping(false);
   receive(event.dataTransfer, event.target);
 });
 addEventListener("paste", (event) => {
@@ -161,7 +164,6 @@ document.querySelector(".skip").addEventListener("click", (event) => {
 });
 addEventListener("hashchange", route);
 document.addEventListener("visibilitychange", () => document.hidden || follow());
-$("help").addEventListener("click", () => $("glossary").showModal());
 
 state.reopen = start;
 route();

@@ -2,14 +2,10 @@
 
 import { gained } from "./accuracy.js";
 import * as api from "./api.js";
-import { looked, photos } from "./classify.js";
-import { askName, confirmed } from "./dialogs.js";
-import { $, attempt, button, count, cut, debounced, el, failure, isFor, named, nameOf, picks, picture, plural, refill, short } from "./dom.js";
+import { agreed, askName, classForm, reported, undoable } from "./dialogs.js";
+import { $, attempt, button, count, cut, debounced, el, isFor, nameOf, picks, picture, plural, refill, short } from "./dom.js";
 import { Grid } from "./grid.js";
-import { fetchHistory, showHistory } from "./history.js";
-import { KeyMap, placeOf } from "./map.js";
-import { undoable } from "./notice.js";
-import { settings } from "./settings.js";
+import { clear as clearMap, mark as markMap, showMap } from "./map.js";
 import { state } from "./state.js";
 
 const MOST = 10_000; // examples to list; the others can be found with the filters
@@ -17,17 +13,22 @@ const SUSPECTS = 1000; // suspicious labels to fetch
 const ASKED = 500; // key ids per request
 const MAPPED = 10_000; // maximum number of examples on the map; if there are more, each class is sampled
 const MINUTES = 20 * 60_000; // ms that computing a map may take
-const RINGS = 500; // maximum number of new photos on the map
 const FEW = 4; // a class that has fewer examples needs more
-const CARDS = 24; // classes to show at first
+const CARDS = 300; // classes to show; the others can be found by name
+const SITTING = 30 * 60_000; // ms without a change after which another sitting begins
+const SHOWN = 4; // photos of each version
+const WHAT = { added: "Come back:", moved: "Change:", removed: "Go:" };
+const hour = new Intl.DateTimeFormat("en", { timeStyle: "short" });
+const day = new Intl.DateTimeFormat("en", { dateStyle: "medium", timeStyle: "short" });
 
 /** A part of the view whose content is fetched. Its state line shows progress or errors, or tells that it is empty. */
 class Part {
   #asked = new AbortController();
   #version = ""; // name and version of the index that is shown
 
-  constructor(name, fetchPart, show) {
-    this.state = $(`${name}-state`);
+  constructor(place, fetchPart, show) {
+    this.state = el("p", { class: "state", id: `${place.id}-state` });
+    place.before(this.state);
     this.fetchPart = fetchPart;
     this.show = show;
   }
@@ -58,80 +59,58 @@ const current = () => `${state.info.name} ${state.info.version}`;
 async function changed(what, change, heading) {
   const before = state.info.version;
   const accuracy = state.accuracy();
-  $("problem").replaceChildren();
-  try {
-    const done = await change();
-    if (!done) return;
-    grid.select([]);
-    $("audit-next").hidden = false;
-    $("audit-next").lastElementChild.textContent = `retrieval-tip sort ${quoted(state.info.name)} photos --into fixed`;
-    const told = [what, ...(done.warnings ?? [])].join(". ");
-    const more = undoable(`${told}.`, before, done.version);
-    heading.focus();
-    gained(accuracy).then((gain) => gain && more(`${told}.${gain}`));
-  } catch (error) {
-    $("problem").replaceChildren(failure(error));
-  }
+  const done = await reported(change);
+  if (!done) return;
+  grid.select([]);
+  $("audit-next").hidden = false;
+  $("audit-next").lastElementChild.textContent = `retrieval-tip sort ${quoted(state.info.name)} photos --into fixed`;
+  const told = [what, ...(done.warnings ?? [])].join(". ");
+  const more = undoable(`${told}.`, before, done.version);
+  heading.focus();
+  gained(accuracy).then((gain) => gain && more(`${told}.${gain}`));
 }
 
 /** Quote a word for a shell. */
 const quoted = (word) => (/^[\w.-]+$/.test(word) ? word : `'${word.replaceAll("'", "'\\''")}'`);
 const examples = (number) => plural(number, "example photo");
-const idsOf = (some) => some.map(({ key_id: id }) => id);
 const move = (some, label, heading) =>
   changed(`Moved ${examples(some.length)} to ${label}`, () => state.relabel(some.map((shot) => [shot.key_id, label])), heading);
 
-async function remove(some, heading) {
-  const shown = [picture(some[0].image, 160, nameOf(some[0].source)), el("p", {}, ...described(some[0]))];
-  if (!(await confirmed(`Remove ${examples(some.length)}?`, "You can undo this.", "Remove", { shown }))) return;
-  await changed(`Removed ${examples(some.length)}`, () => state.remove(idsOf(some)), heading);
-}
-
-const described = ({ key_id: id, label, source = "" }) => [
-  el("strong", { class: "name", title: label }, cut(label)),
-  el("span", { class: "source", title: source }, cut(nameOf(source))),
-  el("span", { class: "hint" }, `photo ${id}`),
-];
+const remove = (some, heading) =>
+  changed(`Removed ${examples(some.length)}`, () => state.remove(some.map(({ key_id: id }) => id)), heading);
 
 // --- settings ---
 
 function showAbout() {
   const { info } = state;
   $("groups").hidden = !info.changes;
-  fill($("about"), {
+  const { alpha, beta, temperature, source } = info.provenance;
+  const facts = {
     name: info.name,
     version: `${info.version} (${info.change}), ${new Date(info.created_at).toLocaleString()}`,
     "example photos": count(info.n_keys),
     classes: count(info.counts.length),
     groups: info.levels.slice(1).join(", "),
     encoder: info.backbone ?? "none (only features are accepted)",
-  });
-  const { alpha, beta, temperature, source } = info.provenance;
-  fill($("provenance"), {
     source,
     alpha: `${short(info.alpha)} (${alpha})`,
     beta: `${short(info.beta)} (${beta})`,
     k: info.k === "all" ? "all" : `${info.k}, ${info.tail ? "with" : "without"} tail`,
     temperature: `${short(info.temperature)} (${temperature})`,
     prompts: info.text ? info.templates.join(" · ") || "none (text features were given)" : "none (class names are not used)",
-  });
+  };
+  const shown = Object.entries(facts).filter(([, value]) => value);
+  $("about").replaceChildren(...shown.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, String(value)))));
 }
 
 /** Set the groups of the classes from a table. */
 export const setGroups = (table) => changed("Set the groups of the classes", () => state.setGroups(table), $("groups-title"));
 picks($("groups-file"), ([table]) => setGroups(table), $("groups-choose"));
 
-function fill(list, facts) {
-  const shown = Object.entries(facts).filter(([, value]) => value);
-  list.replaceChildren(...shown.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, String(value)))));
-}
-
 // --- classes ---
 
-let allCards = false; // whether all classes are shown
-
 const classes = new Part(
-  "classes",
+  $("classes-list"),
   () => Promise.all([state.exemplars(), state.accuracy()]),
   ([exemplars, accuracy]) => {
     const { info } = state;
@@ -146,12 +125,10 @@ const classes = new Part(
       .sort((a, b) => (place.get(a.label) ?? Infinity) - (place.get(b.label) ?? Infinity) || 0); // weakest classes first
     $("classes-count").textContent = found.length < info.counts.length ? `${count(found.length)} of ${count(info.counts.length)}` : count(found.length);
     $("classes-add").hidden = !info.changes || !info.images;
-    for (const id of ["classes-hint", "classes-edit"]) $(id).hidden = !info.changes;
+    $("classes-hint").hidden = !info.changes;
     const card = (one) => classCard(one, weakest.get(one.label), doubted.get(one.label)?.length);
-    const shown = allCards ? found : found.slice(0, CARDS);
-    refill($("classes-list"), shown.map(card));
-    $("classes-all").hidden = shown.length === found.length;
-    $("classes-all").textContent = `Show all ${count(found.length)}`;
+    refill($("classes-list"), found.slice(0, CARDS).map(card));
+    if (found.length > CARDS) return `These are the first ${CARDS}. Search for the others.`;
     return found.length ? "" : "No classes match this filter.";
   },
 );
@@ -185,16 +162,12 @@ function classCard({ label, keys, image }, weak, doubted) {
 }
 
 let dragged = null; // the class whose card is dragged
+let onto = null; // the card under the pointer that it can be merged into
 
-/** Return the card under the pointer that the dragged class can be merged into. */
-function targetOf({ target }) {
-  const card = target.closest?.("li");
-  return dragged && card && card.dataset.label !== dragged ? card : null;
-}
-
-function mark(card) {
-  $("classes-list").querySelector(".target")?.classList.remove("target");
-  card?.classList.add("target");
+function aimAt(card) {
+  onto?.classList.remove("target");
+  onto = card;
+  onto?.classList.add("target");
 }
 
 $("classes-list").addEventListener("dragstart", (event) => {
@@ -203,16 +176,16 @@ $("classes-list").addEventListener("dragstart", (event) => {
   event.dataTransfer.setData("text/plain", dragged);
 });
 $("classes-list").addEventListener("dragover", (event) => {
-  mark(targetOf(event));
-  if (targetOf(event)) event.preventDefault(); // so that the card can be dropped here
+  const card = event.target.closest?.("li");
+  aimAt(dragged && card?.dataset.label !== dragged ? card : null);
+  if (onto) event.preventDefault(); // so that the card can be dropped here
 });
 $("classes-list").addEventListener("drop", (event) => {
-  const card = targetOf(event);
-  if (!card) return;
+  if (!onto) return; // files are dropped
   event.preventDefault();
-  merge(dragged, card.dataset.label);
+  merge(dragged, onto.dataset.label);
 });
-$("classes-list").addEventListener("dragend", () => (mark(null), (dragged = null)));
+$("classes-list").addEventListener("dragend", () => (aimAt(null), (dragged = null)));
 
 const merge = (label, into) => changed(`Merged ${label} into ${into}`, () => state.rename(label, into), $("classes-title"));
 
@@ -248,12 +221,12 @@ const grid = new Grid($("shots"), {
     return true;
   },
 });
-named($("shots-form"), (label) => move([...grid.selected], label, $("shots-title")));
+classForm($("shots-form"), "Move", () => state.labels, (label) => move([...grid.selected], label, $("shots-title")));
 $("shots-remove").addEventListener("click", () => remove([...grid.selected], $("shots-title")));
 $("shots-none").addEventListener("click", () => (grid.select([]), $("shots").focus()));
 
 const shots = new Part(
-  "shots",
+  $("shots"),
   async (options) => {
     const wanted = { label: $("shots-class").value, source: $("shots-source").value, limit: MOST };
     if (!mapped) return state.get("/keys", wanted, options);
@@ -294,54 +267,21 @@ $("shots-all").addEventListener("click", () => listOnly(null));
 
 // --- map ---
 
-let drawn = null; // the current map
-let pictured = false; // whether the server has images of the examples
-
 const map = new Part(
-  "map",
+  $("map"),
   async (options) => {
     const made = (method, more) => state.get("/map", { method, limit: MAPPED }, { ...options, ...more });
-    pictured = await state.pictured();
     const axes = await made("pca"); // fast, so it is shown until t-SNE is ready
-    if (!axes.methods.includes("tsne")) return axes;
-    showMap(axes);
+    const pictured = await state.pictured();
+    if (!axes.methods.includes("tsne")) return [axes, pictured];
+    showMap(axes, pictured);
     const waiting = () => (map.state.textContent = "This is a preview. A map that keeps similar photos together is being computed…");
     waiting();
-    return made("tsne", { waiting, patience: MINUTES });
+    return [await made("tsne", { waiting, patience: MINUTES }), pictured];
   },
-  showMap,
+  (found) => showMap(...found),
 );
-const keyMap = new KeyMap($("map-canvas"), { chosen: pointAt, taken: listOnly, image: imageOf, name: (classId) => state.labels[classId] });
-
-function showMap(found) {
-  drawn = found;
-  const all = found.key_ids.length === found.total;
-  $("map-facts").textContent = all ? "" : `${count(found.key_ids.length)} of ${count(found.total)} photos`;
-  $("map").hidden = !found.key_ids.length;
-  keyMap.show(found);
-  showStar();
-  return found.key_ids.length ? "" : "There are no example photos yet.";
-}
-
-/** Show the open photo as a star on the map, and the other photos of the page as rings. */
-function showStar() {
-  const photo = looked();
-  const at = (one) => (drawn && one?.current ? placeOf(drawn, one, settings.values.beta) : null);
-  const place = at(photo);
-  const others = photos.slice(0, RINGS).filter((one) => one !== photo);
-  const answer = (one) => (one.no_match ? -1 : state.labels.indexOf(one.taught ?? one.winner?.label));
-  keyMap.star(place, others.map((one) => [at(one), answer(one)]).filter(([where]) => where));
-  $("map-star").textContent = place ? `★ ${cut(photo.name, 40)} is not on this map. The star marks the examples that it resembles most.` : "";
-}
-
-function imageOf(keyId) {
-  return pictured && keyId !== null ? api.pictureOf(state.info.name, keyId) : null;
-}
-
-function pointAt(keyId, classId) {
-  const told = () => [picture(imageOf(keyId), 320, ""), el("p", {}, ...described({ key_id: keyId, label: state.labels[classId] }))];
-  $("map-shot").replaceChildren(...(keyId === undefined ? [] : told()));
-}
+$("map-canvas").addEventListener("taken", ({ detail }) => listOnly(detail));
 
 // --- labels to check ---
 
@@ -352,12 +292,13 @@ let suspects = [];
 let listed = []; // the suspects that the user has not chosen to keep
 
 const audit = new Part(
-  "audit",
+  $("audit"),
   async (options) => {
-    pictured = await state.pictured();
-    return state.get("/audit", { borderline: $("audit-all").checked, limit: SUSPECTS }, options);
+    const all = await state.get("/audit", { borderline: $("audit-all").checked, limit: SUSPECTS }, options);
+    return [all, await state.pictured()];
   },
-  (all) => {
+  ([all, pictured]) => {
+    const imageOf = (keyId) => (pictured && keyId !== null ? api.pictureOf(state.info.name, keyId) : null);
     suspects = all.map((shot) => ({
       ...shot,
       suggested: shot.suggested === shot.label ? null : shot.suggested, // the same image is also in another class
@@ -440,14 +381,63 @@ addEventListener("keydown", (event) => {
 
 // --- history ---
 
-const past = new Part("history", fetchHistory, (versions) => showHistory(versions, changed));
+/** Return the versions of the index, oldest first, with their `changes`. */
+async function fetchHistory() {
+  const versions = await state.get("/history");
+  const changesOf = async (one) => ({ ...one, changes: await state.get(`/history/${one.version}`, { since: one.parent ?? undefined }).catch(() => []) });
+  return Promise.all(versions.map(changesOf));
+}
+
+/** Show versions, newest first, grouped by sitting. */
+function showHistory(versions) {
+  const sittings = [];
+  for (const one of versions) {
+    one.at = new Date(one.created_at);
+    if (!(one.at - sittings.at(-1)?.at(-1).at <= SITTING)) sittings.push([]);
+    sittings.at(-1).push(one);
+  }
+  const group = (sitting) => [
+    el("h3", {}, day.formatRange(sitting[0].at, sitting.at(-1).at)),
+    el("ol", { reversed: true }, ...sitting.toReversed().map(line)),
+  ];
+  $("history").replaceChildren(...sittings.toReversed().flatMap(group));
+}
+
+function line({ version, change, at, keys, classes, current, changes }) {
+  const photos = changes.flatMap((one) => one.photos).slice(0, SHOWN);
+  const call = () => state.rollback(version, state.info.version);
+  const restore = async () => (await previewed(version)) && changed(`Restored version ${version}`, call, $("history-title"));
+  const facts = `${plural(keys, "photo")}, ${plural(classes, "class", "classes")}`;
+  const what = [
+    el("p", { class: "name" }, change === "build" ? "created" : change),
+    photos.length ? pictures(photos) : null,
+    el("p", { class: "hint", title: `version ${version}` }, facts),
+  ];
+  const action = current ? el("span", { class: "hint" }, "current") : state.info.changes ? button("Restore", restore, { class: "quiet" }) : "";
+  return el("li", {}, el("span", { class: "hint" }, hour.format(at)), el("div", {}, ...what), action);
+}
+
+const pictures = (photos) =>
+  el("p", { class: "pictures" }, ...photos.map(({ image, label, source }) => picture(image, 112, `${label}: ${nameOf(source)}`)));
+
+/** Show how the photos change if a version is restored. Return whether the user agrees. */
+async function previewed(version) {
+  const found = await state.get(`/history/${version}`, { since: state.info.version }).catch((error) => error.message);
+  const kept = "The current version stays in the history, so you can undo this.";
+  const part = ({ what, change, photos }) => [el("p", {}, el("strong", {}, WHAT[what]), ` ${change}`), pictures(photos)];
+  const parts = typeof found === "string" ? [el("p", {}, found)] : found.flatMap(part);
+  const content = parts.length ? parts : [el("p", {}, "All photos keep their classes.")];
+  return agreed("restore", "Restore this version?", [...content, el("p", { class: "hint" }, kept)], "Restore");
+}
+
+const past = new Part($("history"), fetchHistory, showHistory);
 
 // --- all screens ---
 
 /** Load the parts of a screen that show another index or version. Return false if there is no such screen. */
 export function showScreen(view) {
   const parts = { classes: [classes, audit, shots], check: [audit], map: [map], history: [past], settings: [] }[view];
-  if (view === "map") showStar();
+  if (view === "map") markMap();
   if (view === "settings") showAbout();
   for (const part of parts ?? []) part.follow();
   return Boolean(parts);
@@ -457,19 +447,12 @@ const typed = debounced(250, () => shots.load());
 $("shots-class").addEventListener("input", typed);
 $("shots-source").addEventListener("input", typed);
 $("classes-filter").addEventListener("input", () => classes.load());
-$("classes-all").addEventListener("click", () => ((allCards = true), classes.load()));
-$("classes-edit").addEventListener("click", ({ target }) => {
-  target.ariaPressed = String($("classes-list").classList.toggle("edited"));
-});
-for (const [id, by] of [["map-closer", 1.5], ["map-farther", 1 / 1.5], ["map-whole", 0]])
-  $(id).addEventListener("click", () => keyMap.zoom(by));
 
 state.addEventListener("index", () => {
   for (const id of ["classes-filter", "shots-class", "shots-source"]) $(id).value = "";
   suspects = listed = [];
-  mapped = drawn = null;
-  keyMap.clear();
-  allCards = false;
+  mapped = null;
+  clearMap();
   $("audit-next").hidden = true;
   grid.show([]); // each index has its own key ids
   $("shots-mapped").hidden = true;

@@ -1,27 +1,23 @@
 // The photos on the page, with the requests that classify them, their grid, and actions on one or several photos.
 
 import * as api from "./api.js";
-import { classMeant } from "./dialogs.js";
+import { classForm, notice, reported, undoable } from "./dialogs.js";
 import * as drawer from "./drawer.js";
-import { $, button, chips, count, cross, debounced, el, framed, isBare, named, percent, picks, plural, say } from "./dom.js";
+import { $, button, chips, count, cross, debounced, el, framed, isBare, percent, picks, plural, say } from "./dom.js";
 import { Grid } from "./grid.js";
 import { matching } from "./names.js";
-import { notice, reported, undoable } from "./notice.js";
 import { FolderPhoto, Photo, parameters } from "./photo.js";
 import { session } from "./session.js";
-import { settings } from "./settings.js";
 import { state } from "./state.js";
-import * as take from "./take.js";
 import { showUnknown } from "./unknown.js";
 
 const BLOCK = 64; // features per request
-const STILL = 60; // ms between requests while a slider moves
 const DOUBTFUL = 0.95; // below this probability, a tile has a bar
 
 export const photos = [];
 const refused = new Map(); // names of skipped files by reason
 let leaving = new AbortController(); // aborts requests to an index that is no longer open
-let moving = new AbortController(); // aborts requests for other settings or for another version
+let moving = new AbortController(); // aborts requests for another version
 
 /** Return the open photo, or else the active photo, or else the first photo, or null if there are no photos. */
 export const looked = () => drawer.openPhoto() ?? grid.active ?? photos[0] ?? null;
@@ -38,12 +34,12 @@ const grid = new Grid($("grid"), {
   pressed(event) {
     const { key } = event;
     if (key === "Delete") putAway(acting());
-    else if (key === "Escape" && drawer.openPhoto()) close();
+    else if (key === "Escape" && drawer.openPhoto()) drawer.leave();
     else if (key === "A" && isBare(event)) acceptAll(acting());
     else if (/^[123]$/.test(key) && isBare(event)) teachChoice(Number(key) - 1);
     else if (key.length === 1 && isBare(event) && acting().length && state.info.changes) {
       if (!grid.selected.size) grid.select(acting());
-      $("selection-label").focus(); // it gets this letter
+      field.focus(); // it gets this letter
       return false;
     } else return false;
     return true;
@@ -53,24 +49,21 @@ const grid = new Grid($("grid"), {
 // --- requests ---
 
 async function ask(photo) {
-  const { name } = settings;
   photo.busy = true;
   photo.problem = null;
   showSoon();
   const signal = AbortSignal.any([photo.gone.signal, leaving.signal]);
   await classify([photo], api.form([["images", photo.file]]), { features: true }, signal);
-  if (photo.shown?.name === name && name !== settings.name) askAgain([photo]);
 }
 
 /** Classify photos, and show their answers. Photos whose answers do not hold are classified again. */
 async function classify(some, sent, asked, signal) {
-  const { name } = settings;
   try {
-    const answer = await api.classify(sent, { ...parameters(), ...asked }, { signal, waiting: trouble });
+    const answer = await api.classify(sent, { ...parameters(), ...asked }, { signal });
     if (!answer.results.length) throw new api.Problem(answer.skipped[0].reason, 422);
     if (answer.version !== state.info.version) await state.refresh();
     signal.throwIfAborted(); // a newer request has been sent, and its answer may have arrived
-    const again = some.filter((photo, i) => !photo.take(answer, answer.results[i], name, asked.without ?? []));
+    const again = some.filter((photo, i) => !photo.take(answer, answer.results[i], asked.without ?? []));
     askAgain(again.filter(({ gone }) => !gone.signal.aborted));
   } catch (error) {
     if (error.name === "AbortError") return;
@@ -86,7 +79,6 @@ function fail(photo, error) {
   const reason = reasonOf(photo, error);
   refused.set(reason, [...(refused.get(reason) ?? []), photo.name]);
   remove([photo]); // because it will never get an answer
-  showProblems();
 }
 
 // --- the photos of the labelling session ---
@@ -174,10 +166,9 @@ function askBlock(block) {
   return classify(block, api.floats(block.map(({ feature }) => feature)), asked, signal);
 }
 
-/** Add files at the top of the page. They wait until an index is open. If files are images of shots, `keyIds` contains
- *  the key ids of these shots. */
-export function addFiles(files, keyIds = []) {
-  const added = files.map((file, i) => new Photo(file, keyIds[i]));
+/** Add files at the top of the page. They wait until an index is open. */
+export function addFiles(files) {
+  const added = files.map((file) => new Photo(file));
   photos.unshift(...added);
   if (state.info) added.forEach(begin);
   arrange();
@@ -211,28 +202,21 @@ function progress() {
     (left ? `${count(photos.length - left)} of ${plural(photos.length, "photo")} done`
       : own.length === photos.length && own.length ? `${plural(rest, "photo")} without a label${expected(rest)}` : plural(photos.length, "photo")) +
     (no_match ? ` · ${no_match} with no match` : "");
-  $("screen-right").hidden = $("finish-open").hidden = !own.length;
+  $("screen-right").hidden = !own.length;
   $("reviewed").hidden = !session.now?.progress?.done;
   const done = wasBusy && !left;
   wasBusy = left > 0;
   if (done) {
     resort(photos.filter(({ inFolder }) => !inFolder));
     const [first] = grid.items;
-    if (first?.shown && photos.length === 1) say(`${first.name}: ${spoken(first)}`);
-    else if (first) say(`${plural(photos.length, "photo")} classified. First: ${first.name}, ${first.shown ? spoken(first) : ""}`);
+    if (first) say(`${plural(photos.length, "photo")} classified. First: ${first.name}, ${first.shown ? spoken(first) : ""}`);
   }
-  if (!left) showUnknown(photos.filter(({ inFolder }) => !inFolder), alike, teach);
+  if (!left) showUnknown(photos.filter(({ inFolder }) => !inFolder), alike);
   drawer.show();
   showProblems();
 }
 
 const spoken = (photo) => (photo.no_match ? "no match" : `${photo.winner.label}, ${percent(photo.winner.probability)}`);
-
-let lasting = "";
-function trouble(problem) {
-  lasting = api.retrying(problem);
-  showProblems();
-}
 
 /** Show one line for each kind of problem, regardless of how many files have it. */
 function showProblems() {
@@ -246,8 +230,7 @@ function showProblems() {
     const without = failed.filter((photo) => !photo.shown).length;
     const waiting = without ? ` ${plural(without, "photo has", "photos have")} not been classified yet.` : "";
     lines.push([`${failed[0].problem.message}${waiting}`, button("Try again", retry, { id: "again" })]);
-  } else if (lasting && busy()) lines.push([lasting]);
-  if (!busy()) lasting = "";
+  }
   for (const [reason, names] of refused) {
     const some = names.slice(0, 4).join(", ") + (names.length > 4 ? ` and ${names.length - 4} more` : "");
     const dismiss = cross("Dismiss", () => (refused.delete(reason), showProblems()));
@@ -279,19 +262,19 @@ function tile(photo, element, text, note) {
 
 // --- sorting, filtering ---
 
-const STATES = {
-  all: () => true,
-  rest: (photo) => photo.taught === null,
-  no_match: (photo) => photo.no_match && !photo.taught,
-  unsure: (photo) => photo.shown && !photo.no_match && photo.winner.probability < 0.5,
-  taught: (photo) => photo.taught !== null,
+const STATES = { // what to show, and a function that tells whether a photo is shown
+  all: ["All", () => true],
+  rest: ["Without a label", (photo) => photo.taught === null],
+  no_match: ["No match", (photo) => photo.no_match && !photo.taught],
+  unsure: ["Below 50 %", (photo) => photo.shown && !photo.no_match && photo.winner.probability < 0.5],
+  taught: ["With a label", (photo) => photo.taught !== null],
 };
-const SORTS = {
-  doubt: (a, b) => (a.taught !== null) - (b.taught !== null) || b.rank - a.rank,
-  sure: (a, b) => a.rank - b.rank,
-  class: (a, b) => classOf(a).localeCompare(classOf(b)),
-  name: (a, b) => a.name.localeCompare(b.name, undefined, { numeric: true }),
-  new: () => 0,
+const SORTS = { // an order, and a function that compares two photos
+  doubt: ["Least certain first", (a, b) => (a.taught !== null) - (b.taught !== null) || b.rank - a.rank],
+  sure: ["Most certain first", (a, b) => a.rank - b.rank],
+  class: ["By class", (a, b) => classOf(a).localeCompare(classOf(b))],
+  name: ["By name", (a, b) => a.name.localeCompare(b.name, undefined, { numeric: true })],
+  new: ["Newest first", () => 0],
 };
 
 const classOf = (photo) => photo.taught ?? (photo.no_match ? "" : (photo.winner?.label ?? ""));
@@ -304,11 +287,11 @@ function resort(some = photos) {
 
 function arrange() {
   const wanted = $("filter").value.trim().toLowerCase();
-  const is = STATES[$("filter-state").value];
+  const [, is] = STATES[$("filter-state").value];
   const kept = photos.filter(
     (photo) => is(photo) && (!wanted || `${classOf(photo)}\n${photo.name}`.toLowerCase().includes(wanted)),
   );
-  const found = busy() ? kept : kept.sort(SORTS[$("sort").value]); // photos keep their places while answers arrive
+  const found = busy() ? kept : kept.sort(SORTS[$("sort").value][1]); // photos keep their places while answers arrive
   grid.show(found);
   $("nothing").hidden = found.length > 0 || !photos.length;
   progress();
@@ -318,7 +301,10 @@ $("filters").addEventListener("click", () => {
   const open = $("bar").classList.toggle("open");
   $("filters").setAttribute("aria-expanded", String(open));
 });
-for (const id of ["sort", "filter-state"]) $(id).addEventListener("change", () => resort());
+for (const [id, table] of [["sort", SORTS], ["filter-state", STATES]]) {
+  $(id).append(...Object.entries(table).map(([value, [text]]) => el("option", { value }, text)));
+  $(id).addEventListener("change", () => resort());
+}
 $("filter").addEventListener("input", debounced(120, arrange));
 
 // --- one photo ---
@@ -329,25 +315,16 @@ function open(photo) {
   if (photo.inFolder && !photo.feature) reported(async () => (await photo.fetch(), askAgain([photo])));
 }
 
-function close() {
-  drawer.close();
-  $("grid").focus();
+/** Open the photo that follows the open one in the grid, or precedes it. */
+export function step(by) {
+  const next = grid.items[grid.items.indexOf(drawer.openPhoto()) + by];
+  if (next) open(next);
 }
-
-take.setUp(() => grid.items);
-drawer.setUp({
-  teach,
-  close,
-  step(by) {
-    const next = grid.items[grid.items.indexOf(drawer.openPhoto()) + by];
-    if (next) open(next);
-  },
-});
 
 // --- several photos ---
 
 /** Return the names of all classes, including those whose labels are not saved yet. */
-const classNames = () => [...new Set([...state.labels, ...Object.keys(session.now?.classes ?? {})])];
+export const classNames = () => [...new Set([...state.labels, ...Object.keys(session.now?.classes ?? {})])];
 
 const acting = () => (grid.selected.size ? grid.items.filter((photo) => grid.selected.has(photo)) : grid.active ? [grid.active] : []);
 
@@ -374,7 +351,7 @@ function showChosen() {
   $("selection-form").hidden = $("selection-class").hidden = !can;
   $("selection-right").hidden = !can || !acting().some(acceptable);
   $("selection-away").hidden = acting().every(({ inFolder }) => inFolder);
-  $("selection-add").textContent = acting().some(({ inFolder }) => inFolder) ? "Label" : "Add as examples";
+  field.nextElementSibling.textContent = acting().some(({ inFolder }) => inFolder) ? "Label" : "Add as examples";
   $("selection-chips").replaceChildren(...chips(can && number ? choices() : [], (label) => teach(acting(), label)));
 }
 
@@ -383,15 +360,12 @@ function teachChoice(i) {
   if (label && state.info.changes) teach(acting(), label);
 }
 
-named($("selection-form"), async (text) => {
-  const [some, label] = [acting(), await classMeant(text, classNames())];
-  if (!label) return;
-  $("selection-label").value = "";
+const field = classForm($("selection-form"), "", classNames, (label) => {
   $("grid").focus({ preventScroll: true });
-  teach(some, label);
+  teach(acting(), label);
 });
 $("selection-class").addEventListener("change", ({ target }) => target.value && teach(acting(), target.value));
-$("selection-label").addEventListener("keydown", (event) => event.key === "Escape" && $("grid").focus({ preventScroll: true }));
+field.addEventListener("keydown", (event) => event.key === "Escape" && $("grid").focus({ preventScroll: true }));
 const onScreen = () => grid.onScreen($("bar").getBoundingClientRect().bottom);
 $("screen-right").addEventListener("click", () => acceptAll(onScreen()));
 $("selection-right").addEventListener("click", () => acceptAll(acting()));
@@ -421,7 +395,7 @@ function unmark(which) {
 }
 
 /** Add photos as examples of a class, and offer to undo this. Return whether they were added. */
-async function teach(all, label) {
+export async function teach(all, label) {
   const own = all.filter(({ inFolder }) => inFolder);
   if (own.length) relabel(own.map((photo) => [photo, label]));
   const which = all.filter(({ inFolder }) => !inFolder);
@@ -439,9 +413,8 @@ async function teach(all, label) {
   arrange();
   if (!added.key_ids.length) return notice(`Nothing was added, because ${label} already has ${added.known === 1 ? "this example" : "these examples"}.`);
   const to = added.classes.length ? `the new class ${label}` : label;
-  const alike = added.warnings.map((line) => ` ${line.split("; to merge")[0]}.`).join("");
   const twins = added.duplicates.length ? ` Please check: ${added.duplicates.join("; ")}` : "";
-  return offerUndo(`Added ${plural(added.key_ids.length, "example photo")} to ${to}.${alike}${twins}`, which, added.since);
+  return offerUndo(`Added ${plural(added.key_ids.length, "example photo")} to ${to}.${twins}`, which, added.since);
 }
 
 /** Return a function that activates the photo that has taken the place of the first of some photos. */
@@ -467,19 +440,7 @@ function putAway(all) {
   else $("choose").focus();
 }
 
-// --- changes of settings, index and version ---
-
-/** Ask again for all photos that the server has seen, and give up older requests. */
-function askAll() {
-  moving.abort();
-  moving = new AbortController();
-  askAgain(photos.filter(({ feature }) => feature));
-}
-
-let due = 0;
-settings.addEventListener("change", () => {
-  due ||= setTimeout(() => ((due = 0), askAll()), STILL);
-});
+// --- changes of the index and its version ---
 
 state.addEventListener("index", () => {
   leaving.abort();
@@ -496,8 +457,9 @@ state.addEventListener("index", () => {
 });
 
 state.addEventListener("version", () => {
-  for (const photo of photos) photo.before = photo.shown;
-  askAll();
+  moving.abort();
+  moving = new AbortController();
+  askAgain(photos.filter(({ feature }) => feature));
   progress();
   showFolder();
 });

@@ -1,9 +1,16 @@
-// Dialogs that ask for a name or for a confirmation. They are removed from the page when they are closed.
+// Dialogs and forms that ask for a name or for a confirmation, and the notice at the bottom of the screen, which describes
+// the last change there and can offer to undo it.
 
-import { $, button, el } from "./dom.js";
+import { $, button, classField, cross, cut, el, named } from "./dom.js";
 import { meant } from "./names.js";
+import { state } from "./state.js";
 
-/** Open a dialog, and return the value of the button that closes it. If it is dismissed, the value is "". */
+const LONGEST = 40; // number of letters of a word that is shown in full
+const screen = () => location.hash || "#classify";
+let home = ""; // the screen that the notice belongs to
+
+/** Open a dialog, remove it when it is closed, and return the value of the button that closed it, or "" if it was
+ *  dismissed. */
 export function ask(name, title, content, buttons) {
   const heading = el("h2", { id: `${name}-title` }, title);
   const form = el("form", { method: "dialog" }, heading, ...content, el("p", { class: "dialog-buttons" }, ...buttons));
@@ -23,8 +30,8 @@ export async function agreed(name, title, content, text, kind = "primary") {
   return (await ask(name, title, content, [cancel, ok])) === "ok";
 }
 
-/** Ask for a name, and return it, or "" if the dialog is dismissed. `hint(name)` returns a hint while the name is typed. */
-export async function askName(title, name, text, hint) {
+/** Ask for a name, and return it, or "" if the dialog is dismissed. `hint(name)` may return a hint while it is typed. */
+export async function askName(title, name, text, hint = () => "") {
   const field = el("input", { id: "rename-label", autocomplete: "off", maxLength: 1024, required: true, value: name });
   const hinted = el("p", { class: "hint", id: "rename-merge", role: "status" });
   field.oninput = () => (hinted.textContent = hint(field.value.trim()));
@@ -52,6 +59,49 @@ export async function classMeant(text, classes) {
   return { new: text, near }[await ask("alike", `New class “${text}”, or ${near}?`, [], [other, known])];
 }
 
-/** Ask for a confirmation. Only what cannot be undone is a `danger`. */
-export const confirmed = (title, text, action, { shown = [], kind } = {}) =>
-  agreed("confirm", title, [el("div", { id: "confirm-shot" }, ...shown), el("p", {}, text)], action, kind);
+/** Fill a form with a field for a class and a button. `call(label)` gets the class that an entered text means. Return the
+ *  field. `classes()` returns the known classes. */
+export function classForm(form, text, classes, call) {
+  const field = classField({ maxLength: 1024, placeholder: "any class…", aria: { label: "Class" } });
+  form.append(field, el("button", {}, text));
+  named(form, async (name) => {
+    const label = await classMeant(name, classes());
+    if (!label) return;
+    field.value = "";
+    call(label);
+  });
+  return field;
+}
+
+/** Show a notice, and return a function that changes its text. `undo` returns the text of the next notice, or false if
+ *  nothing was undone. */
+export function notice(text, undo) {
+  const line = el("span");
+  const tell = (told) => Object.assign(line, { title: told, textContent: told.replace(/\S+/g, (word) => cut(word, LONGEST)) });
+  tell(text);
+  const undoing = async ({ target }) => {
+    target.disabled = true;
+    const undone = await reported(undo);
+    if (undone) notice(undone);
+    else target.disabled = false;
+  };
+  home = text && screen();
+  $("notice").hidden = !text;
+  $("notice").replaceChildren(line, ...(undo ? [" ", button("Undo", undoing)] : []), " ", cross("Dismiss", () => notice("")));
+  return tell;
+}
+
+addEventListener("hashchange", () => ($("notice").hidden = screen() !== home));
+
+/** Make a change, and return its result. If it fails, a notice shows the reason. */
+export async function reported(change) {
+  try {
+    return await change();
+  } catch (error) {
+    notice(error.message);
+  }
+}
+
+/** Show a notice that offers to restore version `to` while the index is at version `since`. Then `undone` is called. */
+export const undoable = (text, to, since, undone = () => {}) =>
+  notice(text, async () => (await state.rollback(to, since)) && (undone(), "Undone."));

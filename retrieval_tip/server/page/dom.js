@@ -27,14 +27,13 @@ export function classField(properties) {
   return field;
 }
 
-/** Call `call(name)` when a name is entered in the field of a form. Return the form. */
+/** Call `call(name)` when a name is entered in the field of a form. */
 export function named(form, call) {
   form.addEventListener("submit", (event) => {
     event.preventDefault();
     const name = form.querySelector("input").value.trim();
     if (name) call(name);
   });
-  return form;
 }
 
 /** Let buttons open a file input, and call `take(files)` with the selected files. */
@@ -71,8 +70,7 @@ export function say(text) {
   saying = setTimeout(() => ($("live").textContent = text), 400);
 }
 
-/** Return a function that waits until it has not been called for `milliseconds`, and then calls `call` with its last
- *  arguments. */
+/** Return a function that calls `call` with its last arguments when it has not been called for `milliseconds`. */
 export function debounced(milliseconds, call) {
   let timer;
   return (...last) => {

@@ -106,10 +106,6 @@ export class Grid {
     for (const text of texts) [text.title, text.textContent] = [text.textContent, cut(text.textContent, LETTERS)];
     element.setAttribute("aria-posinset", this.#at.get(item) + 1);
     element.setAttribute("aria-setsize", this.items.length);
-    this.#mark(item, element);
-  }
-
-  #mark(item, element) {
     element.setAttribute("aria-selected", String(this.selected.has(item)));
     element.classList.toggle("active", item === this.active);
   }
@@ -120,7 +116,7 @@ export class Grid {
   }
 
   #changed() {
-    for (const [item, element] of this.#mounted) this.#mark(item, element);
+    this.draw();
     this.chosen();
   }
 

@@ -10,13 +10,11 @@ const AHEAD = 4; // number of upcoming photos to show
 const LAST = 5; // number of answers to show
 const CLASSES = 200; // number of classes to show
 const LARGE = 1024; // size of the photo, in pixels
-const REFUSED = 5; // number of refused labels to show
 const SLIDE = 150; // ms
 const WORTH = 0.01; // a smaller gain in accuracy is not worth more labels
 
 let current = null; // the photo that is shown, an entry of session.now.queue
 let wanted = null; // the number of the photo to show next
-const ahead = new Map(); // images that are loaded before they are shown, by photo
 const touch = matchMedia("(pointer: coarse)"); // a focused field would open the keyboard
 
 const address = (photo, size) => `${api.labelPhoto(photo)}?size=${size}`;
@@ -54,7 +52,7 @@ function show() {
     current = one;
     if (moved) picture(one);
     guesses();
-    if (moved) $("label-similar-list").replaceChildren();
+    if (moved) $("label-too").checked = false;
     similar();
     $("label-why").textContent = one.picked === "random" ? "This photo was drawn at random, to measure the accuracy." : `Why this one: it ${one.why ?? "may help"}.`;
     if (moved) focus();
@@ -68,15 +66,8 @@ function show() {
 const focus = () => $("label-view").hidden || $(touch.matches ? "label-stage" : "label-class").focus({ preventScroll: true });
 
 function picture({ photo, name }) {
-  const image = loaded(photo);
-  image.alt = nameOf(name);
+  const image = el("img", { decoding: "sync", alt: nameOf(name), src: address(photo, LARGE) });
   $("label-photo").replaceChildren(image, el("figcaption", { class: "file" }, nameOf(name)));
-  for (const known of ahead.keys()) if (!session.now.queue.some((one) => one.photo === known)) ahead.delete(known);
-}
-
-function loaded(photo) {
-  if (!ahead.has(photo)) ahead.set(photo, el("img", { decoding: "sync", src: address(photo, LARGE) }));
-  return ahead.get(photo);
 }
 
 function guesses() {
@@ -99,35 +90,23 @@ function classes() {
   $("label-meant").textContent = !text ? "" : near ? `Enter: new class “${text}”, or ${near}?` : known ? `Enter: ${label}` : `Enter: new class “${text}”`;
 }
 
-/** Show photos in a list, unless it shows them already. `content(image)` returns what the list contains for each. */
-function strip(list, photos, content) {
+/** Show photos in a list, unless it shows them already. */
+function strip(list, photos, size) {
   const shown = [...list.children].map(({ dataset }) => Number(dataset.photo));
   if (String(shown) === String(photos)) return;
-  const images = photos.map((photo) => [photo, el("img", { alt: "", src: address(photo, 160) })]);
-  list.replaceChildren(...images.map(([photo, image]) => el("li", { data: { photo } }, content(image))));
+  list.replaceChildren(...photos.map((photo) => el("li", { data: { photo } }, el("img", { alt: "", src: address(photo, size) }))));
 }
 
-/** Show near-identical photos, which can be labelled together. Marked photos stay marked. */
+/** Show near-identical photos, which can be labelled together. */
 function similar() {
-  const photos = current.similar;
-  const press = ({ currentTarget: one }) => {
-    one.ariaPressed = String(!isPressed(one));
-    $("label-too").checked = similarButtons().every(isPressed);
-  };
-  $("label-similar").hidden = !photos.length;
-  $("label-too-text").textContent = `Also label ${photos.length === 1 ? "this similar photo" : `these ${photos.length} similar photos`}`;
-  strip($("label-similar-list"), photos, (image) => button([image], press, { aria: { pressed: "false", label: "Label this photo too" } }));
-  $("label-too").checked = photos.length > 0 && similarButtons().every(isPressed);
+  const { length } = current.similar;
+  $("label-similar").hidden = !length;
+  $("label-too-text").textContent = `Also label ${length === 1 ? "this similar photo" : `these ${length} similar photos`}`;
+  strip($("label-similar-list"), current.similar, 160);
 }
 
-const similarButtons = () => [...$("label-similar-list").querySelectorAll("button")];
-const isPressed = ({ ariaPressed }) => ariaPressed === "true";
-
-function upcoming() {
-  const next = session.now.queue.slice(1, 1 + AHEAD).map(({ photo }) => photo);
-  next.slice(0, 2).forEach(loaded);
-  strip($("label-next"), next, (image) => image);
-}
+/** Show the next photos. They are loaded in the size in which they are shown afterwards. */
+const upcoming = () => strip($("label-next"), session.now.queue.slice(1, 1 + AHEAD).map(({ photo }) => photo), LARGE);
 
 /** Show the last answers, latest first. Each can be undone. */
 function last() {
@@ -150,20 +129,19 @@ function refused() {
   const shown = JSON.stringify(now.refused);
   if ($("label-refused").dataset.shown === shown) return;
   $("label-refused").dataset.shown = shown;
-  const rows = now.refused.slice(0, REFUSED).map((one) => {
-    const dropping = (text, next) => button(text, () => drop(one, next), { class: "quiet" });
-    const what = one.label === null ? "The label of this photo could not be removed" : `The label “${one.label}” could not be saved`;
-    const buttons = one.label === null ? [] : [dropping("Show this photo", one.photo), " ", dropping("Drop the label", null)];
-    return el("p", { title: one.name }, `${nameOf(one.name)}: ${what}: ${one.reason} `, ...buttons);
+  const rows = now.refused.map((one) => {
+    const removing = one.label === null;
+    const what = removing ? "The label of this photo could not be removed" : `The label “${one.label}” could not be saved`;
+    const again = removing ? null : button("Drop it and show the photo", () => drop(one), { class: "quiet" });
+    return el("p", { title: one.name }, `${nameOf(one.name)}: ${what}: ${one.reason} `, again);
   });
-  const more = now.refused.length - rows.length;
-  $("label-refused").replaceChildren(...rows, more > 0 ? el("p", {}, `and ${plural(more, "other label")}`) : "");
+  $("label-refused").replaceChildren(...rows);
 }
 
-/** Remove a label that could not be saved, and show the photo `next`, if there is one. */
-function drop(one, next) {
-  if (next !== null) $("label-class").value = "";
-  wanted = next;
+/** Remove a label that could not be saved, and show its photo again, if it can be shown. */
+function drop(one) {
+  $("label-class").value = "";
+  wanted = one.photo;
   session.now.refused = session.now.refused.filter((other) => other !== one);
   session.label([[one.photo, null]]);
 }
@@ -190,21 +168,20 @@ function progress() {
   $("label-bar").value = photos ? labelled / photos : 0;
   const waiting = [];
   if (encoded < photos) waiting.push(`Reading photos: ${count(encoded)} of ${count(photos)}.`);
-  const unfinished = unsaved - now.refused.length + session.unsent;
-  if (unfinished > 0) waiting.push(`Saving ${plural(unfinished, "label")}…`);
+  if (unsaved > now.refused.length || session.waiting) waiting.push("Saving labels…");
   else if (labelled && !unsaved) waiting.push(`All labels are saved in “${now.index}”.`);
   $("label-saved").textContent = waiting.join(" ");
 }
 
 // --- actions ---
 
-/** Give the photo a label, and also the similar photos that are marked. Return the name of this step. */
+/** Give the photo a label, and also the similar photos if they are marked. */
 function choose(label) {
   label = label.trim();
-  if (!current || !label) return null;
-  const marked = similarButtons().filter(isPressed).map((one) => Number(one.parentNode.dataset.photo));
+  if (!current || !label) return;
+  const marked = $("label-too").checked ? current.similar : [];
   slide(label);
-  return done(() => session.label([current.photo, ...marked].map((photo) => [photo, label]), current))[0];
+  done(() => session.label([current.photo, ...marked].map((photo) => [photo, label]), current));
 }
 
 const skip = () => current && done(() => session.skip(current));
@@ -218,26 +195,16 @@ function undo(step = session.steps.at(-1)?.step) {
 
 function done(change) {
   $("label-class").value = "";
-  $("label-completed").hidden = true;
-  return change();
+  change();
 }
 
 /** Give the photo the class that a typed text means. If this is not clear, ask. */
 async function enter(text) {
   if (!current) return;
   const { photo } = current;
-  const names = Object.keys(session.now.classes);
-  const label = await classMeant(text, names);
+  const label = await classMeant(text, Object.keys(session.now.classes));
   if (!label || photo !== current?.photo) return; // it was dismissed, or somebody else has labelled the photo
-  const name = choose(label);
-  if (!names.includes(label) || label.length <= text.length || meant(text, names).near) return;
-  const onclick = () => {
-    const { entry, photos } = session.made(name);
-    done(() => session.undo(name));
-    session.label(photos.map((one) => [one, text]), entry);
-  };
-  $("label-completed").replaceChildren(`“${text}” was completed to ${label}.`, " ", button(`New class “${text}”`, onclick));
-  $("label-completed").hidden = false;
+  choose(label);
 }
 
 /** Show the photo moving to the button of its class, unless the user prefers reduced motion. */
@@ -259,9 +226,6 @@ $("label-photo").addEventListener("click", focus);
 $("label-skip").addEventListener("click", skip);
 $("label-none").addEventListener("click", () => choose(NONE));
 $("label-undo").addEventListener("click", () => undo());
-$("label-too").addEventListener("change", () => {
-  for (const one of similarButtons()) one.ariaPressed = String($("label-too").checked);
-});
 
 /** While nothing is typed, these keys act. All letters, and all other keys, go to the field. */
 const guess = (i) => () => current?.guesses[i] && choose(current.guesses[i].label);

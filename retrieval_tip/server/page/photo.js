@@ -2,7 +2,6 @@
 
 import * as api from "./api.js";
 import { nameOf, picture, preview } from "./dom.js";
-import { settings } from "./settings.js";
 import { state } from "./state.js";
 
 const TOP = 8; // number of classes in an answer
@@ -18,19 +17,17 @@ export class Photo {
   similar = []; // the most similar examples as [{ key_id, affinity }], most similar first
   without = []; // key ids of this photo itself, which is classified with the other examples
   version = null; // index version to which these belong
-  shown = null; // the answer as { name, rows, no_match, group, supporting, opposing }; `name` identifies the settings
-  before = null; // the answer before the index changed
+  shown = null; // the answer as { rows, no_match, group, supporting, opposing }
   problem = null; // the reason why there is no answer
   busy = false;
   taught = null; // the class that the photo was added to
   rank = 3; // the doubt when the photos were sorted
 
-  /** If the file is the image of a shot, `keyId` is the key id of that shot. */
-  constructor(file, keyId = null) {
+  /** If the file is the image of a shot, its `keyId` is the key id of that shot. */
+  constructor(file) {
     this.id = `photo-${++Photo.#count}`;
     this.file = file;
     this.name = file.name;
-    this.keyId = keyId;
     this.gone = new AbortController();
   }
 
@@ -65,22 +62,20 @@ export class Photo {
 
   /** Discard the answer, because another index is open. */
   forget() {
-    Object.assign(this, { feature: null, similar: [], without: [], shown: null, before: null, problem: null, taught: null });
+    Object.assign(this, { feature: null, similar: [], without: [], shown: null, problem: null, taught: null });
   }
 
-  /** Store an answer for the settings with this name, which was given without some keys. Return false if the answer does
-   *  not hold, because the index has changed, or because the photo is one of the examples. */
-  take({ version }, result, name, without) {
+  /** Store an answer that was given without some keys. Return false if the answer does not hold, because the index has
+   *  changed, or because the photo is one of the examples. */
+  take({ version }, result, without) {
     const { feature, similar } = result;
     if (feature) {
-      const itself = similar.filter(({ key_id: id, affinity }) => id === this.keyId || affinity >= SAME).map(({ key_id: id }) => id);
+      const itself = similar.filter(({ key_id: id, affinity }) => id === this.file.keyId || affinity >= SAME).map(({ key_id: id }) => id);
       Object.assign(this, { feature: Float32Array.from(feature), similar, version });
       this.without = itself.length < state.info.n_keys ? itself : [];
     }
     if (version !== state.info.version || String(this.without) !== String(without)) return false;
-    const no_match = settings.changed && this.shown ? this.shown.no_match : (result.no_match ?? false); // the sliders do not change it
-    const group = result.level && result.level !== state.info.levels[0] && !no_match ? result : null; // no class is sure
-    this.shown = { name, no_match, rows: rowsOf(result), group, supporting: result.neighbours, opposing: result.opposing };
+    this.shown = answerOf(result);
     this.busy = false;
     this.problem = null;
     return true;
@@ -119,9 +114,9 @@ export class FolderPhoto extends Photo {
     return new File([await response.blob()], this.name);
   }
 
-  /** The answer of the session, to which similar photos contribute, unless the settings have changed on this page. */
+  /** The answer of the session, to which similar photos contribute. */
   get winner() {
-    return (!settings.changed && this.shown && this.best) || super.winner;
+    return (this.shown && this.best) || super.winner;
   }
 
   /** Store the label or the answer that the session has for all photos, and what the photo itself and similar photos give
@@ -130,7 +125,7 @@ export class FolderPhoto extends Photo {
     Object.assign(this, { taught: label, best: guesses[0], given: similar });
     if (this.feature || !guesses.length) return;
     const rows = guesses.map((guess) => ({ ...guess, text: NaN, cache: NaN }));
-    this.shown = { name: settings.name, no_match, rows, supporting: [], opposing: null };
+    this.shown = { no_match, rows, supporting: [], opposing: null };
   }
 
   /** Fetch the feature, with which the photo is classified like any other photo. */
@@ -143,8 +138,15 @@ export class FolderPhoto extends Photo {
 /** Return the parameters of a classification request. */
 export const parameters = () => {
   const least = state.info.levels.length ? SURE : undefined;
-  return { index: state.info.name, ...settings.values, top: TOP, neighbours: NEIGHBOURS, at_least: least };
+  return { index: state.info.name, top: TOP, neighbours: NEIGHBOURS, at_least: least };
 };
+
+/** Return the server's answer to a photo, as the page uses it. */
+export function answerOf(result) {
+  const { no_match = false, neighbours: supporting, opposing, level } = result;
+  const group = level && level !== state.info.levels[0] && !no_match ? result : null; // no class is sure
+  return { no_match, rows: rowsOf(result), group, supporting, opposing };
+}
 
 const rowsOf = ({ labels, probabilities, text_logits: texts, shot_logits: shots }) =>
   labels.map((label, i) => ({ label, probability: probabilities[i], text: texts[i], cache: shots[i] }));

@@ -4,7 +4,7 @@
 import * as api from "./api.js";
 import { plural } from "./dom.js";
 import { NONE } from "./names.js";
-import { notice } from "./notice.js";
+import { notice } from "./dialogs.js";
 import { state } from "./state.js";
 
 const AGAIN = 1000; // ms between two requests for the state, or between two attempts to send changes
@@ -55,10 +55,6 @@ class Session extends EventTarget {
     if (known < answer.version) state.refresh().catch(() => {}); // the next answer tries again
     clearTimeout(this.#polling);
     if (answer.busy || answer.encoded < answer.photos) this.#later();
-    this.#changed();
-  }
-
-  #changed() {
     this.dispatchEvent(new Event("state"));
   }
 
@@ -72,17 +68,13 @@ class Session extends EventTarget {
     return [...done.values()];
   }
 
-  /** The number of labelled photos, and the numbers of changes and labels that are not sent yet. */
+  /** The number of labelled photos, and the number of changes that are not sent yet. */
   get labelled() {
     return this.now.labelled + this.#outbox.reduce((sum, change) => sum + this.#added(change), 0);
   }
 
   get waiting() {
     return this.#outbox.length;
-  }
-
-  get unsent() {
-    return this.#outbox.reduce((sum, { labels = [] }) => sum + labels.length, 0);
   }
 
   /** Whether only the server knows which photo to show next, because a step from before a reload is being undone. */
@@ -119,9 +111,6 @@ class Session extends EventTarget {
     this.#put({ undo: name });
   }
 
-  /** Return what a step of this page did. */
-  made = (name) => this.#made.get(name);
-
   #step(made, change) {
     const step = unique();
     this.#made.set(step, { step, ...made });
@@ -133,7 +122,7 @@ class Session extends EventTarget {
     this.rejected = null;
     this.#outbox.push(change);
     this.#apply(change);
-    this.#changed();
+    this.dispatchEvent(new Event("state"));
     this.#send();
   }
 

@@ -1,16 +1,23 @@
 // What a person takes away: a table or a zip file of the photos on the page, and folders by class or keywords at the end
 // of a labelling session.
 
+import { photos } from "./classify.js";
 import { $, el, plural } from "./dom.js";
-import { notice, reported } from "./notice.js";
 import { session } from "./session.js";
 import { state } from "./state.js";
 import { classFolder, safe, zip } from "./zip.js";
 
-let photos = () => []; // returns the photos that are shown, in order
-export const setUp = (shown) => (photos = shown);
+const SURE = 0.5; // below this probability, an answer is more likely wrong than right
+let action = "copy"; // what Undo undoes
 
-const answered = () => photos().filter(({ shown, taught }) => shown || taught !== null);
+const answered = () => photos.filter(({ shown, taught }) => shown || taught !== null);
+const tell = (text) => ($("finish-said").textContent = text);
+
+/** Do some work, and tell its result, or the reason why it failed. */
+async function told(work) {
+  tell("Working…");
+  await work().then(tell, ({ message }) => tell(message));
+}
 
 /** Return a CSV cell. A leading quote prevents spreadsheets from evaluating text as a formula. */
 function cell(value) {
@@ -19,19 +26,19 @@ function cell(value) {
   return /[",\n\r]/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe;
 }
 
-function download(name, type, ...parts) {
+function download(suffix, type, ...parts) {
   const url = URL.createObjectURL(new Blob(parts, { type }));
-  el("a", { href: url, download: name }).click();
+  el("a", { href: url, download: `${state.info.name}.${suffix}` }).click();
   setTimeout(() => URL.revokeObjectURL(url), 10_000);
 }
 
-$("download-csv").addEventListener("click", () => {
+async function table() {
   const row = ({ path, name, winner, taught, no_match }) => [path ?? name, winner?.label ?? taught, winner?.probability ?? null, no_match, taught];
   const lines = [["input", "label", "probability", "no_match", "taught"], ...answered().map(row)];
-  download(`${state.info.name}.csv`, "text/csv", `${lines.map((line) => line.map(cell).join(",")).join("\n")}\n`);
-});
+  download("csv", "text/csv", `${lines.map((line) => line.map(cell).join(",")).join("\n")}\n`);
+  return `Listed ${plural(lines.length - 1, "photo")}.`;
+}
 
-const SURE = 0.5; // below this probability, an answer is more likely wrong than right
 function folderOf({ taught, no_match, winner }) {
   if (taught === null && no_match) return "no match";
   if (taught === null && winner.probability < SURE) return "not sure";
@@ -52,39 +59,26 @@ function sortedPaths(some) {
   });
 }
 
-$("download-zip").addEventListener("click", async () => {
-  const some = answered();
-  $("download-zip").disabled = true;
-  await reported(async () => {
-    const pairs = [];
-    for (const [path, photo] of sortedPaths(some)) pairs.push([path, await photo.original()]);
-    const sorted = await zip(pairs, (done) => notice(`Packing ${done} of ${some.length}…`));
-    download(`${state.info.name}.zip`, "application/zip", sorted);
-    notice(`Packed ${plural(some.length, "photo")} into folders by class.`);
-  });
-  $("download-zip").disabled = false;
-});
-
-// --- the end of a labelling session ---
-
-let action = "copy"; // what Undo undoes
-
-async function sort(options) {
-  const into = $("finish-into").value.trim();
-  $("finish-said").textContent = options.undo ? "Undoing…" : "Working…";
-  try {
-    const done = await state.sortPhotos({ into, action, ...options });
-    const skipped = done?.skipped.map(({ source, reason }) => ` ${source}: ${reason}.`) ?? [];
-    $("finish-said").textContent = done ? `${done.summary}.${skipped.join("")}${options.undo ? "" : ` To undo this later, run: ${done.undo}`}` : "";
-    $("finish-undo").hidden = !done || options.undo;
-  } catch (error) {
-    $("finish-said").textContent = error.message;
-  }
+async function packed() {
+  const pairs = [];
+  for (const [path, photo] of sortedPaths(answered())) pairs.push([path, await photo.original()]);
+  download("zip", "application/zip", await zip(pairs, (done) => tell(`Packing ${done} of ${pairs.length}…`)));
+  return `Packed ${plural(pairs.length, "photo")} into folders by class.`;
 }
 
+/** Sort the photos of the session into folders, write keywords, or undo this. */
+const sort = (options) =>
+  told(async () => {
+    const done = await state.sortPhotos({ into: $("finish-into").value.trim(), action, ...options });
+    $("finish-undo").hidden = !done || options.undo;
+    const skipped = done?.skipped.map(({ source, reason }) => ` ${source}: ${reason}.`) ?? [];
+    return done ? `${done.summary}.${skipped.join("")}${options.undo ? "" : ` To undo this later, run: ${done.undo}`}` : "";
+  });
+
 $("finish-open").addEventListener("click", () => {
-  $("finish-into").value ||= `${session.now.index}-sorted`;
-  $("finish-said").textContent = "";
+  $("finish-folders").hidden = $("finish-go").hidden = !session.now;
+  $("finish-into").value ||= `${session.now?.index}-sorted`;
+  tell("");
   $("finish-undo").hidden = true;
   $("finish").showModal();
 });
@@ -102,10 +96,5 @@ $("finish-form").addEventListener("change", () => {
 });
 $("finish-undo").addEventListener("click", () => sort({ undo: true }));
 $("finish-close").addEventListener("click", () => $("finish").close());
-for (const kind of ["zip", "csv"])
-  $(`finish-${kind}`).addEventListener("click", () => {
-    $("finish").close();
-    $("filter-state").value = "all"; // the download contains the photos that are shown
-    $("filter-state").dispatchEvent(new Event("change"));
-    $(`download-${kind}`).click();
-  });
+$("finish-csv").addEventListener("click", () => told(table));
+$("finish-zip").addEventListener("click", () => told(packed));

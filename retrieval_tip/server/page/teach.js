@@ -2,9 +2,8 @@
 
 import { judged } from "./accuracy.js";
 import { parts } from "./api.js";
+import { notice, undoable } from "./dialogs.js";
 import { $, button, classField, cross, el, failure, picks, plural, preview } from "./dom.js";
-import { inFolders } from "./files.js";
-import { notice, undoable } from "./notice.js";
 import { state } from "./state.js";
 
 const FIRST = 48; // number of photos in the request that creates an index
@@ -16,15 +15,15 @@ let running = null; // aborts the upload
 
 class Card {
   files = [];
-  #input = classField({ type: "text", placeholder: "class name", aria: { label: "Class name" }, oninput: show });
+  input = classField({ type: "text", placeholder: "class name", aria: { label: "Class name" }, oninput: show });
+  count = el("span", { class: "hint" });
   #pictures = el("div", { class: "pictures" });
-  #count = el("span", { class: "hint" });
 
   constructor(name = "") {
-    this.name = name;
+    this.input.value = name;
     const inputs = ["files", "camera-file"].map((id) => $(id).cloneNode());
     const buttons = [button("Choose"), button("Camera", null, { class: "touch" })];
-    inputs.forEach((input, i) => (input.removeAttribute("id"), picks(input, (files) => this.give(files), buttons[i])));
+    inputs.forEach((input, i) => (input.removeAttribute("id"), picks(input, (files) => (this.hold([...this.files, ...files]), show()), buttons[i])));
     const remove = () => {
       this.remove();
       if (!cards.length) new Card();
@@ -34,51 +33,31 @@ class Card {
     this.element = el(
       "li",
       { class: "class-card" },
-      el("p", { class: "buttons" }, this.#input, cross("Remove this class", remove)),
+      el("p", { class: "buttons" }, this.input, cross("Remove this class", remove)),
       this.#pictures,
-      el("p", { class: "buttons" }, this.#count, ...buttons, ...inputs),
+      el("p", { class: "buttons" }, this.count, ...buttons, ...inputs),
     );
     cards.push(this);
     $("teach-classes").append(this.element);
   }
 
   get name() {
-    return this.#input.value.trim();
-  }
-
-  set name(name) {
-    this.#input.value = name;
+    return this.input.value.trim();
   }
 
   get empty() {
     return !this.files.length;
   }
 
-  focus() {
-    this.#input.focus();
-  }
-
-  /** Add files, and show them if there is room for them. */
-  give(files) {
-    this.files.push(...files);
-    const room = Math.max(0, SHOWN - this.#pictures.children.length);
-    this.#pictures.append(...files.slice(0, room).map((file) => preview(file, "")));
-    show();
-  }
-
-  takeBack(files) {
-    const left = this.files.splice(0).filter((file) => !files.has(file));
-    this.#pictures.replaceChildren();
-    this.give(left);
+  /** Set the files, and show the first ones. */
+  hold(files) {
+    this.files = files;
+    this.#pictures.replaceChildren(...this.files.slice(0, SHOWN).map((file) => preview(file, "")));
   }
 
   remove() {
     cards.splice(cards.indexOf(this), 1);
     this.element.remove();
-  }
-
-  show() {
-    this.#count.textContent = this.empty ? "Drop photos here" : plural(this.files.length, "photo");
   }
 }
 
@@ -90,36 +69,64 @@ const isNew = () => $("teach-new").checked;
  *  first empty one. */
 const targetAt = (place) => cards.find(({ element }) => element.contains(place)) ?? cards.find(({ empty }) => empty);
 
-/** While single photos are dragged, mark the card that they would be added to. Pass null to remove the mark. */
-export function aim(event) {
-  const loose = event && [...event.dataTransfer.items].some(({ type }) => type); // a folder has no type
-  const target = loose ? targetAt(event.target) : null;
-  for (const card of cards) card.element.classList.toggle("target", card === target);
+/** While single photos are dragged, mark the card that they would be added to. */
+export function aim({ dataTransfer, target }) {
+  const loose = [...dataTransfer.items].some(({ type }) => type); // a folder has no type
+  const aimed = loose ? targetAt(target) : null;
+  for (const card of cards) card.element.classList.toggle("target", card === aimed);
 }
+
+// --- dropped and selected files ---
+
+/** Return the files of an entry as { file, folder }, excluding hidden files. */
+async function filesIn(entry, folder) {
+  if (entry.name.startsWith(".")) return [];
+  if (entry.isFile) return [{ file: await new Promise((resolve, reject) => entry.file(resolve, reject)), folder }];
+  const reader = entry.createReader();
+  const hundred = () => new Promise((resolve, reject) => reader.readEntries(resolve, reject));
+  const found = [];
+  for (let some = await hundred(); some.length; some = await hundred()) found.push(...some);
+  const parts = await Promise.all(found.map((one) => filesIn(one, entry.name)));
+  return parts.flat();
+}
+
+/** Return all files that were dropped or pasted. Call this function while the event is handled, because the entries are
+ *  no longer available afterwards. */
+export async function gather(transfer) {
+  const entries = [...(transfer.items ?? [])].filter((item) => item.kind === "file").map((item) => item.webkitGetAsEntry?.());
+  const plain = [...transfer.files];
+  if (!entries.some((entry) => entry?.isDirectory)) return plain.map((file) => ({ file, folder: null }));
+  const parts = await Promise.all(entries.map((entry, i) => (entry ? filesIn(entry, null) : [{ file: plain[i], folder: null }])));
+  return parts.flat();
+}
+
+/** Return the files of a selected folder. */
+const inFolders = (files) =>
+  files
+    .filter((file) => !file.name.startsWith("."))
+    .map((file) => ({ file, folder: file.webkitRelativePath.split("/").at(-2) ?? null }));
 
 /** Add files that were selected, or dropped on an element. Each folder becomes a class, regardless of where it is
  *  dropped. */
 export function receive(found, place = null) {
   showCards();
   const images = found.filter(({ file }) => IMAGE.test(file.name) || IMAGE.test(file.type.replace("/", ".")));
-  const before = new Set(cards);
-  const given = new Set(images.map(({ file }) => file));
-  const changed = new Set();
-  for (const [folder, some] of Map.groupBy(images, (one) => one.folder)) {
+  const before = new Map(cards.map((card) => [card, card.files]));
+  const groups = Map.groupBy(images, (one) => one.folder);
+  for (const [folder, some] of groups) {
     const known = folder === null ? targetAt(place) : cards.find(({ name }) => name === folder);
     const card = known ?? new Card(folder ?? "");
-    card.give(some.map(({ file }) => file));
-    changed.add(card);
+    card.hold([...card.files, ...some.map(({ file }) => file)]);
   }
   if (images.some(({ folder }) => folder !== null)) for (const card of cards.filter(({ name, empty }) => !name && empty)) card.remove();
   show();
   const other = found.length - images.length;
   const skipped = other ? `Skipped ${plural(other, "file")} because only JPEG, PNG, WebP and HEIC are supported.` : "";
   if (!images.length) return notice(skipped);
-  notice(`Added ${plural(images.length, "photo")} to ${plural(changed.size, "class", "classes")}. ${skipped}`, () => {
-    for (const card of cards.filter((one) => changed.has(one))) {
-      card.takeBack(given);
-      if (card.empty && !before.has(card)) card.remove();
+  notice(`Added ${plural(images.length, "photo")} to ${plural(groups.size, "class", "classes")}. ${skipped}`, () => {
+    for (const card of [...cards]) {
+      if (before.has(card)) card.hold(before.get(card));
+      else card.remove();
     }
     fillUp();
     show();
@@ -127,12 +134,14 @@ export function receive(found, place = null) {
   });
 }
 
+// --- the classifier ---
+
 function fillUp() {
   while (cards.length < 2) new Card();
 }
 
 function show() {
-  for (const card of cards) card.show();
+  for (const { files, count } of cards) count.textContent = files.length ? plural(files.length, "photo") : "Drop photos here";
   const names = full().map(({ name }) => name);
   $("teach-name-label").hidden = !isNew();
   let missing = "";
@@ -256,7 +265,7 @@ function follow() {
   show();
 }
 
-$("teach-more").addEventListener("click", () => (new Card().focus(), show()));
+$("teach-more").addEventListener("click", () => (new Card().input.focus(), show()));
 $("teach-go").addEventListener("click", go);
 $("teach-cancel").addEventListener("click", () => {
   running?.abort(new DOMException("cancelled", "AbortError"));
@@ -271,10 +280,10 @@ $("classes-add").addEventListener("click", () => $("teach-old").disabled || (($(
 state.addEventListener("wanted", ({ detail }) => {
   const named = cards.find(({ name }) => name === detail);
   const card = named ?? cards.find(({ name, empty }) => !name && empty) ?? new Card();
-  card.name = detail;
+  card.input.value = detail;
   if (!$("teach-old").disabled) $("teach-old").checked = true;
   show();
-  card.focus();
+  card.input.focus();
 });
 state.addEventListener("index", follow);
 state.addEventListener("indexes", follow);

@@ -1,7 +1,9 @@
 // Groups of similar photos that have no match. Naming a group creates a class.
 
 import * as api from "./api.js";
-import { $, button, classField, count, el, failure, named, plural } from "./dom.js";
+import { classNames, teach } from "./classify.js";
+import { classForm } from "./dialogs.js";
+import { $, button, count, el, failure, plural } from "./dom.js";
 import { state } from "./state.js";
 
 const MOST = 4096; // number of photos that the server groups at once
@@ -12,40 +14,39 @@ const SHOWN = 48; // number of photos to show per group
 
 let asked = ""; // the photos that are grouped, or are being grouped
 
-/** Group the photos that have no match, and show the groups, after groups that are `known` already. When a group is
- *  named, `teach(photos, label)` is called. */
-export async function showUnknown(photos, known, teach) {
+/** Group the photos that have no match, and show the groups, after groups that are `known` already. */
+export async function showUnknown(photos, known) {
   const isUnknown = (photo) => photo.no_match && photo.taught === null;
   const no_match = photos.filter(isUnknown);
   const groups = known.map((some) => some.filter(isUnknown)).filter((some) => some.length >= LEAST).slice(0, GROUPS);
   const now = [state.info?.name, state.info?.version, ...[...groups, no_match].flat().map(({ id }) => id)].join();
   if (now === asked) return;
   asked = now;
-  const again = () => ((asked = ""), showUnknown(photos, known, teach));
-  const found = no_match.length > 1 && state.info.changes ? await grouped(no_match, teach, again) : [];
-  const shown = [...groups.map((some) => row(some, teach)), ...found];
+  const again = () => ((asked = ""), showUnknown(photos, known));
+  const found = no_match.length > 1 && state.info.changes ? await grouped(no_match, again) : [];
+  const shown = [...groups.map(row), ...found];
   if (now !== asked) return;
   $("unknown").hidden = !shown.length;
   $("unknown-list").replaceChildren(...shown);
 }
 
 /** Return the groups, or the reason why there are none, as items of a list. */
-async function grouped(no_match, teach, again) {
+async function grouped(no_match, again) {
   const some = no_match.slice(0, Math.min(MOST, Math.floor(BYTES / (4 * no_match[0].feature.length))));
   const others = `The first ${count(some.length)} of ${count(no_match.length)} photos without a match were grouped.`;
   try {
     const groups = await state.get("/groups", {}, api.floats(some.map(({ feature }) => feature)));
-    const rows = groups.slice(0, GROUPS).map((places) => row(places.map((place) => some[place]), teach));
+    const rows = groups.slice(0, GROUPS).map((places) => row(places.map((place) => some[place])));
     return some.length < no_match.length ? [...rows, el("li", { class: "hint" }, others)] : rows;
   } catch (error) {
     return [el("li", {}, failure({ message: `Photos without a match could not be grouped: ${error.message}` }, again))];
   }
 }
 
-function row(photos, teach) {
-  const field = classField({ maxLength: 1024, placeholder: "class name", aria: { label: "Class name" } });
+function row(photos) {
   const left = new Set(photos); // without those that were clicked
-  const form = named(el("form", { class: "teach" }, field, el("button", {}, "Name this class")), (label) => teach([...left], label));
+  const form = el("form", { class: "teach" });
+  classForm(form, "Name this class", classNames, (label) => teach([...left], label));
   const title = el("strong");
   const tell = () => (title.textContent = `${plural(left.size, "similar photo")} without a match`);
   const flip = (photo) => ({ currentTarget: pressed }) => {

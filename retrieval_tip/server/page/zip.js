@@ -33,21 +33,13 @@ async function checksum(file) {
   return ~crc >>> 0;
 }
 
-/** Return numbers as bytes, given as [size, value] pairs. The lowest byte comes first. */
-function bytes(...numbers) {
-  const data = new DataView(new ArrayBuffer(numbers.reduce((sum, [size]) => sum + size, 0)));
-  let at = 0;
-  for (const [size, value] of numbers) {
-    if (size === 2) data.setUint16(at, value, true);
-    else data.setUint32(at, value, true);
-    at += size;
-  }
-  return data.buffer;
-}
+/** Return numbers of two bytes each, of which the lowest comes first. `long` splits numbers of four bytes. */
+const bytes = (...numbers) => Uint16Array.from(numbers);
+const long = (number) => [number & 0xffff, number >>> 16];
 
 const time = (date) => [
-  [2, (date.getHours() << 11) | (date.getMinutes() << 5) | (date.getSeconds() >> 1)],
-  [2, (Math.max(0, date.getFullYear() - 1980) << 9) | ((date.getMonth() + 1) << 5) | date.getDate()],
+  (date.getHours() << 11) | (date.getMinutes() << 5) | (date.getSeconds() >> 1),
+  (Math.max(0, date.getFullYear() - 1980) << 9) | ((date.getMonth() + 1) << 5) | date.getDate(),
 ];
 
 /** Return a zip file of [path, file] pairs as a blob. `progress` is called with the number of files that are done. */
@@ -60,12 +52,13 @@ export async function zip(pairs, progress = () => {}) {
   for (const [done, [path, file]] of pairs.entries()) {
     progress(done);
     const name = new TextEncoder().encode(path);
-    const facts = [[2, 20], [2, UTF8], [2, 0], ...time(new Date(file.lastModified)), [4, await checksum(file)], [4, file.size], [4, file.size], [2, name.length], [2, 0]];
-    parts.push(bytes([4, 0x04034b50], ...facts), name, file);
-    entries.push(bytes([4, 0x02014b50], [2, 20], ...facts, [2, 0], [2, 0], [2, 0], [4, 0], [4, at]), name);
+    const sizes = [...long(await checksum(file)), ...long(file.size), ...long(file.size), name.length, 0];
+    const facts = [20, UTF8, 0, ...time(new Date(file.lastModified)), ...sizes];
+    parts.push(bytes(...long(0x04034b50), ...facts), name, file);
+    entries.push(bytes(...long(0x02014b50), 20, ...facts, 0, 0, 0, 0, 0, ...long(at)), name);
     at += HEAD + name.length + file.size;
   }
   const directory = new Blob(entries);
-  const end = bytes([4, 0x06054b50], [2, 0], [2, 0], [2, pairs.length], [2, pairs.length], [4, directory.size], [4, at], [2, 0]);
+  const end = bytes(...long(0x06054b50), 0, 0, pairs.length, pairs.length, ...long(directory.size), ...long(at), 0);
   return new Blob([...parts, directory, end], { type: "application/zip" });
 }
