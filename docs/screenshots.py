@@ -33,7 +33,7 @@ FRAMES: list[tuple[Image.Image, int]] = []
 """The frames of the film, and how long each is shown, in milliseconds."""
 SEEN = """[...document.images].every((one) => {
     const { top, bottom } = one.getBoundingClientRect();
-    return one.naturalWidth > 0 || top >= innerHeight || bottom <= 0;
+    return one.naturalWidth > 0 || top >= innerHeight || bottom <= 0 || !one.checkVisibility();
 })"""
 """JavaScript expression that is true if all visible images have loaded."""
 DESKTOP: ViewportSize = {"width": 1280, "height": 840}

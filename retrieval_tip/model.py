@@ -1069,18 +1069,14 @@ class Index(Editing):
             index = self if isinstance(self.rows, ArrayRows) else replace(self, rows=self.rows.written(writer))
             index.commit(writer, change)
 
-    def save_settings(self, folder: str | os.PathLike[str], change: str = "change settings") -> None:
-        """Write only the settings and the provenance, as a new version that shares all data files.
+    def choose(self, settings: Settings, *, as_fitted: bool = False) -> None:
+        """Replace the settings. Unless they are ``as_fitted``, later changes of the keys keep them.
 
-        Later changes of the keys keep these settings (see :class:`settings.Fitted`). Raises StoreError if the folder
-        has changed since it was loaded.
+        See :class:`settings.Fitted`.
         """
-        with Versions(folder).write() as writer:
-            self._check_current(writer)
-            assert isinstance(self.stored, Stored)
-            self.fitted = None if self.fitted is None else replace(self.fitted, automatic=False)
-            contents = {kind: held for kind, held in self.stored.contents.items() if kind != "scores"}
-            self.commit(writer, change, contents)
+        self.settings = settings
+        if self.fitted is not None and not as_fitted:
+            self.fitted = replace(self.fitted, automatic=False)
 
     def commit(self, writer: Writer, change: str, contents: Contents | None = None) -> None:
         """Write the files that have changed, and make this index the current version."""

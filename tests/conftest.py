@@ -31,7 +31,6 @@ from hypothesis import settings
 from tables import read_features, some_pixels, tiny
 
 from retrieval_tip import Index, errors
-from retrieval_tip.backbones.base import Identity
 from retrieval_tip.cli import main
 from retrieval_tip.cli.group import commands_of
 from retrieval_tip.settings import Settings
@@ -47,7 +46,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ["HF_HUB_OFFLINE"] = "1"  # read on import; otherwise a test would retry for a minute before it fails
 sys.modules["openvino_telemetry"] = None  # it forks this large process dozens of times for each encoder
 
-Compiled = tuple[Path, Identity, torch.Tensor, np.ndarray]
 ROOT = Path(__file__).resolve().parent.parent
 AS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 PROGRAMS = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ``PATH`` including this environment
@@ -283,10 +281,18 @@ def warm_path(tmp_path_factory):
     if not sys.platform.startswith("linux"):
         yield PROGRAMS  # forking is unsafe or impossible elsewhere
         return
-    place = shared_folder(tmp_path_factory, "warm")
-    place.mkdir(exist_ok=True)
-    with warm.server(place) as folder:
+    with warm.server(tmp_path_factory.mktemp("warm")) as folder:
         yield f"{folder}{os.pathsep}{PROGRAMS}"
+
+
+@pytest.fixture(scope="module")
+def server(request, warm_path, tmp_path_factory):
+    """The test module as a process that runs jobs in children and kills them."""
+    import killing
+
+    server = killing.Server(request.module.__file__, tmp_path_factory.mktemp("server"), warm_path)
+    yield server
+    server.close()
 
 
 def uninstall(package, monkeypatch):
@@ -323,16 +329,6 @@ def json_rows(done, *statuses):
 
 COMMANDS = {tuple(path.split()): command for path, command in commands_of(main) if not isinstance(command, click.Group)}
 """The commands, by their words."""
-
-
-def nearest_keys(model, queries, k=1):
-    """Return key_id, source, label and affinity of the ``k`` nearest keys of each query, nearest first."""
-    retrieval = model.retrieval
-    near = retrieval.keys.nearest(retrieval.keys.phi(torch.from_numpy(np.asarray(queries))), k)
-    used, places = np.unique(near.rows.reshape(-1).numpy(), return_inverse=True)
-    described = model.rows.described(used, ["key_id", "source", "label"]).take(places).to_pylist()
-    rows = [row | {"affinity": a} for row, a in zip(described, near.affinity.reshape(-1).tolist(), strict=True)]
-    return [rows[start : start + k] for start in range(0, len(rows), k)]
 
 
 def parts_of(model, *asked):

@@ -502,7 +502,7 @@ def test_a_fine_tuned_index_is_loaded_as_it_was_saved_and_its_files_are_copied_t
     assert described["files"] == first
     assert described["bytes"] == sum(path.stat().st_size for path in (index / "data").iterdir())
     loaded.settings = loaded.settings.override(alpha=9.0)
-    loaded.save_settings(index)
+    loaded.save(index)
     assert names(index) == first
     loaded.add(QUERIES[:2], [0, 1])
     loaded.save(index)

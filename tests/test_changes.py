@@ -23,7 +23,6 @@ from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import BackboneError, StoreError, UsageError
 from retrieval_tip.index import changes
 from retrieval_tip.index.build import build_index
-from retrieval_tip.retrieval import rows
 from retrieval_tip.settings import Settings
 from retrieval_tip.store.versions import Versions
 
@@ -151,7 +150,7 @@ def test_added_photos_become_the_keys_of_a_build(run, pictures, lit_mini, tmp_pa
     assert answer[0]["label"] == "okapi"
 
 
-def test_add_uses_the_views_and_seed_of_the_index_unless_given(run, lit_mini, tmp_path):
+def test_add_uses_the_views_and_seed_of_the_index(run, lit_mini, tmp_path):
     photos = copy_photos(tmp_path / "photos", panda=range(2), pizza=range(2))
     built = run(
         "index", "build", "--fit", "none", photos, "--model", MODEL, "--views", 2, "--seed", 7, "--device", "cpu",
@@ -159,12 +158,11 @@ def test_add_uses_the_views_and_seed_of_the_index_unless_given(run, lit_mini, tm
     )  # fmt: skip
     assert built.exit_code == 0, built.output
     new = copy_photos(tmp_path / "new", panda=range(2, 3))
-    for options, views, seed in (((), 2, 7), (("--views", 3, "--seed", 5), 3, 5)):
-        assert run("index", "add", tmp_path / "i", new, "--device", "cpu", *options).exit_code == 0
-        cache = opened(tmp_path / "i")
-        row = int(np.argmax(cache.labels["key_id"].to_numpy()))
-        assert cache.labels["views"][row].as_py() == views
-        np.testing.assert_allclose(cache.keys[[row]], features_of(lit_mini, new, views=views, seed=seed), atol=1e-5)
+    assert run("index", "add", tmp_path / "i", new, "--device", "cpu").exit_code == 0
+    cache = opened(tmp_path / "i")
+    row = int(np.argmax(cache.labels["key_id"].to_numpy()))
+    assert cache.labels["views"][row].as_py() == 2
+    np.testing.assert_allclose(cache.keys[[row]], features_of(lit_mini, new, views=2, seed=7), atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -278,6 +276,7 @@ def test_an_invalid_merge_is_refused_and_changes_nothing(run, index, other, pict
     Index.from_features(unit_rows(1, D + 1), ["cat"], ["cat"], device="cpu").save(tmp_path / "long")
     refused(run("index", "merge", index, tmp_path / "long"), 1, f"{D + 1} values", f"requires {D}")
     refused(run("index", "merge", index, tmp_path / "nowhere"), 1, "nowhere")
+    refused(run("index", "merge", index, index), 2, "itself")
     assert snapshot(index) == before
     model = f"local-dir:{tiny(tmp_path / 'model')}"
     foreign = tmp_path / "foreign"
@@ -301,17 +300,6 @@ def test_key_ids_takes_several_ids_and_excludes_a_condition(run, index):
     done = run("index", "remove", index, "--key-ids", "0, 3", "--key-ids", 4)
     assert done.stdout == f"{index}: version 2, removed 3 shots\n"
     assert sorted(labels_of(index)) == [1, 2, 5]
-
-
-def test_an_error_in_the_search_for_duplicates_changes_nothing(run, index, table, monkeypatch):
-    def fails(*_, **__):
-        raise MemoryError
-
-    monkeypatch.setattr(rows, "duplicates", fails)
-    before, other = snapshot(index), shutil.copytree(index, index.with_name("other"))
-    refused(run("index", "add", index, table), 1, "memory")
-    refused(run("index", "merge", index, other), 1, "memory")
-    assert snapshot(index) == before
 
 
 @pytest.fixture
@@ -500,28 +488,25 @@ def test_where_only_answers_with_matching_classes_if_there_is_no_text(run, tmp_p
 
 
 def test_a_fast_check_hashes_small_files_and_compares_sizes_of_large_ones(run, tmp_path):
-    Index.from_features(unit_rows(1100, 1024), ["cat", "dog"] * 550, ["cat", "dog"], device="cpu").save(tmp_path / "i")
-    files = Versions(tmp_path / "i").current().files
-    large, small = tmp_path / "i" / files["keys"].name, tmp_path / "i" / files["labels"].name
-    asked = write_table(tmp_path / "q.parquet", unit_rows(1, 1024, 2))
-    command = ("classify", tmp_path / "i", asked, "--verify")
+    place = tmp_path / "i"
+    Index.from_features(unit_rows(1100, 1024), ["cat", "dog"] * 550, ["cat", "dog"], device="cpu").save(place)
+    large, small = (place / Versions(place).current().files[kind].name for kind in ("keys", "labels"))
     flip(large)
-    assert run(*command, "fast").exit_code == 0
+    assert opened(place, verify="fast").n == 1100
     more = write_table(tmp_path / "more.parquet", unit_rows(1, 1024, 4), ["cat"])
-    refused(run("index", "add", tmp_path / "i", more), 1, large.name)  # damage is not copied under a valid digest
-    refused(run(*command, "full"), 1, large.name, "damaged")
-    refused(run(*command[:-1]), 1, large.name, "damaged")  # full is the default
+    refused(run("index", "add", place, more), 1, large.name)  # damage is not copied under a valid digest
+    for options in ((), ("--verify", "full")):  # which is the default
+        refused(run("classify", place, more, *options), 1, large.name, "damaged")
     flip(large)
-    assert run(*command, "full").exit_code == 0
+    assert run("classify", place, more, "--verify", "full").exit_code == 0
     flip(small)
-    refused(run(*command, "fast"), 1, small.name, "damaged")
+    refused(run("classify", place, more, "--verify", "fast"), 1, small.name, "damaged")
     flip(small)
     with large.open("ab") as file:
         file.write(b"x")
-    refused(run(*command, "fast"), 1, large.name, "damaged")
-    refused(run(*command, "never"), 2, "never")
+    refused(run("classify", place, more, "--verify", "fast"), 1, large.name, "damaged")
     with pytest.raises(UsageError, match="never"):
-        opened(tmp_path / "i", verify="never")
+        opened(place, verify="never")
 
 
 def test_reload_only_reads_changed_files(grown):
@@ -549,9 +534,6 @@ def test_saving_over_a_newer_version_is_refused(index):
     before = snapshot(index)
     with pytest.raises(StoreError, match="from version 1 to 2"):
         stale.save(index)
-    stale.settings = stale.settings.override(alpha=3.0)
-    with pytest.raises(StoreError, match="from version 1 to 2"):
-        stale.save_settings(index)
     assert snapshot(index) == before
     fresh = stale.reload()
     assert fresh.add(unit_rows(1, D, 9), ["cat"]) == [6]
@@ -561,20 +543,10 @@ def test_saving_over_a_newer_version_is_refused(index):
         opened(index, version=1).save(index)
 
 
-def test_save_after_save_settings_saves_the_other_changes(index):
-    cache = opened(index)
-    cache.relabel([0], "dog")
-    cache.settings = cache.settings.override(alpha=3.0)
-    cache.save_settings(index)
-    assert (opened(index).settings.alpha, labels_of(index)[0]) == (3.0, "cat")
-    cache.save(index)
-    assert labels_of(index)[0] == "dog"
-    assert torch.equal(verify(index).logits(QUERIES), cache.logits(QUERIES))
-
-
-def test_a_clone_into_the_index_itself_is_refused(index):
-    with pytest.raises(StoreError, match="inside the index"):
-        changes.clone(index, index / "copy")
+def test_a_clone_into_an_index_is_refused(index, other):
+    for place, word in ((index / "copy", "inside the index"), (other, "already")):
+        with pytest.raises(StoreError, match=word):
+            changes.clone(index, place)
     assert not (index / "copy").exists()
 
 

@@ -176,6 +176,14 @@ def test_deep_grey_pictures_get_the_same_answer_as_their_files(clf, tmp_path, mo
     )
 
 
+def test_pictures_are_rotated_like_their_files(clf):
+    """``test_images.py`` tests the rotation of files."""
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    noisy_photo(1, 1).save(buffer, "JPEG", exif=exif)
+    assert clf.predict(Image.open(buffer)).probabilities == clf.predict(buffer.getvalue()).probabilities
+
+
 def test_unit_features_are_classified_and_others_refused(clf):
     keys = np.asarray(clf.index.keys)
     assert clf.predict(keys[0]).label == clf.index.labels["label"][0].as_py()
@@ -393,15 +401,12 @@ def test_photos_in_memory_are_suggested_even_if_shots_have_the_same_names(place)
     assert (sorted(found.inputs), found.known) == (["photo 0", "photo 1", "photo 2"], 1)
 
 
-def test_an_exported_graph_gives_the_same_probabilities(place, clf, tmp_path):
+@pytest.mark.parametrize(("features", "entry"), [(True, "features"), (False, "pixels")])
+def test_an_exported_graph_takes_features_or_pixels(clf, tmp_path, features, entry):
+    """``test_onnx.py`` tests the graphs."""
     runtime = pytest.importorskip("onnxruntime")
-    facts = clf.export_onnx(tmp_path / "g.onnx", features=True)
-    graph = runtime.InferenceSession(tmp_path / "g.onnx")
-    f = clf.reader.encode(open_source(place / "new")).features
-    assert facts["labels"] == clf.classes
-    np.testing.assert_allclose(graph.run(["probabilities"], {"features": f})[0], clf.predict_proba(f), atol=1e-4)
-    clf.export_onnx(tmp_path / "pixels.onnx")
-    assert [one.name for one in runtime.InferenceSession(tmp_path / "pixels.onnx").get_inputs()] == ["pixels"]
+    assert clf.export_onnx(tmp_path / "g.onnx", features=features)["labels"] == clf.classes
+    assert [one.name for one in runtime.InferenceSession(tmp_path / "g.onnx").get_inputs()] == [entry]
 
 
 def test_score_and_classes_are_those_of_scikit_learn(place, clf):
@@ -664,28 +669,10 @@ def test_an_index_without_a_folder_can_be_saved(place, tmp_path):
         Classifier.load(tmp_path / "saved", f"local-dir:{tiny(tmp_path / 'other', seed=1)}", device="cpu")
 
 
-def test_evaluate_and_report_match_the_commands(place, clf, tmp_path, run):
-    found = clf.evaluate(place / "new")
-    import json
-
-    said = json.loads(run("evaluate", clf.index.folder, place / "new", "--json", "--device", "cpu").stdout)
-    assert (found.n, found.top1, found.skipped) == (said["n"], said["top1"], 0)
+def test_a_report_shows_photos_in_memory_and_the_figures_of_evaluate(place, clf, tmp_path):
     clf.report(tmp_path / "r.html", held(names=["green", "blue", "red"]))
-    assert 'alt="test photo of ' in (tmp_path / "r.html").read_text()  # photos in memory are shown
-    assert clf.report(tmp_path / "r.html", place / "new").top1 == found.top1
-
-
-def test_an_index_that_was_downloaded_from_the_hub_can_be_read_and_changed(place, clf, tmp_path):
-    """``hf download --local-dir`` leaves files of its own in the folder."""
-    own = tmp_path / "fetched"
-    clf.save(own)
-    (own / ".cache/huggingface/download").mkdir(parents=True)
-    (own / ".cache/huggingface/.gitignore").write_text("*")
-    (own / ".gitattributes").write_text("*.parquet filter=lfs")
-    again = Classifier.load(own, device="cpu")
-    assert again.predict(place / "new/red/6.png") == clf.predict(place / "new/red/6.png")
-    assert again.remove(key_ids=[0]).version == 2
-    assert (own / ".cache/huggingface/.gitignore").exists()
+    assert 'alt="test photo of ' in (tmp_path / "r.html").read_text()
+    assert clf.report(tmp_path / "r.html", place / "new").top1 == clf.evaluate(place / "new").top1
 
 
 def test_a_scikit_learn_pipeline_can_start_with_paths(place):
@@ -706,19 +693,3 @@ def test_a_scikit_learn_pipeline_can_start_with_paths(place):
     assert pytest.importorskip("sklearn").clone(ImageEncoder(backbone)).model is backbone
     with pytest.raises(InputError, match=r"^gone.png: no such file$"):
         ImageEncoder(backbone).transform(["gone.png"])
-    search = pytest.importorskip("sklearn.model_selection").GridSearchCV(
-        pipeline, {"tipadapterclassifier__alpha": ["auto", 1.0]}, cv=2, error_score="raise"
-    )
-    assert search.fit(train.sources, train.labels).predict(new.sources).shape == (len(new),)
-
-
-def test_exif_rotation_is_applied_to_files_and_pictures(place, clf):
-    wide = Image.new("RGB", (60, 30), (255, 0, 0))
-    wide.paste((0, 0, 255), (0, 0, 30, 30))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    buffer = io.BytesIO()
-    wide.save(buffer, "JPEG", exif=exif, quality=100, subsampling=0)
-    from_file = clf.predict(buffer.getvalue())
-    from_picture = clf.predict(Image.open(buffer))
-    assert from_picture.probability == pytest.approx(from_file.probability, abs=1e-6)

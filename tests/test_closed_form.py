@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from clusters import C, D, clusters, text_of, unit
-from conftest import examples, few, nearest_keys, needs_real, parts_of
+from conftest import examples, few, needs_real, parts_of
 from dense import affinity, cache_logits, discriminant, scatter, solved
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -133,7 +133,7 @@ def check_definition(cache, form, fitted_to, class_prior, d):
     expected = text + cache.settings.alpha * (alone + cache.settings.gamma * averages)
     np.testing.assert_allclose(cache.logits(queries).numpy(), expected, atol=1e-3 * np.abs(expected).max())
     nearest = (unit_points(cache, queries) @ points.T).max(1)
-    np.testing.assert_allclose([one["affinity"] for [one] in nearest_keys(cache, queries)], nearest, atol=1e-5)
+    np.testing.assert_allclose([one.affinity for [one] in cache.similar(queries, 1)], nearest, atol=1e-5)
 
 
 def unit_points(cache, queries):

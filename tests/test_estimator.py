@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import warm
-from conftest import cache_of, examples, few, nearest_keys
+from conftest import cache_of, examples, few
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.exceptions import NotFittedError
@@ -233,7 +233,7 @@ def test_kneighbors_are_sorted_rows_of_the_training_data(index):
     np.testing.assert_allclose(affinity, np.einsum("qd,qkd->qk", QUERIES, X[rows]), atol=1e-5)
     if index == "Flat":
         np.testing.assert_array_equal(rows, np.argsort(-(QUERIES @ X.T), axis=1)[:, :10])
-    assert rows[0].tolist() == [one["key_id"] for one in nearest_keys(made.index_, QUERIES[:1], 10)[0]]
+    assert rows[0].tolist() == [one.key_id for one in made.index_.similar(QUERIES[:1], 10)[0]]
     assert made.kneighbors(X)[0].shape == (len(X), 5)
     if index != "SQ8":
         assert made.kneighbors(X, 1)[1].ravel().tolist() == list(range(len(X)))

@@ -28,7 +28,7 @@ from tables import unit_rows, write_table
 from retrieval_tip.cli import main
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_source
-from retrieval_tip.errors import RetrievalTipError, StoreError
+from retrieval_tip.errors import RetrievalTipError
 from retrieval_tip.index import changes, manage
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import build_index
@@ -48,8 +48,6 @@ PRUNED_EVERY = 5
 """Number of versions after which old versions of a table are deleted. The next change reaches this number."""
 KILLS = 8 if SOAK else 1
 """Number of random moments at which a change is killed."""
-GROWTH = 5 if SOAK else 3
-"""Number of changes that each of two concurrent processes makes."""
 REFUSED = 7
 """Exit status of a job that ends with an error of ours."""
 UNFITTED, FITTED = {"alpha": 2.0, "beta": 4.0}, {"metric": "within", "values": "one-hot"}
@@ -96,19 +94,6 @@ def label_again(place):
         changes.label(place, [photo], Reader())
 
 
-def grow(place, tables):
-    """Add keys several times. In a bucket, repeat an addition if another process was faster."""
-    store_versions.UNFINISHED = datetime.timedelta(minutes=1)  # the other process is writing a version, too
-    left = GROWTH
-    while left:
-        try:
-            changes.add(place, table(tables, "1"), Reader())
-            left -= 1
-        except StoreError as error:
-            if "changed meanwhile; run again" not in str(error):
-                raise
-
-
 def command(place, tables, index):
     """Build an index with the command line, and exit like it."""
     files = [str(tables / "other.parquet"), "--text", str(tables / "text.parquet")]
@@ -136,7 +121,6 @@ OPERATIONS = {
     "move": lambda place, *_: manage.rename(place, "moved"),
     "duplicate": lambda place, *_: manage.duplicate(place, "copy"),
     "delete": lambda place, *_: manage.delete(place),
-    "grow": lambda place, tables, _: grow(place, tables),
     "command": command,
 }  # fmt: skip
 
@@ -191,13 +175,6 @@ def _environment_of_the_server():
 @pytest.fixture(autouse=True)
 def _limits(impatient, monkeypatch):
     shrink_limits(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory, _environment_of_the_server, warm_path):
-    server = killing.Server(__file__, tmp_path_factory.mktemp("server"), warm_path)
-    yield server
-    server.close()
 
 
 def answer(place):
@@ -332,7 +309,7 @@ NEEDED = {
 }  # fmt: skip
 WHOLE = {"move": ({"old"}, {"moved"}), "duplicate": ({"old"}, {"old", "copy"}), "delete": ({"old"}, set())}
 """Indexes before and after a change of the whole folder."""
-CHANGES = [name for name in OPERATIONS if name not in ("first", "grow", "command", *WHOLE)]
+CHANGES = [name for name in OPERATIONS if name not in ("first", "command", *WHOLE)]
 
 
 def steps_of(server, world, operation, folder):
@@ -431,18 +408,6 @@ def test_a_change_killed_at_a_random_moment_leaves_the_old_or_the_new_version(
         if killed >= KILLS:
             return
     pytest.fail("no kill happened during the change")
-
-
-@pytest.mark.parametrize("kind", ["lance", "s3"])
-def test_two_concurrent_writers_lose_no_changes(server, worlds, kind, tmp_path):
-    place = worlds[kind].copy(tmp_path, "grown", "grow")
-    server.start(*[worlds[kind].job("grow", place, counted=False) for _ in range(2)])
-    assert server.wait() == [0, 0]
-    model, grown = stores.at(place).verify(), 35 + 2 * GROWTH * 8
-    assert (model.version, model.n, model.next_key_id) == (4 + 2 * GROWTH, grown, grown)
-    found = model.labels.sort_by("key_id")
-    assert found["key_id"].to_pylist() == list(range(grown))
-    assert sorted(found["source"].to_pylist()[35:]) == sorted([f"1 {i}" for i in range(8)] * 2 * GROWTH)
 
 
 def test_a_killed_writer_does_not_block_a_bucket(server, worlds, tmp_path):

@@ -210,13 +210,6 @@ if __name__ == "__main__":
     raise SystemExit
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory, warm_path):
-    server = killing.Server(__file__, tmp_path_factory.mktemp("server"), warm_path)
-    yield server
-    server.close()
-
-
 def make_photos(folder, number, first=0):
     """Write small photos. The last is a copy of the first."""
     folder.mkdir()

@@ -71,9 +71,9 @@ def test_the_search_finds_the_best_accuracy_over_all_alphas_and_betas(seed):
     cache = small_cache()
     queries = queries_of(cache, seed=seed)
     betas = [0.5, 2.0, 5.5, 12.0]
-    choice = search(cache, queries, betas=betas, cautious=False)
+    choice = search(cache, queries, betas=betas, kept=(0.0, 0.5))  # the text is random
     best = max(best_over_alphas(*dense(cache, queries.features, beta), queries.ids) for beta in betas)
-    assert round(choice.accuracy * len(queries.ids)) == best
+    assert round(choice.accuracy * len(queries.ids)) == round(choice.best * len(queries.ids)) == best
     # the model has this accuracy with the chosen alpha, and at both ends of the interval
     low, high = choice.interval
     for alpha in (choice.alpha, low + 1e-3 * (choice.alpha - low), *([high * 0.999] if np.isfinite(high) else [])):
@@ -168,7 +168,7 @@ def test_the_printed_accuracy_is_that_of_the_index(gamma):
     cache = small_cache()
     cache.settings = cache.settings.override(gamma=gamma)
     queries = queries_of(cache)
-    choice = search(cache, queries, betas=[1.0, 6.0], cautious=False)
+    choice = search(cache, queries, betas=[1.0, 6.0])
     cache.settings = choice.settings(cache.settings)
     answers = cache.logits(queries.features).argmax(1).numpy()
     assert choice.accuracy == pytest.approx((answers == queries.ids).mean())
@@ -181,7 +181,6 @@ def test_bad_queries_are_refused():
     for wrong in (
         Queries(queries.features[:0], queries.ids[:0], "x"),
         Queries(queries.features[:, :3], queries.ids, "x"),
-        Queries(queries.features, queries.ids + C, "x"),
     ):
         with pytest.raises(InputError, match="x:"):
             search(cache, wrong)
@@ -254,8 +253,8 @@ def test_a_cautious_search_changes_the_settings_only_on_significant_evidence(kep
     said, number = "kept the settings (" if kept else "kept the untouched settings", 0
     for seed in range(8):
         queries = queries_of(cache, 12, seed)
-        careful, greedy = (search(cache, queries, cautious=cautious, kept=kept) for cautious in (True, False))
-        assert careful.accuracy <= careful.best == greedy.accuracy == greedy.best
+        careful = search(cache, queries, kept=kept)
+        assert careful.accuracy <= careful.best
         right = cache.logits(queries.features).argmax(1).numpy() == queries.ids
         if (careful.alpha, careful.beta) == (alpha, beta):
             assert careful.accuracy == right.mean()

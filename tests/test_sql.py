@@ -19,7 +19,6 @@ from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.store import query as module
 from retrieval_tip.store.query import ask, rows_where
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=8)
 LABELS = pa.table(
     {
         "key_id": pa.array([7, 8, 9, 3, 4], pa.int64()),
@@ -214,24 +213,6 @@ def test_rows_where_is_exact_over_many_rows():
     chunked = pa.concat_tables([table.slice(at, 70_000) for at in range(0, n, 70_000)])
     holds = (shots < 10) & [str(i).startswith("7") for i in ids]
     np.testing.assert_array_equal(rows_where(chunked, "shot < 10 AND label LIKE 'c7%'"), np.flatnonzero(holds))
-
-
-@given(
-    rows=st.lists(st.tuples(st.none() | TEXT, st.none() | st.integers(-5, 5)), max_size=30),
-    text=TEXT,
-    number=st.integers(-5, 5),
-)
-def test_rows_where_matches_python(rows, text, number):
-    table = pa.table(
-        {
-            "class_id": pa.array([0] * len(rows), pa.int32()),
-            "label": pa.array([label for label, _ in rows], pa.string()),
-            "shot": pa.array([shot for _, shot in rows], pa.int32()),
-        }
-    )
-    quoted = text.replace("'", "''")
-    expected = [i for i, (label, shot) in enumerate(rows) if label == text or (shot is not None and shot < number)]
-    assert rows_where(table, f"label = '{quoted}' OR shot < {number}").tolist() == expected
 
 
 @given(condition=st.lists(st.sampled_from(["true", "shot", "(", ")", "--", "/*", "*/", ";", "'", '"', ",", "\n", " ",

@@ -65,14 +65,6 @@ def index(tmp_path):
     return folder
 
 
-def test_a_manifest_is_read_as_it_was_written(index):
-    manifest = Versions(index).current()
-    assert Manifest.from_bytes(manifest.to_bytes(), "x") == manifest
-    assert sealed(body_of(index)) == (index / "manifest.json").read_bytes() == manifest.to_bytes()
-    assert (manifest.version, manifest.parent, manifest.n, manifest.d) == (1, None, N, D)
-    assert manifest.class_names == CLASSES
-
-
 def test_a_manifest_preserves_unicode_names_and_exact_settings(tmp_path):
     cache = model()
     cache.class_names = ["Käse", "猫", "a\nb", '"\\\u2028\x00']
@@ -237,19 +229,6 @@ def test_settings_that_cannot_be_serialised_are_not_written(index, setting, valu
     assert snapshot(index) == before
 
 
-def test_a_mapped_index_can_be_saved_over_itself(index):
-    before = answer(Index.load(index, device="cpu"))
-    for _ in range(3):
-        Index.load(index, device="cpu").save(index)
-    cache = Index.load(index, device="cpu")
-    cache.remove([0])
-    cache.save(index)
-    assert cache.n == N - 1
-    assert verify(index).version == 5
-    (index / "manifests" / "000004.json").replace(index / "manifest.json")
-    assert answer(verify(index)) == before
-
-
 LEFTOVERS = [
     "data/.keys-0123456789abcdef0123456789abcdef.npy.tmp",
     "data/.labels-0123456789abcdef0123456789abcdef.parquet.tmp",
@@ -260,8 +239,9 @@ LEFTOVERS = [
 
 
 def test_the_next_writer_removes_only_leftovers_of_an_interrupted_writer(index):
-    foreign = ["data/notes.txt", ".notes.tmp", "data/.notes.tmp", "notes.tmp", "data/keys.npy", "README"]
-    (index / "manifests").mkdir()
+    foreign = ["data/notes.txt", ".notes.tmp", "data/.notes.tmp", "notes.tmp", "data/keys.npy", ".cache/.gitignore"]
+    for name in ("manifests", ".cache"):  # ``hf download --local-dir`` creates the second one
+        (index / name).mkdir()
     for name in [*LEFTOVERS, *foreign]:
         (index / name).write_bytes(b"x")
     shutil.copy(index / "manifest.json", index / "manifests" / "000001.json")  # the next version was never written

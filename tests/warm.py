@@ -1,8 +1,8 @@
 """The command line and Python in processes without import time: a server imports once and forks for each command.
 
 Each command gets its files, folder and environment, and runs in its own process. The server starts no thread before it
-forks, so forking is safe. Test processes share one server: the first that needs it starts it, and it ends when the last
-connection closes. Run as a script, this file is the server.
+forks, so forking is safe. Each test process that needs a server starts one, which ends when the connection to the test
+process closes. Run as a script, this file is the server.
 """
 
 import array
@@ -20,8 +20,6 @@ import sys
 import threading
 import types
 from pathlib import Path
-
-import filelock
 
 FOR_FEATURES = (
     "torch", "faiss", "duckdb", "pandas", "pyarrow.dataset", "pyarrow.parquet", "safetensors.torch",
@@ -74,22 +72,20 @@ def import_now(*, images):
 
 
 def _serve(place, starter):
-    """Run each command in a child and report its end, until the last connection closes."""
+    """Run each command in a child and report its end, until the connection to the test process closes."""
     import_now(images=True)
     from retrieval_tip.cli.program import main, start_lightly
 
     start_lightly()
     gc.freeze()  # a collection in a child would copy the pages of all these objects, which takes half a second
-    keepers, running = [socket.socket(fileno=starter)], {}
-    with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as kept:
-        for listening, name in ((server, place), (kept, f"{place}.kept")):
-            Path(name).unlink(missing_ok=True)
-            listening.bind(name)
-            listening.listen(16)
-        keepers[0].send(READY)
-        while keepers or running:
+    keeper, running = socket.socket(fileno=starter), {}
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(place)
+        server.listen(16)
+        keeper.send(READY)
+        while True:
             links = [link for _, link in running.values()]  # readable only when the program was killed, too
-            ready, _, _ = select.select([server, kept, *keepers, *running, *links], [], [])
+            ready, _, _ = select.select([server, keeper, *running, *links], [], [])
             for ended, (child, link) in [*running.items()]:
                 if link in ready:
                     os.kill(child, signal.SIGKILL)
@@ -100,13 +96,10 @@ def _serve(place, starter):
                     del running[ended]
                     os.close(ended)
                     link.close()
-            for keeper in {*keepers} & {*ready}:  # readable only when it closes
-                keepers.remove(keeper)
-                keeper.close()
-            if kept in ready:
-                keepers.append(kept.accept()[0])
-                with contextlib.suppress(OSError):  # a closed client is noticed above
-                    keepers[-1].send(READY)
+            if keeper in ready:  # readable only when it closes
+                for child, _ in running.values():
+                    os.kill(child, signal.SIGKILL)
+                os._exit(0)  # a regular shutdown takes half a second
             if server not in ready:
                 continue
             link, _ = server.accept()
@@ -124,9 +117,7 @@ def _serve(place, starter):
             running[os.pidfd_open(child)] = child, link
             with contextlib.suppress(OSError):
                 link.sendall(child.to_bytes(8, "big"))
-        else:
-            os._exit(0)  # a regular shutdown takes half a second
-    for other in (*keepers, link, *(link for _, link in running.values())):
+    for other in (keeper, link, *(link for _, link in running.values())):
         other.close()
     for ended in running:
         os.close(ended)
@@ -170,36 +161,22 @@ def python(path):
     return shutil.which(PYTHON, path=path) or sys.executable
 
 
-def _connect(place):
-    """Connect to the running server, or start one. It ends when its last connection closes."""
-    mine = socket.socket(socket.AF_UNIX)
-    with contextlib.suppress(OSError):
-        mine.connect(f"{place}.kept")
-        if mine.recv(1) == READY:
-            return mine
-    mine.close()
-    mine, its = socket.socketpair()
-    with its:
-        its.set_inheritable(True)
-        command = [sys.executable, __file__, place, str(its.fileno())]
-        output = [(os.POSIX_SPAWN_DUP2, its.fileno(), 1)]  # Python would seek in a file object
-        os.posix_spawn(sys.executable, command, os.environ | ALONE, file_actions=output)  # it outlives its starter
-    assert mine.recv(1) == READY
-    return mine
-
-
 @contextlib.contextmanager
 def server(folder):
-    """Yield a folder for the front of ``PATH``, whose programs have a server run the command."""
-    place, programs = folder / "socket", folder / "bin"
-    with filelock.FileLock(folder / "lock"):
-        if not programs.exists():
-            programs.mkdir()
-            for name in ("retrieval-tip", PYTHON):
-                (programs / name).write_text(PROGRAM.format(python=sys.executable, name=name, place=str(place)))
-                (programs / name).chmod(0o755)
-        keeper = _connect(str(place))
-    with keeper:
+    """Start a server, and yield a folder for the front of ``PATH``, whose programs have it run the command."""
+    place, programs = str(folder / "socket"), folder / "bin"
+    programs.mkdir()
+    for name in ("retrieval-tip", PYTHON):
+        (programs / name).write_text(PROGRAM.format(python=sys.executable, name=name, place=place))
+        (programs / name).chmod(0o755)
+    mine, its = socket.socketpair()
+    with mine:
+        with its:
+            its.set_inheritable(True)
+            command = [sys.executable, __file__, place, str(its.fileno())]
+            output = [(os.POSIX_SPAWN_DUP2, its.fileno(), 1)]  # Python would seek in a file object
+            os.posix_spawn(sys.executable, command, os.environ | ALONE, file_actions=output)
+        assert mine.recv(1) == READY
         yield programs
 
 

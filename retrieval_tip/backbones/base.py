@@ -278,18 +278,11 @@ def runs_on(capability: tuple[int, int], arches: Sequence[str]) -> bool:
     return runs or not known
 
 
-@dataclass(frozen=True)
-class Execution:
-    """The device and the precision of a backbone."""
-
-    device: str = "auto"
-    precision: Precision = "auto"
-
-    def resolved(self) -> Execution:
-        """Replace ``auto`` by an actual device and precision. Raises UsageError if a value cannot be used."""
-        device = resolve_device(self.device)
-        check_choice("precision", self.precision, Precision)
-        if self.precision == "int8" and device != "cpu":
-            raise UsageError("precision int8: requires a CPU; use float16 on a GPU")
-        automatic: Precision = "float32" if device == "cpu" else "float16"
-        return Execution(device, automatic if self.precision == "auto" else self.precision)
+def resolve_execution(device: str = "auto", precision: Precision = "auto") -> tuple[str, Precision]:
+    """Replace ``auto`` by an actual device and precision. Raises UsageError if a value cannot be used."""
+    device = resolve_device(device)
+    check_choice("precision", precision, Precision)
+    if precision == "int8" and device != "cpu":
+        raise UsageError("precision int8: requires a CPU; use float16 on a GPU")
+    automatic: Precision = "float32" if device == "cpu" else "float16"
+    return device, automatic if precision == "auto" else precision

@@ -24,41 +24,45 @@ Names = tuple[str, str | None]
 
 
 @dataclass(frozen=True)
-class Known:
-    """The properties of a model, and the ``digest`` of its files, if they are known."""
+class Files:
+    """The files that a model is loaded from, and all files in its folders. Create this object before loading them.
 
-    identity: Identity
-    dim: int
-    logit_scale: float
+    ``digest`` is computed from the paths, sizes and times of the files, and from the versions of :data:`PACKAGES`. It
+    is ``None`` if a file is missing. A program can set the time when a file was modified, but not the time when its
+    status changed, which is also in the digest.
+    """
+
+    places: tuple[str, ...]
     digest: str | None
 
-
-class Files:
-    """The files that a model is loaded from, and all files in its folders. Create this object before loading them."""
-
-    def __init__(self, *places: str | Path) -> None:
-        self.places = list(dict.fromkeys(str(Path(place).absolute()) for place in places))
-        self._digest = self._now()
-
-    def digest(self) -> str | None:
-        """Return a digest of the paths, sizes and times of the files, and of the versions of :data:`PACKAGES`.
-
-        Return ``None`` if a file is missing, or has changed since this object was created. A program can set the time
-        when a file was modified, but not the time when its status changed, which is also in the digest.
-        """
-        return self._digest if self._digest == self._now() else None
-
-    def _now(self) -> str | None:
+    @classmethod
+    def of(cls, *places: str | Path) -> Files:
+        """Look at files and folders."""
+        paths = tuple(dict.fromkeys(str(Path(place).absolute()) for place in places))
         stamps: list[object] = [(name, version_of(name)) for name in PACKAGES]
         try:
-            for place in map(Path, self.places):
+            for place in map(Path, paths):
                 for path in sorted(file for file in place.iterdir() if file.is_file()) if place.is_dir() else [place]:
                     facts = path.stat()
                     changed = facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
                     stamps.append((str(path), os.path.realpath(path), *changed))
         except OSError:
-            return None
-        return _sha256(stamps)
+            return cls(paths, None)
+        return cls(paths, _sha256(stamps))
+
+    def are_unchanged(self) -> bool:
+        """Return whether all files are still there and have not changed."""
+        return self.digest is not None and Files.of(*self.places) == self
+
+
+@dataclass(frozen=True)
+class Known:
+    """The properties of a model, and its files, if they are known."""
+
+    identity: Identity
+    dim: int
+    logit_scale: float
+    files: Files | None
 
 
 def recall(model: str | None, pretrained: str | None) -> tuple[Names, Known] | None:
@@ -68,26 +72,26 @@ def recall(model: str | None, pretrained: str | None) -> tuple[Names, Known] | N
         return None
     try:
         record = json.loads(read_regular(path, RECORD_BYTES))
-        (name, tag), digest = record["names"], Files(*record["places"]).digest()
-        known = Known(Identity.from_dict(record["identity"]), int(record["dim"]), float(record["logit_scale"]), digest)
+        (name, tag), files = record["names"], Files(tuple(record["places"]), record["digest"])
+        known = Known(Identity.from_dict(record["identity"]), int(record["dim"]), float(record["logit_scale"]), files)
+        return ((name, tag), known) if files.are_unchanged() else None
     except FileNotFoundError:
         return None
     except (OSError, RetrievalTipError, ValueError, TypeError, KeyError) as error:
         log.info("%s: cannot be used (%s); loading the model", show(path), first_line(error))
         return None
-    return ((name, tag), known) if digest is not None and digest == record["digest"] else None
 
 
-def remember(model: str | None, pretrained: str | None, names: Names, known: Known, files: Files) -> None:
+def remember(model: str | None, pretrained: str | None, names: Names, known: Known) -> None:
     """Store the properties of a model under the names that it was loaded by. ``names`` load it in any folder."""
     path = _record(model, pretrained)
-    if path is None or known.digest is None:
+    if path is None or known.files is None or not known.files.are_unchanged():
         return
-    record = vars(known) | {"names": names, "identity": known.identity.to_dict(), "places": files.places}
+    record = {"names": names, "identity": known.identity.to_dict(), "dim": known.dim, "logit_scale": known.logit_scale}
     try:
         make_folders(path.parent)
         with replacing(path) as new:
-            new.write_text(json.dumps(record), encoding="utf-8")
+            new.write_text(json.dumps(record | vars(known.files)), encoding="utf-8")
     except (OSError, RetrievalTipError, ValueError) as error:
         log.info("%s: cannot be stored (%s)", show(path), first_line(error))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from retrieval_tip.backbones import known, open_clip, timm, transformers
-from retrieval_tip.backbones.base import Backbone, Execution, Identity
+from retrieval_tip.backbones.base import Backbone, Identity, resolve_execution
 from retrieval_tip.backbones.catalogue import expanded, named
 from retrieval_tip.backbones.joined import Joined
 from retrieval_tip.backbones.known import Known
@@ -67,14 +67,14 @@ def load_backbone(
             raise UsageError(f"pretrained {pretrained!r}: {model} already names its weights; remove one of them")
         model, _, pretrained = model.partition("@")
     given = expanded(model, pretrained)
-    how = Execution(device, precision).resolved()
+    how = resolve_execution(device, precision)
     if lazy and (recalled := known.recall(*given)) is not None:
-        return _of(*recalled[0], how, recalled[1])
+        return _of(*recalled[0], *how, recalled[1])
     names = _from_anywhere(*named(*given))
-    backbone = _of(*names, how)
-    if lazy and backbone.files is not None:
+    backbone = _of(*names, *how)
+    if lazy:
         for own in {given, (backbone.identity.model, backbone.identity.pretrained)}:  # an index has these names
-            known.remember(*own, names, backbone.known, backbone.files)
+            known.remember(*own, names, backbone.known)
     return backbone
 
 
@@ -119,18 +119,19 @@ def given_backbone(
     return model
 
 
-def _of(name: str, tag: str | None, how: Execution, found: Known | None = None) -> TorchBackbone:
+def _of(name: str, tag: str | None, device: str, precision: Precision, found: Known | None = None) -> TorchBackbone:
     if name.startswith("hf:") and tag is not None:
         raise UsageError(f"pretrained {tag!r}: {name} has its own weights; omit --pretrained")
     with ExitStack() as restored:
         if gc.isenabled():
             gc.disable()  # garbage collection took a third of the loading time
             restored.callback(gc.enable)
+        open_model = partial(open_clip.open_model, name, tag)
         if name.startswith("timm:"):
-            return TorchBackbone(partial(timm.open_model, name.removeprefix("timm:"), tag), how, found)
-        if name.startswith("hf:"):
-            return TorchBackbone(partial(transformers.open_model, name.removeprefix("hf:")), how, found)
-        return TorchBackbone(partial(open_clip.open_model, name, tag), how, found)
+            open_model = partial(timm.open_model, name.removeprefix("timm:"), tag)
+        elif name.startswith("hf:"):
+            open_model = partial(transformers.open_model, name.removeprefix("hf:"))
+        return TorchBackbone(open_model, device, precision, found)
 
 
 def _from_anywhere(model: str, pretrained: str | None) -> tuple[str, str | None]:

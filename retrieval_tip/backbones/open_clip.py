@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from retrieval_tip.backbones import catalogue
-from retrieval_tip.backbones.base import Execution, Identity, Preprocess
+from retrieval_tip.backbones.base import Identity, Preprocess, resolve_execution
 from retrieval_tip.backbones.known import Files
 from retrieval_tip.backbones.torch_backbone import Opened, TorchBackbone
 from retrieval_tip.errors import BackboneError, UsageError, install
@@ -49,7 +49,11 @@ def _plan(model: str, pretrained: str | None) -> _Plan:
 
     if model.startswith("local-dir:"):
         folder = Path(model.removeprefix("local-dir:"))
-        config = _local_config(folder)
+        try:
+            config: Config = dict(open_clip.get_model_config(model))
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            file = folder / "open_clip_config.json"
+            raise BackboneError(f"{file}: not a configuration of open_clip ({error}); give its folder") from None
         if not any(file.suffix in (".safetensors", ".bin", ".pth") for file in folder.iterdir()):
             raise BackboneError(f"{folder}: no weights in this folder; add *.safetensors, *.bin or *.pth")
         arguments = {}
@@ -67,12 +71,12 @@ def _plan(model: str, pretrained: str | None) -> _Plan:
     pretrained = pretrained or catalogue.recommended(model)
     if pretrained is None:
         raise UsageError(f"model {model!r}: there are no published weights; give --pretrained FILE")
-    tag, _, file = pretrained.rpartition("=")
+    tag, _, checkpoint = pretrained.rpartition("=")
     facts = open_clip.get_pretrained_cfg(model, tag or pretrained)
     if tag and facts:
-        if not Path(file).is_file():
-            raise BackboneError(f"{file}: no such checkpoint for {model}/{tag}")
-        return _Plan(model, tag, file, _tag_arguments(facts), file)
+        if not Path(checkpoint).is_file():
+            raise BackboneError(f"{checkpoint}: no such checkpoint for {model}/{tag}")
+        return _Plan(model, tag, checkpoint, _tag_arguments(facts), checkpoint)
     if facts:
         repository, _, name = str(facts.get("hf_hub", "")).rpartition("/")
         place = f"{name or 'open_clip_model.safetensors'} from huggingface.co/{repository}"
@@ -89,19 +93,6 @@ def _plan(model: str, pretrained: str | None) -> _Plan:
     raise UsageError(
         f"pretrained {pretrained!r}: neither a checkpoint file nor a tag of {model}; its tags: {', '.join(tags)}"
     )
-
-
-def _local_config(folder: Path) -> Config:
-    path = folder / "open_clip_config.json"
-    if not folder.is_dir():
-        raise BackboneError(f"{folder}: no such model folder; give --model local-dir:PATH")
-    try:
-        config: Config = dict(json.loads(path.read_bytes())["model_cfg"])
-    except FileNotFoundError:
-        raise BackboneError(f"{path}: missing; local-dir: requires a folder with this file and weights") from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise BackboneError(f"{path}: not an open_clip configuration ({error})") from None
-    return config
 
 
 def _tag_arguments(facts: Config) -> Config:
@@ -142,7 +133,7 @@ def _files(plan: _Plan) -> Files | None:
     own = catalogue.downloaded(plan.repository) if plan.repository else [Path(place)] if place else []
     names = [name for name in (text.get("hf_model_name"), folder or text.get("hf_tokenizer_name")) if name]
     others = itertools.chain(*([name] if Path(name).is_dir() else catalogue.downloaded(name) for name in names))
-    return Files(*own, *others) if own else None
+    return Files.of(*own, *others) if own else None
 
 
 def _preprocess_of(model: Model) -> Preprocess:
@@ -173,7 +164,7 @@ def wrapped(model: Model, preprocess: Callable[[Image.Image], torch.Tensor], tok
     config = f"sha256:{hashlib.sha256(repr(model).encode()).hexdigest()}"
     identity = Identity("loaded", None, "", config, _preprocess_of(model))
     opened = Opened(model, preprocess, identity, None, partial(_same, tokenizer))
-    return TorchBackbone(opened, Execution(str(next(model.parameters()).device)).resolved())
+    return TorchBackbone(opened, *resolve_execution(str(next(model.parameters()).device)))
 
 
 def _same(tokenizer: Tokenizer) -> Tokenizer:

@@ -31,7 +31,7 @@ def open_model(name: str, pretrained: str | None, device: torch.device) -> Opene
         repository = None if config is None else config.hf_hub_id
         if file is None and repository:
             ask_hub(repository)
-        files = Files(file) if file else Files(*downloaded(repository)) if repository else None
+        files = Files.of(file) if file else Files.of(*downloaded(repository)) if repository else None
         tower = timm.create_model(name, pretrained=file is None, num_classes=0)
     except Exception as error:  # timm, the hub, torch and safetensors raise different errors
         raise download_error(f"timm:{name}", error, "--pretrained FILE (a copy of its weights)") from error

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 
 from retrieval_tip.backbones import tower
-from retrieval_tip.backbones.base import Execution, FloatArray, Identity, present, same_backbone, view_size
+from retrieval_tip.backbones.base import FloatArray, Identity, present, same_backbone, view_size
 from retrieval_tip.backbones.known import Files, Known
 from retrieval_tip.errors import BackboneError, UsageError
 from retrieval_tip.settings import Precision
@@ -64,17 +64,16 @@ class TorchBackbone:
     # the last backbone that was unpickled, since joblib unpickles one per task
     _last: ClassVar[TorchBackbone | None] = None
 
-    def __init__(self, open_model: Open, how: Execution, known: Known | None = None) -> None:
+    def __init__(self, open_model: Open, device: str, precision: Precision, known: Known | None = None) -> None:
         """Open the model on its device, or on first use if it is already ``known``."""
         import torch
 
-        self._open, self._how, self._device = open_model, how, torch.device(how.device)
-        self.precision: Precision = how.precision
-        self._compiles = how.device == "cpu" and how.precision != "float16"
+        self._open, self._device, self.precision = open_model, torch.device(device), precision
+        self._compiles = device == "cpu" and precision != "float16"
         self._tower: tower.Tower | None = None
         self._opened = None if known is not None else self._open_here()
         self.known = known or self._described()
-        if how.precision == "int8":
+        if precision == "int8":
             self._compiled(1)
 
     def _open_here(self) -> Opened:
@@ -91,7 +90,7 @@ class TorchBackbone:
         opened = self._open_model()
         scale = 100.0 if opened.tokenizer is None else float(opened.model.logit_scale.exp())
         dim = opened.dim or int(self.encode_texts(["a"]).shape[1])
-        return Known(opened.identity, dim, scale, None if opened.files is None else opened.files.digest())
+        return Known(opened.identity, dim, scale, opened.files)
 
     def _open_model(self) -> Opened:
         with _OPENING:  # several decoding threads may need the model at the same time
@@ -106,18 +105,17 @@ class TorchBackbone:
 
     def __reduce__(self) -> tuple[Any, ...]:
         if isinstance(self._open, Opened):
-            return type(self), (self._open, self._how)
-        return self._again, (self._open, self._how, self.known)
+            return type(self), (self._open, str(self._device), self.precision)
+        return self._again, (self._open, str(self._device), self.precision, self.known)
 
     @classmethod
-    def _again(cls, open_model: Open, how: Execution, known: Known) -> TorchBackbone:
+    def _again(cls, open_model: Open, was: str, precision: Precision, known: Known) -> TorchBackbone:
         """Return the backbone of a pickle, on a device that this machine has."""
-        device = present(how.device)
-        is_same = device.partition(":")[0] == how.device.partition(":")[0]
-        how = Execution(device, how.precision if is_same else "float32")
+        device = present(was)
+        precision = precision if device.partition(":")[0] == was.partition(":")[0] else "float32"
         last = TorchBackbone._last
-        if last is None or (last._how, last.known) != (how, known):
-            last = TorchBackbone._last = cls(open_model, how, known)
+        if last is None or (str(last._device), last.precision, last.known) != (device, precision, known):
+            last = TorchBackbone._last = cls(open_model, device, precision, known)
         return last
 
     @property
@@ -151,12 +149,7 @@ class TorchBackbone:
     @property
     def text_key(self) -> str | None:
         """A digest of the files of the tokenizer and the model, or ``None`` if they are unknown."""
-        return self.known.digest
-
-    @property
-    def files(self) -> Files | None:
-        """The files that the model was loaded from, or ``None`` if they are unknown or the model is not loaded."""
-        return None if self._opened is None else self._opened.files
+        return None if self.known.files is None else self.known.files.digest
 
     @property
     def scope(self) -> str:

@@ -43,17 +43,13 @@ def open_model(place: str, device: torch.device) -> Opened:
         raise UsageError(f"hf:{place}: it requires transformers; run {install('hf')}") from None
     from open_clip.transform import image_transform_v2
 
-    try:
-        if not (here := Path(place).is_dir() or catalogue.has_weights(place)):
-            catalogue.ask_hub(place)
-    except ConnectionError as error:
-        way_out = f"--model hf:FOLDER (a copy of huggingface.co/{place})"
-        raise catalogue.download_error(f"hf:{place}", error, way_out) from error
-
-    files = Files(*([place] if Path(place).is_dir() else catalogue.downloaded(place)))
+    here = Path(place).is_dir() or catalogue.has_weights(place)
+    files = Files.of(*([place] if Path(place).is_dir() else catalogue.downloaded(place)))
 
     def read(kind: Any, **options: Any) -> Any:
         try:
+            if kind is AutoConfig and not here:
+                catalogue.ask_hub(place)
             with catalogue.quiet(), ExitStack() as restored:
                 if here and bars.is_progress_bar_enabled():
                     bars.disable_progress_bar()
@@ -61,10 +57,8 @@ def open_model(place: str, device: torch.device) -> Opened:
                 return kind.from_pretrained(place, trust_remote_code=False, **options)
         except Exception as error:  # transformers, the hub, torch and safetensors raise different errors
             catalogue.check_code(f"hf:{place}", error)
-            raise BackboneError(
-                f"hf:{place}: cannot be read as a CLIP or SigLIP model: {catalogue.reason_of(error)}; give --model "
-                "hf:FOLDER with the files of the repository"
-            ) from error
+            way_out = f"--model hf:FOLDER (a copy of huggingface.co/{place})"
+            raise catalogue.download_error(f"hf:{place}", error, way_out) from error
 
     config = read(AutoConfig)
     if config.model_type not in KINDS:

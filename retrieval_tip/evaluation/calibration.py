@@ -121,7 +121,7 @@ def calibrate(index: Index, source: Source, reader: Reader) -> Calibration:
     if bool(right.all()):
         log.warning("%s: every answer is right, so all probabilities will be about 1; use more photos", source.name)
     fitted = fit_temperature(logits, y)
-    index.settings = replace(index.settings, temperature=fitted)
+    index.choose(replace(index.settings, temperature=fitted))
     index.provenance = index.provenance | {"temperature": f"fitted on {source.name}, n={len(y)}"}
-    index.save_settings(index.folder, "calibrate")
+    index.save(index.folder, "calibrate")
     return Calibration(fitted, len(y), float(right.double().mean()), error(before), error(fitted))

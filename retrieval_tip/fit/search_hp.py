@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -21,15 +21,16 @@ from torch import Tensor
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError
+from retrieval_tip.fit.closed_form import wilson
 from retrieval_tip.fit.folds import Queries
 from retrieval_tip.fit.scatter import FloatArray
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.defaults import untouched_settings
+from retrieval_tip.retrieval.sets import Bools
 from retrieval_tip.settings import Settings
 
 BETAS = np.geomspace(0.1, 100, 31)
 """Betas to try. Neighbouring values differ by a factor of 1.26. Accuracy changes slowly on this scale."""
-BOOTSTRAP = 1000
 
 Part = Literal["both", "text", "cache"]
 
@@ -43,7 +44,7 @@ class HyperparameterChoice:
     - ``best``: the highest accuracy that was found, which a cautious search may not select
     - ``zero_shot``: the accuracy at alpha 0
     - ``cache_alone``: the best accuracy using only the cache, for any beta
-    - ``low``, ``high``: the 95 % confidence interval of the accuracy, from a bootstrap over the queries
+    - ``low``, ``high``: the 95 % confidence interval of the accuracy
     - ``warnings``: reasons why the selected settings may be unreliable
     """
 
@@ -96,34 +97,31 @@ def apply(index: Index, choice: HyperparameterChoice, folder: str | os.PathLike[
 
     If ``folder`` is given, the settings are saved as a new version of the index.
     """
-    index.settings = choice.settings(index.settings)
+    index.choose(choice.settings(index.settings))
     kept = {name: value for name, value in index.provenance.items() if name != "temperature"}
     index.provenance = kept | {"alpha": "search-hp", "beta": "search-hp", "search": choice.provenance()}
     if folder is not None:
-        index.save_settings(folder, "search-hp")
+        index.save(folder, "search-hp")
 
 
 def search(
-    index: Index, queries: Queries, *, betas: Sequence[float] | None = None, cautious: bool = True,
-    kept: tuple[float, float] | None = None,
+    index: Index, queries: Queries, *, betas: Sequence[float] | None = None, kept: tuple[float, float] | None = None
 ) -> HyperparameterChoice:  # fmt: skip
     """Select the alpha and beta that give the highest accuracy on the queries, which use all keys.
 
+    The untouched settings (:mod:`defaults`) stay unless the best settings are significantly better (paired test, 95 %).
     Ties go to the widest interval of alpha, measured as a ratio. If queries do not see all keys, the settings are valid
     for the whole index (see :meth:`folds.Visible.terms`).
 
     Args:
         index: The index. Its own alpha, beta and k are ignored.
         queries: The queries, from :func:`on_validation`, or shots of the index without themselves.
-        betas: The values of beta to try. Defaults to :data:`BETAS`, plus the untouched beta or the beta in ``kept``.
-        cautious: Whether to keep the untouched settings (:mod:`defaults`) unless the best settings are significantly
-            better (paired test, 95 %). This is useful when there are few queries.
-        kept: The alpha and beta that a cautious search keeps instead of the untouched ones. For fine-tuned keys, these
-            are the settings used in training. Defaults to the index's own settings if the index is fitted. This beta is
-            always tried.
+        betas: The values of beta to try besides the one that may stay. Defaults to :data:`BETAS`.
+        kept: The alpha and beta that may stay instead of the untouched ones. For fine-tuned keys, these are the
+            settings used in training. Defaults to the index's own settings if the index is fitted.
 
     Raises:
-        InputError: if there are no queries, if their class ids are unknown, or if their shape is not ``[q, d]``.
+        InputError: if there are no queries, or if their shape is not ``[q, d]``.
         UsageError: if ``kept`` is invalid.
     """
     if kept is None and index.fitted is not None:
@@ -133,76 +131,62 @@ def search(
     if kept is not None:
         index.settings.override(alpha=kept[0], beta=kept[1])  # validates
     stay = untouched_settings(index.vectors, index.class_ids.cpu().numpy()) if kept is None else kept
-    always = {stay[1]} if betas is None or cautious or kept is not None else set()
-    tried = _Tried.of(index, queries, sorted({*(BETAS if betas is None else betas), *always}))
-    solved = [_best_alpha(low, high) for low, high in zip(tried.low, tried.high, strict=True)]
+    tried = sorted({*(BETAS if betas is None else betas), stay[1]})
+    low, high = _intervals(index, queries, tried)
+
+    def hits(b: int, alpha: float) -> Bools:
+        right: Bools = (low[b] < alpha) & (alpha < high[b])
+        return right
+
+    solved = [_best_alpha(*ends) for ends in zip(low, high, strict=True)]
     *_, b = max((right, _width(interval), -abs(b - len(solved) // 2), b) for b, (right, interval) in enumerate(solved))
     interval = solved[b][1]
     alpha = 2 * interval[0] + 1 if interval[1] == math.inf else sum(interval) / 2
-    best = tried.hits(b, alpha)
-    if cautious:
-        at = tried.betas.index(stay[1])
-        more = best.astype(np.float64) - tried.hits(at, stay[0])
-        if more.mean() <= 1.96 * more.std() / math.sqrt(len(more)):
-            b, alpha, interval = at, stay[0], (stay[0], stay[0])
-    accuracy, most = float(tried.hits(b, alpha).mean()), float(best.mean())
-    warnings = [] if most <= accuracy else [
-        f"kept the {'untouched ' if kept is None else ''}settings ({100 * accuracy:.1f} %): with {len(best)} queries, "
-        f"the best settings found ({100 * most:.1f} %) may be better by chance"
-    ]  # fmt: skip
-    return tried.choice(b, alpha, interval, most, warnings)
-
-
-@dataclass(frozen=True)
-class _Tried:
-    """The open intervals ``(low, high)`` of alphas at which each query is right, of shape ``[betas, q]``."""
-
-    queries: Queries
-    betas: Sequence[float]
-    low: FloatArray
-    high: FloatArray
-
-    @classmethod
-    def of(cls, index: Index, queries: Queries, betas: Sequence[float]) -> _Tried:
-        q, c = len(queries.ids), len(index.class_names)
-        if not q:
-            raise InputError(f"{queries.name}: there are no queries to select settings on")
-        if queries.features.shape != (q, index.d):
-            raise InputError(f"{queries.name}: features {queries.features.shape}; expected [{q}, {index.d}]")
-        if queries.ids.min() < 0 or queries.ids.max() >= c:
-            raise InputError(f"{queries.name}: class ids outside 0 .. {c - 1}")
-        low, high = np.empty((2, len(betas), q))
-        for part, visible in queries.blocks(index):
-            y = torch.from_numpy(queries.ids[part]).to(index.device)
-            for b, terms in enumerate(visible.terms(betas)):
-                low[b, part], high[b, part] = right_between(terms.text, terms.photos(index.settings), y)
-        return cls(queries, betas, low, high)
-
-    def hits(self, b: int, alpha: float) -> npt.NDArray[np.bool_]:
-        hits: npt.NDArray[np.bool_] = (self.low[b] < alpha) & (alpha < self.high[b])
-        return hits
-
-    def choice(
-        self, b: int, alpha: float, interval: tuple[float, float], best: float, warnings: Sequence[str]
-    ) -> HyperparameterChoice:
-        hits = self.hits(b, alpha)
-        lower, upper = _bootstrap(hits.astype(np.float64))
-        rivals = {"text alone": self.hits(b, 0.0), "cache alone": self.high[b] == np.inf}
-        return HyperparameterChoice(
-            alpha=alpha,
-            beta=float(self.betas[b]),
-            part="cache" if interval[1] == math.inf else "text" if interval[0] <= 0 < interval[1] else "both",
-            accuracy=float(hits.mean()),
-            best=best,
-            interval=interval,
-            zero_shot=float(rivals["text alone"].mean()),
-            cache_alone=float((self.high == np.inf).mean(axis=1).max()),
-            low=lower,
-            high=upper,
-            n=len(hits),
-            source=self.queries.name,
-            warnings=(*_warnings(hits, rivals, b, self.betas), *warnings),
+    best = own = hits(b, alpha)
+    if not _is_better(best, before := hits(tried.index(stay[1]), stay[0])):
+        b, alpha, interval, own = tried.index(stay[1]), stay[0], (stay[0], stay[0]), before
+    accuracy, most, n = float(own.mean()), float(best.mean()), len(own)
+    rivals = {"text alone": hits(b, 0.0), "cache alone": high[b] == np.inf}
+    close = {name: rival for name, rival in rivals.items() if accuracy > rival.mean() and not _is_better(own, rival)}
+    warnings = [
+        f"{n} queries are too few to prefer these settings to {name} ({100 * rival.mean():.1f} %)"
+        for name, rival in close.items()
+    ]
+    if len(tried) > 1 and b in (0, len(tried) - 1):
+        warnings.append(f"beta {tried[b]:.3g} is at the edge of the range that was tried")
+    if most > accuracy:
+        warnings.append(
+            f"kept the {'untouched ' if kept is None else ''}settings ({100 * accuracy:.1f} %): with {n} queries, the "
+            f"best settings found ({100 * most:.1f} %) may be better by chance"
         )
+    lower, upper = wilson(accuracy, n)
+    return HyperparameterChoice(
+        alpha, float(tried[b]), accuracy=accuracy, best=most, interval=interval, low=lower, high=upper, n=n,
+        part="cache" if interval[1] == math.inf else "text" if interval[0] <= 0 < interval[1] else "both",
+        zero_shot=float(rivals["text alone"].mean()), cache_alone=float((high == np.inf).mean(axis=1).max()),
+        source=queries.name, warnings=tuple(warnings),
+    )  # fmt: skip
+
+
+def _is_better(hits: Bools, rival: Bools) -> bool:
+    """Return whether settings are significantly more accurate than others on the same queries (95 %)."""
+    more = hits.astype(np.float64) - rival
+    return bool(more.mean() > 1.96 * more.std() / math.sqrt(len(more)))
+
+
+def _intervals(index: Index, queries: Queries, betas: Sequence[float]) -> tuple[FloatArray, FloatArray]:
+    """Return the open intervals of alphas at which each query is right, as two arrays of shape ``[betas, q]``."""
+    q = len(queries.ids)
+    if not q:
+        raise InputError(f"{queries.name}: there are no queries to select settings on")
+    if queries.features.shape != (q, index.d):
+        raise InputError(f"{queries.name}: features {queries.features.shape}; expected [{q}, {index.d}]")
+    low, high = np.empty((2, len(betas), q))
+    for part, visible in queries.blocks(index):
+        y = torch.from_numpy(queries.ids[part]).to(index.device)
+        for b, terms in enumerate(visible.terms(betas)):
+            low[b, part], high[b, part] = right_between(terms.text, terms.photos(index.settings), y)
+    return low, high
 
 
 def right_between(text: Tensor, cache: Tensor, y: Tensor) -> tuple[FloatArray, FloatArray]:
@@ -253,23 +237,3 @@ def _width(interval: tuple[float, float]) -> float:
     """Return the ratio of the ends of an interval of alphas. It is infinite if the interval reaches 0 or infinity."""
     low, high = interval
     return math.inf if high == math.inf or low <= 0 else high / low
-
-
-def _bootstrap(values: FloatArray) -> tuple[float, float]:
-    drawn = np.random.default_rng(1).integers(0, len(values), (BOOTSTRAP, len(values)))
-    low, high = np.quantile(values[drawn].mean(axis=1), (0.025, 0.975))
-    return float(low), float(high)
-
-
-def _warnings(
-    hits: npt.NDArray[np.bool_], rivals: dict[str, npt.NDArray[np.bool_]], b: int, betas: Sequence[float]
-) -> Iterator[str]:
-    if len(betas) > 1 and b in (0, len(betas) - 1):
-        yield f"beta {betas[b]:.3g} is at the edge of the range that was tried"
-    for name, rival in rivals.items():
-        low, high = _bootstrap(hits.astype(np.float64) - rival)
-        if low <= 0 < (hits.mean() - rival.mean()):
-            yield (
-                f"{len(hits)} queries are too few to prefer these settings to {name} "
-                f"({100 * rival.mean():.1f} %; difference {100 * low:.1f} to {100 * high:.1f} points, 95 %)"
-            )

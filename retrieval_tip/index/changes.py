@@ -447,9 +447,7 @@ def configure(
             change.refit(own_beta)
         given = {"alpha": own_alpha, "beta": own_beta, "k": k, "tail": tail, "temperature": temperature}
         given = {name: value for name, value in given.items() if value is not None}
-        index.settings = index.settings.override(**given)
-        if index.fitted is not None and not given.keys() <= {"k", "tail"}:
-            index.fitted = dataclasses.replace(index.fitted, automatic=False)
+        index.choose(index.settings.override(**given), as_fitted=given.keys() <= {"k", "tail"})
         if prompts:
             if weights.keys() != set(index.class_names):
                 raise StoreError(f"{folder}: its classes have changed in the meantime; try again")

@@ -40,8 +40,6 @@ SUSPICIOUS = 1000
 """Maximum number of suspicious shots to keep."""
 COMPARED, LISTED = 50_000, 24
 """Maximum number of keys of two versions that are compared, and of photos of each kind to list then."""
-MOST_GROUPED = 4096
-"""Maximum number of photos without a match that are grouped."""
 PICTURE: dict[int | str, dict[str, object]] = {200: {"content": {"image/jpeg": {}}}}
 BYTES: dict[int | str, dict[str, object]] = {200: {"content": {"application/octet-stream": {}}}}
 
@@ -294,17 +292,17 @@ async def label_answers(service: TheService, labelling: TheLabelling) -> Respons
     if version is None:
         shown = []
     elif rows:
-        index, features, read = version.index, photos.rows(rows), [one for one in shown if one in photos.encoded]
+        index, read = version.index, [one for one in shown if one in photos.encoded]
         pool = Pool([photos.names[one] for one in read], photos.rows(read), [])
         if index.n <= service.limits.estimated:
             answers, _ = await service.once(version, ("smoothed", len(read)), partial(pool.smoothed, index, ASK))
         else:  # holding out photos would take too long
             answers = await service.find(partial(index.classify, pool.features, "keep", **vars(ASK)))
         found = dict(zip(read, guesses(answers), strict=True))
-        no_match = [row for row, photo in enumerate(rows) if found[photo]["no_match"]][:MOST_GROUPED]
+        no_match = [photo for photo in rows if found[photo]["no_match"]][: service.limits.grouped]
         if len(no_match) > 1:
-            alike = await service.find(lambda: group(features[no_match], threshold_of(index), index.metric))
-            groups = [[rows[no_match[row]] for row in own] for own in alike]
+            alike = await service.find(group, photos.rows(no_match), threshold_of(index), index.metric)
+            groups = [[no_match[row] for row in own] for own in alike]
     found |= {photo: {"label": label.label, "guesses": [], "no_match": False} for photo, label in labels.items()}
     listed = [{"photo": photo, "name": photos.names[photo], "label": None} | found[photo] for photo in shown]
     return json_of({"photos": listed, "groups": groups})
