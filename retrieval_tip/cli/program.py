@@ -121,11 +121,17 @@ _HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 @click.version_option(__version__, package_name="retrieval-tip")
 @click.pass_context
 def main(ctx: click.Context) -> None:
-    """Few-shot image classification as retrieval (Tip-Adapter on a FAISS index).
+    """Label a few photos of each class, and let the others be sorted or classified.
 
-    The exit status is 0 for success, 1 for a failure that changed nothing, and 2 for incorrect usage. It is 3 if the
-    command finished but some inputs were skipped, and 130 (128 plus the signal number) if it was interrupted.
-    """
+    \b
+    retrieval-tip label new --out indexes/things            # photos without labels
+    retrieval-tip sort indexes/things more --into sorted
+    retrieval-tip index build photos --out indexes/things   # one folder per class
+    retrieval-tip classify indexes/things new/owl.png
+
+    The exit status is 0: done; 1: failed, nothing changed; 2: wrong usage; 3: done, but some inputs could not be read;
+    130 (128 plus the signal number): interrupted.
+    """  # noqa: D301 - click needs the character
     handler = _Handler()
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     logger = logging.getLogger("retrieval_tip")
