@@ -44,7 +44,6 @@ from retrieval_tip.data.reader import FeatureBlock
 from retrieval_tip.fit import closed_form
 from retrieval_tip.labelling.photos import Pool, suggest_features
 from retrieval_tip.labelling.smoothing import smooth
-from retrieval_tip.report import plots
 
 LABELS, SHARE = (1, 2, 4, 8), 0.9
 PARTS = ("test", "unlabelled")
@@ -241,9 +240,12 @@ def draw_curves(runs: Sequence[Run], pools: Sequence[str]) -> Figure:
         for name, own in by_strategy(runs, pool).items():
             place = list(STRATEGIES).index(name)  # the same colour in every panel
             means, errors = zip(*over_labels(own, "test"), strict=True)
-            look: dict[str, Any] = {"color": f"C{(place - 1) + (place > 1)}", "linewidth": 1.2}  # C1 resembles ORANGE
+            look: dict[str, Any] = {
+                "color": f"C{(place - 1) + (place > 1)}",
+                "linewidth": 1.2,
+            }  # C1 resembles the colour of suggest
             if name == "suggest":
-                look = {"color": plots.ORANGE, "linewidth": 2.4, "zorder": 5}
+                look = {"color": "#D55E00", "linewidth": 2.4, "zorder": 5}
             labels = [labels * 2 ** (0.03 * (place - 4)) for labels in LABELS]  # prevents error bars from overlapping
             axes.errorbar(labels, means, yerr=errors, marker="o", markersize=3, label=name, **look)
         axes.set_xscale("log", base=2)
@@ -253,7 +255,7 @@ def draw_curves(runs: Sequence[Run], pools: Sequence[str]) -> Figure:
         axes.set(xlabel="labels per class on average", ylabel="test accuracy, %")
     for axes in drawn[len(pools) :]:
         axes.set_visible(False)
-    figure.supxlabel("mean and standard error over draws", x=0.98, ha="right", fontsize=6.5, color=plots.GREY)
+    figure.supxlabel("mean and standard error over draws", x=0.98, ha="right", fontsize=6.5, color="#8C8C8C")
     figure.legend(*drawn[0].get_legend_handles_labels(), loc="outside upper center", ncols=9)
     return figure
 
@@ -288,7 +290,7 @@ def main(
     if smoothing:
         show_smoothed(read_runs(results), pools)
     if plot is not None:
-        with style.context(plots.LOOKS, after_reset=True):
+        with style.context(Path(__file__).with_name("plots.mplstyle"), after_reset=True):
             draw_curves(read_runs(results), pools).savefig(plot)
 
 

@@ -32,7 +32,7 @@ from retrieval_tip.fit import closed_form
 from retrieval_tip.labelling import queue
 from retrieval_tip.labelling.photos import Pool, suggest_features
 from retrieval_tip.labelling.progress import Estimate, estimate_rest, gain_of
-from retrieval_tip.store.labels import PICKED, RANDOM
+from retrieval_tip.store.labels import PICKED
 
 POOLS = {
     "dtd": (f"{CLIP}/dtd", ("val", "test"), "feature"),
@@ -106,10 +106,7 @@ class Session:
 
     def estimate(self) -> tuple[Estimate, float | None]:
         assert self.index is not None
-        parts: tuple[list[int], list[int]] = [], []
-        for key_id, picked in enumerate(self.picked):
-            parts[picked == RANDOM].append(key_id)
-        found = estimate_rest(self.index, parts[1], self.features[self.rest], parts[0])
+        found = estimate_rest(self.index, range(len(self.picked)), self.features[self.rest])
         return found, gain_of(self.index, self.features[self.rest], found, MORE)
 
 

@@ -19,7 +19,6 @@ from .evaluation.compare import Compared as Compared
 from .evaluation.compare import Side as Side
 from .evaluation.compare import compare as compare
 from .evaluation.evaluate import Evaluation as Evaluation
-from .evaluation.evaluate import Recognition as Recognition
 from .fit.closed_form import FormChoice as FormChoice
 from .fit.finetune import Tuned as Tuned
 from .index.build import build_index as build_index

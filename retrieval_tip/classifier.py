@@ -54,7 +54,6 @@ if TYPE_CHECKING:
     from retrieval_tip.backbones.joined import Joined
     from retrieval_tip.backbones.torch_backbone import TorchBackbone
     from retrieval_tip.fit.finetune import Tuned
-    from retrieval_tip.report.report import WrittenReport
 
 THUMBNAIL = 128
 """Length of the longer side of an image in a notebook, in pixels."""
@@ -531,17 +530,14 @@ class Classifier(OpenIndex):
         """
         return audit(self.index.in_memory(), borderline=borderline)
 
-    def report(
-        self, out: Place, test: Any, *, shots: Sequence[int] | None = None, seeds: int = 3, curves: bool = True
-    ) -> WrittenReport:
-        """Write an accuracy report as a single HTML file to ``out``.
+    def report(self, out: Place, test: Any) -> Evaluation:
+        """Write an accuracy report as a single HTML file to ``out``, and return the evaluation.
 
-        ``test`` can be the same as for :meth:`evaluate`. For the other arguments, see :func:`report.write_report`.
+        ``test`` can be the same as for :meth:`evaluate`. See :func:`report.write_report`.
         """
         from retrieval_tip.report.report import write_report
 
-        index, reader = self.index.in_memory(), replace(self.reader, skipped=[])
-        return write_report(index, _opened(test, "test"), reader, out, shots=shots, seeds=seeds, curves=curves)
+        return write_report(self.index.in_memory(), _opened(test, "test"), replace(self.reader, skipped=[]), out)
 
     def as_module(self) -> torch.nn.Module:
         """Return a copy of the classifier as a torch module, which maps pixels to logits.

@@ -83,7 +83,7 @@ SLOWEST = [
     for name in (
         "page", "ray", "readme", "stores", "interrupted", "startup", "server", "label", "classifier", "fitted_stores",
         "cli", "closed_form", "precision", "serve", "report", "changes", "hostile", "compare", "encoders", "estimator",
-        "sort", "catalogue", "demo", "plots", "onnx", "living", "compatibility", "store", "sql",
+        "sort", "catalogue", "demo", "onnx", "living", "compatibility", "store", "sql",
     )
 ]  # fmt: skip
 """The slowest test files, slowest first."""
@@ -305,12 +305,6 @@ def uninstall(package, monkeypatch):
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without)
-
-
-@pytest.fixture
-def no_matplotlib(monkeypatch):
-    """Make matplotlib look uninstalled."""
-    uninstall("matplotlib", monkeypatch)
 
 
 @pytest.fixture

@@ -179,7 +179,7 @@ def test_every_interface_lists_the_same_shots(run, tmp_path):
     for arguments in (
         ("index", "build", rows, "--out", index),
         ("index", "clone", index, store),
-        ("evaluate", index, test, "--report", tmp_path / "r.html", "--no-curves"),
+        ("evaluate", index, test, "--report", tmp_path / "r.html"),
     ):
         assert run("-q", *arguments).exit_code == 0
     cache = Index.load(index, device="cpu")

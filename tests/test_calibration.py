@@ -11,20 +11,17 @@ import pytest
 from conftest import examples, food_index
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scipy.special import log_softmax
 from tables import read_features, unit_rows, write_table
 
 from retrieval_tip import Index
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import UsageError
-from retrieval_tip.evaluation import calibration as cal
 from retrieval_tip.evaluation.calibration import (
-    accuracy_coverage,
     expected_calibration_error,
     fit_temperature,
-    negative_log_likelihood,
     reliability,
-    temperature_bounds,
 )
 from retrieval_tip.evaluation.evaluate import evaluate
 
@@ -41,9 +38,8 @@ def softmax(z):
 
 def nll(logits, labels, temperature):
     """Return the negative log likelihood by definition."""
-    z = np.asarray(logits, dtype=np.float64) / temperature
-    z = z - z.max(axis=1, keepdims=True)
-    return float(np.mean(np.log(np.exp(z).sum(axis=1)) - z[np.arange(len(z)), labels]))
+    z = log_softmax(np.asarray(logits, dtype=np.float64) / temperature, axis=1)
+    return -float(z[np.arange(len(z)), labels].mean())
 
 
 def planted(n, c, temperature, seed, scale=1.0):
@@ -83,25 +79,10 @@ def test_the_error_and_the_bins_match_a_loop(items, bins):
     assert 0 <= error <= 1
 
 
-@sized
-@given(answers)
-def test_accuracy_coverage_matches_every_threshold(items):
-    confidence, right = (np.array(column) for column in zip(*items, strict=True))
-    curve = accuracy_coverage(confidence, right)
-    assert curve.threshold.tolist() == sorted(set(confidence.tolist()), reverse=True)
-    for threshold, coverage, accuracy in zip(*curve, strict=True):
-        given_ = confidence >= threshold
-        assert coverage == pytest.approx(given_.mean())
-        assert accuracy == pytest.approx(right[given_].mean())
-    assert (curve.coverage[-1], curve.accuracy[-1]) == (1, pytest.approx(right.mean()))
-
-
 @pytest.mark.parametrize("temperature", [0.05, 0.5, 1.0, 3.0, 40.0])
 def test_a_planted_temperature_is_found(temperature):
     logits, labels = planted(20000, 6, temperature, seed=int(temperature * 100), scale=3 * temperature)
     assert fit_temperature(logits, labels) == pytest.approx(temperature, rel=0.05)
-    expected = nll(logits, labels, temperature)  # of several blocks
-    assert negative_log_likelihood(logits, labels, temperature) == pytest.approx(expected, rel=1e-9)
 
 
 @sized
@@ -114,27 +95,23 @@ def test_the_temperature_is_optimal_and_scales_with_the_logits(n, c, seed, sprea
     logits = rng.normal(size=(n, c)) * spread
     labels = np.where(rng.random(n) < 0.7, logits.argmax(axis=1), rng.integers(0, c, n))
     found = fit_temperature(logits, labels)
-    low, high = temperature_bounds(logits)
-    assert low <= found * (1 + 1e-12)
-    assert found <= high * (1 + 1e-12)
+    spread = (logits - logits.mean(axis=1, keepdims=True)).std()
     best = nll(logits, labels, found)
-    assert negative_log_likelihood(logits, labels, found) == pytest.approx(best, rel=1e-9, abs=1e-12)
-    for other in (*np.geomspace(low, high, 80), found * 0.99, found * 1.01):
-        if low <= other <= high:
-            assert best <= nll(logits, labels, other) + 1e-10 * (1 + best)
-    assert fit_temperature(logits * factor, labels) == pytest.approx(found * factor, rel=1e-6)
+    for other in (*spread * np.exp(np.linspace(-9, 9, 80)), found * 0.99, found * 1.01):
+        if abs(np.log(other / spread)) <= 9:
+            assert best <= nll(logits, labels, other) + 1e-5
+    assert fit_temperature(logits * factor, labels) == pytest.approx(found * factor, rel=1e-3)
     assert (logits / found).argmax(axis=1).tolist() == logits.argmax(axis=1).tolist()
 
 
-def test_temperatures_at_the_bounds():
+def test_temperatures_of_degenerate_answers():
     logits = np.array([[5.0, 1.0, 0.0], [0.0, 3.0, 1.0]])
-    assert fit_temperature(logits, [0, 1]) == pytest.approx(cal.LOWEST * 5)  # all right: T tends to 0
-    assert fit_temperature(logits, [2, 0]) == pytest.approx(cal.HIGHEST * 5)  # all wrong: T tends to infinity
-    assert fit_temperature(1e6 * logits, [0, 1]) == pytest.approx(cal.LOWEST * 5e6)
-    assert fit_temperature(logits[:1], [0]) == pytest.approx(cal.LOWEST * 5)
+    assert 0 < fit_temperature(logits, [0, 1]) < 0.2  # all right: T tends to 0
+    assert 200 < fit_temperature(logits, [2, 0]) < math.inf  # all wrong: T tends to infinity
+    assert fit_temperature(logits[:1], [0]) > 0
     assert fit_temperature(np.zeros((4, 3)), [0, 1, 2, 0]) == 1  # nothing to fit
     assert fit_temperature(np.full((1, 1), 7.0), [0]) == 1
-    assert fit_temperature([[1, 0], [1, 0], [1, 0]], [0, 0, 1]) == pytest.approx(1 / math.log(2))  # by hand
+    assert fit_temperature([[1, 0], [1, 0], [1, 0]], [0, 0, 1]) == pytest.approx(1 / math.log(2), rel=1e-3)  # by hand
 
 
 # ------------------------------------------------------------------------------------------- the index and its commands
@@ -175,8 +152,8 @@ def test_calibrate_writes_a_version_with_its_provenance(run, food):
     shown = run("fit", "--calibrate", folder, "--val", val)
     assert shown.exit_code == 0, shown.output
     facts = dict(line.split(maxsplit=1) for line in shown.stdout.splitlines())
-    assert {"temperature", "n", "ece_before", "ece_after", "nll_before", "nll_after", "version"} <= facts.keys()
-    assert (facts["n"], facts["version"], facts["at_bound"]) == ("450", "2", "False")
+    assert {"temperature", "n", "top1", "ece_before", "ece_after", "version"} == facts.keys()
+    assert (facts["n"], facts["version"]) == ("450", "2")
     info = json.loads(run("index", "info", folder, "--json").stdout)
     assert info["temperature"] == pytest.approx(float(facts["temperature"]), rel=1e-3)
     assert info["provenance"]["temperature"] == f"fitted on {val}, n=450"
@@ -207,21 +184,21 @@ def test_a_failed_calibration_changes_nothing(run, food, tmp_path):
     assert (folder / "manifest.json").read_bytes() == manifest
 
 
-def test_calibrate_warns_about_unusable_validation_photos(run, shared, food, tmp_path):
+def test_shots_are_classified_without_themselves(run, food, tmp_path):
     folder, _, _ = food
     cache = Index.load(folder, device="cpu")
-    # the shots themselves, which are all answered correctly at an affinity of 1
-    shots = write_table(tmp_path / "shots.parquet", cache.keys, cache.labels["label"].to_pylist())
+    shots = write_table(
+        tmp_path / "shots.parquet", cache.keys, cache.labels["label"].to_pylist(), cache.labels["source"].to_pylist()
+    )
+    expected = json.loads(run("evaluate", folder, shots, "--json").stdout)
     done = run("fit", "--calibrate", folder, "--val", shots)
-    assert done.exit_code == 0
-    assert "72 of 72 photos are in the index" in done.stderr
-    assert "every answer is right" in done.stderr
-    assert ["at_bound", "True"] in [line.split() for line in done.stdout.splitlines()]
-    one = pq.read_table(shots).slice(0, 1)
-    pq.write_table(one, tmp_path / "one.parquet")
-    assert "every answer is right" in run("fit", "--calibrate", folder, "--val", tmp_path / "one.parquet").stderr
-    wrong = write_table(tmp_path / "wrong.parquet", cache.keys, [cache.class_names[-1]] * 64 + ["apple_pie"] * 8)
-    assert "no better than chance" in run("fit", "--calibrate", folder, "--val", wrong).stderr
+    facts = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert expected["held_out"] == int(facts["n"]) == 72
+    assert float(facts["top1"]) == pytest.approx(expected["top1"], rel=1e-3)
+    assert float(facts["ece_before"]) == pytest.approx(expected["ece"], rel=1e-3)
+    one = write_table(tmp_path / "one.parquet", cache.keys[:1], [cache.labels["label"][0].as_py()])
+    assert "every answer is right" in run("fit", "--calibrate", folder, "--val", one).stderr
+    assert expected["top1"] < 1 == (cache.logits(cache.keys).argmax(1) == cache.class_ids).double().mean()
 
 
 def test_classify_and_evaluate_withhold_the_same_answers(run, food, tmp_path):

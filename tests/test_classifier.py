@@ -45,7 +45,6 @@ from retrieval_tip.fit.finetune import finetune_into
 from retrieval_tip.index import changes
 from retrieval_tip.index.changes import fit_index
 from retrieval_tip.labelling.sort import sort_photos
-from retrieval_tip.report.report import write_report
 
 
 def noisy_photo(seed, colour):
@@ -387,12 +386,12 @@ def test_photos_are_sorted_and_two_classifiers_compared(place, kept, clf, tmp_pa
     for other in (kept, Classifier.load(kept, device="cpu")):
         both = clf.compare(other, place / "new")
         assert both.names == (clf.index.place, str(kept))
-        assert [score.accuracy for score in both.scores] == [
+        assert [own.top1 for own in both.evaluations] == [
             one.evaluate(place / "new").top1 for one in (clf, Classifier.load(kept, device="cpu"))
         ]
     in_memory = clf.compare(kept, held())
     assert (in_memory.n, in_memory.skipped) == (6, [])
-    assert clf.compare(kept, place / "new/red").scores is None  # without labels
+    assert clf.compare(kept, place / "new/red").evaluations is None  # without labels
 
 
 def test_photos_in_memory_are_suggested_even_if_shots_have_the_same_names(place):
@@ -629,12 +628,7 @@ def test_every_option_is_a_named_argument():
         (parameters(Classifier.similar), Index.similar, {"self", "features"}),
         (parameters(Classifier.sort), sort_photos, {"index", "sources", "reader"}),
         (parameters(Classifier.audit), audit, {"index"}),
-        (parameters(Classifier.evaluate), evaluation.evaluate, {"index", "source", "reader"}),
-        (
-            parameters(Classifier.report),
-            write_report,
-            {"index", "test", "reader", "out", "abstain", "ask", "place", "where", "command"},
-        ),
+        (parameters(Classifier.evaluate), evaluation.evaluate, {"index", "source", "reader", "blocks"}),
     ):
         for name, default in parameters(done_by).items():
             assert name in apart or own[name] == default, (done_by, name)
@@ -676,11 +670,9 @@ def test_an_index_without_a_folder_can_be_saved(place, tmp_path):
 
 
 def test_a_report_shows_photos_in_memory_and_the_figures_of_evaluate(place, clf, tmp_path):
-    clf.report(tmp_path / "r.html", held(names=["green", "blue", "red"]), curves=False)
+    clf.report(tmp_path / "r.html", held(names=["green", "blue", "red"]))
     assert 'alt="test photo of ' in (tmp_path / "r.html").read_text()
-    report = clf.report(tmp_path / "r.html", place / "new", curves=False)
-    assert report.evaluation.top1 == clf.evaluate(place / "new").top1
-    assert (tmp_path / "r.html").stat().st_size == report.bytes
+    assert clf.report(tmp_path / "r.html", place / "new").top1 == clf.evaluate(place / "new").top1
 
 
 def test_a_scikit_learn_pipeline_can_start_with_paths(place):

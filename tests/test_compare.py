@@ -1,4 +1,4 @@
-"""Comparisons of two indexes or encoders on the same photos, checked against NumPy and SciPy."""
+"""Comparisons of two indexes on the same photos, checked against NumPy and SciPy, and the choice of an encoder."""
 
 import json
 
@@ -14,7 +14,6 @@ from retrieval_tip.backbones import catalogue
 from retrieval_tip.data.sources import open_items
 from retrieval_tip.errors import InputError
 from retrieval_tip.evaluation.compare import Side, compare, mcnemar
-from retrieval_tip.evaluation.evaluate import evaluate
 from retrieval_tip.fit import closed_form
 from retrieval_tip.index.encoders import EncoderTrial, recommended
 
@@ -58,13 +57,13 @@ def test_the_figures_match_plain_counting(sides, table):
     no_match = sides[0].index.classify(features).to_arrow()["no_match"].to_numpy()
     answers[0] = np.where(no_match & (labels == "owl"), "no match", answers[0])
     right = [(answer == labels) | (answer == "no match") for answer in answers]
-    assert [score.right for score in found.scores] == [part.sum() for part in right]
+    assert [own.top1 for own in found.evaluations] == pytest.approx([part.mean() for part in right])
     only = [int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())]
-    assert [score.alone for score in found.scores] == only
+    assert list(found.alone) == only
     assert min(only) > 0
-    for score, part in zip(found.scores, right, strict=True):
+    for own, part in zip(found.evaluations, right, strict=True):
         expected = stats.binomtest(int(part.sum()), len(part)).proportion_ci(0.95, "wilson")
-        assert score.interval == pytest.approx((expected.low, expected.high), abs=1e-3)
+        assert own.interval == pytest.approx((expected.low, expected.high), abs=1e-3)
     assert found.p_value == pytest.approx(stats.binomtest(only[0], sum(only)).pvalue)
     differ = np.flatnonzero(answers[0] != answers[1])
     rows = found.differences.to_pylist()
@@ -75,12 +74,13 @@ def test_the_figures_match_plain_counting(sides, table):
     owls = (labels == "owl").sum()
     recognised = (answers[0] == "no match").sum()
     assert 0 < recognised < owls
-    assert (found.scores[0].lacking, found.scores[0].unknown, found.scores[1].lacking) == (["owl"], {"owl": owls}, [])
-    assert (found.scores[0].unknown_no_match, found.scores[1].unknown_no_match) == (recognised / owls, None)
+    few, many = found.evaluations
+    assert (few.unknown, many.unknown) == ({"owl": owls}, {})
+    assert (few.unknown_no_match, many.unknown_no_match) == (recognised / owls, None)
     assert f'(owl); {recognised} of {owls} photos got "no match", which is right. On the other photos, few ' in str(
         found
     )
-    assert found.scores[0].known_top1 == pytest.approx(right[0][labels != "owl"].mean())
+    assert few.known_top1 == pytest.approx(right[0][labels != "owl"].mean())
 
 
 @given(st.integers(0, 300), st.integers(0, 300))
@@ -93,7 +93,7 @@ def test_without_labels_only_the_differences_are_listed(sides, table, tmp_path):
     features, _ = read_features(table)
     bare = write_table(tmp_path / "bare.parquet", features)
     found, known = compare(*sides, open_items(bare)), compare(*sides, open_source(table))
-    assert (found.scores, found.p_value) == (None, None)
+    assert (found.evaluations, found.p_value) == (None, None)
     assert set(found.differences["input"].to_pylist()) <= set(known.differences["input"].to_pylist())
     assert "no match" not in found.differences["answer_a"].to_pylist()
     assert "sea horse" not in found.differences["answer_b"].to_pylist()  # spelled as in A
@@ -102,50 +102,31 @@ def test_without_labels_only_the_differences_are_listed(sides, table, tmp_path):
     assert str(found) == f"few and many classify 90 photos. They give different answers to {differ} photos."
 
 
-def test_names_that_differ_in_case_are_the_same_class_as_in_an_evaluation(sides, table, tmp_path, run):
+def test_shots_and_names_that_differ_in_case_count_as_in_an_evaluation(sides, table, tmp_path, run):
     features, labels = read_features(table)
-    odd = [label.upper() if i % 3 else label for i, label in enumerate(labels)]
-    mixed = write_table(tmp_path / "mixed.parquet", features, odd)
+    few = sides[0].index
+    rows, own_labels = np.concatenate([features, few.keys[:5]]), few.labels["label"].to_pylist()[:5]
+    ids = [f"item-{i}" for i in range(90)] + few.labels["source"].to_pylist()[:5]  # five shots of one index
+    odd = [label.upper() if i % 3 else label for i, label in enumerate([*labels, *own_labels])]
+    mixed = write_table(tmp_path / "mixed.parquet", rows, odd, ids)
+    plain = write_table(tmp_path / "plain.parquet", rows, [*labels, *own_labels], ids)
     for own in sides:
         own.index.save(tmp_path / own.name)
     facts = json.loads(run("compare", tmp_path / "few", tmp_path / "many", mixed, "--json").stdout)
-    for letter, own in zip("ab", sides, strict=True):
-        found = json.loads(run("evaluate", tmp_path / own.name, mixed, "--json").stdout)
-        plain = json.loads(run("evaluate", tmp_path / own.name, table, "--json").stdout)
-        for name in ("top1", "known_top1", "known_no_match", "unknown_no_match", "auroc"):
-            assert facts[f"{name}_{letter}"] == found[name] == plain[name]
-    assert (facts["lacking_a"], facts["lacking_b"]) == (["OWL"], [])
+    for letter, own, held_out in zip("ab", sides, (5, 0), strict=True):
+        found, same = (json.loads(run("evaluate", tmp_path / own.name, one, "--json").stdout) for one in (mixed, plain))
+        assert found["held_out"] == held_out
+        for name in ("top1", "held_out", "known_top1", "known_no_match", "unknown_no_match", "auroc"):
+            assert facts[f"{name}_{letter}"] == found[name] == same[name]
+    said = f"5 of 95 photos are shots of {tmp_path / 'few'}; each was classified without itself."
+    assert said in run("compare", tmp_path / "few", tmp_path / "many", mixed).stdout
+    assert ([*facts["unknown_a"]], facts["unknown_b"]) == (["OWL"], {})
     assert {row["label"] for row in facts["differences"]} <= set(map(str.upper, NAMES))  # one spelling of each class
-
-
-def test_each_index_is_asked_without_the_photos_that_it_has(photos, tmp_path, run):
-    place, (model, _) = photos
-    for name in ("few", "many"):
-        for path in sorted((place / "shots").glob("*/*.png"))[:: 2 if name == "few" else 1]:
-            copy = tmp_path / f"{name}-shots" / path.parent.name / f"{name}-{path.name}"
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes(path.read_bytes())
-        built = run("-q", "index", "build", tmp_path / f"{name}-shots", "--model", model, "--out", tmp_path / name)
-        assert built.exit_code == 0, built.stderr
-    done = run("compare", tmp_path / "few", tmp_path / "many", place / "shots")
-    for name, held_out in (("few", 6), ("many", 12)):
-        assert (
-            f"{held_out} of 12 photos are shots of {tmp_path / name}; each was classified without itself."
-            in done.stdout
-        )
-    facts = json.loads(run("compare", tmp_path / "few", tmp_path / "many", place / "shots", "--json").stdout)
-    assert (facts["held_out_a"], facts["held_out_b"]) == (6, 12)
-    for letter, name in zip("ab", ("few", "many"), strict=True):
-        found = json.loads(run("evaluate", tmp_path / name, place / "shots", "--json").stdout)
-        assert (found["top1"], found["held_out"]) == (facts[f"top1_{letter}"], facts[f"held_out_{letter}"])
-    asked = "--fitted-to", place / "shots", "--model", model, "--model", photos[1][1]
-    facts = json.loads(run("compare", place / "shots", *asked, "--json").stdout)
-    assert (facts["held_out_a"], facts["held_out_b"]) == (12, 12)
 
 
 def test_photos_that_cannot_be_compared_are_reported(sides, table, tmp_path):
     features, labels = read_features(table)
-    for own, named in ((["zebra"] * 90, "neither few nor many"), ([*labels[:-1], None], "row 89")):
+    for own, named in ((["zebra"] * 90, "unknown label: zebra"), ([*labels[:-1], None], "row 89")):
         with pytest.raises(InputError, match=f"odd.parquet: .*{named}"):
             compare(*sides, open_items(write_table(tmp_path / "odd.parquet", features, own)))
     with pytest.raises(InputError, match="no items"):
@@ -164,42 +145,21 @@ def test_the_command_prints_the_comparison(sides, table, tmp_path, run):
     assert len(lines) == len(found.differences)
     facts = json.loads(run("compare", *folders, table, "--json").stdout)
     assert facts["differences"] == found.differences.to_pylist()
-    assert (facts["top1_a"], facts["p_value"]) == (found.scores[0].accuracy, found.p_value)
-    for wrong in (folders[:1], (*folders, "--model", "a"), ("--fitted-to", table, "--model", "a")):
-        done = run("compare", *wrong, table)
-        assert (done.exit_code, done.stdout) == (2, "")
+    assert (facts["top1_a"], facts["p_value"]) == (found.evaluations[0].top1, found.p_value)
+    assert run("compare", folders[0], table).exit_code == 2
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     """Folders of coloured noise images with one unreadable file, and two encoders."""
     place, draw = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
-    for part, each in (("shots", 4), ("test", 8)):
-        for name, colour in (("red", (200, 60, 60)), ("green", (60, 200, 60)), ("blue", (60, 60, 200))):
-            (place / part / name).mkdir(parents=True)
-            for i in range(each):
-                pixels = np.clip(draw.normal(colour, 90, (24, 24, 3)), 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(place / part / name / f"{i}.png")
+    for name, colour in (("red", (200, 60, 60)), ("green", (60, 200, 60)), ("blue", (60, 60, 200))):
+        (place / "test" / name).mkdir(parents=True)
+        for i in range(8):
+            pixels = np.clip(draw.normal(colour, 90, (24, 24, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(place / "test" / name / f"{i}.png")
     (place / "test/red/broken.png").write_bytes(b"no image")
     return place, [f"local-dir:{tiny(place / name, seed)}" for name, seed in (("one", 0), ("two", 1))]
-
-
-def test_two_encoders_are_fitted_to_the_same_photos(photos, tmp_path, run):
-    place, models = photos
-    asked = "--fitted-to", place / "shots", "--model", models[0], "--model", models[1]
-    done = run("compare", place / "test", *asked, "--json")
-    assert done.exit_code == 3, done.stderr
-    facts = json.loads(done.stdout)
-    assert (facts["a"], facts["n"], facts["skipped"]) == (models[0], 24, 1)
-    for letter, model in zip("ab", models, strict=True):
-        reader = Reader(load_backbone(model, device="cpu"))
-        index = build_index(open_source(place / "shots"), tmp_path / letter, reader, device="cpu")
-        assert facts[f"top1_{letter}"] == evaluate(index, open_source(place / "test"), reader).top1
-    features = tmp_path / "features.parquet"
-    assert run("encode", place / "shots", "--model", models[0], "--out", features).exit_code == 0
-    refused = run("compare", place / "test", "--fitted-to", features, *asked[2:])
-    assert refused.exit_code == 2
-    assert "features.parquet" in refused.stderr
 
 
 def test_models_try_compares_the_encoders_on_this_machine(photos, tmp_path, run, monkeypatch):
@@ -209,6 +169,9 @@ def test_models_try_compares_the_encoders_on_this_machine(photos, tmp_path, run,
     none = run("models", "--try", place / "test")
     assert (none.exit_code, none.stdout, "--model" in none.stderr) == (2, "", True)
     assert run("models", "--model", models[0]).exit_code == 2
+    features = write_table(tmp_path / "features.parquet", unit_rows(4, 8), ["a", "a", "b", "b"])
+    refused = run("models", "--try", features, "--model", models[0])
+    assert (refused.exit_code, "features.parquet: has the features of one" in refused.stderr) == (2, True)
     here.append((models[0], None))
     one = run("models", "--try", place / "test", "--format", "json")
     assert (one.exit_code, "only one encoder" in one.stderr) == (3, True)

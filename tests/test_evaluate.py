@@ -238,7 +238,7 @@ def test_shots_of_an_index_that_is_too_large_to_copy_are_left_out(source, tmp_pa
     found = evaluate(cache, source, Reader())
     assert (found.n, found.held_out) == (Q - 3, 0)
     assert "left out 3 photos that are shots of this index, which is too large to hide them" in caplog.text
-    with pytest.raises(InputError, match="photos: all are shots"):
+    with pytest.raises(InputError, match="all photos are shots"):
         evaluate(cache, source.take([0, 1, 2]), Reader())
 
 

@@ -26,9 +26,9 @@ UNREACHABLE = re.compile("error sending request|Failed to fetch|dns error|Connec
 
 
 CORE = ("cli", "classifier", "serve", "server", "evaluate", "closed_form", "sources", "transformers", "estimator",
-        "onnx", "plots", "images", "sql")  # fmt: skip
+        "onnx", "images", "sql")  # fmt: skip
 """Test files that have to pass with the lowest versions: build, classify, evaluate, fit, serve and each extra."""
-EXTRAS = "plot,sklearn,onnx,heic,hf"
+EXTRAS = "sklearn,onnx,heic,hf"
 LARGEST = 1.5e9
 """Largest environment with the CPU builds of torch and FAISS, in bytes."""
 

@@ -163,6 +163,8 @@ def test_labels_build_an_index_that_guesses_and_sessions_can_be_resumed(pool, pl
         assert state["labelled"] == 10
         counts = Counter(pool[one["name"]] for one in done)
         assert state["classes"] == counts
+        with pytest.raises(StoreError, match="another session"):
+            Client(pool, place, lit_mini)
         assert not {one["photo"] for one in state["queue"]} & {one["photo"] for one in done}
     index = opened(place)
     saved = {(row["source"], row["label"], row["picked"]) for row in index.labels.to_pylist()}

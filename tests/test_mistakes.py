@@ -207,7 +207,7 @@ def test_colour_is_used_only_in_terminals_without_no_color(world, capsys, monkey
 @pytest.mark.parametrize("active", [True, False])
 def test_install_commands_work_where_this_package_is_installed(active, monkeypatch):
     monkeypatch.setenv("PATH", PROGRAMS if active else "/usr/bin:/bin")
-    command = errors.install("plot")
+    command = errors.install("heic")
     assert command.startswith("pip install ") == active
     tried = ["bash", "-c", f"{command} --dry-run --no-index"]  # everything is installed here
     done = subprocess.run(tried, capture_output=True, text=True)
@@ -216,6 +216,6 @@ def test_install_commands_work_where_this_package_is_installed(active, monkeypat
 
 def test_install_commands_suit_uv_and_clones_on_the_path(monkeypatch):
     monkeypatch.setattr(errors, "find_spec", lambda _: None)  # environments from uv have no pip
-    assert re.fullmatch(rf"uv pip install 'matplotlib>=[0-9.]+' --python {sys.executable}", errors.install("plot"))
+    assert re.fullmatch(rf"uv pip install 'pillow-heif>=[0-9.]+' --python {sys.executable}", errors.install("heic"))
     monkeypatch.setattr("importlib.metadata.requires", Mock(side_effect=PackageNotFoundError))
-    assert f"install {shlex.quote(f'{ROOT}[plot]')} " in errors.install("plot")
+    assert f"install {shlex.quote(f'{ROOT}[heic]')} " in errors.install("heic")

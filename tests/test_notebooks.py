@@ -34,7 +34,7 @@ REACHED = {
     ),
     "compare-encoders": lambda names: (
         names["compared"].n == 101
-        and min(score.accuracy for score in names["compared"].scores) > 0.75
+        and min(own.top1 for own in names["compared"].evaluations) > 0.75
         and [one.name for one in names["tried"].trials] == ["small", "large"]
     ),
 }

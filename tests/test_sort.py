@@ -394,15 +394,18 @@ def test_unsafe_names_are_escaped(name, safe):
     assert safe_name(name) == safe
 
 
-def test_a_truncated_manifest_is_read_to_its_last_complete_row_and_a_damaged_one_is_refused(index, inbox, tmp_path):
+def test_a_damaged_manifest_is_refused(index, inbox, tmp_path):
     out = tmp_path / "out"
-    rows, text = sort(index, inbox, out).rows, (out / MANIFEST).read_bytes()
-    for cut in range(1, len(text.splitlines()[-1]) + 1, 7):
-        (out / MANIFEST).write_bytes(text[:-cut])
-        assert read_manifest(out) == (rows if cut == 1 else rows[:-1])
     sort(index, inbox, out)
-    assert read_manifest(out) == rows
-    for wrong in (b"", b"a,b\n1,2\n", text.replace(b",c/z.jpg", b",../z.jpg"), text.replace(b",0.", b",x."), b"\xff\0"):
+    text = (out / MANIFEST).read_bytes()
+    for wrong in (
+        text[:-9],
+        b"",
+        b"a,b\n1,2\n",
+        text.replace(b",c/z.jpg", b",../z.jpg"),
+        text.replace(b",0.", b",x."),
+        b"\xff\0",
+    ):
         (out / MANIFEST).write_bytes(wrong)
         for call in (lambda: sort(index, inbox, out), lambda: undo_sort(out)):
             with pytest.raises(InputError, match=MANIFEST):

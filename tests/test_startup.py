@@ -29,7 +29,7 @@ from retrieval_tip.store.files import LocalFiles
 from retrieval_tip.store.versions import Versions
 
 HEAVY = ("numpy", "PIL", "pyarrow", "duckdb", "torch", "faiss", "torchvision", "open_clip", "transformers", "timm",
-         "jinja2", "matplotlib")  # fmt: skip
+         "jinja2")  # fmt: skip
 
 ASK = """
 import json, sys
@@ -92,7 +92,7 @@ def test_help_of_each_command_imports_nothing_heavy():
     assert shown.count("Usage:") == len(groups) + len(COMMANDS)
 
 
-def test_commands_without_photos_import_no_model_no_database_and_no_plots(index, row, tmp_path):
+def test_commands_without_photos_import_no_model_and_no_database(index, row, tmp_path):
     store = f"lance://{tmp_path}/store"
     changes.clone(index, store)
     found, shown = imported(["index", "info", index], ["index", "info", store])

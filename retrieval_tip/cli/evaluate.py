@@ -4,55 +4,22 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections import Counter
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from retrieval_tip.cli import kinds, options
-from retrieval_tip.cli.group import argument, command, flag, grouped, option
+from retrieval_tip.cli.group import argument, command, grouped, option
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import command_line, finish, note, print_result
 from retrieval_tip.cli.opening import index_with, reader_for, source_of
-from retrieval_tip.cli.options import ComparedOptions, OpeningOptions, SourceOptions
-from retrieval_tip.errors import UsageError, counted, few, json_line, percent, show
+from retrieval_tip.cli.options import OpeningOptions, SourceOptions
+from retrieval_tip.errors import counted, few, json_line, percent, show
 from retrieval_tip.settings import Ask
 
 if TYPE_CHECKING:
     from retrieval_tip.evaluation.evaluate import Evaluation
-
-
-@dataclass(frozen=True)
-class ReportOptions:
-    """The report of an evaluation, and its accuracy curve.
-
-    Options:
-        report: HTML file for a report that opens offline in any browser (requires matplotlib). It also shows the worst
-            mistakes and what to do next.
-        shots: Number of shots per class in the accuracy curve of the report. [default: 1, 2, 4 ...]
-        seeds: Number of random draws for each point of the curve, which use the seeds 1 to N.
-        no_curves: Leave out the accuracy curve, which takes the longest to compute.
-    """
-
-    report: Path | None = option(kinds.FILE, **options.OUTPUTS)
-    shots: tuple[int, ...] = option(kinds.SHOTS, multiple=True, **options.OUTPUTS)
-    seeds: int | None = option(kinds.SEEDS, help="[default: 3]", **options.OUTPUTS)
-    no_curves: bool = flag(**options.OUTPUTS)
-
-    def check(self) -> None:
-        """Raise UsageError if options exclude each other or matplotlib is missing, and InputError for a bad file."""
-        curve = {"--shots": self.shots, "--seeds": self.seeds, "--no-curves": self.no_curves}
-        given = [name for name, value in curve.items() if value]
-        if given and self.report is None:
-            raise UsageError(f"{given[0]}: needs --report FILE")
-        if self.no_curves and len(given) > 1:
-            raise UsageError(f"{given[0]} and --no-curves: give only one")
-        if self.report is not None:
-            from retrieval_tip.report import report
-
-            report.check(self.report)
 
 
 @command()
@@ -64,7 +31,12 @@ def evaluate_command(
     abstain: float | None = option(
         kinds.SHARE, metavar="P", **options.ANSWERS, help="Withhold answers whose probability is below P."
     ),
-    report: ReportOptions = grouped(ReportOptions),
+    report: Path | None = option(
+        kinds.FILE,
+        help="HTML file for a report that opens offline in any browser. It also shows the worst mistakes and what to "
+        "do next.",
+        **options.OUTPUTS,
+    ),
     as_json: bool = options.JSON,
     encoding: SourceOptions = options.SOURCES,
 ) -> None:
@@ -81,29 +53,30 @@ def evaluate_command(
     photos, and known_no_match and unknown_no_match are the shares without a match. A photo that is a shot of the index
     is classified without itself.
     """
-    report.check()
+    if report is not None:
+        from retrieval_tip.report.report import check
+
+        check(report)
     loaded = index_with(folder, encoding, opening, ask)
     test = source_of(source, encoding, "test")
     with reader_for(loaded, [test], encoding) as reader:
-        if report.report is None:
+        if report is None:
             from retrieval_tip.evaluation.evaluate import evaluate
 
             evaluation = evaluate(loaded, test, reader, abstain=abstain, at_least=ask.at_least, coverage=ask.coverage)
         else:
-            from retrieval_tip.report.report import SEEDS, write_report
-            from retrieval_tip.report.results import portable
+            from retrieval_tip.report.report import portable, write_report
 
             evaluation = write_report(
-                loaded.in_memory(), test, reader, report.report, abstain=abstain, ask=ask, shots=report.shots or None,
-                seeds=report.seeds or SEEDS, curves=not report.no_curves, place=folder, where=opening.where,
+                loaded.in_memory(), test, reader, report, abstain=abstain, ask=ask, place=folder, where=opening.where,
                 command=command_line(*map(portable, sys.argv[1:])),
-            ).evaluation  # fmt: skip
+            )  # fmt: skip
     if as_json:
         click.echo(json_line(evaluation.to_dict()))
     else:
         _print_evaluation(evaluation)
-    if report.report is not None:
-        note(f"Report: {show(report.report)}")
+    if report is not None:
+        note(f"Report: {show(report)}")
     finish(reader.skipped)
 
 
@@ -113,11 +86,10 @@ WEAKEST = 5
 
 def _print_evaluation(evaluation: Evaluation) -> None:
     """Print the accuracy first, then the weakest classes, and with -v all figures."""
-    answers, (low, high) = evaluation.answers, evaluation.interval
+    low, high = evaluation.interval
     within = f"(95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
-    photos = Counter(answers.class_names[i] for i in answers.truth.tolist())
-    weakest = sorted(evaluation.per_class.items(), key=lambda pair: pair[1])[:WEAKEST]
-    weak = (f"{name} {percent(right)} of {photos[name]:,}" for name, right in weakest if right < 1)
+    weakest = [one for one in evaluation.by_class[:WEAKEST] if one.right < one.n]
+    weak = (f"{one.name} {percent(one.accuracy)} of {one.n:,}" for one in weakest)
     confused = (f"{a} as {b} ({times})" for a, b, times in evaluation.confusions[:WEAKEST])
     facts: dict[str, object] = {
         "accuracy": f"{percent(evaluation.top1)} of {counted(evaluation.n, 'photo')} {within}",
@@ -138,39 +110,26 @@ def _print_evaluation(evaluation: Evaluation) -> None:
 
 @command()
 def compare_command(
-    indexes: tuple[Place, ...] = argument(kinds.INDEX, nargs=-1),
+    folder: Place = options.INDEX_ARGUMENT,
+    other: Place = argument(kinds.INDEX, metavar="INDEX2"),
     source: Place = argument(kinds.SOURCE),
-    fitted_to: Place | None = option(
-        kinds.SOURCE, help="Labelled photos to fit both encoders to, to compare encoders."
-    ),
     as_json: bool = options.JSON,
-    encoding: ComparedOptions = options.COMPARED,
+    encoding: SourceOptions = options.SOURCES,
 ) -> None:
-    """Compare two indexes, or two encoders, on the same photos.
+    """Compare two indexes on the same photos.
 
-    Give two INDEXES, or --fitted-to and two encoders (--model twice). Prints both accuracies with 95 % confidence
-    intervals, McNemar's exact test, and the photos with different answers. If an index does not have the class of a
-    photo, only "no match" is right. A photo that is a shot of an index is classified without itself. If SOURCE has no
-    labels, only the different answers are listed.
+    Prints both accuracies with 95 % confidence intervals, McNemar's exact test, and the photos with different answers.
+    If an index does not have the class of a photo, only "no match" is right. A photo that is a shot of an index is
+    classified without itself. If SOURCE has no labels, only the different answers are listed. To compare encoders, use
+    models --try.
     """
     from retrieval_tip.cli.output import table_lines
     from retrieval_tip.evaluation.compare import Side, compare
-    from retrieval_tip.index.encoders import compare_encoders
 
-    asked = encoding.named()
-    if (len(indexes), len(asked), fitted_to is None) not in ((2, 0, True), (0, 2, False)):
-        raise UsageError("compare: give two indexes, or --fitted-to SHOTS and --model twice")
     items = source_of(source, encoding, "test", labelled=False)
-    if fitted_to is None:
-        a, b = (index_with(folder, encoding) for folder in indexes)
-        name_a, name_b = (show(str(folder)) for folder in indexes)
-        with reader_for(a, [items], encoding) as first, reader_for(b, [items], encoding) as second:
-            comparison = compare(Side(name_a, a, first), Side(name_b, b, second), items)
-    else:
-        shots = source_of(fitted_to, replace(encoding, split=None), "train")
-        (name_a, own_a), (name_b, own_b) = asked
-        with reader_for(None, [], own_a) as first, reader_for(None, [], own_b) as second:
-            comparison = compare_encoders((name_a, first), (name_b, second), shots, items, encoding.device)
+    a, b = (index_with(place, encoding) for place in (folder, other))
+    with reader_for(a, [items], encoding) as first, reader_for(b, [items], encoding) as second:
+        comparison = compare(Side(show(str(folder)), a, first), Side(show(str(other)), b, second), items)
     if as_json:
         click.echo(json_line(comparison.to_dict()))
     else:

@@ -61,10 +61,7 @@ EXAMPLES = {
         "classify indexes/things new --top 3 --out answers.csv",
     ],
     "evaluate": ["evaluate indexes/things new", "evaluate indexes/things new --report things.html"],
-    "compare": [
-        "compare indexes/things indexes/others new",
-        "compare new --fitted-to photos --model clip --model dinov2",
-    ],
+    "compare": ["compare indexes/things indexes/others new", "compare indexes/things indexes/others new --json"],
     "serve": ["serve indexes/things", "serve indexes/things indexes/others --port 0 --token secret"],
     "fit": ["fit indexes/things", "fit indexes/things --calibrate --val validation"],
     "search-hp": ["search-hp indexes/things", "search-hp indexes/things --val validation --dry-run"],

@@ -24,8 +24,6 @@ def suggest(
     photos: tuple[str, ...] = options.PHOTOS,
     number: int = option(kinds.count(), "-n", default=20, help="Number of photos to suggest."),
     index: Place | None = option(kinds.INDEX, help="Index of the photos labelled so far."),
-    classes: list[str] = options.CLASSES,
-    text: Place | None = option(kinds.SOURCE, help="Feature table of class names, to be used instead of --classes."),
     printing: OutputOptions = options.FORMAT,
     encoding: EncodingOptions = options.ENCODING,
 ) -> None:
@@ -38,13 +36,10 @@ def suggest(
     """
     from retrieval_tip.labelling.photos import suggest_photos
 
-    named = {"--classes": classes, "--text": text, "--index": index}
-    if len(given := [name for name, value in named.items() if value]) > 1:
-        raise UsageError(f"{' and '.join(given)}: give only one; an index has its own text")
     sources = inputs_of(photos)
     loaded = None if index is None else index_with(index, encoding)
-    with reader_for(loaded, sources, encoding, needed=bool(classes)) as reader:
-        suggestions = suggest_photos(sources, number, reader, loaded, text=text or classes or None)
+    with reader_for(loaded, sources, encoding) as reader:
+        suggestions = suggest_photos(sources, number, reader, loaded)
     printing.write_table(suggestions.table, rounded=True)
     note(str(suggestions))
     finish(reader.skipped)

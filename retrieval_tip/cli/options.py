@@ -180,13 +180,6 @@ class OutputOptions:
 
 
 PHOTOS = argument(nargs=-1, required=True, metavar="PHOTOS...")
-CLASSES = option(
-    multiple=True,
-    metavar="NAME,...",
-    callback=kinds.names,
-    help="Class names, separated by commas. An encoder with text can guess them before photos are labelled.",
-)
-"""What ``suggest`` and ``label`` have in common, besides the options of an encoder."""
 INDEX_ARGUMENT = argument(kinds.INDEX, metavar="INDEX")
 """Argument of a command that works on an index in any store."""
 FOLDER_ARGUMENT = argument(kinds.FOLDER, metavar="INDEX")

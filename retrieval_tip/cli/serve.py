@@ -105,7 +105,12 @@ def serve_command(
 def label_command(
     photos: tuple[str, ...] = options.PHOTOS,
     out: Place = option(kinds.INDEX, "--out", "-o", required=True, metavar="INDEX"),
-    classes: list[str] = options.CLASSES,
+    classes: list[str] = option(
+        multiple=True,
+        metavar="NAME,...",
+        callback=kinds.names,
+        help="Class names, separated by commas. An encoder with text can guess them before photos are labelled.",
+    ),
     port: int | None = option(click.IntRange(0, 65535)),
     encoding: EncodingOptions = options.ENCODING,
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -13,13 +13,14 @@ import torch
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source, spelled_alike
 from retrieval_tip.errors import InputError, Skipped, counted, few, percent
-from retrieval_tip.evaluation.evaluate import HELD_OUT, Answers, Recognition, answers_of
-from retrieval_tip.fit.closed_form import wilson
+from retrieval_tip.evaluation.evaluate import HELD_OUT, Answers, Evaluation, answers_of, judge, some_known
 from retrieval_tip.model import Index
 
 SIGNIFICANT = 0.05
 """Probability below which a difference is called significant."""
 
+UNUSUAL = ("held_out", "unknown", "known_top1", "known_no_match", "unknown_no_match", "auroc")
+"""The figures of an evaluation about its own shots and unknown classes."""
 DIFFERENCES = pa.schema({name: pa.string() for name in ("input", "label", "answer_a", "answer_b", "right")})
 """The columns of the photos with different answers. ``right`` is A, B or neither, or null without labels."""
 
@@ -32,51 +33,10 @@ class Side:
     index: Index
     reader: Reader
 
-
-@dataclass(frozen=True)
-class Score(Recognition):
-    """The answers of one side to ``n`` photos.
-
-    - ``right``: the number of right answers
-    - ``alone``: the number of photos to which only this side gives the right answer
-    """
-
-    name: str
-    n: int
-    right: int
-    alone: int
-
-    @property
-    def lacking(self) -> list[str]:
-        """The classes of the photos that the index does not have. Only "no match" is right for their photos."""
-        return list(self.unknown)
-
-    @property
-    def accuracy(self) -> float:
-        """Share of right answers."""
-        return self.right / self.n
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The 95 % confidence interval of the accuracy."""
-        return wilson(self.accuracy, self.n)
-
-    def notes(self) -> Iterator[str]:
-        """Yield sentences about classes that the index lacks, and about photos that are its shots."""
-        if self.unknown:
-            lost = counted(sum(self.unknown.values()), "photo")
-            wrong = f"{lost} count as wrong"
-            if self.unknown_no_match:
-                found = self.unknown_no_match * sum(self.unknown.values())
-                wrong = f'{found:.0f} of {lost} got "no match", which is right'
-            classes = f"{counted(len(self.unknown), 'class')} of the photos ({few(self.lacking)})"
-            yield f"{self.name} does not have {classes}; {wrong}."
-            if self.known_top1 is not None:
-                no_match = self.known_no_match
-                more = "" if no_match is None else f', and {percent(no_match)} got "no match"'
-                yield f"On the other photos, {self.name} is right on {percent(self.known_top1)}{more}."
-        if self.held_out:
-            yield f"{self.held_out:,} of {counted(self.n, 'photo')} are shots of {self.name}; {HELD_OUT}."
+    def answers(self, source: Source, labelled: bool) -> Answers:
+        """Classify a source, whose items have no class if it is not ``labelled``."""
+        unknown = np.full(len(source), -1), list(self.index.class_names)
+        return answers_of(self.index, source, self.reader, some_known(self.index, source) if labelled else unknown)
 
 
 @dataclass(frozen=True)
@@ -84,44 +44,65 @@ class Compared:
     """The answers of two sides, A and B, to the ``n`` photos that both could read.
 
     - ``names``: the names of A and B
-    - ``scores``: their right answers, or ``None`` if the photos have no labels
+    - ``evaluations``: their accuracies, or ``None`` if the photos have no labels
+    - ``alone``: the numbers of photos to which only A or only B gives the right answer
     - ``differences``: the photos with different answers, with the columns of :data:`DIFFERENCES`
     """
 
     names: tuple[str, str]
     n: int
-    scores: tuple[Score, Score] | None
+    evaluations: tuple[Evaluation, Evaluation] | None
+    alone: tuple[int, int]
     differences: pa.Table = field(compare=False)
     skipped: list[Skipped]
 
     @property
     def p_value(self) -> float | None:
         """The p-value of McNemar's test, or ``None`` if the photos have no labels."""
-        return None if self.scores is None else mcnemar(self.scores[0].alone, self.scores[1].alone)
+        return None if self.evaluations is None else mcnemar(*self.alone)
 
     def to_dict(self) -> dict[str, object]:
         """Return the figures and the differences that ``compare --json`` prints."""
         facts: dict[str, object] = {"a": self.names[0], "b": self.names[1], "n": self.n, "skipped": len(self.skipped)}
-        for side, score in zip("ab", self.scores or (), strict=False):
-            facts |= {f"top1_{side}": score.accuracy, f"interval_95_{side}": list(score.interval)}
-            facts |= {f"only_{side}_right": score.alone, f"lacking_{side}": score.lacking}
-            facts |= {f"{field_.name}_{side}": getattr(score, field_.name) for field_ in fields(Recognition)}
+        for side, own, alone in zip("ab", self.evaluations or (), self.alone, strict=False):
+            facts |= {f"top1_{side}": own.top1, f"interval_95_{side}": list(own.interval), f"only_{side}_right": alone}
+            facts |= {f"{name}_{side}": getattr(own, name) for name in UNUSUAL}
         return facts | {"p_value": self.p_value, "differences": self.differences.to_pylist()}
 
     def __str__(self) -> str:
-        m, photos = len(self.differences), counted(self.n, "photo")
+        (a, b), m, photos = self.names, len(self.differences), counted(self.n, "photo")
         differ = f"They give different answers to {counted(m, 'photo')}" if m else "They give the same answers"
-        if self.scores is None or self.p_value is None:
-            return f"{self.names[0]} and {self.names[1]} classify {photos}. {differ}."
-        a, b = self.scores
-        first, second = (f"{100 * low:.0f} to {100 * high:.0f} %)" for low, high in (a.interval, b.interval))
-        text = f"{a.name} is right on {100 * a.accuracy:.1f} % of {photos} (95 % interval {first}, "
-        text += f"{b.name} on {100 * b.accuracy:.1f} % ({second}. {differ}"
-        text += f": only {a.name} is right on {a.alone:,}, only {b.name} on {b.alone:,}" if m else ""
-        better = f"{max(self.scores, key=lambda score: score.alone).name} is significantly better"
+        if self.evaluations is None or self.p_value is None:
+            return f"{a} and {b} classify {photos}. {differ}."
+        first, second = (
+            f"{100 * low:.0f} to {100 * high:.0f} %)" for low, high in (x.interval for x in self.evaluations)
+        )
+        top1, other = (100 * own.top1 for own in self.evaluations)
+        text = (
+            f"{a} is right on {top1:.1f} % of {photos} (95 % interval {first}, {b} on {other:.1f} % ({second}. {differ}"
+        )
+        text += f": only {a} is right on {self.alone[0]:,}, only {b} on {self.alone[1]:,}" if m else ""
+        better = f"{a if self.alone[0] > self.alone[1] else b} is significantly better"
         verdict = better if self.p_value < SIGNIFICANT else "The difference is not significant"
         p = "p < 0.001" if self.p_value < 0.001 else f"p = {self.p_value:.2g}"
-        return " ".join([f"{text}. {verdict} ({p}, McNemar's test).", *a.notes(), *b.notes()])
+        notes = (note for pair in zip(self.names, self.evaluations, strict=True) for note in _notes(*pair))
+        return " ".join([f"{text}. {verdict} ({p}, McNemar's test).", *notes])
+
+
+def _notes(name: str, own: Evaluation) -> Iterator[str]:
+    """Yield sentences about classes that the index lacks, and about photos that are its shots."""
+    if own.unknown:
+        lost, classes = counted(sum(own.unknown.values()), "photo"), counted(len(own.unknown), "class")
+        wrong = f"{lost} count as wrong"
+        if own.unknown_no_match:
+            wrong = f'{own.unknown_no_match * sum(own.unknown.values()):.0f} of {lost} got "no match", which is right'
+        yield f"{name} does not have {classes} of the photos ({few([*own.unknown])}); {wrong}."
+        if own.known_top1 is not None:
+            no_match = own.known_no_match
+            more = "" if no_match is None else f', and {percent(no_match)} got "no match"'
+            yield f"On the other photos, {name} is right on {percent(own.known_top1)}{more}."
+    if own.held_out:
+        yield f"{own.held_out:,} of {counted(own.n, 'photo')} are shots of {name}; {HELD_OUT}."
 
 
 def compare(a: Side, b: Side, source: Source) -> Compared:
@@ -131,20 +112,13 @@ def compare(a: Side, b: Side, source: Source) -> Compared:
     photo, only "no match" is right. Photos that are shots of an index are classified by it without themselves (see
     :func:`held_out.without_themselves`). If no photo has a label, the answers are only compared with each other.
 
-    Raises InputError if the source is empty or only partly labelled, if no photo could be read, or if neither index has
-    any class of the source.
+    Raises InputError if the source is empty or only partly labelled, if no photo could be read, or if an index has no
+    class of the source.
     """
     if not len(source):
         raise InputError(f"{source.name}: has no items")
     labelled = "label" in source.items.column_names and source.items["label"].null_count < len(source)
-    unknown = np.full(len(source), -1)
-    classes = {tuple(side.index.class_names) for side in (a, b)}
-    truths = {names: source.truth(names) if labelled else (unknown, list(names)) for names in classes}
-    if all(ids.min() >= len(names) for names, (ids, _) in truths.items()):
-        raise InputError(f"{source.name}: neither {a.name} nor {b.name} has a class of these photos; compare others")
-    first, second = (
-        answers_of(side.index, source, side.reader, truths[tuple(side.index.class_names)]) for side in (a, b)
-    )
+    first, second = (side.answers(source, labelled) for side in (a, b))
     rows, *places = np.intersect1d(first.positions, second.positions, assume_unique=True, return_indices=True)
     if not len(rows):
         raise InputError(f"{source.name}: no photo could be read by both sides")
@@ -162,13 +136,9 @@ def compare(a: Side, b: Side, source: Source) -> Compared:
         "right": winner[differ] if labelled else none,
     }
     skipped = list(dict.fromkeys([*a.reader.skipped, *b.reader.skipped]))
-    scores = (_score(a, first, second), _score(b, second, first)) if labelled else None
-    return Compared((a.name, b.name), len(rows), scores, pa.table(columns, schema=DIFFERENCES), skipped)
-
-
-def _score(side: Side, own: Answers, other: Answers) -> Score:
-    alone = int((own.right & ~other.right).sum())
-    return Score(side.name, len(own.truth), int(own.right.sum()), alone, **vars(own.recognition()))
+    evaluations = (judge(a.index, first), judge(b.index, second)) if labelled else None
+    alone = int((first.right & ~second.right).sum()), int((second.right & ~first.right).sum())
+    return Compared((a.name, b.name), len(rows), evaluations, alone, pa.table(columns, schema=DIFFERENCES), skipped)
 
 
 def mcnemar(only_a: int, only_b: int) -> float:

@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -105,26 +105,48 @@ class Answers:
             found = {"set_coverage": _mean(held[known]), "set_size": sizes[known].mean()}
         return found
 
-    def recognition(self) -> Recognition:
-        """Return how well items of known and unknown classes are told apart."""
-        known, no_match, strength = self.of_known, self.no_match, self.strength
-        counts = Counter(self.class_names[i] for i in self.truth[~known].tolist())
-        return Recognition(
-            held_out=int(self.held_out.sum()),
-            unknown=dict(sorted(counts.items())),
-            known_top1=_mean(self.right[known]),
-            known_no_match=None if no_match is None else _mean(no_match[known]),
-            unknown_no_match=None if no_match is None else _mean(no_match[~known]),
-            auroc=None if strength is None else _area_under_roc(strength[known], strength[~known]),
-        )
+
+class ClassScore(NamedTuple):
+    """The answers to the ``n`` items of a class.
+
+    ``right`` counts the right answers, and ``shots`` the keys of the class. ``answer`` is the most frequent wrong
+    answer, which was given ``times`` times.
+    """
+
+    name: str
+    right: int
+    n: int
+    shots: int
+    answer: str
+    times: int
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return self.right / self.n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % confidence interval of the accuracy."""
+        return wilson(self.accuracy, self.n)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recognition:
-    """How an index treats items of classes that it lacks, and items that are its own shots.
+@dataclass(frozen=True)
+class Evaluation:
+    """The accuracy of an index on the ``n`` readable items of a source. All accuracies are fractions.
 
-    Shares are ``None`` if there are no such items.
-
+    - ``top1``, ``top5``: the accuracies of the blended logits. An item of a class that the index lacks counts as right
+      if it has no match.
+    - ``zero_shot_top1``: the accuracy of the text logits, or ``None`` if the index has no text weights
+    - ``cache_top1``: the accuracy of the cache logits
+    - ``by_class``: the answers to each class of the index that occurs in the source, weakest class first
+    - ``mean_per_class``: the mean of their accuracies
+    - ``ece``: the expected calibration error of ``softmax(blended logits / temperature)`` in 15 bins
+    - ``confusions``: the most frequent errors, as tuples (label, predicted, count)
+    - ``coverage``: the fraction of answers whose probability is at least ``abstain``, if ``abstain`` is given
+    - ``selective_top1``: the accuracy of these answers, or ``None`` if there are none
+    - ``figures``: with ``at_least``, the share and the accuracy of answers at each of the ``levels``, and the share
+      with ``no_label``; with ``coverage``, the share of sets with the right class, and their mean number of classes
     - ``held_out``: the number of items that are shots of the index, each of which was classified without itself
     - ``unknown``: the number of items of each class that the index lacks
     - ``known_top1``: the accuracy on items of the other classes
@@ -132,36 +154,8 @@ class Recognition:
     - ``auroc``: the area under the ROC curve of the score behind ``no_match``, which is the probability that an item of
       a known class has a higher score than one of an unknown class
 
-    The last three are also ``None`` if the index has no threshold for ``no_match``.
-    """
-
-    held_out: int = 0
-    unknown: dict[str, int] = field(default_factory=dict)
-    known_top1: float | None = None
-    known_no_match: float | None = None
-    unknown_no_match: float | None = None
-    auroc: float | None = None
-
-
-@dataclass(frozen=True)
-class Evaluation(Recognition):
-    """The accuracy of an index on the ``n`` readable items of a source. All accuracies are fractions.
-
-    - ``top1``, ``top5``: the accuracies of the blended logits. An item of a class that the index lacks counts as right
-      if it has no match.
-    - ``zero_shot_top1``: the accuracy of the text logits, or ``None`` if the index has no text weights
-    - ``cache_top1``: the accuracy of the cache logits
-    - ``per_class``: the top-1 accuracy of each class of the index that occurs in the source
-    - ``mean_per_class``: the mean of ``per_class``
-    - ``ece``: the expected calibration error of ``softmax(blended logits / temperature)`` in 15 bins
-    - ``confusions``: the most frequent errors, as tuples (label, predicted, count)
-    - ``coverage``: the fraction of answers whose probability is at least ``abstain``, if ``abstain`` is given
-    - ``selective_top1``: the accuracy of these answers, or ``None`` if there are none
-    - ``figures``: with ``at_least``, the share and the accuracy of answers at each of the ``levels``, and the share
-      with ``no_label``; with ``coverage``, the share of sets with the right class, and their mean number of classes
-
-    ``zero_shot_top1``, ``cache_top1``, ``per_class``, ``mean_per_class`` and ``ece`` refer to the items of known
-    classes, the others to all items. See :class:`Recognition` for the other fields.
+    ``zero_shot_top1``, ``cache_top1``, ``by_class``, ``mean_per_class`` and ``ece`` refer to the items of known
+    classes. A share of no items is ``None``, and so are the last three if the index has no threshold for ``no_match``.
     """
 
     top1: float
@@ -173,39 +167,55 @@ class Evaluation(Recognition):
     n: int
     skipped: int
     settings: Settings
-    per_class: dict[str, float]
+    by_class: list[ClassScore]
     confusions: list[tuple[str, str, int]]
     answers: Answers = field(compare=False, repr=False)
     abstain: float | None = None
     coverage: float | None = None
     selective_top1: float | None = None
     figures: dict[str, object] = field(default_factory=dict)
+    held_out: int = 0
+    unknown: dict[str, int] = field(default_factory=dict)
+    known_top1: float | None = None
+    known_no_match: float | None = None
+    unknown_no_match: float | None = None
+    auroc: float | None = None
 
     @property
     def interval(self) -> tuple[float, float]:
         """The 95 % confidence interval of ``top1``."""
         return wilson(self.top1, self.n)
 
+    @property
+    def per_class(self) -> dict[str, float]:
+        """The accuracy of each class, weakest class first."""
+        return {one.name: one.accuracy for one in self.by_class}
+
     def to_dict(self) -> dict[str, object]:
         """Return the figures that ``evaluate --json`` prints. ``k`` is ``"all"`` if every key is used."""
-        left_out = {"answers", "figures"}
+        left_out = {"answers", "by_class", "figures"}
         left_out |= {"abstain", "coverage", "selective_top1"} if self.abstain is None else set()
-        last = [field_.name for field_ in fields(Recognition)]
-        names = [field_.name for field_ in fields(self) if field_.name not in (*left_out, *last)]
         facts: dict[str, object] = {}
-        for name in (*names, *last):
+        for name in (field_.name for field_ in fields(self) if field_.name not in left_out):
             facts |= self.settings.shown() if name == "settings" else {name: getattr(self, name)}
-        return facts | self.figures
+        return facts | {"per_class": self.per_class} | self.figures
 
 
 def evaluate(
-    index: Index, source: Source, reader: Reader, *, abstain: float | None = None, **asked: Unpack[AskOptions]
+    index: Index,
+    source: Source,
+    reader: Reader,
+    *,
+    abstain: float | None = None,
+    blocks: Iterable[FeatureBlock] | None = None,
+    **asked: Unpack[AskOptions],
 ) -> Evaluation:
     """Classify a labelled source and compare the answers with its labels.
 
     Items that are shots of the index are classified without themselves (see :func:`held_out.without_themselves`).
     ``abstain`` is the probability below which an answer is withheld. ``asked`` may change ``k``, ``tail``, ``alpha``
-    and ``beta``, and may give ``at_least`` or ``coverage`` (see :class:`settings.Ask`).
+    and ``beta``, and may give ``at_least`` or ``coverage`` (see :class:`settings.Ask`). If the items are encoded
+    already, give them as ``blocks``.
 
     Raises InputError if the source is empty, or if no readable item belongs to a class of the index. Raises UsageError
     if ``abstain`` is not between 0 and 1.
@@ -213,9 +223,11 @@ def evaluate(
     if abstain is not None and not 0 <= abstain <= 1:
         raise UsageError(f"abstain is {abstain}: give a probability, 0 to 1")
     ask = Ask(**asked)
-    index = index.with_settings(ask.settings(index.settings))
-    answers = answers_of(index, source, reader, some_known(index, source), ask)
-    return judge(index, answers, reader.skipped, abstain=abstain)
+    index, truth = index.with_settings(ask.settings(index.settings)), some_known(index, source)
+    found = judge(index, answers_of(index, source, reader, truth, ask, blocks), reader.skipped, abstain=abstain)
+    if found.held_out:
+        log.warning("%s of %s are shots of this index; %s", f"{found.held_out:,}", counted(found.n, "photo"), HELD_OUT)
+    return found
 
 
 def some_known(index: Index, source: Source) -> tuple[Ints, list[str]]:
@@ -229,53 +241,64 @@ def some_known(index: Index, source: Source) -> tuple[Ints, list[str]]:
 def judge(
     index: Index, answers: Answers, skipped: Sequence[Skipped] = (), *, abstain: float | None = None
 ) -> Evaluation:
-    """Evaluate answers of an index, and warn of shots. See :func:`evaluate` for ``abstain`` and the errors."""
+    """Evaluate answers of an index. See :func:`evaluate` for ``abstain`` and the errors."""
     known, right, truth, class_names = answers.of_known, answers.right, answers.truth, answers.class_names
     if not known.any():
         raise InputError("photos: none of a class of the index could be read; add such photos")
     if abstain is not None and answers.in_set is not None:
         raise UsageError("abstain and coverage: give only one")
     hits = answers.ranked == truth[:, None]
-    per_class = {class_names[i]: float(right[truth == i].mean()) for i in np.unique(truth[known])}
+    by_class = _by_class(index, answers)
     wrong = Counter(zip(truth[~right].tolist(), answers.predicted[~right].tolist(), strict=True))
     confusions = [(class_names[a], class_names[b], n) for (a, b), n in wrong.most_common(CONFUSIONS)]
     confident = None if abstain is None else answers.confidence >= abstain
-    if held_out := int(answers.held_out.sum()):
-        shots = f"{held_out:,} of {counted(len(truth), 'photo')}"
-        log.warning("%s are shots of this index; %s", shots, HELD_OUT)
+    unknown = Counter(class_names[i] for i in truth[~known].tolist())
+    no_match, strength = answers.no_match, answers.strength
     return Evaluation(
         top1=float(right.mean()),
         top5=float((right | hits[:, :-2].any(axis=1)).mean()),
         zero_shot_top1=float(hits[known, -2].mean()) if index.has_text else None,
         cache_top1=float(hits[known, -1].mean()),
-        mean_per_class=float(np.mean(list(per_class.values()))),
+        mean_per_class=float(np.mean([one.accuracy for one in by_class])),
         ece=expected_calibration_error(answers.confidence[known], right[known]),
         n=len(truth),
         skipped=len(skipped),
         settings=index.settings,
-        per_class=per_class,
+        by_class=by_class,
         confusions=confusions,
         answers=answers,
         abstain=abstain,
         coverage=None if confident is None else float(confident.mean()),
         selective_top1=None if confident is None else _mean(right[confident]),
         figures=answers.figures(index.groups),
-        **vars(answers.recognition()),
+        held_out=int(answers.held_out.sum()),
+        unknown=dict(sorted(unknown.items())),
+        known_top1=_mean(right[known]),
+        known_no_match=None if no_match is None else _mean(no_match[known]),
+        unknown_no_match=None if no_match is None else _mean(no_match[~known]),
+        auroc=None if strength is None else _area_under_roc(strength[known], strength[~known]),
     )
 
 
+def _by_class(index: Index, answers: Answers) -> list[ClassScore]:
+    names, scores = index.class_names, []
+    for i in np.unique(answers.truth[answers.of_known]).tolist():
+        given = Counter(answers.predicted[answers.truth == i].tolist())
+        n, right = given.total(), given.pop(i, 0)
+        answer, times = given.most_common(1)[0] if given else (i, 0)
+        scores.append(ClassScore(names[i], right, n, index.counts[i], names[answer], times))
+    return sorted(scores, key=lambda score: (score.accuracy, -score.n))
+
+
 def answers_of(
-    index: Index, source: Source, reader: Reader, truth: tuple[Ints, list[str]], ask: Ask = Ask()
+    index: Index,
+    source: Source,
+    reader: Reader,
+    truth: tuple[Ints, list[str]],
+    ask: Ask = Ask(),
+    blocks: Iterable[FeatureBlock] | None = None,
 ) -> Answers:
-    """Classify a source whose ``truth`` is known (see :meth:`source.Source.truth`), each shot without itself."""
-    blocks = reader.for_queries(index.parts, index.shares).blocks(source)
-    return answered(index, without_themselves(index, source, blocks), *truth, ask)
-
-
-def answered(
-    index: Index, asked: Iterable[tuple[Index, FeatureBlock]], truth: Ints, class_names: list[str], ask: Ask = Ask()
-) -> Answers:
-    """Classify encoded items, whose source has the class ids ``truth`` (see :meth:`source.Source.truth`).
+    """Classify a source whose ``truth`` is known (see :meth:`source.Source.truth`), each shot without itself.
 
     ``ask`` may have ``at_least`` or a ``coverage``, for which an index without some of the shots has the same sets.
     """
@@ -283,13 +306,12 @@ def answered(
     for caution in () if sets is None else sets.cautions(index.class_names):
         log.warning(caution)
     ask = Ask(top=5, neighbours=0, at_least=ask.at_least)
+    blocks = reader.for_queries(index.parts, index.shares).blocks(source) if blocks is None else blocks
     parts = [
-        _answers(answer, truth, class_names, model is not index, sets)
-        for model, block in asked
+        _answers(answer, *truth, model is not index, sets)
+        for model, block in without_themselves(index, source, blocks)
         for answer in model.answers([block], ask)
     ]
-    if not parts:
-        raise InputError("photos: all are shots of this index; use other photos")
     names = [name for name, x in vars(parts[0]).items() if isinstance(x, np.ndarray)]
     arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
     return replace(parts[0], **arrays).take(np.argsort(arrays["positions"]))

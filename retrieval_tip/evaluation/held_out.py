@@ -133,12 +133,12 @@ def without_themselves(
     digest is a shot if a key has the same id and the same feature, because many tables number their rows.
 
     If the keys take more than :data:`MOST_COPIED` bytes, items that are shots are left out, and a warning is logged.
-    Raises InputError if the only photo of the index is an item.
+    Raises InputError if the only photo of the index is an item, or if no item remains.
     """
-    shots: list[FeatureBlock] = []
-    parts: list[IntArray] = []
+    shots, parts, new = list[FeatureBlock](), list[IntArray](), 0
     for block in blocks:
         found = key_ids_of(index, source, block)
+        new += int((found < 0).sum())
         yield index, block.take(np.flatnonzero(found < 0))
         shots.append(block.take(np.flatnonzero(found >= 0)))
         parts.append(found[found >= 0])
@@ -146,6 +146,8 @@ def without_themselves(
         return
     block, key_ids = FeatureBlock.joined(shots), np.concatenate(parts)
     if 4 * index.n * index.d > MOST_COPIED:
+        if not new:
+            raise InputError(f"{source.name}: all photos are shots of this index; use other photos")
         known = f"{counted(len(key_ids), 'photo')} that are shots of this index"
         log.warning("%s: left out %s, which is too large to hide them", source.name, known)
         return

@@ -6,8 +6,8 @@ import itertools
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,10 +15,9 @@ from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.source import spread
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, Skipped, UsageError
-from retrieval_tip.evaluation.compare import SIGNIFICANT, Compared, Side, compare, mcnemar
+from retrieval_tip.evaluation.compare import SIGNIFICANT, mcnemar
 from retrieval_tip.evaluation.held_out import held_out_probabilities, photo_rows
 from retrieval_tip.index.build import build_index
-from retrieval_tip.model import Index
 
 Opened = Callable[[], AbstractContextManager[Reader]]
 
@@ -66,30 +65,6 @@ class EncoderTrials:
         )
 
 
-@contextmanager
-def trial(shots: Source, reader: Reader, device: str = "auto") -> Iterator[Index]:
-    """Build an index that is fitted to labelled photos, as :func:`build.build_index` does, and remove it afterwards.
-
-    Raises UsageError if ``shots`` is a feature table, because its features belong to a single encoder.
-    """
-    if shots.table is not None:
-        raise UsageError(f"{shots.name}: has the features of one encoder; give photos to compare encoders")
-    with tempfile.TemporaryDirectory(prefix="retrieval-tip-") as folder:
-        yield build_index(shots, Path(folder) / "index", reader, device=device)
-
-
-def compare_encoders(
-    a: tuple[str, Reader], b: tuple[str, Reader], shots: Source, source: Source, device: str = "auto"
-) -> Compared:
-    """Fit an index of each encoder to the same shots, and compare their answers to a source.
-
-    ``a`` and ``b`` are the names and the encoders. See :func:`compare.compare` for the comparison and its errors.
-    """
-    (name_a, encoder_a), (name_b, encoder_b) = a, b
-    with trial(shots, encoder_a, device) as first, trial(shots, encoder_b, device) as second:
-        return compare(Side(name_a, first, encoder_a), Side(name_b, second, encoder_b), source)
-
-
 def try_encoders(
     photos: Source,
     encoders: Mapping[str, Opened],
@@ -104,12 +79,14 @@ def try_encoders(
 
     Raises UsageError if ``photos`` is a feature table, and InputError if no photo can be held out.
     """
+    if photos.table is not None:
+        raise UsageError(f"{photos.name}: has the features of one encoder; give photos to compare encoders")
     trials, skipped = [], list[Skipped]()
     waiting, pairs = list(encoders.items()), joined
     while waiting:
         name, opened = waiting.pop(0)
-        with opened() as reader, trial(photos, reader, device) as built:
-            index = built.in_memory()
+        with opened() as reader, tempfile.TemporaryDirectory(prefix="retrieval-tip-") as folder:
+            index = build_index(photos, Path(folder) / "index", reader, device=device).in_memory()
             fit = index.provenance["fit"]
             if fit["both"] is None:
                 raise InputError(f"{photos.name}: {fit['summary']}; give at least two photos per class")

@@ -17,8 +17,8 @@ from retrieval_tip.backbones.prompts import DEFAULT_TEMPLATES
 from retrieval_tip.data import images
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source, of_images
-from retrieval_tip.errors import InputError, check_count, show
-from retrieval_tip.labelling.photos import MOST_PHOTOS, Pool, text_of
+from retrieval_tip.errors import InputError, UsageError, check_count, show
+from retrieval_tip.labelling.photos import MOST_PHOTOS, Pool
 from retrieval_tip.labelling.suggest import points_of
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.duplicates import PAIRS, Duplicates, duplicates
@@ -57,7 +57,10 @@ def find_photos(
         target = points_of(block.features, metric)[0]
     else:
         templates = (index and index.templates) or DEFAULT_TEMPLATES
-        target = torch.from_numpy(text_of([query], templates, reader, sources[0], "give an image file instead")[0])
+        backbone = reader.needed_backbone(sources[0])
+        if not backbone.has_text:
+            raise UsageError(f"{show(query)}: {backbone.identity.model} has no text encoder; give an image file")
+        target = torch.from_numpy(reader.text_weights([query], templates)[0])
     names, best, total = pa.array([], pa.string()), torch.empty(0), 0
     for source in sources:
         for block in reader.blocks(source):

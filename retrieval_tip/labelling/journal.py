@@ -31,43 +31,39 @@ digest is null if the photo cannot be read.
 
 
 class Journal:
-    """The journal of one session: JSON lines in ``NAME-unsaved.jsonl`` next to the index.
+    """The journal of one session: JSON lines in ``NAME-unsaved.jsonl`` next to the index, or in the cache folder.
 
-    While the session runs, it holds a lock on the file. A second session of the same index uses another number.
+    While the session runs, it holds a lock on the file, so that an index has one session at a time on a machine.
     """
 
     def __init__(self, store: Store) -> None:
-        """Take over the journals of sessions that have ended. ``entries`` are their labels by digest or path.
+        """Take over the journal of a session that has ended. ``entries`` are its labels by digest or path.
 
-        Raises InputError if a journal is damaged, and StoreError if it cannot be read.
+        Raises InputError if it is damaged, and StoreError if it cannot be read or its session still runs.
         """
         if store.local is not None:
-            folder, self._name = real(store.local).parent, f"{store.name}-unsaved"
+            folder, name = real(store.local).parent, store.name
         else:
             folder = (cache_folder() or Path(tempfile.gettempdir()) / "retrieval-tip") / "unsaved"
-            self._name = f"{store.name}-{hashlib.sha256(store.resolved.encode()).hexdigest()[:8]}-unsaved"
-        self._folder, self._file = folder, -1
-        self.path = folder / f"{self._name}.jsonl"
+            name = f"{store.name}-{hashlib.sha256(store.resolved.encode()).hexdigest()[:8]}"
+        self.path, self._file = folder / f"{name}-unsaved.jsonl", -1
         self.entries: dict[str, Entry] = {}
-        others = []
-        for path in sorted(folder.glob(f"{self._name}*.jsonl")) if folder.is_dir() else []:
-            if (file := _locked(path)) is not None:
-                self.entries |= _read(path, file)
-                others.append((path, file))
-        if others:
-            self.path, self._file = others.pop(0)
-        if others:
-            self.add(self.entries.values())
-        for path, file in others:
-            path.unlink(missing_ok=True)
-            os.close(file)
+        if os.path.lexists(self.path):
+            self._file = _locked(self.path)
+            try:
+                self.entries = _read(self.path, self._file)
+            except BaseException:
+                os.close(self._file)
+                raise
 
     def add(self, entries: Iterable[Entry]) -> None:
         """Append labels and flush them to the disk. Raises StoreError if this fails; the file is then unchanged."""
         raw = b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
         try:
             if self._file < 0:
-                self._open()
+                make_folders(self.path.parent)
+                self._file = _locked(self.path)
+                sync(self.path.parent)
             before = os.fstat(self._file).st_size
             try:
                 if os.write(self._file, raw) < len(raw):
@@ -80,16 +76,6 @@ class Journal:
             raise StoreError(
                 f"{show(self.path)}: cannot be written: {error.strerror}; the label is not saved"
             ) from None
-
-    def _open(self) -> None:
-        make_folders(self._folder)
-        for number in range(1, 1000):
-            self.path = self._folder / f"{self._name}{'' if number == 1 else f'-{number}'}.jsonl"
-            if (file := _locked(self.path, create=True)) is not None:
-                self._file = file
-                sync(self._folder)
-                return
-        raise OSError(0, "too many sessions label this index")
 
     def saved(self, entries: Iterable[Entry], *, all_saved: bool) -> None:
         """Note that the index contains the labels of ``entries``."""
@@ -115,23 +101,19 @@ class Journal:
         self._file = -1
 
 
-def _locked(path: Path, *, create: bool = False) -> int | None:
-    """Open and lock a journal. Returns ``None`` if another session has locked it or just removed it."""
-    flags = os.O_RDWR | os.O_APPEND | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+def _locked(path: Path) -> int:
+    """Open or create a journal, and lock it."""
     try:
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
         file = os.open(path, flags, 0o600)
-    except FileNotFoundError:
-        return None
     except OSError as error:
         raise StoreError(f"{show(path)}: cannot be opened: {error.strerror}; remove or rename it") from None
-    try:
+    with suppress(OSError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(file), path.stat()):
+        if os.path.samestat(os.fstat(file), path.stat()):  # otherwise, its session has just ended
             return file
-    except OSError:
-        pass
     os.close(file)
-    return None
+    raise StoreError(f"{show(path)}: another session labels this index; use its page, or stop it first")
 
 
 def _read(path: Path, file: int) -> dict[str, Entry]:

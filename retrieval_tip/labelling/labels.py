@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, KeysView, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, get_args
@@ -71,8 +70,7 @@ class SessionPhotos:
 
     Attributes:
         source: the photos.
-        features: their features, of shape ``[photos, d]``, or ``None`` until a photo is encoded.
-        encoded: the photos whose features are known.
+        features: the features ``[d]`` of the photos that have been encoded.
         digests: the digests of the photos that have been read.
         same: the photos by digest.
         unread: the photos of this session that have not been read, by their absolute path as text.
@@ -84,8 +82,7 @@ class SessionPhotos:
         self.reader = replace(reader, progress=False, done=Counter())
         self.source = of_images([*paths, *earlier], "photos")
         self.names = self.source.sources
-        self.features: FloatArray | None = None
-        self.encoded: set[int] = set()
+        self.features: dict[int, FloatArray] = {}
         self.digests: dict[int, str] = {}
         self.same: dict[str, list[int]] = {}
         self.unread = {show(absolute(path)): number for number, path in enumerate(paths)}
@@ -94,6 +91,11 @@ class SessionPhotos:
 
     def __len__(self) -> int:
         return self._number
+
+    @property
+    def encoded(self) -> KeysView[int]:
+        """The photos whose features are known."""
+        return self.features.keys()
 
     def number(self, photos: Iterable[int]) -> int:
         """Return how many of some photos are labelled in this session."""
@@ -110,17 +112,11 @@ class SessionPhotos:
 
     def readable(self, photo: int) -> int:
         """Return a photo or, if it could not be encoded, a copy that could."""
-        return next((copy for copy in self.copies(photo) if copy in self.encoded), photo)
-
-    def feature(self, photo: int) -> FloatArray | None:
-        """Return the feature of a photo, or ``None`` if it is not known."""
-        return self.rows([photo])[0] if photo in self.encoded else None
+        return next((copy for copy in self.copies(photo) if copy in self.features), photo)
 
     def rows(self, photos: Sequence[int]) -> FloatArray:
         """Return the features of encoded photos, of shape ``[m, d]``."""
-        assert self.features is not None
-        rows: FloatArray = self.features[photos]
-        return rows
+        return np.stack([self.features[photo] for photo in photos])
 
     def hashed(self, photos: Sequence[int]) -> dict[int, str]:
         """Return the digests of the photos whose files can be read. The object does not change."""
@@ -143,12 +139,9 @@ class SessionPhotos:
         """Note what was read of some photos. A photo of an earlier session must still have the same bytes."""
         known = {n: one for n, one in read.items() if n < len(self) or one[0] == self.digests.get(n)}
         for photo, (_, feature) in known.items():
-            if self.features is None:
-                shape = len(self.names), len(feature)
-                check_memory(16 * math.prod(shape), f"{shape[0]:,} photos", "label fewer photos")
-                self.features = np.zeros(shape, np.float32)
+            if not self.features:  # the features, and those of the other photos as one array
+                check_memory(16 * len(self.names) * len(feature), f"{len(self.names):,} photos", "label fewer photos")
             self.features[photo] = feature
-            self.encoded.add(photo)
             self.unreadable.pop(photo, None)
         self.recognise({photo: digest for photo, (digest, _) in known.items()})
         reasons = {one.source: one.reason for one in self.reader.skipped}

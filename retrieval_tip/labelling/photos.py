@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -10,22 +9,17 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 
-from retrieval_tip import tip
 from retrieval_tip.backbones.base import Identity, same_backbone
-from retrieval_tip.backbones.prompts import DEFAULT_TEMPLATES
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
-from retrieval_tip.errors import InputError, UsageError, check_count, check_memory, counted, few, show
-from retrieval_tip.index.items import identity_of, read_text_table
+from retrieval_tip.errors import InputError, check_count, check_memory, counted
+from retrieval_tip.index.items import identity_of
 from retrieval_tip.labelling.smoothing import smooth
 from retrieval_tip.labelling.suggest import TRUST, suggest, uncertainty_of
 from retrieval_tip.model import Index
 from retrieval_tip.predictions import Predictions
-from retrieval_tip.retrieval.inputs import check_shape
-from retrieval_tip.retrieval.logits import LOGITS, slices
-from retrieval_tip.settings import Ask, Settings
+from retrieval_tip.settings import Ask
 
 MOST_PHOTOS = 100_000
 """Number of photos that are considered. If there are more, a random sample is drawn."""
@@ -130,18 +124,15 @@ def suggest_photos(
     n: int,
     reader: Reader,
     index: Index | None = None,
-    *,
-    text: str | os.PathLike[str] | Sequence[str] | None = None,
 ) -> Suggestions:
     """Choose ``n`` photos to label next (see :func:`suggest.suggest`).
 
-    Without an index, photos are compared by their features, and no label is guessed unless ``text`` is given. With an
-    index, its metric compares the photos, its probabilities give the uncertainty, and its shots count as labelled.
-    Photos that the index contains are skipped (see :meth:`Pool.without`).
+    Without an index, photos are compared by their features, and no label is guessed. With an index, its metric compares
+    the photos, its probabilities give the uncertainty, and its shots count as labelled. Photos that the index contains
+    are skipped (see :meth:`Pool.without`).
 
     If there are more than ``MOST_PHOTOS``, a random sample is drawn before encoding. ``reader.skipped`` lists the
-    photos that cannot be read. ``text`` is a feature table of class names, or the names for an encoder with text, for a
-    zero-shot guess without an index.
+    photos that cannot be read.
 
     Raises InputError if no photo remains, and the errors of :meth:`reader.Reader.blocks`.
     """
@@ -156,18 +147,16 @@ def suggest_photos(
     fresh = pool if index is None else pool.without(index)
     if not fresh.names:
         raise InputError(f"photos: the index already contains {counted(len(pool.names), 'photo')}; give other photos")
-    guesses = None if text is None else guessed_by_name(text, reader, sources[0], fresh.features)
-    made = suggest_features(fresh, n, index, guesses)
     known = len(pool.names) - len(fresh.names)
-    return replace(made, known=known, sampled_from=total if total > MOST_PHOTOS else None)
+    return replace(suggest_features(fresh, n, index), known=known, sampled_from=total if total > MOST_PHOTOS else None)
 
 
-def suggest_features(pool: Pool, n: int, index: Index | None = None, guesses: pa.Table | None = None) -> Suggestions:
-    """Choose ``n`` photos of a pool (see :func:`suggest_photos`). Photos that the index contains are not skipped.
-
-    Without an index, ``guesses`` can have the columns ``label`` and ``probability``.
-    """
-    if index is not None:
+def suggest_features(pool: Pool, n: int, index: Index | None = None) -> Suggestions:
+    """Choose ``n`` photos of a pool (see :func:`suggest_photos`). Photos that the index contains are not skipped."""
+    if index is None:
+        picks = suggest(pool.features, n)
+        facts = [{"covers": covers} for covers in picks.covers.tolist()]
+    else:
         answers = index.classify(pool.features, "keep", neighbours=0, logits=False)
         guesses = answers.written(["label", "probability", "no_match"])
         class_ids = pc.index_in(guesses["label"], value_set=pa.array(index.class_names)).to_numpy()
@@ -177,11 +166,7 @@ def suggest_features(pool: Pool, n: int, index: Index | None = None, guesses: pa
             labelled=index.rows.some(MOST_KEYS)[0], metric=index.metric,
         )  # fmt: skip
         guesses = guesses.append_column("examples", pa.array(counts[class_ids]))
-    else:
-        picks = suggest(pool.features, n)
-    facts = [{"covers": covers} for covers in picks.covers.tolist()]
-    if guesses is not None:
-        facts = [one | guess for one, guess in zip(facts, guesses.take(pa.array(picks.rows)).to_pylist(), strict=True)]
+        facts = guesses.take(pa.array(picks.rows)).append_column("covers", pa.array(picks.covers)).to_pylist()
     rows = [
         {"rank": rank, "input": pool.names[row], "why": why(**one)} | one
         for rank, (row, one) in enumerate(zip(picks.rows.tolist(), facts, strict=True), 1)
@@ -189,43 +174,9 @@ def suggest_features(pool: Pool, n: int, index: Index | None = None, guesses: pa
     return Suggestions(pa.Table.from_pylist(rows, schema=SUGGESTIONS), len(pool.names), 0)
 
 
-def guessed_by_name(
-    text: str | os.PathLike[str] | Sequence[str], reader: Reader, source: Source, features: npt.NDArray[np.float32]
-) -> pa.Table:
-    """Return the zero-shot ``label`` and ``probability`` of each photo, given a feature table of class names, or names.
-
-    Raises InputError or BackboneError if the table or the encoder does not fit the photos.
-    """
-    if isinstance(text, str | os.PathLike):
-        class_names, weights = read_text_table(text, reader.norms, identity_of(source, reader))
-    else:
-        class_names = tuple(dict.fromkeys(text))
-        weights = text_of(class_names, DEFAULT_TEMPLATES, reader, source, "leave out the class names")
-    expected = len(class_names), features.shape[1]
-    check_shape(f"text {text}", weights.shape, expected, "as long as the features of the photos")
-    scale = Settings().logit_scale if reader.backbone is None else reader.backbone.logit_scale
-    f, w = torch.from_numpy(features), torch.from_numpy(weights)
-    parts = slices(len(f), max(1, LOGITS // len(w)))
-    answers = [tip.probabilities(tip.text_logits(f[part], w, scale)).max(1) for part in parts]
-    chances, ids = (torch.cat(column) for column in zip(*answers, strict=True))
-    labels = pa.array(class_names, pa.string()).take(pa.array(ids.numpy()))
-    return pa.table({"label": labels, "probability": chances.double().numpy()})
-
-
-def text_of(
-    names: Sequence[str], templates: Sequence[str], reader: Reader, source: Source, advice: str
-) -> npt.NDArray[np.float32]:
-    """Return the text weights of names. Raises UsageError with an ``advice`` if the encoder of a source has no text."""
-    backbone = reader.needed_backbone(source)
-    if not backbone.has_text:
-        raise UsageError(f"{show(few(names))}: {backbone.identity.model} has no text encoder; {advice}")
-    return reader.text_weights(names, templates)
-
-
 def why(
-    covers: int, label: str | None = None, probability: float = 0.0, no_match: bool | None = None,
-    examples: int | None = None,
-) -> str:  # fmt: skip
+    covers: int, label: str | None = None, probability: float = 0.0, no_match: bool | None = None, examples: int = 0
+) -> str:
     """Explain in words why to label a photo. ``examples`` is the number of shots of the guessed class ``label``."""
     similar = f"stands for {counted(covers, 'similar photo')}" if covers else "stands only for itself"
     if no_match:
@@ -234,7 +185,5 @@ def why(
         return similar
     if probability < UNSURE:
         return f"{similar}; the guess is unsure"
-    if examples is None:
-        return f"{similar}; the guess is based on the class name alone"
     few = f"only {counted(examples, 'example')} of this class so far" if examples <= TRUST else "the guess may be wrong"
     return f"{similar}; {few}"

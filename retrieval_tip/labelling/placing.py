@@ -98,17 +98,11 @@ def numbered(name: str, number: int) -> str:
 
 
 def read_manifest(folder: Path) -> list[Placed]:
-    """Return the rows of the manifest in a folder, or nothing if there is no manifest.
-
-    An incomplete last row is ignored, because its photo was not placed. Raises InputError if the file is not a
-    manifest.
-    """
+    """Return the rows of the manifest in a folder, or nothing if there is none. Raises InputError if it is damaged."""
     path = folder / MANIFEST
     try:
         text = files.read_regular(path, MAX_MANIFEST).decode("utf-8", "surrogateescape")
         head, *rows = filter(None, csv.reader(io.StringIO(text, newline="")))
-        if rows and not (len(rows[-1]) == len(COLUMNS) and _DIGEST.fullmatch(rows[-1][-1])):
-            rows = rows[:-1]
         placed = [Placed(row[0], row[1], float(row[2]), *row[3:]) for row in rows]
         valid = (_OUTPUT.fullmatch(row.output) and _DIGEST.fullmatch(row.digest) for row in placed)
         if head != COLUMNS or not all(valid) or not {row.action for row in placed} <= _ACTIONS:
@@ -123,18 +117,10 @@ def read_manifest(folder: Path) -> list[Placed]:
 
 
 def write_manifest(folder: Path, rows: Iterable[Placed]) -> None:
-    """Replace the manifest of a folder."""
-    with files.replacing(folder / MANIFEST) as new:
-        add_rows(new, [COLUMNS, *map(astuple, rows)])
+    """Replace the manifest of a folder, and wait until it is on the disk."""
+    text, path = files.csv_of([COLUMNS, *map(astuple, rows)]), folder / MANIFEST
+    write(text.encode("utf-8", "surrogateescape"), path, partial(shutil.copymode, path))
     files.sync(folder)
-
-
-def add_rows(manifest: Path, rows: Iterable[Iterable[object]]) -> None:
-    """Add rows to a manifest, and wait until they are on the disk."""
-    with manifest.open("ab") as file:
-        file.write(files.csv_of(rows).encode("utf-8", "surrogateescape"))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def touched(folder: Path, rows: Iterable[Placed]) -> set[str]:

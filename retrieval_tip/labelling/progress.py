@@ -53,12 +53,10 @@ class Estimate:
     """The expected number of ``wrong`` answers to the unlabelled photos, and the ``accuracy`` that follows from it.
 
     With a probability of 95 %, the number is between ``least_wrong`` and ``most_wrong``, and the accuracy between
-    ``low`` and ``high``. ``right`` counts the right answers to the ``n`` labelled photos that were drawn at random, and
-    ``first_wrong`` is the expected number of wrong answers among the ``SCREEN`` least certain ones.
+    ``low`` and ``high``. ``first_wrong`` is the expected number of wrong answers among the ``SCREEN`` least certain
+    ones.
     """
 
-    right: int
-    n: int
     accuracy: float
     low: float
     high: float
@@ -68,20 +66,18 @@ class Estimate:
     first_wrong: float
 
 
-def estimate_rest(index: Index, random_ids: Sequence[int], rest: Features, chosen_ids: Sequence[int] = ()) -> Estimate:
+def estimate_rest(index: Index, key_ids: Sequence[int], rest: Features) -> Estimate:
     """Estimate how many answers of a fitted index to the photos that are still unlabelled are wrong.
 
-    ``random_ids`` are the key ids of the labels that were drawn at random from the unlabelled photos, and
-    ``chosen_ids`` are the key ids of suggested and reviewed photos. Unknown ids are ignored. All of these photos are
-    held out in parts (see :func:`held_out.held_out_probabilities`). For 500 keys of 1,280 values, this takes about 1 s.
-    ``rest`` holds the features of the unlabelled photos, of shape ``[m, d]``. At most :data:`MOST_REST` of them
-    are used. Without labelled photos, any number can be wrong.
+    ``key_ids`` are those of photos that were labelled one by one. Unknown ids are ignored. These photos are held out in
+    parts (see :func:`held_out.held_out_probabilities`). For 500 keys of 1,280 values, this takes about 1 s. ``rest``
+    holds the features of the unlabelled photos, of shape ``[m, d]``. At most :data:`MOST_REST` of them are used.
+    Without labelled photos, any number can be wrong.
     """
-    m, rows = len(rest), photo_rows(index, [*random_ids, *chosen_ids])
+    m, rows = len(rest), photo_rows(index, key_ids)
     if not len(rows) or not m:
-        return Estimate(0, 0, 0.0, 0.0, 1.0, m, 0, m, min(m, SCREEN))
+        return Estimate(0.0, 0.0, 1.0, m, 0, m, min(m, SCREEN))
     held, chance = held_out_probabilities(index, rows), np.random.default_rng(0)
-    drawn = np.isin(rows, photo_rows(index, random_ids))
     a, b = _posterior(_logit(held.pred_probs.max(1)), held.right, chance)
     answers = index.classify(rest[spread(m, MOST_REST)], neighbours=0, norms="keep", logits=False).to_arrow()
     p = 1 / (1 + np.exp(a[:, None] + b[:, None] * _logit(answers["probability"].to_numpy())))
@@ -89,9 +85,8 @@ def estimate_rest(index: Index, random_ids: Sequence[int], rest: Features, chose
     numbers = chance.poisson(expected).clip(max=m)  # which vary at least as much as sums of draws
     wrong = float(expected.mean())
     least, most = (int(number) for number in np.quantile(numbers, (0.025, 0.975), method="nearest"))
-    interval, first = (1 - most / m, 1 - least / m), float(np.sort(p.mean(0))[-SCREEN:].sum())
-    right, n = int(held.right[drawn].sum()), int(drawn.sum())
-    return Estimate(right, n, 1 - wrong / m, *interval, wrong, least, most, first)
+    first = float(np.sort(p.mean(0))[-SCREEN:].sum())
+    return Estimate(1 - wrong / m, 1 - most / m, 1 - least / m, wrong, least, most, first)
 
 
 def _logit(probabilities: npt.NDArray[np.floating]) -> Floats:

@@ -9,7 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ def sort_photos(
     nothing.
 
     Raises UsageError if the action is unknown, or if some photos are not files and cannot be linked or moved. Raises
-    InputError if the folder cannot be written. Photos that were already placed stay there.
+    InputError if the folder cannot be written. No photo is placed before all are classified.
     """
     check_choice("action", action, Action)
     if at_most_wrong is not None and (min_probability is not None or not 0 <= at_most_wrong < 1):
@@ -109,19 +109,13 @@ def sort_photos(
     root, result = Path(folder), Sorted(_VERBS[action], threshold, said, skipped=reader.skipped)
     with locked(root, dry_run):
         before = placing.read_manifest(root)
-        if not dry_run:
-            placing.write_manifest(root, before)  # without an incomplete last row
-            placing.remove_scratch([root, *((root / row.output).parent for row in before)])
         plan = _Outputs(root, action, least, {row.input: row for row in before})
-        listed = set(before)
-        for photos in _classified(index, blocks, reader.skipped):
-            rows = [plan.row(item, digest, **answer) for item, digest, answer in photos]
-            if not dry_run:
-                placing.record(root, placing.touched(root, rows))
-                new = [row for row in dict.fromkeys(rows) if row not in listed]
-                placing.add_rows(root / MANIFEST, map(astuple, new))
-                listed.update(new)
-            result.rows += rows if dry_run else _placed(rows, root, action, result)
+        rows = [plan.row(item, digest, **answer) for item, digest, answer in _classified(index, blocks, reader.skipped)]
+        if not dry_run:
+            placing.remove_scratch([root, *((root / row.output).parent for row in before)])
+            placing.record(root, placing.touched(root, rows))
+            placing.write_manifest(root, dict.fromkeys([*before, *rows]))
+        result.rows += rows if dry_run else _placed(rows, root, action, result)
     return result
 
 
@@ -153,8 +147,8 @@ def locked(folder: Path, dry_run: bool) -> Iterator[None]:
 
 def _classified(
     index: Index, blocks: Iterable[tuple[Source, FeatureBlock]], skipped: list[Skipped]
-) -> Iterator[list[tuple[str, str, dict[str, Any]]]]:
-    """Yield blocks of photos: their paths, their digests, and their label, its probability and ``no_match``."""
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield the path and the digest of each photo, and its label, probability and ``no_match``."""
     for source, block in blocks:
         paths = source.paths
         for answers in index.answers([block], Ask(neighbours=0, logits=False)):
@@ -162,18 +156,18 @@ def _classified(
             own = source.items["source"].take(pa.array(positions)).to_pylist()
             names = own if paths is None else [paths[i] for i in positions]
             table = answers.predictions().written(["label", "probability", "no_match"])
-            photos, own_labels = [], dict(index.known(digests))
+            own_labels = dict(index.known(digests))
             for name, digest, answer in zip(names, digests, table.to_pylist(), strict=True):
                 if digest in own_labels:
                     answer = {"label": own_labels[digest], "probability": 1.0, "no_match": False}
                 is_id = paths is None and not os.path.lexists(name)
                 item = name if is_id else remote.absolute(name)
                 try:
-                    own = digest or hashlib.sha256(read_item(item)).hexdigest()
-                    photos.append((item, own, answer))
+                    digest = digest or hashlib.sha256(read_item(item)).hexdigest()
                 except InputError as error:
                     _skip(skipped, name, str(error))
-            yield photos
+                else:
+                    yield item, digest, answer
 
 
 def _skip(skipped: list[Skipped], path: str | Path, reason: str) -> None:

@@ -1,144 +1,117 @@
 """Write accuracy reports as single HTML files that contain no scripts and no external links.
 
-The layout is in ``page.html.j2``. The test labels are never used to select a setting.
+The layout is in ``page.html.j2``.
 """
 
 from __future__ import annotations
 
+import base64
 import datetime
+import hashlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+import re
+import shlex
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache as remembered
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
+import numpy.typing as npt
 
 from retrieval_tip import doctor
+from retrieval_tip.data import images
 from retrieval_tip.data.reader import FeatureBlock, Reader
-from retrieval_tip.data.source import few_shot
 from retrieval_tip.data.sources import Source
-from retrieval_tip.errors import InputError, UsageError, check_count, counted, few, one_line, percent, show
-from retrieval_tip.evaluation.evaluate import Evaluation, answered, judge, some_known
-from retrieval_tip.evaluation.held_out import without_themselves
+from retrieval_tip.errors import InputError, UsageError, counted, few, one_line, percent, show
+from retrieval_tip.evaluation.audit import AUDITED, audit
+from retrieval_tip.evaluation.calibration import reliability
+from retrieval_tip.evaluation.evaluate import Answers, Evaluation, evaluate
 from retrieval_tip.files import replacing
-from retrieval_tip.fit import closed_form, search_hp
-from retrieval_tip.fit.folds import Queries
+from retrieval_tip.fit.closed_form import wilson
 from retrieval_tip.html import markup, render
 from retrieval_tip.index import places
 from retrieval_tip.index.places import Place
 from retrieval_tip.model import Index
-from retrieval_tip.report import plots
-from retrieval_tip.report.results import Results, confusions, mistakes, portable, thumbnail
-from retrieval_tip.retrieval.defaults import untouched_settings
+from retrieval_tip.predictions import Neighbour
 from retrieval_tip.settings import Ask
 from retrieval_tip.store.manifest import Manifest
 
 if TYPE_CHECKING:
     from markupsafe import Markup
 
-SHOTS = tuple(2**i for i in range(10))
-CURVE_KEYS = 4096
-"""Default maximum number of keys to draw for the curve. The search time grows with its square."""
-SEEDS = 3
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""97.5 % quantiles of Student's t for 1 to 9 degrees of freedom. Beyond that, it is 1.96."""
+MATRIX = 40
+"""Maximum number of classes in the confusion matrix. If there are more, those with the most errors are shown."""
+MARKS = (0.0, 0.5, 0.9, 0.99)
+"""Probabilities from which the accuracy is shown."""
 LISTED = 50
 """Maximum number of items of a value to list."""
-KEPT = {"source": "source", "shots": "examples per class", "seed": "seed", "views": "views",
-        "text": "class names from", "skipped": "skipped at build"}  # fmt: skip
-"""Names of build records in the report."""
-
-Rows = list[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class WrittenReport:
-    """A report that has been written."""
-
-    path: Path
-    bytes: int
-    evaluation: Evaluation
+SURE = 0.9
+"""Minimum probability of a confident prediction."""
+WEAK, NAMED = 0.5, 3
+"""Accuracy below which a class always counts as weak, and the maximum number of weak classes to list."""
+MISCALIBRATED = 0.05
+"""Smallest difference between the mean probability and the accuracy at which a calibration is recommended."""
+MISTAKES, PAIRS, EXAMPLES, NEIGHBOURS = 12, 8, 3, 5
+"""Maximum numbers of mistakes in a list, of confused pairs, of photos per pair, and of keys per mistake."""
 
 
 def write_report(
-    index: Index, test: Source, reader: Reader, out: str | os.PathLike[str], *,
-    shots: Sequence[int] | None = None, seeds: int = SEEDS, curves: bool = True, abstain: float | None = None,
+    index: Index, test: Source, reader: Reader, out: str | os.PathLike[str], *, abstain: float | None = None,
     ask: Ask = Ask(), place: Place | None = None, where: str | None = None, command: str | None = None,
-) -> WrittenReport:  # fmt: skip
-    """Evaluate an index on a labelled test source and write an accuracy report as one HTML file.
+) -> Evaluation:  # fmt: skip
+    """Evaluate an index on a labelled test source, and write an accuracy report as one HTML file.
 
-    The figures come from :func:`evaluate.evaluate`. An existing file ``out`` is replaced once the report is
-    complete. ``reader.skipped`` lists the unreadable items.
+    Returns the result of :func:`evaluate.evaluate`, whose figures are shown. An existing file ``out`` is replaced once
+    the report is complete. ``reader.skipped`` lists the unreadable items.
 
     Args:
         index: The index. Its ``settings`` are used for the answers.
         test: Labelled images or features.
         reader: The encoder that computes the features.
         out: The HTML file.
-        shots: The numbers of shots per class to draw for the curve. Defaults to 1, 2, 4 and so on, up to the size of
-            the smallest class.
-        seeds: The number of draws for each number of shots.
-        curves: Whether to plot the accuracy as a function of the number of shots. A fine-tuned index has no such curve,
-            because its keys were trained together.
         abstain: The probability below which an answer is withheld in the returned evaluation.
         ask: The question, whose ``at_least`` and ``coverage`` also count in the returned evaluation.
         place: The folder or address of the index. Required only if ``index`` does not contain it.
         where: The condition that selected the keys, to show in the report.
         command: The command line to show in the report.
 
-    Raises UsageError if matplotlib is not installed, or if ``shots`` exceeds the size of the smallest class. Raises
-    InputError as :func:`evaluate.evaluate` does, or if ``out`` cannot be written.
+    Raises InputError as :func:`evaluate.evaluate` does, or if ``out`` cannot be written.
     """
     path = Path(out)
     check(path)
-    check_count("seeds", seeds)
-    least, rare = min((n, name) for n, name in zip(index.counts, index.class_names, strict=True) if n)
-    for number in shots or ():
-        if not 1 <= number <= least:
-            raise UsageError(f"shots {number}: class {rare!r} has {counted(least, 'shot')}; give 1 to {least}")
-    if shots is None:
-        classes = np.count_nonzero(index.counts)
-        shots = [number for number in SHOTS if number <= least > 1 and number * classes <= CURVE_KEYS]
-    ids, names = some_known(index, test)
     every = FeatureBlock.joined(list(reader.blocks(test)))
-    answers = answered(index, without_themselves(index, test, [every]), ids, names, ask)
-    evaluation = judge(index, answers, reader.skipped, abstain=abstain)
-    block = every.take(np.flatnonzero(np.isin(every.positions, answers.positions)))
+    evaluation = evaluate(
+        index, test, reader, abstain=abstain, blocks=[every], at_least=ask.at_least, coverage=ask.coverage
+    )
+    block = every.take(np.flatnonzero(np.isin(every.positions, evaluation.answers.positions)))
     named = index.place if place is None else str(place)
-    results = Results(index, test, reader, block, evaluation, named, where, command)
-    page = _page(results, measure_curve(results, shots, seeds) if curves else None).encode()
+    page = _page(Results(index, test, reader, block, evaluation, named, where, command)).encode()
     with replacing(path) as temporary:
         temporary.write_bytes(page)
-    return WrittenReport(path, len(page), evaluation)
+    return evaluation
 
 
 def check(out: Path) -> None:
-    """Raise UsageError if matplotlib is not installed, and InputError if the file cannot be written."""
-    plots.needs_matplotlib()
+    """Raise InputError if the file cannot be written."""
     if out.is_dir():
         raise InputError(f"{show(out)}: is a folder; give a file name")
     if not out.parent.is_dir():
         raise InputError(f"{show(out)}: there is no folder {show(out.parent)}; create it first")
 
 
-def _page(results: Results, curve: dict[str, object] | None) -> str:
+def _page(results: Results) -> str:
     index, evaluation = results.index, results.evaluation
     name = "an index" if results.place is None else f'"{show(Path(results.place).name)}"'
-    drawn = {
-        "matrix": (plots.draw_confusion, "Confusion matrix, as shares of the true class"),
-        "reliability": (plots.draw_reliability, "Accuracy by probability"),
-        "coverage": (plots.draw_coverage, "Accuracy if the least certain answers are withheld"),
-    }
     return render(
         "report/page.html.j2", title=f'Accuracy of {name} on "{Path(results.test.name).name}"', results=results,
         index=index, evaluation=evaluation, sentences=list(results.sentences()), actions=list(results.actions()),
-        pairs=list(confusions(results)), mistakes=list(mistakes(results)), curve=curve,
-        plots={name: plots.svg(partial(draw, evaluation), label) for name, (draw, label) in drawn.items()},
+        pairs=list(confusions(results)), mistakes=list(mistakes(results)),
+        matrix=confusion_matrix(evaluation.answers), reliability=list(by_probability(evaluation)),
+        coverage=list(by_coverage(evaluation)),
         provenance=provenance(results), counted=counted, few=few, percent=percent, portable=portable, nobreak=_nobreak,
         thumbnail=remembered(partial(thumbnail, results.test.load)),
     )  # fmt: skip
@@ -151,18 +124,81 @@ def _nobreak(text: str) -> Markup:
     return markup(str(escape(one_line(text))).replace(" %", "&nbsp;%"))
 
 
-def provenance(results: Results) -> dict[str, Rows]:
-    """Return the rows of each part by its title. Parts without rows are left out."""
+class Confusion(NamedTuple):
+    """A confusion matrix: ``counts[i, j]`` items of class ``names[i]`` were classified as ``names[j]``.
+
+    ``totals[i]`` is the number of items of class ``i``. ``of`` is the number of classes that occur. If there are many,
+    ``counts`` only contains the classes with the most errors. It omits items of unknown classes that got "no match".
+    """
+
+    names: list[str]
+    counts: npt.NDArray[np.int64]
+    totals: npt.NDArray[np.int64]
+    of: int
+
+
+def confusion_matrix(answers: Answers) -> Confusion:
+    """Count the answers by true and predicted class, in the order of the index."""
+    truth, predicted, c, wrong = answers.truth, answers.predicted, len(answers.class_names), ~answers.right
+    totals = np.bincount(truth, minlength=c)
+    chosen = occurring = np.flatnonzero(totals + np.bincount(predicted, minlength=c))
+    if len(occurring) > MATRIX:
+        errors = np.bincount(truth[wrong], minlength=c) + np.bincount(predicted[wrong], minlength=c)
+        chosen = np.sort(np.argsort(-errors, kind="stable")[:MATRIX])
+    both = np.isin(truth, chosen) & np.isin(predicted, chosen) & (answers.of_known | wrong)
+    counts = np.zeros((len(chosen), len(chosen)), dtype=np.int64)
+    np.add.at(counts, tuple(np.searchsorted(chosen, ids[both]) for ids in (truth, predicted)), 1)
+    return Confusion([answers.class_names[i] for i in chosen], counts, totals[chosen], len(occurring))
+
+
+class Share(NamedTuple):
+    """The ``n`` answers of a part of an evaluation, which is named ``of``, and how many of them are right.
+
+    ``share`` is their mean probability, or their share of all answers.
+    """
+
+    of: str
+    n: int
+    share: float
+    accuracy: float
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % confidence interval of the accuracy."""
+        return wilson(self.accuracy, self.n)
+
+
+def by_probability(evaluation: Evaluation) -> Iterator[Share]:
+    """Yield the answers to photos of known classes by their probability, with its mean."""
+    answers = evaluation.answers
+    known = answers.of_known
+    for low, high, n, mean, accuracy in zip(
+        *reliability(answers.confidence[known], answers.right[known], 10), strict=True
+    ):
+        if n:
+            yield Share(f"{100 * low:.0f} to {100 * high:.0f} %", int(n), mean, accuracy)
+
+
+def by_coverage(evaluation: Evaluation) -> Iterator[Share]:
+    """Yield the answers whose probability reaches each threshold, with their share of all answers."""
+    answers, asked = evaluation.answers, evaluation.abstain
+    for least in sorted({*MARKS, *([] if asked is None else [asked])}):
+        right = answers.right[answers.confidence >= least]
+        if len(right):
+            yield Share(f"at least {100 * least:g} %", len(right), len(right) / evaluation.n, float(right.mean()))
+
+
+def provenance(results: Results) -> dict[str, list[tuple[str, str]]]:
+    """Return the rows of each part by its title."""
     manifest = None if results.place is None else places.at(results.place).manifest(results.index.version)
-    parts = {
+    records, machine = results.index.provenance | {"fit": results.record("fit").get("form")}, doctor.examine().facts
+    return {
         "Test": list(_test(results)),
         "Settings": list(_settings(results, manifest)),
-        "Search": [(name, described(value)) for name, value in results.record("search").items()],
-        "Fine-tuning": [(name, described(value)) for name, value in results.record("finetune").items()],
         "Index": list(_index(results, manifest)),
-        "Machine": [(name, portable(value)) for name, value in doctor.examine().facts.items()],
+        "How it was made": [(name, described(value)) for name, value in records.items() if value not in (None, [])],
+        "Machine": [(name, portable(value)) for name, value in machine.items()],
     }
-    return {title: rows for title, rows in parts.items() if rows}
 
 
 def _test(results: Results) -> Iterator[tuple[str, str]]:
@@ -179,14 +215,11 @@ def _test(results: Results) -> Iterator[tuple[str, str]]:
 
 
 def _settings(results: Results, manifest: Manifest | None) -> Iterator[tuple[str, str]]:
-    kept, searched = results.index.provenance, "search-hp" if results.record("search") else "the index"
-    known = {"alpha": kept.get("alpha"), "beta": kept.get("beta"), "k": searched, "tail": "the index"}
-    known |= {"temperature": kept.get("temperature", "not fitted"), "logit_scale": "the index"}
-    for name, origin in known.items():
-        value = getattr(results.evaluation.settings, name)
-        own = getattr(manifest.settings, name) if manifest is not None else value
-        given = described(origin) if own == value else f"set for this report; the index has {described(own, 'all')}"
-        yield name, f"{described(value, 'all')} ({given})"
+    used = results.evaluation.settings.shown()
+    own = used if manifest is None else manifest.settings.shown()
+    for name, value in used.items():
+        other = "" if own[name] == value else f" (set for this report; the index has {described(own[name])})"
+        yield name, f"{described(value)}{other}"
 
 
 def _index(results: Results, manifest: Manifest | None) -> Iterator[tuple[str, str]]:
@@ -204,68 +237,189 @@ def _index(results: Results, manifest: Manifest | None) -> Iterator[tuple[str, s
     yield "FAISS index", f"{index.index_type} on {index.device}"
     yield "prompts", " | ".join(index.templates) or "-"
     if index.backbone is not None:
-        yield "encoder", portable(str(index.backbone))
-        yield "digest of its weights", index.backbone.weights
+        yield "encoder", portable(index.backbone.model)
+        yield "weights", f"{portable(index.backbone.pretrained or '-')}, {index.backbone.weights}"
         yield "preprocessing", described(dict(index.backbone.preprocess))
-    for name, called in KEPT.items():
-        if index.provenance.get(name) not in (None, []):
-            yield called, described(index.provenance[name])
 
 
-def described(value: object, none: str = "-") -> str:
-    """Return a manifest value as text. ``none`` stands for ``None``."""
+def described(value: object) -> str:
+    """Return a manifest value as text."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {described(part)}" for name, part in value.items())
     if isinstance(value, list):
         more = f" ... ({len(value)} in all)" if len(value) > LISTED else ""
         return ", ".join(map(described, value[:LISTED])) + more
-    return none if value is None else f"{value:.4g}" if isinstance(value, float) else portable(str(value))
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else portable(str(value))
 
 
-def measure_curve(results: Results, numbers: Sequence[int], seeds: int) -> dict[str, object] | None:
-    """Measure the accuracy for each number of shots, or return ``None`` if there is nothing to draw.
+@dataclass(frozen=True)
+class Results:
+    """A test source with the answers of an index, and the arguments of :func:`write_report`.
 
-    Return a diagram (``svg``) and ``rows`` of the shots, draws, mean accuracy and range.
+    ``block`` contains the encoded items in the order of the answers in ``evaluation``.
     """
-    if not numbers or results.is_tuned or not len(results.new):
+
+    index: Index
+    test: Source
+    reader: Reader
+    block: FeatureBlock
+    evaluation: Evaluation
+    place: str | None
+    where: str | None
+    command: str | None
+
+    @property
+    def answers(self) -> Answers:
+        """The answers for the ``n`` items."""
+        return self.evaluation.answers
+
+    @cached_property
+    def new(self) -> npt.NDArray[np.int64]:
+        """The places of the items that are not shots, and whose class the index has."""
+        return np.flatnonzero(self.answers.of_known & ~self.answers.held_out)
+
+    def record(self, name: str) -> dict[str, object]:
+        """Return what the index records about ``fit``, ``search`` or ``finetune``, which may be nothing."""
+        kept = self.index.provenance.get(name)
+        return kept if isinstance(kept, dict) else {}
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether the keys are fine-tuned."""
+        trained = self.index.values is not None and self.index.fitted is None
+        return bool(self.record("finetune")) or self.index.curve is not None or trained
+
+    def sentences(self) -> Iterator[str]:
+        """Yield sentences about the accuracy and the reliability."""
+        n, top1, sure = self.evaluation.n, self.evaluation.top1, self.answers.confidence >= SURE
+        low, high = self.evaluation.interval
+        yield (
+            f"{int(self.answers.right.sum()):,} of {counted(n, 'test photo', 'was', 'were')} classified correctly: "
+            f"{percent(top1)} (95 % interval {100 * low:.0f} to {100 * high:.0f} %)."
+        )
+        if sure.any():
+            certain = f"at least {100 * SURE:.0f} % certain ({100 * sure.mean():.0f} % of photos)"
+            right = percent(self.answers.right[sure].mean())
+            yield f"When the classifier is {certain}, it is right {right} of the time."
+        else:
+            yield f"The classifier is never {100 * SURE:.0f} % certain."
+
+    def actions(self) -> Iterator[tuple[str, str, str]]:
+        """Yield recommendations, weakest class first: what to do, why, and the command, if there is one."""
+        index, top1, wrong = self.index, self.evaluation.top1, int((~self.answers.right).sum())
+
+        def command(name: str, rest: str = "") -> str:
+            return f"retrieval-tip {name} {shlex.quote(portable(self.place))}{rest}" if self.place else ""
+
+        missed = [one for one in self.evaluation.by_class if one.n - one.right > 1]
+        weak = [one for one in missed if one.right < WEAK * one.n or one.interval[1] < top1]
+        for place, one in enumerate(weak[:NAMED]):
+            mistakes = f"{one.n - one.right:,} of all" if one.n - one.right < wrong else "all"
+            what = f"{one.name}: {100 * one.right / one.n:.0f} %, {mistakes} {wrong:,} mistakes"
+            often = f" ({one.times} times classified as {one.answer})" if one.times > 1 else ""
+            why = f"add photos to its {counted(one.shots, 'example')}{often}"
+            yield what, why, "" if place else command("index add", " FOLDER")
+        if index.fitted is None and not self.is_tuned:
+            yield "Fit the index", "it is not fitted to its examples yet", command("fit")
+        elif index.fitted is not None and index.fitted.keys != index.n:
+            why = f"it was fitted to {index.fitted.keys:,} examples and now has {index.n:,}"
+            yield "Fit the index again", why, command("fit")
+        if self.where is None and index.n <= AUDITED and (doubtful := len(audit(index))):
+            why = "the other examples contradict " + ("it" if doubtful == 1 else "them")
+            yield f"Check {counted(doubtful, 'label')}", why, command("index audit")
+        confidence = self.answers.confidence
+        gap, noise = confidence.mean() - top1, (confidence * (1 - confidence)).sum() ** 0.5 / len(confidence)
+        if abs(gap) > max(MISCALIBRATED, 2 * noise):
+            why = f"they are {100 * abs(gap):.0f} points too {'high' if gap > 0 else 'low'} on average"
+            yield "Calibrate the probabilities", why, command("fit", " --calibrate --val SOURCE")
+
+
+def portable(text: str | os.PathLike[str]) -> str:
+    """Shorten the absolute paths in a text, so that a report does not reveal local folders.
+
+    A path becomes relative to the working directory. If the path is outside, only its last two parts are kept, without
+    the home directory.
+    """
+
+    def shortened(path: re.Match[str]) -> str:
+        full, here, home = Path(path[0]), Path.cwd(), Path.home()
+        if full.is_relative_to(here):
+            return str(full.relative_to(here))
+        return str(Path(*(full.relative_to(home) if full.is_relative_to(home) else full).parts[-2:]))
+
+    return re.sub(r"(?:^|(?<=[\s@:=(',\"])|(?<=://))/(?=[^/\s])[^:,'\"]*", shortened, show(text))
+
+
+class Picture(NamedTuple):
+    """The path of an image, the ``digest`` of its bytes if known, and its ``alt`` text."""
+
+    path: str
+    digest: str | None
+    alt: str
+
+
+def mistakes(results: Results) -> Iterator[dict[str, object]]:
+    """Explain the wrong answers whose true class has the lowest probability, except for shots.
+
+    Each has the most probable classes, and the shots that caused the answer. A shot would explain itself.
+    """
+    answers, names = results.answers, results.index.class_names
+    wrong = results.new[~answers.right[results.new]]
+    places = wrong[np.argsort(answers.log_truth[wrong], kind="stable")][:MISTAKES].tolist()
+    predictions = results.index.classify(results.block.features[places], "keep", top=3, neighbours=NEIGHBOURS)
+    for place, prediction in zip(places, predictions, strict=True):
+        truth, answer = names[answers.truth[place]], names[answers.predicted[place]]
+        likely = dict(zip(prediction.labels, prediction.probabilities, strict=True))
+        likely |= {truth: math.exp(answers.log_truth[place]), answer: float(answers.confidence[place])}
+        ranked = dict(sorted(likely.items(), key=lambda pair: -pair[1]))
+        keys = _with_pictures(results, [*prediction.neighbours, *filter(None, [prediction.opposing])])
+        item = results.test.sources[int(answers.positions[place])]
+        own = {"item": item, "picture": _of_item(results, place), "probabilities": ranked, "near": keys}
+        yield own | {"truth": truth, "answer": answer}
+
+
+def confusions(results: Results) -> Iterator[dict[str, object]]:
+    """Yield the pairs of classes that are confused most often, with mistakes and nearby keys.
+
+    A mistake that occurred once says little about two classes, so it is left out.
+    """
+    answers, names = results.answers, results.answers.class_names
+    for truth, answer, times in results.evaluation.confusions[:PAIRS]:
+        if times > 1:
+            asked = answers.truth == names.index(truth)
+            own = np.flatnonzero(asked & (answers.predicted == names.index(answer)))
+            own = own[np.argsort(-answers.confidence[own], kind="stable")][:EXAMPLES]
+            asking = results.block.features[own[~answers.held_out[own]]]
+            predictions = results.index.classify(asking, "keep", neighbours=NEIGHBOURS)
+            near = {key.key_id: key for one in predictions for key in one.neighbours if key.label == answer}
+            keys = _with_pictures(results, list(near.values())[:EXAMPLES])
+            pictures = [_of_item(results, place) for place in own.tolist()]
+            yield {"truth": truth, "answer": answer, "times": times, "total": int(asked.sum()),
+                   "pictures": pictures, "near": keys}  # fmt: skip
+
+
+def _of_item(results: Results, place: int) -> Picture:
+    test, position = results.test, int(results.answers.positions[place])
+    path = test.paths[position] if test.paths is not None else test.sources[position]
+    label = results.answers.class_names[int(results.answers.truth[place])]
+    return Picture(path, results.block.digests[place], f"test photo of {label}")
+
+
+def _with_pictures(results: Results, keys: Sequence[Neighbour]) -> list[tuple[Neighbour, Picture]]:
+    rows = results.index.rows.where("key_id", [key.key_id for key in keys])
+    digests = dict(zip(rows["key_id"].to_pylist(), rows["digest"].to_pylist(), strict=True))
+    return [(key, Picture(key.source, digests.get(key.key_id), f"example of {key.label}")) for key in keys]
+
+
+def thumbnail(read: Callable[[str], bytes], path: str, digest: str | None, side: int) -> str | None:
+    """Return an image as a base64 JPEG whose sides have at most ``side`` pixels.
+
+    ``read`` returns the bytes of a path. Return ``None`` if the image cannot be read or does not have this digest.
+    """
+    try:
+        data = read(path)
+        if digest is not None and hashlib.sha256(data).hexdigest() != digest:
+            return None
+        return base64.b64encode(images.thumbnail(data, side)).decode()
+    except (InputError, UsageError):
         return None
-    pool, runs = closed_form.unfitted(results.index), dict[int, list[float]]()
-    for number in tqdm(numbers, unit="draw", disable=None if results.reader.progress else True, leave=False):
-        draws = range(1, 2 if set(pool.counts) <= {0, number} else seeds + 1)  # otherwise all draws are the same
-        runs[number] = [_accuracy(results, draw(pool, number, seed)) for seed in draws]
-    rows = []
-    for number, own in runs.items():
-        ends = f"{percent(min(own))} to {percent(max(own))}"
-        rows.append((number, len(own), percent(float(np.mean(own))), ends))
-    label = "; ".join(f"{shots}: {mean}" for shots, _, mean, _ in rows)
-    figure = partial(plots.draw_shots, runs, list(map(half_width, runs.values())), results.evaluation.zero_shot_top1)
-    return {"svg": plots.svg(figure, f"Accuracy by number of examples per class. {label}"), "rows": rows}
-
-
-def draw(pool: Index, shots: int, seed: int) -> Index:
-    """Return an index of ``shots`` keys per class, drawn from an unfitted ``pool`` by the published rule."""
-    order = np.argsort(pool.labels["key_id"].to_numpy(), kind="stable")
-    labels = pool.class_ids.cpu().numpy()[order].tolist()
-    drawn = pool.take(np.sort(order[few_shot(labels, shots, seed)]))
-    alpha, beta = untouched_settings(drawn.keys, drawn.class_ids.cpu().numpy())
-    return drawn.with_settings(drawn.settings.override(alpha=alpha, beta=beta))
-
-
-def half_width(values: Sequence[float]) -> float | None:
-    """Return half the width of the 95 % confidence interval of the mean, or ``None`` for one value."""
-    n = len(values)
-    if n == 1:
-        return None
-    quantile = STUDENT[n - 2] if n - 2 < len(STUDENT) else 1.96
-    return quantile * float(np.std(values, ddof=1)) / math.sqrt(n)
-
-
-def _accuracy(results: Results, drawn: Index) -> float:
-    """Fit drawn shots as the whole index was fitted, and return the accuracy. A single shot cannot be held out."""
-    if results.index.fitted is not None:
-        closed_form.fit(drawn)
-    elif max(drawn.counts) > 1:
-        choice = search_hp.search(drawn, Queries.leave_one_out(drawn))
-        drawn = drawn.with_settings(choice.settings(drawn.settings))
-    answers = drawn.logits(results.block.features[results.new]).argmax(dim=1).cpu().numpy()
-    return float((answers == results.answers.truth[results.new]).mean())

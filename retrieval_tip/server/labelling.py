@@ -382,7 +382,7 @@ class Labelling:
     def _item(self, photo: int, label: Label) -> PhotoLabel:
         copy, digest = self.photos.readable(photo), self.photos.digests.get(photo)
         path, digest = show(self.photos.path(copy)), digest or str(self._known[photo].digest)
-        return PhotoLabel(path, digest, label.label, label.picked, self.photos.feature(copy))
+        return PhotoLabel(path, digest, label.label, label.picked, self.photos.features.get(copy))
 
     def _refuse(self, photo: int, label: Label, reason: str) -> None:
         if self._unsaved.get(photo) is label:
@@ -448,15 +448,13 @@ class Labelling:
         self._chosen = version, encoded
 
     async def _measure(self, version: Version) -> None:
-        drawn, chosen = (
-            sorted({one.key_id for one in self._known.values() if one.picked in picked})
-            for picked in (("random",), ("suggested", "reviewed"))
-        )
+        picked = {one.key_id: one.picked for one in self._known.values() if one.picked not in (None, "similar")}
+        drawn = sum(how == "random" for how in picked.values())
         measured, rest = self._chosen, sorted(self.photos.encoded - self._taken())
         progress = None
-        if len(drawn) >= DRAWN and rest and version.index.n <= self.service.limits.estimated:
+        if drawn >= DRAWN and rest and version.index.n <= self.service.limits.estimated:
             features = self.photos.rows(rest)
-            progress = await self.service.run(self._thinking, _measured_on, features, version.index, drawn, chosen)
+            progress = await self.service.run(self._thinking, _measured_on, features, version.index, list(picked))
         self._progress, self._measured = progress, measured
 
 
@@ -487,15 +485,16 @@ def _facts_of(
     """Return the guesses for each photo that is shown, and the photos among ``rows`` that resemble it."""
     places = {photo: place for place, photo in enumerate(rows)}
     shown = [photo for photo in shown if photo in places]
-    near = alike(photos.rows(rows), [places[photo] for photo in shown])
-    found = [] if index is None else guesses(index.classify(photos.rows(shown), "keep", **vars(ASK)), none=False)
+    features, own = photos.rows(rows), [places[photo] for photo in shown]
+    near = alike(features, own)
+    found = [] if index is None else guesses(index.classify(features[own], "keep", **vars(ASK)), none=False)
     probable = [one["guesses"] for one in found] or [None] * len(shown)
-    similar = ([rows[place] for place in own] for own in near)
+    similar = ([rows[place] for place in one] for one in near)
     return dict(zip(shown, zip(probable, similar, strict=True), strict=True))
 
 
-def _measured_on(rest: FloatArray, index: Index, drawn: Sequence[int], chosen: Sequence[int]) -> schemas.LabelProgress:
+def _measured_on(rest: FloatArray, index: Index, key_ids: Sequence[int]) -> schemas.LabelProgress:
     index, more = index.in_memory(), min(MORE, len(rest))
-    found = estimate_rest(index, drawn, rest, chosen)
+    found = estimate_rest(index, key_ids, rest)
     gain, review = gain_of(index, rest, found, more), found.first_wrong < REVIEWED
     return schemas.LabelProgress(estimate=found, more=more, gain=gain, review=review)

@@ -312,7 +312,7 @@ async def label_answers(service: TheService, labelling: TheLabelling) -> Respons
 async def label_feature(labelling: TheLabelling, photo: schemas.PhotoNumber) -> Response:
     """Return the feature of a photo as little-endian float32 numbers."""
     labelling.path(photo)
-    feature = labelling.photos.feature(photo)
+    feature = labelling.photos.features.get(photo)
     if feature is None:
         raise Problem(404, f"photo {photo}: has not been read yet; try again later")
     return Response(feature.astype("<f4").tobytes(), media_type="application/octet-stream")
