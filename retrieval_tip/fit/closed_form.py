@@ -596,6 +596,5 @@ def _sample(folds: Folds, most: int = CHOSEN_ON) -> Folds:
         rows = few[np.isin(ids[few], classes)]
         keys, images, text = np.asarray(keys[rows]), images[rows], None if text is None else text[classes]
         ids, c = np.searchsorted(classes, ids[rows]), len(classes)
-    own = torch.from_numpy(ids)
-    sample = replace(folds, keys=keys, ids=own, c=c, text=text, images=images, sums=None, _scatters={})
+    sample = replace(folds, keys=keys, ids=torch.from_numpy(ids), c=c, text=text, images=images, sums=None)
     return sample.with_shots(FOLDS, len(ids)).with_classes(len(ids))

@@ -241,8 +241,8 @@ class Folds:
     single: int = 0
     parts: Sequence[Part] = ()
     shares: Sequence[float] = ()
-    _scatters: dict[int | None, Scatter | FewScatter] = field(default_factory=dict)
-    _terms: dict[Form, tuple[Tensor | None, Tensor, Tensor | None]] = field(default_factory=dict)
+    _scatters: dict[int | None, Scatter | FewScatter] = field(default_factory=dict, init=False)
+    _terms: dict[Form, tuple[Tensor | None, Tensor, Tensor | None]] = field(default_factory=dict, init=False)
 
     @classmethod
     def of(cls, index: Index, class_prior: ClassPrior | None = None, shares: Sequence[float] = ()) -> Folds:
@@ -269,7 +269,7 @@ class Folds:
         if (several := counts[own] > 1).any():
             ranks = ranks_within(own, np.random.default_rng(0))
             folds = np.where(several, ranks % min(number, int(np.median(counts[counts > 1]))), -1)
-        return replace(self, held=list(self._held(folds, most)), single=int((counts == 1).sum()), _terms={})
+        return replace(self, held=list(self._held(folds, most)), single=int((counts == 1).sum()))
 
     def with_small(self, most: int) -> Folds:
         """Also hold out few photos at a time, if the other folds contain half of the shots.
@@ -284,7 +284,7 @@ class Folds:
         counts = np.bincount(own, minlength=self.c)[own]
         places = ranks_within(own, draw) * np.maximum(SMALL_FOLDS // counts, 1) + draw.permutation(self.c)[own]
         small = self._held(np.where(counts > 1, places % SMALL_FOLDS, -1), most, "small")
-        return replace(self, held=[*self.held, *small], _terms={})
+        return replace(self, held=[*self.held, *small])
 
     def with_classes(self, most: int) -> Folds:
         """Also hold out whole classes, if some classes have text but no shots.
@@ -299,7 +299,7 @@ class Folds:
         fold_of = np.zeros(self.c, dtype=np.int64)
         fold_of[np.random.default_rng(0).permutation(own)] = np.arange(len(own)) % CLASS_FOLDS
         whole = self._held(fold_of[ids[self._photos]], most, "classes", fold_of[ids])
-        return replace(self, held=[*self.held, *whole], _terms={})
+        return replace(self, held=[*self.held, *whole])
 
     def _held(
         self, folds: IntArray, most: int, of: HeldOut = "shots", groups: IntArray | None = None
@@ -453,7 +453,7 @@ class Folds:
 
     def shared(self, shares: Sequence[float]) -> Folds:
         """Return the same folds with other shares of the encoders."""
-        return replace(self, shares=shares, _scatters={}, _terms={})
+        return replace(self, shares=shares)
 
     def of_known(self) -> Folds:
         """Return the same folds, in which only encoders with a prior count."""
