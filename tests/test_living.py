@@ -448,7 +448,8 @@ class Living(RuleBasedStateMachine):
             ridges = (index.fitted.ridge * counts / counts[counts > 0].mean())[ids]
             gram = np.exp(-index.settings.beta * (1 - affinity(index.vectors, index.vectors))) + np.diag(ridges)
             values, targets = (part[:, counts > 0] for part in (index.values.numpy(), np.eye(c)[ids]))
-            np.testing.assert_allclose(gram @ values, targets, rtol=0, atol=1e-3 * max(1, np.abs(values).max()))
+            tolerance = 1e-2 if index.dtype == "float16" else 1e-3  # a fit does not round the points
+            np.testing.assert_allclose(gram @ values, targets, rtol=0, atol=tolerance * max(1, np.abs(values).max()))
         if index.sums is not None:
             wide, one_hot = np.asarray(index.rows.in_memory().keys).astype(np.float64), np.eye(c)[ids]
             np.testing.assert_array_equal(index.sums.counts, one_hot.sum(0))
