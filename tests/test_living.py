@@ -482,6 +482,6 @@ def test_a_changed_index_answers_like_a_fresh_build(kind, factory, dtype, reques
     kinds = ["folder", "lance", *(["s3"] if kind == "s3" else [])]
     machine = type("LivingIndex", (Living,), {"kind": kind, "factory": factory, "dtype": dtype, "kinds": kinds})
     quick = settings(
-        max_examples=6 if SOAK else 2, stateful_step_count=16, deadline=None, suppress_health_check=list(HealthCheck)
+        max_examples=8 if SOAK else 4, stateful_step_count=16, deadline=None, suppress_health_check=list(HealthCheck)
     )
     run_state_machine_as_test(machine, settings=quick)
