@@ -448,7 +448,8 @@ class Living(RuleBasedStateMachine):
             ridges = (index.fitted.ridge * counts / counts[counts > 0].mean())[ids]
             gram = np.exp(-index.settings.beta * (1 - affinity(index.vectors, index.vectors))) + np.diag(ridges)
             values, targets = (part[:, counts > 0] for part in (index.values.numpy(), np.eye(c)[ids]))
-            np.testing.assert_allclose(gram @ values, targets, rtol=0, atol=1e-3 * max(1, np.abs(values).max()))
+            tolerance = 1e-2 if index.dtype == "float16" else 1e-3  # a fit does not round the points
+            np.testing.assert_allclose(gram @ values, targets, rtol=0, atol=tolerance * max(1, np.abs(values).max()))
         if index.sums is not None:
             wide, one_hot = np.asarray(index.rows.in_memory().keys).astype(np.float64), np.eye(c)[ids]
             np.testing.assert_array_equal(index.sums.counts, one_hot.sum(0))
@@ -481,6 +482,6 @@ def test_a_changed_index_answers_like_a_fresh_build(kind, factory, dtype, reques
     kinds = ["folder", "lance", *(["s3"] if kind == "s3" else [])]
     machine = type("LivingIndex", (Living,), {"kind": kind, "factory": factory, "dtype": dtype, "kinds": kinds})
     quick = settings(
-        max_examples=6 if SOAK else 2, stateful_step_count=16, deadline=None, suppress_health_check=list(HealthCheck)
+        max_examples=8 if SOAK else 4, stateful_step_count=16, deadline=None, suppress_health_check=list(HealthCheck)
     )
     run_state_machine_as_test(machine, settings=quick)
