@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 import torch
 from baselines import class_means, discriminant, linear_probe
 from common import Run, add_runs, features_of, machine, markdown, read_runs, summary
-from methods import Answering, Items, Method, Shots, closed, fine_tuned, paper, searched, zero_shot
+from methods import Answering, Items, Method, Shots, closed, draw_shots, fine_tuned, paper, searched, zero_shot
 from prior import TABLES, sums_of
 
 from retrieval_tip import EncodingCache, Index, Reader, build_index, load_backbone, open_source, tip
@@ -43,7 +43,6 @@ from retrieval_tip.evaluation.calibration import expected_calibration_error
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.scatter import FloatArray, pooled
 from retrieval_tip.index import changes
-from retrieval_tip.report.report import draw as draw_shots
 
 SHOTS = (1, 2, 4, 8, 16)
 TEMPLATE = "a photo of a {}."

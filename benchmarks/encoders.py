@@ -15,11 +15,11 @@ import click
 import numpy as np
 import pyarrow.parquet as pq
 from common import features_of, markdown
+from methods import draw_shots
 
 from retrieval_tip import EncodingCache, Index, Reader, load_backbone, open_source
 from retrieval_tip.backbones.base import unit
 from retrieval_tip.fit import closed_form
-from retrieval_tip.report.report import draw as draw_shots
 
 CLIP, RN50, LIT, LITE0 = "CLIP ViT-B/32", "CLIP RN50", "lit-mini", "EfficientNet-Lite0"
 COLUMNS = {CLIP: "feature", RN50: "feature_rn50", LIT: "feature_lit", LITE0: "feature_lite0"}

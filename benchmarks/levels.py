@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from accuracy import DATASETS
 from common import machine, markdown
+from methods import draw_shots
 
 from retrieval_tip.fit import closed_form
-from retrieval_tip.report.report import draw
 from retrieval_tip.settings import Levels
 
 TWO_WORDS = ("AM General", "Aston Martin", "Land Rover")
@@ -51,7 +51,7 @@ def main(shared: Path, data: tuple[str, ...], shots: tuple[int, ...], least: flo
     rows = []
     for name, number in itertools.product(data, shots):
         pool, _ = DATASETS[name].pool_of(number, shared)
-        index, items = draw(pool, number, 1), DATASETS[name].items(pool, shared)
+        index, items = draw_shots(pool, number, 1), DATASETS[name].items(pool, shared)
         closed_form.fit(index)
         index.groups = groups = groups_of(name, index.class_names)
         table = index.classify(items.features, neighbours=0, logits=False, at_least=least).to_arrow()

@@ -11,15 +11,26 @@ import numpy as np
 import torch
 
 from retrieval_tip import Index, Reader
+from retrieval_tip.data.source import few_shot
 from retrieval_tip.data.sources import Source
 from retrieval_tip.fit import closed_form, search_hp
 from retrieval_tip.fit.finetune import finetune, own_shots
 from retrieval_tip.fit.folds import Queries
 from retrieval_tip.fit.scatter import FloatArray
+from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.settings import Recipe
 
 STEPS = (200, 20)
 """Numbers of steps of the published grid for beta and alpha."""
+
+
+def draw_shots(pool: Index, shots: int, seed: int) -> Index:
+    """Return an index of ``shots`` keys per class, drawn from an unfitted ``pool`` by the published rule."""
+    order = np.argsort(pool.labels["key_id"].to_numpy(), kind="stable")
+    labels = pool.class_ids.cpu().numpy()[order].tolist()
+    drawn = pool.take(np.sort(order[few_shot(labels, shots, seed)]))
+    alpha, beta = untouched_settings(drawn.keys, drawn.class_ids.cpu().numpy())
+    return drawn.with_settings(drawn.settings.override(alpha=alpha, beta=beta))
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,10 @@
 """Print the tables and figures of the paper next to measured ones, if images and weights are available.
 
 Published figures come from benchmarks/published.csv, which names their sources. They are for RN50 unless stated
-otherwise. Measured figures are the mean top-1 accuracy over seeds 1 to N and half the width of its 95 % confidence
-interval (Student's t), with one centre view per shot. Use --protocol to determine how settings are selected. With
-honest, they are selected on the published validation draw of min(shots, 4) images per class, or by leave-one-out if
-there is no validation part. With paper, the published grid is searched on the whole validation part. If a run is
-interrupted, it resumes from --work.
+otherwise. Measured figures are the mean top-1 accuracy over seeds 1 to N and its standard error, with one centre view
+per shot. Use --protocol to determine how settings are selected. With honest, they are selected on the published
+validation draw of min(shots, 4) images per class, or by leave-one-out if there is no validation part. With paper, the
+published grid is searched on the whole validation part. If a run is interrupted, it resumes from --work.
 """
 
 from __future__ import annotations
@@ -23,13 +22,12 @@ from typing import Any
 import click
 import numpy as np
 from baselines import class_means, linear_probe
-from common import SHARED, machine
-from methods import Items, Method, Shots, cache_alone, closed, fine_tuned, paper, searched, zero_shot
+from common import SHARED, machine, summary
+from methods import Items, Method, Shots, cache_alone, closed, draw_shots, fine_tuned, paper, searched, zero_shot
 
 from retrieval_tip import EncodingCache, Reader, build_index, load_backbone, open_source
 from retrieval_tip.data.source import Source, few_shot, of_images
 from retrieval_tip.errors import RetrievalTipError
-from retrieval_tip.report.report import draw, half_width
 from retrieval_tip.store.versions import Versions
 
 IMAGENET = ("itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",
@@ -149,7 +147,7 @@ def drawn(whole: Shots, number: int, seed: int) -> Shots:
         few_shot(labels.tolist(), number, generator)
         seen = few_shot(val.ids.tolist(), min(number, 4), generator)
         val = Items(val.features[seen], val.ids[seen], val.name)
-    return replace(whole, index=draw(pool, number, seed), seed=seed, val=val)
+    return replace(whole, index=draw_shots(pool, number, seed), seed=seed, val=val)
 
 
 def print_rows(name: str, label: str, rows: list[dict[str, Any]], facts: list[dict[str, str]]) -> None:
@@ -160,7 +158,7 @@ def print_rows(name: str, label: str, rows: list[dict[str, Any]], facts: list[di
         text = ""
         for shots in SHOTS:
             if own := [row["top1"] for row in rows if (row["method"], row["shots"]) == (method, shots)]:
-                text += f"{100 * np.mean(own):>9.1f} +-{100 * (half_width(own) or 0):4.1f}"
+                text += "{:>9.1f} +-{:4.1f}".format(*(100 * one for one in summary(own)))
         click.echo(f"{method:<24}{text}")
     for method in PUBLISHED:
         found = {row["shots"]: row["accuracy"] for row in facts if row["method"] == method}

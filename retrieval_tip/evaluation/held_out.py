@@ -15,8 +15,7 @@ from retrieval_tip import tip
 from retrieval_tip.data.reader import FeatureBlock
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, UsageError, counted
-from retrieval_tip.fit.closed_form import wilson
-from retrieval_tip.fit.folds import without_parts
+from retrieval_tip.fit.folds import wilson, without_parts
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.store.labels import images_of

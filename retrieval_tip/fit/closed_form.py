@@ -37,6 +37,7 @@ from retrieval_tip.fit.folds import (
     blend,
     ranks_within,
     robust_blend,
+    wilson,
     taken_keys,
 )
 from retrieval_tip.fit.forms import DEFAULT_FORM, FORMS, ONE_SHOT, ONE_SHOT_WITH_PRIOR, WITH_PRIOR, Form
@@ -354,13 +355,6 @@ def _estimated(
         names_hurt=words is not None and float(lost.mean()) > 2 * float(lost.std()) / len(ids) ** 0.5,
         weakest=_weakest(index.class_names, right[shown], ids[shown]),
     )
-
-
-def wilson(share: float, n: float) -> tuple[float, float]:
-    """Return the 95 % confidence interval of a share that was measured on ``n`` items (Wilson, 1927)."""
-    z = 1.96
-    centre, half = share + z * z / (2 * n), z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
-    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
 
 
 def unfitted(index: Index) -> Index:

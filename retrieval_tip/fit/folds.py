@@ -697,3 +697,10 @@ def _blocks(keys: StoredKeys, rows: IntArray) -> Iterator[tuple[npt.NDArray[Any]
 def taken_keys(keys: StoredKeys, rows: Tensor) -> Tensor:
     """Return some of the keys as float32."""
     return torch.from_numpy(np.asarray(keys[rows.numpy()], dtype=np.float32))
+
+
+def wilson(share: float, n: float) -> tuple[float, float]:
+    """Return the 95 % confidence interval of a share that was measured on ``n`` items (Wilson, 1927)."""
+    z = 1.96
+    centre, half = share + z * z / (2 * n), z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
+    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))

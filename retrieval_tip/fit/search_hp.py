@@ -21,8 +21,7 @@ from torch import Tensor
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError
-from retrieval_tip.fit.closed_form import wilson
-from retrieval_tip.fit.folds import Queries
+from retrieval_tip.fit.folds import Queries, wilson
 from retrieval_tip.fit.scatter import FloatArray
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.defaults import untouched_settings

@@ -31,7 +31,7 @@ from retrieval_tip.evaluation.audit import AUDITED, audit
 from retrieval_tip.evaluation.calibration import reliability
 from retrieval_tip.evaluation.evaluate import Answers, Evaluation, evaluate
 from retrieval_tip.files import replacing
-from retrieval_tip.fit.closed_form import wilson
+from retrieval_tip.fit.folds import wilson
 from retrieval_tip.html import markup, render
 from retrieval_tip.index import places
 from retrieval_tip.index.places import Place
