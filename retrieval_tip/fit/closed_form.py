@@ -37,8 +37,8 @@ from retrieval_tip.fit.folds import (
     blend,
     ranks_within,
     robust_blend,
-    wilson,
     taken_keys,
+    wilson,
 )
 from retrieval_tip.fit.forms import DEFAULT_FORM, FORMS, ONE_SHOT, ONE_SHOT_WITH_PRIOR, WITH_PRIOR, Form
 from retrieval_tip.fit.scatter import FloatArray, dimensions
