@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import SOAK, few
 from dense import affinity, cache_logits
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -196,8 +196,11 @@ class Living(RuleBasedStateMachine):
         index, kind = self.store.load(device="cpu"), "Classes" if state.factory.startswith("Classes") else "Flat"
         fresh = state.fresh(index.in_memory().labels["key_id"].to_pylist(), kind)
         fit_again(fresh)
-        assert replace(fresh.fitted, automatic=index.fitted.automatic) == index.fitted
-        found = ([np.nan if part is None else part for part in astuple(own.settings)] for own in (fresh, index))
+        assert replace(fresh.fitted, automatic=index.fitted.automatic, bonus=index.fitted.bonus) == index.fitted
+        found = (
+            [np.nan if part is None else part for part in (*astuple(own.settings), own.fitted.bonus)]
+            for own in (fresh, index)
+        )
         np.testing.assert_allclose(*found, rtol=1e-4)
         return replace(state, settings=index.settings, metric=index.metric, fitted=index.fitted)
 
@@ -482,6 +485,7 @@ def test_a_changed_index_answers_like_a_fresh_build(kind, factory, dtype, reques
     kinds = ["folder", "lance", *(["s3"] if kind == "s3" else [])]
     machine = type("LivingIndex", (Living,), {"kind": kind, "factory": factory, "dtype": dtype, "kinds": kinds})
     quick = settings(
-        max_examples=8 if SOAK else 4, stateful_step_count=16, deadline=None, suppress_health_check=list(HealthCheck)
-    )
+        max_examples=8 if SOAK else 4, stateful_step_count=16, deadline=None, suppress_health_check=list(HealthCheck),
+        phases=[phase for phase in Phase if SOAK or phase is not Phase.shrink],  # shrinking takes minutes
+    )  # fmt: skip
     run_state_machine_as_test(machine, settings=quick)
