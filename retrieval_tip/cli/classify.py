@@ -324,7 +324,8 @@ def classify(
         answers = chain.from_iterable(table.to_pylist() for table in tables)
         labels = rows.labels(loaded)
         by = f"{Path(loaded.place or '').name}@{loaded.version} (retrieval-tip {__version__})"
-        known = (answers, cut, by, camera_traps.root_of(inputs, photos))
+        is_of_traps = printing.style in (MEGADETECTOR, CAMTRAP_DP)
+        known = (answers, cut, by, camera_traps.root_of(inputs, photos) if is_of_traps else "")
         if printing.style in DOCUMENTS:
             write_document(partial(FORMATS[printing.style], answers, labels), printing.output)
         elif printing.style == MEGADETECTOR:
