@@ -461,7 +461,7 @@ class Classifier(OpenIndex):
         if (features := features_of(photo)) is None and is_one(photo):
             features, norms = self.reader.encode(open_images(photo)).features, "keep"
         if features is None or len(features) != 1:
-            raise UsageError("photo: expected a single photo or feature; call similar for each of them")
+            raise UsageError("photo: expected a single photo or feature; call similar for each one")
         return self.index.similar(features, n, norms=norms)[0]
 
     def suggest(self, photos: Iterable[Picture] | Features | Place, n: int = 20) -> Suggestions:

@@ -74,7 +74,7 @@ MOST_EXPONENT = 80.0
 PREDICTED = 1 << 16
 """Maximum number of queries that are classified at a time."""
 MOST_COPIED = 1 << 29
-"""Maximum size in bytes of the keys of an index from which a question can leave out keys, because it copies them."""
+"""Maximum size in bytes of the keys of an index from which keys can be left out, because this copies the others."""
 
 
 @dataclass(repr=False)

@@ -20,7 +20,7 @@ def clean_class_name(name: str) -> str:
 
 
 def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
-    """Return the templates. Raises UsageError if there are none, or if one does not contain ``{}`` exactly once."""
+    """Return the templates. Raises UsageError if the list is empty, or if one does not contain ``{}`` exactly once."""
     if not templates:
         raise UsageError("templates: none given; give at least one, such as 'a photo of a {}.'")
     for template in templates:

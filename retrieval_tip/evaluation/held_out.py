@@ -16,7 +16,7 @@ from retrieval_tip.data.reader import FeatureBlock
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, UsageError, counted
 from retrieval_tip.fit.folds import wilson, without_parts
-from retrieval_tip.model import Index
+from retrieval_tip.model import MOST_COPIED, Index
 from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.store.labels import images_of
 
@@ -26,8 +26,6 @@ IntArray = npt.NDArray[np.int64]
 
 SAME = 0.9999
 """Minimum cosine of two equal features, which may have been rounded to float16 or bfloat16."""
-MOST_COPIED = 1 << 29
-"""Maximum size in bytes of the keys of an index from which photos are held out, because each part copies them."""
 
 
 def photo_rows(index: Index, key_ids: Sequence[int]) -> IntArray:
@@ -131,7 +129,7 @@ def without_themselves(
     :func:`folds.without_parts`. An item is a shot if a key has the same digest. A row of a feature table without a
     digest is a shot if a key has the same id and the same feature, because many tables number their rows.
 
-    If the keys take more than :data:`MOST_COPIED` bytes, items that are shots are left out, and a warning is logged.
+    If the keys take more than :data:`model.MOST_COPIED` bytes, shots are left out, and a warning is logged.
     Raises InputError if the only photo of the index is an item, or if no item remains.
     """
     shots, parts, new = list[FeatureBlock](), list[IntArray](), 0

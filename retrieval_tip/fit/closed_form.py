@@ -53,7 +53,7 @@ from retrieval_tip.settings import ClassPrior, MetricName, Settings, ValuesName,
 from retrieval_tip.store.labels import PICKED, RANDOM
 
 FOLDS, MOST_FOLDS, FEW_KEYS = 4, 8, 1024
-"""Number of folds to select a form, and to evaluate the selected form if there are at most so many keys."""
+"""Number of folds to select a form, and to evaluate the selected form if there are at most this many keys."""
 CHOSEN_ON, SHARED_ON, CHOSEN_SHOTS, JUDGED = 2048, 1024, 32, 4096
 """Maximum numbers of keys to select a form and to select shares, of keys per class, and of photos to evaluate."""
 LEAST_SHOTS = 3

@@ -203,7 +203,7 @@ def finetune_into(
     out: str | os.PathLike[str], index: Index, shots: Source, reader: Reader, recipe: Recipe | None = None, *,
     val: Source | Queries | None = None,
 ) -> Tuned:  # fmt: skip
-    """Fine-tune an index, and write the result into the folder ``out``, or a copy of the index if it is more accurate.
+    """Fine-tune an index, and write the result into the folder ``out``, or a copy of the index if that is better.
 
     The accuracy is measured on ``val``, or on held-out shots if ``val`` is not given (see :func:`_compared`).
     """

@@ -98,7 +98,7 @@ def numbered(name: str, number: int) -> str:
 
 
 def read_manifest(folder: Path) -> list[Placed]:
-    """Return the rows of the manifest in a folder, or nothing if there is none. Raises InputError if it is damaged."""
+    """Return the rows of a folder's manifest, or an empty list without one. Raises InputError if it is damaged."""
     path = folder / MANIFEST
     try:
         text = files.read_regular(path, MAX_MANIFEST).decode("utf-8", "surrogateescape")
@@ -171,7 +171,7 @@ def remove_scratch(folders: Iterable[Path]) -> None:
 
 
 def digest_at(path: Path) -> str | None:
-    """Return the digest of a file, ``""`` for anything else, or ``None`` if nothing is there."""
+    """Return the digest of a file, ``""`` for anything else, or ``None`` if it does not exist."""
     if not os.path.lexists(path):
         return None
     return files.sha256_of(path) if path.is_file() else ""

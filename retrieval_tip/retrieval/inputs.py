@@ -99,7 +99,7 @@ def joined(
 def scale_of(parts: Sequence[Part], shares: Sequence[float]) -> Tensor | None:
     """Return ``sqrt(e s_i)`` for each value of a feature of ``e`` encoders, ``[d]``, or ``None`` if all count equally.
 
-    Features are scaled by it, so that an affinity is the mean of those of the encoders, weighted by their shares.
+    Features are scaled by it, so that an affinity is the mean of one affinity per encoder, weighted by the shares.
     """
     if len(set(shares)) < 2:
         return None

@@ -18,7 +18,7 @@ from retrieval_tip.settings import Settings
 LOGITS = 1 << 25
 """Maximum number of logits in a block. In float32, they take 128 MiB."""
 
-PRODUCTS = 1 << 23
+AFFINITIES = 1 << 23
 """Maximum number of affinities in memory to find the keys that contribute most. In float32, they take 32 MiB."""
 
 LEAST_CLASSES = 2
@@ -131,7 +131,7 @@ class Retrieval:
         """Return, for one class per query, the keys that contribute most and the key that contributes least."""
         most: list[Nearest] = []
         least: list[Nearest] = []
-        for part in slices(len(points), max(1, min(QUERY_BLOCK, PRODUCTS // self.keys.n))):
+        for part in slices(len(points), max(1, min(QUERY_BLOCK, AFFINITIES // self.keys.n))):
             affinity = torch.cat([tip.affinity(points[part], keys) for keys, *_ in self.keys.blocks()], dim=1)
             shares = tip.weight(affinity, beta).mul_(values.index_select(1, classes[part]).T)
             for kept, places in ((most, shares.topk(number, dim=1).indices), (least, shares.argmin(1, keepdim=True))):

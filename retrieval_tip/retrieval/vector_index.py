@@ -48,6 +48,9 @@ MOST_LINKS = 1024
 ADDED = 65536
 """Number of vectors that are added to a FAISS index at a time."""
 
+AUTO_CLASSES = 8
+"""Number of whole classes per query that ``auto`` uses."""
+
 FLAT_FACTORY = "Flat"
 """Factory of an exact index, which has no file, since it searches the keys themselves."""
 
@@ -79,7 +82,7 @@ def auto_factory(n: int, c: int) -> tuple[str, int | None]:
     if n <= max(4 * c, 2048):
         return "Flat", None
     if n <= 4 * c * n**0.5:
-        return BY_CLASS, round(8 * n / c)
+        return BY_CLASS, round(AUTO_CLASSES * n / c)
     return lists_for(n), 256
 
 

@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import logging
 import os
+import stat
 import weakref
 from collections.abc import AsyncIterator, Callable, Hashable
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -165,7 +166,7 @@ class Service:
     def index(self, name: str | None) -> Served:
         """Return the index with this name, or the only index if ``name`` is ``None``.
 
-        Raises Problem 404 if there is none, and InputError if there are several.
+        Raises Problem 404 if no index is found, and InputError if there are several.
         """
         if name is None:
             if not self.served:
@@ -263,8 +264,8 @@ class Service:
         """Return the path of the image file that the source of a shot names, its time and its size, if it exists."""
         path = self._root / source
         try:
-            if path.suffix.lower() in images.extensions() and path.is_file():
-                return path, path.stat().st_mtime_ns, path.stat().st_size
+            if path.suffix.lower() in images.extensions() and stat.S_ISREG((found := path.stat()).st_mode):
+                return path, found.st_mtime_ns, found.st_size
         except (OSError, ValueError):  # the source is not a valid file name
             pass
         return None

@@ -111,7 +111,7 @@ class State extends EventTarget {
 
   #at = (what) => api.at(this.info.name, what);
 
-  /** Send a change with the token. If the token is unknown, ask the user for it, and return null if there is none. */
+  /** Send a change with the token. If the token is unknown, ask the user for it. Return null if the user gives none. */
   async #change(path, options, refresh = true) {
     for (let wrong = false; ; wrong = true) {
       const known = !wrong && sessionStorage.getItem(api.TOKEN);
