@@ -74,7 +74,7 @@ def main(keys: int, added: int, dim: int, classes: int, index: str, metric: bool
         taken = take_turns(title, {"build": build}, 1, warm=0)
         taken |= take_turns(title, {f"add {added:,}": add}, times, warm=0)
         taken |= take_turns(title, sides, times, warm=0)
-        factory = Index.load(target, device="cpu", verify="fast").index.factory
+        factory = Index.load(target, device="cpu", verify="fast").index_type
     found = medians(taken)
     show(f"{title}, index {factory}", [{"what": what, "seconds": value, "times in a build": found["build"] / value}
                  for what, value in found.items()])  # fmt: skip

@@ -269,7 +269,7 @@ class Material:
         """Size and settings of the index."""
         cache = Index.load(self.index, device="cpu", verify="fast")
         return (
-            f"{self.what}: {cache.n:,} keys x {cache.d}, {len(cache.class_names):,} classes, {cache.index.factory}, "
+            f"{self.what}: {cache.n:,} keys x {cache.d}, {len(cache.class_names):,} classes, {cache.index_type}, "
             f"k {cache.settings.k or 'all'}, top {TOP}, {NEIGHBOURS} neighbours"
         )
 

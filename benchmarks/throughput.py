@@ -187,7 +187,7 @@ def retrieval(size: Size, queries: int, large: int, rounds: int, device: str, ot
         other = material.other(factory)
         ways[f"{factory}, k {k}"] = Way(lambda f, other=other, k=k: other.logits(f, k), f, min(queries, 256))
     expected = torch.cat([cache.logits(part, "all").argmax(dim=1).cpu() for part in f.split(1024)])
-    material.compare(f"retrieval, {cache.index.factory}, k {cache.settings.k or 'all'}", ways, rounds, expected)
+    material.compare(f"retrieval, {cache.index_type}, k {cache.settings.k or 'all'}", ways, rounds, expected)
 
 
 SIZES = ((16_000, 1024, 1000), (16_000, 512, 1000), (160_000, 512, 1000), (1_000_000, 512, 1000))

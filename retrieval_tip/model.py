@@ -134,8 +134,8 @@ class Answering:
 
     @property
     def index(self) -> VectorIndex | None:
-        """The FAISS index over the keys or, if there is a metric, over the points. A table has an index of its own."""
-        return self.retrieval.keys.index if isinstance(self.retrieval.keys, Keys) else None
+        """The FAISS index over the keys or, if there is a metric, over the points. ``Flat`` and tables have none."""
+        return self.rows.index
 
     @property
     def keys(self) -> KeyArray | KeysInPlace:

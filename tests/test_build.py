@@ -10,6 +10,7 @@ import pytest
 import torch
 from tables import unit_rows, write_table
 
+from retrieval_tip import verify
 from retrieval_tip.data import images
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.source import few_shot
@@ -56,6 +57,22 @@ def test_shots_are_drawn_by_the_published_rule(table, tmp_path):
     assert sorted(cache.labels["source"].to_pylist()) == sorted(f"item-{i}" for i in few_shot(labels, 4, 7))
     assert cache.provenance["shots"] == 4
     assert cache.provenance["seed"] == 7
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({}, ("Classes", 8 * 7 * 16)),  # 2240 keys, too many to search all
+        ({"k": 50}, ("Classes", 50)),
+        ({"k": "all"}, ("Classes", None)),
+    ],
+)
+def test_auto_chooses_the_index_and_k_unless_k_is_given(tmp_path, more, expected):
+    names = [f"class {i}" for i in range(20)]
+    table = write_table(tmp_path / "many.parquet", unit_rows(7 * 16 * 20, 8), 7 * 16 * names)
+    build(table, tmp_path / "auto", index="auto", **more)
+    cache = verify(tmp_path / "auto")
+    assert (cache.index_type, cache.settings.k) == expected
 
 
 def test_small_classes_repeat_images_with_a_warning(table, tmp_path, caplog):

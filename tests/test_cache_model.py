@@ -450,12 +450,10 @@ def test_a_saved_or_pickled_index_gives_the_same_answers_bit_for_bit(how, index,
     cache = model(index=index, keys=KEYS.astype(dtype), sources=[f"ü{i}" for i in range(N)])
     if index == "Flat" and how != "saved":
         closed_form.fit(cache, closed_form.Fit("within", "solved"))
-    cache.index.effort = 3
     cache = reopened(cache, tmp_path / "index")
     cache.add(unit(KEYS[:5] + 0.1), Y[:5])
     there = CARRY[how](cache, tmp_path / "there")
     shutil.rmtree(tmp_path / "index")
-    assert there.index.effort == cache.index.effort
     assert how == "saved" or (there.folder, there.version) == (None, None)
     for k, tail in ((None, True), (16, True), (16, False)):
         assert torch.equal(there.logits(QUERIES, k, tail), cache.logits(QUERIES, k, tail))

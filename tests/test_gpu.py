@@ -223,21 +223,20 @@ def gpus():
     with ExitStack() as stack:
 
         def make(number=1, free=1 << 30, current=0, torch_sees=True, fails=""):
-            real, copies, probes = vector_index.faiss(), [], []
+            real, copies = vector_index.faiss(), []
 
             def copy(where, number, index, options):
                 if fails:
                     raise RuntimeError(f"Error in somewhere: {fails}")
-                copies.append((where, number, options, getattr(index, "nprobe", 0)))
+                copies.append((where, number, options))
                 return index
 
-            space = SimpleNamespace(set_index_parameter=lambda _index, name, value: probes.append(value))
             own = {
                 "get_num_gpus": lambda: number, "get_compile_options": lambda: "OPTIMIZE GPU NVIDIA_CUVS ",
                 "GpuMultipleClonerOptions": lambda: SimpleNamespace(useFloat16=False, use_cuvs=False, shard=False),
                 "index_cpu_to_gpu": lambda _, number, index, options: copy("one", number, index, options),
                 "index_cpu_to_all_gpus": lambda index, options: copy("all", None, index, options),
-                "GpuParameterSpace": lambda: space, "copies": copies, "probes": probes,
+                "copies": copies,
             }  # fmt: skip
             fake = SimpleNamespace(**vars(real) | own)
             seen = {"is_available": lambda: torch_sees, "current_device": lambda: current}
@@ -253,7 +252,7 @@ def test_a_search_by_torch_is_exact_for_any_k_and_blocks(dtype):
     keys, queries = torch.from_numpy(KEYS).to(dtype), torch.from_numpy(QUERIES)
     dense = queries.double() @ keys.double().T
     for k in (1, 40, 300):
-        with mock.patch.multiple(vector_index, PRODUCTS=16 * 37, QUERIES=2):
+        with mock.patch.multiple(vector_index, PRODUCTS={"cpu": 16 * 37}, QUERIES={"cpu": 2}):
             affinity, rows = exact_search(keys, queries, k)
         np.testing.assert_allclose(affinity, dense.topk(k).values, rtol=0, atol=1e-5)
         np.testing.assert_allclose(dense.gather(1, rows), affinity, rtol=0, atol=1e-5)
@@ -278,23 +277,10 @@ def test_a_search_by_torch_is_exact_for_any_k_and_blocks(dtype):
 def test_an_index_is_placed_on_the_right_gpus(gpus, machine, device, factory, dtype, expected):
     fake = gpus(2, **machine)
     VectorIndex.build(KEYS.astype(dtype), factory, device).search(QUERIES, 1)
-    [(where, number, options, _)] = fake.copies
+    [(where, number, options)] = fake.copies
     assert (where, number, options.useFloat16) == expected
     assert options.shard == (where == "all")
     assert options.use_cuvs or factory != "IVF4,Flat" or where == "all" or dtype == np.float16
-
-
-@mock.patch.object(vector_index, "GPU_MAX_K", 3)
-def test_too_many_probes_are_reduced_on_the_gpu_only(gpus, caplog):
-    fake, index = gpus(), VectorIndex.build(KEYS, "IVF8,Flat", "cuda")
-    index.effort = 7
-    index.search(QUERIES, 1)
-    assert fake.copies[0][3] == 3
-    assert index.effort == 7
-    assert "at most 3 lists on a GPU; the CPU would probe 7" in caplog.text
-    index.effort = 8
-    index.effort = 2
-    assert fake.probes == [3, 2]
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,6 @@ MISTAKES = {
     "index list {w}/nowhere": (1, "no such folder"),
     "search-hp lance://x/y --val x.csv": (2, "retrieval-tip index clone lance://x/y DIR"),
     "finetune lance://x/y --out out": (2, "retrieval-tip index clone lance://x/y DIR"),
-    "index tune lance://x/y --val x.csv": (2, "retrieval-tip index clone lance://x/y DIR"),
     "fit lance://x/y --calibrate --val x.csv": (2, "retrieval-tip index clone lance://x/y DIR"),
 }
 

@@ -60,8 +60,7 @@ def test_search_returns_near_keys_with_their_affinities(factory, tmp_path):
     index.save(tmp_path / "index.faiss")
     loaded = VectorIndex.load(tmp_path / "index.faiss", factory, "cpu")
     for one in (index, loaded):
-        assert (one.exact_search, one.exact_affinity) == (exact_search, exact_affinity)
-        assert (one.by_class, one.effort) == (factory.startswith("Classes"), index.effort)
+        assert (one.by_class, one.exact_affinity) == (factory == "Classes", exact_affinity)
         assert (one.n, one.d, one.device, one.factory) == (640, D, "cpu", factory)
     loaded.save(tmp_path / "again.faiss")
     assert (tmp_path / "again.faiss").read_bytes() == (tmp_path / "index.faiss").read_bytes()
@@ -209,29 +208,3 @@ def test_a_gpu_index_answers_a_large_k_on_the_cpu():
 )
 def test_auto_chooses_by_the_number_of_keys_and_classes(n, c, expected):
     assert vector_index.auto_factory(n, c) == expected
-
-
-def test_probing_all_lists_is_exact_and_probing_one_list_is_not():
-    index = VectorIndex.build(KEYS, "IVF16,Flat", "cpu")
-    assert (index.effort, index.effort_limit) == (8, 16)
-    index.effort = 16
-    assert index.effort == 16
-    np.testing.assert_array_equal(index.search(QUERIES, 100)[1], NEAREST[:, :100])
-    index.effort = 1
-    _, rows = index.search(QUERIES, 100)
-    found = [len(set(a) & set(b)) for a, b in zip(rows.tolist(), NEAREST[:, :100].tolist(), strict=True)]
-    assert max(found) < 100
-    index.effort = None  # has no effect
-    assert index.effort == 1
-
-
-@pytest.mark.parametrize("factory", ["IVF16,Flat", "HNSW32", "PCA32,IVF16,Flat", "IVF16,SQfp16"])
-def test_effort_is_saved_with_the_index(factory, tmp_path):
-    index = VectorIndex.build(KEYS, factory, "cpu")
-    assert index.effort not in (None, 3)
-    index.effort = 3
-    index.save(tmp_path / "index.faiss")
-    loaded = VectorIndex.load(tmp_path / "index.faiss", factory, "cpu")
-    assert loaded.effort == 3
-    np.testing.assert_array_equal(loaded.search(QUERIES, 50)[1], index.search(QUERIES, 50)[1])
-    assert loaded.effort_limit == (640 if factory == "HNSW32" else 16)

@@ -232,7 +232,7 @@ def test_classes_with_few_or_no_keys_near_a_query_leave_no_slot_empty():
 
 def fresh(cache, **changes):
     """Return a new model with the same keys and labels."""
-    options = {"alpha": cache.settings.alpha, "index": cache.index.factory} | changes
+    options = {"alpha": cache.settings.alpha, "index": cache.index_type} | changes
     ids, text = cache.labels["class_id"].to_numpy(), cache.text_weights.numpy()
     return model(np.asarray(cache.keys), ids, len(cache.class_names), text, **options)
 
@@ -262,19 +262,6 @@ def test_other_keys_give_the_answers_of_a_new_build(index, change, material):
     np.testing.assert_allclose(cache.logits(queries[:50]), text_ + exact, atol=1e-3)
 
 
-def test_the_tuned_effort_survives_changes_of_keys(material):
-    array, ids, text, queries = material
-    cache = model(array, ids, C, text, index="IVF16,Flat")
-    assert cache.index.effort != 3
-    cache.index.effort = 3
-    cache = cache.take(np.arange(600))
-    assert cache.index.effort == 3
-    cache.add(queries[:3], [0, 1, 2])
-    assert cache.index.effort == 3
-    cache.remove([5])
-    assert cache.index.effort == 3
-
-
 def test_an_index_of_other_keys_or_another_type_is_refused(tmp_path, material):
     array, ids, text, _ = material
     other = model(np.ascontiguousarray(array[::-1]), ids, C, text)
@@ -283,8 +270,9 @@ def test_an_index_of_other_keys_or_another_type_is_refused(tmp_path, material):
     with pytest.raises(StoreError, match="the FAISS index does not match"):
         verify(tmp_path / "means")
     cache = model(array, ids, C, text, index="Flat")
-    cache.index.factory = "Classes"  # written to the manifest
-    replace(cache, rows=replace(cache.rows, index=cache.index)).save(tmp_path / "type")
+    keys = VectorIndex.build(array, "Flat", "cpu")
+    keys.factory = "Classes"  # written to the manifest
+    replace(cache, rows=replace(cache.rows, index=keys)).save(tmp_path / "type")
     with pytest.raises(StoreError, match="does not match the manifest"):
         Index.load(tmp_path / "type", device="cpu")
 

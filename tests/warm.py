@@ -26,7 +26,7 @@ FOR_FEATURES = (
     *(f"retrieval_tip.{name}" for name in ("cli", "cli.output", "doctor")),
     *(f"retrieval_tip.fit.{name}" for name in ("finetune", "search_hp")),
     *(f"retrieval_tip.evaluation.{name}" for name in ("audit", "evaluate")),
-    *(f"retrieval_tip.index.{name}" for name in ("build", "changes", "tune")),
+    *(f"retrieval_tip.index.{name}" for name in ("build", "changes")),
     "retrieval_tip.report.report",
 )  # fmt: skip
 FOR_IMAGES = ("torchvision", "open_clip", "transformers.modeling_utils", "sklearn.metrics", "retrieval_tip.server.run")

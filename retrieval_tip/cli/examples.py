@@ -14,10 +14,6 @@ EXAMPLES = {
         'index query indexes/things "SELECT * FROM class_counts"',
         "index query indexes/things \"SELECT source FROM labels WHERE label = 'cat'\" --out cats.csv",
     ],
-    "index tune": [
-        "index tune indexes/things --val new",
-        "index tune indexes/things --val new --agreement 0.99 --dry-run",
-    ],
     "index add": ["index add indexes/things more", "index add indexes/things more --skip-known"],
     "index merge": ["index merge indexes/things indexes/others", "index merge indexes/all indexes/a indexes/b"],
     "index remove": [

@@ -75,8 +75,7 @@ def search_command(
     """Search for the best alpha and beta, as in Tip-Adapter.
 
     The settings are selected on the shots, each classified without itself, or on --val, and never on test images. The
-    search uses all keys, and it is exact in alpha. The result is saved as a new version of the index. Use index tune to
-    select k.
+    search uses all keys, and it is exact in alpha. The result is saved as a new version of the index.
 
     Options:
         val: Labelled validation source, used instead of the shots. The val part of a split .json is used.

@@ -139,48 +139,6 @@ def query(
     printing.write_table(store_of(folder).query(sql, timeout))
 
 
-@index.command()
-def tune_command(
-    folder: Path = options.FOLDER_ARGUMENT,
-    val: Place = option(kinds.SOURCE, required=True),
-    agreement: float = option(kinds.Number(0, 1, above=True), default=0.999),
-    factories: tuple[str, ...] = option(None, "--index", multiple=True),
-    dry_run: bool = flag(),
-    printing: OutputOptions = options.FORMAT,
-    encoding: SourceOptions = options.ROOTED,
-) -> None:
-    """Find the cheapest index and k that give the same answers.
-
-    Compares the answers of each candidate with the answers of a search over all keys, and measures the cost per query
-    on this machine in one batch. Prints every candidate that has no cheaper alternative with the same agreement, and
-    saves the cheapest one that reaches --agreement as a new version. The images do not have to be labelled. You can
-    still search all keys of a tuned index with -k all.
-
-    Options:
-        val: Images or features to tune on. Do not use the shots. The val part of a split .json is used.
-        agreement: Minimum share of answers that must equal the answers of an exact search over all keys.
-        factories: FAISS factory string to try. [default: Classes and an inverted file]
-        dry_run: Print the results, but do not change the index.
-    """
-    from retrieval_tip.index.tune import tune_on
-
-    loaded = store_of(folder).load(device=encoding.device)
-    source = source_of(val, encoding, "val", labelled=False)
-    with reader_for(loaded, [source], encoding) as reader:
-        tuning = tune_on(loaded, source, reader, agreement=agreement, factories=factories)
-    types = {"index": str, "effort": int, "k": str, "agreement": float, "microseconds": float, "chosen": bool}
-    rows = (
-        (one.index, one.effort, str(one.k or "all"), one.agreement, one.microseconds, one is tuning.chosen)
-        for one in tuning.trials
-        if one.best
-    )
-    printing.write_rows(rows, types)
-    if not dry_run:
-        tuning.apply(loaded, folder)
-        say(f"{folder}: version {loaded.version}, {loaded.index_type}, k {loaded.settings.k or 'all'}")
-    finish(reader.skipped)
-
-
 def _ids(ctx: click.Context, _: click.Parameter, texts: tuple[str, ...]) -> list[int] | None:
     parts = [part.strip() for text in texts for part in text.split(",")]
     if wrong := [part for part in parts if not re.fullmatch(r"-?[0-9]{1,40}", part)]:

@@ -44,7 +44,7 @@ class _Program(Group):
         ),
         "Copy an index": ("index clone", "index export"),
         "Choose": ("suggest", "compare", "models", "encode"),
-        "Fit and train": ("fit", "search-hp", "finetune", "index tune"),
+        "Fit and train": ("fit", "search-hp", "finetune"),
         "This installation": ("cache", "doctor"),
     })  # fmt: skip
 

@@ -1,1 +1,1 @@
-"""Build, change, tune and copy indexes in folders and in other stores."""
+"""Build, change and copy indexes in folders and in other stores."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ from retrieval_tip import tip
 from retrieval_tip.errors import InputError, warn_once
 from retrieval_tip.retrieval.evidence import Nearest
 from retrieval_tip.retrieval.inputs import FloatArray, IntArray, KeyArray
-from retrieval_tip.retrieval.vector_index import BY_CLASS, VectorIndex, auto_factory, exact_search, faiss, search_arrays
+from retrieval_tip.retrieval.vector_index import BY_CLASS, VectorIndex, auto_factory, exact_search
 
 QUERY_BLOCK, KEY_BLOCK = 512, 2048
 """Maximum number of queries and keys in a block of affinities. A block takes 4 MiB, which fits in the CPU cache."""
@@ -313,10 +313,9 @@ class Keys(KeyStream):
     ) -> None:
         if len(class_ids) != len(array) or (class_ids[1:] < class_ids[:-1]).any():
             raise InputError("labels: keys are not grouped by class; build the index again")
-        self.array, means = array, None
+        self.array, self.index, means = array, index, None
         if index is not None:
-            self.index, self.index_type = index, index.factory
-            self.by_class, self.exact_search = index.by_class, index.exact_search
+            self.index_type, self.by_class, self.exact_search = index.factory, index.by_class, False
             means = index.vectors if index.by_class else None
             if index.n != (n_classes if index.by_class else len(array)):
                 raise InputError(f"index: has {index.n} vectors for {len(array)} keys of {n_classes} classes")
@@ -326,11 +325,6 @@ class Keys(KeyStream):
         total = torch.from_numpy(counts.astype(np.float32)).to(device)
         super().__init__((int(array.shape[0]), int(array.shape[1])), total, device, metric, values, means)
         self._starts, self._numbers = torch.from_numpy(self.starts).to(device), torch.arange(self.n, device=device)
-
-    @cached_property
-    def index(self) -> VectorIndex:
-        """The FAISS index over the keys or the class means. An exact one copies the keys when it is needed."""
-        return VectorIndex.build(self.array, device=self.device)
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         ready = self.held.dtype == torch.float32 and self.held.is_cpu == (self.device == "cpu")
@@ -360,14 +354,11 @@ class Keys(KeyStream):
         return held
 
     def nearest(self, points: Tensor, k: int) -> Nearest:
-        """On a GPU, all keys are compared, unless the index is approximate."""
-        if (self.exact_search or self.by_class) and self.device != "cpu" and not self.held.is_cpu:
+        """Without an index, all keys are compared. On a GPU, this is also faster than an index over classes."""
+        if self.index is None or (self.by_class and not self.held.is_cpu):
             return self.described(*exact_search(self.held, points, min(k, self.n)))
         if self.by_class:
             return self.nearest_by_class(points, k)
-        if self.exact_search and self.device == "cpu" and self.array.dtype == np.float32:  # without a copy of the keys
-            search = partial(faiss().knn, xb=self.array, metric=faiss().METRIC_INNER_PRODUCT)
-            return self.described(*search_arrays(search, points, int(min(k, self.n))))
         affinity, rows = self.index.search_tensor(points, k)
         return self.described(affinity if self.index.exact_affinity else self.affinity(points, rows), rows)
 

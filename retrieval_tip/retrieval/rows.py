@@ -204,16 +204,13 @@ class ArrayRows(Rows):
         return Keys(self.vectors, self.class_ids, n_classes, device, self.index, metric, self.values)
 
     def indexed(self, n_classes: int, factory: str | None = None, device: str = "cpu") -> ArrayRows:
-        """Build the FAISS index over these vectors, by default of the same type. Search effort is kept with the type.
+        """Build the FAISS index over these vectors, by default of the same type.
 
         Raises UsageError if the factory is invalid.
         """
-        before, index = self.index, None
-        factory = factory or (FLAT_FACTORY if before is None else before.factory)
+        factory, index = factory or (FLAT_FACTORY if self.index is None else self.index.factory), None
         if factory != FLAT_FACTORY:
             index = index_over(self.vectors, self.class_ids, n_classes, factory, device)
-            if before is not None and factory == before.factory:
-                index.effort = before.effort
         return replace(self, index=index)
 
     def refilled(self, index: VectorIndex | None, n_classes: int, device: str) -> ArrayRows:

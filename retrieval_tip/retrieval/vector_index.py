@@ -6,7 +6,7 @@ import importlib
 import re
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -30,8 +30,8 @@ HEADER = 45
 GPU_MAX_K = 2048
 """Maximum number of keys that FAISS can retrieve, and of lists that it can probe, on a GPU."""
 
-PRODUCTS, QUERIES = 1 << 27, 4096
-"""Maximum number of affinities and of queries per block on a GPU. In float32, the affinities take 512 MiB."""
+PRODUCTS, QUERIES = {"cpu": 1 << 23, "cuda": 1 << 27}, {"cpu": 512, "cuda": 4096}
+"""Maximum number of affinities and of queries per block of an exact search. The affinities take 32 or 512 MiB."""
 
 _GPU = threading.RLock()
 """Lock for the GPU resources of FAISS, which all indexes in a process share."""
@@ -83,12 +83,7 @@ def auto_factory(n: int, c: int) -> tuple[str, int | None]:
         return "Flat", None
     if n <= 4 * c * n**0.5:
         return BY_CLASS, round(AUTO_CLASSES * n / c)
-    return lists_for(n), 256
-
-
-def lists_for(n: int) -> str:
-    """Return the factory of an inverted file for ``n`` vectors."""
-    return f"IVF{round(4 * n**0.5)},Flat"
+    return f"IVF{round(4 * n**0.5)},Flat", 256
 
 
 @cache
@@ -130,7 +125,7 @@ class VectorIndex:
         return _restored, (self.to_array(), self.factory, self._device, self._half, self.trained)
 
     @classmethod
-    def build(cls, keys: KeyArray, factory: str = "Flat", device: str = "auto") -> VectorIndex:
+    def build(cls, keys: KeyArray, factory: str, device: str = "auto") -> VectorIndex:
         """Build an index over keys, and train it if its type requires training.
 
         Raises UsageError if the factory is unknown, is not safe or normalises the keys, or if there are too few keys to
@@ -200,36 +195,9 @@ class VectorIndex:
         return "cpu" if self._gpu.get() is None else "cuda"
 
     @property
-    def exact_search(self) -> bool:
-        """Whether a search is guaranteed to find the nearest keys. This is only the case for ``Flat``."""
-        return self.factory == FLAT_FACTORY
-
-    @property
     def exact_affinity(self) -> bool:
         """Whether a search returns exact affinities. This is the case if the vectors are not compressed."""
         return _is_uncompressed(self._cpu)
-
-    @property
-    def effort(self) -> int | None:
-        """Number of lists or of graph candidates that a search visits, or ``None`` if the index has no such setting.
-
-        A search with a higher effort finds more of the nearest vectors, but takes longer.
-        """
-        return next((int(getattr(*place)) for place in _effort_of(self._cpu)), None)
-
-    @effort.setter
-    def effort(self, value: int | None) -> None:
-        if value is None or value == self.effort:
-            return
-        self.path = None
-        for place in _effort_of(self._cpu):
-            setattr(*place, value)
-        self._gpu.probe(value)
-
-    @property
-    def effort_limit(self) -> int | None:
-        """The largest useful :attr:`effort`, or ``None`` if the index has no such setting."""
-        return None if self.effort is None else _lists(self._cpu) or self.n
 
     def vectors(self) -> FloatArray:
         """Return all vectors in float32. They are approximate unless :attr:`exact_affinity` is true."""
@@ -252,7 +220,7 @@ class VectorIndex:
         k = int(min(k, self.n))
         try:
             found = self._gpu.search(features, k)
-            affinity, rows = search_arrays(self._cpu.search, features, k) if found is None else found
+            affinity, rows = _search(self._cpu, features, k) if found is None else found
         except torch.OutOfMemoryError:
             raise
         except (AssertionError, IndexError, RuntimeError) as error:
@@ -293,12 +261,6 @@ class GpuCopy:
                 self._tried = True
             return self._held
 
-    def probe(self, lists: int) -> None:
-        """Set the number of lists to probe, which is limited to :data:`GPU_MAX_K`."""
-        with _GPU:
-            if self._held is not None:
-                faiss().GpuParameterSpace().set_index_parameter(self._held, "nprobe", min(lists, GPU_MAX_K))
-
     def search(self, features: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
         """Return the affinities and rows of the nearest vectors, or ``None`` if the search must run on the CPU."""
         copied = self.get()
@@ -310,7 +272,7 @@ class GpuCopy:
         # A copy that has transforms or is spread over several GPUs only accepts arrays. Such a copy has no getDevice.
         if features.is_cpu or getattr(copied, "getDevice", lambda: None)() != features.device.index:
             with _GPU:
-                return search_arrays(copied.search, features, k)
+                return _search(copied, features, k)
         importlib.import_module("faiss.contrib.torch_utils")  # after this import, FAISS accepts tensors
         with _GPU, torch.cuda.device(features.device):  # FAISS uses the stream of the current device
             found: tuple[Tensor, Tensor] = copied.search(features.contiguous(), k)
@@ -323,44 +285,32 @@ class GpuCopy:
         gpus = int(faiss().get_num_gpus())
         if not gpus:
             raise RuntimeError("FAISS finds no GPU, but torch does (see retrieval-tip doctor)")
-        if size <= room:
-            return self._clone(index, lambda options: faiss().index_cpu_to_gpu(resources(), number, index, options))
-        if gpus > 1 and not self._number:
-            return self._clone(index, lambda options: faiss().index_cpu_to_all_gpus(index, options), shard=True)
-        raise RuntimeError(f"it takes {size:,} bytes, but half of the free GPU memory is {room:,} bytes")
-
-    def _clone(self, index: FaissIndex, clone: Callable[[object], FaissIndex], shard: bool = False) -> FaissIndex:
-        """Clone the index with FAISS."""
         options = faiss().GpuMultipleClonerOptions()
         options.useFloat16 = self._half and not _is_uncompressed(index)  # float16 also rounds the queries
         options.use_cuvs = "CUVS" in faiss().get_compile_options().upper()
-        options.shard = shard
-        cut = [(part, lists) for part in _inner(index) if (lists := getattr(part, "nprobe", 0)) > GPU_MAX_K]
-        try:
-            for part, _ in cut:
-                warn_once(f"FAISS probes at most {GPU_MAX_K:,} lists on a GPU; the CPU would probe {part.nprobe:,}")
-                part.nprobe = GPU_MAX_K
-            return clone(options)
-        finally:
-            for part, lists in cut:
-                part.nprobe = lists
+        options.shard = size > room
+        if size <= room:
+            return faiss().index_cpu_to_gpu(resources(), number, index, options)
+        if gpus > 1 and not self._number:
+            return faiss().index_cpu_to_all_gpus(index, options)
+        raise RuntimeError(f"it takes {size:,} bytes, but half of the free GPU memory is {room:,} bytes")
 
 
 def exact_search(vectors: Tensor, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the affinities of the ``k`` nearest vectors of each query, largest first, and their rows, by torch.
+    """Return the affinities of the ``k`` nearest vectors of each query, largest first, and their rows.
 
-    The vectors are on a GPU, or there are few. The products are computed in float32, even if the vectors are float16.
+    The products are computed in float32, even if the vectors are float16.
     """
-    parts = [_nearest(vectors, part, k) for part in features.split(QUERIES)]
+    parts = [_nearest(vectors, part, k) for part in features.split(QUERIES[features.device.type])]
     affinity, rows = zip(*parts, strict=True)
     return torch.cat(affinity), torch.cat(rows)
 
 
 def _nearest(vectors: Tensor, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
     affinity, rows = features.new_empty(len(features), 0), features.new_empty(len(features), 0, dtype=torch.int64)
-    step = max(1, PRODUCTS // max(features.shape))
+    step = max(1, PRODUCTS[features.device.type] // max(features.shape))
     for start in range(0, len(vectors), step):
-        block = vectors[start : start + step]
+        block = vectors[start : start + step].to(features.device)
         near, place = tip.affinity(features, block.float()).topk(min(k, len(block)), dim=1)
         affinity, rows = torch.cat([affinity, near], dim=1), torch.cat([rows, place + start], dim=1)
         if start:
@@ -389,11 +339,9 @@ def _filled(index: FaissIndex, keys: KeyArray) -> FaissIndex:
     return index
 
 
-def search_arrays(
-    search: Callable[..., tuple[FloatArray, IntArray]], features: Tensor, k: int
-) -> tuple[Tensor, Tensor]:
-    """Call a search of FAISS, which takes and returns arrays."""
-    affinity, rows = search(np.ascontiguousarray(features.cpu().numpy(), dtype=np.float32), k=k)
+def _search(index: FaissIndex, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Search an index with arrays."""
+    affinity, rows = index.search(np.ascontiguousarray(features.cpu().numpy(), dtype=np.float32), k)
     return torch.from_numpy(affinity), torch.from_numpy(rows)
 
 
@@ -458,17 +406,6 @@ def _inner(index: FaissIndex) -> Iterator[FaissIndex]:
         index = faiss().downcast_index(index)
         yield index
         index = getattr(index, "index", None) or getattr(index, "base_index", None)
-
-
-def _effort_of(index: FaissIndex) -> Iterator[tuple[FaissIndex, str]]:
-    """Yield the object and the attribute that hold the effort, if the index has one."""
-    for part in _inner(index):
-        if hasattr(part, "nprobe"):
-            yield part, "nprobe"
-            return
-        if hasattr(part, "hnsw"):
-            yield part.hnsw, "efSearch"
-            return
 
 
 def _lists(index: FaissIndex) -> int:
