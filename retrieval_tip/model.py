@@ -25,7 +25,6 @@ from retrieval_tip.backbones.base import (
     equal_shares,
     present,
     resolve_device,
-    side_by_side,
     text_side_by_side,
 )
 from retrieval_tip.data.reader import FeatureBlock, Reader
@@ -763,25 +762,6 @@ class Editing(Answering):
         if isinstance(self.rows, ArrayRows) and (changed or factory not in (None, self.index_type)):
             self.rows = self.rows.indexed(len(self.class_names), factory, self.device)
         self._follow()
-
-    def keep_parts(self, kept: Sequence[int]) -> None:
-        """Drop all encoders except those at the given positions. The metric and the values are dropped as well.
-
-        The keys must be in memory. Raises InputError if they were fine-tuned.
-        """
-        if self.curve is not None:
-            raise InputError("encoders: the keys of this index were fine-tuned; keep all encoders")
-        rows, ends = self.rows.in_memory(), np.cumsum([part.width for part in self.parts])[:-1]
-        keys, text = (np.split(np.asarray(part), ends, axis=1) for part in (rows.keys, self.text_weights.cpu()))
-        unit = functional.normalize
-        self.text_weights = torch.from_numpy(text_side_by_side([unit(torch.from_numpy(text[i])).numpy() for i in kept]))
-        left = side_by_side([keys[i] * len(self.parts) ** 0.5 for i in kept]).astype(self.dtype)
-        self.metric = self.fitted = self.prior = self.scores = None
-        self.parts = tuple(self.parts[i] for i in kept)
-        if [part.column for part in self.parts] == ["feature"]:
-            self.backbone, self.parts = self.parts[0].identity, ()
-        self.settings = self.settings.unfitted()
-        self.set_rows(ArrayRows(left, rows.labels))
 
     def _hold(self, rows: Rows) -> None:
         """Replace the rows, solve the values again, and fill the FAISS index with the new keys."""

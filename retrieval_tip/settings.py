@@ -28,8 +28,6 @@ Precision = Literal["auto", "float32", "float16", "bfloat16", "int8"]
 Dtype = Literal["float32", "float16"]
 """Dtype of the stored keys."""
 FitName = Literal["auto", "none"]
-Normalize = Literal["both", "none"]
-"""Units of alpha and beta (see :mod:`retrieval.defaults`)."""
 MetricName = Literal["none", "within"]
 ValuesName = Literal["one-hot", "solved"]
 VALUES = get_args(ValuesName)
@@ -210,11 +208,9 @@ class BuildOptions(TypedDict, total=False):
         dtype: The data type of the stored keys. Defaults to float32.
         alpha: The weight of the cache relative to the text. By default, it is fitted to the shots.
         beta: The sharpness of the affinity. By default, it is fitted to the shots.
-        normalize: The units of alpha and beta (see :func:`defaults.plain_settings`). With none, the units of the paper
-            are used, and the defaults are alpha 1 and beta 5.5. Defaults to both, or to none if alpha or beta is given.
         fit: With auto, the metric, values, alpha, beta and temperature are fitted to the shots (see
-            :func:`closed_form.fit`). With none, the index is plain Tip-Adapter. Defaults to auto, or to none if alpha,
-            beta or normalize is given.
+            :func:`closed_form.fit`). With none, the index is plain Tip-Adapter, and the spread of the affinities gives
+            a missing alpha or beta. Defaults to auto, or to none if alpha or beta is given.
         metric: The similarity metric. With within, directions in which photos of the same class differ count less. By
             default, it is selected on the shots.
         values: The weights of the keys for each class. With solved, they are computed by ridge regression. By default,
@@ -240,7 +236,6 @@ class BuildOptions(TypedDict, total=False):
     dtype: Dtype
     alpha: float | None
     beta: float | None
-    normalize: Normalize | None
     fit: FitName | None
     metric: MetricName | None
     values: ValuesName | None

@@ -1,4 +1,4 @@
-"""Default settings compared with explicit normalised formulas."""
+"""Default settings compared with an explicit formula of standardised affinities."""
 
 import json
 
@@ -8,8 +8,7 @@ from clusters import round_clusters as clusters
 from conftest import SOAK, needs_real
 from serving import caltech_photos
 
-from retrieval_tip.errors import UsageError
-from retrieval_tip.retrieval.defaults import DOUBT, Statistics, measure, plain_settings
+from retrieval_tip.retrieval.defaults import DOUBT, Statistics, default_settings, measure
 
 
 def test_statistics_only_use_keys_of_different_classes():
@@ -21,35 +20,27 @@ def test_statistics_only_use_keys_of_different_classes():
     assert measure(np.ones((4, 3)), np.arange(4)) is None  # no spread
 
 
-def test_normalised_settings_give_the_formula_of_standardised_affinities():
-    """``both`` is ``alpha sum exp(beta A') / (shots + 4)``, up to constant factors."""
+def test_defaults_standardise_the_affinities():
+    """The cache is ``0.7 sum exp(A') / (shots + 4)``, up to a factor per query. Given settings are kept."""
     keys, ids = clusters(24, 4, 8, 1)
     queries, _ = clusters(9, 4, 8, 2)
     statistics = measure(keys, ids)
     one_hot, affinity = np.eye(4)[ids], queries.astype(np.float64) @ keys.T
-    alpha, beta = plain_settings(0.5, 1.25, "both", statistics)
+    alpha, beta = default_settings(statistics)
     standard = (affinity - statistics.mean) / statistics.std
-    expected = 0.5 * np.exp(1.25 * standard) @ one_hot / (6 + DOUBT)
+    expected = 0.7 * np.exp(standard) @ one_hot / (6 + DOUBT)
     np.testing.assert_allclose(alpha * np.exp(-beta * (1 - affinity)) @ one_hot, expected, rtol=1e-9)
-    assert plain_settings(3.0, 2.0, "none", None) == (3.0, 2.0)
-    assert plain_settings(None, None, "none", statistics) == (1.0, 5.5)  # the paper's
+    assert default_settings(statistics, beta=beta) == default_settings(statistics, alpha=alpha) == (alpha, beta)
+    assert default_settings(statistics, 3.0, 2.0) == (3.0, 2.0)
+    assert default_settings(None) == (1.0, 5.5)  # the paper's
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.7, 1e-3), (0.9999, 1.1e-6), (-1, 1e-5), (0.0, 0.3), (1.0, 1e-4)])
 def test_default_settings_fit_in_float32(mean, std):
-    alpha, beta = plain_settings(None, None, "both", Statistics(mean, std, 1.0))
-    weights = np.exp(np.float32(beta) * (np.linspace(-1, 1, 9, dtype=np.float32) - 1))
-    assert np.isfinite(np.float32(alpha) * weights * np.float32(1e6)).all()  # a million keys per class
-
-
-def test_settings_that_cannot_be_normalised_are_refused():
-    assert plain_settings(None, None, "both", None) == (1.0, 5.5)
-    with pytest.raises(UsageError, match="at least two classes"):
-        plain_settings(2.0, None, "both", None)
-    with pytest.raises(UsageError, match="normalize 'x'"):
-        plain_settings(None, None, "x", None)
-    with pytest.raises(UsageError, match="too large"):
-        plain_settings(None, 1e6, "both", Statistics(0.5, 0.01, 4))
+    for given in (None, 0.0, 1e6):
+        alpha, beta = default_settings(Statistics(mean, std, 1.0), beta=given)
+        weights = np.exp(np.float32(beta) * (np.linspace(-1, 1, 9, dtype=np.float32) - 1))
+        assert np.isfinite(np.float32(alpha) * weights * np.float32(1e6)).all()  # a million keys per class
 
 
 @needs_real

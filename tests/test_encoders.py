@@ -17,7 +17,7 @@ from PIL import Image
 from serving import app_of
 from tables import tiny, unit, unit_rows, write_table
 
-from retrieval_tip import Classifier, Index, Reader, build_index, load_backbone, open_source, tip
+from retrieval_tip import Index, Reader, build_index, load_backbone, open_source, tip
 from retrieval_tip.backbones.base import Identity, Part, side_by_side
 from retrieval_tip.backbones.joined import Joined
 from retrieval_tip.backbones.loading import split_names
@@ -319,13 +319,6 @@ def test_everything_that_takes_an_encoder_takes_two(photos, tmp_path, run, monke
     address = f"lance://{tmp_path / 'store' / 'own'}"
     done("index", "clone", own, address)
     assert done("classify", address, photos, "--format", "csv") == answers
-    assert run("index", "set", address, "--encoders", a).exit_code == 2
-    done("index", "set", own, "--encoders", a)
-    index = places.at(own).load()
-    assert (index.parts, index.backbone and index.backbone.model) == ((), a)
-    alone = Classifier.from_folder(photos, a)
-    np.testing.assert_allclose(index.keys, alone.index.keys, atol=1e-5)
-    assert done("classify", own, photos).splitlines()[1:]
 
 
 def test_features_of_another_encoder_are_refused(photos, tmp_path):

@@ -242,12 +242,12 @@ def test_the_choice_becomes_a_version_with_its_provenance(run, shared, tmp_path)
 @pytest.mark.parametrize("kept", [None, (0.02, 4.321)])
 def test_a_cautious_search_changes_the_settings_only_on_significant_evidence(kept):
     """It starts from the settings without a search, or after fine-tuning from given ones."""
-    from retrieval_tip.retrieval.defaults import measure, plain_settings
+    from retrieval_tip.retrieval.defaults import untouched_settings
 
     noise = np.random.default_rng(0).standard_normal(ONE_HOT.shape).astype(np.float32)
     cache = small_cache(values=None if kept is None else ONE_HOT + 0.2 * noise)
     cache = replace(cache, text_weights=torch.from_numpy(centres_of(400, 7)))
-    plain = plain_settings(None, None, "both", measure(cache.keys, cache.labels["class_id"].to_numpy()))
+    plain = untouched_settings(cache.keys, cache.labels["class_id"].to_numpy())
     alpha, beta = kept or plain
     cache.settings = cache.settings.override(alpha=alpha, beta=beta)
     said, number = "kept the settings (" if kept else "kept the untouched settings", 0

@@ -326,7 +326,7 @@ def test_settings_can_be_changed(pets):
     model = pets.check()
     assert model.settings == Settings(0.5, 2.0, 100.0, 8, False, 3.0)
     assert model.provenance["alpha"] == "given"
-    changes.configure(pets.place, k="all", normalize="both")
+    changes.configure(pets.place, k="all")
     model, folder = pets.open(), made(pets.tables, "folder", "clone")
     changes.clone(pets.place, folder)
     assert model.settings.k is None

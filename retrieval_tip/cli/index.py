@@ -17,7 +17,7 @@ from retrieval_tip.cli.messages import about, command_line, finish, note, print_
 from retrieval_tip.cli.opening import backbone_for, reader_for, source_of, store_of
 from retrieval_tip.cli.options import BackboneOptions, OutputOptions, SourceOptions, ViewOptions
 from retrieval_tip.errors import UsageError, counted, few, show
-from retrieval_tip.settings import Ask, BuildOptions, Dtype, Normalize, Precision
+from retrieval_tip.settings import Ask, BuildOptions, Dtype, Precision
 from retrieval_tip.store.address import FORMS, KIND
 
 if TYPE_CHECKING:
@@ -252,9 +252,7 @@ def set_command(
     folder: Place = options.INDEX_ARGUMENT,
     ask: Ask = grouped(Ask, options.ASKING),
     temperature: float | None = option(kinds.POSITIVE),
-    normalize: Normalize | None = option(options.choice(Normalize)),
     more: dict[str, Any] = options.building("templates", "groups"),
-    encoders: list[str] = option(multiple=True, metavar="NAME,...", callback=kinds.names),
     factory: str | None = option(None, "--index"),
     dtype: Dtype | None = option(options.choice(Dtype)),
     backbone: BackboneOptions = options.BACKBONE,
@@ -266,8 +264,6 @@ def set_command(
 
     Options:
         temperature: Temperature T of the probabilities, softmax(logits / T).
-        normalize: Units of alpha and beta, measured on the current shots. index build uses both.
-        encoders: Encoders to keep, if there are several. The others are dropped, and the index is fitted again.
         factory: Index type to rebuild the index with: a FAISS factory string, Classes or auto.
         dtype: Data type of the stored keys.
     """
@@ -276,18 +272,13 @@ def set_command(
     loaded = backbone_for(store_of(folder).manifest(), [], backbone, needed=True) if more["templates"] else None
     new: dict[str, Any] = {"index": factory, "dtype": dtype}
     settings: dict[str, Any] = {name: getattr(ask, name) for name in options.ASKING}
-    given = (*settings.values(), *more.values(), temperature, normalize)
-    if sum(any(value not in (None, (), []) for value in each) for each in (encoders, new.values(), given)) > 1:
-        raise UsageError("index set: change the encoders, the index type and other settings one after the other")
+    given = (*settings.values(), *more.values(), temperature)
+    if any(new.values()) and any(value not in (None, ()) for value in given):
+        raise UsageError("index set: change the index type and other settings one after the other")
     if any(new.values()):
         _say_changed(folder, changes.rebuild(folder, **new), "rebuilt")
         return
-    if encoders:
-        changed = changes.keep_encoders(folder, encoders)
-    else:
-        changed = changes.configure(
-            folder, **settings, **more, temperature=temperature, normalize=normalize, backbone=loaded
-        )
+    changed = changes.configure(folder, **settings, **more, temperature=temperature, backbone=loaded)
     if changed.fit is not None:
         say(str(changed.fit))
     about(folder, f"version {changed.version}, settings changed")

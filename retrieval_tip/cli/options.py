@@ -209,7 +209,6 @@ _BUILD = {
     "dtype": option(choice(settings.Dtype), default="float32", show_default=False),
     "alpha": option(kinds.NUMBER),
     "beta": option(kinds.NUMBER),
-    "normalize": option(choice(settings.Normalize)),
     "fit": option(choice(settings.FitName)),
     "metric": option(choice(settings.MetricName)),
     "values": option(choice(settings.ValuesName)),

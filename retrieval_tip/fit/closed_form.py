@@ -366,7 +366,7 @@ def unfitted(index: Index) -> Index:
     alpha, beta = untouched_settings(other.keys, other.class_ids.cpu().numpy())
     other.settings = replace(other.settings.unfitted(), alpha=alpha, beta=beta, temperature=1.0)
     kept = {name: part for name, part in index.provenance.items() if name not in ("fit", "temperature")}
-    other.provenance = kept | {"alpha": "default, normalize both", "beta": "default, normalize both"}
+    other.provenance = kept | {"alpha": "default", "beta": "default"}
     return other
 
 

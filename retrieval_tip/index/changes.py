@@ -32,16 +32,14 @@ from retrieval_tip.index.items import (
     draw_shots,
     ids_in,
     precision_of,
-    provenance_of,
     read_text_table,
     warn_of_spelling,
 )
 from retrieval_tip.index.photos import remove_unused
 from retrieval_tip.index.places import Change, Place
 from retrieval_tip.model import Index
-from retrieval_tip.retrieval.defaults import plain_settings
 from retrieval_tip.retrieval.duplicates import Duplicates
-from retrieval_tip.settings import ClassPrior, Dtype, MetricName, Normalize, ValuesName, check_choice
+from retrieval_tip.settings import ClassPrior, Dtype, MetricName, ValuesName, check_choice
 from retrieval_tip.store.labels import PICKED, Edits, in_words
 from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.query import rows_where
@@ -403,7 +401,6 @@ def configure(
     k: int | Literal["all"] | None = None,
     tail: bool | None = None,
     temperature: float | None = None,
-    normalize: Normalize | None = None,
     templates: Sequence[str] = (),
     groups: Folder | None = None,
     backbone: Backbone | None = None,
@@ -417,16 +414,13 @@ def configure(
     solved values, alpha, the temperature and the ``no_match`` threshold. An alpha or temperature that you also give is
     set after the refit.
 
-    If you give ``normalize``, alpha and beta are in units that depend on the current shots. A missing alpha or beta is
-    set to the default of a new build (see :func:`defaults.plain_settings`).
-
     Raises UsageError if nothing is given, if a setting is invalid, or if templates are given but no backbone. Raises
     BackboneError if the backbone differs from the backbone of the index.
     """
-    if not templates and all(value is None for value in (alpha, beta, k, tail, temperature, normalize, groups)):
-        raise UsageError("nothing to set: give alpha, beta, k, tail, temperature, normalize, templates or groups")
-    if normalize is not None:
-        check_choice("normalize", normalize, Normalize)
+    given: dict[str, Any] = {"alpha": alpha, "beta": beta, "k": k, "tail": tail, "temperature": temperature}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not (given or templates or groups):
+        raise UsageError("nothing to set: give alpha, beta, k, tail, temperature, templates or groups")
     prompts = list(check_templates(templates)) if templates else []
     weights: dict[str, npt.NDArray[np.float32]] = {}
     store = places.at(folder)
@@ -439,22 +433,14 @@ def configure(
         weights = dict(zip(names, text_weights(backbone, names, prompts), strict=True))
     with store.change() as change:
         index = change.index
-        given: dict[str, Any]
-        own_alpha, own_beta = alpha, beta
-        if normalize is not None:
-            own_alpha, own_beta = plain_settings(alpha, beta, normalize, index.rows.statistics())
-        if index.fitted is not None and own_beta is not None and own_beta != index.settings.beta:
-            change.refit(own_beta)
-        given = {"alpha": own_alpha, "beta": own_beta, "k": k, "tail": tail, "temperature": temperature}
-        given = {name: value for name, value in given.items() if value is not None}
+        if index.fitted is not None and beta is not None and beta != index.settings.beta:
+            change.refit(beta)
         index.choose(index.settings.override(**given), as_fitted=given.keys() <= {"k", "tail"})
         if prompts:
             if weights.keys() != set(index.class_names):
                 raise StoreError(f"{folder}: its classes have changed in the meantime; try again")
             index.set_text(np.stack([weights[name] for name in index.class_names]), prompts)
         marks = dict.fromkeys(given, "given") | ({"text": "templates"} if prompts else {})
-        if normalize is not None:
-            marks |= {"alpha": provenance_of(alpha, normalize), "beta": provenance_of(beta, normalize)}
         index.provenance = index.provenance | marks
         what = [_shown(name, value) for name, value in given.items()]
         what += [counted(len(prompts), "template")] if prompts else []
@@ -462,31 +448,6 @@ def configure(
             index.groups = read_groups(groups, index.class_names)
             what.append(f"groups by {', '.join(index.groups.levels[1:])}")
         change.what = f"set {', '.join(what)}"
-    return Changed(key_ids=[], **change.outcome)
-
-
-def keep_encoders(folder: Place, names: Sequence[str]) -> Changed:
-    """Drop all encoders of an index except the named ones, and fit it again.
-
-    A name is that of an encoder, with or without its weights, as in ``ViT-B-32@openai``, or else the name of its column
-    in a feature table. Raises UsageError if an encoder is unknown, or if the index is not in a folder.
-    """
-    store = places.at(folder)
-    if store.in_table:
-        raise UsageError(f"{folder}: encoders can only be dropped in a folder; copy it with index clone")
-    with store.change() as change:
-        index = change.index
-        by_name: dict[str, int] = {}
-        for number, part in enumerate(index.parts):
-            by_name |= dict.fromkeys([*part.names, part.column], number)
-        if unknown := [name for name in names if name not in by_name]:
-            known = few([part.names[-1] for part in index.parts]) or "one encoder"
-            raise UsageError(f"encoders: {unknown[0]!r} is not among those of this index ({known})")
-        fitted = index.fitted
-        index.keep_parts(sorted({by_name[name] for name in names}))
-        if fitted is not None:
-            change.fit(Fit(class_prior=fitted.class_prior))
-        change.what = f"keep {counted(len(index.parts) or 1, 'encoder')}: {', '.join(names)}"
     return Changed(key_ids=[], **change.outcome)
 
 

@@ -27,7 +27,7 @@ from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.closed_form import Fit
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval import inputs
-from retrieval_tip.retrieval.defaults import Statistics, plain_settings
+from retrieval_tip.retrieval.defaults import Statistics, default_settings
 from retrieval_tip.retrieval.duplicates import Duplicates, describe_duplicates, duplicates
 from retrieval_tip.retrieval.inputs import KeyArray
 from retrieval_tip.retrieval.keys import KEY_BLOCK, auto_for
@@ -40,7 +40,6 @@ from retrieval_tip.settings import (
     Dtype,
     FitName,
     Levels,
-    Normalize,
     Norms,
     Settings,
     check_choice,
@@ -91,14 +90,13 @@ def planned(options: BuildOptions) -> BuildOptions:
         raise TypeError(f"{unknown[0]!r} is not an option of a build")
     plan: BuildOptions = {**_DEFAULTS, **options}
     check_choice("dtype", plan["dtype"], Dtype)
-    check_choice("normalize", units_of(plan), Normalize)
     fit = plan["fit"]
     if fit is not None:
         check_choice("fit", fit, FitName)
     wanted = any(letter is not None for letter in (plan["metric"], plan["values"], plan["class_prior"]))
     wanted = wanted or bool(plan["prior"])
     if _is_plain(plan) and (fit == "auto" or wanted):
-        raise UsageError("fit: sets alpha and beta itself; remove alpha, beta and normalize, or give fit none")
+        raise UsageError("fit: sets alpha and beta itself; remove alpha and beta, or give fit none")
     if fit == "none" and wanted:
         raise UsageError("fit none: uses neither metric, values nor a prior; remove them, or give fit auto")
     settings_of(plan, None)
@@ -109,14 +107,9 @@ _DEFAULTS = cast("BuildOptions", dict.fromkeys(BuildOptions.__annotations__))
 _DEFAULTS |= {"templates": (), "dtype": "float32", "prior": (), "features": ()}
 
 
-def units_of(plan: BuildOptions) -> Normalize:
-    """Return the units of alpha and beta."""
-    return plan["normalize"] or ("both" if plan["alpha"] is None and plan["beta"] is None else "none")
-
-
 def _is_plain(plan: BuildOptions) -> bool:
     """Return whether a setting is given that a fit would choose."""
-    return any(setting is not None for setting in (plan["alpha"], plan["beta"], plan["normalize"]))
+    return plan["alpha"] is not None or plan["beta"] is not None
 
 
 def fits(plan: BuildOptions) -> bool:
@@ -149,9 +142,9 @@ class Material:
     groups: Levels | None = None
 
     def settings(self, statistics: Statistics | None, k: int | None) -> Settings:
-        """Convert alpha and beta to plain units, and return the settings. ``k`` is used as k if no k was given."""
+        """Return the settings before a fit. ``k`` is used as k if no k was given."""
         plan, own = self.plan, settings_of(self.plan, self.reader.backbone)
-        alpha, beta = plain_settings(plan["alpha"], plan["beta"], units_of(plan), statistics)
+        alpha, beta = default_settings(statistics, plan["alpha"], plan["beta"])
         return own.override(alpha=alpha, beta=beta, k=k if plan["k"] is None else None)
 
     def blocks(self) -> Iterator[FeatureBlock]:
@@ -186,8 +179,8 @@ class Material:
             "views": views,
             "precision": {"keys": precision_of(self.source, self.reader)},
             "text": self.words.origin,
-            "alpha": provenance_of(plan["alpha"], units_of(plan)),
-            "beta": provenance_of(plan["beta"], units_of(plan)),
+            "alpha": "default" if plan["alpha"] is None else "given",
+            "beta": "default" if plan["beta"] is None else "given",
             "affinity_other_classes": None if statistics is None else [statistics.mean, statistics.std],
             "skipped": [str(skipped) for skipped in self.reader.skipped],
         }
@@ -284,13 +277,6 @@ def read_text_table(
     if theirs is not None and backbone is not None:
         same_backbone(theirs, backbone, str(path))
     return tuple(rows), means(())
-
-
-def provenance_of(given: float | None, form: str) -> str:
-    """Describe the origin of the value of a setting."""
-    if given is not None:
-        return "given" if form == "none" else f"given as {given:g}, normalize {form}"
-    return "the paper's default" if form == "none" else f"default, normalize {form}"
 
 
 def warn_of(duplicates: Duplicates) -> None:

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from retrieval_tip.errors import UsageError
 from retrieval_tip.retrieval.inputs import StoredKeys
-from retrieval_tip.settings import Normalize, check_choice
 
-UNTOUCHED = {"both": (0.7, 1.0), "none": (1.0, 5.5)}
-"""Default alpha and beta in each unit. For ``none``, they come from the paper. Both are equivalent at 16 shots."""
+PAPER = 1.0, 5.5
+"""Alpha and beta in the paper."""
+
+ALPHA = 0.7
+"""Default alpha for standardised affinities, which is equivalent to the paper's at 16 shots."""
 
 DOUBT = 4
 """Number of pseudo-shots added to each class, so that a few shots have less weight (selected on validation data)."""
@@ -57,39 +58,29 @@ def measure(keys: StoredKeys, class_ids: npt.NDArray[np.int64]) -> Statistics | 
 
 def untouched_settings(keys: StoredKeys, class_ids: npt.NDArray[np.int64]) -> tuple[float, float]:
     """Return the default alpha and beta for the given keys and their class ids."""
-    return plain_settings(None, None, "both", measure(keys, class_ids))
+    return default_settings(measure(keys, class_ids))
 
 
-def plain_settings(
-    alpha: float | None, beta: float | None, normalize: Normalize, statistics: Statistics | None
+def default_settings(
+    statistics: Statistics | None, alpha: float | None = None, beta: float | None = None
 ) -> tuple[float, float]:
-    """Convert alpha and beta from the units of ``normalize`` to the units of equation 6 in the paper.
+    """Return alpha and beta, in the units of equation 6 in the paper. A missing one gets its default.
 
-    With ``both``, affinities are standardised as ``A' = (A - mean) / std``, and a key has the weight
-    ``exp(beta A')``. The cache is divided by the number of shots per class plus :data:`DOUBT`::
+    The defaults standardise affinities as ``A' = (A - mean) / std``, and a key has the weight ``exp(A')``. The cache is
+    divided by the number of shots per class plus :data:`DOUBT`::
 
-        beta_plain  = beta / std
-        alpha_plain = alpha exp(beta_plain (1 - mean)) / (shots + 4)
+        beta  = 1 / std
+        alpha = 0.7 exp(beta (1 - mean)) / (shots + 4)
 
-    If alpha or beta is ``None``, it defaults to a value for these units, or to the value in the paper if there are no
-    statistics. A default beta is limited by :data:`STEEPEST`, so that the logits of keys with unit norm fit in float32.
-
-    Raises UsageError if ``normalize`` is unknown, or if alpha or beta is given and there are no statistics.
+    Exponents are limited by :data:`STEEPEST`, so that the logits of keys with unit norm fit in float32. Without
+    statistics, the defaults are those of the paper.
     """
-    check_choice("normalize", normalize, Normalize)
-    if statistics is None and normalize != "none":
-        if alpha is not None or beta is not None:
-            raise UsageError(f"normalize {normalize!r}: requires distinct keys from at least two classes; use none")
-        normalize = "none"
-    alpha, chosen = UNTOUCHED[normalize][0] if alpha is None else alpha, beta is None
-    beta = UNTOUCHED[normalize][1] if beta is None else beta
-    if statistics is None or normalize == "none":
-        return alpha, beta
-    beta /= statistics.std
-    if chosen and beta * (1 - statistics.mean) > STEEPEST:
-        beta = STEEPEST / (1 - statistics.mean)
-    try:
-        alpha *= math.exp(beta * (1 - statistics.mean))
-    except OverflowError:
-        raise UsageError(f"beta {beta * statistics.std:g}: too large for these affinities; lower it") from None
-    return alpha / (statistics.shots + DOUBT), beta
+    if statistics is None:
+        return PAPER[0] if alpha is None else alpha, PAPER[1] if beta is None else beta
+    apart = 1 - statistics.mean
+    if beta is None:
+        beta = 1 / statistics.std
+        beta = STEEPEST / apart if beta * apart > STEEPEST else beta
+    if alpha is None:
+        alpha = ALPHA * math.exp(min(beta * apart, STEEPEST)) / (statistics.shots + DOUBT)
+    return alpha, beta
