@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tables import unit_rows
 
-from retrieval_tip.model import Index, label_table
+from retrieval_tip.model import label_table
 from retrieval_tip.retrieval.duplicates import NEAR, Duplicate, Duplicates, describe_duplicates, duplicates
 from retrieval_tip.store.labels import images_of
 
@@ -138,32 +138,6 @@ def test_labels_may_have_several_chunks():
     chunked = pa.concat_tables([labels[:2], labels[2:3], labels[3:]])
     assert by_pair(duplicates(keys, chunked)) == {(0, 3): KINDS[0], (1, 2): KINDS[0]}
     assert len(set(images_of(chunked).tolist())) == 3
-
-
-def test_beyond_the_budget_fresh_keys_are_compared_with_their_neighbours():
-    keys, ids, _ = keys_with_duplicates(8, n=80, d=16)
-    keys = (keys / np.linalg.norm(keys, axis=1, keepdims=True)).astype(np.float32)
-    order = np.argsort(ids, kind="stable")
-    cache = Index.from_features(keys, ids, [f"class {i}" for i in range(3)], device="cpu")
-    fresh = np.arange(10, 40, 3)
-    every = duplicates(cache.keys, cache.labels, fresh)
-    found = duplicates(cache.keys, cache.labels, fresh, budget=0, search=cache.nearest)
-    assert found.compared == "nearest"
-    assert found.pairs == every.pairs != []
-    few = duplicates(cache.keys, cache.labels, fresh, budget=0, search=cache.nearest, most=2)
-    assert (few.total, len(few.pairs)) == (every.total, 2)
-    assert {round(pair.affinity, 5) for pair in few.pairs} == set(
-        sorted({round(p.affinity, 5) for p in every.pairs})[-1:]
-    )
-    assert (cache.labels["key_id"].to_numpy() == order).all()
-
-    # a search may return arrays with empty slots
-    def sparse(features, k):
-        affinity, rows = cache.nearest(features, k)
-        return np.pad(affinity.numpy(), ((0, 0), (0, 1))), np.pad(rows, ((0, 0), (0, 1)), constant_values=-1)
-
-    assert duplicates(cache.keys, cache.labels, fresh, budget=0, search=sparse).pairs == every.pairs
-    assert duplicates(cache.keys, cache.labels, budget=0, search=cache.nearest).compared == "digests"
 
 
 def test_duplicates_are_described_one_per_line():

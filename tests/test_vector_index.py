@@ -200,9 +200,9 @@ def test_a_gpu_index_answers_a_large_k_on_the_cpu():
         (4000, 1000, ("Flat", None)),  # 4 per class
         (4001, 1000, ("Classes", 32)),
         (16000, 1000, ("Classes", 128)),  # 16 shots of ImageNet: 8 classes
-        (2049, 2, ("IVF181,Flat", 256)),
+        (2049, 2, ("Classes", 1024)),
         (1_281_167, 1000, ("Classes", 10249)),
-        (1_000_000, 100, ("IVF4000,Flat", 256)),
+        (1_000_000, 100, ("Classes", 80_000)),
         (32768 * 16, 32768, ("Classes", 128)),
     ],
 )

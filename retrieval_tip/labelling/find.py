@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import torch
-from torch import Tensor
 from torch.nn.functional import normalize
 
 from retrieval_tip.backbones.prompts import DEFAULT_TEMPLATES
@@ -21,8 +19,7 @@ from retrieval_tip.errors import InputError, UsageError, check_count, show
 from retrieval_tip.labelling.photos import MOST_PHOTOS, Pool
 from retrieval_tip.labelling.suggest import points_of
 from retrieval_tip.model import Index
-from retrieval_tip.retrieval.duplicates import PAIRS, Duplicates, duplicates
-from retrieval_tip.retrieval.vector_index import faiss
+from retrieval_tip.retrieval.duplicates import Duplicates, duplicates
 
 FOUND = pa.schema({"rank": pa.int64(), "input": pa.string(), "similarity": pa.float64()})
 """The columns of search results."""
@@ -91,15 +88,6 @@ def find_duplicates(sources: Sequence[Source], reader: Reader, n: int = 20) -> t
         "key_id": rows, "class_id": rows, "label": pa.array(pool.names, pa.string()),
         "source": pa.array(pool.names, pa.string()), "digest": pa.array(pool.digests, pa.string()),
     })  # fmt: skip
-    few = len(rows) <= MOST_PHOTOS
-    nearest = faiss().IndexFlatIP(features.shape[1])
-    if few:
-        nearest.add(features)
-
-    def search(queries: Tensor, k: int) -> tuple[Tensor, npt.NDArray[np.int64]]:
-        cosines, places = nearest.search(queries.numpy(), min(k, len(rows)))
-        return torch.from_numpy(cosines), places
-
-    found = duplicates(features, labels, rows if few else None, budget=PAIRS if few else 0, search=search, most=n)
+    found = duplicates(features, labels, budget=MOST_PHOTOS**2, most=n)
     pairs = [(pair.source, pair.other_source, pair.affinity, pair.kind) for pair in found.pairs]
     return pa.Table.from_pylist([dict(zip(PAIRED.names, pair, strict=True)) for pair in pairs], schema=PAIRED), found

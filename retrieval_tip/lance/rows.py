@@ -43,7 +43,7 @@ from retrieval_tip.retrieval.evidence import Nearest
 from retrieval_tip.retrieval.inputs import KeysInPlace
 from retrieval_tip.retrieval.keys import SPREAD_CLASSES, SPREAD_KEYS, SPREAD_QUERIES, KeyStream, points_of
 from retrieval_tip.retrieval.rows import FRESH_PAIRS, ArrayRows, Rows
-from retrieval_tip.retrieval.vector_index import AUTO_CLASSES
+from retrieval_tip.retrieval.vector_index import auto_k
 from retrieval_tip.settings import Dtype
 from retrieval_tip.store.address import Address
 from retrieval_tip.store.labels import LABEL_SCHEMA, shots_after, shots_of, with_column
@@ -597,7 +597,7 @@ def index_kind(factory: str, n: int = 0, c: int = 1) -> tuple[str, int | None]:
     and the keys of 8 classes if there are many keys. Raises UsageError for any other type.
     """
     if factory == "auto":
-        return (FLAT, None) if n < INDEX_FROM else (CLASSES, round(AUTO_CLASSES * n / c))
+        return (FLAT, None) if n < INDEX_FROM else (CLASSES, auto_k(n, c))
     if factory not in (FLAT, CLASSES):
         raise UsageError(f"index {factory!r}: give auto, {FLAT} or {CLASSES} for a LanceDB store")
     return factory, None

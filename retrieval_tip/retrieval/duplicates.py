@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from retrieval_tip.errors import one_line
-from retrieval_tip.retrieval.inputs import FloatArray, IntArray, KeyArray, KeysInPlace, StoredKeys
-from retrieval_tip.retrieval.keys import KEY_BLOCK, QUERY_BLOCK, own_affinity
+from retrieval_tip.retrieval.inputs import FloatArray, IntArray, KeyArray
+from retrieval_tip.retrieval.keys import KEY_BLOCK
 from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.store.labels import digest_codes
 
@@ -40,15 +40,11 @@ BLOCK, MOST_ROWS = 1 << 21, 4096
 If all keys are alike, a block takes 300 MiB.
 """
 
-NEIGHBOURS = 32
-"""Number of nearest keys to retrieve for each fresh key."""
-
 TINY = 1e-12
 """Smallest norm by which a key is divided."""
 KINDS = ("identical image", "identical feature", "near-identical")
 
 Bools = npt.NDArray[np.bool_]
-Search = Callable[[Tensor, int], Sequence[Tensor | IntArray]]
 Remain = Callable[[IntArray, IntArray], Bools]
 Near = tuple[IntArray, IntArray, FloatArray]
 """Pairs of keys as two arrays of row numbers, and an array of their cosines."""
@@ -79,9 +75,8 @@ class Duplicates:
     Attributes:
         pairs: the closest pairs. Identical images come first, followed by the other pairs in order of their affinity.
         total: the number of pairs that were found.
-        compared: the method that was used. ``all`` compares every pair of keys, so that ``total`` is exact. ``nearest``
-            compares each fresh key with its nearest keys. ``digests`` finds identical images, and also identical
-            features if ``fresh`` was ``None``.
+        compared: the method that was used. ``all`` compares every pair of keys. ``digests`` only finds identical
+            images, and also identical features if ``fresh`` was ``None``.
     """
 
     pairs: list[Duplicate]
@@ -90,21 +85,19 @@ class Duplicates:
 
 
 def duplicates(
-    keys: StoredKeys,
+    keys: KeyArray,
     labels: pa.Table,
     fresh: Sequence[int] | IntArray | None = None,
     *,
     least: float = NEAR,
     budget: int = PAIRS,
-    search: Search | None = None,
     most: int = MOST,
 ) -> Duplicates:
     """Find keys of different classes that show the same image. Duplicates within a class are ignored.
 
     Two keys are duplicates if their content digests are equal, or if ``cos(K_i, K_j) = K_i K_j / (|K_i| |K_j|)`` is at
-    least ``least``. All cosines are compared if there are at most ``budget`` pairs. Otherwise, each fresh key is
-    compared with the nearest keys that ``search`` returns. If ``fresh`` is ``None``, there is no search, and features
-    are only checked for equality.
+    least ``least``. All cosines are compared if there are at most ``budget`` pairs. Otherwise, features are only
+    checked for equality, and only if ``fresh`` is ``None``.
 
     Args:
         keys: the keys, as a float32 or float16 array of shape ``[n, d]``.
@@ -113,9 +106,6 @@ def duplicates(
         fresh: the rows of newly added keys. At least one key of each pair must be among them. Defaults to all keys.
         least: the lowest cosine at which two keys count as near-identical.
         budget: the maximum number of pairs to compare, ``len(fresh) * n``.
-        search: a function like ``Index.nearest``. It takes a float32 CPU tensor of features and the number ``k``,
-            and returns the affinities and rows of the ``k`` nearest keys. Empty slots have row -1. The fresh keys must
-            be included in the search.
         most: the maximum number of pairs to return.
     """
     n = int(keys.shape[0])
@@ -133,10 +123,8 @@ def duplicates(
 
     compared, more = "digests", (asked[:0], asked[:0], 0)
     if len(asked) * n <= budget:
-        compared, more = "all", _closest(_near(keys, asked, new, least, remain), most)
-    elif fresh is not None and search is not None:
-        compared, more = "nearest", _closest([_nearest(keys, asked, search, least, remain)], most)
-    elif fresh is None and not isinstance(keys, KeysInPlace):
+        compared, more = "all", _closest(_near(keys, asked, new, least, remain), least, most)
+    elif fresh is None:
         features = _codes_of_equal(keys)
         x, y, every = _pairs_of_equal(features, class_ids, new, most + len(a))
         kept = remain(x, y)  # this drops identical images
@@ -193,18 +181,17 @@ def _codes_of_equal(keys: KeyArray) -> IntArray:
     return exact
 
 
-def _unit(keys: StoredKeys, rows: IntArray) -> Tensor:
+def _unit(keys: KeyArray, rows: IntArray) -> Tensor:
     """Return the keys at ``rows`` as float32, scaled to norm 1."""
     return normalize(torch.from_numpy(np.asarray(keys[rows], dtype=np.float32)), dim=-1)
 
 
-def _near(keys: StoredKeys, asked: IntArray, new: Bools, least: float, remain: Remain) -> Iterator[Near]:
+def _near(keys: KeyArray, asked: IntArray, new: Bools, least: float, remain: Remain) -> Iterator[Near]:
     """Compare ``asked`` rows with all rows, and yield blocks of pairs whose cosine is at least ``least``."""
     fresh, n = _unit(keys, asked).T, int(keys.shape[0])
     number = np.where(new, np.cumsum(new) - 1, len(asked))  # the place of each row in ``asked``
     for part in slices(n, max(1, min(MOST_ROWS, BLOCK // max(1, len(asked))))):
-        some = keys[part] if isinstance(keys, np.ndarray) else keys[np.arange(part.start, part.stop)]
-        block = torch.from_numpy(np.require(some, np.float32, ["W"]))
+        block = torch.from_numpy(np.require(keys[part], np.float32, ["W"]))
         cosine = (block @ fresh).div_(block.norm(dim=1, keepdim=True).clamp_min_(TINY))
         own, places = (cosine >= least).nonzero(as_tuple=True)
         near, x, y = cosine[own, places].numpy(), places.numpy(), own.numpy() + part.start
@@ -212,35 +199,21 @@ def _near(keys: StoredKeys, asked: IntArray, new: Bools, least: float, remain: R
         yield asked[x[kept]], y[kept], near[kept]
 
 
-def _nearest(keys: StoredKeys, asked: IntArray, search: Search, least: float, remain: Remain) -> Near:
-    """Compare ``asked`` rows with their nearest keys, and return pairs whose cosine is at least ``least``."""
-    pairs, cosines = [np.empty((0, 2), dtype=np.int64)], [np.empty(0, dtype=np.float32)]
-    for part in slices(len(asked), QUERY_BLOCK):
-        features = torch.from_numpy(np.asarray(keys[asked[part]], dtype=np.float32))
-        rows = torch.as_tensor(search(features, NEIGHBOURS)[1]).cpu()
-        cosine = own_affinity(normalize(features), rows, lambda few: _unit(keys, few.numpy()))
-        at, column = ((cosine >= least) & (rows >= 0)).nonzero(as_tuple=True)
-        x, y = asked[part][at.numpy()], rows[at, column].numpy()
-        kept = remain(x, y)
-        pairs.append(np.sort(np.stack([x[kept], y[kept]], axis=1), axis=1))
-        cosines.append(cosine[at, column].numpy()[kept])
-    every, first = np.unique(np.concatenate(pairs), axis=0, return_index=True)  # two fresh keys may find each other
-    return every[:, 0], every[:, 1], np.concatenate(cosines)[first]
-
-
-def _closest(blocks: Iterable[Near], most: int) -> tuple[IntArray, IntArray, int]:
+def _closest(blocks: Iterable[Near], least: float, most: int) -> tuple[IntArray, IntArray, int]:
     """Return the ``most`` pairs with the highest cosines, and the total number of pairs."""
     total, a, b = 0, np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
     cosine = np.empty(0, dtype=np.float32)
     for x, y, near in blocks:
         total += len(x)
-        a, b, cosine = np.concatenate([a, x]), np.concatenate([b, y]), np.concatenate([cosine, near])
+        kept = near >= (cosine[-1] if 0 < len(cosine) == most else least)
+        a, b = np.concatenate([a, x[kept]]), np.concatenate([b, y[kept]])
+        cosine = np.concatenate([cosine, near[kept]])
         best = np.lexsort((b, a, -cosine))[:most]
         a, b, cosine = a[best], b[best], cosine[best]
     return a, b, total
 
 
-def _describe(keys: StoredKeys, labels: pa.Table, a: IntArray, b: IntArray, kinds: IntArray) -> list[Duplicate]:
+def _describe(keys: KeyArray, labels: pa.Table, a: IntArray, b: IntArray, kinds: IntArray) -> list[Duplicate]:
     cosine = torch.einsum("nd,nd->n", _unit(keys, a).double(), _unit(keys, b).double()).numpy()
     kinds = np.where((kinds == 2) & (np.asarray(keys[a]) == np.asarray(keys[b])).all(axis=1), 1, kinds)
     key_ids = labels["key_id"].to_numpy()

@@ -262,9 +262,7 @@ class ArrayRows(Rows):
 
     def duplicates_of(self, key_ids: Sequence[int], keys: KeyStream) -> Duplicates:
         fresh = np.flatnonzero(np.isin(self.key_ids, key_ids))
-        exact = self.points is not None or self.index is None or self.index.by_class  # which compares too many keys
-        search = None if exact else keys.nearest
-        return duplicates(self.keys, self.labels, fresh, budget=FRESH_PAIRS, search=search)
+        return duplicates(self.keys, self.labels, fresh, budget=FRESH_PAIRS)
 
     def order(self) -> IntArray:
         """Return the row numbers sorted by class and key id. This is the order of a newly built index."""

@@ -49,7 +49,7 @@ ADDED = 65536
 """Number of vectors that are added to a FAISS index at a time."""
 
 AUTO_CLASSES = 8
-"""Number of whole classes per query that ``auto`` uses."""
+"""Maximum number of whole classes per query that ``auto`` uses."""
 
 FLAT_FACTORY = "Flat"
 """Factory of an exact index, which has no file, since it searches the keys themselves."""
@@ -76,14 +76,15 @@ def auto_factory(n: int, c: int) -> tuple[str, int | None]:
     The limits were measured with ``benchmarks/throughput.py --index`` on CLIP-like features:
 
     - If there are at most 4 keys per class, or at most 2048 keys in total, use all keys (``Flat``, k = all).
-    - If there are at most ``4 sqrt(n)`` keys per class, use at most 8 whole classes (``Classes``).
-    - Otherwise, use the 256 nearest keys, and an inverted file that has ``4 sqrt(n)`` lists.
+    - Otherwise, use the keys of at most 8 classes, and at most half of the keys (``Classes``). An inverted file takes
+      longer, even for a few classes with many keys, and more of its answers differ from those of all keys.
     """
-    if n <= max(4 * c, 2048):
-        return "Flat", None
-    if n <= 4 * c * n**0.5:
-        return BY_CLASS, round(AUTO_CLASSES * n / c)
-    return f"IVF{round(4 * n**0.5)},Flat", 256
+    return (FLAT_FACTORY, None) if n <= max(4 * c, 2048) else (BY_CLASS, auto_k(n, c))
+
+
+def auto_k(n: int, c: int) -> int:
+    """Return the number of keys per query that goes with an automatic index over ``c`` classes."""
+    return round(n * min(AUTO_CLASSES / c, 0.5))
 
 
 @cache
