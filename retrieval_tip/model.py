@@ -198,11 +198,6 @@ class Answering:
         return self.retrieval.keys.index_type
 
     @property
-    def exact_search(self) -> bool:
-        """Whether a search is guaranteed to find the nearest keys."""
-        return self.retrieval.keys.exact_search
-
-    @property
     def has_text(self) -> bool:
         """Whether the index has text weights. If not, zero-shot logits are 0 and only the cache is used."""
         return bool(self.text_weights.any())

@@ -91,7 +91,7 @@ def dense(model_, k=None, tail=True):
     A, y = affinity(QUERIES, whole.keys), whole.class_ids.numpy()
     if model_.index_type.startswith("Classes") or k is None or k >= model_.n:
         met = nearest(A, None)
-    elif model_.exact_search:
+    elif model_.index_type == "Flat":
         met = nearest(A, k)
     else:
         rows = model_.nearest(torch.from_numpy(QUERIES), k)[1]

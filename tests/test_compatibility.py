@@ -142,7 +142,7 @@ def test_a_table_with_a_vector_index_compares_all_keys_until_it_is_rebuilt(tmp_p
         return index
 
     assert at(place).manifest().index == "IvfFlat"
-    assert (check_all().index_type, check_all().exact_search) == ("Flat", True)
+    assert check_all().index_type == "Flat"
     changes.configure(place, temperature=2.0)
     assert (check_all().index_type, at(place).manifest().index) == ("Flat", "Flat")
     assert len(check_all().rows.table.table.list_indices()) == 1

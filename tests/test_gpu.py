@@ -308,8 +308,7 @@ def test_a_fallback_to_the_cpu_warns_once(gpus, caplog, free, number, device, fa
 def on_gpu(search):
     """Return an index whose searches on a GPU are those of a function."""
     index = VectorIndex.build(KEYS, "IVF4,Flat", "cuda")
-    index._gpu.get()
-    index._gpu._held = SimpleNamespace(search=search)
+    index._copied = SimpleNamespace(search=search)
     return index
 
 

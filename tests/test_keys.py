@@ -159,6 +159,14 @@ def test_new_queries_rarely_exceed_the_slack(synthetic, beta):
     assert slack <= 1.5 * np.quantile(excess, 0.999)  # not an arbitrarily large value
 
 
+@settings(max_examples=examples(30), deadline=None)
+@given(small_cases, betas, st.integers(1, 5))
+def test_the_slack_is_the_same_for_any_block_size(case, beta, of_keys):
+    with blocks(3, of_keys):
+        found = keys_of(case).slack(beta)
+    assert found == pytest.approx(keys_of(case).slack(beta), rel=1e-3, abs=1e-6)
+
+
 @settings(max_examples=examples(60), deadline=None)
 @given(small_cases, st.one_of(betas, st.sampled_from([0.0, 100.0, 1e3, 1e6, 1e30])))
 def test_slack_is_never_negative_or_undefined(case, beta):

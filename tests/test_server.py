@@ -177,7 +177,6 @@ def test_indexes_are_described(both, things, food):
     assert (whole["name"], whole["version"], whole["n_keys"], whole["d"]) == ("things", 1, cache.n, cache.d)
     assert (whole["images"], both.get("/v1/indexes/food").json()["images"]) == (True, False)
     assert (whole["alpha"], whole["beta"], whole["k"]) == (cache.settings.alpha, cache.settings.beta, "all")
-    assert whole["exact_search"]
     assert not whole["changes"]
     assert (whole["class_names"], whole["counts"]) == (cache.class_names, [8] * 10)
     assert whole["provenance"] == cache.provenance

@@ -187,14 +187,14 @@ def local_pets(base, tmp_path):
 
 
 def test_a_build_contains_the_keys_labels_and_columns_of_its_source(pets):
-    model, store = pets.check(forms=FORMS), pets.store
-    manifest, rows = store.manifest(), labels_of(pets.place)
+    pets.check(forms=FORMS)
+    store, rows = pets.store, labels_of(pets.place)
+    manifest = store.manifest()
     assert (manifest.version, manifest.parent, manifest.n, manifest.d, manifest.next_key_id) == (1, None, N, D, N)
     assert (manifest.dtype, manifest.index, manifest.change) == ("float32", "Flat", "build")
     assert (manifest.settings.alpha, manifest.settings.beta, manifest.settings.k) == (ALPHA, BETA, None)
     assert store.exists()
     assert store.has_text(manifest)
-    assert model.exact_search
     assert rows_of(store.query("SELECT * FROM labels")) == rows
     assert [(rows[i]["source"], rows[i]["camera"]) for i in range(N)] == [(f"it's {i}", "abc"[i % 3]) for i in range(N)]
     for name in NAMES:  # shots are numbered in the order of the source
@@ -921,7 +921,7 @@ def test_many_keys_get_an_index_that_later_changes_update(tmp_path, monkeypatch,
     more, more_labels = drawn(200, 2)
     changes.add(place, source(tmp_path / "u.parquet", more, more_labels), Reader())
     model = at.verify()
-    assert (model.index_type, model.exact_search, model.n) == ("Classes", False, 3100)
+    assert (model.index_type, model.n) == ("Classes", 3100)
     assert at.manifest().built.auto_index
     assert model.settings.k == lance_rows.index_kind("auto", 3100, classes)[1]  # as in a fresh build
     rows, labels = np.concatenate([rows, more]), labels + more_labels
@@ -977,7 +977,7 @@ def test_affinities_are_inner_products_with_the_stored_keys_or_points(tmp_path, 
     table = source(tmp_path / "t.parquet", rows, labels)
     build_index(table, place, Reader(), index="Classes", dtype=dtype, device="cpu", **fit)
     model = stores.at(place).verify()
-    assert (model.index_type, model.exact_search, model.manifest.built.auto_index) == ("Classes", False, False)
+    assert (model.index_type, model.manifest.built.auto_index) == ("Classes", False)
     stored, column = model.rows.of(range(n)).keys, "vector" if fit == PLAIN else "_point"
     assert stored.dtype == dtype
     assert np.array_equal(stored, rows.astype(dtype))

@@ -41,7 +41,7 @@ from retrieval_tip.lance.key_table import (
 from retrieval_tip.retrieval.duplicates import Duplicates, duplicates
 from retrieval_tip.retrieval.evidence import Nearest
 from retrieval_tip.retrieval.inputs import KeysInPlace
-from retrieval_tip.retrieval.keys import SPREAD_CLASSES, SPREAD_KEYS, SPREAD_QUERIES, KeyStream, points_of
+from retrieval_tip.retrieval.keys import SPREAD_CLASSES, SPREAD_QUERIES, KeyStream, points_of
 from retrieval_tip.retrieval.rows import FRESH_PAIRS, ArrayRows, Rows
 from retrieval_tip.retrieval.vector_index import auto_k
 from retrieval_tip.settings import Dtype
@@ -110,7 +110,6 @@ class LanceKeys(KeyStream):
         super().__init__((int(counts.sum()), sums.shape[1]), total, device, metric)
         self.table, self._column, self._sums, self._counts = table, table.vector_column, sums, counts
         self.index_type = kind
-        self.by_class, self.exact_search = kind == CLASSES, kind == FLAT
 
     @cached_property
     def sums(self) -> Tensor:
@@ -203,14 +202,6 @@ class LanceKeys(KeyStream):
         some = self.table.offsets(spread(self.n, number), ["class_id", self._column])
         keys = np.array(self.table.matrix(some[self._column]), dtype=np.float32)
         return self._tensors(keys, self.table.class_ids(some["class_id"], self.n_classes))
-
-    def _spread(self, features: Tensor, classes: Tensor) -> Tensor:
-        affinity = features.new_zeros(*classes.shape, SPREAD_KEYS)
-        steps, asked = torch.arange(SPREAD_KEYS, device=self.device), classes.unique()
-        for place, keys, _ in self.of_classes(asked.cpu().numpy()):
-            query, slot = (classes == asked[place]).nonzero(as_tuple=True)
-            affinity[query, slot] = tip.affinity(features[query], keys[len(keys) * steps // SPREAD_KEYS])
-        return affinity
 
     def nearest(self, points: Tensor, k: int) -> Nearest:
         """Without an index, a query is compared with all keys."""

@@ -21,7 +21,7 @@ from retrieval_tip import tip
 from retrieval_tip.errors import InputError, warn_once
 from retrieval_tip.retrieval.evidence import Nearest
 from retrieval_tip.retrieval.inputs import FloatArray, IntArray, KeyArray
-from retrieval_tip.retrieval.vector_index import BY_CLASS, VectorIndex, auto_factory, exact_search
+from retrieval_tip.retrieval.vector_index import BY_CLASS, FLAT_FACTORY, VectorIndex, auto_factory, exact_search
 
 QUERY_BLOCK, KEY_BLOCK = 512, 2048
 """Maximum number of queries and keys in a block of affinities. A block takes 4 MiB, which fits in the CPU cache."""
@@ -57,7 +57,7 @@ def auto_for(shape: tuple[int, int], dtype: npt.DTypeLike, n_classes: int, devic
     If all keys fit in GPU memory, ``Flat`` is fastest.
     """
     if device != "cpu" and shape[0] * shape[1] * np.dtype(dtype).itemsize < room_on(device) // 2:
-        return "Flat", None
+        return FLAT_FACTORY, None
     return auto_factory(shape[0], n_classes)
 
 
@@ -68,17 +68,6 @@ def index_over(keys: KeyArray, class_ids: IntArray, n_classes: int, factory: str
     """
     vectors = Keys(keys, class_ids, n_classes).means.numpy() if factory == BY_CLASS else keys
     return VectorIndex.build(vectors, factory, device)
-
-
-def own_affinity(features: Tensor, rows: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return the affinities between each query and the vectors at its own ``rows``. The affinity of row -1 is 0.
-
-    ``gather`` returns the vectors at the given rows.
-    """
-    step = max(1, GATHERED // max(1, rows.shape[1] * features.shape[1]))
-    parts = zip(features.split(step), rows.clamp_min(0).split(step), strict=True)
-    affinity = torch.cat([torch.einsum("qd,qkd->qk", part, gather(own).float()) for part, own in parts])
-    return affinity.masked_fill_(rows < 0, 0)
 
 
 def points_of(metric: tip.Metric | None, keys: KeyArray, device: str) -> KeyArray | None:
@@ -101,9 +90,7 @@ class KeyStream(ABC):
     true, a search visits all keys of some classes.
     """
 
-    index_type = "Flat"
-    by_class = False
-    exact_search = True
+    index_type = FLAT_FACTORY
 
     def __init__(
         self,
@@ -121,6 +108,10 @@ class KeyStream(ABC):
         self._slack: dict[float, float] = {}
         times = 1 if device == "cpu" else GPU_BLOCKS
         self.queries, self.block = QUERY_BLOCK * times, min(self.n, KEY_BLOCK * times)
+
+    @property
+    def by_class(self) -> bool:
+        return self.index_type == BY_CLASS
 
     @abstractmethod
     def blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -171,7 +162,7 @@ class KeyStream(ABC):
 
     @abstractmethod
     def of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield blocks with the position of their class in ``class_ids``, its float32 keys and their row numbers.
+        """Yield blocks with the position of their class in ``class_ids``, its keys and their row numbers.
 
         ``class_ids`` must be in ascending order. There may be several blocks per class. See :meth:`blocks`.
         """
@@ -238,7 +229,7 @@ class KeyStream(ABC):
             size = sizes[place]
             own = slice(ends[place] - size, ends[place])
             asked = features[query[own]]
-            for keys in block.split(max(1, len(memory) // size)):
+            for keys in block.float().split(max(1, len(memory) // size)):
                 rows, columns = (keys, asked) if size <= FEW else (asked, keys)
                 affinity = tip.affinity(rows, columns, out=memory[: size * len(keys)].view(len(rows), len(columns)))
                 sums[own] += tip.weight(affinity, beta, out=affinity).sum(0 if size <= FEW else 1)
@@ -271,7 +262,15 @@ class KeyStream(ABC):
 
     def _spread(self, features: Tensor, classes: Tensor) -> Tensor:
         """Return the affinities of each query to a sample of keys of each of its ``classes``."""
-        raise NotImplementedError
+        affinity, asked = features.new_zeros(*classes.shape, SPREAD_KEYS), classes.unique()
+        first, steps = torch.zeros_like(asked), torch.arange(SPREAD_KEYS, device=self.device)
+        for place, keys, _ in self.of_classes(asked.cpu().numpy()):
+            rows = self.counts[asked[place]].long() * steps // SPREAD_KEYS - first[place]
+            here = ((rows >= 0) & (rows < len(keys))).nonzero()[:, 0]
+            query, slot = (classes == asked[place]).nonzero(as_tuple=True)
+            affinity[query[:, None], slot[:, None], here] = tip.affinity(features[query], keys[rows[here]])
+            first[place] += len(keys)
+        return affinity
 
     def cache_logits(self, points: Tensor, beta: float) -> Tensor:
         """Compute cache logits over all keys, ``C[:, c] = sum over i of exp(-beta (1 - A[:, i])) V_ic``.
@@ -315,8 +314,7 @@ class Keys(KeyStream):
             raise InputError("labels: keys are not grouped by class; build the index again")
         self.array, self.index, means = array, index, None
         if index is not None:
-            self.index_type, self.by_class, self.exact_search = index.factory, index.by_class, False
-            means = index.vectors if index.by_class else None
+            self.index_type, means = index.factory, index.vectors if index.by_class else None
             if index.n != (n_classes if index.by_class else len(array)):
                 raise InputError(f"index: has {index.n} vectors for {len(array)} keys of {n_classes} classes")
         counts = np.bincount(class_ids, minlength=n_classes)
@@ -324,7 +322,7 @@ class Keys(KeyStream):
         self.class_ids = torch.from_numpy(np.require(class_ids, np.int64, ["W"])).to(device)  # Arrow's is read-only
         total = torch.from_numpy(counts.astype(np.float32)).to(device)
         super().__init__((int(array.shape[0]), int(array.shape[1])), total, device, metric, values, means)
-        self._starts, self._numbers = torch.from_numpy(self.starts).to(device), torch.arange(self.n, device=device)
+        self._numbers = torch.arange(self.n, device=device)
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         ready = self.held.dtype == torch.float32 and self.held.is_cpu == (self.device == "cpu")
@@ -378,22 +376,20 @@ class Keys(KeyStream):
             first, last = self.starts[class_id : class_id + 2].tolist()
             for start in range(first, last, self.block):
                 part = slice(start, min(start + self.block, last))
-                yield place, self.held[part].to(self.device).float(), self._numbers[part]
+                yield place, self.held[part].to(self.device), self._numbers[part]
 
     def affinity(self, features: Tensor, rows: Tensor) -> Tensor:
         """Return the affinities between each query and the keys at its own ``rows``. The affinity of row -1 is 0."""
-        return own_affinity(features, rows, self._gathered)
+        step = max(1, GATHERED // max(1, rows.shape[1] * features.shape[1]))
+        parts = zip(features.split(step), rows.clamp_min(0).split(step), strict=True)
+        affinity = torch.cat([torch.einsum("qd,qkd->qk", part, self._gathered(own)) for part, own in parts])
+        return affinity.masked_fill_(rows < 0, 0)
 
     def _gathered(self, rows: Tensor) -> Tensor:
-        return self.held[rows.to(self.held.device)].to(self.device)
+        return self.held[rows.to(self.held.device)].to(self.device).float()
 
     def _sample(self) -> tuple[Tensor, Tensor]:
         rows = torch.linspace(
             0, self.n - 1, min(self.n, SPREAD_QUERIES), dtype=torch.float64, device=self.device
         ).long()  # from 16,777,220 keys on, float32 would round the last row to n
-        return self._gathered(rows).float(), self.class_ids[rows]
-
-    def _spread(self, features: Tensor, classes: Tensor) -> Tensor:
-        starts, counts, steps = self._starts[:-1], self._starts.diff(), torch.arange(SPREAD_KEYS, device=self.device)
-        rows = (starts[classes, None] + counts[classes, None] * steps // SPREAD_KEYS).clamp_max(self.n - 1)
-        return self.affinity(features, rows.reshape(len(features), -1)).view(rows.shape)
+        return self._gathered(rows), self.class_ids[rows]

@@ -8,7 +8,7 @@ import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,10 @@ class VectorIndex:
     The vectors are the keys. If the factory is ``Classes``, they are the class means, and ``by_class`` is true.
     ``trained`` is the number of vectors that the index was built from. ``path`` is the file that the index was read
     from, or ``None`` if the index has changed since then.
+
+    The first search copies the index to a GPU, in half precision if ``half`` is true. If it is too large for a single
+    GPU and ``device`` does not select one, it is spread over all GPUs. If the search has to run on the CPU, a warning
+    is logged once.
     """
 
     def __init__(
@@ -120,7 +124,6 @@ class VectorIndex:
         self.factory, self.path = factory, path
         self.by_class = factory == BY_CLASS
         self._device, self._half = device, half
-        self._gpu = GpuCopy(index, device, half)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restored, (self.to_array(), self.factory, self._device, self._half, self.trained)
@@ -162,7 +165,7 @@ class VectorIndex:
     ) -> VectorIndex:
         """Read an index file, and memory-map it if its type supports this.
 
-        If ``half`` is true, the copy on the GPU is in half precision. Raises StoreError if the file cannot be read.
+        Raises StoreError if the file cannot be read.
         """
         if problem := _size_problem(path):
             raise StoreError(f"{path}: {problem}; rebuild the index")
@@ -193,7 +196,7 @@ class VectorIndex:
     @property
     def device(self) -> str:
         """The device on which searches run, ``cpu`` or ``cuda``."""
-        return "cpu" if self._gpu.get() is None else "cuda"
+        return "cpu" if self._on_gpu is None else "cuda"
 
     @property
     def exact_affinity(self) -> bool:
@@ -201,10 +204,7 @@ class VectorIndex:
         return _is_uncompressed(self._cpu)
 
     def vectors(self) -> FloatArray:
-        """Return all vectors in float32. They are approximate unless :attr:`exact_affinity` is true."""
-        for part in _inner(self._cpu):
-            if hasattr(part, "make_direct_map"):
-                part.make_direct_map()
+        """Return all vectors of an index over class means in float32."""
         vectors: FloatArray = self._cpu.reconstruct_n(0, self.n)
         return vectors
 
@@ -220,7 +220,7 @@ class VectorIndex:
         """
         k = int(min(k, self.n))
         try:
-            found = self._gpu.search(features, k)
+            found = self._search_on_gpu(features, k)
             affinity, rows = _search(self._cpu, features, k) if found is None else found
         except torch.OutOfMemoryError:
             raise
@@ -236,35 +236,25 @@ class VectorIndex:
     def _name(self) -> str:
         return str(self.path) if self.path else f"index {self.factory!r}"
 
-
-class GpuCopy:
-    """A copy of a FAISS index on a GPU, which is created on the first search.
-
-    If the index is too large for a single GPU and ``device`` does not select one, the index is spread over all GPUs. If
-    the search has to run on the CPU, a warning is logged once.
-    """
-
-    def __init__(self, index: FaissIndex, device: str, half: bool) -> None:
-        self._index, self._half = index, half
-        self._wanted, self._number = device != "cpu" and torch.cuda.is_available(), device.partition(":")[2]
-        self._tried, self._held = False, None
-
-    def get(self) -> FaissIndex | None:
-        """Return the copy, creating it if necessary, or ``None`` if searches run on the CPU."""
-        if not self._wanted:
+    @property
+    def _on_gpu(self) -> FaissIndex | None:
+        """The copy on a GPU, which is created if necessary, or ``None`` if searches run on the CPU."""
+        if self._device == "cpu" or not torch.cuda.is_available():
             return None
         with _GPU:
-            if not self._tried:
-                try:
-                    self._held = self._copy()
-                except RuntimeError as error:
-                    warn_once(f"the index is searched on the CPU: {_reason(error)}")
-                self._tried = True
-            return self._held
+            return self._copied
 
-    def search(self, features: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
+    @cached_property
+    def _copied(self) -> FaissIndex | None:
+        try:
+            return self._copy()
+        except RuntimeError as error:
+            warn_once(f"the index is searched on the CPU: {_reason(error)}")
+            return None
+
+    def _search_on_gpu(self, features: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
         """Return the affinities and rows of the nearest vectors, or ``None`` if the search must run on the CPU."""
-        copied = self.get()
+        copied = self._on_gpu
         if copied is None:
             return None
         if k > GPU_MAX_K:
@@ -281,7 +271,8 @@ class GpuCopy:
 
     def _copy(self) -> FaissIndex:
         """Create the copy. Raises RuntimeError if this is not possible."""
-        number, index = int(self._number or torch.cuda.current_device()), self._index
+        asked, index = self._device.partition(":")[2], self._cpu
+        number = int(asked or torch.cuda.current_device())
         size, room = _bytes_on_gpu(index), int(torch.cuda.mem_get_info(number)[0]) // 2
         gpus = int(faiss().get_num_gpus())
         if not gpus:
@@ -292,7 +283,7 @@ class GpuCopy:
         options.shard = size > room
         if size <= room:
             return faiss().index_cpu_to_gpu(resources(), number, index, options)
-        if gpus > 1 and not self._number:
+        if gpus > 1 and not asked:
             return faiss().index_cpu_to_all_gpus(index, options)
         raise RuntimeError(f"it takes {size:,} bytes, but half of the free GPU memory is {room:,} bytes")
 

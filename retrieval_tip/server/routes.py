@@ -116,7 +116,7 @@ async def index(request: Request, version: Now) -> schemas.IndexFacts:
         **vars(index.settings) | index.settings.shown(), name=version.name, version=manifest.version,
         created_at=manifest.created_at, change=manifest.change, changes=request.app.state.token is not None,
         n_keys=index.n, class_names=index.class_names, counts=list(index.counts), d=index.d,
-        index=index.index_type, exact_search=index.exact_search,
+        index=index.index_type,
         backbone=str(index.backbone) if index.backbone else None,
         images=version.backbone is not None, text=index.has_text, templates=index.templates,
         metric=fitted.metric if fitted else "none",

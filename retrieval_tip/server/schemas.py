@@ -241,7 +241,6 @@ class IndexFacts(UsedSettings):
     d: int
     logit_scale: float
     index: str
-    exact_search: bool
     backbone: str | None
     images: bool
     text: bool
