@@ -548,12 +548,12 @@ class Classifier(OpenIndex):
 
         Raises UsageError if ``k`` is not ``all``, or if there are too many keys for memory.
         """
-        from retrieval_tip.index.onnx_graph import Logits, answering
+        from retrieval_tip.index.onnx_graph import answering
 
         if (self.index.settings.k or self.index.n) < self.index.n:
             raise UsageError(f"as_module: k is {self.index.settings.k}, but a module uses all keys; set k to all")
-        answer = answering(self.index.in_memory(), cast("TorchBackbone | Joined | None", self.reader.backbone))
-        return Logits(copy.deepcopy(answer)).eval()
+        backbone = cast("TorchBackbone | Joined | None", self.reader.backbone)
+        return copy.deepcopy(answering(self.index.in_memory(), backbone, alone=True)).eval()
 
     def export_onnx(self, out: Place, *, features: bool = False) -> dict[str, Any]:
         """Write the classifier to an ONNX file, which computes logits from pixels, and return its metadata.

@@ -218,8 +218,10 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
 
     def _logits(self, X: npt.ArrayLike) -> torch.Tensor:
         features = self._queries(X)  # must come first, because it raises an error if the estimator is not fitted
-        index = self.index_
-        logits = index.logits(features) if index.values is None else index.exact_logits(features)
+        queries = self.index_.queries(features)
+        if self.index_.values is not None:  # in float32, the rounding errors of such values depend on the batch
+            queries = queries.double()
+        logits = self.index_.retrieval.answer(queries, self.index_.settings)[1]
         return logits if self._order is None else logits[:, self._order]
 
 

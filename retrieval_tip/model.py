@@ -57,7 +57,6 @@ from retrieval_tip.settings import (
 from retrieval_tip.store.contents import Contents, Stored, read, write
 from retrieval_tip.store.labels import label_table, rows_with
 from retrieval_tip.store.manifest import SUFFIXES, DataFile, Manifest, Table
-from retrieval_tip.store.sums import Sums
 from retrieval_tip.store.versions import Check, Origin, Versions, Writer, created
 
 SHOWN_CLASSES = 8
@@ -155,11 +154,6 @@ class Answering:
     def vectors(self) -> KeyArray | KeysInPlace:
         """The transformed keys if there is a metric, or the keys themselves."""
         return self.rows.vectors
-
-    @property
-    def sums(self) -> Sums | None:
-        """The sums that are needed to fit a metric, if known."""
-        return self.rows.sums
 
     @property
     def class_ids(self) -> Tensor:
@@ -293,13 +287,6 @@ class Answering:
             UsageError: if ``k`` is less than 1.
         """
         return self.retrieval.answer(self.queries(features), self.settings.override(k=k, tail=tail))[1]
-
-    def exact_logits(self, features: Features) -> Tensor:
-        """Return logits over all keys, computed in float64. This is useful for solved or trained values.
-
-        The contributions of such values partly cancel, so in float32 the rounding error depends on the batch.
-        """
-        return self.retrieval.answer(self.queries(features).double(), self.settings)[1]
 
     def answers(self, blocks: Iterable[FeatureBlock], ask: Ask = Ask()) -> Iterator[AnswerBlock]:
         """Classify blocks of features, and yield their answers in order. Everything that classifies uses this loop.

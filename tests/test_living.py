@@ -453,11 +453,11 @@ class Living(RuleBasedStateMachine):
             values, targets = (part[:, counts > 0] for part in (index.values.numpy(), np.eye(c)[ids]))
             tolerance = 1e-2 if index.dtype == "float16" else 1e-3  # a fit does not round the points
             np.testing.assert_allclose(gram @ values, targets, rtol=0, atol=tolerance * max(1, np.abs(values).max()))
-        if index.sums is not None:
+        if index.rows.sums is not None:
             wide, one_hot = np.asarray(index.rows.in_memory().keys).astype(np.float64), np.eye(c)[ids]
-            np.testing.assert_array_equal(index.sums.counts, one_hot.sum(0))
-            np.testing.assert_allclose(index.sums.sums, one_hot.T @ wide, atol=1e-9)
-            np.testing.assert_allclose(index.sums.second, wide.T @ wide, atol=1e-9)
+            np.testing.assert_array_equal(index.rows.sums.counts, one_hot.sum(0))
+            np.testing.assert_allclose(index.rows.sums.sums, one_hot.T @ wide, atol=1e-9)
+            np.testing.assert_allclose(index.rows.sums.second, wide.T @ wide, atol=1e-9)
 
     @invariant()
     def versions_form_one_line_and_name_every_file(self):

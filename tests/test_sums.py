@@ -153,29 +153,31 @@ def test_a_fit_with_stored_sums_equals_a_fit_from_the_keys(tmp_path, monkeypatch
     np.testing.assert_allclose(kept.metric.transform, anew.metric.transform, rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(kept.metric.mean, anew.metric.mean, rtol=1e-6, atol=1e-8)
     assert kept.settings.alpha == pytest.approx(anew.settings.alpha, rel=1e-6)
-    close(kept.sums, anew.sums)
+    close(kept.rows.sums, anew.rows.sums)
 
 
 def test_sums_are_dropped_after_a_huge_key_is_removed(tmp_path):
     cache = fitted(tmp_path / "index")
     key_ids = cache.add(np.full((1, D), 3e5, dtype=np.float32), NAMES[:1])
     cache.remove(key_ids)
-    assert cache.sums is None
+    assert cache.rows.sums is None
     cache.save(tmp_path / "index")
     fit_index(tmp_path / "index")
-    close(verify(tmp_path / "index").sums, fresh(cache))
+    close(verify(tmp_path / "index").rows.sums, fresh(cache))
 
 
 def test_replaced_keys_have_no_sums_until_they_are_fitted(tmp_path):
     cache = fitted(tmp_path / "index")
-    assert cache.sums is not None
-    assert replace(cache, rows=ArrayRows(np.asarray(cache.keys) * 2, cache.labels)).sums is None  # as after finetune
-    assert cache.take(np.arange(300)).sums is None
+    assert cache.rows.sums is not None
+    assert (
+        replace(cache, rows=ArrayRows(np.asarray(cache.keys) * 2, cache.labels)).rows.sums is None
+    )  # as after finetune
+    assert cache.take(np.arange(300)).rows.sums is None
     changes.rebuild(tmp_path / "index", dtype="float16")
     assert "sums" not in Versions(tmp_path / "index").current().files
     fit_index(tmp_path / "index")
     found = verify(tmp_path / "index")
-    close(found.sums, fresh(found))
+    close(found.rows.sums, fresh(found))
 
 
 @pytest.mark.parametrize("what", ["counts", "fraction", "products", "damage"])
@@ -193,6 +195,6 @@ def test_sums_of_other_keys_are_detected(tmp_path, what):
         (Index.load if what == "fraction" else verify)(folder)
     if what == "products":
         changes.rebuild(folder)
-        assert verify(folder).sums is None
+        assert verify(folder).rows.sums is None
         fit_index(folder)
-        close(verify(folder).sums, fresh(cache))
+        close(verify(folder).rows.sums, fresh(cache))

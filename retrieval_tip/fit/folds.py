@@ -252,7 +252,7 @@ class Folds:
         parts = index.parts or (Part(index.d, "feature", index.backbone),)
         return cls(
             index.keys, index.class_ids.cpu(), len(index.class_names), text,
-            images_of(index.rows.columns("digest", "source")), sums=index.sums,
+            images_of(index.rows.columns("digest", "source")), sums=index.rows.sums,
             class_prior=class_prior or own, given=None if index.prior is None else index.prior.astype(np.float64),
             parts=parts, shares=shares or index.shares or equal_shares(parts),
         )  # fmt: skip

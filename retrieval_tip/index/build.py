@@ -26,7 +26,6 @@ from retrieval_tip.index.items import (
     Material,
     Words,
     draw_shots,
-    fits,
     identity_of,
     ids_in,
     planned,
@@ -65,8 +64,9 @@ def build_index(
     source, ids = _shots(source.known_as(words.class_names), words.class_names, plan, reader.seed)
     backbone = identity_of(source, reader)
     fit = Fit(plan["metric"], plan["values"], plan["class_prior"] or "even", prior_of(plan["prior"], backbone))
+    asked = None if plan["fit"] == "none" else fit
     groups = None if plan["groups"] is None else read_groups(plan["groups"], words.class_names)
-    material = Material(source, reader, ids, words, plan, fit if fits(plan) else None, resolve_device(device), groups)
+    material = Material(source, reader, ids, words, plan, asked, resolve_device(device), groups)
     made = places.at(out).create(material)
     warn_of_spelling(out, words.class_names, words.class_names)
     return made

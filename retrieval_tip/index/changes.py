@@ -6,7 +6,6 @@ Slow work such as encoding is done before the index is locked, so that other wri
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -44,8 +43,6 @@ from retrieval_tip.store.labels import PICKED, Edits, in_words
 from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.query import rows_where
 from retrieval_tip.store.versions import changed_meanwhile
-
-Folder = str | os.PathLike[str]
 
 COMPARED = 1 << 18
 """Maximum number of keys to compare with new features when known features are counted but not skipped."""
@@ -105,7 +102,7 @@ def add(
     source: Source,
     reader: Reader,
     *,
-    text: Folder | None = None,
+    text: Place | None = None,
     shots: int | None = None,
     skip_known: bool = False,
     manifest: Manifest | None = None,
@@ -312,21 +309,18 @@ def relabel(
     if not isinstance(label, str | Mapping):
         raise UsageError(f"label: got {label!r}; give the name of a class, or a mapping from key ids to names")
     with places.at(folder).change() as change:
-        index = change.index
-        if not isinstance(label, str) and (where is not None or key_ids is not None):
-            raise UsageError("label: a mapping already names its keys; remove where and key_ids")
-        for name in [label] if isinstance(label, str) else dict.fromkeys(label.values()):
-            _check_class(index, name)
         if isinstance(label, str):
-            wanted = dict.fromkeys(_chosen(index, where, key_ids), label)
+            wanted = dict.fromkeys(_chosen(change.index, where, key_ids), label)
+        elif where is None and key_ids is None:
+            wanted = {key_id: label[key_id] for key_id in _chosen(change.index, None, list(label))}
         else:
-            wanted = {key_id: label[key_id] for key_id in _chosen(index, None, list(label))}
-        moved = _relabel(change, wanted, _labels_of(index, list(wanted)))
+            raise UsageError("label: a mapping already names its keys; remove where and key_ids")
+        moved = _relabel(change, wanted, _labels_of(change.index, list(wanted)))
         change.keep_fitted()
     return Changed(key_ids=moved, **change.outcome)
 
 
-def apply_audit(folder: Place, file: Folder) -> Changed:
+def apply_audit(folder: Place, file: Place) -> Changed:
     """Apply the labels that a table of :func:`audit.audit` suggests. This writes a single new version.
 
     ``file`` is a CSV or Parquet file that ``index audit --out`` wrote. You can edit it first. It needs
@@ -352,9 +346,7 @@ def apply_audit(folder: Place, file: Folder) -> Changed:
             if now.get(key_id) != old[key_id]:
                 found = f"is labelled {now[key_id]!r}, not {old[key_id]!r}" if key_id in now else "is not in this index"
                 raise InputError(f"{name}: key {key_id} {found}; run index audit again")
-        for label in dict.fromkeys(wanted.values()):
-            _check_class(change.index, label, f"{name}: ")
-        moved = _relabel(change, wanted, now)
+        moved = _relabel(change, wanted, now, f"{name}: ")
         change.keep_fitted()
     return Changed(key_ids=moved, **change.outcome)
 
@@ -402,7 +394,7 @@ def configure(
     tail: bool | None = None,
     temperature: float | None = None,
     templates: Sequence[str] = (),
-    groups: Folder | None = None,
+    groups: Place | None = None,
     backbone: Backbone | None = None,
 ) -> Changed:
     """Change settings of an index. ``None`` keeps the current value of a setting.
@@ -543,7 +535,7 @@ def clone(folder: Place, out: Place, version: int | None = None) -> Changed:
 
 
 def _weights_of(
-    class_names: Sequence[str], manifest: Manifest, reader: Reader, text: Folder | None
+    class_names: Sequence[str], manifest: Manifest, reader: Reader, text: Place | None
 ) -> dict[str, npt.NDArray[np.float32]]:
     known = set(manifest.class_names)
     new = [name for name in class_names if name not in known]
@@ -637,14 +629,13 @@ def _labels_of(index: Index, key_ids: Sequence[int]) -> dict[int, str]:
     return dict(zip(rows["key_id"].to_pylist(), rows["label"].to_pylist(), strict=True))
 
 
-def _check_class(index: Index, label: str, prefix: str = "") -> None:
-    if label not in index.class_names:
-        raise InputError(
-            f"{prefix}{label!r} is not a class of this index ({few(index.class_names)}); add new classes with index add"
-        )
-
-
-def _relabel(change: Change, wanted: Mapping[int, str], now: Mapping[int, str]) -> list[int]:
+def _relabel(change: Change, wanted: Mapping[int, str], now: Mapping[int, str], prefix: str = "") -> list[int]:
+    names = change.index.class_names
+    for label in wanted.values():
+        if label not in names:
+            raise InputError(
+                f"{prefix}{label!r} is not a class of this index ({few(names)}); add new classes with index add"
+            )
     moved = {key_id: label for key_id, label in wanted.items() if label != now[key_id]}
     if moved:
         change.index.relabel(list(moved), list(moved.values()))

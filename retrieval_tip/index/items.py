@@ -95,26 +95,18 @@ def planned(options: BuildOptions) -> BuildOptions:
         check_choice("fit", fit, FitName)
     wanted = any(letter is not None for letter in (plan["metric"], plan["values"], plan["class_prior"]))
     wanted = wanted or bool(plan["prior"])
-    if _is_plain(plan) and (fit == "auto" or wanted):
+    plain = plan["alpha"] is not None or plan["beta"] is not None
+    if plain and (fit == "auto" or wanted):
         raise UsageError("fit: sets alpha and beta itself; remove alpha and beta, or give fit none")
     if fit == "none" and wanted:
         raise UsageError("fit none: uses neither metric, values nor a prior; remove them, or give fit auto")
     settings_of(plan, None)
+    plan["fit"] = fit or ("none" if plain else "auto")
     return plan
 
 
 _DEFAULTS = cast("BuildOptions", dict.fromkeys(BuildOptions.__annotations__))
 _DEFAULTS |= {"templates": (), "dtype": "float32", "prior": (), "features": ()}
-
-
-def _is_plain(plan: BuildOptions) -> bool:
-    """Return whether a setting is given that a fit would choose."""
-    return plan["alpha"] is not None or plan["beta"] is not None
-
-
-def fits(plan: BuildOptions) -> bool:
-    """Return whether the index is fitted to its shots."""
-    return not _is_plain(plan) and plan["fit"] != "none"
 
 
 def settings_of(plan: BuildOptions, backbone: Backbone | None) -> Settings:

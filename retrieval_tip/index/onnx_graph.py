@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from retrieval_tip.backbones.torch_backbone import TorchBackbone
 
 Encoder: TypeAlias = "TorchBackbone | Joined | None"
+Answers: TypeAlias = Tensor | tuple[Tensor, ...]
 
 LARGEST = (1 << 31) - (1 << 20)
 """Maximum size in bytes of a graph including its weights, slightly below the protobuf limit of 2 GiB."""
@@ -66,7 +67,10 @@ class Pixels(torch.nn.Module):
 
 
 class Answer(torch.nn.Module):
-    """A torch module that computes the answers of an index from features, which are normalised if they are ``raw``."""
+    """A torch module that computes the answers of an index from features, which are normalised if they are ``raw``.
+
+    With ``alone``, it only returns the logits.
+    """
 
     text: Tensor
     keys: Tensor
@@ -78,10 +82,10 @@ class Answer(torch.nn.Module):
     class_means: Tensor | None
     class_offsets: Tensor | None
 
-    def __init__(self, index: Index, raw: bool) -> None:
+    def __init__(self, index: Index, *, raw: bool = False, alone: bool = False) -> None:
         super().__init__()
         settings, metric = index.settings, index.metric
-        self.settings, self.n_classes, self.raw = settings, len(index.class_names), raw
+        self.settings, self.n_classes, self.raw, self.alone = settings, len(index.class_names), raw, alone
         self.register_buffer("text", index.retrieval.text.float().cpu())
         self.register_buffer("keys", torch.from_numpy(np.asarray(index.rows.in_memory().vectors, dtype=np.float32)))
         self.register_buffer("ids", index.class_ids.cpu())
@@ -94,7 +98,7 @@ class Answer(torch.nn.Module):
         self.register_buffer("metric_mean", None if metric is None else metric.mean.cpu())
         self.register_buffer("metric_transform", None if metric is None else metric.transform.cpu())
 
-    def forward(self, given: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, given: Tensor) -> Answers:
         """Return the logits and probabilities of shape ``[b, c]``, and ``no_match`` of shape ``[b]`` if it is known."""
         settings, features = self.settings, normalize(given) if self.raw else given
         points = features
@@ -108,6 +112,8 @@ class Answer(torch.nn.Module):
             discriminant = tip.Discriminant(self.class_means, self.class_offsets)(points)
         terms = tip.Terms(text, tip.log_cache(cache, settings.log_offset), discriminant)
         logits = terms.logits(settings)
+        if self.alone:
+            return logits
         answers = logits, (logits / settings.temperature).softmax(1)
         least = settings.least_cache
         return answers if least is None else (*answers, terms.strongest(self.counts) < least)
@@ -126,21 +132,22 @@ class Towers(torch.nn.Module):
         )
         self.answer = answer
 
-    def forward(self, *pixels: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, *pixels: Tensor) -> Answers:
         """Return the answers to pixels."""
         made = iter([normalize(tower(view)) for tower, view in zip(self.towers, pixels, strict=True)])
         empty = pixels[0].flatten(1)[:, :1] * 0
         features = torch.cat([next(made) if used else empty.expand(-1, d) for d, used in self.parts], 1)
-        answers: tuple[Tensor, ...] = self.answer(features / len(self.parts) ** 0.5)
+        answers: Answers = self.answer(features / len(self.parts) ** 0.5)
         return answers
 
 
-def answering(index: Index, backbone: Encoder) -> torch.nn.Module:
+def answering(index: Index, backbone: Encoder, *, alone: bool = False) -> torch.nn.Module:
     """Return a module that computes the answers of an index from pixels, or from features without a ``backbone``.
 
-    If the index has several encoders, the module has one input for each that has a share.
+    If the index has several encoders, the module has one input for each that has a share. With ``alone``, it only
+    returns the logits.
     """
-    answer = Answer(index, raw=False)
+    answer = Answer(index, alone=alone)
     return answer if backbone is None else Towers(without_unused(backbone, index.shares), answer)
 
 
@@ -149,19 +156,6 @@ def inputs_of(index: Index, backbone: Encoder) -> dict[str, Preprocess]:
     encoders = enumerate(encoders_of(without_unused(backbone, index.shares)), 1)
     several = isinstance(backbone, Joined)
     return {f"{PIXELS}_{i}" if several else PIXELS: one.identity.preprocess for i, (one, used) in encoders if used}
-
-
-class Logits(torch.nn.Module):
-    """A torch module that returns only the logits of an :func:`answering` module, of shape ``[b, c]``."""
-
-    def __init__(self, answer: torch.nn.Module) -> None:
-        super().__init__()
-        self.answer = answer
-
-    def forward(self, *given: Tensor) -> Tensor:
-        """Return the logits."""
-        logits: Tensor = self.answer(*given)[0]
-        return logits
 
 
 def export_onnx(index: Index, out: str | os.PathLike[str], backbone: Encoder = None) -> dict[str, Any]:
