@@ -129,16 +129,6 @@ def test_requested_classes_get_their_dense_sum_and_others_get_0(given_, beta, si
     assert (found.numpy()[~met] == 0).all()
 
 
-@settings(max_examples=examples(40), deadline=None)
-@given(small_cases, st.integers(0, 7), st.integers(1, 60))
-def test_affinities_to_chosen_keys_match_numpy_and_are_0_in_empty_slots(case, k, gathered):
-    rows = case.rng.integers(-1, len(case.y), size=(len(case.f), k))
-    with blocks(3, 3, gathered):
-        found = keys_of(case).affinity(case.queries, torch.from_numpy(rows))
-    expected = np.where(rows < 0, 0, np.take_along_axis(case.A, np.maximum(rows, 0), axis=1))
-    np.testing.assert_allclose(found, expected, atol=1e-6)
-
-
 def excess_of(array, ids, c, f, own, beta):
     """Return by which factor the sum of each query's 8 nearest other classes exceeds the sum at the mean affinity."""
     A = affinity(f, array)

@@ -230,13 +230,6 @@ def test_classes_with_few_or_no_keys_near_a_query_leave_no_slot_empty():
     assert (cache.nearest(torch.from_numpy(np.eye(8, dtype=np.float32)[:1]), 20)[1] >= 0).all()
 
 
-def fresh(cache, **changes):
-    """Return a new model with the same keys and labels."""
-    options = {"alpha": cache.settings.alpha, "index": cache.index_type} | changes
-    ids, text = cache.labels["class_id"].to_numpy(), cache.text_weights.numpy()
-    return model(np.asarray(cache.keys), ids, len(cache.class_names), text, **options)
-
-
 def check_same(one, other, queries, k=64):
     for number in ("all", k):
         torch.testing.assert_close(one.logits(queries, number), other.logits(queries, number), rtol=1e-5, atol=1e-3)
@@ -244,20 +237,14 @@ def check_same(one, other, queries, k=64):
     np.testing.assert_allclose(one.nearest(f, 5)[0], other.nearest(f, 5)[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("change", ["take", "replace"])
 @pytest.mark.parametrize("index", ["Classes", "Flat"])
-def test_other_keys_give_the_answers_of_a_new_build(index, change, material):
+def test_some_of_the_keys_give_the_answers_of_a_new_build(index, material):
     """The tests of changes in ``test_living.py`` add and remove keys."""
     array, ids, text, queries = material
-    cache = model(array, ids, C, text, index=index)
+    cache, rows = model(array, ids, C, text, index=index), np.r_[0:40, 60:400, 7, 7]
     cache.logits(queries[:5], 64)  # computes the sums of keys
-    if change == "take":
-        cache = cache.take(np.r_[0:40, 60:400, 7, 7])
-    else:
-        keys = unit(array + 0.05 * np.random.default_rng(3).standard_normal(array.shape))
-        rows = replace(cache.rows, keys=keys)
-        cache = replace(cache, rows=replace(rows, index=fresh(replace(cache, rows=rows)).rows.index))
-    check_same(cache, fresh(cache), queries[:50])
+    cache = cache.take(rows)
+    check_same(cache, model(array[rows], ids[rows], C, text, index=index), queries[:50])
     text_, exact = exact_parts(cache, queries[:50])
     np.testing.assert_allclose(cache.logits(queries[:50]), text_ + exact, atol=1e-3)
 
