@@ -74,7 +74,7 @@ def test_the_schema_describes_every_operation_body_and_result():
         content = SCHEMA["paths"][path]["post"]["requestBody"]["content"]
         binary = {"application/octet-stream"} if path == "/v1/classify" else set()
         assert set(content) == {"multipart/form-data", "application/json"} | binary
-        assert content["application/json"]["example"]["features"]
+        assert content["application/json"]["schema"]["example"]["features"]
     found = SCHEMA["paths"]["/v1/classify"]["post"]["responses"]["200"]["content"]["application/json"]["schema"]
     result = SCHEMA["components"]["schemas"][found["$ref"].rpartition("/")[2]]["properties"]["results"]["items"]
     fields = {"input", "label", "probability", "neighbours", "opposing", "feature", "similar"}
@@ -83,9 +83,9 @@ def test_the_schema_describes_every_operation_body_and_result():
 
 def test_examples_in_the_schema_can_be_sent(address):
     content = SCHEMA["paths"]["/v1/classify"]["post"]["requestBody"]["content"]
-    answer = httpx.post(f"{address}/v1/classify?index=tiny", json=content["application/json"]["example"])
+    answer = httpx.post(f"{address}/v1/classify?index=tiny", json=content["application/json"]["schema"]["example"])
     assert (answer.status_code, answer.json()["results"][0]["input"]) == (200, "camera-3/0001")
     content = SCHEMA["paths"]["/v1/indexes/{name}/keys"]["post"]["requestBody"]["content"]
-    sent = {"json": content["application/json"]["example"], "headers": {"Authorization": f"Bearer {TOKEN}"}}
+    sent = {"json": content["application/json"]["schema"]["example"], "headers": {"Authorization": f"Bearer {TOKEN}"}}
     answer = httpx.post(f"{address}/v1/indexes/tiny/keys", **sent)
     assert (answer.status_code, answer.json()["classes"]) == (201, [])

@@ -29,7 +29,7 @@ from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.routes import Norms
 from retrieval_tip.server.served import Maker, Served
 from retrieval_tip.server.service import Service, backbone_of
-from retrieval_tip.server.uploads import read, read_index
+from retrieval_tip.server.uploads import read, read_form
 
 uploads = APIRouter(prefix="/v1", dependencies=CHANGES)
 changes = APIRouter(prefix="/v1", dependencies=[*CHANGES, Depends(lift_deadline)])
@@ -128,7 +128,11 @@ async def create(
 
     By default, it gets the encoder and the folder that the server was started with, or else those of the first index.
     """
-    (name, sent), maker = await read_index(request, service.limits), service.maker
+    new, sent = await read_form(request, service.limits, schemas.NewIndex)
+    (name,), labels, maker = new.name, len(new.label), service.maker
+    if labels != len(sent.images):
+        many = f"{labels} labels given for {len(sent.images)} images"
+        raise InputError(f"label: {many}; send one label for each image, in order")
     await lift_deadline(request)
     if maker is None or like is not None:
         model = service.index(like or next((name for name, one in service.served.items() if one.now.backbone), None))
@@ -138,7 +142,7 @@ async def create(
         maker = Maker(into, lambda: backbone, model.backbones)
     _check_free(service, name, maker.into, another=True)
     used = await service.change(maker.load)
-    labelled, skipped = await service.labelled(sent, used)
+    labelled, skipped = await service.labelled(replace(sent, labels=new.label), used)
     make = partial(shots.build, maker.into / name, used, labelled, service.uploads)
     one = await service.open(make, maker.backbones)
     warnings = _of_spelling(name, spelled_alike(one.now.index.class_names))

@@ -23,9 +23,10 @@ from retrieval_tip.server import shots
 from retrieval_tip.server.access import CHANGES, READS, Named, TheService, accept_basic, lift_deadline
 from retrieval_tip.server.guard import DEADLINE
 from retrieval_tip.server.routes import json_of
+from retrieval_tip.server.schemas import class_name
 from retrieval_tip.server.served import Served
 from retrieval_tip.server.service import Service, backbone_of
-from retrieval_tip.server.uploads import Sent, class_name, client_of, of_data_url
+from retrieval_tip.server.uploads import Sent, client_of, of_data_url
 from retrieval_tip.settings import Ask
 
 log = logging.getLogger(__name__)

@@ -56,7 +56,7 @@ def _problem(request: Request, error: Exception) -> HTTPException:
 
 def _line(error: Mapping[str, object]) -> str:
     place = cast(tuple[object, ...], error["loc"])
-    parts = [part for part in place if part not in ("query", "path", "body")] or place
+    parts = [part for part in place if part not in ("query", "path", "body")] or place or ["body"]
     return f"{'.'.join(map(str, parts))}: {str(error['msg']).removeprefix('Value error, ')}"
 
 

@@ -2,26 +2,53 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal
 
 import pyarrow as pa
-from pydantic import AfterValidator, BaseModel, Field, WithJsonSchema
+from fastapi import UploadFile
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, WithJsonSchema
 
-from retrieval_tip.errors import Skipped
+from retrieval_tip.errors import InputError, Skipped
+from retrieval_tip.index import photos
 from retrieval_tip.labelling.placing import Action
 from retrieval_tip.labelling.progress import Estimate
 from retrieval_tip.predictions import SCHEMA
 from retrieval_tip.server.problems import MEDIA
-from retrieval_tip.server.uploads import class_name, index_name
 from retrieval_tip.settings import Norms
 from retrieval_tip.store.labels import LABEL_SCHEMA, VERSIONS_SCHEMA
 
 Row = dict[str, object]
 """Type of a table row, or of a part of /openapi.json."""
 
+FORM, JSON, FLOATS = "multipart/form-data", "application/json", "application/octet-stream"
+NAME = re.compile(r"[^\W\d_][\w .-]{0,62}(?<![ .])")
+"""Pattern for the name of a new index, which is also the name of its folder."""
+
+
+def index_name(value: str) -> str:
+    """Return a name for an index and its folder. Raises InputError if the name is not valid."""
+    name = value.strip()
+    if not NAME.fullmatch(name):
+        expected = "1 to 64 letters, digits, spaces, dots, hyphens or underscores, starting with a letter"
+        raise InputError(f"{name[:64]!r} is not valid; use {expected}")
+    if photos.is_reserved(name):  # deleting this index would delete the photos of another
+        raise InputError(f"{name!r} ends with {photos.SUFFIX}, like a folder of photos; choose another name")
+    return name
+
+
+def class_name(value: str) -> str:
+    """Return the name of a class. Raises InputError if it is not valid."""
+    label = value.strip()
+    if not label or not label.isprintable():
+        raise InputError("must be a class name without control characters")
+    return label
+
+
+Text = Annotated[str, Field(min_length=1, max_length=1024)]
+ClassName = Annotated[Text, AfterValidator(class_name)]
 KeyId = Annotated[int, Field(ge=0, le=2**62)]
-Label = Annotated[str, Field(min_length=1, max_length=1024)]
 VersionNumber = Annotated[int, Field(ge=1, le=2**31)]
 PhotoNumber = Annotated[int, Field(ge=0, le=2**31)]
 Number = Annotated[int, Field(ge=1, lt=10**9)]
@@ -50,20 +77,20 @@ class ClassifyOptions(BaseModel):
 class Relabel(BaseModel, extra="forbid"):
     """The new labels of shots, by key id. Each label must be a class of the index."""
 
-    labels: Annotated[dict[KeyId, Label], Field(min_length=1, max_length=100_000)]
+    labels: Annotated[dict[KeyId, Text], Field(min_length=1, max_length=100_000)]
 
 
 class Rename(BaseModel, extra="forbid"):
     """A request to rename the class ``of`` to ``label``."""
 
-    of: Label
-    label: Label
+    of: Text
+    label: Text
 
 
 class IndexName(BaseModel, extra="forbid"):
     """The name of an index and its folder."""
 
-    name: Annotated[str, Field(min_length=1, max_length=64), AfterValidator(index_name)]
+    name: Annotated[Text, AfterValidator(index_name)]
 
 
 class Rollback(BaseModel, extra="forbid"):
@@ -77,7 +104,7 @@ class SetLabel(BaseModel, extra="forbid"):
     """The label of a photo. Without a label, the label of the photo is removed."""
 
     photo: PhotoNumber
-    label: Annotated[Label, AfterValidator(class_name)] | None = None
+    label: ClassName | None = None
 
 
 StepName = Annotated[str, Field(min_length=1, max_length=100)]
@@ -111,46 +138,61 @@ class SortInto(BaseModel, extra="forbid"):
     undo: bool = False
 
 
+class Images(BaseModel, extra="forbid"):
+    """JPEG, PNG or WebP files. HEIC files are accepted if the server has the extra heic."""
+
+    images: Annotated[list[UploadFile], Field(min_length=1)]
+
+
+class Shots(Images):
+    """Images, and one label, which is the class of all of them."""
+
+    label: Annotated[list[ClassName], Field(min_length=1, max_length=1)]
+
+
+class NewIndex(Images):
+    """Images, the class of each image in the same order, and the name of the new index and its folder."""
+
+    name: Annotated[list[Annotated[Text, AfterValidator(index_name)]], Field(min_length=1, max_length=1)]
+    label: list[ClassName]
+
+
+Numbers = Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], FailFast()]
+
+
+class Features(BaseModel, extra="forbid", strict=True):
+    """Features of norm 1, as one list per input, and the names of the inputs."""
+
+    model_config = ConfigDict(json_schema_extra={"example": {"features": [[0.6, 0.8]], "inputs": ["camera-3/0001"]}})
+    features: Annotated[list[Numbers], Field(min_length=1), FailFast()]
+    inputs: list[Text] | None = None
+
+
+class LabelledFeatures(Features):
+    """Features of norm 1, as one list per shot, their labels, and the names of the shots."""
+
+    model_config = ConfigDict(json_schema_extra={"example": {"features": [[0.6, 0.8]], "labels": ["cat"]}})
+    labels: list[ClassName]
+
+
+def _body(*kinds: type[BaseModel], floats: bool = False) -> Row:
+    """Describe a request body, which can be a form, JSON or binary."""
+    content = {FORM if issubclass(kind, Images) else JSON: {"schema": kind.model_json_schema()} for kind in kinds}
+    if floats:
+        text = "Features as little-endian float32, row by row."
+        content[FLOATS] = {"schema": {"type": "string", "format": "binary", "description": text}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+CLASSIFY, GROUP = _body(Images, Features, floats=True), _body(Features, floats=True)
+ADD, MAKE = _body(Shots, LabelledFeatures), _body(NewIndex)
+
+
 def _list_of(items: Row, **more: object) -> Row:
     return {"type": "array", "items": items, **more}
 
 
 _NUMBERS = _list_of({"type": "number"})
-_FEATURES = _list_of(_NUMBERS, minItems=1, description="Features of norm 1, as one list per input.")
-_TEXTS = _list_of({"type": "string", "minLength": 1})
-_KINDS = "JPEG, PNG or WebP files. HEIC files are accepted if the server has the extra heic."
-_FILES = _list_of({"type": "string", "format": "binary"}, minItems=1, description=_KINDS)
-
-
-def _body(form: Row, json: Row | None = None, example: Row | None = None, binary: Row | None = None) -> Row:
-    """Describe a request body, which can be a form, JSON or binary. A form without fields is not accepted."""
-    schema: Row = {"type": "object", "properties": form, "required": sorted(form)}
-    content: Row = {"multipart/form-data": {"schema": schema}} if form else {}
-    if json is not None:
-        required = sorted(json.keys() & {"features", "labels"})
-        schema = {"type": "object", "properties": json, "required": required, "additionalProperties": False}
-        content["application/json"] = {"schema": schema, "example": example}
-    if binary is not None:
-        content["application/octet-stream"] = {"schema": binary}
-    return {"requestBody": {"required": True, "content": content}}
-
-
-_FLOATS: Row = {"type": "string", "format": "binary", "description": "Features as little-endian float32, row by row."}
-_EXAMPLE = {"features": [[0.6, 0.8]], "inputs": ["camera-3/0001"]}
-CLASSIFY = _body({"images": _FILES}, {"features": _FEATURES, "inputs": _TEXTS}, _EXAMPLE, _FLOATS)
-GROUP = _body({}, {"features": _FEATURES}, {"features": [[0.6, 0.8], [0.8, 0.6]]}, _FLOATS)
-ADD = _body(
-    {"images": _FILES, "label": {"type": "string", "minLength": 1, "description": "Class of all images."}},
-    {"features": _FEATURES, "labels": _TEXTS, "sources": _TEXTS},
-    {"features": [[0.6, 0.8]], "labels": ["cat"], "sources": ["camera-3/0001"]},
-)
-MAKE = _body(
-    {
-        "name": {"type": "string", "description": "Name of the new index and its folder."},
-        "images": _FILES,
-        "label": _TEXTS | {"description": "Class of each image, in the same order."},
-    }
-)
 
 
 class ProblemAnswer(BaseModel):
