@@ -119,7 +119,7 @@ def app_of(*folders, limits=None, **options):
 def running(app, **options):
     """Run an application in a thread, as ``serve`` does, and yield its address. See :func:`run.configured`."""
     with run.listen("127.0.0.1", 0) as listening:
-        server = uvicorn.Server(run.configured(app, 20, **options))
+        server = uvicorn.Server(run.configured(app, **options))
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         try:

@@ -23,7 +23,7 @@ from retrieval_tip.index import changes
 from retrieval_tip.index.build import build_index
 from retrieval_tip.index.places import at
 from retrieval_tip.model import Index, narrowest
-from retrieval_tip.server.limits import Limits
+from retrieval_tip.server.guard import Limits
 from retrieval_tip.settings import Levels
 
 NAMES = ["lion", "leopard", "caracal", "wolf", "empty"]

@@ -29,7 +29,7 @@ from serving import app_of, caltech_photos, running, server
 from retrieval_tip import Index
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.index.changes import fit_index
-from retrieval_tip.server.limits import Limits
+from retrieval_tip.server.guard import Limits
 from retrieval_tip.server.partners import interface_of
 from retrieval_tip.server.uploads import Photos
 

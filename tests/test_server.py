@@ -38,7 +38,7 @@ from retrieval_tip.server import served as served_module
 from retrieval_tip.server import service as service_module
 from retrieval_tip.server import shots as shots_module
 from retrieval_tip.server.app import create_app
-from retrieval_tip.server.limits import Limits
+from retrieval_tip.server.guard import Limits
 from retrieval_tip.server.served import Backbones, Maker, open_all
 from retrieval_tip.settings import Ask
 

@@ -6,7 +6,6 @@ import ipaddress
 import sys
 import webbrowser
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,6 @@ from retrieval_tip.cli.messages import say
 from retrieval_tip.cli.opening import inputs_of, reader_for, store_of
 from retrieval_tip.cli.options import BackboneOptions, EncodingOptions, OpeningOptions
 from retrieval_tip.errors import UsageError, counted, show
-from retrieval_tip.server.limits import Limits
-
-_LIMITS = {
-    "bytes": option(kinds.count(), "--max-bytes", default=Limits.bytes),
-    "pixels": option(kinds.count(), "--max-pixels", default=Limits.pixels),
-    "queue": option(kinds.count("queue"), default=Limits.queue),
-    "seconds": option(kinds.Number(0.1, 86_400), "--timeout", default=Limits.seconds, metavar="SECONDS"),
-}
-"""The limits that a user can change. Their help is the documentation of the class."""
 
 
 @command()
@@ -46,7 +36,6 @@ def serve_command(
     root: Path | None = option(kinds.FOLDER),
     allow_host: tuple[str, ...] = option(multiple=True, metavar="NAME"),
     trusted_proxy: tuple[str, ...] = option(multiple=True, metavar="ADDRESS"),
-    limits: Limits = grouped(Limits, _LIMITS),
     backbone: BackboneOptions = grouped(BackboneOptions, without=("model", "pretrained")),
     opening: OpeningOptions = grouped(OpeningOptions, without=("where",)),
 ) -> None:
@@ -72,6 +61,7 @@ def serve_command(
         trusted_proxy: Address or network of a proxy that names its clients in X-Forwarded-For.
     """
     from retrieval_tip.server.app import create_app
+    from retrieval_tip.server.guard import Limits
     from retrieval_tip.server.run import LOOPBACK, LastServer, address, is_local, listen, serve
     from retrieval_tip.server.served import Backbones, Maker, open_all
 
@@ -81,8 +71,7 @@ def serve_command(
         here = is_local(listening)
         kept = LastServer("serve", folders or [into or Path("indexes")])
         key = kept.token_for(listening) if token is None and (private or (here and not read_only)) else token
-        if allow_host or here:
-            limits = replace(limits, hosts=LOOPBACK | {name.lower() for name in allow_host})
+        hosts = LOOPBACK | {name.lower() for name in allow_host} if allow_host or here else None
         maker = None
         if model is not None or not folders:
             maker = Maker(into or Path("indexes"), cache(partial(backbones.load, model, pretrained)), backbones)
@@ -97,8 +86,8 @@ def serve_command(
         opened = f" open {at}/#token={key} to view{'' if read_only else ' and change'} it;" if key != token else ""
         ready = partial(say, f"Serving {what} at {at};{opened} Ctrl+C stops the server")
         access: dict[str, Any] = {"token": None if read_only else key, "private": key if private else None}
-        app = create_app(served, limits, **access, uploads=uploads, root=root, maker=maker, ready=ready)
-        serve(app, listening, limits.seconds, trusted_proxy)
+        app = create_app(served, Limits(hosts=hosts), **access, uploads=uploads, root=root, maker=maker, ready=ready)
+        serve(app, listening, trusted_proxy)
 
 
 @command()
@@ -125,6 +114,7 @@ def label_command(
         port: Port to listen on. Use 0 to select a free port. [default: the last port of INDEX, or a free port]
     """
     from retrieval_tip.server.app import create_app
+    from retrieval_tip.server.guard import Limits
     from retrieval_tip.server.labelling import Labelling
     from retrieval_tip.server.run import LOOPBACK, LastServer, address, listen, serve
     from retrieval_tip.server.served import Backbones, Maker, Served
@@ -151,7 +141,7 @@ def label_command(
 
         access: dict[str, Any] = {"token": token, "private": token}
         app = create_app(served, Limits(hosts=LOOPBACK), **access, maker=maker, labelling=labelling, ready=ready)
-        serve(app, listening, Limits.seconds)
+        serve(app, listening)
         labelling.check_saved()
 
 

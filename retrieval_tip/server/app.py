@@ -11,10 +11,9 @@ from fastapi.responses import FileResponse, Response
 from fastapi.staticfiles import StaticFiles
 
 from retrieval_tip import __version__
-from retrieval_tip.server import edits, metrics, partners, routes
-from retrieval_tip.server.guard import Guard
+from retrieval_tip.server import edits, partners, routes
+from retrieval_tip.server.guard import Guard, Limits
 from retrieval_tip.server.labelling import Labelling
-from retrieval_tip.server.limits import Limits
 from retrieval_tip.server.problems import HANDLED, handle
 from retrieval_tip.server.schemas import PROBLEM
 from retrieval_tip.server.served import Maker, Served
@@ -59,13 +58,17 @@ def create_app(
     app.state.service, app.state.labelling = service, labelling
     app.state.token, app.state.private = token, private
     app.add_middleware(Guard, limits=limits)
-    app.add_middleware(metrics.Recorder)
     for kind in HANDLED:
         app.add_exception_handler(kind, handle)
-    for router in (routes.uploads, edits.uploads):
-        app.include_router(router, max_body_size=limits.bytes)
-    for router in (routes.reads, routes.about, edits.changes, partners.label_studio, partners.photoprism):
-        app.include_router(router, max_body_size=limits.json_bytes)
+    for router in (
+        routes.reads,
+        routes.about,
+        edits.uploads,
+        edits.changes,
+        partners.label_studio,
+        partners.photoprism,
+    ):
+        app.include_router(router)
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
     app.get("/", include_in_schema=False)(_page)
     return app

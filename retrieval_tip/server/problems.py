@@ -11,7 +11,6 @@ from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
-from starlette.middleware.body_limit import MAX_BODY_SIZE_SCOPE_KEY
 
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError, one_line
 
@@ -36,15 +35,9 @@ def answer(problem: HTTPException) -> Response:
     return Response(orjson.dumps(body), status, problem.headers, MEDIA)
 
 
-def too_large(limit: int) -> Problem:
-    """Return the problem of a body that is larger than ``limit`` bytes."""
-    return Problem(413, f"the request has more than {limit:,} bytes, which is the limit; send less data at once")
-
-
-def _problem(request: Request, error: Exception) -> HTTPException:
+def _problem(error: Exception) -> HTTPException:
     if isinstance(error, HTTPException):
-        own = isinstance(error, Problem) or error.status_code != 413
-        return error if own else too_large(request.scope[MAX_BODY_SIZE_SCOPE_KEY])
+        return error
     if isinstance(error, RequestValidationError):
         return Problem(422, "; ".join(map(_line, error.errors()[:NAMED])) or "the request does not match /openapi.json")
     if isinstance(error, InputError | UsageError):
@@ -60,9 +53,9 @@ def _line(error: Mapping[str, object]) -> str:
     return f"{'.'.join(map(str, parts))}: {str(error['msg']).removeprefix('Value error, ')}"
 
 
-async def handle(request: Request, error: Exception) -> Response:
+async def handle(_: Request, error: Exception) -> Response:
     """Handle an exception of one of the types in :data:`HANDLED` by returning a problem response."""
-    return answer(_problem(request, error))
+    return answer(_problem(error))
 
 
 HANDLED = (HTTPException, RequestValidationError, RetrievalTipError, Exception)

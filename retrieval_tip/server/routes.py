@@ -1,4 +1,4 @@
-"""HTTP routes that change nothing. Those of ``reads`` and ``uploads`` require the token of a private server."""
+"""HTTP routes that change nothing. Those of ``reads`` require the token of a private server."""
 
 from __future__ import annotations
 
@@ -46,12 +46,11 @@ BYTES: dict[int | str, dict[str, object]] = {200: {"content": {"application/octe
 Norms = Annotated[settings.Norms, Query(description=schemas.NORMS)]
 Size = Annotated[int, Query(ge=16, le=1024, description="Length of the longer side, in pixels.")]
 
-about = APIRouter()
-uploads, reads = (APIRouter(prefix="/v1", dependencies=READS) for _ in range(2))
+about, reads = APIRouter(), APIRouter(prefix="/v1", dependencies=READS)
 
 
 # Routes are matched in order, so the most frequent one comes first.
-@uploads.post("/classify", response_model=schemas.Classified, openapi_extra=schemas.CLASSIFY)
+@reads.post("/classify", response_model=schemas.Classified, openapi_extra=schemas.CLASSIFY)
 async def classify(
     request: Request, service: TheService, question: Annotated[schemas.ClassifyOptions, Query()]
 ) -> Response:
@@ -65,7 +64,7 @@ async def classify(
     return json_of(await service.classify(version, ask, sent, features=question.features))
 
 
-@uploads.post("/indexes/{name}/groups", openapi_extra=schemas.GROUP)
+@reads.post("/indexes/{name}/groups", openapi_extra=schemas.GROUP)
 async def groups(request: Request, service: TheService, version: Now, norms: Norms = "check") -> list[list[int]]:
     """Group similar features, for example of images without a match, so that each group can be named at once.
 

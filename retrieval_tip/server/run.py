@@ -21,6 +21,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.files import cache_folder, make_folders, open_regular, real
+from retrieval_tip.server.guard import Limits
 
 BACKLOG = 1024
 IDLE_SECONDS = 15
@@ -121,21 +122,21 @@ class Connection(H11Protocol):
             timer.cancel()
 
 
-def configured(app: FastAPI, seconds: float, proxies: Sequence[str] = (), idle: int = IDLE_SECONDS) -> uvicorn.Config:
-    """Return the uvicorn configuration. At shutdown, requests in progress have ``seconds`` to finish.
+def configured(app: FastAPI, proxies: Sequence[str] = (), idle: int = IDLE_SECONDS) -> uvicorn.Config:
+    """Return the uvicorn configuration. At shutdown, requests in progress have their usual time to finish.
 
     ``proxies`` are the addresses and networks of trusted proxies, which forward the addresses of their clients. A
     connection is closed if no request arrives within ``idle`` seconds.
     """
     return uvicorn.Config(
         app, http=Connection, h11_max_incomplete_event_size=HEAD_BYTES, limit_concurrency=CONNECTIONS,
-        timeout_keep_alive=idle, timeout_graceful_shutdown=int(seconds) + 1, ws="none", lifespan="on",
+        timeout_keep_alive=idle, timeout_graceful_shutdown=int(Limits.seconds) + 1, ws="none", lifespan="on",
         log_config=None, access_log=False, server_header=False, proxy_headers=bool(proxies),
         forwarded_allow_ips=list(proxies),
     )  # fmt: skip
 
 
-def serve(app: FastAPI, listening: socket.socket, seconds: float, proxies: Sequence[str] = ()) -> None:
+def serve(app: FastAPI, listening: socket.socket, proxies: Sequence[str] = ()) -> None:
     """Serve requests until SIGINT or SIGTERM is received. See :func:`configured`."""
     for name in ("uvicorn", "python_multipart"):  # malformed requests are reported to the client, not logged
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -145,7 +146,7 @@ def serve(app: FastAPI, listening: socket.socket, seconds: float, proxies: Seque
     resource.setrlimit(resource.RLIMIT_NOFILE, (FILES if soft == resource.RLIM_INFINITY else min(soft, FILES), hard))
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        uvicorn.Server(configured(app, seconds, proxies)).run([listening])  # finally sends the signal again
+        uvicorn.Server(configured(app, proxies)).run([listening])  # finally sends the signal again
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -15,6 +15,7 @@ from retrieval_tip.index import photos
 from retrieval_tip.labelling.placing import Action
 from retrieval_tip.labelling.progress import Estimate
 from retrieval_tip.predictions import SCHEMA
+from retrieval_tip.server.guard import FLOATS, FORM, JSON
 from retrieval_tip.server.problems import MEDIA
 from retrieval_tip.settings import Norms
 from retrieval_tip.store.labels import LABEL_SCHEMA, VERSIONS_SCHEMA
@@ -22,7 +23,6 @@ from retrieval_tip.store.labels import LABEL_SCHEMA, VERSIONS_SCHEMA
 Row = dict[str, object]
 """Type of a table row, or of a part of /openapi.json."""
 
-FORM, JSON, FLOATS = "multipart/form-data", "application/json", "application/octet-stream"
 NAME = re.compile(r"[^\W\d_][\w .-]{0,62}(?<![ .])")
 """Pattern for the name of a new index, which is also the name of its folder."""
 

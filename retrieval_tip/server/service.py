@@ -28,7 +28,7 @@ from retrieval_tip.errors import InputError, Skipped
 from retrieval_tip.index.places import Place
 from retrieval_tip.server import metrics, schemas
 from retrieval_tip.server.batching import Batches, Kept, Turns
-from retrieval_tip.server.limits import ROWS_PER_IMAGE, Limits
+from retrieval_tip.server.guard import ROWS_PER_IMAGE, Limits
 from retrieval_tip.server.problems import NAMED, Problem
 from retrieval_tip.server.schemas import Row
 from retrieval_tip.server.served import NEIGHBOUR_CELLS, SIMILAR, Backbones, Maker, Served, Version
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 ROWS_AT_A_TIME = 256
 PIXELS = 4_000_000
-"""Number of pixels that count as one additional image towards ``--queue``. Larger images are decoded by themselves."""
+"""Number of pixels that count as one additional image in the queue. Larger images are decoded by themselves."""
 SLOW_AT_ONCE, SLOW_KEPT = 8, 32
 """Maximum numbers of slow results in progress, and of slow results in the cache.
 

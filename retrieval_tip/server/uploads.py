@@ -29,9 +29,9 @@ from retrieval_tip.data.tables import check_norms
 from retrieval_tip.errors import InputError, UsageError, show
 from retrieval_tip.files import read_regular, real
 from retrieval_tip.retrieval.inputs import matrix
-from retrieval_tip.server.limits import Limits
+from retrieval_tip.server.guard import FLOATS, FORM, JSON, Limits
 from retrieval_tip.server.problems import Problem
-from retrieval_tip.server.schemas import FLOATS, FORM, JSON, Features, Images, LabelledFeatures, Shots
+from retrieval_tip.server.schemas import Features, Images, LabelledFeatures, Shots
 from retrieval_tip.settings import Norms
 
 LONGEST_FIELD = 1 << 16
@@ -144,9 +144,9 @@ def _floats(body: bytes, d: int) -> FloatArray:
 
 def _json(body: bytes, limits: Limits, d: int, kind: type[Features]) -> Features:
     commas, others = body.count(b","), body.count(b"[") + body.count(b":")
-    if len(body) > limits.json_bytes or commas > limits.rows * (d + PARTS_A_ROW) or others > limits.rows * PARTS_A_ROW:
-        most = f"{limits.json_bytes:,} bytes or {limits.rows} features of {d} values"
-        raise Problem(413, f"JSON: contains more than {most}; send fewer features at once")
+    if commas > limits.rows * (d + PARTS_A_ROW) or others > limits.rows * PARTS_A_ROW:
+        most = f"more than {limits.rows} features of {d} values"
+        raise Problem(413, f"JSON: contains {most}; send fewer features at once")
     return _checked(kind.model_validate_json, body)
 
 
