@@ -35,7 +35,7 @@ from retrieval_tip.labelling.labels import (
 )
 from retrieval_tip.labelling.photos import MOST_PHOTOS, Pool, suggest_features
 from retrieval_tip.labelling.progress import estimate_rest, gain_of
-from retrieval_tip.labelling.queue import QUEUED, Picked, Queue, Queued
+from retrieval_tip.labelling.queue import QUEUED, Queue, Queued
 from retrieval_tip.model import Index
 from retrieval_tip.server import schemas
 from retrieval_tip.server.problems import Problem
@@ -128,12 +128,11 @@ class Labelling:
         self.encoding, self._thinking = service.pool("read"), service.pool("think")
         saving = asyncio.create_task(self._save())
         others = [asyncio.create_task(self._work(step)) for step in (self._encode, self._think)]
-        self._due.set()
         try:
             yield
         finally:
             self._closing = True
-            self._try_again()
+            self._look()
             await saving
             for task in others:
                 task.cancel()
@@ -207,11 +206,13 @@ class Labelling:
                     self._queue.put_first(one)
 
     def _label(self, change: schemas.SetLabels) -> None:
-        shown = {one.photo: one for one in self._queue.show(self._taken())}
+        labels, shown = self.labels(), {one.photo: one for one in self._queue.show(self._taken())}
         wanted = {self.photos.copies(one.photo)[0]: one for one in change.labels}.values()  # the last copy counts
         asked = {} if change.reviewed else shown
-        otherwise: Picked = "reviewed" if change.reviewed else "similar"
-        before = {one.photo: self._label_of(one.photo, asked, otherwise) for one in wanted}
+        unlabelled = Queued(-1, "reviewed" if change.reviewed else "similar")
+        before = {
+            one.photo: labels.get(one.photo, Label(None, asked.get(one.photo, unlabelled).picked)) for one in wanted
+        }
         changed = {one.photo: one.label for one in wanted if one.label != before[one.photo].label}
         self._set({photo: Label(label, before[photo].picked) for photo, label in changed.items()})
         for photo in change.skip:
@@ -229,15 +230,6 @@ class Labelling:
             self._steps[change.step] = _Step({photo: before[photo] for photo in changed}, changed, queued, right)
             if len(self._steps) > STEPS:
                 del self._steps[next(iter(self._steps))]
-
-    def _label_of(self, photo: int, shown: Mapping[int, Queued], otherwise: Picked) -> Label:
-        """Return the label of a photo, and how it was chosen. A photo without a label has the label ``None``."""
-        for copy in self.photos.copies(photo):
-            if copy in self._unsaved:
-                return self._unsaved[copy]
-        if (known := self._known.get(photo)) is not None:
-            return Label(known.label, known.picked or "suggested")
-        return Label(None, shown[photo].picked if photo in shown else otherwise)
 
     def _set(self, labels: Mapping[int, Label]) -> None:
         """Write labels to the journal, and save them soon. Raises StoreError if the journal cannot be written."""
@@ -258,14 +250,14 @@ class Labelling:
         if version is not self._seen:
             self._seen = version
             self._look()
-            self._try_again()  # the new version may accept more labels
         return version
 
     def _look(self) -> None:
-        if any(self.photos.readable(photo) in self.photos.encoded for photo in self._refused):
-            self._try_again()
+        """Note which photos the index contains, and try again to save labels that it refused before."""
         found = self._seen and known_photos(self._seen.index, self.photos.unread, self.photos.same)
         self._known = found or {}
+        self._refused.clear()
+        self._due.set()
         self._wake.set()
 
     def _class_counts(self) -> dict[str, int]:
@@ -318,51 +310,38 @@ class Labelling:
     def _waiting(self) -> dict[int, Label]:
         return {photo: label for photo, label in self._unsaved.items() if photo not in self._refused}
 
-    def _try_again(self) -> None:
-        self._refused.clear()
-        self._due.set()
-
     async def _changed(self) -> None:
         await self._due.wait()
         self._due.clear()
 
     async def _write(self, labels: Mapping[int, Label]) -> None:
         """Save labels as one new version. If the index refuses a label, save the others and keep this one."""
-        await self._read(labels, strict=False)
-        good, nothing = {}, {}  # labels that can be saved, and removals of photos that no index has
-        for photo, label in labels.items():
-            if self.photos.readable(photo) in self.photos.encoded or photo in self._known:
-                good[photo] = label
-            elif label.label is None:
-                nothing[photo] = label
-            else:
-                self._refuse(photo, label, self.photos.unreadable[photo])
-        self._forget(nothing)
         try:
-            if good:
-                await self._commit(good)
+            await self._commit(labels)
         except StoreError:
             raise
         except RetrievalTipError as error:
-            photos = list(good)
-            if len(photos) == 1:
-                self._refuse(photos[0], good[photos[0]], str(error))
-                return
-            for half in (photos[: len(photos) // 2], photos[len(photos) // 2 :]):
-                await self._write({photo: good[photo] for photo in half})
+            photos = list(labels)
+            if len(photos) > 1:
+                for half in (photos[: len(photos) // 2], photos[len(photos) // 2 :]):
+                    await self._write({photo: labels[photo] for photo in half})
+            elif self._unsaved.get(photos[0]) is labels[photos[0]]:
+                self._refused[photos[0]] = str(error)
 
     async def _commit(self, labels: Mapping[int, Label]) -> None:
-        """Save labels of photos that were read, or that the index has, as one new version."""
+        """Save labels as one new version. Raises InputError if a photo can neither be read nor is in the index."""
+        await self._read(labels, strict=False)
         if self.version() is None and places.at(self.place).exists():  # another process has just built it
             await self._open()
         version, known = self.version(), set[str]()
-        if version is not None:
+        items = {photo: item for photo, label in labels.items() if (item := self._item(photo, label)) is not None}
+        first = {photo: label for photo, label in labels.items() if label.label is not None}
+        if items and version is not None:
             known = set(version.index.class_names)
-            items = [self._item(*one) for one in labels.items()]
             unwanted = self._made - {*self._classes, *(label.label for label in self._unsaved.values())}
-            change = partial(changes.label, self.place, items, self.photos.reader, unwanted, self._last)
+            change = partial(changes.label, self.place, items.values(), self.photos.reader, unwanted, self._last)
             self._last = await self.service.changed(self.service.served[self.name], change)
-        elif first := {photo: label for photo, label in labels.items() if label.label is not None}:
+        elif first:
             reader = replace(self.photos.reader, strict=False)
             own = {self.photos.readable(photo): label for photo, label in first.items()}
             build = partial(build_from_labels, self.place, self.photos.source, reader, own, self._classes)
@@ -379,14 +358,16 @@ class Labelling:
         assert self.service.maker is not None
         await self.service.open(lambda: self.place, self.service.maker.backbones)
 
-    def _item(self, photo: int, label: Label) -> PhotoLabel:
-        copy, digest = self.photos.readable(photo), self.photos.digests.get(photo)
-        path, digest = show(self.photos.path(copy)), digest or str(self._known[photo].digest)
+    def _item(self, photo: int, label: Label) -> PhotoLabel | None:
+        """Return what the index needs to know. The result is ``None`` if it lacks a photo whose label is removed."""
+        copy, known = self.photos.readable(photo), self._known.get(photo)
+        if known is None and copy not in self.photos.encoded:
+            if label.label is None:
+                return None
+            raise InputError(self.photos.unreadable[photo])
+        digest = self.photos.digests.get(photo) or str(known and known.digest)
+        path = show(self.photos.path(copy))
         return PhotoLabel(path, digest, label.label, label.picked, self.photos.features.get(copy))
-
-    def _refuse(self, photo: int, label: Label, reason: str) -> None:
-        if self._unsaved.get(photo) is label:
-            self._refused[photo] = reason
 
     def _forget(self, labels: Mapping[int, Label]) -> None:
         done = [photo for photo, label in labels.items() if self._unsaved.get(photo) is label]
@@ -410,8 +391,10 @@ class Labelling:
 
     async def _read(self, photos: Iterable[int], *, strict: bool) -> None:
         if photos := [photo for photo in photos if photo not in self.photos.encoded]:
-            self.photos.note(photos, await self.service.run(self.encoding, self.photos.read, photos, strict))
-            self._look()
+            read = await self.service.run(self.encoding, self.photos.read, photos, strict)
+            self.photos.note(photos, read)
+            if read:
+                self._look()
 
     async def _think(self) -> None:
         """Choose the next photos, and estimate the accuracy, whenever there is a new version or enough new photos."""
@@ -430,11 +413,9 @@ class Labelling:
     def _choice_due(self) -> bool:
         """Return whether there is a new version, twice as many photos as at the last choice, or all photos."""
         (version, before), encoded = self._chosen, len(self.photos.encoded)
-        grown = encoded >= 2 * before or (encoded > before and self._has_read_all())
+        all_read = encoded == len(self.photos.names) - len(self.photos.unreadable)
+        grown = encoded >= 2 * before or (encoded > before and all_read)
         return bool(encoded) and (version is not self._seen or grown)
-
-    def _has_read_all(self) -> bool:
-        return len(self.photos.encoded) == len(self.photos.names) - len(self.photos.unreadable)
 
     async def _choose(self, version: Version | None) -> None:
         index, encoded = None if version is None else version.index, len(self.photos.encoded)
