@@ -637,11 +637,9 @@ def test_another_spelling_makes_a_new_class_and_a_warning(own):
     with serving(own, token=TOKEN) as client:
         body = client.post("/v1/indexes/own/keys", json=sent).json()
         assert body["classes"] == [other]
-        (warning,) = body["warnings"]
-        assert f"{other!r} is spelled almost like {label!r}" in warning
-        route, _, change = warning.rpartition("POST ")[2].partition(" ")
-        merged = client.post(route, json=json.loads(change))
-        assert (merged.status_code, merged.json()["key_ids"]) == (200, body["key_ids"])
+        assert body["warnings"] == [f"{other!r} is spelled almost like {label!r}; rename one to merge them"]
+        merged = changed(client, "rename", of=other, label=label)
+        assert (merged[0], merged[1]["key_ids"]) == (200, body["key_ids"])
         assert client.get("/v1/indexes/own").json()["class_names"] == cache.class_names
 
 

@@ -94,20 +94,20 @@ def _refusal(request: Request) -> Problem:
 
 
 async def may_read(request: Request) -> None:
-    """Refuse requests to a private server that do not have its token. Images in the page only send the cookie."""
+    """Refuse requests without the token to a private server, or from pages of other sites.
+
+    Images in the page of a private server only send the cookie.
+    """
     token = request.app.state.private
-    if token is None or _sends(request, token):
+    if _sends(request, token or request.app.state.token):
         return
-    name, value = cookie(token)
-    if request.method != "GET" or not hmac.compare_digest(request.cookies.get(name, "").encode(), value.encode()):
-        raise _refusal(request)
-
-
-async def _from_here(request: Request) -> None:
-    """Refuse requests that come from pages of other sites and do not have the token."""
-    state = request.app.state
-    if "cross-site" in request.headers.getlist("sec-fetch-site") and not _sends(request, state.token or state.private):
+    if "cross-site" in request.headers.getlist("sec-fetch-site"):
         raise Problem(403, "request from another site; send the server's token (Authorization: Bearer TOKEN)")
+    name, value = cookie(token or "")
+    if token is not None and not (
+        request.method == "GET" and hmac.compare_digest(request.cookies.get(name, "").encode(), value.encode())
+    ):
+        raise _refusal(request)
 
 
 async def _allowed(request: Request, authorization: Token = None) -> None:
@@ -122,5 +122,5 @@ async def lift_deadline(request: Request) -> None:
     request.scope[DEADLINE].reschedule(None)
 
 
-READS = [Depends(_from_here), Depends(may_read)]
+READS = [Depends(may_read)]
 CHANGES = [Depends(_allowed)]

@@ -77,7 +77,6 @@ class _Part(Generic[K, T, R]):
 
     key: K
     items: Sequence[T]
-    most: int
     result: asyncio.Future[list[R]]
 
 
@@ -96,7 +95,7 @@ class Batches(Generic[K, T, R]):
 
     async def __call__(self, key: K, items: Sequence[T]) -> list[R]:
         """Return the results of ``run`` for these items, in the same order."""
-        part: _Part[K, T, R] = _Part(key, items, self._most(key), asyncio.get_running_loop().create_future())
+        part: _Part[K, T, R] = _Part(key, items, asyncio.get_running_loop().create_future())
         self._waiting.append(part)
         if self._working is None or self._working.done():
             self._working = asyncio.create_task(self._work())
@@ -105,7 +104,7 @@ class Batches(Generic[K, T, R]):
     async def _work(self) -> None:
         while waiting := [part for part in self._waiting if not part.result.done()]:  # clients can disconnect
             key, batch = waiting[0].key, waiting[:1]
-            self._waiting, room = [], waiting[0].most - len(waiting[0].items)
+            self._waiting, room = [], self._most(key) - len(waiting[0].items)
             for part in waiting[1:]:
                 joins = part.key == key and len(part.items) <= room
                 room -= len(part.items) if joins else 0
@@ -113,22 +112,19 @@ class Batches(Generic[K, T, R]):
             await self._compute(batch)
 
     async def _compute(self, batch: Sequence[_Part[K, T, R]]) -> None:
-        """Compute a batch. If it fails, compute its halves separately, so that no request gets another's error."""
+        """Compute a batch. If it fails, compute each part separately, so that no request gets another's error."""
         items = [item for part in batch for item in part.items]
         metrics.BATCHES.labels(self._name).observe(len(items))
         try:
-            made = await asyncio.get_running_loop().run_in_executor(self._pool, self._run, batch[0].key, items)
+            made = iter(await asyncio.get_running_loop().run_in_executor(self._pool, self._run, batch[0].key, items))
         except Exception as error:
-            half = len(batch) // 2
-            if half:
-                await self._compute(batch[:half])
-                await self._compute(batch[half:])
-            elif not batch[0].result.done():
+            for part in batch if len(batch) > 1 else ():
+                await self._compute([part])
+            if not batch[0].result.done():
                 batch[0].result.set_exception(error)
             return
-        results = iter(made)
         for part in batch:
-            own = list(islice(results, len(part.items)))
+            own = list(islice(made, len(part.items)))
             if not part.result.done():
                 part.result.set_result(own)
 

@@ -10,13 +10,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import quote
 
 from fastapi import APIRouter, Body, Depends, Query, Request
 
 from retrieval_tip.data.sources import spelled_alike
 from retrieval_tip.data.tables import not_in_index
-from retrieval_tip.errors import InputError, Skipped, json_line, show
+from retrieval_tip.errors import InputError, Skipped, show
 from retrieval_tip.index import changes as index_changes
 from retrieval_tip.index import manage
 from retrieval_tip.labelling.placing import Action
@@ -56,7 +55,7 @@ async def add(request: Request, service: TheService, one: Named, norms: Norms = 
     return _answer(
         one, key_ids=added.key_ids, classes=added.classes, known=added.known,
         duplicates=[] if added.duplicates is None else describe_duplicates(added.duplicates),
-        warnings=_of_spelling(one.name, added.alike), skipped=skipped,
+        warnings=_of_spelling(added.alike), skipped=skipped,
     )  # fmt: skip
 
 
@@ -145,8 +144,7 @@ async def create(
     labelled, skipped = await service.labelled(replace(sent, labels=new.label), used)
     make = partial(shots.build, maker.into / name, used, labelled, service.uploads)
     one = await service.open(make, maker.backbones)
-    warnings = _of_spelling(name, spelled_alike(one.now.index.class_names))
-    return _answer(one, warnings=warnings, skipped=skipped)
+    return _answer(one, warnings=_of_spelling(spelled_alike(one.now.index.class_names)), skipped=skipped)
 
 
 @changes.post("/indexes/{name}/fit")
@@ -212,12 +210,8 @@ def _check_free(service: Service, name: str, into: Path | None, *, another: bool
         raise Problem(409, f"the server already has {service.limits.indexes} indexes, which is the limit; delete some")
 
 
-def _of_spelling(name: str, alike: Mapping[str, str]) -> list[str]:
-    route = f"POST /v1/indexes/{quote(name, safe='')}/rename"
-    return [
-        f"{new!r} is spelled almost like {known!r}; to merge them: {route} {json_line({'of': new, 'label': known})}"
-        for new, known in alike.items()
-    ]
+def _of_spelling(alike: Mapping[str, str]) -> list[str]:
+    return [f"{new!r} is spelled almost like {known!r}; rename one to merge them" for new, known in alike.items()]
 
 
 # --- labelling

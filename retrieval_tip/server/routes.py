@@ -10,23 +10,23 @@ from urllib.parse import quote
 
 import orjson
 import pyarrow as pa
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
-from prometheus_client import generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from retrieval_tip import __version__, settings
 from retrieval_tip.data.sources import read_item
 from retrieval_tip.errors import InputError, StoreError
 from retrieval_tip.evaluation.audit import AUDITED
 from retrieval_tip.evaluation.audit import audit as audited
-from retrieval_tip.evaluation.projection import Method, Projection, methods, projected
+from retrieval_tip.evaluation.projection import Method, methods, projected
 from retrieval_tip.evaluation.projection import exemplars as typical_keys
 from retrieval_tip.fit.closed_form import estimate
 from retrieval_tip.labelling.groups import group, threshold_of
 from retrieval_tip.labelling.labels import ASK, guesses
 from retrieval_tip.labelling.photos import Pool
 from retrieval_tip.server import schemas
-from retrieval_tip.server.access import READS, Named, Now, TheLabelling, TheService, cookie, may_read
+from retrieval_tip.server.access import READS, Named, Now, TheLabelling, TheService, cookie
 from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.schemas import Row
 from retrieval_tip.server.served import Served, Version
@@ -35,7 +35,6 @@ from retrieval_tip.server.uploads import read
 from retrieval_tip.settings import Ask
 from retrieval_tip.store.labels import edits_between, in_words, rows_with
 
-TEXT = "text/plain; version=0.0.4; charset=utf-8"
 SUSPICIOUS = 1000
 """Maximum number of suspicious shots to keep."""
 COMPARED, LISTED = 50_000, 24
@@ -84,15 +83,10 @@ async def health(service: TheService) -> dict[str, str | int]:
     return {"status": "ok", "version": __version__, "indexes": len(service.served)}
 
 
-@about.get(
-    "/metrics",
-    response_class=Response,
-    dependencies=[Depends(may_read)],
-    responses={200: {"content": {"text/plain": {}}}},
-)
+@about.get("/metrics", dependencies=READS, response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def prometheus() -> Response:
     """Return metrics in the Prometheus text format."""
-    return Response(generate_latest(), media_type=TEXT)
+    return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
 
 @reads.get("/indexes")
@@ -181,12 +175,7 @@ async def map_of(
     index = version.index
     limit = min(limit, index.n, max(1, service.limits.mapped // index.d))
 
-    def call() -> Projection:
-        if version not in [one.now for one in list(service.served.values())]:  # while waiting
-            raise Problem(202, "the index has changed; try again in 1 s", {"Retry-After": "1"})
-        return projected(index, method, limit)
-
-    found = await service.once(version, ("map", method, limit), call)
+    found = await service.once(version, ("map", method, limit), lambda: projected(index, method, limit))
     return json_of({"methods": methods(), "total": index.n} | vars(found))
 
 
