@@ -49,9 +49,7 @@ async def add(request: Request, service: TheService, one: Named, norms: Norms = 
     if sent.features is not None:
         added = await service.changed(one, shots.add_features, one, sent.names, sent.labels, sent.features)
     else:
-        backbone = backbone_of(one.now)
-        labelled, skipped = await service.labelled(sent, backbone)
-        added = await service.changed(one, shots.add_images, one, backbone, labelled, service.uploads)
+        added, skipped = await service.add_images(one, sent)
     return _answer(
         one, key_ids=added.key_ids, classes=added.classes, known=added.known,
         duplicates=[] if added.duplicates is None else describe_duplicates(added.duplicates),

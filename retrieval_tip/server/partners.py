@@ -178,8 +178,7 @@ async def _learn(
     if len(rows):  # the index has the photo already
         known = [changes.PhotoLabel(row["source"], row["digest"], label, "") for row in rows.to_pylist()]
         return (await service.changed(one, changes.label, one.folder, known, Reader(backbone))).key_ids
-    images, _ = await service.labelled(Sent(["its photo"], [label], [data], client=client), backbone)
-    return (await service.changed(one, shots.add_images, one, backbone, images, service.uploads, annotation)).key_ids
+    return (await service.add_images(one, Sent(["its photo"], [label], [data], client=client), annotation))[0].key_ids
 
 
 def _said(event: Json) -> tuple[str | None, str, object]:

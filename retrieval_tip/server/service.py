@@ -25,8 +25,9 @@ from retrieval_tip.backbones.base import Backbone, unit_of
 from retrieval_tip.data import images
 from retrieval_tip.data.reader import FloatArray, pixels_of
 from retrieval_tip.errors import InputError, Skipped
+from retrieval_tip.index import changes
 from retrieval_tip.index.places import Place
-from retrieval_tip.server import metrics, schemas
+from retrieval_tip.server import metrics, schemas, shots
 from retrieval_tip.server.batching import Batches, Kept, Turns
 from retrieval_tip.server.guard import ROWS_PER_IMAGE, Limits
 from retrieval_tip.server.problems import NAMED, Problem
@@ -206,6 +207,15 @@ class Service:
             **used.shown(), index=version.name, version=version.manifest.version, results=results,
             warnings=[*cautions, *unsure], skipped=skipped,
         )  # fmt: skip
+
+    async def add_images(
+        self, one: Served, sent: Sent, annotation: shots.Annotation | None = None
+    ) -> tuple[changes.Added, list[Skipped]]:
+        """Add images of one class as shots, and return what was added and the unreadable images."""
+        backbone = backbone_of(one.now)
+        labelled, skipped = await self.labelled(sent, backbone)
+        add = partial(shots.add_images, one, backbone, labelled, self.uploads, annotation)
+        return await self.changed(one, add), skipped
 
     async def labelled(self, sent: Sent, backbone: Backbone) -> tuple[list[tuple[str, bytes]], list[Skipped]]:
         """Return the labels and bytes of the uploaded images that can be decoded, and the unreadable images."""
