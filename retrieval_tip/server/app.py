@@ -12,9 +12,8 @@ from fastapi.staticfiles import StaticFiles
 
 from retrieval_tip import __version__
 from retrieval_tip.server import edits, partners, routes
-from retrieval_tip.server.guard import Guard, Limits
+from retrieval_tip.server.guard import HANDLED, Guard, Limits, handle
 from retrieval_tip.server.labelling import Labelling
-from retrieval_tip.server.problems import HANDLED, handle
 from retrieval_tip.server.schemas import PROBLEM
 from retrieval_tip.server.served import Maker, Served
 from retrieval_tip.server.service import Service

@@ -27,10 +27,9 @@ from retrieval_tip.data.reader import FloatArray, pixels_of
 from retrieval_tip.errors import InputError, Skipped
 from retrieval_tip.index import changes
 from retrieval_tip.index.places import Place
-from retrieval_tip.server import metrics, schemas, shots
+from retrieval_tip.server import guard, schemas, shots
 from retrieval_tip.server.batching import Batches, Kept, Turns
-from retrieval_tip.server.guard import ROWS_PER_IMAGE, Limits
-from retrieval_tip.server.problems import NAMED, Problem
+from retrieval_tip.server.guard import NAMED, ROWS_PER_IMAGE, Limits, Problem
 from retrieval_tip.server.schemas import Row
 from retrieval_tip.server.served import NEIGHBOUR_CELLS, SIMILAR, Backbones, Maker, Served, Version
 from retrieval_tip.server.uploads import Photos, Sent
@@ -161,7 +160,7 @@ class Service:
         self.served.clear()
         self.served.update((one.name, one) for one in served)
         if old is not None:
-            for gauge in (metrics.VERSION, metrics.KEYS):
+            for gauge in (guard.VERSION, guard.KEYS):
                 gauge.remove(old.name)
 
     def index(self, name: str | None) -> Served:
@@ -199,7 +198,7 @@ class Service:
         located = await self.find(version.located, np.stack(queries)) if features else [{}] * len(queries)
         for name, result, more in zip(names, results, located, strict=True):
             result |= {"input": name} | more
-        metrics.CLASSIFIED.labels(version.name).inc(len(results))
+        guard.CLASSIFIED.labels(version.name).inc(len(results))
         used = ask.settings(version.index.settings)
         sets, cautions = version.index.sets(ask), filter(None, [version.index.caution(used)])
         unsure = () if sets is None else sets.cautions(version.index.class_names)
@@ -251,7 +250,7 @@ class Service:
     def _admit(self, client: str) -> None:
         """Raise Problem 429 if a client's waiting turns fill more than a quarter of the queue."""
         if sum(turns.waiting(client) for turns in self._turns) > self.limits.queue / 4:
-            metrics.REFUSED.inc()
+            guard.REFUSED.inc()
             text = "too many of your images or features are waiting; try again in 2 s"
             raise Problem(429, text, {"Retry-After": "2"})
 
