@@ -19,10 +19,12 @@ from conftest import command_line
 
 from retrieval_tip import Index
 from retrieval_tip.index import places
-from retrieval_tip.server import run
+from retrieval_tip.server import app as app_module
 from retrieval_tip.server.app import create_app
+from retrieval_tip.server.guard import Limits
 from retrieval_tip.server.labelling import Labelling
 from retrieval_tip.server.served import Backbones, Maker, Served, open_all
+from retrieval_tip.server.service import Service
 
 START_SECONDS = 120
 
@@ -107,19 +109,21 @@ def labelling_app(place, sources, reader, classes=(), limits=None, token="t"):
     served = [Served(place, backbones)] if places.at(place).exists() else []
     maker = Maker(Path(place).parent, lambda: reader.backbone, backbones)
     session = Labelling(place, sources, reader, classes)
-    return create_app({one.name: one for one in served}, limits, token=token, maker=maker, labelling=session)
+    service = Service({one.name: one for one in served}, limits or Limits(), maker=maker)
+    return create_app(service, token=token, labelling=session)
 
 
-def app_of(*folders, limits=None, **options):
+def app_of(*folders, limits=None, root=None, **options):
     """Return an application that serves indexes on the CPU."""
-    return create_app(open_all(folders, Backbones("cpu", "float32", "fast")), limits, **options)
+    served = open_all(folders, Backbones("cpu", "float32", "fast"))
+    return create_app(Service(served, limits or Limits(), root=root), **options)
 
 
 @contextmanager
 def running(app, **options):
-    """Run an application in a thread, as ``serve`` does, and yield its address. See :func:`run.configured`."""
-    with run.listen("127.0.0.1", 0) as listening:
-        server = uvicorn.Server(run.configured(app, **options))
+    """Run an application in a thread, as ``serve`` does, and yield its address. See :func:`app_module.configured`."""
+    with app_module.listen("127.0.0.1", 0) as listening:
+        server = uvicorn.Server(app_module.configured(app, **options))
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         try:

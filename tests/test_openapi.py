@@ -14,6 +14,7 @@ from serving import server
 
 from retrieval_tip import Index
 from retrieval_tip.server.app import create_app
+from retrieval_tip.server.service import Service
 
 TOKEN = "open sesame"
 
@@ -39,7 +40,7 @@ def api(address):
     return schemathesis.openapi.from_url(f"{address}/openapi.json")
 
 
-SCHEMA = create_app({}).openapi()
+SCHEMA = create_app(Service({})).openapi()
 OPERATIONS = [(path, method) for path, methods in SCHEMA["paths"].items() for method in methods]
 
 

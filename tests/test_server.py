@@ -40,6 +40,7 @@ from retrieval_tip.server import shots as shots_module
 from retrieval_tip.server.app import create_app
 from retrieval_tip.server.guard import Limits
 from retrieval_tip.server.served import Backbones, Maker, open_all
+from retrieval_tip.server.service import Service
 from retrieval_tip.settings import Ask
 
 from conftest import SHARED, with_code  # isort: skip
@@ -427,7 +428,7 @@ def test_names_and_numbers_of_indexes_are_checked(own, food, tmp_path, photo):
     """A linked index, or one that is being labelled, cannot be renamed or deleted."""
     (tmp_path / "link").symlink_to(food)
     served = open_all([own, tmp_path / "link"], Backbones("cpu", "float32", "full"))
-    app = create_app(served, Limits(indexes=2), token=TOKEN)
+    app = create_app(Service(served, Limits(indexes=2)), token=TOKEN)
     (tmp_path / "taken").mkdir()
 
     def status(method, path, name=None):
@@ -620,7 +621,7 @@ def test_uploaded_photos_become_a_new_index(own, tmp_path, lit_mini):
         return lit_mini
 
     maker = Maker(tmp_path / "shelf", load, Backbones("cpu", "float32", "full", lit_mini))
-    with TestClient(create_app({}, token=TOKEN, maker=maker), headers=AUTHORISED) as client:
+    with TestClient(create_app(Service({}, maker=maker), token=TOKEN), headers=AUTHORISED) as client:
         assert client.get("/v1/indexes").json() == {
             "indexes": [], "changes": True, "makes": True, "labels": False,
         }  # fmt: skip
@@ -742,7 +743,7 @@ def test_an_image_replaced_by_another_photo_a_pipe_a_link_or_a_folder_is_not_fou
 def test_the_server_loads_new_versions_but_not_damaged_ones(own, monkeypatch):
     served = open_all([own], Backbones("cpu", "float32", "full"))
     one = served["own"]
-    with TestClient(create_app(served)) as client:
+    with TestClient(create_app(Service(served))) as client:
         assert not one.changed()
         changes.remove(own, key_ids=[0])
         assert one.changed()
@@ -784,7 +785,7 @@ def test_another_index_can_replace_the_folder(own, food):
     shutil.copytree(food, own)
     after = served["own"].follow()
     assert (after.index.d, after.backbone) == (512, None)
-    with TestClient(create_app(served)) as client:
+    with TestClient(create_app(Service(served))) as client:
         feature = np.asarray(after.index.keys[:1]).tolist()
         assert client.post("/v1/classify", json={"features": feature}).status_code == 200
         assert client.post("/v1/classify", files={"images": b"x"}).status_code == 422

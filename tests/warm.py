@@ -29,7 +29,7 @@ FOR_FEATURES = (
     *(f"retrieval_tip.index.{name}" for name in ("build", "changes")),
     "retrieval_tip.report.report",
 )  # fmt: skip
-FOR_IMAGES = ("torchvision", "open_clip", "transformers.modeling_utils", "sklearn.metrics", "retrieval_tip.server.run")
+FOR_IMAGES = ("torchvision", "open_clip", "transformers.modeling_utils", "sklearn.metrics", "retrieval_tip.server.app")
 
 ALONE = {
     "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",

@@ -8,7 +8,6 @@ import webbrowser
 from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -60,10 +59,10 @@ def serve_command(
             another address]
         trusted_proxy: Address or network of a proxy that names its clients in X-Forwarded-For.
     """
-    from retrieval_tip.server.app import create_app
+    from retrieval_tip.server.app import LOOPBACK, LastServer, address, create_app, is_local, listen, serve
     from retrieval_tip.server.guard import Limits
-    from retrieval_tip.server.run import LOOPBACK, LastServer, address, is_local, listen, serve
     from retrieval_tip.server.served import Backbones, Maker, open_all
+    from retrieval_tip.server.service import Service
 
     _check_access(token, read_only and not private, trusted_proxy)
     backbones = Backbones(backbone.device, backbone.precision, opening.verify)
@@ -85,8 +84,8 @@ def serve_command(
         at = address(listening)
         opened = f" open {at}/#token={key} to view{'' if read_only else ' and change'} it;" if key != token else ""
         ready = partial(say, f"Serving {what} at {at};{opened} Ctrl+C stops the server")
-        access: dict[str, Any] = {"token": None if read_only else key, "private": key if private else None}
-        app = create_app(served, Limits(hosts=hosts), **access, uploads=uploads, root=root, maker=maker, ready=ready)
+        service = Service(served, Limits(hosts=hosts), uploads, root, maker)
+        app = create_app(service, token=None if read_only else key, private=key if private else None, ready=ready)
         serve(app, listening, trusted_proxy)
 
 
@@ -113,11 +112,11 @@ def label_command(
         out: Index that stores the labels. The first label creates it.
         port: Port to listen on. Use 0 to select a free port. [default: the last port of INDEX, or a free port]
     """
-    from retrieval_tip.server.app import create_app
+    from retrieval_tip.server.app import LOOPBACK, LastServer, address, create_app, listen, serve
     from retrieval_tip.server.guard import Limits
     from retrieval_tip.server.labelling import Labelling
-    from retrieval_tip.server.run import LOOPBACK, LastServer, address, listen, serve
     from retrieval_tip.server.served import Backbones, Maker, Served
+    from retrieval_tip.server.service import Service
 
     sources, store = inputs_of(photos), store_of(out)
     known = store.exists()
@@ -139,9 +138,8 @@ def label_command(
             if sys.stderr.isatty():
                 webbrowser.open(url)
 
-        access: dict[str, Any] = {"token": token, "private": token}
-        app = create_app(served, Limits(hosts=LOOPBACK), **access, maker=maker, labelling=labelling, ready=ready)
-        serve(app, listening)
+        service = Service(served, Limits(hosts=LOOPBACK), maker=maker)
+        serve(create_app(service, token=token, private=token, labelling=labelling, ready=ready), listening)
         labelling.check_saved()
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal
 
 import pyarrow as pa
 from fastapi import UploadFile
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, WithJsonSchema
-from pydantic.dataclasses import dataclass
 
 from retrieval_tip.errors import InputError, Skipped
-from retrieval_tip.fit.closed_form import ShotEstimate
 from retrieval_tip.index import photos
 from retrieval_tip.labelling.placing import Action
 from retrieval_tip.labelling.progress import Estimate
@@ -316,11 +314,21 @@ class Map(BaseModel):
     axes: list[list[float]] | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Accuracy(ShotEstimate):
-    """The accuracy that a fit estimates on held-out shots, in words (``summary``) and figures, or null."""
+class Accuracy(BaseModel):
+    """The accuracy that a fit estimates on held-out shots, as fields of :class:`closed_form.FormChoice`.
+
+    An unknown accuracy is null. ``weakest`` lists classes with their numbers of right answers and of held-out shots.
+    """
 
     version: int | None = None
+    photos: float | None = None
+    words: float | None = None
+    both: float | None = None
+    interval: Sequence[float] | None = None
+    names_hurt: bool | None = None
+    weakest: Sequence[Sequence[str | int]] = ()
+    tested: int | None = None
+    classes: int | None = None
     summary: str | None = None
 
 

@@ -62,7 +62,7 @@ class Service:
     def __init__(
         self,
         served: dict[str, Served],
-        limits: Limits,
+        limits: Limits = Limits(),
         uploads: Path | None = None,
         root: Path | None = None,
         maker: Maker | None = None,
