@@ -10,7 +10,7 @@ from typing import Annotated
 
 from fastapi import Depends, Header, Request
 
-from retrieval_tip.server.guard import DEADLINE, Problem
+from retrieval_tip.server.guard import Problem
 from retrieval_tip.server.labelling import Labelling
 from retrieval_tip.server.served import Served, Version
 from retrieval_tip.server.service import Service
@@ -114,11 +114,6 @@ async def _allowed(request: Request, authorization: Token = None) -> None:
         raise Problem(403, "this server is read-only; restart it with --token TOKEN and send that token")
     if not _sends(request, request.app.state.token):
         raise _refusal(request)
-
-
-async def lift_deadline(request: Request) -> None:
-    """Remove the time limit of a request, so that a change is not interrupted halfway."""
-    request.scope[DEADLINE].reschedule(None)
 
 
 READS = [Depends(may_read)]

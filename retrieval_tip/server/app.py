@@ -75,14 +75,7 @@ def create_app(
     app.add_middleware(Guard, limits=service.limits)
     for kind in HANDLED:
         app.add_exception_handler(kind, handle)
-    for router in (
-        routes.reads,
-        routes.about,
-        edits.uploads,
-        edits.changes,
-        partners.label_studio,
-        partners.photoprism,
-    ):
+    for router in (routes.reads, routes.about, edits.changes, partners.label_studio, partners.photoprism):
         app.include_router(router)
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
     app.get("/", include_in_schema=False)(_page)

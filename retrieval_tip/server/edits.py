@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Depends, Query, Request
+from fastapi import APIRouter, Body, Query, Request
 
 from retrieval_tip.data.sources import spelled_alike
 from retrieval_tip.data.tables import not_in_index
@@ -23,28 +23,26 @@ from retrieval_tip.labelling.sidecars import undo_sidecars, write_planned
 from retrieval_tip.labelling.sort import check_files, sort_photos, undo_sort
 from retrieval_tip.retrieval.duplicates import describe_duplicates
 from retrieval_tip.server import schemas, shots
-from retrieval_tip.server.access import CHANGES, Named, NotLabelled, TheLabelling, TheService, lift_deadline
-from retrieval_tip.server.guard import Problem
+from retrieval_tip.server.access import CHANGES, Named, NotLabelled, TheLabelling, TheService
+from retrieval_tip.server.guard import Problem, give_time
 from retrieval_tip.server.routes import Norms
 from retrieval_tip.server.served import Maker, Served
 from retrieval_tip.server.service import Service, backbone_of
 from retrieval_tip.server.uploads import read, read_form
 
-uploads = APIRouter(prefix="/v1", dependencies=CHANGES)
-changes = APIRouter(prefix="/v1", dependencies=[*CHANGES, Depends(lift_deadline)])
+changes = APIRouter(prefix="/v1", dependencies=CHANGES)
 
 
 # --- shots
 
 
-@uploads.post("/indexes/{name}/keys", status_code=201, openapi_extra=schemas.ADD)
+@changes.post("/indexes/{name}/keys", status_code=201, openapi_extra=schemas.ADD)
 async def add(request: Request, service: TheService, one: Named, norms: Norms = "check") -> schemas.ChangedIndex:
     """Add labelled images or features as shots, in a new version of the index.
 
     If a label is new, a new class is added for it.
     """
     sent = await read(request, service.limits, norms, one.now.index.d, labelled=True)
-    await lift_deadline(request)
     skipped: list[Skipped] = []
     if sent.features is not None:
         added = await service.changed(one, shots.add_features, one, sent.names, sent.labels, sent.features)
@@ -115,7 +113,7 @@ def _answer(one: Served, **more: Any) -> schemas.ChangedIndex:
 # --- indexes
 
 
-@uploads.post("/indexes", status_code=201, openapi_extra=schemas.MAKE)
+@changes.post("/indexes", status_code=201, openapi_extra=schemas.MAKE)
 async def create(
     request: Request,
     service: TheService,
@@ -130,7 +128,6 @@ async def create(
     if labels != len(sent.images):
         many = f"{labels} labels given for {len(sent.images)} images"
         raise InputError(f"label: {many}; send one label for each image, in order")
-    await lift_deadline(request)
     if maker is None or like is not None:
         model = service.index(like or next((name for name, one in service.served.items() if one.now.backbone), None))
         backbone, into = backbone_of(model.now), model.beside
@@ -225,6 +222,7 @@ async def label(labelling: TheLabelling, change: schemas.SetLabels) -> schemas.L
 @changes.post("/label/sort")
 async def label_sort(service: TheService, labelling: TheLabelling, change: schemas.SortInto) -> schemas.SortedPhotos:
     """Sort the photos of the labelling session into folders by class, as `retrieval-tip sort` does, or undo it."""
+    give_time()
     version, source, reader = labelling.version(), labelling.photos.source, replace(labelling.photos.reader, skipped=[])
     folder, paths, xmp = Path(change.into).expanduser(), source.paths or (), change.action == "xmp"
     run = partial(service.run, labelling.encoding)

@@ -9,6 +9,7 @@ import asyncio
 import re
 import time
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import cast
@@ -25,8 +26,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError, one_line
 
-DEADLINE = "retrieval_tip.deadline"
-"""Key under which the ASGI scope holds the ``asyncio.Timeout`` of the request."""
+CLIENT, _DEADLINE = ContextVar("client", default=""), ContextVar[asyncio.Timeout | None]("deadline", default=None)
+"""The address of the client of the current request, and the time limit for its answer."""
 PART = 64 << 10
 """Number of bytes of a response to write at a time. The rest is held in memory."""
 ROWS_PER_IMAGE = 16
@@ -140,6 +141,12 @@ async def handle(_: Request, error: Exception) -> Response:
 HANDLED = (HTTPException, RequestValidationError, RetrievalTipError, Exception)
 
 
+def give_time(seconds: float | None = None) -> None:
+    """Give the current request some seconds to be answered, or unlimited time, so that a change is not interrupted."""
+    if (deadline := _DEADLINE.get()) is not None:
+        deadline.reschedule(None if seconds is None else asyncio.get_running_loop().time() + seconds)
+
+
 class Guard:
     """ASGI middleware for an application. ``held`` is the total size of requests and responses in memory."""
 
@@ -151,6 +158,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        CLIENT.set((scope.get("client") or [""])[0])
         start, exchange = time.perf_counter(), _Exchange(self, scope, receive, send)
         try:
             with IN_FLIGHT.track_inprogress():
@@ -186,7 +194,7 @@ class _Exchange:
             return
         try:
             async with asyncio.timeout(self._limits.seconds) as self._deadline:
-                self._scope[DEADLINE] = self._deadline
+                _DEADLINE.set(self._deadline)
                 await self._guard.app(self._scope, self._read, self._write)
         except TimeoutError:
             if self._waits:

@@ -12,7 +12,7 @@ import logging
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends
 from fastapi.responses import Response
 
 from retrieval_tip.data.exchange import choices_of
@@ -20,13 +20,13 @@ from retrieval_tip.data.reader import Reader
 from retrieval_tip.errors import InputError, counted, few, show, warn_once
 from retrieval_tip.index import changes
 from retrieval_tip.server import shots
-from retrieval_tip.server.access import CHANGES, READS, Named, TheService, accept_basic, lift_deadline
-from retrieval_tip.server.guard import DEADLINE
+from retrieval_tip.server.access import CHANGES, READS, Named, TheService, accept_basic
+from retrieval_tip.server.guard import give_time
 from retrieval_tip.server.routes import json_of
 from retrieval_tip.server.schemas import class_name
 from retrieval_tip.server.served import Served
 from retrieval_tip.server.service import Service, backbone_of
-from retrieval_tip.server.uploads import Sent, client_of, of_data_url
+from retrieval_tip.server.uploads import Sent, of_data_url
 from retrieval_tip.settings import Ask
 
 log = logging.getLogger(__name__)
@@ -94,21 +94,21 @@ async def setup(one: Named, sent: Json) -> Response:
 
 
 @label_studio.post("/predict", dependencies=CHANGES)
-async def predict(request: Request, service: TheService, one: Named, sent: Json) -> Response:
+async def predict(service: TheService, one: Named, sent: Json) -> Response:
     """Predict the choice of each task, in order.
 
     The result is empty if the photo cannot be read or resembles no shot, or if its class is not among the choices.
     """
-    request.scope[DEADLINE].reschedule(asyncio.get_running_loop().time() + PREDICT_SECONDS)
+    give_time(PREDICT_SECONDS)
     interface, tasks = interface_of(sent.get("label_config")), sent.get("tasks")
     if not isinstance(tasks, list) or len(tasks) > MOST_TASKS or not all(isinstance(task, dict) for task in tasks):
         raise InputError(f"tasks: must be a list of at most {MOST_TASKS:,} objects")
-    version, name, client = one.now, _version_of(one), client_of(request)
+    version, name = one.now, _version_of(one)
 
     async def prediction(task: Json) -> tuple[Json, str]:
         found: Json = {"result": [], "score": 0.0, "model_version": name}
         try:
-            photo = Sent(["its photo"], [], [await service.photos.read(_address(task, interface))], client=client)
+            photo = Sent(["its photo"], [], [await service.photos.read(_address(task, interface))])
             best: Json = (await service.classify(version, BEST, photo, features=False)).results[0]
         except InputError as error:
             return found, str(error)
@@ -127,12 +127,13 @@ async def predict(request: Request, service: TheService, one: Named, sent: Json)
     return json_of({"results": [found for found, _ in made], "skipped": skipped})
 
 
-@label_studio.post("/webhook", dependencies=[*CHANGES, Depends(lift_deadline)])
-async def webhook(request: Request, service: TheService, one: Named, sent: Json) -> Response:
+@label_studio.post("/webhook", dependencies=CHANGES)
+async def webhook(service: TheService, one: Named, sent: Json) -> Response:
     """Add, relabel or remove the shots of annotations that were created, updated or deleted.
 
     An annotation with exactly one choice makes a shot. Repeating a request changes nothing.
     """
+    give_time()
     annotations: list[shots.Annotation] = []
     event: Json | None = None
     match sent:
@@ -152,15 +153,13 @@ async def webhook(request: Request, service: TheService, one: Named, sent: Json)
     for annotation in annotations:
         try:
             async with service.annotating:  # the next event about an annotation may arrive before this one is done
-                key_ids += await _learn(service, one, annotation, event, client_of(request))
+                key_ids += await _learn(service, one, annotation, event)
         except InputError as error:
             skipped.append({"input": f"annotation {annotation[-1]}", "reason": str(error)})
     return json_of({"index": one.name, "version": one.now.manifest.version, "key_ids": key_ids, "skipped": skipped})
 
 
-async def _learn(
-    service: Service, one: Served, annotation: shots.Annotation, event: Json | None, client: str
-) -> list[int]:
+async def _learn(service: Service, one: Served, annotation: shots.Annotation, event: Json | None) -> list[int]:
     """Make the shots of an annotation equal to what an event says, and return the ids of the changed keys."""
     index, backbone = one.now.index, backbone_of(one.now)
     label, reason, address = (None, "", None) if event is None else _said(event)
@@ -178,7 +177,7 @@ async def _learn(
     if len(rows):  # the index has the photo already
         known = [changes.PhotoLabel(row["source"], row["digest"], label, "") for row in rows.to_pylist()]
         return (await service.changed(one, changes.label, one.folder, known, Reader(backbone))).key_ids
-    return (await service.add_images(one, Sent(["its photo"], [label], [data], client=client), annotation))[0].key_ids
+    return (await service.add_images(one, Sent(["its photo"], [label], [data]), annotation))[0].key_ids
 
 
 def _said(event: Json) -> tuple[str | None, str, object]:
@@ -202,13 +201,13 @@ def _version_of(one: Served) -> str:
 
 
 @photoprism.post("/labels")
-async def labels(request: Request, service: TheService, sent: Json, index: str | None = None) -> Response:
+async def labels(service: TheService, sent: Json, index: str | None = None) -> Response:
     """Return the labels of images. An image without a match has none."""
     images, version = sent.get("images"), service.index(index).now
     if not isinstance(images, list) or not 1 <= len(images) <= service.limits.images:
         raise InputError(f"images: must be a list of 1 to {service.limits.images} data URLs")
     names = [f"image {i}" for i in range(len(images))]
-    asked = Sent(names, [], [of_data_url(str(image)) for image in images], client=client_of(request))
+    asked = Sent(names, [], [of_data_url(str(image)) for image in images])
     best: dict[str, float] = {}
     answers: list[Json] = (await service.classify(version, BEST, asked, features=False)).results
     for found in answers:

@@ -29,7 +29,7 @@ from retrieval_tip.index import changes
 from retrieval_tip.index.places import Place
 from retrieval_tip.server import guard, schemas, shots
 from retrieval_tip.server.batching import Batches, Kept, Turns
-from retrieval_tip.server.guard import NAMED, ROWS_PER_IMAGE, Limits, Problem
+from retrieval_tip.server.guard import CLIENT, NAMED, ROWS_PER_IMAGE, Limits, Problem, give_time
 from retrieval_tip.server.schemas import Row
 from retrieval_tip.server.served import NEIGHBOUR_CELLS, SIMILAR, Backbones, Maker, Served, Version
 from retrieval_tip.server.uploads import Photos, Sent
@@ -130,7 +130,8 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(pool, call, *arguments)
 
     async def change(self, call: Callable[..., T], *arguments: Any) -> T:
-        """Run a change of an index. Only one change runs at a time."""
+        """Run a change of an index, which takes as long as it needs. Only one change runs at a time."""
+        give_time()
         return await self.run(self._changing, call, *arguments)
 
     async def find(self, call: Callable[..., T], *arguments: Any) -> T:
@@ -192,8 +193,8 @@ class Service:
             encoded, skipped = await self._read(sent, backbone_of(version), encode=True)
             names, queries = [names[place] for place in encoded], list(encoded.values())
         else:
-            self._admit(sent.client)
-        async with self._features.turn(sent.client, len(queries) / ROWS_PER_IMAGE):
+            self._admit()
+        async with self._features.turn(CLIENT.get(), len(queries) / ROWS_PER_IMAGE):
             results = await self._answer((version, ask), queries)
         located = await self.find(version.located, np.stack(queries)) if features else [{}] * len(queries)
         for name, result, more in zip(names, results, located, strict=True):
@@ -218,6 +219,7 @@ class Service:
 
     async def labelled(self, sent: Sent, backbone: Backbone) -> tuple[list[tuple[str, bytes]], list[Skipped]]:
         """Return the labels and bytes of the uploaded images that can be decoded, and the unreadable images."""
+        give_time()
         good, skipped = await self._read(sent, backbone, encode=False)
         return [(sent.labels[place], sent.images[place]) for place in good], skipped
 
@@ -226,7 +228,7 @@ class Service:
 
         async def found(data: bytes, area: int) -> FloatArray | torch.Tensor | InputError:
             turns = self._large if area >= PIXELS else self._images
-            async with turns.turn(sent.client, 1 + area / PIXELS):
+            async with turns.turn(CLIENT.get(), 1 + area / PIXELS):
                 pixels = await self.run(self._decoding[turns], self._pixels, backbone, data)
                 if isinstance(pixels, InputError) or not encode:
                     return pixels
@@ -238,7 +240,7 @@ class Service:
         # Read the headers one at a time, so that requests take turns here as well.
         area = partial(images.area, most=self.limits.pixels, only=images.uploads())
         areas = [await self.run(self._weighing, area, data) for data in sent.images]
-        self._admit(sent.client)
+        self._admit()
         made = await asyncio.gather(*map(found, sent.images, areas))
         good = {place: one for place, one in enumerate(made) if not isinstance(one, InputError)}
         skipped = [Skipped(sent.names[place], str(one)) for place, one in enumerate(made) if place not in good]
@@ -247,9 +249,9 @@ class Service:
             raise InputError("; ".join(map(str, skipped[:NAMED])) + more)
         return good, skipped
 
-    def _admit(self, client: str) -> None:
-        """Raise Problem 429 if a client's waiting turns fill more than a quarter of the queue."""
-        if sum(turns.waiting(client) for turns in self._turns) > self.limits.queue / 4:
+    def _admit(self) -> None:
+        """Raise Problem 429 if the waiting turns of the client fill more than a quarter of the queue."""
+        if sum(turns.waiting(CLIENT.get()) for turns in self._turns) > self.limits.queue / 4:
             guard.REFUSED.inc()
             text = "too many of your images or features are waiting; try again in 2 s"
             raise Problem(429, text, {"Retry-After": "2"})

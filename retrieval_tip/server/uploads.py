@@ -43,16 +43,12 @@ SECONDS = 20.0
 
 @dataclass(frozen=True)
 class Sent:
-    """Uploaded ``images``, or ``features`` of shape ``[q, d]``, with one name and, for shots, one label each.
-
-    ``client`` is the address of the sender.
-    """
+    """Uploaded ``images``, or ``features`` of shape ``[q, d]``, with one name and, for shots, one label each."""
 
     names: list[str]
     labels: list[str]
     images: Sequence[bytes] = ()
     features: FloatArray | None = None
-    client: str = ""
 
 
 F = TypeVar("F", bound=Images)
@@ -87,7 +83,7 @@ async def read(request: Request, limits: Limits, norms: Norms, d: int, *, labell
     if any(texts is not None and len(texts) != rows for texts in (names, labels)):
         raise InputError(f"inputs and labels: must have one entry for each of the {rows} features")
     checked = check_norms(matrix(np.array(features), "features"), 0, norms, "features")
-    return Sent(names or [f"row {row}" for row in range(rows)], labels or [], (), checked, client_of(request))
+    return Sent(names or [f"row {row}" for row in range(rows)], labels or [], features=checked)
 
 
 async def read_form(request: Request, limits: Limits, fields: type[F]) -> tuple[F, Sent]:
@@ -115,7 +111,7 @@ async def read_form(request: Request, limits: Limits, fields: type[F]) -> tuple[
         found = _checked(fields.model_validate, sent)
         images = [await one.read() for one in found.images]
     names = [one.filename or f"image {number}" for number, one in enumerate(found.images)]
-    return found, Sent(names, [], images, client=client_of(request))
+    return found, Sent(names, [], images)
 
 
 def _checked(check: Callable[[Any], T], sent: object) -> T:
@@ -123,11 +119,6 @@ def _checked(check: Callable[[Any], T], sent: object) -> T:
         return check(sent)
     except ValidationError as error:
         raise RequestValidationError(error.errors(include_url=False, include_input=False)) from None
-
-
-def client_of(request: Request) -> str:
-    """Return the address of the sender."""
-    return request.client.host if request.client else ""
 
 
 def _kind(request: Request) -> str:
