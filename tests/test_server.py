@@ -264,33 +264,13 @@ def test_map_and_audit_equal_those_of_the_library(both, things):
     assert len(both.get("/v1/indexes/things/audit?limit=1").json()) == min(1, len(doubted))
 
 
-@pytest.fixture
-def map_limits(monkeypatch):
-    """Limits of the maps that the server has computed."""
-    limits, real = [], routes_module.projected
-
-    def counted(cache, method, limit):
-        limits.append(limit)
-        return real(cache, method, limit)
-
-    monkeypatch.setattr(routes_module, "projected", counted)
-    return limits
-
-
-def test_a_map_limit_above_the_number_of_keys_shows_all_keys(own, map_limits):
-    with serving(own) as client:
-        for limit in (80, 81, 5000, 100_000):
-            assert client.get(f"/v1/indexes/own/map?limit={limit}").status_code == 200
-    assert map_limits == [80]
-    with serving(own, limits=Limits(mapped=1280 * 50)) as client:  # each feature has 1280 values
-        assert len(client.get("/v1/indexes/own/map").json()["places"]) == 50
-
-
-def test_the_number_of_waiting_maps_and_audits_is_limited(own, map_limits, monkeypatch):
-    go, real = threading.Event(), routes_module.projected
+def test_maps_and_audits_are_limited_in_size_and_number(own, monkeypatch):
+    """All limits above the number of keys show the same map, which is computed once."""
+    go, limits, real = threading.Event(), [], routes_module.projected
 
     def slow(cache, method, limit):
         assert go.wait(30)
+        limits.append(limit)
         return real(cache, method, limit)
 
     monkeypatch.setattr(routes_module, "projected", slow)
@@ -301,10 +281,12 @@ def test_the_number_of_waiting_maps_and_audits_is_limited(own, map_limits, monke
             assert (answer.status_code, answer.headers["retry-after"]) == (status, "5")
         assert client.get("/v1/indexes/own/audit").status_code == 503
         go.set()
-        for limit in (1, 29):
+        for limit in (1, 29, 80, 81, 5000, 100_000):
             while client.get(f"/v1/indexes/own/map?limit={limit}").status_code in (202, 503):
                 pass
-    assert sorted(map_limits) == [*range(1, service_module.SLOW_AT_ONCE + 1), 29]
+    assert sorted(limits) == [*range(1, service_module.SLOW_AT_ONCE + 1), 29, 80]
+    with serving(own, limits=Limits(mapped=1280 * 50)) as client:  # each feature has 1280 values
+        assert len(client.get("/v1/indexes/own/map").json()["places"]) == 50
 
 
 def test_changes_need_the_token(own, both):

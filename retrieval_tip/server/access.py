@@ -65,15 +65,11 @@ def _sends(request: Request, token: str | None) -> bool:
     headers = request.headers.getlist("authorization")
     scheme, _, text = headers[0].partition(" ") if len(headers) == 1 else ("", "", "")
     sent, accepted = text.strip(" ").encode("latin-1"), scheme.lower() == "bearer"
-    if scheme.lower() == "basic" and getattr(request.state, "basic", False):
+    is_browser = "sec-fetch-site" in request.headers  # browsers repeat the password unasked
+    if scheme.lower() == "basic" and request.url.path.startswith("/label-studio/") and not is_browser:
         with suppress(binascii.Error):
             sent, accepted = base64.b64decode(sent, validate=True).partition(b":")[2], True
     return accepted and token is not None and hmac.compare_digest(sent, token.strip(" ").encode())
-
-
-async def accept_basic(request: Request) -> None:
-    """Accept the token also as the password of Basic authentication, but not from browsers, which send it unasked."""
-    request.state.basic = "sec-fetch-site" not in request.headers
 
 
 def cookie(token: str) -> tuple[str, str]:

@@ -124,10 +124,7 @@ async def create(
     By default, it gets the encoder and the folder that the server was started with, or else those of the first index.
     """
     new, sent = await read_form(request, service.limits, schemas.NewIndex)
-    (name,), labels, maker = new.name, len(new.label), service.maker
-    if labels != len(sent.images):
-        many = f"{labels} labels given for {len(sent.images)} images"
-        raise InputError(f"label: {many}; send one label for each image, in order")
+    (name,), maker = new.name, service.maker
     if maker is None or like is not None:
         model = service.index(like or next((name for name, one in service.served.items() if one.now.backbone), None))
         backbone, into = backbone_of(model.now), model.beside
@@ -136,7 +133,7 @@ async def create(
         maker = Maker(into, lambda: backbone, model.backbones)
     _check_free(service, name, maker.into, another=True)
     used = await service.change(maker.load)
-    labelled, skipped = await service.labelled(replace(sent, labels=new.label), used)
+    labelled, skipped = await service.labelled(sent, used)
     make = partial(shots.build, maker.into / name, used, labelled, service.uploads)
     one = await service.open(make, maker.backbones)
     return _answer(one, warnings=_of_spelling(spelled_alike(one.now.index.class_names)), skipped=skipped)

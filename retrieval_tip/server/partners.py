@@ -12,7 +12,7 @@ import logging
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from fastapi.responses import Response
 
 from retrieval_tip.data.exchange import choices_of
@@ -20,7 +20,7 @@ from retrieval_tip.data.reader import Reader
 from retrieval_tip.errors import InputError, counted, few, show, warn_once
 from retrieval_tip.index import changes
 from retrieval_tip.server import shots
-from retrieval_tip.server.access import CHANGES, READS, Named, TheService, accept_basic
+from retrieval_tip.server.access import CHANGES, READS, Named, TheService
 from retrieval_tip.server.guard import give_time
 from retrieval_tip.server.routes import json_of
 from retrieval_tip.server.schemas import class_name
@@ -41,7 +41,7 @@ NOT_LEARNT = "changes no shot; ANNOTATION_CREATED, ANNOTATION_UPDATED and ANNOTA
 BEST = Ask(top=1, neighbours=0)
 """Asks for the best class only."""
 
-label_studio = APIRouter(prefix="/label-studio/{name}", dependencies=[Depends(accept_basic)], include_in_schema=False)
+label_studio = APIRouter(prefix="/label-studio/{name}", include_in_schema=False)
 photoprism = APIRouter(prefix="/api/v1/vision", dependencies=READS, include_in_schema=False)
 Json = dict[str, Any]
 

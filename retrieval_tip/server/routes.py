@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
 import orjson
@@ -27,7 +27,7 @@ from retrieval_tip.labelling.labels import ASK, guesses
 from retrieval_tip.labelling.photos import Pool
 from retrieval_tip.server import schemas
 from retrieval_tip.server.access import READS, Named, Now, TheLabelling, TheService, cookie
-from retrieval_tip.server.guard import Problem
+from retrieval_tip.server.guard import FLOATS, Problem
 from retrieval_tip.server.schemas import Row
 from retrieval_tip.server.served import Served, Version
 from retrieval_tip.server.service import Service, read_image
@@ -40,7 +40,7 @@ SUSPICIOUS = 1000
 COMPARED, LISTED = 50_000, 24
 """Maximum number of keys of two versions that are compared, and of photos of each kind to list then."""
 PICTURE: dict[int | str, dict[str, object]] = {200: {"content": {"image/jpeg": {}}}}
-BYTES: dict[int | str, dict[str, object]] = {200: {"content": {"application/octet-stream": {}}}}
+PICTURE_OR_BYTES: dict[int | str, dict[str, object]] = {200: {"content": {"image/jpeg": {}, FLOATS: {}}}}
 
 Norms = Annotated[settings.Norms, Query(description=schemas.NORMS)]
 Size = Annotated[int, Query(ge=16, le=1024, description="Length of the longer side, in pixels.")]
@@ -296,30 +296,25 @@ async def label_answers(service: TheService, labelling: TheLabelling) -> Respons
     return json_of({"photos": listed, "groups": groups})
 
 
-@reads.get("/label/photos/{photo}/feature", response_class=Response, responses=BYTES)
-async def label_feature(labelling: TheLabelling, photo: schemas.PhotoNumber) -> Response:
-    """Return the feature of a photo as little-endian float32 numbers."""
-    labelling.path(photo)
-    feature = labelling.photos.features.get(photo)
-    if feature is None:
-        raise Problem(404, f"photo {photo}: has not been read yet; try again later")
-    return Response(feature.astype("<f4").tobytes(), media_type="application/octet-stream")
-
-
-@reads.get("/label/photos/{photo}/file", response_class=Response, responses=BYTES)
-async def label_file(service: TheService, labelling: TheLabelling, photo: schemas.PhotoNumber) -> Response:
-    """Return the file of a photo, unchanged."""
-    data = await service.find(read_item, labelling.path(photo))
-    return Response(data, media_type="application/octet-stream")
-
-
-@reads.get("/label/photos/{photo}/image", response_class=Response, responses=PICTURE)
-async def label_image(
-    service: TheService, labelling: TheLabelling, photo: schemas.PhotoNumber, size: Size = 160
+@reads.get("/label/photos/{photo}/{what}", response_class=Response, responses=PICTURE_OR_BYTES)
+async def label_photo(
+    service: TheService,
+    labelling: TheLabelling,
+    photo: schemas.PhotoNumber,
+    what: Literal["image", "feature", "file"],
+    size: Size = 160,
 ) -> Response:
-    """Return a photo of the labelling session as a JPEG image of a reduced size."""
-    path = labelling.path(photo)
-    return jpeg(await service.thumbnail(path, partial(read_item, path), size), seconds=3600)
+    """Return a photo of the labelling session: a reduced JPEG image, its feature in float32, or its unchanged file."""
+    path, feature = labelling.path(photo), labelling.photos.features.get(photo)
+    if what == "image":
+        return jpeg(await service.thumbnail(path, partial(read_item, path), size), seconds=3600)
+    if what == "file":
+        data = await service.find(read_item, path)
+    elif feature is None:
+        raise Problem(404, f"photo {photo}: has not been read yet; try again later")
+    else:
+        data = feature.astype("<f4").tobytes()
+    return Response(data, media_type=FLOATS)
 
 
 def jpeg(data: bytes, seconds: int) -> Response:

@@ -10,7 +10,7 @@ import base64
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,11 +62,8 @@ async def read(request: Request, limits: Limits, norms: Norms, d: int, *, labell
     supported, or 422 if a field is missing, unknown or invalid.
     """
     kind = _kind(request)
-    if kind == FORM and labelled:
-        shots, sent = await read_form(request, limits, Shots)
-        return replace(sent, labels=shots.label * len(sent.images))
     if kind == FORM:
-        return (await read_form(request, limits, Images))[1]
+        return (await read_form(request, limits, Shots if labelled else Images))[1]
     features: FloatArray | list[list[float]]
     if kind == JSON:
         asked = _json(await request.body(), limits, d, LabelledFeatures if labelled else Features)
@@ -111,7 +108,11 @@ async def read_form(request: Request, limits: Limits, fields: type[F]) -> tuple[
         found = _checked(fields.model_validate, sent)
         images = [await one.read() for one in found.images]
     names = [one.filename or f"image {number}" for number, one in enumerate(found.images)]
-    return found, Sent(names, [], images)
+    labels: list[str] = getattr(found, "label", [])
+    if len(labels) > 1 and len(labels) != len(images):
+        many = f"{len(labels)} labels given for {len(images)} images"
+        raise InputError(f"label: {many}; send one label for each image, in order")
+    return found, Sent(names, labels * len(images) if len(labels) == 1 else labels, images)
 
 
 def _checked(check: Callable[[Any], T], sent: object) -> T:
