@@ -172,7 +172,7 @@ def test_indexes_are_described(both, things, food):
     assert both.get("/v1/indexes").json() == {"indexes": ["things", "food"], **allowed}
     cache = Index.load(things, device="cpu")
     whole = both.get("/v1/indexes/things").json()
-    assert (whole["name"], whole["version"], whole["n_keys"], whole["d"]) == ("things", 1, cache.n, cache.d)
+    assert (whole["name"], whole["version"], whole["n"], whole["d"]) == ("things", 1, cache.n, cache.d)
     assert (whole["images"], both.get("/v1/indexes/food").json()["images"]) == (True, False)
     assert (whole["alpha"], whole["beta"], whole["k"]) == (cache.settings.alpha, cache.settings.beta, "all")
     assert not whole["changes"]
@@ -730,7 +730,7 @@ def test_the_server_loads_new_versions_but_not_damaged_ones(own, monkeypatch):
         changes.remove(own, key_ids=[0])
         assert one.changed()
         assert one.follow().index.n == 79
-        assert client.get("/v1/indexes/own").json()["n_keys"] == 79
+        assert client.get("/v1/indexes/own").json()["n"] == 79
         changes.remove(own, key_ids=[1])
         file = next(file for file in one.now.manifest.data_files if file.name.startswith("data/text"))
         shutil.copy(own / file.name, (own / file.name).parent / "whole")
@@ -882,7 +882,7 @@ def test_a_fitted_index_gives_the_same_answers_on_the_server(shared, tmp_path):
         described = client.get("/v1/indexes/food").json()
         found = client.post("/v1/classify?logits=true&neighbours=2", json={"features": queries}).json()
     assert cache.fitted is not None
-    assert (described["metric"], described["values"]) == (cache.fitted.metric, cache.fitted.values)
+    assert (described["fitted"]["metric"], described["values"]) == (cache.fitted.metric, cache.fitted.values)
     assert described["least_cache"] == pytest.approx(cache.settings.least_cache)
     for own, expected in zip(found["results"], cache.classify(np.array(queries), neighbours=2), strict=True):
         assert (own["label"], own["no_match"]) == (expected.label, expected.no_match)

@@ -101,21 +101,18 @@ async def indexes(request: Request, response: Response, service: TheService) -> 
     return schemas.Indexes(indexes=list(service.served), changes=changes, makes=makes, labels=labels)
 
 
-@reads.get("/indexes/{name}")
-async def index(request: Request, version: Now) -> schemas.IndexFacts:
-    """Describe an index, its classes and the source of its settings."""
-    index, fitted, manifest = version.index, version.index.fitted, version.manifest
-    return schemas.IndexFacts(
-        **vars(index.settings) | index.settings.shown(), name=version.name, version=manifest.version,
-        created_at=manifest.created_at, change=manifest.change, changes=request.app.state.token is not None,
-        n_keys=index.n, class_names=index.class_names, counts=list(index.counts), d=index.d,
-        index=index.index_type,
-        backbone=str(index.backbone) if index.backbone else None,
-        images=version.backbone is not None, text=index.has_text, templates=index.templates,
-        metric=fitted.metric if fitted else "none",
-        values=fitted.values if fitted else "one-hot" if index.values is None else "trained",
-        levels=list(index.groups.levels) if index.groups else [], provenance=index.provenance,
-    )  # fmt: skip
+@reads.get("/indexes/{name}", response_model=Row)
+async def index(request: Request, version: Now) -> Response:
+    """Describe an index as `index info` does. ``counts`` are the numbers of keys of the classes."""
+    index, fitted = version.index, version.index.fitted
+    own = "one-hot" if index.values is None else "trained"
+    more = {
+        "name": version.name, "counts": list(index.counts), "changes": request.app.state.token is not None,
+        "backbone": str(index.backbone) if index.backbone else None, "images": version.backbone is not None,
+        "text": index.has_text, "values": fitted.values if fitted else own,
+        "levels": list(index.groups.levels) if index.groups else [],
+    }  # fmt: skip
+    return json_of(version.manifest.described() | more)
 
 
 @reads.get("/indexes/{name}/keys", response_model=schemas.KeyPage)

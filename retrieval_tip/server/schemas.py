@@ -255,46 +255,6 @@ class Indexes(BaseModel):
     labels: bool
 
 
-class UsedSettings(BaseModel):
-    """The settings that were used; see :class:`settings.Settings` for details."""
-
-    alpha: float
-    beta: float
-    k: int | Literal["all"]
-    tail: bool
-    temperature: float
-
-
-class IndexFacts(UsedSettings):
-    """A description of the current version of an index.
-
-    ``counts`` are the numbers of keys of the classes. ``provenance`` is the source of the settings.
-    """
-
-    name: str
-    version: int
-    created_at: str
-    change: str
-    changes: bool
-    n_keys: int
-    class_names: list[str]
-    counts: list[int]
-    d: int
-    logit_scale: float
-    index: str
-    backbone: str | None
-    images: bool
-    text: bool
-    templates: list[str]
-    least_cache: float | None
-    log_offset: float | None
-    gamma: float
-    metric: str
-    values: str
-    levels: list[str]
-    provenance: Row
-
-
 class KeyPage(BaseModel):
     """One page of the matching keys, and the total number of matching keys."""
 
@@ -357,8 +317,8 @@ class PhotoChange(BaseModel):
     photos: list[Key]
 
 
-class Classified(UsedSettings):
-    """Results in the order of the inputs, and the settings that were used.
+class Classified(BaseModel):
+    """Results in the order of the inputs, and the settings that were used; see :class:`settings.Settings`.
 
     ``warnings`` contains a message if these settings make answers less accurate than the settings of the index.
     """
@@ -368,6 +328,11 @@ class Classified(UsedSettings):
     results: list[Result]
     warnings: list[str]
     skipped: list[Skipped]
+    alpha: float
+    beta: float
+    k: int | Literal["all"]
+    tail: bool
+    temperature: float
 
 
 class FolderAnswers(BaseModel):

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from retrieval_tip.backbones.base import Identity, Part, identity_of
+from retrieval_tip.backbones.base import Identity, Part, equal_shares, identity_of
 from retrieval_tip.errors import BackboneError, StoreError
 from retrieval_tip.settings import Built, Dtype, Fitted, Levels, Settings
 
@@ -156,6 +156,21 @@ class Manifest:
         """Digest of the keys, as 16 hexadecimal digits."""
         digests = [part.keys.sha256 for part in self.segments]
         return (digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest())[:16]
+
+    def described(self) -> dict[str, Any]:
+        """Return the facts about this version that ``index info`` and the server tell."""
+        facts: dict[str, Any] = asdict(self)
+        for name in ("files", "later", "digests", "parts"):
+            del facts[name]
+        if len(self.parts) > 1:
+            shares = (self.fitted and self.fitted.shares) or equal_shares(self.parts)
+            del facts["backbone"]
+            facts["encoders"] = {part.names[-1]: share for part, share in zip(self.parts, shares, strict=True)}
+        if self.groups is not None:
+            own = self.groups.of(self.class_names)
+            facts["groups"] = {level: len(set(names) - {None}) for level, names in own.items()}
+        facts |= facts.pop("settings")
+        return facts | {"k": self.settings.k or "all"}
 
     def to_bytes(self) -> bytes:
         """Convert the manifest to JSON. The last entry is the SHA-256 of the other entries."""

@@ -37,7 +37,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from retrieval_tip.backbones.base import equal_shares
 from retrieval_tip.errors import InputError, StoreError, UsageError, first_line
 from retrieval_tip.files import real, sha256_of
 from retrieval_tip.settings import Verify, check_choice
@@ -401,22 +400,11 @@ class Versions:
         manifest, earlier, (counts, more) = self.opened(
             lambda manifest: (manifest, earlier := self.earlier(manifest), self.facts(manifest, earlier))
         )
-        facts = dataclasses.asdict(manifest)
-        for name in ("files", "later", "digests", "parts"):
-            del facts[name]
-        if len(manifest.parts) > 1:
-            shares = (manifest.fitted and manifest.fitted.shares) or equal_shares(manifest.parts)
-            del facts["backbone"]
-            facts["encoders"] = {part.names[-1]: share for part, share in zip(manifest.parts, shares, strict=True)}
-        facts |= facts.pop("settings")
-        if manifest.groups is not None:
-            own = manifest.groups.of(manifest.class_names)
-            facts["groups"] = {level: len(set(names) - {None}) for level, names in own.items()}
         per_class = {"least": int(counts.min()), "median": float(np.median(counts)), "most": int(counts.max())}
         return (
             {"folder": str(self)}
-            | facts
-            | {"k": manifest.settings.k or "all", "classes": len(manifest.class_names), "keys_per_class": per_class}
+            | manifest.described()
+            | {"classes": len(manifest.class_names), "keys_per_class": per_class}
             | {"precision": manifest.provenance.get("precision")}
             | more
             | {

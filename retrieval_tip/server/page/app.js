@@ -72,7 +72,7 @@ const start = (prefer = null) =>
 
 async function showStart() {
   const { info, labels } = state;
-  $("knows").textContent = `“${info.name}” recognises ${plural(labels.length, "class", "classes")}, learned from ${plural(info.n_keys, "example photo")}`;
+  $("knows").textContent = `“${info.name}” recognises ${plural(labels.length, "class", "classes")}, learned from ${plural(info.n, "example photo")}`;
   const exemplars = await state.exemplars();
   if (info !== state.info) return;
   $("known-hint").hidden = !info.images || !exemplars.some(({ image }) => image);
@@ -102,7 +102,7 @@ function showOpen() {
   $("index-changes").hidden = !info?.changes;
   for (const { firstChild: one } of $("index-list").children) one.setAttribute("aria-current", String(one.textContent === info?.name));
   if (!info) return;
-  $("index-facts").textContent = `${plural(info.n_keys, "photo")}, ${plural(info.counts.length, "class", "classes")}`;
+  $("index-facts").textContent = `${plural(info.n, "photo")}, ${plural(info.counts.length, "class", "classes")}`;
   $("index-facts").title = `version ${info.version}`;
 }
 
@@ -119,7 +119,7 @@ $("index-duplicate").addEventListener("click", async () => {
   if (other) await change(`Duplicated “${name}” as “${other}”.`, () => state.duplicateIndex(other));
 });
 $("index-delete").addEventListener("click", async () => {
-  const { name, n_keys: n, counts } = state.info;
+  const { name, n, counts } = state.info;
   const text = `Its ${plural(n, "example photo")} in ${plural(counts.length, "class", "classes")} and all its versions are deleted. You cannot undo this.`;
   if (await agreed("confirm", `Delete “${name}”?`, [el("p", {}, text)], "Delete", "danger")) await change(`Deleted “${name}”.`, state.deleteIndex);
 });

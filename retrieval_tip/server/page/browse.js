@@ -88,7 +88,7 @@ function showAbout() {
   const facts = {
     name: info.name,
     version: `${info.version} (${info.change}), ${new Date(info.created_at).toLocaleString()}`,
-    "example photos": count(info.n_keys),
+    "example photos": count(info.n),
     classes: count(info.counts.length),
     groups: info.levels.slice(1).join(", "),
     encoder: info.backbone ?? "none (only features are accepted)",

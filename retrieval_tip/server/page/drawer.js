@@ -236,7 +236,7 @@ function restore() {
   $("alpha").parentElement.hidden = !state.info.text; // without class names, there are only photos
   for (const [name, [, , stopsOf]] of Object.entries(SLIDERS)) {
     const value = (values[name] = state.info[name]);
-    stops[name] = stopsOf(value, state.info.n_keys);
+    stops[name] = stopsOf(value, state.info.n);
     const at = stops[name].findIndex((stop) => stop === value || stop >= value);
     $(name).max = stops[name].length - 1;
     $(name).value = at < 0 ? $(name).max : at;

@@ -72,7 +72,7 @@ export class Photo {
     if (feature) {
       const itself = similar.filter(({ key_id: id, affinity }) => id === this.file.keyId || affinity >= SAME).map(({ key_id: id }) => id);
       Object.assign(this, { feature: Float32Array.from(feature), similar, version });
-      this.without = itself.length < state.info.n_keys ? itself : [];
+      this.without = itself.length < state.info.n ? itself : [];
     }
     if (version !== state.info.version || String(this.without) !== String(without)) return false;
     this.shown = answerOf(result);
