@@ -210,7 +210,7 @@ def _of_spelling(alike: Mapping[str, str]) -> list[str]:
 
 
 @changes.post("/label")
-async def label(labelling: TheLabelling, change: schemas.SetLabels) -> schemas.LabellingStatus:
+async def label(labelling: TheLabelling, change: schemas.SetLabels) -> schemas.Row:
     """Set or remove labels, and return the new state. The labels are saved within seconds, as a new version."""
     await labelling.label(change)
     return labelling.status()

@@ -115,7 +115,7 @@ class Labelling:
         self._facts: dict[int, tuple[list[Row] | None, list[int]]] = {}
         self._chosen: tuple[Version | None, int] = (None, 0)
         self._measured: tuple[Version | None, int] = self._chosen
-        self._progress: schemas.LabelProgress | None = None
+        self._progress: Row | None = None
         self._problem: str | None = None
         self._trouble: str | None = None
         self._closing = False
@@ -154,8 +154,8 @@ class Labelling:
             raise Problem(404, f"photo {photo}: not found; there are {len(self.photos):,} photos")
         return self.photos.path(photo)
 
-    def status(self) -> schemas.LabellingStatus:
-        """Return the state of the session and the next photos."""
+    def status(self) -> Row:
+        """Return the state of the session and the next photos (see :func:`routes.label_status`)."""
         version, taken = self.version(), self._taken()
         names, shown = self.photos.names, []
         for one in self._queue.show(taken):
@@ -174,14 +174,14 @@ class Labelling:
             for name, one in self._steps.items()
         ]
         right = [one.right for one in self._steps.values() if one.right is not None][-LAST:]
-        return schemas.LabellingStatus(
-            index=self.name, version=None if version is None else version.manifest.version,
-            photos=len(self.photos) - self.photos.number(self.photos.unreadable),
-            encoded=self.photos.number(self.photos.encoded), labelled=self.photos.number(self.labels()),
-            unsaved=len(self._unsaved), classes=self._class_counts(), queue=shown, steps=steps,
-            guessed=right, refused=refused, progress=self._progress,
-            busy=bool(busy) and self._problem is None, problem=self._problem or self._trouble,
-        )  # fmt: skip
+        return {
+            "index": self.name, "version": None if version is None else version.manifest.version,
+            "photos": len(self.photos) - self.photos.number(self.photos.unreadable),
+            "encoded": self.photos.number(self.photos.encoded), "labelled": self.photos.number(self.labels()),
+            "unsaved": len(self._unsaved), "classes": self._class_counts(), "queue": shown, "steps": steps,
+            "guessed": right, "refused": refused, "progress": self._progress,
+            "busy": bool(busy) and self._problem is None, "problem": self._problem or self._trouble,
+        }  # fmt: skip
 
     async def label(self, change: schemas.SetLabels) -> None:
         """Set or remove labels, skip photos, or undo a step. The labels are saved in the index in the background.
@@ -474,8 +474,8 @@ def _facts_of(
     return dict(zip(shown, zip(probable, similar, strict=True), strict=True))
 
 
-def _measured_on(rest: FloatArray, index: Index, key_ids: Sequence[int]) -> schemas.LabelProgress:
+def _measured_on(rest: FloatArray, index: Index, key_ids: Sequence[int]) -> Row:
     index, more = index.in_memory(), min(MORE, len(rest))
     found = estimate_rest(index, key_ids, rest)
     gain, review = gain_of(index, rest, found, more), found.first_wrong < REVIEWED
-    return schemas.LabelProgress(estimate=found, more=more, gain=gain, review=review)
+    return {"estimate": found, "more": more, "gain": gain, "review": review}

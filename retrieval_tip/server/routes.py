@@ -262,8 +262,20 @@ async def exemplars(service: TheService, version: Now) -> Response:
 
 
 @reads.get("/label")
-async def label_status(labelling: TheLabelling) -> schemas.LabellingStatus:
-    """Return the next photos to label, and the progress."""
+async def label_status(labelling: TheLabelling) -> Row:
+    """Return the next photos to label, and the progress.
+
+    ``version`` is null until the first label is saved. ``photos`` is the number of readable photos. ``encoded``,
+    ``labelled`` and ``unsaved`` count the encoded photos, the labelled photos, and the labels that are not saved yet.
+    ``classes`` are the classes with their numbers of labelled photos. ``queue`` lists the next photos, how and why they
+    were ``picked``, their guesses, and near-identical photos (``similar``). ``steps`` lists the last 100 steps, which
+    can be undone, oldest first, with the numbers of their ``photos`` and, unless they were skipped, their ``labels``.
+    ``guessed`` tells whether the guesses for the photos of the last 20 of these steps were right. ``refused`` lists the
+    unsaved labels that the index did not accept, and why. ``progress`` has the ``estimate`` of the answers to the
+    unlabelled photos, the expected ``gain`` from ``more`` labels, and whether it takes less work to ``review`` the
+    least certain answers. It is null while few photos are labelled, or if the index is large. ``busy`` tells whether
+    the state will change soon. ``problem`` is an error in the background.
+    """
     return labelling.status()
 
 

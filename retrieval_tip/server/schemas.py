@@ -13,7 +13,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, Wit
 from retrieval_tip.errors import InputError, Skipped
 from retrieval_tip.index import photos
 from retrieval_tip.labelling.placing import Action
-from retrieval_tip.labelling.progress import Estimate
 from retrieval_tip.predictions import SCHEMA
 from retrieval_tip.server.guard import FLOATS, FORM, JSON, MEDIA
 from retrieval_tip.settings import Norms
@@ -343,48 +342,6 @@ class FolderAnswers(BaseModel):
 
     photos: list[Row]
     groups: list[list[int]]
-
-
-class LabelProgress(BaseModel):
-    """The :class:`progress.Estimate` for the unlabelled photos, and the expected ``gain`` from ``more`` labels.
-
-    ``review`` tells whether reviewing the least certain answers takes less work than labelling these photos.
-    """
-
-    estimate: Estimate
-    more: int
-    gain: float | None
-    review: bool
-
-
-class LabellingStatus(BaseModel):
-    """The state of a labelling session.
-
-    ``version`` is null until the first label is saved. ``photos`` is the number of readable photos. ``encoded``,
-    ``labelled`` and ``unsaved`` count the encoded photos, the labelled photos, and the labels that are not saved yet.
-    ``classes`` are the classes with their numbers of labelled photos. ``queue`` lists the next photos as
-    :class:`queue.Queued`, with their names, guesses and near-identical photos (``similar``). ``steps`` lists the last
-    100 steps, which can be undone, oldest first, with the numbers of their ``photos`` and, unless they were skipped,
-    their ``labels``. ``guessed`` tells whether the guesses for the photos of the last 20 of these steps were right.
-    ``refused`` lists the unsaved labels that the index did not accept, and why. ``progress`` is null while few photos
-    are labelled, or if the index is large. ``busy`` tells whether the state will change soon. ``problem`` is an error
-    in the background.
-    """
-
-    index: str
-    version: int | None
-    photos: int
-    encoded: int
-    labelled: int
-    unsaved: int
-    classes: dict[str, int]
-    queue: list[Row]
-    steps: list[Row]
-    guessed: list[bool]
-    refused: list[Row]
-    progress: LabelProgress | None
-    busy: bool
-    problem: str | None
 
 
 class SortedPhotos(BaseModel):
