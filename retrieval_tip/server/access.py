@@ -98,11 +98,11 @@ async def may_read(request: Request) -> None:
         return
     if "cross-site" in request.headers.getlist("sec-fetch-site"):
         raise Problem(403, "request from another site; send the server's token (Authorization: Bearer TOKEN)")
-    name, value = cookie(token or "")
-    if token is not None and not (
-        request.method == "GET" and hmac.compare_digest(request.cookies.get(name, "").encode(), value.encode())
-    ):
-        raise _refusal(request)
+    if token is not None:
+        name, value = cookie(token)
+        sent = request.cookies.get(name, "") if request.method == "GET" else ""
+        if not hmac.compare_digest(sent.encode(), value.encode()):
+            raise _refusal(request)
 
 
 async def _allowed(request: Request, authorization: Token = None) -> None:

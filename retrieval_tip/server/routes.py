@@ -161,14 +161,18 @@ async def image(
     return jpeg(await service.thumbnail(name, partial(read_image, photo[0], row["digest"]), size), seconds=60)
 
 
-@reads.get("/indexes/{name}/map", response_model=schemas.Map)
+@reads.get("/indexes/{name}/map", response_model=Row)
 async def map_of(
     service: TheService,
     version: Now,
     method: Annotated[Method, Query(description="pca, or tsne if the server has scikit-learn.")] = "pca",
     limit: Annotated[int, Query(ge=1, le=100_000, description="Maximum number of keys.")] = 5000,
 ) -> Response:
-    """Project the keys to two dimensions. If features are long, fewer keys than the limit are returned."""
+    """Project the keys to two dimensions, by one of the ``methods``. ``total`` is the number of all keys.
+
+    If features are long, fewer keys than the limit are returned. ``places`` are their positions, and ``explained`` is
+    the share of the variance along each axis. ``axes`` maps new features to positions (see :class:`.Projection`).
+    """
     index = version.index
     limit = min(limit, index.n, max(1, service.limits.mapped // index.d))
 
@@ -279,9 +283,12 @@ async def label_status(labelling: TheLabelling) -> Row:
     return labelling.status()
 
 
-@reads.get("/label/answers", response_model=schemas.FolderAnswers)
+@reads.get("/label/answers", response_model=Row)
 async def label_answers(service: TheService, labelling: TheLabelling) -> Response:
-    """Return the labels and answers of all photos that have been read. Until there are labels, there are none."""
+    """Return the labels and answers of all ``photos`` that have been read. Until there are labels, there are none.
+
+    ``groups`` lists the numbers of similar photos without a match.
+    """
     version, labels, photos = labelling.version(), labelling.labels(), labelling.photos
     shown = [photo for photo in sorted(photos.encoded | labels.keys()) if photo < len(photos)]
     rows = [photo for photo in shown if photo not in labels]

@@ -261,18 +261,6 @@ class KeyPage(BaseModel):
     keys: list[Key]
 
 
-class Map(BaseModel):
-    """The fields of a :class:`projection.Projection`, the available ``methods``, and the ``total`` number of keys."""
-
-    methods: list[str]
-    total: int
-    key_ids: list[int]
-    class_ids: list[int]
-    places: list[list[float]]
-    explained: list[float] | None
-    axes: list[list[float]] | None
-
-
 class Accuracy(BaseModel):
     """The accuracy that a fit estimates on held-out shots, as fields of :class:`closed_form.FormChoice`.
 
@@ -332,16 +320,6 @@ class Classified(BaseModel):
     k: int | Literal["all"]
     tail: bool
     temperature: float
-
-
-class FolderAnswers(BaseModel):
-    """The answers to all photos that have been read, as :func:`labels.guesses` returns them, and groups of photos.
-
-    Each photo has its number (``photo``), ``name`` and ``label``. The photos of a group are similar, and have no match.
-    """
-
-    photos: list[Row]
-    groups: list[list[int]]
 
 
 class SortedPhotos(BaseModel):
