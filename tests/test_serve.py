@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import stat
-import subprocess
 import threading
 import time
 import weakref
@@ -350,44 +349,29 @@ def test_bad_indexes_ports_and_options_are_refused(things, tmp_path, run):
 
 
 def test_a_local_server_creates_and_prints_a_token(random_things, warm_path):
-    key = {"features": feature(random_things)["features"], "labels": ["class 0"]}
-    command = [str(shutil.which("retrieval-tip", path=warm_path)), "serve", str(random_things), "--port", "0"]
-
-    def started(*options):
-        process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
-        return next(line for line in process.stderr if "http://" in line), process
-
-    line, process = started()
-    with process:
-        address, token = re.search(r"(http://127\.0\.0\.1:\d+)/#token=([\w-]{20,}) ", line).groups()
-        keys = f"{address}/v1/indexes/{random_things.name}/keys"
-        assert httpx.post(keys, json=key).status_code == 401
-        wrong = httpx.post(keys, json=key, headers={"Authorization": f"Bearer {token[:-1]}"})
-        assert "token that serve printed" in wrong.json()["detail"]
-        right = httpx.post(keys, json=key, headers={"Authorization": f"Bearer {token}"})
-        assert right.status_code == 201
-        back = httpx.post(
-            keys.replace("/keys", "/rollback"), json={"to": 1}, headers={"Authorization": f"Bearer {token}"}
-        )
-        assert back.json()["version"] == 3
+    key, printed = feature(random_things) | {"labels": ["class 0"]}, []
+    with server(random_things, path=warm_path, printed=printed) as (address, process):
+        token = re.search(r"/#token=([\w-]{20,}) ", printed[-1]).group(1)
+        right, wrong = ({"Authorization": f"Bearer {one}"} for one in (token, token[:-1]))
+        index = f"{address}/v1/indexes/{random_things.name}"
+        assert httpx.post(f"{index}/keys", json=key).status_code == 401
+        assert "token that serve printed" in httpx.post(f"{index}/keys", json=key, headers=wrong).json()["detail"]
+        assert httpx.post(f"{index}/keys", json=key, headers=right).status_code == 201
+        assert httpx.post(f"{index}/rollback", json={"to": 1}, headers=right).json()["version"] == 3
         process.send_signal(signal.SIGINT)  # as Ctrl+C does
         assert process.wait(30) == 0
-    line, process = started("--read-only")
-    with process:
-        assert "token" not in line
-        assert not httpx.get(f"{line.rpartition(' at ')[2].partition(';')[0]}/v1/indexes").json()["changes"]
-        process.terminate()
-    line, process = started("--read-only", "--private", "--port", address.rpartition(":")[2])
-    with process:
-        assert f"{address}/#token={token} to view it;" in line  # an open page still works
+    with server(random_things, "--read-only", path=warm_path, printed=printed) as (other, _):
+        assert "token" not in printed[-1]
+        assert not httpx.get(f"{other}/v1/indexes").json()["changes"]
+    options, port = ["--read-only", "--private"], int(address.rpartition(":")[2])
+    with server(random_things, *options, port=port, path=warm_path, printed=printed):
+        assert f"{address}/#token={token} to view it;" in printed[-1]  # an open page still works
         file = app_module.LastServer("serve", [random_things]).file
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
         file.chmod(0o640)
         assert app_module.LastServer("serve", [random_things]).token == ""  # it is no secret any more
-        right = {"Authorization": f"Bearer {token}"}
         assert httpx.get(f"{address}/v1/indexes").status_code == 401
         assert not httpx.get(f"{address}/v1/indexes", headers=right).json()["changes"]
-        process.terminate()
 
 
 def test_an_old_version_is_freed_when_the_next_one_answers_and_every_index_when_the_server_stops(
