@@ -141,13 +141,13 @@ def test_annotations_become_shots_and_follow_their_changes(own, photos):
             return dict(answer.json())
 
         assert len(send(event("ANNOTATION_CREATED", photo, [names[1]], names))["key_ids"]) == 1
-        assert shots() == {"3/17/42": names[1]}
+        assert shots() == {"3/42": names[1]}
         image = asking.get(f"/v1/indexes/own/keys/{max(Index.load(own).labels['key_id'].to_pylist())}/image")
         assert image.headers["content-type"] == "image/jpeg"
         send(event("ANNOTATION_UPDATED", "/no/longer/there.jpg", [name], names))  # the shot has the photo already
-        assert shots() == {"3/17/42": name}
+        assert shots() == {"3/42": name}
         send(event("ANNOTATION_UPDATED", photo, ["new & new"], [*names, "new & new"]))
-        assert shots() == {"3/17/42": "new & new"}
+        assert shots() == {"3/42": "new & new"}
         two = send(event("ANNOTATION_UPDATED", photo, names[:2], names))
         assert "2 choices" in two["skipped"][0]["reason"]
         assert shots() == {}

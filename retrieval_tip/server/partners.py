@@ -134,20 +134,20 @@ async def webhook(service: TheService, one: Named, sent: Json) -> Response:
     An annotation with exactly one choice makes a shot. Repeating a request changes nothing.
     """
     give_time()
-    annotations: list[shots.Annotation] = []
+    annotations: list[str] = []
     event: Json | None = None
     match sent:
         case {
             "action": "ANNOTATION_CREATED" | "ANNOTATION_UPDATED",
             "project": {"id": int() as project, "label_config": str()},
-            "task": {"id": int() as task},
+            "task": {},
             "annotation": {"id": int() as number, "result": list()},
         }:
-            annotations, event = [(project, task, number)], sent
+            annotations, event = [f"{project}/{number}"], sent
         case {"action": "ANNOTATIONS_DELETED" | "ANNOTATION_DELETED", "project": {"id": int() as project}}:
             gone = sent.get("annotations", [sent.get("annotation")])
             numbers = [one.get("id") for one in gone if isinstance(one, dict)] if isinstance(gone, list) else []
-            annotations = [(project, 0, number) for number in numbers if isinstance(number, int)]
+            annotations = [f"{project}/{number}" for number in numbers if isinstance(number, int)]
     key_ids: list[int] = []
     skipped = [] if annotations else [{"input": show(str(sent.get("action"))), "reason": NOT_LEARNT}]
     for annotation in annotations:
@@ -155,11 +155,11 @@ async def webhook(service: TheService, one: Named, sent: Json) -> Response:
             async with service.annotating:  # the next event about an annotation may arrive before this one is done
                 key_ids += await _learn(service, one, annotation, event)
         except InputError as error:
-            skipped.append({"input": f"annotation {annotation[-1]}", "reason": str(error)})
+            skipped.append({"input": f"annotation {annotation}", "reason": str(error)})
     return json_of({"index": one.name, "version": one.now.manifest.version, "key_ids": key_ids, "skipped": skipped})
 
 
-async def _learn(service: Service, one: Served, annotation: shots.Annotation, event: Json | None) -> list[int]:
+async def _learn(service: Service, one: Served, annotation: str, event: Json | None) -> list[int]:
     """Make the shots of an annotation equal to what an event says, and return the ids of the changed keys."""
     index, backbone = one.now.index, backbone_of(one.now)
     label, reason, address = (None, "", None) if event is None else _said(event)

@@ -209,7 +209,7 @@ class Service:
         )  # fmt: skip
 
     async def add_images(
-        self, one: Served, sent: Sent, annotation: shots.Annotation | None = None
+        self, one: Served, sent: Sent, annotation: str | None = None
     ) -> tuple[changes.Added, list[Skipped]]:
         """Add images of one class as shots, and return what was added and the unreadable images."""
         backbone = backbone_of(one.now)

@@ -27,13 +27,12 @@ from retrieval_tip.model import Index
 from retrieval_tip.server.served import Served
 
 ANNOTATION = "label_studio"
-"""Optional column with the Label Studio project, task and annotation of a shot, such as ``1/17/42``."""
-Annotation = tuple[int, int, int]
+"""Optional column with the Label Studio project and annotation of a shot, such as ``1/42``."""
 
 
 def add_images(
     one: Served, backbone: Backbone, labelled: Sequence[tuple[str, bytes]], uploads: Path | None,
-    annotation: Annotation | None = None,
+    annotation: str | None = None,
 ) -> changes.Added:  # fmt: skip
     """Save images of one class, and add them as shots, which belong to an ``annotation`` if it is given."""
     folder = uploads or photos.folder_of(one.place)
@@ -43,7 +42,7 @@ def add_images(
     with _removed_on_error(folder, photos.class_folder(folder, label)) as fresh:
         source = _source(f"shots of {label}", folder, labelled, fresh)
         if annotation is not None:
-            column = pa.array(["/".join(map(str, annotation))] * len(source), pa.string())
+            column = pa.array([annotation] * len(source), pa.string())
             source = replace(source, items=source.items.append_column(ANNOTATION, column))
         added = changes.add(one.folder, source, Reader(backbone), skip_known=True)
     if added.known:  # the index already has these images under other names
@@ -52,12 +51,11 @@ def add_images(
     return added
 
 
-def annotated(index: Index, annotation: Annotation) -> pa.Table:
-    """Return the rows of the keys that belong to an annotation, of whichever task."""
-    labels, (project, _, number) = index.labels, annotation
-    if ANNOTATION not in labels.column_names:
-        return labels.slice(0, 0)
-    return labels.filter(pc.match_like(labels[ANNOTATION], f"{project}/%/{number}"))
+def annotated(index: Index, annotation: str) -> pa.Table:
+    """Return the rows of the keys that belong to an annotation."""
+    labels = index.labels
+    known = ANNOTATION in labels.column_names
+    return labels.filter(pc.equal(labels[ANNOTATION], annotation)) if known else labels.slice(0, 0)
 
 
 def add_features(one: Served, names: Sequence[str], labels: Sequence[str], features: FloatArray) -> changes.Added:
