@@ -120,7 +120,7 @@ class Service:
             for one in list(self.served.values()):
                 if one.changed():
                     try:
-                        await self.follow(one)
+                        await self.run(self._following, one.follow)
                     except Exception:
                         log.exception("%s: cannot look for new versions", one.name)
 
@@ -141,12 +141,8 @@ class Service:
     async def changed(self, one: Served, call: Callable[..., T], *arguments: Any) -> T:
         """Run a change of an index, and open the new version."""
         result = await self.change(call, *arguments)
-        await self.follow(one)
-        return result
-
-    async def follow(self, one: Served) -> None:
-        """Open the current version of an index if it is new."""
         await self.run(self._following, one.follow)
+        return result
 
     async def open(self, make: Callable[[], Place], backbones: Backbones, instead: Served | None = None) -> Served:
         """Make an index, and serve it in place of another index or after all others."""
