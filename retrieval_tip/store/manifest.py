@@ -159,9 +159,8 @@ class Manifest:
 
     def described(self) -> dict[str, Any]:
         """Return the facts about this version that ``index info`` and the server tell."""
-        facts: dict[str, Any] = asdict(self)
-        for name in ("files", "later", "digests", "parts"):
-            del facts[name]
+        hidden = ("files", "later", "digests", "parts", "settings")
+        facts = {name: value for name, value in asdict(self).items() if name not in hidden}
         if len(self.parts) > 1:
             shares = (self.fitted and self.fitted.shares) or equal_shares(self.parts)
             del facts["backbone"]
@@ -169,8 +168,7 @@ class Manifest:
         if self.groups is not None:
             own = self.groups.of(self.class_names)
             facts["groups"] = {level: len(set(names) - {None}) for level, names in own.items()}
-        facts |= facts.pop("settings")
-        return facts | {"k": self.settings.k or "all"}
+        return facts | asdict(self.settings) | {"k": self.settings.k or "all"}
 
     def to_bytes(self) -> bytes:
         """Convert the manifest to JSON. The last entry is the SHA-256 of the other entries."""
