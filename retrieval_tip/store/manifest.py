@@ -168,7 +168,7 @@ class Manifest:
         if self.groups is not None:
             own = self.groups.of(self.class_names)
             facts["groups"] = {level: len(set(names) - {None}) for level, names in own.items()}
-        return facts | asdict(self.settings) | {"k": self.settings.k or "all"}
+        return facts | asdict(self.settings) | {"k": self.settings.k or "all", "classes": len(self.class_names)}
 
     def to_bytes(self) -> bytes:
         """Convert the manifest to JSON. The last entry is the SHA-256 of the other entries."""

@@ -404,8 +404,7 @@ class Versions:
         return (
             {"folder": str(self)}
             | manifest.described()
-            | {"classes": len(manifest.class_names), "keys_per_class": per_class}
-            | {"precision": manifest.provenance.get("precision")}
+            | {"keys_per_class": per_class, "precision": manifest.provenance.get("precision")}
             | more
             | {
                 "files": {kind: file.name for kind, file in manifest.files.items()},
