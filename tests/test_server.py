@@ -807,10 +807,17 @@ def test_bad_features_are_refused(both, what):
 
 @pytest.mark.parametrize("announced", [True, False], ids=["announced", "chunked"])
 @pytest.mark.parametrize(
-    ("path", "limit"), {"relabel": 1000, "rename": 1000, "set": 1000, "keys": 5000, "groups": 5000}.items()
+    ("path", "kind", "limit"),
+    [
+        ("relabel", "application/json", 1000),
+        ("keys", "application/json", 1000),
+        ("set", "text/csv", 1000),
+        ("keys", "multipart/form-data; boundary=x", 5000),
+        ("groups", "application/octet-stream", 5000),
+    ],
 )
-def test_each_route_limits_its_body(own, path, limit, announced):
-    headers = {"Content-Type": "application/octet-stream" if path == "groups" else "application/json"}
+def test_the_size_of_each_kind_of_body_is_limited(own, path, kind, limit, announced):
+    headers = {"Content-Type": kind}
     with serving(own, token=TOKEN, limits=Limits(bytes=5000, json_bytes=1000)) as client:
         for size, large in ((900, False), (limit + 1, True)):
             body = b" " * size
