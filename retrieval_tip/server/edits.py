@@ -217,8 +217,11 @@ async def label(labelling: TheLabelling, change: schemas.SetLabels) -> schemas.R
 
 
 @changes.post("/label/sort")
-async def label_sort(service: TheService, labelling: TheLabelling, change: schemas.SortInto) -> schemas.SortedPhotos:
-    """Sort the photos of the labelling session into folders by class, as `retrieval-tip sort` does, or undo it."""
+async def label_sort(service: TheService, labelling: TheLabelling, change: schemas.SortInto) -> schemas.Row:
+    """Sort the photos of the labelling session into folders by class, as `retrieval-tip sort` does, or undo it.
+
+    ``undo`` is the command that undoes it.
+    """
     give_time()
     version, source, reader = labelling.version(), labelling.photos.source, replace(labelling.photos.reader, skipped=[])
     folder, paths, xmp = Path(change.into).expanduser(), source.paths or (), change.action == "xmp"
@@ -243,4 +246,4 @@ async def label_sort(service: TheService, labelling: TheLabelling, change: schem
         words = ["classify", str(labelling.place), os.path.commonpath(paths), "--format", "xmp", "--undo"]
     undo = shlex.join(["retrieval-tip", *words])
     summary = str(done) if done.threshold is None else f"{done}; {done.threshold}"
-    return schemas.SortedPhotos(summary=summary, undo=undo, skipped=done.skipped)
+    return {"summary": summary, "undo": undo, "skipped": done.skipped}

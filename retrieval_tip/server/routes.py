@@ -222,23 +222,27 @@ async def past(
     one: Named,
     version: schemas.VersionNumber,
     since: Annotated[schemas.VersionNumber | None, Query(description="Version to compare with.")] = None,
-) -> list[schemas.PhotoChange]:
-    """Tell how the photos of a version differ from those of the version ``since``, or else from no photos."""
+) -> list[Row]:
+    """Tell how the photos of a version differ from those of the version ``since``, or else from no photos.
 
-    def call() -> list[schemas.PhotoChange]:
+    ``what`` tells whether the first ``photos`` were added, moved to another class or removed, and ``change`` describes
+    this in words.
+    """
+
+    def call() -> list[Row]:
         after = _labels_at(one, version)
         before = after.slice(0, 0) if since is None else _labels_at(one, since)
         kinds: dict[str, dict[int, tuple[str | None, str | None]]] = {"added": {}, "moved": {}, "removed": {}}
         for key_id, (old, new) in edits_between(before, after).items():
             kinds["added" if old is None else "moved" if new else "removed"][key_id] = (old, new) if new else (new, old)
-        found = []
+        found: list[Row] = []
         for what, edits in kinds.items():
             if edits:
                 table, number = (before, since) if what == "removed" else (after, version)
                 some = rows_with(table, key_ids=[*edits][:LISTED])
                 photos = list(_pictured(service, one, some, f"?version={number}"))
                 words = in_words(edits.values(), one.now.index.backbone)
-                found.append(schemas.PhotoChange(what=what, change=words, photos=photos))
+                found.append({"what": what, "change": words, "photos": photos})
         return found
 
     return await service.find(call)

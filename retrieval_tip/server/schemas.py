@@ -296,14 +296,6 @@ class ChangedIndex(BaseModel):
     fit: Accuracy
 
 
-class PhotoChange(BaseModel):
-    """Photos that were ``added``, ``moved`` to another class or ``removed``, in words, and the first of them."""
-
-    what: str
-    change: str
-    photos: list[Key]
-
-
 class Classified(BaseModel):
     """Results in the order of the inputs, and the settings that were used; see :class:`settings.Settings`.
 
@@ -320,11 +312,3 @@ class Classified(BaseModel):
     k: int | Literal["all"]
     tail: bool
     temperature: float
-
-
-class SortedPhotos(BaseModel):
-    """The result of sorting photos or undoing it, the command that undoes it, and the photos that were skipped."""
-
-    summary: str
-    undo: str
-    skipped: list[Skipped]
