@@ -722,7 +722,7 @@ def test_an_image_replaced_by_another_photo_a_pipe_a_link_or_a_folder_is_not_fou
             kept.rmdir() if kept.is_dir() else kept.unlink()
 
 
-def test_the_server_loads_new_versions_but_not_damaged_ones(own, monkeypatch):
+def test_the_server_loads_new_versions_but_not_damaged_ones(own):
     served = open_all([own], Backbones("cpu", "float32", "full"))
     one = served["own"]
     with TestClient(create_app(Service(served))) as client:
@@ -742,10 +742,9 @@ def test_the_server_loads_new_versions_but_not_damaged_ones(own, monkeypatch):
         (own / file.name).unlink()
         whole.rename(own / file.name)
         assert not one.changed()
-        monkeypatch.setattr(served_module, "RETRY_SECONDS", 0.0)  # instead of half a minute
+        one._retry_at = 0.0  # instead of half a minute
         assert one.changed()
         assert one.follow().index.n == 78
-        monkeypatch.undo()
         (own / "manifest.json").write_text("{")
         assert one.changed()
         assert one.follow() is one.now

@@ -7,7 +7,7 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -139,8 +139,7 @@ class Served:
         self.name = self.place.name
         self.backbones = backbones
         self._changing = threading.Lock()
-        self._seen = self.place.stamp()
-        self._failed_at, self._looked_at = -math.inf, time.monotonic()
+        self._seen, self._looked_at, self._retry_at = self.place.stamp(), time.monotonic(), math.inf
         index = self.place.load(device=backbones.device, verify=backbones.verify)
         self.now = self._opened(index)
 
@@ -160,11 +159,10 @@ class Served:
 
     def changed(self) -> bool:
         """Return whether there may be a new version. This check is cheap, and queries a remote store only rarely."""
-        return time.monotonic() - self._looked_at >= self.place.look_every and self._is_other(self.place.stamp())
-
-    def _is_other(self, stamp: Hashable | None) -> bool:
-        again = RETRY_SECONDS <= time.monotonic() - self._failed_at < math.inf
-        return stamp is not None and (again or stamp != self._seen)
+        if (now := time.monotonic()) - self._looked_at < self.place.look_every:
+            return False
+        stamp = self.place.stamp()
+        return stamp is not None and (stamp != self._seen or now >= self._retry_at)
 
     def follow(self) -> Version:
         """Open the current version of the folder if it is new, and return it.
@@ -172,11 +170,7 @@ class Served:
         If opening fails, keep and return the version that is already open.
         """
         with self._changing:
-            stamp = self.place.stamp()
-            if not self._is_other(stamp):
-                return self.now
-            self._looked_at = time.monotonic()
-            self._failed_at = -math.inf
+            self._seen, self._looked_at, self._retry_at = self.place.stamp(), time.monotonic(), math.inf
             try:
                 index = self.now.index.reload()
                 if index is not self.now.index:
@@ -186,8 +180,7 @@ class Served:
                 version = self.now.manifest.version
                 log.warning("%s: cannot open the new version; still serving version %s: %s", self.name, version, error)
                 guard.RELOADS.labels(self.name, "failed").inc()
-                self._failed_at = time.monotonic()
-            self._seen = stamp
+                self._retry_at = time.monotonic() + RETRY_SECONDS
             return self.now
 
 
