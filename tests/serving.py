@@ -19,7 +19,7 @@ from conftest import command_line
 
 from retrieval_tip import Index
 from retrieval_tip.index import places
-from retrieval_tip.server import app as app_module
+from retrieval_tip.server import run as run_module
 from retrieval_tip.server.app import create_app
 from retrieval_tip.server.guard import Limits
 from retrieval_tip.server.labelling import Labelling
@@ -121,9 +121,9 @@ def app_of(*folders, limits=None, root=None, **options):
 
 @contextmanager
 def running(app, **options):
-    """Run an application in a thread, as ``serve`` does, and yield its address. See :func:`app_module.configured`."""
-    with app_module.listen("127.0.0.1", 0) as listening:
-        server = uvicorn.Server(app_module.configured(app, **options))
+    """Run an application in a thread, as ``serve`` does, and yield its address. See :func:`run_module.configured`."""
+    with run_module.listen("127.0.0.1", 0) as listening:
+        server = uvicorn.Server(run_module.configured(app, **options))
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         try:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from retrieval_tip.errors import InputError
 from retrieval_tip.server.batching import Batches, Kept, Turns
-from retrieval_tip.server.guard import Problem
+from retrieval_tip.server.problems import Problem
 
 pytestmark = pytest.mark.anyio  # the plugin of anyio runs coroutines
 

@@ -26,7 +26,7 @@ from tables import png
 
 from retrieval_tip import Index
 from retrieval_tip.index import changes
-from retrieval_tip.server import app as app_module
+from retrieval_tip.server import run as run_module
 from retrieval_tip.server.app import create_app
 from retrieval_tip.server.guard import Limits
 from retrieval_tip.server.served import Backbones, open_all
@@ -59,7 +59,7 @@ def random_things(tmp_path_factory):
 @pytest.fixture(scope="module")
 def local(random_things):
     """An application in this process that answers only to local host names, with a short timeout."""
-    with running(app_of(random_things, limits=Limits(hosts=app_module.LOOPBACK, seconds=2))) as place:
+    with running(app_of(random_things, limits=Limits(hosts=run_module.LOOPBACK, seconds=2))) as place:
         yield place
 
 
@@ -97,7 +97,7 @@ def test_bad_uploads_are_refused_and_memory_stays_bounded(served, photo):
             assert answer.headers["content-type"] == "application/problem+json"
             assert name in answer.json()["detail"]
         assert process.memory_info().rss - before < AT_ONCE
-        assert process.rlimit(psutil.RLIMIT_NOFILE)[0] <= app_module.FILES
+        assert process.rlimit(psutil.RLIMIT_NOFILE)[0] <= run_module.FILES
         many = [*bodies.values(), png(7000, 7000, ROWS), bytes(30 * MIB)] * (3 if SOAK else 1)
         posted = [pool.submit(client.post, "/v1/classify", files={"images": body}) for body in many]
         while not all(one.done() for one in posted):
@@ -366,10 +366,10 @@ def test_a_local_server_creates_and_prints_a_token(random_things, warm_path):
     options, port = ["--read-only", "--private"], int(address.rpartition(":")[2])
     with server(random_things, *options, port=port, path=warm_path, printed=printed):
         assert f"{address}/#token={token} to view it;" in printed[-1]  # an open page still works
-        file = app_module.LastServer("serve", [random_things]).file
+        file = run_module.LastServer("serve", [random_things]).file
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
         file.chmod(0o640)
-        assert app_module.LastServer("serve", [random_things]).token == ""  # it is no secret any more
+        assert run_module.LastServer("serve", [random_things]).token == ""  # it is no secret any more
         assert httpx.get(f"{address}/v1/indexes").status_code == 401
         assert not httpx.get(f"{address}/v1/indexes", headers=right).json()["changes"]
 

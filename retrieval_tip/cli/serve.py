@@ -59,8 +59,9 @@ def serve_command(
             another address]
         trusted_proxy: Address or network of a proxy that names its clients in X-Forwarded-For.
     """
-    from retrieval_tip.server.app import LOOPBACK, LastServer, address, create_app, is_local, listen, serve
+    from retrieval_tip.server.app import create_app
     from retrieval_tip.server.guard import Limits
+    from retrieval_tip.server.run import LOOPBACK, LastServer, address, is_local, listen, serve
     from retrieval_tip.server.served import Backbones, Maker, open_all
     from retrieval_tip.server.service import Service
 
@@ -112,9 +113,10 @@ def label_command(
         out: Index that stores the labels. The first label creates it.
         port: Port to listen on. Use 0 to select a free port. [default: the last port of INDEX, or a free port]
     """
-    from retrieval_tip.server.app import LOOPBACK, LastServer, address, create_app, listen, serve
+    from retrieval_tip.server.app import create_app
     from retrieval_tip.server.guard import Limits
     from retrieval_tip.server.labelling import Labelling
+    from retrieval_tip.server.run import LOOPBACK, LastServer, address, listen, serve
     from retrieval_tip.server.served import Backbones, Maker, Served
     from retrieval_tip.server.service import Service
 

@@ -10,8 +10,8 @@ from typing import Annotated
 
 from fastapi import Depends, Header, Request
 
-from retrieval_tip.server.guard import Problem
 from retrieval_tip.server.labelling import Labelling
+from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.served import Served, Version
 from retrieval_tip.server.service import Service
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Generic, TypeVar
 
-from retrieval_tip.server import guard
-from retrieval_tip.server.guard import Problem
+from retrieval_tip.server import metrics
+from retrieval_tip.server.problems import Problem
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -68,7 +68,7 @@ class Turns:
             self._now = turn.place
             if not turn.begun.done():  # otherwise, its client has disconnected
                 turn.begun.set_result(None)
-        guard.WAITING.labels(self._name).set(len(self._waiting))
+        metrics.WAITING.labels(self._name).set(len(self._waiting))
 
 
 @dataclass(eq=False)
@@ -114,7 +114,7 @@ class Batches(Generic[K, T, R]):
     async def _compute(self, batch: Sequence[_Part[K, T, R]]) -> None:
         """Compute a batch. If it fails, compute each part separately, so that no request gets another's error."""
         items = [item for part in batch for item in part.items]
-        guard.BATCHES.labels(self._name).observe(len(items))
+        metrics.BATCHES.labels(self._name).observe(len(items))
         try:
             made = iter(await asyncio.get_running_loop().run_in_executor(self._pool, self._run, batch[0].key, items))
         except Exception as error:

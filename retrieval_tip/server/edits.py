@@ -24,7 +24,8 @@ from retrieval_tip.labelling.sort import check_files, sort_photos, undo_sort
 from retrieval_tip.retrieval.duplicates import describe_duplicates
 from retrieval_tip.server import schemas, shots
 from retrieval_tip.server.access import CHANGES, Named, NotLabelled, TheLabelling, TheService
-from retrieval_tip.server.guard import Problem, give_time
+from retrieval_tip.server.guard import give_time
+from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.routes import Norms
 from retrieval_tip.server.served import Maker, Served
 from retrieval_tip.server.service import Service, backbone_of

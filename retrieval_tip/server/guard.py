@@ -1,30 +1,20 @@
-"""What every request passes: limits, problems (RFC 9457), metrics, and the ASGI middleware that applies them.
-
-Each process has one set of Prometheus metrics.
-"""
+"""Limits on requests, and the ASGI middleware that applies them, counts requests and adds security headers."""
 
 from __future__ import annotations
 
 import asyncio
 import re
 import time
-from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from http import HTTPStatus
-from typing import cast
 
-import orjson
-from fastapi import Request, Response
-from fastapi.exceptions import RequestValidationError
 from h11 import LocalProtocolError
-from prometheus_client import Counter, Gauge, Histogram
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from retrieval_tip.errors import InputError, RetrievalTipError, UsageError, one_line
+from retrieval_tip.server.metrics import IN_FLIGHT, REQUESTS, SECONDS
+from retrieval_tip.server.problems import Problem, answer
 
 CLIENT, _DEADLINE = ContextVar("client", default=""), ContextVar[asyncio.Timeout | None]("deadline", default=None)
 """The address of the client of the current request, and the time limit for its answer."""
@@ -41,19 +31,6 @@ SECURITY = {
     "cross-origin-resource-policy": "same-origin",
 }
 """Headers of every response. The page can neither load anything from other sites nor be embedded in them."""
-
-TIMES = 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30
-SIZES = 1, 2, 4, 8, 16, 32, 64, 128, 256, 1024
-REQUESTS = Counter("retrieval_tip_requests", "Requests answered", ["route", "method", "status"])
-SECONDS = Histogram("retrieval_tip_request_seconds", "Time to answer a request", ["route"], buckets=TIMES)
-IN_FLIGHT = Gauge("retrieval_tip_in_flight", "Requests in progress")
-CLASSIFIED = Counter("retrieval_tip_classified", "Images and features classified", ["index"])
-WAITING = Gauge("retrieval_tip_waiting", "Items that are waiting for the next batch", ["lane"])
-BATCHES = Histogram("retrieval_tip_batch_items", "Items per batch", ["lane"], buckets=SIZES)
-REFUSED = Counter("retrieval_tip_refused", "Requests refused because the client fills its share of the queue")
-VERSION = Gauge("retrieval_tip_index_version", "Version of a served index", ["index"])
-KEYS = Gauge("retrieval_tip_index_keys", "Keys of a served index", ["index"])
-RELOADS = Counter("retrieval_tip_reloads", "New versions found", ["index", "outcome"])
 
 
 @dataclass(frozen=True)
@@ -92,53 +69,6 @@ class Limits:
     estimated: int = 1 << 12
     patience: float = 10.0
     poll: float = 1.0
-
-
-MEDIA = "application/problem+json"
-BUSY = 5
-"""Value of ``Retry-After``, in seconds, while an index is being written or the disk is full."""
-NAMED = 3
-"""Maximum number of errors to describe in one response."""
-
-
-class Problem(HTTPException):
-    """An error response, with an HTTP status and a ``detail`` line that tells the client what to do.
-
-    InputError and UsageError become responses with the status 422.
-    """
-
-
-def answer(problem: HTTPException) -> Response:
-    """Convert a problem into a response."""
-    status, detail = problem.status_code, one_line(problem.detail)
-    body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
-    return Response(orjson.dumps(body), status, problem.headers, MEDIA)
-
-
-def _problem(error: Exception) -> HTTPException:
-    if isinstance(error, HTTPException):
-        return error
-    if isinstance(error, RequestValidationError):
-        return Problem(422, "; ".join(map(_line, error.errors()[:NAMED])) or "the request does not match /openapi.json")
-    if isinstance(error, InputError | UsageError):
-        return Problem(422, str(error))
-    if isinstance(error, RetrievalTipError):  # the index cannot be read or written at the moment
-        return Problem(503, str(error), {"Retry-After": str(BUSY)})
-    return Problem(500, f"internal error ({type(error).__name__}); see the server log")
-
-
-def _line(error: Mapping[str, object]) -> str:
-    place = cast(tuple[object, ...], error["loc"])
-    parts = [part for part in place if part not in ("query", "path", "body")] or place or ["body"]
-    return f"{'.'.join(map(str, parts))}: {str(error['msg']).removeprefix('Value error, ')}"
-
-
-async def handle(_: Request, error: Exception) -> Response:
-    """Handle an exception of one of the types in :data:`HANDLED` by returning a problem response."""
-    return answer(_problem(error))
-
-
-HANDLED = (HTTPException, RequestValidationError, RetrievalTipError, Exception)
 
 
 def give_time(seconds: float | None = None) -> None:

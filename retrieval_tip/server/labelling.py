@@ -38,7 +38,7 @@ from retrieval_tip.labelling.progress import estimate_rest, gain_of
 from retrieval_tip.labelling.queue import QUEUED, Queue, Queued
 from retrieval_tip.model import Index
 from retrieval_tip.server import schemas
-from retrieval_tip.server.guard import Problem
+from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.schemas import Row
 from retrieval_tip.server.served import Version
 from retrieval_tip.server.service import Service

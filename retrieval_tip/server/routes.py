@@ -27,7 +27,8 @@ from retrieval_tip.labelling.labels import ASK, guesses
 from retrieval_tip.labelling.photos import Pool
 from retrieval_tip.server import schemas
 from retrieval_tip.server.access import READS, Named, Now, TheLabelling, TheService, cookie
-from retrieval_tip.server.guard import FLOATS, Problem
+from retrieval_tip.server.guard import FLOATS
+from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.schemas import Row
 from retrieval_tip.server.served import Served, Version
 from retrieval_tip.server.service import Service, read_image

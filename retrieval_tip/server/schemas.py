@@ -14,7 +14,8 @@ from retrieval_tip.errors import InputError, Skipped
 from retrieval_tip.index import photos
 from retrieval_tip.labelling.placing import Action
 from retrieval_tip.predictions import SCHEMA
-from retrieval_tip.server.guard import FLOATS, FORM, JSON, MEDIA
+from retrieval_tip.server.guard import FLOATS, FORM, JSON
+from retrieval_tip.server.problems import MEDIA
 from retrieval_tip.settings import Norms
 from retrieval_tip.store.labels import LABEL_SCHEMA, VERSIONS_SCHEMA
 

@@ -25,7 +25,7 @@ from retrieval_tip.files import real
 from retrieval_tip.index import places
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.logits import LOGITS, slices
-from retrieval_tip.server import guard
+from retrieval_tip.server import metrics
 from retrieval_tip.server.schemas import Row
 from retrieval_tip.settings import Ask, Precision, Verify
 from retrieval_tip.store.manifest import Manifest
@@ -153,8 +153,8 @@ class Served:
         assert manifest is not None
         version = Version(self.name, index, manifest, self.backbones.of(index, self.name))
         version.answer(Ask(), index.rows.some(1)[0].astype(np.float32))  # warms up the index
-        guard.VERSION.labels(self.name).set(manifest.version)
-        guard.KEYS.labels(self.name).set(index.n)
+        metrics.VERSION.labels(self.name).set(manifest.version)
+        metrics.KEYS.labels(self.name).set(index.n)
         return version
 
     def changed(self) -> bool:
@@ -175,11 +175,11 @@ class Served:
                 index = self.now.index.reload()
                 if index is not self.now.index:
                     self.now = self._opened(index)
-                    guard.RELOADS.labels(self.name, "taken").inc()
+                    metrics.RELOADS.labels(self.name, "taken").inc()
             except RetrievalTipError as error:
                 version = self.now.manifest.version
                 log.warning("%s: cannot open the new version; still serving version %s: %s", self.name, version, error)
-                guard.RELOADS.labels(self.name, "failed").inc()
+                metrics.RELOADS.labels(self.name, "failed").inc()
                 self._retry_at = time.monotonic() + RETRY_SECONDS
             return self.now
 

@@ -27,9 +27,10 @@ from retrieval_tip.data.reader import FloatArray, pixels_of
 from retrieval_tip.errors import InputError, Skipped
 from retrieval_tip.index import changes
 from retrieval_tip.index.places import Place
-from retrieval_tip.server import guard, schemas, shots
+from retrieval_tip.server import metrics, schemas, shots
 from retrieval_tip.server.batching import Batches, Kept, Turns
-from retrieval_tip.server.guard import CLIENT, NAMED, ROWS_PER_IMAGE, Limits, Problem, give_time
+from retrieval_tip.server.guard import CLIENT, ROWS_PER_IMAGE, Limits, give_time
+from retrieval_tip.server.problems import NAMED, Problem
 from retrieval_tip.server.schemas import Row
 from retrieval_tip.server.served import NEIGHBOUR_CELLS, SIMILAR, Backbones, Maker, Served, Version
 from retrieval_tip.server.uploads import Photos, Sent
@@ -157,7 +158,7 @@ class Service:
         self.served.clear()
         self.served.update((one.name, one) for one in served)
         if old is not None:
-            for gauge in (guard.VERSION, guard.KEYS):
+            for gauge in (metrics.VERSION, metrics.KEYS):
                 gauge.remove(old.name)
 
     def index(self, name: str | None) -> Served:
@@ -195,7 +196,7 @@ class Service:
         located = await self.find(version.located, np.stack(queries)) if features else [{}] * len(queries)
         for name, result, more in zip(names, results, located, strict=True):
             result |= {"input": name} | more
-        guard.CLASSIFIED.labels(version.name).inc(len(results))
+        metrics.CLASSIFIED.labels(version.name).inc(len(results))
         used = ask.settings(version.index.settings)
         sets, cautions = version.index.sets(ask), filter(None, [version.index.caution(used)])
         unsure = () if sets is None else sets.cautions(version.index.class_names)
@@ -248,7 +249,7 @@ class Service:
     def _admit(self) -> None:
         """Raise Problem 429 if the waiting turns of the client fill more than a quarter of the queue."""
         if sum(turns.waiting(CLIENT.get()) for turns in self._turns) > self.limits.queue / 4:
-            guard.REFUSED.inc()
+            metrics.REFUSED.inc()
             text = "too many of your images or features are waiting; try again in 2 s"
             raise Problem(429, text, {"Retry-After": "2"})
 

@@ -29,7 +29,8 @@ from retrieval_tip.data.tables import check_norms
 from retrieval_tip.errors import InputError, UsageError, show
 from retrieval_tip.files import read_regular, real
 from retrieval_tip.retrieval.inputs import matrix
-from retrieval_tip.server.guard import FLOATS, FORM, JSON, Limits, Problem
+from retrieval_tip.server.guard import FLOATS, FORM, JSON, Limits
+from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.schemas import Features, Images, LabelledFeatures, Shots
 from retrieval_tip.settings import Norms
 
