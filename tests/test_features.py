@@ -28,7 +28,7 @@ from retrieval_tip.data import images
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.reader import CENTRE, Reader, encode_table, view_names
 from retrieval_tip.data.sources import of_images, open_items, open_source
-from retrieval_tip.data.tables import check_backbone, read_rows, table_dim, table_identity
+from retrieval_tip.data.tables import check_backbone, parts_in, read_rows, table_identity
 from retrieval_tip.errors import BackboneError, InputError, RetrievalTipError, UsageError
 
 
@@ -94,7 +94,6 @@ def test_each_image_is_read_and_encoded_once(
         assert reads == dict.fromkeys([Path(path).name for path in source.paths], 1)
         assert max(backbone.batches, default=0) <= batch_size
         assert len(set(digests)) * len(fresh) <= sum(backbone.batches) <= len(digests) * len(fresh)
-        assert result.features.dtype == np.float32
         paths = [path for path in (source.paths if mean else dict.fromkeys(source.paths)) if path in found]
         raw = [found[path][1][: len(own)] for path in paths]
         if mean:
@@ -102,9 +101,10 @@ def test_each_image_is_read_and_encoded_once(
             assert result.digests == [found[path][0] for path in paths]
             raw = [views.mean(axis=0, keepdims=True) for views in raw]
         else:
-            assert result.positions.tolist() == [source.paths.index(path) for path in paths]
-            assert result.starts.tolist() == list(range(0, len(paths) * len(own) + 1, len(own)))
-        np.testing.assert_allclose(result.features, unit(np.concatenate(raw)), atol=1e-6)
+            assert list(result) == [source.paths.index(path) for path in paths]
+        features = result.features if mean else np.concatenate(list(result.values()))
+        assert features.dtype == np.float32
+        np.testing.assert_allclose(features, unit(np.concatenate(raw)), atol=1e-6)
         failed = [path for path in dict.fromkeys(source.paths) if path not in found]
         assert [skipped.source for skipped in reader.skipped] == failed
     if cached:
@@ -398,7 +398,7 @@ def test_features_of_every_float_and_list_type_are_read(tmp_path, kind, lists):
     path = table_of(tmp_path / "t.parquet", pa.array(list(rows), lists(kind)))
     assert read_all(path).dtype == np.float32
     assert np.array_equal(read_all(path), rows.astype(np.float32))
-    assert table_dim(path) == 4
+    assert [part.width for part in parts_in(path)] == [4]
 
 
 GOOD = [1.0, 0.0, 0.0, 0.0]
@@ -440,7 +440,7 @@ def test_a_table_without_rows_features_or_readable_metadata_is_refused(tmp_path)
     empty = table_of(tmp_path / "e.parquet", pa.array([], pa.list_(pa.float32(), 4)))
     assert list(read_rows(empty, "check")) == []
     with pytest.raises(InputError, match=r"e\.parquet: has no rows"):
-        table_dim(empty)
+        parts_in(empty)
     pq.write_table(pa.table({"id": ["a"], "vector": ["b"]}), tmp_path / "n.parquet")
     with pytest.raises(InputError, match="one column 'feature'; its columns are id, vector"):
         read_all(tmp_path / "n.parquet")
@@ -590,9 +590,9 @@ def test_rows_can_be_taken_in_any_order_and_those_that_share_an_id_are_the_views
     views, shots = Reader().encode_views(source, []), {}
     for place, row in enumerate(order):
         shots.setdefault(row % 6_667, []).append(place)
-    assert views.positions.tolist() == [places[0] for places in shots.values()]
-    assert views.starts.tolist() == [0, *np.cumsum([len(places) for places in shots.values()])]
-    assert np.array_equal(views.features, rows[order][np.concatenate([*shots.values()])])
+    assert list(views) == [places[0] for places in shots.values()]
+    for own, places in zip(views.values(), shots.values(), strict=True):
+        assert np.array_equal(own, rows[order][places])
 
 
 def test_views_of_tables_raise_the_errors_of_blocks(tmp_path):
@@ -601,7 +601,8 @@ def test_views_of_tables_raise_the_errors_of_blocks(tmp_path):
     source = open_items(table_of(tmp_path / "t.parquet", list(rows), id=["a", "a", "b"]))
     with pytest.raises(InputError, match="row 1: norm 2"):
         Reader().encode_views(source, [])
-    assert np.allclose(Reader(norms="unit").encode_views(source, []).features, unit_rows(3, 4), atol=1e-6)
+    views = Reader(norms="unit").encode_views(source, [])
+    assert np.allclose(np.concatenate(list(views.values())), unit_rows(3, 4), atol=1e-6)
     other = with_identity(tmp_path / "o.parquet", json.dumps(replace(IDENTITY, weights="sha256:09").to_dict()).encode())
     with pytest.raises(BackboneError, match=r"o\.parquet"):
         Reader(Fake()).encode_views(open_items(other), [])

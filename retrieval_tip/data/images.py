@@ -17,7 +17,6 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from retrieval_tip.errors import InputError, UsageError
@@ -39,7 +38,6 @@ HEADER_EFFORT = 16 << 20  # largest number of bytes that a decoder may read befo
 READ_EFFORT = 256  # bytes that are counted for each read in addition to its size
 MAX_SCANNED = 1 << 31  # largest scans x pixels of a progressive JPEG, which take about five seconds to decode
 MAX_EXIF = 1 << 20  # largest EXIF block that is parsed, in bytes; JPEG allows at most 64 KB
-PART_PIXELS = 1 << 18  # number of pixels that are converted to RGB at a time; at least one row
 
 Box = tuple[float, float, float, float]
 """The left edge, the top edge, the width and the height of a part, as fractions of the upright image."""
@@ -218,47 +216,28 @@ def decode(
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to RGB with at most ``WHOLE_PIXELS`` pixels, part by part to save memory."""
+    """Convert an image to RGB with at most ``WHOLE_PIXELS`` pixels. Transparent areas are placed on white."""
     factor = max(1, math.ceil(math.sqrt(image.width * image.height / WHOLE_PIXELS)))
-    if image.mode == "RGB" and "transparency" not in image.info and factor == 1:
-        return image
-    white = _white(image) if image.mode in ("I", "F") or image.mode.startswith("I;16") else None
-    picture = Image.new("RGB", (math.ceil(image.width / factor), math.ceil(image.height / factor)))
-    for top, part in _parts(image, factor):
-        rgb = _converted(part, white)
-        picture.paste(rgb.reduce(factor) if factor > 1 else rgb, (0, top // factor))
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        grey = _grey(image)
+        return (grey.reduce(factor) if factor > 1 else grey).convert("RGB")
+    is_clear = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+    mode = "RGBA" if is_clear else "RGB"
+    picture = image if image.mode == mode else image.convert(mode)
+    picture = picture.reduce(factor) if factor > 1 else picture
+    if is_clear:
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     return picture
 
 
-def _parts(image: Image.Image, factor: int = 1) -> Iterator[tuple[int, Image.Image]]:
-    """Yield the top edge, which is a multiple of ``factor``, and the content of each part."""
-    rows = factor * max(1, PART_PIXELS // (factor * image.width))
-    for top in range(0, image.height, rows):
-        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
-
-
-def _converted(part: Image.Image, white: float | None) -> Image.Image:
-    """Convert a part to RGB. ``white`` is the value of white in a deep grey image."""
-    if white is not None:
-        return Image.fromarray((_values(part) * (255.0 / white)).clip(0, 255).round().astype(np.uint8)).convert("RGB")
-    if part.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in part.info:
-        rgba = part.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
-    return part.convert("RGB")
-
-
-def _values(image: Image.Image) -> npt.NDArray[np.float64]:
-    return np.nan_to_num(np.asarray(image).astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def _white(image: Image.Image) -> float:
-    """Return the value of white in a deep grey image: 1, 255 or 65535, or the largest value if that is larger."""
-    if image.mode.startswith("I;16"):
-        return 65535.0
-    largest = max(float(_values(part).max()) for _, part in _parts(image))
-    if image.mode == "F" and largest <= 1:
-        return 1.0
-    return next((limit for limit in (255.0, 65535.0) if largest <= limit), largest)
+def _grey(image: Image.Image) -> Image.Image:
+    """Scale a deep grey image to 8 bits. White is 1, 255 or 65535, or the largest value if that is larger."""
+    values = np.array(image, dtype=np.float32)
+    np.nan_to_num(values, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+    largest, limits = float(values.max()), {"F": (1.0, 255.0), "I": (255.0,)}.get(image.mode, ())
+    values /= next((limit for limit in (*limits, 65535.0) if largest <= limit), largest)
+    values *= 255
+    return Image.fromarray(values.clip(0, 255, out=values).round(out=values).astype(np.uint8))
 
 
 def crop(data: bytes, box: Box) -> bytes:

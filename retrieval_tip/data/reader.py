@@ -6,14 +6,13 @@ import hashlib
 import json
 import logging
 import os
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -75,15 +74,6 @@ class FeatureBlock:
             np.concatenate([block.features for block in blocks]),
             [digest for block in blocks for digest in block.digests],
         )
-
-
-@dataclass(frozen=True)
-class Views:
-    """The features of all views of all shots in a source. Rows ``starts[i]:starts[i + 1]`` belong to shot ``i``."""
-
-    positions: IntArray  # [m] int64, ascending positions of the first item of each shot in the source
-    features: FloatArray  # [r, d] float32
-    starts: IntArray  # [m + 1] int64
 
 
 def view_names(seed: int, number: int) -> list[str]:
@@ -154,8 +144,8 @@ class Reader:
             raise InputError(f"{source.name}: has no items; give at least one")
         return FeatureBlock.joined(list(self.blocks(source)))
 
-    def encode_views(self, source: Source, names: Sequence[str]) -> Views:
-        """Return the features of each view of each shot, in order of first appearance.
+    def encode_views(self, source: Source, names: Sequence[str]) -> dict[int, FloatArray]:
+        """Return the features of all views of each shot, ``[v, d]``, by the position of its first item in the source.
 
         Each distinct readable path is a shot. Its views are ``names`` (see :func:`view_names`), and their features have
         unit norm. In a feature table, rows with the same ``id`` are views of one shot, and ``names`` is ignored.
@@ -165,20 +155,19 @@ class Reader:
         """
         if not len(source):
             raise InputError(f"{source.name}: empty; expected at least one item")
-        numbers: dict[str, int] = {}  # of shots, by name
-        names_of = source.sources if source.paths is None else source.paths
-        shots = np.array([numbers.setdefault(name, len(numbers)) for name in names_of], dtype=np.int64)
-        first = np.unique(shots, return_index=True)[1].astype(np.int64)
+        first: dict[str, int] = {}
+        each = source.sources if source.paths is None else source.paths
+        shots = [first.setdefault(name, position) for position, name in enumerate(each)]
         if source.paths is not None:
-            values = 2 * len(first) * len(names) * self.needed_backbone(source).dim  # the parts and their concatenation
-            check_memory(4 * values, f"{len(names)} views of {len(first)} images", "use fewer views")
-            source, shots = source.take(first), np.arange(len(first))
-        block = FeatureBlock.joined(list(self._blocks(source, names, mean=False)))
-        shots = shots[block.positions]
-        features = block.features[np.argsort(shots, kind="stable")]
-        counts = np.bincount(shots, minlength=len(first)) * features.shape[1]
-        starts = np.concatenate([[0], np.cumsum(counts[counts > 0])])
-        return Views(first[counts > 0], features.reshape(-1, features.shape[2]), starts)
+            shots = list(first.values())
+            values = 2 * len(shots) * len(names) * self.needed_backbone(source).dim  # the parts and their concatenation
+            check_memory(4 * values, f"{len(names)} views of {len(shots)} images", "use fewer views")
+            source = source.take(shots)
+        views = defaultdict[int, list[FloatArray]](list)
+        for block in self._blocks(source, names, mean=False):
+            for position, features in zip(block.positions.tolist(), block.features, strict=True):
+                views[shots[position]].append(features)
+        return {shot: np.concatenate(parts) for shot, parts in views.items()}
 
     def store_int8(self, source: Source) -> float:
         """Calibrate the backbone in int8 on at most :data:`CALIBRATED` photos, which need no labels, and store it.
@@ -191,17 +180,16 @@ class Reader:
         is below 0.8, or if the backbone cannot be quantised or stored.
         """
         backbone = self.needed_backbone(source)
-        photos: list[torch.Tensor] = []
         if not isinstance(backbone, TorchBackbone):
             raise UsageError("int8: requires a backbone from load_backbone")
-        paths = source.take(spread(len(source), CALIBRATED)).paths
-        if paths is None:
+        if source.paths is None:
             raise UsageError(f"{source.name}: a feature table has no pixels; give the images")
-        load = partial(_load, source.load, None, [_Encoding(0, backbone, "")], [CENTRE])
-        for item in chain.from_iterable(self._ahead(_chunks(paths, 1), load, depth=self.workers)):
-            photos += [view.half() for view in item.pixels.values()]
-            if item.problem is not None:
-                self._skip(item.path, item.problem)
+        photos: list[torch.Tensor] = []
+        for path in source.take(spread(len(source), CALIBRATED)).paths or ():
+            try:
+                photos.append(pixels_of(source.load(path), backbone).half())
+            except InputError as error:
+                self._skip(source, path, str(error))
         if len(photos) < FEWEST:
             raise InputError(f"{source.name}: {counted(len(photos), 'photo')} could be read; int8 needs {FEWEST}")
         return backbone.store_int8(
@@ -232,12 +220,6 @@ class Reader:
         """Return a reader for queries to an index, which does not encode images with encoders that have no share."""
         return replace(self, parts=parts, backbone=without_unused(self.backbone, shares)) if parts else self
 
-    def parts_of(self, source: Source) -> tuple[Part, ...]:
-        """Return the parts of a feature of this source. There is one for each column or encoder."""
-        if source.table is None:
-            return parts_of(self.needed_backbone(source))
-        return tables.parts_in(source.table, self.parts)
-
     def needed_backbone(self, source: Source) -> Backbone:
         """Return the backbone. Raises UsageError if it is missing."""
         if self.backbone is None:
@@ -246,12 +228,9 @@ class Reader:
 
     def _blocks(self, source: Source, names: Sequence[str], *, mean: bool) -> Iterator[FeatureBlock]:
         """Yield features of shape ``[b, v, d]``: of each view, of the ``mean`` view, or of a row of a table."""
-        if source.strict and not self.strict:
-            yield from replace(self, strict=True)._blocks(source, names, mean=mean)
-            return
         done = 0
         for skipped in source.failed:
-            self._skip(skipped.source, skipped.reason)
+            self._skip(source, skipped.source, skipped.reason)
         blocks = self._of_table(source) if source.paths is None else self._of_images(source, names, mean=mean)
         what = "Encoding" if source.paths is not None else "Reading"
         hidden = None if self.progress else True
@@ -267,10 +246,10 @@ class Reader:
             none = f"{source.name}: none of {len(source):,} images could be read ({first})"
             raise InputError(str(first) if len(source) == 1 else none)
 
-    def _skip(self, name: str, reason: str) -> None:
+    def _skip(self, source: Source, name: str, reason: str) -> None:
         """Add an unusable input to ``skipped`` and log it once. If ``strict`` is set, raise InputError instead."""
         skipped = Skipped(show(name), reason)
-        if self.strict:
+        if self.strict or source.strict:
             raise InputError(str(skipped))
         if skipped not in self.skipped:
             log.warning("skipped %s", skipped)
@@ -312,8 +291,8 @@ class Reader:
         encoded: _Encoded = {}
         start = 0
         load = partial(_load, source.load, self.cache, encodings, names)
-        for chunk in self._ahead(_chunks(list(last), size), load, depth=2):
-            encoded |= self._encode_chunk(chunk, backbone, encodings, size, mean=mean)
+        for chunk in self._ahead(load, _chunks(list(last), size)):
+            encoded |= self._encode_chunk(source, chunk, encodings, size, mean=mean)
             rows: list[tuple[int, FloatArray, str]] = []
             while start < len(paths) and paths[start] in encoded:
                 path = paths[start]
@@ -324,28 +303,28 @@ class Reader:
                 positions, features, digests = zip(*rows, strict=True)
                 yield FeatureBlock(np.array(positions), np.stack(features), list(digests))
 
-    def _ahead(self, chunks: Sequence[Sequence[str]], load: Callable[[str], _T], depth: int) -> Iterator[list[_T]]:
-        """Yield the loaded images of each chunk, while threads load the next ``depth`` chunks."""
+    def _ahead(self, load: Callable[[str], _Loaded], chunks: Sequence[Sequence[str]]) -> Iterator[list[_Loaded]]:
+        """Yield the loaded images of each chunk, while threads load the next two chunks."""
         with ThreadPoolExecutor(self.workers, thread_name_prefix="decode") as pool:
-            waiting: deque[list[Future[_T]]] = deque()
+            waiting: deque[list[Future[_Loaded]]] = deque()
             try:
-                for chunk in chunks:
+                for chunk in (*chunks, (), ()):
                     waiting.append([pool.submit(load, path) for path in chunk])
-                    if len(waiting) > depth:
+                    if len(waiting) > 2:
                         yield [future.result() for future in waiting.popleft()]
-                while waiting:
-                    yield [future.result() for future in waiting.popleft()]
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _encode_chunk(
-        self, chunk: Sequence[_Loaded], backbone: Backbone, encodings: Sequence[_Encoding], size: int, *, mean: bool
+        self, source: Source, chunk: Sequence[_Loaded], encodings: Sequence[_Encoding], size: int, *, mean: bool
     ) -> _Encoded:
         import torch
 
+        backbone = self.needed_backbone(source)
         made: dict[_Encoding, dict[tuple[str, str], FloatArray]] = {}
         for one in encodings:
-            todo = {(item.digest, view): own for item in chunk for (at, view), own in item.pixels.items() if at is one}
+            every = ((item.digest, view, own) for item in chunk for (at, view), own in item.views.items() if at is one)
+            todo = {(digest, view): own for digest, view, own in every if isinstance(own, torch.Tensor)}
             fresh = made[one] = {}
             for batch in _chunks(list(todo), size):
                 pixels = torch.stack([todo[key] for key in batch])
@@ -358,16 +337,15 @@ class Reader:
             results[item.path] = None
             try:
                 if item.problem is not None:
-                    raise InputError(item.problem)
-                views = len(item.features) // len(encodings)
-                raw = np.zeros((views, backbone.dim), dtype=np.float32)
-                for number, ((one, view), feature) in enumerate(item.features.items()):
-                    own = made[one][item.digest, view] if feature is None else feature
-                    raw[number % views, one.start : one.start + len(own)] = own
+                    raise item.problem
+                raw = np.zeros((len(item.views) // len(encodings), backbone.dim), dtype=np.float32)
+                for number, ((one, view), own) in enumerate(item.views.items()):
+                    feature = made[one].get((item.digest, view), own)
+                    raw[number % len(raw), one.start : one.start + len(feature)] = feature
                 raw = raw.mean(axis=0, keepdims=True) if mean else raw
                 results[item.path] = unit_of(backbone, raw, "feature" if mean else "feature of view"), item.digest
             except InputError as error:
-                self._skip(item.path, str(error))
+                self._skip(source, item.path, str(error))
         return results
 
 
@@ -391,13 +369,12 @@ class _Encoding:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """An image, with the cached features of some views and the pixels of the others, or its ``problem``."""
+    """An image, and the cached feature or the pixels of each view, or its ``problem``."""
 
     path: str
     digest: str = ""
-    features: dict[tuple[_Encoding, str], FloatArray | None] = field(default_factory=dict)
-    pixels: dict[tuple[_Encoding, str], torch.Tensor] = field(default_factory=dict)
-    problem: str | None = None
+    views: dict[tuple[_Encoding, str], FloatArray | torch.Tensor] = field(default_factory=dict)
+    problem: InputError | None = None
 
 
 def _load(
@@ -411,23 +388,22 @@ def _load(
     try:
         data = read(path)
         digest = hashlib.sha256(data).hexdigest()
-        features = {
+        views: dict[tuple[_Encoding, str], Any] = {
             (one, view): None if cache is None else cache.get(one.scope, digest, view)
             for one in encodings
             for view in names
         }
-        missing = [key for key, feature in features.items() if feature is None]
-        pixels: dict[tuple[_Encoding, str], torch.Tensor] = {}
+        missing = [key for key, feature in views.items() if feature is None]
         if centred := [one for one, view in missing if view == CENTRE]:
             least = REDUCED_SIDES * max(max(view_size(one.backbone.identity.preprocess)) for one in centred)
             picture = images.decode(data, least)
-            pixels = {(one, CENTRE): one.backbone.preprocess(picture) for one in centred}
+            views |= {(one, CENTRE): one.backbone.preprocess(picture) for one in centred}
         if augmented := [key for key in missing if key[1] != CENTRE]:
             picture = images.decode(data)
-            pixels |= {(one, view): one.backbone.view(picture, f"{digest}/{view}") for one, view in augmented}
+            views |= {(one, view): one.backbone.view(picture, f"{digest}/{view}") for one, view in augmented}
     except InputError as error:
-        return _Loaded(path, problem=str(error))
-    return _Loaded(path, digest, features, pixels)
+        return _Loaded(path, problem=error)
+    return _Loaded(path, digest, views)
 
 
 def pixels_of(
@@ -450,7 +426,10 @@ def encode_table(source: Source, out: str | os.PathLike[str], reader: Reader) ->
 
 def encoded(source: Source, reader: Reader) -> tuple[pa.Schema, Iterator[pa.Table]]:
     """Return the schema and the rows of the feature table for a source. The rows are encoded lazily."""
-    parts = reader.parts_of(source)
+    if source.table is None:
+        parts = parts_of(reader.needed_backbone(source))
+    else:
+        parts = tables.parts_in(source.table, reader.parts)
     own, written = source.items.schema, {"source", "label", tables.FEATURE, "digest", "id"}
     kept = [field for field in own if field.name not in written.union(part.column for part in parts)]
     further = [pa.field("digest", pa.string()), *(pa.field(field.name, field.type) for field in kept)]

@@ -13,12 +13,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from retrieval_tip.data import remote
 from retrieval_tip.errors import SHOWN, InputError, Skipped, check_count, check_memory, counted, few, show
 
 log = logging.getLogger(__name__)
 
+MAX_TEXT = 4096  # longest label or id, in characters; a longer one suggests a misread table
 ITEM_BYTES = 256  # estimated bytes per drawn item, for its position, path, label and digest
 
 
@@ -146,14 +148,21 @@ def of_images(
     """Create a source from images and, if known, their labels.
 
     ``class_names`` gives the order of the labels, which are otherwise sorted. If no image has a label, the source has
-    no labels.
+    no labels. Raises InputError if a label is too long.
     """
     items = {"source": pa.array([show(path) for path in paths], pa.string())}
     if class_names is None:
         class_names = sorted({label for label in labels or () if label is not None})
     if labels is not None and (class_names or not labels):
         items["label"] = pa.array(labels, pa.string())
+        check_lengths(items["label"], name, "label")
     return Source(name, pa.table(items), tuple(class_names), tuple(paths), failed=tuple(failed))
+
+
+def check_lengths(texts: pa.Array | pa.ChunkedArray, name: str, what: str) -> None:
+    """Raise InputError if a text is longer than :data:`MAX_TEXT`."""
+    is_long = pc.greater(pc.utf8_length(texts), MAX_TEXT).fill_null(False)
+    refuse_rows(np.asarray(is_long), name, f": {what} longer than {MAX_TEXT} characters")
 
 
 def refuse_rows(wrong: npt.NDArray[np.bool_], name: str, why: str | Callable[[int], str], start: int = 0) -> None:

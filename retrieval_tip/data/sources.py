@@ -21,7 +21,7 @@ from retrieval_tip.data.source import Source as Source
 from retrieval_tip.data.source import of_images as of_images
 from retrieval_tip.data.source import read_item as read_item
 from retrieval_tip.data.source import spelled_alike as spelled_alike
-from retrieval_tip.data.tables import FEATURE, NAMES, SUFFIXES, check_texts, few_names, items_of, renamed, texts
+from retrieval_tip.data.tables import FEATURE, NAMES, SUFFIXES, items_of, renamed, texts
 from retrieval_tip.errors import InputError, counted, few, install, show
 
 log = logging.getLogger(__name__)
@@ -99,9 +99,7 @@ def open_source(
         case "folder":
             return _open_folder(Path(where), split, labelled=labelled)
         case "split file":
-            source = exchange.read(Path(where), split or "train", root, labelled=labelled)
-            check_texts(source.items, source.name)
-            return source
+            return exchange.read(Path(where), split or "train", root, labelled=labelled)
     raise refusal(where)
 
 
@@ -264,16 +262,12 @@ def _open_table(where: str, root: str | os.PathLike[str] | None = None, *, label
         raise InputError(f"{name}: has no rows")
     key = "id" if has_features else "path"
     items = renamed(items, *(["label"] if has_features else ["path", "label"]))
-    missing = [column for column in (key, "label")[: 1 + labelled] if column not in items.column_names]
-    if missing:
-        path, feature = ", ".join(NAMES["path"][1:4]), ", ".join(NAMES[FEATURE][1:])
-        kinds = f"an image table has path ({path}) and label; a feature table has id, label and feature ({feature})"
-        raise InputError(f"{name}: no column {missing[0]!r} among {few_names(items.column_names)}; {kinds}")
-    front = {"source": texts(items[key], name, key, needed=True)}
-    if "label" in items.column_names:
-        front["label"] = texts(items["label"], name, "label", needed=labelled)
+    path, feature = ", ".join(NAMES["path"][1:4]), ", ".join(NAMES[FEATURE][1:])
+    hint = f"; an image table has path ({path}) and label; a feature table has id, label and feature ({feature})"
+    front = {"source": texts(items, name, key, hint=hint)}
+    if labelled or "label" in items.column_names:
+        front["label"] = texts(items, name, "label", needed=labelled, hint=hint)
     items = pa.table(front | {c: items[c] for c in items.column_names if c not in (key, *front)})
-    check_texts(items, name)
     names = tuple(sorted(pc.unique(items["label"]).drop_null().to_pylist())) if "label" in front else ()
     if has_features:
         return Source(name, items, names, table=file, rows=np.arange(len(items), dtype=np.int64))

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 
 from retrieval_tip.backbones.base import Backbone, FloatArray, Identity, Part, identity_of, same_backbone, side_by_side
 from retrieval_tip.data import remote
-from retrieval_tip.data.source import Source, refuse_rows
+from retrieval_tip.data.source import Source, check_lengths, refuse_rows
 from retrieval_tip.errors import BackboneError, InputError, counted, few, first_line, one_line, show, warn_once
 from retrieval_tip.files import check_regular, open_regular, replacing
 from retrieval_tip.settings import Levels, Norms
@@ -44,7 +44,6 @@ RUN, COMPLETE = "_run.json", "_complete.json"  # the description of a folder of 
 IDENTITY_KEY = b"retrieval_tip.backbone"
 NORM_TOLERANCE = 0.01
 MOST_KEPT = 1e9  # largest norm that ``norms="keep"`` accepts; the squared product of two features then fits float32
-MAX_TEXT = 4096  # longest label or id, in characters; a longer one suggests a misread table
 MAX_ROWS = 2**31 - 1  # largest number of rows; even a tiny file can declare any number
 MOST_GROUPED, MOST_GROUPS = 100_000, 1 << 24  # classes and bytes of a table of groups, which every manifest has
 GROUP_ROWS = 1024  # smallest number of rows in a Parquet row group
@@ -119,14 +118,6 @@ def _is_text(file: Path | str) -> bool:
         return True
     with reading(show(file)), open_regular(file) as raw:
         return not raw.read(4).startswith(b"PAR1")
-
-
-def read_columns(file: Path, columns: Sequence[str], most: int) -> pa.Table:
-    """Read columns of a table with at most ``most`` rows. Raises InputError if a column is missing."""
-    items, _ = items_of(file, most)
-    if missing := [column for column in columns if column not in items.column_names]:
-        raise InputError(f"{show(file)}: no column {missing[0]!r} among {few_names(items.column_names)}")
-    return items.select(columns)
 
 
 def feature_column(schema: pa.Schema) -> str | None:
@@ -229,17 +220,25 @@ def _check(columns: Sequence[str], number: int, most: int, name: str) -> None:
         raise InputError(f"{name}: {number:,} rows; expected at most {most:,}")
 
 
-def texts(column: pa.ChunkedArray, name: str, what: str, *, needed: bool) -> pa.ChunkedArray:
-    """Read ids, paths or labels as text. Blank values count as missing, and integers are converted to text."""
+def texts(items: pa.Table, name: str, what: str, *, needed: bool = True, hint: str = "") -> pa.ChunkedArray:
+    """Read a column of ids, paths or labels as text. Blank values count as missing, and integers are converted.
+
+    Raises InputError if there is no such column, if a value is not text or is too long, or if one is missing but
+    ``needed``. ``hint`` says which columns a table needs.
+    """
+    if what not in items.column_names:
+        raise InputError(f"{name}: no column {what!r} among {few_names(items.column_names)}{hint}")
+    column = items[what]
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
     if not (is_text or pa.types.is_integer(kind) or pa.types.is_null(kind)):
         raise InputError(f"{name}: column {what!r} has type {column.type}; expected text")
-    with reading(name):
+    with reading(f"{name}: column {what!r}"):
         values = column.cast(kind).cast(pa.string())
     values = pc.if_else(pc.equal(pc.utf8_trim_whitespace(values), ""), None, values)
     if needed:
         refuse_rows(values.is_null().to_numpy(), name, f" without {'an' if what[0] in 'aeiou' else 'a'} {what}")
+    check_lengths(values, name, what)
     return values if isinstance(values, pa.ChunkedArray) else pa.chunked_array([values])
 
 
@@ -253,9 +252,7 @@ def read_groups(path: str | os.PathLike[str], class_names: Sequence[str]) -> Lev
         size = Path(path).stat().st_size
     if size > MOST_GROUPS or (items := items_of(Path(path), MOST_GROUPED)[0]).nbytes > MOST_GROUPS:
         raise InputError(f"{name}: larger than {MOST_GROUPS:,} bytes; keep the classes of the index")
-    columns = {one: texts(items[one], name, one, needed=not at) for at, one in enumerate(items.column_names)}
-    for values in columns.values():
-        check_texts(pa.table({"label": values}), name)
+    columns = {one: texts(items, name, one, needed=not at) for at, one in enumerate(items.column_names)}
     rows = list(zip(*(pc.utf8_trim_whitespace(values).to_pylist() for values in columns.values()), strict=True))
     if twice := [label for label, times in Counter(row[0] for row in rows).items() if times > 1]:
         raise InputError(f"{name}: class {twice[0]!r} occurs twice; keep one row")
@@ -271,14 +268,6 @@ def read_groups(path: str | os.PathLike[str], class_names: Sequence[str]) -> Lev
 def not_in_index(class_names: Sequence[str]) -> str:
     """Return the warning for classes of a table of groups that an index does not have."""
     return f"{counted(len(class_names), 'class', 'is', 'are')} not in the index: {few(class_names)}"
-
-
-def check_texts(items: pa.Table, name: str) -> None:
-    """Raise InputError if a source or a label is longer than :data:`MAX_TEXT`."""
-    for column in ("source", "label"):
-        if column in items.column_names:
-            long = pc.greater(pc.utf8_length(items[column]), MAX_TEXT).fill_null(False).to_numpy()
-            refuse_rows(long, name, f": {column} longer than {MAX_TEXT} characters")
 
 
 def few_names(columns: Sequence[str]) -> str:
@@ -319,11 +308,6 @@ def table_identity(path: Path | str, parts: Sequence[Part] = ()) -> Identity | N
     return identity_of([Part(0, column, _identity_of(schema, column, name)) for column in columns])
 
 
-def table_dim(path: Path | str, parts: Sequence[Part] = ()) -> int:
-    """Return the length ``d`` of the features in a table."""
-    return sum(part.width for part in parts_in(path, parts))
-
-
 def parts_in(path: Path | str, parts: Sequence[Part] = ()) -> tuple[Part, ...]:
     """Return the columns of features in a table with their width and their backbone (see :func:`_columns`)."""
     for file, _, name in _parquets(path):
@@ -339,7 +323,7 @@ def parts_in(path: Path | str, parts: Sequence[Part] = ()) -> tuple[Part, ...]:
 def has_part(path: Path | str, part: Part) -> bool:
     """Return whether a table has features of one of several encoders."""
     try:
-        return table_dim(path, [part]) == part.width
+        return parts_in(path, [part])[0].width == part.width
     except InputError:
         return False
 

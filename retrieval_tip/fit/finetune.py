@@ -363,14 +363,14 @@ class _Material:
     @classmethod
     def of(cls, index: Index, shots: Source, reader: Reader, recipe: Recipe, val: Source | Queries | None) -> _Material:
         reader, ids = replace(reader, views=1), index.ids_of(shots)
-        encoded = reader.encode_views(shots, view_names(recipe.seed, VIEWS))
+        views = reader.encode_views(shots, view_names(recipe.seed, VIEWS))
+        firsts, own = list(views), list(views.values())
         queries = search_hp.on_validation(index, val, reader) if isinstance(val, Source) else val
-        checked = [(shots.name, encoded.features)] + ([] if queries is None else [(queries.name, queries.features)])
+        checked = [(shots.name, own[0])] + ([] if queries is None else [(queries.name, queries.features)])
         for name, features in checked:
             if features.shape[1] != index.d:
                 raise InputError(f"{name}: features have {features.shape[1]} values; the index needs {index.d}")
-        views, names = np.split(encoded.features, encoded.starts[1:-1]), shots.take(encoded.positions).sources
-        return cls(shots.name, names, ids[encoded.positions], views, queries, reader.progress)
+        return cls(shots.name, shots.take(firsts).sources, ids[firsts], own, queries, reader.progress)
 
     def without(self, names: set[str]) -> _Material:
         """Return the material without the shots whose source is in ``names``."""

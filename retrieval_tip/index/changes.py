@@ -21,7 +21,7 @@ from retrieval_tip.backbones.base import Backbone, same_backbone
 from retrieval_tip.backbones.prompts import check_templates, text_weights
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source, spelled_alike
-from retrieval_tip.data.tables import check_backbone, read_columns, read_groups, reading, texts
+from retrieval_tip.data.tables import check_backbone, items_of, read_groups, reading, texts
 from retrieval_tip.errors import InputError, StoreError, UsageError, check_count, counted, few, show
 from retrieval_tip.fit.closed_form import Fit, FormChoice
 from retrieval_tip.index import places
@@ -331,11 +331,11 @@ def apply_audit(folder: Place, file: Place) -> Changed:
     audit, or if a suggestion is not a class of the index.
     """
     name, place = show(file), places.at(folder)
-    table = read_columns(Path(file), ("key_id", "label", "suggested"), place.manifest().n)
-    key_ids, labels = (texts(table[column], name, column, needed=True) for column in ("key_id", "label"))
+    table, _ = items_of(Path(file), place.manifest().n)
+    key_ids, labels = (texts(table, name, column) for column in ("key_id", "label"))
     with reading(f"{name}: column 'key_id'"):
         ids = key_ids.cast(pa.int64()).to_pylist()
-    suggested = texts(table["suggested"], name, "suggested", needed=False).to_pylist()
+    suggested = texts(table, name, "suggested", needed=False).to_pylist()
     old = dict(zip(ids, labels.to_pylist(), strict=True))
     if len(old) < len(ids):
         raise InputError(f"{name}: key {Counter(ids).most_common(1)[0][0]} is repeated; keep one row")

@@ -21,7 +21,7 @@ from retrieval_tip.backbones.prompts import mean_by_class
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.source import few_shot
 from retrieval_tip.data.sources import Source, open_source, spelled_alike
-from retrieval_tip.data.tables import has_part, read_rows, table_dim, table_identity
+from retrieval_tip.data.tables import has_part, parts_in, read_rows, table_identity
 from retrieval_tip.errors import SHOWN, InputError, UsageError, counted, few
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.closed_form import Fit
@@ -258,7 +258,7 @@ def read_text_table(
         features = np.concatenate([block for _, block in read])
         return np.stack([mean_by_class(features[None, own], [name])[0] for name, own in rows.items()])
 
-    if len(parts) > 1 and table_dim(file) != sum(part.width for part in parts):
+    if len(parts) > 1 and sum(part.width for part in parts_in(file)) != sum(part.width for part in parts):
         own = [
             means([part]) if has_part(file, part) else np.zeros((len(rows), part.width), np.float32) for part in parts
         ]
