@@ -242,7 +242,7 @@ def test_each_photo_is_read_once_and_each_encoder_has_its_own_cache(photos, tmp_
     source = open_source(photos)
     alone = Reader(first, cache=cache).encode(source).features
     made = first.prepared
-    joined = Reader(Joined.of([first, second]), cache=cache).encode(replace(source, load=read)).features
+    joined = Reader(Joined([first, second]), cache=cache).encode(replace(source, load=read)).features
     assert (first.prepared, len(reads)) == (made, 15)
     np.testing.assert_allclose(joined, side_by_side([alone, Reader(second).encode(source).features]), atol=1e-6)
 
@@ -250,7 +250,7 @@ def test_each_photo_is_read_once_and_each_encoder_has_its_own_cache(photos, tmp_
 def test_an_encoder_without_a_share_is_not_run_for_queries(photos):
     first, second = Fake(), Other()
     second.batches.clear()
-    backbone = Joined.of([first, second])
+    backbone = Joined([first, second])
     source = open_source(photos)
     index = Index.from_features(
         Reader(backbone).encode(source).features, source.labels, source.class_names, blocks=(6, 6)
@@ -264,10 +264,10 @@ def test_an_encoder_without_a_share_is_not_run_for_queries(photos):
 
 
 def test_the_identity_of_joined_encoders_survives_metadata():
-    joined = Joined.of([Fake(), Other()]).identity
+    joined = Joined([Fake(), Other()]).identity
     again = Identity.from_dict(json.loads(json.dumps(joined.to_dict())))
     assert (again, again.fingerprint) == (joined, joined.fingerprint)
-    assert joined.fingerprint != Joined.of([Other(), Fake()]).identity.fingerprint
+    assert joined.fingerprint != Joined([Other(), Fake()]).identity.fingerprint
 
 
 def test_names_join_encoders_and_their_weights(tmp_path):
@@ -277,7 +277,7 @@ def test_names_join_encoders_and_their_weights(tmp_path):
     other = tiny(tmp_path / "c", seed=1)
     backbone = load_backbone(f"local-dir:{tmp_path / 'c'}", device="cpu")
     with pytest.raises(UsageError, match="names an encoder twice"):
-        Joined.of([backbone, backbone])
+        Joined([backbone, backbone])
     with pytest.raises(UsageError, match="write it after @"):
         load_backbone(f"local-dir:{other}+local-dir:{other}", "openai")
 
@@ -325,11 +325,11 @@ def test_features_of_another_encoder_are_refused(photos, tmp_path):
     first, second = Fake(), Other()
     source = open_source(photos)
     own = tmp_path / "own"
-    build_index(source, own, Reader(Joined.of([first, second])), text=text_of(tmp_path, source.class_names))
-    for backbone in (Joined.of([second, first]), first):
+    build_index(source, own, Reader(Joined([first, second])), text=text_of(tmp_path, source.class_names))
+    for backbone in (Joined([second, first]), first):
         with pytest.raises(BackboneError, match="cannot be compared"):
             changes.add(own, source, Reader(backbone))
-    added = changes.add(own, source, Reader(Joined.of([first, second])), skip_known=True)
+    added = changes.add(own, source, Reader(Joined([first, second])), skip_known=True)
     assert (added.key_ids, added.known) == ([], 15)
 
 
@@ -339,7 +339,7 @@ def text_of(folder, names):
 
 
 def test_text_of_one_encoder_is_enough(photos, tmp_path):
-    backbone = Joined.of([Fake(), Other()])
+    backbone = Joined([Fake(), Other()])
     source = open_source(photos)
     index = build_index(
         source, tmp_path / "own", Reader(backbone), text=text_of(tmp_path, source.class_names), fit="none"

@@ -118,27 +118,21 @@ def view_size(preprocess: Preprocess) -> tuple[int, int]:
 
 
 class Backbone(Protocol):
-    """An image encoder that may also have a text encoder."""
+    """An image encoder that may also have a text encoder.
 
-    @property
-    def identity(self) -> Identity:
-        """The identity of the backbone."""
+    Attributes:
+        identity: the identity of the backbone.
+        dim: the length ``d`` of the features.
+        has_text: whether the backbone can encode text.
+        logit_scale: the scale of the zero-shot logits, which is 100 for OpenAI's CLIP and without a text encoder.
+        precision: ``float32``, the autocast dtype, or ``int8``.
+    """
 
-    @property
-    def dim(self) -> int:
-        """The length ``d`` of the features."""
-
-    @property
-    def has_text(self) -> bool:
-        """Whether the backbone can encode text."""
-
-    @property
-    def logit_scale(self) -> float:
-        """The scale of the zero-shot logits, which is 100 for OpenAI's CLIP."""
-
-    @property
-    def precision(self) -> str:
-        """``float32``, the autocast dtype, or ``int8``."""
+    identity: Identity
+    dim: int
+    has_text: bool
+    logit_scale: float
+    precision: str
 
     @property
     def batch_size(self) -> int:

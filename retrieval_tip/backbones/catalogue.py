@@ -23,28 +23,20 @@ log = logging.getLogger(__name__)
 
 DEFAULT = "ViT-B-32"  # its recommended weights (0.6 GB) reach a zero-shot accuracy of 69 % on ImageNet
 
-SHORT = {
-    "clip": "ViT-B-32",
-    "clip-large": "ViT-L-14",
-    "siglip2": "ViT-B-16-SigLIP2",
-    "mobileclip": "MobileCLIP2-S0",
-    "dinov2": "timm:vit_small_patch14_dinov2.lvd142m",
-    "dinov3": "timm:vit_small_patch16_dinov3.lvd1689m",
-    "efficientnet": "timm:tf_efficientnet_lite0.in1k",
-    "bioclip2": "hf-hub:imageomics/bioclip-2",
-    "remoteclip": "ViT-B-32@RemoteCLIP-ViT-B-32.pt",
+_RECOMMENDED = {
+    "clip": ("ViT-B-32", "MIT"),
+    "clip-large": ("ViT-L-14", "MIT"),
+    "siglip2": ("ViT-B-16-SigLIP2", "Apache-2.0"),
+    "mobileclip": ("MobileCLIP2-S0", "research only (apple-amlr)"),
+    "dinov2": ("timm:vit_small_patch14_dinov2.lvd142m", None),
+    "dinov3": ("timm:vit_small_patch16_dinov3.lvd1689m", None),
+    "efficientnet": ("timm:tf_efficientnet_lite0.in1k", None),
+    "bioclip2": ("hf-hub:imageomics/bioclip-2", "MIT"),
+    "remoteclip": ("ViT-B-32@RemoteCLIP-ViT-B-32.pt", "Apache-2.0"),
 }
+"""Recommended backbones by their short names, with the licence of the weights if timm does not state it."""
+SHORT = {short: name for short, (name, _) in _RECOMMENDED.items()}
 """Short names of recommended backbones. A weight file after ``@`` must be downloaded to the current folder."""
-
-_LICENCES = {
-    "ViT-B-32": "MIT",
-    "ViT-L-14": "MIT",
-    "ViT-B-16-SigLIP2": "Apache-2.0",
-    "MobileCLIP2-S0": "research only (apple-amlr)",
-    "hf-hub:imageomics/bioclip-2": "MIT",
-    "ViT-B-32@RemoteCLIP-ViT-B-32.pt": "Apache-2.0",
-}
-"""Licences of recommended weights, if timm does not state them."""
 
 _HOSTED = {"hf-hub:imageomics/bioclip-2": "ViT-L-14"}
 """Architectures of recommended repositories."""
@@ -169,7 +161,7 @@ def _tags(model: str) -> list[str]:
 def _described(name: str, *, sized: bool = True) -> Named:
     words, file = not name.startswith("timm:"), name.partition("@")[2]
     tags = [file] if file else _tags(name) if words else [name.partition(".")[2]]
-    licence = _LICENCES.get(name) if words else getattr(_timm_config(name), "license", None)
+    licence = dict(_RECOMMENDED.values()).get(name) if words else getattr(_timm_config(name), "license", None)
     size = _bytes(architecture(name)) if sized else None
     here = Path(file).is_file() if file else has_weights(_repository(name, None))
     return Named(name, tags, size, licence, words, here)
@@ -214,20 +206,11 @@ def _hub_folder(repository: str) -> Path:
     return Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}")
 
 
-def reason_of(error: Exception) -> str:
+def _reason_of(error: Exception) -> str:
     """Return the reason for a hub error on one line, without the hub's advice."""
     text = first_line(error).rpartition("Last error: ")[2]
     silent = ("locate the file on the Hub", "connect to 'https://huggingface.co'", "reach https://huggingface.co")
     return "huggingface.co did not answer" if any(phrase in text for phrase in silent) else text
-
-
-def check_code(model: str, error: Exception) -> None:
-    """Raise BackboneError if loading failed because the model requires custom code."""
-    if "trust_remote_code" in str(error):
-        raise BackboneError(
-            f"{model}: this model requires custom code, which retrieval-tip never runs; choose another encoder "
-            "(see retrieval-tip models)"
-        ) from None
 
 
 @contextmanager
@@ -280,10 +263,17 @@ def downloaded(repository: str) -> list[Path]:
     return [ref, _hub_folder(repository) / "snapshots" / (ref.read_text() if ref.is_file() else "missing")]
 
 
-def download_error(model: str, error: Exception, way_out: str) -> BackboneError:
-    """Return the error for a model that could not be downloaded or loaded."""
+def load_error(model: str, error: Exception, way_out: str, file: str | None = None) -> BackboneError:
+    """Return the error for a model that could not be downloaded, or not be loaded from its ``file`` or folder."""
+    if "trust_remote_code" in str(error):
+        return BackboneError(
+            f"{model}: this model requires custom code, which retrieval-tip never runs; choose another encoder "
+            "(see retrieval-tip models)"
+        )
+    if file is not None:
+        return BackboneError(f"{file}: cannot be loaded as {model}: {_reason_of(error)}")
     if not isinstance(error, ConnectionError):
-        return BackboneError(f"Could not load {model}: {reason_of(error)}. Pass {way_out}.")
+        return BackboneError(f"Could not load {model}: {_reason_of(error)}. Pass {way_out}.")
     size = _bytes(model) if has(model) or model.startswith("timm:") else None
     sized = f" ({megabytes(size)})" if size else ""
     offline = "--model timm:NAME --pretrained FILE"
@@ -291,7 +281,7 @@ def download_error(model: str, error: Exception, way_out: str) -> BackboneError:
         weights = f" --pretrained {shlex.quote(here[1])}" if here[1] else ""
         offline = f"--model {here[0]}{weights} (on this machine)"
     return BackboneError(
-        f"Could not download {model}{sized}: {reason_of(error)}. Offline? Pass {way_out}, or {offline}."
+        f"Could not download {model}{sized}: {_reason_of(error)}. Offline? Pass {way_out}, or {offline}."
     )
 
 

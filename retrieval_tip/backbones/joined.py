@@ -7,7 +7,6 @@ counts is part of the fit (see :mod:`fit.shares`), so features and keys do not d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,50 +19,27 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-@dataclass(frozen=True, eq=False)
 class Joined:
     """A :class:`base.Backbone` that joins ``parts``. A part that is not ``used`` encodes nothing and is 0.
 
-    Pixels have shape ``[b, p]``, with the views of all used parts one after the other.
+    Pixels have shape ``[b, p]``, with the views of all used parts one after the other. The logit scale is the mean of
+    those of the encoders with text.
     """
 
-    parts: tuple[Backbone, ...]
-    used: tuple[bool, ...]
-
-    @classmethod
-    def of(cls, parts: Sequence[Backbone]) -> Joined:
+    def __init__(self, parts: Sequence[Backbone], used: Sequence[bool] | None = None) -> None:
         """Join backbones. Raises UsageError if one of them occurs twice."""
-        names = [part.identity.fingerprint for part in parts]
-        if len(set(names)) < len(names):
-            raise UsageError(
-                f"model {Identity.joined([part.identity for part in parts]).model}: names an encoder twice"
-            )
-        return cls(tuple(parts), (True,) * len(parts))
+        self.parts, self.used = tuple(parts), tuple(used or [True] * len(parts))
+        self.identity = Identity.joined([part.identity for part in parts])
+        if len({part.identity.fingerprint for part in parts}) < len(parts):
+            raise UsageError(f"model {self.identity.model}: names an encoder twice")
+        self.dim = sum(part.dim for part in parts)
+        self.has_text = any(part.has_text for part in parts)
+        self.logit_scale = float(np.mean([part.logit_scale for part in parts if part.has_text] or [100.0]))
+        self.precision = ", ".join(dict.fromkeys(part.precision for part in parts))
 
     def only(self, shares: Sequence[float]) -> Joined:
         """Return the same backbone, which does not use the parts whose share is 0."""
-        return replace(self, used=tuple(share > 0 for share in shares))
-
-    @property
-    def identity(self) -> Identity:
-        return Identity.joined([part.identity for part in self.parts])
-
-    @property
-    def dim(self) -> int:
-        return sum(part.dim for part in self.parts)
-
-    @property
-    def has_text(self) -> bool:
-        return any(part.has_text for part in self.parts)
-
-    @property
-    def logit_scale(self) -> float:
-        """The mean scale of the encoders with text."""
-        return float(np.mean([part.logit_scale for part in self.parts if part.has_text] or [100.0]))
-
-    @property
-    def precision(self) -> str:
-        return ", ".join(dict.fromkeys(part.precision for part in self.parts))
+        return Joined(self.parts, [share > 0 for share in shares])
 
     @property
     def batch_size(self) -> int:

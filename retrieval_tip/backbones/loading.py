@@ -61,7 +61,7 @@ def load_backbone(
         if pretrained is not None:
             raise UsageError(f"pretrained {pretrained!r}: write it after @ in the name of its encoder, as in MODEL@TAG")
         load = partial(load_backbone, device=device, precision=precision, lazy=lazy)
-        return Joined.of([load(name or "") for name in several])
+        return Joined([load(name or "") for name in several])
     if model is not None and "@" in model and not _is_there(model):
         if pretrained is not None:
             raise UsageError(f"pretrained {pretrained!r}: {model} already names its weights; remove one of them")
@@ -94,7 +94,7 @@ def load_again(identity: Identity, *, device: str = "auto", precision: Precision
     """
     load = partial(load_again, device=device, precision=precision)
     if identity.parts:
-        return Joined.of([load(part) for part in identity.parts])
+        return Joined([load(part) for part in identity.parts])
     return load_backbone(identity.model, identity.pretrained, device=device, precision=precision, lazy=True)
 
 
@@ -108,7 +108,7 @@ def given_backbone(
         if pretrained is not None or not model:
             raise UsageError("model: a list needs at least one encoder; write its weights as MODEL@TAG")
         parts = [given_backbone(one, None, device, precision) for one in model]
-        return Joined.of(parts) if len(parts) > 1 else parts[0]
+        return Joined(parts) if len(parts) > 1 else parts[0]
     if isinstance(model, tuple):
         if len(model) != 3:
             raise UsageError(f"model: got {len(model)} objects; give (model, preprocess, tokenizer), as open_clip does")

@@ -202,11 +202,8 @@ def _config_digest(plan: _Plan) -> str:
 
 
 def _load_error(plan: _Plan, error: Exception) -> BackboneError:
-    catalogue.check_code(plan.model, error)
-    reason = catalogue.reason_of(error)
     if "pip install transformers" in str(error):
         return BackboneError(f"{plan.model}: its text tower requires transformers; run {install('hf')}")
-    if plan.checkpoint or plan.model.startswith("local-dir:"):
-        return BackboneError(f"{plan.wanted}: cannot be loaded as {plan.model}: {reason}")
     option = "--model local-dir:FOLDER" if plan.model.startswith("hf-hub:") else f"--pretrained {plan.pretrained}=FILE"
-    return catalogue.download_error(plan.model, error, f"{option} (a copy of {plan.wanted})")
+    file = plan.wanted if plan.checkpoint or plan.model.startswith("local-dir:") else None
+    return catalogue.load_error(plan.model, error, f"{option} (a copy of {plan.wanted})", file)

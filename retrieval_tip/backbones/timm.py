@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from retrieval_tip.backbones.base import Identity
-from retrieval_tip.backbones.catalogue import ask_hub, download_error, downloaded, similar
+from retrieval_tip.backbones.catalogue import ask_hub, downloaded, load_error, similar
 from retrieval_tip.backbones.known import Files
 from retrieval_tip.backbones.torch_backbone import Opened
 from retrieval_tip.errors import BackboneError, UsageError, first_line
@@ -34,7 +34,7 @@ def open_model(name: str, pretrained: str | None, device: torch.device) -> Opene
         files = Files.of(file) if file else Files.of(*downloaded(repository)) if repository else None
         tower = timm.create_model(name, pretrained=file is None, num_classes=0)
     except Exception as error:  # timm, the hub, torch and safetensors raise different errors
-        raise download_error(f"timm:{name}", error, "--pretrained FILE (a copy of its weights)") from error
+        raise load_error(f"timm:{name}", error, "--pretrained FILE (a copy of its weights)") from error
     if file is not None:
         _fill(tower, file, name)
     settings = resolve_model_data_config(tower)

@@ -59,6 +59,7 @@ class TorchBackbone:
     """A :class:`base.Backbone`. Create one with :func:`loading.load_backbone`. Its weights must not change.
 
     A pickle has the names of the model, which is loaded again on first use, or a model that was given in memory.
+    ``text_key`` is a digest of the files of the tokenizer and the model, or ``None`` if they are unknown.
     """
 
     # the last backbone that was unpickled, since joblib unpickles one per task
@@ -68,11 +69,15 @@ class TorchBackbone:
         """Open the model on its device, or on first use if it is already ``known``."""
         import torch
 
-        self._open, self._device, self.precision = open_model, torch.device(device), precision
+        self._open, self._device = open_model, torch.device(device)
+        self.precision: str = precision
         self._compiles = device == "cpu" and precision != "float16"
         self._tower: tower.Tower | None = None
         self._opened = None if known is not None else self._open_here()
-        self.known = known or self._described()
+        self.known = known = known or self._described()
+        self.identity, self.dim, self.logit_scale = known.identity, known.dim, known.logit_scale
+        self.has_text = not known.identity.model.startswith("timm:")
+        self.text_key = None if known.files is None else known.files.digest
         if precision == "int8":
             self._compiled(1)
 
@@ -104,8 +109,6 @@ class TorchBackbone:
         return self  # immutable
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if isinstance(self._open, Opened):
-            return type(self), (self._open, str(self._device), self.precision)
         return self._again, (self._open, str(self._device), self.precision, self.known)
 
     @classmethod
@@ -128,28 +131,6 @@ class TorchBackbone:
         if make is None:
             raise UsageError(f"{self.identity.model}: it has no text encoder; omit prompts and templates")
         return make()
-
-    @property
-    def identity(self) -> Identity:
-        return self.known.identity
-
-    @property
-    def dim(self) -> int:
-        return self.known.dim
-
-    @property
-    def has_text(self) -> bool:
-        return not self.identity.model.startswith("timm:")
-
-    @property
-    def logit_scale(self) -> float:
-        """The scale of the zero-shot logits, or 100 if the backbone has no text tower."""
-        return self.known.logit_scale
-
-    @property
-    def text_key(self) -> str | None:
-        """A digest of the files of the tokenizer and the model, or ``None`` if they are unknown."""
-        return None if self.known.files is None else self.known.files.digest
 
     @property
     def scope(self) -> str:

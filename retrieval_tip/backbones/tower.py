@@ -89,9 +89,6 @@ class Tower:
             raise RuntimeError(f"OpenVINO returned {len(features)} features for {len(pixels)} images")
         return features
 
-    def __deepcopy__(self, _: object) -> Tower:
-        return self  # immutable
-
 
 def kept(identity: Identity, precision: str) -> Tower | None:
     """Load the stored tower of a backbone, or return ``None`` if it is missing, damaged or from another backbone."""

@@ -56,9 +56,8 @@ def open_model(place: str, device: torch.device) -> Opened:
                     restored.callback(bars.enable_progress_bar)
                 return kind.from_pretrained(place, trust_remote_code=False, **options)
         except Exception as error:  # transformers, the hub, torch and safetensors raise different errors
-            catalogue.check_code(f"hf:{place}", error)
             way_out = f"--model hf:FOLDER (a copy of huggingface.co/{place})"
-            raise catalogue.download_error(f"hf:{place}", error, way_out) from error
+            raise catalogue.load_error(f"hf:{place}", error, way_out) from error
 
     config = read(AutoConfig)
     if config.model_type not in KINDS:
