@@ -42,7 +42,7 @@ from retrieval_tip.backbones import catalogue
 from retrieval_tip.backbones.base import Backbone, resolve_device, unit
 from retrieval_tip.data import images
 from retrieval_tip.data.reader import CALIBRATED
-from retrieval_tip.data.sources import Source, of_images
+from retrieval_tip.data.sources import Source, of_images, read_item
 from retrieval_tip.evaluation.evaluate import evaluate
 from retrieval_tip.settings import Precision
 
@@ -217,7 +217,7 @@ def main(
     backbones = {p: load_backbone(model, pretrained, device=device, precision=p) for p in precisions}
     whole, photos = next(iter(backbones.values())), chosen(folder, number)
     click.echo(f"{whole.identity} on {device}")
-    held = {path: whole.preprocess(images.decode(images.read(path))) for path in photos}
+    held = {path: whole.preprocess(images.decode(read_item(path))) for path in photos}
     compare("photos in memory", photos, {name: alone(each, held) for name, each in backbones.items()}, rounds)
     sides = {f"plain loop, batches of {batch}": plain(model, pretrained, device, batch) for batch in PLAIN_BATCHES}
     looped = next(iter(sides.values()))

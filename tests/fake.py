@@ -13,7 +13,7 @@ from tables import unit_rows
 
 from retrieval_tip.backbones.base import Identity
 from retrieval_tip.data import images
-from retrieval_tip.data.sources import of_images
+from retrieval_tip.data.sources import of_images, read_item
 from retrieval_tip.data.tables import IDENTITY_KEY
 
 IDENTITY = Identity("fake", "tag", "sha256:00", "sha256:01", {"size": 4, "mean": [0, 0, 0]})
@@ -76,7 +76,7 @@ class Reads(Counter[str]):
 
     def __call__(self, path):
         self[Path(path).name] += 1
-        return images.read(path)
+        return read_item(path)
 
 
 def source_of(folder):

@@ -26,6 +26,7 @@ from tables import TINY, picture, some_pixels, tiny
 from retrieval_tip.backbones import catalogue, torch_backbone
 from retrieval_tip.backbones.base import Identity, unit
 from retrieval_tip.backbones.loading import load_backbone
+from retrieval_tip.data.sources import read_item
 from retrieval_tip.errors import BackboneError, InputError, UsageError
 
 
@@ -43,7 +44,7 @@ def test_features_match_plain_open_clip(lit_mini, shared):
     with torch.inference_mode():
         image = model.encode_image(preprocess(Image.open(path).convert("RGB"))[None]).numpy()
         text = model.encode_text(tokens).numpy()
-    ours = lit_mini.encode_images(lit_mini.preprocess(images.decode(images.read(path)))[None])
+    ours = lit_mini.encode_images(lit_mini.preprocess(images.decode(read_item(path)))[None])
     np.testing.assert_allclose(ours, image, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(lit_mini.encode_texts(["a photo of a panda."]), text, rtol=1e-4, atol=1e-5)
     assert lit_mini.dim == 1280

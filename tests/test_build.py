@@ -13,7 +13,7 @@ from tables import unit_rows, write_table
 from retrieval_tip import verify
 from retrieval_tip.data import images
 from retrieval_tip.data.reader import Reader
-from retrieval_tip.data.source import few_shot
+from retrieval_tip.data.source import few_shot, read_item
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.index.build import build_index
@@ -116,7 +116,7 @@ def test_invalid_settings_are_refused_and_write_nothing(table, tmp_path, options
 def test_views_of_photos_are_averaged_then_normalised(shared, lit_mini, tmp_path):
     source = open_source(shared / "data/caltech101/split_zhou_Caltech101.json").take([0, 1, 20])
     cache = build_index(source, tmp_path / "i", Reader(lit_mini, views=3, seed=5), fit="none")
-    data = images.read(source.paths[2])
+    data = read_item(source.paths[2])
     digest = hashlib.sha256(data).hexdigest()
     pixels = [lit_mini.view(images.decode(data), f"{digest}/crop/5/{v}") for v in range(3)]
     mean = lit_mini.encode_images(torch.stack(pixels)).mean(axis=0)

@@ -27,7 +27,7 @@ from retrieval_tip.backbones.base import unit
 from retrieval_tip.data import images
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.reader import CENTRE, Reader, encode_table, view_names
-from retrieval_tip.data.sources import of_images, open_items, open_source
+from retrieval_tip.data.sources import of_images, open_items, open_source, read_item
 from retrieval_tip.data.tables import check_backbone, parts_in, read_rows, table_identity
 from retrieval_tip.errors import BackboneError, InputError, RetrievalTipError, UsageError
 
@@ -56,7 +56,7 @@ def photos(tmp_path_factory):
 
 def by_hand(path, names, *, reduce=True):
     """Return the digest of an image and the raw features of its views. Only the centre may be of a reduced image."""
-    data, backbone = images.read(path), Fake()
+    data, backbone = read_item(path), Fake()
     digest, image = hashlib.sha256(data).hexdigest(), images.decode(data)
     centre = backbone.preprocess(images.decode(data, 12) if reduce else image)
     views = [centre if name == CENTRE else backbone.view(image, f"{digest}/{name}") for name in names]
@@ -161,7 +161,7 @@ def test_blocks_stay_in_order_if_an_image_is_slow(folder):
     opened = []
 
     def late(path):
-        data = images.read(path)
+        data = read_item(path)
         opened.append(path)
         if path.endswith("00.png"):
             while len(opened) < 4:  # the first is ready after the others of its chunk

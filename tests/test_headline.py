@@ -32,11 +32,11 @@ def test_caltech_photos_reach_the_expected_accuracy(run, shared, tmp_path, monke
 
     # a second build reads each image once and encodes nothing
     from retrieval_tip.backbones.torch_backbone import TorchBackbone
-    from retrieval_tip.data import images
+    from retrieval_tip.data import source
 
     reads = []
-    read = images.read
-    monkeypatch.setattr(images, "read", lambda path: reads.append(str(path)) or read(path))
+    read = source._read_file
+    monkeypatch.setattr(source, "_read_file", lambda path: reads.append(str(path)) or read(path))
     monkeypatch.setattr(TorchBackbone, "encode_images", lambda *_: pytest.fail("encoded again"))
     again = run("index", "build", "--fit", "none", split, "--model", model, "--template", TEMPLATE, "--out", caltech)
     assert again.exit_code == 0, again.output

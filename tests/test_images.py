@@ -16,7 +16,7 @@ from tables import png, png_chunk, touch
 
 from retrieval_tip.data import images
 from retrieval_tip.data.images import decode, find, thumbnail
-from retrieval_tip.data.sources import read_item
+from retrieval_tip.data.source import MAX_BYTES, read_item
 from retrieval_tip.errors import InputError, UsageError
 
 RED, GREEN, BLUE, YELLOW = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)
@@ -295,7 +295,7 @@ def test_read_refuses_impossible_paths(path):
 def test_read_refuses_a_huge_file_without_reading_it(tmp_path):
     path = tmp_path / "huge.png"
     with path.open("wb") as file:
-        file.truncate(images.MAX_BYTES + 1)  # sparse
+        file.truncate(MAX_BYTES + 1)  # sparse
     tracemalloc.start()
     with pytest.raises(InputError, match="bytes"):
         read_item(str(path))
@@ -413,6 +413,7 @@ MEASURED = """
 import sys, threading
 from pathlib import Path
 from retrieval_tip.data import images
+from retrieval_tip.data.source import read_item
 
 def status(name):
     return next(int(line.split()[1]) << 10 for line in Path("/proc/self/status").open() if line.startswith(name))
@@ -420,7 +421,7 @@ def status(name):
 for path in sys.argv[1:]:
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
-    working = [threading.Thread(target=lambda: images.decode(images.read(path), 300)) for _ in range(4)]
+    working = [threading.Thread(target=lambda: images.decode(read_item(path), 300)) for _ in range(4)]
     for thread in working:
         thread.start()
     for thread in working:

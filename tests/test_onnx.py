@@ -11,7 +11,7 @@ from PIL import Image
 from serving import caltech_photos
 
 from retrieval_tip import Index
-from retrieval_tip.data import images
+from retrieval_tip.data.sources import read_item
 from retrieval_tip.errors import UsageError
 from retrieval_tip.fit import closed_form
 from retrieval_tip.index.onnx_graph import export_onnx
@@ -79,7 +79,7 @@ def test_an_exported_graph_with_an_encoder_classifies_pixels(run, things, shared
 
 
 def test_an_index_without_its_photos_is_exported_without_a_comparison(run, things, tmp_path, monkeypatch):
-    monkeypatch.setattr("retrieval_tip.index.onnx_graph.read_item", lambda _: images.read(tmp_path / "gone.jpg"))
+    monkeypatch.setattr("retrieval_tip.index.onnx_graph.read_item", lambda _: read_item(tmp_path / "gone.jpg"))
     done = run("index", "export", things, "--onnx", tmp_path / "things.onnx")
     assert done.exit_code == 0, done.output
     assert "no photo of the index could be read" in done.stderr

@@ -21,6 +21,7 @@ from retrieval_tip.data.sources import (
     open_inputs,
     open_items,
     open_source,
+    read_item,
 )
 from retrieval_tip.data.tables import read_rows
 from retrieval_tip.errors import InputError, show
@@ -117,7 +118,7 @@ def test_heic_photos_are_read_with_an_extra_that_errors_mention(tmp_path):
     (tmp_path / "cat").mkdir()
     Image.new("RGB", (64, 48), (200, 30, 30)).save(tmp_path / "cat/a.heic", quality=95)
     assert open_source(tmp_path).labels == ["cat"]
-    picture = images.decode(images.read(tmp_path / "cat/a.heic"))
+    picture = images.decode(read_item(tmp_path / "cat/a.heic"))
     assert picture.size == (64, 48)
     assert abs(picture.getpixel((30, 20))[0] - 200) < 6
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from retrieval_tip.errors import BackboneError, UsageError, first_line
+from retrieval_tip.errors import BackboneError, UsageError, first_line, install
 
 log = logging.getLogger(__name__)
 
@@ -263,8 +263,24 @@ def downloaded(repository: str) -> list[Path]:
     return [ref, _hub_folder(repository) / "snapshots" / (ref.read_text() if ref.is_file() else "missing")]
 
 
-def load_error(model: str, error: Exception, way_out: str, file: str | None = None) -> BackboneError:
-    """Return the error for a model that could not be downloaded, or not be loaded from its ``file`` or folder."""
+@contextmanager
+def opening(model: str, repository: str | None, way_out: str, file: str | None = None) -> Iterator[None]:
+    """Open a model from a repository, or from a ``file`` or folder, without messages of libraries.
+
+    Raises BackboneError if it cannot be downloaded or loaded. ``way_out`` names the options for a copy of its weights.
+    """
+    try:
+        if repository:
+            ask_hub(repository)
+        with quiet():
+            yield
+    except Exception as error:  # the libraries, the hub, torch and safetensors raise different errors
+        raise _load_error(model, error, way_out, file) from error
+
+
+def _load_error(model: str, error: Exception, way_out: str, file: str | None) -> BackboneError:
+    if "pip install transformers" in str(error):
+        return BackboneError(f"{model}: its text tower requires transformers; run {install('hf')}")
     if "trust_remote_code" in str(error):
         return BackboneError(
             f"{model}: this model requires custom code, which retrieval-tip never runs; choose another encoder "

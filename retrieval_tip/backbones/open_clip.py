@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from retrieval_tip.backbones import catalogue
-from retrieval_tip.backbones.base import Identity, Preprocess, resolve_execution
+from retrieval_tip.backbones.base import Identity, resolve_execution
 from retrieval_tip.backbones.known import Files
 from retrieval_tip.backbones.torch_backbone import Opened, TorchBackbone
-from retrieval_tip.errors import BackboneError, UsageError, install
+from retrieval_tip.errors import BackboneError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -111,17 +111,18 @@ def open_model(model: str, pretrained: str | None, device: torch.device) -> Open
 
     plan = _plan(model, pretrained)
     name, weights = plan.model, plan.checkpoint or plan.pretrained
-    try:
-        if plan.repository is not None:
-            catalogue.ask_hub(plan.repository)
-        with catalogue.quiet(), _undrawn():
-            files = _files(plan)
-            made, _, preprocess = open_clip.create_model_and_transforms(name, weights, device=device, **plan.arguments)
-            config, dim = _config_digest(plan), open_clip.get_model_config(name)["embed_dim"]
-    except Exception as error:  # open_clip, the hub, torch and safetensors raise different errors
-        raise _load_error(plan, error) from error
-    identity = Identity(plan.model, plan.pretrained, "", config, _preprocess_of(made))
+    with _opening(plan, plan.repository), _undrawn():
+        files = _files(plan)
+        made, _, preprocess = open_clip.create_model_and_transforms(name, weights, device=device, **plan.arguments)
+        config, dim = _config_digest(plan), open_clip.get_model_config(name)["embed_dim"]
+    identity = Identity(plan.model, plan.pretrained, "", config, cast("Any", made.visual.preprocess_cfg))
     return Opened(made, preprocess, identity, dim, partial(_tokenizer, plan), files)
+
+
+def _opening(plan: _Plan, repository: str | None = None) -> AbstractContextManager[None]:
+    option = "--model local-dir:FOLDER" if plan.model.startswith("hf-hub:") else f"--pretrained {plan.pretrained}=FILE"
+    file = plan.wanted if plan.checkpoint or plan.model.startswith("local-dir:") else None
+    return catalogue.opening(plan.model, repository, f"{option} (a copy of {plan.wanted})", file)
 
 
 def _files(plan: _Plan) -> Files | None:
@@ -137,22 +138,14 @@ def _files(plan: _Plan) -> Files | None:
     return Files.of(*own, *others) if own else None
 
 
-def _preprocess_of(model: Model) -> Preprocess:
-    settings = cast("Mapping[str, object]", model.visual.preprocess_cfg).items()
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in settings}
-
-
 def _tokenizer(plan: _Plan) -> Tokenizer:
     import open_clip
 
-    try:
-        with catalogue.quiet():
-            text = (open_clip.get_model_config(plan.model) or {}).get("text_cfg", {})
-            # This overrides tokenizer_kwargs in a configuration. The tokenizers of open_clip do not accept it.
-            refused = {"trust_remote_code": False} if text.get("hf_tokenizer_name") else {}
-            tokenizer: Tokenizer = open_clip.get_tokenizer(plan.model, **refused)
-    except Exception as error:  # open_clip, the hub and transformers raise different errors
-        raise _load_error(plan, error) from error
+    with _opening(plan):
+        text = (open_clip.get_model_config(plan.model) or {}).get("text_cfg", {})
+        # This overrides tokenizer_kwargs in a configuration. The tokenizers of open_clip do not accept it.
+        refused = {"trust_remote_code": False} if text.get("hf_tokenizer_name") else {}
+        tokenizer: Tokenizer = open_clip.get_tokenizer(plan.model, **refused)
     return tokenizer
 
 
@@ -163,7 +156,7 @@ def wrapped(model: Model, preprocess: Callable[[Image.Image], torch.Tensor], tok
     device, in evaluation mode and without gradients. An index cannot load it again.
     """
     config = f"sha256:{hashlib.sha256(repr(model).encode()).hexdigest()}"
-    identity = Identity("loaded", None, "", config, _preprocess_of(model))
+    identity = Identity("loaded", None, "", config, cast("Any", model.visual.preprocess_cfg))
     opened = Opened(model, preprocess, identity, None, partial(_same, tokenizer))
     return TorchBackbone(opened, *resolve_execution(str(next(model.parameters()).device)))
 
@@ -199,11 +192,3 @@ def _config_digest(plan: _Plan) -> str:
     quick_gelu = bool(plan.arguments.get("force_quick_gelu") or config.get("quick_gelu"))
     what = plain(config) | {"quick_gelu": quick_gelu}
     return f"sha256:{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()}"
-
-
-def _load_error(plan: _Plan, error: Exception) -> BackboneError:
-    if "pip install transformers" in str(error):
-        return BackboneError(f"{plan.model}: its text tower requires transformers; run {install('hf')}")
-    option = "--model local-dir:FOLDER" if plan.model.startswith("hf-hub:") else f"--pretrained {plan.pretrained}=FILE"
-    file = plan.wanted if plan.checkpoint or plan.model.startswith("local-dir:") else None
-    return catalogue.load_error(plan.model, error, f"{option} (a copy of {plan.wanted})", file)

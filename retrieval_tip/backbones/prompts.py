@@ -41,19 +41,15 @@ def text_weights(
     """Return the text weights ``W`` of the classes, as a float32 array of shape ``[c, d]``. Each row is a unit vector.
 
     The features of the prompts are normalised both before and after averaging over the templates, as in the paper's
-    code and in CLIP.
+    code and in CLIP. For several encoders, see :meth:`Reader.text_weights`.
 
     Raises UsageError if a template does not contain ``{}``. Raises InputError if the features of the prompts of a class
     cancel out or are not finite.
     """
     prompts = prompts_of(class_names, templates)
-
-    def of_one(one: Backbone) -> npt.NDArray[np.float32]:
-        parts = (prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size))
-        features = np.concatenate([unit(one.encode_texts(part), "prompt") for part in parts])
-        return mean_by_class(features.reshape(len(class_names), -1, one.dim), class_names)
-
-    return each_text(backbone, len(class_names), of_one)
+    parts = (prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size))
+    features = np.concatenate([unit(backbone.encode_texts(part), "prompt") for part in parts])
+    return mean_by_class(features.reshape(len(class_names), -1, backbone.dim), class_names)
 
 
 def each_text(

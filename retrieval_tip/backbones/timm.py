@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from retrieval_tip.backbones.base import Identity
-from retrieval_tip.backbones.catalogue import ask_hub, downloaded, load_error, similar
+from retrieval_tip.backbones.catalogue import downloaded, opening, similar
 from retrieval_tip.backbones.known import Files
 from retrieval_tip.backbones.torch_backbone import Opened
 from retrieval_tip.errors import BackboneError, UsageError, first_line
@@ -26,20 +26,16 @@ def open_model(name: str, pretrained: str | None, device: torch.device) -> Opene
 
     architecture, tag, file = _plan(name, pretrained)
     name = f"{architecture}.{tag}" if tag else architecture
-    try:
-        config = timm.get_pretrained_cfg(name)
-        repository = None if config is None else config.hf_hub_id
-        if file is None and repository:
-            ask_hub(repository)
+    config = timm.get_pretrained_cfg(name)
+    repository = "" if file is not None or config is None else config.hf_hub_id
+    with opening(f"timm:{name}", repository, "--pretrained FILE (a copy of its weights)"):
         files = Files.of(file) if file else Files.of(*downloaded(repository)) if repository else None
         tower = timm.create_model(name, pretrained=file is None, num_classes=0)
-    except Exception as error:  # timm, the hub, torch and safetensors raise different errors
-        raise load_error(f"timm:{name}", error, "--pretrained FILE (a copy of its weights)") from error
     if file is not None:
         _fill(tower, file, name)
     settings = resolve_model_data_config(tower)
-    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
-    plain["size"] = plain.pop("input_size")[1:]  # as open_clip names it
+    plain = {key: value for key, value in settings.items() if key != "input_size"}
+    plain["size"] = settings["input_size"][1:]  # as open_clip names it
     digest = hashlib.sha256(json.dumps({"timm": architecture}).encode()).hexdigest()
     weights = None if file is None else str(file.resolve())
     identity = Identity(f"timm:{name}", weights, "", f"sha256:{digest}", plain)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 import shlex
 import threading
@@ -89,7 +90,9 @@ class TorchBackbone:
 
             # the pixels have the same format; on a CPU, weights are packed anyway
             opened.model.visual.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return replace(opened, identity=replace(opened.identity, weights=weights_digest(opened.model)))
+        preprocess = json.loads(json.dumps(dict(opened.identity.preprocess)))  # as in a manifest, without tuples
+        identity = replace(opened.identity, weights=weights_digest(opened.model), preprocess=preprocess)
+        return replace(opened, identity=identity)
 
     def _described(self) -> Known:
         opened = self._open_model()

@@ -26,7 +26,7 @@ import numpy as np
 
 from retrieval_tip.backbones.base import FloatArray, Identity, Preprocess, unit, view_size
 from retrieval_tip.backbones.catalogue import quiet
-from retrieval_tip.errors import BackboneError, UsageError, first_line, install, show
+from retrieval_tip.errors import BackboneError, UsageError, first_line, install
 from retrieval_tip.files import cache_folder, make_folders, sha256_of, temporary
 
 if TYPE_CHECKING:
@@ -94,10 +94,10 @@ def kept(identity: Identity, precision: str) -> Tower | None:
     """Load the stored tower of a backbone, or return ``None`` if it is missing, damaged or from another backbone."""
     import torch
 
-    folder = folder_of(identity, precision)
-    if folder is None or not (folder / _FACTS).is_file():
-        return None
     try:
+        folder = folder_of(identity, precision)
+        if not (folder / _FACTS).is_file():
+            return None
         facts = _facts(folder, _key(identity, precision))
         if json.loads((folder / _FACTS).read_bytes()) != facts:
             raise ValueError("its files have changed")
@@ -106,7 +106,7 @@ def kept(identity: Identity, precision: str) -> Tower | None:
             tower(torch.zeros(1, 3, *view_size(identity.preprocess)))
         return tower
     except Exception as error:  # OpenVINO raises RuntimeError; reading raises OSError and ValueError
-        log.info("%s: cannot be used (%s)", show(folder), first_line(error))
+        log.info("%s: its stored tower cannot be used (%s)", identity, first_line(error))
         return None
 
 
@@ -134,9 +134,7 @@ def store_int8(model: Model, identity: Identity, photos: Collection[torch.Tensor
 
 def stored_onnx(identity: Identity) -> bytes:
     """Return the ONNX graph of the int8 tower of a backbone, which must be stored."""
-    folder = folder_of(identity, "int8")
-    assert folder is not None
-    return (folder / _ONNX).read_bytes()
+    return (folder_of(identity, "int8") / _ONNX).read_bytes()
 
 
 def to_onnx(
@@ -244,10 +242,11 @@ def traceable() -> Iterator[None]:
         yield
 
 
-def folder_of(identity: Identity, precision: str) -> Path | None:
-    """Return the folder of the stored tower of a backbone, or ``None`` if the user has no home folder."""
-    caches, key = cache_folder(), _key(identity, precision)
-    return None if caches is None else caches / "towers" / hashlib.sha256(key.encode()).hexdigest()[:16]
+def folder_of(identity: Identity, precision: str) -> Path:
+    """Return the folder of the stored tower of a backbone. Raises OSError if the user has no home folder."""
+    if (caches := cache_folder()) is None:
+        raise OSError("there is no home folder to store it")
+    return caches / "towers" / hashlib.sha256(_key(identity, precision).encode()).hexdigest()[:16]
 
 
 def _key(identity: Identity, precision: str) -> str:
@@ -259,8 +258,6 @@ def _key(identity: Identity, precision: str) -> str:
 def _keep(graph: openvino.Model, identity: Identity, precision: str, as_onnx: bytes | None = None) -> None:
     """Store a tower in place of an earlier one. Raises OSError or RuntimeError if this fails."""
     folder = folder_of(identity, precision)
-    if folder is None:
-        raise OSError("there is no cache folder")
     make_folders(folder.parent)
     with temporary(folder, folder=True) as new:
         runtime().serialize(graph, new / _GRAPH, new / _WEIGHTS)

@@ -47,17 +47,13 @@ def open_model(place: str, device: torch.device) -> Opened:
     files = Files.of(*([place] if Path(place).is_dir() else catalogue.downloaded(place)))
 
     def read(kind: Any, **options: Any) -> Any:
-        try:
-            if kind is AutoConfig and not here:
-                catalogue.ask_hub(place)
-            with catalogue.quiet(), ExitStack() as restored:
-                if here and bars.is_progress_bar_enabled():
-                    bars.disable_progress_bar()
-                    restored.callback(bars.enable_progress_bar)
-                return kind.from_pretrained(place, trust_remote_code=False, **options)
-        except Exception as error:  # transformers, the hub, torch and safetensors raise different errors
-            way_out = f"--model hf:FOLDER (a copy of huggingface.co/{place})"
-            raise catalogue.load_error(f"hf:{place}", error, way_out) from error
+        asked = place if kind is AutoConfig and not here else None
+        way_out = f"--model hf:FOLDER (a copy of huggingface.co/{place})"
+        with catalogue.opening(f"hf:{place}", asked, way_out), ExitStack() as restored:
+            if here and bars.is_progress_bar_enabled():
+                bars.disable_progress_bar()
+                restored.callback(bars.enable_progress_bar)
+            return kind.from_pretrained(place, trust_remote_code=False, **options)
 
     config = read(AutoConfig)
     if config.model_type not in KINDS:
@@ -75,8 +71,7 @@ def open_model(place: str, device: torch.device) -> Opened:
         )  # fmt: skip
         return lambda sentences: padded(sentences)["input_ids"]  # no mask: CLIP is causal, SigLIP learned with padding
 
-    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(settings).items()}
-    identity = Identity(f"hf:{place}", None, "", _digest(config), plain)
+    identity = Identity(f"hf:{place}", None, "", _digest(config), asdict(settings))
     dual = _dual(model.float()).to(device)
     return Opened(dual, image_transform_v2(settings, False), identity, None, tokenizer, files)
 

@@ -46,12 +46,16 @@ class EncodingCache:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.path = Path(folder) / NAME
-        self._lock = threading.Lock()
-        self._keeps = True
-        self._used: set[int] = set()
+        self._lock, self._keeps, self._used = threading.Lock(), True, set[int]()
         try:
             make_folders(self.path.parent)
-            self._db = self._open()
+            if self.path.exists() and not self.path.is_file():  # SQLite would block on a pipe
+                raise OSError("not a file")
+            self._db = sqlite3.connect(self.path, timeout=60, check_same_thread=False, isolation_level="IMMEDIATE")
+            weakref.finalize(self, self._db.close)  # Python warns about a connection that only the collector closes
+            self._db.execute("PRAGMA auto_vacuum = 2")  # incremental; only affects new files
+            self._db.executescript(_SCHEMA)
+            self._db.execute("SELECT count(*) FROM (SELECT 1 FROM encodings LIMIT 1)").fetchone()
         except (OSError, *_DAMAGE) as error:
             raise self._unusable(error) from None
 
@@ -86,20 +90,6 @@ class EncodingCache:
     def _unusable(self, error: Exception) -> InputError:
         remedy = "remove it, or give --cache FOLDER or --no-cache"
         return InputError(f"{show(self.path)}: the encoding cache cannot be used ({error}); {remedy}")
-
-    def _open(self) -> sqlite3.Connection:
-        if self.path.exists() and not self.path.is_file():  # SQLite would block on a pipe
-            raise OSError("not a file")
-        db = sqlite3.connect(self.path, timeout=60, check_same_thread=False, isolation_level="IMMEDIATE")
-        try:
-            db.execute("PRAGMA auto_vacuum = 2")  # incremental; only affects new files
-            db.executescript(_SCHEMA)
-            db.execute("SELECT count(*) FROM (SELECT 1 FROM encodings LIMIT 1)").fetchone()
-        except BaseException:
-            db.close()
-            raise
-        weakref.finalize(self, db.close)  # Python warns about a connection that only the collector closes
-        return db
 
     def get(self, scope: str, digest: str, view: str) -> FloatArray | None:
         """Return the raw feature of a view (shape ``[d]``), or ``None`` if it is not in the cache."""

@@ -20,7 +20,6 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from retrieval_tip.errors import InputError, UsageError
-from retrieval_tip.files import FOLDER, NotAFileError, open_regular
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Pillow names of the accepted formats. JPEG includes MPO.
@@ -30,7 +29,6 @@ AVIF file took 240 MB, and a 213-byte JPEG 2000 file took 770 MB.
 """
 
 MAX_PIXELS = 178_956_970  # largest width x height; Pillow's own limit for decompression bombs
-MAX_BYTES = 256 << 20  # largest file size, in bytes
 LARGE_PIXELS = 1 << 24  # images with more pixels are decoded one at a time
 WHOLE_PIXELS = 1 << 25  # images with more pixels are reduced by the smallest integer factor that suffices
 MAX_ASPECT = 64  # longer images are cropped to their middle, because a centre crop discards the rest anyway
@@ -109,27 +107,6 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:
         return False
-
-
-def check_size(size: int) -> None:
-    """Raise InputError if ``size`` bytes are too large for an image file."""
-    if size > MAX_BYTES:
-        raise InputError(f"file too large: {size:,} bytes; the limit is {MAX_BYTES:,}")
-
-
-def read(path: str | os.PathLike[str]) -> bytes:
-    """Return the bytes of an image file. Raises InputError if it cannot be read, or is too large."""
-    try:
-        with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size  # 0 for files in /proc, which may be endless
-            check_size(size)
-            return file.read(size)
-    except NotAFileError as error:
-        raise InputError("a folder, not an image" if error.kind == FOLDER else f"{error.kind}, not a file") from None
-    except FileNotFoundError:
-        raise InputError("no such file") from None
-    except (OSError, ValueError) as error:  # a ValueError has no strerror
-        raise InputError(getattr(error, "strerror", None) or str(error)) from None
 
 
 class _Bounded(io.BytesIO):

@@ -290,7 +290,7 @@ class Reader:
         check_memory(12 * pixels, what, "use fewer views or a smaller batch")
         encoded: _Encoded = {}
         start = 0
-        load = partial(_load, source.load, self.cache, encodings, names)
+        load = partial(self._load, source, encodings, names)
         for chunk in self._ahead(load, _chunks(list(last), size)):
             encoded |= self._encode_chunk(source, chunk, encodings, size, mean=mean)
             rows: list[tuple[int, FloatArray, str]] = []
@@ -302,6 +302,28 @@ class Reader:
             if rows:
                 positions, features, digests = zip(*rows, strict=True)
                 yield FeatureBlock(np.array(positions), np.stack(features), list(digests))
+
+    def _load(self, source: Source, encodings: Sequence[_Encoding], names: Sequence[str], path: str) -> _Loaded:
+        """Read an image once, and decode it for the views that are not in the cache."""
+        try:
+            data = source.load(path)
+            digest = hashlib.sha256(data).hexdigest()
+            views: dict[tuple[_Encoding, str], Any] = {
+                (one, view): None if self.cache is None else self.cache.get(one.scope, digest, view)
+                for one in encodings
+                for view in names
+            }
+            missing = [key for key, feature in views.items() if feature is None]
+            if centred := [one for one, view in missing if view == CENTRE]:
+                least = REDUCED_SIDES * max(max(view_size(one.backbone.identity.preprocess)) for one in centred)
+                picture = images.decode(data, least)
+                views |= {(one, CENTRE): one.backbone.preprocess(picture) for one in centred}
+            if augmented := [key for key in missing if key[1] != CENTRE]:
+                picture = images.decode(data)
+                views |= {(one, view): one.backbone.view(picture, f"{digest}/{view}") for one, view in augmented}
+        except InputError as error:
+            return _Loaded(path, problem=error)
+        return _Loaded(path, digest, views)
 
     def _ahead(self, load: Callable[[str], _Loaded], chunks: Sequence[Sequence[str]]) -> Iterator[list[_Loaded]]:
         """Yield the loaded images of each chunk, while threads load the next two chunks."""
@@ -375,35 +397,6 @@ class _Loaded:
     digest: str = ""
     views: dict[tuple[_Encoding, str], FloatArray | torch.Tensor] = field(default_factory=dict)
     problem: InputError | None = None
-
-
-def _load(
-    read: Callable[[str], bytes],
-    cache: EncodingCache | None,
-    encodings: Sequence[_Encoding],
-    names: Sequence[str],
-    path: str,
-) -> _Loaded:
-    """Read an image once, and decode it for the views that are not in the cache."""
-    try:
-        data = read(path)
-        digest = hashlib.sha256(data).hexdigest()
-        views: dict[tuple[_Encoding, str], Any] = {
-            (one, view): None if cache is None else cache.get(one.scope, digest, view)
-            for one in encodings
-            for view in names
-        }
-        missing = [key for key, feature in views.items() if feature is None]
-        if centred := [one for one, view in missing if view == CENTRE]:
-            least = REDUCED_SIDES * max(max(view_size(one.backbone.identity.preprocess)) for one in centred)
-            picture = images.decode(data, least)
-            views |= {(one, CENTRE): one.backbone.preprocess(picture) for one in centred}
-        if augmented := [key for key in missing if key[1] != CENTRE]:
-            picture = images.decode(data)
-            views |= {(one, view): one.backbone.view(picture, f"{digest}/{view}") for one, view in augmented}
-    except InputError as error:
-        return _Loaded(path, problem=error)
-    return _Loaded(path, digest, views)
 
 
 def pixels_of(

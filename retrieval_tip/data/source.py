@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 import re
 from collections import Counter
@@ -17,26 +18,45 @@ import pyarrow.compute as pc
 
 from retrieval_tip.data import remote
 from retrieval_tip.errors import SHOWN, InputError, Skipped, check_count, check_memory, counted, few, show
+from retrieval_tip.files import FOLDER, NotAFileError, open_regular
 
 log = logging.getLogger(__name__)
 
 MAX_TEXT = 4096  # longest label or id, in characters; a longer one suggests a misread table
+MAX_BYTES = 256 << 20  # largest image file, in bytes
 ITEM_BYTES = 256  # estimated bytes per drawn item, for its position, path, label and digest
 
 
-def read_item(path: str) -> bytes:
-    """Return the bytes of a file or an object, or raise InputError without its path."""
-    from retrieval_tip.data import images  # imports Pillow, which tables do not need
-
+def read_item(path: str | os.PathLike[str]) -> bytes:
+    """Return the bytes of an image file or object. Raises InputError without its path if it is empty or too large."""
     if remote.is_remote(path):
         with remote.reaching():
-            images.check_size(remote.system_of(path).size(path))
+            _check_size(remote.system_of(path).size(path))
             data = bytes(remote.system_of(path).cat_file(path))
     else:
-        data = images.read(path)
+        data = _read_file(path)
     if not data:
         raise InputError("empty file")
     return data
+
+
+def _read_file(path: str | os.PathLike[str]) -> bytes:
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size  # 0 for files in /proc, which may be endless
+            _check_size(size)
+            return file.read(size)
+    except NotAFileError as error:
+        raise InputError("a folder, not an image" if error.kind == FOLDER else f"{error.kind}, not a file") from None
+    except FileNotFoundError:
+        raise InputError("no such file") from None
+    except (OSError, ValueError) as error:  # a ValueError has no strerror
+        raise InputError(getattr(error, "strerror", None) or str(error)) from None
+
+
+def _check_size(size: int) -> None:
+    if size > MAX_BYTES:
+        raise InputError(f"file too large: {size:,} bytes; the limit is {MAX_BYTES:,}")
 
 
 @dataclass(frozen=True)

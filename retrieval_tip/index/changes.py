@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from retrieval_tip.backbones.base import Backbone, same_backbone
-from retrieval_tip.backbones.prompts import check_templates, text_weights
+from retrieval_tip.backbones.prompts import check_templates
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source, spelled_alike
 from retrieval_tip.data.tables import check_backbone, items_of, read_groups, reading, texts
@@ -366,7 +366,7 @@ def rename(folder: Place, old: str, new: str, backbone: Backbone | None = None) 
         check_backbone(manifest.identity, manifest.d, backbone, [])
         if not manifest.templates:
             raise UsageError(f"{folder}: its text weights did not come from templates; rename without a backbone")
-        weights = text_weights(backbone, [new], manifest.templates)[0]
+        weights = Reader(backbone).text_weights([new], manifest.templates)[0]
     with places.at(folder).change() as change:
         index = change.index
         if old == new and new in index.class_names:
@@ -422,7 +422,7 @@ def configure(
         manifest = store.manifest()
         check_backbone(manifest.identity, manifest.d, backbone, [])
         names = manifest.class_names
-        weights = dict(zip(names, text_weights(backbone, names, prompts), strict=True))
+        weights = dict(zip(names, Reader(backbone).text_weights(names, prompts), strict=True))
     with store.change() as change:
         index = change.index
         if index.fitted is not None and beta is not None and beta != index.settings.beta:

@@ -24,6 +24,7 @@ import torch
 from retrieval_tip.backbones.base import Backbone, unit_of
 from retrieval_tip.data import images
 from retrieval_tip.data.reader import FloatArray, pixels_of
+from retrieval_tip.data.sources import read_item
 from retrieval_tip.errors import InputError, Skipped
 from retrieval_tip.index import changes
 from retrieval_tip.index.places import Place
@@ -291,7 +292,7 @@ class Service:
 
 def read_image(path: Path, digest: str | None) -> bytes:
     """Read an image file. Raises OSError or InputError, also if the file has another ``digest``."""
-    data = images.read(path)
+    data = read_item(path)
     if digest and hashlib.sha256(data).hexdigest() != digest:
         raise InputError("the file now contains another photo")
     return data
