@@ -322,7 +322,7 @@ class Reader:
                 picture = images.decode(data)
                 views |= {(one, view): one.backbone.view(picture, f"{digest}/{view}") for one, view in augmented}
         except InputError as error:
-            return _Loaded(path, problem=error)
+            return _Loaded(path, problem=str(error))  # its traceback would keep the image in memory
         return _Loaded(path, digest, views)
 
     def _ahead(self, load: Callable[[str], _Loaded], chunks: Sequence[Sequence[str]]) -> Iterator[list[_Loaded]]:
@@ -359,7 +359,7 @@ class Reader:
             results[item.path] = None
             try:
                 if item.problem is not None:
-                    raise item.problem
+                    raise InputError(item.problem)
                 raw = np.zeros((len(item.views) // len(encodings), backbone.dim), dtype=np.float32)
                 for number, ((one, view), own) in enumerate(item.views.items()):
                     feature = made[one].get((item.digest, view), own)
@@ -396,7 +396,7 @@ class _Loaded:
     path: str
     digest: str = ""
     views: dict[tuple[_Encoding, str], FloatArray | torch.Tensor] = field(default_factory=dict)
-    problem: InputError | None = None
+    problem: str | None = None
 
 
 def pixels_of(
