@@ -36,14 +36,11 @@ class Joined:
         self.has_text = any(part.has_text for part in parts)
         self.logit_scale = float(np.mean([part.logit_scale for part in parts if part.has_text] or [100.0]))
         self.precision = ", ".join(dict.fromkeys(part.precision for part in parts))
+        self.batch_size = min(part.batch_size for part in parts)
 
     def only(self, shares: Sequence[float]) -> Joined:
         """Return the same backbone, which does not use the parts whose share is 0."""
         return Joined(self.parts, [share > 0 for share in shares])
-
-    @property
-    def batch_size(self) -> int:
-        return min(part.batch_size for part in self.parts)
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
         import torch

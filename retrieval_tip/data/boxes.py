@@ -58,10 +58,8 @@ def cut_boxes(file: Path, sources: Sequence[Source], categories: Sequence[str] |
     source contains features. Raises InputError if the file cannot be read, if it has no such category, if no photo has
     an entry, if the detector failed on all, or if two photos have the same entry.
     """
-    document, entries = _read(file)
-    made = Cut(document=document)
-    names = document.get("detection_categories")
-    known = [show(str(name)) for name in names.values()] if isinstance(names, dict) else []
+    document, names, entries = _read(file)
+    made, known = Cut(document=document), [show(str(name)) for name in names.values()]
     for category in categories or ():
         if category.casefold() not in map(str.casefold, known):
             choices = few(known) or "none"
@@ -104,8 +102,8 @@ def _ends(path: str) -> Iterator[str]:
     return ("/".join(parts[start:]) for start in range(len(parts)))
 
 
-def _read(file: Path) -> tuple[dict[str, Any], dict[str, _Entry]]:
-    """Return the content of a file, and the entry of each photo."""
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, object], dict[str, _Entry]]:
+    """Return the content of a file, the names of its categories, and the entry of each photo."""
     data = read_json(file, LARGEST)
     if not isinstance(data, dict) or not isinstance(entries := data.get("images"), list):
         raise InputError(f"{show(file)}: has no list 'images'; expected boxes in MegaDetector's format")
@@ -130,7 +128,7 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, _Entry]]:
         key = name.replace("\\", "/").removeprefix("./").strip("/")
         if photos.setdefault(key, value) is not value:
             raise InputError(f"{show(file)}: image {row}: the file {key!r} occurs twice")
-    return data, photos
+    return data, names, photos
 
 
 def _box(found: object, names: dict[str, object], where: str) -> tuple[str, float, Box]:

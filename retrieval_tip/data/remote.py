@@ -10,7 +10,7 @@ import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, BinaryIO, TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 from retrieval_tip.errors import InputError, UsageError, first_line, install
 
@@ -62,18 +62,7 @@ def reaching(url: str = "") -> Iterator[None]:
         raise InputError(f"{name}cannot be read: {first_line(error)}") from None
 
 
-def opened(url: str) -> BinaryIO:
-    """Open a URL as a seekable binary file. Raises InputError if it cannot be read."""
-    with reaching(url):
-        system_of(url).info(url)  # obstore would report a missing object later, outside any handler
-        file: BinaryIO = system_of(url).open(url, "rb")
-    return file
-
-
-def find(folder: str, depth: int | None = None) -> list[str]:
-    """List the URLs of objects at most ``depth`` levels below a folder, sorted by name.
-
-    Raises InputError if the folder cannot be read.
-    """
+def find(folder: str) -> list[str]:
+    """List the URLs of the objects below a folder, sorted by name. Raises InputError if it cannot be read."""
     with reaching(folder):
-        return [f"{folder.partition('://')[0]}://{name}" for name in system_of(folder).find(folder, maxdepth=depth)]
+        return [f"{folder.partition('://')[0]}://{name}" for name in system_of(folder).find(folder)]

@@ -69,10 +69,8 @@ def _holds(folder: str, name: str) -> bool:
 def table_files(table: Path | str) -> list[Path | str]:
     """List the Parquet files of a table, which are its parts or itself. Raises InputError if any is missing."""
     where = os.fspath(table)
-    if where.endswith(".parquet") if remote.is_remote(table) else not os.path.isdir(table):
+    if (remote.is_remote(where) and where.endswith(".parquet")) or not _holds(where, RUN):
         return [table]
-    if not _holds(where, RUN):
-        raise InputError(f"{show(where)}: not a feature table; a folder of parts contains {RUN}")
     if not _holds(where, COMPLETE):
         raise InputError(f"{show(where)}: some parts are missing; run the command that writes it again")
     return part_files(where)
@@ -158,7 +156,9 @@ def open_parquet(file: Path | str) -> pq.ParquetFile:
     """Open a Parquet file. A local file is memory-mapped. Raises InputError if it cannot be read."""
     with reading(show(file)):
         if remote.is_remote(file):
-            raw = pa.PythonFile(remote.opened(file), "r")
+            with remote.reaching(file):
+                remote.system_of(file).info(file)  # obstore would report a missing object later, outside any handler
+                raw = pa.PythonFile(remote.system_of(file).open(file, "rb"), "r")
         else:
             check_regular(file)
             raw = pa.memory_map(os.fsencode(file))
