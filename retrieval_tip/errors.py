@@ -40,7 +40,6 @@ MOST = {
 """Upper bounds for other counts. They are higher than anyone needs, but low enough for the libraries and for memory."""
 
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 class RetrievalTipError(Exception):
@@ -189,7 +188,7 @@ def check_memory(needed: int, what: str, remedy: str) -> None:
     """Raise UsageError if ``needed`` bytes exceed the memory that is available to this process."""
     there = memory()
     if there is not None and needed > there:
-        raise UsageError(f"{what}: needs {_amount(needed)} of memory, but only {_amount(there)} is available; {remedy}")
+        raise UsageError(f"{what}: needs {amount(needed)} of memory, but only {amount(there)} is available; {remedy}")
 
 
 def memory() -> int | None:
@@ -203,6 +202,6 @@ def memory() -> int | None:
     return min((size for size in sizes if size > 0), default=None)
 
 
-def _amount(size: int) -> str:
-    power = min(max(0, (size.bit_length() - 1) // 10), len(_UNITS) - 1)
-    return f"{size / 1024**power:.3g} {_UNITS[power]}"
+def amount(size: int) -> str:
+    """Format a number of bytes in MB or GB."""
+    return f"{size / 1e6:,.0f} MB" if size < 1e9 else f"{size / 1e9:,.1f} GB"

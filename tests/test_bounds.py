@@ -43,7 +43,7 @@ def test_counts_that_use_memory_are_bounded_in_python(name, make):
 def test_an_allocation_beyond_the_memory_is_refused_with_both_sizes(monkeypatch):
     monkeypatch.setattr(errors, "memory", lambda: 24 << 30)
     check_memory(24 << 30, "this", "ask for less")
-    with pytest.raises(UsageError, match=r"^this: needs 9\.09 TiB .* 24 GiB .*; ask for less$"):
+    with pytest.raises(UsageError, match=r"^this: needs 10,000\.0 GB .* 25\.8 GB .*; ask for less$"):
         check_memory(10**13, "this", "ask for less")
     check_memory(0, "this", "ask for less")
     monkeypatch.setattr(errors, "memory", lambda: None)

@@ -157,21 +157,6 @@ def with_cache(folder, use):
         cache.close()
 
 
-def test_blocks_stay_in_order_if_an_image_is_slow(folder):
-    opened = []
-
-    def late(path):
-        data = read_item(path)
-        opened.append(path)
-        if path.endswith("00.png"):
-            while len(opened) < 4:  # the first is ready after the others of its chunk
-                pass
-        return data
-
-    blocks = list(Reader(Fake(), batch_size=4, workers=4).blocks(replace(source_of(folder), load=late)))
-    assert [block.positions.tolist() for block in blocks] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
-
-
 @pytest.mark.parametrize(
     ("change", "fresh"),
     [
@@ -441,6 +426,7 @@ def test_a_table_without_rows_features_or_readable_metadata_is_refused(tmp_path)
     assert list(read_rows(empty, "check")) == []
     with pytest.raises(InputError, match=r"e\.parquet: has no rows"):
         parts_in(empty)
+    assert table_identity(with_identity(tmp_path / "u.parquet", None)) is None
     pq.write_table(pa.table({"id": ["a"], "vector": ["b"]}), tmp_path / "n.parquet")
     with pytest.raises(InputError, match="one column 'feature'; its columns are id, vector"):
         read_all(tmp_path / "n.parquet")
@@ -463,12 +449,6 @@ def test_norms_can_be_scaled_or_kept(tmp_path):
     assert np.allclose(read_all(huge, "unit"), unit_rows(6, 4), atol=1e-6)
     half = unit_rows(50, 512).astype(np.float16)  # of unit norm, up to rounding
     assert np.array_equal(read_all(table_of(tmp_path / "h.parquet", list(half))), half.astype(np.float32))
-
-
-def test_a_table_stores_its_backbone(tmp_path):
-    path = with_identity(tmp_path / "t.parquet", json.dumps(IDENTITY.to_dict()).encode())
-    assert table_identity(path) == IDENTITY
-    assert table_identity(with_identity(tmp_path / "u.parquet", None)) is None
 
 
 def test_a_table_of_another_backbone_is_refused(tmp_path):

@@ -146,7 +146,7 @@ def test_a_calibration_far_from_float32_is_refused(name, place, monkeypatch):
         int8(name)
 
 
-@pytest.mark.parametrize("damage", ["bytes", "truncated", "missing", "onnx", "foreign", "versions"])
+@pytest.mark.parametrize("damage", ["bytes", "digests", "endless", "truncated", "onnx", "foreign", "versions"])
 def test_a_damaged_or_foreign_tower_is_not_used(name, calibrated, damage, monkeypatch):
     first = int8(name)
     folder = tower.folder_of(first.identity, "int8")
@@ -156,8 +156,11 @@ def test_a_damaged_or_foreign_tower_is_not_used(name, calibrated, damage, monkey
         (folder / "tower.bin").write_bytes(data)
     elif damage == "truncated":
         (folder / "tower.xml").write_bytes((folder / "tower.xml").read_bytes()[:-100])
-    elif damage == "missing":
-        (folder / "tower.xml").unlink()
+    elif damage == "digests":
+        (folder / "digests.json").write_text("[" * 100_000)
+    elif damage == "endless":
+        (folder / "tower.bin").unlink()
+        (folder / "tower.bin").symlink_to("/dev/zero")
     elif damage == "onnx":
         (folder / "tower.onnx").write_bytes(b"")
     elif damage == "foreign":  # intact, but of another encoder

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from retrieval_tip.errors import BackboneError, UsageError, first_line, install
+from retrieval_tip.errors import BackboneError, UsageError, amount, first_line, install
 
 log = logging.getLogger(__name__)
 
@@ -254,7 +254,7 @@ def ask_hub(repository: str) -> None:
         raise ConnectionError(f"{urlsplit(constants.ENDPOINT).netloc} did not answer") from error
     sizes = {file.rfilename: file.size for file in found}
     if size := next((sizes[file] for file in WEIGHTS if sizes.get(file)), None):
-        log.info("downloading %s from huggingface.co/%s (only once)", megabytes(size), repository)
+        log.info("downloading %s from huggingface.co/%s (only once)", amount(size), repository)
 
 
 def downloaded(repository: str) -> list[Path]:
@@ -291,7 +291,7 @@ def _load_error(model: str, error: Exception, way_out: str, file: str | None) ->
     if not isinstance(error, ConnectionError):
         return BackboneError(f"Could not load {model}: {_reason_of(error)}. Pass {way_out}.")
     size = _bytes(model) if has(model) or model.startswith("timm:") else None
-    sized = f" ({megabytes(size)})" if size else ""
+    sized = f" ({amount(size)})" if size else ""
     offline = "--model timm:NAME --pretrained FILE"
     if here := next(cached(), None):
         weights = f" --pretrained {shlex.quote(here[1])}" if here[1] else ""
@@ -338,8 +338,3 @@ def _timm_config(name: str) -> Any:
     import timm
 
     return timm.get_pretrained_cfg(name.removeprefix("timm:"))
-
-
-def megabytes(size: int) -> str:
-    """Format a number of bytes in MB or GB."""
-    return f"{size / 1e6:,.0f} MB" if size < 1e9 else f"{size / 1e9:.1f} GB"

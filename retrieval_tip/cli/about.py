@@ -17,7 +17,7 @@ from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import FAILED, about, finish, print_result, quiet, say, warn
 from retrieval_tip.cli.opening import loader, reader_for, reader_of, source_of
 from retrieval_tip.cli.options import ComparedOptions, OutputOptions, SourceOptions, ViewOptions
-from retrieval_tip.errors import Skipped, UsageError, counted, show
+from retrieval_tip.errors import Skipped, UsageError, amount, counted, show
 
 if TYPE_CHECKING:
     from retrieval_tip.data.sources import Source
@@ -64,9 +64,9 @@ def models_command(
 
 
 def _list_encoders(word: str, printing: OutputOptions) -> None:
-    from retrieval_tip.backbones.catalogue import megabytes, search
+    from retrieval_tip.backbones.catalogue import search
 
-    sizes = [(one, None if one.bytes is None else megabytes(one.bytes)) for one in search(word)]
+    sizes = [(one, None if one.bytes is None else amount(one.bytes)) for one in search(word)]
     rows = [(one.model, size, one.licence, one.words, one.cached, list(one.pretrained)) for one, size in sizes]
     types = {"model": str, "size": str, "licence": str, "words": bool, "cached": bool, "pretrained": list}
     printing.write_rows(rows, types)
@@ -218,7 +218,6 @@ def doctor(as_json: bool = options.JSON) -> None:
     Prints the versions of the installed packages, the available devices and the FAISS build, followed by any problems.
     The exit status is 1 if there is a problem.
     """
-    from retrieval_tip.backbones.catalogue import megabytes
     from retrieval_tip.data.encoding_cache import size_of
     from retrieval_tip.doctor import examine
     from retrieval_tip.files import cache_folder
@@ -226,7 +225,7 @@ def doctor(as_json: bool = options.JSON) -> None:
     report, cache = examine(), "none: no home folder"
     if (folder := cache_folder()) is not None:
         file, size, most = size_of(folder)
-        cache = f"{show(file)}, {megabytes(size)} of at most {megabytes(most)} (retrieval-tip cache --max-size)"
+        cache = f"{show(file)}, {amount(size)} of at most {amount(most)} (retrieval-tip cache --max-size)"
     report.facts["encoding cache"] = cache
     if as_json:
         click.echo(json.dumps({"facts": report.facts, "problems": report.problems}))
