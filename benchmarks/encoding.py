@@ -43,7 +43,6 @@ from retrieval_tip.backbones.base import Backbone, resolve_device, unit
 from retrieval_tip.data import images
 from retrieval_tip.data.reader import CALIBRATED
 from retrieval_tip.data.sources import Source, of_images, read_item
-from retrieval_tip.errors import amount
 from retrieval_tip.evaluation.evaluate import evaluate
 from retrieval_tip.settings import Precision
 
@@ -165,7 +164,7 @@ def recommended(paths: list[str], precisions: Sequence[Precision], rounds: int) 
     """Print the photos per second of each recommended encoder, after a first batch that compiles it."""
     rows = []
     for one in catalogue.search():
-        row: dict[str, object] = {"encoder": one.model, "size": amount(one.bytes or 0)}
+        row: dict[str, object] = {"encoder": one.model, "size": f"{(one.bytes or 0) / 1e6:,.0f} MB"}
         with tempfile.TemporaryDirectory() as folder:
             file = f"{folder}/weights.pt"
             if one.model.startswith("timm:"):
