@@ -103,9 +103,9 @@ def equal_shares(parts: Sequence[Part]) -> tuple[float, ...]:
     return (1 / max(1, len(parts)),) * len(parts)
 
 
-def same_backbone(one: Identity, other: Identity, what: str) -> None:
-    """Raise BackboneError if the features of two backbones cannot be compared."""
-    if one.fingerprint != other.fingerprint:
+def same_backbone(one: Identity | None, other: Identity | None, what: str) -> None:
+    """Raise BackboneError if two backbones are known and their features cannot be compared."""
+    if one is not None and other is not None and one.fingerprint != other.fingerprint:
         raise BackboneError(
             f"{what}: made with encoder {one}, but {other} is in use; their features cannot be compared"
         )

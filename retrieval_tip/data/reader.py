@@ -258,9 +258,8 @@ class Reader:
     def _of_table(self, source: Source) -> Iterator[FeatureBlock]:
         assert source.table is not None
         assert source.rows is not None
-        identity = tables.table_identity(source.table, self.parts)
-        if identity is not None and self.backbone is not None:
-            same_backbone(identity, self.backbone.identity, show(source.table))
+        if self.backbone is not None:
+            same_backbone(tables.table_identity(source.table, self.parts), self.backbone.identity, show(source.table))
         order = np.argsort(source.rows, kind="stable")
         ordered = source.rows[order]
         in_order = bool((order[1:] > order[:-1]).all())

@@ -285,15 +285,15 @@ def check_backbone(
 
     Raises BackboneError if the backbones differ, and InputError if the features have different lengths.
     """
-    if backbone is not None and identity is not None:
+    if backbone is not None:
         same_backbone(identity, backbone.identity, "index")
-    if backbone is not None and backbone.dim != d:
-        raise BackboneError(f"encoder {backbone.identity}: its features have {backbone.dim} values; the index has {d}")
+        if backbone.dim != d:
+            has = f"its features have {backbone.dim} values; the index has {d}"
+            raise BackboneError(f"encoder {backbone.identity}: {has}")
     for source in sources:
         if source.table is not None:
             found = parts_in(source.table, parts)
-            if identity is not None and (own := identity_of(found)) is not None:
-                same_backbone(own, identity, source.name)
+            same_backbone(identity_of(found), identity, source.name)
             if (dim := sum(part.width for part in found)) != d:
                 raise InputError(f"{source.name}: its features have {dim} values; the index has {d}")
 
@@ -383,23 +383,20 @@ def _columns(schema: pa.Schema, name: str, parts: Sequence[Part]) -> list[str]:
     BackboneError if a column names another backbone than its part.
     """
     several = [field.name for field in schema if IDENTITY_KEY in (field.metadata or {})]
-    columns = [part.column for part in parts] or (several if len(several) > 1 else [feature_column(schema) or FEATURE])
-    named = {}
+    named: dict[str | None, str] = {}
     for field in schema if any(part.identity for part in parts) else ():
         if is_vector(field.type) and (found := _identity_of(schema, field.name, name)) is not None:
             named[found.fingerprint] = field.name
-    for number, part in enumerate(parts):
-        if part.identity is not None:
-            columns[number] = named.get(part.identity.fingerprint, part.column)
+    wanted = [(part.identity.fingerprint if part.identity else None, part.column) for part in parts]
+    columns = [named.get(fingerprint, column) for fingerprint, column in wanted]
+    columns = columns or (several if len(several) > 1 else [feature_column(schema) or FEATURE])
     for column in columns:
         if schema.names.count(column) != 1:
             raise InputError(f"{name}: expected one column {column!r}; its columns are {few_names(schema.names)}")
         if not is_vector(kind := schema.field(column).type):
             raise InputError(f"{name}: column {column!r} has type {kind}; expected lists of float32 or float16")
     for part, column in zip(parts, columns, strict=False):
-        theirs = _identity_of(schema, column, name)
-        if theirs is not None and part.identity is not None:
-            same_backbone(theirs, part.identity, f"{name}: column {column!r}")
+        same_backbone(_identity_of(schema, column, name), part.identity, f"{name}: column {column!r}")
     return columns
 
 

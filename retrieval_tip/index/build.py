@@ -146,8 +146,7 @@ def prior_of(indexes: Place | Sequence[Place], backbone: Identity | None) -> Flo
     found = []
     for place in [indexes] if isinstance(indexes, str | os.PathLike) else indexes:
         other = places.at(place).load(device="cpu")
-        if backbone is not None and other.backbone is not None:
-            same_backbone(other.backbone, backbone, f"prior {place}")
+        same_backbone(other.backbone, backbone, f"prior {place}")
         blocks = ((keys, labels["class_id"].to_numpy().astype(np.int64)) for labels, keys in other.rows.blocks())
         found.append(Sums.of(blocks, len(other.class_names), other.d))
     return pooled(found) if found else None

@@ -262,9 +262,7 @@ def merge(folder: Place, other: Place) -> Added:
     theirs = source.load(device="cpu").in_memory()
     if theirs.values is not None and theirs.fitted is None:
         raise InputError(f"{other}: has trained values, which cannot be merged; merge the version from before training")
-    ours = target.manifest().identity
-    if ours is not None and theirs.backbone is not None:
-        same_backbone(theirs.backbone, ours, str(other))
+    same_backbone(theirs.backbone, target.manifest().identity, str(other))
     weights = dict(zip(theirs.class_names, theirs.text_weights.numpy(), strict=True)) if theirs.has_text else {}
     columns = ItemColumns.of(theirs.labels, theirs.labels["digest"].to_pylist())
     with target.change() as change:

@@ -265,9 +265,7 @@ def read_text_table(
         if not any(part.any() for part in own):
             raise InputError(f"{table.name}: has no column of text features of an encoder of this index")
         return tuple(rows), text_side_by_side(own)
-    theirs = table_identity(file)
-    if theirs is not None and backbone is not None:
-        same_backbone(theirs, backbone, str(path))
+    same_backbone(table_identity(file), backbone, str(path))
     return tuple(rows), means(())
 
 

@@ -86,8 +86,7 @@ class Pool:
         total = sum(map(len, sources))
         for source in sources:
             own = identity_of(source, reader)
-            if own is not None and identity is not None:
-                same_backbone(own, identity, source.name)
+            same_backbone(own, identity, source.name)
             identity = identity or own
             for block in reader.blocks(source):
                 d = block.features.shape[1]
