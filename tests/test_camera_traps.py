@@ -5,25 +5,22 @@ import csv
 import json
 import os
 import re
-import signal
 import subprocess
 from datetime import datetime, timedelta
 from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 
-import killing
-import pyarrow as pa
 import pytest
 from cameras import encoded, gps_of
 from click.testing import CliRunner
-from conftest import json_rows, needs_real, sampled
+from conftest import json_rows, needs_real
 from PIL import Image
 from referees import referee
 from serving import caltech_photos
 
 from retrieval_tip import Index, __version__
-from retrieval_tip.cli import main, output
+from retrieval_tip.cli import main
 
 MEGADETECTOR, FRICTIONLESS, TRAP_SCHEMA = "10.0.28", "5.21.0", "0.2.2"
 EMPTY = "102/empty.jpg"
@@ -297,49 +294,6 @@ def test_deployments_come_from_a_table(run, animals, card, tmp_path):
         options = ["--format", "camtrap-dp", "--out", tmp_path / "x", *BERLIN, "--deployments", table]
         done = run("classify", animals, card, *options)
         assert (done.exit_code, message in done.stderr, (tmp_path / "x").exists()) == (1, True, False)
-
-
-CONTENT = {"media.csv": pa.table({"mediaID": [f"{n}" for n in range(2000)]}), "datapackage.json": {"name": "survey"}}
-
-
-def work(job, steps):
-    """Write an output in a process that the test kills."""
-    steps.writes()
-    if job["package"]:
-        output.write_folder(lambda: CONTENT, Path(job["out"]))
-    else:
-        output.write_document(lambda: {"images": [*range(2000)]}, Path(job["out"]))
-
-
-if __name__ == "__main__":
-    killing.serve(work)
-    raise SystemExit
-
-
-@killing.needs_fork
-@pytest.mark.parametrize("package", [False, True], ids=["megadetector", "camtrap-dp"])
-def test_a_killed_run_leaves_the_earlier_output_or_the_new_one(package, tmp_path, tmp_path_factory, warm_path):
-    def content(out):
-        return [path.read_bytes() for path in sorted([out, *out.glob("*")]) if path.is_file()]
-
-    process = killing.Server(__file__, tmp_path_factory.mktemp("process"), warm_path)
-    whole = tmp_path / "whole"
-    assert process.run({"out": str(whole), "package": package}) == 0
-    steps = process.steps
-    assert len(steps) >= 4
-    for step in sampled(len(steps)):
-        out = tmp_path / f"{step}" / "out"
-        out.parent.mkdir()
-        if not package:
-            out.write_bytes(b"earlier")
-        job = {"out": str(out), "package": package}
-        assert process.run(job, step=step) == -signal.SIGKILL
-        if content(out) != content(whole):
-            assert content(out) == ([] if package else [b"earlier"])
-            assert process.run(job) == 0
-        assert content(out) == content(whole)
-        assert [path.name for path in out.parent.iterdir()] == ["out"]
-    process.close()
 
 
 @pytest.mark.parametrize("options", [["megadetector"], ["camtrap-dp", *BERLIN]], ids=itemgetter(0))
