@@ -422,8 +422,9 @@ class Classifier(OpenIndex):
         """
         asked |= {"neighbours": 0, "logits": True}
         answers: Any = self.predict(what, norms=norms, **asked)
-        rows = [{"logits": answers.logits}] if isinstance(answers, Prediction) else answers.rows(["label", "logits"])
-        logits = torch.tensor(np.array([row["logits"] for row in rows]), dtype=torch.float32)
+        one = isinstance(answers, Prediction)
+        own = answers.logits if one else answers.to_arrow()["logits"].combine_chunks().flatten()
+        logits = torch.tensor(np.asarray(own), dtype=torch.float32)
         chances = tip.probabilities(logits.view(-1, len(self.classes)), self.index.settings.temperature)
         return np.asarray(chances)
 

@@ -185,7 +185,8 @@ class Predictions:
         return int(self._columns.num_rows)
 
     def __iter__(self) -> Iterator[Prediction]:
-        for row in self.rows(self._columns.column_names[1:]):
+        for row in self.rows():
+            del row["input"]
             row["neighbours"] = [Neighbour(**neighbour) for neighbour in row["neighbours"]]
             row["opposing"] = Neighbour(**row["opposing"]) if row.get("opposing") else None
             yield Prediction(**{"logits": None} | row)
@@ -210,17 +211,15 @@ class Predictions:
         more = " ..." if len(self) > SHOWN_LABELS else ""
         return one_line(f"Predictions({counted(len(self), 'prediction')}{': ' if few else ''}{few}{more})")
 
-    def rows(self, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """Yield the given columns of each prediction as a dictionary. The value of ``logits`` is a float32 array."""
-        batches = self._columns.select([column for column in columns if column != "logits"]).to_batches(ROWS)
-        rows = (row for batch in batches for row in batch.to_pylist())
-        if "logits" not in columns or "logits" not in self._columns.column_names:
-            yield from rows
-            return
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield the columns of each prediction as a dictionary. The value of ``logits`` is a float32 array."""
+        plain = self._columns.select([column for column in self._columns.column_names if column != "logits"])
+        rows = (row for batch in plain.to_batches(ROWS) for row in batch.to_pylist())
+        if plain.num_columns == self._columns.num_columns:
+            return rows
         chunks = (chunk for chunk in self._columns["logits"].chunks if len(chunk))
         logits = (row for chunk in chunks for row in chunk.flatten().to_numpy().reshape(len(chunk), -1))
-        for row, own in zip(rows, logits, strict=True):
-            yield row | {"logits": own}
+        return (row | {"logits": own} for row, own in zip(rows, logits, strict=True))
 
     def withheld(self, abstain: Abstain) -> pa.ChunkedArray:
         """Return whether each label is withheld because its probability is below ``abstain``.

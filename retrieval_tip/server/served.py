@@ -80,8 +80,7 @@ class Version:
             own, terms = answers.index.settings, answers.terms
             parts = terms.text, own.alpha * terms.photos(own).double()
             texts, shots = (part.gather(1, answers.ranked).tolist() for part in parts)
-            rows = predictions.rows(predictions.to_arrow().column_names)
-            for row, text, shot in zip(rows, texts, shots, strict=True):
+            for row, text, shot in zip(predictions.rows(), texts, shots, strict=True):
                 results.append(row | {"text_logits": text, "shot_logits": shot})
         return results
 
