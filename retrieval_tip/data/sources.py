@@ -26,7 +26,7 @@ from retrieval_tip.errors import InputError, counted, few, install, show
 
 log = logging.getLogger(__name__)
 
-Kind = Literal["image", "table", "bucket", "folder", "split file", "pattern", "web address"]
+Kind = Literal["image", "table", "bucket", "folder", "split file", "pattern"]
 """Kinds of paths. ``image`` is any other path, even a missing one."""
 PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
 """Folder names for each part of a dataset."""
@@ -47,7 +47,7 @@ def is_there(path: str) -> bool:
 
 
 def kind_of(path: str | os.PathLike[str]) -> Kind:
-    """Return the kind of a path, pattern or URL. Raises InputError if an object store cannot be reached."""
+    """Return the kind of a path, pattern or URL. Raises InputError for web addresses and unreachable object stores."""
     where = os.fspath(path)
     if remote.is_remote(where) and Path(where).suffix.lower() in images.extensions():
         return "image"
@@ -60,7 +60,7 @@ def kind_of(path: str | os.PathLike[str]) -> Kind:
     if where.lower().endswith(".json") and os.path.isfile(where):
         return "split file"
     if is_web(where):
-        return "web address"
+        raise refusal(where)
     return "pattern" if glob.has_magic(where) and not os.path.exists(where) else "image"
 
 
@@ -133,8 +133,6 @@ def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator
             if not files:
                 raise InputError(f"{show(argument)}: no file matches")
             waiting += files[::-1]
-        elif kind == "web address":
-            raise refusal(argument)
         else:
             paths.append(argument)
     if paths:

@@ -341,7 +341,7 @@ def _identity_of(schema: pa.Schema, column: str, name: str) -> Identity | None:
 
 
 def read_rows(
-    path: Path | str, norms: Norms | None, first: int = 0, last: int = MAX_ROWS, parts: Sequence[Part] = ()
+    path: Path | str, norms: Norms, first: int = 0, last: int = MAX_ROWS, parts: Sequence[Part] = ()
 ) -> Iterator[tuple[int, FloatArray]]:
     """Yield the first row and the features of each block in rows ``first`` to ``last``, with ``norms`` checked.
 
@@ -363,7 +363,7 @@ def read_rows(
                         where = f"{name}: column {column!r}" if parts else name
                         features = _matrix(batch.column(column), at, dims.get(number), where)
                         dims[number] = features.shape[1]
-                        made.append(features if norms is None else check_norms(features, at, norms, where))
+                        made.append(check_norms(features, at, norms, where))
                     yield begins + at, made[0] if len(made) == 1 else side_by_side(made)
                 at += batch.num_rows
 
