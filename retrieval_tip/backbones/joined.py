@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class Joined:
     """A :class:`base.Backbone` that joins ``parts``. A part that is not ``used`` encodes nothing and is 0.
 
-    Pixels have shape ``[b, p]``, with the views of all used parts one after the other. The logit scale is the mean of
-    those of the encoders with text.
+    Pixels have shape ``[b, p]``, with the views of all used parts one after the other. The logit scale is the mean
+    over the encoders with text.
     """
 
     def __init__(self, parts: Sequence[Backbone], used: Sequence[bool] | None = None) -> None:
