@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import re
-import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,9 +22,6 @@ from retrieval_tip.retrieval.inputs import FloatArray, IntArray, KeyArray
 
 FaissIndex = Any
 """A FAISS index. FAISS does not provide types."""
-
-HEADER = 45
-"""Size of the smallest index file in bytes, which is the header of an empty flat index."""
 
 GPU_MAX_K = 2048
 """Maximum number of keys that FAISS can retrieve, and of lists that it can probe, on a GPU."""
@@ -167,8 +163,6 @@ class VectorIndex:
 
         Raises StoreError if the file cannot be read.
         """
-        if problem := _size_problem(path):
-            raise StoreError(f"{path}: {problem}; rebuild the index")
         try:
             try:
                 index = faiss().read_index(str(path), faiss().IO_FLAG_MMAP_IFC)
@@ -359,22 +353,6 @@ def _factory_problem(factory: str, n: int, d: int) -> str | None:
         least, most = {"IVF": (1, n), "HNSW": (2, MOST_LINKS)}.get(name, (1, d))
         if not least <= int(count) <= most:
             return f"{count} is out of range; use {least} to {most:,} for {n:,} vectors of {d:,} values"
-    return None
-
-
-def _size_problem(path: Path) -> str | None:
-    """Return what is wrong with the size of an index file. FAISS may crash when it maps a truncated file."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(HEADER)
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
-    if len(head) < HEADER:
-        return "damaged (it is too short for an index)"
-    fourcc, d, ntotal = struct.unpack("<4siq", head[:16])
-    if fourcc in (b"IxFI", b"IxFl", b"IxF2") and size != HEADER + 4 * d * ntotal:
-        return f"damaged (it has {size:,} bytes for {ntotal:,} vectors of {d:,} values)"
     return None
 
 
