@@ -21,7 +21,14 @@ from retrieval_tip import tip
 from retrieval_tip.errors import InputError, warn_once
 from retrieval_tip.retrieval.evidence import Nearest
 from retrieval_tip.retrieval.inputs import FloatArray, IntArray, KeyArray
-from retrieval_tip.retrieval.vector_index import BY_CLASS, FLAT_FACTORY, VectorIndex, auto_factory, exact_search
+from retrieval_tip.retrieval.vector_index import (
+    BY_CLASS,
+    FLAT_FACTORY,
+    VectorIndex,
+    auto_factory,
+    exact_search,
+    flat_search,
+)
 
 QUERY_BLOCK, KEY_BLOCK = 512, 2048
 """Maximum number of queries and keys in a block of affinities. A block takes 4 MiB, which fits in the CPU cache."""
@@ -353,6 +360,8 @@ class Keys(KeyStream):
 
     def nearest(self, points: Tensor, k: int) -> Nearest:
         """Without an index, all keys are compared. On a GPU, this is also faster than an index over classes."""
+        if self.index is None and self.device == "cpu" and self.array.dtype == np.float32:
+            return self.described(*flat_search(self.array, points, min(k, self.n)))
         if self.index is None or (self.by_class and not self.held.is_cpu):
             return self.described(*exact_search(self.held, points, min(k, self.n)))
         if self.by_class:

@@ -282,8 +282,18 @@ class VectorIndex:
         raise RuntimeError(f"it takes {size:,} bytes, but half of the free GPU memory is {room:,} bytes")
 
 
+def flat_search(keys: FloatArray, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the affinities of the ``k`` nearest keys of each query, largest first, and their rows.
+
+    FAISS reads the keys in place, so they need neither an index nor a copy.
+    """
+    wanted = np.ascontiguousarray(features.numpy(), dtype=np.float32)
+    affinity, rows = faiss().knn(wanted, keys, int(k), metric=faiss().METRIC_INNER_PRODUCT)
+    return torch.from_numpy(affinity), torch.from_numpy(rows)
+
+
 def exact_search(vectors: Tensor, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the affinities of the ``k`` nearest vectors of each query, largest first, and their rows.
+    """Return the affinities of the ``k`` nearest vectors of each query, largest first, and their rows, by torch.
 
     The products are computed in float32, even if the vectors are float16.
     """
