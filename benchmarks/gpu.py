@@ -219,7 +219,7 @@ def training(size: Size, epochs: int, rounds: int, device: str) -> Rows:
     yield from measured(what, runs, {"a step": "two products"}, device, rounds)
     with tempfile.TemporaryDirectory() as folder:
         source = made.source(Path(folder))
-        seconds = clocked(lambda: finetune(cache, source, Reader(), Recipe(epochs=epochs, batch=batch)))
+        seconds = clocked(lambda: finetune(cache, source, Reader(), Recipe(epochs=epochs)))
         yield f"{epochs} epochs", "", f"{1e3 * seconds:.0f}", "", "", ""
 
 

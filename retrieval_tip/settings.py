@@ -254,25 +254,19 @@ class Recipe:
     Attributes:
         train: Part of the index to train.
         epochs: Number of passes over the shots.
-        batch: Number of queries per step.
         lr: Initial learning rate, which decays along a cosine.
-        alpha: Alpha used for training. [default: as in the unfitted index]
-        beta: Beta used for training. [default: as in the unfitted index]
         seed: Seed for drawing batches and views.
     """
 
     train: tuple[TrainedPart, ...] = ("keys",)
     epochs: int = 20
-    batch: int = 256
     lr: float = 1e-3
     seed: int = 1
-    alpha: float | None = None
-    beta: float | None = None
 
     def __post_init__(self) -> None:
         if not self.train or len(set(self.train)) < len(self.train) or not set(self.train) <= set(TRAINED):
             raise UsageError(f"train {', '.join(self.train) or '(nothing)'}: expected some of {', '.join(TRAINED)}")
-        for name, fewest in (("epochs", 1), ("batch", 1), ("seed", 0)):
+        for name, fewest in (("epochs", 1), ("seed", 0)):
             check_count(name, getattr(self, name), fewest)
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise UsageError(f"lr is {self.lr}: expected a finite number above 0")

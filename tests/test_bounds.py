@@ -29,7 +29,7 @@ def test_a_count_is_a_whole_number_within_its_bounds(name):
     ("name", "make"),
     [
         *((name, lambda value, name=name: Reader(**{name: value})) for name in ("views", "batch_size", "workers")),
-        *((name, lambda value, name=name: Recipe(**{name: value})) for name in ("epochs", "batch")),
+        ("epochs", lambda value: Recipe(epochs=value)),
         ("seed", lambda value: Recipe(seed=value)),
         ("shots", lambda value: few_shot(["a"], value)),
     ],

@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import typing
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -337,14 +336,14 @@ def test_finetune_writes_a_new_index(place, clf, tmp_path):
     """The old index does not change. Its alpha is so small that training helps."""
     changes.configure(clf.index.place, alpha=0.0)
     clf, old = (Classifier.load(clf.index.place, device="cpu") for _ in "ab")
-    recipe = Recipe(epochs=1, alpha=1.0)
+    recipe = Recipe(epochs=1)
     tuned = clf.finetune(tmp_path / "f", recipe, val=place / "new")
     assert clf.index.place == str(tmp_path / "f")
     np.testing.assert_array_equal(clf.index.keys, tuned.index.keys)
     assert clf.reader.backbone.identity == clf.index.backbone == old.index.backbone
-    changes.configure(tmp_path / "f", alpha=0.0)
+    changes.configure(tmp_path / "f", alpha=0.01)
     clf = Classifier.load(tmp_path / "f", device="cpu")
-    clf.finetune(None, replace(recipe, lr=0.01))
+    clf.finetune(None, Recipe(epochs=20, lr=0.1))
     assert "not saved" in repr(clf)
     assert not np.array_equal(clf.index.keys, tuned.index.keys)
     photo, data = place / "new/red/6.png", pickle.dumps(clf.save(tmp_path / "saved"))

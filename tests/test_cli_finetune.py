@@ -10,10 +10,18 @@ from clusters import round_clusters as clusters
 from tables import unit_rows, write_table
 
 from retrieval_tip import Index, Reader, Recipe, open_source, verify
+from retrieval_tip.fit import finetune as finetuning
 from retrieval_tip.fit.finetune import finetune, finetune_into
 
 C, D = 5, 12
 NAMES = [f"class {i}" for i in range(C)]
+HELPFUL = ("--epochs", 20, "--lr", 0.03)
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    """Take several steps per epoch."""
+    monkeypatch.setattr(finetuning, "BATCH", 8)
 
 
 def views(n, seed, spread=0.02):
@@ -46,20 +54,15 @@ def place(tmp_path, run):
     return tmp_path
 
 
-def poor_settings(run, place):
-    """Change the settings of the index so that training helps."""
-    assert run("index", "set", place / "index", "--alpha", 0.001).exit_code == 0
-
-
 def tune(run, place, *more):
     return run("finetune", place / "index", "--out", place / "tuned", "--source", place / "views.parquet", *more)
 
 
 def test_python_gives_the_result_of_the_command(run, place):
-    result = tune(run, place, "--val", place / "val.parquet", "--epochs", 2, "--batch", 16, "--json")
+    result = tune(run, place, "--val", place / "val.parquet", "--epochs", 2, "--json")
     cache = Index.load(place / "index", device="cpu")
     shots, val = (open_source(place / f"{name}.parquet") for name in ("views", "val"))
-    recipe = Recipe(epochs=2, batch=16)
+    recipe = Recipe(epochs=2)
     tuned = finetune_into(place / "again", cache, shots, Reader(), recipe, val=val)
     assert tuned.facts() | {"seconds": 0} == json.loads(result.stdout) | {"seconds": 0}
     one, other = (Index.load(place / name, device="cpu") for name in ("tuned", "again"))
@@ -68,8 +71,7 @@ def test_python_gives_the_result_of_the_command(run, place):
 
 
 def test_finetune_trains_on_the_source_of_the_index_by_default(run, place):
-    poor_settings(run, place)
-    result = run("finetune", place / "index", "--out", place / "tuned", "--epochs", 2, "--alpha", 5)
+    result = run("finetune", place / "index", "--out", place / "tuned", *HELPFUL)
     assert result.exit_code == 0, result.stderr
     keys, tuned = (Index.load(place / name, device="cpu").keys for name in ("index", "tuned"))
     assert not np.array_equal(keys, tuned)
@@ -111,7 +113,7 @@ def accuracy(cache, source):
 def test_training_without_gain_is_discarded(run, place):
     """The new index has the fit and the answers of the old one."""
     index = fitted_index(run, place)
-    result = tune(run, place, "--epochs", 3, "--lr", 1, "--batch", 8, "--json")
+    result = tune(run, place, "--epochs", 3, "--lr", 1, "--json")
     assert result.exit_code == 0, result.stderr
     assert "closed-form fit" in result.stderr.splitlines()[0]
     printed = json.loads(result.stdout)
@@ -136,26 +138,24 @@ def test_the_printed_accuracy_is_of_held_out_photos(run, place):
             table.set_column(table.schema.get_field_index("label"), "label", column), place / f"{name}.parquet"
         )
     index, shots = fitted_index(run, place), open_source(place / "views.parquet")
-    assert finetune(index, shots, Reader(), Recipe(epochs=20, lr=0.01, batch=8)).curve["accuracy"][-1].as_py() > 0.9
-    printed = json.loads(tune(run, place, "--epochs", 20, "--lr", 0.01, "--batch", 8, "--json").stdout)
+    assert finetune(index, shots, Reader(), Recipe(epochs=20, lr=0.01)).index.curve["accuracy"][-1].as_py() > 0.9
+    printed = json.loads(tune(run, place, "--epochs", 20, "--lr", 0.01, "--json").stdout)
     assert max(printed["before"], printed["after"]) < 0.5
     assert printed["n"] == 60
 
 
 def test_validation_accuracy_is_printed_before_and_after_training(run, place):
-    poor_settings(run, place)
     index, val = Index.load(place / "index", device="cpu"), open_source(place / "val.parquet")
-    how = ("--val", place / "val.parquet", "--epochs", 3, "--batch", 16, "--alpha", 5, "--json")
-    printed = json.loads(tune(run, place, *how).stdout)
+    printed = json.loads(tune(run, place, "--val", place / "val.parquet", *HELPFUL, "--json").stdout)
     assert printed["kept"] == "trained"
     assert (printed["before"], printed["n"]) == (pytest.approx(accuracy(index, val)), len(val))
     assert printed["after"] == pytest.approx(accuracy(Index.load(place / "tuned", device="cpu"), val))
 
 
 def test_training_that_helps_is_kept(run, place):
-    poor_settings(run, place)
-    printed = json.loads(tune(run, place, "--epochs", 20, "--batch", 16, "--alpha", 5, "--json").stdout)
-    assert (printed["kept"], printed["alpha"]) == ("trained", 5)
+    printed = json.loads(tune(run, place, *HELPFUL, "--json").stdout)
+    own = Index.load(place / "index", device="cpu").settings
+    assert (printed["kept"], printed["alpha"]) == ("trained", own.alpha)
     assert printed["after"] > printed["before"]
 
 

@@ -20,7 +20,7 @@ from retrieval_tip.data.reader import Reader, view_names
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import finetune
-from retrieval_tip.fit.finetune import CURVE, _Material, _Run, own_shots
+from retrieval_tip.fit.finetune import CURVE, Trainer, _Material, own_shots
 from retrieval_tip.settings import Recipe, Settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,7 +28,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 C, D = 5, 12
 NAMES = [f"class {i}" for i in range(C)]
 SHOTS = 37  # classes of 8 and 7 shots
-OWN = Recipe(batch=16, epochs=4)
+OWN = Recipe(epochs=4)
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    """Take several steps per epoch."""
+    monkeypatch.setattr(finetune, "BATCH", 16)
 
 
 def index(**changes):
@@ -75,16 +81,12 @@ def accuracy(cache, n=400, seed=9):
 
 
 def losses(tuned):
-    return [row["loss"] for row in tuned.curve.to_pylist()[1:]]
+    return [row["loss"] for row in tuned.index.curve.to_pylist()[1:]]
 
 
 def without_seconds(curve):
     """Return a curve without its seconds as text, in which NaN equals NaN."""
     return repr(curve.drop(["seconds"]).to_pylist())
-
-
-def facts(tuned):
-    return tuned.index.provenance["finetune"]
 
 
 def plain(cache, shots, recipe):
@@ -101,7 +103,7 @@ def plain(cache, shots, recipe):
     values = torch.nn.Parameter(functional.one_hot(cache.class_ids).float(), requires_grad="values" in recipe.train)
     trained = [x for x in (keys, values) if x.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, eps=1e-4, weight_decay=0.01)
-    steps = recipe.epochs * math.ceil(len(ids) / recipe.batch)
+    steps = recipe.epochs * math.ceil(len(ids) / finetune.BATCH)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     history, curve = [], []
 
@@ -115,7 +117,7 @@ def plain(cache, shots, recipe):
             random = np.random.default_rng((recipe.seed, epoch))
             counts = np.array([len(own) for own in views.values()])
             rows = torch.from_numpy(counts.cumsum() - counts + random.integers(0, counts))
-            for batch in torch.from_numpy(random.permutation(len(rows))).split(recipe.batch):
+            for batch in torch.from_numpy(random.permutation(len(rows))).split(finetune.BATCH):
                 logits = logits_of(features[rows[batch]])
                 loss = functional.cross_entropy(logits, ids[batch])
                 optimizer.zero_grad()
@@ -137,19 +139,19 @@ def test_twenty_epochs_match_plain_torch(shots, val, train, with_val):
     cache, recipe = index(), replace(OWN, epochs=20, train=train, seed=4)
     tuned = finetune.finetune(cache, shots, Reader(), recipe, val=val if with_val else None)
     history, curve = plain(cache, shots, recipe)
-    keys, values = history[tuned.epoch]
+    keys, values = history[tuned.record["epoch"]]
     found = torch.from_numpy(tuned.index.keys)
     assert float((found - keys).norm() / keys.norm()) < 1e-5
-    if "keys" in train and tuned.epoch:
+    if "keys" in train and tuned.record["epoch"]:
         moved = keys - torch.from_numpy(cache.keys)
         assert float((found - keys).norm() / moved.norm()) < 1e-4
-        assert float(moved.abs().max()) > 0.01 or tuned.epoch < 20
+        assert float(moved.abs().max()) > 0.01 or tuned.record["epoch"] < 20
     elif "keys" not in train:
         assert np.array_equal(tuned.index.keys, cache.keys)
     assert (tuned.index.values is not None) == ("values" in train)
-    if tuned.index.values is not None and tuned.epoch:
+    if tuned.index.values is not None and tuned.record["epoch"]:
         assert float((tuned.index.values - values).norm() / (values - values.round()).norm()) < 1e-4
-    rows = tuned.curve.to_pylist()
+    rows = tuned.index.curve.to_pylist()
     assert [row["epoch"] for row in rows] == list(range(21))
     assert math.isnan(rows[0]["loss"])
     assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
@@ -160,19 +162,19 @@ def test_twenty_epochs_match_plain_torch(shots, val, train, with_val):
         np.testing.assert_allclose(np.array(by_column[2:]).T, curve[:, 2:], rtol=1e-5)
     else:
         assert np.isnan(by_column[2:]).all()
-        assert (tuned.epoch, tuned.choice, tuned.collapsed) == (20, None, None)
+        assert (tuned.record["epoch"], tuned.choice, tuned.record["collapsed"]) == (20, None, None)
         assert (tuned.index.settings.alpha, tuned.index.settings.beta) == (1.0, 5.5)
         assert tuned.index.provenance["alpha"] == "finetune"
 
 
 def test_only_the_same_seed_gives_the_same_bits(shots, val):
-    recipe = Recipe(batch=16, epochs=4, train=("keys", "values"))
+    recipe = replace(OWN, train=("keys", "values"))
     one, same, other = (
         finetune.finetune(index(), shots, Reader(), replace(recipe, seed=seed), val=val) for seed in (1, 1, 2)
     )
     assert np.array_equal(one.index.keys, same.index.keys)
     assert torch.equal(one.index.values, same.index.values)
-    assert without_seconds(one.curve) == without_seconds(same.curve)
+    assert without_seconds(one.index.curve) == without_seconds(same.index.curve)
     assert not np.array_equal(one.index.keys, other.index.keys)
 
 
@@ -183,7 +185,7 @@ def test_the_result_can_be_saved_with_its_provenance(shots, val, tmp_path, train
     cache = Index.load(tmp_path / "parent", device="cpu")
     cache.settings = cache.settings.override(temperature=3.0)
     keys, text, before = np.array(cache.keys), cache.text_weights.clone(), cache.__dict__.copy()
-    tuned = finetune.finetune(cache, shots, Reader(), Recipe(batch=16, train=train), val=val)
+    tuned = finetune.finetune(cache, shots, Reader(), Recipe(train=train), val=val)
     assert before.keys() <= cache.__dict__.keys()
     assert {name for name in before if before[name] is not cache.__dict__[name]} == set()
     assert np.array_equal(cache.keys, keys)
@@ -194,17 +196,17 @@ def test_the_result_can_be_saved_with_its_provenance(shots, val, tmp_path, train
     assert torch.equal(found.logits(rows), tuned.index.logits(rows))
     assert not torch.equal(found.logits(rows), cache.logits(rows))
     assert (without_seconds(found.curve), found.curve["seconds"]) == (
-        without_seconds(tuned.curve),
-        tuned.curve["seconds"],
+        without_seconds(tuned.index.curve),
+        tuned.index.curve["seconds"],
     )
     assert found.curve.schema == CURVE
     assert (found.values is not None) == ("values" in train)
     assert found.settings.temperature == 1.0
     assert "temperature" not in found.provenance
     record = found.provenance["finetune"]
-    assert record == json.loads(json.dumps(facts(tuned)))
+    assert record == json.loads(json.dumps(tuned.record))
     expected = {"parent": str(tmp_path / "parent"), "parent_version": 1, "train": list(train), "epochs": 20, "seed": 1}
-    expected |= {"lr": 1e-3, "epoch": tuned.epoch}
+    expected |= {"lr": 1e-3, "epoch": tuned.record["epoch"]}
     expected |= {"shots": shots.name, "val": val.name, "collapsed": None}
     assert {name: record[name] for name in expected} == expected
     assert (found.provenance["alpha"], found.provenance["normalize"]) == ("search-hp", "both")
@@ -242,18 +244,18 @@ def kept_by_definition(curve, n):
     return max(e for e, (a, _) in enumerate(curve) if a >= best - math.sqrt(best * (1 - best) / n))
 
 
-def train_with_curve(run, curve):
-    """Train with epochs that add 1 to every key, and a validation that gives this curve of accuracy and loss."""
+def train_with_curve(monkeypatch, cache, material, curve):
+    """Train with epochs that add 0.001 to every key, and a validation that gives this curve of accuracy and loss."""
     made = iter(curve)
 
-    def step(queries, ids, lr):
+    def step(trainer, queries, ids, lr):
         with torch.no_grad():
-            run.trainer.keys += 1
+            trainer.keys += 0.001
         return 1.0, len(ids)
 
-    run.trainer.step = step
-    run._validate = lambda: next(made)[::-1]
-    run.train()
+    monkeypatch.setattr(Trainer, "step", step)
+    monkeypatch.setattr(Trainer, "evaluate", lambda *_: next(made)[::-1])
+    return finetune._trained(cache, material, replace(OWN, epochs=len(curve) - 1))
 
 
 @pytest.fixture(scope="module")
@@ -263,8 +265,9 @@ def material(tmp_path_factory):
     return _Material.of(index(), shots, Reader(), OWN, val)
 
 
-def test_the_kept_epoch_follows_the_rule(material):
+def test_the_kept_epoch_follows_the_rule(material, monkeypatch):
     kept = set()
+    monkeypatch.setattr(finetune, "BATCH", 1024)
 
     @settings(max_examples=examples(150), deadline=None)
     @example([(30, 1.0), (30, 1.0), (24, 0.5)])  # no epoch is better: a lower loss does not outweigh accuracy
@@ -274,12 +277,12 @@ def test_the_kept_epoch_follows_the_rule(material):
     def check(made):
         curve = [(right / 60, loss) for right, loss in made]
         cache = index()
-        run = _Run(cache, material, replace(OWN, batch=1024, epochs=len(curve) - 1))
-        train_with_curve(run, curve)
-        assert run.kept_epoch == kept_by_definition(curve, 60)
-        np.testing.assert_allclose(run.kept["keys"] - run.kept_epoch, cache.keys, atol=1e-5)
-        assert len(run.curve) == len(curve)  # all epochs ran
-        kept.add(min(run.kept_epoch, 2))
+        tuned = train_with_curve(monkeypatch, cache, material, curve)
+        epoch = tuned.record["epoch"]
+        assert epoch == kept_by_definition(curve, 60)
+        np.testing.assert_allclose(tuned.index.keys - 0.001 * epoch, cache.keys, atol=1e-4)
+        assert len(tuned.index.curve) == len(curve)  # all epochs ran
+        kept.add(min(epoch, 2))
 
     check()
     assert kept == {0, 1, 2}
@@ -288,24 +291,25 @@ def test_the_kept_epoch_follows_the_rule(material):
 @pytest.mark.parametrize("train", [("keys",), ("values",)])
 @pytest.mark.parametrize("with_val", [False, True])
 @pytest.mark.parametrize(("lr", "epochs", "batch"), [(1e4, 4, 16), (1e37, 4, 16), (1e37, 1, 1024)])
-def test_a_collapse_is_reported_and_discarded(shots, val, tmp_path, caplog, train, with_val, lr, epochs, batch):
-    cache = index()
-    recipe = replace(OWN, train=train, lr=lr, epochs=epochs, batch=batch)
+def test_a_collapse_is_reported_and_discarded(
+    shots, val, tmp_path, caplog, monkeypatch, train, with_val, lr, epochs, batch
+):
+    monkeypatch.setattr(finetune, "BATCH", batch)
+    cache, recipe = index(), replace(OWN, train=train, lr=lr, epochs=epochs)
     tuned = finetune.finetune(cache, shots, Reader(), recipe, val=val if with_val else None)
     fell = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    if tuned.collapsed is None:  # no collapse: the kept epoch is sound
+    if tuned.record["collapsed"] is None:  # no collapse: the kept epoch is sound
         assert not any("collapsed" in message for message in fell)
     else:
-        assert fell == [f"training collapsed: {tuned.collapsed}; kept epoch {tuned.epoch}"]
-        assert facts(tuned)["collapsed"] == tuned.collapsed
-        assert tuned.epoch < len(tuned.curve) - 1 <= epochs
+        assert fell == ["training collapsed: {collapsed}; kept epoch {epoch}".format(**tuned.record)]
+        assert tuned.record["epoch"] < len(tuned.index.curve) - 1 <= epochs
     if "keys" in train:  # an exponential overflows, but values may be of any size
-        assert tuned.collapsed is not None
+        assert tuned.record["collapsed"] is not None
     tuned.save(tmp_path / "tuned")
     found = verify(tmp_path / "tuned")
     rows, _ = clusters(40, C, D, 3)
     assert torch.isfinite(found.logits(rows)).all()
-    if tuned.epoch == 0:
+    if tuned.record["epoch"] == 0:
         assert np.array_equal(found.keys, cache.keys)
 
 
@@ -333,7 +337,7 @@ def test_shots_and_validation_images_must_match_the_index(shots, tmp_path):
     ("changes", "named"),
     [
         *(({"train": train}, "train") for train in ((), ("keys", "keys"), ("tower",))),
-        *(({name: value}, f"{name} is {value}") for name in ("epochs", "batch") for value in (0, 2.5)),
+        *(({name: value}, f"{name} is {value}") for name in ("epochs",) for value in (0, 2.5)),
         *(({"seed": value}, "seed") for value in (-1, 2.5)),
         *(({"lr": value}, "lr is") for value in (0.0, math.nan, math.inf)),
         ({"train": ("visual",)}, "train visual"),
@@ -343,11 +347,11 @@ def test_invalid_recipes_are_refused_in_one_line(changes, named):
     with pytest.raises(UsageError, match=f"^{named}") as error:
         Recipe(**changes)
     assert "\n" not in str(error.value)
-    Recipe(epochs=1, batch=1, seed=0, train=("keys", "values"))
+    Recipe(epochs=1, seed=0, train=("keys", "values"))
 
 
 def test_holding_out_shots_does_not_change_the_training(shots, tmp_path):
-    cache, recipe = index(alpha=1e-3), replace(OWN, epochs=20, alpha=100)  # so that training helps
+    cache, recipe = index(), replace(OWN, epochs=20, lr=0.03)  # so that training helps
     plain = finetune.finetune(cache, shots, Reader(), recipe)
     tuned = finetune.finetune_into(tmp_path / "tuned", cache, shots, Reader(), recipe)
     assert np.array_equal(tuned.index.keys, plain.index.keys)
@@ -364,9 +368,9 @@ def photos(things):
 def test_validation_images_have_one_view_for_any_encoder_settings(lit_mini, photos):
     cache, source = photos
     shots, val = source.take([0, 1, 8, 9, 16]), source.take([2, 10, 18])
-    recipe = replace(OWN, batch=5, epochs=2)
+    recipe = replace(OWN, epochs=2)
     one, other = (
-        finetune.finetune(cache, shots, Reader(lit_mini, views=views, seed=seed), recipe, val=val).curve
+        finetune.finetune(cache, shots, Reader(lit_mini, views=views, seed=seed), recipe, val=val).index.curve
         for views, seed in ((1, 1), (4, 7))
     )
     assert without_seconds(one) == without_seconds(other)
@@ -375,7 +379,7 @@ def test_validation_images_have_one_view_for_any_encoder_settings(lit_mini, phot
 def test_training_draws_one_view_of_each_photo(lit_mini, photos, monkeypatch):
     monkeypatch.setattr(finetune, "VIEWS", 3)
     cache, source = photos
-    recipe = Recipe(batch=5)
+    recipe = Recipe()
     first = [source.labels.index(name) for name in cache.class_names[:3]]
     chosen = source.take([first[0], first[0], first[0] + 1, first[1], first[1] + 1, first[2], first[0] + 1])
     material, seen = _Material.of(cache, chosen, Reader(lit_mini), recipe, None), set()
@@ -422,7 +426,7 @@ def test_training_on_a_gpu_matches_the_cpu(shots, val, train):
     )
     assert np.array_equal(gpu.index.keys, again.index.keys)
     moved_by = cpu.index.keys - index().keys
-    assert cpu.epoch == gpu.epoch
+    assert cpu.record["epoch"] == gpu.record["epoch"]
     assert np.linalg.norm(gpu.index.keys - cpu.index.keys) < 1e-2 * np.linalg.norm(moved_by)
     np.testing.assert_allclose(losses(gpu), losses(cpu), rtol=1e-3)
     assert abs(accuracy(gpu.index) - accuracy(cpu.index)) <= 0.01

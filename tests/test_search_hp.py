@@ -18,6 +18,7 @@ from retrieval_tip.fit import search_hp
 from retrieval_tip.fit.folds import Queries
 from retrieval_tip.fit.search_hp import right_between, search
 from retrieval_tip.model import Index
+from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.settings import Settings
 
 C, D = 5, 12
@@ -67,11 +68,13 @@ def best_over_alphas(text, alone, y):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_search_finds_the_best_accuracy_over_all_alphas_and_betas(seed):
+def test_the_search_finds_the_best_accuracy_over_all_alphas_and_betas(seed, monkeypatch):
     cache = small_cache()
+    cache.settings = cache.settings.override(alpha=0.0, beta=0.5)  # the text is random
     queries = queries_of(cache, seed=seed)
     betas = [0.5, 2.0, 5.5, 12.0]
-    choice = search(cache, queries, betas=betas, kept=(0.0, 0.5))  # the text is random
+    monkeypatch.setattr(search_hp, "BETAS", np.array(betas))
+    choice = search(cache, queries)
     best = max(best_over_alphas(*dense(cache, queries.features, beta), queries.ids) for beta in betas)
     assert round(choice.accuracy * len(queries.ids)) == round(choice.best * len(queries.ids)) == best
     # the model has this accuracy with the chosen alpha, and at both ends of the interval
@@ -149,18 +152,16 @@ def test_the_search_may_choose_text_alone_or_cache_alone():
     keys, key_ids = clusters(30, C, D, 1, spread=0.2)
     names = list("abcde")
 
-    def chosen(weights, labels):
-        cache = Index.from_features(keys, labels, names, weights, settings=Settings(logit_scale=10.0), device="cpu")
+    def chosen(weights, labels, alpha):
+        own = Settings(alpha=alpha, logit_scale=10.0)  # all answers are wrong
+        cache = Index.from_features(keys, labels, names, weights, settings=own, device="cpu")
         return search(cache, Queries(features, ids, "x"))
 
     right = centres / np.linalg.norm(centres, axis=1, keepdims=True)
-    text = chosen(right, (key_ids + 1) % C)  # every key is labelled wrongly
-    assert (text.part, text.accuracy, text.zero_shot) == ("text", 1.0, 1.0)
-    assert text.interval[0] == 0
-    alone = chosen(right[::-1].copy(), key_ids)  # the text is wrong
-    assert (alone.part, alone.cache_alone) == ("cache", 1.0)
-    assert alone.interval[1] == np.inf
-    assert alone.accuracy == 1.0
+    text = chosen(right, (key_ids + 1) % C, 1e3)  # every key is labelled wrongly
+    assert (text.accuracy, text.zero_shot, text.interval[0]) == (1.0, 1.0, 0)
+    alone = chosen(right[::-1].copy(), key_ids, 0.0)  # the text is wrong
+    assert (alone.accuracy, alone.cache_alone, alone.interval[1]) == (1.0, 1.0, np.inf)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 20.0])
@@ -168,7 +169,7 @@ def test_the_printed_accuracy_is_that_of_the_index(gamma):
     cache = small_cache()
     cache.settings = cache.settings.override(gamma=gamma)
     queries = queries_of(cache)
-    choice = search(cache, queries, betas=[1.0, 6.0])
+    choice = search(cache, queries)
     cache.settings = choice.settings(cache.settings)
     answers = cache.logits(queries.features).argmax(1).numpy()
     assert choice.accuracy == pytest.approx((answers == queries.ids).mean())
@@ -239,27 +240,24 @@ def test_the_choice_becomes_a_version_with_its_provenance(run, shared, tmp_path)
     assert result["alpha"] == facts["alpha"]
 
 
-@pytest.mark.parametrize("kept", [None, (0.02, 4.321)])
-def test_a_cautious_search_changes_the_settings_only_on_significant_evidence(kept):
-    """It starts from the settings without a search, or after fine-tuning from given ones."""
-    from retrieval_tip.retrieval.defaults import untouched_settings
-
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_cautious_search_changes_the_settings_only_on_significant_evidence(trained):
     noise = np.random.default_rng(0).standard_normal(ONE_HOT.shape).astype(np.float32)
-    cache = small_cache(values=None if kept is None else ONE_HOT + 0.2 * noise)
+    cache = small_cache(values=ONE_HOT + 0.2 * noise if trained else None)
     cache = replace(cache, text_weights=torch.from_numpy(centres_of(400, 7)))
-    plain = untouched_settings(cache.keys, cache.labels["class_id"].to_numpy())
-    alpha, beta = kept or plain
+    alpha, beta = (0.02, 4.321) if trained else untouched_settings(cache.keys, cache.labels["class_id"].to_numpy())
     cache.settings = cache.settings.override(alpha=alpha, beta=beta)
-    said, number = "kept the settings (" if kept else "kept the untouched settings", 0
+    number = 0
     for seed in range(8):
         queries = queries_of(cache, 12, seed)
-        careful = search(cache, queries, kept=kept)
+        careful = search(cache, queries)
         assert careful.accuracy <= careful.best
         right = cache.logits(queries.features).argmax(1).numpy() == queries.ids
         if (careful.alpha, careful.beta) == (alpha, beta):
             assert careful.accuracy == right.mean()
             if careful.best > careful.accuracy:
-                assert any(warning.startswith(said) and "by chance" in warning for warning in careful.warnings)
+                kept = [warning for warning in careful.warnings if warning.startswith("kept the settings (")]
+                assert "by chance" in kept[0]
                 number += 1
         else:  # the chosen settings are better on almost every query with different answers
             assert careful.accuracy > right.mean()
@@ -268,10 +266,9 @@ def test_a_cautious_search_changes_the_settings_only_on_significant_evidence(kep
     features, ids = clusters(200, C, D, 2, spread=0.2)
     centres = torch.from_numpy(centres_of(200, 2))
     wrong = replace(small_cache(spread=0.2, values=-20 * ONE_HOT), text_weights=centres)
-    moved = search(wrong, Queries(features, ids, "x"), kept=kept and (50.0, 4.0))
+    wrong.settings = wrong.settings.override(alpha=50.0, beta=4.0)
+    moved = search(wrong, Queries(features, ids, "x"))
     assert moved.accuracy == moved.best == 1.0
-    with pytest.raises(UsageError, match=r"^alpha is -1"):
-        search(cache, queries, kept=(-1.0, 2.0))
 
 
 @pytest.mark.parametrize("kind", ["Classes", "Flat"])

@@ -106,10 +106,7 @@ _RECIPE = {
         click.Choice(TRAINED), multiple=True, default=("keys",), callback=lambda *given: tuple(dict.fromkeys(given[-1]))
     ),
     "epochs": option(kinds.count("epochs"), default=Recipe.epochs),
-    "batch": option(kinds.count("batch"), default=Recipe.batch),
     "lr": option(kinds.POSITIVE, default=Recipe.lr),
-    "alpha": option(kinds.NUMBER),
-    "beta": option(kinds.NUMBER),
     "seed": option(kinds.SEED, default=Recipe.seed),
 }
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -42,8 +42,8 @@ log = logging.getLogger(__name__)
 
 BLOCK, GPU_BLOCK = 2048, 65536
 """Keys per block on a CPU, where a block should fit in the cache (benchmarks/gpu.py), and on a GPU."""
-QUERIES = 256
-"""Number of queries per batch in an evaluation."""
+BATCH = 256
+"""Number of queries per step, and per block of an evaluation."""
 VIEWS = 16
 """Number of augmented views of each photo, which are encoded once. Each epoch draws one of them."""
 EPSILON = 1e-4
@@ -100,7 +100,7 @@ class Trainer:
     def evaluate(self, features: Tensor, ids: Tensor) -> tuple[float, float]:
         """Return the mean cross-entropy and the accuracy on queries."""
         loss, right = 0.0, 0
-        for f, y in zip(features.split(QUERIES), ids.to(self.index.device).split(QUERIES), strict=True):
+        for f, y in zip(features.split(BATCH), ids.to(self.index.device).split(BATCH), strict=True):
             logits = self._logits(f)
             loss += float(functional.cross_entropy(logits, y, reduction="sum"))
             right += int((logits.argmax(dim=1) == y).sum())
@@ -159,21 +159,16 @@ class Tuned:
 
     - ``index``: the new index, which is written to disk by :meth:`save`. It is a copy of the given index if training
       did not help.
-    - ``epoch``: the epoch that was kept, or 0 if no epoch improved on the untrained index
-    - ``curve``: a table with the columns of :data:`CURVE`
-    - ``collapsed``: a description of how training collapsed, or ``None``
+    - ``record``: a description of the run, with the ``epoch`` that was kept, or 0 if no epoch improved on the untrained
+      index, and with ``collapsed``, which tells how training collapsed, or is ``None``
     - ``choice``: the result of the search for alpha and beta after training, or ``None`` if there are no validation
       images
-    - ``record``: a description of the run
     - ``compared``: the accuracy before and after training, as measured by :func:`finetune_into`, or ``None``
     """
 
     index: Index
-    epoch: int
-    curve: pa.Table
-    collapsed: str | None
+    record: dict[str, Any]
     choice: search_hp.HyperparameterChoice | None
-    record: dict[str, object]
     compared: Comparison | None = None
 
     @property
@@ -187,16 +182,16 @@ class Tuned:
 
     def facts(self) -> dict[str, object]:
         """Return the figures that the command line prints. A figure that was not measured is ``None``."""
-        compared, kept = self.compared, None if self.as_it_was else self.epoch
-        facts: dict[str, object] = {"version": self.index.version, "kept": "as it was" if kept is None else "trained"}
+        compared, curve = self.compared, None if self.as_it_was else self.index.curve
+        facts: dict[str, object] = {"version": self.index.version, "kept": "as it was" if curve is None else "trained"}
         facts |= {name: compared and getattr(compared, name) for name in ("before", "after", "n", "source")}
-        facts |= {"trained": self.record["train"], "epoch": kept}
+        facts |= {"trained": self.record["train"], "epoch": curve and self.record["epoch"]}
         for name in ("loss", "accuracy"):
-            value = math.nan if kept is None else self.curve[name][kept].as_py()
+            value = math.nan if curve is None else curve[name][self.record["epoch"]].as_py()
             facts[f"train_{name}"] = None if math.isnan(value) else value
         shown = self.index.settings.shown()
         facts |= {name: shown[name] for name in ("alpha", "beta", "k")}
-        return facts | {"collapsed": self.collapsed, "seconds": self.record["seconds"]}
+        return facts | {name: self.record[name] for name in ("collapsed", "seconds")}
 
 
 def finetune_into(
@@ -220,8 +215,7 @@ def finetune_into(
     if queries is not None and tuned.choice is not None:
         before = _right(index, queries.features, queries.ids) / len(queries.ids)
         compared = Comparison(before, tuned.choice.accuracy, len(queries.ids), queries.name)
-    if tuned.collapsed is not None:
-        _warn(tuned)
+    _warn(tuned)
     tuned = replace(tuned, compared=compared)
     if compared is None:
         log.warning("no photo could be held out to evaluate the training, since no class has two; give --val")
@@ -268,21 +262,77 @@ def _trained(
     index: Index, material: _Material, recipe: Recipe,
     on_epoch: Callable[[Mapping[str, float]], None] = lambda _: None,
 ) -> Tuned:  # fmt: skip
-    """Train Tip-Adapter over the keys of an index, with the recipe's alpha and beta."""
-    plain = closed_form.unfitted(index)
-    plain = plain.with_settings(plain.settings.override(alpha=recipe.alpha, beta=recipe.beta))
+    """Train Tip-Adapter over the keys of an index, and keep the weights of one epoch (see :func:`finetune`)."""
+    plain, queries, began = closed_form.unfitted(index), material.queries, time.monotonic()
     if plain.device == "cpu":
-        queries = min(recipe.batch, len(material.ids))
-        check_memory(4 * queries * plain.n, f"batch {queries} x {plain.n} keys", "use a smaller batch")
-    run = _Run(plain, material, recipe, on_epoch)
-    run.train()
-    return run.result()
+        size = min(BATCH, len(material.ids))
+        check_memory(4 * size * plain.n, f"steps of {size} queries x {plain.n} keys", "fine-tune fewer keys")
+    trainer, curve, best, collapsed = Trainer(plain, recipe), list[dict[str, float]](), 0.0, None
+    untrained = epoch, kept = 0, trainer.trained()
+    for loss, accuracy, *held in _epochs(trainer, material, recipe):
+        own = {"epoch": len(curve), "loss": loss, "accuracy": accuracy}
+        own["val_loss"], own["val_accuracy"] = (math.nan, math.nan) if queries is None else held
+        curve.append(own | {"seconds": time.monotonic() - began})
+        on_epoch(dict(curve[-1]))
+        if not math.isfinite(held[0]):
+            collapsed = f"the loss is not finite in epoch {len(curve) - 1}"
+            break
+        best = max(best, held[1])
+        error = math.inf if queries is None else math.sqrt(best * (1 - best) / len(queries.ids))
+        if held[1] >= best - error:
+            epoch, kept = len(curve) - 1, trainer.trained()
+    first, *later = [(own["val_accuracy"], -own["val_loss"]) for own in curve]
+    if queries is not None and not any(other > first for other in later):
+        epoch, kept = untrained
+    trainer.restore(kept)
+    record: dict[str, Any] = {
+        "parent": plain.place, "parent_version": plain.version, **asdict(recipe), "train": list(recipe.train),
+        "alpha": plain.settings.alpha, "beta": plain.settings.beta, "epoch": epoch, "collapsed": collapsed,
+        "seconds": round(curve[-1]["seconds"], 3), "shots": material.source,
+        "val": None if queries is None else queries.name,
+    }  # fmt: skip
+    before = {name: value for name, value in plain.provenance.items() if name != "temperature"}
+    made = replace(
+        plain,
+        rows=ArrayRows(trainer.keys.detach().cpu().numpy().astype(plain.dtype), plain.labels, trainer.values),
+        factory=plain.index_type,
+        settings=replace(plain.settings, temperature=1.0),
+        provenance=before | {"alpha": "finetune", "beta": "finetune", "finetune": record},
+        curve=pa.Table.from_pylist(curve, schema=CURVE),
+    )
+    choice = None if queries is None else search_hp.search(made, queries)
+    if choice is not None:
+        search_hp.apply(made, choice)
+    return Tuned(made, record, choice)
+
+
+def _epochs(trainer: Trainer, material: _Material, recipe: Recipe) -> Iterator[tuple[float, float, float, float]]:
+    """Train, and yield the loss and the accuracy before training, which are NaN, and of each epoch.
+
+    Then come those after the epoch, on the validation images or on the last batch. They are NaN if a step fails.
+    """
+    val, steps = material.queries, math.ceil(len(material.ids) / BATCH)
+    held = None if val is None else (torch.from_numpy(val.features), torch.from_numpy(val.ids))
+    yield math.nan, math.nan, *trainer.evaluate(*held or next(material.batches(recipe, 0)))
+    with tqdm(total=recipe.epochs * steps, unit="step", disable=not material.progress or None, leave=False) as bar:
+        for epoch in range(recipe.epochs):
+            loss, right, seen = 0.0, 0, 0
+            for step, batch in enumerate(material.batches(recipe, epoch), epoch * steps):
+                mean, hits = trainer.step(*batch, cosine(step, recipe.epochs * steps, recipe.lr))
+                loss, right, seen = loss + mean * len(batch[1]), right + hits, seen + len(batch[1])
+                bar.update()
+                bar.set_postfix(loss=f"{loss / seen:.3f}", accuracy=f"{right / seen:.3f}", epoch=epoch + 1)
+                if not math.isfinite(mean):
+                    break
+            after = trainer.evaluate(*held or batch) if math.isfinite(mean) else (math.nan, math.nan)
+            yield loss / seen, right / seen, *after
 
 
 def _warn(tuned: Tuned) -> None:
-    if tuned.collapsed is not None:
-        log.warning("training collapsed: %s; kept epoch %d", tuned.collapsed, tuned.epoch)
-    elif tuned.epoch == 0:
+    epoch, collapsed = tuned.record["epoch"], tuned.record["collapsed"]
+    if collapsed is not None:
+        log.warning("training collapsed: %s; kept epoch %d", collapsed, epoch)
+    elif epoch == 0:
         log.warning("no epoch improved the accuracy on the validation photos; the keys stay untrained")
 
 
@@ -304,7 +354,7 @@ def _compared(index: Index, material: _Material, recipe: Recipe) -> tuple[Compar
             closed_form.fit(rest, forms=like(index.fitted))
         for i, model in enumerate((rest, tuned.index)):
             right[i] += _right(model, held.features.numpy(), held.ids.numpy())
-        n, seconds = n + len(held.ids), seconds + tuned.curve["seconds"][-1].as_py()
+        n, seconds = n + len(held.ids), seconds + tuned.record["seconds"]
     if tuned is None:
         return None, None
     tuned.record["seconds"] = round(seconds, 3)
@@ -383,91 +433,6 @@ class _Material:
         random = np.random.default_rng((recipe.seed, epoch))
         view = random.integers(0, [len(own) for own in self.views])
         order = random.permutation(len(self.ids))
-        for part in slices(len(order), recipe.batch):
+        for part in slices(len(order), BATCH):
             features = np.stack([self.views[shot][view[shot]] for shot in order[part]])
             yield torch.from_numpy(features), torch.from_numpy(self.ids[order[part]])
-
-
-class _Run:
-    """A training run. ``kept`` are the trained matrices of the epoch that is kept."""
-
-    def __init__(
-        self, index: Index, material: _Material, recipe: Recipe,
-        on_epoch: Callable[[Mapping[str, float]], None] = lambda _: None,
-    ) -> None:  # fmt: skip
-        self.index, self.material, self.recipe, self.on_epoch = index, material, recipe, on_epoch
-        self.trainer, self.began = Trainer(index, recipe), time.monotonic()
-        self.curve: list[dict[str, float]] = []
-        self.kept_epoch, self.kept = 0, self.trainer.trained()
-        self.collapsed: str | None = None
-
-    def train(self) -> None:
-        untrained, hidden = self.kept, None if self.material.progress else True
-        steps = math.ceil(len(self.material.ids) / self.recipe.batch)
-        self._record(math.nan, math.nan)
-        with tqdm(total=self.recipe.epochs * steps, unit="step", disable=hidden, leave=False) as bar:
-            while len(self.curve) <= self.recipe.epochs and self.collapsed is None:
-                self._one_epoch(steps, bar)
-        if self.material.queries is not None:  # keep the untrained state if no epoch was more accurate
-            first, *later = [(row["val_accuracy"], -row["val_loss"]) for row in self.curve]
-            if all(not other > first for other in later):
-                self.kept_epoch, self.kept = 0, untrained
-
-    def _one_epoch(self, steps: int, bar: tqdm[NoReturn]) -> None:
-        epoch, loss, right, seen = len(self.curve), 0.0, 0, 0
-        for step, (queries, ids) in enumerate(self.material.batches(self.recipe, epoch - 1), (epoch - 1) * steps):
-            mean, hits = self.trainer.step(queries, ids, cosine(step, self.recipe.epochs * steps, self.recipe.lr))
-            loss, right, seen = loss + mean * len(ids), right + hits, seen + len(ids)
-            bar.update()
-            bar.set_postfix(loss=f"{loss / seen:.3f}", accuracy=f"{right / seen:.3f}", epoch=epoch)
-            if not math.isfinite(mean):
-                break
-        finite = math.isfinite(mean) and math.isfinite(self.trainer.evaluate(queries, ids)[0])
-        self._record(loss / seen, right / seen, finite=finite)
-
-    def _record(self, loss: float, accuracy: float, *, finite: bool = True) -> None:
-        epoch, queries = len(self.curve), self.material.queries
-        row: dict[str, float] = {"epoch": epoch, "loss": loss, "accuracy": accuracy}
-        row["val_loss"], row["val_accuracy"] = self._validate() if finite else (math.nan, math.nan)
-        row["seconds"] = time.monotonic() - self.began
-        self.curve.append(row)
-        if not finite or (epoch and queries is not None and not math.isfinite(row["val_loss"])):
-            self.collapsed = f"the loss is not finite in epoch {epoch}"
-        best = max(row["val_accuracy"] for row in self.curve)
-        error = 0.0 if queries is None else math.sqrt(best * (1 - best) / len(queries.ids))  # a standard error
-        if self.collapsed is None and (queries is None or row["val_accuracy"] >= best - error):
-            self.kept_epoch, self.kept = epoch, self.trainer.trained()
-        self.on_epoch(dict(row))
-
-    def _validate(self) -> tuple[float, float]:
-        queries = self.material.queries
-        if queries is None:
-            return math.nan, math.nan
-        features, ids = (torch.from_numpy(part).to(self.index.device) for part in (queries.features, queries.ids))
-        return self.trainer.evaluate(features, ids)
-
-    def result(self) -> Tuned:
-        self.trainer.restore(self.kept)
-        keys = self.trainer.keys.detach().cpu().numpy().astype(self.index.dtype)
-        kept = {name: value for name, value in self.index.provenance.items() if name != "temperature"}
-        queries, curve = self.material.queries, pa.Table.from_pylist(self.curve, schema=CURVE)
-        record: dict[str, object] = {
-            "parent": self.index.place, "parent_version": self.index.version, **asdict(self.recipe),
-            "train": list(self.recipe.train), "alpha": self.index.settings.alpha, "beta": self.index.settings.beta,
-            "epoch": self.kept_epoch, "collapsed": self.collapsed, "seconds": round(self.curve[-1]["seconds"], 3),
-            "shots": self.material.source, "val": None if queries is None else queries.name,
-        }  # fmt: skip
-        index = replace(
-            self.index,
-            rows=ArrayRows(keys, self.index.labels, self.trainer.values),
-            factory=self.index.index_type,
-            settings=replace(self.index.settings, temperature=1.0),
-            provenance=kept | {"alpha": "finetune", "beta": "finetune", "finetune": record},
-            curve=curve,
-        )
-        choice = None
-        if queries is not None:
-            settings = (index.settings.alpha, index.settings.beta)
-            choice = search_hp.search(index, queries, kept=settings)
-            search_hp.apply(index, choice)
-        return Tuned(index, self.kept_epoch, curve, self.collapsed, choice, record)

@@ -11,7 +11,6 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,22 +23,19 @@ from retrieval_tip.errors import InputError
 from retrieval_tip.fit.folds import Queries, wilson
 from retrieval_tip.fit.scatter import FloatArray
 from retrieval_tip.model import Index
-from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.sets import Bools
 from retrieval_tip.settings import Settings
 
 BETAS = np.geomspace(0.1, 100, 31)
 """Betas to try. Neighbouring values differ by a factor of 1.26. Accuracy changes slowly on this scale."""
 
-Part = Literal["both", "text", "cache"]
-
 
 @dataclass(frozen=True)
 class HyperparameterChoice:
     """The selected settings, together with the evidence for them.
 
-    - ``interval``: the alphas that give the same validation ``accuracy``; ``alpha`` is the middle of the interval
-    - ``part``: ``text`` if the interval reaches 0, ``cache`` if it has no upper end, and ``both`` otherwise
+    - ``interval``: the alphas that give the same validation ``accuracy``; ``alpha`` is the middle of the interval. The
+      text alone is as good if it starts at 0, and the cache alone if it has no upper end.
     - ``best``: the highest accuracy that was found, which a cautious search may not select
     - ``zero_shot``: the accuracy at alpha 0
     - ``cache_alone``: the best accuracy using only the cache, for any beta
@@ -49,7 +45,6 @@ class HyperparameterChoice:
 
     alpha: float
     beta: float
-    part: Part
     accuracy: float
     best: float
     interval: tuple[float, float]
@@ -77,7 +72,6 @@ class HyperparameterChoice:
             "accuracy": round(self.accuracy, 6),
             "best": round(self.best, 6),
             "interval_95": [round(self.low, 6), round(self.high, 6)],
-            "part": self.part,
         }
 
 
@@ -103,34 +97,20 @@ def apply(index: Index, choice: HyperparameterChoice, folder: str | os.PathLike[
         index.save(folder, "search-hp")
 
 
-def search(
-    index: Index, queries: Queries, *, betas: Sequence[float] | None = None, kept: tuple[float, float] | None = None
-) -> HyperparameterChoice:  # fmt: skip
+def search(index: Index, queries: Queries) -> HyperparameterChoice:
     """Select the alpha and beta that give the highest accuracy on the queries, which use all keys.
 
-    The untouched settings (:mod:`defaults`) stay unless the best settings are significantly better (paired test, 95 %).
-    Ties go to the widest interval of alpha, measured as a ratio. If queries do not see all keys, the settings are valid
-    for the whole index (see :meth:`folds.Visible.terms`).
+    The settings of the index stay unless the best settings are significantly better (paired test, 95 %). Ties go to the
+    widest interval of alpha, measured as a ratio. :data:`BETAS` are tried, or only the present beta if values were
+    solved for it. If queries do not see all keys, the settings are valid for the whole index (see
+    :meth:`folds.Visible.terms`).
 
-    Args:
-        index: The index. Its own alpha, beta and k are ignored.
-        queries: The queries, from :func:`on_validation`, or shots of the index without themselves.
-        betas: The values of beta to try besides the one that may stay. Defaults to :data:`BETAS`.
-        kept: The alpha and beta that may stay instead of the untouched ones. For fine-tuned keys, these are the
-            settings used in training. Defaults to the index's own settings if the index is fitted.
-
-    Raises:
-        InputError: if there are no queries, or if their shape is not ``[q, d]``.
-        UsageError: if ``kept`` is invalid.
+    ``queries`` come from :func:`on_validation`, or are shots of the index without themselves. Raises InputError if
+    there are none, or if their shape is not ``[q, d]``.
     """
-    if kept is None and index.fitted is not None:
-        kept = index.settings.alpha, index.settings.beta
-        if betas is None and index.fitted.solved:  # solved values are only valid for one beta
-            betas = [index.settings.beta]
-    if kept is not None:
-        index.settings.override(alpha=kept[0], beta=kept[1])  # validates
-    stay = untouched_settings(index.vectors, index.class_ids.cpu().numpy()) if kept is None else kept
-    tried = sorted({*(BETAS if betas is None else betas), stay[1]})
+    own_alpha, own_beta = index.settings.alpha, index.settings.beta
+    solved_values = index.fitted is not None and index.fitted.solved
+    tried = sorted({own_beta, *(() if solved_values else BETAS.tolist())})
     low, high = _intervals(index, queries, tried)
 
     def hits(b: int, alpha: float) -> Bools:
@@ -142,8 +122,8 @@ def search(
     interval = solved[b][1]
     alpha = 2 * interval[0] + 1 if interval[1] == math.inf else sum(interval) / 2
     best = own = hits(b, alpha)
-    if not _is_better(best, before := hits(tried.index(stay[1]), stay[0])):
-        b, alpha, interval, own = tried.index(stay[1]), stay[0], (stay[0], stay[0]), before
+    if not _is_better(best, before := hits(tried.index(own_beta), own_alpha)):
+        b, alpha, interval, own = tried.index(own_beta), own_alpha, (own_alpha, own_alpha), before
     accuracy, most, n = float(own.mean()), float(best.mean()), len(own)
     rivals = {"text alone": hits(b, 0.0), "cache alone": high[b] == np.inf}
     close = {name: rival for name, rival in rivals.items() if accuracy > rival.mean() and not _is_better(own, rival)}
@@ -155,13 +135,12 @@ def search(
         warnings.append(f"beta {tried[b]:.3g} is at the edge of the range that was tried")
     if most > accuracy:
         warnings.append(
-            f"kept the {'untouched ' if kept is None else ''}settings ({100 * accuracy:.1f} %): with {n} queries, the "
-            f"best settings found ({100 * most:.1f} %) may be better by chance"
+            f"kept the settings ({100 * accuracy:.1f} %): with {n} queries, the best settings found "
+            f"({100 * most:.1f} %) may be better by chance"
         )
     lower, upper = wilson(accuracy, n)
     return HyperparameterChoice(
-        alpha, float(tried[b]), accuracy=accuracy, best=most, interval=interval, low=lower, high=upper, n=n,
-        part="cache" if interval[1] == math.inf else "text" if interval[0] <= 0 < interval[1] else "both",
+        alpha, tried[b], accuracy=accuracy, best=most, interval=interval, low=lower, high=upper, n=n,
         zero_shot=float(rivals["text alone"].mean()), cache_alone=float((high == np.inf).mean(axis=1).max()),
         source=queries.name, warnings=tuple(warnings),
     )  # fmt: skip
