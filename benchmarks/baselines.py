@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from retrieval_tip.fit.closed_form import FOLDS
-from retrieval_tip.fit.folds import Folds, blend
+from retrieval_tip.fit.folds import Folds, HeldTerms
 from retrieval_tip.fit.forms import Within
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.inputs import Features
@@ -89,7 +89,7 @@ def discriminant(cache: Index) -> Linear:
     if folds.held:
         features, ids = (torch.cat([getattr(held, name) for held in folds.held]) for name in ("features", "ids"))
         logits = torch.cat([_gaussian(folds, held.rows).logits(held.features) for held in folds.held])
-        blended = blend(None if folds.text is None else features @ folds.text.T, logits, None, ids)
+        blended = HeldTerms(None if folds.text is None else features @ folds.text.T, logits, None, ids).blend()
         a, b = blended.a, blended.b
     text = 0.0 if folds.text is None else a * folds.text
     return Linear(text + b * whole.weights, b * whole.bias)

@@ -25,8 +25,8 @@ from retrieval_tip.backbones.base import Identity
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.evaluation.held_out import held_out_probabilities
 from retrieval_tip.fit import closed_form
-from retrieval_tip.fit.closed_form import Fit, ShotEstimate
-from retrieval_tip.fit.folds import Folds, Queries, blend, ranks_within, robust_blend
+from retrieval_tip.fit.closed_form import Fit
+from retrieval_tip.fit.folds import Folds, HeldTerms, Queries, ranks_within
 from retrieval_tip.fit.forms import DEFAULT_FORM, FORMS, ONE_SHOT, Form, Scatter, Within
 from retrieval_tip.fit.scatter import FewScatter, dimensions, known_prior, pooled
 from retrieval_tip.index import places as stores
@@ -198,7 +198,7 @@ def test_the_blend_minimises_the_loss(seed, with_text, with_discriminant, scale)
     cache = torch.from_numpy(draw.normal(size=(40, 4))).float() + torch.nn.functional.one_hot(y, 4)
     text = scale * torch.from_numpy(draw.normal(size=(40, 4))).float() if with_text else None
     third = torch.from_numpy(draw.normal(size=(40, 4))).float() + cache if with_discriminant else None
-    found = blend(text, cache, third, y)
+    found = HeldTerms(text, cache, third, y).blend()
     assert (found.a > 0, found.g > 0) == (with_text, with_discriminant)
 
     def loss(a, b, g):
@@ -233,10 +233,11 @@ def test_wrong_labels_do_not_make_the_answers_uncertain(share):
     given[wrong] = (truth[wrong] + torch.from_numpy(draw.integers(1, c, len(wrong)))) % c
     kept = torch.ones(q, dtype=torch.float64)
     kept[wrong] = 0
-    found = robust_blend(blend(None, logits, None, given), None, logits, None, given)
-    expected = blend(None, logits, None, truth, kept / kept.mean())
+    terms = HeldTerms(None, logits, None, given)
+    found = terms.robust(terms.blend())
+    expected = HeldTerms(None, logits, None, truth).blend(kept / kept.mean())
     if share:
-        assert blend(None, logits, None, given).b < 0.45 * expected.b
+        assert terms.blend().b < 0.45 * expected.b
         assert 0.55 * expected.b < found.b < 1.05 * expected.b
     else:
         assert found.b == pytest.approx(expected.b, rel=0.02)
@@ -252,8 +253,8 @@ def test_a_query_of_weight_2_counts_as_two_queries():
     twice = torch.cat([torch.arange(3000), torch.arange(1000)])
     weights = (torch.bincount(twice) / torch.bincount(twice).double().mean()).double()
     third = text.flip(0)
-    found = blend(text, cache, third, y, weights)
-    expected = blend(text[twice], cache[twice], third[twice], y[twice])
+    found = HeldTerms(text, cache, third, y).blend(weights)
+    expected = HeldTerms(text[twice], cache[twice], third[twice], y[twice]).blend()
     factors = ((one.a, one.b, one.g) for one in (found, expected))
     assert next(factors) == pytest.approx(next(factors), rel=5e-3, abs=5e-3)  # label smoothing depends on len(y)
     assert found.accuracy == pytest.approx(expected.accuracy)
@@ -327,6 +328,7 @@ def test_shots_of_some_classes_do_not_reduce_the_accuracy_of_text_alone(shots, c
     )
     assert right >= by_text - 0.01
     assert f"{20 - covered} class" in str(choice)
+    assert closed_form.estimate(cache).both == pytest.approx(choice.both)
 
 
 def test_merging_a_class_without_shots_keeps_the_values():
@@ -536,7 +538,7 @@ def test_the_mean_class_accuracy_on_a_long_tail_of_flowers_is_high(shared):
 def test_a_blend_of_perfect_logits_stays_finite():
     y = torch.arange(6) % 3
     logits = 10 * torch.nn.functional.one_hot(y, 3).float()
-    found = blend(logits, logits, logits, y)
+    found = HeldTerms(logits, logits, logits, y).blend()
     settled = found.settings(Settings(), 1.0)
     assert all(np.isfinite([settled.alpha, settled.gamma, settled.temperature]))
     assert bool(found.right.all())
@@ -611,7 +613,7 @@ def test_one_photo_per_class_uses_the_documented_settings():
     assert cache.settings.alpha == pytest.approx(closed_form.ONE_SHOT_ALPHA * cooled**2 * cache.settings.temperature)
     assert cache.settings.least_cache is None
     assert "not estimated" in str(choice)
-    assert closed_form.estimate(cache) == ShotEstimate(classes=C)
+    assert closed_form.estimate(cache).both is None
 
 
 def uneven(path, counts, seed=0):
@@ -899,7 +901,7 @@ def test_answers_are_as_sure_as_the_index_is_accurate(accuracy, most, expected):
 def test_the_temperature_of_a_fit_comes_from_photos_that_meet_almost_all_shots(shots, text, of, prior):
     index = model(shots, text)
     choice = closed_form.fit(index, Fit(prior=pooled([Sums.of([clusters(40, 77, c=20)], 20, D)]) if prior else None))
-    folds, _ = closed_form._folds_of(index)
+    folds = closed_form._folds_of(index)
     assert folds.halves == (shots == 2)
     words, cache, third = folds.terms(Form.of(index.fitted, 1.0))
     linked = tip.log_cache(cache, index.settings.log_offset)

@@ -70,7 +70,7 @@ def test_the_threshold_is_the_conformal_quantile(own, coverage):
 def test_a_fit_keeps_the_held_out_probability_of_each_photo(text):
     features, labels = photos(0, 6)
     index = fitted(features, labels, text=np.eye(12, dtype=np.float32)[:5] if text else None)
-    folds, _ = closed_form._folds_of(index, None, "even")
+    folds = closed_form._folds_of(index, None, "even")
     expected = []
     for fold, held in enumerate(folds.held):
         if held.of == "shots":

@@ -102,7 +102,6 @@ def _restricted(index: Index, where: str, *, fits: bool) -> Index:
     automatic = fits and index.fitted is not None and index.fitted.automatic
     if automatic and index.has_text and rest.counts.count(0) > index.counts.count(0):
         refit(rest, rest.settings.beta)
-        rest.solve()
     rest.drop_unanswerable()
     say(f"where: {rest.n} of {index.n} shots match ({few(parts)})")
     return rest

@@ -19,7 +19,7 @@ from retrieval_tip import tip
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.evaluation.held_out import without_themselves
-from retrieval_tip.fit.folds import blend
+from retrieval_tip.fit.folds import HeldTerms
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.settings import Ask
@@ -76,14 +76,16 @@ def expected_calibration_error(confidence: npt.ArrayLike, right: npt.ArrayLike, 
 def fit_temperature(logits: npt.ArrayLike | Tensor, labels: npt.ArrayLike | Tensor) -> float:
     """Return the temperature T > 0 that maximises the likelihood of ``softmax(logits / T)`` (Guo et al., section 4.2).
 
-    ``1 / T`` is the weight that :func:`folds.blend` fits, within bounds: the best T tends to 0 if every answer is
+    ``1 / T`` is the weight that :class:`folds.HeldTerms` fits, within bounds: the best T tends to 0 if every answer is
     right, and to infinity if the logits are no better than chance. If the logits are scaled, T is scaled by the same
     factor. The temperature does not change the predictions. If all logits are equal, T is 1.
 
     ``logits`` are finite and have shape ``[n, c]``. ``labels`` are class ids of shape ``[n]``.
     """
     z, y = torch.as_tensor(logits), torch.as_tensor(labels, dtype=torch.int64)
-    return 1 / blend(None, z, None, y, smoothing=0, reach=REACH).b if bool((z.amax(1) > z.amin(1)).any()) else 1.0
+    if not bool((z.amax(1) > z.amin(1)).any()):
+        return 1.0
+    return 1 / HeldTerms(None, z, None, y, smoothing=0, reach=REACH).blend().b
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,9 @@ from retrieval_tip.fit.folds import (
     Blend,
     Folds,
     Held,
+    HeldTerms,
     Queries,
-    blend,
     ranks_within,
-    robust_blend,
     taken_keys,
     wilson,
 )
@@ -124,58 +123,46 @@ class Fit(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShotEstimate:
-    """Accuracies of an index on held-out photos. They are ``None`` if no photo could be held out.
+class FormChoice:
+    """A form of an index, and its accuracy on ``n`` held-out photos. ``trials`` are the forms that a fit has tried.
 
-    - ``photos``, ``words`` and ``both`` are the accuracies of the shots, the text and the blend. ``words`` is ``None``
-      if there is no text.
+    - ``photos``, ``words`` and ``both`` are the accuracies of the shots, the text and the blend. They are ``None`` if
+      no photo could be held out, and ``words`` also if there is no text.
     - ``interval`` is the 95 % confidence interval of ``both``.
     - ``names_hurt`` is true if the shots alone are significantly more accurate than the blend.
     - ``weakest`` lists classes with mistakes, least accurate first, with their numbers of correct answers and of
       held-out photos.
     - ``tested`` is the number of classes of the held-out photos, out of all ``classes`` that have photos.
+    - ``single`` is the number of classes that have a single photo, which cannot be held out.
+    - ``without_shots`` is the number of classes that have text but no shots.
+    - ``halves`` is true if folds are classified with only about half of the shots.
+    - ``longest`` is the largest norm of a key, if a fit has measured it.
     """
 
+    form: Form
+    judged_on: str
+    n: int
+    tested: int
+    classes: int
+    single: int
+    without_shots: int
+    halves: bool
     photos: float | None = None
     words: float | None = None
     both: float | None = None
     interval: tuple[float, float] | None = None
     names_hurt: bool = False
     weakest: Sequence[tuple[str, int, int]] = ()
-    tested: int = 0
-    classes: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class FormChoice(ShotEstimate):
-    """The selected form, and its accuracy on ``n`` held-out photos. ``trials`` are the forms that were tried.
-
-    - ``longest`` is the largest norm of a key.
-    - ``without_shots`` is the number of classes that have text but no shots.
-    - ``single`` is the number of classes that have a single photo, which cannot be held out.
-    - ``halves`` is true if folds are classified with only about half of the shots.
-    """
-
-    form: Form
-    trials: Sequence[tuple[Form, Blend]]
-    judged_on: str
-    n: int
-    folds: int
-    longest: float | None
-    without_shots: int
-    single: int
-    halves: bool
+    trials: Sequence[tuple[Form, Blend]] = ()
+    longest: float | None = None
 
     @classmethod
-    def of(
-        cls, form: Form, trials: Sequence[tuple[Form, Blend]], judged_on: str, folds: Folds, found: ShotEstimate,
-        longest: float | None = None,
-    ) -> FormChoice:  # fmt: skip
-        """Return the choice of a form on ``folds``."""
+    def of(cls, folds: Folds, form: Form) -> FormChoice:
+        """Return the choice of a form, without accuracies."""
+        n, classes = folds.n if folds.can_judge else 0, len(folds.ids.unique())
         return cls(
-            **vars(found), form=form, trials=trials, judged_on=judged_on, n=folds.n if folds.can_judge else 0,
-            folds=len(folds.held), longest=longest, without_shots=folds.c - found.classes, single=folds.single,
-            halves=folds.halves,
+            form=form, judged_on=folds.judged_on, n=n, tested=folds.tested, classes=classes, single=folds.single,
+            without_shots=folds.c - classes, halves=folds.halves,
         )  # fmt: skip
 
     def __str__(self) -> str:
@@ -218,7 +205,6 @@ class FormChoice(ShotEstimate):
             "form": str(self.form),
             "judged_on": self.judged_on,
             "queries": self.n,
-            "folds": self.folds,
             "tested": self.tested,
             "classes": self.classes,
             **{name: None if part is None else round(part, 6) for name, part in parts.items()},
@@ -238,8 +224,8 @@ def fit(
     ``validation`` images. The first form is kept unless another form is at least as accurate and lowers the
     cross-entropy by more than two standard errors of the difference. This prevents overfitting when there are few
     shots. Classes that have a single photo are used to fit but not to evaluate. If fewer than two classes have several
-    photos, nothing can be evaluated, so predetermined settings are used. :func:`folds.blend` determines the weights of
-    the terms and the temperature.
+    photos, nothing can be evaluated, so predetermined settings are used. :class:`folds.HeldTerms` determines the
+    weights of the terms and the temperature.
 
     Args:
         index: the index. Its current metric and values are ignored.
@@ -263,7 +249,7 @@ def fit(
         if own != d:
             raise InputError(f"prior: features have {own} values instead of {d}; use the same encoders")
         index.prior = asked.prior.astype(np.float32)
-    folds, judged_on = _folds_of(index, validation, asked.class_prior, equal_shares(index.parts))
+    folds = _folds_of(index, validation, asked.class_prior, equal_shares(index.parts))
     shares: tuple[float, ...] = ()
     if len(index.parts) > 1:
         few = folds if validation is not None or not folds.can_judge else _sample(folds, SHARED_ON)
@@ -275,20 +261,20 @@ def fit(
         forms = [WITH_PRIOR, *forms]
     if folds.can_judge:
         form, trials = _chosen(forms, folds, sampled=validation is None)
-        form, settings, found, rows = _settings_of(index, form, folds)
-        where = f"fitted on {judged_on}"
+        settings, choice, rows = _settings_of(index, form, folds)
+        choice, where = replace(choice, trials=trials), f"fitted on {folds.judged_on}"
     else:
-        (form, settings), trials, rows = _settings_without_folds(index, forms, folds), [], NO_SCORES
-        found = _estimated(index, folds)
+        form, settings = _settings_without_folds(index, forms, folds)
+        choice, rows = FormChoice.of(folds, form), NO_SCORES
         if _drawn(index) is not None:
             settings = replace(settings, temperature=EARLY * settings.temperature)
         where = "default for shots that cannot be held out"
+    form, choice = choice.form, replace(choice, longest=longest)
     fitted_metric, fitted_values = folds.fitted(form, torch.arange(len(folds.ids)))
     fitted = (form if fitted_metric is not None else replace(form, metric=None)).fitted(
-        index.n, asked.class_prior, automatic=validation is None and asked.metric is None and asked.values is None
-    )
-    fitted = replace(fitted, shares=shares)
-    choice = FormChoice.of(form, trials, judged_on, folds, found, longest)
+        index.n, asked.class_prior, shares,
+        automatic=validation is None and asked.metric is None and asked.values is None,
+    )  # fmt: skip
     provenance = dict.fromkeys(("alpha", "beta", "temperature"), where) | {"fit": choice.provenance()}
     index.set_fitted(fitted_metric, fitted_values, fitted, factory)
     index.rows = index.rows.with_sums(folds.sums)
@@ -298,63 +284,56 @@ def fit(
 
 
 def refit(index: Index, beta: float) -> FormChoice:
-    """Set beta and refit all other fitted settings, without changing the form.
+    """Set beta, refit all other fitted settings without changing the form, and solve the values again.
 
-    If there are too few shots, only beta changes. The values are not solved again, so call
-    :meth:`model.Editing.solve` next.
+    If there are too few shots, the other settings stay. Raises the errors of :meth:`model.Editing.solve`.
     """
-    settings, form = replace(index.settings, beta=beta), Form.of(index.fitted, beta)
-    folds, judged_on = _folds_of(index)
-    found, rows = _estimated(index, folds), NO_SCORES
+    settings, folds = replace(index.settings, beta=beta), _folds_of(index)
+    choice, rows = FormChoice.of(folds, Form.of(index.fitted, beta)), NO_SCORES
     if folds.can_judge:
-        form, settings, found, rows = _settings_of(index, form, folds)
-        index.provenance = index.provenance | dict.fromkeys(("alpha", "temperature"), f"fitted on {judged_on}")
-    choice = FormChoice.of(form, [], judged_on, folds, found)
+        settings, choice, rows = _settings_of(index, choice.form, folds)
+        index.provenance = index.provenance | dict.fromkeys(("alpha", "temperature"), f"fitted on {folds.judged_on}")
     index.settings, index.scores = settings, Scores(rows, settings)
-    index.fitted = None if index.fitted is None else replace(index.fitted, bonus=form.bonus)
+    index.fitted = None if index.fitted is None else replace(index.fitted, bonus=choice.form.bonus)
     index.provenance = index.provenance | {"fit": choice.provenance()}
+    index.solve()
     return choice
 
 
-def estimate(index: Index) -> ShotEstimate:
+def estimate(index: Index) -> FormChoice:
     """Estimate the accuracy of an index on folds of its own shots. The index does not change.
 
     The metric and the values are refitted for each fold, but alpha, beta and the temperature are not. No accuracy is
     returned if the keys were fine-tuned, or if too few shots can be held out, or shots of a single class.
     """
-    settings, (folds, _) = index.settings, _folds_of(index)
+    folds, form = _folds_of(index), Form.of(index.fitted, index.settings.beta)
     if index.curve is not None or not folds.can_judge:
-        return _estimated(index, folds)
-    text, photos, discriminant = folds.terms(Form.of(index.fitted, settings.beta))
-    linked = tip.log_cache(photos, settings.log_offset)
-    terms = tip.Terms(torch.zeros_like(photos) if text is None else text, linked, discriminant)
-    right = terms.logits(settings).argmax(1) == folds.ids_held
-    return _estimated(index, folds, terms.photos(settings), text, right)
+        return FormChoice.of(folds, form)
+    return _judged(index, form, folds, index.settings)[0]
 
 
-def _estimated(
-    index: Index, folds: Folds, photos: Tensor | None = None, words: Tensor | None = None, right: Tensor | None = None
-) -> ShotEstimate:
-    """Return the accuracies of the whole index, as they follow from those on folds.
+def _judged(index: Index, form: Form, folds: Folds, settings: Settings) -> tuple[FormChoice, Tensor]:
+    """Return the accuracies of the whole index, as they follow from those on folds, and the logits of held-out photos.
 
     The whole index has ``r`` times as many shots of a class as a fold has. Without text, an error in this class counts
     as ``r^-0.4`` (see :data:`LEARNING`).
     """
-    found = ShotEstimate(tested=folds.tested, classes=len(folds.ids.unique()))
-    if photos is None or right is None:
-        return found
-    ids, w, left = folds.ids_held, folds.weights, folds.growth ** (-LEARNING if words is None else 0)
-    by_photos, shown = photos.argmax(1) == ids, folds.held_of("shots")
+    (text, cache, third), ids, w = folds.terms(form), folds.ids_held, folds.weights
+    cache, left = tip.log_cache(cache, settings.log_offset), folds.growth ** (-LEARNING if text is None else 0)
+    terms = tip.Terms(torch.zeros_like(cache) if text is None else text, cache, third)
+    logits, shown = terms.logits(settings), folds.held_of("shots")
+    by_photos, right = terms.photos(settings).argmax(1) == ids, logits.argmax(1) == ids
     both, lost = 1 - float((w * left * ~right).mean()), w * (by_photos.double() - right.double())
-    return replace(
-        found,
+    choice = replace(
+        FormChoice.of(folds, form),
         photos=1 - float((w * left * ~by_photos).mean()),
-        words=None if words is None else float((w * (words.argmax(1) == ids)).mean()),
+        words=None if text is None else float((w * (text.argmax(1) == ids)).mean()),
         both=both,
         interval=wilson(both, float(w.sum() ** 2 / (w * w).sum()) / DRAWN),
-        names_hurt=words is not None and float(lost.mean()) > 2 * float(lost.std()) / len(ids) ** 0.5,
+        names_hurt=text is not None and float(lost.mean()) > 2 * float(lost.std()) / len(ids) ** 0.5,
         weakest=_weakest(index.class_names, right[shown], ids[shown]),
     )
+    return choice, logits
 
 
 def unfitted(index: Index) -> Index:
@@ -409,15 +388,13 @@ def _forms(
 def _folds_of(
     index: Index, validation: Queries | None = None, class_prior: ClassPrior | None = None,
     shares: Sequence[float] = (),
-) -> tuple[Folds, str]:  # fmt: skip
+) -> Folds:  # fmt: skip
     folds = Folds.of(index, class_prior, shares)
     if validation is not None:
         held = Held(torch.from_numpy(validation.features), torch.from_numpy(validation.ids), torch.arange(index.n))
-        folds = replace(folds, held=[held], weighted=False).with_classes(JUDGED)
-        return folds, f"{len(held.ids):,} photos of {validation.name}"
+        return replace(folds, held=[held], validation=validation.name).with_classes(JUDGED)
     number, most = MOST_FOLDS if index.n <= FEW_KEYS else FOLDS, int(min(JUDGED, max(256, AFFINITIES / index.n)))
-    folds = folds.with_shots(number, most).with_small(most).with_classes(most)
-    return folds, f"{folds.n:,} photos, each held out in turn"
+    return folds.with_shots(number, most).with_small(most).with_classes(most)
 
 
 def _chosen(forms: Sequence[Form], folds: Folds, *, sampled: bool) -> tuple[Form, list[tuple[Form, Blend]]]:
@@ -438,30 +415,32 @@ def _chosen(forms: Sequence[Form], folds: Folds, *, sampled: bool) -> tuple[Form
     return chosen, trials
 
 
-def _settings_of(index: Index, form: Form, folds: Folds) -> tuple[Form, Settings, ShotEstimate, FloatArray]:
-    """Return the bonus and the settings that give the held-out photos the highest log-likelihood.
+def _settings_of(index: Index, form: Form, folds: Folds) -> tuple[Settings, FormChoice, FloatArray]:
+    """Return the settings and the bonus that give the held-out photos the highest log-likelihood.
 
-    Also return accuracies, and the rows of :class:`sets.Scores`.
+    The result is the settings, the form with its bonus and its accuracies, and the rows of :class:`sets.Scores`.
     """
-    settings, form = index.settings, replace(form, bonus=0.0)
+    form = replace(form, bonus=0.0)
     (text, cache, third), ids, w = folds.terms(form), folds.ids_held, folds.weights
-    offsets = OFFSETS if form.ridge is not None and not folds.held_of("classes").any() else (None,)
+    whole_classes = bool(folds.held_of("classes").any())
+    offsets = OFFSETS if form.ridge is not None and not whole_classes else (None,)
     offsets = [offset for offset in offsets if offset is not None or not folds.halves] or offsets
-    blends = [(blend(text, tip.log_cache(cache.clone(), offset), third, ids, w), offset) for offset in offsets]
-    blended, offset = min(blends, key=lambda pair: pair[0].loss)
-    blended = robust_blend(blended, text, tip.log_cache(cache.clone(), offset), third, ids)
+
+    def linked(offset: float | None) -> HeldTerms:
+        return HeldTerms(text, tip.log_cache(cache.clone(), offset), third, ids)
+
+    blended, offset = min(((linked(offset).blend(w), offset) for offset in offsets), key=lambda pair: pair[0].loss)
+    blended = linked(offset).robust(blended)
     if third is not None and folds.covered < 1:
-        form = replace(form, bonus=blended.g / blended.b)
-        cache, third, blended = cache + form.bonus * third, None, replace(blended, g=0.0)
+        form, blended = replace(form, bonus=blended.g / blended.b), replace(blended, g=0.0)
     least: float | None = None
     if not folds.halves:
+        cache = folds.terms(form)[1]
         least = _quantile(tip.log_cache(_strongest(cache, folds, form), offset), UNLIKE, w)
-    cache = tip.log_cache(cache, offset)
-    if not folds.held_of("classes").any() and folds.covered < 1:  # too few classes to hold some out
+    if folds.covered < 1 and not whole_classes:  # too few classes to hold some out
         blended = replace(blended, a=1.0, b=blended.b / max(blended.a, 1.0) * folds.covered)
-    settings = replace(blended.settings(settings.unfitted(), form.beta), least_cache=least, log_offset=offset)
-    terms = tip.Terms(torch.zeros_like(cache) if text is None else text, cache, third)
-    found, logits = _estimated(index, folds, terms.photos(settings), text, blended.right), terms.logits(settings)
+    settings = replace(blended.settings(index.settings.unfitted(), form.beta), least_cache=least, log_offset=offset)
+    choice, logits = _judged(index, form, folds, settings)
     shown = counting = folds.held_of("shots")
     drawn = _drawn(index)
     if drawn is not None and all(held.own is not None for held in folds.held):
@@ -472,12 +451,12 @@ def _settings_of(index: Index, form: Form, folds: Folds) -> tuple[Form, Settings
     elif folds.covered == 1:
         few = text is None and folds.halves
         like_new = folds.held_of("small") if few else shown
-        share = ((found.both or 0) * folds.n + 0.5) / (folds.n + 1)
+        share = ((choice.both or 0) * folds.n + 0.5) / (folds.n + 1)
         settings = _as_sure(settings, logits[like_new], w[like_new], share, LESS_SURE if few else 1.0)
     left = folds.growth ** (-LEARNING if text is None else 0)
     own_chance = tip.probabilities(logits, settings.temperature).double().gather(1, ids[:, None])[:, 0]
     rows = torch.stack([own_chance, w * left / w[counting].sum(), ids.double()], 1)[counting]
-    return form, settings, found, rows.numpy()
+    return settings, choice, rows.numpy()
 
 
 def _drawn(index: Index) -> npt.NDArray[np.bool_] | None:
@@ -562,7 +541,7 @@ def _settings_without_folds(index: Index, forms: Sequence[Form], folds: Folds) -
         keys = torch.nn.functional.normalize(taken_keys(index.keys, rows))
         text = tip.affinity(keys, folds.words)
         trusted = len(rows) / (len(rows) + ONE_SHOT_DOUBT)
-        temperature = blend(None, text, None, index.class_ids.cpu()[rows]).b ** -trusted
+        temperature = HeldTerms(None, text, None, index.class_ids.cpu()[rows]).blend().b ** -trusted
     photos = ONE_SHOT_ALPHA * max(1.0, temperature) ** 2 if index.has_text else ONE_SHOT_ALONE
     alpha = photos * temperature * covered
     temperature *= max(1.0, photos / ONE_SHOT_MOST) if index.has_text else 1.0

@@ -91,47 +91,17 @@ class Blend:
         return replace(settings, alpha=self.b / unit, beta=beta, gamma=self.g / self.b, temperature=1 / unit)
 
 
-def blend(
-    text: Tensor | None, cache: Tensor, discriminant: Tensor | None, ids: Tensor, weights: Tensor | None = None, *,
-    smoothing: float = SMOOTHING, reach: float = REACH,
-) -> Blend:  # fmt: skip
-    """Fit the weights of terms of shape ``[q, c]`` to queries that have the class ``ids``.
+class HeldTerms:
+    """The terms of held-out queries that have the class ``ids``, to be weighted as in :class:`Blend`.
 
-    Newton's method minimises the cross-entropy of ``softmax(a text + b cache + g discriminant)``, which is convex in
-    the weights. Its steps change their logarithms, so the weights stay positive. ``weights`` are query weights of mean
-    1. As in Platt scaling (1999), the target of the correct class is ``(q + s) / (q + 2 s)`` with ``s`` =
-    ``smoothing``, and the other classes share the rest. This keeps the factors finite even if all answers are right.
-    ``reach`` bounds the logarithms of the weights, for terms of unit spread.
+    ``parts`` ``[t, q, c]`` are the terms that exist, as float64 with mean 0 and unit spread. As in Platt scaling
+    (1999), the target of the correct class is ``(q + s) / (q + 2 s)`` with ``s`` = ``smoothing``, and the other classes
+    share the rest. This keeps the weights of the terms finite even if all answers are right. ``reach`` bounds their
+    logarithms.
     """
-    ones = torch.ones(len(ids), dtype=torch.float64)
-    terms = _HeldTerms(text, cache, discriminant, ids, smoothing, reach)
-    return terms.blend(ones if weights is None else weights)
-
-
-def robust_blend(found: Blend, text: Tensor | None, cache: Tensor, discriminant: Tensor | None, ids: Tensor) -> Blend:
-    """Improve a blend that :func:`blend` has ``found`` for the same terms, if some labels of the queries may be wrong.
-
-    A few wrong labels would make all answers uncertain. Labels are therefore assumed to be random with probability
-    ``e``: ``P(y) = (1 - e) p_y + e / c``. Expectation-maximisation estimates ``e``, which becomes 0 if the labels are
-    right, and gives each query the weight ``(1 - e) p_y / P(y)``. Wrong labels still count in ``losses`` and ``right``.
-    """
-    every, c, share, terms = found.weights, cache.shape[1], WRONG, _HeldTerms(text, cache, discriminant, ids)
-    for _ in range(REPEATS):
-        right = (1 - share) * (-found.losses).exp()
-        right = right / (right + share / c)
-        kept, before = every * right, share
-        share = float((every * (1 - right)).mean().clamp(1e-4, 0.5))
-        found = replace(terms.blend(kept / kept.mean(), found), weights=every)
-        if abs(share - before) < CONVERGED:
-            break
-    return found
-
-
-class _HeldTerms:
-    """The terms of held-out queries as float64 ``parts`` ``[t, q, c]``, with mean 0 and unit spread."""
 
     def __init__(
-        self, text: Tensor | None, cache: Tensor, discriminant: Tensor | None, ids: Tensor,
+        self, text: Tensor | None, cache: Tensor, discriminant: Tensor | None, ids: Tensor, *,
         smoothing: float = SMOOTHING, reach: float = REACH,
     ) -> None:  # fmt: skip
         self.given = [part is not None for part in (text, cache, discriminant)]
@@ -145,8 +115,13 @@ class _HeldTerms:
         # other targets matters.
         self.sure = 1 - rest - rest / max(cache.shape[1] - 1, 1)
 
-    def blend(self, weights: Tensor, start: Blend | None = None) -> Blend:
-        """See :func:`blend`. Newton's method starts from equal weights, or from another blend of these terms."""
+    def blend(self, weights: Tensor | None = None, start: Blend | None = None) -> Blend:
+        """Fit the weights of the terms. ``weights`` are query weights of mean 1.
+
+        Newton's method minimises the cross-entropy, which is convex in the weights of the terms. Its steps change their
+        logarithms, so they stay positive. It starts from equal weights, or from another blend of these terms.
+        """
+        weights = torch.ones(len(self.ids), dtype=torch.float64) if weights is None else weights
         logs = torch.zeros(len(self.parts), dtype=torch.float64)
         if start is not None:
             factors = [one for one, given in zip((start.a, start.b, start.g), self.given, strict=True) if given]
@@ -169,6 +144,25 @@ class _HeldTerms:
         found = iter((logs.exp() / self.scales).tolist())
         a, b, g = (next(found) if given else 0.0 for given in self.given)
         return Blend(a, b, g, now.losses, now.right, weights)
+
+    def robust(self, found: Blend) -> Blend:
+        """Improve a blend that :meth:`blend` has ``found``, if some labels of the queries may be wrong.
+
+        A few wrong labels would make all answers uncertain. Labels are therefore assumed to be random with probability
+        ``e``: ``P(y) = (1 - e) p_y + e / c``. Expectation-maximisation estimates ``e``, which becomes 0 if the labels
+        are right, and gives each query the weight ``(1 - e) p_y / P(y)``. Wrong labels still count in ``losses`` and
+        ``right``.
+        """
+        every, c, share = found.weights, self.parts.shape[2], WRONG
+        for _ in range(REPEATS):
+            right = (1 - share) * (-found.losses).exp()
+            right = right / (right + share / c)
+            kept, before = every * right, share
+            share = float((every * (1 - right)).mean().clamp(1e-4, 0.5))
+            found = replace(self.blend(kept / kept.mean(), found), weights=every)
+            if abs(share - before) < CONVERGED:
+                break
+        return found
 
     def _at(self, logs: Tensor, weights: Tensor) -> _Loss:
         """Return the loss if the logarithms of the weights are ``logs``, of shape ``[t]``."""
@@ -222,10 +216,10 @@ class Held:
 class Folds:
     """Keys, their class ``ids`` and ``images``, scaled ``text`` weights of shape ``[c, d]``, and held-out queries.
 
-    Keys with the same number in ``images`` are views of one photo, which are held out together. If ``weighted`` is
-    false or ``class_prior`` is ``shots``, all queries have equal weight. ``given`` is a prior from the user. ``single``
-    classes have one photo, which is never held out. ``parts`` are the parts of a feature by encoder, and ``shares`` say
-    how much each encoder counts.
+    Keys with the same number in ``images`` are views of one photo, which are held out together. ``validation`` is the
+    name of the queries if they are not shots. They then have equal weight, as if ``class_prior`` were ``shots``.
+    ``given`` is a prior from the user. ``single`` classes have one photo, which is never held out. ``parts`` are the
+    parts of a feature by encoder, and ``shares`` say how much each encoder counts.
     """
 
     keys: StoredKeys
@@ -236,13 +230,13 @@ class Folds:
     held: Sequence[Held] = ()
     sums: Sums | None = None
     class_prior: ClassPrior = "even"
-    weighted: bool = True
+    validation: str | None = None
     given: FloatArray | None = None
     single: int = 0
     parts: Sequence[Part] = ()
     shares: Sequence[float] = ()
     _scatters: dict[int | None, Scatter | FewScatter] = field(default_factory=dict, init=False)
-    _terms: dict[Form, tuple[Tensor | None, Tensor, Tensor | None]] = field(default_factory=dict, init=False)
+    _terms: dict[Form, tuple[Tensor | None, Tensor, Tensor]] = field(default_factory=dict, init=False)
 
     @classmethod
     def of(cls, index: Index, class_prior: ClassPrior | None = None, shares: Sequence[float] = ()) -> Folds:
@@ -344,7 +338,7 @@ class Folds:
         """
         whole, small, ids = self.held_of("classes"), self.held_of("small"), self.ids_held
         weights = torch.ones(len(ids), dtype=torch.float64)
-        if self.weighted and self.class_prior == "even":
+        if self.validation is None and self.class_prior == "even":
             weights = class_weights(torch.bincount(self.ids, minlength=self.c))[ids].double()
         if small.any():
             others = ~small & ~whole
@@ -358,6 +352,11 @@ class Folds:
     def n(self) -> int:
         """Number of held-out photos, excluding small folds and held-out classes."""
         return sum(len(held.ids) for held in self.held if held.of == "shots")
+
+    @property
+    def judged_on(self) -> str:
+        """The held-out photos in words."""
+        return f"{self.n:,} photos" + (f" of {self.validation}" if self.validation else ", each held out in turn")
 
     @property
     def can_judge(self) -> bool:
@@ -462,24 +461,25 @@ class Folds:
 
     def judge(self, form: Form) -> Blend:
         """Fit a form to all shots except each fold in turn, and return the blend on these folds."""
-        return blend(*self.terms(form), self.ids_held, self.weights)
+        return HeldTerms(*self.terms(form), self.ids_held).blend(self.weights)
 
     def terms(self, form: Form) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """Fit a form to the other photos. Return text logits, cache logits and a third term of held-out photos.
 
         The third term is the discriminant. It cannot compare classes that have shots with classes that have none. If
-        there are such classes, the third term is therefore the effect of a bonus of 1 for them (see
-        :class:`retrieval.ridge.Ridge`), or ``None`` if the bonus cannot be fitted.
+        there are such classes, the cache logits contain the ``bonus`` of the form, and the third term is therefore the
+        effect of a further bonus of 1 (see :class:`retrieval.ridge.Ridge`), or ``None`` if it cannot be fitted.
         """
         if form not in self._terms:
-            answers = (self._answers(form, held, fold) for fold, held in enumerate(self.held))
+            answers = (self._answers(replace(form, bonus=0.0), held, fold) for fold, held in enumerate(self.held))
             photos, more = (torch.cat(parts) for parts in zip(*answers, strict=True))
             features, words = torch.cat([held.features for held in self.held]), self.words
-            text = None if words is None else tip.affinity(features, words)
-            fits_bonus = form.ridge is not None and bool(self.held_of("classes").any())
-            self._terms[form] = text, photos, more if self.covered == 1 or fits_bonus else None
+            self._terms[form] = None if words is None else tip.affinity(features, words), photos, more
         text, cache, third = self._terms[form]
-        return text, cache.clone(), third
+        if self.covered == 1:
+            return text, cache.clone(), third
+        fits_bonus = form.ridge is not None and bool(self.held_of("classes").any())
+        return text, cache + form.bonus * third, third if fits_bonus else None
 
     @property
     def ids_held(self) -> Tensor:

@@ -6,6 +6,7 @@ To offer it in ``--metric``, add its name to ``MetricName`` in settings.py. Solv
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -56,12 +57,11 @@ class Form:
         metric = None if fitted.shrinkage is None else metrics[fitted.metric](fitted.shrinkage)
         return cls(metric, fitted.ridge, beta, fitted.bonus)
 
-    def fitted(self, keys: int, class_prior: ClassPrior, *, automatic: bool) -> Fitted:
+    def fitted(self, keys: int, class_prior: ClassPrior, shares: Sequence[float], *, automatic: bool) -> Fitted:
         """Return the record of a fit of this form to ``keys`` keys."""
         shrinkage = None if self.metric is None else self.metric.shrinkage
-        return Fitted(
-            self.metric_name, self.values_name, shrinkage, self.ridge, keys, class_prior, automatic, self.bonus
-        )
+        names = self.metric_name, self.values_name
+        return Fitted(*names, shrinkage, self.ridge, keys, class_prior, automatic, self.bonus, tuple(shares))
 
     @property
     def metric_name(self) -> str:

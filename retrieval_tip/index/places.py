@@ -85,7 +85,6 @@ class Change:
         from retrieval_tip.fit import closed_form
 
         self.choice = closed_form.refit(self.index, beta)
-        self.index.solve()
 
     def fit(self, asked: Fit, validation: Queries | None = None) -> FormChoice:
         """Fit the index with :func:`closed_form.fit`."""
