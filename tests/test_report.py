@@ -285,7 +285,7 @@ def test_a_picture_that_moved_or_changed_is_not_shown(caltech, tmp_path):
     assert list(page.all("img", class_="query"))
 
 
-def test_hostile_names_are_shown_as_text(tmp_path):
+def test_hostile_names_are_shown_as_text(tmp_path, monkeypatch):
     labels = [f"{name}{i}" for i, name in enumerate(HOSTILE)]
     ids = np.random.default_rng(0).integers(0, 5, 60)
     folder, test = made(tmp_path, labels, test_labels=ids, noise=2.5, ids=[f"{HOSTILE[i % 5]}/{i}" for i in range(60)])
@@ -293,9 +293,12 @@ def test_hostile_names_are_shown_as_text(tmp_path):
     place.mkdir()
     shutil.move(folder, place / "in'dex\"")
     moved = shutil.move(test, place / "t<b>.parquet")
-    page = reported(tmp_path, place / "in'dex\"", moved, "--where", "label <> '<i>'")
+    where = ("--where", "label <> '<i>'")
+    monkeypatch.setattr("sys.argv", ["", "evaluate", *where])
+    page = reported(tmp_path, place / "in'dex\"", moved, *where)
     assert 'Accuracy of "in\'dex"" on "t<b>.parquet"' in page.first("h1").text
-    assert "label <> '<i>'" in section(page, "provenance").text
+    assert "retrieval-tip evaluate --where 'label <> " in section(page, "provenance").text
+    assert "<i>" in section(page, "provenance").text
     shown = {row[0] for row in section(page, "classes").first("table").rows()[1:]}
     assert shown == {one_line(label) for label in labels}
     assert not list(page.all("b", onerror="a()"))

@@ -68,7 +68,7 @@ def evaluate_command(
             from retrieval_tip.report.report import portable, write_report
 
             evaluation = write_report(
-                loaded.in_memory(), test, reader, report, abstain=abstain, ask=ask, place=folder, where=opening.where,
+                loaded.in_memory(), test, reader, report, abstain=abstain, ask=ask, place=folder,
                 command=command_line(*map(portable, sys.argv[1:])),
             )  # fmt: skip
     if as_json:
@@ -98,7 +98,7 @@ def _print_evaluation(evaluation: Evaluation) -> None:
     }
     result = evaluation.to_dict()
     del result["per_class"], result["confusions"]
-    asked = ["coverage", "selective_top1", *evaluation.figures]
+    asked = [*evaluation.figures]
     if evaluation.unknown:
         facts["unknown"] = few([f"{name} {number}" for name, number in evaluation.unknown.items()])
         asked += ["known_top1", "known_no_match", "unknown_no_match", "auroc"]

@@ -13,7 +13,7 @@ import torch
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source, spelled_alike
 from retrieval_tip.errors import InputError, Skipped, counted, few, percent
-from retrieval_tip.evaluation.evaluate import HELD_OUT, Answers, Evaluation, answers_of, judge, some_known
+from retrieval_tip.evaluation.evaluate import HELD_OUT, Evaluation, answers_of, judge
 from retrieval_tip.model import Index
 
 SIGNIFICANT = 0.05
@@ -32,11 +32,6 @@ class Side:
     name: str
     index: Index
     reader: Reader
-
-    def answers(self, source: Source, labelled: bool) -> Answers:
-        """Classify a source, whose items have no class if it is not ``labelled``."""
-        unknown = np.full(len(source), -1), list(self.index.class_names)
-        return answers_of(self.index, source, self.reader, some_known(self.index, source) if labelled else unknown)
 
 
 @dataclass(frozen=True)
@@ -118,7 +113,7 @@ def compare(a: Side, b: Side, source: Source) -> Compared:
     if not len(source):
         raise InputError(f"{source.name}: has no items")
     labelled = "label" in source.items.column_names and source.items["label"].null_count < len(source)
-    first, second = (side.answers(source, labelled) for side in (a, b))
+    first, second = (answers_of(side.index, source, side.reader, labelled=labelled) for side in (a, b))
     rows, *places = np.intersect1d(first.positions, second.positions, assume_unique=True, return_indices=True)
     if not len(rows):
         raise InputError(f"{source.name}: no photo could be read by both sides")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Unpack
 
 import numpy as np
@@ -93,16 +93,19 @@ class Answers:
         none = self.right & ~self.of_known
         return [NO_MATCH if new else self.class_names[i] for i, new in zip(self.predicted, none, strict=True)]
 
-    def figures(self, groups: Levels | None) -> dict[str, object]:
-        """Return the figures that ``at_least`` and ``coverage`` add to an :class:`Evaluation`."""
-        found: dict[str, object] = {}
-        known, right, sizes, held = self.of_known, self.right_at_level, self.set_sizes, self.in_set
-        if groups is not None and self.levels is not None and right is not None:
+    def figures(self, groups: Levels | None, abstain: float | None) -> dict[str, Any]:
+        """Return the figures that ``abstain``, ``at_least`` and ``coverage`` add to an :class:`Evaluation`."""
+        found: dict[str, Any] = {}
+        if abstain is not None:
+            sure = self.confidence >= abstain
+            found |= {"abstain": abstain, "coverage": sure.mean(), "selective_top1": _mean(self.right[sure])}
+        if groups is not None and self.levels is not None and self.right_at_level is not None:
             at = {level: self.levels == number for number, level in enumerate(groups.levels)}
-            shares = {level: {"share": own.mean(), "right": _mean(right[own])} for level, own in at.items()}
-            found = {"levels": shares, "no_label": (self.levels < 0).mean()}
-        if sizes is not None and held is not None:
-            found = {"set_coverage": _mean(held[known]), "set_size": sizes[known].mean()}
+            shares = {name: {"share": own.mean(), "right": _mean(self.right_at_level[own])} for name, own in at.items()}
+            found |= {"levels": shares, "no_label": (self.levels < 0).mean()}
+        if self.set_sizes is not None and self.in_set is not None:
+            known = self.of_known
+            found |= {"set_coverage": _mean(self.in_set[known]), "set_size": self.set_sizes[known].mean()}
         return found
 
 
@@ -143,10 +146,10 @@ class Evaluation:
     - ``mean_per_class``: the mean of their accuracies
     - ``ece``: the expected calibration error of ``softmax(blended logits / temperature)`` in 15 bins
     - ``confusions``: the most frequent errors, as tuples (label, predicted, count)
-    - ``coverage``: the fraction of answers whose probability is at least ``abstain``, if ``abstain`` is given
-    - ``selective_top1``: the accuracy of these answers, or ``None`` if there are none
-    - ``figures``: with ``at_least``, the share and the accuracy of answers at each of the ``levels``, and the share
-      with ``no_label``; with ``coverage``, the share of sets with the right class, and their mean number of classes
+    - ``figures``: with ``abstain``, the share of answers whose probability is at least that (``coverage``), and their
+      accuracy (``selective_top1``); with ``at_least``, the share and the accuracy of answers at each of the ``levels``,
+      and the share with ``no_label``; with ``coverage``, the share of sets with the right class, and their mean number
+      of classes
     - ``held_out``: the number of items that are shots of the index, each of which was classified without itself
     - ``unknown``: the number of items of each class that the index lacks
     - ``known_top1``: the accuracy on items of the other classes
@@ -170,10 +173,7 @@ class Evaluation:
     by_class: list[ClassScore]
     confusions: list[tuple[str, str, int]]
     answers: Answers = field(compare=False, repr=False)
-    abstain: float | None = None
-    coverage: float | None = None
-    selective_top1: float | None = None
-    figures: dict[str, object] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)
     held_out: int = 0
     unknown: dict[str, int] = field(default_factory=dict)
     known_top1: float | None = None
@@ -193,12 +193,9 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, object]:
         """Return the figures that ``evaluate --json`` prints. ``k`` is ``"all"`` if every key is used."""
-        left_out = {"answers", "by_class", "figures"}
-        left_out |= {"abstain", "coverage", "selective_top1"} if self.abstain is None else set()
-        facts: dict[str, object] = {}
-        for name in (field_.name for field_ in fields(self) if field_.name not in left_out):
-            facts |= self.settings.shown() if name == "settings" else {name: getattr(self, name)}
-        return facts | {"per_class": self.per_class} | self.figures
+        left_out = ("answers", "by_class", "figures", "settings")
+        facts = {name: value for name, value in vars(self).items() if name not in left_out}
+        return facts | self.settings.shown() | {"per_class": self.per_class} | self.figures
 
 
 def evaluate(
@@ -223,19 +220,11 @@ def evaluate(
     if abstain is not None and not 0 <= abstain <= 1:
         raise UsageError(f"abstain is {abstain}: give a probability, 0 to 1")
     ask = Ask(**asked)
-    index, truth = index.with_settings(ask.settings(index.settings)), some_known(index, source)
-    found = judge(index, answers_of(index, source, reader, truth, ask, blocks), reader.skipped, abstain=abstain)
+    index = index.with_settings(ask.settings(index.settings))
+    found = judge(index, answers_of(index, source, reader, ask, blocks), reader.skipped, abstain=abstain)
     if found.held_out:
         log.warning("%s of %s are shots of this index; %s", f"{found.held_out:,}", counted(found.n, "photo"), HELD_OUT)
     return found
-
-
-def some_known(index: Index, source: Source) -> tuple[Ints, list[str]]:
-    """See :meth:`source.Source.truth`. Raises InputError if the index has no class of the source."""
-    truth, names = source.truth(index.class_names)
-    if not (truth < len(index.class_names)).any():
-        raise source.unknown(names[len(index.class_names) :], index.class_names)
-    return truth, names
 
 
 def judge(
@@ -251,7 +240,6 @@ def judge(
     by_class = _by_class(index, answers)
     wrong = Counter(zip(truth[~right].tolist(), answers.predicted[~right].tolist(), strict=True))
     confusions = [(class_names[a], class_names[b], n) for (a, b), n in wrong.most_common(CONFUSIONS)]
-    confident = None if abstain is None else answers.confidence >= abstain
     unknown = Counter(class_names[i] for i in truth[~known].tolist())
     no_match, strength = answers.no_match, answers.strength
     return Evaluation(
@@ -267,10 +255,7 @@ def judge(
         by_class=by_class,
         confusions=confusions,
         answers=answers,
-        abstain=abstain,
-        coverage=None if confident is None else float(confident.mean()),
-        selective_top1=None if confident is None else _mean(right[confident]),
-        figures=answers.figures(index.groups),
+        figures=answers.figures(index.groups, abstain),
         held_out=int(answers.held_out.sum()),
         unknown=dict(sorted(unknown.items())),
         known_top1=_mean(right[known]),
@@ -291,29 +276,29 @@ def _by_class(index: Index, answers: Answers) -> list[ClassScore]:
 
 
 def answers_of(
-    index: Index,
-    source: Source,
-    reader: Reader,
-    truth: tuple[Ints, list[str]],
-    ask: Ask = Ask(),
-    blocks: Iterable[FeatureBlock] | None = None,
-) -> Answers:
-    """Classify a source whose ``truth`` is known (see :meth:`source.Source.truth`), each shot without itself.
+    index: Index, source: Source, reader: Reader, ask: Ask = Ask(), blocks: Iterable[FeatureBlock] | None = None, *,
+    labelled: bool = True,
+) -> Answers:  # fmt: skip
+    """Classify a source, each shot without itself. If it is not ``labelled``, its items have no class.
 
     ``ask`` may have ``at_least`` or a ``coverage``, for which an index without some of the shots has the same sets.
+    Raises InputError if the index has no class of the source.
     """
+    truth, names = source.truth(index.class_names) if labelled else (np.full(len(source), -1), [*index.class_names])
+    if not (truth < len(index.class_names)).any():
+        raise source.unknown(names[len(index.class_names) :], index.class_names)
     sets = index.sets(ask)
     for caution in () if sets is None else sets.cautions(index.class_names):
         log.warning(caution)
     ask = Ask(top=5, neighbours=0, at_least=ask.at_least)
     blocks = reader.for_queries(index.parts, index.shares).blocks(source) if blocks is None else blocks
     parts = [
-        _answers(answer, *truth, model is not index, sets)
+        _answers(answer, truth, names, model is not index, sets)
         for model, block in without_themselves(index, source, blocks)
         for answer in model.answers([block], ask)
     ]
-    names = [name for name, x in vars(parts[0]).items() if isinstance(x, np.ndarray)]
-    arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    columns = [name for name, x in vars(parts[0]).items() if isinstance(x, np.ndarray)]
+    arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in columns}
     return replace(parts[0], **arrays).take(np.argsort(arrays["positions"]))
 
 

@@ -61,7 +61,7 @@ MISTAKES, PAIRS, EXAMPLES, NEIGHBOURS = 12, 8, 3, 5
 
 def write_report(
     index: Index, test: Source, reader: Reader, out: str | os.PathLike[str], *, abstain: float | None = None,
-    ask: Ask = Ask(), place: Place | None = None, where: str | None = None, command: str | None = None,
+    ask: Ask = Ask(), place: Place | None = None, command: str | None = None,
 ) -> Evaluation:  # fmt: skip
     """Evaluate an index on a labelled test source, and write an accuracy report as one HTML file.
 
@@ -76,7 +76,6 @@ def write_report(
         abstain: The probability below which an answer is withheld in the returned evaluation.
         ask: The question, whose ``at_least`` and ``coverage`` also count in the returned evaluation.
         place: The folder or address of the index. Required only if ``index`` does not contain it.
-        where: The condition that selected the keys, to show in the report.
         command: The command line to show in the report.
 
     Raises InputError as :func:`evaluate.evaluate` does, or if ``out`` cannot be written.
@@ -89,7 +88,7 @@ def write_report(
     )
     block = every.take(np.flatnonzero(np.isin(every.positions, evaluation.answers.positions)))
     named = index.place if place is None else str(place)
-    page = _page(Results(index, test, reader, block, evaluation, named, where, command)).encode()
+    page = _page(Results(index, test, reader, block, evaluation, named, command)).encode()
     with replacing(path) as temporary:
         temporary.write_bytes(page)
     return evaluation
@@ -181,8 +180,8 @@ def by_probability(evaluation: Evaluation) -> Iterator[Share]:
 
 def by_coverage(evaluation: Evaluation) -> Iterator[Share]:
     """Yield the answers whose probability reaches each threshold, with their share of all answers."""
-    answers, asked = evaluation.answers, evaluation.abstain
-    for least in sorted({*MARKS, *([] if asked is None else [asked])}):
+    answers = evaluation.answers
+    for least in sorted({*MARKS, evaluation.figures.get("abstain", MARKS[0])}):
         right = answers.right[answers.confidence >= least]
         if len(right):
             yield Share(f"at least {100 * least:g} %", len(right), len(right) / evaluation.n, float(right.mean()))
@@ -190,60 +189,39 @@ def by_coverage(evaluation: Evaluation) -> Iterator[Share]:
 
 def provenance(results: Results) -> dict[str, list[tuple[str, str]]]:
     """Return the rows of each part by its title."""
-    manifest = None if results.place is None else places.at(results.place).manifest(results.index.version)
-    records, machine = results.index.provenance | {"fit": results.record("fit").get("form")}, doctor.examine().facts
+    index, skipped, used = results.index, results.reader.skipped, results.evaluation.settings.shown()
+    about, manifest = dict[str, object](folder=results.place), results.manifest
+    if manifest is not None:
+        about["version"] = f"{manifest.version}, {manifest.created_at}, by {manifest.created_by}"
+        about["last change"] = manifest.change
+        for name, value in manifest.settings.shown().items():
+            if value != used[name]:
+                used[name] = f"{described(used[name])} (set for this report; the index has {described(value)})"
+    about |= {
+        "examples": f"{index.n:,} of {counted(len(index.class_names), 'class')}",
+        "vectors": f"{index.d:,} values, {index.dtype}",
+        "FAISS index": f"{index.index_type} on {index.device}",
+        "prompts": index.templates,
+        "encoder": None if index.backbone is None else index.backbone.to_dict(),
+    }
+    test = {
+        "source": results.test.name,
+        "photos": f"{results.evaluation.n:,} classified, {len(skipped):,} could not be read",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": results.command,
+        "skipped": [str(item) for item in skipped],
+    }
+    made = index.provenance | {"fit": results.record("fit").get("form")}
+    parts = {"Test": test, "Settings": used, "Index": about, "How it was made": made,
+             "Machine": doctor.examine().facts}  # fmt: skip
     return {
-        "Test": list(_test(results)),
-        "Settings": list(_settings(results, manifest)),
-        "Index": list(_index(results, manifest)),
-        "How it was made": [(name, described(value)) for name, value in records.items() if value not in (None, [])],
-        "Machine": [(name, portable(value)) for name, value in machine.items()],
+        title: [(name, described(value)) for name, value in facts.items() if value not in (None, [])]
+        for title, facts in parts.items()
     }
 
 
-def _test(results: Results) -> Iterator[tuple[str, str]]:
-    skipped = results.reader.skipped
-    yield "source", portable(results.test.name)
-    yield "photos", f"{results.evaluation.n:,} classified, {len(skipped):,} could not be read"
-    yield "date", datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    if results.command:
-        yield "command", results.command
-    for item in skipped[:LISTED]:
-        yield "skipped", portable(str(item))
-    if len(skipped) > LISTED:
-        yield "skipped", f"{len(skipped) - LISTED:,} more"
-
-
-def _settings(results: Results, manifest: Manifest | None) -> Iterator[tuple[str, str]]:
-    used = results.evaluation.settings.shown()
-    own = used if manifest is None else manifest.settings.shown()
-    for name, value in used.items():
-        other = "" if own[name] == value else f" (set for this report; the index has {described(own[name])})"
-        yield name, f"{described(value)}{other}"
-
-
-def _index(results: Results, manifest: Manifest | None) -> Iterator[tuple[str, str]]:
-    index = results.index
-    if results.place is not None and manifest is not None:
-        yield "folder", portable(results.place)
-        yield "version", f"{manifest.version}, {manifest.created_at}, by {manifest.created_by}"
-        yield "last change", portable(manifest.change or "-")
-        if manifest.segments:  # a table has no digest of its keys
-            yield "digest", manifest.keys_digest
-    yield "examples", f"{index.n:,} of {counted(len(index.class_names), 'class')}"
-    if results.where is not None:
-        yield "restricted to", portable(results.where)
-    yield "vectors", f"{index.d:,} values, {index.dtype}"
-    yield "FAISS index", f"{index.index_type} on {index.device}"
-    yield "prompts", " | ".join(index.templates) or "-"
-    if index.backbone is not None:
-        yield "encoder", portable(index.backbone.model)
-        yield "weights", f"{portable(index.backbone.pretrained or '-')}, {index.backbone.weights}"
-        yield "preprocessing", described(dict(index.backbone.preprocess))
-
-
 def described(value: object) -> str:
-    """Return a manifest value as text."""
+    """Return a manifest value as text without local paths."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {described(part)}" for name, part in value.items())
     if isinstance(value, list):
@@ -265,8 +243,12 @@ class Results:
     block: FeatureBlock
     evaluation: Evaluation
     place: str | None
-    where: str | None
     command: str | None
+
+    @cached_property
+    def manifest(self) -> Manifest | None:
+        """The manifest of the index, if it has a place."""
+        return None if self.place is None else places.at(self.place).manifest(self.index.version)
 
     @property
     def answers(self) -> Answers:
@@ -324,7 +306,8 @@ class Results:
         elif index.fitted is not None and index.fitted.keys != index.n:
             why = f"it was fitted to {index.fitted.keys:,} examples and now has {index.n:,}"
             yield "Fit the index again", why, command("fit")
-        if self.where is None and index.n <= AUDITED and (doubtful := len(audit(index))):
+        has_all = self.manifest is None or self.manifest.n == index.n
+        if has_all and index.n <= AUDITED and (doubtful := len(audit(index))):
             why = "the other examples contradict " + ("it" if doubtful == 1 else "them")
             yield f"Check {counted(doubtful, 'label')}", why, command("index audit")
         confidence = self.answers.confidence
