@@ -31,9 +31,6 @@ MOST = {
     "batch_size": 16_384,
     "workers": 1024,
     "epochs": 1_000_000,
-    "batch": 1_000_000,
-    "seeds": 10_000,
-    "actors": 1024,
     "queue": 65_536,
     "seed": 2**63 - 1,
 }

@@ -62,7 +62,6 @@ def test_actors_share_the_cpus_or_use_one_gpu_each(nodes, device, expected):
     ("arguments", "named"),
     [
         (("--out", "s3://b/x"), "--engine ray"),
-        (("--out", "x", "--actors", 2), "--actors"),
         (("--out", "x", "--ray-address", "a:1"), "--ray-address"),
         (("--out", "x", "--engine", "ray", "--ray-address", "127.0.0.1:9"), "127.0.0.1:9"),
         (("--out", "x", "--engine", "ray", "--ray-address", "nowhere"), "nowhere"),

@@ -142,7 +142,7 @@ def count(kind: str = "", least: int = 1) -> Count:
     return Count(least, MOST.get(kind, MANY))
 
 
-SHOTS, VIEWS_COUNT, SEEDS, SEED = count("shots"), count("views"), count("seeds"), count("seed", 0)
+SHOTS, VIEWS_COUNT, SEED = count("shots"), count("views"), count("seed", 0)
 KEYS, NUMBER, POSITIVE, SHARE = K(1), Number(), Number(above=True), Number(0, 1)
 
 

@@ -87,7 +87,6 @@ def write_parts(
     out: str | os.PathLike[str],
     *,
     address: str | None = None,
-    actors: int | None = None,
     device: str = "auto",
     progress: bool = False,
 ) -> tuple[int, int, list[Skipped]]:
@@ -106,7 +105,7 @@ def write_parts(
     ]
     if missing and not complete:
         with connected(address):
-            _stream(work, missing, folder, actors, device, progress)
+            _stream(work, missing, folder, device, progress)
     rows, failed = folder.rows(), folder.failed()
     if lost := pickled.keys() - rows.keys() - failed.keys():
         raise InputError(
@@ -120,14 +119,11 @@ def write_parts(
     return sum(rows.values()), len(kept), skipped
 
 
-def _stream(
-    work: Work, missing: list[dict[str, object]], folder: PartsFolder, most: int | None, device: str, progress: bool
-) -> None:
+def _stream(work: Work, missing: list[dict[str, object]], folder: PartsFolder, device: str, progress: bool) -> None:
     import ray
     from ray import data
 
     actors, cpus, gpus = room(ray.nodes(), device)  # type: ignore[no-untyped-call]
-    actors = min(actors, most or actors)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = data.DataContext.get_current()
     context.enable_progress_bars = progress

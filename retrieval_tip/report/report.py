@@ -265,12 +265,6 @@ class Results:
         kept = self.index.provenance.get(name)
         return kept if isinstance(kept, dict) else {}
 
-    @property
-    def is_tuned(self) -> bool:
-        """Whether the keys are fine-tuned."""
-        trained = self.index.values is not None and self.index.fitted is None
-        return bool(self.record("finetune")) or self.index.curve is not None or trained
-
     def sentences(self) -> Iterator[str]:
         """Yield sentences about the accuracy and the reliability."""
         n, top1, sure = self.evaluation.n, self.evaluation.top1, self.answers.confidence >= SURE
@@ -301,7 +295,7 @@ class Results:
             often = f" ({one.times} times classified as {one.answer})" if one.times > 1 else ""
             why = f"add photos to its {counted(one.shots, 'example')}{often}"
             yield what, why, "" if place else command("index add", " FOLDER")
-        if index.fitted is None and not self.is_tuned:
+        if index.fitted is None and index.curve is None and index.values is None:
             yield "Fit the index", "it is not fitted to its examples yet", command("fit")
         elif index.fitted is not None and index.fitted.keys != index.n:
             why = f"it was fitted to {index.fitted.keys:,} examples and now has {index.n:,}"
