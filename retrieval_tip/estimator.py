@@ -37,15 +37,18 @@ except ImportError as error:
 Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float32]
 
+DTYPES = [np.float64, np.float32]
+"""The dtypes of rows to accept without a conversion."""
+
 
 @dataclass(eq=False, repr=False)
 class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
     """Tip-Adapter classifier over features.
 
     You can use it in pipelines, parameter searches and calibration. The rows of ``X`` that are passed to :meth:`fit`
-    become the keys of a :class:`Index`. Queries are classified by ``logits = logit_scale * f W^T + alpha * C``
-    (see :mod:`retrieval_tip.tip`, and equations 4 to 6 of the paper). If you change a parameter later, the change takes
-    effect at the next fit.
+    become the keys of a :class:`Index`. Each row is scaled to unit length, and a row of zeros stays zero. Queries are
+    classified by ``logits = logit_scale * f W^T + alpha * C`` (see :mod:`retrieval_tip.tip`, and equations 4 to 6 of
+    the paper). If you change a parameter later, the change takes effect at the next fit.
 
     ``metric``, ``values``, ``class_prior`` and ``index`` are described in :class:`settings.BuildOptions`. The first
     three require ``alpha="auto"``. ``k``, ``tail`` and ``logit_scale`` are described in :class:`settings.Settings`.
@@ -62,8 +65,6 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         beta: the sharpness of the exponential, which must be at least 0. Defaults to 5.5. You can only set it if
             ``alpha`` is a number.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        normalize: whether to scale each row of ``X`` to unit length. A row of zeros stays zero. Use ``False`` for
-            fine-tuned keys, which are not unit vectors.
         blocks: the number of values of each encoder, if a row has the features of several side by side. How much each
             encoder counts is then fitted as well.
 
@@ -90,7 +91,6 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
     logit_scale: float = Settings.logit_scale
     index: str = "Flat"
     device: str = "auto"
-    normalize: bool = True
     blocks: Sequence[int] | None = None
 
     def fit(self, X: npt.ArrayLike, y: npt.ArrayLike) -> Self:
@@ -115,12 +115,12 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
             return self._first(X, y, classes if self.class_names is None else self.class_names)
         if classes is not None:
             _same_classes(classes, self.classes_)
-        rows, labels = validate_data(self, X, y, reset=False, dtype=_dtypes(self._normalize))
+        rows, labels = validate_data(self, X, y, reset=False, dtype=DTYPES)
         check_classification_targets(labels)
         index: Index = copy.copy(self.index_)  # the estimator stays unchanged if an error is raised below
         if self._fit is not None:
             index.set_fitted(None, None, None)  # the next fit solves the values again
-        index.add(_rows(rows, self._normalize, self.blocks), _ids(labels, self._names))
+        index.add(_rows(rows, self.blocks), _ids(labels, self._names))
         if self._fit is not None:
             closed_form.fit(index, self._fit)
         self.index_: Index = index
@@ -131,7 +131,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
 
         The result is a float32 array of shape ``[q, c]``, in the order of ``classes_``. For two classes, its shape is
         ``[q]``, and it holds the second logit minus the first, as scikit-learn requires. Raises ValueError if ``X`` is
-        invalid, and InputError if the logits overflow, which can happen if ``normalize`` is ``False``.
+        invalid.
         """
         logits = self._logits(X)
         scores = logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits
@@ -177,8 +177,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
 
     def _first(self, X: npt.ArrayLike, y: npt.ArrayLike, labels: npt.ArrayLike | None) -> Self:
         """Fit the first rows. ``labels`` defaults to the labels in ``y``."""
-        normalize = bool(self.normalize)
-        rows, own = validate_data(self, X, y, dtype=_dtypes(normalize))
+        rows, own = validate_data(self, X, y, dtype=DTYPES)
         check_classification_targets(own)
         auto = isinstance(self.alpha, str) and self.alpha == "auto"
         if not auto and (self.metric is not None or self.values is not None):
@@ -192,12 +191,12 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         text = self.text_weights
         if text is not None:
             text = text.detach().cpu().float().numpy() if isinstance(text, torch.Tensor) else text
-            text = check_array(text, dtype=_dtypes(normalize), input_name="text_weights")
+            text = check_array(text, dtype=DTYPES, input_name="text_weights")
             if len(text) != len(classes):
                 what = f"there are {len(text)} rows for {len(classes)} classes"
                 raise InputError(f"text_weights: {what}; list all classes in class_names")
         index = Index.from_features(
-            _rows(rows, normalize, self.blocks), _ids(own, names),
+            _rows(rows, self.blocks), _ids(own, names),
             [str(label) or repr(label) for label in names.tolist()], text, settings=settings, index=self.index,
             device=self.device, blocks=self.blocks or (),
         )  # fmt: skip
@@ -207,14 +206,13 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         self.classes_: Array = classes
         self.index_ = index
         self._fit: Fit | None = fit
-        self._normalize: bool = normalize
         self._names: Array = names
         self._order: Array | None = None if self.class_names is None else order
         return self
 
     def _queries(self, X: npt.ArrayLike) -> FloatArray:
         check_is_fitted(self, "index_")
-        return _rows(validate_data(self, X, reset=False, dtype=_dtypes(self._normalize)), self._normalize, self.blocks)
+        return _rows(validate_data(self, X, reset=False, dtype=DTYPES), self.blocks)
 
     def _logits(self, X: npt.ArrayLike) -> torch.Tensor:
         features = self._queries(X)  # must come first, because it raises an error if the estimator is not fitted
@@ -225,18 +223,10 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         return logits if self._order is None else logits[:, self._order]
 
 
-def _dtypes(normalize: bool) -> list[type] | type:
-    """Return the dtypes to accept. Rows that are not scaled must fit in float32."""
-    return [np.float64, np.float32] if normalize else np.float32
-
-
-def _rows(X: Array, normalize: bool, blocks: Sequence[int] | None = None) -> FloatArray:
-    """Convert rows to float32, and optionally scale every nonzero row, or each of its ``blocks``, to one length."""
-    if blocks and normalize:
-        parts = np.split(X, np.cumsum(blocks)[:-1], axis=1)
-        return side_by_side([_rows(part, normalize) for part in parts])
-    if not normalize:
-        return np.require(X, np.float32, ["C", "W"])
+def _rows(X: Array, blocks: Sequence[int] | None = None) -> FloatArray:
+    """Convert rows to float32, and scale every nonzero row, or each of its ``blocks``, to one length."""
+    if blocks:
+        return side_by_side([_rows(part) for part in np.split(X, np.cumsum(blocks)[:-1], axis=1)])
     _, exponent = np.frexp(np.abs(X).max(axis=1, keepdims=True))
     X = np.ldexp(X.astype(np.float64), -exponent)  # scaling by a power of 2 is exact and prevents overflow
     rows = np.zeros(X.shape, dtype=np.float32)

@@ -54,13 +54,11 @@ def cache(**changes):
     return cache_of(**arguments | changes)
 
 
-# Without normalize, scikit-learn's rows have norms of about 1000, so a larger beta would overflow exp(beta (A - 1)).
 @parametrize_with_checks(
     few(
         [
             TipAdapterClassifier(),
             TipAdapterClassifier(k=3),
-            TipAdapterClassifier(alpha=1.0, normalize=False, beta=1e-4),
             TipAdapterClassifier(alpha=1.0, k=8, tail=False, index="HNSW8"),
             TipAdapterClassifier(alpha=1.0),
         ],
@@ -78,11 +76,10 @@ def test_scikit_learns_own_checks(estimator, check):
     k=st.none() | st.integers(1, 80),
     tail=st.booleans(),
     text=st.booleans(),
-    normalize=st.booleans(),
 )
-def test_logits_match_the_cache_model(alpha, beta, text, normalize, **how):
+def test_logits_match_the_cache_model(alpha, beta, text, **how):
     weights = TEXT if text else None
-    made = classifier(text_weights=weights, alpha=alpha, beta=beta, logit_scale=30.0, normalize=normalize, **how)
+    made = classifier(text_weights=weights, alpha=alpha, beta=beta, logit_scale=30.0, **how)
     expected = cache(text_weights=weights if weights is None else weights[SORTING], alpha=alpha, beta=beta)
     expected.settings = expected.settings.override(logit_scale=30.0)
     logits = expected.logits(QUERIES, **how)
@@ -166,13 +163,6 @@ def test_rows_are_normalised_by_default():
     np.testing.assert_allclose(long.decision_function(7 * QUERIES), expected, atol=1e-4)
     for extreme in (1e-320, 1e-200, 1e200):
         np.testing.assert_allclose(long.decision_function(QUERIES[:1].astype(float) * extreme), expected[:1], rtol=0.02)
-    as_is = classifier(normalize=False).fit(X / 2, Y)
-    by_hand = cache(keys=X / 2)
-    np.testing.assert_allclose(as_is.decision_function(QUERIES), by_hand.logits(QUERIES), atol=1e-4)
-    with pytest.raises(InputError, match="overflows"):
-        classifier(normalize=False).fit(100 * X, Y).predict(QUERIES)
-    with np.errstate(all="ignore"), pytest.raises(ValueError, match="too large for dtype"):
-        classifier(normalize=False).fit(1e200 * X.astype(float), Y)
 
 
 def test_a_zero_row_stays_zero():
