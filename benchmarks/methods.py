@@ -14,7 +14,7 @@ from retrieval_tip import Index, Reader
 from retrieval_tip.data.source import few_shot
 from retrieval_tip.data.sources import Source
 from retrieval_tip.fit import closed_form, search_hp
-from retrieval_tip.fit.finetune import finetune, own_shots
+from retrieval_tip.fit.finetune import finetune, shots_of
 from retrieval_tip.fit.folds import Queries
 from retrieval_tip.fit.scatter import FloatArray
 from retrieval_tip.retrieval.defaults import untouched_settings
@@ -113,7 +113,7 @@ def cache_alone(shots: Shots) -> Answering:
 
 
 def fine_tuned(shots: Shots) -> Answering:
-    own = own_shots(shots.index, shots.source)
+    own = shots_of(shots.index, shots.source)
     return finetune(shots.index, own, shots.reader, Recipe(seed=shots.seed), val=shots.queries).index
 
 

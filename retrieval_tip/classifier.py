@@ -291,13 +291,13 @@ class OpenIndex:
 
         For the other arguments and the errors, see :func:`finetune.finetune_into`.
         """
-        from retrieval_tip.fit.finetune import finetune_into, own_shots, shots_of
+        from retrieval_tip.fit.finetune import finetune_into, shots_of
 
         if not isinstance(recipe, settings.Recipe | None):
             raise UsageError(f"recipe: got an object of type {type(recipe).__name__}; give a Recipe")
         index = self._in_folder()
         held_out = None if val is None else _opened(val, "val")
-        shots = shots_of(index) if source is None else own_shots(index, _opened(source, "train"))
+        shots = shots_of(index, None if source is None else _opened(source, "train"))
         temporary, place = _new_place(out)
         tuned = finetune_into(place, index, shots, self.reader, recipe, val=held_out)
         self._use(places.at(place).load(device=self.index.device))

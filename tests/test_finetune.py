@@ -22,7 +22,7 @@ from retrieval_tip.data.reader import Reader, view_names
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import finetune
-from retrieval_tip.fit.finetune import CURVE, Trainer, _Material, own_shots
+from retrieval_tip.fit.finetune import CURVE, Trainer, _Material, shots_of
 from retrieval_tip.settings import Recipe, Settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -315,14 +315,14 @@ def test_a_collapse_is_reported_and_discarded(
         assert np.array_equal(found.keys, cache.keys)
 
 
-def test_own_shots_are_the_sources_of_the_keys(shots, tmp_path):
+def test_shots_are_the_sources_of_the_keys(shots, tmp_path):
     rows = unit_rows(3, D)
     extra = open_source(write_table(tmp_path / "more.parquet", rows, NAMES[:3], ["shot 3", "other", "shot 0"]))
-    assert own_shots(index(), extra).sources == ["shot 3", "shot 0"]
-    assert own_shots(index(), shots).sources == shots.sources
+    assert shots_of(index(), extra).sources == ["shot 3", "shot 0"]
+    assert shots_of(index(), shots).sources == shots.sources
     none = open_source(write_table(tmp_path / "none.parquet", rows, NAMES[:3], ["a", "b", "c"]))
     with pytest.raises(InputError, match=r"none\.parquet: none of its 3 items is a shot of the index.*'shot 0'.*'a'"):
-        own_shots(index(), none)
+        shots_of(index(), none)
 
 
 def test_shots_and_validation_images_must_match_the_index(shots, tmp_path):
@@ -539,7 +539,7 @@ def test_fine_tuning_does_not_lower_accuracy_on_real_features(shared, tmp_path):
         cache = Index.from_features(
             features, own.labels, words.labels, text, settings=own_settings, sources=own.sources, device="cpu"
         )
-        tuned = finetune.finetune(cache, own_shots(cache, own), Reader(), Recipe(seed=seed)).index
+        tuned = finetune.finetune(cache, shots_of(cache, own), Reader(), Recipe(seed=seed)).index
         queries, ids = Reader().encode(test).features, cache.ids_of(test)
         for found, results in ((cache, before), (tuned, after)):
             results.append(float((found.logits(queries).argmax(1).numpy() == ids).mean()))

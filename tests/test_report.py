@@ -25,13 +25,13 @@ from retrieval_tip.backbones.loading import load_backbone
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import one_line, percent
-from retrieval_tip.evaluation.evaluate import Answers, Evaluation
+from retrieval_tip.evaluation.evaluate import Answers
 from retrieval_tip.fit import finetune
 from retrieval_tip.fit.closed_form import wilson
 from retrieval_tip.model import Index
 from retrieval_tip.report import report
 from retrieval_tip.report.report import MISTAKES, write_report
-from retrieval_tip.settings import Recipe, Settings
+from retrieval_tip.settings import Recipe
 
 IMAGES = SHARED / "data/caltech101/101_ObjectCategories"
 ALIKE = ["chair", "crayfish", "crocodile", "crocodile_head", "lobster", "windsor_chair"]
@@ -153,27 +153,18 @@ def test_the_figures_equal_those_of_evaluate(written, caltech):
         assert f"{times} of 9 photos" in pair.text
 
 
-def made_up(truth, predicted, names, confidence=None, **changes):
-    """Return an evaluation with these answers."""
-    truth, predicted = np.asarray(truth), np.asarray(predicted)
-    right = truth == predicted
-    confidence = np.linspace(0.05, 1, len(truth)) if confidence is None else np.asarray(confidence)
-    facts = {
-        "top1": float(right.mean()), "top5": 1.0, "zero_shot_top1": None, "cache_top1": 0.5,
-        "mean_per_class": 0.5, "ece": 0.1, "n": len(truth), "skipped": 0, "settings": Settings(),
-        "confusions": [], "by_class": [],
-        "answers": Answers(
-            truth, predicted[:, None], confidence, np.arange(len(truth)), np.log(confidence), names, len(names), ~right
-        ),
-    }  # fmt: skip
-    return Evaluation(**(facts | changes))
+def answers_of(truth, predicted, names):
+    """Return these answers, which are equally probable."""
+    n, truth, predicted = len(truth), np.asarray(truth), np.asarray(predicted)
+    even = np.full(n, 0.5)
+    return Answers(truth, predicted[:, None], even, np.arange(n), np.log(even), names, len(names), np.zeros(n, bool))
 
 
 def test_confusion_counts_every_pair():
     rng = np.random.default_rng(0)
     names = [f"class {i}" for i in range(7)]
     truth, predicted = rng.integers(0, 6, 300), rng.integers(0, 6, 300)  # the last class does not occur
-    found = report.confusion_matrix(made_up(truth, predicted, names).answers)
+    found = report.confusion_matrix(answers_of(truth, predicted, names))
     pairs = Counter(zip(truth.tolist(), predicted.tolist(), strict=True))
     assert (found.names, found.of) == (names[:6], 6)
     assert found.counts.tolist() == [[pairs[i, j] for j in range(6)] for i in range(6)]
@@ -183,7 +174,7 @@ def test_confusion_counts_every_pair():
 def test_unknown_photos_without_a_match_are_no_confusion():
     truth, predicted = np.array([0, 1, 2, 2, 2]), np.array([0, 0, 1, 1, 0])
     no_match = np.array([False, True, True, False, False])
-    answers = made_up(truth, predicted, ["a", "b", "new"]).answers
+    answers = answers_of(truth, predicted, ["a", "b", "new"])
     answers = replace(answers, known=2, no_match=no_match)
     assert answers.right.tolist() == [True, False, True, False, False]
     found = report.confusion_matrix(answers)
@@ -198,7 +189,7 @@ def test_only_the_most_confused_of_many_classes_are_shown():
     confused = np.arange(5, 5 + 3 * 30, 3)  # thirty pairs of neighbours, each confused twice
     for i in confused:
         predicted[3 * i : 3 * i + 2] = i + 1
-    found = report.confusion_matrix(made_up(truth, predicted, names).answers)
+    found = report.confusion_matrix(answers_of(truth, predicted, names))
     assert found.of == c
     assert len(found.names) == report.MATRIX
     errors = Counter(np.concatenate([truth[truth != predicted], predicted[truth != predicted]]).tolist())

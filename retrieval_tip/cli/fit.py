@@ -134,10 +134,10 @@ def finetune_command(
         val: Labelled validation source on which the epoch and the settings are selected. The val part of a split .json
             is used.
     """
-    from retrieval_tip.fit.finetune import finetune_into, own_shots, shots_of
+    from retrieval_tip.fit.finetune import finetune_into, shots_of
 
     index = store_of(folder).load(device=encoding.device)
-    shots = shots_of(index) if source is None else own_shots(index, source_of(source, encoding, "train"))
+    shots = shots_of(index, None if source is None else source_of(source, encoding, "train"))
     unseen = None if val is None else source_of(val, replace(encoding, split=None), "val")
     sources = [shots] if unseen is None else [shots, unseen]
     with reader_for(index, sources, encoding) as reader:

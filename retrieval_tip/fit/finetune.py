@@ -238,7 +238,7 @@ def finetune(
     Args:
         index: The index, which is not changed. As in the paper, training starts from plain Tip-Adapter with the keys of
             the index. Any closed-form fit is ignored.
-        shots: The index's own shots (:func:`own_shots`), as images or as a feature table of views. Rows with the same
+        shots: The index's own shots (:func:`shots_of`), as images or as a feature table of views. Rows with the same
             id are views of one shot.
         reader: The encoder that computes the features. Its ``views`` and ``seed`` are ignored.
         recipe: The training options.
@@ -365,28 +365,22 @@ def _right(index: Index, features: FloatArray, ids: IntArray) -> int:
     return int((index.logits(features).argmax(1).cpu().numpy() == ids).sum())
 
 
-def shots_of(index: Index) -> Source:
-    """Return the shots of an index from their original source, as image paths or as rows of the feature table.
+def shots_of(index: Index, source: Source | None = None) -> Source:
+    """Return the items of a source that are shots of the index. They are matched by path or id.
 
-    Raises InputError if a shot is missing.
+    By default, they come from the source of the index, as image paths or as rows of the feature table. Raises
+    InputError if a shot is missing there, or if no item of the given source matches.
     """
     table = index.labels.select(["source", "label"])
     paths = table["source"].to_pylist()
-    missing = next((path for path in paths if not is_there(path)), None)
-    if missing is None:
-        return Source("the shots of the index", table, tuple(index.class_names), tuple(paths))
-    origin = index.built.source
-    if origin is not None and origin.endswith(".parquet") and Path(origin).is_file():
-        return own_shots(index, open_source(origin))
-    raise InputError(f"{missing}: no such file, though it is a shot of the index; give --source with the shots")
-
-
-def own_shots(index: Index, source: Source) -> Source:
-    """Return the items of a source that are shots of the index. They are matched by path or id.
-
-    Raises InputError if no item matches.
-    """
-    own = set(index.labels["source"].to_pylist())
+    if source is None:
+        missing, origin = next((path for path in paths if not is_there(path)), None), index.built.source
+        if missing is None:
+            return Source("the shots of the index", table, tuple(index.class_names), tuple(paths))
+        if origin is None or not origin.endswith(".parquet") or not Path(origin).is_file():
+            raise InputError(f"{missing}: no such file, though it is a shot of the index; give --source with the shots")
+        source = open_source(origin)
+    own = set(paths)
     positions = [position for position, name in enumerate(source.sources) if name in own]
     if not positions:
         raise InputError(

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -188,27 +187,15 @@ def right_between(text: Tensor, cache: Tensor, y: Tensor) -> tuple[FloatArray, F
 
 def _best_alpha(low: FloatArray, high: FloatArray) -> tuple[int, tuple[float, float]]:
     """Return the number of right answers at the best alpha, and the widest interval of such alphas."""
-    some = (low < high) & (high > 0)
-    ends = np.unique(np.concatenate([[0.0], low[some & (low > 0)], high[some & (high < np.inf)]]))
-    between = np.append((ends[:-1] + ends[1:]) / 2, ends[-1] * 2 + 1)  # one alpha per gap, and one beyond
-    right = _count(low, high, between)
-    most = int(right.max())
-    upper = np.append(ends[1:], np.inf)
-    gaps: list[tuple[float, float]] = []
-    previous = -2
-    for gap in np.flatnonzero(right == most).tolist():
-        if gap == previous + 1:  # an end that does not change the count does not split a plateau
-            gaps[-1] = (gaps[-1][0], float(upper[gap]))
-        else:
-            gaps.append((float(ends[gap]), float(upper[gap])))
-        previous = gap
-    return most, max(gaps, key=_width)
-
-
-def _count(low: FloatArray, high: FloatArray, alphas: FloatArray) -> npt.NDArray[np.int64]:
     some = low < high
-    begun = np.searchsorted(np.sort(low[some]), alphas, side="left")
-    return begun - np.searchsorted(np.sort(high[some]), alphas, side="right")
+    starts, stops = np.sort(low[some]), np.sort(high[some])
+    ends = np.unique(np.concatenate([[0.0], starts[starts > 0], stops[(stops > 0) & (stops < np.inf)]]))
+    between = np.append((ends[:-1] + ends[1:]) / 2, ends[-1] * 2 + 1)  # one alpha per gap, and one beyond
+    right = np.searchsorted(starts, between) - np.searchsorted(stops, between)
+    most = int(right.max())
+    edges = np.diff((right == most).astype(int), prepend=0, append=0)  # ends within a plateau do not split it
+    plateaus = zip(ends[edges[:-1] == 1].tolist(), np.append(ends, np.inf)[edges == -1].tolist(), strict=True)
+    return most, max(plateaus, key=_width)
 
 
 def _width(interval: tuple[float, float]) -> float:
