@@ -19,8 +19,7 @@ def test_principal_components_match_the_full_decomposition(n, d):
     cache = cache_of(rng.normal(size=(n, d)) * scales)
     found = projected(cache)
     keys = np.asarray(cache.keys, dtype=np.float64)
-    _, singular, axes = np.linalg.svd(keys - keys.mean(axis=0), full_matrices=False)
-    np.testing.assert_allclose(found.explained, (singular**2 / (singular**2).sum())[:2], rtol=1e-3)
+    *_, axes = np.linalg.svd(keys - keys.mean(axis=0), full_matrices=False)
     expected = (keys - keys.mean(axis=0)) @ axes[:2].T
     for own, other in zip(found.places.T, expected.T, strict=True):
         assert abs(np.corrcoef(own, other)[0, 1]) > 0.9999
@@ -29,8 +28,6 @@ def test_principal_components_match_the_full_decomposition(n, d):
     assert np.abs(found.places).max() == pytest.approx(1)
     np.testing.assert_allclose(found.places.max(axis=0), -found.places.min(axis=0), atol=1e-6)
     assert found.key_ids.tolist() == cache.labels["key_id"].to_pylist()
-    assert found.axes is not None
-    np.testing.assert_allclose(found.axes[0] + keys @ found.axes[1:], found.places, atol=1e-5)
 
 
 def test_a_projection_is_reproducible_and_keeps_the_random_state():
@@ -59,8 +56,6 @@ def test_few_or_equal_keys_can_be_projected(keys):
     found = projected(cache_of(keys))
     assert found.places.shape == (len(keys), 2)
     assert np.isfinite(found.places).all()
-    assert found.explained is not None
-    assert all(0 <= share <= 1.0001 for share in found.explained)
 
 
 def test_unavailable_methods_and_bad_limits_are_refused(monkeypatch):
@@ -89,5 +84,5 @@ def test_tsne_keeps_neighbours_together_that_pca_cannot_separate():
     near, far = projected(cache, "tsne"), projected(cache, "pca")
     assert same(near) > 0.98
     assert same(far) < 0.95
-    assert near.explained is None
+    assert (near.method, far.method) == ("tsne", "pca")
     np.testing.assert_array_equal(near.places, projected(cache, "tsne").places)

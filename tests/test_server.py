@@ -254,8 +254,7 @@ def test_map_and_audit_equal_those_of_the_library(both, things):
     found, cache = both.get("/v1/indexes/things/map").json(), Index.load(things, device="cpu")
     expected = projected(cache)
     np.testing.assert_allclose(found["places"], expected.places, atol=1e-4)
-    np.testing.assert_allclose(found["axes"], expected.axes, atol=1e-4)
-    assert found["explained"] == pytest.approx(expected.explained, rel=1e-3)
+    assert found["method"] == expected.method
     assert (found["key_ids"], found["class_ids"]) == (expected.key_ids.tolist(), expected.class_ids.tolist())
     assert len(both.get("/v1/indexes/things/map?limit=7").json()["places"]) == 7
     assert both.get("/v1/indexes/things/map?method=umap").status_code == 422

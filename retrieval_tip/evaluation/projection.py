@@ -24,24 +24,21 @@ EXEMPLARS = 1 << 15
 """Largest number of keys to search for exemplars."""
 
 
+Method = Literal["pca", "tsne"]
+
+
 @dataclass(frozen=True)
 class Projection:
-    """The positions of keys in the plane.
+    """The positions of keys in the plane, and the method that found them.
 
     ``key_ids`` and ``class_ids`` are int64 arrays of shape ``[m]``. ``places`` is a float32 array of shape ``[m, 2]``.
-    Its values are from -1 to 1, with the same scale on both axes. ``explained`` is the fraction of the variance along
-    each axis. ``axes`` is a float32 array of shape ``[1 + d, 2]`` that maps a new feature ``f`` to
-    ``axes[0] + f axes[1:]``. Both are ``None`` for t-SNE, which cannot place new features.
+    Its values are from -1 to 1, with the same scale on both axes.
     """
 
+    method: Method
     key_ids: npt.NDArray[np.int64]
     class_ids: npt.NDArray[np.int64]
     places: FloatArray
-    explained: tuple[float, float] | None
-    axes: FloatArray | None = None
-
-
-Method = Literal["pca", "tsne"]
 
 
 def methods() -> list[Method]:
@@ -64,28 +61,23 @@ def projected(index: Index, method: Method = "pca", limit: int = 5000) -> Projec
     check_count("limit", limit)
     features, labels = index.rows.some(limit)
     keys = features.astype(np.float32)
-    is_principal = method == "pca" or len(keys) < FEWEST
-    places, explained, axes = _principal(keys) if is_principal else (_tsne(keys), None, None)
+    method = method if len(keys) >= FEWEST else "pca"
+    places = _principal(keys) if method == "pca" else _tsne(keys)
     middle = (places.max(axis=0) + places.min(axis=0)) / 2
     largest = float(np.abs(places - middle).max()) or 1.0
-    if axes is not None:
-        axes = (np.concatenate([axes[:1] - middle, axes[1:]]) / largest).astype(np.float32)
     key_ids, class_ids = (labels[name].to_numpy().astype(np.int64) for name in ("key_id", "class_id"))
-    return Projection(key_ids, class_ids, ((places - middle) / largest).astype(np.float32), explained, axes)
+    return Projection(method, key_ids, class_ids, ((places - middle) / largest).astype(np.float32))
 
 
-def _principal(keys: FloatArray) -> tuple[FloatArray, tuple[float, float], FloatArray]:
-    mean = keys.mean(axis=0, dtype=np.float64).astype(np.float32)
-    centred = torch.from_numpy(keys - mean)
+def _principal(keys: FloatArray) -> FloatArray:
+    centred = torch.from_numpy(keys - keys.mean(axis=0, dtype=np.float64).astype(np.float32))
     with torch.random.fork_rng(devices=[]):  # a fixed seed makes the axes reproducible
         torch.manual_seed(0)
-        _, scale, axes = torch.svd_lowrank(centred, q=min(AXES, *centred.shape), niter=ITERATIONS)
+        _, _, axes = torch.svd_lowrank(centred, q=min(AXES, *centred.shape), niter=ITERATIONS)
     axes = torch.nn.functional.pad(axes, (0, max(0, 2 - axes.shape[1])))[:, :2]
     axes = axes * torch.where(axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)) < 0, -1, 1)
-    total = float(centred.square().sum()) or 1.0
-    first, second = (float(variance) / total for variance in (*scale.square(), 0.0, 0.0)[:2])
     places: FloatArray = (centred @ axes).numpy()
-    return places, (first, second), np.concatenate([-mean[None] @ axes.numpy(), axes.numpy()])
+    return places
 
 
 def _tsne(keys: FloatArray) -> FloatArray:

@@ -122,12 +122,6 @@ class Trainer:
         """Return CPU copies of the trained matrices by name."""
         return {part: matrix.detach().to("cpu", copy=True) for part, matrix in self._trained.items()}
 
-    @torch.no_grad()
-    def restore(self, trained: Mapping[str, Tensor]) -> None:
-        """Restore the matrices that :meth:`trained` returned."""
-        for part, matrix in self._trained.items():
-            matrix.copy_(trained[part])
-
 
 def cosine(step: int, steps: int, lr: float) -> float:
     """Return the learning rate of a step. It falls from ``lr`` to 0 as ``lr (1 + cos(pi step / steps)) / 2``."""
@@ -284,17 +278,17 @@ def _trained(
     first, *later = [(own["val_accuracy"], -own["val_loss"]) for own in curve]
     if queries is not None and not any(other > first for other in later):
         epoch, kept = untrained
-    trainer.restore(kept)
     record: dict[str, Any] = {
         "parent": plain.place, "parent_version": plain.version, **asdict(recipe), "train": list(recipe.train),
         "alpha": plain.settings.alpha, "beta": plain.settings.beta, "epoch": epoch, "collapsed": collapsed,
         "seconds": round(curve[-1]["seconds"], 3), "shots": material.source,
         "val": None if queries is None else queries.name,
     }  # fmt: skip
+    keys = kept["keys"].numpy() if "keys" in kept else np.asarray(plain.keys)
     before = {name: value for name, value in plain.provenance.items() if name != "temperature"}
     made = replace(
         plain,
-        rows=ArrayRows(trainer.keys.detach().cpu().numpy().astype(plain.dtype), plain.labels, trainer.values),
+        rows=ArrayRows(keys.astype(plain.dtype), plain.labels, kept.get("values", plain.values)),
         factory=plain.index_type,
         settings=replace(plain.settings, temperature=1.0),
         provenance=before | {"alpha": "finetune", "beta": "finetune", "finetune": record},

@@ -171,8 +171,8 @@ async def map_of(
 ) -> Response:
     """Project the keys to two dimensions, by one of the ``methods``. ``total`` is the number of all keys.
 
-    If features are long, fewer keys than the limit are returned. ``places`` are their positions, and ``explained`` is
-    the share of the variance along each axis. ``axes`` maps new features to positions (see :class:`.Projection`).
+    If features are long, fewer keys than the limit are returned. ``places`` are their positions (see
+    :class:`.Projection`).
     """
     index = version.index
     limit = min(limit, index.n, max(1, service.limits.mapped // index.d))

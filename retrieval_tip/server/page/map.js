@@ -40,7 +40,7 @@ export function showMap(found, hasImages) {
   images.clear();
   $("map-facts").textContent = map.key_ids.length < map.total ? `${count(map.key_ids.length)} of ${count(map.total)} photos` : "";
   $("map").hidden = !map.key_ids.length;
-  canvas.dataset.method = map.explained ? "pca" : "tsne";
+  canvas.dataset.method = map.method;
   canvas.ariaLabel = `Map of ${plural(map.key_ids.length, "photo")}, coloured by class`;
   zoom(0);
   choose(map.key_ids.indexOf(keyId));
