@@ -56,10 +56,7 @@ def reference(cache, k=None):
         if twins or suggested != ids[i]:
             found[key_ids[i]] = {
                 "suggested": cache.class_names[suggested] if judged else None,
-                "own_score": scores[ids[i]] if judged else None,
-                "suggested_score": scores[suggested] if judged else None,
                 "margin": np.log(scores[suggested] / max(scores[ids[i]], lowest)) if judged else None,
-                "rank": 1 + int((scores > scores[ids[i]]).sum()) if judged else None,
                 "nearest_key_id": None if nearest is None else key_ids[nearest],
                 "nearest_affinity": None if nearest is None else affinity[i, nearest],
                 "duplicate_of": {key_ids[-j] for digest, cosine, j in twins} or None,
@@ -81,9 +78,9 @@ def check(cache, k=None):
     assert {row["key_id"] for row in rows} == set(expected)
     for row in rows:
         wanted = expected[row["key_id"]]
-        for name in ("suggested", "rank", "nearest_key_id"):
+        for name in ("suggested", "nearest_key_id"):
             assert row[name] == wanted[name], name
-        for name in ("own_score", "suggested_score", "margin", "nearest_affinity"):
+        for name in ("margin", "nearest_affinity"):
             assert row[name] == (
                 wanted[name] if wanted[name] is None else pytest.approx(wanted[name], rel=2e-3, abs=1e-5)
             )
@@ -96,7 +93,7 @@ def check(cache, k=None):
     assert order == sorted(order)
     for row in rows:
         if row["margin"] is not None and row["margin"] <= CLEAR:  # no clear suggestion
-            row |= {"suggested": row["label"], "suggested_score": row["own_score"], "margin": 0}
+            row |= {"suggested": row["label"], "margin": 0}
     clear = [row for row in rows if row["margin"] or row["duplicate_of"] is not None]
     clear.sort(key=lambda row: (-(row["margin"] or 0), row["key_id"]))
     assert audited(cache, k).to_pylist() == clear

@@ -765,20 +765,6 @@ def test_in_a_large_index_only_added_and_relabelled_keys_get_new_values(monkeypa
     assert [key_id for key_id in before if before[key_id] != after[key_id]] == key_ids[:1]
 
 
-def test_fitting_twice_gives_the_same_bytes(tmp_path):
-    from retrieval_tip.index.changes import fit_index
-
-    cache = model(shots=6)
-    cache.save(tmp_path / "index")
-    first = fit_index(tmp_path / "index")
-    files = Index.load(tmp_path / "index").manifest.files
-    second = fit_index(tmp_path / "index")
-    again = Index.load(tmp_path / "index").manifest
-    assert again.files == files
-    assert (str(first), first.provenance()) == (str(second), second.provenance())
-    assert again.version == 3
-
-
 def test_a_fine_tuned_index_cannot_be_fitted():
     cache = model()
     cache.curve = pa.table({"epoch": [1]})

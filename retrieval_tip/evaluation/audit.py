@@ -12,7 +12,7 @@ otherwise not be comparable between indexes. Trained ``values`` are ignored. A f
 (:func:`closed_form.unfitted`), because its metric was fitted to each shot's label and would confirm a wrong label.
 
 A class that has no visible keys has no score. A shot that is the only image of its class cannot be scored. It is listed
-only if it is a duplicate, in which case its scores are null.
+only if it is a duplicate, in which case its suggestion and margin are null.
 """
 
 from __future__ import annotations
@@ -56,8 +56,7 @@ def audit(index: Index, *, borderline: bool = False) -> pa.Table:
     Returns a table, sorted by descending margin and then by key id, with these columns:
 
     - ``key_id``, ``source``, ``label``: the shot
-    - ``suggested``, ``own_score``, ``suggested_score``, ``margin``: the suggested label, and how well both labels fit
-    - ``rank``: the rank of the shot's own label, where 1 is the highest score
+    - ``suggested``, ``margin``: the suggested label, and how much better it fits
     - ``nearest_key_id``, ``nearest_source``, ``nearest_label``, ``nearest_affinity``: the nearest visible key
     - ``duplicate_of``: the closest retrieved key of another class that is a duplicate (see :data:`duplicates.NEAR`)
     """
@@ -91,24 +90,16 @@ def _neighbours(visible: Visible, part: slice, own: Tensor, norms: Tensor, diges
 
 
 def _scores(visible: Visible, own: Tensor, nearest: Tensor, beta: float, *, borderline: bool) -> dict[str, Tensor]:
-    """Return how well each shot fits its ``own`` class and the best class, which becomes the suggested label."""
+    """Return which shots can be scored, the label that fits each of them best, and how much better it fits."""
     shift = nearest.clamp_min(torch.finfo(torch.float32).min)  # the nearest key has weight 1 at any beta
     weights = visible.affinity - (shift[:, None] - 1)
     weights = tip.weight(weights, beta, out=weights).masked_fill_(visible.unseen, 0)
     sums = tip.sum_by_class(weights, visible.ids, visible.counts.shape[1])
     scores = torch.where(visible.counts > 0, sums / visible.counts.clamp_min(1), -1)
-    mine, scale = scores.gather(1, own[:, None])[:, 0], tip.weight(shift, beta)
-    best, suggested = scores.max(dim=1)
+    mine, (best, suggested) = scores.gather(1, own[:, None])[:, 0], scores.max(dim=1)
     margin = best.clamp_min(LEAST).log() - mine.clamp_min(LEAST).log()
     stays = (mine >= best) if borderline else (margin <= CLEAR)
-    return {
-        "judged": mine >= 0,
-        "suggested": own.where(stays, suggested),
-        "own_score": mine * scale,
-        "suggested_score": mine.where(stays, best) * scale,
-        "margin": margin.masked_fill(stays, 0),
-        "rank": (scores > mine[:, None]).sum(dim=1) + 1,
-    }
+    return {"judged": mine >= 0, "suggested": own.where(stays, suggested), "margin": margin.masked_fill(stays, 0)}
 
 
 def _table(index: Index, shots: dict[str, npt.NDArray[Any]]) -> pa.Table:
@@ -124,9 +115,10 @@ def _table(index: Index, shots: dict[str, npt.NDArray[Any]]) -> pa.Table:
         return pa.array(shots[name], kind, mask=~shots["judged"])
 
     shot = {name: described("row", name) for name in ("key_id", "source", "label")}
-    scores = {name: judgement(name, pa.float32()) for name in ("own_score", "suggested_score", "margin")}
+    suggested = {
+        "suggested": names.take(judgement("suggested", pa.int64())),
+        "margin": judgement("margin", pa.float32()),
+    }
     nearest = {f"nearest_{name}": described("near", name) for name in ("key_id", "source", "label")}
-    affinity = pa.array(shots["nearest_affinity"], pa.float32(), mask=shots["near"] < 0)
-    columns = shot | {"suggested": names.take(judgement("suggested", pa.int64()))} | scores
-    columns |= {"rank": judgement("rank", pa.int64())} | nearest
-    return pa.table(columns | {"nearest_affinity": affinity, "duplicate_of": described("twin", "key_id")})
+    nearest["nearest_affinity"] = pa.array(shots["nearest_affinity"], pa.float32(), mask=shots["near"] < 0)
+    return pa.table(shot | suggested | nearest | {"duplicate_of": described("twin", "key_id")})

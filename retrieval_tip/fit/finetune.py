@@ -176,15 +176,11 @@ class Tuned:
 
     def facts(self) -> dict[str, object]:
         """Return the figures that the command line prints. A figure that was not measured is ``None``."""
-        compared, curve = self.compared, None if self.as_it_was else self.index.curve
-        facts: dict[str, object] = {"version": self.index.version, "kept": "as it was" if curve is None else "trained"}
+        compared, settings = self.compared, self.index.settings.shown()
+        facts: dict[str, object] = {"version": self.index.version, "kept": "as it was" if self.as_it_was else "trained"}
         facts |= {name: compared and getattr(compared, name) for name in ("before", "after", "n", "source")}
-        facts |= {"trained": self.record["train"], "epoch": curve and self.record["epoch"]}
-        for name in ("loss", "accuracy"):
-            value = math.nan if curve is None else curve[name][self.record["epoch"]].as_py()
-            facts[f"train_{name}"] = None if math.isnan(value) else value
-        shown = self.index.settings.shown()
-        facts |= {name: shown[name] for name in ("alpha", "beta", "k")}
+        facts |= {"trained": self.record["train"], "epoch": None if self.as_it_was else self.record["epoch"]}
+        facts |= {name: settings[name] for name in ("alpha", "beta", "k")}
         return facts | {name: self.record[name] for name in ("collapsed", "seconds")}
 
 
