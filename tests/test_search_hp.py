@@ -20,6 +20,7 @@ from retrieval_tip.fit.search_hp import right_between, search
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.settings import Settings
+from retrieval_tip.store.labels import images_of
 
 C, D = 5, 12
 NAMES = [f"class {i}" for i in range(C)]
@@ -132,8 +133,8 @@ def test_the_search_with_values_matches_the_definition(ask):
     found = all_caches(cache, queries, [3.0])[0]
     for q in range(len(queries.ids)):
         seen = np.arange(cache.n)
-        if queries.groups is not None and queries.hidden is not None:
-            seen = np.flatnonzero(queries.groups != queries.hidden[q])
+        if queries.images is not None:
+            seen = np.flatnonzero(images_of(cache.labels) != queries.images[q])
             assert not set(images[seen]) & set(images[np.setdiff1d(np.arange(cache.n), seen)])
         factor = np.bincount(y, minlength=C) / np.maximum(np.bincount(y[seen], minlength=C), 1)
         own = values[seen] * factor[y[seen]][:, None]

@@ -62,11 +62,11 @@ def audit(index: Index, *, borderline: bool = False) -> pa.Table:
     """
     index, parts = unfitted(index), []
     near = MET if index.n**2 > ALL_PAIRS else None
-    images, class_ids = images_of(index.labels), index.class_ids.cpu().numpy()
+    class_ids = index.class_ids.cpu().numpy()
     _, beta = untouched_settings(index.keys, class_ids)
     digests = torch.from_numpy(digest_codes(index.labels)).to(index.device)
     norms = torch.cat([keys.norm(dim=1) for keys, *_ in index.retrieval.keys.blocks()]).clamp_min(LEAST)
-    shots = Queries(np.asarray(index.vectors), class_ids, "its own shots", images, images)
+    shots = Queries(np.asarray(index.vectors), class_ids, "its own shots", images_of(index.labels))
     for part, visible in shots.blocks(index, near):
         own = index.class_ids[part]
         found = {"row": torch.arange(part.start, part.stop, device=index.device)}

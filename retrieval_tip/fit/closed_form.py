@@ -203,8 +203,6 @@ class FormChoice:
         return {
             "summary": str(self),
             "form": str(self.form),
-            "judged_on": self.judged_on,
-            "queries": self.n,
             "tested": self.tested,
             "classes": self.classes,
             **{name: None if part is None else round(part, 6) for name, part in parts.items()},

@@ -548,19 +548,17 @@ class Folds:
 class Queries:
     """Labelled queries, with ``features`` of shape ``[q, d]`` and class ``ids`` of shape ``[q]``.
 
-    ``groups`` is an array of shape ``[n]`` with the group of each key. Query i does not see the keys whose group equals
-    ``hidden[i]``. If ``hidden`` is ``None``, all queries see all keys.
+    If they are shots, ``images`` has the image of each (see :func:`labels.images_of`), whose keys it does not see.
     """
 
     features: npt.NDArray[np.floating]
     ids: IntArray
     name: str
-    hidden: IntArray | None = None
-    groups: IntArray | None = None
+    images: IntArray | None = None
 
     @classmethod
     def leave_one_out(cls, index: Index) -> Self:
-        """Return the shots as queries that do not see the keys of their own image (see :func:`labels.images_of`).
+        """Return the shots as queries that do not see the keys of their own image.
 
         Raises UsageError if a class has a single image, or if the values of the index were solved.
         """
@@ -569,8 +567,8 @@ class Queries:
                 "leave-one-out: the values of this index were solved from all its shots; run retrieval-tip fit, which "
                 "solves them again without each fold, or give --val SOURCE"
             )
-        groups, ids = images_of(index.labels), index.class_ids.cpu().numpy()
-        _, first = np.unique(groups, return_index=True)  # one query per image
+        images, ids = images_of(index.labels), index.class_ids.cpu().numpy()
+        _, first = np.unique(images, return_index=True)  # one query per image
         single = np.flatnonzero(np.bincount(ids[first], minlength=len(index.class_names)) == 1)
         if single.size:
             raise UsageError(
@@ -578,11 +576,12 @@ class Queries:
                 "give --val SOURCE"
             )
         features = np.asarray(index.keys[first], dtype=np.float32)
-        return cls(features, ids[first], "its own shots, each held out in turn", groups[first], groups)
+        return cls(features, ids[first], "its own shots, each held out in turn", images[first])
 
     def blocks(self, index: Index, k: int | None = None) -> Iterator[tuple[slice, Visible]]:
         """Yield the queries in blocks, with the keys that they see: all, or those among the ``k`` nearest."""
         c, every = len(index.class_names), index.class_ids.cpu().numpy()
+        images = None if self.images is None else images_of(index.labels)
         most = max(c, index.n if k is None else min(k, index.n))
         for part in slices(len(self.ids), max(1, min(QUERY_BLOCK, VALUES // most))):
             features = torch.from_numpy(np.asarray(self.features[part], dtype=np.float32)).to(index.device)
@@ -595,14 +594,14 @@ class Queries:
             else:
                 near = retrieval.keys.nearest(points, k)
                 affinity, rows, unseen = near.affinity, near.rows, near.rows < 0
-            if self.hidden is not None and self.groups is not None:
-                hidden, place = np.unique(self.hidden[part], return_inverse=True)
-                at = np.searchsorted(hidden, self.groups).clip(max=len(hidden) - 1)
-                own = hidden[at] == self.groups
+            if self.images is not None and images is not None:
+                hidden, place = np.unique(self.images[part], return_inverse=True)
+                at = np.searchsorted(hidden, images).clip(max=len(hidden) - 1)
+                own = hidden[at] == images
                 gone = np.bincount(at[own] * c + every[own], minlength=len(hidden) * c).reshape(-1, c)[place]
                 counts = counts - torch.from_numpy(gone).to(counts)
-                groups = torch.from_numpy(self.groups).to(index.device)[rows]
-                unseen = unseen | (groups == torch.from_numpy(self.hidden[part]).to(index.device)[:, None])
+                shown = torch.from_numpy(images).to(index.device)[rows]
+                unseen = unseen | (shown == torch.from_numpy(self.images[part]).to(index.device)[:, None])
             yield part, Visible(index, features, points, affinity, rows, unseen, counts)
 
 
