@@ -511,14 +511,6 @@ def test_folds_of_uneven_shots_give_each_class_equal_weight():
     np.testing.assert_allclose(np.bincount(held, weights)[1:] / weights.sum(), 1 / 4)
 
 
-def test_one_hot_values_are_not_chosen_for_uneven_shots():
-    cache = Index.from_features(*uneven_clusters((3, 4, 5, 8, 16)), NAMES, text_of())
-    choice = closed_form.fit(cache)
-    assert choice.trials
-    assert all(form.ridge is not None for form, _ in choice.trials)
-    assert closed_form.fit(cache, Fit(values="one-hot")).form.ridge is None
-
-
 @needs_real
 def test_the_mean_class_accuracy_on_a_long_tail_of_flowers_is_high(shared):
     """Classes have 1 to 16 shots. With an unweighted ridge, the accuracy was 79.4 %."""

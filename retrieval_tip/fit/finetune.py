@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -128,23 +128,13 @@ def cosine(step: int, steps: int, lr: float) -> float:
     return lr * (1 + math.cos(math.pi * step / steps)) / 2
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(NamedTuple):
     """Accuracy ``before`` training (with the index's own fit) and ``after``, on ``n`` unseen images from ``source``."""
 
     before: float
     after: float
     n: int
     source: str
-
-    @property
-    def helps(self) -> bool:
-        """Whether training increased the accuracy."""
-        return self.after > self.before
-
-    def __str__(self) -> str:
-        figures = f"{100 * self.before:.1f} % before training, {100 * self.after:.1f} % after"
-        return f"held-out accuracy: {figures} (n={self.n}, {self.source})"
 
 
 @dataclass(frozen=True)
@@ -168,7 +158,7 @@ class Tuned:
     @property
     def as_it_was(self) -> bool:
         """Whether ``index`` is a copy of the given index, because training did not help."""
-        return self.compared is not None and not self.compared.helps
+        return self.compared is not None and self.compared.after <= self.compared.before
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the index folder."""
@@ -178,7 +168,7 @@ class Tuned:
         """Return the figures that the command line prints. A figure that was not measured is ``None``."""
         compared, settings = self.compared, self.index.settings.shown()
         facts: dict[str, object] = {"version": self.index.version, "kept": "as it was" if self.as_it_was else "trained"}
-        facts |= {name: compared and getattr(compared, name) for name in ("before", "after", "n", "source")}
+        facts |= dict.fromkeys(Comparison._fields) if compared is None else compared._asdict()
         facts |= {"trained": self.record["train"], "epoch": None if self.as_it_was else self.record["epoch"]}
         facts |= {name: settings[name] for name in ("alpha", "beta", "k")}
         return facts | {name: self.record[name] for name in ("collapsed", "seconds")}
@@ -190,30 +180,32 @@ def finetune_into(
 ) -> Tuned:  # fmt: skip
     """Fine-tune an index, and write the result into the folder ``out``, or a copy of the index if that is better.
 
-    The accuracy is measured on ``val``, or on held-out shots if ``val`` is not given (see :func:`_compared`).
+    The accuracy is measured on ``val``, or on held-out shots if ``val`` is not given (see :func:`_on_folds`).
     """
     check_name(Path(out))
     make_folders(Path(out).parent)
     recipe = recipe or Recipe()
     log.warning("the closed-form fit is usually more accurate than fine-tuning; held-out photos decide which is kept")
     material = _Material.of(index, shots, reader, recipe, val)
-    queries, compared, tuned = material.queries, None, None
-    if queries is None:
-        compared, tuned = _compared(index, material, recipe)
-    if tuned is None or compared is None or compared.helps:
-        tuned = _trained(index, material, recipe)
+    queries = material.queries
+    tuned = _on_folds(index, material, recipe) if queries is None else None
+    if tuned is None or not tuned.as_it_was:
+        compared = None if tuned is None else tuned.compared
+        tuned = replace(_trained(index, material, recipe), compared=compared)
     if queries is not None and tuned.choice is not None:
         before = _right(index, queries.features, queries.ids) / len(queries.ids)
         compared = Comparison(before, tuned.choice.accuracy, len(queries.ids), queries.name)
+        tuned = replace(tuned, compared=compared)
     _warn(tuned)
-    tuned = replace(tuned, compared=compared)
-    if compared is None:
+    if (held := tuned.compared) is None:
         log.warning("no photo could be held out to evaluate the training, since no class has two; give --val")
-    elif compared.helps:
-        tuned.record["held_out"] = asdict(compared)
-    else:
-        log.warning("%s; training does not help, so %s is a copy of the index", compared, show(out))
+    elif tuned.as_it_was:
+        before, after, n, source = held
+        figures = f"{100 * before:.1f} % before training, {100 * after:.1f} % after (n={n}, {source})"
+        log.warning("held-out accuracy: %s; training does not help, so %s is a copy of the index", figures, show(out))
         tuned = replace(tuned, index=copy.copy(index), choice=None)
+    else:
+        tuned.record["held_out"] = held._asdict()
     tuned.save(out)
     return tuned
 
@@ -326,11 +318,11 @@ def _warn(tuned: Tuned) -> None:
         log.warning("no epoch improved the accuracy on the validation photos; the keys stay untrained")
 
 
-def _compared(index: Index, material: _Material, recipe: Recipe) -> tuple[Comparison | None, Tuned | None]:
-    """Compare an index before and after training on held-out shots, and return the last trained index as well.
+def _on_folds(index: Index, material: _Material, recipe: Recipe) -> Tuned | None:
+    """Compare an index before and after training on held-out shots, and return the last trained index.
 
-    A quarter of each class is held out at a time, until :data:`HELD_OUT` shots have been evaluated. Both return values
-    are ``None`` if no class has two photos.
+    A quarter of each class is held out at a time, until :data:`HELD_OUT` shots have been evaluated. The result is
+    ``None`` if no class has two photos.
     """
     folds = Folds.of(index).with_shots(FOLDS, HELD_OUT)
     sources = np.array(index.labels["source"].to_pylist(), dtype=object)
@@ -346,9 +338,9 @@ def _compared(index: Index, material: _Material, recipe: Recipe) -> tuple[Compar
             right[i] += _right(model, held.features.numpy(), held.ids.numpy())
         n, seconds = n + len(held.ids), seconds + tuned.record["seconds"]
     if tuned is None:
-        return None, None
+        return None
     tuned.record["seconds"] = round(seconds, 3)
-    return Comparison(right[0] / n, right[1] / n, n, "its own shots, held out"), tuned
+    return replace(tuned, compared=Comparison(right[0] / n, right[1] / n, n, "its own shots, held out"))
 
 
 def _right(index: Index, features: FloatArray, ids: IntArray) -> int:
