@@ -55,25 +55,15 @@ def planted(n, c, temperature, seed, scale=1.0):
 @given(answers, st.integers(1, 20))
 def test_the_error_and_the_bins_match_a_loop(items, bins):
     confidence, right = (list(column) for column in zip(*items, strict=True))
-    total, edges = 0.0, [m / bins for m in range(bins + 1)]
-    found = reliability(confidence, right, bins)
-    assert {len(column) for column in found} == {bins}
+    edges, expected = np.linspace(0, 1, bins + 1), []
     for m in range(bins):
-        inside = [
-            i
-            for i, p in enumerate(confidence)
-            if np.linspace(0, 1, bins + 1)[m] < p <= np.linspace(0, 1, bins + 1)[m + 1] or (m == 0 and p == 0)
-        ]
-        assert (found.low[m], found.high[m]) == pytest.approx((edges[m], edges[m + 1]))
-        assert found.counts[m] == len(inside)
+        inside = [i for i, p in enumerate(confidence) if edges[m] < p <= edges[m + 1] or (m == 0 and p == 0)]
         if inside:
-            accuracy = sum(right[i] for i in inside) / len(inside)
-            mean = sum(confidence[i] for i in inside) / len(inside)
-            assert (found.accuracy[m], found.confidence[m]) == pytest.approx((accuracy, mean))
-            total += len(inside) / len(items) * abs(accuracy - mean)
-        else:
-            assert np.isnan([found.accuracy[m], found.confidence[m]]).all()
-    assert found.counts.sum() == len(items)
+            means = [sum(column[i] for i in inside) / len(inside) for column in (confidence, right)]
+            expected.append((m / bins, (m + 1) / bins, len(inside), *means))
+    found = reliability(confidence, right, bins)
+    assert [[*own] for own in found] == [pytest.approx([*own]) for own in expected]
+    total = sum(n / len(items) * abs(accuracy - mean) for _, _, n, mean, accuracy in expected)
     error = expected_calibration_error(confidence, right, bins)
     assert error == pytest.approx(total, abs=1e-12)
     assert 0 <= error <= 1

@@ -230,7 +230,7 @@ def test_held_out_probabilities_belong_to_the_photos_in_order():
     np.testing.assert_array_equal(labels, cache.class_ids.numpy())
     np.testing.assert_array_equal(key_ids, cache.labels["key_id"])
     np.testing.assert_allclose(chances.sum(1), 1, atol=1e-5)
-    found = held_out_probabilities(cache, np.arange(cache.n), np.arange(cache.n))
+    found = held_out_probabilities(cache, np.arange(cache.n))
     np.testing.assert_array_equal(found.pred_probs, chances)
     np.testing.assert_array_equal(found.right, chances.argmax(1) == labels)
     with pytest.raises(UsageError, match="one photo"):

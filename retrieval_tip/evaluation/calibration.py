@@ -33,34 +33,30 @@ REACH = 9.0
 ROWS = 1024
 """Number of answers whose probabilities are computed at a time, because they take twice the memory of the logits."""
 
-Floats = npt.NDArray[np.float64]
+
+class Bin(NamedTuple):
+    """The ``n`` answers with ``low < confidence <= high``, and the means of their confidence and accuracy."""
+
+    low: float
+    high: float
+    n: int
+    confidence: float
+    accuracy: float
 
 
-class Bins(NamedTuple):
-    """The answers with ``low < confidence <= high`` in each of ``m`` bins. The first bin includes a confidence of 0.
+def reliability(confidence: npt.ArrayLike, right: npt.ArrayLike, bins: int = BINS) -> list[Bin]:
+    """Return the equal bins ``(m / bins, (m + 1) / bins]`` that have answers (Guo et al., eq. 2).
 
-    All arrays have shape ``[m]``. ``confidence`` and ``accuracy`` are means, which are NaN in an empty bin.
-    """
-
-    low: Floats
-    high: Floats
-    counts: npt.NDArray[np.int64]
-    confidence: Floats
-    accuracy: Floats
-
-
-def reliability(confidence: npt.ArrayLike, right: npt.ArrayLike, bins: int = BINS) -> Bins:
-    """Return the confidence and accuracy in equal bins ``(m / bins, (m + 1) / bins]`` (Guo et al., eq. 2).
-
-    Both arrays have shape ``[n]``, with n >= 1 and values in [0, 1].
+    Both arrays have shape ``[n]``, with n >= 1 and values in [0, 1]. The first bin includes a confidence of 0.
     """
     p, hit = np.asarray(confidence, dtype=np.float64), np.asarray(right, dtype=np.float64)
     edges = np.linspace(0, 1, bins + 1)
     of = np.searchsorted(edges[1:-1], p, side="left")
-    counts = np.bincount(of, minlength=bins)
-    shares = np.where(counts > 0, counts, np.nan)
-    means = [np.bincount(of, weights=values, minlength=bins) / shares for values in (p, hit)]
-    return Bins(edges[:-1], edges[1:], counts, *means)
+    inside = [(m, of == m) for m in np.unique(of).tolist()]
+    return [
+        Bin(float(edges[m]), float(edges[m + 1]), int(own.sum()), float(p[own].mean()), float(hit[own].mean()))
+        for m, own in inside
+    ]
 
 
 def expected_calibration_error(confidence: npt.ArrayLike, right: npt.ArrayLike, bins: int = BINS) -> float:
@@ -69,8 +65,7 @@ def expected_calibration_error(confidence: npt.ArrayLike, right: npt.ArrayLike, 
     See :func:`reliability` for the bins. The estimate is biased upwards if the bins contain few answers.
     """
     curve = reliability(confidence, right, bins)
-    gaps = curve.counts * np.abs(curve.accuracy - curve.confidence)
-    return float(np.nansum(gaps) / curve.counts.sum())
+    return float(sum(own.n * abs(own.accuracy - own.confidence) for own in curve) / sum(own.n for own in curve))
 
 
 def fit_temperature(logits: npt.ArrayLike | Tensor, labels: npt.ArrayLike | Tensor) -> float:

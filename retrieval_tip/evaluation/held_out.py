@@ -53,12 +53,12 @@ class HeldOut(NamedTuple):
         return right
 
 
-def held_out_probabilities(index: Index, rows: IntArray | None = None, kept: IntArray | None = None) -> HeldOut:
-    """Classify the photo of each row by the ``kept`` keys, except all keys of the photos in its own part.
+def held_out_probabilities(index: Index, rows: IntArray | None = None) -> HeldOut:
+    """Classify the photo of each row by all keys except the keys of photos in its own part.
 
     The metric and the values are refitted to the other keys, while alpha, beta and the temperature stay. The index does
     not change. Without text, a class that has no other key cannot win. If there are no other keys, all probabilities
-    are 0. By default, all photos of the index are classified, and all keys are kept.
+    are 0. By default, all photos of the index are classified.
 
     Raises UsageError if the index has only one photo, unless ``rows`` are given.
     """
@@ -67,7 +67,7 @@ def held_out_probabilities(index: Index, rows: IntArray | None = None, kept: Int
         if len(rows) < 2:
             raise UsageError("held-out probabilities: the index has one photo; add more")
     probabilities = torch.zeros(len(rows), len(index.class_names))
-    for part, others in without_parts(index, rows, kept):
+    for part, others in without_parts(index, rows):
         probabilities[part] = probabilities_of(others, index.keys[rows[part]])
     labels = index.class_ids.cpu().numpy()[rows].astype(np.int64)
     return HeldOut(probabilities.numpy(), labels, index.labels["key_id"].to_numpy()[rows])

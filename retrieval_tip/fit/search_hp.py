@@ -37,7 +37,6 @@ class HyperparameterChoice:
       text alone is as good if it starts at 0, and the cache alone if it has no upper end.
     - ``best``: the highest accuracy that was found, which a cautious search may not select
     - ``zero_shot``: the accuracy at alpha 0
-    - ``cache_alone``: the best accuracy using only the cache, for any beta
     - ``low``, ``high``: the 95 % confidence interval of the accuracy
     - ``warnings``: reasons why the selected settings may be unreliable
     """
@@ -48,7 +47,6 @@ class HyperparameterChoice:
     best: float
     interval: tuple[float, float]
     zero_shot: float
-    cache_alone: float
     low: float
     high: float
     n: int
@@ -140,8 +138,7 @@ def search(index: Index, queries: Queries) -> HyperparameterChoice:
     lower, upper = wilson(accuracy, n)
     return HyperparameterChoice(
         alpha, tried[b], accuracy=accuracy, best=most, interval=interval, low=lower, high=upper, n=n,
-        zero_shot=float(rivals["text alone"].mean()), cache_alone=float((high == np.inf).mean(axis=1).max()),
-        source=queries.name, warnings=tuple(warnings),
+        zero_shot=float(rivals["text alone"].mean()), source=queries.name, warnings=tuple(warnings),
     )  # fmt: skip
 
 

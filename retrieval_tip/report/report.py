@@ -169,13 +169,9 @@ class Share(NamedTuple):
 
 def by_probability(evaluation: Evaluation) -> Iterator[Share]:
     """Yield the answers to photos of known classes by their probability, with its mean."""
-    answers = evaluation.answers
-    known = answers.of_known
-    for low, high, n, mean, accuracy in zip(
-        *reliability(answers.confidence[known], answers.right[known], 10), strict=True
-    ):
-        if n:
-            yield Share(f"{100 * low:.0f} to {100 * high:.0f} %", int(n), mean, accuracy)
+    answers, known = evaluation.answers, evaluation.answers.of_known
+    for low, high, n, mean, accuracy in reliability(answers.confidence[known], answers.right[known], 10):
+        yield Share(f"{100 * low:.0f} to {100 * high:.0f} %", n, mean, accuracy)
 
 
 def by_coverage(evaluation: Evaluation) -> Iterator[Share]:
