@@ -258,7 +258,7 @@ def fit(
     if folds.prior is not None and forms[0] == DEFAULT_FORM:
         forms = [WITH_PRIOR, *forms]
     if folds.can_judge:
-        form, trials = _chosen(forms, folds, sampled=validation is None)
+        form, trials = _chosen(forms, folds)
         settings, choice, rows = _settings_of(index, form, folds)
         choice, where = replace(choice, trials=trials), f"fitted on {folds.judged_on}"
     else:
@@ -395,14 +395,15 @@ def _folds_of(
     return folds.with_shots(number, most).with_small(most).with_classes(most)
 
 
-def _chosen(forms: Sequence[Form], folds: Folds, *, sampled: bool) -> tuple[Form, list[tuple[Form, Blend]]]:
+def _chosen(forms: Sequence[Form], folds: Folds) -> tuple[Form, list[tuple[Form, Blend]]]:
     """Return the first form, or the best form that is significantly better, and all trials.
 
-    If the photos are ``sampled`` from the shots, and there are too few of them, no form is tried.
+    If there are too few shots to hold some of them out, no form is tried.
     """
-    if len(forms) == 1 or (sampled and len(np.unique(folds.images)) < LEAST_SHOTS * len(folds.ids.unique())):
+    shots = folds.validation is None
+    if len(forms) == 1 or (shots and len(np.unique(folds.images)) < LEAST_SHOTS * len(folds.ids.unique())):
         return forms[0], []
-    folds = _sample(folds) if sampled else folds
+    folds = _sample(folds) if shots else folds
     trials = [(form, folds.judge(form)) for form in forms]
     (chosen, best), stands = trials[0], trials[0][1]
     for form, tried in trials:
@@ -441,7 +442,7 @@ def _settings_of(index: Index, form: Form, folds: Folds) -> tuple[Settings, Form
     choice, logits = _judged(index, form, folds, settings)
     shown = counting = folds.held_of("shots")
     drawn = _drawn(index)
-    if drawn is not None and all(held.own is not None for held in folds.held):
+    if drawn is not None and folds.validation is None:
         own = torch.cat([held.own for held in folds.held if held.own is not None])
         counting = torch.from_numpy(drawn)[own] & shown
         share = (int(blended.right[counting].sum()) + 1) / (int(drawn.sum()) + 2)

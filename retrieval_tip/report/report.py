@@ -251,11 +251,6 @@ class Results:
         """The answers for the ``n`` items."""
         return self.evaluation.answers
 
-    @cached_property
-    def new(self) -> npt.NDArray[np.int64]:
-        """The places of the items that are not shots, and whose class the index has."""
-        return np.flatnonzero(self.answers.of_known & ~self.answers.held_out)
-
     def record(self, name: str) -> dict[str, object]:
         """Return what the index records about ``fit``, ``search`` or ``finetune``, which may be nothing."""
         kept = self.index.provenance.get(name)
@@ -337,7 +332,7 @@ def mistakes(results: Results) -> Iterator[dict[str, object]]:
     Each has the most probable classes, and the shots that caused the answer. A shot would explain itself.
     """
     answers, names = results.answers, results.index.class_names
-    wrong = results.new[~answers.right[results.new]]
+    wrong = np.flatnonzero(answers.of_known & ~answers.held_out & ~answers.right)
     places = wrong[np.argsort(answers.log_truth[wrong], kind="stable")][:MISTAKES].tolist()
     predictions = results.index.classify(results.block.features[places], "keep", top=3, neighbours=NEIGHBOURS)
     for place, prediction in zip(places, predictions, strict=True):
