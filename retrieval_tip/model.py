@@ -604,7 +604,7 @@ class Editing(Answering):
         matrix = np.asarray(matrix).astype(self.dtype)
         new = ArrayRows(matrix, added, points=points_of(self.metric, matrix, self.device))
         self._check_lengths(new.vectors)
-        self._hold(self.rows.added(replace(new, values=self._values_of(new)), len(self.class_names)))
+        self._hold(self.rows.added(replace(new, values=self._values_of(new))))
         self.next_key_id += len(matrix)
         return key_ids.tolist()
 
@@ -625,7 +625,7 @@ class Editing(Answering):
         if gone.n == self.n:
             raise InputError("remove: an index needs at least one key; delete the index instead")
         if gone.n:
-            self._hold(self.rows.without(gone))
+            self._hold(self.rows.replaced(gone, None))
 
     def relabel(self, key_ids: Sequence[int], labels: str | Sequence[str]) -> None:
         """Move keys to other classes, given one label for all keys or one label per key.

@@ -81,7 +81,7 @@ def test_sums_match_their_definition_as_keys_come_and_go(n, c, d, seed, dtype, c
     close(sums, defined(keys, ids, c))  # a change does not modify the original
     other = ids.copy()
     other[some] = c - 1
-    close(sums.moved(keys[some], ids[some], other[some]), defined(keys, other, c))
+    close(less.added(keys[some], other[some]), defined(keys, other, c))
     close(sums.widened(c + 2), defined(keys, ids, c + 2))
     close(Sums.of_array(sums.to_array(), c), sums, 0)
 

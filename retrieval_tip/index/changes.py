@@ -595,7 +595,8 @@ def _known(
     with np.errstate(over="ignore"):  # an overflow is rejected when the keys are added
         rows = features[bare].astype(index.dtype) + zero
     asked, found = list(zip(ids[bare].tolist(), map(bytes, rows), strict=True)), set[tuple[int, bytes]]()
-    for class_ids, keys in index.rows.of_classes(classes):
+    for own, keys in index.rows.blocks(["class_id"], classes):
+        class_ids = own["class_id"].to_numpy()
         alike = np.flatnonzero(np.isin(keys[:, 0], rows[:, 0]))  # only a few keys remain to be compared one by one
         found |= set(zip(class_ids[alike].tolist(), map(bytes, keys[alike] + zero), strict=True)).intersection(asked)
     known[bare] = [pair in found for pair in asked]

@@ -1,8 +1,8 @@
 """Read and write a LanceDB table of keys and their labels.
 
-Each row has the columns of the label store, the column ``version`` (the index version that added the row) and the
-column ``vector`` (the key). If the index has a metric, each row also has the column ``_point``, which is the key
-transformed by the metric.
+Each row has the columns of the label store and the column ``vector`` (the key). If the index has a metric, each row
+also has the column ``_point``, which is the key transformed by the metric. Earlier programs also wrote a column
+``version``, which is not read.
 
 Every write creates an immutable version of the table. The manifest of the index contains the version number to use.
 LanceDB's vector indexes are not used: reading the keys of the classes that can win is as fast for a single query, six
@@ -77,10 +77,8 @@ def _session() -> Any:
     return lancedb().Session(index_cache_size_bytes=CACHE_BYTES, metadata_cache_size_bytes=CACHE_BYTES // 4)
 
 
-def rows_of(labels: pa.Table, keys: KeyArray, version: int, points: KeyArray | None = None) -> pa.Table:
-    """Combine labels, keys and points into table rows. Labels that have no column ``version`` get ``version``."""
-    if VERSION not in labels.column_names:
-        labels = labels.append_column(VERSION, pa.array(np.full(len(labels), version)))
+def rows_of(labels: pa.Table, keys: KeyArray, points: KeyArray | None = None) -> pa.Table:
+    """Combine labels, keys and points into table rows."""
     rows = labels.append_column(VECTOR, vectors(keys))
     return rows if points is None else rows.append_column(POINT, vectors(points))
 
@@ -210,8 +208,8 @@ class KeyTable:
 
     @property
     def label_columns(self) -> list[str]:
-        """Names of all columns except the keys and the points."""
-        return [name for name in self.schema.names if name not in (VECTOR, POINT)]
+        """Names of the columns of the label store."""
+        return [name for name in self.schema.names if name not in (VECTOR, POINT, VERSION)]
 
     @property
     def vector_type(self) -> tuple[int, pa.DataType]:
@@ -306,10 +304,10 @@ class KeyTable:
             with self._writing("removing rows"):
                 self.table.delete(f"key_id IN ({', '.join(map(str, key_ids[start : start + ASKED_AT_ONCE]))})")
 
-    def change(self, where: str, sql: dict[str, str]) -> None:
-        """Set columns of the rows that match a condition. ``sql`` maps columns to expressions."""
+    def change(self, where: str, column: str, sql: str) -> None:
+        """Set a column of the rows that match a condition to an SQL expression."""
         with self._writing("changing rows"):
-            self.table.update(where=where, values_sql=sql)
+            self.table.update(where=where, values_sql={column: sql})
 
     def restore(self, version: int) -> None:
         """Restore an earlier version as the newest version. This drops the rows of interrupted writers."""

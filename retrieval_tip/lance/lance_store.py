@@ -47,6 +47,7 @@ from retrieval_tip.store import versions
 from retrieval_tip.store.address import Address
 from retrieval_tip.store.files import OBJECT_BYTES, BucketFiles, LocalFiles
 from retrieval_tip.store.manifest import DataFile, Manifest, Table
+from retrieval_tip.store.sums import Sums
 from retrieval_tip.store.versions import (
     MANIFEST_BYTES,
     VERSIONS_TRIED,
@@ -308,13 +309,15 @@ class LanceStore(Store):
     def _rows(self, manifest: Manifest, classes: pa.Table, writer: TableWriter | None = None) -> TableRows:
         from retrieval_tip.lance.rows import TableRows
 
-        table = writer.table if writer is not None else None
-        points = _matrix(classes["point_sum"]) if "point_sum" in classes.column_names else None
+        table, second = writer.table if writer is not None else None, self.arrays(manifest, "second").get("second")
+        counts, none = classes["keys"].to_numpy(), np.zeros((0, 0))
+        known = Sums(counts, _matrix(classes["sum"]), none if second is None else second)
+        points = Sums(counts, _matrix(classes["point_sum"]), none) if "point_sum" in classes.column_names else None
         kind = CLASSES if manifest.index == CLASSES else FLAT  # earlier programs also used vector indexes
+        automatic = manifest.built.auto_index
         return TableRows(
-            table=table or self.table(manifest), counts=classes["keys"].to_numpy(), totals=_matrix(classes["sum"]),
-            points=points, second=self.arrays(manifest, "second").get("second"), kind=kind,
-            automatic=manifest.built.auto_index, writer=writer,
+            table=table or self.table(manifest), known=known, point_sums=points, kind=kind, automatic=automatic,
+            writer=writer,
         )  # fmt: skip
 
     def changed_by(self, writer: TableWriter) -> TableChange:
@@ -337,13 +340,13 @@ class LanceStore(Store):
             index.scores = scores and replace(scores, settings=index.settings)
         index.built = replace(index.built, auto_index=rows.automatic)
         text = index.text_weights.cpu().numpy()
-        classes = {"label": pa.array(index.class_names, pa.string()), "keys": pa.array(rows.counts)}
-        classes |= {"text": vectors(text), "sum": vectors(rows.totals)}
-        classes |= {} if rows.points is None else {"point_sum": vectors(rows.points)}
+        classes = {"label": pa.array(index.class_names, pa.string()), "keys": pa.array(rows.known.counts)}
+        classes |= {"text": vectors(text), "sum": vectors(rows.known.sums)}
+        classes |= {} if rows.point_sums is None else {"point_sum": vectors(rows.point_sums.sums)}
         writer.put_table("classes", pa.table(classes))
-        size, second, values = rows.n * rows.d * np.dtype(rows.dtype).itemsize, rows.second, index.values
+        size, second, values = rows.n * rows.d * np.dtype(rows.dtype).itemsize, rows.known.second, index.values
         held = index.fit_contents() | {
-            "second": second if second is not None and second.nbytes * SUMS_FROM <= size else None,
+            "second": second if 0 < second.nbytes * SUMS_FROM <= size else None,
             "values": None if values is None else values[np.argsort(index.labels["key_id"].to_numpy())],
         }
         for kind, own in held.items():

@@ -7,12 +7,11 @@ folder gives the same answers.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -46,7 +45,7 @@ from retrieval_tip.retrieval.rows import FRESH_PAIRS, ArrayRows, Rows
 from retrieval_tip.retrieval.vector_index import auto_k
 from retrieval_tip.settings import Dtype
 from retrieval_tip.store.address import Address
-from retrieval_tip.store.labels import LABEL_SCHEMA, shots_after, shots_of, with_column
+from retrieval_tip.store.labels import LABEL_SCHEMA
 from retrieval_tip.store.sums import LEAST, Along, Sums
 from retrieval_tip.store.versions import Writer
 
@@ -67,7 +66,7 @@ PIECE = 1 << 26
 SPREAD_BYTES, SPREAD_LEAST = 1 << 28, 8
 """Maximum size in bytes of the sample for :meth:`KeyStream.slack`, and its minimum number of queries."""
 
-FloatArray = npt.NDArray[np.float64]
+Block = tuple[Tensor, Tensor, Tensor]
 
 
 class OrderedKeys(KeysInPlace):
@@ -97,18 +96,15 @@ class OrderedKeys(KeysInPlace):
 
 
 class LanceKeys(KeyStream):
-    """The keys of a table or their points, with their ``counts`` and ``sums`` per class.
+    """The keys of a table or their points, with their ``sums``.
 
     ``kind`` is the type of the table's index.
     """
 
-    def __init__(
-        self, table: KeyTable, counts: IntArray, sums: npt.NDArray[np.float64], kind: str, device: str,
-        metric: tip.Metric | None,
-    ) -> None:  # fmt: skip
-        total = torch.from_numpy(counts.astype(np.float32)).to(device)
-        super().__init__((int(counts.sum()), sums.shape[1]), total, device, metric)
-        self.table, self._column, self._sums, self._counts = table, table.vector_column, sums, counts
+    def __init__(self, table: KeyTable, sums: Sums, kind: str, device: str, metric: tip.Metric | None) -> None:
+        total = torch.from_numpy(sums.counts.astype(np.float32)).to(device)
+        super().__init__((sums.n, sums.sums.shape[1]), total, device, metric)
+        self.table, self._column, self._sums, self._counts = table, table.vector_column, sums.sums, sums.counts
         self.index_type = kind
 
     @cached_property
@@ -117,83 +113,49 @@ class LanceKeys(KeyStream):
         return torch.from_numpy(self._sums.astype(np.float32)).to(self.device)
 
     @cached_property
-    def _held(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def _held(self) -> list[Block]:
         return list(self._read())
 
-    def _read(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _read(self) -> Iterator[Block]:
         n_read = 0
-        for batch in self.table.scan(["class_id", self._column], with_rows=True):
+        for block in self._grouped():
+            yield from zip(*(column.split(self.block) for column in block), strict=True)
+            n_read += len(block[1])
+        if n_read != self.n:
+            raise StoreError(f"{self.table.address}: has {n_read} rows instead of {self.n}; use another version")
+
+    def blocks(self) -> Iterator[Block]:
+        return iter(self._held) if self.n * self.d * 4 <= HELD_BYTES else self._read()
+
+    def of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """See :meth:`keys.KeyStream.of_classes`. Classes are read together, unless they are too large."""
+        most, counts = PIECE // (4 * self.d), self._counts[class_ids]
+        read, pieces = np.zeros_like(counts), np.cumsum(counts) // most
+        for piece in np.unique(pieces):
+            own = pieces == piece
+            for keys, ids, rows in self._grouped(class_ids[own].tolist(), at_once=counts[own].sum() <= 2 * most):
+                present, sizes = ids.unique_consecutive(return_counts=True)
+                places = np.searchsorted(class_ids, present.cpu().numpy())
+                read[places] += sizes.cpu().numpy()
+                parts = (column.split(sizes.tolist()) for column in (keys, rows))
+                yield from zip(places.tolist(), *parts, strict=True)
+        if (read != counts).any():
+            raise StoreError(f"{self.table.address}: its keys do not match the manifest; check it with index verify")
+
+    def _grouped(self, class_ids: Sequence[int] | None = None, *, at_once: bool = False) -> Iterator[Block]:
+        """Yield keys, their class ids and their row numbers in batches that are grouped by class."""
+        where = () if class_ids is None else ("class_id", class_ids)
+        found: Iterable[pa.RecordBatch | pa.Table] = self.table.scan(["class_id", self._column], *where, with_rows=True)
+        if at_once and (batches := list(found)):
+            found = [pa.Table.from_batches(batches)]
+        for batch in found:
             ids = self.table.class_ids(batch["class_id"], self.n_classes)
             keys, rows = self.table.matrix(batch[self._column]), batch[ROW].to_numpy().astype(np.int64)
             if (ids[1:] < ids[:-1]).any():
                 order = np.argsort(ids, kind="stable")
                 keys, ids, rows = keys[order], ids[order], rows[order]
-            for start in range(0, len(ids), self.block):
-                part = slice(start, start + self.block)
-                block = (np.array(keys[part], dtype=np.float32), ids[part].copy(), rows[part].copy())
-                yield tuple(torch.from_numpy(array).to(self.device) for array in block)  # type: ignore[misc]
-            n_read += len(ids)
-        if n_read != self.n:
-            raise StoreError(f"{self.table.address}: has {n_read} rows instead of {self.n}; use another version")
-
-    def blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        return iter(self._held) if self.n * self.d * 4 <= HELD_BYTES else self._read()
-
-    def of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """See :meth:`keys.KeyStream.of_classes`.
-
-        Small classes are read together, up to :data:`PIECE` bytes. The blocks of a larger class share a buffer.
-        """
-        counts, most = self._counts[class_ids], PIECE // (4 * self.d)
-        ends, start = np.cumsum(counts), 0
-        memory = np.empty((min(most, int(counts.sum())), self.d), dtype=np.float32)
-        while start < len(class_ids):
-            stop = int(np.searchsorted(ends, ends[start] - counts[start] + most, side="right"))
-            if stop <= start:
-                yield from ((start, keys, rows) for keys, rows in self._large(class_ids[start]))
-            else:
-                found = self._small(class_ids[start:stop], counts[start:stop], memory)
-                yield from ((start + place, keys, rows) for place, keys, rows in found)
-            start = max(stop, start + 1)
-
-    def _large(self, class_id: int) -> Iterator[tuple[Tensor, Tensor]]:
-        n_read = 0
-        for _, keys, rows in self._batches([class_id]):
-            yield self._tensors(np.array(keys, dtype=np.float32), rows)
-            n_read += len(keys)
-        self._check(n_read == self._counts[class_id])
-
-    def _small(
-        self, class_ids: IntArray, counts: IntArray, memory: npt.NDArray[np.float32]
-    ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield each class with its position, keys and row numbers. The keys are written to ``memory``."""
-        firsts, read = np.cumsum(counts) - counts, np.zeros_like(counts)
-        held, numbers = memory[: counts.sum()], np.empty(counts.sum(), dtype=np.int64)
-        for ids, keys, rows in self._batches(class_ids.tolist()):
-            own = np.searchsorted(class_ids, ids)
-            order, found = np.argsort(own, kind="stable"), np.bincount(own, minlength=len(counts))
-            self._check((read + found <= counts).all())
-            places = np.repeat(firsts + read - (np.cumsum(found) - found), found) + np.arange(len(own))
-            held[places], numbers[places] = keys[order], rows[order]
-            read += found
-        self._check((read == counts).all())
-        every, every_row = self._tensors(held, numbers)
-        for place in np.flatnonzero(counts).tolist():
-            part = slice(int(firsts[place]), int(firsts[place] + counts[place]))
-            yield place, every[part], every_row[part]
-
-    def _batches(self, class_ids: Sequence[int]) -> Iterator[tuple[IntArray, KeyArray, IntArray]]:
-        for batch in self.table.scan(["class_id", self._column], "class_id", class_ids, with_rows=True):
-            if len(batch):
-                rows = batch[ROW].to_numpy().astype(np.int64)
-                yield batch["class_id"].to_numpy(), self.table.matrix(batch[self._column]), rows
-
-    def _check(self, whole: bool | np.bool_) -> None:
-        if not whole:
-            raise StoreError(f"{self.table.address}: its keys do not match the manifest; check it with index verify")
-
-    def _tensors(self, keys: npt.NDArray[np.float32], numbers: IntArray) -> tuple[Tensor, Tensor]:
-        return torch.from_numpy(keys).to(self.device), torch.from_numpy(numbers).to(self.device)
+            keys = np.array(keys, dtype=np.float32)  # Arrow's are read-only
+            yield tuple(torch.from_numpy(array).to(self.device) for array in (keys, ids, rows))  # type: ignore[misc]
 
     def _sample(self) -> tuple[Tensor, Tensor]:
         number, key = SPREAD_QUERIES, 4 * self.d
@@ -201,7 +163,8 @@ class LanceKeys(KeyStream):
             number = int(np.clip(SPREAD_BYTES / (SPREAD_CLASSES * self.mean_count * key), SPREAD_LEAST, number))
         some = self.table.offsets(spread(self.n, number), ["class_id", self._column])
         keys = np.array(self.table.matrix(some[self._column]), dtype=np.float32)
-        return self._tensors(keys, self.table.class_ids(some["class_id"], self.n_classes))
+        ids = self.table.class_ids(some["class_id"], self.n_classes)
+        return torch.from_numpy(keys).to(self.device), torch.from_numpy(ids).to(self.device)
 
     def nearest(self, points: Tensor, k: int) -> Nearest:
         """Without an index, a query is compared with all keys."""
@@ -219,24 +182,20 @@ class LanceKeys(KeyStream):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TableRows(Rows):
-    """The rows of a table, with statistics of their classes. Edits write to the table, so keep only their result.
+    """The rows of a table, with sums of their classes. Edits write to the table, so keep only their result.
 
     Attributes:
         table: the version of the table.
-        counts: the number of keys per class, in int64.
-        totals: the per-class sums of the keys, a float64 array of shape ``[c, d]``.
-        points: the per-class sums of the points, if the table contains points.
-        second: the sum of the keys' outer products, of shape ``[d, d]``, or ``None`` if it is not known.
+        known: the number of keys and their sum per class. The sum of the outer products may not be known.
+        point_sums: the same for the points, if the table contains points.
         kind: the type of the table's index.
         automatic: whether the type was chosen automatically.
         writer: the writer of the next version, or ``None`` if the rows are only read.
     """
 
     table: KeyTable
-    counts: IntArray
-    totals: FloatArray
-    points: FloatArray | None = None
-    second: FloatArray | None = None
+    known: Sums
+    point_sums: Sums | None = None
     kind: str = FLAT
     automatic: bool = False
     writer: Writer | None = None
@@ -244,13 +203,11 @@ class TableRows(Rows):
     @classmethod
     def create(
         cls, address: Address, writer: Writer, blocks: Iterable[tuple[pa.Table, KeyArray]], n_classes: int,
-        dtype: Dtype = "float32", index: str = "auto", *, stored: bool = False, metric: tip.Metric | None = None,
-        known: Sums | None = None,
+        dtype: Dtype = "float32", index: str = "auto", *, metric: tip.Metric | None = None, known: Sums | None = None,
     ) -> TableRows:  # fmt: skip
         """Stream blocks of labels and keys into a table, and build its index.
 
-        Each block is a label table (see :func:`labels.label_table`) and an array of keys of shape ``[b, d]``. Set
-        ``stored`` if the labels come from another table and already contain the version that added each row. If you
+        Each block is a label table (see :func:`labels.label_table`) and an array of keys of shape ``[b, d]``. If you
         give a ``metric``, the table also contains the points of the keys. If you give the sums of the keys as
         ``known``, they are not recomputed.
         """
@@ -258,13 +215,11 @@ class TableRows(Rows):
         ahead = iter(blocks)
         labels, keys = next(ahead)
         d = keys.shape[1]
-        sums, point_sums = Sums.of([], n_classes, d), None if metric is None else np.zeros((n_classes, d))
-        further = labels.drop_columns([VERSION]) if stored else labels
-        extra = [further.schema.field(name) for name in further.column_names[len(LABEL_SCHEMA) :]]
+        sums, point_sums = Sums.of([], n_classes, d), None if metric is None else Sums.of([], n_classes, d, False)
+        extra = list(labels.schema)[len(LABEL_SCHEMA) :]
         check_columns(extra)
-        own_columns = [*LABEL_SCHEMA, pa.field(VERSION, pa.int64()), *extra]
         vectors = [VECTOR] if metric is None else [VECTOR, POINT]
-        schema = pa.schema([*own_columns, *(pa.field(name, pa.list_(VALUES[dtype], d)) for name in vectors)])
+        schema = pa.schema([*LABEL_SCHEMA, *extra, *(pa.field(name, pa.list_(VALUES[dtype], d)) for name in vectors)])
 
         def rows() -> Iterator[pa.RecordBatch]:
             for part, own in itertools.chain([(labels, keys)], ahead):
@@ -277,23 +232,25 @@ class TableRows(Rows):
                 if known is None:
                     sums.count(own, ids)
                 if points is not None and point_sums is not None:
-                    np.add.at(point_sums, ids, points.astype(np.float64))
-                made = rows_of(part, own, writer.number, points).select(schema.names).cast(schema)
-                yield from made.to_batches()
+                    point_sums.count(points, ids)
+                yield from rows_of(part, own, points).cast(schema).to_batches()
 
-        table, sums = KeyTable.create(address, TABLE, grouped(rows()), schema), known or sums
-        made = cls(
-            table=table, counts=sums.counts, totals=sums.sums, points=point_sums, second=sums.second, writer=writer
-        )
+        table = KeyTable.create(address, TABLE, grouped(rows()), schema)
+        made = cls(table=table, known=known or sums, point_sums=point_sums, writer=writer)
         return made.indexed(index)
 
     @property
     def n(self) -> int:
-        return int(self.counts.sum())
+        return self.known.n
 
     @property
     def d(self) -> int:
-        return int(self.totals.shape[1])
+        return int(self.known.sums.shape[1])
+
+    @property
+    def n_classes(self) -> int:
+        """Number of classes."""
+        return len(self.known.counts)
 
     @cached_property
     def dtype(self) -> Dtype:
@@ -303,7 +260,7 @@ class TableRows(Rows):
     def _order(self) -> tuple[IntArray, IntArray]:
         """The positions of the rows in the table, in the order of a folder, and their class ids."""
         ids = self.table.read(["key_id", "class_id"])
-        class_ids = self.table.class_ids(ids["class_id"], len(self.counts))
+        class_ids = self.table.class_ids(ids["class_id"], self.n_classes)
         order = np.lexsort((ids["key_id"].to_numpy(), class_ids))
         if len(order) != self.n:
             raise StoreError(f"{self.table.address}: has {len(order)} rows instead of {self.n}; use another version")
@@ -328,14 +285,13 @@ class TableRows(Rows):
 
     @property
     def sums(self) -> Sums | None:  # type: ignore[override]  # derived
-        return None if self.second is None else Sums(self.counts, self.totals, self.second)
+        return self.known if self.known.second.size else None
 
     def with_sums(self, sums: Sums | None) -> TableRows:
-        return replace(self, second=None if sums is None else sums.second)
+        return replace(self, known=sums or self.known)
 
     def stream(self, n_classes: int, device: str, metric: tip.Metric | None) -> LanceKeys:
-        sums = self.totals if self.points is None else self.points
-        return LanceKeys(self.table, self.counts, sums, self.kind, device, metric)
+        return LanceKeys(self.table, self.point_sums or self.known, self.kind, device, metric)
 
     def columns(self, *names: str) -> pa.Table:
         return self.table.read(names).take(pa.array(self._order[0]))
@@ -347,19 +303,15 @@ class TableRows(Rows):
         some = self.table.offsets(spread(self.n, m), ["key_id", "class_id", VECTOR])
         return self.table.matrix(some[VECTOR]), some.select(["key_id", "class_id"])
 
-    def where(self, column: str, values: Sequence[int | str]) -> pa.Table:
-        return self.table.read(self.table.label_columns, column, values)
+    def where(self, column: str, values: Sequence[int | str], columns: Sequence[str] = ()) -> pa.Table:
+        return self.table.read(columns or self.table.label_columns, column, values)
 
-    def of_classes(self, class_ids: IntArray) -> Iterator[tuple[IntArray, KeyArray]]:
-        for batch in self.table.scan(["class_id", VECTOR], "class_id", class_ids.tolist()):
-            yield batch["class_id"].to_numpy().astype(np.int64), self.table.matrix(batch[VECTOR])
-
-    def blocks(self) -> Iterator[tuple[pa.Table, KeyArray]]:
-        return self._blocks([name for name in self.table.label_columns if name != VERSION])
-
-    def _blocks(self, columns: Sequence[str]) -> Iterator[tuple[pa.Table, KeyArray]]:
-        """Yield the given columns and the keys of all rows in blocks, in table order."""
-        for batch in self.table.scan([*columns, VECTOR]):
+    def blocks(
+        self, columns: Sequence[str] = (), class_ids: IntArray | None = None
+    ) -> Iterator[tuple[pa.Table, KeyArray]]:
+        """The blocks are in the order of the table."""
+        where = () if class_ids is None else ("class_id", class_ids.tolist())
+        for batch in self.table.scan([*(columns or self.table.label_columns), VECTOR], *where):
             yield pa.Table.from_batches([batch]).drop_columns([VECTOR]), self.table.matrix(batch[VECTOR])
 
     def of(self, key_ids: Sequence[int]) -> ArrayRows:
@@ -372,7 +324,7 @@ class TableRows(Rows):
 
     def take(self, rows: IntArray) -> ArrayRows:
         self._check_taken(len(rows))
-        return ArrayRows(self.keys[rows], self.labels.take(pa.array(rows)).drop_columns([VERSION]))
+        return ArrayRows(self.keys[rows], self.labels.take(pa.array(rows)))
 
     def in_memory(self) -> ArrayRows:
         self._check_taken(self.n)
@@ -398,7 +350,7 @@ class TableRows(Rows):
         for _, keys in self.blocks():
             array[places[start : start + len(keys)]] = keys
             start += len(keys)
-        return ArrayRows(writer.seal_array("keys", array), self.labels.drop_columns([VERSION]))
+        return ArrayRows(writer.seal_array("keys", array), self.labels)
 
     def duplicates_of(self, key_ids: Sequence[int], keys: KeyStream) -> Duplicates:
         """Only neighbours of the keys and keys with the same digests are read."""
@@ -413,84 +365,43 @@ class TableRows(Rows):
         pairs = duplicates(compared.keys, compared.labels, fresh, budget=FRESH_PAIRS)
         return pairs if asked.n == len(key_ids) else replace(pairs, compared="digests")
 
-    def added(self, new: ArrayRows, n_classes: int) -> TableRows:
-        check_columns(list(new.labels.schema)[len(LABEL_SCHEMA) :])
-        there, ids = self.table.schema, new.class_ids
-        known = dict(zip(there.names, there.types, strict=True))
-        for name, kind in zip(new.labels.schema.names, new.labels.schema.types, strict=True):
-            if known.get(name, kind) != kind:
-                raise InputError(f"labels: column {name!r} is {kind}, but {known[name]} in the index; convert it")
-        labels = shots_after(new.labels, ids, self._next_shots(ids))
-        self._append(replace(new, labels=labels).take(np.argsort(ids, kind="stable")))
-        return self._counted(new, 1)
-
-    def _append(self, rows: ArrayRows) -> None:
-        points = rows.points if self.table.has_points else None
-        self.table.append(rows_of(rows.labels, rows.keys, self._writer.number, points))
-
-    @property
-    def _writer(self) -> Writer:
-        assert self.writer is not None
-        return self.writer
-
-    def _next_shots(self, class_ids: IntArray) -> npt.NDArray[np.int32]:
-        """Return the next shot number of each class, or 0 for classes that are not in ``class_ids``."""
-        following = np.zeros(len(self.counts), dtype=np.int32)
-        shots = self.table.read(["class_id", "shot"], "class_id", np.unique(class_ids).tolist())
-        np.maximum.at(following, shots["class_id"].to_numpy(), shots["shot"].to_numpy() + 1)
-        return following
-
-    def _counted(self, part: ArrayRows, sign: int) -> TableRows:
-        """Add rows to the statistics, or subtract them if ``sign`` is -1."""
-        ids, known = part.class_ids, self.sums or Sums(self.counts, self.totals, np.zeros((self.d, self.d)))
-        now, points = known.added(part.keys, ids, sign), self.points
-        if points is not None and part.points is not None:
-            points = points.copy()
-            np.add.at(points, ids, sign * part.points.astype(np.float64))
-            points[now.counts == 0] = 0
-        second = None if self.second is None else now.second
-        return replace(self, counts=now.counts, totals=now.sums, points=points, second=second)
-
-    def without(self, gone: ArrayRows) -> TableRows:
-        self.table.delete(gone.key_ids.tolist())
-        return self._counted(gone, -1)
-
-    def moved(self, part: ArrayRows, class_ids: IntArray, class_names: Sequence[str]) -> TableRows:
-        columns = {
-            "class_id": class_ids.astype(np.int32),
-            "label": [class_names[class_id] for class_id in class_ids],
-            "shot": self._next_shots(class_ids)[class_ids] + shots_of(class_ids),
-            VERSION: np.full(part.n, self._writer.number),
-        }
-        labels = part.labels
-        for name, column in columns.items():
-            labels = with_column(labels, name, pa.array(column))
-        after = replace(part, labels=labels)
-        self.table.delete(part.key_ids.tolist())
-        self._append(after)
-        return self._counted(part, -1)._counted(after, 1)
+    def replaced(self, gone: ArrayRows | None, new: ArrayRows | None) -> TableRows:
+        if new is not None:
+            check_columns(list(new.labels.schema)[len(LABEL_SCHEMA) :])
+            known = {field.name: field.type for field in self.table.schema}
+            for name, kind in zip(new.labels.schema.names, new.labels.schema.types, strict=True):
+                if known.get(name, kind) != kind:
+                    raise InputError(f"labels: column {name!r} is {kind}, but {known[name]} in the index; convert it")
+        sums, points = self.known, self.point_sums
+        if gone is not None:
+            self.table.delete(gone.key_ids.tolist())
+        if new is not None:
+            own = new.take(np.argsort(new.class_ids, kind="stable"))
+            self.table.append(rows_of(own.labels, own.keys, own.points if self.table.has_points else None))
+        for part, sign in ((gone, -1), (new, 1)):
+            if part is not None:
+                sums = sums.added(part.keys, part.class_ids, sign)
+                if points is not None and part.points is not None:
+                    points = points.added(part.points, part.class_ids, sign)
+        return replace(self, known=sums, point_sums=points)
 
     def renamed(self, class_id: int, name: str) -> TableRows:
-        if self.counts[class_id]:
-            self._update(f"class_id = {class_id}", "label", literal(name))
+        if self.known.counts[class_id]:
+            self.table.change(f"class_id = {class_id}", "label", literal(name))
         return replace(self)
 
-    def _update(self, where: str, name: str, sql: str) -> None:
-        """Set a column of the rows that match ``where`` to an SQL expression."""
-        self.table.change(where, {name: sql, VERSION: str(self._writer.number)})
-
     def widened(self, n_classes: int) -> TableRows:
-        more = ((0, n_classes - len(self.counts)), (0, 0))
-        points = None if self.points is None else np.pad(self.points, more)
-        return replace(self, counts=np.pad(self.counts, more[0]), totals=np.pad(self.totals, more), points=points)
+        return self._with_sums(lambda sums: sums.widened(n_classes))
 
     def narrowed(self, class_ids: IntArray, n_classes: int) -> TableRows:
         for class_id in sorted(class_ids.tolist(), reverse=True):
-            if self.counts[class_id + 1 :].any():
-                self._update(f"class_id > {class_id}", "class_id", "class_id - 1")
-        points = None if self.points is None else np.delete(self.points, class_ids, axis=0)
-        totals = np.delete(self.totals, class_ids, axis=0)
-        return replace(self, counts=np.delete(self.counts, class_ids), totals=totals, points=points)
+            if self.known.counts[class_id + 1 :].any():
+                self.table.change(f"class_id > {class_id}", "class_id", "class_id - 1")
+        return self._with_sums(lambda sums: sums.without(class_ids))
+
+    def _with_sums(self, change: Callable[[Sums], Sums]) -> TableRows:
+        points = self.point_sums
+        return replace(self, known=change(self.known), point_sums=None if points is None else change(points))
 
     def fitted(self, metric: tip.Metric | None, values: Tensor | None, factory: str | None, device: str) -> TableRows:
         """With one-hot values, the table is rewritten with the points of the keys."""
@@ -499,7 +410,7 @@ class TableRows(Rows):
         rows, moved = self, self.table.has_points
         if moved:
             self.table.drop_points()
-            rows = replace(self, points=None)
+            rows = replace(self, point_sums=None)
         return rows.indexed(factory or self.asked) if moved or factory is not None else rows
 
     def following(self, rows: ArrayRows, n_classes: int) -> TableRows:
@@ -513,10 +424,9 @@ class TableRows(Rows):
         self.table.delete(old["key_id"].to_numpy()[gone].tolist())
         if changed.any():
             own = rows.take(np.flatnonzero(changed))
-            self.table.append(rows_of(own.labels, own.keys, self._writer.number))
+            self.table.append(rows_of(own.labels, own.keys))
         blocks = ((keys, labels["class_id"].to_numpy().astype(np.int64)) for labels, keys in rows.blocks())
-        sums = rows.sums or Sums.of(blocks, n_classes, self.d)
-        return replace(self, counts=sums.counts, totals=sums.sums, second=sums.second, points=None)
+        return replace(self, known=rows.sums or Sums.of(blocks, n_classes, self.d), point_sums=None)
 
     def rewritten(
         self, metric: tip.Metric | None, factory: str | None = None, dtype: Dtype | None = None,
@@ -527,13 +437,14 @@ class TableRows(Rows):
         You can change the index type with ``factory`` and the dtype of the keys with ``dtype``. With a ``metric``, the
         table also contains the points. If you give the sums of the keys as ``known``, they are not recomputed.
         """
-        writer, table = self._writer, self.table
+        writer, table = self.writer, self.table
+        assert writer is not None
         if writer.parent is not None:  # damaged rows must not get valid sums and digests
             writer.store.check(writer.parent)
         before = replace(self, table=KeyTable.at(table.address, table.name, table.version))  # pinned meanwhile
         return self.create(
-            table.address, writer, before._blocks(before.table.label_columns), len(self.counts), dtype or self.dtype,
-            factory or self.asked, stored=True, metric=metric, known=known,
+            table.address, writer, before.blocks(), self.n_classes, dtype or self.dtype, factory or self.asked,
+            metric=metric, known=known,
         )  # fmt: skip
 
     @property
@@ -543,7 +454,7 @@ class TableRows(Rows):
 
     def indexed(self, asked: str) -> TableRows:
         """Build the index of the table."""
-        kind, _ = index_kind(asked, self.n, len(self.counts))
+        kind, _ = index_kind(asked, self.n, self.n_classes)
         self.table.build_index(kind)
         return replace(self, kind=kind, automatic=asked == "auto")
 
@@ -560,11 +471,11 @@ class TableRows(Rows):
     @property
     def few(self) -> int | None:
         """The number of keys per query that goes with an automatic index."""
-        return index_kind(self.asked, self.n, len(self.counts))[1]
+        return index_kind(self.asked, self.n, self.n_classes)[1]
 
     def check(self, metric: tip.Metric | None) -> None:
         """Raise StoreError if a row is damaged or does not match the statistics or the metric."""
-        place, c = self.table.address, len(self.counts)
+        place, c = self.table.address, self.n_classes
         of_keys, of_points = Along(c, self.d, LEAST), Along(c, self.d, LEAST)
         for batch in self.table.scan(self.table.schema.names):
             ids, keys = self.table.class_ids(batch["class_id"], c), self.table.matrix(batch[VECTOR])
@@ -574,10 +485,11 @@ class TableRows(Rows):
                 if expected is None or not np.allclose(points, expected, atol=MOVED[self.dtype]):
                     raise StoreError(f"{place}: points do not match their keys; run index set --index auto")
                 of_points.count(points, ids)
-        fit = of_keys.has(self.counts, self.totals)
-        if not fit or (self.points is not None and not of_points.has(self.counts, self.points)):
+        known, moved = self.known, self.point_sums
+        fit = of_keys.has(known.counts, known.sums)
+        if not fit or (moved is not None and not of_points.has(moved.counts, moved.sums)):
             raise StoreError(f"{place}: keys do not match the sums of their classes; {RESTORE}")
-        if self.second is not None and not of_keys.has_second(self.second):
+        if self.sums is not None and not of_keys.has_second(known.second):
             raise StoreError(f"{place}: keys do not match the sum of their products; fit the index again")
 
 

@@ -24,7 +24,7 @@ from retrieval_tip.retrieval.keys import KEY_BLOCK, Keys, KeyStream, index_over,
 from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.retrieval.vector_index import FLAT_FACTORY, VectorIndex
 from retrieval_tip.settings import Dtype
-from retrieval_tip.store.labels import LABEL_SCHEMA, shots_after, shots_of, with_column
+from retrieval_tip.store.labels import labels_in, shots_after, with_column
 from retrieval_tip.store.sums import Sums
 from retrieval_tip.store.versions import Writer
 
@@ -96,16 +96,17 @@ class Rows(ABC):
         """Return at most ``m`` evenly spaced stored keys, and their ``key_id`` and ``class_id``."""
 
     @abstractmethod
-    def where(self, column: str, values: Sequence[int | str]) -> pa.Table:
-        """Return the labels of the rows whose ``column`` has one of the values."""
+    def where(self, column: str, values: Sequence[int | str], columns: Sequence[str] = ()) -> pa.Table:
+        """Return the labels of the rows whose ``column`` has one of the values, or some ``columns`` of the labels."""
 
     @abstractmethod
-    def of_classes(self, class_ids: IntArray) -> Iterator[tuple[IntArray, KeyArray]]:
-        """Yield the class ids and the stored keys of the given classes, one block at a time."""
+    def blocks(
+        self, columns: Sequence[str] = (), class_ids: IntArray | None = None
+    ) -> Iterator[tuple[pa.Table, KeyArray]]:
+        """Yield the labels, or some ``columns`` of them, and the stored keys, one block at a time.
 
-    @abstractmethod
-    def blocks(self) -> Iterator[tuple[pa.Table, KeyArray]]:
-        """Yield the labels and the stored keys, one block at a time."""
+        The keys are those of the given classes, by default all.
+        """
 
     @abstractmethod
     def of(self, key_ids: Sequence[int]) -> ArrayRows:
@@ -131,19 +132,28 @@ class Rows(ABC):
         """Return the keys among ``key_ids`` whose image is also in another class."""
 
     @abstractmethod
-    def added(self, new: ArrayRows, n_classes: int) -> Rows:
-        """Add keys after the other keys of their classes, and continue the shot numbers of these classes.
+    def replaced(self, gone: ArrayRows | None, new: ArrayRows | None) -> Rows:
+        """Remove keys, and add others to their classes.
 
         Raises InputError if the columns of the labels do not match.
         """
 
-    @abstractmethod
-    def without(self, gone: ArrayRows) -> Rows:
-        """Remove keys."""
+    def added(self, new: ArrayRows) -> Rows:
+        """Add keys, and continue the shot numbers of their classes. Raises the errors of :meth:`replaced`."""
+        ids = new.class_ids
+        return self.replaced(None, replace(new, labels=shots_after(new.labels, ids, self._next_shots(ids))))
 
-    @abstractmethod
     def moved(self, part: ArrayRows, class_ids: IntArray, class_names: Sequence[str]) -> Rows:
         """Move keys to other classes, where they become the last shots. Values do not change."""
+        labels = labels_in(part.labels, class_names, class_ids)
+        return self.replaced(part, replace(part, labels=shots_after(labels, class_ids, self._next_shots(class_ids))))
+
+    def _next_shots(self, class_ids: IntArray) -> npt.NDArray[np.int32]:
+        """Return the next shot number of each class, or 0 for classes that are not in ``class_ids``."""
+        following = np.zeros(class_ids.max() + 1, dtype=np.int32)
+        there = self.where("class_id", np.unique(class_ids).tolist(), ("class_id", "shot"))
+        np.maximum.at(following, there["class_id"].to_numpy(), there["shot"].to_numpy() + 1)
+        return following
 
     @abstractmethod
     def fitted(self, metric: tip.Metric | None, values: Tensor | None, factory: str | None, device: str) -> Rows:
@@ -231,19 +241,17 @@ class ArrayRows(Rows):
         rows = spread(self.n, m)
         return np.asarray(self.keys[rows]), self.described(rows, ["key_id", "class_id"])
 
-    def where(self, column: str, values: Sequence[int | str]) -> pa.Table:
+    def where(self, column: str, values: Sequence[int | str], columns: Sequence[str] = ()) -> pa.Table:
         wanted = pa.array(values, self.labels.schema.field(column).type)
-        return self.labels.filter(pc.is_in(self.labels[column], value_set=wanted))
+        labels = self.labels.select([*columns]) if columns else self.labels
+        return labels.filter(pc.is_in(self.labels[column], value_set=wanted))
 
-    def of_classes(self, class_ids: IntArray) -> Iterator[tuple[IntArray, KeyArray]]:
-        every = self.class_ids
-        rows = np.flatnonzero(np.isin(every, class_ids))
+    def blocks(
+        self, columns: Sequence[str] = (), class_ids: IntArray | None = None
+    ) -> Iterator[tuple[pa.Table, KeyArray]]:
+        rows = np.arange(self.n) if class_ids is None else np.flatnonzero(np.isin(self.class_ids, class_ids))
         for part in slices(len(rows), KEY_BLOCK):
-            yield every[rows[part]], np.asarray(self.keys[rows[part]])
-
-    def blocks(self) -> Iterator[tuple[pa.Table, KeyArray]]:
-        for part in slices(self.n, KEY_BLOCK):
-            yield self.labels.slice(part.start, KEY_BLOCK), self.keys[part]
+            yield self.described(rows[part], columns or self.labels.column_names), np.asarray(self.keys[rows[part]])
 
     def rows_of(self, key_ids: IntArray) -> IntArray:
         """Return the row numbers of keys, in the order of their ids. Raises InputError if an id is unknown."""
@@ -273,44 +281,27 @@ class ArrayRows(Rows):
         points = None if self.points is None else np.asarray(self.points[rows])
         return ArrayRows(np.asarray(self.keys[rows]), self.labels.take(pa.array(rows)), values, points)
 
-    def added(self, new: ArrayRows, n_classes: int) -> ArrayRows:
-        ids = new.class_ids
-        added = shots_after(new.labels, ids, self._next_shots(n_classes))
-        try:
-            labels = pa.concat_tables([self.labels, added], promote_options="default")
-        except pa.ArrowException as error:
-            raise InputError(f"labels: columns do not match the columns of the index ({first_line(error)})") from None
-        order = np.argsort(ids, kind="stable")
-        places = np.searchsorted(self.class_ids, ids[order], side="right")
-
-        def inserted(old: KeyArray, more: KeyArray) -> KeyArray:
-            return np.insert(np.asarray(old), places, more[order].astype(old.dtype), axis=0)
-
-        rows, values, points = np.insert(np.arange(len(self.labels)), places, len(self.labels) + order), None, None
-        if self.values is not None and new.values is not None:
-            values = torch.cat([self.values, new.values.to(self.values)])[rows]
-        if self.points is not None and new.points is not None:
-            points = inserted(self.points, new.points)
-        sums = None if self.sums is None else self.sums.added(new.keys, ids)
-        return ArrayRows(inserted(self.keys, new.keys), labels.take(pa.array(rows)), values, points, sums)
-
-    def without(self, gone: ArrayRows) -> ArrayRows:
-        sums = None if self.sums is None else self.sums.added(gone.keys, gone.class_ids, -1)
+    def replaced(self, gone: ArrayRows | None, new: ArrayRows | None) -> ArrayRows:
+        """The rows stay sorted by class and key id."""
+        rows, sums, more = np.arange(self.n), self.sums, new or self.take(np.arange(0))
+        if gone is not None:
+            rows = np.delete(rows, self.rows_of(gone.key_ids))
+            sums = None if sums is None else sums.added(gone.keys, gone.class_ids, -1)
+        sums = None if sums is None else sums.added(more.keys, more.class_ids)
         if sums is not None and self.sums is not None and not sums.outweighs(self.sums):
             sums = None  # rounding errors have become too large, so the next fit recomputes the sums
-        left = np.delete(np.arange(self.n), self.rows_of(gone.key_ids))
-        return replace(self.take(left), sums=sums)
-
-    def moved(self, part: ArrayRows, class_ids: IntArray, class_names: Sequence[str]) -> ArrayRows:
-        rows, labels = self.rows_of(part.key_ids), self.labels
-        ids, names, shots = self.class_ids.copy(), labels["label"].to_numpy().copy(), labels["shot"].to_numpy().copy()
-        shots[rows] = self._next_shots(len(class_names))[class_ids] + shots_of(class_ids)
-        ids[rows], names[rows] = class_ids, [class_names[class_id] for class_id in class_ids]
-        for name, column in (("class_id", ids), ("label", names), ("shot", shots)):
-            labels = with_column(labels, name, pa.array(column, LABEL_SCHEMA.field(name).type))
-        sums = None if self.sums is None else self.sums.moved(part.keys, part.class_ids, class_ids)
-        moved = replace(self, labels=labels)
-        return replace(moved.take(moved.order()), sums=sums)
+        try:
+            labels = pa.concat_tables([self.labels, more.labels], promote_options="default")
+        except pa.ArrowException as error:
+            raise InputError(f"labels: columns do not match the columns of the index ({first_line(error)})") from None
+        rows = np.append(rows, np.arange(self.n, len(labels)))
+        rows = rows[np.lexsort([labels[name].to_numpy()[rows] for name in ("key_id", "class_id")])]
+        values, points = self.values, self.points
+        if values is not None and more.values is not None:
+            values = torch.cat([values, more.values.to(values)])[rows]
+        if points is not None and more.points is not None:
+            points = _picked(points, more.points, rows)
+        return ArrayRows(_picked(self.keys, more.keys, rows), labels.take(pa.array(rows)), values, points, sums)
 
     def fitted(self, metric: tip.Metric | None, values: Tensor | None, factory: str | None, device: str) -> ArrayRows:
         return replace(self, points=points_of(metric, self.keys, device), values=values)
@@ -335,7 +326,10 @@ class ArrayRows(Rows):
             sums=None if self.sums is None else self.sums.without(class_ids),
         )
 
-    def _next_shots(self, n_classes: int) -> npt.NDArray[np.int32]:
-        following = np.zeros(n_classes, dtype=np.int32)
-        np.maximum.at(following, self.class_ids, self.labels["shot"].to_numpy() + 1)
-        return following
+
+def _picked(old: KeyArray, new: KeyArray, rows: IntArray) -> KeyArray:
+    """Return rows of two arrays, of which the second follows the first, with a single copy of a large array."""
+    picked: KeyArray = np.take(old, np.minimum(rows, len(old) - 1), axis=0)
+    fresh = np.flatnonzero(rows >= len(old))
+    picked[fresh] = new[rows[fresh] - len(old)]
+    return picked

@@ -138,6 +138,14 @@ def with_column(labels: pa.Table, name: str, column: pa.Array | pa.ChunkedArray)
     return labels.set_column(labels.column_names.index(name), name, column)
 
 
+def labels_in(labels: pa.Table, class_names: Sequence[str], class_ids: npt.NDArray[np.int64]) -> pa.Table:
+    """Replace the classes of labels, and number the shots of each class from 0."""
+    names = pa.array([class_names[class_id] for class_id in class_ids], pa.string())
+    for name, column in (("class_id", pa.array(class_ids, pa.int32())), ("label", names)):
+        labels = with_column(labels, name, column)
+    return with_column(labels, "shot", pa.array(shots_of(class_ids)))
+
+
 def shots_after(added: pa.Table, ids: npt.NDArray[np.int64], following: npt.NDArray[np.int32]) -> pa.Table:
     """Renumber the shots of new labels, so that they follow the existing shots."""
     shots = pa.array(added["shot"].to_numpy() + following[ids], pa.int32())

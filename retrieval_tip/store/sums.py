@@ -33,7 +33,7 @@ class Sums:
     For keys ``k_i`` of length ``d`` with class ids ``y_i``, ``counts[j] = |{i: y_i = j}|`` is an int64 array of shape
     ``[c]``. ``sums[j] = sum_{y_i = j} k_i`` and ``second = sum_i k_i k_i^T`` are float64 arrays of shapes ``[c, d]``
     and ``[d, d]``. Removing a key undoes its addition up to rounding errors. Every change except :meth:`count` returns
-    a new object.
+    a new object. If ``second`` is not known, it is empty and stays so.
     """
 
     counts: IntArray
@@ -41,9 +41,9 @@ class Sums:
     second: FloatArray
 
     @classmethod
-    def of(cls, blocks: Blocks, c: int, d: int) -> Sums:
-        """Compute the sums of blocks of float32 or float16 keys and their class ids."""
-        made = cls(np.zeros(c, np.int64), np.zeros((c, d)), np.zeros((d, d)))
+    def of(cls, blocks: Blocks, c: int, d: int, second: bool = True) -> Sums:
+        """Compute the sums of blocks of float32 or float16 keys and their class ids, by default with ``second``."""
+        made = cls(np.zeros(c, np.int64), np.zeros((c, d)), np.zeros((d, d) if second else (0, 0)))
         for keys, ids in blocks:
             made.count(keys, ids)
         return made
@@ -61,7 +61,8 @@ class Sums:
             classes, first = np.unique(own, return_index=True)
             self.counts[classes] += sign * np.diff(first, append=len(own))
             self.sums[classes] += sign * np.add.reduceat(wide, first)
-            self.second[:] += sign * (wide.T @ wide)
+            if self.second.size:
+                self.second[:] += sign * (wide.T @ wide)
 
     @property
     def n(self) -> int:
@@ -89,11 +90,6 @@ class Sums:
     def outweighs(self, before: Sums) -> bool:
         """Return whether these sums are still accurate after keys were removed from ``before``."""
         return bool(self.second.trace() >= LEFT * before.second.trace())
-
-    def moved(self, keys: npt.NDArray[np.floating], ids: IntArray, new_ids: IntArray) -> Sums:
-        """Return the sums after moving keys of shape ``[m, d]`` from the classes ``ids`` to ``new_ids``."""
-        moved = self.added(keys, ids, -1).added(keys, new_ids)
-        return Sums(moved.counts, moved.sums, self.second)
 
     def widened(self, c: int) -> Sums:
         """Return the sums with empty classes appended, up to ``c`` classes."""
