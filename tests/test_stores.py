@@ -289,26 +289,20 @@ def test_a_second_build_is_a_new_version_and_missing_versions_are_refused(pets):
     pets.check()
 
 
-def test_pruning_only_removes_marks_of_processes_that_were_killed(local_pets, monkeypatch):
-    """Another process may be pruning the same table. Without its marks, LanceDB could delete versions that it keeps."""
-    monkeypatch.setattr(store_versions, "UNFINISHED", datetime.timedelta(minutes=1))
+def test_the_versions_that_are_kept_have_marks_and_no_others(local_pets):
+    """LanceDB never deletes a version with a mark. Another process may have added later versions."""
     table = key_table.KeyTable.at(local_pets.store.address, "keys")
-    now = int(time.time())
-    marks = {f"kept-{now - 30}-a": True, f"kept-{now - 90}-b": False, "kept-c": False, "mine": True}
-    for mark in marks:
-        table.table.tags.create(mark, table.version)
-    table.prune([table.version])
-    assert sorted(table.table.tags.list()) == sorted(mark for mark, stays in marks.items() if stays)
-
-
-def test_the_marks_of_a_killed_process_are_never_dated_in_the_future(local_pets, monkeypatch):
-    """Rounded up, the date of a mark would protect it from a process that runs less than a second later."""
-    table, found = key_table.KeyTable.at(local_pets.store.address, "keys"), []
-    monkeypatch.setattr(key_table.time, "time", lambda: 1_700_000_000.9)
-    monkeypatch.setattr(lancedb.table.LanceTable, "optimize", lambda *_, **__: found.extend(table.table.tags.list()))
-    table.prune([table.version])
-    assert found
-    assert all(mark.startswith("kept-1700000000-") for mark in found)
+    first = table.version
+    for mark in ("kept-1700000000-killed", "mine"):
+        table.table.tags.create(mark, first)
+    for k in (1, 2, 3):
+        local_pets.add(unit_rows(1, D, k), ["cat"])
+    table = key_table.KeyTable.at(local_pets.store.address, "keys")
+    table.prune([table.version - 2, table.version - 1])
+    table.table.tags.create(f"kept-{table.version}", table.version)
+    table.prune([table.version - 1])
+    left = {f"kept-{version}": version for version in (table.version - 1, table.version)} | {"mine": first}
+    assert {mark: entry["version"] for mark, entry in table.table.tags.list().items()} == left
 
 
 def test_a_mark_that_another_process_removes_meanwhile_is_a_conflict(local_pets, monkeypatch):

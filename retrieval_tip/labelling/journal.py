@@ -6,7 +6,6 @@ written, the next session saves the labels.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -16,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from retrieval_tip.errors import InputError, StoreError, show
-from retrieval_tip.files import cache_folder, make_folders, read_regular, real, replacing, sync
+from retrieval_tip.files import cache_folder, lock, make_folders, read_regular, real, replacing, sync
 from retrieval_tip.index.places import Store
 
 MOST_BYTES = 1 << 28
@@ -104,16 +103,12 @@ class Journal:
 def _locked(path: Path) -> int:
     """Open or create a journal, and lock it."""
     try:
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
-        file = os.open(path, flags, 0o600)
+        file = lock(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
     except OSError as error:
         raise StoreError(f"{show(path)}: cannot be opened: {error.strerror}; remove or rename it") from None
-    with suppress(OSError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(file), path.stat()):  # otherwise, its session has just ended
-            return file
-    os.close(file)
-    raise StoreError(f"{show(path)}: another session labels this index; use its page, or stop it first")
+    if file is None:
+        raise StoreError(f"{show(path)}: another session labels this index; use its page, or stop it first")
+    return file
 
 
 def _read(path: Path, file: int) -> dict[str, Entry]:

@@ -15,10 +15,8 @@ import datetime
 import importlib
 import os
 import re
-import time
-import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -28,7 +26,6 @@ import pyarrow as pa
 
 from retrieval_tip.data.tables import vectors
 from retrieval_tip.errors import RetrievalTipError, StoreError, UsageError, first_line, install
-from retrieval_tip.store import versions
 from retrieval_tip.store.address import Address, storage_options
 from retrieval_tip.store.files import check_process
 from retrieval_tip.store.labels import LABEL_SCHEMA
@@ -110,7 +107,8 @@ def _next_group(rows: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
 
 @contextmanager
 def _store_errors(address: Address, what: str) -> Iterator[None]:
-    """Convert LanceDB errors to a StoreError with a one-line message, also if another process has written meanwhile."""
+    """Convert LanceDB errors to a StoreError with one line. It says so if another process has written meanwhile."""
+    check_process(address)  # a forked process lacks the threads of LanceDB
     try:
         yield
     except RetrievalTipError:
@@ -125,7 +123,7 @@ class KeyTable:
     """A version of the table of a store. Only the latest version can be changed."""
 
     def __init__(self, address: Address, name: str, table: Any) -> None:
-        self.address, self.name, self._table = address, name, table
+        self.address, self.name, self.table = address, name, table
 
     @classmethod
     def at(cls, address: Address, name: str, version: int | None = None) -> KeyTable:
@@ -160,12 +158,6 @@ class KeyTable:
                 raise failed[0] from None
             raise
         return cls(address, name, table)
-
-    @property
-    def table(self) -> Any:
-        """The LanceDB table. Raises StoreError in a forked process, because LanceDB's threads are missing there."""
-        check_process(self.address)
-        return self._table
 
     @property
     def version(self) -> int:
@@ -342,40 +334,32 @@ class KeyTable:
     def prune(self, kept: Sequence[int]) -> None:
         """Delete the versions before the first version in ``kept``, and the data that only the deleted versions use.
 
-        LanceDB deletes versions by age but never deletes a tagged version, so the kept versions are tagged in the
-        meantime. Tags of another process stay for :data:`versions.UNFINISHED`, since it may be pruning, too.
+        LanceDB deletes versions by age but never deletes a tagged version, so each version in ``kept`` has a tag.
+        ``kept`` must be in ascending order, and another process may have added later versions.
         """
-        now = time.time()
-        tags = {f"{TAG}{int(now)}-{uuid.uuid4().hex}": version for version in kept}
-        try:
-            with _store_errors(self.address, "marking versions"):
-                for tag in self.table.tags.list():  # a killed writer may have left tags
-                    own = re.match(rf"{TAG}(\d+)-", tag)
-                    age = now - int(own[1]) if own else now
-                    if tag.startswith(TAG) and age >= versions.UNFINISHED.total_seconds():
-                        self.table.tags.delete(tag)
-                for tag, version in tags.items():
-                    self.table.tags.create(tag, version)
-                made = {entry["version"]: entry["timestamp"] for entry in self.table.list_versions()}
-            self.optimize()  # the age is measured in the call below, which must be fast
-            oldest = min(made[version] for version in kept)  # clocks can be set back, so not always the first
-            for slack in (datetime.timedelta(seconds=0.002 * 2**doubled) for doubled in range(22)):
-                since = max(datetime.datetime.now(oldest.tzinfo) - oldest, datetime.timedelta()) + slack
-                try:
-                    with _store_errors(self.address, "deleting versions"):
-                        self.table.optimize(cleanup_older_than=since)
-                    return
-                except StoreError as error:
-                    if "tagged" not in str(error):
-                        raise
-        finally:
-            with suppress(Exception):
-                for tag in tags:
+        with _store_errors(self.address, "marking versions"):
+            tags = self.table.tags.list()
+            for version in kept:
+                if f"{TAG}{version}" not in tags:
+                    self.table.tags.create(f"{TAG}{version}", version)
+            for tag, entry in tags.items():
+                if tag.startswith(TAG) and entry["version"] not in kept and entry["version"] < kept[-1]:
                     self.table.tags.delete(tag)
+            made = {entry["version"]: entry["timestamp"] for entry in self.table.list_versions()}
+        self.optimize()  # the age is measured in the call below, which must be fast
+        oldest = min(made[version] for version in kept)  # clocks can be set back, so not always the first
+        for slack in (datetime.timedelta(seconds=0.002 * 2**doubled) for doubled in range(22)):
+            since = max(datetime.datetime.now(oldest.tzinfo) - oldest, datetime.timedelta()) + slack
+            try:
+                with _store_errors(self.address, "deleting versions"):
+                    self.table.optimize(cleanup_older_than=since)
+                return
+            except StoreError as error:
+                if "tagged" not in str(error):
+                    raise
 
 
 def _connected(address: Address) -> Any:
-    check_process(address)
     return lancedb().connect(address.uri, storage_options=storage_options(address) or None, session=_session())
 
 

@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 from urllib.parse import urlsplit
 
-import filelock
 import numpy as np
 import numpy.typing as npt
 
 from retrieval_tip.errors import StoreError, UsageError, first_line, install, one_line
-from retrieval_tip.files import NotAFileError, make_folders, open_regular, sha256_of, sync
+from retrieval_tip.files import NotAFileError, lock, make_folders, open_regular, sha256_of, sync
 from retrieval_tip.store.address import Address, set_credentials, storage_options
 from retrieval_tip.store.manifest import SUFFIXES, DataFile
 
@@ -35,8 +34,6 @@ FAST_BYTES = 1 << 22
 """Maximum size in bytes of the files that a fast check hashes."""
 LOCK_WAIT = 30.0
 """Number of seconds to wait for another writer."""
-POLL = 0.02
-"""Number of seconds between two attempts to acquire the lock."""
 TRIES = 16
 """Number of attempts to acquire the lock if another writer keeps removing the folder."""
 PATIENT_BYTES, PATIENT = 1 << 20, "120s"
@@ -362,20 +359,19 @@ def locked(folder: Path, place: object) -> Iterator[None]:
     Waits up to :data:`LOCK_WAIT` seconds for another writer. The folder and its ``data`` folder are created first.
     Raises StoreError naming ``place`` if the lock is still held or cannot be acquired.
     """
-    path, data = folder / "lock", folder / "data"
-    lock = filelock.FileLock(path)
+    path, data, held = folder / "lock", folder / "data", None
     for left in reversed(range(TRIES)):
         try:
             make_folders(data)
-            lock.acquire(timeout=LOCK_WAIT, poll_interval=POLL)
+            held = lock(path, os.O_RDWR | os.O_CREAT, wait=LOCK_WAIT)
             break
-        except filelock.Timeout:
-            owner = _owner(path) or "another process"
-            raise StoreError(one_line(f"{place}: is being written by {owner}; try later")) from None
         except OSError as error:
             if not left or not isinstance(error, FileNotFoundError | FileExistsError):  # else it was just removed
                 reason = error.strerror or type(error).__name__
                 raise StoreError(one_line(f"{place}: cannot be written: {reason}; nothing was changed")) from None
+    if held is None:
+        owner = _owner(path) or "another process"
+        raise StoreError(one_line(f"{place}: is being written by {owner}; try later"))
     try:
         data.mkdir(exist_ok=True)
         with suppress(OSError):  # if the disk is full, the owner cannot write its name
@@ -384,7 +380,7 @@ def locked(folder: Path, place: object) -> Iterator[None]:
     finally:
         with suppress(OSError):  # the file stays empty until the next owner writes its name
             os.truncate(path, 0)
-        lock.release()
+        os.close(held)
 
 
 def _owner(path: Path) -> str:
