@@ -177,28 +177,16 @@ class LanceStore(Store):
     def classes(self, manifest: Manifest) -> pa.Table:
         """Return the label, the text weight and the key statistics of each class of a version."""
         file = manifest.files["classes"]
-        return pq.read_table(io.BytesIO(self._checked(file.name, file.sha256)))
+        return pq.read_table(self._checked(file.name, file.sha256))
 
-    def arrays(self, manifest: Manifest, *kinds: str) -> dict[str, Any]:
-        """Return arrays of a version by kind, if it has them, with the metric as a :class:`tip.Metric`.
-
-        ``kinds`` are ``second``, ``prior``, ``scores``, ``metric`` and ``values``, of the shapes ``[d, d]``,
-        ``[d, d]``, ``[m, 3]``, ``[1 + d, d]`` and ``[n, c]``.
-        """
-        from retrieval_tip.store.contents import metric_of
-
-        files = ((kind, manifest.files[kind]) for kind in kinds if kind in manifest.files)
-        found = {kind: np.load(io.BytesIO(self._checked(file.name, file.sha256))) for kind, file in files}
-        return found | ({"metric": metric_of(found["metric"])} if "metric" in found else {})
-
-    def _checked(self, name: str, sha256: str) -> bytes:
+    def _checked(self, name: str, sha256: str) -> io.BytesIO:
         try:
             raw = self.files.get(name, OBJECT_BYTES)
         except FileNotFoundError:
             raise StoreError(f"{self}/{name}: missing; {RESTORE}") from None
         if hashlib.sha256(raw).hexdigest() != sha256:
             raise StoreError(f"{self}/{name}: damaged (its SHA-256 differs from the manifest's); {RESTORE}")
-        return raw
+        return io.BytesIO(raw)
 
     def table_files(self) -> set[tuple[Path, int]]:
         """Return the files of the table with their modification times. The set is empty for a bucket."""
@@ -292,33 +280,30 @@ class LanceStore(Store):
         """Open a version, and return it together with the rows of its table, which a ``writer`` may edit."""
         import torch
 
+        from retrieval_tip.lance.rows import TableRows
         from retrieval_tip.model import Index
+        from retrieval_tip.store.contents import metric_of
 
-        classes, held = self.classes(manifest), self.arrays(manifest, "metric", "values", "prior", "scores")
-        rows = self._rows(manifest, classes, writer)
+        table = writer.table if writer is not None and writer.table is not None else self.table(manifest)
+        classes, files = self.classes(manifest), manifest.files.items()
+        held = {kind: np.load(self._checked(file.name, file.sha256)) for kind, file in files if kind != "classes"}
+        held |= {"text": _matrix(classes["text"])} | ({"metric": metric_of(held["metric"])} if "metric" in held else {})
+        counts, none = classes["keys"].to_numpy(), np.zeros((0, 0))
+        sums = {name: _matrix(classes[name]) for name in ("sum", "point_sum") if name in classes.column_names}
+        rows = TableRows(
+            table=table, known=Sums(counts, sums["sum"], held.get("second", none)),
+            point_sums=Sums(counts, sums["point_sum"], none) if "point_sum" in sums else None,
+            kind=CLASSES if manifest.index == CLASSES else FLAT,  # earlier programs also used vector indexes
+            automatic=manifest.built.auto_index, writer=writer,
+        )  # fmt: skip
         used: Rows = rows
         if "values" in held:  # a query uses all keys
             arrays = rows.arrays()
             places = np.argsort(np.argsort(arrays.key_ids))
             used = replace(arrays, values=torch.from_numpy(held["values"][places]))
-        held |= {"text": _matrix(classes["text"])}
         index = Index.of_version(used, manifest, device, held, factory=rows.kind)
         index.stored = Origin(self, manifest)
         return index, rows
-
-    def _rows(self, manifest: Manifest, classes: pa.Table, writer: TableWriter | None = None) -> TableRows:
-        from retrieval_tip.lance.rows import TableRows
-
-        table, second = writer.table if writer is not None else None, self.arrays(manifest, "second").get("second")
-        counts, none = classes["keys"].to_numpy(), np.zeros((0, 0))
-        known = Sums(counts, _matrix(classes["sum"]), none if second is None else second)
-        points = Sums(counts, _matrix(classes["point_sum"]), none) if "point_sum" in classes.column_names else None
-        kind = CLASSES if manifest.index == CLASSES else FLAT  # earlier programs also used vector indexes
-        automatic = manifest.built.auto_index
-        return TableRows(
-            table=table or self.table(manifest), known=known, point_sums=points, kind=kind, automatic=automatic,
-            writer=writer,
-        )  # fmt: skip
 
     def changed_by(self, writer: TableWriter) -> TableChange:
         assert writer.parent is not None
@@ -379,7 +364,8 @@ class LanceStore(Store):
     def check(self, manifest: Manifest) -> None:
         """Every row is checked, too, and that all parts are consistent."""
         super().check(manifest)
-        self._rows(manifest, self.classes(manifest)).check(self.arrays(manifest, "metric").get("metric"))
+        index, rows = self._index(manifest, "cpu")
+        rows.check(index.metric)
 
 
 class TableChange(Change):
