@@ -173,7 +173,7 @@ def main(index: Path, new: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         copy = shutil.copytree(index, Path(folder) / index.name)
         new = shutil.copytree(new, Path(folder) / "new")  # browsers reject links
-        facts = json.loads((copy / "manifest.json").read_text())["backbone"]
+        facts = json.loads(max((copy / "manifests").iterdir()).read_text())["backbone"]
         encoder = ["--model", facts["model"], "--pretrained", facts["pretrained"]]
         commands = (
             (label_page, ["label", str(new), "--out", str(Path(folder) / "labelled"), *encoder]),

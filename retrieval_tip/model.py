@@ -54,9 +54,9 @@ from retrieval_tip.settings import (
     Settings,
     Verify,
 )
-from retrieval_tip.store.contents import Contents, Stored, read, write
+from retrieval_tip.store.contents import Stored, read, write
 from retrieval_tip.store.labels import label_table, rows_with
-from retrieval_tip.store.manifest import SUFFIXES, DataFile, Manifest, Table
+from retrieval_tip.store.manifest import SUFFIXES, Manifest, Table
 from retrieval_tip.store.versions import Check, Origin, Versions, Writer, created
 
 SHOWN_CLASSES = 8
@@ -644,6 +644,7 @@ class Editing(Answering):
             assert isinstance(rows, ArrayRows)
             assert isinstance(self.retrieval.keys, Keys)
             rows = self._ridge.relabelled(self.retrieval.keys, rows, rows.rows_of(part.key_ids), class_ids)
+            part = rows.of(part.key_ids.tolist())
         self._hold(rows.moved(part, class_ids, self.class_names))
 
     def rename(self, old: str, new: str) -> None:
@@ -1040,13 +1041,12 @@ class Index(Editing):
         if self.fitted is not None and not as_fitted:
             self.fitted = replace(self.fitted, automatic=False)
 
-    def commit(self, writer: Writer, change: str, contents: Contents | None = None) -> None:
+    def commit(self, writer: Writer, change: str) -> None:
         """Write the files that have changed, and make this index the current version."""
-        contents = self._contents() if contents is None else contents
+        contents = self._contents()
         write(contents, writer, self.stored if isinstance(self.stored, Stored) else None)
         self.check_answers()
-        files = {kind: writer.files[kind] for kind in SUFFIXES if kind in writer.files}
-        manifest = self.manifest_of(writer.number, writer.before, change, files)
+        manifest = self.manifest_of(writer, change)
         writer.commit(manifest)
         check = Check(writer.store.files, manifest, known=manifest.data_files)  # complete
         self.stored = Stored.of(writer.store, check, contents)
@@ -1079,19 +1079,13 @@ class Index(Editing):
         return {"metric": self.metric, "prior": self.prior, "scores": None if scores is None else scores.rows}
 
     def manifest_of(
-        self,
-        number: int,
-        parent: int | None,
-        change: str,
-        files: dict[str, DataFile],
-        *,
-        table: Table | None = None,
-        digests: dict[str, str] | None = None,
+        self, writer: Writer, change: str, table: Table | None = None, digests: dict[str, str] | None = None
     ) -> Manifest:
-        """Create the manifest of version ``number``. ``change`` describes how it differs from version ``parent``."""
+        """Create the manifest of the next version, whose files are written. ``change`` tells what has changed."""
         assert self.next_key_id is not None
+        files = {kind: writer.files[kind] for kind in SUFFIXES if kind in writer.files}
         return Manifest(
-            version=number, parent=parent, **created(),
+            version=writer.number, parent=writer.before, **created(),
             n=self.n, d=self.d, dtype=self.dtype, class_names=self.class_names, templates=self.templates,
             settings=self.settings, index=self.index_type,
             backbone=self.backbone.to_dict() if self.backbone and not self.parts else None,

@@ -41,8 +41,13 @@ def sealed(body):
     return json.dumps(body | entry, indent=1, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
+def manifest_of(folder):
+    """Return the file of the current manifest."""
+    return max((Path(folder) / "manifests").glob("*.json"))
+
+
 def body_of(folder):
-    return json.loads((folder / "manifest.json").read_bytes())
+    return json.loads(manifest_of(folder).read_bytes())
 
 
 def resealed(index, kind, data, **entry):
@@ -53,7 +58,7 @@ def resealed(index, kind, data, **entry):
     name = f"data/{kind}-{digest[:16]}{Path(file['name']).suffix}"
     body["files"][kind] = file | {"name": name, "sha256": digest, "bytes": len(data)} | entry
     (index / name).write_bytes(data)
-    (index / "manifest.json").write_bytes(sealed(body))
+    manifest_of(index).write_bytes(sealed(body))
     return index / name
 
 

@@ -15,6 +15,7 @@ from browser import PATIENCE, chromium
 from conftest import ROOT
 from PIL import Image
 from playwright.sync_api import expect
+from sealing import manifest_of
 from serving import caltech_photos
 
 from retrieval_tip import Index, Reader, load_backbone
@@ -117,7 +118,7 @@ def test_a_photo_is_classified_in_the_browser(site, fitted, shared, run, tmp_pat
         )
         page.get_by_label("Choose a photo").set_input_files(stranger)
         expect(page.get_by_role("status")).to_contain_text("No match", timeout=PATIENCE)
-        page.get_by_label("Choose a photo").set_input_files(fitted / "manifest.json")
+        page.get_by_label("Choose a photo").set_input_files(manifest_of(fitted))
         expect(page.get_by_role("status")).to_contain_text("cannot be read", timeout=PATIENCE)
     assert not wrong
     assert found[0]["labels"] == Index.load(fitted).class_names

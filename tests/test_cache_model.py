@@ -16,7 +16,7 @@ from conftest import cache_of, examples, needs_real, parts_of
 from dense import affinity, cache_logits, nearest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sealing import npy, refused, resealed, snapshot
+from sealing import manifest_of, npy, refused, resealed, snapshot
 from tables import read_features, unit
 
 from retrieval_tip import Index, verify
@@ -512,7 +512,7 @@ def test_a_fine_tuned_index_is_loaded_as_it_was_saved_and_its_files_are_copied_t
 def test_a_file_that_contradicts_the_manifest_is_refused(index, kind, data, entry):
     path = resealed(index, kind, (index / names(index)[kind]).read_bytes() if data is None else data, **entry)
     for opened in (Index.load, verify):
-        refused(partial(opened, index), index / "manifest.json" if entry == {"rows": N + 1} else path)
+        refused(partial(opened, index), manifest_of(index) if entry == {"rows": N + 1} else path)
 
 
 def test_verify_finds_values_that_are_not_finite(index):

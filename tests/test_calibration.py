@@ -12,6 +12,7 @@ from conftest import examples, food_index
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.special import log_softmax
+from sealing import manifest_of
 from tables import read_features, unit_rows, write_table
 
 from retrieval_tip import Index
@@ -164,14 +165,14 @@ def test_calibrate_writes_a_version_with_its_provenance(run, food):
 
 def test_a_failed_calibration_changes_nothing(run, food, tmp_path):
     folder, _, _ = food
-    manifest = (folder / "manifest.json").read_bytes()
+    manifest = manifest_of(folder).read_bytes()
     odd = write_table(tmp_path / "odd.parquet", unit_rows(3, 512), ["apple_pie", "nonsense", "tacos"])
     refused = run("fit", "--calibrate", folder, "--val", odd)
     assert refused.exit_code == 1
     assert "nonsense" in refused.stderr
     assert run("fit", "--calibrate", folder, "--val", tmp_path / "nowhere.parquet").exit_code == 1
     assert run("fit", "--calibrate", folder).exit_code == 2
-    assert (folder / "manifest.json").read_bytes() == manifest
+    assert manifest_of(folder).read_bytes() == manifest
 
 
 def test_shots_are_classified_without_themselves(run, food, tmp_path):

@@ -18,6 +18,7 @@ from conftest import examples, few, needs_real, parts_of
 from dense import affinity, cache_logits, discriminant, scatter, solved
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sealing import manifest_of
 from tables import read_features, write_table
 
 from retrieval_tip import Index, tip
@@ -464,9 +465,9 @@ def test_a_prior_is_stored_in_the_index_and_must_have_the_same_dimension(run, ta
     np.testing.assert_allclose(one.prior, expected, rtol=1e-5, atol=1e-8)
     np.testing.assert_array_equal(one.prior, same.prior)
     torch.testing.assert_close(one.metric.transform, same.metric.transform)
-    first = (index / "manifest.json").read_bytes()
+    first = manifest_of(index).read_bytes()
     assert run("fit", index).exit_code == 0
-    files = [json.loads(raw)["files"] for raw in (first, (index / "manifest.json").read_bytes())]
+    files = [json.loads(raw)["files"] for raw in (first, manifest_of(index).read_bytes())]
     assert [part["sha256"] for part in files[0].values()] == [part["sha256"] for part in files[1].values()]
     wide = write_table(tables / "wide.parquet", np.eye(10, dtype=np.float32)[[0, 0, 1, 1]], ["a", "a", "b", "b"])
     assert run("index", "build", wide, "--out", tables / "wide").exit_code == 0

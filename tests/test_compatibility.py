@@ -59,6 +59,26 @@ def copied(version, name, to):
     return f"lance://{to / name}" if name.startswith("lance-") else str(to / name)
 
 
+def test_the_current_manifest_of_an_earlier_program_gets_its_number_before_the_first_change(tmp_path, monkeypatch):
+    """Earlier programs copied it to its number before they replaced it. They may have been killed in between."""
+    place, rename = Path(copied("v7", "plain", tmp_path)), Path.replace
+    shutil.copy(place / "manifest.json", place / "manifests/000005.json")
+    store = at(str(place))
+    before, stamp = store.manifest(), store.stamp()
+    assert store.history()["version"].to_pylist() == [1, 2, 3, 4, 5]
+
+    def late(old, new):
+        if old.name == "manifest.json":
+            assert Versions(place).manifest() == before
+        return rename(old, new)
+
+    monkeypatch.setattr(Path, "replace", late)
+    with pytest.raises(StoreError, match="version 9"):
+        changes.rollback(place, 9)
+    assert (store.manifest(), (place / "manifest.json").exists(), store.stamp() == stamp) == (before, False, False)
+    assert store.history()["version"].to_pylist() == [1, 2, 3, 4, 5]
+
+
 def test_a_setting_that_an_older_format_lacks_has_its_default(tmp_path):
     place, body = copied("v10", "fitted", tmp_path), manifest_of(INDEXES / "v10" / "fitted")
     del body["gamma"]
@@ -94,6 +114,7 @@ def test_an_index_of_an_older_format_gives_its_old_answers_and_is_rewritten_by_a
     now, written = at(place).verify(), manifest_of(folder)
     check_answers(now, version, name)
     assert (written["format_version"], "later" in written) == (11, False)
+    assert not (folder / "manifest.json").exists()
     assert (now.version, now.settings.temperature) == (before.version + 1, 2.0)
     assert now.groups.path(now.class_names[0])[0] == f"order of {now.class_names[0]}"
     assert at(place).history()["change"].to_pylist()[-1] == "set temperature 2, groups by order"
@@ -166,9 +187,9 @@ def test_the_versions_of_format_7_are_kept(tmp_path):
     place = copied("v7", "plain", tmp_path)
     assert Versions(Path(place)).history()["change"].to_pylist() == [
         "build",
-        "add 2 examples",
-        "add 2 examples and 1 class",
-        "remove 1 example",
+        "add 2 keys",
+        "add 2 keys and 1 class",
+        "remove 1 key",
         "set alpha 2, k 4",
     ]
     changes.configure(place, temperature=2.0)
@@ -183,11 +204,12 @@ def test_an_index_of_an_earlier_format_or_with_trained_encoder_weights_is_refuse
     place, trained = Path(copied("v7", "plain", tmp_path)), INDEXES / "v7" / "trained-encoder"
     (place / "manifest.json").write_bytes(sealed(manifest_of(place) | {"format_version": 6}))
     for folder, words in (
-        (place, f"{place}: built by an earlier version; build it again"),
-        (trained, f"{trained}/manifest.json: has trained encoder weights, which are no longer read; build it again"),
+        (place, "written by an earlier program"),
+        (trained, "has trained encoder weights, which are no longer read"),
     ):
         failed = run("classify", folder, "photo.jpg")
-        assert (failed.exit_code, failed.stderr) == (1, f"Error: {words}\n")
+        how = "build the index again, or delete earlier versions with index gc"
+        assert (failed.exit_code, failed.stderr) == (1, f"Error: {folder}/manifest.json: {words}; {how}\n")
 
 
 @pytest.mark.parametrize("old", ["format", "encoder"])
@@ -197,7 +219,7 @@ def test_an_earlier_version_that_is_no_longer_read_can_be_deleted(old, tmp_path)
     body = json.loads(first.read_text())
     files = body["files"] | {"weights": body["files"]["keys"]}
     first.write_bytes(sealed(body | ({"format_version": 6} if old == "format" else {"files": files})))
-    with pytest.raises(StoreError, match="; delete earlier versions with index gc"):
+    with pytest.raises(StoreError, match="or delete earlier versions with index gc"):
         Versions(place).history()
     changes.gc(place, 1)
     assert len(Versions(place).history()) == 1

@@ -29,7 +29,7 @@ from conftest import ATTACK, SOAK
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from sealing import body_of, sealed, snapshot
+from sealing import body_of, manifest_of, sealed, snapshot
 from serving import listens, server
 from tables import png, unit_rows, write_table
 
@@ -285,7 +285,7 @@ def test_a_damaged_index_is_refused_or_answers_correctly(world, data):
             path.write_bytes(data.draw(mutated(st.just(raw)) if how == "bytes" else others))
             assume(path.read_bytes() != raw)
         named = {file.name for file in Versions(world / "index").current().data_files}
-        own = {index / name for name in (*named, "manifest.json")}
+        own = {*(index / name for name in named), manifest_of(index)}
         assert refused(lambda: answer(index)) == (None if path in own else expected)
         before = snapshot(index) if how != "special" else None
         changed = refused(lambda: changes.configure(index, alpha=3.0))
@@ -321,7 +321,7 @@ def test_any_manifest_is_refused_or_answers(world, data):
                 node.append(value)
             else:
                 node[key if how == "value" else data.draw(st.text(max_size=5))] = value
-        (index / "manifest.json").write_bytes(sealed(body))
+        manifest_of(index).write_bytes(sealed(body))
         cache = refused(lambda: Index.load(index, device="cpu"))
         if cache is not None:
             refused(lambda: cache.classify(unit_rows(2, D)))
@@ -386,7 +386,7 @@ def test_any_command_answers_or_fails_in_one_line(run, world, monkeypatch, data)
             assert snapshot(folder / "index") == before
         assert not [path for path in folder.rglob("*.tmp") if path.name not in ("x.tmp",)]
         for place in (folder / "index", folder / "new"):
-            if (place / "manifest.json").is_file():
+            if (place / "manifests").is_dir():
                 assert run("--quiet", "index", "verify", place).exit_code == 0
         monkeypatch.chdir(world)
 

@@ -258,8 +258,7 @@ def check_tidy(place, behind=False):
         assert list(own.tags.list()) == [f"kept-{manifest.table.version}"]
     versions = at.history()["version"].to_pylist()
     named = {file.name for version in versions for file in at.manifest(version).data_files}
-    numbered = [f"manifests/{version:06d}.json" for version in versions]
-    named |= {*numbered[:-1], "manifest.json"} if "://" not in place else set(numbered)
+    named |= {f"manifests/{version:06d}.json" for version in versions}
     assert len(versions) <= KEPT
     found = [name for name in everything(place) if name != "lock"]
     assert {name for name in found if not name.startswith("keys.lance")} == named

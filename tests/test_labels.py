@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import datetime
 import io
 import json
 from pathlib import Path
@@ -15,13 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from sealing import refused
 
 from retrieval_tip.cli.output import write_tables
-from retrieval_tip.errors import InputError
 from retrieval_tip.predictions import PREDICTIONS
-from retrieval_tip.store.labels import VERSIONS_SCHEMA, in_words, versions_table
-from retrieval_tip.store.query import ask
+from retrieval_tip.store.labels import in_words
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=8)
 KEYS = pa.table({"key_id": pa.array([7, 8, 9, 3, 4], pa.int64()), "label": ["cat", "cat", "dog", "dog", "dog"]})
@@ -107,38 +103,6 @@ def test_predictions_come_back_from_every_format(
 ) -> None:
     path = written(tmp_path_factory.getbasetemp() / "any-predictions", rows, style)
     assert read_back(path, style) == rows
-
-
-# --- versions
-
-
-def test_versions_as_a_table() -> None:
-    row = {"version": 2, "parent": 1, "created_at": "2026-01-02T03:04:05+02:00", "created_by": "retrieval-tip 1.0",
-           "change": "add", "keys": 80, "classes": 5, "bytes": 1 << 40, "current": True}  # fmt: skip
-    table = versions_table([row | {"version": 1, "parent": None, "current": False}, row])
-    assert table.schema == VERSIONS_SCHEMA
-    when = datetime.datetime(2026, 1, 2, 1, 4, 5, tzinfo=datetime.UTC)
-    assert table.to_pylist()[1] == row | {"created_at": when}
-    assert table["parent"].to_pylist() == [None, 1]
-    answer = ask({"versions": table}, "SELECT version FROM versions WHERE current AND created_at < '2026-01-03'")
-    assert answer.to_pylist() == [{"version": 2}]
-    assert versions_table([]).schema == VERSIONS_SCHEMA
-
-
-@pytest.mark.parametrize(
-    ("text", "hour"),
-    [("2026-01-02T03:00:00", 3), ("2026-01-02T03:00:00Z", 3), ("2026-01-02T03:00:00.000001-01:00", 4),
-     ("2026-01-02", 0), ("", None), ("yesterday", None), ("0001-01-01T00:00:00+23:00", None),
-     ("9999-12-31T23:59:59-23:00", None), (None, None), ("\x00", None), (5, None)],
-)  # fmt: skip
-def test_an_invalid_time_is_null(text: object, hour: int | None) -> None:
-    (found,) = versions_table([{"version": 1, "created_at": text}])["created_at"].to_pylist()
-    assert (found and found.hour) == hour
-
-
-@pytest.mark.parametrize("row", [{"version": 1 << 64}, {"version": "x"}, {"change": "\ud800"}, {"current": "yes"}])
-def test_a_value_that_no_version_has_is_refused(row: dict[str, object]) -> None:
-    refused(lambda: versions_table([row]), "versions: cannot store a value (", error=InputError)
 
 
 @pytest.mark.parametrize(

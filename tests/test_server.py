@@ -744,7 +744,7 @@ def test_the_server_loads_new_versions_but_not_damaged_ones(own):
         one._retry_at = 0.0  # instead of half a minute
         assert one.changed()
         assert one.follow().index.n == 78
-        (own / "manifest.json").write_text("{")
+        (next_one := own / "manifests" / "000099.json").write_text("{")
         assert one.changed()
         assert one.follow() is one.now
         assert not one.changed()
@@ -752,7 +752,7 @@ def test_the_server_loads_new_versions_but_not_damaged_ones(own):
         assert client.post("/v1/classify", json={"features": feature}).status_code == 200
         counted = client.get("/metrics").text
         assert 'retrieval_tip_reloads_total{index="own",outcome="failed"}' in counted
-        (own / "manifest.json").unlink()
+        next_one.parent.rename(own / "gone")
         assert not one.changed()
         assert client.post("/v1/classify", json={"features": feature}).status_code == 200
 

@@ -43,6 +43,7 @@ from retrieval_tip.lance import rows as lance_rows
 from retrieval_tip.settings import Settings
 from retrieval_tip.store import versions as store_versions
 from retrieval_tip.store.files import BucketFiles, LocalFiles
+from retrieval_tip.store.labels import VERSIONS_SCHEMA
 from retrieval_tip.store.manifest import Table
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("bucket", "one_thread")]
@@ -204,6 +205,8 @@ def test_a_build_contains_the_keys_labels_and_columns_of_its_source(pets):
     assert {row["label"]: row["keys"] for row in counted if row["keys"]} == Counter(pets.truth.labels.values())
     versions = store.query("SELECT version, change, keys FROM versions").to_pylist()
     assert versions == [{"version": 1, "change": "build", "keys": N}]
+    assert len(store.query("SELECT * FROM versions WHERE created_at > '2026-01-01'")) == 1
+    assert store.history().schema == VERSIONS_SCHEMA
     facts = store.describe()
     assert (facts["folder"], facts["n"], facts["classes"], facts["k"]) == (pets.place, N, 4, "all")
     assert (facts["keys_per_class"]["least"], facts["earlier_versions"]) == (0, [])
@@ -686,11 +689,11 @@ def damaged(whole):
 def refusing(pets, reader, name):
     """Return the calls that must refuse damage of a file: those of the current version, or a return to an earlier one.
 
-    The files of a table are only read by ``verify`` and ``rollback``. In a folder, the current manifest has no number.
+    The files of a table are only read by ``verify`` and ``rollback``.
     """
     at, in_table = pets.store, name.startswith("keys.lance")
     named = {m.version: {*m.digests, *(file.name for file in m.data_files)} for m in map(at.manifest, range(1, 5))}
-    named[4].add("manifest.json" if pets.kind == "folder" else "manifests/000004.json")
+    named[4].add("manifests/000004.json")
     owners = [version for version, names in named.items() if name in names]
     calls = [at.verify] if owners or name.startswith("manifests/") else []
     if 4 in owners and not in_table:
@@ -714,7 +717,7 @@ def test_damage_of_any_file_of_any_version_is_refused_by_name(fitted, capfd):
             if data is None and name.startswith(("manifests/", "keys.lance")):
                 continue  # the version may have been deleted, or never written
             for call in calls:
-                refused(call, pets.place if name == "manifest.json" else name)
+                refused(call, name)
         put(pets.place, name, whole[name])
     found = everything(pets.place)
     assert {name: found[name] for name in names} == {name: whole[name] for name in names}

@@ -1,6 +1,5 @@
 """tip.py against the dense method in float64 with one-hot products, and against the formula in the docs."""
 
-import json
 import re
 
 import numpy as np
@@ -12,6 +11,7 @@ from conftest import ROOT, examples, needs_real
 from dense import Case, Largest, betas, cases, discriminant, food, nearest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sealing import body_of
 from tables import unit, write_table
 
 from retrieval_tip import tip
@@ -166,7 +166,7 @@ def test_the_formula_in_the_docs_gives_the_logits_of_an_exported_index(tmp_path,
     run("index", "clone", index, f"lance://{tmp_path}/store")
     run("index", "export", f"lance://{tmp_path}/store", "--out", tmp_path / "stored.parquet")
     assert pq.read_table(tmp_path / "stored.parquet").equals(pq.read_table(tmp_path / "keys.parquet"))
-    manifest = json.loads((index / "manifest.json").read_text())
+    manifest = body_of(index)
     K, W = (np.stack(pq.read_table(tmp_path / name)["feature"].to_numpy()) for name in ("keys.parquet", "text.parquet"))
     labels = pq.read_table(tmp_path / "keys.parquet")["label"].to_pylist()
 

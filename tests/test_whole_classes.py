@@ -11,7 +11,7 @@ from dense import Case, affinity, cache_logits, cases, shots_like_clip
 from dense import betas as some_betas
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sealing import body_of, resealed, sealed
+from sealing import body_of, manifest_of, resealed, sealed
 from tables import unit
 
 from retrieval_tip import Index, tip, verify
@@ -271,7 +271,7 @@ def test_an_older_index_that_names_a_type_for_the_means_gives_its_answers(tmp_pa
     VectorIndex.build(cache.retrieval.keys.means.numpy(), "HNSW8", "cpu").save(tmp_path / "means")
     resealed(tmp_path / "index", "index", (tmp_path / "means").read_bytes())
     body = body_of(tmp_path / "index") | {"index": "Classes,HNSW8"}
-    (tmp_path / "index/manifest.json").write_bytes(sealed(body))
+    manifest_of(tmp_path / "index").write_bytes(sealed(body))
     older = Index.load(tmp_path / "index", device="cpu")
     assert older.index_type == "Classes"
     check_same(older, model(array, ids, C, text), queries[:50])

@@ -104,8 +104,8 @@ def _photos(folder: Path) -> list[Path]:
 
 def _users(store: Store, folder: Path) -> list[Store]:
     """Return the indexes that may use the photos: the store itself, if it still exists, and the folders next to it."""
-    beside = [places.at(path) for path in folder.parent.iterdir() if not path.name.startswith(".")]
-    return [*{one.resolved: one for one in (store, *beside) if one.exists()}.values()]
+    paths = [path for path in folder.parent.iterdir() if not path.name.startswith(".")]
+    return [*{one.resolved: one for one in (store, *map(places.found, paths)) if one.exists()}.values()]
 
 
 def _used(store: Store, names: set[str]) -> set[str]:

@@ -162,6 +162,11 @@ def at(place: Place) -> Store:
     return cast("Store", importlib.import_module("retrieval_tip.lance.lance_store").LanceStore(address))
 
 
+def found(folder: Path) -> Store:
+    """Return the store in a folder, whether or not it has a table."""
+    return at(f"lance://{folder}" if (folder / "keys.lance").is_dir() else folder)
+
+
 def listed(folder: Path) -> list[tuple[str, Manifest]]:
     """Return the path and the current manifest of each valid index folder inside a folder, sorted by name.
 

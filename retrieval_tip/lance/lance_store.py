@@ -25,8 +25,7 @@ import copy
 import hashlib
 import io
 import os
-import time
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -49,12 +48,9 @@ from retrieval_tip.store.files import OBJECT_BYTES, BucketFiles, LocalFiles
 from retrieval_tip.store.manifest import DataFile, Manifest, Table
 from retrieval_tip.store.sums import Sums
 from retrieval_tip.store.versions import (
-    MANIFEST_BYTES,
-    VERSIONS_TRIED,
     Origin,
     Writer,
     changed_meanwhile,
-    manifest_name,
 )
 
 if TYPE_CHECKING:  # importing torch takes a second, and manifests do not need it
@@ -121,45 +117,21 @@ class LanceStore(Store):
 
     look_every = 2.0
     writer = TableWriter
-    own = ("data", "manifests", "lock", f"{TABLE}.lance")
+    own = (*Store.own, f"{TABLE}.lance")
     in_table = True
-    remedies = ("restore it, or go back to an earlier version",)
 
     def __init__(self, address: Address) -> None:
         self.address, self.place, self.local = address, str(address), address.local
         self.folder = self.local or Path()
         self.files = BucketFiles(address) if self.local is None else LocalFiles(self.local, self.place)
 
-    def exists(self) -> bool:
-        return bool(self.numbers())
-
-    def stamp(self) -> Hashable:
-        return time.monotonic_ns()
-
-    def current(self) -> Manifest:
-        for _ in range(VERSIONS_TRIED):
-            if not (there := self.numbers()):
-                raise StoreError(f"{self}: no index; build one with retrieval-tip index build SOURCE --store {self}")
-            with suppress(FileNotFoundError):  # the version was just deleted
-                return self.read(there[-1])
-        raise self.too_fast()
-
     def publish(self, writer: TableWriter, manifest: Manifest, raw: bytes) -> None:
         assert manifest.table is not None
         table = KeyTable.at(self.address, manifest.table.name, manifest.table.version)
         if (table.rows if self.local is None else table.rows_on_disk()) != manifest.n:
-            raise changed_meanwhile(self.address)
+            raise changed_meanwhile(self)
         writer.flush()
-        self.files.flush("data", "")
-        name = manifest_name(manifest.version)
-        created = self.files.create(name, raw)
-        with suppress(FileNotFoundError):  # it may exist because the server's answer was lost; its content shows whose
-            created = created or self.files.get(name, MANIFEST_BYTES) == raw
-        if not created:
-            raise changed_meanwhile(self.address)
-        if writer.restored is not None and not self.keeps(writer.restored):
-            self.files.delete([name])  # another process has deleted the version meanwhile, and maybe also its rows
-            raise changed_meanwhile(self.address)
+        super().publish(writer, manifest, raw)
 
     def forget(self, keep: int, current: Manifest, prune: bool = True) -> list[int]:
         gone = super().forget(keep, current, prune)
@@ -316,7 +288,7 @@ class LanceStore(Store):
         :meth:`Writer.commit`.
         """
         from retrieval_tip.model import SUMS_FROM
-        from retrieval_tip.store.contents import array_of
+        from retrieval_tip.store.contents import write
 
         index.check_answers()
         kind, rows = rows.kind, rows.kept_up(writer.prunes)
@@ -324,24 +296,19 @@ class LanceStore(Store):
             scores, index.settings = index.current_scores, index.settings.override(k=index.settings.k or rows.few)
             index.scores = scores and replace(scores, settings=index.settings)
         index.built = replace(index.built, auto_index=rows.automatic)
-        text = index.text_weights.cpu().numpy()
         classes = {"label": pa.array(index.class_names, pa.string()), "keys": pa.array(rows.known.counts)}
-        classes |= {"text": vectors(text), "sum": vectors(rows.known.sums)}
+        classes |= {"text": vectors(index.text_weights.cpu().numpy()), "sum": vectors(rows.known.sums)}
         classes |= {} if rows.point_sums is None else {"point_sum": vectors(rows.point_sums.sums)}
-        writer.put_table("classes", pa.table(classes))
         size, second, values = rows.n * rows.d * np.dtype(rows.dtype).itemsize, rows.known.second, index.values
         held = index.fit_contents() | {
+            "classes": pa.table(classes),
             "second": second if 0 < second.nbytes * SUMS_FROM <= size else None,
             "values": None if values is None else values[np.argsort(index.labels["key_id"].to_numpy())],
         }
-        for kind, own in held.items():
-            if own is not None:
-                writer.put_array(kind, array_of(own))
+        write({kind: own for kind, own in held.items() if own is not None}, writer, None)
         table = Table(rows.table.name, rows.table.version, rows.n)
-        digests = writer.digests(table)
-        stored = copy.copy(index)
-        stored.set_rows(rows)
-        manifest = stored.manifest_of(writer.number, writer.before, what, writer.files, table=table, digests=digests)
+        index.set_rows(rows)
+        manifest = index.manifest_of(writer, what, table, writer.digests(table))
         writer.commit(manifest)
         index.stored = Origin(self, manifest)
         return manifest.version

@@ -81,30 +81,6 @@ class LocalFiles:
 
     def put(self, name: str, *parts: bytes | memoryview) -> None:
         """Write or replace a file. Readers get either the complete old file or the complete new file."""
-        with self._staged(name, *parts) as staged:
-            staged.replace(self.folder / name)
-
-    def create(self, name: str, data: bytes) -> bool:
-        """Write a new file, or return ``False`` if it already exists. Only one of several processes succeeds.
-
-        A server may store a file and then fail to acknowledge it. After ``False`` or a StoreError, check whether the
-        file contains your data.
-        """
-        with self._staged(name, data) as staged:
-            try:
-                (self.folder / name).hardlink_to(staged)  # fails if the name exists
-            except FileExistsError:
-                return False
-            except OSError as error:
-                if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP):
-                    raise
-                why = "the disk has no hard links, which a commit needs; use another"
-                raise StoreError(f"{self.place}: {why}") from None
-        return True
-
-    @contextmanager
-    def _staged(self, name: str, *parts: bytes | memoryview) -> Iterator[Path]:
-        """Write and flush a temporary file next to ``name``, and remove it at the end unless it was renamed."""
         path = self.folder / name
         staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         path.parent.mkdir(exist_ok=True)
@@ -114,10 +90,21 @@ class LocalFiles:
                     file.write(part)
                 file.flush()
                 os.fsync(file.fileno())
-            yield staged
+            staged.replace(path)
         finally:
             with suppress(OSError):
                 staged.unlink(missing_ok=True)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a new file, or return ``False`` if it already exists. Only one of several processes succeeds.
+
+        In a folder, the caller must hold its lock. A server may store a file and then fail to acknowledge it. After
+        ``False`` or a StoreError, check whether the file contains your data.
+        """
+        if os.path.lexists(self.folder / name):
+            return False
+        self.put(name, data)
+        return True
 
     def sizes(self, folder: str, age: timedelta = timedelta()) -> dict[str, int]:
         """Return the names and sizes of the files in a folder, sorted by name.
@@ -126,8 +113,10 @@ class LocalFiles:
         """
         try:
             entries = sorted(os.scandir(self.folder / folder), key=lambda entry: entry.name)
-        except (FileNotFoundError, NotADirectoryError):
-            return {}
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+                return {}
+            raise
         found = {}
         for entry in entries:
             with suppress(FileNotFoundError):  # just deleted

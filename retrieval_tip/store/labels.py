@@ -201,28 +201,6 @@ def digest_codes(labels: pa.Table, among: npt.NDArray[np.int64] | None = None) -
     return _codes(pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column))
 
 
-def versions_table(rows: Sequence[Mapping[str, object]]) -> pa.Table:
-    """Convert rows to a table with the columns of :data:`VERSIONS_SCHEMA`. Missing values become null.
-
-    ``created_at`` is a time in ISO format, in UTC by default. An invalid time becomes null. Raises InputError if a
-    column cannot hold a value.
-    """
-    try:
-        return pa.Table.from_pylist(
-            [{**row, "created_at": _time(row.get("created_at"))} for row in rows], schema=VERSIONS_SCHEMA
-        )
-    except (pa.ArrowException, OverflowError, ValueError) as error:
-        raise InputError(f"versions: cannot store a value ({first_line(error)})") from None
-
-
-def _time(text: object) -> datetime.datetime | None:
-    try:
-        time = datetime.datetime.fromisoformat(str(text))
-        return (time if time.tzinfo else time.replace(tzinfo=datetime.UTC)).astimezone(datetime.UTC)
-    except (ValueError, OverflowError):  # the first and last hours of the calendar cannot be converted to UTC
-        return None
-
-
 def read_labels(folder: Path, manifest: Manifest) -> pa.Table:
     """Read the label store. Format 7 may have several segments. If one of them lacks a column, its values are null."""
     tables = [_read_labels(folder / part.labels.name, part.labels.rows, manifest) for part in manifest.segments]
@@ -231,9 +209,7 @@ def read_labels(folder: Path, manifest: Manifest) -> pa.Table:
     except pa.ArrowException as error:
         raise StoreError(f"{folder}: label columns of its segments differ ({first_line(error)})") from None
     if pc.max(table["key_id"]).as_py() >= manifest.next_key_id:
-        raise StoreError(
-            f"{folder / 'manifest.json'}: its next_key_id is already in use; restore it, or build the index again"
-        )
+        raise StoreError(f"{folder}: the next_key_id of its manifest is in use; restore it, or build the index again")
     return table
 
 

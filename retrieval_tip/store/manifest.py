@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
 from typing import Any
 
 from retrieval_tip.backbones.base import Identity, Part, equal_shares, identity_of
@@ -50,8 +51,8 @@ SUFFIXES = {"keys": ".npy", "index": ".faiss", "labels": ".parquet", "text": ".n
 FLAT = "Flat"
 """Type of an exact index, which needs no file."""
 
-MAX_DEPTH, MAX_KEY_ID = 64, 2**62
-"""Maximum nesting depth of a provenance, and maximum value of ``next_key_id``."""
+MAX_DEPTH, MOST = 64, 1 << 53
+"""Maximum nesting depth of a provenance, and maximum value of a whole number."""
 
 _NAMED = re.compile(rb"data/\w+-[0-9a-f]{16}\.\w+")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -180,19 +181,12 @@ class Manifest:
         return _seal(body)
 
     @classmethod
-    def from_bytes(
-        cls,
-        raw: bytes,
-        name: str,
-        remedy: str = "restore it, or delete the folder and build the index again",
-        outdated: str = "build it again",
-    ) -> Manifest:
+    def from_bytes(cls, raw: bytes, name: str) -> Manifest:
         """Invert :meth:`to_bytes`. Raises StoreError if the manifest is damaged or too old."""
-        damaged = f"{name}: damaged"
+        damaged, remedy = f"{name}: damaged", "restore it, or delete it, which drops this version"
+        outdated = "build the index again, or delete earlier versions with index gc"
         try:
-            body = json.loads(raw.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise StoreError(f"{damaged} (not UTF-8: byte {error.start}); {remedy}") from None
+            body = json.loads(raw)
         except (ValueError, RecursionError) as error:
             raise StoreError(f"{damaged} (not JSON: {error}); {remedy}") from None
         if not isinstance(body, dict) or body.get("format") != FORMAT:
@@ -200,7 +194,7 @@ class Manifest:
         version = body.get("format_version")
         writer = ascii(body.get("created_by", "a newer version"))[:100].strip("'")
         if type(version) is int and 0 < version < OLDEST_VERSION:
-            raise StoreError(f"{name.removesuffix('/manifest.json')}: built by an earlier version; {outdated}")
+            raise StoreError(f"{name}: written by an earlier program; {outdated}")
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise StoreError(
                 f"{name}: index format {version}, but this program reads up to {FORMAT_VERSION}; install {writer}"
@@ -251,13 +245,15 @@ class Manifest:
         return manifest
 
     def _check(self) -> None:
-        texts = (self.created_at, self.created_by, self.dtype, self.index, self.change)
+        texts = (self.created_by, self.dtype, self.index, self.change)
+        made = datetime.fromisoformat(self.created_at).astimezone(UTC)  # fails for the first and last hours of time
         lists, table = (self.class_names, self.templates), self.table
         if self.backbone is not None:
             Identity.from_dict(self.backbone)
         for name, valid in {
             "version": _whole(self.version, 1),
             "parent": self.parent is None or (_whole(self.parent, 1) and self.parent < self.version),
+            "created_at": made.isoformat(timespec="seconds") == self.created_at,
             "text": all(isinstance(text, str) for text in texts),
             "n or d": _whole(self.n, 1) and _whole(self.d, 1),
             "dtype": self.dtype in ("float32", "float16"),
@@ -267,7 +263,7 @@ class Manifest:
             "parts": all(_whole(part.width, 1) and isinstance(part.column, str) for part in self.parts)
             and (not self.parts or sum(part.width for part in self.parts) == self.d),
             "shares": self.fitted is None or len(self.fitted.shares) in (0, len(self.parts)),
-            "next_key_id": _whole(self.next_key_id, 1) and self.next_key_id <= MAX_KEY_ID,
+            "next_key_id": _whole(self.next_key_id, 1),
             "built": isinstance(self.built, Built),
             "table.name": table is None or re.fullmatch(r"\w{1,64}", table.name) is not None,
             "table": table is None or (_whole(table.version, 1) and _whole(table.rows, 1) and table.rows == self.n),
@@ -323,7 +319,7 @@ def _need(condition: bool, what: str) -> None:
 
 
 def _whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= MOST
 
 
 _FIELDS = {field.name for field in fields(Manifest)}

@@ -1,10 +1,10 @@
-"""Keep the versions of an index in a folder. :mod:`lance.lance_store` lists what differs in LanceDB.
+"""Keep the versions of an index in a folder or in a bucket. :mod:`lance.lance_store` lists what differs in LanceDB.
 
 An index is a set of immutable data files, whose names carry their digests, and a manifest that lists them. Readers see
 either the old version or the new version, never a mixture of the two.
 
-manifest.json                  the manifest of the current version, which is replaced with a single rename
-manifests/000003.json          the manifest of an earlier version, until the version is deleted
+manifests/000003.json          the manifest of a version; the version with the highest number is current. Creating this
+                               file commits the version, and only one of two writers can create it
 data/KIND-<digest>.SUFFIX      a data file, which several versions may share (see :data:`manifest.SUFFIXES`)
 lock                           locked by the process that is writing, unless the store is in a bucket
 
@@ -17,12 +17,11 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import errno
 import hashlib
 import json
 import os
 import re
-import stat
+import time
 import uuid
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -50,15 +49,15 @@ from retrieval_tip.store.files import (
     locked,
     read_array,
 )
-from retrieval_tip.store.labels import noun_of, read_curve, read_labels, versions_table
+from retrieval_tip.store.labels import VERSIONS_SCHEMA, read_curve, read_labels
 from retrieval_tip.store.manifest import SUFFIXES, DataFile, Manifest, named_in
 from retrieval_tip.store.query import TIMEOUT, ask
 
 T = TypeVar("T")
 Files = LocalFiles | BucketFiles
 
-CURRENT = "manifest.json"
-DELETE = "delete earlier versions with index gc"
+OLD = "manifest.json"
+"""Name of the current manifest in folders of earlier programs."""
 KEPT_VERSIONS = 32
 """Number of versions, including the current one, that a commit keeps."""
 VERSIONS_TRIED = 16
@@ -70,8 +69,6 @@ UNFINISHED = datetime.timedelta(hours=1)
 
 _ZEROS = bytes(1 << 20)
 _MANIFEST = re.compile(r"manifests/(\d{6,12})\.json")
-_OLD_WORDS = re.compile(r"^((?:add|remove|relabel|merge .*:) [\d,]+) key")
-"""How earlier programs described the keys of a change."""
 
 
 class Writer:
@@ -190,7 +187,7 @@ class Writer:
             self.store.files.flush("manifests", "", "..")
             if self.replaces and self.parent is not None:
                 self.store.files.delete([manifest_name(self.parent.version)])
-                self.store.tidy(manifest)
+                self.store.tidy()
             self.store.forget(KEPT_VERSIONS, manifest, self.prunes)
 
 
@@ -206,12 +203,10 @@ class Versions:
     local: Path | None
     writer: type[Writer] = Writer
     """The class of the writer."""
-    own: tuple[str, ...] = ("data", "manifests", "lock", CURRENT)
+    own: tuple[str, ...] = ("data", "manifests", "lock", OLD)
     """Names in the folder of a store, without the names of temporary files."""
     in_table = False
     """Whether keys and labels are rows of a table, which a manifest names."""
-    remedies: tuple[str, ...] = (DELETE, DELETE)
-    """What to do about a damaged manifest of an earlier version, and about one that is too old."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = self.local = Path(folder)
@@ -239,29 +234,45 @@ class Versions:
         An unreadable folder counts as an index, so that it is not overwritten.
         """
         try:
-            return stat.S_ISREG((self.folder / CURRENT).stat().st_mode)
-        except OSError as error:  # Path.is_file hides all errors from Python 3.14 on
-            return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+            return bool(self.names())
+        except StoreError:
+            if self.local is None:
+                raise
+            return True
 
     def stamp(self) -> Hashable | None:
         """Return a value that changes with the current version, or ``None`` if there is no index.
 
         This never sends a request. If the store needs a request to detect changes, every call returns a new value.
         """
+        if self.local is None:
+            return time.monotonic_ns()
+        found = list[Hashable]()
+        for name in ("manifests", OLD):
+            with suppress(OSError):
+                status = (self.local / name).stat()
+                found += [status.st_ino, status.st_mtime_ns]
+        return (*found, *paths_in(self.local / "manifests")) if found else None
+
+    def names(self) -> dict[int, str]:
+        """Return the names of the manifests by version, oldest first.
+
+        In a folder of an earlier program, ``manifest.json`` is the current one, until the next writer renames it.
+        """
         try:
-            status = (self.folder / CURRENT).stat()  # each version replaces this file
-        except OSError:
-            return None
-        return status.st_ino, status.st_mtime_ns, status.st_size
+            found = {}
+            if self.local is not None and (self.local / OLD).is_file():
+                with suppress(FileNotFoundError):  # it was just renamed
+                    found[self.parse(OLD).version] = OLD
+            sizes = self.files.sizes("manifests")
+        except OSError as error:
+            raise StoreError(f"{self}: cannot be read: {error.strerror}") from None
+        numbered = {int(match[1]): name for name in sizes if (match := _MANIFEST.fullmatch(name))}
+        return dict(sorted((numbered | found).items()))
 
     def current(self) -> Manifest:
         """Return the manifest of the current version."""
-        check_name(self.folder)
-        try:
-            return self.parse(CURRENT)
-        except FileNotFoundError:
-            what = "no such folder" if not self.folder.exists() else f"not an index (no {CURRENT})"
-            raise StoreError(f"{self}: {what}; make one with retrieval-tip index build SOURCE --out INDEX") from None
+        return self.manifest()
 
     def has_text(self, manifest: Manifest) -> bool:
         """Return whether a version has any text weight that is not zero."""
@@ -292,34 +303,38 @@ class Versions:
         }
         return np.bincount(labels["class_id"].to_numpy(), minlength=len(manifest.class_names)), sizes
 
-    def numbers(self) -> list[int]:
-        """Return the numbers of the manifests in the folder ``manifests``, in ascending order."""
-        return sorted(int(found[1]) for name in self.files.sizes("manifests") if (found := _MANIFEST.fullmatch(name)))
-
     def manifest(self, version: int | None = None) -> Manifest:
         """Return the manifest of the current version, or of an earlier version."""
-        current = self.current()
-        if version is None or version == current.version:
-            return current
-        try:
-            return self.read(version)
-        except FileNotFoundError:
-            there = ", ".join(map(str, sorted({*self.numbers(), current.version})))
-            raise StoreError(f"{self}: has no version {version}; use one of {there}") from None
+        if self.local is not None:
+            check_name(self.local)
 
-    def read(self, version: int) -> Manifest:
-        """Read a manifest in the folder ``manifests``. Raises FileNotFoundError if it is missing."""
-        manifest = self.parse(manifest_name(version), *self.remedies)
-        if manifest.version != version:
-            raise StoreError(f"{self}/{manifest_name(version)}: is the manifest of another version; restore it")
-        return manifest
+        def read() -> Manifest:
+            names = self.names()
+            if not names:
+                what = "no such folder" if self.local is not None and not self.local.exists() else "not an index"
+                raise StoreError(f"{self}: {what}; make one with retrieval-tip index build SOURCE --out INDEX")
+            if version is not None and version not in names:
+                there = ", ".join(map(str, names))
+                raise StoreError(f"{self}: has no version {version}; use one of {there}")
+            return self.parse(names[version or max(names)])
 
-    def parse(self, name: str, *remedies: str) -> Manifest:
+        return self._steady(read)
+
+    def parse(self, name: str) -> Manifest:
         """Read a manifest. Raises FileNotFoundError if it is missing."""
-        manifest = Manifest.from_bytes(self.files.get(name, MANIFEST_BYTES), f"{self}/{name}", *remedies)
+        manifest = Manifest.from_bytes(self.files.get(name, MANIFEST_BYTES), f"{self}/{name}")
         if (manifest.table is not None) != self.in_table:
             raise StoreError(f"{self}/{name}: is the manifest of another kind of store; restore the right one")
+        if name not in (OLD, manifest_name(manifest.version)):
+            raise StoreError(f"{self}/{name}: is the manifest of another version; restore it")
         return manifest
+
+    def _steady(self, read: Callable[[], T]) -> T:
+        """Call ``read`` again if a version is deleted in the meantime."""
+        for _ in range(VERSIONS_TRIED):
+            with suppress(FileNotFoundError):
+                return read()
+        raise self.too_fast()
 
     def opened(self, read: Callable[[Manifest], T], version: int | None = None, first: Manifest | None = None) -> T:
         """Call ``read`` with the manifest of the current or an earlier version, and return the result.
@@ -350,10 +365,9 @@ class Versions:
 
     def earlier(self, current: Manifest) -> list[Manifest]:
         """Return the manifests of the versions before the current version, oldest first."""
-        for _ in range(VERSIONS_TRIED):
-            with suppress(FileNotFoundError):  # some were deleted in the meantime
-                return [self.read(number) for number in self.numbers() if number < current.version]
-        raise self.too_fast()
+        return self._steady(
+            lambda: [self.parse(name) for number, name in self.names().items() if number < current.version]
+        )
 
     def check_earlier(self, current: Manifest) -> None:
         """Verify the files of earlier versions, except those of the current version, which are known to be intact."""
@@ -380,20 +394,18 @@ class Versions:
         In LanceDB, the column ``bytes`` does not include the table.
         """
         current = self.current()
-        names = ("version", "parent", "created_at", "created_by")
-        return versions_table(
-            [
-                {name: getattr(manifest, name) for name in names}
-                | {
-                    "change": _OLD_WORDS.sub(rf"\1 {noun_of(manifest.identity)}", manifest.change),
-                    "keys": manifest.n,
-                    "classes": len(manifest.class_names),
-                    "bytes": sum(sizes_of(manifest).values()),
-                    "current": manifest is current,
-                }
-                for manifest in [*self.earlier(current), current]
-            ]
-        )
+        rows = [
+            {name: getattr(manifest, name) for name in ("version", "parent", "created_by", "change")}
+            | {
+                "created_at": datetime.datetime.fromisoformat(manifest.created_at),
+                "keys": manifest.n,
+                "classes": len(manifest.class_names),
+                "bytes": sum(sizes_of(manifest).values()),
+                "current": manifest is current,
+            }
+            for manifest in [*self.earlier(current), current]
+        ]
+        return pa.Table.from_pylist(rows, schema=VERSIONS_SCHEMA)
 
     def describe(self) -> dict[str, Any]:
         """Return the facts that ``index info`` prints."""
@@ -420,12 +432,17 @@ class Versions:
     # Writing
 
     def publish(self, writer: Any, manifest: Manifest, raw: bytes) -> None:
-        """Write the manifest of the next version, which is encoded as ``raw``. The current one is copied first."""
-        self.files.flush("data")
-        if writer.parent is not None:
-            self.files.put(manifest_name(writer.parent.version), (self.folder / CURRENT).read_bytes())
-        self.files.flush("manifests", "")
-        self.files.put(CURRENT, raw)
+        """Create the manifest of the next version, which is encoded as ``raw``."""
+        self.files.flush("data", "")
+        name = manifest_name(manifest.version)
+        created = self.files.create(name, raw)
+        with suppress(FileNotFoundError):  # it may exist because the server's answer was lost; its content shows whose
+            created = created or self.files.get(name, MANIFEST_BYTES) == raw
+        if not created:
+            raise changed_meanwhile(self)
+        if writer.restored is not None and not self.keeps(writer.restored):
+            self.files.delete([name])  # another process has deleted the version meanwhile, and maybe also its rows
+            raise changed_meanwhile(self)
 
     @contextmanager
     def write(self) -> Iterator[Any]:
@@ -467,12 +484,14 @@ class Versions:
         """Yield a writer to the owner of the lock, and remove what killed and failed writers leave."""
         try:
             parent = self.current() if self.exists() else None
+            if parent is not None and (folder / OLD).is_file():
+                (folder / "manifests").mkdir(exist_ok=True)
+                (folder / OLD).replace(folder / manifest_name(parent.version))
             _remove_unfinished(folder)
-            self.tidy(parent)
+            self.tidy()
             yield self.writer(self, parent)
         except BaseException:
-            with suppress(OSError, StoreError):
-                self.tidy(self.current() if self.exists() else None)  # an interrupted commit may still have succeeded
+            self.tidy()
             raise
         finally:
             with suppress(OSError):
@@ -523,31 +542,25 @@ class Versions:
 
     def forget(self, keep: int, current: Manifest, prune: bool = True) -> list[int]:
         """Delete all but the last ``keep`` versions, with their rows if ``prune`` is set, and return their numbers."""
-        earlier = [number for number in self.numbers() if number < current.version]
+        earlier = [number for number in self.names() if number < current.version]
         gone = earlier[: max(0, len(earlier) + 1 - keep)]
         if gone or prune:
             self.files.delete(map(manifest_name, gone))
-            self.tidy(current)
+            self.tidy()
         return gone
 
-    def tidy(self, current: Manifest | None) -> None:
+    def tidy(self) -> None:
         """Remove data files to which no manifest refers, if all manifests can be read."""
-        with suppress(OSError):
-            if current is not None and not self.in_table:  # this copy was made for a version that was never written
-                self.files.delete([manifest_name(current.version)])
         age = UNFINISHED if self.local is None else datetime.timedelta()
         with suppress(OSError, StoreError):
-            named, manifests = set[str](), [*map(manifest_name, self.numbers())]
-            for name in [*manifests, *([] if self.in_table or not self.exists() else [CURRENT])]:
+            named = set[str]()
+            for name in self.names().values():
                 found = named_in(self.files.get(name, MANIFEST_BYTES))
                 if found is None:
                     return  # a damaged manifest may refer to any of the files
                 named |= found
             files = [name for name in self.files.sizes("data", age) if FILE_NAME.fullmatch(name.partition("/")[2])]
             self.files.delete(name for name in files if name not in named)
-        if not self.in_table:
-            with suppress(OSError):  # fails unless the folder is empty
-                (self.folder / "manifests").rmdir()
 
 
 @dataclasses.dataclass(frozen=True)
