@@ -34,7 +34,9 @@ LOCK_POLL = 0.02
 LOCK_TRIES = 4
 """Maximum number of attempts to create a temporary file, which another process may remove before it is locked."""
 
-_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp", re.DOTALL)
+TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp", re.DOTALL)
+"""Names of temporary files and folders."""
+
 _KINDS = {
     stat.S_IFDIR: FOLDER,
     stat.S_IFIFO: "a pipe",
@@ -204,7 +206,7 @@ def remove_leftovers(folder: Path, name: str | None = None) -> int:
     with suppress(OSError):
         entries = list(os.scandir(folder))
     for entry in entries:
-        match = _TEMPORARY.fullmatch(entry.name)
+        match = TEMPORARY.fullmatch(entry.name)
         if match is not None and name in (None, match[1]):
             with suppress(OSError):
                 if (held := lock(entry.path)) is not None:

@@ -230,10 +230,8 @@ def test_settings_that_cannot_be_serialised_are_not_written(index, setting, valu
 
 
 LEFTOVERS = [
-    "data/.keys-0123456789abcdef0123456789abcdef.npy.tmp",
-    "data/.labels-0123456789abcdef0123456789abcdef.parquet.tmp",
-    "manifests/.000001.json.0123456789abcdef0123456789abcdef.tmp",
-    ".manifest.json.0123456789abcdef0123456789abcdef.tmp",
+    *("data/.keys.npy.01234567.tmp", "data/.labels-0123456789abcdef.parquet.01234567.tmp"),
+    *("manifests/.000001.json.01234567.tmp", ".x.csv.01234567.tmp"),
     *(f"data/{kind}-0123456789abcdef{suffix}" for kind, suffix in SUFFIXES.items()),
 ]  # fmt: skip
 

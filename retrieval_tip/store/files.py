@@ -11,7 +11,6 @@ import hashlib
 import os
 import re
 import socket
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
@@ -23,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrieval_tip.errors import StoreError, UsageError, first_line, install, one_line
-from retrieval_tip.files import NotAFileError, lock, make_folders, open_regular, sha256_of, sync
+from retrieval_tip.files import NotAFileError, lock, make_folders, open_regular, sha256_of, sync, temporary
 from retrieval_tip.store.address import Address, set_credentials, storage_options
 from retrieval_tip.store.manifest import SUFFIXES, DataFile
 
@@ -42,9 +41,7 @@ OBJECT_BYTES = 1 << 34
 """Maximum size of an object in bytes. A million classes with 1024 values each take less."""
 
 _first_process = functools.cache(os.getpid)  # runs the threads of obstore, which a forked process does not have
-_KIND = "|".join(SUFFIXES)
-FILE_NAME = re.compile(rf"({_KIND})-[0-9a-f]{{16}}\.({'|'.join(sorted({s[1:] for s in SUFFIXES.values()}))})")
-TEMPORARY = re.compile(rf"\.(({_KIND})-[0-9a-f]{{32}}\.\w+|[\w-]+\.\w+\.[0-9a-f]{{32}})\.tmp")
+FILE_NAME = re.compile(rf"({'|'.join(SUFFIXES)})-[0-9a-f]{{16}}\.(npy|parquet|faiss)")
 
 
 class LocalFiles:
@@ -82,18 +79,14 @@ class LocalFiles:
     def put(self, name: str, *parts: bytes | memoryview) -> None:
         """Write or replace a file. Readers get either the complete old file or the complete new file."""
         path = self.folder / name
-        staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         path.parent.mkdir(exist_ok=True)
-        try:
-            with staged.open("wb") as file:
+        with temporary(path, clean=False) as new:
+            with new.open("wb") as file:
                 for part in parts:
                     file.write(part)
                 file.flush()
                 os.fsync(file.fileno())
-            staged.replace(path)
-        finally:
-            with suppress(OSError):
-                staged.unlink(missing_ok=True)
+            new.replace(path)
 
     def create(self, name: str, data: bytes) -> bool:
         """Write a new file, or return ``False`` if it already exists. Only one of several processes succeeds.

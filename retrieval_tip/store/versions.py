@@ -37,11 +37,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from retrieval_tip.errors import InputError, StoreError, UsageError, first_line
-from retrieval_tip.files import real, sha256_of
+from retrieval_tip.files import TEMPORARY, real, remove_leftovers, sha256_of
 from retrieval_tip.settings import Verify, check_choice
 from retrieval_tip.store.files import (
     FILE_NAME,
-    TEMPORARY,
     BucketFiles,
     LocalFiles,
     check_name,
@@ -133,7 +132,7 @@ class Writer:
 
     def stage(self, kind: str) -> Path:
         """Return a temporary path for a data file of this kind. Write the file there before you call :meth:`seal`."""
-        return self.store.folder / "data" / f".{kind}-{uuid.uuid4().hex}{SUFFIXES[kind]}.tmp"
+        return self.store.folder / "data" / f".{kind}{SUFFIXES[kind]}.{uuid.uuid4().hex[:8]}.tmp"
 
     def stage_array(self, kind: str, shape: tuple[int, int], dtype: npt.DTypeLike) -> np.memmap[Any, Any]:
         """Stage a writable memory-mapped array.
@@ -487,15 +486,12 @@ class Versions:
             if parent is not None and (folder / OLD).is_file():
                 (folder / "manifests").mkdir(exist_ok=True)
                 (folder / OLD).replace(folder / manifest_name(parent.version))
-            _remove_unfinished(folder)
             self.tidy()
             yield self.writer(self, parent)
         except BaseException:
             self.tidy()
             raise
         finally:
-            with suppress(OSError):
-                _remove_unfinished(folder)
             if not self.exists():
                 _remove_own(folder)
 
@@ -550,7 +546,12 @@ class Versions:
         return gone
 
     def tidy(self) -> None:
-        """Remove data files to which no manifest refers, if all manifests can be read."""
+        """Remove unfinished files, and data files to which no manifest refers, if all manifests can be read.
+
+        In a folder, the caller must hold its lock.
+        """
+        for name in ("", "data", "manifests") if self.local is not None else ():
+            remove_leftovers(self.folder / name)
         age = UNFINISHED if self.local is None else datetime.timedelta()
         with suppress(OSError, StoreError):
             named = set[str]()
@@ -621,14 +622,6 @@ def manifest_name(version: int) -> str:
 def sizes_of(manifest: Manifest) -> dict[str, int]:
     """Return the sizes of the data files of a version in bytes, by name."""
     return {file.name: file.bytes for file in manifest.data_files}
-
-
-def _remove_unfinished(folder: Path) -> None:
-    """Remove unfinished files. Only call this while you hold the lock."""
-    for path in (path for name in ("", "data", "manifests") for path in paths_in(folder / name)):
-        if TEMPORARY.fullmatch(path.name):
-            with suppress(OSError):
-                path.unlink()
 
 
 def paths_in(folder: Path) -> list[Path]:
