@@ -982,7 +982,7 @@ class Index(Editing):
         rows = ArrayRows(keys, held["labels"], values, points, held.get("sums"))
         rows = replace(rows, index=_read_index(place, manifest, rows, device))
         index = cls.of_version(rows, manifest, device, held, curve=held.get("curve"), factory=_factory_of(manifest))
-        index.stored = Stored.of(store, check, index._contents())
+        index.stored = Stored(store, manifest, check.verify, index._contents())
         return index
 
     @classmethod
@@ -1011,8 +1011,7 @@ class Index(Editing):
             return self
         if not isinstance(self.stored, Stored):
             return cast("Index", store.load(device=self.device))
-        before = self.stored.check
-        check = Check(store.files, manifest, before.verify, set(before.manifest.data_files))
+        check = Check(store.files, manifest, self.stored.verify, set(self.stored.manifest.data_files))
         return type(self).load(store.folder, device=self.device, check=check)
 
     def save(self, folder: str | os.PathLike[str], change: str = "save") -> None:
@@ -1048,8 +1047,7 @@ class Index(Editing):
         self.check_answers()
         manifest = self.manifest_of(writer, change)
         writer.commit(manifest)
-        check = Check(writer.store.files, manifest, known=manifest.data_files)  # complete
-        self.stored = Stored.of(writer.store, check, contents)
+        self.stored = Stored(writer.store, manifest, "full", contents)
 
     def _check_current(self, writer: Writer) -> None:
         current = writer.parent.version if writer.parent else None

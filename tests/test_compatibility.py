@@ -20,7 +20,7 @@ from retrieval_tip.errors import StoreError
 from retrieval_tip.index import changes
 from retrieval_tip.index.changes import fit_index
 from retrieval_tip.index.places import at
-from retrieval_tip.model import Index, verify
+from retrieval_tip.model import Index
 from retrieval_tip.settings import Settings
 from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.versions import Versions
@@ -171,16 +171,6 @@ def test_a_table_with_a_vector_index_compares_all_keys_until_it_is_rebuilt(tmp_p
     assert not check_all().rows.table.table.list_indices()
     fit_index(place, values="solved")  # drops the points
     at(place).verify()
-
-
-@pytest.mark.parametrize("name", SEGMENTED)
-def test_settings_alone_also_rewrite_the_segments(name, tmp_path):
-    place = copied("v7", name, tmp_path)
-    cache = Index.load(place, device="cpu")
-    cache.settings = cache.settings.override(temperature=3.0)
-    cache.save(place)
-    assert not Versions(Path(place)).current().later
-    check_answers(verify(place), "v7", name)
 
 
 def test_the_versions_of_format_7_are_kept(tmp_path):

@@ -15,6 +15,7 @@ import torch
 
 from retrieval_tip import tip
 from retrieval_tip.errors import StoreError
+from retrieval_tip.settings import Verify
 from retrieval_tip.store.files import read_array
 from retrieval_tip.store.labels import read_curve, read_labels
 from retrieval_tip.store.manifest import Manifest
@@ -70,7 +71,7 @@ def write(contents: Contents, writer: Writer, stored: Stored | None) -> None:
     same = set[str]() if stored is None else stored.same(contents, writer)
     writer.keep(*same)
     check = None
-    if stored is not None and stored.check.verify == "fast":  # copied damage must not get a valid digest
+    if stored is not None and stored.verify == "fast":  # copied damage must not get a valid digest
         known = {stored.manifest.files[kind] for kind in same}
         check = Check(stored.store.files, stored.manifest, known=known)
     with ThreadPoolExecutor(SEALED_AT_ONCE, thread_name_prefix="seal") as pool:
@@ -109,18 +110,15 @@ def metric_of(array: npt.NDArray[np.floating]) -> tip.Metric:
 
 @dataclass(frozen=True)
 class Stored(Origin):
-    """A version of an index folder, its check, and the contents of its files in memory."""
+    """A version of an index folder, how it was verified, and the contents of its files in memory."""
 
     store: Versions
-    check: Check
+    verify: Verify
     contents: Contents
 
-    @classmethod
-    def of(cls, store: Versions, check: Check, contents: Contents) -> Stored:
-        """Record that the version checked by ``check`` has ``contents``, and set the path of the index."""
-        if "index" in contents:
-            contents["index"].path = store.folder / check.manifest.files["index"].name
-        return cls(store, check.manifest, check, contents)
+    def __post_init__(self) -> None:
+        if "index" in self.contents:
+            self.contents["index"].path = self.store.folder / self.manifest.files["index"].name
 
     def same(self, contents: Contents, writer: Writer) -> set[str]:
         """Return the kinds of ``contents`` that this version has a file of, if it is the parent of the next version."""

@@ -333,7 +333,7 @@ class Versions:
         for _ in range(VERSIONS_TRIED):
             with suppress(FileNotFoundError):
                 return read()
-        raise self.too_fast()
+        raise StoreError(f"{self}: keeps changing while it is opened; try again")
 
     def opened(self, read: Callable[[Manifest], T], version: int | None = None, first: Manifest | None = None) -> T:
         """Call ``read`` with the manifest of the current or an earlier version, and return the result.
@@ -341,15 +341,18 @@ class Versions:
         If a writer deletes the version in the meantime, the call is repeated. Pass the manifest as ``first`` if it has
         been read before.
         """
-        for _ in range(VERSIONS_TRIED):
-            manifest = first or self.manifest(version)
+
+        def attempt() -> T:
+            nonlocal first
+            manifest, first = first or self.manifest(version), None
             try:
                 return read(manifest)
             except StoreError:
                 if self.keeps(manifest):
                     raise
-            first = None
-        raise self.too_fast()
+                raise FileNotFoundError from None
+
+        return self._steady(attempt)
 
     def keeps(self, manifest: Manifest) -> bool:
         """Return whether a version still exists. Writers delete the manifest of a version first."""
@@ -357,10 +360,6 @@ class Versions:
             return self.manifest(manifest.version) == manifest
         except StoreError:
             return False
-
-    def too_fast(self) -> StoreError:
-        """Return the error for a store whose versions are deleted faster than they can be read."""
-        return StoreError(f"{self}: keeps changing while it is opened; try again")
 
     def earlier(self, current: Manifest) -> list[Manifest]:
         """Return the manifests of the versions before the current version, oldest first."""
