@@ -251,7 +251,8 @@ class Versions:
             with suppress(OSError):
                 status = (self.local / name).stat()
                 found += [status.st_ino, status.st_mtime_ns]
-        return (*found, *paths_in(self.local / "manifests")) if found else None
+                found += [entry.name for entry in os.scandir(self.local / name)]
+        return tuple(found) or None
 
     def names(self) -> dict[int, str]:
         """Return the names of the manifests by version, oldest first.
