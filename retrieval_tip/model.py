@@ -1006,7 +1006,7 @@ class Index(Editing):
         """
         if self.stored is None:
             raise UsageError("reload: the index has no folder; save it first")
-        store, manifest = self.stored.store, self.stored.store.current()
+        store, manifest = self.stored.store, self.stored.store.manifest()
         if manifest == self.stored.manifest:
             return self
         if not isinstance(self.stored, Stored):

@@ -468,14 +468,14 @@ def index(tmp_path):
 
 
 def names(folder):
-    return {kind: file.name for kind, file in Versions(folder).current().files.items()}
+    return {kind: file.name for kind, file in Versions(folder).manifest().files.items()}
 
 
 def test_a_fine_tuned_index_is_loaded_as_it_was_saved_and_its_files_are_copied_to_later_versions(index, tmp_path):
     cache, loaded, first = model(values=VALUES), Index.load(index, device="cpu"), names(index)
     for k, tail in ((None, True), (9, True), (9, False)):
         assert torch.equal(loaded.logits(QUERIES, k, tail), cache.logits(QUERIES, k, tail))
-    manifest, described = Versions(index).current(), Versions(index).describe()
+    manifest, described = Versions(index).manifest(), Versions(index).describe()
     rows = {"keys": N, "labels": N, "text": C, "values": N, "curve": 3}
     assert {kind: file.rows for kind, file in manifest.files.items()} == rows
     assert Manifest.from_bytes(manifest.to_bytes(), "x") == manifest

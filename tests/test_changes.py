@@ -95,7 +95,7 @@ def opened(folder, **options):
 
 
 def version(folder):
-    return Versions(folder).current().version
+    return Versions(folder).manifest().version
 
 
 def labels_of(folder):
@@ -490,7 +490,7 @@ def test_where_only_answers_with_matching_classes_if_there_is_no_text(run, tmp_p
 def test_a_fast_check_hashes_small_files_and_compares_sizes_of_large_ones(run, tmp_path):
     place = tmp_path / "i"
     Index.from_features(unit_rows(1100, 1024), ["cat", "dog"] * 550, ["cat", "dog"], device="cpu").save(place)
-    large, small = (place / Versions(place).current().files[kind].name for kind in ("keys", "labels"))
+    large, small = (place / Versions(place).manifest().files[kind].name for kind in ("keys", "labels"))
     flip(large)
     assert opened(place, verify="fast").n == 1100
     more = write_table(tmp_path / "more.parquet", unit_rows(1, 1024, 4), ["cat"])

@@ -186,7 +186,7 @@ def test_the_versions_of_format_7_are_kept(tmp_path):
     old = Index.load(place, device="cpu", version=3)
     assert (old.n, old.labels["camera"].to_pylist()[:2]) == (22, ["a", "b"])
     assert changes.gc(place, 1).versions == [1, 2, 3, 4, 5]
-    named = {file.name for file in Versions(Path(place)).current().data_files}
+    named = {file.name for file in Versions(Path(place)).manifest().data_files}
     assert {f"data/{path.name}" for path in (Path(place) / "data").iterdir()} == named
 
 

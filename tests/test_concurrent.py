@@ -377,7 +377,7 @@ def test_a_writer_waits_until_a_stopped_writer_continues_or_dies(server, index, 
     ]
     monkeypatch.setattr(fcntl, "flock", lambda *arguments: (looks.append(1), flock(*arguments)))
     for step in sampled(len(server.steps), 7):
-        first = Versions(index).current().version
+        first = Versions(index).manifest().version
         server.start(job, step=step, how="SIGSTOP")
         stopped = server.stopped()
         with ThreadPoolExecutor(1) as pool:

@@ -284,7 +284,7 @@ def test_a_damaged_index_is_refused_or_answers_correctly(world, data):
             others = st.sampled_from([other.read_bytes() for other in files if other.suffix != ".json"])  # no rollback
             path.write_bytes(data.draw(mutated(st.just(raw)) if how == "bytes" else others))
             assume(path.read_bytes() != raw)
-        named = {file.name for file in Versions(world / "index").current().data_files}
+        named = {file.name for file in Versions(world / "index").manifest().data_files}
         own = {*(index / name for name in named), manifest_of(index)}
         assert refused(lambda: answer(index)) == (None if path in own else expected)
         before = snapshot(index) if how != "special" else None

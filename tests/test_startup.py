@@ -149,7 +149,7 @@ def test_building_from_cached_encodings_imports_no_model(run, photo_index, photo
 
 def test_classify_waits_for_the_check_before_it_answers(index, row, run, monkeypatch):
     """The answer waits even if the hashing is slow."""
-    path = index / Versions(index).current().files["keys"].name
+    path = index / Versions(index).manifest().files["keys"].name
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     hashed, problem = threading.Event(), LocalFiles.problem
 
@@ -324,7 +324,7 @@ def test_an_interrupt_during_imports_prints_one_line(tmp_path):
 def test_a_damaged_file_is_never_passed_to_faiss(index, monkeypatch):
     """FAISS could crash on it."""
     changes.rebuild(index, index="SQ8")
-    path = index / Versions(index).current().files["index"].name
+    path = index / Versions(index).manifest().files["index"].name
     data = bytearray(path.read_bytes())
     data[4] ^= 255
     path.write_bytes(data)

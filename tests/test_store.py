@@ -54,7 +54,7 @@ def history(folder):
 
 def checking(folder):
     """Start a check of the current version."""
-    return Check(Versions(folder).files, Versions(folder).current())
+    return Check(Versions(folder).files, Versions(folder).manifest())
 
 
 @pytest.fixture
@@ -258,7 +258,7 @@ def test_no_file_is_deleted_while_an_earlier_manifest_is_damaged(tmp_path, monke
         assert set((folder / "data").iterdir()) == files  # the damaged manifest may name them
     model(3).save(folder)  # its commit deletes version 1
     assert verify(folder).version == 3
-    kept = [Versions(folder).current(), *Versions(folder).earlier(Versions(folder).current())]
+    kept = [Versions(folder).manifest(), *Versions(folder).earlier(Versions(folder).manifest())]
     assert [manifest.version for manifest in kept] == [3, 2]
     named = {folder / file.name for manifest in kept for file in manifest.files.values()}
     assert set((folder / "data").iterdir()) == named
@@ -352,12 +352,12 @@ def test_an_array_allocated_without_fallocate_is_identical(tmp_path, monkeypatch
     monkeypatch.delattr(os, "posix_fallocate", raising=False)
     monkeypatch.setattr("retrieval_tip.store.versions._ZEROS", bytes(100))  # several blocks and a partial one
     model().save(tmp_path / "b")
-    assert Versions(tmp_path / "a").current().files["keys"] == Versions(tmp_path / "b").current().files["keys"]
+    assert Versions(tmp_path / "a").manifest().files["keys"] == Versions(tmp_path / "b").manifest().files["keys"]
     verify(tmp_path / "b")
 
 
 def test_saving_again_repairs_damaged_files(index):
-    name = Versions(index).current().files["text"].name
+    name = Versions(index).manifest().files["text"].name
     (index / name).write_bytes(b"x")
     with pytest.raises(StoreError, match="build the index again"):
         Index.load(index)
@@ -428,7 +428,7 @@ def test_a_file_digest_covers_every_block(index, tmp_path, at_a_time, monkeypatc
 
 
 def test_a_background_check_reports_the_first_bad_file(index):
-    manifest = Versions(index).current()
+    manifest = Versions(index).manifest()
     for kind in ("labels", "keys"):
         path = index / manifest.files[kind].name
         path.write_bytes(path.read_bytes()[:-1] + b"x")
@@ -451,7 +451,7 @@ def test_a_background_check_fixes_the_version_that_is_opened(index):
 
 def test_file_names_are_extracted_only_from_an_intact_manifest(index):
     raw = manifest_of(index).read_bytes()
-    assert named_in(raw) == {file.name for file in Versions(index).current().data_files}
+    assert named_in(raw) == {file.name for file in Versions(index).manifest().data_files}
     for at in range(len(raw)):
         assert named_in(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :]) is None
         assert named_in(raw[:at]) is None

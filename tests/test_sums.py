@@ -174,7 +174,7 @@ def test_replaced_keys_have_no_sums_until_they_are_fitted(tmp_path):
     )  # as after finetune
     assert cache.take(np.arange(300)).rows.sums is None
     changes.rebuild(tmp_path / "index", dtype="float16")
-    assert "sums" not in Versions(tmp_path / "index").current().files
+    assert "sums" not in Versions(tmp_path / "index").manifest().files
     fit_index(tmp_path / "index")
     found = verify(tmp_path / "index")
     close(found.rows.sums, fresh(found))
@@ -184,7 +184,7 @@ def test_replaced_keys_have_no_sums_until_they_are_fitted(tmp_path):
 def test_sums_of_other_keys_are_detected(tmp_path, what):
     folder = tmp_path / "index"
     cache = fitted(folder)
-    name = Versions(folder).current().files["sums"].name
+    name = Versions(folder).manifest().files["sums"].name
     other = np.array(np.load(folder / name))
     other[(0, 0) if what in ("counts", "fraction") else (C + 1, 3)] += 0.5 if what == "fraction" else 1
     if what == "damage":

@@ -57,7 +57,7 @@ def _movable(folder: places.Place) -> Path:
     store = places.at(folder)
     if store.in_table:
         raise InputError(f"{store}: only index folders can be renamed, duplicated or deleted; use index clone")
-    store.current()
+    store.manifest()
     if store.folder.is_symlink():
         raise InputError(f"{show(store.folder)}: is a link; rename, duplicate or delete the folder it points to")
     return real(store.folder)

@@ -115,7 +115,7 @@ class Store(Versions):
         index.
         """
         index.save(self.folder, what)
-        return self.current().version
+        return self.manifest().version
 
     def load(self, *, device: str = "auto", verify: Verify | None = None, version: int | None = None) -> Index:
         """Open the current version, or an earlier version.
@@ -124,7 +124,7 @@ class Store(Versions):
         larger files only by their size. The default depends on the kind of store.
         """
         verify = verify or "full"
-        check = None if version is not None else Check(self.files, self.current(), verify)
+        check = None if version is not None else Check(self.files, self.manifest(), verify)
         from retrieval_tip.model import Index  # the files are hashed in the background during this import
 
         return Index.load(self.folder, device=device, verify=verify, check=check, version=version)
@@ -132,7 +132,7 @@ class Store(Versions):
     @contextmanager
     def change(self) -> Iterator[Change]:
         """Open the current version for exclusive editing, and write the next version when the context ends."""
-        self.current()  # before a writer creates a folder
+        self.manifest()  # before a writer creates a folder
         with self.write() as writer:
             change = self.changed_by(writer)
             yield change
@@ -178,5 +178,5 @@ def listed(folder: Path) -> list[tuple[str, Manifest]]:
     for place in sorted(folder.iterdir()):
         with suppress(StoreError):
             if (own := Versions(place)).exists():
-                found.append((show(place), own.current()))
+                found.append((show(place), own.manifest()))
     return found

@@ -1,7 +1,5 @@
-"""Store an index in LanceDB. Each manifest names a version of the table. See :mod:`store.versions` for folders.
+"""Store an index in LanceDB, as in :mod:`store.versions`. Each manifest names a version of the table.
 
-manifests/000003.json          the manifest of a version; the version with the highest number is current. Creating this
-                               file commits the version, and only one of two writers can create it
 data/classes-<digest>.parquet  the label, the text weight, the number of keys, and the sums of keys and points per class
 data/second-<digest>.npy       the sum of the keys' outer products, which is used to fit a metric
 data/metric-<digest>.npy, data/values-<digest>.npy  what a fit found; the values are sorted by key id
@@ -47,11 +45,7 @@ from retrieval_tip.store.address import Address
 from retrieval_tip.store.files import OBJECT_BYTES, BucketFiles, LocalFiles
 from retrieval_tip.store.manifest import DataFile, Manifest, Table
 from retrieval_tip.store.sums import Sums
-from retrieval_tip.store.versions import (
-    Origin,
-    Writer,
-    changed_meanwhile,
-)
+from retrieval_tip.store.versions import Origin, Writer, changed_meanwhile
 
 if TYPE_CHECKING:  # importing torch takes a second, and manifests do not need it
     from retrieval_tip.fit.closed_form import Fit, FormChoice
@@ -137,7 +131,7 @@ class LanceStore(Store):
         gone = super().forget(keep, current, prune)
         if not prune:
             return gone
-        current = self.current()  # in a bucket, another writer may have restored a version before it was deleted
+        current = self.manifest()  # in a bucket, another writer may have restored a version before it was deleted
         tables = [manifest.table for manifest in (*self.earlier(current), current) if manifest.table is not None]
         KeyTable.at(self.address, tables[-1].name).prune(sorted({table.version for table in tables}))
         return gone

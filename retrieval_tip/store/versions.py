@@ -39,15 +39,7 @@ import pyarrow.parquet as pq
 from retrieval_tip.errors import InputError, StoreError, UsageError, first_line
 from retrieval_tip.files import TEMPORARY, real, remove_leftovers, sha256_of
 from retrieval_tip.settings import Verify, check_choice
-from retrieval_tip.store.files import (
-    FILE_NAME,
-    BucketFiles,
-    LocalFiles,
-    check_name,
-    lies_in,
-    locked,
-    read_array,
-)
+from retrieval_tip.store.files import FILE_NAME, BucketFiles, LocalFiles, check_name, lies_in, locked, read_array
 from retrieval_tip.store.labels import VERSIONS_SCHEMA, read_curve, read_labels
 from retrieval_tip.store.manifest import SUFFIXES, DataFile, Manifest, named_in
 from retrieval_tip.store.query import TIMEOUT, ask
@@ -270,10 +262,6 @@ class Versions:
         numbered = {int(match[1]): name for name in sizes if (match := _MANIFEST.fullmatch(name))}
         return dict(sorted((numbered | found).items()))
 
-    def current(self) -> Manifest:
-        """Return the manifest of the current version."""
-        return self.manifest()
-
     def has_text(self, manifest: Manifest) -> bool:
         """Return whether a version has any text weight that is not zero."""
         shape = len(manifest.class_names), manifest.d
@@ -392,7 +380,7 @@ class Versions:
 
         In LanceDB, the column ``bytes`` does not include the table.
         """
-        current = self.current()
+        current = self.manifest()
         rows = [
             {name: getattr(manifest, name) for name in ("version", "parent", "created_by", "change")}
             | {
@@ -453,7 +441,7 @@ class Versions:
         """
         folder, made = self.local, list[Path]()
         if folder is None:
-            yield self.writer(self, self.current() if self.exists() else None)
+            yield self.writer(self, self.manifest() if self.exists() else None)
             return
         check_name(folder)
         for name in self.own:
@@ -482,7 +470,7 @@ class Versions:
     def _exclusively(self, folder: Path) -> Iterator[Writer]:
         """Yield a writer to the owner of the lock, and remove what killed and failed writers leave."""
         try:
-            parent = self.current() if self.exists() else None
+            parent = self.manifest() if self.exists() else None
             if parent is not None and (folder / OLD).is_file():
                 (folder / "manifests").mkdir(exist_ok=True)
                 (folder / OLD).replace(folder / manifest_name(parent.version))
@@ -497,9 +485,9 @@ class Versions:
 
     def rollback(self, version: int | None = None) -> int:
         """Copy an earlier version, by default the parent, into a new version, and return the new number."""
-        self.current()  # before a writer creates a folder
+        self.manifest()  # before a writer creates a folder
         with self.write() as writer:
-            current = writer.parent or self.current()
+            current = writer.parent or self.manifest()
             wanted = version if version is not None else current.parent
             if wanted is None:
                 raise StoreError(f"{self}: no version before {current.version}; there is nothing to go back to")
@@ -527,10 +515,10 @@ class Versions:
         """
         if keep < 1:
             raise UsageError(f"keep is {keep}: give at least 1, because the current version is always kept")
-        self.current()  # before a writer creates a folder
+        self.manifest()  # before a writer creates a folder
         with self.write() as writer:
             before = self._bytes()
-            gone = self.forget(keep, writer.parent or self.current())
+            gone = self.forget(keep, writer.parent or self.manifest())
             return gone, before - self._bytes()
 
     def _bytes(self) -> int:
