@@ -288,7 +288,7 @@ class TableRows(Rows):
         return self.known if self.known.second.size else None
 
     def with_sums(self, sums: Sums | None) -> TableRows:
-        return replace(self, known=sums or self.known)
+        return self if sums is None else replace(self, known=replace(self.known, second=sums.second))
 
     def stream(self, n_classes: int, device: str, metric: tip.Metric | None) -> LanceKeys:
         return LanceKeys(self.table, self.point_sums or self.known, self.kind, device, metric)
