@@ -659,12 +659,12 @@ def test_reading_a_missing_store_creates_nothing(kind, tmp_path, base):
     assert not (everything(place) if kind == "s3" else path_of(place).exists())
 
 
-def test_a_manifest_of_another_version_is_refused(lance_pets):
+def test_a_manifest_of_another_version_is_refused(pets):
     """``test_store.py`` tests other wrong manifests."""
-    changes.configure(lance_pets.place, k=3)
-    first, name = everything(lance_pets.place)["manifests/000001.json"], "manifests/000002.json"
-    put(lance_pets.place, name, first)
-    for call in (lance_pets.open, lance_pets.store.history, lambda: changes.configure(lance_pets.place, k=4)):
+    changes.configure(pets.place, k=3)
+    first, name = everything(pets.place)["manifests/000001.json"], "manifests/000002.json"
+    put(pets.place, name, first)
+    for call in (pets.open, pets.store.history, lambda: changes.configure(pets.place, k=4)):
         refused(call, name)
 
 
