@@ -48,15 +48,6 @@ def queries(tmp_path):
 INDEXES = os.path.relpath(Path(__file__).parent / "indexes" / "v7")
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_every_command_and_option_has_help(run, command):
-    shown = run(*command, "--help")
-    assert shown.exit_code == 0
-    found = COMMANDS[command]
-    assert found.help
-    assert all(option.help for option in found.params if isinstance(option, click.Option))
-
-
 def test_classify_prints_the_logits_of_python(run, small, queries):
     features = np.stack(pq.read_table(queries)["feature"].to_pylist()).astype(np.float32)
     cache = Index.load(small)

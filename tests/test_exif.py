@@ -35,17 +35,11 @@ def test_time_and_place_are_read_from_exif(time, latitude, longitude, style):
 
 
 NAN, HUGE = IFDRational(0, 0), 2**32 - 1
+LATITUDES = [(NAN, 0, 0), (HUGE, HUGE, HUGE), (IFDRational(1, 0), 0, 0), (1, 2), (1, 2, 3, 4)]
 WRONG = [
-    {GPS.GPSLatitude: (NAN, 0, 0)},
-    {GPS.GPSLatitude: (HUGE, HUGE, HUGE)},
-    {GPS.GPSLatitude: (IFDRational(1, 0), 0, 0)},
-    {GPS.GPSLatitude: (1, 2)},
-    {GPS.GPSLatitude: (1, 2, 3, 4)},
-    {GPS.GPSLatitudeRef: "E"},
-    {GPS.GPSLatitudeRef: ""},
-    {GPS.GPSLatitudeRef: 7},
+    *({GPS.GPSLatitude: latitude} for latitude in LATITUDES), *({GPS.GPSLatitudeRef: side} for side in ("E", "", 7)),
     {GPS.GPSLongitude: (180, 0, 1)},
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=str)
@@ -144,16 +138,3 @@ def test_a_burst_has_no_match_if_no_photo_of_it_has_one(run, things, traps, tmp_
     assert [row["no_match"] for row in found] == list(map(str, expected))
     assert [row["label"] for row in found[7:]] == ["", "", ""]
     assert [row["burst"] for row in found] == ["1", "1", "1", "2", "3", "1", "4", "5", "5", "6"]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--explain"], "--explain"),
-        (["--logits"], "--logits"),
-    ],
-)
-def test_bursts_refuse_options_for_single_photos(options, message, run, things):
-    done = run("classify", things, "a.jpg", "--group-by", "burst", *options)
-    assert done.exit_code == 2
-    assert f"leave out {message}" in done.stderr

@@ -81,6 +81,8 @@ MISTAKES = {
     "encode {w}/my*photos --out {w}/out.parquet --model resnet50": (2, "timm:resnet50"),
     "encode {w}/my*photos --out {w}/out.parquet --model hf:{w}/my*photos": (1, "--model hf:FOLDER"),
     "classify {w}/i/x {w}/new.parquet --top 0": (2, "--top"),
+    "classify {w}/i/x a.jpg --group-by burst --explain": (2, "leave out --explain"),
+    "classify {w}/i/x a.jpg --group-by burst --logits": (2, "leave out --logits"),
     "classify {w}/i/x {w}/new.parquet --out {w}/answers.xlsx": (2, ".xlsx; use .csv"),
     "classify {w}/i/x {w}/new.parquet --out {w}/none/answers.csv": (1, "No such file or directory"),
     "index add {w}/i/x {w}/my*photos/cat/1.png": (1, "expected a folder with one folder of images per class"),
@@ -169,11 +171,13 @@ def test_the_cache_command_shows_prunes_and_limits_the_cache(run, tmp_path, monk
     assert run("cache", "--max-size", "20").exit_code == 2
 
 
-def test_each_command_has_a_short_summary_and_two_valid_examples():
+def test_every_command_has_help_for_each_option_and_two_valid_examples():
     """An example is valid if its command accepts the options and arguments."""
     for path, found in COMMANDS.items():
         name = " ".join(path)
+        assert found.help, name
         assert not found.get_short_help_str(60).endswith("..."), name
+        assert all(option.help for option in found.params if isinstance(option, click.Option)), name
         assert len(EXAMPLES[name]) == 2, name
         for example in EXAMPLES[name]:
             words = shlex.split(example.partition(" > ")[0])
