@@ -10,13 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import huggingface_hub
 import numpy as np
-import open_clip
 import pytest
 import timm
 import torch
 from conftest import COMMANDS
 from PIL import Image
-from tables import TINY, picture, tiny, unit_rows, write_table
+from tables import picture, tiny, unit_rows, write_table
 
 from retrieval_tip import Index
 from retrieval_tip import model as index_model
@@ -260,34 +259,6 @@ def test_a_model_is_remembered_until_one_of_its_files_changes(loaded, tmp_path):
     for damage in (b"", b"{}", b"[1]", record.read_bytes().replace(b'"dim": ', b'"dim": "a", "": ')):
         record.write_bytes(damage)
         assert known.recall(*names) is None
-
-
-TEXT = TINY["text_cfg"]
-TOWERS = {
-    "openai": {},
-    "a wider text tower": {"text_cfg": TEXT | {"width": 48, "heads": 3}},
-    "a linear projection": {"text_cfg": TEXT | {"width": 32, "proj_bias": True}},
-    "a text tower of its own": {"text_cfg": TEXT | {"width": 24}, "custom_text": True},
-    "no projection": {"text_cfg": TEXT | {"proj_type": "none"}, "custom_text": True},
-}
-
-
-@pytest.mark.parametrize("config", TOWERS.values(), ids=TOWERS)
-def test_dim_equals_the_number_of_feature_values(tmp_path, config):
-    torch.manual_seed(0)
-    from safetensors.torch import save_file
-
-    folder = tmp_path / "model"
-    folder.mkdir()
-    config = TINY | {"embed_dim": 16 if "none" in str(config) else 40} | config
-    kind = open_clip.CustomTextCLIP if config.get("custom_text") else open_clip.CLIP
-    created = kind(**{key: value for key, value in config.items() if key != "custom_text"})
-    save_file(created.state_dict(), folder / "open_clip_model.safetensors")
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {"size": 32}}))
-    model = load_backbone(f"local-dir:{folder}", device="cpu")
-    assert model.dim == config["embed_dim"]
-    assert model.encode_texts(["a", "b"]).shape == (2, model.dim)
-    assert model.encode_images(model.preprocess(picture())[None]).shape == (1, model.dim)
 
 
 def test_weights_are_not_drawn_since_a_checkpoint_must_contain_them_all(tmp_path):
