@@ -129,16 +129,6 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: SLOWEST.index(item.path.name) if item.path.name in SLOWEST else len(SLOWEST))
 
 
-def pytest_terminal_summary(terminalreporter):
-    """Print how many tests were skipped because ``../shared`` is missing."""
-    skipped = [report.longrepr[2] for report in terminalreporter.stats.get("skipped", [])]
-    if number := sum(reason.endswith((NO_SHARED, NO_REAL)) for reason in skipped):
-        missing = errors.counted(number, "test", "was", "were")
-        used = "its stand-in was used" if SHARED.is_dir() else "its stand-in cannot be downloaded here"
-        terminalreporter.section("incomplete run", yellow=True)
-        terminalreporter.line(f"There is no ../shared, and {used}, so {missing} skipped.", yellow=True)
-
-
 def pytest_make_parametrize_id(val):
     """Name cases after short lists, tuples and dicts, which pytest would only number."""
     with contextlib.suppress(TypeError):
@@ -169,20 +159,10 @@ def encodings(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch):
-    """Make a writer fail at once if another one holds the lock."""
+def fresh(monkeypatch):
+    """Make a writer fail at once if another one holds the lock. Repeat warnings, and reset the logger of commands."""
     monkeypatch.setattr("retrieval_tip.store.files.LOCK_WAIT", 0.0)
-
-
-@pytest.fixture(autouse=True)
-def fresh_warnings():
-    """Repeat once-per-process warnings in every test."""
     errors.warn_once.cache_clear()
-
-
-@pytest.fixture(autouse=True)
-def fresh_log():
-    """Reset the logger that the command line configures."""
     logger = logging.getLogger("retrieval_tip")
     logger.handlers[:], logger.propagate = [], True
     logger.setLevel(logging.NOTSET)

@@ -120,12 +120,6 @@ def cases(*, least_d=2, least_q=1, **options):
     return st.builds(Case, st.integers(0, 2**32 - 1), counts, q, d, **options)
 
 
-def case_of(f, K, y, W):
-    case = Case(0, [1])
-    case.f, case.K, case.y, case.W, case.c = f, K, y, W, len(W)
-    return case
-
-
 def food(shared, shots):
     """Return a case of CLIP features, in which classes have different numbers of shots."""
 
@@ -136,7 +130,9 @@ def food(shared, shots):
     (W, names), (K, labels) = features("text"), features("train")
     y = np.array([names.index(label) for label in labels])
     chosen = np.concatenate([np.flatnonzero(y == i)[: shots - i % 3] for i in range(len(names))])
-    return case_of(features("test")[0][::5], K[chosen], y[chosen], W)
+    case = Case(0, [1])
+    case.f, case.K, case.y, case.W, case.c = features("test")[0][::5], K[chosen], y[chosen], W, len(W)
+    return case
 
 
 def shots_like_clip(c, shots, d, queries):

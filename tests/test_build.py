@@ -5,7 +5,6 @@ import logging
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from tables import unit_rows, write_table
@@ -26,29 +25,11 @@ NAMES = ["ant", "bee", "cat"]
 def table(tmp_path):
     """Thirty rows of three classes, in random order."""
     labels = np.random.default_rng(1).permutation(NAMES * 10).tolist()
-    return write_table(tmp_path / "t.parquet", unit_rows(30, 8), labels, camera=[f"c{i % 4}" for i in range(30)])
-
-
-def features(path):
-    return np.stack(pq.read_table(path)["feature"].to_pylist()).astype(np.float32)
+    return write_table(tmp_path / "t.parquet", unit_rows(30, 8), labels)
 
 
 def build(path, out, **options):
     return build_index(open_source(path), out, Reader(seed=options.pop("seed", 1)), **options, fit="none")
-
-
-def test_keys_are_the_rows_grouped_by_class_in_file_order(table, tmp_path):
-    cache = build(table, tmp_path / "i")
-    labels = np.array(open_source(table).labels)
-    order = np.argsort([NAMES.index(label) for label in labels], kind="stable")
-    np.testing.assert_array_equal(cache.keys, features(table)[order])
-    store = cache.labels.to_pydict()
-    assert store["key_id"] == order.tolist()
-    assert store["label"] == labels[order].tolist()
-    assert store["source"] == [f"item-{i}" for i in order]
-    assert store["camera"] == [f"c{i % 4}" for i in order]
-    assert store["shot"] == [*range(10)] * 3
-    assert cache.class_names == NAMES
 
 
 def test_shots_are_drawn_by_the_published_rule(table, tmp_path):

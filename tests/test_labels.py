@@ -1,12 +1,8 @@
 """Files of predictions, and the history of versions as a table."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json
-from pathlib import Path
-from typing import Any
 
 import duckdb
 import pyarrow as pa
@@ -27,7 +23,7 @@ KEYS = pa.table({"key_id": pa.array([7, 8, 9, 3, 4], pa.int64()), "label": ["cat
 
 NEIGHBOUR = {"key_id": 3, "source": 'camera-3/a, "b"\n.jpg', "label": "cat", "affinity": 0.5, "weight": 1e-5,
              "gives": [1e-5, -2e-7]}  # fmt: skip
-ROWS: list[dict[str, Any]] = [
+ROWS = [
     {"input": "a.jpg", "label": "cat", "probability": 0.75, "labels": ["cat", "2024-01-01"],
      "probabilities": [0.75, 0.25], "logits": [1.5, -2.0], "text_logit": 1.0, "cache_logit": 0.5,
      "discriminant_logit": 0.25,
@@ -43,13 +39,13 @@ ROWS: list[dict[str, Any]] = [
 STYLES = ["parquet", "csv", "json"]
 
 
-def written(path: Path, rows: list[dict[str, Any]], style: str) -> Path:
+def written(path, rows, style):
     schema = pa.schema(list(PREDICTIONS.items()))
     write_tables([pa.Table.from_pylist(rows, schema)], schema, style, path)
     return path
 
 
-def read_back(path: Path, style: str) -> list[dict[str, Any]]:
+def read_back(path, style):
     """Read predictions without this package."""
     if style == "parquet":
         return pq.read_table(path).to_pylist()
@@ -61,14 +57,14 @@ def read_back(path: Path, style: str) -> list[dict[str, Any]]:
     return [dict(zip(heading, map(cell_value, heading, row), strict=True)) for row in rows]
 
 
-def cell_value(column: str, cell: str) -> Any:
+def cell_value(column, cell):
     kind = PREDICTIONS[column]
     if not cell:
         return None
     return cell if pa.types.is_string(kind) else cell == "True" if pa.types.is_boolean(kind) else json.loads(cell)
 
 
-def test_duckdb_joins_predictions_with_keys(tmp_path: Path) -> None:
+def test_duckdb_joins_predictions_with_keys(tmp_path):
     pq.write_table(KEYS, tmp_path / "keys.parquet")
     path = written(tmp_path / "p.parquet", ROWS, "parquet")
     found = duckdb.sql(f"SELECT input, label, probability, no_match FROM '{path}'").fetchall()
@@ -83,24 +79,16 @@ def test_duckdb_joins_predictions_with_keys(tmp_path: Path) -> None:
 ANY = st.builds(
     lambda row, text, more: row | text | {"neighbours": [NEIGHBOUR | {"source": source} for source in more]},
     st.sampled_from(ROWS),
-    st.fixed_dictionaries(
-        {
-            "input": TEXT.filter(bool),
-            "label": st.none() | TEXT.filter(bool),
-            "labels": st.lists(TEXT, max_size=3),
-            "probability": st.floats(0, 1),
-        }
-    ),
+    st.fixed_dictionaries({"input": TEXT.filter(bool), "label": st.none() | TEXT.filter(bool),
+                           "labels": st.lists(TEXT, max_size=3), "probability": st.floats(0, 1)}),
     st.lists(TEXT, max_size=2),
-)
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("style", STYLES)
 @given(rows=st.lists(ANY, min_size=1, max_size=5))
 @example(rows=ROWS)
-def test_predictions_come_back_from_every_format(
-    tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]], style: str
-) -> None:
+def test_predictions_come_back_from_every_format(tmp_path_factory, rows, style):
     path = written(tmp_path_factory.getbasetemp() / "any-predictions", rows, style)
     assert read_back(path, style) == rows
 
@@ -120,5 +108,5 @@ def test_predictions_come_back_from_every_format(
         ([(None, str(name)) for name in range(9)], "9 photos: 1 0, 1 1, 1 2, 1 3, 1 4 and 4 more"),
     ],
 )
-def test_a_change_of_labels_is_told_in_words(edits: list[tuple[str | None, str | None]], words: str) -> None:
+def test_a_change_of_labels_is_told_in_words(edits, words):
     assert in_words(edits, "an encoder") == words
