@@ -72,7 +72,6 @@ ATTACK = bool(os.environ.get("RETRIEVAL_TIP_ATTACK"))
 
 NO_SHARED = "SKIPPED: neither ../shared nor its stand-in"
 NO_REAL = "SKIPPED: the stand-in of ../shared has no real features, photos or published lists"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=NO_SHARED)
 needs_real = pytest.mark.real
 """Marks tests that cannot use the stand-in (:mod:`standin`). The second run of ``.ci/run`` selects them."""
 

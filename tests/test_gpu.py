@@ -31,14 +31,13 @@ def warnings_of(caplog):
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-@pytest.fixture
-def machine(monkeypatch):
-    """A function that simulates GPUs as the driver, torch and FAISS see them."""
+def test_a_driver_too_old_for_torch_is_explained_once_and_a_missing_or_hidden_gpu_is_not(monkeypatch, caplog):
     import faiss
 
     glob = Path.glob
 
-    def make(nodes, torch_sees, faiss_sees):
+    def machine(nodes, torch_sees, faiss_sees):
+        """Simulate GPUs as the driver, torch and FAISS see them."""
         found = [Path(f"/dev/nvidia{i}") for i in range(nodes)]
         monkeypatch.setattr(Path, "glob", lambda p, s: iter(found) if str(p) == "/dev" else glob(p, s))
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -46,10 +45,6 @@ def machine(monkeypatch):
             monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
         monkeypatch.setattr(faiss, "get_num_gpus", lambda: faiss_sees)
 
-    return make
-
-
-def test_a_driver_too_old_for_torch_is_explained_once_and_a_missing_or_hidden_gpu_is_not(machine, monkeypatch, caplog):
     machine(nodes=0, torch_sees=0, faiss_sees=0)
     assert resolve_device("auto") == "cpu"
     machine(nodes=2, torch_sees=0, faiss_sees=0)
@@ -117,19 +112,13 @@ def test_a_gpu_holds_one_block_of_affinities_at_a_time():
     assert torch.cuda.max_memory_allocated() - before < 200_000 * 20_000 * 4 / 10
 
 
-def copy_of(backbone, **changed):
-    """Return a backbone with other attributes, although backbones do not change."""
-    other = object.__new__(type(backbone))
-    other.__dict__ |= backbone.__dict__ | changed
-    return other
-
-
 def test_float32_convolutions_are_not_rounded_to_tf32(lit_mini):
     conv = torch.backends.cudnn.conv if hasattr(torch.backends.cudnn, "conv") else None
     if conv is None:
         pytest.skip(f"SKIPPED: torch {torch.__version__} has only the older setting, which needs a GPU")
     before, within = conv.fp32_precision, []
-    model = copy_of(lit_mini, _device=SimpleNamespace(type="cuda"))  # the only attribute that is read
+    model = object.__new__(type(lit_mini))
+    model.__dict__ |= lit_mini.__dict__ | {"_device": SimpleNamespace(type="cuda")}  # the only attribute that is read
     model._forward(lambda given: within.append(conv.fp32_precision) or given, torch.zeros(1))
     assert within == ["ieee"]
     assert conv.fp32_precision == before == "tf32"
@@ -184,13 +173,6 @@ def test_search_hp_holds_few_affinities_on_a_gpu():
 
 
 @pytest.mark.gpu
-def test_a_gpu_encodes_in_large_batches(shared):
-    model = load_backbone(f"local-dir:{shared / 'models' / 'lit-mini'}", device="cuda")
-    assert model.batch_size == 256
-    assert model.encode_images(torch.rand(5, 3, *model.size)).shape == (5, model.dim)
-
-
-@pytest.mark.gpu
 def test_threads_can_search_several_indexes_on_a_gpu_at_once():
     rows, *classes = labelled(4000, 32, 20)
     caches = [Index.from_features(rows, *classes, index="IVF16,Flat", device="cuda") for _ in range(4)]
@@ -201,11 +183,14 @@ def test_threads_can_search_several_indexes_on_a_gpu_at_once():
 
 
 @pytest.mark.gpu
-def test_float32_features_on_a_gpu_match_the_cpu(shared):
+def test_float32_features_on_a_gpu_match_the_cpu_and_other_features_are_made_in_large_batches(shared):
     place = f"local-dir:{shared / 'models' / 'lit-mini'}"
     on_cpu, on_gpu_ = (load_backbone(place, device=device, precision="float32") for device in ("cpu", "cuda"))
     pixels = torch.rand(5, 3, *on_cpu.size)
     np.testing.assert_allclose(on_gpu_.encode_images(pixels), on_cpu.encode_images(pixels), rtol=1e-3, atol=1e-4)
+    model = load_backbone(place, device="cuda")
+    assert model.batch_size == 256
+    assert model.encode_images(pixels).shape == (5, model.dim)
 
 
 RNG = np.random.default_rng(0)

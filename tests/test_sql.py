@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -44,12 +45,8 @@ def test_ask_queries_every_table_and_class_counts():
     assert shown == ["class_counts", "curve", "labels"]
     assert [row["column_name"] for row in ask(tables, "DESCRIBE labels").to_pylist()] == LABELS.column_names
     assert ask({}, "SELECT 1 AS a WHERE false").num_rows == 0
-    refused(
-        lambda: ask({"curve": tables["curve"]}, "FROM class_counts"),
-        "query: Catalog Error",
-        "class_counts",
-        error=UsageError,
-    )
+    wrong = partial(ask, {"curve": tables["curve"]}, "FROM class_counts")
+    refused(wrong, "query: Catalog Error", "class_counts", error=UsageError)
 
 
 def test_ask_keeps_columns_of_every_type():
@@ -77,11 +74,7 @@ def test_ask_reports_a_table_that_duckdb_cannot_read():
     offsets = pa.py_buffer(np.array([0, 1], np.int32).tobytes())
     damaged = pa.table({"a": pa.StringArray.from_buffers(1, offsets, pa.py_buffer(b"\xff"))})
     for table in (damaged, pa.table({})):
-        refused(
-            lambda table=table: ask({"curve": table}, "SELECT 1"),
-            "curve: duckdb cannot hold this table (",
-            error=InputError,
-        )
+        refused(partial(ask, {"curve": table}, "SELECT 1"), "curve: duckdb cannot hold this table (", error=InputError)
     refused(lambda: ask({"labels": pa.table({"a": [1]})}, "SELECT 1"), "labels: ", "class_id", error=InputError)
 
 
@@ -145,11 +138,8 @@ def test_sql_cannot_access_files_the_network_or_settings(secrets, sql):
 def test_a_query_beyond_the_memory_limit_fails_and_writes_no_file(secrets, monkeypatch):
     monkeypatch.setattr(module, "MEMORY", 64 << 20)
     before = snapshot(secrets)
-    refused(
-        lambda: ask({}, "SELECT count(*) FROM (SELECT DISTINCT i, i::VARCHAR FROM range(3000000) t(i))"),
-        "Out of Memory",
-        error=UsageError,
-    )
+    large = "SELECT count(*) FROM (SELECT DISTINCT i, i::VARCHAR FROM range(3000000) t(i))"
+    refused(partial(ask, {}, large), "Out of Memory", error=UsageError)
     assert snapshot(secrets) == before
 
 
@@ -232,9 +222,9 @@ LONG = "SELECT count(*) FROM range(100000000000) t(i), range(1000000)"
 
 
 def test_a_query_beyond_its_timeout_is_cancelled():
-    begun, threads = time.monotonic(), threading.active_count()
+    """Without a limit, the query takes years."""
+    threads = threading.active_count()
     refused(lambda: ask({}, LONG, timeout=0.5), "query: ", "0.5 s", "--timeout", error=UsageError)
-    assert time.monotonic() - begun < 30  # generous for a busy machine; without a limit, the query takes years
     assert threading.active_count() == threads
 
 
@@ -249,27 +239,20 @@ def test_ctrl_c_interrupts_a_query(long):
     assert errors.strip().endswith("KeyboardInterrupt")
 
 
-@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), 1e9])
-def test_a_bad_timeout_is_refused(timeout):
-    with pytest.raises(UsageError, match="timeout"):
-        ask({}, "SELECT 1", timeout=timeout)
-
-
-def test_the_length_and_nesting_of_a_query_are_limited():
+def test_timeouts_queries_and_answers_are_limited():
     padded = "SELECT 1".ljust(module.MAX_TEXT)
     assert ask({}, padded).num_rows == 1
-    for call in (lambda: ask({}, padded + " "), lambda: rows_where(LABELS, "true".ljust(module.MAX_TEXT) + " "),
-                 lambda: ask({}, "SELECT " + "(" * (module.MAX_OPEN + 1))):  # fmt: skip
-        with pytest.raises(UsageError, match="characters or"):
-            call()
-
-
-def test_the_size_of_an_answer_is_limited():
-    for many in ("FROM range(30000000)", "SELECT NULL FROM range(1000000000000)"):
-        with pytest.raises(UsageError, match="LIMIT"):
-            ask({}, many)
     wide = pa.table({"a": np.zeros(module.ANSWER // 8 + 1)})
     assert ask({"t": wide}, "FROM t").num_rows == len(wide)
+    for timeout in (0, -1, float("nan"), float("inf"), 1e9):
+        refused(partial(ask, {}, "SELECT 1", timeout=timeout), "timeout", error=UsageError)
+    for long in (padded + " ", "SELECT " + "(" * (module.MAX_OPEN + 1)):
+        refused(partial(ask, {}, long), "characters or", error=UsageError)
+    refused(partial(rows_where, LABELS, "true".ljust(module.MAX_TEXT) + " "), "characters or", error=UsageError)
+    for many in ("FROM range(30000000)", "SELECT NULL FROM range(1000000000000)"):
+        refused(partial(ask, {}, many), "LIMIT", error=UsageError)
+    late = "SELECT CASE WHEN i > 1900000 THEN error('mine') END FROM range(2000000) t(i)"  # in a later row
+    refused(partial(ask, {}, late), "query: Invalid Input Error: mine", error=UsageError)
 
 
 @pytest.mark.soak
@@ -284,8 +267,3 @@ def test_a_query_with_too_large_an_answer_ends_with_its_error():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout.startswith("query: the answer exceeds 128 MiB")
-
-
-def test_an_error_in_a_later_row_is_reported_as_a_query_error():
-    with pytest.raises(UsageError, match=r"^query: Invalid Input Error: mine"):
-        ask({}, "SELECT CASE WHEN i > 1900000 THEN error('mine') END FROM range(2000000) t(i)")
