@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browser import PATIENCE, chromium
+from browser import PATIENCE, Opened, chromium
 from conftest import ROOT
 from PIL import Image
 from playwright.sync_api import expect
@@ -101,14 +101,9 @@ def test_a_photo_is_classified_in_the_browser(site, fitted, shared, run, tmp_pat
     expected = {row["input"]: row for row in map(json.loads, rows.splitlines())}
     for number, path in enumerate(paths):
         shutil.copy(path, tmp_path / "site" / f"{number}{path.suffix}")
-    wrong = []
     with chromium() as browser:
-        page = browser.new_page()
-        page.set_default_timeout(PATIENCE)
-        page.on("console", lambda message: message.type == "error" and wrong.append(message.text))
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("request", lambda asked: asked.url.startswith((site, "blob:")) or wrong.append(asked.url))
-        page.goto(site)
+        one = Opened(browser, site, ready="[role=status]")
+        page = one.page
         expect(page.get_by_role("status")).to_have_text("Ready: 10 classes.", timeout=PATIENCE)
         page.get_by_label("Choose a photo").set_input_files(paths[0])
         expect(page.locator("li").first).to_contain_text(expected[str(paths[0])]["label"], timeout=PATIENCE)
@@ -120,7 +115,7 @@ def test_a_photo_is_classified_in_the_browser(site, fitted, shared, run, tmp_pat
         expect(page.get_by_role("status")).to_contain_text("No match", timeout=PATIENCE)
         page.get_by_label("Choose a photo").set_input_files(manifest_of(fitted))
         expect(page.get_by_role("status")).to_contain_text("cannot be read", timeout=PATIENCE)
-    assert not wrong
+        one.close()
     assert found[0]["labels"] == Index.load(fitted).class_names
     for path, one in zip(paths, found, strict=True):
         row = expected[str(path)]

@@ -19,15 +19,12 @@ from retrieval_tip.data.exif import UNKNOWN, Taken, taken
 from retrieval_tip.labelling.bursts import bursts
 
 START = datetime(2026, 3, 1, 23, 59, 55)
+LATITUDE, LONGITUDE = st.floats(-89.9, 89.9), st.floats(-179.9, 179.9)
+PHOTOS = st.lists(st.tuples(st.sampled_from(["a/", "b/", ""]), st.none() | st.integers(0, 60)), max_size=12)
 
 
 @example(datetime(2000, 1, 1), 0.0, 1.9, "JPEG")  # 53.99... minutes
-@given(
-    st.datetimes(datetime(1900, 1, 1)),
-    st.floats(-89.9, 89.9),
-    st.floats(-179.9, 179.9),
-    st.sampled_from(["JPEG", "WEBP"]),
-)
+@given(st.datetimes(datetime(1900, 1, 1)), LATITUDE, LONGITUDE, st.sampled_from(["JPEG", "WEBP"]))
 def test_time_and_place_are_read_from_exif(time, latitude, longitude, style):
     found = taken(encoded(f"{time:%Y:%m:%d %H:%M:%S}", gps_of(latitude, longitude), style))
     assert found.taken_at == time.replace(microsecond=0)
@@ -66,10 +63,7 @@ def test_damaged_metadata_never_fails(changes, length):
     assert all(one is None or (math.isfinite(one) and abs(one) <= 180) for one in found[1:])
 
 
-@given(
-    st.lists(st.tuples(st.sampled_from(["a/", "b/", ""]), st.none() | st.integers(0, 60)), max_size=12),
-    st.integers(0, 12),
-)
+@given(PHOTOS, st.integers(0, 12))
 def test_bursts_are_chains_of_photos_in_one_folder(photos, gap):
     names = [f"{folder}{row}" for row, (folder, _) in enumerate(photos)]
     times = [None if second is None else START + timedelta(seconds=second) for _, second in photos]

@@ -203,10 +203,7 @@ def test_any_feature_table_is_refused_or_read_exactly(tmp_path_factory, table, n
     st.sampled_from(["path,label", "input,label", "label,path", "path", "path,path", "a,b", "id,text,label", ""]),
     st.sampled_from([".csv", ".tsv", ".json", ".parquet", ".npy", ".tar", ".toml"]), st.data(),
 )  # fmt: skip
-def test_any_text_table_is_refused_or_read(
-    tmp_path_factory, rows, separator, encoding, head,
-    suffix, data
-):  # fmt: skip
+def test_any_text_table_is_refused_or_read(tmp_path_factory, rows, separator, encoding, head, suffix, data):
     lines = [head.split(","), *rows]
     if suffix == ".json":
         text = json.dumps({"train": rows, "test": [[row[0], 0, row[-1]] for row in rows]})
@@ -409,14 +406,10 @@ def served(things, tmp_path_factory, warm_path):
 @given(st.data())
 def test_any_request_gets_no_server_error(served, data):
     host, port = served.removeprefix("http://").split(":")
-    method, target = (
-        data.draw(st.sampled_from(["GET", "POST", "DELETE", "PRI", "get"])),
-        data.draw(st.sampled_from(TARGETS)),
-    )
-    headers = [
-        f"Host: {data.draw(st.just(host) | st.sampled_from(HOSTS))}",
-        *data.draw(st.lists(st.sampled_from(HEADERS))),
-    ]
+    method = data.draw(st.sampled_from(["GET", "POST", "DELETE", "PRI", "get"]))
+    target = data.draw(st.sampled_from(TARGETS))
+    headers = [f"Host: {data.draw(st.just(host) | st.sampled_from(HOSTS))}"]
+    headers += data.draw(st.lists(st.sampled_from(HEADERS)))
     body = data.draw(st.sampled_from(BODIES))
     if not any(header.startswith(("Content-Length", "Transfer")) for header in headers):
         headers.append(f"Content-Length: {len(body)}")

@@ -296,11 +296,8 @@ class Living(RuleBasedStateMachine):
         self.born[new] = self.born[old] if new not in others else self.born[new]
         renamed = changes.rename(self.place, old, new)
         assert (renamed.key_ids, renamed.merged) == (sorted(own), new in others)
-        text = {
-            new if name == old else name: row
-            for name, row in self.state.text.items()
-            if name != old or new not in others
-        }
+        text = {name: row for name, row in self.state.text.items() if name != old or new not in others}
+        text = {new if name == old else name: row for name, row in text.items()}
         state = replace(self.state, keys=self.relabelled(dict.fromkeys(own, new)), text=text)
         self.commit(state, renamed if renamed.merged else None)
 

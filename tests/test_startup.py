@@ -132,19 +132,6 @@ def test_building_from_cached_encodings_imports_no_model(run, photo_index, photo
         assert torch.equal(cache.text_weights, first.text_weights)
     assert (again.backbone, again.settings) == (first.backbone, first.settings)
 
-    weights = tmp_path / "model" / "open_clip_model.safetensors"
-    before = weights.stat()
-    shutil.copyfile(tiny(tmp_path / "other", seed=1) / weights.name, weights)
-    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert weights.stat().st_size == before.st_size
-    for name, options in (("changed", []), ("uncached", ["--no-cache"])):
-        assert run("index", "build", photos, *model, *options, "--out", tmp_path / name).exit_code == 0
-    changed, uncached = (Index.load(tmp_path / name) for name in ("changed", "uncached"))
-    np.testing.assert_allclose(changed.keys, uncached.keys, atol=1e-4)
-    assert np.abs(changed.keys - first.keys).max() > 0.1
-    assert torch.equal(changed.text_weights, uncached.text_weights)
-    assert not torch.equal(changed.text_weights, first.text_weights)
-
 
 def test_classify_waits_for_the_check_before_it_answers(index, row, run, monkeypatch):
     """The answer waits even if the hashing is slow."""
