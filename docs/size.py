@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 FOREIGN = re.compile(
     r"\b(torch|openvino|faiss|duckdb|uvicorn|starlette|fastapi|ray|lancedb|obstore|timm|open_clip|transformers"
     r"|PIL|Image|np|pa|pq|pc|click|cloup|huggingface_hub)(\.\w+)*\._[a-z]\w*"
@@ -58,8 +59,17 @@ def sizes(root: Path) -> dict[str, int]:
     }
 
 
+def twice(package: list[Path]) -> list[str]:
+    """Return the names of classes that exist twice."""
+    names = [name.rpartition(".")[2] for _, name in spans(package, ast.ClassDef)]
+    return sorted({name for name in names if names.count(name) > 1})
+
+
 def over(root: Path) -> list[str]:
-    """Print each size beside its budget, and return a line for each that is above its budget or has none."""
+    """Print each size beside its budget, and return a line for each that is above its budget or has none.
+
+    A class has at most 400 lines, a function 70, and every class its own name.
+    """
     budgets = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
     budgets = budgets.get("tool", {}).get("retrieval-tip", {}).get("budget", {})
     faults = []
@@ -67,7 +77,12 @@ def over(root: Path) -> list[str]:
         print(f"{name:46} {size:7,} of {budgets.get(name, 0):7,}")
         if size > budgets.get(name, 0):
             faults.append(f"{name}: {size:,}, but its budget in pyproject.toml is {budgets.get(name, 0):,}")
-    return faults
+    package = sources(root / "retrieval_tip")
+    for kind, most in ((ast.ClassDef, 400), (FUNCTIONS, 70)):
+        faults += [
+            f"{name}: has {n} lines, but at most {most} are allowed" for n, name in spans(package, kind) if n > most
+        ]
+    return faults + [f"{name}: two classes have this name" for name in twice(package)]
 
 
 def main() -> None:
@@ -83,8 +98,6 @@ def main() -> None:
     package, tests = sources(root / "retrieval_tip"), sources(root / "tests")
     outside = [path for path in package if "lance" not in path.parts]
     ray = [path for path in package if "distributed" in path.parts or path.stem == "on_ray"]
-    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
-    names = [name.rpartition(".")[2] for _, name in spans(package, ast.ClassDef)]
     figures: dict[str, object] = {
         "Ray, lines": lines(ray),
         "files at the top of the package": len(list((root / "retrieval_tip").glob("*.py"))),
@@ -93,8 +106,8 @@ def main() -> None:
         "uses of Any": words(package, r"\bAny\b"),
         "names of other libraries that begin with _": words(package, FOREIGN),
         "largest class": max(spans(package, ast.ClassDef)),
-        "largest function": max(spans(package, functions)),
-        "class names that exist twice": sorted({name for name in names if names.count(name) > 1}),
+        "largest function": max(spans(package, FUNCTIONS)),
+        "class names that exist twice": twice(package),
         "monkeypatch.setattr in tests": words(tests, r"\bmonkeypatch\.setattr\b"),
         "mock.patch in tests": words(tests, r"\bmock\.patch\b"),
         "match= in tests": words(tests, r"\bmatch="),
