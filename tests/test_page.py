@@ -316,6 +316,17 @@ def test_answers_and_settings_agree_with_the_command_line(page, served, run):
     same("--beta", setting(page, "beta"))
     assert len(asked) == 1
 
+    page.click("#drawer-close")
+    page.click("#clear")
+    with page.expect_request("**/v1/classify**without=*") as example:  # the other examples classify it
+        page.locator("#known button").first.click()
+    expect(page.locator("#drawer-notes")).to_contain_text("only the other examples count")
+    itself = int(re.findall(r"without=(\d+)", example.value.url)[0])
+    assert itself not in [shot["key_id"] for shot in answer(page)["neighbours"]]
+    with page.expect_request(f"**/v1/classify**without={itself}**"):
+        press("beta", "PageUp")
+    assert itself not in [shot["key_id"] for shot in answer(page)["neighbours"]]
+
 
 def test_correcting_an_answer_adds_a_shot_and_can_be_undone(opened, served, run):
     page = opened("", expected=[f"{REFUSED}401"])
@@ -403,8 +414,13 @@ def test_markup_in_names_is_shown_as_text(page):
     assert (page.locator("img[src=x]").count(), page.title() == "1") == (0, False)
 
 
-def test_photos_can_be_classified_with_the_keyboard_alone(page):
+def test_photos_are_classified_and_classes_added_with_the_keyboard_alone(page):
     focused, key = page.locator(":focus"), page.keyboard.press
+
+    def at(place, pressed):
+        tab_to(page, place)
+        key(pressed)
+
     page.on("filechooser", lambda _: None)  # register early: the browser is told asynchronously
     key("Tab")
     expect(focused).to_have_class("skip")
@@ -430,8 +446,7 @@ def test_photos_can_be_classified_with_the_keyboard_alone(page):
     expect(page.locator("#drawer")).to_be_hidden()
     expect(focused).to_have_id("grid")
     for screen in ("classes", "check", "map", "history", "classify"):
-        tab_to(page, page.locator(f"#tab-{screen}"))
-        key("Enter")
+        at(page.locator(f"#tab-{screen}"), "Enter")
         expect(page.locator(f"#{screen}-view")).to_be_visible()
         expect(page.locator("[aria-current=page]")).to_have_id(f"tab-{screen}")
         assert page.url.endswith(f"#{screen}")
@@ -439,19 +454,11 @@ def test_photos_can_be_classified_with_the_keyboard_alone(page):
     expect(page.locator("#grid .tile")).to_have_count(0)
     expect(focused).to_have_id("choose")
 
-
-def test_classes_can_be_added_with_the_keyboard_alone(page):
-    page.on("filechooser", lambda _: None)
-    card = page.locator(".class-card").first
-
-    def at(place, key):
-        tab_to(page, place)
-        page.keyboard.press(key)
-
     at(page.locator("#index-name"), "Enter")
     at(page.locator("#to-teach"), "Enter")
     at(page.locator("#teach-new"), "ArrowDown")
     expect(page.locator("#teach-old")).to_be_checked()
+    card = page.locator(".class-card").first
     tab_to(page, card.get_by_placeholder("class name"))
     page.keyboard.type("anchor")
     with page.expect_file_chooser() as chooser:
@@ -787,19 +794,6 @@ def test_each_screen_reports_a_stopped_server(serving, served, tmp_path):
         page.set_input_files("#teach-folder", class_folders(tmp_path / "photos", "crab", "panda", each=2))
         page.click("#teach-go")
         gone("#teach-result")
-
-
-def test_an_example_is_classified_by_the_other_examples(page):
-    """``test_without.py`` tests the answers."""
-    with page.expect_request("**/v1/classify**without=*") as asked:
-        page.locator("#known button").first.click()
-    expect(page.locator("#drawer-notes")).to_contain_text("only the other examples count")
-    itself = int(re.findall(r"without=(\d+)", asked.value.url)[0])
-    assert itself not in [shot["key_id"] for shot in answer(page)["neighbours"]]
-    show_settings(page)
-    with page.expect_request(f"**/v1/classify**without={itself}**"):
-        page.press("#beta", "PageUp")
-    assert itself not in [shot["key_id"] for shot in answer(page)["neighbours"]]
 
 
 def test_classes_and_example_photos_are_listed_and_filtered(page):
