@@ -1,8 +1,4 @@
-"""An object store on loopback (moto's S3), with a fresh bucket for each test and the environment to reach it.
-
-A test file takes the fixtures by ``bucket = buckets.bucket``. ``bucket`` is an address in a fresh bucket; ``place`` is
-the address of a store, on a disk and in a bucket in turn.
-"""
+"""An object store on loopback (moto's S3), and the environment to reach it."""
 
 import atexit
 import functools
@@ -11,8 +7,6 @@ import itertools
 import os
 import threading
 import urllib.request
-
-import pytest
 
 KEY, SECRET, REGION = "testing-key", "testing-secret", "us-east-1"
 
@@ -83,18 +77,3 @@ def fresh_bucket():
     with opener.open(urllib.request.Request(f"{endpoint()}/{name}", method="PUT")) as answer:
         assert answer.status == 200
     return name
-
-
-@pytest.fixture
-def bucket(monkeypatch):
-    """The address of an empty store in a fresh bucket."""
-    use(monkeypatch, endpoint())
-    return f"s3://{fresh_bucket()}/indexes/pets"
-
-
-@pytest.fixture(params=["disk", "bucket"])
-def place(request, tmp_path):
-    """The address of an empty store, on a disk and in a bucket."""
-    if request.param == "disk":
-        return f"lance://{(tmp_path / 'indexes' / 'pets').as_posix()}"
-    return str(request.getfixturevalue("bucket"))

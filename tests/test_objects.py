@@ -17,6 +17,7 @@ import pytest
 from conftest import examples, uninstall
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from stored import made
 
 from retrieval_tip.errors import StoreError, UsageError
 from retrieval_tip.store import address as addresses
@@ -26,13 +27,17 @@ from retrieval_tip.store.manifest import DataFile
 
 pytestmark = pytest.mark.timeout(60)
 
-bucket, place = buckets.bucket, buckets.place
-
 CLOSED = "http://127.0.0.1:9"
 """Address without a server: port 9 (discard)."""
 
 
 parsed = Address.parse
+
+
+@pytest.fixture(params=["lance", "s3"])
+def place(request, bucket, tmp_path):
+    """The address of an empty store, on a disk and in a bucket."""
+    return made(tmp_path, request.param)
 
 
 def at(text, **patience):
@@ -281,7 +286,7 @@ def test_a_bad_environment_is_reported(environment, expected, monkeypatch):
 @pytest.mark.parametrize(
     ("variable", "region"), [("AWS_ENDPOINT_URL_S3", True), ("AWS_ENDPOINT_URL", False), ("AWS_ENDPOINT", True)]
 )
-def test_obstore_and_lancedb_use_the_same_server(variable, region, bucket, monkeypatch):
+def test_obstore_and_lancedb_use_the_same_server(variable, region, bucket, monkeypatch, tmp_path):
     lancedb, pa = pytest.importorskip("lancedb"), pytest.importorskip("pyarrow")
     order = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
     monkeypatch.delenv("AWS_ENDPOINT_URL")
@@ -290,7 +295,7 @@ def test_obstore_and_lancedb_use_the_same_server(variable, region, bucket, monke
     monkeypatch.setenv(variable, buckets.endpoint())
     if not region:
         monkeypatch.delenv("AWS_REGION")
-    address = parsed(bucket)
+    address = parsed(made(tmp_path, "s3"))
     options = storage_options(address)
     assert options["aws_endpoint"] == buckets.endpoint()
     assert not {buckets.KEY, buckets.SECRET} & set(options.values())
