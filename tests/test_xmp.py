@@ -212,17 +212,11 @@ if __name__ == "__main__":
     raise SystemExit
 
 
-@pytest.fixture(scope="module")
-def process(tmp_path_factory, warm_path, encodings):
-    (encodings / "sidecars").mkdir(exist_ok=True)  # so that every run takes the same steps
-    process = killing.Server(__file__, tmp_path_factory.mktemp("process"), warm_path)
-    yield process
-    process.close()
-
-
 @killing.needs_fork
 @pytest.mark.parametrize("undo", [False, True], ids=["write", "undo"])
-def test_a_run_killed_at_any_step_can_be_repeated_or_undone(process, tmp_path, undo):
+def test_a_run_killed_at_any_step_can_be_repeated_or_undone(server, encodings, tmp_path, undo):
+    (encodings / "sidecars").mkdir(exist_ok=True)  # so that every run takes the same steps
+
     def start(name):
         folder = tmp_path / name
         folder.mkdir()
@@ -235,16 +229,16 @@ def test_a_run_killed_at_any_step_can_be_repeated_or_undone(process, tmp_path, u
         return folder, before
 
     folder, before = start("whole")
-    assert process.run({"folder": str(folder), "undo": undo}) == 0
-    expected, number = state(folder), len(process.steps)
+    assert server.run({"folder": str(folder), "undo": undo}) == 0
+    expected, number = state(folder), len(server.steps)
     assert number > (10 if undo else 25)
     for step in sampled(number, 6):
         folder, _ = start(str(step))
         allowed = [{*before.values(), *state(folder).values()}, {*expected.values()}]
-        assert process.run({"folder": str(folder), "undo": undo}, step=step) == -signal.SIGKILL
+        assert server.run({"folder": str(folder), "undo": undo}, step=step) == -signal.SIGKILL
         assert {data for name, data in state(folder).items() if not name.endswith(".tmp")} <= set.union(*allowed)
         if step % 2 or undo:
-            assert process.run({"folder": str(folder), "undo": undo}) == 0
+            assert server.run({"folder": str(folder), "undo": undo}) == 0
             assert state(folder) == expected
         result = undo_sidecars(given_(folder, a=[], b=[], c=[]))
         assert (result.skipped, state(folder)) == ([], before)
