@@ -69,10 +69,7 @@ class Case:
     Each class ``i`` has ``counts[i]`` keys around its mean.
     """
 
-    def __init__(
-        self, seed, counts, q = 7, d = 12, *, half = False, off_sphere = False,
-        shuffled = False, spread = 0.7
-    ):  # fmt: skip
+    def __init__(self, seed, counts, q=7, d=12, *, half=False, off_sphere=False, shuffled=False, spread=0.7):
         self.rng = rng = np.random.default_rng(seed)
         self.c, self.y = len(counts), np.repeat(np.arange(len(counts)), counts)
         if shuffled:

@@ -136,13 +136,11 @@ def test_doctor_reports_versions_and_finds_two_faiss_packages(run, monkeypatch):
     done = run("doctor")
     assert "faiss SIMD level" in done.stdout
     assert json.loads(run("doctor", "--json").stdout)["facts"]["torch"]
-    real = doctor.version_of
-    monkeypatch.setattr(
-        doctor, "version_of", lambda name: "1.15.1" if name in ("faiss-cpu", "faiss-gpu") else real(name)
-    )
-    both = run("doctor")
-    assert both.exit_code == 1
-    assert "pip uninstall -y faiss-gpu faiss-cpu" in both.stdout
+    real, both = doctor.version_of, ("faiss-cpu", "faiss-gpu")
+    monkeypatch.setattr(doctor, "version_of", lambda name: "1.15.1" if name in both else real(name))
+    done = run("doctor")
+    assert done.exit_code == 1
+    assert "pip uninstall -y faiss-gpu faiss-cpu" in done.stdout
 
 
 def test_a_reader_that_stops_early_causes_no_error(small, tmp_path, warm_path):

@@ -15,7 +15,7 @@ import click
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import COMMANDS, PROGRAMS, ROOT
+from conftest import COMMANDS, PROGRAMS, ROOT, command_line
 from PIL import Image
 from tables import unit_rows, write_table
 from wcwidth import wcswidth
@@ -27,14 +27,10 @@ from retrieval_tip.cli.examples import EXAMPLES
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A folder with an index of features, features to classify, and photos."""
-    from click.testing import CliRunner
-
     place = tmp_path_factory.mktemp("mistakes")
     write_table(place / "train.parquet", unit_rows(6, 8), ["a", "b"] * 3)
     write_table(place / "new.parquet", unit_rows(4, 8, seed=2), ["a", "b"] * 2)
-    built = CliRunner().invoke(
-        cli.main, ["index", "build", str(place / "train.parquet"), "--out", str(place / "i" / "x"), "--fit", "none"]
-    )
+    built = command_line("index", "build", place / "train.parquet", "--out", place / "i" / "x", "--fit", "none")
     assert built.exit_code == 0, built.output
     for name in ("cat", "dog"):
         (place / "my photos" / name).mkdir(parents=True)
@@ -148,9 +144,8 @@ def test_quiet_and_verbose_work_in_any_position(run, world):
 
 def test_index_list_shows_version_keys_and_classes(run, world):
     rows = [json.loads(line) for line in run("index", "list", world / "i", "--format", "json").stdout.splitlines()]
-    assert [(row["index"], row["version"], row["keys"], row["classes"]) for row in rows] == [
-        (str(world / "i/x"), 1, 6, 2)
-    ]
+    (row,) = rows
+    assert (row["index"], row["version"], row["keys"], row["classes"]) == (str(world / "i/x"), 1, 6, 2)
 
 
 def test_the_cache_command_shows_prunes_and_limits_the_cache(run, tmp_path, monkeypatch):

@@ -76,15 +76,9 @@ def same_word(said, printed):
 
 
 def typed_and_printed(typed, place, path, with_messages=False):
-    done = subprocess.run(
-        ["bash", "-c", re.sub(r"\\\n\s*", " ", typed)],
-        cwd=place,
-        env=os.environ | {"PATH": path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT if with_messages else subprocess.PIPE,
-        text=True,
-        check=False,
-    )
+    command = ["bash", "-c", re.sub(r"\\\n\s*", " ", typed)]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT if with_messages else subprocess.PIPE}
+    done = subprocess.run(command, cwd=place, env=os.environ | {"PATH": path}, text=True, check=False, **streams)
     assert done.returncode == 0, f"{typed}\n{done.stdout if with_messages else done.stderr}"
     return re.sub(r"^Encoded .*\n", "", done.stdout, flags=re.MULTILINE)  # only printed on slow machines
 

@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 from conftest import COMMANDS
-from PIL import Image
+from serving import random_index
 from tables import picture, tiny, unit_rows, write_table
 
 from retrieval_tip import Index
@@ -54,14 +54,12 @@ def imported(*calls, **environment):
 @pytest.fixture
 def index(tmp_path):
     """Six keys of two classes, without a backbone."""
-    cache = Index.from_features(unit_rows(6, 16), ["cat", "dog"] * 3, ["cat", "dog"], unit_rows(2, 16, 1), device="cpu")
-    cache.save(tmp_path / "index")
-    return tmp_path / "index"
+    return random_index(tmp_path / "index", 6, 16, 2)
 
 
 @pytest.fixture
 def row(tmp_path):
-    return write_table(tmp_path / "row.parquet", unit_rows(1, 16, 2), ["cat"])
+    return write_table(tmp_path / "row.parquet", unit_rows(1, 16, 2), ["class 0"])
 
 
 @pytest.fixture
@@ -70,8 +68,7 @@ def photos(tmp_path):
     for number, name in enumerate(("cat/0", "cat/1", "dog/0", "dog/1")):
         path = tmp_path / "photos" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = np.random.default_rng(number).integers(0, 255, (40, 40, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(path)
+        picture((40 + number, 40)).save(path)
     return tmp_path / "photos"
 
 

@@ -1,6 +1,7 @@
 """tip.py against the dense method in float64 with one-hot products, and against the formula in the docs."""
 
 import re
+from functools import partial
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -130,13 +131,8 @@ def test_answer_equals_the_combination_of_its_terms(case, alpha, gamma, scale, b
     torch.testing.assert_close(whole, parts, rtol=1e-9, atol=1e-9)
 
 
-FUNCTIONS = {
-    "exp": np.exp,
-    "log": np.log,
-    "max": np.maximum,
-    "softmax": lambda z: scipy.special.softmax(z, axis=1),
-    "unit": unit,
-}
+FUNCTIONS = {"exp": np.exp, "log": np.log, "max": np.maximum, "unit": unit}
+FUNCTIONS["softmax"] = partial(scipy.special.softmax, axis=1)
 
 
 def evaluated(formula, letters):
@@ -177,10 +173,9 @@ def test_the_formula_in_the_docs_gives_the_logits_of_an_exported_index(tmp_path,
     letters |= {"f": test.astype(np.float32), "K": K, "W": W}
     lines = re.search(r"```\n(metric .*?)\n```", (ROOT / "docs/method.md").read_text(), re.DOTALL)[1]
     if options:  # as the page describes: no metric, no link, one-hot values
-        lines = "\n".join(
-            line for line in lines.splitlines() if line.split()[0] not in ("metric", "link", "discriminant")
-        )
-        lines = lines.replace(" + gamma B", "")
+        fitted = ("metric", "link", "discriminant")
+        kept = [line for line in lines.splitlines() if not line.startswith(fitted)]
+        lines = "\n".join(kept).replace(" + gamma B", "")
         letters |= {"phi": lambda x: x, "V": np.eye(5)[[names.index(label) for label in labels]]}
     else:
         metric = array("metric")
