@@ -353,18 +353,15 @@ def small_disk(tmp_path):
         pytest.skip("SKIPPED: only root on Linux can mount a small file system; the simulated full disk is tested")
     place = tmp_path / "disk"
     place.mkdir()
-    mounted = []
+    with contextlib.ExitStack() as mounted:
 
-    def make(kibibytes):
-        while mounted:
-            subprocess.run(["umount", "-l", mounted.pop()], check=True)
-        mount(place, f"size={kibibytes}k")
-        mounted.append(place)
-        return place
+        def make(kibibytes):
+            mounted.close()
+            mount(place, f"size={kibibytes}k")
+            mounted.callback(subprocess.run, ["umount", "-l", place], check=True)
+            return place
 
-    yield make
-    while mounted:
-        subprocess.run(["umount", "-l", mounted.pop()], check=True)
+        yield make
 
 
 @pytest.fixture(scope="module")

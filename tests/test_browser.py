@@ -50,12 +50,10 @@ class Files(http.server.SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def fitted(things, run, tmp_path):
+def fitted(own, run):
     """The index of ten classes, fitted, so that it knows which photos have no match."""
-    folder = tmp_path / "fitted"
-    shutil.copytree(things, folder)
-    assert run("fit", folder).exit_code == 0
-    return folder
+    assert run("fit", own).exit_code == 0
+    return own
 
 
 @pytest.fixture

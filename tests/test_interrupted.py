@@ -173,7 +173,7 @@ def _environment_of_the_server():
 
 
 @pytest.fixture(autouse=True)
-def _limits(impatient, monkeypatch):
+def _limits(fresh, monkeypatch):
     shrink_limits(monkeypatch)
 
 
