@@ -264,7 +264,8 @@ SPECIAL = {
 def test_what_is_no_file_is_refused_in_place_of_any_file(world, special):
     """``test_stores.py`` damages the bytes of every file. No change may build on damage."""
     with copied(world / "index") as index:
-        for path in (manifest_of(index), *(index / file.name for file in Versions(index).manifest().data_files)):
+        paths = [index / file.name for file in Versions(index).manifest().data_files]
+        for path in paths if special == "missing" else [manifest_of(index), *paths]:  # without it, version 2 is current
             whole = path.read_bytes()
             path.unlink()
             SPECIAL[special](path)
