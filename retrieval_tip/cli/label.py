@@ -101,7 +101,6 @@ def sort_command(
     smooth: bool = flag(help="Mix in the answers to similar photos of PHOTOS."),
     dry_run: bool = flag(help="Print the rows of the manifest, and change nothing."),
     undo: bool = flag(help="Delete the copies and links, and move photos back."),
-    anywhere: bool = flag(help="With --undo, also move images to folders that you have not sorted."),
     encoding: EncodingOptions = options.ENCODING,
 ) -> None:
     """Sort photos into folders by their class.
@@ -116,13 +115,11 @@ def sort_command(
 
     if undo:
         if folder is not None or link or move or smooth:
-            raise UsageError("--undo: takes only --into FOLDER, --anywhere and --dry-run; leave out the rest")
-        result = undo_sort(into, anywhere=anywhere, dry_run=dry_run)
+            raise UsageError("--undo: takes only --into FOLDER and --dry-run; leave out the rest")
+        result = undo_sort(into, dry_run=dry_run)
     else:
         if folder is None or not photos:
             raise UsageError("sort: needs INDEX and PHOTOS, unless you give --undo")
-        if anywhere:
-            raise UsageError("--anywhere: only applies to --undo; leave it out")
         sources = inputs_of(photos)
         index = index_with(folder, encoding)
         with reader_for(index, sources, encoding) as reader:

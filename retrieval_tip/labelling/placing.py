@@ -3,9 +3,6 @@
 A row of the manifest is on the disk before the photo is placed. Then an empty file reserves the name of the photo, the
 bytes are written to a temporary file and flushed, and the temporary file replaces the empty one. After a kill, the
 manifest therefore lists all photos that were placed, and an empty file marks an unfinished photo.
-
-Anybody can write a manifest. The folders outside a sorted folder that undoing it may change are therefore recorded in
-the cache folder of the user.
 """
 
 from __future__ import annotations
@@ -14,7 +11,6 @@ import csv
 import errno
 import hashlib
 import io
-import json
 import os
 import re
 import shutil
@@ -121,47 +117,6 @@ def write_manifest(folder: Path, rows: Iterable[Placed]) -> None:
     text, path = files.csv_of([COLUMNS, *map(astuple, rows)]), folder / MANIFEST
     write(text.encode("utf-8", "surrogateescape"), path, partial(shutil.copymode, path))
     files.sync(folder)
-
-
-def touched(folder: Path, rows: Iterable[Placed]) -> set[str]:
-    """Return the real paths of the folders outside ``folder`` that undoing these rows may change.
-
-    These are the folders that photos were moved from, and the targets of class folders that are links.
-    """
-    rows = [row for row in rows if row.action != "kept"]
-    parts = {folder / row.output.partition("/")[0] for row in rows}
-    origins = {Path(row.input).parent for row in rows if row.action == "move"}
-    return {str(files.real(path)) for path in origins | {part for part in parts if part.is_symlink()}}
-
-
-def sorted_folders(folder: Path) -> set[str]:
-    """Return the folders that :func:`record` has recorded for a folder."""
-    with suppress(InputError):
-        if (path := _recorded(folder)) and isinstance(found := files.read_json(path, MAX_MANIFEST), list):
-            return set(map(str, found))
-    return set()
-
-
-def record(folder: Path, folders: set[str]) -> None:
-    """Add folders to the record of a folder. If this fails, ``undo`` asks for permission to change them."""
-    known, path = sorted_folders(folder), _recorded(folder)
-    if path is not None and not folders <= known:
-        with suppress(OSError, InputError):
-            files.make_folders(path.parent)
-            with files.replacing(path) as new:
-                new.write_text(json.dumps(sorted(known | folders)))
-
-
-def forget(folder: Path) -> None:
-    """Delete the record of a folder."""
-    if path := _recorded(folder):
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
-
-
-def _recorded(folder: Path) -> Path | None:
-    caches, name = files.cache_folder(), hashlib.sha256(os.fsencode(files.real(folder))).hexdigest()
-    return None if caches is None else caches / "sorted" / f"{name}.json"
 
 
 def remove_scratch(folders: Iterable[Path]) -> None:

@@ -19,7 +19,7 @@ import pyarrow as pa
 from retrieval_tip.data import images, remote
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source, read_item
-from retrieval_tip.errors import InputError, Skipped, UsageError, counted, few, one_line, show
+from retrieval_tip.errors import InputError, Skipped, UsageError, counted, one_line, show
 from retrieval_tip.evaluation.held_out import Threshold, held_out_probabilities, threshold_of
 from retrieval_tip.files import locked_folder, make_folders, real
 from retrieval_tip.labelling import placing
@@ -113,7 +113,6 @@ def sort_photos(
         rows = [plan.row(item, digest, **answer) for item, digest, answer in _classified(index, blocks, reader.skipped)]
         if not dry_run:
             placing.remove_scratch([root, *((root / row.output).parent for row in before)])
-            placing.record(root, placing.touched(root, rows))
             placing.write_manifest(root, dict.fromkeys([*before, *rows]))
         result.rows += rows if dry_run else _placed(rows, root, action, result)
     return result
@@ -248,16 +247,16 @@ def skipping(path: str | Path, what: str, skipped: list[Skipped]) -> Iterator[No
         _skip(skipped, path, f"{what}: {where}{error.strerror or error}")
 
 
-def undo_sort(folder: str | os.PathLike[str], *, anywhere: bool = False, dry_run: bool = False) -> Sorted:
+def undo_sort(folder: str | os.PathLike[str], *, dry_run: bool = False) -> Sorted:
     """Undo all calls of :func:`sort_photos` for a folder, latest first, and return the rows that were undone.
 
     Moved photos return to their old place. Copies are deleted if the original still has the same bytes, and links are
     deleted. A photo that has changed since, or that cannot be moved, is ``skipped`` and stays in the manifest.
 
-    Outside ``folder``, only the folders that the same user has sorted are changed, because somebody else may have
-    written the manifest. With ``anywhere``, images also return to other folders.
+    Somebody else may have written the manifest. So a file is only moved to a path that ends like an image, nothing is
+    overwritten, and no last copy is deleted.
 
-    Raises InputError if the folder has no manifest, if other folders would be changed, or if the disk is full.
+    Raises InputError if the folder has no manifest, or if the disk is full.
     """
     root = Path(folder)
     if not (root / MANIFEST).exists():
@@ -265,12 +264,6 @@ def undo_sort(folder: str | os.PathLike[str], *, anywhere: bool = False, dry_run
     result, left, undone = Sorted("undid the sorting of"), list[Placed](), dict[str, Placed]()
     with locked(root, dry_run):
         rows = placing.read_manifest(root)
-        strange = placing.touched(root, rows) - placing.sorted_folders(root)
-        if strange and not anywhere:
-            raise InputError(
-                f"{show(root)}: nothing records that you sorted photos from or into"
-                f" {few([*map(show, sorted(strange))])}; check {MANIFEST}, then add --anywhere"
-            )
         parts = {(root / row.output).parent for row in rows}
         if not dry_run:
             placing.remove_scratch([root, *parts, *(Path(row.input).parent for row in rows if row.action == "move")])
@@ -278,7 +271,7 @@ def undo_sort(folder: str | os.PathLike[str], *, anywhere: bool = False, dry_run
             target = root / row.output
             left.append(row)
             with skipping(target, "cannot be restored", result.skipped):
-                if _undone(row, target, strange, dry_run):
+                if _undone(row, target, dry_run):
                     undone.setdefault(row.output, row)  # in a dry run, several rows may name the same photo
                 left.pop()
         result.rows, result.done = [*undone.values()], len(undone)
@@ -291,15 +284,11 @@ def undo_sort(folder: str | os.PathLike[str], *, anywhere: bool = False, dry_run
             placing.write_manifest(root, reversed(left))
         else:
             (root / MANIFEST).unlink()
-            placing.forget(root)
     return result
 
 
-def _undone(row: Placed, target: Path, strange: set[str], dry_run: bool) -> bool:
-    """Undo a row, and return whether this restores a photo. Raises InputError if it is impossible.
-
-    Only images are moved to ``strange`` folders.
-    """
+def _undone(row: Placed, target: Path, dry_run: bool) -> bool:
+    """Undo a row, and return whether this restores a photo. Raises InputError if it is impossible."""
     if row.action == "kept":
         return False
     if row.action == "link":
@@ -317,8 +306,8 @@ def _undone(row: Placed, target: Path, strange: set[str], dry_run: bool) -> bool
         removable = digest_of(row.input) == row.digest and not same
         if not removable and (row.action == "copy" or digest_at(original) not in (None, EMPTY)):
             raise InputError(f"is now the only copy, because {show(original)} is gone or has changed")
-        if not removable and str(real(original.parent)) in strange and not _is_image(target, original):
-            raise InputError(f"is not an image; move it to {show(original)} yourself if you want it there")
+        if not removable and original.suffix.lower() not in images.extensions():
+            raise InputError(f"is not called like an image; move it to {show(original)} yourself")
     elif row.action == "move" and digest_of(row.input) != row.digest:
         raise InputError(f"is missing, and so is {show(original)}")
     else:
@@ -333,7 +322,3 @@ def _undone(row: Placed, target: Path, strange: set[str], dry_run: bool) -> bool
         if not placing.fill(str(target), original, row.digest, move=True):
             placing.delete_original(str(target), original, row.digest)
     return there == row.digest
-
-
-def _is_image(path: Path, name: Path) -> bool:
-    return name.suffix.lower() in images.extensions() and images.area(read_item(str(path))) > 0
