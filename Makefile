@@ -32,8 +32,8 @@ browser: ## install Debian's Chromium for the tests of the page (needs root)
 	@command -v chromium >/dev/null || { apt-get update -qq -o Acquire::Retries=3 && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq -o Acquire::Retries=3 --no-install-recommends chromium; }
 
 # An environment from `make setup` will do.
-demo: $(if $(wildcard $(READY)),$(READY),$(DEMO_READY)) ## build an index of photos, classify, evaluate (your own: PHOTOS=FOLDER MODEL=NAME PRETRAINED=TAG)
-	$(BIN)/python benchmarks/demo.py $(if $(MODEL),--model '$(MODEL)') $(if $(PRETRAINED),--pretrained '$(PRETRAINED)') $(if $(PHOTOS),--photos '$(PHOTOS)')
+demo: $(if $(wildcard $(READY)),$(READY),$(DEMO_READY)) ## build an index of photos, classify, evaluate (your own: PHOTOS=FOLDER MODEL=NAME@TAG)
+	$(BIN)/python benchmarks/demo.py $(if $(MODEL),--model '$(MODEL)') $(if $(PHOTOS),--photos '$(PHOTOS)')
 
 lint: setup ## check formatting, lint, types, import directions, docstring references and budgets
 	$(BIN)/ruff format --check .

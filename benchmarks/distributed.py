@@ -2,7 +2,7 @@
 
 \b
     python benchmarks/distributed.py
-    python benchmarks/distributed.py --images FOLDER --model ViT-B-32 --pretrained openai
+    python benchmarks/distributed.py --images FOLDER --model ViT-B-32@openai
 
 The real commands are timed, without an encoding cache. A second run on a few items measures the start-up time of the
 interpreter, the model and the actors.
@@ -47,8 +47,7 @@ def compare(name: str, n: int, every: Sequence[object], few: Sequence[object], o
 @click.option("--images", "folder", type=click.Path(path_type=Path), show_default=True,
               default=SHARED / "data/caltech101/101_ObjectCategories")  # fmt: skip
 @click.option("--model", default=f"local-dir:{SHARED / 'models/lit-mini'}", show_default=True)
-@click.option("--pretrained")
-def main(folder: Path, model: str, pretrained: str | None) -> None:
+def main(folder: Path, model: str) -> None:
     """Measure both engines, and print the results."""
     click.echo(machine("ray"))
     with tempfile.TemporaryDirectory(prefix="retrieval-tip-distributed-") as place:
@@ -56,7 +55,7 @@ def main(folder: Path, model: str, pretrained: str | None) -> None:
         paths = [str(path) for path in images.find(folder)]
         for name, some in (("photos", paths), ("few", paths[:FEW])):
             pq.write_table(pa.table({"path": some}), out / f"{name}.parquet")
-        model_options = ("--model", model, *(("--pretrained", pretrained) if pretrained else ()), "--no-cache", "--out")
+        model_options = ("--model", model, "--no-cache", "--out")
         sources = [("encode", out / f"{name}.parquet", *model_options) for name in ("photos", "few")]
         compare("encode", len(paths), *sources, out)
 

@@ -40,6 +40,7 @@ from PIL import Image
 from retrieval_tip import EncodingCache, Reader, build_index, load_backbone, open_source
 from retrieval_tip.backbones import catalogue
 from retrieval_tip.backbones.base import Backbone, resolve_device, unit
+from retrieval_tip.backbones.loading import split_weights
 from retrieval_tip.data import images
 from retrieval_tip.data.reader import CALIBRATED
 from retrieval_tip.data.sources import Source, of_images, read_item
@@ -55,9 +56,9 @@ SPLIT = "split_zhou_Caltech101.json"
 Encode = Callable[[Sequence[str]], npt.NDArray[np.float32]]
 
 
-def plain(model: str, pretrained: str | None, device: str, batch: int) -> Encode:
+def plain(model: str, device: str, batch: int) -> Encode:
     """Return the loop from the open_clip documentation."""
-    network, _, transform = open_clip.create_model_and_transforms(model, pretrained, device=device)
+    network, _, transform = open_clip.create_model_and_transforms(*split_weights(model), device=device)
     network.eval()
 
     def encode(paths: Sequence[str]) -> npt.NDArray[np.float32]:
@@ -133,21 +134,21 @@ def alone(backbone: Backbone, held: dict[str, torch.Tensor]) -> Encode:
     return encode
 
 
-def store_int8(model: str, pretrained: str | None, photos: Source) -> None:
+def store_int8(model: str, photos: Source) -> None:
     """Calibrate an encoder in int8 on photos, and print how long that takes."""
-    reader, found = Reader(load_backbone(model, pretrained, device="cpu")), list[float]()
+    reader, found = Reader(load_backbone(model, device="cpu")), list[float]()
     seconds = clocked(lambda: found.append(reader.store_int8(photos)))
     click.echo(f"int8: stored in {seconds:.1f} s, lowest cosine {found[0]:.4f}")
 
 
-def accuracy(model: str, pretrained: str | None, split: Path, draws: int) -> None:
+def accuracy(model: str, split: Path, draws: int) -> None:
     """Print the accuracy on the test photos by the precisions of the keys and of the queries."""
     train, val, test = (open_source(split, split=part) for part in ("train", "val", "test"))
     items = pa.concat_tables([train.items, val.items])
     train = replace(train, items=items, paths=(*(train.paths or ()), *(val.paths or ())))
-    store_int8(model, pretrained, train)
+    store_int8(model, train)
     cache, rows = EncodingCache.at(None), []
-    encoders = {p: Reader(load_backbone(model, pretrained, precision=p), cache=cache) for p in PRECISIONS}
+    encoders = {p: Reader(load_backbone(model, precision=p), cache=cache) for p in PRECISIONS}
     for shots, seed in ((shots, 1 + draw) for shots in (4, 16) for draw in range(draws)):
         row: dict[str, object] = {"shots": shots, "seed": seed}
         with tempfile.TemporaryDirectory() as scratch:
@@ -169,14 +170,14 @@ def recommended(paths: list[str], precisions: Sequence[Precision], rounds: int) 
             file = f"{folder}/weights.pt"
             if one.model.startswith("timm:"):
                 network = timm.create_model(one.model.removeprefix("timm:").partition(".")[0])
-                names = one.model, file
+                name = f"{one.model}@{file}"
             else:
                 name = catalogue.architecture(one.model)
                 network = open_clip.create_model(name, load_weights=False)
-                names = name, f"{catalogue.recommended(name)}={file}"
+                name = f"{name}@{catalogue.recommended(name)}={file}"
             torch.save(network.state_dict(), file)
             for precision in precisions:
-                encode = ours(load_backbone(*names, device="cpu", precision=precision))
+                encode = ours(load_backbone(name, device="cpu", precision=precision))
                 encode(paths[:16])
                 seconds = [clocked(partial(encode, paths)) for _ in range(rounds)]
                 row[precision] = len(paths) / statistics.median(seconds)
@@ -187,7 +188,6 @@ def recommended(paths: list[str], precisions: Sequence[Precision], rounds: int) 
 @against
 @click.command(help=__doc__)
 @click.option("--model", default=f"local-dir:{SHARED}/models/lit-mini", show_default=True)
-@click.option("--pretrained")
 @common.device_option
 @click.option("--folder", type=click.Path(path_type=Path), default=SHARED / "data/caltech101", show_default=True)
 @click.option("--number", default=64, show_default=True, help="Number of photos from the folder.")
@@ -198,7 +198,7 @@ def recommended(paths: list[str], precisions: Sequence[Precision], rounds: int) 
 @click.option("--accuracy", "draws", type=int, help="Number of draws to measure the accuracy on, instead of the speed.")
 @click.option("--recommended", "of_each", is_flag=True, help="Measure the recommended encoders, instead of one.")
 def main(
-    model: str, pretrained: str | None, device: str, folder: Path, number: int, large: int, size: tuple[int, int],
+    model: str, device: str, folder: Path, number: int, large: int, size: tuple[int, int],
     rounds: int, precisions: tuple[Precision, ...], draws: int | None, of_each: bool,
 ) -> None:  # fmt: skip
     """Measure all sides, and print the results."""
@@ -210,16 +210,16 @@ def main(
     if draws is not None:
         with tempfile.TemporaryDirectory() as own:  # no earlier calibration, which may be on test photos
             os.environ["RETRIEVAL_TIP_CACHE"] = own
-            accuracy(model, pretrained, folder / SPLIT, draws)
+            accuracy(model, folder / SPLIT, draws)
         return
     if "int8" in precisions:
-        store_int8(model, pretrained, of_images(chosen(folder, CALIBRATED)))
-    backbones = {p: load_backbone(model, pretrained, device=device, precision=p) for p in precisions}
+        store_int8(model, of_images(chosen(folder, CALIBRATED)))
+    backbones = {p: load_backbone(model, device=device, precision=p) for p in precisions}
     whole, photos = next(iter(backbones.values())), chosen(folder, number)
     click.echo(f"{whole.identity} on {device}")
     held = {path: whole.preprocess(images.decode(read_item(path))) for path in photos}
     compare("photos in memory", photos, {name: alone(each, held) for name, each in backbones.items()}, rounds)
-    sides = {f"plain loop, batches of {batch}": plain(model, pretrained, device, batch) for batch in PLAIN_BATCHES}
+    sides = {f"plain loop, batches of {batch}": plain(model, device, batch) for batch in PLAIN_BATCHES}
     looped = next(iter(sides.values()))
     sides |= {f"ours, {name}": ours(backbone) for name, backbone in backbones.items()}
     compare("photos", photos, sides, rounds)

@@ -182,13 +182,12 @@ def print_published(table: str, title: str, why: str, facts: list[dict[str, str]
 @click.option("--root", type=click.Path(path_type=Path), default=SHARED / "data", show_default=True)
 @click.option("--work", type=click.Path(path_type=Path), default=Path("indexes/paper"), show_default=True)
 @click.option("--model", default=f"local-dir:{SHARED}/models/lit-mini", show_default=True)
-@click.option("--pretrained")
 @click.option("--dataset", "chosen", type=click.Choice(list(DATASETS)), multiple=True, help="[default: all available]")
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--shots", type=int, multiple=True, default=SHOTS, show_default=True)
 @click.option("--method", "methods", type=click.Choice(list(METHODS)), multiple=True, default=list(METHODS))
 @click.option("--protocol", type=click.Choice(["honest", "paper"]), default="honest", show_default=True)
-def main(root: Path, work: Path, model: str, pretrained: str | None, chosen: tuple[str, ...], **given: Any) -> None:
+def main(root: Path, work: Path, model: str, chosen: tuple[str, ...], **given: Any) -> None:
     """Run all rows that can be measured, and list the others."""
     facts = published()
     click.echo(machine("open_clip_torch"))
@@ -201,7 +200,7 @@ def main(root: Path, work: Path, model: str, pretrained: str | None, chosen: tup
     backbone = None
     for name in chosen or DATASETS:
         try:
-            backbone = backbone or load_backbone(model, pretrained)
+            backbone = backbone or load_backbone(model)
             measured[name] = dataset_rows(name, root, work, backbone, options)
             print_rows(name, str(backbone.identity), measured[name], [r for r in facts if r["dataset"] == name])
         except (OSError, RetrievalTipError, click.UsageError) as error:

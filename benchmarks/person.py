@@ -261,18 +261,16 @@ def run(truth: dict[str, str], photos: Path, index: Path, model: tuple[str, ...]
 @click.command(help=__doc__)
 @click.option("--photos", type=Path, default=SHARED / "data" / "caltech101", show_default=True)
 @click.option("--model", default="timm:tf_efficientnet_lite0", show_default=True)
-@click.option("--pretrained", help="File of the weights.")
 @click.option("--classes", default=17, show_default=True)
 @click.option("--number", default=500, show_default=True, help="Number of photos.")
 @click.option("--screens", default=12, show_default=True, help="Most screens to review.")
 @click.option("--by", type=click.Choice(WAYS), multiple=True, default=WAYS)
 @click.option("--seed", multiple=True, default=(0, 1, 2), show_default=True)
 def main(
-    photos: Path, model: str, pretrained: str | None, classes: int, number: int, screens: int, by: tuple[str, ...],
-    seed: tuple[int, ...],
-) -> None:  # fmt: skip
+    photos: Path, model: str, classes: int, number: int, screens: int, by: tuple[str, ...], seed: tuple[int, ...]
+) -> None:
     click.echo(machine())
-    options = ("--model", model, *(("--pretrained", pretrained) if pretrained else ()))
+    options = ("--model", model)
     for way in by:
         for draw in seed:
             with tempfile.TemporaryDirectory() as folder:

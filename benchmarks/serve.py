@@ -55,6 +55,7 @@ from made import Made, write_tables
 
 from retrieval_tip import EncodingCache, Index, Reader, build_index, load_backbone, open_source
 from retrieval_tip.backbones.base import unit
+from retrieval_tip.backbones.loading import load_again
 from retrieval_tip.data.reader import pixels_of
 from retrieval_tip.index import changes
 
@@ -96,7 +97,7 @@ def plain(folder: Path, what: str, device: str, port: int) -> None:
 
     else:
         assert cache.backbone is not None
-        backbone = load_backbone(cache.backbone.model, cache.backbone.pretrained, device=device, precision="float32")
+        backbone = load_again(cache.backbone, device=device, precision="float32")
 
         @app.post("/v1/classify")
         def classify_images(images: list[UploadFile]) -> dict[str, object]:

@@ -174,7 +174,7 @@ def main(index: Path, new: Path) -> None:
         copy = shutil.copytree(index, Path(folder) / index.name)
         new = shutil.copytree(new, Path(folder) / "new")  # browsers reject links
         facts = json.loads(max((copy / "manifests").iterdir()).read_text())["backbone"]
-        encoder = ["--model", facts["model"], "--pretrained", facts["pretrained"]]
+        encoder = ["--model", f"{facts['model']}@{facts['pretrained']}"]
         commands = (
             (label_page, ["label", str(new), "--out", str(Path(folder) / "labelled"), *encoder]),
             (pictures, ["serve", str(copy)]),

@@ -67,7 +67,6 @@ Checked: TypeAlias = Literal["check", "keep"]
 class ClassifierOptions(BuildOptions, total=False):
     """The keyword arguments of :meth:`Classifier.from_folder`."""
 
-    pretrained: str | None
     out: Place | None
     device: str
     precision: Precision
@@ -113,7 +112,7 @@ class OpenIndex:
         not the encoder of the index.
         """
         index = places.at(_place("place", place)).load(device=device)
-        given = None if model is None else given_backbone(model, None, device, precision)
+        given = None if model is None else given_backbone(model, device, precision)
         backbone = given or _own_backbone(index, device, precision)
         check_backbone(index.backbone, index.d, backbone, [])
         return cls(index, Reader(backbone, cache=EncodingCache.at(None)))
@@ -326,7 +325,6 @@ class Classifier(OpenIndex):
         photos: Place | Source,
         model: Model = None,
         *,
-        pretrained: str | None = None,
         out: Place | None = None,
         device: str = "auto",
         precision: Precision = "auto",
@@ -340,7 +338,6 @@ class Classifier(OpenIndex):
             photos: an open source, or the path of a folder, a table or a split file (see
                 :func:`sources.open_source`).
             model: the encoder (see :data:`loading.Model`).
-            pretrained: the tag or the file of the weights, if ``model`` is a name.
             out: the index folder to write. By default, the index is temporary until you call ``save``.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             precision: the precision of the encoder (see :func:`loading.load_backbone`).
@@ -352,7 +349,7 @@ class Classifier(OpenIndex):
         """
         planned(options)  # raises an error before anything is loaded
         source = photos if isinstance(photos, Source) else open_source(_place("photos", photos))
-        backbone = given_backbone(model, pretrained, device, precision)
+        backbone = given_backbone(model, device, precision)
         reader = Reader(backbone, seed=seed, cache=EncodingCache.at(None))
         temporary, place = _new_place(out)
         made = cls(build_index(source, place, replace(reader, views=views), device=device, **options), reader)

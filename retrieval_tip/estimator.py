@@ -269,20 +269,18 @@ class ImageEncoder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # sc
 
     Args:
         model: the encoder, as for :func:`loading.given_backbone`.
-        pretrained: the tag or the file of the weights, if ``model`` is a name.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
     """
 
     model: Model = None
-    pretrained: str | None = None
     device: str = "auto"
 
     def __sklearn_clone__(self) -> Self:
-        return type(self)(self.model, self.pretrained, self.device)  # the same backbone, since a copy may be large
+        return type(self)(self.model, self.device)  # the same backbone, since a copy may be large
 
     def fit(self, X: object, y: object = None) -> Self:
         """Load the backbone. If you do not call this method, the first call of :meth:`transform` does."""
-        self.backbone_ = given_backbone(self.model, self.pretrained, self.device)
+        self.backbone_ = given_backbone(self.model, self.device)
         return self
 
     def transform(self, X: Picture | Iterable[Picture]) -> FloatArray:

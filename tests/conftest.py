@@ -233,7 +233,7 @@ def demo_photos():
     work.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(work / "lock"):  # several processes may fetch them
-            demo.lay_out(work, "debian", None, demo.Backbone())
+            demo.lay_out(work, "debian", None, None)
     except (SystemExit, subprocess.SubprocessError):
         pytest.skip("SKIPPED: the demo's photos cannot be fetched here (apt-get download, pip download)")
     return work

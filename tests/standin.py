@@ -44,14 +44,14 @@ def create(place):
     work = place.with_name("docs")  # shared with the examples of the docs
     work.mkdir(parents=True, exist_ok=True)
     try:
-        stamps, backbone = demo.stamps(work), demo.weights(work)
+        stamps, encoder = demo.stamps(work), demo.weights(work)
     except (demo.CannotBeHadError, OSError):
         return None
     with tempfile.TemporaryDirectory(dir=place.parent) as folder:
         made = Path(folder) / "made"
         write_photos(stamps, made / "data/caltech101")
         write_features(made / "data/clip-food9")
-        write_encoder(Path(str(backbone.pretrained)), made / "models/lit-mini")
+        write_encoder(Path(encoder.partition("@")[2]), made / "models/lit-mini")
         shutil.move(made, place)
     return place
 

@@ -87,7 +87,7 @@ def test_a_checkpoint_of_a_tag_gets_its_preprocessing_and_activation(tmp_path, m
     file.write_bytes(b"")
     for pretrained, path in ((f"openai={file}", str(file)), ("openai", "openai")):
         with pytest.raises(BackboneError):
-            load_backbone("RN50", pretrained, device="cpu")
+            load_backbone(f"RN50@{pretrained}", device="cpu")
         assert wanted["pretrained"] == path
         assert wanted["force_quick_gelu"] is True
         assert wanted["image_interpolation"] == "bicubic"
@@ -100,33 +100,33 @@ def test_a_checkpoint_without_a_tag_loads_with_a_warning(tmp_path, caplog):
     config = open_clip.get_model_config("ViT-S-32-alt")  # a small one
     file = tmp_path / "small.pt"
     torch.save(open_clip.CLIP(**config).state_dict(), file)
-    model = load_backbone("ViT-S-32-alt", str(file), device="cpu")
+    model = load_backbone(f"ViT-S-32-alt@{file}", device="cpu")
     assert "no tag given" in caplog.text
     assert model.identity.pretrained == str(file)
     assert model.encode_texts(["a cat", "a dog"]).shape == (2, 256)
 
 
 @pytest.mark.parametrize(
-    ("model", "pretrained", "kind", "words"),
+    ("model", "kind", "words"),
     [
-        ("RN50x", "openai", UsageError, ["RN50x", "RN50x4"]),
-        ("RN50", "nonsense", UsageError, ["nonsense", "openai"]),
-        ("ViT-B-32", None, BackboneError, ["laion/CLIP-ViT-B-32-DataComp", "--pretrained datacomp_xl"]),
-        ("ViT-S-32", None, UsageError, ["--pretrained FILE"]),
-        ("RN5O", None, UsageError, ["RN50"]),
-        ("timm:dinov2_small", None, UsageError, ["timm:vit_small_patch14_dinov2"]),
-        ("timm:tf_efficientnet_lite0.nonsense", None, UsageError, ["nonsense", "in1k"]),
-        ("timm:tf_efficientnet_lite0", None, BackboneError, ["tf_efficientnet_lite0.in1k", "--pretrained FILE"]),
-        ("timm:tf_efficientnet_lite0", "/no/file", BackboneError, ["/no/file"]),
-        ("RN50", "openai=/no/such/file", BackboneError, ["/no/such/file", "RN50/openai"]),
-        ("RN50", "openai", BackboneError, ["timm/resnet50_clip.openai", "--pretrained openai=FILE"]),
-        ("hf-hub:some/repository", None, BackboneError, ["some/repository", "local-dir:"]),
-        ("local-dir:/no/such/folder", None, BackboneError, ["/no/such/folder"]),
+        ("RN50x@openai", UsageError, ["RN50x", "RN50x4"]),
+        ("RN50@nonsense", UsageError, ["nonsense", "openai"]),
+        ("ViT-B-32", BackboneError, ["laion/CLIP-ViT-B-32-DataComp", "--model ViT-B-32@datacomp_xl"]),
+        ("ViT-S-32", UsageError, ["--model ViT-S-32@FILE"]),
+        ("RN5O", UsageError, ["RN50"]),
+        ("timm:dinov2_small", UsageError, ["timm:vit_small_patch14_dinov2"]),
+        ("timm:tf_efficientnet_lite0.nonsense", UsageError, ["nonsense", "in1k"]),
+        ("timm:tf_efficientnet_lite0", BackboneError, ["tf_efficientnet_lite0.in1k", "@FILE"]),
+        ("timm:tf_efficientnet_lite0@/no/file", BackboneError, ["/no/file"]),
+        ("RN50@openai=/no/such/file", BackboneError, ["/no/such/file", "RN50/openai"]),
+        ("RN50@openai", BackboneError, ["timm/resnet50_clip.openai", "--model RN50@openai=FILE"]),
+        ("hf-hub:some/repository", BackboneError, ["some/repository", "local-dir:"]),
+        ("local-dir:/no/such/folder", BackboneError, ["/no/such/folder"]),
     ],
 )
-def test_a_loading_error_names_the_model_and_a_remedy(model, pretrained, kind, words):
+def test_a_loading_error_names_the_model_and_a_remedy(model, kind, words):
     with pytest.raises(kind) as error:
-        load_backbone(model, pretrained, device="cpu")
+        load_backbone(model, device="cpu")
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
@@ -152,13 +152,13 @@ def test_damaged_model_folders_are_named(tmp_path):
 def test_damaged_weights_and_code_are_refused_without_advice_to_run_them(data, tmp_path):
     folder, file = tiny(tmp_path / "model"), tmp_path / "weights.bin"
     (folder / "open_clip_model.safetensors").unlink()
-    for place, *model in (
+    for place, model in (
         (folder / "open_clip_pytorch_model.bin", f"local-dir:{folder}"),
-        (file, "timm:test_vit", file),
+        (file, f"timm:test_vit@{file}"),
     ):
         place.write_bytes(data)
         with pytest.raises(BackboneError, match="damaged, or contains code, which is never run") as error:
-            load_backbone(*map(str, model), device="cpu")
+            load_backbone(model, device="cpu")
         assert "weights_only" not in str(error.value)
 
 
@@ -221,9 +221,9 @@ def test_loading_a_model_quietly_keeps_messages_of_other_threads(caplog):
 def test_devices_and_precisions_are_checked():
     for device in ("gpu", "cuda:x", "cuda:99", *(() if torch.cuda.is_available() else ("cuda",))):
         with pytest.raises(UsageError, match="device"):
-            load_backbone("RN50", "openai", device=device)
+            load_backbone("RN50@openai", device=device)
     with pytest.raises(UsageError, match="precision"):
-        load_backbone("RN50", "openai", device="cpu", precision="int4")
+        load_backbone("RN50@openai", device="cpu", precision="int4")
 
 
 def test_autocast_features_are_close_to_float32(tmp_path):
@@ -286,7 +286,7 @@ def test_an_image_encoder_gives_the_same_features_as_plain_timm(image_weights, t
     from timm.data import create_transform, resolve_model_data_config
 
     file, model = image_weights
-    ours = load_backbone("timm:tf_efficientnet_lite0", str(file), device="cpu")
+    ours = load_backbone(f"timm:tf_efficientnet_lite0@{file}", device="cpu")
     view = create_transform(**resolve_model_data_config(model))(picture())
     torch.testing.assert_close(ours.preprocess(picture()), view)
     with torch.inference_mode():
@@ -295,23 +295,23 @@ def test_an_image_encoder_gives_the_same_features_as_plain_timm(image_weights, t
     assert (ours.dim, ours.has_text) == (1280, False)
     own = tmp_path / "own.safetensors"
     save_file(model.state_dict(), own)  # with timm's names, the order of the tensors does not matter
-    again = load_backbone("timm:tf_efficientnet_lite0", f"in1k={own}", device="cpu")
+    again = load_backbone(f"timm:tf_efficientnet_lite0@in1k={own}", device="cpu")
     assert again.identity.fingerprint == ours.identity.fingerprint
     assert (again.identity.model, again.identity.pretrained) == ("timm:tf_efficientnet_lite0.in1k", str(own))
 
 
 def test_an_image_encoder_refuses_text(image_weights):
-    model = load_backbone("timm:tf_efficientnet_lite0", str(image_weights[0]), device="cpu")
+    model = load_backbone(f"timm:tf_efficientnet_lite0@{image_weights[0]}", device="cpu")
     with pytest.raises(UsageError, match=r"timm:tf_efficientnet_lite0.*no text encoder"):
         model.encode_texts(["a cat"])
 
 
 def test_weights_of_another_model_are_refused(image_weights, tmp_path):
     with pytest.raises(BackboneError, match=r"lite0\.pth: not weights of timm:resnet18: tensor 'conv1"):
-        load_backbone("timm:resnet18", str(image_weights[0]), device="cpu")
+        load_backbone(f"timm:resnet18@{image_weights[0]}", device="cpu")
     (tmp_path / "text.pth").write_text("none")
     with pytest.raises(BackboneError, match=r"text\.pth: cannot be read"):
-        load_backbone("timm:resnet18", str(tmp_path / "text.pth"), device="cpu")
+        load_backbone(f"timm:resnet18@{tmp_path / 'text.pth'}", device="cpu")
 
 
 def test_a_model_in_memory_gives_the_same_backbone_and_is_pickled_with_its_weights(tmp_path):
@@ -339,7 +339,7 @@ def carried(model):
 
 def test_a_pickled_backbone_opens_its_model_again_on_first_use(image_weights, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(image_weights[0].parent)
-    model = load_backbone("timm:tf_efficientnet_lite0", "lite0.pth", device="cpu")
+    model = load_backbone("timm:tf_efficientnet_lite0@lite0.pth", device="cpu")
     data = pickle.dumps(model)
     assert len(data) < 10_000
     monkeypatch.chdir(tiny_folder.parent)

@@ -73,8 +73,8 @@ def test_search_finds_models_by_a_part_of_their_name(online, monkeypatch):
     assert "ViT-B-32" in found
     assert "xlm-roberta-base-ViT-B-32" in found
     model = found["ViT-B-32"]
-    assert model.pretrained[0] == "datacomp_xl_s13b_b90k"
-    assert set(model.pretrained) == set(open_clip.list_pretrained_tags_by_model("ViT-B-32"))
+    assert model.weights[0] == "datacomp_xl_s13b_b90k"
+    assert set(model.weights) == set(open_clip.list_pretrained_tags_by_model("ViT-B-32"))
     with torch.device("meta"):
         made = open_clip.CLIP(**open_clip.get_model_config("ViT-B-32"))
     parameters = sum(parameter.numel() for parameter in made.parameters())
@@ -158,9 +158,9 @@ def test_without_a_network_the_error_names_models_that_work_offline(run, online,
         failed = run(*command)
     assert failed.exit_code == 1
     assert "ViT-B-32 (605 MB)" in failed.stderr
-    assert "--pretrained datacomp_xl_s13b_b90k=FILE" in failed.stderr
-    offline = re.search(r"or --model (\S+) --pretrained (\S+) \(on this machine\)", failed.stderr)
-    assert load_backbone(*offline.groups(), device="cpu").dim == 1280
+    assert "--model ViT-B-32@datacomp_xl_s13b_b90k=FILE" in failed.stderr
+    offline = re.search(r"or --model (\S+) \(on this machine\)", failed.stderr)
+    assert load_backbone(offline[1], device="cpu").dim == 1280
     cached = online / "models--timm--tf_efficientnet_lite0.in1k"
     (cached / "snapshots/abc").mkdir(parents=True)
     (cached / "snapshots/abc/model.safetensors").touch()
@@ -173,6 +173,6 @@ def test_without_a_network_the_error_names_models_that_work_offline(run, online,
         folder.mkdir(parents=True)
         (folder / "model.safetensors").touch()
     assert list(catalogue.cached()) == [
-        ("timm:tf_efficientnet_lite0.in1k", None), ("RN50", "openai"), ("timm:resnet18.a1_in1k", None),
-        ("timm:tf_efficientnet_lite0", "efficientnet-lite0.pth"),
+        "timm:tf_efficientnet_lite0.in1k", "RN50@openai", "timm:resnet18.a1_in1k",
+        "timm:tf_efficientnet_lite0@efficientnet-lite0.pth",
     ]  # fmt: skip

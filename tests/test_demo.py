@@ -56,7 +56,7 @@ def test_your_own_photos_are_all_used_with_the_same_split_each_time(tmp_path):
     (folder / "class 0/0.png").rename(folder / "class 0/deeper/0.png")
     drawn = []
     for _ in range(2):
-        demo.lay_out(tmp_path / "work", "auto", folder, demo.Backbone("some-model"))
+        demo.lay_out(tmp_path / "work", "auto", folder, "some-model")
         drawn.append([open_source(tmp_path / "work" / table) for table in demo.OWN])
     shots, new = drawn[0]
     assert [source.items for source in drawn[1]] == [shots.items, new.items]
@@ -64,7 +64,7 @@ def test_your_own_photos_are_all_used_with_the_same_split_each_time(tmp_path):
     assert Counter(new.labels) == {f"class {i}": 2 for i in range(3)}
     assert {Path(path) for path in shots.paths + new.paths} == set(folder.rglob("*.png"))
     with pytest.raises(SystemExit, match="no class has two"):
-        demo.lay_out(tmp_path / "work", "auto", make_photos(tmp_path / "few", number=1), demo.Backbone("some-model"))
+        demo.lay_out(tmp_path / "work", "auto", make_photos(tmp_path / "few", number=1), "some-model")
 
 
 def test_the_demo_never_replaces_foreign_photos(tmp_path):
@@ -73,7 +73,7 @@ def test_the_demo_never_replaces_foreign_photos(tmp_path):
     with pytest.raises(SystemExit, match="not from a demo"):
         demo.split(tmp_path / "work", {})
     with pytest.raises(SystemExit, match="not from a demo"):
-        demo.lay_out(tmp_path / "work", "auto", make_photos(tmp_path / "own"), demo.Backbone("some-model"))
+        demo.lay_out(tmp_path / "work", "auto", make_photos(tmp_path / "own"), "some-model")
     assert len(list((tmp_path / "work/photos").glob("*/*"))) == 24
     assert (tmp_path / "work/photos.csv").read_text() == "mine"
 
@@ -88,7 +88,7 @@ def test_the_demo_and_its_next_commands_run_on_your_own_photos(run, tmp_path, mo
     monkeypatch.setenv("PATH", "/usr/local/bin:/usr/bin:/bin")  # no environment is active
     monkeypatch.setenv("MAKELEVEL", "1")
     options = ["--work", "work", "--out", "indexes/demo", "--photos", "own"]
-    options += ["--model", demo.LITE0, "--pretrained", "weights.pth"]
+    options += ["--model", f"{demo.LITE0}@weights.pth"]
     taught = tmp_path / "indexes/demo/taught"
     taught.parent.mkdir(parents=True)
     taught.touch()

@@ -20,7 +20,7 @@ from tables import tiny, unit, unit_rows, write_table
 from retrieval_tip import Index, Reader, build_index, load_backbone, open_source, tip
 from retrieval_tip.backbones.base import Identity, Part, side_by_side
 from retrieval_tip.backbones.joined import Joined
-from retrieval_tip.backbones.loading import split_names
+from retrieval_tip.backbones.loading import split_names, split_weights
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.sources import read_item
 from retrieval_tip.errors import BackboneError, InputError, UsageError
@@ -274,12 +274,19 @@ def test_names_join_encoders_and_their_weights(tmp_path):
     assert split_names("ViT-B-32@openai+timm:resnet18") == ["ViT-B-32@openai", "timm:resnet18"]
     plus = tiny(tmp_path / "a+b")
     assert split_names(f"local-dir:{plus}") == [f"local-dir:{plus}"]
-    other = tiny(tmp_path / "c", seed=1)
+    tiny(tmp_path / "c", seed=1)
     backbone = load_backbone(f"local-dir:{tmp_path / 'c'}", device="cpu")
     with pytest.raises(UsageError, match="names an encoder twice"):
         Joined([backbone, backbone])
-    with pytest.raises(UsageError, match="write it after @"):
-        load_backbone(f"local-dir:{other}+local-dir:{other}", "openai")
+    at = tiny(tmp_path / "d@e") / "f+g.pt"
+    assert (split_weights(f"local-dir:{at.parent}"), split_weights("a@b@c")) == (
+        (f"local-dir:{at.parent}", None),
+        ("a", "b@c"),
+    )
+    at.touch()
+    for name in (f"timm:resnet18@{at}", f"ViT-B-32@openai={at}"):
+        assert split_names(name) == [name]
+        assert split_weights(name)[1] == name.partition("@")[2]
 
 
 def test_everything_that_takes_an_encoder_takes_two(photos, tmp_path, run, monkeypatch):

@@ -36,9 +36,7 @@ RUN = [page for page in PAGES if blocks(page)]
 WITH_LIT_MINI = [page for page in RUN if any("../shared" in (options or "") for _, _, options in blocks(page))]
 
 
-BUILD = (
-    f"retrieval-tip index build photos --model {demo.LITE0} --pretrained efficientnet-lite0.pth --out indexes/things"
-)
+BUILD = f"retrieval-tip index build photos --model {demo.LITE0}@efficientnet-lite0.pth --out indexes/things"
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +122,7 @@ def test_enough_pages_are_run():
 
 SCRIPTS = {  # what each is run with, on the demo's photos and encoder
     "stamps.sh": "--out indexes/things",
-    "tip-adapter.sh": f"photos --model {demo.LITE0} --pretrained efficientnet-lite0.pth --shots 4 --views 2 "
-    "--out indexes/things",
+    "tip-adapter.sh": f"photos --model {demo.LITE0}@efficientnet-lite0.pth --shots 4 --views 2 --out indexes/things",
 }
 
 

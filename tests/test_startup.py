@@ -21,6 +21,7 @@ from retrieval_tip import Index
 from retrieval_tip import model as index_model
 from retrieval_tip.backbones import known
 from retrieval_tip.backbones import open_clip as backbone
+from retrieval_tip.backbones.base import spelled
 from retrieval_tip.backbones.loading import load_again, load_backbone
 from retrieval_tip.errors import BackboneError, StoreError
 from retrieval_tip.index import changes
@@ -217,12 +218,12 @@ def loaded(request, tmp_path, monkeypatch):
         file.write_text("abc")
         for revision in ("abc", "abd"):
             shutil.copytree(tmp_path / "model", file.parents[1] / "snapshots" / revision)
-    return names, file, load_backbone(*names, device="cpu", lazy=True)
+    return names, file, load_backbone(spelled(*names), device="cpu", lazy=True)
 
 
 def test_a_model_is_remembered_until_one_of_its_files_changes(loaded, tmp_path):
     names, file, model = loaded
-    lazy = load_backbone(*names, device="cpu", lazy=True)
+    lazy = load_backbone(spelled(*names), device="cpu", lazy=True)
     for name in ("identity", "dim", "has_text", "logit_scale", "precision", "batch_size", "text_key"):
         assert getattr(lazy, name) == getattr(model, name)
     assert lazy._opened is None
@@ -233,7 +234,7 @@ def test_a_model_is_remembered_until_one_of_its_files_changes(loaded, tmp_path):
     os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns))
     assert known.recall(*names) is None
     file.write_bytes(data)
-    model = load_backbone(*names, device="cpu", lazy=True)
+    model = load_backbone(spelled(*names), device="cpu", lazy=True)
     assert known.recall(*names)[1] == model.known
     if file.name.endswith(".json"):
         (file.parent / "added").touch()

@@ -126,8 +126,8 @@ def test_a_model_without_two_towers_is_refused(tmp_path, folder):
     save_file(dict(list(state.items())[1:]), place / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(BackboneError, match="is missing in its weights"):
         load_backbone(f"hf:{place}", device="cpu")
-    with pytest.raises(UsageError, match="omit --pretrained"):
-        load_backbone(f"hf:{folder}", "openai", device="cpu")
+    with pytest.raises(UsageError, match="omit @openai"):
+        load_backbone(f"hf:{folder}@openai", device="cpu")
 
 
 def test_errors_explain_how_to_name_a_model():

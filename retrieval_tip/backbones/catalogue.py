@@ -128,7 +128,7 @@ class Named:
     """A row in the list of backbones."""
 
     model: str
-    pretrained: list[str]  # tags, starting with the recommended one
+    weights: list[str]  # tags, starting with the recommended one
     bytes: int | None  # size of the weights in float32
     licence: str | None  # of the recommended weights, if it is known
     words: bool  # whether the backbone has a text tower
@@ -292,17 +292,15 @@ def _load_error(model: str, error: Exception, way_out: str, file: str | None) ->
         return BackboneError(f"Could not load {model}: {_reason_of(error)}. Pass {way_out}.")
     size = _bytes(model) if has(model) or model.startswith("timm:") else None
     sized = f" ({amount(size)})" if size else ""
-    offline = "--model timm:NAME --pretrained FILE"
-    if here := next(cached(), None):
-        weights = f" --pretrained {shlex.quote(here[1])}" if here[1] else ""
-        offline = f"--model {here[0]}{weights} (on this machine)"
+    here = next(cached(), None)
+    offline = f"{shlex.quote(here)} (on this machine)" if here else "timm:NAME@FILE"
     return BackboneError(
-        f"Could not download {model}{sized}: {_reason_of(error)}. Offline? Pass {way_out}, or {offline}."
+        f"Could not download {model}{sized}: {_reason_of(error)}. Offline? Pass {way_out}, or --model {offline}."
     )
 
 
-def cached() -> Iterator[tuple[str, str | None]]:
-    """Yield the models whose weights are on this machine, and their tags or weight files. Recommended models are first.
+def cached() -> Iterator[str]:
+    """Yield the names of the models whose weights are on this machine, with their tags. Recommended models are first.
 
     Models of open_clip and timm are found in the cache of the hub.
     """
@@ -316,9 +314,9 @@ def cached() -> Iterator[tuple[str, str | None]]:
         repository = _repository(name, tag)
         if repository not in seen and has_weights(repository):
             seen.add(repository)
-            yield name, tag
+            yield f"{name}@{tag}" if tag else name
     if file := next((file for file in DEMO if file.is_file()), None):
-        yield "timm:tf_efficientnet_lite0", str(file)
+        yield f"timm:tf_efficientnet_lite0@{file}"
 
 
 def _repository(name: str, tag: str | None) -> str:

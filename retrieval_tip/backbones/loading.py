@@ -25,12 +25,7 @@ A list, or names joined by ``+``, stands for several encoders (see :mod:`joined`
 
 
 def load_backbone(
-    model: str | None = None,
-    pretrained: str | None = None,
-    *,
-    device: str = "auto",
-    precision: Precision = "auto",
-    lazy: bool = False,
+    model: str | None = None, *, device: str = "auto", precision: Precision = "auto", lazy: bool = False
 ) -> TorchBackbone | Joined:
     """Load a backbone by its name, in evaluation mode.
 
@@ -39,11 +34,10 @@ def load_backbone(
             folder that contains ``open_clip_config.json`` and weights), or ``hf-hub:ORG/REPO`` (a repository in the
             same format). ``hf:ORG/REPO`` and ``hf:PATH`` are CLIP or SigLIP models in the format of transformers.
             ``timm:NAME`` is an image encoder that does not encode text. You can also give a short name from
-            :data:`catalogue.SHORT`. Join several encoders with ``+``, and write their weights after ``@``, as in
-            ``ViT-B-32@openai+timm:resnet18``. Defaults to :data:`catalogue.DEFAULT`.
-        pretrained: A tag (such as ``openai`` or ``laion2b_s34b_b79k``), a checkpoint file, or ``TAG=FILE`` for a local
-            copy of a tag's weights, in which case the preprocessing and the activation of the tag are used. Defaults to
-            :func:`catalogue.recommended`.
+            :data:`catalogue.SHORT`. Defaults to :data:`catalogue.DEFAULT`. The weights follow ``@``: a tag (such as
+            ``openai``), a checkpoint file, or ``TAG=FILE`` for a local copy of a tag's weights, in which case the
+            preprocessing and the activation of the tag are used. They default to :func:`catalogue.recommended`.
+            Join several encoders with ``+``, as in ``ViT-B-32@openai+timm:resnet18``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         precision: ``float32``, or ``float16`` or ``bfloat16`` for autocast. ``auto`` uses float32 on a CPU and float16
             on a GPU. ``int8`` uses the tower that :meth:`Reader.store_int8` has stored on this machine.
@@ -56,17 +50,12 @@ def load_backbone(
         BackboneError: if the model requires custom Python code, which is never executed.
         BackboneError: if the precision is int8, but no int8 tower of this encoder is stored.
     """
-    several = split_names(model)
-    if len(several) > 1:
-        if pretrained is not None:
-            raise UsageError(f"pretrained {pretrained!r}: write it after @ in the name of its encoder, as in MODEL@TAG")
-        load = partial(load_backbone, device=device, precision=precision, lazy=lazy)
-        return Joined([load(name or "") for name in several])
-    if model is not None and "@" in model and not _is_there(model):
-        if pretrained is not None:
-            raise UsageError(f"pretrained {pretrained!r}: {model} already names its weights; remove one of them")
-        model, _, pretrained = model.partition("@")
-    given = expanded(model, pretrained)
+    parts = [_load(*split_weights(name), device, precision, lazy=lazy) for name in split_names(model)]
+    return Joined(parts) if len(parts) > 1 else parts[0]
+
+
+def _load(model: str | None, weights: str | None, device: str, precision: Precision, *, lazy: bool) -> TorchBackbone:
+    given = expanded(model, weights)
     how = resolve_execution(device, precision)
     if lazy and (recalled := known.recall(*given)) is not None:
         return _of(*recalled[0], *how, recalled[1])
@@ -79,8 +68,18 @@ def load_backbone(
 
 
 def split_names(model: str | None) -> list[str | None]:
-    """Split names that are joined by ``+``. A folder may have a ``+`` in its name."""
-    return [model] if model is None or _is_there(model) else [*model.split("+")]
+    """Split names that are joined by ``+``. A folder or a file of weights may have a ``+`` in its name."""
+    if model is None or _is_there(model) or Path(model.partition("@")[2].rpartition("=")[2]).is_file():
+        return [model]
+    return [*model.split("+")]
+
+
+def split_weights(model: str | None) -> tuple[str | None, str | None]:
+    """Split ``MODEL@WEIGHTS``. A folder may have an ``@`` in its name."""
+    if model is None or _is_there(model):
+        return model, None
+    name, _, weights = model.partition("@")
+    return name, weights or None
 
 
 def _is_there(model: str) -> bool:
@@ -92,22 +91,19 @@ def load_again(identity: Identity, *, device: str = "auto", precision: Precision
 
     If its weights were replaced, its identity differs.
     """
-    load = partial(load_again, device=device, precision=precision)
-    if identity.parts:
-        return Joined([load(part) for part in identity.parts])
-    return load_backbone(identity.model, identity.pretrained, device=device, precision=precision, lazy=True)
+    own = identity.parts or (identity,)
+    parts = [_load(one.model, one.pretrained, device, precision, lazy=True) for one in own]
+    return Joined(parts) if identity.parts else parts[0]
 
 
-def given_backbone(
-    model: Model, pretrained: str | None = None, device: str = "auto", precision: Precision = "auto"
-) -> Backbone:
+def given_backbone(model: Model, device: str = "auto", precision: Precision = "auto") -> Backbone:
     """Return the backbone that a user names or passes. Raises UsageError if ``model`` is neither."""
     if model is None or isinstance(model, str):
-        return load_backbone(model, pretrained, device=device, precision=precision, lazy=True)
+        return load_backbone(model, device=device, precision=precision, lazy=True)
     if isinstance(model, list):
-        if pretrained is not None or not model:
-            raise UsageError("model: a list needs at least one encoder; write its weights as MODEL@TAG")
-        parts = [given_backbone(one, None, device, precision) for one in model]
+        if not model:
+            raise UsageError("model: a list needs at least one encoder")
+        parts = [given_backbone(one, device, precision) for one in model]
         return Joined(parts) if len(parts) > 1 else parts[0]
     if isinstance(model, tuple):
         if len(model) != 3:
@@ -121,7 +117,7 @@ def given_backbone(
 
 def _of(name: str, tag: str | None, device: str, precision: Precision, found: Known | None = None) -> TorchBackbone:
     if name.startswith("hf:") and tag is not None:
-        raise UsageError(f"pretrained {tag!r}: {name} has its own weights; omit --pretrained")
+        raise UsageError(f"model {name}@{tag}: has its own weights; omit @{tag}")
     with ExitStack() as restored:
         if gc.isenabled():
             gc.disable()  # garbage collection took a third of the loading time
@@ -134,12 +130,12 @@ def _of(name: str, tag: str | None, device: str, precision: Precision, found: Kn
         return TorchBackbone(open_model, device, precision, found)
 
 
-def _from_anywhere(model: str, pretrained: str | None) -> tuple[str, str | None]:
+def _from_anywhere(model: str, weights: str | None) -> tuple[str, str | None]:
     """Make paths in the names absolute, so that a pickle with these names can be loaded in any folder."""
     scheme, _, folder = model.partition(":")
     if scheme in ("local-dir", "hf") and Path(folder).is_dir():
         model = f"{scheme}:{Path(folder).resolve()}"
-    tag, sign, file = (pretrained or "").rpartition("=")
+    tag, sign, file = (weights or "").rpartition("=")
     if "." in file and Path(file).is_file():  # tags have no dots
-        pretrained = f"{tag}{sign}{Path(file).absolute()}"
-    return model, pretrained
+        weights = f"{tag}{sign}{Path(file).absolute()}"
+    return model, weights

@@ -71,7 +71,7 @@ def _plan(model: str, pretrained: str | None) -> _Plan:
     tags = open_clip.list_pretrained_tags_by_model(model)
     pretrained = pretrained or catalogue.recommended(model)
     if pretrained is None:
-        raise UsageError(f"model {model!r}: there are no published weights; give --pretrained FILE")
+        raise UsageError(f"model {model!r}: there are no published weights; give --model {model}@FILE")
     tag, _, checkpoint = pretrained.rpartition("=")
     facts = open_clip.get_pretrained_cfg(model, tag or pretrained)
     if tag and facts:
@@ -84,15 +84,14 @@ def _plan(model: str, pretrained: str | None) -> _Plan:
         wanted = place if repository else facts["url"]
         return _Plan(model, pretrained, None, _tag_arguments(facts), wanted, repository or None)
     if Path(pretrained).is_file():
-        known = (
-            f"if these weights belong to a tag, give --pretrained TAG={pretrained} (tags: {', '.join(tags) or 'none'})"
-        )
+        tagged = f"--model {model}@TAG={pretrained} (tags: {', '.join(tags) or 'none'})"
         log.warning(
-            "%s: no tag given, so using open_clip's default preprocessing and activation; %s", pretrained, known
-        )
+            "%s: no tag given, so using open_clip's default preprocessing and activation; "
+            "if these weights belong to a tag, give %s", pretrained, tagged,
+        )  # fmt: skip
         return _Plan(model, str(Path(pretrained).resolve()), pretrained, {}, pretrained)
     raise UsageError(
-        f"pretrained {pretrained!r}: neither a checkpoint file nor a tag of {model}; its tags: {', '.join(tags)}"
+        f"model {model}@{pretrained}: neither a checkpoint file nor a tag of {model}; its tags: {', '.join(tags)}"
     )
 
 
@@ -120,7 +119,8 @@ def open_model(model: str, pretrained: str | None, device: torch.device) -> Open
 
 
 def _opening(plan: _Plan, repository: str | None = None) -> AbstractContextManager[None]:
-    option = "--model local-dir:FOLDER" if plan.model.startswith("hf-hub:") else f"--pretrained {plan.pretrained}=FILE"
+    hub = plan.model.startswith("hf-hub:")
+    option = f"--model {'local-dir:FOLDER' if hub else f'{plan.model}@{plan.pretrained}=FILE'}"
     file = plan.wanted if plan.checkpoint or plan.model.startswith("local-dir:") else None
     return catalogue.opening(plan.model, repository, f"{option} (a copy of {plan.wanted})", file)
 

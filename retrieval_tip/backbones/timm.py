@@ -28,7 +28,7 @@ def open_model(name: str, pretrained: str | None, device: torch.device) -> Opene
     name = f"{architecture}.{tag}" if tag else architecture
     config = timm.get_pretrained_cfg(name)
     repository = "" if file is not None or config is None else config.hf_hub_id
-    with opening(f"timm:{name}", repository, "--pretrained FILE (a copy of its weights)"):
+    with opening(f"timm:{name}", repository, f"--model timm:{name}@FILE (a copy of its weights)"):
         files = Files.of(file) if file else Files.of(*downloaded(repository)) if repository else None
         tower = timm.create_model(name, pretrained=file is None, num_classes=0)
     if file is not None:
@@ -65,7 +65,7 @@ def _plan(name: str, pretrained: str | None) -> tuple[str, str | None, Path | No
         raise UsageError(f"model 'timm:{name}': unknown tag {tag!r}; its tags: {', '.join(tags) or 'none'}")
     if not tag and file is None:
         if not tags:
-            raise UsageError(f"model 'timm:{name}': there are no published weights; give --pretrained FILE")
+            raise UsageError(f"model 'timm:{name}': there are no published weights; give --model timm:{name}@FILE")
         config = timm.get_pretrained_cfg(architecture)
         tag = config.tag if config is not None and config.tag in tags else tags[0]
     return architecture, tag or None, file

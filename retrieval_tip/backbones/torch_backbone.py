@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 
 from retrieval_tip.backbones import tower
-from retrieval_tip.backbones.base import FloatArray, Identity, present, same_backbone, view_size
+from retrieval_tip.backbones.base import FloatArray, Identity, present, same_backbone, spelled, view_size
 from retrieval_tip.backbones.known import Files, Known
 from retrieval_tip.errors import BackboneError, UsageError
 from retrieval_tip.settings import Precision
@@ -202,9 +202,8 @@ class TorchBackbone:
         if self._compiles and self._tower is None:
             self._tower = tower.kept(self.identity, self.precision)
             if self._tower is None and self.precision == "int8":
-                model, weights = self.identity.model, self.identity.pretrained
-                given = shlex.join(("--model", model, *(() if weights is None else ("--pretrained", weights))))
-                run = f"retrieval-tip models --int8 PHOTOS {given}"
+                given = shlex.quote(spelled(self.identity.model, self.identity.pretrained))
+                run = f"retrieval-tip models --int8 PHOTOS --model {given}"
                 raise BackboneError(f"precision int8: not stored for this encoder; run {run}")
             if self._tower is None and number > 1:  # for one image, conversion takes longer than it saves
                 self._tower = tower.converted(self._model, self.identity, self.size, self.precision)

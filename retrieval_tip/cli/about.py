@@ -15,7 +15,7 @@ from retrieval_tip.cli import kinds, options
 from retrieval_tip.cli.group import argument, command, flag, option
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import FAILED, about, finish, print_result, quiet, say, warn
-from retrieval_tip.cli.opening import loader, reader_for, reader_of, source_of
+from retrieval_tip.cli.opening import reader_for, reader_of, source_of
 from retrieval_tip.cli.options import ComparedOptions, OutputOptions, SourceOptions, ViewOptions
 from retrieval_tip.errors import Skipped, UsageError, amount, counted, show
 
@@ -37,8 +37,8 @@ def models_command(
     WORD is any part of a name, for example dinov2, ViT-B/32 or siglip. If you omit it, only a few recommended encoders
     are listed. The column licence shows the licence of the weights, if it is known, and the column words whether the
     encoder has a text tower; an encoder that has none can only compare images. The column cached shows whether its
-    weights are already on this machine. The column pretrained lists the available weights, starting with the
-    recommended ones.
+    weights are already on this machine. The column weights lists what can follow @ in --model, starting with the
+    recommended weights.
 
     With --try, the encoders on this machine and each --model are fitted to labelled photos. The accuracy is estimated
     by cross-validation; low and high are the ends of its 95 % confidence interval. Pairs of the most accurate encoders
@@ -67,8 +67,8 @@ def _list_encoders(word: str, printing: OutputOptions) -> None:
     from retrieval_tip.backbones.catalogue import search
 
     sizes = [(one, None if one.bytes is None else amount(one.bytes)) for one in search(word)]
-    rows = [(one.model, size, one.licence, one.words, one.cached, list(one.pretrained)) for one, size in sizes]
-    types = {"model": str, "size": str, "licence": str, "words": bool, "cached": bool, "pretrained": list}
+    rows = [(one.model, size, one.licence, one.words, one.cached, list(one.weights)) for one, size in sizes]
+    types = {"model": str, "size": str, "licence": str, "words": bool, "cached": bool, "weights": list}
     printing.write_rows(rows, types)
     if not word:
         say("To search all encoders: retrieval-tip models WORD")
@@ -76,11 +76,10 @@ def _list_encoders(word: str, printing: OutputOptions) -> None:
 
 
 def _try_encoders(word: str, photos: Source, printing: OutputOptions, encoding: ComparedOptions) -> None:
-    from retrieval_tip.backbones.base import spelled
     from retrieval_tip.backbones.catalogue import cached
     from retrieval_tip.index.encoders import try_encoders
 
-    here = (spelled(*pair) for pair in cached() if word.lower() in pair[0].lower())
+    here = (name for name in cached() if word.lower() in name.lower())
     asked = dict(replace(encoding, models=list(dict.fromkeys([*encoding.models, *here]))).named())
     more = "to download more, give --model, for example --model clip --model dinov2"
     if not asked:
@@ -153,10 +152,13 @@ def encode(
 def _on_ray(
     items: Source, out: Place, address: str | None, encoding: SourceOptions, views: ViewOptions
 ) -> tuple[str, list[Skipped]]:
+    from retrieval_tip.backbones.loading import load_backbone
     from retrieval_tip.data.encoding_cache import EncodingCache
     from retrieval_tip.distributed.ray_data import Work, cut, write_parts
 
-    backbone = loader(encoding) if encoding.model or items.table is None else None
+    backbone = None
+    if encoding.model or items.table is None:
+        backbone = partial(load_backbone, encoding.model, precision=encoding.precision)
     cache = None if encoding.no_cache else str(encoding.cache or EncodingCache.default_folder())
     work, pieces = Work(reader_of(encoding, views), backbone, cache), cut(items)
     progress = sys.stderr.isatty() and not quiet()

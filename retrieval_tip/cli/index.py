@@ -358,12 +358,12 @@ def export_command(
         raise UsageError("index export: give --out, --text or --onnx FILE")
     loaded = store_of(folder).load(device="cpu").in_memory()
     if onnx is not None:
-        from retrieval_tip.backbones.loading import load_backbone
+        from retrieval_tip.backbones.loading import load_again
         from retrieval_tip.index.onnx_graph import export_onnx
 
         named, backbone = loaded.backbone, None
         if not features and named is not None:
-            backbone = load_backbone(named.model, named.pretrained, device="cpu", precision=precision, lazy=True)
+            backbone = load_again(named, device="cpu", precision=precision)
         facts = export_onnx(loaded, onnx, backbone)
         given = "features" if backbone is None else "pixels"
         size, classes = f"{facts['bytes'] / 1e6:.1f} MB", counted(len(facts["labels"]), "class")

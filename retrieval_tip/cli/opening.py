@@ -8,8 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import note, quiet, say
@@ -19,8 +18,6 @@ from retrieval_tip.settings import Ask
 
 if TYPE_CHECKING:
     from retrieval_tip.backbones.base import Backbone, Identity
-    from retrieval_tip.backbones.joined import Joined
-    from retrieval_tip.backbones.torch_backbone import TorchBackbone
     from retrieval_tip.data.reader import Reader
     from retrieval_tip.data.sources import Source
     from retrieval_tip.index.places import Store
@@ -107,23 +104,18 @@ def _restricted(index: Index, where: str, *, fits: bool) -> Index:
     return rest
 
 
-def loader(backbone: BackboneOptions, identity: Identity | None = None) -> partial[TorchBackbone | Joined]:
-    """Return a function that loads the backbone of the command line, of ``identity``, or by default a common one."""
-    from retrieval_tip.backbones.catalogue import DEFAULT
-    from retrieval_tip.backbones.loading import load_backbone
-
-    model, pretrained = backbone.model, backbone.pretrained
-    if model is None and identity is not None:
-        model, pretrained = identity.model, pretrained or identity.pretrained
-    return partial(load_backbone, model or DEFAULT, pretrained, precision=backbone.precision)
-
-
 def load(backbone: BackboneOptions, identity: Identity | None = None) -> Backbone:
-    """Load the backbone of :func:`loader`."""
-    found = loader(backbone, identity)
+    """Load the backbone of the command line, or else of ``identity``, or else the default."""
+    from retrieval_tip.backbones.catalogue import DEFAULT
+    from retrieval_tip.backbones.loading import load_again, load_backbone
+
+    how: Any = {"device": backbone.device, "precision": backbone.precision}
+    if backbone.model is None and identity is not None:
+        return load_again(identity, **how)
+    model = backbone.model or DEFAULT
     if sys.stderr.isatty():  # loading takes seconds
-        note(f"Loading {found.args[0]} ...")
-    return found(device=backbone.device, lazy=True)
+        note(f"Loading {model} ...")
+    return load_backbone(model, **how, lazy=True)
 
 
 def backbone_for(
@@ -135,7 +127,6 @@ def backbone_for(
     it differs from the backbone that the index was built with. Without an index, the backbone is the one that the
     options name. If they name none, feature tables only need a backbone for text, which is then the one they name.
     """
-    from retrieval_tip.backbones.loading import load_again
     from retrieval_tip.data.tables import check_backbone, table_identity
     from retrieval_tip.model import Index
 
@@ -151,10 +142,7 @@ def backbone_for(
     if needed or photos:
         if identity is None and not backbone.model:
             raise UsageError(UNNAMED)
-        if identity is None or backbone.model or backbone.pretrained:
-            loaded = load(backbone, identity)
-        else:
-            loaded = load_again(identity, device=backbone.device, precision=backbone.precision)
+        loaded = load(backbone, identity)
     check_backbone(identity, index.d, loaded, list(sources), index.parts)
     return loaded
 

@@ -38,17 +38,14 @@ class BackboneOptions:
 
     Options:
         model: Encoder to use: an open_clip architecture, timm:NAME, local-dir:PATH, hf-hub:ORG/REPO or hf:ORG/REPO. Run
-            retrieval-tip models for a list. Join several with +, and write their weights after @, as in
-            ViT-B-32@openai+timm:resnet18. [default: ViT-B-32]
-        pretrained: Weights to load: a tag, a checkpoint file, or TAG=FILE for a local copy. [default: the recommended
-            tag]
+            retrieval-tip models for a list. Write its weights after @: a tag, a checkpoint file, or TAG=FILE for a
+            local copy. Join several with +, as in ViT-B-32@openai+timm:resnet18. [default: ViT-B-32]
         precision: Precision of the encoder. With auto, it is float32, and float16 autocast on a GPU. With int8, the
             encoder is the one that models --int8 stored.
         device: Device to use: auto, cpu, cuda or cuda:N.
     """
 
     model: str | None = option(**ENCODER)
-    pretrained: str | None = option(**ENCODER)
     precision: settings.Precision = option(choice(settings.Precision), default="auto", **ENCODER)
     device: str = option(default="auto", **ENCODER)
 
@@ -185,7 +182,7 @@ INDEX_ARGUMENT = argument(kinds.INDEX, metavar="INDEX")
 FOLDER_ARGUMENT = argument(kinds.FOLDER, metavar="INDEX")
 """Argument of a command that requires an index in a folder."""
 BACKBONE, ENCODING, SOURCES = map(grouped, (BackboneOptions, EncodingOptions, SourceOptions))
-COMPARED = grouped(ComparedOptions, without=("model", "pretrained", "precision"))
+COMPARED = grouped(ComparedOptions, without=("model", "precision"))
 ROOTED = grouped(SourceOptions, without=("split",))
 VIEWS, OPENING, FORMAT = map(grouped, (ViewOptions, OpeningOptions, OutputOptions))
 JSON = flag("--json", help="Print the result as one JSON object.", **OUTPUTS)

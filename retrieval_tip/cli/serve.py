@@ -31,11 +31,10 @@ def serve_command(
     uploads: Path | None = option(kinds.FOLDER),
     into: Path | None = option(kinds.FOLDER, "--out", "-o"),
     model: str | None = option(metavar="NAME"),
-    pretrained: str | None = option(metavar="TAG"),
     root: Path | None = option(kinds.FOLDER),
     allow_host: tuple[str, ...] = option(multiple=True, metavar="NAME"),
     trusted_proxy: tuple[str, ...] = option(multiple=True, metavar="ADDRESS"),
-    backbone: BackboneOptions = grouped(BackboneOptions, without=("model", "pretrained")),
+    backbone: BackboneOptions = grouped(BackboneOptions, without=("model",)),
     opening: OpeningOptions = grouped(OpeningOptions, without=("where",)),
 ) -> None:
     """Serve indexes as a web page and an HTTP API.
@@ -53,7 +52,6 @@ def serve_command(
         uploads: Folder for added images. [default: INDEX-shots, next to each INDEX]
         into: Folder for indexes that are created in the page. [default: next to the first INDEX]
         model: Encoder for indexes that are created in the page. [default: the encoder of the first INDEX, or ViT-B-32]
-        pretrained: Weights to load for --model.
         root: Folder that contains the relative paths of shots, and the local files of Label Studio.
         allow_host: Additional host name that requests may use. [default: only localhost, or any name if --host is
             another address]
@@ -74,7 +72,7 @@ def serve_command(
         hosts = LOOPBACK | {name.lower() for name in allow_host} if allow_host or here else None
         maker = None
         if model is not None or not folders:
-            maker = Maker(into or Path("indexes"), cache(partial(backbones.load, model, pretrained)), backbones)
+            maker = Maker(into or Path("indexes"), cache(partial(backbones.load, model)), backbones)
             if model is not None:
                 maker.load()  # fails before the page opens
         elif into is not None:

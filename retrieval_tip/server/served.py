@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from retrieval_tip.backbones.base import Backbone, without_unused
+from retrieval_tip.backbones.base import Backbone, spelled, without_unused
 from retrieval_tip.backbones.loading import load_backbone
 from retrieval_tip.data.reader import FeatureBlock, FloatArray
 from retrieval_tip.data.tables import check_backbone
@@ -113,16 +113,16 @@ class Backbones:
         if backbone is not None:
             return backbone
         try:
-            backbone = self.load(identity.model, identity.pretrained)
+            backbone = self.load(spelled(identity.model, identity.pretrained))
             check_backbone(identity, index.d, backbone, [])
         except (BackboneError, UsageError) as error:
             log.warning("%s: cannot load the encoder, so only features are accepted: %s", name, error)
             return None
         return backbone
 
-    def load(self, model: str | None, pretrained: str | None) -> Backbone:
+    def load(self, model: str | None) -> Backbone:
         """Load a backbone, which is then open. Raises the errors of :func:`loading.load_backbone`."""
-        backbone = load_backbone(model, pretrained, device=self.device, precision=self.precision)
+        backbone = load_backbone(model, device=self.device, precision=self.precision)
         backbone.encode_images(backbone.preprocess(Image.new("RGB", (8, 8)))[None])  # warms up the backbone
         self._open[backbone.identity.fingerprint] = backbone
         return backbone
