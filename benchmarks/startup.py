@@ -8,7 +8,6 @@ contains synthetic features (benchmarks/made.py).
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -28,25 +27,21 @@ CLASSES = 100
 
 def sides(folder: Path, image: Path, build: tuple[object, ...], keys: int, dim: int) -> dict[str, Side]:
     """Return the commands to time, which use the indexes ``images`` and ``rows`` in a folder."""
-    images, features, known = folder / "images", folder / "rows", ("--cache", folder / "cache")
+    images, features = folder / "images", folder / "rows"
     large, row = f"one row of features, {keys:,} keys x {dim}", folder / "row.parquet"
     commands = {
         "--help": ("--help",),
         "index info": ("index", "info", images),
-        "classify, an image that was encoded before": ("classify", images, image, *known),
-        "classify, a new image": ("classify", images, image, "--cache", folder / "empty"),
+        "classify, an image that was encoded before": ("classify", images, image),
+        "classify, a new image": ("classify", images, image, "--no-cache"),
         "index build, images that were encoded before": (*build, "--out", folder / "again"),
         f"classify, {large}": ("classify", features, row),
         f"classify, {large}, -k 64": ("classify", features, row, "-k", 64),
     }
 
-    def seconds(command: tuple[object, ...]) -> float:
-        shutil.rmtree(folder / "empty", ignore_errors=True)
-        return clocked(lambda: run(*command))
-
     lines = {name: (*PROGRAM, *arguments) for name, arguments in commands.items()}
     lines["python -c 'import torch'"] = (sys.executable, "-c", "import torch")
-    return {name: lambda _, line=line: seconds(line) for name, line in lines.items()}
+    return {name: lambda _, line=line: clocked(lambda: run(*line)) for name, line in lines.items()}
 
 
 @against
@@ -68,7 +63,7 @@ def main(shared: Path, model: str | None, images: int, keys: int, dim: int, runs
         folder = Path(name)
         table = pa.table({"path": list(first.values()), "label": list(first)}).slice(0, images)
         pq.write_table(table, folder / "shots.parquet")
-        source, options = folder / "shots.parquet", ("--model", model, "--fit", "none", "--cache", folder / "cache")
+        source, options = folder / "shots.parquet", ("--model", model, "--fit", "none")
         run(*PROGRAM, "-q", *(build := ("index", "build", source, *options)), "--out", folder / "images")
         made, ids = Made(CLASSES, dim, SEED), np.arange(keys) % CLASSES
         Index.from_features(made.draw(ids, 1), ids, made.names, made.text, device="cpu").save(folder / "rows")

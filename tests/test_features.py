@@ -286,7 +286,7 @@ def test_environment_variables_set_the_cache_folder(monkeypatch):
         monkeypatch.delenv(name)
     monkeypatch.setattr(Path, "home", mock.Mock(side_effect=RuntimeError("Could not determine home directory.")))
     assert EncodingCache.at(None) is None
-    with pytest.raises(UsageError, match="--cache"):
+    with pytest.raises(UsageError, match="RETRIEVAL_TIP_CACHE"):
         EncodingCache.default_folder()
 
 

@@ -154,14 +154,14 @@ def test_the_cache_command_shows_prunes_and_limits_the_cache(run, tmp_path, monk
     cache = EncodingCache(tmp_path)
     cache.put("s", {("d", "v"): np.zeros(3, np.float32), ("e", "v"): np.zeros(3, np.float32)})
     cache.close()
-    assert json.loads(run("cache", "--cache", tmp_path, "--json").stdout)["encodings"] == 2
-    pruned = run("cache", "--cache", tmp_path, "--prune", "--json")
+    monkeypatch.setenv("RETRIEVAL_TIP_CACHE", str(tmp_path))
+    assert json.loads(run("cache", "--json").stdout)["encodings"] == 2
+    pruned = run("cache", "--prune", "--json")
     assert json.loads(pruned.stdout)["encodings"] == 0
     assert "Removed 2 encodings" in pruned.stderr
-    bounded = run("cache", "--cache", tmp_path, "--max-size", "20mb", "--json")
+    bounded = run("cache", "--max-size", "20mb", "--json")
     assert json.loads(bounded.stdout)["max_bytes"] == 20_000_000
-    assert json.loads(run("cache", "--cache", tmp_path, "--json").stdout)["max_bytes"] == 20_000_000
-    monkeypatch.setenv("RETRIEVAL_TIP_CACHE", str(tmp_path))
+    assert json.loads(run("cache", "--json").stdout)["max_bytes"] == 20_000_000
     assert "of at most 20 MB" in json.loads(run("doctor", "--json").stdout)["facts"]["encoding cache"]
     assert run("cache", "--max-size", "20").exit_code == 2
 

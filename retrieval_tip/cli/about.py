@@ -6,7 +6,6 @@ import json
 import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -159,7 +158,7 @@ def _on_ray(
     backbone = None
     if encoding.model or items.table is None:
         backbone = partial(load_backbone, encoding.model, precision=encoding.precision)
-    cache = None if encoding.no_cache else str(encoding.cache or EncodingCache.default_folder())
+    cache = None if encoding.no_cache else str(EncodingCache.default_folder())
     work, pieces = Work(reader_of(encoding, views), backbone, cache), cut(items)
     progress = sys.stderr.isatty() and not quiet()
     rows, kept, skipped = write_parts(work, pieces, out, address=address, device=encoding.device, progress=progress)
@@ -170,9 +169,6 @@ def _on_ray(
 
 @command()
 def cache_command(
-    cache: Path | None = option(
-        kinds.FOLDER, help="Cache folder. [default: $RETRIEVAL_TIP_CACHE or ~/.cache/retrieval-tip]"
-    ),
     prune: bool = flag(help="Remove all encodings. They are computed again when they are needed."),
     max_size: int | None = option(
         kinds.size, metavar="N(MB|GB|TB)", help="New size limit, which the cache remembers. [default: 8GB]"
@@ -182,12 +178,12 @@ def cache_command(
     """Show, limit or clear the encoding cache.
 
     The cache stores the features of each image and the text weights of each class, so that nothing has to be encoded
-    twice. When the cache is full, the least recently used encodings are removed. Encoder weights are stored in the
-    Hugging Face cache instead; run hf cache ls to list them.
+    twice. When the cache is full, the least recently used encodings are removed. It is in $RETRIEVAL_TIP_CACHE or
+    ~/.cache/retrieval-tip. Encoder weights are stored in the Hugging Face cache instead; run hf cache ls to list them.
     """
     from retrieval_tip.data.encoding_cache import EncodingCache, size_of
 
-    kept = EncodingCache(cache or EncodingCache.default_folder())
+    kept = EncodingCache(EncodingCache.default_folder())
     try:
         removed = kept.clear() if prune else 0
         if max_size is not None:

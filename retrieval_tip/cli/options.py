@@ -74,8 +74,7 @@ class EncodingOptions(BackboneOptions):
         batch_size: Number of images to encode at a time. [default: the best size for the encoder, 16 on a CPU, 256 on a
             GPU]
         workers: Number of threads that read and decode images.
-        cache: Folder of the encoding cache. [default: $RETRIEVAL_TIP_CACHE or ~/.cache/retrieval-tip]
-        no_cache: Do not use the encoding cache.
+        no_cache: Do not use the encoding cache, which is in $RETRIEVAL_TIP_CACHE or ~/.cache/retrieval-tip.
         strict: Fail on the first image that cannot be read.
     """
 
@@ -84,7 +83,6 @@ class EncodingOptions(BackboneOptions):
     workers: int = option(
         kinds.count("workers"), default=min(16, os.cpu_count() or 1), show_default="number of cores", **INPUT
     )
-    cache: Path | None = option(kinds.FOLDER, **INPUT)
     no_cache: bool = flag(**INPUT)
     strict: bool = flag(**INPUT)
 

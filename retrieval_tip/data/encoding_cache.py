@@ -79,7 +79,9 @@ class EncodingCache:
         """Return :func:`files.cache_folder`. Raises UsageError if the user has no home folder."""
         folder = cache_folder()
         if folder is None:
-            raise UsageError("encoding cache: there is no home folder to store it; give --cache FOLDER or --no-cache")
+            raise UsageError(
+                "encoding cache: there is no home folder to store it; set RETRIEVAL_TIP_CACHE, or give --no-cache"
+            )
         return folder
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -88,7 +90,7 @@ class EncodingCache:
         return type(self).at, (None if folder == cache_folder() else folder,)
 
     def _unusable(self, error: Exception) -> InputError:
-        remedy = "remove it, or give --cache FOLDER or --no-cache"
+        remedy = "remove it, or give --no-cache"
         return InputError(f"{show(self.path)}: the encoding cache cannot be used ({error}); {remedy}")
 
     def get(self, scope: str, digest: str, view: str) -> FloatArray | None:
