@@ -172,7 +172,7 @@ def test_models_try_compares_the_encoders_on_this_machine(photos, tmp_path, run,
     features = write_table(tmp_path / "features.parquet", unit_rows(4, 8), ["a", "a", "b", "b"])
     refused = run("models", "--try", features, "--model", models[0])
     assert (refused.exit_code, "features.parquet: has the features of one" in refused.stderr) == (2, True)
-    here.append((models[0], None))
+    here.append(models[0])
     one = run("models", "--try", place / "test", "--format", "json")
     assert (one.exit_code, "only one encoder" in one.stderr) == (3, True)
     other = f"{models[1]}@{models[1].removeprefix('local-dir:')}/open_clip_model.safetensors"

@@ -15,12 +15,11 @@ from retrieval_tip.cli.group import argument, command, flag, option
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import FAILED, about, finish, print_result, quiet, say, warn
 from retrieval_tip.cli.opening import reader_for, reader_of, source_of
-from retrieval_tip.cli.options import ComparedOptions, OutputOptions, SourceOptions, ViewOptions
+from retrieval_tip.cli.options import OutputOptions, SourceOptions, ViewOptions
 from retrieval_tip.errors import Skipped, UsageError, amount, counted, show
 
 if TYPE_CHECKING:
     from retrieval_tip.data.sources import Source
-    from retrieval_tip.index.encoders import Opened
 
 
 @command()
@@ -29,7 +28,7 @@ def models_command(
     photos: Place | None = option(kinds.SOURCE, "--try"),
     calibration: Place | None = option(kinds.SOURCE, "--int8"),
     printing: OutputOptions = options.FORMAT,
-    encoding: ComparedOptions = options.COMPARED,
+    encoding: SourceOptions = options.SOURCES,
 ) -> None:
     """List encoders, compare them on photos, or store one in int8.
 
@@ -39,24 +38,24 @@ def models_command(
     weights are already on this machine. The column weights lists what can follow @ in --model, starting with the
     recommended weights.
 
-    With --try, the encoders on this machine and each --model are fitted to labelled photos. The accuracy is estimated
-    by cross-validation; low and high are the ends of its 95 % confidence interval. Pairs of the most accurate encoders
-    are tried as well. The most accurate encoder or pair is recommended, unless a much faster one is not significantly
-    less accurate.
+    With --try, the encoders on this machine and those of --model are fitted to labelled photos. The accuracy is
+    estimated by cross-validation; low and high are the ends of its 95 % confidence interval. Pairs of the most accurate
+    encoders are tried as well. The most accurate encoder or pair is recommended, unless a much faster one is not
+    significantly less accurate.
 
-    With --int8, each --model is calibrated in int8 on up to 300 of your photos and stored in the cache, where
-    --precision int8 finds it (on a CPU; requires the extra int8). It is refused if its features are far from those in
-    float32.
+    With --int8, the encoders of --model are calibrated in int8 on up to 300 of your photos and stored in the cache,
+    where --precision int8 finds them (on a CPU; requires the extra int8). An encoder is refused if its features are far
+    from those in float32.
 
     Options:
         photos: Labelled photos on which the encoders on this machine are compared.
-        calibration: Photos on which each --model is calibrated in int8. They need no labels.
+        calibration: Photos on which the encoders of --model are calibrated in int8. They need no labels.
     """
     if photos is not None:
         _try_encoders(word, source_of(photos, encoding, "train"), printing, encoding)
     elif calibration is not None:
         _store_int8(source_of(calibration, encoding, "train", labelled=False), encoding)
-    elif encoding.models:
+    elif encoding.model:
         raise UsageError("--model: give labelled photos to compare encoders (--try), or photos to store them (--int8)")
     else:
         _list_encoders(word, printing)
@@ -74,21 +73,20 @@ def _list_encoders(word: str, printing: OutputOptions) -> None:
         say("For aerial photos: hf download chendelong/RemoteCLIP RemoteCLIP-ViT-B-32.pt --local-dir .")
 
 
-def _try_encoders(word: str, photos: Source, printing: OutputOptions, encoding: ComparedOptions) -> None:
+def _try_encoders(word: str, photos: Source, printing: OutputOptions, encoding: SourceOptions) -> None:
     from retrieval_tip.backbones.catalogue import cached
+    from retrieval_tip.backbones.loading import split_names
     from retrieval_tip.index.encoders import try_encoders
 
     here = (name for name in cached() if word.lower() in name.lower())
-    asked = dict(replace(encoding, models=list(dict.fromkeys([*encoding.models, *here]))).named())
-    more = "to download more, give --model, for example --model clip --model dinov2"
-    if not asked:
+    names = list(dict.fromkeys([*filter(None, split_names(encoding.model)), *here]))
+    more = "to download more, give --model, for example --model clip+dinov2"
+    if not names:
         raise UsageError(f"models: no encoder{f' named {word}' if word else ''} is on this machine; {more}")
 
-    def joined(a: str, b: str) -> tuple[str, Opened]:
-        return (pair := f"{a}+{b}"), partial(reader_for, None, [], replace(encoding, model=pair))
-
-    encoders = {name: partial(reader_for, None, [], own) for name, own in asked.items()}
-    tried = try_encoders(photos, encoders, encoding.device, joined)
+    tried = try_encoders(
+        photos, names, lambda name: reader_for(None, [], replace(encoding, model=name)), encoding.device
+    )
     types = {"encoder": str, "accuracy": float, "low": float, "high": float, "images_per_second": int}
     rows = (
         (one.name, one.accuracy, *one.interval, round(one.images_per_second), one is tried.recommended)
@@ -99,12 +97,14 @@ def _try_encoders(word: str, photos: Source, printing: OutputOptions, encoding: 
     finish(tried.skipped)
 
 
-def _store_int8(photos: Source, encoding: ComparedOptions) -> None:
-    if not encoding.models:
+def _store_int8(photos: Source, encoding: SourceOptions) -> None:
+    from retrieval_tip.backbones.loading import split_names
+
+    if not encoding.model:
         raise UsageError("--int8: name the encoder with --model")
     skipped = []
-    for name, own in replace(encoding, device="cpu", precision="float32").named():
-        with reader_for(None, [], own) as reader:
+    for name in split_names(encoding.model):
+        with reader_for(None, [], replace(encoding, model=name, device="cpu", precision="float32")) as reader:
             lowest = reader.store_int8(photos)
         say(f"{name}: stored in int8 (lowest cosine to the features in float32: {lowest:.3f})")
         skipped += reader.skipped

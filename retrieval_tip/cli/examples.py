@@ -65,7 +65,7 @@ EXAMPLES = {
         "finetune indexes/things --out indexes/things-f",
         "finetune indexes/things --val validation --train keys --train values --out indexes/things-f",
     ],
-    "models": ["models siglip", "models --try photos --model clip --model dinov2"],
+    "models": ["models siglip", "models --try photos --model clip+dinov2"],
     "doctor": ["doctor", "doctor --json"],
     "cache": ["cache --max-size 2GB", "cache --prune"],
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -100,21 +100,6 @@ class SourceOptions(EncodingOptions):
     root: Place | None = option(kinds.SOURCE, **INPUT)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ComparedOptions(SourceOptions):
-    """Backbones to compare, and the options for reading sources and encoding images with each of them.
-
-    Options:
-        models: Encoder to compare (see retrieval-tip models). Write its weights after @, as in ViT-B-32@openai.
-    """
-
-    models: Sequence[str] = option(None, "--model", multiple=True, **ENCODER)
-
-    def named(self) -> list[tuple[str, SourceOptions]]:
-        """Return the name of each encoder, and the options that select it."""
-        return [(model, replace(self, model=model)) for model in self.models]
-
-
 @dataclass(frozen=True)
 class OpeningOptions:
     """A condition on the keys of an index, and how to check its files.
@@ -180,7 +165,6 @@ INDEX_ARGUMENT = argument(kinds.INDEX, metavar="INDEX")
 FOLDER_ARGUMENT = argument(kinds.FOLDER, metavar="INDEX")
 """Argument of a command that requires an index in a folder."""
 BACKBONE, ENCODING, SOURCES = map(grouped, (BackboneOptions, EncodingOptions, SourceOptions))
-COMPARED = grouped(ComparedOptions, without=("model", "precision"))
 ROOTED = grouped(SourceOptions, without=("split",))
 VIEWS, OPENING, FORMAT = map(grouped, (ViewOptions, OpeningOptions, OutputOptions))
 JSON = flag("--json", help="Print the result as one JSON object.", **OUTPUTS)

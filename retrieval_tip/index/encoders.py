@@ -6,7 +6,7 @@ import itertools
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +18,6 @@ from retrieval_tip.errors import InputError, Skipped, UsageError
 from retrieval_tip.evaluation.compare import SIGNIFICANT, mcnemar
 from retrieval_tip.evaluation.held_out import held_out_probabilities, photo_rows
 from retrieval_tip.index.build import build_index
-
-Opened = Callable[[], AbstractContextManager[Reader]]
 
 TIMED = 64
 """Number of photos that are encoded to measure the speed."""
@@ -66,26 +64,22 @@ class EncoderTrials:
 
 
 def try_encoders(
-    photos: Source,
-    encoders: Mapping[str, Opened],
-    device: str = "auto",
-    joined: Callable[[str, str], tuple[str, Opened]] | None = None,
+    photos: Source, names: Sequence[str], opened: Callable[[str], AbstractContextManager[Reader]], device: str = "auto"
 ) -> EncoderTrials:
     """Fit an index of each encoder to labelled photos, and measure its accuracy and its speed.
 
-    ``encoders`` maps names to functions that open an encoder. Pairs of the :data:`PAIRED` most accurate encoders are
-    tried as well, if ``joined`` returns the name of a pair and a function that opens it. See :func:`recommended` for
-    the recommendation.
+    ``opened`` opens an encoder by its name. Pairs of the :data:`PAIRED` most accurate encoders are tried as well. See
+    :func:`recommended` for the recommendation.
 
     Raises UsageError if ``photos`` is a feature table, and InputError if no photo can be held out.
     """
     if photos.table is not None:
         raise UsageError(f"{photos.name}: has the features of one encoder; give photos to compare encoders")
     trials, skipped = [], list[Skipped]()
-    waiting, pairs = list(encoders.items()), joined
+    waiting = list(names)
     while waiting:
-        name, opened = waiting.pop(0)
-        with opened() as reader, tempfile.TemporaryDirectory(prefix="retrieval-tip-") as folder:
+        name = waiting.pop(0)
+        with opened(name) as reader, tempfile.TemporaryDirectory(prefix="retrieval-tip-") as folder:
             index = build_index(photos, Path(folder) / "index", reader, device=device).in_memory()
             fit = index.provenance["fit"]
             if fit["both"] is None:
@@ -97,9 +91,9 @@ def try_encoders(
             low, high = fit["interval_95"]
             trials.append(EncoderTrial(name, fit["both"], (low, high), _speed(photos, reader), right))
             skipped += reader.skipped
-        if not waiting and pairs is not None:
+        if len(trials) == len(names):
             best = sorted(trials, key=lambda one: -one.accuracy)[:PAIRED]
-            waiting, pairs = [pairs(a.name, b.name) for a, b in itertools.combinations(best, 2)], None
+            waiting = [f"{a.name}+{b.name}" for a, b in itertools.combinations(best, 2)]
     return EncoderTrials(trials, recommended(trials), list(dict.fromkeys(skipped)))
 
 
