@@ -172,8 +172,9 @@ def test_photos_are_sorted_and_undo_restores_them(index, inbox, tmp_path, action
         assert hashlib.sha256((out / row.output).read_bytes()).hexdigest() == row.digest
     again = sort(index, inbox, out, action=action)
     assert (again.done, len(read_manifest(out))) == (0, 7)
-    assert undo_sort(out, dry_run=True).done == 6  # the seventh was there before
-    assert (undo_sort(out).skipped, files(inbox), list(out.iterdir())) == ([], before, [])
+    undone = undo_sort(out)
+    assert (undone.done, undone.skipped) == (6, [])  # the seventh was there before
+    assert (files(inbox), list(out.iterdir())) == (before, [])
     with pytest.raises(InputError, match=MANIFEST):
         undo_sort(out)
 
@@ -186,8 +187,8 @@ def test_undo_restores_and_counts_only_unchanged_photos(index, inbox, tmp_path):
     (out / "c" / "z.jpg").rename(inbox / "a" / "z.jpg")  # restored by hand
     (inbox / "b" / "x.jpg").write_text("another photo")
     (out / "not sure" / "unsure.jpg").unlink()
-    planned, result = undo_sort(out, dry_run=True), undo_sort(out)
-    assert (planned.done, result.done, str(result)) == (2, 2, "undid the sorting of 2 photos (1 no match)")
+    result = undo_sort(out)
+    assert (result.done, str(result)) == (2, "undid the sorting of 2 photos (1 no match)")
     for left in ([one.source for one in result.skipped], [row.output for row in read_manifest(out)]):
         assert {path.rpartition("/")[2] for path in left} == {"y.jpg", "x-2.jpg", "unsure.jpg"}
     assert files(out) == {f"{FOLDERS[1]}/y.jpg": "edited", f"{FOLDERS[0]}/x-2.jpg": "0 second"}
@@ -443,7 +444,7 @@ def test_the_command_sorts_real_photos(shared, things, run, tmp_path):
     done = run("sort", "--undo", "--into", out)
     assert (done.exit_code, "undid the sorting of 6 photos" in done.stdout) == (0, True)
     assert {path.name: path.read_bytes() for path in inbox.iterdir()} == before
-    for wrong in (["--undo", things], ["--undo", "--move"], [things], []):
+    for wrong in (["--undo", things], ["--undo", "--move"], ["--undo", "--dry-run"], [things], []):
         assert run("sort", *wrong, "--into", out).exit_code == 2
 
 

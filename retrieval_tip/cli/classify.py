@@ -244,24 +244,20 @@ def _restore(inputs: Sequence[str]) -> None:
 def _write_sidecars(
     rows: Iterable[Mapping[str, Any]], photos: Sequence[Source], cut: Cut, uncertain: str | None, groups: Levels | None
 ) -> list[Skipped]:
-    """Write the label of each row as a keyword of its photo, and return the sidecars that were skipped.
-
-    A photo has the keywords of all its boxes.
-    """
+    """Write the labels of each photo and its boxes as keywords, and return the sidecars that were skipped."""
     from retrieval_tip.labelling.labels import NONE
-    from retrieval_tip.labelling.sidecars import in_groups, write_sidecars
+    from retrieval_tip.labelling.sidecars import write_labels
     from retrieval_tip.labelling.sort import check_files
+
+    def keyword(row: Mapping[str, Any]) -> str | None:
+        if row["probability"] is None:  # it was not classified
+            return None
+        return uncertain if row["label"] in (None, NONE) or row.get("no_match") else row["label"]
 
     check_files(photos, f"--format {XMP}", "they have no sidecars")
     paths = {show(path): path for source in photos for path in source.paths or ()}
     paths |= {show(name): path for name, (path, _) in cut.boxes.items()}
-    keywords: dict[str, list[str]] = {}
-    for row in rows:
-        own = keywords.setdefault(paths[row["input"]], [])
-        keyword = uncertain if row["label"] in (None, NONE) or row.get("no_match") else row["label"]
-        if keyword and row["probability"] is not None and keyword not in own:
-            own.append(keyword)
-    written = write_sidecars({path: in_groups(own, groups) for path, own in keywords.items()})
+    written = write_labels(((paths[row["input"]], keyword(row)) for row in rows), groups)
     click.echo(f"{str(written).capitalize()}; --undo restores them")
     return written.skipped
 

@@ -114,9 +114,9 @@ def sort_command(
     from retrieval_tip.labelling.sort import sort_photos, undo_sort
 
     if undo:
-        if folder is not None or link or move or smooth:
-            raise UsageError("--undo: takes only --into FOLDER and --dry-run; leave out the rest")
-        result = undo_sort(into, dry_run=dry_run)
+        if folder is not None or link or move or smooth or dry_run:
+            raise UsageError("--undo: takes only --into FOLDER; leave out the rest")
+        result = undo_sort(into)
     else:
         if folder is None or not photos:
             raise UsageError("sort: needs INDEX and PHOTOS, unless you give --undo")

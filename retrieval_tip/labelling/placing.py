@@ -139,38 +139,37 @@ def digest_of(item: str) -> str | None:
     return None
 
 
-def place(row: Placed, folder: Path) -> bool:
-    """Copy, link or move a photo to its output, and return whether it was not there already.
+def place(item: str, target: Path, action: str, digest: str) -> bool:
+    """Copy, link or move a photo to ``target``, and return whether it was not there already.
 
     Raises InputError if the photo cannot be read or has changed, or if another file has taken its place. Raises OSError
     if the output cannot be written, or if the photo cannot be moved. Such a photo is not copied, either.
     """
-    target = folder / row.output
     if not target.parent.exists():
         files.make_folders(target.parent)
-        files.sync(folder)
-    if row.action == "link":
-        if is_link_to(target, row.input):
+        files.sync(target.parent.parent)
+    if action == "link":
+        if is_link_to(target, item):
             return False
-        target.symlink_to(row.input)
+        target.symlink_to(item)
         return True
     there = digest_at(target)
     if there is None:
         target.touch(exist_ok=False)
         there = EMPTY
-    if target.is_symlink() or there not in (EMPTY, row.digest):
+    if target.is_symlink() or there not in (EMPTY, digest):
         raise InputError("another file was created at its output; run the command again")
-    moved = there == EMPTY and fill(row.input, target, row.digest, move=row.action == "move")
+    moved = there == EMPTY and _fill(item, target, digest, move=action == "move")
     try:
-        deleted = row.action == "move" and not moved and delete_original(row.input, target, row.digest)
+        deleted = action == "move" and not moved and _delete_original(item, target, digest)
     except OSError:
         if there == EMPTY:
-            delete_original(str(target), Path(row.input), row.digest)
+            _delete_original(str(target), Path(item), digest)
         raise
     return there == EMPTY or deleted
 
 
-def fill(item: str, target: Path, digest: str, *, move: bool) -> bool:
+def _fill(item: str, target: Path, digest: str, *, move: bool) -> bool:
     """Replace an empty file by a copy of a photo, and return whether the photo was moved instead.
 
     Files are only moved within one file system, where moving is atomic.
@@ -213,7 +212,7 @@ def is_link_to(path: Path, item: str) -> bool:
     return path.is_symlink() and os.readlink(path) == item  # noqa: PTH115 - keeps the exact text
 
 
-def delete_original(item: str, copy: Path, digest: str) -> bool:
+def _delete_original(item: str, copy: Path, digest: str) -> bool:
     """Delete a photo if ``copy`` is another file with the same bytes, and return whether it was deleted."""
     original = Path(item)
     if not original.is_file() or copy.is_symlink() or copy.samefile(original):

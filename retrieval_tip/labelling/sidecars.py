@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -55,12 +55,21 @@ def write_sidecars(photos: Mapping[str, Keywords]) -> Sorted:
     return result
 
 
-def in_groups(keywords: Sequence[str], groups: Levels | None) -> Keywords:
-    """Return keywords with the path of each through the groups of an index, such as ``animal|bird``, if there are any.
+def write_labels(labels: Iterable[tuple[str, str | None]], groups: Levels | None) -> Sorted:
+    """Write the labels of photos as keywords (see :func:`write_sidecars`). A photo can have several labels, or none.
 
-    darktable ignores keywords without a hierarchy if others have one, so each gets one.
+    If an index has groups, each keyword gets its path through them, such as ``animal|bird``. darktable ignores keywords
+    without a hierarchy if others have one, so each gets one.
     """
-    return Keywords(keywords, [] if groups is None else ["|".join(groups.path(own)) for own in keywords])
+    photos: dict[str, list[str]] = {}
+    for path, label in labels:
+        own = photos.setdefault(path, [])
+        if label and label not in own:
+            own.append(label)
+    return write_sidecars({
+        path: Keywords(own, ["|".join(groups.path(label)) for label in own] if groups else [])
+        for path, own in photos.items()
+    })  # fmt: skip
 
 
 def write_planned(planned: Sorted, groups: Levels | None) -> Sorted:
@@ -69,8 +78,8 @@ def write_planned(planned: Sorted, groups: Levels | None) -> Sorted:
     Photos without a match, and those that are not sure, get no keyword.
     """
     without = (NO_MATCH, NOT_SURE, class_folder(NONE))
-    photos = {row.input: [row.label] if row.output.partition("/")[0] not in without else [] for row in planned.rows}
-    result = write_sidecars({name: in_groups(own, groups) for name, own in photos.items()})
+    labels = ((row.input, None if row.output.partition("/")[0] in without else row.label) for row in planned.rows)
+    result = write_labels(labels, groups)
     return replace(result, threshold=planned.threshold, skipped=[*planned.skipped, *result.skipped])
 
 
@@ -100,7 +109,7 @@ def _records(photos: Iterable[Path]) -> Iterator[Path]:
     """Lock and yield the folder of the records, after removing the temporary files of killed processes."""
     if (caches := cache_folder()) is None:
         raise InputError("there is no home folder to keep the old sidecars in; set RETRIEVAL_TIP_CACHE to a folder")
-    with locked(caches / "sidecars", dry_run=False):
+    with locked(caches / "sidecars"):
         placing.remove_scratch([caches / "sidecars", *(photo.parent for photo in photos)])
         yield caches / "sidecars"
 

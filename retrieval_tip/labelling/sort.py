@@ -107,7 +107,7 @@ def sort_photos(
     least = least if threshold is None else threshold.probability
     said = smoothing and smoothing.words
     root, result = Path(folder), Sorted(_VERBS[action], threshold, said, skipped=reader.skipped)
-    with locked(root, dry_run):
+    with locked(root, dry_run=dry_run):
         before = placing.read_manifest(root)
         plan = _Outputs(root, action, least, {row.input: row for row in before})
         rows = [plan.row(item, digest, **answer) for item, digest, answer in _classified(index, blocks, reader.skipped)]
@@ -126,8 +126,8 @@ def check_files(sources: Sequence[Source], what: str, advice: str) -> None:
 
 
 @contextmanager
-def locked(folder: Path, dry_run: bool) -> Iterator[None]:
-    """Create and lock the folder, and convert an OSError into one line."""
+def locked(folder: Path, *, dry_run: bool = False) -> Iterator[None]:
+    """Create and lock the folder, unless nothing changes, and convert an OSError into one line."""
     try:
         if dry_run:
             yield
@@ -227,7 +227,7 @@ def _placed(rows: Iterable[Placed], folder: Path, action: Action, result: Sorted
     for row in rows:
         with skipping(row.input, f"cannot be {_VERBS[action]}", result.skipped):
             if row.action == action:  # otherwise, the photo is already there
-                result.done += placing.place(row, folder)
+                result.done += placing.place(row.input, folder / row.output, action, row.digest)
             elif not os.path.lexists(folder / row.output):
                 raise InputError("has the same name and the same bytes as a photo that was skipped")
             yield row
@@ -247,7 +247,7 @@ def skipping(path: str | Path, what: str, skipped: list[Skipped]) -> Iterator[No
         _skip(skipped, path, f"{what}: {where}{error.strerror or error}")
 
 
-def undo_sort(folder: str | os.PathLike[str], *, dry_run: bool = False) -> Sorted:
+def undo_sort(folder: str | os.PathLike[str]) -> Sorted:
     """Undo all calls of :func:`sort_photos` for a folder, latest first, and return the rows that were undone.
 
     Moved photos return to their old place. Copies are deleted if the original still has the same bytes, and links are
@@ -261,22 +261,19 @@ def undo_sort(folder: str | os.PathLike[str], *, dry_run: bool = False) -> Sorte
     root = Path(folder)
     if not (root / MANIFEST).exists():
         raise InputError(f"{show(root)}: has no {MANIFEST}; give the folder that sort has written")
-    result, left, undone = Sorted("undid the sorting of"), list[Placed](), dict[str, Placed]()
-    with locked(root, dry_run):
+    result, left = Sorted("undid the sorting of"), list[Placed]()
+    with locked(root):
         rows = placing.read_manifest(root)
         parts = {(root / row.output).parent for row in rows}
-        if not dry_run:
-            placing.remove_scratch([root, *parts, *(Path(row.input).parent for row in rows if row.action == "move")])
+        placing.remove_scratch([root, *parts, *(Path(row.input).parent for row in rows if row.action == "move")])
         for row in reversed(rows):
             target = root / row.output
             left.append(row)
             with skipping(target, "cannot be restored", result.skipped):
-                if _undone(row, target, dry_run):
-                    undone.setdefault(row.output, row)  # in a dry run, several rows may name the same photo
+                if _undone(row, target):
+                    result.rows.append(row)
                 left.pop()
-        result.rows, result.done = [*undone.values()], len(undone)
-        if dry_run:
-            return result
+        result.done = len(result.rows)
         for part in parts:
             with suppress(OSError):  # it is a link, or contains other files
                 part.rmdir()
@@ -287,7 +284,7 @@ def undo_sort(folder: str | os.PathLike[str], *, dry_run: bool = False) -> Sorte
     return result
 
 
-def _undone(row: Placed, target: Path, dry_run: bool) -> bool:
+def _undone(row: Placed, target: Path) -> bool:
     """Undo a row, and return whether this restores a photo. Raises InputError if it is impossible."""
     if row.action == "kept":
         return False
@@ -295,7 +292,7 @@ def _undone(row: Placed, target: Path, dry_run: bool) -> bool:
         linked = target.is_symlink()
         if linked and not placing.is_link_to(target, row.input):
             raise InputError("is another link")
-        if linked and not dry_run:
+        if linked:
             target.unlink()
         return linked
     original, there = Path(row.input), digest_at(target)
@@ -303,22 +300,16 @@ def _undone(row: Placed, target: Path, dry_run: bool) -> bool:
         raise InputError("has changed")
     if there == row.digest:
         same = original.exists() and target.samefile(original)
-        removable = digest_of(row.input) == row.digest and not same
-        if not removable and (row.action == "copy" or digest_at(original) not in (None, EMPTY)):
+        if digest_of(row.input) == row.digest and not same:
+            target.unlink()
+        elif row.action == "copy" or digest_at(original) not in (None, EMPTY):
             raise InputError(f"is now the only copy, because {show(original)} is gone or has changed")
-        if not removable and original.suffix.lower() not in images.extensions():
+        elif original.suffix.lower() not in images.extensions():
             raise InputError(f"is not called like an image; move it to {show(original)} yourself")
+        else:
+            placing.place(str(target), original, "move", row.digest)
     elif row.action == "move" and digest_of(row.input) != row.digest:
         raise InputError(f"is missing, and so is {show(original)}")
-    else:
-        removable = there == EMPTY
-    if dry_run:
-        return there == row.digest
-    if removable:
+    elif there == EMPTY:
         target.unlink()
-    elif there == row.digest:
-        make_folders(original.parent)
-        original.touch()
-        if not placing.fill(str(target), original, row.digest, move=True):
-            placing.delete_original(str(target), original, row.digest)
     return there == row.digest
