@@ -104,7 +104,7 @@ def test_boxes_belong_to_the_burst_of_their_photo(run, things, trap):
     Image.new("RGB", (9, 9)).save(trap / "photos/empty.jpg", exif=exif)
     text = (trap / "boxes.json").read_text().replace(".png", ".jpg")
     (trap / "boxes.json").write_text(text)
-    options = ["--group-by", "burst", "--exif", "--format", "json"]
+    options = ["--burst", 10, "--exif", "--format", "json"]
     rows = json_rows(run("classify", things, trap / "photos", "--boxes", trap / "boxes.json", *options))
     assert [row["burst"] for row in rows] == [1, 1, 1, 1, None]
     assert [row["taken_at"] for row in rows] == ["2026-01-02 03:04:05"] * 4 + ["2026-01-02 03:04:06"]
@@ -175,7 +175,7 @@ def test_boxes_are_refused_for_features(tmp_path):
         cut_boxes(file, [replace(of_images(["a.jpg"]), paths=None)])
 
 
-@pytest.mark.parametrize(("options", "more"), [([], ""), (["--group-by", "burst", "--exif"], ",,,,")])
+@pytest.mark.parametrize(("options", "more"), [([], ""), (["--burst", 10, "--exif"], ",,,,")])
 def test_only_empty_photos_are_a_valid_result(options, more, run, things, trap):
     out = trap / "answers.csv"
     done = run("classify", things, trap / "photos/empty.png", "--boxes", trap / "boxes.json", "--out", out, *options)
@@ -184,6 +184,6 @@ def test_only_empty_photos_are_a_valid_result(options, more, run, things, trap):
 
 
 def test_classify_fails_if_the_detector_failed_on_all_photos(run, things, trap):
-    done = run("classify", things, trap / "photos/failed.png", "--boxes", trap / "boxes.json", "--group-by", "burst")
+    done = run("classify", things, trap / "photos/failed.png", "--boxes", trap / "boxes.json", "--burst", 10)
     assert (done.exit_code, done.stdout) == (1, "")
     assert "failed.png: the detector failed: Failure image access" in done.stderr

@@ -91,7 +91,7 @@ def rows_of(run, *arguments):
     return json_rows(run("classify", *arguments, "--top", 5, "--format", "json"))
 
 
-@pytest.mark.parametrize("options", [[], ["--group-by", "burst"]], ids=str)
+@pytest.mark.parametrize("options", [[], ["--burst", 10]], ids=str)
 def test_each_photo_is_a_detection_with_its_best_classes(options, run, animals, card):
     document, names = written(run, animals, card, *options, status=3), Index.load(animals).class_names
     photos = {photo["file"]: photo for photo in document["images"]}
@@ -245,7 +245,7 @@ def test_a_package_has_an_observation_for_each_photo(run, animals, card, tmp_pat
 
 
 def test_boxes_and_bursts_in_a_package(run, animals, card, boxes, tmp_path):
-    made = packed(run, tmp_path, animals, card, *BERLIN, "--boxes", boxes, "--group-by", "burst", "--abstain", 1)
+    made = packed(run, tmp_path, animals, card, *BERLIN, "--boxes", boxes, "--burst", 10, "--abstain", 1)
     kinds = {name: own["observationType"] for name, own in made.observations.items()}
     people = {"101/a.jpg#1": "human", "101/b.jpg#1": "human", EMPTY: "blank"}
     assert kinds == {"101/a.jpg#2": "unknown", "101/c.jpg#1": "unknown", "102/a.jpg#1": "unknown"} | people
@@ -334,7 +334,7 @@ def test_frictionless_accepts_a_package(run, animals, card, boxes, tmp_path):
     table = tmp_path / "deployments.csv"
     table.write_text("deploymentID,latitude,longitude\n101,1e-7,-180\n")
     check = [python, Path(__file__).with_name("check_camtrap_dp.py")]
-    for more in ([], ["--boxes", boxes, "--group-by", "burst"], ["--boxes", boxes, "--abstain", "auto"]):
+    for more in ([], ["--boxes", boxes, "--burst", 10], ["--boxes", boxes, "--abstain", "auto"]):
         made = packed(run, tmp_path, animals, card, *BERLIN, "--deployments", table, *more)
         assert subprocess.run([*check, made.out], check=True, capture_output=True, text=True).stdout == ""
     made = packed(run, tmp_path, animals, card, *BERLIN)  # one deployment has no coordinates

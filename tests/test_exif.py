@@ -100,9 +100,9 @@ def test_classify_reports_exif_and_bursts(run, things, traps):
     assert plain[4]["taken_at"] is None
     chances = [dict(zip(row["labels"], row["probabilities"], strict=True)) for row in plain]
 
-    groups = {"burst": [1, 1, 1, 2, 3, 4], "burst:7.5": [1, 2, 3, 4, 5, 6], "burst:44": [1, 1, 1, 1, 2, 3]}
-    for group, expected in groups.items():
-        found = json_rows(run("classify", things, traps, "--group-by", group, "--top", 3, "--format", "json"), 0)
+    gaps = {10: [1, 1, 1, 2, 3, 4], 7.5: [1, 2, 3, 4, 5, 6], 44: [1, 1, 1, 1, 2, 3]}
+    for gap, expected in gaps.items():
+        found = json_rows(run("classify", things, traps, "--burst", gap, "--top", 3, "--format", "json"), 0)
         assert [row["input"] for row in found] == [row["input"] for row in plain]
         assert [row["burst"] for row in found] == expected
         for row in found:
@@ -124,7 +124,7 @@ def test_a_burst_has_no_match_if_no_photo_of_it_has_one(run, things, traps, tmp_
         (traps / "c" / name).write_bytes(encoded("2026:01:01 00:00:00", image=Image.open(traps / "noise.jpg")))
     (traps / "a/6.jpg").write_bytes(encoded("2026:03:01 23:59:59", image=Image.open(traps / "noise.jpg")))
     alone = json_rows(run("classify", index, traps, "--format", "json"), 0)
-    done = run("classify", index, traps, "--group-by", "burst", "--abstain", "auto", "--exif", "--format", "csv")
+    done = run("classify", index, traps, "--burst", 10, "--abstain", "auto", "--exif", "--format", "csv")
     found = list(csv.DictReader(io.StringIO(done.stdout)))
     expected = [row["no_match"] for row in alone]
     assert expected[5:6] + expected[7:] == [True] * 4

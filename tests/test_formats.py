@@ -54,7 +54,7 @@ def test_classify_writes_every_format(run, things, shared, tmp_path):
     paths = [path for path, _ in caltech_photos(shared, "test", 3, 1)]
     names = Index.load(things).class_names
     for style, convert in (("coco", coco), ("fiftyone", fiftyone), ("label-studio", label_studio)):
-        for options in ([], ["--abstain", 0.9999], ["--group-by", "burst"]):
+        for options in ([], ["--abstain", 0.9999], ["--burst", 10]):
             rows, document = classified(run, things, paths, style, *options)
             assert document == json.loads(json.dumps(convert(rows, names)))
     out = tmp_path / "answers.json"

@@ -91,7 +91,7 @@ def test_every_door_answers_by_level(run, index, queries):
     assert list(rows[0])[:4] == ["input", "label", "level", "probability"]
     assert [(row["label"], row["level"]) for row in rows] == [answer[:2] for answer in answers]
     np.testing.assert_allclose([row["probability"] for row in rows], [answer[2] for answer in answers], rtol=1e-5)
-    bursts = run("classify", index, queries, "--at-least", 0.8, "--group-by", "burst", "--format", "json").stdout
+    bursts = run("classify", index, queries, "--at-least", 0.8, "--burst", 10, "--format", "json").stdout
     assert [json.loads(line)["level"] for line in bursts.splitlines()] == [row["level"] for row in rows]  # no times
     found = opened.classify(features, at_least=0.8)
     assert [(one.label, one.level) for one in found] == [answer[:2] for answer in answers]

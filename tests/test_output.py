@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from retrieval_tip.cli.options import FORMATS
-from retrieval_tip.cli.output import WIDE, prediction_details, write_table, write_tables
+from retrieval_tip.cli.output import WIDE, write_table, write_tables
 from retrieval_tip.errors import InputError, json_line, one_line
 
 ESCAPES = "\x1b[2J\x07\x9b31m\u202e\u2066\u200f\u2028\r\n\t\x7f"
@@ -121,7 +121,7 @@ def test_predictions_are_followed_by_details(tmp_path):
     row = {"input": "a", "label": "cat", "labels": ["cat", f"d{ESCAPES}"], "probabilities": [0.75, 0.25]}
     row |= {"logits": [1.0, 2.0], "neighbours": [near], "opposing": near}
     table = pa.Table.from_pylist([row, row | {"neighbours": [], "opposing": None}])
-    write_tables([table], table.schema, "table", tmp_path / "out", prediction_details)
+    write_tables([table], table.schema, "table", tmp_path / "out", predictions=True)
     lines = (tmp_path / "out").read_text().splitlines()
     assert lines[0].split() == ["input", "label"]
     starts = ["input", "a", "contribution", "-0.5000", "strongest", "-0.5000", "cat", "a", "cat"]
@@ -136,7 +136,7 @@ def test_predictions_are_followed_by_details(tmp_path):
 def test_a_probability_is_never_rounded_to_1(value, shown, tmp_path):
     row = {"probability": value, "labels": ["cat"], "probabilities": [value], "neighbours": []}
     table = pa.Table.from_pylist([row])
-    write_tables([table], table.schema, "table", tmp_path / "out", prediction_details)
+    write_tables([table], table.schema, "table", tmp_path / "out", predictions=True)
     assert (tmp_path / "out").read_text().split() == ["probability", shown, "cat", shown]
 
 

@@ -113,7 +113,7 @@ def test_options_that_change_the_answers_exclude_sets(run, index, queries):
             refused = run(command, index, queries, "--coverage", 0.9, *options)
             assert (refused.exit_code, refused.stdout) == (2, ""), options
             assert "coverage" in refused.stderr
-    assert run("classify", index, queries, "--coverage", 0.9, "--group-by", "burst").exit_code == 2
+    assert run("classify", index, queries, "--coverage", 0.9, "--burst", 10).exit_code == 2
     with pytest.raises(UsageError, match="coverage"):
         Index.load(index).classify(photos(1, 1)[0], coverage=0.9, without=[3])
     with TestClient(app_of(index)) as client:

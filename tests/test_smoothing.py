@@ -131,7 +131,7 @@ def test_commands_explain_smoothed_answers(index, asked, tmp_path, run):
     planned = run("sort", *asked[1:3], *out)
     assert str(threshold_of(found.held, 0.4)).capitalize() in planned.stderr
     assert [row["label"] for row in csv.DictReader(planned.stdout.splitlines())] == [row["label"] for row in rows]
-    for more in (["--logits"], ["--coverage", "0.9"], ["--group-no-match"], ["--group-by", "burst"]):
+    for more in (["--logits"], ["--coverage", "0.9"], ["--group-no-match"], ["--burst", 10]):
         assert run(*asked, "--smooth", *more).exit_code == 2
 
 

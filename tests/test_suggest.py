@@ -154,7 +154,7 @@ def test_without_an_index_no_label_is_guessed(index, run, tmp_path):
 def test_label_and_suggest_share_their_options():
     ours, theirs = ({one.name: one for one in main.commands[name].params} for name in ("suggest", "label"))
     shared = ours.keys() & theirs.keys()
-    assert {"photos", "model", "cache"} <= shared
+    assert {"photos", "model", "no_cache"} <= shared
     assert all(ours[name].to_info_dict() == theirs[name].to_info_dict() for name in shared)
     assert ours.keys() - shared == {"number", "index", "named", "output"}
     assert theirs.keys() - shared == {"classes", "out", "port"}

@@ -47,15 +47,13 @@ XMP = "xmp"
 class RowOptions:
     """The columns of answers, and the rules for withholding a label and for grouping photos.
 
-    ``group_by`` is the number of seconds between the photos of a burst.
-
     Options:
         explain: Show the shots that contributed most to an answer, and its text and cache logits.
         abstain: Withhold the label if its probability is below P. With auto, the label is withheld if the probability
             is below 0.5 or the image has no match.
         group_no_match: Group similar images that have no match. The column group numbers the groups, largest first.
-        group_by: Give all photos of a burst the mean of their probabilities. A burst consists of photos in the same
-            folder, each taken at most SECONDS after the one before. The default is 10 seconds.
+        burst: Give all photos of a burst the mean of their probabilities. A burst consists of photos in the same
+            folder, each taken at most SECONDS after the one before, for example 10.
         boxes: Boxes of a detector, in MegaDetector's JSON format. Each box is cropped and classified, as photo.jpg#1.
             The column detected contains its category, or "empty" if a photo has no box.
         categories: Categories of boxes to classify, separated by commas. [default: all; animal in the formats
@@ -67,7 +65,7 @@ class RowOptions:
     explain: bool = flag(**options.ANSWERS)
     abstain: Abstain = option(kinds.abstaining, metavar="P|AUTO", **options.ANSWERS)
     group_no_match: bool = flag(**options.ANSWERS)
-    group_by: float | None = option(kinds.bursts, metavar="BURST[:SECONDS]", **options.ANSWERS)
+    burst: float | None = option(kinds.NUMBER, metavar="SECONDS", **options.ANSWERS)
     boxes: Path | None = option(kinds.FILE, **options.INPUT)
     categories: list[str] = option(multiple=True, metavar="NAME,...", callback=kinds.names, **options.INPUT)
     smooth: bool = flag(**options.ANSWERS)
@@ -81,7 +79,7 @@ class RowOptions:
         alone = {"--logits": self.ask.logits, "--coverage": self.ask.coverage is not None}
         alone |= {"--group-no-match": self.group_no_match}
         burst = alone | {"--explain": self.explain, "--smooth": self.smooth}
-        for name, mixes, others in (("smooth", self.smooth, alone), ("group-by", self.group_by is not None, burst)):
+        for name, mixes, others in (("smooth", self.smooth, alone), ("burst", self.burst is not None, burst)):
             if mixes and (given := [other for other, value in others.items() if value]):
                 raise UsageError(f"--{name}: mixes the answers to several photos; leave out {given[0]}")
         if self.boxes is None and self.categories:
@@ -112,7 +110,7 @@ class RowOptions:
         columns += ["no_match"] if index.settings.least_cache is not None else []
         columns += ["detected"] if self.boxes is not None else []
         columns += ["group"] if self.group_no_match else []
-        columns += ["burst"] if self.group_by is not None else []
+        columns += ["burst"] if self.burst is not None else []
         columns += list(EXIF) if self.exif else []
         columns += ["set"] if self.ask.coverage is not None else []
         columns += ["labels", "probabilities"] if self.ask.top > 1 else []
@@ -137,7 +135,7 @@ class RowOptions:
         cut, schema = cut or Cut(), self.schema(index)
         detected = cut.detected | dict.fromkeys(map(show, cut.empty), EMPTY)
         noting = Noting(cut.boxes)
-        if self.exif or self.group_by is not None or self.boxes is not None:
+        if self.exif or self.burst is not None or self.boxes is not None:
             sources = [replace(source, load=noting) for source in sources]
         for table in chain(self._answers(index, sources, reader, noting), self._others(cut, noting)):
             names = table["input"].to_pylist()
@@ -167,10 +165,10 @@ class RowOptions:
             answers, words = Pool.of(sources, reader).smoothed(index, ask)
             say(words.capitalize())
             yield answers.written(columns, self.abstain)
-        elif some and self.group_by is not None:
+        elif some and self.burst is not None:
             from retrieval_tip.labelling.bursts import classify_in_bursts
 
-            answers, bursts = classify_in_bursts(index, sources, reader, noting, self.group_by, ask)
+            answers, bursts = classify_in_bursts(index, sources, reader, noting, self.burst, ask)
             yield answers.written(columns, self.abstain).append_column("burst", bursts)
         else:
             for source in sources:
@@ -295,7 +293,7 @@ def classify(
     xmp writes the label of each photo as a keyword into its XMP sidecar: photo.jpg.xmp, or an existing photo.xmp.
     """
     from retrieval_tip import __version__
-    from retrieval_tip.cli.output import prediction_details, rounded, write_document, write_folder, write_tables
+    from retrieval_tip.cli.output import write_document, write_folder, write_tables
     from retrieval_tip.data import camera_traps
     from retrieval_tip.data.boxes import Cut, cut_boxes
     from retrieval_tip.data.exchange import FORMATS
@@ -332,9 +330,8 @@ def classify(
         elif printing.style == XMP:
             skipped += _write_sidecars(answers, photos, cut, special.uncertain, loaded.groups)
         else:
-            tables = map(rounded, tables) if printing.style == "csv" else tables
             texts = {"input": chain.from_iterable(source.sources for source in sources), "label": labels}
-            write_tables(tables, rows.schema(loaded), printing.style, printing.output, prediction_details, texts)
+            write_tables(tables, rows.schema(loaded), printing.style, printing.output, texts, predictions=True)
     if printing.output is not None:
         no_match = f", {counts['no_match']:,} with no match" if loaded.settings.least_cache is not None else ""
         empty = f", {len(cut.empty):,} empty" if rows.boxes is not None else ""

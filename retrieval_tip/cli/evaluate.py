@@ -123,7 +123,7 @@ def compare_command(
     classified without itself. If SOURCE has no labels, only the different answers are listed. To compare encoders, use
     models --try.
     """
-    from retrieval_tip.cli.output import table_lines
+    from retrieval_tip.cli.output import write_table
     from retrieval_tip.evaluation.compare import Side, compare
 
     items = source_of(source, encoding, "test", labelled=False)
@@ -134,7 +134,5 @@ def compare_command(
         click.echo(json_line(comparison.to_dict()))
     else:
         click.echo(str(comparison))
-        rows = comparison.differences.to_pylist()
-        if rows:
-            click.echo("\n".join(table_lines(rows, comparison.differences.column_names)))
+        write_table(comparison.differences, "table", None)
     finish(comparison.skipped)

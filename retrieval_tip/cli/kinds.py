@@ -21,9 +21,6 @@ LARGEST = 1e30
 LARGEST_FILE = 10**15
 """Largest size that an option accepts, in bytes."""
 
-BURST_SECONDS = 10
-"""Longest time between consecutive photos of a burst by default."""
-
 Place = Path | str
 """A local path, or the address of an index or the URL of a source."""
 
@@ -165,11 +162,3 @@ def size(text: str) -> int:
 def abstaining(text: str) -> float | Literal["auto"]:
     """Convert a probability, or ``auto``."""
     return "auto" if text == "auto" else float(SHARE.convert(text, None, None))
-
-
-def bursts(text: str) -> float:
-    """Convert ``burst`` or ``burst:SECONDS`` to the number of seconds."""
-    kind, _, seconds = text.partition(":")
-    if kind != "burst":
-        raise click.BadParameter(f"{text}: expected burst or burst:SECONDS")
-    return float(NUMBER.convert(seconds or BURST_SECONDS, None, None))

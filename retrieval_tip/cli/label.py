@@ -40,7 +40,7 @@ def suggest(
     loaded = None if index is None else index_with(index, encoding)
     with reader_for(loaded, sources, encoding) as reader:
         suggestions = suggest_photos(sources, number, reader, loaded)
-    printing.write_table(suggestions.table, rounded=True)
+    printing.write_table(suggestions.table, predictions=True)
     note(str(suggestions))
     finish(reader.skipped)
 

@@ -152,11 +152,11 @@ class OutputOptions:
         cells = ((", ".join(cell) if joined and isinstance(cell, list) else cell for cell in row) for row in rows)
         self.write_table(pa.Table.from_pylist([dict(zip(types, row, strict=True)) for row in cells], schema))
 
-    def write_table(self, table: pa.Table, *, rounded: bool = False) -> None:
-        """Write a table. If ``rounded`` is true, CSV files show probabilities with 4 digits."""
-        from retrieval_tip.cli import output
+    def write_table(self, table: pa.Table, *, predictions: bool = False) -> None:
+        """Write a table, which may have ``predictions`` (see :func:`output.write_tables`)."""
+        from retrieval_tip.cli.output import write_table
 
-        output.write_table(output.rounded(table) if rounded and self.style == "csv" else table, self.style, self.output)
+        write_table(table, self.style, self.output, predictions=predictions)
 
 
 PHOTOS = argument(nargs=-1, required=True, metavar="PHOTOS...")

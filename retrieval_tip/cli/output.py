@@ -24,7 +24,6 @@ WIDE = 200
 """Maximum number of characters in an aligned cell. A longer cell only shifts its own line."""
 
 Row = Mapping[str, Any]
-Details = Callable[[Row], Iterable[str]]
 
 
 def write_tables(
@@ -32,14 +31,15 @@ def write_tables(
     schema: pa.Schema,
     style: str,
     path: Path | None,
-    details: Details | None = None,
     known: Mapping[str, Iterable[str]] | None = None,
+    *,
+    predictions: bool = False,
 ) -> None:
     """Write tables that have the same schema as they arrive, in the format ``style``.
 
-    An output file appears only once it is complete. In the format ``table``, floats are rounded. ``details`` yields the
-    lines to print below a row instead of its nested columns; see :func:`prediction_details`. ``known`` contains the
-    texts that will appear in a column, so that the column is aligned from the first row.
+    An output file appears only once it is complete. In the format ``table``, floats are rounded. ``known`` contains the
+    texts that will appear in a column, so that the column is aligned from the first row. If the rows are
+    ``predictions``, a table has lines below a row instead of nested columns, and CSV has probabilities with 4 digits.
 
     Control characters are escaped (see :func:`errors.one_line`) in tables, in CSV on a terminal, and in JSON (where
     escaping does not change any value).
@@ -58,11 +58,13 @@ def write_tables(
         rows = (table.to_pylist() for table in tables)
         try:
             if style == "table":
-                blocks = _table(rows, schema, known or {}, details)
+                fields = [field for field in schema if not (predictions and pa.types.is_nested(field.type))]
+                right = {field.name: _is_number(field.type) for field in fields}
+                blocks = _table(rows, right, known or {}, predictions=predictions)
             elif style == "json":
                 blocks = ("".join(f"{json_line(row)}\n" for row in block) for block in rows)
             else:
-                blocks = _csv(rows, schema.names, safe=path is None and sys.stdout.isatty())
+                blocks = _csv(rows, schema.names, path is None and sys.stdout.isatty(), short=predictions)
             for block in blocks:
                 text.write(block)
                 target.flush()  # so that the reader of a pipe gets each answer immediately
@@ -70,38 +72,23 @@ def write_tables(
             text.detach()
 
 
-def prediction_details(row: Row) -> Iterator[str]:
+def _details(row: Row) -> Iterator[str]:
     """Yield the lines to print below a prediction, which show its evidence and the class probabilities."""
     if row.get("neighbours"):
         shots = [*row["neighbours"], *([row["opposing"]] if row.get("opposing") else [])]
         rows = [shot | {"contribution": shot["gives"][0]} for shot in shots]  # contribution to the answer
-        lines = list(table_lines(rows, ["contribution", "affinity", "label", "source", "key_id"]))
+        lines = _lines(rows, contribution=True, affinity=True, label=False, source=False, key_id=True)
         if row.get("opposing"):
             lines.insert(-1, "strongest against it:")
         yield from (f"    {line}" for line in lines)
     if row.get("similar"):
         yield "    given by this photo and by similar photos, with the label of each alone:"
-        yield from (f"    {line}" for line in table_lines(row["similar"], ["gives", "label", "input"]))
+        yield from (f"    {line}" for line in _lines(row["similar"], gives=True, label=False, input=False))
     if row.get("set") is not None:
         yield "    set: " + (", ".join(map(one_line, row["set"])) or "no class")
     others = list(zip(row.get("labels", ()), row.get("probabilities", ()), strict=True))
     if others:
         yield "    " + ", ".join(f"{one_line(label)} {shown_probability(chance)}" for label, chance in others)
-
-
-def rounded(table: pa.Table) -> pa.Table:
-    """Round the probabilities of predictions to 4 significant digits, as CSV files show them."""
-
-    def short(value: Any) -> Any:
-        if isinstance(value, list):
-            return [short(part) for part in value]
-        return None if value is None else float(f"{value:.4g}")
-
-    for place, field in enumerate(table.schema):
-        if field.name in ("probability", "probabilities"):
-            values = pa.array(map(short, table.column(place).to_pylist()), field.type)
-            table = table.set_column(place, field, values)
-    return table
 
 
 def write_document(make: Callable[[], object], path: Path | None) -> None:
@@ -127,16 +114,16 @@ def write_folder(make: Callable[[], Mapping[str, Any]], folder: Path) -> None:
         raise InputError(f"{show(folder)}: cannot be written: {error.strerror or error}") from None
 
 
-def write_table(table: pa.Table, style: str, path: Path | None) -> None:
+def write_table(table: pa.Table, style: str, path: Path | None, *, predictions: bool = False) -> None:
     """Write a table in the same way as :func:`write_tables`, but round its times to microseconds."""
     for place, field in enumerate(table.schema):
         if pa.types.is_timestamp(field.type) and field.type.unit == "ns":
-            rounded = table.column(place).cast(pa.timestamp("us", field.type.tz), safe=False)
-            table = table.set_column(place, field.name, rounded)
+            times = table.column(place).cast(pa.timestamp("us", field.type.tz), safe=False)
+            table = table.set_column(place, field.name, times)
     try:
         whole = style == "parquet"
         parts = [table] if whole else (pa.Table.from_batches([batch]) for batch in table.to_batches(CHUNK))
-        write_tables(parts, table.schema, style, path)
+        write_tables(parts, table.schema, style, path, predictions=predictions)
     except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
         if isinstance(error, RetrievalTipError):
             raise
@@ -144,18 +131,20 @@ def write_table(table: pa.Table, style: str, path: Path | None) -> None:
         raise UsageError(f"a value cannot be written as {style} ({reason}); cast its column to VARCHAR") from None
 
 
-def table_lines(rows: Sequence[Row], columns: Sequence[str]) -> Iterator[str]:
-    """Yield a heading and one aligned line per row. Numbers are aligned to the right."""
-    right = [all(isinstance(row.get(c), int | float | None) for row in rows) for c in columns]
-    lines = [list(map(one_line, columns)), *([_cell(row.get(column), column) for column in columns] for row in rows)]
-    yield from _aligned(lines, right, [_width(texts) for texts in zip(*lines, strict=True)])
+def _lines(rows: Sequence[Row], **right: bool) -> list[str]:
+    """Return a heading and one aligned line per row (see :func:`_table`)."""
+    return "".join(_table([rows], right, {})).splitlines()
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_primitive(kind) and not pa.types.is_temporal(kind))
 
 
 def _width(texts: Iterable[str]) -> int:
     return max((wcswidth(text) for text in texts if len(text) <= WIDE), default=0)
 
 
-def _aligned(lines: Iterable[Sequence[str]], right: Sequence[bool], widths: Sequence[int]) -> Iterator[str]:
+def _aligned(lines: Iterable[Sequence[str]], right: Iterable[bool], widths: Sequence[int]) -> Iterator[str]:
     for line in lines:
         gaps = [" " * (width - wcswidth(text)) for text, width in zip(line, widths, strict=True)]
         padded = [gap + text if r else text + gap for text, gap, r in zip(line, gaps, right, strict=True)]
@@ -163,38 +152,48 @@ def _aligned(lines: Iterable[Sequence[str]], right: Sequence[bool], widths: Sequ
 
 
 def _table(
-    blocks: Iterable[Sequence[Row]], schema: pa.Schema, known: Mapping[str, Iterable[str]], details: Details | None
+    blocks: Iterable[Sequence[Row]],
+    right: Mapping[str, bool],
+    known: Mapping[str, Iterable[str]],
+    *,
+    predictions: bool = False,
 ) -> Iterator[str]:
-    """Yield blocks of a table as text. A column becomes wider if a later block has wider cells."""
-    fields = [field for field in schema if details is None or not pa.types.is_nested(field.type)]
-    columns = [field.name for field in fields]
-    right = [pa.types.is_primitive(field.type) and not pa.types.is_temporal(field.type) for field in fields]
-    heading = list(map(one_line, columns))
+    """Yield blocks of a table as text. A column becomes wider if a later block has wider cells.
+
+    ``right`` are the columns, and whether each is aligned to the right.
+    """
+    heading = list(map(one_line, right))
     widths = [_width([name, *(_cell(text, column) for text in known.get(column, ()))])
-              for name, column in zip(heading, columns, strict=True)]  # fmt: skip
+              for name, column in zip(heading, right, strict=True)]  # fmt: skip
     head = [heading]
     for rows in filter(None, blocks):
-        cells = [[_cell(row.get(column), column) for column in columns] for row in rows]
+        cells = [[_cell(row.get(column), column) for column in right] for row in rows]
         widths = [max(width, _width(texts)) for width, texts in zip(widths, zip(*cells, strict=True), strict=True)]
         text = io.StringIO()
-        text.writelines(f"{line}\n" for line in _aligned(head, right, widths))
-        for row, line in zip(rows, _aligned(cells, right, widths), strict=True):
+        text.writelines(f"{line}\n" for line in _aligned(head, right.values(), widths))
+        for row, line in zip(rows, _aligned(cells, right.values(), widths), strict=True):
             text.write(f"{line}\n")
-            text.writelines(f"{below}\n" for below in (() if details is None else details(row)))
+            text.writelines(f"{below}\n" for below in (_details(row) if predictions else ()))
         head = []
         yield text.getvalue()
 
 
-def _csv(blocks: Iterable[Iterable[Row]], columns: Sequence[str], safe: bool) -> Iterator[str]:
-    def cell(value: object) -> object:
+def _csv(blocks: Iterable[Iterable[Row]], columns: Sequence[str], safe: bool, *, short: bool) -> Iterator[str]:
+    def cell(value: Any, column: str = "") -> object:
+        if short and column in ("probability", "probabilities"):
+            value = [_shortened(one) for one in value] if isinstance(value, list) else _shortened(value)
         text = json_line(value) if isinstance(value, list | dict) else value
         return one_line(str(text)) if safe and text is not None else text
 
     head = csv_of([map(cell, columns)])
     for rows in blocks:
-        yield head + csv_of(map(cell, row.values()) for row in rows)
+        yield head + csv_of(map(cell, row.values(), columns) for row in rows)
         head = ""
     yield head
+
+
+def _shortened(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.4g}")
 
 
 @contextmanager
