@@ -23,7 +23,7 @@ from retrieval_tip.data import images
 
 FEW = 32
 """Number of photos in the run that measures only the start."""
-ENGINES = {"local": (".parquet", ()), "ray": (".parts", ("--engine", "ray"))}
+ENGINES = {"local": (".parquet", ()), "ray": (".parts", ("--ray", "local"))}
 
 
 def seconds(*command: object) -> float:

@@ -328,7 +328,7 @@ WORDS = [
     "local-dir:/dev", "cuda:99", "IVF0,Flat", "HNSW2147483648", "PQ8x64", "IVF4(", "Classes", "true) --", "index",
     "key_id < 2", "train.parquet",
 ]  # fmt: skip
-SLOW = {"epochs", "seeds", "folds", "shots", "engine", "help", "workers"}
+SLOW = {"epochs", "seeds", "folds", "shots", "ray", "help", "workers"}
 """Options that take long, start other programs, or draw. ``test_cli.py`` tests their bounds."""
 
 

@@ -61,11 +61,10 @@ def test_actors_share_the_cpus_or_use_one_gpu_each(nodes, device, expected):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (("--out", "s3://b/x"), "--engine ray"),
-        (("--out", "x", "--ray-address", "a:1"), "--ray-address"),
-        (("--out", "x", "--engine", "ray", "--ray-address", "127.0.0.1:9"), "127.0.0.1:9"),
-        (("--out", "x", "--engine", "ray", "--ray-address", "nowhere"), "nowhere"),
-        (("--out", "x", "--engine", "ray"), "pip install"),
+        (("--out", "s3://b/x"), "encode --ray"),
+        (("--out", "x", "--ray", "127.0.0.1:9"), "127.0.0.1:9"),
+        (("--out", "x", "--ray", "nowhere"), "nowhere"),
+        (("--out", "x", "--ray", "local"), "pip install"),
     ],
 )
 def test_bad_options_are_refused(run, monkeypatch, tmp_path, arguments, named):
@@ -175,7 +174,7 @@ def test_two_nodes_give_the_same_results_as_one_process(run, cluster, shared, tm
     command, places = ("encode", source, *model, "--out"), (tmp_path / "here.parquet", f"{out}/parts")
     here = run(*command, places[0])
     assert (here.exit_code, place.name in here.stderr) == (3, True), here.output
-    ray = (*command, places[1], "--engine", "ray", "--ray-address", cluster)
+    ray = (*command, places[1], "--ray", cluster)
     done = in_own_process(*ray)
     assert (done.returncode, place.name in done.stderr) == (3, True), done.stderr
     (one, figures), (other, others) = map(rows_and_numbers, places)

@@ -574,4 +574,4 @@ def test_photos_in_a_bucket_are_read_as_those_in_a_folder(run, shared, tmp_path,
         done = run("index", "build", wrong, "--out", tmp_path / "x", *model)
         assert (done.exit_code, wrong in done.stderr) == (1, True), done.output
     done = run("encode", tmp_path / "photos", *model, "--out", f"{bucket}/t.parquet")
-    assert (done.exit_code, "--engine ray" in done.stderr) == (2, True)
+    assert (done.exit_code, "encode --ray" in done.stderr) == (2, True)

@@ -111,35 +111,29 @@ def _store_int8(photos: Source, encoding: SourceOptions) -> None:
     finish(skipped)
 
 
-RAY = {"heading": "Distributed with Ray"}
-
-
 @command()
 def encode(
     source: Place = argument(kinds.SOURCE),
-    out: Place = option(kinds.OUTPUT, "--out", "-o", required=True, help="Feature table to write (.parquet)."),
-    engine: str = option(click.Choice(["local", "ray"]), default="local", is_eager=True, **RAY),
-    ray_address: str | None = option(metavar="HOST:PORT", **RAY),
+    out: Place = option(kinds.OUTPUT, "--out", "-o", required=True),
+    ray: str | None = option(metavar="local|auto|HOST:PORT", is_eager=True),
     views: ViewOptions = options.VIEWS,
     encoding: SourceOptions = options.SOURCES,
 ) -> None:
     """Encode images into a feature table.
 
     You can give the table to every command that reads images. SOURCE can be anything that index build accepts, or a
-    folder of unlabelled images. With --engine ray, --out is a folder of Parquet parts, which you can use like a table.
+    folder of unlabelled images.
 
     Options:
-        engine: Where to run the command. With ray, actors on this machine or a cluster write a folder of parts, which
-            can be on disk or in a bucket. If the command is interrupted, run it again to complete the folder.
-        ray_address: Address of the head of a Ray cluster, or auto. [default: start Ray on this machine]
+        out: Feature table to write (.parquet). With --ray, a folder of Parquet parts, which you can use like a table.
+        ray: Spread the work over Ray actors on this machine (local) or a cluster (auto, or the address of its head).
+            --out can then be in a bucket. If the command is interrupted, run it again to complete the folder.
     """
     from retrieval_tip.data.reader import encode_table
 
     items = source_of(source, encoding, "train", labelled=False)
-    if engine == "ray":
-        what, skipped = _on_ray(items, out, ray_address, encoding, views)
-    elif ray_address:
-        raise UsageError("--ray-address: needs --engine ray")
+    if ray is not None:
+        what, skipped = _on_ray(items, out, ray, encoding, views)
     else:
         with reader_for(None, [items], encoding, views) as reader:
             what = f"{encode_table(items, out, reader)} rows"
@@ -149,7 +143,7 @@ def encode(
 
 
 def _on_ray(
-    items: Source, out: Place, address: str | None, encoding: SourceOptions, views: ViewOptions
+    items: Source, out: Place, address: str, encoding: SourceOptions, views: ViewOptions
 ) -> tuple[str, list[Skipped]]:
     from retrieval_tip.backbones.loading import load_backbone
     from retrieval_tip.data.encoding_cache import EncodingCache

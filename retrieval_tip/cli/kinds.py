@@ -79,13 +79,13 @@ class SourceType(Folder):
 
 
 class Output(click.Path):
-    """A file to write. With ``--engine ray``, it is a folder or a folder URL."""
+    """A file to write. With ``--ray``, it is a folder or a folder URL."""
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        if ctx is not None and ctx.params.get("engine") == "ray":
+        if ctx is not None and isinstance(ctx.params.get("ray"), str):  # click stores a marker if it is not given
             return value if is_remote(value) else Path(value)
         if is_remote(value):
-            self.fail(f"{value}: only encode --engine ray can write to object stores; give a local file")
+            self.fail(f"{value}: only encode --ray can write to object stores; give a local file")
         return super().convert(value, param, ctx)
 
 

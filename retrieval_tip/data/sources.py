@@ -84,7 +84,7 @@ def open_source(
     - A table (``.csv``, ``.tsv`` or ``.parquet``) with the columns ``path`` and ``label``. See
       :data:`NAMES` for other column names. Paths are relative to ``root``, which defaults to the folder of the table.
     - A feature table, which is a ``.parquet`` file with the columns ``id``, ``label`` and ``feature``, or a folder of
-      parts written by ``encode --engine ray``.
+      parts written by ``encode --ray``.
     - A folder of class folders or a Parquet table on an object store (``s3://``, ``gs://``, ``az://``).
     - Any folder of images, if ``labelled`` is false.
 

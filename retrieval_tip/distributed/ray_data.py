@@ -86,7 +86,7 @@ def write_parts(
     pieces: Sequence[Source],
     out: str | os.PathLike[str],
     *,
-    address: str | None = None,
+    address: str = "local",
     device: str = "auto",
     progress: bool = False,
 ) -> tuple[int, int, list[Skipped]]:
@@ -156,8 +156,8 @@ def _stream(work: Work, missing: list[dict[str, object]], folder: PartsFolder, d
 
 
 @contextmanager
-def connected(address: str | None) -> Iterator[None]:
-    """Connect to the cluster at ``address``, or start a cluster on this machine, until the context ends."""
+def connected(address: str) -> Iterator[None]:
+    """Connect to the cluster at ``address``, or start a cluster on this machine (``local``), until the context ends."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # otherwise, messages bypass the Python loggers
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning of old Ray releases
@@ -166,15 +166,13 @@ def connected(address: str | None) -> Iterator[None]:
     except ImportError:
         raise UsageError(f"Ray is not installed; run {install('ray')}") from None
     try:
-        if address not in (None, "auto"):
-            host, _, port = str(address).rpartition(":")
+        if address not in ("local", "auto"):
+            host, _, port = address.rpartition(":")
             socket.create_connection((host.strip("[]"), int(port)), PATIENCE).close()
-        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.CRITICAL)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
     except (RuntimeError, ValueError, OverflowError, OSError) as error:
-        where = (
-            f"--ray-address {address}: give HOST:PORT of the head of a Ray cluster" if address else "cannot start Ray"
-        )
-        raise UsageError(f"{where} ({first_line(error)})") from None
+        remedy = "reinstall Ray" if address == "local" else "give HOST:PORT of the head of a Ray cluster"
+        raise UsageError(f"--ray {address}: cannot be used ({first_line(error)}); {remedy}") from None
     try:
         yield
     finally:
