@@ -116,8 +116,7 @@ def encode(
     source: Place = argument(kinds.SOURCE),
     out: Place = option(kinds.OUTPUT, "--out", "-o", required=True),
     ray: str | None = option(metavar="local|auto|HOST:PORT", is_eager=True),
-    views: ViewOptions = options.VIEWS,
-    encoding: SourceOptions = options.SOURCES,
+    encoding: ViewOptions = options.VIEWS,
 ) -> None:
     """Encode images into a feature table.
 
@@ -133,18 +132,16 @@ def encode(
 
     items = source_of(source, encoding, "train", labelled=False)
     if ray is not None:
-        what, skipped = _on_ray(items, out, ray, encoding, views)
+        what, skipped = _on_ray(items, out, ray, encoding)
     else:
-        with reader_for(None, [items], encoding, views) as reader:
+        with reader_for(None, [items], encoding) as reader:
             what = f"{encode_table(items, out, reader)} rows"
         skipped = reader.skipped
     about(out, what)
     finish(skipped)
 
 
-def _on_ray(
-    items: Source, out: Place, address: str, encoding: SourceOptions, views: ViewOptions
-) -> tuple[str, list[Skipped]]:
+def _on_ray(items: Source, out: Place, address: str, encoding: SourceOptions) -> tuple[str, list[Skipped]]:
     from retrieval_tip.backbones.loading import load_backbone
     from retrieval_tip.data.encoding_cache import EncodingCache
     from retrieval_tip.distributed.ray_data import Work, cut, write_parts
@@ -153,7 +150,7 @@ def _on_ray(
     if encoding.model or items.table is None:
         backbone = partial(load_backbone, encoding.model, precision=encoding.precision)
     cache = None if encoding.no_cache else str(EncodingCache.default_folder())
-    work, pieces = Work(reader_of(encoding, views), backbone, cache), cut(items)
+    work, pieces = Work(reader_of(encoding), backbone, cache), cut(items)
     progress = sys.stderr.isatty() and not quiet()
     rows, kept, skipped = write_parts(work, pieces, out, address=address, device=encoding.device, progress=progress)
     warn(f"skipped {one}" for one in skipped)

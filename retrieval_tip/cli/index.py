@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +41,7 @@ def build(
         help=f"Index folder, or {KIND} ({FORMS}). If the index already exists, it gets a new version.",
     ),
     build: BuildOptions = options.building(),
-    views: ViewOptions = options.VIEWS,
-    encoding: SourceOptions = options.SOURCES,
+    encoding: ViewOptions = options.VIEWS,
 ) -> None:
     """Build an index from labelled images or features.
 
@@ -53,7 +52,7 @@ def build(
     from retrieval_tip.index.build import build_index
 
     items = source_of(source, encoding, "train")
-    with reader_for(None, [items], encoding, views, needed=build["text"] is None) as reader:
+    with reader_for(None, [items], encoding, needed=build["text"] is None) as reader:
         loaded = build_index(items, out, reader, device=encoding.device, **build)
     version = loaded.version or 1
     about(out, f"version {version}, {_held(loaded)}")
@@ -177,8 +176,8 @@ def add_command(
     manifest, items = store_of(folder).manifest(), source_of(source, encoding, "train")
     new = not set(items.class_names) <= set(manifest.class_names)
     needed = new and text is None and bool(manifest.templates)
-    views = ViewOptions(manifest.built.views, manifest.built.seed)
-    with reader_for(manifest, [items], encoding, views, needed=needed) as reader:
+    encoding = replace(encoding, views=manifest.built.views, seed=manifest.built.seed)
+    with reader_for(manifest, [items], encoding, needed=needed) as reader:
         added = changes.add(folder, items, reader, text=text, skip_known=skip_known, manifest=manifest, **drawn)
     _say_added(folder, added, skip_known)
     finish(reader.skipped)

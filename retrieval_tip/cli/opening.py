@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import note, quiet, say
-from retrieval_tip.cli.options import BackboneOptions, EncodingOptions, OpeningOptions, SourceOptions, ViewOptions
+from retrieval_tip.cli.options import BackboneOptions, EncodingOptions, OpeningOptions, SourceOptions
 from retrieval_tip.errors import InputError, UsageError, counted, few
 from retrieval_tip.settings import Ask
 
@@ -147,22 +147,17 @@ def backbone_for(
     return loaded
 
 
-def reader_of(encoding: EncodingOptions, views: ViewOptions | None = None) -> Reader:
-    """Return a reader that has no backbone and no cache. By default, it uses the centre view."""
+def reader_of(encoding: EncodingOptions) -> Reader:
+    """Return a reader that has no backbone and no cache."""
     from retrieval_tip.data.reader import Reader
 
-    own = {name: getattr(encoding, name) for name in ("norms", "batch_size", "workers", "strict")}
-    return Reader(**own, **vars(views or ViewOptions()))
+    names = ("norms", "batch_size", "workers", "strict", "views", "seed")
+    return Reader(**{name: getattr(encoding, name) for name in names})
 
 
 @contextmanager
 def reader_for(
-    index: Index | Manifest | None,
-    sources: Sequence[Source],
-    encoding: EncodingOptions,
-    views: ViewOptions | None = None,
-    *,
-    needed: bool = False,
+    index: Index | Manifest | None, sources: Sequence[Source], encoding: EncodingOptions, *, needed: bool = False
 ) -> Iterator[Reader]:
     """Open a reader with the backbone of :func:`backbone_for`, and close its cache on exit."""
     from retrieval_tip.data.encoding_cache import EncodingCache
@@ -170,9 +165,7 @@ def reader_for(
     backbone, parts = backbone_for(index, sources, encoding, needed=needed), () if index is None else index.parts
     cache = None if backbone is None or encoding.no_cache else EncodingCache.at(None)
     began = time.monotonic()
-    reader = replace(
-        reader_of(encoding, views), backbone=backbone, cache=cache, parts=tuple(parts), progress=not quiet()
-    )
+    reader = replace(reader_of(encoding), backbone=backbone, cache=cache, parts=tuple(parts), progress=not quiet())
     try:
         yield reader
         seconds = time.monotonic() - began

@@ -50,20 +50,6 @@ class BackboneOptions:
     device: str = option(default="auto", **ENCODER)
 
 
-@dataclass(frozen=True)
-class ViewOptions:
-    """How to draw shots and views.
-
-    Options:
-        views: Number of views to average per key. With 1, the centre view is used; with more, augmented views are used,
-            as in the paper.
-        seed: Seed for drawing shots and views.
-    """
-
-    views: int = option(kinds.VIEWS_COUNT, default=1)
-    seed: int = option(kinds.SEED, default=1)
-
-
 @dataclass(frozen=True, kw_only=True)
 class EncodingOptions(BackboneOptions):
     """Options for encoding images: the backbone, feature norms, batches, threads and the encoding cache.
@@ -85,6 +71,8 @@ class EncodingOptions(BackboneOptions):
     )
     no_cache: bool = flag(**INPUT)
     strict: bool = flag(**INPUT)
+    views: int = 1
+    seed: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +86,20 @@ class SourceOptions(EncodingOptions):
 
     split: str | None = option(**INPUT)
     root: Place | None = option(kinds.SOURCE, **INPUT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewOptions(SourceOptions):
+    """How to draw shots and views of a source, and the options for reading it.
+
+    Options:
+        views: Number of views to average per key. With 1, the centre view is used; with more, augmented views are used,
+            as in the paper.
+        seed: Seed for drawing shots and views.
+    """
+
+    views: int = option(kinds.VIEWS_COUNT, default=1)
+    seed: int = option(kinds.SEED, default=1)
 
 
 @dataclass(frozen=True)
