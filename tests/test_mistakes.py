@@ -159,11 +159,11 @@ def test_the_cache_command_shows_prunes_and_limits_the_cache(run, tmp_path, monk
     pruned = run("cache", "--prune", "--json")
     assert json.loads(pruned.stdout)["encodings"] == 0
     assert "Removed 2 encodings" in pruned.stderr
-    bounded = run("cache", "--max-size", "20mb", "--json")
+    bounded = run("cache", "--max-size", 0.02, "--json")
     assert json.loads(bounded.stdout)["max_bytes"] == 20_000_000
     assert json.loads(run("cache", "--json").stdout)["max_bytes"] == 20_000_000
     assert "of at most 20 MB" in json.loads(run("doctor", "--json").stdout)["facts"]["encoding cache"]
-    assert run("cache", "--max-size", "20").exit_code == 2
+    assert run("cache", "--max-size", "20mb").exit_code == 2
 
 
 def test_every_command_has_help_for_each_option_and_two_valid_examples():

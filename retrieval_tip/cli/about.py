@@ -161,8 +161,8 @@ def _on_ray(items: Source, out: Place, address: str, encoding: SourceOptions) ->
 @command()
 def cache_command(
     prune: bool = flag(help="Remove all encodings. They are computed again when they are needed."),
-    max_size: int | None = option(
-        kinds.size, metavar="N(MB|GB|TB)", help="New size limit, which the cache remembers. [default: 8GB]"
+    max_size: float | None = option(
+        kinds.Number(0.001, 1e6), metavar="GB", help="New size limit, which the cache remembers. [default: 8]"
     ),
     as_json: bool = options.JSON,
 ) -> None:
@@ -178,7 +178,7 @@ def cache_command(
     try:
         removed = kept.clear() if prune else 0
         if max_size is not None:
-            kept.limit(max_size)
+            kept.limit(int(1e9 * max_size))
         number = len(kept)
     finally:
         kept.close()

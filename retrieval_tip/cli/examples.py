@@ -67,5 +67,5 @@ EXAMPLES = {
     ],
     "models": ["models siglip", "models --try photos --model clip+dinov2"],
     "doctor": ["doctor", "doctor --json"],
-    "cache": ["cache --max-size 2GB", "cache --prune"],
+    "cache": ["cache --max-size 2", "cache --prune"],
 }

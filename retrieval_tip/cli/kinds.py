@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,9 +16,6 @@ if TYPE_CHECKING:
 
 LARGEST = 1e30
 """Largest number that an option accepts, so that results stay within the float32 range of 3e38."""
-
-LARGEST_FILE = 10**15
-"""Largest size that an option accepts, in bytes."""
 
 Place = Path | str
 """A local path, or the address of an index or the URL of a source."""
@@ -148,15 +144,6 @@ def percent(text: str) -> float:
     if text.endswith("%"):
         return float(Number(0, 100).convert(text.removesuffix("%"), None, None)) / 100
     return float(SHARE.convert(text, None, None))
-
-
-def size(text: str) -> int:
-    """Convert a number of bytes with the unit MB, GB or TB."""
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([MGT])B?", text, re.IGNORECASE | re.ASCII)
-    number = 0 if match is None else int(float(match[1]) * 1000 ** (2 + "MGT".index(match[2].upper())))
-    if not 1_000_000 <= number <= LARGEST_FILE:
-        raise click.BadParameter(f"{text!r} is not a size from 1 MB to 1000 TB; write, for example, 500MB or 8GB")
-    return number
 
 
 def abstaining(text: str) -> float | Literal["auto"]:
