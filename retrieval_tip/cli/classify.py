@@ -45,7 +45,7 @@ XMP = "xmp"
 
 @dataclass(frozen=True)
 class RowOptions:
-    """The columns of answers, and the rules for withholding a label and for grouping photos.
+    """The columns of answers, the rules for withholding a label and for grouping photos, and options of formats.
 
     Options:
         explain: Show the shots that contributed most to an answer, and its text and cache logits.
@@ -60,6 +60,11 @@ class RowOptions:
             megadetector and camtrap-dp]
         smooth: Mix in the answers to similar photos of INPUTS, if this helps with held-out shots.
         exif: Add the columns taken_at, latitude and longitude from the EXIF metadata of photos.
+        timezone: Time zone of the cameras, such as Europe/Berlin (format camtrap-dp).
+        deployments: Table of the deployments, which are named like folders of photos (format camtrap-dp). [default:
+            each folder is a deployment]
+        uncertain: Keyword for photos without a label or a match (format xmp). [default: none]
+        undo: Only restore the previous sidecars (format xmp).
     """
 
     explain: bool = flag(**options.ANSWERS)
@@ -70,7 +75,29 @@ class RowOptions:
     categories: list[str] = option(multiple=True, metavar="NAME,...", callback=kinds.names, **options.INPUT)
     smooth: bool = flag(**options.ANSWERS)
     exif: bool = flag(**options.ANSWERS)
+    timezone: ZoneInfo | None = option(metavar="ZONE", callback=kinds.zone, **options.OUTPUTS)
+    deployments: Path | None = option(kinds.FILE, **options.OUTPUTS)
+    uncertain: str | None = option(metavar="KEYWORD", **options.OUTPUTS)
+    undo: bool = flag(**options.OUTPUTS)
     ask: Ask = Ask()
+
+    def asking(self, ask: Ask, printing: OutputOptions) -> RowOptions:
+        """Return the options for a question and a format. Raises UsageError if an option does not fit the format."""
+        style = printing.named
+        for name, own in ((CAMTRAP_DP, ("timezone", "deployments")), (XMP, ("uncertain", "undo"))):
+            if style != name and (given := [one for one in own if getattr(self, one)]):
+                raise UsageError(f"--{given[0]}: only applies to --format {name}; leave it out")
+        if style == CAMTRAP_DP and (self.timezone is None or printing.output is None):
+            raise UsageError(f"--format {CAMTRAP_DP}: needs --out FOLDER and --timezone ZONE, such as Europe/Berlin")
+        if style == XMP and printing.output is not None:
+            raise UsageError(f"--format {XMP}: writes a sidecar beside each photo; leave out --out")
+        if style not in (MEGADETECTOR, CAMTRAP_DP):
+            return replace(self, ask=ask)
+        from retrieval_tip.data.camera_traps import ANIMAL, TOP
+
+        categories = self.categories or [ANIMAL] * (self.boxes is not None)
+        ask = replace(ask, top=TOP) if style == MEGADETECTOR else ask
+        return replace(self, categories=categories, exif=self.exif or style == CAMTRAP_DP, ask=ask)
 
     def check(self, index: Index, style: str) -> None:
         """Raise UsageError if options exclude each other, or if the index cannot group photos."""
@@ -195,42 +222,6 @@ def count_rows(tables: Iterable[pa.Table], counts: Counter[str]) -> Iterator[pa.
         yield table
 
 
-@dataclass(frozen=True)
-class FormatOptions:
-    """Options of single formats.
-
-    Options:
-        timezone: Time zone of the cameras, such as Europe/Berlin (format camtrap-dp).
-        deployments: Table of the deployments, which are named like folders of photos (format camtrap-dp). [default:
-            each folder is a deployment]
-        uncertain: Keyword for photos without a label or a match (format xmp). [default: none]
-        undo: Only restore the previous sidecars (format xmp).
-    """
-
-    timezone: ZoneInfo | None = option(metavar="ZONE", callback=kinds.zone, **options.OUTPUTS)
-    deployments: Path | None = option(kinds.FILE, **options.OUTPUTS)
-    uncertain: str | None = option(metavar="KEYWORD", **options.OUTPUTS)
-    undo: bool = flag(**options.OUTPUTS)
-
-    def rows(self, rows: RowOptions, printing: OutputOptions) -> RowOptions:
-        """Return the options of the rows that the format needs. Raises UsageError if an option does not fit it."""
-        style = printing.named
-        for name, own in ((CAMTRAP_DP, ("timezone", "deployments")), (XMP, ("uncertain", "undo"))):
-            if style != name and (given := [one for one in own if getattr(self, one)]):
-                raise UsageError(f"--{given[0]}: only applies to --format {name}; leave it out")
-        if style == CAMTRAP_DP and (self.timezone is None or printing.output is None):
-            raise UsageError(f"--format {CAMTRAP_DP}: needs --out FOLDER and --timezone ZONE, such as Europe/Berlin")
-        if style == XMP and printing.output is not None:
-            raise UsageError(f"--format {XMP}: writes a sidecar beside each photo; leave out --out")
-        if style not in (MEGADETECTOR, CAMTRAP_DP):
-            return rows
-        from retrieval_tip.data.camera_traps import ANIMAL, TOP
-
-        categories = rows.categories or [ANIMAL] * (rows.boxes is not None)
-        ask = replace(rows.ask, top=TOP) if style == MEGADETECTOR else rows.ask
-        return replace(rows, categories=categories, exif=rows.exif or style == CAMTRAP_DP, ask=ask)
-
-
 def _restore(inputs: Sequence[str]) -> None:
     from retrieval_tip.labelling.sidecars import undo_sidecars
 
@@ -279,9 +270,8 @@ def classify(
     inputs: tuple[str, ...] = argument(nargs=-1, required=True),
     ask: Ask = grouped(Ask, options.ASKING | options.LEVELS | _ASK),
     opening: options.OpeningOptions = options.OPENING,
-    rows: RowOptions = grouped(RowOptions),
     printing: OutputOptions = grouped(OutputOptions, _PRINTING),
-    special: FormatOptions = grouped(FormatOptions),
+    rows: RowOptions = grouped(RowOptions),
     encoding: options.EncodingOptions = options.ENCODING,
 ) -> None:
     """Classify images or features with an index.
@@ -298,12 +288,12 @@ def classify(
     from retrieval_tip.data.boxes import Cut, cut_boxes
     from retrieval_tip.data.exchange import FORMATS
 
-    rows = special.rows(replace(rows, ask=ask), printing)
-    if special.undo:
+    rows = rows.asking(ask, printing)
+    if rows.undo:
         _restore(inputs)
         return
-    zone, table = special.timezone, special.deployments
-    deployments = camera_traps.read_deployments(table, zone) if table else {}
+    zone = rows.timezone
+    deployments = camera_traps.read_deployments(rows.deployments, zone) if rows.deployments else {}
     loaded = index_with(folder, encoding, opening, ask)
     rows.check(loaded, printing.style)
     photos, cut, counts, skipped = inputs_of(inputs), Cut(), Counter[str](), list[Skipped]()
@@ -328,7 +318,7 @@ def classify(
             make = partial(camera_traps.camtrap_dp, *known, zone, deployments, reader.skipped)
             write_folder(make, printing.output)
         elif printing.style == XMP:
-            skipped += _write_sidecars(answers, photos, cut, special.uncertain, loaded.groups)
+            skipped += _write_sidecars(answers, photos, cut, rows.uncertain, loaded.groups)
         else:
             texts = {"input": chain.from_iterable(source.sources for source in sources), "label": labels}
             write_tables(tables, rows.schema(loaded), printing.style, printing.output, texts, predictions=True)
