@@ -474,7 +474,7 @@ def test_photos_that_cannot_be_moved_or_restored_are_skipped(shared, things, run
             assert (done.exit_code, moved in done.stdout) == (3, True), done.output
             assert f"{inbox / '0' / 'x.jpg'}: cannot be moved: " in done.stderr
             assert f"{inbox / 'same' / 'x.jpg'}: has the same name" in done.stderr
-            assert "2 photos could not be sorted" in done.stderr
+            assert "2 inputs could not be sorted" in done.stderr
         assert sorted(inbox.glob("*/*")) == [inbox / "0" / "x.jpg", inbox / "same" / "x.jpg"]
     with read_only(inbox / "1"):
         done = run("sort", "--undo", "--into", out)

@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
 from retrieval_tip.cli import kinds, options
 from retrieval_tip.cli.group import argument, command, flag, option
 from retrieval_tip.cli.kinds import Place
-from retrieval_tip.cli.messages import SOME_SKIPPED, about, finish, note, say
+from retrieval_tip.cli.messages import about, finish, note, say
 from retrieval_tip.cli.opening import index_with, inputs_of, reader_for
 from retrieval_tip.cli.options import EncodingOptions, OutputOptions
 from retrieval_tip.errors import UsageError, counted, show
@@ -135,6 +133,4 @@ def sort_command(
         OutputOptions("csv", None).write_rows(rows, dict.fromkeys(COLUMNS, str))
     else:
         about(into, str(result))
-    if result.skipped:
-        say(f"{counted(len(result.skipped), 'photo')} could not be {'restored' if undo else 'sorted'}")
-        click.get_current_context().exit(SOME_SKIPPED)
+    finish(result.skipped, "restored" if undo else "sorted")
