@@ -57,11 +57,9 @@ SYNONYMS = {
 """Command names used by other programs, and the commands to suggest for them."""
 
 
-def _set_level(ctx: click.Context, option: click.Parameter, times: int) -> None:
+def _set_level(_: click.Context, option: click.Parameter, times: int) -> None:
     if times:
-        quiet = option is QUIET
-        ctx.obj = ctx.obj or quiet
-        level = logging.ERROR if quiet else logging.INFO if times == 1 else logging.DEBUG
+        level = logging.ERROR if option is QUIET else logging.INFO if times == 1 else logging.DEBUG
         logging.getLogger("retrieval_tip").setLevel(level)
 
 

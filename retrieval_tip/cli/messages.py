@@ -21,7 +21,7 @@ def say(text: str) -> None:
 
 def quiet() -> bool:
     """Return whether --quiet is given."""
-    return bool(click.get_current_context().obj)
+    return logging.getLogger("retrieval_tip").level == logging.ERROR
 
 
 def note(text: str) -> None:
