@@ -191,7 +191,6 @@ class OpenIndex:
         *,
         text: Place | None = None,
         shots: int | None = None,
-        skip_known: bool = False,
     ) -> Added:
         """Add labelled photos, and return the ids of their keys and further facts.
 
@@ -208,7 +207,7 @@ class OpenIndex:
         else:
             raise UsageError("label: missing; give one for all photos, or one per photo")
         reader = replace(self.reader, views=self.index.built.views, seed=self.index.built.seed)
-        return self._after(changes.add(self._written(), source, reader, text=text, shots=shots, skip_known=skip_known))
+        return self._after(changes.add(self._written(), source, reader, text=text, shots=shots))
 
     def merge(self, other: Place | OpenIndex) -> Added:
         """Add the shots of another classifier or index that has the same encoder (see :func:`changes.merge`)."""

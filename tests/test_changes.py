@@ -167,7 +167,7 @@ def test_add_uses_the_views_and_seed_of_the_index(run, lit_mini, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("kind", ["", "lance://"])
-def test_add_skips_known_features_if_asked(run, tmp_path, kind, dtype, monkeypatch):
+def test_add_skips_known_features(run, tmp_path, kind, dtype, monkeypatch):
     rows = unit_rows(8, D, 5)
     rows[0, 0] = 0.0
     first = write_table(tmp_path / "first.parquet", rows[:4], ["cat", "dog"] * 2, digest=["", None, "", None])
@@ -178,7 +178,7 @@ def test_add_skips_known_features_if_asked(run, tmp_path, kind, dtype, monkeypat
         run("index", "build", "--fit", "none", first, "--norms", "keep", "--dtype", dtype, "--out", place).exit_code
         == 0
     )
-    add = ("index", "add", place, "--norms", "keep", "--skip-known")
+    add = ("index", "add", place, "--norms", "keep")
     assert run(*add, first).stdout == f"{place}: version 1, added 0 shots, skipped 4 known images\n"
     done = run(*add, second)  # two rows are known, both under the same label
     assert done.stdout == f"{place}: version 2, added 4 shots, 1 new class: emu, skipped 2 known images\n"
@@ -187,12 +187,8 @@ def test_add_skips_known_features_if_asked(run, tmp_path, kind, dtype, monkeypat
     labels = ["dog", "cat", "cat", "emu"]  # only one is the same
     other = write_table(tmp_path / "other.parquet", rows[:4], labels)
     assert run(*add, other).stdout == f"{place}: version 3, added 3 shots, skipped 1 known image\n"
-    plain = run("index", "add", place, "--norms", "keep", second)
-    assert plain.stdout == f"{place}: version 4, added 6 shots\n"
-    assert "6 images were already in the index under the same label" in plain.stderr
-    monkeypatch.setattr(changes, "COMPARED", 3)  # beyond this number, only --skip-known compares
-    assert "--skip-known" not in run("index", "add", place, "--norms", "keep", first).stderr
-    assert run(*add, first).stdout == f"{place}: version 5, added 0 shots, skipped 4 known images\n"
+    monkeypatch.setattr(changes, "COMPARED", 3)  # beyond this number, features without a digest are not compared
+    assert run(*add, first).stdout == f"{place}: version 4, added 4 shots\n"
 
 
 def test_build_and_add_warn_about_a_photo_in_two_classes(run, pictures, tmp_path):
@@ -200,7 +196,7 @@ def test_build_and_add_warn_about_a_photo_in_two_classes(run, pictures, tmp_path
     known = sorted((pictures.parent / "photos" / "panda").iterdir())[0]
     (wrong / "pizza").mkdir(parents=True)
     shutil.copyfile(known, wrong / "pizza" / "x.jpg")
-    done = run("index", "add", pictures, wrong, "--skip-known", "--device", "cpu")  # known, but in another class
+    done = run("index", "add", pictures, wrong, "--device", "cpu")  # known, but in another class
     assert done.exit_code == 0
     assert done.stdout == f"{pictures}: version 2, added 1 shot\n"
     assert "in two classes:" in done.stderr

@@ -626,9 +626,9 @@ def test_another_spelling_makes_a_new_class_and_a_warning(own):
 
 
 def test_added_features_get_sources_that_are_not_files(own, truth):
-    feature = Index.load(own, device="cpu").keys[0].tolist()
+    features = Index.load(own, device="cpu").keys[[-1, 0]].tolist()  # of another class, and of the first
     with serving(own, token=TOKEN) as client:
-        sent = {"features": [feature, feature], "labels": [truth, "other thing"], "inputs": ["a.jpg", "b"]}
+        sent = {"features": features, "labels": [truth, "other thing"], "inputs": ["a.jpg", "b"]}
         refused = client.post("/v1/indexes/own/keys", json={**sent, "labels": [truth]})
         assert refused.status_code == 422
         body = client.post("/v1/indexes/own/keys", json=sent).json()

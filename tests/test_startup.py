@@ -120,7 +120,7 @@ def test_building_from_cached_encodings_imports_no_model(run, photo_index, photo
     found, _ = imported(
         ["index", "build", photos, *model, "--out", tmp_path / "again"],
         ["index", "build", tmp_path / "cats", *model, "--out", tmp_path / "added"],
-        ["index", "add", tmp_path / "added", photos, "--skip-known"],
+        ["index", "add", tmp_path / "added", photos],
         ["classify", photo_index, photos],
     )
     assert found == {"numpy", "pyarrow", "torch", "faiss", "PIL"}

@@ -155,7 +155,7 @@ class Pets:
         return source(self.tables / f"more-{number}.parquet", features, labels, ids, **more)
 
     def add(self, features, labels, **more):
-        table = {name: more.pop(name) for name in list(more) if name not in ("text", "shots", "skip_known")}
+        table = {name: more.pop(name) for name in list(more) if name not in ("text", "shots")}
         added = changes.add(self.place, self.table(features, labels, **table), Reader(), **more)
         for i, row, label in zip(added.key_ids, features, labels, strict=True):
             assert i not in self.truth.keys

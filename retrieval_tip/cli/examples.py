@@ -14,7 +14,7 @@ EXAMPLES = {
         'index query indexes/things "SELECT * FROM class_counts"',
         "index query indexes/things \"SELECT source FROM labels WHERE label = 'cat'\" --out cats.csv",
     ],
-    "index add": ["index add indexes/things more", "index add indexes/things more --skip-known"],
+    "index add": ["index add indexes/things more", "index add indexes/things more --shots 16"],
     "index merge": ["index merge indexes/things indexes/others", "index merge indexes/all indexes/a indexes/b"],
     "index remove": [
         "index remove indexes/things --key-ids 3,17",

@@ -159,17 +159,15 @@ def add_command(
     source: Place = argument(kinds.SOURCE),
     text: Path | None = option(kinds.FILE),
     drawn: dict[str, Any] = options.building("shots"),
-    skip_known: bool = flag(),
     encoding: SourceOptions = options.SOURCES,
 ) -> None:
     """Add labelled images or features to an index.
 
-    SOURCE can be anything that index build accepts. New classes are appended to the index, and their text weights come
-    from the templates of the index or from --text.
+    SOURCE can be anything that index build accepts. Images that the index already has under the same label are skipped.
+    New classes are appended to the index, and their text weights come from the templates of the index or from --text.
 
     Options:
         text: Feature table of text features for new classes, which are used instead of prompts.
-        skip_known: Skip images that are already in the index under the same label.
     """
     from retrieval_tip.index import changes
 
@@ -178,8 +176,8 @@ def add_command(
     needed = new and text is None and bool(manifest.templates)
     encoding = replace(encoding, views=manifest.built.views, seed=manifest.built.seed)
     with reader_for(manifest, [items], encoding, needed=needed) as reader:
-        added = changes.add(folder, items, reader, text=text, skip_known=skip_known, manifest=manifest, **drawn)
-    _say_added(folder, added, skip_known)
+        added = changes.add(folder, items, reader, text=text, manifest=manifest, **drawn)
+    _say_added(folder, added)
     finish(reader.skipped)
 
 
@@ -418,18 +416,15 @@ def _held(index: Index) -> str:
     return f"{counted(index.n, 'shot')}, {counted(len(index.class_names), 'class')}"
 
 
-def _say_added(folder: Place, added: Added, skipped: bool = False) -> None:
+def _say_added(folder: Place, added: Added) -> None:
     from retrieval_tip.index.items import warn_of
 
     what = f"added {counted(len(added.key_ids), 'shot')}"
     if added.classes:
         what += f", {counted(len(added.classes), 'new class')}: {few(added.classes)}"
-    if added.known and skipped:
+    if added.known:
         what += f", skipped {counted(added.known, 'known image')}"
     _say_changed(folder, added, what)
-    if added.known and not skipped:
-        known = counted(added.known, "image", "was", "were")
-        warn([f"{known} already in the index under the same label; use --skip-known to skip such images"])
     if added.duplicates is not None:
         warn_of(added.duplicates)
         if added.duplicates.compared == "digests":

@@ -45,7 +45,7 @@ from retrieval_tip.store.query import rows_where
 from retrieval_tip.store.versions import changed_meanwhile
 
 COMPARED = 1 << 18
-"""Maximum number of keys to compare with new features when known features are counted but not skipped."""
+"""Maximum number of keys to compare with new features."""
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,12 @@ def add(
     *,
     text: Place | None = None,
     shots: int | None = None,
-    skip_known: bool = False,
     manifest: Manifest | None = None,
 ) -> Added:
     """Add the labelled images or features of a source. New classes are appended in source order.
+
+    Items that the index already has under the same label are skipped. Images are compared by the digest of their bytes.
+    Features without a digest are compared by their stored values, unless their classes have very many keys.
 
     Labels are compared exactly. A label with a different spelling creates a new class and causes a warning. If the
     index has text weights, the text weights of new classes are read from ``text`` or computed from the templates of the
@@ -121,8 +123,6 @@ def add(
         text: a table of text features, labelled by class, for the new classes.
         shots: the number of shots per class, drawn with CoOp's sampling rule and the encoder's seed. ``None`` uses
             every item.
-        skip_known: whether to skip items that the index already has under the same label. Images are compared by the
-            digest of their bytes. Features without a digest are compared by their stored values.
         manifest: the manifest of the current version, if you have already read it.
 
     Raises InputError, UsageError or BackboneError if the input is invalid. Raises StoreError under the same conditions
@@ -144,8 +144,8 @@ def add(
     with store.change() as change:
         index = change.index
         labels = np.array(items["label"].to_pylist(), dtype=object)
-        known = _known(index, labels, columns.digests, block.features, None if skip_known else COMPARED)
-        rows = np.flatnonzero(~known) if skip_known else np.arange(len(labels))
+        known = _known(index, labels, columns.digests, block.features)
+        rows = np.flatnonzero(~known)
         classes, key_ids, found = _add_classes(index, source.class_names, weights), [], None
         if len(rows):
             views = reader.views if source.table is None else 1
@@ -577,19 +577,15 @@ def _known(
     labels: npt.NDArray[np.object_],
     digests: Sequence[str | None],
     features: npt.NDArray[np.float32],
-    most: int | None,
 ) -> npt.NDArray[np.bool_]:
-    """Return which images the index already has under the same label.
-
-    An image that has no digest is compared by its row in ``features``, unless the classes have more than ``most`` keys.
-    """
+    """Return which images the index already has under the same label. An image without a digest is known by its row."""
     by_digest = index.known([digest or None for digest in digests])
     known = np.array([pair in by_digest for pair in zip(digests, labels.tolist(), strict=True)], dtype=bool)
     position = {name: i for i, name in enumerate(index.class_names)}
     ids = np.array([position.get(label, -1) for label in labels.tolist()])
     bare = np.flatnonzero([not digest for digest in digests] & (ids >= 0))
     classes = np.unique(ids[bare])
-    if not len(bare) or (most is not None and sum(np.array(index.counts)[classes].tolist()) > most):
+    if not len(bare) or sum(np.array(index.counts)[classes].tolist()) > COMPARED:
         return known
     zero = np.zeros((), index.dtype)  # converts -0 to 0
     with np.errstate(over="ignore"):  # an overflow is rejected when the keys are added

@@ -44,7 +44,7 @@ def add_images(
         if annotation is not None:
             column = pa.array([annotation] * len(source), pa.string())
             source = replace(source, items=source.items.append_column(ANNOTATION, column))
-        added = changes.add(one.folder, source, Reader(backbone), skip_known=True)
+        added = changes.add(one.folder, source, Reader(backbone))
     if added.known:  # the index already has these images under other names
         kept = set(one.follow().index.find(key_ids=added.key_ids)["source"].to_pylist())
         _remove([path for path in fresh if show(path) not in kept])
