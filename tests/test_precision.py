@@ -227,7 +227,9 @@ def test_the_command_stores_an_encoder_that_other_commands_load(run, name, place
         for asked in ("float32", "int8")
     }
     assert answers == {"float32": "red", "int8": "red"}
-    added = run("index", "add", index, photos, "--precision", "float32")
+    (tmp_path / "more" / "red").mkdir(parents=True)
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "more" / "red" / "new.png")
+    added = run("index", "add", index, tmp_path / "more", "--precision", "float32")
     assert added.exit_code == 0, added.output
     assert json.loads(run("index", "info", index, "--json").stdout)["precision"]["keys"] == "float32, int8"
     assert Backbones("cpu", "int8", None).of(at(index).load(device="cpu"), "things").precision == "int8"
