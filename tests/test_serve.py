@@ -349,7 +349,7 @@ def test_bad_indexes_ports_and_options_are_refused(things, tmp_path, run):
 
 
 def test_a_local_server_creates_and_prints_a_token(random_things, warm_path):
-    key, printed = feature(random_things) | {"labels": ["class 0"]}, []
+    key, printed = feature(random_things) | {"labels": ["class 1"]}, []
     with server(random_things, path=warm_path, printed=printed) as (address, process):
         token = re.search(r"/#token=([\w-]{20,}) ", printed[-1]).group(1)
         right, wrong = ({"Authorization": f"Bearer {one}"} for one in (token, token[:-1]))
