@@ -446,7 +446,7 @@ class Classifier(OpenIndex):
         The arguments are the same as for :meth:`predict`. By default, ``top`` is 3.
         """
         if not is_one(what):
-            raise UsageError("what: expected a single photo; call explain for each of them")
+            raise UsageError("what: expected a single photo; call explain for each photo")
         asked.setdefault("top", 3)
         given = open_images(what)
         (prediction,) = next(self.index.classify_source(given, self.reader, Ask(**asked)))

@@ -111,7 +111,7 @@ class Prediction:
             whose ``probability`` is the sum of theirs, or ``None``.
         set: the classes in the set if the question had ``coverage``, most probable first. It can be empty.
         similar: if the answer was smoothed (see :mod:`labelling.smoothing`), what the photo itself and then similar
-            photos give to the probability of the first of ``labels``, and the label that each of them has alone.
+            photos give to the probability of the first of ``labels``, and the label that each photo has alone.
     """
 
     label: str

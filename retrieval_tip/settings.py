@@ -221,7 +221,7 @@ class BuildOptions(TypedDict, total=False):
             there are few shots.
         k: The number of nearest keys to use per query, or all. By default, all keys are used, or the number that is
             selected with the index type auto.
-        logit_scale: The factor by which text logits are multiplied. Defaults to the logit scale of the encoder, or
+        logit_scale: The factor of the text logits. Defaults to the logit scale of the encoder, or
             to 100.
         features: The columns of a feature table that hold the features of several encoders, such as feature,feature_2.
             By default, they are the columns that name their encoder, or the column feature.

@@ -173,7 +173,7 @@ def _quantised(graph: onnx.ModelProto, photos: Collection[torch.Tensor]) -> byte
 
 
 def _layers(types: dict[str, str]) -> tuple[list[str], bool]:
-    """Return the names of the layers among nodes, and whether most of them are convolutions."""
+    """Return the names of the layers among nodes, and whether most layers are convolutions."""
     layers = {name: kind in CONVOLUTIONS for name, kind in types.items() if kind in CONVOLUTIONS + PRODUCTS}
     return list(layers), sum(layers.values()) > len(layers) / 2
 

@@ -1,4 +1,4 @@
-"""The items of a source, as all readers return them, and how some of them are drawn."""
+"""The items of a source, as all readers return them, and how some are drawn."""
 
 from __future__ import annotations
 

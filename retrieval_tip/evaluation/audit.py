@@ -90,7 +90,7 @@ def _neighbours(visible: Visible, part: slice, own: Tensor, norms: Tensor, diges
 
 
 def _scores(visible: Visible, own: Tensor, nearest: Tensor, beta: float, *, borderline: bool) -> dict[str, Tensor]:
-    """Return which shots can be scored, the label that fits each of them best, and how much better it fits."""
+    """Return which shots can be scored, the label that fits each shot best, and how much better it fits."""
     shift = nearest.clamp_min(torch.finfo(torch.float32).min)  # the nearest key has weight 1 at any beta
     weights = visible.affinity - (shift[:, None] - 1)
     weights = tip.weight(weights, beta, out=weights).masked_fill_(visible.unseen, 0)

@@ -123,7 +123,7 @@ def threshold_of(held: HeldOut, most: float) -> Threshold:
 def without_themselves(
     index: Index, source: Source, blocks: Iterable[FeatureBlock]
 ) -> Iterator[tuple[Index, FeatureBlock]]:
-    """Yield the items of a source, with an index to classify each of them that does not contain the item.
+    """Yield the items of a source, each with an index that does not contain it.
 
     Items that are not shots of ``index`` are yielded at once, with ``index``. The others follow, in the parts of
     :func:`folds.without_parts`. An item is a shot if a key has the same digest. A row of a feature table without a

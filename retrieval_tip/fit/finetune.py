@@ -45,7 +45,7 @@ BLOCK, GPU_BLOCK = 2048, 65536
 BATCH = 256
 """Number of queries per step, and per block of an evaluation."""
 VIEWS = 16
-"""Number of augmented views of each photo, which are encoded once. Each epoch draws one of them."""
+"""Number of augmented views of each photo, which are encoded once. Each epoch draws one."""
 EPSILON = 1e-4
 """Epsilon of AdamW, as in the paper's code."""
 HELD_OUT, FOLDS = 1000, 4

@@ -189,7 +189,7 @@ def label(
 ) -> Changed:  # fmt: skip
     """Set the labels of photos in one new version: add new photos, relabel known ones, and remove some.
 
-    If several keys have the digest of a photo, all of them change.
+    If several keys have the digest of a photo, they all change.
 
     Args:
         folder: the index.

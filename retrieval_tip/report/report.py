@@ -151,7 +151,7 @@ def confusion_matrix(answers: Answers) -> Confusion:
 
 
 class Share(NamedTuple):
-    """The ``n`` answers of a part of an evaluation, which is named ``of``, and how many of them are right.
+    """The ``n`` answers of a part of an evaluation, which is named ``of``, and how many are right.
 
     ``share`` is their mean probability, or their share of all answers.
     """

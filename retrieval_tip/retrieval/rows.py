@@ -328,7 +328,7 @@ class ArrayRows(Rows):
 
 
 def _picked(old: KeyArray, new: KeyArray, rows: IntArray) -> KeyArray:
-    """Return rows of two arrays, of which the second follows the first, with a single copy of a large array."""
+    """Return rows of one array followed by another, with a single copy of a large array."""
     picked: KeyArray = np.take(old, np.minimum(rows, len(old) - 1), axis=0)
     fresh = np.flatnonzero(rows >= len(old))
     picked[fresh] = new[rows[fresh] - len(old)]

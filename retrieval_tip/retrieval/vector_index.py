@@ -60,7 +60,7 @@ _FACTORY = re.compile(
     rf"(Flat|{_SCALARS}|PQ[0-9]{{1,9}}(x([3-9]|1[0-2]))?(fsr?|np)?|RaBitQ[1-9]?(fs)?))"
     rf"(,RFlat|,Refine\((Flat|{_SCALARS})\))?"
 )
-"""The factories that are accepted. FAISS supports more factories, but some of them are not safe. For example,
+"""The factories that are accepted. FAISS supports more factories, but some are not safe. For example,
 ``Refine(IVF4,Flat)`` crashes the process, ``NSG16`` never finishes if keys are repeated, ``PCA7,OPQ60_300,Flat``
 writes out of bounds, ``RQ2x24`` takes gigabytes, and ``SQ8_direct`` expects vectors of bytes.
 """
@@ -73,7 +73,7 @@ def auto_factory(n: int, c: int) -> tuple[str, int | None]:
 
     - If there are at most 4 keys per class, or at most 2048 keys in total, use all keys (``Flat``, k = all).
     - Otherwise, use the keys of at most 8 classes, and at most half of the keys (``Classes``). An inverted file takes
-      longer, even for a few classes with many keys, and more of its answers differ from those of all keys.
+      longer, even for a few classes with many keys, and more of its answers differ from a search over all keys.
     """
     return (FLAT_FACTORY, None) if n <= max(4 * c, 2048) else (BY_CLASS, auto_k(n, c))
 

@@ -130,7 +130,7 @@ class Batches(Generic[K, T, R]):
 
 
 class Kept(Generic[K, R]):
-    """A cache of results, each of which is computed once in a thread of ``pool``.
+    """A cache of results. A thread of ``pool`` computes each result once.
 
     The cache keeps the most recently used results, up to a total ``size`` of ``most``. If ``room`` results are already
     in progress or waiting, further calls are refused.

@@ -1,4 +1,4 @@
-"""Prometheus metrics of the server. Each process has one set of them."""
+"""Prometheus metrics of the server. Each process has one set."""
 
 from prometheus_client import Counter, Gauge, Histogram
 

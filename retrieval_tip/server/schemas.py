@@ -144,7 +144,7 @@ class Images(BaseModel, extra="forbid"):
 
 
 class Shots(Images):
-    """Images, and one label, which is the class of all of them."""
+    """Images, and one label, which is the class of every image."""
 
     label: Annotated[list[ClassName], Field(min_length=1, max_length=1)]
 

@@ -1,4 +1,4 @@
-"""Served indexes. Each of them holds an open version and its encoder, and opens new versions of its folder."""
+"""Served indexes. Each holds an open version and its encoder, and opens new versions of its folder."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class Manifest:
 
     ``files`` maps each kind to a data file. ``later`` lists the segments that format 7 added to its keys and labels.
     ``change`` briefly describes how this version was created. ``next_key_id`` is the first unused key id.
-    ``provenance`` is for information only. If a feature joins several ``parts``, each of them names its own backbone,
+    ``provenance`` is for information only. If a feature joins several ``parts``, each part names its own backbone,
     and ``backbone`` is ``None``.
 
     If the keys and labels are in a ``table``, ``files`` contains ``classes`` and other data that is not in the table.
