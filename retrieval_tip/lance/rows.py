@@ -61,7 +61,7 @@ ASSIGNED = ("key_id", "class_id", "label", "shot")
 """The columns of a key that an edit can change, after its id."""
 HELD_BYTES = 1 << 29
 """Maximum size in bytes of keys that stay in memory after the first read."""
-PIECE = 1 << 26
+PIECE = 1 << 24
 """Maximum size in bytes of the float32 keys of several classes that are read together."""
 SPREAD_BYTES, SPREAD_LEAST = 1 << 28, 8
 """Maximum size in bytes of the sample for :meth:`KeyStream.slack`, and its minimum number of queries."""

@@ -270,9 +270,10 @@ class KeyStream(ABC):
     def _spread(self, features: Tensor, classes: Tensor) -> Tensor:
         """Return the affinities of each query to a sample of keys of each of its ``classes``."""
         affinity, asked = features.new_zeros(*classes.shape, SPREAD_KEYS), classes.unique()
-        first, steps = torch.zeros_like(asked), torch.arange(SPREAD_KEYS, device=self.device)
+        counts, first = self.counts[asked].long().tolist(), [0] * len(asked)
+        steps = torch.arange(SPREAD_KEYS, device=self.device)
         for place, keys, _ in self.of_classes(asked.cpu().numpy()):
-            rows = self.counts[asked[place]].long() * steps // SPREAD_KEYS - first[place]
+            rows = counts[place] * steps // SPREAD_KEYS - first[place]
             here = ((rows >= 0) & (rows < len(keys))).nonzero()[:, 0]
             query, slot = (classes == asked[place]).nonzero(as_tuple=True)
             affinity[query[:, None], slot[:, None], here] = tip.affinity(features[query], keys[rows[here]])
