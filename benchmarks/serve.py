@@ -363,7 +363,7 @@ def soak(material: Material, seconds: float, every: float, device: str) -> bool:
 
 
 def replace(folder: Path, seconds: float, every: float, ready: Barrier) -> None:
-    """Repeatedly add, relabel and remove shots, rebuild the index and build it again. Runs in a separate process."""
+    """Repeatedly remove, add and relabel shots, rebuild the index and build it again. Runs in a separate process."""
     table, text, reader, added = folder.parent / "table.parquet", folder.parent / "text.parquet", Reader(), [0]
     source = open_source(table)
     ready.wait()
@@ -374,11 +374,11 @@ def replace(folder: Path, seconds: float, every: float, ready: Barrier) -> None:
             break
         match number % 5:
             case 0:
-                added = list(changes.add(folder, source, reader, shots=1).key_ids)
-            case 1:
-                changes.relabel(folder, source.class_names[-1], key_ids=added[:10])
+                changes.remove(folder, where="shot = 0")
+            case 1:  # the other shots of the source are skipped
+                added = list(changes.add(folder, source, reader).key_ids)
             case 2:
-                changes.remove(folder, key_ids=added)
+                changes.relabel(folder, source.class_names[-1], key_ids=added[:10])
             case 3:
                 changes.rebuild(folder, index="Classes" if number % 2 else "Flat")
             case 4:

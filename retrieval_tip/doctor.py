@@ -33,9 +33,9 @@ def examine() -> Diagnosis:
         "cores": str(os.cpu_count()),
     }
     problems: list[str] = []
-    if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+    if not (3, 11) <= sys.version_info[:2] <= (3, 14):
         problems.append(
-            f"Python {platform.python_version()} is not supported; create an environment with Python 3.11 to 3.13"
+            f"Python {platform.python_version()} is not supported; create an environment with Python 3.11 to 3.14"
         )
     for name in PACKAGES:
         installed = version_of(name)
