@@ -117,7 +117,7 @@ def answers(size: Size, queries: Sequence[int], rounds: int, device: str) -> Row
 
 def encodings(model: str, folder: Path, number: int, rounds: int, device: str) -> Rows:
     """Measure the encoding of photos on disk, and the encoding of as many pixels in memory with only the tower."""
-    paths, plain = encoding.chosen(folder, number), encoding.plain(model, None, device, encoding.PLAIN_BATCHES[0])
+    paths, plain = encoding.chosen(folder, number), encoding.plain(model, device, encoding.PLAIN_BATCHES[0])
     runs: dict[str, Callable[[], object]] = {"plain loop of open_clip": lambda: plain(paths)}
     precisions = ("float32", "float16" if device != "cpu" else "bfloat16")
     for precision in precisions:
