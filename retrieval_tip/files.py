@@ -180,18 +180,20 @@ def temporary(place: Path, *, folder: bool = False, clean: bool = True) -> Itera
     """
     if clean:
         remove_leftovers(place.parent, place.name)
-    new, held = place, None
-    for _ in range(LOCK_TRIES):
-        new = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}.tmp")
-        new.mkdir() if folder else new.touch(exist_ok=False)
-        with suppress(OSError):
-            held = lock(new)
-        if new.exists():  # another process may have removed it as a leftover before it was locked
-            break
-    try:
+    new, held = None, None
+    try:  # a signal may interrupt any line
+        for _ in range(LOCK_TRIES):
+            new = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}.tmp")
+            new.mkdir() if folder else new.touch(exist_ok=False)
+            with suppress(OSError):
+                held = lock(new)
+            if new.exists():  # another process may have removed it as a leftover before it was locked
+                break
+        assert new is not None
         yield new
     finally:
-        _remove(new)
+        if new is not None:
+            _remove(new)
         if held is not None:
             os.close(held)
 
