@@ -120,7 +120,7 @@ def table_rows(folder: Path, work: Path, options: dict[str, Any]) -> list[dict[s
 
 def measure(whole: Shots, out: Path, test: Items, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the accuracy for each number of shots, seed and method. Finished runs are kept next to the index."""
-    results = out.with_name(f"{out.name}-{Versions(out).manifest().keys_digest[:12]}.jsonl")
+    results = out.with_name(f"{out.name}-{Versions(out).manifest().files['keys'].sha256[:12]}.jsonl")
     rows = results.read_text(encoding="utf-8").splitlines() if results.exists() else []
     done = {tuple(row[name] for name in RUN): row for row in map(json.loads, rows)}
     for number, seed in itertools.product(options["shots"], options["seeds"]):

@@ -248,9 +248,8 @@ def lock(
         try:
             with suppress(BlockingIOError, FileNotFoundError):
                 fcntl.flock(held, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-                own = os.path.samestat(
-                    os.fstat(held), Path(path).stat()
-                )  # otherwise, its last owner has just removed it
+                # Otherwise, its last owner has just removed it.
+                own = os.path.samestat(os.fstat(held), Path(path).stat())
         finally:
             if not own:
                 os.close(held)

@@ -626,7 +626,7 @@ def _labels_of(index: Index, key_ids: Sequence[int]) -> dict[int, str]:
 
 def _relabel(change: Change, wanted: Mapping[int, str], now: Mapping[int, str], prefix: str = "") -> list[int]:
     names = change.index.class_names
-    for label in wanted.values():
+    for label in dict.fromkeys(wanted.values()):
         if label not in names:
             raise InputError(
                 f"{prefix}{label!r} is not a class of this index ({few(names)}); add new classes with index add"

@@ -161,9 +161,9 @@ class _Exchange:
 
     async def _pass(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self.status = message["status"]
+            self.status, headers = message["status"], MutableHeaders(scope=message)
             for name, value in SECURITY.items():
-                MutableHeaders(scope=message).setdefault(name, value)
+                headers.setdefault(name, value)
         try:
             await self._send(message)
         except LocalProtocolError:  # uvicorn has rejected the rest of the request

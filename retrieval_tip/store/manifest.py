@@ -152,12 +152,6 @@ class Manifest:
         """Whether the table also contains the points. It does not if it has solved values, as a query uses all keys."""
         return self.table is not None and "metric" in self.files and "values" not in self.files
 
-    @property
-    def keys_digest(self) -> str:
-        """Digest of the keys, as 16 hexadecimal digits."""
-        digests = [part.keys.sha256 for part in self.segments]
-        return (digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest())[:16]
-
     def described(self) -> dict[str, Any]:
         """Return the facts about this version that ``index info`` and the server tell."""
         hidden = ("files", "later", "digests", "parts", "settings")
