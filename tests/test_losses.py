@@ -126,6 +126,26 @@ def test_a_refused_command_leaves_every_byte(run, place, tables, left):
     assert not set(gone) & own(place).keys()
 
 
+@pytest.mark.parametrize("kind", KINDS[:2])
+@pytest.mark.parametrize("command", ["add", "build"])
+def test_a_disk_that_a_killed_writer_has_filled_recovers_with_the_next_change(
+    run, built, tables, small_disk, kind, command
+):
+    disk = small_disk(4096)
+    place = copied(disk, kind, built[kind])
+    left = path_of(place) / LEFT[0]
+    with left.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        while True:
+            file.write(bytes(1 << 12))
+    words = ["add", place, tables / "later.parquet"]
+    if command == "build":
+        words = ["build", tables / "train.parquet", "--out", place, "--text", tables / "text.parquet"]
+    done = run("index", *words)
+    assert done.exit_code == 0, done.output
+    assert stores.at(place).verify().version == 4
+    assert not left.exists()
+
+
 def test_the_loss_of_the_newest_version_is_noticed_and_can_be_undone_or_accepted(run, place, tables, caplog):
     """Readers warn, writers refuse and delete nothing, and a key id is never used again."""
     name = "manifests/000003.json"
