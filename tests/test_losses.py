@@ -135,9 +135,8 @@ def test_a_disk_that_a_killed_writer_has_filled_recovers_with_the_next_change(
     disk = small_disk(4096)
     place = copied(disk, kind, built[kind])
     left = path_of(place) / LEFT[0]
-    with left.open("wb", buffering=0) as file:
-        with pytest.raises(OSError, match="No space left"):
-            list(map(file.write, itertools.repeat(bytes(1 << 12))))
+    with left.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        list(map(file.write, itertools.repeat(bytes(1 << 12))))
     words = ["add", place, tables / "later.parquet"]
     if command == "build":
         words = ["build", tables / "train.parquet", "--out", place, "--text", tables / "text.parquet"]
