@@ -28,13 +28,18 @@ from hypothesis import strategies as st
 from PIL import Image
 from referees import referee
 from serving import app_of, caltech_photos, running, server
+from stored import made
 
 from retrieval_tip import Index
 from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.index import changes, places
 from retrieval_tip.index.changes import fit_index
 from retrieval_tip.server import annotations
+from retrieval_tip.server.app import create_app
 from retrieval_tip.server.guard import Limits
 from retrieval_tip.server.partners import interface_of
+from retrieval_tip.server.served import Backbones, open_all
+from retrieval_tip.server.service import Service
 from retrieval_tip.server.uploads import Photos
 from retrieval_tip.store.files import locked
 
@@ -99,7 +104,7 @@ def digest_of(data):
 
 def labels_of(folder, photos):
     """Return the labels that an index has for each of some photos, which are bytes."""
-    rows = Index.load(folder).having("digest", map(digest_of, photos)).to_pylist()
+    rows = places.at(folder).load(device="cpu").having("digest", map(digest_of, photos)).to_pylist()
     return [sorted(row["label"] for row in rows if row["digest"] == digest_of(data)) for data in photos]
 
 
@@ -319,6 +324,26 @@ def test_a_change_that_failed_is_made_by_the_next_event(own, teach):
     with locked(own, own):
         teach(says(1, two, "b"), "a", "", status=503)
     teach(deleted(7), "", "b")
+
+
+@pytest.mark.parametrize("kind", ["lance", "s3"])
+def test_annotations_of_an_index_in_a_table_or_a_bucket_are_kept(own, photos, tmp_path, bucket, kind):
+    """For a bucket, in the folder of uploads."""
+    place = made(tmp_path, kind, "table")
+    changes.clone(own, place)
+    data = shrunk(photos[0][0])
+    for uploads in (None,) if kind == "lance" else (tmp_path / "uploads", None):
+        for number, name, labels in ((1, "a", ["a"]), (2, "b", []), (1, "b", ["b"])):
+            service = Service(open_all([place], Backbones("cpu", "float32", "fast")), uploads=uploads)
+            with TestClient(create_app(service, token=TOKEN)) as asking:
+                asking.auth = ("", TOKEN)
+                body = event("ANNOTATION_UPDATED", data_url(data), [name], ["a", "b"], id=number)
+                answer = asking.post("/label-studio/table/webhook", json=body)
+            if kind == "s3" and uploads is None:
+                assert "--uploads FOLDER" in answer.json()["detail"]
+            else:
+                assert answer.status_code == 200, answer.text
+                assert labels_of(place, [data]) == [labels]
 
 
 class Studio:
@@ -653,3 +678,14 @@ def test_a_real_label_studio_gets_predictions_that_follow_annotations(own, photo
             assert [predicted(task)[1] for task in tasks] == ["own@3"] * 3
             assert Index.load(own).class_names[-1] == label
             assert Index.load(own).counts[-1] == 0
+            shown = {task: asking.get(f"/api/tasks/{task}").json()["data"]["photo"] for task in tasks}
+            [copy] = [task for task, photo in shown.items() if photo.endswith("0.jpg")]
+            [upload] = [task for task, photo in shown.items() if photo.endswith("up.jpg")]
+            post(f"tasks/{upload}/annotations", result=result)
+            other = event("", "", [Index.load(own).class_names[0]], [])["annotation"]["result"][:1]
+            for undo in ("annotations", "tasks"):
+                assert Index.load(own).counts[-1] == 1
+                made = {"tasks": copy, "annotations": post(f"tasks/{copy}/annotations", result=other)["id"]}
+                assert Index.load(own).counts[-1] == 0
+                asking.delete(f"/api/{undo}/{made[undo]}").raise_for_status()
+            assert Index.load(own).counts[-1] == 1
