@@ -571,22 +571,26 @@ def test_photoprism_gets_the_labels_of_photos_that_match(own, photos):
         assert ask(asking, no_match, headers={"authorization": f"Bearer {TOKEN}"}).status_code == 200
 
 
-def test_any_json_is_answered_or_refused(things):
+def test_any_json_is_answered_or_refused(own):
     scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
     scalars |= st.sampled_from(["\ud800", 2**64])
     keys = st.sampled_from(["id", "data", "photo", "result", "value", "choices", "from_name", "annotations", "x"])
     anything = st.recursive(scalars, lambda part: st.lists(part, max_size=3) | st.dictionaries(keys, part, max_size=3))
+    number, chosen = st.integers(0, 3) | anything, event("", "", ["a"], [])["annotation"]["result"]
+    annotation = {"id": number, "result": st.just(chosen) | anything, "updated_at": anything}
+    task = {"id": number, "data": st.fixed_dictionaries({"photo": st.just(data_url(noise())) | anything})}
     valid = {
-        "schema": st.just(config(["a"])), "label_config": st.just(config(["a"])), "task": st.just({"id": 17}),
-        "action": st.sampled_from(["ANNOTATION_CREATED", "ANNOTATIONS_DELETED"]),
+        "schema": st.just(config(["a"])), "label_config": st.just(config(["a"])),
+        "action": st.sampled_from(["ANNOTATION_CREATED", "ANNOTATIONS_DELETED", "TASKS_DELETED"]),
+        "task": st.fixed_dictionaries({}, optional=task),
         "tasks": st.lists(st.fixed_dictionaries({}, optional={"id": anything, "data": anything}), max_size=2),
         "images": st.just([data_url(noise())]), "project": st.just({"id": 3, "label_config": config(["a"])}),
-        "id": anything, "annotation": anything, "annotations": anything,
+        "id": anything, "annotation": st.fixed_dictionaries({}, optional=annotation), "annotations": anything,
     }  # fmt: skip
     bodies = st.fixed_dictionaries({}, optional={name: one | anything for name, one in valid.items()})
 
-    with client(things) as asking:
-        routes = [f"label-studio/things/{what}" for what in ("setup", "predict", "webhook")]
+    with client(own) as asking:
+        routes = [f"label-studio/own/{what}" for what in ("setup", "predict", "webhook")]
 
         @given(path=st.sampled_from([*routes, "api/v1/vision/labels"]), body=bodies)
         @settings(max_examples=examples(400), deadline=None)

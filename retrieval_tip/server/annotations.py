@@ -7,7 +7,7 @@ photo is no shot. The database belongs to no version, because a rollback does no
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,19 @@ CREATE TABLE said (annotation UNIQUE, task, updated DEFAULT '', digest, address,
 """
 _SHOTS = "INSERT OR IGNORE INTO said (annotation, digest, choices) VALUES (:label_studio, :digest, json_array(:label))"
 _GONE = """
-UPDATE said SET annotation = NULL, choices = '[]', due = 1 WHERE (annotation = ?1 OR task = ?1) AND updated <= ?2
+UPDATE said SET annotation = NULL, choices = '[]', due = 1 WHERE rowid IN (
+    SELECT said.rowid FROM (SELECT ? AS name, ? AS until) JOIN said
+    ON (annotation = name OR task = name) AND updated <= until
+)
 """
 # A photo that cannot be read is the one that was last at its address.
 _SAY = """
+WITH new (name, task, time, photo, place, chosen) AS (VALUES (?, ?, ?, ?, ?, ?))
 INSERT INTO said
-SELECT ?1, ?2, ?3, coalesce(?4, (SELECT digest FROM said WHERE address = ?5 ORDER BY rowid DESC)), ?5, ?6, 1
-WHERE NOT EXISTS (SELECT 1 FROM said WHERE annotation = ?1)
+SELECT name, task, time,
+       coalesce(photo, (SELECT digest FROM said WHERE address = place AND digest NOT NULL ORDER BY rowid DESC)),
+       place, chosen, 1
+FROM new WHERE NOT EXISTS (SELECT 1 FROM said WHERE annotation = name)
 """
 _DUE = """
 SELECT digest, json_group_array(value) FILTER (WHERE value NOT NULL), max(annotation) FILTER (WHERE value NOT NULL),
@@ -71,7 +77,7 @@ def _opened(path: Path) -> Iterator[sqlite3.Connection]:
         raise StoreError(f"{show(path)}: cannot be used ({error}); restore or remove it") from None
 
 
-def note(path: Path, gone: Sequence[tuple[str, str]], said: Sequence[Sequence[object]], index: Index) -> list[Any]:
+def note(path: Path, gone: list[Any], said: list[Any], index: Index) -> list[Any]:
     """Forget annotations or tasks that have not changed after a time, and note what other annotations say.
 
     ``gone`` are their names and times. ``said`` are annotations, each with its task, the time of its change, the digest

@@ -147,7 +147,7 @@ async def webhook(service: TheService, one: Named, sent: Json) -> Response:
 
 def _named(sent: Json) -> list[str]:
     """Return the annotation that an event describes, or the annotations or tasks that were deleted."""
-    items, of = list[object](), ""
+    of = ""
     match sent:
         case {
             "action": "ANNOTATION_CREATED" | "ANNOTATION_UPDATED",
@@ -160,6 +160,8 @@ def _named(sent: Json) -> list[str]:
             pass
         case {"action": "TASKS_DELETED", "tasks": list() as items}:
             of = "of task "
+        case _:
+            return []
     project, *numbers = (item.get("id") if isinstance(item, dict) else None for item in [sent.get("project"), *items])
     return [f"{of}{project}/{number}" for number in numbers if type(project) is type(number) is int]
 

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
 from retrieval_tip.backbones.base import Backbone, Part
 from retrieval_tip.data.reader import FloatArray, Reader
@@ -30,7 +29,7 @@ def add_images(
     one: Served, backbone: Backbone, labelled: Sequence[tuple[str, bytes]], uploads: Path | None,
     annotation: str | None = None,
 ) -> changes.Added:  # fmt: skip
-    """Save images of one class, and add them as shots, which belong to an ``annotation`` if it is given."""
+    """Save images of one class, and add them as shots. A single image may belong to an ``annotation``."""
     folder = uploads or photos.folder_of(one.place)
     if folder is None:
         raise InputError(f"index {one.name!r} is in a bucket; to add images, start the server with --uploads FOLDER")
@@ -38,8 +37,7 @@ def add_images(
     with _removed_on_error(folder, photos.class_folder(folder, label)) as fresh:
         source = _source(f"shots of {label}", folder, labelled, fresh)
         if annotation is not None:
-            column = pa.array([annotation] * len(source), pa.string())
-            source = replace(source, items=source.items.append_column(COLUMN, column))
+            source = replace(source, items=source.items.append_column(COLUMN, [[annotation]]))
         added = changes.add(one.folder, source, Reader(backbone))
     if added.known:  # the index already has these images under other names
         kept = set(one.follow().index.find(key_ids=added.key_ids)["source"].to_pylist())
