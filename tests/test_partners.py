@@ -420,6 +420,30 @@ def test_a_label_is_what_the_annotations_say_after_any_events(own, photos, seed)
     ]
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(20))
+def test_a_killed_server_has_learnt_an_event_or_not(own, photos, warm_path, seed):
+    """If it was killed between the annotation and its shots, the next event about any annotation completes them."""
+    data = [shrunk(path) for path, _ in photos[:3]]
+    studio = Studio(seed, data, [None] * 3, ["new", "Faces"])
+    with server(own, token=TOKEN, path=warm_path) as (address, process), httpx.Client(auth=("", TOKEN)) as asking:
+        labels = after = studio.expected()[0]
+        while labels == after:
+            body = studio.event()
+            after = studio.expected()[0]
+            if labels == after or len(studio.sent) < 3:
+                assert asking.post(f"{address}{PATH}/webhook", json=body).is_success
+                labels = after
+        threading.Timer(random.Random(seed).random() / 8, process.kill).start()
+        with suppress(httpx.TransportError):
+            assert asking.post(f"{address}{PATH}/webhook", json=body).is_success
+            labels = after
+        process.wait()
+    with client(own) as asking:
+        assert asking.post(f"{PATH}/webhook", json=deleted(0)).is_success
+    assert labels_of(own, data) in (labels, after)
+
+
 def test_an_event_counts_even_if_label_studio_stops_waiting(own, photos):
     """By default, it waits for one second."""
     names, n = [label for _, label in photos], Index.load(own).n
