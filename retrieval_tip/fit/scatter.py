@@ -28,6 +28,9 @@ LEAST_EIGENVALUE = 1e-6
 SMALLEST_EIGENVALUE = 1e-7
 """Smallest eigenvalue of a scatter relative to the mean eigenvalue. Smaller eigenvalues are float32 rounding errors."""
 
+ROUNDING = 1e-12
+"""Largest scatter of equal keys relative to their squared norms. Any such scatter counts as 0."""
+
 
 @dataclass(frozen=True)
 class Scatter:
@@ -68,6 +71,8 @@ class Scatter:
         mean, centres = _centres(sums.counts, sums.sums, total=prior is None)
         roots = centres * np.sqrt(sums.counts)[:, None]
         scatter, n = sums.second - roots.T @ roots, sums.n
+        if np.trace(scatter) <= ROUNDING * np.trace(sums.second):
+            scatter = np.zeros_like(scatter)
         if prior is not None:
             scatter, n = scatter + PRIOR_WEIGHT * prior, n - int((sums.counts > 0).sum()) + PRIOR_WEIGHT
         return cls(torch.from_numpy(mean), torch.from_numpy(scatter / n), widths)
@@ -92,6 +97,8 @@ class FewScatter:
         sums = torch.zeros(c, keys.shape[1], dtype=torch.float64).index_add_(0, ids, keys.double())
         mean, centres = _centres(torch.bincount(ids, minlength=c).numpy(), sums.numpy())
         apart = keys - torch.from_numpy(centres.astype(np.float32)[ids.numpy()])
+        if apart.square().sum() <= ROUNDING * keys.square().sum():
+            apart = torch.zeros_like(apart)
         found = torch.linalg.eigh((apart @ apart.T / len(keys)).double())  # in float32, it may not converge
         values, left = (part.float() for part in found)
         some = values > LEAST_EIGENVALUE * values.max()
