@@ -14,6 +14,7 @@ from typing import Any, Literal, Self, Unpack, cast
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -455,8 +456,6 @@ class AnswerBlock:
         }
         if self.ask.at_least is not None and self.index.groups is not None:
             columns |= narrowest(self.probabilities, self.index.class_names, self.index.groups, self.ask.at_least)
-        if self.sets is not None:
-            columns["set"] = self.sets.column(self.probabilities, self.index.class_names)
         shots, retrieval = terms.shots, self.index.retrieval
         if shots is None and self.ask.neighbours:
             points = retrieval.keys.phi(self.features)
@@ -474,9 +473,13 @@ class AnswerBlock:
         if terms.discriminant is not None:
             factor = settings.alpha * settings.gamma
             columns["discriminant_logit"] = factor * _doubles(terms.discriminant.gather(1, winner))[:, 0]
+        columns["no_match"] = pa.nulls(len(ranked), pa.bool_())
         if settings.least_cache is not None:
             strongest = terms.strongest(retrieval.keys.counts)
-            columns["no_match"] = (strongest < settings.least_cache).cpu().numpy()
+            columns["no_match"] = pa.array((strongest < settings.least_cache).cpu().numpy())
+        if self.sets is not None:
+            sets, matched = self.sets.column(self.probabilities, self.index.class_names), columns["no_match"]
+            columns["set"] = pc.if_else(matched.fill_null(False), None, sets)
         known = [column for column in PREDICTIONS if column in columns]
         schema = pa.schema([SCHEMA.field(column) for column in known])
         return Predictions(pa.table([columns[column] for column in known], schema=schema))

@@ -109,7 +109,8 @@ class Prediction:
         group: the number of the group of similar photos without a match (see :func:`groups.group_no_match`).
         level: the level of ``label`` if the question had ``at_least``. The label is then a class or a group of classes,
             whose ``probability`` is the sum of theirs, or ``None``.
-        set: the classes in the set if the question had ``coverage``, most probable first. It can be empty.
+        set: the classes in the set if the question had ``coverage``, most probable first. It can be empty, and is
+            ``None`` if the query has no match.
         similar: if the answer was smoothed (see :mod:`labelling.smoothing`), what the photo itself and then similar
             photos give to the probability of the first of ``labels``, and the label that each photo has alone.
     """
@@ -228,7 +229,7 @@ class Predictions:
         """
         auto = abstain == "auto"
         low = pc.less(self._columns["probability"], MORE_LIKELY_WRONG if auto else abstain or 0.0)
-        return pc.or_(low, self._columns["no_match"]) if auto and "no_match" in self._columns.column_names else low
+        return pc.or_(low, self._columns["no_match"].fill_null(False)) if auto else low
 
     def written(self, columns: Sequence[str], abstain: Abstain = None) -> pa.Table:
         """Return the given columns as ``classify`` writes them. Unknown values and withheld labels are null."""

@@ -133,8 +133,7 @@ class RowOptions:
         from retrieval_tip.predictions import PREDICTIONS
 
         types = {**PREDICTIONS, **EXIF, "burst": pa.int64(), "detected": pa.string()}
-        columns = ["input", "label", *(["level"] if self.ask.at_least is not None else []), "probability"]
-        columns += ["no_match"] if index.settings.least_cache is not None else []
+        columns = ["input", "label", *(["level"] if self.ask.at_least is not None else []), "probability", "no_match"]
         columns += ["detected"] if self.boxes is not None else []
         columns += ["group"] if self.group_no_match else []
         columns += ["burst"] if self.burst is not None else []
@@ -217,8 +216,7 @@ def count_rows(tables: Iterable[pa.Table], counts: Counter[str]) -> Iterator[pa.
     """Count the ``rows`` of tables, and those without a match, while passing the tables on."""
     for table in tables:
         counts["rows"] += len(table)
-        if "no_match" in table.column_names:
-            counts["no_match"] += table["no_match"].to_pylist().count(True)
+        counts["no_match"] += table["no_match"].to_pylist().count(True)
         yield table
 
 
@@ -241,7 +239,7 @@ def _write_sidecars(
     def keyword(row: Mapping[str, Any]) -> str | None:
         if row["probability"] is None:  # it was not classified
             return None
-        return uncertain if row["label"] in (None, NONE) or row.get("no_match") else row["label"]
+        return uncertain if row["label"] in (None, NONE) or row["no_match"] else row["label"]
 
     check_files(photos, f"--format {XMP}", "they have no sidecars")
     paths = {show(path): path for source in photos for path in source.paths or ()}

@@ -46,6 +46,7 @@ NORM_TOLERANCE = 0.01
 MOST_KEPT = 1e9  # largest norm that ``norms="keep"`` accepts; the squared product of two features then fits float32
 MAX_ROWS = 2**31 - 1  # largest number of rows; even a tiny file can declare any number
 MOST_GROUPED, MOST_GROUPS = 100_000, 1 << 24  # classes and bytes of a table of groups, which every manifest has
+MOST_LEVELS = 16  # levels of groups above the classes
 GROUP_ROWS = 1024  # smallest number of rows in a Parquet row group
 TABLE_ROWS = 8192  # largest number of features that are read at a time
 MAX_SHOWN = 64  # largest number of column names in a message, and of characters in each name
@@ -144,9 +145,9 @@ def renamed(items: pa.Table, *wanted: str) -> pa.Table:
 def _sound(items: pa.Table, name: str) -> pa.Table:
     """Check that text is valid UTF-8, and convert view columns to plain ones, which support ``take``."""
     kinds = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
-    for field in items.schema:
+    for field, column in zip(items.schema, items.columns, strict=True):
         with reading(f"{name}: column {field.name!r}"):
-            items[field.name].validate(full=True)
+            column.validate(full=True)
     items = items.cast(pa.schema([field.with_type(kinds.get(field.type, field.type)) for field in items.schema]))
     items.slice(0, 1).take(pa.array([0] if len(items) else [], pa.int64()))  # fails for views inside lists
     return items
@@ -252,6 +253,8 @@ def read_groups(path: str | os.PathLike[str], class_names: Sequence[str]) -> Lev
         size = Path(path).stat().st_size
     if size > MOST_GROUPS or (items := items_of(Path(path), MOST_GROUPED)[0]).nbytes > MOST_GROUPS:
         raise InputError(f"{name}: larger than {MOST_GROUPS:,} bytes; keep the classes of the index")
+    if (levels := items.num_columns - 1) > MOST_LEVELS:
+        raise InputError(f"{name}: {levels:,} levels of groups; keep at most {MOST_LEVELS}")
     columns = {one: texts(items, name, one, needed=not at) for at, one in enumerate(items.column_names)}
     rows = list(zip(*(pc.utf8_trim_whitespace(values).to_pylist() for values in columns.values()), strict=True))
     if twice := [label for label, times in Counter(row[0] for row in rows).items() if times > 1]:

@@ -104,8 +104,8 @@ class Answers:
             shares = {name: {"share": own.mean(), "right": _mean(self.right_at_level[own])} for name, own in at.items()}
             found |= {"levels": shares, "no_label": (self.levels < 0).mean()}
         if self.set_sizes is not None and self.in_set is not None:
-            known = self.of_known
-            found |= {"set_coverage": _mean(self.in_set[known]), "set_size": self.set_sizes[known].mean()}
+            known = self.of_known if self.no_match is None else self.of_known & ~self.no_match
+            found |= {"set_coverage": _mean(self.in_set[known]), "set_size": _mean(self.set_sizes[known])}
         return found
 
 
@@ -149,7 +149,7 @@ class Evaluation:
     - ``figures``: with ``abstain``, the share of answers whose probability is at least that (``coverage``), and their
       accuracy (``selective_top1``); with ``at_least``, the share and the accuracy of answers at each of the ``levels``,
       and the share with ``no_label``; with ``coverage``, the share of sets with the right class, and their mean number
-      of classes
+      of classes (an item without a match has no set)
     - ``held_out``: the number of items that are shots of the index, each of which was classified without itself
     - ``unknown``: the number of items of each class that the index lacks
     - ``known_top1``: the accuracy on items of the other classes
@@ -339,5 +339,5 @@ def _area_under_roc(high: npt.NDArray[np.floating], low: npt.NDArray[np.floating
     return float(below.mean() / (2 * len(low)))
 
 
-def _mean(flags: Bools) -> float | None:
-    return float(flags.mean()) if len(flags) else None
+def _mean(values: Bools | Ints) -> float | None:
+    return float(values.mean()) if len(values) else None
