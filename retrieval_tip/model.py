@@ -28,7 +28,7 @@ from retrieval_tip.backbones.base import (
     resolve_device,
     text_side_by_side,
 )
-from retrieval_tip.data.reader import FeatureBlock, Reader
+from retrieval_tip.data.reader import FeatureBlock
 from retrieval_tip.data.source import spread
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, StoreError, UsageError, check_count, warn_once
@@ -230,6 +230,15 @@ class Answering:
             "worse; refit with index set --beta"
         )
 
+    def cautions(self, ask: Ask) -> Iterator[str]:
+        """Yield warnings about the answers to a question. Raises the errors of :meth:`sets`."""
+        if len(self.class_names) == 1:
+            yield f"the index has one class, so every answer is {self.class_names[0]}; add photos of other classes"
+        if (caution := self.caution(ask.settings(self.settings))) is not None:
+            yield caution
+        if (sets := self.sets(ask)) is not None:
+            yield from sets.cautions(self.class_names)
+
     def with_settings(self, settings: Settings) -> Self:
         """Return an index that has other settings and shares the keys. Warns once if beta differs from the fit."""
         if settings == self.settings:
@@ -289,13 +298,15 @@ class Answering:
         """
         return self.retrieval.answer(self.queries(features), self.settings.override(k=k, tail=tail))[1]
 
-    def answers(self, blocks: Iterable[FeatureBlock], ask: Ask = Ask()) -> Iterator[AnswerBlock]:
+    def answers(
+        self, blocks: Iterable[FeatureBlock], ask: Ask = Ask(), sets: Sets | None = None
+    ) -> Iterator[AnswerBlock]:
         """Classify blocks of features, and yield their answers in order. Everything that classifies uses this loop.
 
         Large blocks are split, so that the answers do not take much memory. The norms of the features are not checked.
-        Raises the same errors as :meth:`logits`.
+        An index that lacks some shots of another one uses its ``sets``. Raises the same errors as :meth:`logits`.
         """
-        sets = self.sets(ask)
+        sets = sets or self.sets(ask)
         index = self.with_settings(ask.settings(self.settings))
         index = index._without(ask.without) if ask.without else index
         shown = min(ask.neighbours, index.settings.k or ask.neighbours)
@@ -355,15 +366,6 @@ class Answering:
         f = self.queries(features, norms)
         blocks = self.answers([FeatureBlock.of(f.cpu().numpy())], Ask(**asked))
         return Predictions.joined(block.predictions() for block in blocks)
-
-    def classify_source(self, source: Source, reader: Reader, ask: Ask = Ask()) -> Iterator[Predictions]:
-        """Classify images or a feature table while reading them, and yield the predictions in order.
-
-        To classify images, pass a ``reader``. Unreadable items are skipped and listed in ``reader.skipped``.
-        """
-        column, reader = source.items["source"], reader.for_queries(self.parts, self.shares) if self.parts else reader
-        for answers in self.answers(reader.blocks(source), ask):
-            yield answers.predictions().named(column.take(pa.array(answers.block.positions)))
 
     def nearest(self, features: Tensor, k: int) -> tuple[Tensor, npt.NDArray[np.int64]]:
         """Return the affinities and rows of the ``k`` nearest keys of each query, both of shape ``[q, k]``.
@@ -451,6 +453,7 @@ class AnswerBlock:
             "probabilities": lists(chances, m),
             "text_logit": _doubles(terms.text.gather(1, winner))[:, 0],
             "cache_logit": settings.alpha * _doubles(terms.cache.gather(1, winner))[:, 0],
+            "shot": pa.array(self.block.shots, mask=np.full(len(ranked), self.block.key_ids is None)),
             "neighbours": pa.array([[]] * len(ranked), PREDICTIONS["neighbours"]),
             "opposing": pa.nulls(len(ranked), PREDICTIONS["opposing"]),
         }

@@ -81,7 +81,7 @@ def clf(kept, tmp_path):
 def test_predict_gives_the_answers_of_its_cache_model_and_encoder(place, kept, clf):
     backbone = load_backbone(f"local-dir:{place / 'model'}", device="cpu")
     source = open_source(place / "new")
-    plain = Predictions.joined(clf.index.classify_source(source, Reader(backbone)))
+    plain = clf.index.classify(Reader(backbone).encode(source).features)
     answers = clf.predict(place / "new")
     assert [answer.label for answer in answers] == [one.label for one in plain]
     assert [answer.probability for answer in answers] == pytest.approx([one.probability for one in plain])

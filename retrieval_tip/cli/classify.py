@@ -16,10 +16,10 @@ import click
 from retrieval_tip.cli import kinds, options
 from retrieval_tip.cli.group import argument, command, flag, grouped, option
 from retrieval_tip.cli.kinds import Place
-from retrieval_tip.cli.messages import finish, note, say, warn
+from retrieval_tip.cli.messages import finish, note, say
 from retrieval_tip.cli.opening import index_with, inputs_of, reader_for
 from retrieval_tip.cli.options import OutputOptions
-from retrieval_tip.errors import InputError, Skipped, UsageError, counted, show
+from retrieval_tip.errors import InputError, Skipped, UsageError, counted, show, warn_once
 from retrieval_tip.settings import Ask
 
 if TYPE_CHECKING:
@@ -117,8 +117,8 @@ class RowOptions:
             from retrieval_tip.labelling.groups import check_fitted
 
             check_fitted(index, "--group-no-match")
-        if (sets := index.sets(self.ask)) is not None:
-            warn(sets.cautions(index.class_names))
+        for caution in index.cautions(self.ask):
+            warn_once(caution)
 
     def labels(self, index: Index) -> list[str]:
         """Return the labels that answers can have."""
@@ -142,7 +142,7 @@ class RowOptions:
         columns += ["labels", "probabilities"] if self.ask.top > 1 else []
         columns += ["logits"] if self.ask.logits else []
         if self.explain:
-            columns += ["text_logit", "cache_logit", *(["discriminant_logit"] if index.settings.gamma else [])]
+            columns += ["shot", "text_logit", "cache_logit", *(["discriminant_logit"] if index.settings.gamma else [])]
             columns += ["neighbours", "opposing", *(["similar"] if self.smooth else [])]
         return pa.schema([(column, types[column]) for column in columns])
 
@@ -197,9 +197,10 @@ class RowOptions:
             answers, bursts = classify_in_bursts(index, sources, reader, noting, self.burst, ask)
             yield answers.written(columns, self.abstain).append_column("burst", bursts)
         else:
-            for source in sources:
-                for answers in index.classify_source(source, reader, ask):
-                    yield answers.written(columns, self.abstain)
+            from retrieval_tip.evaluation.held_out import classify_sources
+
+            for answers in classify_sources(index, sources, reader, ask):
+                yield answers.written(columns, self.abstain)
 
     def _others(self, cut: Cut, noting: Noting) -> Iterator[pa.Table]:
         """Yield the names of unclassified inputs, after noting when and where the photos were taken."""

@@ -97,7 +97,7 @@ class Calibration:
 def calibrate(index: Index, source: Source, reader: Reader) -> Calibration:
     """Fit the temperature of an index on a labelled validation source (see :func:`fit_temperature`).
 
-    Items that are shots of the index are classified without themselves (see :func:`held_out.without_themselves`). The
+    Items that are shots of the index are classified without themselves (see :func:`held_out.separated`). The
     temperature is saved in a new version of the index folder. Fit it again after you change the settings or the keys.
     Raises InputError if the source is empty, or if one of its labels is not a class of the index. Raises StoreError if
     the folder cannot be written.

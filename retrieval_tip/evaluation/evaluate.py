@@ -16,9 +16,9 @@ import torch
 
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
-from retrieval_tip.errors import InputError, Skipped, UsageError, counted
+from retrieval_tip.errors import InputError, Skipped, UsageError, warn_once
 from retrieval_tip.evaluation.calibration import expected_calibration_error
-from retrieval_tip.evaluation.held_out import without_themselves
+from retrieval_tip.evaluation.held_out import known_shots, without_themselves
 from retrieval_tip.fit.folds import wilson
 from retrieval_tip.model import AnswerBlock, Index, narrowest
 from retrieval_tip.retrieval.sets import Sets
@@ -27,7 +27,6 @@ from retrieval_tip.settings import Ask, AskOptions, Levels, Settings
 log = logging.getLogger(__name__)
 
 CONFUSIONS = 10
-HELD_OUT = "each was classified without itself"
 NO_MATCH = "no match"
 
 Ints = npt.NDArray[np.int64]
@@ -209,7 +208,7 @@ def evaluate(
 ) -> Evaluation:
     """Classify a labelled source and compare the answers with its labels.
 
-    Items that are shots of the index are classified without themselves (see :func:`held_out.without_themselves`).
+    Items that are shots of the index are classified without themselves (see :func:`held_out.separated`).
     ``abstain`` is the probability below which an answer is withheld. ``asked`` may change ``k``, ``tail``, ``alpha``
     and ``beta``, and may give ``at_least`` or ``coverage`` (see :class:`settings.Ask`). If the items are encoded
     already, give them as ``blocks``.
@@ -223,7 +222,7 @@ def evaluate(
     index = index.with_settings(ask.settings(index.settings))
     found = judge(index, answers_of(index, source, reader, ask, blocks), reader.skipped, abstain=abstain)
     if found.held_out:
-        log.warning("%s of %s are shots of this index; %s", f"{found.held_out:,}", counted(found.n, "photo"), HELD_OUT)
+        log.warning(known_shots(found.held_out, found.n))
     return found
 
 
@@ -288,12 +287,12 @@ def answers_of(
     if not (truth < len(index.class_names)).any():
         raise source.unknown(names[len(index.class_names) :], index.class_names)
     sets = index.sets(ask)
-    for caution in () if sets is None else sets.cautions(index.class_names):
-        log.warning(caution)
+    for caution in index.cautions(ask):
+        warn_once(caution)
     ask = Ask(top=5, neighbours=0, at_least=ask.at_least)
     blocks = reader.for_queries(index.parts, index.shares).blocks(source) if blocks is None else blocks
     parts = [
-        _answers(answer, truth, names, model is not index, sets)
+        _answers(answer, truth, names, sets)
         for model, block in without_themselves(index, source, blocks)
         for answer in model.answers([block], ask)
     ]
@@ -302,7 +301,7 @@ def answers_of(
     return replace(parts[0], **arrays).take(np.argsort(arrays["positions"]))
 
 
-def _answers(answer: AnswerBlock, every: Ints, class_names: list[str], held_out: bool, sets: Sets | None) -> Answers:
+def _answers(answer: AnswerBlock, every: Ints, class_names: list[str], sets: Sets | None) -> Answers:
     terms, logits, settings, positions = answer.terms, answer.logits, answer.index.settings, answer.block.positions
     text, alone, truth, c = terms.text, terms.photos(settings), every[positions], logits.shape[1]
     ranked = torch.cat([answer.ranked, text.argmax(1, keepdim=True), alone.argmax(1, keepdim=True)], dim=1)
@@ -311,8 +310,7 @@ def _answers(answer: AnswerBlock, every: Ints, class_names: list[str], held_out:
     log_truth = scaled.gather(1, ids.clamp(0, c - 1)[:, None])[:, 0] - scaled.logsumexp(dim=1)
     log_truth = log_truth.double().masked_fill((ids < 0) | (ids >= c), -torch.inf)
     ranks, chances, logs = (part.cpu().numpy() for part in (ranked, confidence, log_truth))
-    held = np.full(len(positions), held_out)
-    answers = Answers(truth, ranks, chances, positions, logs, class_names, known=c, held_out=held)
+    answers = Answers(truth, ranks, chances, positions, logs, class_names, known=c, held_out=answer.block.shots)
     if answer.ask.at_least is not None and (groups := answer.index.groups) is not None:
         found = narrowest(answer.probabilities, answer.index.class_names, groups, answer.ask.at_least)
         levels = pc.index_in(found["level"], pa.array(groups.levels)).fill_null(-1).to_numpy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -12,18 +13,23 @@ import pyarrow as pa
 import torch
 
 from retrieval_tip import tip
-from retrieval_tip.data.reader import FeatureBlock
+from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, UsageError, counted
 from retrieval_tip.fit.folds import wilson, without_parts
 from retrieval_tip.model import MOST_COPIED, Index
+from retrieval_tip.predictions import Predictions
 from retrieval_tip.retrieval.inputs import Features
+from retrieval_tip.settings import Ask
 from retrieval_tip.store.labels import images_of
 
 log = logging.getLogger(__name__)
 
 IntArray = npt.NDArray[np.int64]
 
+UNHIDDEN = "which is too large to hide them or has no other photo"
+WINDOW = 8192
+"""Number of items of a source that are answered at once if there are shots among them."""
 SAME = 0.9999
 """Minimum cosine of two equal features, which may have been rounded to float16 or bfloat16."""
 
@@ -123,56 +129,107 @@ def threshold_of(held: HeldOut, most: float) -> Threshold:
 def without_themselves(
     index: Index, source: Source, blocks: Iterable[FeatureBlock]
 ) -> Iterator[tuple[Index, FeatureBlock]]:
-    """Yield the items of a source, each with an index that does not contain it.
+    """Yield the items of a source, each with an index that does not contain it (see :func:`separated`).
 
-    Items that are not shots of ``index`` are yielded at once, with ``index``. The others follow, in the parts of
-    :func:`folds.without_parts`. An item is a shot if a key has the same digest. A row of a feature table without a
-    digest is a shot if a key has the same id and the same feature, because many tables number their rows.
-
-    If the keys take more than :data:`model.MOST_COPIED` bytes, shots are left out, and a warning is logged.
-    Raises InputError if the only photo of the index is an item, or if no item remains.
+    If shots cannot be hidden, a warning is logged. Raises InputError if no item remains.
     """
-    shots, parts, new = list[FeatureBlock](), list[IntArray](), 0
+    total = shots = 0
+    for block in _windows(index, source.items["source"], blocks):
+        total, shots = total + len(block.positions), shots + int(block.shots.sum())
+        yield from separated(index, block)
+    if shots and not hides(index):
+        if shots == total:
+            raise InputError(f"{source.name}: all photos are shots of this index, {UNHIDDEN}; use other photos")
+        known = f"{counted(shots, 'photo')} that are shots of this index"
+        log.warning("%s: left out %s, %s", source.name, known, UNHIDDEN)
+
+
+def classify_sources(
+    index: Index, sources: Iterable[Source], reader: Reader, ask: Ask = Ask()
+) -> Iterator[Predictions]:
+    """Classify images or feature tables while reading them (see :func:`classified`).
+
+    Unreadable items are skipped and listed in ``reader.skipped``.
+    """
+    reader = reader.for_queries(index.parts, index.shares)
+    return classified(index, ((source.items["source"], reader.blocks(source)) for source in sources), ask)
+
+
+def classified(
+    index: Index, asked: Iterable[tuple[pa.ChunkedArray, Iterable[FeatureBlock]]], ask: Ask = Ask()
+) -> Iterator[Predictions]:
+    """Classify named items in order, each shot without itself (see :func:`separated`), and warn if there are shots.
+
+    ``asked`` has the names of the items of each source, and their features. If shots cannot be hidden, they are not
+    looked for. Raises the errors of :meth:`model.Answering.logits`.
+    """
+    sets, total, shots, looks = index.sets(ask), 0, 0, hides(index)
+    for names, blocks in asked:
+        for block in _windows(index, names, blocks) if looks else blocks:
+            total, shots = total + len(block.positions), shots + int(block.shots.sum())
+            pairs = separated(index, block)
+            answers = (one.predictions() for own, part in pairs for one in own.answers([part], ask, sets))
+            for part in [Predictions.joined(answers).in_order()] if block.shots.any() else answers:
+                yield part.named(names.take(part.positions))
+    if shots:
+        log.warning(known_shots(shots, total))
+
+
+def known_shots(shots: int, total: int, of: str = "this index") -> str:
+    """Say how many photos are shots of an index."""
+    return f"{shots:,} of {counted(total, 'photo')} are shots of {of}; each was classified without itself"
+
+
+def _windows(index: Index, names: pa.ChunkedArray, blocks: Iterable[FeatureBlock]) -> Iterator[FeatureBlock]:
+    """Yield items in order, with the key ids of shots. A shot waits for others, which need the same parts."""
+    waiting: list[FeatureBlock] = []
     for block in blocks:
-        found = key_ids_of(index, source, block)
-        new += int((found < 0).sum())
-        yield index, block.take(np.flatnonzero(found < 0))
-        shots.append(block.take(np.flatnonzero(found >= 0)))
-        parts.append(found[found >= 0])
-    if not sum(map(len, parts)):
-        return
-    block, key_ids = FeatureBlock.joined(shots), np.concatenate(parts)
-    if 4 * index.n * index.d > MOST_COPIED:
-        if not new:
-            raise InputError(f"{source.name}: all photos are shots of this index; use other photos")
-        known = f"{counted(len(key_ids), 'photo')} that are shots of this index"
-        log.warning("%s: left out %s, which is too large to hide them", source.name, known)
-        return
-    model = index.in_memory()
-    photos = images_of(model.labels)
-    if photos.min() == photos.max():
-        raise InputError(f"{source.name}: has the only photo of the index; add other photos to the index")
-    rows = model.rows.in_memory().rows_of(key_ids)
-    _, first, photo = np.unique(photos[rows], return_index=True, return_inverse=True)
-    for part, others in without_parts(model, rows[first]):
-        yield others, block.take(np.flatnonzero(np.isin(photo, part)))
+        waiting.append(recognised(index, names, block))
+        if not waiting[0].shots.any() or sum(len(one.positions) for one in waiting) >= WINDOW:
+            yield FeatureBlock.joined(waiting)
+            waiting = []
+    if waiting:
+        yield FeatureBlock.joined(waiting)
 
 
-def key_ids_of(index: Index, source: Source, block: FeatureBlock) -> IntArray:
-    """Return the id of a key of each item that is a shot (see :func:`without_themselves`), and -1 for other items."""
+def separated(index: Index, block: FeatureBlock) -> Iterator[tuple[Index, FeatureBlock]]:
+    """Yield the items of a block that are not shots with ``index``, and then each shot with an index that lacks it.
+
+    The shots are split into the parts of :func:`folds.without_parts`. Shots that cannot be hidden are left out (see
+    :func:`hides`).
+    """
+    yield index, block.take(np.flatnonzero(~block.shots))
+    if block.shots.any() and hides(index):
+        shots, model = block.take(np.flatnonzero(block.shots)), index.in_memory()
+        rows = model.rows.in_memory().rows_of(np.asarray(shots.key_ids))
+        _, first, photo = np.unique(images_of(model.labels)[rows], return_index=True, return_inverse=True)
+        for part, others in without_parts(model, rows[first]):
+            yield others, shots.take(np.flatnonzero(np.isin(photo, part)))
+
+
+def hides(index: Index) -> bool:
+    """Return whether shots of an index can be hidden: it has several photos and at most ``MOST_COPIED`` bytes."""
+    small = 4 * index.n * index.d <= MOST_COPIED
+    return small and len(np.unique(images_of(index.rows.columns("digest", "source")))) > 1
+
+
+def recognised(index: Index, every: pa.ChunkedArray, block: FeatureBlock) -> FeatureBlock:
+    """Return a block with the key ids of its shots. ``every`` has the names of all items of the source.
+
+    An item is a shot if a key has the same digest. A row of a feature table without a digest is a shot if a key has the
+    same id and the same feature, because many tables number their rows.
+    """
     shots = index.having("digest", filter(None, block.digests))
     known = dict(zip(shots["digest"].to_pylist(), shots["key_id"].to_pylist(), strict=True))
     found = np.array([known.get(digest, -1) if digest else -1 for digest in block.digests], dtype=np.int64)
-    names = source.items["source"].take(pa.array(block.positions)).to_pylist()
+    names = every.take(pa.array(block.positions)).to_pylist()
     places: dict[str, list[int]] = {}
     for place, (name, digest) in enumerate(zip(names, block.digests, strict=True)):
         if not digest:
             places.setdefault(name, []).append(place)
-    if not places:
-        return found
     rows = index.rows.of(index.having("source", places)["key_id"].to_pylist())
     for key_id, name, key in zip(rows.key_ids.tolist(), rows.labels["source"].to_pylist(), rows.keys, strict=True):
         own, key = np.array(places[name]), key.astype(np.float32)
         lengths = np.linalg.norm(block.features[own], axis=1) * np.linalg.norm(key)
         found[own[block.features[own] @ key >= SAME * lengths]] = key_id
-    return found
+    return replace(block, key_ids=found)
