@@ -25,8 +25,8 @@ from retrieval_tip.data import images
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.pictures import Picture, features_of, is_one, open_images
 from retrieval_tip.data.reader import Reader
-from retrieval_tip.data.sources import Source, kind_of, open_inputs, open_items, open_source, read_item
-from retrieval_tip.data.tables import check_backbone
+from retrieval_tip.data.sources import Source, kind_of, open_frame, open_inputs, open_items, open_source, read_item
+from retrieval_tip.data.tables import check_backbone, is_frame
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError, counted, few, warn_once
 from retrieval_tip.evaluation.audit import audit
 from retrieval_tip.evaluation.calibration import Calibration, calibrate
@@ -604,15 +604,21 @@ def _file(path: str) -> bytes | None:
         return None
 
 
-def _opened(given: Place | Source, part: str, opened: Callable[..., Source] = open_source) -> Source:
+def _opened(given: Any, part: str, opened: Callable[..., Source] = open_source) -> Source:
     """Return a labelled source. If it has several parts, ``part`` is used."""
-    return given if isinstance(given, Source) else opened(_place("photos", given), split=part)
+    if isinstance(given, Source):
+        return given
+    return (
+        open_frame(given, labelled=opened is open_source)
+        if is_frame(given)
+        else opened(_place("photos", given), split=part)
+    )
 
 
 def _photos(what: Any) -> list[Source]:
     """Open photos that need no labels."""
-    if isinstance(what, Source):
-        return [what]
+    if isinstance(what, Source) or is_frame(what):
+        return [_opened(what, "test", open_items)]
     return [*open_inputs([os.fspath(what)])] if _is_source(what) else [open_images(what)]
 
 

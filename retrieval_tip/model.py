@@ -28,9 +28,10 @@ from retrieval_tip.backbones.base import (
     resolve_device,
     text_side_by_side,
 )
-from retrieval_tip.data.reader import FeatureBlock
+from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.source import spread
-from retrieval_tip.data.sources import Source
+from retrieval_tip.data.sources import Source, open_frame
+from retrieval_tip.data.tables import is_frame
 from retrieval_tip.errors import InputError, StoreError, UsageError, check_count, warn_once
 from retrieval_tip.html import markup, table
 from retrieval_tip.predictions import PREDICTIONS, SCHEMA, Predictions, SimilarShot, lists
@@ -357,12 +358,17 @@ class Answering:
         """Classify features, and return labels, probabilities and the shots that contributed most to each answer.
 
         Args:
-            features: the features, which should have unit norm, as an array or tensor of shape ``[q, d]``.
+            features: the features, which should have unit norm, as an array or tensor of shape ``[q, d]``, or as a
+                table of pandas, polars or Arrow with the column ``feature``.
             norms: ``"check"`` to check that all features have norm 1, or ``"keep"`` to accept any norm.
             asked: see :class:`settings.Ask`.
 
         Raises InputError if the norm of a feature is not 1, and the errors of :meth:`logits`.
         """
+        if is_frame(features):
+            source = open_frame(features)
+            found = Reader(norms=norms, parts=self.parts).encode(source).features
+            return self.classify(found, norms, **asked).named(source.items["source"])
         f = self.queries(features, norms)
         blocks = self.answers([FeatureBlock.of(f.cpu().numpy())], Ask(**asked))
         return Predictions.joined(block.predictions() for block in blocks)

@@ -252,8 +252,16 @@ def _open_bucket(where: str, *, labelled: bool) -> Source:
     return of_images(paths, show(where), labels)
 
 
+def open_frame(frame: object, *, labelled: bool = False) -> Source:
+    """Open a table of pandas, polars or Arrow, with the columns of a table file. Paths are relative to this process.
+
+    Raises InputError if it lacks a column, or if a value is not valid.
+    """
+    return _open_table(tables.InMemory.of(frame), labelled=labelled)
+
+
 def _open_table(where: str, root: str | os.PathLike[str] | None = None, *, labelled: bool) -> Source:
-    file = where if remote.is_remote(where) else Path(where)
+    file = where if isinstance(where, tables.InMemory) or remote.is_remote(where) else Path(where)
     name = show(file)
     items, has_features = items_of(file)
     if not len(items):
