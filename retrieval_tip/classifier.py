@@ -25,7 +25,7 @@ from retrieval_tip.data import images
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.pictures import Picture, features_of, is_one, open_images
 from retrieval_tip.data.reader import Reader
-from retrieval_tip.data.sources import Source, kind_of, open_frame, open_inputs, open_items, open_source, read_item
+from retrieval_tip.data.sources import Source, kind_of, open_inputs, open_items, open_source, read_item
 from retrieval_tip.data.tables import check_backbone, is_frame
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError, counted, few, warn_once
 from retrieval_tip.evaluation.audit import audit
@@ -608,11 +608,7 @@ def _opened(given: Any, part: str, opened: Callable[..., Source] = open_source) 
     """Return a labelled source. If it has several parts, ``part`` is used."""
     if isinstance(given, Source):
         return given
-    return (
-        open_frame(given, labelled=opened is open_source)
-        if is_frame(given)
-        else opened(_place("photos", given), split=part)
-    )
+    return opened(given if is_frame(given) else _place("photos", given), split=part)
 
 
 def _photos(what: Any) -> list[Source]:

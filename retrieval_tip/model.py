@@ -30,7 +30,7 @@ from retrieval_tip.backbones.base import (
 )
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.source import spread
-from retrieval_tip.data.sources import Source, open_frame
+from retrieval_tip.data.sources import Source, open_items
 from retrieval_tip.data.tables import is_frame
 from retrieval_tip.errors import InputError, StoreError, UsageError, check_count, warn_once
 from retrieval_tip.html import markup, table
@@ -255,6 +255,8 @@ class Answering:
 
         Raises InputError if they are not valid, or if ``norms`` is ``"check"`` and the norm of a feature is not 1.
         """
+        if is_frame(features):
+            features = Reader(norms=norms, parts=self.parts).encode(open_items(features)).features
         if isinstance(features, list | tuple) and inputs.are_several(features):
             features = inputs.joined(features, self.parts, "features")
         if isinstance(features, Tensor):
@@ -365,10 +367,6 @@ class Answering:
 
         Raises InputError if the norm of a feature is not 1, and the errors of :meth:`logits`.
         """
-        if is_frame(features):
-            source = open_frame(features)
-            found = Reader(norms=norms, parts=self.parts).encode(source).features
-            return self.classify(found, norms, **asked).named(source.items["source"])
         f = self.queries(features, norms)
         blocks = self.answers([FeatureBlock.of(f.cpu().numpy())], Ask(**asked))
         return Predictions.joined(block.predictions() for block in blocks)

@@ -106,7 +106,7 @@ class Prediction:
         no_match: whether the query does not resemble any shot: its largest cache logit for a class with shots is below
             the ``least_cache`` of the index. ``None`` if the index has no such setting.
         shot: whether the query is a shot of the index, which was then classified without itself (see
-            :func:`held_out.separated`). ``None`` if this is not known, for example of an array of features.
+            :func:`held_out.answered`). ``None`` if this is not known, for example of an array of features.
         opposing: the shot with the most negative contribution. If no contribution is negative, it is the shot that
             contributes most to the runner-up. ``None`` if no shot counts against the answer.
         group: the number of the group of similar photos without a match (see :func:`groups.group_no_match`).

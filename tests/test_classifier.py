@@ -252,7 +252,7 @@ def test_tables_in_memory_are_inputs(place, clf, library, monkeypatch):
     table = frame({"id": paths, "feature": features.tolist(), "label": labels})
     for answers in (clf.predict(table), clf.index.classify(table)):
         assert [one.label for one in answers] == [one.label for one in expected]
-        assert answers.inputs == paths
+    assert clf.predict(table).inputs == paths
     assert clf.evaluate(table).top1 == right["top1"]
     assert clf.predict(expected.to_arrow().select(["input"])) == expected
     if library != "pyarrow":

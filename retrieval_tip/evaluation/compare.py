@@ -106,7 +106,7 @@ def compare(a: Side, b: Side, source: Source) -> Compared:
 
     Class names that differ only in case, ``_``, ``-`` or spaces are the same class. If an index lacks the class of a
     photo, only "no match" is right. Photos that are shots of an index are classified by it without themselves (see
-    :func:`held_out.separated`). If no photo has a label, the answers are only compared with each other.
+    :func:`held_out.answered`). If no photo has a label, the answers are only compared with each other.
 
     Raises InputError if the source is empty or only partly labelled, if no photo could be read, or if an index has no
     class of the source.

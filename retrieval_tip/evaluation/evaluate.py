@@ -18,7 +18,7 @@ from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, Skipped, UsageError, warn_once
 from retrieval_tip.evaluation.calibration import expected_calibration_error
-from retrieval_tip.evaluation.held_out import known_shots, without_themselves
+from retrieval_tip.evaluation.held_out import judged, known_shots
 from retrieval_tip.fit.folds import wilson
 from retrieval_tip.model import AnswerBlock, Index, narrowest
 from retrieval_tip.retrieval.sets import Sets
@@ -208,7 +208,7 @@ def evaluate(
 ) -> Evaluation:
     """Classify a labelled source and compare the answers with its labels.
 
-    Items that are shots of the index are classified without themselves (see :func:`held_out.separated`).
+    Items that are shots of the index are classified without themselves (see :func:`held_out.answered`).
     ``abstain`` is the probability below which an answer is withheld. ``asked`` may change ``k``, ``tail``, ``alpha``
     and ``beta``, and may give ``at_least`` or ``coverage`` (see :class:`settings.Ask`). If the items are encoded
     already, give them as ``blocks``.
@@ -290,12 +290,7 @@ def answers_of(
     for caution in index.cautions(ask):
         warn_once(caution)
     ask = Ask(top=5, neighbours=0, at_least=ask.at_least)
-    blocks = reader.for_queries(index.parts, index.shares).blocks(source) if blocks is None else blocks
-    parts = [
-        _answers(answer, truth, names, sets)
-        for model, block in without_themselves(index, source, blocks)
-        for answer in model.answers([block], ask)
-    ]
+    parts = [_answers(answer, truth, names, sets) for answer in judged(index, source, reader, ask, blocks)]
     columns = [name for name, x in vars(parts[0]).items() if isinstance(x, np.ndarray)]
     arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in columns}
     return replace(parts[0], **arrays).take(np.argsort(arrays["positions"]))

@@ -17,7 +17,7 @@ from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, UsageError, counted
 from retrieval_tip.fit.folds import wilson, without_parts
-from retrieval_tip.model import MOST_COPIED, Index
+from retrieval_tip.model import MOST_COPIED, AnswerBlock, Index
 from retrieval_tip.predictions import Predictions
 from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.settings import Ask
@@ -126,17 +126,18 @@ def threshold_of(held: HeldOut, most: float) -> Threshold:
     return Threshold(float(probability[order][good[-1]]), share, wilson(share, kept)[1], kept, len(order))
 
 
-def without_themselves(
-    index: Index, source: Source, blocks: Iterable[FeatureBlock]
-) -> Iterator[tuple[Index, FeatureBlock]]:
-    """Yield the items of a source, each with an index that does not contain it (see :func:`separated`).
+def judged(
+    index: Index, source: Source, reader: Reader, ask: Ask, blocks: Iterable[FeatureBlock] | None = None
+) -> Iterator[AnswerBlock]:
+    """Classify a source, whose items may be encoded as ``blocks`` already (see :func:`answered`).
 
     If shots cannot be hidden, a warning is logged. Raises InputError if no item remains.
     """
     total = shots = 0
+    blocks = reader.for_queries(index.parts, index.shares).blocks(source) if blocks is None else blocks
     for block in _windows(index, source.items["source"], blocks):
         total, shots = total + len(block.positions), shots + int(block.shots.sum())
-        yield from separated(index, block)
+        yield from answered(index, block, ask)
     if shots and not hides(index):
         if shots == total:
             raise InputError(f"{source.name}: all photos are shots of this index, {UNHIDDEN}; use other photos")
@@ -158,17 +159,16 @@ def classify_sources(
 def classified(
     index: Index, asked: Iterable[tuple[pa.ChunkedArray, Iterable[FeatureBlock]]], ask: Ask = Ask()
 ) -> Iterator[Predictions]:
-    """Classify named items in order, each shot without itself (see :func:`separated`), and warn if there are shots.
+    """Classify named items in order, each shot without itself (see :func:`answered`), and warn if there are shots.
 
     ``asked`` has the names of the items of each source, and their features. If shots cannot be hidden, they are not
     looked for. Raises the errors of :meth:`model.Answering.logits`.
     """
-    sets, total, shots, looks = index.sets(ask), 0, 0, hides(index)
+    total, shots, looks = 0, 0, hides(index)
     for names, blocks in asked:
         for block in _windows(index, names, blocks) if looks else blocks:
             total, shots = total + len(block.positions), shots + int(block.shots.sum())
-            pairs = separated(index, block)
-            answers = (one.predictions() for own, part in pairs for one in own.answers([part], ask, sets))
+            answers = (one.predictions() for one in answered(index, block, ask))
             for part in [Predictions.joined(answers).in_order()] if block.shots.any() else answers:
                 yield part.named(names.take(part.positions))
     if shots:
@@ -192,19 +192,20 @@ def _windows(index: Index, names: pa.ChunkedArray, blocks: Iterable[FeatureBlock
         yield FeatureBlock.joined(waiting)
 
 
-def separated(index: Index, block: FeatureBlock) -> Iterator[tuple[Index, FeatureBlock]]:
-    """Yield the items of a block that are not shots with ``index``, and then each shot with an index that lacks it.
+def answered(index: Index, block: FeatureBlock, ask: Ask) -> Iterator[AnswerBlock]:
+    """Classify the items of a block that are not shots, and then each shot with an index that lacks it.
 
     The shots are split into the parts of :func:`folds.without_parts`. Shots that cannot be hidden are left out (see
     :func:`hides`).
     """
-    yield index, block.take(np.flatnonzero(~block.shots))
-    if block.shots.any() and hides(index):
-        shots, model = block.take(np.flatnonzero(block.shots)), index.in_memory()
+    sets, known = index.sets(ask), block.shots
+    yield from index.answers([block.take(np.flatnonzero(~known)) if known.any() else block], ask, sets)
+    if known.any() and hides(index):
+        shots, model = block.take(np.flatnonzero(known)), index.in_memory()
         rows = model.rows.in_memory().rows_of(np.asarray(shots.key_ids))
         _, first, photo = np.unique(images_of(model.labels)[rows], return_index=True, return_inverse=True)
         for part, others in without_parts(model, rows[first]):
-            yield others, shots.take(np.flatnonzero(np.isin(photo, part)))
+            yield from others.answers([shots.take(np.flatnonzero(np.isin(photo, part)))], ask, sets)
 
 
 def hides(index: Index) -> bool:

@@ -97,8 +97,6 @@ class FewScatter:
         sums = torch.zeros(c, keys.shape[1], dtype=torch.float64).index_add_(0, ids, keys.double())
         mean, centres = _centres(torch.bincount(ids, minlength=c).numpy(), sums.numpy())
         apart = keys - torch.from_numpy(centres.astype(np.float32)[ids.numpy()])
-        if apart.square().sum() <= ROUNDING * keys.square().sum():
-            apart = torch.zeros_like(apart)
         found = torch.linalg.eigh((apart @ apart.T / len(keys)).double())  # in float32, it may not converge
         values, left = (part.float() for part in found)
         some = values > LEAST_EIGENVALUE * values.max()

@@ -23,7 +23,7 @@ from retrieval_tip.backbones.loading import load_backbone
 from retrieval_tip.data.reader import FeatureBlock, FloatArray
 from retrieval_tip.data.tables import check_backbone
 from retrieval_tip.errors import BackboneError, RetrievalTipError, UsageError
-from retrieval_tip.evaluation.held_out import recognised, separated
+from retrieval_tip.evaluation.held_out import answered, recognised
 from retrieval_tip.files import real
 from retrieval_tip.index import places
 from retrieval_tip.model import Index
@@ -82,9 +82,8 @@ class Version:
     def answer(self, ask: Ask, block: FeatureBlock) -> list[Row]:
         """Return one result per query, in order."""
         results: dict[int, Row] = {}
-        for index, every in separated(self.index, block):
-            parts = map(every.take, slices(len(every.positions), self.at_once(ask)))
-            for answers in index.answers(parts, ask, self.index.sets(ask)):
+        for part in slices(len(block.positions), self.at_once(ask)):
+            for answers in answered(self.index, block.take(part), ask):
                 own, terms = answers.index.settings, answers.terms
                 logits = terms.text, own.alpha * terms.photos(own).double()
                 texts, shots = (part.gather(1, answers.ranked).tolist() for part in logits)
