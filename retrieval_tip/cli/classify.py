@@ -48,7 +48,7 @@ class RowOptions:
     """The columns of answers, the rules for withholding a label and for grouping photos, and options of formats.
 
     Options:
-        explain: Show the shots that contributed most to an answer, and its text and cache logits.
+        explain: Show the shots that contributed most to an answer, its text and cache logits, and whether it is a shot.
         abstain: Withhold the label if its probability is below P. With auto, the label is withheld if the probability
             is below 0.5 or the image has no match.
         group_no_match: Group similar images that have no match. The column group numbers the groups, largest first.
@@ -275,11 +275,12 @@ def classify(
 ) -> None:
     """Classify images or features with an index.
 
-    INPUTS are images, folders, globs, tables of paths or feature tables. Use - to read paths from standard input. If
-    the index is fitted, the column no_match is true for an image that resembles no shot. With --abstain, an uncertain
-    answer has a probability but no label: the label is null, or - in a table. The formats coco, fiftyone,
-    label-studio and megadetector are JSON files for other programs, and camtrap-dp is a folder of tables. The format
-    xmp writes the label of each photo as a keyword into its XMP sidecar: photo.jpg.xmp, or an existing photo.xmp.
+    INPUTS are images, folders, globs, tables of paths or feature tables. Use - to read paths from standard input. The
+    column no_match is true for an image that resembles no shot, and null if the index is not fitted. A photo that is a
+    shot of the index is classified without itself. With --abstain, an uncertain answer has a probability but no label:
+    the label is null, or - in a table. The formats coco, fiftyone, label-studio and megadetector are JSON files for
+    other programs, and camtrap-dp is a folder of tables. The format xmp writes the label of each photo as a keyword
+    into its XMP sidecar: photo.jpg.xmp, or an existing photo.xmp.
     """
     from retrieval_tip import __version__
     from retrieval_tip.cli.output import write_document, write_folder, write_tables
