@@ -27,7 +27,7 @@ from retrieval_tip.data.pictures import Picture, features_of, is_one, open_image
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source, kind_of, open_inputs, open_items, open_source, read_item
 from retrieval_tip.data.tables import check_backbone, is_frame
-from retrieval_tip.errors import InputError, RetrievalTipError, UsageError, counted, few, warn_once
+from retrieval_tip.errors import InputError, RetrievalTipError, UsageError, counted, few
 from retrieval_tip.evaluation.audit import audit
 from retrieval_tip.evaluation.calibration import Calibration, calibrate
 from retrieval_tip.evaluation.compare import Compared, Side, compare
@@ -393,8 +393,6 @@ class Classifier(OpenIndex):
         InputError if a photo cannot be read, or if the norm of a feature is not 1.
         """
         index, ask = self.index, Ask(**asked)
-        for caution in index.cautions(ask):
-            warn_once(caution)
         if (features := features_of(what)) is not None:
             answers = index.classify(features, norms, **vars(ask))
             answers = groups.group_no_match(index, features, answers) if group_no_match else answers

@@ -301,15 +301,15 @@ class Answering:
         """
         return self.retrieval.answer(self.queries(features), self.settings.override(k=k, tail=tail))[1]
 
-    def answers(
-        self, blocks: Iterable[FeatureBlock], ask: Ask = Ask(), sets: Sets | None = None
-    ) -> Iterator[AnswerBlock]:
+    def answers(self, blocks: Iterable[FeatureBlock], ask: Ask = Ask()) -> Iterator[AnswerBlock]:
         """Classify blocks of features, and yield their answers in order. Everything that classifies uses this loop.
 
         Large blocks are split, so that the answers do not take much memory. The norms of the features are not checked.
-        An index that lacks some shots of another one uses its ``sets``. Raises the same errors as :meth:`logits`.
+        Warns once of each of the :meth:`cautions`. Raises the same errors as :meth:`logits`.
         """
-        sets = sets or self.sets(ask)
+        sets = self.sets(ask)
+        for caution in self.cautions(ask):
+            warn_once(caution)
         index = self.with_settings(ask.settings(self.settings))
         index = index._without(ask.without) if ask.without else index
         shown = min(ask.neighbours, index.settings.k or ask.neighbours)

@@ -19,7 +19,7 @@ from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import finish, note, say
 from retrieval_tip.cli.opening import index_with, inputs_of, reader_for
 from retrieval_tip.cli.options import OutputOptions
-from retrieval_tip.errors import InputError, Skipped, UsageError, counted, show, warn_once
+from retrieval_tip.errors import InputError, Skipped, UsageError, counted, show
 from retrieval_tip.settings import Ask
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class RowOptions:
         return replace(self, categories=categories, exif=self.exif or style == CAMTRAP_DP, ask=ask)
 
     def check(self, index: Index, style: str) -> None:
-        """Raise UsageError if options exclude each other, or if the index cannot group photos."""
+        """Raise UsageError if options exclude each other, or if the index cannot group photos or give sets."""
         if self.abstain is not None and (self.ask.at_least is not None or self.ask.coverage is not None):
             raise UsageError("--abstain, --at-least and --coverage: give only one")
         alone = {"--logits": self.ask.logits, "--coverage": self.ask.coverage is not None}
@@ -117,8 +117,7 @@ class RowOptions:
             from retrieval_tip.labelling.groups import check_fitted
 
             check_fitted(index, "--group-no-match")
-        for caution in index.cautions(self.ask):
-            warn_once(caution)
+        index.sets(self.ask)  # raises an error before photos are read
 
     def labels(self, index: Index) -> list[str]:
         """Return the labels that answers can have."""

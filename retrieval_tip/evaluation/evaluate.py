@@ -16,12 +16,11 @@ import torch
 
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
-from retrieval_tip.errors import InputError, Skipped, UsageError, warn_once
+from retrieval_tip.errors import InputError, Skipped, UsageError
 from retrieval_tip.evaluation.calibration import expected_calibration_error
 from retrieval_tip.evaluation.held_out import judged, known_shots
 from retrieval_tip.fit.folds import wilson
 from retrieval_tip.model import AnswerBlock, Index, narrowest
-from retrieval_tip.retrieval.sets import Sets
 from retrieval_tip.settings import Ask, AskOptions, Levels, Settings
 
 log = logging.getLogger(__name__)
@@ -280,23 +279,19 @@ def answers_of(
 ) -> Answers:  # fmt: skip
     """Classify a source, each shot without itself. If it is not ``labelled``, its items have no class.
 
-    ``ask`` may have ``at_least`` or a ``coverage``, for which an index without some of the shots has the same sets.
-    Raises InputError if the index has no class of the source.
+    ``ask`` may have ``at_least`` or a ``coverage``. Raises InputError if the index has no class of the source.
     """
     truth, names = source.truth(index.class_names) if labelled else (np.full(len(source), -1), [*index.class_names])
     if not (truth < len(index.class_names)).any():
         raise source.unknown(names[len(index.class_names) :], index.class_names)
-    sets = index.sets(ask)
-    for caution in index.cautions(ask):
-        warn_once(caution)
-    ask = Ask(top=5, neighbours=0, at_least=ask.at_least)
-    parts = [_answers(answer, truth, names, sets) for answer in judged(index, source, reader, ask, blocks)]
+    ask = Ask(top=5, neighbours=0, at_least=ask.at_least, coverage=ask.coverage)
+    parts = [_answers(answer, truth, names) for answer in judged(index, source, reader, ask, blocks)]
     columns = [name for name, x in vars(parts[0]).items() if isinstance(x, np.ndarray)]
     arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in columns}
     return replace(parts[0], **arrays).take(np.argsort(arrays["positions"]))
 
 
-def _answers(answer: AnswerBlock, every: Ints, class_names: list[str], sets: Sets | None) -> Answers:
+def _answers(answer: AnswerBlock, every: Ints, class_names: list[str]) -> Answers:
     terms, logits, settings, positions = answer.terms, answer.logits, answer.index.settings, answer.block.positions
     text, alone, truth, c = terms.text, terms.photos(settings), every[positions], logits.shape[1]
     ranked = torch.cat([answer.ranked, text.argmax(1, keepdim=True), alone.argmax(1, keepdim=True)], dim=1)
@@ -312,8 +307,8 @@ def _answers(answer: AnswerBlock, every: Ints, class_names: list[str], sets: Set
         pairs = zip(levels.tolist(), truth.tolist(), found["label"].to_pylist(), strict=True)
         hits = [label is not None and groups.at(level, class_names[own]) == label for level, own, label in pairs]
         answers = replace(answers, levels=levels, right_at_level=np.array(hits, dtype=bool))
-    if sets is not None:
-        members = sets.members(answer.probabilities).cpu().numpy()
+    if answer.sets is not None:
+        members = answer.sets.members(answer.probabilities).cpu().numpy()
         known = (truth >= 0) & (truth < c)
         own = members[np.arange(len(truth)), np.where(known, truth, 0)] & known
         answers = replace(answers, set_sizes=members.sum(1), in_set=own)

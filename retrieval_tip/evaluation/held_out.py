@@ -34,9 +34,10 @@ SAME = 0.9999
 """Minimum cosine of two equal features, which may have been rounded to float16 or bfloat16."""
 
 
-def photo_rows(index: Index, key_ids: Sequence[int]) -> IntArray:
-    """Return the first row of each photo that has one of these key ids. Unknown ids are ignored."""
-    rows = np.flatnonzero(np.isin(index.labels["key_id"].to_numpy(), np.asarray(key_ids, dtype=np.int64)))
+def photo_rows(index: Index, key_ids: Sequence[int] | None = None) -> IntArray:
+    """Return the first row of each photo that has one of these key ids, all by default. Unknown ids are ignored."""
+    every = index.labels["key_id"].to_numpy()
+    rows = np.flatnonzero(np.isin(every, every if key_ids is None else np.asarray(key_ids, dtype=np.int64)))
     _, first = np.unique(images_of(index.labels)[rows], return_index=True)
     return rows[np.sort(first)]
 
@@ -69,7 +70,7 @@ def held_out_probabilities(index: Index, rows: IntArray | None = None) -> HeldOu
     Raises UsageError if the index has only one photo, unless ``rows`` are given.
     """
     if rows is None:
-        rows = photo_rows(index, index.labels["key_id"].to_pylist())
+        rows = photo_rows(index)
         if len(rows) < 2:
             raise UsageError("held-out probabilities: the index has one photo; add more")
     probabilities = torch.zeros(len(rows), len(index.class_names))
@@ -195,17 +196,18 @@ def _windows(index: Index, names: pa.ChunkedArray, blocks: Iterable[FeatureBlock
 def answered(index: Index, block: FeatureBlock, ask: Ask) -> Iterator[AnswerBlock]:
     """Classify the items of a block that are not shots, and then each shot with an index that lacks it.
 
-    The shots are split into the parts of :func:`folds.without_parts`. Shots that cannot be hidden are left out (see
-    :func:`hides`).
+    The shots are split into the parts of :func:`folds.without_parts`. An index without some shots gives the same sets.
+    Shots that cannot be hidden are left out (see :func:`hides`).
     """
-    sets, known = index.sets(ask), block.shots
-    yield from index.answers([block.take(np.flatnonzero(~known)) if known.any() else block], ask, sets)
+    known = block.shots
+    yield from index.answers([block.take(np.flatnonzero(~known))], ask)
     if known.any() and hides(index):
         shots, model = block.take(np.flatnonzero(known)), index.in_memory()
         rows = model.rows.in_memory().rows_of(np.asarray(shots.key_ids))
         _, first, photo = np.unique(images_of(model.labels)[rows], return_index=True, return_inverse=True)
         for part, others in without_parts(model, rows[first]):
-            yield from others.answers([shots.take(np.flatnonzero(np.isin(photo, part)))], ask, sets)
+            others.scores = index.scores
+            yield from others.answers([shots.take(np.flatnonzero(np.isin(photo, part)))], ask)
 
 
 def hides(index: Index) -> bool:
