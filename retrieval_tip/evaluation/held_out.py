@@ -142,8 +142,8 @@ def judged(
     if shots and not hides(index):
         if shots == total:
             raise InputError(f"{source.name}: all photos are shots of this index, {UNHIDDEN}; use other photos")
-        known = f"{counted(shots, 'photo')} that are shots of this index"
-        log.warning("%s: left out %s, %s", source.name, known, UNHIDDEN)
+        left = counted(shots, "photo")
+        log.warning(f"{source.name}: left out {left} that are shots of this index, {UNHIDDEN}")
 
 
 def classify_sources(
@@ -204,10 +204,9 @@ def answered(index: Index, block: FeatureBlock, ask: Ask) -> Iterator[AnswerBloc
     if known.any() and hides(index):
         shots, model = block.take(np.flatnonzero(known)), index.in_memory()
         rows = model.rows.in_memory().rows_of(np.asarray(shots.key_ids))
-        _, first, photo = np.unique(images_of(model.labels)[rows], return_index=True, return_inverse=True)
-        for part, others in without_parts(model, rows[first]):
+        for part, others in without_parts(model, rows):
             others.scores = index.scores
-            yield from others.answers([shots.take(np.flatnonzero(np.isin(photo, part)))], ask)
+            yield from others.answers([shots.take(part)], ask)
 
 
 def hides(index: Index) -> bool:

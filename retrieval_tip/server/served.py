@@ -76,8 +76,8 @@ class Version:
 
     def recognised(self, block: FeatureBlock, images: Sequence[bytes]) -> FeatureBlock:
         """Return queries with the key ids of those whose images are shots."""
-        digests: list[str | None] = [hashlib.sha256(image).hexdigest() for image in images]
-        return recognised(self.index, pa.nulls(len(images)), replace(block, digests=digests))
+        block = replace(block, digests=[hashlib.sha256(image).hexdigest() for image in images])
+        return recognised(self.index, pa.nulls(len(images)), block)
 
     def answer(self, ask: Ask, block: FeatureBlock) -> list[Row]:
         """Return one result per query, in order."""
