@@ -229,6 +229,8 @@ def recognised(index: Index, every: pa.ChunkedArray, block: FeatureBlock) -> Fea
     for place, (name, digest) in enumerate(zip(names, block.digests, strict=True)):
         if not digest:
             places.setdefault(name, []).append(place)
+    if not places:
+        return replace(block, key_ids=found)
     rows = index.rows.of(index.having("source", places)["key_id"].to_pylist())
     for key_id, name, key in zip(rows.key_ids.tolist(), rows.labels["source"].to_pylist(), rows.keys, strict=True):
         own, key = np.array(places[name]), key.astype(np.float32)
