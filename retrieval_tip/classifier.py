@@ -10,7 +10,6 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypeGuard, TypeVar, Unpack, cast, overload
 
@@ -27,12 +26,13 @@ from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.pictures import Picture, features_of, is_one, open_images
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source, kind_of, open_inputs, open_items, open_source, read_item
-from retrieval_tip.data.tables import check_backbone
+from retrieval_tip.data.tables import check_backbone, is_frame
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError, counted, few
 from retrieval_tip.evaluation.audit import audit
 from retrieval_tip.evaluation.calibration import Calibration, calibrate
 from retrieval_tip.evaluation.compare import Compared, Side, compare
 from retrieval_tip.evaluation.evaluate import Evaluation, evaluate
+from retrieval_tip.evaluation.held_out import classify_sources
 from retrieval_tip.fit.closed_form import FormChoice
 from retrieval_tip.html import markup, table
 from retrieval_tip.index import changes, places
@@ -402,8 +402,7 @@ class Classifier(OpenIndex):
             groups.check_fitted(index)
             answers = groups.classify_in_groups(index, Pool.of(sources, reader), ask)
         else:
-            parts = (index.classify_source(source, reader, ask) for source in sources)
-            answers = Predictions.joined(chain.from_iterable(parts))
+            answers = Predictions.joined(classify_sources(index, sources, reader, ask))
         return answers[0] if is_one(what) and not _is_source(what) else answers
 
     __call__ = predict
@@ -427,8 +426,8 @@ class Classifier(OpenIndex):
     def score(self, what: Query, y: Iterable[object]) -> float:
         """Return the share of photos or features whose class is right, as scikit-learn's classifiers do.
 
-        ``what`` can be the same as for :meth:`predict`, and ``y`` lists the right classes. Unlike ``evaluate``, this
-        counts shots like any other photo. Raises InputError if ``y`` has another length or no class of the index.
+        ``what`` can be the same as for :meth:`predict`, and ``y`` lists the right classes. Raises InputError if ``y``
+        has another length or no class of the index.
         """
         answers: Any = self.predict(what, neighbours=0)
         found = [answers.label] if isinstance(answers, Prediction) else answers.to_arrow()["label"].to_pylist()
@@ -449,7 +448,7 @@ class Classifier(OpenIndex):
             raise UsageError("what: expected a single photo; call explain for each photo")
         asked.setdefault("top", 3)
         given = open_images(what)
-        (prediction,) = next(self.index.classify_source(given, self.reader, Ask(**asked)))
+        (prediction,) = Predictions.joined(classify_sources(self.index, [given], self.reader, Ask(**asked)))
         (path,), shots = given.paths or (), [_file(neighbour.source) for neighbour in prediction.neighbours]
         return Explanation(prediction, given.load(path), shots)
 
@@ -603,15 +602,17 @@ def _file(path: str) -> bytes | None:
         return None
 
 
-def _opened(given: Place | Source, part: str, opened: Callable[..., Source] = open_source) -> Source:
+def _opened(given: Any, part: str, opened: Callable[..., Source] = open_source) -> Source:
     """Return a labelled source. If it has several parts, ``part`` is used."""
-    return given if isinstance(given, Source) else opened(_place("photos", given), split=part)
+    if isinstance(given, Source):
+        return given
+    return opened(given if is_frame(given) else _place("photos", given), split=part)
 
 
 def _photos(what: Any) -> list[Source]:
     """Open photos that need no labels."""
-    if isinstance(what, Source):
-        return [what]
+    if isinstance(what, Source) or is_frame(what):
+        return [_opened(what, "test", open_items)]
     return [*open_inputs([os.fspath(what)])] if _is_source(what) else [open_images(what)]
 
 

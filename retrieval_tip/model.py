@@ -14,6 +14,7 @@ from typing import Any, Literal, Self, Unpack, cast
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -29,7 +30,8 @@ from retrieval_tip.backbones.base import (
 )
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.source import spread
-from retrieval_tip.data.sources import Source
+from retrieval_tip.data.sources import Source, open_items
+from retrieval_tip.data.tables import is_frame
 from retrieval_tip.errors import InputError, StoreError, UsageError, check_count, warn_once
 from retrieval_tip.html import markup, table
 from retrieval_tip.predictions import PREDICTIONS, SCHEMA, Predictions, SimilarShot, lists
@@ -229,6 +231,15 @@ class Answering:
             "worse; refit with index set --beta"
         )
 
+    def cautions(self, ask: Ask) -> Iterator[str]:
+        """Yield warnings about the answers to a question. Raises the errors of :meth:`sets`."""
+        if len(self.class_names) == 1:
+            yield f"the index has one class, so every answer is {self.class_names[0]}; add photos of other classes"
+        if (caution := self.caution(ask.settings(self.settings))) is not None:
+            yield caution
+        if (sets := self.sets(ask)) is not None:
+            yield from sets.cautions(self.class_names)
+
     def with_settings(self, settings: Settings) -> Self:
         """Return an index that has other settings and shares the keys. Warns once if beta differs from the fit."""
         if settings == self.settings:
@@ -244,6 +255,8 @@ class Answering:
 
         Raises InputError if they are not valid, or if ``norms`` is ``"check"`` and the norm of a feature is not 1.
         """
+        if is_frame(features):
+            features = Reader(norms=norms, parts=self.parts).encode(open_items(features)).features
         if isinstance(features, list | tuple) and inputs.are_several(features):
             features = inputs.joined(features, self.parts, "features")
         if isinstance(features, Tensor):
@@ -292,9 +305,11 @@ class Answering:
         """Classify blocks of features, and yield their answers in order. Everything that classifies uses this loop.
 
         Large blocks are split, so that the answers do not take much memory. The norms of the features are not checked.
-        Raises the same errors as :meth:`logits`.
+        Warns once of each of the :meth:`cautions`. Raises the same errors as :meth:`logits`.
         """
         sets = self.sets(ask)
+        for caution in self.cautions(ask):
+            warn_once(caution)
         index = self.with_settings(ask.settings(self.settings))
         index = index._without(ask.without) if ask.without else index
         shown = min(ask.neighbours, index.settings.k or ask.neighbours)
@@ -345,7 +360,8 @@ class Answering:
         """Classify features, and return labels, probabilities and the shots that contributed most to each answer.
 
         Args:
-            features: the features, which should have unit norm, as an array or tensor of shape ``[q, d]``.
+            features: the features, which should have unit norm, as an array or tensor of shape ``[q, d]``, or as a
+                table of pandas, polars or Arrow with the column ``feature``.
             norms: ``"check"`` to check that all features have norm 1, or ``"keep"`` to accept any norm.
             asked: see :class:`settings.Ask`.
 
@@ -354,15 +370,6 @@ class Answering:
         f = self.queries(features, norms)
         blocks = self.answers([FeatureBlock.of(f.cpu().numpy())], Ask(**asked))
         return Predictions.joined(block.predictions() for block in blocks)
-
-    def classify_source(self, source: Source, reader: Reader, ask: Ask = Ask()) -> Iterator[Predictions]:
-        """Classify images or a feature table while reading them, and yield the predictions in order.
-
-        To classify images, pass a ``reader``. Unreadable items are skipped and listed in ``reader.skipped``.
-        """
-        column, reader = source.items["source"], reader.for_queries(self.parts, self.shares) if self.parts else reader
-        for answers in self.answers(reader.blocks(source), ask):
-            yield answers.predictions().named(column.take(pa.array(answers.block.positions)))
 
     def nearest(self, features: Tensor, k: int) -> tuple[Tensor, npt.NDArray[np.int64]]:
         """Return the affinities and rows of the ``k`` nearest keys of each query, both of shape ``[q, k]``.
@@ -450,13 +457,12 @@ class AnswerBlock:
             "probabilities": lists(chances, m),
             "text_logit": _doubles(terms.text.gather(1, winner))[:, 0],
             "cache_logit": settings.alpha * _doubles(terms.cache.gather(1, winner))[:, 0],
+            "shot": pa.array(self.block.shots, mask=np.full(len(ranked), self.block.key_ids is None)),
             "neighbours": pa.array([[]] * len(ranked), PREDICTIONS["neighbours"]),
             "opposing": pa.nulls(len(ranked), PREDICTIONS["opposing"]),
         }
         if self.ask.at_least is not None and self.index.groups is not None:
             columns |= narrowest(self.probabilities, self.index.class_names, self.index.groups, self.ask.at_least)
-        if self.sets is not None:
-            columns["set"] = self.sets.column(self.probabilities, self.index.class_names)
         shots, retrieval = terms.shots, self.index.retrieval
         if shots is None and self.ask.neighbours:
             points = retrieval.keys.phi(self.features)
@@ -474,9 +480,13 @@ class AnswerBlock:
         if terms.discriminant is not None:
             factor = settings.alpha * settings.gamma
             columns["discriminant_logit"] = factor * _doubles(terms.discriminant.gather(1, winner))[:, 0]
+        columns["no_match"] = pa.nulls(len(ranked), pa.bool_())
         if settings.least_cache is not None:
             strongest = terms.strongest(retrieval.keys.counts)
-            columns["no_match"] = (strongest < settings.least_cache).cpu().numpy()
+            columns["no_match"] = pa.array((strongest < settings.least_cache).cpu().numpy())
+        if self.sets is not None:
+            sets, matched = self.sets.column(self.probabilities, self.index.class_names), columns["no_match"]
+            columns["set"] = pc.if_else(matched.fill_null(False), None, sets)
         known = [column for column in PREDICTIONS if column in columns]
         schema = pa.schema([SCHEMA.field(column) for column in known])
         return Predictions(pa.table([columns[column] for column in known], schema=schema))

@@ -32,6 +32,7 @@ PREDICTIONS = {
     "neighbours": pa.list_(pa.struct(list(_NEIGHBOUR.items()))),
     "opposing": pa.struct(list(_NEIGHBOUR.items())),
     "no_match": pa.bool_(),
+    "shot": pa.bool_(),
     "group": pa.int64(),
     "similar": pa.list_(SIMILAR),
 }
@@ -104,12 +105,15 @@ class Prediction:
         neighbours: the shots that contributed most to the answer, largest contribution first.
         no_match: whether the query does not resemble any shot: its largest cache logit for a class with shots is below
             the ``least_cache`` of the index. ``None`` if the index has no such setting.
+        shot: whether the query is a shot of the index, which was then classified without itself (see
+            :func:`held_out.answered`). ``None`` if this is not known, for example of an array of features.
         opposing: the shot with the most negative contribution. If no contribution is negative, it is the shot that
             contributes most to the runner-up. ``None`` if no shot counts against the answer.
         group: the number of the group of similar photos without a match (see :func:`groups.group_no_match`).
         level: the level of ``label`` if the question had ``at_least``. The label is then a class or a group of classes,
             whose ``probability`` is the sum of theirs, or ``None``.
-        set: the classes in the set if the question had ``coverage``, most probable first. It can be empty.
+        set: the classes in the set if the question had ``coverage``, most probable first. It can be empty, and is
+            ``None`` if the query has no match.
         similar: if the answer was smoothed (see :mod:`labelling.smoothing`), what the photo itself and then similar
             photos give to the probability of the first of ``labels``, and the label that each photo has alone.
     """
@@ -123,6 +127,7 @@ class Prediction:
     logits: npt.NDArray[np.float32] | None = field(compare=False)
     neighbours: list[Neighbour]
     no_match: bool | None = None
+    shot: bool | None = None
     opposing: Neighbour | None = None
     discriminant_logit: float | None = None
     group: int | None = None
@@ -174,6 +179,15 @@ class Predictions:
     def named(self, inputs: pa.Array | pa.ChunkedArray) -> Predictions:
         """Return the same predictions with new query names."""
         return Predictions(self._columns.set_column(0, "input", inputs))
+
+    @property
+    def positions(self) -> pa.ChunkedArray:
+        """The positions of the queries, before they were ``named``."""
+        return self._columns["input"].cast(pa.int64())
+
+    def in_order(self) -> Predictions:
+        """Return the predictions in the order of their positions."""
+        return Predictions(self._columns.take(pc.sort_indices(self.positions)))
 
     @property
     def inputs(self) -> list[str]:
@@ -228,7 +242,7 @@ class Predictions:
         """
         auto = abstain == "auto"
         low = pc.less(self._columns["probability"], MORE_LIKELY_WRONG if auto else abstain or 0.0)
-        return pc.or_(low, self._columns["no_match"]) if auto and "no_match" in self._columns.column_names else low
+        return pc.or_(low, self._columns["no_match"].fill_null(False)) if auto else low
 
     def written(self, columns: Sequence[str], abstain: Abstain = None) -> pa.Table:
         """Return the given columns as ``classify`` writes them. Unknown values and withheld labels are null."""

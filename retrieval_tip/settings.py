@@ -225,8 +225,8 @@ class BuildOptions(TypedDict, total=False):
             to 100.
         features: The columns of a feature table that hold the features of several encoders, such as feature,feature_2.
             By default, they are the columns that name their encoder, or the column feature.
-        groups: A table of broader groups, such as genus and family. The first column has the classes, and each further
-            column their groups, narrowest first.
+        groups: A table of broader groups, such as genus and family. The first column has the classes, and each of up to
+            16 further columns their groups, narrowest first.
     """
 
     shots: int | None

@@ -180,7 +180,7 @@ def test_only_empty_photos_are_a_valid_result(options, more, run, things, trap):
     out = trap / "answers.csv"
     done = run("classify", things, trap / "photos/empty.png", "--boxes", trap / "boxes.json", "--out", out, *options)
     assert (done.exit_code, done.stderr) == (0, f"{out}: classified 0 inputs, 1 empty\n")
-    assert out.read_text().splitlines()[1:] == [f"{trap}/photos/empty.png,,,empty{more}"]
+    assert out.read_text().splitlines()[1:] == [f"{trap}/photos/empty.png,,,,empty{more}"]
 
 
 def test_classify_fails_if_the_detector_failed_on_all_photos(run, things, trap):

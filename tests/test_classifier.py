@@ -81,7 +81,7 @@ def clf(kept, tmp_path):
 def test_predict_gives_the_answers_of_its_cache_model_and_encoder(place, kept, clf):
     backbone = load_backbone(f"local-dir:{place / 'model'}", device="cpu")
     source = open_source(place / "new")
-    plain = Predictions.joined(clf.index.classify_source(source, Reader(backbone)))
+    plain = clf.index.classify(Reader(backbone).encode(source).features)
     answers = clf.predict(place / "new")
     assert [answer.label for answer in answers] == [one.label for one in plain]
     assert [answer.probability for answer in answers] == pytest.approx([one.probability for one in plain])
@@ -232,6 +232,54 @@ def test_predictions_can_be_read_as_an_arrow_table(place, clf):
     with pytest.raises(IndexError):
         print(answers[len(answers)])
     np.testing.assert_array_equal(answers[2].logits, table["logits"][2].as_py())
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars", "pyarrow"])
+def test_tables_in_memory_are_inputs(place, clf, library, monkeypatch):
+    module = pytest.importorskip(library)
+    frame = module.table if library == "pyarrow" else module.DataFrame
+    monkeypatch.chdir(place)
+    source = open_source("new")
+    paths, labels = list(source.paths), source.labels
+    expected, right = clf.predict(paths), clf.evaluate("new").to_dict()
+    for path, label in (("path", "label"), ("input", "class"), ("filename", "class_name")):
+        table = frame({"number": list(range(len(paths))), path: paths, label: labels})
+        assert (found := clf.predict(table)) == expected
+        assert found.inputs == paths
+        assert clf.evaluate(table).to_dict() == right
+    assert clf.score(table, labels) == right["top1"]
+    features = clf.reader.encode(source).features
+    table = frame({"id": paths, "feature": features.tolist(), "label": labels})
+    for answers in (clf.predict(table), clf.index.classify(table)):
+        assert [one.label for one in answers] == [one.label for one in expected]
+    assert clf.predict(table).inputs == paths
+    assert clf.evaluate(table).top1 == right["top1"]
+    assert clf.predict(expected.to_arrow().select(["input"])) == expected
+    if library != "pyarrow":
+        assert clf.predict(frame({"path": paths})["path"]) == expected  # a series is a list of paths
+
+
+def test_a_table_in_memory_that_cannot_be_read_gives_one_error(place, clf):
+    pd, path = pytest.importorskip("pandas"), str(place / "new/red/6.png")
+    for method, frame, reason in (
+        (clf.predict, pd.DataFrame({"photo": [path]}), "no column 'path' among photo; an image table has path"),
+        (clf.evaluate, pd.DataFrame({"path": [path]}), "no column 'label' among path"),
+        (clf.predict, pd.DataFrame({"path": []}), "has no rows"),
+        (clf.predict, pd.DataFrame([[path, path]], columns=["path", "path"]), "Duplicate column names"),
+        (clf.predict, pd.DataFrame({"path": [Path(path)]}), "PosixPath"),
+        (clf.predict, pd.DataFrame({"path": [path, None]}), "row 1 without a path"),
+        (clf.predict, pd.DataFrame({"path": [1.5]}), "type double; expected text"),
+        (clf.predict, pa.table({"feature": [[2.0] * clf.index.d]}), "norm"),
+        (clf.predict, pa.table({"feature": [[1.0]]}), "expected [q, 16]"),
+        (clf.index.classify, pa.table({"a": [1]}), "no column 'path' among a"),
+        (clf.index.classify, pd.DataFrame({"path": [path]}), "photos need an encoder"),
+        (clf.predict, pa.table({"path": ["gone.png"]}), "gone.png: no such file"),
+        (clf.predict, {"path": [path]}, "photos: got an object of type dict"),
+    ):
+        with pytest.raises(RetrievalTipError, match=re.escape(reason)) as error:
+            method(frame)
+        assert "\n" not in str(error.value)
+        assert error.value.__cause__ is None
 
 
 def test_an_explanation_shows_the_pictures(place, clf):

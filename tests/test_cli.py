@@ -290,6 +290,8 @@ def test_any_name_works_for_images_classes_and_tables(run, shared, tmp_path):
     model = ("--model", f"local-dir:{shared / 'models' / 'lit-mini'}")
     build = ("index", "build", "--fit", "none", tmp_path / "photos", *model, "--alpha", 1000)  # text changes no answer
     assert run(*build, "--out", tmp_path / "index").exit_code == 0
+    for image in images:  # the same picture in another file, which is not a shot
+        image.write_bytes(image.read_bytes() + b"\0")
     assert run("encode", tmp_path / "photos", *model, "--out", tmp_path / "features.parquet").exit_code == 0
     for table in tables:
         assert run("encode", tmp_path / "features.parquet", "--out", table).exit_code == 0

@@ -936,3 +936,15 @@ def test_the_scatter_of_keys_that_are_nearly_equal_is_finite():
     keys = torch.from_numpy(unit(np.eye(64)[np.arange(60) % 3] + 1e-7 * draw.normal(size=(60, 64)))).float()
     metric = FewScatter.of(keys, torch.arange(60) % 3, 3).whitening(0.8)
     assert metric is None or bool(torch.isfinite(metric.transform).all())
+
+
+@pytest.mark.parametrize("address", ["{}", "lance://{}"], ids=["folder", "lance"])
+def test_equal_and_nearly_equal_keys_can_be_built(run, tmp_path, address):
+    for seed, (n, c, d, apart) in enumerate(itertools.product((12, 40), (3,), (8, 24), (0, 1e-8, 1e-6))):
+        draw = np.random.default_rng(seed)
+        keys = unit(draw.normal(size=d) + apart * draw.normal(size=(n, d)))
+        table = write_table(tmp_path / "keys.parquet", keys, [f"class {i % c}" for i in range(n)])
+        place = address.format(tmp_path / f"index-{seed}")
+        assert run("index", "build", table, "--out", place).exit_code == 0
+        chances = stores.at(place).load(device="cpu").classify(keys).to_arrow()["probability"]
+        assert np.isfinite(chances.to_numpy()).all()

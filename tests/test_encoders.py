@@ -25,8 +25,10 @@ from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.sources import read_item
 from retrieval_tip.errors import BackboneError, InputError, UsageError
 from retrieval_tip.estimator import TipAdapterClassifier
+from retrieval_tip.evaluation.held_out import classify_sources
 from retrieval_tip.fit import closed_form, folds
 from retrieval_tip.index import changes, places
+from retrieval_tip.predictions import Predictions
 from retrieval_tip.retrieval.inputs import scale_of
 
 NAMES = ["crab", "newt", "owl", "yak"]
@@ -259,8 +261,8 @@ def test_an_encoder_without_a_share_is_not_run_for_queries(photos):
     assert index.fitted is not None
     index.set_fitted(index.metric, index.values, replace(index.fitted, shares=(1.0, 0.0)))
     done = len(second.batches)
-    answers = list(index.classify_source(source, Reader(backbone)))
-    assert (sum(map(len, answers)), len(second.batches)) == (15, done)
+    answers = Predictions.joined(classify_sources(index, [source], Reader(backbone)))
+    assert (len(answers), len(second.batches)) == (15, done)
 
 
 def test_the_identity_of_joined_encoders_survives_metadata():

@@ -28,12 +28,12 @@ ROWS = [
      "probabilities": [0.75, 0.25], "logits": [1.5, -2.0], "text_logit": 1.0, "cache_logit": 0.5,
      "discriminant_logit": 0.25,
      "neighbours": [NEIGHBOUR, NEIGHBOUR | {"key_id": 4, "source": "b"}], "opposing": NEIGHBOUR,
-     "no_match": False, "group": 2, "level": "class", "set": ["cat", "dog"],
+     "no_match": False, "shot": True, "group": 2, "level": "class", "set": ["cat", "dog"],
      "similar": [{"input": "a.jpg", "label": "dog", "gives": 0.25}, {"input": "b,\n", "label": "cat", "gives": 0.5}]},
     {"input": "b,\n\"c\".jpg", "label": None, "probability": 1.0, "labels": ["dog", "cat"],
      "probabilities": [1.0, 0.0], "logits": None, "text_logit": 0.0, "cache_logit": 0.0,
      "discriminant_logit": None,
-     "neighbours": [], "opposing": None, "no_match": None, "group": None, "level": None, "set": [],
+     "neighbours": [], "opposing": None, "no_match": None, "shot": None, "group": None, "level": None, "set": [],
      "similar": None},
 ]  # fmt: skip
 STYLES = ["parquet", "csv", "json"]

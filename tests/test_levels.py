@@ -150,6 +150,8 @@ BAD = {
     "long name": ("c,g\nlion," + "x" * 5000 + "\n", "longer than"),
     "many rows": ("c,g\n" + "".join(f"c{i},g\n" for i in range(100_001)), "at most 100,000"),
     "large": ("c,g\nlion," + "x" * (1 << 24) + "\n", "larger than"),
+    "many levels": ("c," + ",".join(f"g{i}" for i in range(17)) + "\nlion" + ",x" * 17 + "\n", "keep at most 16"),
+    "very many levels": ("c," + ",".join(f"g{i}" for i in range(20_000)) + "\nlion" + ",x" * 20_000, "20,000 levels"),
     "not a table": ("\x00" * 50, "groups.csv"),
 }
 

@@ -316,12 +316,13 @@ def test_changes_need_the_token(own, both):
 def test_adding_a_shot_changes_the_answer_and_removing_it_undoes_that(own, photo, truth):
     with serving(own, token=TOKEN) as client:
 
-        def asked():
-            return client.post("/v1/classify", files={"images": photo}).json()
+        def asked(data=photo + b"\0"):  # the same picture in another file, which is not a shot
+            return client.post("/v1/classify", files={"images": data}).json()
 
         before = asked()
         assert before["results"][0]["label"] == truth
         body = added(client, photo, "squeeze box")
+        assert (asked(photo)["results"][0]["shot"], asked(photo)["results"][0]["label"]) == (True, truth)
         assert (body["version"], body["classes"], body["known"], body["key_ids"]) == (2, ["squeeze box"], 0, [80])
         after = asked()
         assert (after["version"], after["results"][0]["label"]) == (2, "squeeze box")
@@ -385,7 +386,7 @@ def test_indexes_are_renamed_duplicated_and_deleted(own, photo):
         assert client.get("/v1/indexes").json()["indexes"] == ["tiere 2", "copy"]
         assert {path.name for path in own.parent.iterdir()} == {"tiere 2", "copy", "own-shots"}
         for name in ("tiere 2", "copy"):
-            asked = client.post(f"/v1/classify?index={name}", files={"images": photo}).json()
+            asked = client.post(f"/v1/classify?index={name}", files={"images": photo + b"\0"}).json()
             assert asked["results"][0]["neighbours"][0]["source"] == str(picture)
             assert client.get(f"/v1/indexes/{name}/keys/{key}/image").status_code == 200
         assert 'retrieval_tip_index_keys{index="own"}' not in client.get("/metrics").text

@@ -126,11 +126,14 @@ def test_an_index_provides_metric_uncertainty_and_labelled_keys(index, run, tmp_
 
 def test_known_features_are_skipped_and_sampling_is_reported(index, run, monkeypatch, tmp_path):
     folder, table, pool = index
-    mixed = write_table(tmp_path / "mixed.parquet", pool[:4], ids=["shot-3", "new-1", "new-2", "shot-0"])
+    opened = Index.load(folder)
+    shots = dict(zip(opened.labels["source"].to_pylist(), opened.keys, strict=True))
+    rows = [shots["shot-3"], pool[1], pool[2], shots["shot-0"]]
+    mixed = write_table(tmp_path / "mixed.parquet", rows, ids=["shot-3", "new-1", "shot-2", "shot-0"])
     done = run("suggest", mixed, "--index", folder, "--format", "json")
-    assert {json.loads(line)["input"] for line in done.stdout.splitlines()} == {"new-1", "new-2"}
+    assert {json.loads(line)["input"] for line in done.stdout.splitlines()} == {"new-1", "shot-2"}  # another photo
     assert "skipped 2" in done.stderr
-    old = write_table(tmp_path / "old.parquet", pool[:1], ids=["shot-3"])
+    old = write_table(tmp_path / "old.parquet", rows[:1], ids=["shot-3"])
     assert run("suggest", old, "--index", folder).exit_code == 1
     monkeypatch.setattr(photos, "MOST_PHOTOS", 9)
     done = run("suggest", table, mixed, "-n", 50, "--index", folder, "--format", "csv")

@@ -1,19 +1,31 @@
 """Answers without some of the keys, compared with the definition in dense float64."""
 
+import csv
+import hashlib
+import io
+import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import cache_of
 from dense import affinity, cache_logits, discriminant, nearest
+from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tables import unit
+from serving import app_of, build, caltech_photos
+from tables import unit, write_table
 
-from retrieval_tip import tip
-from retrieval_tip.data.reader import FeatureBlock
+from retrieval_tip import Classifier, Index, tip
+from retrieval_tip.data import tables
+from retrieval_tip.data.reader import FeatureBlock, Reader
+from retrieval_tip.data.sources import of_images
 from retrieval_tip.errors import InputError
+from retrieval_tip.evaluation import held_out
+from retrieval_tip.fit.folds import without_parts
 from retrieval_tip.index import places
 from retrieval_tip.settings import Ask, Fitted
 
@@ -111,3 +123,131 @@ def test_an_index_in_lancedb_hides_the_same_keys(tmp_path, solved):
         found = answered(index, Ask(k=k, without=HIDDEN, neighbours=4))
         np.testing.assert_allclose([one.logits for one in found], expected, rtol=1e-4, atol=1e-3)
         assert not {shot.key_id for one in found for shot in one.neighbours} & {*HIDDEN}
+
+
+# --- photos that are shots
+
+
+@pytest.fixture(scope="module")
+def shots(shared, tmp_path_factory):
+    """A fitted index of photos, and a folder with some of them among new ones."""
+    folder = tmp_path_factory.mktemp("shots")
+    (folder / "new").mkdir()
+    train, test = (caltech_photos(shared, part, 3, 6) for part in ("train", "test"))
+    for place, (path, _) in enumerate([*test[:3], *train[:2], *test[6:8], *train[7:10], test[13]]):
+        shutil.copy(path, folder / "new" / f"{place:02}.jpg")
+    return build(shared, folder / "index", train), sorted((folder / "new").iterdir())
+
+
+def test_every_door_classifies_a_shot_without_itself_and_says_so(shots, run, lit_mini, tmp_path):
+    place, photos = shots
+    index, features = Index.load(place), Reader(lit_mini).encode(of_images([*map(str, photos)])).features
+    known = [3, 4, 7, 8, 9]
+    expected = list(index.classify(features))
+    assert min(expected[i].probability for i in known) > 0.99
+    keys = {digest: row for row, digest in enumerate(index.labels["digest"].to_pylist())}
+    for i in known:  # eight photos or fewer are left out one at a time
+        row = keys[hashlib.sha256(photos[i].read_bytes()).hexdigest()]
+        [(_, others)] = without_parts(index, np.array([row]))
+        assert others.n == index.n - 1
+        expected[i] = others.classify(features[[i]])[0]
+    labels, chances = [one.label for one in expected], [pytest.approx(one.probability, abs=1e-4) for one in expected]
+    assert min(expected[i].probability for i in known) < 0.99
+
+    shown = run("classify", place, photos[0].parent, "--format", "json", "--explain", "--out", tmp_path / "a.json")
+    rows = [json.loads(line) for line in (tmp_path / "a.json").read_text().splitlines()]
+    assert [row["input"] for row in rows] == [*map(str, photos)]
+    told = "5 of 11 photos are shots of this index; each was classified without itself"
+    assert shown.stderr.count(told) == 1
+    grouped = run("classify", place, photos[0].parent, "--format", "json", "--group-no-match")
+    assert told in grouped.stderr
+    with TestClient(app_of(place)) as client:
+        sent = [("images", (photo.name, photo.read_bytes())) for photo in photos]
+        served = client.post("/v1/classify?neighbours=5", files=sent).json()["results"]
+    own = Classifier.load(place).predict(photos)
+    for found in (rows, [json.loads(line) for line in grouped.stdout.splitlines()], served, [*own.rows()]):
+        assert [(row["label"], row["probability"]) for row in found] == [*zip(labels, chances, strict=True)]
+    for found in (rows, served, [*own.rows()]):
+        assert [i for i, row in enumerate(found) if row["shot"]] == known
+        for i in known:
+            digest = hashlib.sha256(photos[i].read_bytes()).hexdigest()
+            assert keys[digest] not in [near["key_id"] for near in found[i]["neighbours"]]
+
+
+def test_classify_answers_shots_as_evaluate_does(run, tmp_path):
+    features, labels = unit(np.repeat(MEANS, 9, 0) + 0.5 * RANDOM.normal(size=(9 * C, D))), np.repeat(NAMES, 9).tolist()
+    table = write_table(tmp_path / "shots.parquet", features, labels)
+    assert run("index", "build", table, "--out", tmp_path / "index").exit_code == 0
+    assert run("classify", tmp_path / "index", table, "--out", tmp_path / "a.csv").exit_code == 0
+    with (tmp_path / "a.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["input"] for row in rows] == [f"item-{i}" for i in range(9 * C)]
+    right = np.mean([row["label"] == label for row, label in zip(rows, labels, strict=True)])
+    facts = json.loads(run("evaluate", tmp_path / "index", table, "--json").stdout)
+    assert right == pytest.approx(facts["top1"])
+    assert right < 1
+    numbered = write_table(tmp_path / "numbered.parquet", -features)  # the same ids, but other features
+    done = run("classify", tmp_path / "index", numbered)
+    assert (done.exit_code, "shots" in done.stderr) == (0, False)
+
+
+def test_shots_among_many_rows_keep_their_order_and_their_sets(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(held_out, "WINDOW", 16)
+    monkeypatch.setattr(tables, "TABLE_ROWS", 7)
+    draw = np.random.default_rng(3)
+    features, labels = unit(np.repeat(MEANS, 20, 0) + 0.4 * draw.normal(size=(20 * C, D))), np.repeat(NAMES, 20)
+    train = write_table(
+        tmp_path / "train.parquet", features[::2], labels[::2].tolist(), ids=[f"k{i}" for i in range(10 * C)]
+    )
+    assert run("index", "build", train, "--out", tmp_path / "index").exit_code == 0
+    ids = [f"k{i // 2}" if i % 2 == 0 and 30 < i < 70 else f"new{i}" for i in range(20 * C)]
+    mixed = write_table(tmp_path / "mixed.parquet", features, ids=ids)
+    done = run("classify", tmp_path / "index", mixed, "--coverage", 0.9, "--explain", "--format", "json")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["input"] for row in rows] == ids
+    assert [row["shot"] for row in rows] == [one.startswith("k") for one in ids]
+    assert f"{sum(row['shot'] for row in rows)} of {20 * C} photos are shots" in done.stderr
+    plain = Index.load(tmp_path / "index").classify(features, coverage=0.9)
+    assert [row["set"] for row in rows if not row["shot"]] == [
+        one.set for one, row in zip(plain, rows, strict=True) if not row["shot"]
+    ]
+
+
+def test_an_index_that_cannot_hide_its_shots_answers_as_before(run, tmp_path, monkeypatch):
+    table = write_table(tmp_path / "t.parquet", KEYS[:2], ["a", "a"], ids=["x", "x"])
+    assert run("index", "build", table, "--out", tmp_path / "one").exit_code == 0
+    done = run("classify", tmp_path / "one", table, "--format", "json")
+    assert [json.loads(line)["label"] for line in done.stdout.splitlines()] == ["a", "a"]
+    assert "shots of this index" not in done.stderr
+    monkeypatch.setattr(held_out, "MOST_COPIED", 1)
+    index_of().save(tmp_path / "large")
+    rows = write_table(tmp_path / "r.parquet", KEYS, ids=index_of().labels["source"].to_pylist())
+    assert "shots of this index" not in run("classify", tmp_path / "large", rows).stderr
+
+
+def test_an_index_of_one_class_says_so_with_its_answers(run, tmp_path):
+    table = write_table(tmp_path / "t.parquet", KEYS[:6], ["ant"] * 6)
+    assert run("index", "build", table, "--out", tmp_path / "ants").exit_code == 0
+    told = "the index has one class, so every answer is ant; add photos of other classes"
+    queries = write_table(tmp_path / "q.parquet", QUERIES)
+    done = run("classify", tmp_path / "ants", queries, "--format", "csv")
+    assert done.stderr.count(told) == 1
+    assert done.stdout.splitlines()[0] == "input,label,probability,no_match"
+    assert {row["no_match"] for row in csv.DictReader(io.StringIO(done.stdout))} == {""}
+    for style in ("json", "parquet"):
+        assert run("classify", tmp_path / "ants", queries, "--out", tmp_path / "a", "--format", style).exit_code == 0
+        rows = pq.read_table(tmp_path / "a").to_pylist() if style == "parquet" else None
+        rows = rows or [json.loads(line) for line in (tmp_path / "a").read_text().splitlines()]
+        assert {row["no_match"] for row in rows} == {None}
+    with TestClient(app_of(tmp_path / "ants")) as client:
+        answer = client.post("/v1/classify", json={"features": QUERIES.tolist()}).json()
+    assert answer["warnings"] == [told]
+    assert [row["no_match"] for row in answer["results"]] == [None] * len(QUERIES)
+
+
+def test_python_warns_of_an_index_of_one_class(caplog):
+    few = Index.from_features(KEYS[:6], [0] * 6, ["bee"], device="cpu")
+    answers = Classifier(few, Reader()).predict(QUERIES)
+    assert caplog.text.count("the index has one class, so every answer is bee") == 1
+    assert [one.no_match for one in answers] == [None] * len(QUERIES)
+    assert answers.written(["label"], "auto")["label"].null_count == 0

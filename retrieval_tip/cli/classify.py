@@ -16,7 +16,7 @@ import click
 from retrieval_tip.cli import kinds, options
 from retrieval_tip.cli.group import argument, command, flag, grouped, option
 from retrieval_tip.cli.kinds import Place
-from retrieval_tip.cli.messages import finish, note, say, warn
+from retrieval_tip.cli.messages import finish, note, say
 from retrieval_tip.cli.opening import index_with, inputs_of, reader_for
 from retrieval_tip.cli.options import OutputOptions
 from retrieval_tip.errors import InputError, Skipped, UsageError, counted, show
@@ -48,7 +48,7 @@ class RowOptions:
     """The columns of answers, the rules for withholding a label and for grouping photos, and options of formats.
 
     Options:
-        explain: Show the shots that contributed most to an answer, and its text and cache logits.
+        explain: Show the shots that contributed most to an answer, its text and cache logits, and whether it is a shot.
         abstain: Withhold the label if its probability is below P. With auto, the label is withheld if the probability
             is below 0.5 or the image has no match.
         group_no_match: Group similar images that have no match. The column group numbers the groups, largest first.
@@ -100,7 +100,7 @@ class RowOptions:
         return replace(self, categories=categories, exif=self.exif or style == CAMTRAP_DP, ask=ask)
 
     def check(self, index: Index, style: str) -> None:
-        """Raise UsageError if options exclude each other, or if the index cannot group photos."""
+        """Raise UsageError if options exclude each other, or if the index cannot group photos or give sets."""
         if self.abstain is not None and (self.ask.at_least is not None or self.ask.coverage is not None):
             raise UsageError("--abstain, --at-least and --coverage: give only one")
         alone = {"--logits": self.ask.logits, "--coverage": self.ask.coverage is not None}
@@ -117,8 +117,7 @@ class RowOptions:
             from retrieval_tip.labelling.groups import check_fitted
 
             check_fitted(index, "--group-no-match")
-        if (sets := index.sets(self.ask)) is not None:
-            warn(sets.cautions(index.class_names))
+        index.sets(self.ask)  # raises an error before photos are read
 
     def labels(self, index: Index) -> list[str]:
         """Return the labels that answers can have."""
@@ -133,8 +132,7 @@ class RowOptions:
         from retrieval_tip.predictions import PREDICTIONS
 
         types = {**PREDICTIONS, **EXIF, "burst": pa.int64(), "detected": pa.string()}
-        columns = ["input", "label", *(["level"] if self.ask.at_least is not None else []), "probability"]
-        columns += ["no_match"] if index.settings.least_cache is not None else []
+        columns = ["input", "label", *(["level"] if self.ask.at_least is not None else []), "probability", "no_match"]
         columns += ["detected"] if self.boxes is not None else []
         columns += ["group"] if self.group_no_match else []
         columns += ["burst"] if self.burst is not None else []
@@ -143,7 +141,7 @@ class RowOptions:
         columns += ["labels", "probabilities"] if self.ask.top > 1 else []
         columns += ["logits"] if self.ask.logits else []
         if self.explain:
-            columns += ["text_logit", "cache_logit", *(["discriminant_logit"] if index.settings.gamma else [])]
+            columns += ["shot", "text_logit", "cache_logit", *(["discriminant_logit"] if index.settings.gamma else [])]
             columns += ["neighbours", "opposing", *(["similar"] if self.smooth else [])]
         return pa.schema([(column, types[column]) for column in columns])
 
@@ -198,9 +196,10 @@ class RowOptions:
             answers, bursts = classify_in_bursts(index, sources, reader, noting, self.burst, ask)
             yield answers.written(columns, self.abstain).append_column("burst", bursts)
         else:
-            for source in sources:
-                for answers in index.classify_source(source, reader, ask):
-                    yield answers.written(columns, self.abstain)
+            from retrieval_tip.evaluation.held_out import classify_sources
+
+            for answers in classify_sources(index, sources, reader, ask):
+                yield answers.written(columns, self.abstain)
 
     def _others(self, cut: Cut, noting: Noting) -> Iterator[pa.Table]:
         """Yield the names of unclassified inputs, after noting when and where the photos were taken."""
@@ -217,8 +216,7 @@ def count_rows(tables: Iterable[pa.Table], counts: Counter[str]) -> Iterator[pa.
     """Count the ``rows`` of tables, and those without a match, while passing the tables on."""
     for table in tables:
         counts["rows"] += len(table)
-        if "no_match" in table.column_names:
-            counts["no_match"] += table["no_match"].to_pylist().count(True)
+        counts["no_match"] += table["no_match"].to_pylist().count(True)
         yield table
 
 
@@ -241,7 +239,7 @@ def _write_sidecars(
     def keyword(row: Mapping[str, Any]) -> str | None:
         if row["probability"] is None:  # it was not classified
             return None
-        return uncertain if row["label"] in (None, NONE) or row.get("no_match") else row["label"]
+        return uncertain if row["label"] in (None, NONE) or row["no_match"] else row["label"]
 
     check_files(photos, f"--format {XMP}", "they have no sidecars")
     paths = {show(path): path for source in photos for path in source.paths or ()}
@@ -276,11 +274,12 @@ def classify(
 ) -> None:
     """Classify images or features with an index.
 
-    INPUTS are images, folders, globs, tables of paths or feature tables. Use - to read paths from standard input. If
-    the index is fitted, the column no_match is true for an image that resembles no shot. With --abstain, an uncertain
-    answer has a probability but no label: the label is null, or - in a table. The formats coco, fiftyone,
-    label-studio and megadetector are JSON files for other programs, and camtrap-dp is a folder of tables. The format
-    xmp writes the label of each photo as a keyword into its XMP sidecar: photo.jpg.xmp, or an existing photo.xmp.
+    INPUTS are images, folders, globs, tables of paths or feature tables. Use - to read paths from standard input. The
+    column no_match is true for an image that resembles no shot, and null if the index is not fitted. A photo that is a
+    shot of the index is classified without itself. With --abstain, an uncertain answer has a probability but no label:
+    the label is null, or - in a table. The formats coco, fiftyone, label-studio and megadetector are JSON files for
+    other programs, and camtrap-dp is a folder of tables. The format xmp writes the label of each photo as a keyword
+    into its XMP sidecar: photo.jpg.xmp, or an existing photo.xmp.
     """
     from retrieval_tip import __version__
     from retrieval_tip.cli.output import write_document, write_folder, write_tables

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,7 +40,8 @@ def write_tables(
 
     An output file appears only once it is complete. In the format ``table``, floats are rounded. ``known`` contains the
     texts that will appear in a column, so that the column is aligned from the first row. If the rows are
-    ``predictions``, a table has lines below a row instead of nested columns, and CSV has probabilities with 4 digits.
+    ``predictions``, a table has lines below a row instead of nested columns, and CSV has probabilities with 4 digits
+    and the classes of a ``set`` separated by ``|``, with a backslash before a ``|`` or backslash in a name.
 
     Control characters are escaped (see :func:`errors.one_line`) in tables, in CSV on a terminal, and in JSON (where
     escaping does not change any value).
@@ -182,6 +184,8 @@ def _csv(blocks: Iterable[Iterable[Row]], columns: Sequence[str], safe: bool, *,
     def cell(value: Any, column: str = "") -> object:
         if short and column in ("probability", "probabilities"):
             value = [_shortened(one) for one in value] if isinstance(value, list) else _shortened(value)
+        if short and column == "set" and value is not None:
+            value = "|".join(re.sub(r"[\\|]", r"\\\g<0>", name) for name in value)
         text = json_line(value) if isinstance(value, list | dict) else value
         return one_line(str(text)) if safe and text is not None else text
 

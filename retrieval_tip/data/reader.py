@@ -54,6 +54,12 @@ class FeatureBlock:
     features: FloatArray  # [b, d] float32; [b, v, d] if a view has its own features
     digests: list[str | None]  # digests of the image bytes; for a feature table, its column ``digest``, or None
     mixed: torch.Tensor | None = None  # [b, c], probabilities to answer with, if other photos contribute to them
+    key_ids: IntArray | None = None  # [b], the id of a key of each item that is a shot of an index, or -1, if known
+
+    @property
+    def shots(self) -> npt.NDArray[np.bool_]:
+        """Whether each item is known to be a shot."""
+        return np.zeros(len(self.positions), dtype=bool) if self.key_ids is None else self.key_ids >= 0
 
     @classmethod
     def of(cls, features: FloatArray) -> FeatureBlock:
@@ -64,7 +70,8 @@ class FeatureBlock:
         """Return some of the items."""
         digests = self.digests[places] if isinstance(places, slice) else [self.digests[i] for i in places]
         mixed = None if self.mixed is None else self.mixed[places]
-        return FeatureBlock(self.positions[places], self.features[places], digests, mixed)
+        key_ids = None if self.key_ids is None else self.key_ids[places]
+        return FeatureBlock(self.positions[places], self.features[places], digests, mixed, key_ids)
 
     @classmethod
     def joined(cls, blocks: Sequence[FeatureBlock]) -> FeatureBlock:
@@ -73,6 +80,7 @@ class FeatureBlock:
             np.concatenate([block.positions for block in blocks]),
             np.concatenate([block.features for block in blocks]),
             [digest for block in blocks for digest in block.digests],
+            key_ids=None if blocks[0].key_ids is None else np.concatenate([block.key_ids for block in blocks]),
         )
 
 

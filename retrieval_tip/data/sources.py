@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +21,7 @@ from retrieval_tip.data.source import Source as Source
 from retrieval_tip.data.source import of_images as of_images
 from retrieval_tip.data.source import read_item as read_item
 from retrieval_tip.data.source import spelled_alike as spelled_alike
-from retrieval_tip.data.tables import FEATURE, NAMES, SUFFIXES, items_of, renamed, texts
+from retrieval_tip.data.tables import FEATURE, NAMES, SUFFIXES, is_frame, items_of, renamed, texts
 from retrieval_tip.errors import InputError, counted, few, install, show
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def kind_of(path: str | os.PathLike[str]) -> Kind:
 
 
 def open_source(
-    path: str | os.PathLike[str],
+    path: Any,
     *,
     split: str | None = None,
     root: str | os.PathLike[str] | None = None,
@@ -73,7 +73,7 @@ def open_source(
 ) -> Source:
     """Open a source of any kind. If ``labelled`` is true, every item must have a label.
 
-    The source is one of the following:
+    ``path`` is a path, a URL or a table in memory:
 
     - A folder of class folders, which are searched recursively. The classes are sorted by name. If the folder has parts
       (``train``, ``val``, ``test``), ``split`` selects one of them. If it contains ``metadata.csv`` or
@@ -83,6 +83,7 @@ def open_source(
       folder. It defaults to the folder of the split file, or to the folder inside it that contains the images.
     - A table (``.csv``, ``.tsv`` or ``.parquet``) with the columns ``path`` and ``label``. See
       :data:`NAMES` for other column names. Paths are relative to ``root``, which defaults to the folder of the table.
+    - A table of pandas, polars or Arrow with the columns of such a file. Paths are relative to the current folder.
     - A feature table, which is a ``.parquet`` file with the columns ``id``, ``label`` and ``feature``, or a folder of
       parts written by ``encode --ray``.
     - A folder of class folders or a Parquet table on an object store (``s3://``, ``gs://``, ``az://``).
@@ -90,6 +91,8 @@ def open_source(
 
     Raises InputError if the source cannot be read.
     """
+    if is_frame(path):
+        return _open_table(tables.InMemory.of(path), root, labelled=labelled)
     where = os.fspath(path)
     match kind_of(where):
         case "table":
@@ -253,7 +256,7 @@ def _open_bucket(where: str, *, labelled: bool) -> Source:
 
 
 def _open_table(where: str, root: str | os.PathLike[str] | None = None, *, labelled: bool) -> Source:
-    file = where if remote.is_remote(where) else Path(where)
+    file = where if isinstance(where, tables.InMemory) or remote.is_remote(where) else Path(where)
     name = show(file)
     items, has_features = items_of(file)
     if not len(items):

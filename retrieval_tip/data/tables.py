@@ -34,7 +34,7 @@ from retrieval_tip.settings import Levels, Norms
 
 FEATURE = "feature"
 NAMES = {
-    "path": ("path", "image", "image_path", "file_name", "filename", "filepath", "file"),
+    "path": ("path", "image", "image_path", "file_name", "filename", "filepath", "file", "input"),
     "label": ("label", "class", "class_name"),
     FEATURE: (FEATURE, "embedding", "vector"),
 }
@@ -46,9 +46,32 @@ NORM_TOLERANCE = 0.01
 MOST_KEPT = 1e9  # largest norm that ``norms="keep"`` accepts; the squared product of two features then fits float32
 MAX_ROWS = 2**31 - 1  # largest number of rows; even a tiny file can declare any number
 MOST_GROUPED, MOST_GROUPS = 100_000, 1 << 24  # classes and bytes of a table of groups, which every manifest has
+MOST_LEVELS = 16  # levels of groups above the classes
 GROUP_ROWS = 1024  # smallest number of rows in a Parquet row group
 TABLE_ROWS = 8192  # largest number of features that are read at a time
 MAX_SHOWN = 64  # largest number of column names in a message, and of characters in each name
+
+
+class InMemory(str):
+    """The name of a table in memory, and its bytes in Parquet format."""
+
+    data: pa.Buffer
+
+    @classmethod
+    def of(cls, frame: Any) -> InMemory:
+        """Return a table of pandas, polars or Arrow. Raises InputError if Arrow or Parquet lacks one of its types."""
+        held, sink = cls("table"), pa.BufferOutputStream()
+        try:
+            pq.write_table(pa.table(frame), sink)
+        except (pa.ArrowException, ValueError) as error:
+            raise InputError(f"{held}: cannot be read: {first_line(error)}") from None
+        held.data = sink.getvalue()
+        return held
+
+
+def is_frame(given: object) -> bool:
+    """Return whether an object is a table of pandas, polars or Arrow."""
+    return hasattr(given, "__arrow_c_stream__") and hasattr(given, "columns")
 
 
 def is_table(where: str) -> bool:
@@ -69,7 +92,11 @@ def _holds(folder: str, name: str) -> bool:
 def table_files(table: Path | str) -> list[Path | str]:
     """List the Parquet files of a table, which are its parts or itself. Raises InputError if any is missing."""
     where = os.fspath(table)
-    if (remote.is_remote(where) and where.endswith(".parquet")) or not _holds(where, RUN):
+    if (
+        isinstance(table, InMemory)
+        or (remote.is_remote(where) and where.endswith(".parquet"))
+        or not _holds(where, RUN)
+    ):
         return [table]
     if not _holds(where, COMPLETE):
         raise InputError(f"{show(where)}: some parts are missing; run the command that writes it again")
@@ -110,7 +137,7 @@ def items_of(file: Path | str, most: int = MAX_ROWS) -> tuple[pa.Table, bool]:
 def _is_text(file: Path | str) -> bool:
     """Return whether a table is a text file by the suffix of its name, or by its content if the suffix is unknown."""
     suffix = os.path.splitext(file)[1].lower()
-    if remote.is_remote(file) or suffix == ".parquet" or os.path.isdir(file):
+    if isinstance(file, InMemory) or remote.is_remote(file) or suffix == ".parquet" or os.path.isdir(file):
         return False
     if suffix in SUFFIXES:
         return True
@@ -144,9 +171,9 @@ def renamed(items: pa.Table, *wanted: str) -> pa.Table:
 def _sound(items: pa.Table, name: str) -> pa.Table:
     """Check that text is valid UTF-8, and convert view columns to plain ones, which support ``take``."""
     kinds = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
-    for field in items.schema:
+    for field, column in zip(items.schema, items.columns, strict=True):
         with reading(f"{name}: column {field.name!r}"):
-            items[field.name].validate(full=True)
+            column.validate(full=True)
     items = items.cast(pa.schema([field.with_type(kinds.get(field.type, field.type)) for field in items.schema]))
     items.slice(0, 1).take(pa.array([0] if len(items) else [], pa.int64()))  # fails for views inside lists
     return items
@@ -155,7 +182,9 @@ def _sound(items: pa.Table, name: str) -> pa.Table:
 def open_parquet(file: Path | str) -> pq.ParquetFile:
     """Open a Parquet file. A local file is memory-mapped. Raises InputError if it cannot be read."""
     with reading(show(file)):
-        if remote.is_remote(file):
+        if isinstance(file, InMemory):
+            raw = pa.BufferReader(file.data)
+        elif remote.is_remote(file):
             with remote.reaching(file):
                 remote.system_of(file).info(file)  # obstore would report a missing object later, outside any handler
                 raw = pa.PythonFile(remote.system_of(file).open(file, "rb"), "r")
@@ -252,6 +281,8 @@ def read_groups(path: str | os.PathLike[str], class_names: Sequence[str]) -> Lev
         size = Path(path).stat().st_size
     if size > MOST_GROUPS or (items := items_of(Path(path), MOST_GROUPED)[0]).nbytes > MOST_GROUPS:
         raise InputError(f"{name}: larger than {MOST_GROUPS:,} bytes; keep the classes of the index")
+    if (levels := items.num_columns - 1) > MOST_LEVELS:
+        raise InputError(f"{name}: {levels:,} levels of groups; keep at most {MOST_LEVELS}")
     columns = {one: texts(items, name, one, needed=not at) for at, one in enumerate(items.column_names)}
     rows = list(zip(*(pc.utf8_trim_whitespace(values).to_pylist() for values in columns.values()), strict=True))
     if twice := [label for label, times in Counter(row[0] for row in rows).items() if times > 1]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from retrieval_tip import tip
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source
-from retrieval_tip.evaluation.held_out import without_themselves
+from retrieval_tip.evaluation.held_out import judged
 from retrieval_tip.fit.folds import HeldTerms
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.logits import slices
@@ -97,17 +97,14 @@ class Calibration:
 def calibrate(index: Index, source: Source, reader: Reader) -> Calibration:
     """Fit the temperature of an index on a labelled validation source (see :func:`fit_temperature`).
 
-    Items that are shots of the index are classified without themselves (see :func:`held_out.without_themselves`). The
+    Items that are shots of the index are classified without themselves (see :func:`held_out.answered`). The
     temperature is saved in a new version of the index folder. Fit it again after you change the settings or the keys.
     Raises InputError if the source is empty, or if one of its labels is not a class of the index. Raises StoreError if
     the folder cannot be written.
     """
     assert index.folder is not None
-    truth, blocks = torch.from_numpy(index.ids_of(source)), reader.for_queries(index.parts, index.shares).blocks(source)
-    asked, ask = without_themselves(index, source, blocks), Ask(neighbours=0)
-    answers = (
-        (one.logits.cpu(), truth[one.block.positions]) for own, block in asked for one in own.answers([block], ask)
-    )
+    truth, asked = torch.from_numpy(index.ids_of(source)), judged(index, source, reader, Ask(neighbours=0))
+    answers = ((one.logits.cpu(), truth[one.block.positions]) for one in asked)
     logits, y = (torch.cat(column) for column in zip(*answers, strict=True))
     right, before = logits.argmax(1) == y, index.settings.temperature
 

@@ -13,7 +13,8 @@ import torch
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source, spelled_alike
 from retrieval_tip.errors import InputError, Skipped, counted, few, percent
-from retrieval_tip.evaluation.evaluate import HELD_OUT, Evaluation, answers_of, judge
+from retrieval_tip.evaluation.evaluate import Evaluation, answers_of, judge
+from retrieval_tip.evaluation.held_out import known_shots
 from retrieval_tip.model import Index
 
 SIGNIFICANT = 0.05
@@ -97,7 +98,7 @@ def _notes(name: str, own: Evaluation) -> Iterator[str]:
             more = "" if no_match is None else f', and {percent(no_match)} got "no match"'
             yield f"On the other photos, {name} is right on {percent(own.known_top1)}{more}."
     if own.held_out:
-        yield f"{own.held_out:,} of {counted(own.n, 'photo')} are shots of {name}; {HELD_OUT}."
+        yield f"{known_shots(own.held_out, own.n, name)}."
 
 
 def compare(a: Side, b: Side, source: Source) -> Compared:
@@ -105,7 +106,7 @@ def compare(a: Side, b: Side, source: Source) -> Compared:
 
     Class names that differ only in case, ``_``, ``-`` or spaces are the same class. If an index lacks the class of a
     photo, only "no match" is right. Photos that are shots of an index are classified by it without themselves (see
-    :func:`held_out.without_themselves`). If no photo has a label, the answers are only compared with each other.
+    :func:`held_out.answered`). If no photo has a label, the answers are only compared with each other.
 
     Raises InputError if the source is empty or only partly labelled, if no photo could be read, or if an index has no
     class of the source.

@@ -16,18 +16,16 @@ import torch
 
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
-from retrieval_tip.errors import InputError, Skipped, UsageError, counted
+from retrieval_tip.errors import InputError, Skipped, UsageError
 from retrieval_tip.evaluation.calibration import expected_calibration_error
-from retrieval_tip.evaluation.held_out import without_themselves
+from retrieval_tip.evaluation.held_out import judged, known_shots
 from retrieval_tip.fit.folds import wilson
 from retrieval_tip.model import AnswerBlock, Index, narrowest
-from retrieval_tip.retrieval.sets import Sets
 from retrieval_tip.settings import Ask, AskOptions, Levels, Settings
 
 log = logging.getLogger(__name__)
 
 CONFUSIONS = 10
-HELD_OUT = "each was classified without itself"
 NO_MATCH = "no match"
 
 Ints = npt.NDArray[np.int64]
@@ -104,8 +102,8 @@ class Answers:
             shares = {name: {"share": own.mean(), "right": _mean(self.right_at_level[own])} for name, own in at.items()}
             found |= {"levels": shares, "no_label": (self.levels < 0).mean()}
         if self.set_sizes is not None and self.in_set is not None:
-            known = self.of_known
-            found |= {"set_coverage": _mean(self.in_set[known]), "set_size": self.set_sizes[known].mean()}
+            known = self.of_known if self.no_match is None else self.of_known & ~self.no_match
+            found |= {"set_coverage": _mean(self.in_set[known]), "set_size": _mean(self.set_sizes[known])}
         return found
 
 
@@ -149,7 +147,7 @@ class Evaluation:
     - ``figures``: with ``abstain``, the share of answers whose probability is at least that (``coverage``), and their
       accuracy (``selective_top1``); with ``at_least``, the share and the accuracy of answers at each of the ``levels``,
       and the share with ``no_label``; with ``coverage``, the share of sets with the right class, and their mean number
-      of classes
+      of classes (an item without a match has no set)
     - ``held_out``: the number of items that are shots of the index, each of which was classified without itself
     - ``unknown``: the number of items of each class that the index lacks
     - ``known_top1``: the accuracy on items of the other classes
@@ -209,7 +207,7 @@ def evaluate(
 ) -> Evaluation:
     """Classify a labelled source and compare the answers with its labels.
 
-    Items that are shots of the index are classified without themselves (see :func:`held_out.without_themselves`).
+    Items that are shots of the index are classified without themselves (see :func:`held_out.answered`).
     ``abstain`` is the probability below which an answer is withheld. ``asked`` may change ``k``, ``tail``, ``alpha``
     and ``beta``, and may give ``at_least`` or ``coverage`` (see :class:`settings.Ask`). If the items are encoded
     already, give them as ``blocks``.
@@ -223,7 +221,7 @@ def evaluate(
     index = index.with_settings(ask.settings(index.settings))
     found = judge(index, answers_of(index, source, reader, ask, blocks), reader.skipped, abstain=abstain)
     if found.held_out:
-        log.warning("%s of %s are shots of this index; %s", f"{found.held_out:,}", counted(found.n, "photo"), HELD_OUT)
+        log.warning(known_shots(found.held_out, found.n))
     return found
 
 
@@ -281,28 +279,19 @@ def answers_of(
 ) -> Answers:  # fmt: skip
     """Classify a source, each shot without itself. If it is not ``labelled``, its items have no class.
 
-    ``ask`` may have ``at_least`` or a ``coverage``, for which an index without some of the shots has the same sets.
-    Raises InputError if the index has no class of the source.
+    ``ask`` may have ``at_least`` or a ``coverage``. Raises InputError if the index has no class of the source.
     """
     truth, names = source.truth(index.class_names) if labelled else (np.full(len(source), -1), [*index.class_names])
     if not (truth < len(index.class_names)).any():
         raise source.unknown(names[len(index.class_names) :], index.class_names)
-    sets = index.sets(ask)
-    for caution in () if sets is None else sets.cautions(index.class_names):
-        log.warning(caution)
-    ask = Ask(top=5, neighbours=0, at_least=ask.at_least)
-    blocks = reader.for_queries(index.parts, index.shares).blocks(source) if blocks is None else blocks
-    parts = [
-        _answers(answer, truth, names, model is not index, sets)
-        for model, block in without_themselves(index, source, blocks)
-        for answer in model.answers([block], ask)
-    ]
+    ask = Ask(top=5, neighbours=0, at_least=ask.at_least, coverage=ask.coverage)
+    parts = [_answers(answer, truth, names) for answer in judged(index, source, reader, ask, blocks)]
     columns = [name for name, x in vars(parts[0]).items() if isinstance(x, np.ndarray)]
     arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in columns}
     return replace(parts[0], **arrays).take(np.argsort(arrays["positions"]))
 
 
-def _answers(answer: AnswerBlock, every: Ints, class_names: list[str], held_out: bool, sets: Sets | None) -> Answers:
+def _answers(answer: AnswerBlock, every: Ints, class_names: list[str]) -> Answers:
     terms, logits, settings, positions = answer.terms, answer.logits, answer.index.settings, answer.block.positions
     text, alone, truth, c = terms.text, terms.photos(settings), every[positions], logits.shape[1]
     ranked = torch.cat([answer.ranked, text.argmax(1, keepdim=True), alone.argmax(1, keepdim=True)], dim=1)
@@ -311,16 +300,15 @@ def _answers(answer: AnswerBlock, every: Ints, class_names: list[str], held_out:
     log_truth = scaled.gather(1, ids.clamp(0, c - 1)[:, None])[:, 0] - scaled.logsumexp(dim=1)
     log_truth = log_truth.double().masked_fill((ids < 0) | (ids >= c), -torch.inf)
     ranks, chances, logs = (part.cpu().numpy() for part in (ranked, confidence, log_truth))
-    held = np.full(len(positions), held_out)
-    answers = Answers(truth, ranks, chances, positions, logs, class_names, known=c, held_out=held)
+    answers = Answers(truth, ranks, chances, positions, logs, class_names, known=c, held_out=answer.block.shots)
     if answer.ask.at_least is not None and (groups := answer.index.groups) is not None:
         found = narrowest(answer.probabilities, answer.index.class_names, groups, answer.ask.at_least)
         levels = pc.index_in(found["level"], pa.array(groups.levels)).fill_null(-1).to_numpy()
         pairs = zip(levels.tolist(), truth.tolist(), found["label"].to_pylist(), strict=True)
         hits = [label is not None and groups.at(level, class_names[own]) == label for level, own, label in pairs]
         answers = replace(answers, levels=levels, right_at_level=np.array(hits, dtype=bool))
-    if sets is not None:
-        members = sets.members(answer.probabilities).cpu().numpy()
+    if answer.sets is not None:
+        members = answer.sets.members(answer.probabilities).cpu().numpy()
         known = (truth >= 0) & (truth < c)
         own = members[np.arange(len(truth)), np.where(known, truth, 0)] & known
         answers = replace(answers, set_sizes=members.sum(1), in_set=own)
@@ -339,5 +327,5 @@ def _area_under_roc(high: npt.NDArray[np.floating], low: npt.NDArray[np.floating
     return float(below.mean() / (2 * len(low)))
 
 
-def _mean(flags: Bools) -> float | None:
-    return float(flags.mean()) if len(flags) else None
+def _mean(values: Bools | Ints) -> float | None:
+    return float(values.mean()) if len(values) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -12,25 +13,31 @@ import pyarrow as pa
 import torch
 
 from retrieval_tip import tip
-from retrieval_tip.data.reader import FeatureBlock
+from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, UsageError, counted
 from retrieval_tip.fit.folds import wilson, without_parts
-from retrieval_tip.model import MOST_COPIED, Index
+from retrieval_tip.model import MOST_COPIED, AnswerBlock, Index
+from retrieval_tip.predictions import Predictions
 from retrieval_tip.retrieval.inputs import Features
+from retrieval_tip.settings import Ask
 from retrieval_tip.store.labels import images_of
 
 log = logging.getLogger(__name__)
 
 IntArray = npt.NDArray[np.int64]
 
+UNHIDDEN = "which is too large to hide them or has no other photo"
+WINDOW = 8192
+"""Number of items of a source that are answered at once if there are shots among them."""
 SAME = 0.9999
 """Minimum cosine of two equal features, which may have been rounded to float16 or bfloat16."""
 
 
-def photo_rows(index: Index, key_ids: Sequence[int]) -> IntArray:
-    """Return the first row of each photo that has one of these key ids. Unknown ids are ignored."""
-    rows = np.flatnonzero(np.isin(index.labels["key_id"].to_numpy(), np.asarray(key_ids, dtype=np.int64)))
+def photo_rows(index: Index, key_ids: Sequence[int] | None = None) -> IntArray:
+    """Return the first row of each photo that has one of these key ids, all by default. Unknown ids are ignored."""
+    every = index.labels["key_id"].to_numpy()
+    rows = np.flatnonzero(np.isin(every, every if key_ids is None else np.asarray(key_ids, dtype=np.int64)))
     _, first = np.unique(images_of(index.labels)[rows], return_index=True)
     return rows[np.sort(first)]
 
@@ -63,7 +70,7 @@ def held_out_probabilities(index: Index, rows: IntArray | None = None) -> HeldOu
     Raises UsageError if the index has only one photo, unless ``rows`` are given.
     """
     if rows is None:
-        rows = photo_rows(index, index.labels["key_id"].to_pylist())
+        rows = photo_rows(index)
         if len(rows) < 2:
             raise UsageError("held-out probabilities: the index has one photo; add more")
     probabilities = torch.zeros(len(rows), len(index.class_names))
@@ -120,59 +127,113 @@ def threshold_of(held: HeldOut, most: float) -> Threshold:
     return Threshold(float(probability[order][good[-1]]), share, wilson(share, kept)[1], kept, len(order))
 
 
-def without_themselves(
-    index: Index, source: Source, blocks: Iterable[FeatureBlock]
-) -> Iterator[tuple[Index, FeatureBlock]]:
-    """Yield the items of a source, each with an index that does not contain it.
+def judged(
+    index: Index, source: Source, reader: Reader, ask: Ask, blocks: Iterable[FeatureBlock] | None = None
+) -> Iterator[AnswerBlock]:
+    """Classify a source, whose items may be encoded as ``blocks`` already (see :func:`answered`).
 
-    Items that are not shots of ``index`` are yielded at once, with ``index``. The others follow, in the parts of
-    :func:`folds.without_parts`. An item is a shot if a key has the same digest. A row of a feature table without a
-    digest is a shot if a key has the same id and the same feature, because many tables number their rows.
-
-    If the keys take more than :data:`model.MOST_COPIED` bytes, shots are left out, and a warning is logged.
-    Raises InputError if the only photo of the index is an item, or if no item remains.
+    If shots cannot be hidden, a warning is logged. Raises InputError if no item remains.
     """
-    shots, parts, new = list[FeatureBlock](), list[IntArray](), 0
+    total = shots = 0
+    blocks = reader.for_queries(index.parts, index.shares).blocks(source) if blocks is None else blocks
+    for block in _windows(index, source.items["source"], blocks):
+        total, shots = total + len(block.positions), shots + int(block.shots.sum())
+        yield from answered(index, block, ask)
+    if shots and not hides(index):
+        if shots == total:
+            raise InputError(f"{source.name}: all photos are shots of this index, {UNHIDDEN}; use other photos")
+        left = counted(shots, "photo")
+        log.warning(f"{source.name}: left out {left} that are shots of this index, {UNHIDDEN}")
+
+
+def classify_sources(
+    index: Index, sources: Iterable[Source], reader: Reader, ask: Ask = Ask()
+) -> Iterator[Predictions]:
+    """Classify images or feature tables while reading them (see :func:`classified`).
+
+    Unreadable items are skipped and listed in ``reader.skipped``.
+    """
+    reader = reader.for_queries(index.parts, index.shares)
+    return classified(index, ((source.items["source"], reader.blocks(source)) for source in sources), ask)
+
+
+def classified(
+    index: Index, asked: Iterable[tuple[pa.ChunkedArray, Iterable[FeatureBlock]]], ask: Ask = Ask()
+) -> Iterator[Predictions]:
+    """Classify named items in order, each shot without itself (see :func:`answered`), and warn if there are shots.
+
+    ``asked`` has the names of the items of each source, and their features. If shots cannot be hidden, they are not
+    looked for. Raises the errors of :meth:`model.Answering.logits`.
+    """
+    total, shots, looks = 0, 0, hides(index)
+    for names, blocks in asked:
+        for block in _windows(index, names, blocks) if looks else blocks:
+            total, shots = total + len(block.positions), shots + int(block.shots.sum())
+            answers = (one.predictions() for one in answered(index, block, ask))
+            for part in [Predictions.joined(answers).in_order()] if block.shots.any() else answers:
+                yield part.named(names.take(part.positions))
+    if shots:
+        log.warning(known_shots(shots, total))
+
+
+def known_shots(shots: int, total: int, of: str = "this index") -> str:
+    """Say how many photos are shots of an index."""
+    return f"{shots:,} of {counted(total, 'photo')} are shots of {of}; each was classified without itself"
+
+
+def _windows(index: Index, names: pa.ChunkedArray, blocks: Iterable[FeatureBlock]) -> Iterator[FeatureBlock]:
+    """Yield items in order, with the key ids of shots. A shot waits for others, which need the same parts."""
+    waiting: list[FeatureBlock] = []
     for block in blocks:
-        found = key_ids_of(index, source, block)
-        new += int((found < 0).sum())
-        yield index, block.take(np.flatnonzero(found < 0))
-        shots.append(block.take(np.flatnonzero(found >= 0)))
-        parts.append(found[found >= 0])
-    if not sum(map(len, parts)):
-        return
-    block, key_ids = FeatureBlock.joined(shots), np.concatenate(parts)
-    if 4 * index.n * index.d > MOST_COPIED:
-        if not new:
-            raise InputError(f"{source.name}: all photos are shots of this index; use other photos")
-        known = f"{counted(len(key_ids), 'photo')} that are shots of this index"
-        log.warning("%s: left out %s, which is too large to hide them", source.name, known)
-        return
-    model = index.in_memory()
-    photos = images_of(model.labels)
-    if photos.min() == photos.max():
-        raise InputError(f"{source.name}: has the only photo of the index; add other photos to the index")
-    rows = model.rows.in_memory().rows_of(key_ids)
-    _, first, photo = np.unique(photos[rows], return_index=True, return_inverse=True)
-    for part, others in without_parts(model, rows[first]):
-        yield others, block.take(np.flatnonzero(np.isin(photo, part)))
+        waiting.append(recognised(index, names, block))
+        if not waiting[0].shots.any() or sum(len(one.positions) for one in waiting) >= WINDOW:
+            yield FeatureBlock.joined(waiting)
+            waiting = []
+    if waiting:
+        yield FeatureBlock.joined(waiting)
 
 
-def key_ids_of(index: Index, source: Source, block: FeatureBlock) -> IntArray:
-    """Return the id of a key of each item that is a shot (see :func:`without_themselves`), and -1 for other items."""
+def answered(index: Index, block: FeatureBlock, ask: Ask) -> Iterator[AnswerBlock]:
+    """Classify the items of a block that are not shots, and then each shot with an index that lacks it.
+
+    The shots are split into the parts of :func:`folds.without_parts`. An index without some shots gives the same sets.
+    Shots that cannot be hidden are left out (see :func:`hides`).
+    """
+    known = block.shots
+    yield from index.answers([block.take(np.flatnonzero(~known))], ask)
+    if known.any() and hides(index):
+        shots, model = block.take(np.flatnonzero(known)), index.in_memory()
+        rows = model.rows.in_memory().rows_of(np.asarray(shots.key_ids))
+        for part, others in without_parts(model, rows):
+            others.scores = index.scores
+            yield from others.answers([shots.take(part)], ask)
+
+
+def hides(index: Index) -> bool:
+    """Return whether shots of an index can be hidden: it has several photos and at most ``MOST_COPIED`` bytes."""
+    small = 4 * index.n * index.d <= MOST_COPIED
+    return small and len(np.unique(images_of(index.rows.columns("digest", "source")))) > 1
+
+
+def recognised(index: Index, every: pa.ChunkedArray, block: FeatureBlock) -> FeatureBlock:
+    """Return a block with the key ids of its shots. ``every`` has the names of all items of the source.
+
+    An item is a shot if a key has the same digest. A row of a feature table without a digest is a shot if a key has the
+    same id and the same feature, because many tables number their rows.
+    """
     shots = index.having("digest", filter(None, block.digests))
     known = dict(zip(shots["digest"].to_pylist(), shots["key_id"].to_pylist(), strict=True))
     found = np.array([known.get(digest, -1) if digest else -1 for digest in block.digests], dtype=np.int64)
-    names = source.items["source"].take(pa.array(block.positions)).to_pylist()
+    names = every.take(pa.array(block.positions)).to_pylist()
     places: dict[str, list[int]] = {}
     for place, (name, digest) in enumerate(zip(names, block.digests, strict=True)):
         if not digest:
             places.setdefault(name, []).append(place)
     if not places:
-        return found
+        return replace(block, key_ids=found)
     rows = index.rows.of(index.having("source", places)["key_id"].to_pylist())
     for key_id, name, key in zip(rows.key_ids.tolist(), rows.labels["source"].to_pylist(), rows.keys, strict=True):
         own, key = np.array(places[name]), key.astype(np.float32)
         lengths = np.linalg.norm(block.features[own], axis=1) * np.linalg.norm(key)
         found[own[block.features[own] @ key >= SAME * lengths]] = key_id
-    return found
+    return replace(block, key_ids=found)

@@ -662,7 +662,7 @@ def ranks_within(ids: IntArray, draw: np.random.Generator) -> IntArray:
 def without_parts(index: Index, rows: IntArray, kept: IntArray | None = None) -> Iterator[tuple[IntArray, Index]]:
     """Split photos into at most :data:`PARTS` parts, and yield each part with an index that lacks its photos.
 
-    ``rows`` has one key of each photo, and a part is given as positions in ``rows``. It has few photos of the same
+    ``rows`` has a key of each photo, and a part is given as positions in ``rows``. It has few photos of the same
     class. The index has those of the ``kept`` keys, all by default, that show none of its photos. Its metric and values
     are refitted to these keys, unless they were trained, and it has the settings of ``index``. It compares a query with
     every key, unless ``index`` is of the type ``Classes``. A part is left out if no key remains.

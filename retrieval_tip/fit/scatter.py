@@ -28,6 +28,9 @@ LEAST_EIGENVALUE = 1e-6
 SMALLEST_EIGENVALUE = 1e-7
 """Smallest eigenvalue of a scatter relative to the mean eigenvalue. Smaller eigenvalues are float32 rounding errors."""
 
+ROUNDING = 1e-12
+"""Largest scatter of equal keys relative to their squared norms. Any such scatter counts as 0."""
+
 
 @dataclass(frozen=True)
 class Scatter:
@@ -68,6 +71,8 @@ class Scatter:
         mean, centres = _centres(sums.counts, sums.sums, total=prior is None)
         roots = centres * np.sqrt(sums.counts)[:, None]
         scatter, n = sums.second - roots.T @ roots, sums.n
+        if np.trace(scatter) <= ROUNDING * np.trace(sums.second):
+            scatter = np.zeros_like(scatter)
         if prior is not None:
             scatter, n = scatter + PRIOR_WEIGHT * prior, n - int((sums.counts > 0).sum()) + PRIOR_WEIGHT
         return cls(torch.from_numpy(mean), torch.from_numpy(scatter / n), widths)

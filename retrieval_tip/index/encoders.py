@@ -84,7 +84,7 @@ def try_encoders(
             fit = index.provenance["fit"]
             if fit["both"] is None:
                 raise InputError(f"{photos.name}: {fit['summary']}; give at least two photos per class")
-            rows = photo_rows(index, index.labels["key_id"].to_pylist())
+            rows = photo_rows(index)
             rows = rows[spread(len(rows), JUDGED)]
             answers = held_out_probabilities(index, rows).right
             right = dict(zip(index.labels["key_id"].to_numpy()[rows].tolist(), answers.tolist(), strict=True))

@@ -16,6 +16,7 @@ import torch
 
 from retrieval_tip import tip
 from retrieval_tip.errors import UsageError, check_memory
+from retrieval_tip.evaluation.held_out import classified
 from retrieval_tip.labelling.photos import MOST_KEYS, Pool
 from retrieval_tip.labelling.suggest import points_of
 from retrieval_tip.model import Index
@@ -137,6 +138,6 @@ def check_fitted(index: Index, name: str = "group_no_match") -> None:
 
 
 def classify_in_groups(index: Index, pool: Pool, ask: Ask) -> Predictions:
-    """Classify photos as :meth:`model.Answering.classify` does, and group the photos without a match."""
-    answers = index.classify(pool.features, "keep", **vars(ask))
-    return group_no_match(index, pool.features, answers.named(pa.array(pool.names, pa.string())))
+    """Classify photos as :func:`held_out.classified` does, and group the photos without a match."""
+    answers = Predictions.joined(classified(index, [(pa.chunked_array([pool.names]), [pool.block])], ask))
+    return group_no_match(index, pool.features, answers)

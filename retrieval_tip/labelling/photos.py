@@ -14,6 +14,7 @@ from retrieval_tip.backbones.base import Identity, same_backbone
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, check_count, check_memory, counted
+from retrieval_tip.evaluation.held_out import recognised
 from retrieval_tip.index.items import identity_of
 from retrieval_tip.labelling.smoothing import smooth
 from retrieval_tip.labelling.suggest import TRUST, suggest, uncertainty_of
@@ -100,6 +101,11 @@ class Pool:
                 features.append(block.features)
         return cls(names, np.concatenate(features), digests)
 
+    @property
+    def block(self) -> FeatureBlock:
+        """The photos as a block, with their rows as positions."""
+        return FeatureBlock(np.arange(len(self.names)), self.features, self.digests)
+
     def smoothed(self, index: Index, ask: Ask = Ask()) -> tuple[Predictions, str]:
         """Classify the photos, smooth the answers (see :func:`smoothing.smooth`), and say what smoothing changed."""
         found = smooth(index, [FeatureBlock.of(self.features)], ask, self.names)
@@ -108,14 +114,9 @@ class Pool:
         return Predictions(named.append_column("similar", found.similar)), found.words
 
     def without(self, index: Index) -> Pool:
-        """Return the photos that are not in the index, which is decided by their digest, or else by their id."""
-        known, own = {digest for digest, _ in index.known(self.digests)}, pa.array(self.names, pa.string())
-        ids = pc.is_in(own, value_set=index.labels["source"].combine_chunks()).to_pylist()
-        rows = [row for row, digest in enumerate(self.digests) if not (digest in known if digest else ids[row])]
-        if len(rows) == len(self.names):
-            return self
-        names, digests = [self.names[row] for row in rows], [self.digests[row] for row in rows]
-        return Pool(names, self.features[rows], digests)
+        """Return the photos that are not in the index (see :func:`held_out.recognised`)."""
+        rows = np.flatnonzero(~recognised(index, pa.array(self.names, pa.string()), self.block).shots)
+        return Pool([self.names[row] for row in rows], self.features[rows], [self.digests[row] for row in rows])
 
 
 def suggest_photos(

@@ -93,7 +93,7 @@ def _near(points: Tensor, folder: Tensor) -> tuple[Tensor, Tensor]:
 
 def _chosen(index: Index, folder: FloatArray) -> tuple[float, HeldOut]:
     """Choose the weight on labelled photos, and return it with their smoothed probabilities."""
-    ids, every = index.class_ids.cpu(), photo_rows(index, index.labels["key_id"].to_pylist())
+    ids, every = index.class_ids.cpu(), photo_rows(index)
     rows, photos = every[spread(len(every), MOST_HELD)], len(every) / len(ids.unique())
     own, given = torch.zeros(2, len(rows), len(index.class_names))
     for part, others in without_parts(index, rows):

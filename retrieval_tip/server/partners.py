@@ -110,7 +110,7 @@ async def predict(service: TheService, one: Named, sent: Json) -> Response:
         found: Json = {"result": [], "score": 0.0, "model_version": name}
         try:
             photo = Sent(["its photo"], [], [await service.photos.read(_address(task, interface))])
-            best: Json = (await service.classify(version, BEST, photo, features=False)).results[0]
+            best: Json = (await service.classify(version, BEST, photo)).results[0]
         except InputError as error:
             return found, str(error)
         if not best.get("no_match") and best["label"] in interface.choices:
@@ -241,7 +241,7 @@ async def labels(service: TheService, sent: Json, index: str | None = None) -> R
     names = [f"image {i}" for i in range(len(images))]
     asked = Sent(names, [], [of_data_url(str(image)) for image in images])
     best: dict[str, float] = {}
-    answers: list[Json] = (await service.classify(version, BEST, asked, features=False)).results
+    answers: list[Json] = (await service.classify(version, BEST, asked)).results
     for found in answers:
         if not found.get("no_match"):
             best[found["label"]] = max(best.get(found["label"], 0.0), found["probability"])

@@ -61,7 +61,8 @@ async def classify(
     version = service.index(question.index).now
     sent = await read(request, service.limits, question.norms, version.index.d)
     ask = Ask(**question.model_dump(exclude={"index", "features", "norms"}))
-    return json_of(await service.classify(version, ask, sent, features=question.features))
+    looks = not (question.features or question.without)
+    return json_of(await service.classify(version, ask, sent, features=question.features, looks=looks))
 
 
 @reads.post("/indexes/{name}/groups", openapi_extra=schemas.GROUP)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 
 from retrieval_tip.backbones.base import Backbone, spelled, without_unused
@@ -21,6 +23,7 @@ from retrieval_tip.backbones.loading import load_backbone
 from retrieval_tip.data.reader import FeatureBlock, FloatArray
 from retrieval_tip.data.tables import check_backbone
 from retrieval_tip.errors import BackboneError, RetrievalTipError, UsageError
+from retrieval_tip.evaluation.held_out import answered, recognised
 from retrieval_tip.files import real
 from retrieval_tip.index import places
 from retrieval_tip.model import Index
@@ -71,18 +74,22 @@ class Version:
         number = min(ask.settings(self.index.settings).k or 0, self.index.n)
         return max(1, min(VALUES // max(self.cells(ask), number), LOGITS // len(self.index.class_names)))
 
-    def answer(self, ask: Ask, features: FloatArray) -> list[Row]:
-        """Return one result per query, given the queries as an array of shape ``[q, d]``."""
-        results: list[Row] = []
-        every = FeatureBlock.of(features)
-        for answers in self.index.answers(map(every.take, slices(len(features), self.at_once(ask))), ask):
-            predictions = answers.predictions()
-            own, terms = answers.index.settings, answers.terms
-            parts = terms.text, own.alpha * terms.photos(own).double()
-            texts, shots = (part.gather(1, answers.ranked).tolist() for part in parts)
-            for row, text, shot in zip(predictions.rows(), texts, shots, strict=True):
-                results.append(row | {"text_logits": text, "shot_logits": shot})
-        return results
+    def recognised(self, block: FeatureBlock, images: Sequence[bytes]) -> FeatureBlock:
+        """Return queries with the key ids of those whose images are shots."""
+        block = replace(block, digests=[hashlib.sha256(image).hexdigest() for image in images])
+        return recognised(self.index, pa.nulls(len(images)), block)
+
+    def answer(self, ask: Ask, block: FeatureBlock) -> list[Row]:
+        """Return one result per query, in order."""
+        results: dict[int, Row] = {}
+        for part in slices(len(block.positions), self.at_once(ask)):
+            for answers in answered(self.index, block.take(part), ask):
+                own, terms = answers.index.settings, answers.terms
+                logits = terms.text, own.alpha * terms.photos(own).double()
+                texts, shots = (part.gather(1, answers.ranked).tolist() for part in logits)
+                for row, text, shot in zip(answers.predictions().rows(), texts, shots, strict=True):
+                    results[int(row["input"])] = row | {"text_logits": text, "shot_logits": shot}
+        return [results[place] for place in block.positions.tolist()]
 
     def located(self, features: FloatArray) -> list[Row]:
         """Return each feature with the shots that are most similar to it, most similar first."""
@@ -151,7 +158,7 @@ class Served:
         manifest = index.manifest
         assert manifest is not None
         version = Version(self.name, index, manifest, self.backbones.of(index, self.name))
-        version.answer(Ask(), index.rows.some(1)[0].astype(np.float32))  # warms up the index
+        version.answer(Ask(), FeatureBlock.of(index.rows.some(1)[0].astype(np.float32)))  # warms up the index
         metrics.VERSION.labels(self.name).set(manifest.version)
         metrics.KEYS.labels(self.name).set(index.n)
         return version

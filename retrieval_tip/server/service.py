@@ -23,7 +23,7 @@ import torch
 
 from retrieval_tip.backbones.base import Backbone, unit_of
 from retrieval_tip.data import images
-from retrieval_tip.data.reader import FloatArray, pixels_of
+from retrieval_tip.data.reader import FeatureBlock, FloatArray, pixels_of
 from retrieval_tip.data.sources import read_item
 from retrieval_tip.errors import InputError, Skipped
 from retrieval_tip.index import changes
@@ -86,7 +86,7 @@ class Service:
         self._answer: Batches[tuple[Version, Ask], FloatArray, Row] = Batches(
             "features",
             self.pool("answer"),
-            lambda key, rows: key[0].answer(key[1], np.stack(rows)),
+            lambda key, rows: key[0].answer(key[1], FeatureBlock.of(np.stack(rows))),
             most=lambda key: min(ROWS_AT_A_TIME, key[0].at_once(key[1])),
         )
         self._weighing, self._finding, self._following, self._changing = map(
@@ -177,8 +177,13 @@ class Service:
             raise Problem(404, f"index {name!r} not found; the served indexes are {', '.join(self.served) or 'none'}")
         return self.served[name]
 
-    async def classify(self, version: Version, ask: Ask, sent: Sent, *, features: bool) -> schemas.Classified:
-        """Classify uploaded inputs. With ``features``, return their features and the most similar shots as well."""
+    async def classify(
+        self, version: Version, ask: Ask, sent: Sent, *, features: bool = False, looks: bool = False
+    ) -> schemas.Classified:
+        """Classify uploaded inputs. With ``features``, return their features and the most similar shots as well.
+
+        With ``looks``, images that are shots of the index are classified without themselves, unless it is large.
+        """
         cells = version.cells(ask) + (version.index.d + 2 * min(SIMILAR, version.index.n) if features else 0)
         rows = len(sent.names)
         if rows > 1 and rows * cells > self.limits.cells:
@@ -192,18 +197,21 @@ class Service:
             names, queries = [names[place] for place in encoded], list(encoded.values())
         else:
             self._admit()
+        block = FeatureBlock.of(np.stack(queries))
         async with self._features.turn(CLIENT.get(), len(queries) / ROWS_PER_IMAGE):
-            results = await self._answer((version, ask), queries)
-        located = await self.find(version.located, np.stack(queries)) if features else [{}] * len(queries)
+            if looks and sent.images and version.index.n <= self.limits.estimated:
+                block = await self.find(version.recognised, block, [sent.images[place] for place in encoded])
+            if block.shots.any():  # hiding them takes longer
+                results = await self.run(self._slow, version.answer, ask, block)
+            else:
+                results = await self._answer((version, ask), queries)
+        located = await self.find(version.located, block.features) if features else [{}] * len(queries)
         for name, result, more in zip(names, results, located, strict=True):
             result |= {"input": name} | more
         metrics.CLASSIFIED.labels(version.name).inc(len(results))
-        used = ask.settings(version.index.settings)
-        sets, cautions = version.index.sets(ask), filter(None, [version.index.caution(used)])
-        unsure = () if sets is None else sets.cautions(version.index.class_names)
         return schemas.Classified(
-            **used.shown(), index=version.name, version=version.manifest.version, results=results,
-            warnings=[*cautions, *unsure], skipped=skipped,
+            **ask.settings(version.index.settings).shown(), index=version.name, version=version.manifest.version,
+            results=results, warnings=[*version.index.cautions(ask)], skipped=skipped,
         )  # fmt: skip
 
     async def add_images(
