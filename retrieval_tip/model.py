@@ -990,7 +990,7 @@ class Index(Editing):
         points = held["points"] if "points" in held else points_of(metric, keys, device)
         values = None if values is None else torch.from_numpy(values)
         rows = ArrayRows(keys, held["labels"], values, points, held.get("sums"))
-        rows = replace(rows, index=_read_index(place, manifest, rows, device))
+        rows = replace(rows, index=_read_index(place, manifest, device))
         index = cls.of_version(rows, manifest, device, held, curve=held.get("curve"), factory=_factory_of(manifest))
         index.stored = Stored(store, manifest, check.verify, index._contents())
         return index
@@ -1118,7 +1118,7 @@ def _factory_of(manifest: Manifest) -> str:
     return BY_CLASS if manifest.index.startswith(BY_CLASS) else manifest.index
 
 
-def _read_index(place: Path, manifest: Manifest, rows: ArrayRows, device: str) -> VectorIndex | None:
+def _read_index(place: Path, manifest: Manifest, device: str) -> VectorIndex | None:
     """Return the stored index, or ``None`` if it has to be built."""
     if manifest.index == FLAT_FACTORY or manifest.index != _factory_of(manifest):
         return None
@@ -1128,9 +1128,7 @@ def _read_index(place: Path, manifest: Manifest, rows: ArrayRows, device: str) -
     matches = index.n <= c if index.by_class else index.n == manifest.files["keys"].rows
     if index.d != manifest.d or not matches:
         raise StoreError(f"{path}: does not match the manifest; build the index again")
-    if not manifest.later:
-        return index
-    return None if index.by_class else index.refilled(rows.vectors)
+    return index
 
 
 def verify(folder: str | os.PathLike[str]) -> Index:

@@ -45,7 +45,7 @@ def queries(tmp_path):
     return write_table(tmp_path / "queries.parquet", unit_rows(5, 8, 2), ids=["a", "b,c", 'd"', "é\n", "e"])
 
 
-INDEXES = os.path.relpath(Path(__file__).parent / "indexes" / "v7")
+INDEXES = os.path.relpath(Path(__file__).parent / "indexes" / "v11")
 
 
 def test_classify_prints_the_logits_of_python(run, small, queries):

@@ -138,6 +138,8 @@ class LanceStore(Store):
             return gone
         current = self.manifest()  # in a bucket, another writer may have restored a version before it was deleted
         tables = [manifest.table for manifest in (*self.earlier(current), current) if manifest.table is not None]
+        if len(tables) < len(self.names()):  # a version in an earlier format also needs its rows
+            return gone
         KeyTable.at(self.address, tables[-1].name).prune(sorted({table.version for table in tables}))
         return gone
 

@@ -42,13 +42,14 @@ has the loss ``curve``. ``index`` is a :class:`vector_index.VectorIndex`, unless
 def read(folder: Path, manifest: Manifest) -> dict[str, Any]:
     """Read the data files of a version, except the FAISS index. The arrays are memory-mapped."""
     files, n, c, d = manifest.files, manifest.n, len(manifest.class_names), manifest.d
-    keys, labels = _keys(folder, manifest)
+    keys = read_array(folder, files["keys"], (n, d), (np.dtype(manifest.dtype),))
+    labels = read_labels(folder, manifest)
     rows = {kind: file.rows for kind, file in files.items()}
     shapes = {"text": (c, d), "values": (n, c), "metric": (rows.get("metric", 0), d), "points": (n, d),
               "sums": (c + d, 1 + d), "prior": (d, d), "scores": (rows.get("scores", 0), 3)}  # fmt: skip
     contents: dict[str, Any] = {"keys": keys, "labels": labels}
     for kind, shape in shapes.items():
-        if kind in files and not (kind == "points" and manifest.later):
+        if kind in files:
             contents[kind] = read_array(folder, files[kind], shape, _DTYPES.get(kind, (np.float32,)))
     if "metric" in contents:
         contents["metric"] = metric_of(contents["metric"])
@@ -129,16 +130,4 @@ class Stored(Origin):
         kinds = {kind for kind in contents.keys() & files.keys() if contents[kind] is self.contents.get(kind)}
         if "index" in kinds and contents["index"].path != self.store.folder / files["index"].name:
             kinds.discard("index")
-        return kinds - ({"keys", "labels", "points", "index"} if self.manifest.later else set())
-
-
-def _keys(folder: Path, manifest: Manifest) -> tuple[npt.NDArray[np.floating], pa.Table]:
-    """Read the keys and the labels. Format 7 may have several segments, which are sorted by class again."""
-    labels = read_labels(folder, manifest)
-    keys = [read_array(folder, part.keys, (part.keys.rows, manifest.d)) for part in manifest.segments]
-    if {part.dtype for part in keys} != {np.dtype(manifest.dtype)}:
-        raise StoreError(f"{folder}: some keys are not {manifest.dtype}; build the index again")
-    if len(keys) == 1:
-        return keys[0], labels
-    order = np.argsort(labels["class_id"].to_numpy(), kind="stable")
-    return np.concatenate(keys)[order], labels.take(pa.array(order))
+        return kinds

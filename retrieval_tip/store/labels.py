@@ -202,27 +202,20 @@ def digest_codes(labels: pa.Table, among: npt.NDArray[np.int64] | None = None) -
 
 
 def read_labels(folder: Path, manifest: Manifest) -> pa.Table:
-    """Read the label store. Format 7 may have several segments. If one of them lacks a column, its values are null."""
-    tables = [_read_labels(folder / part.labels.name, part.labels.rows, manifest) for part in manifest.segments]
-    try:
-        table = pa.concat_tables(tables, promote_options="default")
-    except pa.ArrowException as error:
-        raise StoreError(f"{folder}: label columns of its segments differ ({first_line(error)})") from None
-    if pc.max(table["key_id"]).as_py() >= manifest.next_key_id:
-        raise StoreError(f"{folder}: the next_key_id of its manifest is in use; restore it, or build the index again")
-    return table
-
-
-def _read_labels(path: Path, rows: int, manifest: Manifest) -> pa.Table:
+    """Read the label store. Raises StoreError if it does not match the manifest."""
+    file = manifest.files["labels"]
+    path = folder / file.name
     table = _read_table(path)
     own = table.schema.names[: len(LABEL_SCHEMA)] == LABEL_SCHEMA.names and all(
         table.schema.field(i).type == LABEL_SCHEMA.field(i).type for i in range(len(LABEL_SCHEMA))
     )
-    if not own or len(table) != rows or any(table[name].null_count for name in ("key_id", "class_id", "label")):
-        raise StoreError(f"{path}: does not match the manifest's {rows} keys")
+    if not own or len(table) != file.rows or any(table[name].null_count for name in ("key_id", "class_id", "label")):
+        raise StoreError(f"{path}: does not match the manifest's {file.rows} keys")
     ids = table["class_id"].to_numpy()
     if ids.min() < 0 or ids.max() >= len(manifest.class_names) or (ids[1:] < ids[:-1]).any():
         raise StoreError(f"{path}: class ids are out of range or not grouped by class")
+    if pc.max(table["key_id"]).as_py() >= manifest.next_key_id:
+        raise StoreError(f"{folder}: the next_key_id of its manifest is in use; restore it, or build the index again")
     return table
 
 

@@ -19,15 +19,8 @@ from retrieval_tip.errors import BackboneError, StoreError
 from retrieval_tip.settings import Built, Dtype, Fitted, Levels, Settings
 
 FORMAT = "retrieval-tip index"
-OLDEST_VERSION, FORMAT_VERSION = 7, 11
-"""Versions of the manifest format that can be read. New manifests use the last version.
-
-Format 10 had no ``groups`` and no ``scores``.
-Format 9 had the whole transform of every metric, and its points.
-Format 8 had no ``parts``, because an index had one encoder.
-Format 7 had ``later`` segments of keys, an ``index`` file for the type ``Flat``, and digests of the rows of a table.
-They are still read, but no longer written.
-"""
+FORMAT_VERSION = 11
+"""Version of the manifest format. No other version is read."""
 
 SUFFIXES = {"keys": ".npy", "index": ".faiss", "labels": ".parquet", "text": ".npy", "values": ".npy",
             "curve": ".parquet", "metric": ".npy", "points": ".npy", "sums": ".npy",
@@ -72,12 +65,8 @@ class DataFile:
     sha256: str
 
 
-@dataclass(frozen=True)
-class Segment:
-    """A group of keys of format 7, sorted by class, and a table of their labels."""
-
-    keys: DataFile
-    labels: DataFile
+class EarlierFormatError(StoreError):
+    """Raised when a manifest is in an earlier format, which is no longer read."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +82,9 @@ class Table:
 class Manifest:
     """The description of a version of an index, which contains everything except the arrays.
 
-    ``files`` maps each kind to a data file. ``later`` lists the segments that format 7 added to its keys and labels.
-    ``change`` briefly describes how this version was created. ``next_key_id`` is the first unused key id.
-    ``provenance`` is for information only. If a feature joins several ``parts``, each part names its own backbone,
-    and ``backbone`` is ``None``.
+    ``files`` maps each kind to a data file. ``change`` briefly describes how this version was created. ``next_key_id``
+    is the first unused key id. ``provenance`` is for information only. If a feature joins several ``parts``, each part
+    names its own backbone, and ``backbone`` is ``None``.
 
     If the keys and labels are in a ``table``, ``files`` contains ``classes`` and other data that is not in the table.
     ``digests`` maps the names of the table's files to their SHA-256. It includes LanceDB's manifest and, on a local
@@ -124,7 +112,6 @@ class Manifest:
     fitted: Fitted | None = None
     built: Built = field(default_factory=Built)
     digests: dict[str, str] = field(default_factory=dict)
-    later: list[Segment] = field(default_factory=list)
     groups: Levels | None = None
 
     @property
@@ -133,14 +120,9 @@ class Manifest:
         return identity_of(self.parts) or (Identity.from_dict(self.backbone) if self.backbone else None)
 
     @property
-    def segments(self) -> list[Segment]:
-        """All segments, in the order of their keys."""
-        return [Segment(self.files["keys"], self.files["labels"]), *self.later]
-
-    @property
     def data_files(self) -> list[DataFile]:
         """All data files of this version."""
-        return [*self.files.values(), *(file for part in self.later for file in (part.keys, part.labels))]
+        return list(self.files.values())
 
     @property
     def digested(self) -> list[DataFile]:
@@ -154,7 +136,7 @@ class Manifest:
 
     def described(self) -> dict[str, Any]:
         """Return the facts about this version that ``index info`` and the server tell."""
-        hidden = ("files", "later", "digests", "parts", "settings")
+        hidden = ("files", "digests", "parts", "settings")
         facts = {name: value for name, value in asdict(self).items() if name not in hidden}
         if len(self.parts) > 1:
             shares = (self.fitted and self.fitted.shares) or equal_shares(self.parts)
@@ -170,15 +152,12 @@ class Manifest:
         body: dict[str, object] = {"format": FORMAT, "format_version": FORMAT_VERSION} | asdict(self)
         del body["settings"]
         body |= asdict(self.settings)
-        if not self.later:
-            del body["later"]
         return _seal(body)
 
     @classmethod
     def from_bytes(cls, raw: bytes, name: str) -> Manifest:
-        """Invert :meth:`to_bytes`. Raises StoreError if the manifest is damaged or too old."""
+        """Invert :meth:`to_bytes`. Raises StoreError if the manifest is damaged or in another format."""
         damaged, remedy = f"{name}: damaged", "restore it, or delete it, which drops this version"
-        outdated = "build the index again, or delete earlier versions with index gc"
         try:
             body = json.loads(raw)
         except (ValueError, RecursionError) as error:
@@ -187,11 +166,11 @@ class Manifest:
             raise StoreError(f"{name}: not the manifest of a retrieval-tip index")
         version = body.get("format_version")
         writer = ascii(body.get("created_by", "a newer version"))[:100].strip("'")
-        if type(version) is int and 0 < version < OLDEST_VERSION:
-            raise StoreError(f"{name}: written by an earlier program; {outdated}")
+        if type(version) is int and 0 < version < FORMAT_VERSION:
+            raise EarlierFormatError(f"{name}: index format {version}, which is no longer read; build the index again")
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise StoreError(
-                f"{name}: index format {version}, but this program reads up to {FORMAT_VERSION}; install {writer}"
+                f"{name}: index format {version}, but this program reads {FORMAT_VERSION}; install {writer}"
             )
         try:
             sealed = _seal({key: value for key, value in body.items() if key != "sha256"}) == raw
@@ -201,10 +180,8 @@ class Manifest:
             raise StoreError(f"{damaged} (its checksum does not match); {remedy}")
         if unknown := body.keys() - _ENTRIES:  # an unknown entry may change every answer
             raise StoreError(f"{name}: has unknown entries ({ascii(sorted(unknown))[:100]}); install {writer}")
-        if isinstance(body.get("files"), dict) and "weights" in body["files"]:
-            raise StoreError(f"{name}: has trained encoder weights, which are no longer read; {outdated}")
         try:
-            _need(_whole(version, OLDEST_VERSION), "format_version")
+            _need(_whole(version, FORMAT_VERSION), "format_version")
             return cls.parse(body)
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError, BackboneError) as error:
             raise StoreError(f"{damaged} ({error!r}); {remedy}") from None
@@ -215,25 +192,18 @@ class Manifest:
 
         Raises AttributeError, KeyError, TypeError, ValueError or OverflowError if an entry is missing or invalid.
         """
-        body = {name: stated[name] for name in _FIELDS - {"settings", "later", "digests", "parts", "groups"}}
-        newest = stated["format_version"] == FORMAT_VERSION  # an older format may lack a setting, which has its default
-        names = (field.name for field in fields(Settings) if newest or field.name in stated)
-        settings = Settings(**{name: stated[name] for name in names})
+        body = {name: stated[name] for name in _FIELDS - {"settings", "parts"}}
+        settings = Settings(**{field.name: stated[field.name] for field in fields(Settings)})
         _need(isinstance(stated["tail"], bool), "tail")
-        older = stated["format_version"] == OLDEST_VERSION
-        digests = (stated.get("digests") or {"files": {}})["files"] if older else stated["digests"]
         files = {kind: DataFile(**entry) for kind, entry in body["files"].items()}
-        segments = ({kind: DataFile(**file) for kind, file in part.items()} for part in stated.get("later", []))
-        records = {"table": Table, "fitted": Fitted, "built": Built}
+        records = {"table": Table, "fitted": Fitted, "built": Built, "groups": Levels}
         body |= {name: None if body[name] is None else kind(**body[name]) for name, kind in records.items()}
-        groups = stated["groups"] if stated["format_version"] > 10 else None
-        groups = None if groups is None else Levels(**groups)
-        body |= {"settings": settings, "files": files, "digests": digests, "groups": groups}
+        body |= {"settings": settings, "files": files}
         parts = [
             Part(**part | {"identity": Identity.from_dict(part["identity"]) if part["identity"] else None})
-            for part in (stated["parts"] if stated["format_version"] > 8 else ())
+            for part in stated["parts"]
         ]
-        manifest = cls(**body, parts=parts, later=[Segment(**segment) for segment in segments])
+        manifest = cls(**body, parts=parts)
         manifest._check()
         manifest._check_files()
         return manifest
@@ -274,7 +244,7 @@ class Manifest:
 
         A file whose number of rows is ``None`` may have any. A file is optional if the second entry is ``None``.
         """
-        c, d, n = len(self.class_names), self.d, self.n - sum(part.keys.rows for part in self.later)
+        c, d, n = len(self.class_names), self.d, self.n
         moved = self.fitted is not None and self.fitted.has_metric
         if self.table is not None:
             solved = self.fitted is not None and self.fitted.solved
@@ -284,7 +254,7 @@ class Manifest:
             }  # fmt: skip
         return {
             "keys": (n, True), "labels": (n, True), "text": (c, True), "index": (None, self.index != FLAT or None),
-            "values": (n, False if self.later else None), "curve": (None, None),
+            "values": (n, None), "curve": (None, None),
             "metric": (None, moved), "points": (n, moved and None), "sums": (c + d, None), "prior": (d, None),
             "scores": (None, None),
         }  # fmt: skip
@@ -296,11 +266,8 @@ class Manifest:
             _need(needed is None or (kind in self.files) == needed, f"files.{kind}")
             _need(rows is None or kind not in self.files or self.files[kind].rows == rows, f"files.{kind}.rows")
         _need("metric" not in self.files or 1 < self.files["metric"].rows <= 1 + self.d, "files.metric.rows")
-        _need(self.table is None or not self.later, "later")
         _need(self.table is not None or not self.digests, "digests")
-        _need(all(part.keys.rows == part.labels.rows for part in self.later), "later.rows")
-        of_later = [(kind, file) for part in self.later for kind, file in vars(part).items()]
-        for kind, file in [*self.files.items(), *of_later]:
+        for kind, file in self.files.items():
             _need(_SHA256.fullmatch(file.sha256) is not None, f"files.{kind}.sha256")
             _need(file.name == f"data/{kind}-{file.sha256[:16]}{SUFFIXES[kind]}", f"files.{kind}.name")
             _need(_whole(file.bytes, 1), f"files.{kind}.bytes")

@@ -46,7 +46,7 @@ from retrieval_tip.files import TEMPORARY, real, remove_leftovers, sha256_of
 from retrieval_tip.settings import Verify, check_choice
 from retrieval_tip.store.files import FILE_NAME, BucketFiles, LocalFiles, check_name, lies_in, locked, read_array
 from retrieval_tip.store.labels import VERSIONS_SCHEMA, read_curve, read_labels
-from retrieval_tip.store.manifest import SUFFIXES, DataFile, Manifest, manifest_name, named_in
+from retrieval_tip.store.manifest import SUFFIXES, DataFile, EarlierFormatError, Manifest, manifest_name, named_in
 from retrieval_tip.store.newest import FOLDER as NEWEST
 from retrieval_tip.store.newest import Newest
 from retrieval_tip.store.query import TIMEOUT, ask
@@ -62,6 +62,8 @@ VERSIONS_TRIED = 16
 """Number of attempts to open an index if each version is deleted while it is being read."""
 MANIFEST_BYTES = 1 << 28
 """Maximum size of a manifest in bytes, about ten times the size of a manifest with a million classes."""
+UNREAD = "in an earlier format, which is no longer read"
+"""Description of such a version in the history."""
 UNFINISHED = datetime.timedelta(hours=24)
 """Age after which a file in a bucket to which no manifest refers is considered left over by a killed writer."""
 
@@ -417,10 +419,19 @@ class Versions:
             return False
 
     def earlier(self, current: Manifest) -> list[Manifest]:
-        """Return the manifests of the versions before the current version, oldest first."""
-        return self._steady(
-            lambda: [self.parse(name) for number, name in self.names().items() if number < current.version]
-        )
+        """Return the manifests of the versions before the current version, oldest first.
+
+        Versions in an earlier format are left out.
+        """
+
+        def read() -> list[Manifest]:
+            found = []
+            for number, name in self.names().items():
+                with suppress(EarlierFormatError):
+                    found += [self.parse(name)] if number < current.version else []
+            return found
+
+        return self._steady(read)
 
     def check_earlier(self, current: Manifest) -> None:
         """Verify the files of earlier versions, except those of the current version, which are known to be intact."""
@@ -444,9 +455,11 @@ class Versions:
     def history(self) -> pa.Table:
         """Return the kept versions as a table with the columns of :data:`labels.VERSIONS_SCHEMA`, oldest first.
 
-        In LanceDB, the column ``bytes`` does not include the table.
+        In LanceDB, the column ``bytes`` does not include the table. Of a version in an earlier format, only its number
+        is known.
         """
         current = self.manifest()
+        known = [*self.earlier(current), current]
         rows = [
             {name: getattr(manifest, name) for name in ("version", "parent", "created_by", "change")}
             | {
@@ -456,9 +469,11 @@ class Versions:
                 "bytes": sum(sizes_of(manifest).values()),
                 "current": manifest is current,
             }
-            for manifest in [*self.earlier(current), current]
+            for manifest in known
         ]
-        return pa.Table.from_pylist(rows, schema=VERSIONS_SCHEMA)
+        unread = [number for number in self.names() if number < known[0].version]
+        before = [{"version": number, "change": UNREAD, "current": False} for number in unread]
+        return pa.Table.from_pylist(before + rows, schema=VERSIONS_SCHEMA)
 
     def describe(self) -> dict[str, Any]:
         """Return the facts that ``index info`` prints."""
