@@ -86,17 +86,14 @@ class Labelling:
     labelled already, so a session can be continued at any time.
     """
 
-    def __init__(
-        self, place: places.Place, sources: Sequence[Source], reader: Reader, classes: Sequence[str] = ()
-    ) -> None:
-        """Prepare a session. ``classes`` are the names of classes that have no labels yet.
+    def __init__(self, place: places.Place, paths: Sequence[str], reader: Reader, classes: Sequence[str] = ()) -> None:
+        """Prepare a session for the photos of :func:`paths_of`. ``classes`` are names of classes without labels.
 
-        If there are more than ``MOST_PHOTOS`` photos, a random sample is used. Labels that earlier sessions could not
-        save are saved by this one. Their photos have the last numbers, and are not shown.
+        Labels that earlier sessions could not save are saved by this one. Their photos have the last numbers, and are
+        not shown.
 
-        Raises InputError if a source has features instead of photos, and the errors of :class:`journal.Journal`.
+        Raises the errors of :class:`journal.Journal`.
         """
-        paths = _paths_of(sources)
         self.place, self.name = place, places.at(place).name
         self._journal = Journal(places.at(place))
         unsaved = dict(enumerate(self._journal.entries.values(), len(paths)))
@@ -388,6 +385,8 @@ class Labelling:
     async def _encode(self) -> None:
         for start in range(0, len(self._queue.order), CHUNK):
             await self._read(self._queue.order[start : start + CHUNK], strict=self.photos.reader.strict)
+        if not self.photos.encoded:
+            raise InputError(f"none of the {counted(len(self.photos), 'photo')} can be read")
 
     async def _read(self, photos: Iterable[int], *, strict: bool) -> None:
         if photos := [photo for photo in photos if photo not in self.photos.encoded]:
@@ -439,7 +438,11 @@ class Labelling:
         self._progress, self._measured = progress, measured
 
 
-def _paths_of(sources: Sequence[Source]) -> list[str]:
+def paths_of(sources: Sequence[Source]) -> list[str]:
+    """Return the paths of the photos to label. If there are more than ``MOST_PHOTOS``, a random sample is returned.
+
+    Raises InputError if a source has features instead of photos.
+    """
     for source in sources:
         if source.paths is None:
             raise InputError(f"{source.name}: has features, but labelling needs photos; give a folder of photos")
