@@ -146,12 +146,10 @@ def check_exists(path: str | os.PathLike[str] | None) -> None:
 
 
 def check_images(sources: Iterable[Source]) -> None:
-    """Raise InputError if no image file of a source exists, so that no encoder is loaded or downloaded for it."""
+    """Raise InputError if no image file of a source exists, before an encoder is loaded or downloaded for it."""
     for source in sources:
         if source.paths and source.load is read_item and not any(map(is_there, source.paths)):
-            first = refusal(source.paths[0])
-            none = f"{source.name}: none of {len(source):,} images exists ({first})"
-            raise first if len(source) == 1 else InputError(none)
+            raise refusal(source.paths[0])
 
 
 def refusal(where: str) -> InputError:

@@ -28,7 +28,7 @@ from retrieval_tip.predictions import Predictions
 from retrieval_tip.settings import Ask
 from retrieval_tip.store.labels import PICKED
 
-EARLIER = 1 << 20
+EARLIER = 1 << 30
 """Number of the first photo of earlier sessions."""
 NONE = "none of these"
 """Class of photos that belong to no other class."""

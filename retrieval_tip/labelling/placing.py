@@ -40,7 +40,7 @@ SCRATCH = "photo"
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]|%(?=[0-9A-Fa-f]{2})|^[. ]|[. ]$')
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE | re.DOTALL)  # on Windows
 _OUTPUT = re.compile(r"(?!\.\.?/)[^/\0]+/(?!\.\.?$)[^/\0]+")
-_MOVED = re.compile(r"/[^\0]+")
+_MOVED = re.compile(r"/?(/(?!\.\.?(/|\Z))[^/\0]+)+")  # an absolute path without empty parts, . or ..
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _ACTIONS = {*get_args(Action), "kept"}
 
@@ -105,7 +105,7 @@ def read_manifest(folder: Path) -> list[Placed]:
         valid = (
             _OUTPUT.fullmatch(row.output)
             and _DIGEST.fullmatch(row.digest)
-            and (row.action != "move" or (_MOVED.fullmatch(row.input) and os.path.normpath(row.input) == row.input))
+            and (row.action != "move" or _MOVED.fullmatch(row.input))
             for row in placed
         )
         if head != COLUMNS or not all(valid) or not {row.action for row in placed} <= _ACTIONS:

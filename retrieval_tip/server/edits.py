@@ -259,10 +259,8 @@ async def label_sort(service: TheService, labelling: TheLabelling, change: schem
             done = await run(write_planned, done, version.index.groups)
     words = ["sort", "--undo", "--into", str(folder.absolute())]
     if xmp:
-        every = {False: list[str](), True: list[str]()}
-        for photo in photos.own(photos.paths):
-            every[photo >= MOST_PHOTOS].append(photos.path(photo))
-        given = map(os.path.commonpath, filter(None, every.values()))
+        inside = [photos.path(photo) for photo in photos.own(photos.paths) if photo < MOST_PHOTOS]
+        given = [os.path.commonpath(inside or paths), *filter(os.path.isdir, [str(labelling.dropped)])]
         words = ["classify", str(labelling.place), *given, "--format", "xmp", "--undo"]
     undo = shlex.join(["retrieval-tip", *words])
     summary = str(done) if done.threshold is None else f"{done}; {done.threshold}"

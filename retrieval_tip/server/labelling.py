@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 
 import numpy as np
 
@@ -101,8 +102,8 @@ class Labelling:
         self.place, self.name = place, places.at(place).name
         self._journal = Journal(places.at(place))
         self.dropped, kept = self._journal.dropped, dropped_in(self._journal.dropped)
-        self._dropped = max(kept, default=-1) + 1
-        own = {MOST_PHOTOS + number: str(path) for number, path in kept.items() if path is not None}
+        self._free = count(max(kept, default=MOST_PHOTOS - 1) + 1)
+        own = {number: path for number, path in kept.items() if path}
         seen = set(own.values())
         own |= enumerate(path for path in paths if absolute(path) not in seen)
         unsaved = dict(enumerate(self._journal.entries.values(), EARLIER))
@@ -224,21 +225,22 @@ class Labelling:
         async with self._in_turn:
             for name, data in photos:
                 digest = hashlib.sha256(data).hexdigest()
-                same = [one for one in self.photos.own(self.photos.same.get(digest, ())) if is_there(self.path(one))]
-                if not same:
-                    number, self._dropped = self._dropped, self._dropped + 1  # no other photo gets it, also on errors
+                same = self.photos.own(self.photos.same.get(digest, ()))
+                number = next((one for one in same if is_there(self.path(one))), None)
+                if number is None:
+                    number = next(self._free)
                     try:
                         self._journal.hold()
                         path = await asyncio.to_thread(keep, self.dropped, number, name, data)
                     except OSError as error:
-                        what = f"cannot be written: {error.strerror}; the photo is not kept"
-                        raise StoreError(f"{show(self.dropped)}: {what}") from None
-                    same = [MOST_PHOTOS + number]
-                    self.photos.paths[same[0]] = str(path)
-                    self.photos.recognise({same[0]: digest})
-                    self._queue.add(same[0])
-                    self._unread.put_nowait(same)
-                numbers.append(same[0])
+                        raise StoreError(
+                            f"{show(self.dropped)}: cannot be written: {error.strerror}; the photo is not kept"
+                        ) from None
+                    self.photos.paths[number] = path
+                    self.photos.recognise({number: digest})
+                    self._queue.add(number)
+                    self._unread.put_nowait([number])
+                numbers.append(number)
         self._look()
         return numbers
 
