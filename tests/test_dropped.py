@@ -1,15 +1,17 @@
-"""Photos that are dropped on a labelling session belong to it, as if they were in its folder."""
+"""Photos that are dropped on a labelling session belong to it, as if they were in its folder. Also runs as a script."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import shutil
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import killing
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
@@ -18,10 +20,24 @@ from serving import caltech_photos, labelling_app, server
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_inputs
 from retrieval_tip.index import places
+from retrieval_tip.labelling.dropped import dropped_in, keep
+from retrieval_tip.labelling.photos import MOST_PHOTOS
 from retrieval_tip.labelling.sort import undo_sort
 from retrieval_tip.server import labelling as module
 
+PHOTO = b"photo" * 100
 AUTHORISED = {"Authorization": "Bearer t"}
+
+
+def work(job, steps):
+    """Keep a photo in a process that the test kills."""
+    steps.writes()
+    keep(Path(job["folder"]), MOST_PHOTOS, "x.jpg", PHOTO)
+
+
+if __name__ == "__main__":
+    killing.serve(work)
+    raise SystemExit
 
 
 @pytest.fixture
@@ -218,6 +234,22 @@ def test_what_is_no_photo_is_refused_or_skipped(photos, tmp_path, lit_mini):
         assert session.http.post("/v1/label/photos", files=sent).status_code == 401
         session.settled(13)
     assert len([*(tmp_path / "ix-dropped").rglob("*.jpg")]) == 1
+
+
+@killing.needs_fork
+def test_an_upload_that_is_killed_leaves_the_whole_photo_or_none(tmp_path, warm_path):
+    process = killing.Server(__file__, tmp_path, warm_path)
+    assert process.run({"folder": str(tmp_path / "whole")}) == 0
+    number = len(process.steps)
+    assert number > 5
+    for step in range(number):
+        folder = tmp_path / str(step) / "ix-dropped"
+        assert process.run({"folder": str(folder)}, step=step) == -signal.SIGKILL
+        found = [Path(path) for path in dropped_in(folder).values() if path]
+        assert [path.read_bytes() for path in found] in ([], [PHOTO])
+        assert [path for path in folder.rglob("*") if path.is_file()] == found
+    assert found  # the last step comes after the photo has its name
+    process.close()
 
 
 def test_photos_dropped_on_a_killed_server_are_there_with_their_labels(photos, shared, tmp_path, warm_path):
