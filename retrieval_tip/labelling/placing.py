@@ -212,7 +212,7 @@ def _fill(item: str, target: Path, digest: str, *, move: bool) -> bool:
 
 
 def write(data: bytes, target: Path, copy_attributes: Callable[[Path], object] = id, scratch: str = SCRATCH) -> None:
-    """Create or replace a file, which is on the disk before it gets its name."""
+    """Create or replace a file, which is on the disk before it gets its name. By default, no attributes are copied."""
     with files.temporary(target.with_name(scratch), clean=False) as new:  # on the disk of the target
         with new.open("wb") as file:
             file.write(data)
