@@ -28,8 +28,8 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python .ci/install.py --upgrade 'pip>=24,<26.2'
 
-browser: ## install Debian's Chromium for the tests of the page (needs root)
-	@command -v chromium >/dev/null || { apt-get update -qq -o Acquire::Retries=3 && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq -o Acquire::Retries=3 --no-install-recommends chromium; }
+browser: ## install Debian's Chromium and faketime for tests of the page and of clocks (needs root)
+	@command -v chromium >/dev/null && command -v faketime >/dev/null || { apt-get update -qq -o Acquire::Retries=3 && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq -o Acquire::Retries=3 --no-install-recommends chromium faketime; }
 
 # An environment from `make setup` will do.
 demo: $(if $(wildcard $(READY)),$(READY),$(DEMO_READY)) ## build an index of photos, classify, evaluate (your own: PHOTOS=FOLDER MODEL=NAME@TAG)

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sealing import sealed
+from sealing import sealed, snapshot
 
 from retrieval_tip.data.reader import Reader
-from retrieval_tip.errors import StoreError
+from retrieval_tip.errors import InputError, StoreError
 from retrieval_tip.index import changes
 from retrieval_tip.index.changes import fit_index
 from retrieval_tip.index.places import at
@@ -59,12 +59,16 @@ def copied(version, name, to):
     return f"lance://{to / name}" if name.startswith("lance-") else str(to / name)
 
 
-def test_the_current_manifest_of_an_earlier_program_gets_its_number_before_the_first_change(tmp_path, monkeypatch):
+@pytest.mark.parametrize("killed", [False, True])
+def test_the_current_manifest_of_an_earlier_program_gets_its_number_before_the_first_change(
+    killed, tmp_path, monkeypatch
+):
     """Earlier programs copied it to its number before they replaced it. They may have been killed in between."""
     place, rename = Path(copied("v7", "plain", tmp_path)), Path.replace
-    shutil.copy(place / "manifest.json", place / "manifests/000005.json")
+    if killed:
+        shutil.copy(place / "manifest.json", place / "manifests/000005.json")
     store = at(str(place))
-    before, stamp = store.manifest(), store.stamp()
+    before, every = store.manifest(), snapshot(place)
     assert store.history()["version"].to_pylist() == [1, 2, 3, 4, 5]
 
     def late(old, new):
@@ -75,8 +79,27 @@ def test_the_current_manifest_of_an_earlier_program_gets_its_number_before_the_f
     monkeypatch.setattr(Path, "replace", late)
     with pytest.raises(StoreError, match="version 9"):
         changes.rollback(place, 9)
-    assert (store.manifest(), (place / "manifest.json").exists(), store.stamp() == stamp) == (before, False, False)
-    assert store.history()["version"].to_pylist() == [1, 2, 3, 4, 5]
+    assert snapshot(place) == every
+    changes.configure(place, temperature=2.0)
+    assert (store.manifest(5), (place / "manifest.json").exists()) == (before, killed)
+    assert store.history()["version"].to_pylist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_an_old_manifest_that_comes_back_beside_newer_ones_is_ignored(tmp_path):
+    """A backup or a synchronised folder can bring it back after it was renamed."""
+    place = Path(copied("v10", "fitted", tmp_path))
+    old = (place / "manifest.json").read_bytes()
+    for temperature in (2.0, 3.0):
+        changes.configure(place, temperature=temperature)
+    (place / "manifest.json").write_bytes(old)
+    every, newest = snapshot(place), at(str(place)).manifest()
+    with pytest.raises(InputError, match="9999"):
+        changes.remove(place, key_ids=[9999])
+    assert snapshot(place) == every
+    changes.configure(place, temperature=4.0)
+    assert at(str(place)).history()["version"].to_pylist()[-2:] == [newest.version, newest.version + 1]
+    assert at(str(place)).manifest(newest.version) == newest
+    at(str(place)).verify()
 
 
 def test_a_setting_that_an_older_format_lacks_has_its_default(tmp_path):

@@ -1,9 +1,12 @@
 """The routes for other programs: Label Studio's ML backend, and PhotoPrism's labels."""
 
 import base64
+import hashlib
 import io
+import itertools
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -18,20 +21,27 @@ from urllib.parse import quote
 import httpx
 import numpy as np
 import pytest
-from conftest import SHARED, examples, needs_real
+from conftest import SHARED, examples, few, needs_real
 from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from referees import referee
 from serving import app_of, caltech_photos, running, server
+from stored import made
 
 from retrieval_tip import Index
 from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.index import changes, places
 from retrieval_tip.index.changes import fit_index
+from retrieval_tip.server import annotations
+from retrieval_tip.server.app import create_app
 from retrieval_tip.server.guard import Limits
 from retrieval_tip.server.partners import interface_of
+from retrieval_tip.server.served import Backbones, open_all
+from retrieval_tip.server.service import Service
 from retrieval_tip.server.uploads import Photos
+from retrieval_tip.store.files import locked
 
 TOKEN = "open sesame"
 pytestmark = pytest.mark.usefixtures("one_encoder")
@@ -79,6 +89,23 @@ def event(action, photo, choices, names, **more):
 
 def deleted(number=42):
     return {"action": "ANNOTATIONS_DELETED", "project": {"id": 3}, "annotations": [{"id": number}]}
+
+
+def shrunk(path):
+    """Return a photo as a small JPEG file, which is encoded quickly."""
+    file = io.BytesIO()
+    Image.open(path).convert("RGB").resize((64, 64)).save(file, "jpeg")
+    return file.getvalue()
+
+
+def digest_of(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def labels_of(folder, photos):
+    """Return the labels that an index has for each of some photos, which are bytes."""
+    rows = places.at(folder).load(device="cpu").having("digest", map(digest_of, photos)).to_pylist()
+    return [sorted(row["label"] for row in rows if row["digest"] == digest_of(data)) for data in photos]
 
 
 def test_tasks_get_predictions_in_order(things, photos, tmp_path):
@@ -144,7 +171,7 @@ def test_annotations_become_shots_and_follow_their_changes(own, photos):
         assert shots() == {"3/42": names[1]}
         image = asking.get(f"/v1/indexes/own/keys/{max(Index.load(own).labels['key_id'].to_pylist())}/image")
         assert image.headers["content-type"] == "image/jpeg"
-        send(event("ANNOTATION_UPDATED", "/no/longer/there.jpg", [name], names))  # the shot has the photo already
+        send(event("ANNOTATION_UPDATED", photo, [name], names))
         assert shots() == {"3/42": name}
         send(event("ANNOTATION_UPDATED", photo, ["new & new"], [*names, "new & new"]))
         assert shots() == {"3/42": "new & new"}
@@ -154,19 +181,267 @@ def test_annotations_become_shots_and_follow_their_changes(own, photos):
         send(event("ANNOTATION_CREATED", photo, [name], names))
         assert send(deleted(43))["key_ids"] == []
         assert len(send(deleted())["key_ids"]) == 1
-        shot = Index.load(own).labels.to_pylist()[0]  # an annotation of its photo corrects it, but is not its reason
-        known = data_url(Path(shot["source"]).read_bytes())
-        assert send(event("ANNOTATION_CREATED", known, names[-1:], names))["key_ids"] == [shot["key_id"]]
-        assert (send(deleted())["key_ids"], Index.load(own).n) == ([], n)
         for skipped in (
             event("ANNOTATION_CREATED", photo, [name], names, was_cancelled=True),
             event("ANNOTATION_CREATED", "http://127.0.0.1:1/data/upload/a.jpg", [name], names),
             event("ANNOTATION_CREATED", data_url(b"no image"), [name], names),
             event("TASKS_CREATED", photo, [name], names),
             {"action": "ANNOTATION_CREATED"},
+            event("ANNOTATION_CREATED", photo, [name], names, id=True),
+            event("ANNOTATION_CREATED", photo, [name], names)
+            | {"project": {"id": True, "label_config": config(names)}},
+            deleted(True),
         ):
             assert send(skipped)["skipped"][0]["reason"]
         assert Index.load(own).n == n
+
+
+@pytest.fixture
+def teach(own, photos, tmp_path):
+    """Send an event to a server that has just started, and return what it has skipped.
+
+    ``teach.photos`` are bytes that are below the document root, at ``teach.at``.
+    """
+    root = tmp_path / "root"
+    root.mkdir()
+
+    def send(body, *expected, folder=own, status=200):
+        with client(folder, root=root) as asking:
+            answer = asking.post(f"/label-studio/{folder.name}/webhook", json=body)
+        assert answer.status_code == status, answer.text
+        assert [*map("".join, labels_of(folder, send.photos))] == [*expected]
+        return " ".join(one["reason"] for one in answer.json().get("skipped", ()))
+
+    send.photos = [shrunk(path) for path, _ in photos[:2]]
+    send.files = [root / "0.jpg", root / "1.jpg"]
+    for file, data in zip(send.files, send.photos, strict=True):
+        file.write_bytes(data)
+    return send
+
+
+def says(number, file, *choices, **more):
+    """An event that says that annotation ``number`` has these choices for a local file."""
+    address = f"/data/local-files/?d={file.name}"
+    return event("ANNOTATION_UPDATED", address, [*choices], ["a", "b"], id=number, **more)
+
+
+def test_a_photo_is_a_shot_while_its_annotations_agree(own, teach, caplog):
+    """The annotations of two tasks, because a copy of the photo has another name, and servers that restart."""
+    one, copy = teach.files[0], teach.files[0].with_name("copy.jpg")
+    shutil.copy(one, copy)
+    assert not teach(says(1, one, "a"), "a", "")
+    several = teach(says(2, copy, "b"), "", "")
+    assert several == "its photo has several labels ('a', 'b'); it is no shot until its annotations agree"
+    assert several in caplog.text  # Label Studio does not show the answer
+    assert teach(says(2, copy, "b"), "", "") == several
+    assert not teach(deleted(2), "a", "")  # only the first annotation tells where the photo is
+    assert not teach(says(2, copy, "a"), "a", "")
+    assert not teach(deleted(1), "a", "")
+    assert "has 2 choices" in teach(says(1, one, "a", "b"), "", "")
+    assert "has 0 choices" in teach(says(1, one, "b", was_cancelled=True), "a", "")
+    assert not teach(says(2, copy, "b"), "b", "")
+    key_ids = Index.load(own).having("digest", map(digest_of, teach.photos))["key_id"]
+    assert not teach(says(2, copy, "a"), "a", "")
+    assert Index.load(own).having("digest", map(digest_of, teach.photos))["key_id"] == key_ids
+    assert not teach(says(2, copy, "b"), "b", "")
+    assert teach(says(1, one, "a"), "", "")
+    copy.write_bytes(teach.photos[1])
+    assert "another photo" not in teach(deleted(2), "a", "")
+    assert teach(says(2, one, "b"), "", "")
+    one.write_bytes(teach.photos[1])
+    assert "another photo is now at its address" in teach(deleted(2), "", "")
+    gone = {"action": "TASKS_DELETED", "project": {"id": 3}, "tasks": [{"id": 17}]}
+    assert not teach(gone, "", "")
+    assert not teach(says(3, one, "b"), "", "b")
+
+
+def test_a_photo_that_the_index_had_keeps_its_label_and_origin(own, teach):
+    row = Index.load(own).labels.to_pylist()[0]
+    teach.photos, file = [Path(row["source"]).read_bytes()], teach.files[0]
+    file.write_bytes(teach.photos[0])
+    assert "the index had it before" in teach(says(1, file, "b"), row["label"])
+    assert "the index had it before" in teach(says(2, file, row["label"]), row["label"])
+    assert not teach(deleted(1), row["label"])
+    assert not teach(deleted(2), row["label"])
+    assert Index.load(own).find(key_ids=[row["key_id"]]).to_pylist() == [row]
+    assert Index.load(own).manifest.version == 1
+
+
+def test_a_label_stays_with_its_photo_if_the_task_shows_another(own, teach):
+    one, two = teach.files
+    teach(says(1, one, "a"), "a", "")
+    teach(says(1, two, "b"), "", "b")
+    teach(says(2, one, "b"), "b", "b")
+    teach(says(1, one, "a"), "", "")
+    teach(says(2, two, "a"), "a", "a")
+    two.unlink()
+    assert "no such file" in teach(says(2, two, "b"), "a", "b")  # it is the photo that was there
+    assert "no such file" in teach(says(2, two.with_name("other.jpg"), "b"), "a", "")
+    assert "no Choices" in teach(says(1, one, "a") | {"project": {"id": 3, "label_config": "<View/>"}}, "", "")
+
+
+def test_an_older_event_about_an_annotation_changes_nothing(teach):
+    one, two = teach.files
+    first, second = (f"2026-12-02T09:00:0{time}Z" for time in ("0.999999", "1.000001"))
+    teach(says(1, one, "a", updated_at=second), "a", "")
+    teach(says(1, two, "b", updated_at=first), "a", "")
+    teach(says(1, two, "b", updated_at=second), "", "b")
+    teach(deleted(1), "", "")
+
+
+def test_annotations_count_whatever_was_done_to_their_shots_meanwhile(own, teach, run):
+    one = teach.files[0]
+    teach(says(1, one, "a"), "a", "")
+    teach(says(2, one, "b"), "", "")
+    run("index", "rollback", own, 2)
+    assert labels_of(own, teach.photos) == [["a"], []]
+    assert "several labels" in teach(says(2, one, "b"), "", "")
+    teach(deleted(1), "b", "")
+    run("index", "rename", own, "b", "Faces")
+    teach(says(3, one, "b"), "b", "")
+    run("index", "remove", own, "--where", "label = 'b'")
+    teach(deleted(3), "b", "")
+    moved = own.rename(own.with_name("moved"))
+    assert "several labels" in teach(says(1, one, "a"), "", "", folder=moved)
+    teach(deleted(2), "a", "", folder=moved)
+
+
+def test_shots_of_earlier_versions_belong_to_their_annotations(own, teach):
+    """They have a column, but no database."""
+    teach(says(1, teach.files[0], "a"), "a", "")
+    (own / annotations.NAME).unlink()
+    teach(deleted(2), "a", "")
+    assert "several labels" in teach(says(2, teach.files[0], "b"), "", "")
+    assert not teach(deleted(1), "b", "")
+    (own / annotations.NAME).write_bytes(b"no database")
+    teach(deleted(2), "b", "", status=503)
+
+
+def test_a_change_that_failed_is_made_by_the_next_event(own, teach):
+    """Label Studio does not send it again."""
+    one, two = teach.files
+    teach(says(1, one, "a"), "a", "")
+    with locked(own, own):
+        teach(says(1, two, "b"), "a", "", status=503)
+    teach(deleted(7), "", "b")
+
+
+@pytest.mark.parametrize("kind", ["lance", "s3"])
+def test_annotations_of_an_index_in_a_table_or_a_bucket_are_kept(own, photos, tmp_path, bucket, kind):
+    """For a bucket, in the folder of uploads."""
+    place = made(tmp_path, kind, "table")
+    changes.clone(own, place)
+    data = shrunk(photos[0][0])
+    for uploads in (None,) if kind == "lance" else (tmp_path / "uploads", None):
+        for number, name, labels in ((1, "a", ["a"]), (2, "b", []), (1, "b", ["b"])):
+            service = Service(open_all([place], Backbones("cpu", "float32", "fast")), uploads=uploads)
+            with TestClient(create_app(service, token=TOKEN)) as asking:
+                asking.auth = ("", TOKEN)
+                body = event("ANNOTATION_UPDATED", data_url(data), [name], ["a", "b"], id=number)
+                answer = asking.post("/label-studio/table/webhook", json=body)
+            if kind == "s3" and uploads is None:
+                assert "--uploads FOLDER" in answer.json()["detail"]
+            else:
+                assert answer.status_code == 200, answer.text
+                assert labels_of(place, [data]) == [labels]
+
+
+class Studio:
+    """Two annotators in Label Studio. ``says`` is the task, the photo and the choices of each annotation."""
+
+    def __init__(self, seed, photos, before, names):
+        self.random, self.photos, self.before, self.names = random.Random(seed), photos, before, names
+        self.tasks = [0, 0, *range(1, len(photos))]  # two tasks show the same photo
+        self.says, self.sent, self.count = {}, {}, itertools.count(1)
+
+    def event(self):
+        """Return a random event, which may repeat the last event about an annotation, or come after a later one."""
+        kinds = ["create", "create", "update", "update", "show", "delete", "delete task", "repeat", "late"]
+        kind, made, task = self.random.choice(kinds), [*self.says], self.random.randrange(len(self.tasks))
+        if kind == "repeat" and self.sent:
+            return self.random.choice([*self.sent.values()])[-1]
+        if kind == "late" and made:
+            return self.random.choice(self.sent[self.random.choice(made)])
+        if kind == "delete task":
+            for number in [number for number in made if self.says[number][0] == task]:
+                del self.says[number], self.sent[number]
+            return {"action": "TASKS_DELETED", "project": {"id": 3}, "tasks": [{"id": task}]}
+        if kind == "delete" and made:
+            number = self.random.choice(made)
+            del self.says[number]
+            self.sent[number] = [deleted(number)]
+            return deleted(number)
+        number, action = next(self.count), "ANNOTATION_CREATED"
+        if kind in ("update", "show") and made:
+            number, action = self.random.choice(made), "ANNOTATION_UPDATED"
+            task = self.says[number][0]
+        if kind == "show":
+            self.tasks[task] = self.random.randrange(len(self.photos))
+        data, choices = (
+            self.photos[self.tasks[task]],
+            self.random.sample(self.names, self.random.choice([1] * 8 + [0, 2])),
+        )
+        self.says[number] = task, data, choices
+        body = event(action, data_url(data), choices, self.names, id=number)
+        body["task"]["id"] = task
+        body["annotation"]["updated_at"] = f"2026-12-02T09:00:00.{next(self.count):06}Z"
+        self.sent.setdefault(number, []).append(body)
+        return body
+
+    def expected(self):
+        """Return the labels that each photo must have, and the photos whose annotations must be named."""
+        labels, named = [], []
+        for data, before in zip(self.photos, self.before, strict=True):
+            said = {choice for _, photo, choices in self.says.values() if photo == data for choice in choices}
+            labels.append([before] if before else sorted(said) if len(said) == 1 else [])
+            named += [data] if said - {*labels[-1]} else []
+        return labels, named
+
+
+@pytest.mark.parametrize("seed", few(range(200), 6))
+def test_a_label_is_what_the_annotations_say_after_any_events(own, photos, seed):
+    """After each event of two annotators, and over restarts of the server, against a dictionary."""
+    had = Index.load(own).labels.to_pylist()
+    known = [had[0], had[-1]]
+    data = [shrunk(path) for path, _ in photos[:3]] + [Path(row["source"]).read_bytes() for row in known]
+    studio = Studio(seed, data, [None] * 3 + [row["label"] for row in known], ["new", "Faces", had[0]["label"]])
+    for _ in range(3):
+        with client(own) as asking:
+            for _ in range(6):
+                body = studio.event()
+                answer = asking.post(f"{PATH}/webhook", json=body)
+                assert answer.status_code == 200, answer.text
+                labels, named = studio.expected()
+                assert labels_of(own, data) == labels, body["action"]
+                about = [said for number, said in studio.says.items() if studio.sent[number][-1] is body]
+                assert answer.json()["skipped"] or all(photo not in named for _, photo, _ in about)
+    assert Index.load(own).find(key_ids=[row["key_id"] for row in had]).select(["label", "source"]).to_pylist() == [
+        {"label": row["label"], "source": row["source"]} for row in had
+    ]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(20))
+def test_a_killed_server_has_learnt_an_event_or_not(own, photos, warm_path, seed):
+    """If it was killed between the annotation and its shots, the next event about any annotation completes them."""
+    data = [shrunk(path) for path, _ in photos[:3]]
+    studio = Studio(seed, data, [None] * 3, ["new", "Faces"])
+    with server(own, token=TOKEN, path=warm_path) as (address, process), httpx.Client(auth=("", TOKEN)) as asking:
+        labels = after = studio.expected()[0]
+        while labels == after:
+            body = studio.event()
+            after = studio.expected()[0]
+            if labels == after or len(studio.sent) < 3:
+                assert asking.post(f"{address}{PATH}/webhook", json=body).is_success
+                labels = after
+        threading.Timer(random.Random(seed).random() / 8, process.kill).start()
+        with suppress(httpx.TransportError):
+            assert asking.post(f"{address}{PATH}/webhook", json=body).is_success
+            labels = after
+        process.wait()
+    with client(own) as asking:
+        assert asking.post(f"{PATH}/webhook", json=deleted(0)).is_success
+    assert labels_of(own, data) in (labels, after)
 
 
 def test_an_event_counts_even_if_label_studio_stops_waiting(own, photos):
@@ -261,11 +536,14 @@ def studio(uploads):
 
 def test_only_uploads_of_the_configured_label_studio_are_fetched(things, photos, monkeypatch):
     data, interface = photos[0][0].read_bytes(), config([name for _, name in photos])
+    encoded = [f"/sub/data/{path}" for path in ("%2e%2e/api", "..%2fapi", "%2E%2E/%2E%2E/x", "upload/.%2e/%2e./api")]
     uploads = {"/sub/data/upload/a.jpg": data, "/sub/data/upload/big.jpg": bytes(2 << 20), "/sub/api/a.jpg": data}
+    uploads |= dict.fromkeys(encoded, data)
     with studio(uploads) as (url, asked), studio({"/sub/data/upload/a.jpg": data}) as (other, elsewhere):
         good, host = ["/sub/data/upload/a.jpg", f"{url}/sub/data/upload/a.jpg"], other.removeprefix("http://")
         bad = ["/sub/data/upload/moved.jpg", "/sub/data/upload/big.jpg", "/sub/data/../api/a.jpg", "/sub/api/a.jpg"]
         bad += [f"{at}/sub/data/upload/a.jpg" for at in (other, f"//{host}", f"{url}@{host}")]
+        bad += [*encoded, *(f"{url}{path}" for path in encoded)]
         bad += ["http://[", "s3://bucket/data/upload/a.jpg", "file:///sub/data/upload/a.jpg"]
         sent = {"tasks": [{"data": {"photo": one}} for one in [*good, *bad]], "label_config": interface}
         monkeypatch.setenv("LABEL_STUDIO_URL", f"{url}/sub")
@@ -277,7 +555,9 @@ def test_only_uploads_of_the_configured_label_studio_are_fetched(things, photos,
             right = [key in ("a.b.c", "legacy")] * len(good)
             assert [bool(one["result"]) for one in found] == right + [False] * len(bad)
             expected = {(True, used)} if used else set()
-            assert {(path.startswith("/sub/data/"), header) for path, header in asked} == expected
+            assert {
+                (path.startswith("/sub/data/upload/") and "%" not in path, header) for path, header in asked
+            } == expected
             asked.clear()
         assert not elsewhere
     for address, key in (("ftp://a", "k"), ("nowhere", "k"), ("http://a:b", "k"), ("http://a", ""), ("", "k")):
@@ -315,22 +595,26 @@ def test_photoprism_gets_the_labels_of_photos_that_match(own, photos):
         assert ask(asking, no_match, headers={"authorization": f"Bearer {TOKEN}"}).status_code == 200
 
 
-def test_any_json_is_answered_or_refused(things):
+def test_any_json_is_answered_or_refused(own):
     scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
     scalars |= st.sampled_from(["\ud800", 2**64])
     keys = st.sampled_from(["id", "data", "photo", "result", "value", "choices", "from_name", "annotations", "x"])
     anything = st.recursive(scalars, lambda part: st.lists(part, max_size=3) | st.dictionaries(keys, part, max_size=3))
+    number, chosen = st.integers(0, 3) | anything, event("", "", ["a"], [])["annotation"]["result"]
+    annotation = {"id": number, "result": st.just(chosen) | anything, "updated_at": anything}
+    task = {"id": number, "data": st.fixed_dictionaries({"photo": st.just(data_url(noise())) | anything})}
     valid = {
-        "schema": st.just(config(["a"])), "label_config": st.just(config(["a"])), "task": st.just({"id": 17}),
-        "action": st.sampled_from(["ANNOTATION_CREATED", "ANNOTATIONS_DELETED"]),
+        "schema": st.just(config(["a"])), "label_config": st.just(config(["a"])),
+        "action": st.sampled_from(["ANNOTATION_CREATED", "ANNOTATIONS_DELETED", "TASKS_DELETED"]),
+        "task": st.fixed_dictionaries({}, optional=task),
         "tasks": st.lists(st.fixed_dictionaries({}, optional={"id": anything, "data": anything}), max_size=2),
         "images": st.just([data_url(noise())]), "project": st.just({"id": 3, "label_config": config(["a"])}),
-        "id": anything, "annotation": anything, "annotations": anything,
+        "id": anything, "annotation": st.fixed_dictionaries({}, optional=annotation), "annotations": anything,
     }  # fmt: skip
     bodies = st.fixed_dictionaries({}, optional={name: one | anything for name, one in valid.items()})
 
-    with client(things) as asking:
-        routes = [f"label-studio/things/{what}" for what in ("setup", "predict", "webhook")]
+    with client(own) as asking:
+        routes = [f"label-studio/own/{what}" for what in ("setup", "predict", "webhook")]
 
         @given(path=st.sampled_from([*routes, "api/v1/vision/labels"]), body=bodies)
         @settings(max_examples=examples(400), deadline=None)
@@ -422,3 +706,14 @@ def test_a_real_label_studio_gets_predictions_that_follow_annotations(own, photo
             assert [predicted(task)[1] for task in tasks] == ["own@3"] * 3
             assert Index.load(own).class_names[-1] == label
             assert Index.load(own).counts[-1] == 0
+            shown = {task: asking.get(f"/api/tasks/{task}").json()["data"]["photo"] for task in tasks}
+            [copy] = [task for task, photo in shown.items() if photo.endswith("0.jpg")]
+            [upload] = [task for task, photo in shown.items() if photo.endswith("up.jpg")]
+            post(f"tasks/{upload}/annotations", result=result)
+            other = event("", "", [Index.load(own).class_names[0]], [])["annotation"]["result"][:1]
+            for undo in ("annotations", "tasks"):
+                assert Index.load(own).counts[-1] == 1
+                made = {"tasks": copy, "annotations": post(f"tasks/{copy}/annotations", result=other)["id"]}
+                assert Index.load(own).counts[-1] == 0
+                asking.delete(f"/api/{undo}/{made[undo]}").raise_for_status()
+            assert Index.load(own).counts[-1] == 1

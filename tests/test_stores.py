@@ -588,7 +588,8 @@ def test_all_files_of_a_manifest_are_flushed_before_the_manifest(local_pets, mon
         flushed.clear()
         call()
         (last,) = (i for i, path in enumerate(flushed) if path.parent.name == "manifests" and path.suffix == ".tmp")
-        new = {path for path in files() - before if path.parent.name != "manifests"}
+        assert min(i for i, path in enumerate(flushed) if path.parent.name == "newest") > last
+        new = {path for path in files() - before if path.parent.name not in ("manifests", "newest")}
         table = {path for path in new if "keys.lance" in path.parts}
         assert table <= set(flushed[:last])
         assert {path.parent for path in table} | {path_of(local_pets.place)} <= set(flushed[:last])

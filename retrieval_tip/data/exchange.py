@@ -160,8 +160,11 @@ def _of_label_studio(file: Path, tasks: list[object]) -> list[tuple[str, set[str
     return labelled
 
 
-def choices_of(task: Mapping[str, object]) -> set[str]:
-    """Return the choices of all annotations of a Label Studio task that were not cancelled."""
+def choices_of(task: Mapping[str, object], name: str | None = None) -> set[str]:
+    """Return the choices of all annotations of a Label Studio task that were not cancelled.
+
+    If the ``name`` of a tag is given, only its choices count.
+    """
     annotations = task.get("annotations")
     chosen: set[str] = set()
     for annotation in annotations if isinstance(annotations, list) else ():
@@ -171,7 +174,7 @@ def choices_of(task: Mapping[str, object]) -> set[str]:
             case {"result": list() as results}:
                 for result in results:
                     match result:
-                        case {"value": {"choices": list() as choices}}:
+                        case {"value": {"choices": list() as choices}, **more} if name in (None, more.get("from_name")):
                             chosen |= {show(choice) for choice in choices if isinstance(choice, str) and choice.strip()}
     return chosen
 

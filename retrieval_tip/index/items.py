@@ -104,7 +104,11 @@ def planned(options: BuildOptions) -> BuildOptions:
     if plan["text"] is not None and plan["templates"]:
         raise UsageError("text and templates: give only one; a text table already contains features of prompts")
     settings_of(plan, None)
-    for path in (plan["text"], plan["groups"], *plan["prior"]):
+    some = "index Classes" if plan["index"] == BY_CLASS else "k" if plan["k"] not in (None, "all") else None
+    if plan["values"] == "solved" and some is not None:
+        raise UsageError(f"values solved: need a search over all keys; remove {some}, or give values one-hot")
+    prior = [plan["prior"]] if isinstance(plan["prior"], str | os.PathLike) else plan["prior"]
+    for path in (plan["text"], plan["groups"], *prior):
         check_exists(path)
     plan["fit"] = fit or ("none" if plain else "auto")
     return plan
@@ -145,8 +149,15 @@ class Material:
         return own.override(alpha=alpha, beta=beta, k=k if plan["k"] is None else None)
 
     def blocks(self) -> Iterator[FeatureBlock]:
-        """Yield the items in blocks of features. Raises InputError if a feature overflows the dtype."""
+        """Yield the items in blocks of features.
+
+        Raises InputError if a feature overflows the dtype, or if the text weights do not match the features.
+        """
+        weights = self.words.weights
         for block in self.reader.blocks(self.source):
+            if weights is not None and weights.shape[1] != block.features.shape[1]:
+                widths = f"features have {block.features.shape[1]} values, text weights {weights.shape[1]}"
+                raise InputError(f"{self.source.name}: {widths}; use one backbone")
             if np.abs(block.features).max() > np.finfo(self.plan["dtype"]).max:
                 dtype = self.plan["dtype"]
                 raise InputError(f"{self.source.name}: feature values overflow {dtype}; use --dtype float32")
@@ -185,13 +196,9 @@ class Material:
     def index(self, rows: Rows, statistics: Statistics | None, k: int | None) -> Index:
         """Return the index of all items, before it is fitted, and warn about classes without keys.
 
-        ``k`` is used as k if no k was given. Raises InputError if the text weights do not match the keys.
+        ``k`` is used as k if no k was given.
         """
         names, weights, templates, _ = self.words
-        if weights is not None and weights.shape[1] != rows.d:
-            raise InputError(
-                f"{self.source.name}: features have {rows.d} values, text weights {weights.shape[1]}; use one backbone"
-            )
         reader, shots = self.reader, self.plan["shots"]
         drawn = shots is not None or reader.views > 1
         built = Built(self.source.name, shots, reader.seed if drawn else 1, reader.views)
@@ -339,6 +346,6 @@ def _write_keys(
         whole = writer.stage_array("keys", (len(kept), shape[1]), made.plan["dtype"])
         for start in range(0, len(kept), KEY_BLOCK):
             whole[start : start + KEY_BLOCK] = array[kept[start : start + KEY_BLOCK]]
-        Path(str(array.filename)).unlink()
+        Path(str(array.filename)).unlink(missing_ok=True)  # a full disk may have removed it
         array = whole
     return writer.seal_array("keys", array), kept, [digests[row] for row in kept]

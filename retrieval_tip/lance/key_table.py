@@ -347,7 +347,8 @@ class KeyTable:
                     self.table.tags.delete(tag)
             made = {entry["version"]: entry["timestamp"] for entry in self.table.list_versions()}
         self.optimize()  # the age is measured in the call below, which must be fast
-        oldest = min(made[version] for version in kept)  # clocks can be set back, so not always the first
+        # Clocks differ, so the oldest is not always the first. Later versions may be those of a writer at work.
+        oldest = min(at for version, at in made.items() if version in kept or version > kept[-1])
         for slack in (datetime.timedelta(seconds=0.002 * 2**doubled) for doubled in range(22)):
             since = max(datetime.datetime.now(oldest.tzinfo) - oldest, datetime.timedelta()) + slack
             try:

@@ -96,6 +96,11 @@ class TableWriter(Writer):
                     files[name] = before[name]
         return files
 
+    def complete(self, manifest: Manifest) -> None:
+        """See :meth:`Writer.complete`. A deleted version of the table is lost."""
+        super().complete(manifest)
+        self.store.table(manifest)
+
     def flush(self) -> None:
         """Flush the new files of a local table to disk."""
         new, root = [path for path, _ in self.store.table_files() - self._before], self.store.folder

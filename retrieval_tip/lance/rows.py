@@ -214,6 +214,7 @@ class TableRows(Rows):
         index_kind(index)
         ahead = iter(blocks)
         labels, keys = next(ahead)
+        writer.begin()
         d = keys.shape[1]
         sums, point_sums = Sums.of([], n_classes, d), None if metric is None else Sums.of([], n_classes, d, False)
         extra = list(labels.schema)[len(LABEL_SCHEMA) :]
@@ -374,10 +375,10 @@ class TableRows(Rows):
                     raise InputError(f"labels: column {name!r} is {kind}, but {known[name]} in the index; convert it")
         sums, points = self.known, self.point_sums
         if gone is not None:
-            self.table.delete(gone.key_ids.tolist())
+            self._changed.delete(gone.key_ids.tolist())
         if new is not None:
             own = new.take(np.argsort(new.class_ids, kind="stable"))
-            self.table.append(rows_of(own.labels, own.keys, own.points if self.table.has_points else None))
+            self._changed.append(rows_of(own.labels, own.keys, own.points if self.table.has_points else None))
         for part, sign in ((gone, -1), (new, 1)):
             if part is not None:
                 sums = sums.added(part.keys, part.class_ids, sign)
@@ -387,7 +388,7 @@ class TableRows(Rows):
 
     def renamed(self, class_id: int, name: str) -> TableRows:
         if self.known.counts[class_id]:
-            self.table.change(f"class_id = {class_id}", "label", literal(name))
+            self._changed.change(f"class_id = {class_id}", "label", literal(name))
         return replace(self)
 
     def widened(self, n_classes: int) -> TableRows:
@@ -396,7 +397,7 @@ class TableRows(Rows):
     def narrowed(self, class_ids: IntArray, n_classes: int) -> TableRows:
         for class_id in sorted(class_ids.tolist(), reverse=True):
             if self.known.counts[class_id + 1 :].any():
-                self.table.change(f"class_id > {class_id}", "class_id", "class_id - 1")
+                self._changed.change(f"class_id > {class_id}", "class_id", "class_id - 1")
         return self._with_sums(lambda sums: sums.without(class_ids))
 
     def _with_sums(self, change: Callable[[Sums], Sums]) -> TableRows:
@@ -409,7 +410,7 @@ class TableRows(Rows):
             return self.rewritten(metric, factory, known=self.sums)
         rows, moved = self, self.table.has_points
         if moved:
-            self.table.drop_points()
+            self._changed.drop_points()
             rows = replace(self, point_sums=None)
         return rows.indexed(factory or self.asked) if moved or factory is not None else rows
 
@@ -421,10 +422,10 @@ class TableRows(Rows):
         before = old.take(pa.array(places))
         changed = ~np.logical_and.reduce([np.equal(before[name].to_numpy(), new[name].to_numpy()) for name in ASSIGNED])
         gone = ~np.isin(old["key_id"].to_numpy(), rows.key_ids[~changed])
-        self.table.delete(old["key_id"].to_numpy()[gone].tolist())
+        self._changed.delete(old["key_id"].to_numpy()[gone].tolist())
         if changed.any():
             own = rows.take(np.flatnonzero(changed))
-            self.table.append(rows_of(own.labels, own.keys))
+            self._changed.append(rows_of(own.labels, own.keys))
         blocks = ((keys, labels["class_id"].to_numpy().astype(np.int64)) for labels, keys in rows.blocks())
         return replace(self, known=rows.sums or Sums.of(blocks, n_classes, self.d), point_sums=None)
 
@@ -455,18 +456,31 @@ class TableRows(Rows):
     def indexed(self, asked: str) -> TableRows:
         """Build the index of the table."""
         kind, _ = index_kind(asked, self.n, self.n_classes)
-        self.table.build_index(kind)
+        self._changed.build_index(kind)
         return replace(self, kind=kind, automatic=asked == "auto")
 
     def kept_up(self, prunes: bool) -> TableRows:
         """Update the index if needed, because unindexed rows slow down every search."""
         if prunes:  # otherwise pruning would merge fragments in a separate version
-            self.table.optimize()
+            self._merge()
         if self.kind == FLAT and self.automatic and self.n >= INDEX_FROM:
             return self.indexed("auto")
         if self.kind != FLAT and self.table.unindexed() >= UNINDEXED:
-            self.table.optimize()
+            self._merge()
         return self
+
+    def _merge(self) -> None:
+        writer = self.writer
+        if writer is not None and writer.parent is not None:  # damaged rows must not get valid digests
+            writer.store.check_files(writer.parent)
+        self._changed.optimize()
+
+    @property
+    def _changed(self) -> KeyTable:
+        """The table, which is about to be changed by the writer."""
+        assert self.writer is not None
+        self.writer.begin()
+        return self.table
 
     @property
     def few(self) -> int | None:

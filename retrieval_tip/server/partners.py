@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import logging
+from functools import partial
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
@@ -16,11 +18,10 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 
 from retrieval_tip.data.exchange import choices_of
-from retrieval_tip.data.reader import Reader
 from retrieval_tip.errors import InputError, counted, few, show, warn_once
 from retrieval_tip.index import changes
-from retrieval_tip.server import shots
 from retrieval_tip.server.access import CHANGES, READS, Named, TheService
+from retrieval_tip.server.annotations import COLUMN, database, done, note
 from retrieval_tip.server.guard import give_time
 from retrieval_tip.server.routes import json_of
 from retrieval_tip.server.schemas import class_name
@@ -37,7 +38,7 @@ AT_ONCE = 4
 """Number of photos to read and classify at once."""
 LONGEST_CONFIG, MOST_TASKS = 1 << 20, 10_000
 """Maximum number of characters of a labelling interface, and of tasks to predict at once."""
-NOT_LEARNT = "changes no shot; ANNOTATION_CREATED, ANNOTATION_UPDATED and ANNOTATIONS_DELETED do, with their payload"
+NOT_LEARNT = "changes no shot; ANNOTATION_CREATED, _UPDATED, ANNOTATIONS_DELETED and TASKS_DELETED do, with a payload"
 BEST = Ask(top=1, neighbours=0)
 """Asks for the best class only."""
 
@@ -129,66 +130,97 @@ async def predict(service: TheService, one: Named, sent: Json) -> Response:
 
 @label_studio.post("/webhook", dependencies=CHANGES)
 async def webhook(service: TheService, one: Named, sent: Json) -> Response:
-    """Add, relabel or remove the shots of annotations that were created, updated or deleted.
+    """Make the label of a photo what its annotations say, after some were created, updated or deleted.
 
-    An annotation with exactly one choice makes a shot. Repeating a request changes nothing.
+    If they disagree, the photo is no shot. Repeating a request changes nothing.
     """
     give_time()
-    annotations: list[str] = []
-    event: Json | None = None
-    match sent:
-        case {
-            "action": "ANNOTATION_CREATED" | "ANNOTATION_UPDATED",
-            "project": {"id": int() as project, "label_config": str()},
-            "task": {},
-            "annotation": {"id": int() as number, "result": list()},
-        }:
-            annotations, event = [f"{project}/{number}"], sent
-        case {"action": "ANNOTATIONS_DELETED" | "ANNOTATION_DELETED", "project": {"id": int() as project}}:
-            gone = sent.get("annotations", [sent.get("annotation")])
-            numbers = [one.get("id") for one in gone if isinstance(one, dict)] if isinstance(gone, list) else []
-            annotations = [f"{project}/{number}" for number in numbers if isinstance(number, int)]
-    key_ids: list[int] = []
-    skipped = [] if annotations else [{"input": show(str(sent.get("action"))), "reason": NOT_LEARNT}]
-    for annotation in annotations:
-        try:
-            async with service.annotating:  # the next event about an annotation may arrive before this one is done
-                key_ids += await _learn(service, one, annotation, event)
-        except InputError as error:
-            skipped.append({"input": f"annotation {annotation}", "reason": str(error)})
+    names, key_ids = _named(sent), list[int]()
+    async with service.annotating:  # the next event about an annotation may arrive before this one is done
+        reasons = await _learn(service, one, names, sent, key_ids) if names else [NOT_LEARNT]
+    what = f"annotation {few(names)}" if names else show(str(sent.get("action")))
+    if names and reasons:  # Label Studio does not show the answer
+        log.warning("%s: %s: %s", one.name, what, reasons[0])
+    skipped = [{"input": what, "reason": reason} for reason in reasons]
     return json_of({"index": one.name, "version": one.now.manifest.version, "key_ids": key_ids, "skipped": skipped})
 
 
-async def _learn(service: Service, one: Served, annotation: str, event: Json | None) -> list[int]:
-    """Make the shots of an annotation equal to what an event says, and return the ids of the changed keys."""
-    index, backbone = one.now.index, backbone_of(one.now)
-    label, reason, address = (None, "", None) if event is None else _said(event)
-    rows = await service.find(shots.annotated, index, annotation)
-    if label is None:
-        key_ids: list[int] = rows["key_id"].to_pylist()
-        if key_ids:
-            await service.changed(one, lambda: changes.remove(one.folder, key_ids=key_ids))
-        if reason:
-            raise InputError(reason)
-        return key_ids
-    if not len(rows):
-        data = await service.photos.read(address)
-        rows = await service.find(index.having, "digest", [hashlib.sha256(data).hexdigest()])
-    if len(rows):  # the index has the photo already
-        known = [changes.PhotoLabel(row["source"], row["digest"], label, "") for row in rows.to_pylist()]
-        return (await service.changed(one, changes.label, one.folder, known, Reader(backbone))).key_ids
-    return (await service.add_images(one, Sent(["its photo"], [label], [data]), annotation))[0].key_ids
+def _named(sent: Json) -> list[str]:
+    """Return the annotation that an event describes, or the annotations or tasks that were deleted."""
+    of = ""
+    match sent:
+        case {
+            "action": "ANNOTATION_CREATED" | "ANNOTATION_UPDATED",
+            "project": {"label_config": str()},
+            "task": {},
+            "annotation": {"result": list()} as annotation,
+        }:
+            items = [annotation]
+        case {"action": "ANNOTATIONS_DELETED", "annotations": list() as items}:
+            pass
+        case {"action": "TASKS_DELETED", "tasks": list() as items}:
+            of = "of task "
+        case _:
+            return []
+    project, *numbers = (item.get("id") if isinstance(item, dict) else None for item in [sent.get("project"), *items])
+    return [f"{of}{project}/{number}" for number in numbers if type(project) is type(number) is int]
 
 
-def _said(event: Json) -> tuple[str | None, str, object]:
-    """Return the label of an annotation, or why it has none, and the address of its photo."""
-    interface, annotation = interface_of(event["project"]["label_config"]), event["annotation"]
-    own = [one for one in annotation["result"] if isinstance(one, dict) and one.get("from_name") == interface.from_name]
-    chosen = choices_of({"annotations": [annotation | {"result": own}]})
-    if len(chosen) != 1:
-        return None, f"has {counted(len(chosen), 'choice')}; only an annotation with one choice makes a shot", None
-    (label,) = chosen
-    return class_name(label), "", _address(event["task"], interface)
+async def _learn(service: Service, one: Served, names: list[str], sent: Json, key_ids: list[int]) -> list[str]:
+    """Note what an event says, and make the shots follow. Add the ids of changed keys, and return what is skipped."""
+    said, until, reasons = list[Any](), "~", list[str]()
+    if "DELETED" not in sent["action"]:
+        task, annotation = sent["task"], sent["annotation"]
+        until, digest, address, chosen = json.dumps(annotation.get("updated_at")), None, None, set[str]()
+        try:
+            interface = interface_of(sent["project"]["label_config"])
+            chosen = set(map(class_name, choices_of({"annotations": [annotation]}, interface.from_name)))
+            if chosen:
+                address = _address(task, interface)
+                digest = hashlib.sha256(await service.photos.read(address)).hexdigest()
+            if len(chosen) != 1:
+                number = counted(len(chosen), "choice")
+                raise InputError(f"has {number}; only an annotation with one choice makes a shot")
+        except InputError as error:
+            reasons = [str(error)]
+        of = show(f"of task {sent['project']['id']}/{task.get('id')}")
+        said = [(names[0], of, until, digest, json.dumps(address), json.dumps([*chosen]))]
+    path = database(one.place, service.uploads)
+    for due in await service.find(note, path, [(name, until) for name in names], said, one.now.index):
+        reasons += await _follow(service, one, due, key_ids)
+    await service.find(done, path)
+    return reasons
+
+
+async def _follow(service: Service, one: Served, due: Any, key_ids: list[int]) -> list[str]:
+    """Make the shot of a photo what its annotations say, and add the ids of changed keys. Return what is skipped.
+
+    A key that no annotation made was in the index before, and stays as it is.
+    """
+    digest, choices, annotation, address = due
+    index, wanted, reasons = (await service.find(one.follow)).index, "", list[str]()
+    rows = (await service.find(index.having, "digest", [digest])).to_pylist()
+    before = {row["label"] for row in rows if not row.get(COLUMN)}
+    labels = before.union(json.loads(choices))
+    if len(labels) > 1 and labels - before:
+        end = "the index had it before, and keeps its label" if before else "it is no shot until its annotations agree"
+        reasons = [f"its photo has several labels ({few(sorted(map(repr, labels)))}); {end}"]
+    else:
+        wanted = "".join(labels - before)
+    known = wanted in index.class_names
+    wrong = [row["key_id"] for row in rows if row.get(COLUMN) and row["label"] != wanted]
+    if wrong:
+        change = partial(changes.relabel, label=wanted) if known else changes.remove
+        key_ids += (await service.changed(one, partial(change, one.folder, key_ids=wrong))).key_ids
+    try:
+        if wanted and not (rows and known):
+            data = await service.photos.read(json.loads(address))
+            if hashlib.sha256(data).hexdigest() != digest:
+                raise InputError("another photo is now at its address, so it is no shot; update the annotation")
+            key_ids += (await service.add_images(one, Sent(["its photo"], [wanted], [data]), annotation))[0].key_ids
+    except InputError as error:
+        reasons.append(str(error))
+    return reasons
 
 
 def _address(task: Json, interface: Interface) -> object:

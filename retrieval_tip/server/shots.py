@@ -12,8 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from retrieval_tip.backbones.base import Backbone, Part
 from retrieval_tip.data.reader import FloatArray, Reader
@@ -23,18 +21,15 @@ from retrieval_tip.errors import InputError, StoreError, show
 from retrieval_tip.files import replacing
 from retrieval_tip.index import changes, photos
 from retrieval_tip.index.build import build_index
-from retrieval_tip.model import Index
+from retrieval_tip.server.annotations import COLUMN
 from retrieval_tip.server.served import Served
-
-ANNOTATION = "label_studio"
-"""Optional column with the Label Studio project and annotation of a shot, such as ``1/42``."""
 
 
 def add_images(
     one: Served, backbone: Backbone, labelled: Sequence[tuple[str, bytes]], uploads: Path | None,
     annotation: str | None = None,
 ) -> changes.Added:  # fmt: skip
-    """Save images of one class, and add them as shots, which belong to an ``annotation`` if it is given."""
+    """Save images of one class, and add them as shots. A single image may belong to an ``annotation``."""
     folder = uploads or photos.folder_of(one.place)
     if folder is None:
         raise InputError(f"index {one.name!r} is in a bucket; to add images, start the server with --uploads FOLDER")
@@ -42,20 +37,12 @@ def add_images(
     with _removed_on_error(folder, photos.class_folder(folder, label)) as fresh:
         source = _source(f"shots of {label}", folder, labelled, fresh)
         if annotation is not None:
-            column = pa.array([annotation] * len(source), pa.string())
-            source = replace(source, items=source.items.append_column(ANNOTATION, column))
+            source = replace(source, items=source.items.append_column(COLUMN, [[annotation]]))
         added = changes.add(one.folder, source, Reader(backbone))
     if added.known:  # the index already has these images under other names
         kept = set(one.follow().index.find(key_ids=added.key_ids)["source"].to_pylist())
         _remove([path for path in fresh if show(path) not in kept])
     return added
-
-
-def annotated(index: Index, annotation: str) -> pa.Table:
-    """Return the rows of the keys that belong to an annotation."""
-    labels = index.labels
-    known = ANNOTATION in labels.column_names
-    return labels.filter(pc.equal(labels[ANNOTATION], annotation)) if known else labels.slice(0, 0)
 
 
 def add_features(one: Served, names: Sequence[str], labels: Sequence[str], features: FloatArray) -> changes.Added:

@@ -180,7 +180,8 @@ class Photos:
 
     async def _fetch(self, address: str) -> bytes:
         own, url, data = self._url, self._url.join(address), bytearray()
-        if url.copy_with(raw_path=own.raw_path) != own or not url.path.startswith(f"{own.path}data/"):
+        inside = url.path.startswith(f"{own.path}data/") and ".." not in url.path.split("/")  # also if it was encoded
+        if url.copy_with(raw_path=own.raw_path) != own or not inside:
             raise InputError("is not an upload of LABEL_STUDIO_URL (/data/...), and nothing else is fetched")
         # Redirects are not followed, and neither a proxy nor a password of this machine is used.
         async with asyncio.timeout(SECONDS), httpx2.AsyncClient(trust_env=False, timeout=SECONDS) as client:

@@ -71,9 +71,10 @@ def write(contents: Contents, writer: Writer, stored: Stored | None) -> None:
     same = set[str]() if stored is None else stored.same(contents, writer)
     writer.keep(*same)
     check = None
-    if stored is not None and stored.verify == "fast":  # copied damage must not get a valid digest
+    if stored is not None:  # files are mapped, so damage on the disk is copied, and must not get a valid digest
         known = {stored.manifest.files[kind] for kind in same}
         check = Check(stored.store.files, stored.manifest, known=known)
+    writer.begin()
     with ThreadPoolExecutor(SEALED_AT_ONCE, thread_name_prefix="seal") as pool:
         new = [kind for kind in contents if kind not in writer.files]
         list(pool.map(lambda kind: _seal(writer, kind, contents[kind]), new))

@@ -13,7 +13,7 @@ import re
 import socket
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 from urllib.parse import urlsplit
@@ -27,6 +27,7 @@ from retrieval_tip.store.address import Address, set_credentials, storage_option
 from retrieval_tip.store.manifest import SUFFIXES, DataFile
 
 if TYPE_CHECKING:
+    from obstore import ObjectMeta
     from obstore.store import ClientConfig, ObjectStore, RetryConfig, S3Config
 
 FAST_BYTES = 1 << 22
@@ -39,6 +40,9 @@ PATIENT_BYTES, PATIENT = 1 << 20, "120s"
 """Size in bytes above which an upload has a longer timeout, and this timeout."""
 OBJECT_BYTES = 1 << 34
 """Maximum size of an object in bytes. A million classes with 1024 values each take less."""
+
+CLOCK = "clock"
+"""Name of an empty object, which is written to ask a service for the time."""
 
 _first_process = functools.cache(os.getpid)  # runs the threads of obstore, which a forked process does not have
 FILE_NAME = re.compile(rf"({'|'.join(SUFFIXES)})-[0-9a-f]{{16}}\.(npy|parquet|faiss)")
@@ -99,11 +103,8 @@ class LocalFiles:
         self.put(name, data)
         return True
 
-    def sizes(self, folder: str, age: timedelta = timedelta()) -> dict[str, int]:
-        """Return the names and sizes of the files in a folder, sorted by name.
-
-        In a bucket, files that were written less than ``age`` ago, by the clock of this machine, are left out.
-        """
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Return the names and sizes of the files in a folder, sorted by name."""
         try:
             entries = sorted(os.scandir(self.folder / folder), key=lambda entry: entry.name)
         except OSError as error:
@@ -115,6 +116,14 @@ class LocalFiles:
             with suppress(FileNotFoundError):  # just deleted
                 found[f"{folder}/{entry.name}"] = entry.stat(follow_symlinks=False).st_size
         return found
+
+    def old(self, folder: str, age: timedelta) -> set[str]:
+        """Return the names of the files in a folder that no running process has written.
+
+        In a bucket, these are the files that were written at least ``age`` ago by the clock of the service. The clock
+        of this machine may be wrong. In a folder, the caller must hold its lock, and these are all files.
+        """
+        return set(self.sizes(folder))
 
     def delete(self, names: Iterable[str]) -> None:
         """Delete files. Missing files are ignored."""
@@ -191,14 +200,23 @@ class BucketFiles:
         with self._asking(name, *expected):
             obstore.put(client, name, data, mode=mode)
 
-    def sizes(self, folder: str, age: timedelta = timedelta()) -> dict[str, int]:
+    def sizes(self, folder: str) -> dict[str, int]:
+        found = {entry["path"]: entry["size"] for entry in self._listed(folder)}
+        return {name: found[name] for name in sorted(found)}
+
+    def old(self, folder: str, age: timedelta) -> set[str]:
+        import obstore
+
+        self.put(CLOCK, b"")
+        with self._asking(CLOCK):
+            last = obstore.head(self._client, CLOCK)["last_modified"] - age
+        return {entry["path"] for entry in self._listed(folder) if entry["last_modified"] <= last}
+
+    def _listed(self, folder: str) -> Sequence[ObjectMeta]:
         import obstore
 
         with self._asking(folder):
-            listed = obstore.list_with_delimiter(self._client, folder)["objects"]
-        last = datetime.now(UTC) - age
-        found = {entry["path"]: entry["size"] for entry in listed if not age or entry["last_modified"] <= last}
-        return {name: found[name] for name in sorted(found)}
+            return obstore.list_with_delimiter(self._client, folder)["objects"]
 
     def delete(self, names: Iterable[str]) -> None:
         import obstore

@@ -320,6 +320,11 @@ _FIELDS = {field.name for field in fields(Manifest)}
 _ENTRIES = {"format", "format_version", "sha256", *_FIELDS, *(field.name for field in fields(Settings))} - {"settings"}
 
 
+def manifest_name(version: int) -> str:
+    """Return the name of a version's manifest in the folder ``manifests``."""
+    return f"manifests/{version:06d}.json"
+
+
 def named_in(raw: bytes) -> set[str] | None:
     """Return the names of the data files in a manifest, or ``None`` if the manifest is damaged.
 

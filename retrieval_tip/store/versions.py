@@ -6,19 +6,23 @@ either the old version or the new version, never a mixture of the two.
 manifests/000003.json          the manifest of a version; the version with the highest number is current. Creating this
                                file commits the version, and only one of two writers can create it
 data/KIND-<digest>.SUFFIX      a data file, which several versions may share (see :data:`manifest.SUFFIXES`)
+newest/000003-41               the highest version and the next key id, in case a manifest is lost (see :mod:`newest`)
 lock                           locked by the process that is writing, unless the store is in a bucket
 
 Data files are written and flushed before the manifest. If the process is killed, the old version stays current, and the
-next writer removes the leftover files. In a bucket, such files may belong to a version that is being written, so they
-are only deleted after :data:`UNFINISHED`.
+next writer removes the leftover files before it writes. A change that is refused deletes and renames nothing. In a
+bucket, leftover files may belong to a version that is being written, so they are only deleted after
+:data:`UNFINISHED`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
+import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import time
@@ -26,6 +30,7 @@ import uuid
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib.metadata import version as version_of
 from io import BytesIO
 from pathlib import Path
@@ -41,7 +46,9 @@ from retrieval_tip.files import TEMPORARY, real, remove_leftovers, sha256_of
 from retrieval_tip.settings import Verify, check_choice
 from retrieval_tip.store.files import FILE_NAME, BucketFiles, LocalFiles, check_name, lies_in, locked, read_array
 from retrieval_tip.store.labels import VERSIONS_SCHEMA, read_curve, read_labels
-from retrieval_tip.store.manifest import SUFFIXES, DataFile, Manifest, named_in
+from retrieval_tip.store.manifest import SUFFIXES, DataFile, Manifest, manifest_name, named_in
+from retrieval_tip.store.newest import FOLDER as NEWEST
+from retrieval_tip.store.newest import Newest
 from retrieval_tip.store.query import TIMEOUT, ask
 
 T = TypeVar("T")
@@ -55,9 +62,10 @@ VERSIONS_TRIED = 16
 """Number of attempts to open an index if each version is deleted while it is being read."""
 MANIFEST_BYTES = 1 << 28
 """Maximum size of a manifest in bytes, about ten times the size of a manifest with a million classes."""
-UNFINISHED = datetime.timedelta(hours=1)
+UNFINISHED = datetime.timedelta(hours=24)
 """Age after which a file in a bucket to which no manifest refers is considered left over by a killed writer."""
 
+log = logging.getLogger(__name__)
 _ZEROS = bytes(1 << 20)
 _MANIFEST = re.compile(r"manifests/(\d{6,12})\.json")
 
@@ -68,9 +76,10 @@ class Writer:
     Use :meth:`Versions.write` to get one.
 
     ``parent`` is the manifest of the version before it, and ``files`` are the data files written or kept so far.
-    ``restored`` is the earlier version that a rollback copies. If ``replaces`` is set, the parent is deleted after the
-    commit. Readers that have opened it can finish, because rows of a table are kept until later. If ``prunes`` is set,
-    earlier versions of the table are pruned after the commit.
+    ``restored`` is the earlier version that a rollback copies, and ``newest`` the highest version that the store has
+    had. ``sent`` are the contents of the files that were put into a bucket, which may have to be put again. If
+    ``replaces`` is set, the parent is deleted after the commit. Readers that have opened it can finish, because rows of
+    a table are kept until later. If ``prunes`` is set, earlier versions of the table are pruned after the commit.
     """
 
     replaces = prunes = False
@@ -79,6 +88,10 @@ class Writer:
         self.store, self.parent = store, parent
         self.files: dict[str, DataFile] = {}  # files are sealed in several threads
         self.restored: Manifest | None = None
+        self.newest = Newest()
+        self.sent: dict[str, Sequence[bytes | memoryview]] = {}
+        self._staged, self._new = list[Path](), set[str]()
+        self._begun = False
 
     def replace(self, version: int) -> bool:
         """Replace the parent if it is this version and was made in the current minute, and return whether it was."""
@@ -90,22 +103,54 @@ class Writer:
     @property
     def number(self) -> int:
         """Number of the version that is being written."""
-        return self.parent.version + 1 if self.parent else 1
+        return 1 + max(self.newest.version, self.parent.version if self.parent else 0)
 
     @property
     def before(self) -> int | None:
         """Number of the last version that is kept before this one."""
         return None if self.parent is None else self.parent.parent if self.replaces else self.parent.version
 
+    def begin(self) -> None:
+        """Remove what killed writers have left. Call this when the change is accepted, before the first write.
+
+        Later calls do nothing.
+        """
+        if self._begun:
+            return
+        self._begun = True
+        store, names = self.store, self.store.names()
+        if OLD in names.values():  # the current manifest of an earlier program
+            (store.folder / "manifests").mkdir(exist_ok=True)
+            (store.folder / OLD).replace(store.folder / manifest_name(max(names)))
+            store.files.flush("manifests", "")
+        store.tidy([file.name for file in self.files.values()])
+
+    def undo(self) -> None:
+        """Remove the files of a change that failed, unless it was committed."""
+        with suppress(OSError, StoreError):
+            for path in self._staged:
+                path.unlink(missing_ok=True)
+            self.store.remove_unnamed(self._new)
+
     def put(self, kind: str, rows: int, *parts: bytes | memoryview) -> None:
         """Write the data file of this kind. In a bucket, a file that the parent version has is not sent again."""
+        self.begin()
         digest = hashlib.sha256()
         for part in parts:
             digest.update(part)
         own = entry(kind, rows, sum(memoryview(part).nbytes for part in parts), digest.hexdigest())
+        if self.store.local is not None:
+            self._note(own)
+        else:
+            self.sent[own.name] = parts
         if self.store.local is not None or self.parent is None or self.parent.files.get(kind) != own:
             self.store.files.put(own.name, *parts)
         self.files[kind] = own
+
+    def _note(self, file: DataFile) -> None:
+        """Note a file that is about to be written, unless there is one of this name."""
+        if not (self.store.folder / file.name).exists():
+            self._new.add(file.name)
 
     def put_array(self, kind: str, array: npt.NDArray[np.floating]) -> None:
         """Write a two-dimensional array as the data file of this kind."""
@@ -124,29 +169,29 @@ class Writer:
 
     def stage(self, kind: str) -> Path:
         """Return a temporary path for a data file of this kind. Write the file there before you call :meth:`seal`."""
-        return self.store.folder / "data" / f".{kind}{SUFFIXES[kind]}.{uuid.uuid4().hex[:8]}.tmp"
+        self._staged.append(self.store.folder / "data" / f".{kind}{SUFFIXES[kind]}.{uuid.uuid4().hex[:8]}.tmp")
+        return self._staged[-1]
 
     def stage_array(self, kind: str, shape: tuple[int, int], dtype: npt.DTypeLike) -> np.memmap[Any, Any]:
         """Stage a writable memory-mapped array.
 
-        The disk space is reserved in advance, because a full disk would otherwise cause a SIGBUS.
+        The disk space is reserved in advance, because a full disk would otherwise cause a SIGBUS. A large array is
+        staged before the change is accepted, so leftovers are only removed if they may be what fills the disk.
         """
-        path = self.stage(kind)
-        array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-        with path.open("rb+") as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), array.offset, array.nbytes)
-            else:  # on macOS, space is only reserved by writing
-                file.seek(array.offset)
-                for at in range(0, array.nbytes, len(_ZEROS)):
-                    file.write(_ZEROS[: array.nbytes - at])
-        return array
+        try:
+            return _reserved(self.stage(kind), shape, dtype)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+        self.begin()
+        return _reserved(self.stage(kind), shape, dtype)
 
     def seal(self, kind: str, staged: Path, rows: int) -> None:
         """Flush a staged file to disk, and rename it by its digest."""
         with staged.open("rb+") as file:
             os.fsync(file.fileno())
         own = self.files[kind] = entry(kind, rows, staged.stat().st_size, sha256_of(staged))
+        self._note(own)
         staged.replace(self.store.folder / own.name)
 
     def seal_array(self, kind: str, array: np.memmap[Any, Any]) -> npt.NDArray[np.floating]:
@@ -154,6 +199,17 @@ class Writer:
         array.flush()
         self.seal(kind, Path(str(array.filename)), len(array))
         return read_array(self.store.folder, self.files[kind], array.shape)
+
+    def send_again(self, names: Collection[str]) -> None:
+        """Put files into a bucket again. Raises StoreError if this writer has not put them."""
+        for name in names:
+            if name not in self.sent:
+                raise changed_meanwhile(self.store)
+            self.store.files.put(name, *self.sent[name])
+
+    def complete(self, manifest: Manifest) -> None:
+        """Replace what another process has deleted from a bucket in the meantime. Raises StoreError if it is lost."""
+        self.send_again(sizes_of(manifest).keys() - self.store.files.sizes("data").keys())
 
     def keep(self, *kinds: str) -> None:
         """Share the data files of these kinds with the parent version."""
@@ -172,10 +228,12 @@ class Writer:
             Manifest.parse(json.loads(raw))
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise InputError(f"{self.store}: the manifest cannot be stored ({error}); nothing was changed") from None
+        self.begin()
         self.store.publish(self, manifest, raw)
         # The new version is committed, so nothing below may raise an error. The next writer completes the rest.
         with suppress(OSError, StoreError):
             self.store.files.flush("manifests", "", "..")
+            Newest(manifest.version, manifest.next_key_id).write(self.store.files)
             if self.replaces and self.parent is not None:
                 self.store.files.delete([manifest_name(self.parent.version)])
                 self.store.tidy()
@@ -194,7 +252,7 @@ class Versions:
     local: Path | None
     writer: type[Writer] = Writer
     """The class of the writer."""
-    own: tuple[str, ...] = ("data", "manifests", "lock", OLD)
+    own: tuple[str, ...] = ("data", "manifests", NEWEST, "lock", OLD)
     """Names in the folder of a store, without the names of temporary files."""
     in_table = False
     """Whether keys and labels are rows of a table, which a manifest names."""
@@ -249,18 +307,22 @@ class Versions:
     def names(self) -> dict[int, str]:
         """Return the names of the manifests by version, oldest first.
 
-        In a folder of an earlier program, ``manifest.json`` is the current one, until the next writer renames it.
+        In a folder of an earlier program, ``manifest.json`` is the current one, until the next writer renames it. It
+        has the highest number then. One with a lower number came from a copy that is older, and is ignored.
         """
         try:
-            found = {}
+            old = None
             if self.local is not None and (self.local / OLD).is_file():
                 with suppress(FileNotFoundError):  # it was just renamed
-                    found[self.parse(OLD).version] = OLD
+                    old = self.parse(OLD).version
             sizes = self.files.sizes("manifests")
         except OSError as error:
             raise StoreError(f"{self}: cannot be read: {error.strerror}") from None
         numbered = {int(match[1]): name for name in sizes if (match := _MANIFEST.fullmatch(name))}
-        return dict(sorted((numbered | found).items()))
+        names = dict(sorted(numbered.items()))
+        if old is not None and old > max(names, default=0):
+            names[old] = OLD
+        return names
 
     def has_text(self, manifest: Manifest) -> bool:
         """Return whether a version has any text weight that is not zero."""
@@ -292,12 +354,16 @@ class Versions:
         return np.bincount(labels["class_id"].to_numpy(), minlength=len(manifest.class_names)), sizes
 
     def manifest(self, version: int | None = None) -> Manifest:
-        """Return the manifest of the current version, or of an earlier version."""
+        """Return the manifest of the current version, or of an earlier one. Warns if the newest version is lost."""
         if self.local is not None:
             check_name(self.local)
 
         def read() -> Manifest:
+            newest = Newest.read(self.files, self)  # before the manifests, because a commit may come in between
             names = self.names()
+            loss = newest.loss(self, max(names, default=0))
+            if loss is not None:
+                warn_of_loss(loss)
             if not names:
                 what = "no such folder" if self.local is not None and not self.local.exists() else "not an index"
                 raise StoreError(f"{self}: {what}; make one with retrieval-tip index build SOURCE --out INDEX")
@@ -422,26 +488,34 @@ class Versions:
         """Create the manifest of the next version, which is encoded as ``raw``."""
         self.files.flush("data", "")
         name = manifest_name(manifest.version)
+        if self.local is None:  # a slow upload would otherwise look like one that was left over
+            writer.send_again(self.files.old("data", UNFINISHED / 2) & writer.sent.keys())
         created = self.files.create(name, raw)
         with suppress(FileNotFoundError):  # it may exist because the server's answer was lost; its content shows whose
             created = created or self.files.get(name, MANIFEST_BYTES) == raw
         if not created:
             raise changed_meanwhile(self)
-        if writer.restored is not None and not self.keeps(writer.restored):
-            self.files.delete([name])  # another process has deleted the version meanwhile, and maybe also its rows
-            raise changed_meanwhile(self)
+        try:
+            if writer.restored is not None and not self.keeps(writer.restored):
+                raise changed_meanwhile(self)  # another process has deleted the version, and maybe also its rows
+            if self.local is None:
+                writer.complete(manifest)
+        except StoreError:
+            self.files.delete([name])
+            raise
 
     @contextmanager
-    def write(self) -> Iterator[Any]:
+    def write(self, *, accepts: int | None = None) -> Iterator[Any]:
         """Yield a writer of the next version. A store on this machine is locked in the meantime.
 
         Waits up to :data:`files.LOCK_WAIT` seconds for other writers. If an exception is raised or the process is
         killed, the current version stays in place. Raises StoreError if the folder contains other files, stays locked
-        or cannot be written, or if the disk is full.
+        or cannot be written, or if the disk is full. Also raises StoreError if the newest version is lost, unless the
+        caller ``accepts`` that the highest remaining version becomes current.
         """
         folder, made = self.local, list[Path]()
         if folder is None:
-            yield self.writer(self, self.manifest() if self.exists() else None)
+            yield self._writer(accepts)
             return
         check_name(folder)
         for name in self.own:
@@ -456,7 +530,7 @@ class Versions:
             if not all(map(TEMPORARY.fullmatch, others)) and not self.exists():
                 raise StoreError(f"{self}: is not an index and not empty; give an empty or new folder")
             with locked(folder, self):
-                yield from self._exclusively(folder)
+                yield from self._exclusively(folder, accepts)
         except OSError as error:
             raise StoreError(
                 f"{error.filename2 or error.filename or self}: cannot be written: {error.strerror or error}; "
@@ -467,31 +541,43 @@ class Versions:
                 for path in made if not self.exists() else ():
                     path.rmdir()
 
-    def _exclusively(self, folder: Path) -> Iterator[Writer]:
-        """Yield a writer to the owner of the lock, and remove what killed and failed writers leave."""
+    def _exclusively(self, folder: Path, accepts: int | None) -> Iterator[Writer]:
+        """Yield a writer to the owner of the lock, and remove its files if it fails."""
+        writer = None
         try:
-            parent = self.manifest() if self.exists() else None
-            if parent is not None and (folder / OLD).is_file():
-                (folder / "manifests").mkdir(exist_ok=True)
-                (folder / OLD).replace(folder / manifest_name(parent.version))
-            self.tidy()
-            yield self.writer(self, parent)
+            writer = self._writer(accepts)
+            yield writer
         except BaseException:
-            self.tidy()
+            if writer is not None:
+                writer.undo()
             raise
         finally:
             if not self.exists():
                 _remove_own(folder)
 
+    def _writer(self, accepts: int | None) -> Writer:
+        newest = Newest.read(self.files, self)
+        parent = self.manifest() if self.exists() else None
+        current = parent.version if parent else 0
+        loss = newest.loss(self, current)
+        if loss and accepts != current:
+            raise StoreError(f"{loss}; nothing was changed")
+        writer = self.writer(self, parent)
+        writer.newest = newest
+        return writer
+
     def rollback(self, version: int | None = None) -> int:
-        """Copy an earlier version, by default the parent, into a new version, and return the new number."""
+        """Copy an earlier version, by default the parent, into a new version, and return the new number.
+
+        If the newest version is lost, ``version`` must be the highest remaining one. This accepts the loss.
+        """
         self.manifest()  # before a writer creates a folder
-        with self.write() as writer:
+        with self.write(accepts=version) as writer:
             current = writer.parent or self.manifest()
             wanted = version if version is not None else current.parent
             if wanted is None:
                 raise StoreError(f"{self}: no version before {current.version}; there is nothing to go back to")
-            if wanted == current.version:
+            if wanted == current.version >= writer.newest.version:
                 return current.version
             old = writer.restored = self.manifest(wanted)
             self.check(old)
@@ -499,7 +585,7 @@ class Versions:
                 old,
                 version=writer.number,
                 parent=current.version,
-                next_key_id=max(old.next_key_id, current.next_key_id),  # key ids are not reused
+                next_key_id=max(old.next_key_id, current.next_key_id, writer.newest.next_key_id),  # never used again
                 change=f"restored version {old.version}",
                 **created(),
             )
@@ -533,23 +619,25 @@ class Versions:
             self.tidy()
         return gone
 
-    def tidy(self) -> None:
-        """Remove unfinished files, and data files to which no manifest refers, if all manifests can be read.
+    def tidy(self, kept: Collection[str] = ()) -> None:
+        """Remove unfinished files, and data files to which no manifest refers, except those in ``kept``.
 
         In a folder, the caller must hold its lock.
         """
-        for name in ("", "data", "manifests") if self.local is not None else ():
+        for name in ("", "data", "manifests", NEWEST) if self.local is not None else ():
             remove_leftovers(self.folder / name)
-        age = UNFINISHED if self.local is None else datetime.timedelta()
         with suppress(OSError, StoreError):
-            named = set[str]()
-            for name in self.names().values():
-                found = named_in(self.files.get(name, MANIFEST_BYTES))
-                if found is None:
-                    return  # a damaged manifest may refer to any of the files
-                named |= found
-            files = [name for name in self.files.sizes("data", age) if FILE_NAME.fullmatch(name.partition("/")[2])]
-            self.files.delete(name for name in files if name not in named)
+            old = self.files.old("data", UNFINISHED)  # before the manifests, which may name them in the meantime
+            self.remove_unnamed({name for name in old.difference(kept) if FILE_NAME.fullmatch(name.partition("/")[2])})
+
+    def remove_unnamed(self, files: set[str]) -> None:
+        """Remove those of the given data files to which no manifest refers, if all manifests can be read."""
+        for name in self.names().values() if files else ():
+            named = named_in(self.files.get(name, MANIFEST_BYTES))
+            if named is None:
+                return  # a damaged manifest may refer to any of the files
+            files = files - named
+        self.files.delete(files)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -586,6 +674,12 @@ class Check:
                 raise StoreError(f"{problem}; restore the file or an earlier version, or build the index again")
 
 
+@cache
+def warn_of_loss(loss: str) -> None:
+    """Log the loss of a version as a warning, once."""
+    log.warning("%s", loss)
+
+
 def created() -> dict[str, Any]:
     """Return the entries of a new manifest that contain the time and the program version."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -602,11 +696,6 @@ def entry(kind: str, rows: int, size: int, digest: str) -> DataFile:
     return DataFile(f"data/{kind}-{digest[:16]}{SUFFIXES[kind]}", rows, size, digest)
 
 
-def manifest_name(version: int) -> str:
-    """Return the name of a version's manifest in the folder ``manifests``."""
-    return f"manifests/{version:06d}.json"
-
-
 def sizes_of(manifest: Manifest) -> dict[str, int]:
     """Return the sizes of the data files of a version in bytes, by name."""
     return {file.name: file.bytes for file in manifest.data_files}
@@ -620,10 +709,22 @@ def paths_in(folder: Path) -> list[Path]:
         return []
 
 
+def _reserved(path: Path, shape: tuple[int, int], dtype: npt.DTypeLike) -> np.memmap[Any, Any]:
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    with path.open("rb+") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), array.offset, array.nbytes)
+        else:  # on macOS, space is only reserved by writing
+            file.seek(array.offset)
+            for at in range(0, array.nbytes, len(_ZEROS)):
+                file.write(_ZEROS[: array.nbytes - at])
+    return array
+
+
 def _remove_own(folder: Path) -> None:
     """Remove the files that a failed first version left behind. Only call this while you hold the lock."""
     with suppress(OSError):
-        for empty in (folder / "manifests", folder / "data"):
+        for empty in (folder / "manifests", folder / NEWEST, folder / "data"):
             if empty.exists():
                 empty.rmdir()
         (folder / "lock").unlink()

@@ -1,0 +1,67 @@
+"""Remember the highest version of an index in a second place, so that the loss of its manifest is noticed.
+
+``newest/000003-41`` is an empty file. Its name holds the highest version that was committed, and the next key id. It is
+created after the manifest, and lower ones are deleted after that. So the highest version never goes down, also if two
+writers in a bucket create their files in any order. If the folder is missing, no version counts as lost.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from typing import NamedTuple
+
+from retrieval_tip.errors import StoreError
+from retrieval_tip.store.files import BucketFiles, LocalFiles
+from retrieval_tip.store.manifest import manifest_name
+
+FOLDER = "newest"
+"""Name of the folder of these files."""
+
+_NAME = re.compile(rf"{FOLDER}/(\d{{6,12}})-(\d{{1,16}})")
+
+
+class Newest(NamedTuple):
+    """The highest version that a store has had, and its next key id."""
+
+    version: int = 0
+    next_key_id: int = 1
+
+    @property
+    def name(self) -> str:
+        """Name of its file."""
+        return f"{FOLDER}/{self.version:06d}-{self.next_key_id}"
+
+    @classmethod
+    def read(cls, files: LocalFiles | BucketFiles, place: object) -> Newest:
+        """Return the highest version. Read it before the manifests, because a commit may come in between.
+
+        Raises StoreError naming ``place`` if the folder cannot be read.
+        """
+        try:
+            return max(_all_of(files), default=cls())
+        except OSError as error:
+            raise StoreError(f"{place}/{FOLDER}: cannot be read: {error.strerror}") from None
+
+    def loss(self, place: object, current: int) -> str | None:
+        """Return what to do if this version of the store at ``place`` is lost, or ``None`` if it is not.
+
+        ``current`` is the highest version that has a manifest, or 0.
+        """
+        if self.version <= current:
+            return None
+        accept = shlex.join(["retrieval-tip", "index", "rollback", str(place), str(current)])
+        other = f"accept the loss: {accept}" if current else "build in another folder"
+        lost = f"{place}/{manifest_name(self.version)}: is missing, but version {self.version} was written"
+        return f"{lost}; restore the file, or {other}"
+
+    def write(self, files: LocalFiles | BucketFiles) -> None:
+        """Note that this version was committed. Raises OSError or StoreError if the store refuses it."""
+        files.put(self.name, b"")
+        files.flush(FOLDER)
+        files.delete(own.name for own in _all_of(files) if own < self)
+
+
+def _all_of(files: LocalFiles | BucketFiles) -> list[Newest]:
+    matches = map(_NAME.fullmatch, files.sizes(FOLDER))
+    return [Newest(int(match[1]), int(match[2])) for match in matches if match]
