@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import killing
+import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
@@ -215,6 +216,27 @@ def test_names_clash_in_nothing_and_lead_nowhere(photos, tmp_path, lit_mini):
     ]
     with Session(tmp_path, lit_mini) as session:
         session.settled(18)
+
+
+def test_of_two_sessions_of_an_index_one_keeps_photos(photos, tmp_path, lit_mini):
+    one, other = sorted((tmp_path / "outside").iterdir())[:2]
+    with Session(tmp_path, lit_mini) as session, Session(tmp_path, lit_mini) as second:
+        session.drop(one)
+        assert "another session" in second.drop(other, status=503)
+    assert [path.read_bytes() for path in (tmp_path / "ix-dropped").rglob("*.jpg")] == [one.read_bytes()]
+
+
+def test_a_photo_that_fills_the_disk_is_not_kept(photos, tmp_path, lit_mini, small_disk):
+    noise = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (500, 500, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(noise, "PNG")  # which cannot be compressed
+    one, disk = next((tmp_path / "outside").iterdir()), small_disk(256)
+    with Session(tmp_path, lit_mini, disk / "ix") as session:
+        assert "No space left" in session.drop(noise.getvalue(), names=["large.png"], status=503)
+        session.drop(one)
+        session.settled(13)
+    files = [path for path in (disk / "ix-dropped").rglob("*") if path.is_file()]
+    assert [path.read_bytes() for path in files] == [one.read_bytes()]
 
 
 def test_what_is_no_photo_is_refused_or_skipped(photos, tmp_path, lit_mini):
