@@ -238,8 +238,8 @@ async def label_sort(service: TheService, labelling: TheLabelling, change: schem
     ``undo`` is the command that undoes it.
     """
     give_time()
-    version, photos, reader = labelling.version(), labelling.photos, replace(labelling.photos.reader, skipped=[])
-    source = photos.chosen(photos.own(photos.paths))
+    version, known, reader = labelling.version(), labelling.photos, replace(labelling.photos.reader, skipped=[])
+    source = known.chosen(known.own(known.paths))
     folder, paths, xmp = Path(change.into).expanduser(), source.paths or (), change.action == "xmp"
     run = partial(service.run, labelling.encoding)
     if xmp:
@@ -249,17 +249,16 @@ async def label_sort(service: TheService, labelling: TheLabelling, change: schem
     elif version is None:
         raise Problem(404, "there are no labels yet; label some photos first")
     else:
-        if change.labelled:
-            source = photos.chosen(photos.own(labelling.labels()))
+        some = known.own(labelling.labels() if change.labelled else known.paths)
         action: Action = "copy" if change.action == "xmp" else change.action
         most, smooth = change.at_most_wrong, not change.labelled and version.index.n <= service.limits.estimated
         call = partial(sort_photos, action=action, at_most_wrong=most, smooth=smooth, dry_run=xmp)
-        done = await run(call, version.index, [source], reader, folder)
+        done = await run(call, version.index, [known.chosen(some)], reader, folder)
         if xmp:
             done = await run(write_planned, done, version.index.groups)
     words = ["sort", "--undo", "--into", str(folder.absolute())]
     if xmp:
-        inside = [photos.path(photo) for photo in photos.own(photos.paths) if photo < MOST_PHOTOS]
+        inside = [known.path(photo) for photo in known.own(known.paths) if photo < MOST_PHOTOS]
         given = [os.path.commonpath(inside or paths), *filter(os.path.isdir, [str(labelling.dropped)])]
         words = ["classify", str(labelling.place), *given, "--format", "xmp", "--undo"]
     undo = shlex.join(["retrieval-tip", *words])
