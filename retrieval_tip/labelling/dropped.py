@@ -23,7 +23,7 @@ def dropped_in(folder: Path) -> dict[int, str]:
     entries = images.subfolders(folder) if folder.is_dir() else []
     numbers = {int(entry.name): Path(entry.path) for entry in entries if _NUMBER.fullmatch(entry.name)}
     remove_scratch(numbers.values())
-    return {number: next(map(str, images.find(numbers[number])), "") for number in sorted(numbers)}
+    return {number: next(map(str, images.find(place)), "") for number, place in numbers.items()}
 
 
 def keep(folder: Path, number: int, name: str, data: bytes) -> str:

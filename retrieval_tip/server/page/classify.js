@@ -186,7 +186,7 @@ async function keepAll(files) {
 /** Add files to the session, or at the top of the page, where they wait until an index is open. */
 export function addFiles(files) {
   const { now } = session;
-  if (now && now.index === (state.info?.name ?? now.index) && !("keyId" in files[0])) return reported(() => keepAll(files));
+  if (now && now.index === (state.info?.name ?? now.index) && files[0]?.keyId === undefined) return reported(() => keepAll(files));
   const added = files.map((file) => new Photo(file));
   photos.unshift(...added);
   if (state.info) added.forEach(begin);
