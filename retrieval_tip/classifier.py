@@ -25,7 +25,7 @@ from retrieval_tip.data import images
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.pictures import Picture, features_of, is_one, open_images
 from retrieval_tip.data.reader import Reader
-from retrieval_tip.data.sources import Source, kind_of, open_inputs, open_items, open_source, read_item
+from retrieval_tip.data.sources import Source, check_images, kind_of, open_inputs, open_items, open_source, read_item
 from retrieval_tip.data.tables import check_backbone, is_frame
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError, counted, few
 from retrieval_tip.evaluation.audit import audit
@@ -346,8 +346,9 @@ class Classifier(OpenIndex):
 
         See :func:`build.build_index` for the errors.
         """
-        planned(options)  # raises an error before anything is loaded
+        planned(options)  # raises an error before the encoder is loaded
         source = photos if isinstance(photos, Source) else open_source(_place("photos", photos))
+        check_images([source])
         backbone = given_backbone(model, device, precision)
         reader = Reader(backbone, seed=seed, cache=EncodingCache.at(None))
         temporary, place = _new_place(out)

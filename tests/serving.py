@@ -22,7 +22,7 @@ from retrieval_tip.index import places
 from retrieval_tip.server import run as run_module
 from retrieval_tip.server.app import create_app
 from retrieval_tip.server.guard import Limits
-from retrieval_tip.server.labelling import Labelling
+from retrieval_tip.server.labelling import Labelling, paths_of
 from retrieval_tip.server.served import Backbones, Maker, Served, open_all
 from retrieval_tip.server.service import Service
 
@@ -108,7 +108,7 @@ def labelling_app(place, sources, reader, classes=(), limits=None, token="t"):
     backbones = Backbones("cpu", "float32", None, reader.backbone)
     served = [Served(place, backbones)] if places.at(place).exists() else []
     maker = Maker(Path(place).parent, lambda: reader.backbone, backbones)
-    session = Labelling(place, sources, reader, classes)
+    session = Labelling(place, paths_of(sources), reader, classes)
     service = Service({one.name: one for one in served}, limits or Limits(), maker=maker)
     return create_app(service, token=token, labelling=session)
 

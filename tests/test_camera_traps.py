@@ -191,7 +191,7 @@ def test_files_are_relative_to_the_folder_that_contains_all(run, animals, card, 
         ("--format camtrap-dp --timezone UTC", "needs --out FOLDER and --timezone ZONE"),
         ("--format camtrap-dp --out x --timezone Europe/Nowhere", "Europe/Nowhere: unknown; give a name"),
         ("--format camtrap-dp --out boxes.json --timezone UTC", "exists already; choose another --out"),
-        ("--format camtrap-dp --out no/x --timezone UTC", "cannot be written: No such file"),
+        ("--format camtrap-dp --out no/x --timezone UTC", "there is no folder no; create it first"),
         ("card/101/d.jpg --format camtrap-dp --out x --timezone UTC", "card/101: no photo has a date"),
     ],
 )

@@ -35,7 +35,7 @@ AUTHORISED = {"Authorization": f"Bearer {TOKEN}"}
 
 @given(st.integers(1, 60), st.data())
 def test_every_photo_is_shown_once_and_skipped_photos_come_last(m, data):
-    queue, skipped = Queue(m), data.draw(st.sets(st.integers(0, m - 1)))
+    queue, skipped = Queue(range(m)), data.draw(st.sets(st.integers(0, m - 1)))
     labelled = []
     while shown := [one.photo for one in queue.show(labelled)]:
         assert len(set(shown)) == len(shown) == min(QUEUED, m - len(labelled))
@@ -53,7 +53,7 @@ def test_every_photo_is_shown_once_and_skipped_photos_come_last(m, data):
 
 @given(st.integers(0, 30), st.permutations(range(60)))
 def test_suggestions_come_after_the_fixed_photos_and_every_fifth_photo_is_random(labelled, picks):
-    queue, taken = Queue(60), set(range(labelled))
+    queue, taken = Queue(range(60)), set(range(labelled))
     front = queue.show(taken)[:FIXED]
     queue.suggest([(photo, "because") for photo in picks], taken, labelled)
     shown = queue.show(taken)

@@ -1,7 +1,7 @@
-"""Random labelling sessions against a plain dictionary: no acknowledged label is lost or changed.
+"""Random labelling sessions against a plain dictionary: no acknowledged label and no dropped photo is lost or changed.
 
-Sessions label, relabel, skip, undo, and are killed and continued. Other writers add and remove photos, and the disk is
-full at times. Run as a script, this file is the process that is killed.
+Sessions label, relabel, skip, undo, get more photos, and are killed and continued. Other writers add and remove photos,
+and the disk is full at times. Run as a script, this file is the process that is killed.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from serving import labelling_app
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import of_images, open_inputs
 from retrieval_tip.index import changes, places
+from retrieval_tip.labelling.photos import MOST_PHOTOS
 from retrieval_tip.server import labelling as module
 from retrieval_tip.server.guard import Limits
 
@@ -54,7 +55,8 @@ class Wordless(Fake):
 class Session:
     """A labelling session, driven at random. ``wanted`` are the acknowledged labels, ``maybe`` those of a request.
 
-    A killed session may or may not have done what it was last asked for.
+    A killed session may or may not have done what it was last asked for. ``digests`` are those of the photos by number,
+    and ``dropped`` those of the acknowledged dropped photos.
     """
 
     def __init__(self, job):
@@ -64,6 +66,7 @@ class Session:
         known = json.loads(self.state.read_text()) if self.state.exists() else {}
         self.wanted = known.get("wanted", {})
         self.maybe = known.get("maybe", self.wanted)
+        self.dropped = known.get("dropped", {})
         self.undo = []
         self.full = self.folder / "disk" / "full"
 
@@ -73,17 +76,19 @@ class Session:
         photos = self.folder / ("moved" if self.job["round"] % 2 else "photos")
         if not photos.exists():
             (self.folder / ("photos" if self.job["round"] % 2 else "moved")).rename(photos)
-        self.paths = [str(path) for path in sorted(photos.iterdir())]
-        self.digests = [digest_of(path) for path in self.paths]
         sources = list(open_inputs([str(photos)]))
         app = labelling_app(self.place, sources, Reader(self.backbone), limits=Limits(poll=0.05))
+        own = app.state.labelling.photos
+        self.digests = {photo: digest_of(own.path(photo)) for photo in own.own(own.paths)}
+        assert len(self.digests) >= PHOTOS + 1 + len(self.dropped)
+        assert all(self.digests[int(photo)] == digest for photo, digest in self.dropped.items())
         with TestClient(app) as self.http:
-            self.until(lambda state: state["encoded"] == len(self.paths) and saved(state))
+            self.until(lambda state: state["encoded"] == len(self.digests) and saved(state))
             found = self.found()
             assert found in (self.wanted, self.maybe), (found, self.wanted, self.maybe)
             self.keep(found, found)
             for number in range(STEPS):
-                steps = (self.label, self.label, self.review, self.back, self.skip, self.others, self.fill)
+                steps = (self.label, self.label, self.review, self.back, self.skip, self.others, self.fill, self.drop)
                 self.draw.choice(steps)(f"{self.job['round']} {number}")
                 time.sleep(self.draw.choice((0, 0, 0.05)))
             if self.draw.random() < 0.5:
@@ -94,13 +99,13 @@ class Session:
 
     def review(self, step):
         """Label many photos at once. The page then shows the acknowledged labels."""
-        self.label(step, most=len(self.paths), reviewed=True)
+        self.label(step, most=len(self.digests), reviewed=True)
         shown = self.http.get("/v1/label/answers").json()["photos"]
         labels = {self.digests[one["photo"]]: one["label"] for one in shown}
         assert labels == {digest: self.wanted.get(digest) for digest in labels}
 
     def label(self, step, most=3, **more):
-        chosen = self.draw.sample(range(len(self.paths)), self.draw.randint(1, most))
+        chosen = self.draw.sample([*self.digests], self.draw.randint(1, most))
         labels = {photo: self.draw.choice((*LABELS, f"new {step}")) for photo in chosen}
         new = self.wanted | {self.digests[photo]: label for photo, label in labels.items()}
         before = {digest: self.wanted.get(digest) for digest in new if new[digest] != self.wanted.get(digest)}
@@ -109,8 +114,20 @@ class Session:
             self.undo.append((step, before))
 
     def skip(self, step):
-        if self.ask({"skip": [self.draw.randrange(len(self.paths))], "step": step}, self.wanted):
+        if self.ask({"skip": [self.draw.choice([*self.digests])], "step": step}, self.wanted):
             self.undo.append((step, {}))
+
+    def drop(self, _):
+        """Drop a photo, perhaps once more, or a copy of a photo in the folder."""
+        path = self.draw.choice(sorted((self.folder / "dropped").iterdir()))
+        sent = [("images", ("x.png", path.read_bytes(), "image/png"))]
+        answer = self.http.post("/v1/label/photos", files=sent, headers=AUTHORISED)
+        assert answer.status_code in ((201, 503) if self.full.exists() else (201,)), answer.text
+        if answer.status_code == 201:
+            (photo,), digest = answer.json()["photos"], digest_of(path)
+            assert self.digests.setdefault(photo, digest) == digest
+            self.dropped |= {str(photo): digest} if photo >= MOST_PHOTOS else {}
+            self.keep(self.wanted, self.maybe)
 
     def back(self, _):
         if not self.undo:
@@ -168,7 +185,7 @@ class Session:
     def keep(self, wanted, maybe):
         self.wanted, self.maybe = wanted, maybe
         new = self.state.with_suffix(".tmp")
-        new.write_text(json.dumps({"wanted": wanted, "maybe": maybe}))
+        new.write_text(json.dumps({"wanted": wanted, "maybe": maybe, "dropped": self.dropped}))
         new.replace(self.state)
 
     def until(self, done):
@@ -231,6 +248,7 @@ def test_no_acknowledged_label_is_lost(server, tmp_path, small_disk, kind, disk)
             folder.mkdir()
             make_photos(folder / "photos", PHOTOS)
             make_photos(folder / "others", OTHERS, 1000)
+            make_photos(folder / "dropped", OTHERS, PHOTOS - 1)
             (folder / "disk").symlink_to(small_disk(65536)) if disk else (folder / "disk").mkdir()
             place = f"{kind}{folder / 'disk' / 'idx'}"
             jobs.append({"seed": seed, "place": place, "folder": str(folder), "disk": disk})

@@ -1497,6 +1497,67 @@ def test_the_answers_of_the_folder_are_reviewed(labelling, pool, tmp_path):
     assert rows[corrected] != "acorn"
 
 
+def test_dropped_photos_belong_to_the_session(labelling, pool, tmp_path):
+    names, counted = sorted(name for name in pool if name), "#progress"
+    more = {f"more {label}.jpg": caltech_photos("test", label, 1)[0] for label in LABELS}
+    (tmp_path / "more").mkdir()
+    for name, path in more.items():
+        shutil.copy(path, tmp_path / "more" / name)
+    dropped = sorted((tmp_path / "more").iterdir())
+    (tmp_path / "damaged.jpg").write_bytes(b"no image")
+    with labelling(pool, tmp_path / "things", expected=[f"{REFUSED}422"]) as (page, _):
+        wait_until(page, "state.encoded === 90")
+        drop(page, *dropped[:4])
+        expect(page.locator("#notice")).to_contain_text("Added 4 photos to the session.")
+        wait_until(page, "state.encoded === 94")
+        give(page, {number: pool[names[number]] for number in range(0, 90, 4)})
+        page.reload()
+        expect(page.locator(counted)).to_contain_text("71 photos without a label")
+        drop(page, *dropped, tmp_path / "damaged.jpg")
+        expect(page.locator("#notice")).to_contain_text("Added 6 photos to the session.")  # four for the second time
+        expect(page.locator("#troubles")).to_contain_text("Skipped 1 file (not a readable image")
+        expect(page.locator(counted)).to_contain_text("73 photos without a label")
+
+        page.fill("#filter", "more crab")
+        tile = page.locator("#grid .tile")
+        expect(tile).to_have_count(1)
+        expect(tile).to_have_attribute("title", "more crab.jpg")
+        tile.click(modifiers=["Control"])
+        page.locator("#selection-form input").fill("crab")
+        page.keyboard.press("Enter")
+        expect(page.locator(counted)).to_contain_text("72 photos without a label")
+        wait_until(page, "!state.busy && !state.unsaved")
+        page.reload()
+        expect(page.locator(counted)).to_contain_text("72 photos without a label")
+        answers = {Path(one["name"]).name: one for one in dict(get(page, "/v1/label/answers"))["photos"]}
+        assert {*answers} == {*names, *more}
+        assert answers["more crab.jpg"]["label"] == "crab"
+
+        with zipfile.ZipFile(download(page, "zip")) as file:
+            packed = {Path(name).name: file.read(name) for name in file.namelist()}
+        assert packed == {name: (Path(pool[""]) / name).read_bytes() for name in names} | {
+            name: path.read_bytes() for name, path in more.items()
+        }
+        rows = list(csv.DictReader(download(page, "csv").read_text().splitlines()))
+        assert {Path(row["input"]).name: row["taught"] for row in rows}["more crab.jpg"] == "crab"
+        assert len(rows) == 96
+
+        def finish(how, button, said):
+            page.locator(f"#finish [value={how}]").check()
+            page.click(button)
+            expect(page.locator("#finish-said")).to_contain_text(said)
+
+        for how, said in (("copy", "copied 96 photos"), ("move", "moved 96 photos")):
+            page.fill("#finish-into", str(tmp_path / how))
+            finish(how, "#finish-go", said)
+            placed = {path.name: path for path in (tmp_path / how).glob("*/*.jpg")}
+            assert {*placed} == {*names, *more}
+            assert placed["more crab.jpg"].parent.name == "crab"
+            finish(how, "#finish-undo", "undid the sorting of 96 photos")
+        kept = {path.name: path.read_bytes() for path in (tmp_path / "things-dropped").rglob("*.jpg")}
+        assert kept == {name: path.read_bytes() for name, path in more.items()}
+
+
 def status(page):
     """Return the state of the labelling session."""
     return dict(get(page, "/v1/label"))

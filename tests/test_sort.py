@@ -224,17 +224,30 @@ def test_sorting_links_or_into_the_same_folder_loses_nothing(index, inbox, tmp_p
     assert files(inbox) == PHOTOS
 
 
-@pytest.mark.parametrize("disk", ["the same disk", "another disk"])
-def test_a_class_folder_can_be_a_link(index, inbox, tmp_path, request, disk):
-    other = tmp_path / "other" if disk == "the same disk" else request.getfixturevalue("small_disk")(256)
-    out = tmp_path / "out"
-    (other / "photos").mkdir(parents=True)
-    out.mkdir()
-    (out / "c").symlink_to(other / "photos")
-    assert sort(index, inbox, out, action="move").skipped == []
-    assert files(other, hidden=True) == {"photos/z.jpg": "2"}
-    assert (undo_sort(out).skipped, files(inbox), [*out.iterdir()]) == ([], PHOTOS, [out / "c"])
-    assert [*other.iterdir()] == [other / "photos"]
+def test_a_class_folder_that_is_a_link_is_refused(index, inbox, tmp_path):
+    out, home = tmp_path / "out", tmp_path / "home"
+    sort(index, inbox, out)
+    (out / "c").rename(home)
+    (out / "c").symlink_to(home)
+    (home / "empty.jpg").touch()
+    before = files(tmp_path, hidden=True)
+    for call in (
+        lambda: undo_sort(out),
+        lambda: sort(index, inbox, out),
+        lambda: sort(index, inbox, out, action="move"),
+    ):
+        with pytest.raises(InputError, match=f"{out}/c: is a link"):
+            call()
+        assert files(tmp_path, hidden=True) == before
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "c").symlink_to(home)
+    with pytest.raises(InputError, match="is a link"):
+        sort(index, inbox, tmp_path / "new")
+    assert files(tmp_path, hidden=True) == before
+    (out / "c").unlink()
+    home.rename(out / "c")
+    assert undo_sort(out).skipped == []
+    assert files(tmp_path) == {f"inbox/{name}": text for name, text in PHOTOS.items()} | {"out/c/empty.jpg": ""}
 
 
 OPERATIONS = st.lists(
@@ -336,9 +349,9 @@ def test_the_next_run_removes_the_hidden_copy_of_a_killed_one(process, index, in
     last = max(step for step, name in enumerate(process.steps) if name == "os.rename")
     shutil.rmtree(out)
     assert start(last) == -signal.SIGKILL
-    assert len([*tmp_path.rglob(".photo.*.tmp")]) == 1
+    assert len([*tmp_path.rglob(".*.tmp")]) == 1
     undo_sort(out)
-    assert [*tmp_path.rglob(".photo.*.tmp")] == []
+    assert [*tmp_path.rglob(".*.tmp")] == []
 
 
 def test_a_full_disk_leaves_only_complete_photos_and_the_next_run_continues(index, inbox, tmp_path, monkeypatch):
@@ -513,6 +526,46 @@ def test_undo_of_a_manifest_by_somebody_else_creates_nothing_but_photos(run, tmp
     write_manifest(out, [replace(rows[0], action="burn")])
     done = run("sort", "--undo", "--into", out)
     assert (done.exit_code, MANIFEST in done.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(
+    "item", ["http://127.0.0.1:9/x.jpg", "home/x.jpg", "/a/b/../../x.jpg", "/a//x.jpg", "/a\0.jpg"]
+)
+def test_undo_only_moves_photos_to_paths_that_sort_could_have_listed(run, tmp_path, monkeypatch, item):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out" / "bird").mkdir(parents=True)
+    (tmp_path / "out" / "bird" / "1.jpg").write_text("photo")
+    write_manifest(
+        tmp_path / "out", [Placed(item, "bird", 1.0, "bird/1.jpg", "move", hashlib.sha256(b"photo").hexdigest())]
+    )
+    before = files(tmp_path)
+    done = run("sort", "--undo", "--into", "out")
+    assert (done.exit_code, "was not written by sort" in done.stderr, files(tmp_path)) == (1, True, before)
+
+
+@pytest.mark.parametrize("original", [None, "", "another photo"])
+def test_undo_deletes_no_hidden_file_beside_a_photo(index, run, tmp_path, original):
+    """A hidden file that a killed undo has left is named after its photo."""
+    out, home = tmp_path / "out", tmp_path / "home"
+    (home / "photos").mkdir(parents=True)
+    (home / "photos" / ".photo.0123abcd.tmp").write_text("mine")
+    (home / "photos" / f".{hashlib.sha256(b'another').hexdigest()}.0123abcd.tmp").write_text("mine")
+    if original is not None:
+        (home / "photos" / "x.jpg").write_text(original)
+    (out / "bird").mkdir(parents=True)
+    (out / "bird" / "1.jpg").write_text("photo")
+    digest = hashlib.sha256(b"photo").hexdigest()
+    write_manifest(out, [Placed(f"{home}/photos/x.jpg", "bird", 1.0, "bird/1.jpg", "move", digest)])
+    run("sort", "--undo", "--into", out)
+    assert [path.read_text() for path in home.glob("*/.*")] == ["mine", "mine"]
+
+
+@pytest.mark.parametrize("wrong", ["damaged", "missing"])
+def test_a_failed_sort_leaves_nothing(things, run, tmp_path, wrong):
+    (tmp_path / "damaged.jpg").write_bytes(b"no image")
+    before = sorted(tmp_path.rglob("*"))
+    done = run("sort", things, tmp_path / f"{wrong}.jpg", "--into", tmp_path / "new" / "sorted")
+    assert (done.exit_code, sorted(tmp_path.rglob("*"))) == (1, before)
 
 
 def test_photos_from_buckets_and_tables_can_only_be_copied(shared, things, run, tmp_path, monkeypatch):

@@ -85,7 +85,7 @@ def _try_encoders(word: str, photos: Source, printing: OutputOptions, encoding: 
         raise UsageError(f"models: no encoder{f' named {word}' if word else ''} is on this machine; {more}")
 
     tried = try_encoders(
-        photos, names, lambda name: reader_for(None, [], replace(encoding, model=name)), encoding.device
+        photos, names, lambda name: reader_for(None, [photos], replace(encoding, model=name)), encoding.device
     )
     types = {"encoder": str, "accuracy": float, "low": float, "high": float, "images_per_second": int}
     rows = (
@@ -104,7 +104,7 @@ def _store_int8(photos: Source, encoding: SourceOptions) -> None:
         raise UsageError("--int8: name the encoder with --model")
     skipped = []
     for name in split_names(encoding.model):
-        with reader_for(None, [], replace(encoding, model=name, device="cpu", precision="float32")) as reader:
+        with reader_for(None, [photos], replace(encoding, model=name, device="cpu", precision="float32")) as reader:
             lowest = reader.store_int8(photos)
         say(f"{name}: stored in int8 (lowest cosine to the features in float32: {lowest:.3f})")
         skipped += reader.skipped
@@ -144,8 +144,10 @@ def encode(
 def _on_ray(items: Source, out: Place, address: str, encoding: SourceOptions) -> tuple[str, list[Skipped]]:
     from retrieval_tip.backbones.loading import load_backbone
     from retrieval_tip.data.encoding_cache import EncodingCache
+    from retrieval_tip.data.sources import check_images
     from retrieval_tip.distributed.ray_data import Work, cut, write_parts
 
+    check_images([items])
     backbone = None
     if encoding.model or items.table is None:
         backbone = partial(load_backbone, encoding.model, precision=encoding.precision)

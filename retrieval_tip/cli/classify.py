@@ -302,7 +302,7 @@ def classify(
         sources = cut.sources
         if printing.named == MEGADETECTOR:
             camera_traps.clear(cut.document, show(rows.boxes))
-    with reader_for(loaded, sources, encoding) as reader:
+    with reader_for(loaded, photos, encoding) as reader:
         tables = count_rows(rows.tables(loaded, sources, reader, cut), counts)
         answers = chain.from_iterable(table.to_pylist() for table in tables)
         labels = rows.labels(loaded)

@@ -50,8 +50,10 @@ def build(
     .json in COCO's format or from Label Studio. Folders and tables can also be on s3://, gs:// or az://.
     """
     from retrieval_tip.index.build import build_index
+    from retrieval_tip.index.items import planned
 
     items = source_of(source, encoding, "train")
+    planned(build)  # raises an error before an encoder is loaded
     with reader_for(None, [items], encoding, needed=build["text"] is None) as reader:
         loaded = build_index(items, out, reader, device=encoding.device, **build)
     version = loaded.version or 1
@@ -169,9 +171,11 @@ def add_command(
     Options:
         text: Feature table of text features for new classes, which are used instead of prompts.
     """
+    from retrieval_tip.data.sources import check_exists
     from retrieval_tip.index import changes
 
     manifest, items = store_of(folder).manifest(), source_of(source, encoding, "train")
+    check_exists(text)
     new = not set(items.class_names) <= set(manifest.class_names)
     needed = new and text is None and bool(manifest.templates)
     encoding = replace(encoding, views=manifest.built.views, seed=manifest.built.seed)
@@ -264,8 +268,10 @@ def set_command(
         factory: Index type to rebuild the index with: a FAISS factory string, Classes or auto.
         dtype: Data type of the stored keys.
     """
+    from retrieval_tip.data.sources import check_exists
     from retrieval_tip.index import changes
 
+    check_exists(more["groups"])
     loaded = backbone_for(store_of(folder).manifest(), [], backbone, needed=True) if more["templates"] else None
     new: dict[str, Any] = {"index": factory, "dtype": dtype}
     settings: dict[str, Any] = {name: getattr(ask, name) for name in options.ASKING}

@@ -82,6 +82,8 @@ class Output(click.Path):
             return value if is_remote(value) else Path(value)
         if is_remote(value):
             self.fail(f"{value}: only encode --ray can write to object stores; give a local file")
+        if not (parent := Path(value).parent).is_dir():
+            self.fail(f"{value}: there is no folder {parent}; create it first")
         return super().convert(value, param, ctx)
 
 

@@ -34,7 +34,7 @@ def suggest(
     """
     from retrieval_tip.labelling.photos import suggest_photos
 
-    sources = inputs_of(photos)
+    sources = inputs_of(photos, needed=True)
     loaded = None if index is None else index_with(index, encoding)
     with reader_for(loaded, sources, encoding) as reader:
         suggestions = suggest_photos(sources, number, reader, loaded)
@@ -64,7 +64,7 @@ def find_command(
     if not names:
         raise UsageError("find: needs PHOTOS and QUERY; the last argument is QUERY")
     example = None if duplicates else example_of(query)
-    sources = inputs_of(names)
+    sources = inputs_of(names, needed=True)
     index = None if folder is None else index_with(folder, encoding)
     text = not duplicates and example is None
     encoded = sources if index is None or example is None else [*sources, example]

@@ -39,11 +39,17 @@ def source_of(path: Place, reading: SourceOptions, split: str, *, labelled: bool
     return open_source(path, split=reading.split or split, root=reading.root, labelled=labelled)
 
 
-def inputs_of(names: Sequence[str]) -> list[Source]:
-    """Open images, folders, globs and tables. ``-`` stands for the paths on standard input."""
+def inputs_of(names: Sequence[str], *, needed: bool = False) -> list[Source]:
+    """Open images, folders, globs and tables. ``-`` stands for the paths on standard input.
+
+    Raises InputError if an input is ``needed``, but standard input has no paths.
+    """
     from retrieval_tip.data.sources import open_inputs
 
-    return list(open_inputs(names, paths_on_stdin()))
+    sources = list(open_inputs(names, paths_on_stdin()))
+    if needed and not sources:
+        raise InputError("standard input: contains no paths; send the paths of photos")
+    return sources
 
 
 def paths_on_stdin() -> Iterator[str]:
@@ -124,12 +130,15 @@ def backbone_for(
     """Return the backbone of an index if it is ``needed`` or there are images to encode.
 
     It is loaded on first use, since the encoding cache or the stored image tower may be sufficient. Raises an error if
-    it differs from the backbone that the index was built with. Without an index, the backbone is the one that the
-    options name. If they name none, feature tables only need a backbone for text, which is then the one they name.
+    it differs from the backbone that the index was built with, or if no image of a source exists. Without an index, the
+    backbone is the one that the options name. If they name none, feature tables only need a backbone for text, which is
+    then the one they name.
     """
+    from retrieval_tip.data.sources import check_images
     from retrieval_tip.data.tables import check_backbone, table_identity
     from retrieval_tip.model import Index
 
+    check_images(sources)
     tables = [source.table for source in sources if source.table is not None]
     photos = len(tables) < len(sources)
     if index is None:

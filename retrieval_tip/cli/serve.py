@@ -73,11 +73,11 @@ def serve_command(
         maker = None
         if model is not None or not folders:
             maker = Maker(into or Path("indexes"), cache(partial(backbones.load, model)), backbones)
-            if model is not None:
-                maker.load()  # fails before the page opens
         elif into is not None:
             raise UsageError("--out: needs --model when an INDEX is given; add --model NAME")
         served = open_all(folders, backbones)
+        if maker is not None and model is not None:
+            maker.load()  # fails before the page opens
         named = (f"{name} ({counted(one.now.index.n, 'shot')})" for name, one in served.items())
         what = ", ".join(named) or "no index yet"
         at = address(listening)
@@ -113,17 +113,18 @@ def label_command(
     """
     from retrieval_tip.server.app import create_app
     from retrieval_tip.server.guard import Limits
-    from retrieval_tip.server.labelling import Labelling
+    from retrieval_tip.server.labelling import Labelling, paths_of
     from retrieval_tip.server.run import LOOPBACK, LastServer, address, listen, serve
     from retrieval_tip.server.served import Backbones, Maker, Served
     from retrieval_tip.server.service import Service
 
-    sources, store = inputs_of(photos), store_of(out)
+    sources, store = inputs_of(photos, needed=True), store_of(out)
+    paths = paths_of(sources)
     known = store.exists()
-    opened = reader_for(store.manifest(), sources, encoding) if known else reader_for(None, [], encoding)
+    opened = reader_for(store.manifest() if known else None, sources, encoding)
     kept = LastServer("label", [out])
     with opened as reader, kept.listen("127.0.0.1") if port is None else listen("127.0.0.1", port) as listening:
-        labelling = Labelling(out, sources, reader, classes)
+        labelling = Labelling(out, paths, reader, classes)
         backbone = reader.backbone
         assert backbone is not None
         backbones = Backbones(encoding.device, encoding.precision, None, backbone)

@@ -142,6 +142,19 @@ def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator
         yield of_images(paths)
 
 
+def check_exists(path: str | os.PathLike[str] | None) -> None:
+    """Raise InputError if a local path is given and does not exist."""
+    if path is not None and "://" not in os.fspath(path) and not os.path.exists(path):
+        raise refusal(os.fspath(path))
+
+
+def check_images(sources: Iterable[Source]) -> None:
+    """Raise InputError if no image file of a source exists, before an encoder is loaded or downloaded for it."""
+    for source in sources:
+        if source.paths and source.load is read_item and not any(map(is_there, source.paths)):
+            raise refusal(source.paths[0])
+
+
 def refusal(where: str) -> InputError:
     """Return the error for a path or an address that cannot be opened."""
     suffix = Path(where).suffix.lower()

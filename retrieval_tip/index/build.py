@@ -123,8 +123,6 @@ def _warn_of_layout(source: Source, class_names: Sequence[str], text: str | os.P
 def _text(source: Source, reader: Reader, plan: BuildOptions) -> Words:
     templates, backbone = plan["templates"], reader.backbone
     if plan["text"] is not None:
-        if templates:
-            raise UsageError("text and templates: give only one; a text table already contains features of prompts")
         class_names, weights = read_text_table(plan["text"], reader.norms, identity_of(source, reader), reader.parts)
         return Words(class_names, weights, [], str(plan["text"]))
     if backbone is not None and (templates or backbone.has_text):

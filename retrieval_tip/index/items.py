@@ -20,7 +20,7 @@ from retrieval_tip.backbones.base import Backbone, Identity, Part, same_backbone
 from retrieval_tip.backbones.prompts import mean_by_class
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.source import few_shot
-from retrieval_tip.data.sources import Source, open_source, spelled_alike
+from retrieval_tip.data.sources import Source, check_exists, open_source, spelled_alike
 from retrieval_tip.data.tables import has_part, parts_in, read_rows, table_identity
 from retrieval_tip.errors import SHOWN, InputError, UsageError, counted, few
 from retrieval_tip.fit import closed_form
@@ -84,7 +84,8 @@ class Words(NamedTuple):
 def planned(options: BuildOptions) -> BuildOptions:
     """Return all options of a build, with their defaults.
 
-    Raises UsageError if an option is invalid, or if options exclude each other, and TypeError if one is unknown.
+    Raises UsageError if an option is invalid, or if options exclude each other, TypeError if one is unknown, and
+    InputError if a path does not exist.
     """
     if unknown := sorted(options.keys() - BuildOptions.__annotations__.keys()):
         raise TypeError(f"{unknown[0]!r} is not an option of a build")
@@ -100,10 +101,15 @@ def planned(options: BuildOptions) -> BuildOptions:
         raise UsageError("fit: sets alpha and beta itself; remove alpha and beta, or give fit none")
     if fit == "none" and wanted:
         raise UsageError("fit none: uses neither metric, values nor a prior; remove them, or give fit auto")
+    if plan["text"] is not None and plan["templates"]:
+        raise UsageError("text and templates: give only one; a text table already contains features of prompts")
     settings_of(plan, None)
     some = "index Classes" if plan["index"] == BY_CLASS else "k" if plan["k"] not in (None, "all") else None
     if plan["values"] == "solved" and some is not None:
         raise UsageError(f"values solved: need a search over all keys; remove {some}, or give values one-hot")
+    prior = [plan["prior"]] if isinstance(plan["prior"], str | os.PathLike) else plan["prior"]
+    for path in (plan["text"], plan["groups"], *prior):
+        check_exists(path)
     plan["fit"] = fit or ("none" if plain else "auto")
     return plan
 

@@ -27,8 +27,11 @@ from retrieval_tip.store import files
 
 log = logging.getLogger(__name__)
 
-SUFFIX = "-shots"
-"""Ending of the name of a folder of photos, which no index should have."""
+SUFFIX, DROPPED = "-shots", "-dropped"
+"""Endings of the names of folders of photos, and of photos that were dropped on a labelling session.
+
+No index should have such a name.
+"""
 
 HEX = 16
 """Number of hexadecimal digits of the SHA-256 in the file name of a photo."""
@@ -44,7 +47,7 @@ def folder_of(store: Store) -> Path | None:
 
 def is_reserved(name: str) -> bool:
     """Return whether a folder of this name may hold the photos of an index, also if the case is ignored."""
-    return name.casefold().endswith(SUFFIX)
+    return name.casefold().endswith((SUFFIX, DROPPED))
 
 
 def holds_photos(folder: Path) -> bool:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from retrieval_tip.errors import InputError, StoreError, show
 from retrieval_tip.files import cache_folder, lock, make_folders, read_regular, real, replacing, sync
+from retrieval_tip.index.photos import DROPPED
 from retrieval_tip.index.places import Store
 
 MOST_BYTES = 1 << 28
@@ -32,7 +33,8 @@ digest is null if the photo cannot be read.
 class Journal:
     """The journal of one session: JSON lines in ``NAME-unsaved.jsonl`` next to the index, or in the cache folder.
 
-    While the session runs, it holds a lock on the file, so that an index has one session at a time on a machine.
+    While the session runs, it holds a lock on the file, so that an index has one session at a time on a machine. The
+    folder ``dropped`` beside it holds photos that were dropped on the session.
     """
 
     def __init__(self, store: Store) -> None:
@@ -46,6 +48,7 @@ class Journal:
             folder = (cache_folder() or Path(tempfile.gettempdir()) / "retrieval-tip") / "unsaved"
             name = f"{store.name}-{hashlib.sha256(store.resolved.encode()).hexdigest()[:8]}"
         self.path, self._file = folder / f"{name}-unsaved.jsonl", -1
+        self.dropped = folder / f"{name}{DROPPED}"
         self.entries: dict[str, Entry] = {}
         if os.path.lexists(self.path):
             self._file = _locked(self.path)
@@ -55,14 +58,18 @@ class Journal:
                 os.close(self._file)
                 raise
 
+    def hold(self) -> None:
+        """Create and lock the file. Raises OSError if this fails, and StoreError if another session holds it."""
+        if self._file < 0:
+            make_folders(self.path.parent)
+            self._file = _locked(self.path)
+            sync(self.path.parent)
+
     def add(self, entries: Iterable[Entry]) -> None:
         """Append labels and flush them to the disk. Raises StoreError if this fails; the file is then unchanged."""
         raw = b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
         try:
-            if self._file < 0:
-                make_folders(self.path.parent)
-                self._file = _locked(self.path)
-                sync(self.path.parent)
+            self.hold()
             before = os.fstat(self._file).st_size
             try:
                 if os.write(self._file, raw) < len(raw):

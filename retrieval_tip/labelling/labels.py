@@ -28,6 +28,8 @@ from retrieval_tip.predictions import Predictions
 from retrieval_tip.settings import Ask
 from retrieval_tip.store.labels import PICKED
 
+EARLIER = 1 << 30
+"""Number of the first photo of earlier sessions."""
 NONE = "none of these"
 """Class of photos that belong to no other class."""
 ALIKE, MOST_ALIKE = 0.8, 12
@@ -66,10 +68,12 @@ def picked_of(text: str | None) -> Picked:
 
 
 class SessionPhotos:
-    """Numbered photos. The first ``len`` of them are labelled in this session, the others were in an earlier one.
+    """Numbered photos. Those below ``EARLIER``, of which there are ``len``, are labelled in this session.
+
+    The others were labelled in an earlier one.
 
     Attributes:
-        source: the photos.
+        paths: the paths of the photos, as they were given.
         features: the features ``[d]`` of the photos that have been encoded.
         digests: the digests of the photos that have been read.
         same: the photos by digest.
@@ -77,34 +81,39 @@ class SessionPhotos:
         unreadable: the reasons why photos cannot be read.
     """
 
-    def __init__(self, paths: Sequence[str], earlier: Sequence[str], reader: Reader) -> None:
-        """Number the photos. ``earlier`` are the paths of photos that are not labelled in this session."""
+    def __init__(self, paths: Mapping[int, str], reader: Reader) -> None:
         self.reader = replace(reader, progress=False, done=Counter())
-        self.source = of_images([*paths, *earlier], "photos")
-        self.names = self.source.sources
+        self.paths = dict(paths)
         self.features: dict[int, FloatArray] = {}
         self.digests: dict[int, str] = {}
         self.same: dict[str, list[int]] = {}
-        self.unread = {show(absolute(path)): number for number, path in enumerate(paths)}
+        self.unread = {show(absolute(paths[number])): number for number in self.own(paths)}
         self.unreadable: dict[int, str] = {}
-        self._number = len(paths)
 
     def __len__(self) -> int:
-        return self._number
+        return len(self.own(self.paths))
 
     @property
     def encoded(self) -> KeysView[int]:
         """The photos whose features are known."""
         return self.features.keys()
 
-    def number(self, photos: Iterable[int]) -> int:
-        """Return how many of some photos are labelled in this session."""
-        return sum(photo < len(self) for photo in photos)
+    @staticmethod
+    def own(photos: Iterable[int]) -> list[int]:
+        """Return those photos that are labelled in this session, in order."""
+        return sorted(photo for photo in photos if photo < EARLIER)
 
     def path(self, photo: int) -> str:
         """Return the absolute path of a photo."""
-        assert self.source.paths is not None
-        return absolute(self.source.paths[photo])
+        return absolute(self.paths[photo])
+
+    def name(self, photo: int) -> str:
+        """Return the path of a photo as text."""
+        return show(self.paths[photo])
+
+    def chosen(self, photos: Iterable[int]) -> Source:
+        """Return some photos as a source."""
+        return of_images([self.paths[photo] for photo in photos], "photos")
 
     def copies(self, photo: int) -> Sequence[int]:
         """Return the photos that are known to have the same bytes as a photo, including the photo itself."""
@@ -131,22 +140,22 @@ class SessionPhotos:
         reader = replace(self.reader, empty=True, strict=strict)
         return {
             photos[position]: (str(digest), feature)
-            for block in reader.blocks(self.source.take(photos))
+            for block in reader.blocks(self.chosen(photos))
             for position, digest, feature in zip(block.positions, block.digests, block.features, strict=True)
         }
 
     def note(self, photos: Sequence[int], read: Read) -> None:
         """Note what was read of some photos. A photo of an earlier session must still have the same bytes."""
-        known = {n: one for n, one in read.items() if n < len(self) or one[0] == self.digests.get(n)}
+        known = {n: one for n, one in read.items() if n < EARLIER or one[0] == self.digests.get(n)}
         for photo, (_, feature) in known.items():
             if not self.features:  # the features, and those of the other photos as one array
-                check_memory(16 * len(self.names) * len(feature), f"{len(self.names):,} photos", "label fewer photos")
+                check_memory(16 * len(self.paths) * len(feature), f"{len(self.paths):,} photos", "label fewer photos")
             self.features[photo] = feature
             self.unreadable.pop(photo, None)
         self.recognise({photo: digest for photo, (digest, _) in known.items()})
         reasons = {one.source: one.reason for one in self.reader.skipped}
         for photo in [photo for photo in photos if photo not in known]:
-            self.unreadable[photo] = reasons.get(self.names[photo], "has changed since it was labelled")
+            self.unreadable[photo] = reasons.get(self.name(photo), "has changed since it was labelled")
 
     def recognise(self, digests: Mapping[int, str]) -> None:
         """Note the digests of photos."""
@@ -182,22 +191,19 @@ def known_photos(
 
 
 def build_from_labels(
-    place: places.Place, photos: Source, reader: Reader, labels: Mapping[int, Label], classes: Sequence[str] = ()
+    place: places.Place, labels: Mapping[str, Label], reader: Reader, classes: Sequence[str] = ()
 ) -> None:
-    """Build a new index from labelled photos.
+    """Build a new index from labelled photos, given by their absolute paths.
 
-    ``labels`` maps the numbers of ``photos`` to their labels. An index of an encoder with text also knows the names of
-    ``classes``. Raises the errors of :func:`build.build_index`.
+    An index of an encoder with text also knows the names of ``classes``. Raises the errors of
+    :func:`build.build_index`.
     """
-    assert photos.paths is not None
     names = [str(one.label) for one in labels.values()]
     has_text = reader.backbone is not None and reader.backbone.has_text
     own = dict.fromkeys([*(classes if has_text else ()), *names])
-    paths = [photos.paths[photo] for photo in labels]
-    source = of_images(paths, photos.name, names, list(own))
-    items = source.items.set_column(0, "source", pa.array([show(absolute(path)) for path in paths], pa.string()))
+    source = of_images([*labels], "photos", names, list(own))
     picked = pa.array([one.picked for one in labels.values()], pa.string())
-    build_index(replace(source, items=items.append_column(PICKED, picked)), place, reader)
+    build_index(replace(source, items=source.items.append_column(PICKED, picked)), place, reader)
 
 
 def alike(features: FloatArray, rows: Sequence[int]) -> list[list[int]]:

@@ -2,7 +2,8 @@
 
 A row of the manifest is on the disk before the photo is placed. Then an empty file reserves the name of the photo, the
 bytes are written to a temporary file and flushed, and the temporary file replaces the empty one. After a kill, the
-manifest therefore lists all photos that were placed, and an empty file marks an unfinished photo.
+manifest therefore lists all photos that were placed, and an empty file marks an unfinished photo. Its temporary file is
+named after its digest, so that undoing the manifest of somebody else deletes no other hidden file.
 """
 
 from __future__ import annotations
@@ -34,11 +35,12 @@ LONGEST = 200
 """Maximum length of a name in bytes, which leaves room for a number."""
 EMPTY = hashlib.sha256().hexdigest()
 SCRATCH = "photo"
-"""Name of the temporary files."""
+"""Name of the temporary files of manifests and sidecars."""
 
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]|%(?=[0-9A-Fa-f]{2})|^[. ]|[. ]$')
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE | re.DOTALL)  # on Windows
 _OUTPUT = re.compile(r"(?!\.\.?/)[^/\0]+/(?!\.\.?$)[^/\0]+")
+_MOVED = re.compile(r"/?(/(?!\.\.?(/|\Z))[^/\0]+)+")  # an absolute path without empty parts, . or ..
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _ACTIONS = {*get_args(Action), "kept"}
 
@@ -100,7 +102,12 @@ def read_manifest(folder: Path) -> list[Placed]:
         text = files.read_regular(path, MAX_MANIFEST).decode("utf-8", "surrogateescape")
         head, *rows = filter(None, csv.reader(io.StringIO(text, newline="")))
         placed = [Placed(row[0], row[1], float(row[2]), *row[3:]) for row in rows]
-        valid = (_OUTPUT.fullmatch(row.output) and _DIGEST.fullmatch(row.digest) for row in placed)
+        valid = (
+            _OUTPUT.fullmatch(row.output)
+            and _DIGEST.fullmatch(row.digest)
+            and (row.action != "move" or _MOVED.fullmatch(row.input))
+            for row in placed
+        )
         if head != COLUMNS or not all(valid) or not {row.action for row in placed} <= _ACTIONS:
             raise ValueError
     except FileNotFoundError:
@@ -110,6 +117,13 @@ def read_manifest(folder: Path) -> list[Placed]:
             raise
         raise InputError(f"{show(path)}: was not written by sort, or is damaged; choose another folder") from None
     return placed
+
+
+def check_folders(folder: Path, rows: Iterable[Placed]) -> None:
+    """Raise InputError if a class folder is a link, because undoing would then delete photos elsewhere."""
+    for part in {(folder / row.output).parent for row in rows}:
+        if part.is_symlink():
+            raise InputError(f"{show(part)}: is a link; replace it by a folder")
 
 
 def write_manifest(folder: Path, rows: Iterable[Placed]) -> None:
@@ -157,6 +171,8 @@ def place(item: str, target: Path, action: str, digest: str) -> bool:
     if there is None:
         target.touch(exist_ok=False)
         there = EMPTY
+    elif there == EMPTY:  # an earlier run was killed
+        files.remove_leftovers(target.parent, digest)
     if target.is_symlink() or there not in (EMPTY, digest):
         raise InputError("another file was created at its output; run the command again")
     moved = there == EMPTY and _fill(item, target, digest, move=action == "move")
@@ -186,7 +202,7 @@ def _fill(item: str, target: Path, digest: str, *, move: bool) -> bool:
         data = read_item(item)
         if hashlib.sha256(data).hexdigest() != digest:
             raise InputError("has changed since it was classified; run the command again")
-        write(data, target, partial(shutil.copystat, item))
+        write(data, target, partial(shutil.copystat, item), digest)
         files.sync(target.parent)
     except BaseException:
         if digest_at(target) == EMPTY != digest:
@@ -195,9 +211,9 @@ def _fill(item: str, target: Path, digest: str, *, move: bool) -> bool:
     return False
 
 
-def write(data: bytes, target: Path, copy_attributes: Callable[[Path], object]) -> None:
-    """Create or replace a file, which is on the disk before it gets its name."""
-    with files.temporary(target.with_name(SCRATCH), clean=False) as new:  # on the disk of the target
+def write(data: bytes, target: Path, copy_attributes: Callable[[Path], object] = id, scratch: str = SCRATCH) -> None:
+    """Create or replace a file, which is on the disk before it gets its name. By default, no attributes are copied."""
+    with files.temporary(target.with_name(scratch), clean=False) as new:  # on the disk of the target
         with new.open("wb") as file:
             file.write(data)
             file.flush()

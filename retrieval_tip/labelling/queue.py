@@ -6,7 +6,8 @@ of them estimate the accuracy on the unlabelled photos (see :mod:`labelling.prog
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+import random
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Literal
@@ -36,15 +37,19 @@ class Queued:
 
 
 class Queue:
-    """Queue of ``photos`` unlabelled photos. Until photos are suggested, all photos are drawn at random.
+    """Queue of unlabelled photos. Until photos are suggested, all photos are drawn at random.
 
     ``order`` is a random order of all photos.
     """
 
-    def __init__(self, photos: int) -> None:
+    def __init__(self, photos: Sequence[int]) -> None:
         self.order: list[int] = np.random.default_rng(0).permutation(photos).tolist()
         self._queue: list[Queued] = []
         self._skipped: list[int] = []
+
+    def add(self, photo: int) -> None:
+        """Add a photo at a random place."""
+        self.order.insert(random.Random(photo).randint(0, len(self.order)), photo)  # noqa: S311 - no secret
 
     def show(self, taken: Collection[int]) -> list[Queued]:
         """Return the next photos, without the photos that are ``taken``. Skipped photos come last."""

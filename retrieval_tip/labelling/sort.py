@@ -21,7 +21,7 @@ from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source, read_item
 from retrieval_tip.errors import InputError, Skipped, UsageError, counted, one_line, show
 from retrieval_tip.evaluation.held_out import Threshold, held_out_probabilities, threshold_of
-from retrieval_tip.files import locked_folder, make_folders, real
+from retrieval_tip.files import locked_folder, make_folders, real, remove_leftovers
 from retrieval_tip.labelling import placing
 from retrieval_tip.labelling.placing import EMPTY, MANIFEST, Action, Placed, digest_at, digest_of, safe_name
 from retrieval_tip.labelling.smoothing import smooth as smoothed
@@ -86,7 +86,8 @@ def sort_photos(
     nothing.
 
     Raises UsageError if the action is unknown, or if some photos are not files and cannot be linked or moved. Raises
-    InputError if the folder cannot be written. No photo is placed before all are classified.
+    InputError if the folder cannot be written, or if a class folder is a link. No photo is placed before all are
+    classified.
     """
     check_choice("action", action, Action)
     if at_most_wrong is not None and (min_probability is not None or not 0 <= at_most_wrong < 1):
@@ -111,8 +112,9 @@ def sort_photos(
         before = placing.read_manifest(root)
         plan = _Outputs(root, action, least, {row.input: row for row in before})
         rows = [plan.row(item, digest, **answer) for item, digest, answer in _classified(index, blocks, reader.skipped)]
+        placing.check_folders(root, [*before, *rows])
         if not dry_run:
-            placing.remove_scratch([root, *((root / row.output).parent for row in before)])
+            placing.remove_scratch([root])
             placing.write_manifest(root, dict.fromkeys([*before, *rows]))
         result.rows += rows if dry_run else _placed(rows, root, action, result)
     return result
@@ -127,16 +129,25 @@ def check_files(sources: Sequence[Source], what: str, advice: str) -> None:
 
 @contextmanager
 def locked(folder: Path, *, dry_run: bool = False) -> Iterator[None]:
-    """Create and lock the folder, unless nothing changes, and convert an OSError into one line."""
+    """Create and lock the folder, unless nothing changes, and convert an OSError into one line.
+
+    A new folder is removed if it stays empty.
+    """
     try:
         if dry_run:
             yield
             return
+        new = [place for place in (folder, *folder.parents) if not place.exists()]
         make_folders(folder)
         with locked_folder(real(folder), alone=True, wait=0) as alone:
             if not alone:
                 raise InputError(f"{show(folder)}: another process is changing it; wait until it is done")
-            yield
+            try:
+                yield
+            finally:
+                for place in new:
+                    with suppress(OSError):  # it contains photos
+                        place.rmdir()
     except OSError as error:
         if isinstance(error, InputError):
             raise
@@ -256,7 +267,8 @@ def undo_sort(folder: str | os.PathLike[str]) -> Sorted:
     Somebody else may have written the manifest. So a file is only moved to a path that ends like an image, nothing is
     overwritten, and no last copy is deleted.
 
-    Raises InputError if the folder has no manifest, or if the disk is full.
+    Raises InputError if the folder has no manifest, if the manifest is damaged or a class folder is a link, or if the
+    disk is full.
     """
     root = Path(folder)
     if not (root / MANIFEST).exists():
@@ -264,8 +276,8 @@ def undo_sort(folder: str | os.PathLike[str]) -> Sorted:
     result, left = Sorted("undid the sorting of"), list[Placed]()
     with locked(root):
         rows = placing.read_manifest(root)
-        parts = {(root / row.output).parent for row in rows}
-        placing.remove_scratch([root, *parts, *(Path(row.input).parent for row in rows if row.action == "move")])
+        placing.check_folders(root, rows)
+        placing.remove_scratch([root])
         for row in reversed(rows):
             target = root / row.output
             left.append(row)
@@ -274,8 +286,8 @@ def undo_sort(folder: str | os.PathLike[str]) -> Sorted:
                     result.rows.append(row)
                 left.pop()
         result.done = len(result.rows)
-        for part in parts:
-            with suppress(OSError):  # it is a link, or contains other files
+        for part in {(root / row.output).parent for row in rows}:
+            with suppress(OSError):  # it contains other files
                 part.rmdir()
         if left:
             placing.write_manifest(root, reversed(left))
@@ -312,4 +324,5 @@ def _undone(row: Placed, target: Path) -> bool:
         raise InputError(f"is missing, and so is {show(original)}")
     elif there == EMPTY:
         target.unlink()
+        remove_leftovers(target.parent, row.digest)
     return there == row.digest

@@ -18,6 +18,7 @@ from retrieval_tip.data.tables import not_in_index
 from retrieval_tip.errors import InputError, Skipped, show
 from retrieval_tip.index import changes as index_changes
 from retrieval_tip.index import manage
+from retrieval_tip.labelling.photos import MOST_PHOTOS
 from retrieval_tip.labelling.placing import Action
 from retrieval_tip.labelling.sidecars import undo_sidecars, write_planned
 from retrieval_tip.labelling.sort import check_files, sort_photos, undo_sort
@@ -217,6 +218,19 @@ async def label(labelling: TheLabelling, change: schemas.SetLabels) -> schemas.R
     return labelling.status()
 
 
+@changes.post("/label/photos", status_code=201, openapi_extra=schemas.KEEP)
+async def label_photos(request: Request, service: TheService, labelling: TheLabelling) -> schemas.Row:
+    """Keep images as photos of the labelling session, and return their numbers.
+
+    An image that the session already has keeps its number.
+    """
+    _, sent = await read_form(request, service.limits, schemas.Images)
+    reader = labelling.photos.reader
+    assert reader.backbone is not None
+    photos, skipped = await service.labelled(replace(sent, labels=sent.names), reader.backbone)
+    return {"photos": await labelling.add(photos), "skipped": skipped}
+
+
 @changes.post("/label/sort")
 async def label_sort(service: TheService, labelling: TheLabelling, change: schemas.SortInto) -> schemas.Row:
     """Sort the photos of the labelling session into folders by class, as `retrieval-tip sort` does, or undo it.
@@ -224,7 +238,8 @@ async def label_sort(service: TheService, labelling: TheLabelling, change: schem
     ``undo`` is the command that undoes it.
     """
     give_time()
-    version, source, reader = labelling.version(), labelling.photos.source, replace(labelling.photos.reader, skipped=[])
+    version, known, reader = labelling.version(), labelling.photos, replace(labelling.photos.reader, skipped=[])
+    source = known.chosen(known.own(known.paths))
     folder, paths, xmp = Path(change.into).expanduser(), source.paths or (), change.action == "xmp"
     run = partial(service.run, labelling.encoding)
     if xmp:
@@ -234,17 +249,18 @@ async def label_sort(service: TheService, labelling: TheLabelling, change: schem
     elif version is None:
         raise Problem(404, "there are no labels yet; label some photos first")
     else:
-        some = sorted(labelling.labels()) if change.labelled else range(len(labelling.photos))
-        photos = source.take([photo for photo in some if photo < len(labelling.photos)])
+        some = known.own(labelling.labels() if change.labelled else known.paths)
         action: Action = "copy" if change.action == "xmp" else change.action
         most, smooth = change.at_most_wrong, not change.labelled and version.index.n <= service.limits.estimated
         call = partial(sort_photos, action=action, at_most_wrong=most, smooth=smooth, dry_run=xmp)
-        done = await run(call, version.index, [photos], reader, folder)
+        done = await run(call, version.index, [known.chosen(some)], reader, folder)
         if xmp:
             done = await run(write_planned, done, version.index.groups)
     words = ["sort", "--undo", "--into", str(folder.absolute())]
     if xmp:
-        words = ["classify", str(labelling.place), os.path.commonpath(paths), "--format", "xmp", "--undo"]
+        inside = [known.path(photo) for photo in known.own(known.paths) if photo < MOST_PHOTOS]
+        given = [os.path.commonpath(inside or paths), *filter(os.path.isdir, [str(labelling.dropped)])]
+        words = ["classify", str(labelling.place), *given, "--format", "xmp", "--undo"]
     undo = shlex.join(["retrieval-tip", *words])
     summary = str(done) if done.threshold is None else f"{done}; {done.threshold}"
     return {"summary": summary, "undo": undo, "skipped": done.skipped}

@@ -6,23 +6,28 @@ All state changes in the event loop. Threads compute results from values that do
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 
 import numpy as np
 
 from retrieval_tip.data.reader import FloatArray, Reader
-from retrieval_tip.data.sources import Source
+from retrieval_tip.data.remote import absolute
+from retrieval_tip.data.sources import Source, is_there
 from retrieval_tip.errors import InputError, RetrievalTipError, StoreError, counted, show
 from retrieval_tip.index import changes, places
 from retrieval_tip.index.changes import PhotoLabel
+from retrieval_tip.labelling.dropped import dropped_in, keep
 from retrieval_tip.labelling.journal import Entry, Journal
 from retrieval_tip.labelling.labels import (
     ASK,
+    EARLIER,
     NONE,
     Label,
     LabelledPhoto,
@@ -86,24 +91,29 @@ class Labelling:
     labelled already, so a session can be continued at any time.
     """
 
-    def __init__(
-        self, place: places.Place, sources: Sequence[Source], reader: Reader, classes: Sequence[str] = ()
-    ) -> None:
-        """Prepare a session. ``classes`` are the names of classes that have no labels yet.
+    def __init__(self, place: places.Place, paths: Sequence[str], reader: Reader, classes: Sequence[str] = ()) -> None:
+        """Prepare a session for the photos of :func:`paths_of`. ``classes`` are names of classes without labels.
 
-        If there are more than ``MOST_PHOTOS`` photos, a random sample is used. Labels that earlier sessions could not
-        save are saved by this one. Their photos have the last numbers, and are not shown.
+        Photos that were dropped on earlier sessions belong to this one. Labels that earlier sessions could not save are
+        saved by this one. Their photos have the last numbers, and are not shown.
 
-        Raises InputError if a source has features instead of photos, and the errors of :class:`journal.Journal`.
+        Raises the errors of :class:`journal.Journal`.
         """
-        paths = _paths_of(sources)
         self.place, self.name = place, places.at(place).name
         self._journal = Journal(places.at(place))
-        unsaved = dict(enumerate(self._journal.entries.values(), len(paths)))
-        self.photos = SessionPhotos(paths, [str(entry["path"]) for entry in unsaved.values()], reader)
+        self.dropped, kept = self._journal.dropped, dropped_in(self._journal.dropped)
+        self._free = count(max(kept, default=MOST_PHOTOS - 1) + 1)
+        own = {number: path for number, path in kept.items() if path}
+        seen = set(own.values())
+        own |= enumerate(path for path in paths if absolute(path) not in seen)
+        unsaved = dict(enumerate(self._journal.entries.values(), EARLIER))
+        self.photos = SessionPhotos(own | {photo: str(one["path"]) for photo, one in unsaved.items()}, reader)
         self.photos.recognise({photo: digest for photo, one in unsaved.items() if (digest := one["digest"])})
         self._classes = list(classes)
-        self._queue = Queue(len(paths))
+        self._queue = Queue([*own])
+        self._unread = asyncio.Queue[Sequence[int]]()
+        for start in range(0, len(own), CHUNK):
+            self._unread.put_nowait(self._queue.order[start : start + CHUNK])
         self._in_turn = asyncio.Lock()
         self._seen: Version | None = None
         self._known: dict[int, LabelledPhoto] = {}
@@ -150,23 +160,24 @@ class Labelling:
 
     def path(self, photo: int) -> str:
         """Return the absolute path of a photo. Raises Problem 404 if there is no such photo."""
-        if not 0 <= photo < len(self.photos.names):
-            raise Problem(404, f"photo {photo}: not found; there are {len(self.photos):,} photos")
+        if photo not in self.photos.paths:
+            raise Problem(404, f"photo {photo}: not found; this session has other photos")
         return self.photos.path(photo)
 
     def status(self) -> Row:
         """Return the state of the session and the next photos (see :func:`routes.label_status`)."""
         version, taken = self.version(), self._taken()
-        names, shown = self.photos.names, []
+        own, shown = self.photos.own, list[Row]()
+        readable = len(self.photos) - len(own(self.photos.unreadable))
         for one in self._queue.show(taken):
             guessed, others = self._facts.get(one.photo, (None, []))
             similar = [photo for photo in others if photo not in taken]
-            more = {"name": names[one.photo], "guesses": guessed or [], "similar": similar}
+            more = {"name": self.photos.name(one.photo), "guesses": guessed or [], "similar": similar}
             shown.append(vars(one) | more)
         unmeasured = version is not None and self._measured != self._chosen
         busy = self._choice_due() or unmeasured or self._waiting()
         refused: list[Row] = [
-            {"photo": photo, "name": names[photo], "label": self._unsaved[photo].label, "reason": reason}
+            {"photo": photo, "name": self.photos.name(photo), "label": self._unsaved[photo].label, "reason": reason}
             for photo, reason in self._refused.items()
         ]
         steps: list[Row] = [
@@ -176,11 +187,11 @@ class Labelling:
         right = [one.right for one in self._steps.values() if one.right is not None][-LAST:]
         return {
             "index": self.name, "version": None if version is None else version.manifest.version,
-            "photos": len(self.photos) - self.photos.number(self.photos.unreadable),
-            "encoded": self.photos.number(self.photos.encoded), "labelled": self.photos.number(self.labels()),
+            "photos": readable, "encoded": len(own(self.photos.encoded)), "labelled": len(own(self.labels())),
             "unsaved": len(self._unsaved), "classes": self._class_counts(), "queue": shown, "steps": steps,
             "guessed": right, "refused": refused, "progress": self._progress,
-            "busy": bool(busy) and self._problem is None, "problem": self._problem or self._trouble,
+            "busy": bool(busy) and self._problem is None,
+            "problem": self._problem or self._trouble or (None if readable else "none of the photos can be read"),
         }  # fmt: skip
 
     async def label(self, change: schemas.SetLabels) -> None:
@@ -204,6 +215,34 @@ class Labelling:
                 del self._steps[change.undo]
                 for one in reversed(step.queued):
                     self._queue.put_first(one)
+
+    async def add(self, photos: Iterable[tuple[str, bytes]]) -> list[int]:
+        """Keep photos that were dropped on the page in the folder of this session, and return their numbers.
+
+        A photo that this session already has keeps its number. Raises StoreError if a photo cannot be written.
+        """
+        numbers = []
+        async with self._in_turn:
+            for name, data in photos:
+                digest = hashlib.sha256(data).hexdigest()
+                same = self.photos.own(self.photos.same.get(digest, ()))
+                number = next((one for one in same if is_there(self.path(one))), None)
+                if number is None:
+                    number = next(self._free)
+                    try:
+                        self._journal.hold()
+                        path = await asyncio.to_thread(keep, self.dropped, number, name, data)
+                    except OSError as error:
+                        raise StoreError(
+                            f"{show(self.dropped)}: cannot be written: {error.strerror}; the photo is not kept"
+                        ) from None
+                    self.photos.paths[number] = path
+                    self.photos.recognise({number: digest})
+                    self._queue.add(number)
+                    self._unread.put_nowait([number])
+                numbers.append(number)
+        self._look()
+        return numbers
 
     def _label(self, change: schemas.SetLabels) -> None:
         labels, shown = self.labels(), {one.photo: one for one in self._queue.show(self._taken())}
@@ -343,8 +382,8 @@ class Labelling:
             self._last = await self.service.changed(self.service.served[self.name], change)
         elif first:
             reader = replace(self.photos.reader, strict=False)
-            own = {self.photos.readable(photo): label for photo, label in first.items()}
-            build = partial(build_from_labels, self.place, self.photos.source, reader, own, self._classes)
+            own = {self.photos.path(self.photos.readable(photo)): label for photo, label in first.items()}
+            build = partial(build_from_labels, self.place, own, reader, self._classes)
             await self.service.change(build)
             await self._open()
             self.version()
@@ -386,8 +425,8 @@ class Labelling:
                 log.exception("the background work of labelling has stopped")
 
     async def _encode(self) -> None:
-        for start in range(0, len(self._queue.order), CHUNK):
-            await self._read(self._queue.order[start : start + CHUNK], strict=self.photos.reader.strict)
+        while True:
+            await self._read(await self._unread.get(), strict=self.photos.reader.strict)
 
     async def _read(self, photos: Iterable[int], *, strict: bool) -> None:
         if photos := [photo for photo in photos if photo not in self.photos.encoded]:
@@ -413,7 +452,7 @@ class Labelling:
     def _choice_due(self) -> bool:
         """Return whether there is a new version, twice as many photos as at the last choice, or all photos."""
         (version, before), encoded = self._chosen, len(self.photos.encoded)
-        all_read = encoded == len(self.photos.names) - len(self.photos.unreadable)
+        all_read = encoded == len(self.photos.paths) - len(self.photos.unreadable)
         grown = encoded >= 2 * before or (encoded > before and all_read)
         return bool(encoded) and (version is not self._seen or grown)
 
@@ -439,7 +478,11 @@ class Labelling:
         self._progress, self._measured = progress, measured
 
 
-def _paths_of(sources: Sequence[Source]) -> list[str]:
+def paths_of(sources: Sequence[Source]) -> list[str]:
+    """Return the paths of the photos to label. If there are more than ``MOST_PHOTOS``, a random sample is returned.
+
+    Raises InputError if a source has features instead of photos.
+    """
     for source in sources:
         if source.paths is None:
             raise InputError(f"{source.name}: has features, but labelling needs photos; give a folder of photos")

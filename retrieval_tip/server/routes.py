@@ -296,14 +296,14 @@ async def label_answers(service: TheService, labelling: TheLabelling) -> Respons
     ``groups`` lists the numbers of similar photos without a match.
     """
     version, labels, photos = labelling.version(), labelling.labels(), labelling.photos
-    shown = [photo for photo in sorted(photos.encoded | labels.keys()) if photo < len(photos)]
+    shown = photos.own(photos.encoded | labels.keys())
     rows = [photo for photo in shown if photo not in labels]
     found, groups = dict[int, Row](), list[list[int]]()
     if version is None:
         shown = []
     elif rows:
         index, read = version.index, [one for one in shown if one in photos.encoded]
-        pool = Pool([photos.names[one] for one in read], photos.rows(read), [])
+        pool = Pool([photos.name(one) for one in read], photos.rows(read), [])
         if index.n <= service.limits.estimated:
             answers, _ = await service.once(version, ("smoothed", len(read)), partial(pool.smoothed, index, ASK))
         else:  # holding out photos would take too long
@@ -314,7 +314,7 @@ async def label_answers(service: TheService, labelling: TheLabelling) -> Respons
             alike = await service.find(group, photos.rows(no_match), threshold_of(index), index.metric)
             groups = [[no_match[row] for row in own] for own in alike]
     found |= {photo: {"label": label.label, "guesses": [], "no_match": False} for photo, label in labels.items()}
-    listed = [{"photo": photo, "name": photos.names[photo], "label": None} | found[photo] for photo in shown]
+    listed = [{"photo": photo, "name": photos.name(photo), "label": None} | found[photo] for photo in shown]
     return json_of({"photos": listed, "groups": groups})
 
 

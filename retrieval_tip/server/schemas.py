@@ -33,7 +33,7 @@ def index_name(value: str) -> str:
         expected = "1 to 64 letters, digits, spaces, dots, hyphens or underscores, starting with a letter"
         raise InputError(f"{name[:64]!r} is not valid; use {expected}")
     if photos.is_reserved(name):  # deleting this index would delete the photos of another
-        raise InputError(f"{name!r} ends with {photos.SUFFIX}, like a folder of photos; choose another name")
+        raise InputError(f"{name!r} ends like a folder of photos; choose another name")
     return name
 
 
@@ -184,7 +184,7 @@ def _body(*kinds: type[BaseModel], floats: bool = False) -> Row:
 
 
 CLASSIFY, GROUP = _body(Images, Features, floats=True), _body(Features, floats=True)
-ADD, MAKE = _body(Shots, LabelledFeatures), _body(NewIndex)
+ADD, MAKE, KEEP = _body(Shots, LabelledFeatures), _body(NewIndex), _body(Images)
 
 
 def _list_of(items: Row, **more: object) -> Row:

@@ -206,6 +206,8 @@ def open_all(folders: Sequence[places.Place], backbones: Backbones) -> dict[str,
     """Open several indexes, and return them by name."""
     served: dict[str, Served] = {}
     for folder in folders:
+        places.at(folder).manifest()  # raises an error before an encoder is loaded
+    for folder in folders:
         one = Served(folder, backbones)
         if one.name in served:
             raise UsageError(f"{folder}: another index is also named {one.name!r}; rename one of the folders")

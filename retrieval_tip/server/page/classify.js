@@ -76,9 +76,13 @@ function fail(photo, error) {
   photo.busy = false;
   photo.problem = error;
   if (api.passing(error) || photo.feature) return;
-  const reason = reasonOf(photo, error);
-  refused.set(reason, [...(refused.get(reason) ?? []), photo.name]);
+  refuse(photo, error);
   remove([photo]); // because it will never get an answer
+}
+
+function refuse(file, error) {
+  const reason = reasonOf(file, error);
+  refused.set(reason, [...(refused.get(reason) ?? []), file.name]);
 }
 
 // --- the photos of the labelling session ---
@@ -166,8 +170,23 @@ function askBlock(block) {
   return classify(block, api.floats(block.map(({ feature }) => feature)), asked, signal);
 }
 
-/** Add files at the top of the page. They wait until an index is open. */
+/** Keep files as photos of the session. */
+async function keepAll(files) {
+  let done = 0;
+  for (const file of files) {
+    notice(`Adding ${done + 1} of ${files.length}…`);
+    const kept = await state.keepPhoto(file).catch((error) => (api.passing(error) ? Promise.reject(error) : refuse(file, error)));
+    if (kept === null) return notice(""); // there is no token
+    done += kept ? 1 : 0;
+  }
+  notice(`Added ${plural(done, "photo")} to the session.`);
+  await session.fetch();
+}
+
+/** Add files to the session, or at the top of the page, where they wait until an index is open. */
 export function addFiles(files) {
+  const { now } = session;
+  if (now && now.index === (state.info?.name ?? now.index) && files[0]?.keyId === undefined) return reported(() => keepAll(files));
   const added = files.map((file) => new Photo(file));
   photos.unshift(...added);
   if (state.info) added.forEach(begin);

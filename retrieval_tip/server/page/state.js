@@ -107,6 +107,9 @@ class State extends EventTarget {
   /** Set or remove labels in the labelling session, or skip photos, and return the new state of the session. */
   setLabels = (change) => this.#change("/v1/label", { ...api.json(change), patience: 0 }, false);
 
+  /** Keep a photo in the labelling session. */
+  keepPhoto = (file) => this.#change("/v1/label/photos", api.form([["images", file]]), false);
+
   sortPhotos = (change) => this.#change("/v1/label/sort", api.json(change), false);
 
   #at = (what) => api.at(this.info.name, what);
