@@ -275,6 +275,34 @@ def test_every_number_option_refuses_invalid_values(name, parameter):
             parameter.type.convert(value, parameter, None)
 
 
+OPTIONS = [
+    (words, one) for words, command in COMMANDS.items() for one in command.params if isinstance(one, click.Option)
+]
+
+
+@pytest.mark.parametrize(("words", "option"), OPTIONS, ids=[f"{' '.join(words)} {one.name}" for words, one in OPTIONS])
+def test_an_option_given_twice_is_repeatable_or_refused(run, words, option):
+    """Click itself would keep the last value without a word."""
+    long, short = max(option.opts, key=len), min(option.opts, key=len)
+    values = ([] if option.is_flag or option.count else [value] for value in "12")
+    typed = [long, *next(values), short, *next(values)]
+    if option.multiple or option.count or (option.is_flag and not option.secondary_opts):
+        command = COMMANDS[words]
+        given = command.make_parser(click.Context(command)).parse_args(typed)[0][option.name]
+        assert given == (["1", "2"] if option.multiple else 2 if option.count else True)
+        assert option.is_flag or option.count or "Can be repeated" in option.help
+    else:
+        done = run(*words, *typed)
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert f"Error: {long}: is given 2 times; give it once\n" in done.stderr
+
+
+def test_flags_that_contradict_each_other_are_refused(run, small, queries):
+    for typed in (["--tail", "--no-tail"], ["--no-tail", "--tail"]):
+        done = run("classify", small, queries, *typed)
+        assert (done.exit_code, done.stdout, "--tail: is given 2 times" in done.stderr) == (2, "", True)
+
+
 NAMES = [
     "  two  ", 'quo"te', "new\nline", "日本語", "שלום", "a,b;c", "*", "[x]", "{}", "$HOME", "-dash", "--out", "#", "%s",
     "é.png", "\x1b[31mred", "\udcff", "x" * 200, "~",

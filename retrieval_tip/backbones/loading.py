@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -68,10 +69,29 @@ def _load(model: str | None, weights: str | None, device: str, precision: Precis
 
 
 def split_names(model: str | None) -> list[str | None]:
-    """Split names that are joined by ``+``. A folder or a file of weights may have a ``+`` in its name."""
-    if model is None or _is_there(model) or Path(model.partition("@")[2].rpartition("=")[2]).is_file():
-        return [model]
-    return [*model.split("+")]
+    """Split names that are joined by ``+``. An existing folder or file of weights may have a ``+`` in its name.
+
+    Raises UsageError if a name is empty.
+    """
+    if model is None:
+        return [None]
+    pieces, names = model.split("+"), list[str | None]()
+    while pieces:
+        joined = ["+".join(pieces[:end]) for end in range(len(pieces), 0, -1)]
+        name = next(filter(_is_one, joined), pieces[0])
+        names.append(name)
+        del pieces[: 1 + name.count("+")]
+    if not all(names):
+        raise UsageError(f"model {model!r}: a name beside + is empty; join encoders as in ViT-B-32+timm:resnet18")
+    return names
+
+
+def _is_one(model: str) -> bool:
+    """Return whether an existing folder or file shows that the name is that of one encoder."""
+    name, _, weights = model.partition("@")
+    tag, _, file = weights.rpartition("=")
+    plain = "+" not in tag and ("+" not in name or _is_there(name))
+    return _is_there(model) or (plain and Path(file).is_file())
 
 
 def split_weights(model: str | None) -> tuple[str | None, str | None]:
@@ -83,7 +103,7 @@ def split_weights(model: str | None) -> tuple[str | None, str | None]:
 
 
 def _is_there(model: str) -> bool:
-    return Path(model.partition(":")[2] or model).exists()
+    return Path(re.sub(r"^[\w-]+:", "", model)).exists()
 
 
 def load_again(identity: Identity, *, device: str = "auto", precision: Precision = "auto") -> TorchBackbone | Joined:

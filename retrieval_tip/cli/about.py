@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from retrieval_tip.cli import kinds, options
-from retrieval_tip.cli.group import argument, command, flag, option
+from retrieval_tip.cli.group import argument, command, flag, grouped, option
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import FAILED, about, finish, print_result, quiet, say, warn
 from retrieval_tip.cli.opening import reader_for, reader_of, source_of
@@ -27,8 +27,9 @@ def models_command(
     word: str = argument(default=""),
     photos: Place | None = option(kinds.SOURCE, "--try"),
     calibration: Place | None = option(kinds.SOURCE, "--int8"),
+    model: tuple[str, ...] = option(multiple=True, **options.ENCODER),
     printing: OutputOptions = options.FORMAT,
-    encoding: SourceOptions = options.SOURCES,
+    encoding: SourceOptions = grouped(SourceOptions, without=("model",)),
 ) -> None:
     """List encoders, compare them on photos, or store one in int8.
 
@@ -50,12 +51,16 @@ def models_command(
     Options:
         photos: Labelled photos on which the encoders on this machine are compared.
         calibration: Photos on which the encoders of --model are calibrated in int8. They need no labels.
+        model: Encoder to try or to store, as for index build. Encoders that are joined with + count separately.
     """
+    from retrieval_tip.backbones.loading import split_names
+
+    names = [name for one in model for name in split_names(one) if name]
     if photos is not None:
-        _try_encoders(word, source_of(photos, encoding, "train"), printing, encoding)
+        _try_encoders(word, names, source_of(photos, encoding, "train"), printing, encoding)
     elif calibration is not None:
-        _store_int8(source_of(calibration, encoding, "train", labelled=False), encoding)
-    elif encoding.model:
+        _store_int8(names, source_of(calibration, encoding, "train", labelled=False), encoding)
+    elif names:
         raise UsageError("--model: give labelled photos to compare encoders (--try), or photos to store them (--int8)")
     else:
         _list_encoders(word, printing)
@@ -73,13 +78,14 @@ def _list_encoders(word: str, printing: OutputOptions) -> None:
         say("For aerial photos: hf download chendelong/RemoteCLIP RemoteCLIP-ViT-B-32.pt --local-dir .")
 
 
-def _try_encoders(word: str, photos: Source, printing: OutputOptions, encoding: SourceOptions) -> None:
+def _try_encoders(
+    word: str, models: list[str], photos: Source, printing: OutputOptions, encoding: SourceOptions
+) -> None:
     from retrieval_tip.backbones.catalogue import cached
-    from retrieval_tip.backbones.loading import split_names
     from retrieval_tip.index.encoders import try_encoders
 
     here = (name for name in cached() if word.lower() in name.lower())
-    names = list(dict.fromkeys([*filter(None, split_names(encoding.model)), *here]))
+    names = list(dict.fromkeys([*models, *here]))
     more = "to download more, give --model, for example --model clip+dinov2"
     if not names:
         raise UsageError(f"models: no encoder{f' named {word}' if word else ''} is on this machine; {more}")
@@ -97,13 +103,11 @@ def _try_encoders(word: str, photos: Source, printing: OutputOptions, encoding: 
     finish(tried.skipped)
 
 
-def _store_int8(photos: Source, encoding: SourceOptions) -> None:
-    from retrieval_tip.backbones.loading import split_names
-
-    if not encoding.model:
+def _store_int8(models: list[str], photos: Source, encoding: SourceOptions) -> None:
+    if not models:
         raise UsageError("--int8: name the encoder with --model")
     skipped = []
-    for name in split_names(encoding.model):
+    for name in models:
         with reader_for(None, [], replace(encoding, model=name, device="cpu", precision="float32")) as reader:
             lowest = reader.store_int8(photos)
         say(f"{name}: stored in int8 (lowest cosine to the features in float32: {lowest:.3f})")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import tempfile
 import time
 from collections import Counter
@@ -18,6 +19,8 @@ from retrieval_tip.errors import InputError, Skipped, UsageError
 from retrieval_tip.evaluation.compare import SIGNIFICANT, mcnemar
 from retrieval_tip.evaluation.held_out import held_out_probabilities, photo_rows
 from retrieval_tip.index.build import build_index
+
+log = logging.getLogger(__name__)
 
 TIMED = 64
 """Number of photos that are encoded to measure the speed."""
@@ -68,33 +71,44 @@ def try_encoders(
 ) -> EncoderTrials:
     """Fit an index of each encoder to labelled photos, and measure its accuracy and its speed.
 
-    ``opened`` opens an encoder by its name. Pairs of the :data:`PAIRED` most accurate encoders are tried as well. See
-    :func:`recommended` for the recommendation.
+    ``opened`` opens an encoder by its name. An encoder that has several names is tried once. Pairs of the
+    :data:`PAIRED` most accurate encoders are tried as well. See :func:`recommended` for the recommendation.
 
     Raises UsageError if ``photos`` is a feature table, and InputError if no photo can be held out.
     """
     if photos.table is not None:
         raise UsageError(f"{photos.name}: has the features of one encoder; give photos to compare encoders")
-    trials, skipped = [], list[Skipped]()
-    waiting = list(names)
-    while waiting:
-        name = waiting.pop(0)
-        with opened(name) as reader, tempfile.TemporaryDirectory(prefix="retrieval-tip-") as folder:
-            index = build_index(photos, Path(folder) / "index", reader, device=device).in_memory()
-            fit = index.provenance["fit"]
-            if fit["both"] is None:
-                raise InputError(f"{photos.name}: {fit['summary']}; give at least two photos per class")
-            rows = photo_rows(index, index.labels["key_id"].to_pylist())
-            rows = rows[spread(len(rows), JUDGED)]
-            answers = held_out_probabilities(index, rows).right
-            right = dict(zip(index.labels["key_id"].to_numpy()[rows].tolist(), answers.tolist(), strict=True))
-            low, high = fit["interval_95"]
-            trials.append(EncoderTrial(name, fit["both"], (low, high), _speed(photos, reader), right))
-            skipped += reader.skipped
-        if len(trials) == len(names):
-            best = sorted(trials, key=lambda one: -one.accuracy)[:PAIRED]
-            waiting = [f"{a.name}+{b.name}" for a, b in itertools.combinations(best, 2)]
+    trials, skipped, seen = list[EncoderTrial](), list[Skipped](), dict[str, str]()
+
+    def attempt(name: str) -> None:
+        with opened(name) as reader:
+            own = name if reader.backbone is None else reader.backbone.identity.fingerprint
+            if seen.setdefault(own, name) != name:
+                log.warning("%s: is the same encoder as %s, so it is tried only once", name, seen[own])
+                return
+            trials.append(_trial(photos, name, reader, device))
+            skipped.extend(reader.skipped)
+
+    for name in names:
+        attempt(name)
+    best = sorted(trials, key=lambda one: -one.accuracy)[:PAIRED]
+    for a, b in itertools.combinations(best, 2):
+        attempt(f"{a.name}+{b.name}")
     return EncoderTrials(trials, recommended(trials), list(dict.fromkeys(skipped)))
+
+
+def _trial(photos: Source, name: str, reader: Reader, device: str) -> EncoderTrial:
+    with tempfile.TemporaryDirectory(prefix="retrieval-tip-") as folder:
+        index = build_index(photos, Path(folder) / "index", reader, device=device).in_memory()
+        fit = index.provenance["fit"]
+        if fit["both"] is None:
+            raise InputError(f"{photos.name}: {fit['summary']}; give at least two photos per class")
+        rows = photo_rows(index, index.labels["key_id"].to_pylist())
+        rows = rows[spread(len(rows), JUDGED)]
+        answers = held_out_probabilities(index, rows).right
+        right = dict(zip(index.labels["key_id"].to_numpy()[rows].tolist(), answers.tolist(), strict=True))
+        low, high = fit["interval_95"]
+        return EncoderTrial(name, fit["both"], (low, high), _speed(photos, reader), right)
 
 
 def recommended(trials: Sequence[EncoderTrial]) -> EncoderTrial:
