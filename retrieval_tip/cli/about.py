@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import FAILED, about, finish, print_result, quiet, say, warn
 from retrieval_tip.cli.opening import reader_for, reader_of, source_of
 from retrieval_tip.cli.options import OutputOptions, SourceOptions, ViewOptions
-from retrieval_tip.errors import Skipped, UsageError, amount, counted, show
+from retrieval_tip.errors import Skipped, UsageError, amount, counted, few, show
 
 if TYPE_CHECKING:
     from retrieval_tip.data.sources import Source
@@ -196,9 +197,10 @@ def cache_command(
 def doctor(as_json: bool = options.JSON) -> None:
     """Check this installation for problems.
 
-    Prints the versions of the installed packages, the available devices and the FAISS build, followed by any problems.
-    The exit status is 1 if there is a problem.
+    Prints the versions of the installed packages, the available devices, the FAISS build and the encoders on this
+    machine, followed by any problems. The exit status is 1 if there is a problem.
     """
+    from retrieval_tip.backbones import catalogue
     from retrieval_tip.data.encoding_cache import size_of
     from retrieval_tip.doctor import examine
     from retrieval_tip.files import cache_folder
@@ -208,6 +210,17 @@ def doctor(as_json: bool = options.JSON) -> None:
         file, size, most = size_of(folder)
         cache = f"{show(file)}, {amount(size)} of at most {amount(most)} (retrieval-tip cache --max-size)"
     report.facts["encoding cache"] = cache
+    with suppress(ImportError):  # which is among the problems
+        here = [*catalogue.cached()]
+        report.facts["encoders"] = few(here) or "none on this machine"
+        try:
+            if not here:
+                catalogue.ask_hub(catalogue.repository_of(*catalogue.named(None)))
+        except ConnectionError as error:
+            report.problems.append(
+                f"no encoder is on this machine, and none can be downloaded ({error}); connect to the internet, or "
+                "copy weights here and give --model timm:NAME@FILE or local-dir:FOLDER"
+            )
     if as_json:
         click.echo(json.dumps({"facts": report.facts, "problems": report.problems}))
     else:

@@ -297,7 +297,11 @@ def rollback_command(
     """
     from retrieval_tip.index import changes
 
-    _say_changed(folder, changes.rollback(folder, version), "rolled back")
+    done = changes.rollback(folder, version)
+    if done.version == version:  # a version that is restored gets a new number
+        about(folder, f"version {version} is current already; nothing changed")
+    else:
+        _say_changed(folder, done, "rolled back")
 
 
 @index.command()
@@ -342,7 +346,7 @@ def export_command(
     The ONNX graph contains the whole index and runs in any ONNX runtime.
 
     Options:
-        out: Feature table to write (.parquet).
+        out: Feature table to write (.parquet), or ONNX file (.onnx).
         text: Feature table to write for the text weights. You can pass it to index build --text.
         onnx: ONNX file to write. Its graph computes logits from pixels (requires onnx).
         features: With --onnx, compute logits from features, and leave out the image encoder.
@@ -353,6 +357,10 @@ def export_command(
 
     if out is None and text is None and onnx is None:
         raise UsageError("index export: give --out, --text or --onnx FILE")
+    if out is not None and out.suffix.lower() == ".onnx":
+        if onnx is not None:
+            raise UsageError(f"--out {show(out)}: is the ONNX file, so leave out --onnx")
+        out, onnx = None, out
     loaded = store_of(folder).load(device="cpu").in_memory()
     if onnx is not None:
         from retrieval_tip.backbones.loading import load_again
