@@ -129,6 +129,12 @@ def version_of(name: str) -> str | None:
         return None
 
 
+def command_line(*words: object) -> str:
+    """Return a command of this program as a user can type it into a shell. No path is taken for an option."""
+    paths = (f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word) for word in words)
+    return shlex.join(["retrieval-tip", *paths])
+
+
 def pip(arguments: str) -> str:
     """Return the shell command that runs pip with ``arguments`` in the environment of this process."""
     python = shlex.quote(sys.executable)

@@ -208,7 +208,7 @@ def doctor(as_json: bool = options.JSON) -> None:
     report, cache = examine(), "none: no home folder"
     if (folder := cache_folder()) is not None:
         file, size, most = size_of(folder)
-        cache = f"{show(file)}, {amount(size)} of at most {amount(most)} (retrieval-tip cache --max-size)"
+        cache = f"{show(file)}, {amount(size)} of at most {amount(most)} (retrieval-tip cache --max-size GB)"
     report.facts["encoding cache"] = cache
     with suppress(ImportError):  # which is among the problems
         here = [*catalogue.cached()]

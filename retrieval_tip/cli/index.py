@@ -13,10 +13,10 @@ import click
 from retrieval_tip.cli import kinds, options
 from retrieval_tip.cli.group import Group, argument, flag, grouped, option
 from retrieval_tip.cli.kinds import Place
-from retrieval_tip.cli.messages import about, command_line, finish, note, print_result, quiet, say, say_fit, warn
+from retrieval_tip.cli.messages import about, finish, note, print_result, quiet, say, say_fit, warn
 from retrieval_tip.cli.opening import backbone_for, reader_for, source_of, store_of
 from retrieval_tip.cli.options import BackboneOptions, OutputOptions, SourceOptions, ViewOptions
-from retrieval_tip.errors import UsageError, counted, few, show
+from retrieval_tip.errors import UsageError, command_line, counted, few, show
 from retrieval_tip.settings import Ask, BuildOptions, Dtype, Precision
 from retrieval_tip.store.address import FORMS, KIND
 
@@ -61,7 +61,8 @@ def build(
             say_fit(loaded.provenance["fit"])
         if version > 1:
             say(f"Version {version - 1} is kept. To restore it, run: {command_line('index', 'rollback', out)}")
-        say(f"Next: {_next_step(out, loaded)}")
+        given = items.table is not None or encoding.root or encoding.split
+        say(f"Next: {_next_step(out, loaded, 'PHOTOS' if given else source)}")
     finish(reader.skipped)
 
 
@@ -72,15 +73,18 @@ If the accuracy on all classes is lower than the last constant, it suggests tryi
 """
 
 
-def _next_step(out: Place, index: Index) -> str:
-    add, audit = (command_line("index", command, out) for command in ("add", "audit"))
+def _next_step(out: Place, index: Index, photos: Place) -> str:
+    from retrieval_tip.backbones.base import spelled
+
     name, right, held = (index.provenance.get("fit", {}).get("weakest") or [("", 1, 1)])[0]
     both = index.provenance.get("fit", {}).get("both")
     if both is not None and both < LEAST_BOTH and not index.parts and index.backbone is not None:
-        return f"another encoder may help ({command_line('models', '--try')} PHOTOS)"
+        own = spelled(index.backbone.model, index.backbone.pretrained)
+        return f"another encoder may help ({command_line('models', '--try', photos, '--model', own)})"
     if right < LEAST_RIGHT * held:
-        return f"add photos of {name} ({add} FOLDER), or check labels ({audit})"
-    return f"{command_line('serve', out)} opens it in the browser"
+        add, audit = command_line("index", "add", out, "FOLDER"), command_line("index", "audit", out)
+        return f"add photos of {name} ({add}), or check labels ({audit})"
+    return f"open it in the browser ({command_line('serve', out)})"
 
 
 @index.command()
@@ -451,7 +455,11 @@ def _say_changed(folder: Place, changed: Changed, what: str) -> None:
 
 
 def _say_relabelled(folder: Place, changed: Changed, to: str = "") -> None:
+    from retrieval_tip.index.photos import common_folder
+
     _say_changed(folder, changed, f"relabelled {counted(len(changed.key_ids), 'shot')}{to}")
-    if changed.key_ids:
-        copy = command_line("sort", folder, "photos", "--into", "fixed")
+    store = store_of(folder)
+    if changed.key_ids and store.manifest().identity is not None:
+        into = "FOLDER" if Path("fixed").exists() else "fixed"
+        copy = command_line("sort", folder, common_folder(store) or "PHOTOS", "--into", into)
         note(f"Next: copy the photos into corrected folders ({copy})")

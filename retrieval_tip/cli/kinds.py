@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from retrieval_tip.data.remote import is_remote
-from retrieval_tip.errors import MANY, MOST
+from retrieval_tip.errors import MANY, MOST, command_line
 from retrieval_tip.store.address import KIND, METAVAR, parse
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Folder(click.Path):
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         if parse(str(value)) is not None:
-            copy = f"retrieval-tip index clone {value} DIR"
+            copy = command_line("index", "clone", value, "DIR")
             self.fail(f"{value}: is a {KIND}, but this command needs a folder; copy it first: {copy}")
         return super().convert(value, param, ctx)
 

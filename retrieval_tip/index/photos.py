@@ -42,6 +42,20 @@ def folder_of(store: Store) -> Path | None:
     return None if store.local is None else real(store.local).with_name(store.name + SUFFIX)
 
 
+def common_folder(store: Store) -> Path | None:
+    """Return the folder of the photos of an index, or ``None`` unless all photos are in it or in its class folders.
+
+    Sources that are relative are taken as relative to the current folder.
+    """
+    sources = store.read_labels(store.manifest(), ["source"])["source"].drop_null()
+    folders = {Path(name) for name in pc.replace_substring_regex(sources, r"[^/]*$", "").unique().to_pylist()}
+    with suppress(ValueError):  # no folders, or absolute and relative ones
+        common = Path(os.path.commonpath(folders))
+        if all(common in (folder, folder.parent) for folder in folders) and Path(sources[0].as_py()).is_file():
+            return common
+    return None
+
+
 def is_reserved(name: str) -> bool:
     """Return whether a folder of this name may hold the photos of an index, also if the case is ignored."""
     return name.casefold().endswith(SUFFIX)
