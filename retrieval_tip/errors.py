@@ -130,9 +130,8 @@ def version_of(name: str) -> str | None:
 
 
 def command_line(*words: object) -> str:
-    """Return a command of this program as a user can type it into a shell. No path is taken for an option."""
-    paths = (f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word) for word in words)
-    return shlex.join(["retrieval-tip", *paths])
+    """Return a command of this program as a user can type it into a shell."""
+    return shlex.join(["retrieval-tip", *map(str, words)])
 
 
 def pip(arguments: str) -> str:

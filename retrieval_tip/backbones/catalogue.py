@@ -56,14 +56,13 @@ LARGEST_LIST = 40  # longest list that includes sizes, because computing each si
 _QUIET = threading.RLock()
 
 
-def expanded(model: str | None, pretrained: str | None = None) -> tuple[str, str | None]:
+def expanded(model: str, pretrained: str | None = None) -> tuple[str, str | None]:
     """Replace a short name by the names of a model and its weights."""
-    model = model or DEFAULT
     short, _, file = SHORT.get(model.lower(), "").partition("@")
     return short or model, pretrained or file or None
 
 
-def named(model: str | None, pretrained: str | None = None) -> tuple[str, str | None]:
+def named(model: str, pretrained: str | None = None) -> tuple[str, str | None]:
     """Return the canonical names of a model and its weights, given any of their spellings.
 
     ``ViT-B/32`` and ``vit-b-32`` become ``ViT-B-32``, ``clip`` becomes ``SHORT["clip"]``, and ``timm/NAME`` becomes

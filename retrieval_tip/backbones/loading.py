@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from retrieval_tip.backbones import known, open_clip, timm, transformers
 from retrieval_tip.backbones.base import Backbone, Identity, resolve_execution
-from retrieval_tip.backbones.catalogue import expanded, named
+from retrieval_tip.backbones.catalogue import DEFAULT, expanded, named
 from retrieval_tip.backbones.joined import Joined
 from retrieval_tip.backbones.known import Known
 from retrieval_tip.backbones.torch_backbone import TorchBackbone
@@ -51,11 +51,12 @@ def load_backbone(
         BackboneError: if the model requires custom Python code, which is never executed.
         BackboneError: if the precision is int8, but no int8 tower of this encoder is stored.
     """
-    parts = [_load(*split_weights(name), device, precision, lazy=lazy) for name in split_names(model)]
+    names = split_names(model or DEFAULT)
+    parts = [_load(*split_weights(name), device, precision, lazy=lazy) for name in names]
     return Joined(parts) if len(parts) > 1 else parts[0]
 
 
-def _load(model: str | None, weights: str | None, device: str, precision: Precision, *, lazy: bool) -> TorchBackbone:
+def _load(model: str, weights: str | None, device: str, precision: Precision, *, lazy: bool) -> TorchBackbone:
     given = expanded(model, weights)
     how = resolve_execution(device, precision)
     if lazy and (recalled := known.recall(*given)) is not None:
@@ -68,21 +69,13 @@ def _load(model: str | None, weights: str | None, device: str, precision: Precis
     return backbone
 
 
-def split_names(model: str | None) -> list[str | None]:
-    """Split names that are joined by ``+``. An existing folder or file of weights may have a ``+`` in its name.
-
-    Raises UsageError if a name is empty.
-    """
-    if model is None:
-        return [None]
-    pieces, names = model.split("+"), list[str | None]()
-    while pieces:
-        joined = ["+".join(pieces[:end]) for end in range(len(pieces), 0, -1)]
-        name = next(filter(_is_one, joined), pieces[0])
-        names.append(name)
-        del pieces[: 1 + name.count("+")]
-    if not all(names):
-        raise UsageError(f"model {model!r}: a name beside + is empty; join encoders as in ViT-B-32+timm:resnet18")
+def split_names(model: str) -> list[str]:
+    """Split names that are joined by ``+``. An existing folder or file of weights may have a ``+`` in its name."""
+    names, rest = list[str](), model.split("+")
+    while rest:
+        joined = ("+".join(rest[:end]) for end in range(len(rest), 0, -1))
+        names.append(next(filter(_is_one, joined), rest[0]))
+        del rest[: 1 + names[-1].count("+")]
     return names
 
 
@@ -94,9 +87,9 @@ def _is_one(model: str) -> bool:
     return _is_there(model) or (plain and Path(file).is_file())
 
 
-def split_weights(model: str | None) -> tuple[str | None, str | None]:
+def split_weights(model: str) -> tuple[str, str | None]:
     """Split ``MODEL@WEIGHTS``. A folder may have an ``@`` in its name."""
-    if model is None or _is_there(model):
+    if _is_there(model):
         return model, None
     name, _, weights = model.partition("@")
     return name, weights or None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from retrieval_tip.cli import kinds, options
-from retrieval_tip.cli.group import argument, command, flag, grouped, option
+from retrieval_tip.cli.group import argument, command, flag, option
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import FAILED, about, finish, print_result, quiet, say, warn
 from retrieval_tip.cli.opening import reader_for, reader_of, source_of
@@ -28,9 +28,8 @@ def models_command(
     word: str = argument(default=""),
     photos: Place | None = option(kinds.SOURCE, "--try"),
     calibration: Place | None = option(kinds.SOURCE, "--int8"),
-    model: tuple[str, ...] = option(multiple=True, **options.ENCODER),
     printing: OutputOptions = options.FORMAT,
-    encoding: SourceOptions = grouped(SourceOptions, without=("model",)),
+    encoding: SourceOptions = options.SOURCES,
 ) -> None:
     """List encoders, compare them on photos, or store one in int8.
 
@@ -52,16 +51,12 @@ def models_command(
     Options:
         photos: Labelled photos on which the encoders on this machine are compared.
         calibration: Photos on which the encoders of --model are calibrated in int8. They need no labels.
-        model: Encoder to try or to store, as for index build. Encoders that are joined with + count separately.
     """
-    from retrieval_tip.backbones.loading import split_names
-
-    names = [name for one in model for name in split_names(one) if name]
     if photos is not None:
-        _try_encoders(word, names, source_of(photos, encoding, "train"), printing, encoding)
+        _try_encoders(word, source_of(photos, encoding, "train"), printing, encoding)
     elif calibration is not None:
-        _store_int8(names, source_of(calibration, encoding, "train", labelled=False), encoding)
-    elif names:
+        _store_int8(source_of(calibration, encoding, "train", labelled=False), encoding)
+    elif encoding.model:
         raise UsageError("--model: give labelled photos to compare encoders (--try), or photos to store them (--int8)")
     else:
         _list_encoders(word, printing)
@@ -79,14 +74,14 @@ def _list_encoders(word: str, printing: OutputOptions) -> None:
         say("For aerial photos: hf download chendelong/RemoteCLIP RemoteCLIP-ViT-B-32.pt --local-dir .")
 
 
-def _try_encoders(
-    word: str, models: list[str], photos: Source, printing: OutputOptions, encoding: SourceOptions
-) -> None:
+def _try_encoders(word: str, photos: Source, printing: OutputOptions, encoding: SourceOptions) -> None:
     from retrieval_tip.backbones.catalogue import cached
+    from retrieval_tip.backbones.loading import split_names
     from retrieval_tip.index.encoders import try_encoders
 
     here = (name for name in cached() if word.lower() in name.lower())
-    names = list(dict.fromkeys([*models, *here]))
+    given = split_names(encoding.model) if encoding.model else []
+    names = list(dict.fromkeys([*given, *here]))
     more = "to download more, give --model, for example --model clip+dinov2"
     if not names:
         raise UsageError(f"models: no encoder{f' named {word}' if word else ''} is on this machine; {more}")
@@ -104,11 +99,13 @@ def _try_encoders(
     finish(tried.skipped)
 
 
-def _store_int8(models: list[str], photos: Source, encoding: SourceOptions) -> None:
-    if not models:
+def _store_int8(photos: Source, encoding: SourceOptions) -> None:
+    from retrieval_tip.backbones.loading import split_names
+
+    if not encoding.model:
         raise UsageError("--int8: name the encoder with --model")
     skipped = []
-    for name in models:
+    for name in split_names(encoding.model):
         with reader_for(None, [], replace(encoding, model=name, device="cpu", precision="float32")) as reader:
             lowest = reader.store_int8(photos)
         say(f"{name}: stored in int8 (lowest cosine to the features in float32: {lowest:.3f})")
@@ -215,7 +212,7 @@ def doctor(as_json: bool = options.JSON) -> None:
         report.facts["encoders"] = few(here) or "none on this machine"
         try:
             if not here:
-                catalogue.ask_hub(catalogue.repository_of(*catalogue.named(None)))
+                catalogue.ask_hub(catalogue.repository_of(catalogue.DEFAULT, None))
         except ConnectionError as error:
             report.problems.append(
                 f"no encoder is on this machine, and none can be downloaded ({error}); connect to the internet, or "

@@ -168,10 +168,9 @@ class Command(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the arguments as click does, but refuse an option given twice, of which click only keeps the last."""
         for one, times in Counter(self.make_parser(ctx).parse_args([*args])[2]).items():
-            if times > 1 and isinstance(one, click.Option) and not ctx.resilient_parsing:
-                flag = one.is_flag and not one.secondary_opts
-                if not (flag or one.count or one.multiple):
-                    ctx.fail(f"{max(one.opts, key=len)}: is given {times} times; give it once")
+            once = isinstance(one, Option) and not (one.multiple or one.count or ctx.resilient_parsing)
+            if times > 1 and once:
+                ctx.fail(f"{one.opts[0]}: is given {times} times; give it once")
         return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -76,8 +76,9 @@ If the accuracy on all classes is lower than the last constant, it suggests tryi
 def _next_step(out: Place, index: Index, photos: Place) -> str:
     from retrieval_tip.backbones.base import spelled
 
-    name, right, held = (index.provenance.get("fit", {}).get("weakest") or [("", 1, 1)])[0]
-    both = index.provenance.get("fit", {}).get("both")
+    fit = index.provenance.get("fit", {})
+    name, right, held = (fit.get("weakest") or [("", 1, 1)])[0]
+    both = fit.get("both")
     if both is not None and both < LEAST_BOTH and not index.parts and index.backbone is not None:
         own = spelled(index.backbone.model, index.backbone.pretrained)
         return f"another encoder may help ({command_line('models', '--try', photos, '--model', own)})"
@@ -274,9 +275,9 @@ def set_command(
     new: dict[str, Any] = {"index": factory, "dtype": dtype}
     settings: dict[str, Any] = {name: getattr(ask, name) for name in options.ASKING}
     given = (*settings.values(), *more.values(), temperature)
-    if any(new.values()) and any(value not in (None, ()) for value in given):
-        raise UsageError("index set: change the index type and other settings one after the other")
     if any(new.values()):
+        if any(value not in (None, ()) for value in given):
+            raise UsageError("index set: change the index type and other settings one after the other")
         _say_changed(folder, changes.rebuild(folder, **new), "rebuilt")
         return
     changed = changes.configure(folder, **settings, **more, temperature=temperature, backbone=loaded)
@@ -359,13 +360,15 @@ def export_command(
     """
     from retrieval_tip.index.export import export_table, export_text
 
-    if out is None and text is None and onnx is None:
+    if not (out or text or onnx):
         raise UsageError("index export: give --out, --text or --onnx FILE")
-    if out is not None and out.suffix.lower() == ".onnx":
-        if onnx is not None:
-            raise UsageError(f"--out {show(out)}: is the ONNX file, so leave out --onnx")
+    if onnx is None and out and out.suffix.lower() == ".onnx":
         out, onnx = None, out
     loaded = store_of(folder).load(device="cpu").in_memory()
+    if out is not None:
+        about(out, f"{export_table(loaded, out)} rows")
+    if text is not None:
+        about(text, f"{export_text(loaded, text)} rows")
     if onnx is not None:
         from retrieval_tip.backbones.loading import load_again
         from retrieval_tip.index.onnx_graph import export_onnx
@@ -384,10 +387,6 @@ def export_command(
             most = max(1e-4, math.ceil(1e4 * agreement["difference"]) / 1e4)
             same = f"{agreement['equal']} of {of} classified as by the package"
             about(onnx, f"{same}, with probabilities within {most:.4f}")
-    if out is not None:
-        about(out, f"{export_table(loaded, out)} rows")
-    if text is not None:
-        about(text, f"{export_text(loaded, text)} rows")
 
 
 @index.command()
@@ -459,7 +458,7 @@ def _say_relabelled(folder: Place, changed: Changed, to: str = "") -> None:
 
     _say_changed(folder, changed, f"relabelled {counted(len(changed.key_ids), 'shot')}{to}")
     store = store_of(folder)
-    if changed.key_ids and store.manifest().identity is not None:
+    if changed.key_ids and store.manifest().identity is not None:  # else the photos need --model
         into = "FOLDER" if Path("fixed").exists() else "fixed"
         copy = command_line("sort", folder, common_folder(store) or "PHOTOS", "--into", into)
         note(f"Next: copy the photos into corrected folders ({copy})")

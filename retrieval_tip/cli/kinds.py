@@ -92,12 +92,9 @@ OUTPUT = Output(path_type=Path, dir_okay=False)
 
 
 class Number(click.ParamType[float]):
-    """A finite number from ``least`` to ``most``, and not between 0 and :data:`SMALLEST`.
+    """A finite number from ``least`` to ``most``, and not between 0 and :data:`SMALLEST`."""
 
-    Bounds that are merely generous appear only in error messages.
-    """
-
-    name, what, layout, generous = "X", "number", "g", LARGEST
+    name, what, layout = "X", "number", "g"
     parsed: click.ParamType[Any] = click.FLOAT
 
     def __init__(self, least: float = 0, most: float = LARGEST) -> None:
@@ -107,16 +104,16 @@ class Number(click.ParamType[float]):
         number = self.parsed.convert(value, param, ctx)
         tiny = self.least <= 0 < number < SMALLEST
         if tiny or not self.least <= number <= self.most:
-            least = f"{'0, or ' if tiny else ''}a {self.what} from {SMALLEST if tiny else self.least:{self.layout}}"
-            most = f" to {self.most:{self.layout}}" if number > self.most or self.most < self.generous else ""
-            self.fail(f"{number} is out of range; give {least}{most}")
+            zero, least = ("0, or ", SMALLEST) if tiny else ("", self.least)
+            span = f"from {least:{self.layout}} to {self.most:{self.layout}}"
+            self.fail(f"{number} is out of range; give {zero}a {self.what} {span}")
         return number
 
 
 class Count(Number):
     """A whole number from ``least`` to ``most``."""
 
-    name, what, layout, generous = "N", "whole number", ",", MANY
+    name, what, layout = "N", "whole number", ","
     parsed = click.INT
 
 

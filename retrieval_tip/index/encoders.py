@@ -7,7 +7,7 @@ import logging
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,37 +78,32 @@ def try_encoders(
     """
     if photos.table is not None:
         raise UsageError(f"{photos.name}: has the features of one encoder; give photos to compare encoders")
-    trials, skipped, seen = list[EncoderTrial](), list[Skipped](), dict[str, str]()
-
-    def attempt(name: str) -> None:
-        with opened(name) as reader:
+    trials, skipped, seen = list[EncoderTrial](), list[Skipped](), set[str]()
+    for name in itertools.chain(names, _pairs(trials)):
+        with opened(name) as reader, tempfile.TemporaryDirectory(prefix="retrieval-tip-") as folder:
             own = name if reader.backbone is None else reader.backbone.identity.fingerprint
-            if seen.setdefault(own, name) != name:
-                log.warning("%s: is the same encoder as %s, so it is tried only once", name, seen[own])
-                return
-            trials.append(_trial(photos, name, reader, device))
-            skipped.extend(reader.skipped)
-
-    for name in names:
-        attempt(name)
-    best = sorted(trials, key=lambda one: -one.accuracy)[:PAIRED]
-    for a, b in itertools.combinations(best, 2):
-        attempt(f"{a.name}+{b.name}")
+            if own in seen:
+                log.warning("%s: was tried under another name", name)
+                continue
+            seen.add(own)
+            index = build_index(photos, Path(folder) / "index", reader, device=device).in_memory()
+            fit = index.provenance["fit"]
+            if fit["both"] is None:
+                raise InputError(f"{photos.name}: {fit['summary']}; give at least two photos per class")
+            rows = photo_rows(index, index.labels["key_id"].to_pylist())
+            rows = rows[spread(len(rows), JUDGED)]
+            answers = held_out_probabilities(index, rows).right
+            right = dict(zip(index.labels["key_id"].to_numpy()[rows].tolist(), answers.tolist(), strict=True))
+            low, high = fit["interval_95"]
+            trials.append(EncoderTrial(name, fit["both"], (low, high), _speed(photos, reader), right))
+            skipped += reader.skipped
     return EncoderTrials(trials, recommended(trials), list(dict.fromkeys(skipped)))
 
 
-def _trial(photos: Source, name: str, reader: Reader, device: str) -> EncoderTrial:
-    with tempfile.TemporaryDirectory(prefix="retrieval-tip-") as folder:
-        index = build_index(photos, Path(folder) / "index", reader, device=device).in_memory()
-        fit = index.provenance["fit"]
-        if fit["both"] is None:
-            raise InputError(f"{photos.name}: {fit['summary']}; give at least two photos per class")
-        rows = photo_rows(index, index.labels["key_id"].to_pylist())
-        rows = rows[spread(len(rows), JUDGED)]
-        answers = held_out_probabilities(index, rows).right
-        right = dict(zip(index.labels["key_id"].to_numpy()[rows].tolist(), answers.tolist(), strict=True))
-        low, high = fit["interval_95"]
-        return EncoderTrial(name, fit["both"], (low, high), _speed(photos, reader), right)
+def _pairs(trials: Sequence[EncoderTrial]) -> Iterator[str]:
+    """Yield the names of pairs of the best encoders, once all are tried."""
+    best = sorted(trials, key=lambda one: -one.accuracy)[:PAIRED]
+    yield from (f"{a.name}+{b.name}" for a, b in itertools.combinations(best, 2))
 
 
 def recommended(trials: Sequence[EncoderTrial]) -> EncoderTrial:

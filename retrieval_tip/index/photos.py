@@ -33,6 +33,9 @@ SUFFIX = "-shots"
 HEX = 16
 """Number of hexadecimal digits of the SHA-256 in the file name of a photo."""
 
+LISTED = 1 << 18
+"""Maximum number of shots whose folders are compared."""
+
 _NAME = re.compile(rf"([0-9a-f]{{{HEX}}})\.\w{{1,8}}")
 _IN_SOURCE = rf"(?:^|[/\\])(?P<digits>[0-9a-f]{{{HEX}}})\.\w{{1,8}}$"
 
@@ -43,15 +46,18 @@ def folder_of(store: Store) -> Path | None:
 
 
 def common_folder(store: Store) -> Path | None:
-    """Return the folder of the photos of an index, or ``None`` unless all photos are in it or in its class folders.
+    """Return the folder that has all photos of an index, or its class folders, or ``None`` if it is not known.
 
-    Sources that are relative are taken as relative to the current folder.
+    Relative sources are relative to the current folder. An index of many shots is not searched.
     """
-    sources = store.read_labels(store.manifest(), ["source"])["source"].drop_null()
-    folders = {Path(name) for name in pc.replace_substring_regex(sources, r"[^/]*$", "").unique().to_pylist()}
+    manifest = store.manifest()
+    if manifest.n > LISTED:
+        return None
+    sources = store.read_labels(manifest, ["source"])["source"].to_pylist()
+    folders = {Path(name or "").parent for name in sources}
     with suppress(ValueError):  # no folders, or absolute and relative ones
         common = Path(os.path.commonpath(folders))
-        if all(common in (folder, folder.parent) for folder in folders) and Path(sources[0].as_py()).is_file():
+        if all(common in (folder, folder.parent) for folder in folders) and Path(sources[0]).is_file():
             return common
     return None
 
