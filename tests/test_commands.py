@@ -154,6 +154,24 @@ def test_the_commands_of_builds_and_changes_run_as_printed(shell, shared):
     shell(fit)
 
 
+def test_a_folder_of_photos_is_only_named_if_it_has_all_of_them(shell, shared):
+    model = shlex.quote(f"local-dir:{shared / 'models/lit-mini'}")
+    (shell.place / "flat").mkdir()
+    for name in PHOTOS:
+        for i, file in enumerate(sorted((shell.place / "my photos" / name).iterdir())[:2]):
+            shutil.copy(file, shell.place / "flat" / f"{name}{i}.jpg")
+    tables = {
+        "flat": [(f"flat/{name}{i}.jpg", name) for name in PHOTOS for i in range(2)],
+        "PHOTOS": [(str(file.relative_to(shell.place)), file.parent.name) for file in shell.place.glob("*/*/*.jpg")],
+    }
+    for expected, rows in tables.items():
+        with (shell.place / "table.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("path", "label"), *rows])
+        shell(f"retrieval-tip index build table.csv --out {INDEX} --model {model}")
+        found = shell(f"retrieval-tip index relabel {INDEX} pizza --where \"label = 'crab'\"")
+        assert only(found, "sort") == f"retrieval-tip sort {INDEX} {expected} --into fixed"
+
+
 def test_the_commands_after_a_poor_build_run_as_printed(shell, shared):
     """The photos have wrong labels, so the build advises what to do."""
     for number, file in enumerate(sorted(shell.place.glob("my photos/*/*.jpg"))):

@@ -53,8 +53,8 @@ def common_folder(store: Store) -> Path | None:
     manifest = store.manifest()
     if manifest.n > LISTED:
         return None
-    sources = store.read_labels(manifest, ["source"])["source"].to_pylist()
-    folders = {Path(name or "").parent for name in sources}
+    sources = store.read_labels(manifest, ["source"])["source"].fill_null("").to_pylist()
+    folders = {Path(name).parent for name in sources}
     with suppress(ValueError):  # no folders, or absolute and relative ones
         common = Path(os.path.commonpath(folders))
         if all(common in (folder, folder.parent) for folder in folders) and Path(sources[0]).is_file():
