@@ -22,7 +22,7 @@ HEAD = """# Commands
 
 Each command lists its own options. Options that several commands share are explained once,
 [at the end](#common-options). `retrieval-tip COMMAND --help` prints the same for one command, with two examples.
-`make docs` writes this page.
+An option can be given once, unless its help says that it can be repeated. `make docs` writes this page.
 """
 
 Record = tuple[str, str, str]

@@ -2,4 +2,4 @@
 #   python benchmarks/demo.py --source debian --only-fetch
 # Expected from `retrieval-tip evaluate indexes/stamps build/demo/new`: top1 0.86, n 101.
 retrieval-tip index build build/demo/photos \
-    --model timm:tf_efficientnet_lite0@build/demo/efficientnet-lite0.pth --out indexes/stamps "$@"
+    --model timm:tf_efficientnet_lite0@build/demo/efficientnet-lite0.pth --out "${OUT:-indexes/stamps}" "$@"

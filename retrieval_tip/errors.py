@@ -129,6 +129,11 @@ def version_of(name: str) -> str | None:
         return None
 
 
+def command_line(*words: object) -> str:
+    """Return a command of this program as a user can type it into a shell."""
+    return shlex.join(["retrieval-tip", *map(str, words)])
+
+
 def pip(arguments: str) -> str:
     """Return the shell command that runs pip with ``arguments`` in the environment of this process."""
     python = shlex.quote(sys.executable)

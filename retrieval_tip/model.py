@@ -708,7 +708,7 @@ class Editing(Answering):
         if self.n > MOST_SOLVED:
             raise InputError(
                 f"values: cannot be solved for {self.n:,} keys, because the limit is {MOST_SOLVED:,}; "
-                "fit the index instead (retrieval-tip fit)"
+                "fit the index instead (retrieval-tip fit INDEX)"
             )
         points = np.asarray(self.rows.vectors, dtype=np.float32)
         values = self._ridge.values(torch.from_numpy(points).to(self.device), self.class_ids)

@@ -198,7 +198,8 @@ def test_files_are_relative_to_the_folder_that_contains_all(run, animals, card, 
 def test_wrong_options_are_refused_in_one_line(options, message, run, animals, boxes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     photos = [] if options.startswith("card") else ["card"]
-    done = run("classify", animals, *photos, "--format", "megadetector", *options.split())
+    style = [] if "--format" in options else ["--format", "megadetector"]
+    done = run("classify", animals, *photos, *style, *options.split())
     assert done.exit_code in (1, 2)
     assert done.stdout == ""
     assert message in done.stderr.splitlines()[-1]
@@ -242,6 +243,23 @@ def test_a_package_has_an_observation_for_each_photo(run, animals, card, tmp_pat
     assert made.about["temporal"] == {"start": "2026-03-01", "end": "2026-03-02"}
     found = {row["label"] for row in rows.values() if not row["no_match"]}
     assert {one["scientificName"] for one in made.about["taxonomic"]} == found
+
+
+def test_times_before_standard_time_have_offsets_of_whole_minutes(run, animals, card, tmp_path):
+    """RFC 3339 allows no seconds in an offset; that of Berlin was +00:53:28 until 1893."""
+    for file, year in (("a.jpg", "0001"), ("b.jpg", "1890")):
+        (card / "101" / file).write_bytes(encoded(f"{year}:01:02 03:04:05", image=Image.open(card / "101" / file)))
+    known = tmp_path / "deployments.csv"
+    known.write_text("deploymentID,latitude,longitude,deploymentStart,deploymentEnd\n101,1,2,1880-05-06,1891-01-01\n")
+    made = packed(run, tmp_path, animals, card, *BERLIN, "--deployments", known)
+    assert made.media["101/a.jpg"]["timestamp"] == "0001-01-02T03:04:05+00:53"
+    assert made.deployments["101"]["deploymentStart"] == "1880-05-06T00:00:00+00:53"
+    rows = [row for part in (made.deployments, made.media, made.observations) for row in part.values()]
+    columns = re.compile("timestamp$|Timestamp$|Start$|End$")
+    times = [value for row in rows for name, value in row.items() if value and columns.search(name)]
+    assert len(times) > 10
+    for time in [*times, made.about["created"]]:
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d", time), time
 
 
 def test_boxes_and_bursts_in_a_package(run, animals, card, boxes, tmp_path):

@@ -32,7 +32,6 @@ def online(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("spelling", "name", "tag"),
     [
-        (None, catalogue.DEFAULT, None),
         ("ViT-B/32", "ViT-B-32", None),
         ("vit-b-32", "ViT-B-32", None),
         ("rn50", "RN50", None),

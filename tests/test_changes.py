@@ -406,7 +406,7 @@ def test_an_edited_audit_is_applied_as_one_version(run, flipped, tmp_path, style
     write_tables([some], some.schema, style, edited)
     done = run("index", "audit", flipped, "--apply", edited)
     assert (done.exit_code, done.stdout) == (0, f"{flipped}: version 2, relabelled 2 shots\n"), done.output
-    assert f"(retrieval-tip sort {flipped} photos --into fixed)" in done.stderr
+    assert done.stderr == ""  # there are no photos to copy
     found = opened(flipped).labels
     labels = dict(zip(found["source"].to_pylist(), found["label"].to_pylist(), strict=True))
     assert (labels["item-0"], labels["item-10"], labels["item-29"]) == ("cat", "cat", "cat")

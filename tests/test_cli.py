@@ -143,6 +143,44 @@ def test_doctor_reports_versions_and_finds_two_faiss_packages(run, monkeypatch):
     assert "pip uninstall -y faiss-gpu faiss-cpu" in done.stdout
 
 
+def test_doctor_names_the_encoders_of_this_machine_or_their_lack(run, tmp_path, monkeypatch):
+    """Tests run offline, so that an encoder cannot be downloaded."""
+    from retrieval_tip.backbones import catalogue
+
+    monkeypatch.setattr(catalogue, "DEMO", catalogue.DEMO[:1])  # but not in the clone
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    bare = run("doctor")
+    assert (bare.exit_code, "no problems found" in bare.stdout) == (1, False)
+    assert "problem: no encoder is on this machine, and none can be downloaded (HF_HUB_OFFLINE is set)" in bare.stdout
+    catalogue.DEMO[0].parent.mkdir(parents=True)
+    catalogue.DEMO[0].touch()
+    found = json.loads(run("doctor", "--json").stdout)
+    assert found["facts"]["encoders"] == f"timm:tf_efficientnet_lite0@{catalogue.DEMO[0]}"
+    assert not [problem for problem in found["problems"] if "encoder" in problem]
+
+
+def test_a_rollback_to_the_current_version_says_so(run, small):
+    assert run("index", "remove", small, "--key-ids", 1).exit_code == 0
+    before = {path: path.read_bytes() for path in small.rglob("*") if path.is_file()}
+    same = run("index", "rollback", small, 2)
+    assert (same.exit_code, same.stdout) == (0, f"{small}: version 2 is current already; nothing changed\n")
+    assert {path: path.read_bytes() for path in small.rglob("*") if path.is_file()} == before
+    assert run("index", "rollback", small, 1).stdout == f"{small}: version 3, rolled back\n"
+
+
+def test_a_table_has_no_suffix_of_another_format(run, small, queries, tmp_path):
+    for command in (["index", "export", small], ["index", "export", small, "--text"], ["encode", queries]):
+        option = [] if command[-1] == "--text" else ["--out"]
+        done = run(*command, *option, tmp_path / "keys.csv")
+        assert (done.exit_code, done.stdout, "keys.csv: a feature table is a Parquet file" in done.stderr) == (
+            2,
+            "",
+            True,
+        )
+    assert not (tmp_path / "keys.csv").exists()
+
+
 def test_a_reader_that_stops_early_causes_no_error(small, tmp_path, warm_path):
     many = write_table(tmp_path / "many.parquet", unit_rows(20000, 8, 3))
     command = [shutil.which("retrieval-tip", path=warm_path), "classify", str(small), str(many), "--format", "json"]
@@ -270,9 +308,54 @@ NUMBERS = [
 
 @pytest.mark.parametrize(("name", "parameter"), NUMBERS, ids=[f"{name} {one.name}" for name, one in NUMBERS])
 def test_every_number_option_refuses_invalid_values(name, parameter):
-    for value in ("nan", "inf", "-inf", "1e400", "1e308", "-1", str(10**400), "9" * 5000, "", "x", "0x1"):
+    for value in (
+        "nan",
+        "inf",
+        "-inf",
+        "1e400",
+        "1e308",
+        "-1",
+        str(10**400),
+        "9" * 5000,
+        "",
+        "x",
+        "0x1",
+        "1e-40",
+        "1e-320",
+    ):
         with pytest.raises(click.BadParameter):
             parameter.type.convert(value, parameter, None)
+
+
+OPTIONS = [
+    (words, one)
+    for words, command in COMMANDS.items()
+    for one in command.get_params(click.Context(command))
+    if isinstance(one, click.Option) and "--help" not in one.opts
+]
+
+
+@pytest.mark.parametrize(("words", "option"), OPTIONS, ids=[f"{' '.join(words)} {one.name}" for words, one in OPTIONS])
+def test_an_option_given_twice_is_repeatable_or_refused(run, words, option):
+    """Click itself would keep the last value without a word."""
+    long, short = option.opts[0], option.opts[-1]
+    values = ([] if option.is_flag or option.count else [value] for value in "12")
+    typed = [long, *next(values), short, *next(values)]
+    if option.multiple or option.count:
+        command = COMMANDS[words]
+        given = command.make_parser(click.Context(command)).parse_args(typed)[0][option.name]
+        assert given == (["1", "2"] if option.multiple else 2)
+        assert option.count or "Can be repeated" in option.help
+    else:
+        done = run(*words, *typed)
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert f"Error: {long}: is given 2 times; give it once\n" in done.stderr
+
+
+def test_flags_that_contradict_each_other_are_refused(run, small, queries):
+    for typed in (["--tail", "--no-tail"], ["--no-tail", "--tail"]):
+        done = run("classify", small, queries, *typed)
+        assert (done.exit_code, done.stdout, "--tail: is given 2 times" in done.stderr) == (2, "", True)
 
 
 NAMES = [

@@ -659,8 +659,10 @@ def test_settings_can_be_fixed_and_bad_ones_are_refused():
     with pytest.raises(UsageError, match="metric 'all'"):
         closed_form.fit(cache, Fit(metric="all"))
     cache.settings = cache.settings.override(k=3)
-    with pytest.raises(UsageError, match="values solved: need a search over all keys"):
+    with pytest.raises(UsageError, match=r"values solved: need a search over all keys, .* k is 3;"):
         closed_form.fit(cache, Fit(values="solved"))
+    with pytest.raises(UsageError, match=r"values solved: .* k is all, and Classes searches some;"):
+        closed_form.fit(model(), Fit(values="solved"), factory="Classes")
     closed_form.fit(cache)
     assert cache.fitted.values == "one-hot"
 

@@ -1,9 +1,13 @@
 """Comparisons of two indexes on the same photos, checked against NumPy and SciPy, and the choice of an encoder."""
 
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
+import timm
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -186,6 +190,34 @@ def test_models_try_compares_the_encoders_on_this_machine(photos, tmp_path, run,
     built = build_index(open_source(place / "test"), tmp_path / "i", Reader(load_backbone(models[0], device="cpu")))
     fit = built.provenance["fit"]
     assert (rows[1]["accuracy"], [rows[1]["low"], rows[1]["high"]]) == (fit["both"], fit["interval_95"])
+
+
+def test_models_try_takes_several_models_in_any_order(shared, tmp_path, run, monkeypatch):
+    """A folder and a file of weights are joined in both orders, and an encoder with two names is tried once."""
+    for name in ("okapi", "pizza"):
+        files = sorted((shared / "data/caltech101/101_ObjectCategories" / name).iterdir())[:4]
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for file in files:
+            shutil.copy(file, tmp_path / "photos" / name)
+    weights, here = tmp_path / "lite0+.pt", tmp_path / catalogue.DEMO[0]
+    torch.save(timm.create_model("tf_efficientnet_lite0", num_classes=0).state_dict(), weights)
+    here.parent.mkdir(parents=True)
+    shutil.copy(weights, here)  # an encoder of this machine
+    monkeypatch.chdir(tmp_path)
+    one, two = f"local-dir:{shared / 'models/lit-mini'}", f"timm:tf_efficientnet_lite0@{weights}"
+    asked = [("--model", one, "--model", two), ("--model", f"{two}+{one}")]
+    for models in asked:
+        done = run("models", "--try", tmp_path / "photos", *models, "--format", "json")
+        tried = [json.loads(line)["encoder"] for line in done.stdout.splitlines()]
+        assert (done.exit_code, done.stderr.count("was tried under another name"), len(tried)) == (0, 1, 3), done.stderr
+        assert {*tried[:2]} == {one, two}
+        assert tried[2] in (f"{one}+{two}", f"{two}+{one}")
+    for models in ([f"{one}+{two}"], [f"{two}+{one}"], [two, one]):
+        typed = [word for model in models for word in ("--model", model)]
+        done = run("index", "build", tmp_path / "photos", "--out", tmp_path / "index", *typed)
+        assert done.exit_code == 0, done.stderr
+        parts = Index.load(tmp_path / "index").parts
+        assert [part.identity.model.partition(":")[0] for part in parts] == re.findall("local-dir|timm", str(models))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Several encoders in one index: their features are side by side, and the shots choose how much each counts."""
 
+import itertools
 import json
 from dataclasses import dataclass, replace
 
@@ -289,6 +290,17 @@ def test_names_join_encoders_and_their_weights(tmp_path):
     for name in (f"timm:resnet18@{at}", f"ViT-B-32@openai={at}"):
         assert split_names(name) == [name]
         assert split_weights(name)[1] == name.partition("@")[2]
+    several = [
+        "ViT-B-32",
+        f"local-dir:{plus}",
+        f"timm:resnet18@{at}",
+        f"local-dir:{at.parent}",
+        f"ViT-B-32@openai={at}",
+    ]
+    for names in itertools.permutations([*several, f"local-dir:{plus}@{at}"]):
+        assert split_names("+".join(names)) == [*names]
+    with pytest.raises(UsageError, match="model '': unknown"):
+        load_backbone(f"local-dir:{plus}+", device="cpu")
 
 
 def test_everything_that_takes_an_encoder_takes_two(photos, tmp_path, run, monkeypatch):

@@ -422,8 +422,9 @@ def fitted_index(run, place, *more):
     return Index.load(place / "index", device="cpu")
 
 
-def tune(run, place, *more):
-    return run("finetune", place / "index", "--out", place / "tuned", "--source", place / "views.parquet", *more)
+def tune(run, place, *more, out=None):
+    out = place / "tuned" if out is None else out
+    return run("finetune", place / "index", "--out", out, "--source", place / "views.parquet", *more)
 
 
 def test_finetune_trains_on_the_source_of_the_index_by_default(run, place):
@@ -439,16 +440,16 @@ def test_finetune_trains_on_the_source_of_the_index_by_default(run, place):
 
 
 @pytest.mark.parametrize(
-    ("more", "code", "message"),
+    ("more", "out", "code", "message"),
     [
-        (["--train", "visual"], 2, "--train"),
-        (["--epochs", "2000000"], 2, "--epochs"),
-        (["--val", "nowhere.parquet"], 1, "nowhere.parquet: no such file"),
-        (["--out", "\udcff"], 1, "UTF-8"),
+        (["--train", "visual"], None, 2, "--train"),
+        (["--epochs", "2000000"], None, 2, "--epochs"),
+        (["--val", "nowhere.parquet"], None, 1, "nowhere.parquet: no such file"),
+        ([], "\udcff", 1, "UTF-8"),
     ],
 )
-def test_wrong_usage_is_one_line_and_writes_nothing(run, place, more, code, message):
-    result = tune(run, place, *more)
+def test_wrong_usage_is_one_line_and_writes_nothing(run, place, more, out, code, message):
+    result = tune(run, place, *more, out=out)
     assert result.exit_code == code
     assert message in result.stderr
     assert result.stderr.strip().splitlines()[-1].startswith("Error: ")

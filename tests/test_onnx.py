@@ -78,6 +78,20 @@ def test_an_exported_graph_with_an_encoder_classifies_pixels(run, things, shared
     assert [labels[i] for i in logits.argmax(1)] == [row["label"] for row in rows]
 
 
+def test_the_suffix_of_a_file_selects_onnx(run, things, tmp_path):
+    done = run("index", "export", things, "--out", tmp_path / "a.onnx", "--features")
+    assert done.exit_code == 0, done.stderr
+    assert run("index", "export", things, "--onnx", tmp_path / "b.onnx", "--features").exit_code == 0
+    one, other = (onnx.load(tmp_path / f"{name}.onnx").graph for name in "ab")
+    assert one == other
+    both = run("index", "export", things, "--out", tmp_path / "c.onnx", "--onnx", tmp_path / "d.onnx")
+    assert (both.exit_code, both.stdout, sorted(one.name for one in tmp_path.iterdir())) == (
+        2,
+        "",
+        ["a.onnx", "b.onnx"],
+    )
+
+
 def test_an_index_without_its_photos_is_exported_without_a_comparison(run, things, tmp_path, monkeypatch):
     monkeypatch.setattr("retrieval_tip.index.onnx_graph.read_item", lambda _: read_item(tmp_path / "gone.jpg"))
     done = run("index", "export", things, "--onnx", tmp_path / "things.onnx")

@@ -120,9 +120,10 @@ def test_enough_pages_are_run():
     assert set(expected.split()) <= {page.stem for page in RUN}
 
 
-SCRIPTS = {  # what each is run with, on the demo's photos and encoder
-    "stamps.sh": "--out indexes/things",
-    "tip-adapter.sh": f"photos --model {demo.LITE0}@efficientnet-lite0.pth --shots 4 --views 2 --out indexes/things",
+SCRIPTS = {  # how each is run on the demo's photos and encoder
+    "stamps.sh": "OUT=indexes/things sh {script}",
+    "tip-adapter.sh": f"MODEL={demo.LITE0}@efficientnet-lite0.pth SHOTS=4 VIEWS=2 "
+    "sh {script} photos --out indexes/things",
 }
 
 
@@ -131,7 +132,7 @@ def test_scripts_build_the_described_indexes(script, demo_photos, demo_clone, wa
     place = demo_clone
     (place / "build").mkdir()
     (place / "build/demo").symlink_to(demo_photos)
-    typed_and_printed(f"sh {script} {SCRIPTS[script.name]}", place, warm_path)
+    typed_and_printed(SCRIPTS[script.name].format(script=script), place, warm_path)
     printed = typed_and_printed("retrieval-tip evaluate indexes/things new -v", place, warm_path)
     said = re.search(r"# Expected from .*: (.*)\.\n", script.read_text(encoding="utf-8"))
     for name, value in re.findall(r"(\w+) ([\d.]+)", said[1] if said else ""):

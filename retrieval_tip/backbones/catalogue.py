@@ -56,14 +56,13 @@ LARGEST_LIST = 40  # longest list that includes sizes, because computing each si
 _QUIET = threading.RLock()
 
 
-def expanded(model: str | None, pretrained: str | None = None) -> tuple[str, str | None]:
+def expanded(model: str, pretrained: str | None = None) -> tuple[str, str | None]:
     """Replace a short name by the names of a model and its weights."""
-    model = model or DEFAULT
     short, _, file = SHORT.get(model.lower(), "").partition("@")
     return short or model, pretrained or file or None
 
 
-def named(model: str | None, pretrained: str | None = None) -> tuple[str, str | None]:
+def named(model: str, pretrained: str | None = None) -> tuple[str, str | None]:
     """Return the canonical names of a model and its weights, given any of their spellings.
 
     ``ViT-B/32`` and ``vit-b-32`` become ``ViT-B-32``, ``clip`` becomes ``SHORT["clip"]``, and ``timm/NAME`` becomes
@@ -163,7 +162,7 @@ def _described(name: str, *, sized: bool = True) -> Named:
     tags = [file] if file else _tags(name) if words else [name.partition(".")[2]]
     licence = dict(_RECOMMENDED.values()).get(name) if words else getattr(_timm_config(name), "license", None)
     size = _bytes(architecture(name)) if sized else None
-    here = Path(file).is_file() if file else has_weights(_repository(name, None))
+    here = Path(file).is_file() if file else has_weights(repository_of(name, None))
     return Named(name, tags, size, licence, words, here)
 
 
@@ -254,7 +253,7 @@ def ask_hub(repository: str) -> None:
         raise ConnectionError(f"{urlsplit(constants.ENDPOINT).netloc} did not answer") from error
     sizes = {file.rfilename: file.size for file in found}
     if size := next((sizes[file] for file in WEIGHTS if sizes.get(file)), None):
-        log.info("downloading %s from huggingface.co/%s (only once)", amount(size), repository)
+        log.info("huggingface.co/%s has %s of weights, which are downloaded only once", repository, amount(size))
 
 
 def downloaded(repository: str) -> list[Path]:
@@ -311,15 +310,15 @@ def cached() -> Iterator[str]:
     others = ((f"timm:{name}", None) for name in timm.list_pretrained())
     names = [*map(named, SHORT), *open_clip.list_pretrained(), *others]
     for name, tag in names:
-        repository = _repository(name, tag)
-        if repository not in seen and has_weights(repository):
-            seen.add(repository)
+        place = repository_of(name, tag)
+        if place not in seen and has_weights(place):
+            seen.add(place)
             yield f"{name}@{tag}" if tag else name
     if file := next((file for file in DEMO if file.is_file()), None):
         yield f"timm:tf_efficientnet_lite0@{file}"
 
 
-def _repository(name: str, tag: str | None) -> str:
+def repository_of(name: str, tag: str | None) -> str:
     """Return the repository of the weights, or an empty string if they have none."""
     import open_clip
 

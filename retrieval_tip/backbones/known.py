@@ -65,7 +65,7 @@ class Known:
     files: Files | None
 
 
-def recall(model: str | None, pretrained: str | None) -> tuple[Names, Known] | None:
+def recall(model: str, pretrained: str | None) -> tuple[Names, Known] | None:
     """Return what was stored by :func:`remember` for these names, or ``None`` if any file of the model has changed."""
     path = _record(model, pretrained)
     if path is None:
@@ -82,7 +82,7 @@ def recall(model: str | None, pretrained: str | None) -> tuple[Names, Known] | N
         return None
 
 
-def remember(model: str | None, pretrained: str | None, names: Names, known: Known) -> None:
+def remember(model: str, pretrained: str | None, names: Names, known: Known) -> None:
     """Store the properties of a model under the names that it was loaded by. ``names`` load it in any folder."""
     path = _record(model, pretrained)
     if path is None or known.files is None or not known.files.are_unchanged():
@@ -96,9 +96,9 @@ def remember(model: str | None, pretrained: str | None, names: Names, known: Kno
         log.info("%s: cannot be stored (%s)", show(path), first_line(error))
 
 
-def _record(model: str | None, pretrained: str | None) -> Path | None:
+def _record(model: str, pretrained: str | None) -> Path | None:
     """Return the path of the record of a model. The meaning of relative names depends on the current folder."""
-    places = ((model or "").partition(":")[2], (pretrained or "").rpartition("=")[2])
+    places = (model.partition(":")[2], (pretrained or "").rpartition("=")[2])
     here = [os.path.realpath(place) for place in places if os.path.exists(place)]  # noqa: PTH110 - any name will do
     hub = [os.environ.get(name) for name in ("HF_HOME", "HF_HUB_CACHE")]
     caches, name = cache_folder(), _sha256(FORM, model, pretrained, here, hub)[:16]

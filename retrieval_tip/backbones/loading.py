@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, TypeAlias
 
 from retrieval_tip.backbones import known, open_clip, timm, transformers
 from retrieval_tip.backbones.base import Backbone, Identity, resolve_execution
-from retrieval_tip.backbones.catalogue import expanded, named
+from retrieval_tip.backbones.catalogue import DEFAULT, expanded, named
 from retrieval_tip.backbones.joined import Joined
 from retrieval_tip.backbones.known import Known
 from retrieval_tip.backbones.torch_backbone import TorchBackbone
@@ -50,11 +51,12 @@ def load_backbone(
         BackboneError: if the model requires custom Python code, which is never executed.
         BackboneError: if the precision is int8, but no int8 tower of this encoder is stored.
     """
-    parts = [_load(*split_weights(name), device, precision, lazy=lazy) for name in split_names(model)]
+    names = split_names(model or DEFAULT)
+    parts = [_load(*split_weights(name), device, precision, lazy=lazy) for name in names]
     return Joined(parts) if len(parts) > 1 else parts[0]
 
 
-def _load(model: str | None, weights: str | None, device: str, precision: Precision, *, lazy: bool) -> TorchBackbone:
+def _load(model: str, weights: str | None, device: str, precision: Precision, *, lazy: bool) -> TorchBackbone:
     given = expanded(model, weights)
     how = resolve_execution(device, precision)
     if lazy and (recalled := known.recall(*given)) is not None:
@@ -67,23 +69,34 @@ def _load(model: str | None, weights: str | None, device: str, precision: Precis
     return backbone
 
 
-def split_names(model: str | None) -> list[str | None]:
-    """Split names that are joined by ``+``. A folder or a file of weights may have a ``+`` in its name."""
-    if model is None or _is_there(model) or Path(model.partition("@")[2].rpartition("=")[2]).is_file():
-        return [model]
-    return [*model.split("+")]
+def split_names(model: str) -> list[str]:
+    """Split names that are joined by ``+``. An existing folder or file of weights may have a ``+`` in its name."""
+    names, rest = list[str](), model.split("+")
+    while rest:
+        joined = ("+".join(rest[:end]) for end in range(len(rest), 0, -1))
+        names.append(next(filter(_is_one, joined), rest[0]))
+        del rest[: 1 + names[-1].count("+")]
+    return names
 
 
-def split_weights(model: str | None) -> tuple[str | None, str | None]:
+def _is_one(model: str) -> bool:
+    """Return whether an existing folder or file shows that the name is that of one encoder."""
+    name, _, weights = model.partition("@")
+    tag, _, file = weights.rpartition("=")
+    plain = "+" not in tag and ("+" not in name or _is_there(name))
+    return _is_there(model) or (plain and Path(file).is_file())
+
+
+def split_weights(model: str) -> tuple[str, str | None]:
     """Split ``MODEL@WEIGHTS``. A folder may have an ``@`` in its name."""
-    if model is None or _is_there(model):
+    if _is_there(model):
         return model, None
     name, _, weights = model.partition("@")
     return name, weights or None
 
 
 def _is_there(model: str) -> bool:
-    return Path(model.partition(":")[2] or model).exists()
+    return Path(re.sub(r"^[\w-]+:", "", model)).exists()
 
 
 def load_again(identity: Identity, *, device: str = "auto", precision: Precision = "auto") -> TorchBackbone | Joined:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import shlex
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,7 +17,7 @@ import numpy as np
 from retrieval_tip.backbones import tower
 from retrieval_tip.backbones.base import FloatArray, Identity, present, same_backbone, spelled, view_size
 from retrieval_tip.backbones.known import Files, Known
-from retrieval_tip.errors import BackboneError, UsageError
+from retrieval_tip.errors import BackboneError, UsageError, command_line
 from retrieval_tip.settings import Precision
 
 if TYPE_CHECKING:
@@ -202,8 +201,8 @@ class TorchBackbone:
         if self._compiles and self._tower is None:
             self._tower = tower.kept(self.identity, self.precision)
             if self._tower is None and self.precision == "int8":
-                given = shlex.quote(spelled(self.identity.model, self.identity.pretrained))
-                run = f"retrieval-tip models --int8 PHOTOS --model {given}"
+                given = spelled(self.identity.model, self.identity.pretrained)
+                run = command_line("models", "--int8", "PHOTOS", "--model", given)
                 raise BackboneError(f"precision int8: not stored for this encoder; run {run}")
             if self._tower is None and number > 1:  # for one image, conversion takes longer than it saves
                 self._tower = tower.converted(self._model, self.identity, self.size, self.precision)

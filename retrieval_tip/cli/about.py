@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import FAILED, about, finish, print_result, quiet, say, warn
 from retrieval_tip.cli.opening import reader_for, reader_of, source_of
 from retrieval_tip.cli.options import OutputOptions, SourceOptions, ViewOptions
-from retrieval_tip.errors import Skipped, UsageError, amount, counted, show
+from retrieval_tip.errors import Skipped, UsageError, amount, counted, few, show
 
 if TYPE_CHECKING:
     from retrieval_tip.data.sources import Source
@@ -79,7 +80,8 @@ def _try_encoders(word: str, photos: Source, printing: OutputOptions, encoding: 
     from retrieval_tip.index.encoders import try_encoders
 
     here = (name for name in cached() if word.lower() in name.lower())
-    names = list(dict.fromkeys([*filter(None, split_names(encoding.model)), *here]))
+    given = split_names(encoding.model) if encoding.model else []
+    names = list(dict.fromkeys([*given, *here]))
     more = "to download more, give --model, for example --model clip+dinov2"
     if not names:
         raise UsageError(f"models: no encoder{f' named {word}' if word else ''} is on this machine; {more}")
@@ -194,9 +196,10 @@ def cache_command(
 def doctor(as_json: bool = options.JSON) -> None:
     """Check this installation for problems.
 
-    Prints the versions of the installed packages, the available devices and the FAISS build, followed by any problems.
-    The exit status is 1 if there is a problem.
+    Prints the versions of the installed packages, the available devices, the FAISS build and the encoders on this
+    machine, followed by any problems. The exit status is 1 if there is a problem.
     """
+    from retrieval_tip.backbones import catalogue
     from retrieval_tip.data.encoding_cache import size_of
     from retrieval_tip.doctor import examine
     from retrieval_tip.files import cache_folder
@@ -204,8 +207,19 @@ def doctor(as_json: bool = options.JSON) -> None:
     report, cache = examine(), "none: no home folder"
     if (folder := cache_folder()) is not None:
         file, size, most = size_of(folder)
-        cache = f"{show(file)}, {amount(size)} of at most {amount(most)} (retrieval-tip cache --max-size)"
+        cache = f"{show(file)}, {amount(size)} of at most {amount(most)} (retrieval-tip cache --max-size GB)"
     report.facts["encoding cache"] = cache
+    with suppress(ImportError):  # which is among the problems
+        here = [*catalogue.cached()]
+        report.facts["encoders"] = few(here) or "none on this machine"
+        try:
+            if not here:
+                catalogue.ask_hub(catalogue.repository_of(catalogue.DEFAULT, None))
+        except ConnectionError as error:
+            report.problems.append(
+                f"no encoder is on this machine, and none can be downloaded ({error}); connect to the internet, or "
+                "copy weights here and give --model timm:NAME@FILE or local-dir:FOLDER"
+            )
     if as_json:
         click.echo(json.dumps({"facts": report.facts, "problems": report.problems}))
     else:

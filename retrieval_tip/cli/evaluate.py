@@ -12,10 +12,10 @@ import click
 from retrieval_tip.cli import kinds, options
 from retrieval_tip.cli.group import argument, command, grouped, option
 from retrieval_tip.cli.kinds import Place
-from retrieval_tip.cli.messages import command_line, finish, note, print_result
+from retrieval_tip.cli.messages import finish, note, print_result
 from retrieval_tip.cli.opening import index_with, reader_for, source_of
 from retrieval_tip.cli.options import OpeningOptions, SourceOptions
-from retrieval_tip.errors import counted, few, json_line, percent, show
+from retrieval_tip.errors import command_line, counted, few, json_line, percent, show
 from retrieval_tip.settings import Ask
 
 if TYPE_CHECKING:

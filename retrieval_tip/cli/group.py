@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import field, fields
@@ -163,6 +164,14 @@ class Command(click.Command):
         """Insert the general options before --help."""
         *own, shown = super().get_params(ctx)
         return [*own, QUIET, VERBOSE, shown]
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments as click does, but refuse an option given twice, of which click only keeps the last."""
+        for one, times in Counter(self.make_parser(ctx).parse_args([*args])[2]).items():
+            once = isinstance(one, Option) and not (one.multiple or one.count or ctx.resilient_parsing)
+            if times > 1 and once:
+                ctx.fail(f"{one.opts[0]}: is given {times} times; give it once")
+        return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options under their headings. The general options come last."""

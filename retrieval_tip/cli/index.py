@@ -13,10 +13,10 @@ import click
 from retrieval_tip.cli import kinds, options
 from retrieval_tip.cli.group import Group, argument, flag, grouped, option
 from retrieval_tip.cli.kinds import Place
-from retrieval_tip.cli.messages import about, command_line, finish, note, print_result, quiet, say, say_fit, warn
+from retrieval_tip.cli.messages import about, finish, note, print_result, quiet, say, say_fit, warn
 from retrieval_tip.cli.opening import backbone_for, reader_for, source_of, store_of
 from retrieval_tip.cli.options import BackboneOptions, OutputOptions, SourceOptions, ViewOptions
-from retrieval_tip.errors import UsageError, counted, few, show
+from retrieval_tip.errors import UsageError, command_line, counted, few, show
 from retrieval_tip.settings import Ask, BuildOptions, Dtype, Precision
 from retrieval_tip.store.address import FORMS, KIND
 
@@ -63,7 +63,8 @@ def build(
             say_fit(loaded.provenance["fit"])
         if version > 1:
             say(f"Version {version - 1} is kept. To restore it, run: {command_line('index', 'rollback', out)}")
-        say(f"Next: {_next_step(out, loaded)}")
+        given = items.table is not None or encoding.root or encoding.split
+        say(f"Next: {_next_step(out, loaded, 'PHOTOS' if given else source)}")
     finish(reader.skipped)
 
 
@@ -74,15 +75,19 @@ If the accuracy on all classes is lower than the last constant, it suggests tryi
 """
 
 
-def _next_step(out: Place, index: Index) -> str:
-    add, audit = (command_line("index", command, out) for command in ("add", "audit"))
-    name, right, held = (index.provenance.get("fit", {}).get("weakest") or [("", 1, 1)])[0]
-    both = index.provenance.get("fit", {}).get("both")
+def _next_step(out: Place, index: Index, photos: Place) -> str:
+    from retrieval_tip.backbones.base import spelled
+
+    fit = index.provenance.get("fit", {})
+    name, right, held = (fit.get("weakest") or [("", 1, 1)])[0]
+    both = fit.get("both")
     if both is not None and both < LEAST_BOTH and not index.parts and index.backbone is not None:
-        return f"another encoder may help ({command_line('models', '--try')} PHOTOS)"
+        own = spelled(index.backbone.model, index.backbone.pretrained)
+        return f"another encoder may help ({command_line('models', '--try', photos, '--model', own)})"
     if right < LEAST_RIGHT * held:
-        return f"add photos of {name} ({add} FOLDER), or check labels ({audit})"
-    return f"{command_line('serve', out)} opens it in the browser"
+        add, audit = command_line("index", "add", out, "FOLDER"), command_line("index", "audit", out)
+        return f"add photos of {name} ({add}), or check labels ({audit})"
+    return f"open it in the browser ({command_line('serve', out)})"
 
 
 @index.command()
@@ -276,9 +281,9 @@ def set_command(
     new: dict[str, Any] = {"index": factory, "dtype": dtype}
     settings: dict[str, Any] = {name: getattr(ask, name) for name in options.ASKING}
     given = (*settings.values(), *more.values(), temperature)
-    if any(new.values()) and any(value not in (None, ()) for value in given):
-        raise UsageError("index set: change the index type and other settings one after the other")
     if any(new.values()):
+        if any(value not in (None, ()) for value in given):
+            raise UsageError("index set: change the index type and other settings one after the other")
         _say_changed(folder, changes.rebuild(folder, **new), "rebuilt")
         return
     changed = changes.configure(folder, **settings, **more, temperature=temperature, backbone=loaded)
@@ -303,7 +308,11 @@ def rollback_command(
     """
     from retrieval_tip.index import changes
 
-    _say_changed(folder, changes.rollback(folder, version), "rolled back")
+    done = changes.rollback(folder, version)
+    if done.version == version:  # a version that is restored gets a new number
+        about(folder, f"version {version} is current already; nothing changed")
+    else:
+        _say_changed(folder, done, "rolled back")
 
 
 @index.command()
@@ -348,7 +357,7 @@ def export_command(
     The ONNX graph contains the whole index and runs in any ONNX runtime.
 
     Options:
-        out: Feature table to write (.parquet).
+        out: Feature table to write (.parquet), or ONNX file (.onnx).
         text: Feature table to write for the text weights. You can pass it to index build --text.
         onnx: ONNX file to write. Its graph computes logits from pixels (requires onnx).
         features: With --onnx, compute logits from features, and leave out the image encoder.
@@ -357,9 +366,15 @@ def export_command(
     """
     from retrieval_tip.index.export import export_table, export_text
 
-    if out is None and text is None and onnx is None:
+    if not (out or text or onnx):
         raise UsageError("index export: give --out, --text or --onnx FILE")
+    if onnx is None and out and out.suffix.lower() == ".onnx":
+        out, onnx = None, out
     loaded = store_of(folder).load(device="cpu").in_memory()
+    if out is not None:
+        about(out, f"{export_table(loaded, out)} rows")
+    if text is not None:
+        about(text, f"{export_text(loaded, text)} rows")
     if onnx is not None:
         from retrieval_tip.backbones.loading import load_again
         from retrieval_tip.index.onnx_graph import export_onnx
@@ -378,10 +393,6 @@ def export_command(
             most = max(1e-4, math.ceil(1e4 * agreement["difference"]) / 1e4)
             same = f"{agreement['equal']} of {of} classified as by the package"
             about(onnx, f"{same}, with probabilities within {most:.4f}")
-    if out is not None:
-        about(out, f"{export_table(loaded, out)} rows")
-    if text is not None:
-        about(text, f"{export_text(loaded, text)} rows")
 
 
 @index.command()
@@ -449,7 +460,11 @@ def _say_changed(folder: Place, changed: Changed, what: str) -> None:
 
 
 def _say_relabelled(folder: Place, changed: Changed, to: str = "") -> None:
+    from retrieval_tip.index.photos import common_folder
+
     _say_changed(folder, changed, f"relabelled {counted(len(changed.key_ids), 'shot')}{to}")
-    if changed.key_ids:
-        copy = command_line("sort", folder, "photos", "--into", "fixed")
+    store = store_of(folder)
+    if changed.key_ids and store.manifest().identity is not None:  # else the photos need --model
+        into = "FOLDER" if Path("fixed").exists() else "fixed"
+        copy = command_line("sort", folder, common_folder(store) or "PHOTOS", "--into", into)
         note(f"Next: copy the photos into corrected folders ({copy})")

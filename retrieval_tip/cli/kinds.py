@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from retrieval_tip.data.remote import is_remote
-from retrieval_tip.errors import MANY, MOST
+from retrieval_tip.errors import MANY, MOST, command_line
 from retrieval_tip.store.address import KIND, METAVAR, parse
 
 if TYPE_CHECKING:
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 LARGEST = 1e30
 """Largest number that an option accepts, so that results stay within the float32 range of 3e38."""
+SMALLEST = 2.0**-126
+"""Smallest number above 0 that an option accepts, which is the smallest normal number of float32."""
 
 Place = Path | str
 """A local path, or the address of an index or the URL of a source."""
@@ -26,7 +28,7 @@ class Folder(click.Path):
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         if parse(str(value)) is not None:
-            copy = f"retrieval-tip index clone {value} DIR"
+            copy = command_line("index", "clone", value, "DIR")
             self.fail(f"{value}: is a {KIND}, but this command needs a folder; copy it first: {copy}")
         return super().convert(value, param, ctx)
 
@@ -92,30 +94,28 @@ OUTPUT = Output(path_type=Path, dir_okay=False)
 
 
 class Number(click.ParamType[float]):
-    """A finite number from ``least`` to ``most``. If ``above`` is true, ``least`` itself is excluded.
+    """A finite number from ``least`` to ``most``, and not between 0 and :data:`SMALLEST`."""
 
-    Bounds that are merely generous appear only in error messages.
-    """
-
-    name, what, layout, generous = "X", "number", "g", LARGEST
+    name, what, layout = "X", "number", "g"
     parsed: click.ParamType[Any] = click.FLOAT
 
-    def __init__(self, least: float = 0, most: float = LARGEST, *, above: bool = False) -> None:
-        self.least, self.most, self.above = least, most, above
+    def __init__(self, least: float = 0, most: float = LARGEST) -> None:
+        self.least, self.most = least, most
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         number = self.parsed.convert(value, param, ctx)
-        if not self.least <= number <= self.most or (self.above and number == self.least):
-            least = f"{'above' if self.above else 'from'} {self.least:{self.layout}}"
-            most = f" to {self.most:{self.layout}}" if number > self.most or self.most < self.generous else ""
-            self.fail(f"{number} is out of range; give a {self.what} {least}{most}")
+        tiny = self.least <= 0 < number < SMALLEST
+        if tiny or not self.least <= number <= self.most:
+            zero, least = ("0, or ", SMALLEST) if tiny else ("", self.least)
+            span = f"from {least:{self.layout}} to {self.most:{self.layout}}"
+            self.fail(f"{number} is out of range; give {zero}a {self.what} {span}")
         return number
 
 
 class Count(Number):
     """A whole number from ``least`` to ``most``."""
 
-    name, what, layout, generous = "N", "whole number", ",", MANY
+    name, what, layout = "N", "whole number", ","
     parsed = click.INT
 
 
@@ -138,7 +138,7 @@ def count(kind: str = "", least: int = 1) -> Count:
 
 
 SHOTS, VIEWS_COUNT, SEED = count("shots"), count("views"), count("seed", 0)
-KEYS, NUMBER, POSITIVE, SHARE = K(1), Number(), Number(above=True), Number(0, 1)
+KEYS, NUMBER, POSITIVE, SHARE = K(1), Number(), Number(SMALLEST), Number(0, 1)
 
 
 def percent(text: str) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -73,11 +72,6 @@ def print_result(facts: Mapping[str, object], as_json: bool = False) -> None:
     width = max(map(len, facts))
     for name, value in facts.items():
         click.echo(f"{name:<{width}}  {shown(value)}")
-
-
-def command_line(*words: object) -> str:
-    """Return a command of this program as a user can type it into a shell."""
-    return shlex.join(["retrieval-tip", *map(str, words)])
 
 
 def finish(skipped: Sequence[Skipped], done: str = "read") -> None:

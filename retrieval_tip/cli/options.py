@@ -39,13 +39,13 @@ class BackboneOptions:
     Options:
         model: Encoder to use: an open_clip architecture, timm:NAME, local-dir:PATH, hf-hub:ORG/REPO or hf:ORG/REPO. Run
             retrieval-tip models for a list. Write its weights after @: a tag, a checkpoint file, or TAG=FILE for a
-            local copy. Join several with +, as in ViT-B-32@openai+timm:resnet18. [default: ViT-B-32]
+            local copy. Several encoders are joined, as with a + in ViT-B-32@openai+timm:resnet18. [default: ViT-B-32]
         precision: Precision of the encoder. With auto, it is float32, and float16 autocast on a GPU. With int8, the
             encoder is the one that models --int8 stored.
         device: Device to use: auto, cpu, cuda or cuda:N.
     """
 
-    model: str | None = option(**ENCODER)
+    model: str | None = option(multiple=True, callback=lambda *given: "+".join(given[-1]) or None, **ENCODER)
     precision: settings.Precision = option(choice(settings.Precision), default="auto", **ENCODER)
     device: str = option(default="auto", **ENCODER)
 

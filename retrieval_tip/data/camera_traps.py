@@ -213,9 +213,14 @@ def _deployment(name: str, photos: Sequence[Row], known: Row) -> Row:
 
 def _table(rows: Iterable[Row], columns: Sequence[str]) -> pa.Table:
     def text(value: object) -> str | None:
-        return value.isoformat() if isinstance(value, datetime) else None if value is None else str(value)
+        return _rfc_3339(value) if isinstance(value, datetime) else None if value is None else str(value)
 
     return pa.table({name: pa.array([text(row.get(name)) for row in rows], pa.string()) for name in columns})
+
+
+def _rfc_3339(time: datetime) -> str:
+    """Format a time. Offsets have no seconds in RFC 3339, as those before standard time have."""
+    return re.sub(r"([+-]\d\d:\d\d):[\d.]+$", r"\1", time.isoformat())
 
 
 def _described(deployments: Sequence[Row], taxa: Sequence[str], title: str, now: datetime) -> Row:
@@ -225,7 +230,7 @@ def _described(deployments: Sequence[Row], taxa: Sequence[str], title: str, now:
     points = ([one["longitude"], one["latitude"]] for one in deployments if None not in map(one.get, PLACE))
     return {
         "profile": f"{CAMTRAP_DP}/camtrap-dp-profile.json",
-        "created": now.isoformat(),
+        "created": _rfc_3339(now),
         "resources": [
             {"name": name, "path": f"{name}.csv", **csv, "schema": f"{CAMTRAP_DP}/{name}-table-schema.json"}
             for name in COLUMNS

@@ -28,7 +28,17 @@ import pyarrow.parquet as pq
 from retrieval_tip.backbones.base import Backbone, FloatArray, Identity, Part, identity_of, same_backbone, side_by_side
 from retrieval_tip.data import remote
 from retrieval_tip.data.source import Source, check_lengths, refuse_rows
-from retrieval_tip.errors import BackboneError, InputError, counted, few, first_line, one_line, show, warn_once
+from retrieval_tip.errors import (
+    BackboneError,
+    InputError,
+    UsageError,
+    counted,
+    few,
+    first_line,
+    one_line,
+    show,
+    warn_once,
+)
 from retrieval_tip.files import check_regular, open_regular, replacing
 from retrieval_tip.settings import Levels, Norms
 
@@ -526,7 +536,12 @@ def parquet_writer(target: IO[bytes], schema: pa.Schema, compression: str = "sna
 
 
 def write_table(out: Path, schema: pa.Schema, blocks: Iterable[pa.Table]) -> int:
-    """Write a feature table block by block, and return the number of rows. After an error, there is no file."""
+    """Write a feature table block by block, and return the number of rows. After an error, there is no file.
+
+    Raises UsageError if the name of the file has the suffix of another format.
+    """
+    if out.suffix.lower() not in ("", ".parquet"):
+        raise UsageError(f"{show(out)}: a feature table is a Parquet file; use the suffix .parquet")
     number = 0
     try:
         with (

@@ -368,9 +368,10 @@ def _forms(
             check_choice(name, given, known)
     if index.settings.k is not None or by_class or index.n > MOST_SOLVED:
         if values == "solved":
+            some = f", and {BY_CLASS} searches some" if by_class else ""
             raise UsageError(
-                f"values solved: need a search over all keys, at most {MOST_SOLVED:,}, but the index has {index.n:,} "
-                f"and k {index.settings.k or 'all'}; give values one-hot"
+                f"values solved: need a search over all keys, at most {MOST_SOLVED:,}, but the index has {index.n:,}, "
+                f"k is {index.settings.k or 'all'}{some}; give values one-hot"
             )
         values = "one-hot"
     forms = [form for form in forms if metric in (None, form.metric_name) and values in (None, form.values_name)]

@@ -564,8 +564,8 @@ class Queries:
         """
         if index.fitted is not None and index.fitted.solved:
             raise UsageError(
-                "leave-one-out: the values of this index were solved from all its shots; run retrieval-tip fit, which "
-                "solves them again without each fold, or give --val SOURCE"
+                "leave-one-out: the values of this index were solved from all its shots; run retrieval-tip fit INDEX, "
+                "which solves them again without each fold, or give --val SOURCE"
             )
         images, ids = images_of(index.labels), index.class_ids.cpu().numpy()
         _, first = np.unique(images, return_index=True)  # one query per image

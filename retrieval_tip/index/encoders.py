@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from retrieval_tip.errors import InputError, Skipped, UsageError
 from retrieval_tip.evaluation.compare import SIGNIFICANT, mcnemar
 from retrieval_tip.evaluation.held_out import held_out_probabilities, photo_rows
 from retrieval_tip.index.build import build_index
+
+log = logging.getLogger(__name__)
 
 TIMED = 64
 """Number of photos that are encoded to measure the speed."""
@@ -68,18 +71,21 @@ def try_encoders(
 ) -> EncoderTrials:
     """Fit an index of each encoder to labelled photos, and measure its accuracy and its speed.
 
-    ``opened`` opens an encoder by its name. Pairs of the :data:`PAIRED` most accurate encoders are tried as well. See
-    :func:`recommended` for the recommendation.
+    ``opened`` opens an encoder by its name. An encoder that has several names is tried once. Pairs of the
+    :data:`PAIRED` most accurate encoders are tried as well. See :func:`recommended` for the recommendation.
 
     Raises UsageError if ``photos`` is a feature table, and InputError if no photo can be held out.
     """
     if photos.table is not None:
         raise UsageError(f"{photos.name}: has the features of one encoder; give photos to compare encoders")
-    trials, skipped = [], list[Skipped]()
-    waiting = list(names)
-    while waiting:
-        name = waiting.pop(0)
+    trials, skipped, seen = list[EncoderTrial](), list[Skipped](), set[str]()
+    for name in itertools.chain(names, _pairs(trials)):
         with opened(name) as reader, tempfile.TemporaryDirectory(prefix="retrieval-tip-") as folder:
+            own = name if reader.backbone is None else reader.backbone.identity.fingerprint
+            if own in seen:
+                log.warning("%s: was tried under another name", name)
+                continue
+            seen.add(own)
             index = build_index(photos, Path(folder) / "index", reader, device=device).in_memory()
             fit = index.provenance["fit"]
             if fit["both"] is None:
@@ -91,10 +97,13 @@ def try_encoders(
             low, high = fit["interval_95"]
             trials.append(EncoderTrial(name, fit["both"], (low, high), _speed(photos, reader), right))
             skipped += reader.skipped
-        if len(trials) == len(names):
-            best = sorted(trials, key=lambda one: -one.accuracy)[:PAIRED]
-            waiting = [f"{a.name}+{b.name}" for a, b in itertools.combinations(best, 2)]
     return EncoderTrials(trials, recommended(trials), list(dict.fromkeys(skipped)))
+
+
+def _pairs(trials: Sequence[EncoderTrial]) -> Iterator[str]:
+    """Yield the names of pairs of the best encoders, once all are tried."""
+    best = sorted(trials, key=lambda one: -one.accuracy)[:PAIRED]
+    yield from (f"{a.name}+{b.name}" for a, b in itertools.combinations(best, 2))
 
 
 def recommended(trials: Sequence[EncoderTrial]) -> EncoderTrial:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.source import few_shot
 from retrieval_tip.data.sources import Source, check_exists, open_source, spelled_alike
 from retrieval_tip.data.tables import has_part, parts_in, read_rows, table_identity
-from retrieval_tip.errors import SHOWN, InputError, UsageError, counted, few
+from retrieval_tip.errors import SHOWN, InputError, UsageError, command_line, counted, few
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.closed_form import Fit
 from retrieval_tip.model import Index
@@ -291,7 +290,7 @@ def warn_of_spelling(place: str | os.PathLike[str], class_names: Sequence[str], 
     pairs = spelled_alike(class_names)
     alike = {name: pairs[name] for name in new if name in pairs}
     for name, known in itertools.islice(alike.items(), SHOWN):
-        rename = shlex.join(["retrieval-tip", "index", "rename", str(place), name, known])
+        rename = command_line("index", "rename", place, name, known)
         log.warning("%r is a new class, spelled almost like %r; to merge them: %s", name, known, rename)
     if len(alike) > SHOWN:
         log.warning("%d more new classes are spelled almost like others", len(alike) - SHOWN)

@@ -36,6 +36,9 @@ No index should have such a name.
 HEX = 16
 """Number of hexadecimal digits of the SHA-256 in the file name of a photo."""
 
+LISTED = 1 << 18
+"""Maximum number of shots whose folders are compared."""
+
 _NAME = re.compile(rf"([0-9a-f]{{{HEX}}})\.\w{{1,8}}")
 _IN_SOURCE = rf"(?:^|[/\\])(?P<digits>[0-9a-f]{{{HEX}}})\.\w{{1,8}}$"
 
@@ -43,6 +46,23 @@ _IN_SOURCE = rf"(?:^|[/\\])(?P<digits>[0-9a-f]{{{HEX}}})\.\w{{1,8}}$"
 def folder_of(store: Store) -> Path | None:
     """Return the folder ``DIR-shots`` of an index, or ``None`` if the index is in a bucket."""
     return None if store.local is None else real(store.local).with_name(store.name + SUFFIX)
+
+
+def common_folder(store: Store) -> Path | None:
+    """Return the folder that has all photos of an index, or its class folders, or ``None`` if it is not known.
+
+    Relative sources are relative to the current folder. An index of many shots is not searched.
+    """
+    manifest = store.manifest()
+    if manifest.n > LISTED:
+        return None
+    sources = store.read_labels(manifest, ["source"])["source"].fill_null("").to_pylist()
+    folders = {Path(name).parent for name in sources}
+    with suppress(ValueError):  # no folders, or absolute and relative ones
+        common = Path(os.path.commonpath(folders))
+        if all(common in (folder, folder.parent) for folder in folders) and Path(sources[0]).is_file():
+            return common
+    return None
 
 
 def is_reserved(name: str) -> bool:

@@ -35,7 +35,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from retrieval_tip.data.tables import vectors
-from retrieval_tip.errors import InputError, StoreError
+from retrieval_tip.errors import InputError, StoreError, command_line
 from retrieval_tip.files import sha256_of, sync
 from retrieval_tip.index.places import Change, Store
 from retrieval_tip.lance.key_table import CLASSES, FLAT, RESTORE, TABLE, VALUES, KeyTable
@@ -319,7 +319,7 @@ class LanceStore(Store):
         if index.values is not None and index.n * (index.d + len(index.class_names)) * 4 > MOST_HELD:
             raise InputError(
                 f"{self}: {index.n:,} keys with solved values of {len(index.class_names):,} classes are too many for a "
-                f"LanceDB store; fit one-hot values first (retrieval-tip fit {self} --values one-hot)"
+                f"LanceDB store; fit one-hot values first ({command_line('fit', self, '--values', 'one-hot')})"
             )
 
     def verify(self) -> Index:

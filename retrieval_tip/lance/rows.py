@@ -18,7 +18,7 @@ from torch import Tensor
 
 from retrieval_tip import tip
 from retrieval_tip.data.source import spread
-from retrieval_tip.errors import InputError, StoreError, UsageError
+from retrieval_tip.errors import InputError, StoreError, UsageError, command_line
 from retrieval_tip.lance.key_table import (
     CLASSES,
     FLAT,
@@ -342,7 +342,7 @@ class TableRows(Rows):
             place = self.table.address
             raise UsageError(
                 f"{place}: {n:,} keys are too many to load into memory; choose fewer (--where), or copy the "
-                f"index into a folder: retrieval-tip index clone {place} DIR"
+                f"index into a folder: {command_line('index', 'clone', place, 'DIR')}"
             )
 
     def written(self, writer: Writer) -> ArrayRows:

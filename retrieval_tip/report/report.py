@@ -11,7 +11,6 @@ import hashlib
 import math
 import os
 import re
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache as remembered
@@ -26,7 +25,7 @@ from retrieval_tip import doctor
 from retrieval_tip.data import images
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
-from retrieval_tip.errors import InputError, UsageError, counted, few, one_line, percent, show
+from retrieval_tip.errors import InputError, UsageError, command_line, counted, few, one_line, percent, show
 from retrieval_tip.evaluation.audit import AUDITED, audit
 from retrieval_tip.evaluation.calibration import reliability
 from retrieval_tip.evaluation.evaluate import Answers, Evaluation, evaluate
@@ -276,7 +275,7 @@ class Results:
         index, top1, wrong = self.index, self.evaluation.top1, int((~self.answers.right).sum())
 
         def command(name: str, rest: str = "") -> str:
-            return f"retrieval-tip {name} {shlex.quote(portable(self.place))}{rest}" if self.place else ""
+            return command_line(*name.split(), portable(self.place), *rest.split()) if self.place else ""
 
         missed = [one for one in self.evaluation.by_class if one.n - one.right > 1]
         weak = [one for one in missed if one.right < WEAK * one.n or one.interval[1] < top1]

@@ -29,7 +29,7 @@ TheService = Annotated[Service, Depends(_service)]
 async def _labelling(request: Request) -> Labelling:
     labelling: Labelling | None = request.app.state.labelling
     if labelling is None:
-        raise Problem(404, "there are no photos to label; start the server with retrieval-tip label PHOTOS")
+        raise Problem(404, "there are no photos to label; start the server with retrieval-tip label PHOTOS --out INDEX")
     return labelling
 
 
@@ -47,7 +47,7 @@ async def _not_labelled(request: Request, one: Named) -> Served:
     """Refuse to take an index away from a labelling session."""
     labelling: Labelling | None = request.app.state.labelling
     if labelling is not None and labelling.name == one.name:
-        raise Problem(409, f"index {one.name!r} is being labelled; stop retrieval-tip label first")
+        raise Problem(409, f"index {one.name!r} is being labelled; stop the labelling session first")
     return one
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -15,7 +14,7 @@ from fastapi import APIRouter, Body, Query, Request
 
 from retrieval_tip.data.sources import spelled_alike
 from retrieval_tip.data.tables import not_in_index
-from retrieval_tip.errors import InputError, Skipped, show
+from retrieval_tip.errors import InputError, Skipped, command_line, show
 from retrieval_tip.index import changes as index_changes
 from retrieval_tip.index import manage
 from retrieval_tip.labelling.photos import MOST_PHOTOS
@@ -261,6 +260,5 @@ async def label_sort(service: TheService, labelling: TheLabelling, change: schem
         inside = [known.path(photo) for photo in known.own(known.paths) if photo < MOST_PHOTOS]
         given = [os.path.commonpath(inside or paths), *filter(os.path.isdir, [str(labelling.dropped)])]
         words = ["classify", str(labelling.place), *given, "--format", "xmp", "--undo"]
-    undo = shlex.join(["retrieval-tip", *words])
     summary = str(done) if done.threshold is None else f"{done}; {done.threshold}"
-    return {"summary": summary, "undo": undo, "skipped": done.skipped}
+    return {"summary": summary, "undo": command_line(*words), "skipped": done.skipped}

@@ -155,7 +155,7 @@ class Labelling:
             some = next(iter(self._refused.values()), self._trouble or self._problem or "the session has ended")
             raise StoreError(
                 f"{show(self._journal.path)}: has {counted(len(self._unsaved), 'label')} that could not be saved "
-                f"({some}); to save them, run retrieval-tip label again"
+                f"({some}); to save them, label these photos again with the same command"
             )
 
     def path(self, photo: int) -> str:

@@ -16,7 +16,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from retrieval_tip import __version__, settings
 from retrieval_tip.data.sources import read_item
-from retrieval_tip.errors import InputError, StoreError
+from retrieval_tip.errors import InputError, StoreError, command_line
 from retrieval_tip.evaluation.audit import AUDITED
 from retrieval_tip.evaluation.audit import audit as audited
 from retrieval_tip.evaluation.projection import Method, methods, projected
@@ -193,7 +193,7 @@ async def audit(
     index = version.index
     if index.n > AUDITED:
         many = f"the index has {index.n:,} keys, but at most {AUDITED:,} can be audited here"
-        raise InputError(f"{many}; run retrieval-tip index audit {version.name}")
+        raise InputError(f"{many}; run {command_line('index', 'audit', index.place)}")
 
     call = partial(audited, index.in_memory(), borderline=borderline)
     return json_of((await service.once(version, ("audit", borderline), call)).slice(0, limit).to_pylist())
