@@ -8,10 +8,9 @@ writers in a bucket create their files in any order. If the folder is missing, n
 from __future__ import annotations
 
 import re
-import shlex
 from typing import NamedTuple
 
-from retrieval_tip.errors import StoreError
+from retrieval_tip.errors import StoreError, command_line
 from retrieval_tip.store.files import BucketFiles, LocalFiles
 from retrieval_tip.store.manifest import manifest_name
 
@@ -50,7 +49,7 @@ class Newest(NamedTuple):
         """
         if self.version <= current:
             return None
-        accept = shlex.join(["retrieval-tip", "index", "rollback", str(place), str(current)])
+        accept = command_line("index", "rollback", place, current)
         other = f"accept the loss: {accept}" if current else "build in another folder"
         lost = f"{place}/{manifest_name(self.version)}: is missing, but version {self.version} was written"
         return f"{lost}; restore the file, or {other}"
