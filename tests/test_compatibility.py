@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from sealing import refused, sealed, snapshot
+from tables import unit_rows, write_table
 
 from retrieval_tip.errors import InputError
 from retrieval_tip.index import changes
 from retrieval_tip.index.changes import fit_index
 from retrieval_tip.index.places import at
-from retrieval_tip.store.versions import UNREAD, Versions
+from retrieval_tip.store.versions import UNREAD
 
 INDEXES = Path(__file__).parent / "indexes" / "v11"
 
@@ -54,53 +55,16 @@ def test_an_index_of_the_present_format_gives_its_old_answers(tmp_path):
     check_answers(at(place).verify(), "fitted")
 
 
-def laid_out_as_before(tmp_path, killed=False):
-    """Return an index whose current manifest is ``manifest.json``, as earlier programs left it."""
+def test_the_manifest_of_an_earlier_program_is_ignored_beside_the_others(tmp_path):
+    """A backup or a synchronised folder can bring it back."""
     place = Path(copied("fitted", tmp_path))
-    newest = place / "manifests/000003.json"
-    shutil.copy(newest, place / "manifest.json")
-    shutil.rmtree(place / "newest")
-    if not killed:
-        newest.unlink()
-    return place
-
-
-@pytest.mark.parametrize("killed", [False, True])
-def test_the_current_manifest_of_an_earlier_program_gets_its_number_before_the_first_change(
-    killed, tmp_path, monkeypatch
-):
-    """Earlier programs copied it to its number before they replaced it. They may have been killed in between."""
-    place, rename = laid_out_as_before(tmp_path, killed), Path.replace
-    store = at(str(place))
-    before, every = store.manifest(), snapshot(place)
-    assert store.history()["version"].to_pylist() == [1, 2, 3]
-
-    def late(old, new):
-        if old.name == "manifest.json":
-            assert Versions(place).manifest() == before
-        return rename(old, new)
-
-    monkeypatch.setattr(Path, "replace", late)
-    refused(lambda: changes.rollback(place, 9), "version 9")
-    assert snapshot(place) == every
-    changes.configure(place, temperature=2.0)
-    assert (store.manifest(3), (place / "manifest.json").exists()) == (before, killed)
-    assert store.history()["version"].to_pylist() == [1, 2, 3, 4]
-
-
-def test_an_old_manifest_that_comes_back_beside_newer_ones_is_ignored(tmp_path):
-    """A backup or a synchronised folder can bring it back after it was renamed."""
-    place = laid_out_as_before(tmp_path)
-    old = (place / "manifest.json").read_bytes()
-    for temperature in (2.0, 3.0):
-        changes.configure(place, temperature=temperature)
-    (place / "manifest.json").write_bytes(old)
+    shutil.copy(place / "manifests/000001.json", place / "manifest.json")
     every, newest = snapshot(place), at(str(place)).manifest()
     refused(lambda: changes.remove(place, key_ids=[9999]), "9999", error=InputError)
     assert snapshot(place) == every
     changes.configure(place, temperature=4.0)
-    assert at(str(place)).history()["version"].to_pylist()[-2:] == [newest.version, newest.version + 1]
-    assert at(str(place)).manifest(newest.version) == newest
+    assert at(str(place)).history()["version"].to_pylist() == [1, 2, 3, 4]
+    assert at(str(place)).manifest(3) == newest
     at(str(place)).verify()
 
 
@@ -139,13 +103,16 @@ def test_an_index_of_an_earlier_format_is_refused_untouched(name, tmp_path, run)
 
 
 def test_a_folder_with_only_the_manifest_of_an_earlier_program_is_named(tmp_path, run):
-    place = laid_out_as_before(tmp_path)
+    place = Path(copied("fitted", tmp_path))
+    shutil.move(place / "manifests/000003.json", place / "manifest.json")
     shutil.rmtree(place / "manifests")
-    body = json.loads((place / "manifest.json").read_bytes())
-    (place / "manifest.json").write_bytes(sealed(body | {"format_version": 10}))
+    shutil.rmtree(place / "newest")
     before = snapshot(place)
-    failed = run("index", "info", place)
-    assert (failed.exit_code, failed.stderr.count("index format 10, which is no longer read")) == (1, 1)
+    for command in (["index", "info", place], ["index", "remove", place, "--key-ids", 1]):
+        failed = run(*command)
+        assert (failed.exit_code, failed.stderr.count("in an earlier format, which is no longer read")) == (1, 1)
+    table = write_table(tmp_path / "t.parquet", unit_rows(4, 8), ["a", "b"] * 2)
+    assert "is not an index and not empty" in run("index", "build", table, "--out", place).stderr
     assert snapshot(place) == before
 
 

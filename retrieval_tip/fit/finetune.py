@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -213,6 +213,7 @@ def finetune_into(
 def finetune(
     index: Index, shots: Source, reader: Reader, recipe: Recipe | None = None, *,
     val: Source | Queries | None = None,
+    on_epoch: Callable[[Mapping[str, float]], None] = lambda _: None,
 ) -> Tuned:  # fmt: skip
     """Train an index by minimising the cross-entropy of ``logit_scale f W^T + alpha C`` (paper, equation 6).
 
@@ -227,18 +228,22 @@ def finetune(
             of the best is kept. If no epoch is better than the untrained index, the untrained index is kept. A cautious
             search then selects alpha and beta. If ``val`` is not given, the last epoch is kept and the settings do not
             change.
+        on_epoch: A function that is called with each row of the curve, and once before training.
 
     Raises:
         UsageError: if the recipe does not fit the index, or if training does not fit in memory.
         InputError: if the shots or the validation images do not fit the index.
     """
     recipe = recipe or Recipe()
-    tuned = _trained(index, _Material.of(index, shots, reader, recipe, val), recipe)
+    tuned = _trained(index, _Material.of(index, shots, reader, recipe, val), recipe, on_epoch)
     _warn(tuned)
     return tuned
 
 
-def _trained(index: Index, material: _Material, recipe: Recipe) -> Tuned:
+def _trained(
+    index: Index, material: _Material, recipe: Recipe,
+    on_epoch: Callable[[Mapping[str, float]], None] = lambda _: None,
+) -> Tuned:  # fmt: skip
     """Train Tip-Adapter over the keys of an index, and keep the weights of one epoch (see :func:`finetune`)."""
     plain, queries, began = closed_form.unfitted(index), material.queries, time.monotonic()
     if plain.device == "cpu":
@@ -250,6 +255,7 @@ def _trained(index: Index, material: _Material, recipe: Recipe) -> Tuned:
         own = {"epoch": len(curve), "loss": loss, "accuracy": accuracy}
         own["val_loss"], own["val_accuracy"] = (math.nan, math.nan) if queries is None else held
         curve.append(own | {"seconds": time.monotonic() - began})
+        on_epoch(dict(curve[-1]))
         if not math.isfinite(held[0]):
             collapsed = f"the loss is not finite in epoch {len(curve) - 1}"
             break

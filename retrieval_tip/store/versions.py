@@ -55,7 +55,7 @@ T = TypeVar("T")
 Files = LocalFiles | BucketFiles
 
 OLD = "manifest.json"
-"""Name of the current manifest in folders of earlier programs."""
+"""Name of the manifest in folders of earlier programs, which is ignored beside ``manifests``."""
 KEPT_VERSIONS = 32
 """Number of versions, including the current one, that a commit keeps."""
 VERSIONS_TRIED = 16
@@ -120,12 +120,7 @@ class Writer:
         if self._begun:
             return
         self._begun = True
-        store, names = self.store, self.store.names()
-        if OLD in names.values():  # the current manifest of an earlier program
-            (store.folder / "manifests").mkdir(exist_ok=True)
-            (store.folder / OLD).replace(store.folder / manifest_name(max(names)))
-            store.files.flush("manifests", "")
-        store.tidy([file.name for file in self.files.values()])
+        self.store.tidy([file.name for file in self.files.values()])
 
     def undo(self) -> None:
         """Remove the files of a change that failed, unless it was committed."""
@@ -254,7 +249,7 @@ class Versions:
     local: Path | None
     writer: type[Writer] = Writer
     """The class of the writer."""
-    own: tuple[str, ...] = ("data", "manifests", NEWEST, "lock", OLD)
+    own: tuple[str, ...] = ("data", "manifests", NEWEST, "lock")
     """Names in the folder of a store, without the names of temporary files."""
     in_table = False
     """Whether keys and labels are rows of a table, which a manifest names."""
@@ -298,33 +293,20 @@ class Versions:
         """
         if self.local is None:
             return time.monotonic_ns()
-        found = list[Hashable]()
-        for name in ("manifests", OLD):
-            with suppress(OSError):
-                status = (self.local / name).stat()
-                found += [status.st_ino, status.st_mtime_ns]
-                found += [entry.name for entry in os.scandir(self.local / name)]
-        return tuple(found) or None
+        manifests = self.local / "manifests"
+        with suppress(OSError):
+            status = manifests.stat()
+            return status.st_ino, status.st_mtime_ns, *manifests.iterdir()
+        return None
 
     def names(self) -> dict[int, str]:
-        """Return the names of the manifests by version, oldest first.
-
-        In a folder of an earlier program, ``manifest.json`` is the current one, until the next writer renames it. It
-        has the highest number then. One with a lower number came from a copy that is older, and is ignored.
-        """
+        """Return the names of the manifests by version, oldest first."""
         try:
-            old = None
-            if self.local is not None and (self.local / OLD).is_file():
-                with suppress(FileNotFoundError):  # it was just renamed
-                    old = self.parse(OLD).version
             sizes = self.files.sizes("manifests")
         except OSError as error:
             raise StoreError(f"{self}: cannot be read: {error.strerror}") from None
         numbered = {int(match[1]): name for name in sizes if (match := _MANIFEST.fullmatch(name))}
-        names = dict(sorted(numbered.items()))
-        if old is not None and old > max(names, default=0):
-            names[old] = OLD
-        return names
+        return dict(sorted(numbered.items()))
 
     def has_text(self, manifest: Manifest) -> bool:
         """Return whether a version has any text weight that is not zero."""
@@ -368,6 +350,8 @@ class Versions:
                 warn_of_loss(loss)
             if not names:
                 what = "no such folder" if self.local is not None and not self.local.exists() else "not an index"
+                if self.local is not None and (self.local / OLD).exists():
+                    what = "in an earlier format, which is no longer read"
                 raise StoreError(f"{self}: {what}; make one with retrieval-tip index build SOURCE --out INDEX")
             if version is not None and version not in names:
                 there = ", ".join(map(str, names))
@@ -381,7 +365,7 @@ class Versions:
         manifest = Manifest.from_bytes(self.files.get(name, MANIFEST_BYTES), f"{self}/{name}")
         if (manifest.table is not None) != self.in_table:
             raise StoreError(f"{self}/{name}: is the manifest of another kind of store; restore the right one")
-        if name not in (OLD, manifest_name(manifest.version)):
+        if name != manifest_name(manifest.version):
             raise StoreError(f"{self}/{name}: is the manifest of another version; restore it")
         return manifest
 
