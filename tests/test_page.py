@@ -1497,6 +1497,126 @@ def test_the_answers_of_the_folder_are_reviewed(labelling, pool, tmp_path):
     assert rows[corrected] != "acorn"
 
 
+WHOLE = """() => {
+    const line = document.getElementById("bar").getBoundingClientRect().bottom;
+    const isWhole = ({ top, bottom }) => top >= line && bottom <= innerHeight;
+    const tiles = [...document.querySelectorAll("#grid .tile")].filter((one) => isWhole(one.getBoundingClientRect()));
+    const open = tiles.filter(({ classList }) => !classList.contains("taught") && !classList.contains("no_match"));
+    return Object.fromEntries(open.map((one) => [one.title, one.querySelector(".said").title]));
+}"""
+"""The answers on the screen that can be confirmed, by photo: those of photos that are whole in the window."""
+
+
+def answers_of(page):
+    """Return a dictionary that holds the latest answers that the page has received, by photo."""
+    newest = {}
+
+    def keep(route):
+        response = route.fetch()
+        photos = [one for one in response.json()["photos"] if one["guesses"]]
+        newest.update({Path(one["name"]).name: one["guesses"][0]["label"] for one in photos})
+        route.fulfill(response=response)
+
+    page.route("**/v1/label/answers", keep)
+    return newest
+
+
+def correct(page, name, label):
+    """Select a photo, and type its class."""
+    page.locator(f'#grid .tile[title="{name}"] .tick').click()
+    submit(page, "#selection-form input", label)
+    expect(page.locator("#notice")).to_contain_text(f"Labelled 1 photo as {label}.")
+
+
+def two_frames(page):
+    page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
+def test_answers_on_the_screen_stay_and_are_confirmed_as_they_were_shown(labelling, pool, tmp_path):
+    """A person corrects some answers on a laptop, while the others on the screen are answered in another way."""
+    names, merged = sorted(name for name in pool if name), {"camera": "accordion", "crayfish": "crab"}
+    laptop = {"viewport": {"width": 1280, "height": 800}, "reduced_motion": "no-preference"}
+    with labelling(pool, tmp_path / "things", **laptop) as (page, _):
+        wait_until(page, "state.encoded === 90")
+        give(page, {n: merged.get(pool[name], pool[name]) for n, name in enumerate(names) if n % 5 == 0})
+        newest = answers_of(page)
+        page.click("#tab-classify")
+        expect(page.locator("#grid .tile").nth(20)).to_be_visible()
+        for label in merged:
+            wrong = [name for name in page.evaluate(WHOLE) if pool[name] == label]
+            for name in wrong[:2]:
+                correct(page, name, label)
+        first = page.evaluate(WHOLE)
+        while sum(newest[name] != label for name, label in first.items()) < 3:
+            page.wait_for_timeout(50)
+        two_frames(page)
+        assert page.evaluate(WHOLE) == first
+
+        page.mouse.wheel(0, 60)
+        page.wait_for_function("() => scrollY === 60")
+        shown, box = page.evaluate(WHOLE), page.locator("#screen-right").bounding_box()
+        with page.expect_request(lambda request: request.method == "POST" and "/v1/label" in request.url) as sent:
+            page.mouse.click(box["x"] + 20, box["y"] + 10)
+        labels = {names[one["photo"]]: one["label"] for one in sent.value.post_data_json["labels"]}
+        assert labels == shown
+        page.evaluate("() => Promise.all(document.getAnimations().map(({ finished }) => finished))")
+        two_frames(page)
+        assert page.evaluate("scrollY") == 60
+        following = page.evaluate(WHOLE)
+        assert not following.keys() & shown.keys()
+        assert {name: newest[name] for name in following} == following  # the next screen has the newest answers
+        page.unroute_all(behavior="wait")
+
+
+def test_new_answers_come_with_the_next_screen(labelling, pool, tmp_path):
+    """The next screen comes by scrolling, with another order, or after a look at another page."""
+    names, merged = sorted(name for name in pool if name), {"camera": "accordion", "crayfish": "crab"}
+    with labelling(pool, tmp_path / "things", viewport={"width": 1280, "height": 560}) as (page, _):
+        wait_until(page, "state.encoded === 90")
+        give(page, {n: merged.get(pool[name], pool[name]) for n, name in enumerate(names) if n % 5 == 0})
+        newest = answers_of(page)
+        page.click("#tab-classify")
+        expect(page.locator("#grid .tile").nth(20)).to_be_visible()
+
+        def learned(*wrong):
+            """Correct photos, and return a photo on the screen that the server now answers in another way."""
+            for name in wrong:
+                correct(page, name, pool[name])
+            shown = page.evaluate(WHOLE)
+            while not (changed := [name for name, label in shown.items() if newest[name] != label]):
+                page.wait_for_timeout(50)
+            two_frames(page)
+            assert page.evaluate(WHOLE) == shown
+            return page.locator(f'#grid .tile[title="{changed[0]}"]'), newest[changed[0]]
+
+        tile, label = learned(*(name for name, said in page.evaluate(WHOLE).items() if said != pool[name]))
+        page.mouse.wheel(0, 560)
+        expect(tile).to_have_attribute("data-label", label)
+        page.mouse.wheel(0, -560)
+        expect(tile).to_have_attribute("data-label", label)
+        page.select_option("#filter-state", "all")
+        all_new = page.locator("#grid .tile:not(.taught)").evaluate_all("all => all.map((one) => [one.title, one.dataset.label])")
+        assert {name: newest[name] for name, _ in all_new} == dict(all_new)
+
+        wait_until(page, "!state.busy")
+        page.click("#tab-label")
+        label_by_key(page, pool[shown_photo(page)])
+        wait_until(page, "!state.busy")
+        held = hold(page, "**/v1/label/answers")
+        page.click("#tab-classify")
+        wait_for(page, held, 1)
+        before = page.locator("#progress").text_content()
+        page.press("#grid", "Shift+Enter")  # the answers on the screen are old
+        two_frames(page)
+        assert page.locator("#progress").text_content() == before
+        expect(page.locator("#grid")).to_have_attribute("aria-busy", "true")
+        assert violations(page) == []
+        release(page, held)
+        expect(page.locator("#grid")).to_have_attribute("aria-busy", "false")
+        page.press("#grid", "Shift+Enter")
+        expect(page.locator("#progress")).not_to_have_text(before)
+
+
 def status(page):
     """Return the state of the labelling session."""
     return dict(get(page, "/v1/label"))
