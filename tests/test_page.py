@@ -1704,12 +1704,16 @@ def test_typed_text_means_an_existing_class_or_is_asked_about(labelling, pool, t
             page.keyboard.press("Escape")
             expect(page.locator("#label-class")).to_have_value(text)
             expect(page.locator("#label-class")).to_be_focused()
-        enter("Crab", "Enter", "Enter", number=9)
-        enter("carb", "Enter")
+        enter("Crab", "Enter", "2", number=9)
+        page.fill("#label-class", "carb")
+        for _ in range(3):  # a key that is held does not answer the question that it opened
+            page.keyboard.down("Enter")
+        page.keyboard.up("Enter")
+        expect(page.get_by_role("button", name="New class “carb”")).to_be_focused()
         assert violations(page) == []
-        page.get_by_role("button", name="New class “carb”").click()
+        page.keyboard.press("Enter")
         expect(page.locator("#label-progress")).to_contain_text("10 of 90")
-        enter("crabs", "Enter", "Shift+Enter", number=11)
+        enter("crabs", "Enter", "Enter", number=11)  # the typed name is the default
         wait_until(page, "state.labelled === 11")
         assert {label: photos for label, photos in status(page)["classes"].items() if photos} == {
             "Panda": 2, "Sea_Horse": 2, "type 2": 1, "caterpillar": 1, "ca": 1, "crab": 1, "carb": 1, "crabs": 1,
