@@ -7,10 +7,13 @@ import csv
 import functools
 import io
 import json
+import os
 import re
 import shutil
+import subprocess
 import time
 import zipfile
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1370,20 +1373,36 @@ def test_photos_are_labelled_by_keyboard_and_the_rest_is_finished(labelling, poo
         page.click("#finish-open")
         assert violations(page) == []
 
+        done = page.locator("#finish").get_by_role("button", name="Finish")
+
         def finish(said):
-            page.locator("#finish").get_by_role("button", name="Finish").click()
+            done.click()
             expect(page.locator("#finish-said")).to_contain_text(said)
+            expect(done).not_to_have_class("primary")
 
         def undo_finish(said, left):
             page.click("#finish-undo")
             expect(page.locator("#finish-said")).to_contain_text(said)
             assert not [*left]
 
+        default = Path(f"{folder.name}-sorted").absolute()
+        expect(page.locator("#finish-said")).to_contain_text(f"90 photos go to {default}.")  # before it is written
+        assert not default.exists()
+        page.fill("#finish-into", "~/" + os.path.relpath(sorted_, Path.home()))
+        expect(done).to_be_disabled()
+        expect(page.locator("#finish-said")).to_contain_text(f"90 photos go to {Path.home()}/")
         page.fill("#finish-into", str(sorted_))
-        page.fill("#finish-wrong", "50")
-        finish("copied 90 photos")
-        expect(page.locator("#finish-said")).to_contain_text("held-out photos")
-        undo_finish("undid the sorting of 90 photos", sorted_.glob("*/*.jpg"))
+        for wrong in (50, 1):
+            page.fill("#finish-wrong", str(wrong))
+            expect(page.locator("#finish-said")).to_contain_text(f"90 photos go to {sorted_}. ")
+            planned = re.findall(r"(\d+) [^()]*\(“(no match|not sure)”\)", page.locator("#finish-said").text_content())
+            finish("copied 90 photos")
+            expect(page.locator("#finish-said")).to_contain_text("held-out photos")
+            placed = Counter(path.parent.name for path in sorted_.glob("*/*.jpg"))
+            assert {name: int(number) for number, name in planned} == {
+                name: placed[name] for name in ("no match", "not sure") if placed[name]
+            }
+            undo_finish("undid the sorting of 90 photos", sorted_.glob("*/*.jpg"))
         page.check("#finish-xmp")
         expect(page.locator("#finish-into")).to_be_hidden()
         finish("changed the keywords of")
@@ -1595,7 +1614,9 @@ def test_new_answers_come_with_the_next_screen(labelling, pool, tmp_path):
         page.mouse.wheel(0, -560)
         expect(tile).to_have_attribute("data-label", label)
         page.select_option("#filter-state", "all")
-        all_new = page.locator("#grid .tile:not(.taught)").evaluate_all("all => all.map((one) => [one.title, one.dataset.label])")
+        all_new = page.locator("#grid .tile:not(.taught)").evaluate_all(
+            "all => all.map((one) => [one.title, one.dataset.label])"
+        )
         assert {name: newest[name] for name, _ in all_new} == dict(all_new)
 
         wait_until(page, "!state.busy")
@@ -1848,6 +1869,74 @@ def test_labels_are_kept_until_the_server_can_be_reached(labelling, browser, poo
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         assert violations(page) == []
         one.close()
+
+
+SCREENS = ("classify", "label", "classes", "check", "map", "history", "settings", "teach")
+
+
+def printed(page, *screens):
+    """Return the commands on screens of the page, by default on the one that is shown."""
+    found = set()
+    for screen in screens or [""]:
+        if screen:
+            page.evaluate("screen => (location.hash = screen)", screen)
+            expect(page.locator(f"#{screen}-view")).to_be_visible()
+        found |= {
+            text for text in page.locator("code:visible").all_text_contents() if text.startswith("retrieval-tip ")
+        }
+    return found
+
+
+def test_every_command_on_the_page_runs_as_it_is_printed(labelling, serving, tmp_path, monkeypatch, warm_path):
+    """The index and the photos have other names than in examples, and the terminal is in another folder."""
+    photos, elsewhere = tmp_path / "my photos", tmp_path / "elsewhere"
+    class_folders(photos, "crab", "panda", "pizza", each=6)
+    elsewhere.mkdir()
+    monkeypatch.chdir(tmp_path)
+    environment = os.environ | {"PATH": f"{warm_path}:{os.environ['PATH']}"}
+
+    def execute(*commands):
+        for command in commands:
+            done = subprocess.run(command, shell=True, cwd=elsewhere, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, (command, done.stderr)
+
+    index, wrong = Path("indexes", "it's clothes"), photos / "panda" / "a pizza.jpg"
+    shutil.copy(caltech_photos("test", "pizza", 9)[-1], wrong)
+    assert command_line("index", "build", "my photos", "--out", index, *MODEL).exit_code == 0
+    with serving(index) as (page, _):
+        assert not printed(page, *(name for name in SCREENS if name != "label"))
+        page.evaluate("location.hash = 'check'")
+        page.check("#audit-all")
+        page.locator("#audit").get_by_role("button", name="Change to").first.click()
+        expect(page.locator("#audit-next")).to_be_visible()
+        [command] = printed(page, *(name for name in SCREENS if name != "label"))
+        execute(command)
+        assert sum(1 for _ in elsewhere.glob("fixed/*/*.jpg")) == 19
+        page.click("#tab-classify")
+        ask(page, next(photos.glob("*/*.jpg")))
+        show_settings(page)
+        page.press("#beta", "PageUp")
+        options = page.locator("#command").text_content()
+        execute(f"retrieval-tip classify '{tmp_path}/indexes/it'\\''s clothes' '{photos}' {options}")
+
+    with labelling({"": "my photos"}, Path("indexes", "other")) as (page, _):
+        wait_until(page, "state.encoded === 19")
+        give(page, {n: path.parent.name for n, path in enumerate(sorted(photos.glob("*/*.jpg"))) if n % 2})
+        assert not printed(page, *SCREENS)
+        page.evaluate("location.hash = 'classify'")
+        page.click("#finish-open")
+        page.fill("#finish-into", "in folders")
+        page.click("#finish-go")
+        expect(page.locator("#finish-said")).to_contain_text("copied 19 photos")
+        [undo_copies] = printed(page)
+        page.check("#finish-xmp")
+        page.click("#finish-go")
+        expect(page.locator("#finish-said")).to_contain_text("changed the keywords of")
+        [undo_keywords] = printed(page)
+        written = [*tmp_path.glob("in folders/*/*.jpg"), *photos.glob("*/*.xmp")]
+        execute(undo_copies, undo_keywords)
+        assert len(written) > 20
+        assert not any(path.exists() for path in written)
 
 
 def test_the_zip_has_the_folders_of_sort(serving, run, tmp_path):

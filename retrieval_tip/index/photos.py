@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote
@@ -40,6 +40,16 @@ _IN_SOURCE = rf"(?:^|[/\\])(?P<digits>[0-9a-f]{{{HEX}}})\.\w{{1,8}}$"
 def folder_of(store: Store) -> Path | None:
     """Return the folder ``DIR-shots`` of an index, or ``None`` if the index is in a bucket."""
     return None if store.local is None else real(store.local).with_name(store.name + SUFFIX)
+
+
+def folders_with(paths: Iterable[str], index: str) -> list[str]:
+    """Return the folders on this machine that contain photos, or only their common one if it lacks the index.
+
+    ``paths`` and ``index`` are absolute.
+    """
+    folders = [str(folder) for folder in {Path(path).parent for path in paths} if folder.is_dir()]
+    common = os.path.commonpath(folders or [index])
+    return sorted(folders) if Path(index).is_relative_to(common) else [common]
 
 
 def is_reserved(name: str) -> bool:

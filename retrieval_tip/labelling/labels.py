@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, KeysView, Mapping, Sequence
+from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, get_args
@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import torch
 from torch.nn.functional import normalize
 
-from retrieval_tip.data.reader import Reader
+from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.remote import absolute
 from retrieval_tip.data.sources import Source, of_images, read_item
 from retrieval_tip.errors import InputError, check_memory, show
@@ -63,6 +63,18 @@ class Label:
 def picked_of(text: str | None) -> Picked:
     """Return how a photo was chosen, given the text in a journal."""
     return next((picked for picked in get_args(Picked) if picked == text), "suggested")
+
+
+@dataclass(frozen=True)
+class _Remembered(Reader):
+    """A reader that returns a block of features that are known already."""
+
+    block: FeatureBlock | None = None
+
+    def blocks(self, source: Source) -> Iterator[FeatureBlock]:
+        """Yield the block."""
+        if self.block is not None:
+            yield self.block
 
 
 class SessionPhotos:
@@ -117,6 +129,15 @@ class SessionPhotos:
     def rows(self, photos: Sequence[int]) -> FloatArray:
         """Return the features of encoded photos, of shape ``[m, d]``."""
         return np.stack([self.features[photo] for photo in photos])
+
+    def remembered(self, photos: Sequence[int]) -> Reader:
+        """Return a reader of the encoded ones of some photos, which reads no file. Raises InputError without any."""
+        places = [place for place, photo in enumerate(photos) if photo in self.features]
+        if not places:
+            raise InputError("photos: have not been read yet; try again later")
+        own = [photos[place] for place in places]
+        block = FeatureBlock(np.array(places), self.rows(own), [self.digests[photo] for photo in own])
+        return _Remembered(norms="keep", block=block)
 
     def hashed(self, photos: Sequence[int]) -> dict[int, str]:
         """Return the digests of the photos whose files can be read. The object does not change."""

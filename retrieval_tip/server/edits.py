@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,11 +13,14 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Query, Request
 
+from retrieval_tip.data.remote import absolute
 from retrieval_tip.data.sources import spelled_alike
 from retrieval_tip.data.tables import not_in_index
 from retrieval_tip.errors import InputError, Skipped, show
 from retrieval_tip.index import changes as index_changes
 from retrieval_tip.index import manage
+from retrieval_tip.index.photos import folders_with
+from retrieval_tip.index.places import Place
 from retrieval_tip.labelling.placing import Action
 from retrieval_tip.labelling.sidecars import undo_sidecars, write_planned
 from retrieval_tip.labelling.sort import check_files, sort_photos, undo_sort
@@ -103,7 +106,17 @@ async def rollback(service: TheService, one: Named, change: schemas.Rollback) ->
 async def _changed(
     service: Service, one: Served, call: Callable[..., index_changes.Changed], *arguments: object
 ) -> schemas.ChangedIndex:
-    return _answer(one, key_ids=(await service.changed(one, call, *arguments)).key_ids)
+    changed = await service.changed(one, call, *arguments)
+    paths = (str(service.root / source) for source in one.now.index.labels["source"].to_pylist())
+    sort = await service.find(_command, "sort", one.folder, paths, "--into", "fixed")
+    return _answer(one, key_ids=changed.key_ids, sort=sort)
+
+
+def _command(name: str, place: Place, paths: Iterable[str], *options: str) -> str | None:
+    """Return a command for an index and for the folders of some photos, or ``None`` if there is no such folder."""
+    index = absolute(os.fspath(place))
+    folders = folders_with(map(absolute, paths), index)
+    return show(shlex.join(["retrieval-tip", name, index, *folders, *options])) if folders else None
 
 
 def _answer(one: Served, **more: Any) -> schemas.ChangedIndex:
@@ -221,11 +234,14 @@ async def label(labelling: TheLabelling, change: schemas.SetLabels) -> schemas.R
 async def label_sort(service: TheService, labelling: TheLabelling, change: schemas.SortInto) -> schemas.Row:
     """Sort the photos of the labelling session into folders by class, as `retrieval-tip sort` does, or undo it.
 
-    ``undo`` is the command that undoes it.
+    ``undo`` is the command that undoes it. ``folder`` is the absolute path. ``aside`` counts the photos that get no
+    class, because they have no match or a probability below ``least``. A dry run only considers photos that have been
+    read.
     """
     give_time()
     version, source, reader = labelling.version(), labelling.photos.source, replace(labelling.photos.reader, skipped=[])
-    folder, paths, xmp = Path(change.into).expanduser(), source.paths or (), change.action == "xmp"
+    folder = Path(os.path.expanduser(change.into)).absolute()  # noqa: PTH111 - "~nobody" may be the name of a folder
+    paths, xmp = source.paths or (), change.action == "xmp"
     run = partial(service.run, labelling.encoding)
     if xmp:
         check_files([source], "xmp", "they have no sidecars")
@@ -234,17 +250,19 @@ async def label_sort(service: TheService, labelling: TheLabelling, change: schem
     elif version is None:
         raise Problem(404, "there are no labels yet; label some photos first")
     else:
-        some = sorted(labelling.labels()) if change.labelled else range(len(labelling.photos))
-        photos = source.take([photo for photo in some if photo < len(labelling.photos)])
+        every = sorted(labelling.labels()) if change.labelled else range(len(labelling.photos))
+        some = [photo for photo in every if photo < len(labelling.photos)]
+        reader = labelling.photos.remembered(some) if change.dry_run else reader
         action: Action = "copy" if change.action == "xmp" else change.action
         most, smooth = change.at_most_wrong, not change.labelled and version.index.n <= service.limits.estimated
-        call = partial(sort_photos, action=action, at_most_wrong=most, smooth=smooth, dry_run=xmp)
-        done = await run(call, version.index, [photos], reader, folder)
-        if xmp:
+        call = partial(sort_photos, action=action, at_most_wrong=most, smooth=smooth, dry_run=xmp or change.dry_run)
+        done = await run(call, version.index, [source.take(some)], reader, folder)
+        if xmp and not change.dry_run:
             done = await run(write_planned, done, version.index.groups)
-    words = ["sort", "--undo", "--into", str(folder.absolute())]
+    undo = shlex.join(["retrieval-tip", "sort", "--undo", "--into", str(folder)])
     if xmp:
-        words = ["classify", str(labelling.place), os.path.commonpath(paths), "--format", "xmp", "--undo"]
-    undo = shlex.join(["retrieval-tip", *words])
+        undo = _command("classify", labelling.place, paths, "--format", "xmp", "--undo") or ""
     summary = str(done) if done.threshold is None else f"{done}; {done.threshold}"
-    return {"summary": summary, "undo": undo, "skipped": done.skipped}
+    least = None if done.threshold is None else done.threshold.probability
+    more = {"folder": show(folder), "photos": len(done.rows), "aside": done.aside, "least": least}
+    return {"summary": summary, "undo": undo, "skipped": done.skipped} | more

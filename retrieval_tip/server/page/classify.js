@@ -226,7 +226,6 @@ function progress() {
       : own.length === photos.length && own.length ? `${plural(rest, "photo")} without a label${expected(rest)}` : plural(photos.length, "photo")) +
     (no_match ? ` · ${no_match} with no match` : "");
   $("screen-right").hidden = !own.length;
-  $("reviewed").hidden = !session.now?.progress?.done;
   const done = wasBusy && !left;
   wasBusy = left > 0;
   if (done) {
