@@ -221,7 +221,7 @@ def answer(page):
     rows, neighbours = page.locator("#drawer").evaluate(
         """async drawer => {
             const still = () => new Promise(requestAnimationFrame);
-            while (drawer.ariaBusy === "true") await still(); // the server answers for changed settings
+            while (drawer.ariaBusy === "true") await still();
             const cells = (row) => [...row.cells].slice(1).map(({ dataset }) => Number(dataset.value));
             const shots = (id) => [...drawer.querySelectorAll(`#${id} li`)].map((item) => ({
                 key_id: Number(item.dataset.keyId), affinity: Number(item.dataset.affinity),
@@ -278,8 +278,8 @@ def release(page, held, **answer):
             route.fulfill(**answer) if answer else route.continue_()
 
 
-def show_settings(page):
-    """Show the calculation of the open photo, with the sliders."""
+def show_calculation(page):
+    """Show the calculation of the open photo."""
     page.get_by_text("How this was calculated").click()
 
 
@@ -299,13 +299,9 @@ def download(page, kind):
     return waiting.value.path()
 
 
-def setting(page, name):
-    return page.locator(f"#{name}").get_attribute("data-value") or ""
-
-
-def assert_same(page, run, folder, image, *options):
+def assert_same(page, run, folder, image):
     """Compare the answer for the open photo with the command line's answer for ``image``."""
-    told = run("classify", folder, image, *options, "--top", 8, "--explain", "--logits", "--format", "json")
+    told = run("classify", folder, image, "--top", 8, "--explain", "--logits", "--format", "json")
     assert told.exit_code == 0, told.output
     right = json.loads(told.stdout)
     right["cache_logit"] += right.get("discriminant_logit", 0)  # the page shows the sum
@@ -322,58 +318,11 @@ def assert_same(page, run, folder, image, *options):
         assert [mine["affinity"], mine["weight"]] == pytest.approx([other["affinity"], other["weight"]], rel=1e-3)
 
 
-def test_answers_and_settings_agree_with_the_command_line(page, served, run):
+def test_answers_agree_with_the_command_line(page, served, run):
     [image] = caltech_photos("test", "crayfish", 1)
     ask(page, image)
     assert answer(page)["label"] == "crayfish"
-
-    def same(*options):
-        assert_same(page, run, served.folder, image, *options)
-
-    def press(name, key):
-        page.press(f"#{name}", key)
-        return setting(page, name)
-
-    same()
-    show_settings(page)
-    own = setting(page, "beta")
-    beta = press("beta", "PageUp")
-    assert float(beta) > float(own)
-    same("--beta", beta)
-    page.click("#reset")
-    assert setting(page, "beta") == own
-    same()
-    same("--alpha", press("alpha", "PageDown"))
-    assert press("alpha", "Home") == "0"
-    same("--alpha", 0)  # only class names count
-    page.click("#reset")
-    assert [press("k", "Home"), press("k", "ArrowRight")] == ["1", "2"]
-    expect(page.locator(":is(#decided, #decided-others) li")).to_have_count(2)
-    same("-k", 2)
-    expect(page.locator("#command")).to_have_text(re.compile(r"-k 2$"))
-    assert press("k", "End") == "all"
-    same("-k", "all")
-
-    held = hold(page, "**/v1/classify**")
-    with page.expect_request("**/v1/classify**"):
-        press("beta", "PageUp")
-    page.unroute("**/v1/classify**")
-    same("--beta", press("beta", "PageUp"))
-    release(page, held, json={"version": 1, "results": [{}]})
-    page.wait_for_timeout(200)
-    same("--beta", setting(page, "beta"))  # the older reply did not replace the newer one
-    asked = []
-    page.on("request", lambda request: asked.append(request.url) if "classify" in request.url else None)
-    page.locator("#beta").evaluate(
-        """slider => {
-            for (let i = 0; i < 50; i++) {
-                slider.value = Number(slider.value) + 1;
-                slider.dispatchEvent(new Event("input", { bubbles: true }));
-            }
-        }"""
-    )
-    same("--beta", setting(page, "beta"))
-    assert len(asked) == 1
+    assert_same(page, run, served.folder, image)
 
     page.click("#drawer-close")
     page.click("#clear")
@@ -381,9 +330,6 @@ def test_answers_and_settings_agree_with_the_command_line(page, served, run):
         page.locator("#known button").first.click()
     expect(page.locator("#drawer-notes")).to_contain_text("only the other examples count")
     itself = int(re.findall(r"without=(\d+)", example.value.url)[0])
-    assert itself not in [shot["key_id"] for shot in answer(page)["neighbours"]]
-    with page.expect_request(f"**/v1/classify**without={itself}**"):
-        press("beta", "PageUp")
     assert itself not in [shot["key_id"] for shot in answer(page)["neighbours"]]
 
 
@@ -495,12 +441,8 @@ def test_photos_are_classified_and_classes_added_with_the_keyboard_alone(page):
     expect(page.locator("#live")).to_contain_text("panda")  # announced by screen readers
     page.press("#grid", "Enter")
     expect(focused).to_have_id("drawer")
-    before = answer(page)
     page.locator("#drawer summary").last.press("Enter")
-    key("Tab")
-    expect(focused).to_have_id("alpha")
-    key("ArrowLeft")
-    assert answer(page)["cache_logit"] < before["cache_logit"]
+    expect(page.locator("#logits")).to_be_visible()
     page.press("#drawer", "Escape")
     expect(page.locator("#drawer")).to_be_hidden()
     expect(focused).to_have_id("grid")
@@ -843,11 +785,6 @@ def test_each_screen_reports_a_stopped_server(serving, served, tmp_path):
         page.locator("#grid .tile .tick").first.click()
         submit(page, "#selection-form input", "crab")
         gone("#notice")
-        page.locator("#grid .tile").first.click()
-        show_settings(page)
-        page.press("#beta", "PageUp")
-        gone("#settings-state")
-        expect(page.locator("#drawer")).to_have_attribute("aria-busy", "false")
         expect(page.locator("#grid .tile[data-label]")).to_have_count(2)  # the answers remain
         go(page, "teach")
         page.set_input_files("#teach-folder", class_folders(tmp_path / "photos", "crab", "panda", each=2))
@@ -1069,11 +1006,10 @@ def move_on_map(page, x, y, steps=1):
 
 
 def test_photos_are_found_and_selected_on_the_map(page, served):
-    """Photos inside a drawn shape are listed and can be moved together. A star marks the open photo."""
+    """Photos inside a drawn shape are listed and can be moved together. A ring marks a new photo."""
     [image] = caltech_photos("test", "panda", 1)
     ask(page, image)
     open_map(page)
-    expect(page.locator("#map-star")).to_contain_text(f"{image.name} is not on this map")
     sent = {"images": {"name": "x.jpg", "mimeType": "image/jpeg", "buffer": image.read_bytes()}}
     address = f"{served.address}/v1/classify?index=things&features=true"
     answered = page.request.post(address, multipart=sent).json()
@@ -1081,8 +1017,8 @@ def test_photos_are_found_and_selected_on_the_map(page, served):
     tsne = get(page, "/v1/indexes/things/map?method=tsne&limit=10000")
     places = np.array(tsne["places"])[[tsne["key_ids"].index(one["key_id"]) for one in similar]]
     weights = np.exp(answered["beta"] * np.array([one["affinity"] for one in similar]))
-    star = page.locator("#map-canvas").get_attribute("data-star").split(",")
-    assert [*map(float, star)] == pytest.approx(weights @ places / weights.sum(), abs=2e-4)
+    ring = page.locator("#map-canvas").get_attribute("data-rings").split(",")
+    assert [*map(float, ring)] == pytest.approx(weights @ places / weights.sum(), abs=2e-4)
 
     page.route("**/map?*", lambda route: route.fulfill(json=route.fetch().json() | {"methods": ["pca"]}))
     page.reload()  # a server without scikit-learn shows the same map each time
@@ -1276,7 +1212,7 @@ def test_every_screen_fits_and_is_accessible(opened, tmp_path, width, scheme):
     expect(page.locator("#drawer-file")).to_have_attribute("title", re.compile(rf"^\d{name}$"))
     expect(page.locator("#drawer-file")).to_have_text(re.compile(r"^\da-very.{0,20}….{0,20}\.jpg$"))
     expect(page.locator("#decided .gives").first).to_have_text(re.compile(r"^[\d.]+ points for \w+$"))
-    show_settings(page)
+    show_calculation(page)
     fits("drawer")
     submit(page, "#drawer-form input", "crab")
     expect(page.locator("#token-dialog")).to_contain_text("the address that retrieval-tip serve printed")
@@ -1912,12 +1848,6 @@ def test_every_command_on_the_page_runs_as_it_is_printed(labelling, serving, tmp
         [command] = printed(page, *(name for name in SCREENS if name != "label"))
         execute(command)
         assert sum(1 for _ in elsewhere.glob("fixed/*/*.jpg")) == 19
-        page.click("#tab-classify")
-        ask(page, next(photos.glob("*/*.jpg")))
-        show_settings(page)
-        page.press("#beta", "PageUp")
-        options = page.locator("#command").text_content()
-        execute(f"retrieval-tip classify '{tmp_path}/indexes/it'\\''s clothes' '{photos}' {options}")
 
     with labelling({"": "my photos"}, Path("indexes", "other")) as (page, _):
         wait_until(page, "state.encoded === 19")
@@ -1937,6 +1867,54 @@ def test_every_command_on_the_page_runs_as_it_is_printed(labelling, serving, tmp
         execute(undo_copies, undo_keywords)
         assert len(written) > 20
         assert not any(path.exists() for path in written)
+
+
+@pytest.mark.parametrize("size", [(390, 844), (360, 640)])
+def test_a_phone_shows_the_photo_with_all_its_buttons_and_the_whole_estimate(labelling, pool, tmp_path, size):
+    names = sorted(name for name in pool if name)
+    phone = PHONE | {"viewport": dict(zip(("width", "height"), size, strict=True))}
+    with labelling(pool, tmp_path / "things", **phone) as (page, _):
+        wait_until(page, "state.encoded === 90")
+        give(page, {n: pool[name] for n, name in enumerate(names) if n % 4 == 0})
+        page.reload()
+        expect(page.locator("#label-choices button")).to_have_count(3)
+        buttons = "#label-choices button, #label-class, #label-form button, #label-skip, #label-none, #label-undo"
+        for one in [*page.locator(buttons).all(), page.locator("#label-classes button").first]:
+            expect(one).to_be_in_viewport(ratio=1)
+        photo = page.locator("#label-photo img").bounding_box()
+        assert photo["height"] >= 144
+        assert photo["y"] + photo["height"] <= page.locator(".label-side").bounding_box()["y"]
+        page.locator("#label-classes button").last.tap()
+        expect(page.locator("#label-progress")).to_contain_text("24 of 90")
+        estimate = {"accuracy": 0.87, "low": 0.7, "high": 0.95, "wrong": 30.2, "least_wrong": 10, "most_wrong": 59}
+        page.route("**/v1/label", lambda route: route.fulfill(json=route.fetch().json() | {"progress": {"estimate": estimate}}))
+        page.click("#tab-classify")
+        progress = page.locator("#progress")
+        expect(progress).to_contain_text("about 30 of them wrong (10–59)")
+        assert progress.evaluate("one => one.scrollWidth <= one.clientWidth")
+        page.locator("#screen-right").tap()
+        box, bar = page.locator("#notice").bounding_box(), page.locator("#bar").bounding_box()
+        assert box["y"] + box["height"] <= bar["y"] + bar["height"]  # it covers no photo
+        assert violations(page) == []
+        page.unroute_all(behavior="wait")
+
+
+def test_the_keys_of_a_screen_are_shown_by_a_button(labelling, pool, tmp_path):
+    with labelling(pool, tmp_path / "things") as (page, _):
+        wait_until(page, "state.encoded === 90")
+        give(page, {0: pool["000.jpg"], 20: pool["020.jpg"]})
+        page.reload()
+        expect(page.locator("#label-choices button").first).to_be_visible()
+        for screen, keys in (("label", "none of these"), ("classify", "Shift Enter"), ("check", "keep it"), ("classes", "Delete")):
+            page.click(f"#tab-{screen}")
+            page.click("#keys")
+            expect(page.locator("#key-list dl:visible")).to_have_count(1)
+            expect(page.locator("#key-list")).to_contain_text(keys)
+            assert violations(page) == []
+            page.keyboard.press("Escape")
+            expect(page.locator("#key-list")).to_be_hidden()
+        page.click("#tab-map")
+        expect(page.locator("#keys")).to_be_hidden()
 
 
 def test_the_zip_has_the_folders_of_sort(serving, run, tmp_path):

@@ -19,9 +19,6 @@ const refused = new Map(); // names of skipped files by reason
 let leaving = new AbortController(); // aborts requests to an index that is no longer open
 let moving = new AbortController(); // aborts requests for another version
 
-/** Return the open photo, or else the active photo, or else the first photo, or null if there are no photos. */
-export const looked = () => drawer.openPhoto() ?? grid.active ?? photos[0] ?? null;
-
 const grid = new Grid($("grid"), {
   image: (photo) => photo.image(240, ""),
   tile,
@@ -293,7 +290,6 @@ const STATES = { // what to show, and a function that tells whether a photo is s
 };
 const SORTS = { // an order, and a function that compares two photos
   doubt: ["Least certain first", (a, b) => (a.taught !== null) - (b.taught !== null) || b.rank - a.rank],
-  sure: ["Most certain first", (a, b) => a.rank - b.rank],
   class: ["By class", (a, b) => a.kind.localeCompare(b.kind)],
   name: ["By name", (a, b) => a.name.localeCompare(b.name, undefined, { numeric: true })],
   new: ["Newest first", () => 0],

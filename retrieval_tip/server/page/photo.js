@@ -158,7 +158,7 @@ export const parameters = () => {
 };
 
 /** Return the server's answer to a photo, as the page uses it. */
-export function answerOf(result) {
+function answerOf(result) {
   const { no_match = false, neighbours: supporting, opposing, level } = result;
   const group = level && level !== state.info.levels[0] && !no_match ? result : null; // no class is sure
   return { no_match, rows: rowsOf(result), group, supporting, opposing };

@@ -89,6 +89,7 @@ async function plan() {
   await told(async () => {
     const done = await state.sortPhotos({ ...mine, dry_run: true });
     if (asked !== mine || !done) return "";
+    if (document.activeElement !== into) into.value = done.folder;
     $("finish-go").disabled = false;
     $("finish-go").classList.add("primary");
     const { "not sure": unsure, "no match": none } = done.aside;
