@@ -1887,7 +1887,9 @@ def test_a_phone_shows_the_photo_with_all_its_buttons_and_the_whole_estimate(lab
         page.locator("#label-classes button").last.tap()
         expect(page.locator("#label-progress")).to_contain_text("24 of 90")
         estimate = {"accuracy": 0.87, "low": 0.7, "high": 0.95, "wrong": 30.2, "least_wrong": 10, "most_wrong": 59}
-        page.route("**/v1/label", lambda route: route.fulfill(json=route.fetch().json() | {"progress": {"estimate": estimate}}))
+        page.route(
+            "**/v1/label", lambda route: route.fulfill(json=route.fetch().json() | {"progress": {"estimate": estimate}})
+        )
         page.click("#tab-classify")
         progress = page.locator("#progress")
         expect(progress).to_contain_text("about 30 of them wrong (10–59)")
@@ -1905,7 +1907,12 @@ def test_the_keys_of_a_screen_are_shown_by_a_button(labelling, pool, tmp_path):
         give(page, {0: pool["000.jpg"], 20: pool["020.jpg"]})
         page.reload()
         expect(page.locator("#label-choices button").first).to_be_visible()
-        for screen, keys in (("label", "none of these"), ("classify", "Shift Enter"), ("check", "keep it"), ("classes", "Delete")):
+        for screen, keys in (
+            ("label", "none of these"),
+            ("classify", "Shift Enter"),
+            ("check", "keep it"),
+            ("classes", "Delete"),
+        ):
             page.click(f"#tab-{screen}")
             page.click("#keys")
             expect(page.locator("#key-list dl:visible")).to_have_count(1)

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import re
+import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,10 +20,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrieval_tip.data import images
+from retrieval_tip.data.remote import absolute
 from retrieval_tip.errors import StoreError, show
 from retrieval_tip.files import locked_folder, make_folders, real, remove_leftovers, sha256_of
 from retrieval_tip.index import places
-from retrieval_tip.index.places import Store
+from retrieval_tip.index.places import Place, Store
 from retrieval_tip.store import files
 
 log = logging.getLogger(__name__)
@@ -42,14 +44,16 @@ def folder_of(store: Store) -> Path | None:
     return None if store.local is None else real(store.local).with_name(store.name + SUFFIX)
 
 
-def folders_with(paths: Iterable[str], index: str) -> list[str]:
-    """Return the folders on this machine that contain photos, or only their common one if it lacks the index.
+def command(name: str, index: Place, paths: Iterable[str], *options: str) -> str | None:
+    """Return a command for an index and the folders of photos, or ``None`` if no such folder is on this machine.
 
-    ``paths`` and ``index`` are absolute.
+    Only the common folder is given, unless it contains the index, too.
     """
-    folders = [str(folder) for folder in {Path(path).parent for path in paths} if folder.is_dir()]
-    common = os.path.commonpath(folders or [index])
-    return sorted(folders) if Path(index).is_relative_to(common) else [common]
+    place = absolute(os.fspath(index))
+    folders = [str(folder) for folder in {Path(absolute(path)).parent for path in paths} if folder.is_dir()]
+    common = os.path.commonpath(folders or [place])
+    photos = sorted(folders) if Path(place).is_relative_to(common) else [common]
+    return show(shlex.join(["retrieval-tip", name, place, *photos, *options])) if photos else None
 
 
 def is_reserved(name: str) -> bool:

@@ -67,14 +67,13 @@ def picked_of(text: str | None) -> Picked:
 
 @dataclass(frozen=True)
 class _Remembered(Reader):
-    """A reader that returns a block of features that are known already."""
+    """A reader that returns features that are known already."""
 
-    block: FeatureBlock | None = None
+    known: tuple[FeatureBlock, ...] = ()
 
     def blocks(self, source: Source) -> Iterator[FeatureBlock]:
-        """Yield the block."""
-        if self.block is not None:
-            yield self.block
+        """Return the blocks."""
+        return iter(self.known)
 
 
 class SessionPhotos:
@@ -132,12 +131,11 @@ class SessionPhotos:
 
     def remembered(self, photos: Sequence[int]) -> Reader:
         """Return a reader of the encoded ones of some photos, which reads no file. Raises InputError without any."""
-        places = [place for place, photo in enumerate(photos) if photo in self.features]
-        if not places:
+        known = {place: photo for place, photo in enumerate(photos) if photo in self.features}
+        if not known:
             raise InputError("photos: have not been read yet; try again later")
-        own = [photos[place] for place in places]
-        block = FeatureBlock(np.array(places), self.rows(own), [self.digests[photo] for photo in own])
-        return _Remembered(norms="keep", block=block)
+        digests = [self.digests.get(photo) for photo in known.values()]
+        return _Remembered(known=(FeatureBlock(np.array([*known]), self.rows([*known.values()]), digests),))
 
     def hashed(self, photos: Sequence[int]) -> dict[int, str]:
         """Return the digests of the photos whose files can be read. The object does not change."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,14 +13,11 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Query, Request
 
-from retrieval_tip.data.remote import absolute
 from retrieval_tip.data.sources import spelled_alike
 from retrieval_tip.data.tables import not_in_index
 from retrieval_tip.errors import InputError, Skipped, show
 from retrieval_tip.index import changes as index_changes
-from retrieval_tip.index import manage
-from retrieval_tip.index.photos import folders_with
-from retrieval_tip.index.places import Place
+from retrieval_tip.index import manage, photos
 from retrieval_tip.labelling.placing import Action
 from retrieval_tip.labelling.sidecars import undo_sidecars, write_planned
 from retrieval_tip.labelling.sort import check_files, sort_photos, undo_sort
@@ -108,15 +105,8 @@ async def _changed(
 ) -> schemas.ChangedIndex:
     changed = await service.changed(one, call, *arguments)
     paths = (str(service.root / source) for source in one.now.index.labels["source"].to_pylist())
-    sort = await service.find(_command, "sort", one.folder, paths, "--into", "fixed")
+    sort = await service.find(photos.command, "sort", one.folder, paths, "--into", "fixed")
     return _answer(one, key_ids=changed.key_ids, sort=sort)
-
-
-def _command(name: str, place: Place, paths: Iterable[str], *options: str) -> str | None:
-    """Return a command for an index and for the folders of some photos, or ``None`` if there is no such folder."""
-    index = absolute(os.fspath(place))
-    folders = folders_with(map(absolute, paths), index)
-    return show(shlex.join(["retrieval-tip", name, index, *folders, *options])) if folders else None
 
 
 def _answer(one: Served, **more: Any) -> schemas.ChangedIndex:
@@ -261,8 +251,10 @@ async def label_sort(service: TheService, labelling: TheLabelling, change: schem
             done = await run(write_planned, done, version.index.groups)
     undo = shlex.join(["retrieval-tip", "sort", "--undo", "--into", str(folder)])
     if xmp:
-        undo = _command("classify", labelling.place, paths, "--format", "xmp", "--undo") or ""
+        undo = photos.command("classify", labelling.place, paths, "--format", "xmp", "--undo") or ""
     summary = str(done) if done.threshold is None else f"{done}; {done.threshold}"
-    least = None if done.threshold is None else done.threshold.probability
-    more = {"folder": show(folder), "photos": len(done.rows), "aside": done.aside, "least": least}
-    return {"summary": summary, "undo": undo, "skipped": done.skipped} | more
+    least = done.threshold and done.threshold.probability
+    return {
+        "summary": summary, "undo": undo, "skipped": done.skipped, "folder": show(folder), "photos": len(done.rows),
+        "aside": done.aside, "least": least,
+    }  # fmt: skip
