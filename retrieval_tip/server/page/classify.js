@@ -221,7 +221,7 @@ function progress() {
   $("progress").textContent =
     (left ? `${count(photos.length - left)} of ${plural(photos.length, "photo")} done`
       : own.length === photos.length && own.length ? `${plural(rest, "photo")} without a label${expected(rest)}` : plural(photos.length, "photo")) +
-    (no_match ? ` · ${no_match} with no match` : "");
+    (no_match ? ` · ${count(no_match)} with no match` : "");
   $("screen-right").hidden = !own.length;
   const done = wasBusy && !left;
   wasBusy = left > 0;
@@ -330,7 +330,7 @@ $("filter").addEventListener("input", debounced(120, arrange));
 function open(photo) {
   drawer.open(photo);
   grid.go(photo);
-  if (photo.inFolder && !photo.current) reported(async () => (await photo.fetch(), askAgain([photo])));
+  if (photo.inFolder && !photo.current) reported(async () => (photo.feature || (await photo.fetch()), askAgain([photo])));
 }
 
 /** Open the photo that follows the open one in the grid, or precedes it. */

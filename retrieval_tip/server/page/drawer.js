@@ -112,9 +112,9 @@ function notes() {
   const others = photo.given?.slice(1).filter(({ gives }) => gives > 0) ?? [];
   if (others.length && photo.winner === photo.best) {
     const [itself] = photo.given;
-    const changed = itself.label === photo.winner.label ? "" : `, which alone would be ${itself.label}`;
+    const changed = itself.label === photo.winner.label ? "" : `, which alone would be ${itself.label},`;
     const names = others.map(({ input, label }) => `${nameOf(input)} (${label})`).join(", ");
-    lines.push(`This photo${changed}, gives ${percent(itself.gives)} of the probability. Similar photos give the rest: ${names}.`);
+    lines.push(`This photo${changed} gives ${percent(itself.gives)} of the probability. Similar photos give the rest: ${names}.`);
   }
   if (photo.taught) lines.push(`You added this photo as an example of ${photo.taught}.`);
   if (photo.judgedByOthers) lines.push("This photo is one of the examples, so only the other examples count here.");

@@ -145,7 +145,6 @@ export class FolderPhoto extends Photo {
 
   /** Fetch the feature, with which the photo is classified like any other photo. */
   async fetch() {
-    if (this.feature) return;
     const response = await api.bytes(api.labelPhoto(this.number, "feature"));
     this.feature = new Float32Array(await response.arrayBuffer());
   }

@@ -81,6 +81,7 @@ const sort = (undo) =>
 
 /** Read what to do, and show the folder and the number of photos that are set aside, before Finish can be pressed. */
 async function plan() {
+  if (!session.now) return;
   const what = new FormData($("finish-form")).get("finish");
   const [into, wrong, labelled, xmp] = [$("finish-into"), $("finish-wrong").value, what === "labelled", what === "xmp"];
   into.disabled = into.parentElement.hidden = xmp;
@@ -102,6 +103,7 @@ async function plan() {
 const planSoon = debounced(300, plan);
 
 function replan() {
+  tell();
   asked = null;
   $("finish-go").disabled = true;
   planSoon();
@@ -110,10 +112,9 @@ function replan() {
 $("finish-open").addEventListener("click", () => {
   $("finish-folders").hidden = $("finish-go").hidden = !session.now;
   $("finish-into").value ||= `${session.now?.index}-sorted`;
-  tell();
   $("finish-undo").hidden = true;
   $("finish").showModal();
-  if (session.now) replan();
+  replan();
 });
 $("finish-form").addEventListener("input", replan);
 $("finish-form").addEventListener("submit", (event) => (event.preventDefault(), sort(false)));
