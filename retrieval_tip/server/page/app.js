@@ -24,7 +24,7 @@ function route() {
   for (const link of document.querySelectorAll("nav a")) link.ariaCurrent = link.hash === `#${view}` ? "page" : null;
   document.title = `${TITLES[view]} · ${state.info?.name ?? "retrieval-tip"}`;
   if (view === "label") showLabelView();
-  if (view === "classify" && session.now) session.fetch().catch(() => {}); // the last state stays
+  if (view === "classify" && session.now) session.follow();
   if (state.info && showScreen(view)) follow();
 }
 

@@ -109,18 +109,18 @@ async function showFolder() {
   held = [...known.values()];
   if (fresh.length === answer.photos.length) $("filter-state").value = "rest";
   if (isOld() || !grid.onScreen().length) turn();
-  else release();
+  else release(fresh.length ? arrange : showSoon);
   if (document.activeElement === document.body) $("grid").focus({ preventScroll: true });
 }
 session.addEventListener("state", () => (showFolder(), $("classify-view").hidden || showSoon()));
 addEventListener("hashchange", () => ((told = ""), setOld(folder().length > 0)));
 
-/** Show the newest answers of photos that nobody looks at. */
-function release() {
+/** Show the newest answers of photos that nobody looks at. New photos come last. */
+function release(show = showSoon) {
   const looked = new Set([...grid.onScreen(), ...alike.flat(), drawer.openPhoto()]);
   for (const photo of held) if (!looked.has(photo)) photo.renew();
   held = held.filter((photo) => looked.has(photo));
-  showSoon();
+  show();
 }
 addEventListener("scroll", framed(() => held.length && release()), { passive: true, capture: true });
 
@@ -386,7 +386,7 @@ const field = classForm($("selection-form"), "", classNames, (label) => {
 $("selection-class").addEventListener("change", ({ target }) => target.value && teach(acting(), target.value));
 field.addEventListener("keydown", (event) => event.key === "Escape" && $("grid").focus({ preventScroll: true }));
 const onScreen = () => grid.onScreen($("bar").getBoundingClientRect().bottom);
-$("screen-right").addEventListener("click", () => acceptAll(onScreen()));
+$("screen-right").addEventListener("click", ({ detail }) => detail < 2 && acceptAll(onScreen())); // a double click is one answer
 $("selection-right").addEventListener("click", () => acceptAll(acting()));
 $("selection-none").addEventListener("click", () => (grid.select([]), $("grid").focus()));
 $("selection-away").addEventListener("click", () => (putAway(acting()), $("grid").focus()));

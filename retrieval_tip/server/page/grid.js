@@ -190,7 +190,7 @@ export class Grid {
       } else this.#anchor = to;
       this.go(to);
     } else if (event.key === " " && this.active) this.toggle(this.active);
-    else if (event.key === "Enter" && this.accepted && (event.shiftKey || this.selected.size)) this.accepted(event.shiftKey);
+    else if (event.key === "Enter" && this.accepted && (event.shiftKey || this.selected.size)) event.repeat || this.accepted(event.shiftKey);
     else if (event.key === "Enter" && this.active) this.opened(this.active);
     else if (event.key === "a" && (event.ctrlKey || event.metaKey)) this.select(this.items);
     else if (event.key === "Escape" && this.selected.size) this.select([]);
