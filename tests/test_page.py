@@ -1562,6 +1562,7 @@ def test_new_answers_come_with_the_next_screen(labelling, pool, tmp_path):
 
         wait_until(page, "!state.busy")
         page.click("#tab-label")
+        expect(page.locator("#label-class")).to_be_focused()
         label_by_key(page, pool[shown_photo(page)])
         wait_until(page, "!state.busy")
         held = hold(page, "**/v1/label/answers")
