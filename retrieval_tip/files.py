@@ -153,6 +153,14 @@ def sync(folder: Path) -> None:
             os.close(handle)
 
 
+def check_out(path: Path) -> None:
+    """Raise InputError if a path is a folder, or lies in a folder that does not exist."""
+    if path.is_dir():
+        raise InputError(f"{show(path)}: is a folder; give a file name")
+    if not path.parent.is_dir():
+        raise InputError(f"{show(path)}: there is no folder {show(path.parent)}; create it first")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a :func:`temporary` file that replaces ``path`` when the context ends.

@@ -43,7 +43,7 @@ from retrieval_tip.retrieval.logits import LOGITS, AnswerTerms, Retrieval, first
 from retrieval_tip.retrieval.ridge import MOST_SOLVED, Ridge
 from retrieval_tip.retrieval.rows import ArrayRows, Rows
 from retrieval_tip.retrieval.sets import Scores, Sets
-from retrieval_tip.retrieval.vector_index import BY_CLASS, FLAT_FACTORY, VectorIndex
+from retrieval_tip.retrieval.vector_index import FLAT_FACTORY, VectorIndex
 from retrieval_tip.settings import (
     Ask,
     AskOptions,
@@ -991,7 +991,7 @@ class Index(Editing):
         values = None if values is None else torch.from_numpy(values)
         rows = ArrayRows(keys, held["labels"], values, points, held.get("sums"))
         rows = replace(rows, index=_read_index(place, manifest, device))
-        index = cls.of_version(rows, manifest, device, held, curve=held.get("curve"), factory=_factory_of(manifest))
+        index = cls.of_version(rows, manifest, device, held, curve=held.get("curve"), factory=manifest.index)
         index.stored = Stored(store, manifest, check.verify, index._contents())
         return index
 
@@ -1113,14 +1113,9 @@ def _writable(array: KeyArray) -> KeyArray:
     return np.require(array, requirements="W")
 
 
-def _factory_of(manifest: Manifest) -> str:
-    """Return the type of the index. Older indexes over class means may name the FAISS type of the means as well."""
-    return BY_CLASS if manifest.index.startswith(BY_CLASS) else manifest.index
-
-
 def _read_index(place: Path, manifest: Manifest, device: str) -> VectorIndex | None:
     """Return the stored index, or ``None`` if it has to be built."""
-    if manifest.index == FLAT_FACTORY or manifest.index != _factory_of(manifest):
+    if manifest.index == FLAT_FACTORY:
         return None
     file, c = manifest.files["index"], len(manifest.class_names)
     path, half = place / file.name, manifest.dtype == "float16"

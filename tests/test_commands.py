@@ -23,7 +23,7 @@ PROSE = {"retrieval-tip never runs", "retrieval-tip index"}
 """Words in messages that look like a command."""
 DYNAMIC = {
     "report/report.py", "server/edits.py", "cli/evaluate.py", "cli/group.py", "errors.py",
-    "cli/classify.py", "server/access.py", "store/versions.py",
+    "cli/classify.py", "server/access.py", "store/versions.py", "index/photos.py",
 }  # fmt: skip
 """Files that put commands together from words, which tests of reports, of the page and of the help run, or that name
 the program with its version or its realm."""
@@ -132,7 +132,8 @@ def test_the_commands_of_builds_and_changes_run_as_printed(shell, shared):
     assert served.returncode == 0
     shell(only(shell(build), "index rollback"))
     sort = only(shell(f"retrieval-tip index relabel {INDEX} pizza --where \"source LIKE '%crab/image_0001%'\""), "sort")
-    assert sort == f"retrieval-tip sort {INDEX} 'my photos' --into fixed"
+    place = shlex.quote(f"{shell.place}/indexes/my things")
+    assert sort == f"retrieval-tip sort {place} {shlex.quote(f'{shell.place}/my photos')} --into fixed"
     shell(sort)
     assert (shell.place / "fixed/pizza/image_0001.jpg").exists()
     with (shell.place / "list.csv").open("w", newline="") as file:
@@ -154,22 +155,26 @@ def test_the_commands_of_builds_and_changes_run_as_printed(shell, shared):
     shell(fit)
 
 
-def test_a_folder_of_photos_is_only_named_if_it_has_all_of_them(shell, shared):
+def test_the_folders_of_the_photos_are_named(shell, shared):
     model = shlex.quote(f"local-dir:{shared / 'models/lit-mini'}")
     (shell.place / "flat").mkdir()
     for name in PHOTOS:
         for i, file in enumerate(sorted((shell.place / "my photos" / name).iterdir())[:2]):
             shutil.copy(file, shell.place / "flat" / f"{name}{i}.jpg")
+    every = sorted(shell.place.glob("*/*/*.jpg"))
     tables = {
-        "flat": [(f"flat/{name}{i}.jpg", name) for name in PHOTOS for i in range(2)],
-        "PHOTOS": [(str(file.relative_to(shell.place)), file.parent.name) for file in shell.place.glob("*/*/*.jpg")],
+        ("flat",): [(f"flat/{name}{i}.jpg", name) for name in PHOTOS for i in range(2)],
+        tuple(sorted({str(file.parent.relative_to(shell.place)) for file in every})): [
+            (str(file.relative_to(shell.place)), file.parent.name) for file in every
+        ],
     }
     for expected, rows in tables.items():
         with (shell.place / "table.csv").open("w", newline="") as file:
             csv.writer(file).writerows([("path", "label"), *rows])
         shell(f"retrieval-tip index build table.csv --out {INDEX} --model {model}")
         found = shell(f"retrieval-tip index relabel {INDEX} pizza --where \"label = 'crab'\"")
-        assert only(found, "sort") == f"retrieval-tip sort {INDEX} {expected} --into fixed"
+        paths = [f"{shell.place}/indexes/my things", *(f"{shell.place}/{folder}" for folder in expected)]
+        assert only(found, "sort") == f"retrieval-tip sort {shlex.join(paths)} --into fixed"
 
 
 def test_the_commands_after_a_poor_build_run_as_printed(shell, shared):

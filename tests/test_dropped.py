@@ -152,7 +152,7 @@ def test_dropped_photos_are_shown_labelled_counted_and_finished(photos, tmp_path
         assert before.items() == {path: path.read_bytes() for path in before}.items()
         answer = session.post("/sort", into="none", action="xmp")
         assert answer["summary"].startswith("changed the keywords of 18 photos")
-        undo = f"retrieval-tip classify {session.place} {tmp_path}/photos {tmp_path}/ix-dropped --format xmp --undo"
+        undo = f"retrieval-tip classify {session.place} {tmp_path}/ix-dropped {tmp_path}/photos --format xmp --undo"
         assert answer["undo"] == undo
         assert len([*tmp_path.glob("ix-dropped/*/*.xmp")]) == 6
         assert session.post("/sort", into="none", action="xmp", undo=True)["summary"].startswith("restored")

@@ -4,9 +4,10 @@ import csv
 import json
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import cache_of, needs_real
+from conftest import SHARED, cache_of, needs_real
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from sklearn.cluster import AgglomerativeClustering
@@ -21,11 +22,23 @@ from retrieval_tip.labelling.groups import group, threshold_of
 
 
 def linked(points, threshold):
-    """Return scikit-learn's groups of at least two rows."""
+    """Return the rows of scikit-learn's groups."""
     clusters = AgglomerativeClustering(None, metric="precomputed", linkage="average", distance_threshold=1 - threshold)
     ids = clusters.fit_predict(1 - points @ points.T)
     assume(np.abs(clusters.distances_ - (1 - threshold)).min() > 1e-5)
-    return sorted(rows for i in set(ids) if len(rows := np.flatnonzero(ids == i).tolist()) > 1)
+    return [np.flatnonzero(ids == i) for i in set(ids)]
+
+
+def parted(points, rows, threshold):
+    """Return the parts of a group if at least half of it is in two or more parts of four, without the group's mean."""
+    if len(rows) < 2:
+        return []
+    own = points[rows] - points[rows].mean(axis=0)
+    parts = [rows[part] for part in linked(own / np.maximum(np.linalg.norm(own, axis=1)[:, None], 1e-5), threshold)]
+    large = [len(part) for part in parts if len(part) >= 4]
+    if len(large) < 2 or sum(large) < len(rows) / 2:
+        return [rows]
+    return [one for part in parts for one in parted(points, part, threshold)]
 
 
 @given(st.integers(2, 60), st.floats(-0.3, 0.9), st.booleans(), st.booleans(), st.integers(0, 2**32 - 1))
@@ -39,7 +52,8 @@ def test_groups_match_average_linkage(m, threshold, with_metric, with_copies, se
     metric = tip.Metric(*map(torch.from_numpy, (mean, transform))) if with_metric else None
     found = group(features, threshold, metric)
     points = unit((features - mean).astype(float) @ transform if with_metric else features.astype(float))
-    assert sorted(rows.tolist() for rows in found) == linked(points, threshold)
+    expected = [part for rows in linked(points, threshold) for part in parted(points, rows, threshold)]
+    assert sorted(rows.tolist() for rows in found) == sorted(rows.tolist() for rows in expected)
     assert [(-len(rows), rows[0]) for rows in found] == sorted((-len(rows), rows[0]) for rows in found)
 
 
@@ -53,7 +67,7 @@ def test_photos_beyond_the_limit_join_the_groups_of_a_sample(monkeypatch):
     features[:5] = -features[:5]  # not similar to any group
     own = [set(rows.tolist()) for rows in group(features, 0.5)]
     alone = set(range(5))
-    assert sizes == [40]
+    assert (sizes[0], max(sizes)) == (40, 40)
     assert (
         sorted(rows - alone == set(range(i, 120, 3)) - alone for rows in own for i in [min(rows - alone) % 3])
         == [True] * 3
@@ -98,6 +112,33 @@ def test_unknown_classes_of_real_photos_become_groups(things):
         classes, sizes = np.unique(own[numbers == number], return_counts=True)
         found |= set(classes[2 * sizes > sizes.sum()])
     assert len(found) >= 3
+
+
+def features_of(path):
+    table = pq.read_table(SHARED / "data" / path)
+    return unit(np.stack(table["feature"].to_numpy())).astype(np.float32), np.array(table["label"].to_pylist())
+
+
+@needs_real
+@pytest.mark.parametrize("seed", range(3))
+def test_far_photos_of_several_kinds_are_not_offered_as_one_group(seed):
+    """Among photos of flowers, photos of five dishes resemble each other. Photos of one dish stay together."""
+    draw = np.random.default_rng(seed)
+    flowers, names = features_of("clip-vitb32/oxford_flowers/test.parquet")
+    known = draw.permutation(np.unique(names))[:17]
+    shots = np.concatenate([draw.permutation(np.flatnonzero(names == name))[:8] for name in known])
+    index = Index.from_features(flowers[shots], np.repeat(range(17), 8), [str(name) for name in known], device="cpu")
+    closed_form.fit(index)
+    food, dishes = features_of("clip-food9/train.parquet")
+    rows = [np.flatnonzero(dishes == dish)[:80] for dish in draw.permutation(np.unique(dishes))[:5]]
+    threshold = threshold_of(index)
+    [one] = [part for part in group(food[rows[0]], threshold, index.metric) if len(part) > 4]
+    assert len(one) > 60
+    mixed, kinds = food[np.concatenate(rows)], np.repeat(range(5), 80)
+    sizes = [np.bincount(kinds[part], minlength=5) for part in group(mixed, threshold, index.metric)]
+    assert {size.argmax() for size in sizes} == {*range(5)}
+    assert sum(size.max() for size in sizes) > 0.95 * sum(size.sum() for size in sizes) > 0.8 * len(kinds)
+    assert all(size.max() >= 0.9 * size.sum() for size in sizes[:5])
 
 
 @pytest.fixture

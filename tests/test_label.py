@@ -409,7 +409,12 @@ def test_a_session_is_finished_with_copies_links_moved_photos_or_the_labelled_on
         assert answer["undo"] == f"retrieval-tip classify {place} {folder} --format xmp --undo"
         _, answer = sort("none", action="xmp", undo=True)
         assert (answer["summary"], [*folder.glob("*.xmp")]) == ("restored the keywords of 6 photos", [])
+        nothing, plan = sort("copies", dry_run=True)
+        assert (nothing, plan["folder"], plan["photos"]) == ([], str(tmp_path / "copies"), 25)
         copies, answer = sort("copies")  # by label or answer
+        assert plan["aside"] == {
+            name: sum(path.parent.name == name for path in copies) for name in ("no match", "not sure")
+        }
         assert answer["summary"].startswith("copied 25 photos")
         assert answer["undo"] == f"retrieval-tip sort --undo --into {tmp_path / 'copies'}"
         assert labels.items() <= {path.name: path.parent.name for path in copies}.items()

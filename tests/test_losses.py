@@ -214,7 +214,7 @@ def test_the_highest_version_never_goes_down(place):
     files = stores.at(place).files
     for version, next_key_id in ((5, 50), (4, 40), (5, 50)):
         Newest(version, next_key_id).write(files)
-        assert Newest.read(files, place) == (5, 50)
+        assert Newest.read(files) == (5, 50)
 
 
 # The clock of a bucket

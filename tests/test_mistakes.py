@@ -80,7 +80,7 @@ MISTAKES = {
     "classify {w}/i/x a.jpg --burst 10 --explain": (2, "leave out --explain"),
     "classify {w}/i/x a.jpg --burst 10 --logits": (2, "leave out --logits"),
     "classify {w}/i/x {w}/new.parquet --out {w}/answers.xlsx": (2, ".xlsx; use .csv"),
-    "classify {w}/i/x {w}/new.parquet --out {w}/none/answers.csv": (1, "No such file or directory"),
+    "classify {w}/i/x {w}/new.parquet --out {w}/none/answers.csv": (1, "there is no folder"),
     "index add {w}/i/x {w}/my*photos/cat/1.png": (1, "expected a folder with one folder of images per class"),
     "index remove {w}/i/x": (2, "where, key_ids"),
     "index remove {w}/i/x --where labl='a'": (2, "over the columns key_id, class_id, label"),

@@ -7,10 +7,13 @@ import csv
 import functools
 import io
 import json
+import os
 import re
 import shutil
+import subprocess
 import time
 import zipfile
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -218,7 +221,7 @@ def answer(page):
     rows, neighbours = page.locator("#drawer").evaluate(
         """async drawer => {
             const still = () => new Promise(requestAnimationFrame);
-            while (drawer.ariaBusy === "true") await still(); // the server answers for changed settings
+            while (drawer.ariaBusy === "true") await still();
             const cells = (row) => [...row.cells].slice(1).map(({ dataset }) => Number(dataset.value));
             const shots = (id) => [...drawer.querySelectorAll(`#${id} li`)].map((item) => ({
                 key_id: Number(item.dataset.keyId), affinity: Number(item.dataset.affinity),
@@ -275,8 +278,8 @@ def release(page, held, **answer):
             route.fulfill(**answer) if answer else route.continue_()
 
 
-def show_settings(page):
-    """Show the calculation of the open photo, with the sliders."""
+def show_calculation(page):
+    """Show the calculation of the open photo."""
     page.get_by_text("How this was calculated").click()
 
 
@@ -296,13 +299,9 @@ def download(page, kind):
     return waiting.value.path()
 
 
-def setting(page, name):
-    return page.locator(f"#{name}").get_attribute("data-value") or ""
-
-
-def assert_same(page, run, folder, image, *options):
+def assert_same(page, run, folder, image):
     """Compare the answer for the open photo with the command line's answer for ``image``."""
-    told = run("classify", folder, image, *options, "--top", 8, "--explain", "--logits", "--format", "json")
+    told = run("classify", folder, image, "--top", 8, "--explain", "--logits", "--format", "json")
     assert told.exit_code == 0, told.output
     right = json.loads(told.stdout)
     right["cache_logit"] += right.get("discriminant_logit", 0)  # the page shows the sum
@@ -319,58 +318,11 @@ def assert_same(page, run, folder, image, *options):
         assert [mine["affinity"], mine["weight"]] == pytest.approx([other["affinity"], other["weight"]], rel=1e-3)
 
 
-def test_answers_and_settings_agree_with_the_command_line(page, served, run):
+def test_answers_agree_with_the_command_line(page, served, run):
     [image] = caltech_photos("test", "crayfish", 1)
     ask(page, image)
     assert answer(page)["label"] == "crayfish"
-
-    def same(*options):
-        assert_same(page, run, served.folder, image, *options)
-
-    def press(name, key):
-        page.press(f"#{name}", key)
-        return setting(page, name)
-
-    same()
-    show_settings(page)
-    own = setting(page, "beta")
-    beta = press("beta", "PageUp")
-    assert float(beta) > float(own)
-    same("--beta", beta)
-    page.click("#reset")
-    assert setting(page, "beta") == own
-    same()
-    same("--alpha", press("alpha", "PageDown"))
-    assert press("alpha", "Home") == "0"
-    same("--alpha", 0)  # only class names count
-    page.click("#reset")
-    assert [press("k", "Home"), press("k", "ArrowRight")] == ["1", "2"]
-    expect(page.locator(":is(#decided, #decided-others) li")).to_have_count(2)
-    same("-k", 2)
-    expect(page.locator("#command")).to_have_text(re.compile(r"-k 2$"))
-    assert press("k", "End") == "all"
-    same("-k", "all")
-
-    held = hold(page, "**/v1/classify**")
-    with page.expect_request("**/v1/classify**"):
-        press("beta", "PageUp")
-    page.unroute("**/v1/classify**")
-    same("--beta", press("beta", "PageUp"))
-    release(page, held, json={"version": 1, "results": [{}]})
-    page.wait_for_timeout(200)
-    same("--beta", setting(page, "beta"))  # the older reply did not replace the newer one
-    asked = []
-    page.on("request", lambda request: asked.append(request.url) if "classify" in request.url else None)
-    page.locator("#beta").evaluate(
-        """slider => {
-            for (let i = 0; i < 50; i++) {
-                slider.value = Number(slider.value) + 1;
-                slider.dispatchEvent(new Event("input", { bubbles: true }));
-            }
-        }"""
-    )
-    same("--beta", setting(page, "beta"))
-    assert len(asked) == 1
+    assert_same(page, run, served.folder, image)
 
     page.click("#drawer-close")
     page.click("#clear")
@@ -378,9 +330,6 @@ def test_answers_and_settings_agree_with_the_command_line(page, served, run):
         page.locator("#known button").first.click()
     expect(page.locator("#drawer-notes")).to_contain_text("only the other examples count")
     itself = int(re.findall(r"without=(\d+)", example.value.url)[0])
-    assert itself not in [shot["key_id"] for shot in answer(page)["neighbours"]]
-    with page.expect_request(f"**/v1/classify**without={itself}**"):
-        press("beta", "PageUp")
     assert itself not in [shot["key_id"] for shot in answer(page)["neighbours"]]
 
 
@@ -492,12 +441,8 @@ def test_photos_are_classified_and_classes_added_with_the_keyboard_alone(page):
     expect(page.locator("#live")).to_contain_text("panda")  # announced by screen readers
     page.press("#grid", "Enter")
     expect(focused).to_have_id("drawer")
-    before = answer(page)
     page.locator("#drawer summary").last.press("Enter")
-    key("Tab")
-    expect(focused).to_have_id("alpha")
-    key("ArrowLeft")
-    assert answer(page)["cache_logit"] < before["cache_logit"]
+    expect(page.locator("#logits")).to_be_visible()
     page.press("#drawer", "Escape")
     expect(page.locator("#drawer")).to_be_hidden()
     expect(focused).to_have_id("grid")
@@ -840,11 +785,6 @@ def test_each_screen_reports_a_stopped_server(serving, served, tmp_path):
         page.locator("#grid .tile .tick").first.click()
         submit(page, "#selection-form input", "crab")
         gone("#notice")
-        page.locator("#grid .tile").first.click()
-        show_settings(page)
-        page.press("#beta", "PageUp")
-        gone("#settings-state")
-        expect(page.locator("#drawer")).to_have_attribute("aria-busy", "false")
         expect(page.locator("#grid .tile[data-label]")).to_have_count(2)  # the answers remain
         go(page, "teach")
         page.set_input_files("#teach-folder", class_folders(tmp_path / "photos", "crab", "panda", each=2))
@@ -925,7 +865,8 @@ def test_wrong_labels_are_listed_first_and_corrected(page, served, run):
     page.uncheck("#audit-all")
     expect(page.locator("#audit-next")).to_be_hidden()
     title.press("Enter")
-    expect(page.locator("#audit-next code")).to_have_text("retrieval-tip sort things photos --into fixed")
+    command = f"retrieval-tip sort {served.folder} {served.folder.parent} {IMAGES / 'accordion'} "
+    expect(page.locator("#audit-next code")).to_have_text(re.compile(rf"^{re.escape(command)}.* --into fixed$"))
     undone(page, "Moved 1 example photo to pizza.")
     worst.get_by_role("button", name="Change to pizza").press("Enter")
     expect(page.locator("#audit-state")).to_contain_text("No clear mistakes")
@@ -1066,11 +1007,10 @@ def move_on_map(page, x, y, steps=1):
 
 
 def test_photos_are_found_and_selected_on_the_map(page, served):
-    """Photos inside a drawn shape are listed and can be moved together. A star marks the open photo."""
+    """Photos inside a drawn shape are listed and can be moved together. A ring marks a new photo."""
     [image] = caltech_photos("test", "panda", 1)
     ask(page, image)
     open_map(page)
-    expect(page.locator("#map-star")).to_contain_text(f"{image.name} is not on this map")
     sent = {"images": {"name": "x.jpg", "mimeType": "image/jpeg", "buffer": image.read_bytes()}}
     address = f"{served.address}/v1/classify?index=things&features=true"
     answered = page.request.post(address, multipart=sent).json()
@@ -1078,8 +1018,8 @@ def test_photos_are_found_and_selected_on_the_map(page, served):
     tsne = get(page, "/v1/indexes/things/map?method=tsne&limit=10000")
     places = np.array(tsne["places"])[[tsne["key_ids"].index(one["key_id"]) for one in similar]]
     weights = np.exp(answered["beta"] * np.array([one["affinity"] for one in similar]))
-    star = page.locator("#map-canvas").get_attribute("data-star").split(",")
-    assert [*map(float, star)] == pytest.approx(weights @ places / weights.sum(), abs=2e-4)
+    ring = page.locator("#map-canvas").get_attribute("data-rings").split(",")
+    assert [*map(float, ring)] == pytest.approx(weights @ places / weights.sum(), abs=2e-4)
 
     page.route("**/map?*", lambda route: route.fulfill(json=route.fetch().json() | {"methods": ["pca"]}))
     page.reload()  # a server without scikit-learn shows the same map each time
@@ -1273,7 +1213,7 @@ def test_every_screen_fits_and_is_accessible(opened, tmp_path, width, scheme):
     expect(page.locator("#drawer-file")).to_have_attribute("title", re.compile(rf"^\d{name}$"))
     expect(page.locator("#drawer-file")).to_have_text(re.compile(r"^\da-very.{0,20}….{0,20}\.jpg$"))
     expect(page.locator("#decided .gives").first).to_have_text(re.compile(r"^[\d.]+ points for \w+$"))
-    show_settings(page)
+    show_calculation(page)
     fits("drawer")
     submit(page, "#drawer-form input", "crab")
     expect(page.locator("#token-dialog")).to_contain_text("the address that retrieval-tip serve printed")
@@ -1370,20 +1310,38 @@ def test_photos_are_labelled_by_keyboard_and_the_rest_is_finished(labelling, poo
         page.click("#finish-open")
         assert violations(page) == []
 
+        done = page.locator("#finish").get_by_role("button", name="Finish")
+
         def finish(said):
-            page.locator("#finish").get_by_role("button", name="Finish").click()
+            done.click()
             expect(page.locator("#finish-said")).to_contain_text(said)
+            expect(done).not_to_have_class("primary")
 
         def undo_finish(said, left):
             page.click("#finish-undo")
             expect(page.locator("#finish-said")).to_contain_text(said)
             assert not [*left]
 
+        default = Path(f"{folder.name}-sorted").absolute()
+        expect(page.locator("#finish-said")).to_contain_text(f"90 photos go to {default}.")  # before it is written
+        assert not default.exists()
+        page.fill("#finish-into", "~/" + os.path.relpath(sorted_, Path.home()))
+        expect(done).to_be_disabled()
+        expect(page.locator("#finish-said")).to_contain_text(f"90 photos go to {Path.home()}/")
         page.fill("#finish-into", str(sorted_))
-        page.fill("#finish-wrong", "50")
-        finish("copied 90 photos")
-        expect(page.locator("#finish-said")).to_contain_text("held-out photos")
-        undo_finish("undid the sorting of 90 photos", sorted_.glob("*/*.jpg"))
+        for wrong in (50, 1):
+            page.fill("#finish-wrong", str(wrong))
+            expect(page.locator("#finish-said")).to_contain_text(f"90 photos go to {sorted_}. ")
+            planned = re.findall(
+                r"(\d+) (?:below|without) [^()]*\(“(.*?)”\)", page.locator("#finish-said").text_content()
+            )
+            finish("copied 90 photos")
+            expect(page.locator("#finish-said")).to_contain_text("held-out photos")
+            placed = Counter(path.parent.name for path in sorted_.glob("*/*.jpg"))
+            assert {name: int(number) for number, name in planned} == {
+                name: placed[name] for name in ("no match", "not sure") if placed[name]
+            }
+            undo_finish("undid the sorting of 90 photos", sorted_.glob("*/*.jpg"))
         page.check("#finish-xmp")
         expect(page.locator("#finish-into")).to_be_hidden()
         finish("changed the keywords of")
@@ -1478,7 +1436,7 @@ def test_the_answers_of_the_folder_are_reviewed(labelling, pool, tmp_path):
         expect(page.locator("#notice")).to_contain_text(f"Labelled {visible} photos as")
         expect(page.locator(counted)).to_contain_text(f"{64 - visible} photos without a label")
 
-        page.locator(f"#grid {tiles}").first.click()
+        page.locator(f"#grid {tiles}:not(.no_match)").first.click()
         expect(page.locator("#decided li img").first).to_be_visible()  # the drawer explains the answer
         expect(page.locator("#drawer-notes")).to_contain_text("of the probability. Similar photos give the rest: ")
         label = page.locator("#drawer-title").get_attribute("title")
@@ -1556,6 +1514,131 @@ def test_dropped_photos_belong_to_the_session(labelling, pool, tmp_path):
             finish(how, "#finish-undo", "undid the sorting of 96 photos")
         kept = {path.name: path.read_bytes() for path in (tmp_path / "things-dropped").rglob("*.jpg")}
         assert kept == {name: path.read_bytes() for name, path in more.items()}
+
+
+WHOLE = """() => {
+    const line = document.getElementById("bar").getBoundingClientRect().bottom;
+    const isWhole = ({ top, bottom }) => top >= line && bottom <= innerHeight;
+    const tiles = [...document.querySelectorAll("#grid .tile")].filter((one) => isWhole(one.getBoundingClientRect()));
+    const open = tiles.filter(({ classList }) => !classList.contains("taught") && !classList.contains("no_match"));
+    return Object.fromEntries(open.map((one) => [one.title, one.querySelector(".said").title]));
+}"""
+"""The answers on the screen that can be confirmed, by photo: those of photos that are whole in the window."""
+
+
+def answers_of(page):
+    """Return a dictionary that holds the latest answers that the page has received, by photo."""
+    newest = {}
+
+    def keep(route):
+        response = route.fetch()
+        photos = [one for one in response.json()["photos"] if one["guesses"]]
+        newest.update({Path(one["name"]).name: one["guesses"][0]["label"] for one in photos})
+        route.fulfill(response=response)
+
+    page.route("**/v1/label/answers", keep)
+    return newest
+
+
+def correct(page, name, label):
+    """Select a photo, and type its class."""
+    page.locator(f'#grid .tile[title="{name}"] .tick').click()
+    submit(page, "#selection-form input", label)
+    expect(page.locator("#notice")).to_contain_text(f"Labelled 1 photo as {label}.")
+
+
+def two_frames(page):
+    page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
+def test_answers_on_the_screen_stay_and_are_confirmed_as_they_were_shown(labelling, pool, tmp_path):
+    """A person corrects some answers on a laptop, while the others on the screen are answered in another way."""
+    names, merged = sorted(name for name in pool if name), {"camera": "accordion", "crayfish": "crab"}
+    laptop = {"viewport": {"width": 1280, "height": 800}, "reduced_motion": "no-preference"}
+    with labelling(pool, tmp_path / "things", **laptop) as (page, _):
+        wait_until(page, "state.encoded === 90")
+        give(page, {n: merged.get(pool[name], pool[name]) for n, name in enumerate(names) if n % 5 == 0})
+        newest = answers_of(page)
+        page.click("#tab-classify")
+        expect(page.locator("#grid .tile").nth(20)).to_be_visible()
+        for label in merged:
+            wrong = [name for name in page.evaluate(WHOLE) if pool[name] == label]
+            for name in wrong[:2]:
+                correct(page, name, label)
+        first = page.evaluate(WHOLE)
+        while sum(newest[name] != label for name, label in first.items()) < 3:
+            page.wait_for_timeout(50)
+        two_frames(page)
+        assert page.evaluate(WHOLE) == first
+
+        page.mouse.wheel(0, 60)
+        page.wait_for_function("() => scrollY === 60")
+        shown, box = page.evaluate(WHOLE), page.locator("#screen-right").bounding_box()
+        sent = []
+        page.on("request", lambda request: sent.append(request) if request.method == "POST" else None)
+        page.mouse.dblclick(box["x"] + 20, box["y"] + 10)  # the second click is not about the next screen
+        expect(page.locator("#notice")).to_contain_text(f"Labelled {len(shown)} photos as")
+        page.evaluate("() => Promise.all(document.getAnimations().map(({ finished }) => finished))")
+        two_frames(page)
+        assert page.evaluate("scrollY") == 60
+        [change] = [request.post_data_json["labels"] for request in sent]
+        assert {names[one["photo"]]: one["label"] for one in change} == shown
+        following = page.evaluate(WHOLE)
+        assert not following.keys() & shown.keys()
+        assert {name: newest[name] for name in following} == following  # the next screen has the newest answers
+        page.unroute_all(behavior="wait")
+
+
+def test_new_answers_come_with_the_next_screen(labelling, pool, tmp_path):
+    """The next screen comes by scrolling, with another order, or after a look at another page."""
+    names, merged = sorted(name for name in pool if name), {"camera": "accordion", "crayfish": "crab"}
+    with labelling(pool, tmp_path / "things", viewport={"width": 1280, "height": 560}) as (page, _):
+        wait_until(page, "state.encoded === 90")
+        give(page, {n: merged.get(pool[name], pool[name]) for n, name in enumerate(names) if n % 5 == 0})
+        newest = answers_of(page)
+        page.click("#tab-classify")
+        expect(page.locator("#grid .tile").nth(20)).to_be_visible()
+
+        def learned(*wrong):
+            """Correct photos, and return a photo on the screen that the server now answers in another way."""
+            for name in wrong:
+                correct(page, name, pool[name])
+            shown = page.evaluate(WHOLE)
+            while not (changed := [name for name, label in shown.items() if newest[name] != label]):
+                page.wait_for_timeout(50)
+            two_frames(page)
+            assert page.evaluate(WHOLE) == shown
+            return page.locator(f'#grid .tile[title="{changed[0]}"]'), newest[changed[0]]
+
+        tile, label = learned(*(name for name, said in page.evaluate(WHOLE).items() if said != pool[name]))
+        page.mouse.wheel(0, 560)
+        expect(tile).to_have_attribute("data-label", label)
+        page.mouse.wheel(0, -560)
+        expect(tile).to_have_attribute("data-label", label)
+        page.select_option("#filter-state", "all")
+        all_new = page.locator("#grid .tile:not(.taught)").evaluate_all(
+            "all => all.map((one) => [one.title, one.dataset.label])"
+        )
+        assert {name: newest[name] for name, _ in all_new} == dict(all_new)
+
+        wait_until(page, "!state.busy")
+        page.click("#tab-label")
+        expect(page.locator("#label-class")).to_be_focused()
+        label_by_key(page, pool[shown_photo(page)])
+        wait_until(page, "!state.busy")
+        held = hold(page, "**/v1/label/answers")
+        page.click("#tab-classify")
+        wait_for(page, held, 1)
+        before = page.locator("#progress").text_content()
+        page.press("#grid", "Shift+Enter")  # the answers on the screen are old
+        two_frames(page)
+        assert page.locator("#progress").text_content() == before
+        expect(page.locator("#grid")).to_have_attribute("aria-busy", "true")
+        assert violations(page) == []
+        release(page, held)
+        expect(page.locator("#grid")).to_have_attribute("aria-busy", "false")
+        page.press("#grid", "Shift+Enter")
+        expect(page.locator("#progress")).not_to_have_text(before)
 
 
 def status(page):
@@ -1645,12 +1728,16 @@ def test_typed_text_means_an_existing_class_or_is_asked_about(labelling, pool, t
             page.keyboard.press("Escape")
             expect(page.locator("#label-class")).to_have_value(text)
             expect(page.locator("#label-class")).to_be_focused()
-        enter("Crab", "Enter", "Enter", number=9)
-        enter("carb", "Enter")
+        enter("Crab", "Enter", "2", number=9)
+        page.fill("#label-class", "carb")
+        for _ in range(3):  # a key that is held does not answer the question that it opened
+            page.keyboard.down("Enter")
+        page.keyboard.up("Enter")
+        expect(page.get_by_role("button", name="New class “carb”")).to_be_focused()
         assert violations(page) == []
-        page.get_by_role("button", name="New class “carb”").click()
+        page.keyboard.press("Enter")
         expect(page.locator("#label-progress")).to_contain_text("10 of 90")
-        enter("crabs", "Enter", "Shift+Enter", number=11)
+        enter("crabs", "Enter", "Enter", number=11)  # the typed name is the default
         wait_until(page, "state.labelled === 11")
         assert {label: photos for label, photos in status(page)["classes"].items() if photos} == {
             "Panda": 2, "Sea_Horse": 2, "type 2": 1, "caterpillar": 1, "ca": 1, "crab": 1, "carb": 1, "crabs": 1,
@@ -1785,6 +1872,118 @@ def test_labels_are_kept_until_the_server_can_be_reached(labelling, browser, poo
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         assert violations(page) == []
         one.close()
+
+
+SCREENS = ("classify", "label", "classes", "check", "map", "history", "settings", "teach")
+
+
+def printed(page, *screens):
+    """Return the commands on screens of the page, by default on the one that is shown."""
+    found = set()
+    for screen in screens or [""]:
+        if screen:
+            page.evaluate("screen => (location.hash = screen)", screen)
+            expect(page.locator(f"#{screen}-view")).to_be_visible()
+        found |= {
+            text for text in page.locator("code:visible").all_text_contents() if text.startswith("retrieval-tip ")
+        }
+    return found
+
+
+def test_every_command_on_the_page_runs_as_it_is_printed(labelling, serving, tmp_path, monkeypatch, warm_path):
+    """The index and the photos have other names than in examples, and the terminal is in another folder."""
+    photos, elsewhere = tmp_path / "my photos", tmp_path / "elsewhere"
+    class_folders(photos, "crab", "panda", "pizza", each=6)
+    elsewhere.mkdir()
+    monkeypatch.chdir(tmp_path)
+    environment = os.environ | {"PATH": f"{warm_path}:{os.environ['PATH']}"}
+
+    def execute(*commands):
+        for command in commands:
+            done = subprocess.run(command, shell=True, cwd=elsewhere, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, (command, done.stderr)
+
+    index, wrong = Path("indexes", "it's clothes"), photos / "panda" / "a pizza.jpg"
+    shutil.copy(caltech_photos("test", "pizza", 9)[-1], wrong)
+    assert command_line("index", "build", "my photos", "--out", index, *MODEL).exit_code == 0
+    with serving(index) as (page, _):
+        assert not printed(page, *(name for name in SCREENS if name != "label"))
+        page.evaluate("location.hash = 'check'")
+        page.check("#audit-all")
+        page.locator("#audit").get_by_role("button", name="Change to").first.click()
+        expect(page.locator("#audit-next")).to_be_visible()
+        [command] = printed(page, *(name for name in SCREENS if name != "label"))
+        execute(command)
+        assert sum(1 for _ in elsewhere.glob("fixed/*/*.jpg")) == 19
+
+    with labelling({"": "my photos"}, Path("indexes", "other")) as (page, _):
+        wait_until(page, "state.encoded === 19")
+        give(page, {n: path.parent.name for n, path in enumerate(sorted(photos.glob("*/*.jpg"))) if n % 2})
+        assert not printed(page, *SCREENS)
+        page.evaluate("location.hash = 'classify'")
+        page.click("#finish-open")
+        page.fill("#finish-into", "in folders")
+        page.click("#finish-go")
+        expect(page.locator("#finish-said")).to_contain_text("copied 19 photos")
+        [undo_copies] = printed(page)
+        page.check("#finish-xmp")
+        page.click("#finish-go")
+        expect(page.locator("#finish-said")).to_contain_text("changed the keywords of")
+        [undo_keywords] = printed(page)
+        written = [*tmp_path.glob("in folders/*/*.jpg"), *photos.glob("*/*.xmp")]
+        execute(undo_copies, undo_keywords)
+        assert len(written) > 20
+        assert not any(path.exists() for path in written)
+
+
+@pytest.mark.parametrize("size", [(390, 844), (360, 640)])
+def test_a_phone_shows_the_photo_with_all_its_buttons_and_the_whole_estimate(labelling, pool, tmp_path, size):
+    names = sorted(name for name in pool if name)
+    phone = PHONE | {"viewport": dict(zip(("width", "height"), size, strict=True))}
+    with labelling(pool, tmp_path / "things", **phone) as (page, _):
+        wait_until(page, "state.encoded === 90")
+        give(page, {n: pool[name] for n, name in enumerate(names) if n % 4 == 0})
+        page.reload()
+        expect(page.locator("#label-choices button")).to_have_count(3)
+        buttons = "#label-choices button, #label-class, #label-form button, #label-skip, #label-none, #label-undo"
+        for one in [*page.locator(buttons).all(), page.locator("#label-classes button").first]:
+            expect(one).to_be_in_viewport(ratio=1)
+        photo = page.locator("#label-photo img").bounding_box()
+        assert photo["height"] >= 144
+        assert photo["y"] + photo["height"] <= page.locator(".label-side").bounding_box()["y"]
+        page.locator("#label-classes button").last.tap()
+        expect(page.locator("#label-progress")).to_contain_text("24 of 90")
+        estimate = {"accuracy": 0.87, "low": 0.7, "high": 0.95, "wrong": 30.2, "least_wrong": 10, "most_wrong": 59}
+        page.route(
+            "**/v1/label", lambda route: route.fulfill(json=route.fetch().json() | {"progress": {"estimate": estimate}})
+        )
+        page.click("#tab-classify")
+        progress = page.locator("#progress")
+        expect(progress).to_contain_text("about 30 of them wrong (10–59)")
+        assert progress.evaluate("one => one.scrollWidth <= one.clientWidth")
+        page.locator("#screen-right").tap()
+        box, bar = page.locator("#notice").bounding_box(), page.locator("#bar").bounding_box()
+        assert box["y"] + box["height"] <= bar["y"] + bar["height"]  # it covers no photo
+        assert violations(page) == []
+        page.unroute_all(behavior="wait")
+
+
+def test_the_keys_of_a_screen_are_shown_by_a_button(labelling, pool, tmp_path):
+    with labelling(pool, tmp_path / "things") as (page, _):
+        wait_until(page, "state.encoded === 90")
+        give(page, {0: pool["000.jpg"], 20: pool["020.jpg"]})
+        page.reload()
+        expect(page.locator("#label-choices button").first).to_be_visible()
+        for screen, keys in (("label", "none of these"), ("classify", "Shift Enter"), ("classes", "Delete")):
+            page.click(f"#tab-{screen}")
+            page.click("#keys")
+            expect(page.locator("#key-list dl:visible")).to_have_count(1)
+            expect(page.locator("#key-list")).to_contain_text(keys)
+            assert violations(page) == []
+            page.keyboard.press("Escape")
+            expect(page.locator("#key-list")).to_be_hidden()
+        page.click("#tab-check")  # whose buttons have their keys
+        expect(page.locator("#keys")).to_be_hidden()
 
 
 def test_the_zip_has_the_folders_of_sort(serving, run, tmp_path):

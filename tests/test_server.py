@@ -1111,3 +1111,16 @@ def test_the_server_and_the_encoder_compute_the_same_features(both, lit_mini, tm
     files = [("images", path.read_bytes()) for path in paths]
     found = both.post("/v1/classify?index=things&features=true", files=files).json()["results"]
     np.testing.assert_allclose([one["feature"] for one in found], expected, atol=2e-6)
+
+
+def test_a_command_names_the_common_folder_of_the_photos_unless_it_contains_the_index(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = ["my photos/a/1.png", "my photos/b/2.png", "ix-shots/a/3.png", "gone/4.png"]
+    for path in paths[:3]:
+        Path(path).parent.mkdir(parents=True)
+    command = functools.partial(photos_module.command, "sort")
+    assert command("ix", paths[:2]) == f"retrieval-tip sort {tmp_path}/ix '{tmp_path}/my photos'"
+    every = f"{tmp_path}/ix-shots/a '{tmp_path}/my photos/a' '{tmp_path}/my photos/b'"
+    assert command("ix", paths, "--into", "fixed") == f"retrieval-tip sort {tmp_path}/ix {every} --into fixed"
+    assert command("s3://bucket/ix", paths[:1]) == f"retrieval-tip sort s3://bucket/ix '{tmp_path}/my photos/a'"
+    assert command("ix", ["gone/4.png", "https://example.org/5.png"]) is None

@@ -32,7 +32,7 @@ def evaluate_command(
         kinds.SHARE, metavar="P", **options.ANSWERS, help="Withhold answers whose probability is below P."
     ),
     report: Path | None = option(
-        kinds.FILE,
+        kinds.OUTPUT,
         help="HTML file for a report that opens offline in any browser. It also shows the worst mistakes and what to "
         "do next.",
         **options.OUTPUTS,
@@ -53,10 +53,6 @@ def evaluate_command(
     photos, and known_no_match and unknown_no_match are the shares without a match. A photo that is a shot of the index
     is classified without itself.
     """
-    if report is not None:
-        from retrieval_tip.report.report import check
-
-        check(report)
     loaded = index_with(folder, encoding, opening, ask)
     test = source_of(source, encoding, "test")
     with reader_for(loaded, [test], encoding) as reader:

@@ -460,11 +460,15 @@ def _say_changed(folder: Place, changed: Changed, what: str) -> None:
 
 
 def _say_relabelled(folder: Place, changed: Changed, to: str = "") -> None:
-    from retrieval_tip.index.photos import common_folder
+    from retrieval_tip.index.photos import LISTED, command
 
     _say_changed(folder, changed, f"relabelled {counted(len(changed.key_ids), 'shot')}{to}")
     store = store_of(folder)
-    if changed.key_ids and store.manifest().identity is not None:  # else the photos need --model
+    manifest = store.manifest()
+    if changed.key_ids and manifest.identity is not None:  # else the photos need --model
         into = "FOLDER" if Path("fixed").exists() else "fixed"
-        copy = command_line("sort", folder, common_folder(store) or "PHOTOS", "--into", into)
+        few = manifest.n <= LISTED
+        sources = store.read_labels(manifest, ["source"])["source"].fill_null("").to_pylist() if few else []
+        known = command("sort", folder, sources, "--into", into)
+        copy = known or command_line("sort", folder, "PHOTOS", "--into", into)
         note(f"Next: copy the photos into corrected folders ({copy})")

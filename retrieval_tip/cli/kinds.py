@@ -9,6 +9,7 @@ import click
 
 from retrieval_tip.data.remote import is_remote
 from retrieval_tip.errors import MANY, MOST, command_line
+from retrieval_tip.files import check_out
 from retrieval_tip.store.address import KIND, METAVAR, parse
 
 if TYPE_CHECKING:
@@ -84,9 +85,9 @@ class Output(click.Path):
             return value if is_remote(value) else Path(value)
         if is_remote(value):
             self.fail(f"{value}: only encode --ray can write to object stores; give a local file")
-        if not (parent := Path(value).parent).is_dir():
-            self.fail(f"{value}: there is no folder {parent}; create it first")
-        return super().convert(value, param, ctx)
+        converted = super().convert(value, param, ctx)
+        check_out(Path(value))
+        return converted
 
 
 SOURCE = SourceType(path_type=Path)

@@ -103,9 +103,8 @@ def planned(options: BuildOptions) -> BuildOptions:
     if plan["text"] is not None and plan["templates"]:
         raise UsageError("text and templates: give only one; a text table already contains features of prompts")
     settings_of(plan, None)
-    some = "index Classes" if plan["index"] == BY_CLASS else "k" if plan["k"] not in (None, "all") else None
-    if plan["values"] == "solved" and some is not None:
-        raise UsageError(f"values solved: need a search over all keys; remove {some}, or give values one-hot")
+    if plan["values"] == "solved" and plan["index"] == BY_CLASS:
+        raise UsageError("values solved: need a search over all keys, and Classes searches some; give values one-hot")
     prior = [plan["prior"]] if isinstance(plan["prior"], str | os.PathLike) else plan["prior"]
     for path in (plan["text"], plan["groups"], *prior):
         check_exists(path)

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote
@@ -19,10 +19,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrieval_tip.data import images
-from retrieval_tip.errors import StoreError, show
+from retrieval_tip.data.remote import absolute
+from retrieval_tip.errors import StoreError, command_line, show
 from retrieval_tip.files import locked_folder, make_folders, real, remove_leftovers, sha256_of
 from retrieval_tip.index import places
-from retrieval_tip.index.places import Store
+from retrieval_tip.index.places import Place, Store
 from retrieval_tip.store import files
 
 log = logging.getLogger(__name__)
@@ -36,8 +37,8 @@ No index should have such a name.
 HEX = 16
 """Number of hexadecimal digits of the SHA-256 in the file name of a photo."""
 
-LISTED = 1 << 18
-"""Maximum number of shots whose folders are compared."""
+LISTED, FOLDERS = 1 << 18, 16
+"""Maximum number of photos whose folders are compared, and maximum number of folders in a command."""
 
 _NAME = re.compile(rf"([0-9a-f]{{{HEX}}})\.\w{{1,8}}")
 _IN_SOURCE = rf"(?:^|[/\\])(?P<digits>[0-9a-f]{{{HEX}}})\.\w{{1,8}}$"
@@ -48,21 +49,20 @@ def folder_of(store: Store) -> Path | None:
     return None if store.local is None else real(store.local).with_name(store.name + SUFFIX)
 
 
-def common_folder(store: Store) -> Path | None:
-    """Return the folder that has all photos of an index, or its class folders, or ``None`` if it is not known.
+def command(name: str, index: Place, paths: Sequence[str], *options: str) -> str | None:
+    """Return a command for an index and the folders of photos.
 
-    Relative sources are relative to the current folder. An index of many shots is not searched.
+    If these are class folders of one folder that does not contain the index, that folder is given. Returns ``None`` if
+    no folder is on this machine, or if there are more than :data:`FOLDERS`.
     """
-    manifest = store.manifest()
-    if manifest.n > LISTED:
+    place, parents = absolute(os.fspath(index)), {Path(absolute(path)).parent for path in paths}
+    folders = sorted(folder for folder in parents if folder.is_dir())
+    if not folders:
         return None
-    sources = store.read_labels(manifest, ["source"])["source"].fill_null("").to_pylist()
-    folders = {Path(name).parent for name in sources}
-    with suppress(ValueError):  # no folders, or absolute and relative ones
-        common = Path(os.path.commonpath(folders))
-        if all(common in (folder, folder.parent) for folder in folders) and Path(sources[0]).is_file():
-            return common
-    return None
+    common = Path(os.path.commonpath(folders))
+    if not Path(place).is_relative_to(common) and all(common in (folder, folder.parent) for folder in folders):
+        folders = [common]
+    return show(command_line(name, place, *folders, *options)) if len(folders) <= FOLDERS else None
 
 
 def is_reserved(name: str) -> bool:

@@ -3,6 +3,10 @@
 Photos are merged by average linkage: the two groups whose photos are most similar on average are merged, until no two
 groups reach the threshold. The similarity is the inner product ``phi(x) phi(y)^T`` in the metric of the index, and the
 threshold lies halfway between shots of the same class and shots of different classes.
+
+Photos that are far from all shots resemble each other for this reason alone: among flowers, all clothes look alike. So
+the mean of each group is subtracted, as the metric subtracts the mean of the known classes, and its photos are grouped
+again. Almost all photos of several classes are then in parts again, but few photos of one class.
 """
 
 from __future__ import annotations
@@ -31,6 +35,8 @@ FloatArray = npt.NDArray[np.float32]
 
 MOST = 8192
 """Number of photos that are compared with each other, which takes 256 MiB. If there are more, a sample is drawn."""
+LEAST = 4
+"""Number of photos that are worth naming at once. A smaller part of a group does not show that the group is mixed."""
 BLOCK = 4096
 """Number of other photos that are compared with the groups at a time."""
 
@@ -38,9 +44,9 @@ BLOCK = 4096
 def group(features: Features, threshold: float, metric: tip.Metric | None = None) -> list[IntArray]:
     """Group features by average linkage, and return the rows of each group, largest group first.
 
-    A feature that is similar to no other feature is in no group. If there are more than ``MOST`` features, a random
-    sample is grouped. Each other feature then joins the group that it is most similar to on average, if that
-    similarity reaches the threshold.
+    A mixed group is replaced by its parts. A feature that is similar to no other feature is in no group. If there are
+    more than ``MOST`` features, a random sample is grouped. Each other feature then joins the group that it is most
+    similar to on average, if that similarity reaches the threshold.
 
     ``features`` have the shape ``[m, d]``. Two groups are merged if their average similarity is at least ``threshold``
     (see :func:`threshold_of`). Without a ``metric``, the similarity is the cosine.
@@ -51,7 +57,8 @@ def group(features: Features, threshold: float, metric: tip.Metric | None = None
     points = points_of(raw, metric).numpy()
     order = np.random.default_rng(0).permutation(m) if m > MOST else np.arange(m)
     sample, others = np.sort(order[:MOST]), np.sort(order[MOST:])
-    groups = [sample[rows] for rows in _linked(points[sample], threshold) if len(rows) > 1]
+    linked = [one for rows in _linked(points[sample], threshold) for one in _parts(points, sample[rows], threshold)]
+    groups = [rows for rows in linked if len(rows) > 1]
     if groups and len(others):
         centres = np.stack([points[rows].mean(axis=0) for rows in groups])
         for part in slices(len(others), BLOCK):
@@ -59,6 +66,16 @@ def group(features: Features, threshold: float, metric: tip.Metric | None = None
             best = np.where(similarity.max(axis=1) >= threshold, similarity.argmax(axis=1), -1)
             groups = [np.append(rows, others[part][best == place]) for place, rows in enumerate(groups)]
     return sorted(map(np.sort, groups), key=lambda rows: (-len(rows), rows[0]))
+
+
+def _parts(points: FloatArray, rows: IntArray, threshold: float) -> list[IntArray]:
+    """Return the parts of a group if most of its rows are in several large parts, or else the group itself."""
+    own = points_of(points[rows] - points[rows].mean(axis=0), None).numpy()
+    parts = [rows[part] for part in _linked(own, threshold)]
+    large = [len(part) for part in parts if len(part) >= LEAST]
+    if len(large) < 2 or 2 * sum(large) < len(rows):
+        return [rows]
+    return [one for part in parts for one in _parts(points, part, threshold)]
 
 
 def _linked(points: FloatArray, threshold: float) -> Iterator[Sequence[int]]:

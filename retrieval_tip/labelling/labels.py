@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, KeysView, Mapping, Sequence
+from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, get_args
@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import torch
 from torch.nn.functional import normalize
 
-from retrieval_tip.data.reader import Reader
+from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.remote import absolute
 from retrieval_tip.data.sources import Source, of_images, read_item
 from retrieval_tip.errors import InputError, check_memory, show
@@ -65,6 +65,17 @@ class Label:
 def picked_of(text: str | None) -> Picked:
     """Return how a photo was chosen, given the text in a journal."""
     return next((picked for picked in get_args(Picked) if picked == text), "suggested")
+
+
+@dataclass(frozen=True)
+class _Remembered(Reader):
+    """A reader that returns features that are known already."""
+
+    known: tuple[FeatureBlock, ...] = ()
+
+    def blocks(self, source: Source) -> Iterator[FeatureBlock]:
+        """Return the blocks."""
+        return iter(self.known)
 
 
 class SessionPhotos:
@@ -126,6 +137,14 @@ class SessionPhotos:
     def rows(self, photos: Sequence[int]) -> FloatArray:
         """Return the features of encoded photos, of shape ``[m, d]``."""
         return np.stack([self.features[photo] for photo in photos])
+
+    def remembered(self, photos: Sequence[int]) -> Reader:
+        """Return a reader of the encoded ones of some photos, which reads no file. Raises InputError without any."""
+        known = {place: photo for place, photo in enumerate(photos) if photo in self.features}
+        if not known:
+            raise InputError("photos: have not been read yet; try again later")
+        digests = [self.digests.get(photo) for photo in known.values()]
+        return _Remembered(known=(FeatureBlock(np.array([*known]), self.rows([*known.values()]), digests),))
 
     def hashed(self, photos: Sequence[int]) -> dict[int, str]:
         """Return the digests of the photos whose files can be read. The object does not change."""

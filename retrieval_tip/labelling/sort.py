@@ -52,10 +52,15 @@ class Sorted:
     skipped: list[Skipped] = field(default_factory=list)
     done: int = 0
 
+    @property
+    def aside(self) -> dict[str, int]:
+        """The numbers of photos in the folders ``no match`` and ``not sure``."""
+        places = Counter(row.output.partition("/")[0] for row in self.rows)
+        return {name: places[name] for name in (NO_MATCH, NOT_SURE)}
+
     def __str__(self) -> str:
         text = f"{self.verb} {counted(self.done, 'photo')}"
-        places = Counter(row.output.partition("/")[0] for row in self.rows)
-        parts = [f"{places[name]:,} {name}" for name in (NO_MATCH, NOT_SURE) if places[name]]
+        parts = [f"{number:,} {name}" for name, number in self.aside.items() if number]
         parts += [f"{len(self.rows) - self.done:,} already there"] if self.done < len(self.rows) else []
         return text + (f" ({', '.join(parts)})" if parts else "")
 

@@ -29,7 +29,7 @@ from retrieval_tip.errors import InputError, UsageError, command_line, counted, 
 from retrieval_tip.evaluation.audit import AUDITED, audit
 from retrieval_tip.evaluation.calibration import reliability
 from retrieval_tip.evaluation.evaluate import Answers, Evaluation, evaluate
-from retrieval_tip.files import replacing
+from retrieval_tip.files import check_out, replacing
 from retrieval_tip.fit.folds import wilson
 from retrieval_tip.html import markup, render
 from retrieval_tip.index import places
@@ -80,7 +80,7 @@ def write_report(
     Raises InputError as :func:`evaluate.evaluate` does, or if ``out`` cannot be written.
     """
     path = Path(out)
-    check(path)
+    check_out(path)
     every = FeatureBlock.joined(list(reader.blocks(test)))
     evaluation = evaluate(
         index, test, reader, abstain=abstain, blocks=[every], at_least=ask.at_least, coverage=ask.coverage
@@ -91,14 +91,6 @@ def write_report(
     with replacing(path) as temporary:
         temporary.write_bytes(page)
     return evaluation
-
-
-def check(out: Path) -> None:
-    """Raise InputError if the file cannot be written."""
-    if out.is_dir():
-        raise InputError(f"{show(out)}: is a folder; give a file name")
-    if not out.parent.is_dir():
-        raise InputError(f"{show(out)}: there is no folder {show(out.parent)}; create it first")
 
 
 def _page(results: Results) -> str:

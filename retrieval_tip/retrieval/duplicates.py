@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from retrieval_tip.errors import one_line
+from retrieval_tip.errors import SHOWN, one_line
 from retrieval_tip.retrieval.inputs import FloatArray, IntArray, KeyArray
 from retrieval_tip.retrieval.keys import KEY_BLOCK
 from retrieval_tip.retrieval.logits import slices
@@ -135,12 +135,12 @@ def duplicates(
     return Duplicates(_describe(keys, labels, a, b, kinds), total + more[2], compared)
 
 
-def describe_duplicates(duplicates: Duplicates, limit: int = 5) -> list[str]:
-    """Format a warning that lists the first ``limit`` pairs and counts the others."""
+def describe_duplicates(duplicates: Duplicates) -> list[str]:
+    """Format a warning that lists the first pairs and counts the others."""
     lines = [
         one_line(f"{pair.source} ({pair.label}) and {pair.other_source} ({pair.other_label}): {pair.kind}")
         + (f" (affinity {pair.affinity:.4f})" if pair.kind == KINDS[2] else "")
-        for pair in duplicates.pairs[:limit]
+        for pair in duplicates.pairs[:SHOWN]
     ]
     left = duplicates.total - len(lines)
     return [*lines, f"and {left} more"] if left > 0 else lines

@@ -16,7 +16,7 @@ from retrieval_tip.data.sources import spelled_alike
 from retrieval_tip.data.tables import not_in_index
 from retrieval_tip.errors import InputError, Skipped, command_line, show
 from retrieval_tip.index import changes as index_changes
-from retrieval_tip.index import manage
+from retrieval_tip.index import manage, photos
 from retrieval_tip.labelling.photos import MOST_PHOTOS
 from retrieval_tip.labelling.placing import Action
 from retrieval_tip.labelling.sidecars import undo_sidecars, write_planned
@@ -103,7 +103,12 @@ async def rollback(service: TheService, one: Named, change: schemas.Rollback) ->
 async def _changed(
     service: Service, one: Served, call: Callable[..., index_changes.Changed], *arguments: object
 ) -> schemas.ChangedIndex:
-    return _answer(one, key_ids=(await service.changed(one, call, *arguments)).key_ids)
+    changed = await service.changed(one, call, *arguments)
+    index = one.now.index
+    sources = index.labels["source"].to_pylist() if index.n <= photos.LISTED else []
+    paths = [str(service.root / source) for source in sources]
+    sort = await service.find(photos.command, "sort", one.folder, paths, "--into", "fixed")
+    return _answer(one, key_ids=changed.key_ids, sort=sort)
 
 
 def _answer(one: Served, **more: Any) -> schemas.ChangedIndex:
@@ -234,31 +239,39 @@ async def label_photos(request: Request, service: TheService, labelling: TheLabe
 async def label_sort(service: TheService, labelling: TheLabelling, change: schemas.SortInto) -> schemas.Row:
     """Sort the photos of the labelling session into folders by class, as `retrieval-tip sort` does, or undo it.
 
-    ``undo`` is the command that undoes it.
+    ``undo`` is the command that undoes it. ``folder`` is the absolute path. ``aside`` counts the photos that get no
+    class, because they have no match or a probability below ``least``. A dry run only considers photos that have been
+    read.
     """
     give_time()
     version, known, reader = labelling.version(), labelling.photos, replace(labelling.photos.reader, skipped=[])
     source = known.chosen(known.own(known.paths))
-    folder, paths, xmp = Path(change.into).expanduser(), source.paths or (), change.action == "xmp"
+    folder = Path(os.path.expanduser(change.into)).absolute()  # noqa: PTH111 - "~nobody" may be the name of a folder
+    xmp = change.action == "xmp"
     run = partial(service.run, labelling.encoding)
     if xmp:
         check_files([source], "xmp", "they have no sidecars")
     if change.undo:
-        done = await (run(undo_sidecars, paths) if xmp else run(undo_sort, folder))
+        done = await (run(undo_sidecars, source.paths or ()) if xmp else run(undo_sort, folder))
     elif version is None:
         raise Problem(404, "there are no labels yet; label some photos first")
     else:
         some = known.own(labelling.labels() if change.labelled else known.paths)
+        reader = known.remembered(some) if change.dry_run else reader
         action: Action = "copy" if change.action == "xmp" else change.action
         most, smooth = change.at_most_wrong, not change.labelled and version.index.n <= service.limits.estimated
-        call = partial(sort_photos, action=action, at_most_wrong=most, smooth=smooth, dry_run=xmp)
+        call = partial(sort_photos, action=action, at_most_wrong=most, smooth=smooth, dry_run=xmp or change.dry_run)
         done = await run(call, version.index, [known.chosen(some)], reader, folder)
-        if xmp:
+        if xmp and not change.dry_run:
             done = await run(write_planned, done, version.index.groups)
-    words = ["sort", "--undo", "--into", str(folder.absolute())]
+    undo = command_line("sort", "--undo", "--into", folder)
     if xmp:
         inside = [known.path(photo) for photo in known.own(known.paths) if photo < MOST_PHOTOS]
-        given = [os.path.commonpath(inside or paths), *filter(os.path.isdir, [str(labelling.dropped)])]
-        words = ["classify", str(labelling.place), *given, "--format", "xmp", "--undo"]
+        paths = [*inside, str(labelling.dropped / "x")]
+        undo = photos.command("classify", labelling.place, paths, "--format", "xmp", "--undo") or ""
     summary = str(done) if done.threshold is None else f"{done}; {done.threshold}"
-    return {"summary": summary, "undo": command_line(*words), "skipped": done.skipped}
+    least = done.threshold and done.threshold.probability
+    return {
+        "summary": summary, "undo": undo, "skipped": done.skipped, "folder": show(folder), "photos": len(done.rows),
+        "aside": done.aside, "least": least,
+    }  # fmt: skip

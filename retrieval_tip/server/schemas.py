@@ -127,7 +127,8 @@ class SortInto(BaseModel, extra="forbid"):
     """The folder on the server's machine into which photos are sorted, and the largest share of wrong answers.
 
     ``labelled`` leaves out the photos without a label. ``undo`` restores the state before the folder was sorted into.
-    The action ``xmp`` writes the classes into sidecars instead, which ``undo`` with this action restores.
+    The action ``xmp`` writes the classes into sidecars instead, which ``undo`` with this action restores. ``dry_run``
+    changes nothing.
     """
 
     into: Annotated[str, Field(min_length=1, max_length=4096)]
@@ -135,6 +136,7 @@ class SortInto(BaseModel, extra="forbid"):
     labelled: bool = False
     at_most_wrong: Annotated[float, Field(ge=0, lt=1)] | None = None
     undo: bool = False
+    dry_run: bool = False
 
 
 class Images(BaseModel, extra="forbid"):
@@ -283,7 +285,8 @@ class Accuracy(BaseModel):
 class ChangedIndex(BaseModel):
     """The index and the version that a change has made, and the fields of :class:`changes.Added` that it has.
 
-    ``fit`` is the accuracy of the last fit. ``skipped`` lists the images that could not be read.
+    ``fit`` is the accuracy of the last fit. ``skipped`` lists the images that could not be read. ``sort`` is the
+    command that copies the photos of the index into folders by class, if they are on the machine of the server.
     """
 
     index: str
@@ -294,6 +297,7 @@ class ChangedIndex(BaseModel):
     duplicates: list[str] = []
     warnings: list[str] = []
     skipped: list[Skipped] = []
+    sort: str | None = None
     fit: Accuracy
 
 

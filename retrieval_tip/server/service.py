@@ -98,7 +98,7 @@ class Service:
         self._slow = self.pool("slow", 2)
         self._made: Kept[Hashable, Any] = Kept(self._slow, most=SLOW_KEPT, room=SLOW_AT_ONCE)
         self.photos = Photos(root, limits.bytes, os.environ)
-        self._root = root or Path()
+        self.root = root or Path()
 
     def pool(self, name: str, threads: int = 1) -> ThreadPoolExecutor:
         """Return a new pool of threads, which stop with the service."""
@@ -279,7 +279,7 @@ class Service:
 
     def image_of(self, source: str) -> tuple[Path, int, int] | None:
         """Return the path of the image file that the source of a shot names, its time and its size, if it exists."""
-        path = self._root / source
+        path = self.root / source
         try:
             if path.suffix.lower() in images.extensions() and stat.S_ISREG((found := path.stat()).st_mode):
                 return path, found.st_mtime_ns, found.st_size

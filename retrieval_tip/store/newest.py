@@ -8,9 +8,10 @@ writers in a bucket create their files in any order. If the folder is missing, n
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from typing import NamedTuple
 
-from retrieval_tip.errors import StoreError, command_line
+from retrieval_tip.errors import command_line
 from retrieval_tip.store.files import BucketFiles, LocalFiles
 from retrieval_tip.store.manifest import manifest_name
 
@@ -32,15 +33,14 @@ class Newest(NamedTuple):
         return f"{FOLDER}/{self.version:06d}-{self.next_key_id}"
 
     @classmethod
-    def read(cls, files: LocalFiles | BucketFiles, place: object) -> Newest:
+    def read(cls, files: LocalFiles | BucketFiles) -> Newest:
         """Return the highest version. Read it before the manifests, because a commit may come in between.
 
-        Raises StoreError naming ``place`` if the folder cannot be read.
+        A folder that cannot be read counts as missing. Raises StoreError if a bucket cannot be read.
         """
-        try:
+        with suppress(OSError):
             return max(_all_of(files), default=cls())
-        except OSError as error:
-            raise StoreError(f"{place}/{FOLDER}: cannot be read: {error.strerror}") from None
+        return cls()
 
     def loss(self, place: object, current: int) -> str | None:
         """Return what to do if this version of the store at ``place`` is lost, or ``None`` if it is not.

@@ -92,7 +92,7 @@ class Writer:
         self.restored: Manifest | None = None
         self.newest = Newest()
         self.sent: dict[str, Sequence[bytes | memoryview]] = {}
-        self._staged, self._new = list[Path](), set[str]()
+        self._staged = list[Path]()
         self._begun = False
 
     def replace(self, version: int) -> bool:
@@ -127,7 +127,7 @@ class Writer:
         with suppress(OSError, StoreError):
             for path in self._staged:
                 path.unlink(missing_ok=True)
-            self.store.remove_unnamed(self._new)
+            self.store.remove_unnamed({file.name for file in self.files.values()})
 
     def put(self, kind: str, rows: int, *parts: bytes | memoryview) -> None:
         """Write the data file of this kind. In a bucket, a file that the parent version has is not sent again."""
@@ -136,18 +136,11 @@ class Writer:
         for part in parts:
             digest.update(part)
         own = entry(kind, rows, sum(memoryview(part).nbytes for part in parts), digest.hexdigest())
-        if self.store.local is not None:
-            self._note(own)
-        else:
+        self.files[kind] = own
+        if self.store.local is None:
             self.sent[own.name] = parts
         if self.store.local is not None or self.parent is None or self.parent.files.get(kind) != own:
             self.store.files.put(own.name, *parts)
-        self.files[kind] = own
-
-    def _note(self, file: DataFile) -> None:
-        """Note a file that is about to be written, unless there is one of this name."""
-        if not (self.store.folder / file.name).exists():
-            self._new.add(file.name)
 
     def put_array(self, kind: str, array: npt.NDArray[np.floating]) -> None:
         """Write a two-dimensional array as the data file of this kind."""
@@ -188,7 +181,6 @@ class Writer:
         with staged.open("rb+") as file:
             os.fsync(file.fileno())
         own = self.files[kind] = entry(kind, rows, staged.stat().st_size, sha256_of(staged))
-        self._note(own)
         staged.replace(self.store.folder / own.name)
 
     def seal_array(self, kind: str, array: np.memmap[Any, Any]) -> npt.NDArray[np.floating]:
@@ -343,7 +335,7 @@ class Versions:
             check_name(self.local)
 
         def read() -> Manifest:
-            newest = Newest.read(self.files, self)  # before the manifests, because a commit may come in between
+            newest = Newest.read(self.files)  # before the manifests, because a commit may come in between
             names = self.names()
             loss = newest.loss(self, max(names, default=0))
             if loss is not None:
@@ -555,7 +547,7 @@ class Versions:
                 _remove_own(folder)
 
     def _writer(self, accepts: int | None) -> Writer:
-        newest = Newest.read(self.files, self)
+        newest = Newest.read(self.files)
         parent = self.manifest() if self.exists() else None
         current = parent.version if parent else 0
         loss = newest.loss(self, current)

@@ -19,12 +19,12 @@ export function judged(accuracy) {
   return `${some}Estimated accuracy: ${percent(both ?? photos)} (each example photo was classified by the others).${parts}`;
 }
 
-/** Show the accuracy on two screens, and in the header, with its interval. The last known accuracy is shown until the
+/** Show the accuracy above the classes, and in the header, with its interval. The last known accuracy is shown until the
  *  server returns a newer one. In the header, the number counts from there. */
 async function show({ type }) {
   const { info } = state;
   const { fit } = info.provenance;
-  const tell = (accuracy) => ["judged", "index-judged"].forEach((id) => ($(id).textContent = judged(accuracy)));
+  const tell = (accuracy) => ($("index-judged").textContent = judged(accuracy));
   if (type === "index") tell(fit);
   const now = await state.accuracy();
   if (info !== state.info) return;

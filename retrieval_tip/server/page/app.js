@@ -19,10 +19,12 @@ const TITLES = {
 function route() {
   const view = location.hash.slice(1) in TITLES ? location.hash.slice(1) : "classify";
   for (const name of Object.keys(TITLES)) $(`${name}-view`).hidden = name !== view;
+  for (const list of $("key-list").children) list.hidden = list.id !== `${view}-keys`;
+  $("keys").hidden = !$(`${view}-keys`);
   for (const link of document.querySelectorAll("nav a")) link.ariaCurrent = link.hash === `#${view}` ? "page" : null;
   document.title = `${TITLES[view]} · ${state.info?.name ?? "retrieval-tip"}`;
   if (view === "label") showLabelView();
-  if (view === "classify" && session.now) session.fetch().catch(() => {}); // the last state stays
+  if (view === "classify" && session.now) session.follow();
   if (state.info && showScreen(view)) follow();
 }
 

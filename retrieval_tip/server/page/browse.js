@@ -62,16 +62,14 @@ async function changed(what, change, heading) {
   const done = await reported(change);
   if (!done) return;
   grid.select([]);
-  $("audit-next").hidden = false;
-  $("audit-next").lastElementChild.textContent = `retrieval-tip sort ${quoted(state.info.name)} photos --into fixed`;
+  $("audit-next").hidden = !done.sort;
+  $("audit-next").lastElementChild.textContent = done.sort;
   const told = [what, ...(done.warnings ?? [])].join(". ");
   const more = undoable(`${told}.`, before, done.version);
   heading.focus();
   gained(accuracy).then((gain) => gain && more(`${told}.${gain}`));
 }
 
-/** Quote a word for a shell. */
-const quoted = (word) => (/^[\w.-]+$/.test(word) ? word : `'${word.replaceAll("'", "'\\''")}'`);
 const examples = (number) => plural(number, "example photo");
 const move = (some, label, heading) =>
   changed(`Moved ${examples(some.length)} to ${label}`, () => state.relabel(some.map((shot) => [shot.key_id, label])), heading);

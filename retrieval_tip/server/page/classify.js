@@ -19,9 +19,6 @@ const refused = new Map(); // names of skipped files by reason
 let leaving = new AbortController(); // aborts requests to an index that is no longer open
 let moving = new AbortController(); // aborts requests for another version
 
-/** Return the open photo, or else the active photo, or else the first photo, or null if there are no photos. */
-export const looked = () => drawer.openPhoto() ?? grid.active ?? photos[0] ?? null;
-
 const grid = new Grid($("grid"), {
   image: (photo) => photo.image(240, ""),
   tile,
@@ -30,12 +27,11 @@ const grid = new Grid($("grid"), {
     $("drawer").focus({ preventScroll: true });
   },
   chosen: showChosen,
-  accepted: (all) => acceptAll(all && folder().length ? onScreen() : acting()),
+  accepted: (all) => (all && folder().length ? $("screen-right").click() : acceptAll(acting())),
   pressed(event) {
     const { key } = event;
     if (key === "Delete") putAway(acting());
     else if (key === "Escape" && drawer.openPhoto()) drawer.leave();
-    else if (key === "A" && isBare(event)) acceptAll(acting());
     else if (/^[123]$/.test(key) && isBare(event)) teachChoice(Number(key) - 1);
     else if (key.length === 1 && isBare(event) && acting().length && state.info.changes) {
       if (!grid.selected.size) grid.select(acting());
@@ -89,8 +85,13 @@ function refuse(file, error) {
 
 const folder = () => photos.filter(({ inFolder }) => inFolder);
 let told = ""; // the state of the session whose answers are shown, or are being fetched
-let alike = []; // groups of photos of the session without a match
-let outdated = true; // whether photos are sorted again when there are new answers
+let alike = []; // groups of photos of the session without a match that are shown
+let newAlike = []; // the newest groups, which are shown with the next screen
+let held = []; // photos whose newest answer is shown with the next screen, because a person looks at an earlier one
+
+/** Whether the answers on the screen are out of date, because the person has just come to it. Nobody can confirm them. */
+const isOld = () => $("grid").ariaBusy === "true";
+const setOld = (is) => ($("grid").ariaBusy = String(is));
 
 /** Show the labels and answers of all photos of the session. */
 async function showFolder() {
@@ -108,25 +109,44 @@ async function showFolder() {
   photos.push(...fresh);
   for (const one of fresh) known.set(one.number, one);
   for (const one of answer.photos) known.get(one.photo).tell(one);
-  alike = answer.groups.map((numbers) => numbers.map((number) => known.get(number)));
+  newAlike = answer.groups.map((numbers) => numbers.map((number) => known.get(number)));
+  held = [...known.values()];
   if (fresh.length === answer.photos.length) $("filter-state").value = "rest";
-  if (outdated) resort();
-  else arrange();
-  outdated = fresh.length > 0;
+  if (isOld() || !grid.onScreen().length) turn();
+  else release(fresh.length ? arrange : showSoon);
   if (document.activeElement === document.body) $("grid").focus({ preventScroll: true });
 }
 session.addEventListener("state", () => (showFolder(), $("classify-view").hidden || showSoon()));
+addEventListener("hashchange", () => ((told = ""), setOld(folder().length > 0)));
 
-/** Give photos of the session labels, as [photo, label] pairs, and offer to undo this. */
-function relabel(pairs) {
+/** Show the newest answers of photos that nobody looks at. New photos come last. */
+function release(show = showSoon) {
+  const looked = new Set([...grid.onScreen(), ...alike.flat(), drawer.openPhoto()]);
+  for (const photo of held) if (!looked.has(photo)) photo.renew();
+  held = held.filter((photo) => looked.has(photo));
+  show();
+}
+addEventListener("scroll", framed(() => held.length && release()), { passive: true, capture: true });
+
+/** Begin the next screen, with the newest answers in a new order. */
+function turn() {
+  for (const photo of held) photo.renew();
+  held = [];
+  alike = newAlike;
+  setOld(false);
+  resort();
+}
+
+/** Give photos of the session labels, as [photo, label] pairs, show what follows, and offer to undo this. */
+function relabel(pairs, follow = arrange) {
   const which = pairs.map(([photo]) => photo);
   const before = which.map(({ taught }) => taught);
   const steps = session.label(pairs.map(([photo, label]) => [photo.number, label]));
   for (const [photo, label] of pairs) photo.taught = label;
   const goOn = next(which);
   grid.select([]);
-  arrange();
-  if (!drawer.openPhoto()) goOn();
+  follow();
+  if (!drawer.openPhoto()) goOn(document.activeElement === $("grid")); // pressing a button does not scroll
   const names = new Set(pairs.map(([, label]) => label));
   const to = names.size === 1 ? [...names][0] : plural(names.size, "class", "classes");
   notice(`Labelled ${plural(pairs.length, "photo")} as ${to}.`, async () => {
@@ -180,6 +200,7 @@ async function keepAll(files) {
     done += kept ? 1 : 0;
   }
   notice(`Added ${plural(done, "photo")} to the session.`);
+  setOld(true); // so that these photos are sorted in at once
   await session.fetch();
 }
 
@@ -220,9 +241,8 @@ function progress() {
   $("progress").textContent =
     (left ? `${count(photos.length - left)} of ${plural(photos.length, "photo")} done`
       : own.length === photos.length && own.length ? `${plural(rest, "photo")} without a label${expected(rest)}` : plural(photos.length, "photo")) +
-    (no_match ? ` · ${no_match} with no match` : "");
+    (no_match ? ` · ${count(no_match)} with no match` : "");
   $("screen-right").hidden = !own.length;
-  $("reviewed").hidden = !session.now?.progress?.done;
   const done = wasBusy && !left;
   wasBusy = left > 0;
   if (done) {
@@ -290,8 +310,7 @@ const STATES = { // what to show, and a function that tells whether a photo is s
 };
 const SORTS = { // an order, and a function that compares two photos
   doubt: ["Least certain first", (a, b) => (a.taught !== null) - (b.taught !== null) || b.rank - a.rank],
-  sure: ["Most certain first", (a, b) => a.rank - b.rank],
-  class: ["By class", (a, b) => classOf(a).localeCompare(classOf(b))],
+  class: ["By class", (a, b) => a.kind.localeCompare(b.kind)],
   name: ["By name", (a, b) => a.name.localeCompare(b.name, undefined, { numeric: true })],
   new: ["Newest first", () => 0],
 };
@@ -300,7 +319,7 @@ const classOf = (photo) => photo.taught ?? (photo.no_match ? "" : (photo.winner?
 
 /** Sort some photos by their current answers. The others keep their order, because a person is looking at them. */
 function resort(some = photos) {
-  for (const photo of some) photo.rank = photo.doubt;
+  for (const photo of some) Object.assign(photo, { rank: photo.doubt, kind: classOf(photo) });
   arrange();
 }
 
@@ -322,7 +341,7 @@ $("filters").addEventListener("click", () => {
 });
 for (const [id, table] of [["sort", SORTS], ["filter-state", STATES]]) {
   $(id).append(...Object.entries(table).map(([value, [text]]) => el("option", { value }, text)));
-  $(id).addEventListener("change", () => resort());
+  $(id).addEventListener("change", turn);
 }
 $("filter").addEventListener("input", debounced(120, arrange));
 
@@ -331,7 +350,7 @@ $("filter").addEventListener("input", debounced(120, arrange));
 function open(photo) {
   drawer.open(photo);
   grid.go(photo);
-  if (photo.inFolder && !photo.feature) reported(async () => (await photo.fetch(), askAgain([photo])));
+  if (photo.inFolder && !photo.current) reported(async () => (photo.feature || (await photo.fetch()), askAgain([photo])));
 }
 
 /** Open the photo that follows the open one in the grid, or precedes it. */
@@ -366,6 +385,7 @@ function showChosen() {
     $("selection-class").replaceChildren(el("option", { value: "" }, "class…"), ...names.map((name) => el("option", {}, name)));
   }
   $("selection").hidden = !number;
+  $("screen-right").disabled = number > 0; // the bar of the selection covers photos
   $("selection-count").textContent = `${number} selected`;
   $("selection-form").hidden = $("selection-class").hidden = !can;
   $("selection-right").hidden = !can || !acting().some(acceptable);
@@ -386,19 +406,19 @@ const field = classForm($("selection-form"), "", classNames, (label) => {
 $("selection-class").addEventListener("change", ({ target }) => target.value && teach(acting(), target.value));
 field.addEventListener("keydown", (event) => event.key === "Escape" && $("grid").focus({ preventScroll: true }));
 const onScreen = () => grid.onScreen($("bar").getBoundingClientRect().bottom);
-$("screen-right").addEventListener("click", () => acceptAll(onScreen()));
+$("screen-right").addEventListener("click", ({ detail }) => detail < 2 && acceptAll(onScreen())); // a double click is one answer
 $("selection-right").addEventListener("click", () => acceptAll(acting()));
 $("selection-none").addEventListener("click", () => (grid.select([]), $("grid").focus()));
 $("selection-away").addEventListener("click", () => (putAway(acting()), $("grid").focus()));
 
-const acceptable = (photo) => photo.shown && !photo.no_match && photo.taught === null && !photo.judgedByOthers;
+const acceptable = (photo) =>
+  photo.shown && !photo.no_match && !photo.group && photo.taught === null && !photo.judgedByOthers && !photo.busy && !(photo.inFolder && isOld());
 
 async function acceptAll(which) {
   if (!state.info.changes) return;
   const since = state.info.version;
   const own = which.filter((photo) => photo.inFolder && acceptable(photo));
-  if (own.length) relabel(own.map((photo) => [photo, photo.winner.label]));
-  outdated ||= own.length > 1;
+  if (own.length) relabel(own.map((photo) => [photo, photo.winner.label]), own.length > 1 ? turn : arrange);
   const some = which.filter((photo) => !photo.inFolder && acceptable(photo));
   for (const [label, own] of Map.groupBy(some, ({ winner }) => winner.label)) {
     if (!(await teach(own, label))) return;
@@ -439,7 +459,7 @@ export async function teach(all, label) {
 /** Return a function that activates the photo that has taken the place of the first of some photos. */
 function next(which) {
   const at = Math.max(0, Math.min(...which.map((photo) => grid.items.indexOf(photo))));
-  return () => grid.go(grid.items[Math.min(at, grid.items.length - 1)]);
+  return (scroll) => grid.go(grid.items[Math.min(at, grid.items.length - 1)], scroll);
 }
 
 function remove(which) {
@@ -478,7 +498,7 @@ state.addEventListener("index", () => {
 state.addEventListener("version", () => {
   moving.abort();
   moving = new AbortController();
-  askAgain(photos.filter(({ feature }) => feature));
+  askAgain(photos.filter(({ feature, inFolder, busy }) => feature && (!inFolder || busy)));
   progress();
   showFolder();
 });

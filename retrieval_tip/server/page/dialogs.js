@@ -46,17 +46,16 @@ export async function classMeant(text, classes) {
   const { label, near } = meant(text, classes);
   if (!near) return label;
   const onkeydown = (event) => {
-    if (event.key !== "Enter" || !(event.shiftKey || event.repeat)) return;
-    event.preventDefault();
-    if (!event.repeat) event.target.closest("dialog").close("new");
+    if (event.key === "2") event.target.closest("dialog").close("near");
+    else if (event.repeat) event.preventDefault(); // the key is held since it opened the dialog
   };
   const choice = (value, name, keys, properties) => {
     const content = [el("span", {}, name), " ", el("kbd", {}, keys)];
     return el("button", { value, onkeydown, aria: { keyshortcuts: keys }, ...properties }, ...content);
   };
-  const other = choice("new", `New class “${text}”`, "Shift+Enter", {});
-  const known = choice("near", near, "Enter", { class: "primary", autofocus: true });
-  return { new: text, near }[await ask("alike", `New class “${text}”, or ${near}?`, [], [other, known])];
+  const typed = choice("new", `New class “${text}”`, "Enter", { class: "primary", autofocus: true });
+  const known = choice("near", near, "2", {});
+  return { new: text, near }[await ask("alike", `New class “${text}”, or ${near}?`, [], [known, typed])];
 }
 
 /** Fill a form with a field for a class and a button. `call(label)` gets the class that an entered text means. Return the

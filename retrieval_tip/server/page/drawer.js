@@ -3,21 +3,14 @@
 import * as api from "./api.js";
 import { classNames, step, teach } from "./classify.js";
 import { classForm } from "./dialogs.js";
-import { $, attempt, chips, cut, el, isBare, nameOf, percent, picture, plural, short } from "./dom.js";
-import { answerOf, parameters } from "./photo.js";
+import { $, chips, cut, el, isBare, nameOf, percent, picture, plural, short } from "./dom.js";
 import { state } from "./state.js";
 
 const SWIPED = 64; // px that a finger moves to the side to confirm or refuse the answer
-const STILL = 60; // ms between requests while a slider moves
-const STEPS = 60; // number of steps of a slider per decade
 
 let photo = null;
-let seen = null; // the photo, with the answer for the values of the sliders
 let wrong = null; // the photo whose answer is wrong
-let due = 0; // the timer of the next request for other settings
 let touched = null; // where a finger was put down
-let trying = new AbortController(); // aborts the last request for other settings
-let pending = 0; // number of these requests that have no answer yet
 
 export const openPhoto = () => photo;
 
@@ -25,7 +18,7 @@ const clicks = {
   "drawer-close": leave,
   "drawer-previous": () => step(-1),
   "drawer-next": () => step(1),
-  "drawer-right": () => give(seen.winner.label),
+  "drawer-right": () => give(photo.winner.label),
   "drawer-wrong": correct,
 };
 for (const [id, onclick] of Object.entries(clicks)) $(id).addEventListener("click", onclick);
@@ -33,9 +26,9 @@ $("drawer").addEventListener("keydown", (event) => {
   if (event.key === "Escape") leave();
   else if (event.target.closest("input, select, summary") || !isBare(event)) return;
   else if (event.key === "ArrowLeft" || event.key === "ArrowRight") step(event.key === "ArrowLeft" ? -1 : 1);
-  else if (/^[123]$/.test(event.key)) give(seen?.choices[Number(event.key) - 1]);
+  else if (/^[123]$/.test(event.key)) give(photo?.choices[Number(event.key) - 1]);
   else if (event.key === "w") correct();
-  else if (event.key === "Enter" && !event.target.closest("button") && !$("drawer-right").hidden) give(seen.winner.label);
+  else if (event.key === "Enter" && !event.target.closest("button") && !$("drawer-right").hidden) give(photo.winner.label);
   else return;
   event.preventDefault();
 });
@@ -67,7 +60,6 @@ function give(label) {
 export function open(which) {
   const another = which !== photo;
   photo = which;
-  if (another) restore();
   $("drawer").hidden = false;
   document.body.classList.add("drawn");
   if (another) {
@@ -93,8 +85,8 @@ export function leave() {
 
 export function show() {
   if (!photo) return;
-  const { shown, winner } = seen;
-  $("drawer").ariaBusy = String(photo.busy || due > 0 || pending > 0);
+  const { shown, winner } = photo;
+  $("drawer").ariaBusy = String(photo.busy);
   $("drawer-file").textContent = cut(photo.name, 40);
   $("drawer-file").title = photo.name;
   $("drawer-state").textContent = photo.problem?.message ?? (photo.busy ? "Classifying…" : "");
@@ -104,9 +96,9 @@ export function show() {
     $("drawer-probability").textContent = "";
     return;
   }
-  $("drawer-title").textContent = seen.no_match ? "No match" : cut(winner.label, 40);
+  $("drawer-title").textContent = photo.no_match ? "No match" : cut(winner.label, 40);
   $("drawer-title").title = winner.label;
-  $("drawer-probability").textContent = seen.no_match ? "" : percent(winner.probability);
+  $("drawer-probability").textContent = photo.no_match ? "" : percent(winner.probability);
   $("drawer-notes").replaceChildren(...notes());
   showCorrection();
   showDecided();
@@ -115,14 +107,14 @@ export function show() {
 
 function notes() {
   const lines = [];
-  if (seen.no_match) lines.push(`This photo does not resemble any example photo. The closest guess is ${seen.winner.label}.`);
-  if (seen.group) lines.push(`The ${seen.group.level} is ${seen.group.label}, ${percent(seen.group.probability)}.`);
-  const others = seen.given?.slice(1).filter(({ gives }) => gives > 0) ?? [];
-  if (others.length && seen.winner === seen.best) {
-    const [itself] = seen.given;
-    const changed = itself.label === seen.winner.label ? "" : `, which alone would be ${itself.label}`;
+  if (photo.no_match) lines.push(`This photo does not resemble any example photo. The closest guess is ${photo.winner.label}.`);
+  if (photo.group) lines.push(`The ${photo.group.level} is ${photo.group.label}, ${percent(photo.group.probability)}.`);
+  const others = photo.given?.slice(1).filter(({ gives }) => gives > 0) ?? [];
+  if (others.length && photo.winner === photo.best) {
+    const [itself] = photo.given;
+    const changed = itself.label === photo.winner.label ? "" : `, which alone would be ${itself.label},`;
     const names = others.map(({ input, label }) => `${nameOf(input)} (${label})`).join(", ");
-    lines.push(`This photo${changed}, gives ${percent(itself.gives)} of the probability. Similar photos give the rest: ${names}.`);
+    lines.push(`This photo${changed} gives ${percent(itself.gives)} of the probability. Similar photos give the rest: ${names}.`);
   }
   if (photo.taught) lines.push(`You added this photo as an example of ${photo.taught}.`);
   if (photo.judgedByOthers) lines.push("This photo is one of the examples, so only the other examples count here.");
@@ -138,11 +130,11 @@ function showCorrection() {
   $("drawer-correction").hidden = !can || (wrong !== photo && !photo.no_match);
   $("drawer-which").textContent = photo.no_match ? "What is it?" : "Which class is right?";
   $("drawer-refused").hidden = can;
-  $("drawer-chips").replaceChildren(...chips(can ? seen.choices : [], give));
+  $("drawer-chips").replaceChildren(...chips(can ? photo.choices : [], give));
 }
 
 function showDecided() {
-  const { supporting, opposing } = seen.shown;
+  const { supporting, opposing } = photo.shown;
   const most = Math.max(1e-300, ...[...supporting, ...(opposing ? [opposing] : [])].map(strength));
   const [first, ...others] = supporting.map((key) => decidedRow(key, most));
   $("decided").replaceChildren(first ?? "");
@@ -160,7 +152,7 @@ function decidedRow(key, most) {
   const { key_id: keyId, affinity, gives: [contribution] } = key;
   const moved = el("i", { class: contribution > 0 ? "for" : "against", aria: { hidden: "true" } });
   moved.style.setProperty("--p", strength(key) / most);
-  const label = cut(contribution ? seen.shown.rows[0].label : key.label);
+  const label = cut(contribution ? photo.shown.rows[0].label : key.label);
   const points = contribution ? `${Number(Math.abs(contribution).toPrecision(2))} points` : "speaks";
   const image = picture(api.pictureOf(state.info.name, keyId), 240, nameOf(key.source));
   const name = el("span", { class: "name", title: key.label }, cut(key.label));
@@ -179,88 +171,5 @@ function showLogits() {
     const cells = [cell("p", p, percent(p)), cell("text-part", text, short(text)), cell("cache-part", cache, short(cache))];
     return el("tr", { data: { label } }, el("th", { scope: "row" }, label), ...cells);
   };
-  $("logits").replaceChildren(...seen.shown.rows.map(row));
-}
-
-// --- sliders, which show what the answer would be with other settings ---
-
-/** Return the stops of a slider. They are 0 and a logarithmic scale of `decades` on either side of a setting. */
-function stopsAround(own, decades) {
-  const middle = own > 0 ? own : 1;
-  const stop = (i) => (i === 0 ? middle : Number((middle * 10 ** (i / STEPS)).toPrecision(4)));
-  return [0, ...Array.from({ length: 2 * decades * STEPS + 1 }, (_, i) => stop(i - decades * STEPS))];
-}
-
-/** Return the stops of k. They are all small numbers, then numbers in steps of 3 %, and finally all keys. */
-function stopsUpTo(n) {
-  const stops = [];
-  for (let k = 1; k < n; k = Math.max(k + 1, Math.round(k * 1.03))) stops.push(k);
-  return [...stops, "all"];
-}
-
-const SLIDERS = { // the label, what its ends mean, and its stops, given the setting of the index and the number of examples
-  alpha: ["What counts more", ["class names", "photos"], (own) => stopsAround(own, 3)],
-  beta: ["Which examples count", ["all examples", "only very similar ones"], (own) => stopsAround(own, 2)],
-  k: ["How many examples count", ["only one", "all"], (_, n) => stopsUpTo(n)],
-};
-const values = {}; // of each slider
-const stops = {}; // of each slider
-
-for (const [name, [text, ends]] of Object.entries(SLIDERS).reverse()) {
-  const moved = ({ target }) => {
-    values[name] = stops[name][target.value];
-    due ||= setTimeout(tryOut, STILL);
-    showValues();
-    show();
-  };
-  const meant = el("p", { class: "ends" }, ...ends.map((end) => el("span", {}, end)));
-  const slider = el("input", { id: name, type: "range", oninput: moved });
-  $("settings-title").after(el("div", { class: "setting" }, el("label", { htmlFor: name }, text), slider, meant));
-}
-
-const isOwn = () => Object.entries(values).every(([name, value]) => value === state.info[name]);
-
-function showValues() {
-  const { k, alpha, beta } = values;
-  for (const [name, value] of Object.entries(values)) $(name).dataset.value = $(name).ariaValueText = value;
-  $("k").ariaValueText = k === "all" ? "all examples" : plural(k, "example");
-  $("reset").disabled = isOwn();
-  $("command").textContent = `--alpha ${alpha} --beta ${beta} -k ${k}`;
-}
-
-/** Set the sliders to the settings of the index, and show the photo's own answer. */
-function restore() {
-  trying.abort();
-  seen = photo;
-  if (!state.info) return;
-  $("alpha").parentElement.hidden = !state.info.text; // without class names, there are only photos
-  for (const [name, [, , stopsOf]] of Object.entries(SLIDERS)) {
-    const value = (values[name] = state.info[name]);
-    stops[name] = stopsOf(value, state.info.n);
-    const at = stops[name].findIndex((stop) => stop === value || stop >= value);
-    $(name).max = stops[name].length - 1;
-    $(name).value = at < 0 ? $(name).max : at;
-  }
-  showValues();
-}
-for (const event of ["index", "version"]) state.addEventListener(event, restore);
-$("reset").addEventListener("click", () => (restore(), show()));
-
-/** Show the answer for the values of the sliders. The photo itself keeps its answer. */
-function tryOut() {
-  due = 0;
-  if (!photo?.feature) return;
-  trying.abort();
-  trying = new AbortController();
-  const { signal } = trying;
-  return attempt($("settings-state"), async () => {
-    const asked = { ...parameters(), ...values, without: photo.without };
-    pending++;
-    const answer = api.classify(api.floats([photo.feature]), asked, { signal });
-    const { results } = await answer.finally(() => (pending--, show()));
-    signal.throwIfAborted();
-    const shown = { ...answerOf(results[0]), no_match: photo.no_match }; // the sliders do not change it
-    seen = isOwn() ? photo : Object.assign(Object.create(photo), { shown, best: null });
-    show();
-  });
+  $("logits").replaceChildren(...photo.shown.rows.map(row));
 }

@@ -37,7 +37,7 @@ export class Grid {
     element.addEventListener("pointerdown", (event) => this.#lasso(event));
     element.addEventListener("dragstart", (event) => event.preventDefault());
     element.addEventListener("keydown", (event) => this.#key(event));
-    element.addEventListener("focus", () => this.active ?? this.go(this.items[0]));
+    element.addEventListener("focus", () => this.active ?? this.go(this.onScreen()[0] ?? this.items[0], false));
   }
 
   /** Show items. */
@@ -62,11 +62,10 @@ export class Grid {
     return { x: (at % this.#columns) * (this.#wide + GAP), y: Math.floor(at / this.#columns) * this.#high };
   }
 
-  /** Return the items that are completely visible below a line of the window. */
-  onScreen(line) {
-    const { top } = this.element.getBoundingClientRect();
-    const isVisible = ({ y }) => top + y >= line && top + y + this.#high - GAP <= innerHeight;
-    return this.items.filter((item) => isVisible(this.#place(item)));
+  /** Return the items that are visible in the window, or those that are whole below a line of the window. */
+  onScreen(line = null) {
+    const isVisible = ({ top, bottom }) => (line === null ? bottom > 0 && top < innerHeight : top >= line && bottom <= innerHeight);
+    return this.items.filter((item) => this.#mounted.has(item) && isVisible(this.#mounted.get(item).getBoundingClientRect()));
   }
 
   /** Draw the tiles near the window. If `again` is true, also update tiles that have already been drawn. */
@@ -173,11 +172,11 @@ export class Grid {
   }
 
   /** Activate an item, and scroll to it. */
-  go(item) {
+  go(item, scroll = true) {
     if (!this.#at.has(item)) return;
     this.active = item;
     this.draw();
-    this.#mounted.get(item).scrollIntoView({ block: "nearest" });
+    if (scroll) this.#mounted.get(item).scrollIntoView({ block: "nearest" });
   }
 
   #key(event) {
@@ -191,7 +190,7 @@ export class Grid {
       } else this.#anchor = to;
       this.go(to);
     } else if (event.key === " " && this.active) this.toggle(this.active);
-    else if (event.key === "Enter" && this.accepted && (event.shiftKey || this.selected.size)) this.accepted(event.shiftKey);
+    else if (event.key === "Enter" && this.accepted && (event.shiftKey || this.selected.size)) event.repeat || this.accepted(event.shiftKey);
     else if (event.key === "Enter" && this.active) this.opened(this.active);
     else if (event.key === "a" && (event.ctrlKey || event.metaKey)) this.select(this.items);
     else if (event.key === "Escape" && this.selected.size) this.select([]);

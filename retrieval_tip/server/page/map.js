@@ -2,7 +2,7 @@
 // event has the key ids of photos that were circled.
 
 import * as api from "./api.js";
-import { looked, photos } from "./classify.js";
+import { photos } from "./classify.js";
 import { $, count, cut, el, framed, picture, plural } from "./dom.js";
 import { state } from "./state.js";
 
@@ -12,7 +12,7 @@ const NAMED = 60; // maximum number of classes whose names are drawn
 const SIDE = 44; // side of an image and its cell, in px
 const BESIDE = [0, -34, 34, -52, 52]; // distances of a name from the middle of its class, best first, in px
 const NEAREST = 8; // number of keys that determine the place of a photo
-const RINGS = 500; // maximum number of new photos on the map
+const RINGS = 500; // maximum number of photos of the page on the map
 const canvas = $("map-canvas");
 const context = canvas.getContext("2d");
 const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -21,8 +21,7 @@ const soon = framed(draw);
 let map = null; // GET /v1/indexes/{name}/map, or null before it is opened
 let pictured = false; // whether the server has images of the examples
 let chosen = -1; // position of the key that the pointer was at
-let star = null; // the place of the open photo, or null
-let rings = []; // places of other new photos, and the class of their answers, or -1
+let rings = []; // places of the photos of the page, and the class of their answers, or -1
 let scale = 1;
 let centre = [0, 0]; // centre of the view, in map coordinates
 let drag = null; // { path, far, at, from } while a button is pressed; `path` is null while the map is moved
@@ -51,17 +50,13 @@ export function showMap(found, hasImages) {
 /** Forget the map, because another index is opened. */
 export const clear = () => (map = null);
 
-/** Mark the open photo with a star, and the other photos of the page with rings. */
+/** Mark the photos of the page with rings. */
 export function mark() {
   if (!map) return;
   const at = new Map(map.key_ids.map((id, i) => [id, i]));
-  const photo = looked();
   const answer = (one) => (one.no_match ? -1 : state.labels.indexOf(one.taught ?? one.winner?.label));
-  const others = photos.slice(0, RINGS).filter((one) => one !== photo);
-  star = photo && placeOf(photo, at);
-  rings = others.map((one) => [placeOf(one, at), answer(one)]).filter(([place]) => place);
-  canvas.dataset.star = star ? star.map((value) => value.toFixed(4)).join() : "";
-  $("map-star").textContent = star ? `★ ${cut(photo.name, 40)} is not on this map. The star marks the examples that it resembles most.` : "";
+  rings = photos.slice(0, RINGS).map((one) => [placeOf(one, at), answer(one)]).filter(([place]) => place);
+  canvas.dataset.rings = rings.map(([place]) => place.map((value) => value.toFixed(4))).join();
   soon();
 }
 
@@ -165,7 +160,6 @@ function draw() {
   context.globalAlpha = 1;
   dots(others.filter(([, classId]) => classId >= 0), radius);
   drawNames(seen, pictures, write);
-  if (star) write("28px system-ui", "★", ...pointOf(star));
   if (chosen >= 0) {
     dots([[keyPoint(chosen), ids[chosen]]], radius + 1);
     line(circles([keyPoint(chosen)], radius + 4), 2);

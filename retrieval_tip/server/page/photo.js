@@ -21,7 +21,8 @@ export class Photo {
   problem = null; // the reason why there is no answer
   busy = false;
   taught = null; // the class that the photo was added to
-  rank = 3; // the doubt when the photos were sorted
+  rank = 3; // the doubt, and
+  kind = ""; // the class, when the photos were sorted
 
   /** If the file is the image of a shot, its `keyId` is the key id of that shot. */
   constructor(file) {
@@ -100,6 +101,10 @@ export class Photo {
 
 /** A photo of the labelling session. The server has its file and its feature, and it can get another label. */
 export class FolderPhoto extends Photo {
+  best = null; // the answer of the session, to which similar photos contribute
+  given = []; // what the photo itself and similar photos give to this answer, as [{ input, label, gives }]
+  rank = -1; // after the photos that were sorted before
+
   constructor({ photo, name }) {
     super({ name: nameOf(name) });
     Object.assign(this, { inFolder: true, number: photo, path: name });
@@ -114,18 +119,28 @@ export class FolderPhoto extends Photo {
     return new File([await response.blob()], this.name);
   }
 
-  /** The answer of the session, to which similar photos contribute. */
   get winner() {
     return (this.shown && this.best) || super.winner;
   }
 
-  /** Store the label or the answer that the session has for all photos, and what the photo itself and similar photos give
-   *  to it, as [{ input, label, gives }]. A photo with a feature also has an answer of its own. */
-  tell({ label, guesses, no_match, similar = [] }) {
-    Object.assign(this, { taught: label, best: guesses[0], given: similar });
-    if (this.feature || !guesses.length) return;
+  /** Take the label that the session has for the photo. Its answer is only shown by `renew`. */
+  tell(newest) {
+    this.taught = newest.label;
+    this.newest = newest;
+  }
+
+  /** Show the newest answer of the session. The evidence for the answer before it is fetched again when it is needed. */
+  renew() {
+    const { guesses, no_match, similar = [] } = this.newest;
+    if (!guesses.length) return; // it has a label
     const rows = guesses.map((guess) => ({ ...guess, text: NaN, cache: NaN }));
-    this.shown = { no_match, rows, supporting: [], opposing: null };
+    const shown = { no_match, rows, supporting: [], opposing: null };
+    Object.assign(this, { best: guesses[0], given: similar, version: null, shown });
+  }
+
+  /** Store the evidence. The session decides about the answer, and whether it has no match. */
+  take(answer, result, without) {
+    return super.take(answer, { ...result, no_match: this.no_match, level: null }, without);
   }
 
   /** Fetch the feature, with which the photo is classified like any other photo. */
@@ -142,7 +157,7 @@ export const parameters = () => {
 };
 
 /** Return the server's answer to a photo, as the page uses it. */
-export function answerOf(result) {
+function answerOf(result) {
   const { no_match = false, neighbours: supporting, opposing, level } = result;
   const group = level && level !== state.info.levels[0] && !no_match ? result : null; // no class is sure
   return { no_match, rows: rowsOf(result), group, supporting, opposing };

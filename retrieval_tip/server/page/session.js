@@ -33,10 +33,10 @@ class Session extends EventTarget {
 
   #later() {
     clearTimeout(this.#polling);
-    this.#polling = setTimeout(() => this.#poll(), AGAIN);
+    this.#polling = setTimeout(() => this.follow(), AGAIN);
   }
 
-  async #poll() {
+  async follow() {
     try {
       await this.fetch();
     } catch (error) {
@@ -160,7 +160,7 @@ class Session extends EventTarget {
       this.#outbox.shift();
       this.#answered++;
       if (answer) this.#take(answer);
-      else await this.#poll();
+      else await this.follow();
     }
     this.#sending = false;
   }

@@ -2,16 +2,17 @@
 // of a labelling session.
 
 import { photos } from "./classify.js";
-import { $, el, plural } from "./dom.js";
+import { $, count, debounced, el, percent, plural } from "./dom.js";
 import { session } from "./session.js";
 import { state } from "./state.js";
 import { classFolder, safe, zip } from "./zip.js";
 
 const SURE = 0.5; // below this probability, an answer is more likely wrong than right
-let action = "copy"; // what Undo undoes
+let asked = null; // what Finish does, if it is known
+let finished = null; // what Undo undoes
 
 const answered = () => photos.filter(({ shown, taught }) => shown || taught !== null);
-const tell = (text) => ($("finish-said").textContent = text);
+const tell = (...texts) => $("finish-said").replaceChildren(...texts.flat());
 
 /** Do some work, and tell its result, or the reason why it failed. */
 async function told(work) {
@@ -67,34 +68,57 @@ async function packed() {
 }
 
 /** Sort the photos of the session into folders, write keywords, or undo this. */
-const sort = (options) =>
+const sort = (undo) =>
   told(async () => {
-    const done = await state.sortPhotos({ into: $("finish-into").value.trim(), action, ...options });
-    $("finish-undo").hidden = !done || options.undo;
-    const skipped = done?.skipped.map(({ source, reason }) => ` ${source}: ${reason}.`) ?? [];
-    return done ? `${done.summary}.${skipped.join("")}${options.undo ? "" : ` To undo this later, run: ${done.undo}`}` : "";
+    finished = undo ? finished : asked;
+    const done = await state.sortPhotos({ ...finished, undo });
+    if (!done) return ""; // there is no token
+    $("finish-undo").hidden = undo;
+    for (const id of ["finish-go", "finish-open"]) $(id).classList.toggle("primary", undo);
+    const skipped = done.skipped.map(({ source, reason }) => ` ${source}: ${reason}.`);
+    return [`${done.summary}.`, ...skipped, ...(undo ? [] : [" To undo this later, run ", el("code", {}, done.undo)])];
   });
+
+/** Read what to do, and show the folder and the number of photos that are set aside, before Finish can be pressed. */
+async function plan() {
+  if (!session.now) return;
+  const what = new FormData($("finish-form")).get("finish");
+  const [into, wrong, labelled, xmp] = [$("finish-into"), $("finish-wrong").value, what === "labelled", what === "xmp"];
+  into.disabled = into.parentElement.hidden = xmp;
+  const mine = { into: into.value.trim(), action: labelled ? "copy" : what, labelled, at_most_wrong: wrong ? Number(wrong) / 100 : null };
+  asked = mine;
+  await told(async () => {
+    const done = await state.sortPhotos({ ...mine, dry_run: true });
+    if (asked !== mine || !done) return "";
+    if (document.activeElement !== into) into.value = done.folder;
+    $("finish-go").disabled = false;
+    $("finish-go").classList.add("primary");
+    const { "not sure": unsure, "no match": none } = done.aside;
+    const aside = [unsure && `${count(unsure)} below ${percent(done.least ?? SURE)} (“not sure”)`, none && `${count(none)} without a match (“no match”)`];
+    const apart = aside.filter(Boolean).join(" and ");
+    const goal = xmp ? `${plural(done.photos, "photo")} can get keywords.` : `${plural(done.photos, "photo")} go to ${done.folder}.`;
+    return `${goal} ${apart ? `Set aside: ${apart}.` : "None is set aside."}`;
+  });
+}
+const planSoon = debounced(300, plan);
+
+function replan() {
+  tell();
+  asked = null;
+  $("finish-go").disabled = true;
+  planSoon();
+}
 
 $("finish-open").addEventListener("click", () => {
   $("finish-folders").hidden = $("finish-go").hidden = !session.now;
   $("finish-into").value ||= `${session.now?.index}-sorted`;
-  tell("");
   $("finish-undo").hidden = true;
   $("finish").showModal();
+  replan();
 });
-$("finish-form").addEventListener("submit", (event) => {
-  event.preventDefault();
-  const what = new FormData(event.target).get("finish");
-  const wrong = $("finish-wrong").value;
-  const labelled = what === "labelled";
-  action = labelled ? "copy" : what;
-  sort({ labelled, at_most_wrong: wrong ? Number(wrong) / 100 : null });
-});
-$("finish-form").addEventListener("change", () => {
-  const into = $("finish-into");
-  into.disabled = into.parentElement.hidden = $("finish-xmp").checked;
-});
-$("finish-undo").addEventListener("click", () => sort({ undo: true }));
+$("finish-form").addEventListener("input", replan);
+$("finish-form").addEventListener("submit", (event) => (event.preventDefault(), sort(false)));
+$("finish-undo").addEventListener("click", () => sort(true));
 $("finish-close").addEventListener("click", () => $("finish").close());
 $("finish-csv").addEventListener("click", () => told(table));
 $("finish-zip").addEventListener("click", () => told(packed));

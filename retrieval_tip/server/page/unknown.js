@@ -12,14 +12,14 @@ const GROUPS = 5; // number of groups to show
 const LEAST = 4; // smallest group of photos of a folder to show, because other photos can be selected as quickly
 const SHOWN = 48; // number of photos to show per group
 
-let asked = ""; // the photos that are grouped, or are being grouped
+let asked = ""; // the photos that are grouped, or are being grouped. Nothing else replaces a form with a typed name.
 
 /** Group the photos that have no match, and show the groups, after groups that are `known` already. */
 export async function showUnknown(photos, known) {
   const isUnknown = (photo) => photo.no_match && photo.taught === null;
   const no_match = photos.filter(isUnknown);
   const groups = known.map((some) => some.filter(isUnknown)).filter((some) => some.length >= LEAST).slice(0, GROUPS);
-  const now = [state.info?.name, state.info?.version, ...[...groups, no_match].flat().map(({ id }) => id)].join();
+  const now = [state.info?.name, no_match.length && state.info.version, ...[...groups, no_match].flat().map(({ id }) => id)].join();
   if (now === asked) return;
   asked = now;
   const again = () => ((asked = ""), showUnknown(photos, known));
