@@ -17,7 +17,7 @@ from tables import unit_rows, write_table
 
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_source
-from retrieval_tip.errors import RetrievalTipError
+from retrieval_tip.errors import RetrievalTipError, warn_once
 from retrieval_tip.index import changes
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import build_index
@@ -78,7 +78,7 @@ def place(request, built, tmp_path):
 
 @pytest.fixture(autouse=True)
 def _untold():
-    store_versions.warn_of_loss.cache_clear()
+    warn_once.cache_clear()
 
 
 def own(place):

@@ -22,7 +22,6 @@ import datetime
 import errno
 import hashlib
 import json
-import logging
 import os
 import re
 import time
@@ -30,7 +29,6 @@ import uuid
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import cache
 from importlib.metadata import version as version_of
 from io import BytesIO
 from pathlib import Path
@@ -41,7 +39,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from retrieval_tip.errors import InputError, StoreError, UsageError, first_line
+from retrieval_tip.errors import InputError, StoreError, UsageError, first_line, warn_once
 from retrieval_tip.files import TEMPORARY, real, remove_leftovers, sha256_of
 from retrieval_tip.settings import Verify, check_choice
 from retrieval_tip.store.files import FILE_NAME, BucketFiles, LocalFiles, check_name, lies_in, locked, read_array
@@ -67,7 +65,6 @@ UNREAD = "in an earlier format, which is no longer read"
 UNFINISHED = datetime.timedelta(hours=24)
 """Age after which a file in a bucket to which no manifest refers is considered left over by a killed writer."""
 
-log = logging.getLogger(__name__)
 _ZEROS = bytes(1 << 20)
 _MANIFEST = re.compile(r"manifests/(\d{6,12})\.json")
 
@@ -339,7 +336,7 @@ class Versions:
             names = self.names()
             loss = newest.loss(self, max(names, default=0))
             if loss is not None:
-                warn_of_loss(loss)
+                warn_once(loss)
             if not names:
                 what = "no such folder" if self.local is not None and not self.local.exists() else "not an index"
                 if self.local is not None and (self.local / OLD).exists():
@@ -663,12 +660,6 @@ class Check:
         for future in self._problems:
             if problem := future.result():
                 raise StoreError(f"{problem}; restore the file or an earlier version, or build the index again")
-
-
-@cache
-def warn_of_loss(loss: str) -> None:
-    """Log the loss of a version as a warning, once."""
-    log.warning("%s", loss)
 
 
 def created() -> dict[str, Any]:
