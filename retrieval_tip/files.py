@@ -154,9 +154,7 @@ def sync(folder: Path) -> None:
 
 
 def check_out(path: Path) -> None:
-    """Raise InputError if a path is a folder, or lies in a folder that does not exist."""
-    if path.is_dir():
-        raise InputError(f"{show(path)}: is a folder; give a file name")
+    """Raise InputError if a path lies in a folder that does not exist."""
     if not path.parent.is_dir():
         raise InputError(f"{show(path)}: there is no folder {show(path.parent)}; create it first")
 

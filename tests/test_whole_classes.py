@@ -11,7 +11,6 @@ from dense import Case, affinity, cache_logits, cases, shots_like_clip
 from dense import betas as some_betas
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sealing import body_of, manifest_of, resealed, sealed
 from tables import unit
 
 from retrieval_tip import Index, tip, verify
@@ -262,18 +261,3 @@ def test_an_index_of_other_keys_or_another_type_is_refused(tmp_path, material):
     replace(cache, rows=replace(cache.rows, index=keys)).save(tmp_path / "type")
     with pytest.raises(StoreError, match="does not match the manifest"):
         Index.load(tmp_path / "type", device="cpu")
-
-
-def test_an_older_index_that_names_a_type_for_the_means_gives_its_answers(tmp_path, material):
-    array, ids, text, queries = material
-    cache = model(array, ids, C, text)
-    cache.save(tmp_path / "index")
-    VectorIndex.build(cache.retrieval.keys.means.numpy(), "HNSW8", "cpu").save(tmp_path / "means")
-    resealed(tmp_path / "index", "index", (tmp_path / "means").read_bytes())
-    body = body_of(tmp_path / "index") | {"index": "Classes,HNSW8"}
-    manifest_of(tmp_path / "index").write_bytes(sealed(body))
-    older = Index.load(tmp_path / "index", device="cpu")
-    assert older.index_type == "Classes"
-    check_same(older, model(array, ids, C, text), queries[:50])
-    older.save(tmp_path / "index")
-    assert body_of(tmp_path / "index")["index"] == verify(tmp_path / "index").index_type == "Classes"

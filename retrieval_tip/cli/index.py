@@ -467,8 +467,8 @@ def _say_relabelled(folder: Place, changed: Changed, to: str = "") -> None:
     manifest = store.manifest()
     if changed.key_ids and manifest.identity is not None:  # else the photos need --model
         into = "FOLDER" if Path("fixed").exists() else "fixed"
-        few = manifest.n <= LISTED
-        sources = store.read_labels(manifest, ["source"])["source"].fill_null("").to_pylist() if few else []
-        known = command("sort", folder, sources, "--into", into)
-        copy = known or command_line("sort", folder, "PHOTOS", "--into", into)
+        copy = command_line("sort", folder, "PHOTOS", "--into", into)
+        if manifest.n <= LISTED:
+            sources = store.read_labels(manifest, ["source"])["source"].fill_null("").to_pylist()
+            copy = command("sort", folder, sources, "--into", into) or copy
         note(f"Next: copy the photos into corrected folders ({copy})")

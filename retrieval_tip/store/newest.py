@@ -27,11 +27,6 @@ class Newest(NamedTuple):
     version: int = 0
     next_key_id: int = 1
 
-    @property
-    def name(self) -> str:
-        """Name of its file."""
-        return f"{FOLDER}/{self.version:06d}-{self.next_key_id}"
-
     @classmethod
     def read(cls, files: LocalFiles | BucketFiles) -> Newest:
         """Return the highest version. Read it before the manifests, because a commit may come in between.
@@ -39,7 +34,7 @@ class Newest(NamedTuple):
         A folder that cannot be read counts as missing. Raises StoreError if a bucket cannot be read.
         """
         with suppress(OSError):
-            return max(_all_of(files), default=cls())
+            return max(_all_of(files).values(), default=cls())
         return cls()
 
     def loss(self, place: object, current: int) -> str | None:
@@ -56,11 +51,11 @@ class Newest(NamedTuple):
 
     def write(self, files: LocalFiles | BucketFiles) -> None:
         """Note that this version was committed. Raises OSError or StoreError if the store refuses it."""
-        files.put(self.name, b"")
+        files.put(f"{FOLDER}/{self.version:06d}-{self.next_key_id}", b"")
         files.flush(FOLDER)
-        files.delete(own.name for own in _all_of(files) if own < self)
+        files.delete(name for name, newest in _all_of(files).items() if newest < self)
 
 
-def _all_of(files: LocalFiles | BucketFiles) -> list[Newest]:
+def _all_of(files: LocalFiles | BucketFiles) -> dict[str, Newest]:
     matches = map(_NAME.fullmatch, files.sizes(FOLDER))
-    return [Newest(int(match[1]), int(match[2])) for match in matches if match]
+    return {match[0]: Newest(int(match[1]), int(match[2])) for match in matches if match}
