@@ -146,8 +146,9 @@ def test_added_photos_become_the_keys_of_a_build(run, pictures, lit_mini, tmp_pa
     np.testing.assert_allclose(own, features_of(lit_mini, new), atol=1e-5)
     assert all(rows[i]["digest"] and rows[i]["source"].startswith(str(new)) for i in range(8, 12))
     image = next((new / "okapi").iterdir())
-    answer = rows_of(run("classify", pictures, image, "--format", "json", "--device", "cpu").stdout)
-    assert answer[0]["label"] == "okapi"
+    answer = run("classify", pictures, image, "--explain", "--format", "json", "--device", "cpu")
+    assert rows_of(answer.stdout)[0]["shot"] is True
+    assert "1 of 1 photo are shots of this index" in answer.stderr
 
 
 def test_add_uses_the_views_and_seed_of_the_index(run, lit_mini, tmp_path):

@@ -12,6 +12,7 @@ import subprocess
 import click
 import pytest
 from conftest import COMMANDS, ROOT
+from serving import caltech_photos
 from tables import tiny
 
 from retrieval_tip.errors import command_line
@@ -90,12 +91,13 @@ def shell(shared, tmp_path, warm_path, monkeypatch):
     monkeypatch.setenv("PATH", warm_path)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     (tmp_path / PLACE).mkdir()
+    photos = [path for path, _ in caltech_photos(shared, "train", len(PHOTOS), 12)]
     for name, number in PHOTOS.items():
-        files = sorted((shared / "data/caltech101/101_ObjectCategories" / name).iterdir())
-        for folder, own in (("my photos", files[:number]), ("more", files[number : 2 * number])):
-            (tmp_path / PLACE / folder / name).mkdir(parents=True)
-            for file in own:
-                shutil.copy(file, tmp_path / PLACE / folder / name)
+        files, photos = photos[:12], photos[12:]
+        for at, file in enumerate(files):
+            place = tmp_path / PLACE / ("my photos" if at < number else "more") / name
+            place.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, place / f"image_{at + 1:04}.jpg")
     ran = []
 
     def run(command, status=0, **placeholders):
