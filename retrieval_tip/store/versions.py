@@ -122,9 +122,9 @@ class Writer:
 
     def undo(self) -> None:
         """Remove the files of a change that failed, unless it was committed."""
-        for thread in threading.enumerate():
-            if thread.name.startswith("seal"):  # a signal while it was started has hidden it from its pool
-                thread.join()
+        # A signal hides a thread from its pool while it is started, so wait until none is left.
+        while any(thread.name.startswith("seal") for thread in threading.enumerate()):
+            time.sleep(0.001)
         with suppress(OSError, StoreError):
             for path in self._staged:
                 path.unlink(missing_ok=True)
