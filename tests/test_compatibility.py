@@ -135,3 +135,11 @@ def test_an_earlier_version_in_an_earlier_format_is_listed_and_kept_but_not_rest
     changes.gc(place, keep=1)
     assert store.history()["version"].to_pylist() == [kept]
     store.verify()
+
+
+def test_a_manifest_whose_format_is_damaged_is_not_taken_for_an_earlier_one(tmp_path):
+    place = copied("fitted", tmp_path)
+    path = Path(place) / "manifests/000001.json"
+    path.write_bytes(path.read_bytes().replace(b'"format_version": 11', b'"format_version": 10'))
+    refused(at(place).verify, "000001.json", "checksum")
+    refused(at(place).history, "000001.json", "checksum")

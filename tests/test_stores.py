@@ -706,6 +706,7 @@ def refusing(pets, reader, name):
     return calls
 
 
+@pytest.mark.timeout(400)
 def test_damage_of_any_file_of_any_version_is_refused_by_name(fitted, capfd):
     """Nothing is changed on top of damage. In a bucket, ``verify`` reads the rows of a table instead of its files."""
     pets, reader = fitted

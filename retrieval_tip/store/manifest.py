@@ -166,8 +166,6 @@ class Manifest:
             raise StoreError(f"{name}: not the manifest of a retrieval-tip index")
         version = body.get("format_version")
         writer = ascii(body.get("created_by", "a newer version"))[:100].strip("'")
-        if type(version) is int and 0 < version < FORMAT_VERSION:
-            raise EarlierFormatError(f"{name}: index format {version}, which is no longer read; build the index again")
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise StoreError(
                 f"{name}: index format {version}, but this program reads {FORMAT_VERSION}; install {writer}"
@@ -178,6 +176,8 @@ class Manifest:
             sealed = False
         if not sealed:
             raise StoreError(f"{damaged} (its checksum does not match); {remedy}")
+        if type(version) is int and 0 < version < FORMAT_VERSION:
+            raise EarlierFormatError(f"{name}: index format {version}, which is no longer read; build the index again")
         if unknown := body.keys() - _ENTRIES:  # an unknown entry may change every answer
             raise StoreError(f"{name}: has unknown entries ({ascii(sorted(unknown))[:100]}); install {writer}")
         try:
