@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 import uvicorn
 from conftest import command_line
+from fastapi.testclient import TestClient
 
 from retrieval_tip import Index
 from retrieval_tip.index import places
@@ -111,6 +112,18 @@ def labelling_app(place, sources, reader, classes=(), limits=None, token="t"):
     session = Labelling(place, paths_of(sources), reader, classes)
     service = Service({one.name: one for one in served}, limits or Limits(), maker=maker)
     return create_app(service, token=token, labelling=session)
+
+
+class InProcess:
+    """A client of an ``app`` in this process, which subclasses make. ``http`` sends requests inside the context."""
+
+    def __enter__(self):
+        self.http = TestClient(self.app)
+        self.http.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.http.__exit__(*error)
 
 
 def app_of(*folders, limits=None, root=None, **options):

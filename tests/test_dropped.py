@@ -14,9 +14,8 @@ import httpx
 import killing
 import numpy as np
 import pytest
-from fastapi.testclient import TestClient
 from PIL import Image
-from serving import caltech_photos, labelling_app, server
+from serving import InProcess, caltech_photos, labelling_app, server
 
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_inputs
@@ -52,20 +51,12 @@ def photos(shared, tmp_path):
     return {f"{number:02}.jpg": label for number, (_, label) in enumerate(found)}
 
 
-class Session:
+class Session(InProcess):
     """A session in this process."""
 
     def __init__(self, folder, backbone, place=None):
         self.place = place or folder / "ix"
         self.app = labelling_app(self.place, list(open_inputs([str(folder / "photos")])), Reader(backbone))
-
-    def __enter__(self):
-        self.http = TestClient(self.app)
-        self.http.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self.http.__exit__(*error)
 
     def drop(self, *files, names=None, status=201):
         sent = [
@@ -154,7 +145,7 @@ def test_dropped_photos_are_shown_labelled_counted_and_finished(photos, tmp_path
         written = [*tmp_path.rglob("*.xmp")]  # a photo without a match has none
         assert answer["summary"].startswith(f"changed the keywords of {len(written)} photos")
         assert len(written) >= 16
-        undo = f"retrieval-tip classify {session.place} {tmp_path}/ix-dropped {tmp_path}/photos --format xmp --undo"
+        undo = f"retrieval-tip classify {session.place} {tmp_path}/photos {tmp_path}/ix-dropped --format xmp --undo"
         assert answer["undo"] == undo
         assert len([*tmp_path.glob("ix-dropped/*/*.xmp")]) >= 4
         assert session.post("/sort", into="none", action="xmp", undo=True)["summary"].startswith("restored")

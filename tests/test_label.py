@@ -13,11 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from serving import caltech_photos, labelling_app, server
+from serving import InProcess, caltech_photos, labelling_app, server
 
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.reader import Reader
@@ -81,7 +80,7 @@ def pool(shared, tmp_path_factory):
     return found | {copy.as_posix(): found[(folder / "0.jpg").as_posix()]}
 
 
-class Client:
+class Client(InProcess):
     """An HTTP client of a labelling session that knows the right labels."""
 
     def __init__(self, pool, place, backbone, *classes):
@@ -92,13 +91,8 @@ class Client:
         reader = Reader(backbone, cache=self.cache)
         self.app = labelling_app(place, self.sources, reader, classes, token=TOKEN)
 
-    def __enter__(self):
-        self.http = TestClient(self.app)
-        self.http.__enter__()
-        return self
-
     def __exit__(self, *error):
-        self.http.__exit__(*error)
+        super().__exit__(*error)
         self.cache.close()
 
     def status(self):

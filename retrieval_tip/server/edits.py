@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Query, Request
 
+from retrieval_tip.data.remote import absolute
 from retrieval_tip.data.sources import spelled_alike
 from retrieval_tip.data.tables import not_in_index
 from retrieval_tip.errors import InputError, Skipped, command_line, show
@@ -245,18 +246,20 @@ async def label_sort(service: TheService, labelling: TheLabelling, change: schem
     """
     give_time()
     version, known, reader = labelling.version(), labelling.photos, replace(labelling.photos.reader, skipped=[])
-    source = known.chosen(known.own(known.paths))
+    every = known.own(known.paths)
+    source = known.chosen(every)
+    paths = source.paths or ()
     folder = Path(os.path.expanduser(change.into)).absolute()  # noqa: PTH111 - "~nobody" may be the name of a folder
     xmp = change.action == "xmp"
     run = partial(service.run, labelling.encoding)
     if xmp:
         check_files([source], "xmp", "they have no sidecars")
     if change.undo:
-        done = await (run(undo_sidecars, source.paths or ()) if xmp else run(undo_sort, folder))
+        done = await (run(undo_sidecars, paths) if xmp else run(undo_sort, folder))
     elif version is None:
         raise Problem(404, "there are no labels yet; label some photos first")
     else:
-        some = known.own(labelling.labels() if change.labelled else known.paths)
+        some = known.own(labelling.labels()) if change.labelled else every
         reader = known.remembered(some) if change.dry_run else reader
         action: Action = "copy" if change.action == "xmp" else change.action
         most, smooth = change.at_most_wrong, not change.labelled and version.index.n <= service.limits.estimated
@@ -266,12 +269,11 @@ async def label_sort(service: TheService, labelling: TheLabelling, change: schem
             done = await run(write_planned, done, version.index.groups)
     undo = command_line("sort", "--undo", "--into", folder)
     if xmp:
-        inside = [known.path(photo) for photo in known.own(known.paths) if photo < MOST_PHOTOS]
-        paths = [*inside, str(labelling.dropped / "x")]
-        undo = photos.command("classify", labelling.place, paths, "--format", "xmp", "--undo") or ""
+        inside = [known.path(photo) for photo in every if photo < MOST_PHOTOS]
+        folders = [os.path.commonpath(inside or paths), *filter(os.path.isdir, [labelling.dropped])]
+        undo = command_line("classify", absolute(str(labelling.place)), *folders, "--format", "xmp", "--undo")
     summary = str(done) if done.threshold is None else f"{done}; {done.threshold}"
-    least = done.threshold and done.threshold.probability
     return {
-        "summary": summary, "undo": undo, "skipped": done.skipped, "folder": show(folder), "photos": len(done.rows),
-        "aside": done.aside, "least": least,
+        "summary": summary, "undo": undo, "skipped": done.skipped, "folder": show(folder),
+        "photos": len(done.rows), "aside": done.aside, "least": done.threshold and done.threshold.probability,
     }  # fmt: skip

@@ -132,7 +132,6 @@ class Writer:
 
     def put(self, kind: str, rows: int, *parts: bytes | memoryview) -> None:
         """Write the data file of this kind. In a bucket, a file that the parent version has is not sent again."""
-        self.begin()
         digest = hashlib.sha256()
         for part in parts:
             digest.update(part)
@@ -437,8 +436,7 @@ class Versions:
         """
         current = self.manifest()
         known = [*self.earlier(current), current]
-        unread = [number for number in self.names() if number < known[0].version]
-        rows = [{"version": number, "change": UNREAD} for number in unread]
+        rows = [{"version": number, "change": UNREAD} for number in self.names() if number < known[0].version]
         rows += [
             {name: getattr(manifest, name) for name in ("version", "parent", "created_by", "change")}
             | {
@@ -710,7 +708,7 @@ def _reserved(path: Path, shape: tuple[int, int], dtype: npt.DTypeLike) -> np.me
 def _remove_own(folder: Path) -> None:
     """Remove the files that a failed first version left behind. Only call this while you hold the lock."""
     with suppress(OSError):
-        for empty in (folder / "manifests", folder / NEWEST, folder / "data"):
+        for empty in (folder / "manifests", folder / "data"):
             if empty.exists():
                 empty.rmdir()
         (folder / "lock").unlink()
