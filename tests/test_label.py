@@ -475,6 +475,7 @@ def test_a_killed_session_keeps_its_labels_and_a_stopped_one_names_the_file_of_t
     (entry,) = map(json.loads, journal.read_text().splitlines())
     assert (entry["path"], entry["label"]) == (str(folder / "damaged.jpg"), "owl")
     assert f"{journal}: has 1 label that could not be saved (not a readable image" in printed[-1]
+    assert printed[-2] == "Labelled photos: 7 of 25\n"
     address, _, token = url.partition("/#token=")
     with (
         socket.create_server(("127.0.0.1", int(address.rpartition(":")[2]))),  # it may have received the token

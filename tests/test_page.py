@@ -1350,7 +1350,7 @@ def test_photos_are_labelled_by_keyboard_and_the_rest_is_finished(labelling, poo
             )
             expect(page.locator("#finish-said")).to_contain_text("Of 50 examples, each classified by the others, ")
             finish("copied 90 photos")
-            expect(page.locator("#finish-said")).to_contain_text("If the other photos are like these, at most ")
+            expect(page.locator("#finish-said")).to_contain_text("If the other photos are like them, at most ")
             placed = Counter(path.parent.name for path in sorted_.glob("*/*.jpg"))
             assert {name: int(number) for number, name in planned} == {
                 name: placed[name] for name in ("no match", "not sure") if placed[name]
@@ -1371,7 +1371,7 @@ def test_photos_are_labelled_by_keyboard_and_the_rest_is_finished(labelling, poo
         expect(page.locator("#index-accuracy")).to_be_hidden()  # this page has its own estimate
         page.click("#tab-classes")
         expect(page.locator("#index-accuracy")).to_contain_text("accurate on the examples")
-    assert printed[-1] == f"Labelled photos: 50 of 90. {others}\n"
+    assert printed[-1] == f"Labelled photos: 50 of 90; {others}\n"
     placed = [*sorted_.glob("*/*.jpg")]
     assert len(placed) == 90
     assert sum(path.parent.name == pool[path.name] for path in placed) > 80

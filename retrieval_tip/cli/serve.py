@@ -141,7 +141,7 @@ def label_command(
 
         service = Service(served, Limits(hosts=LOOPBACK), maker=maker)
         serve(create_app(service, token=token, private=token, labelling=labelling, ready=ready), listening)
-        note("Labelled photos: {labelled:,} of {photos:,}. {others}".format_map(labelling.status()))
+        note("Labelled photos: {labelled:,} of {photos:,}; {others}".format_map(labelling.status()).rstrip("; "))
         labelling.check_saved()
 
 

@@ -76,7 +76,7 @@ class Estimate:
         if number == 1:
             return f"The other photo is probably {'wrong' if most else 'right'}"
         others = f"of the other {number:,} photos are wrong"
-        return f"{least:,} to {most:,} {others} (about {wrong:,})" if least < most else f"Probably {most:,} {others}"
+        return f"{least:,} to {most:,} {others} (about {wrong:,})" if least < most else f"Probably {most} {others}"
 
 
 def estimate_rest(index: Index, key_ids: Sequence[int], rest: Features) -> Estimate:

@@ -168,7 +168,8 @@ class Labelling:
         """Return the state of the session and the next photos (see :func:`routes.label_status`)."""
         version, taken = self.version(), self._taken()
         own, shown = self.photos.own, list[Row]()
-        readable, labelled = len(self.photos) - len(own(self.photos.unreadable)), len(own(self.labels()))
+        readable = len(self.photos) - len(own(self.photos.unreadable))
+        labelled = len(own(self.labels()))
         found = (self._progress or {}).get("estimate")
         for one in self._queue.show(taken):
             guessed, others = self._facts.get(one.photo, (None, []))
