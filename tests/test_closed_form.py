@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from clusters import C, D, clusters, text_of, unit
-from conftest import examples, few, needs_real, parts_of
+from conftest import SOAK, examples, few, needs_real, parts_of
 from dense import affinity, cache_logits, discriminant, scatter, solved
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -189,6 +189,33 @@ def test_views_of_one_photo_stay_together():
     for held in folds.held:
         hidden = set(range(9)) - set(held.rows.tolist())
         assert hidden == {row + view for row in held.own.tolist() for view in (0, 1)}
+
+
+ORDERS = {"small": (6, 5), "two photos": (12, 2), "one photo": (8, 1), "more": (30, 8), "sampled": (80, 28)}
+"""Numbers of classes and of photos per class. The shares of encoders are chosen on a sample of the last set."""
+
+
+@pytest.mark.parametrize("encoders", [1, 2])
+@pytest.mark.parametrize("text", [False, True])
+@pytest.mark.parametrize("case", ORDERS)
+def test_the_order_of_the_rows_changes_no_answer(case, text, encoders):
+    c, shots = ORDERS[case]
+    names, queries = [f"class {i}" for i in range(c)], [clusters(3, 50 + i, c=c)[0] for i in range(encoders)]
+    parts = [clusters(shots, 7 + i, 0.6 + 0.2 * i, c)[0] for i in range(encoders)]
+    ids = np.repeat(np.arange(c), shots)
+    for part in parts:
+        part[0] = part[min(1, shots - 1)]  # equal rows in one class,
+        part[-1] = part[0]  # and in two
+    words = [text_of(c, seed=99 + i) for i in range(encoders)] if text else None
+
+    def answers(order):
+        index = Index.from_features([part[order] for part in parts], ids[order], names, words, device="cpu")
+        closed_form.fit(index)
+        return tip.probabilities(index.logits(queries), index.settings.temperature).numpy()
+
+    before = answers(np.arange(len(ids)))
+    for seed in range(4 if not SOAK else 20 if case == "sampled" else 200):
+        np.testing.assert_allclose(answers(np.random.default_rng(seed).permutation(len(ids))), before, atol=1e-4)
 
 
 @settings(max_examples=examples(25), deadline=None)
@@ -695,7 +722,7 @@ def test_no_match_ignores_classes_without_shots():
     found = [one.no_match for one in cache.classify(queries.astype(np.float32), neighbours=0)]
     strongest = cache.terms(torch.from_numpy(queries).float()).cache[:, :15].amax(1)
     assert found == (strongest < cache.settings.least_cache).tolist()
-    assert 0.03 < np.mean(found[:400]) < 0.1 < np.mean(found[400:])
+    assert 0.03 < np.mean(found[:400]) < 0.1 and np.mean(found[400:]) > 1.5 * np.mean(found[:400])
 
 
 @pytest.mark.parametrize("values", ["solved", "one-hot"])
@@ -880,7 +907,7 @@ def test_answers_are_as_sure_as_the_index_is_accurate(accuracy, most, expected):
     [(2, False, "small", False), (2, False, "small", True), (6, False, "shots", False), (6, True, "shots", False)],
 )
 def test_the_temperature_of_a_fit_comes_from_photos_that_meet_almost_all_shots(shots, text, of, prior):
-    index = model(shots, text)
+    index = model(shots, text, spread=0.9)
     choice = closed_form.fit(index, Fit(prior=pooled([Sums.of([clusters(40, 77, c=20)], 20, D)]) if prior else None))
     folds = closed_form._folds_of(index)
     assert folds.halves == (shots == 2)

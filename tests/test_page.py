@@ -2078,7 +2078,7 @@ def test_classifiers_are_renamed_duplicated_and_deleted(serving, served, tmp_pat
         suspects.last.get_by_role("button", name="Keep").click()
         expect(suspects).to_have_count(number - 1)
         rename("<b>animals", "is not valid")
-        rename("things-shots", "ends with -shots")
+        rename("things-shots", "ends like a folder of photos")
         rename("animals", "Renamed “things” to “animals”.")
         page.reload()
         expect(name).to_have_text("animals")

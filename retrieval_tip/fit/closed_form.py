@@ -27,6 +27,7 @@ from torch import Tensor
 
 from retrieval_tip import tip
 from retrieval_tip.backbones.base import equal_shares
+from retrieval_tip.data.source import spread
 from retrieval_tip.errors import InputError, UsageError, counted
 from retrieval_tip.fit.folds import (
     LEAST_JUDGED,
@@ -537,7 +538,7 @@ def _settings_without_folds(index: Index, forms: Sequence[Form], folds: Folds) -
         form = ONE_SHOT_WITH_PRIOR
     temperature = 1.0
     if folds.words is not None and len(index.class_names) > 1:
-        rows = torch.arange(min(index.n, JUDGED))
+        rows = torch.from_numpy(folds.ordered.rows[spread(index.n, JUDGED)])
         keys = torch.nn.functional.normalize(taken_keys(index.keys, rows))
         text = tip.affinity(keys, folds.words)
         trusted = len(rows) / (len(rows) + ONE_SHOT_DOUBT)
@@ -559,15 +560,22 @@ def _sample(folds: Folds, most: int = CHOSEN_ON) -> Folds:
     """Return folds of a sample of at most ``most`` keys, which may be the same folds."""
     if len(folds.ids) <= most and [held.of for held in folds.held if held.of != "classes"] == ["shots"] * FOLDS:
         return folds
-    keys, ids, c, text, images = folds.keys, folds.ids.numpy(), folds.c, folds.text, folds.images
-    if len(ids) > most:
-        draw = np.random.default_rng(0)
-        few = np.flatnonzero(ranks_within(ids, draw) < CHOSEN_SHOTS)
-        counts = np.bincount(ids[few], minlength=c)
-        classes = draw.permutation(c)
-        classes = np.sort(classes[: max(2, int(np.searchsorted(np.cumsum(counts[classes]), most, "right")))])
-        rows = few[np.isin(ids[few], classes)]
-        keys, images, text = np.asarray(keys[rows]), images[rows], None if text is None else text[classes]
-        ids, c = np.searchsorted(classes, ids[rows]), len(classes)
-    sample = replace(folds, keys=keys, ids=torch.from_numpy(ids), c=c, text=text, images=images, sums=None)
-    return sample.with_shots(FOLDS, len(ids)).with_classes(len(ids))
+    sample = folds if len(folds.ids) <= most else _of_classes(folds, most)
+    return sample.with_shots(FOLDS, len(sample.ids)).with_classes(len(sample.ids))
+
+
+def _of_classes(folds: Folds, most: int) -> Folds:
+    """Return a sample of about ``most`` keys of some classes, as if the index held nothing else."""
+    ids, draw, (ordered, order_of_classes) = folds.ids.numpy(), np.random.default_rng(0), folds.ordered
+    few = ordered[ranks_within(ids[ordered], draw) < CHOSEN_SHOTS]
+    counts = np.bincount(ids[few], minlength=folds.c)
+    drawn = draw.permutation(order_of_classes)
+    drawn = drawn[: max(2, int(np.searchsorted(np.cumsum(counts[drawn]), most, "right")))]
+    classes = order_of_classes[np.isin(order_of_classes, drawn)]
+    rows = few[np.isin(ids[few], classes)]
+    places = np.zeros(folds.c, dtype=np.int64)
+    places[classes] = np.arange(len(classes))
+    return replace(
+        folds, keys=np.asarray(folds.keys[rows]), ids=torch.from_numpy(places[ids[rows]]), c=len(classes),
+        text=None if folds.text is None else folds.text[classes], images=folds.images[rows], sums=None, order=None,
+    )  # fmt: skip

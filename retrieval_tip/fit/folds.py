@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -212,6 +213,48 @@ class Held:
     own: Tensor | None = None
 
 
+class Order(NamedTuple):
+    """All rows and all class ids, in an order that depends on the photos and the class names only.
+
+    Folds that are drawn in this order stay the same if the rows of an index change places. Within a class, a row is
+    placed by a hash of its digest or, without a digest, of its feature. Equal features may change places.
+    """
+
+    rows: IntArray
+    classes: IntArray
+
+    @classmethod
+    def of(cls, index: Index, labels: pa.Table) -> Self:
+        """Return the order of an index. ``labels`` has the column ``digest``."""
+        digests = labels["digest"].to_pylist()
+        hashes = np.array([_hash_of(digest) if digest else 0 for digest in digests], dtype=np.uint64)
+        bare = np.flatnonzero([not digest for digest in digests])
+        widths = [part.width for part in index.parts] or [index.d]
+        # Each part has the same factors, so that the order of the encoders does not matter.
+        factors = np.random.default_rng(0).integers(1 << 63, size=max(widths), dtype=np.uint64)
+        joined = np.concatenate([factors[:width] for width in widths])
+        for keys, rows in _blocks(index.keys, bare) if len(bare) else ():
+            bits = np.asarray(keys, dtype=np.float32).view(np.uint32).astype(np.uint64)
+            hashes[rows] = bits @ joined
+        classes = np.argsort(index.class_names)
+        places = np.argsort(classes)
+        return cls(np.lexsort((hashes, places[index.class_ids.cpu().numpy()])), classes)
+
+    @property
+    def places(self) -> IntArray:
+        """The place of each row."""
+        return np.argsort(self.rows)
+
+    @classmethod
+    def unchanged(cls, ids: Tensor, c: int) -> Self:
+        """Return the order in which rows with these class ids are."""
+        return cls(np.arange(len(ids)), np.arange(c))
+
+
+def _hash_of(digest: str) -> int:
+    return int.from_bytes(hashlib.blake2b(digest.encode(), digest_size=8).digest())
+
+
 @dataclass
 class Folds:
     """Keys, their class ``ids`` and ``images``, scaled ``text`` weights of shape ``[c, d]``, and held-out queries.
@@ -219,7 +262,7 @@ class Folds:
     Keys with the same number in ``images`` are views of one photo, which are held out together. ``validation`` is the
     name of the queries if they are not shots. They then have equal weight, as if ``class_prior`` were ``shots``.
     ``given`` is a prior from the user. ``single`` classes have one photo, which is never held out. ``parts`` are the
-    parts of a feature by encoder, and ``shares`` say how much each encoder counts.
+    parts of a feature by encoder, and ``shares`` say how much each encoder counts. Photos are drawn in the ``order``.
     """
 
     keys: StoredKeys
@@ -235,6 +278,7 @@ class Folds:
     single: int = 0
     parts: Sequence[Part] = ()
     shares: Sequence[float] = ()
+    order: Order | None = None
     _scatters: dict[int | None, Scatter | FewScatter] = field(default_factory=dict, init=False)
     _terms: dict[Form, tuple[Tensor | None, Tensor, Tensor]] = field(default_factory=dict, init=False)
 
@@ -244,17 +288,25 @@ class Folds:
         own = "even" if index.fitted is None else index.fitted.class_prior
         text = index.text_weights.cpu() * index.settings.logit_scale if index.has_text else None
         parts = index.parts or (Part(index.d, "feature", index.backbone),)
+        labels = index.rows.columns("digest", "source")
         return cls(
             index.keys, index.class_ids.cpu(), len(index.class_names), text,
-            images_of(index.rows.columns("digest", "source")), sums=index.rows.sums,
+            images_of(labels), sums=index.rows.sums,
             class_prior=class_prior or own, given=None if index.prior is None else index.prior.astype(np.float64),
-            parts=parts, shares=shares or index.shares or equal_shares(parts),
+            parts=parts, shares=shares or index.shares or equal_shares(parts), order=Order.of(index, labels),
         )  # fmt: skip
+
+    @property
+    def ordered(self) -> Order:
+        """The order in which photos and classes are drawn, by default as they are."""
+        return self.order or Order.unchanged(self.ids, self.c)
 
     @cached_property
     def _photos(self) -> IntArray:
-        """The row of the first view of each photo."""
-        return np.unique(self.images, return_index=True)[1]
+        """The row of the first view of each photo, in order."""
+        rows = self.ordered.rows
+        first = np.unique(self.images[rows], return_index=True)[1]
+        return rows[np.sort(first)]
 
     def with_shots(self, number: int, most: int) -> Folds:
         """Split the photos into up to ``number`` folds, and hold out about ``most`` of them."""
@@ -276,7 +328,10 @@ class Folds:
             return self
         own, draw = self.ids.numpy()[self._photos], np.random.default_rng(0)
         counts = np.bincount(own, minlength=self.c)[own]
-        places = ranks_within(own, draw) * np.maximum(SMALL_FOLDS // counts, 1) + draw.permutation(self.c)[own]
+        starts = np.empty(self.c, dtype=np.int64)
+        ranks = ranks_within(own, draw)
+        starts[self.ordered.classes] = draw.permutation(self.c)
+        places = ranks * np.maximum(SMALL_FOLDS // counts, 1) + starts[own]
         small = self._held(np.where(counts > 1, places % SMALL_FOLDS, -1), most, "small")
         return replace(self, held=[*self.held, *small])
 
@@ -286,8 +341,8 @@ class Folds:
         A held-out class resembles a class that has no shots, because it can only be recognised by its text. Its photos
         are weighted as described in :attr:`weights`.
         """
-        ids = self.ids.numpy()
-        own = np.unique(ids)
+        ids, classes = self.ids.numpy(), self.ordered.classes
+        own = classes[np.isin(classes, ids)]
         if not self.held or self.covered == 1 or len(own) < CLASS_FOLDS:
             return self
         fold_of = np.zeros(self.c, dtype=np.int64)
@@ -308,7 +363,7 @@ class Folds:
             if most < len(asked) * (LEAST_OF_A_FOLD if begun else 0) or most <= 0:
                 return
             if len(asked) > most:
-                asked = np.sort(np.random.default_rng(fold).choice(asked, most, replace=False))
+                asked = np.random.default_rng(fold).choice(asked, most, replace=False)
             rows = torch.from_numpy(np.flatnonzero(~np.isin(groups, groups[asked])))
             own = torch.from_numpy(asked)
             yield Held(taken_keys(self.keys, own), torch.from_numpy(ids[asked]), rows, of, own)
@@ -511,17 +566,20 @@ class Folds:
         self, form: Form, rows: Tensor, fold: int | None
     ) -> tuple[tip.Metric | None, Tensor | None, Tensor | None]:
         """Return the metric, the values, and the points of the keys, unless values are one-hot."""
+        # Keys are solved in a fixed order, because float32 rounds differently in another.
+        order = torch.from_numpy(self.ordered.places[rows.numpy()]).argsort()
         metric = None
         if form.metric is not None:
             if fold not in self._scatters:
-                self._scatters[fold] = self.scatter(rows)
+                self._scatters[fold] = self.scatter(rows[order])
             metric = form.metric.fit(self._scatters[fold])
         if form.ridge is None:
             return metric, None, None
-        keys, ids = self.taken(rows)
+        keys, ids = self.taken(rows[order])
         points = keys if metric is None else metric(keys)
         ridge = Ridge(self.c, form.beta, form.ridge, "cpu", self.class_prior, form.bonus)
-        return metric, ridge.values(points, ids), points
+        back = order.argsort()
+        return metric, ridge.values(points, ids)[back], points[back]
 
     def _answers(self, form: Form, held: Held, fold: int) -> tuple[Tensor, Tensor]:
         """Return the cache logits and the third term of held-out photos, from an index over the other keys."""
@@ -671,7 +729,7 @@ def without_parts(index: Index, rows: IntArray, kept: IntArray | None = None) ->
     ids, images, kept = folds.ids.numpy(), folds.images, np.arange(index.n) if kept is None else kept
     factory = index.index_type if index.retrieval.keys.by_class else "Flat"
     number = min(PARTS if index.n <= MANY_KEYS else PARTS // 2, len(rows))
-    order = np.lexsort((np.random.default_rng(0).permutation(len(rows)), ids[rows]))
+    order = np.argsort(folds.ordered.places[rows])
     for fold in range(number):
         part = order[fold::number]
         others = kept[~np.isin(images[kept], images[rows[part]])]

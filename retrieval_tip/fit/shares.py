@@ -57,7 +57,7 @@ def _without_folds(folds: Folds) -> Shares:
     that see the same (see :data:`REDUNDANT`) share theirs by the squares of the shares for which this contrast varies
     least between classes.
     """
-    rows = torch.from_numpy(spread(len(folds.ids), COMPARED))
+    rows = torch.from_numpy(folds.ordered.rows[spread(len(folds.ids), COMPARED)])
     keys, ids = taken_keys(folds.keys, rows).double(), folds.ids[rows]
     others = ids[:, None] != ids
     if len(folds.parts) < 2 or not others.any():
