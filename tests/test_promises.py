@@ -81,7 +81,7 @@ def test_sorted_photos_are_wrong_as_rarely_as_at_most_wrong_promises(built, tmp_
     out = ("--into", tmp_path / "out", "--dry-run", "--at-most-wrong", f"{most}%")
     done = command_line("sort", built.index, built.test, *out)
     kept = [row for row in csv.DictReader(done.stdout.splitlines()) if row["output"].split("/")[0] not in ASIDE]
-    held_out = int(re.search(r"(\d+) reach it", done.stderr)[1])
+    held_out = int(re.search(r"(\d+) reach the limit", done.stderr)[1])
     wrong = np.mean([row["label"] != built.truth[row["input"]] for row in kept])
     assert wrong <= most / 100 + tolerance(most / 100, held_out, len(kept))
     assert len(kept) > 0.2 * len(built.truth)

@@ -117,7 +117,7 @@ def test_commands_explain_smoothed_answers(index, asked, tmp_path, run):
     folder, _ = photos(60, 1)
     plain, done = json_rows(run(*asked)), run(*asked, "--top", 5, "--smooth", "--explain")
     found, rows, alone = smooth(index, [FeatureBlock.of(folder)]), json_rows(done), {row["input"]: row for row in plain}
-    assert found.words.capitalize() in done.stderr
+    assert f"{found.words}\n" in done.stderr
     for row, mixed in zip(rows, smoothed(index, folder), strict=True):
         assert row["similar"][0]["input"] == row["input"]
         assert [one["label"] for one in row["similar"]] == [alone[one["input"]]["label"] for one in row["similar"]]
@@ -129,7 +129,7 @@ def test_commands_explain_smoothed_answers(index, asked, tmp_path, run):
     assert [row["label"] is None for row in held_back] == [row["probability"] < 0.6 for row in rows]
     out = ("--into", tmp_path / "out", "--dry-run", "--smooth", "--at-most-wrong", "40%")
     planned = run("sort", *asked[1:3], *out)
-    assert str(threshold_of(found.held, 0.4)).capitalize() in planned.stderr
+    assert f"{threshold_of(found.held, 0.4)}\n" in planned.stderr
     assert [row["label"] for row in csv.DictReader(planned.stdout.splitlines())] == [row["label"] for row in rows]
     for more in (["--logits"], ["--coverage", "0.9"], ["--group-no-match"], ["--burst", 10]):
         assert run(*asked, "--smooth", *more).exit_code == 2
