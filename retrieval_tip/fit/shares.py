@@ -28,10 +28,10 @@ REDUNDANT = 0.8
 """Correlation of affinities above which two encoders see the same. Two CNNs trained on the same photos have 0.77 and
 two CLIP encoders 0.85, with one shot per class of Caltech101. The constant was chosen on shots that were held out.
 """
-PERMUTED, CONVINCED, ASKED = 99, 94, 256
-"""Number of permutations in Mantel's test, number of them that a correlation has to exceed, and maximum number of
-classes.
-"""
+PERMUTED, CONVINCED = 99, 90
+"""Number of permutations to compare two encoders, and how many of them the agreement has to exceed."""
+LEAST_CLASSES, ASKED = 4, 256
+"""Minimum and maximum number of classes for this."""
 
 Shares = tuple[float, ...]
 
@@ -98,15 +98,18 @@ def shares_without_folds(folds: Folds) -> Shares:
 def agree(first: FloatArray, second: FloatArray) -> bool:
     """Return whether two encoders find the same classes alike, given the mean features ``[c, d]`` of the classes.
 
-    This is Mantel's test (1967): the affinities between classes have to correlate more than after most permutations of
-    the classes, with p < 0.05. Two useful encoders agree about this, while a useless one agrees only by chance. With
-    fewer than four classes, nobody can tell.
+    The classes of one encoder are permuted, as in Mantel's test (1967). The affinities between classes have to agree
+    more than after most permutations, with p <= 0.1. Two useful encoders agree about classes, while a useless one
+    agrees only by chance. Fewer than four classes are too few to tell.
     """
+    c = len(first)
+    if c < LEAST_CLASSES:
+        return False
     one, other = (_between(means) for means in (first, second))
     draw = np.random.default_rng(0)
-    orders = [draw.permutation(len(one)) for _ in range(PERMUTED)]
-    chance = [float((one * other[np.ix_(order, order)]).sum()) for order in orders]
-    return sum(float((one * other).sum()) > less for less in chance) > CONVINCED
+    orders = [draw.permutation(c) for _ in range(PERMUTED)]
+    chance = np.array([(one * other[np.ix_(order, order)]).sum() for order in orders])
+    return bool(((one * other).sum() > chance).sum() >= CONVINCED)
 
 
 def _class_means(features: Tensor, ids: Tensor) -> FloatArray:
@@ -116,7 +119,15 @@ def _class_means(features: Tensor, ids: Tensor) -> FloatArray:
 
 
 def _between(means: FloatArray) -> FloatArray:
-    """Return the affinities between classes, of mean 0. The diagonal is 0."""
+    """Return affinities between classes, as the differences to what the row and the column have in the mean.
+
+    These are U-centred (Székely and Rizzo, 2014): each row sums to 0, and the diagonal is 0.
+    """
+    c = len(means)
     unit = means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
-    affinity, others = unit @ unit.T, ~np.eye(len(unit), dtype=bool)
-    return np.where(others, affinity - affinity[others].mean(), 0)
+    affinity = unit @ unit.T
+    np.fill_diagonal(affinity, 0)
+    sums = affinity.sum(0)
+    centred = affinity - (sums[:, None] + sums) / (c - 2) + sums.sum() / ((c - 1) * (c - 2))
+    np.fill_diagonal(centred, 0)
+    return np.asarray(centred)
