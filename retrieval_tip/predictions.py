@@ -113,7 +113,7 @@ class Prediction:
         level: the level of ``label`` if the question had ``at_least``. The label is then a class or a group of classes,
             whose ``probability`` is the sum of theirs, or ``None``.
         set: the classes in the set if the question had ``coverage``, most probable first. It can be empty, and is
-            ``None`` if the query has no match.
+            ``None`` without a match. The coverage is a mean over many queries, and promises nothing for this one.
         similar: if the answer was smoothed (see :mod:`labelling.smoothing`), what the photo itself and then similar
             photos give to the probability of the first of ``labels``, and the label that each photo has alone.
     """

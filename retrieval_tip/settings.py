@@ -160,9 +160,9 @@ class Ask:
             An index of the type Classes then uses all of the other keys. Unknown ids are ignored. The keys are copied,
             so they may take at most 512 MiB.
         at_least: Answer with the class, or else the narrowest group, whose probability is at least P, or with no label
-            (see :class:`Levels`).
-        coverage: Add the smallest set of classes that holds the right one for the share C of photos (see
-            :mod:`retrieval.sets`).
+            (see :class:`Levels`). In the mean over photos like the shots, at least P of the answers are right.
+        coverage: Add a set of classes to each photo with a match (see :mod:`retrieval.sets`). In the mean over photos
+            like the shots, at least the share C of sets has the right class. A single set has no guarantee.
     """
 
     k: KeysMet = None

@@ -94,7 +94,7 @@ def sort_command(
     at_most_wrong: float | None = option(
         kinds.percent,
         metavar="P%",
-        help="Choose this probability so that at most this share of the other photos is wrong, as in 2%.",
+        help="Choose this probability so that at most this share of held-out shots above it is wrong, as in 2%.",
     ),
     smooth: bool = flag(help="Mix in the answers to similar photos of PHOTOS."),
     dry_run: bool = flag(help="Print the rows of the manifest, and change nothing."),

@@ -80,11 +80,11 @@ def sort_photos(
     """Sort photos into ``folder/CLASS``, and return the rows of the manifest ``sorted.csv``.
 
     Photos without a match go to ``no match``, and photos whose probability is below ``min_probability``, by default
-    0.5, to ``not sure``. With ``at_most_wrong``, this probability is chosen on held-out photos of the index, so that at
-    most this share of the other answers is wrong (see :func:`held_out.threshold_of`). With ``smooth``, each
-    answer is mixed with those of similar photos (see :mod:`labelling.smoothing`). Photos that the index contains keep
-    their label. No file is overwritten: if a name is taken, a number is added. If the folder already contains a
-    photo with the same name and the same bytes, it is not written again. An interrupted call can be repeated.
+    0.5, to ``not sure``. With ``at_most_wrong``, it is the lowest probability above which at most this share of
+    held-out photos of the index is wrong (see :func:`held_out.threshold_of`). With ``smooth``, each answer is mixed
+    with those of similar photos (see :mod:`labelling.smoothing`). Photos that the index contains keep their label. No
+    file is overwritten: if a name is taken, a number is added. If the folder already contains a photo with the same
+    name and the same bytes, it is not written again. An interrupted call can be repeated.
 
     ``action`` is ``copy``, ``link`` (a symbolic link) or ``move``. Only files can be linked or moved. The ids of a
     feature table are read as paths. ``reader.skipped`` lists the photos that cannot be read. A ``dry_run`` changes

@@ -1,9 +1,9 @@
-"""Sets of classes that hold the right one in a given share of cases.
+"""Sets of classes that hold the right one for a given share of many photos.
 
 A fit stores the probability that each held-out photo gives to its own class. A set has the classes whose probability is
 at least a threshold, which enough of these photos reach (conformal prediction with the score ``1 - p``; Sadinle, Lei
 and Wasserman, 2019). Folds have classified these photos, and not the whole index, so the coverage is measured and not
-proven.
+proven. It is a mean over photos like the shots, and lower for difficult classes and photos without a match.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Scores:
     settings: Settings
 
     def sets(self, coverage: float, named: Bools) -> Sets:
-        """Return the sets that hold the right class of the share ``coverage`` of photos.
+        """Return the sets that hold the right class of the share ``coverage`` of held-out photos.
 
         A class without a held-out photo is in every set, unless it is ``named`` (``[c]``), so that its text ranks it.
         With fewer than ``1 / (1 - coverage)`` held-out photos, every set has all classes.

@@ -68,7 +68,7 @@ class ClassifyOptions(BaseModel):
     logits: bool = Field(False, description="Whether to return the logits of all classes.")
     features: bool = Field(False, description="Whether to return each feature, and the most similar shots.")
     at_least: float | None = Field(None, ge=0, le=1, description="Answer with the narrowest group of this probability.")
-    coverage: float | None = Field(None, ge=0, le=1, description="Share of sets that are to hold the right class.")
+    coverage: float | None = Field(None, ge=0, le=1, description="Share of many sets that are to hold the right class.")
     without: list[KeyId] = Field([], max_length=1000, description="Leave out this key. Can be repeated.")
     norms: Norms = Field("check", description=NORMS)
 
