@@ -412,7 +412,7 @@ def test_a_session_is_finished_with_copies_links_moved_photos_or_the_labelled_on
         assert answer["summary"].startswith("copied 25 photos")
         assert answer["undo"] == f"retrieval-tip sort --undo --into {tmp_path / 'copies'}"
         assert labels.items() <= {path.name: path.parent.name for path in copies}.items()
-        assert "held-out photos" in sort("sure", at_most_wrong=0.9)[1]["summary"]
+        assert ", each classified by the others, " in sort("sure", at_most_wrong=0.9)[1]["promise"]
         links, _ = sort("links", action="link")
         assert [path.is_symlink() for path in links] == [True] * 25
         assert len(sort("moved", action="move")[0]) == 25
@@ -475,6 +475,7 @@ def test_a_killed_session_keeps_its_labels_and_a_stopped_one_names_the_file_of_t
     (entry,) = map(json.loads, journal.read_text().splitlines())
     assert (entry["path"], entry["label"]) == (str(folder / "damaged.jpg"), "owl")
     assert f"{journal}: has 1 label that could not be saved (not a readable image" in printed[-1]
+    assert printed[-2] == "Labelled photos: 7 of 25\n"
     address, _, token = url.partition("/#token=")
     with (
         socket.create_server(("127.0.0.1", int(address.rpartition(":")[2]))),  # it may have received the token

@@ -142,3 +142,19 @@ def test_the_number_of_wrong_answers_stays_in_its_interval_while_the_least_certa
             labelled += rest[p.max(axis=1).argsort()[:40]].tolist()
     assert sum(inside) >= 11
     assert found.most_wrong < 150
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "wrong", "then", "now", "said"),
+    [
+        (12, 60, 30, 240, 240, "12 to 60 of the other 240 photos are wrong (about 30)"),
+        (12, 60, 30, 240, 120, "6 to 30 of the other 120 photos are wrong (about 15)"),  # some were labelled since
+        (0, 2345, 1500.4, 10_000, 10_000, "0 to 2,345 of the other 10,000 photos are wrong (about 1,500)"),
+        (3, 3, 2.9, 12, 12, "Probably 3 of the other 12 photos are wrong"),
+        (0, 0, 0.2, 1, 1, "The other photo is probably right"), (1, 1, 0.9, 1, 1, "The other photo is probably wrong"),
+        (0, 1, 0.5, 1, 1, ""), (0, 240, 240, 240, 240, ""), (12, 60, 30, 240, 0, ""),
+    ],
+)  # fmt: skip
+def test_the_interval_of_wrong_answers_is_said_first(least, most, wrong, then, now, said):
+    found = Estimate(1 - wrong / then, 1 - most / then, 1 - least / then, wrong, least, most, 0)
+    assert found.of_others(now) == said

@@ -76,7 +76,7 @@ def test_answers_follow_the_formula_and_held_out_photos_choose_the_weight(index)
     np.testing.assert_allclose(found.held.pred_probs, (1 - weight) * held[0] + weight * held[1], atol=1e-5)
     changed = (alone.argmax(1) != expected.argmax(1)).sum()
     assert found.words == (
-        f"similar photos count {100 * weight:.0f} %, chosen on 20 held-out photos; they changed {changed} of 60 answers"
+        f"Similar photos count {100 * weight:.0f} %, chosen on 20 held-out photos; they changed {changed} of 60 answers"
     )
 
 

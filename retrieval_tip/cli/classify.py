@@ -188,7 +188,7 @@ class RowOptions:
             from retrieval_tip.labelling.photos import Pool
 
             answers, words = Pool.of(sources, reader).smoothed(index, ask)
-            say(words.capitalize())
+            say(words)
             yield answers.written(columns, self.abstain)
         elif some and self.burst is not None:
             from retrieval_tip.labelling.bursts import classify_in_bursts

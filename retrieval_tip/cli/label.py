@@ -127,7 +127,7 @@ def sort_command(
                 at_most_wrong=at_most_wrong, smooth=smooth, dry_run=dry_run,
             )  # fmt: skip
         for told in filter(None, (result.smoothing, result.threshold)):
-            say(str(told).capitalize())
+            say(str(told))
     if dry_run:
         rows = ([show(str(getattr(row, name))) for name in COLUMNS] for row in result.rows)
         OutputOptions("csv", None).write_rows(rows, dict.fromkeys(COLUMNS, str))

@@ -14,7 +14,7 @@ import click
 from retrieval_tip.cli import kinds, options
 from retrieval_tip.cli.group import argument, command, flag, grouped, option
 from retrieval_tip.cli.kinds import Place
-from retrieval_tip.cli.messages import say
+from retrieval_tip.cli.messages import note, say
 from retrieval_tip.cli.opening import inputs_of, reader_for, store_of
 from retrieval_tip.cli.options import BackboneOptions, EncodingOptions, OpeningOptions
 from retrieval_tip.errors import UsageError, counted, show
@@ -141,6 +141,7 @@ def label_command(
 
         service = Service(served, Limits(hosts=LOOPBACK), maker=maker)
         serve(create_app(service, token=token, private=token, labelling=labelling, ready=ready), listening)
+        note("Labelled photos: {labelled:,} of {photos:,}; {others}".format_map(labelling.status()).rstrip("; "))
         labelling.check_saved()
 
 

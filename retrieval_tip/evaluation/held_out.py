@@ -103,9 +103,9 @@ class Threshold(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"set aside answers below {100 * self.probability:.0f} %; of {counted(self.n, 'held-out photo')}, "
-            f"{self.kept:,} reach it, and {100 * self.wrong:.1f} % of these are wrong (95 % sure: at most "
-            f"{100 * self.highest:.1f} %)"
+            f"Of {counted(self.n, 'example')}, each classified by the others, {self.kept:,} reach the limit of "
+            f"{100 * self.probability:.0f} %, {round(self.wrong * self.kept):,} of these wrong. If the other photos are "
+            f"like them, at most {100 * self.highest:.1f} % of those that reach it are wrong (95 % sure)"
         )
 
 

@@ -65,6 +65,19 @@ class Estimate:
     most_wrong: int
     first_wrong: float
 
+    def of_others(self, number: int) -> str:
+        """Return how many of the other photos are wrong, now that ``number`` have no label, or "" if any number can be.
+
+        The interval comes first, because its middle alone says too much.
+        """
+        least, most, wrong = (round(number * (1 - share)) for share in (self.high, self.low, self.accuracy))
+        if most - least >= number:
+            return ""
+        if number == 1:
+            return f"The other photo is probably {'wrong' if most else 'right'}"
+        others = f"of the other {number:,} photos are wrong"
+        return f"{least:,} to {most:,} {others} (about {wrong:,})" if least < most else f"Probably {most} {others}"
+
 
 def estimate_rest(index: Index, key_ids: Sequence[int], rest: Features) -> Estimate:
     """Estimate how many answers of a fitted index to the photos that are still unlabelled are wrong.

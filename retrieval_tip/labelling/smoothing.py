@@ -69,7 +69,7 @@ def smooth(index: Index, blocks: Sequence[FeatureBlock], ask: Ask = Ask(), names
     shares = torch.cat([1 - weight * shares.sum(1, keepdim=True), weight * shares], dim=1)
     mixed, before = embedding_bag(near, alone, per_sample_weights=shares, mode="sum"), alone.argmax(1)
     after = mixed.argmax(1)
-    chosen = f"similar photos count {100 * weight:.0f} %, chosen on {counted(len(held.labels), 'held-out photo')}"
+    chosen = f"Similar photos count {100 * weight:.0f} %, chosen on {counted(len(held.labels), 'held-out photo')}"
     words = f"{chosen}; they changed {int((after != before).sum()):,} of {counted(m, 'answer')}"
     labels, gives = np.array(index.class_names)[before.numpy()], shares * alone[near, after[:, None]]
     at, named = pa.array(near.flatten().numpy()), (names or [str(row) for row in range(m)], labels)

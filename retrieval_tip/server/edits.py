@@ -148,7 +148,7 @@ async def create(
 
 @changes.post("/indexes/{name}/fit")
 async def fit(service: TheService, one: Named) -> schemas.ChangedIndex:
-    """Fit an index to its shots again, and estimate its accuracy."""
+    """Fit an index to its shots again, and estimate its accuracy on the examples."""
     await service.changed(one, index_changes.fit_index, one.folder)
     return _answer(one)
 
@@ -241,8 +241,8 @@ async def label_sort(service: TheService, labelling: TheLabelling, change: schem
     """Sort the photos of the labelling session into folders by class, as `retrieval-tip sort` does, or undo it.
 
     ``undo`` is the command that undoes it. ``folder`` is the absolute path. ``aside`` counts the photos that get no
-    class, because they have no match or a probability below ``least``. A dry run only considers photos that have been
-    read.
+    class, because they have no match or a probability below ``least``. ``promise`` tells how ``least`` was found, and
+    what follows for other photos. A dry run only considers photos that have been read.
     """
     give_time()
     version, known, reader = labelling.version(), labelling.photos, replace(labelling.photos.reader, skipped=[])
@@ -272,8 +272,8 @@ async def label_sort(service: TheService, labelling: TheLabelling, change: schem
         inside = [known.path(photo) for photo in every if photo < MOST_PHOTOS]
         folders = [os.path.commonpath(inside or paths), *filter(os.path.isdir, [labelling.dropped])]
         undo = command_line("classify", absolute(str(labelling.place)), *folders, "--format", "xmp", "--undo")
-    summary = str(done) if done.threshold is None else f"{done}; {done.threshold}"
     return {
-        "summary": summary, "undo": undo, "skipped": done.skipped, "folder": show(folder),
+        "summary": str(done), "undo": undo, "skipped": done.skipped, "folder": show(folder),
         "photos": len(done.rows), "aside": done.aside, "least": done.threshold and done.threshold.probability,
+        "promise": done.threshold and f"{done.threshold}.",
     }  # fmt: skip

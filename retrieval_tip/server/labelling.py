@@ -39,7 +39,7 @@ from retrieval_tip.labelling.labels import (
     picked_of,
 )
 from retrieval_tip.labelling.photos import MOST_PHOTOS, Pool, suggest_features
-from retrieval_tip.labelling.progress import estimate_rest, gain_of
+from retrieval_tip.labelling.progress import Estimate, estimate_rest, gain_of
 from retrieval_tip.labelling.queue import QUEUED, Queue, Queued
 from retrieval_tip.model import Index
 from retrieval_tip.server import schemas
@@ -169,6 +169,8 @@ class Labelling:
         version, taken = self.version(), self._taken()
         own, shown = self.photos.own, list[Row]()
         readable = len(self.photos) - len(own(self.photos.unreadable))
+        labelled = len(own(self.labels()))
+        found = (self._progress or {}).get("estimate")
         for one in self._queue.show(taken):
             guessed, others = self._facts.get(one.photo, (None, []))
             similar = [photo for photo in others if photo not in taken]
@@ -187,9 +189,10 @@ class Labelling:
         right = [one.right for one in self._steps.values() if one.right is not None][-LAST:]
         return {
             "index": self.name, "version": None if version is None else version.manifest.version,
-            "photos": readable, "encoded": len(own(self.photos.encoded)), "labelled": len(own(self.labels())),
+            "photos": readable, "encoded": len(own(self.photos.encoded)), "labelled": labelled,
             "unsaved": len(self._unsaved), "classes": self._class_counts(), "queue": shown, "steps": steps,
             "guessed": right, "refused": refused, "progress": self._progress,
+            "others": found.of_others(readable - labelled) if isinstance(found, Estimate) else "",
             "busy": bool(busy) and self._problem is None,
             "problem": self._problem or self._trouble or (None if readable else "none of the photos can be read"),
         }  # fmt: skip

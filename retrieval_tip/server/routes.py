@@ -201,7 +201,7 @@ async def audit(
 
 @reads.get("/indexes/{name}/accuracy")
 async def accuracy(service: TheService, version: Now) -> schemas.Accuracy:
-    """Estimate the accuracy by cross-validation on the shots.
+    """Estimate the accuracy on the examples, by cross-validation on the shots.
 
     Each fold of the shots is classified with the shots of the other folds. If the index is too large, the result is
     null.
@@ -283,8 +283,8 @@ async def label_status(labelling: TheLabelling) -> Row:
     ``guessed`` tells whether the guesses for the photos of the last 20 of these steps were right. ``refused`` lists the
     unsaved labels that the index did not accept, and why. ``progress`` has the ``estimate`` of the answers to the
     unlabelled photos, the expected ``gain`` from ``more`` labels, and whether it takes less work to ``review`` the
-    least certain answers. It is null while few photos are labelled, or if the index is large. ``busy`` tells whether
-    the state will change soon. ``problem`` is an error in the background.
+    least certain answers. It is null while few photos are labelled, or if the index is large. ``others`` says the
+    estimate in words. ``busy`` tells whether the state will change soon. ``problem`` is an error in the background.
     """
     return labelling.status()
 

@@ -265,7 +265,7 @@ class KeyPage(BaseModel):
 
 
 class Accuracy(BaseModel):
-    """The accuracy that a fit estimates on held-out shots, as fields of :class:`closed_form.FormChoice`.
+    """The accuracy on the examples, estimated on held-out shots, as fields of :class:`closed_form.FormChoice`.
 
     An unknown accuracy is null. ``weakest`` lists classes with their numbers of right answers and of held-out shots.
     """

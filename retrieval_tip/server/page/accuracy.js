@@ -1,5 +1,5 @@
-// The accuracy of a classifier, estimated on its own example photos. There is an estimate from its last fit, and one
-// for the current examples.
+// The accuracy of a classifier on its own example photos, each answered by the others. There is an estimate from its
+// last fit, and one for the current examples. The accuracy on the other photos of a folder is in session.js.
 
 import { pause } from "./api.js";
 import { $, calm, percent, whole } from "./dom.js";
@@ -16,7 +16,7 @@ export function judged(accuracy) {
   const { photos, words, both, tested, classes } = accuracy;
   const some = tested < classes ? `Only ${tested} of ${classes} classes could be tested. ` : "";
   const parts = words === null ? "" : ` Photos alone: ${percent(photos)}; class names alone: ${percent(words)}.`;
-  return `${some}Estimated accuracy: ${percent(both ?? photos)} (each example photo was classified by the others).${parts}`;
+  return `${some}Accuracy on the examples: ${percent(both ?? photos)} (each was classified by the others).${parts}`;
 }
 
 /** Show the accuracy above the classes, and in the header, with its interval. The last known accuracy is shown until the
@@ -34,11 +34,11 @@ async function show({ type }) {
   let from = shown?.name === info.name && !calm.matches ? shown.both : now.both;
   shown = { name: info.name, both: now.both };
   while (whole(from) !== whole(now.both) && info === state.info) {
-    $("index-accuracy").textContent = `${percent(from)} accurate`;
+    $("index-accuracy").textContent = `${percent(from)} accurate on the examples`;
     await pause(STEP);
     from += Math.sign(now.both - from) / 100;
   }
-  if (info === state.info) $("index-accuracy").textContent = `${percent(now.both)} accurate (${now.interval.map(whole).join("–")})`;
+  if (info === state.info) $("index-accuracy").textContent = `${percent(now.both)} accurate on the examples (${now.interval.map(whole).join("–")})`;
 }
 for (const event of ["index", "version"]) state.addEventListener(event, show);
 
@@ -47,5 +47,5 @@ export async function gained(before) {
   const [old, now] = await Promise.all([before, state.accuracy()]);
   if (!known(old) || !known(now) || now.version <= old.version) return "";
   const [from, to] = [percent(old.both), percent(now.both)];
-  return from === to ? ` The accuracy is still ${to}.` : ` The accuracy changed from ${from} to ${to}.`;
+  return ` The accuracy on the examples ${from === to ? "is still" : `changed from ${from} to`} ${to}.`;
 }

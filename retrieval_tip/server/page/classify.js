@@ -157,12 +157,6 @@ function relabel(pairs, follow = arrange) {
   });
 }
 
-/** Return how many of the photos without a label are expected to be wrong, or "" if this is not known. */
-function expected(rest) {
-  const { wrong, least_wrong: least, most_wrong: most } = session.now?.progress?.estimate ?? {};
-  return !rest || wrong == null ? "" : `, about ${count(Math.round(wrong))} of them wrong (${count(least)}–${count(most)})`;
-}
-
 /** Return the reason why a file was skipped. It excludes the file name, so that files with the same reason share a
  *  line. */
 function reasonOf({ name }, { message }) {
@@ -240,7 +234,7 @@ function progress() {
   const no_match = photos.filter((photo) => photo.no_match && photo.taught === null).length;
   $("progress").textContent =
     (left ? `${count(photos.length - left)} of ${plural(photos.length, "photo")} done`
-      : own.length === photos.length && own.length ? `${plural(rest, "photo")} without a label${expected(rest)}` : plural(photos.length, "photo")) +
+      : own.length === photos.length && own.length ? session.now.others || `${plural(rest, "photo")} without a label` : plural(photos.length, "photo")) +
     (no_match ? ` · ${count(no_match)} with no match` : "");
   $("screen-right").hidden = !own.length;
   const done = wasBusy && !left;

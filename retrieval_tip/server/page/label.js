@@ -2,7 +2,7 @@
 
 import * as api from "./api.js";
 import { classMeant } from "./dialogs.js";
-import { $, attempt, button, calm, count, cross, el, failure, isFor, nameOf, named, percent, plural, refill, say, whole } from "./dom.js";
+import { $, attempt, button, calm, count, cross, el, failure, isFor, nameOf, named, percent, plural, refill, say } from "./dom.js";
 import { NONE, matching, meant } from "./names.js";
 import { session } from "./session.js";
 
@@ -54,7 +54,7 @@ function show() {
     guesses();
     if (moved) $("label-too").checked = false;
     similar();
-    $("label-why").textContent = one.picked === "random" ? "This photo was drawn at random, to measure the accuracy." : `Why this one: it ${one.why ?? "may help"}.`;
+    $("label-why").textContent = one.picked === "random" ? "This photo was drawn at random, to estimate the accuracy on the other photos." : `Why this one: it ${one.why ?? "may help"}.`;
     if (moved) focus();
     if (moved) say(`${nameOf(one.name)}${one.guesses.length ? `, probably ${one.guesses[0].label}` : ""}`);
   }
@@ -148,20 +148,21 @@ function drop(one) {
 
 function progress() {
   const { now, labelled } = session;
-  const { photos, encoded, unsaved, guessed } = now;
-  const { estimate, gain = null, more, review } = now.progress ?? {};
+  const { photos, encoded, unsaved, guessed, others } = now;
+  const { gain = null, more, review } = now.progress ?? {};
   const right = guessed.filter(Boolean).length;
   const rest = photos - labelled;
   const parts = [`${count(labelled)} of ${plural(photos, "photo")} labelled.`];
   if (guessed.length) parts.push(`The guess was right in ${right} of the last ${guessed.length}.`);
-  const known = rest > 0 && Boolean(estimate);
-  if (known) parts.push(`About ${percent(estimate.accuracy)} of the other ${count(rest)} are right (${whole(estimate.low)}–${whole(estimate.high)} %).`);
+  const known = rest > 0 && Boolean(others);
+  if (known) parts.push(`${others}.`);
   $("label-progress").textContent = parts.join(" ");
   const stop = known && gain !== null && gain < WORTH;
   const ready = known && review && 2 * right >= guessed.length;
-  $("label-stop").textContent = !known || gain === null ? "" : stop ? `You can stop here: ${more} more labels would bring less than 1 %.`
-    : ready ? `Reviewing now takes less work than ${more} more labels, which would bring about ${whole(gain)} %.`
-    : `${more} more labels: about +${whole(gain)} %.`;
+  const fewer = `about ${count(Math.max(1, Math.round(gain * rest)))} fewer wrong`;
+  $("label-stop").textContent = !known || gain === null ? "" : stop ? `You can stop here: ${more} more labels would improve less than 1 % of the answers.`
+    : ready ? `Reviewing now takes less work than ${more} more labels, which would make ${fewer}.`
+    : `${more} more labels: ${fewer}.`;
   $("label-review").hidden = !now.version || rest <= 0;
   $("label-review").textContent = `Review the other ${count(rest)}, least certain first`;
   $("label-review").classList.toggle("primary", stop || ready);

@@ -46,6 +46,7 @@ class Session extends EventTarget {
 
   #take(answer) {
     this.now = answer;
+    answer.others = answer.others.replaceAll(",", "\u202f"); // the server does not write numbers as the page does
     for (const change of this.#outbox) this.#apply(change);
     if (answer.version && !state.info && !this.#opening) {
       this.#opening = true;

@@ -76,7 +76,7 @@ const sort = (undo) =>
     $("finish-undo").hidden = undo;
     for (const id of ["finish-go", "finish-open"]) $(id).classList.toggle("primary", undo);
     const skipped = done.skipped.map(({ source, reason }) => ` ${source}: ${reason}.`);
-    return [`${done.summary}.`, ...skipped, ...(undo ? [] : [" To undo this later, run ", el("code", {}, done.undo)])];
+    return [`${done.summary}. ${done.promise ?? ""}`, ...skipped, ...(undo ? [] : [" To undo this later, run ", el("code", {}, done.undo)])];
   });
 
 /** Read what to do, and show the folder and the number of photos that are set aside, before Finish can be pressed. */
@@ -97,7 +97,10 @@ async function plan() {
     const aside = [unsure && `${count(unsure)} below ${percent(done.least ?? SURE)} (“not sure”)`, none && `${count(none)} without a match (“no match”)`];
     const apart = aside.filter(Boolean).join(" and ");
     const goal = xmp ? `${plural(done.photos, "photo")} can get keywords.` : `${plural(done.photos, "photo")} go to ${done.folder}.`;
-    return `${goal} ${apart ? `Set aside: ${apart}.` : "None is set aside."}`;
+    const { others, photos: all } = session.now;
+    const of = plural(all - session.labelled, "photo");
+    const outlook = labelled || !others ? "" : `${others}${apart && ", including those set aside"}.`;
+    return `${goal} ${apart ? `Set aside: ${apart}, of ${of} without a label.` : "None is set aside."} ${done.promise ?? outlook}`;
   });
 }
 const planSoon = debounced(300, plan);

@@ -245,7 +245,7 @@ function finished(result, skipped, since, seconds) {
   $("teach-result").hidden = false;
   $("teach-result").replaceChildren(
     el("strong", {}, `Done in ${seconds.toFixed(1)} s. “${result.index}” is ready.`),
-    el("p", {}, `${judged(result.fit) || "To estimate its accuracy, add a second photo to each class."}${out}`),
+    el("p", {}, `${judged(result.fit) || "To estimate its accuracy on the examples, add a second photo to each class."}${out}`),
     el("p", { class: "buttons" }, ask, again),
   );
   offerUndo(since);
