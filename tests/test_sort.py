@@ -117,7 +117,9 @@ def test_at_most_wrong_chooses_the_lowest_probability_that_holds_on_held_out_pho
     least = threshold_of(held_out_probabilities(noisy), 0.03)
     assert f"{least}\n" in chosen.stderr
     of = f"Of 90 examples, each classified by the others, {least.kept} reach the limit of "
-    assert f"{of}{100 * least.probability:.0f} %, {round(least.wrong * least.kept)} of these wrong. If " in chosen.stderr
+    assert (
+        f"{of}{100 * least.probability:.0f} %, {round(least.wrong * least.kept)} of these wrong. If " in chosen.stderr
+    )
     with pytest.raises(UsageError, match="no min_probability"):
         sort_photos(noisy, [], Reader(), tmp_path, min_probability=0.5, at_most_wrong=0.1)
 

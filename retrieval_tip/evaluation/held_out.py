@@ -104,8 +104,8 @@ class Threshold(NamedTuple):
     def __str__(self) -> str:
         return (
             f"Of {counted(self.n, 'example')}, each classified by the others, {self.kept:,} reach the limit of "
-            f"{100 * self.probability:.0f} %, {round(self.wrong * self.kept):,} of these wrong. If the other photos are "
-            f"like them, at most {100 * self.highest:.1f} % of those that reach it are wrong (95 % sure)"
+            f"{100 * self.probability:.0f} %, {round(self.wrong * self.kept):,} of these wrong. If the other photos "
+            f"are like them, at most {100 * self.highest:.1f} % of those that reach it are wrong (95 % sure)"
         )
 
 
