@@ -225,7 +225,7 @@ def errors(pools: Sequence[str], runs: Sequence[Run]) -> None:
 
 def show(name: str, runs: Sequence[Run]) -> None:
     """Print the tables of a pool."""
-    heads = ("single", "reviewed", "random", "truth inside", "wrong, estimated", "wrong", "interval", "accuracy in %")
+    heads = ("single", "reviewed", "truth inside", "wrong, estimated", "wrong", "interval", "accuracy in %")
     rows = []
     places = sorted({(run["single"], run["reviewed"]) for run in runs if run["stage"] != "gain"})
     counted = [run for run in runs if run["stage"] != "gain"]
@@ -233,7 +233,7 @@ def show(name: str, runs: Sequence[Run]) -> None:
         inside = sum(run["least_wrong"] <= run["truth"] <= run["most_wrong"] for run in own)
         wrong, truth, least, most = (statistics.mean(run[one] for run in own) for one in NUMBERS)
         accuracy = 100 * statistics.mean(1 - run["truth"] / run["rest"] for run in own)
-        at = (own[0]["single"], own[0]["reviewed"], own[0]["n"]) if own is not counted else ("all", "", "")
+        at = (own[0]["single"], own[0]["reviewed"]) if own is not counted else ("all", "")
         cells = (*at, f"{inside} of {len(own)}", f"{wrong:.1f}", f"{truth:.1f}", f"{least:.0f} to {most:.0f}")
         rows.append((*cells, f"{accuracy:.1f}"))
     click.echo(f"\n**{name}**\n\n{markdown(heads, rows, left=0)}")

@@ -52,7 +52,7 @@ DOUBT = 0.01
 MOST = 0.999
 """Largest probability that an answer is wrong."""
 DRAWS = 500
-"""Number of draws from the posterior."""
+"""Number of draws of the number of wrong answers."""
 SCREEN = 24
 """Number of answers that a person reviews at a time."""
 MOST_REST = 4096
