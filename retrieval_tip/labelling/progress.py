@@ -8,9 +8,9 @@ with a share ``e`` of wrong ones::
     t = argmax  sum_i log((1 - e) p_i[y_i] + e / c),    p = softmax(z / t)
 
 The expected accuracy on the rest is the mean of ``max p``. With few labels, each new label changes the fit and ``t``.
-So a small classifier is also fitted without the last 5, 10, ... 25 labels, and the estimate is the mean of all these.
-The odds of a wrong answer have a log-normal error, whose variance falls with the number ``w`` of wrong held-out
-answers: ``SPREAD^2 + EVIDENCE / (w + 1)``.
+So a small classifier is also fitted without the last 5, 10, ... 25 labels, and the estimate is a weighted mean, in
+which the whole classifier counts most. The odds of a wrong answer have a log-normal error, whose variance falls with
+the number ``w`` of wrong held-out answers: ``SPREAD^2 + EVIDENCE / (w + 1)``.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ WRONG = 0.02
 
 This constant and the next five were chosen on draws 0 to 8 of benchmarks/label_progress.py, without its photos.
 """
-SPREAD, EVIDENCE = 0.4, 1.5
+SPREAD, EVIDENCE = 0.2, 2.5
 """Standard deviation and factor of a variance in the module docstring."""
-EXCESS = 1.05
-"""Factor of the probability that an answer is wrong. The rest is a little harder than held-out answers suggest."""
+OLDEST = 0.5
+"""Weight of the classifier that lacks the most labels. The weight of the whole classifier is 1."""
 STEPS, STEP, LEAST, SMALL = 6, 5, 20, 128
 """Number of classifiers, number of labels by which they differ, and the fewest labels and most photos of each."""
 FACTORS = np.exp(np.linspace(-3, 3, 121))
@@ -103,7 +103,8 @@ def estimate_rest(index: Index, key_ids: Sequence[int], rest: Features) -> Estim
         return Estimate(0.0, 0.0, 1.0, m, 0, m, min(m, SCREEN))
     few = rest[spread(m, MOST_REST)]
     found = [_chances(one, key_ids, few) for one in (index, *_smaller(index, rows))]
-    chances, errors = (EXCESS * np.mean([chances for chances, _ in found], 0)).clip(max=MOST), found[0][1]
+    parts, errors = [chances for chances, _ in found], found[0][1]
+    chances = np.average(parts, 0, np.linspace(1, OLDEST, len(parts))).clip(max=MOST)
     share = float(chances.mean())
     z, chance = np.random.default_rng(0).standard_normal(DRAWS), np.random.default_rng(1)
     odds = share / (1 - share) * np.exp(z * math.sqrt(SPREAD**2 + EVIDENCE / (errors + 1)))
