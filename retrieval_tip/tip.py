@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -64,34 +65,40 @@ def answer(
 class Metric:
     """A metric ``phi(x) = unit((x - m) T)``, which maps features to unit vectors.
 
-    ``mean`` is the vector ``m``, of shape ``[d]``. ``transform`` is the matrix ``T``, of shape ``[d, d]``. Both are
-    float32. The metric is applied to queries and keys, but not to text weights. ``factor`` is a compact form of ``T``,
-    if there is one (see :meth:`of_factor`).
+    ``mean`` is the vector ``m``, of shape ``[d]``. The matrix ``T`` is given as ``whole``, of shape ``[d, d]``, or in a
+    compact form: a ``factor`` of shape ``[1 + r, d]`` holds ``a`` and the rows of ``G`` in ``T = diag(a) (I - G^T G)``.
+    Few keys only vary in few directions, which are the rows of ``G``. All are float32. The metric is applied to queries
+    and keys, but not to text weights.
     """
 
     mean: Tensor
-    transform: Tensor
+    whole: Tensor | None = None
     factor: Tensor | None = None
 
-    @classmethod
-    def of_factor(cls, mean: Tensor, factor: Tensor) -> Metric:
-        """Return the metric with ``T = diag(a) (I - G^T G)``, given ``a`` and the rows of ``G`` as ``[1 + r, d]``.
-
-        Few keys only vary in few directions, which are the rows of ``G``.
-        """
-        scale, rows = factor[0], factor[1:]
+    @cached_property
+    def transform(self) -> Tensor:
+        """The matrix ``T``, of shape ``[d, d]``."""
+        if self.factor is None:
+            assert self.whole is not None
+            return self.whole
+        scale, rows = self.factor[0], self.factor[1:]
         transform = (-scale[:, None] * rows.T) @ rows
         transform.diagonal().add_(scale)
-        return cls(mean, transform, factor)
+        return transform
 
     def __call__(self, features: Tensor) -> Tensor:
         """Apply the metric to features of shape ``[q, d]``. A feature that equals the mean is mapped to 0."""
-        return torch.nn.functional.normalize((features - self.mean) @ self.transform.to(features.dtype))
+        apart = features - self.mean
+        if self.factor is None or 2 * len(self.factor) > len(self.mean):
+            return torch.nn.functional.normalize(apart @ self.transform.to(features.dtype))
+        scale, rows = self.factor[0].to(features.dtype), self.factor[1:].to(features.dtype)
+        scaled = apart * scale
+        return torch.nn.functional.normalize(scaled - scaled @ rows.T @ rows)
 
     def to(self, device: str) -> Metric:
         """Return a copy of this metric on another device."""
-        factor = None if self.factor is None else self.factor.to(device)
-        return Metric(self.mean.to(device), self.transform.to(device), factor)
+        whole, factor = (None if one is None else one.to(device) for one in (self.whole, self.factor))
+        return Metric(self.mean.to(device), whole, factor)
 
 
 @dataclass(frozen=True)

@@ -55,19 +55,21 @@ def probabilities(logits, temperature):
     return scipy.special.softmax(logits / temperature, axis=1)
 
 
-def logit(p):
-    return scipy.special.logit(np.clip(p, progress.LEAST, 1 - progress.LEAST))
+def wrong_of(probabilities, labels, rest):
+    """Return how probably each answer to the rest is wrong, at the temperature that suits the held-out answers best."""
+    possible = probabilities[np.arange(len(labels)), labels] > 0
+    with np.errstate(divide="ignore"):
+        logs, answers, own = np.log(probabilities[possible]), np.log(rest), labels[possible]
 
+    def loss(log_factor):
+        p = scipy.special.softmax(np.exp(log_factor) * logs, axis=1)[np.arange(len(own)), own]
+        return (
+            progress.DOUBT * log_factor**2
+            - np.log((1 - progress.WRONG) * p + progress.WRONG / np.isfinite(logs[0]).sum()).sum()
+        )
 
-def chances_of_wrong(held, right, rest, size=50_000):
-    """Draw how probably each answer to the rest is wrong: weigh draws from the prior by their likelihood."""
-    chance = np.random.default_rng(3)
-    a = chance.normal(*progress.OFFSET, size)
-    b = np.exp(chance.normal(*progress.SLOPE, size))
-    chances = scipy.special.expit(a[:, None] - progress.EASIER + b[:, None] * logit(held))
-    weights = np.prod(np.where(right, chances, 1 - chances) ** progress.BELIEF, axis=1)
-    drawn = chance.choice(size, 4000, p=weights / weights.sum())
-    return 1 - scipy.special.expit(a[drawn, None] + b[drawn, None] * logit(rest))
+    factor = np.exp(min(np.linspace(-3, 3, 601), key=loss))
+    return 1 - scipy.special.softmax(factor * answers, axis=1).max(axis=1)
 
 
 @pytest.mark.parametrize("text", [True, False])
@@ -80,19 +82,35 @@ def test_labelled_photos_tell_how_often_an_answer_is_right(text):
     right = logits.argmax(axis=1) == ids[asked]
     assert 0 < right.sum() < 7
     found = estimate_rest(index, [*asked, 0, 999], rest)  # 0 has the same source as 1; 999 is unknown
-    held, answers = (probabilities(one, temperature).max(axis=1) for one in (logits, before))
-    wrong, chance = chances_of_wrong(held, right, answers), np.random.default_rng(4)
-    least_sure = np.argsort(answers)[: progress.SCREEN]
-    assert found.first_wrong == pytest.approx(wrong[:, least_sure].sum(axis=1).mean(), rel=0.05)
-    assert found.wrong == pytest.approx(wrong.sum(axis=1).mean(), rel=0.05)
-    numbers = chance.poisson(wrong.sum(axis=1))  # vary a little more than independent answers
-    assert (found.least_wrong, found.most_wrong) == pytest.approx(np.quantile(numbers, (0.025, 0.975)), abs=2)
-    low, high = np.quantile((chance.random(wrong.shape) < wrong).sum(axis=1), (0.025, 0.975))
-    assert found.least_wrong <= low + 1
-    assert found.most_wrong >= high - 1
+    held, answers = (probabilities(one, temperature) for one in (logits, before))
+    wrong = wrong_of(held, ids[asked], answers)
+    assert found.first_wrong == pytest.approx(np.sort(wrong)[-progress.SCREEN :].sum(), rel=0.05)
+    assert found.wrong == pytest.approx(wrong.sum(), rel=0.05)
+    spread = np.sqrt(progress.SPREAD**2 + progress.EVIDENCE / (1 + (~right).sum()))
+    chance = np.random.default_rng(4)
+    shares = scipy.special.expit(scipy.special.logit(found.wrong / 60) + spread * chance.standard_normal(50_000))
+    numbers = np.minimum(chance.poisson(60 * shares), 60)
+    assert (found.least_wrong, found.most_wrong) == pytest.approx(np.quantile(numbers, (0.025, 0.975)), abs=3)
     shares = np.array([found.wrong, found.most_wrong, found.least_wrong]) / 60
     assert (found.accuracy, found.low, found.high) == pytest.approx(tuple(1 - shares))
     assert (index.logits(rest).numpy() == before).all()
+
+
+def test_the_estimate_is_a_mean_of_classifiers_that_lack_the_last_labels():
+    index, features, ids = index_of(40, False)
+    rest, asked = unit(CENTRES[np.arange(60) % 4] + 1.5 * unit_rows(60, 10, 9)), range(10, 40)
+    wrong = []
+    for kept in (40, 35, 30):  # at least 20 of the photos that are held out
+        sources = [f"photo-{max(i, 1)}" for i in range(kept)]
+        other = Index.from_features(features[:kept], ids[:kept], NAMES, sources=sources, device="cpu")
+        closed_form.fit(other)
+        held = held_out_probabilities(other, np.flatnonzero(other.labels["key_id"].to_numpy() >= 10))
+        answers = probabilities(other.logits(rest).numpy(), other.settings.temperature)
+        wrong.append(wrong_of(held.pred_probs, held.labels, answers).mean())
+    assert np.ptp(wrong) > 0.02
+    assert estimate_rest(index, asked, rest).accuracy == pytest.approx(
+        1 - np.average(wrong, weights=[1, 0.75, 0.5]), abs=0.003
+    )
 
 
 @pytest.mark.parametrize("text", [True, False])

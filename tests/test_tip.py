@@ -152,9 +152,9 @@ def evaluated(formula, letters):
 @pytest.mark.parametrize("options", [(), ("--fit", "none"), ("--alpha", 1)])
 def test_the_formula_in_the_docs_gives_the_logits_of_an_exported_index(tmp_path, options, run):
     """The test only reads files: the tables that ``index export`` writes, and the fitted arrays of the index."""
-    rng, names, index = np.random.default_rng(6), list("abcde"), tmp_path / "index"
+    rng, names, index = np.random.default_rng(10), list("abcde"), tmp_path / "index"
     means = unit(rng.standard_normal((5, 32)))
-    shots, test = (unit(means[np.arange(m) % 5] + 0.53 * rng.standard_normal((m, 32))) for m in (80, 40))
+    shots, test = (unit(means[np.arange(m) % 5] + 0.7 * rng.standard_normal((m, 32))) for m in (80, 40))
     words = write_table(tmp_path / "words.parquet", unit(means + 0.09 * rng.standard_normal((5, 32))), names)
     source = write_table(tmp_path / "shots.parquet", shots, [names[i % 5] for i in range(80)])
     run("index", "build", source, "--text", words, *options, "--out", index)

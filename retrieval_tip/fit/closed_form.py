@@ -42,7 +42,7 @@ from retrieval_tip.fit.folds import (
 )
 from retrieval_tip.fit.forms import DEFAULT_FORM, FORMS, ONE_SHOT, ONE_SHOT_WITH_PRIOR, WITH_PRIOR, Form
 from retrieval_tip.fit.scatter import FloatArray, dimensions
-from retrieval_tip.fit.shares import shares_of
+from retrieval_tip.fit.shares import shares_of, shares_without_folds
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.ridge import MOST_SOLVED
@@ -56,6 +56,8 @@ FOLDS, MOST_FOLDS, FEW_KEYS = 4, 8, 1024
 """Number of folds to select a form, and to evaluate the selected form if there are at most this many keys."""
 CHOSEN_ON, SHARED_ON, CHOSEN_SHOTS, JUDGED = 2048, 1024, 32, 4096
 """Maximum numbers of keys to select a form and to select shares, of keys per class, and of photos to evaluate."""
+SPLITS, FEW_JUDGED = 3, 256
+"""Number of times that photos are split to select shares, if at most this many of them are held out."""
 LEAST_SHOTS = 3
 """Minimum number of photos per class to select a form. With two photos, each fold would be fitted to only one."""
 AFFINITIES = 1 << 28
@@ -138,6 +140,7 @@ class FormChoice:
     - ``without_shots`` is the number of classes that have text but no shots.
     - ``halves`` is true if folds are classified with only about half of the shots.
     - ``longest`` is the largest norm of a key, if a fit has measured it.
+    - ``guessed`` is true if there are several encoders, and no photo could be held out to choose their shares.
     """
 
     form: Form
@@ -156,6 +159,7 @@ class FormChoice:
     weakest: Sequence[tuple[str, int, int]] = ()
     trials: Sequence[tuple[Form, Blend]] = ()
     longest: float | None = None
+    guessed: bool = False
 
     @classmethod
     def of(cls, folds: Folds, form: Form) -> FormChoice:
@@ -163,7 +167,7 @@ class FormChoice:
         n, classes = folds.n if folds.can_judge else 0, len(folds.ids.unique())
         return cls(
             form=form, judged_on=folds.judged_on, n=n, tested=folds.tested, classes=classes, single=folds.single,
-            without_shots=folds.c - classes, halves=folds.halves,
+            without_shots=folds.c - classes, halves=folds.halves, guessed=n == 0 and len(folds.parts) > 1,
         )  # fmt: skip
 
     def __str__(self) -> str:
@@ -191,6 +195,11 @@ class FormChoice:
             yield (
                 f"class names do not help: photos alone {100 * self.photos:.1f} %, with class names "
                 f"{100 * self.both:.1f} %; the fit gives them little weight"
+            )
+        if self.guessed:
+            yield (
+                "the shares of the encoders were not judged, because too few photos can be held out: the one that is "
+                "named first decides, and another counts if it finds the same classes alike; add photos"
             )
         if self.longest is not None and self.longest > LONG:
             yield (
@@ -251,10 +260,9 @@ def fit(
     folds = _folds_of(index, validation, asked.class_prior, equal_shares(index.parts))
     shares: tuple[float, ...] = ()
     if len(index.parts) > 1:
-        few = folds if validation is not None or not folds.can_judge else _sample(folds, SHARED_ON)
-        few = few if few.can_judge else folds
         # The known prior of one encoder helps folds more than the whole index, so it does not count here.
-        shares = shares_of(replace(few, parts=[replace(part, identity=None) for part in few.parts]), forms[0])
+        plain = replace(folds, parts=[replace(part, identity=None) for part in folds.parts])
+        shares = shares_of(_splits(plain), forms[0]) if folds.can_judge else shares_without_folds(plain)
         folds = folds.shared(shares)
     if folds.prior is not None and forms[0] == DEFAULT_FORM:
         forms = [WITH_PRIOR, *forms]
@@ -562,6 +570,17 @@ def _sample(folds: Folds, most: int = CHOSEN_ON) -> Folds:
         return folds
     sample = folds if len(folds.ids) <= most else _of_classes(folds, most)
     return sample.with_shots(FOLDS, len(sample.ids)).with_classes(len(sample.ids))
+
+
+def _splits(folds: Folds) -> list[Folds]:
+    """Return folds of a sample that select shares. If few photos are held out, they are split several times."""
+    few = folds if folds.validation is not None else _sample(folds, SHARED_ON)
+    if not few.can_judge:
+        return [folds]
+    if folds.validation is not None or few.n > FEW_JUDGED:
+        return [few]
+    more = (few.with_shots(FOLDS, few.n, seed).with_classes(few.n) for seed in range(1, SPLITS))
+    return [few, *more]
 
 
 def _of_classes(folds: Folds, most: int) -> Folds:

@@ -308,12 +308,12 @@ class Folds:
         first = np.unique(self.images[rows], return_index=True)[1]
         return rows[np.sort(first)]
 
-    def with_shots(self, number: int, most: int) -> Folds:
+    def with_shots(self, number: int, most: int, seed: int = 0) -> Folds:
         """Split the photos into up to ``number`` folds, and hold out about ``most`` of them."""
         own = self.ids.numpy()[self._photos]
         counts, folds = np.bincount(own), np.full(len(own), -1)
         if (several := counts[own] > 1).any():
-            ranks = ranks_within(own, np.random.default_rng(0))
+            ranks = ranks_within(own, np.random.default_rng(seed))
             folds = np.where(several, ranks % min(number, int(np.median(counts[counts > 1]))), -1)
         return replace(self, held=list(self._held(folds, most)), single=int((counts == 1).sum()))
 
@@ -482,13 +482,13 @@ class Folds:
             return metric
         used, mean = scale.nonzero()[:, 0], torch.zeros_like(scale)
         if metric is None:
-            return tip.Metric.of_factor(mean, scale[None])
+            return tip.Metric(mean, factor=scale[None])
         mean[used] = metric.mean / scale[used]
         if metric.factor is not None:
             factor = torch.zeros(len(metric.factor), len(scale))
             factor[:, used] = metric.factor
             factor[0] *= scale
-            return tip.Metric.of_factor(mean, factor)
+            return tip.Metric(mean, factor=factor)
         transform = torch.zeros(len(scale), len(scale))
         transform[used[:, None], used] = scale[used, None] * metric.transform
         return tip.Metric(mean, transform)

@@ -116,7 +116,7 @@ class FewScatter:
         along = ((1 - shrinkage) * self.eigenvalues / (shrinkage * scale) + 1) ** -0.5  # as a share of a
         beyond = torch.full_like(self.eigenvectors[:, :1], shrinkage**-0.5)
         factor = torch.cat([beyond, self.eigenvectors * (1 - along).sqrt()], dim=1).T.contiguous()
-        return tip.Metric.of_factor(self.mean.float(), factor)
+        return tip.Metric(self.mean.float(), factor=factor)
 
 
 def dimensions(scatter: Scatter | FewScatter, shrinkage: float) -> float:

@@ -1,19 +1,22 @@
 """Estimate how many unlabelled photos a classifier answers wrongly, and how much more labels would help.
 
 The share of right answers to labelled photos says little about the rest, because suggested and reviewed photos were
-chosen where the classifier is uncertain. But these photos tell how often an answer with probability ``p`` is right,
-which is modelled as in Platt scaling (1999)::
+chosen where the classifier is uncertain. But these photos tell how far its probabilities can be trusted. Each of them
+is classified without its own label, and one temperature ``t`` for all answers is fitted to the ``q`` held-out labels,
+with a share ``e`` of wrong ones::
 
-    P(right | p) = sigmoid(a + b logit(p))
+    t = argmax  sum_i log((1 - e) p_i[y_i] + e / c),    p = softmax(z / t)
 
-Each labelled photo is classified without its own label, so all labels can train the classifier. The answers to the rest
-are then independent draws, whose probabilities depend on the posterior of ``a`` and ``b``.
+The expected accuracy on the rest is the mean of ``max p``. With few labels, each new label changes the fit and ``t``.
+So a small classifier is also fitted without the last 5, 10, ... 25 labels, and the estimate is a weighted mean, in
+which the whole classifier counts most. The odds of a wrong answer have a log-normal error, whose variance falls with
+the number ``w`` of wrong held-out answers: ``SPREAD^2 + EVIDENCE / (w + 1)``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,26 +25,34 @@ import numpy.typing as npt
 from retrieval_tip import tip
 from retrieval_tip.data.source import spread
 from retrieval_tip.errors import check_count
-from retrieval_tip.evaluation.held_out import held_out_probabilities, photo_rows, probabilities_of
+from retrieval_tip.evaluation.held_out import IntArray, held_out_probabilities, photo_rows, probabilities_of
+from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.folds import without_parts
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.inputs import Features
+from retrieval_tip.store.labels import images_of
 
 Floats = npt.NDArray[np.float64]
 
-OFFSET, SLOPE = (0.0, 1.5), (0.5, 0.3)
-"""Mean and standard deviation of the prior of ``a`` and of ``log b``.
+WRONG = 0.02
+"""Share ``e`` of labels that may be wrong.
 
-This constant and the next three were chosen on draws 0 to 8 of benchmarks/label_progress.py, without its photos.
+This constant and the next five were chosen on draws 0 to 8 of benchmarks/label_progress.py, without its photos.
 """
-BELIEF = 1 / 3
-"""Weight of a held-out photo. It is below 1, because the errors of a classifier have common causes."""
-EASIER = 0.25
-"""By how much ``a`` is higher for the rest than for held-out photos, which lack their own label and some others."""
-LEAST = 0.01
-"""Smallest probability that an answer is wrong or right, before it is corrected."""
+SPREAD, EVIDENCE = 0.2, 2.5
+"""Standard deviation and factor of a variance in the module docstring."""
+OLDEST = 0.5
+"""Weight of the classifier that lacks the most labels. The weight of the whole classifier is 1."""
+STEPS, STEP, LEAST, SMALL = 6, 5, 20, 128
+"""Number of classifiers, number of labels by which they differ, and the fewest labels and most photos of each."""
+FACTORS = np.exp(np.linspace(-3, 3, 121))
+"""Inverse temperatures to choose from, relative to that of the index."""
+DOUBT = 0.01
+"""Weight of the temperature of the index."""
+MOST = 0.999
+"""Largest probability that an answer is wrong."""
 DRAWS = 500
-"""Number of draws from the posterior."""
+"""Number of draws of the number of wrong answers."""
 SCREEN = 24
 """Number of answers that a person reviews at a time."""
 MOST_REST = 4096
@@ -90,34 +101,43 @@ def estimate_rest(index: Index, key_ids: Sequence[int], rest: Features) -> Estim
     m, rows = len(rest), photo_rows(index, key_ids)
     if not len(rows) or not m:
         return Estimate(0.0, 0.0, 1.0, m, 0, m, min(m, SCREEN))
-    held, chance = held_out_probabilities(index, rows), np.random.default_rng(0)
-    a, b = _posterior(_logit(held.pred_probs.max(1)), held.right, chance)
-    answers = index.classify(rest[spread(m, MOST_REST)], neighbours=0, norms="keep", logits=False).to_arrow()
-    p = 1 / (1 + np.exp(a[:, None] + b[:, None] * _logit(answers["probability"].to_numpy())))
-    expected = m * p.mean(1)
-    numbers = chance.poisson(expected).clip(max=m)  # which vary at least as much as sums of draws
-    wrong = float(expected.mean())
+    few = rest[spread(m, MOST_REST)]
+    found = [_chances(one, key_ids, few) for one in (index, *_smaller(index, rows))]
+    parts, errors = [chances for chances, _ in found], found[0][1]
+    chances = np.average(parts, 0, np.linspace(1, OLDEST, len(parts))).clip(max=MOST)
+    share = float(chances.mean())
+    z, chance = np.random.default_rng(0).standard_normal(DRAWS), np.random.default_rng(1)
+    odds = share / (1 - share) * np.exp(z * math.sqrt(SPREAD**2 + EVIDENCE / (errors + 1)))
+    numbers = chance.poisson(m * odds / (1 + odds)).clip(max=m)  # which vary at least as much as sums of draws
+    wrong = m * share
     least, most = (int(number) for number in np.quantile(numbers, (0.025, 0.975), method="nearest"))
-    first = float(np.sort(p.mean(0))[-SCREEN:].sum())
-    return Estimate(1 - wrong / m, 1 - most / m, 1 - least / m, wrong, least, most, first)
+    first = float(np.sort(chances)[-SCREEN:].sum())
+    return Estimate(1 - share, 1 - most / m, 1 - least / m, wrong, least, most, first)
 
 
-def _logit(probabilities: npt.NDArray[np.floating]) -> Floats:
-    p = probabilities.astype(np.float64).clip(LEAST, 1 - LEAST)
-    logits: Floats = np.log(p / (1 - p))
-    return logits
+def _smaller(index: Index, rows: IntArray) -> Iterator[Index]:
+    """Yield a small index without the last photos, fitted to the others."""
+    images, last = images_of(index.labels), rows[np.argsort(index.labels["key_id"].to_numpy()[rows])]
+    for left in range(STEP, min(STEPS * STEP, len(last) - LEAST + 1), STEP) if index.n <= SMALL else ():
+        other = index.take(np.flatnonzero(~np.isin(images, images[last[-left:]])))
+        closed_form.fit(other)
+        yield other
 
 
-def _posterior(logits: Floats, right: npt.NDArray[np.bool_], chance: np.random.Generator) -> tuple[Floats, Floats]:
-    """Draw ``a`` and ``b`` for the rest from their posterior, given the answers to held-out photos."""
-    grid = np.meshgrid(np.linspace(-3, 3, 31), np.linspace(-3, 3, 15))
-    (a, log_b), priors = (one.ravel() for one in grid), (grid[0] ** 2 + grid[1] ** 2).ravel()
-    a, b = OFFSET[0] + OFFSET[1] * a, np.exp(SLOPE[0] + SLOPE[1] * log_b)
-    signed = np.where(right, 1, -1) * (a[:, None] - EASIER + b[:, None] * logits)
-    logs = -BELIEF * np.logaddexp(0, -signed).sum(1) - priors / 2
-    weights = np.exp(logs - logs.max())
-    drawn = chance.choice(len(a), DRAWS, p=weights / weights.sum())
-    return a[drawn], b[drawn]
+def _chances(index: Index, key_ids: Sequence[int], rest: Features) -> tuple[Floats, int]:
+    """Return how probably each answer to the rest is wrong, and how many held-out answers are wrong."""
+    held = held_out_probabilities(index, photo_rows(index, key_ids))
+    n, known = len(held.labels), held.pred_probs[np.arange(len(held.labels)), held.labels] > 0
+    own, c = held.labels[known], sum(count > 0 for count in index.counts)
+    with np.errstate(divide="ignore"):  # a class that cannot win has the probability 0
+        logs = np.log(held.pred_probs[known].astype(np.float64))
+    likely = -DOUBT * np.log(FACTORS) ** 2
+    for place, factor in enumerate(FACTORS):
+        p = np.exp(factor * logs[np.arange(len(own)), own]) / np.exp(factor * logs).sum(1)
+        likely[place] += np.log((1 - WRONG) * p + WRONG / c).sum()
+    factor = FACTORS[likely.argmax()]
+    raised = probabilities_of(index, rest).double().numpy() ** factor
+    return 1 - raised.max(1) / raised.sum(1), n - int(held.right.sum())
 
 
 def gain_of(index: Index, rest: Features, found: Estimate, more: int) -> float | None:

@@ -108,7 +108,7 @@ def metric_of(array: npt.NDArray[np.floating]) -> tip.Metric:
     """Convert a float32 array to a metric. Row 0 is the mean, the rest is the transform or, if shorter, its factor."""
     whole = torch.from_numpy(np.array(array))
     mean, rest = whole[0].clone(), whole[1:].clone()  # a pickle of a view would have the whole array
-    return tip.Metric(mean, rest) if len(rest) == len(mean) else tip.Metric.of_factor(mean, rest)
+    return tip.Metric(mean, rest) if len(rest) == len(mean) else tip.Metric(mean, factor=rest)
 
 
 @dataclass(frozen=True)

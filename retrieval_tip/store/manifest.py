@@ -32,7 +32,7 @@ SUFFIXES = {"keys": ".npy", "index": ".faiss", "labels": ".parquet", "text": ".n
 - ``values`` is a float32 array of solved or trained values, of shape ``[n, c]``.
 - A fitted index has ``metric``, a float32 array of shape ``[1 + d, d]`` with the mean and the transform, and
   ``points``, which is ``phi(K)``. If it was fitted to few keys, ``metric`` has the factor of the transform instead
-  (see :meth:`tip.Metric.of_factor`), so it has fewer rows, and there are no ``points``. If the index has many keys, it
+  (see :class:`tip.Metric`), so it has fewer rows, and there are no ``points``. If the index has many keys, it
   also has ``sums``, a float64 array of shape ``[c + d, 1 + d]`` over all keys (see :class:`sums.Sums`). If it was
   fitted with the scatter of other photos, that is the ``prior``, a float32 array of shape ``[d, d]``. Until it changes,
   it also has ``scores``, a float64 array of shape ``[m, 3]`` of its held-out photos (see :class:`sets.Scores`).
