@@ -144,6 +144,17 @@ def test_the_estimate_is_empty_without_labels_or_photos():
     assert gain_of(copies, features, found, 2) is None
 
 
+def test_an_answer_is_never_certain_if_all_held_out_answers_are_right():
+    ids = np.arange(120) % 4
+    features = unit(CENTRES[ids] + 1e-3 * unit_rows(120, 10, 5))
+    index = Index.from_features(features[:40], ids[:40], NAMES, device="cpu")
+    closed_form.fit(index)
+    found = estimate_rest(index, range(40), features[40:])
+    assert 0 < found.wrong < 1
+    assert found.least_wrong == 0 < found.most_wrong
+    assert gain_of(index, features[40:], found, 20) == pytest.approx(0, abs=1e-3)
+
+
 def test_the_number_of_wrong_answers_stays_in_its_interval_while_the_least_certain_are_reviewed():
     inside = []
     for seed in range(4):
