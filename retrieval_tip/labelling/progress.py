@@ -50,7 +50,7 @@ FACTORS = np.exp(np.linspace(-3, 3, 121))
 DOUBT = 0.01
 """Weight of the temperature of the index."""
 MOST = 0.999
-"""Largest probability that an answer is wrong."""
+"""Largest probability that an answer is wrong, or right."""
 DRAWS = 500
 """Number of draws of the number of wrong answers."""
 SCREEN = 24
@@ -104,7 +104,7 @@ def estimate_rest(index: Index, key_ids: Sequence[int], rest: Features) -> Estim
     few = rest[spread(m, MOST_REST)]
     found = [_chances(one, key_ids, few) for one in (index, *_smaller(index, rows))]
     parts, errors = [chances for chances, _ in found], found[0][1]
-    chances = np.average(parts, 0, np.linspace(1, OLDEST, len(parts))).clip(max=MOST)
+    chances = np.average(parts, 0, np.linspace(1, OLDEST, len(parts))).clip(1 - MOST, MOST)
     share = float(chances.mean())
     z, chance = np.random.default_rng(0).standard_normal(DRAWS), np.random.default_rng(1)
     odds = share / (1 - share) * np.exp(z * math.sqrt(SPREAD**2 + EVIDENCE / (errors + 1)))
