@@ -140,12 +140,8 @@ def drawn(shots: Part, test: Part, number: int, seed: int) -> tuple[Part, Part]:
     return some_of(shots, rows), some_of(test, np.flatnonzero(np.isin(test.labels, classes)))
 
 
-def measured(folder: Path, number: int, seed: int) -> Iterator[Run]:
+def measured(tables: dict[tuple[str, str], list[Part]], number: int, seed: int) -> Iterator[Run]:
     """Yield the accuracy and the shares of each combination, and the accuracy of each part alone."""
-    tables = {
-        where: [with_useless(of_table(folder / f"{name}.parquet"), len(name)) for name in where]
-        for where in (PHOTOS, VAL)
-    }
     for where, names in JOINED + MADE:
         shots, test = drawn(*tables[where], number, seed)
         joined, shares = accuracy(shots, test, names, number, seed)
@@ -194,9 +190,14 @@ def main(shared: Path, shots: tuple[int, ...], draws: int, before: Path | None, 
     """Measure how well shares are chosen if there are few photos."""
     click.echo(f"{machine()}; {draws} draws of {DRAWN} classes.")
     done = {(run["shots"], run["seed"]) for run in read_runs(results)}
+    folder = shared / "data/two-encoders"
+    tables = {
+        where: [with_useless(of_table(folder / f"{name}.parquet"), len(name)) for name in where]
+        for where in (PHOTOS, VAL)
+    }
     for seed, number in itertools.product(range(draws), shots):
         if (number, seed) not in done:
-            add_runs(results, list(measured(shared / "data/two-encoders", number, seed)))
+            add_runs(results, list(measured(tables, number, seed)))
     print_changes(*([run for run in read_runs(file) if run["seed"] < draws] for file in (results, before)))
 
 

@@ -240,11 +240,6 @@ class Order(NamedTuple):
         places = np.argsort(classes)
         return cls(np.lexsort((hashes, places[index.class_ids.cpu().numpy()])), classes)
 
-    @property
-    def places(self) -> IntArray:
-        """The place of each row."""
-        return np.argsort(self.rows)
-
     @classmethod
     def unchanged(cls, ids: Tensor, c: int) -> Self:
         """Return the order in which rows with these class ids are."""
@@ -300,6 +295,11 @@ class Folds:
     def ordered(self) -> Order:
         """The order in which photos and classes are drawn, by default as they are."""
         return self.order or Order.unchanged(self.ids, self.c)
+
+    def order_of(self, rows: Tensor) -> Tensor:
+        """Return the positions that put some rows in order. Float32 rounds differently in another order."""
+        places = np.argsort(self.ordered.rows)
+        return torch.from_numpy(places[rows.numpy()]).argsort()
 
     @cached_property
     def _photos(self) -> IntArray:
@@ -428,7 +428,7 @@ class Folds:
         """Return the scatter of some of the keys."""
         prior, widths = self.prior, [part.width for part, _ in self._used] or [self.keys.shape[1]]
         if len(rows) < sum(widths) and prior is None:
-            return FewScatter.of(*self.taken(rows), self.c, widths)
+            return FewScatter.of(*self.taken(rows[self.order_of(rows)]), self.c, widths)
         every = np.arange(len(self.ids))
         if self.sums is None:
             self.sums = self._sums_of(every)
@@ -566,15 +566,14 @@ class Folds:
         self, form: Form, rows: Tensor, fold: int | None
     ) -> tuple[tip.Metric | None, Tensor | None, Tensor | None]:
         """Return the metric, the values, and the points of the keys, unless values are one-hot."""
-        # Keys are solved in a fixed order, because float32 rounds differently in another.
-        order = torch.from_numpy(self.ordered.places[rows.numpy()]).argsort()
         metric = None
         if form.metric is not None:
             if fold not in self._scatters:
-                self._scatters[fold] = self.scatter(rows[order])
+                self._scatters[fold] = self.scatter(rows)
             metric = form.metric.fit(self._scatters[fold])
         if form.ridge is None:
             return metric, None, None
+        order = self.order_of(rows)
         keys, ids = self.taken(rows[order])
         points = keys if metric is None else metric(keys)
         ridge = Ridge(self.c, form.beta, form.ridge, "cpu", self.class_prior, form.bonus)
@@ -729,7 +728,7 @@ def without_parts(index: Index, rows: IntArray, kept: IntArray | None = None) ->
     ids, images, kept = folds.ids.numpy(), folds.images, np.arange(index.n) if kept is None else kept
     factory = index.index_type if index.retrieval.keys.by_class else "Flat"
     number = min(PARTS if index.n <= MANY_KEYS else PARTS // 2, len(rows))
-    order = np.argsort(folds.ordered.places[rows])
+    order = folds.order_of(torch.from_numpy(rows)).numpy()
     for fold in range(number):
         part = order[fold::number]
         others = kept[~np.isin(images[kept], images[rows[part]])]

@@ -96,7 +96,7 @@ def shares_without_folds(folds: Folds) -> Shares:
 
 
 def agree(first: FloatArray, second: FloatArray) -> bool:
-    """Return whether two encoders find the same classes alike, given the mean features ``[c, d]`` of the classes.
+    """Return whether two encoders find the same classes alike, given the unit mean features ``[c, d]`` of the classes.
 
     The classes of one encoder are permuted, as in Mantel's test (1967). The affinities between classes have to agree
     more than after most permutations, with p <= 0.1. Two useful encoders agree about classes, while a useless one
@@ -113,9 +113,9 @@ def agree(first: FloatArray, second: FloatArray) -> bool:
 
 
 def _class_means(features: Tensor, ids: Tensor) -> FloatArray:
-    """Return the mean feature of each of at most :data:`ASKED` classes, in the order of the first photo of each."""
+    """Return the mean feature of each of at most :data:`ASKED` classes, scaled to norm 1, in the order of the rows."""
     classes = list(dict.fromkeys(ids.tolist()))[:ASKED]
-    return torch.stack([features[ids == one].mean(0) for one in classes]).numpy()
+    return torch.nn.functional.normalize(torch.stack([features[ids == one].mean(0) for one in classes])).numpy()
 
 
 def _between(means: FloatArray) -> FloatArray:
@@ -123,9 +123,7 @@ def _between(means: FloatArray) -> FloatArray:
 
     These are U-centred (Székely and Rizzo, 2014): each row sums to 0, and the diagonal is 0.
     """
-    c = len(means)
-    unit = means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
-    affinity = unit @ unit.T
+    c, affinity = len(means), means @ means.T
     np.fill_diagonal(affinity, 0)
     sums = affinity.sum(0)
     centred = affinity - (sums[:, None] + sums) / (c - 2) + sums.sum() / ((c - 1) * (c - 2))

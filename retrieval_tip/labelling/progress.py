@@ -103,10 +103,12 @@ def estimate_rest(index: Index, key_ids: Sequence[int], rest: Features) -> Estim
         return Estimate(0.0, 0.0, 1.0, m, 0, m, min(m, SCREEN))
     few = rest[spread(m, MOST_REST)]
     found = [_chances(one, key_ids, few) for one in (index, *_smaller(index, rows))]
-    parts, errors = [chances for chances, _ in found], found[0][1]
+    parts = [chances for chances, _ in found]
+    errors = found[0][1]
     chances = np.average(parts, 0, np.linspace(1, OLDEST, len(parts))).clip(1 - MOST, MOST)
     share = float(chances.mean())
-    z, chance = np.random.default_rng(0).standard_normal(DRAWS), np.random.default_rng(1)
+    z = np.random.default_rng(0).standard_normal(DRAWS)
+    chance = np.random.default_rng(1)
     odds = share / (1 - share) * np.exp(z * math.sqrt(SPREAD**2 + EVIDENCE / (errors + 1)))
     numbers = chance.poisson(m * odds / (1 + odds)).clip(max=m)  # which vary at least as much as sums of draws
     wrong = m * share
@@ -127,8 +129,9 @@ def _smaller(index: Index, rows: IntArray) -> Iterator[Index]:
 def _chances(index: Index, key_ids: Sequence[int], rest: Features) -> tuple[Floats, int]:
     """Return how probably each answer to the rest is wrong, and how many held-out answers are wrong."""
     held = held_out_probabilities(index, photo_rows(index, key_ids))
-    n, known = len(held.labels), held.pred_probs[np.arange(len(held.labels)), held.labels] > 0
-    own, c = held.labels[known], sum(count > 0 for count in index.counts)
+    known = held.pred_probs[np.arange(len(held.labels)), held.labels] > 0
+    own = held.labels[known]
+    c = sum(count > 0 for count in index.counts)
     with np.errstate(divide="ignore"):  # a class that cannot win has the probability 0
         logs = np.log(held.pred_probs[known].astype(np.float64))
     likely = -DOUBT * np.log(FACTORS) ** 2
@@ -137,7 +140,7 @@ def _chances(index: Index, key_ids: Sequence[int], rest: Features) -> tuple[Floa
         likely[place] += np.log((1 - WRONG) * p + WRONG / c).sum()
     factor = FACTORS[likely.argmax()]
     raised = probabilities_of(index, rest).double().numpy() ** factor
-    return 1 - raised.max(1) / raised.sum(1), n - int(held.right.sum())
+    return 1 - raised.max(1) / raised.sum(1), int((~held.right).sum())
 
 
 def gain_of(index: Index, rest: Features, found: Estimate, more: int) -> float | None:
