@@ -63,7 +63,7 @@ def assigned(code):
 
 
 def test_nobody_assigns_to_an_index_from_outside():
-    """An edit returns another index. An object is an index if it has a field of an index, as code has no types."""
+    """An edit returns another index. Names have no types, so any object with a field of an index counts as one."""
     from retrieval_tip import Index
 
     code = "a.x, (self.b.y, c[0].z) = a.x\na.x += 1\nself.x = a.x\nsetattr(a, 'x', 1)\ndel a.x"

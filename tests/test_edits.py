@@ -110,34 +110,81 @@ def serving(folder):
     return TestClient(app_of(folder, limits=ALONE, token=TOKEN), headers=AUTHORISED)
 
 
-def test_a_label_of_a_session_reads_no_version(seen, folder, photos, lit_mini, monkeypatch):
-    """New photos are labelled, one with a new class, one label is corrected, and one is taken back."""
+class Session:
+    """A labelling session for photos, which saves soon."""
+
+    def __init__(self, folder, photos, backbone):
+        self.folder, self.photos, self.cache = folder, [*photos], EncodingCache.at(None)
+        sources = list(open_inputs([str(folder.parent / "photos")]))
+        reader = Reader(backbone, cache=self.cache)
+        self.app = labelling_app(folder, sources, reader, limits=ALONE, token=TOKEN)
+
+    def __enter__(self):
+        self.http = TestClient(self.app, headers=AUTHORISED)
+        self.http.__enter__()
+        self.until(lambda state: state["encoded"] == len(self.photos) and settled(state))
+        return self
+
+    def __exit__(self, *error):
+        self.http.__exit__(*error)
+        self.cache.close()
+
+    def label(self, photo, label):
+        answer = self.http.post("/v1/label", json={"labels": [{"photo": photo, "label": label}]})
+        assert answer.status_code == 200, answer.text
+
+    def until(self, done):
+        for _ in range(2400):
+            if done(state := self.http.get("/v1/label").json()):
+                return state
+            time.sleep(0.025)
+        raise AssertionError(state)
+
+    def labels(self):
+        """Return the labels of the photos by number, after every byte of the index has been checked."""
+        rows = places.at(self.folder).verify().labels.to_pylist()
+        return {int(Path(row["source"]).stem): row["label"] for row in rows if row["source"] in self.photos}
+
+
+def settled(state):
+    return not state["unsaved"] and not state["busy"]
+
+
+@pytest.fixture
+def session(seen, folder, photos, lit_mini, monkeypatch):
     monkeypatch.setattr(module, "WAIT", 0.02)
-    cache, paths = EncodingCache.at(None), [*photos]
-    sources = list(open_inputs([str(folder.parent / "photos")]))
-    app = labelling_app(folder, sources, Reader(lit_mini, cache=cache), limits=ALONE, token=TOKEN)
+    monkeypatch.setattr(module, "RETRY", 0.05)
+    with Session(folder, photos, lit_mini) as session:
+        yield session
+
+
+def test_a_label_of_a_session_reads_no_version(seen, folder, photos, session):
+    """New photos are labelled, one with a new class, one label is corrected, and one is taken back."""
     one, other, *_ = sorted({*photos.values()})
-    with TestClient(app, headers=AUTHORISED) as http:
+    for photo, label in ((0, one), (1, other), (1, one), (2, "something new"), (0, None)):
+        with seen.edit(folder):
+            session.label(photo, label)
+            state = session.until(settled)
+        assert state["version"] == places.at(folder).manifest().version  # it shows what it has saved
+    assert session.labels() == {1: one, 2: "something new"}
 
-        def settled():
-            for _ in range(2400):
-                state = http.get("/v1/label").json()
-                if not (state["unsaved"] or state["busy"]) and state["encoded"] == len(paths):
-                    return state
-                time.sleep(0.025)
-            raise AssertionError(state)
 
-        settled()
-        for photo, label in ((0, one), (1, other), (1, one), (2, "something new"), (0, None)):
-            with seen.edit(folder):
-                sent = {"labels": [{"photo": photo, "label": label}]}
-                assert http.post("/v1/label", json=sent).status_code == 200
-                state = settled()
-            assert state["version"] == places.at(folder).manifest().version  # it shows what it has saved
-    cache.close()
-    rows = places.at(folder).verify().labels.to_pylist()
-    labels = {Path(row["source"]).name: row["label"] for row in rows if Path(row["source"]).parent.name == "photos"}
-    assert labels == {"1.jpg": one, "2.jpg": "something new"}
+def test_a_session_saves_nothing_on_damage_and_everything_when_it_is_mended(folder, photos, session):
+    """The keys are damaged while the session has them open."""
+    label, before = photos[session.photos[0]], places.at(folder).manifest()
+    keys = folder / before.files["keys"].name
+    whole = keys.read_bytes()
+    with keys.open("rb+") as file:  # in place, so that the open index sees it
+        file.seek(-1, 2)
+        file.write(bytes([whole[-1] ^ 64]))
+    session.label(0, label)
+    state = session.until(lambda state: state["problem"])
+    assert keys.name in state["problem"]
+    assert (state["unsaved"], places.at(folder).manifest()) == (1, before)
+    with keys.open("rb+") as file:
+        file.write(whole)
+    assert session.until(settled)["problem"] is None
+    assert session.labels() == {0: label}
 
 
 def features(index, *labels):
