@@ -8,7 +8,8 @@ Each size has a process of its own, which only opens the index, in a labelling s
 photo, and its time ends when the session shows that it is saved. A posted feature becomes a shot, a shot gets another
 label, and a shot is removed; each answer tells of a version that is served. Before each turn, the session has nothing
 to do. Times are medians after a warm-up turn. Features are synthetic (benchmarks/made.py), and a photo's feature is
-drawn from its pixels. The index has text weights, and no fit.
+drawn from its pixels. The index has text weights, and no fit. The time on a processor is that of all threads of the
+process; it depends less on what else the machine does.
 
 "resident" is the peak that Linux keeps for the process (VmHWM), which includes files that are mapped into memory.
 "anonymous" is the highest of the samples that are taken during the edits every two milliseconds (RssAnon), which
@@ -46,7 +47,6 @@ from retrieval_tip.backbones.base import Identity
 from retrieval_tip.data.sources import open_inputs
 
 SIZES = ((600, 64, 10), (200_000, 256, 1000))
-"""Keys, values and classes of each index."""
 IDENTITY = Identity("made", None, "sha256:00", "sha256:01", {"size": 8})
 MIB, SAMPLED, PATIENCE = 1 << 10, 0.002, 120.0
 """Kilobytes in a MiB, and seconds between samples of the memory and until a label must be saved."""
@@ -116,22 +116,24 @@ def hold(folder: Path) -> None:
     paths = labelling.paths_of([*open_inputs([str(folder / "photos")])])
     app = create_app(service, token="t", labelling=labelling.Labelling(place, paths, Reader(backbone)))
     with TestClient(app, headers={"Authorization": "Bearer t"}) as http:
-        edit = Edit(http, dim, len(paths))
+        edit = Edit(http, place, dim, len(paths))
         edit.until(lambda state: state["encoded"] == len(paths) and not state["busy"])
         names = http.get("/v1/indexes/index").json()["class_names"]
         print("ready", flush=True)
         for line in sys.stdin:
             what, turn = json.loads(line)
+            before = time.process_time()
             seconds = clocked(partial(edit.make, what, turn, names))
+            processor = time.process_time() - before
             edit.until(lambda state: not state["busy"])
-            print(seconds, flush=True)
+            print(json.dumps([seconds, processor]), flush=True)
 
 
 class Edit:
     """Requests of a client to an index and its labelling session."""
 
-    def __init__(self, http: Any, dim: int, photos: int) -> None:
-        self.http, self.dim, self.photos = http, dim, photos
+    def __init__(self, http: Any, place: Path, dim: int, photos: int) -> None:
+        self.http, self.manifests, self.dim, self.photos = http, place / "manifests", dim, photos
 
     def until(self, done: Callable[[dict[str, Any]], bool]) -> None:
         """Wait until the state of the session is as it should be."""
@@ -143,7 +145,7 @@ class Edit:
 
     def make(self, what: str, turn: int, names: Sequence[str]) -> None:
         """Make one edit, of another photo or shot in each turn."""
-        label, keys = names[turn % len(names)], "/v1/indexes/index/keys"
+        label, keys, before = names[turn % len(names)], "/v1/indexes/index/keys", max(self.manifests.iterdir())
         if what == EDITS[0]:
             body: dict[str, Any] = {"labels": [{"photo": turn % self.photos, "label": label}]}
             answer = self.http.post("/v1/label", json=body)
@@ -159,14 +161,20 @@ class Edit:
         if answer.status_code not in (200, 201):
             raise click.ClickException(f"{what}: {answer.text}")
         if what == EDITS[0]:
+            while max(self.manifests.iterdir()) == before:  # asking the server would take its time
+                time.sleep(0.001)
             self.until(lambda state: not state["unsaved"])
 
 
 class Holder:
-    """The process that holds an index, as another process sees it. ``anonymous`` is the peak so far, in MiB."""
+    """The process that holds an index, as another process sees it.
+
+    ``anonymous`` is its peak so far, in MiB, and ``processor`` its seconds on a processor for each edit so far.
+    """
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process, self.anonymous = process, 0.0
+        self.processor: dict[str, list[float]] = {what: [] for what in EDITS}
         self._line()
 
     def memory(self, name: str) -> float:
@@ -178,7 +186,9 @@ class Holder:
         """Have the process make an edit, and return its seconds."""
         assert self.process.stdin is not None
         print(json.dumps([what, turn]), file=self.process.stdin, flush=True)
-        return float(self._line())
+        seconds, processor = json.loads(self._line())
+        self.processor[what].append(processor)
+        return float(seconds)
 
     def _line(self) -> str:
         assert self.process.stdout is not None
@@ -202,16 +212,20 @@ def held(folder: Path) -> Iterator[Holder]:
 
 @against
 @click.command(help=__doc__)
+@click.option(
+    "--size", "sizes", type=(int, int, int), multiple=True, default=SIZES, show_default=True,
+    help="Keys, values and classes of an index.",
+)  # fmt: skip
 @click.option("--times", type=click.IntRange(min=1), default=10, show_default=True, help="Number of turns.")
 @common.folder_option
 @click.option("--hold", "to_hold", type=click.Path(path_type=Path), hidden=True)
-def main(times: int, folder: Path, to_hold: Path | None) -> None:
+def main(sizes: Sequence[tuple[int, int, int]], times: int, folder: Path, to_hold: Path | None) -> None:
     """Measure each size, and print the results. The hidden option runs the measured process."""
     if to_hold is not None:
         hold(to_hold)
         return
     click.echo(machine())
-    for size in SIZES:
+    for size in sizes:
         n, d, c = size
         title = f"{n:,} keys x {d}, {c:,} classes"
         if shutil.disk_usage(folder).free < 32 * n * d:  # several versions of the keys
@@ -222,10 +236,12 @@ def main(times: int, folder: Path, to_hold: Path | None) -> None:
             with held(Path(name)) as server:
                 taken = take_turns(title, {what: partial(server.edit, what=what) for what in EDITS}, times)
                 peaks = {"resident": server.memory("VmHWM"), "anonymous": server.anonymous}
-        for what, peak in peaks.items():
-            record(title, f"{what}, MiB", [peak])
-        rows = [{"what": what, "value": 1e3 * value, "unit": "ms"} for what, value in medians(taken).items()]
-        show(title, [*rows, *({"what": what, "value": peak, "unit": "MiB"} for what, peak in peaks.items())])
+        processor = {what: values[1:] for what, values in server.processor.items()}  # without the warm-up turn
+        for name, values in (*processor.items(), *((name, [peak]) for name, peak in peaks.items())):
+            record(f"{title}: {'MiB' if name in peaks else 'seconds on a processor'}", name, values)
+        found, busy = medians(taken), medians(processor)
+        show(title, [{"edit": what, "ms": 1e3 * found[what], "ms on a processor": 1e3 * busy[what]} for what in EDITS])
+        show("", [{"peak": name, "MiB": peak} for name, peak in peaks.items()])
 
 
 if __name__ == "__main__":
