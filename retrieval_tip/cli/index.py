@@ -21,7 +21,8 @@ from retrieval_tip.settings import Ask, BuildOptions, Dtype, Precision
 from retrieval_tip.store.address import FORMS, KIND
 
 if TYPE_CHECKING:
-    from retrieval_tip.index.changes import Added, Changed
+    from retrieval_tip.index.changes import Added
+    from retrieval_tip.index.places import Changed
     from retrieval_tip.model import Index
 
 

@@ -84,8 +84,7 @@ def index_with(
     index = index.with_settings(index.settings.override(alpha=ask.alpha, beta=ask.beta))
     if opening.where is not None:
         index = _restricted(index, opening.where, fits=ask.alpha is None and ask.beta is None)
-    index.settings = ask.settings(index.settings)
-    return index
+    return index.with_settings(ask.settings(index.settings))
 
 
 def _restricted(index: Index, where: str, *, fits: bool) -> Index:
@@ -104,8 +103,8 @@ def _restricted(index: Index, where: str, *, fits: bool) -> Index:
     parts = [f"{name} {a}/{b}" for name, a, b in counts if a < b]
     automatic = fits and index.fitted is not None and index.fitted.automatic
     if automatic and index.has_text and rest.counts.count(0) > index.counts.count(0):
-        refit(rest, rest.settings.beta)
-    rest.drop_unanswerable()
+        rest, _ = refit(rest, rest.settings.beta)
+    rest = rest.without_unanswerable()
     say(f"where: {rest.n} of {index.n} shots match ({few(parts)})")
     return rest
 

@@ -315,10 +315,9 @@ def create(folder: Versions, made: Material) -> Index:
         index = made.index(rows, rows.statistics(), k)
         warn_of(duplicates(keys, rows.labels))
         if made.fit is not None:
-            fitted = closed_form.fit(index, made.fit, factory=factory)
-            warn(fitted.warnings)
-        index.commit(writer, "build")
-    return index if made.device == index.device else Index.load(folder.folder, device=made.device, verify="fast")
+            index, choice = closed_form.fit(index, made.fit, factory=factory)
+            warn(choice.warnings)
+        return index.committed(writer, "build").on(made.device)
 
 
 def _write_keys(

@@ -335,7 +335,8 @@ class TableRows(Rows):
         """Return the rows with all keys in memory, however large."""
         labels, keys = zip(*self.blocks(), strict=True)
         order = self._order[0]
-        return ArrayRows(np.concatenate(keys)[order], pa.concat_tables(labels).take(pa.array(order)), sums=self.sums)
+        labels = pa.concat_tables(labels).take(pa.array(order))
+        return ArrayRows(np.concatenate(keys)[order], labels, sums=self.sums, kept_in=self)
 
     def _check_taken(self, n: int) -> None:
         if n * self.d * 4 > MOST_TAKEN:

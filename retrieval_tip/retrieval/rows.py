@@ -180,7 +180,8 @@ class Rows(ABC):
 class ArrayRows(Rows):
     """Keys that are in memory or memory-mapped.
 
-    ``points`` are the transformed keys, or ``None`` if there is no metric. See :class:`Rows` for the other attributes.
+    ``points`` are the transformed keys, or ``None`` if there is no metric. ``kept_in`` are the rows of the table that
+    the keys were read from, which follows them at the next commit. See :class:`Rows` for the other attributes.
     """
 
     keys: KeyArray
@@ -189,6 +190,7 @@ class ArrayRows(Rows):
     points: KeyArray | None = None
     sums: Sums | None = None
     index: VectorIndex | None = None
+    kept_in: Rows | None = None
 
     @property
     def dtype(self) -> Dtype:
@@ -301,7 +303,8 @@ class ArrayRows(Rows):
             values = torch.cat([values, more.values.to(values)])[rows]
         if points is not None and more.points is not None:
             points = _picked(points, more.points, rows)
-        return ArrayRows(_picked(self.keys, more.keys, rows), labels.take(pa.array(rows)), values, points, sums)
+        keys, labels = _picked(self.keys, more.keys, rows), labels.take(pa.array(rows))
+        return replace(self, keys=keys, labels=labels, values=values, points=points, sums=sums, index=None)
 
     def fitted(self, metric: tip.Metric | None, values: Tensor | None, factory: str | None, device: str) -> ArrayRows:
         return replace(self, points=points_of(metric, self.keys, device), values=values)

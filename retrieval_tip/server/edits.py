@@ -18,6 +18,7 @@ from retrieval_tip.data.tables import not_in_index
 from retrieval_tip.errors import InputError, Skipped, command_line, show
 from retrieval_tip.index import changes as index_changes
 from retrieval_tip.index import manage, photos
+from retrieval_tip.index.places import Changed
 from retrieval_tip.labelling.photos import MOST_PHOTOS
 from retrieval_tip.labelling.placing import Action
 from retrieval_tip.labelling.sidecars import undo_sidecars, write_planned
@@ -88,7 +89,7 @@ async def rename(service: TheService, one: Named, change: schemas.Rename) -> sch
 async def rollback(service: TheService, one: Named, change: schemas.Rollback) -> schemas.ChangedIndex:
     """Restore an earlier version, as a new version. The current version is kept."""
 
-    def call() -> index_changes.Changed:
+    def call() -> Changed:
         kept = [row["version"] for row in one.place.history().to_pylist()]
         if change.since is not None and kept[-1] != change.since:
             now = f"it is at version {kept[-1]}, not {change.since}"
@@ -102,7 +103,7 @@ async def rollback(service: TheService, one: Named, change: schemas.Rollback) ->
 
 
 async def _changed(
-    service: Service, one: Served, call: Callable[..., index_changes.Changed], *arguments: object
+    service: Service, one: Served, call: Callable[..., Changed], *arguments: object
 ) -> schemas.ChangedIndex:
     changed = await service.changed(one, call, *arguments)
     index = one.now.index

@@ -121,7 +121,7 @@ class Labelling:
         self._refused: dict[int, str] = {}  # reasons by photo, for labels that could not be saved
         self._steps: dict[str, _Step] = {}
         self._made: set[str] = set()  # classes that this session has created
-        self._last: changes.Changed | None = None
+        self._last: places.Changed | None = None
         self._facts: dict[int, tuple[list[Row] | None, list[int]]] = {}
         self._chosen: tuple[Version | None, int] = (None, 0)
         self._measured: tuple[Version | None, int] = self._chosen
