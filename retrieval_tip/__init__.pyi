@@ -38,5 +38,7 @@ from .predictions import Predictions as Predictions
 from .predictions import SimilarShot as SimilarShot
 from .settings import Recipe as Recipe
 from .settings import Settings as Settings
+from .store.edits import Edits as Edits
+from .store.edits import NewKeys as NewKeys
 
 __version__: str

@@ -22,6 +22,7 @@ from retrieval_tip.index.export import export_table, export_text
 from retrieval_tip.index.items import read_text_table
 from retrieval_tip.model import Index
 from retrieval_tip.settings import Settings
+from retrieval_tip.store.edits import Edits
 
 IDENTITY = Identity("fake", "tag", "sha256:00", "sha256:01", {"size": 4})
 
@@ -76,7 +77,7 @@ def test_an_index_built_from_an_export_is_the_same(tmp_path, dtype):
 
 def test_the_exported_table_has_the_columns_of_the_label_store(tmp_path):
     cache = cache_of(dtype="float16")
-    cache.remove([3, 7])
+    cache = cache.edited(Edits(remove=[3, 7]))
     export_table(cache, tmp_path / "t.parquet")
     table = pq.read_table(tmp_path / "t.parquet")
     further = ["key_id", "shot", "views", "digest", "added_at"]

@@ -530,7 +530,7 @@ def test_shots_are_relabelled_classes_renamed_and_versions_rolled_back(own):
 
 
 def test_the_accuracy_follows_label_changes(own):
-    names, fitted = Index.load(own, device="cpu").class_names, fit_index(own)
+    names, fitted = Index.load(own, device="cpu").class_names, fit_index(own).fit
     with serving(own, token=TOKEN) as client:
         before = client.get("/v1/indexes/own/accuracy").json()
         assert fitted.interval is not None

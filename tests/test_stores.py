@@ -378,7 +378,7 @@ def test_a_labelling_session_keeps_one_version_per_minute_and_its_readers_can_fi
         feature = unit_rows(1, D, ord(name))[0]
         photo = changes.PhotoLabel(f"{name}.jpg", name * 64, label, "suggested", feature)
         done = changes.label(pets.place, [photo], Reader(), last=last)
-        for key_id, (_, new) in done.edits.items():
+        for key_id, (_, new) in done.labels.items():
             pets.truth.keys.setdefault(key_id, feature)
             pets.truth.labels[key_id] = new
         return done
