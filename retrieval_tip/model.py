@@ -302,9 +302,11 @@ class Index:
         return self.altered(settings=settings)
 
     def altered(self, **fields: Any) -> Self:
-        """Return a copy with other fields, apart from those that queries are compared with."""
+        """Return a copy with other fields, whose lengths must still match."""
         made = copy.copy(self)
         made.__dict__ |= fields
+        if fields.keys() & {"rows", "metric", "fitted"}:
+            made.follow()
         return made
 
     def queries(self, features: Features | Sequence[Features], norms: Norms = "keep") -> Tensor:
@@ -472,18 +474,14 @@ class Index:
         apply(made, edits)
         return made
 
-    def on(self, device: str) -> Self:
-        """Return the same index on ``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
-        device = resolve_device(device)
-        if device == self.device:
+    def on(self, device: str) -> Index:
+        """Return the same version on ``auto``, ``cpu``, ``cuda`` or ``cuda:N``. Another device reads it again."""
+        device, own = resolve_device(device), self.stored
+        if device == self.device or own is None:
             return self
-        rows, factory = self.rows, FLAT_FACTORY
-        if isinstance(rows, ArrayRows) and rows.index is not None:
-            index, factory, own = None, rows.index.factory, self.stored
-            if isinstance(own, Stored) and own.contents.get("index") is rows.index:
-                index = _read_index(own.store.folder, own.manifest, device)
-            rows = replace(rows, index=index)
-        return self.altered(device=device).with_rows(rows, factory)
+        if not isinstance(own, Stored):
+            return cast("Index", own.store.load(device=device, version=own.manifest.version))
+        return type(self).load(own.store.folder, device=device, verify="fast", version=own.manifest.version)
 
     def check_answers(self) -> None:
         """Classify a few keys as if they were queries, and raise InputError if their logits overflow."""
@@ -520,7 +518,7 @@ class Index:
             )
         points = np.asarray(self.rows.vectors, dtype=np.float32)
         values = self.ridge.values(torch.from_numpy(points).to(self.device), self.class_ids)
-        return self._over(replace(self.rows, values=values))
+        return self.altered(rows=replace(self.rows, values=values))
 
     def rebuilt(self, factory: str | None = None, dtype: Dtype | None = None) -> Self:
         """Sort the keys, and recompute the points, the solved values and the FAISS index. The keys must be in memory.
@@ -545,7 +543,8 @@ class Index:
             raise InputError(f"keys: values too large for {keys.dtype}; use float32")
         points = points_of(self.metric, keys, self.device)
         ordered = replace(ordered, keys=keys, points=points, index=rows.index, kept_in=rows.kept_in)
-        made = self._over(ordered.indexed(len(self.class_names), factory, self.device)).altered(settings=settings)
+        ordered = ordered.indexed(len(self.class_names), factory, self.device)
+        made = self.altered(rows=ordered, settings=settings)
         return made.solved() if made.n <= MOST_SOLVED else made
 
     def with_fit(
@@ -559,12 +558,7 @@ class Index:
         changed = self.metric is not None or metric is not None or factory not in (None, self.index_type)
         if isinstance(rows, ArrayRows) and changed:
             rows = rows.indexed(len(self.class_names), factory, self.device)
-        return self.altered(metric=metric, fitted=fitted, scores=None)._over(rows)
-
-    def _over(self, rows: Rows) -> Self:
-        made = self.altered(rows=rows)
-        made.follow()
-        return made
+        return self.altered(rows=rows, metric=metric, fitted=fitted, scores=None)
 
     def take(self, rows: npt.NDArray[np.int64]) -> Self:
         """Return an index in memory that consists of the keys at the given rows of the labels. Rows may repeat.
@@ -581,12 +575,11 @@ class Index:
 
     def in_memory(self) -> Self:
         """Return this index with all keys in memory. Raises UsageError if there are too many."""
-        return self if isinstance(self.rows, ArrayRows) else self.with_rows(self.rows.in_memory())
-
-    def with_rows(self, rows: Rows, factory: str = FLAT_FACTORY) -> Self:
-        """Return this index over rows with the same keys, in memory or in a table."""
-        made = self.altered(rows=rows)
-        made.__post_init__(factory)
+        if isinstance(self.rows, ArrayRows):
+            return self
+        made = copy.copy(self)
+        made.rows = self.rows.in_memory()
+        made.__post_init__(FLAT_FACTORY)
         return made
 
     @classmethod
@@ -656,12 +649,6 @@ class Index:
     def manifest(self) -> Manifest | None:
         """The manifest of the version that this index was loaded from or saved as."""
         return None if self.stored is None else self.stored.manifest
-
-    @property
-    def manifest_needed(self) -> Manifest:
-        """The manifest of an index that is a version."""
-        assert self.stored is not None
-        return self.stored.manifest
 
     @property
     def version(self) -> int | None:
@@ -806,7 +793,7 @@ class Index:
         """
         write(self._contents(), writer, self.stored if isinstance(self.stored, Stored) else None)
         self.check_answers()
-        made = self._over(self._mapped(writer))
+        made = self.altered(rows=self._mapped(writer))
         manifest = made.manifest_of(writer, change)
         writer.commit(manifest)
         made.stored = Stored(writer.store, manifest, "full", made._contents())

@@ -253,7 +253,7 @@ def label(
         after, fitted = _edited(index, edits)
         key_ids = [key_id for key_id in labels if key_id not in edits.remove]
         before = {} if last is None or last.version != index.version else last.labels
-        again = bool(before) and made_now(index.manifest_needed)
+        again = bool(before) and index.manifest is not None and made_now(index.manifest)
         if again:
             first = {key_id: (before.get(key_id, pair)[0], pair[1]) for key_id, pair in labels.items()}
             labels = {**before, **first}

@@ -56,7 +56,8 @@ class Changed:
     @property
     def version(self) -> int:
         """The number of the current version."""
-        return self.index.manifest_needed.version
+        assert self.index.version is not None
+        return self.index.version
 
 
 T = TypeVar("T", bound=Changed)

@@ -285,7 +285,7 @@ class LanceStore(Store):
         solved = index.values is not None
         table = _table_of(index).rewritten(None if solved else index.metric, factory, dtype)
         made = index.rebuilt(table.kind, dtype) if solved else index
-        made = made.with_rows(_kept_in(table, made.rows))
+        made = made.altered(rows=_kept_in(table, made.rows))
         return made if factory is None else made.altered(settings=made.settings.override(k=table.few))
 
     def commit(self, writer: TableWriter, index: Index, what: str, factory: str | None = None) -> Index:
@@ -325,11 +325,11 @@ class LanceStore(Store):
         }
         write({kind: own for kind, own in held.items() if own is not None}, writer, None)
         table = Table(rows.table.name, rows.table.version, rows.n)
-        manifest = index.altered(built=built).with_rows(rows).manifest_of(writer, what, table, writer.digests(table))
+        manifest = index.altered(built=built, rows=rows).manifest_of(writer, what, table, writer.digests(table))
         writer.commit(manifest)
         rows = replace(rows, table=self.table(manifest), writer=None)  # pinned to this version
         kept = rows if index.values is None else _kept_in(rows, index.rows)
-        return index.altered(built=built, stored=Origin(self, manifest)).with_rows(kept)
+        return index.altered(built=built, stored=Origin(self, manifest), rows=kept)
 
     def check_held(self, index: Index) -> None:
         """Raise InputError if an index has solved values and does not fit in memory."""
