@@ -147,7 +147,13 @@ class Index:
         rows = self.rows.in_memory()
         values = None if rows.values is None else rows.values.cpu()
         rows = replace(
-            rows, keys=_not_mapped(rows.keys), points=_not_mapped(rows.points), values=values, sums=None, kept_in=None
+            rows,
+            keys=_not_mapped(rows.keys),
+            points=_not_mapped(rows.points),
+            values=values,
+            sums=None,
+            kept_in=None,
+            pending=(),
         )
         return {own.name: getattr(self, own.name) for own in fields(self) if own.init} | {
             "rows": rows, "text_weights": self.text_weights.cpu(), "prior": _not_mapped(self.prior),
@@ -542,7 +548,7 @@ class Index:
         if not np.isfinite(keys).all():
             raise InputError(f"keys: values too large for {keys.dtype}; use float32")
         points = points_of(self.metric, keys, self.device)
-        ordered = replace(ordered, keys=keys, points=points, index=rows.index, kept_in=rows.kept_in)
+        ordered = replace(ordered, keys=keys, points=points, index=rows.index)
         ordered = ordered.indexed(len(self.class_names), factory, self.device)
         made = self.altered(rows=ordered, settings=settings)
         return made.solved() if made.n <= MOST_SOLVED else made
@@ -807,7 +813,7 @@ class Index:
             if array is not None and kind in writer.files and not (isinstance(array, Tensor) and array.is_cuda):
                 mapped = read_array(writer.store.folder, writer.files[kind], array.shape)
                 held[kind] = torch.from_numpy(mapped) if isinstance(array, Tensor) else mapped
-        return replace(rows, **held, kept_in=None)
+        return replace(rows, **held, kept_in=None, pending=())
 
     def _check_current(self, writer: Writer) -> None:
         current = writer.parent.version if writer.parent else None

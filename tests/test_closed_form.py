@@ -946,11 +946,11 @@ def test_only_photos_drawn_at_random_say_how_sure_an_index_of_chosen_photos_may_
     drawn = np.arange(len(ids)) % 4 == 0
     indexes = {}
     for name, picked in {"plain": None, "random": drawn, "suggested": ids < 0}.items():
-        index = indexes[name] = Index.from_features(keys, ids, NAMES, device="cpu")
+        index = Index.from_features(keys, ids, NAMES, device="cpu")
         if picked is not None:
             how = pa.array(np.where(picked, "random", "suggested").tolist())
             index.rows = replace(index.rows, labels=index.rows.labels.append_column(PICKED, how))
-        index, _ = closed_form.fit(index)
+        indexes[name], _ = closed_form.fit(index)
     settings = {name: index.settings for name, index in indexes.items()}
     assert all(
         replace(own, temperature=1.0) == replace(settings["plain"], temperature=1.0) for own in settings.values()

@@ -289,18 +289,21 @@ class LanceStore(Store):
         return made if factory is None else made.altered(settings=made.settings.override(k=table.few))
 
     def commit(self, writer: TableWriter, index: Index, what: str, factory: str | None = None) -> Index:
-        """See :meth:`Store.commit`. The table follows keys that are in memory.
+        """See :meth:`Store.commit`. Edits and fits of keys in memory are now made in the table.
 
         ``factory`` is the new type of its index. Raises the errors of :meth:`model.Index.check_answers` and of
         :meth:`Writer.commit`.
         """
+        from retrieval_tip.lance.rows import TableRows
         from retrieval_tip.retrieval.rows import ArrayRows
 
-        table = _table_of(index)
+        table: Rows = _table_of(index)
         if isinstance(index.rows, ArrayRows):
             self.check_held(index)
-            table = table.following(index.rows, len(index.class_names))
-            table = table.fitted(index.metric, index.values, factory, "cpu")
+            for edit in index.rows.pending:
+                table = edit(table)
+            table = table.with_sums(index.rows.sums).fitted(index.metric, index.values, factory, "cpu")
+        assert isinstance(table, TableRows)
         return self._committed(writer, index, table, what)
 
     def _committed(self, writer: TableWriter, index: Index, rows: TableRows, what: str) -> Index:
@@ -367,7 +370,7 @@ def _kept_in(table: TableRows, rows: Rows) -> Rows:
     """Return rows in memory that the table keeps, or the table itself if the keys are not in memory."""
     from retrieval_tip.retrieval.rows import ArrayRows
 
-    return replace(rows, kept_in=table) if isinstance(rows, ArrayRows) else table
+    return replace(rows, kept_in=table, pending=()) if isinstance(rows, ArrayRows) else table
 
 
 def _matrix(column: pa.ChunkedArray) -> npt.NDArray[Any]:
