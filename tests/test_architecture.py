@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 import tomllib
+from dataclasses import fields
 
 from conftest import ROOT
 
@@ -39,6 +40,42 @@ def test_the_method_only_imports_torch():
                 modules += [own] * (package == "retrieval_tip" and own not in modules)
     assert packages - sys.stdlib_module_names == {"lazy_loader", "retrieval_tip", "torch"}
     assert "errors" in modules
+
+
+EDITORS = {"model.py", "editing.py"}
+"""Modules that may assign to an index, which they have just copied."""
+NO_INDEX = {"labelling/sort.py": {"result"}}
+"""Variables that hold another object with a field of the same name."""
+
+
+def assigned(code):
+    """Return the line, the object and the name of each attribute that is assigned or deleted, except those of self."""
+    for node in ast.walk(ast.parse(code)):
+        match node:
+            case ast.Attribute(value=owner, attr=name, ctx=ast.Store() | ast.Del()):
+                pass
+            case ast.Call(func=ast.Name("setattr" | "delattr"), args=[owner, ast.Constant(str(name)), *_]):
+                pass
+            case _:
+                continue
+        if ast.unparse(owner) != "self":
+            yield node.lineno, ast.unparse(owner), name
+
+
+def test_nobody_assigns_to_an_index_from_outside():
+    """An edit returns another index. Names have no types, so any object with a field of an index counts as one."""
+    from retrieval_tip import Index
+
+    code = "a.x, (self.b.y, c[0].z) = a.x\na.x += 1\nself.x = a.x\nsetattr(a, 'x', 1)\ndel a.x"
+    assert sorted(found[0] for found in assigned(code)) == [1, 1, 1, 2, 4, 5]
+    fields_of_index, package = {field.name for field in fields(Index)}, ROOT / "retrieval_tip"
+    places = [
+        f"{name}:{line}: {owner}.{attribute}"
+        for name in sorted({path.relative_to(package).as_posix() for path in package.rglob("*.py")} - EDITORS)
+        for line, owner, attribute in assigned((package / name).read_text())
+        if attribute in fields_of_index and owner not in NO_INDEX.get(name, ())
+    ]
+    assert places == []
 
 
 def test_public_names_exist_and_are_documented():

@@ -6,18 +6,24 @@ import os
 import shlex
 import subprocess
 import sys
+from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import SOAK, few
+from fastapi.testclient import TestClient
 from sealing import refused
+from serving import app_of
 from stored import copied, everything, made, path_of, put
 from tables import unit_rows, write_table
 
+from retrieval_tip import Classifier
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_source
-from retrieval_tip.errors import RetrievalTipError, warn_once
+from retrieval_tip.errors import RetrievalTipError, StoreError, warn_once
 from retrieval_tip.index import changes
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import build_index
@@ -25,7 +31,7 @@ from retrieval_tip.lance import lance_store
 from retrieval_tip.model import Index
 from retrieval_tip.store import versions as store_versions
 from retrieval_tip.store.edits import Edits
-from retrieval_tip.store.files import BucketFiles
+from retrieval_tip.store.files import FAST_BYTES, BucketFiles
 from retrieval_tip.store.newest import Newest
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("bucket", "one_thread")]
@@ -309,21 +315,109 @@ def test_a_version_whose_rows_are_deleted_meanwhile_is_withdrawn(slow, tables):
 # Damage
 
 
+def flip(path):
+    """Flip a bit of the last byte but four, in place, so that an index that has mapped the file sees it."""
+    with path.open("rb+") as file:
+        file.seek(-5, os.SEEK_END)
+        byte = file.read(1)
+        file.seek(-5, os.SEEK_END)
+        file.write(bytes([byte[0] ^ 64]))
+
+
 @pytest.mark.parametrize("verify", ["full", "fast"])
 def test_damage_under_an_open_index_does_not_get_a_valid_digest(built, tmp_path, verify):
     place = copied(tmp_path, "folder", built["folder"])
     index = Index.load(place, device="cpu", verify=verify)
     name = index.manifest.files["keys"].name
-    with (path_of(place) / name).open("rb+") as file:
-        file.seek(-5, os.SEEK_END)
-        byte = file.read(1)
-        file.seek(-5, os.SEEK_END)
-        file.write(bytes([byte[0] ^ 64]))
+    flip(path_of(place) / name)
     before = own(place)
     index = index.edited(Edits(remove=[0]))
     refused(lambda: index.save(place), name, "damaged")
     refused(lambda: index.save(tmp_path / "copy"), name, "damaged")
     assert own(place) == before
+
+
+@contextmanager
+def server(place, tables, run):
+    """Yield the edits of a server. Each returns the error, or raises StoreError."""
+    feature = {"features": unit_rows(1, WIDE, 9).tolist(), "labels": ["cat"]}
+
+    def edit(method, what, **body):
+        answer = http.request(method, f"/v1/indexes/{Path(place).name}/{what}", **body)
+        if answer.status_code == 503:
+            raise StoreError(answer.json()["detail"])
+        assert answer.status_code in (200, 201), answer.text
+
+    with TestClient(app_of(place, token="t"), headers={"Authorization": "Bearer t"}) as http:
+        yield [
+            partial(edit, "POST", "keys", json=feature),
+            partial(edit, "POST", "relabel", json={"labels": {"0": "dog"}}),
+            partial(edit, "DELETE", "keys?key_id=1"),
+        ]
+
+
+@contextmanager
+def python(place, tables, run):
+    more = open_source(tables / "wide.parquet")
+    photo = changes.PhotoLabel("x", "0" * 64, "cat", "random", unit_rows(1, WIDE, 9)[0])
+    yield [
+        lambda: changes.add(place, more, Reader()), lambda: changes.label(place, [photo], Reader()),
+        lambda: changes.relabel(place, {0: "dog"}), lambda: changes.remove(place, key_ids=[1]),
+    ]  # fmt: skip
+
+
+@contextmanager
+def classifier(place, tables, run):
+    opened = Classifier.load(place, device="cpu")
+    yield [
+        lambda: opened.add(tables / "wide.parquet"), lambda: opened.relabel({0: "dog"}),
+        lambda: opened.remove(key_ids=[1]),
+    ]  # fmt: skip
+    assert opened.index.version == stores.at(place).manifest().version
+
+
+@contextmanager
+def command(place, tables, run):
+    def edit(*words):
+        done = run("index", *words)
+        if done.exit_code == 1:
+            raise StoreError(done.stderr.removesuffix("\n"))
+        assert done.exit_code == 0, done.output
+
+    words = (("add", place, tables / "wide.parquet"), ("relabel", place, "dog", "--key-ids", 0))
+    yield [*(partial(edit, *each) for each in words), partial(edit, "remove", place, "--key-ids", 1)]
+
+
+WIDE = 1024
+"""Number of values of a key, of which 1,100 are more than a fast check hashes."""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """The folder of an index whose keys only a full check reads, and of a table of one more key."""
+    place = tmp_path_factory.mktemp("large")
+    index = Index.from_features(unit_rows(1100, WIDE), ["cat", "dog"] * 550, ["cat", "dog"], device="cpu")
+    index.save(place / "index")
+    assert (place / "index" / index.manifest.files["keys"].name).stat().st_size > FAST_BYTES
+    write_table(place / "wide.parquet", unit_rows(1, WIDE, 8), ["dog"])
+    return place
+
+
+@pytest.mark.parametrize("door", [server, python, classifier, command])
+def test_an_edit_refuses_damage_and_succeeds_when_it_is_mended(large, tmp_path, run, door):
+    """The index was opened before its keys were damaged."""
+    place = copied(tmp_path, "folder", (large / "index").as_posix())
+    name = stores.at(place).manifest().files["keys"].name
+    with door(place, large, run) as edits:
+        flip(path_of(place) / name)
+        before = own(place)
+        for edit in edits:
+            refused(edit, name, "damaged")
+            assert own(place) == before
+        flip(path_of(place) / name)
+        for number, edit in enumerate(edits, 2):
+            edit()
+            assert stores.at(place).verify().version == number
 
 
 def test_damaged_rows_of_a_table_are_not_merged(built, tmp_path, monkeypatch):

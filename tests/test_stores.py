@@ -32,6 +32,7 @@ from serving import app_of
 from stored import copied, done, everything, labels_of, made, path_of, put, rows_of, source
 from tables import unit_rows, write_table
 
+from retrieval_tip import Index
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, StoreError, UsageError
@@ -479,39 +480,113 @@ def bucket_pets(base, tmp_path):
     return pets_of("s3", base, tmp_path)
 
 
+def beaten(monkeypatch, meanwhile, times=1, *, early=False):
+    """Have another writer commit right before the next commits, or right after the next writers open their version."""
+    owner, name = (lance_store.TableWriter, "__init__") if early else (BucketFiles, "create")
+    real, left = getattr(owner, name), [*range(times)]
+
+    def slow(self, *arguments):
+        if early:
+            real(self, *arguments)
+        if left:
+            left.pop()
+            monkeypatch.setattr(owner, name, real)
+            meanwhile()
+            monkeypatch.setattr(owner, name, slow)
+        return None if early else real(self, *arguments)
+
+    monkeypatch.setattr(owner, name, slow)
+
+
+def _add(pets, number):
+    ids = [f"by {number}: {i}" for i in range(2)]
+    more = source(pets.tables / f"{number}.parquet", unit_rows(2, D, 20 + number), ["cat", BARE], ids)
+    return changes.add(pets.place, more, Reader())
+
+
+def _merge(pets, number):
+    other = pets.tables / f"other {number}"
+    if not other.exists():
+        keys = unit_rows(2, D, 30 + number)
+        Index.from_features(keys, ["cat", BARE], ["cat", BARE], device="cpu").save(other)
+    return changes.merge(pets.place, other)
+
+
+def _label(pets, number):
+    photo = partial(changes.PhotoLabel, picked="suggested", feature=unit_rows(1, D, 40 + number)[0])
+    photos = [photo("both.jpg", "b" * 64, [BARE, "cat"][number]), photo(f"{number}.jpg", str(number) * 64, "cat")]
+    return changes.label(pets.place, photos, Reader())
+
+
 EDITS = {
-    "settings": lambda draft: setattr(draft, "settings", draft.settings.override(k=5)),
-    "add": lambda draft: draft.add(unit_rows(2, D, 20), ["cat", "cat"]),
-    "remove": lambda draft: draft.remove([7]),
-    "relabel": lambda draft: draft.relabel([7], BARE),
-    "rename": lambda draft: draft.rename(HOSTILE, "lynx"),
-    "rebuild": lambda index: index.set_rows(index.rows.rewritten(index.metric)),
+    "add": _add,
+    "label": _label,
+    "relabel": lambda pets, number: changes.relabel(pets.place, BARE, key_ids=[5, 7 + number]),
+    "remove": lambda pets, number: changes.remove(pets.place, key_ids=[9 + number]),
+    "merge": _merge,
+    "rename": lambda pets, number: changes.rename(pets.place, [HOSTILE, NAMES[2]][number], "lynx"),
+}
+"""Edits of keys by writer 0 or 1. Some of them meet each other, so that the second one does something else."""
+OTHERS = EDITS | {
+    "settings": lambda pets, _: changes.configure(pets.place, k=5),
+    "rebuild": lambda pets, _: changes.rebuild(pets.place),
+    "fit": lambda pets, _: changes.fit_index(pets.place),
 }
 
 
-@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
-@pytest.mark.parametrize(("edit", "other"), few(itertools.product(EDITS, EDITS), 4))
-def test_the_second_of_two_writers_in_a_bucket_changes_nothing(bucket_pets, edit, other, first):
-    """The other writer commits before or after the first edit of a writer that has opened the same version."""
+@pytest.mark.parametrize(("edit", "other", "early"), few(itertools.product(EDITS, OTHERS, [False, True]), 6))
+def test_the_second_of_two_writers_in_a_bucket_edits_the_newer_version(
+    bucket_pets, base, monkeypatch, edit, other, early
+):
+    """The result is the same as if it had begun after the first one."""
+    alone = pets_of("lance", base, bucket_pets.tables)
+    OTHERS[other](alone, 0)
+    expected = EDITS[edit](alone, 1)
+    beaten(monkeypatch, lambda: OTHERS[other](bucket_pets, 0), early=early)
+    found = EDITS[edit](bucket_pets, 1)
+    assert (found.version, found.key_ids, found.labels) == (3, expected.key_ids, expected.labels)
+    assert labels_of(bucket_pets.place) == labels_of(alone.place)
+    own, same = bucket_pets.store.verify(), alone.store.verify()
+    assert (own.class_names, own.next_key_id) == (same.class_names, same.next_key_id)
+    np.testing.assert_allclose(own.logits(QUERIES, 8), same.logits(QUERIES, 8), atol=EXACT)
+    assert bucket_pets.store.history()["change"] == alone.store.history()["change"]
 
-    def both():
-        with bucket_pets.store.change() as change:
-            change.what = "second"
-            if not first:
-                EDITS[edit](change.index)
-            with bucket_pets.store.change() as won:
-                won.what = "first"
-                EDITS[other](won.index)
-            EDITS[edit](change.index) if first else EDITS["add"](change.index)
 
-    with pytest.raises(StoreError) as error:
-        both()
-    assert str(error.value) == f"{bucket_pets.place}: changed meanwhile; run again"
-    assert bucket_pets.store.history()["change"].to_pylist() == ["build", "first"]
-    model = bucket_pets.store.verify()
-    assert (model.n, model.version) == (N + {"add": 2, "remove": -1}.get(other, 0), 2)
-    bucket_pets.add(unit_rows(1, D, 21), model.class_names[:1])
-    assert bucket_pets.store.verify().n == model.n + 1
+@pytest.mark.parametrize("times", [2, 3])
+def test_an_edit_in_a_bucket_is_tried_three_times(bucket_pets, monkeypatch, times):
+    numbers = itertools.count(2)
+    beaten(monkeypatch, lambda: changes.configure(bucket_pets.place, temperature=next(numbers)), times)
+    if times == 3:
+        text = refused(lambda: changes.remove(bucket_pets.place, key_ids=[7]), "changed meanwhile")
+        assert text == f"{bucket_pets.place}: changed meanwhile; run again"
+    else:
+        assert changes.remove(bucket_pets.place, key_ids=[7]).version == 4
+        bucket_pets.truth.remove(7)
+    words = [f"set temperature {number}" for number in range(2, 2 + times)]
+    assert bucket_pets.store.history()["change"].to_pylist()[1 : 1 + times] == words
+    assert bucket_pets.store.manifest().version == 4
+    bucket_pets.check()
+
+
+NOT_AGAIN = {
+    "fit": lambda pets: changes.fit_index(pets.place),
+    "fit on other photos": lambda pets: changes.fit_index(
+        pets.place, validation=pets.table(unit_rows(4, D, 50), ["cat", BARE] * 2), reader=Reader()
+    ),
+    "rollback": lambda pets: changes.rollback(pets.place),
+}
+"""Changes that depend on the version they began with."""
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("change", NOT_AGAIN)
+def test_a_fit_or_a_bare_rollback_in_a_bucket_is_not_tried_again(bucket_pets, monkeypatch, change, early):
+    bucket_pets.add(unit_rows(1, D, 21), ["cat"])
+    beaten(monkeypatch, lambda: changes.relabel(bucket_pets.place, BARE, key_ids=[7]), early=early)
+    refused(lambda: NOT_AGAIN[change](bucket_pets), f"{bucket_pets.place}: changed meanwhile; run again")
+    bucket_pets.truth.labels[7] = BARE
+    bucket_pets.check()
+    assert bucket_pets.store.manifest().version == 3
 
 
 def test_a_version_that_is_restored_while_it_is_deleted_stays_whole(bucket_pets, monkeypatch):
