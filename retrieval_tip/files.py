@@ -7,6 +7,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 import re
 import shutil
@@ -70,14 +71,15 @@ def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
         raise
 
 
-def check_regular(path: str | os.PathLike[str]) -> None:
-    """Check a file before a library opens it by name.
+def map_regular(path: str | os.PathLike[str]) -> mmap.mmap:
+    """Map a regular file into memory, read-only.
 
     Raises OSError if the file is empty.
     """
     with open_regular(path) as file:
         if not os.fstat(file.fileno()).st_size:
             raise OSError(errno.ENODATA, "the file is empty", os.fspath(path))
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def read_regular(path: str | os.PathLike[str], most: int) -> bytes:

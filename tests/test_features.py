@@ -28,7 +28,7 @@ from retrieval_tip.data import images
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.reader import CENTRE, Reader, encode_table, view_names
 from retrieval_tip.data.sources import of_images, open_items, open_source, read_item
-from retrieval_tip.data.tables import check_backbone, parts_in, read_rows, table_identity
+from retrieval_tip.data.tables import FeatureTable, check_backbone
 from retrieval_tip.errors import BackboneError, InputError, RetrievalTipError, UsageError
 
 
@@ -373,7 +373,7 @@ def table_of(path, column, **more):
 
 
 def read_all(path, norms="check"):
-    return np.concatenate([rows for _, rows in read_rows(path, norms)])
+    return Reader(norms=norms).encode(open_items(path)).features
 
 
 @pytest.mark.parametrize("kind", [pa.float16(), pa.float32(), pa.float64()], ids=str)
@@ -383,7 +383,7 @@ def test_features_of_every_float_and_list_type_are_read(tmp_path, kind, lists):
     path = table_of(tmp_path / "t.parquet", pa.array(list(rows), lists(kind)))
     assert read_all(path).dtype == np.float32
     assert np.array_equal(read_all(path), rows.astype(np.float32))
-    assert [part.width for part in parts_in(path)] == [4]
+    assert [part.width for part in FeatureTable(path).parts()] == [4]
 
 
 GOOD = [1.0, 0.0, 0.0, 0.0]
@@ -423,16 +423,15 @@ def test_an_invalid_row_or_column_is_named(tmp_path, column, words):
 
 def test_a_table_without_rows_features_or_readable_metadata_is_refused(tmp_path):
     empty = table_of(tmp_path / "e.parquet", pa.array([], pa.list_(pa.float32(), 4)))
-    assert list(read_rows(empty, "check")) == []
     with pytest.raises(InputError, match=r"e\.parquet: has no rows"):
-        parts_in(empty)
-    assert table_identity(with_identity(tmp_path / "u.parquet", None)) is None
+        read_all(empty)
+    assert FeatureTable(with_identity(tmp_path / "u.parquet", None)).identity() is None
     pq.write_table(pa.table({"id": ["a"], "vector": ["b"]}), tmp_path / "n.parquet")
     with pytest.raises(InputError, match="one column 'feature'; its columns are id, vector"):
-        read_all(tmp_path / "n.parquet")
+        FeatureTable(tmp_path / "n.parquet").parts()
     for raw in (b"", b"{", b"[]", b"null", b"{}", b"\xff", b'{"model": 1}', b"[" * 100_000):
         with pytest.raises(InputError, match=r"t\.parquet: its metadata cannot be read"):
-            table_identity(with_identity(tmp_path / "t.parquet", raw))
+            read_all(with_identity(tmp_path / "t.parquet", raw))
 
 
 def test_norms_can_be_scaled_or_kept(tmp_path):
@@ -482,7 +481,7 @@ def test_an_encoded_table_contains_the_features_of_readable_images(folder, tmp_p
     assert table["label"].to_pylist() == [source.labels[n] for n in read]
     assert table["note"].to_pylist() == [f"note {n}" for n in read]
     assert all(len(digest) == 64 for digest in table["digest"].to_pylist())
-    assert table_identity(out) == IDENTITY
+    assert FeatureTable(out).identity() == IDENTITY
     assert np.array_equal(read_all(out), all_of(Reader(Fake()), source)[1])
     assert open_source(out).class_names == source.class_names
 
