@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -244,10 +244,9 @@ class Reader:
         hidden = None if self.progress else True
         with tqdm(total=len(source), unit="image", desc=what, disable=hidden, leave=False) as bar:
             for block in blocks:
-                if len(block.positions):
-                    done += len(block.positions)
-                    bar.update(int(block.positions[-1]) + 1 - bar.n)
-                    yield block
+                done += len(block.positions)
+                bar.update(int(block.positions[-1]) + 1 - bar.n)
+                yield block
         if not done and len(source) and not self.empty:
             own = set(source.sources)
             first = next((skipped for skipped in self.skipped if skipped.source in own), source.name)
@@ -269,9 +268,9 @@ class Reader:
         if self.backbone is not None:
             same_backbone(source.table.identity(self.parts), self.backbone.identity, source.table.name)
         rows, places = np.unique(source.rows, return_inverse=True)
-        blocks: Iterable[tuple[slice, FloatArray]] = source.table.features(rows, self.norms, self.parts)
+        blocks = source.table.features(rows, self.norms, self.parts)
         if not np.array_equal(rows, source.rows):  # they are in another order, or some are repeated
-            blocks = [(slice(None), np.concatenate([features for _, features in blocks])[places])]
+            blocks = iter([(slice(None), np.concatenate([features for _, features in blocks])[places])])
         positions = np.arange(len(source))
         has_digests = pa.field("digest", pa.string()) in list(source.items.schema)
         digests = source.items["digest"] if has_digests else pa.nulls(len(source))

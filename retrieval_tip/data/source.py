@@ -90,7 +90,7 @@ class Source:
         """The label of each item. Raises InputError if an item has no label."""
         if "label" not in self.items.column_names:
             raise InputError(f"{self.name}: it has no labels; give class folders or a table with a column 'label'")
-        refuse_rows(self.items["label"].is_null().to_numpy(), self.name, " without a label; label every item")
+        refuse_rows(self.items["label"].is_null(), self.name, " without a label; label every item")
         labels: list[str] = self.items["label"].to_pylist()
         return labels
 
@@ -184,10 +184,10 @@ def of_images(
 def check_lengths(texts: pa.Array | pa.ChunkedArray, name: str, what: str) -> None:
     """Raise InputError if a text is longer than :data:`MAX_TEXT`."""
     is_long = pc.greater(pc.utf8_length(texts), MAX_TEXT).fill_null(False)
-    refuse_rows(np.asarray(is_long), name, f": {what} longer than {MAX_TEXT} characters")
+    refuse_rows(is_long, name, f": {what} longer than {MAX_TEXT} characters")
 
 
-def refuse_rows(wrong: npt.NDArray[np.bool_], name: str, why: str | Callable[[int], str], start: int = 0) -> None:
+def refuse_rows(wrong: npt.ArrayLike, name: str, why: str | Callable[[int], str], start: int = 0) -> None:
     """Raise InputError if any row is ``wrong``, with the numbers of these rows, counted from ``start``, and the reason.
 
     ``why`` can be a function of the position of the first wrong row.

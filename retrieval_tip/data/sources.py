@@ -22,7 +22,7 @@ from retrieval_tip.data.source import Source as Source
 from retrieval_tip.data.source import of_images as of_images
 from retrieval_tip.data.source import read_item as read_item
 from retrieval_tip.data.source import spelled_alike as spelled_alike
-from retrieval_tip.data.tables import FEATURE, NAMES, SUFFIXES, InMemory, is_frame, items_of, renamed, texts
+from retrieval_tip.data.tables import FEATURE, SUFFIXES, InMemory, is_frame, items_of, renamed, texts
 from retrieval_tip.errors import InputError, counted, few, install, show
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def open_source(
     where = os.fspath(path)
     match kind_of(where):
         case "table":
-            return _open_table(where, root, labelled=labelled)
+            return _open_table(where if remote.is_remote(where) else Path(where), root, labelled=labelled)
         case "bucket":
             return _open_bucket(where, labelled=labelled)
         case "folder":
@@ -191,7 +191,7 @@ def _open_folder(folder: Path, split: str | None, *, labelled: bool) -> Source:
         return of_images(_images_in(folder), show(folder))
     folder = _part_of(folder, split)
     if (table := _table_in(folder)) is not None:
-        return _open_table(os.fspath(table), labelled=True)
+        return _open_table(table, labelled=True)
     return _read_folder(folder)
 
 
@@ -281,23 +281,24 @@ def _open_bucket(where: str, *, labelled: bool) -> Source:
     return of_images(paths, show(where), labels)
 
 
-def _open_table(where: str | InMemory, root: str | os.PathLike[str] | None = None, *, labelled: bool) -> Source:
-    file = where if isinstance(where, InMemory) or remote.is_remote(where) else Path(where)
+def _open_table(file: tables.Place, root: str | os.PathLike[str] | None = None, *, labelled: bool) -> Source:
     name = show(file)
     items, table = items_of(file)
     if not len(items):
         raise InputError(f"{name}: has no rows")
     key = "path" if table is None else "id"
-    items = renamed(items, *(["path", "label"] if table is None else ["label"]))
-    path, feature = ", ".join(NAMES["path"][1:4]), ", ".join(NAMES[FEATURE][1:])
-    hint = f"; an image table has path ({path}) and label; a feature table has id, label and feature ({feature})"
+    items = renamed(items, key, "label")
+    hint = (
+        "; an image table has path (image, image_path, file_name) and label; a feature table has id, label and "
+        "feature (embedding, vector)"
+    )
     front = {"source": texts(items, name, key, hint=hint)}
     if labelled or "label" in items.column_names:
         front["label"] = texts(items, name, "label", needed=labelled, hint=hint)
     items = pa.table(front | {c: items[c] for c in items.column_names if c not in (key, *front)})
     names = tuple(sorted(pc.unique(items["label"]).drop_null().to_pylist())) if "label" in front else ()
     if table is not None:
-        return Source(name, items, names, table=table, rows=np.arange(len(items), dtype=np.int64))
+        return Source(name, items, names, table=table, rows=np.arange(len(items)))
     folder = root or (file.parent if isinstance(file, Path) else os.fspath(file).rpartition("/")[0])
     paths = [path if remote.is_remote(path) else os.path.join(folder, path) for path in items["source"].to_pylist()]
     items = items.set_column(0, "source", pa.array([show(path) for path in paths], pa.string()))

@@ -33,11 +33,12 @@ from retrieval_tip.data.source import Source, check_lengths, refuse_rows
 from retrieval_tip.errors import (
     BackboneError,
     InputError,
+    RetrievalTipError,
     UsageError,
     counted,
     few,
     first_line,
-    one_line,
+    message,
     show,
     warn_once,
 )
@@ -46,6 +47,7 @@ from retrieval_tip.settings import Levels, Norms
 
 FEATURE = "feature"
 NAMES = {
+    "id": ("id",),
     "path": ("path", "image", "image_path", "file_name", "filename", "filepath", "file", "input"),
     "label": ("label", "class", "class_name"),
     FEATURE: (FEATURE, "embedding", "vector"),
@@ -62,7 +64,6 @@ MOST_LEVELS = 16  # levels of groups above the classes
 GROUP_ROWS = 1024  # smallest number of rows in a Parquet row group
 TABLE_ROWS = 8192  # largest number of features that are read at a time
 MOST_OPEN = 64  # largest number of parts that stay open; the system limits the number of open files
-MAX_SHOWN = 64  # largest number of column names in a message, and of characters in each name
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,10 +80,8 @@ class InMemory:
     def of(cls, frame: Any, name: str = "table") -> InMemory:
         """Return a table of pandas, polars or Arrow. Raises InputError if Arrow or Parquet lacks one of its types."""
         sink = pa.BufferOutputStream()
-        try:
+        with reading(name):
             pq.write_table(pa.table(frame), sink)
-        except (pa.ArrowException, ValueError) as error:
-            raise InputError(f"{name}: cannot be read: {first_line(error)}") from None
         return cls(name, sink.getvalue().to_pybytes())
 
 
@@ -219,7 +218,9 @@ def reading(name: str) -> Iterator[None]:
     """Convert errors that occur while reading a table to InputError."""
     try:
         yield
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+    except RetrievalTipError:
+        raise
+    except (OSError, pa.ArrowException, ValueError) as error:
         raise InputError(f"{name}: cannot be read: {first_line(error)}") from None
 
 
@@ -251,7 +252,7 @@ def _encoding(data: bytes | mmap.mmap, name: str) -> str:
 
 def _check(columns: Sequence[str], number: int, most: int, name: str) -> None:
     if len(set(columns)) < len(columns):
-        raise InputError(f"{name}: duplicate column name among {few_names(columns)}")
+        raise InputError(f"{name}: duplicate column name among {message(', '.join(columns))}")
     if number > most:
         raise InputError(f"{name}: {number:,} rows; expected at most {most:,}")
 
@@ -263,7 +264,7 @@ def texts(items: pa.Table, name: str, what: str, *, needed: bool = True, hint: s
     ``needed``. ``hint`` says which columns a table needs.
     """
     if what not in items.column_names:
-        raise InputError(f"{name}: no column {what!r} among {few_names(items.column_names)}{hint}")
+        raise InputError(f"{name}: no column {what!r} among {message(', '.join(items.column_names))}{hint}")
     column = items[what]
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     is_text = kind in (pa.string(), pa.large_string(), pa.string_view())
@@ -273,7 +274,7 @@ def texts(items: pa.Table, name: str, what: str, *, needed: bool = True, hint: s
         values = column.cast(kind).cast(pa.string())
     values = pc.if_else(pc.equal(pc.utf8_trim_whitespace(values), ""), None, values)
     if needed:
-        refuse_rows(values.is_null().to_numpy(), name, f" without {'an' if what[0] in 'aeiou' else 'a'} {what}")
+        refuse_rows(values.is_null(), name, f" without {'an' if what[0] in 'aeiou' else 'a'} {what}")
     check_lengths(values, name, what)
     return values
 
@@ -307,12 +308,6 @@ def read_groups(table: str | os.PathLike[str] | bytes, class_names: Sequence[str
 def not_in_index(class_names: Sequence[str]) -> str:
     """Return the warning for classes of a table of groups that an index does not have."""
     return f"{counted(len(class_names), 'class', 'is', 'are')} not in the index: {few(class_names)}"
-
-
-def few_names(columns: Sequence[str]) -> str:
-    """Format the first column names for a message."""
-    shown = ", ".join(one_line(column)[:MAX_SHOWN] for column in columns[:MAX_SHOWN])
-    return shown + (f" and {len(columns) - MAX_SHOWN} more" if len(columns) > MAX_SHOWN else "")
 
 
 def check_backbone(
@@ -424,7 +419,9 @@ def _columns(schema: pa.Schema, name: str, wanted: Sequence[Part]) -> list[Part]
     columns = [named.get(part.identity.fingerprint if part.identity else "", part.column) for part in wanted] or main
     for column in columns:
         if schema.names.count(column) != 1:
-            raise InputError(f"{name}: expected one column {column!r}; its columns are {few_names(schema.names)}")
+            raise InputError(
+                f"{name}: expected one column {column!r}; its columns are {message(', '.join(schema.names))}"
+            )
         if column not in own:
             kind = schema.field(column).type
             raise InputError(f"{name}: column {column!r} has type {kind}; expected lists of float32 or float16")
@@ -449,18 +446,17 @@ def _matrix(column: pa.Array, start: int, dim: int, name: str) -> FloatArray:
 
     Raises InputError if a row or a value is missing, or if a row has another length.
     """
-    refuse_rows(column.is_null().to_numpy(zero_copy_only=False), name, " without a feature", start)
-    lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
+    refuse_rows(column.is_null(), name, " without a feature", start)
+    lengths = np.asarray(pc.list_value_length(column))
     dim = dim or int(lengths[0])
     if not dim:
         raise InputError(f"{name}: row {start} has no values")
     refuse_rows(lengths != dim, name, lambda row: f" with {lengths[row]} values; earlier rows have {dim}", start)
     values = column.flatten()
-    missing = values.is_null().to_numpy(zero_copy_only=False).reshape(-1, dim).any(axis=1)
+    missing = np.asarray(values.is_null()).reshape(-1, dim).any(axis=1)
     refuse_rows(missing, name, " with a missing value in the feature", start)
     with np.errstate(over="ignore"):  # values that are too large become infinite and are then rejected
-        matrix: FloatArray = values.to_numpy(zero_copy_only=False).reshape(-1, dim).astype(np.float32)
-    return matrix
+        return np.asarray(values, np.float32).reshape(-1, dim)
 
 
 def check_norms(features: FloatArray, start: int, norms: Norms, name: str) -> FloatArray:
