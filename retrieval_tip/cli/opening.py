@@ -134,7 +134,7 @@ def backbone_for(
     then the one they name.
     """
     from retrieval_tip.data.sources import check_images
-    from retrieval_tip.data.tables import check_backbone, table_identity
+    from retrieval_tip.data.tables import check_backbone
     from retrieval_tip.model import Index
 
     check_images(sources)
@@ -143,7 +143,7 @@ def backbone_for(
     if index is None:
         if backbone.model or photos or not tables:
             return load(backbone)
-        identity = table_identity(tables[0]) if needed else None
+        identity = tables[0].identity() if needed else None
         return load(backbone, identity) if identity else None
     identity = index.backbone if isinstance(index, Index) else index.identity
     loaded: Backbone | None = None
