@@ -22,8 +22,6 @@ from .evaluation.evaluate import Evaluation as Evaluation
 from .fit.closed_form import FormChoice as FormChoice
 from .fit.finetune import Tuned as Tuned
 from .index.build import build_index as build_index
-from .index.changes import Added as Added
-from .index.changes import Renamed as Renamed
 from .index.places import Changed as Changed
 from .labelling.photos import Suggestions as Suggestions
 from .labelling.photos import suggest_photos as suggest_photos

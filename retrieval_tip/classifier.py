@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypeGuard, TypeVar, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypeGuard, Unpack, cast, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +37,6 @@ from retrieval_tip.fit.closed_form import FormChoice
 from retrieval_tip.html import markup, table
 from retrieval_tip.index import changes, places
 from retrieval_tip.index.build import build_index
-from retrieval_tip.index.changes import Added, Renamed
 from retrieval_tip.index.items import planned
 from retrieval_tip.index.places import Changed, Place
 from retrieval_tip.labelling import groups
@@ -58,7 +57,6 @@ if TYPE_CHECKING:
 THUMBNAIL = 128
 """Length of the longer side of an image in a notebook, in pixels."""
 
-Result = TypeVar("Result", bound=Changed)
 Query: TypeAlias = "Picture | Iterable[Picture] | Features"
 Checked: TypeAlias = Literal["check", "keep"]
 """Whether the norms of features must be 1, or may have any value."""
@@ -172,7 +170,7 @@ class OpenIndex:
             self.reader = replace(self.reader, backbone=_own_backbone(index, index.device))
         self.index, self.reader = index, replace(self.reader, parts=index.parts)
 
-    def _change(self, call: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
+    def _change(self, call: Callable[..., Changed], *arguments: Any, **options: Any) -> Changed:
         """Make a change, use the version that it has written, and return its result."""
         result = call(self._written(), *arguments, base=self.index, **options)
         self._use(result.index.on(self.index.device))
@@ -191,7 +189,7 @@ class OpenIndex:
         *,
         text: Place | None = None,
         shots: int | None = None,
-    ) -> Added:
+    ) -> Changed:
         """Add labelled photos, and return the ids of their keys and further facts.
 
         ``what`` can be photos as for ``predict``, with one ``label`` for all or a list of labels, or a labelled source.
@@ -209,7 +207,7 @@ class OpenIndex:
         reader = replace(self.reader, views=self.index.built.views, seed=self.index.built.seed)
         return self._change(changes.add, source, reader, text=text, shots=shots)
 
-    def merge(self, other: Place | OpenIndex) -> Added:
+    def merge(self, other: Place | OpenIndex) -> Changed:
         """Add the shots of another classifier or index that has the same encoder (see :func:`changes.merge`)."""
         place = other._written() if isinstance(other, OpenIndex) else _place("other", other)
         return self._change(changes.merge, place)
@@ -224,7 +222,7 @@ class OpenIndex:
         """Move shots to other classes of the index (see :func:`changes.relabel`)."""
         return self._change(changes.relabel, label, where=where, key_ids=key_ids)
 
-    def rename(self, old: str, new: str, *, encode: bool = False) -> Renamed:
+    def rename(self, old: str, new: str, *, encode: bool = False) -> Changed:
         """Rename a class, or merge it into the class ``new`` (see :func:`changes.rename`).
 
         With ``encode``, the text weight of the class is computed from its new name.

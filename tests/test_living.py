@@ -33,7 +33,7 @@ from retrieval_tip.fit import closed_form
 from retrieval_tip.index import changes
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import build_index
-from retrieval_tip.index.places import Changed, Revision
+from retrieval_tip.index.places import Changed
 from retrieval_tip.settings import Fitted, Settings
 from retrieval_tip.store.edits import Edits, NewKeys
 from retrieval_tip.store.labels import with_column
@@ -198,7 +198,7 @@ class Living(RuleBasedStateMachine):
         def revise(index):
             for one in edits:
                 index = index.edited(one)
-            return Revision(index, "by a program", Changed([]))
+            return Changed(index, "by a program")
 
         if self.kind == "folder":
             self.program = revise(self.program.reload()).index.save(self.place)

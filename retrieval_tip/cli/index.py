@@ -21,7 +21,6 @@ from retrieval_tip.settings import Ask, BuildOptions, Dtype, Precision
 from retrieval_tip.store.address import FORMS, KIND
 
 if TYPE_CHECKING:
-    from retrieval_tip.index.changes import Added
     from retrieval_tip.index.places import Changed
     from retrieval_tip.model import Index
 
@@ -186,7 +185,7 @@ def add_command(
     needed = new and text is None and bool(manifest.templates)
     encoding = replace(encoding, views=manifest.built.views, seed=manifest.built.seed)
     with reader_for(manifest, [items], encoding, needed=needed) as reader:
-        added = changes.add(folder, items, reader, text=text, manifest=manifest, **drawn)
+        added = changes.add(folder, items, reader, text=text, **drawn)
     _say_added(folder, added)
     finish(reader.skipped)
 
@@ -434,7 +433,7 @@ def _held(index: Index) -> str:
     return f"{counted(index.n, 'shot')}, {counted(len(index.class_names), 'class')}"
 
 
-def _say_added(folder: Place, added: Added) -> None:
+def _say_added(folder: Place, added: Changed) -> None:
     from retrieval_tip.index.items import warn_of
 
     what = f"added {counted(len(added.key_ids), 'shot')}"

@@ -35,12 +35,11 @@ from retrieval_tip.index.items import (
     warn_of_spelling,
 )
 from retrieval_tip.index.photos import remove_unused
-from retrieval_tip.index.places import TRIES, Changed, Place, Revision
+from retrieval_tip.index.places import TRIES, Changed, Place
 from retrieval_tip.model import Index
-from retrieval_tip.retrieval.duplicates import Duplicates
 from retrieval_tip.settings import ClassPrior, Dtype, MetricName, ValuesName, check_choice
 from retrieval_tip.store.edits import Edits, NewKeys
-from retrieval_tip.store.labels import PICKED, LabelChanges, in_words
+from retrieval_tip.store.labels import PICKED, in_words
 from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.query import rows_where
 from retrieval_tip.store.versions import made_now
@@ -56,33 +55,12 @@ COMPARED = 1 << 18
 
 
 @dataclass(frozen=True)
-class Renamed(Changed):
-    """The result of a rename. ``merged`` is true if the class was merged into an existing class."""
-
-    merged: bool
-
-
-@dataclass(frozen=True)
 class Collected:
     """The result of :func:`gc`: the deleted ``versions``, the number of deleted ``photos``, and the ``freed`` bytes."""
 
     versions: list[int]
     photos: int
     freed: int
-
-
-@dataclass(frozen=True)
-class Added(Changed):
-    """The result of an addition, with the new ``classes`` and the number of images that were already ``known``.
-
-    ``duplicates`` are the new keys whose image is also in another class. ``alike`` maps a new class to an earlier class
-    whose name only differs in case, ``_``, ``-`` or spaces.
-    """
-
-    classes: list[str]
-    known: int
-    duplicates: Duplicates | None
-    alike: dict[str, str]
 
 
 def add(
@@ -92,9 +70,8 @@ def add(
     *,
     text: Place | None = None,
     shots: int | None = None,
-    manifest: Manifest | None = None,
     base: Index | None = None,
-) -> Added:
+) -> Changed:
     """Add the labelled images or features of a source. New classes are appended in source order.
 
     Items that the index already has under the same label are skipped. Images are compared by the digest of their bytes.
@@ -112,14 +89,13 @@ def add(
         text: a table of text features, labelled by class, for the new classes.
         shots: the number of shots per class, drawn with CoOp's sampling rule and the encoder's seed. ``None`` uses
             every item.
-        manifest: the manifest of the current version, if you have already read it.
         base: the index, if it is open. It is not loaded again unless it has changed.
 
     Raises InputError, UsageError or BackboneError if the input is invalid. Raises StoreError under the same conditions
     as :meth:`Versions.write`.
     """
     store = places.at(folder)
-    manifest = manifest or _manifest_of(store, base)
+    manifest = _manifest_of(store, base)
     reader = replace(reader, parts=tuple(manifest.parts))
     check_backbone(manifest.identity, manifest.d, reader.backbone, [source], reader.parts)
     source = source.without([part.column for part in reader.parts])
@@ -134,7 +110,7 @@ def add(
     views = reader.views if source.table is None else 1
     labels = np.array(items["label"].to_pylist(), dtype=object)
 
-    def revise(index: Index) -> Revision[Added]:
+    def revise(index: Index) -> Changed:
         known = _known(index, labels, columns.digests, block.features)
         rows = np.flatnonzero(~known)
         new = NewKeys(
@@ -142,30 +118,37 @@ def add(
             **vars(columns.take(rows)),
         )  # fmt: skip
         classes = _new_classes(source.class_names, index.class_names, weights, index.has_text)
-        return _with_keys(index, Edits(classes=classes, add=new if len(rows) else None), int(known.sum()))
+        changed = _with_keys(index, Edits(classes=classes, add=new if len(rows) else None))
+        return replace(changed, known=int(known.sum()))
 
     added = store.change(revise, base=base, tries=TRIES)
     return replace(added, alike=warn_of_spelling(folder, added.index.class_names, added.classes))
 
 
-def _with_keys(before: Index, edits: Edits, known: int, prefix: str = "") -> Revision[Added]:
+def _with_keys(before: Index, edits: Edits) -> Changed:
     """Add keys and classes, and look for images that are also in another class."""
-    if edits.add is None and not edits.classes:
-        return Revision(before, "", Added([], [], known, None, {}))
-    labels = _label_changes(before, edits)
-    after, fitted = _edited(before, edits)
-    key_ids = [*labels]
-    found = after.rows.duplicates_of(key_ids, after.retrieval.keys) if key_ids else None
-    what = prefix + (in_words(labels.values(), before.backbone) or counted(len(edits.classes), "new class"))
-    return Revision(after, what, Added(key_ids, [*edits.classes], known, found, {}, **fitted))
+    changed = _edited(before, edits)
+    rows, keys = changed.index.rows, changed.index.retrieval.keys
+    found = rows.duplicates_of(changed.key_ids, keys) if changed.key_ids else None
+    return replace(changed, duplicates=found)
 
 
-def _edited(before: Index, edits: Edits) -> tuple[Index, dict[str, Any]]:
-    """Apply edits, and fit the index again if they have outdated its fit.
+def _edited(before: Index, edits: Edits) -> Changed:
+    """Apply edits, and fit the index again if they have outdated its fit."""
+    assert before.next_key_id is not None
+    now = _labels_of(before, [*edits.move, *edits.remove])  # before they are applied, which may change a table
+    labels = edits.label_changes(now, before.next_key_id)
+    what = in_words(labels.values(), before.backbone)
+    if edits.classes and not labels:
+        what = counted(len(edits.classes), "new class")
+    if not what:
+        return Changed(before, "")
+    after, fitted = _fitted_again(before, before.edited(edits))
+    return Changed(after, what, key_ids=[*labels], labels=labels, classes=[*edits.classes], **fitted)
 
-    Returns the new index, and the ``fit`` and ``fit_due`` of :class:`Changed`.
-    """
-    after = before.edited(edits)
+
+def _fitted_again(before: Index, after: Index) -> tuple[Index, dict[str, Any]]:
+    """Fit an index again if edits have outdated its fit, and return it with ``fit`` and ``fit_due``."""
     if after.fitted is None:
         return after, {}
     automatic = after.n <= REFITTED and after.fitted.automatic
@@ -180,12 +163,6 @@ def _edited(before: Index, edits: Edits) -> tuple[Index, dict[str, Any]]:
     else:
         after, choice = closed_form.refit(after, after.settings.beta)
     return after, {"fit": choice}
-
-
-def _label_changes(before: Index, edits: Edits) -> LabelChanges:
-    """Return the labels that edits will change. Call this before the edits are applied, which may change a table."""
-    assert before.next_key_id is not None
-    return edits.label_changes(_labels_of(before, [*edits.move, *edits.remove]), before.next_key_id)
 
 
 def _manifest_of(store: places.Store, base: Index | None) -> Manifest:
@@ -233,7 +210,7 @@ def label(
     names = list(dict.fromkeys(photo.label for photo in wanted.values() if photo.label is not None))
     weights = _weights_of(names, manifest, reader, None)
 
-    def revise(index: Index) -> Revision[Changed]:
+    def revise(index: Index) -> Changed:
         rows = index.having("digest", wanted).to_pylist()
         there = {row["digest"] for row in rows}
         fresh = [photo for photo in wanted.values() if photo.label is not None and photo.digest not in there]
@@ -247,18 +224,13 @@ def label(
         )
         if not fresh and len(edits.remove) == index.n:
             raise InputError("it is the only label; label another photo first")
-        labels = _label_changes(index, edits)
-        if not labels and not edits.classes:
-            return Revision(index, "", Changed([]))
-        after, fitted = _edited(index, edits)
-        key_ids = [key_id for key_id in labels if key_id not in edits.remove]
-        before = {} if last is None or last.version != index.version else last.labels
-        again = bool(before) and index.manifest is not None and made_now(index.manifest)
-        if again:
-            first = {key_id: (before.get(key_id, pair)[0], pair[1]) for key_id, pair in labels.items()}
-            labels = {**before, **first}
+        changed, before = _edited(index, edits), {} if last is None or last.version != index.version else last.labels
+        if not (changed.what and before and index.manifest is not None and made_now(index.manifest)):
+            return changed
+        again = {key_id: (before.get(key_id, pair)[0], pair[1]) for key_id, pair in changed.labels.items()}
+        labels = {**before, **again}
         what = in_words(labels.values(), index.backbone) or "no change"
-        return Revision(after, what, Changed(key_ids, labels=labels, **fitted), replaces=again)
+        return replace(changed, what=what, labels=labels, replaces=True)
 
     return store.change(revise, base=base, tries=TRIES)
 
@@ -276,7 +248,7 @@ def _keys_of(photos: Sequence[PhotoLabel], reader: Reader) -> NewKeys:
     )  # fmt: skip
 
 
-def merge(folder: Place, other: Place, *, base: Index | None = None) -> Added:
+def merge(folder: Place, other: Place, *, base: Index | None = None) -> Changed:
     """Add the keys of another index that has the same backbone. New classes keep their text weights.
 
     The added keys get new ids and keep their source, digest, views and extra columns. Raises BackboneError if the
@@ -297,9 +269,10 @@ def merge(folder: Place, other: Place, *, base: Index | None = None) -> Added:
         **vars(columns),
     )  # fmt: skip
 
-    def revise(index: Index) -> Revision[Added]:
+    def revise(index: Index) -> Changed:
         classes = _new_classes(theirs.class_names, index.class_names, weights, index.has_text)
-        return _with_keys(index, Edits(classes=classes, add=new), 0, f"merged {show(str(source))}: ")
+        changed = _with_keys(index, Edits(classes=classes, add=new))
+        return replace(changed, what=f"merged {show(str(source))}: {changed.what}")
 
     added = target.change(revise, base=base, tries=TRIES)
     return replace(added, alike=warn_of_spelling(folder, added.index.class_names, added.classes))
@@ -313,12 +286,11 @@ def remove(
     Classes are kept even if they become empty. The data of the keys is deleted from the folder together with the last
     version that contains them (see :meth:`Versions.collect`). Other stores only mark rows as removed, so call
     :func:`rebuild` first if the data must be deleted there. Raises UsageError unless exactly one valid argument is
-    given. Raises InputError if no key matches or if a key cannot be removed (see :meth:`model.Editing.remove`).
+    given. Raises InputError if no key matches or if a key cannot be removed (see :meth:`model.Index.edited`).
     """
 
-    def revise(index: Index) -> Revision[Changed]:
-        chosen = _chosen(index, where, key_ids)
-        return _relabelled(index, Edits(remove=chosen))
+    def revise(index: Index) -> Changed:
+        return _edited(index, Edits(remove=_chosen(index, where, key_ids)))
 
     return places.at(folder).change(revise, base=base, tries=TRIES)
 
@@ -338,7 +310,7 @@ def relabel(
     if not isinstance(label, str) and (where is not None or key_ids is not None):
         raise UsageError("label: a mapping already names its keys; remove where and key_ids")
 
-    def revise(index: Index) -> Revision[Changed]:
+    def revise(index: Index) -> Changed:
         if isinstance(label, str):
             wanted = dict.fromkeys(_chosen(index, where, key_ids), label)
         else:
@@ -369,7 +341,7 @@ def apply_audit(folder: Place, file: Place, *, base: Index | None = None) -> Cha
         raise InputError(f"{name}: key {Counter(ids).most_common(1)[0][0]} is repeated; keep one row")
     wanted = {key_id: new for key_id, new in zip(ids, suggested, strict=True) if new not in (None, old[key_id])}
 
-    def revise(index: Index) -> Revision[Changed]:
+    def revise(index: Index) -> Changed:
         now = _labels_of(index, list(wanted))
         for key_id in wanted:
             if now.get(key_id) != old[key_id]:
@@ -382,7 +354,7 @@ def apply_audit(folder: Place, file: Place, *, base: Index | None = None) -> Cha
 
 def rename(
     folder: Place, old: str, new: str, backbone: Backbone | None = None, *, base: Index | None = None
-) -> Renamed:
+) -> Changed:
     """Rename a class, or merge it into the class that already has the new name. Return the ids of its keys.
 
     The class keeps its text weight. If it is merged into another class, it gets the text weight of that class. If you
@@ -399,16 +371,17 @@ def rename(
             raise UsageError(f"{folder}: its text weights did not come from templates; rename without a backbone")
         text = {new: Reader(backbone).text_weights([new], manifest.templates)[0]}
 
-    def revise(index: Index) -> Revision[Renamed]:
+    def revise(index: Index) -> Changed:
         merged = new in index.class_names
         if old == new and merged:
-            return Revision(index, "", Renamed([], merged=False))
+            return Changed(index, "")
         key_ids = index.find([old])["key_id"].to_pylist() if old in index.class_names else []
-        edits = Edits(rename=(old, new), text=text)
-        after, fitted = _edited(index, edits) if merged else (index.edited(edits), {})
+        after, fitted = index.edited(Edits(rename=(old, new), text=text)), dict[str, Any]()
+        if merged:
+            after, fitted = _fitted_again(index, after)
         what = f"merged {old} into {new}" if merged else f"renamed {old} to {new}"
         what += ", with a new text weight" if text else ""
-        return Revision(after, what, Renamed(sorted(key_ids), merged=merged, **fitted))
+        return Changed(after, what, key_ids=sorted(key_ids), merged=merged, **fitted)
 
     return places.at(folder).change(revise, base=base, tries=TRIES)
 
@@ -453,7 +426,7 @@ def configure(
         names = manifest.class_names
         weights = dict(zip(names, Reader(backbone).text_weights(names, prompts), strict=True))
 
-    def revise(index: Index) -> Revision[Changed]:
+    def revise(index: Index) -> Changed:
         choice = None
         if index.fitted is not None and beta is not None and beta != index.settings.beta:
             index, choice = closed_form.refit(index, beta)
@@ -471,7 +444,7 @@ def configure(
             what.append(f"groups by {', '.join(own.levels[1:])}")
         marks = dict.fromkeys(given, "given") | ({"text": "templates"} if prompts else {})
         index = index.altered(provenance=index.provenance | marks, groups=own)
-        return Revision(index, f"set {', '.join(what)}", Changed([], fit=choice))
+        return Changed(index, f"set {', '.join(what)}", fit=choice)
 
     return store.change(revise, base=base)
 
@@ -506,9 +479,9 @@ def fit_index(
         base = store.load(device="cpu")
         queries, version = on_validation(base, validation, reader), base.version
 
-    def revise(index: Index) -> Revision[Changed]:
+    def revise(index: Index) -> Changed:
         index, choice = closed_form.fit(index, asked, validation=queries)
-        return Revision(index, "fit", Changed([], fit=choice))
+        return Changed(index, "fit", fit=choice)
 
     return store.change(revise, base=base, expect=version)
 
@@ -525,9 +498,9 @@ def rebuild(
         check_choice("dtype", dtype, Dtype)
     store = places.at(folder)
 
-    def revise(before: Index) -> Revision[Changed]:
+    def revise(before: Index) -> Changed:
         made = store.rebuilt(before, index, dtype)
-        return Revision(made, f"rebuild as {made.index_type} of {made.dtype}", Changed([]))
+        return Changed(made, f"rebuild as {made.index_type} of {made.dtype}")
 
     return store.change(revise, base=base)
 
@@ -541,7 +514,7 @@ def rollback(folder: Place, version: int | None = None) -> Changed:
     if version is not None:
         check_count("version", version)
     index = places.at(folder).restore(version)
-    return Changed([], index=index)
+    return Changed(index, "rollback")
 
 
 def gc(folder: Place, keep: int = 10) -> Collected:
@@ -572,8 +545,7 @@ def clone(folder: Place, out: Place, version: int | None = None) -> Changed:
     source.check(manifest)  # otherwise damaged data would get valid digests
     index = source.load(device="cpu", version=manifest.version, verify="fast")
     what = f"clone version {index.version} of {show(str(source))}"
-    copied = target.copy_from(index, what)
-    return Changed([], index=copied)
+    return Changed(target.copy_from(index, what), what)
 
 
 def _weights_of(
@@ -662,23 +634,14 @@ def _labels_of(index: Index, key_ids: Sequence[int]) -> dict[int, str]:
     return dict(zip(rows["key_id"].to_pylist(), rows["label"].to_pylist(), strict=True))
 
 
-def _moved(index: Index, wanted: Mapping[int, str], now: Mapping[int, str], prefix: str = "") -> Revision[Changed]:
+def _moved(index: Index, wanted: Mapping[int, str], now: Mapping[int, str], prefix: str = "") -> Changed:
     for label in dict.fromkeys(wanted.values()):
         if label not in index.class_names:
             raise InputError(
                 f"{prefix}{label!r} is not a class of this index ({few(index.class_names)}); add new classes with "
                 "index add"
             )
-    return _relabelled(index, Edits(move={key_id: label for key_id, label in wanted.items() if label != now[key_id]}))
-
-
-def _relabelled(index: Index, edits: Edits) -> Revision[Changed]:
-    """Move or remove keys."""
-    labels = _label_changes(index, edits)
-    if not labels:
-        return Revision(index, "", Changed([]))
-    after, fitted = _edited(index, edits)
-    return Revision(after, in_words(labels.values(), index.backbone), Changed([*labels], **fitted))
+    return _edited(index, Edits(move={key_id: label for key_id, label in wanted.items() if label != now[key_id]}))
 
 
 def _shown(name: str, value: object) -> str:

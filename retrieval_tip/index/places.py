@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from retrieval_tip.errors import InputError, StoreError, show
 from retrieval_tip.settings import Dtype, Verify
@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # importing torch takes a second, and manifests do not need i
     from retrieval_tip.fit.closed_form import FormChoice
     from retrieval_tip.index.items import Material
     from retrieval_tip.model import Index
+    from retrieval_tip.retrieval.duplicates import Duplicates
 
 STORES = dict.fromkeys(SCHEMES, ("retrieval_tip.lance.lance_store", "LanceStore"))
 """The module and the class of each kind of store other than a folder. They are imported when one is opened."""
@@ -36,45 +37,47 @@ TRIES = 3
 
 @dataclass(frozen=True)
 class Changed:
-    """The result of a change, with the ids of the affected keys and the current ``index``, which the store fills in.
+    """A change of an index, before and after it is written.
 
     If the number of keys has grown by an eighth since the last fit, or if other classes than before have no photos, the
-    index is fitted again, and ``fit`` is the result. Some indexes are not fitted by a change, because they are too
-    large, or because a fit to their shots did not choose their settings. If such an index has doubled, or if other
-    classes have no photos, ``fit_due`` is true, and :func:`changes.fit_index` would make the index more accurate.
+    index is fitted again. Some indexes are not fitted by a change, because they are too large, or because a fit to
+    their shots did not choose their settings.
 
-    ``labels`` are the labels that :func:`changes.label` has changed since the version before.
+    Attributes:
+        index: the new index.
+        what: a description for the history. If it is empty, nothing has changed, and no version is written.
+        key_ids: the ids of the affected keys.
+        labels: the labels of these keys before and after. For a labelling session, since the version before.
+        classes: the new classes.
+        known: the number of images that the index already had.
+        duplicates: the new keys whose image is also in another class.
+        alike: maps a new class to an earlier class whose name only differs in case, ``_``, ``-`` or spaces.
+        merged: whether a renamed class was merged into an existing class.
+        fit: the fit, if the index was fitted.
+        fit_due: whether the index has doubled, or other classes have no photos, but it was not fitted.
+            :func:`changes.fit_index` would make it more accurate.
+        replaces: whether the version takes the place of the version before it.
     """
 
-    key_ids: list[int]
+    index: Index = dataclasses.field(repr=False, compare=False)
+    what: str
     _: dataclasses.KW_ONLY
-    index: Index = dataclasses.field(default=None, repr=False, compare=False)  # type: ignore[assignment]
+    key_ids: list[int] = dataclasses.field(default_factory=list)
     labels: LabelChanges = dataclasses.field(default_factory=dict)
+    classes: list[str] = dataclasses.field(default_factory=list)
+    known: int = 0
+    duplicates: Duplicates | None = None
+    alike: dict[str, str] = dataclasses.field(default_factory=dict)
+    merged: bool = False
     fit: FormChoice | None = None
     fit_due: bool = False
+    replaces: bool = False
 
     @property
     def version(self) -> int:
         """The number of the current version."""
         assert self.index.version is not None
         return self.index.version
-
-
-T = TypeVar("T", bound=Changed)
-
-
-@dataclass(frozen=True)
-class Revision(Generic[T]):
-    """What a change wants to be written: the new ``index``, and ``what`` describes the change in the history.
-
-    If ``what`` is empty, no version is written. ``result`` is returned to the caller of the change. If ``replaces`` is
-    set, the version takes the place of the version before it.
-    """
-
-    index: Index
-    what: str
-    result: T
-    replaces: bool = False
 
 
 class Store(Versions):
@@ -112,13 +115,13 @@ class Store(Versions):
         return Index.load(self.folder, device=device, verify=verify, check=check, version=version)
 
     def change(
-        self, revise: Callable[[Index], Revision[T]], *, base: Index | None = None, expect: int | None = None,
+        self, revise: Callable[[Index], Changed], *, base: Index | None = None, expect: int | None = None,
         tries: int = 1,
-    ) -> T:  # fmt: skip
-        """Change the current version, and return the result with the ``index`` that was written.
+    ) -> Changed:  # fmt: skip
+        """Change the current version, and return the change with the index as it is stored.
 
         Args:
-            revise: takes the current index, and returns what should be written. It may be called again.
+            revise: takes the current index, and returns the change to write. It may be called again.
             base: an open index, which saves loading the current version if it is the same.
             expect: the version that must be current.
             tries: the number of attempts in a bucket, where another process may write a version at the same time.
@@ -132,10 +135,11 @@ class Store(Versions):
                 with self.write() as writer:
                     if expect not in (None, writer.parent.version):
                         raise changed_meanwhile(self)
-                    revision = revise(self.current(writer, base))
-                    writer.replaces, index = revision.replaces, revision.index
-                    index = self.commit(writer, index, revision.what) if revision.what else index
-                    return replace(revision.result, index=index)
+                    changed = revise(self.current(writer, base))
+                    writer.replaces = changed.replaces
+                    if changed.what:
+                        changed = replace(changed, index=self.commit(writer, changed.index, changed.what))
+                    return changed
             except ConflictError:
                 if not left or self.local is not None:
                     raise

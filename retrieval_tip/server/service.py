@@ -26,8 +26,7 @@ from retrieval_tip.data import images
 from retrieval_tip.data.reader import FeatureBlock, FloatArray, pixels_of
 from retrieval_tip.data.sources import read_item
 from retrieval_tip.errors import InputError, Skipped
-from retrieval_tip.index import changes
-from retrieval_tip.index.places import Place
+from retrieval_tip.index.places import Changed, Place
 from retrieval_tip.server import metrics, schemas, shots
 from retrieval_tip.server.batching import Batches, Kept, Turns
 from retrieval_tip.server.guard import CLIENT, ROWS_PER_IMAGE, Limits, give_time
@@ -214,9 +213,7 @@ class Service:
             results=results, warnings=[*version.index.cautions(ask)], skipped=skipped,
         )  # fmt: skip
 
-    async def add_images(
-        self, one: Served, sent: Sent, annotation: str | None = None
-    ) -> tuple[changes.Added, list[Skipped]]:
+    async def add_images(self, one: Served, sent: Sent, annotation: str | None = None) -> tuple[Changed, list[Skipped]]:
         """Add images of one class as shots, and return what was added and the unreadable images."""
         backbone = backbone_of(one.now)
         labelled, skipped = await self.labelled(sent, backbone)

@@ -21,6 +21,7 @@ from retrieval_tip.errors import InputError, StoreError, show
 from retrieval_tip.files import replacing
 from retrieval_tip.index import changes, photos
 from retrieval_tip.index.build import build_index
+from retrieval_tip.index.places import Changed
 from retrieval_tip.server.annotations import COLUMN
 from retrieval_tip.server.served import Served
 
@@ -28,7 +29,7 @@ from retrieval_tip.server.served import Served
 def add_images(
     one: Served, backbone: Backbone, labelled: Sequence[tuple[str, bytes]], uploads: Path | None,
     annotation: str | None = None,
-) -> changes.Added:  # fmt: skip
+) -> Changed:  # fmt: skip
     """Save images of one class, and add them as shots. A single image may belong to an ``annotation``."""
     folder = uploads or photos.folder_of(one.place)
     if folder is None:
@@ -45,7 +46,7 @@ def add_images(
     return added
 
 
-def add_features(one: Served, names: Sequence[str], labels: Sequence[str], features: FloatArray) -> changes.Added:
+def add_features(one: Served, names: Sequence[str], labels: Sequence[str], features: FloatArray) -> Changed:
     """Add features as shots. Their sources start with ``api:``, so that they are not mistaken for file names."""
     with tempfile.TemporaryDirectory(prefix="retrieval-tip-") as folder:
         table = Path(folder) / "shots.parquet"
