@@ -371,7 +371,7 @@ class FeatureTable:
 
     def identity(self, wanted: Sequence[Part] = ()) -> Identity | None:
         """Return the backbone of the features, or ``None`` if it is not known or there are no such features."""
-        with suppress(InputError):
+        with suppress(InputError):  # reading the features raises it again
             return identity_of(self.parts(wanted))
         return None
 
