@@ -214,7 +214,7 @@ def test_groups_are_set_over_http(index, table):
             assert refusal.status_code == (413 if len(text) > 1000 else 422)
             if refusal.status_code == 422 and text:
                 assert refusal.json()["detail"].startswith("groups")
-                assert reason in refusal.json()["detail"]
+                assert reason.removesuffix(".csv") in refusal.json()["detail"]  # it is no file
         assert client.post("/v1/indexes/index/set", json={"groups": TABLE}).status_code == 422
         assert (client.get("/v1/indexes/index").json()["levels"], Index.load(index).version) == (LEVELS, 3)
         client.headers["Authorization"] = "Bearer none"
