@@ -81,7 +81,7 @@ def accuracy(shots: Part, test: Part, names: Sequence[str], number: int, seed: i
     features = [shots.features[name] for name in names]
     pool = Index.from_features(features, shots.labels.tolist(), classes, device="cpu")
     index = pool if number >= pool.n / len(classes) else draw_shots(pool, number, seed)
-    closed_form.fit(index)
+    index, _ = closed_form.fit(index)
     ids = index.logits([test.features[name] for name in names]).argmax(1).cpu().numpy()
     return float((np.array(classes)[ids] == test.labels).mean()), index.shares
 

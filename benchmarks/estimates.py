@@ -101,7 +101,7 @@ def ece_floor(confidence: np.ndarray) -> float:
 
 def build(made: Drawn) -> Build | None:
     """Compare the estimate of a build with its test images."""
-    index, choice = made.index, closed_form.fit(made.index)
+    index, choice = closed_form.fit(made.index)
     if choice.both is None or choice.interval is None:
         return None
     confidence, found = tip.probabilities(index.logits(made.features), index.settings.temperature).max(1)

@@ -53,7 +53,7 @@ def trial(pool: Index, items: Items, far: Items | None, each: int, seed: int) ->
     own = pool.class_ids.numpy()
     shots = drawn(draw, own, known, SHOTS)
     index = Index.from_features(pool.keys[shots], own[shots], pool.class_names, device="cpu")
-    closed_form.fit(index)
+    index, _ = closed_form.fit(index)
     familiar = drawn(draw, ids, known, -(-FAMILIAR // len(known)))[:FAMILIAR]
     rows = np.concatenate([familiar, drawn(draw, ids, unknown, each)])
     answers = group_no_match(index, features[rows], index.classify(features[rows], neighbours=0)).to_arrow()

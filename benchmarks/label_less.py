@@ -201,7 +201,7 @@ def fitted(pool: Index, features: npt.NDArray[np.float32], ids: IntArray) -> tup
     names, labels = [pool.class_names[i] for i in known], [pool.class_names[i] for i in ids]
     weights = pool.text_weights.numpy() if pool.has_text else None
     index = Index.from_features(features, labels, names, weights, device="cpu")
-    closed_form.fit(index)
+    index, _ = closed_form.fit(index)
     return index, known
 
 

@@ -73,7 +73,7 @@ def alike_of(name: str, shared: Path) -> IntArray:
     order, half = np.random.default_rng(0).permutation(len(ids)), len(ids) // 2
     known, asked, names = order[:half], order[half:], [str(one) for one in range(ids.max() + 1)]
     index = Index.from_features(features[known], ids[known], names, device="cpu")
-    closed_form.fit(index)
+    index, _ = closed_form.fit(index)
     given = probabilities_of(index, features[asked]).double().numpy()
     confused = np.stack([given[ids[asked] == one].mean(0) for one in range(len(names))])
     confused += confused.T
@@ -124,7 +124,7 @@ class Session:
         index = Index.from_features(self.features[self.labelled], names, sorted(set(names)), device="cpu")
         how = pa.array([self.picked[key_id] for key_id in index.labels["key_id"].to_pylist()])
         index.rows = replace(index.rows, labels=index.rows.labels.append_column(PICKED, how))
-        closed_form.fit(index)
+        index, _ = closed_form.fit(index)
         self.index = index
 
     def single(self, number: int) -> None:

@@ -79,7 +79,7 @@ def main(shared: Path, data: tuple[str, ...], shots: tuple[int, ...], draws: int
         items, found = DATASETS[name].items(pool, shared), []
         for seed in range(1, draws + 1):
             index = draw_shots(pool, number, seed)
-            closed_form.fit(index)
+            index, _ = closed_form.fit(index)
             index.groups = groups_of(name, index.class_names)
             found.append(answers_of(index, items, least))
         best, *levels, given, unmatched, none = map(np.concatenate, zip(*found, strict=True))

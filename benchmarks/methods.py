@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -118,6 +117,4 @@ def fine_tuned(shots: Shots) -> Answering:
 
 
 def closed(shots: Shots, asked: closed_form.Fit | None = None) -> Answering:
-    cache = copy.copy(shots.index)
-    closed_form.fit(cache, asked)
-    return cache
+    return closed_form.fit(shots.index, asked)[0]

@@ -90,7 +90,7 @@ def main(shared: Path, builds: int, seed: int) -> None:
     for i in range(builds):
         name = TABLES[i % len(TABLES)]
         made = drawn(name, shared, draw)
-        closed_form.fit(made.index)
+        made = replace(made, index=closed_form.fit(made.index)[0])
         table = made.index.classify(made.features, neighbours=0, logits=False).to_arrow()
         matched = ~np.array(table["no_match"].fill_null(False))
         p = tip.probabilities(made.index.logits(made.features), made.index.settings.temperature)

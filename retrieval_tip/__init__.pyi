@@ -22,9 +22,7 @@ from .evaluation.evaluate import Evaluation as Evaluation
 from .fit.closed_form import FormChoice as FormChoice
 from .fit.finetune import Tuned as Tuned
 from .index.build import build_index as build_index
-from .index.changes import Added as Added
-from .index.changes import Changed as Changed
-from .index.changes import Renamed as Renamed
+from .index.places import Changed as Changed
 from .labelling.photos import Suggestions as Suggestions
 from .labelling.photos import suggest_photos as suggest_photos
 from .labelling.sort import Sorted as Sorted
@@ -38,5 +36,7 @@ from .predictions import Predictions as Predictions
 from .predictions import SimilarShot as SimilarShot
 from .settings import Recipe as Recipe
 from .settings import Settings as Settings
+from .store.edits import Edits as Edits
+from .store.edits import NewKeys as NewKeys
 
 __version__: str

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypeGuard, TypeVar, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypeGuard, Unpack, cast, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -37,9 +37,8 @@ from retrieval_tip.fit.closed_form import FormChoice
 from retrieval_tip.html import markup, table
 from retrieval_tip.index import changes, places
 from retrieval_tip.index.build import build_index
-from retrieval_tip.index.changes import Added, Changed, Renamed
 from retrieval_tip.index.items import planned
-from retrieval_tip.index.places import Place
+from retrieval_tip.index.places import Changed, Place
 from retrieval_tip.labelling import groups
 from retrieval_tip.labelling.photos import Pool, Suggestions, suggest_features, suggest_photos
 from retrieval_tip.labelling.placing import Action
@@ -58,7 +57,6 @@ if TYPE_CHECKING:
 THUMBNAIL = 128
 """Length of the longer side of an image in a notebook, in pixels."""
 
-Result = TypeVar("Result")
 Query: TypeAlias = "Picture | Iterable[Picture] | Features"
 Checked: TypeAlias = Literal["check", "keep"]
 """Whether the norms of features must be 1, or may have any value."""
@@ -172,15 +170,15 @@ class OpenIndex:
             self.reader = replace(self.reader, backbone=_own_backbone(index, index.device))
         self.index, self.reader = index, replace(self.reader, parts=index.parts)
 
-    def _after(self, result: Result) -> Result:
-        """Use the version that a change has written, and return the result of the change."""
-        self._use(self.index.reload())
+    def _change(self, call: Callable[..., Changed], *arguments: Any, **options: Any) -> Changed:
+        """Make a change, use the version that it has written, and return its result."""
+        result = call(self._written(), *arguments, base=self.index, **options)
+        self._use(result.index.on(self.index.device))
         return result
 
     def save(self, folder: Place) -> Self:
         """Copy the index to a new folder or LanceDB store, which this classifier uses from now on."""
-        changes.clone(self._written(), _place("folder", folder))
-        self.index = places.at(folder).load(device=self.index.device)
+        self.index = changes.clone(self._written(), _place("folder", folder)).index.on(self.index.device)
         self._temporary = None
         return self
 
@@ -191,7 +189,7 @@ class OpenIndex:
         *,
         text: Place | None = None,
         shots: int | None = None,
-    ) -> Added:
+    ) -> Changed:
         """Add labelled photos, and return the ids of their keys and further facts.
 
         ``what`` can be photos as for ``predict``, with one ``label`` for all or a list of labels, or a labelled source.
@@ -207,31 +205,31 @@ class OpenIndex:
         else:
             raise UsageError("label: missing; give one for all photos, or one per photo")
         reader = replace(self.reader, views=self.index.built.views, seed=self.index.built.seed)
-        return self._after(changes.add(self._written(), source, reader, text=text, shots=shots))
+        return self._change(changes.add, source, reader, text=text, shots=shots)
 
-    def merge(self, other: Place | OpenIndex) -> Added:
+    def merge(self, other: Place | OpenIndex) -> Changed:
         """Add the shots of another classifier or index that has the same encoder (see :func:`changes.merge`)."""
         place = other._written() if isinstance(other, OpenIndex) else _place("other", other)
-        return self._after(changes.merge(self._written(), place))
+        return self._change(changes.merge, place)
 
     def remove(self, *, where: str | None = None, key_ids: Sequence[int] | None = None) -> Changed:
         """Remove shots by an SQL condition, or by the ids of their keys (see :func:`changes.remove`)."""
-        return self._after(changes.remove(self._written(), where=where, key_ids=key_ids))
+        return self._change(changes.remove, where=where, key_ids=key_ids)
 
     def relabel(
         self, label: str | Mapping[int, str], *, where: str | None = None, key_ids: Sequence[int] | None = None
     ) -> Changed:
         """Move shots to other classes of the index (see :func:`changes.relabel`)."""
-        return self._after(changes.relabel(self._written(), label, where=where, key_ids=key_ids))
+        return self._change(changes.relabel, label, where=where, key_ids=key_ids)
 
-    def rename(self, old: str, new: str, *, encode: bool = False) -> Renamed:
+    def rename(self, old: str, new: str, *, encode: bool = False) -> Changed:
         """Rename a class, or merge it into the class ``new`` (see :func:`changes.rename`).
 
         With ``encode``, the text weight of the class is computed from its new name.
         """
         if encode and self.reader.backbone is None:
             raise UsageError("encode: the index has no encoder; rename without it")
-        return self._after(changes.rename(self._written(), old, new, self.reader.backbone if encode else None))
+        return self._change(changes.rename, old, new, self.reader.backbone if encode else None)
 
     def history(self) -> pa.Table:
         """Return a table that has one row per version of the index, oldest first."""
@@ -239,7 +237,9 @@ class OpenIndex:
 
     def rollback(self, version: int | None = None) -> Changed:
         """Restore an earlier version, by default the previous one (see :func:`changes.rollback`)."""
-        return self._after(changes.rollback(self._written(), version))
+        done = changes.rollback(self._written(), version)
+        self._use(done.index.on(self.index.device))
+        return done
 
     def fit(
         self,
@@ -256,19 +256,21 @@ class OpenIndex:
         fit. For the other arguments and the errors, see :func:`changes.fit_index`.
         """
         source = None if val is None else _opened(val, "val")
-        return self._after(
-            changes.fit_index(
-                self._written(), metric=metric, values=values, class_prior=class_prior, prior=prior,
-                validation=source, reader=self.reader,
-            )
+        done = self._change(
+            changes.fit_index, metric=metric, values=values, class_prior=class_prior, prior=prior, validation=source,
+            reader=self.reader,
         )  # fmt: skip
+        assert done.fit is not None
+        return done.fit
 
     def calibrate(self, val: Any) -> Calibration:
         """Fit the temperature of the probabilities to validation photos (see :func:`calibration.calibrate`).
 
         ``val`` can be the same as for ``evaluate``. Do not use shots or test photos.
         """
-        return self._after(calibrate(self._in_folder(), _opened(val, "val"), self.reader))
+        index, found = calibrate(self._in_folder(), _opened(val, "val"), self.reader)
+        self._use(index.on(self.index.device))
+        return found
 
     def finetune(
         self,

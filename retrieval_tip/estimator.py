@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, Self, cast
@@ -23,6 +22,7 @@ from retrieval_tip.fit.closed_form import Fit
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.settings import ClassPrior, MetricName, Settings, ValuesName
+from retrieval_tip.store.edits import Edits, NewKeys
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin
@@ -117,12 +117,12 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
             _same_classes(classes, self.classes_)
         rows, labels = validate_data(self, X, y, reset=False, dtype=DTYPES)
         check_classification_targets(labels)
-        index: Index = copy.copy(self.index_)  # the estimator stays unchanged if an error is raised below
+        index: Index = self.index_
         if self._fit is not None:
-            index.set_fitted(None, None, None)  # the next fit solves the values again
-        index.add(_rows(rows, self.blocks), _ids(labels, self._names))
+            index = index.with_fit(None, None, None)  # the next fit solves the values again
+        index = index.edited(Edits(add=NewKeys(_rows(rows, self.blocks), _ids(labels, self._names))))
         if self._fit is not None:
-            closed_form.fit(index, self._fit)
+            index, _ = closed_form.fit(index, self._fit)
         self.index_: Index = index
         return self
 
@@ -202,7 +202,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         )  # fmt: skip
         fit = Fit(self.metric, self.values, self.class_prior) if auto else None
         if fit is not None:
-            closed_form.fit(index, fit)
+            index, _ = closed_form.fit(index, fit)
         self.classes_: Array = classes
         self.index_ = index
         self._fit: Fit | None = fit

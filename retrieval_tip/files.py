@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
-import errno
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 import re
 import shutil
@@ -70,14 +70,11 @@ def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
         raise
 
 
-def check_regular(path: str | os.PathLike[str]) -> None:
-    """Check a file before a library opens it by name.
-
-    Raises OSError if the file is empty.
-    """
+def map_regular(path: str | os.PathLike[str]) -> bytes | mmap.mmap:
+    """Map a regular file into memory, read-only."""
     with open_regular(path) as file:
-        if not os.fstat(file.fileno()).st_size:
-            raise OSError(errno.ENODATA, "the file is empty", os.fspath(path))
+        is_empty = not os.fstat(file.fileno()).st_size  # an empty file cannot be mapped
+        return b"" if is_empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def read_regular(path: str | os.PathLike[str], most: int) -> bytes:

@@ -32,6 +32,7 @@ from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.source import spread
 from retrieval_tip.data.sources import Source, open_items
 from retrieval_tip.data.tables import is_frame
+from retrieval_tip.editing import apply
 from retrieval_tip.errors import InputError, StoreError, UsageError, check_count, warn_once
 from retrieval_tip.html import markup, table
 from retrieval_tip.predictions import PREDICTIONS, SCHEMA, Predictions, SimilarShot, lists
@@ -57,6 +58,8 @@ from retrieval_tip.settings import (
     Verify,
 )
 from retrieval_tip.store.contents import Stored, read, write
+from retrieval_tip.store.edits import Edits
+from retrieval_tip.store.files import read_array
 from retrieval_tip.store.labels import label_table, rows_with
 from retrieval_tip.store.manifest import SUFFIXES, Manifest, Table
 from retrieval_tip.store.versions import Check, Origin, Versions, Writer, created
@@ -69,8 +72,6 @@ SUMS_FROM = 8
 ASKED = 16
 """Number of keys that are used as queries to check the logits before a version is written."""
 
-MOST_EXPONENT = 80.0
-"""Maximum exponent in the weight of a key. In float32, the exponential overflows just above 88."""
 PREDICTED = 1 << 16
 """Maximum number of queries that are classified at a time."""
 MOST_COPIED = 1 << 29
@@ -78,8 +79,30 @@ MOST_COPIED = 1 << 29
 
 
 @dataclass(repr=False)
-class Answering:
-    """Labelled keys, and what was fitted to them. See :class:`Index` for the attributes."""
+class Index:
+    """The cache of Tip-Adapter as an index that you can search and edit.
+
+    Create an index with :meth:`from_features` or :meth:`load`. An index is a value: :meth:`edited` and the other
+    methods that change something return a new index, which shares the arrays. Do not modify the arrays in place.
+
+    Attributes:
+        rows: the keys and their labels, grouped by class, and the FAISS index over the keys. They are in memory or in a
+            table. If the rows have no FAISS index, one of the type ``factory`` is built.
+        class_names: the names of the ``c`` classes, in order.
+        text_weights: the text weights as a float32 tensor of shape ``[c, d]``. If the index has no text, they are zero.
+        settings: the defaults for every call.
+        curve: the loss curve of the training, which has one row per epoch.
+        next_key_id: the smallest key id that has never been used.
+        metric: the fitted metric (see :mod:`tip`), or ``None``.
+        fitted: a description of how the metric and the values were fitted (see :mod:`fit.closed_form`), or ``None``.
+        built: the options that the index was built with.
+        groups: the broader groups of the classes, or ``None``.
+        prior: the scatter of other photos, of shape ``[d, d]``, if the index was fitted with one.
+        scores: the held-out photos of the last fit, if the keys, labels and text are still the same.
+        stored: the version of a folder or of another store that the index was loaded from or saved as.
+
+    Raises InputError if the values have the wrong shape, or if the curve has no rows.
+    """
 
     rows: Rows
     class_names: list[str]
@@ -99,6 +122,7 @@ class Answering:
     factory: InitVar[str] = FLAT_FACTORY
     prior: npt.NDArray[np.float32] | None = field(default=None, init=False)
     scores: Scores | None = field(default=None, init=False)
+    stored: Origin | None = field(default=None, init=False)
 
     def __post_init__(self, factory: str) -> None:
         self.text_weights = self.text_weights.to(self.device)
@@ -109,9 +133,38 @@ class Answering:
                 self.rows = self.rows.indexed(len(self.class_names), factory, self.device)
         if self.next_key_id is None:
             self.next_key_id = int(self.rows.columns("key_id")["key_id"].to_numpy().max()) + 1
-        self._follow()
+        self.follow()
         if self.curve is not None and not len(self.curve):
             raise InputError("curve: has no rows; pass one row per epoch, or None")
+
+    def __copy__(self) -> Self:
+        other = object.__new__(type(self))
+        other.__dict__ |= self.__dict__
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the arrays without the folder, and without the sums, which the next fit computes again."""
+        rows = self.rows.in_memory()
+        values = None if rows.values is None else rows.values.cpu()
+        rows = replace(
+            rows,
+            keys=_not_mapped(rows.keys),
+            points=_not_mapped(rows.points),
+            values=values,
+            sums=None,
+            kept_in=None,
+            pending=(),
+        )
+        return {own.name: getattr(self, own.name) for own in fields(self) if own.init} | {
+            "rows": rows, "text_weights": self.text_weights.cpu(), "prior": _not_mapped(self.prior),
+            "metric": None if self.metric is None else self.metric.to("cpu"), "scores": self.scores,
+        }  # fmt: skip
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        prior, scores, rows = state.pop("prior"), state.pop("scores"), state.pop("rows")
+        rows = replace(rows, keys=_writable(rows.keys), points=None if rows.points is None else _writable(rows.points))
+        self.__init__(rows=rows, device=present(state.pop("device")), **state)  # type: ignore[misc]
+        self.prior, self.scores = prior, scores
 
     def _on_device(self, rows: ArrayRows) -> ArrayRows:
         points, values = rows.points, rows.values
@@ -124,7 +177,8 @@ class Answering:
             values = values.detach().to(self.device, torch.float32)
         return replace(rows, points=points, values=values)
 
-    def _follow(self) -> None:
+    def follow(self) -> None:
+        """Compute again what follows from the rows, the classes and the text."""
         rows, c = self.rows, len(self.class_names)
         if isinstance(rows, ArrayRows) and rows.index is not None and rows.index.by_class and rows.index.n != c:
             self.rows = rows.indexed(c, device=self.device)
@@ -240,15 +294,26 @@ class Answering:
         if (sets := self.sets(ask)) is not None:
             yield from sets.cautions(self.class_names)
 
-    def with_settings(self, settings: Settings) -> Self:
-        """Return an index that has other settings and shares the keys. Warns once if beta differs from the fit."""
-        if settings == self.settings:
-            return self
+    def with_settings(self, settings: Settings, *, chosen: bool = False) -> Self:
+        """Return an index that has other settings and shares the keys.
+
+        If they are ``chosen``, later changes of the keys keep them (see :class:`settings.Fitted`). Otherwise, they are
+        only for some questions, and this warns once if beta differs from the fit.
+        """
+        if chosen:
+            fitted = None if self.fitted is None else replace(self.fitted, automatic=False)
+            return self.altered(settings=settings, fitted=fitted)
         if (caution := self.caution(settings)) is not None:
             warn_once(caution)
-        other = copy.copy(self)
-        other.settings = settings
-        return other
+        return self.altered(settings=settings)
+
+    def altered(self, **fields: Any) -> Self:
+        """Return a copy with other fields, whose lengths must still match."""
+        made = copy.copy(self)
+        made.__dict__ |= fields
+        if fields.keys() & {"rows", "metric", "fitted"}:
+            made.follow()
+        return made
 
     def queries(self, features: Features | Sequence[Features], norms: Norms = "keep") -> Tensor:
         """Convert features to a finite float32 tensor of shape ``[q, d]`` on the device.
@@ -403,137 +468,26 @@ class Answering:
             raise source.unknown(unknown, self.class_names)
         return ids
 
+    def edited(self, edits: Edits) -> Self:
+        """Apply edits, and return the new index. This index does not change.
 
-@dataclass(frozen=True, eq=False)
-class AnswerBlock:
-    """The answers to a block of queries.
+        Keys in a table are the exception: they are written at once, but without a manifest they are not a version.
 
-    Attributes:
-        index: the index, with the settings of the question.
-        ask: the question.
-        sets: the rule for sets of classes, if the question has a coverage.
-        block: the queries.
-        features: the features of the queries, of shape ``[q, d]``, as a float32 tensor on the device.
-        terms: the terms of the logits.
-        logits: the logits of all classes, of shape ``[q, c]``.
-    """
+        Raises InputError if features have the wrong shape, if a class or a key id is unknown, if a new class lacks a
+        text weight, if the name of a class is not valid, or if no key would remain.
+        """
+        made = copy.copy(self)
+        apply(made, edits)
+        return made
 
-    index: Answering
-    ask: Ask
-    sets: Sets | None
-    block: FeatureBlock
-    features: Tensor
-    terms: AnswerTerms
-    logits: Tensor
-
-    @cached_property
-    def ranked(self) -> Tensor:
-        """The class ids of the most probable classes, of shape ``[q, m]``, most probable first."""
-        return self._scores.topk(min(self.ask.top, self.logits.shape[1]), dim=1).indices
-
-    @cached_property
-    def probabilities(self) -> Tensor:
-        """The probabilities of all classes, of shape ``[q, c]``."""
-        if self.block.mixed is not None:
-            return self.block.mixed.to(self.logits.device)
-        return tip.probabilities(self.logits, self.index.settings.temperature)
-
-    @property
-    def _scores(self) -> Tensor:
-        return self.logits if self.block.mixed is None else self.probabilities
-
-    def predictions(self) -> Predictions:
-        """Return one prediction per query. The queries are named by their positions."""
-        settings, terms, logits = self.index.settings, self.terms, self.logits
-        ranked = self.ranked  # at any temperature
-        chances = _doubles(self.probabilities.gather(1, ranked))
-        winner, m, names = ranked[:, :1], ranked.shape[1], pa.array(self.index.class_names, pa.string())
-        labels = names.take(pa.array(ranked.cpu().numpy().reshape(-1)))
-        columns = {
-            "input": pa.array(self.block.positions).cast(pa.string()),
-            "label": labels if m == 1 else names.take(pa.array(ranked[:, 0].cpu().numpy())),
-            "probability": chances[:, 0],
-            "labels": lists(labels, m),
-            "probabilities": lists(chances, m),
-            "text_logit": _doubles(terms.text.gather(1, winner))[:, 0],
-            "cache_logit": settings.alpha * _doubles(terms.cache.gather(1, winner))[:, 0],
-            "shot": pa.array(self.block.shots, mask=np.full(len(ranked), self.block.key_ids is None)),
-            "neighbours": pa.array([[]] * len(ranked), PREDICTIONS["neighbours"]),
-            "opposing": pa.nulls(len(ranked), PREDICTIONS["opposing"]),
-        }
-        if self.ask.at_least is not None and self.index.groups is not None:
-            columns |= narrowest(self.probabilities, self.index.class_names, self.index.groups, self.ask.at_least)
-        shots, retrieval = terms.shots, self.index.retrieval
-        if shots is None and self.ask.neighbours:
-            points = retrieval.keys.phi(self.features)
-            shots = retrieval.contributors(points, *first_two(self._scores), self.ask.neighbours, settings.beta)
-        if shots is not None:
-            there = shots.supporting.rows >= 0
-            ends = np.concatenate([[0], there.sum(dim=1).cumsum(dim=0).cpu().numpy()]).astype(np.int32)
-            supporting = self._described(shots.supporting, ranked)
-            columns["neighbours"] = pa.ListArray.from_arrays(pa.array(ends), supporting)
-            against = (shots.opposing.rows[:, 0] >= 0).cpu().numpy()
-            places = pa.array(against.cumsum() - 1, mask=~against)
-            columns["opposing"] = self._described(shots.opposing, ranked).take(places)
-        if self.ask.logits:
-            columns["logits"] = lists(logits.cpu().numpy(), logits.shape[1])
-        if terms.discriminant is not None:
-            factor = settings.alpha * settings.gamma
-            columns["discriminant_logit"] = factor * _doubles(terms.discriminant.gather(1, winner))[:, 0]
-        columns["no_match"] = pa.nulls(len(ranked), pa.bool_())
-        if settings.least_cache is not None:
-            strongest = terms.strongest(retrieval.keys.counts)
-            columns["no_match"] = pa.array((strongest < settings.least_cache).cpu().numpy())
-        if self.sets is not None:
-            sets, matched = self.sets.column(self.probabilities, self.index.class_names), columns["no_match"]
-            columns["set"] = pc.if_else(matched.fill_null(False), None, sets)
-        known = [column for column in PREDICTIONS if column in columns]
-        schema = pa.schema([SCHEMA.field(column) for column in known])
-        return Predictions(pa.table([columns[column] for column in known], schema=schema))
-
-    def _described(self, near: Nearest, classes: Tensor) -> pa.StructArray:
-        there, every = near.rows >= 0, self.index.retrieval.keys.values
-        weight = tip.weight(near.affinity, self.index.settings.beta)
-        if every is None:
-            values = (near.class_ids[:, :, None] == classes[:, None]).float()
-        else:
-            values = every[near.rows.clamp_min(0)[:, :, None], classes[:, None]]
-        used, places = np.unique(near.rows[there].cpu().numpy(), return_inverse=True)
-        described = self.index.rows.described(used, ["key_id", "source", "label"]).take(pa.array(places))
-        named = [column.combine_chunks() for column in described.columns]
-        figures = [pa.array(_doubles(figure[there])) for figure in (near.affinity, weight)]
-        gives = lists(_doubles((weight[:, :, None] * values)[there]), classes.shape[1])
-        return pa.StructArray.from_arrays([*named, *figures, gives], fields=list(PREDICTIONS["opposing"]))
-
-
-def narrowest(probabilities: Tensor, class_names: Sequence[str], groups: Levels, least: float) -> dict[str, pa.Array]:
-    """Return the columns of answers that name the class, or else the narrowest group, whose probability is ``least``.
-
-    The probability of a group is the sum over its classes (``[q, c]``). If no level reaches ``least``, the label is
-    null, and the most probable class gives the probability.
-    """
-    every = probabilities.double()
-    found = np.full((2, len(every)), None, dtype=object)
-    chances, open_ = _doubles(every.amax(1)), np.ones(len(every), dtype=bool)
-    for level, own in groups.of(class_names).items():
-        if names := list(dict.fromkeys(filter(None, own))):
-            position = {name: place for place, name in enumerate(names)}
-            at = torch.tensor([position.get(name or "", len(names)) for name in own]).to(every.device)
-            sums = every.new_zeros(len(every), len(names) + 1).index_add_(1, at, every)[:, :-1]
-            best, places = (part.cpu().numpy() for part in sums.max(1))
-            now = open_ & (best >= least)
-            found[0, now], found[1, now] = np.array(names, dtype=object)[places[now]], level
-            chances[now], open_ = best[now].clip(max=1), open_ & ~now
-    label, level_ = (pa.array(part, pa.string()) for part in found)
-    return {"label": label, "level": level_, "probability": pa.array(chances)}
-
-
-def _doubles(values: Tensor) -> npt.NDArray[np.float64]:
-    return np.asarray(values.double().cpu())
-
-
-class Editing(Answering):
-    """The edits of an index. If an edit raises an error, the index does not change."""
+    def on(self, device: str) -> Index:
+        """Return the same version on ``auto``, ``cpu``, ``cuda`` or ``cuda:N``. Another device reads it again."""
+        device, own = resolve_device(device), self.stored
+        if device == self.device or own is None:
+            return self
+        if not isinstance(own, Stored):
+            return cast("Index", own.store.load(device=device, version=own.manifest.version))
+        return type(self).load(own.store.folder, device=device, verify="fast", version=own.manifest.version)
 
     def check_answers(self) -> None:
         """Classify a few keys as if they were queries, and raise InputError if their logits overflow."""
@@ -543,17 +497,8 @@ class Editing(Answering):
         few = replace(self, rows=ArrayRows(keys[order], labels.take(pa.array(order)), values))
         few.logits(functional.normalize(torch.from_numpy(keys.astype(np.float32))), "all")
 
-    def _check_lengths(self, keys: npt.NDArray[Any]) -> None:
-        """Raise InputError if the weight of one of these keys or points could overflow for a query of unit norm."""
-        longest = float(np.sqrt(np.einsum("ij,ij->i", keys, keys, dtype=np.float64).max()))
-        if self.settings.beta * (longest - 1) > MOST_EXPONENT:
-            raise InputError(
-                f"beta {self.settings.beta:g}: exp(beta (affinity - 1)) overflows for a key of norm {longest:.4g}; "
-                "scale the keys to norm 1 (norms unit)"
-            )
-
     @property
-    def _ridge(self) -> Ridge | None:
+    def ridge(self) -> Ridge | None:
         """The solver of the values, or ``None`` if they were not solved."""
         fitted = self.fitted
         if fitted is None or fitted.ridge is None:
@@ -561,161 +506,27 @@ class Editing(Answering):
         c, beta, bonus = len(self.class_names), self.settings.beta, fitted.bonus
         return Ridge(c, beta, fitted.ridge, self.device, fitted.class_prior, bonus)
 
-    def add_classes(self, names: Sequence[str], text_weights: Features | None = None) -> None:
-        """Append classes that have no keys yet.
+    def without_unanswerable(self) -> Self:
+        """Return the index without classes that have neither keys nor text, because no query resembles them."""
+        return self if self.has_text else self.edited(Edits(drop=self.bare))
 
-        If the index has text weights, pass ``text_weights`` of shape ``[m, d]`` for the new classes. Raises InputError
-        if a class already exists, or if the weights are missing or have the wrong shape.
+    def solved(self) -> Self:
+        """Return an index whose solved values belong to its keys and beta. Other values stay.
+
+        Raises InputError if there are more than :data:`MOST_SOLVED` keys.
         """
-        names = inputs.names(names)
-        if again := sorted(set(names) & set(self.class_names)):
-            raise InputError(f"classes: {again[0]!r} already exists in the index")
-        if text_weights is None and self.has_text:
-            raise InputError(f"classes: {names[0]!r} has no text weight; pass one, because the index has text")
-        weights = inputs.text_weights(text_weights, len(names), self.d)
-        self.class_names = [*self.class_names, *names]
-        self.text_weights = torch.cat([self.text_weights, weights.to(self.text_weights)])
-        self.rows, self.scores = self.rows.widened(len(self.class_names)), None
-        self._follow()
-
-    def set_text(self, weights: npt.NDArray[np.float32], templates: Sequence[str]) -> None:
-        """Replace the text weights of all classes, and the templates that the weights were made from."""
-        self.templates, self.text_weights = list(templates), torch.from_numpy(weights).to(self.device)
-        self.scores = None
-        self._follow()
-
-    def add(
-        self,
-        keys: Features,
-        labels: Labels,
-        sources: Sequence[str] | pa.ChunkedArray | None = None,
-        *,
-        views: int | npt.NDArray[np.integer] = 1,
-        digests: Sequence[str | None] | None = None,
-        extra: pa.Table | None = None,
-    ) -> list[int]:
-        """Add keys to existing classes, and return their key ids.
-
-        If the values were solved, they are solved again. In a large index, only the values of the new keys are solved
-        (see :class:`ridge.Ridge`). If the values were trained, the new keys get one-hot rows.
-
-        ``keys`` has the shape ``[m, d]``. ``views``, the SHA-256 ``digests`` of the images and the columns of ``extra``
-        are written to the label store. Raises InputError if the keys have the wrong shape or a label is unknown.
-        """
-        matrix = inputs.matrix(keys, "keys")
-        if matrix.shape[1] != self.d:
-            raise InputError(f"keys: each key has {matrix.shape[1]} values; the index requires {self.d}")
-        if np.abs(matrix).max() > np.finfo(self.dtype).max:
-            raise InputError(f"keys: values are too large for the index's {self.dtype}")
-        ids = inputs.ids_of(labels, self.class_names, len(matrix))
-        assert self.next_key_id is not None
-        key_ids = np.arange(self.next_key_id, self.next_key_id + len(matrix))
-        added = label_table(self.class_names, ids, sources, key_ids=key_ids, views=views, digests=digests, extra=extra)
-        matrix = np.asarray(matrix).astype(self.dtype)
-        new = ArrayRows(matrix, added, points=points_of(self.metric, matrix, self.device))
-        self._check_lengths(new.vectors)
-        self._hold(self.rows.added(replace(new, values=self._values_of(new))))
-        self.next_key_id += len(matrix)
-        return key_ids.tolist()
-
-    def _values_of(self, new: ArrayRows) -> Tensor | None:
-        if self.values is None:
-            return None
-        if self._ridge is None:
-            return functional.one_hot(torch.from_numpy(new.class_ids), len(self.class_names)).to(self.values)
-        assert isinstance(self.retrieval.keys, Keys)
-        return self._ridge.added(self.retrieval.keys, new.vectors, new.class_ids)
-
-    def remove(self, key_ids: Sequence[int]) -> None:
-        """Remove keys by id. Classes that become empty are kept.
-
-        Raises InputError if an id is unknown, or if no key would remain.
-        """
-        gone = self.rows.of(key_ids)
-        if gone.n == self.n:
-            raise InputError("remove: an index needs at least one key; delete the index instead")
-        if gone.n:
-            self._hold(self.rows.replaced(gone, None))
-
-    def relabel(self, key_ids: Sequence[int], labels: str | Sequence[str]) -> None:
-        """Move keys to other classes, given one label for all keys or one label per key.
-
-        The keys become the last shots of their new class. Raises InputError if an id or a label is unknown, or if an id
-        is repeated.
-        """
-        wanted = inputs.new_ids(key_ids, labels, self.class_names)
-        part = self.rows.of(list(wanted))
-        class_ids = np.array([wanted[key_id] for key_id in part.key_ids.tolist()], dtype=np.int64)
-        changed = np.flatnonzero(part.class_ids != class_ids)
-        part, class_ids, rows = part.take(changed), class_ids[changed], self.rows
-        if not part.n:
-            return
-        if self._ridge is not None:
-            assert isinstance(rows, ArrayRows)
-            assert isinstance(self.retrieval.keys, Keys)
-            rows = self._ridge.relabelled(self.retrieval.keys, rows, rows.rows_of(part.key_ids), class_ids)
-            part = rows.of(part.key_ids.tolist())
-        self._hold(rows.moved(part, class_ids, self.class_names))
-
-    def rename(self, old: str, new: str) -> None:
-        """Rename a class. The class keeps its keys and its text weight.
-
-        If ``new`` already exists, the keys are merged into ``new``, which keeps its own text weight. The ids of all
-        classes after ``old`` then decrease by one. Raises InputError if ``old`` does not exist, or if ``new`` is not a
-        valid name.
-        """
-        class_id, names = inputs.renamed(self.class_names, old, new)
-        if len(names) < len(self.class_names):
-            self._merge(class_id, new)
-            return
-        self.class_names, self.rows = names, self.rows.renamed(class_id, new)
-        self.groups = None if self.groups is None else self.groups.renamed(old, new)
-        self._follow()
-
-    def _merge(self, class_id: int, into: str) -> None:
-        """Move the keys of a class to the class ``into``, and drop the class."""
-        if isinstance(self.rows, ArrayRows) and self.values is not None:
-            # The columns can be added, because solved values are linear in their targets.
-            place, counts, values = self.class_names.index(into), self.counts, self.values.clone()
-            with_keys = [own for own in (class_id, place) if counts[own]]
-            values[:, place] = values[:, with_keys or [place]].sum(1)
-            self.rows = replace(self.rows, values=values)
-            self._follow()
-        self.relabel(self.find([self.class_names[class_id]])["key_id"].to_pylist(), into)
-        self._drop(np.array([class_id]))
-
-    def drop_unanswerable(self) -> None:
-        """Drop the classes that have neither keys nor text, because no query resembles them."""
-        if not self.has_text:
-            self._drop(np.flatnonzero(np.equal(self.counts, 0)))
-
-    def _drop(self, class_ids: npt.NDArray[np.int64]) -> None:
-        """Drop classes that have no keys."""
-        if not len(class_ids):
-            return
-        left = np.delete(np.arange(len(self.class_names)), class_ids)
-        self.rows, self.scores = self.rows.narrowed(class_ids, len(self.class_names)), None
-        self.class_names, self.text_weights = [self.class_names[i] for i in left], self.text_weights[left]
-        self._follow()
-
-    def solve(self) -> None:
-        """Recompute solved values for the current keys and beta. Does nothing if the values were not solved.
-
-        If there are more than :data:`MOST_SOLVED` keys, raises InputError and leaves the index unchanged.
-        """
-        if self._ridge is None or not isinstance(self.rows, ArrayRows):
-            return
+        if self.ridge is None or not isinstance(self.rows, ArrayRows):
+            return self
         if self.n > MOST_SOLVED:
             raise InputError(
                 f"values: cannot be solved for {self.n:,} keys, because the limit is {MOST_SOLVED:,}; "
                 "fit the index instead (retrieval-tip fit INDEX)"
             )
         points = np.asarray(self.rows.vectors, dtype=np.float32)
-        values = self._ridge.values(torch.from_numpy(points).to(self.device), self.class_ids)
-        self.rows = replace(self.rows, values=values)
-        self._follow()
+        values = self.ridge.values(torch.from_numpy(points).to(self.device), self.class_ids)
+        return self.altered(rows=replace(self.rows, values=values))
 
-    def rebuild(self, factory: str | None = None, dtype: Dtype | None = None) -> None:
+    def rebuilt(self, factory: str | None = None, dtype: Dtype | None = None) -> Self:
         """Sort the keys, and recompute the points, the solved values and the FAISS index. The keys must be in memory.
 
         Args:
@@ -736,33 +547,24 @@ class Editing(Answering):
             keys = ordered.keys.astype(dtype or self.dtype)
         if not np.isfinite(keys).all():
             raise InputError(f"keys: values too large for {keys.dtype}; use float32")
-        ordered = replace(ordered, keys=keys, points=points_of(self.metric, keys, self.device), index=rows.index)
-        self.rows, self.settings = ordered.indexed(len(self.class_names), factory, self.device), settings
-        self._follow()
-        if self.n <= MOST_SOLVED:
-            self.solve()
+        points = points_of(self.metric, keys, self.device)
+        ordered = replace(ordered, keys=keys, points=points, index=rows.index)
+        ordered = ordered.indexed(len(self.class_names), factory, self.device)
+        made = self.altered(rows=ordered, settings=settings)
+        return made.solved() if made.n <= MOST_SOLVED else made
 
-    def set_fitted(
+    def with_fit(
         self, metric: tip.Metric | None, values: Tensor | None, fitted: Fitted | None, factory: str | None = None
-    ) -> None:
-        """Set the metric and the values, and rebuild the FAISS index over the transformed keys.
+    ) -> Self:
+        """Return an index with another metric and values, whose FAISS index has the transformed keys.
 
         ``factory`` defaults to the current type. Raises UsageError if the factory is invalid.
         """
-        changed = self.metric is not None or metric is not None
-        self.metric, self.fitted, self.scores = metric, fitted, None
-        self.rows = self.rows.fitted(metric, values, factory, self.device)
-        if isinstance(self.rows, ArrayRows) and (changed or factory not in (None, self.index_type)):
-            self.rows = self.rows.indexed(len(self.class_names), factory, self.device)
-        self._follow()
-
-    def _hold(self, rows: Rows) -> None:
-        """Replace the rows, solve the values again, and fill the FAISS index with the new keys."""
-        if isinstance(rows, ArrayRows):
-            rows = rows if self._ridge is None else self._ridge.solved(rows)
-            rows = rows.refilled(self.rows.index, len(self.class_names), self.device)
-        self.rows, self.scores = rows, None
-        self._follow()
+        rows = self.rows.fitted(metric, values, factory, self.device)
+        changed = self.metric is not None or metric is not None or factory not in (None, self.index_type)
+        if isinstance(rows, ArrayRows) and changed:
+            rows = rows.indexed(len(self.class_names), factory, self.device)
+        return self.altered(rows=rows, metric=metric, fitted=fitted, scores=None)
 
     def take(self, rows: npt.NDArray[np.int64]) -> Self:
         """Return an index in memory that consists of the keys at the given rows of the labels. Rows may repeat.
@@ -772,7 +574,7 @@ class Editing(Answering):
         """
         class_ids = self.rows.class_ids[rows]
         part = self._on_device(self.rows.take(np.asarray(rows)[np.argsort(class_ids, kind="stable")]))
-        part = part if self._ridge is None else self._ridge.solved(part)
+        part = part if self.ridge is None else self.ridge.solved(part)
         with suppress(UsageError):
             part = replace(part, index=self.rows.index).indexed(len(self.class_names), device=self.device)
         return replace(self, rows=part)
@@ -781,64 +583,10 @@ class Editing(Answering):
         """Return this index with all keys in memory. Raises UsageError if there are too many."""
         if isinstance(self.rows, ArrayRows):
             return self
-        same = replace(self, rows=self.rows.in_memory())
-        same.scores = self.scores
-        return same
-
-    def set_rows(self, rows: Rows) -> None:
-        """Replace the rows by rows with the same keys, in memory or in a table."""
-        self.rows = rows
-        self.__post_init__(FLAT_FACTORY)
-
-
-@dataclass(repr=False)
-class Index(Editing):
-    """The cache of Tip-Adapter as an index that you can search and edit.
-
-    Create an index with :meth:`from_features` or :meth:`load`. To change the contents, use the methods, or call
-    ``dataclasses.replace``. Do not modify the arrays in place. If an edit raises an error, the index does not change.
-
-    Attributes:
-        rows: the keys and their labels, grouped by class, and the FAISS index over the keys. They are in memory or in a
-            table. If the rows have no FAISS index, one of the type ``factory`` is built.
-        class_names: the names of the ``c`` classes, in order.
-        text_weights: the text weights as a float32 tensor of shape ``[c, d]``. If the index has no text, they are zero.
-        settings: the defaults for every call.
-        curve: the loss curve of the training, which has one row per epoch.
-        next_key_id: the smallest key id that has never been used.
-        metric: the fitted metric (see :mod:`tip`), or ``None``.
-        fitted: a description of how the metric and the values were fitted (see :mod:`fit.closed_form`), or ``None``.
-        built: the options that the index was built with.
-        groups: the broader groups of the classes, or ``None``.
-        prior: the scatter of other photos, of shape ``[d, d]``, if the index was fitted with one.
-        scores: the held-out photos of the last fit, if the keys, labels and text are still the same.
-        stored: the version of a folder or of another store that the index was loaded from or saved as.
-
-    Raises InputError if the values have the wrong shape, or if the curve has no rows.
-    """
-
-    stored: Origin | None = field(default=None, init=False)
-
-    def __copy__(self) -> Self:
-        other = object.__new__(type(self))
-        other.__dict__ |= self.__dict__
-        return other
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the arrays without the folder, and without the sums, which the next fit computes again."""
-        rows = self.rows.in_memory()
-        values = None if rows.values is None else rows.values.cpu()
-        rows = replace(rows, keys=_not_mapped(rows.keys), points=_not_mapped(rows.points), values=values, sums=None)
-        return {own.name: getattr(self, own.name) for own in fields(self) if own.init} | {
-            "rows": rows, "text_weights": self.text_weights.cpu(), "prior": _not_mapped(self.prior),
-            "metric": None if self.metric is None else self.metric.to("cpu"), "scores": self.scores,
-        }  # fmt: skip
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        prior, scores, rows = state.pop("prior"), state.pop("scores"), state.pop("rows")
-        rows = replace(rows, keys=_writable(rows.keys), points=None if rows.points is None else _writable(rows.points))
-        self.__init__(rows=rows, device=present(state.pop("device")), **state)  # type: ignore[misc]
-        self.prior, self.scores = prior, scores
+        made = copy.copy(self)
+        made.rows = self.rows.in_memory()
+        made.__post_init__(FLAT_FACTORY)
+        return made
 
     @classmethod
     def from_features(
@@ -1024,11 +772,12 @@ class Index(Editing):
         check = Check(store.files, manifest, self.stored.verify, set(self.stored.manifest.data_files))
         return type(self).load(store.folder, device=self.device, check=check)
 
-    def save(self, folder: str | os.PathLike[str], change: str = "save") -> None:
+    def save(self, folder: str | os.PathLike[str], change: str = "save") -> Self:
         """Write the next version of an index folder, or the first version of a new folder (see :meth:`Versions.write`).
 
-        Unchanged files are shared with the previous version. ``change`` describes the new version in the history. If
-        the keys are in a table, the index in the folder has the type ``Flat``.
+        Unchanged files are shared with the previous version. ``change`` describes the new version in the history.
+        Returns this index, which is now the one in the folder. If the keys are in a table, returns another index, whose
+        type is ``Flat``.
 
         Raises:
             StoreError: if the folder cannot be written, or if it has changed since it was loaded.
@@ -1038,26 +787,33 @@ class Index(Editing):
             own = isinstance(self.stored, Stored) and self.stored.store.resolved == writer.store.resolved
             if writer.parent is not None and own:
                 self._check_current(writer)
-            index = self if isinstance(self.rows, ArrayRows) else replace(self, rows=self.rows.written(writer))
-            index.commit(writer, change)
+            if not isinstance(self.rows, ArrayRows):
+                return replace(self, rows=self.rows.written(writer)).committed(writer, change)
+            self.__dict__ |= self.committed(writer, change).__dict__
+            return self
 
-    def choose(self, settings: Settings, *, as_fitted: bool = False) -> None:
-        """Replace the settings. Unless they are ``as_fitted``, later changes of the keys keep them.
+    def committed(self, writer: Writer, change: str) -> Self:
+        """Write the files that have changed, make this index the current version, and return it, mapped from its files.
 
-        See :class:`settings.Fitted`.
+        Raises the errors of :meth:`save`.
         """
-        self.settings = settings
-        if self.fitted is not None and not as_fitted:
-            self.fitted = replace(self.fitted, automatic=False)
-
-    def commit(self, writer: Writer, change: str) -> None:
-        """Write the files that have changed, and make this index the current version."""
-        contents = self._contents()
-        write(contents, writer, self.stored if isinstance(self.stored, Stored) else None)
+        write(self._contents(), writer, self.stored if isinstance(self.stored, Stored) else None)
         self.check_answers()
-        manifest = self.manifest_of(writer, change)
+        made = self.altered(rows=self._mapped(writer))
+        manifest = made.manifest_of(writer, change)
         writer.commit(manifest)
-        self.stored = Stored(writer.store, manifest, "full", contents)
+        made.stored = Stored(writer.store, manifest, "full", made._contents())
+        return made
+
+    def _mapped(self, writer: Writer) -> ArrayRows:
+        """Return the rows with the arrays of the files that were written, so that their memory is free."""
+        rows = self.rows.in_memory()
+        held: dict[str, Any] = {"keys": rows.keys, "points": rows.points, "values": rows.values}
+        for kind, array in held.items():
+            if array is not None and kind in writer.files and not (isinstance(array, Tensor) and array.is_cuda):
+                mapped = read_array(writer.store.folder, writer.files[kind], array.shape)
+                held[kind] = torch.from_numpy(mapped) if isinstance(array, Tensor) else mapped
+        return replace(rows, **held, kept_in=None, pending=())
 
     def _check_current(self, writer: Writer) -> None:
         current = writer.parent.version if writer.parent else None
@@ -1101,6 +857,134 @@ class Index(Editing):
             fitted=self.fitted, built=self.built, parts=list(self.parts), digests=digests or {},
             groups=self.groups,
         )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerBlock:
+    """The answers to a block of queries.
+
+    Attributes:
+        index: the index, with the settings of the question.
+        ask: the question.
+        sets: the rule for sets of classes, if the question has a coverage.
+        block: the queries.
+        features: the features of the queries, of shape ``[q, d]``, as a float32 tensor on the device.
+        terms: the terms of the logits.
+        logits: the logits of all classes, of shape ``[q, c]``.
+    """
+
+    index: Index
+    ask: Ask
+    sets: Sets | None
+    block: FeatureBlock
+    features: Tensor
+    terms: AnswerTerms
+    logits: Tensor
+
+    @cached_property
+    def ranked(self) -> Tensor:
+        """The class ids of the most probable classes, of shape ``[q, m]``, most probable first."""
+        return self._scores.topk(min(self.ask.top, self.logits.shape[1]), dim=1).indices
+
+    @cached_property
+    def probabilities(self) -> Tensor:
+        """The probabilities of all classes, of shape ``[q, c]``."""
+        if self.block.mixed is not None:
+            return self.block.mixed.to(self.logits.device)
+        return tip.probabilities(self.logits, self.index.settings.temperature)
+
+    @property
+    def _scores(self) -> Tensor:
+        return self.logits if self.block.mixed is None else self.probabilities
+
+    def predictions(self) -> Predictions:
+        """Return one prediction per query. The queries are named by their positions."""
+        settings, terms, logits = self.index.settings, self.terms, self.logits
+        ranked = self.ranked  # at any temperature
+        chances = _doubles(self.probabilities.gather(1, ranked))
+        winner, m, names = ranked[:, :1], ranked.shape[1], pa.array(self.index.class_names, pa.string())
+        labels = names.take(pa.array(ranked.cpu().numpy().reshape(-1)))
+        columns = {
+            "input": pa.array(self.block.positions).cast(pa.string()),
+            "label": labels if m == 1 else names.take(pa.array(ranked[:, 0].cpu().numpy())),
+            "probability": chances[:, 0],
+            "labels": lists(labels, m),
+            "probabilities": lists(chances, m),
+            "text_logit": _doubles(terms.text.gather(1, winner))[:, 0],
+            "cache_logit": settings.alpha * _doubles(terms.cache.gather(1, winner))[:, 0],
+            "shot": pa.array(self.block.shots, mask=np.full(len(ranked), self.block.key_ids is None)),
+            "neighbours": pa.array([[]] * len(ranked), PREDICTIONS["neighbours"]),
+            "opposing": pa.nulls(len(ranked), PREDICTIONS["opposing"]),
+        }
+        if self.ask.at_least is not None and self.index.groups is not None:
+            columns |= narrowest(self.probabilities, self.index.class_names, self.index.groups, self.ask.at_least)
+        shots, retrieval = terms.shots, self.index.retrieval
+        if shots is None and self.ask.neighbours:
+            points = retrieval.keys.phi(self.features)
+            shots = retrieval.contributors(points, *first_two(self._scores), self.ask.neighbours, settings.beta)
+        if shots is not None:
+            there = shots.supporting.rows >= 0
+            ends = np.concatenate([[0], there.sum(dim=1).cumsum(dim=0).cpu().numpy()]).astype(np.int32)
+            supporting = self._described(shots.supporting, ranked)
+            columns["neighbours"] = pa.ListArray.from_arrays(pa.array(ends), supporting)
+            against = (shots.opposing.rows[:, 0] >= 0).cpu().numpy()
+            places = pa.array(against.cumsum() - 1, mask=~against)
+            columns["opposing"] = self._described(shots.opposing, ranked).take(places)
+        if self.ask.logits:
+            columns["logits"] = lists(logits.cpu().numpy(), logits.shape[1])
+        if terms.discriminant is not None:
+            factor = settings.alpha * settings.gamma
+            columns["discriminant_logit"] = factor * _doubles(terms.discriminant.gather(1, winner))[:, 0]
+        columns["no_match"] = pa.nulls(len(ranked), pa.bool_())
+        if settings.least_cache is not None:
+            strongest = terms.strongest(retrieval.keys.counts)
+            columns["no_match"] = pa.array((strongest < settings.least_cache).cpu().numpy())
+        if self.sets is not None:
+            sets, matched = self.sets.column(self.probabilities, self.index.class_names), columns["no_match"]
+            columns["set"] = pc.if_else(matched.fill_null(False), None, sets)
+        known = [column for column in PREDICTIONS if column in columns]
+        schema = pa.schema([SCHEMA.field(column) for column in known])
+        return Predictions(pa.table([columns[column] for column in known], schema=schema))
+
+    def _described(self, near: Nearest, classes: Tensor) -> pa.StructArray:
+        there, every = near.rows >= 0, self.index.retrieval.keys.values
+        weight = tip.weight(near.affinity, self.index.settings.beta)
+        if every is None:
+            values = (near.class_ids[:, :, None] == classes[:, None]).float()
+        else:
+            values = every[near.rows.clamp_min(0)[:, :, None], classes[:, None]]
+        used, places = np.unique(near.rows[there].cpu().numpy(), return_inverse=True)
+        described = self.index.rows.described(used, ["key_id", "source", "label"]).take(pa.array(places))
+        named = [column.combine_chunks() for column in described.columns]
+        figures = [pa.array(_doubles(figure[there])) for figure in (near.affinity, weight)]
+        gives = lists(_doubles((weight[:, :, None] * values)[there]), classes.shape[1])
+        return pa.StructArray.from_arrays([*named, *figures, gives], fields=list(PREDICTIONS["opposing"]))
+
+
+def narrowest(probabilities: Tensor, class_names: Sequence[str], groups: Levels, least: float) -> dict[str, pa.Array]:
+    """Return the columns of answers that name the class, or else the narrowest group, whose probability is ``least``.
+
+    The probability of a group is the sum over its classes (``[q, c]``). If no level reaches ``least``, the label is
+    null, and the most probable class gives the probability.
+    """
+    every = probabilities.double()
+    found = np.full((2, len(every)), None, dtype=object)
+    chances, open_ = _doubles(every.amax(1)), np.ones(len(every), dtype=bool)
+    for level, own in groups.of(class_names).items():
+        if names := list(dict.fromkeys(filter(None, own))):
+            position = {name: place for place, name in enumerate(names)}
+            at = torch.tensor([position.get(name or "", len(names)) for name in own]).to(every.device)
+            sums = every.new_zeros(len(every), len(names) + 1).index_add_(1, at, every)[:, :-1]
+            best, places = (part.cpu().numpy() for part in sums.max(1))
+            now = open_ & (best >= least)
+            found[0, now], found[1, now] = np.array(names, dtype=object)[places[now]], level
+            chances[now], open_ = best[now].clip(max=1), open_ & ~now
+    label, level_ = (pa.array(part, pa.string()) for part in found)
+    return {"label": label, "level": level_, "probability": pa.array(chances)}
+
+
+def _doubles(values: Tensor) -> npt.NDArray[np.float64]:
+    return np.asarray(values.double().cpu())
 
 
 def _not_mapped(array: Any) -> Any:

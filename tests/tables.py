@@ -32,6 +32,17 @@ def write_table(path, features, labels=None, ids=None, **extra):
     return path
 
 
+def write_parts(folder, *tables):
+    """Write tables as the parts of a complete folder, as ``encode --ray`` does, and return their paths."""
+    places = [folder / f"part={number:06}/part-{number}.parquet" for number in range(len(tables))]
+    for place, table in zip(places, tables, strict=True):
+        place.parent.mkdir(parents=True)
+        pq.write_table(table, place)
+    for name in ("_run.json", "_complete.json"):
+        (folder / name).write_text("{}")
+    return places
+
+
 def unit_rows(n, d, seed=0):
     """Return random features of norm 1."""
     rows = np.random.default_rng(seed).normal(size=(n, d)).astype(np.float32)

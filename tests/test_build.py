@@ -1,13 +1,17 @@
 """Building an index: shots, views, text weights, key types, versions and errors."""
 
 import hashlib
+import json
 import logging
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from tables import unit_rows, write_table
+from tables import unit_rows, write_parts, write_table
 
 from retrieval_tip import verify
 from retrieval_tip.data import images
@@ -54,6 +58,38 @@ def test_auto_chooses_the_index_and_k_unless_k_is_given(tmp_path, more, expected
     build(table, tmp_path / "auto", index="auto", **more)
     cache = verify(tmp_path / "auto")
     assert (cache.index_type, cache.settings.k) == expected
+
+
+OPENS = """
+import json, os, sys
+import pyarrow as pa
+from retrieval_tip.cli.program import main
+
+def noting(opens):
+    return lambda path, *more: [opened.append(path), opens(path, *more)][1]
+
+opened = []
+pa.memory_map, pa.OSFile = noting(pa.memory_map), noting(pa.OSFile)  # Arrow opens these without Python
+sys.addaudithook(lambda event, found: opened.append(found[0]) if event == "open" else None)
+main(sys.argv[1:], standalone_mode=False)
+print(json.dumps([os.fsdecode(path) for path in opened if not isinstance(path, int)]))
+"""
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_build_and_an_add_open_each_file_of_a_feature_table_once(tmp_path, table, kind):
+    given, files = table, [table]
+    if kind == "folder":
+        given, whole = tmp_path / "x=1", pq.read_table(table)
+        files = write_parts(given, whole.slice(0, 12), whole.slice(12))
+    for words in (("build", given, "--out", tmp_path / "i"), ("add", tmp_path / "i", given)):
+        command = [sys.executable, "-c", OPENS, "-q", "index", *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        opened = json.loads(done.stdout.splitlines()[-1])
+        assert [opened.count(str(file)) for file in files] == [1] * len(files)
+    labels = verify(tmp_path / "i").labels
+    assert sorted(labels["source"].to_pylist()) == sorted(f"item-{row}" for row in range(30))
+    assert not {"x", "part"} & set(labels.column_names)
 
 
 def test_small_classes_repeat_images_with_a_warning(table, tmp_path, caplog):

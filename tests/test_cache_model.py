@@ -24,6 +24,7 @@ from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.fit import closed_form
 from retrieval_tip.index.places import at
 from retrieval_tip.settings import Settings
+from retrieval_tip.store.edits import Edits, NewKeys
 from retrieval_tip.store.versions import Manifest, Versions
 
 Q, D, C = 70, 32, 12
@@ -369,12 +370,13 @@ def test_added_keys_get_ids_and_one_hot_values_and_removed_keys_leave(index):
     half = N // 2
     cache = model(keys=KEYS[:half].astype(np.float16), labels=Y[:half], values=VALUES[:half], index=index)
     cache.logits(QUERIES, 9)  # fills all caches
-    assert cache.add(KEYS[half:], [NAMES[i] for i in Y[half:]]) == list(range(half, N))
+    cache = cache.edited(Edits(add=NewKeys(KEYS[half:], [NAMES[i] for i in Y[half:]])))
+    assert sorted(cache.labels["key_id"].to_pylist()) == list(range(N))
     assert cache.keys.dtype == np.float16
     mixed = np.concatenate([VALUES[:half], np.eye(C)[Y[half:]]])
     np.testing.assert_array_equal(cache.values, mixed[cache.labels["key_id"]])
     for gone in ([], [0, 5, *range(half, N, 2)]):
-        cache.remove(gone)
+        cache = cache.edited(Edits(remove=gone))
         assert cache.n == cache.index.n == N - len(gone)
         for k in (None, 16):
             check_logits(cache, k)
@@ -384,29 +386,29 @@ def test_added_keys_get_ids_and_one_hot_values_and_removed_keys_leave(index):
 
 
 @pytest.mark.parametrize(
-    ("act", "error", "message"),
+    ("edits", "error", "message"),
     [
-        (lambda c: c.add(QUERIES[:, :-1], [0] * Q), InputError, "^keys: .*31.*32"),
-        (lambda c: c.add(QUERIES, [0]), InputError, r"^labels: shape \(1,\) .* 70 keys"),
-        (lambda c: c.add(QUERIES, ["zebra"] * Q), InputError, "^labels: row 0 is 'zebra'"),
-        (lambda c: c.add(nan(QUERIES), [0] * Q), InputError, "^keys: row 3 contains"),
-        (lambda c: c.add(QUERIES[:0], []), InputError, r"^keys: shape \(0, 32\)"),
-        (lambda c: c.add(QUERIES[:2], [0, 1], ["one"]), InputError, "^sources: expected 2 values"),
-        (lambda c: c.add(QUERIES[:2], [0, 1], digests=["one"]), InputError, "^digests: expected 2 values"),
-        (lambda c: c.add(QUERIES[:2], [0, 1], extra=pa.table({"x": [1]})), InputError, "^extra: expected 2 values"),
-        (lambda c: c.add(QUERIES[:2] * 1e6, [0, 1]), InputError, "^keys: .*float16"),
-        (lambda c: c.remove([5, N + 3]), InputError, f"^key ids {N + 3}: not in this index"),
-        (lambda c: c.remove(range(N)), InputError, "^remove: an index needs at least one key"),
+        (Edits(add=NewKeys(QUERIES[:, :-1], [0] * Q)), InputError, "^keys: .*31.*32"),
+        (Edits(add=NewKeys(QUERIES, [0])), InputError, r"^labels: shape \(1,\) .* 70 keys"),
+        (Edits(add=NewKeys(QUERIES, ["zebra"] * Q)), InputError, "^labels: row 0 is 'zebra'"),
+        (Edits(add=NewKeys(nan(QUERIES), [0] * Q)), InputError, "^keys: row 3 contains"),
+        (Edits(add=NewKeys(QUERIES[:0], [])), InputError, r"^keys: shape \(0, 32\)"),
+        (Edits(add=NewKeys(QUERIES[:2], [0, 1], ["one"])), InputError, "^sources: expected 2 values"),
+        (Edits(add=NewKeys(QUERIES[:2], [0, 1], digests=["one"])), InputError, "^digests: expected 2 values"),
+        (Edits(add=NewKeys(QUERIES[:2], [0, 1], extra=pa.table({"x": [1]}))), InputError, "^extra: expected 2 values"),
+        (Edits(add=NewKeys(QUERIES[:2] * 1e6, [0, 1])), InputError, "^keys: .*float16"),
+        (Edits(remove=[5, N + 3]), InputError, f"^key ids {N + 3}: not in this index"),
+        (Edits(remove=range(N)), InputError, "^remove: an index needs at least one key"),
     ],
     ids=[
         "length", "labels", "name", "NaN", "nothing", "sources", "digests", "extra", "float16", "missing", "all",
     ],
 )  # fmt: skip
-def test_a_refused_change_changes_nothing(act, error, message):
+def test_a_refused_change_changes_nothing(edits, error, message):
     cache = model(keys=KEYS.astype(np.float16), index="IVF16,Flat", values=VALUES)
     before, labels = cache.logits(QUERIES, 16), cache.labels
     with pytest.raises(error, match=message):
-        act(cache)
+        cache.edited(edits)
     assert (cache.n, cache.index.n) == (N, N)
     assert cache.labels.equals(labels)
     assert torch.equal(cache.logits(QUERIES, 16), before)
@@ -431,9 +433,9 @@ CARRIED += [(how, index, np.float16) for how in CARRY for index in ("Flat", "IVF
 def test_a_saved_or_pickled_index_gives_the_same_answers_bit_for_bit(how, index, dtype, tmp_path):
     cache = model(index=index, keys=KEYS.astype(dtype), sources=[f"ü{i}" for i in range(N)])
     if index == "Flat" and how != "saved":
-        closed_form.fit(cache, closed_form.Fit("within", "solved"))
+        cache, _ = closed_form.fit(cache, closed_form.Fit("within", "solved"))
     cache = reopened(cache, tmp_path / "index")
-    cache.add(unit(KEYS[:5] + 0.1), Y[:5])
+    cache = cache.edited(Edits(add=NewKeys(unit(KEYS[:5] + 0.1), Y[:5])))
     there = CARRY[how](cache, tmp_path / "there")
     shutil.rmtree(tmp_path / "index")
     assert how == "saved" or (there.folder, there.version) == (None, None)
@@ -442,8 +444,8 @@ def test_a_saved_or_pickled_index_gives_the_same_answers_bit_for_bit(how, index,
     assert there.classify(QUERIES, top=3, k=16) == cache.classify(QUERIES, top=3, k=16)
     assert there.keys.dtype == dtype
     assert there.labels.equals(cache.labels)
-    added = there.add(QUERIES[:2], [0, 1])
-    assert (added, there.n, cache.n) == ([N + 5, N + 6], N + 7, N + 5)
+    there = there.edited(Edits(add=NewKeys(QUERIES[:2], [0, 1])))
+    assert (there.next_key_id, there.n, cache.n) == (N + 7, N + 7, N + 5)
     opened = reopened(there, tmp_path / "again")
     assert torch.equal(opened.logits(QUERIES), there.logits(QUERIES))
 
@@ -484,7 +486,7 @@ def test_a_fine_tuned_index_is_loaded_as_it_was_saved_and_its_files_are_copied_t
     loaded.settings = loaded.settings.override(alpha=9.0)
     loaded.save(index)
     assert names(index) == first
-    loaded.add(QUERIES[:2], [0, 1])
+    loaded = loaded.edited(Edits(add=NewKeys(QUERIES[:2], [0, 1])))
     loaded.save(index)
     second = names(index)
     assert {kind for kind in first if first[kind] != second[kind]} == {"keys", "labels", "values"}
@@ -542,9 +544,7 @@ def test_gpu_answers_match_the_cpu(index, values, tmp_path):
         torch.testing.assert_close(other.cpu(), one, rtol=0, atol=2e-3 if k is None or index == "Flat" else 0.05)
     answers = [m.classify(QUERIES, k=16) for m in (cpu, gpu)]
     assert [a.label for a in answers[0]] == [a.label for a in answers[1]]
-    for own in (gpu, cpu):
-        own.add(QUERIES[:2], [0, 1])
-        own.remove([4])
+    gpu, cpu = (own.edited(Edits(add=NewKeys(QUERIES[:2], [0, 1]), remove=[4])) for own in (gpu, cpu))
     taken = [own.take(np.array([3, 1, 30])).logits(QUERIES).cpu() for own in (gpu, cpu)]
     torch.testing.assert_close(*taken, rtol=0, atol=2e-3)
     gpu.save(tmp_path / "x")

@@ -24,6 +24,7 @@ from retrieval_tip.errors import BackboneError, StoreError, UsageError
 from retrieval_tip.index import changes
 from retrieval_tip.index.build import build_index
 from retrieval_tip.settings import Settings
+from retrieval_tip.store.edits import Edits, NewKeys
 from retrieval_tip.store.versions import Versions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -317,7 +318,7 @@ def test_an_index_can_have_fewer_keys_than_lists(run, lists):
 def test_lists_are_trained_again_if_the_keys_double(lists):
     cache = opened(lists)
     for more, trained in ((3, 40), (40, 83)):
-        cache.add(unit_rows(more, D, 9), ["a"] * more)
+        cache = cache.edited(Edits(add=NewKeys(unit_rows(more, D, 9), ["a"] * more)))
         cache.save(lists)
         assert cache.index.trained == verify(lists).index.trained == trained
 
@@ -326,7 +327,7 @@ def test_trained_values_of_merged_classes_add_up(tmp_path):
     keys, values = unit_rows(6, D), np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)
     cache = Index.from_features(keys, list("aabbcc"), list("abc"), values=values, device="cpu")
     a, b, c = cache.terms(QUERIES).cache.T
-    cache.rename("a", "c")
+    cache = cache.edited(Edits(rename=("a", "c")))
     np.testing.assert_allclose(cache.terms(QUERIES).cache, torch.stack([b, a + c], dim=1), atol=1e-5)
 
 
@@ -527,13 +528,14 @@ def test_reload_only_reads_changed_files(grown):
 def test_saving_over_a_newer_version_is_refused(index):
     stale = opened(index)
     changes.remove(index, key_ids=[0])
-    stale.add(unit_rows(1, D, 9), ["cat"])
+    stale = stale.edited(Edits(add=NewKeys(unit_rows(1, D, 9), ["cat"])))
     before = snapshot(index)
     with pytest.raises(StoreError, match="from version 1 to 2"):
         stale.save(index)
     assert snapshot(index) == before
     fresh = stale.reload()
-    assert fresh.add(unit_rows(1, D, 9), ["cat"]) == [6]
+    fresh = fresh.edited(Edits(add=NewKeys(unit_rows(1, D, 9), ["cat"])))
+    assert fresh.next_key_id == 7
     fresh.save(index)
     assert version(index) == 3
     with pytest.raises(StoreError, match="from version 1 to 3"):

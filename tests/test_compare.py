@@ -35,7 +35,7 @@ def side(name, names, each, seed):
     cache = Index.from_features(
         rows_around(np.repeat(known, each), seed), [own for own in names for _ in range(each)], names, device="cpu"
     )
-    closed_form.fit(cache)
+    cache, _ = closed_form.fit(cache)
     return Side(name, cache, Reader())
 
 

@@ -195,8 +195,8 @@ def _edit(job):
             if "changed meanwhile; run again" not in str(error):
                 raise
             continue
-        if made.edits or made.key_ids or what == "rename":  # else no version was written
-            found = {"version": made.version, "key_ids": made.key_ids, "edits": [*made.edits.items()]}
+        if made.labels or made.key_ids or what == "rename":  # else no version was written
+            found = {"version": made.version, "key_ids": made.key_ids, "edits": [*made.labels.items()]}
             done.append(found | {"what": what, "asked": [*asked.items()] if isinstance(asked, dict) else asked})
         ids = sorted({*ids, *made.key_ids} - {*(asked if what == "remove" else ())})
     return {"done": done}

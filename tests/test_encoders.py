@@ -52,7 +52,7 @@ def two(each, noises=(0.6, 0.6), seed=0):
 
 def fitted(features, ids, text=None):
     index = Index.from_features(features, ids, NAMES, text, device="cpu")
-    closed_form.fit(index)
+    index, _ = closed_form.fit(index)
     return index
 
 
@@ -97,11 +97,13 @@ def test_an_encoder_without_a_share_changes_no_answer(with_text):
     text = [of_class(np.arange(len(NAMES)), d, 0.1, 7) for d in WIDTHS] if with_text else None
     alone = Index.from_features(features[0], ids, NAMES, None if text is None else text[0], device="cpu")
     index = Index.from_features(features, ids, NAMES, text, device="cpu")
+    made = []
     for one in (alone, index):  # the same photos are in the same folds
         digests = pa.array([f"photo {row}" for row in range(one.n)])
         labels = one.labels.set_column(one.labels.column_names.index("digest"), "digest", digests)
         one.rows = replace(one.rows, labels=labels)
-        closed_form.fit(one)
+        made.append(closed_form.fit(one)[0])
+    alone, index = made
     assert index.shares == (1.0, 0.0)
     own, more = two(4, seed=50)[1]
     a, b = index.classify([own, more]), alone.classify(own)
@@ -140,7 +142,7 @@ def alike(c=12):
 def one_shot(*features):
     names = [f"class {number:02d}" for number in range(len(features[0]))]
     index = Index.from_features(list(features), names, names, device="cpu")
-    return index, closed_form.fit(index)
+    return closed_form.fit(index)
 
 
 def test_with_one_shot_an_encoder_to_which_all_photos_look_alike_gets_more():
@@ -174,7 +176,8 @@ def test_the_prior_of_joined_encoders_is_scaled_by_their_shares(each):
     root = np.random.default_rng(1).normal(size=(sum(WIDTHS), 40)) / 10
     prior = root @ root.T
     index = Index.from_features(features, ids, NAMES, device="cpu")
-    form = closed_form.fit(index, closed_form.Fit(prior=prior)).form
+    index, choice = closed_form.fit(index, closed_form.Fit(prior=prior))
+    form = choice.form
     assert form.metric is not None
     assert index.metric is not None
     scale = np.repeat(np.sqrt(2 * np.array(index.shares)), WIDTHS)
@@ -202,10 +205,9 @@ def test_the_known_prior_of_one_of_the_encoders_is_used(each, shares, monkeypatc
     prior[: WIDTHS[0], : WIDTHS[0]], prior[WIDTHS[0] :, WIDTHS[0] :] = known / 2, np.eye(WIDTHS[1]) / WIDTHS[1] / 2
     index, given, plain = (Index.from_features(features, ids, NAMES, device="cpu") for _ in "abc")
     index.parts = tuple(replace(part, identity=one) for part, one in zip(index.parts, (IDENTITY, OTHER), strict=True))
-    forms = [
-        closed_form.fit(one, asked).form
-        for one, asked in ((index, None), (given, closed_form.Fit(prior=prior)), (plain, None))
-    ]
+    asked = (index, None), (given, closed_form.Fit(prior=prior)), (plain, None)
+    (index, given, plain), forms = zip(*(closed_form.fit(*one) for one in asked), strict=True)
+    forms = [choice.form for choice in forms]
     same = plain if each > 1 and shares[1] else given
     assert forms[0] == forms[1 if same is given else 2]
     queries = two(5, seed=9)[1]
@@ -214,7 +216,7 @@ def test_the_known_prior_of_one_of_the_encoders_is_used(each, shares, monkeypatc
     torch.testing.assert_close(index.logits(queries).argmax(1), same.logits(queries).argmax(1))
     if each == 1:  # alpha does not grow with the number of values of the other encoder
         alone = Index.from_features(features[0], ids, NAMES, device="cpu")
-        closed_form.fit(alone, closed_form.Fit(prior=known))
+        alone, _ = closed_form.fit(alone, closed_form.Fit(prior=known))
         assert index.settings.alpha == pytest.approx(alone.settings.alpha)
 
 
@@ -293,9 +295,9 @@ def test_an_encoder_without_a_share_is_not_run_for_queries(photos):
     index = Index.from_features(
         Reader(backbone).encode(source).features, source.labels, source.class_names, blocks=(6, 6)
     )
-    closed_form.fit(index)
+    index, _ = closed_form.fit(index)
     assert index.fitted is not None
-    index.set_fitted(index.metric, index.values, replace(index.fitted, shares=(1.0, 0.0)))
+    index = index.with_fit(index.metric, index.values, replace(index.fitted, shares=(1.0, 0.0)))
     done = len(second.batches)
     answers = Predictions.joined(classify_sources(index, [source], Reader(backbone)))
     assert (len(answers), len(second.batches)) == (15, done)

@@ -195,7 +195,7 @@ def test_shots_are_classified_as_by_an_index_without_them(tmp_path, run, kind, s
             features[others], ids[others], NAMES[:4], TEXT[:4] if index.has_text else None, device="cpu"
         )
         if index.fitted is not None:
-            closed_form.fit(own, forms=[Form.of(index.fitted, index.settings.beta)])
+            own, _ = closed_form.fit(own, forms=[Form.of(index.fitted, index.settings.beta)])
         own.settings = index.settings
         expected.append(own.classify(features[[photo]])[0])
     expected += list(index.classify(QUERIES[:5]))

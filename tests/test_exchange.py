@@ -15,13 +15,14 @@ from tables import unit_rows
 from retrieval_tip.backbones.base import Identity
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_source
-from retrieval_tip.data.tables import table_identity
+from retrieval_tip.data.tables import FeatureTable
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.index.build import build_index
 from retrieval_tip.index.export import export_table, export_text
 from retrieval_tip.index.items import read_text_table
 from retrieval_tip.model import Index
 from retrieval_tip.settings import Settings
+from retrieval_tip.store.edits import Edits
 
 IDENTITY = Identity("fake", "tag", "sha256:00", "sha256:01", {"size": 4})
 
@@ -76,7 +77,7 @@ def test_an_index_built_from_an_export_is_the_same(tmp_path, dtype):
 
 def test_the_exported_table_has_the_columns_of_the_label_store(tmp_path):
     cache = cache_of(dtype="float16")
-    cache.remove([3, 7])
+    cache = cache.edited(Edits(remove=[3, 7]))
     export_table(cache, tmp_path / "t.parquet")
     table = pq.read_table(tmp_path / "t.parquet")
     further = ["key_id", "shot", "views", "digest", "added_at"]
@@ -85,7 +86,7 @@ def test_the_exported_table_has_the_columns_of_the_label_store(tmp_path):
     for column in (*further, "label"):
         assert table[column].to_pylist() == cache.labels[column].to_pylist()
     assert table["id"].to_pylist() == cache.labels["source"].to_pylist()
-    assert table_identity(tmp_path / "t.parquet") == IDENTITY
+    assert FeatureTable(tmp_path / "t.parquet").identity() == IDENTITY
     np.testing.assert_array_equal(rows_of(tmp_path / "t.parquet"), cache.keys)
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
 import sqlite3
 from contextlib import closing
@@ -20,16 +21,17 @@ from conftest import examples
 from fake import IDENTITY, Fake, Reads, picture, pictures, source_of, with_identity
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tables import unit_rows
+from tables import unit_rows, write_parts
 
 from retrieval_tip import errors
-from retrieval_tip.backbones.base import unit
+from retrieval_tip.backbones.base import Part, side_by_side, unit
 from retrieval_tip.data import images
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.reader import CENTRE, Reader, encode_table, view_names
-from retrieval_tip.data.sources import of_images, open_items, open_source, read_item
-from retrieval_tip.data.tables import check_backbone, parts_in, read_rows, table_identity
+from retrieval_tip.data.sources import of_features, of_images, open_items, open_source, read_item
+from retrieval_tip.data.tables import MOST_OPEN, FeatureTable, check_backbone
 from retrieval_tip.errors import BackboneError, InputError, RetrievalTipError, UsageError
+from retrieval_tip.index.build import build_index
 
 
 @pytest.fixture
@@ -373,7 +375,7 @@ def table_of(path, column, **more):
 
 
 def read_all(path, norms="check"):
-    return np.concatenate([rows for _, rows in read_rows(path, norms)])
+    return Reader(norms=norms).encode(open_items(path)).features
 
 
 @pytest.mark.parametrize("kind", [pa.float16(), pa.float32(), pa.float64()], ids=str)
@@ -383,7 +385,7 @@ def test_features_of_every_float_and_list_type_are_read(tmp_path, kind, lists):
     path = table_of(tmp_path / "t.parquet", pa.array(list(rows), lists(kind)))
     assert read_all(path).dtype == np.float32
     assert np.array_equal(read_all(path), rows.astype(np.float32))
-    assert [part.width for part in parts_in(path)] == [4]
+    assert [part.width for part in FeatureTable(path).parts()] == [4]
 
 
 GOOD = [1.0, 0.0, 0.0, 0.0]
@@ -423,16 +425,15 @@ def test_an_invalid_row_or_column_is_named(tmp_path, column, words):
 
 def test_a_table_without_rows_features_or_readable_metadata_is_refused(tmp_path):
     empty = table_of(tmp_path / "e.parquet", pa.array([], pa.list_(pa.float32(), 4)))
-    assert list(read_rows(empty, "check")) == []
     with pytest.raises(InputError, match=r"e\.parquet: has no rows"):
-        parts_in(empty)
-    assert table_identity(with_identity(tmp_path / "u.parquet", None)) is None
+        read_all(empty)
+    assert FeatureTable(with_identity(tmp_path / "u.parquet", None)).identity() is None
     pq.write_table(pa.table({"id": ["a"], "vector": ["b"]}), tmp_path / "n.parquet")
     with pytest.raises(InputError, match="one column 'feature'; its columns are id, vector"):
-        read_all(tmp_path / "n.parquet")
+        FeatureTable(tmp_path / "n.parquet").parts()
     for raw in (b"", b"{", b"[]", b"null", b"{}", b"\xff", b'{"model": 1}', b"[" * 100_000):
         with pytest.raises(InputError, match=r"t\.parquet: its metadata cannot be read"):
-            table_identity(with_identity(tmp_path / "t.parquet", raw))
+            read_all(with_identity(tmp_path / "t.parquet", raw))
 
 
 def test_norms_can_be_scaled_or_kept(tmp_path):
@@ -482,7 +483,7 @@ def test_an_encoded_table_contains_the_features_of_readable_images(folder, tmp_p
     assert table["label"].to_pylist() == [source.labels[n] for n in read]
     assert table["note"].to_pylist() == [f"note {n}" for n in read]
     assert all(len(digest) == 64 for digest in table["digest"].to_pylist())
-    assert table_identity(out) == IDENTITY
+    assert FeatureTable(out).identity() == IDENTITY
     assert np.array_equal(read_all(out), all_of(Reader(Fake()), source)[1])
     assert open_source(out).class_names == source.class_names
 
@@ -573,6 +574,80 @@ def test_rows_can_be_taken_in_any_order_and_those_that_share_an_id_are_the_views
     assert list(views) == [places[0] for places in shots.values()]
     for own, places in zip(views.values(), shots.values(), strict=True):
         assert np.array_equal(own, rows[order][places])
+
+
+def test_the_parts_of_a_folder_are_one_table(tmp_path):
+    rows, numbers = unit_rows(6, 4), [f"{row}" for row in range(6)]
+    kinds = [pa.float32(), pa.float16(), pa.float64()]
+    halves = [pa.array(list(some), pa.list_(pa.float16())) for some in np.split(rows.astype(np.float16), 3)]
+    tables = [
+        pa.table({"id": numbers[2 * i : 2 * i + 2], "feature": halves[i].cast(pa.list_(kind))})
+        for i, kind in enumerate(kinds)
+    ]
+    places = write_parts(tmp_path / "x=1", *tables)
+    (places[1].parent / "unfinished.parquet.tmp").write_bytes(b"")
+    (tmp_path / "x=1/.hidden.parquet").write_bytes(b"")
+    source = pickle.loads(pickle.dumps(open_items(tmp_path / "x=1")))
+    assert (source.sources, source.items.column_names) == (numbers, ["source"])
+    order = [5, 0, 3, 3]
+    assert np.array_equal(Reader().encode(source.take(order)).features, rows.astype(np.float16)[order])
+    pq.write_table(pa.table({"id": ["a", "b"], "feature": [GOOD, [2.0, 0, 0, 0]]}), places[1])
+    with pytest.raises(InputError, match=r"part-1\.parquet: row 1: norm 2"):
+        Reader().encode(open_items(tmp_path / "x=1"))
+    with_identity(places[0], json.dumps(IDENTITY.to_dict()).encode())
+    with_identity(places[1], json.dumps(replace(IDENTITY, weights="sha256:09").to_dict()).encode())
+    with_identity(places[2], None)
+    with pytest.raises(BackboneError, match=r"part-1\.parquet: .*made with"):
+        Reader().encode(open_items(tmp_path / "x=1"))
+    with_identity(places[0], None)
+    with pytest.raises(BackboneError, match=r"part-1\.parquet: .*made with"):
+        Reader(parts=(Part(6, "feature", IDENTITY),)).encode(open_items(tmp_path / "x=1"))
+    places[2].write_bytes(places[2].read_bytes()[:-9])
+    with pytest.raises(InputError, match=r"part-2\.parquet: cannot be read"):
+        open_items(tmp_path / "x=1")
+
+
+def test_few_of_many_parts_are_open_at_a_time(tmp_path):
+    rows = unit_rows(100, 4)
+    write_parts(tmp_path / "parts", *(pa.table({"id": [str(at)], "feature": [rows[at]]}) for at in range(100)))
+
+    def opened():
+        places = [link.readlink() for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+        return sum(tmp_path in place.parents for place in places)
+
+    source = open_items(tmp_path / "parts")
+    assert 0 < opened() <= MOST_OPEN < 100
+    for _ in range(2):
+        assert np.array_equal(Reader().encode(source).features, rows)
+        assert opened() == 0
+
+
+def test_labelled_features_in_memory_are_a_source(tmp_path):
+    rows, labels = unit_rows(3, 4), ["x", "y", "x"]
+    source = of_features(["a", "b", "c"], labels, rows)
+    assert (source.sources, source.labels, source.class_names) == (["a", "b", "c"], labels, ("x", "y"))
+    for one in (source, pickle.loads(pickle.dumps(source))):
+        assert np.array_equal(Reader().encode(one).features, rows)
+    built = build_index(source, tmp_path / "index", Reader(), fit="none", device="cpu")
+    assert np.array_equal(np.sort(built.keys, axis=0), np.sort(rows, axis=0))
+    for norms, reason in (("check", "features: row 1: norm 2 instead of 1"), ("unit", None), ("keep", None)):
+        long = of_features(["a", "b", "c"], labels, rows * np.float32([[1], [2], [1]]))
+        if reason:
+            with pytest.raises(InputError, match=reason):
+                Reader(norms=norms).encode(long)
+        else:
+            lengths = np.linalg.norm(Reader(norms=norms).encode(long).features, axis=1)
+            assert lengths == pytest.approx([1, 2 if norms == "keep" else 1, 1])
+    parts = (Part(4, "clip", IDENTITY), Part(2, "cnn"))
+    joined = side_by_side([rows, unit_rows(3, 2)])
+    table = of_features(["a", "b", "c"], labels, joined, parts)
+    assert table.table.parts(parts) == parts
+    assert Reader(parts=parts).encode(table).features == pytest.approx(joined, abs=1e-6)
+    for sources, reason in ((["a", "b", ""], "row 2 without an id"), (["a", "b", "x" * 5000], "longer than")):
+        with pytest.raises(InputError, match=f"features: .*{reason}"):
+            of_features(sources, labels, rows)
+    with pytest.raises(InputError, match="features: has no rows"):
+        of_features([], [], rows[:0])
 
 
 def test_views_of_tables_raise_the_errors_of_blocks(tmp_path):

@@ -164,7 +164,7 @@ def test_keys_that_are_read_in_parts_give_the_same_fit(built, form, source, tmp_
         val = {"validation": open_source(path), "reader": Reader()}
     for place in places:
         changes.remove(place, key_ids=[4, 17])
-    choices = [fit_index(place, **form, **val) for place in places]
+    choices = [fit_index(place, **form, **val).fit for place in places]
     assert choices[0].form == choices[1].form
     assert (choices[0].n, choices[0].weakest, choices[0].photos) == (
         choices[1].n,

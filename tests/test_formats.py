@@ -241,7 +241,7 @@ def test_cleanlab_finds_wrong_labels_in_the_held_out_probabilities():
     filters = pytest.importorskip("cleanlab.filter")
     wrong = [3, 17, 30, 55]
     cache = index(wrong)
-    closed_form.fit(cache)
+    cache, _ = closed_form.fit(cache)
     chances, labels, key_ids = held_out_probabilities(cache)
     found = filters.find_label_issues(labels, chances, filter_by="predicted_neq_given")
     assert set(wrong) <= set(key_ids[found].tolist())

@@ -104,7 +104,7 @@ def test_unknown_classes_of_real_photos_become_groups(things):
     ids, keys = whole.class_ids.numpy(), np.asarray(whole.keys)
     known = np.isin(ids, np.random.default_rng(0).permutation(10)[:6])
     cache = Index.from_features(keys[known], ids[known], whole.class_names, device="cpu")
-    closed_form.fit(cache, forms=FORMS[:1])
+    cache, _ = closed_form.fit(cache, forms=FORMS[:1])
     answers = groups.group_no_match(cache, keys[~known], cache.classify(keys[~known]))
     numbers = answers.to_arrow()["group"].to_numpy(zero_copy_only=False)
     own, found = ids[~known], set()
@@ -128,7 +128,7 @@ def test_far_photos_of_several_kinds_are_not_offered_as_one_group(seed):
     known = draw.permutation(np.unique(names))[:17]
     shots = np.concatenate([draw.permutation(np.flatnonzero(names == name))[:8] for name in known])
     index = Index.from_features(flowers[shots], np.repeat(range(17), 8), [str(name) for name in known], device="cpu")
-    closed_form.fit(index)
+    index, _ = closed_form.fit(index)
     food, dishes = features_of("clip-food9/train.parquet")
     rows = [np.flatnonzero(dishes == dish)[:80] for dish in draw.permutation(np.unique(dishes))[:5]]
     threshold = threshold_of(index)
@@ -146,7 +146,7 @@ def folder(tmp_path):
     """A fitted index of three classes."""
     ids = np.arange(60) % 3
     cache = Index.from_features(unit(3 * np.eye(16)[ids] + unit_rows(60, 16)), ids, ["a", "b", "c"], device="cpu")
-    closed_form.fit(cache)
+    cache, _ = closed_form.fit(cache)
     cache.save(tmp_path / "index")
     return tmp_path / "index"
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from serving import InProcess, caltech_photos, labelling_app, server
 
+from retrieval_tip import Index
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import of_images, open_inputs
@@ -281,7 +282,7 @@ def test_labels_are_saved_later_if_saving_fails(pool, place, lit_mini, monkeypat
     def save(*arguments):
         if full:
             raise StoreError("idx: no space left on device")
-        real(*arguments)
+        return real(*arguments)
 
     monkeypatch.setattr(module, "build_from_labels", save)
     monkeypatch.setattr(module, "RETRY", 0.05)
@@ -293,6 +294,37 @@ def test_labels_are_saved_later_if_saving_fails(pool, place, lit_mini, monkeypat
         full = False
         assert client.settled()["problem"] is None
     assert opened(place).n == 2
+
+
+def test_saved_labels_are_shown_even_if_the_index_cannot_be_read(pool, place, lit_mini, monkeypatch):
+    def refuse(_):
+        raise StoreError("idx: input/output error")
+
+    with Client(pool, place, lit_mini) as client:
+        client.label(2)
+        client.settled()
+        monkeypatch.setattr(Index, "reload", refuse)
+        done = client.label(2)
+        state = client.until(lambda state: state["unsaved"] == 0)
+        assert (state["labelled"], state["version"]) == (4, opened(place).version)
+        assert not {one["photo"] for one in state["queue"]} & {one["photo"] for one in done}
+
+
+def test_the_first_labels_are_saved_even_if_their_photos_are_gone(pool, place, lit_mini, tmp_path):
+    """The session has read them, so the first version has all of them."""
+    folder = shutil.copytree(Path(next(iter(pool))).parent, tmp_path / "pool")
+    images = [folder / f"{name}.jpg" for name in ("0", "1", "2")]
+    for path in {*folder.iterdir()} - {*images}:
+        path.unlink()
+    with Client({str(path): "x" for path in images}, place, lit_mini) as client:
+        client.settled()
+        for path in images[:2]:
+            path.unlink()
+        client.set({client.number(path.stem): label for path, label in zip(images, "xyx", strict=True)}, step="all")
+        state = client.settled()
+        assert (state["version"], state["labelled"], state["unsaved"], state["refused"]) == (1, 3, 0, [])
+    assert labels_of(place) == dict(zip(map(str, images), "xyx", strict=True))
+    assert opened(place).provenance["precision"] == {"keys": "float32"}
 
 
 def test_near_copies_name_each_other_and_photos_that_are_gone_can_be_relabelled(pool, place, lit_mini, tmp_path):

@@ -18,6 +18,7 @@ from tables import unit, write_table
 
 from retrieval_tip import tip
 from retrieval_tip.data.reader import Reader
+from retrieval_tip.data.tables import read_groups
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.index import changes
 from retrieval_tip.index.build import build_index
@@ -171,6 +172,16 @@ def test_an_invalid_table_is_refused_in_one_line_and_changes_nothing(run, index,
     assert Index.load(index).version == 1
 
 
+def test_groups_are_read_from_the_bytes_of_a_file(table, tmp_path):
+    expected = read_groups(table, ["lion"])
+    pq.write_table(pa.table(list(zip(*ROWS, strict=True)), names=LEVELS), tmp_path / "groups.parquet")
+    for data in (TABLE.encode(), TABLE.encode("utf-16"), (tmp_path / "groups.parquet").read_bytes()):
+        assert read_groups(data, ["lion"]) == expected
+    for text, reason in BAD.values():
+        words = ("groups: ", reason.removesuffix(".csv"))
+        refused(lambda text=text: read_groups(text.encode(), ["lion"]), *words, error=InputError)
+
+
 def test_classes_that_the_index_lacks_are_named_and_have_their_groups_later(run, index, table, tmp_path):
     table.write_text(TABLE + "jaguar, Panthera ,Felidae\n")
     done = run("index", "set", index, "--groups", table)
@@ -203,7 +214,7 @@ def test_groups_are_set_over_http(index, table):
             assert refusal.status_code == (413 if len(text) > 1000 else 422)
             if refusal.status_code == 422 and text:
                 assert refusal.json()["detail"].startswith("groups")
-                assert reason in refusal.json()["detail"]
+                assert reason.removesuffix(".csv") in refusal.json()["detail"]  # it is no file
         assert client.post("/v1/indexes/index/set", json={"groups": TABLE}).status_code == 422
         assert (client.get("/v1/indexes/index").json()["levels"], Index.load(index).version) == (LEVELS, 3)
         client.headers["Authorization"] = "Bearer none"

@@ -2,7 +2,6 @@
 
 import shutil
 import tempfile
-from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +33,9 @@ from retrieval_tip.fit import closed_form
 from retrieval_tip.index import changes
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import build_index
+from retrieval_tip.index.places import Changed
 from retrieval_tip.settings import Fitted, Settings
+from retrieval_tip.store.edits import Edits, NewKeys
 from retrieval_tip.store.labels import with_column
 
 D, ALPHA, BETA, SCALE = 6, 1.5, 4.0, 10.0
@@ -91,8 +92,8 @@ class State:
         )
         index.rows = replace(index.rows, labels=with_column(index.labels, "digest", digests))
         if self.fitted is not None:
-            index.set_fitted(self.metric, None, self.fitted)
-            index.solve()
+            index = index.with_fit(self.metric, None, self.fitted)
+            index = index.solved()
         return index
 
 
@@ -182,7 +183,7 @@ class Living(RuleBasedStateMachine):
         """Return the state with the fit of the index. A fresh build that is fitted in the same way has the same."""
         index, kind = self.store.load(device="cpu"), "Classes" if state.factory.startswith("Classes") else "Flat"
         fresh = state.fresh(index.in_memory().labels["key_id"].to_pylist(), kind)
-        fit_again(fresh)
+        fresh, _ = fit_again(fresh)
         assert replace(fresh.fitted, automatic=index.fitted.automatic, bonus=index.fitted.bonus) == index.fitted
         found = (
             [np.nan if part is None else part for part in (*astuple(own.settings), own.fitted.bonus)]
@@ -191,18 +192,18 @@ class Living(RuleBasedStateMachine):
         np.testing.assert_allclose(*found, rtol=1e-2)  # the optimum is flat
         return replace(state, settings=index.settings, metric=index.metric, fitted=index.fitted)
 
-    @contextmanager
-    def saved_once(self):
-        """Yield an index to change in memory, and save it as one version. A program goes on with its own index."""
+    def save_once(self, *edits):
+        """Apply edits in a program, and save them as one version. The program goes on with its own index."""
+
+        def revise(index):
+            for one in edits:
+                index = index.edited(one)
+            return Changed(index, "by a program")
+
         if self.kind == "folder":
-            self.program = self.program.reload()
-            yield self.program
-            self.program.save(self.place)
+            self.program = revise(self.program.reload()).index.save(self.place)
         else:
-            with self.store.change() as change:
-                change.what = "by a program"
-                yield change.index
-            self.program = self.store.load(device="cpu")
+            self.program = self.store.change(revise).index
 
     @precondition(lambda self: len(self.state.keys) < MOST)
     @rule(n=st.integers(1, 6), new=st.integers(0, 2), how=st.sampled_from(HOW), data=st.data())
@@ -229,10 +230,8 @@ class Living(RuleBasedStateMachine):
             more = {name: [column[i] for i in order] for name, column in more.items()}
         else:
             more = {"camera": [None] * n, "digest": sources}
-            with self.saved_once() as index:
-                if new:
-                    index.add_classes(names, np.stack(list(text.values())))
-                key_ids = index.add(vectors, labels, sources, digests=sources)
+            self.save_once(Edits(classes=text, add=NewKeys(vectors, labels, sources, digests=sources)))
+            key_ids = list(range(self.program.next_key_id - n, self.program.next_key_id))
         key_ids = key_ids if added is None else added.key_ids
         assert key_ids == list(range(self.next_key_id, self.next_key_id + n))
         self.next_key_id += n
@@ -267,9 +266,7 @@ class Living(RuleBasedStateMachine):
         gone = self.draw_key_ids(data, min(5, len(self.state.keys) - LEAST))
         moved = [key_id for key_id in self.state.keys if key_id not in gone][-3:-1]
         label = data.draw(st.sampled_from(list(self.state.text)))
-        with self.saved_once() as index:
-            index.remove(gone)
-            index.relabel(moved, label)
+        self.save_once(Edits(remove=gone), Edits(move=dict.fromkeys(moved, label)))
         keys = self.relabelled(dict.fromkeys(moved, label))
         self.commit(replace(self.state, keys={key_id: key for key_id, key in keys.items() if key_id not in gone}))
         self.check_keys_and_labels(self.program)

@@ -30,6 +30,7 @@ from retrieval_tip.index.build import build_index
 from retrieval_tip.lance import lance_store
 from retrieval_tip.model import Index
 from retrieval_tip.store import versions as store_versions
+from retrieval_tip.store.edits import Edits
 from retrieval_tip.store.files import FAST_BYTES, BucketFiles
 from retrieval_tip.store.newest import Newest
 
@@ -330,7 +331,7 @@ def test_damage_under_an_open_index_does_not_get_a_valid_digest(built, tmp_path,
     name = index.manifest.files["keys"].name
     flip(path_of(place) / name)
     before = own(place)
-    index.remove([0])
+    index = index.edited(Edits(remove=[0]))
     refused(lambda: index.save(place), name, "damaged")
     refused(lambda: index.save(tmp_path / "copy"), name, "damaged")
     assert own(place) == before

@@ -31,6 +31,9 @@ from serving import app_of, caltech_photos, running, server
 from stored import made
 
 from retrieval_tip import Index
+from retrieval_tip.data import images
+from retrieval_tip.data.reader import Reader
+from retrieval_tip.data.sources import of_images
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.index import changes, places
 from retrieval_tip.index.changes import fit_index
@@ -38,7 +41,7 @@ from retrieval_tip.server import annotations
 from retrieval_tip.server.app import create_app
 from retrieval_tip.server.guard import Limits
 from retrieval_tip.server.partners import interface_of
-from retrieval_tip.server.served import Backbones, open_all
+from retrieval_tip.server.served import Backbones, Served, open_all
 from retrieval_tip.server.service import Service
 from retrieval_tip.server.uploads import Photos
 from retrieval_tip.store.files import locked
@@ -223,6 +226,18 @@ def says(number, file, *choices, **more):
     """An event that says that annotation ``number`` has these choices for a local file."""
     address = f"/data/local-files/?d={file.name}"
     return event("ANNOTATION_UPDATED", address, [*choices], ["a", "b"], id=number, **more)
+
+
+def test_an_annotated_photo_is_decoded_once(own, teach, monkeypatch):
+    decoded, decode = [], images.decode
+
+    def noted(data, *more, **options):
+        decoded.append(data)
+        return decode(data, *more, **options)
+
+    monkeypatch.setattr(images, "decode", noted)
+    teach(says(1, teach.files[0], "a"), "a", "")
+    assert decoded == teach.photos[:1]
 
 
 def test_a_photo_is_a_shot_while_its_annotations_agree(own, teach, caplog):
@@ -563,6 +578,32 @@ def test_only_uploads_of_the_configured_label_studio_are_fetched(things, photos,
     for address, key in (("ftp://a", "k"), ("nowhere", "k"), ("http://a:b", "k"), ("http://a", ""), ("", "k")):
         with pytest.raises(UsageError, match="LABEL_STUDIO_URL"):
             Photos(None, 1, {"LABEL_STUDIO_URL": address, "LABEL_STUDIO_API_KEY": key})
+
+
+def test_another_process_may_add_a_photo_while_it_is_fetched(own, teach, monkeypatch):
+    """It then has the photo from before, so no annotation makes a second shot."""
+    photo, address = teach.photos[0], "/data/upload/a.jpg"
+
+    class Uploads(dict):
+        late = False
+
+        def get(self, path):
+            if self.late:
+                source = of_images([str(teach.files[0])], "another", ["b"], ["b"])
+                known = Served(own, Backbones("cpu", "float32", "fast")).now.backbone
+                changes.add(own, source, Reader(known))
+            return super().get(path)
+
+    uploads = Uploads({address: photo})
+    with studio(uploads) as (url, _):
+        monkeypatch.setenv("LABEL_STUDIO_URL", url)
+        monkeypatch.setenv("LABEL_STUDIO_API_KEY", "legacy")
+        for number, label in ((1, "a"), (2, "b")):
+            said = event("ANNOTATION_UPDATED", address, [label], ["a", "b"], id=number)
+            teach(said, "a" if number == 1 else "", "")
+        uploads.late = True
+        several = teach(deleted(2), "b", "")
+    assert several == "its photo has several labels ('a', 'b'); the index had it before, and keeps its label"
 
 
 @needs_real

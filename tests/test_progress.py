@@ -25,7 +25,7 @@ def index_of(n, text, seed=0):
     features = unit(CENTRES[ids] + 1.5 * unit_rows(n, 10, seed + 1))
     sources = [f"photo-{max(i, 1)}" for i in range(n)]
     index = Index.from_features(features, ids, NAMES, TEXT if text else None, sources=sources, device="cpu")
-    closed_form.fit(index)
+    index, _ = closed_form.fit(index)
     return index, features, ids
 
 
@@ -33,7 +33,7 @@ def answers_of(index, features, ids, kept, photos):
     """Return the logits of photos from a new index of the kept photos, with the settings of ``index``."""
     kept, text = list(kept), TEXT if index.has_text else None
     other = Index.from_features(features[kept], ids[kept], NAMES, text, device="cpu")
-    closed_form.fit(other, forms=[Form.of(index.fitted, index.settings.beta)])
+    other, _ = closed_form.fit(other, forms=[Form.of(index.fitted, index.settings.beta)])
     other.settings = replace(index.settings)
     logits = other.logits(photos).numpy()
     logits[:, [text is None and i not in ids[kept] for i in range(4)]] = -np.inf
@@ -103,7 +103,7 @@ def test_the_estimate_is_a_mean_of_classifiers_that_lack_the_last_labels():
     for kept in (40, 35, 30):  # at least 20 of the photos that are held out
         sources = [f"photo-{max(i, 1)}" for i in range(kept)]
         other = Index.from_features(features[:kept], ids[:kept], NAMES, sources=sources, device="cpu")
-        closed_form.fit(other)
+        other, _ = closed_form.fit(other)
         held = held_out_probabilities(other, np.flatnonzero(other.labels["key_id"].to_numpy() >= 10))
         answers = probabilities(other.logits(rest).numpy(), other.settings.temperature)
         wrong.append(wrong_of(held.pred_probs, held.labels, answers).mean())
@@ -136,7 +136,7 @@ def test_the_estimate_is_empty_without_labels_or_photos():
     with pytest.raises(UsageError, match="more"):
         gain_of(index, features, none, 0)
     single = Index.from_features(features[:2], [0, 1], NAMES, device="cpu")
-    closed_form.fit(single)
+    single, _ = closed_form.fit(single)
     found = estimate_rest(single, [0, 1], features)
     assert not held_out_probabilities(single, np.arange(2)).right.any()  # without its only photo, a class is unknown
     assert gain_of(single, features, found, 2) is None
@@ -148,7 +148,7 @@ def test_an_answer_is_never_certain_if_all_held_out_answers_are_right():
     ids = np.arange(120) % 4
     features = unit(CENTRES[ids] + 1e-3 * unit_rows(120, 10, 5))
     index = Index.from_features(features[:40], ids[:40], NAMES, device="cpu")
-    closed_form.fit(index)
+    index, _ = closed_form.fit(index)
     found = estimate_rest(index, range(40), features[40:])
     assert 0 < found.wrong < 1
     assert found.least_wrong == 0 < found.most_wrong
@@ -163,7 +163,7 @@ def test_the_number_of_wrong_answers_stays_in_its_interval_while_the_least_certa
         labelled = list(range(30))
         for _ in range(3):
             index = Index.from_features(features[labelled], ids[labelled], NAMES, device="cpu")
-            closed_form.fit(index)
+            index, _ = closed_form.fit(index)
             rest = np.setdiff1d(np.arange(300), labelled)
             found = estimate_rest(index, range(len(labelled)), features[rest])
             p = probabilities(index.logits(features[rest]).numpy(), index.settings.temperature)

@@ -279,6 +279,6 @@ def test_an_index_keeps_its_k(kind):
     cache = Index.from_features(keys, ids, [f"c{i}" for i in range(6)], text, index=kind)
     cache.settings = cache.settings.override(k=20)
     choice = search_hp.search(cache, Queries.leave_one_out(cache))
-    search_hp.apply(cache, choice)
+    cache = search_hp.apply(cache, choice)
     assert cache.settings.k == 20
     assert cache.settings.alpha == choice.alpha

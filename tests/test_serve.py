@@ -31,6 +31,7 @@ from retrieval_tip.server.app import create_app
 from retrieval_tip.server.guard import Limits
 from retrieval_tip.server.served import Backbones, open_all
 from retrieval_tip.server.service import Service
+from retrieval_tip.store.edits import Edits, NewKeys
 
 from conftest import SHARED, SOAK  # isort: skip
 
@@ -389,7 +390,7 @@ def test_an_old_version_is_freed_when_the_next_one_answers_and_every_index_when_
             for version in (first, first + 1):
                 assert httpx.post(url, json={"features": [[0.125] * 64]}).json()["version"] == version
                 other = Index.load(folder, device="cpu")
-                other.add(np.eye(64, dtype=np.float32)[:1], ["class 0"])
+                other = other.edited(Edits(add=NewKeys(np.eye(64, dtype=np.float32)[:1], ["class 0"])))
                 other.save(folder)
                 del other
                 deadline = time.monotonic() + 30

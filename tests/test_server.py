@@ -1,6 +1,7 @@
 """The server's routes, with an index of real photos and an index of CLIP features."""
 
 import functools
+import hashlib
 import io
 import json
 import os
@@ -26,7 +27,7 @@ from retrieval_tip import Index
 from retrieval_tip.cli import main
 from retrieval_tip.data import images
 from retrieval_tip.data.reader import FeatureBlock, Reader
-from retrieval_tip.data.sources import open_source
+from retrieval_tip.data.sources import of_images, open_source
 from retrieval_tip.evaluation.audit import audit
 from retrieval_tip.evaluation.projection import projected
 from retrieval_tip.index import changes
@@ -39,7 +40,7 @@ from retrieval_tip.server import service as service_module
 from retrieval_tip.server import shots as shots_module
 from retrieval_tip.server.app import create_app
 from retrieval_tip.server.guard import Limits
-from retrieval_tip.server.served import Backbones, Maker, open_all
+from retrieval_tip.server.served import Backbones, Maker, Served, open_all
 from retrieval_tip.server.service import Service
 from retrieval_tip.settings import Ask
 
@@ -530,7 +531,7 @@ def test_shots_are_relabelled_classes_renamed_and_versions_rolled_back(own):
 
 
 def test_the_accuracy_follows_label_changes(own):
-    names, fitted = Index.load(own, device="cpu").class_names, fit_index(own)
+    names, fitted = Index.load(own, device="cpu").class_names, fit_index(own).fit
     with serving(own, token=TOKEN) as client:
         before = client.get("/v1/indexes/own/accuracy").json()
         assert fitted.interval is not None
@@ -611,6 +612,40 @@ def test_uploaded_photos_become_a_new_index(own, tmp_path, lit_mini):
         assert not loads  # an encoder may have to be downloaded
         assert client.post("/v1/indexes", **sent("first")).status_code == 201
         assert Index.load(tmp_path / "shelf" / "first").n == 15
+
+
+def test_a_photo_that_becomes_a_shot_is_decoded_once(own, tmp_path, lit_mini, photo, truth, monkeypatch):
+    """Its key is the feature that the encoder makes, and its file and digest are those of the photo."""
+    decoded, decode = [], images.decode
+
+    def counted(data, *arguments, **options):
+        decoded.append(hashlib.sha256(data).hexdigest())
+        return decode(data, *arguments, **options)
+
+    monkeypatch.setattr(images, "decode", counted)
+    some = [photo, *(path.read_bytes() for path, _ in caltech_photos(SHARED, "test", 3, 1)[1:])]
+    digests = [hashlib.sha256(data).hexdigest() for data in some]
+    [expected] = Reader(lit_mini).encode(of_images([str(caltech_photos(SHARED, "test", 1, 1)[0][0])])).features
+    decoded.clear()
+    with serving(own, token=TOKEN) as client:
+        assert added(client, photo, truth)["known"] == 0
+        assert decoded == digests[:1]
+        assert added(client, photo, truth)["known"] == 1
+        decoded.clear()
+        data = {"name": "new", "label": ["b", "a", "b"]}
+        assert client.post("/v1/indexes", files=[("images", one) for one in some], data=data).status_code == 201
+        assert sorted(decoded) == sorted(digests)
+    for folder, label, asked in ((own, truth, digests[:1]), (tmp_path / "new", "b", digests)):
+        index = Index.load(folder)
+        rows = index.having("digest", asked).to_pylist()
+        assert len(rows) == len(asked)
+        assert index.provenance["precision"] == {"keys": "float32"}
+        for row in rows:
+            assert hashlib.sha256(Path(row["source"]).read_bytes()).hexdigest() == row["digest"]
+        [row] = index.having("digest", digests[:1]).to_pylist()
+        assert (row["label"], row["views"]) == (label, 1)
+        key = index.keys[index.labels["key_id"].to_pylist().index(row["key_id"])]
+        np.testing.assert_allclose(key, expected, atol=1e-5)
 
 
 def test_another_spelling_makes_a_new_class_and_a_warning(own):
@@ -729,7 +764,8 @@ def test_the_server_loads_new_versions_but_not_damaged_ones(own):
         assert not one.changed()
         changes.remove(own, key_ids=[0])
         assert one.changed()
-        assert one.follow().index.n == 79
+        one.follow()
+        assert one.now.index.n == 79
         assert client.get("/v1/indexes/own").json()["n"] == 79
         changes.remove(own, key_ids=[1])
         file = next(file for file in one.now.manifest.data_files if file.name.startswith("data/text"))
@@ -737,17 +773,21 @@ def test_the_server_loads_new_versions_but_not_damaged_ones(own):
         (own / file.name).unlink()  # not overwritten: the open version maps this file
         (own / file.name).write_bytes(b"damaged")
         whole = (own / file.name).parent / "whole"
-        assert one.follow().index.n == 79
+        one.follow()
+        assert one.now.index.n == 79
         assert not one.changed()
         (own / file.name).unlink()
         whole.rename(own / file.name)
         assert not one.changed()
         one._retry_at = 0.0  # instead of half a minute
         assert one.changed()
-        assert one.follow().index.n == 78
+        one.follow()
+        assert one.now.index.n == 78
         (next_one := own / "manifests" / "000099.json").write_text("{")
         assert one.changed()
-        assert one.follow() is one.now
+        before = one.now
+        one.follow()
+        assert one.now is before
         assert not one.changed()
         feature = np.asarray(one.now.index.keys[:1]).tolist()
         assert client.post("/v1/classify", json={"features": feature}).status_code == 200
@@ -758,13 +798,52 @@ def test_the_server_loads_new_versions_but_not_damaged_ones(own):
         assert client.post("/v1/classify", json={"features": feature}).status_code == 200
 
 
+def test_a_change_opens_what_it_has_written_unless_a_later_version_is_open(own):
+    backbones = Backbones("cpu", "float32", "full")
+    one = Served(own, backbones)
+
+    def change(key_id, *later, follow=False):
+        """Remove a key, and some more in another process before the server has opened the new version."""
+
+        def call(place, *, base):
+            done = changes.remove(place, key_ids=[key_id], base=base)
+            for other in later:
+                changes.remove(place, key_ids=[other])
+            if follow:
+                one.follow()
+            return done
+
+        one.change(call)
+        return one.now.manifest.version
+
+    assert change(0) == 2
+    written = one.now.index
+    one.follow()
+    assert one.now.index is written  # it was not read again
+    assert not one.changed()
+    assert change(1, 2) == 3
+    assert one.changed()
+    one.follow()
+    assert (one.now.manifest.version, one.now.index.n) == (4, 77)
+    assert change(3, 4, follow=True) == 6
+    assert (one.now.index.n, Index.load(own).version) == (75, 6)
+    index = changes.remove(own, key_ids=[5]).index
+    new = Served(own, backbones, index)
+    changes.remove(own, key_ids=[6])
+    assert new.now.index is index
+    assert new.changed()
+    new.follow()
+    assert new.now.index.n == 73
+
+
 def test_another_index_can_replace_the_folder(own, food):
     """Its features may have another length. A version that is already open keeps its data."""
     served = open_all([own], Backbones("cpu", "float32", "full"))
     before = served["own"].now
     shutil.rmtree(own)
     shutil.copytree(food, own)
-    after = served["own"].follow()
+    served["own"].follow()
+    after = served["own"].now
     assert (after.index.d, after.backbone) == (512, None)
     with TestClient(create_app(Service(served))) as client:
         feature = np.asarray(after.index.keys[:1]).tolist()

@@ -40,7 +40,7 @@ def photos(seed, each):
 
 def fitted(features, labels, names=NAMES, text=None):
     index = Index.from_features(features, labels, names, text, device="cpu")
-    closed_form.fit(index)
+    index, _ = closed_form.fit(index)
     return index
 
 
@@ -79,7 +79,7 @@ def test_a_fit_keeps_the_held_out_probability_of_each_photo(text):
         if held.of == "shots":
             metric, values = folds.fitted(Form.of(index.fitted, index.settings.beta), held.rows, fold)
             other = index.take(held.rows.numpy())
-            other.set_fitted(metric, values, index.fitted)
+            other = other.with_fit(metric, values, index.fitted)
             chances = tip.probabilities(other.logits(held.features), index.settings.temperature)
             expected += zip(chances[range(len(held.ids)), held.ids].tolist(), held.ids.tolist(), strict=True)
     own, weights, ids = index.scores.rows.T

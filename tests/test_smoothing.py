@@ -29,7 +29,7 @@ def photos(number, seed, noise=0.5):
 
 def fitted(features, ids):
     index = Index.from_features(features, [NAMES[i] for i in ids], NAMES, device="cpu")
-    closed_form.fit(index)
+    index, _ = closed_form.fit(index)
     return index
 
 
@@ -94,7 +94,7 @@ def test_similar_photos_of_food_help(shared):
     features, labels = read_features(shared / "data/clip-food9/test.parquet")
     one = food_index(shared, 1)
     index = Index.from_features(np.array(one.keys), one.labels["label"].to_pylist(), one.class_names, device="cpu")
-    closed_form.fit(index)
+    index, _ = closed_form.fit(index)
     names = np.array(index.class_names)
     alone, mixed = (
         (names[p.argmax(1)] == labels).mean() for p in (chances(index, features), smoothed(index, features))

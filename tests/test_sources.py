@@ -15,6 +15,7 @@ from serving import caltech_photos
 from tables import tiny, touch
 
 from retrieval_tip.data import remote
+from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import (
     Source,
     kinds,
@@ -23,7 +24,6 @@ from retrieval_tip.data.sources import (
     open_source,
     read_item,
 )
-from retrieval_tip.data.tables import read_rows
 from retrieval_tip.errors import InputError, show
 from retrieval_tip.model import Index
 
@@ -313,7 +313,7 @@ def test_feature_columns_of_other_programs_are_recognised(tmp_path, column):
     source = open_source(table)
     assert source.labels == ["x", "y"]
     assert source.items.column_names == ["source", "label"]
-    np.testing.assert_array_equal(np.concatenate([rows for _, rows in read_rows(table, "check")]), np.eye(4)[:2])
+    np.testing.assert_array_equal(Reader().encode(source).features, np.eye(4)[:2])
 
 
 def test_a_feature_column_makes_a_feature_table(tmp_path):
@@ -323,7 +323,6 @@ def test_a_feature_column_makes_a_feature_table(tmp_path):
         | {"feature.note": ["n"] * 3},
     )
     source = open_source(table)
-    assert source.table == table
     assert source.paths is None
     assert source.rows.tolist() == [0, 1, 2]
     assert source.sources == ["x", "y", "x"]

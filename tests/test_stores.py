@@ -379,7 +379,7 @@ def test_a_labelling_session_keeps_one_version_per_minute_and_its_readers_can_fi
         feature = unit_rows(1, D, ord(name))[0]
         photo = changes.PhotoLabel(f"{name}.jpg", name * 64, label, "suggested", feature)
         done = changes.label(pets.place, [photo], Reader(), last=last)
-        for key_id, (_, new) in done.edits.items():
+        for key_id, (_, new) in done.labels.items():
             pets.truth.keys.setdefault(key_id, feature)
             pets.truth.labels[key_id] = new
         return done
@@ -544,7 +544,7 @@ def test_the_second_of_two_writers_in_a_bucket_edits_the_newer_version(
     expected = EDITS[edit](alone, 1)
     beaten(monkeypatch, lambda: OTHERS[other](bucket_pets, 0), early=early)
     found = EDITS[edit](bucket_pets, 1)
-    assert (found.version, found.key_ids, found.edits) == (3, expected.key_ids, expected.edits)
+    assert (found.version, found.key_ids, found.labels) == (3, expected.key_ids, expected.labels)
     assert labels_of(bucket_pets.place) == labels_of(alone.place)
     own, same = bucket_pets.store.verify(), alone.store.verify()
     assert (own.class_names, own.next_key_id) == (same.class_names, same.next_key_id)

@@ -99,7 +99,7 @@ def index(tmp_path):
     ids = np.repeat([0, 1, 2], [8, 4, 2])
     rows = unit(centres[ids] + unit_rows(14, 8))
     cache = Index.from_features(rows, ids, ["a", "b", "c"], sources=[f"shot-{i}" for i in range(14)], device="cpu")
-    closed_form.fit(cache)
+    cache, _ = closed_form.fit(cache)
     cache.save(tmp_path / "index")
     pool = unit(centres[np.arange(30) % 3] + unit_rows(30, 8, 1))
     return tmp_path / "index", write_table(tmp_path / "pool.parquet", pool), pool

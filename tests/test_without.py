@@ -49,8 +49,7 @@ def index_of(kind="Flat", *, solved=False, metric=False, gamma=0.0):
         KEYS, IDS, NAMES, TEXT, alpha=ALPHA, beta=BETA, gamma=gamma, log_offset=OFFSET if solved else None, index="Flat"
     )
     fitted = Fitted("none", "solved", None, 0.1, N) if solved else None
-    made.set_fitted(METRIC if metric else None, torch.from_numpy(VALUES) if solved else None, fitted, kind)
-    return made
+    return made.with_fit(METRIC if metric else None, torch.from_numpy(VALUES) if solved else None, fitted, kind)
 
 
 def dense(index, without, k, tail):

@@ -45,7 +45,8 @@ def fit_command(
         return
     source = None if val is None else source_of(val, encoding, "val")
     with reader_for(store_of(folder).manifest(), [] if source is None else [source], encoding) as reader:
-        choice = fit_index(folder, **form, validation=source, reader=reader)
+        choice = fit_index(folder, **form, validation=source, reader=reader).fit
+    assert choice is not None
     warn(choice.warnings)
     say_fit(choice.provenance())
     finish(reader.skipped)
@@ -59,7 +60,7 @@ def _calibrate(folder: Place, val: Place | None, form: dict[str, Any], encoding:
     index = store_of(kinds.FOLDER.convert(folder, None, None)).load(device=encoding.device)
     source = source_of(val, encoding, "val")
     with reader_for(index, [source], encoding) as reader:
-        result = calibrate(index, source, reader)
+        index, result = calibrate(index, source, reader)
     print_result(vars(result) | {"version": index.version})
     finish(reader.skipped)
 
@@ -91,7 +92,7 @@ def search_command(
     choice = search_hp.search(index, queries)
     warn(choice.warnings)
     if not dry_run:
-        search_hp.apply(index, choice, folder)
+        index = search_hp.apply(index, choice, folder)
     facts = {name: value for name, value in vars(choice).items() if name != "warnings"}
     facts |= {"version": index.version, "interval": list(choice.interval)}
     if as_json:  # JSON has no infinity

@@ -21,7 +21,7 @@ from retrieval_tip.settings import Ask, BuildOptions, Dtype, Precision
 from retrieval_tip.store.address import FORMS, KIND
 
 if TYPE_CHECKING:
-    from retrieval_tip.index.changes import Added, Changed
+    from retrieval_tip.index.places import Changed
     from retrieval_tip.model import Index
 
 
@@ -185,7 +185,7 @@ def add_command(
     needed = new and text is None and bool(manifest.templates)
     encoding = replace(encoding, views=manifest.built.views, seed=manifest.built.seed)
     with reader_for(manifest, [items], encoding, needed=needed) as reader:
-        added = changes.add(folder, items, reader, text=text, manifest=manifest, **drawn)
+        added = changes.add(folder, items, reader, text=text, **drawn)
     _say_added(folder, added)
     finish(reader.skipped)
 
@@ -433,7 +433,7 @@ def _held(index: Index) -> str:
     return f"{counted(index.n, 'shot')}, {counted(len(index.class_names), 'class')}"
 
 
-def _say_added(folder: Place, added: Added) -> None:
+def _say_added(folder: Place, added: Changed) -> None:
     from retrieval_tip.index.items import warn_of
 
     what = f"added {counted(len(added.key_ids), 'shot')}"
@@ -463,12 +463,11 @@ def _say_relabelled(folder: Place, changed: Changed, to: str = "") -> None:
     from retrieval_tip.index.photos import LISTED, command
 
     _say_changed(folder, changed, f"relabelled {counted(len(changed.key_ids), 'shot')}{to}")
-    store = store_of(folder)
-    manifest = store.manifest()
-    if changed.key_ids and manifest.identity is not None:  # else the photos need --model
+    index = changed.index
+    if changed.key_ids and index.backbone is not None:  # else the photos need --model
         into = "FOLDER" if Path("fixed").exists() else "fixed"
         copy = command_line("sort", folder, "PHOTOS", "--into", into)
-        if manifest.n <= LISTED:
-            sources = store.read_labels(manifest, ["source"])["source"].fill_null("").to_pylist()
+        if index.n <= LISTED:
+            sources = index.rows.columns("source")["source"].fill_null("").to_pylist()
             copy = command("sort", folder, sources, "--into", into) or copy
         note(f"Next: copy the photos into corrected folders ({copy})")

@@ -84,8 +84,7 @@ def index_with(
     index = index.with_settings(index.settings.override(alpha=ask.alpha, beta=ask.beta))
     if opening.where is not None:
         index = _restricted(index, opening.where, fits=ask.alpha is None and ask.beta is None)
-    index.settings = ask.settings(index.settings)
-    return index
+    return index.with_settings(ask.settings(index.settings))
 
 
 def _restricted(index: Index, where: str, *, fits: bool) -> Index:
@@ -104,8 +103,8 @@ def _restricted(index: Index, where: str, *, fits: bool) -> Index:
     parts = [f"{name} {a}/{b}" for name, a, b in counts if a < b]
     automatic = fits and index.fitted is not None and index.fitted.automatic
     if automatic and index.has_text and rest.counts.count(0) > index.counts.count(0):
-        refit(rest, rest.settings.beta)
-    rest.drop_unanswerable()
+        rest, _ = refit(rest, rest.settings.beta)
+    rest = rest.without_unanswerable()
     say(f"where: {rest.n} of {index.n} shots match ({few(parts)})")
     return rest
 
@@ -135,7 +134,7 @@ def backbone_for(
     then the one they name.
     """
     from retrieval_tip.data.sources import check_images
-    from retrieval_tip.data.tables import check_backbone, table_identity
+    from retrieval_tip.data.tables import check_backbone
     from retrieval_tip.model import Index
 
     check_images(sources)
@@ -144,7 +143,7 @@ def backbone_for(
     if index is None:
         if backbone.model or photos or not tables:
             return load(backbone)
-        identity = table_identity(tables[0]) if needed else None
+        identity = tables[0].identity() if needed else None
         return load(backbone, identity) if identity else None
     identity = index.backbone if isinstance(index, Index) else index.identity
     loaded: Backbone | None = None

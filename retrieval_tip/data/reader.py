@@ -244,10 +244,9 @@ class Reader:
         hidden = None if self.progress else True
         with tqdm(total=len(source), unit="image", desc=what, disable=hidden, leave=False) as bar:
             for block in blocks:
-                if len(block.positions):
-                    done += len(block.positions)
-                    bar.update(int(block.positions[-1]) + 1 - bar.n)
-                    yield block
+                done += len(block.positions)
+                bar.update(int(block.positions[-1]) + 1 - bar.n)
+                yield block
         if not done and len(source) and not self.empty:
             own = set(source.sources)
             first = next((skipped for skipped in self.skipped if skipped.source in own), source.name)
@@ -267,24 +266,16 @@ class Reader:
         assert source.table is not None
         assert source.rows is not None
         if self.backbone is not None:
-            same_backbone(tables.table_identity(source.table, self.parts), self.backbone.identity, show(source.table))
-        order = np.argsort(source.rows, kind="stable")
-        ordered = source.rows[order]
-        in_order = bool((order[1:] > order[:-1]).all())
-        held: list[FeatureBlock] = []
+            same_backbone(source.table.identity(self.parts), self.backbone.identity, source.table.name)
+        rows, places = np.unique(source.rows, return_inverse=True)
+        blocks = source.table.features(rows, self.norms, self.parts)
+        if not np.array_equal(rows, source.rows):  # they are in another order, or some are repeated
+            blocks = iter([(slice(None), np.concatenate([features for _, features in blocks])[places])])
+        positions = np.arange(len(source))
         has_digests = pa.field("digest", pa.string()) in list(source.items.schema)
-        column = source.items["digest"] if has_digests else pa.nulls(len(source))
-        rows = (int(ordered[0]), int(ordered[-1]) + 1) if len(ordered) else (0, 0)
-        for start, batch in tables.read_rows(source.table, self.norms, *rows, parts=self.parts):
-            low, high = np.searchsorted(ordered, (start, start + len(batch)))
-            places = order[low:high]
-            digests = column.take(pa.array(places)).to_pylist()
-            held.append(FeatureBlock(places, batch[ordered[low:high] - start, None], digests))
-            if in_order:
-                yield held.pop()
-        if held:
-            block = FeatureBlock.joined(held)
-            yield block.take(np.argsort(block.positions))
+        digests = source.items["digest"] if has_digests else pa.nulls(len(source))
+        for some, features in blocks:
+            yield FeatureBlock(positions[some], features[:, None], digests[some].to_pylist())
 
     def _of_images(self, source: Source, names: Sequence[str], *, mean: bool) -> Iterator[FeatureBlock]:
         backbone, paths = self.needed_backbone(source), source.paths or ()
@@ -426,10 +417,8 @@ def encode_table(source: Source, out: str | os.PathLike[str], reader: Reader) ->
 
 def encoded(source: Source, reader: Reader) -> tuple[pa.Schema, Iterator[pa.Table]]:
     """Return the schema and the rows of the feature table for a source. The rows are encoded lazily."""
-    if source.table is None:
-        parts = parts_of(reader.needed_backbone(source))
-    else:
-        parts = tables.parts_in(source.table, reader.parts)
+    table = source.table
+    parts = parts_of(reader.needed_backbone(source)) if table is None else table.parts(reader.parts)
     own, written = source.items.schema, {"source", "label", tables.FEATURE, "digest", "id"}
     kept = [field for field in own if field.name not in written.union(part.column for part in parts)]
     further = [pa.field("digest", pa.string()), *(pa.field(field.name, field.type) for field in kept)]

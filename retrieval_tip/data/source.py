@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,9 @@ import pyarrow.compute as pc
 from retrieval_tip.data import remote
 from retrieval_tip.errors import SHOWN, InputError, Skipped, check_count, check_memory, counted, few, show
 from retrieval_tip.files import FOLDER, NotAFileError, open_regular
+
+if TYPE_CHECKING:
+    from retrieval_tip.data.tables import FeatureTable
 
 log = logging.getLogger(__name__)
 
@@ -65,16 +68,15 @@ class Source:
 
     ``items`` is a table with the column ``source`` (a printable path or id), the column ``label`` if the labels are
     known, and all other columns if the source is a table. Each item is either the image ``paths[i]``, or row
-    ``rows[i]`` of the feature table ``table``, which is a file or a folder of parts. ``class_names`` lists the labels
-    in order. ``failed`` lists the inputs that could not be read. ``load`` returns the bytes of an image.
-    If ``strict`` is set, all images must be readable.
+    ``rows[i]`` of the feature table ``table``. ``class_names`` lists the labels in order. ``failed`` lists the inputs
+    that could not be read. ``load`` returns the bytes of an image. If ``strict`` is set, all images must be readable.
     """
 
     name: str
     items: pa.Table
     class_names: tuple[str, ...] = ()
     paths: tuple[str, ...] | None = None
-    table: Path | str | None = None
+    table: FeatureTable | None = None
     rows: npt.NDArray[np.int64] | None = None
     failed: tuple[Skipped, ...] = ()
     load: Callable[[str], bytes] = read_item
@@ -88,7 +90,7 @@ class Source:
         """The label of each item. Raises InputError if an item has no label."""
         if "label" not in self.items.column_names:
             raise InputError(f"{self.name}: it has no labels; give class folders or a table with a column 'label'")
-        refuse_rows(self.items["label"].is_null().to_numpy(), self.name, " without a label; label every item")
+        refuse_rows(self.items["label"].is_null(), self.name, " without a label; label every item")
         labels: list[str] = self.items["label"].to_pylist()
         return labels
 
@@ -182,10 +184,10 @@ def of_images(
 def check_lengths(texts: pa.Array | pa.ChunkedArray, name: str, what: str) -> None:
     """Raise InputError if a text is longer than :data:`MAX_TEXT`."""
     is_long = pc.greater(pc.utf8_length(texts), MAX_TEXT).fill_null(False)
-    refuse_rows(np.asarray(is_long), name, f": {what} longer than {MAX_TEXT} characters")
+    refuse_rows(is_long, name, f": {what} longer than {MAX_TEXT} characters")
 
 
-def refuse_rows(wrong: npt.NDArray[np.bool_], name: str, why: str | Callable[[int], str], start: int = 0) -> None:
+def refuse_rows(wrong: npt.ArrayLike, name: str, why: str | Callable[[int], str], start: int = 0) -> None:
     """Raise InputError if any row is ``wrong``, with the numbers of these rows, counted from ``start``, and the reason.
 
     ``why`` can be a function of the position of the first wrong row.

@@ -6,7 +6,7 @@ import glob
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -16,12 +16,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from retrieval_tip.backbones.base import FloatArray, Part
 from retrieval_tip.data import exchange, images, remote, tables
 from retrieval_tip.data.source import Source as Source
 from retrieval_tip.data.source import of_images as of_images
 from retrieval_tip.data.source import read_item as read_item
 from retrieval_tip.data.source import spelled_alike as spelled_alike
-from retrieval_tip.data.tables import FEATURE, NAMES, SUFFIXES, is_frame, items_of, renamed, texts
+from retrieval_tip.data.tables import FEATURE, SUFFIXES, InMemory, is_frame, items_of, renamed, texts
 from retrieval_tip.errors import InputError, counted, few, install, show
 
 log = logging.getLogger(__name__)
@@ -92,11 +93,11 @@ def open_source(
     Raises InputError if the source cannot be read.
     """
     if is_frame(path):
-        return _open_table(tables.InMemory.of(path), root, labelled=labelled)
+        return _open_table(InMemory.of(path), root, labelled=labelled)
     where = os.fspath(path)
     match kind_of(where):
         case "table":
-            return _open_table(where, root, labelled=labelled)
+            return _open_table(where if remote.is_remote(where) else Path(where), root, labelled=labelled)
         case "bucket":
             return _open_bucket(where, labelled=labelled)
         case "folder":
@@ -108,6 +109,18 @@ def open_source(
 
 open_items = partial(open_source, labelled=False)
 """Open a source whose items need no labels."""
+
+
+def of_features(
+    sources: Sequence[str], labels: Sequence[str], features: FloatArray, parts: Sequence[Part] = ()
+) -> Source:
+    """Create a source from labelled features in memory, ``[m, d]`` in float32, as if they were in a feature table.
+
+    If several encoders made them, ``parts`` says how each feature is divided. Raises InputError if there are no
+    features, or if a source or a label is empty or too long.
+    """
+    schema = tables.schema_of(parts or [Part(features.shape[1], FEATURE)], features.dtype)
+    return _open_table(InMemory.of(tables.table_of(schema, sources, labels, features), "features"), labelled=True)
 
 
 def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator[Source]:
@@ -178,7 +191,7 @@ def _open_folder(folder: Path, split: str | None, *, labelled: bool) -> Source:
         return of_images(_images_in(folder), show(folder))
     folder = _part_of(folder, split)
     if (table := _table_in(folder)) is not None:
-        return _open_table(os.fspath(table), labelled=True)
+        return _open_table(table, labelled=True)
     return _read_folder(folder)
 
 
@@ -268,24 +281,25 @@ def _open_bucket(where: str, *, labelled: bool) -> Source:
     return of_images(paths, show(where), labels)
 
 
-def _open_table(where: str, root: str | os.PathLike[str] | None = None, *, labelled: bool) -> Source:
-    file = where if isinstance(where, tables.InMemory) or remote.is_remote(where) else Path(where)
+def _open_table(file: tables.Place, root: str | os.PathLike[str] | None = None, *, labelled: bool) -> Source:
     name = show(file)
-    items, has_features = items_of(file)
+    items, table = items_of(file)
     if not len(items):
         raise InputError(f"{name}: has no rows")
-    key = "id" if has_features else "path"
-    items = renamed(items, *(["label"] if has_features else ["path", "label"]))
-    path, feature = ", ".join(NAMES["path"][1:4]), ", ".join(NAMES[FEATURE][1:])
-    hint = f"; an image table has path ({path}) and label; a feature table has id, label and feature ({feature})"
+    key = "path" if table is None else "id"
+    items = renamed(items, key, "label")
+    hint = (
+        "; an image table has path (image, image_path, file_name) and label; a feature table has id, label and "
+        "feature (embedding, vector)"
+    )
     front = {"source": texts(items, name, key, hint=hint)}
     if labelled or "label" in items.column_names:
         front["label"] = texts(items, name, "label", needed=labelled, hint=hint)
     items = pa.table(front | {c: items[c] for c in items.column_names if c not in (key, *front)})
     names = tuple(sorted(pc.unique(items["label"]).drop_null().to_pylist())) if "label" in front else ()
-    if has_features:
-        return Source(name, items, names, table=file, rows=np.arange(len(items), dtype=np.int64))
-    folder = root or (file.rpartition("/")[0] if isinstance(file, str) else file.parent)
+    if table is not None:
+        return Source(name, items, names, table=table, rows=np.arange(len(items)))
+    folder = root or (file.parent if isinstance(file, Path) else os.fspath(file).rpartition("/")[0])
     paths = [path if remote.is_remote(path) else os.path.join(folder, path) for path in items["source"].to_pylist()]
     items = items.set_column(0, "source", pa.array([show(path) for path in paths], pa.string()))
     return Source(name, items, names, tuple(paths))

@@ -13,7 +13,9 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
@@ -31,19 +33,21 @@ from retrieval_tip.data.source import Source, check_lengths, refuse_rows
 from retrieval_tip.errors import (
     BackboneError,
     InputError,
+    RetrievalTipError,
     UsageError,
     counted,
     few,
     first_line,
-    one_line,
+    message,
     show,
     warn_once,
 )
-from retrieval_tip.files import check_regular, open_regular, replacing
+from retrieval_tip.files import map_regular, replacing
 from retrieval_tip.settings import Levels, Norms
 
 FEATURE = "feature"
 NAMES = {
+    "id": ("id",),
     "path": ("path", "image", "image_path", "file_name", "filename", "filepath", "file", "input"),
     "label": ("label", "class", "class_name"),
     FEATURE: (FEATURE, "embedding", "vector"),
@@ -59,24 +63,30 @@ MOST_GROUPED, MOST_GROUPS = 100_000, 1 << 24  # classes and bytes of a table of 
 MOST_LEVELS = 16  # levels of groups above the classes
 GROUP_ROWS = 1024  # smallest number of rows in a Parquet row group
 TABLE_ROWS = 8192  # largest number of features that are read at a time
-MAX_SHOWN = 64  # largest number of column names in a message, and of characters in each name
+MOST_OPEN = 64  # largest number of parts that stay open; the system limits the number of open files
 
 
-class InMemory(str):
-    """The name of a table in memory, and its bytes in Parquet format."""
+@dataclass(frozen=True, eq=False)
+class InMemory:
+    """A table in memory: its name in messages, and the bytes of its CSV or Parquet file."""
 
-    data: pa.Buffer
+    name: str
+    data: bytes | mmap.mmap
+
+    def __fspath__(self) -> str:
+        return self.name
 
     @classmethod
-    def of(cls, frame: Any) -> InMemory:
+    def of(cls, frame: Any, name: str = "table") -> InMemory:
         """Return a table of pandas, polars or Arrow. Raises InputError if Arrow or Parquet lacks one of its types."""
-        held, sink = cls("table"), pa.BufferOutputStream()
-        try:
+        sink = pa.BufferOutputStream()
+        with reading(name):
             pq.write_table(pa.table(frame), sink)
-        except (pa.ArrowException, ValueError) as error:
-            raise InputError(f"{held}: cannot be read: {first_line(error)}") from None
-        held.data = sink.getvalue()
-        return held
+        return cls(name, sink.getvalue().to_pybytes())
+
+
+Place = Path | str | InMemory
+"""A file, the folder or the URL of a table, or a table in memory."""
 
 
 def is_frame(given: object) -> bool:
@@ -99,7 +109,7 @@ def _holds(folder: str, name: str) -> bool:
         return bool(remote.system_of(folder).exists(place))
 
 
-def table_files(table: Path | str) -> list[Path | str]:
+def table_files(table: Place) -> Sequence[Place]:
     """List the Parquet files of a table, which are its parts or itself. Raises InputError if any is missing."""
     where = os.fspath(table)
     if (
@@ -120,60 +130,60 @@ def part_files(folder: str) -> list[Path | str]:
     return [url for url in remote.find(folder) if url.endswith(".parquet")]
 
 
-def items_of(file: Path | str, most: int = MAX_ROWS) -> tuple[pa.Table, bool]:
-    """Return all columns of a table except features, and whether it has any. Ids default to row numbers."""
-    name, number, has_features = show(file), 0, False
+def items_of(file: Place, most: int = MAX_ROWS) -> tuple[pa.Table, FeatureTable | None]:
+    """Return all columns of a table except features, and the table if it has features. Ids default to row numbers."""
+    name, has_features = show(file), False
     if _is_text(file):
-        items = _read_csv(Path(file))
+        items = _read_csv(file)
         _check(items.column_names, len(items), most, name)
-        return items, False
-    tables: list[pa.Table] = []
-    for parquet, start, part in _parquets(file):
+        return items, None
+    tables, table = list[pa.Table](), FeatureTable(file)
+    for parquet, start, part in table.parquets():
         columns, feature = parquet.schema_arrow.names, feature_column(parquet.schema_arrow)
         unnamed = not set(NAMES["path"]) & set(columns) and any(is_vector(one.type) for one in parquet.schema_arrow)
-        number, has_features = start + parquet.metadata.num_rows, feature is not None or unnamed
-        _check(columns, number, most, name)
+        end, has_features = start + parquet.metadata.num_rows, feature is not None or unnamed
+        _check(columns, end, most, name)
         with reading(part):
             kept = parquet.read(columns=[column for column in columns if column != feature])
+            if has_features and "id" not in columns:
+                kept = kept.append_column("id", pa.array(map(str, range(start, end)), pa.string()))
             tables.append(_sound(kept, part))
     with reading(name):
-        items = pa.concat_tables(tables)
-    if has_features and "id" not in items.column_names:
-        ids = pa.array([str(row) for row in range(number)], pa.string())
-        items = items.append_column("id", ids) if items.num_columns else pa.table({"id": ids})
-    return items, has_features
+        return pa.concat_tables(tables), table if has_features else None
 
 
-def _is_text(file: Path | str) -> bool:
+def _is_text(file: Place) -> bool:
     """Return whether a table is a text file by the suffix of its name, or by its content if the suffix is unknown."""
     suffix = os.path.splitext(file)[1].lower()
-    if isinstance(file, InMemory) or remote.is_remote(file) or suffix == ".parquet" or os.path.isdir(file):
+    if not isinstance(file, InMemory) and (remote.is_remote(file) or os.path.isdir(file)):
         return False
     if suffix in SUFFIXES:
-        return True
-    with reading(show(file)), open_regular(file) as raw:
-        return not raw.read(4).startswith(b"PAR1")
+        return suffix != ".parquet"
+    with reading(show(file)):
+        return _content(file)[:4] != b"PAR1"
+
+
+def _content(file: Place) -> bytes | mmap.mmap:
+    return file.data if isinstance(file, InMemory) else map_regular(file)
 
 
 def feature_column(schema: pa.Schema) -> str | None:
     """Return ``feature``, else the first column of vectors with another name in ``NAMES``, else ``None``."""
-    if FEATURE in schema.names:
-        return FEATURE
-    names = [name for name in NAMES[FEATURE] if schema.names.count(name) == 1 and is_vector(schema.field(name).type)]
-    return names[0] if names else None
+    there = {field.name for field in schema if field.name == FEATURE or is_vector(field.type)}
+    return next((name for name in NAMES[FEATURE] if name in there), None)
 
 
 def is_vector(kind: pa.DataType) -> bool:
     """Return whether a type is a list of floating-point numbers."""
-    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    return any(is_list(kind) for is_list in lists) and bool(pa.types.is_floating(kind.value_type))
+    is_list = isinstance(kind, pa.ListType | pa.LargeListType | pa.FixedSizeListType)
+    return is_list and pa.types.is_floating(kind.value_type)
 
 
 def renamed(items: pa.Table, *wanted: str) -> pa.Table:
     """Rename columns that have an alternative name in ``NAMES`` to the ``wanted`` names."""
     for column in wanted:
         there = [name for name in NAMES[column] if name in items.column_names]
-        if there and there[0] != column:
+        if there:
             items = items.rename_columns({there[0]: column})
     return items
 
@@ -181,38 +191,26 @@ def renamed(items: pa.Table, *wanted: str) -> pa.Table:
 def _sound(items: pa.Table, name: str) -> pa.Table:
     """Check that text is valid UTF-8, and convert view columns to plain ones, which support ``take``."""
     kinds = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
-    for field, column in zip(items.schema, items.columns, strict=True):
-        with reading(f"{name}: column {field.name!r}"):
-            column.validate(full=True)
+    for column in items.column_names:
+        with reading(f"{name}: column {column!r}"):
+            items[column].validate(full=True)
     items = items.cast(pa.schema([field.with_type(kinds.get(field.type, field.type)) for field in items.schema]))
-    items.slice(0, 1).take(pa.array([0] if len(items) else [], pa.int64()))  # fails for views inside lists
+    items.slice(0, 1).take(pa.array([0][: len(items)], pa.int64()))  # fails for views inside lists
     return items
 
 
-def open_parquet(file: Path | str) -> pq.ParquetFile:
+def open_parquet(file: Place) -> pq.ParquetFile:
     """Open a Parquet file. A local file is memory-mapped. Raises InputError if it cannot be read."""
     with reading(show(file)):
-        if isinstance(file, InMemory):
-            raw = pa.BufferReader(file.data)
-        elif remote.is_remote(file):
+        if remote.is_remote(file):
             with remote.reaching(file):
                 remote.system_of(file).info(file)  # obstore would report a missing object later, outside any handler
                 raw = pa.PythonFile(remote.system_of(file).open(file, "rb"), "r")
         else:
-            check_regular(file)
-            raw = pa.memory_map(os.fsencode(file))
+            raw = pa.BufferReader(_content(file))
         parquet = pq.ParquetFile(raw)
         "".join(parquet.schema_arrow.names)  # fails if a name is not UTF-8
         return parquet
-
-
-def _parquets(table: Path | str) -> Iterator[tuple[pq.ParquetFile, int, str]]:
-    """Open the Parquet files of a table. Yield each with the number of its first row, and its name."""
-    start = 0
-    for part in table_files(table):
-        file = open_parquet(part)
-        yield file, start, show(part)
-        start += file.metadata.num_rows
 
 
 @contextmanager
@@ -220,41 +218,41 @@ def reading(name: str) -> Iterator[None]:
     """Convert errors that occur while reading a table to InputError."""
     try:
         yield
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+    except RetrievalTipError:
+        raise
+    except (OSError, pa.ArrowException, ValueError) as error:
         raise InputError(f"{name}: cannot be read: {first_line(error)}") from None
 
 
-def _read_csv(file: Path) -> pa.Table:
-    with reading(show(file)):
-        check_regular(file)
-        encoding = _encoding(file)
-        with file.open(encoding=encoding, errors="replace") as text:
-            line = text.readline(1 << 16)
-        delimiter = "\t" if file.suffix.lower() == ".tsv" else max(",;\t|", key=line.count)
-        read = pyarrow.csv.ReadOptions(encoding=encoding)
-        parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-        convert = pyarrow.csv.ConvertOptions(
-            default_column_type=pa.string(), strings_can_be_null=True, null_values=[""]
+def _read_csv(file: Place) -> pa.Table:
+    name = show(file)
+    with reading(name):
+        data = _content(file)
+        encoding = _encoding(data, name)
+        line = io.TextIOWrapper(io.BytesIO(data[: 1 << 16]), encoding, "replace").readline()
+        delimiter = "\t" if name.lower().endswith(".tsv") else max(",;\t|", key=line.count)
+        return pyarrow.csv.read_csv(
+            pa.BufferReader(data),
+            pyarrow.csv.ReadOptions(encoding=encoding),
+            pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+            pyarrow.csv.ConvertOptions(default_column_type=pa.string(), strings_can_be_null=True, null_values=[""]),
         )
-        return pyarrow.csv.read_csv(pa.OSFile(os.fsencode(file)), read, parse, convert)  # the name may not be UTF-8
 
 
-def _encoding(file: Path) -> str:
+def _encoding(data: bytes | mmap.mmap, name: str) -> str:
     """Guess the encoding of a CSV file: UTF-16 with a byte-order mark, UTF-8, or Windows-1252, which Excel writes."""
-    with open_regular(file) as raw:
-        data = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
     if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         return "utf-16"
     first = re.search(rb"[\x80-\xff].{0,3}", data, re.DOTALL)
     if first is None or not "\udc80" <= first[0].decode(errors="surrogateescape")[0] <= "\udcff":
         return "utf8"
-    warn_once(f"{show(file)}: not UTF-8; reading it as Windows-1252 (if that is wrong, save it as UTF-8)")
+    warn_once(f"{name}: not UTF-8; reading it as Windows-1252 (if that is wrong, save it as UTF-8)")
     return "cp1252"
 
 
 def _check(columns: Sequence[str], number: int, most: int, name: str) -> None:
     if len(set(columns)) < len(columns):
-        raise InputError(f"{name}: duplicate column name among {few_names(columns)}")
+        raise InputError(f"{name}: duplicate column name among {message(', '.join(columns))}")
     if number > most:
         raise InputError(f"{name}: {number:,} rows; expected at most {most:,}")
 
@@ -266,37 +264,38 @@ def texts(items: pa.Table, name: str, what: str, *, needed: bool = True, hint: s
     ``needed``. ``hint`` says which columns a table needs.
     """
     if what not in items.column_names:
-        raise InputError(f"{name}: no column {what!r} among {few_names(items.column_names)}{hint}")
+        raise InputError(f"{name}: no column {what!r} among {message(', '.join(items.column_names))}{hint}")
     column = items[what]
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    is_text = kind in (pa.string(), pa.large_string(), pa.string_view())
     if not (is_text or pa.types.is_integer(kind) or pa.types.is_null(kind)):
         raise InputError(f"{name}: column {what!r} has type {column.type}; expected text")
     with reading(f"{name}: column {what!r}"):
         values = column.cast(kind).cast(pa.string())
     values = pc.if_else(pc.equal(pc.utf8_trim_whitespace(values), ""), None, values)
     if needed:
-        refuse_rows(values.is_null().to_numpy(), name, f" without {'an' if what[0] in 'aeiou' else 'a'} {what}")
+        refuse_rows(values.is_null(), name, f" without {'an' if what[0] in 'aeiou' else 'a'} {what}")
     check_lengths(values, name, what)
-    return values if isinstance(values, pa.ChunkedArray) else pa.chunked_array([values])
+    return values
 
 
-def read_groups(path: str | os.PathLike[str], class_names: Sequence[str]) -> Levels:
+def read_groups(table: str | os.PathLike[str] | bytes, class_names: Sequence[str]) -> Levels:
     """Read the groups of classes (see :class:`settings.BuildOptions`). Warn of classes that are not ``class_names``.
 
-    Raises InputError if the table is invalid, or if it has no such class.
+    ``table`` is a file, or the bytes of a file. Raises InputError if it is invalid, or if it has no such class.
     """
-    name = show(path)
+    name = "groups" if isinstance(table, bytes) else show(table)
     with reading(name):
-        size = Path(path).stat().st_size
-    if size > MOST_GROUPS or (items := items_of(Path(path), MOST_GROUPED)[0]).nbytes > MOST_GROUPS:
+        data = table if isinstance(table, bytes) else map_regular(table)
+    if len(data) > MOST_GROUPS or (items := items_of(InMemory(name, data), MOST_GROUPED)[0]).nbytes > MOST_GROUPS:
         raise InputError(f"{name}: larger than {MOST_GROUPS:,} bytes; keep the classes of the index")
     if (levels := items.num_columns - 1) > MOST_LEVELS:
         raise InputError(f"{name}: {levels:,} levels of groups; keep at most {MOST_LEVELS}")
     columns = {one: texts(items, name, one, needed=not at) for at, one in enumerate(items.column_names)}
     rows = list(zip(*(pc.utf8_trim_whitespace(values).to_pylist() for values in columns.values()), strict=True))
-    if twice := [label for label, times in Counter(row[0] for row in rows).items() if times > 1]:
-        raise InputError(f"{name}: class {twice[0]!r} occurs twice; keep one row")
+    for label, times in Counter(row[0] for row in rows).most_common(1):
+        if times > 1:
+            raise InputError(f"{name}: class {label!r} occurs twice; keep one row")
     groups = Levels(tuple(columns), {label: path for label, *path in rows})
     others = groups.others(class_names)
     if len(others) == len(rows):
@@ -311,12 +310,6 @@ def not_in_index(class_names: Sequence[str]) -> str:
     return f"{counted(len(class_names), 'class', 'is', 'are')} not in the index: {few(class_names)}"
 
 
-def few_names(columns: Sequence[str]) -> str:
-    """Format the first column names for a message."""
-    shown = ", ".join(one_line(column)[:MAX_SHOWN] for column in columns[:MAX_SHOWN])
-    return shown + (f" and {len(columns) - MAX_SHOWN} more" if len(columns) > MAX_SHOWN else "")
-
-
 def check_backbone(
     identity: Identity | None, d: int, backbone: Backbone | None, sources: Sequence[Source], parts: Sequence[Part] = ()
 ) -> None:
@@ -329,51 +322,122 @@ def check_backbone(
     if backbone is not None:
         same_backbone(identity, backbone.identity, "index")
         if backbone.dim != d:
-            has = f"its features have {backbone.dim} values; the index has {d}"
-            raise BackboneError(f"encoder {backbone.identity}: {has}")
+            raise BackboneError(
+                f"encoder {backbone.identity}: its features have {backbone.dim} values; the index has {d}"
+            )
     for source in sources:
         if source.table is not None:
-            found = parts_in(source.table, parts)
+            found = source.table.parts(parts)
             same_backbone(identity_of(found), identity, source.name)
             if (dim := sum(part.width for part in found)) != d:
                 raise InputError(f"{source.name}: its features have {dim} values; the index has {d}")
 
 
-def table_identity(path: Path | str, parts: Sequence[Part] = ()) -> Identity | None:
-    """Return the backbone that the metadata of a feature table names, or of several, if it names all of them."""
-    files, name = table_files(path), show(path)
-    schema = open_parquet(files[0]).schema_arrow if files else pa.schema([])
-    if not parts and feature_column(schema) is None:
+class FeatureTable:
+    """A Parquet file or a folder of Parquet parts.
+
+    Each file is opened once, and closed when its features have been read. A further pass opens it again, and so does
+    each pass over a folder of more than :data:`MOST_OPEN` parts. A pickled table has no open files.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self.name, self._place, self._files = show(place), place, table_files(place)
+        self._open = lru_cache(MOST_OPEN)(open_parquet)
+
+    def __reduce__(self) -> tuple[type[FeatureTable], tuple[Place]]:
+        return FeatureTable, (self._place,)
+
+    def parquets(self) -> Iterator[tuple[pq.ParquetFile, int, str]]:
+        """Yield each file with the number of its first row, and its name."""
+        start = 0
+        for part in self._files:
+            file = self._open(part)
+            yield file, start, show(part)
+            start += file.metadata.num_rows
+
+    def parts(self, wanted: Sequence[Part] = ()) -> tuple[Part, ...]:
+        """Return the columns of features, or those of the ``wanted`` parts, with their width and their backbone.
+
+        Raises InputError if a column is missing, and BackboneError if it names another backbone than its part.
+        """
+        for file, _, name in self.parquets():
+            found = _columns(file.schema_arrow, name, wanted)
+            with reading(name):
+                for batch in file.iter_batches(1, columns=[part.column for part in found]):
+                    return tuple(
+                        replace(part, width=_matrix(batch.column(part.column), 0, 0, name).shape[1]) for part in found
+                    )
+        raise InputError(f"{self.name}: has no rows")
+
+    def identity(self, wanted: Sequence[Part] = ()) -> Identity | None:
+        """Return the backbone of the features, or ``None`` if it is not known or there are no such features."""
+        with suppress(InputError):  # reading the features raises it again
+            return identity_of(self.parts(wanted))
         return None
-    columns = _columns(schema, name, parts)
-    return identity_of([Part(0, column, _identity_of(schema, column, name)) for column in columns])
+
+    def features(
+        self, rows: npt.NDArray[np.int64], norms: Norms, wanted: Sequence[Part] = ()
+    ) -> Iterator[tuple[slice, FloatArray]]:
+        """Yield the features of some ``rows``, which are ascending, in blocks, and which of the rows each block has.
+
+        Raises InputError if a row has no usable feature. If there are several parts, their columns are joined (see
+        :func:`base.side_by_side`).
+        """
+        parts = self.parts(wanted)
+        for file, begins, name in self.parquets():
+            sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+            starts = np.cumsum([begins, *sizes])
+            groups = np.flatnonzero(np.diff(np.searchsorted(rows, starts)))  # those that contain some of the rows
+            if not groups.size:
+                continue
+            at, groups = int(starts[groups[0]]), np.arange(groups[0], groups[-1] + 1)
+            with reading(name):
+                columns = [part.column for part in _columns(file.schema_arrow, name, wanted or parts)]
+                for batch in file.iter_batches(TABLE_ROWS, row_groups=groups.tolist(), columns=columns):
+                    low, high = np.searchsorted(rows, (at, at + len(batch)))
+                    if low < high:
+                        made = []
+                        for part, column in zip(parts, columns, strict=True):
+                            where = f"{name}: column {column!r}" if wanted else name
+                            matrix = _matrix(batch.column(column), at - begins, part.width, where)
+                            made.append(check_norms(matrix, at - begins, norms, where))
+                        joined = made[0] if len(made) == 1 else side_by_side(made)
+                        yield slice(low, high), joined[rows[low:high] - at]
+                    at += len(batch)
+                    if at > rows[-1]:
+                        break
+        self._open.cache_clear()  # mapped pages count as memory in use
 
 
-def parts_in(path: Path | str, parts: Sequence[Part] = ()) -> tuple[Part, ...]:
-    """Return the columns of features in a table with their width and their backbone (see :func:`_columns`)."""
-    for file, _, name in _parquets(path):
-        columns = _columns(file.schema_arrow, name, parts)
-        with reading(name):
-            for batch in file.iter_batches(1, columns=columns):
-                widths = [_matrix(batch.column(column), 0, None, name).shape[1] for column in columns]
-                own = [_identity_of(file.schema_arrow, column, name) for column in columns]
-                return tuple(map(Part, widths, columns, own))
-    raise InputError(f"{show(path)}: has no rows")
+def _columns(schema: pa.Schema, name: str, wanted: Sequence[Part]) -> list[Part]:
+    """Return the column of each part, without its width: the one that names its backbone, or else that has its name.
+
+    If no parts are wanted, return all columns that name their own backbone if there are several, or else the main
+    column. Raises BackboneError if a column names another backbone than its part.
+    """
+    own = {field.name: _identity_of(field, schema, name) for field in schema if is_vector(field.type)}
+    named = {identity.fingerprint: column for column, identity in own.items() if identity is not None}
+    several = [field.name for field in schema if IDENTITY_KEY in (field.metadata or {})]
+    main = several if len(several) > 1 else [feature_column(schema) or FEATURE]
+    columns = [named.get(part.identity.fingerprint if part.identity else "", part.column) for part in wanted] or main
+    for column in columns:
+        if schema.names.count(column) != 1:
+            raise InputError(
+                f"{name}: expected one column {column!r}; its columns are {message(', '.join(schema.names))}"
+            )
+        if column not in own:
+            raise InputError(
+                f"{name}: column {column!r} has type {schema.field(column).type}; expected lists of float32 or float16"
+            )
+    for part, column in zip(wanted, columns, strict=False):
+        same_backbone(own[column], part.identity, f"{name}: column {column!r}")
+    return [Part(0, column, own[column]) for column in columns]
 
 
-def has_part(path: Path | str, part: Part) -> bool:
-    """Return whether a table has features of one of several encoders."""
-    try:
-        return parts_in(path, [part])[0].width == part.width
-    except InputError:
-        return False
-
-
-def _identity_of(schema: pa.Schema, column: str, name: str) -> Identity | None:
+def _identity_of(field: pa.Field, schema: pa.Schema, name: str) -> Identity | None:
     """Return the backbone of a column. The metadata of the whole table describes its main column."""
-    whole = schema.metadata if column == feature_column(schema) else None
-    metadata = (whole or {}) | (schema.field(column).metadata or {})
-    if (raw := metadata.get(IDENTITY_KEY)) is None:
+    whole = schema.metadata if field.name == feature_column(schema) else None
+    if (raw := ((whole or {}) | (field.metadata or {})).get(IDENTITY_KEY)) is None:
         return None
     try:
         return Identity.from_dict(json.loads(raw))
@@ -381,79 +445,22 @@ def _identity_of(schema: pa.Schema, column: str, name: str) -> Identity | None:
         raise InputError(f"{name}: its metadata cannot be read ({error})") from None
 
 
-def read_rows(
-    path: Path | str, norms: Norms, first: int = 0, last: int = MAX_ROWS, parts: Sequence[Part] = ()
-) -> Iterator[tuple[int, FloatArray]]:
-    """Yield the first row and the features of each block in rows ``first`` to ``last``, with ``norms`` checked.
+def _matrix(column: pa.Array, start: int, dim: int, name: str) -> FloatArray:
+    """Return the features of a column, whose first row is ``start``. If ``dim`` is 0, the first row sets their length.
 
-    If there are several ``parts``, their columns are joined (see :func:`base.side_by_side`).
+    Raises InputError if a row or a value is missing, or if a row has another length.
     """
-    dims: dict[int, int] = {}
-    for file, begins, name in _parquets(path):
-        groups, at = _row_groups(file, first - begins, last - begins)
-        if not groups:
-            continue
-        columns = _columns(file.schema_arrow, name, parts)
-        with reading(name):
-            for batch in file.iter_batches(TABLE_ROWS, row_groups=groups, columns=columns):
-                if begins + at >= last:
-                    break
-                if batch.num_rows and begins + at + batch.num_rows > first:
-                    made = []
-                    for number, column in enumerate(columns):
-                        where = f"{name}: column {column!r}" if parts else name
-                        features = _matrix(batch.column(column), at, dims.get(number), where)
-                        dims[number] = features.shape[1]
-                        made.append(check_norms(features, at, norms, where))
-                    yield begins + at, made[0] if len(made) == 1 else side_by_side(made)
-                at += batch.num_rows
-
-
-def _row_groups(parquet: pq.ParquetFile, first: int, last: int) -> tuple[list[int], int]:
-    """Return the row groups that contain rows ``first`` to ``last``, and the number of the first row in them."""
-    sizes = np.array([parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)], np.int64)
-    starts = sizes.cumsum() - sizes
-    groups = np.flatnonzero((starts + sizes > first) & (starts < last))
-    return groups.tolist(), int(starts[groups[0]]) if groups.size else 0
-
-
-def _columns(schema: pa.Schema, name: str, parts: Sequence[Part]) -> list[str]:
-    """Return the column of each part: the one that names its backbone, or else the one that has its name.
-
-    Without parts, return all columns that name their own backbone if there are several, or else the main column. Raises
-    BackboneError if a column names another backbone than its part.
-    """
-    several = [field.name for field in schema if IDENTITY_KEY in (field.metadata or {})]
-    named: dict[str | None, str] = {}
-    for field in schema if any(part.identity for part in parts) else ():
-        if is_vector(field.type) and (found := _identity_of(schema, field.name, name)) is not None:
-            named[found.fingerprint] = field.name
-    wanted = [(part.identity.fingerprint if part.identity else None, part.column) for part in parts]
-    columns = [named.get(fingerprint, column) for fingerprint, column in wanted]
-    columns = columns or (several if len(several) > 1 else [feature_column(schema) or FEATURE])
-    for column in columns:
-        if schema.names.count(column) != 1:
-            raise InputError(f"{name}: expected one column {column!r}; its columns are {few_names(schema.names)}")
-        if not is_vector(kind := schema.field(column).type):
-            raise InputError(f"{name}: column {column!r} has type {kind}; expected lists of float32 or float16")
-    for part, column in zip(parts, columns, strict=False):
-        same_backbone(_identity_of(schema, column, name), part.identity, f"{name}: column {column!r}")
-    return columns
-
-
-def _matrix(column: pa.Array, start: int, dim: int | None, name: str) -> FloatArray:
-    refuse_rows(column.is_null().to_numpy(zero_copy_only=False), name, " without a feature", start)
-    lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
-    dim = int(lengths[0]) if dim is None else dim
-    if dim == 0:
+    refuse_rows(column.is_null(), name, " without a feature", start)
+    lengths = np.asarray(pc.list_value_length(column))
+    dim = dim or int(lengths[0])
+    if not dim:
         raise InputError(f"{name}: row {start} has no values")
     refuse_rows(lengths != dim, name, lambda row: f" with {lengths[row]} values; earlier rows have {dim}", start)
     values = column.flatten()
-    missing = values.is_null().to_numpy(zero_copy_only=False).reshape(-1, dim).any(axis=1)
+    missing = np.asarray(values.is_null()).reshape(-1, dim).any(axis=1)
     refuse_rows(missing, name, " with a missing value in the feature", start)
     with np.errstate(over="ignore"):  # values that are too large become infinite and are then rejected
-        matrix: FloatArray = values.to_numpy(zero_copy_only=False).reshape(-1, dim).astype(np.float32)
-    return matrix
+        return np.asarray(values, np.float32).reshape(-1, dim)
 
 
 def check_norms(features: FloatArray, start: int, norms: Norms, name: str) -> FloatArray:

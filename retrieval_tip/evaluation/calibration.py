@@ -94,11 +94,12 @@ class Calibration:
     ece_after: float
 
 
-def calibrate(index: Index, source: Source, reader: Reader) -> Calibration:
+def calibrate(index: Index, source: Source, reader: Reader) -> tuple[Index, Calibration]:
     """Fit the temperature of an index on a labelled validation source (see :func:`fit_temperature`).
 
     Items that are shots of the index are classified without themselves (see :func:`held_out.answered`). The
-    temperature is saved in a new version of the index folder. Fit it again after you change the settings or the keys.
+    temperature is saved in a new version of the index folder, which is returned. Fit it again after you change the
+    settings or the keys.
     Raises InputError if the source is empty, or if one of its labels is not a class of the index. Raises StoreError if
     the folder cannot be written.
     """
@@ -115,7 +116,7 @@ def calibrate(index: Index, source: Source, reader: Reader) -> Calibration:
     if bool(right.all()):
         log.warning("%s: every answer is right, so all probabilities will be about 1; use more photos", source.name)
     fitted = fit_temperature(logits, y)
-    index.choose(replace(index.settings, temperature=fitted))
-    index.provenance = index.provenance | {"temperature": f"fitted on {source.name}, n={len(y)}"}
-    index.save(index.folder, "calibrate")
-    return Calibration(fitted, len(y), float(right.double().mean()), error(before), error(fitted))
+    made = index.with_settings(replace(index.settings, temperature=fitted), chosen=True)
+    provenance = index.provenance | {"temperature": f"fitted on {source.name}, n={len(y)}"}
+    made = made.altered(provenance=provenance).save(index.folder, "calibrate")
+    return made, Calibration(fitted, len(y), float(right.double().mean()), error(before), error(fitted))

@@ -205,8 +205,7 @@ def answered(index: Index, block: FeatureBlock, ask: Ask) -> Iterator[AnswerBloc
         shots, model = block.take(np.flatnonzero(known)), index.in_memory()
         rows = model.rows.in_memory().rows_of(np.asarray(shots.key_ids))
         for part, others in without_parts(model, rows):
-            others.scores = index.scores
-            yield from others.answers([shots.take(part)], ask)
+            yield from others.altered(scores=index.scores).answers([shots.take(part)], ask)
 
 
 def hides(index: Index) -> bool:

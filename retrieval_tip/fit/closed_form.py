@@ -14,7 +14,6 @@ Cross-validation on the shots selects one of the combinations in :mod:`fit.forms
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -225,8 +224,8 @@ class FormChoice:
 def fit(
     index: Index, asked: Fit | None = None, *, validation: Queries | None = None, factory: str | None = None,
     forms: Sequence[Form] = FORMS,
-) -> FormChoice:  # fmt: skip
-    """Fit the metric, the values and the settings of an index to its own shots.
+) -> tuple[Index, FormChoice]:  # fmt: skip
+    """Fit the metric, the values and the settings of an index to its own shots, and return the fitted index.
 
     The form is selected by cross-validation on the shots (all views of a photo are in the same fold), or on
     ``validation`` images. The first form is kept unless another form is at least as accurate and lowers the
@@ -246,9 +245,10 @@ def fit(
         UsageError: if the metric or the values are unknown, or if this index cannot have solved values.
         InputError: if the index is fine-tuned, or if its keys are too long or too short.
     """
-    asked = asked or Fit()
+    asked, by_class = asked or Fit(), (factory or index.index_type) == BY_CLASS
+    if index.n <= MOST_SOLVED and not isinstance(index.rows, ArrayRows):
+        index, factory = index.in_memory(), BY_CLASS if by_class else None
     longest = _longest(index)
-    by_class = (factory or index.index_type) == BY_CLASS
     forms = _forms(index, forms, asked.metric, asked.values, longest, by_class=by_class)
     if index.curve is not None:
         raise InputError("fit: the keys of this index were fine-tuned; fit the index before fine-tuning")
@@ -256,7 +256,7 @@ def fit(
         d, own = index.keys.shape[1], len(asked.prior)
         if own != d:
             raise InputError(f"prior: features have {own} values instead of {d}; use the same encoders")
-        index.prior = asked.prior.astype(np.float32)
+        index = index.altered(prior=asked.prior.astype(np.float32))
     folds = _folds_of(index, validation, asked.class_prior, equal_shares(index.parts))
     shares: tuple[float, ...] = ()
     if len(index.parts) > 1:
@@ -283,28 +283,28 @@ def fit(
         automatic=validation is None and asked.metric is None and asked.values is None,
     )  # fmt: skip
     provenance = dict.fromkeys(("alpha", "beta", "temperature"), where) | {"fit": choice.provenance()}
-    index.set_fitted(fitted_metric, fitted_values, fitted, factory)
-    index.rows = index.rows.with_sums(folds.sums)
-    index.settings, index.provenance = settings, index.provenance | provenance
-    index.scores = Scores(rows, settings)
-    return choice
+    made = index.with_fit(fitted_metric, fitted_values, fitted, factory)
+    made = made.altered(
+        rows=made.rows.with_sums(folds.sums), settings=settings, provenance=index.provenance | provenance,
+        scores=Scores(rows, settings),
+    )  # fmt: skip
+    return made, choice
 
 
-def refit(index: Index, beta: float) -> FormChoice:
+def refit(index: Index, beta: float) -> tuple[Index, FormChoice]:
     """Set beta, refit all other fitted settings without changing the form, and solve the values again.
 
-    If there are too few shots, the other settings stay. Raises the errors of :meth:`model.Editing.solve`.
+    If there are too few shots, the other settings stay. Raises the errors of :meth:`model.Index.solved`.
     """
+    provenance = index.provenance
     settings, folds = replace(index.settings, beta=beta), _folds_of(index)
     choice, rows = FormChoice.of(folds, Form.of(index.fitted, beta)), NO_SCORES
     if folds.can_judge:
         settings, choice, rows = _settings_of(index, choice.form, folds)
-        index.provenance = index.provenance | dict.fromkeys(("alpha", "temperature"), f"fitted on {folds.judged_on}")
-    index.settings, index.scores = settings, Scores(rows, settings)
-    index.fitted = None if index.fitted is None else replace(index.fitted, bonus=choice.form.bonus)
-    index.provenance = index.provenance | {"fit": choice.provenance()}
-    index.solve()
-    return choice
+        provenance = provenance | dict.fromkeys(("alpha", "temperature"), f"fitted on {folds.judged_on}")
+    fitted = None if index.fitted is None else replace(index.fitted, bonus=choice.form.bonus)
+    made = index.altered(settings=settings, fitted=fitted, provenance=provenance | {"fit": choice.provenance()})
+    return made.solved().altered(scores=Scores(rows, settings)), choice
 
 
 def estimate(index: Index) -> FormChoice:
@@ -347,13 +347,11 @@ def unfitted(index: Index) -> Index:
     """Return a new index over the same keys that has no metric, one-hot values, and untouched alpha and beta."""
     if index.fitted is None:
         return index
-    other = copy.copy(index)
-    other.set_fitted(None, None, None)
-    alpha, beta = untouched_settings(other.keys, other.class_ids.cpu().numpy())
-    other.settings = replace(other.settings.unfitted(), alpha=alpha, beta=beta, temperature=1.0)
+    alpha, beta = untouched_settings(index.keys, index.class_ids.cpu().numpy())
+    settings = replace(index.settings.unfitted(), alpha=alpha, beta=beta, temperature=1.0)
     kept = {name: part for name, part in index.provenance.items() if name not in ("fit", "temperature")}
-    other.provenance = kept | {"alpha": "default", "beta": "default"}
-    return other
+    provenance = kept | {"alpha": "default", "beta": "default"}
+    return index.with_fit(None, None, None).altered(settings=settings, provenance=provenance)
 
 
 def _longest(index: Index) -> float:

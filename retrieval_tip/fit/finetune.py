@@ -284,7 +284,7 @@ def _trained(
     )
     choice = None if queries is None else search_hp.search(made, queries)
     if choice is not None:
-        search_hp.apply(made, choice)
+        made = search_hp.apply(made, choice)
     return Tuned(made, record, choice)
 
 
@@ -333,7 +333,7 @@ def _on_folds(index: Index, material: _Material, recipe: Recipe) -> Tuned | None
             continue
         tuned = _trained(rest, own, recipe)
         if index.fitted is not None and index.curve is None:
-            closed_form.fit(rest, forms=like(index.fitted))
+            rest, _ = closed_form.fit(rest, forms=like(index.fitted))
         for i, model in enumerate((rest, tuned.index)):
             right[i] += _right(model, held.features.numpy(), held.ids.numpy())
         n, seconds = n + len(held.ids), seconds + tuned.record["seconds"]

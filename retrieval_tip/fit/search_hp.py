@@ -82,16 +82,15 @@ def on_validation(index: Index, source: Source, reader: Reader) -> Queries:
     return Queries(encoded.features, ids[encoded.positions], source.name)
 
 
-def apply(index: Index, choice: HyperparameterChoice, folder: str | os.PathLike[str] | None = None) -> None:
-    """Apply the selected settings to the index, and record their provenance.
+def apply(index: Index, choice: HyperparameterChoice, folder: str | os.PathLike[str] | None = None) -> Index:
+    """Return the index with the selected settings and their provenance.
 
     If ``folder`` is given, the settings are saved as a new version of the index.
     """
-    index.choose(choice.settings(index.settings))
     kept = {name: value for name, value in index.provenance.items() if name != "temperature"}
-    index.provenance = kept | {"alpha": "search-hp", "beta": "search-hp", "search": choice.provenance()}
-    if folder is not None:
-        index.save(folder, "search-hp")
+    provenance = kept | {"alpha": "search-hp", "beta": "search-hp", "search": choice.provenance()}
+    made = index.with_settings(choice.settings(index.settings), chosen=True).altered(provenance=provenance)
+    return made if folder is None else made.save(folder, "search-hp")
 
 
 def search(index: Index, queries: Queries) -> HyperparameterChoice:

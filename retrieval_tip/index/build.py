@@ -17,7 +17,7 @@ from retrieval_tip.backbones.base import Identity, Part, parts_of, resolve_devic
 from retrieval_tip.backbones.prompts import DEFAULT_TEMPLATES, check_templates
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source, open_source
-from retrieval_tip.data.tables import parts_in, read_groups
+from retrieval_tip.data.tables import read_groups
 from retrieval_tip.errors import SHOWN, UsageError, counted, few
 from retrieval_tip.fit.closed_form import Fit
 from retrieval_tip.fit.scatter import FloatArray, pooled
@@ -66,7 +66,7 @@ def build_index(
     fit = Fit(plan["metric"], plan["values"], plan["class_prior"] or "even", prior_of(plan["prior"], backbone))
     asked = None if plan["fit"] == "none" else fit
     groups = None if plan["groups"] is None else read_groups(plan["groups"], words.class_names)
-    material = Material(source, reader, ids, words, plan, asked, resolve_device(device), groups)
+    material = Material(source, reader, ids, words, plan, backbone, asked, resolve_device(device), groups)
     made = places.at(out).create(material)
     warn_of_spelling(out, words.class_names, words.class_names)
     return made
@@ -74,15 +74,16 @@ def build_index(
 
 def _parts(source: Source, reader: Reader, plan: BuildOptions) -> tuple[Part, ...]:
     """Return the parts of a feature, if there are several encoders, or if a column of features has its own name."""
+    known = () if reader.backbone is None else parts_of(reader.backbone)
+    known = known if len(known) > 1 else ()
     if source.table is None:
         if plan["features"]:
             raise UsageError(f"features: {source.name} is no feature table; name the encoders with model")
-        return parts if reader.backbone is not None and len(parts := parts_of(reader.backbone)) > 1 else ()
+        return known
     if len(set(plan["features"])) < len(plan["features"]):
         raise UsageError(f"features: {','.join(plan['features'])} names a column twice")
     asked = [Part(0, column) for column in plan["features"]]
-    known = () if reader.backbone is None else parts_of(reader.backbone)
-    parts = parts_in(source.table, asked or (known if len(known) > 1 else ()))
+    parts = source.table.parts(asked or known)
     return parts if asked or len(parts) > 1 else ()
 
 

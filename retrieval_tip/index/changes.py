@@ -5,7 +5,6 @@ Slow work such as encoding is done before the index is locked, so that other wri
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +22,8 @@ from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source, spelled_alike
 from retrieval_tip.data.tables import check_backbone, items_of, read_groups, reading, texts
 from retrieval_tip.errors import InputError, StoreError, UsageError, check_count, counted, few, show
-from retrieval_tip.fit.closed_form import Fit, FormChoice
+from retrieval_tip.fit import closed_form
+from retrieval_tip.fit.closed_form import Fit
 from retrieval_tip.index import places
 from retrieval_tip.index.build import prior_of
 from retrieval_tip.index.items import (
@@ -35,43 +35,23 @@ from retrieval_tip.index.items import (
     warn_of_spelling,
 )
 from retrieval_tip.index.photos import remove_unused
-from retrieval_tip.index.places import Change, Place
+from retrieval_tip.index.places import TRIES, Changed, Place
 from retrieval_tip.model import Index
-from retrieval_tip.retrieval.duplicates import Duplicates
 from retrieval_tip.settings import ClassPrior, Dtype, MetricName, ValuesName, check_choice
-from retrieval_tip.store.labels import PICKED, Edits, in_words
+from retrieval_tip.store.edits import Edits, NewKeys
+from retrieval_tip.store.labels import PICKED, in_words
 from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.query import rows_where
-from retrieval_tip.store.versions import changed_meanwhile
+from retrieval_tip.store.versions import made_now
 
+GROWN, REFITTED, DUE = 1.125, 4096, 2.0
+"""Factor of growth after which a change fits the index again, and maximum number of keys for this.
+
+A fit of that many keys takes a few seconds. The last constant is the factor of growth after which a fit is suggested,
+if it is not automatic.
+"""
 COMPARED = 1 << 18
 """Maximum number of keys to compare with new features."""
-
-
-@dataclass(frozen=True)
-class Changed:
-    """The result of a change, with the current ``version`` and the ids of the affected keys.
-
-    If the number of keys has grown by an eighth since the last fit, or if other classes than before have no photos, the
-    index is fitted again, and ``fit`` is the result. Some indexes are not fitted by a change, because they are too
-    large, or because a fit to their shots did not choose their settings. If such an index has doubled, or if other
-    classes have no photos, ``fit_due`` is true, and :func:`fit_index` would make the index more accurate.
-
-    ``edits`` are the labels that :func:`label` has changed since the version before.
-    """
-
-    version: int
-    key_ids: list[int]
-    edits: Edits = dataclasses.field(default_factory=dict, kw_only=True)
-    fit: FormChoice | None = dataclasses.field(default=None, kw_only=True)
-    fit_due: bool = dataclasses.field(default=False, kw_only=True)
-
-
-@dataclass(frozen=True)
-class Renamed(Changed):
-    """The result of a rename. ``merged`` is true if the class was merged into an existing class."""
-
-    merged: bool
 
 
 @dataclass(frozen=True)
@@ -83,20 +63,6 @@ class Collected:
     freed: int
 
 
-@dataclass(frozen=True)
-class Added(Changed):
-    """The result of an addition, with the new ``classes`` and the number of images that were already ``known``.
-
-    ``duplicates`` are the new keys whose image is also in another class. ``alike`` maps a new class to an earlier class
-    whose name only differs in case, ``_``, ``-`` or spaces.
-    """
-
-    classes: list[str]
-    known: int
-    duplicates: Duplicates | None
-    alike: dict[str, str]
-
-
 def add(
     folder: Place,
     source: Source,
@@ -104,8 +70,8 @@ def add(
     *,
     text: Place | None = None,
     shots: int | None = None,
-    manifest: Manifest | None = None,
-) -> Added:
+    base: Index | None = None,
+) -> Changed:
     """Add the labelled images or features of a source. New classes are appended in source order.
 
     Items that the index already has under the same label are skipped. Images are compared by the digest of their bytes.
@@ -123,13 +89,13 @@ def add(
         text: a table of text features, labelled by class, for the new classes.
         shots: the number of shots per class, drawn with CoOp's sampling rule and the encoder's seed. ``None`` uses
             every item.
-        manifest: the manifest of the current version, if you have already read it.
+        base: the index, if it is open. It is not loaded again unless it has changed.
 
     Raises InputError, UsageError or BackboneError if the input is invalid. Raises StoreError under the same conditions
     as :meth:`Versions.write`.
     """
     store = places.at(folder)
-    manifest = manifest or store.manifest()
+    manifest = _manifest_of(store, base)
     reader = replace(reader, parts=tuple(manifest.parts))
     check_backbone(manifest.identity, manifest.d, reader.backbone, [source], reader.parts)
     source = source.without([part.column for part in reader.parts])
@@ -141,31 +107,66 @@ def add(
     block = reader.encode(source)
     items = source.items.take(pa.array(block.positions))
     columns = ItemColumns.of(items, block.digests)
-    with store.change() as change:
-        index = change.index
-        labels = np.array(items["label"].to_pylist(), dtype=object)
+    views = reader.views if source.table is None else 1
+    labels = np.array(items["label"].to_pylist(), dtype=object)
+
+    def revise(index: Index) -> Changed:
         known = _known(index, labels, columns.digests, block.features)
         rows = np.flatnonzero(~known)
-        classes, key_ids, found = _add_classes(index, source.class_names, weights), [], None
-        if len(rows):
-            views = reader.views if source.table is None else 1
-            key_ids = index.add(block.features[rows], labels[rows].tolist(), views=views, **vars(columns.take(rows)))
-            found = index.rows.duplicates_of(key_ids, index.retrieval.keys)  # up to here, a failure changes nothing
-            _note_precision(index, precision_of(source, reader))
-        words = in_words(((None, label) for label in labels[rows]), index.backbone)
-        change.what = words or (counted(len(classes), "new class") if classes else "")
-        change.keep_fitted()
-    alike = warn_of_spelling(folder, index.class_names, classes)
-    return Added(
-        key_ids=key_ids, classes=classes, known=int(known.sum()), duplicates=found, alike=alike, **change.outcome
-    )
+        new = NewKeys(
+            block.features[rows], labels[rows].tolist(), views=views, precision=precision_of(source, reader),
+            **vars(columns.take(rows)),
+        )  # fmt: skip
+        classes = _new_classes(source.class_names, index.class_names, weights, index.has_text)
+        changed = _with_keys(index, Edits(classes=classes, add=new if len(rows) else None))
+        return replace(changed, known=int(known.sum()))
+
+    added = store.change(revise, base=base, tries=TRIES)
+    return replace(added, alike=warn_of_spelling(folder, added.index.class_names, added.classes))
 
 
-def _note_precision(index: Any, precision: str | None) -> None:
-    """Add the precision of new keys to those in the provenance."""
-    before = index.provenance.get("precision") or {}
-    known = sorted({*(before.get("keys") or "").split(", "), precision or ""} - {""})
-    index.provenance = index.provenance | {"precision": before | {"keys": ", ".join(known) or None}}
+def _with_keys(before: Index, edits: Edits) -> Changed:
+    """Add keys and classes, and look for images that are also in another class."""
+    changed = _edited(before, edits)
+    rows, keys = changed.index.rows, changed.index.retrieval.keys
+    found = rows.duplicates_of(changed.key_ids, keys) if changed.key_ids else None
+    return replace(changed, duplicates=found)
+
+
+def _edited(before: Index, edits: Edits) -> Changed:
+    """Apply edits, and fit the index again if they have outdated its fit."""
+    assert before.next_key_id is not None
+    now = _labels_of(before, [*edits.move, *edits.remove])  # before they are applied, which may change a table
+    labels = edits.label_changes(now, before.next_key_id)
+    what = in_words(labels.values(), before.backbone)
+    if edits.classes and not labels:
+        what = counted(len(edits.classes), "new class")
+    if not what:
+        return Changed(before, "")
+    after, fitted = _fitted_again(before, before.edited(edits))
+    return Changed(after, what, key_ids=[*labels], labels=labels, classes=[*edits.classes], **fitted)
+
+
+def _fitted_again(before: Index, after: Index) -> tuple[Index, dict[str, Any]]:
+    """Fit an index again if edits have outdated its fit, and return it with ``fit`` and ``fit_due``."""
+    if after.fitted is None:
+        return after, {}
+    automatic = after.n <= REFITTED and after.fitted.automatic
+    grown = after.n >= (GROWN if automatic else DUE) * after.fitted.keys
+    bare_before = [name for name in before.bare if name in after.class_names]
+    if not grown and (not after.has_text or after.bare == bare_before):
+        return after, {}
+    if not automatic:
+        return after, {"fit_due": True}
+    if grown:
+        after, choice = closed_form.fit(after, Fit(class_prior=after.fitted.class_prior))
+    else:
+        after, choice = closed_form.refit(after, after.settings.beta)
+    return after, {"fit": choice}
+
+
+def _manifest_of(store: places.Store, base: Index | None) -> Manifest:
+    return store.manifest() if base is None or base.manifest is None else base.manifest
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ class PhotoLabel:
 
 def label(
     folder: Place, photos: Iterable[PhotoLabel], reader: Reader, unwanted: Collection[str] = (),
-    last: Changed | None = None,
+    last: Changed | None = None, base: Index | None = None,
 ) -> Changed:  # fmt: skip
     """Set the labels of photos in one new version: add new photos, relabel known ones, and remove some.
 
@@ -198,58 +199,56 @@ def label(
         unwanted: the classes to drop if they have no keys afterwards.
         last: the last change of the same labelling session. If it made the current version in this minute, the new
             version replaces that version.
+        base: the index, if it is open.
 
     Raises InputError if the index has no key of a photo without a feature, if a class needs text weights and cannot
     have them, or if no key would remain.
     """
     store, wanted = places.at(folder), {photo.digest: photo for photo in photos}
-    manifest = store.manifest()
+    manifest = _manifest_of(store, base)
     check_backbone(manifest.identity, manifest.d, reader.backbone, [])
     names = list(dict.fromkeys(photo.label for photo in wanted.values() if photo.label is not None))
     weights = _weights_of(names, manifest, reader, None)
-    with store.change() as change:
-        index = change.index
+
+    def revise(index: Index) -> Changed:
         rows = index.having("digest", wanted).to_pylist()
         there = {row["digest"] for row in rows}
         fresh = [photo for photo in wanted.values() if photo.label is not None and photo.digest not in there]
-        gone = {row["key_id"] for row in rows if wanted[row["digest"]].label is None}
-        moves = {row["key_id"]: wanted[row["digest"]].label for row in rows if row["key_id"] not in gone}
-        if not fresh and len(gone) == index.n:
+        now = {row["key_id"]: (row["label"], wanted[row["digest"]].label) for row in rows}
+        edits = Edits(
+            classes=_new_classes(names, index.class_names, weights, index.has_text),
+            add=_keys_of(fresh, reader) if fresh else None,
+            move={key_id: new for key_id, (old, new) in now.items() if new not in (None, old)},
+            remove=[key_id for key_id, (_, new) in now.items() if new is None],
+            drop=set(unwanted).difference(names),
+        )
+        if not fresh and len(edits.remove) == index.n:
             raise InputError("it is the only label; label another photo first")
-        new = _add_classes(index, names, weights)
-        added = _add_photos(index, fresh, reader) if fresh else []
-        moved = _relabel(change, {key_id: str(name) for key_id, name in moves.items()}, _labels_of(index, list(moves)))
-        if gone:
-            index.remove(sorted(gone))
-        for name in sorted(set(unwanted).intersection(index.class_names).difference(names)):
-            if not index.counts[index.class_names.index(name)]:
-                index.rename(name, next(other for other in index.class_names if other != name))  # drops an empty class
-        edits: Edits = {row["key_id"]: (row["label"], wanted[row["digest"]].label) for row in rows}
-        edits = {**edits, **{key_id: (None, photo.label) for key_id, photo in zip(added, fresh, strict=True)}}
-        if last is not None and last.edits and change.writer.replace(last.version):
-            before = last.edits
-            edits = {**before, **{key_id: (before.get(key_id, pair)[0], pair[1]) for key_id, pair in edits.items()}}
-        if added or moved or gone or new:
-            change.what = in_words(edits.values(), index.backbone) or "no change"
-        change.keep_fitted()
-    return Changed(key_ids=[*added, *moved], edits=edits if change.what else {}, **change.outcome)
+        changed, before = _edited(index, edits), {} if last is None or last.version != index.version else last.labels
+        if not (changed.what and before and index.manifest is not None and made_now(index.manifest)):
+            return changed
+        again = {key_id: (before.get(key_id, pair)[0], pair[1]) for key_id, pair in changed.labels.items()}
+        labels = {**before, **again}
+        what = in_words(labels.values(), index.backbone) or "no change"
+        return replace(changed, what=what, labels=labels, replaces=True)
+
+    return store.change(revise, base=base, tries=TRIES)
 
 
-def _add_photos(index: Index, photos: Sequence[PhotoLabel], reader: Reader) -> list[int]:
+def _keys_of(photos: Sequence[PhotoLabel], reader: Reader) -> NewKeys:
     features = [photo.feature for photo in photos if photo.feature is not None]
     if len(features) < len(photos):
         lost = next(photo.source for photo in photos if photo.feature is None)
         raise InputError(f"{lost}: cannot be read, and the index does not have it; restore the file")
-    key_ids = index.add(
-        np.stack(features), [str(photo.label) for photo in photos], [photo.source for photo in photos],
+    return NewKeys(
+        np.stack(features), [photo.label for photo in photos], [photo.source for photo in photos],
         views=reader.views, digests=[photo.digest for photo in photos],
         extra=pa.table({PICKED: pa.array([photo.picked for photo in photos], pa.string())}),
+        precision=None if reader.backbone is None else reader.backbone.precision,
     )  # fmt: skip
-    _note_precision(index, None if reader.backbone is None else reader.backbone.precision)
-    return key_ids
 
 
-def merge(folder: Place, other: Place) -> Added:
+def merge(folder: Place, other: Place, *, base: Index | None = None) -> Changed:
     """Add the keys of another index that has the same backbone. New classes keep their text weights.
 
     The added keys get new ids and keep their source, digest, views and extra columns. Raises BackboneError if the
@@ -265,39 +264,41 @@ def merge(folder: Place, other: Place) -> Added:
     same_backbone(theirs.backbone, target.manifest().identity, str(other))
     weights = dict(zip(theirs.class_names, theirs.text_weights.numpy(), strict=True)) if theirs.has_text else {}
     columns = ItemColumns.of(theirs.labels, theirs.labels["digest"].to_pylist())
-    with target.change() as change:
-        index = change.index
-        classes = _add_classes(index, theirs.class_names, weights)
-        labels, views = theirs.labels["label"].to_pylist(), theirs.labels["views"].to_numpy()
-        key_ids = index.add(np.asarray(theirs.keys), labels, views=views, **vars(columns))
-        found = index.rows.duplicates_of(key_ids, index.retrieval.keys)  # up to here, a failure changes nothing
-        words = in_words(((None, label) for label in labels), index.backbone)
-        change.what = f"merged {show(str(source))}: {words}"
-        change.keep_fitted()
-    alike = warn_of_spelling(folder, index.class_names, classes)
-    return Added(key_ids=key_ids, classes=classes, known=0, duplicates=found, alike=alike, **change.outcome)
+    new = NewKeys(
+        np.asarray(theirs.keys), theirs.labels["label"].to_pylist(), views=theirs.labels["views"].to_numpy(),
+        **vars(columns),
+    )  # fmt: skip
+
+    def revise(index: Index) -> Changed:
+        classes = _new_classes(theirs.class_names, index.class_names, weights, index.has_text)
+        changed = _with_keys(index, Edits(classes=classes, add=new))
+        return replace(changed, what=f"merged {show(str(source))}: {changed.what}")
+
+    added = target.change(revise, base=base, tries=TRIES)
+    return replace(added, alike=warn_of_spelling(folder, added.index.class_names, added.classes))
 
 
-def remove(folder: Place, *, where: str | None = None, key_ids: Sequence[int] | None = None) -> Changed:
+def remove(
+    folder: Place, *, where: str | None = None, key_ids: Sequence[int] | None = None, base: Index | None = None
+) -> Changed:
     """Remove the keys that match an SQL condition over the label store, or that have the given ids.
 
     Classes are kept even if they become empty. The data of the keys is deleted from the folder together with the last
     version that contains them (see :meth:`Versions.collect`). Other stores only mark rows as removed, so call
     :func:`rebuild` first if the data must be deleted there. Raises UsageError unless exactly one valid argument is
-    given. Raises InputError if no key matches or if a key cannot be removed (see :meth:`model.Editing.remove`).
+    given. Raises InputError if no key matches or if a key cannot be removed (see :meth:`model.Index.edited`).
     """
-    with places.at(folder).change() as change:
-        chosen = _chosen(change.index, where, key_ids)
-        labels = _labels_of(change.index, chosen)
-        change.index.remove(chosen)
-        change.what = in_words(((label, None) for label in labels.values()), change.index.backbone)
-        change.keep_fitted()
-    return Changed(key_ids=chosen, **change.outcome)
+
+    def revise(index: Index) -> Changed:
+        return _edited(index, Edits(remove=_chosen(index, where, key_ids)))
+
+    return places.at(folder).change(revise, base=base, tries=TRIES)
 
 
 def relabel(
-    folder: Place, label: str | Mapping[int, str], *, where: str | None = None, key_ids: Sequence[int] | None = None
-) -> Changed:
+    folder: Place, label: str | Mapping[int, str], *, where: str | None = None, key_ids: Sequence[int] | None = None,
+    base: Index | None = None,
+) -> Changed:  # fmt: skip
     """Move keys to other classes of the index, and return the keys that changed.
 
     You can give one label and select the keys as in :func:`remove`, or give a mapping from key ids to labels. Raises
@@ -306,19 +307,20 @@ def relabel(
     """
     if not isinstance(label, str | Mapping):
         raise UsageError(f"label: got {label!r}; give the name of a class, or a mapping from key ids to names")
-    with places.at(folder).change() as change:
+    if not isinstance(label, str) and (where is not None or key_ids is not None):
+        raise UsageError("label: a mapping already names its keys; remove where and key_ids")
+
+    def revise(index: Index) -> Changed:
         if isinstance(label, str):
-            wanted = dict.fromkeys(_chosen(change.index, where, key_ids), label)
-        elif where is None and key_ids is None:
-            wanted = {key_id: label[key_id] for key_id in _chosen(change.index, None, list(label))}
+            wanted = dict.fromkeys(_chosen(index, where, key_ids), label)
         else:
-            raise UsageError("label: a mapping already names its keys; remove where and key_ids")
-        moved = _relabel(change, wanted, _labels_of(change.index, list(wanted)))
-        change.keep_fitted()
-    return Changed(key_ids=moved, **change.outcome)
+            wanted = {key_id: label[key_id] for key_id in _chosen(index, None, list(label))}
+        return _moved(index, wanted, _labels_of(index, list(wanted)))
+
+    return places.at(folder).change(revise, base=base, tries=TRIES)
 
 
-def apply_audit(folder: Place, file: Place) -> Changed:
+def apply_audit(folder: Place, file: Place, *, base: Index | None = None) -> Changed:
     """Apply the labels that a table of :func:`audit.audit` suggests. This writes a single new version.
 
     ``file`` is a CSV or Parquet file that ``index audit --out`` wrote. You can edit it first. It needs
@@ -338,18 +340,21 @@ def apply_audit(folder: Place, file: Place) -> Changed:
     if len(old) < len(ids):
         raise InputError(f"{name}: key {Counter(ids).most_common(1)[0][0]} is repeated; keep one row")
     wanted = {key_id: new for key_id, new in zip(ids, suggested, strict=True) if new not in (None, old[key_id])}
-    with place.change() as change:
-        now = _labels_of(change.index, list(wanted))
+
+    def revise(index: Index) -> Changed:
+        now = _labels_of(index, list(wanted))
         for key_id in wanted:
             if now.get(key_id) != old[key_id]:
                 found = f"is labelled {now[key_id]!r}, not {old[key_id]!r}" if key_id in now else "is not in this index"
                 raise InputError(f"{name}: key {key_id} {found}; run index audit again")
-        moved = _relabel(change, wanted, now, f"{name}: ")
-        change.keep_fitted()
-    return Changed(key_ids=moved, **change.outcome)
+        return _moved(index, wanted, now, f"{name}: ")
+
+    return place.change(revise, base=base, tries=TRIES)
 
 
-def rename(folder: Place, old: str, new: str, backbone: Backbone | None = None) -> Renamed:
+def rename(
+    folder: Place, old: str, new: str, backbone: Backbone | None = None, *, base: Index | None = None
+) -> Changed:
     """Rename a class, or merge it into the class that already has the new name. Return the ids of its keys.
 
     The class keeps its text weight. If it is merged into another class, it gets the text weight of that class. If you
@@ -358,29 +363,27 @@ def rename(folder: Place, old: str, new: str, backbone: Backbone | None = None) 
     Raises InputError if there is no class ``old`` or if ``new`` is not a valid name. Raises UsageError if the name
     cannot be encoded. Raises BackboneError if the backbone differs from the backbone of the index.
     """
-    weights = None
+    text: dict[str, npt.NDArray[np.float32]] = {}
     if backbone is not None:
-        manifest = places.at(folder).manifest()
+        manifest = _manifest_of(places.at(folder), base)
         check_backbone(manifest.identity, manifest.d, backbone, [])
         if not manifest.templates:
             raise UsageError(f"{folder}: its text weights did not come from templates; rename without a backbone")
-        weights = Reader(backbone).text_weights([new], manifest.templates)[0]
-    with places.at(folder).change() as change:
-        index = change.index
-        if old == new and new in index.class_names:
-            return Renamed(key_ids=[], merged=False, **change.outcome)
-        key_ids = index.find([old])["key_id"].to_pylist() if old in index.class_names else []
+        text = {new: Reader(backbone).text_weights([new], manifest.templates)[0]}
+
+    def revise(index: Index) -> Changed:
         merged = new in index.class_names
-        index.rename(old, new)
-        if weights is not None:
-            text = index.text_weights.cpu().numpy().copy()
-            text[index.class_names.index(new)] = weights
-            index.set_text(text, index.templates)
-        change.what = f"merged {old} into {new}" if merged else f"renamed {old} to {new}"
-        change.what += ", with a new text weight" if weights is not None else ""
+        if old == new and merged:
+            return Changed(index, "")
+        key_ids = index.find([old])["key_id"].to_pylist() if old in index.class_names else []
+        after, fitted = index.edited(Edits(rename=(old, new), text=text)), dict[str, Any]()
         if merged:
-            change.keep_fitted()
-    return Renamed(key_ids=sorted(key_ids), merged=merged, **change.outcome)
+            after, fitted = _fitted_again(index, after)
+        what = f"merged {old} into {new}" if merged else f"renamed {old} to {new}"
+        what += ", with a new text weight" if text else ""
+        return Changed(after, what, key_ids=sorted(key_ids), merged=merged, **fitted)
+
+    return places.at(folder).change(revise, base=base, tries=TRIES)
 
 
 def configure(
@@ -394,15 +397,16 @@ def configure(
     templates: Sequence[str] = (),
     groups: Place | None = None,
     backbone: Backbone | None = None,
+    base: Index | None = None,
 ) -> Changed:
     """Change settings of an index. ``None`` keeps the current value of a setting.
 
     If you give ``templates`` and a ``backbone``, the text weights are recomputed. ``groups`` is a table of groups of
     classes (see :class:`settings.BuildOptions`).
 
-    If the index is fitted, a new beta also refits the parts that depend on it (see :meth:`Change.refit`). These are the
-    solved values, alpha, the temperature and the ``no_match`` threshold. An alpha or temperature that you also give is
-    set after the refit.
+    If the index is fitted, a new beta also refits the parts that depend on it (see :func:`closed_form.refit`). They are
+    the solved values, alpha, the temperature and the ``no_match`` threshold. An alpha or temperature that you also give
+    is set after the refit.
 
     Raises UsageError if nothing is given, if a setting is invalid, or if templates are given but no backbone. Raises
     BackboneError if the backbone differs from the backbone of the index.
@@ -417,28 +421,32 @@ def configure(
     if prompts:
         if backbone is None:
             raise UsageError("templates: text weights from templates need a backbone; give --model")
-        manifest = store.manifest()
+        manifest = _manifest_of(store, base)
         check_backbone(manifest.identity, manifest.d, backbone, [])
         names = manifest.class_names
         weights = dict(zip(names, Reader(backbone).text_weights(names, prompts), strict=True))
-    with store.change() as change:
-        index = change.index
+
+    def revise(index: Index) -> Changed:
+        choice = None
         if index.fitted is not None and beta is not None and beta != index.settings.beta:
-            change.refit(beta)
-        index.choose(index.settings.override(**given), as_fitted=given.keys() <= {"k", "tail"})
+            index, choice = closed_form.refit(index, beta)
+        if given:
+            index = index.with_settings(index.settings.override(**given), chosen=not given.keys() <= {"k", "tail"})
         if prompts:
             if weights.keys() != set(index.class_names):
                 raise StoreError(f"{folder}: its classes have changed in the meantime; try again")
-            index.set_text(np.stack([weights[name] for name in index.class_names]), prompts)
-        marks = dict.fromkeys(given, "given") | ({"text": "templates"} if prompts else {})
-        index.provenance = index.provenance | marks
+            index = index.edited(Edits(text=weights, templates=prompts))
         what = [_shown(name, value) for name, value in given.items()]
         what += [counted(len(prompts), "template")] if prompts else []
+        own = index.groups
         if groups is not None:
-            index.groups = read_groups(groups, index.class_names)
-            what.append(f"groups by {', '.join(index.groups.levels[1:])}")
-        change.what = f"set {', '.join(what)}"
-    return Changed(key_ids=[], **change.outcome)
+            own = read_groups(groups, index.class_names)
+            what.append(f"groups by {', '.join(own.levels[1:])}")
+        marks = dict.fromkeys(given, "given") | ({"text": "templates"} if prompts else {})
+        index = index.altered(provenance=index.provenance | marks, groups=own)
+        return Changed(index, f"set {', '.join(what)}", fit=choice)
+
+    return store.change(revise, base=base)
 
 
 def fit_index(
@@ -450,7 +458,8 @@ def fit_index(
     prior: Sequence[Place] = (),
     validation: Source | None = None,
     reader: Reader | None = None,
-) -> FormChoice:
+    base: Index | None = None,
+) -> Changed:
     """Fit the metric, values and settings of an index with :func:`closed_form.fit`, and write a new version.
 
     For ``metric``, ``values``, ``class_prior`` and ``prior``, see :class:`settings.BuildOptions`. ``class_prior``
@@ -461,22 +470,25 @@ def fit_index(
     Raises the errors of :func:`closed_form.fit`. If an error occurs, the index stays unchanged.
     """
     store, queries, version = places.at(folder), None, None
-    manifest = store.manifest()
+    manifest = _manifest_of(store, base)
     before = "even" if manifest.fitted is None else manifest.fitted.class_prior
     asked = Fit(metric, values, class_prior or before, prior_of(prior, manifest.identity))
     if validation is not None and reader is not None:
         from retrieval_tip.fit.search_hp import on_validation  # other changes do not need it
 
-        index = store.load(device="cpu")
-        queries, version = on_validation(index, validation, reader), index.version
-    with store.change() as change:
-        if version not in (None, change.index.version):
-            raise changed_meanwhile(store)
-        change.what = "fit"
-        return change.fit(asked, queries)
+        base = store.load(device="cpu")
+        queries, version = on_validation(base, validation, reader), base.version
+
+    def revise(index: Index) -> Changed:
+        index, choice = closed_form.fit(index, asked, validation=queries)
+        return Changed(index, "fit", fit=choice)
+
+    return store.change(revise, base=base, expect=version)
 
 
-def rebuild(folder: Place, *, index: str | None = None, dtype: Dtype | None = None) -> Changed:
+def rebuild(
+    folder: Place, *, index: str | None = None, dtype: Dtype | None = None, base: Index | None = None
+) -> Changed:
     """Rebuild the index from its keys, optionally with another ``index`` type or ``dtype``.
 
     Stores other than folders rewrite every row except removed rows. Raises UsageError if the index type or the dtype is
@@ -484,10 +496,13 @@ def rebuild(folder: Place, *, index: str | None = None, dtype: Dtype | None = No
     """
     if dtype is not None:
         check_choice("dtype", dtype, Dtype)
-    with places.at(folder).change() as change:
-        change.rebuild(index, dtype)
-        change.what = f"rebuild as {change.index.index_type} of {change.index.dtype}"
-    return Changed(key_ids=[], **change.outcome)
+    store = places.at(folder)
+
+    def revise(before: Index) -> Changed:
+        made = store.rebuilt(before, index, dtype)
+        return Changed(made, f"rebuild as {made.index_type} of {made.dtype}")
+
+    return store.change(revise, base=base)
 
 
 def rollback(folder: Place, version: int | None = None) -> Changed:
@@ -498,7 +513,8 @@ def rollback(folder: Place, version: int | None = None) -> Changed:
     """
     if version is not None:
         check_count("version", version)
-    return Changed(places.at(folder).rollback(version), [])
+    index = places.at(folder).restore(version)
+    return Changed(index, "rollback")
 
 
 def gc(folder: Place, keep: int = 10) -> Collected:
@@ -529,7 +545,7 @@ def clone(folder: Place, out: Place, version: int | None = None) -> Changed:
     source.check(manifest)  # otherwise damaged data would get valid digests
     index = source.load(device="cpu", version=manifest.version, verify="fast")
     what = f"clone version {index.version} of {show(str(source))}"
-    return Changed(target.copy_from(index, what), [])
+    return Changed(target.copy_from(index, what), what)
 
 
 def _weights_of(
@@ -549,16 +565,10 @@ def _weights_of(
     return dict(zip(new, reader.text_weights(new, manifest.templates), strict=True))
 
 
-def _add_classes(index: Index, names: Sequence[str], weights: dict[str, npt.NDArray[np.float32]]) -> list[str]:
-    new = _new_classes(names, index.class_names, weights, index.has_text)
-    if new:
-        index.add_classes(new, np.stack([weights[name] for name in new]) if index.has_text else None)
-    return new
-
-
 def _new_classes(
     names: Sequence[str], present: Sequence[str], weights: Mapping[str, npt.NDArray[np.float32]], has_text: bool
-) -> list[str]:
+) -> dict[str, npt.NDArray[np.float32] | None]:
+    """Return the names that are not present, with their text weights if the index has text."""
     known = set(present)
     new = [name for name in names if name not in known]
     missing = [name for name in new if name not in weights] if has_text else []
@@ -569,7 +579,7 @@ def _new_classes(
             "features (text) or, if the index has templates, the encoder (model)"
             + (f"; if it is the same class as {alike[missing[0]]!r}, use that label" if missing[0] in alike else "")
         )
-    return new
+    return {name: weights[name] if has_text else None for name in new}
 
 
 def _known(
@@ -624,18 +634,14 @@ def _labels_of(index: Index, key_ids: Sequence[int]) -> dict[int, str]:
     return dict(zip(rows["key_id"].to_pylist(), rows["label"].to_pylist(), strict=True))
 
 
-def _relabel(change: Change, wanted: Mapping[int, str], now: Mapping[int, str], prefix: str = "") -> list[int]:
-    names = change.index.class_names
+def _moved(index: Index, wanted: Mapping[int, str], now: Mapping[int, str], prefix: str = "") -> Changed:
     for label in dict.fromkeys(wanted.values()):
-        if label not in names:
+        if label not in index.class_names:
             raise InputError(
-                f"{prefix}{label!r} is not a class of this index ({few(names)}); add new classes with index add"
+                f"{prefix}{label!r} is not a class of this index ({few(index.class_names)}); add new classes with "
+                "index add"
             )
-    moved = {key_id: label for key_id, label in wanted.items() if label != now[key_id]}
-    if moved:
-        change.index.relabel(list(moved), list(moved.values()))
-        change.what = in_words(((now[key_id], label) for key_id, label in moved.items()), change.index.backbone)
-    return list(moved)
+    return _edited(index, Edits(move={key_id: label for key_id, label in wanted.items() if label != now[key_id]}))
 
 
 def _shown(name: str, value: object) -> str:

@@ -20,7 +20,6 @@ from retrieval_tip.backbones.prompts import mean_by_class
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.source import few_shot
 from retrieval_tip.data.sources import Source, check_exists, open_source, spelled_alike
-from retrieval_tip.data.tables import has_part, parts_in, read_rows, table_identity
 from retrieval_tip.errors import SHOWN, InputError, UsageError, command_line, counted, few
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.closed_form import Fit
@@ -136,6 +135,7 @@ class Material:
     ids: npt.NDArray[np.int64]
     words: Words
     plan: BuildOptions
+    backbone: Identity | None
     fit: Fit | None
     device: str
     groups: Levels | None = None
@@ -202,7 +202,7 @@ class Material:
         built = Built(self.source.name, shots, reader.seed if drawn else 1, reader.views)
         index = Index(
             rows, list(names), inputs.text_weights(weights, len(names), rows.d),
-            settings=self.settings(statistics, k), templates=templates, backbone=identity_of(self.source, reader),
+            settings=self.settings(statistics, k), templates=templates, backbone=self.backbone,
             provenance=self.described(statistics), built=built, parts=self.reader.parts, groups=self.groups,
         )  # fmt: skip
         if bare := index.bare:
@@ -233,7 +233,7 @@ def identity_of(source: Source, reader: Reader) -> Identity | None:
     """Return the identity of the encoder's backbone or, if it has none, of the backbone named in the table."""
     if reader.backbone is not None:
         return reader.backbone.identity
-    return table_identity(source.table, reader.parts) if source.table is not None else None
+    return source.table.identity(reader.parts) if source.table is not None else None
 
 
 def precision_of(source: Source, reader: Reader) -> str | None:
@@ -254,29 +254,31 @@ def read_text_table(
     table can have a column for some of them, and the others have no text. Raises InputError if the file is invalid.
     Raises BackboneError if the table names another backbone than ``backbone``.
     """
-    table = open_source(path)
-    if table.table is None:
-        raise InputError(f"{table.name}: no column 'feature'; give a feature table labelled by class")
+    source = open_source(path)
+    if (table := source.table) is None:
+        raise InputError(f"{source.name}: no column 'feature'; give a feature table labelled by class")
     rows: dict[str, list[int]] = {}
-    for row, label in enumerate(table.labels):
+    for row, label in enumerate(source.labels):
         rows.setdefault(label, []).append(row)
 
-    file = table.table
-
-    def means(columns: Sequence[Part]) -> npt.NDArray[np.float32]:
-        read = read_rows(file, "check" if norms == "check" else "unit", parts=columns)
-        features = np.concatenate([block for _, block in read])
+    def means(*columns: Part) -> npt.NDArray[np.float32]:
+        features = Reader(norms="check" if norms == "check" else "unit", parts=columns).encode(source).features
         return np.stack([mean_by_class(features[None, own], [name])[0] for name, own in rows.items()])
 
-    if len(parts) > 1 and sum(part.width for part in parts_in(file)) != sum(part.width for part in parts):
-        own = [
-            means([part]) if has_part(file, part) else np.zeros((len(rows), part.width), np.float32) for part in parts
-        ]
+    def text_of(part: Part) -> npt.NDArray[np.float32]:
+        try:
+            has_text = table.parts([part])[0].width == part.width
+        except InputError:
+            has_text = False
+        return means(part) if has_text else np.zeros((len(rows), part.width), np.float32)
+
+    if len(parts) > 1 and sum(part.width for part in table.parts()) != sum(part.width for part in parts):
+        own = [text_of(part) for part in parts]
         if not any(part.any() for part in own):
-            raise InputError(f"{table.name}: has no column of text features of an encoder of this index")
+            raise InputError(f"{source.name}: has no column of text features of an encoder of this index")
         return tuple(rows), text_side_by_side(own)
-    same_backbone(table_identity(file), backbone, str(path))
-    return tuple(rows), means(())
+    same_backbone(table.identity(), backbone, str(path))
+    return tuple(rows), means()
 
 
 def warn_of(duplicates: Duplicates) -> None:
@@ -315,10 +317,9 @@ def create(folder: Versions, made: Material) -> Index:
         index = made.index(rows, rows.statistics(), k)
         warn_of(duplicates(keys, rows.labels))
         if made.fit is not None:
-            fitted = closed_form.fit(index, made.fit, factory=factory)
-            warn(fitted.warnings)
-        index.commit(writer, "build")
-    return index if made.device == index.device else Index.load(folder.folder, device=made.device, verify="fast")
+            index, choice = closed_form.fit(index, made.fit, factory=factory)
+            warn(choice.warnings)
+        return index.committed(writer, "build").on(made.device)
 
 
 def _write_keys(

@@ -2,96 +2,82 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import importlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from retrieval_tip.errors import InputError, StoreError, show
 from retrieval_tip.settings import Dtype, Verify
-from retrieval_tip.store.address import parse
+from retrieval_tip.store.address import SCHEMES, parse
+from retrieval_tip.store.labels import LabelChanges
 from retrieval_tip.store.manifest import Manifest
-from retrieval_tip.store.versions import Check, Versions, Writer
+from retrieval_tip.store.versions import Check, ConflictError, Versions, changed_meanwhile
 
 if TYPE_CHECKING:  # importing torch takes a second, and manifests do not need it
-    from retrieval_tip.fit.closed_form import Fit, FormChoice
-    from retrieval_tip.fit.folds import Queries
+    from retrieval_tip.fit.closed_form import FormChoice
     from retrieval_tip.index.items import Material
     from retrieval_tip.model import Index
+    from retrieval_tip.retrieval.duplicates import Duplicates
 
+STORES = dict.fromkeys(SCHEMES, ("retrieval_tip.lance.lance_store", "LanceStore"))
+"""The module and the class of each kind of store other than a folder. They are imported when one is opened."""
 Place = str | os.PathLike[str]
 """A folder, or the address of another kind of store (see :mod:`store.address`)."""
 
 
-GROWN, REFITTED, DUE = 1.125, 4096, 2.0
-"""Factor of growth after which a change fits the index again, and maximum number of keys for this.
-
-A fit of that many keys takes a few seconds. The last constant is the factor of growth after which a fit is suggested,
-if it is not automatic.
-"""
+TRIES = 3
+"""Number of times that an edit is tried in a bucket, if another process writes a version at the same time."""
 
 
-class Change:
-    """A change of an index. Edit ``index``, and set ``what`` to a description for the history.
+@dataclass(frozen=True)
+class Changed:
+    """A change of an index, before and after it is written.
 
-    If ``what`` is empty, no version is written. ``bare_before`` lists the classes that had no keys before the change.
-    ``choice`` is the fit that the change has made, and ``fit_due`` whether one is due (see :class:`changes.Changed`).
+    If the number of keys has grown by an eighth since the last fit, or if other classes than before have no photos, the
+    index is fitted again. Some indexes are not fitted by a change, because they are too large, or because a fit to
+    their shots did not choose their settings.
+
+    Attributes:
+        index: the new index.
+        what: a description for the history. If it is empty, nothing has changed, and no version is written.
+        key_ids: the ids of the affected keys.
+        labels: the labels of these keys before and after. For a labelling session, since the version before.
+        classes: the new classes.
+        known: the number of images that the index already had.
+        duplicates: the new keys whose image is also in another class.
+        alike: maps a new class to an earlier class whose name only differs in case, ``_``, ``-`` or spaces.
+        merged: whether a renamed class was merged into an existing class.
+        fit: the fit, if the index was fitted.
+        fit_due: whether the index has doubled, or other classes have no photos, but it was not fitted.
+            :func:`changes.fit_index` would make it more accurate.
+        replaces: whether the version takes the place of the version before it.
     """
 
-    what = ""
-    choice: FormChoice | None = None
-    fit_due = False
-
-    def __init__(self, index: Index, writer: Writer) -> None:
-        self.index, self.writer = index, writer
-        self.bare_before = index.bare
+    index: Index = dataclasses.field(repr=False, compare=False)
+    what: str
+    _: dataclasses.KW_ONLY
+    key_ids: list[int] = dataclasses.field(default_factory=list)
+    labels: LabelChanges = dataclasses.field(default_factory=dict)
+    classes: list[str] = dataclasses.field(default_factory=list)
+    known: int = 0
+    duplicates: Duplicates | None = None
+    alike: dict[str, str] = dataclasses.field(default_factory=dict)
+    merged: bool = False
+    fit: FormChoice | None = None
+    fit_due: bool = False
+    replaces: bool = False
 
     @property
-    def outcome(self) -> dict[str, Any]:
-        """The current version and the fit, as fields of :class:`changes.Changed`."""
-        return {"version": self.index.version, "fit": self.choice, "fit_due": self.fit_due}
-
-    def keep_fitted(self) -> None:
-        """Fit the index again if the change has outdated its fit."""
-        index = self.index
-        if index.fitted is None or not self.what:
-            return
-        automatic = index.n <= REFITTED and index.fitted.automatic
-        grown = index.n >= (GROWN if automatic else DUE) * index.fitted.keys
-        bare_before = [name for name in self.bare_before if name in index.class_names]
-        if not grown and (not index.has_text or index.bare == bare_before):
-            return
-        if not automatic:
-            self.fit_due = True
-        elif grown:
-            from retrieval_tip.fit.closed_form import Fit
-
-            self.fit(Fit(class_prior=index.fitted.class_prior))
-        else:
-            self.refit(index.settings.beta)
-
-    def commit(self) -> None:
-        """Write the next version."""
-        self.index.commit(self.writer, self.what)
-
-    def rebuild(self, index: str | None, dtype: Dtype | None) -> None:
-        """Rebuild the index from its keys. ``None`` keeps the current index type or dtype."""
-        self.index.rebuild(index, dtype)
-
-    def refit(self, beta: float) -> None:
-        """Refit a fitted index for a new beta with :func:`closed_form.refit`, including its solved values."""
-        from retrieval_tip.fit import closed_form
-
-        self.choice = closed_form.refit(self.index, beta)
-
-    def fit(self, asked: Fit, validation: Queries | None = None) -> FormChoice:
-        """Fit the index with :func:`closed_form.fit`."""
-        from retrieval_tip.fit import closed_form
-
-        self.choice = closed_form.fit(self.index, asked, validation=validation)
-        return self.choice
+    def version(self) -> int:
+        """The number of the current version."""
+        assert self.index.version is not None
+        return self.index.version
 
 
 class Store(Versions):
@@ -108,14 +94,13 @@ class Store(Versions):
 
         return create(self, material)
 
-    def copy_from(self, index: Index, what: str) -> int:
-        """Write an opened index as the next version, and return the version number.
+    def copy_from(self, index: Index, what: str) -> Index:
+        """Write an opened index as the next version, and return it as it is stored here.
 
         ``what`` describes the change in the history. Raises InputError if the store does not support a part of the
         index.
         """
-        index.save(self.folder, what)
-        return self.manifest().version
+        return copy.copy(index).save(self.folder, what)
 
     def load(self, *, device: str = "auto", verify: Verify | None = None, version: int | None = None) -> Index:
         """Open the current version, or an earlier version.
@@ -129,22 +114,57 @@ class Store(Versions):
 
         return Index.load(self.folder, device=device, verify=verify, check=check, version=version)
 
-    @contextmanager
-    def change(self) -> Iterator[Change]:
-        """Open the current version for exclusive editing, and write the next version when the context ends."""
-        self.manifest()  # before a writer creates a folder
-        with self.write() as writer:
-            change = self.changed_by(writer)
-            yield change
-            if change.what:
-                change.commit()
+    def change(
+        self, revise: Callable[[Index], Changed], *, base: Index | None = None, expect: int | None = None,
+        tries: int = 1,
+    ) -> Changed:  # fmt: skip
+        """Change the current version, and return the change with the index as it is stored.
 
-    def changed_by(self, writer: Any) -> Change:
-        """Open the parent of the version that is being written, to be changed."""
+        Args:
+            revise: takes the current index, and returns the change to write. It may be called again.
+            base: an open index, which saves loading the current version if it is the same.
+            expect: the version that must be current.
+            tries: the number of attempts in a bucket, where another process may write a version at the same time.
+
+        Raises the errors of ``revise`` and of :meth:`Versions.write`. If an error occurs, nothing changes.
+        """
+        if not self.exists():
+            self.manifest()  # before a writer creates a folder
+        for left in reversed(range(tries)):
+            try:
+                with self.write() as writer:
+                    if expect not in (None, writer.parent.version):
+                        raise changed_meanwhile(self)
+                    changed = revise(self.current(writer, base))
+                    writer.replaces = changed.replaces
+                    if changed.what:
+                        changed = replace(changed, index=self.commit(writer, changed.index, changed.what))
+                    return changed
+            except ConflictError:
+                if not left or self.local is not None:
+                    raise
+        raise AssertionError
+
+    def current(self, writer: Any, base: Index | None) -> Index:
+        """Return the parent of the version that is being written, to be changed on the CPU."""
         from retrieval_tip.model import Index
 
+        if base is not None and base.manifest == writer.parent:
+            return base.on("cpu")
         check = Check(self.files, writer.parent, "fast")  # copied files are hashed anyway
-        return Change(Index.load(self.folder, device="cpu", check=check), writer)
+        return Index.load(self.folder, device="cpu", check=check)
+
+    def commit(self, writer: Any, index: Index, what: str) -> Index:
+        """Make ``index`` the current version, and return it as it is stored."""
+        return index.committed(writer, what)
+
+    def rebuilt(self, index: Index, factory: str | None, dtype: Dtype | None) -> Index:
+        """Rebuild an index from its keys. ``None`` keeps the current index type or dtype."""
+        return index.rebuilt(factory, dtype)
+
+    def restore(self, version: int | None = None) -> Index:
+        """Restore an earlier version (see :meth:`Versions.rollback`), and return it."""
+        return self.load(device="cpu", verify="fast", version=self.rollback(version))
 
     def verify(self) -> Index:
         """Check every byte or row of the current version, check that its parts are consistent, and return it."""
@@ -158,8 +178,8 @@ def at(place: Place) -> Store:
     address = parse(place) if isinstance(place, str) else None
     if address is None:
         return Store(place)
-    # imported by name, because this layer is below the package
-    return cast("Store", importlib.import_module("retrieval_tip.lance.lance_store").LanceStore(address))
+    module, name = STORES[address.scheme]
+    return cast("Store", getattr(importlib.import_module(module), name)(address))
 
 
 def found(folder: Path) -> Store:

@@ -10,18 +10,18 @@ from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch.nn.functional import normalize
 
-from retrieval_tip.data.reader import FeatureBlock, Reader
+from retrieval_tip.data.reader import FeatureBlock, FloatArray, Reader
 from retrieval_tip.data.remote import absolute
 from retrieval_tip.data.sources import Source, of_images, read_item
 from retrieval_tip.errors import InputError, check_memory, show
 from retrieval_tip.index import places
 from retrieval_tip.index.build import build_index
+from retrieval_tip.index.changes import PhotoLabel
 from retrieval_tip.labelling.queue import Picked
 from retrieval_tip.model import Index
 from retrieval_tip.predictions import Predictions
@@ -39,7 +39,6 @@ GUESSES = 3
 ASK = Ask(top=GUESSES + 1, neighbours=0, logits=False)
 """The question whose answers are guesses."""
 
-FloatArray = npt.NDArray[np.float32]
 Read = Mapping[int, tuple[str, FloatArray]]
 """The digest and the feature ``[d]`` of each photo that was read, by number."""
 
@@ -68,10 +67,15 @@ def picked_of(text: str | None) -> Picked:
 
 
 @dataclass(frozen=True)
-class _Remembered(Reader):
-    """A reader that returns features that are known already."""
+class Remembered(Reader):
+    """A reader of one source whose features are ``known`` already. It reads no file."""
 
     known: tuple[FeatureBlock, ...] = ()
+
+    @classmethod
+    def of(cls, reader: Reader, features: FloatArray, digests: Sequence[str]) -> Remembered:
+        """Return a reader of photos whose features ``[m, d]`` another reader has made."""
+        return cls(**vars(reader), known=(FeatureBlock(np.arange(len(features)), features, [*digests]),))
 
     def blocks(self, source: Source) -> Iterator[FeatureBlock]:
         """Return the blocks."""
@@ -144,7 +148,7 @@ class SessionPhotos:
         if not known:
             raise InputError("photos: have not been read yet; try again later")
         digests = [self.digests.get(photo) for photo in known.values()]
-        return _Remembered(known=(FeatureBlock(np.array([*known]), self.rows([*known.values()]), digests),))
+        return Remembered(known=(FeatureBlock(np.array([*known]), self.rows([*known.values()]), digests),))
 
     def hashed(self, photos: Sequence[int]) -> dict[int, str]:
         """Return the digests of the photos whose files can be read. The object does not change."""
@@ -196,33 +200,32 @@ def known_photos(
     ``digests`` maps the digests of the photos that have been read to their numbers. ``numbers`` maps the absolute paths
     of the other photos, as text, to their numbers.
     """
-    labels = index.labels
-    picked = labels[PICKED] if PICKED in labels.column_names else pa.nulls(len(labels), pa.string())
-    rows = labels.select(["key_id", "label", "digest", "source"]).append_column(PICKED, picked)
-    wanted = {"source": numbers, "digest": digests}
-    found = (pc.is_in(rows[name], value_set=pa.array(values, pa.string())) for name, values in wanted.items())
-    known: dict[int, LabelledPhoto] = {}
-    for row in rows.filter(pc.or_(*found)).to_pylist():
-        one = LabelledPhoto(row["key_id"], row["label"], row[PICKED], row["digest"])
-        for photo in [*digests.get(row["digest"], ()), *([numbers[row["source"]]] if row["source"] in numbers else [])]:
-            known.setdefault(photo, one)
+    columns = [name for name in ("key_id", "label", "digest", "source", PICKED) if name in index.labels.column_names]
+    labels, known = index.labels.select(columns), dict[int, LabelledPhoto]()
+    paths = {path: [photo] for path, photo in numbers.items()}
+    for column, photos in (("source", paths), ("digest", digests)):
+        for row in labels.filter(pc.is_in(labels[column], value_set=pa.array(photos, pa.string()))).to_pylist():
+            one = LabelledPhoto(row["key_id"], row["label"], row.get(PICKED), row["digest"])
+            known |= {photo: one for photo in photos[row[column]] if photo not in known}
     return known
 
 
 def build_from_labels(
-    place: places.Place, labels: Mapping[str, Label], reader: Reader, classes: Sequence[str] = ()
-) -> None:
-    """Build a new index from labelled photos, given by their absolute paths.
+    place: places.Place, photos: Sequence[PhotoLabel], reader: Reader, classes: Sequence[str] = ()
+) -> Index:
+    """Build a new index from labelled photos that have features, and return it. No photo is read again.
 
     An index of an encoder with text also knows the names of ``classes``. Raises the errors of
     :func:`build.build_index`.
     """
-    names = [str(one.label) for one in labels.values()]
+    names = [str(photo.label) for photo in photos]
     has_text = reader.backbone is not None and reader.backbone.has_text
     own = dict.fromkeys([*(classes if has_text else ()), *names])
-    source = of_images([*labels], "photos", names, list(own))
-    picked = pa.array([one.picked for one in labels.values()], pa.string())
-    build_index(replace(source, items=source.items.append_column(PICKED, picked)), place, reader)
+    source = of_images([photo.source for photo in photos], "photos", names, list(own))
+    picked = pa.array([photo.picked for photo in photos], pa.string())
+    features = np.stack([photo.feature for photo in photos if photo.feature is not None])
+    source = replace(source, items=source.items.append_column(PICKED, picked))
+    return build_index(source, place, Remembered.of(reader, features, [photo.digest for photo in photos]))
 
 
 def alike(features: FloatArray, rows: Sequence[int]) -> list[list[int]]:

@@ -122,8 +122,7 @@ def _smaller(index: Index, rows: IntArray) -> Iterator[Index]:
     images, last = images_of(index.labels), rows[np.argsort(index.labels["key_id"].to_numpy()[rows])]
     for left in range(STEP, min(STEPS * STEP, len(last) - LEAST + 1), STEP) if index.n <= SMALL else ():
         other = index.take(np.flatnonzero(~np.isin(images, images[last[-left:]])))
-        closed_form.fit(other)
-        yield other
+        yield closed_form.fit(other)[0]
 
 
 def _chances(index: Index, key_ids: Sequence[int], rest: Features) -> tuple[Floats, int]:

@@ -19,7 +19,6 @@ refers to rows of another writer.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import io
 import os
@@ -37,7 +36,7 @@ import pyarrow.parquet as pq
 from retrieval_tip.data.tables import vectors
 from retrieval_tip.errors import InputError, StoreError, command_line
 from retrieval_tip.files import sha256_of, sync
-from retrieval_tip.index.places import Change, Store
+from retrieval_tip.index.places import Store
 from retrieval_tip.lance.key_table import CLASSES, FLAT, RESTORE, TABLE, VALUES, KeyTable
 from retrieval_tip.settings import Dtype, Verify
 from retrieval_tip.store import versions
@@ -48,8 +47,6 @@ from retrieval_tip.store.sums import Sums
 from retrieval_tip.store.versions import Origin, Writer, changed_meanwhile
 
 if TYPE_CHECKING:  # importing torch takes a second, and manifests do not need it
-    from retrieval_tip.fit.closed_form import Fit, FormChoice
-    from retrieval_tip.fit.folds import Queries
     from retrieval_tip.index.items import Material
     from retrieval_tip.lance.rows import TableRows
     from retrieval_tip.model import Index
@@ -198,6 +195,7 @@ class LanceStore(Store):
 
     def create(self, material: Material) -> Index:
         """Stream the keys into a table. If the index is fitted, the table may be rewritten with the points."""
+        from retrieval_tip.fit import closed_form
         from retrieval_tip.index.items import warn, warn_of
         from retrieval_tip.lance.rows import TableRows, index_kind
         from retrieval_tip.retrieval.duplicates import duplicates
@@ -213,14 +211,12 @@ class LanceStore(Store):
             if rows.n <= FEW_KEYS:
                 few = rows.in_memory()
                 warn_of(duplicates(few.keys, few.labels))
-            change = TableChange(self, writer, index, rows)
             if material.fit is not None:
-                warn(change.fit(material.fit, factory=asked).warnings)
-            change.what = "build"
-            change.commit()
-        return self.load(device=material.device, version=index.version)
+                index, choice = closed_form.fit(index, material.fit, factory=asked)
+                warn(choice.warnings)
+            return self.commit(writer, index, "build", asked if material.fit is not None else None).on(material.device)
 
-    def copy_from(self, index: Index, what: str) -> int:
+    def copy_from(self, index: Index, what: str) -> Index:
         """Raises InputError if the index has trained values."""
         from retrieval_tip.lance.rows import TableRows
 
@@ -231,7 +227,8 @@ class LanceStore(Store):
             metric = index.metric if index.values is None else None  # the table then contains the points
             c, blocks = len(index.class_names), index.rows.blocks()
             rows = TableRows.create(self.address, writer, blocks, c, index.dtype, metric=metric)
-            return self.commit(writer, copy.copy(index), rows, what)
+            self._committed(writer, index, rows, what)
+        return self.load(device=index.device)
 
     def load(self, *, device: str = "auto", verify: Verify | None = None, version: int | None = None) -> Index:
         """Open the current version, or an earlier version. ``verify="full"`` checks every row, like :meth:`verify`.
@@ -245,29 +242,27 @@ class LanceStore(Store):
         def opened(manifest: Manifest) -> Index:
             if verify == "full":
                 self.check(manifest)
-            return self._index(manifest, device)[0]
+            return self._index(manifest, device)
 
         return self.opened(opened, version)
 
-    def _index(self, manifest: Manifest, device: str, writer: TableWriter | None = None) -> tuple[Index, TableRows]:
-        """Open a version, and return it together with the rows of its table, which a ``writer`` may edit."""
+    def _index(self, manifest: Manifest, device: str) -> Index:
         import torch
 
         from retrieval_tip.lance.rows import TableRows
         from retrieval_tip.model import Index
         from retrieval_tip.store.contents import metric_of
 
-        table = writer.table if writer is not None and writer.table is not None else self.table(manifest)
         classes, files = self.classes(manifest), manifest.files.items()
         held = {kind: np.load(self._checked(file.name, file.sha256)) for kind, file in files if kind != "classes"}
         held |= {"text": _matrix(classes["text"])} | ({"metric": metric_of(held["metric"])} if "metric" in held else {})
         counts, none = classes["keys"].to_numpy(), np.zeros((0, 0))
         sums = {name: _matrix(classes[name]) for name in ("sum", "point_sum") if name in classes.column_names}
         rows = TableRows(
-            table=table, known=Sums(counts, sums["sum"], held.get("second", none)),
+            table=self.table(manifest), known=Sums(counts, sums["sum"], held.get("second", none)),
             point_sums=Sums(counts, sums["point_sum"], none) if "point_sum" in sums else None,
             kind=CLASSES if manifest.index == CLASSES else FLAT,  # earlier programs also used vector indexes
-            automatic=manifest.built.auto_index, writer=writer,
+            automatic=manifest.built.auto_index,
         )  # fmt: skip
         used: Rows = rows
         if "values" in held:  # a query uses all keys
@@ -275,28 +270,53 @@ class LanceStore(Store):
             places = np.argsort(np.argsort(arrays.key_ids))
             used = replace(arrays, values=torch.from_numpy(held["values"][places]))
         index = Index.of_version(used, manifest, device, held, factory=rows.kind)
-        index.stored = Origin(self, manifest)
-        return index, rows
+        return index.altered(stored=Origin(self, manifest))
 
-    def changed_by(self, writer: TableWriter) -> TableChange:
+    def current(self, writer: TableWriter, base: Index | None) -> Index:
         assert writer.parent is not None
-        return TableChange(self, writer, *self._index(writer.parent, "cpu", writer))
+        assert writer.table is not None
+        kept = base is not None and base.manifest == writer.parent
+        index = base.on("cpu") if base is not None and kept else self._index(writer.parent, "cpu")
+        table = replace(_table_of(index), table=writer.table, writer=writer)
+        return index.altered(rows=_kept_in(table, index.rows))
 
-    def commit(self, writer: TableWriter, index: Index, rows: TableRows, what: str) -> int:
-        """Make ``index``, whose table has the given ``rows``, the current version, and return its number.
+    def rebuilt(self, index: Index, factory: str | None, dtype: Dtype | None) -> Index:
+        """Every row is rewritten, except removed ones."""
+        solved = index.values is not None
+        table = _table_of(index).rewritten(None if solved else index.metric, factory, dtype)
+        made = index.rebuilt(table.kind, dtype) if solved else index
+        made = made.altered(rows=_kept_in(table, made.rows))
+        return made if factory is None else made.altered(settings=made.settings.override(k=table.few))
 
-        ``what`` is a short description for the history. Raises the errors of :meth:`model.Editing.check_answers` and
+    def commit(self, writer: TableWriter, index: Index, what: str, factory: str | None = None) -> Index:
+        """See :meth:`Store.commit`. Edits and fits of keys in memory are now made in the table.
+
+        ``factory`` is the new type of its index. Raises the errors of :meth:`model.Index.check_answers` and of
         :meth:`Writer.commit`.
         """
+        from retrieval_tip.lance.rows import TableRows
+        from retrieval_tip.retrieval.rows import ArrayRows
+
+        table: Rows = _table_of(index)
+        if isinstance(index.rows, ArrayRows):
+            self.check_held(index)
+            for edit in index.rows.pending:
+                table = edit(table)
+            table = table.with_sums(index.rows.sums).fitted(index.metric, index.values, factory, "cpu")
+        assert isinstance(table, TableRows)
+        return self._committed(writer, index, table, what)
+
+    def _committed(self, writer: TableWriter, index: Index, rows: TableRows, what: str) -> Index:
+        """Make ``index``, whose table has the given ``rows``, the current version, and return it as it is stored."""
         from retrieval_tip.model import SUMS_FROM
         from retrieval_tip.store.contents import write
 
         index.check_answers()
         kind, rows = rows.kind, rows.kept_up(writer.prunes)
+        built = replace(index.built, auto_index=rows.automatic)
         if rows.kind != kind:
-            scores, index.settings = index.current_scores, index.settings.override(k=index.settings.k or rows.few)
-            index.scores = scores and replace(scores, settings=index.settings)
-        index.built = replace(index.built, auto_index=rows.automatic)
+            scores, settings = index.current_scores, index.settings.override(k=index.settings.k or rows.few)
+            index = index.altered(settings=settings, scores=scores and replace(scores, settings=settings))
         classes = {"label": pa.array(index.class_names, pa.string()), "keys": pa.array(rows.known.counts)}
         classes |= {"text": vectors(index.text_weights.cpu().numpy()), "sum": vectors(rows.known.sums)}
         classes |= {} if rows.point_sums is None else {"point_sum": vectors(rows.point_sums.sums)}
@@ -308,11 +328,11 @@ class LanceStore(Store):
         }
         write({kind: own for kind, own in held.items() if own is not None}, writer, None)
         table = Table(rows.table.name, rows.table.version, rows.n)
-        index.set_rows(rows)
-        manifest = index.manifest_of(writer, what, table, writer.digests(table))
+        manifest = index.altered(built=built, rows=rows).manifest_of(writer, what, table, writer.digests(table))
         writer.commit(manifest)
-        index.stored = Origin(self, manifest)
-        return manifest.version
+        rows = replace(rows, table=self.table(manifest), writer=None)  # pinned to this version
+        kept = rows if index.values is None else _kept_in(rows, index.rows)
+        return index.altered(built=built, stored=Origin(self, manifest), rows=kept)
 
     def check_held(self, index: Index) -> None:
         """Raise InputError if an index has solved values and does not fit in memory."""
@@ -332,68 +352,25 @@ class LanceStore(Store):
     def check(self, manifest: Manifest) -> None:
         """Every row is checked, too, and that all parts are consistent."""
         super().check(manifest)
-        index, rows = self._index(manifest, "cpu")
-        rows.check(index.metric)
+        index = self._index(manifest, "cpu")
+        _table_of(index).check(index.metric)
 
 
-class TableChange(Change):
-    """A change of an index whose rows are in a table.
+def _table_of(index: Index) -> TableRows:
+    """Return the rows of the table that keeps an index."""
+    from retrieval_tip.lance.rows import TableRows
+    from retrieval_tip.retrieval.rows import ArrayRows
 
-    The keys are in memory if the values are solved. The table then follows the edits at the end.
-    """
+    table = index.rows.kept_in if isinstance(index.rows, ArrayRows) else index.rows
+    assert isinstance(table, TableRows)
+    return table
 
-    writer: TableWriter
 
-    def __init__(self, store: LanceStore, writer: TableWriter, index: Index, rows: TableRows) -> None:
-        super().__init__(index, writer)
-        self.store, self._rows = store, rows
-        self._factory: str | None = None
+def _kept_in(table: TableRows, rows: Rows) -> Rows:
+    """Return rows in memory that the table keeps, or the table itself if the keys are not in memory."""
+    from retrieval_tip.retrieval.rows import ArrayRows
 
-    @property
-    def _table(self) -> TableRows:
-        """The rows of the table. They lack the edits of an index in memory."""
-        from retrieval_tip.lance.rows import TableRows
-
-        return self.index.rows if isinstance(self.index.rows, TableRows) else self._rows
-
-    def rebuild(self, index: str | None, dtype: Dtype | None) -> None:
-        """Every row is rewritten, except removed ones."""
-        own, solved = self.index, self.index.values is not None
-        rows = self._rows = self._table.rewritten(None if solved else own.metric, index, dtype)
-        if solved:
-            own.rebuild(rows.kind, dtype)
-        else:
-            own.set_rows(rows)
-        if index is not None:
-            own.settings = own.settings.override(k=rows.few)
-
-    def fit(self, asked: Fit, validation: Queries | None = None, factory: str | None = None) -> FormChoice:
-        """See :meth:`Change.fit`.
-
-        All keys are loaded into memory if there are few enough for solved values. Otherwise, they are read in a few
-        passes. ``factory`` is the new type of the index.
-        """
-        from retrieval_tip.fit import closed_form
-        from retrieval_tip.retrieval.ridge import MOST_SOLVED
-
-        rows = self._rows = self._table
-        if rows.n <= MOST_SOLVED:
-            self._factory = factory
-            if self.index.rows is rows:
-                self.index.set_rows(rows.arrays())
-            factory = CLASSES if (factory or rows.kind) == CLASSES else None
-        self.choice = closed_form.fit(self.index, asked, validation=validation, factory=factory)
-        return self.choice
-
-    def commit(self) -> None:
-        from retrieval_tip.retrieval.rows import ArrayRows
-
-        index, table = self.index, self._table
-        if isinstance(index.rows, ArrayRows):
-            self.store.check_held(index)
-            table = table.following(index.rows, len(index.class_names))
-            table = table.fitted(index.metric, index.values, self._factory, "cpu")
-        self.store.commit(self.writer, index, table, self.what)
+    return replace(rows, kept_in=table, pending=()) if isinstance(rows, ArrayRows) else table
 
 
 def _matrix(column: pa.ChunkedArray) -> npt.NDArray[Any]:

@@ -57,8 +57,6 @@ MOST_ASKED, NEIGHBOURS = 512, 4
 """Maximum number of new keys to compare with their neighbours, and the number of neighbours per key."""
 INDEX_FROM = 50_000
 """Minimum number of keys for which an index is faster than a comparison with every key."""
-ASSIGNED = ("key_id", "class_id", "label", "shot")
-"""The columns of a key that an edit can change, after its id."""
 HELD_BYTES = 1 << 29
 """Maximum size in bytes of keys that stay in memory after the first read."""
 PIECE = 1 << 24
@@ -335,7 +333,8 @@ class TableRows(Rows):
         """Return the rows with all keys in memory, however large."""
         labels, keys = zip(*self.blocks(), strict=True)
         order = self._order[0]
-        return ArrayRows(np.concatenate(keys)[order], pa.concat_tables(labels).take(pa.array(order)), sums=self.sums)
+        labels = pa.concat_tables(labels).take(pa.array(order))
+        return ArrayRows(np.concatenate(keys)[order], labels, sums=self.sums, kept_in=self)
 
     def _check_taken(self, n: int) -> None:
         if n * self.d * 4 > MOST_TAKEN:
@@ -413,21 +412,6 @@ class TableRows(Rows):
             self._changed.drop_points()
             rows = replace(self, point_sums=None)
         return rows.indexed(factory or self.asked) if moved or factory is not None else rows
-
-    def following(self, rows: ArrayRows, n_classes: int) -> TableRows:
-        """Write edited rows in memory, whose keys are those of the table, apart from added and removed ones."""
-        check_columns(list(rows.labels.schema)[len(LABEL_SCHEMA) :])
-        old, new = self.table.read(ASSIGNED).sort_by("key_id"), rows.columns(*ASSIGNED)
-        places = np.clip(np.searchsorted(old["key_id"].to_numpy(), rows.key_ids), 0, len(old) - 1)
-        before = old.take(pa.array(places))
-        changed = ~np.logical_and.reduce([np.equal(before[name].to_numpy(), new[name].to_numpy()) for name in ASSIGNED])
-        gone = ~np.isin(old["key_id"].to_numpy(), rows.key_ids[~changed])
-        self._changed.delete(old["key_id"].to_numpy()[gone].tolist())
-        if changed.any():
-            own = rows.take(np.flatnonzero(changed))
-            self._changed.append(rows_of(own.labels, own.keys))
-        blocks = ((keys, labels["class_id"].to_numpy().astype(np.int64)) for labels, keys in rows.blocks())
-        return replace(self, known=rows.sums or Sums.of(blocks, n_classes, self.d), point_sums=None)
 
     def rewritten(
         self, metric: tip.Metric | None, factory: str | None = None, dtype: Dtype | None = None,

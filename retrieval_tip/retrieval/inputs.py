@@ -165,19 +165,6 @@ def ids_of(labels: Labels, class_names: Sequence[str], n: int) -> npt.NDArray[np
     return ids
 
 
-def new_ids(key_ids: Sequence[int], labels: str | Sequence[str], class_names: Sequence[str]) -> dict[int, int]:
-    """Map key ids to class ids, given one label for all keys or one label per key.
-
-    Raises InputError if a label is not a class, or if there is one label per key and a key id is repeated.
-    """
-    if isinstance(labels, str):
-        return dict.fromkeys(key_ids, int(ids_of([labels], class_names, 1)[0]))
-    ids = dict(zip(key_ids, ids_of(labels, class_names, len(key_ids)).tolist(), strict=True))
-    if len(ids) < len(key_ids):
-        raise InputError(f"key ids: {next(one for one in key_ids if key_ids.count(one) > 1)} occurs twice")
-    return ids
-
-
 def text_weights(weights: Features | None, c: int, d: int) -> Tensor:
     """Copy text weights to a float32 tensor of shape ``[c, d]``. If they are ``None``, return zeros.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -180,7 +180,8 @@ class Rows(ABC):
 class ArrayRows(Rows):
     """Keys that are in memory or memory-mapped.
 
-    ``points`` are the transformed keys, or ``None`` if there is no metric. See :class:`Rows` for the other attributes.
+    ``points`` are the transformed keys, or ``None`` if there is no metric. ``kept_in`` are the same rows in a table
+    before the ``pending`` edits, which are made there at the next commit. See :class:`Rows` for the other attributes.
     """
 
     keys: KeyArray
@@ -189,6 +190,8 @@ class ArrayRows(Rows):
     points: KeyArray | None = None
     sums: Sums | None = None
     index: VectorIndex | None = None
+    kept_in: Rows | None = None
+    pending: tuple[Callable[[Rows], Rows], ...] = ()
 
     @property
     def dtype(self) -> Dtype:
@@ -301,20 +304,27 @@ class ArrayRows(Rows):
             values = torch.cat([values, more.values.to(values)])[rows]
         if points is not None and more.points is not None:
             points = _picked(points, more.points, rows)
-        return ArrayRows(_picked(self.keys, more.keys, rows), labels.take(pa.array(rows)), values, points, sums)
+        keys, labels = _picked(self.keys, more.keys, rows), labels.take(pa.array(rows))
+        pending = self._with_pending(lambda table: table.replaced(gone, new))
+        return ArrayRows(keys, labels, values, points, sums, kept_in=self.kept_in, pending=pending)
+
+    def _with_pending(self, edit: Callable[[Rows], Rows]) -> tuple[Callable[[Rows], Rows], ...]:
+        return () if self.kept_in is None else (*self.pending, edit)
 
     def fitted(self, metric: tip.Metric | None, values: Tensor | None, factory: str | None, device: str) -> ArrayRows:
         return replace(self, points=points_of(metric, self.keys, device), values=values)
 
     def renamed(self, class_id: int, name: str) -> ArrayRows:
         column = pc.if_else(pc.equal(self.labels["class_id"], class_id), name, self.labels["label"])
-        return replace(self, labels=with_column(self.labels, "label", column))
+        pending = self._with_pending(lambda table: table.renamed(class_id, name))
+        return replace(self, labels=with_column(self.labels, "label", column), pending=pending)
 
     def widened(self, n_classes: int) -> ArrayRows:
         values, sums = self.values, self.sums
         if values is not None:
             values = functional.pad(values, (0, n_classes - values.shape[1]))
-        return replace(self, values=values, sums=None if sums is None else sums.widened(n_classes))
+        pending = self._with_pending(lambda table: table.widened(n_classes))
+        return replace(self, values=values, sums=None if sums is None else sums.widened(n_classes), pending=pending)
 
     def narrowed(self, class_ids: IntArray, n_classes: int) -> ArrayRows:
         left = np.delete(np.arange(n_classes), class_ids)
@@ -324,6 +334,7 @@ class ArrayRows(Rows):
             labels=with_column(self.labels, "class_id", ids),
             values=None if self.values is None else self.values[:, left],
             sums=None if self.sums is None else self.sums.without(class_ids),
+            pending=self._with_pending(lambda table: table.narrowed(class_ids, n_classes)),
         )
 
 

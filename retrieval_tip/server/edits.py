@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,13 +14,15 @@ from fastapi import APIRouter, Body, Query, Request
 from retrieval_tip.data.remote import absolute
 from retrieval_tip.data.sources import spelled_alike
 from retrieval_tip.data.tables import not_in_index
-from retrieval_tip.errors import InputError, Skipped, command_line, show
+from retrieval_tip.errors import InputError, command_line, show
 from retrieval_tip.index import changes as index_changes
 from retrieval_tip.index import manage, photos
+from retrieval_tip.index.places import Changed, Place
 from retrieval_tip.labelling.photos import MOST_PHOTOS
 from retrieval_tip.labelling.placing import Action
 from retrieval_tip.labelling.sidecars import undo_sidecars, write_planned
 from retrieval_tip.labelling.sort import check_files, sort_photos, undo_sort
+from retrieval_tip.model import Index
 from retrieval_tip.retrieval.duplicates import describe_duplicates
 from retrieval_tip.server import schemas, shots
 from retrieval_tip.server.access import CHANGES, Named, NotLabelled, TheLabelling, TheService
@@ -45,11 +46,7 @@ async def add(request: Request, service: TheService, one: Named, norms: Norms = 
     If a label is new, a new class is added for it.
     """
     sent = await read(request, service.limits, norms, one.now.index.d, labelled=True)
-    skipped: list[Skipped] = []
-    if sent.features is not None:
-        added = await service.changed(one, shots.add_features, one, sent.names, sent.labels, sent.features)
-    else:
-        added, skipped = await service.add_images(one, sent)
+    added, skipped = await service.add(one, sent)
     return _answer(
         one, key_ids=added.key_ids, classes=added.classes, known=added.known,
         duplicates=[] if added.duplicates is None else describe_duplicates(added.duplicates),
@@ -62,13 +59,13 @@ async def remove(
     service: TheService, one: Named, key_id: Annotated[list[schemas.KeyId], Query(min_length=1, max_length=1000)]
 ) -> schemas.ChangedIndex:
     """Remove shots, in a new version of the index."""
-    return await _changed(service, one, partial(index_changes.remove, key_ids=key_id), one.folder)
+    return await _told(service, one, await service.changed(one, index_changes.remove, key_ids=key_id))
 
 
 @changes.post("/indexes/{name}/relabel")
 async def relabel(service: TheService, one: Named, change: schemas.Relabel) -> schemas.ChangedIndex:
     """Move shots to other classes, in one new version of the index."""
-    return await _changed(service, one, index_changes.relabel, one.folder, change.labels)
+    return await _told(service, one, await service.changed(one, index_changes.relabel, change.labels))
 
 
 @changes.post("/indexes/{name}/rename")
@@ -81,31 +78,30 @@ async def rename(service: TheService, one: Named, change: schemas.Rename) -> sch
     index, backbone = one.now.index, one.now.backbone
     if backbone is None or not backbone.has_text or not index.templates or change.label in index.class_names:
         backbone = None
-    return await _changed(service, one, index_changes.rename, one.folder, change.of, change.label, backbone)
+    done = await service.changed(one, index_changes.rename, change.of, change.label, backbone)
+    return await _told(service, one, done)
 
 
 @changes.post("/indexes/{name}/rollback")
 async def rollback(service: TheService, one: Named, change: schemas.Rollback) -> schemas.ChangedIndex:
     """Restore an earlier version, as a new version. The current version is kept."""
 
-    def call() -> index_changes.Changed:
-        kept = [row["version"] for row in one.place.history().to_pylist()]
-        if change.since is not None and kept[-1] != change.since:
-            now = f"it is at version {kept[-1]}, not {change.since}"
+    def call(place: Place, *, base: Index) -> Changed:
+        current, kept = one.place.manifest().version, one.place.names()
+        if change.since not in (None, current):
+            now = f"it is at version {current}, not {change.since}"
             raise Problem(409, f"the index has changed: {now}; reload it and try again")
         if change.to not in kept:
             versions = ", ".join(map(str, kept))
             raise Problem(404, f"index {one.name!r} has no version {change.to}; its versions are {versions}")
-        return index_changes.rollback(one.folder, change.to)
+        return index_changes.rollback(place, change.to)
 
-    return await _changed(service, one, call)
+    return await _told(service, one, await service.changed(one, call))
 
 
-async def _changed(
-    service: Service, one: Served, call: Callable[..., index_changes.Changed], *arguments: object
-) -> schemas.ChangedIndex:
-    changed = await service.changed(one, call, *arguments)
-    index = one.now.index
+async def _told(service: Service, one: Served, changed: Changed) -> schemas.ChangedIndex:
+    """Describe a change of shots, and name the command that sorts them into folders."""
+    index = changed.index
     sources = index.labels["source"].to_pylist() if index.n <= photos.LISTED else []
     paths = [str(service.root / source) for source in sources]
     sort = await service.find(photos.command, "sort", one.folder, paths, "--into", "fixed")
@@ -140,16 +136,16 @@ async def create(
         maker = Maker(into, lambda: backbone, model.backbones)
     _check_free(service, name, maker.into, another=True)
     used = await service.change(maker.load)
-    labelled, skipped = await service.labelled(sent, used)
-    make = partial(shots.build, maker.into / name, used, labelled, service.uploads)
-    one = await service.open(make, maker.backbones)
+    readable, skipped = await service.read(sent, used)
+    place, backbones = maker.into / name, maker.backbones
+    one = await service.open(lambda: Served(place, backbones, shots.build(place, used, readable, service.uploads)))
     return _answer(one, warnings=_of_spelling(spelled_alike(one.now.index.class_names)), skipped=skipped)
 
 
 @changes.post("/indexes/{name}/fit")
 async def fit(service: TheService, one: Named) -> schemas.ChangedIndex:
     """Fit an index to its shots again, and estimate its accuracy on the examples."""
-    await service.changed(one, index_changes.fit_index, one.folder)
+    await service.changed(one, index_changes.fit_index)
     return _answer(one)
 
 
@@ -161,17 +157,7 @@ async def set_groups(
 
     The first column has the classes, and each further column their groups, narrowest first.
     """
-
-    def call() -> None:
-        with tempfile.TemporaryDirectory(prefix="retrieval-tip-") as folder:
-            path = Path(folder, "groups.csv")
-            path.write_bytes(table)
-            try:
-                index_changes.configure(one.folder, groups=path)
-            except InputError as error:
-                raise InputError(str(error).removeprefix(f"{folder}/")) from None
-
-    await service.changed(one, call)
+    await service.changed(one, index_changes.configure, groups=table)
     groups = one.now.index.groups
     others = [] if groups is None else groups.others(one.now.index.class_names)
     return _answer(one, warnings=[not_in_index(others)] if others else [])
@@ -181,7 +167,7 @@ async def set_groups(
 async def rename_index(service: TheService, one: NotLabelled, new: schemas.IndexName) -> schemas.ChangedIndex:
     """Rename an index and its folder."""
     _check_free(service, new.name, one.beside)
-    made = await service.open(lambda: manage.rename(one.folder, new.name), one.backbones, one)
+    made = await service.open(lambda: Served(manage.rename(one.folder, new.name), one.backbones), one)
     return _answer(made)
 
 
@@ -189,7 +175,7 @@ async def rename_index(service: TheService, one: NotLabelled, new: schemas.Index
 async def duplicate_index(service: TheService, one: Named, new: schemas.IndexName) -> schemas.ChangedIndex:
     """Copy the current version of an index to a new index next to it."""
     _check_free(service, new.name, one.beside, another=True)
-    made = await service.open(lambda: manage.duplicate(one.folder, new.name), one.backbones)
+    made = await service.open(lambda: Served(manage.duplicate(one.folder, new.name), one.backbones))
     return _answer(made)
 
 
@@ -232,8 +218,9 @@ async def label_photos(request: Request, service: TheService, labelling: TheLabe
     _, sent = await read_form(request, service.limits, schemas.Images)
     reader = labelling.photos.reader
     assert reader.backbone is not None
-    photos, skipped = await service.labelled(replace(sent, labels=sent.names), reader.backbone)
-    return {"photos": await labelling.add(photos), "skipped": skipped}
+    give_time()
+    good, skipped = await service.read(sent, reader.backbone, encode=False)
+    return {"photos": await labelling.add(zip(good.names, good.images, strict=True)), "skipped": skipped}
 
 
 @changes.post("/label/sort")

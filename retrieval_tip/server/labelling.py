@@ -11,8 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
@@ -45,7 +44,7 @@ from retrieval_tip.model import Index
 from retrieval_tip.server import schemas
 from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.schemas import Row
-from retrieval_tip.server.served import Version
+from retrieval_tip.server.served import Served, Version
 from retrieval_tip.server.service import Service
 
 log = logging.getLogger(__name__)
@@ -121,7 +120,7 @@ class Labelling:
         self._refused: dict[int, str] = {}  # reasons by photo, for labels that could not be saved
         self._steps: dict[str, _Step] = {}
         self._made: set[str] = set()  # classes that this session has created
-        self._last: changes.Changed | None = None
+        self._last: places.Changed | None = None
         self._facts: dict[int, tuple[list[Row] | None, list[int]]] = {}
         self._chosen: tuple[Version | None, int] = (None, 0)
         self._measured: tuple[Version | None, int] = self._chosen
@@ -373,32 +372,25 @@ class Labelling:
     async def _commit(self, labels: Mapping[int, Label]) -> None:
         """Save labels as one new version. Raises InputError if a photo can neither be read nor is in the index."""
         await self._read(labels, strict=False)
-        if self.version() is None and places.at(self.place).exists():  # another process has just built it
-            await self._open()
-        version, known = self.version(), set[str]()
-        items = {photo: item for photo, label in labels.items() if (item := self._item(photo, label)) is not None}
-        first = {photo: label for photo, label in labels.items() if label.label is not None}
+        service, place, reader = self.service, self.place, self.photos.reader
+        assert service.maker is not None
+        backbones = service.maker.backbones
+        if self.version() is None and places.at(place).exists():  # another process has just built it
+            await service.open(lambda: Served(place, backbones))
+        version = self.version()
+        items = [item for photo, label in labels.items() if (item := self._item(photo, label)) is not None]
+        first = [item for item in items if item.label is not None]
         if items and version is not None:
-            known = set(version.index.class_names)
             unwanted = self._made - {*self._classes, *(label.label for label in self._unsaved.values())}
-            change = partial(changes.label, self.place, items.values(), self.photos.reader, unwanted, self._last)
-            self._last = await self.service.changed(self.service.served[self.name], change)
+            one = service.served[self.name]
+            self._last = await service.changed(one, changes.label, items, reader, unwanted, self._last)
+            self._made.update(self._last.classes)
         elif first:
-            reader = replace(self.photos.reader, strict=False)
-            own = {self.photos.path(self.photos.readable(photo)): label for photo, label in first.items()}
-            build = partial(build_from_labels, self.place, own, reader, self._classes)
-            await self.service.change(build)
-            await self._open()
-            self.version()
-            lost = first.keys() - self._known.keys()  # they could be read before, so their features are known
-            labels = {photo: label for photo, label in labels.items() if photo not in lost}
-        self._made |= {label.label for label in labels.values() if label.label is not None} - known
+            own = self._classes
+            one = await service.open(lambda: Served(place, backbones, build_from_labels(place, first, reader, own)))
+            self._made.update(one.now.index.class_names)
         self.version()
         self._forget(labels)
-
-    async def _open(self) -> None:
-        assert self.service.maker is not None
-        await self.service.open(lambda: self.place, self.service.maker.backbones)
 
     def _item(self, photo: int, label: Label) -> PhotoLabel | None:
         """Return what the index needs to know. The result is ``None`` if it lacks a photo whose label is removed."""

@@ -198,29 +198,34 @@ async def _follow(service: Service, one: Served, due: Any, key_ids: list[int]) -
     A key that no annotation made was in the index before, and stays as it is.
     """
     digest, choices, annotation, address = due
-    index, wanted, reasons = (await service.find(one.follow)).index, "", list[str]()
-    rows = (await service.find(index.having, "digest", [digest])).to_pylist()
-    before = {row["label"] for row in rows if not row.get(COLUMN)}
-    labels = before.union(json.loads(choices))
-    if len(labels) > 1 and labels - before:
-        end = "the index had it before, and keeps its label" if before else "it is no shot until its annotations agree"
-        reasons = [f"its photo has several labels ({few(sorted(map(repr, labels)))}); {end}"]
-    else:
-        wanted = "".join(labels - before)
-    known = wanted in index.class_names
-    wrong = [row["key_id"] for row in rows if row.get(COLUMN) and row["label"] != wanted]
-    if wrong:
-        change = partial(changes.relabel, label=wanted) if known else changes.remove
-        key_ids += (await service.changed(one, partial(change, one.folder, key_ids=wrong))).key_ids
-    try:
-        if wanted and not (rows and known):
-            data = await service.photos.read(json.loads(address))
-            if hashlib.sha256(data).hexdigest() != digest:
-                raise InputError("another photo is now at its address, so it is no shot; update the annotation")
-            key_ids += (await service.add_images(one, Sent(["its photo"], [wanted], [data]), annotation))[0].key_ids
-    except InputError as error:
-        reasons.append(str(error))
-    return reasons
+    while True:  # until there is nothing to change, because others may change the index after each look
+        await service.find(one.follow)
+        index = one.now.index
+        rows = (await service.find(index.having, "digest", [digest])).to_pylist()
+        before = {row["label"] for row in rows if not row.get(COLUMN)}
+        labels = before.union(json.loads(choices))
+        several = len(labels) > 1 and bool(labels - before)
+        wanted = "" if several else "".join(labels - before)
+        if wrong := [row["key_id"] for row in rows if row.get(COLUMN) and row["label"] != wanted]:
+            change = partial(changes.relabel, label=wanted) if wanted in index.class_names else changes.remove
+            key_ids += (await service.changed(one, change, key_ids=wrong)).key_ids
+        elif wanted and not rows:
+            try:
+                data = await service.photos.read(json.loads(address))
+                if hashlib.sha256(data).hexdigest() != digest:
+                    raise InputError("another photo is now at its address, so it is no shot; update the annotation")
+                key_ids += (await service.add(one, Sent(["its photo"], [wanted], [data]), annotation))[0].key_ids
+            except InputError as error:
+                return [str(error)]
+        elif several:
+            end = (
+                "the index had it before, and keeps its label"
+                if before
+                else "it is no shot until its annotations agree"
+            )
+            return [f"its photo has several labels ({few(sorted(map(repr, labels)))}); {end}"]
+        else:
+            return []
 
 
 def _address(task: Json, interface: Interface) -> object:

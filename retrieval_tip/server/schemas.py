@@ -283,7 +283,7 @@ class Accuracy(BaseModel):
 
 
 class ChangedIndex(BaseModel):
-    """The index and the version that a change has made, and the fields of :class:`changes.Added` that it has.
+    """The index and the version that a change has made, and the fields of :class:`places.Changed` that it has.
 
     ``fit`` is the accuracy of the last fit. ``skipped`` lists the images that could not be read. ``sort`` is the
     command that copies the photos of the index into folders by class, if they are on the machine of the server.

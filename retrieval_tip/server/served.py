@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,7 @@ from retrieval_tip.errors import BackboneError, RetrievalTipError, UsageError
 from retrieval_tip.evaluation.held_out import answered, recognised
 from retrieval_tip.files import real
 from retrieval_tip.index import places
+from retrieval_tip.index.places import Changed
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.logits import LOGITS, slices
 from retrieval_tip.server import metrics
@@ -43,6 +44,8 @@ SIMILAR = 100
 
 NEIGHBOUR_CELLS = 16
 """Cost of a neighbour in an answer. A neighbour takes as much memory as 16 numbers."""
+
+Result = TypeVar("Result", bound=Changed)
 
 VALUES = 1 << 22
 """Maximum count of numbers, or of retrieved keys, in answers that are computed at once."""
@@ -138,16 +141,17 @@ class Backbones:
 class Served:
     """An index that is served under its ``name``. ``now`` is the version that is open."""
 
-    def __init__(self, folder: places.Place, backbones: Backbones) -> None:
-        """Open an index. Raises StoreError if the index cannot be opened."""
+    def __init__(self, folder: places.Place, backbones: Backbones, index: Index | None = None) -> None:
+        """Open an index, unless it was just built. Raises StoreError if the index cannot be opened."""
         self.folder = folder
         self.place = places.at(folder)
         self.name = self.place.name
         self.backbones = backbones
         self._changing = threading.Lock()
-        self._seen, self._looked_at, self._retry_at = self.place.stamp(), time.monotonic(), math.inf
-        index = self.place.load(device=backbones.device, verify=backbones.verify)
-        self.now = self._opened(index)
+        # another process may have changed an index that was just built, so the first look is still due
+        self._seen = None if index else self.place.stamp()
+        self._looked_at, self._retry_at = time.monotonic(), math.inf
+        self.now = self._opened(index or self.place.load(device=backbones.device, verify=backbones.verify))
 
     @property
     def beside(self) -> Path | None:
@@ -155,6 +159,7 @@ class Served:
         return None if self.place.local is None else real(self.place.local).parent
 
     def _opened(self, index: Index) -> Version:
+        index = index.on(self.backbones.device)
         manifest = index.manifest
         assert manifest is not None
         version = Version(self.name, index, manifest, self.backbones.of(index, self.name))
@@ -170,10 +175,10 @@ class Served:
         stamp = self.place.stamp()
         return stamp is not None and (stamp != self._seen or now >= self._retry_at)
 
-    def follow(self) -> Version:
-        """Open the current version of the folder if it is new, and return it.
+    def follow(self) -> None:
+        """Open the current version of the folder if it is new.
 
-        If opening fails, keep and return the version that is already open.
+        If opening fails, keep the version that is already open.
         """
         with self._changing:
             self._seen, self._looked_at, self._retry_at = self.place.stamp(), time.monotonic(), math.inf
@@ -187,7 +192,17 @@ class Served:
                 log.warning("%s: cannot open the new version; still serving version %s: %s", self.name, version, error)
                 metrics.RELOADS.labels(self.name, "failed").inc()
                 self._retry_at = time.monotonic() + RETRY_SECONDS
-            return self.now
+
+    def change(self, call: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
+        """Change the open version, and open the version that this has written, unless a later one is open by now.
+
+        It is not read again. The next :meth:`follow` only finds that it is current.
+        """
+        result = call(self.folder, *arguments, base=self.now.index, **options)
+        with self._changing:
+            if result.version > self.now.manifest.version:
+                self.now = self._opened(result.index)
+        return result
 
 
 @dataclass(frozen=True)

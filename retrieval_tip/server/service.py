@@ -26,14 +26,13 @@ from retrieval_tip.data import images
 from retrieval_tip.data.reader import FeatureBlock, FloatArray, pixels_of
 from retrieval_tip.data.sources import read_item
 from retrieval_tip.errors import InputError, Skipped
-from retrieval_tip.index import changes
-from retrieval_tip.index.places import Place
+from retrieval_tip.index.places import Changed
 from retrieval_tip.server import metrics, schemas, shots
 from retrieval_tip.server.batching import Batches, Kept, Turns
 from retrieval_tip.server.guard import CLIENT, ROWS_PER_IMAGE, Limits, give_time
 from retrieval_tip.server.problems import NAMED, Problem
 from retrieval_tip.server.schemas import Row
-from retrieval_tip.server.served import NEIGHBOUR_CELLS, SIMILAR, Backbones, Maker, Served, Version
+from retrieval_tip.server.served import NEIGHBOUR_CELLS, SIMILAR, Maker, Result, Served, Version
 from retrieval_tip.server.uploads import Photos, Sent
 from retrieval_tip.settings import Ask
 
@@ -140,15 +139,15 @@ class Service:
         """Run a short query of an index. Queries do not wait for changes."""
         return await self.run(self._finding, call, *arguments)
 
-    async def changed(self, one: Served, call: Callable[..., T], *arguments: Any) -> T:
-        """Run a change of an index, and open the new version."""
-        result = await self.change(call, *arguments)
-        await self.run(self._following, one.follow)
-        return result
+    async def changed(self, one: Served, call: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
+        """Run a change of an index, and open the new version. See :meth:`served.Served.change`."""
+        give_time()
+        change = partial(one.change, call, *arguments, **options)
+        return await asyncio.get_running_loop().run_in_executor(self._changing, change)
 
-    async def open(self, make: Callable[[], Place], backbones: Backbones, instead: Served | None = None) -> Served:
+    async def open(self, make: Callable[[], Served], instead: Served | None = None) -> Served:
         """Make an index, and serve it in place of another index or after all others."""
-        made = await self.change(lambda: Served(make(), backbones))
+        made = await self.change(make)
         self.replace(instead, made)
         return made
 
@@ -191,22 +190,21 @@ class Service:
             most = f"{self.limits.cells // cells or 1} at once, or reduce features, logits, neighbours, top or k"
             raise InputError(f"{rows} inputs: the answers would contain {size}; send at most {most}")
         skipped: list[Skipped] = []
-        names, queries = sent.names, list(sent.features) if sent.features is not None else []
         if sent.features is None:
-            encoded, skipped = await self._read(sent, backbone_of(version), encode=True)
-            names, queries = [names[place] for place in encoded], list(encoded.values())
+            sent, skipped = await self.read(sent, backbone_of(version))
         else:
             self._admit()
-        block = FeatureBlock.of(np.stack(queries))
+        assert sent.features is not None
+        queries, block = list(sent.features), FeatureBlock.of(sent.features)
         async with self._features.turn(CLIENT.get(), len(queries) / ROWS_PER_IMAGE):
             if looks and sent.images and version.index.n <= self.limits.estimated:
-                block = await self.find(version.recognised, block, [sent.images[place] for place in encoded])
+                block = await self.find(version.recognised, block, sent.images)
             if block.shots.any():  # hiding them takes longer
                 results = await self.run(self._slow, version.answer, ask, block)
             else:
                 results = await self._answer((version, ask), queries)
         located = await self.find(version.located, block.features) if features else [{}] * len(queries)
-        for name, result, more in zip(names, results, located, strict=True):
+        for name, result, more in zip(sent.names, results, located, strict=True):
             result |= {"input": name} | more
         metrics.CLASSIFIED.labels(version.name).inc(len(results))
         return schemas.Classified(
@@ -214,23 +212,17 @@ class Service:
             results=results, warnings=[*version.index.cautions(ask)], skipped=skipped,
         )  # fmt: skip
 
-    async def add_images(
-        self, one: Served, sent: Sent, annotation: str | None = None
-    ) -> tuple[changes.Added, list[Skipped]]:
-        """Add images of one class as shots, and return what was added and the unreadable images."""
-        backbone = backbone_of(one.now)
-        labelled, skipped = await self.labelled(sent, backbone)
-        add = partial(shots.add_images, one, backbone, labelled, self.uploads, annotation)
-        return await self.changed(one, add), skipped
-
-    async def labelled(self, sent: Sent, backbone: Backbone) -> tuple[list[tuple[str, bytes]], list[Skipped]]:
-        """Return the labels and bytes of the uploaded images that can be decoded, and the unreadable images."""
+    async def add(self, one: Served, sent: Sent, annotation: str | None = None) -> tuple[Changed, list[Skipped]]:
+        """Add images of one class, or features, as shots. Return what was added and the unreadable images."""
         give_time()
-        good, skipped = await self._read(sent, backbone, encode=False)
-        return [(sent.labels[place], sent.images[place]) for place in good], skipped
+        skipped, backbone = list[Skipped](), one.now.backbone
+        if sent.features is None:
+            backbone = backbone_of(one.now)
+            sent, skipped = await self.read(sent, backbone)
+        return await self.changed(one, shots.add, backbone, sent, self.uploads, annotation), skipped
 
-    async def _read(self, sent: Sent, backbone: Backbone, *, encode: bool) -> tuple[dict[int, Any], list[Skipped]]:
-        """Return the features, or else the pixels, of the readable images by position, and the unreadable images."""
+    async def read(self, sent: Sent, backbone: Backbone, *, encode: bool = True) -> tuple[Sent, list[Skipped]]:
+        """Return the images that can be decoded, with their features unless ``encode`` is false, and the others."""
 
         async def found(data: bytes, area: int) -> FloatArray | torch.Tensor | InputError:
             turns = self._large if area >= PIXELS else self._images
@@ -247,13 +239,13 @@ class Service:
         area = partial(images.area, most=self.limits.pixels, only=images.uploads())
         areas = [await self.run(self._weighing, area, data) for data in sent.images]
         self._admit()
-        made = await asyncio.gather(*map(found, sent.images, areas))
-        good = {place: one for place, one in enumerate(made) if not isinstance(one, InputError)}
+        made: list[Any] = await asyncio.gather(*map(found, sent.images, areas))
+        good = [place for place, one in enumerate(made) if not isinstance(one, InputError)]
         skipped = [Skipped(sent.names[place], str(one)) for place, one in enumerate(made) if place not in good]
         if not good:
             more = f"; and {len(skipped) - NAMED} more" if skipped[NAMED:] else ""
             raise InputError("; ".join(map(str, skipped[:NAMED])) + more)
-        return good, skipped
+        return sent.take(good, np.stack([made[place] for place in good]) if encode else None), skipped
 
     def _admit(self) -> None:
         """Raise Problem 429 if the waiting turns of the client fill more than a quarter of the queue."""

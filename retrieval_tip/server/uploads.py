@@ -51,6 +51,11 @@ class Sent:
     images: Sequence[bytes] = ()
     features: FloatArray | None = None
 
+    def take(self, places: Sequence[int], features: FloatArray | None) -> Sent:
+        """Return some of the images, with their ``features`` if these are known."""
+        names, labels = ([own[place] for place in places if own] for own in (self.names, self.labels))
+        return Sent(names, labels, [self.images[place] for place in places], features)
+
 
 F = TypeVar("F", bound=Images)
 T = TypeVar("T", bound=BaseModel)

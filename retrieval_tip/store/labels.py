@@ -50,7 +50,7 @@ VERSIONS_SCHEMA = pa.schema(
 PICKED, RANDOM = "picked", "random"
 """Optional column that tells how a photo was chosen for labelling, and its value for photos chosen at random."""
 
-Edits = Mapping[int, tuple[str | None, str | None]]
+LabelChanges = Mapping[int, tuple[str | None, str | None]]
 """The labels of changed keys before and after a change, by key id. A key that is not there has the label ``None``."""
 
 
@@ -59,7 +59,7 @@ def noun_of(backbone: object) -> str:
     return "example" if backbone is None else "photo"
 
 
-def edits_between(before: pa.Table, after: pa.Table) -> Edits:
+def edits_between(before: pa.Table, after: pa.Table) -> LabelChanges:
     """Compare two label stores."""
     columns = ([table[name].to_pylist() for name in ("key_id", "label")] for table in (before, after))
     old, new = (dict(zip(*own, strict=True)) for own in columns)

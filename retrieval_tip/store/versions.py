@@ -70,6 +70,10 @@ _ZEROS = bytes(1 << 20)
 _MANIFEST = re.compile(r"manifests/(\d{6,12})\.json")
 
 
+class ConflictError(StoreError):
+    """Another process has written a version meanwhile, so that this one has changed nothing."""
+
+
 class Writer:
     """The writer of the next version, which can also write files that do not fit in memory.
 
@@ -92,13 +96,6 @@ class Writer:
         self.sent: dict[str, Sequence[bytes | memoryview]] = {}
         self._staged = list[Path]()
         self._begun = False
-
-    def replace(self, version: int) -> bool:
-        """Replace the parent if it is this version and was made in the current minute, and return whether it was."""
-        own, minute = self.parent, slice(len("2026-11-30T12:00"))
-        if own is not None and own.version == version:
-            self.replaces = own.created_at[minute] == created()["created_at"][minute]
-        return self.replaces
 
     @property
     def number(self) -> int:
@@ -670,9 +667,15 @@ def created() -> dict[str, Any]:
     return {"created_at": now, "created_by": f"retrieval-tip {version_of('retrieval-tip')}"}
 
 
-def changed_meanwhile(place: object) -> StoreError:
+def made_now(manifest: Manifest) -> bool:
+    """Return whether a version was made in the current minute."""
+    minute = slice(len("2026-11-30T12:00"))
+    return bool(manifest.created_at[minute] == created()["created_at"][minute])
+
+
+def changed_meanwhile(place: object) -> ConflictError:
     """Return the error for a store that another process has changed since this process has read it."""
-    return StoreError(f"{place}: changed meanwhile; run again")
+    return ConflictError(f"{place}: changed meanwhile; run again")
 
 
 def entry(kind: str, rows: int, size: int, digest: str) -> DataFile:
