@@ -463,12 +463,11 @@ def _say_relabelled(folder: Place, changed: Changed, to: str = "") -> None:
     from retrieval_tip.index.photos import LISTED, command
 
     _say_changed(folder, changed, f"relabelled {counted(len(changed.key_ids), 'shot')}{to}")
-    store = store_of(folder)
-    manifest = store.manifest()
-    if changed.key_ids and manifest.identity is not None:  # else the photos need --model
+    index = changed.index
+    if changed.key_ids and index.backbone is not None:  # else the photos need --model
         into = "FOLDER" if Path("fixed").exists() else "fixed"
         copy = command_line("sort", folder, "PHOTOS", "--into", into)
-        if manifest.n <= LISTED:
-            sources = store.read_labels(manifest, ["source"])["source"].fill_null("").to_pylist()
+        if index.n <= LISTED:
+            sources = index.rows.columns("source")["source"].fill_null("").to_pylist()
             copy = command("sort", folder, sources, "--into", into) or copy
         note(f"Next: copy the photos into corrected folders ({copy})")

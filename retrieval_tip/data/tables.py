@@ -322,8 +322,9 @@ def check_backbone(
     if backbone is not None:
         same_backbone(identity, backbone.identity, "index")
         if backbone.dim != d:
-            has = f"its features have {backbone.dim} values; the index has {d}"
-            raise BackboneError(f"encoder {backbone.identity}: {has}")
+            raise BackboneError(
+                f"encoder {backbone.identity}: its features have {backbone.dim} values; the index has {d}"
+            )
     for source in sources:
         if source.table is not None:
             found = source.table.parts(parts)
@@ -333,9 +334,10 @@ def check_backbone(
 
 
 class FeatureTable:
-    """A Parquet file or a folder of Parquet parts. Each file is opened once.
+    """A Parquet file or a folder of Parquet parts.
 
-    In a folder of more than :data:`MOST_OPEN` parts, each is opened once per pass. A pickled table has no open files.
+    Each file is opened once, and closed when its features have been read. A further pass opens it again, and so does
+    each pass over a folder of more than :data:`MOST_OPEN` parts. A pickled table has no open files.
     """
 
     def __init__(self, place: Place) -> None:
@@ -369,7 +371,7 @@ class FeatureTable:
 
     def identity(self, wanted: Sequence[Part] = ()) -> Identity | None:
         """Return the backbone of the features, or ``None`` if it is not known or there are no such features."""
-        with suppress(InputError):
+        with suppress(InputError):  # reading the features raises it again
             return identity_of(self.parts(wanted))
         return None
 
@@ -390,7 +392,7 @@ class FeatureTable:
                 continue
             at, groups = int(starts[groups[0]]), np.arange(groups[0], groups[-1] + 1)
             with reading(name):
-                columns = [part.column for part in _columns(file.schema_arrow, name, parts)]
+                columns = [part.column for part in _columns(file.schema_arrow, name, wanted or parts)]
                 for batch in file.iter_batches(TABLE_ROWS, row_groups=groups.tolist(), columns=columns):
                     low, high = np.searchsorted(rows, (at, at + len(batch)))
                     if low < high:
@@ -404,6 +406,7 @@ class FeatureTable:
                     at += len(batch)
                     if at > rows[-1]:
                         break
+        self._open.cache_clear()  # mapped pages count as memory in use
 
 
 def _columns(schema: pa.Schema, name: str, wanted: Sequence[Part]) -> list[Part]:
@@ -423,8 +426,9 @@ def _columns(schema: pa.Schema, name: str, wanted: Sequence[Part]) -> list[Part]
                 f"{name}: expected one column {column!r}; its columns are {message(', '.join(schema.names))}"
             )
         if column not in own:
-            kind = schema.field(column).type
-            raise InputError(f"{name}: column {column!r} has type {kind}; expected lists of float32 or float16")
+            raise InputError(
+                f"{name}: column {column!r} has type {schema.field(column).type}; expected lists of float32 or float16"
+            )
     for part, column in zip(wanted, columns, strict=False):
         same_backbone(own[column], part.identity, f"{name}: column {column!r}")
     return [Part(0, column, own[column]) for column in columns]

@@ -66,7 +66,7 @@ def build_index(
     fit = Fit(plan["metric"], plan["values"], plan["class_prior"] or "even", prior_of(plan["prior"], backbone))
     asked = None if plan["fit"] == "none" else fit
     groups = None if plan["groups"] is None else read_groups(plan["groups"], words.class_names)
-    material = Material(source, reader, ids, words, plan, asked, resolve_device(device), groups)
+    material = Material(source, reader, ids, words, plan, backbone, asked, resolve_device(device), groups)
     made = places.at(out).create(material)
     warn_of_spelling(out, words.class_names, words.class_names)
     return made

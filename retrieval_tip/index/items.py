@@ -135,6 +135,7 @@ class Material:
     ids: npt.NDArray[np.int64]
     words: Words
     plan: BuildOptions
+    backbone: Identity | None
     fit: Fit | None
     device: str
     groups: Levels | None = None
@@ -201,7 +202,7 @@ class Material:
         built = Built(self.source.name, shots, reader.seed if drawn else 1, reader.views)
         index = Index(
             rows, list(names), inputs.text_weights(weights, len(names), rows.d),
-            settings=self.settings(statistics, k), templates=templates, backbone=identity_of(self.source, reader),
+            settings=self.settings(statistics, k), templates=templates, backbone=self.backbone,
             provenance=self.described(statistics), built=built, parts=self.reader.parts, groups=self.groups,
         )  # fmt: skip
         if bare := index.bare:
