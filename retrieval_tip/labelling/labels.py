@@ -72,11 +72,6 @@ class Remembered(Reader):
 
     known: tuple[FeatureBlock, ...] = ()
 
-    @classmethod
-    def of(cls, reader: Reader, features: FloatArray, digests: Sequence[str]) -> Remembered:
-        """Return a reader of photos whose features ``[m, d]`` another reader has made."""
-        return cls(**vars(reader), known=(FeatureBlock(np.arange(len(features)), features, [*digests]),))
-
     def blocks(self, source: Source) -> Iterator[FeatureBlock]:
         """Return the blocks."""
         return iter(self.known)
@@ -224,8 +219,9 @@ def build_from_labels(
     source = of_images([photo.source for photo in photos], "photos", names, list(own))
     picked = pa.array([photo.picked for photo in photos], pa.string())
     features = np.stack([photo.feature for photo in photos if photo.feature is not None])
+    block = replace(FeatureBlock.of(features), digests=[photo.digest for photo in photos])
     source = replace(source, items=source.items.append_column(PICKED, picked))
-    return build_index(source, place, Remembered.of(reader, features, [photo.digest for photo in photos]))
+    return build_index(source, place, Remembered(**vars(reader), known=(block,)))
 
 
 def alike(features: FloatArray, rows: Sequence[int]) -> list[list[int]]:

@@ -98,8 +98,8 @@ class Labelling:
 
         Raises the errors of :class:`journal.Journal`.
         """
-        self.place, self.name = place, places.at(place).name
-        self._journal = Journal(places.at(place))
+        self.place, self._store = place, places.at(place)
+        self.name, self._journal = self._store.name, Journal(self._store)
         self.dropped, kept = self._journal.dropped, dropped_in(self._journal.dropped)
         self._free = count(max(kept, default=MOST_PHOTOS - 1) + 1)
         own = {number: path for number, path in kept.items() if path}
@@ -375,7 +375,7 @@ class Labelling:
         service, place, reader = self.service, self.place, self.photos.reader
         assert service.maker is not None
         backbones = service.maker.backbones
-        if self.version() is None and places.at(place).exists():  # another process has just built it
+        if self.version() is None and self._store.exists():  # another process has just built it
             await service.open(lambda: Served(place, backbones))
         version = self.version()
         items = [item for photo, label in labels.items() if (item := self._item(photo, label)) is not None]

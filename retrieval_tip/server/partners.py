@@ -109,7 +109,7 @@ async def predict(service: TheService, one: Named, sent: Json) -> Response:
     async def prediction(task: Json) -> tuple[Json, str]:
         found: Json = {"result": [], "score": 0.0, "model_version": name}
         try:
-            photo = Sent(["its photo"], [], [await service.photos.read(_address(task, interface))])
+            photo = Sent(["its photo"], images=[await service.photos.read(_address(task, interface))])
             best: Json = (await service.classify(version, BEST, photo)).results[0]
         except InputError as error:
             return found, str(error)
@@ -244,7 +244,7 @@ async def labels(service: TheService, sent: Json, index: str | None = None) -> R
     if not isinstance(images, list) or not 1 <= len(images) <= service.limits.images:
         raise InputError(f"images: must be a list of 1 to {service.limits.images} data URLs")
     names = [f"image {i}" for i in range(len(images))]
-    asked = Sent(names, [], [of_data_url(str(image)) for image in images])
+    asked = Sent(names, images=[of_data_url(str(image)) for image in images])
     best: dict[str, float] = {}
     answers: list[Json] = (await service.classify(version, BEST, asked)).results
     for found in answers:

@@ -245,7 +245,8 @@ class Service:
         if not good:
             more = f"; and {len(skipped) - NAMED} more" if skipped[NAMED:] else ""
             raise InputError("; ".join(map(str, skipped[:NAMED])) + more)
-        return sent.take(good, np.stack([made[place] for place in good]) if encode else None), skipped
+        kept = {name: [own[place] for place in good] for name, own in vars(sent).items() if own}
+        return Sent(**kept, features=np.stack([made[place] for place in good]) if encode else None), skipped
 
     def _admit(self) -> None:
         """Raise Problem 429 if the waiting turns of the client fill more than a quarter of the queue."""

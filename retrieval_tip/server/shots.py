@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from retrieval_tip.backbones.base import Backbone
-from retrieval_tip.data.reader import Reader
+from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source, of_features, of_images
 from retrieval_tip.errors import InputError, StoreError, show
 from retrieval_tip.files import replacing
@@ -80,9 +80,10 @@ def _saved(
                     with replacing(path) as temporary:
                         temporary.write_bytes(sent.images[place])
             rows = [*kept.values()]
-            digests = [hashlib.sha256(sent.images[row]).hexdigest() for row in rows]
+            digests: list[str | None] = [hashlib.sha256(sent.images[row]).hexdigest() for row in rows]
+            block = replace(FeatureBlock.of(features[rows]), digests=digests)
             source = of_images([str(path) for _, path in kept], name, [label for label, _ in kept], labels)
-            yield source, Remembered.of(Reader(backbone), features[rows], digests), fresh
+            yield source, Remembered(backbone, known=(block,)), fresh
     except BaseException as error:
         _remove(fresh)
         for own in folders:

@@ -47,14 +47,9 @@ class Sent:
     """Uploaded ``images``, or ``features`` of shape ``[q, d]``, with one name and, for shots, one label each."""
 
     names: list[str]
-    labels: list[str]
+    labels: Sequence[str] = ()
     images: Sequence[bytes] = ()
     features: FloatArray | None = None
-
-    def take(self, places: Sequence[int], features: FloatArray | None) -> Sent:
-        """Return some of the images, with their ``features`` if these are known."""
-        names, labels = ([own[place] for place in places if own] for own in (self.names, self.labels))
-        return Sent(names, labels, [self.images[place] for place in places], features)
 
 
 F = TypeVar("F", bound=Images)
@@ -86,7 +81,7 @@ async def read(request: Request, limits: Limits, norms: Norms, d: int, *, labell
     if any(texts is not None and len(texts) != rows for texts in (names, labels)):
         raise InputError(f"inputs and labels: must have one entry for each of the {rows} features")
     checked = check_norms(matrix(np.array(features), "features"), 0, norms, "features")
-    return Sent(names or [f"row {row}" for row in range(rows)], labels or [], features=checked)
+    return Sent(names or [f"row {row}" for row in range(rows)], labels or (), features=checked)
 
 
 async def read_form(request: Request, limits: Limits, fields: type[F]) -> tuple[F, Sent]:
