@@ -46,7 +46,7 @@ from retrieval_tip.labelling.placing import Action
 from retrieval_tip.labelling.sort import Sorted, sort_photos
 from retrieval_tip.model import Index
 from retrieval_tip.predictions import Prediction, Predictions, SimilarShot
-from retrieval_tip.retrieval.inputs import Features
+from retrieval_tip.retrieval.inputs import Features, FloatArray
 from retrieval_tip.settings import Ask, AskOptions, BuildOptions, ClassPrior, MetricName, Precision, ValuesName
 from retrieval_tip.store.address import parse
 
@@ -412,9 +412,7 @@ class Classifier(OpenIndex):
 
     __call__ = predict
 
-    def predict_proba(
-        self, what: Query, *, norms: Checked = "check", **asked: Unpack[AskOptions]
-    ) -> npt.NDArray[np.float32]:
+    def predict_proba(self, what: Query, *, norms: Checked = "check", **asked: Unpack[AskOptions]) -> FloatArray:
         """Return the probabilities of all classes, of shape ``[q, c]``, in the order of ``classes``.
 
         The arguments are the same as for :meth:`predict`. A single photo gives one row. Unreadable photos in a folder

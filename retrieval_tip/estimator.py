@@ -20,7 +20,7 @@ from retrieval_tip.errors import InputError, UsageError, check_count, install
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.closed_form import Fit
 from retrieval_tip.model import Index
-from retrieval_tip.retrieval.inputs import Features
+from retrieval_tip.retrieval.inputs import Features, FloatArray, IntArray
 from retrieval_tip.settings import ClassPrior, MetricName, Settings, ValuesName
 from retrieval_tip.store.edits import Edits, NewKeys
 
@@ -35,7 +35,6 @@ except ImportError as error:
     ) from None
 
 Array = npt.NDArray[Any]
-FloatArray = npt.NDArray[np.float32]
 
 DTYPES = [np.float64, np.float32]
 """The dtypes of rows to accept without a conversion."""
@@ -156,7 +155,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         labels: Array = self.classes_[(scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(axis=1)]
         return labels
 
-    def kneighbors(self, X: npt.ArrayLike, n_neighbors: int = 5) -> tuple[FloatArray, npt.NDArray[np.int64]]:
+    def kneighbors(self, X: npt.ArrayLike, n_neighbors: int = 5) -> tuple[FloatArray, IntArray]:
         """Find the nearest keys of each query.
 
         Returns two arrays of shape ``[q, m]``, where ``m`` is ``n_neighbors`` or the number of keys, whichever is
@@ -252,7 +251,7 @@ def _same_classes(given: npt.ArrayLike, known: Array) -> None:
         raise UsageError("classes: these are not the classes of the first call; omit them, or call fit again")
 
 
-def _ids(labels: Array, classes: Array) -> npt.NDArray[np.int64]:
+def _ids(labels: Array, classes: Array) -> IntArray:
     position = {label: i for i, label in enumerate(classes.tolist())}
     ids = np.array([position.get(label, -1) for label in labels.tolist()], dtype=np.int64)
     if (ids < 0).any():

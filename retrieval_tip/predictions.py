@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from retrieval_tip.backbones.base import FloatArray
 from retrieval_tip.errors import counted, one_line
 from retrieval_tip.html import table
 
@@ -124,7 +125,7 @@ class Prediction:
     probabilities: list[float]
     text_logit: float
     cache_logit: float
-    logits: npt.NDArray[np.float32] | None = field(compare=False)
+    logits: FloatArray | None = field(compare=False)
     neighbours: list[Neighbour]
     no_match: bool | None = None
     shot: bool | None = None

@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from retrieval_tip.errors import UsageError, check_count
 from retrieval_tip.model import Index
+from retrieval_tip.retrieval.inputs import FloatArray, IntArray
 from retrieval_tip.retrieval.keys import points_of
-
-FloatArray = npt.NDArray[np.float32]
 
 AXES, ITERATIONS = 8, 8
 """Axes and iterations of the randomised SVD. It computes the first two axes to four digits in a tenth of the time."""
@@ -36,8 +34,8 @@ class Projection:
     """
 
     method: Method
-    key_ids: npt.NDArray[np.int64]
-    class_ids: npt.NDArray[np.int64]
+    key_ids: IntArray
+    class_ids: IntArray
     places: FloatArray
 
 

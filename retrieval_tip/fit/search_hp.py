@@ -22,7 +22,7 @@ from retrieval_tip.errors import InputError
 from retrieval_tip.fit.folds import Queries, wilson
 from retrieval_tip.fit.scatter import FloatArray
 from retrieval_tip.model import Index
-from retrieval_tip.retrieval.sets import Bools
+from retrieval_tip.retrieval.inputs import BoolArray
 from retrieval_tip.settings import Settings
 
 BETAS = np.geomspace(0.1, 100, 31)
@@ -109,8 +109,8 @@ def search(index: Index, queries: Queries) -> HyperparameterChoice:
     tried = sorted({own_beta, *(() if solved_values else BETAS.tolist())})
     low, high = _intervals(index, queries, tried)
 
-    def hits(b: int, alpha: float) -> Bools:
-        right: Bools = (low[b] < alpha) & (alpha < high[b])
+    def hits(b: int, alpha: float) -> BoolArray:
+        right: BoolArray = (low[b] < alpha) & (alpha < high[b])
         return right
 
     solved = [_best_alpha(*ends) for ends in zip(low, high, strict=True)]
@@ -141,7 +141,7 @@ def search(index: Index, queries: Queries) -> HyperparameterChoice:
     )  # fmt: skip
 
 
-def _is_better(hits: Bools, rival: Bools) -> bool:
+def _is_better(hits: BoolArray, rival: BoolArray) -> bool:
     """Return whether settings are significantly more accurate than others on the same queries (95 %)."""
     more = hits.astype(np.float64) - rival
     return bool(more.mean() > 1.96 * more.std() / math.sqrt(len(more)))

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
@@ -30,6 +29,7 @@ from retrieval_tip.data.sources import read_item
 from retrieval_tip.errors import InputError, UsageError, first_line, install, show
 from retrieval_tip.files import replacing
 from retrieval_tip.model import Index
+from retrieval_tip.retrieval.inputs import FloatArray
 
 if TYPE_CHECKING:
     import onnx
@@ -60,9 +60,9 @@ class Pixels(torch.nn.Module):
         """Return views."""
         return (pixels - self.mean) / self.std
 
-    def of(self, view: Tensor) -> npt.NDArray[np.float32]:
+    def of(self, view: Tensor) -> FloatArray:
         """Return the RGB values of a view, as a batch of one."""
-        pixels: npt.NDArray[np.float32] = (view[None] * self.std + self.mean).numpy()
+        pixels: FloatArray = (view[None] * self.std + self.mean).numpy()
         return pixels
 
 

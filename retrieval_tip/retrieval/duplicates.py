@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from retrieval_tip.errors import SHOWN, one_line
-from retrieval_tip.retrieval.inputs import FloatArray, IntArray, KeyArray
+from retrieval_tip.retrieval.inputs import BoolArray, FloatArray, IntArray, KeyArray
 from retrieval_tip.retrieval.keys import KEY_BLOCK
 from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.store.labels import digest_codes
@@ -44,8 +43,7 @@ TINY = 1e-12
 """Smallest norm by which a key is divided."""
 KINDS = ("identical image", "identical feature", "near-identical")
 
-Bools = npt.NDArray[np.bool_]
-Remain = Callable[[IntArray, IntArray], Bools]
+Remain = Callable[[IntArray, IntArray], BoolArray]
 Near = tuple[IntArray, IntArray, FloatArray]
 """Pairs of keys as two arrays of row numbers, and an array of their cosines."""
 
@@ -116,9 +114,9 @@ def duplicates(
     images = digest_codes(labels, None if fresh is None else asked)
     a, b, total = _pairs_of_equal(images, class_ids, new, most)
 
-    def remain(x: IntArray, y: IntArray) -> Bools:
+    def remain(x: IntArray, y: IntArray) -> BoolArray:
         """Return which pairs have different classes, excluding identical images, which are already counted."""
-        keep: Bools = (class_ids[x] != class_ids[y]) & ((images[x] != images[y]) | (images[x] < 0))
+        keep: BoolArray = (class_ids[x] != class_ids[y]) & ((images[x] != images[y]) | (images[x] < 0))
         return keep
 
     compared, more = "digests", (asked[:0], asked[:0], 0)
@@ -146,7 +144,7 @@ def describe_duplicates(duplicates: Duplicates) -> list[str]:
     return [*lines, f"and {left} more"] if left > 0 else lines
 
 
-def _pairs_of_equal(codes: IntArray, class_ids: IntArray, new: Bools, most: int) -> tuple[IntArray, IntArray, int]:
+def _pairs_of_equal(codes: IntArray, class_ids: IntArray, new: BoolArray, most: int) -> tuple[IntArray, IntArray, int]:
     """Return up to ``most`` pairs of rows with equal codes and different classes, and the total number of pairs.
 
     Rows with code -1 are ignored, and at least one row of each pair is new. A join in duckdb would take 0.1 s to start,
@@ -186,7 +184,7 @@ def _unit(keys: KeyArray, rows: IntArray) -> Tensor:
     return normalize(torch.from_numpy(np.asarray(keys[rows], dtype=np.float32)), dim=-1)
 
 
-def _near(keys: KeyArray, asked: IntArray, new: Bools, least: float, remain: Remain) -> Iterator[Near]:
+def _near(keys: KeyArray, asked: IntArray, new: BoolArray, least: float, remain: Remain) -> Iterator[Near]:
     """Compare ``asked`` rows with all rows, and yield blocks of pairs whose cosine is at least ``least``."""
     fresh, n = _unit(keys, asked).T, int(keys.shape[0])
     number = np.where(new, np.cumsum(new) - 1, len(asked))  # the place of each row in ``asked``
