@@ -57,16 +57,15 @@ class Retrieval:
         keys, points = self.keys, self.keys.phi(features)
         text = tip.text_logits(features, self.text, settings.logit_scale)
         discriminant = keys.discriminant(points) if settings.gamma else None
-        if settings.k is None or settings.k >= keys.n:
-            terms = AnswerTerms(text, keys.cache_logits(points, settings.beta), discriminant)
-            tip.log_cache(terms.cache, settings.log_offset)
-        elif keys.by_class:
-            terms = AnswerTerms(text, torch.empty_like(text), discriminant)
-            self._over_classes(points, settings, settings.k, terms)
-            tip.log_cache(terms.cache, settings.log_offset)
+        k = settings.k or keys.n
+        cache = keys.cache_logits(points, settings.beta) if k >= keys.n else torch.empty_like(text)
+        terms = AnswerTerms(text, cache, discriminant)
+        if k < keys.n and not keys.by_class:
+            terms = self._over_nearest(points, settings, k, neighbours, terms)
         else:
-            terms = AnswerTerms(text, torch.empty_like(text), discriminant)
-            terms = self._over_nearest(points, settings, settings.k, neighbours, terms)
+            if k < keys.n:
+                self._over_classes(points, settings, k, terms)
+            tip.log_cache(cache, settings.log_offset)
         logits = terms.logits(settings)
         if not torch.isfinite(logits).all():
             raise overflow(terms, settings)
