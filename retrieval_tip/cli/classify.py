@@ -103,8 +103,11 @@ class RowOptions:
         """Raise UsageError if options exclude each other, or if the index cannot group photos or give sets."""
         if self.abstain is not None and (self.ask.at_least is not None or self.ask.coverage is not None):
             raise UsageError("--abstain, --at-least and --coverage: give only one")
-        alone = {"--logits": self.ask.logits, "--coverage": self.ask.coverage is not None}
-        alone |= {"--group-no-match": self.group_no_match}
+        alone = {
+            "--logits": self.ask.logits,
+            "--coverage": self.ask.coverage is not None,
+            "--group-no-match": self.group_no_match,
+        }
         burst = alone | {"--explain": self.explain, "--smooth": self.smooth}
         for name, mixes, others in (("smooth", self.smooth, alone), ("burst", self.burst is not None, burst)):
             if mixes and (given := [other for other, value in others.items() if value]):
@@ -132,18 +135,25 @@ class RowOptions:
         from retrieval_tip.predictions import PREDICTIONS
 
         types = {**PREDICTIONS, **EXIF, "burst": pa.int64(), "detected": pa.string()}
-        columns = ["input", "label", *(["level"] if self.ask.at_least is not None else []), "probability", "no_match"]
-        columns += ["detected"] if self.boxes is not None else []
-        columns += ["group"] if self.group_no_match else []
-        columns += ["burst"] if self.burst is not None else []
-        columns += list(EXIF) if self.exif else []
-        columns += ["set"] if self.ask.coverage is not None else []
-        columns += ["labels", "probabilities"] if self.ask.top > 1 else []
-        columns += ["logits"] if self.ask.logits else []
-        if self.explain:
-            columns += ["shot", "text_logit", "cache_logit", *(["discriminant_logit"] if index.settings.gamma else [])]
-            columns += ["neighbours", "opposing", *(["similar"] if self.smooth else [])]
-        return pa.schema([(column, types[column]) for column in columns])
+        shown = {
+            "input": True,
+            "label": True,
+            "level": self.ask.at_least is not None,
+            "probability": True,
+            "no_match": True,
+            "detected": self.boxes is not None,
+            "group": self.group_no_match,
+            "burst": self.burst is not None,
+            **dict.fromkeys(EXIF, self.exif),
+            "set": self.ask.coverage is not None,
+            **dict.fromkeys(("labels", "probabilities"), self.ask.top > 1),
+            "logits": self.ask.logits,
+            **dict.fromkeys(("shot", "text_logit", "cache_logit"), self.explain),
+            "discriminant_logit": self.explain and index.settings.gamma > 0,
+            **dict.fromkeys(("neighbours", "opposing"), self.explain),
+            "similar": self.explain and self.smooth,
+        }
+        return pa.schema([(column, types[column]) for column, is_shown in shown.items() if is_shown])
 
     def tables(
         self, index: Index, sources: Sequence[Source], reader: Reader, cut: Cut | None = None
