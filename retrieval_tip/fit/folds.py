@@ -444,7 +444,7 @@ class Folds:
         """
         if self.given is not None:
             return self._scaled_square(self.given)
-        known = [(share, part.width, known_prior(part.identity, part.width)) for part, share in self._used]
+        known = [(share, part.width, known_prior(part)) for part, share in self._used]
         needed = all if len(self.ids.unique()) < len(self.ids) or sum(width for _, width, _ in known) > WIDEST else any
         if not known or not needed(prior is not None for *_, prior in known):
             return None
@@ -510,7 +510,7 @@ class Folds:
 
     def of_known(self) -> Folds:
         """Return the same folds, in which only encoders with a prior count."""
-        known = [self.given is not None or known_prior(part.identity, part.width) is not None for part in self.parts]
+        known = [self.given is not None or known_prior(part) is not None for part in self.parts]
         return self.shared([share * own for share, own in zip(self.shares, known, strict=True)])
 
     def judge(self, form: Form) -> Blend:
