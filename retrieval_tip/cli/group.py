@@ -227,15 +227,15 @@ class Group(click.Group):
         """Resolve a command as click does, but suggest commands from all groups if the name is unknown."""
         try:
             return super().resolve_command(ctx, args)
-        except click.UsageError as error:
-            name, near = args[0], getattr(error, "possibilities", None) or []
+        except click.NoSuchCommand as error:
+            name = args[0]
             everywhere = [
                 *SYNONYMS.get(name, ()),
                 *(path for path, _ in commands_of(ctx.find_root().command) if path.split()[-1] == name),
             ]
             if not everywhere:
                 raise
-            shown = " or ".join(dict.fromkeys([*everywhere, *near]))
+            shown = " or ".join(dict.fromkeys([*everywhere, *(error.possibilities or ())]))
             raise click.UsageError(f"No such command {name!r}. Did you mean {shown}?", ctx) from None
 
 
