@@ -115,7 +115,7 @@ class OpenIndex:
         given = None if model is None else given_backbone(model, device, precision)
         backbone = given or _own_backbone(index, device, precision)
         check_backbone(index.backbone, index.d, backbone, [])
-        return cls(index, Reader(backbone, cache=EncodingCache.at(None)))
+        return cls(index, Reader(backbone, cache=EncodingCache.default()))
 
     @property
     def classes(self) -> list[str]:
@@ -354,7 +354,7 @@ class Classifier(OpenIndex):
         source = photos if isinstance(photos, Source) else open_source(_place("photos", photos))
         check_images([source])
         backbone = given_backbone(model, device, precision)
-        reader = Reader(backbone, seed=seed, cache=EncodingCache.at(None))
+        reader = Reader(backbone, seed=seed, cache=EncodingCache.default())
         temporary, place = _new_place(out)
         made = cls(build_index(source, place, replace(reader, views=views), device=device, **options), reader)
         made._temporary = temporary

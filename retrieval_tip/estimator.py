@@ -289,7 +289,7 @@ class ImageEncoder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # sc
         """
         if not hasattr(self, "backbone_"):
             self.fit(X)
-        reader = Reader(self.backbone_, cache=EncodingCache.at(None))
+        reader = Reader(self.backbone_, cache=EncodingCache.default())
         return unit(reader.encode(open_images(X)).features)
 
     def __sklearn_tags__(self) -> Tags:
