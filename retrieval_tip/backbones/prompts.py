@@ -11,6 +11,8 @@ from retrieval_tip.backbones.base import Backbone, FloatArray, encoders_of, text
 from retrieval_tip.errors import InputError, UsageError
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
+PROMPTS = 256
+"""Number of prompts to encode at a time."""
 
 
 def clean_class_name(name: str) -> str:
@@ -35,7 +37,7 @@ def prompts_of(class_names: Sequence[str], templates: Sequence[str]) -> list[str
 
 
 def text_weights(
-    backbone: Backbone, class_names: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES, batch_size: int = 256
+    backbone: Backbone, class_names: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES
 ) -> FloatArray:
     """Return the text weights ``W`` of the classes, as a float32 array of shape ``[c, d]``. Each row is a unit vector.
 
@@ -46,7 +48,7 @@ def text_weights(
     cancel out or are not finite.
     """
     prompts = prompts_of(class_names, templates)
-    parts = (prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size))
+    parts = (prompts[start : start + PROMPTS] for start in range(0, len(prompts), PROMPTS))
     features = np.concatenate([unit(backbone.encode_texts(part), "prompt") for part in parts])
     return mean_by_class(features.reshape(len(class_names), -1, backbone.dim), class_names)
 
