@@ -166,14 +166,14 @@ class Evaluation:
     settings: Settings
     by_class: list[ClassScore]
     confusions: list[tuple[str, str, int]]
+    figures: dict[str, Any]
+    held_out: int
+    unknown: dict[str, int]
+    known_top1: float | None
+    known_no_match: float | None
+    unknown_no_match: float | None
+    auroc: float | None
     answers: Answers = field(compare=False, repr=False)
-    figures: dict[str, Any] = field(default_factory=dict)
-    held_out: int = 0
-    unknown: dict[str, int] = field(default_factory=dict)
-    known_top1: float | None = None
-    known_no_match: float | None = None
-    unknown_no_match: float | None = None
-    auroc: float | None = None
 
     @property
     def interval(self) -> tuple[float, float]:
