@@ -68,15 +68,6 @@ def auto_for(shape: tuple[int, int], dtype: npt.DTypeLike, n_classes: int, devic
     return auto_factory(shape[0], n_classes)
 
 
-def index_over(keys: KeyArray, class_ids: IntArray, n_classes: int, factory: str, device: str = "auto") -> VectorIndex:
-    """Build a FAISS index over keys that are grouped by class. If the factory is ``Classes``, index the class means.
-
-    Raises the same errors as :meth:`VectorIndex.build`.
-    """
-    vectors = Keys(keys, class_ids, n_classes).means.numpy() if factory == BY_CLASS else keys
-    return VectorIndex.build(vectors, factory, device)
-
-
 def points_of(metric: tip.Metric | None, keys: KeyArray, device: str) -> KeyArray | None:
     """Apply a metric to keys, and return the points in the dtype of the keys. Return ``None`` if there is no metric."""
     if metric is None:
