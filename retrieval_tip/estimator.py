@@ -134,8 +134,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         """
         logits = self._logits(X)
         scores = logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits
-        array: FloatArray = scores.float().cpu().numpy()
-        return array
+        return scores.float().cpu().numpy()
 
     def predict_proba(self, X: npt.ArrayLike) -> FloatArray:
         """Return the class probabilities ``softmax(logits / temperature)``, of shape ``[q, c]``.
@@ -143,8 +142,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         The temperature is 1 unless it was fitted.
         """
         logits = self._logits(X)
-        probabilities: FloatArray = tip.probabilities(logits, self.index_.settings.temperature).cpu().numpy()
-        return probabilities
+        return tip.probabilities(logits, self.index_.settings.temperature).cpu().numpy()
 
     def predict(self, X: npt.ArrayLike) -> Array:
         """Return the label that has the largest logit, for each query in ``X``.

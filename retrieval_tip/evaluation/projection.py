@@ -74,8 +74,7 @@ def _principal(keys: FloatArray) -> FloatArray:
         _, _, axes = torch.svd_lowrank(centred, q=min(AXES, *centred.shape), niter=ITERATIONS)
     axes = torch.nn.functional.pad(axes, (0, max(0, 2 - axes.shape[1])))[:, :2]
     axes = axes * torch.where(axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)) < 0, -1, 1)
-    places: FloatArray = (centred @ axes).numpy()
-    return places
+    return (centred @ axes).numpy()
 
 
 def _tsne(keys: FloatArray) -> FloatArray:

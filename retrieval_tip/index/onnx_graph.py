@@ -62,8 +62,7 @@ class Pixels(torch.nn.Module):
 
     def of(self, view: Tensor) -> FloatArray:
         """Return the RGB values of a view, as a batch of one."""
-        pixels: FloatArray = (view[None] * self.std + self.mean).numpy()
-        return pixels
+        return (view[None] * self.std + self.mean).numpy()
 
 
 class Answer(torch.nn.Module):
