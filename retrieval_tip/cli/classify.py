@@ -290,6 +290,10 @@ def classify(
     the label is null, or - in a table. The formats coco, fiftyone, label-studio and megadetector are JSON files for
     other programs, and camtrap-dp is a folder of tables. The format xmp writes the label of each photo as a keyword
     into its XMP sidecar: photo.jpg.xmp, or an existing photo.xmp.
+
+    Examples:
+        classify indexes/things new/*.jpg --explain
+        classify indexes/things new --top 3 --out answers.csv
     """
     from retrieval_tip import __version__
     from retrieval_tip.cli.output import write_document, write_folder, write_tables

@@ -56,6 +56,10 @@ def serve_command(
         allow_host: Additional host name that requests may use. [default: only localhost, or any name if --host is
             another address]
         trusted_proxy: Address or network of a proxy that names its clients in X-Forwarded-For.
+
+    Examples:
+        serve indexes/things
+        serve indexes/things indexes/others --port 0 --token secret
     """
     from retrieval_tip.server.app import create_app
     from retrieval_tip.server.guard import Limits
@@ -96,7 +100,6 @@ def label_command(
         multiple=True,
         metavar="NAME,...",
         callback=kinds.names,
-        help="Class names, separated by commas. An encoder with text can guess them before photos are labelled.",
     ),
     port: int | None = option(click.IntRange(0, 65535)),
     encoding: EncodingOptions = options.ENCODING,
@@ -109,7 +112,12 @@ def label_command(
 
     Options:
         out: Index that stores the labels. The first label creates it.
+        classes: Class names, separated by commas. An encoder with text can guess them before photos are labelled.
         port: Port to listen on. Use 0 to select a free port. [default: the last port of INDEX, or a free port]
+
+    Examples:
+        label new --out indexes/things
+        label new --out indexes/animals --classes cat,dog,owl
     """
     from retrieval_tip.server.app import create_app
     from retrieval_tip.server.guard import Limits
