@@ -29,10 +29,7 @@ def evaluate_command(
     ask: Ask = grouped(Ask, options.ASKING | options.LEVELS),
     opening: OpeningOptions = options.OPENING,
     abstain: float | None = option(kinds.SHARE, metavar="P", **options.ANSWERS),
-    report: Path | None = option(
-        kinds.OUTPUT,
-        **options.OUTPUTS,
-    ),
+    report: Path | None = option(kinds.OUTPUT, **options.OUTPUTS),
     as_json: bool = options.JSON,
     encoding: SourceOptions = options.SOURCES,
 ) -> None:

@@ -106,10 +106,7 @@ def sort_command(
     link: bool = flag(),
     move: bool = flag(),
     min_probability: float | None = option(kinds.SHARE),
-    at_most_wrong: float | None = option(
-        kinds.percent,
-        metavar="P%",
-    ),
+    at_most_wrong: float | None = option(kinds.percent, metavar="P%"),
     smooth: bool = flag(),
     dry_run: bool = flag(),
     undo: bool = flag(),

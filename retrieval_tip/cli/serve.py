@@ -96,11 +96,7 @@ def serve_command(
 def label_command(
     photos: tuple[str, ...] = options.PHOTOS,
     out: Place = option(kinds.INDEX, "--out", "-o", required=True, metavar="INDEX"),
-    classes: list[str] = option(
-        multiple=True,
-        metavar="NAME,...",
-        callback=kinds.names,
-    ),
+    classes: list[str] = option(multiple=True, metavar="NAME,...", callback=kinds.names),
     port: int | None = option(click.IntRange(0, 65535)),
     encoding: EncodingOptions = options.ENCODING,
 ) -> None:
@@ -123,7 +119,7 @@ def label_command(
     from retrieval_tip.server.guard import Limits
     from retrieval_tip.server.labelling import Labelling, paths_of
     from retrieval_tip.server.run import LOOPBACK, LastServer, address, listen, serve
-    from retrieval_tip.server.served import Backbones, Maker, Served
+    from retrieval_tip.server.served import Backbones, Maker, open_all
     from retrieval_tip.server.service import Service
 
     sources, store = inputs_of(photos, needed=True), store_of(out)
@@ -137,7 +133,7 @@ def label_command(
         assert backbone is not None
         backbones = Backbones(encoding.device, encoding.precision, None, backbone)
         maker = Maker((store.local or Path("indexes/new")).parent, lambda: backbone, backbones)
-        served = {one.name: one for one in ([Served(out, backbones)] if known else [])}
+        served = open_all([out] if known else [], backbones)
         token = kept.token_for(listening)
         url = f"{address(listening)}/#token={token}"
 
