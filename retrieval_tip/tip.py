@@ -337,9 +337,9 @@ class Terms:
         """Return the largest cache logit, of shape ``[q]``, of the classes whose number of keys is above 0."""
         return self.cache[:, counts > 0].amax(1)
 
-    def each(self, part: Callable[[Tensor], Tensor]) -> Terms:
-        """Apply a function to every term."""
-        return Terms(part(self.text), part(self.cache), None if self.discriminant is None else part(self.discriminant))
+    def queries(self, part: slice) -> Terms:
+        """Return the terms of some queries, which share their memory."""
+        return Terms(self.text[part], self.cache[part], None if self.discriminant is None else self.discriminant[part])
 
 
 def probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:

@@ -326,13 +326,9 @@ class Keys(KeyStream):
     def blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         ready = self.held.dtype == torch.float32 and self.held.is_cpu == (self.device == "cpu")
         converted = torch.empty(0 if ready else self.block, self.d, device=self.device)
-        for keys, ids, numbers in self._parts:
+        columns = (column.split(self.block) for column in (self.held, self.class_ids, self._numbers))
+        for keys, ids, numbers in zip(*columns, strict=True):
             yield keys if ready else converted[: len(keys)].copy_(keys), ids, numbers
-
-    @cached_property
-    def _parts(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        parts = (column.split(self.block) for column in (self.held, self.class_ids, self._numbers))
-        return list(zip(*parts, strict=True))
 
     @cached_property
     def held(self) -> Tensor:
