@@ -100,7 +100,7 @@ def search_command(
     choice = search_hp.search(index, queries)
     warn(choice.warnings)
     if not dry_run:
-        index = search_hp.apply(index, choice, folder)
+        index = search_hp.apply(index, choice).save(folder, "search-hp")
     facts = {name: value for name, value in vars(choice).items() if name != "warnings"}
     facts |= {"version": index.version, "interval": list(choice.interval)}
     if as_json:  # JSON has no infinity

@@ -8,7 +8,6 @@ the best alpha is computed exactly and no grid is needed.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -82,15 +81,11 @@ def on_validation(index: Index, source: Source, reader: Reader) -> Queries:
     return Queries(encoded.features, ids[encoded.positions], source.name)
 
 
-def apply(index: Index, choice: HyperparameterChoice, folder: str | os.PathLike[str] | None = None) -> Index:
-    """Return the index with the selected settings and their provenance.
-
-    If ``folder`` is given, the settings are saved as a new version of the index.
-    """
+def apply(index: Index, choice: HyperparameterChoice) -> Index:
+    """Return the index with the selected settings and their provenance."""
     kept = {name: value for name, value in index.provenance.items() if name != "temperature"}
     provenance = kept | {"alpha": "search-hp", "beta": "search-hp", "search": choice.provenance()}
-    made = index.with_settings(choice.settings(index.settings), chosen=True).altered(provenance=provenance)
-    return made if folder is None else made.save(folder, "search-hp")
+    return index.with_settings(choice.settings(index.settings), chosen=True).altered(provenance=provenance)
 
 
 def search(index: Index, queries: Queries) -> HyperparameterChoice:
