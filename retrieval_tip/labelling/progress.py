@@ -99,9 +99,7 @@ def estimate_rest(index: Index, key_ids: Sequence[int], rest: Features) -> Estim
     if not len(rows) or not m:
         return Estimate(0.0, 0.0, 1.0, m, 0, m, min(m, SCREEN))
     few = rest[spread(m, MOST_REST)]
-    found = [_chances(one, key_ids, few) for one in (index, *_smaller(index, rows))]
-    parts = [chances for chances, _ in found]
-    errors = found[0][1]
+    parts, (errors, *_) = zip(*(_chances(one, key_ids, few) for one in (index, *_smaller(index, rows))), strict=True)
     chances = np.average(parts, 0, np.linspace(1, OLDEST, len(parts))).clip(1 - MOST, MOST)
     share = float(chances.mean())
     z = np.random.default_rng(0).standard_normal(DRAWS)
