@@ -31,7 +31,7 @@ from retrieval_tip.retrieval.duplicates import Duplicates, describe_duplicates, 
 from retrieval_tip.retrieval.inputs import KeyArray
 from retrieval_tip.retrieval.keys import KEY_BLOCK, auto_for
 from retrieval_tip.retrieval.rows import ArrayRows, Rows
-from retrieval_tip.retrieval.vector_index import BY_CLASS
+from retrieval_tip.retrieval.vector_index import BY_CLASS, FLAT_FACTORY
 from retrieval_tip.settings import (
     OVERRIDES,
     BuildOptions,
@@ -311,7 +311,8 @@ def create(folder: Versions, made: Material) -> Index:
         order = order[kept]
         c = len(made.words.class_names)
         factory, k = (asked, None) if asked != "auto" else auto_for(keys.shape, made.plan["dtype"], c, made.device)
-        rows = ArrayRows(keys, made.labels(order, digests)).indexed(c, factory if made.fit is None else BY_CLASS)
+        early = factory if made.fit is None else FLAT_FACTORY  # a fit indexes the transformed keys instead
+        rows = ArrayRows(keys, made.labels(order, digests)).indexed(c, early)
         index = made.index(rows, rows.statistics(), k)
         warn_of(duplicates(keys, rows.labels))
         if made.fit is not None:
