@@ -325,20 +325,17 @@ def _write_keys(
     writer: Writer, made: Material, order: npt.NDArray[np.int64]
 ) -> tuple[KeyArray, npt.NDArray[np.int64], list[str | None]]:
     """Stream features into the file of keys. Return the keys, their positions in ``order`` and the image digests."""
-    place = np.empty(len(order), dtype=np.int64)
-    place[order] = np.arange(len(order))
-    blocks = made.blocks()
+    place, blocks = np.argsort(order), made.blocks()
     first = next(blocks)
     shape = (len(order), first.features.shape[1])
     array = writer.stage_array("keys", shape, made.plan["dtype"])
     present = np.zeros(len(order), dtype=bool)
-    digests: list[str | None] = [None] * len(order)
+    digests = np.full(len(order), None)
     for block in itertools.chain([first], blocks):
         rows = place[block.positions]
         array[rows] = block.features
         present[rows] = True
-        for row, digest in zip(rows.tolist(), block.digests, strict=True):
-            digests[row] = digest
+        digests[rows] = block.digests
     kept = np.flatnonzero(present)
     if len(kept) < len(order):  # close the gaps that unreadable images left
         whole = writer.stage_array("keys", (len(kept), shape[1]), made.plan["dtype"])
@@ -346,4 +343,4 @@ def _write_keys(
             whole[start : start + KEY_BLOCK] = array[kept[start : start + KEY_BLOCK]]
         Path(str(array.filename)).unlink(missing_ok=True)  # a full disk may have removed it
         array = whole
-    return writer.seal_array("keys", array), kept, [digests[row] for row in kept]
+    return writer.seal_array("keys", array), kept, digests[kept].tolist()
