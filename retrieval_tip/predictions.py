@@ -15,8 +15,14 @@ from retrieval_tip.backbones.base import FloatArray
 from retrieval_tip.errors import counted, one_line
 from retrieval_tip.html import table
 
-_NEIGHBOUR = {"key_id": pa.int64(), "source": pa.string(), "label": pa.string()}
-_NEIGHBOUR |= {"affinity": pa.float64(), "weight": pa.float64(), "gives": pa.list_(pa.float64())}
+_NEIGHBOUR = {
+    "key_id": pa.int64(),
+    "source": pa.string(),
+    "label": pa.string(),
+    "affinity": pa.float64(),
+    "weight": pa.float64(),
+    "gives": pa.list_(pa.float64()),
+}
 SIMILAR = pa.struct([("input", pa.string()), ("label", pa.string()), ("gives", pa.float64())])
 PREDICTIONS = {
     "input": pa.string(),

@@ -256,8 +256,13 @@ def _behind_tower(answer: torch.nn.Module, backbone: TorchBackbone, outputs: Seq
 
 
 def _metadata(index: Index, backbone: Encoder) -> dict[str, Any]:
-    facts = {"labels": index.class_names, "settings": asdict(index.settings), "opset": OPSET}
-    facts |= {"index": index.place, "version": index.version}
+    facts = {
+        "labels": index.class_names,
+        "settings": asdict(index.settings),
+        "opset": OPSET,
+        "index": index.place,
+        "version": index.version,
+    }
     if backbone is not None:
         steps = {name: _steps(own) for name, own in inputs_of(index, backbone).items()}
         facts |= {"preprocess": steps.get(PIXELS, steps), "backbone": str(backbone.identity)}
