@@ -221,7 +221,7 @@ def recognised(index: Index, every: pa.ChunkedArray, block: FeatureBlock) -> Fea
     """
     shots = index.having("digest", filter(None, block.digests))
     known = dict(zip(shots["digest"].to_pylist(), shots["key_id"].to_pylist(), strict=True))
-    found = np.array([known.get(digest, -1) if digest else -1 for digest in block.digests], dtype=np.int64)
+    found = np.array([known.get(digest, -1) for digest in block.digests], dtype=np.int64)
     names = every.take(pa.array(block.positions)).to_pylist()
     places: dict[str, list[int]] = {}
     for place, (name, digest) in enumerate(zip(names, block.digests, strict=True)):
