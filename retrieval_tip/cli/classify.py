@@ -155,28 +155,27 @@ class RowOptions:
         }
         return pa.schema([(column, types[column]) for column, is_shown in shown.items() if is_shown])
 
-    def tables(
-        self, index: Index, sources: Sequence[Source], reader: Reader, cut: Cut | None = None
-    ) -> Iterator[pa.Table]:
+    def tables(self, index: Index, sources: Sequence[Source], reader: Reader, cut: Cut) -> Iterator[pa.Table]:
         """Classify the sources, and yield tables of the :meth:`schema`.
 
         The boxes of ``cut`` that are not classified and its empty photos come last.
         """
         import pyarrow as pa
 
-        from retrieval_tip.data.boxes import EMPTY, Cut
+        from retrieval_tip.data.boxes import EMPTY
         from retrieval_tip.data.exif import Noting
 
-        cut, schema = cut or Cut(), self.schema(index)
+        schema, noting = self.schema(index), Noting(cut.boxes)
         detected = cut.detected | dict.fromkeys(map(show, cut.empty), EMPTY)
-        noting = Noting(cut.boxes)
         if self.exif or self.burst is not None or self.boxes is not None:
             sources = [replace(source, load=noting) for source in sources]
         for table in chain(self._answers(index, sources, reader, noting), self._others(cut, noting)):
             names = table["input"].to_pylist()
-            known = dict(zip(table.column_names, table.columns, strict=True))
-            known |= {"detected": pa.array(map(detected.get, names), pa.string())}
-            known |= noting.columns(names) if self.exif else {}
+            known = {
+                **dict(zip(table.column_names, table.columns, strict=True)),
+                "detected": pa.array(map(detected.get, names), pa.string()),
+                **(noting.columns(names) if self.exif else {}),
+            }
             yield pa.table([known.get(one.name, pa.nulls(len(names), one.type)) for one in schema], schema=schema)
 
     def _answers(self, index: Index, sources: Sequence[Source], reader: Reader, noting: Noting) -> Iterator[pa.Table]:
@@ -312,7 +311,7 @@ def classify(
     photos, cut, counts, skipped = inputs_of(inputs), Cut(), Counter[str](), list[Skipped]()
     sources = photos
     if rows.boxes is not None:
-        cut = cut_boxes(rows.boxes, photos, rows.categories or None)
+        cut = cut_boxes(rows.boxes, photos, rows.categories)
         sources = cut.sources
         if printing.named == MEGADETECTOR:
             camera_traps.clear(cut.document, show(rows.boxes))

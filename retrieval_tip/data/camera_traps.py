@@ -73,7 +73,7 @@ def clear(document: Row, file: str) -> None:
 
 
 def megadetector(
-    rows: Iterable[Row], cut: Cut, by: str, root: str, class_names: Sequence[str], failed: Iterable[Skipped] = ()
+    rows: Iterable[Row], cut: Cut, by: str, root: str, class_names: Sequence[str], failed: Iterable[Skipped]
 ) -> Row:
     """Return the document of ``cut`` with the answers for its detections. ``by`` is the name of the index.
 
