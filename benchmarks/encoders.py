@@ -69,7 +69,7 @@ def of_table(file: Path) -> Part:
 def of_photos(shared: Path, part: str, weights: Path) -> Part:
     source = open_source(shared / "data/caltech101/split_zhou_Caltech101.json", split=part)
     models = {LIT: f"local-dir:{shared / 'models/lit-mini'}", LITE0: f"timm:tf_efficientnet_lite0@{weights}"}
-    reader = Reader(load_backbone("+".join(models.values()), device="cpu"), cache=EncodingCache.at(None))
+    reader = Reader(load_backbone("+".join(models.values()), device="cpu"), cache=EncodingCache.default())
     both = reader.encode(source).features
     ends = np.cumsum([one.dim for one in reader.backbone.parts])[:-1]  # type: ignore[union-attr]
     return Part(np.array(source.labels), dict(zip(models, map(unit, np.split(both, ends, axis=1)), strict=True)))

@@ -147,7 +147,7 @@ def accuracy(model: str, split: Path, draws: int) -> None:
     items = pa.concat_tables([train.items, val.items])
     train = replace(train, items=items, paths=(*(train.paths or ()), *(val.paths or ())))
     store_int8(model, train)
-    cache, rows = EncodingCache.at(None), []
+    cache, rows = EncodingCache.default(), []
     encoders = {p: Reader(load_backbone(model, precision=p), cache=cache) for p in PRECISIONS}
     for shots, seed in ((shots, 1 + draw) for shots in (4, 16) for draw in range(draws)):
         row: dict[str, object] = {"shots": shots, "seed": seed}

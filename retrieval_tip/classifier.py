@@ -45,7 +45,7 @@ from retrieval_tip.labelling.placing import Action
 from retrieval_tip.labelling.sort import Sorted, sort_photos
 from retrieval_tip.model import Index
 from retrieval_tip.predictions import Prediction, Predictions, SimilarShot
-from retrieval_tip.retrieval.inputs import Features
+from retrieval_tip.retrieval.inputs import Features, FloatArray
 from retrieval_tip.settings import Ask, AskOptions, BuildOptions, ClassPrior, MetricName, Precision, ValuesName
 from retrieval_tip.store.address import parse
 
@@ -113,7 +113,7 @@ class OpenIndex:
         given = None if model is None else given_backbone(model, device, precision)
         backbone = given or _own_backbone(index, device, precision)
         check_backbone(index.backbone, index.d, backbone, [])
-        return cls(index, Reader(backbone, cache=EncodingCache.at(None)))
+        return cls(index, Reader(backbone, cache=EncodingCache.default()))
 
     @property
     def classes(self) -> list[str]:
@@ -352,7 +352,7 @@ class Classifier(OpenIndex):
         source = photos if isinstance(photos, Source) else open_source(_place("photos", photos))
         check_images([source])
         backbone = given_backbone(model, device, precision)
-        reader = Reader(backbone, seed=seed, cache=EncodingCache.at(None))
+        reader = Reader(backbone, seed=seed, cache=EncodingCache.default())
         temporary, place = _new_place(out)
         made = cls(build_index(source, place, replace(reader, views=views), device=device, **options), reader)
         made._temporary = temporary
@@ -410,9 +410,7 @@ class Classifier(OpenIndex):
 
     __call__ = predict
 
-    def predict_proba(
-        self, what: Query, *, norms: Checked = "check", **asked: Unpack[AskOptions]
-    ) -> npt.NDArray[np.float32]:
+    def predict_proba(self, what: Query, *, norms: Checked = "check", **asked: Unpack[AskOptions]) -> FloatArray:
         """Return the probabilities of all classes, of shape ``[q, c]``, in the order of ``classes``.
 
         The arguments are the same as for :meth:`predict`. A single photo gives one row. Unreadable photos in a folder

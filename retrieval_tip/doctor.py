@@ -79,7 +79,7 @@ def _faiss(facts: dict[str, str], problems: list[str]) -> None:
     facts["faiss"] = str(faiss.__version__)
     facts["faiss build"] = str(faiss.get_compile_options()).strip()
     facts["faiss SIMD level"] = str(faiss.SIMDConfig.get_level_name())
-    gpus = int(faiss.get_num_gpus()) if hasattr(faiss, "get_num_gpus") else 0
+    gpus = int(faiss.get_num_gpus())
     facts["faiss GPUs"] = str(gpus)
     if gpus == 0 and facts.get("torch device", "cpu") != "cpu":
         problems.append(

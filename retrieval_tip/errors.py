@@ -31,7 +31,6 @@ MOST = {
     "batch_size": 16_384,
     "workers": 1024,
     "epochs": 1_000_000,
-    "queue": 65_536,
     "seed": 2**63 - 1,
 }
 """Upper bounds for other counts. They are higher than anyone needs, but low enough for the libraries and for memory."""

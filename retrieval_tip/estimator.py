@@ -20,7 +20,7 @@ from retrieval_tip.errors import InputError, UsageError, check_count, install
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.closed_form import Fit
 from retrieval_tip.model import Index
-from retrieval_tip.retrieval.inputs import Features
+from retrieval_tip.retrieval.inputs import Features, FloatArray, IntArray
 from retrieval_tip.settings import ClassPrior, MetricName, Settings, ValuesName
 from retrieval_tip.store.edits import Edits, NewKeys
 
@@ -35,7 +35,6 @@ except ImportError as error:
     ) from None
 
 Array = npt.NDArray[Any]
-FloatArray = npt.NDArray[np.float32]
 
 DTYPES = [np.float64, np.float32]
 """The dtypes of rows to accept without a conversion."""
@@ -135,8 +134,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         """
         logits = self._logits(X)
         scores = logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits
-        array: FloatArray = scores.float().cpu().numpy()
-        return array
+        return scores.float().cpu().numpy()
 
     def predict_proba(self, X: npt.ArrayLike) -> FloatArray:
         """Return the class probabilities ``softmax(logits / temperature)``, of shape ``[q, c]``.
@@ -144,8 +142,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         The temperature is 1 unless it was fitted.
         """
         logits = self._logits(X)
-        probabilities: FloatArray = tip.probabilities(logits, self.index_.settings.temperature).cpu().numpy()
-        return probabilities
+        return tip.probabilities(logits, self.index_.settings.temperature).cpu().numpy()
 
     def predict(self, X: npt.ArrayLike) -> Array:
         """Return the label that has the largest logit, for each query in ``X``.
@@ -156,7 +153,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         labels: Array = self.classes_[(scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(axis=1)]
         return labels
 
-    def kneighbors(self, X: npt.ArrayLike, n_neighbors: int = 5) -> tuple[FloatArray, npt.NDArray[np.int64]]:
+    def kneighbors(self, X: npt.ArrayLike, n_neighbors: int = 5) -> tuple[FloatArray, IntArray]:
         """Find the nearest keys of each query.
 
         Returns two arrays of shape ``[q, m]``, where ``m`` is ``n_neighbors`` or the number of keys, whichever is
@@ -252,7 +249,7 @@ def _same_classes(given: npt.ArrayLike, known: Array) -> None:
         raise UsageError("classes: these are not the classes of the first call; omit them, or call fit again")
 
 
-def _ids(labels: Array, classes: Array) -> npt.NDArray[np.int64]:
+def _ids(labels: Array, classes: Array) -> IntArray:
     position = {label: i for i, label in enumerate(classes.tolist())}
     ids = np.array([position.get(label, -1) for label in labels.tolist()], dtype=np.int64)
     if (ids < 0).any():
@@ -290,7 +287,7 @@ class ImageEncoder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # sc
         """
         if not hasattr(self, "backbone_"):
             self.fit(X)
-        reader = Reader(self.backbone_, cache=EncodingCache.at(None))
+        reader = Reader(self.backbone_, cache=EncodingCache.default())
         return unit(reader.encode(open_images(X)).features)
 
     def __sklearn_tags__(self) -> Tags:

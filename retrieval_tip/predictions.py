@@ -11,11 +11,18 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from retrieval_tip.backbones.base import FloatArray
 from retrieval_tip.errors import counted, one_line
 from retrieval_tip.html import table
 
-_NEIGHBOUR = {"key_id": pa.int64(), "source": pa.string(), "label": pa.string()}
-_NEIGHBOUR |= {"affinity": pa.float64(), "weight": pa.float64(), "gives": pa.list_(pa.float64())}
+_NEIGHBOUR = {
+    "key_id": pa.int64(),
+    "source": pa.string(),
+    "label": pa.string(),
+    "affinity": pa.float64(),
+    "weight": pa.float64(),
+    "gives": pa.list_(pa.float64()),
+}
 SIMILAR = pa.struct([("input", pa.string()), ("label", pa.string()), ("gives", pa.float64())])
 PREDICTIONS = {
     "input": pa.string(),
@@ -124,7 +131,7 @@ class Prediction:
     probabilities: list[float]
     text_logit: float
     cache_logit: float
-    logits: npt.NDArray[np.float32] | None = field(compare=False)
+    logits: FloatArray | None = field(compare=False)
     neighbours: list[Neighbour]
     no_match: bool | None = None
     shot: bool | None = None

@@ -266,34 +266,18 @@ def cache_logits(
 
     Raises ValueError if there is a tail and the values have no ``sums``.
     """
-    weights = weight(affinity, beta)
-    if values is not None:
-        return _valued(weights, affinity, class_ids, n_classes, beta, tail, values)
-    cache = sum_by_class(weights, class_ids, n_classes)
-    if tail is not None:
-        number, mean = tail.rest(affinity, class_ids)
-        cache = cache + at_mean(number, mean, beta)
-    return cache
-
-
-def _valued(
-    weights: Tensor,
-    affinity: Tensor,
-    class_ids: Tensor,
-    n_classes: int,
-    beta: float,
-    tail: Totals | None,
-    values: Values,
-) -> Tensor:
-    """Return ``sum over keys i of (w_i - t[:, y_i]) V_i + t sums``, where ``t[:, g]`` is the tail weight of class g."""
+    weights, rest = weight(affinity, beta), None if tail is None else tail.rest(affinity, class_ids)
+    if values is None:
+        cache = sum_by_class(weights, class_ids, n_classes)
+        return cache if rest is None else cache + at_mean(*rest, beta)
     filled = class_ids < n_classes
-    if tail is None:
+    if rest is None:
         return values.weighted(weights.where(filled, 0))
     if values.sums is None:
         raise ValueError("values: no sums; a tail needs the sum of the values of each class, [c, c]")
-    number, mean = tail.rest(affinity, class_ids)
-    left = weight(mean, beta).where(number > 0, 0)
-    own = left.gather(1, class_ids.clamp_max(n_classes - 1).expand_as(weights))
+    number, mean = rest
+    left = weight(mean, beta).where(number > 0, 0)  # weights of the tail, which is computed for all keys of a class
+    own = left.gather(1, class_ids.clamp_max(n_classes - 1).expand_as(weights))  # and taken off the retrieved ones
     return values.weighted((weights - own).where(filled, 0)) + left @ values.sums
 
 
@@ -337,9 +321,9 @@ class Terms:
         """Return the largest cache logit, of shape ``[q]``, of the classes whose number of keys is above 0."""
         return self.cache[:, counts > 0].amax(1)
 
-    def each(self, part: Callable[[Tensor], Tensor]) -> Terms:
-        """Apply a function to every term."""
-        return Terms(part(self.text), part(self.cache), None if self.discriminant is None else part(self.discriminant))
+    def queries(self, part: slice) -> Terms:
+        """Return the terms of some queries, which share their memory."""
+        return Terms(self.text[part], self.cache[part], None if self.discriminant is None else self.discriminant[part])
 
 
 def probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:

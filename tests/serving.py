@@ -133,10 +133,12 @@ def app_of(*folders, limits=None, root=None, **options):
 
 
 @contextmanager
-def running(app, **options):
+def running(app, proxies=(), idle=run_module.IDLE_SECONDS):
     """Run an application in a thread, as ``serve`` does, and yield its address. See :func:`run_module.configured`."""
     with run_module.listen("127.0.0.1", 0) as listening:
-        server = uvicorn.Server(run_module.configured(app, **options))
+        config = run_module.configured(app, proxies)
+        config.timeout_keep_alive = idle
+        server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         try:

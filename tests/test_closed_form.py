@@ -22,7 +22,7 @@ from sealing import manifest_of
 from tables import read_features, write_table
 
 from retrieval_tip import Index, tip
-from retrieval_tip.backbones.base import Identity
+from retrieval_tip.backbones.base import Identity, Part
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.evaluation.held_out import held_out_probabilities
 from retrieval_tip.fit import closed_form
@@ -465,12 +465,13 @@ def test_with_a_prior_one_photo_per_class_is_as_sure_as_the_metric_has_dimension
 
 def test_the_known_prior_of_a_backbone_is_used_for_its_features():
     backbone = Identity("ViT-B-32", "openai", "w", "c", {})
-    prior = known_prior(backbone, 512)
+    prior = known_prior(Part(512, "feature", backbone))
     np.testing.assert_array_equal(prior, prior.T)
     values = np.linalg.eigvalsh(prior)
     assert 0.1 < values.sum() < 1  # the mean squared distance of a unit feature from its class mean
     assert values.min() > -1e-3 * values.max()
-    assert known_prior(backbone, 16) is known_prior(replace(backbone, pretrained="laion2b"), 512) is None
+    others = Part(16, "feature", backbone), Part(512, "feature", replace(backbone, pretrained="laion2b"))
+    assert list(map(known_prior, others)) == [None, None]
     keys, ids = clusters(2, d=512)
     one, other, plain = (Index.from_features(keys, ids, [str(i) for i in range(C)], device="cpu") for _ in "abc")
     one.backbone = backbone

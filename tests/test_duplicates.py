@@ -1,6 +1,7 @@
 """Duplicates across classes: compared with all pairs, planted in synthetic keys, and in large numbers."""
 
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from tables import unit_rows
 
 from retrieval_tip.model import label_table
+from retrieval_tip.retrieval import duplicates as module
 from retrieval_tip.retrieval.duplicates import NEAR, Duplicate, Duplicates, describe_duplicates, duplicates
 from retrieval_tip.store.labels import images_of
 
@@ -70,7 +72,8 @@ def test_duplicates_match_a_comparison_of_every_pair(seed, some, budget, half):
     cosines = unit(keys) @ unit(keys).T
     least = 0.97 if np.abs(cosines - 0.97).min() > 1e-5 else 0.97002
     fresh = np.random.default_rng(seed).choice(24, 5, replace=False) if some else None
-    found = duplicates(keys, labels_of(ids, digests), fresh, least=least, budget=budget)
+    with mock.patch.object(module, "NEAR", least):
+        found = duplicates(keys, labels_of(ids, digests), fresh, budget=budget)
     assert found.compared == ("all" if budget else "digests")
     expected = dense(keys, ids, digests, fresh, least, near=bool(budget))
     assert by_pair(found) == expected

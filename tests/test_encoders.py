@@ -199,7 +199,7 @@ def test_the_known_prior_of_one_of_the_encoders_is_used(each, shares, monkeypatc
     ids, features = two(each)
     root = np.random.default_rng(1).normal(size=(WIDTHS[0], 40)) / 10
     known = root @ root.T
-    monkeypatch.setattr(folds, "known_prior", lambda identity, _: known if identity == IDENTITY else None)
+    monkeypatch.setattr(folds, "known_prior", lambda part: known if part.identity == IDENTITY else None)
     monkeypatch.setattr(closed_form, "shares_of", lambda *_: shares)
     prior = np.zeros((sum(WIDTHS), sum(WIDTHS)))
     prior[: WIDTHS[0], : WIDTHS[0]], prior[WIDTHS[0] :, WIDTHS[0] :] = known / 2, np.eye(WIDTHS[1]) / WIDTHS[1] / 2

@@ -272,11 +272,11 @@ def test_a_cache_that_cannot_be_used_is_refused_or_replaced_by_a_warning(tmp_pat
     for place in (*(tmp_path / name for name in ("file", "file/below", "d", "p")), Path("/dev/null/x")):
         monkeypatch.setenv("RETRIEVAL_TIP_CACHE", str(place))
         caplog.clear()
-        assert EncodingCache.at(None) is None
+        assert EncodingCache.default() is None
         (said,) = caplog.messages
         assert str(place) in said
         with pytest.raises(InputError, match="--no-cache"):
-            EncodingCache.at(place)
+            EncodingCache(place)
 
 
 def test_environment_variables_set_the_cache_folder(monkeypatch):
@@ -287,7 +287,7 @@ def test_environment_variables_set_the_cache_folder(monkeypatch):
         assert EncodingCache.default_folder() == Path(f"/{number}{below}")
         monkeypatch.delenv(name)
     monkeypatch.setattr(Path, "home", mock.Mock(side_effect=RuntimeError("Could not determine home directory.")))
-    assert EncodingCache.at(None) is None
+    assert EncodingCache.default() is None
     with pytest.raises(UsageError, match="RETRIEVAL_TIP_CACHE"):
         EncodingCache.default_folder()
 

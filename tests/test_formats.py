@@ -100,7 +100,7 @@ CONFIG = """<View><Image name="image" value="$image"/><Choices name="label" toNa
 
 def test_label_studio_accepts_the_predictions(answers):
     interface = pytest.importorskip("label_studio_sdk.label_interface").LabelInterface(CONFIG)
-    for task, answer in zip(label_studio(answers), answers, strict=True):
+    for task, answer in zip(label_studio(answers, []), answers, strict=True):
         assert interface.validate_task({"data": task["data"]})
         assert len(task["predictions"]) == (answer["label"] is not None)
         for prediction in task["predictions"]:
@@ -117,7 +117,7 @@ def exported(tasks):
 
 
 def test_labels_come_back_from_label_studio(answers, tmp_path, caplog):
-    source = open_source(written(tmp_path, exported(label_studio(answers))), root="s3://bucket/")
+    source = open_source(written(tmp_path, exported(label_studio(answers, []))), root="s3://bucket/")
     assert list(source.paths) == [answer["input"] for answer in answers[:4]]
     assert source.labels == [answer["label"] for answer in answers[:4]]
     assert "left out 1 photo without a label" in caplog.text

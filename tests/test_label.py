@@ -88,7 +88,7 @@ class Client(InProcess):
         self.pool = pool
         self.sources = list(open_inputs([str(Path(next(iter(pool))).parent)]))
         self.names = [name for source in self.sources for name in source.sources]
-        self.cache = EncodingCache.at(None)
+        self.cache = EncodingCache.default()
         reader = Reader(backbone, cache=self.cache)
         self.app = labelling_app(place, self.sources, reader, classes, token=TOKEN)
 

@@ -21,7 +21,6 @@ from tables import unit_rows, write_table
 from wcwidth import wcswidth
 
 from retrieval_tip import cli, errors
-from retrieval_tip.cli.examples import EXAMPLES
 
 
 @pytest.fixture(scope="module")
@@ -173,8 +172,8 @@ def test_every_command_has_help_for_each_option_and_two_valid_examples():
         assert found.help, name
         assert not found.get_short_help_str(60).endswith("..."), name
         assert all(option.help for option in found.params if isinstance(option, click.Option)), name
-        assert len(EXAMPLES[name]) == 2, name
-        for example in EXAMPLES[name]:
+        assert len(found.examples) == 2, name
+        for example in found.examples:
             words = shlex.split(example.partition(" > ")[0])
             assert words[: len(path)] == list(path)
             ctx = found.make_context(found.name, words[len(path) :], parent=click.Context(cli.main, obj=True))

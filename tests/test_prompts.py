@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from retrieval_tip.backbones import prompts
 from retrieval_tip.backbones.prompts import clean_class_name, mean_by_class, text_weights
 from retrieval_tip.errors import InputError, UsageError
 
@@ -13,12 +14,13 @@ def test_class_names_become_words():
     assert clean_class_name("Übergröße") == "Übergröße"
 
 
-def test_text_weights_are_unit_means_of_unit_prompts(lit_mini):
+def test_text_weights_are_unit_means_of_unit_prompts(lit_mini, monkeypatch):
     """Normalise the feature of each prompt, average over templates, and normalise, for one class."""
     names, templates = ["grand_piano", "cat"], ["a photo of a {}.", "itap of a {}.", "{}"]
-    weights = text_weights(lit_mini, names, templates, batch_size=2)
-    prompts = lit_mini.encode_texts(["a photo of a grand piano.", "itap of a grand piano.", "grand piano"])
-    mean = (prompts / np.linalg.norm(prompts, axis=1, keepdims=True)).mean(axis=0)
+    monkeypatch.setattr(prompts, "PROMPTS", 2)
+    weights = text_weights(lit_mini, names, templates)
+    encoded = lit_mini.encode_texts(["a photo of a grand piano.", "itap of a grand piano.", "grand piano"])
+    mean = (encoded / np.linalg.norm(encoded, axis=1, keepdims=True)).mean(axis=0)
     assert weights.shape == (2, 1280)
     assert weights.dtype == np.float32
     np.testing.assert_allclose(weights[0], mean / np.linalg.norm(mean), atol=1e-5)

@@ -26,6 +26,11 @@ Loaded = TypeVar("Loaded")  # a backbone, or None
 Preprocess = Mapping[str, Any]  # JSON preprocessing settings, named as in open_clip or timm
 
 
+def digest_of(value: object, *, sort_keys: bool = False) -> str:
+    """Return the SHA-256 of a value in JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=sort_keys).encode()).hexdigest()
+
+
 @dataclass(frozen=True)
 class Identity:
     """The identity of a backbone.
@@ -55,7 +60,7 @@ class Identity:
         what: dict[str, object] = {"parts": [part.fingerprint for part in self.parts]}
         if not self.parts:
             what = {"weights": self.weights, "config": self.config, "preprocess": dict(self.preprocess)}
-        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+        return digest_of(what, sort_keys=True)[:16]
 
     def __str__(self) -> str:
         return f"{self.model}{f'/{self.pretrained}' if self.pretrained else ''} ({self.fingerprint})"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from retrieval_tip.backbones.base import Identity
+from retrieval_tip.backbones.base import Identity, digest_of
 from retrieval_tip.errors import RetrievalTipError, first_line, show, version_of
 from retrieval_tip.files import cache_folder, make_folders, read_regular, replacing
 
@@ -48,7 +47,7 @@ class Files:
                     stamps.append((str(path), os.path.realpath(path), *changed))
         except OSError:
             return cls(paths, None)
-        return cls(paths, _sha256(stamps))
+        return cls(paths, digest_of([stamps]))
 
     def are_unchanged(self) -> bool:
         """Return whether all files are still there and have not changed."""
@@ -101,9 +100,5 @@ def _record(model: str, pretrained: str | None) -> Path | None:
     places = (model.partition(":")[2], (pretrained or "").rpartition("=")[2])
     here = [os.path.realpath(place) for place in places if os.path.exists(place)]  # noqa: PTH110 - any name will do
     hub = [os.environ.get(name) for name in ("HF_HOME", "HF_HUB_CACHE")]
-    caches, name = cache_folder(), _sha256(FORM, model, pretrained, here, hub)[:16]
+    caches, name = cache_folder(), digest_of([FORM, model, pretrained, here, hub])[:16]
     return None if caches is None else caches / "backbones" / f"{name}.json"
-
-
-def _sha256(*what: object) -> str:
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from retrieval_tip.backbones import catalogue
-from retrieval_tip.backbones.base import Identity, resolve_execution
+from retrieval_tip.backbones.base import Identity, digest_of, resolve_execution
 from retrieval_tip.backbones.known import Files
 from retrieval_tip.backbones.torch_backbone import Opened, TorchBackbone
 from retrieval_tip.errors import BackboneError, UsageError
@@ -191,4 +190,4 @@ def _config_digest(plan: _Plan) -> str:
     config = open_clip.get_model_config(plan.model)
     quick_gelu = bool(plan.arguments.get("force_quick_gelu") or config.get("quick_gelu"))
     what = plain(config) | {"quick_gelu": quick_gelu}
-    return f"sha256:{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()}"
+    return f"sha256:{digest_of(what, sort_keys=True)}"

@@ -6,12 +6,13 @@ import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
-from retrieval_tip.backbones.base import Backbone, encoders_of, text_side_by_side, unit
+from retrieval_tip.backbones.base import Backbone, FloatArray, encoders_of, text_side_by_side, unit
 from retrieval_tip.errors import InputError, UsageError
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
+PROMPTS = 256
+"""Number of prompts to encode at a time."""
 
 
 def clean_class_name(name: str) -> str:
@@ -36,8 +37,8 @@ def prompts_of(class_names: Sequence[str], templates: Sequence[str]) -> list[str
 
 
 def text_weights(
-    backbone: Backbone, class_names: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES, batch_size: int = 256
-) -> npt.NDArray[np.float32]:
+    backbone: Backbone, class_names: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES
+) -> FloatArray:
     """Return the text weights ``W`` of the classes, as a float32 array of shape ``[c, d]``. Each row is a unit vector.
 
     The features of the prompts are normalised both before and after averaging over the templates, as in the paper's
@@ -47,21 +48,19 @@ def text_weights(
     cancel out or are not finite.
     """
     prompts = prompts_of(class_names, templates)
-    parts = (prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size))
+    parts = (prompts[start : start + PROMPTS] for start in range(0, len(prompts), PROMPTS))
     features = np.concatenate([unit(backbone.encode_texts(part), "prompt") for part in parts])
     return mean_by_class(features.reshape(len(class_names), -1, backbone.dim), class_names)
 
 
-def each_text(
-    backbone: Backbone, c: int, weights_of: Callable[[Backbone], npt.NDArray[np.float32]]
-) -> npt.NDArray[np.float32]:
+def each_text(backbone: Backbone, c: int, weights_of: Callable[[Backbone], FloatArray]) -> FloatArray:
     """Join the text weights of each encoder that has text (see :func:`base.text_side_by_side`)."""
     encoders, some = [one for one, _ in encoders_of(backbone)], backbone.has_text
     weights = [weights_of(one) if one.has_text or not some else np.zeros((c, one.dim), np.float32) for one in encoders]
     return text_side_by_side(weights)
 
 
-def mean_by_class(features: npt.NDArray[np.float32], class_names: Sequence[str]) -> npt.NDArray[np.float32]:
+def mean_by_class(features: FloatArray, class_names: Sequence[str]) -> FloatArray:
     """Average unit features over the ``t`` prompts of each class, and normalise the means.
 
     The features have shape ``[c, t, d]`` and the means have shape ``[c, d]``. Raises InputError if the features of the

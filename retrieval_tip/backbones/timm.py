@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from retrieval_tip.backbones.base import Identity
+from retrieval_tip.backbones.base import Identity, digest_of
 from retrieval_tip.backbones.catalogue import downloaded, opening, similar
 from retrieval_tip.backbones.known import Files
 from retrieval_tip.backbones.torch_backbone import Opened
@@ -36,9 +34,8 @@ def open_model(name: str, pretrained: str | None, device: torch.device) -> Opene
     settings = resolve_model_data_config(tower)
     plain = {key: value for key, value in settings.items() if key != "input_size"}
     plain["size"] = settings["input_size"][1:]  # as open_clip names it
-    digest = hashlib.sha256(json.dumps({"timm": architecture}).encode()).hexdigest()
     weights = None if file is None else str(file.resolve())
-    identity = Identity(f"timm:{name}", weights, "", f"sha256:{digest}", plain)
+    identity = Identity(f"timm:{name}", weights, "", f"sha256:{digest_of({'timm': architecture})}", plain)
     model: Any = torch.nn.Module()
     model.visual, model.encode_image = tower, tower.forward
     preprocess = create_transform(**settings, is_training=False)

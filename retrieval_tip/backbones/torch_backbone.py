@@ -220,8 +220,7 @@ class TorchBackbone:
         exactly = _whole_convolutions(self._device) if half is None else torch.autocast(self._device.type, half)
         with torch.no_grad(), exactly:
             features = tower(given)
-        array: FloatArray = features.float().cpu().numpy()
-        return array
+        return features.float().cpu().numpy()
 
 
 @contextmanager

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -11,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from retrieval_tip.backbones import catalogue
-from retrieval_tip.backbones.base import Identity, Preprocess
+from retrieval_tip.backbones.base import Identity, Preprocess, digest_of
 from retrieval_tip.backbones.known import Files
 from retrieval_tip.backbones.torch_backbone import Opened
 from retrieval_tip.errors import BackboneError, UsageError, install
@@ -117,4 +115,4 @@ def _digest(config: Any) -> str:
         {name: getattr(part, name, None) for name in ARCHITECTURE}
         for part in (config.vision_config, config.text_config)
     ]
-    return f"sha256:{hashlib.sha256(json.dumps({'hf': config.model_type, 'towers': towers}).encode()).hexdigest()}"
+    return f"sha256:{digest_of({'hf': config.model_type, 'towers': towers})}"

@@ -51,6 +51,10 @@ def models_command(
     Options:
         photos: Labelled photos on which the encoders on this machine are compared.
         calibration: Photos on which the encoders of --model are calibrated in int8. They need no labels.
+
+    Examples:
+        models siglip
+        models --try photos --model clip+dinov2
     """
     if photos is not None:
         _try_encoders(word, source_of(photos, encoding, "train"), printing, encoding)
@@ -129,6 +133,10 @@ def encode(
         out: Feature table to write (.parquet). With --ray, a folder of Parquet parts, which you can use like a table.
         ray: Spread the work over Ray actors on this machine (local) or a cluster (auto, or the address of its head).
             --out can then be in a bucket. If the command is interrupted, run it again to complete the folder.
+
+    Examples:
+        encode photos --out photos.parquet
+        encode photos --model dinov2 --views 10 --out photos.parquet
     """
     from retrieval_tip.data.reader import encode_table
 
@@ -164,10 +172,8 @@ def _on_ray(items: Source, out: Place, address: str, encoding: SourceOptions) ->
 
 @command()
 def cache_command(
-    prune: bool = flag(help="Remove all encodings. They are computed again when they are needed."),
-    max_size: float | None = option(
-        kinds.Number(0.001, 1e6), metavar="GB", help="New size limit, which the cache remembers. [default: 8]"
-    ),
+    prune: bool = flag(),
+    max_size: float | None = option(kinds.Number(0.001, 1e6), metavar="GB"),
     as_json: bool = options.JSON,
 ) -> None:
     """Show, limit or clear the encoding cache.
@@ -175,6 +181,14 @@ def cache_command(
     The cache stores the features of each image and the text weights of each class, so that nothing has to be encoded
     twice. When the cache is full, the least recently used encodings are removed. It is in $RETRIEVAL_TIP_CACHE or
     ~/.cache/retrieval-tip. Encoder weights are stored in the Hugging Face cache instead; run hf cache ls to list them.
+
+    Options:
+        prune: Remove all encodings. They are computed again when they are needed.
+        max_size: New size limit, which the cache remembers. [default: 8]
+
+    Examples:
+        cache --max-size 2
+        cache --prune
     """
     from retrieval_tip.data.encoding_cache import EncodingCache, size_of
 
@@ -198,6 +212,10 @@ def doctor(as_json: bool = options.JSON) -> None:
 
     Prints the versions of the installed packages, the available devices, the FAISS build and the encoders on this
     machine, followed by any problems. The exit status is 1 if there is a problem.
+
+    Examples:
+        doctor
+        doctor --json
     """
     from retrieval_tip.backbones import catalogue
     from retrieval_tip.data.encoding_cache import size_of

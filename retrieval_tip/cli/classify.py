@@ -103,8 +103,11 @@ class RowOptions:
         """Raise UsageError if options exclude each other, or if the index cannot group photos or give sets."""
         if self.abstain is not None and (self.ask.at_least is not None or self.ask.coverage is not None):
             raise UsageError("--abstain, --at-least and --coverage: give only one")
-        alone = {"--logits": self.ask.logits, "--coverage": self.ask.coverage is not None}
-        alone |= {"--group-no-match": self.group_no_match}
+        alone = {
+            "--logits": self.ask.logits,
+            "--coverage": self.ask.coverage is not None,
+            "--group-no-match": self.group_no_match,
+        }
         burst = alone | {"--explain": self.explain, "--smooth": self.smooth}
         for name, mixes, others in (("smooth", self.smooth, alone), ("burst", self.burst is not None, burst)):
             if mixes and (given := [other for other, value in others.items() if value]):
@@ -132,41 +135,47 @@ class RowOptions:
         from retrieval_tip.predictions import PREDICTIONS
 
         types = {**PREDICTIONS, **EXIF, "burst": pa.int64(), "detected": pa.string()}
-        columns = ["input", "label", *(["level"] if self.ask.at_least is not None else []), "probability", "no_match"]
-        columns += ["detected"] if self.boxes is not None else []
-        columns += ["group"] if self.group_no_match else []
-        columns += ["burst"] if self.burst is not None else []
-        columns += list(EXIF) if self.exif else []
-        columns += ["set"] if self.ask.coverage is not None else []
-        columns += ["labels", "probabilities"] if self.ask.top > 1 else []
-        columns += ["logits"] if self.ask.logits else []
-        if self.explain:
-            columns += ["shot", "text_logit", "cache_logit", *(["discriminant_logit"] if index.settings.gamma else [])]
-            columns += ["neighbours", "opposing", *(["similar"] if self.smooth else [])]
-        return pa.schema([(column, types[column]) for column in columns])
+        shown = {
+            "input": True,
+            "label": True,
+            "level": self.ask.at_least is not None,
+            "probability": True,
+            "no_match": True,
+            "detected": self.boxes is not None,
+            "group": self.group_no_match,
+            "burst": self.burst is not None,
+            **dict.fromkeys(EXIF, self.exif),
+            "set": self.ask.coverage is not None,
+            **dict.fromkeys(("labels", "probabilities"), self.ask.top > 1),
+            "logits": self.ask.logits,
+            **dict.fromkeys(("shot", "text_logit", "cache_logit"), self.explain),
+            "discriminant_logit": self.explain and index.settings.gamma > 0,
+            **dict.fromkeys(("neighbours", "opposing"), self.explain),
+            "similar": self.explain and self.smooth,
+        }
+        return pa.schema([(column, types[column]) for column, is_shown in shown.items() if is_shown])
 
-    def tables(
-        self, index: Index, sources: Sequence[Source], reader: Reader, cut: Cut | None = None
-    ) -> Iterator[pa.Table]:
+    def tables(self, index: Index, sources: Sequence[Source], reader: Reader, cut: Cut) -> Iterator[pa.Table]:
         """Classify the sources, and yield tables of the :meth:`schema`.
 
         The boxes of ``cut`` that are not classified and its empty photos come last.
         """
         import pyarrow as pa
 
-        from retrieval_tip.data.boxes import EMPTY, Cut
+        from retrieval_tip.data.boxes import EMPTY
         from retrieval_tip.data.exif import Noting
 
-        cut, schema = cut or Cut(), self.schema(index)
+        schema, noting = self.schema(index), Noting(cut.boxes)
         detected = cut.detected | dict.fromkeys(map(show, cut.empty), EMPTY)
-        noting = Noting(cut.boxes)
         if self.exif or self.burst is not None or self.boxes is not None:
             sources = [replace(source, load=noting) for source in sources]
         for table in chain(self._answers(index, sources, reader, noting), self._others(cut, noting)):
             names = table["input"].to_pylist()
-            known = dict(zip(table.column_names, table.columns, strict=True))
-            known |= {"detected": pa.array(map(detected.get, names), pa.string())}
-            known |= noting.columns(names) if self.exif else {}
+            known = {
+                **dict(zip(table.column_names, table.columns, strict=True)),
+                "detected": pa.array(map(detected.get, names), pa.string()),
+                **(noting.columns(names) if self.exif else {}),
+            }
             yield pa.table([known.get(one.name, pa.nulls(len(names), one.type)) for one in schema], schema=schema)
 
     def _answers(self, index: Index, sources: Sequence[Source], reader: Reader, noting: Noting) -> Iterator[pa.Table]:
@@ -280,6 +289,10 @@ def classify(
     the label is null, or - in a table. The formats coco, fiftyone, label-studio and megadetector are JSON files for
     other programs, and camtrap-dp is a folder of tables. The format xmp writes the label of each photo as a keyword
     into its XMP sidecar: photo.jpg.xmp, or an existing photo.xmp.
+
+    Examples:
+        classify indexes/things new/*.jpg --explain
+        classify indexes/things new --top 3 --out answers.csv
     """
     from retrieval_tip import __version__
     from retrieval_tip.cli.output import write_document, write_folder, write_tables
@@ -298,7 +311,7 @@ def classify(
     photos, cut, counts, skipped = inputs_of(inputs), Cut(), Counter[str](), list[Skipped]()
     sources = photos
     if rows.boxes is not None:
-        cut = cut_boxes(rows.boxes, photos, rows.categories or None)
+        cut = cut_boxes(rows.boxes, photos, rows.categories)
         sources = cut.sources
         if printing.named == MEGADETECTOR:
             camera_traps.clear(cut.document, show(rows.boxes))

@@ -28,15 +28,8 @@ def evaluate_command(
     source: Place = argument(kinds.SOURCE),
     ask: Ask = grouped(Ask, options.ASKING | options.LEVELS),
     opening: OpeningOptions = options.OPENING,
-    abstain: float | None = option(
-        kinds.SHARE, metavar="P", **options.ANSWERS, help="Withhold answers whose probability is below P."
-    ),
-    report: Path | None = option(
-        kinds.OUTPUT,
-        help="HTML file for a report that opens offline in any browser. It also shows the worst mistakes and what to "
-        "do next.",
-        **options.OUTPUTS,
-    ),
+    abstain: float | None = option(kinds.SHARE, metavar="P", **options.ANSWERS),
+    report: Path | None = option(kinds.OUTPUT, **options.OUTPUTS),
     as_json: bool = options.JSON,
     encoding: SourceOptions = options.SOURCES,
 ) -> None:
@@ -52,6 +45,15 @@ def evaluate_command(
     A photo of a class that the index lacks is right if it matches no class. known_top1 is the accuracy on the other
     photos, and known_no_match and unknown_no_match are the shares without a match. A photo that is a shot of the index
     is classified without itself.
+
+    Options:
+        abstain: Withhold answers whose probability is below P.
+        report: HTML file for a report that opens offline in any browser. It also shows the worst mistakes and what to
+            do next.
+
+    Examples:
+        evaluate indexes/things new
+        evaluate indexes/things new --report things.html
     """
     loaded = index_with(folder, encoding, opening, ask)
     test = source_of(source, encoding, "test")
@@ -118,6 +120,10 @@ def compare_command(
     If an index does not have the class of a photo, only "no match" is right. A photo that is a shot of an index is
     classified without itself. If SOURCE has no labels, only the different answers are listed. To compare encoders, use
     models --try.
+
+    Examples:
+        compare indexes/things indexes/others new
+        compare indexes/things indexes/others new --json
     """
     from retrieval_tip.cli.output import write_table
     from retrieval_tip.evaluation.compare import Side, compare

@@ -37,6 +37,10 @@ def fit_command(
         only_calibrate: Only fit the temperature of the probabilities, on --val. The predicted classes stay the same,
             and the probabilities become softmax(logits / temperature). Do this for a fine-tuned index. Do it again
             whenever its keys, alpha, beta, k or tail change.
+
+    Examples:
+        fit indexes/things
+        fit indexes/things --calibrate --val validation
     """
     from retrieval_tip.index.changes import fit_index
 
@@ -81,6 +85,10 @@ def search_command(
     Options:
         val: Labelled validation source, used instead of the shots. The val part of a split .json is used.
         dry_run: Print the selected settings, but do not change the index.
+
+    Examples:
+        search-hp indexes/things
+        search-hp indexes/things --val validation --dry-run
     """
     from retrieval_tip.fit import search_hp
     from retrieval_tip.fit.folds import Queries
@@ -92,7 +100,7 @@ def search_command(
     choice = search_hp.search(index, queries)
     warn(choice.warnings)
     if not dry_run:
-        index = search_hp.apply(index, choice, folder)
+        index = search_hp.apply(index, choice).save(folder, "search-hp")
     facts = {name: value for name, value in vars(choice).items() if name != "warnings"}
     facts |= {"version": index.version, "interval": list(choice.interval)}
     if as_json:  # JSON has no infinity
@@ -134,6 +142,10 @@ def finetune_command(
             the index was built from]
         val: Labelled validation source on which the epoch and the settings are selected. The val part of a split .json
             is used.
+
+    Examples:
+        finetune indexes/things --out indexes/things-f
+        finetune indexes/things --val validation --train keys --train values --out indexes/things-f
     """
     from retrieval_tip.fit.finetune import finetune_into, shots_of
 

@@ -1,9 +1,9 @@
 """Behaviour shared by all commands.
 
 A command is a function whose parameters have an :func:`argument`, an :func:`option`, a :func:`flag` or a group of
-options (:func:`grouped`) as their default. Its docstring contains the help of the command, and in the section Options
-the help of each option. The help is divided into sections. -q and -v can follow any command. Errors are printed on one
-line, and similar names are suggested for an unknown name.
+options (:func:`grouped`) as their default. Its docstring contains the help of the command, in the section Options the
+help of each option, and in the section Examples two examples. The help is divided into sections. -q and -v can follow
+any command. Errors are printed on one line, and similar names are suggested for an unknown name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import click
 
-from retrieval_tip.cli.examples import EXAMPLES
 from retrieval_tip.errors import RetrievalTipError, UsageError, message
 
 COLUMN = 24
@@ -142,7 +141,9 @@ class Command(click.Command):
     """A command whose options are declared by its function. Its help lists them under headings."""
 
     def __init__(self, *, callback: FunctionType, params: list[click.Parameter], help: str, **more: Any) -> None:  # noqa: A002 - as in click
-        told, groups = _texts(help), {}
+        text, _, examples = inspect.cleandoc(help).partition("\n\nExamples:\n")
+        self.examples = [example.strip() for example in examples.splitlines()]
+        told, groups = _texts(text), {}
         names, defaults = callback.__code__.co_varnames, callback.__defaults__ or ()
         for name, declared in zip(names, defaults, strict=False):  # inspect.signature is slower
             if isinstance(declared, OptionGroup):
@@ -157,7 +158,7 @@ class Command(click.Command):
                 values[name] = kind(**{str(one.name): values.pop(str(one.name)) for one in own})
             return callback(**values)
 
-        text = inspect.cleandoc(help).partition("\n\nOptions:\n")[0]
+        text = text.partition("\n\nOptions:\n")[0]
         super().__init__(callback=collecting, params=params, help=text, **more)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
@@ -187,10 +188,9 @@ class Command(click.Command):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the examples for the command."""
-        path = ctx.command_path.partition(" ")[2]
-        if path in EXAMPLES:
+        if self.examples:
             with formatter.section("Examples"):
-                for example in EXAMPLES[path]:
+                for example in self.examples:
                     formatter.write(f"{'':{formatter.current_indent}}retrieval-tip {example}\n")
 
     def invoke(self, ctx: click.Context) -> object:
@@ -227,15 +227,15 @@ class Group(click.Group):
         """Resolve a command as click does, but suggest commands from all groups if the name is unknown."""
         try:
             return super().resolve_command(ctx, args)
-        except click.UsageError as error:
-            name, near = args[0], getattr(error, "possibilities", None) or []
+        except click.NoSuchCommand as error:
+            name = args[0]
             everywhere = [
                 *SYNONYMS.get(name, ()),
                 *(path for path, _ in commands_of(ctx.find_root().command) if path.split()[-1] == name),
             ]
             if not everywhere:
                 raise
-            shown = " or ".join(dict.fromkeys([*everywhere, *near]))
+            shown = " or ".join(dict.fromkeys([*everywhere, *(error.possibilities or ())]))
             raise click.UsageError(f"No such command {name!r}. Did you mean {shown}?", ctx) from None
 
 

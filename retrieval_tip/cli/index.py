@@ -48,6 +48,10 @@ def build(
     SOURCE can be a folder of class folders; a .csv, .tsv or .parquet table with the columns path and label; a
     feature table (.parquet with the columns id, label and feature); a split .json, whose train part is used; a
     .json in COCO's format or from Label Studio. Folders and tables can also be on s3://, gs:// or az://.
+
+    Examples:
+        index build photos --out indexes/things
+        index build photos --model dinov2 --out indexes/things
     """
     from retrieval_tip.index.build import build_index
     from retrieval_tip.index.items import planned
@@ -92,7 +96,12 @@ def _next_step(out: Place, index: Index, photos: Place) -> str:
 
 @index.command()
 def info(folder: Place = options.INDEX_ARGUMENT, as_json: bool = options.JSON) -> None:
-    """Show the version, encoder, classes and settings of an index."""
+    """Show the version, encoder, classes and settings of an index.
+
+    Examples:
+        index info indexes/things
+        index info indexes/things --json
+    """
     print_result(store_of(folder).describe(), as_json)
 
 
@@ -104,6 +113,10 @@ def list_command(
 
     FOLDER defaults to indexes. For each index, shows its name, version, encoder and creation time, and the number of
     its keys and classes.
+
+    Examples:
+        index list
+        index list /data/indexes --format json
     """
     from retrieval_tip.index.places import listed
 
@@ -121,6 +134,10 @@ def verify(folder: Place = options.INDEX_ARGUMENT) -> None:
 
     Checks every byte of the index, and that its parts match. For an index in a bucket, checks every row of the current
     version and the small objects of earlier versions.
+
+    Examples:
+        index verify indexes/things
+        index verify s3://bucket/things
     """
     loaded = store_of(folder).verify()
     about(folder, f"version {loaded.version} is intact ({_held(loaded)})")
@@ -131,7 +148,7 @@ def query(
     folder: Place = options.INDEX_ARGUMENT,
     sql: str = argument(),
     printing: OutputOptions = options.FORMAT,
-    timeout: int = option(click.IntRange(1, 86_400), default=60, help="Time limit for the query, in seconds."),
+    timeout: int = option(click.IntRange(1, 86_400), default=60),
 ) -> None:
     """Query the label store with SQL.
 
@@ -141,6 +158,13 @@ def query(
     columns of the table that the index was built from. The view class_counts has the columns class_id, label and keys.
     The table versions contains the output of index history. If the index is fine-tuned, the table curve contains its
     loss curve.
+
+    Options:
+        timeout: Time limit for the query, in seconds.
+
+    Examples:
+        index query indexes/things "SELECT * FROM class_counts"
+        index query indexes/things "SELECT source FROM labels WHERE label = 'cat'" --out cats.csv
     """
     printing.write_table(store_of(folder).query(sql, timeout))
 
@@ -154,10 +178,15 @@ def _ids(ctx: click.Context, _: click.Parameter, texts: tuple[str, ...]) -> list
 
 @dataclass(frozen=True)
 class ShotOptions:
-    """Options that select shots of an index."""
+    """Options that select shots of an index.
 
-    where: str | None = option(metavar="SQL", help="SQL condition on the label store that selects the shots.")
-    key_ids: list[int] | None = option(multiple=True, metavar="ID,...", callback=_ids, help="Key ids of the shots.")
+    Options:
+        where: SQL condition on the label store that selects the shots.
+        key_ids: Key ids of the shots.
+    """
+
+    where: str | None = option(metavar="SQL")
+    key_ids: list[int] | None = option(multiple=True, metavar="ID,...", callback=_ids)
 
 
 @index.command()
@@ -175,6 +204,10 @@ def add_command(
 
     Options:
         text: Feature table of text features for new classes, which are used instead of prompts.
+
+    Examples:
+        index add indexes/things more
+        index add indexes/things more --shots 16
     """
     from retrieval_tip.data.sources import check_exists
     from retrieval_tip.index import changes
@@ -197,6 +230,10 @@ def merge_command(
     """Add the shots of other indexes to an index.
 
     OTHERS are indexes built with the same encoder. A new version is made for each index.
+
+    Examples:
+        index merge indexes/things indexes/others
+        index merge indexes/all indexes/a indexes/b
     """
     from retrieval_tip.index import changes
 
@@ -210,6 +247,10 @@ def remove_command(folder: Place = options.INDEX_ARGUMENT, which: ShotOptions = 
 
     The classes of these shots stay in the index. Earlier versions still contain the shots until you delete those
     versions with index gc --keep 1.
+
+    Examples:
+        index remove indexes/things --key-ids 3,17
+        index remove indexes/things --where "label = 'cat'"
     """
     from retrieval_tip.index import changes
 
@@ -224,6 +265,10 @@ def relabel_command(
     """Move shots to another class.
 
     LABEL must be a class of the index. To add a class, use index add. To rename a class, use index rename.
+
+    Examples:
+        index relabel indexes/things cat --key-ids 3
+        index relabel indexes/things cat --where "source LIKE '%tabby%'"
     """
     from retrieval_tip.index import changes
 
@@ -236,13 +281,20 @@ def rename_command(
     folder: Place = options.INDEX_ARGUMENT,
     old: str = argument(),
     new: str = argument(),
-    encode: bool = flag(help="Encode the new name, and replace the text weights with the result."),
+    encode: bool = flag(),
     backbone: BackboneOptions = options.BACKBONE,
 ) -> None:
     """Rename the class OLD to NEW.
 
     If the class NEW already exists, OLD is merged into it. The text weights stay unchanged unless you give --encode or
     --model.
+
+    Options:
+        encode: Encode the new name, and replace the text weights with the result.
+
+    Examples:
+        index rename indexes/things cat tabby
+        index rename indexes/things cat 'tabby cat' --encode
     """
     from retrieval_tip.index import changes
 
@@ -272,6 +324,10 @@ def set_command(
         temperature: Temperature T of the probabilities, softmax(logits / T).
         factory: Index type to rebuild the index with: a FAISS factory string, Classes or auto.
         dtype: Data type of the stored keys.
+
+    Examples:
+        index set indexes/things --alpha 2 --beta 5.5
+        index set indexes/things --dtype float16
     """
     from retrieval_tip.data.sources import check_exists
     from retrieval_tip.index import changes
@@ -294,7 +350,12 @@ def set_command(
 
 @index.command()
 def history_command(folder: Place = options.INDEX_ARGUMENT, printing: OutputOptions = options.FORMAT) -> None:
-    """List the versions of an index, starting with the oldest."""
+    """List the versions of an index, starting with the oldest.
+
+    Examples:
+        index history indexes/things
+        index history indexes/things --format json
+    """
     printing.write_table(store_of(folder).history())
 
 
@@ -305,6 +366,10 @@ def rollback_command(
     """Restore an earlier version of an index.
 
     Without VERSION, the previous version is restored. It is saved as a new version, so the current version is kept.
+
+    Examples:
+        index rollback indexes/things
+        index rollback indexes/things 2
     """
     from retrieval_tip.index import changes
 
@@ -323,6 +388,10 @@ def gc_command(folder: Place = options.INDEX_ARGUMENT, keep: int = option(kinds.
 
     Options:
         keep: Number of latest versions to keep.
+
+    Examples:
+        index gc indexes/things
+        index gc indexes/things --keep 5
     """
     from retrieval_tip.index import changes
 
@@ -335,9 +404,17 @@ def gc_command(folder: Place = options.INDEX_ARGUMENT, keep: int = option(kinds.
 def clone_command(
     folder: Place = options.INDEX_ARGUMENT,
     out: Place = argument(kinds.INDEX),
-    version: int | None = option(kinds.count(), help="Version to copy. [default: the current one]"),
+    version: int | None = option(kinds.count()),
 ) -> None:
-    """Copy an index to OUT and verify the copied files."""
+    """Copy an index to OUT and verify the copied files.
+
+    Options:
+        version: Version to copy. [default: the current one]
+
+    Examples:
+        index clone indexes/things indexes/copy
+        index clone indexes/things lance://indexes/things.lance
+    """
     from retrieval_tip.index import changes
 
     _say_changed(out, changes.clone(folder, out, version), f"copied from {folder}")
@@ -363,6 +440,10 @@ def export_command(
         features: With --onnx, compute logits from features, and leave out the image encoder.
         precision: With --onnx, precision of the image encoder. With int8, the file is smaller. It then contains the
             encoder that models --int8 stored.
+
+    Examples:
+        index export indexes/things --out keys.parquet
+        index export indexes/things --out keys.parquet --text text.parquet
     """
     from retrieval_tip.index.export import export_table, export_text
 
@@ -414,6 +495,10 @@ def audit_command(
     Options:
         borderline: Also list borderline cases.
         file: CSV or Parquet table written by audit --out, whose suggestions are applied in one new version.
+
+    Examples:
+        index audit indexes/things --out suspects.csv
+        index audit indexes/things --apply suspects.csv
     """
     if file is not None:
         from retrieval_tip.index.changes import apply_audit

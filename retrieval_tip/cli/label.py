@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 @command()
 def suggest(
     photos: tuple[str, ...] = options.PHOTOS,
-    number: int = option(kinds.count(), "-n", default=20, help="Number of photos to suggest."),
-    index: Place | None = option(kinds.INDEX, help="Index of the photos labelled so far."),
+    number: int = option(kinds.count(), "-n", default=20),
+    index: Place | None = option(kinds.INDEX),
     printing: OutputOptions = options.FORMAT,
     encoding: EncodingOptions = options.ENCODING,
 ) -> None:
@@ -31,6 +31,14 @@ def suggest(
     input. Without --index, the suggestions are typical photos of different kinds. With --index, photos whose answer is
     uncertain are preferred, and photos that the index contains are skipped. The column covers counts the other photos
     that are most similar to this suggestion.
+
+    Options:
+        number: Number of photos to suggest.
+        index: Index of the photos labelled so far.
+
+    Examples:
+        suggest inbox -n 20
+        suggest inbox -n 20 --index indexes/things --out next.csv
     """
     from retrieval_tip.labelling.photos import suggest_photos
 
@@ -46,9 +54,9 @@ def suggest(
 @command()
 def find_command(
     photos: tuple[str, ...] = argument(nargs=-1, required=True, metavar="PHOTOS... QUERY"),
-    number: int = option(kinds.count(), "-n", default=20, help="Number of photos or pairs to show."),
-    folder: Place | None = option(kinds.INDEX, "--index", help="Index whose encoder, metric and prompts are used."),
-    duplicates: bool = flag(help="Find near-identical photos instead. There is no QUERY."),
+    number: int = option(kinds.count(), "-n", default=20),
+    folder: Place | None = option(kinds.INDEX, "--index"),
+    duplicates: bool = flag(),
     printing: OutputOptions = options.FORMAT,
     encoding: EncodingOptions = options.ENCODING,
 ) -> None:
@@ -57,6 +65,15 @@ def find_command(
     PHOTOS are images, folders, globs, tables of paths or feature tables. Use - to read paths from standard input. The
     last argument is QUERY. If it is an image file, similar photos are found. Otherwise, it is a text, and the encoder
     must have text.
+
+    Options:
+        number: Number of photos or pairs to show.
+        folder: Index whose encoder, metric and prompts are used.
+        duplicates: Find near-identical photos instead. There is no QUERY.
+
+    Examples:
+        find inbox "a red flower"
+        find inbox photos/cat/1.jpg --index indexes/things
     """
     from retrieval_tip.labelling.find import example_of, find_duplicates, find_photos
 
@@ -85,20 +102,14 @@ def find_command(
 def sort_command(
     folder: Place | None = argument(kinds.INDEX, metavar="INDEX", required=False),
     photos: tuple[str, ...] = argument(nargs=-1),
-    into: Path = option(kinds.FOLDER, required=True, help="Folder to sort into, with one folder per class."),
-    link: bool = flag(help="Create symbolic links instead of copies."),
-    move: bool = flag(help="Move the photos instead of copying them."),
-    min_probability: float | None = option(
-        kinds.SHARE, help="Probability below which a photo goes to the folder not sure. [default: 0.5]"
-    ),
-    at_most_wrong: float | None = option(
-        kinds.percent,
-        metavar="P%",
-        help="Choose this probability so that at most this share of held-out shots above it is wrong, as in 2%.",
-    ),
-    smooth: bool = flag(help="Mix in the answers to similar photos of PHOTOS."),
-    dry_run: bool = flag(help="Print the rows of the manifest, and change nothing."),
-    undo: bool = flag(help="Delete the copies and links, and move photos back."),
+    into: Path = option(kinds.FOLDER, required=True),
+    link: bool = flag(),
+    move: bool = flag(),
+    min_probability: float | None = option(kinds.SHARE),
+    at_most_wrong: float | None = option(kinds.percent, metavar="P%"),
+    smooth: bool = flag(),
+    dry_run: bool = flag(),
+    undo: bool = flag(),
     encoding: EncodingOptions = options.ENCODING,
 ) -> None:
     """Sort photos into folders by their class.
@@ -107,6 +118,20 @@ def sort_command(
     Photos that resemble no shot go to the folder "no match", and photos with a low probability to "not sure". No file
     is overwritten. The manifest sorted.csv lists all photos, so that --undo --into FOLDER can restore the previous
     state. If the command is interrupted, run it again.
+
+    Options:
+        into: Folder to sort into, with one folder per class.
+        link: Create symbolic links instead of copies.
+        move: Move the photos instead of copying them.
+        min_probability: Probability below which a photo goes to the folder not sure. [default: 0.5]
+        at_most_wrong: Choose this probability so that at most this share of held-out shots above it is wrong, as in 2%.
+        smooth: Mix in the answers to similar photos of PHOTOS.
+        dry_run: Print the rows of the manifest, and change nothing.
+        undo: Delete the copies and links, and move photos back.
+
+    Examples:
+        sort indexes/things inbox --into sorted
+        sort --undo --into sorted
     """
     from retrieval_tip.labelling.placing import COLUMNS
     from retrieval_tip.labelling.sort import sort_photos, undo_sort

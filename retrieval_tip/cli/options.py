@@ -117,8 +117,15 @@ class OpeningOptions:
 
 
 FORMATS = ("table", "json", "csv", "parquet")
-_SUFFIXES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
-_SUFFIXES |= {".txt": "table", "": "table"}
+_SUFFIXES = {
+    ".csv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+    ".txt": "table",
+    "": "table",
+}
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def _orderly_end() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in numbers}
     unchanged = signal.SIG_DFL, signal.default_int_handler  # keep any other handler that the caller has set
     main_thread = threading.current_thread() is threading.main_thread()  # handlers can only be set there
-    own = [number for number in numbers if main_thread and before[number] in unchanged]
+    own = [number for number, handler in before.items() if main_thread and handler in unchanged]
     try:
         for number in own:
             signal.signal(number, end)

@@ -56,6 +56,10 @@ def serve_command(
         allow_host: Additional host name that requests may use. [default: only localhost, or any name if --host is
             another address]
         trusted_proxy: Address or network of a proxy that names its clients in X-Forwarded-For.
+
+    Examples:
+        serve indexes/things
+        serve indexes/things indexes/others --port 0 --token secret
     """
     from retrieval_tip.server.app import create_app
     from retrieval_tip.server.guard import Limits
@@ -92,12 +96,7 @@ def serve_command(
 def label_command(
     photos: tuple[str, ...] = options.PHOTOS,
     out: Place = option(kinds.INDEX, "--out", "-o", required=True, metavar="INDEX"),
-    classes: list[str] = option(
-        multiple=True,
-        metavar="NAME,...",
-        callback=kinds.names,
-        help="Class names, separated by commas. An encoder with text can guess them before photos are labelled.",
-    ),
+    classes: list[str] = option(multiple=True, metavar="NAME,...", callback=kinds.names),
     port: int | None = option(click.IntRange(0, 65535)),
     encoding: EncodingOptions = options.ENCODING,
 ) -> None:
@@ -109,13 +108,18 @@ def label_command(
 
     Options:
         out: Index that stores the labels. The first label creates it.
+        classes: Class names, separated by commas. An encoder with text can guess them before photos are labelled.
         port: Port to listen on. Use 0 to select a free port. [default: the last port of INDEX, or a free port]
+
+    Examples:
+        label new --out indexes/things
+        label new --out indexes/animals --classes cat,dog,owl
     """
     from retrieval_tip.server.app import create_app
     from retrieval_tip.server.guard import Limits
     from retrieval_tip.server.labelling import Labelling, paths_of
     from retrieval_tip.server.run import LOOPBACK, LastServer, address, listen, serve
-    from retrieval_tip.server.served import Backbones, Maker, Served
+    from retrieval_tip.server.served import Backbones, Maker, open_all
     from retrieval_tip.server.service import Service
 
     sources, store = inputs_of(photos, needed=True), store_of(out)
@@ -129,7 +133,7 @@ def label_command(
         assert backbone is not None
         backbones = Backbones(encoding.device, encoding.precision, None, backbone)
         maker = Maker((store.local or Path("indexes/new")).parent, lambda: backbone, backbones)
-        served = {one.name: one for one in ([Served(out, backbones)] if known else [])}
+        served = open_all([out] if known else [], backbones)
         token = kept.token_for(listening)
         url = f"{address(listening)}/#token={token}"
 

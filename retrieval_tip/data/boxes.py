@@ -48,7 +48,7 @@ class Cut:
     found: dict[str, tuple[Found, Found | None]] = field(default_factory=dict)
 
 
-def cut_boxes(file: Path, sources: Sequence[Source], categories: Sequence[str] | None = None) -> Cut:
+def cut_boxes(file: Path, sources: Sequence[Source], categories: Sequence[str] = ()) -> Cut:
     """Replace each photo by its boxes from a file in MegaDetector's batch format.
 
     Boxes without an area are left out. So are boxes below the ``typical_detection_threshold`` of the detector, or
@@ -60,11 +60,11 @@ def cut_boxes(file: Path, sources: Sequence[Source], categories: Sequence[str] |
     """
     document, names, entries = _read(file)
     made, known = Cut(document=document), [show(str(name)) for name in names.values()]
-    for category in categories or ():
+    for category in categories:
         if category.casefold() not in map(str.casefold, known):
             choices = few(known) or "none"
             raise InputError(f"{show(file)}: has no category {category!r}; choose with --categories from: {choices}")
-    wanted = set(map(str.casefold, categories or ()))
+    wanted = set(map(str.casefold, categories))
     owners: dict[str, str] = {}
     for source in sources:
         if source.paths is None:

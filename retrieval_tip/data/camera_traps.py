@@ -73,7 +73,7 @@ def clear(document: Row, file: str) -> None:
 
 
 def megadetector(
-    rows: Iterable[Row], cut: Cut, by: str, root: str, class_names: Sequence[str], failed: Iterable[Skipped] = ()
+    rows: Iterable[Row], cut: Cut, by: str, root: str, class_names: Sequence[str], failed: Iterable[Skipped]
 ) -> Row:
     """Return the document of ``cut`` with the answers for its detections. ``by`` is the name of the index.
 
@@ -101,9 +101,13 @@ def megadetector(
     if not cut.document:
         images += ({"file": within(root, one.source), "failure": one.reason, "detections": None} for one in failed)
     given = document.get("info")
-    info: Row = {"format_version": VERSION} | (given if isinstance(given, dict) else {})
-    info |= {"classifier": by, "classification_completion_time": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
-    info["classifier_metadata"] = {"typical_classification_threshold": 0.5}
+    info = {
+        "format_version": VERSION,
+        **(given if isinstance(given, dict) else {}),
+        "classifier": by,
+        "classification_completion_time": f"{datetime.now():%Y-%m-%d %H:%M:%S}",
+        "classifier_metadata": {"typical_classification_threshold": 0.5},
+    }
     document.pop("classification_category_descriptions", None)
     return document | {"info": info, "classification_categories": {number: name for name, number in ids.items()}}
 
@@ -161,11 +165,26 @@ def camtrap_dp(
         event = bursts.setdefault(path, path if row.get("burst") is None else f"burst {row['burst']}")
         events[event].append(at)
         kind = mimetypes.guess_type(file)[0] or f"image/{Path(file).suffix[1:]}"
-        media[path] = {"mediaID": path, "deploymentID": deployment, "timestamp": at, "filePath": path, "fileName": file}
-        media[path] |= {"filePublic": "false", "fileMediatype": kind if kind.startswith("image/") else "image/jpeg"}
-        observations[name] = {"observationID": name, "deploymentID": deployment, "mediaID": path, "eventID": event}
-        observations[name] |= {"observationLevel": "media", "classificationMethod": "machine", "classifiedBy": by}
-        observations[name] |= _observed(row, now) | ({} if box is None else _box(*box))
+        media[path] = {
+            "mediaID": path,
+            "deploymentID": deployment,
+            "timestamp": at,
+            "filePath": path,
+            "filePublic": "false",
+            "fileName": file,
+            "fileMediatype": kind if kind.startswith("image/") else "image/jpeg",
+        }
+        observations[name] = {
+            "observationID": name,
+            "deploymentID": deployment,
+            "mediaID": path,
+            "eventID": event,
+            "observationLevel": "media",
+            "classificationMethod": "machine",
+            "classifiedBy": by,
+            **_observed(row, now),
+            **({} if box is None else _box(*box)),
+        }
     if not media:
         raise InputError(f"{root}: no photo has a date, which Camtrap DP requires; was it lost when they were copied?")
     for one in observations.values():

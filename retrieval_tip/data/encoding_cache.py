@@ -60,17 +60,11 @@ class EncodingCache:
             raise self._unusable(error) from None
 
     @classmethod
-    def at(cls, folder: str | os.PathLike[str] | None) -> EncodingCache | None:
-        """Open the cache in a folder, or in the default folder if ``folder`` is ``None``.
-
-        Raises InputError if the given folder cannot be used. If the default folder cannot be used, log a warning and
-        return ``None``.
-        """
+    def default(cls) -> EncodingCache | None:
+        """Open the cache in the default folder. If it cannot be used, log a warning and return ``None``."""
         try:
-            return cls(folder or cls.default_folder())
+            return cls(cls.default_folder())
         except (InputError, UsageError) as error:
-            if folder:
-                raise
             log.warning("%s; continuing without the cache", error)
             return None
 
@@ -87,7 +81,7 @@ class EncodingCache:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the path of the folder. In place of the default folder, each process opens its own."""
         folder = self.path.parent
-        return type(self).at, (None if folder == cache_folder() else folder,)
+        return (type(self).default, ()) if folder == cache_folder() else (type(self), (folder,))
 
     def _unusable(self, error: Exception) -> InputError:
         remedy = "remove it, or give --no-cache"

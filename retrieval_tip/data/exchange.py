@@ -27,7 +27,7 @@ Row = Mapping[str, Any]
 """A row of the table that ``classify`` writes. Its label is ``None`` if it was withheld."""
 
 
-def label_studio(rows: Iterable[Row], class_names: Sequence[str] = ()) -> list[object]:
+def label_studio(rows: Iterable[Row], _: Sequence[str]) -> list[object]:
     """Return Label Studio tasks with predictions, as its JSON import expects them.
 
     The labelling interface needs ``<Image name="image" value="$image"/>`` and ``<Choices name="label"

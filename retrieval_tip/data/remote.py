@@ -39,8 +39,7 @@ def filesystem(scheme: str) -> AbstractFileSystem:
         raise UsageError(f"{scheme}://: support is not installed; run {install('lance')}") from None
     local = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")  # a private object store without TLS
     options = {"client_options": {"allow_http": True}} if local else {}
-    system: AbstractFileSystem = FsspecStore(scheme, **options)  # type: ignore[call-overload]  # Ray can pickle it
-    return system
+    return FsspecStore(scheme, **options)  # type: ignore[call-overload]  # Ray can pickle it
 
 
 def system_of(url: str) -> AbstractFileSystem:

@@ -120,5 +120,8 @@ def _table(index: Index, shots: dict[str, npt.NDArray[Any]]) -> pa.Table:
         "margin": judgement("margin", pa.float32()),
     }
     nearest = {f"nearest_{name}": described("near", name) for name in ("key_id", "source", "label")}
-    nearest["nearest_affinity"] = pa.array(shots["nearest_affinity"], pa.float32(), mask=shots["near"] < 0)
-    return pa.table(shot | suggested | nearest | {"duplicate_of": described("twin", "key_id")})
+    others = {
+        "nearest_affinity": pa.array(shots["nearest_affinity"], pa.float32(), mask=shots["near"] < 0),
+        "duplicate_of": described("twin", "key_id"),
+    }
+    return pa.table(shot | suggested | nearest | others)

@@ -27,7 +27,7 @@ from retrieval_tip.settings import Ask
 log = logging.getLogger(__name__)
 
 BINS = 15
-"""Number of bins, as in Guo et al."""
+"""Number of bins of the error, as in Guo et al."""
 REACH = 9.0
 """Bound on the logarithm of ``1 / T`` for logits of unit spread."""
 ROWS = 1024
@@ -44,7 +44,7 @@ class Bin(NamedTuple):
     accuracy: float
 
 
-def reliability(confidence: npt.ArrayLike, right: npt.ArrayLike, bins: int = BINS) -> list[Bin]:
+def reliability(confidence: npt.ArrayLike, right: npt.ArrayLike, bins: int) -> list[Bin]:
     """Return the equal bins ``(m / bins, (m + 1) / bins]`` that have answers (Guo et al., eq. 2).
 
     Both arrays have shape ``[n]``, with n >= 1 and values in [0, 1]. The first bin includes a confidence of 0.
@@ -59,12 +59,12 @@ def reliability(confidence: npt.ArrayLike, right: npt.ArrayLike, bins: int = BIN
     ]
 
 
-def expected_calibration_error(confidence: npt.ArrayLike, right: npt.ArrayLike, bins: int = BINS) -> float:
+def expected_calibration_error(confidence: npt.ArrayLike, right: npt.ArrayLike) -> float:
     """Return ``ECE = sum over bins m of (n_m / n) |accuracy_m - mean confidence_m|``, 0 to 1 (Guo et al., eq. 3).
 
     See :func:`reliability` for the bins. The estimate is biased upwards if the bins contain few answers.
     """
-    curve = reliability(confidence, right, bins)
+    curve = reliability(confidence, right, BINS)
     return float(sum(own.n * abs(own.accuracy - own.confidence) for own in curve) / sum(own.n for own in curve))
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Unpack
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -21,16 +20,13 @@ from retrieval_tip.evaluation.calibration import expected_calibration_error
 from retrieval_tip.evaluation.held_out import judged, known_shots
 from retrieval_tip.fit.folds import wilson
 from retrieval_tip.model import AnswerBlock, Index, narrowest
+from retrieval_tip.retrieval.inputs import BoolArray, DoubleArray, IntArray, KeyArray
 from retrieval_tip.settings import Ask, AskOptions, Levels, Settings
 
 log = logging.getLogger(__name__)
 
 CONFUSIONS = 10
 NO_MATCH = "no match"
-
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
-Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -50,38 +46,38 @@ class Answers:
     and ``in_set`` tells whether the true class is in it.
     """
 
-    truth: Ints
-    ranked: Ints
-    confidence: Floats
-    positions: Ints
-    log_truth: Floats
+    truth: IntArray
+    ranked: IntArray
+    confidence: DoubleArray
+    positions: IntArray
+    log_truth: DoubleArray
     class_names: list[str]
     known: int
-    held_out: Bools
-    strength: Floats | None = None
-    no_match: Bools | None = None
-    levels: Ints | None = None
-    right_at_level: Bools | None = None
-    set_sizes: Ints | None = None
-    in_set: Bools | None = None
+    held_out: BoolArray
+    strength: DoubleArray | None = None
+    no_match: BoolArray | None = None
+    levels: IntArray | None = None
+    right_at_level: BoolArray | None = None
+    set_sizes: IntArray | None = None
+    in_set: BoolArray | None = None
 
     @property
-    def predicted(self) -> Ints:
+    def predicted(self) -> IntArray:
         """The class id of each answer."""
         return self.ranked[:, 0]
 
     @property
-    def of_known(self) -> Bools:
+    def of_known(self) -> BoolArray:
         """Whether each item belongs to a class of the index."""
         return np.asarray(self.truth < self.known)
 
     @property
-    def right(self) -> Bools:
+    def right(self) -> BoolArray:
         """Whether each answer is right. For an item of an unknown class, only "no match" is right."""
-        right: Bools = self.truth == self.predicted
+        right: BoolArray = self.truth == self.predicted
         return right if self.no_match is None else right | (self.no_match & ~self.of_known)
 
-    def take(self, places: Ints) -> Answers:
+    def take(self, places: IntArray) -> Answers:
         """Return some of the answers."""
         arrays: dict[str, Any] = {name: x[places] for name, x in vars(self).items() if isinstance(x, np.ndarray)}
         return replace(self, **arrays)
@@ -170,14 +166,14 @@ class Evaluation:
     settings: Settings
     by_class: list[ClassScore]
     confusions: list[tuple[str, str, int]]
+    figures: dict[str, Any]
+    held_out: int
+    unknown: dict[str, int]
+    known_top1: float | None
+    known_no_match: float | None
+    unknown_no_match: float | None
+    auroc: float | None
     answers: Answers = field(compare=False, repr=False)
-    figures: dict[str, Any] = field(default_factory=dict)
-    held_out: int = 0
-    unknown: dict[str, int] = field(default_factory=dict)
-    known_top1: float | None = None
-    known_no_match: float | None = None
-    unknown_no_match: float | None = None
-    auroc: float | None = None
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -291,7 +287,7 @@ def answers_of(
     return replace(parts[0], **arrays).take(np.argsort(arrays["positions"]))
 
 
-def _answers(answer: AnswerBlock, every: Ints, class_names: list[str]) -> Answers:
+def _answers(answer: AnswerBlock, every: IntArray, class_names: list[str]) -> Answers:
     terms, logits, settings, positions = answer.terms, answer.logits, answer.index.settings, answer.block.positions
     text, alone, truth, c = terms.text, terms.photos(settings), every[positions], logits.shape[1]
     ranked = torch.cat([answer.ranked, text.argmax(1, keepdim=True), alone.argmax(1, keepdim=True)], dim=1)
@@ -318,7 +314,7 @@ def _answers(answer: AnswerBlock, every: Ints, class_names: list[str]) -> Answer
     return replace(answers, strength=strength, no_match=strength < settings.least_cache)
 
 
-def _area_under_roc(high: npt.NDArray[np.floating], low: npt.NDArray[np.floating]) -> float | None:
+def _area_under_roc(high: KeyArray, low: KeyArray) -> float | None:
     """Return the probability that a ``high`` score exceeds a ``low`` score. Equal scores count as half."""
     if not len(high) or not len(low):
         return None
@@ -327,5 +323,5 @@ def _area_under_roc(high: npt.NDArray[np.floating], low: npt.NDArray[np.floating
     return float(below.mean() / (2 * len(low)))
 
 
-def _mean(values: Bools | Ints) -> float | None:
+def _mean(values: BoolArray | IntArray) -> float | None:
     return float(values.mean()) if len(values) else None

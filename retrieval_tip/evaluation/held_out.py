@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import torch
 
@@ -19,13 +18,12 @@ from retrieval_tip.errors import InputError, UsageError, counted
 from retrieval_tip.fit.folds import wilson, without_parts
 from retrieval_tip.model import MOST_COPIED, AnswerBlock, Index
 from retrieval_tip.predictions import Predictions
-from retrieval_tip.retrieval.inputs import Features
+from retrieval_tip.retrieval.inputs import BoolArray, Features, FloatArray, IntArray
 from retrieval_tip.settings import Ask
 from retrieval_tip.store.labels import images_of
 
 log = logging.getLogger(__name__)
 
-IntArray = npt.NDArray[np.int64]
 
 UNHIDDEN = "which is too large to hide them or has no other photo"
 WINDOW = 8192
@@ -48,15 +46,15 @@ class HeldOut(NamedTuple):
     The first two are the ``pred_probs`` and ``labels`` of cleanlab.
     """
 
-    pred_probs: npt.NDArray[np.float32]
+    pred_probs: FloatArray
     labels: IntArray
     key_ids: IntArray
 
     @property
-    def right(self) -> npt.NDArray[np.bool_]:
+    def right(self) -> BoolArray:
         """Whether each answer is right."""
         possible = self.pred_probs[np.arange(len(self.labels)), self.labels] > 0
-        right: npt.NDArray[np.bool_] = possible & (self.pred_probs.argmax(1) == self.labels)
+        right: BoolArray = possible & (self.pred_probs.argmax(1) == self.labels)
         return right
 
 
@@ -222,7 +220,7 @@ def recognised(index: Index, every: pa.ChunkedArray, block: FeatureBlock) -> Fea
     """
     shots = index.having("digest", filter(None, block.digests))
     known = dict(zip(shots["digest"].to_pylist(), shots["key_id"].to_pylist(), strict=True))
-    found = np.array([known.get(digest, -1) if digest else -1 for digest in block.digests], dtype=np.int64)
+    found = np.array([known.get(digest, -1) for digest in block.digests], dtype=np.int64)
     names = every.take(pa.array(block.positions)).to_pylist()
     places: dict[str, list[int]] = {}
     for place, (name, digest) in enumerate(zip(names, block.digests, strict=True)):

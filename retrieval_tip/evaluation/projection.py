@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from retrieval_tip.errors import UsageError, check_count
 from retrieval_tip.model import Index
+from retrieval_tip.retrieval.inputs import FloatArray, IntArray
 from retrieval_tip.retrieval.keys import points_of
-
-FloatArray = npt.NDArray[np.float32]
 
 AXES, ITERATIONS = 8, 8
 """Axes and iterations of the randomised SVD. It computes the first two axes to four digits in a tenth of the time."""
@@ -36,8 +34,8 @@ class Projection:
     """
 
     method: Method
-    key_ids: npt.NDArray[np.int64]
-    class_ids: npt.NDArray[np.int64]
+    key_ids: IntArray
+    class_ids: IntArray
     places: FloatArray
 
 
@@ -76,8 +74,7 @@ def _principal(keys: FloatArray) -> FloatArray:
         _, _, axes = torch.svd_lowrank(centred, q=min(AXES, *centred.shape), niter=ITERATIONS)
     axes = torch.nn.functional.pad(axes, (0, max(0, 2 - axes.shape[1])))[:, :2]
     axes = axes * torch.where(axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)) < 0, -1, 1)
-    places: FloatArray = (centred @ axes).numpy()
-    return places
+    return (centred @ axes).numpy()
 
 
 def _tsne(keys: FloatArray) -> FloatArray:

@@ -167,11 +167,15 @@ class Tuned:
     def facts(self) -> dict[str, object]:
         """Return the figures that the command line prints. A figure that was not measured is ``None``."""
         compared, settings = self.compared, self.index.settings.shown()
-        facts: dict[str, object] = {"version": self.index.version, "kept": "as it was" if self.as_it_was else "trained"}
-        facts |= dict.fromkeys(Comparison._fields) if compared is None else compared._asdict()
-        facts |= {"trained": self.record["train"], "epoch": None if self.as_it_was else self.record["epoch"]}
-        facts |= {name: settings[name] for name in ("alpha", "beta", "k")}
-        return facts | {name: self.record[name] for name in ("collapsed", "seconds")}
+        return {
+            "version": self.index.version,
+            "kept": "as it was" if self.as_it_was else "trained",
+            **(dict.fromkeys(Comparison._fields) if compared is None else compared._asdict()),
+            "trained": self.record["train"],
+            "epoch": None if self.as_it_was else self.record["epoch"],
+            **{name: settings[name] for name in ("alpha", "beta", "k")},
+            **{name: self.record[name] for name in ("collapsed", "seconds")},
+        }
 
 
 def finetune_into(

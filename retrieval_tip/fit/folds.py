@@ -23,7 +23,7 @@ from retrieval_tip.errors import UsageError
 from retrieval_tip.fit.forms import Form
 from retrieval_tip.fit.scatter import FewScatter, FloatArray, Scatter, known_prior
 from retrieval_tip.model import Index
-from retrieval_tip.retrieval.inputs import KeysInPlace, StoredKeys, scale_of
+from retrieval_tip.retrieval.inputs import IntArray, KeyArray, KeysInPlace, StoredKeys, scale_of
 from retrieval_tip.retrieval.keys import KEY_BLOCK, QUERY_BLOCK
 from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.retrieval.ridge import Ridge, class_weights
@@ -32,7 +32,6 @@ from retrieval_tip.settings import ClassPrior, Settings
 from retrieval_tip.store.labels import images_of
 from retrieval_tip.store.sums import Sums
 
-IntArray = npt.NDArray[np.int64]
 HeldOut = Literal["shots", "small", "classes"]
 
 SMALL_FOLDS, SMALL_SHARE = 8, 0.2
@@ -445,7 +444,7 @@ class Folds:
         """
         if self.given is not None:
             return self._scaled_square(self.given)
-        known = [(share, part.width, known_prior(part.identity, part.width)) for part, share in self._used]
+        known = [(share, part.width, known_prior(part)) for part, share in self._used]
         needed = all if len(self.ids.unique()) < len(self.ids) or sum(width for _, width, _ in known) > WIDEST else any
         if not known or not needed(prior is not None for *_, prior in known):
             return None
@@ -511,7 +510,7 @@ class Folds:
 
     def of_known(self) -> Folds:
         """Return the same folds, in which only encoders with a prior count."""
-        known = [self.given is not None or known_prior(part.identity, part.width) is not None for part in self.parts]
+        known = [self.given is not None or known_prior(part) is not None for part in self.parts]
         return self.shared([share * own for share, own in zip(self.shares, known, strict=True)])
 
     def judge(self, form: Form) -> Blend:
@@ -608,7 +607,7 @@ class Queries:
     If they are shots, ``images`` has the image of each (see :func:`labels.images_of`), whose keys it does not see.
     """
 
-    features: npt.NDArray[np.floating]
+    features: KeyArray
     ids: IntArray
     name: str
     images: IntArray | None = None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
-from retrieval_tip.backbones.base import Identity
+from retrieval_tip.backbones.base import Part
 from retrieval_tip.errors import InputError
 from retrieval_tip.store.sums import Sums
 
@@ -169,10 +169,11 @@ PRIOR_SCALE = 1024.0
 """Factor of the stored priors, because float16 has few digits for numbers below 1e-4."""
 
 
-def known_prior(backbone: Identity | None, d: int) -> FloatArray | None:
-    """Return the prior that is known for the features of a backbone, of shape ``[d, d]``, or ``None``."""
-    found = None if backbone is None else _known(f"{backbone.model}-{backbone.pretrained}.npy")
-    return found if found is not None and len(found) == d else None
+def known_prior(part: Part) -> FloatArray | None:
+    """Return the prior that is known for the features of an encoder, of shape ``[d, d]``, or ``None``."""
+    encoder = part.identity
+    found = None if encoder is None else _known(f"{encoder.model}-{encoder.pretrained}.npy")
+    return found if found is not None and len(found) == part.width else None
 
 
 @functools.cache

@@ -8,7 +8,6 @@ the best alpha is computed exactly and no grid is needed.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -22,7 +21,7 @@ from retrieval_tip.errors import InputError
 from retrieval_tip.fit.folds import Queries, wilson
 from retrieval_tip.fit.scatter import FloatArray
 from retrieval_tip.model import Index
-from retrieval_tip.retrieval.sets import Bools
+from retrieval_tip.retrieval.inputs import BoolArray
 from retrieval_tip.settings import Settings
 
 BETAS = np.geomspace(0.1, 100, 31)
@@ -82,15 +81,11 @@ def on_validation(index: Index, source: Source, reader: Reader) -> Queries:
     return Queries(encoded.features, ids[encoded.positions], source.name)
 
 
-def apply(index: Index, choice: HyperparameterChoice, folder: str | os.PathLike[str] | None = None) -> Index:
-    """Return the index with the selected settings and their provenance.
-
-    If ``folder`` is given, the settings are saved as a new version of the index.
-    """
+def apply(index: Index, choice: HyperparameterChoice) -> Index:
+    """Return the index with the selected settings and their provenance."""
     kept = {name: value for name, value in index.provenance.items() if name != "temperature"}
     provenance = kept | {"alpha": "search-hp", "beta": "search-hp", "search": choice.provenance()}
-    made = index.with_settings(choice.settings(index.settings), chosen=True).altered(provenance=provenance)
-    return made if folder is None else made.save(folder, "search-hp")
+    return index.with_settings(choice.settings(index.settings), chosen=True).altered(provenance=provenance)
 
 
 def search(index: Index, queries: Queries) -> HyperparameterChoice:
@@ -109,8 +104,8 @@ def search(index: Index, queries: Queries) -> HyperparameterChoice:
     tried = sorted({own_beta, *(() if solved_values else BETAS.tolist())})
     low, high = _intervals(index, queries, tried)
 
-    def hits(b: int, alpha: float) -> Bools:
-        right: Bools = (low[b] < alpha) & (alpha < high[b])
+    def hits(b: int, alpha: float) -> BoolArray:
+        right: BoolArray = (low[b] < alpha) & (alpha < high[b])
         return right
 
     solved = [_best_alpha(*ends) for ends in zip(low, high, strict=True)]
@@ -141,7 +136,7 @@ def search(index: Index, queries: Queries) -> HyperparameterChoice:
     )  # fmt: skip
 
 
-def _is_better(hits: Bools, rival: Bools) -> bool:
+def _is_better(hits: BoolArray, rival: BoolArray) -> bool:
     """Return whether settings are significantly more accurate than others on the same queries (95 %)."""
     more = hits.astype(np.float64) - rival
     return bool(more.mean() > 1.96 * more.std() / math.sqrt(len(more)))

@@ -30,7 +30,7 @@ from retrieval_tip.retrieval.duplicates import Duplicates, describe_duplicates, 
 from retrieval_tip.retrieval.inputs import KeyArray
 from retrieval_tip.retrieval.keys import KEY_BLOCK, auto_for
 from retrieval_tip.retrieval.rows import ArrayRows, Rows
-from retrieval_tip.retrieval.vector_index import BY_CLASS
+from retrieval_tip.retrieval.vector_index import BY_CLASS, FLAT_FACTORY
 from retrieval_tip.settings import (
     OVERRIDES,
     BuildOptions,
@@ -313,7 +313,8 @@ def create(folder: Versions, made: Material) -> Index:
         order = order[kept]
         c = len(made.words.class_names)
         factory, k = (asked, None) if asked != "auto" else auto_for(keys.shape, made.plan["dtype"], c, made.device)
-        rows = ArrayRows(keys, made.labels(order, digests)).indexed(c, factory if made.fit is None else BY_CLASS)
+        early = factory if made.fit is None else FLAT_FACTORY  # a fit indexes the transformed keys instead
+        rows = ArrayRows(keys, made.labels(order, digests)).indexed(c, early)
         index = made.index(rows, rows.statistics(), k)
         warn_of(duplicates(keys, rows.labels))
         if made.fit is not None:
@@ -326,20 +327,17 @@ def _write_keys(
     writer: Writer, made: Material, order: npt.NDArray[np.int64]
 ) -> tuple[KeyArray, npt.NDArray[np.int64], list[str | None]]:
     """Stream features into the file of keys. Return the keys, their positions in ``order`` and the image digests."""
-    place = np.empty(len(order), dtype=np.int64)
-    place[order] = np.arange(len(order))
-    blocks = made.blocks()
+    place, blocks = np.argsort(order), made.blocks()
     first = next(blocks)
     shape = (len(order), first.features.shape[1])
     array = writer.stage_array("keys", shape, made.plan["dtype"])
     present = np.zeros(len(order), dtype=bool)
-    digests: list[str | None] = [None] * len(order)
+    digests = np.full(len(order), None)
     for block in itertools.chain([first], blocks):
         rows = place[block.positions]
         array[rows] = block.features
         present[rows] = True
-        for row, digest in zip(rows.tolist(), block.digests, strict=True):
-            digests[row] = digest
+        digests[rows] = block.digests
     kept = np.flatnonzero(present)
     if len(kept) < len(order):  # close the gaps that unreadable images left
         whole = writer.stage_array("keys", (len(kept), shape[1]), made.plan["dtype"])
@@ -347,4 +345,4 @@ def _write_keys(
             whole[start : start + KEY_BLOCK] = array[kept[start : start + KEY_BLOCK]]
         Path(str(array.filename)).unlink(missing_ok=True)  # a full disk may have removed it
         array = whole
-    return writer.seal_array("keys", array), kept, [digests[row] for row in kept]
+    return writer.seal_array("keys", array), kept, digests[kept].tolist()

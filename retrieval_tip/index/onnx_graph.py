@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import Buffer
 from torch.nn.functional import normalize, one_hot
 
 from retrieval_tip import tip
@@ -30,6 +30,7 @@ from retrieval_tip.data.sources import read_item
 from retrieval_tip.errors import InputError, UsageError, first_line, install, show
 from retrieval_tip.files import replacing
 from retrieval_tip.model import Index
+from retrieval_tip.retrieval.inputs import FloatArray
 
 if TYPE_CHECKING:
     import onnx
@@ -48,22 +49,19 @@ COMPARED = 10
 class Pixels(torch.nn.Module):
     """A torch module that turns RGB values from 0 to 255 into the input of an image tower."""
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, preprocess: Preprocess) -> None:
         super().__init__()
-        for name in ("mean", "std"):
-            self.register_buffer(name, 255 * torch.tensor(preprocess[name]).float()[:, None, None])
+        self.mean, self.std = (
+            Buffer(255 * torch.tensor(preprocess[name]).float()[:, None, None]) for name in ("mean", "std")
+        )
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return views."""
         return (pixels - self.mean) / self.std
 
-    def of(self, view: Tensor) -> npt.NDArray[np.float32]:
+    def of(self, view: Tensor) -> FloatArray:
         """Return the RGB values of a view, as a batch of one."""
-        pixels: npt.NDArray[np.float32] = (view[None] * self.std + self.mean).numpy()
-        return pixels
+        return (view[None] * self.std + self.mean).numpy()
 
 
 class Answer(torch.nn.Module):
@@ -72,31 +70,21 @@ class Answer(torch.nn.Module):
     With ``alone``, it only returns the logits.
     """
 
-    text: Tensor
-    keys: Tensor
-    ids: Tensor
-    counts: Tensor
-    values: Tensor
-    metric_mean: Tensor | None
-    metric_transform: Tensor | None
-    class_means: Tensor | None
-    class_offsets: Tensor | None
-
     def __init__(self, index: Index, *, raw: bool = False, alone: bool = False) -> None:
         super().__init__()
         settings, metric = index.settings, index.metric
         self.settings, self.n_classes, self.raw, self.alone = settings, len(index.class_names), raw, alone
-        self.register_buffer("text", index.retrieval.text.float().cpu())
-        self.register_buffer("keys", torch.from_numpy(np.asarray(index.rows.in_memory().vectors, dtype=np.float32)))
-        self.register_buffer("ids", index.class_ids.cpu())
-        self.register_buffer("counts", torch.bincount(self.ids, minlength=self.n_classes))
+        self.text = Buffer(index.retrieval.text.float().cpu())
+        self.keys = Buffer(torch.from_numpy(np.asarray(index.rows.in_memory().vectors, dtype=np.float32)))
+        self.ids = Buffer(index.class_ids.cpu())
+        self.counts = Buffer(torch.bincount(self.ids, minlength=self.n_classes))
         values = one_hot(self.ids, self.n_classes) if index.values is None else index.values  # ONNX cannot sum by class
-        self.register_buffer("values", values.float().cpu())
+        self.values = Buffer(values.float().cpu())
         discriminant = index.retrieval.keys.discriminant if settings.gamma else None
-        self.register_buffer("class_means", None if discriminant is None else discriminant.means.cpu())
-        self.register_buffer("class_offsets", None if discriminant is None else discriminant.offsets.cpu())
-        self.register_buffer("metric_mean", None if metric is None else metric.mean.cpu())
-        self.register_buffer("metric_transform", None if metric is None else metric.transform.cpu())
+        self.class_means = None if discriminant is None else Buffer(discriminant.means.cpu())
+        self.class_offsets = None if discriminant is None else Buffer(discriminant.offsets.cpu())
+        self.metric_mean = None if metric is None else Buffer(metric.mean.cpu())
+        self.metric_transform = None if metric is None else Buffer(metric.transform.cpu())
 
     def forward(self, given: Tensor) -> Answers:
         """Return the logits and probabilities of shape ``[b, c]``, and ``no_match`` of shape ``[b]`` if it is known."""
@@ -268,8 +256,13 @@ def _behind_tower(answer: torch.nn.Module, backbone: TorchBackbone, outputs: Seq
 
 
 def _metadata(index: Index, backbone: Encoder) -> dict[str, Any]:
-    facts = {"labels": index.class_names, "settings": asdict(index.settings), "opset": OPSET}
-    facts |= {"index": index.place, "version": index.version}
+    facts = {
+        "labels": index.class_names,
+        "settings": asdict(index.settings),
+        "opset": OPSET,
+        "index": index.place,
+        "version": index.version,
+    }
     if backbone is not None:
         steps = {name: _steps(own) for name, own in inputs_of(index, backbone).items()}
         facts |= {"preprocess": steps.get(PIXELS, steps), "backbone": str(backbone.identity)}

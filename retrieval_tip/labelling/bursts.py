@@ -9,7 +9,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import torch
 
@@ -20,10 +19,11 @@ from retrieval_tip.errors import check_memory
 from retrieval_tip.labelling.photos import Pool
 from retrieval_tip.model import Index
 from retrieval_tip.predictions import Predictions
+from retrieval_tip.retrieval.inputs import IntArray
 from retrieval_tip.settings import Ask
 
 
-def bursts(names: Sequence[str], times: Sequence[datetime | None], gap: float) -> npt.NDArray[np.int64]:
+def bursts(names: Sequence[str], times: Sequence[datetime | None], gap: float) -> IntArray:
     """Return the number of the burst of each photo, counted from 1 in the order of the photos.
 
     A photo belongs to the burst of the previous photo in the same folder if it was taken at most ``gap`` seconds later.

@@ -89,5 +89,8 @@ def find_duplicates(sources: Sequence[Source], reader: Reader, n: int = 20) -> t
         "source": pa.array(pool.names, pa.string()), "digest": pa.array(pool.digests, pa.string()),
     })  # fmt: skip
     found = duplicates(features, labels, budget=MOST_PHOTOS**2, most=n)
-    pairs = [(pair.source, pair.other_source, pair.affinity, pair.kind) for pair in found.pairs]
-    return pa.Table.from_pylist([dict(zip(PAIRED.names, pair, strict=True)) for pair in pairs], schema=PAIRED), found
+    pairs = [
+        {"input": pair.source, "other": pair.other_source, "similarity": pair.affinity, "kind": pair.kind}
+        for pair in found.pairs
+    ]
+    return pa.Table.from_pylist(pairs, schema=PAIRED), found

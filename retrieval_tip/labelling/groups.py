@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import torch
 
@@ -26,12 +25,9 @@ from retrieval_tip.labelling.suggest import points_of
 from retrieval_tip.model import Index
 from retrieval_tip.predictions import PREDICTIONS, Predictions
 from retrieval_tip.retrieval import inputs
-from retrieval_tip.retrieval.inputs import Features
+from retrieval_tip.retrieval.inputs import Features, FloatArray, IntArray
 from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.settings import Ask
-
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float32]
 
 MOST = 8192
 """Number of photos that are compared with each other, which takes 256 MiB. If there are more, a sample is drawn."""

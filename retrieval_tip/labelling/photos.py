@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -20,6 +19,7 @@ from retrieval_tip.labelling.smoothing import smooth
 from retrieval_tip.labelling.suggest import TRUST, suggest, uncertainty_of
 from retrieval_tip.model import Index
 from retrieval_tip.predictions import Predictions
+from retrieval_tip.retrieval.inputs import FloatArray
 from retrieval_tip.settings import Ask
 
 MOST_PHOTOS = 100_000
@@ -74,7 +74,7 @@ class Pool:
     """Unlabelled photos: their names, their features of shape ``[m, d]``, and the digests of their files."""
 
     names: list[str]
-    features: npt.NDArray[np.float32]
+    features: FloatArray
     digests: list[str | None]
 
     @classmethod
@@ -82,7 +82,7 @@ class Pool:
         """Encode the photos. Raises InputError or BackboneError if the sources have features of different encoders."""
         names: list[str] = []
         digests: list[str | None] = []
-        features: list[npt.NDArray[np.float32]] = []
+        features: list[FloatArray] = []
         identity: Identity | None = None
         total = sum(map(len, sources))
         for source in sources:

@@ -20,19 +20,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from retrieval_tip import tip
 from retrieval_tip.data.source import spread
 from retrieval_tip.errors import check_count
-from retrieval_tip.evaluation.held_out import IntArray, held_out_probabilities, photo_rows, probabilities_of
+from retrieval_tip.evaluation.held_out import held_out_probabilities, photo_rows, probabilities_of
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.folds import without_parts
 from retrieval_tip.model import Index
-from retrieval_tip.retrieval.inputs import Features
+from retrieval_tip.retrieval.inputs import DoubleArray, Features, IntArray
 from retrieval_tip.store.labels import images_of
-
-Floats = npt.NDArray[np.float64]
 
 WRONG = 0.02
 """Share ``e`` of labels that may be wrong.
@@ -102,9 +99,7 @@ def estimate_rest(index: Index, key_ids: Sequence[int], rest: Features) -> Estim
     if not len(rows) or not m:
         return Estimate(0.0, 0.0, 1.0, m, 0, m, min(m, SCREEN))
     few = rest[spread(m, MOST_REST)]
-    found = [_chances(one, key_ids, few) for one in (index, *_smaller(index, rows))]
-    parts = [chances for chances, _ in found]
-    errors = found[0][1]
+    parts, (errors, *_) = zip(*(_chances(one, key_ids, few) for one in (index, *_smaller(index, rows))), strict=True)
     chances = np.average(parts, 0, np.linspace(1, OLDEST, len(parts))).clip(1 - MOST, MOST)
     share = float(chances.mean())
     z = np.random.default_rng(0).standard_normal(DRAWS)
@@ -125,7 +120,7 @@ def _smaller(index: Index, rows: IntArray) -> Iterator[Index]:
         yield closed_form.fit(other)[0]
 
 
-def _chances(index: Index, key_ids: Sequence[int], rest: Features) -> tuple[Floats, int]:
+def _chances(index: Index, key_ids: Sequence[int], rest: Features) -> tuple[DoubleArray, int]:
     """Return how probably each answer to the rest is wrong, and how many held-out answers are wrong."""
     held = held_out_probabilities(index, photo_rows(index, key_ids))
     known = held.pred_probs[np.arange(len(held.labels)), held.labels] > 0

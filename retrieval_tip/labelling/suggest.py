@@ -22,10 +22,8 @@ from torch.nn.functional import normalize
 from retrieval_tip import tip
 from retrieval_tip.errors import check_count, check_memory
 from retrieval_tip.retrieval import inputs
-from retrieval_tip.retrieval.inputs import Features
+from retrieval_tip.retrieval.inputs import DoubleArray, Features, IntArray, KeyArray
 from retrieval_tip.retrieval.logits import slices
-
-IntArray = npt.NDArray[np.int64]
 
 POWER = 2
 """Exponent of the similarity."""
@@ -60,16 +58,14 @@ def points_of(features: Features, metric: tip.Metric | None, mean: Tensor | floa
     return normalize(f - mean) if metric is None else metric.to("cpu")(f)
 
 
-def uncertainty_of(
-    probabilities: npt.NDArray[np.float64], class_ids: IntArray, counts: npt.NDArray[np.integer]
-) -> npt.NDArray[np.float64]:
+def uncertainty_of(probabilities: DoubleArray, class_ids: IntArray, counts: npt.NDArray[np.integer]) -> DoubleArray:
     """Return the uncertainty ``1 - p n / (n + 4)`` of answers, of shape ``[m]``.
 
     ``p`` is the probability of an answer, and ``n`` is the number of labels of the answered class. A classifier that
     knows few photos of a class cannot yet tell which of its answers are wrong. Without labels, all uncertainties are 1.
     """
     n = counts[class_ids]
-    uncertainty: npt.NDArray[np.float64] = 1 - probabilities * n / (n + TRUST)
+    uncertainty: DoubleArray = 1 - probabilities * n / (n + TRUST)
     return uncertainty
 
 
@@ -77,7 +73,7 @@ def suggest(
     features: Features,
     n: int,
     *,
-    uncertainty: npt.NDArray[np.floating] | None = None,
+    uncertainty: KeyArray | None = None,
     labelled: Features | None = None,
     metric: tip.Metric | None = None,
 ) -> Picks:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from retrieval_tip import doctor
 from retrieval_tip.data import images
@@ -36,6 +35,7 @@ from retrieval_tip.index import places
 from retrieval_tip.index.places import Place
 from retrieval_tip.model import Index
 from retrieval_tip.predictions import Neighbour
+from retrieval_tip.retrieval.inputs import IntArray
 from retrieval_tip.settings import Ask
 from retrieval_tip.store.manifest import Manifest
 
@@ -122,8 +122,8 @@ class Confusion(NamedTuple):
     """
 
     names: list[str]
-    counts: npt.NDArray[np.int64]
-    totals: npt.NDArray[np.int64]
+    counts: IntArray
+    totals: IntArray
     of: int
 
 

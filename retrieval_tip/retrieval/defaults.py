@@ -11,9 +11,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from retrieval_tip.retrieval.inputs import StoredKeys
+from retrieval_tip.retrieval.inputs import IntArray, StoredKeys
 
 PAPER = 1.0, 5.5
 """Alpha and beta in the paper."""
@@ -40,7 +39,7 @@ class Statistics:
     shots: float
 
 
-def measure(keys: StoredKeys, class_ids: npt.NDArray[np.int64]) -> Statistics | None:
+def measure(keys: StoredKeys, class_ids: IntArray) -> Statistics | None:
     """Measure the affinities between keys of different classes.
 
     Returns ``None`` if there is only one class, or if all affinities are equal.
@@ -56,7 +55,7 @@ def measure(keys: StoredKeys, class_ids: npt.NDArray[np.int64]) -> Statistics | 
     return Statistics(float(other.mean(dtype=np.float64)), float(other.std(dtype=np.float64)), shots)
 
 
-def untouched_settings(keys: StoredKeys, class_ids: npt.NDArray[np.int64]) -> tuple[float, float]:
+def untouched_settings(keys: StoredKeys, class_ids: IntArray) -> tuple[float, float]:
     """Return the default alpha and beta for the given keys and their class ids."""
     return default_settings(measure(keys, class_ids))
 

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from retrieval_tip.errors import SHOWN, one_line
-from retrieval_tip.retrieval.inputs import FloatArray, IntArray, KeyArray
+from retrieval_tip.retrieval.inputs import BoolArray, FloatArray, IntArray, KeyArray
 from retrieval_tip.retrieval.keys import KEY_BLOCK
 from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.store.labels import digest_codes
@@ -44,8 +43,7 @@ TINY = 1e-12
 """Smallest norm by which a key is divided."""
 KINDS = ("identical image", "identical feature", "near-identical")
 
-Bools = npt.NDArray[np.bool_]
-Remain = Callable[[IntArray, IntArray], Bools]
+Remain = Callable[[IntArray, IntArray], BoolArray]
 Near = tuple[IntArray, IntArray, FloatArray]
 """Pairs of keys as two arrays of row numbers, and an array of their cosines."""
 
@@ -89,14 +87,13 @@ def duplicates(
     labels: pa.Table,
     fresh: Sequence[int] | IntArray | None = None,
     *,
-    least: float = NEAR,
     budget: int = PAIRS,
     most: int = MOST,
 ) -> Duplicates:
     """Find keys of different classes that show the same image. Duplicates within a class are ignored.
 
     Two keys are duplicates if their content digests are equal, or if ``cos(K_i, K_j) = K_i K_j / (|K_i| |K_j|)`` is at
-    least ``least``. All cosines are compared if there are at most ``budget`` pairs. Otherwise, features are only
+    least :data:`NEAR`. All cosines are compared if there are at most ``budget`` pairs. Otherwise, features are only
     checked for equality, and only if ``fresh`` is ``None``.
 
     Args:
@@ -104,7 +101,6 @@ def duplicates(
         labels: the label store, which has one row per key and the columns ``key_id``, ``class_id``, ``label``,
             ``source`` and ``digest``.
         fresh: the rows of newly added keys. At least one key of each pair must be among them. Defaults to all keys.
-        least: the lowest cosine at which two keys count as near-identical.
         budget: the maximum number of pairs to compare, ``len(fresh) * n``.
         most: the maximum number of pairs to return.
     """
@@ -116,14 +112,14 @@ def duplicates(
     images = digest_codes(labels, None if fresh is None else asked)
     a, b, total = _pairs_of_equal(images, class_ids, new, most)
 
-    def remain(x: IntArray, y: IntArray) -> Bools:
+    def remain(x: IntArray, y: IntArray) -> BoolArray:
         """Return which pairs have different classes, excluding identical images, which are already counted."""
-        keep: Bools = (class_ids[x] != class_ids[y]) & ((images[x] != images[y]) | (images[x] < 0))
+        keep: BoolArray = (class_ids[x] != class_ids[y]) & ((images[x] != images[y]) | (images[x] < 0))
         return keep
 
     compared, more = "digests", (asked[:0], asked[:0], 0)
     if len(asked) * n <= budget:
-        compared, more = "all", _closest(_near(keys, asked, new, least, remain), least, most)
+        compared, more = "all", _closest(_near(keys, asked, new, remain), most)
     elif fresh is None:
         features = _codes_of_equal(keys)
         x, y, every = _pairs_of_equal(features, class_ids, new, most + len(a))
@@ -146,7 +142,7 @@ def describe_duplicates(duplicates: Duplicates) -> list[str]:
     return [*lines, f"and {left} more"] if left > 0 else lines
 
 
-def _pairs_of_equal(codes: IntArray, class_ids: IntArray, new: Bools, most: int) -> tuple[IntArray, IntArray, int]:
+def _pairs_of_equal(codes: IntArray, class_ids: IntArray, new: BoolArray, most: int) -> tuple[IntArray, IntArray, int]:
     """Return up to ``most`` pairs of rows with equal codes and different classes, and the total number of pairs.
 
     Rows with code -1 are ignored, and at least one row of each pair is new. A join in duckdb would take 0.1 s to start,
@@ -186,26 +182,26 @@ def _unit(keys: KeyArray, rows: IntArray) -> Tensor:
     return normalize(torch.from_numpy(np.asarray(keys[rows], dtype=np.float32)), dim=-1)
 
 
-def _near(keys: KeyArray, asked: IntArray, new: Bools, least: float, remain: Remain) -> Iterator[Near]:
-    """Compare ``asked`` rows with all rows, and yield blocks of pairs whose cosine is at least ``least``."""
+def _near(keys: KeyArray, asked: IntArray, new: BoolArray, remain: Remain) -> Iterator[Near]:
+    """Compare ``asked`` rows with all rows, and yield blocks of near-identical pairs."""
     fresh, n = _unit(keys, asked).T, int(keys.shape[0])
     number = np.where(new, np.cumsum(new) - 1, len(asked))  # the place of each row in ``asked``
     for part in slices(n, max(1, min(MOST_ROWS, BLOCK // max(1, len(asked))))):
         block = torch.from_numpy(np.require(keys[part], np.float32, ["W"]))
         cosine = (block @ fresh).div_(block.norm(dim=1, keepdim=True).clamp_min_(TINY))
-        own, places = (cosine >= least).nonzero(as_tuple=True)
+        own, places = (cosine >= NEAR).nonzero(as_tuple=True)
         near, x, y = cosine[own, places].numpy(), places.numpy(), own.numpy() + part.start
         kept = (x < number[y]) & remain(asked[x], y)  # so that two asked rows are one pair
         yield asked[x[kept]], y[kept], near[kept]
 
 
-def _closest(blocks: Iterable[Near], least: float, most: int) -> tuple[IntArray, IntArray, int]:
+def _closest(blocks: Iterable[Near], most: int) -> tuple[IntArray, IntArray, int]:
     """Return the ``most`` pairs with the highest cosines, and the total number of pairs."""
     total, a, b = 0, np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
     cosine = np.empty(0, dtype=np.float32)
     for x, y, near in blocks:
         total += len(x)
-        kept = near >= (cosine[-1] if 0 < len(cosine) == most else least)
+        kept = near >= (cosine[-1] if 0 < len(cosine) == most else NEAR)
         a, b = np.concatenate([a, x[kept]]), np.concatenate([b, y[kept]])
         cosine = np.concatenate([cosine, near[kept]])
         best = np.lexsort((b, a, -cosine))[:most]

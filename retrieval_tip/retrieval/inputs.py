@@ -19,12 +19,14 @@ LONGEST_NAME = 1024
 """Maximum length of a new class name in characters."""
 
 FloatArray = npt.NDArray[np.float32]
+DoubleArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
 KeyArray = npt.NDArray[np.floating]
 """A float32 or float16 array of keys, of shape ``[n, d]``."""
 Labels = Sequence[str] | Sequence[int] | npt.NDArray[np.integer]
-Features = npt.NDArray[np.floating] | Tensor
-Join = Callable[[Sequence[npt.NDArray[np.float32]]], npt.NDArray[np.float32]]
+Features = KeyArray | Tensor
+Join = Callable[[Sequence[FloatArray]], FloatArray]
 
 
 class KeysInPlace(ABC):
@@ -143,7 +145,7 @@ def names(names: Sequence[str]) -> list[str]:
     return result
 
 
-def ids_of(labels: Labels, class_names: Sequence[str], n: int) -> npt.NDArray[np.int64]:
+def ids_of(labels: Labels, class_names: Sequence[str], n: int) -> IntArray:
     """Convert labels to class ids. Each label is the name or the position of a class.
 
     If a label is not a class, raises InputError with a message that names the first invalid row.

@@ -68,15 +68,6 @@ def auto_for(shape: tuple[int, int], dtype: npt.DTypeLike, n_classes: int, devic
     return auto_factory(shape[0], n_classes)
 
 
-def index_over(keys: KeyArray, class_ids: IntArray, n_classes: int, factory: str, device: str = "auto") -> VectorIndex:
-    """Build a FAISS index over keys that are grouped by class. If the factory is ``Classes``, index the class means.
-
-    Raises the same errors as :meth:`VectorIndex.build`.
-    """
-    vectors = Keys(keys, class_ids, n_classes).means.numpy() if factory == BY_CLASS else keys
-    return VectorIndex.build(vectors, factory, device)
-
-
 def points_of(metric: tip.Metric | None, keys: KeyArray, device: str) -> KeyArray | None:
     """Apply a metric to keys, and return the points in the dtype of the keys. Return ``None`` if there is no metric."""
     if metric is None:
@@ -335,13 +326,9 @@ class Keys(KeyStream):
     def blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         ready = self.held.dtype == torch.float32 and self.held.is_cpu == (self.device == "cpu")
         converted = torch.empty(0 if ready else self.block, self.d, device=self.device)
-        for keys, ids, numbers in self._parts:
+        columns = (column.split(self.block) for column in (self.held, self.class_ids, self._numbers))
+        for keys, ids, numbers in zip(*columns, strict=True):
             yield keys if ready else converted[: len(keys)].copy_(keys), ids, numbers
-
-    @cached_property
-    def _parts(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        parts = (column.split(self.block) for column in (self.held, self.class_ids, self._numbers))
-        return list(zip(*parts, strict=True))
 
     @cached_property
     def held(self) -> Tensor:

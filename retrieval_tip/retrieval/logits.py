@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -57,24 +56,19 @@ class Retrieval:
         keys, points = self.keys, self.keys.phi(features)
         text = tip.text_logits(features, self.text, settings.logit_scale)
         discriminant = keys.discriminant(points) if settings.gamma else None
-        if settings.k is None or settings.k >= keys.n:
-            terms = AnswerTerms(text, keys.cache_logits(points, settings.beta), discriminant)
-            tip.log_cache(terms.cache, settings.log_offset)
-        elif keys.by_class:
-            terms = AnswerTerms(text, torch.empty_like(text), discriminant)
-            self._over_classes(points, settings, settings.k, terms)
-            tip.log_cache(terms.cache, settings.log_offset)
+        k = settings.k or keys.n
+        cache = keys.cache_logits(points, settings.beta) if k >= keys.n else torch.empty_like(text)
+        terms = AnswerTerms(text, cache, discriminant)
+        if k < keys.n and not keys.by_class:
+            terms = self._over_nearest(points, settings, k, neighbours, terms)
         else:
-            terms = AnswerTerms(text, torch.empty_like(text), discriminant)
-            terms = self._over_nearest(points, settings, settings.k, neighbours, terms)
+            if k < keys.n:
+                self._over_classes(points, settings, k, terms)
+            tip.log_cache(cache, settings.log_offset)
         logits = terms.logits(settings)
         if not torch.isfinite(logits).all():
             raise overflow(terms, settings)
         return terms, logits
-
-    def _parts(self, q: int) -> Iterator[slice]:
-        """Split ``q`` queries into blocks whose logits fit in the CPU cache."""
-        return slices(q, QUERY_BLOCK if self.keys.device == "cpu" else max(QUERY_BLOCK, LOGITS // self.keys.n_classes))
 
     def _over_nearest(
         self, points: Tensor, settings: Settings, k: int, neighbours: int, terms: AnswerTerms
@@ -82,7 +76,7 @@ class Retrieval:
         """Fill ``terms`` with cache logits from the ``k`` nearest keys of each query, and find ``neighbours`` shots."""
         kept = []
         for part in slices(len(points), max(QUERY_BLOCK, LOGITS // max(k, self.keys.n_classes))):
-            own, near = terms.each(itemgetter(part)), self.keys.nearest(points[part], k)
+            own, near = terms.queries(part), self.keys.nearest(points[part], k)
             own.cache.copy_(self._logits_over(near, points[part], settings))
             tip.log_cache(own.cache, settings.log_offset)
             if neighbours:
@@ -144,8 +138,9 @@ class Retrieval:
         slack, most = keys.slack(settings.beta), min(max(LEAST_CLASSES, round(k / keys.mean_count)), keys.n_classes)
         classes = torch.empty(len(points), most, dtype=torch.int64, device=keys.device)
         candidates = torch.empty(classes.shape, dtype=torch.bool, device=keys.device)
-        for part in self._parts(len(points)):
-            own = terms.each(itemgetter(part))
+        block = QUERY_BLOCK if keys.device == "cpu" else max(QUERY_BLOCK, LOGITS // keys.n_classes)
+        for part in slices(len(points), block):  # whose logits fit in the CPU cache
+            own = terms.queries(part)
             tip.affinity(points[part], keys.means, out=own.cache)
             tip.at_mean(keys.counts, own.cache, settings.beta, out=own.cache)
             classes[part], candidates[part] = promising(own, settings, slack, most)

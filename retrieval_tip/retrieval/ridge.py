@@ -6,14 +6,13 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
 from retrieval_tip import tip
 from retrieval_tip.errors import InputError
-from retrieval_tip.retrieval.inputs import IntArray
+from retrieval_tip.retrieval.inputs import IntArray, KeyArray
 from retrieval_tip.retrieval.keys import KEY_BLOCK, Keys
 from retrieval_tip.retrieval.rows import ArrayRows
 from retrieval_tip.settings import ClassPrior
@@ -105,7 +104,7 @@ class Ridge:
             return replace(labelled, values=self._neutral(labelled.values, ids))
         return replace(labelled, values=self.values(self._on_device(np.asarray(labelled.vectors)), ids))
 
-    def added(self, keys: Keys, points: npt.NDArray[np.floating], ids: IntArray) -> Tensor:
+    def added(self, keys: Keys, points: KeyArray, ids: IntArray) -> Tensor:
         """Return values of shape ``[m, c]`` for new keys at ``points``, given the other keys and their values.
 
         The new values fit the residual of the other keys, ``V_b = (G_bb + lambda I)^-1 (Y_b - G_ba V_a)``, which is one
@@ -159,7 +158,7 @@ class Ridge:
             return values
         return torch.where(empty, values[:, ~empty].mean(1, keepdim=True) + self.bonus / len(values), values)
 
-    def _on_device(self, points: npt.NDArray[np.floating]) -> Tensor:
+    def _on_device(self, points: KeyArray) -> Tensor:
         return torch.from_numpy(points.astype(np.float32)).to(self.device)
 
     def _gram(self, points: Tensor) -> Tensor:

@@ -20,9 +20,9 @@ from retrieval_tip.errors import InputError, first_line
 from retrieval_tip.retrieval.defaults import Statistics, measure
 from retrieval_tip.retrieval.duplicates import Duplicates, duplicates
 from retrieval_tip.retrieval.inputs import IntArray, KeyArray, KeysInPlace
-from retrieval_tip.retrieval.keys import KEY_BLOCK, Keys, KeyStream, index_over, points_of
+from retrieval_tip.retrieval.keys import KEY_BLOCK, Keys, KeyStream, points_of
 from retrieval_tip.retrieval.logits import slices
-from retrieval_tip.retrieval.vector_index import FLAT_FACTORY, VectorIndex
+from retrieval_tip.retrieval.vector_index import BY_CLASS, FLAT_FACTORY, VectorIndex
 from retrieval_tip.settings import Dtype
 from retrieval_tip.store.labels import labels_in, shots_after, with_column
 from retrieval_tip.store.sums import Sums
@@ -217,14 +217,17 @@ class ArrayRows(Rows):
         return Keys(self.vectors, self.class_ids, n_classes, device, self.index, metric, self.values)
 
     def indexed(self, n_classes: int, factory: str | None = None, device: str = "cpu") -> ArrayRows:
-        """Build the FAISS index over these vectors, by default of the same type.
+        """Build the FAISS index over these vectors, or over the class means for ``Classes``, by default as before.
 
         Raises UsageError if the factory is invalid.
         """
-        factory, index = factory or (FLAT_FACTORY if self.index is None else self.index.factory), None
-        if factory != FLAT_FACTORY:
-            index = index_over(self.vectors, self.class_ids, n_classes, factory, device)
-        return replace(self, index=index)
+        factory = factory or (FLAT_FACTORY if self.index is None else self.index.factory)
+        if factory == FLAT_FACTORY:
+            return replace(self, index=None)
+        vectors = self.vectors
+        if factory == BY_CLASS:
+            vectors = Keys(vectors, self.class_ids, n_classes).means.numpy()
+        return replace(self, index=VectorIndex.build(vectors, factory, device))
 
     def refilled(self, index: VectorIndex | None, n_classes: int, device: str) -> ArrayRows:
         """Fill a FAISS index with these vectors. It is only trained again once the number of keys has doubled."""

@@ -12,15 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import torch
 from torch import Tensor
 
 from retrieval_tip.errors import counted, few
+from retrieval_tip.retrieval.inputs import BoolArray, DoubleArray
 from retrieval_tip.settings import Settings
-
-Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,10 +29,10 @@ class Scores:
     class id. The weights sum to 1 or less, because an index with all shots lacks fewer than its folds do.
     """
 
-    rows: npt.NDArray[np.float64]
+    rows: DoubleArray
     settings: Settings
 
-    def sets(self, coverage: float, named: Bools) -> Sets:
+    def sets(self, coverage: float, named: BoolArray) -> Sets:
         """Return the sets that hold the right class of the share ``coverage`` of held-out photos.
 
         A class without a held-out photo is in every set, unless it is ``named`` (``[c]``), so that its text ranks it.
@@ -59,7 +57,7 @@ class Sets:
     coverage: float
     photos: int
     least: float
-    always: Bools
+    always: BoolArray
 
     def members(self, probabilities: Tensor) -> Tensor:
         """Return which classes are in the set of each query, as booleans of shape ``[q, c]``."""

@@ -77,6 +77,11 @@ def give_time(seconds: float | None = None) -> None:
         deadline.reschedule(None if seconds is None else asyncio.get_running_loop().time() + seconds)
 
 
+def kind_of(headers: Headers) -> str:
+    """Return the content type of a request without its options."""
+    return headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
 class Guard:
     """ASGI middleware for an application. ``held`` is the total size of requests and responses in memory."""
 
@@ -108,8 +113,7 @@ class _Exchange:
     def __init__(self, guard: Guard, scope: Scope, receive: Receive, send: Send) -> None:
         self._guard, self._limits, self._scope = guard, guard.limits, scope
         self._receive, self._send, self._headers = receive, send, Headers(scope=scope)
-        kind = self._headers.get("content-type", "").partition(";")[0].strip().lower()
-        self._most = self._limits.bytes if kind in (FORM, FLOATS) else self._limits.json_bytes
+        self._most = self._limits.bytes if kind_of(self._headers) in (FORM, FLOATS) else self._limits.json_bytes
         announced = self._headers.get("content-length", "")
         self._announced = int(announced) if announced.isdecimal() else 0
         self.held = self.status = self._received = 0

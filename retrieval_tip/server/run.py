@@ -122,15 +122,14 @@ class Connection(H11Protocol):
             timer.cancel()
 
 
-def configured(app: FastAPI, proxies: Sequence[str] = (), idle: int = IDLE_SECONDS) -> uvicorn.Config:
+def configured(app: FastAPI, proxies: Sequence[str] = ()) -> uvicorn.Config:
     """Return the uvicorn configuration. At shutdown, requests in progress have their usual time to finish.
 
-    ``proxies`` are the addresses and networks of trusted proxies, which forward the addresses of their clients. A
-    connection is closed if no request arrives within ``idle`` seconds.
+    ``proxies`` are the addresses and networks of trusted proxies, which forward the addresses of their clients.
     """
     return uvicorn.Config(
         app, http=Connection, h11_max_incomplete_event_size=HEAD_BYTES, limit_concurrency=CONNECTIONS,
-        timeout_keep_alive=idle, timeout_graceful_shutdown=int(Limits.seconds) + 1, ws="none", lifespan="on",
+        timeout_keep_alive=IDLE_SECONDS, timeout_graceful_shutdown=int(Limits.seconds) + 1, ws="none", lifespan="on",
         log_config=None, access_log=False, server_header=False, proxy_headers=bool(proxies),
         forwarded_allow_ips=list(proxies),
     )  # fmt: skip

@@ -58,18 +58,29 @@ Override = Annotated[float | None, Field(ge=0, allow_inf_nan=False, description=
 class ClassifyOptions(BaseModel):
     """What to find out about the inputs: the fields of :class:`settings.Ask`, and what only HTTP needs."""
 
-    index: str | None = Field(None, description="Name of the index. It is required if several indexes are served.")
+    model_config = ConfigDict(use_attribute_docstrings=True)
+    index: str | None = None
+    """Name of the index. It is required if several indexes are served."""
     alpha: Override = None
     beta: Override = None
-    k: Number | Literal["all"] | None = Field(None, description="Number of nearest keys to use, or all.")
-    tail: bool | None = Field(None, description="Whether to estimate the contribution of keys that are not retrieved.")
-    top: int = Field(5, ge=1, le=1000, description="Number of classes to return.")
-    neighbours: int = Field(5, ge=0, le=1000, description="Number of shots to return, strongest support first.")
-    logits: bool = Field(False, description="Whether to return the logits of all classes.")
-    features: bool = Field(False, description="Whether to return each feature, and the most similar shots.")
-    at_least: float | None = Field(None, ge=0, le=1, description="Answer with the narrowest group of this probability.")
-    coverage: float | None = Field(None, ge=0, le=1, description="Share of many sets that are to hold the right class.")
-    without: list[KeyId] = Field([], max_length=1000, description="Leave out this key. Can be repeated.")
+    k: Number | Literal["all"] | None = None
+    """Number of nearest keys to use, or all."""
+    tail: bool | None = None
+    """Whether to estimate the contribution of keys that are not retrieved."""
+    top: int = Field(5, ge=1, le=1000)
+    """Number of classes to return."""
+    neighbours: int = Field(5, ge=0, le=1000)
+    """Number of shots to return, strongest support first."""
+    logits: bool = False
+    """Whether to return the logits of all classes."""
+    features: bool = False
+    """Whether to return each feature, and the most similar shots."""
+    at_least: float | None = Field(None, ge=0, le=1)
+    """Answer with the narrowest group of this probability."""
+    coverage: float | None = Field(None, ge=0, le=1)
+    """Share of many sets that are to hold the right class."""
+    without: list[KeyId] = Field([], max_length=1000)
+    """Leave out this key. Can be repeated."""
     norms: Norms = Field("check", description=NORMS)
 
 

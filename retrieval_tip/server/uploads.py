@@ -29,7 +29,7 @@ from retrieval_tip.data.tables import check_norms
 from retrieval_tip.errors import InputError, UsageError, show
 from retrieval_tip.files import read_regular, real
 from retrieval_tip.retrieval.inputs import matrix
-from retrieval_tip.server.guard import FLOATS, FORM, JSON, Limits
+from retrieval_tip.server.guard import FLOATS, FORM, JSON, Limits, kind_of
 from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.schemas import Features, Images, LabelledFeatures, Shots
 from retrieval_tip.settings import Norms
@@ -62,7 +62,7 @@ async def read(request: Request, limits: Limits, norms: Norms, d: int, *, labell
     The problems have status 400 if a form is malformed, 413 if the body is too large, 415 if its content type is not
     supported, or 422 if a field is missing, unknown or invalid.
     """
-    kind = _kind(request)
+    kind = kind_of(request.headers)
     if kind == FORM:
         return (await read_form(request, limits, Shots if labelled else Images))[1]
     features: FloatArray | list[list[float]]
@@ -86,7 +86,7 @@ async def read(request: Request, limits: Limits, norms: Norms, d: int, *, labell
 
 async def read_form(request: Request, limits: Limits, fields: type[F]) -> tuple[F, Sent]:
     """Read a form with images, and return its fields and its images. Raises the same errors as :func:`read`."""
-    if (kind := _kind(request)) != FORM:
+    if (kind := kind_of(request.headers)) != FORM:
         raise Problem(415, f"content type {kind!r}: send {FORM}")
     _, options = parse_options_header(request.headers["content-type"])
     if options.get(b"charset", b"utf-8").lower() != b"utf-8":  # some Python codecs are slow or fail
@@ -121,10 +121,6 @@ def _checked(check: Callable[[Any], T], sent: object) -> T:
         return check(sent)
     except ValidationError as error:
         raise RequestValidationError(error.errors(include_url=False, include_input=False)) from None
-
-
-def _kind(request: Request) -> str:
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def _floats(body: bytes, d: int) -> FloatArray:
