@@ -63,6 +63,7 @@ bench: setup ## smoke-test every benchmark; the docs say how to measure
 	$(BENCH)/scale.py --keys 3000 --dim 64 --classes 50 --queries 40 --exact-queries 20
 	$(BENCH)/scale.py --keys 3000 --dim 64 --classes 50 --queries 40 --exact-queries 20 --store lance
 	$(BENCH)/living.py --keys 6000 --added 20 --dim 32 --classes 40 --times 1
+	$(BENCH)/edits.py --size 300 32 10 --times 1
 ifneq ($(wildcard ../shared/models),) # needs the photos and features of public datasets
 	$(BENCH)/distributed.py --images $(abspath ../shared/data/caltech101/101_ObjectCategories/panda)
 	$(BENCH)/startup.py --runs 1 --images 2 --keys 500 --dim 16

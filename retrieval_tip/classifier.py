@@ -19,6 +19,7 @@ import pyarrow as pa
 import torch
 
 from retrieval_tip import settings, tip
+from retrieval_tip.arrays import FloatArray
 from retrieval_tip.backbones.base import Backbone
 from retrieval_tip.backbones.loading import Model, given_backbone, load_again
 from retrieval_tip.data import images
@@ -45,7 +46,7 @@ from retrieval_tip.labelling.placing import Action
 from retrieval_tip.labelling.sort import Sorted, sort_photos
 from retrieval_tip.model import Index
 from retrieval_tip.predictions import Prediction, Predictions, SimilarShot
-from retrieval_tip.retrieval.inputs import Features, FloatArray
+from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.settings import Ask, AskOptions, BuildOptions, ClassPrior, MetricName, Precision, ValuesName
 from retrieval_tip.store.address import parse
 
@@ -454,7 +455,7 @@ class Classifier(OpenIndex):
         return Explanation(prediction, given.load(path), shots)
 
     def similar(self, photo: Picture | Features, n: int = 5, *, norms: Checked = "check") -> list[SimilarShot]:
-        """Return the ``n`` shots most similar to a photo or a feature (see :meth:`model.Answering.similar`)."""
+        """Return the ``n`` shots most similar to a photo or a feature (see :meth:`model.Index.similar`)."""
         if (features := features_of(photo)) is None and is_one(photo):
             features, norms = self.reader.encode(open_images(photo)).features, "keep"
         if features is None or len(features) != 1:

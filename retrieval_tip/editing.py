@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from retrieval_tip.arrays import FloatArray, IntArray
 from retrieval_tip.errors import InputError
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.inputs import Features
@@ -47,7 +48,7 @@ def apply(made: Index, edits: Edits) -> None:
         made.templates = list(edits.templates)
 
 
-def drop_classes(made: Index, class_ids: npt.NDArray[np.int64]) -> None:
+def drop_classes(made: Index, class_ids: IntArray) -> None:
     """Drop classes that have no keys."""
     if not len(class_ids):
         return
@@ -168,7 +169,7 @@ def _rename(made: Index, old: str, new: str) -> None:
     drop_classes(made, np.array([class_id]))
 
 
-def _set_text(made: Index, text: Mapping[str, npt.NDArray[np.float32]]) -> None:
+def _set_text(made: Index, text: Mapping[str, FloatArray]) -> None:
     weights = made.text_weights.clone()
     for name, row in text.items():
         weights[made.class_names.index(name)] = torch.from_numpy(row).to(weights)

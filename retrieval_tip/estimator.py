@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from retrieval_tip import tip
+from retrieval_tip.arrays import FloatArray, IntArray
 from retrieval_tip.backbones.base import side_by_side, unit
 from retrieval_tip.backbones.loading import Model, given_backbone
 from retrieval_tip.data.encoding_cache import EncodingCache
@@ -20,7 +21,7 @@ from retrieval_tip.errors import InputError, UsageError, check_count, install
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.closed_form import Fit
 from retrieval_tip.model import Index
-from retrieval_tip.retrieval.inputs import Features, FloatArray, IntArray
+from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.settings import ClassPrior, MetricName, Settings, ValuesName
 from retrieval_tip.store.edits import Edits, NewKeys
 

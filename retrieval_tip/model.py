@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal, Self, Unpack, cast
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from retrieval_tip import tip
+from retrieval_tip.arrays import DoubleArray, FloatArray, IntArray, KeyArray
 from retrieval_tip.backbones.base import (
     Identity,
     Part,
@@ -38,7 +38,7 @@ from retrieval_tip.html import markup, table
 from retrieval_tip.predictions import PREDICTIONS, SCHEMA, Predictions, SimilarShot, lists
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.evidence import Nearest
-from retrieval_tip.retrieval.inputs import Features, KeyArray, KeysInPlace, Labels
+from retrieval_tip.retrieval.inputs import Features, KeysInPlace, Labels
 from retrieval_tip.retrieval.keys import KEY_BLOCK, Keys, auto_for, points_of
 from retrieval_tip.retrieval.logits import LOGITS, AnswerTerms, Retrieval, first_two, slices
 from retrieval_tip.retrieval.ridge import MOST_SOLVED, Ridge
@@ -120,7 +120,7 @@ class Index:
     parts: tuple[Part, ...] = ()
     groups: Levels | None = None
     factory: InitVar[str] = FLAT_FACTORY
-    prior: npt.NDArray[np.float32] | None = field(default=None, init=False)
+    prior: FloatArray | None = field(default=None, init=False)
     scores: Scores | None = field(default=None, init=False)
     stored: Origin | None = field(default=None, init=False)
 
@@ -436,7 +436,7 @@ class Index:
         blocks = self.answers([FeatureBlock.of(f.cpu().numpy())], Ask(**asked))
         return Predictions.joined(block.predictions() for block in blocks)
 
-    def nearest(self, features: Tensor, k: int) -> tuple[Tensor, npt.NDArray[np.int64]]:
+    def nearest(self, features: Tensor, k: int) -> tuple[Tensor, IntArray]:
         """Return the affinities and rows of the ``k`` nearest keys of each query, both of shape ``[q, k]``.
 
         The affinities are exact even if the index is compressed. Empty slots have row -1.
@@ -461,7 +461,7 @@ class Index:
             for one in zip(rows, places.reshape(rows.shape), affinity.double().cpu().numpy(), strict=True)
         ]
 
-    def ids_of(self, source: Source) -> npt.NDArray[np.int64]:
+    def ids_of(self, source: Source) -> IntArray:
         """Return the class id of each item in a labelled source. Raises InputError if a label is not a class."""
         ids, names = source.truth(self.class_names)
         if unknown := names[len(self.class_names) :]:
@@ -566,7 +566,7 @@ class Index:
             rows = rows.indexed(len(self.class_names), factory, self.device)
         return self.altered(rows=rows, metric=metric, fitted=fitted, scores=None)
 
-    def take(self, rows: npt.NDArray[np.int64]) -> Self:
+    def take(self, rows: IntArray) -> Self:
         """Return an index in memory that consists of the keys at the given rows of the labels. Rows may repeat.
 
         If there are too few keys for the type of the index, the new index is ``Flat``. Raises UsageError if there are
@@ -983,7 +983,7 @@ def narrowest(probabilities: Tensor, class_names: Sequence[str], groups: Levels,
     return {"label": label, "level": level_, "probability": pa.array(chances)}
 
 
-def _doubles(values: Tensor) -> npt.NDArray[np.float64]:
+def _doubles(values: Tensor) -> DoubleArray:
     return np.asarray(values.double().cpu())
 
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from retrieval_tip.backbones.base import FloatArray
+from retrieval_tip.arrays import FloatArray
 from retrieval_tip.errors import counted, one_line
 from retrieval_tip.html import table
 

@@ -142,7 +142,7 @@ class AskOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Ask:
-    """What to find out about queries. It is passed unchanged from every caller to :meth:`model.Answering.answers`.
+    """What to find out about queries. It is passed unchanged from every caller to :meth:`model.Index.answers`.
 
     Raises UsageError if ``top`` is below 1 or ``neighbours`` below 0, if ``at_least`` or ``coverage`` is not between 0
     and 1, or if both are given.

@@ -678,7 +678,7 @@ def test_every_option_is_a_named_argument():
         (parameters(Classifier.evaluate), evaluation.evaluate, {"index", "source", "reader", "blocks"}),
     ):
         for name, default in parameters(done_by).items():
-            assert name in apart | {"base"} or own[name] == default, (done_by, name)
+            assert name in apart | {"base", "expect"} or own[name] == default, (done_by, name)
     assert parameters(Classifier.from_folder).keys() - parameters(Classifier.from_images).keys() == {"photos"}
 
 

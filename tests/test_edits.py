@@ -114,7 +114,7 @@ class Session:
     """A labelling session for photos, which saves soon."""
 
     def __init__(self, folder, photos, backbone):
-        self.folder, self.photos, self.cache = folder, [*photos], EncodingCache.at(None)
+        self.folder, self.photos, self.cache = folder, [*photos], EncodingCache.default()
         sources = list(open_inputs([str(folder.parent / "photos")]))
         reader = Reader(backbone, cache=self.cache)
         self.app = labelling_app(folder, sources, reader, limits=ALONE, token=TOKEN)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import numpy as np
-import numpy.typing as npt
 
+from retrieval_tip.arrays import FloatArray
 from retrieval_tip.errors import BackboneError, InputError, UsageError, counted, warn_once
 from retrieval_tip.settings import Precision, check_choice
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-FloatArray = npt.NDArray[np.float32]
 Loaded = TypeVar("Loaded")  # a backbone, or None
 Preprocess = Mapping[str, Any]  # JSON preprocessing settings, named as in open_clip or timm
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from retrieval_tip.backbones.base import Backbone, FloatArray, Identity, text_side_by_side, unit, view_size
+from retrieval_tip.arrays import FloatArray
+from retrieval_tip.backbones.base import Backbone, Identity, text_side_by_side, unit, view_size
 from retrieval_tip.errors import UsageError
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from retrieval_tip.backbones.base import Backbone, FloatArray, encoders_of, text_side_by_side, unit
+from retrieval_tip.arrays import FloatArray
+from retrieval_tip.backbones.base import Backbone, encoders_of, text_side_by_side, unit
 from retrieval_tip.errors import InputError, UsageError
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)

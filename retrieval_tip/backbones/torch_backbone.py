@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
+from retrieval_tip.arrays import FloatArray
 from retrieval_tip.backbones import tower
-from retrieval_tip.backbones.base import FloatArray, Identity, present, same_backbone, spelled, view_size
+from retrieval_tip.backbones.base import Identity, present, same_backbone, spelled, view_size
 from retrieval_tip.backbones.known import Files, Known
 from retrieval_tip.errors import BackboneError, UsageError, command_line
 from retrieval_tip.settings import Precision

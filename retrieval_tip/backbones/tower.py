@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from retrieval_tip.backbones.base import FloatArray, Identity, Preprocess, unit, view_size
+from retrieval_tip.arrays import FloatArray
+from retrieval_tip.backbones.base import Identity, Preprocess, unit, view_size
 from retrieval_tip.backbones.catalogue import quiet
 from retrieval_tip.errors import BackboneError, UsageError, first_line, install
 from retrieval_tip.files import cache_folder, make_folders, sha256_of, temporary

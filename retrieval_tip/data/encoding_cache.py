@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from retrieval_tip.backbones.base import FloatArray
+from retrieval_tip.arrays import FloatArray
 from retrieval_tip.errors import InputError, UsageError, show
 from retrieval_tip.files import cache_folder, make_folders
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 from tqdm import tqdm
 
+from retrieval_tip.arrays import BoolArray, FloatArray, IntArray
 from retrieval_tip.backbones.base import encoders_of, parts_of, same_backbone, unit_of, view_size, without_unused
 from retrieval_tip.backbones.prompts import each_text, prompts_of, text_weights
 from retrieval_tip.backbones.torch_backbone import TorchBackbone
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FloatArray = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int64]
 _Encoded = dict[str, tuple[FloatArray, str] | None]  # features [v, d] and digest by path; None if unreadable
 _T = TypeVar("_T")
 
@@ -57,7 +55,7 @@ class FeatureBlock:
     key_ids: IntArray | None = None  # [b], the id of a key of each item that is a shot of an index, or -1, if known
 
     @property
-    def shots(self) -> npt.NDArray[np.bool_]:
+    def shots(self) -> BoolArray:
         """Whether each item is known to be a shot."""
         return np.zeros(len(self.positions), dtype=bool) if self.key_ids is None else self.key_ids >= 0
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from retrieval_tip.arrays import IntArray
 from retrieval_tip.data import remote
 from retrieval_tip.errors import SHOWN, InputError, Skipped, check_count, check_memory, counted, few, show
 from retrieval_tip.files import FOLDER, NotAFileError, open_regular
@@ -77,7 +78,7 @@ class Source:
     class_names: tuple[str, ...] = ()
     paths: tuple[str, ...] | None = None
     table: FeatureTable | None = None
-    rows: npt.NDArray[np.int64] | None = None
+    rows: IntArray | None = None
     failed: tuple[Skipped, ...] = ()
     load: Callable[[str], bytes] = read_item
     strict: bool = False
@@ -112,7 +113,7 @@ class Source:
         items = self.items.set_column(self.items.column_names.index("label"), "label", labels)
         return replace(self, items=items, class_names=tuple(dict.fromkeys(taken.get(n, n) for n in self.class_names)))
 
-    def truth(self, class_names: Sequence[str]) -> tuple[npt.NDArray[np.int64], list[str]]:
+    def truth(self, class_names: Sequence[str]) -> tuple[IntArray, list[str]]:
         """Return the class id of each item, and the class names.
 
         The names of classes that are not among the ``c`` given names follow these, so their ids are at least ``c``.
@@ -139,7 +140,7 @@ class Source:
         """Return the items without some of their further columns."""
         return replace(self, items=self.items.drop_columns([c for c in columns if c in self.items.column_names]))
 
-    def take(self, positions: Sequence[int] | npt.NDArray[np.int64]) -> Source:
+    def take(self, positions: Sequence[int] | IntArray) -> Source:
         """Return the items at ``positions``, in this order. The class names do not change."""
         index = np.asarray(positions, dtype=np.int64)
         return replace(
@@ -219,6 +220,6 @@ def few_shot(labels: Sequence[Hashable], shots: int, seed: int | random.Random =
     return drawn
 
 
-def spread(n: int, m: int) -> npt.NDArray[np.int64]:
+def spread(n: int, m: int) -> IntArray:
     """Return at most ``m`` evenly spaced positions out of ``n``, in ascending order."""
     return np.unique(np.linspace(0, n - 1, min(n, m)).round().astype(np.int64))

@@ -16,7 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from retrieval_tip.backbones.base import FloatArray, Part
+from retrieval_tip.arrays import FloatArray
+from retrieval_tip.backbones.base import Part
 from retrieval_tip.data import exchange, images, remote, tables
 from retrieval_tip.data.source import Source as Source
 from retrieval_tip.data.source import of_images as of_images

@@ -27,7 +27,8 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from retrieval_tip.backbones.base import Backbone, FloatArray, Identity, Part, identity_of, same_backbone, side_by_side
+from retrieval_tip.arrays import FloatArray, IntArray
+from retrieval_tip.backbones.base import Backbone, Identity, Part, identity_of, same_backbone, side_by_side
 from retrieval_tip.data import remote
 from retrieval_tip.data.source import Source, check_lengths, refuse_rows
 from retrieval_tip.errors import (
@@ -375,9 +376,7 @@ class FeatureTable:
             return identity_of(self.parts(wanted))
         return None
 
-    def features(
-        self, rows: npt.NDArray[np.int64], norms: Norms, wanted: Sequence[Part] = ()
-    ) -> Iterator[tuple[slice, FloatArray]]:
+    def features(self, rows: IntArray, norms: Norms, wanted: Sequence[Part] = ()) -> Iterator[tuple[slice, FloatArray]]:
         """Yield the features of some ``rows``, which are ascending, in blocks, and which of the rows each block has.
 
         Raises InputError if a row has no usable feature. If there are several parts, their columns are joined (see

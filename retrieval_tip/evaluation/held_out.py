@@ -12,13 +12,14 @@ import pyarrow as pa
 import torch
 
 from retrieval_tip import tip
+from retrieval_tip.arrays import BoolArray, FloatArray, IntArray
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, UsageError, counted
 from retrieval_tip.fit.folds import wilson, without_parts
 from retrieval_tip.model import MOST_COPIED, AnswerBlock, Index
 from retrieval_tip.predictions import Predictions
-from retrieval_tip.retrieval.inputs import BoolArray, Features, FloatArray, IntArray
+from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.settings import Ask
 from retrieval_tip.store.labels import images_of
 
@@ -161,7 +162,7 @@ def classified(
     """Classify named items in order, each shot without itself (see :func:`answered`), and warn if there are shots.
 
     ``asked`` has the names of the items of each source, and their features. If shots cannot be hidden, they are not
-    looked for. Raises the errors of :meth:`model.Answering.logits`.
+    looked for. Raises the errors of :meth:`model.Index.logits`.
     """
     total, shots, looks = 0, 0, hides(index)
     for names, blocks in asked:

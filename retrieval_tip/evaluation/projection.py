@@ -9,9 +9,9 @@ from typing import Literal
 import numpy as np
 import torch
 
+from retrieval_tip.arrays import FloatArray, IntArray
 from retrieval_tip.errors import UsageError, check_count
 from retrieval_tip.model import Index
-from retrieval_tip.retrieval.inputs import FloatArray, IntArray
 from retrieval_tip.retrieval.keys import points_of
 
 AXES, ITERATIONS = 8, 8

@@ -19,12 +19,12 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
 from retrieval_tip import tip
+from retrieval_tip.arrays import BoolArray, DoubleArray
 from retrieval_tip.backbones.base import equal_shares
 from retrieval_tip.data.source import spread
 from retrieval_tip.errors import InputError, UsageError, counted
@@ -40,7 +40,7 @@ from retrieval_tip.fit.folds import (
     wilson,
 )
 from retrieval_tip.fit.forms import DEFAULT_FORM, FORMS, ONE_SHOT, ONE_SHOT_WITH_PRIOR, WITH_PRIOR, Form
-from retrieval_tip.fit.scatter import FloatArray, dimensions
+from retrieval_tip.fit.scatter import dimensions
 from retrieval_tip.fit.shares import shares_of, shares_without_folds
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.defaults import untouched_settings
@@ -121,7 +121,7 @@ class Fit(NamedTuple):
     metric: MetricName | None = None
     values: ValuesName | None = None
     class_prior: ClassPrior = "even"
-    prior: FloatArray | None = None
+    prior: DoubleArray | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -422,7 +422,7 @@ def _chosen(forms: Sequence[Form], folds: Folds) -> tuple[Form, list[tuple[Form,
     return chosen, trials
 
 
-def _settings_of(index: Index, form: Form, folds: Folds) -> tuple[Settings, FormChoice, FloatArray]:
+def _settings_of(index: Index, form: Form, folds: Folds) -> tuple[Settings, FormChoice, DoubleArray]:
     """Return the settings and the bonus that give the held-out photos the highest log-likelihood.
 
     The result is the settings, the form with its bonus and its accuracies, and the rows of :class:`sets.Scores`.
@@ -466,7 +466,7 @@ def _settings_of(index: Index, form: Form, folds: Folds) -> tuple[Settings, Form
     return settings, choice, rows.numpy()
 
 
-def _drawn(index: Index) -> npt.NDArray[np.bool_] | None:
+def _drawn(index: Index) -> BoolArray | None:
     """Return which keys of an index of ``label`` were drawn at random, or ``None`` for another index."""
     if not isinstance(index.rows, ArrayRows) or PICKED not in index.rows.labels.column_names:
         return None

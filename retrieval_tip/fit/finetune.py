@@ -24,6 +24,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from retrieval_tip import tip
+from retrieval_tip.arrays import FloatArray, IntArray
 from retrieval_tip.data.reader import Reader, view_names
 from retrieval_tip.data.sources import Source, is_there, open_source
 from retrieval_tip.errors import InputError, check_memory, show
@@ -32,7 +33,6 @@ from retrieval_tip.fit import closed_form, search_hp
 from retrieval_tip.fit.folds import Folds, Queries
 from retrieval_tip.fit.forms import like
 from retrieval_tip.model import Index
-from retrieval_tip.retrieval.inputs import FloatArray, IntArray
 from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.retrieval.rows import ArrayRows
 from retrieval_tip.settings import Recipe

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
+from retrieval_tip.arrays import DoubleArray, IntArray, KeyArray
 from retrieval_tip.backbones.base import Part, equal_shares
 from retrieval_tip.errors import UsageError
 from retrieval_tip.fit.forms import Form
-from retrieval_tip.fit.scatter import FewScatter, FloatArray, Scatter, known_prior
+from retrieval_tip.fit.scatter import FewScatter, Scatter, known_prior
 from retrieval_tip.model import Index
-from retrieval_tip.retrieval.inputs import IntArray, KeyArray, KeysInPlace, StoredKeys, scale_of
+from retrieval_tip.retrieval.inputs import KeysInPlace, StoredKeys, scale_of
 from retrieval_tip.retrieval.keys import KEY_BLOCK, QUERY_BLOCK
 from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.retrieval.ridge import Ridge, class_weights
@@ -268,7 +269,7 @@ class Folds:
     sums: Sums | None = None
     class_prior: ClassPrior = "even"
     validation: str | None = None
-    given: FloatArray | None = None
+    given: DoubleArray | None = None
     single: int = 0
     parts: Sequence[Part] = ()
     shares: Sequence[float] = ()
@@ -437,7 +438,7 @@ class Folds:
         return Scatter.of(Sums(sums.counts, means, self._scaled_square(sums.second)), prior, widths)
 
     @cached_property
-    def prior(self) -> FloatArray | None:
+    def prior(self) -> DoubleArray | None:
         """The given prior, or the known priors of all encoders that count. Otherwise ``None``.
 
         If no class has two keys, one known prior is enough. The other features then vary evenly, as ``I / d``.
@@ -455,7 +456,7 @@ class Folds:
     def _used(self) -> list[tuple[Part, float]]:
         return [(part, share) for part, share in zip(self.parts, self.shares, strict=True) if share > 0]
 
-    def _scaled_square(self, matrix: FloatArray) -> FloatArray:
+    def _scaled_square(self, matrix: DoubleArray) -> DoubleArray:
         return self.scaled(self.scaled(torch.from_numpy(matrix)).T).T.numpy()
 
     def taken(self, rows: Tensor) -> tuple[Tensor, Tensor]:

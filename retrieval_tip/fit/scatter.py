@@ -8,16 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from retrieval_tip import tip
+from retrieval_tip.arrays import DoubleArray, IntArray
 from retrieval_tip.backbones.base import Part
 from retrieval_tip.errors import InputError
 from retrieval_tip.store.sums import Sums
-
-FloatArray = npt.NDArray[np.float64]
 
 PRIOR_WEIGHT = 1000
 """Number of photos that a prior counts as."""
@@ -59,7 +57,7 @@ class Scatter:
         return tip.Metric(self.mean.float(), transform.float().contiguous())
 
     @classmethod
-    def of(cls, sums: Sums, prior: FloatArray | None = None, widths: Sequence[int] = ()) -> Scatter:
+    def of(cls, sums: Sums, prior: DoubleArray | None = None, widths: Sequence[int] = ()) -> Scatter:
         """Compute the within-class scatter from sums of keys. If each class has a single key, use the total scatter.
 
         ``S = sum_i r_i r_i^T / n = (sum_i k_i k_i^T - sum_c n_c mu_c mu_c^T) / n``, where ``r_i`` is the difference
@@ -135,7 +133,7 @@ def _mean_variance(variances: Tensor, widths: Sequence[int]) -> float:
     return sum(float(part.mean()) for part in variances.split(list(widths) or len(variances)))
 
 
-def _centres(counts: npt.NDArray[np.int64], sums: FloatArray, *, total: bool = True) -> tuple[FloatArray, FloatArray]:
+def _centres(counts: IntArray, sums: DoubleArray, *, total: bool = True) -> tuple[DoubleArray, DoubleArray]:
     """Return the mean of the class means, and the class means.
 
     If ``total`` is true and each class has one key, the overall mean replaces the class means.
@@ -145,7 +143,7 @@ def _centres(counts: npt.NDArray[np.int64], sums: FloatArray, *, total: bool = T
     return means[counts > 0].mean(0), centres
 
 
-def pooled(sums: Sequence[Sums]) -> FloatArray:
+def pooled(sums: Sequence[Sums]) -> DoubleArray:
     """Return the within-class scatter of several sets of keys as a prior, of shape ``[d, d]``.
 
     ``P = sum_i r_i r_i^T / (n - c)``, where ``r_i`` is the difference between a key and its class mean. Raises
@@ -169,7 +167,7 @@ PRIOR_SCALE = 1024.0
 """Factor of the stored priors, because float16 has few digits for numbers below 1e-4."""
 
 
-def known_prior(part: Part) -> FloatArray | None:
+def known_prior(part: Part) -> DoubleArray | None:
     """Return the prior that is known for the features of an encoder, of shape ``[d, d]``, or ``None``."""
     encoder = part.identity
     found = None if encoder is None else _known(f"{encoder.model}-{encoder.pretrained}.npy")
@@ -177,6 +175,6 @@ def known_prior(part: Part) -> FloatArray | None:
 
 
 @functools.cache
-def _known(name: str) -> FloatArray | None:
+def _known(name: str) -> DoubleArray | None:
     path = next((path for path in PRIORS.glob("*.npy") if path.name == name), None)
     return None if path is None else np.load(path).astype(np.float64) / PRIOR_SCALE

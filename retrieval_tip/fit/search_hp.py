@@ -15,13 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from retrieval_tip.arrays import BoolArray, DoubleArray
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError
 from retrieval_tip.fit.folds import Queries, wilson
-from retrieval_tip.fit.scatter import FloatArray
 from retrieval_tip.model import Index
-from retrieval_tip.retrieval.inputs import BoolArray
 from retrieval_tip.settings import Settings
 
 BETAS = np.geomspace(0.1, 100, 31)
@@ -142,7 +141,7 @@ def _is_better(hits: BoolArray, rival: BoolArray) -> bool:
     return bool(more.mean() > 1.96 * more.std() / math.sqrt(len(more)))
 
 
-def _intervals(index: Index, queries: Queries, betas: Sequence[float]) -> tuple[FloatArray, FloatArray]:
+def _intervals(index: Index, queries: Queries, betas: Sequence[float]) -> tuple[DoubleArray, DoubleArray]:
     """Return the open intervals of alphas at which each query is right, as two arrays of shape ``[betas, q]``."""
     q = len(queries.ids)
     if not q:
@@ -157,7 +156,7 @@ def _intervals(index: Index, queries: Queries, betas: Sequence[float]) -> tuple[
     return low, high
 
 
-def right_between(text: Tensor, cache: Tensor, y: Tensor) -> tuple[FloatArray, FloatArray]:
+def right_between(text: Tensor, cache: Tensor, y: Tensor) -> tuple[DoubleArray, DoubleArray]:
     """Return the open interval ``(low, high)`` of alphas at which each query is right. It is empty if ``low >= high``.
 
     ``text`` and ``cache`` have shape ``[q, c]``, and ``y`` has shape ``[q]``. Class y beats class j if
@@ -176,7 +175,7 @@ def right_between(text: Tensor, cache: Tensor, y: Tensor) -> tuple[FloatArray, F
     return low.cpu().numpy(), high.cpu().numpy()
 
 
-def _best_alpha(low: FloatArray, high: FloatArray) -> tuple[int, tuple[float, float]]:
+def _best_alpha(low: DoubleArray, high: DoubleArray) -> tuple[int, tuple[float, float]]:
     """Return the number of right answers at the best alpha, and the widest interval of such alphas."""
     some = low < high
     starts, stops = np.sort(low[some]), np.sort(high[some])

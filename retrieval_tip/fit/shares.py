@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from retrieval_tip.arrays import DoubleArray
 from retrieval_tip.data.source import spread
 from retrieval_tip.fit.folds import Folds, taken_keys
 from retrieval_tip.fit.forms import Form
-from retrieval_tip.fit.scatter import FloatArray
 
 STEP = 4
 """The shares that are compared are multiples of one divided by this number."""
@@ -95,7 +95,7 @@ def shares_without_folds(folds: Folds) -> Shares:
     return tuple(shares.tolist())
 
 
-def agree(first: FloatArray, second: FloatArray) -> bool:
+def agree(first: DoubleArray, second: DoubleArray) -> bool:
     """Return whether two encoders find the same classes alike, given the unit mean features ``[c, d]`` of the classes.
 
     The classes of one encoder are permuted, as in Mantel's test (1967). The affinities between classes have to agree
@@ -112,13 +112,13 @@ def agree(first: FloatArray, second: FloatArray) -> bool:
     return bool(((one * other).sum() > chance).sum() >= CONVINCED)
 
 
-def _class_means(features: Tensor, ids: Tensor) -> FloatArray:
+def _class_means(features: Tensor, ids: Tensor) -> DoubleArray:
     """Return the mean feature of each of at most :data:`ASKED` classes, scaled to norm 1, in the order of the rows."""
     classes = list(dict.fromkeys(ids.tolist()))[:ASKED]
     return torch.nn.functional.normalize(torch.stack([features[ids == one].mean(0) for one in classes])).numpy()
 
 
-def _between(means: FloatArray) -> FloatArray:
+def _between(means: DoubleArray) -> DoubleArray:
     """Return affinities between classes, as the differences to what the row and the column have in the mean.
 
     These are U-centred (Székely and Rizzo, 2014): each row sums to 0, and the diagonal is 0.

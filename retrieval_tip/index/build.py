@@ -10,9 +10,9 @@ from dataclasses import replace
 from typing import Unpack
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow.compute as pc
 
+from retrieval_tip.arrays import DoubleArray, IntArray
 from retrieval_tip.backbones.base import Identity, Part, parts_of, resolve_device, same_backbone
 from retrieval_tip.backbones.prompts import DEFAULT_TEMPLATES, check_templates
 from retrieval_tip.data.reader import Reader
@@ -20,7 +20,7 @@ from retrieval_tip.data.sources import Source, open_source
 from retrieval_tip.data.tables import read_groups
 from retrieval_tip.errors import SHOWN, UsageError, counted, few
 from retrieval_tip.fit.closed_form import Fit
-from retrieval_tip.fit.scatter import FloatArray, pooled
+from retrieval_tip.fit.scatter import pooled
 from retrieval_tip.index import places
 from retrieval_tip.index.items import (
     Material,
@@ -87,9 +87,7 @@ def _parts(source: Source, reader: Reader, plan: BuildOptions) -> tuple[Part, ..
     return parts if asked or len(parts) > 1 else ()
 
 
-def _shots(
-    source: Source, class_names: Sequence[str], plan: BuildOptions, seed: int
-) -> tuple[Source, npt.NDArray[np.int64]]:
+def _shots(source: Source, class_names: Sequence[str], plan: BuildOptions, seed: int) -> tuple[Source, IntArray]:
     """Return the items of a source that become keys, and their class ids."""
     ids = ids_in(source, class_names)
     _warn_of_layout(source, class_names, plan["text"])
@@ -137,7 +135,7 @@ def _text(source: Source, reader: Reader, plan: BuildOptions) -> Words:
     return Words(source.class_names, None, [], None)
 
 
-def prior_of(indexes: Place | Sequence[Place], backbone: Identity | None) -> FloatArray | None:
+def prior_of(indexes: Place | Sequence[Place], backbone: Identity | None) -> DoubleArray | None:
     """Return the scatter of the photos of other indexes, or ``None`` if there are no indexes.
 
     Raises BackboneError if an index has another ``backbone``. Raises InputError if no class has two photos.

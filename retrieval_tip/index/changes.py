@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from retrieval_tip.arrays import BoolArray, FloatArray
 from retrieval_tip.backbones.base import Backbone, same_backbone
 from retrieval_tip.backbones.prompts import check_templates
 from retrieval_tip.data.reader import Reader
@@ -181,7 +182,7 @@ class PhotoLabel:
     digest: str
     label: str | None
     picked: str
-    feature: npt.NDArray[np.float32] | None = None
+    feature: FloatArray | None = None
 
 
 def label(
@@ -363,7 +364,7 @@ def rename(
     Raises InputError if there is no class ``old`` or if ``new`` is not a valid name. Raises UsageError if the name
     cannot be encoded. Raises BackboneError if the backbone differs from the backbone of the index.
     """
-    text: dict[str, npt.NDArray[np.float32]] = {}
+    text: dict[str, FloatArray] = {}
     if backbone is not None:
         manifest = _manifest_of(places.at(folder), base)
         check_backbone(manifest.identity, manifest.d, backbone, [])
@@ -395,7 +396,7 @@ def configure(
     tail: bool | None = None,
     temperature: float | None = None,
     templates: Sequence[str] = (),
-    groups: Place | None = None,
+    groups: Place | bytes | None = None,
     backbone: Backbone | None = None,
     base: Index | None = None,
 ) -> Changed:
@@ -416,7 +417,7 @@ def configure(
     if not (given or templates or groups):
         raise UsageError("nothing to set: give alpha, beta, k, tail, temperature, templates or groups")
     prompts = list(check_templates(templates)) if templates else []
-    weights: dict[str, npt.NDArray[np.float32]] = {}
+    weights: dict[str, FloatArray] = {}
     store = places.at(folder)
     if prompts:
         if backbone is None:
@@ -505,15 +506,16 @@ def rebuild(
     return store.change(revise, base=base)
 
 
-def rollback(folder: Place, version: int | None = None) -> Changed:
+def rollback(folder: Place, version: int | None = None, *, expect: int | None = None) -> Changed:
     """Copy an earlier version into a new version, which keeps the history linear.
 
-    ``version`` defaults to the parent of the current version. Key ids are not reused. Raises StoreError if the earlier
+    ``version`` defaults to the parent of the current version. If ``expect`` is given, that version must be current. Key
+    ids are not reused. Raises StoreError if the earlier
     version is missing or damaged.
     """
     if version is not None:
         check_count("version", version)
-    index = places.at(folder).restore(version)
+    index = places.at(folder).restore(version, expect)
     return Changed(index, "rollback")
 
 
@@ -550,7 +552,7 @@ def clone(folder: Place, out: Place, version: int | None = None) -> Changed:
 
 def _weights_of(
     class_names: Sequence[str], manifest: Manifest, reader: Reader, text: Place | None
-) -> dict[str, npt.NDArray[np.float32]]:
+) -> dict[str, FloatArray]:
     known = set(manifest.class_names)
     new = [name for name in class_names if name not in known]
     if not new:
@@ -566,8 +568,8 @@ def _weights_of(
 
 
 def _new_classes(
-    names: Sequence[str], present: Sequence[str], weights: Mapping[str, npt.NDArray[np.float32]], has_text: bool
-) -> dict[str, npt.NDArray[np.float32] | None]:
+    names: Sequence[str], present: Sequence[str], weights: Mapping[str, FloatArray], has_text: bool
+) -> dict[str, FloatArray | None]:
     """Return the names that are not present, with their text weights if the index has text."""
     known = set(present)
     new = [name for name in names if name not in known]
@@ -586,8 +588,8 @@ def _known(
     index: Index,
     labels: npt.NDArray[np.object_],
     digests: Sequence[str | None],
-    features: npt.NDArray[np.float32],
-) -> npt.NDArray[np.bool_]:
+    features: FloatArray,
+) -> BoolArray:
     """Return which images the index already has under the same label. An image without a digest is known by its row."""
     by_digest = index.known([digest or None for digest in digests])
     known = np.array([pair in by_digest for pair in zip(digests, labels.tolist(), strict=True)], dtype=bool)

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
+from retrieval_tip.arrays import FloatArray, IntArray, KeyArray
 from retrieval_tip.backbones.base import Backbone, Identity, Part, same_backbone, text_side_by_side
 from retrieval_tip.backbones.prompts import mean_by_class
 from retrieval_tip.data.reader import FeatureBlock, Reader
@@ -27,7 +27,6 @@ from retrieval_tip.model import Index
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.defaults import Statistics, default_settings
 from retrieval_tip.retrieval.duplicates import Duplicates, describe_duplicates, duplicates
-from retrieval_tip.retrieval.inputs import KeyArray
 from retrieval_tip.retrieval.keys import KEY_BLOCK, auto_for
 from retrieval_tip.retrieval.rows import ArrayRows, Rows
 from retrieval_tip.retrieval.vector_index import BY_CLASS, FLAT_FACTORY
@@ -64,7 +63,7 @@ class ItemColumns:
         extra = items.select([c for c in items.column_names if c not in (*LABEL_SCHEMA.names, "id")])
         return cls(items["source"], list(digests), extra)
 
-    def take(self, rows: npt.NDArray[np.int64]) -> ItemColumns:
+    def take(self, rows: IntArray) -> ItemColumns:
         """Return the columns of the items at the given positions."""
         places = pa.array(rows)
         return ItemColumns(self.sources.take(places), [self.digests[row] for row in rows], self.extra.take(places))
@@ -74,7 +73,7 @@ class Words(NamedTuple):
     """The classes in order, their text weights, the prompt templates, and the source of the text weights."""
 
     class_names: Sequence[str]
-    weights: npt.NDArray[np.float32] | None
+    weights: FloatArray | None
     templates: list[str]
     origin: str | None
 
@@ -132,7 +131,7 @@ class Material:
 
     source: Source
     reader: Reader
-    ids: npt.NDArray[np.int64]
+    ids: IntArray
     words: Words
     plan: BuildOptions
     backbone: Identity | None
@@ -161,7 +160,7 @@ class Material:
                 raise InputError(f"{self.source.name}: feature values overflow {dtype}; use --dtype float32")
             yield block
 
-    def labelled_blocks(self) -> Iterator[tuple[pa.Table, npt.NDArray[np.float32]]]:
+    def labelled_blocks(self) -> Iterator[tuple[pa.Table, FloatArray]]:
         """Yield the labels and the keys in blocks. Shot numbers continue from block to block."""
         following = np.zeros(len(self.words.class_names), dtype=np.int32)
         for block in self.blocks():
@@ -169,7 +168,7 @@ class Material:
             yield shots_after(labels, ids, following), block.features
             following += np.bincount(ids, minlength=len(following)).astype(np.int32)
 
-    def labels(self, rows: npt.NDArray[np.int64], digests: Sequence[str | None]) -> pa.Table:
+    def labels(self, rows: IntArray, digests: Sequence[str | None]) -> pa.Table:
         """Return the label store of the items at ``rows``, in that order."""
         columns = ItemColumns.of(self.source.items.take(pa.array(rows)), digests)
         views = self.reader.views if self.source.table is None else 1
@@ -210,7 +209,7 @@ class Material:
         return index
 
 
-def draw_shots(ids: npt.NDArray[np.int64], class_names: Sequence[str], shots: int, seed: int) -> npt.NDArray[np.int64]:
+def draw_shots(ids: IntArray, class_names: Sequence[str], shots: int, seed: int) -> IntArray:
     """Draw shots for each class with :func:`source.few_shot`, and return their positions in source order."""
     rare = [class_names[i] for i, times in Counter(ids.tolist()).items() if times < shots]
     if rare:
@@ -219,7 +218,7 @@ def draw_shots(ids: npt.NDArray[np.int64], class_names: Sequence[str], shots: in
     return np.sort(np.asarray(few_shot(ids.tolist(), shots, seed), dtype=np.int64))
 
 
-def ids_in(source: Source, class_names: Sequence[str]) -> npt.NDArray[np.int64]:
+def ids_in(source: Source, class_names: Sequence[str]) -> IntArray:
     """Return the class id of each item in a source. Raises InputError if a label is unknown."""
     position = {name: i for i, name in enumerate(class_names)}
     labels = source.labels
@@ -246,7 +245,7 @@ def read_text_table(
     norms: Norms = "check",
     backbone: Identity | None = None,
     parts: Sequence[Part] = (),
-) -> tuple[tuple[str, ...], npt.NDArray[np.float32]]:
+) -> tuple[tuple[str, ...], FloatArray]:
     """Read the class names and text weights from a table of text features, in order of first appearance.
 
     Each row is the feature of a prompt. The rows of each class are averaged and then normalised. If ``norms`` is
@@ -261,11 +260,11 @@ def read_text_table(
     for row, label in enumerate(source.labels):
         rows.setdefault(label, []).append(row)
 
-    def means(*columns: Part) -> npt.NDArray[np.float32]:
+    def means(*columns: Part) -> FloatArray:
         features = Reader(norms="check" if norms == "check" else "unit", parts=columns).encode(source).features
         return np.stack([mean_by_class(features[None, own], [name])[0] for name, own in rows.items()])
 
-    def text_of(part: Part) -> npt.NDArray[np.float32]:
+    def text_of(part: Part) -> FloatArray:
         try:
             has_text = table.parts([part])[0].width == part.width
         except InputError:
@@ -323,9 +322,7 @@ def create(folder: Versions, made: Material) -> Index:
         return index.committed(writer, "build").on(made.device)
 
 
-def _write_keys(
-    writer: Writer, made: Material, order: npt.NDArray[np.int64]
-) -> tuple[KeyArray, npt.NDArray[np.int64], list[str | None]]:
+def _write_keys(writer: Writer, made: Material, order: IntArray) -> tuple[KeyArray, IntArray, list[str | None]]:
     """Stream features into the file of keys. Return the keys, their positions in ``order`` and the image digests."""
     place, blocks = np.argsort(order), made.blocks()
     first = next(blocks)

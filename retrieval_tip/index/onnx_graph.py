@@ -21,6 +21,7 @@ from torch.nn import Buffer
 from torch.nn.functional import normalize, one_hot
 
 from retrieval_tip import tip
+from retrieval_tip.arrays import FloatArray
 from retrieval_tip.backbones.base import Preprocess, encoders_of, unit_of, view_size, without_unused
 from retrieval_tip.backbones.joined import Joined
 from retrieval_tip.backbones.tower import FEATURES, OPSET, PIXELS, runtime, shorter_side, stored_onnx, to_onnx
@@ -30,7 +31,6 @@ from retrieval_tip.data.sources import read_item
 from retrieval_tip.errors import InputError, UsageError, first_line, install, show
 from retrieval_tip.files import replacing
 from retrieval_tip.model import Index
-from retrieval_tip.retrieval.inputs import FloatArray
 
 if TYPE_CHECKING:
     import onnx

@@ -162,9 +162,9 @@ class Store(Versions):
         """Rebuild an index from its keys. ``None`` keeps the current index type or dtype."""
         return index.rebuilt(factory, dtype)
 
-    def restore(self, version: int | None = None) -> Index:
+    def restore(self, version: int | None = None, expect: int | None = None) -> Index:
         """Restore an earlier version (see :meth:`Versions.rollback`), and return it."""
-        return self.load(device="cpu", verify="fast", version=self.rollback(version))
+        return self.load(device="cpu", verify="fast", version=self.rollback(version, expect))
 
     def verify(self) -> Index:
         """Check every byte or row of the current version, check that its parts are consistent, and return it."""

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from retrieval_tip.arrays import IntArray
 from retrieval_tip.data.exif import UNKNOWN, Noting
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
@@ -19,7 +20,6 @@ from retrieval_tip.errors import check_memory
 from retrieval_tip.labelling.photos import Pool
 from retrieval_tip.model import Index
 from retrieval_tip.predictions import Predictions
-from retrieval_tip.retrieval.inputs import IntArray
 from retrieval_tip.settings import Ask
 
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 import torch
 
 from retrieval_tip import tip
+from retrieval_tip.arrays import FloatArray, IntArray
 from retrieval_tip.errors import UsageError, check_memory
 from retrieval_tip.evaluation.held_out import classified
 from retrieval_tip.labelling.photos import MOST_KEYS, Pool
@@ -25,7 +26,7 @@ from retrieval_tip.labelling.suggest import points_of
 from retrieval_tip.model import Index
 from retrieval_tip.predictions import PREDICTIONS, Predictions
 from retrieval_tip.retrieval import inputs
-from retrieval_tip.retrieval.inputs import Features, FloatArray, IntArray
+from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.settings import Ask
 

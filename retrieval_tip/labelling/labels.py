@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 import torch
 from torch.nn.functional import normalize
 
-from retrieval_tip.data.reader import FeatureBlock, FloatArray, Reader
+from retrieval_tip.arrays import FloatArray
+from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.remote import absolute
 from retrieval_tip.data.sources import Source, of_images, read_item
 from retrieval_tip.errors import InputError, check_memory, show

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from retrieval_tip.arrays import FloatArray
 from retrieval_tip.backbones.base import Identity, same_backbone
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
@@ -19,7 +20,6 @@ from retrieval_tip.labelling.smoothing import smooth
 from retrieval_tip.labelling.suggest import TRUST, suggest, uncertainty_of
 from retrieval_tip.model import Index
 from retrieval_tip.predictions import Predictions
-from retrieval_tip.retrieval.inputs import FloatArray
 from retrieval_tip.settings import Ask
 
 MOST_PHOTOS = 100_000

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from retrieval_tip.data.reader import FeatureBlock, FloatArray
+from retrieval_tip.arrays import FloatArray
+from retrieval_tip.data.reader import FeatureBlock
 from retrieval_tip.data.source import spread
 from retrieval_tip.errors import check_memory, counted
 from retrieval_tip.evaluation.held_out import SAME, HeldOut, photo_rows, probabilities_of

@@ -21,9 +21,9 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
+from retrieval_tip.arrays import IntArray, KeyArray
 from retrieval_tip.data.tables import vectors
 from retrieval_tip.errors import RetrievalTipError, StoreError, UsageError, first_line, install
 from retrieval_tip.store.address import Address, storage_options
@@ -31,8 +31,7 @@ from retrieval_tip.store.files import check_process
 from retrieval_tip.store.labels import LABEL_SCHEMA
 from retrieval_tip.store.versions import changed_meanwhile
 
-IntArray = npt.NDArray[np.int64]
-KeyArray = npt.NDArray[np.floating]  # as in :mod:`retrieval.inputs`, which imports torch
+KeyArray = KeyArray  # as in :mod:`retrieval.inputs`, which imports torch
 
 TABLE = "keys"
 VECTOR, POINT, VERSION, ROW = "vector", "_point", "version", "_rowid"

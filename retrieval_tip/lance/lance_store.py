@@ -33,6 +33,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from retrieval_tip.arrays import IntArray
 from retrieval_tip.data.tables import vectors
 from retrieval_tip.errors import InputError, StoreError, command_line
 from retrieval_tip.files import sha256_of, sync
@@ -190,7 +191,7 @@ class LanceStore(Store):
         table = self.table(manifest)
         return table.read(table.label_columns if columns is None else columns)
 
-    def facts(self, manifest: Manifest, earlier: list[Manifest]) -> tuple[npt.NDArray[np.int64], dict[str, object]]:
+    def facts(self, manifest: Manifest, earlier: list[Manifest]) -> tuple[IntArray, dict[str, object]]:
         return self.classes(manifest)["keys"].to_numpy(), {"not_indexed": self.table(manifest).unindexed()}
 
     def create(self, material: Material) -> Index:

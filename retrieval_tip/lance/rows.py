@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
+from retrieval_tip.arrays import IntArray, KeyArray
 from retrieval_tip.data.source import spread
 from retrieval_tip.errors import InputError, StoreError, UsageError, command_line
 from retrieval_tip.lance.key_table import (
@@ -30,8 +31,6 @@ from retrieval_tip.lance.key_table import (
     VALUES,
     VECTOR,
     VERSION,
-    IntArray,
-    KeyArray,
     KeyTable,
     grouped,
     literal,

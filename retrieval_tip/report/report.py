@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from retrieval_tip import doctor
+from retrieval_tip.arrays import IntArray
 from retrieval_tip.data import images
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
@@ -35,7 +36,6 @@ from retrieval_tip.index import places
 from retrieval_tip.index.places import Place
 from retrieval_tip.model import Index
 from retrieval_tip.predictions import Neighbour
-from retrieval_tip.retrieval.inputs import IntArray
 from retrieval_tip.settings import Ask
 from retrieval_tip.store.manifest import Manifest
 

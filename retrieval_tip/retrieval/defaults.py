@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from retrieval_tip.retrieval.inputs import IntArray, StoredKeys
+from retrieval_tip.arrays import IntArray
+from retrieval_tip.retrieval.inputs import StoredKeys
 
 PAPER = 1.0, 5.5
 """Alpha and beta in the paper."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from retrieval_tip.arrays import BoolArray, FloatArray, IntArray, KeyArray
 from retrieval_tip.errors import SHOWN, one_line
-from retrieval_tip.retrieval.inputs import BoolArray, FloatArray, IntArray, KeyArray
 from retrieval_tip.retrieval.keys import KEY_BLOCK
 from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.store.labels import digest_codes

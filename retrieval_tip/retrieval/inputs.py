@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from retrieval_tip.arrays import FloatArray, IntArray, KeyArray
 from retrieval_tip.backbones.base import Part, side_by_side
 from retrieval_tip.data.tables import NORM_TOLERANCE
 from retrieval_tip.errors import InputError, few
@@ -18,12 +19,6 @@ from retrieval_tip.errors import InputError, few
 LONGEST_NAME = 1024
 """Maximum length of a new class name in characters."""
 
-FloatArray = npt.NDArray[np.float32]
-DoubleArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
-KeyArray = npt.NDArray[np.floating]
-"""A float32 or float16 array of keys, of shape ``[n, d]``."""
 Labels = Sequence[str] | Sequence[int] | npt.NDArray[np.integer]
 Features = KeyArray | Tensor
 Join = Callable[[Sequence[FloatArray]], FloatArray]

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
+from retrieval_tip.arrays import FloatArray, IntArray, KeyArray
 from retrieval_tip.errors import InputError, warn_once
 from retrieval_tip.retrieval.evidence import Nearest
-from retrieval_tip.retrieval.inputs import FloatArray, IntArray, KeyArray
 from retrieval_tip.retrieval.vector_index import (
     BY_CLASS,
     FLAT_FACTORY,

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from retrieval_tip import tip
+from retrieval_tip.arrays import IntArray, KeyArray
 from retrieval_tip.errors import InputError
-from retrieval_tip.retrieval.inputs import IntArray, KeyArray
 from retrieval_tip.retrieval.keys import KEY_BLOCK, Keys
 from retrieval_tip.retrieval.rows import ArrayRows
 from retrieval_tip.settings import ClassPrior

@@ -16,8 +16,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from retrieval_tip.arrays import BoolArray, DoubleArray
 from retrieval_tip.errors import counted, few
-from retrieval_tip.retrieval.inputs import BoolArray, DoubleArray
 from retrieval_tip.settings import Settings
 
 

@@ -17,8 +17,8 @@ import torch  # must be imported before FAISS: on macOS, the OpenMP runtime of t
 from torch import Tensor
 
 from retrieval_tip import tip
+from retrieval_tip.arrays import FloatArray, IntArray, KeyArray
 from retrieval_tip.errors import StoreError, UsageError, warn_once
-from retrieval_tip.retrieval.inputs import FloatArray, IntArray, KeyArray
 
 FaissIndex = Any
 """A FAISS index. FAISS does not provide types."""

@@ -94,7 +94,7 @@ async def rollback(service: TheService, one: Named, change: schemas.Rollback) ->
         if change.to not in kept:
             versions = ", ".join(map(str, kept))
             raise Problem(404, f"index {one.name!r} has no version {change.to}; its versions are {versions}")
-        return index_changes.rollback(place, change.to)
+        return index_changes.rollback(place, change.to, expect=change.since)
 
     return await _told(service, one, await service.changed(one, call))
 

@@ -16,7 +16,8 @@ from itertools import count
 
 import numpy as np
 
-from retrieval_tip.data.reader import FloatArray, Reader
+from retrieval_tip.arrays import FloatArray
+from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.remote import absolute
 from retrieval_tip.data.sources import Source, is_there
 from retrieval_tip.errors import InputError, RetrievalTipError, StoreError, counted, show

@@ -23,8 +23,8 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.types import Message
 
+from retrieval_tip.arrays import FloatArray
 from retrieval_tip.data.exchange import LOCAL, below_document_root
-from retrieval_tip.data.reader import FloatArray
 from retrieval_tip.data.tables import check_norms
 from retrieval_tip.errors import InputError, UsageError, show
 from retrieval_tip.files import read_regular, real

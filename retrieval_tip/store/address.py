@@ -20,8 +20,8 @@ from retrieval_tip.files import real
 SCHEMES = ("lance", "s3", "gs")
 KIND, FORMS = "LanceDB store", "lance://PATH, s3://BUCKET/PATH, gs://BUCKET/PATH"
 """Name of these stores and the forms of their addresses, as shown in help texts and messages."""
-METAVAR, EXAMPLE = "DIR|ADDRESS", "lance://indexes/things.lance"
-"""Placeholder for a place in the help, and an example of an address."""
+METAVAR = "DIR|ADDRESS"
+"""Placeholder for a place in the help."""
 
 CONNECT, ANSWER, RETRY, RETRIES = 4, 8, 10, 4
 """Timeouts of requests to a server in seconds, and number of retries.

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import torch
 
 from retrieval_tip import tip
+from retrieval_tip.arrays import KeyArray
 from retrieval_tip.errors import StoreError
 from retrieval_tip.settings import Verify
 from retrieval_tip.store.files import read_array
@@ -95,7 +95,7 @@ def _seal(writer: Writer, kind: str, held: Any) -> None:
         writer.put_array(kind, array_of(held))
 
 
-def array_of(held: npt.NDArray[np.floating] | torch.Tensor | tip.Metric | Sums) -> npt.NDArray[np.floating]:
+def array_of(held: KeyArray | torch.Tensor | tip.Metric | Sums) -> KeyArray:
     """Convert a part of the contents to the array that is stored in its file."""
     if isinstance(held, Sums):
         return held.to_array()
@@ -104,7 +104,7 @@ def array_of(held: npt.NDArray[np.floating] | torch.Tensor | tip.Metric | Sums) 
     return np.asarray(held.cpu() if isinstance(held, torch.Tensor) else held)
 
 
-def metric_of(array: npt.NDArray[np.floating]) -> tip.Metric:
+def metric_of(array: KeyArray) -> tip.Metric:
     """Convert a float32 array to a metric. Row 0 is the mean, the rest is the transform or, if shorter, its factor."""
     whole = torch.from_numpy(np.array(array))
     mean, rest = whole[0].clone(), whole[1:].clone()  # a pickle of a view would have the whole array

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from retrieval_tip.arrays import FloatArray
 from retrieval_tip.store.labels import LabelChanges
 
 
@@ -51,13 +52,13 @@ class Edits:
         templates: the templates of these text weights, or ``None`` if they stay the same.
     """
 
-    classes: Mapping[str, npt.NDArray[np.float32] | None] = field(default_factory=dict)
+    classes: Mapping[str, FloatArray | None] = field(default_factory=dict)
     add: NewKeys | None = None
     move: Mapping[int, str] = field(default_factory=dict)
     remove: Collection[int] = ()
     rename: tuple[str, str] | None = None
     drop: Collection[str] = ()
-    text: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+    text: Mapping[str, FloatArray] = field(default_factory=dict)
     templates: Sequence[str] | None = None
 
     def label_changes(self, now: Mapping[int, str], next_key_id: int) -> LabelChanges:

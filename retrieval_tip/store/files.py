@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import numpy.typing as npt
 
+from retrieval_tip.arrays import KeyArray
 from retrieval_tip.errors import StoreError, UsageError, first_line, install, one_line
 from retrieval_tip.files import NotAFileError, lock, make_folders, open_regular, sha256_of, sync, temporary
 from retrieval_tip.store.address import Address, set_credentials, storage_options
@@ -328,11 +329,11 @@ def lies_in(folder: Path, path: Path) -> bool:
 
 def read_array(
     folder: Path, file: DataFile, shape: tuple[int, int], dtypes: Sequence[npt.DTypeLike] = (np.float32, np.float16)
-) -> npt.NDArray[np.floating]:
+) -> KeyArray:
     """Memory-map a ``.npy`` file in copy-on-write mode, so that torch can share the memory."""
     path = folder / file.name
     try:
-        array: npt.NDArray[np.floating] = np.lib.format.open_memmap(path, mode="c")  # never unpickles
+        array: KeyArray = np.lib.format.open_memmap(path, mode="c")  # never unpickles
     except Exception as error:  # a damaged header can make numpy raise any error
         raise StoreError(f"{path}: cannot be read ({first_line(error)})") from None
     if array.shape != shape or array.dtype not in dtypes:

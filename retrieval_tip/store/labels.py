@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from retrieval_tip.arrays import IntArray
 from retrieval_tip.errors import InputError, StoreError, counted, few, first_line
 from retrieval_tip.store.manifest import DataFile, Manifest
 
@@ -88,10 +89,10 @@ def in_words(pairs: Iterable[tuple[str | None, str | None]], backbone: object) -
 
 def label_table(
     class_names: Sequence[str],
-    class_ids: npt.NDArray[np.int64],
+    class_ids: IntArray,
     sources: Sequence[str] | pa.ChunkedArray | None = None,
     *,
-    key_ids: npt.NDArray[np.int64] | None = None,
+    key_ids: IntArray | None = None,
     views: int | npt.NDArray[np.integer] = 1,
     digests: Sequence[str | None] | None = None,
     extra: pa.Table | None = None,
@@ -124,7 +125,7 @@ def label_table(
     return table
 
 
-def shots_of(class_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+def shots_of(class_ids: IntArray) -> npt.NDArray[np.int32]:
     """Number the keys of each class from 0, in order. Return an int32 array with one number per class id."""
     order = np.argsort(class_ids, kind="stable")
     counts = np.bincount(class_ids)
@@ -138,7 +139,7 @@ def with_column(labels: pa.Table, name: str, column: pa.Array | pa.ChunkedArray)
     return labels.set_column(labels.column_names.index(name), name, column)
 
 
-def labels_in(labels: pa.Table, class_names: Sequence[str], class_ids: npt.NDArray[np.int64]) -> pa.Table:
+def labels_in(labels: pa.Table, class_names: Sequence[str], class_ids: IntArray) -> pa.Table:
     """Replace the classes of labels, and number the shots of each class from 0."""
     names = pa.array([class_names[class_id] for class_id in class_ids], pa.string())
     for name, column in (("class_id", pa.array(class_ids, pa.int32())), ("label", names)):
@@ -146,7 +147,7 @@ def labels_in(labels: pa.Table, class_names: Sequence[str], class_ids: npt.NDArr
     return with_column(labels, "shot", pa.array(shots_of(class_ids)))
 
 
-def shots_after(added: pa.Table, ids: npt.NDArray[np.int64], following: npt.NDArray[np.int32]) -> pa.Table:
+def shots_after(added: pa.Table, ids: IntArray, following: npt.NDArray[np.int32]) -> pa.Table:
     """Renumber the shots of new labels, so that they follow the existing shots."""
     shots = pa.array(added["shot"].to_numpy() + following[ids], pa.int32())
     return with_column(added, "shot", shots)
@@ -169,7 +170,7 @@ def rows_with(
     return table.filter(pc.fill_null(chosen, False))
 
 
-def images_of(labels: pa.Table) -> npt.NDArray[np.int64]:
+def images_of(labels: pa.Table) -> IntArray:
     """Return an integer code for each key, which is the same for all keys of an image.
 
     Two keys belong to the same image if they have the same digest or, if they have no digest, the same source.
@@ -178,14 +179,14 @@ def images_of(labels: pa.Table) -> npt.NDArray[np.int64]:
     return np.where(images < 0, images.max(initial=-1) + 1 + sources, images)
 
 
-def _codes(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
+def _codes(column: pa.ChunkedArray) -> IntArray:
     """Return an integer code for each string, and -1 for null."""
     encoded = column.dictionary_encode().unify_dictionaries()
     parts = [chunk.indices.fill_null(-1).to_numpy(zero_copy_only=False) for chunk in encoded.chunks]
     return np.concatenate([np.empty(0, dtype=np.int64), *parts]).astype(np.int64)
 
 
-def digest_codes(labels: pa.Table, among: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.int64]:
+def digest_codes(labels: pa.Table, among: IntArray | None = None) -> IntArray:
     """Return an integer code for the digest of each row, and -1 for rows that have none.
 
     If ``among`` is given, only the digests of these rows are encoded. This is faster if there are few such rows.

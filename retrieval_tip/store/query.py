@@ -14,9 +14,9 @@ from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
+from retrieval_tip.arrays import IntArray
 from retrieval_tip.errors import InputError, UsageError, first_line, one_line
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def ask(tables: Mapping[str, pa.Table], sql: str, timeout: float = TIMEOUT) -> p
     return _run("query", tables, sql, lambda database: _one_select(database, sql, refusal), timeout)
 
 
-def rows_where(labels: pa.Table, condition: str) -> npt.NDArray[np.int64]:
+def rows_where(labels: pa.Table, condition: str) -> IntArray:
     """Return the positions of the rows for which an SQL condition is true, as an ascending int64 array.
 
     You can use ``labels`` and ``class_counts`` in subqueries. Raises UsageError if the condition is not a single

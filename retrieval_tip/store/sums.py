@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
+
+from retrieval_tip.arrays import DoubleArray, IntArray, KeyArray
 
 BLOCK = 2048
 """Number of keys that are converted to float64 at a time."""
@@ -21,9 +22,7 @@ is relative to a single key and is used for sums from which many keys were remov
 LEFT = 1e-5
 """Minimum share of the sum of squares that must remain after a removal, so that rounding errors stay negligible."""
 
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
-Blocks = Iterable[tuple[npt.NDArray[np.floating], IntArray]]
+Blocks = Iterable[tuple[KeyArray, IntArray]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +36,8 @@ class Sums:
     """
 
     counts: IntArray
-    sums: FloatArray
-    second: FloatArray
+    sums: DoubleArray
+    second: DoubleArray
 
     @classmethod
     def of(cls, blocks: Blocks, c: int, d: int, second: bool = True) -> Sums:
@@ -48,7 +47,7 @@ class Sums:
             made.count(keys, ids)
         return made
 
-    def count(self, keys: npt.NDArray[np.floating], ids: IntArray, sign: int = 1) -> None:
+    def count(self, keys: KeyArray, ids: IntArray, sign: int = 1) -> None:
         """Add keys of shape ``[b, d]`` with their class ids in place, or remove them if ``sign`` is -1.
 
         Only use this while no other code holds a reference to the object.
@@ -80,7 +79,7 @@ class Sums:
         c, d = len(self.counts), len(self.second)
         return 8 * (c + d) * (1 + d)
 
-    def added(self, keys: npt.NDArray[np.floating], ids: IntArray, sign: int = 1) -> Sums:
+    def added(self, keys: KeyArray, ids: IntArray, sign: int = 1) -> Sums:
         """Return the sums after adding keys of shape ``[m, d]``, or after removing them if ``sign`` is -1."""
         other = Sums(np.array(self.counts), np.array(self.sums), np.array(self.second))
         other.count(keys, ids, sign)
@@ -108,11 +107,11 @@ class Sums:
         return along.has(self.counts, self.sums) and along.has_second(self.second)
 
     @classmethod
-    def of_array(cls, array: FloatArray, c: int) -> Sums:
+    def of_array(cls, array: DoubleArray, c: int) -> Sums:
         """Invert :meth:`to_array` for ``c`` classes. A memory-mapped ``array`` is not copied."""
         return cls(array[:c, 0].astype(np.int64), array[:c, 1:], array[c:, 1:])
 
-    def to_array(self) -> FloatArray:
+    def to_array(self) -> DoubleArray:
         """Return the sums as a float64 array of shape ``[c + d, 1 + d]``.
 
         The first ``c`` rows are the per-class sums of ``(1, k_i)``. The other rows are the sum of ``k_i (1, k_i)``.
@@ -133,7 +132,7 @@ class Along:
         self._direction = np.random.default_rng().standard_normal(d)
         self._counts, self._sums, self._second, self._squares = np.zeros(c, np.int64), np.zeros(c), np.zeros(d), 0.0
 
-    def count(self, keys: npt.NDArray[np.floating], ids: IntArray) -> None:
+    def count(self, keys: KeyArray, ids: IntArray) -> None:
         """Add a block of keys, of shape ``[b, d]``, with their class ids."""
         wide = np.asarray(keys, np.float64)
         products = wide @ self._direction
@@ -142,16 +141,18 @@ class Along:
         self._squares += float(products @ products)
         self._second += products @ wide
 
-    def has(self, counts: IntArray, sums: FloatArray) -> bool:
+    def has(self, counts: IntArray, sums: DoubleArray) -> bool:
         """Return whether ``counts`` and ``sums`` match the keys that were added."""
         return np.array_equal(counts, self._counts) and self._fit(sums, self._sums, counts, 1.0)
 
-    def has_second(self, second: FloatArray) -> bool:
+    def has_second(self, second: DoubleArray) -> bool:
         """Return whether ``second`` is the sum of the outer products of the keys that were added."""
         every = np.abs(second.diagonal())
         return self._fit(second, self._second, every, every / self._counts.sum())
 
-    def _fit(self, known: FloatArray, found: FloatArray, every: IntArray | FloatArray, one: float | FloatArray) -> bool:
+    def _fit(
+        self, known: DoubleArray, found: DoubleArray, every: IntArray | DoubleArray, one: float | DoubleArray
+    ) -> bool:
         """Compare sums, with a tolerance relative to their Cauchy-Schwarz bound ``(every sum_i (k_i . r)^2)^(1/2)``."""
         most = np.sqrt(every * self._squares)
         least = np.sqrt(one * self._squares / self._counts.sum())

@@ -40,6 +40,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from retrieval_tip.arrays import IntArray, KeyArray
 from retrieval_tip.errors import InputError, StoreError, UsageError, first_line, warn_once
 from retrieval_tip.files import TEMPORARY, real, remove_leftovers, sha256_of
 from retrieval_tip.settings import Verify, check_choice
@@ -139,7 +140,7 @@ class Writer:
         if self.store.local is not None or self.parent is None or self.parent.files.get(kind) != own:
             self.store.files.put(own.name, *parts)
 
-    def put_array(self, kind: str, array: npt.NDArray[np.floating]) -> None:
+    def put_array(self, kind: str, array: KeyArray) -> None:
         """Write a two-dimensional array as the data file of this kind."""
         array, header = np.ascontiguousarray(array), BytesIO()
         np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
@@ -180,7 +181,7 @@ class Writer:
         own = self.files[kind] = entry(kind, rows, staged.stat().st_size, sha256_of(staged))
         staged.replace(self.store.folder / own.name)
 
-    def seal_array(self, kind: str, array: np.memmap[Any, Any]) -> npt.NDArray[np.floating]:
+    def seal_array(self, kind: str, array: np.memmap[Any, Any]) -> KeyArray:
         """Seal a staged array, and map its file again."""
         array.flush()
         self.seal(kind, Path(str(array.filename)), len(array))
@@ -314,7 +315,7 @@ class Versions:
         curve = {"curve": read_curve(self.folder, manifest.files["curve"])} if "curve" in manifest.files else {}
         return {"labels": self.read_labels(manifest)} | curve
 
-    def facts(self, manifest: Manifest, earlier: list[Manifest]) -> tuple[npt.NDArray[np.int64], dict[str, object]]:
+    def facts(self, manifest: Manifest, earlier: list[Manifest]) -> tuple[IntArray, dict[str, object]]:
         """Return the number of keys per class, and further facts for :meth:`describe`."""
         Check(self.files, manifest, "fast").wait()
         labels = self.read_labels(manifest)
@@ -553,14 +554,17 @@ class Versions:
         writer.newest = newest
         return writer
 
-    def rollback(self, version: int | None = None) -> int:
+    def rollback(self, version: int | None = None, expect: int | None = None) -> int:
         """Copy an earlier version, by default the parent, into a new version, and return the new number.
 
-        If the newest version is lost, ``version`` must be the highest remaining one. This accepts the loss.
+        ``expect`` is the version that must be current. If the newest version is lost, ``version`` must be the highest
+        remaining one. This accepts the loss.
         """
         self.manifest()  # before a writer creates a folder
         with self.write(accepts=version) as writer:
             current = writer.parent or self.manifest()
+            if expect not in (None, current.version):
+                raise changed_meanwhile(self)
             wanted = version if version is not None else current.parent
             if wanted is None:
                 raise StoreError(f"{self}: no version before {current.version}; there is nothing to go back to")
