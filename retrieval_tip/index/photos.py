@@ -55,8 +55,8 @@ def command(name: str, index: Place, paths: Sequence[str], *options: str) -> str
     If these are class folders of one folder that does not contain the index, that folder is given. Returns ``None`` if
     no folder is on this machine, or if there are more than :data:`FOLDERS`.
     """
-    place, parents = absolute(os.fspath(index)), {Path(absolute(path)).parent for path in paths}
-    folders = sorted(folder for folder in parents if folder.is_dir())
+    place, parents = absolute(os.fspath(index)), {os.path.dirname(path) for path in paths}  # noqa: PTH120 - much faster
+    folders = sorted({folder for parent in parents if (folder := Path(absolute(parent or "."))).is_dir()})
     if not folders:
         return None
     common = Path(os.path.commonpath(folders))

@@ -103,7 +103,7 @@ async def _told(service: Service, one: Served, changed: Changed) -> schemas.Chan
     """Describe a change of shots, and name the command that sorts them into folders."""
     index = changed.index
     sources = index.labels["source"].to_pylist() if index.n <= photos.LISTED else []
-    paths = [str(service.root / source) for source in sources]
+    paths = [os.path.join(service.root, source) for source in sources]  # noqa: PTH118 - much faster
     sort = await service.find(photos.command, "sort", one.folder, paths, "--into", "fixed")
     return _answer(one, key_ids=changed.key_ids, sort=sort)
 
