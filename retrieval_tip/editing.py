@@ -40,8 +40,9 @@ def apply(made: Index, edits: Edits) -> None:
         _remove(made, list(edits.remove))
     if edits.rename is not None:
         _rename(made, *edits.rename)
-    empty = [name for name in made.bare if name in edits.drop]
-    drop_classes(made, np.array([made.class_names.index(name) for name in empty], dtype=np.int64))
+    if edits.drop:
+        empty = [name for name in made.bare if name in edits.drop]
+        drop_classes(made, np.array([made.class_names.index(name) for name in empty], dtype=np.int64))
     if edits.text:
         _set_text(made, edits.text)
     if edits.templates is not None:

@@ -303,6 +303,8 @@ class Index:
         if chosen:
             fitted = None if self.fitted is None else replace(self.fitted, automatic=False)
             return self.altered(settings=settings, fitted=fitted)
+        if settings == self.settings:
+            return self
         if (caution := self.caution(settings)) is not None:
             warn_once(caution)
         return self.altered(settings=settings)
