@@ -101,7 +101,8 @@ def add(
     check_backbone(manifest.identity, manifest.d, reader.backbone, [source], reader.parts)
     source = source.without([part.column for part in reader.parts])
     weights = _weights_of(source.class_names, manifest, reader, text)
-    _new_classes(source.class_names, manifest.class_names, weights, store.has_text(manifest))
+    has_text = store.has_text(manifest) if base is None else base.has_text
+    _new_classes(source.class_names, manifest.class_names, weights, has_text)
     if shots is not None:
         ids = ids_in(source, source.class_names)
         source = source.take(draw_shots(ids, source.class_names, shots, reader.seed))
@@ -128,16 +129,18 @@ def add(
 
 def _with_keys(before: Index, edits: Edits) -> Changed:
     """Add keys and classes, and look for images that are also in another class."""
-    changed = _edited(before, edits)
+    changed = _edited(before, edits, {})
     rows, keys = changed.index.rows, changed.index.retrieval.keys
     found = rows.duplicates_of(changed.key_ids, keys) if changed.key_ids else None
     return replace(changed, duplicates=found)
 
 
-def _edited(before: Index, edits: Edits) -> Changed:
-    """Apply edits, and fit the index again if they have outdated its fit."""
+def _edited(before: Index, edits: Edits, now: Mapping[int, str]) -> Changed:
+    """Apply edits, and fit the index again if they have outdated its fit.
+
+    ``now`` has the labels of the keys that move or leave. Read them first, because edits may change a table.
+    """
     assert before.next_key_id is not None
-    now = _labels_of(before, [*edits.move, *edits.remove])  # before they are applied, which may change a table
     labels = edits.label_changes(now, before.next_key_id)
     what = in_words(labels.values(), before.backbone)
     if edits.classes and not labels:
@@ -215,17 +218,19 @@ def label(
         rows = index.having("digest", wanted).to_pylist()
         there = {row["digest"] for row in rows}
         fresh = [photo for photo in wanted.values() if photo.label is not None and photo.digest not in there]
-        now = {row["key_id"]: (row["label"], wanted[row["digest"]].label) for row in rows}
+        now = {row["key_id"]: row["label"] for row in rows}
+        new = {row["key_id"]: wanted[row["digest"]].label for row in rows}
         edits = Edits(
             classes=_new_classes(names, index.class_names, weights, index.has_text),
             add=_keys_of(fresh, reader) if fresh else None,
-            move={key_id: new for key_id, (old, new) in now.items() if new not in (None, old)},
-            remove=[key_id for key_id, (_, new) in now.items() if new is None],
+            move={key_id: name for key_id, name in new.items() if name is not None and name != now[key_id]},
+            remove=[key_id for key_id, name in new.items() if name is None],
             drop=set(unwanted).difference(names),
         )
         if not fresh and len(edits.remove) == index.n:
             raise InputError("it is the only label; label another photo first")
-        changed, before = _edited(index, edits), {} if last is None or last.version != index.version else last.labels
+        changed = _edited(index, edits, now)
+        before = {} if last is None or last.version != index.version else last.labels
         if not (changed.what and before and index.manifest is not None and made_now(index.manifest)):
             return changed
         again = {key_id: (before.get(key_id, pair)[0], pair[1]) for key_id, pair in changed.labels.items()}
@@ -262,7 +267,7 @@ def merge(folder: Place, other: Place, *, base: Index | None = None) -> Changed:
     theirs = source.load(device="cpu").in_memory()
     if theirs.values is not None and theirs.fitted is None:
         raise InputError(f"{other}: has trained values, which cannot be merged; merge the version from before training")
-    same_backbone(theirs.backbone, target.manifest().identity, str(other))
+    same_backbone(theirs.backbone, _manifest_of(target, base).identity, str(other))
     weights = dict(zip(theirs.class_names, theirs.text_weights.numpy(), strict=True)) if theirs.has_text else {}
     columns = ItemColumns.of(theirs.labels, theirs.labels["digest"].to_pylist())
     new = NewKeys(
@@ -291,7 +296,8 @@ def remove(
     """
 
     def revise(index: Index) -> Changed:
-        return _edited(index, Edits(remove=_chosen(index, where, key_ids)))
+        chosen = _chosen(index, where, key_ids)
+        return _edited(index, Edits(remove=chosen), _labels_of(index, chosen))
 
     return places.at(folder).change(revise, base=base, tries=TRIES)
 
@@ -643,7 +649,8 @@ def _moved(index: Index, wanted: Mapping[int, str], now: Mapping[int, str], pref
                 f"{prefix}{label!r} is not a class of this index ({few(index.class_names)}); add new classes with "
                 "index add"
             )
-    return _edited(index, Edits(move={key_id: label for key_id, label in wanted.items() if label != now[key_id]}))
+    moves = {key_id: label for key_id, label in wanted.items() if label != now[key_id]}
+    return _edited(index, Edits(move=moves), now)
 
 
 def _shown(name: str, value: object) -> str:

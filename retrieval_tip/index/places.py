@@ -130,20 +130,19 @@ class Store(Versions):
         """
         if not self.exists():
             self.manifest()  # before a writer creates a folder
-        for left in reversed(range(tries)):
-            try:
-                with self.write() as writer:
-                    if expect not in (None, writer.parent.version):
-                        raise changed_meanwhile(self)
-                    changed = revise(self.current(writer, base))
-                    writer.replaces = changed.replaces
-                    if changed.what:
-                        changed = replace(changed, index=self.commit(writer, changed.index, changed.what))
-                    return changed
-            except ConflictError:
-                if not left or self.local is not None:
-                    raise
-        raise AssertionError
+        try:
+            with self.write() as writer:
+                if expect not in (None, writer.parent.version):
+                    raise changed_meanwhile(self)
+                changed = revise(self.current(writer, base))
+                writer.replaces = changed.replaces
+                if changed.what:
+                    changed = replace(changed, index=self.commit(writer, changed.index, changed.what))
+                return changed
+        except ConflictError:
+            if tries == 1 or self.local is not None:
+                raise
+        return self.change(revise, base=base, expect=expect, tries=tries - 1)
 
     def current(self, writer: Any, base: Index | None) -> Index:
         """Return the parent of the version that is being written, to be changed on the CPU."""

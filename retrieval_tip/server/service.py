@@ -142,9 +142,7 @@ class Service:
 
     async def changed(self, one: Served, call: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
         """Run a change of an index, and open the new version. See :meth:`served.Served.change`."""
-        give_time()
-        change = partial(one.change, call, *arguments, **options)
-        return await asyncio.get_running_loop().run_in_executor(self._changing, change)
+        return await self.change(partial(one.change, call, *arguments, **options))
 
     async def open(self, make: Callable[[], Served], instead: Served | None = None) -> Served:
         """Make an index, and serve it in place of another index or after all others."""
